@@ -1,0 +1,60 @@
+"""Errors of the worker.
+
+GpuWorkerError
+├── BaseModelUnsupported   the base model cannot be served by this engine; raised at start
+├── WorkerConfigInvalid    a setting that no engine could start with; raised at start
+├── PromptInvalid          this prompt cannot be rendered
+├── PromptTooLong          prompt plus new tokens do not fit `max_model_len`
+├── SamplingInvalid        a sampling parameter is out of its range
+├── PlanTooLarge           the plan's adapters need more rank rows than the whole bank has
+├── AdapterUnfit           an adapter's tensors do not fit the base model
+├── AdapterLoadFailed      the weights could not be fetched; only the requests that need them fail
+├── EngineFull             more requests wait than `max_waiting`; retry later
+└── EngineStopped          the engine has stopped or a step failed; retry on another replica
+"""
+
+from __future__ import annotations
+
+
+class GpuWorkerError(Exception):
+    """Base class of everything `gpu_worker` raises on purpose."""
+
+
+class BaseModelUnsupported(GpuWorkerError):
+    """The base model needs something this engine does not have."""
+
+
+class WorkerConfigInvalid(GpuWorkerError):
+    """A worker setting is out of its range."""
+
+
+class PromptInvalid(GpuWorkerError):
+    """The messages cannot be rendered."""
+
+
+class PromptTooLong(GpuWorkerError):
+    """Shorten the prompt or ask for fewer new tokens."""
+
+
+class SamplingInvalid(GpuWorkerError):
+    """A sampling parameter is out of its range."""
+
+
+class PlanTooLarge(GpuWorkerError):
+    """Ask for fewer adapters."""
+
+
+class AdapterUnfit(GpuWorkerError):
+    """The adapter was made for another base model."""
+
+
+class AdapterLoadFailed(GpuWorkerError):
+    """The adapter's weights could not be fetched. Retry later."""
+
+
+class EngineFull(GpuWorkerError):
+    """Too many requests wait. Retry later."""
+
+
+class EngineStopped(GpuWorkerError):
+    """This engine answers no more requests."""

@@ -1,0 +1,72 @@
+"""Prompt templates. They belong to the server: an adapter may only name one, and no uploaded template ever runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from gpu_worker.errors import PromptInvalid
+
+Role = Literal["system", "user", "assistant"]
+ALPACA_PREAMBLE = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+)
+ALPACA_STOP = "### Instruction:"
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+class ChatTokenizer(Protocol):
+    """The part of a transformers tokenizer that the `chat` template needs."""
+
+    chat_template: str | None
+
+    def apply_chat_template(
+        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
+    ) -> str: ...
+
+
+def alpaca_prompt(instruction: str) -> str:
+    """The Alpaca prompt of a single instruction: the form the paper's adapters and the starter pool are trained on."""
+    return render_alpaca([Message("user", instruction)])
+
+
+def render_alpaca(messages: Sequence[Message]) -> str:
+    """Preamble, system text, then Instruction / Response pairs, ending where the model's answer begins."""
+    parts = [ALPACA_PREAMBLE]
+    parts += [m.content for m in messages if m.role == "system"]
+    for message in messages:
+        if message.role == "user":
+            parts.append(f"### Instruction:\n{message.content}")
+        elif message.role == "assistant":
+            parts.append(f"### Response:\n{message.content}")
+    return "\n\n".join(parts) + "\n\n### Response:\n"
+
+
+def render_chat(messages: Sequence[Message], tokenizer: ChatTokenizer) -> str:
+    """The tokenizer's own chat template. Raises: PromptInvalid where the base model has none."""
+    if not tokenizer.chat_template:
+        raise PromptInvalid("template 'chat' was asked for, but the base model's tokenizer has no chat template")
+    conversation = [{"role": m.role, "content": m.content} for m in messages]
+    return tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+
+
+def render(messages: Sequence[Message], template: str, tokenizer: ChatTokenizer) -> str:
+    """`messages` as the text the model continues. Raises: PromptInvalid for an unknown template."""
+    if template == "alpaca":
+        return render_alpaca(messages)
+    if template == "chat":
+        return render_chat(messages, tokenizer)
+    raise PromptInvalid(f"template must be 'alpaca' or 'chat', got {template!r}")
+
+
+def template_stops(template: str) -> tuple[str, ...]:
+    """Stop strings a template adds to the client's own."""
+    return (ALPACA_STOP,) if template == "alpaca" else ()

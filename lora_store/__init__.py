@@ -1,0 +1,1 @@
+"""The adapter store: identities, plans, PEFT files, admission, the durable catalogue and its blobs."""

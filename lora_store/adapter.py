@@ -1,0 +1,63 @@
+"""What an adapter is: its identity, its shape, and its tensors."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from torch import Tensor
+
+LOCAL_TENANT = "local"
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_RESERVED = frozenset({"auto", ".", ".."})
+
+
+def is_valid_name(name: str) -> bool:
+    """Whether `name` may name an adapter or a tenant. Names are ids, never paths."""
+    return _NAME.fullmatch(name) is not None and name not in _RESERVED
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRef:
+    """One version of one adapter. `digest` covers weights, samples, template name and metadata."""
+
+    tenant: str
+    name: str
+    digest: str
+
+    def __str__(self) -> str:
+        return f"{self.tenant}/{self.name}@{self.digest[:12]}"
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleWeights:
+    """One module's LoRA pair. Dims: R rank, I in, O out. `lora_a` (R, I), `lora_b` (O, R)."""
+
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float  # lora_alpha / rank, or / sqrt(rank) for rsLoRA
+
+    @property
+    def rank(self) -> int:
+        return self.lora_a.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterWeights:
+    """The tensors of one adapter, by the base model's module path, such as `model.layers.3.mlp.up_proj`."""
+
+    weights_digest: str
+    modules: dict[str, ModuleWeights]
+
+    @property
+    def max_rank(self) -> int:
+        """Rank rows this adapter takes in a bank: the widest of its modules."""
+        return max(module.rank for module in self.modules.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One training input an adapter is found by, with its answer where the publisher gave one."""
+
+    input: str
+    output: str | None = None

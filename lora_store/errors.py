@@ -1,0 +1,67 @@
+"""Errors of the adapter store.
+
+LoraStoreError
+├── AdapterRefused      the folder is not an adapter this server takes; `reasons` lists every problem found
+├── AdapterNotFound     no live adapter has that name, or no blob has that digest
+├── BlobCorrupted       stored bytes no longer match their digest
+├── PlanInvalid         a plan breaks a rule (weights, size, strategy)
+└── VersionConflict     another writer committed first, again and again
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class LoraStoreError(Exception):
+    """Base class of everything `lora_store` raises on purpose."""
+
+
+class AdapterRefused(LoraStoreError):
+    """The folder cannot be stored. Mend every reason and publish again."""
+
+    def __init__(self, name: str, reasons: Sequence[str]) -> None:
+        super().__init__(name, tuple(reasons))
+        self.name = name
+        self.reasons = tuple(reasons)
+
+    def __str__(self) -> str:
+        return f"adapter {self.name!r} refused: " + "; ".join(self.reasons)
+
+
+class AdapterNotFound(LoraStoreError):
+    """Nothing live answers to this name or digest."""
+
+    def __init__(self, wanted: str) -> None:
+        super().__init__(wanted)
+        self.wanted = wanted
+
+    def __str__(self) -> str:
+        return f"no adapter {self.wanted!r}"
+
+
+class BlobCorrupted(LoraStoreError):
+    """A stored blob hashes to something else than its name. Publish the adapter again."""
+
+    def __init__(self, digest: str, found: str) -> None:
+        super().__init__(digest, found)
+        self.digest = digest
+        self.found = found
+
+    def __str__(self) -> str:
+        return f"blob {self.digest} is corrupted: its bytes hash to {self.found}"
+
+
+class PlanInvalid(LoraStoreError):
+    """A plan that no worker could run."""
+
+
+class VersionConflict(LoraStoreError):
+    """Other writers kept committing first. Retry later."""
+
+    def __init__(self, attempts: int) -> None:
+        super().__init__(attempts)
+        self.attempts = attempts
+
+    def __str__(self) -> str:
+        return f"another writer committed first, {self.attempts} times in a row"

@@ -1,0 +1,1 @@
+"""Retrieval: the encoder, the adapter index, and the Retriever that turns prompts into plans."""
