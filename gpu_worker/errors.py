@@ -9,6 +9,7 @@ GpuWorkerError
 ├── PlanTooLarge           the plan's adapters need more rank rows than the whole bank has
 ├── AdapterUnfit           an adapter's tensors do not fit the base model
 ├── AdapterLoadFailed      the weights could not be fetched; only the requests that need them fail
+├── LogitsNotFinite        this plan drives the logits out of range; only its own request fails
 ├── EngineFull             more requests wait than `max_waiting`; retry later
 └── EngineStopped          the engine has stopped or a step failed; retry on another replica
 """
@@ -50,6 +51,10 @@ class AdapterUnfit(GpuWorkerError):
 
 class AdapterLoadFailed(GpuWorkerError):
     """The adapter's weights could not be fetched. Retry later."""
+
+
+class LogitsNotFinite(GpuWorkerError):
+    """The plan's adapters drive the model out of range. Use smaller weights or other adapters."""
 
 
 class EngineFull(GpuWorkerError):

@@ -1,0 +1,99 @@
+"""Finds, checks and loads the base model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from gpu_worker import attention_cpu
+from gpu_worker.config import WorkerConfig
+from gpu_worker.errors import BaseModelUnsupported
+from gpu_worker.packaged_model import PACKAGED_MODEL, packaged_folder
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """A loaded model with what the engine needs to know of it."""
+
+    model: PreTrainedModel
+    tokenizer: Any  # a transformers tokenizer, with a `tokenizers` back end
+    eos_token_ids: frozenset[int]
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    max_position: int
+    dtype: torch.dtype
+
+    @property
+    def backend_tokenizer(self) -> Tokenizer:
+        backend: Tokenizer = self.tokenizer.backend_tokenizer
+        return backend
+
+
+def model_source(config: WorkerConfig) -> str:
+    """What transformers loads: the packaged model's cache folder, or the configured id or folder."""
+    if config.base_model == PACKAGED_MODEL:
+        return str(packaged_folder(config.cache_dir))
+    return config.base_model
+
+
+def load_base_model(config: WorkerConfig) -> BaseModel:
+    """The base model on its device, checked. Raises: BaseModelUnsupported, naming what is missing."""
+    source = model_source(config)
+    hf_config = AutoConfig.from_pretrained(source)
+    _check_config(hf_config)
+    attention_cpu.register()
+    dtype = resolve_dtype(config.dtype)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attention_cpu.ATTENTION_NAME)
+    if not model._supports_attention_backend:
+        raise BaseModelUnsupported(f"{type(model).__name__} does not support transformers' attention interface")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    if not tokenizer.is_fast:
+        raise BaseModelUnsupported("the base model needs a fast tokenizer (tokenizer.json)")
+    return BaseModel(
+        model=model.eval(),
+        tokenizer=tokenizer,
+        eos_token_ids=_eos_token_ids(model, tokenizer),
+        num_layers=hf_config.num_hidden_layers,
+        num_kv_heads=hf_config.num_key_value_heads,
+        head_dim=getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads,
+        max_position=hf_config.max_position_embeddings,
+        dtype=dtype,
+    )
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """`auto` is bfloat16 where the processor multiplies it in hardware, else float32."""
+    if name == "auto":
+        capabilities = torch.cpu.get_capabilities()
+        name = "bfloat16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "float32"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def _check_config(config: Any) -> None:
+    problems = []
+    if getattr(config, "quantization_config", None) is not None:
+        problems.append("quantised weights")
+    if getattr(config, "is_encoder_decoder", False):
+        problems.append("an encoder-decoder architecture")
+    for field in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if getattr(config, field, None) is not None:
+            problems.append(f"soft-capping ({field})")
+    if getattr(config, "kv_lora_rank", None) is not None:
+        problems.append("multi-head latent attention")
+    if getattr(config, "use_bidirectional_attention", False):
+        problems.append("bidirectional attention")
+    if not hasattr(config, "num_key_value_heads"):
+        problems.append("a config without num_key_value_heads")
+    if problems:
+        raise BaseModelUnsupported(f"{config.model_type} has {', '.join(problems)}, which this engine does not serve")
+
+
+def _eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    declared = model.generation_config.eos_token_id
+    ids = declared if isinstance(declared, list) else [declared]
+    return frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)

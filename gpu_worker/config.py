@@ -1,0 +1,38 @@
+"""How one worker is set up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from gpu_worker.errors import WorkerConfigInvalid
+
+DEFAULT_CACHE_DIR = Path.home() / ".cache" / "loraretriever"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """One worker = one device. Raises: WorkerConfigInvalid, so that a bad value stops start-up."""
+
+    base_model: str = "gemma-3-270m"  # the packaged default, a Hugging Face id, or a local folder
+    cache_dir: Path = DEFAULT_CACHE_DIR
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: Literal["cpu"] = "cpu"
+    num_threads: int | None = None  # None: one per core
+    bank_rank_rows: int = 256  # rank rows of adapters held on the device at once
+    max_batch_size: int = 32  # rows generating at once
+    max_model_len: int = 2048  # prompt plus new tokens of one row
+    max_step_tokens: int = 1024  # prompt and decode tokens in one forward pass
+    max_waiting: int = 2048  # requests queued before the engine refuses
+    host_cache_bytes: int = 1 << 30  # adapter weights kept in host memory
+    load_threads: int = 4
+
+    def __post_init__(self) -> None:
+        for field in ("bank_rank_rows", "max_batch_size", "max_model_len", "max_waiting", "load_threads"):
+            if getattr(self, field) < 1:
+                raise WorkerConfigInvalid(f"{field} must be at least 1, got {getattr(self, field)}")
+        if self.max_step_tokens < self.max_batch_size:
+            raise WorkerConfigInvalid(
+                f"max_step_tokens ({self.max_step_tokens}) must be at least max_batch_size ({self.max_batch_size})"
+            )

@@ -1,0 +1,116 @@
+"""Runs an Engine on a thread of its own and lets asyncio callers stream from it."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+
+from gpu_worker.engine import Engine
+from gpu_worker.errors import EngineStopped
+from gpu_worker.request import Completion, Delta, Job
+from gpu_worker.row import Row
+
+
+class EngineLoop:
+    """The engine's thread. Commands reach it through a queue and run between steps."""
+
+    def __init__(self, engine: Engine, *, stream_interval_ms: float = 25.0) -> None:
+        self.engine = engine
+        self._interval_s = stream_interval_ms / 1000
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._stopping = False
+        self._last_beat = time.monotonic()
+        engine.on_loaded = lambda: self._commands.put(_nothing)
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    async def stream(self, job: Job, *, keep_logits: bool = False) -> AsyncIterator[Delta]:
+        """Yield text as it is made: the first piece at once, then what came in each interval, together.
+
+        Leaving the iterator early cancels the request. Raises: what the engine says of this job alone.
+        """
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[Delta | Exception] = asyncio.Queue()
+
+        def sink(event: Delta | Exception) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        row = await asyncio.to_thread(self.engine.prepare, job, sink, keep_logits=keep_logits)
+        if not self._thread.is_alive():
+            raise EngineStopped("the engine has stopped")
+        self._commands.put(lambda: self._submit(row, sink))
+        try:
+            while True:
+                delta = _merged(await events.get(), events)
+                yield delta
+                if delta.finish_reason is not None:
+                    return
+                await asyncio.sleep(self._interval_s)
+        finally:
+            self._commands.put(lambda: self.engine.cancel(job.request_id))
+
+    async def complete(self, job: Job, *, keep_logits: bool = False) -> tuple[Completion, Delta]:
+        """The whole answer, and its last delta."""
+        parts = [delta async for delta in self.stream(job, keep_logits=keep_logits)]
+        last = parts[-1]
+        assert last.finish_reason is not None
+        text = "".join(part.text for part in parts)
+        return Completion(text, last.num_prompt_tokens, last.num_new_tokens, last.finish_reason), last
+
+    def seconds_since_beat(self) -> float:
+        """Seconds since the thread last came round while it had work: large when a step hangs."""
+        return time.monotonic() - self._last_beat if self.engine.has_work else 0.0
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def stop(self) -> None:
+        """End every request with EngineStopped and the thread with it."""
+        self._stopping = True
+        self._commands.put(_nothing)
+        self._thread.join()
+
+    def _submit(self, row: Row, sink: Callable[[Delta | Exception], None]) -> None:
+        try:
+            self.engine.submit(row)
+        except Exception as exc:
+            sink(exc)
+
+    def _run(self) -> None:
+        idle = True
+        while not self._stopping:
+            self._run_commands(wait=idle)
+            self._last_beat = time.monotonic()
+            idle = not self.engine.step()
+        self.engine.fail_all(EngineStopped("the engine is shutting down"))
+
+    def _run_commands(self, *, wait: bool) -> None:
+        """Run what is queued; when idle, sleep until something is. A finished load puts a command too."""
+        if wait:
+            self._commands.get()()
+        while not self._commands.empty():
+            self._commands.get()()
+
+
+def _nothing() -> None:
+    """A command whose only use is to wake the engine's thread."""
+
+
+def _merged(first: Delta | Exception, events: asyncio.Queue[Delta | Exception]) -> Delta:
+    """`first` with everything queued after it, as one delta. Raises: the exception among them."""
+    merged = first
+    while not isinstance(merged, Exception):
+        if events.empty():
+            return merged
+        event = events.get_nowait()
+        if isinstance(event, Exception):
+            merged = event
+        else:
+            text = merged.text + event.text
+            logits = merged.first_logits if event.first_logits is None else event.first_logits
+            merged = Delta(text, event.num_prompt_tokens, event.num_new_tokens, event.finish_reason, logits)
+    raise merged

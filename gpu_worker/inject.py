@@ -1,0 +1,30 @@
+"""Swaps the base model's linear layers for LoraLinear."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from gpu_worker.errors import BaseModelUnsupported
+from gpu_worker.lora_linear import LoraBank, LoraLinear
+from gpu_worker.mapping import StepContext
+
+
+def target_linears(model: nn.Module, output_head: nn.Module | None) -> dict[str, nn.Linear]:
+    """Every linear layer an adapter may target, by module path: all but the output head."""
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not output_head
+    }
+    if not linears:
+        raise BaseModelUnsupported("the base model has no linear layer that an adapter could target")
+    return linears
+
+
+def inject(model: nn.Module, bank: LoraBank, step: StepContext) -> None:
+    """Replace every module of `bank` in `model`, in place; the base weights are shared, not copied."""
+    for name, module_bank in bank.modules.items():
+        parent_name, _, leaf = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        linear = getattr(parent, leaf)
+        setattr(parent, leaf, LoraLinear(linear, module_bank, step))

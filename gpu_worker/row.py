@@ -1,0 +1,71 @@
+"""One request inside the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import torch
+
+from gpu_worker.request import Delta, FinishReason, SamplingParams
+from gpu_worker.sampling import Draw
+from gpu_worker.text_stream import TextStream
+from lora_store.adapter import AdapterWeights
+from lora_store.plan import Plan
+
+Sink = Callable[[Delta | Exception], None]
+"""Takes a request's deltas, the last with a finish reason, or one exception. Called on the engine's thread."""
+
+
+@dataclass(slots=True)
+class Row:
+    """A request from submission to its last token. `tokens` is the prompt and what came after it."""
+
+    request_id: str
+    plan: Plan
+    sampling: SamplingParams
+    tokens: list[int]
+    num_prompt_tokens: int
+    max_new_tokens: int
+    end_ids: frozenset[int]  # ids that end the answer
+    seed: int
+    text: TextStream
+    sink: Sink
+    keep_logits: bool = False
+    loads: list[Future[AdapterWeights]] = field(default_factory=list)
+    kv_row: int = -1
+    num_computed: int = 0  # tokens whose keys and values are in the cache
+    first_logits: torch.Tensor | None = None
+
+    @property
+    def num_new_tokens(self) -> int:
+        return len(self.tokens) - self.num_prompt_tokens
+
+    @property
+    def weights_digests(self) -> list[str]:
+        return [adapter.weights_digest for adapter in self.plan.adapters]
+
+    def draw(self) -> Draw:
+        """How the next token is chosen."""
+        forbidden = tuple(self.end_ids) if self.num_new_tokens < self.sampling.min_tokens else ()
+        return Draw(self.sampling, self.seed, len(self.tokens), forbidden)
+
+    def take(self, token: int) -> FinishReason | None:
+        """Append a token and pass its text on; the finish reason when it was the last one."""
+        self.tokens.append(token)
+        reason: FinishReason | None = None
+        text = ""
+        if token in self.end_ids:
+            reason = "stop"
+        else:
+            text = self.text.push(token, may_stop=self.num_new_tokens >= self.sampling.min_tokens)
+            if self.text.stopped:
+                reason = "stop"
+            elif self.num_new_tokens >= self.max_new_tokens:
+                reason = "length"
+        if reason is not None and not self.text.stopped:
+            text += self.text.flush()
+        if text or reason is not None:
+            self.sink(Delta(text, self.num_prompt_tokens, self.num_new_tokens, reason, self.first_logits))
+        return reason

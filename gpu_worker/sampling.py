@@ -1,0 +1,79 @@
+"""Choosing each row's next token, by its logits, its seed and its position, never by its neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpu_worker.request import SamplingParams
+
+_SHORT_LIST = 1024  # ids kept before a full sort is needed for top_p
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What one row's next token is drawn with. `forbidden`: ids that may not come yet (ends, before min_tokens)."""
+
+    params: SamplingParams
+    seed: int
+    position: int
+    forbidden: tuple[int, ...] = ()
+
+
+def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int | None]:
+    """One token id a row, None where the row's logits are not finite. Dims: logits (B, V), changed in place."""
+    for row, draw in enumerate(draws):
+        if draw.forbidden:
+            logits[row, list(draw.forbidden)] = float("-inf")
+    best = logits.max(dim=-1)  # NaN anywhere in a row makes its maximum NaN
+    greedy, finite = best.indices.tolist(), best.values.isfinite().tolist()
+    tokens: list[int | None] = []
+    for row, draw in enumerate(draws):
+        if not finite[row]:
+            tokens.append(None)
+        elif draw.params.temperature == 0:
+            tokens.append(greedy[row])
+        else:
+            tokens.append(_sample_row(logits[row].float(), draw))
+    return tokens
+
+
+def _sample_row(logits: Tensor, draw: Draw) -> int:
+    """Inverse-CDF sampling: the first id whose cumulative probability passes the row's uniform number."""
+    params = draw.params
+    scaled = logits / params.temperature
+    if params.top_k == 0 and params.top_p == 1:
+        ids, probs = None, scaled.softmax(dim=-1)
+    else:
+        ids, probs = _truncate(scaled, params.top_k, params.top_p)
+    cumulative = probs.double().cumsum(dim=-1)
+    threshold = uniform(draw.seed, draw.position) * float(cumulative[-1])
+    index = int(torch.searchsorted(cumulative, threshold, right=True))
+    index = min(index, len(cumulative) - 1)
+    return index if ids is None else int(ids[index])
+
+
+def _truncate(scaled: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+    """(ids, probabilities) of the top_k ids, then of the fewest of them that hold top_p of the mass, best first."""
+    vocabulary = len(scaled)
+    count = min(top_k, vocabulary) if top_k else vocabulary
+    kept = min(count, _SHORT_LIST)
+    total = scaled.logsumexp(dim=-1) if count == vocabulary else scaled.topk(count).values.logsumexp(dim=-1)
+    values, ids = scaled.topk(kept)
+    probs = (values - total).exp()
+    if kept < count and float(probs.sum()) < top_p:
+        values, ids = scaled.topk(count)
+        probs = (values - total).exp()
+    before = probs.cumsum(dim=-1) - probs
+    keep = before < top_p
+    keep[0] = True
+    return ids[keep], probs[keep]
+
+
+def uniform(seed: int, position: int) -> float:
+    """The row's random number in [0, 1) at `position`: a counter-based generator keyed by the seed."""
+    return float(np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, position])).random())

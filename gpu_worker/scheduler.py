@@ -1,0 +1,28 @@
+"""Which tokens the next step computes: every row that decodes, then prompt chunks as far as the budget goes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gpu_worker.attention_plan import Segment
+from gpu_worker.row import Row
+
+
+def schedule(rows: Sequence[Row], max_step_tokens: int) -> list[tuple[Row, Segment]]:
+    """Rows with the segment each computes, in step order. Every decoding row takes part: no long prompt stalls it."""
+    decoding = [row for row in rows if _remaining(row) == 1]
+    prefilling = [row for row in rows if _remaining(row) > 1]
+    budget = max_step_tokens
+    scheduled: list[tuple[Row, Segment]] = []
+    for row in (*decoding, *prefilling):
+        num_tokens = min(_remaining(row), budget)
+        if num_tokens == 0:
+            break
+        start = max_step_tokens - budget
+        scheduled.append((row, Segment(row.kv_row, start, num_tokens, row.num_computed)))
+        budget -= num_tokens
+    return scheduled
+
+
+def _remaining(row: Row) -> int:
+    return len(row.tokens) - row.num_computed

@@ -1,0 +1,36 @@
+"""Fixtures every package's tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpu_worker.base_model import BaseModel, load_base_model
+from tests.tiny import FAMILIES, byte_tokenizer, tiny_config
+
+torch.set_num_threads(1)  # tiny products are slower on two
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    """A saved random model of each family, with a byte tokenizer."""
+    folders = {}
+    for seed, (family, build) in enumerate(FAMILIES.items()):
+        torch.manual_seed(seed)
+        folders[family] = tmp_path_factory.mktemp(family)
+        build().save_pretrained(folders[family])
+        byte_tokenizer().save_pretrained(folders[family])
+    return folders
+
+
+@pytest.fixture
+def tiny_base(tiny_folders: Mapping[str, Path]) -> Callable[..., BaseModel]:
+    """Load a fresh tiny base model of a family."""
+
+    def load(family: str = "gemma3") -> BaseModel:
+        return load_base_model(tiny_config(tiny_folders[family]))
+
+    return load

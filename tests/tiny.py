@@ -1,0 +1,143 @@
+"""Tiny models and random adapters that every test can afford, and the one definition of equal."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, Future
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import Tensor
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from gpu_worker.base_model import BaseModel
+from gpu_worker.config import WorkerConfig
+from gpu_worker.inject import target_linears
+from lora_store.adapter import AdapterRef, AdapterWeights, ModuleWeights
+from lora_store.plan import Plan, PlannedAdapter, Strategy
+
+VOCABULARY = 300
+_SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 258,
+    "initializer_range": 0.2,
+}
+_WINDOW = 12
+FAMILIES: dict[str, Callable[[], torch.nn.Module]] = {
+    "gemma3": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            **_SHAPE,
+            head_dim=8,
+            sliding_window=_WINDOW,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            query_pre_attn_scalar=8,
+        )
+    ),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**_SHAPE)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_SHAPE)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_SHAPE, head_dim=8)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**_SHAPE, sliding_window=_WINDOW)),
+}
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, and the three special tokens: any text survives the round trip."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: index for index, character in enumerate(alphabet)}
+    vocabulary |= {"<bos>": 256, "<eos>": 257, "<pad>": 258}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 256)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+
+
+def tiny_config(folder: Path, **changes: object) -> WorkerConfig:
+    """A small float32 worker over a tiny model."""
+    settings: dict[str, object] = {
+        "base_model": str(folder),
+        "dtype": "float32",
+        "bank_rank_rows": 32,
+        "max_batch_size": 8,
+        "max_model_len": 160,
+        "max_step_tokens": 64,
+    }
+    return WorkerConfig(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+class InlineExecutor(Executor):
+    """Runs what is submitted at once, on the caller's thread."""
+
+    def submit(self, fn: Callable[..., object], /, *args: object, **kwargs: object) -> Future:  # type: ignore[override]
+        future: Future[object] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+def linear_shapes(base: BaseModel) -> dict[str, tuple[int, int]]:
+    """(out, in) of every linear layer an adapter may target."""
+    linears = target_linears(base.model, base.model.get_output_embeddings())
+    return {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
+
+
+def random_adapter(
+    shapes: Mapping[str, tuple[int, int]],
+    seed: int,
+    *,
+    rank: int = 4,
+    modules: Callable[[str], bool] = lambda name: True,
+    rank_of: Callable[[str], int] | None = None,
+    scaling: float = 2.0,
+    size: float = 0.15,
+) -> AdapterWeights:
+    """An adapter with random tensors, large enough to change what a tiny model says."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = {}
+    for name, (num_out, num_in) in shapes.items():
+        if modules(name):
+            r = rank if rank_of is None else rank_of(name)
+            a = torch.randn(r, num_in, generator=generator) * size
+            b = torch.randn(num_out, r, generator=generator) * size
+            chosen[name] = ModuleWeights(a, b, scaling)
+    return AdapterWeights(hashlib.sha256(f"random-{seed}-{rank}-{scaling}".encode()).hexdigest(), chosen)
+
+
+def plan_of(strategy: Strategy, *parts: tuple[AdapterWeights, float]) -> Plan:
+    """A plan over adapters with these weights."""
+    planned = tuple(
+        PlannedAdapter(AdapterRef("local", f"a{weights.weights_digest[:8]}", weights.weights_digest), digest, weight)
+        for weights, weight in parts
+        for digest in [weights.weights_digest]
+    )
+    return Plan(strategy, planned)
+
+
+def assert_equal_logits(found: Tensor, expected: Tensor) -> None:
+    """Equal, as this project defines it: float32 within 1e-4, bfloat16 within 0.05 · max|logit| on the same prefix."""
+    if found.dtype == expected.dtype == torch.float32:
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    else:
+        bound = 0.05 * float(expected.float().abs().max())
+        torch.testing.assert_close(found.float(), expected.float(), atol=bound, rtol=0)
