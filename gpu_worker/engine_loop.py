@@ -6,7 +6,7 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 
 from gpu_worker.engine import Engine
 from gpu_worker.errors import EngineStopped
@@ -27,7 +27,7 @@ class EngineLoop:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    async def stream(self, job: Job, *, keep_logits: bool = False) -> AsyncIterator[Delta]:
+    async def stream(self, job: Job, *, keep_logits: bool = False) -> AsyncGenerator[Delta]:
         """Yield text as it is made: the first piece at once, then what came in each interval, together.
 
         Leaving the iterator early cancels the request. Raises: what the engine says of this job alone.

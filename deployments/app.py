@@ -1,0 +1,24 @@
+"""The application graph: every deployment and every handle, on one screen."""
+
+from __future__ import annotations
+
+from ray import serve
+from ray.serve import Application
+
+from deployments.config import AppConfig
+from deployments.ingress import Ingress
+from deployments.retriever import RetrieverDeployment
+from deployments.store import StoreDeployment
+from deployments.worker import WorkerDeployment
+
+
+def build_app(args: AppConfig) -> Application:
+    """`serve run deployments.app:build_app`: Store; Worker(Store); Retriever(catalogue); Ingress(all three)."""
+    store = serve.deployment(StoreDeployment, name="Store", **args.store_scaling.options())
+    worker = serve.deployment(WorkerDeployment, name="Worker", **args.worker_scaling.options())
+    retriever = serve.deployment(RetrieverDeployment, name="Retriever", **args.retriever_scaling.options())
+    ingress = serve.deployment(Ingress, name="Ingress", **args.ingress_scaling.options())
+
+    store_handle = store.bind(args.store_uri, sorted(args.accepted_bases))
+    worker_handle = worker.bind(args.worker_config(), args.worker.stream_interval_ms, store_handle)
+    return ingress.bind(args, retriever.bind(args), worker_handle, store_handle)

@@ -1,0 +1,124 @@
+"""The application's configuration: the only code that reads YAML or environment variables."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from gpu_worker.config import DEFAULT_CACHE_DIR, WorkerConfig
+from retriever_svc.encoder import DEFAULT_MODEL as DEFAULT_ENCODER
+
+_NAME = r"^[A-Za-z0-9._-]{1,64}$"
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ScalingSettings(_Settings):
+    """How one deployment is placed. CPUs are logical: they place replicas, they do not bind cores."""
+
+    min_replicas: int = Field(default=1, ge=1)
+    max_replicas: int = Field(default=1, ge=1)
+    num_cpus: float = Field(default=0.2, ge=0)
+    num_gpus: float = Field(default=0, ge=0)
+    max_ongoing_requests: int = Field(default=64, ge=1)
+    target_ongoing_requests: float = Field(default=32, gt=0)
+
+    def options(self) -> dict[str, Any]:
+        """The keywords of `Deployment.options`."""
+        options: dict[str, Any] = {
+            "max_ongoing_requests": self.max_ongoing_requests,
+            "ray_actor_options": {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus},
+        }
+        if self.min_replicas == self.max_replicas:
+            return options | {"num_replicas": self.min_replicas}
+        autoscaling = {
+            "min_replicas": self.min_replicas,
+            "max_replicas": self.max_replicas,
+            "target_ongoing_requests": self.target_ongoing_requests,
+        }
+        return options | {"autoscaling_config": autoscaling}
+
+
+class WorkerSettings(_Settings):
+    """The engine of one worker replica; see `gpu_worker.config.WorkerConfig`."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    num_threads: int | None = Field(default=None, ge=1)  # None: the machine's cores
+    bank_rank_rows: int = Field(default=256, ge=1)
+    max_batch_size: int = Field(default=32, ge=1)
+    max_model_len: int = Field(default=2048, ge=1)
+    max_step_tokens: int = Field(default=1024, ge=1)
+    max_waiting: int = Field(default=2048, ge=1)
+    host_cache_bytes: int = Field(default=1 << 30, ge=0)
+    stream_interval_ms: float = Field(default=25, ge=0)
+
+
+class RetrievalSettings(_Settings):
+    """Defaults of `model: auto`; a request's `lora` object overrides them."""
+
+    encoder: str = DEFAULT_ENCODER
+    encoder_threads: int | None = Field(default=None, ge=1)
+    strategy: Literal["selection", "mixture", "fusion"] = "mixture"
+    k: int = Field(default=3, ge=1, le=16)
+    weights: Literal["uniform", "softmax"] = "uniform"
+    softmax_temperature: float = Field(default=0.05, gt=0)
+    min_score: float | None = None  # None: the score under which 1 % of the pool's own samples fall
+    fallback: Literal["base", "error"] = "base"
+    batch_size: int = Field(default=32, ge=1)
+    batch_wait_s: float = Field(default=0.004, ge=0)
+
+
+class AppConfig(_Settings):
+    """Everything `build_app` needs. Unknown keys and bad values stop start-up."""
+
+    base_model: str = "gemma-3-270m"  # the packaged default, a Hugging Face id, or a local folder
+    base_model_name: str = Field(default="", pattern=r"^$|" + _NAME)  # as clients name it; default: last path part
+    accepts_base: tuple[str, ...] = ()  # other names of this base that an adapter's config may carry
+    store_uri: str = "loraretriever-pool"
+    cache_dir: Path = DEFAULT_CACHE_DIR
+    template: Literal["alpaca", "chat"] = "alpaca"
+    publish_paths: bool = True  # whether loopback clients may publish folders of the server's file system
+    preload: tuple[Path, ...] = ()  # adapter folders, or folders of them, published before the server is ready
+    worker: WorkerSettings = WorkerSettings()
+    retrieval: RetrievalSettings = RetrievalSettings()
+    ingress_scaling: ScalingSettings = ScalingSettings(max_ongoing_requests=10_000, target_ongoing_requests=500)
+    retriever_scaling: ScalingSettings = ScalingSettings(max_ongoing_requests=128, target_ongoing_requests=64)
+    store_scaling: ScalingSettings = ScalingSettings(max_ongoing_requests=64)
+    worker_scaling: ScalingSettings = ScalingSettings(num_cpus=1, max_ongoing_requests=2112, target_ongoing_requests=48)
+
+    @field_validator("store_uri")
+    @classmethod
+    def _absolute(cls, uri: str) -> str:
+        """Replicas run in folders of their own, so a relative path is resolved where the application is built."""
+        return uri if "://" in uri else str(Path(uri).expanduser().resolve())
+
+    @field_validator("preload")
+    @classmethod
+    def _absolute_paths(cls, paths: tuple[Path, ...]) -> tuple[Path, ...]:
+        return tuple(path.expanduser().resolve() for path in paths)
+
+    @property
+    def served_base_name(self) -> str:
+        return self.base_model_name or self.base_model.rstrip("/").rpartition("/")[2]
+
+    @property
+    def accepted_bases(self) -> frozenset[str]:
+        """Every `base_model_name_or_path` an adapter may carry."""
+        return frozenset({self.base_model, self.served_base_name, *self.accepts_base})
+
+    def worker_config(self) -> WorkerConfig:
+        settings = self.worker.model_dump(exclude={"stream_interval_ms"})
+        settings["num_threads"] = settings["num_threads"] or os.cpu_count()
+        return WorkerConfig(base_model=self.base_model, cache_dir=self.cache_dir, **settings)
+
+
+def load_config(path: Path | None, **changes: Any) -> AppConfig:
+    """The YAML file's settings with `changes` over them. Raises: pydantic.ValidationError, naming the key."""
+    settings = yaml.safe_load(path.read_text()) if path is not None else {}
+    return AppConfig.model_validate((settings or {}) | changes)

@@ -1,0 +1,102 @@
+"""The one table from error class to HTTP status, and the error object of the OpenAI API."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import ValidationError
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from starlette.exceptions import HTTPException
+
+from deployments.errors import BodyTooLarge, ModelNotFound, NotReady, PublishingOff, RequestInvalid
+from gpu_worker import errors as worker_errors
+from lora_store import errors as store_errors
+from retriever_svc import errors as retriever_errors
+
+logger = logging.getLogger(__name__)
+
+_INVALID, _MISSING, _OVERLOADED, _SERVER = (
+    "invalid_request_error",
+    "not_found_error",
+    "overloaded_error",
+    "server_error",
+)
+# (error class, HTTP status, type, code); the first that fits is taken
+TABLE: tuple[tuple[type[Exception], int, str, str], ...] = (
+    (RequestInvalid, 400, _INVALID, "invalid_request"),
+    (ModelNotFound, 404, _MISSING, "model_not_found"),
+    (store_errors.AdapterNotFound, 404, _MISSING, "model_not_found"),
+    (PublishingOff, 403, "permission_error", "publishing_off"),
+    (BodyTooLarge, 413, _INVALID, "body_too_large"),
+    (NotReady, 503, _OVERLOADED, "not_ready"),
+    (store_errors.AdapterRefused, 400, _INVALID, "adapter_refused"),
+    (store_errors.PlanInvalid, 400, _INVALID, "plan_invalid"),
+    (store_errors.VersionConflict, 503, _OVERLOADED, "version_conflict"),
+    (store_errors.BlobCorrupted, 500, _SERVER, "blob_corrupted"),
+    (retriever_errors.RouteInvalid, 400, _INVALID, "invalid_request"),
+    (retriever_errors.NoAdapterMatched, 422, _INVALID, "no_adapter_matched"),
+    (retriever_errors.StaleIndex, 503, _OVERLOADED, "stale_index"),
+    (worker_errors.SamplingInvalid, 400, _INVALID, "invalid_request"),
+    (worker_errors.PromptInvalid, 400, _INVALID, "invalid_prompt"),
+    (worker_errors.PromptTooLong, 400, _INVALID, "context_length_exceeded"),
+    (worker_errors.PlanTooLarge, 400, _INVALID, "plan_too_large"),
+    (worker_errors.AdapterUnfit, 400, _INVALID, "adapter_unfit"),
+    (worker_errors.LogitsNotFinite, 422, _INVALID, "logits_not_finite"),
+    (worker_errors.AdapterLoadFailed, 503, _OVERLOADED, "adapter_load_failed"),
+    (worker_errors.EngineFull, 503, _OVERLOADED, "engine_full"),
+    (worker_errors.EngineStopped, 503, _OVERLOADED, "engine_stopped"),
+    (BackPressureError, 503, _OVERLOADED, "overloaded"),
+    (DeploymentUnavailableError, 503, _OVERLOADED, "unavailable"),
+    (RayActorError, 503, _OVERLOADED, "replica_died"),
+)
+
+
+def describe(error: Exception) -> tuple[int, dict[str, Any]]:
+    """(HTTP status, the API's error object). What no row names is a 500 that says nothing of its inside."""
+    cause = error.cause if isinstance(error, RayTaskError) and isinstance(error.cause, Exception) else error
+    for kind, status, type_, code in TABLE:
+        if isinstance(cause, kind):
+            return status, error_object(str(cause), type_, code, param=getattr(cause, "param", None))
+    logger.error("an unforeseen error", exc_info=error)
+    return 500, error_object("the server failed to answer this request", _SERVER, "internal_error")
+
+
+def error_object(message: str, type_: str, code: str, *, param: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": type_, "param": param, "code": code}}
+
+
+def error_response(error: Exception) -> JSONResponse:
+    status, body = describe(error)
+    return JSONResponse(body, status, headers={"Retry-After": "1"} if status == 503 else None)
+
+
+def validation_error(error: RequestValidationError | ValidationError) -> RequestInvalid:
+    """The first problem of a malformed request, by the path of its field."""
+    first = error.errors()[0]
+    param = ".".join(str(part) for part in first["loc"] if part != "body")
+    more = len(error.errors()) - 1
+    suffix = f" (and {more} more)" if more else ""
+    return RequestInvalid(f"{param}: {first['msg']}{suffix}" if param else f"{first['msg']}{suffix}", param or None)
+
+
+def install(app: FastAPI) -> None:
+    """Every error of every route leaves in the API's own shape."""
+
+    @app.exception_handler(RequestValidationError)
+    async def on_invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        return error_response(validation_error(error))
+
+    @app.exception_handler(HTTPException)
+    async def on_http(_: Request, error: HTTPException) -> JSONResponse:
+        type_ = _MISSING if error.status_code == 404 else _INVALID
+        body = error_object(str(error.detail), type_, "http_error")
+        return JSONResponse(body, error.status_code, headers=error.headers)
+
+    @app.exception_handler(Exception)
+    async def on_any(_: Request, error: Exception) -> JSONResponse:
+        return error_response(error)

@@ -1,0 +1,53 @@
+"""What comes in and goes out of the routes, apart from what they do."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fastapi import Request
+from pydantic import ValidationError
+
+from deployments import http_errors
+from deployments.answers import JsonObject
+from deployments.schemas import ChatCompletionRequest, CompletionRequest
+
+TextRequest = ChatCompletionRequest | CompletionRequest
+
+
+def parse(request: TextRequest | Mapping[str, Any]) -> TextRequest:
+    """Raises: RequestInvalid."""
+    if not isinstance(request, Mapping):
+        return request
+    kind = ChatCompletionRequest if "messages" in request else CompletionRequest
+    try:
+        return kind.model_validate(request)
+    except ValidationError as exc:
+        raise http_errors.validation_error(exc) from exc
+
+
+async def events(opening: JsonObject, chunks: AsyncIterator[JsonObject]) -> AsyncIterator[str]:
+    """The chunks as server-sent events; an error after the first token is the last event."""
+    yield f"data: {json.dumps(opening)}\n\n"
+    try:
+        async for chunk in chunks:
+            yield f"data: {json.dumps(chunk)}\n\n"
+    except Exception as exc:
+        _, body = http_errors.describe(exc)
+        yield f"data: {json.dumps(body)}\n\n"
+        return
+    yield "data: [DONE]\n\n"
+
+
+def adapter_folders(path: Path) -> list[Path]:
+    """`path` itself when it is an adapter, else the adapters in it, sorted."""
+    if (path / "adapter_config.json").exists():
+        return [path]
+    return sorted(config.parent for config in path.glob("*/adapter_config.json"))
+
+
+def is_loopback(http: Request) -> bool:
+    return http.client is not None and ipaddress.ip_address(http.client.host).is_loopback

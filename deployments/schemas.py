@@ -1,0 +1,146 @@
+"""HTTP request and response models, in the shape of the OpenAI API."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from gpu_worker.prompts import Message
+from gpu_worker.request import SamplingParams
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class AdapterChoice(_Request):
+    """An adapter the client names itself: `name`, `owner/name`, or with `@digest` one exact version."""
+
+    name: str = Field(min_length=1, max_length=256)
+    weight: float = Field(default=1.0, ge=-4, le=4)
+
+
+class LoraOptions(_Request):
+    """What a request may say about adapters; unset fields take the server's defaults."""
+
+    strategy: Literal["selection", "mixture", "fusion"] | None = None
+    k: int | None = Field(default=None, ge=1, le=16)
+    adapters: list[AdapterChoice] | None = Field(default=None, min_length=1, max_length=16)
+    weights: Literal["uniform", "softmax"] | None = None
+    min_score: float | None = Field(default=None, ge=-1, le=1)
+    fallback: Literal["base", "error"] | None = None
+    explain: bool = False
+
+
+class StreamOptions(_Request):
+    include_usage: bool = False
+
+
+class GenerationRequest(_Request):
+    """What chat and text completions have in common."""
+
+    model: str = Field(default="auto", min_length=1, max_length=256)
+    lora: LoraOptions = LoraOptions()
+    max_tokens: int | None = Field(default=None, ge=1)
+    min_tokens: int = Field(default=0, ge=0)
+    temperature: float = Field(default=1.0, ge=0, le=2)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=-1)
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = Field(default=None, max_length=64)
+    ignore_eos: bool = False
+    n: Literal[1] = 1
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def sampling(self) -> SamplingParams:
+        """Raises: SamplingInvalid."""
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return SamplingParams(
+            max_tokens=self.token_limit,
+            min_tokens=self.min_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=max(self.top_k, 0),  # vLLM's clients say -1 for all ids
+            seed=self.seed,
+            stop=tuple(stops),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=self.ignore_eos,
+        )
+
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_tokens
+
+
+class TextPart(_Request):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Request):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    def message(self) -> Message:
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return Message("system" if self.role == "developer" else self.role, text)
+
+
+class ChatCompletionRequest(GenerationRequest):
+    """`POST /v1/chat/completions`"""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1024)]
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def prompt_for_worker(self) -> tuple[Message, ...]:
+        return tuple(message.message() for message in self.messages)
+
+    @property
+    def retrieval_text(self) -> str:
+        """The last user message: what adapters are found by."""
+        turns = self.prompt_for_worker
+        return next((turn.content for turn in reversed(turns) if turn.role == "user"), turns[-1].content)
+
+
+class CompletionRequest(GenerationRequest):
+    """`POST /v1/completions`"""
+
+    prompt: str = Field(min_length=1)
+
+    @property
+    def prompt_for_worker(self) -> str:
+        return self.prompt
+
+    @property
+    def retrieval_text(self) -> str:
+        return self.prompt
+
+
+class RouteQuery(_Request):
+    """`POST /v1/route`: which adapters would answer these prompts. Nothing is generated."""
+
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=256)]
+    lora: LoraOptions = LoraOptions()
+
+
+class PublishRequest(_Request):
+    """`POST /v1/loras`: publish a PEFT folder of the server's own file system."""
+
+    path: str = Field(min_length=1, max_length=4096)
+    name: str | None = Field(default=None, max_length=64)
+    tags: list[str] = Field(default=[], max_length=32)
+    template: Literal["alpaca", "chat"] | None = None

@@ -1,0 +1,107 @@
+"""Runs the application on this machine: a local Ray, Serve, and the way to stop both."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+import ray
+from ray import serve
+from ray.serve.config import HTTPOptions
+
+from deployments.app import build_app
+from deployments.config import AppConfig
+from gpu_worker.packaged_model import PACKAGED_MODEL, packaged_folder
+
+APP_NAME = "loraretriever"
+_POLL_S = 0.25
+
+
+class ServerFailed(Exception):
+    """The application did not become ready."""
+
+
+class Server:
+    """A context: leaving it stops everything it started."""
+
+    def __init__(self, config: AppConfig, *, host: str = "127.0.0.1", port: int = 8000) -> None:
+        self._config, self._host = config, host
+        self._port = port or free_port(host)
+
+    @property
+    def url(self) -> str:
+        return f"http://{self._host}:{self._port}"
+
+    def prepare(self, report: Callable[[str], None]) -> None:
+        """Have the packaged base model converted before any replica asks for it."""
+        if self._config.base_model == PACKAGED_MODEL:
+            report("checking the base model (converted once, about a minute)")
+            packaged_folder(self._config.cache_dir)
+        report("starting Ray and the deployments")
+
+    def start(self) -> str:
+        """Start Ray and the application; the URL it answers at. `/ready` tells when it does."""
+        check_free(self._host, self._port)
+        # Placement counts logical CPUs; two real cores hold all four deployments.
+        ray.init(num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, log_to_driver=False)
+        serve.start(http_options=HTTPOptions(host=self._host, port=self._port))
+        serve.run(build_app(self._config), name=APP_NAME, route_prefix="/", logging_config={"enable_access_log": False})
+        return self.url
+
+    def wait_ready(self, *, timeout_s: float) -> dict[str, Any]:
+        """What `/ready` says once it says 200. Raises: ServerFailed after `timeout_s`, with what it said last."""
+        deadline = time.monotonic() + timeout_s
+        last = "no answer"
+        while time.monotonic() < deadline:
+            try:
+                response = httpx.get(f"{self.url}/ready", timeout=30)
+            except httpx.TransportError as exc:
+                last = str(exc)
+            else:
+                if response.status_code == 200:
+                    answer: dict[str, Any] = response.json()
+                    return answer
+                last = response.text
+            time.sleep(_POLL_S)
+        raise ServerFailed(f"not ready after {timeout_s:.0f} s: {last}")
+
+    def wait_for_interrupt(self) -> None:
+        """Return at SIGINT or SIGTERM."""
+        stop = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
+        stop.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if ray.is_initialized():
+            serve.shutdown()
+            ray.shutdown()
+
+
+def free_port(host: str) -> int:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def check_free(host: str, port: int) -> None:
+    """Raises: ServerFailed when another program listens there, before anything is started."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as exc:
+            raise ServerFailed(f"cannot listen on {host}:{port}: {exc.strerror}") from exc
