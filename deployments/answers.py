@@ -99,7 +99,7 @@ def _card(name: str, parent: str | None, created: int, root: str | None = None) 
 
 
 def lora_object(record: AdapterRecord) -> JsonObject:
-    """One adapter of the pool. The embedding stays inside."""
+    """One adapter of the pool."""
     return {
         "name": record.ref.name,
         "tenant": record.ref.tenant,
@@ -112,7 +112,7 @@ def lora_object(record: AdapterRecord) -> JsonObject:
         "num_bytes": record.num_bytes,
         "num_samples": record.num_samples,
         "template": record.template,
-        "found_by_auto": record.embedding is not None,
+        "found_by_auto": record.encoder is not None,
         "probe_shift": record.probe_shift,
         "source": record.source,
         "created_at": record.created_at.isoformat(),

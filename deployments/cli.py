@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deployments.config import AppConfig, load_config
-from deployments.server import Server
+from deployments.server import Server, ServerFailed
 from lora_store import AdapterRefused, check_folder
 from lora_store.admission import Label
 
@@ -38,15 +38,25 @@ def serve(
 ) -> None:
     """Start the whole application on this machine and serve until interrupted."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # waiting for /ready is no news
     settings = _settings(config, preload or [])
+    try:
+        _serve(settings, host, port)
+    except ServerFailed as exc:
+        _fail(str(exc))
+
+
+def _serve(settings: AppConfig, host: str, port: int) -> None:
     started = time.monotonic()
     with Server(settings, host=host, port=port) as server, out.status("starting") as status:
-        server.prepare(lambda what: status.update(what))
+        server.prepare(status.update)
         url = server.start()
         status.update("publishing the preloaded adapters")
         ready = server.wait_ready(timeout_s=_READY_TIMEOUT_S)
         status.stop()
         out.print(f"ready after {time.monotonic() - started:.0f} s at {url} with {ready['num_adapters']} adapters")
+        for path, reason in ready["refused"].items():
+            err.print(f"not published: {path}: {reason}", style="red", markup=False)
         if host in ("127.0.0.1", "localhost", "::1"):
             out.print("loopback only, no keys: whoever is on this machine may ask and publish")
         server.wait_for_interrupt()

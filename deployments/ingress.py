@@ -94,8 +94,9 @@ class Ingress:
         finally:
             response.cancel()
 
-    async def _publish_preload(self) -> None:
-        """Publish what the configured folders hold and the catalogue lacks."""
+    async def _publish_preload(self) -> dict[str, str]:
+        """Publish what the configured folders hold and the catalogue lacks; what was refused, with the reason."""
+        refused = {}
         folders = [folder for path in self._config.preload for folder in adapter_folders(path)]
         for start in range(0, len(folders), _PRELOAD_BATCH):
             uploads = [FolderUpload(folder) for folder in folders[start : start + _PRELOAD_BATCH]]
@@ -103,6 +104,9 @@ class Ingress:
             for upload, outcome in zip(uploads, outcomes, strict=True):
                 if isinstance(outcome, Exception):
                     logger.error("%s was not published: %s", upload.path, outcome)
+                    _, body = http_errors.describe(outcome)
+                    refused[str(upload.path)] = body["error"]["message"]
+        return refused
 
     @app.post("/v1/chat/completions", response_model=None)
     async def chat_completions(self, body: ChatCompletionRequest) -> Response:
@@ -166,7 +170,7 @@ class Ingress:
         """Retriever and Worker answer, and the preload is published. 503 until then."""
         if not self._preload.done():
             raise NotReady("the server is still starting")
-        self._preload.result()
+        refused = self._preload.result()
         await self._worker.module_shapes.remote()
         generation, records = await self._retriever.records.remote(LOCAL_TENANT)
-        return {"status": "ready", "generation": generation, "num_adapters": len(records)}
+        return {"status": "ready", "generation": generation, "num_adapters": len(records), "refused": refused}

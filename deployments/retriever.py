@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ray import serve
 
@@ -57,9 +57,9 @@ class RetrieverDeployment:
         return self._retriever.plan_named(tenant, choices, strategy)
 
     async def records(self, tenant: str) -> tuple[int, list[AdapterRecord]]:
-        """(generation, every adapter the tenant may use, sorted)."""
+        """(generation, every adapter the tenant may use, sorted); embeddings stay here."""
         snapshot: Snapshot = self._retriever.snapshot
-        return snapshot.generation, snapshot.visible_to(tenant)
+        return snapshot.generation, [replace(record, embedding=None) for record in snapshot.visible_to(tenant)]
 
     async def embed(self, groups: Sequence[Sequence[Sample]]) -> tuple[str, list[Embedded | None]]:
         """(encoder identity, one embedding per group of samples); None for a group without samples."""

@@ -1,1 +1,64 @@
 """The adapter store: identities, plans, PEFT files, admission, the durable catalogue and its blobs."""
+
+from lora_store.adapter import LOCAL_TENANT, AdapterRef, AdapterWeights, ModuleWeights, Sample, is_valid_name
+from lora_store.admission import TEMPLATES, Admitted, Label, check_folder
+from lora_store.blobs import BlobStore
+from lora_store.bounded_files import Limits
+from lora_store.catalogue import Catalogue, Event, Snapshot
+from lora_store.errors import (
+    AdapterNotFound,
+    AdapterRefused,
+    BlobCorrupted,
+    FileRefused,
+    LoraStoreError,
+    PlanInvalid,
+    VersionConflict,
+)
+from lora_store.peft_config import PeftConfig
+from lora_store.peft_files import PeftFolder, read_peft_folder, write_peft_folder
+from lora_store.plan import BASE_PLAN, MAX_PLAN_ADAPTERS, STRATEGIES, Plan, PlannedAdapter, Strategy
+from lora_store.records import AdapterRecord, Visibility
+from lora_store.store import LoraStore, Staged
+from lora_store.weights_blob import decode_weights, digest_of, encode_weights
+
+__all__ = [
+    "BASE_PLAN",
+    "LOCAL_TENANT",
+    "MAX_PLAN_ADAPTERS",
+    "STRATEGIES",
+    "TEMPLATES",
+    "AdapterNotFound",
+    "AdapterRecord",
+    "AdapterRef",
+    "AdapterRefused",
+    "AdapterWeights",
+    "Admitted",
+    "BlobCorrupted",
+    "BlobStore",
+    "Catalogue",
+    "Event",
+    "FileRefused",
+    "Label",
+    "Limits",
+    "LoraStore",
+    "LoraStoreError",
+    "ModuleWeights",
+    "PeftConfig",
+    "PeftFolder",
+    "Plan",
+    "PlanInvalid",
+    "PlannedAdapter",
+    "Sample",
+    "Snapshot",
+    "Staged",
+    "Strategy",
+    "VersionConflict",
+    "Visibility",
+    "check_folder",
+    "decode_weights",
+    "digest_of",
+    "encode_weights",
+    "is_valid_name",
+    "read_peft_folder",
+    "write_peft_folder",
+]

@@ -3,6 +3,7 @@
 LoraStoreError
 ├── AdapterRefused      the folder is not an adapter this server takes; `reasons` lists every problem found
 ├── AdapterNotFound     no live adapter has that name, or no blob has that digest
+├── FileRefused         one file of a folder cannot be read safely, or is not what its name says
 ├── BlobCorrupted       stored bytes no longer match their digest
 ├── PlanInvalid         a plan breaks a rule (weights, size, strategy)
 └── VersionConflict     another writer committed first, again and again
@@ -27,6 +28,18 @@ class AdapterRefused(LoraStoreError):
 
     def __str__(self) -> str:
         return f"adapter {self.name!r} refused: " + "; ".join(self.reasons)
+
+
+class FileRefused(LoraStoreError):
+    """One file of a folder cannot be used. Mend every problem of that file."""
+
+    def __init__(self, file: str, problems: Sequence[str]) -> None:
+        super().__init__(file, tuple(problems))
+        self.file = file
+        self.problems = tuple(problems)
+
+    def __str__(self) -> str:
+        return "; ".join(f"{self.file}: {problem}" for problem in self.problems)
 
 
 class AdapterNotFound(LoraStoreError):

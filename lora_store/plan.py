@@ -17,7 +17,7 @@ MAX_ABS_WEIGHT = 4.0
 
 @dataclass(frozen=True, slots=True)
 class PlannedAdapter:
-    """One row of a plan. `weights_digest` is the key of bank entries and caches; `score` is None where a client chose."""
+    """One row of a plan. `weights_digest` keys bank entries and caches; `score` is None where a client chose."""
 
     ref: AdapterRef
     weights_digest: str
@@ -27,7 +27,7 @@ class PlannedAdapter:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Data that fully determines a composition: pinned versions, weights used as given, the generation it was made from."""
+    """Data that fully determines a composition: pinned versions, weights used as given, the generation it is of."""
 
     strategy: Strategy
     adapters: tuple[PlannedAdapter, ...] = ()

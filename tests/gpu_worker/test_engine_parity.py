@@ -16,19 +16,11 @@ from gpu_worker.engine import Engine
 from gpu_worker.kv_cache import KvCache
 from gpu_worker.lora_linear import LoraBank, LoraLinear
 from gpu_worker.mapping import StepContext, token_mapping
-from gpu_worker.request import Delta, Job, SamplingParams
 from gpu_worker.residency import Residency
 from lora_store.adapter import AdapterWeights, ModuleWeights
 from lora_store.plan import BASE_PLAN, Plan
-from tests.tiny import (
-    FAMILIES,
-    InlineExecutor,
-    assert_equal_logits,
-    linear_shapes,
-    plan_of,
-    random_adapter,
-    tiny_config,
-)
+from tests.gpu_worker.driving import greedy, run_together
+from tests.tiny import FAMILIES, assert_equal_logits, linear_shapes, plan_of, random_adapter
 
 PROMPTS = ["a", "the quick brown fox", "0123456789" * 6, "x y", "lorem ipsum dolor sit amet " * 3]
 
@@ -53,7 +45,7 @@ def merged_delta(plan: Plan, adapters: Mapping[str, AdapterWeights], name: str, 
 def reference(
     folder: Path, prompt: str, plan: Plan, adapters: Mapping[str, AdapterWeights], num_new: int
 ) -> tuple[Tensor, list[int]]:
-    """Logits after the prompt and the greedy continuation: transformers in float64, weights merged, one prompt alone."""
+    """Logits after the prompt and the greedy continuation: transformers in float64, weights merged, alone."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with torch.inference_mode():
@@ -69,43 +61,6 @@ def reference(
             new.append(int(logits.argmax()))
     assert first is not None
     return first.float(), new
-
-
-def run_together(engine: Engine, jobs: Sequence[Job]) -> list[tuple[Tensor, list[int]]]:
-    """All jobs in one batch: each one's logits after the prompt, and its new tokens."""
-    rows = []
-    for job in jobs:
-        events: list[Delta | Exception] = []
-        row = engine.prepare(job, events.append, keep_logits=True)
-        engine.submit(row)
-        rows.append((row, events))
-    engine.run_until_idle()
-    answers = []
-    for row, events in rows:
-        assert isinstance(events[-1], Delta), events[-1]
-        assert row.first_logits is not None
-        answers.append((row.first_logits, row.tokens[row.num_prompt_tokens :]))
-    return answers
-
-
-def greedy(prompt: str, plan: Plan, index: int, num_new: int = 8) -> Job:
-    return Job(str(index), prompt, plan, SamplingParams(max_tokens=num_new, temperature=0, ignore_eos=True))
-
-
-@pytest.fixture
-def make_engine(tiny_folders: Mapping[str, Path], tiny_base: Callable[..., BaseModel]) -> Callable[..., Engine]:
-    """An engine over a tiny model that loads the given adapters; free bank rows hold NaN."""
-
-    def make(adapters: Mapping[str, AdapterWeights], family: str = "gemma3", **changes: object) -> Engine:
-        return Engine(
-            tiny_config(tiny_folders[family], **changes),
-            adapters.__getitem__,
-            base=tiny_base(family),
-            executor=InlineExecutor(),
-            free_fill=float("nan"),
-        )
-
-    return make
 
 
 def mixed_pool(shapes: Mapping[str, tuple[int, int]]) -> list[AdapterWeights]:
@@ -146,12 +101,12 @@ def test_a_batch_of_all_kinds_equals_each_row_alone(
     jobs = [greedy(PROMPTS[i % len(PROMPTS)], plan, i) for i, plan in enumerate(plans)]
     answers = run_together(make_engine(adapters, family), jobs)
     texts = set()
-    for job, (logits, tokens) in zip(jobs, answers, strict=True):
+    for job, answer in zip(jobs, answers, strict=True):
         assert isinstance(job.prompt, str)
         expected_logits, expected_tokens = reference(tiny_folders[family], job.prompt, job.plan, adapters, 8)
-        assert_equal_logits(logits, expected_logits)
-        assert tokens == expected_tokens
-        texts.add(tuple(tokens))
+        assert_equal_logits(answer.first_logits, expected_logits)
+        assert answer.tokens == expected_tokens
+        texts.add(tuple(answer.tokens))
     assert len(texts) > len(plans) // 2, "the plans should lead to different answers"
 
 
@@ -165,10 +120,10 @@ def test_one_adapter_with_weight_one_is_the_same_under_every_strategy(
         plan_of("fusion", (weights, 1.0)),
     ]
     engine = make_engine({weights.weights_digest: weights})
-    (selection, tokens), *others = run_together(engine, [greedy("same prompt", p, i) for i, p in enumerate(plans)])
-    for logits, other_tokens in others:
-        assert_equal_logits(logits, selection)
-        assert other_tokens == tokens
+    selection, *others = run_together(engine, [greedy("same prompt", p, i) for i, p in enumerate(plans)])
+    for other in others:
+        assert_equal_logits(other.first_logits, selection.first_logits)
+        assert other.tokens == selection.tokens
 
 
 def test_long_rows_decode_equally_across_windows_and_length_groups(
@@ -180,10 +135,10 @@ def test_long_rows_decode_equally_across_windows_and_length_groups(
     prompts = ["z" * 3, "ab" * 30, "abc" * 40]  # below, across and above the 64-token group; beyond the 12-token window
     jobs = [greedy(prompt, plan, i, num_new=20) for i, prompt in enumerate(prompts)]
     engine = make_engine(adapters, max_step_tokens=32)  # prompts arrive in chunks
-    for prompt, (logits, tokens) in zip(prompts, run_together(engine, jobs), strict=True):
+    for prompt, answer in zip(prompts, run_together(engine, jobs), strict=True):
         expected_logits, expected_tokens = reference(tiny_folders["gemma3"], prompt, plan, adapters, 20)
-        assert_equal_logits(logits, expected_logits)
-        assert tokens == expected_tokens
+        assert_equal_logits(answer.first_logits, expected_logits)
+        assert answer.tokens == expected_tokens
 
 
 NO_CACHE = KvCache(num_layers=0, num_rows=0, num_heads=1, max_len=1, head_dim=1, dtype=torch.float32)

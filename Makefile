@@ -1,0 +1,36 @@
+# Every target does its own set-up: a virtual environment with pinned packages, and the base model in the cache folder.
+.DEFAULT_GOAL := help
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help setup serve demo test check lint types
+
+help: ## show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --progress-bar off -c constraints.txt -e '.[local,test]'
+	touch $(READY)
+
+setup: $(READY) ## install everything into .venv
+
+serve: $(READY) ## start the server with the starter pool on http://127.0.0.1:8000
+	$(BIN)/loraretriever serve --preload examples/starter_pool $(ARGS)
+
+demo: $(READY) ## answer the starter pool's held-out prompts with every strategy, print the table, stop
+	$(BIN)/python -m examples.demo $(ARGS)
+
+test: $(READY) ## run every test
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+check: lint types test ## what CI runs: lint, types, tests

@@ -1,0 +1,139 @@
+"""Reads a stranger's files: never through a link, never more bytes than a bound, and JSON without surprises."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from lora_store.errors import FileRefused
+
+ALLOWED_DTYPES = ("F32", "F16", "BF16")
+_PREFIX_BYTES = 8  # a safetensors file starts with the length of its header, a little-endian u64
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much of a folder is read at most, and the ranks a worker can hold."""
+
+    max_files: int = 1000
+    max_config_bytes: int = 1 << 20
+    max_weights_bytes: int = 1 << 29
+    max_header_bytes: int = 1 << 22
+    max_tensors: int = 20_000
+    max_samples: int = 200
+    max_sample_bytes: int = 8192
+    max_rank: int = 256
+    max_patterns: int = 1024
+    max_reasons: int = 50
+
+    @property
+    def max_samples_bytes(self) -> int:
+        return self.max_samples * (self.max_sample_bytes + 2)  # + 2: the line's end
+
+
+def read_bytes(path: Path, max_bytes: int) -> bytes:
+    """The whole file. Raises: FileRefused when it is missing, a link, no regular file, or larger than `max_bytes`."""
+    with _open_regular(path, max_bytes) as file:
+        return file.read(max_bytes)
+
+
+def parse_json_object(data: bytes | str) -> dict[str, Any]:
+    """A JSON object. Raises: ValueError when it is not one, nests too deep, or names a key twice."""
+    try:
+        value = json.loads(data, object_pairs_hook=_unique_pairs)
+    except RecursionError as exc:
+        raise ValueError("nests too deep") from exc
+    if not isinstance(value, dict):
+        raise ValueError(f"must be a JSON object, got {type(value).__name__}")
+    return value
+
+
+def read_json(path: Path, max_bytes: int) -> dict[str, Any]:
+    """The file's JSON object. Raises: FileRefused."""
+    try:
+        return parse_json_object(read_bytes(path, max_bytes))
+    except ValueError as exc:
+        raise FileRefused(path.name, [f"is not valid JSON: {exc}"]) from exc
+
+
+def read_tensors(path: Path, limits: Limits) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file by its key, after the header was bounded and checked by itself.
+
+    Raises: FileRefused, with every tensor whose dtype is not allowed.
+    """
+    with _open_regular(path, limits.max_weights_bytes) as file:
+        prefix = file.read(_PREFIX_BYTES)
+        header_len = int.from_bytes(prefix, "little")
+        if len(prefix) < _PREFIX_BYTES or header_len > limits.max_header_bytes:
+            raise FileRefused(path.name, [f"claims a header of {header_len} bytes, at most {limits.max_header_bytes}"])
+        header = file.read(header_len)
+        problems = _header_problems(header, limits)
+        if problems:
+            raise FileRefused(path.name, problems)
+        data = prefix + header + file.read(limits.max_weights_bytes)
+    try:
+        tensors: dict[str, Tensor] = load(data)
+        return tensors
+    except SafetensorError as exc:
+        raise FileRefused(path.name, [f"is not a valid safetensors file: {exc}"]) from exc
+
+
+def _header_problems(header: bytes, limits: Limits) -> list[str]:
+    try:
+        entries = parse_json_object(header)
+    except ValueError as exc:
+        return [f"has a broken header: {exc}"]
+    entries.pop("__metadata__", None)
+    if len(entries) > limits.max_tensors:
+        return [f"holds {len(entries)} tensors, at most {limits.max_tensors}"]
+    dtypes = {key: entry["dtype"] if _has_text(entry, "dtype") else "none" for key, entry in entries.items()}
+    return [
+        f"tensor {key[:200]!r} has dtype {dtype[:20]}, must be one of {', '.join(ALLOWED_DTYPES)}"
+        for key, dtype in dtypes.items()
+        if dtype not in ALLOWED_DTYPES
+    ]
+
+
+def _has_text(entry: object, key: str) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get(key), str)
+
+
+@contextmanager
+def _open_regular(path: Path, max_bytes: int) -> Iterator[BinaryIO]:
+    try:
+        # Non-blocking, so that a named pipe is refused below and not waited for.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError as exc:
+        raise FileRefused(path.name, ["is missing"]) from exc
+    except OSError as exc:
+        problem = "is a symbolic link" if path.is_symlink() else f"cannot be read: {exc.strerror}"
+        raise FileRefused(path.name, [problem]) from exc
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise FileRefused(path.name, ["is not a regular file"])
+        if status.st_size > max_bytes:
+            raise FileRefused(path.name, [f"has {status.st_size} bytes, at most {max_bytes}"])
+        with open(descriptor, "rb", closefd=False) as file:
+            yield file
+    finally:
+        os.close(descriptor)
+
+
+def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = [key[:100] for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+        raise ValueError(f"duplicate keys {twice[:3]}")
+    return found

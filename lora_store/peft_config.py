@@ -1,0 +1,145 @@
+"""PEFT's `adapter_config.json`: rank and scaling per module, and everything in it that is more than plain LoRA."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_store.bounded_files import Limits, read_json
+from lora_store.errors import FileRefused
+from lora_store.peft_patterns import PatternTable, pattern_problems
+
+CONFIG_FILE = "adapter_config.json"
+
+_DEFAULT_RANK = 8  # LoraConfig's own, for a config that leaves it out
+_DEFAULT_ALPHA = 8
+_MAX_ALPHA = 10**9
+
+# What a config may set beyond rank and scaling without changing what the adapter computes.
+_HARMLESS = frozenset(
+    {
+        *("task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "lora_dropout", "runtime_config"),
+        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
+        *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # how training began
+        *("megatron_config", "megatron_core", "qalora_group_size", "ensure_weight_tying"),  # act only with others
+    }
+)
+_READ = frozenset(
+    {
+        *("base_model_name_or_path", "peft_type", "bias", "init_lora_weights"),
+        *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
+    }
+)
+_VARIANTS = {
+    "use_dora": "DoRA",
+    "modules_to_save": "fully trained modules",
+    "lora_bias": "LoRA biases",
+    "trainable_token_indices": "trained tokens",
+    "target_parameters": "LoRA on bare parameters",
+    "layer_replication": "replicated layers",
+    "alora_invocation_tokens": "activated LoRA",
+    "use_qalora": "QALoRA",
+}
+# These start by rewriting the base model's weights, so the adapter alone is not what was trained.
+_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclass(frozen=True, slots=True)
+class PeftConfig:
+    """What an `adapter_config.json` says. `unsupported` names everything it asks beyond plain LoRA."""
+
+    base_model: str | None
+    rank: int
+    lora_alpha: float
+    use_rslora: bool
+    rank_pattern: PatternTable
+    alpha_pattern: PatternTable
+    unsupported: tuple[str, ...]
+
+    def rank_of(self, module: str) -> int:
+        return int(self.rank_pattern.get(module, self.rank))
+
+    def scaling_of(self, module: str, rank: int) -> float:
+        """lora_alpha / rank, or lora_alpha / sqrt(rank) for rsLoRA."""
+        alpha = self.alpha_pattern.get(module, self.lora_alpha)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def read_config(folder: Path, limits: Limits) -> PeftConfig:
+    """The parsed config. Raises: FileRefused, with every setting of a wrong type."""
+    raw = read_json(folder / CONFIG_FILE, limits.max_config_bytes)
+    tables = {key: raw.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
+    problems = _type_problems(raw) + _table_problems(tables, limits)
+    if problems:
+        raise FileRefused(CONFIG_FILE, problems)
+    return PeftConfig(
+        base_model=raw.get("base_model_name_or_path"),
+        rank=raw.get("r", _DEFAULT_RANK),
+        lora_alpha=raw.get("lora_alpha", _DEFAULT_ALPHA),
+        use_rslora=raw.get("use_rslora", False),
+        rank_pattern=PatternTable(tables["rank_pattern"]),
+        alpha_pattern=PatternTable(tables["alpha_pattern"]),
+        unsupported=tuple(_unsupported(raw)),
+    )
+
+
+def _type_problems(raw: Mapping[str, Any]) -> list[str]:
+    base_model, rank = raw.get("base_model_name_or_path"), raw.get("r", _DEFAULT_RANK)
+    alpha, rslora = raw.get("lora_alpha", _DEFAULT_ALPHA), raw.get("use_rslora", False)
+    checks = [
+        (base_model is None or isinstance(base_model, str), "base_model_name_or_path", "a string", base_model),
+        (_is_rank(rank), "r", "a whole number above 0", rank),
+        (_is_alpha(alpha), "lora_alpha", f"a number other than 0, at most {_MAX_ALPHA}", alpha),
+        (isinstance(rslora, bool), "use_rslora", "true or false", rslora),
+    ]
+    return [f"{key} must be {wanted}, got {_short(got)}" for good, key, wanted, got in checks if not good]
+
+
+def _table_problems(tables: Mapping[str, Any], limits: Limits) -> list[str]:
+    problems = []
+    for key, wanted, is_value in (
+        ("rank_pattern", "whole", _is_rank),
+        ("alpha_pattern", "bounded non-zero", _is_alpha),
+    ):
+        table = tables[key]
+        if not isinstance(table, dict):
+            problems.append(f"{key} must be an object, got {_short(table)}")
+            continue
+        problems += [f"{key} {problem}" for problem in pattern_problems(table, limits.max_patterns)]
+        bad = [pattern for pattern, value in table.items() if not is_value(value)]
+        problems += [f"{key} of {pattern[:100]!r} must be a {wanted} number" for pattern in bad]
+    return problems
+
+
+def _unsupported(raw: Mapping[str, Any]) -> list[str]:
+    found = []
+    if raw.get("peft_type") != "LORA":
+        found.append(f"peft_type must be 'LORA', got {_short(raw.get('peft_type'))}")
+    if raw.get("bias", "none") != "none":
+        found.append(f"bias must be 'none', got {_short(raw['bias'])}")
+    init = raw.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
+        found.append(
+            f"init_lora_weights {_short(init)} changes the base model: convert the adapter to plain LoRA first"
+        )
+    for key, value in raw.items():
+        if value and key in _VARIANTS:
+            found.append(f"{key} ({_VARIANTS[key]}) is not served")
+        elif value and key not in _HARMLESS | _READ:
+            found.append(f"setting {_short(key)} is not known, so it is not served")
+    return found
+
+
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_alpha(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < abs(value) <= _MAX_ALPHA
+
+
+def _short(value: object) -> str:
+    return repr(value)[:100] if isinstance(value, str | int | float | None) else f"a JSON {type(value).__name__}"

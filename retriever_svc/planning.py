@@ -1,0 +1,67 @@
+"""How matches, or the names a client chose, become a Plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from lora_store.catalogue import Snapshot
+from lora_store.errors import AdapterNotFound
+from lora_store.plan import Plan, PlannedAdapter, Strategy
+from lora_store.records import AdapterRecord
+from retriever_svc.index import Match
+from retriever_svc.route import RouteRequest, Weighting
+
+_MIN_DIGEST_CHARS = 8
+
+
+def routed_plan(request: RouteRequest, matches: Sequence[Match], generation: int, temperature: float) -> Plan:
+    """The plan of the best match (`selection`), or of all of them. `matches` come best first, at least one."""
+    planned = matches[:1] if request.strategy == "selection" else matches
+    weights = _weights([match.score for match in planned], request.weighting, temperature)
+    rows = tuple(
+        PlannedAdapter(match.record.ref, match.record.weights_digest, weight, match.score)
+        for match, weight in zip(planned, weights, strict=True)
+    )
+    return Plan(request.strategy, rows, generation, _common_template([match.record for match in planned]))
+
+
+def named_plan(snapshot: Snapshot, tenant: str, choices: Sequence[tuple[str, float]], strategy: Strategy) -> Plan:
+    """The plan of what `tenant` means by each name, weights as given.
+
+    Raises: AdapterNotFound: as `resolve_version`. PlanInvalid: no plan can hold these.
+    """
+    records = [resolve_version(snapshot, tenant, name) for name, _ in choices]
+    rows = tuple(
+        PlannedAdapter(record.ref, record.weights_digest, weight)
+        for record, (_, weight) in zip(records, choices, strict=True)
+    )
+    return Plan(strategy, rows, snapshot.generation, _common_template(records))
+
+
+def resolve_version(snapshot: Snapshot, tenant: str, wanted: str) -> AdapterRecord:
+    """The live version `tenant` means by `name` or `owner/name`, which a `@digest` prefix must match.
+
+    Raises: AdapterNotFound: nothing live, nothing this tenant may see, or another version by now.
+    """
+    name, at, digest = wanted.partition("@")
+    try:
+        record = snapshot.resolve(tenant, name)
+    except AdapterNotFound as exc:
+        raise AdapterNotFound(wanted) from exc
+    if at and not (len(digest) >= _MIN_DIGEST_CHARS and record.ref.digest.startswith(digest)):
+        raise AdapterNotFound(wanted)
+    return record
+
+
+def _weights(scores: Sequence[float], weighting: Weighting, temperature: float) -> list[float]:
+    """`uniform`: w_i = 1/n. `softmax`: w_i = exp(s_i / T) / Σ_j exp(s_j / T). Scores come best first."""
+    if weighting == "uniform":
+        return [1 / len(scores)] * len(scores)
+    parts = [math.exp((score - scores[0]) / temperature) for score in scores]
+    return [part / sum(parts) for part in parts]
+
+
+def _common_template(records: Sequence[AdapterRecord]) -> str | None:
+    templates = {record.template for record in records}
+    return templates.pop() if len(templates) == 1 else None

@@ -1,0 +1,63 @@
+"""What is asked of the Retriever and what it answers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from lora_store.adapter import LOCAL_TENANT, AdapterRef
+from lora_store.plan import MAX_PLAN_ADAPTERS, Plan
+from retriever_svc.errors import RouteInvalid
+
+RoutedStrategy = Literal["selection", "mixture", "fusion"]
+Weighting = Literal["uniform", "softmax"]
+Fallback = Literal["base", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class RouteRequest:
+    """One prompt to find adapters for. `min_score` None means the Retriever's own floor.
+
+    Raises: RouteInvalid: a value is out of its range.
+    """
+
+    text: str
+    tenant: str = LOCAL_TENANT
+    strategy: RoutedStrategy = "mixture"
+    top_k: int = 3
+    weighting: Weighting = "uniform"
+    min_score: float | None = None
+    fallback: Fallback = "base"
+
+    def __post_init__(self) -> None:
+        _check_choice("strategy", self.strategy, get_args(RoutedStrategy))
+        _check_choice("weighting", self.weighting, get_args(Weighting))
+        _check_choice("fallback", self.fallback, get_args(Fallback))
+        if not 1 <= self.top_k <= MAX_PLAN_ADAPTERS:
+            raise RouteInvalid(f"top_k must be within 1 and {MAX_PLAN_ADAPTERS}, got {self.top_k}")
+        if self.min_score is not None and not math.isfinite(self.min_score):
+            raise RouteInvalid(f"min_score must be finite, got {self.min_score}")
+
+
+def _check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise RouteInvalid(f"{field} must be one of {', '.join(choices)}, got {value!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An adapter that was considered, with its cosine to the prompt."""
+
+    ref: AdapterRef
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """The plan for one prompt and the candidates it was made from, best first. Abstained means a base plan."""
+
+    plan: Plan
+    candidates: tuple[Candidate, ...]
+    generation: int
+    abstained: bool

@@ -1,0 +1,275 @@
+"""The whole path over HTTP, driven by the real `openai` client."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import ray
+
+from tests.e2e.conftest import POOL, Heldout
+
+pytestmark = pytest.mark.e2e
+
+BASE = "gemma-3-270m"
+
+
+def chat(client: openai.OpenAI, prompt: str, *, model: str = "auto", **fields: Any) -> Any:
+    settings = {"temperature": 0, "max_tokens": 24, **fields}
+    return client.chat.completions.create(model=model, messages=[{"role": "user", "content": prompt}], **settings)
+
+
+def lora_of(answer: Any) -> dict[str, Any]:
+    lora: dict[str, Any] = answer.model_extra["lora"]
+    return lora
+
+
+def names_of(lora: dict[str, Any]) -> list[str]:
+    return [adapter["name"] for adapter in lora["adapters"]]
+
+
+def ask_together(url: str, prompts: list[tuple[str, dict[str, Any]]]) -> list[Any]:
+    """All at once, each with its own request fields."""
+
+    async def run() -> list[Any]:
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=300) as client:
+            return await asyncio.gather(
+                *[
+                    client.chat.completions.create(
+                        **{
+                            "model": "auto",
+                            "messages": [{"role": "user", "content": prompt}],
+                            "temperature": 0,
+                            "max_tokens": 16,
+                            **fields,
+                        }
+                    )
+                    for prompt, fields in prompts
+                ]
+            )
+
+    return asyncio.run(run())
+
+
+def test_prompts_of_all_tasks_at_once_find_their_adapters(url: str, heldout: list[Heldout]) -> None:
+    answers = ask_together(url, [(item.input, {"extra_body": {"lora": {"explain": True}}}) for item in heldout])
+    found = [item.task in names_of(lora_of(answer)) for item, answer in zip(heldout, answers, strict=True)]
+    assert sum(found) / len(found) >= 0.95
+    best = [lora_of(answer)["candidates"][0]["name"] for answer in answers]
+    assert sum(b == item.task for b, item in zip(best, heldout, strict=True)) / len(heldout) >= 0.9
+
+
+def test_adapters_answer_what_the_base_model_cannot(url: str, heldout: list[Heldout]) -> None:
+    def right(answers: list[Any]) -> int:
+        texts = [(answer.choices[0].message.content or "").strip().partition("\n")[0].strip() for answer in answers]
+        return sum(text.lower() == item.output.strip().lower() for text, item in zip(texts, heldout, strict=True))
+
+    own = ask_together(url, [(item.input, {"model": item.task}) for item in heldout])
+    base = ask_together(url, [(item.input, {"model": BASE}) for item in heldout])
+    assert right(own) >= right(base) + len(heldout) // 4
+
+
+def test_a_mixed_batch_says_what_each_request_says_alone(
+    url: str, client: openai.OpenAI, heldout: list[Heldout]
+) -> None:
+    kinds: list[dict[str, Any]] = [
+        {"model": BASE},
+        {"model": heldout[1].task},
+        {"extra_body": {"lora": {"strategy": "selection"}}},
+        {"extra_body": {"lora": {"strategy": "mixture", "k": 2}}},
+        {"extra_body": {"lora": {"strategy": "fusion", "weights": "softmax"}}},
+        {"extra_body": {"lora": {"adapters": [{"name": heldout[0].task, "weight": 0.5}, {"name": heldout[1].task}]}}},
+    ]
+    requests = [(heldout[i % len(heldout)].input, kinds[i % len(kinds)]) for i in range(18)]
+    together = ask_together(url, requests)
+    for (prompt, fields), answer in zip(requests, together, strict=True):
+        alone = chat(client, prompt, **{"max_tokens": 16, **fields})
+        assert alone.choices[0].message.content == answer.choices[0].message.content
+        assert lora_of(alone)["adapters"] == lora_of(answer)["adapters"]
+
+
+def test_a_stream_says_the_same_as_the_json_answer(client: openai.OpenAI, heldout: list[Heldout]) -> None:
+    prompt = heldout[0].input
+    whole = chat(client, prompt)
+    chunks = list(chat(client, prompt, stream=True, stream_options={"include_usage": True}))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[0].model_extra["lora"]["adapters"] == lora_of(whole)["adapters"]
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[-1].usage == whole.usage
+    reasons = [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices]
+    assert reasons[-1] == whole.choices[0].finish_reason
+    assert set(reasons[:-1]) == {None}
+
+
+def test_text_completions_continue_the_raw_prompt(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model=BASE, prompt="One, two, three, four,", temperature=0, max_tokens=4)
+    assert "five" in answer.choices[0].text
+    parts = client.completions.create(
+        model=BASE, prompt="One, two, three, four,", temperature=0, max_tokens=4, stream=True
+    )
+    assert "".join(part.choices[0].text for part in parts) == answer.choices[0].text
+
+
+def test_seeds_repeat_and_stops_cut(client: openai.OpenAI) -> None:
+    story = {"model": BASE, "prompt": "Once upon a time", "max_tokens": 12, "temperature": 1.0}
+    first = client.completions.create(**story, seed=7)
+    again = client.completions.create(**story, seed=7)
+    other = client.completions.create(**story, seed=8)
+    assert first.choices[0].text == again.choices[0].text != other.choices[0].text
+    counting = client.completions.create(
+        model=BASE, prompt="One, two, three, four,", temperature=0, max_tokens=30, stop=[" seven"]
+    )
+    assert counting.choices[0].finish_reason == "stop"
+    assert "six" in counting.choices[0].text
+    assert "seven" not in counting.choices[0].text
+
+
+def test_errors_come_in_the_clients_own_classes(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as missing:
+        chat(client, "hi", model="no-such-adapter")
+    assert missing.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError) as unknown:
+        chat(client, "hi", extra_body={"lora": {"strategey": "mixture"}})
+    assert unknown.value.param == "lora.strategey"
+    with pytest.raises(openai.BadRequestError) as long:
+        chat(client, "word " * 2000)
+    assert long.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError) as long_stream:
+        chat(client, "word " * 2000, stream=True)
+    assert long_stream.value.code == "context_length_exceeded"
+    with pytest.raises(openai.UnprocessableEntityError) as unmatched:
+        chat(client, "hi", extra_body={"lora": {"min_score": 1.0, "fallback": "error"}})
+    assert unmatched.value.code == "no_adapter_matched"
+
+
+def test_below_the_floor_the_base_model_answers(client: openai.OpenAI) -> None:
+    answer = chat(client, "hi", extra_body={"lora": {"min_score": 1.0}})
+    assert lora_of(answer)["abstained"] is True
+    assert lora_of(answer)["strategy"] == "base"
+
+
+def test_models_and_loras_list_the_pool(url: str, client: openai.OpenAI) -> None:
+    names = {path.parent.name for path in POOL.glob("*/adapter_config.json")}
+    cards = {card.id: card for card in client.models.list()}
+    assert {"auto", BASE} | names <= set(cards)
+    assert cards[sorted(names)[0]].model_extra["parent"] == BASE
+    assert client.models.retrieve(BASE).id == BASE
+    loras = httpx.get(f"{url}/v1/loras").json()
+    assert names <= {lora["name"] for lora in loras["data"]}
+
+
+def test_route_shows_the_plan_without_generating(url: str, heldout: list[Heldout]) -> None:
+    prompts = [item.input for item in heldout[:3]]
+    plans = httpx.post(f"{url}/v1/route", json={"prompt": prompts, "lora": {"k": 2}}, timeout=60).json()["data"]
+    assert [len(plan["adapters"]) for plan in plans] == [2, 2, 2]
+    for plan in plans:
+        scores = [candidate["score"] for candidate in plan["candidates"]]
+        assert scores == sorted(scores, reverse=True)
+
+
+def copy_of_adapter(target: Path, samples: list[str]) -> Path:
+    """A starter adapter under a new name, found by other samples."""
+    source = sorted(path.parent for path in POOL.glob("*/adapter_config.json"))[0]
+    target.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (target / name).write_bytes((source / name).read_bytes())
+    lines = [json.dumps({"input": sample}) for sample in samples]
+    (target / "lora_samples.jsonl").write_text("\n".join(lines))
+    return target
+
+
+def test_a_published_adapter_answers_the_next_request(url: str, client: openai.OpenAI, tmp_path: Path) -> None:
+    folder = copy_of_adapter(tmp_path / "sea-shanties", [f"Sing me sea shanty number {i}, sailor." for i in range(20)])
+    created = httpx.post(f"{url}/v1/loras", json={"path": str(folder)}, timeout=120)
+    assert created.status_code == 201, created.text
+    assert created.json()["replicas"] == {"ready": 1, "behind": 0}
+    answer = chat(client, "Sing me sea shanty number 77, sailor.", extra_body={"lora": {"strategy": "selection"}})
+    assert names_of(lora_of(answer)) == ["sea-shanties"]
+    assert names_of(lora_of(chat(client, "anything", model="sea-shanties"))) == ["sea-shanties"]
+    again = httpx.post(f"{url}/v1/loras", json={"path": str(folder)}, timeout=120)
+    assert again.json()["digest"] == created.json()["digest"]
+
+
+def test_a_refused_adapter_says_why_and_hurts_nobody(url: str, client: openai.OpenAI, tmp_path: Path) -> None:
+    folder = copy_of_adapter(tmp_path / "broken", ["x"])
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True, "bias": "all"}))
+    refused = httpx.post(f"{url}/v1/loras", json={"path": str(folder)}, timeout=120)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["code"] == "adapter_refused"
+    assert "dora" in refused.json()["error"]["message"].lower()
+    assert "bias" in refused.json()["error"]["message"]
+    assert "broken" not in {lora["name"] for lora in httpx.get(f"{url}/v1/loras").json()["data"]}
+    assert chat(client, "still there?").choices[0].finish_reason in ("stop", "length")
+
+
+def test_clients_that_leave_free_their_rows(url: str, client: openai.OpenAI) -> None:
+    body = {
+        "model": BASE,
+        "messages": [{"role": "user", "content": "Tell a very long story."}],
+        "max_tokens": 900,
+        "ignore_eos": True,
+        "stream": True,
+    }
+
+    async def abandon(count: int) -> None:
+        async with httpx.AsyncClient(timeout=60) as http:
+
+            async def open_and_leave() -> None:
+                async with http.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
+                    await anext(response.aiter_lines())
+
+            await asyncio.gather(*[open_and_leave() for _ in range(count)])
+
+    # Three batches' worth of rows that would run for minutes if leaving did not cancel them.
+    for _ in range(3):
+        asyncio.run(abandon(16))
+    answer = client.with_options(timeout=30).completions.create(model=BASE, prompt="One, two,", max_tokens=2)
+    assert answer.usage.completion_tokens == 2
+
+
+HANDLE_SCRIPT = """
+import json, sys
+import ray
+from ray import serve
+
+ray.init(address=sys.argv[1], log_to_driver=False)
+handle = serve.get_app_handle("loraretriever")
+request = {"model": "gemma-3-270m", "prompt": "One, two, three, four,", "temperature": 0, "max_tokens": 4}
+whole = handle.generate.remote(request).result()
+chunks = list(handle.options(stream=True).stream.remote(request))
+print(json.dumps({"whole": whole["choices"][0]["text"], "parts": [c["choices"][0]["text"] for c in chunks]}))
+"""
+
+
+def test_another_ray_driver_calls_the_same_application(url: str, client: openai.OpenAI) -> None:
+    address = ray.get_runtime_context().gcs_address
+    run = subprocess.run(
+        [sys.executable, "-c", HANDLE_SCRIPT, address], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    said = json.loads(run.stdout.strip().splitlines()[-1])
+    over_http = client.completions.create(model=BASE, prompt="One, two, three, four,", temperature=0, max_tokens=4)
+    assert said["whole"] == "".join(said["parts"]) == over_http.choices[0].text
+
+
+@pytest.mark.parametrize(("command", "expected"), [("list", "generation"), ("route", "strategy"), ("ask", "mixture")])
+def test_the_command_line_talks_to_the_server(url: str, heldout: list[Heldout], command: str, expected: str) -> None:
+    words = [command] if command == "list" else [command, heldout[0].input]
+    run = subprocess.run(
+        [str(Path(sys.executable).with_name("loraretriever")), *words, "--url", url],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert expected in run.stdout + run.stderr

@@ -1,0 +1,128 @@
+"""Stands in for Ray Serve's handles, in this process and without a cluster."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call through a handle."""
+
+    name: str
+    args: tuple[Any, ...]
+
+
+@dataclass
+class FakeResponse:
+    """An awaitable or, of a streaming call, an async iterator over what the target's method gives."""
+
+    answer: Any
+    num_cancels: int = 0
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self._result().__await__()
+
+    async def _result(self) -> Any:
+        try:
+            return await self.answer
+        except Exception as exc:
+            raise as_ray_raises(exc) from exc
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        try:
+            async for item in self.answer:
+                yield item
+        except Exception as exc:
+            raise as_ray_raises(exc) from exc
+
+    def cancel(self) -> None:
+        self.num_cancels += 1
+
+
+@dataclass
+class FakeBroadcast:
+    """What each replica answers. A silent replica makes the whole broadcast time out, as in Ray 2.60."""
+
+    answers: Sequence[Any]
+    num_silent: int
+    timeouts_s: list[float | None]
+
+    async def results_async(self, *, timeout_s: float | None = None, return_exceptions: bool = False) -> list[Any]:
+        self.timeouts_s.append(timeout_s)
+        responses = [FakeResponse(answer) for answer in self.answers]
+        results = await asyncio.gather(*responses, return_exceptions=return_exceptions)
+        if self.num_silent:
+            assert timeout_s is not None, "this broadcast would never end"
+            raise TimeoutError("Timed out waiting for broadcast results.")
+        return results
+
+
+class FakeHandle:
+    """A DeploymentHandle over plain objects: `remote` asks the first replica, `broadcast` asks all."""
+
+    def __init__(self, *replicas: object, num_silent: int = 0) -> None:
+        self.calls: list[Call] = []
+        self.responses: list[FakeResponse] = []
+        self.timeouts_s: list[float | None] = []
+        self._replicas, self._num_silent = replicas, num_silent
+
+    def __getattr__(self, name: str) -> FakeMethod:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return FakeMethod(self, name)
+
+    def options(self, *, stream: bool = False) -> _Options:
+        return _Options(self, stream)
+
+    def call(self, name: str, args: tuple[Any, ...], *, stream: bool) -> FakeResponse:
+        self.calls.append(Call(name, args))
+        answer = getattr(self._replicas[0], name)(*args)
+        assert hasattr(answer, "__aiter__") == stream, f"{name} and stream={stream} do not go together"
+        self.responses.append(FakeResponse(answer))
+        return self.responses[-1]
+
+    def broadcast(self, name: str, *args: Any) -> FakeBroadcast:
+        self.calls.append(Call(name, args))
+        answers = [getattr(replica, name)(*args) for replica in self._replicas]
+        return FakeBroadcast(answers, self._num_silent, self.timeouts_s)
+
+    def called(self, name: str) -> list[tuple[Any, ...]]:
+        """The arguments of every call of `name`, in order."""
+        return [call.args for call in self.calls if call.name == name]
+
+
+@dataclass(frozen=True, slots=True)
+class FakeMethod:
+    """`handle.name`."""
+
+    handle: FakeHandle
+    name: str
+    stream: bool = field(default=False)
+
+    def remote(self, *args: Any) -> FakeResponse:
+        return self.handle.call(self.name, args, stream=self.stream)
+
+
+@dataclass(frozen=True)
+class _Options:
+    handle: FakeHandle
+    stream: bool
+
+    def __getattr__(self, name: str) -> FakeMethod:
+        return FakeMethod(self.handle, name, self.stream)
+
+
+def as_ray_raises(error: Exception) -> Exception:
+    """The exception a caller sees: what a replica raised comes as RayTaskError, what Ray raises as it is."""
+    if isinstance(error, RayError | RayServeException):
+        return error
+    text = f"Traceback (most recent call last):\n  a replica's inside\n{error!r}"
+    wrapped: Exception = RayTaskError("method", text, error, "replica", 1, "127.0.0.1").as_instanceof_cause()
+    return wrapped

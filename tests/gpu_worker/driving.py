@@ -1,0 +1,119 @@
+"""How tests hand jobs to an engine and look at what comes back."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from gpu_worker.engine import Engine
+from gpu_worker.request import Delta, Job, SamplingParams
+from gpu_worker.row import Row
+from lora_store.adapter import AdapterWeights
+from lora_store.plan import BASE_PLAN, Plan
+
+
+@dataclass
+class Answer:
+    """One submitted job and everything its sink was given."""
+
+    row: Row
+    events: list[Delta | Exception]
+
+    @property
+    def error(self) -> Exception | None:
+        last = self.events[-1] if self.events else None
+        return last if isinstance(last, Exception) else None
+
+    @property
+    def is_finished(self) -> bool:
+        return bool(self.events) and isinstance(self.events[-1], Delta) and self.events[-1].finish_reason is not None
+
+    @property
+    def text(self) -> str:
+        return "".join(event.text for event in self.events if isinstance(event, Delta))
+
+    @property
+    def tokens(self) -> list[int]:
+        """The new tokens of an answer that ended well."""
+        assert self.is_finished, self.events
+        return self.row.tokens[self.row.num_prompt_tokens :]
+
+    @property
+    def first_logits(self) -> Tensor:
+        assert self.row.first_logits is not None
+        return self.row.first_logits
+
+
+class HeldExecutor(Executor):
+    """Keeps what is submitted until `release`, in the order it came."""
+
+    def __init__(self) -> None:
+        self.held: list[Callable[[], object]] = []
+
+    def submit(self, fn: Callable[..., object], /, *args: object, **kwargs: object) -> Future:  # type: ignore[override]
+        self.held.append(lambda: fn(*args, **kwargs))
+        return Future()
+
+    def release(self) -> None:
+        held, self.held = self.held, []
+        for call in held:
+            call()
+
+
+class Gate:
+    """A forward hook that lets the engine take one step per permit."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.permits = threading.Semaphore(0)
+        self._hook = model.register_forward_pre_hook(lambda module, inputs: self._pass())
+        self._is_open = False
+
+    def open(self) -> None:
+        """Let every step through from now on."""
+        self._is_open = True
+        self.permits.release()
+
+    def _pass(self) -> None:
+        if not self._is_open:
+            self.permits.acquire()
+
+
+class BrokenSink(Exception):
+    """What the sink of a client that is gone raises."""
+
+
+def greedy(prompt: str, plan: Plan = BASE_PLAN, request_id: object = 0, num_new: int = 8) -> Job:
+    sampling = SamplingParams(max_tokens=num_new, temperature=0, ignore_eos=True)
+    return Job(str(request_id), prompt, plan, sampling)
+
+
+def ask(engine: Engine, job: Job) -> Answer:
+    """Submit the job; the answer fills up as the engine steps."""
+    events: list[Delta | Exception] = []
+    row = engine.prepare(job, events.append, keep_logits=True)
+    engine.submit(row)
+    return Answer(row, events)
+
+
+def run_together(engine: Engine, jobs: Sequence[Job]) -> list[Answer]:
+    """All jobs in one batch, to the end."""
+    answers = [ask(engine, job) for job in jobs]
+    engine.run_until_idle()
+    return answers
+
+
+def by_digest(*pool: AdapterWeights) -> Mapping[str, AdapterWeights]:
+    return {weights.weights_digest: weights for weights in pool}
+
+
+def assert_nothing_held(engine: Engine) -> None:
+    """Every KV row is free and clean, nothing is pinned, nobody waits or runs."""
+    assert not engine.has_work
+    assert engine.residency.num_pins == 0
+    assert engine.residency.active_rows == 0
+    assert engine.kv_cache.num_free == engine.config.max_batch_size
+    assert not any(cache.any() for cache in (*engine.kv_cache.keys, *engine.kv_cache.values))

@@ -1,0 +1,194 @@
+"""The bank's bookkeeping, over a row store that is a list."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from gpu_worker.errors import PlanTooLarge
+from gpu_worker.lora_linear import LoraBank
+from gpu_worker.residency import Residency
+from lora_store.adapter import AdapterWeights, ModuleWeights
+
+NUM_ROWS = 10
+RANKS = [1, 1, 2, 3, 3, 4, 5, 7, 10, 11]  # the last can never fit
+
+
+def adapter(digest: str, rank: int, *other_ranks: int) -> AdapterWeights:
+    """An adapter whose widest module has the largest of the ranks."""
+    modules = {
+        str(i): ModuleWeights(torch.zeros(r, 1), torch.zeros(1, r), 1.0) for i, r in enumerate((rank, *other_ranks))
+    }
+    return AdapterWeights(digest, modules)
+
+
+POOL = [adapter(f"d{i}", rank, 1) for i, rank in enumerate(RANKS)]
+
+
+class RowList:
+    """Rows as (digest, rank index), None where free."""
+
+    def __init__(self, num_rows: int = NUM_ROWS) -> None:
+        self.num_rows = num_rows
+        self.content: list[tuple[str, int] | None] = [None] * num_rows
+        self.active = 0
+
+    def write(self, rows: Sequence[int], weights: AdapterWeights) -> None:
+        assert all(self.content[row] is None for row in rows), "written over another adapter"
+        for index, row in enumerate(rows):
+            self.content[row] = (weights.weights_digest, index)
+
+    def swap(self, rows: Sequence[int], others: Sequence[int]) -> None:
+        assert len(set(rows) | set(others)) == 2 * len(rows) == 2 * len(others)
+        for row, other in zip(rows, others, strict=True):
+            self.content[row], self.content[other] = self.content[other], self.content[row]
+
+    def free(self, rows: Sequence[int]) -> None:
+        for row in rows:
+            self.content[row] = None
+
+    def set_active(self, num_rows: int) -> None:
+        self.active = num_rows
+
+
+class ResidencyMachine(RuleBasedStateMachine):
+    """Plans come and go; a plain list of pins and of last uses says what must hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bank = RowList()
+        self.residency = Residency(self.bank)
+        self.plans: list[list[AdapterWeights]] = []
+        self.last_used: list[str] = []  # resident digests, least recently used first
+
+    @rule(plan=st.lists(st.sampled_from(POOL), min_size=1, max_size=4, unique_by=lambda a: a.weights_digest))
+    def pin(self, plan: list[AdapterWeights]) -> None:
+        before = (self.bank.content[:], self.residency.active_rows, self.residency.num_pins)
+        ranks = {a.weights_digest: a.max_rank for a in (*self.pinned(), *plan)}
+        if sum(a.max_rank for a in plan) > NUM_ROWS:
+            with pytest.raises(PlanTooLarge, match=f"has {NUM_ROWS}"):
+                self.residency.try_pin(plan)
+            fits = False
+        else:
+            fits = self.residency.try_pin(plan)
+            assert fits == (sum(ranks.values()) <= NUM_ROWS), "pins when, and only when, pinned rows leave room"
+        if not fits:
+            assert before == (self.bank.content[:], self.residency.active_rows, self.residency.num_pins)
+            return
+        self.expect_evictions(plan)
+        self.plans.append(plan)
+
+    @precondition(lambda self: self.plans)
+    @rule(data=st.data())
+    def unpin(self, data: st.DataObject) -> None:
+        plan = self.plans.pop(data.draw(st.integers(0, len(self.plans) - 1)))
+        self.residency.unpin([a.weights_digest for a in plan])
+        still = {a.weights_digest for a in self.pinned()}
+        for a in plan:
+            if a.weights_digest not in still:
+                self.last_used.remove(a.weights_digest)
+                self.last_used.append(a.weights_digest)
+
+    def pinned(self) -> list[AdapterWeights]:
+        return [a for plan in self.plans for a in plan]
+
+    def expect_evictions(self, plan: list[AdapterWeights]) -> None:
+        """The least recently used went, no more of them than needed."""
+        rank_of = {a.weights_digest: a.max_rank for a in POOL}
+        wanted = [a.weights_digest for a in plan]
+        pinned = {a.weights_digest for a in self.pinned()}
+        missing = sum(rank_of[digest] for digest in wanted if digest not in self.last_used)
+        free = NUM_ROWS - sum(rank_of[digest] for digest in self.last_used)
+        for digest in [d for d in self.last_used if d not in pinned and d not in wanted]:
+            if free >= missing:
+                break
+            self.last_used.remove(digest)
+            free += rank_of[digest]
+        for digest in wanted:
+            if digest not in pinned:
+                if digest in self.last_used:
+                    self.last_used.remove(digest)
+                self.last_used.append(digest)
+
+    @invariant()
+    def resident_are_the_expected(self) -> None:
+        assert self.residency.resident == set(self.last_used)
+
+    @invariant()
+    def prefix_holds_exactly_the_pinned(self) -> None:
+        pinned = {a.weights_digest: a.max_rank for a in self.pinned()}
+        assert self.bank.active == self.residency.active_rows == sum(pinned.values())
+        prefix = self.bank.content[: self.bank.active]
+        assert {held[0] for held in prefix if held is not None} == set(pinned)
+        assert self.residency.rank_indices() == [held[1] for held in prefix if held is not None]
+
+    @invariant()
+    def rows_hold_their_own_content_in_rank_order(self) -> None:
+        rank_of = {a.weights_digest: a.max_rank for a in POOL}
+        for digest in self.residency.resident:
+            held = [self.bank.content[row] for row in self.residency.rows(digest)]
+            assert held == [(digest, index) for index in range(rank_of[digest])]
+
+    @invariant()
+    def nothing_leaks(self) -> None:
+        """Every row is a resident adapter's or cleared, and every pin is a plan's."""
+        held = sum(content is not None for content in self.bank.content)
+        assert held == sum(len(self.residency.rows(digest)) for digest in self.residency.resident)
+        assert self.residency.num_pins == len(self.pinned())
+
+
+TestResidency = ResidencyMachine.TestCase
+TestResidency.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def test_an_adapter_takes_the_rows_of_its_widest_module() -> None:
+    residency = Residency(RowList())
+    assert residency.try_pin([adapter("wide", 2, 5, 1)])
+    assert residency.active_rows == 5
+
+
+def test_a_plan_that_needs_pinned_rows_waits_until_they_are_unpinned() -> None:
+    residency = Residency(RowList(4))
+    first, second = adapter("first", 3), adapter("second", 2)
+    assert residency.try_pin([first])
+    assert not residency.try_pin([second])
+    residency.unpin(["first"])
+    assert residency.try_pin([second])
+    assert residency.resident == {"second"}
+
+
+def test_an_adapter_stays_active_until_its_last_pin_goes() -> None:
+    residency = Residency(RowList(4))
+    shared = adapter("shared", 3)
+    assert residency.try_pin([shared]) and residency.try_pin([shared])
+    residency.unpin(["shared"])
+    assert residency.active_rows == 3
+    residency.unpin(["shared"])
+    assert residency.active_rows == 0
+
+
+def test_rows_of_the_real_bank_move_with_their_adapter_and_are_cleared_when_it_goes() -> None:
+    bank = LoraBank({"m": torch.nn.Linear(3, 2)}, 5, free_fill=float("nan"))
+    residency = Residency(bank)
+    random = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    pool = [AdapterWeights(str(i), {"m": ModuleWeights(random(2, 3), random(2, 2), 0.5)}) for i in range(3)]
+    assert residency.try_pin(pool[:1]) and residency.try_pin(pool[1:2])
+    residency.unpin(["0"])  # moves behind the active prefix
+    module = bank.modules["m"]
+    torch.testing.assert_close(module.a, pool[1].modules["m"].lora_a)
+    torch.testing.assert_close(module.bt, pool[1].modules["m"].lora_b.T * 0.5)
+    assert residency.try_pin(pool[:1])  # comes back without being written again
+    torch.testing.assert_close(module.a[residency.rows("0")], pool[0].modules["m"].lora_a)
+    residency.unpin(["0", "1"])
+    assert residency.try_pin(pool[2:])
+    bank.set_active(bank.num_rows)
+    held = [row for digest in residency.resident for row in residency.rows(digest)]
+    free = sorted(set(range(bank.num_rows)).difference(held))
+    assert residency.resident == {"1", "2"}
+    assert len(free) == 1 and bool(module.a[free].isnan().all()) and bool(module.bt[free].isnan().all())

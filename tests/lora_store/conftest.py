@@ -1,0 +1,96 @@
+"""A valid PEFT folder, the shapes of the base it fits, and a store that takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_store import AdapterRecord, AdapterRef, LoraStore, ModuleWeights, Sample, write_peft_folder
+
+BASE = "tiny-base"
+SHAPES = {
+    "model.layers.0.self_attn.q_proj": (8, 6),
+    "model.layers.0.mlp.up_proj": (12, 6),
+    "model.layers.1.self_attn.q_proj": (8, 6),
+}
+
+
+@pytest.fixture
+def module_shapes() -> dict[str, tuple[int, int]]:
+    return dict(SHAPES)
+
+
+@pytest.fixture
+def make_weights() -> Callable[..., dict[str, ModuleWeights]]:
+    def make(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, ModuleWeights]:
+        random = torch.Generator().manual_seed(seed)
+        ranks = dict(zip(SHAPES, (4, 2, 4), strict=True))
+        return {
+            name: ModuleWeights(
+                torch.randn(ranks[name], num_in, generator=random).to(dtype),
+                torch.randn(num_out, ranks[name], generator=random).to(dtype),
+                8 / ranks[name],
+            )
+            for name, (num_out, num_in) in SHAPES.items()
+        }
+
+    return make
+
+
+@pytest.fixture
+def make_folder(tmp_path: Path, make_weights: Callable[..., dict[str, ModuleWeights]]) -> Callable[..., Path]:
+    def make(name: str = "poet", seed: int = 0, inputs: tuple[str, ...] = ("Write a poem.", "Rhyme this.")) -> Path:
+        folder = tmp_path / f"folders-{seed}" / name
+        samples = [Sample(text) for text in inputs]
+        write_peft_folder(folder, make_weights(seed), base_model=BASE, samples=samples)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def store_uri(tmp_path: Path) -> str:
+    return str(tmp_path / "store")
+
+
+@pytest.fixture
+def open_store(store_uri: str) -> Callable[[], LoraStore]:
+    def make() -> LoraStore:
+        noon = datetime(2026, 1, 2, 12, tzinfo=UTC)
+        return LoraStore(store_uri, accepts_base=[BASE], module_shapes=SHAPES, now=lambda: noon)
+
+    return make
+
+
+@pytest.fixture
+def make_record() -> Callable[..., AdapterRecord]:
+    plain = AdapterRecord(
+        ref=AdapterRef("local", "poet", "d" * 64),
+        weights_digest="a" * 64,
+        samples_digest=None,
+        visibility="public",
+        tags=("fun", "short"),
+        base_model=BASE,
+        ranks=(2, 4),
+        target_modules=("q_proj",),
+        num_bytes=100,
+        num_samples=0,
+        template="chat",
+        embedding=(0.5, -0.25),
+        encoder="enc",
+        probe_shift=0.125,
+        source="poet",
+        actor="tester",
+        created_at=datetime(2026, 1, 2, 12, tzinfo=UTC),
+        generation=0,
+    )
+
+    def make(name: str = "poet", tenant: str = "local", digest: str = "d" * 64, **changes: object) -> AdapterRecord:
+        return replace(plain, ref=AdapterRef(tenant, name, digest), **changes)
+
+    return make

@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.other import get_pattern_key
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+
+from lora_store import AdapterRefused, ModuleWeights, Sample, encode_weights, read_peft_folder, write_peft_folder
+from lora_store.peft_patterns import PatternTable, pattern_problems
+
+TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
+
+
+def _llama():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+        )
+    )
+
+
+def _gemma():
+    torch.manual_seed(0)
+    return Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            layer_types=["sliding_attention", "full_attention"],
+        )
+    )
+
+
+def _lora_layers(model):
+    """Peft's own layers by the base model's module path."""
+    return {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A") and hasattr(module, "scaling")
+    }
+
+
+@pytest.mark.parametrize("make_model", [_llama, _gemma], ids=["llama", "gemma3"])
+@pytest.mark.parametrize("use_rslora", [False, True], ids=["plain", "rslora"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        {},
+        {
+            "rank_pattern": {"q_proj": 4, "layers.1.mlp.up_proj": 2, r"model\.layers\.\d+\.mlp\..*": 3},
+            "alpha_pattern": {r"^model\.layers\.0\..*(v|up)_proj": 3, "proj": 99, "down_proj": 5},
+        },
+    ],
+    ids=["uniform", "patterns"],
+)
+def test_a_folder_of_peft_is_read_as_peft_reads_it(tmp_path, make_model, use_rslora, dtype, patterns):
+    config = LoraConfig(
+        r=6, lora_alpha=12, target_modules=TARGETS, use_rslora=use_rslora, init_lora_weights=False, **patterns
+    )
+    model = get_peft_model(make_model(), config).to(dtype)
+    model.save_pretrained(tmp_path)
+    layers = _lora_layers(model)
+    read = read_peft_folder(tmp_path)
+    assert set(read.modules) == set(layers)
+    assert len(layers) == 8
+    for name, layer in layers.items():
+        module = read.modules[name]
+        assert module.scaling == layer.scaling["default"]
+        assert module.rank == layer.r["default"] == read.config.rank_of(name)
+        assert module.lora_a.dtype == dtype
+        assert torch.equal(module.lora_a, layer.lora_A["default"].weight)
+        assert torch.equal(module.lora_b, layer.lora_B["default"].weight)
+    assert read.config.unsupported == ()
+
+
+@pytest.mark.parametrize("make_model", [_llama, _gemma], ids=["llama", "gemma3"])
+def test_peft_opens_a_written_folder_with_every_modules_weights_rank_and_scaling(tmp_path, make_model):
+    base = make_model()
+    random = torch.Generator().manual_seed(1)
+    shapes = {
+        name: tuple(module.weight.shape) for name, module in base.named_modules() if name.rpartition(".")[2] in TARGETS
+    }
+    weights = {
+        name: ModuleWeights(
+            torch.randn(rank := 1 + number % 3, num_in, generator=random),
+            torch.randn(num_out, rank, generator=random),
+            0.3 + number / 7,
+        )
+        for number, (name, (num_out, num_in)) in enumerate(shapes.items())
+    }
+    write_peft_folder(tmp_path / "adapter", weights, base_model="tiny-base")
+    layers = _lora_layers(PeftModel.from_pretrained(base, tmp_path / "adapter"))
+    assert set(layers) == set(weights)
+    for name, layer in layers.items():
+        assert torch.equal(layer.lora_A["default"].weight, weights[name].lora_a)
+        assert torch.equal(layer.lora_B["default"].weight, weights[name].lora_b)
+        assert layer.scaling["default"] == pytest.approx(weights[name].scaling, rel=1e-15)
+        assert read_peft_folder(tmp_path / "adapter").modules[name].scaling == layer.scaling["default"]
+
+
+def test_a_written_folder_reads_back_to_the_same_digest(tmp_path, make_weights):
+    samples = [Sample("Write a poem.", "Roses"), Sample("two\nlines\u2028 – é")]
+    write_peft_folder(tmp_path, make_weights(), base_model="b", samples=samples, description="Poems.")
+    read = read_peft_folder(tmp_path)
+    assert encode_weights(read.modules) == encode_weights(make_weights())
+    assert read.samples == tuple(samples)
+    assert (read.description, read.config.base_model) == ("Poems.", "b")
+
+
+def test_equal_alphas_need_no_pattern(tmp_path, make_weights):
+    write_peft_folder(tmp_path, make_weights(), base_model="b")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["alpha_pattern"]) == (4, 8, {})
+    assert config["rank_pattern"] == {r"^model\.layers\.0\.mlp\.up_proj": 2}
+
+
+def test_a_folder_without_samples_or_description_has_none(tmp_path, make_weights):
+    write_peft_folder(tmp_path, make_weights(), base_model="b")
+    read = read_peft_folder(tmp_path)
+    assert (read.samples, read.description) == ((), None)
+
+
+def test_an_unreadable_folder_is_refused_by_file(tmp_path):
+    with pytest.raises(AdapterRefused, match=r"adapter_config\.json: is missing"):
+        read_peft_folder(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json", "lora_samples.jsonl"])
+@pytest.mark.parametrize("dangling", [False, True])
+def test_a_link_is_never_followed(tmp_path, make_folder, file, dangling):
+    folder = make_folder()
+    (folder / file).rename(tmp_path / "elsewhere")
+    (folder / file).symlink_to(tmp_path / ("nowhere" if dangling else "elsewhere"))
+    with pytest.raises(AdapterRefused, match=f"{file}: is a symbolic link"):
+        read_peft_folder(folder)
+
+
+def test_a_long_sample_of_any_script_is_written_within_the_bound_it_is_read_by(make_folder):
+    text = "é" * 4000
+    assert read_peft_folder(make_folder(inputs=(text,))).samples == (Sample(text),)
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        ["q_proj"],
+        ["layers.0.q_proj", "q_proj"],
+        ["q_proj", "layers.0.q_proj"],
+        ["^model.layers.0.q_proj"],
+        ["^layers.0.q_proj"],
+        [".*"],
+        ["proj"],
+        ["q|k", "k_proj"],
+        [r"layers\.[01]\.k_proj", "q_pro."],
+        ["model.layers.0.q_proj$"],
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("module", ["model.layers.0.q_proj", "model.layers.10.k_proj", "q_proj", "xq_proj", "k"])
+def test_patterns_are_resolved_as_peft_does(patterns, module):
+    values = {pattern: number for number, pattern in enumerate(patterns)}
+    assert PatternTable(values).get(module, -1) == values.get(get_pattern_key(values.keys(), module), -1)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "problem"),
+    [
+        ("(a+)+", "too complex"),
+        ("(a|a)(a|a)(a|a)x", "too complex"),
+        (".*.*.*x", "too complex"),
+        ("(?=a)", "too complex"),
+        (r"(a)\1", "too complex"),
+        ("(", "not a regular expression"),
+        ("a" * 257, "has 257 characters"),
+    ],
+)
+def test_a_pattern_that_could_run_away_is_named(pattern, problem):
+    [found] = pattern_problems({pattern: 1}, max_patterns=10)
+    assert problem in found
+
+
+def test_a_table_of_many_patterns_is_refused():
+    assert pattern_problems({f"m{n}": 1 for n in range(11)}, 10) == ["has 11 patterns, at most 10"]
+    assert re.search("more than 64 times", pattern_problems({f".*m{n}.*": 1 for n in range(40)}, 100)[0])
+
+
+@pytest.mark.parametrize("rank", [1, 2, 7, 16])
+def test_scaling_is_alpha_over_rank_and_over_its_root_for_rslora(tmp_path, rank):
+    weights = {"m": ModuleWeights(torch.ones(rank, 3), torch.ones(2, rank), 5 / rank)}
+    write_peft_folder(tmp_path, weights, base_model="b")
+    assert read_peft_folder(tmp_path).modules["m"].scaling == pytest.approx(5 / rank)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"use_rslora": True}))
+    assert read_peft_folder(tmp_path).modules["m"].scaling == pytest.approx(5 / math.sqrt(rank))

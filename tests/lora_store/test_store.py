@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_store import AdapterNotFound, AdapterRefused, BlobCorrupted, Sample, decode_weights
+
+VECTOR = (0.5, 0.25, -1.0)
+
+
+def _commit(store, *staged, encoder="enc"):
+    return store.commit(staged, [VECTOR] * len(staged), encoder, [0.5] * len(staged), "tester")
+
+
+def test_a_staged_adapter_is_seen_only_after_commit(open_store, make_folder, make_weights):
+    store = open_store()
+    staged = store.stage(make_folder(), tags=["b", "a", "b"], template="chat", visibility="private")
+    assert store.snapshot().generation == 0
+    assert _commit(store, staged) == 1
+    record = open_store().snapshot().resolve("local", "poet")
+    assert record.ref == staged.ref
+    assert (record.tags, record.template, record.visibility) == (("a", "b"), "chat", "private")
+    assert (record.ranks, record.target_modules) == ((2, 4), ("q_proj", "up_proj"))
+    assert (record.embedding, record.encoder, record.probe_shift) == (VECTOR, "enc", 0.5)
+    assert (record.actor, record.source, record.generation) == ("tester", "poet", 1)
+    assert record.created_at == datetime(2026, 1, 2, 12, tzinfo=UTC)
+    assert record.num_bytes == len(store.load(record.weights_digest))
+
+
+def test_weights_and_samples_load_as_published(open_store, make_folder, make_weights):
+    store = open_store()
+    staged = store.stage(make_folder(inputs=("Write a poem.", "two\nlines\u2028and – more")))
+    _commit(store, staged)
+    record = store.snapshot().resolve("local", "poet")
+    loaded = decode_weights(record.weights_digest, store.load(record.weights_digest)).modules
+    for name, module in make_weights().items():
+        assert torch.equal(loaded[name].lora_a, module.lora_a)
+        assert torch.equal(loaded[name].lora_b, module.lora_b)
+        assert loaded[name].scaling == module.scaling
+    assert store.samples(record.samples_digest) == staged.samples
+    assert [sample.input for sample in staged.samples] == ["Write a poem.", "two\nlines\u2028and – more"]
+
+
+def test_publishing_again_what_is_live_commits_nothing(open_store, make_folder):
+    store = open_store()
+    assert _commit(store, store.stage(make_folder())) == 1
+    assert _commit(store, store.stage(make_folder())) == 1
+    assert _commit(open_store(), open_store().stage(make_folder())) == 1
+    new = store.stage(make_folder("other"))
+    assert _commit(store, store.stage(make_folder()), new) == 2
+    assert store.snapshot().resolve("local", "poet").generation == 1
+
+
+def test_a_version_that_comes_back_after_another_is_published_again(open_store, make_folder):
+    store = open_store()
+    first, second = store.stage(make_folder(seed=0)), store.stage(make_folder(seed=1))
+    assert [_commit(store, item) for item in (first, second, first)] == [1, 2, 3]
+    assert store.snapshot().resolve("local", "poet").ref == first.ref
+
+
+def test_in_one_batch_the_last_version_of_a_name_wins(open_store, make_folder):
+    store = open_store()
+    first, second = store.stage(make_folder(seed=0)), store.stage(make_folder(seed=1))
+    assert [_commit(store, first), _commit(store, second, first)] == [1, 2]
+    assert store.snapshot().resolve("local", "poet").ref == first.ref
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"visibility": "private"}, {"tags": ["new"]}, {"template": "alpaca"}],
+    ids=["visibility", "tags", "template"],
+)
+def test_a_change_of_label_alone_is_published(open_store, make_folder, change):
+    store = open_store()
+    _commit(store, store.stage(make_folder()))
+    assert _commit(store, store.stage(make_folder(), **change)) == 2
+
+
+def test_another_encoders_vector_is_published(open_store, make_folder):
+    store = open_store()
+    staged = store.stage(make_folder())
+    assert _commit(store, staged) == 1
+    assert _commit(store, staged, encoder="another") == 2
+    assert store.snapshot().resolve("local", "poet").encoder == "another"
+
+
+def test_the_version_digest_covers_weights_samples_template_and_tags(open_store, make_folder):
+    store = open_store()
+    staged = [
+        store.stage(make_folder()),
+        store.stage(make_folder(seed=1)),
+        store.stage(make_folder(seed=2, inputs=("Something else.",))),
+        store.stage(make_folder(), template="chat"),
+        store.stage(make_folder(), tags=["t"]),
+    ]
+    assert len({item.ref.digest for item in staged}) == len(staged)
+    assert store.stage(make_folder("renamed"), tenant="them").ref.digest == staged[0].ref.digest
+
+
+def test_config_noise_and_key_order_leave_the_digests_alone(open_store, make_folder):
+    store = open_store()
+    folder = make_folder()
+    before = store.stage(folder).ref
+    config = json.loads((folder / "adapter_config.json").read_text())
+    noise = {"lora_dropout": 0.1, "peft_version": "0.99", "revision": "main", "inference_mode": False, "future": None}
+    noisy = dict(reversed(list((config | noise).items())))
+    (folder / "adapter_config.json").write_text(json.dumps(noisy))
+    assert store.stage(folder).ref == before
+
+
+def test_a_batch_is_one_commit(open_store, make_folder):
+    store = open_store()
+    staged = [store.stage(make_folder(f"a{number}", seed=number)) for number in range(4)]
+    assert _commit(store, *staged) == 1
+    assert {record.generation for record in store.snapshot().records.values()} == {1}
+
+
+def test_an_adapter_without_a_vector_is_kept_without_an_encoder(open_store, make_folder):
+    store = open_store()
+    staged = store.stage(make_folder(inputs=()))
+    assert (staged.samples, staged.record.samples_digest) == ((), None)
+    store.commit([staged], [None], "enc", [None], "tester")
+    record = store.snapshot().resolve("local", "poet")
+    assert (record.embedding, record.encoder, record.num_samples) == (None, None, 0)
+
+
+def test_a_description_stands_in_for_samples(open_store, make_folder):
+    folder = make_folder(inputs=())
+    (folder / "description.txt").write_text("Writes poems.\n")
+    assert open_store().stage(folder).samples == (Sample("Writes poems."),)
+
+
+def test_a_public_name_has_one_owner(open_store, make_folder):
+    store = open_store()
+    _commit(store, store.stage(make_folder(), tenant="us"))
+    theirs = store.stage(make_folder(seed=1), tenant="them")
+    other = store.stage(make_folder("other"), tenant="them")
+    with pytest.raises(AdapterRefused, match="belongs to another tenant"):
+        _commit(store, other, theirs)
+    assert list(store.snapshot().records) == [("us", "poet")]
+    private = store.stage(make_folder(seed=1), tenant="them", visibility="private")
+    assert _commit(store, private) == 2
+
+
+def test_one_batch_cannot_give_a_public_name_to_two_tenants(open_store, make_folder):
+    store = open_store()
+    staged = [store.stage(make_folder(), tenant=tenant) for tenant in ("us", "them")]
+    with pytest.raises(AdapterRefused):
+        _commit(store, *staged)
+    assert store.snapshot().generation == 0
+
+
+def test_shapes_may_come_with_the_folder(open_store, make_folder):
+    with pytest.raises(AdapterRefused, match="is no linear layer of the base model"):
+        open_store().stage(make_folder(), module_shapes={})
+
+
+def test_a_vector_is_needed_for_each_staged_adapter(open_store, make_folder):
+    store = open_store()
+    with pytest.raises(ValueError):
+        store.commit([store.stage(make_folder())], [], "enc", [], "tester")
+    assert store.snapshot().generation == 0
+
+
+def test_a_damaged_blob_is_named_and_publishing_again_mends_it(open_store, store_uri, make_folder):
+    store = open_store()
+    staged = store.stage(make_folder())
+    [file] = Path(store_uri, "blobs").rglob(staged.weights_digest)
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(BlobCorrupted):
+        store.load(staged.weights_digest)
+    store.stage(make_folder())
+    assert decode_weights(staged.weights_digest, store.load(staged.weights_digest))
+
+
+def test_what_is_not_stored_is_not_found(open_store):
+    with pytest.raises(AdapterNotFound):
+        open_store().load("0" * 64)
+    with pytest.raises(AdapterNotFound):
+        open_store().samples("0" * 64)

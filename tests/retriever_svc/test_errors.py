@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from retriever_svc import EncoderUnusable, NoAdapterMatched, NothingToEmbed, RetrieverError, RouteInvalid, StaleIndex
+
+ERRORS = [
+    EncoderUnusable("some/model", "no weights"),
+    NothingToEmbed("none"),
+    RouteInvalid("top_k"),
+    NoAdapterMatched(0.25, 0.5),
+    NoAdapterMatched(None, -1.0),
+    StaleIndex(7, 5),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=repr)
+def test_errors_survive_pickling_between_replicas(error: RetrieverError) -> None:
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is type(error)
+    assert str(again) == str(error)
+    assert again.__dict__ == error.__dict__
+
+
+def test_messages_say_what_was_wanted_and_what_was_got() -> None:
+    assert str(NoAdapterMatched(0.25, 0.5)) == "no adapter matched: the best scores 0.250, wanted at least 0.500"
+    assert str(StaleIndex(7, 5)) == "generation 7 wanted, this replica is at 5"

@@ -1,0 +1,367 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lora_store.adapter import LOCAL_TENANT, Sample
+from lora_store.catalogue import Catalogue, Event, Snapshot
+from lora_store.errors import AdapterNotFound, PlanInvalid
+from lora_store.plan import Plan
+from lora_store.records import AdapterRecord
+from retriever_svc import Encoder, NoAdapterMatched, Retriever, Route, RouteRequest, StaleIndex, calibrate_floor
+from tests.retriever_svc.pool_fakes import FakeEncoder, names, record_of, snapshot_of
+
+EAST, NORTH, NORTHEAST = (1.0, 0.0), (0.0, 1.0), (0.6, 0.8)
+TABLE = {"east": EAST, "north": NORTH, "northeast": NORTHEAST, "west": (-1.0, 0.0)}
+POOL = (record_of("e", EAST), record_of("n", NORTH), record_of("ne", NORTHEAST))
+
+
+class Source:
+    """A catalogue that holds whatever snapshot the test put there last."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.now = snapshot
+
+    def __call__(self) -> Snapshot:
+        return self.now
+
+
+def retriever_of(*records: AdapterRecord, **options: object) -> Retriever:
+    return Retriever(FakeEncoder(TABLE), Source(snapshot_of(*records)), **options)
+
+
+def route_one(retriever: Retriever, text: str = "east", **fields: object) -> Route:
+    [answer] = retriever.route([RouteRequest(text, **fields)])
+    assert isinstance(answer, Route)
+    return answer
+
+
+def test_a_mixture_plans_the_best_uniformly() -> None:
+    route = route_one(retriever_of(*POOL), top_k=2)
+    assert names(route) == ["e", "ne"]
+    assert route.plan.strategy == "mixture"
+    assert [adapter.weight for adapter in route.plan.adapters] == [0.5, 0.5]
+    assert [adapter.score for adapter in route.plan.adapters] == pytest.approx([1, 0.6], abs=1e-6)
+    assert [adapter.weights_digest for adapter in route.plan.adapters] == [
+        POOL[0].weights_digest,
+        POOL[2].weights_digest,
+    ]
+    assert [(c.ref, c.score) for c in route.candidates] == [(a.ref, a.score) for a in route.plan.adapters]
+    assert route.generation == route.plan.generation == 1
+    assert not route.abstained
+
+
+def test_selection_plans_the_best_alone_and_shows_the_others() -> None:
+    route = route_one(retriever_of(*POOL), strategy="selection", weighting="softmax")
+    assert [(a.ref.name, a.weight) for a in route.plan.adapters] == [("e", 1.0)]
+    assert [c.ref.name for c in route.candidates] == ["e", "ne", "n"]
+
+
+@pytest.mark.parametrize("strategy", ["mixture", "fusion"])
+@pytest.mark.parametrize("weighting", ["uniform", "softmax"])
+@pytest.mark.parametrize("top_k", [1, 2, 3, 16])
+def test_weights_of_the_rows_returned_sum_to_one(strategy: str, weighting: str, top_k: int) -> None:
+    plan = route_one(retriever_of(*POOL), strategy=strategy, weighting=weighting, top_k=top_k).plan
+    assert plan.strategy == strategy
+    assert len(plan.adapters) == min(top_k, 3)
+    assert sum(adapter.weight for adapter in plan.adapters) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 1.0])
+def test_softmax_weights_follow_the_scores_and_the_temperature(temperature: float) -> None:
+    plan = route_one(retriever_of(*POOL, temperature=temperature), weighting="softmax", text="northeast").plan
+    parts = [math.exp(score / temperature) for score in (1, 0.8, 0.6)]
+    assert names(route_one(retriever_of(*POOL), text="northeast")) == ["ne", "n", "e"]
+    assert [a.weight for a in plan.adapters] == pytest.approx([part / sum(parts) for part in parts], abs=1e-5)
+
+
+def test_the_encoder_is_called_once_per_batch() -> None:
+    encoder = FakeEncoder(TABLE)
+    retriever = Retriever(encoder, Source(snapshot_of(*POOL)))
+    texts = ["north", "east", "northeast", "east"]
+    requests = [RouteRequest(text, tenant=f"t{i % 2}", top_k=1 + i) for i, text in enumerate(texts)]
+    routes = retriever.route(requests)
+    assert encoder.batches == [texts]
+    assert [names(route)[0] for route in routes] == ["n", "e", "ne", "e"]
+    assert [len(names(route)) for route in routes] == [1, 2, 3, 3]
+    assert retriever.route([]) == []
+
+
+@pytest.mark.parametrize(("nudge", "abstains"), [(-1, False), (0, False), (1, True)])
+def test_only_a_best_score_below_the_floor_abstains(nudge: int, abstains: bool) -> None:
+    retriever = retriever_of(POOL[0], POOL[1])
+    best = route_one(retriever, text="northeast").candidates[0].score
+    floor = best if nudge == 0 else math.nextafter(best, math.copysign(2, nudge))
+    route = route_one(retriever, text="northeast", min_score=floor)
+    assert route.abstained is abstains
+    assert route.plan == Plan("base", generation=1) if abstains else names(route) == ["n", "e"]
+    assert [c.ref.name for c in route.candidates] == ["n", "e"]  # the second lies below every floor here
+
+
+def test_below_the_floor_the_error_stands_in_its_own_place() -> None:
+    retriever = retriever_of(*POOL, min_score=0.9)
+    asked = [RouteRequest("east"), RouteRequest("west", fallback="error"), RouteRequest("west"), RouteRequest("north")]
+    first, error, base, last = retriever.route(asked)
+    assert isinstance(error, NoAdapterMatched)
+    assert error.best_score == pytest.approx(0)
+    assert error.floor == 0.9
+    assert isinstance(base, Route)
+    assert base.abstained
+    assert names(first)[0] == "e"
+    assert names(last)[0] == "n"
+
+
+def test_a_requests_own_floor_goes_before_the_retrievers() -> None:
+    retriever = retriever_of(POOL[0], min_score=0.9)
+    assert route_one(retriever, "northeast").abstained
+    assert not route_one(retriever, "northeast", min_score=0.5).abstained
+
+
+def test_without_any_floor_the_worst_match_is_taken() -> None:
+    assert names(route_one(retriever_of(POOL[0]), "west")) == ["e"]
+
+
+@pytest.mark.parametrize("records", [(), (record_of("p", EAST, tenant="other", visibility="private"),)])
+def test_a_pool_empty_for_the_caller_abstains(records: tuple[AdapterRecord, ...]) -> None:
+    retriever = retriever_of(*records)
+    base, error = retriever.route([RouteRequest("east"), RouteRequest("east", fallback="error")])
+    assert base == Route(Plan("base", generation=1), (), 1, True)
+    assert isinstance(error, NoAdapterMatched)
+    assert error.best_score is None
+
+
+def test_private_adapters_of_others_are_never_candidates_nor_resolvable() -> None:
+    mine = record_of("mine", EAST, tenant="a", visibility="private")
+    theirs = record_of("theirs", EAST, tenant="b", visibility="private")
+    retriever = retriever_of(mine, theirs, record_of("all", NORTH, tenant="b"))
+    asked = [RouteRequest("east", tenant=tenant) for tenant in ("a", "b", "a", "c")]
+    assert [names(route) for route in retriever.route(asked)] == [
+        ["mine", "all"],
+        ["theirs", "all"],
+        ["mine", "all"],
+        ["all"],
+    ]
+    neighbours = retriever.neighbours(np.asarray(EAST, np.float32), 5, tenant="a")
+    assert [candidate.ref.name for candidate in neighbours] == ["mine", "all"]
+    for name in ("theirs", "b/theirs", f"b/theirs@{theirs.ref.digest}", "nothing"):
+        with pytest.raises(AdapterNotFound) as caught:
+            retriever.resolve("a", name)
+        assert caught.value.wanted == name
+    assert retriever.resolve("b", "theirs") == theirs
+
+
+def test_what_this_encoder_did_not_embed_is_reachable_by_name_only() -> None:
+    bare = record_of("bare", None)
+    foreign = record_of("foreign", EAST, encoder="another-encoder")
+    retriever = retriever_of(bare, foreign, record_of("known", NORTH))
+    assert names(route_one(retriever)) == ["known"]
+    assert retriever.resolve(LOCAL_TENANT, "bare") == bare
+    assert retriever.resolve(LOCAL_TENANT, "foreign") == foreign
+
+
+def test_equal_weights_are_planned_once_and_do_not_shorten_the_plan() -> None:
+    copies = [record_of(f"copy-{n}", EAST, weights="same") for n in range(20)]
+    retriever = retriever_of(*copies, record_of("n", NORTH), record_of("ne", NORTHEAST))
+    assert names(route_one(retriever)) == ["copy-0", "ne", "n"]
+    assert names(route_one(retriever, top_k=16)) == ["copy-0", "ne", "n"]
+
+
+@pytest.mark.parametrize(
+    ("templates", "common"),
+    [(("chat", "chat"), "chat"), (("chat", "alpaca"), None), (("chat", None), None), ((None, None), None)],
+)
+def test_a_plan_has_the_template_all_its_adapters_name(templates: tuple[str | None, ...], common: str | None) -> None:
+    records = [record_of(f"a{n}", EAST, template=template) for n, template in enumerate(templates)]
+    retriever = retriever_of(*records, record_of("unplanned", (-1.0, 0.0), template="other"))
+    assert route_one(retriever, top_k=2).plan.template == common
+    assert retriever.plan_named(LOCAL_TENANT, [("a0", 1.0), ("a1", 1.0)]).template == common
+
+
+def test_a_named_adapter_is_a_plan_of_one_row_and_no_encoder_call() -> None:
+    encoder = FakeEncoder(TABLE)
+    retriever = Retriever(encoder, Source(snapshot_of(*POOL)))
+    plan = retriever.plan_named(LOCAL_TENANT, [("n", 1.0)])
+    assert [(a.ref, a.weights_digest, a.weight, a.score) for a in plan.adapters] == [
+        (POOL[1].ref, POOL[1].weights_digest, 1.0, None)
+    ]
+    assert plan.generation == 1
+    assert encoder.batches == []
+
+
+def test_named_weights_are_used_as_given() -> None:
+    plan = retriever_of(*POOL).plan_named(LOCAL_TENANT, [("n", 2.5), ("local/e", -0.5)], "fusion")
+    assert plan.strategy == "fusion"
+    assert [(a.ref.name, a.weight) for a in plan.adapters] == [("n", 2.5), ("e", -0.5)]
+
+
+@pytest.mark.parametrize("choices", [[], [("n", 9.0)], [("n", 1.0), ("n", 1.0)], [("n", math.nan)]])
+def test_what_no_plan_can_hold_is_refused(choices: list[tuple[str, float]]) -> None:
+    with pytest.raises(PlanInvalid):
+        retriever_of(*POOL).plan_named(LOCAL_TENANT, choices)
+
+
+@pytest.mark.parametrize("length", [8, 12, 64])
+def test_a_digest_prefix_of_the_live_version_resolves(length: int) -> None:
+    retriever = retriever_of(*POOL)
+    assert retriever.resolve(LOCAL_TENANT, f"n@{POOL[1].ref.digest[:length]}") == POOL[1]
+    assert retriever.resolve("other", f"local/n@{POOL[1].ref.digest[:length]}") == POOL[1]
+
+
+@pytest.mark.parametrize("digest", ["", POOL[1].ref.digest[:7], POOL[0].ref.digest, POOL[1].ref.digest + "0"])
+def test_any_other_digest_is_not_found(digest: str) -> None:
+    retriever = retriever_of(*POOL)
+    for call in (
+        lambda name: retriever.resolve(LOCAL_TENANT, name),
+        lambda name: retriever.plan_named(LOCAL_TENANT, [(name, 1.0)]),
+    ):
+        with pytest.raises(AdapterNotFound):
+            call(f"n@{digest}")
+
+
+def test_a_new_generation_is_seen_after_catching_up_and_old_routes_stay() -> None:
+    source = Source(snapshot_of(POOL[0]))
+    retriever = Retriever(FakeEncoder(TABLE), source)
+    old = route_one(retriever, "north")
+    kept = replace(old)
+    source.now = snapshot_of(POOL[1], record_of("more", NORTH, tenant="b"), generation=2)
+    assert route_one(retriever, "north") == old
+    assert retriever.catch_up(2) == 2
+    new = route_one(retriever, "north")
+    assert (names(new), new.generation, new.plan.generation) == (["more", "n"], 2, 2)
+    assert old == kept
+    assert names(old) == ["e"]
+    with pytest.raises(AdapterNotFound):
+        retriever.resolve(LOCAL_TENANT, "e")
+
+
+def test_a_commit_to_the_catalogue_is_read_after_catching_up(tmp_path: Path) -> None:
+    catalogue = Catalogue(str(tmp_path))
+    retriever = Retriever(FakeEncoder(TABLE), catalogue.snapshot)
+    assert route_one(retriever).abstained
+    generation = catalogue.commit(lambda snapshot: [Event("publish", record) for record in POOL])
+    assert retriever.catch_up(generation) == generation
+    route = route_one(retriever)
+    assert names(route) == ["e", "ne", "n"]
+    assert [candidate.score for candidate in route.candidates] == pytest.approx([1, 0.6, 0], abs=1e-6)
+
+
+def test_a_search_in_progress_stays_in_its_generation() -> None:
+    source = Source(snapshot_of(POOL[0]))
+
+    class Overtaken(FakeEncoder):
+        def encode(self, texts: list[str]) -> np.ndarray:
+            source.now = snapshot_of(POOL[1], generation=2)
+            retriever.catch_up()
+            return super().encode(texts)
+
+    retriever = Retriever(Overtaken(TABLE), source)
+    route = route_one(retriever)
+    assert (names(route), route.generation) == (["e"], 1)
+    assert retriever.snapshot.generation == 2
+
+
+def test_a_generation_not_there_yet_is_stale_and_the_newest_is_served() -> None:
+    source = Source(snapshot_of(POOL[0]))
+    retriever = Retriever(FakeEncoder(TABLE), source)
+    source.now = snapshot_of(*POOL, generation=3)
+    with pytest.raises(StaleIndex) as caught:
+        retriever.catch_up(4)
+    assert (caught.value.wanted, caught.value.found) == (4, 3)
+    assert retriever.snapshot is source.now
+
+
+def test_an_older_snapshot_never_replaces_a_newer() -> None:
+    source = Source(snapshot_of(*POOL, generation=3))
+    retriever = Retriever(FakeEncoder(TABLE), source)
+    source.now = snapshot_of(generation=2)
+    assert retriever.catch_up() == 3
+
+
+SAMPLES = {"e": ("east", "northeast"), "n": ("north", "northeast", "north"), "secret": ("east", "west")}
+
+
+def sample_source(record: AdapterRecord) -> list[Sample]:
+    return [Sample(text) for text in SAMPLES[record.ref.name]]
+
+
+def floor_for(*adapters: str) -> float:
+    return calibrate_floor([np.asarray([TABLE[text] for text in SAMPLES[name]]) for name in adapters])
+
+
+def test_the_default_floor_is_measured_on_what_the_caller_sees() -> None:
+    secret = record_of("secret", EAST, tenant="b", visibility="private")
+    retriever = retriever_of(POOL[0], POOL[1], secret, sample_source=sample_source)
+    [error, other] = retriever.route([RouteRequest("west", tenant=tenant, fallback="error") for tenant in ("a", "b")])
+    assert isinstance(error, NoAdapterMatched)
+    assert error.floor == pytest.approx(floor_for("e", "n"), abs=1e-6)
+    assert floor_for("e", "n", "secret") < -0.9  # its two samples are opposites
+    assert names(other)[0] == "n"
+
+
+def test_the_floor_follows_the_pool_and_embeds_only_what_is_new() -> None:
+    encoder, source = FakeEncoder(TABLE), Source(snapshot_of(POOL[0]))
+    retriever = Retriever(encoder, source, sample_source=sample_source)
+    source.now = snapshot_of(POOL[0], POOL[1], generation=2)
+    retriever.catch_up()
+    assert encoder.batches == [list(SAMPLES["e"]), list(SAMPLES["n"])]
+    [error] = retriever.route([RouteRequest("west", fallback="error")])
+    assert isinstance(error, NoAdapterMatched)
+    assert error.floor == pytest.approx(floor_for("e", "n"), abs=1e-6)
+
+
+def test_a_given_floor_reads_no_samples() -> None:
+    encoder = FakeEncoder(TABLE)
+    Retriever(encoder, Source(snapshot_of(*POOL)), min_score=0.2, sample_source=sample_source)
+    assert encoder.batches == []
+
+
+FAMILIES = {
+    "translate": [
+        "Translate this sentence to German: The train leaves at noon.",
+        "Translate to German: Where is the nearest pharmacy?",
+        "How do you say 'good evening, my friends' in German?",
+        "Translate into German: My sister works in a hospital.",
+    ],
+    "sentiment": [
+        "Is this movie review positive or negative? The plot was dull and the acting worse.",
+        "Review: A joyful film with a wonderful cast. Is the sentiment positive or negative?",
+        "Tell whether the reviewer liked the film: I walked out after twenty minutes.",
+        "Sentiment of this review: charming, funny and far too short.",
+    ],
+    "arithmetic": [
+        "A farmer has 12 cows and buys 7 more. How many cows does he have now?",
+        "What is 45 minus 18?",
+        "Tom has 3 boxes of 24 pencils. How many pencils are there in all?",
+        "If a ticket costs 9 dollars, how much do 6 tickets cost?",
+    ],
+}
+HELD_OUT = {
+    "translate": [
+        "Translate to German: The children are playing in the garden.",
+        "Say 'thank you very much' in German.",
+    ],
+    "sentiment": [
+        "Positive or negative? This film is a masterpiece from start to end.",
+        "Did the reviewer like it: boring.",
+    ],
+    "arithmetic": ["Anna had 31 apples and ate 4. How many are left?", "What is 17 times 6?"],
+}
+
+
+def test_prompts_find_the_adapter_of_their_task() -> None:
+    encoder = Encoder()
+    samples = {name: [Sample(text) for text in texts] for name, texts in FAMILIES.items()}
+    empty = Retriever(encoder, Source(snapshot_of()))
+    records = [record_of(name, empty.embed(samples[name]), encoder=encoder.identity) for name in FAMILIES]
+    retriever = Retriever(encoder, Source(snapshot_of(*records)), sample_source=lambda record: samples[record.ref.name])
+    asked = [(name, text) for name, texts in HELD_OUT.items() for text in texts]
+    routes = retriever.route([RouteRequest(text, strategy="selection") for _, text in asked])
+    assert [names(route) for route in routes] == [[name] for name, _ in asked]
+    assert route_one(retriever, "zxqv 0x7f segfault in kernel module, dmesg attached").abstained
+    neighbours = retriever.neighbours(empty.embed(samples["sentiment"]), 2)
+    assert neighbours[0].ref.name == "sentiment"
+    assert neighbours[0].score == pytest.approx(1, abs=1e-5)

@@ -1,0 +1,63 @@
+"""The import rule, checked over the syntax trees: lora_store <- retriever_svc, gpu_worker <- deployments."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = {"lora_store", "retriever_svc", "gpu_worker", "deployments"}
+MAY_IMPORT = {
+    "lora_store": {"lora_store"},
+    "retriever_svc": {"retriever_svc", "lora_store"},
+    "gpu_worker": {"gpu_worker", "lora_store"},
+    "deployments": PACKAGES,
+}
+EDGE_ONLY = {"ray", "fastapi", "pydantic", "starlette"}
+NEVER = {"pickle", "dill", "shelve", "marshal"}
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, top-level package) of every import in the file, wherever it stands."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name.split(".")[0]) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno} imports relatively"
+            assert node.module is not None
+            yield node.lineno, node.module.split(".")[0]
+
+
+@pytest.mark.parametrize("package", sorted(PACKAGES))
+def test_packages_import_in_one_direction(package: str) -> None:
+    files = sorted((ROOT / package).rglob("*.py"))
+    assert files
+    for path in files:
+        for line, imported in imports(path):
+            place = f"{path.relative_to(ROOT)}:{line}"
+            if imported in PACKAGES:
+                assert imported in MAY_IMPORT[package], f"{place} imports {imported}"
+            if package != "deployments":
+                assert imported not in EDGE_ONLY, f"{place} imports {imported}"
+            assert imported not in NEVER, f"{place} imports {imported}"
+            assert imported not in {"tests", "benchmarks", "examples"}, f"{place} imports {imported}"
+
+
+@pytest.mark.parametrize("package", sorted(PACKAGES))
+def test_nothing_loads_pickles(package: str) -> None:
+    for path in sorted((ROOT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            called = node.func if isinstance(node, ast.Call) else None
+            if isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name):
+                assert (called.value.id, called.attr) != ("torch", "load"), f"{path}:{node.lineno} calls torch.load"
+
+
+def test_init_files_hold_exports_only() -> None:
+    for package in PACKAGES:
+        for node in ast.parse((ROOT / package / "__init__.py").read_text()).body:
+            is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            is_all = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+            assert is_docstring or is_all or isinstance(node, ast.ImportFrom), ast.unparse(node)
