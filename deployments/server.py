@@ -49,8 +49,13 @@ class Server:
     def start(self) -> str:
         """Start Ray and the application; the URL it answers at. `/ready` tells when it does."""
         check_free(self._host, self._port)
-        # Placement counts logical CPUs; two real cores hold all four deployments.
-        ray.init(num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, log_to_driver=False)
+        os.environ["RAY_AUTH_MODE"] = "token"  # other drivers of this user find the token; nobody else gets in
+        ray.init(
+            num_cpus=max(4, os.cpu_count() or 1),  # logical: two real cores hold all four deployments
+            include_dashboard=False,
+            log_to_driver=False,
+            _node_ip_address="127.0.0.1",
+        )
         serve.start(http_options=HTTPOptions(host=self._host, port=self._port))
         serve.run(build_app(self._config), name=APP_NAME, route_prefix="/", logging_config={"enable_access_log": False})
         return self.url

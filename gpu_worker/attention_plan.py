@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -40,14 +40,17 @@ class DecodeGroup:
     rows: Tensor | slice  # a slice where the rows are adjacent: a view then, not a copy
     lengths: Tensor
     read_len: int
+    _masks: dict[int | None, Tensor] = field(default_factory=dict)  # by window: all layers of a step share them
 
     def hidden(self, sliding_window: int | None) -> Tensor:
         """(G, 1, 1, T) bool: positions a token must not see: past its row's length, or out of the window."""
-        positions = torch.arange(self.read_len)
-        hidden = positions >= self.lengths[:, None]
-        if sliding_window is not None:
-            hidden |= positions < self.lengths[:, None] - sliding_window
-        return hidden[:, None, None, :]
+        if sliding_window not in self._masks:
+            positions = torch.arange(self.read_len)
+            hidden = positions >= self.lengths[:, None]
+            if sliding_window is not None:
+                hidden |= positions < self.lengths[:, None] - sliding_window
+            self._masks[sliding_window] = hidden[:, None, None, :]
+        return self._masks[sliding_window]
 
 
 @dataclass(frozen=True, slots=True)

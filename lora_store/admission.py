@@ -82,7 +82,9 @@ def check_folder(
     pairs = pairs_of(tensors or {})
     if tensors is not None:
         reasons += _tensor_problems(tensors, pairs, module_shapes, limits)
-        reasons += _scaling_problems(config, pairs) if config is not None else []
+        # Only real module paths meet the config's patterns: a made-up one could be shaped to make matching slow.
+        known = {name: pair for name, pair in pairs.items() if module_shapes is None or name in module_shapes}
+        reasons += _scaling_problems(config, known) if config is not None else []
     if reasons or config is None:
         raise AdapterRefused(label.name[:100], _bounded(reasons, limits.max_reasons))
     described = (Sample(description),) if description else ()

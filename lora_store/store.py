@@ -43,11 +43,10 @@ class LoraStore:
         uri: str,
         *,
         accepts_base: Collection[str],
-        module_shapes: Shapes | None = None,
         limits: Limits | None = None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        self._accepts_base, self._module_shapes, self._limits = frozenset(accepts_base), module_shapes, limits
+        self._accepts_base, self._limits = frozenset(accepts_base), limits
         self._now = now
         self._blobs = BlobStore(f"{uri.rstrip('/')}/blobs")
         self._catalogue = Catalogue(uri)
@@ -66,8 +65,7 @@ class LoraStore:
     ) -> Staged:
         """The folder's version, checked and its blobs written. Name and source default to the folder's name.
 
-        `module_shapes` (out, in), where given, stands in for the store's own.
-
+        `module_shapes`: (out, in) of each linear layer an adapter may change; None = not checked.
         Raises: AdapterRefused with every reason; then nothing was written.
         """
         label = Label(folder.name if name is None else name, tenant, tuple(sorted(set(tags))), template, visibility)
@@ -75,7 +73,7 @@ class LoraStore:
             folder,
             label,
             accepts_base=self._accepts_base,
-            module_shapes=self._module_shapes if module_shapes is None else module_shapes,
+            module_shapes=module_shapes,
             limits=self._limits,
         )
         weights_digest, data = encode_weights(admitted.modules)

@@ -62,7 +62,7 @@ def store_uri(tmp_path: Path) -> str:
 def open_store(store_uri: str) -> Callable[[], LoraStore]:
     def make() -> LoraStore:
         noon = datetime(2026, 1, 2, 12, tzinfo=UTC)
-        return LoraStore(store_uri, accepts_base=[BASE], module_shapes=SHAPES, now=lambda: noon)
+        return LoraStore(store_uri, accepts_base=[BASE], now=lambda: noon)
 
     return make
 

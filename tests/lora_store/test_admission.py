@@ -246,6 +246,20 @@ def test_every_reason_is_told_at_once(open_store, make_folder):
     assert len(caught.value.reasons) == len(wanted)
 
 
+def test_made_up_modules_never_meet_the_configs_patterns(open_store, make_folder):
+    folder = make_folder()
+    _config(rank_pattern={"stray": 9, r"^model\.layers\.0\.mlp\.up_proj": 2})(folder)
+    pair = {
+        "base_model.model.stray.lora_A.weight": torch.ones(4, 6),
+        "base_model.model.stray.lora_B.weight": torch.ones(8, 4),
+    }
+    _tensors(lambda tensors: tensors.update(pair))(folder)
+    with pytest.raises(AdapterRefused) as caught:
+        open_store().stage(folder)
+    [reason] = caught.value.reasons
+    assert "'stray' is no linear layer of the base model" in reason
+
+
 def test_reasons_are_bounded_and_their_number_told(open_store, make_folder):
     folder = make_folder()
     _tensors(lambda tensors: tensors.update({f"stray{number}": torch.ones(1) for number in range(100)}))(folder)
