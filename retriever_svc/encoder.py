@@ -33,13 +33,16 @@ _CHUNK_TEXTS = 32  # the model is free for another caller after this many
 def model_folder(model: str | Path) -> Path:
     """The local folder of a model: a folder as it is, the packaged default by its name, a hub id downloaded once.
 
-    Raises: EncoderUnusable: neither a folder nor a hub id, or without safetensors weights.
+    Raises: EncoderUnusable: neither a folder nor a hub id, or one of its modules has no safetensors weights.
     """
     folder = Path(model)
     if not folder.is_dir():
         folder = _named_model(str(model))
     if not any(folder.rglob("*.safetensors")):
         raise EncoderUnusable(str(model), "it has no safetensors weights")
+    for pickled in folder.rglob("pytorch_model.bin"):
+        if not any(pickled.parent.glob("*.safetensors")):  # sentence-transformers 6.2 would unpickle it
+            raise EncoderUnusable(str(model), f"{pickled.relative_to(folder)} is a pickle and is never opened")
     return folder
 
 
@@ -92,7 +95,7 @@ class Encoder:
         self._instruction = instruction
         self._max_chars = max_tokens * _CHARS_PER_TOKEN
         self._cache = VectorCache(max_cached_texts)
-        self._model_lock = threading.Lock()  # fast tokenizers may not be borrowed by two threads (tokenizers 0.22)
+        self._model_lock = threading.Lock()  # two forward passes at once would only share the same cores
         self.identity: str = _identity(folder, f"{instruction}\0{self._model.max_seq_length}")
         self.dim: int = self._model.get_embedding_dimension()
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,21 @@ def test_texts_are_read_up_to_max_tokens() -> None:
     assert np.abs(short.encode([head[:13]])[0] - long).max() > 1e-2
 
 
+def test_texts_are_read_up_to_64_characters_per_token() -> None:
+    short = Encoder(max_tokens=16)
+    np.testing.assert_array_equal(*short.encode([" " * 1024 + "never read", " " * 1024 + "nor this"]))
+    assert np.abs(np.diff(short.encode([" " * 1000 + "read", " " * 1000 + "this too"]), axis=0)).max() > 1e-2
+
+
+def test_threads_share_an_encoder(encoder: Encoder) -> None:
+    batches = [[f"{text} {number}" for text in TEXTS[:4]] for number in range(6)]
+    expected = [uncached(encoder, batch) for batch in batches]
+    encoder._cache = type(encoder._cache)(8)
+    with ThreadPoolExecutor(6) as pool:
+        for rows, alone in zip(pool.map(encoder.encode, batches), expected, strict=True):
+            np.testing.assert_allclose(rows, alone, atol=1e-5)
+
+
 def test_a_known_text_is_not_computed_again(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     computed: list[str] = []
     inner = encoder._compute
@@ -142,6 +158,16 @@ def test_a_folder_without_safetensors_is_refused_by_name(tmp_path: Path) -> None
     (tmp_path / "pytorch_model.bin").write_bytes(b"never opened")
     with pytest.raises(EncoderUnusable, match="no safetensors weights"):
         Encoder(tmp_path)
+
+
+def test_a_module_that_comes_as_a_pickle_only_is_refused_by_its_file(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"safetensors stand beside it")
+    assert model_folder(tmp_path) == tmp_path
+    (tmp_path / "2_Dense").mkdir()
+    (tmp_path / "2_Dense" / "pytorch_model.bin").write_bytes(b"never opened")
+    with pytest.raises(EncoderUnusable, match=r"2_Dense.pytorch_model\.bin is a pickle"):
+        model_folder(tmp_path)
 
 
 def test_a_folder_that_is_no_model_is_refused_by_name(tmp_path: Path) -> None:

@@ -83,6 +83,16 @@ def test_ties_below_better_matches_go_by_name_too(top_k: int) -> None:
     assert_same(found, slow_search(records, vectors, query, top_k, set(range(80))))
 
 
+def test_the_best_of_many_near_ties_are_found() -> None:
+    rng = np.random.default_rng(6)
+    records, queries = records_of(200), random_rows(rng, 30, 384)
+    vectors = np.repeat(random_rows(rng, 1, 384), 200, axis=0) + rng.standard_normal((200, 384)) * 1e-8
+    index = AdapterIndex(records, vectors.astype(np.float32))
+    exact = index._vectors.astype(np.float64) @ queries.T.astype(np.float64)
+    for matches, scores in zip(index.search(queries, 3), exact.T, strict=True):
+        assert [match.score for match in matches] == pytest.approx(sorted(scores)[:-4:-1], abs=1e-12)
+
+
 def test_scores_are_finer_than_float32_sums() -> None:
     rng = np.random.default_rng(5)
     records, vectors, [query] = records_of(50), random_rows(rng, 50, 384), random_rows(rng, 1, 384)
