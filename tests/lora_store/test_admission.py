@@ -200,12 +200,12 @@ def _stored(uri: str) -> list[Path]:
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_a_bad_folder_is_refused_by_name_and_nothing_is_stored(open_store, store_uri, make_folder, case):
+def test_a_bad_folder_is_refused_by_name_and_nothing_is_stored(open_store, store_uri, make_folder, module_shapes, case):
     spoil, reason = REFUSALS[case]
     folder = make_folder()
     spoil(folder)
     with pytest.raises(AdapterRefused) as caught:
-        open_store().stage(folder)
+        open_store().stage(folder, module_shapes=module_shapes)
     assert any(reason in given for given in caught.value.reasons), caught.value.reasons
     assert reason in str(caught.value)
     assert _stored(store_uri) == []
@@ -246,7 +246,7 @@ def test_every_reason_is_told_at_once(open_store, make_folder):
     assert len(caught.value.reasons) == len(wanted)
 
 
-def test_made_up_modules_never_meet_the_configs_patterns(open_store, make_folder):
+def test_made_up_modules_never_meet_the_configs_patterns(open_store, make_folder, module_shapes):
     folder = make_folder()
     _config(rank_pattern={"stray": 9, r"^model\.layers\.0\.mlp\.up_proj": 2})(folder)
     pair = {
@@ -255,16 +255,16 @@ def test_made_up_modules_never_meet_the_configs_patterns(open_store, make_folder
     }
     _tensors(lambda tensors: tensors.update(pair))(folder)
     with pytest.raises(AdapterRefused) as caught:
-        open_store().stage(folder)
+        open_store().stage(folder, module_shapes=module_shapes)
     [reason] = caught.value.reasons
     assert "'stray' is no linear layer of the base model" in reason
 
 
-def test_reasons_are_bounded_and_their_number_told(open_store, make_folder):
+def test_reasons_are_bounded_and_their_number_told(open_store, make_folder, module_shapes):
     folder = make_folder()
     _tensors(lambda tensors: tensors.update({f"stray{number}": torch.ones(1) for number in range(100)}))(folder)
     with pytest.raises(AdapterRefused) as caught:
-        open_store().stage(folder)
+        open_store().stage(folder, module_shapes=module_shapes)
     assert len(caught.value.reasons) == 51
     assert caught.value.reasons[-1] == "and 50 more"
 
