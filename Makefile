@@ -4,6 +4,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+export RAY_AUTH_MODE := token
 
 .PHONY: help setup serve demo test check lint types
 

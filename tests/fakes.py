@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
@@ -19,7 +19,7 @@ class Call:
     args: tuple[Any, ...]
 
 
-@dataclass
+@dataclass(eq=False)
 class FakeResponse:
     """An awaitable or, of a streaming call, an async iterator over what the target's method gives."""
 
@@ -104,19 +104,20 @@ class FakeMethod:
 
     handle: FakeHandle
     name: str
-    stream: bool = field(default=False)
+    stream: bool = False
 
     def remote(self, *args: Any) -> FakeResponse:
         return self.handle.call(self.name, args, stream=self.stream)
 
 
-@dataclass(frozen=True)
 class _Options:
-    handle: FakeHandle
-    stream: bool
+    """`handle.options(stream=…)`. The underscores leave every public name to the target's methods."""
+
+    def __init__(self, handle: FakeHandle, stream: bool) -> None:
+        self._handle, self._stream = handle, stream
 
     def __getattr__(self, name: str) -> FakeMethod:
-        return FakeMethod(self.handle, name, self.stream)
+        return FakeMethod(self._handle, name, self._stream)
 
 
 def as_ray_raises(error: Exception) -> Exception:
