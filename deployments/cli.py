@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import json
-import logging
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import httpx
 import typer
-from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
-
-from deployments.config import AppConfig, load_config
-from deployments.server import Server, ServerFailed
-from lora_store import AdapterRefused, check_folder
-from lora_store.admission import Label
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 out = Console()
@@ -25,7 +19,6 @@ err = Console(stderr=True)
 
 Url = Annotated[str, typer.Option("--url", help="the server to talk to")]
 _URL = "http://127.0.0.1:8000"
-_READY_TIMEOUT_S = 600.0
 _ANSWER_TIMEOUT_S = 300.0
 
 
@@ -37,29 +30,9 @@ def serve(
     preload: Annotated[list[Path] | None, typer.Option(help="adapter folders published before the start ends")] = None,
 ) -> None:
     """Start the whole application on this machine and serve until interrupted."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # waiting for /ready is no news
-    settings = _settings(config, preload or [])
-    try:
-        _serve(settings, host, port)
-    except ServerFailed as exc:
-        _fail(str(exc))
+    from deployments.local_commands import run_server  # Ray and torch take seconds to import: only where they are used
 
-
-def _serve(settings: AppConfig, host: str, port: int) -> None:
-    started = time.monotonic()
-    with Server(settings, host=host, port=port) as server, out.status("starting") as status:
-        server.prepare(status.update)
-        url = server.start()
-        status.update("publishing the preloaded adapters")
-        ready = server.wait_ready(timeout_s=_READY_TIMEOUT_S)
-        status.stop()
-        out.print(f"ready after {time.monotonic() - started:.0f} s at {url} with {ready['num_adapters']} adapters")
-        for path, reason in ready["refused"].items():
-            err.print(f"not published: {path}: {reason}", style="red", markup=False)
-        if host in ("127.0.0.1", "localhost", "::1"):
-            out.print("loopback only, no keys: whoever is on this machine may ask and publish")
-        server.wait_for_interrupt()
+    _exit_with(run_server(config, preload or [], host, port))
 
 
 @cli.command()
@@ -139,37 +112,34 @@ def publish(folders: list[Path], url: Url = _URL) -> None:
 @cli.command()
 def check(folder: Path, config: Annotated[Path | None, typer.Option(help="YAML file of settings")] = None) -> None:
     """Check an adapter folder as the server would, without a server. What needs the model is checked at publish."""
-    settings = _settings(config, [])
-    label = Label(folder.resolve().name, "local", (), None, "public")
+    from deployments.local_commands import check_adapter  # as in `serve`
+
+    _exit_with(check_adapter(folder, config))
+
+
+def _exit_with(code: int) -> None:
+    if code:
+        raise typer.Exit(code)
+
+
+@contextmanager
+def _client(url: str) -> Iterator[httpx.Client]:
+    """A client of the server; when it cannot be reached, the command ends and says so."""
     try:
-        admitted = check_folder(folder, label, accepts_base=settings.accepted_bases, module_shapes=None)
-    except AdapterRefused as exc:
-        for reason in exc.reasons:
-            err.print(f"refused: {reason}", style="red", markup=False)
-        raise typer.Exit(1) from exc
-    out.print(f"{label.name}: {len(admitted.modules)} modules, {len(admitted.samples)} samples, fit to publish")
-
-
-def _settings(config: Path | None, preload: list[Path]) -> AppConfig:
-    try:
-        return load_config(config, **({"preload": preload} if preload else {}))
-    except (ValidationError, OSError, ValueError) as exc:
-        _fail(str(exc))
-
-
-def _client(url: str) -> httpx.Client:
-    return httpx.Client(base_url=url, timeout=_ANSWER_TIMEOUT_S)
+        with httpx.Client(base_url=url, timeout=_ANSWER_TIMEOUT_S) as client:
+            yield client
+    except httpx.ConnectError:
+        _fail(f"no server answers at {url}; start one with `loraretriever serve`")
+    except httpx.TransportError as exc:
+        _fail(f"the server at {url} broke off: {exc}")
 
 
 def _call(url: str, method: str, path: str, **request: Any) -> dict[str, Any]:
-    try:
-        with _client(url) as client:
-            response = client.request(method, path, **request)
-            _check(response)
-            answer: dict[str, Any] = response.json()
-            return answer
-    except httpx.ConnectError:
-        _fail(f"no server answers at {url}; start one with `loraretriever serve`")
+    with _client(url) as client:
+        response = client.request(method, path, **request)
+        _check(response)
+        answer: dict[str, Any] = response.json()
+        return answer
 
 
 def _check(response: httpx.Response) -> None:

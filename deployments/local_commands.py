@@ -1,0 +1,67 @@
+"""The commands that run the project's own code on this machine: the server, and the check of a folder."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+from pydantic import ValidationError
+from rich.console import Console
+
+from deployments.config import AppConfig, load_config
+from deployments.server import Server, ServerFailed
+from lora_store import AdapterRefused, check_folder
+
+_READY_TIMEOUT_S = 600.0
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+out = Console()
+err = Console(stderr=True)
+
+
+def run_server(config: Path | None, preload: list[Path], host: str, port: int) -> int:
+    """Serve until interrupted; the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # waiting for /ready is no news
+    try:
+        settings = load_config(config, **({"preload": preload} if preload else {}))
+        _serve(settings, host, port)
+    except (ServerFailed, ValidationError, OSError) as exc:
+        return _fail(str(exc))
+    return 0
+
+
+def check_adapter(folder: Path, config: Path | None) -> int:
+    """Say whether the folder is fit to publish, or every reason why not; the exit code."""
+    try:
+        settings = load_config(config)
+        admitted = check_folder(folder.resolve(), accepts_base=settings.accepted_bases, module_shapes=None)
+    except AdapterRefused as exc:
+        return _fail("\n".join(f"refused: {reason}" for reason in exc.reasons))
+    except (ValidationError, OSError) as exc:
+        return _fail(str(exc))
+    name = folder.resolve().name
+    out.print(f"{name}: {len(admitted.modules)} modules, {len(admitted.samples)} samples, fit to publish")
+    return 0
+
+
+def _serve(settings: AppConfig, host: str, port: int) -> None:
+    started = time.monotonic()
+    with Server(settings, host=host, port=port) as server:
+        with out.status("starting") as status:
+            server.prepare(status.update)
+            url = server.start()
+            status.update("publishing the preloaded adapters")
+            ready = server.wait_ready(timeout_s=_READY_TIMEOUT_S)
+        out.print(f"ready after {time.monotonic() - started:.0f} s at {url} with {ready['num_adapters']} adapters")
+        for path, reason in ready["refused"].items():
+            err.print(f"not published: {path}: {reason}", style="red", markup=False)
+        if host in _LOOPBACK:
+            out.print("loopback only, no keys: whoever is on this machine may ask and publish")
+        server.wait_for_interrupt()
+
+
+def _fail(message: str) -> int:
+    err.print(message, style="red", markup=False)
+    return 1
