@@ -130,8 +130,8 @@ def _client(url: str) -> Iterator[httpx.Client]:
             yield client
     except httpx.ConnectError:
         _fail(f"no server answers at {url}; start one with `loraretriever serve`")
-    except httpx.TransportError as exc:
-        _fail(f"the server at {url} broke off: {exc}")
+    except (httpx.TransportError, httpx.InvalidURL) as exc:
+        _fail(f"{url}: {exc or type(exc).__name__}")
 
 
 def _call(url: str, method: str, path: str, **request: Any) -> dict[str, Any]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from gpu_worker.config import DEFAULT_CACHE_DIR, WorkerConfig
+from gpu_worker.errors import WorkerConfigInvalid
 from retriever_svc.encoder import DEFAULT_MODEL as DEFAULT_ENCODER
 
 _NAME = r"^[A-Za-z0-9._-]{1,64}$"
@@ -28,11 +30,19 @@ class ScalingSettings(_Settings):
     num_gpus: float = Field(default=0, ge=0)
     max_ongoing_requests: int = Field(default=64, ge=1)
     target_ongoing_requests: float = Field(default=32, gt=0)
+    graceful_shutdown_timeout_s: float = Field(default=600, gt=0)  # a replica that goes ends its streams first
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas ({self.min_replicas}) is above max_replicas ({self.max_replicas})")
+        return self
 
     def options(self) -> dict[str, Any]:
         """The keywords of `Deployment.options`."""
         options: dict[str, Any] = {
             "max_ongoing_requests": self.max_ongoing_requests,
+            "graceful_shutdown_timeout_s": self.graceful_shutdown_timeout_s,
             "ray_actor_options": {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus},
         }
         if self.min_replicas == self.max_replicas:
@@ -92,6 +102,21 @@ class AppConfig(_Settings):
     store_scaling: ScalingSettings = ScalingSettings(max_ongoing_requests=64)
     worker_scaling: ScalingSettings = ScalingSettings(num_cpus=1, max_ongoing_requests=2112, target_ongoing_requests=48)
 
+    @model_validator(mode="after")
+    def _base_has_a_name(self) -> Self:
+        name = self.served_base_name
+        if name == "auto" or not re.fullmatch(_NAME, name):
+            raise ValueError(f"{name!r} cannot be asked for as a model; set base_model_name")
+        return self
+
+    @model_validator(mode="after")
+    def _worker_could_start(self) -> Self:
+        try:
+            self.worker_config()
+        except WorkerConfigInvalid as exc:
+            raise ValueError(str(exc)) from exc
+        return self
+
     @field_validator("store_uri")
     @classmethod
     def _absolute(cls, uri: str) -> str:
@@ -119,6 +144,11 @@ class AppConfig(_Settings):
 
 
 def load_config(path: Path | None, **changes: Any) -> AppConfig:
-    """The YAML file's settings with `changes` over them. Raises: pydantic.ValidationError, naming the key."""
-    settings = yaml.safe_load(path.read_text()) if path is not None else {}
-    return AppConfig.model_validate((settings or {}) | changes)
+    """The YAML file's settings with `changes` over them. Raises: ValueError, naming the key or the line."""
+    try:
+        settings = (yaml.safe_load(path.read_text()) if path is not None else None) or {}
+    except yaml.YAMLError as exc:
+        raise ValueError(f"{path} is no YAML: {exc}") from exc
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold settings by name, got a {type(settings).__name__}")
+    return AppConfig.model_validate(settings | changes)

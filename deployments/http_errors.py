@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from pydantic import ValidationError
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.exceptions import HTTPException
+from starlette.responses import Response
 
 from deployments.errors import BodyTooLarge, ModelNotFound, NotReady, PublishingOff, RequestInvalid
 from gpu_worker import errors as worker_errors
@@ -54,6 +57,12 @@ TABLE: tuple[tuple[type[Exception], int, str, str], ...] = (
     (DeploymentUnavailableError, 503, _OVERLOADED, "unavailable"),
     (RayActorError, 503, _OVERLOADED, "replica_died"),
 )
+# What Ray says itself names actors, nodes and queues.
+_SAID: dict[type[Exception], str] = {
+    BackPressureError: "too many requests wait; try again later",
+    DeploymentUnavailableError: "a part of the server is not available; try again later",
+    RayActorError: "the replica that worked on this request has died; try again",
+}
 
 
 def describe(error: Exception) -> tuple[int, dict[str, Any]]:
@@ -61,7 +70,7 @@ def describe(error: Exception) -> tuple[int, dict[str, Any]]:
     cause = error.cause if isinstance(error, RayTaskError) and isinstance(error.cause, Exception) else error
     for kind, status, type_, code in TABLE:
         if isinstance(cause, kind):
-            return status, error_object(str(cause), type_, code, param=getattr(cause, "param", None))
+            return status, error_object(_SAID.get(kind) or str(cause), type_, code, param=getattr(cause, "param", None))
     logger.error("an unforeseen error", exc_info=error)
     return 500, error_object("the server failed to answer this request", _SERVER, "internal_error")
 
@@ -84,8 +93,27 @@ def validation_error(error: RequestValidationError | ValidationError) -> Request
     return RequestInvalid(f"{param}: {first['msg']}{suffix}" if param else f"{first['msg']}{suffix}", param or None)
 
 
+class AnsweringRoute(APIRoute):
+    """A route whose errors are answers. Further out, Starlette would raise them again and Serve log each as a crash,
+    and Serve 2.60 answers its own BackPressureError and DeploymentUnavailableError in plain text."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def answering(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except (RequestValidationError, HTTPException):
+                raise
+            except Exception as exc:
+                return error_response(exc)
+
+        return answering
+
+
 def install(app: FastAPI) -> None:
     """Every error of every route leaves in the API's own shape."""
+    app.router.route_class = AnsweringRoute
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid(_: Request, error: RequestValidationError) -> JSONResponse:

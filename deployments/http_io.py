@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,13 @@ def parse(request: TextRequest | Mapping[str, Any]) -> TextRequest:
         raise http_errors.validation_error(exc) from exc
 
 
-async def events(opening: JsonObject, chunks: AsyncIterator[JsonObject]) -> AsyncIterator[str]:
-    """The chunks as server-sent events; an error after the first token is the last event."""
-    yield f"data: {json.dumps(opening)}\n\n"
+async def events(opening: JsonObject, chunks: AsyncGenerator[JsonObject]) -> AsyncGenerator[str]:
+    """The chunks as server-sent events; an error after the first token is the last event. Leaving closes `chunks`."""
     try:
-        async for chunk in chunks:
-            yield f"data: {json.dumps(chunk)}\n\n"
+        async with aclosing(chunks):
+            yield f"data: {json.dumps(opening)}\n\n"
+            async for chunk in chunks:
+                yield f"data: {json.dumps(chunk)}\n\n"
     except Exception as exc:
         _, body = http_errors.describe(exc)
         yield f"data: {json.dumps(body)}\n\n"
@@ -50,4 +52,10 @@ def adapter_folders(path: Path) -> list[Path]:
 
 
 def is_loopback(http: Request) -> bool:
-    return http.client is not None and ipaddress.ip_address(http.client.host).is_loopback
+    """Whether the client is on this machine; one that comes through a reverse proxy is not."""
+    if "forwarded" in http.headers or "x-forwarded-for" in http.headers:
+        return False
+    try:
+        return http.client is not None and ipaddress.ip_address(http.client.host).is_loopback
+    except ValueError:  # a Unix socket, or a proxy that gives a name
+        return False

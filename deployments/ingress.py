@@ -5,7 +5,8 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +36,7 @@ from lora_store import LOCAL_TENANT
 logger = logging.getLogger(__name__)
 
 _PRELOAD_BATCH = 32
+STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 app = FastAPI(title="LoraRetriever", docs_url="/docs", redoc_url=None)
 http_errors.install(app)
@@ -64,16 +66,16 @@ class Ingress:
         text = "".join(part.text for part in parts)
         return answer.whole(Completion(text, last.num_prompt_tokens, last.num_new_tokens, last.finish_reason))
 
-    async def stream(self, request: TextRequest | Mapping[str, Any]) -> AsyncIterator[JsonObject]:
+    async def stream(self, request: TextRequest | Mapping[str, Any]) -> AsyncGenerator[JsonObject]:
         """The answer's chunks, as the HTTP route streams them: the plan first, then text as it is made."""
         request = parse(request)
         answer, job = await self._begin(request)
-        deltas = self._deltas(job)
-        last = await anext(deltas)  # an error before the first token is an error, not a broken stream
-        yield answer.opening()
-        yield answer.chunk(last)
-        async for last in deltas:
+        async with aclosing(self._deltas(job)) as deltas:
+            last = await anext(deltas)  # an error before the first token is an error, not a broken stream
+            yield answer.opening()
             yield answer.chunk(last)
+            async for last in deltas:
+                yield answer.chunk(last)
         if request.include_usage:
             yield answer.usage_chunk(last)
 
@@ -85,7 +87,7 @@ class Ingress:
         job = Job(answer.request_id, request.prompt_for_worker, planned.plan, request.sampling(), template)
         return answer, job
 
-    async def _deltas(self, job: Job) -> AsyncIterator[Delta]:
+    async def _deltas(self, job: Job) -> AsyncGenerator[Delta]:
         """The Worker's deltas; leaving early cancels the job there."""
         response = self._worker.options(stream=True).stream.remote(job)
         try:
@@ -121,7 +123,7 @@ class Ingress:
             return JSONResponse(await self.generate(request))
         chunks = self.stream(request)
         opening = await anext(chunks)
-        return StreamingResponse(events(opening, chunks), media_type="text/event-stream")
+        return StreamingResponse(events(opening, chunks), media_type="text/event-stream", headers=STREAM_HEADERS)
 
     @app.post("/v1/route")
     async def route(self, body: RouteQuery) -> JsonObject:
@@ -135,7 +137,7 @@ class Ingress:
         _, records = await self._retriever.records.remote(LOCAL_TENANT)
         return {"object": "list", "data": model_objects(self._config.served_base_name, records)}
 
-    @app.get("/v1/models/{model}")
+    @app.get("/v1/models/{model:path}")
     async def model(self, model: str) -> JsonObject:
         cards = (await self.models())["data"]
         for card in cards:
@@ -170,6 +172,10 @@ class Ingress:
         """Retriever and Worker answer, and the preload is published. 503 until then."""
         if not self._preload.done():
             raise NotReady("the server is still starting")
+        if self._preload.exception() is not None:
+            logger.error("publishing the preload failed and is tried again", exc_info=self._preload.exception())
+            self._preload = asyncio.create_task(self._publish_preload())
+            raise NotReady("publishing the preload failed and is tried again")
         refused = self._preload.result()
         await self._worker.module_shapes.remote()
         generation, records = await self._retriever.records.remote(LOCAL_TENANT)

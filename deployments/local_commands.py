@@ -6,10 +6,10 @@ import logging
 import time
 from pathlib import Path
 
-from pydantic import ValidationError
 from rich.console import Console
 
 from deployments.config import AppConfig, load_config
+from deployments.http_io import adapter_folders
 from deployments.server import Server, ServerFailed
 from lora_store import AdapterRefused, check_folder
 
@@ -26,8 +26,11 @@ def run_server(config: Path | None, preload: list[Path], host: str, port: int) -
     logging.getLogger("httpx").setLevel(logging.WARNING)  # waiting for /ready is no news
     try:
         settings = load_config(config, **({"preload": preload} if preload else {}))
+        for path in settings.preload:
+            if not adapter_folders(path):
+                return _fail(f"{path} is no adapter folder and holds none")
         _serve(settings, host, port)
-    except (ServerFailed, ValidationError, OSError) as exc:
+    except (ServerFailed, ValueError, OSError) as exc:
         return _fail(str(exc))
     return 0
 
@@ -39,7 +42,7 @@ def check_adapter(folder: Path, config: Path | None) -> int:
         admitted = check_folder(folder.resolve(), accepts_base=settings.accepted_bases, module_shapes=None)
     except AdapterRefused as exc:
         return _fail("\n".join(f"refused: {reason}" for reason in exc.reasons))
-    except (ValidationError, OSError) as exc:
+    except (ValueError, OSError) as exc:
         return _fail(str(exc))
     name = folder.resolve().name
     out.print(f"{name}: {len(admitted.modules)} modules, {len(admitted.samples)} samples, fit to publish")

@@ -13,6 +13,7 @@ from lora_store import AdapterRecord, LoraStore, Plan, Sample, Snapshot, Strateg
 from retriever_svc import Candidate, Encoder, NoAdapterMatched, Retriever, Route, RouteRequest
 
 _NEIGHBOURS = 3
+_CATCH_UP_S = 4.0  # below the publisher's own limit, so that each replica answers for itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,5 +78,5 @@ class RetrieverDeployment:
         return embedded
 
     async def catch_up(self, generation: int) -> int:
-        """The generation this replica serves from now on. Raises: StaleIndex."""
-        return await asyncio.to_thread(self._retriever.catch_up, generation)
+        """The generation this replica serves from now on. Raises: StaleIndex; TimeoutError after `_CATCH_UP_S`."""
+        return await asyncio.wait_for(asyncio.to_thread(self._retriever.catch_up, generation), _CATCH_UP_S)

@@ -37,7 +37,7 @@ class Server:
 
     @property
     def url(self) -> str:
-        return f"http://{self._host}:{self._port}"
+        return f"http://{f'[{self._host}]' if ':' in self._host else self._host}:{self._port}"
 
     def prepare(self, report: Callable[[str], None]) -> None:
         """Have the packaged base model converted before any replica asks for it."""

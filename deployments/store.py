@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_store import LOCAL_TENANT, LoraStore, Snapshot, Staged
+from lora_store import LOCAL_TENANT, AdapterRecord, AdapterRef, AdapterRefused, LoraStore, Staged
 
 Shapes = Mapping[str, tuple[int, int]]
 
@@ -30,10 +30,14 @@ class StoreDeployment:
     """Answers writes and blobs; reads are the Retriever's. File work runs beside the event loop."""
 
     def __init__(self, uri: str, accepted_bases: Sequence[str]) -> None:
+        self._accepted_bases = frozenset(accepted_bases)
         self._store = LoraStore(uri, accepts_base=accepted_bases)
 
     async def stage(self, upload: FolderUpload, module_shapes: Shapes) -> Staged:
         """The checked folder, its blobs stored. Raises: AdapterRefused, with every reason."""
+        name = upload.name or upload.path.name
+        if name in self._accepted_bases:
+            raise AdapterRefused(name, ["the name is the base model's"])
         return await asyncio.to_thread(
             self._store.stage,
             upload.path,
@@ -62,5 +66,8 @@ class StoreDeployment:
         """
         return np.frombuffer(await asyncio.to_thread(self._store.load, weights_digest), dtype=np.uint8)
 
-    async def snapshot(self) -> Snapshot:
-        return await asyncio.to_thread(self._store.snapshot)
+    async def live(self, refs: Sequence[AdapterRef]) -> dict[AdapterRef, AdapterRecord]:
+        """The records of those versions that are live; embeddings stay here."""
+        snapshot = await asyncio.to_thread(self._store.snapshot)
+        records = [snapshot.records.get((ref.tenant, ref.name)) for ref in refs]
+        return {record.ref: replace(record, embedding=None) for record in records if record and record.ref in refs}

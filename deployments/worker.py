@@ -19,6 +19,7 @@ from gpu_worker.request import Delta, Job
 from lora_store import AdapterWeights, decode_weights
 
 _WEDGED_AFTER_S = 120.0
+_FETCH_TIMEOUT_S = 60.0
 
 
 class WorkerDeployment:
@@ -60,7 +61,8 @@ class WorkerDeployment:
 
     def _fetch(self, weights_digest: str) -> AdapterWeights:
         """Runs on a loading thread; the handle belongs to the replica's event loop."""
-        data = asyncio.run_coroutine_threadsafe(self._fetch_bytes(weights_digest), self._asyncio_loop).result()
+        fetching = asyncio.run_coroutine_threadsafe(self._fetch_bytes(weights_digest), self._asyncio_loop)
+        data = fetching.result(timeout=_FETCH_TIMEOUT_S)
         return decode_weights(weights_digest, data)
 
     async def _fetch_bytes(self, weights_digest: str) -> NDArray[np.uint8]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -9,6 +10,8 @@ from concurrent.futures import Executor, Future
 
 from gpu_worker.errors import AdapterLoadFailed, AdapterUnfit
 from lora_store.adapter import AdapterWeights
+
+logger = logging.getLogger(__name__)
 
 Fetch = Callable[[str], AdapterWeights]
 """Weights digest -> weights. Runs on a loading thread, may block, raises whatever went wrong."""
@@ -77,6 +80,7 @@ class AdapterLoader:
 def _load_error(digest: str, exc: Exception) -> Exception:
     if isinstance(exc, AdapterUnfit):
         return exc
-    error = AdapterLoadFailed(f"the weights {digest[:12]} could not be fetched: {exc}")
+    logger.warning("the weights %s could not be fetched", digest, exc_info=exc)
+    error = AdapterLoadFailed(f"the weights {digest[:12]} could not be fetched; try again later")
     error.__cause__ = exc
     return error
