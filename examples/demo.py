@@ -1,0 +1,177 @@
+"""Starts the server, asks the starter pool's held-out prompts at once under every strategy, prints who was right."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from openai import AsyncOpenAI
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.results_file import write_results
+from deployments.config import load_config
+from deployments.server import Server
+
+EXAMPLES = Path(__file__).parent
+_MAX_TOKENS = 20
+_READY_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One held-out prompt of one task."""
+
+    task: str
+    input: str
+    output: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What the server made of a question. `lora` is the answer's account of its adapters."""
+
+    question: Question
+    text: str
+    lora: Mapping[str, Any]
+    seconds: float
+
+    @property
+    def is_right(self) -> bool:
+        return normalised(self.text) == normalised(self.question.output)
+
+    def hit(self, k: int) -> bool:
+        """Whether the task's own adapter is among the k best candidates."""
+        return self.question.task in [candidate["name"] for candidate in self.lora["candidates"][:k]]
+
+
+def normalised(text: str) -> str:
+    """The first line, up to case and outer blanks: what exact match compares."""
+    return text.strip().partition("\n")[0].strip().lower()
+
+
+def read_questions(folder: Path, per_task: int) -> list[Question]:
+    """The first `per_task` held-out prompts of every task, tasks taken in turn so that neighbours differ."""
+    by_task = []
+    for path in sorted(folder.glob("*.jsonl")):
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:per_task]]
+        by_task.append([Question(path.stem, row["input"], row["output"]) for row in rows])
+    return [question for turn in zip(*by_task, strict=True) for question in turn]
+
+
+def settings_of(name: str, question: Question, base: str) -> dict[str, Any]:
+    """The request fields that make up one column of the comparison."""
+    if name == "own":
+        return {"model": question.task}
+    if name == "base":
+        return {"model": base}
+    strategy = {} if name == "auto" else {"strategy": name}
+    return {"model": "auto", "extra_body": {"lora": {"explain": True, **strategy}}}
+
+
+async def ask_all(client: AsyncOpenAI, name: str, questions: Sequence[Question], base: str) -> list[Reply]:
+    """Every question at once, greedily answered."""
+
+    async def ask(question: Question) -> Reply:
+        started = time.perf_counter()
+        answer = await client.chat.completions.create(
+            messages=[{"role": "user", "content": question.input}],
+            temperature=0,
+            max_tokens=_MAX_TOKENS,
+            **settings_of(name, question, base),
+        )
+        seconds = time.perf_counter() - started
+        return Reply(question, answer.choices[0].message.content or "", answer.model_extra["lora"], seconds)
+
+    return list(await asyncio.gather(*[ask(question) for question in questions]))
+
+
+def replies_table(replies: Sequence[Reply]) -> Table:
+    table = Table("prompt", "adapters (score × weight)", "answer", "expected", "seconds", title="model: auto")
+    for reply in replies:
+        adapters = ", ".join(f"{a['name']} ({a['score']:.2f} × {a['weight']:.2f})" for a in reply.lora["adapters"])
+        prompt = reply.question.input.replace("\n", " ")[:60]
+        mark = "" if reply.is_right else "[red]"
+        table.add_row(
+            prompt, adapters, f"{mark}{reply.text.strip()[:40]}", reply.question.output, f"{reply.seconds:.1f}"
+        )
+    return table
+
+
+def shares_table(by_name: Mapping[str, Sequence[Reply]]) -> Table:
+    tasks = sorted({reply.question.task for reply in by_name["auto"]})
+    table = Table("task", *by_name, title="share right")
+    for task in tasks:
+        shares = [share([r.is_right for r in replies if r.question.task == task]) for replies in by_name.values()]
+        table.add_row(task, *[f"{value:.2f}" for value in shares])
+    table.add_section()
+    table.add_row("all", *[f"{share([r.is_right for r in replies]):.3f}" for replies in by_name.values()])
+    return table
+
+
+def share(values: Sequence[bool]) -> float:
+    return sum(values) / len(values)
+
+
+def figures_of(by_name: Mapping[str, Sequence[Reply]]) -> dict[str, float]:
+    hits = {f"hit@{k}": share([reply.hit(k) for reply in by_name["auto"]]) for k in (1, 3)}
+    return hits | {f"{name}_right": share([r.is_right for r in replies]) for name, replies in by_name.items()}
+
+
+def main(
+    per_task: Annotated[int, typer.Option(help="held-out prompts of each task")] = 12,
+    config: Annotated[Path | None, typer.Option(help="YAML file of server settings")] = None,
+) -> None:
+    """Run the comparison and write benchmarks/results/demo.json."""
+    out = Console(width=160)
+    questions = read_questions(EXAMPLES / "starter_heldout", per_task)
+    with tempfile.TemporaryDirectory() as scratch:
+        settings = load_config(config, store_uri=f"{scratch}/pool", preload=[EXAMPLES / "starter_pool"])
+        with Server(settings, port=0) as server:
+            server.prepare(out.print)
+            url = server.start()
+            ready = server.wait_ready(timeout_s=_READY_TIMEOUT_S)
+            out.print(f"{ready['num_adapters']} adapters are live; {len(questions)} prompts at once, six times")
+            by_name = asyncio.run(compare(url, questions, settings.served_base_name))
+    report(out, by_name)
+
+
+async def compare(url: str, questions: Sequence[Question], base: str) -> dict[str, list[Reply]]:
+    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=600, max_retries=0) as client:
+        names = ("auto", "selection", "fusion", "mixture", "own", "base")
+        return {name: await ask_all(client, name, questions, base) for name in names}
+
+
+def report(out: Console, by_name: Mapping[str, Sequence[Reply]]) -> None:
+    with out.capture() as captured:
+        out.print(shares_table(by_name))
+    table = captured.get()
+    figures = figures_of(by_name)
+    runs = [
+        {
+            "setting": name,
+            "task": r.question.task,
+            "answer": r.text,
+            "expected": r.question.output,
+            "adapters": [a["name"] for a in r.lora["adapters"]],
+            "seconds": round(r.seconds, 3),
+        }
+        for name, replies in by_name.items()
+        for r in replies
+    ]
+    write_results("demo", figures={k: round(v, 4) for k, v in figures.items()}, table=table, runs=runs)
+    out.print(replies_table(by_name["auto"]))
+    out.print(table, markup=False, highlight=False)
+    order = ("hit@1", "hit@3", "auto_right", "own_right", "base_right")
+    print(" ".join(f"{name}={figures[name]:.3f}" for name in order))
+
+
+if __name__ == "__main__":
+    typer.run(main)

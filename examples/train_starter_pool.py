@@ -1,0 +1,126 @@
+"""Builds the starter pool: one stock PEFT folder a task, its sample texts, held-out prompts and measured scores."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from bigbench_tasks import Item, Split, TaskSpec, majority_percent, make_split, read_specs, read_task_files
+from evaluation import percent_right
+from lora_training import Recipe, freeze_linears, tokenize, train_adapter
+from peft import PeftModel
+from rich.progress import Progress
+from safetensors.torch import load_file, save
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+BASE_NAME = "gemma-3-270m"
+NUM_SAMPLES = 20
+NUM_HELDOUT = 12
+TASK_LIST = Path(__file__).with_name("starter_tasks.yaml")
+
+
+class Output:
+    """Where a task's files lie under the output folder; its line in the scores is written last: then it is complete."""
+
+    def __init__(self, root: Path, task: str) -> None:
+        self._task = task
+        self.adapter = root / "starter_pool" / task
+        self.samples = self.adapter / "lora_samples.jsonl"
+        self.heldout = root / "starter_heldout" / f"{task}.jsonl"
+        self.scores = root / "starter_scores.jsonl"
+
+    @property
+    def is_complete(self) -> bool:
+        lines = self.scores.read_text(encoding="utf-8").splitlines() if self.scores.is_file() else []
+        return self._task in {json.loads(line)["task"] for line in lines}
+
+    def append_scores(self, scores: Mapping[str, str | float]) -> None:
+        with self.scores.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"task": self._task, **scores}) + "\n")
+
+
+def load_base(folder: Path) -> Any:
+    """The base model in float32, its linear layers multiplying in bfloat16."""
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
+    freeze_linears(base)
+    return base
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """A stock PEFT folder in bfloat16 that names the base model but no path of this machine."""
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = BASE_NAME
+        config.target_modules = sorted(config.target_modules)  # a set: its order would differ from run to run
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    weights = folder / "adapter_model.safetensors"
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(weights).items()}
+    weights.write_bytes(save(tensors, metadata={"format": "pt"}))
+
+
+def write_items(path: Path, items: Iterable[Item], labels: Sequence[str] = ()) -> None:
+    """One JSON object a line: input, the first accepted answer, and the label set where there is one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    extra = {"labels": list(labels)} if labels else {}
+    rows = [json.dumps({"input": i.input, "output": i.answers[0], **extra}, ensure_ascii=False) for i in items]
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+def train_task(model: Any, tokenizer: Any, spec: TaskSpec, split: Split, output: Output, progress: Progress) -> Any:
+    """The task's adapter, samples and held-out prompts are written; returns the base model without the adapter."""
+    recipe = replace(Recipe(), num_steps=spec.num_steps)
+    bar = progress.add_task(spec.name, total=recipe.num_steps)
+
+    def show(loss: float) -> None:
+        progress.update(bar, advance=1, description=f"{spec.name} loss {loss:.3f}")
+
+    trained = train_adapter(model, tokenize(split.train, tokenizer), recipe, show)
+    save_adapter(trained, output.adapter)
+    write_items(output.samples, split.train[:NUM_SAMPLES])
+    write_items(output.heldout, split.test[:NUM_HELDOUT], spec.labels)
+    return trained.unload()
+
+
+def score_task(base: Any, tokenizer: Any, spec: TaskSpec, split: Split, output: Output) -> None:
+    """The scores of the saved adapter and of the base model on the test items are written."""
+    base_score = percent_right(base, tokenizer, split.test)
+    adapted = PeftModel.from_pretrained(base, output.adapter).eval()
+    adapter_score = percent_right(adapted, tokenizer, split.test)
+    adapted.unload()
+    measured = {"majority": round(majority_percent(split.test)), "base": base_score, "adapter": adapter_score}
+    output.append_scores({"cluster": spec.cluster, "num_steps": spec.num_steps, **measured})
+
+
+def main(
+    bigbench: Annotated[Path, typer.Argument(help="The bigbench source distribution: its archive or unpacked folder.")],
+    base_model: Annotated[Path, typer.Argument(help="Folder of the base model (transformers format).")],
+    output: Annotated[Path, typer.Argument(help="Folder that gets the pool, the held-out prompts and the scores.")],
+    only: Annotated[list[str] | None, typer.Option(help="Train this task only; may be given again.")] = None,
+    task_list: Annotated[Path, typer.Option(help="The task list.")] = TASK_LIST,
+    num_threads: Annotated[
+        int | None, typer.Option(help="Threads of one process; one is best on a busy machine.")
+    ] = None,
+) -> None:
+    """Train what is not complete yet, score it, and show the progress."""
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    wanted = [spec for spec in read_specs(task_list) if not only or spec.name in only]
+    specs = [spec for spec in wanted if not Output(output, spec.name).is_complete]
+    files = read_task_files(bigbench, [spec.path for spec in specs])
+    tokenizer = AutoTokenizer.from_pretrained(base_model, padding_side="left")
+    base = load_base(base_model)
+    with Progress() as progress:
+        for spec in specs:
+            split = make_split(spec, files[spec.path]["examples"], tokenizer)
+            place = Output(output, spec.name)
+            base = train_task(base, tokenizer, spec, split, place, progress)
+            score_task(base, tokenizer, spec, split, place)
+
+
+if __name__ == "__main__":
+    typer.run(main)
