@@ -76,7 +76,7 @@ class RetrievalSettings(_Settings):
     encoder_threads: int | None = Field(default=None, ge=1)
     strategy: Literal["selection", "mixture", "fusion"] = "mixture"
     k: int = Field(default=3, ge=1, le=16)
-    weights: Literal["uniform", "softmax"] = "uniform"
+    weights: Literal["uniform", "softmax"] = "softmax"  # uniform lost half the right answers: benchmarks/README.md
     softmax_temperature: float = Field(default=0.05, gt=0)
     min_score: float | None = None  # None: the score under which 1 % of the pool's own samples fall
     fallback: Literal["base", "error"] = "base"

@@ -63,7 +63,7 @@ class Publisher:
         outcomes = [known[item.ref] if isinstance(item, Staged) else item for item in staged]
         generation = await self._commit([item for item in probed if isinstance(item, _Probed)], encoder, actor)
         generation = max([generation, *[record.generation for record in live.values()]])
-        ready, behind = await self._catch_up(generation)
+        ready, behind = await self._catch_up(generation) if generation else (0, 0)
         return [_published(outcome, generation, ready, behind) for outcome in outcomes]
 
     async def _probe(self, staged: Staged, embedded: Embedded | None) -> _Probed:

@@ -122,6 +122,7 @@ def share(values: Sequence[bool]) -> float:
 
 def figures_of(by_name: Mapping[str, Sequence[Reply]]) -> dict[str, float]:
     hits = {f"hit@{k}": share([reply.hit(k) for reply in by_name["auto"]]) for k in (1, 3)}
+    hits["abstained"] = share([reply.lora["abstained"] for reply in by_name["auto"]])
     return hits | {f"{name}_right": share([r.is_right for r in replies]) for name, replies in by_name.items()}
 
 

@@ -11,7 +11,9 @@ import pytest
 from gpu_worker.base_model import BaseModel
 from gpu_worker.engine import Engine
 from gpu_worker.loader import Fetch
+from gpu_worker.request import Job
 from lora_store.adapter import AdapterWeights
+from tests.gpu_worker.driving import Answer, run_together
 from tests.tiny import InlineExecutor, linear_shapes, tiny_config
 
 
@@ -42,3 +44,14 @@ def make_engine(tiny_folders: Mapping[str, Path], tiny_base: Callable[..., BaseM
 def shapes(tiny_base: Callable[..., BaseModel]) -> dict[str, tuple[int, int]]:
     """(out, in) of every module of the tiny gemma3 model that an adapter may target."""
     return linear_shapes(tiny_base())
+
+
+@pytest.fixture
+def alone(make_engine: Callable[..., Engine]) -> Callable[[Job, Mapping[str, AdapterWeights]], Answer]:
+    """The job's answer from a fresh engine that serves nothing else."""
+
+    def run(job: Job, adapters: Mapping[str, AdapterWeights]) -> Answer:
+        [answer] = run_together(make_engine(adapters), [job])
+        return answer
+
+    return run

@@ -8,12 +8,14 @@ from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from gpu_worker.engine import Engine
 from gpu_worker.request import Delta, Job, SamplingParams
 from gpu_worker.row import Row
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN, Plan
+from tests.tiny import assert_equal_logits
 
 
 @dataclass
@@ -39,7 +41,7 @@ class Answer:
     @property
     def tokens(self) -> list[int]:
         """The new tokens of an answer that ended well."""
-        assert self.is_finished, self.events
+        assert self.is_finished, self.error
         return self.row.tokens[self.row.num_prompt_tokens :]
 
     @property
@@ -65,12 +67,17 @@ class HeldExecutor(Executor):
 
 
 class Gate:
-    """A forward hook that lets the engine take one step per permit."""
+    """A forward hook that lets the engine take one step per permit, and counts the steps that have begun."""
 
     def __init__(self, model: nn.Module) -> None:
         self.permits = threading.Semaphore(0)
-        self._hook = model.register_forward_pre_hook(lambda module, inputs: self._pass())
+        self._arrivals = threading.Semaphore(0)
+        model.register_forward_pre_hook(lambda module, inputs: self._pass())
         self._is_open = False
+
+    def wait_for_step(self) -> None:
+        """Return once the next step has begun, which then waits for its permit."""
+        assert self._arrivals.acquire(timeout=10), "no step began"
 
     def open(self) -> None:
         """Let every step through from now on."""
@@ -78,6 +85,7 @@ class Gate:
         self.permits.release()
 
     def _pass(self) -> None:
+        self._arrivals.release()
         if not self._is_open:
             self.permits.acquire()
 
@@ -86,9 +94,23 @@ class BrokenSink(Exception):
     """What the sink of a client that is gone raises."""
 
 
+def always_says(model: PreTrainedModel, token: int) -> None:
+    """From now on the model wants `token` next, whatever came before."""
+
+    def prefer(module: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> Tensor:
+        logits = logits.clone()
+        logits[..., token] = 1e4
+        return logits
+
+    model.get_output_embeddings().register_forward_hook(prefer)
+
+
 def greedy(prompt: str, plan: Plan = BASE_PLAN, request_id: object = 0, num_new: int = 8) -> Job:
     sampling = SamplingParams(max_tokens=num_new, temperature=0, ignore_eos=True)
     return Job(str(request_id), prompt, plan, sampling)
+
+
+BASE_JOB = greedy("the base model alone", BASE_PLAN, "base")
 
 
 def ask(engine: Engine, job: Job) -> Answer:
@@ -117,3 +139,9 @@ def assert_nothing_held(engine: Engine) -> None:
     assert engine.residency.active_rows == 0
     assert engine.kv_cache.num_free == engine.config.max_batch_size
     assert not any(cache.any() for cache in (*engine.kv_cache.keys, *engine.kv_cache.values))
+
+
+def assert_same(found: Answer, expected: Answer) -> None:
+    assert found.tokens == expected.tokens
+    assert found.text == expected.text
+    assert_equal_logits(found.first_logits, expected.first_logits)

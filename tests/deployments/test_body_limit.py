@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+from starlette.types import Message, Receive, Scope, Send
+
+from deployments.body_limit import BodyLimit
+
+
+async def echo(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers with the body, all of it."""
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": body})
+
+
+def post(content: bytes | AsyncIterator[bytes]) -> httpx.Response:
+    async def run() -> httpx.Response:
+        transport = httpx.ASGITransport(BodyLimit(echo, max_bytes=8))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.post("/", content=content)
+
+    return asyncio.run(run())
+
+
+async def chunks(*parts: bytes) -> AsyncIterator[bytes]:
+    for part in parts:
+        yield part
+
+
+@pytest.mark.parametrize("content", [b"", b"12345678", chunks(b"1234", b"5678")])
+def test_a_body_up_to_the_limit_arrives_whole(content: bytes | AsyncIterator[bytes]) -> None:
+    response = post(content)
+    assert response.status_code == 200
+    assert response.content == (b"" if content == b"" else b"12345678")
+
+
+@pytest.mark.parametrize("content", [b"123456789", chunks(b"1234", b"5678", b"9")])
+def test_a_larger_body_is_refused_also_when_no_length_was_announced(content: bytes | AsyncIterator[bytes]) -> None:
+    response = post(content)
+    assert response.status_code == 413
+    assert json.loads(response.content)["error"]["code"] == "body_too_large"
+
+
+def test_reading_stops_at_the_limit() -> None:
+    read = []
+
+    async def long() -> Message:
+        read.append(4)
+        assert len(read) < 100, "nothing stops the reading"
+        return {"type": "http.request", "body": b"1234", "more_body": True}
+
+    async def run() -> list[Message]:
+        sent: list[Message] = []
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        await BodyLimit(echo, max_bytes=8)({"type": "http", "headers": []}, long, send)
+        return sent
+
+    assert asyncio.run(run())[0]["status"] == 413
+    assert sum(read) == 12
+
+
+def test_a_request_whose_client_is_gone_is_not_answered() -> None:
+    async def silent(scope: Scope, receive: Receive, send: Send) -> None:
+        assert (await receive())["type"] == "http.disconnect"
+
+    async def gone() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def run() -> list[Message]:
+        sent: list[Message] = []
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        await BodyLimit(silent, max_bytes=8)({"type": "http", "headers": []}, gone, send)
+        return sent
+
+    assert asyncio.run(run()) == []
+
+
+def test_what_is_no_request_passes() -> None:
+    seen = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(scope["type"])
+
+    async def nothing(*_: object) -> Message:
+        return {}
+
+    asyncio.run(BodyLimit(app, max_bytes=8)({"type": "lifespan"}, nothing, nothing))
+    assert seen == ["lifespan"]

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from deployments.config import AppConfig, ScalingSettings, WorkerSettings, load_config
+from gpu_worker.errors import WorkerConfigInvalid
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"basemodel": "x"}, "basemodel"),
+        ({"worker": {"bank_rows": 1}}, "worker.bank_rows"),
+        ({"retrieval": {"top_k": 1}}, "retrieval.top_k"),
+        ({"store_scaling": {"replicas": 1}}, "store_scaling.replicas"),
+        ({"worker": {"bank_rank_rows": 0}}, "worker.bank_rank_rows"),
+        ({"worker": {"dtype": "int4"}}, "worker.dtype"),
+        ({"retrieval": {"k": 17}}, "retrieval.k"),
+        ({"retrieval": {"weights": "heavy"}}, "retrieval.weights"),
+        ({"template": "jinja"}, "template"),
+        ({"worker_scaling": {"min_replicas": 0}}, "worker_scaling.min_replicas"),
+        ({"base_model_name": "a/b"}, "base_model_name"),
+        ({"base_model_name": "a:b"}, "base_model_name"),
+    ],
+)
+def test_a_bad_setting_is_refused_by_its_key(settings: dict[str, Any], key: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        AppConfig.model_validate(settings)
+    [problem] = caught.value.errors()
+    assert ".".join(map(str, problem["loc"])) == key
+
+
+@pytest.mark.parametrize("settings", [{"base_model_name": "auto"}, {"base_model": "org/my:model"}, {"base_model": "/"}])
+def test_the_served_base_name_can_be_told_from_auto_and_from_adapters(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        AppConfig.model_validate(settings)
+
+
+def test_more_replicas_at_least_than_at_most_are_refused() -> None:
+    with pytest.raises(ValidationError):
+        ScalingSettings(min_replicas=3, max_replicas=2)
+
+
+@pytest.mark.parametrize(
+    ("base_model", "name", "served"),
+    [
+        ("gemma-3-270m", "", "gemma-3-270m"),
+        ("google/gemma-3-270m-it", "", "gemma-3-270m-it"),
+        ("/models/tiny/", "", "tiny"),
+        ("/models/tiny", "mine", "mine"),
+    ],
+)
+def test_the_base_is_served_under_its_last_path_part_or_its_given_name(base_model: str, name: str, served: str) -> None:
+    config = AppConfig(base_model=base_model, base_model_name=name, accepts_base=("other",))
+    assert config.served_base_name == served
+    assert config.accepted_bases == {base_model, served, "other"}
+
+
+def test_relative_folders_are_resolved_where_the_application_is_built() -> None:
+    config = AppConfig(store_uri="pool", preload=("adapters", "/abs"))
+    assert config.store_uri == str(Path.cwd() / "pool")
+    assert config.preload == (Path.cwd() / "adapters", Path("/abs"))
+    assert AppConfig(store_uri="s3://bucket/pool").store_uri == "s3://bucket/pool"
+
+
+def test_worker_settings_reach_the_engine_field_by_field() -> None:
+    settings = {
+        "dtype": "bfloat16",
+        "num_threads": 3,
+        "bank_rank_rows": 11,
+        "max_batch_size": 12,
+        "max_model_len": 13,
+        "max_step_tokens": 14,
+        "max_waiting": 15,
+        "host_cache_bytes": 16,
+    }
+    config = AppConfig(base_model="a/b", cache_dir=Path("/c"), worker=WorkerSettings(**settings))
+    worker = asdict(config.worker_config())
+    assert {key: worker[key] for key in settings} == settings
+    assert (worker["base_model"], worker["cache_dir"]) == ("a/b", Path("/c"))
+    assert settings.keys() | {"stream_interval_ms"} == WorkerSettings.model_fields.keys()
+
+
+def test_the_engine_takes_every_core_where_nothing_is_said() -> None:
+    assert AppConfig().worker_config().num_threads == os.cpu_count()
+
+
+def test_a_worker_that_could_not_start_is_refused_before_anything_starts() -> None:
+    with pytest.raises((ValidationError, WorkerConfigInvalid)):
+        AppConfig(worker=WorkerSettings(max_batch_size=8, max_step_tokens=4)).worker_config()
+
+
+def test_equal_replica_counts_are_fixed_and_others_autoscale() -> None:
+    fixed = ScalingSettings(min_replicas=2, max_replicas=2, num_cpus=0.5, num_gpus=1, max_ongoing_requests=7)
+    assert fixed.options() == {
+        "num_replicas": 2,
+        "max_ongoing_requests": 7,
+        "graceful_shutdown_timeout_s": 600,
+        "ray_actor_options": {"num_cpus": 0.5, "num_gpus": 1},
+    }
+    scaled = ScalingSettings(min_replicas=1, max_replicas=3, target_ongoing_requests=9).options()
+    assert scaled["autoscaling_config"] == {"min_replicas": 1, "max_replicas": 3, "target_ongoing_requests": 9}
+    assert "num_replicas" not in scaled
+
+
+def test_the_worker_deployment_holds_what_its_engine_holds() -> None:
+    config = AppConfig()
+    assert config.worker_scaling.max_ongoing_requests >= config.worker.max_batch_size + config.worker.max_waiting
+
+
+def test_changes_win_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("template: chat\nretrieval: {k: 5}\npreload: [/a]\n")
+    config = load_config(file, preload=["/b"])
+    assert (config.template, config.retrieval.k, config.preload) == ("chat", 5, (Path("/b"),))
+
+
+def test_an_empty_file_and_no_file_are_the_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("# nothing\n")
+    assert load_config(file) == load_config(None) == AppConfig()

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
+
+import pytest
+from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+import deployments
+import gpu_worker
+import lora_store
+import retriever_svc
+from deployments import errors as api_errors
+from deployments.http_errors import TABLE, describe, error_response
+from gpu_worker import errors as worker_errors
+from lora_store import errors as store_errors
+from retriever_svc import errors as retriever_errors
+from tests.fakes import as_ray_raises
+
+INVALID, OVERLOADED = "invalid_request_error", "overloaded_error"
+EXPECTED = [
+    (api_errors.RequestInvalid("lora: no", "lora"), 400, INVALID, "invalid_request"),
+    (api_errors.ModelNotFound("x"), 404, "not_found_error", "model_not_found"),
+    (store_errors.AdapterNotFound("x"), 404, "not_found_error", "model_not_found"),
+    (api_errors.PublishingOff("off"), 403, "permission_error", "publishing_off"),
+    (api_errors.BodyTooLarge("large"), 413, INVALID, "body_too_large"),
+    (api_errors.NotReady("wait"), 503, OVERLOADED, "not_ready"),
+    (store_errors.AdapterRefused("x", ["a", "b"]), 400, INVALID, "adapter_refused"),
+    (store_errors.PlanInvalid("plan"), 400, INVALID, "plan_invalid"),
+    (store_errors.VersionConflict(3), 503, OVERLOADED, "version_conflict"),
+    (store_errors.BlobCorrupted("d", "e"), 500, "server_error", "blob_corrupted"),
+    (retriever_errors.RouteInvalid("k"), 400, INVALID, "invalid_request"),
+    (retriever_errors.NoAdapterMatched(0.1, 0.2), 422, INVALID, "no_adapter_matched"),
+    (retriever_errors.StaleIndex(2, 1), 503, OVERLOADED, "stale_index"),
+    (worker_errors.SamplingInvalid("top_p"), 400, INVALID, "invalid_request"),
+    (worker_errors.PromptInvalid("prompt"), 400, INVALID, "invalid_prompt"),
+    (worker_errors.PromptTooLong("long"), 400, INVALID, "context_length_exceeded"),
+    (worker_errors.PlanTooLarge("rows"), 400, INVALID, "plan_too_large"),
+    (worker_errors.AdapterUnfit("fit"), 400, INVALID, "adapter_unfit"),
+    (worker_errors.LogitsNotFinite("inf"), 422, INVALID, "logits_not_finite"),
+    (worker_errors.AdapterLoadFailed("load"), 503, OVERLOADED, "adapter_load_failed"),
+    (worker_errors.EngineFull("full"), 503, OVERLOADED, "engine_full"),
+    (worker_errors.EngineStopped("stopped"), 503, OVERLOADED, "engine_stopped"),
+]
+RAYS_OWN = [
+    (BackPressureError(4, 3), 503, OVERLOADED, "overloaded"),
+    (DeploymentUnavailableError(DeploymentID("Worker", "inner")), 503, OVERLOADED, "unavailable"),
+    (RayActorError(), 503, OVERLOADED, "replica_died"),
+    (ActorDiedError(), 503, OVERLOADED, "replica_died"),
+]
+NEVER_REACH_A_CLIENT = {
+    "ReplicaWedged": "answers Serve's health check",
+    "FileRefused": "becomes a reason of AdapterRefused",
+    "EncoderUnusable": "stops a Retriever at its start",
+    "NothingToEmbed": "the Retriever embeds no group without samples",
+    "BaseModelUnsupported": "stops a Worker at its start",
+    "WorkerConfigInvalid": "stops the application's build",
+}
+
+
+def subclasses(kind: type[Exception]) -> Iterator[type[Exception]]:
+    for child in kind.__subclasses__():
+        if not issubclass(child, RayTaskError):  # Ray makes such pairs of a cause and itself as it raises
+            yield child
+            yield from subclasses(child)
+
+
+def code_of(error: Exception) -> str:
+    code: str = describe(error)[1]["error"]["code"]
+    return code
+
+
+@pytest.mark.parametrize(("error", "status", "type_", "code"), EXPECTED, ids=lambda value: type(value).__name__)
+def test_an_error_maps_as_stated_from_here_and_from_a_replica(
+    error: Exception, status: int, type_: str, code: str
+) -> None:
+    lone = RayTaskError("method", "Traceback", error, "replica", 1, "127.0.0.1")
+    for raised in (error, as_ray_raises(error), lone):
+        found, body = describe(raised)
+        assert found == status
+        param = getattr(error, "param", None)
+        assert body == {"error": {"message": str(error), "type": type_, "param": param, "code": code}}
+        assert error_response(raised).headers.get("retry-after") == ("1" if status == 503 else None)
+
+
+@pytest.mark.parametrize(("error", "status", "type_", "code"), RAYS_OWN, ids=lambda value: type(value).__name__)
+def test_what_ray_raises_maps_as_stated_and_names_no_inside(
+    error: Exception, status: int, type_: str, code: str
+) -> None:
+    found, body = describe(error)
+    assert (found, body["error"]["type"], body["error"]["code"]) == (status, type_, code)
+    message = body["error"]["message"].lower()
+    assert message
+    assert not [word for word in ("actor", "deployment", "inner", "num_queued", "node") if word in message]
+
+
+def test_every_row_of_the_table_is_tried_and_reachable() -> None:
+    rows = [kind for kind, *_ in TABLE]
+    assert set(rows) == {type(error) for error, *_ in EXPECTED + RAYS_OWN} - {ActorDiedError}
+    for place, kind in enumerate(rows):
+        assert not issubclass(kind, tuple(rows[:place])), f"{kind.__name__} stands below a row that takes it"
+
+
+def test_every_error_that_can_reach_a_client_has_a_row() -> None:
+    for package in (deployments, gpu_worker, lora_store, retriever_svc):
+        for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+            importlib.import_module(module.name)
+    roots = (
+        api_errors.DeploymentsError,
+        worker_errors.GpuWorkerError,
+        store_errors.LoraStoreError,
+        retriever_errors.RetrieverError,
+    )
+    found = {kind.__name__: kind for root in roots for kind in subclasses(root)}
+    assert len(found) > len(EXPECTED)
+    rows = tuple(kind for kind, *_ in TABLE)
+    without = {name for name, kind in found.items() if not issubclass(kind, rows)}
+    assert without == NEVER_REACH_A_CLIENT.keys()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("secret"), as_ray_raises(KeyError("secret"))])
+def test_an_unforeseen_error_is_logged_and_says_nothing_of_its_inside(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    status, body = describe(error)
+    assert status == 500
+    assert body["error"] == {
+        "message": "the server failed to answer this request",
+        "type": "server_error",
+        "param": None,
+        "code": "internal_error",
+    }
+    [record] = caplog.records
+    assert record.levelname == "ERROR"
+    assert record.exc_info is not None
+    assert record.exc_info[1] is error
+
+
+def test_the_first_row_that_fits_is_taken_for_a_subclass() -> None:
+    class Narrower(store_errors.AdapterRefused):
+        """A refusal that a later version might add."""
+
+    assert code_of(Narrower("x", ["a"])) == "adapter_refused"

@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+
+from deployments.errors import ModelNotFound, RequestInvalid
+from deployments.schemas import ChatCompletionRequest
+from gpu_worker.errors import EngineStopped, PromptTooLong, SamplingInvalid
+from gpu_worker.prompts import Message
+from gpu_worker.request import Delta, SamplingParams
+from lora_store import BASE_PLAN
+from tests.deployments.app_fakes import (
+    BASE,
+    DELTAS,
+    POOL,
+    FakeWorker,
+    Served,
+    serve_plainly,
+)
+
+CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
+SAMPLING = {"max_tokens": 9, "temperature": 0.25, "top_k": 4, "seed": 11, "stop": ["a"]}
+BROKEN = (DELTAS[0], EngineStopped("it stopped"))
+
+
+def generate(request: Any, **options: Any) -> tuple[dict[str, Any], Served]:
+    async def run() -> tuple[dict[str, Any], Served]:
+        served = serve_plainly(**options)
+        return await served.ingress.generate(request), served
+
+    return asyncio.run(run())
+
+
+def stream(request: Any, **options: Any) -> list[dict[str, Any]]:
+    async def run() -> list[dict[str, Any]]:
+        return [chunk async for chunk in serve_plainly(**options).ingress.stream(request)]
+
+    return asyncio.run(run())
+
+
+def test_an_answer_is_the_workers_text_put_together() -> None:
+    answer, _ = generate(CHAT)
+    [choice] = answer["choices"]
+    assert choice["message"] == {"role": "assistant", "content": "Hello"}
+    assert choice["finish_reason"] == "stop"
+    assert answer["usage"] == {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8}
+    assert answer["model"] == "auto"
+    assert [adapter["name"] for adapter in answer["lora"]["adapters"]] == ["poet", "coder"]
+    assert "candidates" not in answer["lora"]
+
+
+def test_the_job_carries_prompt_plan_sampling_and_template() -> None:
+    answer, served = generate(CHAT | SAMPLING | {"model": "coder"})
+    job = served.job
+    assert job.prompt == (Message("user", "Hi"),)
+    assert [row.ref for row in job.plan.adapters] == [POOL[1].ref]
+    assert job.sampling == SamplingParams(max_tokens=9, temperature=0.25, top_k=4, seed=11, stop=("a",))
+    assert job.template == "chat"  # the one its adapter names
+    assert answer["id"] == f"chatcmpl-{job.request_id}"
+    assert answer["model"] == "coder"
+
+
+@pytest.mark.parametrize("template", ["alpaca", "chat"])
+def test_a_plan_that_names_no_template_takes_the_servers(template: str) -> None:
+    _, served = generate(CHAT, template=template)
+    assert served.job.template == template
+
+
+def test_a_text_completion_sends_the_prompt_as_it_is() -> None:
+    answer, served = generate({"prompt": "Once", "model": BASE})
+    assert (served.job.prompt, served.job.plan) == ("Once", BASE_PLAN)
+    assert answer["choices"][0]["text"] == "Hello"
+    assert answer["object"] == "text_completion"
+
+
+def test_adapters_are_found_by_the_last_user_message() -> None:
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
+    _, served = generate({"messages": [*turns, {"role": "user", "content": "Rhyme."}, turns[1]]})
+    [(request,)] = served.retriever.called("route")
+    assert request.text == "Rhyme."
+
+
+def test_a_handle_caller_may_send_the_model_or_a_mapping() -> None:
+    by_model, _ = generate(ChatCompletionRequest.model_validate(CHAT))
+    by_mapping, _ = generate(CHAT)
+    changing = {"id": None, "created": None}
+    assert by_model | changing == by_mapping | changing
+    with pytest.raises(RequestInvalid, match=r"lora\.kk"):
+        generate(CHAT | {"lora": {"kk": 1}})
+
+
+def test_a_stream_opens_with_the_plan_and_ends_with_the_reason() -> None:
+    opening, *chunks = stream(CHAT | {"lora": {"explain": True}})
+    assert opening["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert [candidate["name"] for candidate in opening["lora"]["candidates"]] == ["poet", "coder"]
+    assert [chunk["choices"][0]["delta"]["content"] for chunk in chunks] == ["Hel", "lo", ""]
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None, None, "stop"]
+    assert len({chunk["id"] for chunk in (opening, *chunks)}) == 1
+    assert not any("lora" in chunk or "usage" in chunk for chunk in chunks)
+
+
+def test_usage_comes_last_and_only_when_asked() -> None:
+    *chunks, last = stream(CHAT | {"stream_options": {"include_usage": True}})
+    assert last["choices"] == []
+    assert last["usage"] == {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8}
+    assert not any("usage" in chunk for chunk in chunks)
+    assert len(chunks) == len(stream(CHAT)) == 4
+
+
+def test_an_answer_of_one_piece_streams() -> None:
+    assert len(stream(CHAT, worker=FakeWorker([Delta("Hi", 5, 1, "length")]))) == 2
+
+
+@pytest.mark.parametrize("call", [generate, stream])
+def test_an_error_before_the_first_token_is_raised(call: Callable[..., Any]) -> None:
+    with pytest.raises(PromptTooLong, match="long"):
+        call(CHAT, worker=FakeWorker([PromptTooLong("too long")]))
+    with pytest.raises(ModelNotFound):
+        call(CHAT | {"model": "nobody"})
+    with pytest.raises(SamplingInvalid):
+        call(CHAT | {"max_tokens": 1, "min_tokens": 2})
+
+
+def test_an_error_after_the_first_token_breaks_off() -> None:
+    async def run() -> None:
+        chunks = serve_plainly(worker=FakeWorker(BROKEN)).ingress.stream(CHAT)
+        assert [await anext(chunks) for _ in range(2)][1]["choices"][0]["delta"]["content"] == "Hel"
+        with pytest.raises(EngineStopped):
+            await anext(chunks)
+
+    asyncio.run(run())
+
+
+def test_leaving_a_stream_cancels_the_job_at_once() -> None:
+    async def run() -> None:
+        served = serve_plainly()
+        chunks = served.ingress.stream(CHAT)
+        await anext(chunks)
+        await anext(chunks)
+        [response] = served.worker.responses
+        assert response.num_cancels == 0
+        await chunks.aclose()
+        assert response.num_cancels == 1
+
+    asyncio.run(run())
+
+
+class Endless(FakeWorker):
+    """Says one word, then waits for ever."""
+
+    waits: asyncio.Event
+
+    async def stream(self, job: Any) -> AsyncIterator[Delta]:
+        yield DELTAS[0]
+        self.waits.set()
+        await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("method", ["generate", "stream"])
+def test_a_client_that_goes_while_the_worker_works_cancels_the_job(method: str) -> None:
+    async def run() -> None:
+        worker = Endless()
+        worker.waits = asyncio.Event()
+        served = serve_plainly(worker=worker)
+
+        async def consume() -> None:
+            if method == "generate":
+                await served.ingress.generate(CHAT)
+            else:
+                async for _ in served.ingress.stream(CHAT):
+                    pass
+
+        client = asyncio.create_task(consume())
+        await worker.waits.wait()
+        client.cancel()
+        await asyncio.wait([client])
+        assert served.worker.responses[0].num_cancels == 1
+
+    asyncio.run(run())

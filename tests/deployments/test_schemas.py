@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from deployments.errors import RequestInvalid
+from deployments.http_errors import validation_error
+from deployments.schemas import ChatCompletionRequest, CompletionRequest, PublishRequest, RouteQuery
+from gpu_worker.errors import SamplingInvalid
+from gpu_worker.prompts import Message
+from gpu_worker.request import SamplingParams
+
+USER = {"role": "user", "content": "Hi"}
+SAMPLING = {
+    "max_tokens": 9,
+    "min_tokens": 2,
+    "temperature": 0.25,
+    "top_p": 0.5,
+    "top_k": 4,
+    "seed": 11,
+    "stop": ("a", "b"),
+    "stop_token_ids": (1, 2),
+    "ignore_eos": True,
+}
+
+
+def chat(**fields: Any) -> ChatCompletionRequest:
+    return ChatCompletionRequest.model_validate({"messages": [USER], **fields})
+
+
+def refusal(kind: Any, body: dict[str, Any]) -> RequestInvalid:
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate(body)
+    return validation_error(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "param"),
+    [
+        (ChatCompletionRequest, {"messages": [USER], "tempreature": 1}, "tempreature"),
+        (ChatCompletionRequest, {"messages": [USER], "lora": {"adapter": "x"}}, "lora.adapter"),
+        (ChatCompletionRequest, {"messages": [USER], "lora": {"adapters": [{"nam": 1}]}}, "lora.adapters.0.name"),
+        (
+            ChatCompletionRequest,
+            {"messages": [USER], "lora": {"adapters": [{"name": "a", "scale": 1}]}},
+            "lora.adapters.0.scale",
+        ),
+        (ChatCompletionRequest, {"messages": [USER], "stream_options": {"usage": True}}, "stream_options.usage"),
+        (ChatCompletionRequest, {"messages": [USER | {"tool": 1}]}, "messages.0.tool"),
+        (CompletionRequest, {"prompt": "Hi", "messages": []}, "messages"),
+        (RouteQuery, {"prompt": "Hi", "model": "auto"}, "model"),
+        (PublishRequest, {"path": "/a", "force": True}, "force"),
+    ],
+)
+def test_an_unknown_key_is_refused_by_its_path(kind: Any, body: dict[str, Any], param: str) -> None:
+    error = refusal(kind, body)
+    assert error.param == param
+    assert str(error).startswith(param)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"n": 2}, "n"),
+        ({"temperature": 2.5}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"seed": -1}, "seed"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+        ({"lora": {"k": 17}}, "lora.k"),
+        ({"lora": {"strategy": "base"}}, "lora.strategy"),
+        ({"lora": {"min_score": float("nan")}}, "lora.min_score"),
+        ({"lora": {"adapters": []}}, "lora.adapters"),
+        ({"lora": {"adapters": [{"name": "a", "weight": 4.5}]}}, "lora.adapters.0.weight"),
+        ({"lora": {"adapters": [{"name": "a", "weight": float("nan")}]}}, "lora.adapters.0.weight"),
+    ],
+)
+def test_a_value_out_of_its_range_is_refused_by_its_path(fields: dict[str, Any], param: str) -> None:
+    assert refusal(ChatCompletionRequest, {"messages": [USER], **fields}).param == param
+
+
+def test_sampling_is_carried_over_field_by_field() -> None:
+    assert asdict(chat(**SAMPLING).sampling()) == SAMPLING
+    assert asdict(CompletionRequest(prompt="Hi", **SAMPLING).sampling()) == SAMPLING
+    assert SamplingParams.__dataclass_fields__.keys() == SAMPLING.keys()
+
+
+def test_unsaid_sampling_is_the_engines_own_default() -> None:
+    assert chat().sampling() == SamplingParams()
+
+
+def test_one_stop_string_is_a_list_of_one() -> None:
+    assert chat(stop="END").sampling().stop == ("END",)
+
+
+def test_top_k_minus_one_means_all() -> None:
+    assert chat(top_k=-1).sampling().top_k == 0
+
+
+def test_max_completion_tokens_wins_over_the_older_name() -> None:
+    assert chat(max_completion_tokens=5).sampling().max_tokens == 5
+    assert chat(max_tokens=9, max_completion_tokens=5).sampling().max_tokens == 5
+
+
+def test_what_fields_alone_cannot_tell_is_refused_as_sampling() -> None:
+    with pytest.raises(SamplingInvalid, match="min_tokens"):
+        chat(max_tokens=1, min_tokens=2).sampling()
+
+
+def test_retrieval_reads_the_last_user_message() -> None:
+    turns = [USER, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Rhyme."}]
+    assert chat(messages=[*turns, {"role": "assistant", "content": "Well,"}]).retrieval_text == "Rhyme."
+    assert chat(messages=[{"role": "system", "content": "Be brief."}]).retrieval_text == "Be brief."
+    assert CompletionRequest(prompt="Once").retrieval_text == "Once"
+
+
+def test_developer_is_system_and_parts_are_joined() -> None:
+    parts = [{"type": "text", "text": "One "}, {"type": "text", "text": "two"}]
+    turns = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": parts, "name": "Ann"}]
+    assert chat(messages=turns).prompt_for_worker == (Message("system", "Be brief."), Message("user", "One two"))
+
+
+def test_usage_is_included_where_it_was_asked_for() -> None:
+    assert not chat(stream=True).include_usage
+    assert not chat(stream=True, stream_options={}).include_usage
+    assert chat(stream=True, stream_options={"include_usage": True}).include_usage

@@ -1,0 +1,140 @@
+"""Packed attention against a slow loop: one token, one head at a time."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gpu_worker.attention_cpu import packed_attention
+from gpu_worker.attention_plan import Segment, attention_plan
+from gpu_worker.kv_cache import KvCache
+from gpu_worker.mapping import StepContext
+
+NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, MAX_LEN, NUM_ROWS = 4, 2, 8, 200, 6
+SCALING = 0.3
+
+
+def new_cache(max_len: int = MAX_LEN) -> KvCache:
+    return KvCache(
+        num_layers=1,
+        num_rows=NUM_ROWS,
+        num_heads=NUM_KV_HEADS,
+        max_len=max_len,
+        head_dim=HEAD_DIM,
+        dtype=torch.float32,
+    )
+
+
+def layout(*rows: tuple[int, int, int]) -> list[Segment]:
+    """Segments one after another, given (row, new tokens, tokens before)."""
+    segments, start = [], 0
+    for row, num_tokens, context_len in rows:
+        segments.append(Segment(row, start, num_tokens, context_len))
+        start += num_tokens
+    return segments
+
+
+LAYOUTS = {
+    "one prompt": layout((0, 7, 0)),
+    "one token": layout((3, 1, 0)),
+    "a chunk": layout((1, 5, 20)),
+    "adjacent decodes": layout((1, 1, 30), (2, 1, 5), (3, 1, 63)),
+    "decodes of unlike lengths": layout((5, 1, 3), (0, 1, 64), (2, 1, 150), (4, 1, 199)),
+    "decodes in no order": layout((4, 1, 9), (0, 1, 12), (2, 1, 10)),
+    "all kinds": layout((5, 1, 70), (1, 1, 11), (2, 1, 12), (0, 30, 0), (4, 9, 25), (3, 1, 0)),
+}
+
+
+def slow_attention(
+    query: Tensor, history: dict[int, tuple[Tensor, Tensor]], segments: list[Segment], window: int | None
+) -> Tensor:
+    """history[row] = keys, values (H, T, D) of everything the row holds after this step. -> (1, N, Q, D)"""
+    output = torch.zeros(query.shape[2], NUM_HEADS, HEAD_DIM)
+    for segment in segments:
+        keys, values = history[segment.row]
+        for i in range(segment.num_tokens):
+            position = segment.context_len + i
+            first = 0 if window is None else max(0, position - window + 1)
+            for head in range(NUM_HEADS):
+                shared = head // (NUM_HEADS // NUM_KV_HEADS)
+                seen = keys[shared, first : position + 1]
+                weights = (seen @ query[0, head, segment.start + i] * SCALING).softmax(dim=0)
+                output[segment.start + i, head] = weights @ values[shared, first : position + 1]
+    return output[None]
+
+
+@pytest.mark.parametrize("window", [None, 12, 1, 500])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_packed_attention_equals_the_slow_loop(name: str, window: int | None) -> None:
+    torch.manual_seed(0)
+    segments, cache = LAYOUTS[name], new_cache()
+    num_tokens = segments[-1].end
+    query = torch.randn(1, NUM_HEADS, num_tokens, HEAD_DIM)
+    key, value = (torch.randn(1, NUM_KV_HEADS, num_tokens, HEAD_DIM) for _ in range(2))
+    history = {}
+    for segment in segments:
+        keys, values = (torch.randn(NUM_KV_HEADS, segment.total_len, HEAD_DIM) for _ in range(2))
+        keys[:, segment.context_len :] = key[0, :, segment.start : segment.end]
+        values[:, segment.context_len :] = value[0, :, segment.start : segment.end]
+        cache.keys[0][segment.row, :, : segment.context_len] = keys[:, : segment.context_len]
+        cache.values[0][segment.row, :, : segment.context_len] = values[:, : segment.context_len]
+        history[segment.row] = (keys, values)
+    step = StepContext()
+    step.fill(None, attention_plan(cache, segments))
+    module = nn.Module()
+    module.layer_idx = 0  # type: ignore[assignment]
+    found, _ = packed_attention(module, query, key, value, None, step=step, scaling=SCALING, sliding_window=window)
+    torch.testing.assert_close(found, slow_attention(query, history, segments, window), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_token_has_its_row_and_position(name: str) -> None:
+    segments = LAYOUTS[name]
+    plan = attention_plan(new_cache(), segments)
+    expected = [(s.row, s.context_len + i) for s in segments for i in range(s.num_tokens)]
+    assert list(zip(plan.token_rows.tolist(), plan.token_positions.tolist(), strict=True)) == expected
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_segment_is_attended_once_and_decodes_read_enough(name: str) -> None:
+    segments = LAYOUTS[name]
+    plan = attention_plan(new_cache(), segments)
+    covered = [token for segment in plan.prefill for token in range(segment.start, segment.end)]
+    for group in plan.decode:
+        covered += group.tokens.tolist()
+        longest = int(group.lengths.max())
+        assert longest <= group.read_len <= max(64, 2 * longest)
+        assert group.read_len <= MAX_LEN
+    assert sorted(covered) == list(range(segments[-1].end))
+
+
+@pytest.mark.parametrize(("total_len", "read_len"), [(2, 64), (64, 64), (65, 128), (128, 128), (129, 150), (150, 150)])
+def test_lengths_are_read_in_a_few_sizes_never_past_the_cache(total_len: int, read_len: int) -> None:
+    [group] = attention_plan(new_cache(max_len=150), [Segment(0, 0, 1, total_len - 1)]).decode
+    assert group.read_len == read_len
+
+
+def test_adjacent_rows_are_read_as_a_view() -> None:
+    plan = attention_plan(new_cache(), layout((3, 1, 5), (1, 1, 6), (2, 1, 7)))
+    [group] = plan.decode
+    assert group.rows == slice(1, 4)
+    assert group.tokens.tolist() == [1, 2, 0], "tokens follow the rows' order"
+    assert group.lengths.tolist() == [7, 8, 6]
+
+
+def test_a_row_that_is_not_finite_does_not_reach_the_others() -> None:
+    segments, cache = layout((0, 1, 4), (1, 1, 4), (2, 6, 0)), new_cache()
+    cache.keys[0][0, :, :4] = math.nan
+    cache.values[0][0, :, :4] = math.inf
+    query = torch.randn(1, NUM_HEADS, 8, HEAD_DIM)
+    key, value = (torch.randn(1, NUM_KV_HEADS, 8, HEAD_DIM) for _ in range(2))
+    step = StepContext()
+    step.fill(None, attention_plan(cache, segments))
+    module = nn.Module()
+    module.layer_idx = 0  # type: ignore[assignment]
+    found, _ = packed_attention(module, query, key, value, None, step=step, scaling=SCALING)
+    assert not found[0, 0].isfinite().all()
+    assert found[0, 1:].isfinite().all()

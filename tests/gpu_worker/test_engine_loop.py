@@ -1,0 +1,379 @@
+"""The engine on its own thread, streamed from by asyncio callers."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+
+from gpu_worker.engine import Engine
+from gpu_worker.engine_loop import EngineLoop
+from gpu_worker.errors import AdapterLoadFailed, EngineFull, EngineStopped, PromptTooLong
+from gpu_worker.request import Delta, Job, SamplingParams
+from lora_store.adapter import AdapterWeights
+from lora_store.plan import BASE_PLAN, Plan
+from tests.gpu_worker.driving import Gate, always_says, assert_nothing_held, by_digest, greedy, run_together
+from tests.tiny import plan_of, random_adapter
+
+MakeEngine = Callable[..., Engine]
+Shapes = dict[str, tuple[int, int]]
+PATIENCE_S = 10  # only a failing test waits this long
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[[Engine], EngineLoop]]:
+    """Loops that are stopped when the test ends."""
+    loops: list[EngineLoop] = []
+
+    def make(engine: Engine, *, stream_interval_ms: float = 0.0) -> EngineLoop:
+        loops.append(EngineLoop(engine, stream_interval_ms=stream_interval_ms))
+        return loops[-1]
+
+    yield make
+    for loop in loops:
+        if loop.is_alive:
+            loop.stop()
+
+
+@pytest.fixture
+def gate_of(start: Callable[..., EngineLoop]) -> Iterator[Callable[[Engine], Gate]]:
+    """Gates that are open by the time the loops stop. Behind one, every token is a letter: each step has its delta."""
+    gates: list[Gate] = []
+
+    def make(engine: Engine) -> Gate:
+        [letter] = engine.base.tokenizer("a", add_special_tokens=False).input_ids
+        always_says(engine.base.model, letter)
+        gates.append(Gate(engine.base.model))
+        return gates[-1]
+
+    yield make
+    for gate in gates:
+        gate.open()
+
+
+def run(main: Any) -> Any:
+    """The coroutine's result, or a TimeoutError where it hangs."""
+    return asyncio.run(asyncio.wait_for(main, PATIENCE_S))
+
+
+async def collect(stream: AsyncIterator[Delta]) -> list[Delta]:
+    return [delta async for delta in stream]
+
+
+def jobs_over(pool: list[AdapterWeights], count: int) -> list[Job]:
+    plans: list[Plan] = [BASE_PLAN, *(plan_of("selection", (weights, 1.0)) for weights in pool)]
+    plans.append(plan_of("mixture", *[(weights, 0.5) for weights in pool]))
+    params = SamplingParams(max_tokens=10, seed=5, temperature=0.8)
+    return [Job(str(i), f"prompt {i}", plans[i % len(plans)], params) for i in range(count)]
+
+
+@pytest.mark.parametrize("stream_interval_ms", [0.0, 1.0, 1000.0])
+def test_streams_join_to_the_text_of_a_run_without_a_thread(
+    stream_interval_ms: float, make_engine: MakeEngine, shapes: Shapes, start: Callable[..., EngineLoop]
+) -> None:
+    pool = [random_adapter(shapes, i) for i in range(2)]
+    jobs = jobs_over(pool, 4)
+    expected = [answer.text for answer in run_together(make_engine(by_digest(*pool)), jobs)]
+    loop = start(make_engine(by_digest(*pool)), stream_interval_ms=stream_interval_ms)
+
+    async def main() -> list[list[Delta]]:
+        return await asyncio.gather(*(collect(loop.stream(job)) for job in jobs))
+
+    streams = run(main())
+    assert ["".join(delta.text for delta in deltas) for deltas in streams] == expected
+    for deltas in streams:
+        assert [delta.finish_reason is not None for delta in deltas] == [False] * (len(deltas) - 1) + [True]
+
+
+def test_twenty_streams_at_once_equal_a_run_without_a_thread(
+    make_engine: MakeEngine, shapes: Shapes, start: Callable[..., EngineLoop]
+) -> None:
+    pool = [random_adapter(shapes, i) for i in range(3)]
+    jobs = jobs_over(pool, 20)
+    answers = run_together(make_engine(by_digest(*pool)), jobs)
+    engine = make_engine(by_digest(*pool), max_batch_size=4)
+    loop = start(engine)
+
+    async def main() -> list[Any]:
+        return await asyncio.gather(*(loop.complete(job) for job in jobs))
+
+    for answer, (completion, last) in zip(answers, run(main()), strict=True):
+        assert completion.text == answer.text
+        assert completion.num_new_tokens == last.num_new_tokens == len(answer.tokens)
+        assert completion.finish_reason == last.finish_reason
+    loop.stop()
+    assert_nothing_held(engine)
+
+
+def test_the_first_piece_comes_before_the_answer_is_complete(
+    make_engine: MakeEngine, gate_of: Callable[[Engine], Gate], start: Callable[..., EngineLoop]
+) -> None:
+    engine = make_engine({})
+    gate = gate_of(engine)
+    loop = start(engine)
+
+    async def main() -> None:
+        async with aclosing(loop.stream(greedy("first", num_new=5))) as stream:
+            gate.permits.release()
+            first = await anext(stream)
+            assert first.num_new_tokens == 1 and first.finish_reason is None
+            gate.open()
+            assert (await collect(stream))[-1].num_new_tokens == 5
+
+    run(main())
+
+
+def test_leaving_the_iterator_cancels_at_the_next_step(
+    make_engine: MakeEngine, gate_of: Callable[[Engine], Gate], start: Callable[..., EngineLoop]
+) -> None:
+    engine = make_engine({}, max_batch_size=1)
+    gate = gate_of(engine)
+    loop = start(engine)
+
+    async def main() -> None:
+        async with aclosing(loop.stream(greedy("leaves", BASE_PLAN, "leaves", num_new=100))) as stream:
+            gate.permits.release()
+            await anext(stream)
+        gate.open()
+        completion, _ = await loop.complete(greedy("stays", BASE_PLAN, "stays", num_new=4))
+        assert completion.num_new_tokens == 4
+
+    run(main())
+    loop.stop()
+    assert engine.num_steps <= 1 + 1 + 4, "one step may have begun before the cancel arrived"
+    assert_nothing_held(engine)
+
+
+def test_a_cancelled_task_cancels_its_request(
+    make_engine: MakeEngine, gate_of: Callable[[Engine], Gate], start: Callable[..., EngineLoop]
+) -> None:
+    engine = make_engine({}, max_batch_size=1)
+    gate = gate_of(engine)
+    loop = start(engine)
+
+    async def main() -> None:
+        begun = asyncio.Event()
+
+        async def consume() -> None:
+            async for _ in loop.stream(greedy("leaves", BASE_PLAN, "leaves", num_new=100)):
+                begun.set()
+
+        task = asyncio.create_task(consume())
+        gate.permits.release()
+        await begun.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        gate.open()
+        await loop.complete(greedy("stays", BASE_PLAN, "stays", num_new=4))
+
+    run(main())
+    loop.stop()
+    assert engine.num_steps <= 1 + 1 + 4
+    assert_nothing_held(engine)
+
+
+async def stop_while_blocked(loop: EngineLoop, gate: Gate) -> None:
+    """Stop the loop while a step is in progress: it ends after that step."""
+    stopper = threading.Thread(target=loop.stop)
+    stopper.start()
+    while loop.is_alive:
+        gate.permits.release()
+        await asyncio.sleep(0)
+    stopper.join()
+
+
+def test_stop_ends_every_stream(
+    make_engine: MakeEngine, gate_of: Callable[[Engine], Gate], start: Callable[..., EngineLoop]
+) -> None:
+    engine = make_engine({}, max_batch_size=2)
+    gate = gate_of(engine)
+    loop = start(engine)
+
+    async def main() -> list[Any]:
+        jobs = [greedy("x", BASE_PLAN, i, num_new=150) for i in range(4)]
+        tasks = [asyncio.create_task(collect(loop.stream(job))) for job in jobs]
+        while (len(engine.running), len(engine.waiting)) != (2, 2):
+            await asyncio.to_thread(gate.wait_for_step)
+            gate.permits.release()
+        await stop_while_blocked(loop, gate)
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    errors = run(main())
+    assert [type(error) for error in errors] == [EngineStopped] * 4
+    assert_nothing_held(engine)
+
+
+def test_a_request_that_comes_while_the_loop_stops_is_told_so(
+    make_engine: MakeEngine, gate_of: Callable[[Engine], Gate], start: Callable[..., EngineLoop]
+) -> None:
+    """Its submit is queued behind the last step, which no step follows."""
+    engine = make_engine({})
+    gate = gate_of(engine)
+    loop = start(engine)
+
+    async def main() -> list[Any]:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))  # first come, first prepared
+        running = asyncio.create_task(collect(loop.stream(greedy("x", BASE_PLAN, "running", num_new=150))))
+        await asyncio.sleep(0)
+        await asyncio.to_thread(gate.wait_for_step)  # its first step is in progress
+        late = asyncio.create_task(collect(loop.stream(greedy("x", BASE_PLAN, "late", num_new=150))))
+        await asyncio.sleep(0)
+        await asyncio.to_thread(int)  # prepared and queued
+        await stop_while_blocked(loop, gate)
+        return await asyncio.gather(running, late, return_exceptions=True)
+
+    assert [type(error) for error in run(main())] == [EngineStopped] * 2
+
+
+def test_a_stopped_loop_refuses(make_engine: MakeEngine, start: Callable[..., EngineLoop]) -> None:
+    loop = start(make_engine({}))
+    loop.stop()
+    assert not loop.is_alive
+    with pytest.raises(EngineStopped):
+        run(loop.complete(greedy("x")))
+
+
+def test_what_prepare_says_reaches_its_caller_alone(make_engine: MakeEngine, start: Callable[..., EngineLoop]) -> None:
+    loop = start(make_engine({}))
+
+    async def main() -> list[Any]:
+        return await asyncio.gather(
+            loop.complete(greedy("x" * 500, BASE_PLAN, "long")), loop.complete(greedy("fine")), return_exceptions=True
+        )
+
+    refused, (completion, _) = run(main())
+    assert isinstance(refused, PromptTooLong)
+    assert completion.num_new_tokens == 8
+
+
+def test_a_failed_load_reaches_its_caller(
+    make_engine: MakeEngine, shapes: Shapes, start: Callable[..., EngineLoop]
+) -> None:
+    loop = start(make_engine({}))
+    with pytest.raises(AdapterLoadFailed):
+        run(loop.complete(greedy("x", plan_of("selection", (random_adapter(shapes, 1), 1.0)))))
+
+
+def test_a_finished_load_wakes_the_sleeping_loop(
+    make_engine: MakeEngine, shapes: Shapes, start: Callable[..., EngineLoop]
+) -> None:
+    good, may_load = random_adapter(shapes, 1), threading.Event()
+
+    def fetch(digest: str) -> AdapterWeights:
+        assert may_load.wait(PATIENCE_S)
+        return good
+
+    async def main(loop: EngineLoop) -> None:
+        task = asyncio.create_task(loop.complete(greedy("x", plan_of("selection", (good, 1.0)))))
+        while not loop.engine.waiting:
+            await asyncio.sleep(0)
+        await asyncio.to_thread(int)
+        may_load.set()
+        assert (await task)[0].num_new_tokens == 8
+
+    with ThreadPoolExecutor(1) as executor:
+        run(main(start(make_engine(fetch, executor=executor))))
+
+
+def test_a_full_queue_refuses_those_behind_it_alone(
+    make_engine: MakeEngine, gate_of: Callable[[Engine], Gate], start: Callable[..., EngineLoop]
+) -> None:
+    engine = make_engine({}, max_batch_size=1, max_waiting=1)
+    gate = gate_of(engine)
+    loop = start(engine)
+
+    async def main() -> list[Any]:
+        first = asyncio.create_task(loop.complete(greedy("x", BASE_PLAN, "first", num_new=150)))
+        await asyncio.to_thread(gate.wait_for_step)  # runs, so that the next one waits
+        others = [asyncio.create_task(loop.complete(greedy("x", BASE_PLAN, i))) for i in range(3)]
+        gate.open()
+        return await asyncio.gather(first, *others, return_exceptions=True)
+
+    first, *others = run(main())
+    assert first[0].num_new_tokens == 150
+    assert [type(other) for other in others if isinstance(other, Exception)] == [EngineFull] * 2
+    assert [other[0].num_new_tokens for other in others if not isinstance(other, Exception)] == [8]
+
+
+def test_a_client_whose_event_loop_is_gone_does_not_end_the_engine(
+    make_engine: MakeEngine, gate_of: Callable[[Engine], Gate], start: Callable[..., EngineLoop]
+) -> None:
+    engine = make_engine({})
+    gate = gate_of(engine)
+    loop = start(engine)
+
+    async def begin() -> None:
+        gate.permits.release()
+        await anext(loop.stream(greedy("gone", BASE_PLAN, "gone", num_new=50)))
+        await asyncio.to_thread(gate.wait_for_step)
+        await asyncio.to_thread(gate.wait_for_step)  # the second step is in progress
+
+    run(begin())  # and the event loop is closed
+    gate.open()
+    completion, _ = run(loop.complete(greedy("stays", BASE_PLAN, "stays")))
+    assert completion.num_new_tokens == 8
+
+
+def test_two_requests_of_one_id_do_not_cancel_each_other(
+    make_engine: MakeEngine, start: Callable[..., EngineLoop]
+) -> None:
+    loop = start(make_engine({}))
+
+    async def main() -> list[Any]:
+        return await asyncio.gather(
+            loop.complete(greedy("x", BASE_PLAN, "same", num_new=1)),
+            loop.complete(greedy("x", BASE_PLAN, "same", num_new=100)),
+        )
+
+    short, long = run(main())
+    assert (short[0].num_new_tokens, long[0].num_new_tokens) == (1, 100)
+
+
+def test_an_idle_loop_is_not_wedged_and_one_in_a_long_step_is(
+    make_engine: MakeEngine, gate_of: Callable[[Engine], Gate], start: Callable[..., EngineLoop]
+) -> None:
+    engine = make_engine({})
+    gate = gate_of(engine)
+    loop = start(engine)
+    assert loop.seconds_since_beat() == 0.0
+
+    async def main() -> None:
+        task = asyncio.create_task(loop.complete(greedy("x")))
+        await asyncio.to_thread(gate.wait_for_step)
+        earlier = loop.seconds_since_beat()
+        assert loop.seconds_since_beat() > earlier > 0.0
+        gate.open()
+        await task
+
+    run(main())
+
+
+def test_a_loop_that_waits_for_a_slow_load_is_not_wedged(
+    make_engine: MakeEngine, shapes: Shapes, start: Callable[..., EngineLoop]
+) -> None:
+    good, may_load = random_adapter(shapes, 1), threading.Event()
+
+    def fetch(digest: str) -> AdapterWeights:
+        assert may_load.wait(PATIENCE_S)
+        return good
+
+    async def main(loop: EngineLoop) -> None:
+        task = asyncio.create_task(loop.complete(greedy("x", plan_of("selection", (good, 1.0)))))
+        while not loop.engine.waiting:
+            await asyncio.sleep(0)
+        try:
+            async with asyncio.timeout(2):
+                while loop.seconds_since_beat() > 0.0:  # until the thread sleeps
+                    await asyncio.sleep(0)
+        finally:
+            may_load.set()
+            await task
+
+    with ThreadPoolExecutor(1) as executor:
+        run(main(start(make_engine(fetch, executor=executor))))

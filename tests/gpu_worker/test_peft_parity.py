@@ -1,0 +1,147 @@
+"""An adapter served by the engine says what it says under PEFT, alone and in PEFT's own combination."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gpu_worker.engine import Engine
+from lora_store.adapter import AdapterWeights
+from lora_store.peft_files import read_peft_folder, write_peft_folder
+from tests.gpu_worker.driving import by_digest, greedy, run_together
+from tests.tiny import assert_equal_logits, plan_of
+
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+CONFIGS: dict[str, dict[str, Any]] = {
+    "plain": {"r": 4, "lora_alpha": 8, "target_modules": ALL_LINEAR},
+    "attention only": {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "v_proj"]},
+    "rank-stabilised": {"r": 4, "lora_alpha": 6, "use_rslora": True, "target_modules": ALL_LINEAR},
+    "rank pattern": {
+        "r": 2,
+        "lora_alpha": 4,
+        "rank_pattern": {"mlp.up_proj": 5, r"layers\.1\.self_attn\.q_proj": 1, "^model.layers.2.mlp.down_proj": 6},
+        "target_modules": ALL_LINEAR,
+    },
+    "both patterns": {
+        "r": 2,
+        "lora_alpha": 4,
+        "rank_pattern": {"q_proj": 3},
+        "alpha_pattern": {"q_proj": 9, r"layers\.[01]\..*up_proj": 1},
+        "target_modules": ALL_LINEAR,
+    },
+    "patterns, rank-stabilised": {
+        "r": 2,
+        "lora_alpha": 3,
+        "use_rslora": True,
+        "rank_pattern": {"down_proj": 4},
+        "alpha_pattern": {"v_proj": 7},
+        "target_modules": ALL_LINEAR,
+    },
+    "regular expression": {"r": 4, "lora_alpha": 4, "target_modules": r".*layers\.[02]\.(self_attn\.k|mlp\.gate)_proj"},
+}
+PROMPTS = ["The parrot says", "x"]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A PEFT folder, and the adapter read from it."""
+
+    folder: Path
+    weights: AdapterWeights
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_folders: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
+    """An adapter of every config, made and saved by PEFT, its lora_B random instead of zero."""
+    pool = {}
+    for seed, (name, settings) in enumerate(CONFIGS.items()):
+        torch.manual_seed(seed)
+        model = get_peft_model(plain_model(tiny_folders), LoraConfig(task_type="CAUSAL_LM", **settings))
+        for key, parameter in model.named_parameters():
+            if "lora_" in key:
+                torch.nn.init.normal_(parameter, std=0.15)
+        folder = tmp_path_factory.mktemp("adapter")
+        model.save_pretrained(folder)
+        pool[name] = Trained(folder, AdapterWeights(f"digest of {name}", read_peft_folder(folder).modules))
+    return pool
+
+
+def plain_model(tiny_folders: Mapping[str, Path]) -> Any:
+    return AutoModelForCausalLM.from_pretrained(
+        tiny_folders["gemma3"], dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+
+
+def logits_of(model: PeftModel, tiny_folders: Mapping[str, Path], prompt: str) -> Tensor:
+    """What PEFT's model makes of the prompt's last token."""
+    tokens = AutoTokenizer.from_pretrained(tiny_folders["gemma3"])(prompt, return_tensors="pt").input_ids
+    with torch.inference_mode():
+        logits: Tensor = model(input_ids=tokens).logits[0, -1]
+    return logits
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_selection_equals_the_peft_model(
+    name: str, trained: dict[str, Trained], tiny_folders: Mapping[str, Path], make_engine: Callable[..., Engine]
+) -> None:
+    weights = trained[name].weights
+    model = PeftModel.from_pretrained(plain_model(tiny_folders), trained[name].folder).eval()
+    jobs = [greedy(prompt, plan_of("selection", (weights, 1.0)), prompt, num_new=1) for prompt in PROMPTS]
+    for answer, job in zip(run_together(make_engine(by_digest(weights)), jobs), jobs, strict=True):
+        assert isinstance(job.prompt, str)
+        expected = logits_of(model, tiny_folders, job.prompt)
+        assert_equal_logits(answer.first_logits, expected)
+        with model.disable_adapter():
+            base = logits_of(model, tiny_folders, job.prompt)
+        assert float((expected - base).abs().max()) > 0.05, "the adapter should matter"
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"plain": 0.5, "attention only": 0.5},
+        {"plain": 0.7, "rank pattern": -0.4},
+        {"rank pattern": 1 / 3, "both patterns": 1 / 3, "attention only": 1 / 3},
+        {"plain": 1.5, "rank-stabilised": 0.25, "both patterns": 0.25},
+    ],
+    ids=" + ".join,
+)
+def test_mixture_equals_pefts_concatenation(
+    parts: dict[str, float],
+    trained: dict[str, Trained],
+    tiny_folders: Mapping[str, Path],
+    make_engine: Callable[..., Engine],
+) -> None:
+    """The first is never a rank-stabilised one: PEFT would scale its concatenation by that, not by 1."""
+    first, *others = [trained[name].folder for name in parts]
+    model = PeftModel.from_pretrained(plain_model(tiny_folders), first, adapter_name="0")
+    for i, folder in enumerate(others, 1):
+        model.load_adapter(folder, adapter_name=str(i))
+    names = [str(i) for i in range(len(parts))]
+    model.add_weighted_adapter(names, list(parts.values()), "mixed", combination_type="cat")
+    model.set_adapter("mixed")
+    model.eval()
+    plan = plan_of("mixture", *[(trained[name].weights, weight) for name, weight in parts.items()])
+    engine = make_engine(by_digest(*[trained[name].weights for name in parts]))
+    [answer] = run_together(engine, [greedy(PROMPTS[0], plan, num_new=1)])
+    assert_equal_logits(answer.first_logits, logits_of(model, tiny_folders, PROMPTS[0]))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_folder_written_here_is_the_same_adapter_under_peft(
+    name: str, trained: dict[str, Trained], tiny_folders: Mapping[str, Path], tmp_path: Path
+) -> None:
+    write_peft_folder(tmp_path, trained[name].weights.modules, base_model="tiny")
+    found, expected = (
+        logits_of(PeftModel.from_pretrained(plain_model(tiny_folders), folder).eval(), tiny_folders, PROMPTS[0])
+        for folder in (tmp_path, trained[name].folder)
+    )
+    assert_equal_logits(found, expected)
