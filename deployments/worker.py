@@ -55,9 +55,9 @@ class WorkerDeployment:
 
     def check_health(self) -> None:
         """Raises: ReplicaWedged, so that Serve replaces this replica."""
-        stalled_s = self._loop.seconds_since_beat()
+        stalled_s = self._loop.seconds_in_step()
         if not self._loop.is_alive or stalled_s > _WEDGED_AFTER_S:
-            raise ReplicaWedged(f"no step for {stalled_s:.0f} s, engine thread alive: {self._loop.is_alive}")
+            raise ReplicaWedged(f"a step has run for {stalled_s:.0f} s, engine thread alive: {self._loop.is_alive}")
 
     def _fetch(self, weights_digest: str) -> AdapterWeights:
         """Runs on a loading thread; the handle belongs to the replica's event loop."""

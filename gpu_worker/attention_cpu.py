@@ -11,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from gpu_worker.attention_plan import AttentionPlan, DecodeGroup, Segment
+from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.mapping import StepContext
 
 ATTENTION_NAME = "loraretriever_cpu"
@@ -26,13 +27,16 @@ def packed_attention(
     step: StepContext,
     scaling: float,
     sliding_window: int | None = None,
-    **_unused: object,
+    **others: object,
 ) -> tuple[Tensor, None]:
     """Store the step's keys and values, then attend every token to its own row up to itself.
 
     Dims: N tokens of the step, Q query heads, H key/value heads, D head size.
     query (1, Q, N, D), key and value (1, H, N, D) -> (1, N, Q, D).
+    Raises: BaseModelUnsupported where the model hands over attention sinks or a soft-cap.
     """
+    if others.get("s_aux") is not None or others.get("softcap") is not None:
+        raise BaseModelUnsupported("attention sinks and soft-capping are not served by this engine")
     plan = step.attention
     layer = module.layer_idx
     assert isinstance(layer, int)

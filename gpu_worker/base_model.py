@@ -14,6 +14,8 @@ from gpu_worker.config import WorkerConfig
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.packaged_model import PACKAGED_MODEL, packaged_folder
 
+_ATTENTION_SINKS = ("gpt_oss",)
+
 
 @dataclass(frozen=True, slots=True)
 class BaseModel:
@@ -26,6 +28,7 @@ class BaseModel:
     num_kv_heads: int
     head_dim: int
     max_position: int
+    vocab_size: int
     dtype: torch.dtype
 
     @property
@@ -62,6 +65,7 @@ def load_base_model(config: WorkerConfig) -> BaseModel:
         num_kv_heads=hf_config.num_key_value_heads,
         head_dim=getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads,
         max_position=hf_config.max_position_embeddings,
+        vocab_size=hf_config.vocab_size,
         dtype=dtype,
     )
 
@@ -87,6 +91,11 @@ def _check_config(config: Any) -> None:
         problems.append("multi-head latent attention")
     if getattr(config, "use_bidirectional_attention", False):
         problems.append("bidirectional attention")
+    layers = set(getattr(config, "layer_types", None) or ())
+    if other := sorted(map(str, layers - {"full_attention", "sliding_attention"})):
+        problems.append(f"layers of other kinds ({', '.join(other)})")
+    if config.model_type in _ATTENTION_SINKS:
+        problems.append("attention sinks")
     if not hasattr(config, "num_key_value_heads"):
         problems.append("a config without num_key_value_heads")
     if problems:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import secrets
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -15,21 +14,22 @@ from torch import Tensor
 from gpu_worker.attention_plan import Segment, attention_plan
 from gpu_worker.base_model import BaseModel, load_base_model
 from gpu_worker.config import WorkerConfig
-from gpu_worker.errors import EngineFull, EngineStopped, LogitsNotFinite, PlanTooLarge, PromptInvalid, PromptTooLong
+from gpu_worker.errors import EngineFull, EngineStopped, LogitsNotFinite
 from gpu_worker.inject import inject, target_linears
 from gpu_worker.kv_cache import KvCache
 from gpu_worker.loader import AdapterLoader, Fetch
 from gpu_worker.lora_linear import LoraBank
 from gpu_worker.mapping import StepContext, token_mapping
-from gpu_worker.prompts import render, template_stops
-from gpu_worker.request import DEFAULT_MAX_TOKENS, Job
+from gpu_worker.prepare import Preparer
+from gpu_worker.request import Delta
 from gpu_worker.residency import Residency
-from gpu_worker.row import Row, Sink
+from gpu_worker.row import Row
 from gpu_worker.sampling import sample
 from gpu_worker.scheduler import schedule
-from gpu_worker.text_stream import TextStream
 
 logger = logging.getLogger(__name__)
+
+_MAX_PASSES = 50
 
 
 class Engine:
@@ -65,44 +65,20 @@ class Engine:
             head_dim=self.base.head_dim,
             dtype=self.base.dtype,
         )
+        self.prepare = Preparer(self.base, self.max_len)
+        self._executor = executor or ThreadPoolExecutor(config.load_threads, thread_name_prefix="adapter-load")
         self.loaded = threading.Event()
         self.on_loaded: Callable[[], None] = self.loaded.set
         self.loader = AdapterLoader(
             fetch,
             check=self.bank.check,
-            executor=executor or ThreadPoolExecutor(config.load_threads, thread_name_prefix="adapter-load"),
+            executor=self._executor,
             budget_bytes=config.host_cache_bytes,
             on_done=lambda: self.on_loaded(),
         )
         self.waiting: deque[Row] = deque()
         self.running: list[Row] = []
         self.num_steps = 0
-
-    def prepare(self, job: Job, sink: Sink, *, keep_logits: bool = False) -> Row:
-        """The job as a row: rendered, tokenized, checked. Raises: PromptInvalid, PromptTooLong."""
-        stops = job.sampling.stop
-        if isinstance(job.prompt, str):
-            text = job.prompt
-        else:
-            text = render(job.prompt, job.template, self.base.tokenizer)
-            stops += template_stops(job.template)
-        tokens: list[int] = self.base.tokenizer(text).input_ids
-        if not tokens:
-            raise PromptInvalid("the prompt is empty")
-        end_ids = frozenset(job.sampling.stop_token_ids)
-        return Row(
-            request_id=job.request_id,
-            plan=job.plan,
-            sampling=job.sampling,
-            tokens=tokens,
-            num_prompt_tokens=len(tokens),
-            max_new_tokens=self._max_new_tokens(len(tokens), job.sampling.max_tokens),
-            end_ids=end_ids if job.sampling.ignore_eos else end_ids | self.base.eos_token_ids,
-            seed=secrets.randbits(63) if job.sampling.seed is None else job.sampling.seed,
-            text=TextStream(self.base.backend_tokenizer, stops),
-            sink=sink,
-            keep_logits=keep_logits,
-        )
 
     def submit(self, row: Row) -> None:
         """Queue the row; its adapters start loading now. Raises: EngineFull."""
@@ -111,36 +87,41 @@ class Engine:
         row.loads = [self.loader.load(digest) for digest in row.weights_digests]
         self.waiting.append(row)
 
-    def cancel(self, request_id: str) -> None:
+    def cancel(self, row: Row) -> None:
         """Drop the request, wherever it is; its KV row, pins and queue place are free for the next step."""
-        self.waiting = deque(row for row in self.waiting if row.request_id != request_id)
-        for row in [row for row in self.running if row.request_id == request_id]:
+        if row in self.running:
             self._release(row)
+        elif row in self.waiting:
+            self.waiting.remove(row)
 
     def fail_all(self, error: Exception) -> None:
         """End every request with `error`."""
-        for row in self.running[:]:
-            self._fail(row, error)
+        self._fail_running(error)
         while self.waiting:
-            self.waiting.popleft().sink(error)
+            self.send(self.waiting.popleft(), error)
+
+    def close(self) -> None:
+        """Start no more loads."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
 
     @property
     def has_work(self) -> bool:
         return bool(self.running or self.waiting)
 
+    @torch.inference_mode()
     def step(self) -> bool:
         """Admit what can run, compute one packed step, sample. False when nothing could run: all wait for loads."""
         self._admit()
         if not self.running:
             return False
         scheduled = schedule(self.running, self.config.max_step_tokens)
+        ready = [row for row, segment in scheduled if segment.total_len == len(row.tokens)]
         try:
-            ready = [row for row, segment in scheduled if segment.total_len == len(row.tokens)]
             logits = self._forward(scheduled)
             tokens = sample(logits, [row.draw() for row in ready])
         except Exception as exc:
             logger.exception("a step of %d rows failed", len(scheduled))
-            self.fail_all(EngineStopped(f"the step failed: {exc}"))
+            self._fail_running(EngineStopped(f"the step failed: {exc}"))
             return True
         for row, segment in scheduled:
             row.num_computed += segment.num_tokens
@@ -156,41 +137,36 @@ class Engine:
             if not self.step() and self.waiting:
                 self.loaded.wait()
 
-    def _max_new_tokens(self, num_prompt_tokens: int, wanted: int | None) -> int:
-        room = self.max_len - num_prompt_tokens
-        if room < 1 or (wanted is not None and wanted > room):
-            asked = "" if wanted is None else f" and {wanted} new ones"
-            raise PromptTooLong(f"{num_prompt_tokens} prompt tokens{asked} do not fit a context of {self.max_len}")
-        return min(room, DEFAULT_MAX_TOKENS) if wanted is None else wanted
-
     def _admit(self) -> None:
-        """Move rows whose weights are loaded and fit the bank to the batch; the others wait without blocking them."""
-        still_waiting: deque[Row] = deque()
-        while self.waiting:
-            row = self.waiting.popleft()
-            if not self._try_start(row):
-                still_waiting.append(row)
-        self.waiting = still_waiting
+        """Move rows whose weights are loaded and fit the bank to the batch; the others wait without blocking them.
+
+        A row passed over `_MAX_PASSES` times reserves the bank: nobody behind it gets adapters until it runs.
+        """
+        queue, self.waiting = self.waiting, deque()
+        reserved = False
+        for row in queue:
+            if self.kv_cache.num_free == 0 or (reserved and row.plan.adapters):
+                self.waiting.append(row)
+            elif not self._try_start(row):
+                self.waiting.append(row)
+                reserved = reserved or row.num_passes > _MAX_PASSES
 
     def _try_start(self, row: Row) -> bool:
         """True when the row runs or has failed, False when it must wait."""
-        if self.kv_cache.num_free == 0 or not all(load.done() for load in row.loads):
+        if not all(load.done() for load in row.loads):
             return False
-        for load in row.loads:
-            if (error := load.exception()) is not None:
-                row.sink(error if isinstance(error, Exception) else EngineStopped(str(error)))
-                return True
         try:
             if not self.residency.try_pin([load.result() for load in row.loads]):
+                row.num_passes += 1
                 return False
-        except PlanTooLarge as exc:
-            row.sink(exc)
+        except Exception as exc:  # of its loads or its plan: nobody else's
+            self.send(row, exc)
             return True
+        row.loads.clear()  # the bank holds them now
         row.kv_row = self.kv_cache.allocate()
         self.running.append(row)
         return True
 
-    @torch.inference_mode()
     def _forward(self, scheduled: Sequence[tuple[Row, Segment]]) -> Tensor:
         """Logits (rows whose last token was computed, V), float32 or the model's dtype."""
         segments = [segment for _, segment in scheduled]
@@ -217,14 +193,37 @@ class Engine:
             return
         if row.keep_logits and row.first_logits is None:
             row.first_logits = logits.float().clone()
-        if row.take(token) is not None:
+        try:
+            delta = row.take(token)
+        except Exception as exc:
+            logger.exception("the text of request %s broke", row.request_id)
+            self._fail(row, EngineStopped(f"token {token} could not be decoded: {exc}"))
+            return
+        is_over = delta is not None and delta.finish_reason is not None
+        if is_over:
             self._release(row)
+        if delta is not None and not self.send(row, delta) and not is_over:
+            self._release(row)
+
+    def send(self, row: Row, event: Delta | Exception) -> bool:
+        """Whether the request's client took the event; one that is gone costs nobody else."""
+        try:
+            row.sink(event)
+        except Exception:
+            logger.warning("the client of request %s is gone", row.request_id, exc_info=True)
+            return False
+        return True
+
+    def _fail_running(self, error: Exception) -> None:
+        for row in self.running[:]:
+            self._fail(row, error)
 
     def _fail(self, row: Row, error: Exception) -> None:
         self._release(row)
-        row.sink(error)
+        self.send(row, error)
 
     def _release(self, row: Row) -> None:
+        """All that a row holds is free; the KV of a step that failed half-way is wiped too."""
         self.running.remove(row)
-        self.kv_cache.free(row.kv_row, row.num_computed)
+        self.kv_cache.free(row.kv_row, len(row.tokens))
         self.residency.unpin(row.weights_digests)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 import threading
 import time
@@ -13,6 +14,8 @@ from gpu_worker.errors import EngineStopped
 from gpu_worker.request import Completion, Delta, Job
 from gpu_worker.row import Row
 
+logger = logging.getLogger(__name__)
+
 
 class EngineLoop:
     """The engine's thread. Commands reach it through a queue and run between steps."""
@@ -21,8 +24,10 @@ class EngineLoop:
         self.engine = engine
         self._interval_s = stream_interval_ms / 1000
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # between the last command and the end of the thread
+        self._is_closed = False
         self._stopping = False
-        self._last_beat = time.monotonic()
+        self._step_began: float | None = None
         engine.on_loaded = lambda: self._commands.put(_nothing)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -39,9 +44,7 @@ class EngineLoop:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
         row = await asyncio.to_thread(self.engine.prepare, job, sink, keep_logits=keep_logits)
-        if not self._thread.is_alive():
-            raise EngineStopped("the engine has stopped")
-        self._commands.put(lambda: self._submit(row, sink))
+        self._command(lambda: self._submit(row))
         try:
             while True:
                 delta = _merged(await events.get(), events)
@@ -50,7 +53,7 @@ class EngineLoop:
                     return
                 await asyncio.sleep(self._interval_s)
         finally:
-            self._commands.put(lambda: self.engine.cancel(job.request_id))
+            self._commands.put(lambda: self.engine.cancel(row))
 
     async def complete(self, job: Job, *, keep_logits: bool = False) -> tuple[Completion, Delta]:
         """The whole answer, and its last delta."""
@@ -60,9 +63,10 @@ class EngineLoop:
         text = "".join(part.text for part in parts)
         return Completion(text, last.num_prompt_tokens, last.num_new_tokens, last.finish_reason), last
 
-    def seconds_since_beat(self) -> float:
-        """Seconds since the thread last came round while it had work: large when a step hangs."""
-        return time.monotonic() - self._last_beat if self.engine.has_work else 0.0
+    def seconds_in_step(self) -> float:
+        """How long the step in progress has run; 0 between steps. Large when a step hangs."""
+        began = self._step_began
+        return 0.0 if began is None else time.monotonic() - began
 
     @property
     def is_alive(self) -> bool:
@@ -74,19 +78,37 @@ class EngineLoop:
         self._commands.put(_nothing)
         self._thread.join()
 
-    def _submit(self, row: Row, sink: Callable[[Delta | Exception], None]) -> None:
+    def _command(self, command: Callable[[], None]) -> None:
+        """Raises: EngineStopped when nobody would run it any more."""
+        with self._lock:
+            if self._is_closed:
+                raise EngineStopped("the engine has stopped")
+            self._commands.put(command)
+
+    def _submit(self, row: Row) -> None:
         try:
             self.engine.submit(row)
         except Exception as exc:
-            sink(exc)
+            self.engine.send(row, exc)
 
     def _run(self) -> None:
+        try:
+            self._step_until_stopped()
+        except Exception:
+            logger.exception("the engine's thread ends")
+        with self._lock:
+            self._is_closed = True
+        self._run_commands(wait=False)
+        self.engine.fail_all(EngineStopped("the engine has stopped"))
+        self.engine.close()
+
+    def _step_until_stopped(self) -> None:
         idle = True
         while not self._stopping:
             self._run_commands(wait=idle)
-            self._last_beat = time.monotonic()
+            self._step_began = time.monotonic()
             idle = not self.engine.step()
-        self.engine.fail_all(EngineStopped("the engine is shutting down"))
+            self._step_began = None
 
     def _run_commands(self, *, wait: bool) -> None:
         """Run what is queued; when idle, sleep until something is. A finished load puts a command too."""

@@ -43,7 +43,11 @@ class AdapterLoader:
                 return self._loads[digest]
             future: Future[AdapterWeights] = Future()
             self._loads[digest] = future
-        self._executor.submit(self._run, digest, future)
+        try:
+            self._executor.submit(self._run, digest, future)
+        except RuntimeError as exc:  # the executor has shut down
+            self._forget(digest)
+            future.set_exception(_load_error(digest, exc))
         return future
 
     @property
@@ -54,6 +58,8 @@ class AdapterLoader:
     def _run(self, digest: str, future: Future[AdapterWeights]) -> None:
         try:
             weights = self._fetch(digest)
+            if weights.weights_digest != digest:
+                raise AdapterLoadFailed(f"asked for the weights {digest[:12]}, got {weights.weights_digest[:12]}")
             self._check(weights)
         except Exception as exc:
             self._forget(digest)
@@ -70,11 +76,10 @@ class AdapterLoader:
     def _keep(self, digest: str, weights: AdapterWeights) -> None:
         with self._lock:
             self._bytes[digest] = sum(m.lora_a.nbytes + m.lora_b.nbytes for m in weights.modules.values())
-            for oldest in list(self._bytes):
+            for oldest in [loaded for loaded in self._loads if loaded in self._bytes and loaded != digest]:
                 if sum(self._bytes.values()) <= self._budget_bytes:
                     break
-                if oldest != digest:
-                    del self._bytes[oldest], self._loads[oldest]
+                del self._bytes[oldest], self._loads[oldest]
 
 
 def _load_error(digest: str, exc: Exception) -> Exception:

@@ -34,7 +34,11 @@ class ModuleBank:
         if module is not None:
             used = rows[: module.rank]
             self._a[used] = module.lora_a.to(self._a)
-            self._bt[used] = (module.lora_b.float() * module.scaling).T.to(self._bt)
+            self._bt[used] = self.folded(module)
+
+    def folded(self, module: ModuleWeights) -> Tensor:
+        """(R, O): lora_b transposed, scaling folded in, as the bank holds it."""
+        return (module.lora_b.float() * module.scaling).T.to(self._bt)
 
     def swap(self, rows: Tensor, others: Tensor) -> None:
         for store in (self._a, self._bt):
@@ -70,15 +74,25 @@ class LoraBank:
 
     def check(self, weights: AdapterWeights) -> None:
         """Raises: AdapterUnfit, naming every module that does not fit."""
-        problems = []
-        for name, module in weights.modules.items():
-            fits = (module.lora_b.shape[0], module.lora_a.shape[1])
-            if name not in self._shapes:
-                problems.append(f"the base model has no module {name!r}")
-            elif fits != self._shapes[name]:
-                problems.append(f"{name} is made for (out, in) {fits}, the base model has {self._shapes[name]}")
+        problems = [problem for name, module in weights.modules.items() if (problem := self._problem(name, module))]
+        if not weights.modules:
+            problems.append("the adapter has no modules")
         if problems:
             raise AdapterUnfit("; ".join(problems))
+
+    def _problem(self, name: str, module: ModuleWeights) -> str | None:
+        """Why this module must not enter the bank: its rows are read, times zero, by every row of a step."""
+        if name not in self._shapes:
+            return f"the base model has no module {name!r}"
+        shape = (module.lora_b.shape[0], module.lora_a.shape[1])
+        if shape != self._shapes[name]:
+            return f"{name} is made for (out, in) {shape}, the base model has {self._shapes[name]}"
+        if not 1 <= module.lora_a.shape[0] == module.lora_b.shape[1]:
+            return f"{name} has ranks {module.lora_a.shape[0]} and {module.lora_b.shape[1]}"
+        bank = self.modules[name]
+        if not bool(module.lora_a.to(bank.a).isfinite().all() and bank.folded(module).isfinite().all()):
+            return f"{name} is not finite in the base model's precision, its scaling included"
+        return None
 
     def write(self, rows: Sequence[int], weights: AdapterWeights) -> None:
         index = torch.tensor(rows)

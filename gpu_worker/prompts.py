@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from jinja2.exceptions import TemplateError
+
 from gpu_worker.errors import PromptInvalid
 
 Role = Literal["system", "user", "assistant"]
@@ -51,11 +53,14 @@ def render_alpaca(messages: Sequence[Message]) -> str:
 
 
 def render_chat(messages: Sequence[Message], tokenizer: ChatTokenizer) -> str:
-    """The tokenizer's own chat template. Raises: PromptInvalid where the base model has none."""
+    """The tokenizer's own chat template. Raises: PromptInvalid where the base model has none, or it refuses."""
     if not tokenizer.chat_template:
         raise PromptInvalid("template 'chat' was asked for, but the base model's tokenizer has no chat template")
     conversation = [{"role": m.role, "content": m.content} for m in messages]
-    return tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    try:
+        return tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    except TemplateError as exc:
+        raise PromptInvalid(f"the base model's chat template refuses these messages: {exc}") from exc
 
 
 def render(messages: Sequence[Message], template: str, tokenizer: ChatTokenizer) -> str:

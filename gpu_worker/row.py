@@ -18,7 +18,7 @@ Sink = Callable[[Delta | Exception], None]
 """Takes a request's deltas, the last with a finish reason, or one exception. Called on the engine's thread."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Row:
     """A request from submission to its last token. `tokens` is the prompt and what came after it."""
 
@@ -36,6 +36,7 @@ class Row:
     loads: list[Future[AdapterWeights]] = field(default_factory=list)
     kv_row: int = -1
     num_computed: int = 0  # tokens whose keys and values are in the cache
+    num_passes: int = 0  # times others were let into the bank before it
     first_logits: torch.Tensor | None = None
 
     @property
@@ -51,8 +52,8 @@ class Row:
         forbidden = tuple(self.end_ids) if self.num_new_tokens < self.sampling.min_tokens else ()
         return Draw(self.sampling, self.seed, len(self.tokens), forbidden)
 
-    def take(self, token: int) -> FinishReason | None:
-        """Append a token and pass its text on; the finish reason when it was the last one."""
+    def take(self, token: int) -> Delta | None:
+        """Append a token; the text it releases, with the finish reason when it was the last one."""
         self.tokens.append(token)
         reason: FinishReason | None = None
         text = ""
@@ -66,6 +67,6 @@ class Row:
                 reason = "length"
         if reason is not None and not self.text.stopped:
             text += self.text.flush()
-        if text or reason is not None:
-            self.sink(Delta(text, self.num_prompt_tokens, self.num_new_tokens, reason, self.first_logits))
-        return reason
+        if not text and reason is None:
+            return None
+        return Delta(text, self.num_prompt_tokens, self.num_new_tokens, reason, self.first_logits)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gpu_worker.request import SamplingParams
 
+_GREEDY_BELOW = 1e-5  # temperatures at which the best id holds all of the mass
 _SHORT_LIST = 1024  # ids kept before a full sort is needed for top_p
 
 
@@ -25,7 +26,9 @@ class Draw:
 
 
 def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int | None]:
-    """One token id a row, None where the row's logits are not finite. Dims: logits (B, V), changed in place."""
+    """One token id a row, None where the row's logits are not finite. Dims: logits (B, V)."""
+    if any(draw.forbidden for draw in draws):
+        logits = logits.clone()
     for row, draw in enumerate(draws):
         if draw.forbidden:
             logits[row, list(draw.forbidden)] = float("-inf")
@@ -35,7 +38,7 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int | None]:
     for row, draw in enumerate(draws):
         if not finite[row]:
             tokens.append(None)
-        elif draw.params.temperature == 0:
+        elif draw.params.temperature < _GREEDY_BELOW:
             tokens.append(greedy[row])
         else:
             tokens.append(_sample_row(logits[row].float(), draw))
@@ -45,7 +48,7 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int | None]:
 def _sample_row(logits: Tensor, draw: Draw) -> int:
     """Inverse-CDF sampling: the first id whose cumulative probability passes the row's uniform number."""
     params = draw.params
-    scaled = logits / params.temperature
+    scaled = (logits - logits.max()) / params.temperature  # shifted first: a small temperature must not overflow
     if params.top_k == 0 and params.top_p == 1:
         ids, probs = None, scaled.softmax(dim=-1)
     else:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
+
+logger = logging.getLogger(__name__)
 
 
 class TextStream:
@@ -23,7 +26,7 @@ class TextStream:
 
         Text pushed while `may_stop` is false (before min_tokens) is not searched.
         """
-        piece = self._decoder.step(self._tokenizer, token_id)
+        piece = self._decode(token_id)
         if self.stopped or not piece:
             return ""
         self._held += piece
@@ -42,6 +45,15 @@ class TextStream:
         """What was held back, once no more tokens come."""
         released, self._held = self._held, ""
         return released
+
+    def _decode(self, token_id: int) -> str | None:
+        """The decoder's next piece. Bytes that are no text end its patience (tokenizers 0.23); a new one goes on."""
+        try:
+            return self._decoder.step(self._tokenizer, token_id)
+        except Exception as exc:  # tokenizers raises no narrower class
+            logger.debug("token %d does not follow from the ones before: %s", token_id, exc)
+            self._decoder = DecodeStream(skip_special_tokens=True)
+            return self._decoder.step(self._tokenizer, token_id)
 
     def _longest_stop_prefix(self) -> int:
         """Characters at the end of the held text that might be the start of a stop string."""

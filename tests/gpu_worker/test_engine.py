@@ -237,7 +237,7 @@ def test_a_cancelled_request_frees_its_row_and_pins_and_the_others_go_on_unchang
         engine.step()
     assert (engine.kv_cache.num_free, engine.residency.num_pins, len(engine.waiting)) == (0, 2, 1)
     num_events = len(leaving.events)
-    engine.cancel("leaves")
+    engine.cancel(leaving.row)
     assert (engine.kv_cache.num_free, engine.residency.num_pins) == (1, 1)
     engine.run_until_idle()
     assert len(leaving.events) == num_events, "a cancelled request is told nothing more"
@@ -254,7 +254,7 @@ def test_cancelling_a_waiting_request_frees_its_place_even_while_it_loads(
     engine = make_engine(by_digest(good), executor=executor, max_waiting=1)
     loading = ask(engine, greedy("x", plan_of("selection", (good, 1.0)), "loading"))
     engine.step()
-    engine.cancel("loading")
+    engine.cancel(loading.row)
     assert not engine.has_work
     base = ask(engine, BASE_JOB)
     executor.release()
@@ -266,8 +266,8 @@ def test_cancelling_a_waiting_request_frees_its_place_even_while_it_loads(
 def test_cancelling_what_is_unknown_or_over_does_nothing(make_engine: MakeEngine) -> None:
     engine = make_engine({})
     [answer] = run_together(engine, [BASE_JOB])
-    engine.cancel("base")
-    engine.cancel("never seen")
+    engine.cancel(answer.row)
+    engine.cancel(engine.prepare(BASE_JOB, lambda event: None))
     assert answer.is_finished
     assert_nothing_held(engine)
 

@@ -77,7 +77,7 @@ def test_rows_that_join_and_leave_at_random_equal_their_lone_runs(
         if answers and random_of.random() < 0.05:
             job, answer = random_of.choice(answers)
             if not answer.is_finished:
-                engine.cancel(job.request_id)
+                engine.cancel(answer.row)
                 cancelled.add(job.request_id)
         engine.step()
     assert_nothing_held(engine)

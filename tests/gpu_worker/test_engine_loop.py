@@ -341,13 +341,13 @@ def test_an_idle_loop_is_not_wedged_and_one_in_a_long_step_is(
     engine = make_engine({})
     gate = gate_of(engine)
     loop = start(engine)
-    assert loop.seconds_since_beat() == 0.0
+    assert loop.seconds_in_step() == 0.0
 
     async def main() -> None:
         task = asyncio.create_task(loop.complete(greedy("x")))
         await asyncio.to_thread(gate.wait_for_step)
-        earlier = loop.seconds_since_beat()
-        assert loop.seconds_since_beat() > earlier > 0.0
+        earlier = loop.seconds_in_step()
+        assert loop.seconds_in_step() > earlier > 0.0
         gate.open()
         await task
 
@@ -369,7 +369,7 @@ def test_a_loop_that_waits_for_a_slow_load_is_not_wedged(
             await asyncio.sleep(0)
         try:
             async with asyncio.timeout(2):
-                while loop.seconds_since_beat() > 0.0:  # until the thread sleeps
+                while loop.seconds_in_step() > 0.0:  # until the thread sleeps
                     await asyncio.sleep(0)
         finally:
             may_load.set()

@@ -1,0 +1,68 @@
+"""From a job to the row the engine runs: rendered, tokenized, checked."""
+
+from __future__ import annotations
+
+import secrets
+
+from gpu_worker.base_model import BaseModel
+from gpu_worker.errors import PromptInvalid, PromptTooLong, SamplingInvalid
+from gpu_worker.prompts import render, template_stops
+from gpu_worker.request import DEFAULT_MAX_TOKENS, Job
+from gpu_worker.row import Row, Sink
+from gpu_worker.text_stream import TextStream
+
+_MAX_CHARS_PER_TOKEN = 64  # a longer text cannot fit, and is not worth tokenizing
+
+
+class Preparer:
+    """Safe to call from any thread."""
+
+    def __init__(self, base: BaseModel, max_len: int) -> None:
+        self._base, self._max_len = base, max_len
+
+    def __call__(self, job: Job, sink: Sink, *, keep_logits: bool = False) -> Row:
+        """Raises: PromptInvalid, PromptTooLong, SamplingInvalid."""
+        tokens = self._tokens(job)
+        stops = job.sampling.stop if isinstance(job.prompt, str) else job.sampling.stop + template_stops(job.template)
+        return Row(
+            request_id=job.request_id,
+            plan=job.plan,
+            sampling=job.sampling,
+            tokens=tokens,
+            num_prompt_tokens=len(tokens),
+            max_new_tokens=self._max_new_tokens(len(tokens), job.sampling.max_tokens),
+            end_ids=self._end_ids(job),
+            seed=secrets.randbits(63) if job.sampling.seed is None else job.sampling.seed,
+            text=TextStream(self._base.backend_tokenizer, stops),
+            sink=sink,
+            keep_logits=keep_logits,
+        )
+
+    def _tokens(self, job: Job) -> list[int]:
+        is_raw = isinstance(job.prompt, str)
+        text = job.prompt if isinstance(job.prompt, str) else render(job.prompt, job.template, self._base.tokenizer)
+        if len(text) > self._max_len * _MAX_CHARS_PER_TOKEN:
+            raise PromptTooLong(f"a prompt of {len(text)} characters does not fit a context of {self._max_len} tokens")
+        try:
+            text.encode()
+        except UnicodeEncodeError as exc:
+            raise PromptInvalid("the prompt holds half of a surrogate pair") from exc
+        with_bos = is_raw or job.template != "chat"  # a chat template writes its own
+        tokens: list[int] = self._base.tokenizer(text, add_special_tokens=with_bos).input_ids
+        if not tokens:
+            raise PromptInvalid("the prompt is empty")
+        return tokens
+
+    def _max_new_tokens(self, num_prompt_tokens: int, wanted: int | None) -> int:
+        room = self._max_len - num_prompt_tokens
+        if room < 1 or (wanted is not None and wanted > room):
+            asked = "" if wanted is None else f" and {wanted} new ones"
+            raise PromptTooLong(f"{num_prompt_tokens} prompt tokens{asked} do not fit a context of {self._max_len}")
+        return min(room, DEFAULT_MAX_TOKENS) if wanted is None else wanted
+
+    def _end_ids(self, job: Job) -> frozenset[int]:
+        ids = frozenset(job.sampling.stop_token_ids)
+        for token_id in ids:
+            if not 0 <= token_id < self._base.vocab_size:
+                raise SamplingInvalid(f"stop_token_ids holds {token_id}, the vocabulary {self._base.vocab_size} ids")
+        return ids if job.sampling.ignore_eos else ids | self._base.eos_token_ids
