@@ -22,6 +22,14 @@ from deployments.server import Server
 
 EXAMPLES = Path(__file__).parent
 _MAX_TOKENS = 20
+COMPOSITIONS: dict[str, dict[str, str]] = {
+    "auto": {},  # the server's defaults
+    "selection": {"strategy": "selection"},
+    "fusion": {"strategy": "fusion"},
+    "mixture": {"strategy": "mixture"},
+    "uniform": {"strategy": "mixture", "weights": "uniform"},  # the paper's mixture
+}
+SETTINGS = (*COMPOSITIONS, "own", "base")
 _READY_TIMEOUT_S = 600.0
 
 
@@ -72,8 +80,7 @@ def settings_of(name: str, question: Question, base: str) -> dict[str, Any]:
         return {"model": question.task}
     if name == "base":
         return {"model": base}
-    strategy = {} if name == "auto" else {"strategy": name}
-    return {"model": "auto", "extra_body": {"lora": {"explain": True, **strategy}}}
+    return {"model": "auto", "extra_body": {"lora": {"explain": True, **COMPOSITIONS[name]}}}
 
 
 async def ask_all(client: AsyncOpenAI, name: str, questions: Sequence[Question], base: str) -> list[Reply]:
@@ -139,15 +146,16 @@ def main(
             server.prepare(out.print)
             url = server.start()
             ready = server.wait_ready(timeout_s=_READY_TIMEOUT_S)
-            out.print(f"{ready['num_adapters']} adapters are live; {len(questions)} prompts at once, six times")
+            out.print(
+                f"{ready['num_adapters']} adapters are live; {len(questions)} prompts at once, {len(SETTINGS)} times"
+            )
             by_name = asyncio.run(compare(url, questions, settings.served_base_name))
     report(out, by_name)
 
 
 async def compare(url: str, questions: Sequence[Question], base: str) -> dict[str, list[Reply]]:
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=600, max_retries=0) as client:
-        names = ("auto", "selection", "fusion", "mixture", "own", "base")
-        return {name: await ask_all(client, name, questions, base) for name in names}
+        return {name: await ask_all(client, name, questions, base) for name in SETTINGS}
 
 
 def report(out: Console, by_name: Mapping[str, Sequence[Reply]]) -> None:

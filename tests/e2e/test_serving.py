@@ -273,3 +273,15 @@ def test_the_command_line_talks_to_the_server(url: str, heldout: list[Heldout], 
     )
     assert run.returncode == 0, run.stderr
     assert expected in run.stdout + run.stderr
+
+
+def test_the_readmes_ten_lines_run(url: str) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    [block] = [part.partition("```")[0] for part in readme.split("```python\n")[1:]]
+    assert "http://127.0.0.1:8000" in block
+    script = block.replace("http://127.0.0.1:8000", url)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0, run.stderr
+    first, second = run.stdout.strip().splitlines()
+    assert first.startswith("the chemist has not used my car <- ['sentence_negation'")
+    assert second.startswith("do the boys like tea <- ['question_formation'")

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gpu_worker.attention_plan import Segment, attention_plan
-from gpu_worker.base_model import BaseModel
+from gpu_worker.base_model import BaseModel, load_base_model
 from gpu_worker.engine import Engine
 from gpu_worker.kv_cache import KvCache
 from gpu_worker.lora_linear import LoraBank, LoraLinear
@@ -20,7 +20,7 @@ from gpu_worker.residency import Residency
 from lora_store.adapter import AdapterWeights, ModuleWeights
 from lora_store.plan import BASE_PLAN, Plan
 from tests.gpu_worker.driving import greedy, run_together
-from tests.tiny import FAMILIES, assert_equal_logits, linear_shapes, plan_of, random_adapter
+from tests.tiny import FAMILIES, assert_equal_logits, linear_shapes, plan_of, random_adapter, tiny_config
 
 PROMPTS = ["a", "the quick brown fox", "0123456789" * 6, "x y", "lorem ipsum dolor sit amet " * 3]
 
@@ -139,6 +139,22 @@ def test_long_rows_decode_equally_across_windows_and_length_groups(
         expected_logits, expected_tokens = reference(tiny_folders["gemma3"], prompt, plan, adapters, 20)
         assert_equal_logits(answer.first_logits, expected_logits)
         assert answer.tokens == expected_tokens
+
+
+def test_in_bfloat16_a_mixed_batch_stays_close_to_each_row_alone(
+    make_engine: Callable[..., Engine], tiny_folders: Mapping[str, Path]
+) -> None:
+    def engine_over(adapters: Mapping[str, AdapterWeights]) -> Engine:
+        return make_engine(adapters, base=load_base_model(tiny_config(tiny_folders["gemma3"], dtype="bfloat16")))
+
+    shapes = engine_over({}).bank.shapes
+    pool = mixed_pool(shapes)
+    adapters = {weights.weights_digest: weights for weights in pool}
+    jobs = [greedy(PROMPTS[i % len(PROMPTS)], plan, i) for i, plan in enumerate(plans_over(pool))]
+    together = run_together(engine_over(adapters), jobs)
+    for job, answer in zip(jobs, together, strict=True):
+        [alone] = run_together(engine_over(adapters), [job])
+        assert_equal_logits(answer.first_logits.bfloat16(), alone.first_logits.bfloat16())
 
 
 NO_CACHE = KvCache(num_layers=0, num_rows=0, num_heads=1, max_len=1, head_dim=1, dtype=torch.float32)
