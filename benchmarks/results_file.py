@@ -19,11 +19,12 @@ RESULTS = Path(__file__).parent / "results"
 
 def write_results(name: str, *, figures: Mapping[str, float], table: str, runs: Sequence[Mapping[str, Any]]) -> Path:
     """`results/<name>.json` and `<name>.txt` are written. `figures`: name -> number; `runs`: the rows behind them."""
+    at_commit = commit()  # before this very file changes
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.txt").write_text(table.rstrip() + "\n", encoding="utf-8")
     content = {
         "machine": machine(),
-        "commit": commit(),
+        "commit": at_commit,
         "command": " ".join(["python", "-m", _module_name(), *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "figures": dict(figures),

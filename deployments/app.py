@@ -1,6 +1,7 @@
-"""The application graph: every deployment and every handle, on one screen."""
+"""The application graph: every deployment and every handle, on one screen.
 
-from __future__ import annotations
+Serve reads `build_app`'s annotation to turn a YAML file's args into an AppConfig: it must be the class, not its name.
+"""
 
 from ray import serve
 from ray.serve import Application

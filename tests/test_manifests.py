@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import ray
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
+from deployments.app import build_app
 from deployments.config import AppConfig
 
 MANIFESTS = sorted((Path(__file__).parent.parent / "k8s").glob("*.yaml"))
@@ -19,6 +21,10 @@ MANIFESTS = sorted((Path(__file__).parent.parent / "k8s").glob("*.yaml"))
 def ray_services() -> list[dict[str, Any]]:
     documents = [document for path in MANIFESTS for document in yaml.safe_load_all(path.read_text())]
     return [document for document in documents if document["kind"] == "RayService"]
+
+
+def test_serve_turns_args_into_the_builders_config() -> None:
+    assert inspect.signature(build_app).parameters["args"].annotation is AppConfig
 
 
 def test_there_is_a_ray_service() -> None:
