@@ -57,14 +57,8 @@ class Engine:
         self.bank = LoraBank(linears, config.bank_rank_rows, free_fill=free_fill)
         inject(self.base.model, self.bank, self._step_context)
         self.residency = Residency(self.bank)
-        self.kv_cache = KvCache(
-            num_layers=self.base.num_layers,
-            num_rows=config.max_batch_size,
-            num_heads=self.base.num_kv_heads,
-            max_len=self.max_len,
-            head_dim=self.base.head_dim,
-            dtype=self.base.dtype,
-        )
+        self.kv_cache = _kv_cache(self.base, config.max_batch_size, self.max_len)
+        self._log_memory()
         self.prepare = Preparer(self.base, self.max_len)
         self._executor = executor or ThreadPoolExecutor(config.load_threads, thread_name_prefix="adapter-load")
         self.loaded = threading.Event()
@@ -136,6 +130,17 @@ class Engine:
             self.loaded.clear()
             if not self.step() and self.waiting:
                 self.loaded.wait()
+
+    def _log_memory(self) -> None:
+        logger.info(
+            "%s: %d rows of %d tokens take %d MiB of KV, %d adapter rank rows %d MiB",
+            self.config.base_model,
+            self.config.max_batch_size,
+            self.max_len,
+            self.kv_cache.num_bytes >> 20,
+            self.config.bank_rank_rows,
+            self.bank.num_bytes >> 20,
+        )
 
     def _admit(self) -> None:
         """Move rows whose weights are loaded and fit the bank to the batch; the others wait without blocking them.
@@ -227,3 +232,14 @@ class Engine:
         self.running.remove(row)
         self.kv_cache.free(row.kv_row, len(row.tokens))
         self.residency.unpin(row.weights_digests)
+
+
+def _kv_cache(base: BaseModel, num_rows: int, max_len: int) -> KvCache:
+    return KvCache(
+        num_layers=base.num_layers,
+        num_rows=num_rows,
+        num_heads=base.num_kv_heads,
+        max_len=max_len,
+        head_dim=base.head_dim,
+        dtype=base.dtype,
+    )
