@@ -108,3 +108,9 @@ def test_an_adapter_is_its_own_folder_and_a_folder_of_them_is_sorted(tmp_path: P
 )
 def test_only_this_machine_is_loopback(client: tuple[str, int] | None, expected: bool) -> None:
     assert is_loopback(Request({"type": "http", "client": client, "headers": []})) is expected
+
+
+@pytest.mark.parametrize("header", [b"forwarded", b"x-forwarded-for"])
+def test_who_comes_through_a_reverse_proxy_is_not_on_this_machine(header: bytes) -> None:
+    scope = {"type": "http", "client": ("127.0.0.1", 1), "headers": [(header, b"192.0.2.7")]}
+    assert is_loopback(Request(scope)) is False

@@ -128,3 +128,13 @@ def test_usage_is_included_where_it_was_asked_for() -> None:
     assert not chat(stream=True).include_usage
     assert not chat(stream=True, stream_options={}).include_usage
     assert chat(stream=True, stream_options={"include_usage": True}).include_usage
+
+
+def test_null_counts_as_unset_at_every_level() -> None:
+    dumped = {"role": "assistant", "content": "Hello", "refusal": None, "tool_calls": None}
+    request = ChatCompletionRequest.model_validate(
+        {"messages": [USER, dumped], "temperature": None, "n": None, "stream": None, "lora": {"k": None}}
+    )
+    assert request == ChatCompletionRequest.model_validate(
+        {"messages": [USER, {"role": "assistant", "content": "Hello"}]}
+    )

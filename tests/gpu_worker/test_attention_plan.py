@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gpu_worker.attention_cpu import packed_attention
 from gpu_worker.attention_plan import Segment, attention_plan
+from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.kv_cache import KvCache
 from gpu_worker.mapping import StepContext
 
@@ -138,3 +139,10 @@ def test_a_row_that_is_not_finite_does_not_reach_the_others() -> None:
     found, _ = packed_attention(module, query, key, value, None, step=step, scaling=SCALING)
     assert not found[0, 0].isfinite().all()
     assert found[0, 1:].isfinite().all()
+
+
+@pytest.mark.parametrize("extra", [{"s_aux": torch.zeros(NUM_HEADS)}, {"softcap": 50.0}])
+def test_sinks_and_soft_caps_are_refused_where_they_would_be_dropped(extra: dict[str, object]) -> None:
+    nothing = torch.zeros(1, NUM_HEADS, 1, HEAD_DIM)
+    with pytest.raises(BaseModelUnsupported):
+        packed_attention(nn.Module(), nothing, nothing, nothing, None, step=StepContext(), scaling=SCALING, **extra)

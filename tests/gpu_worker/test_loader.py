@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 
 import torch
 
@@ -32,7 +33,7 @@ class Store:
 def loader_of(
     store: Store,
     *,
-    executor: HeldExecutor | InlineExecutor | None = None,
+    executor: Executor | None = None,
     check: Callable[[AdapterWeights], None] = lambda weights: None,
     on_done: Callable[[], None] = lambda: None,
     budget_bytes: int = 1 << 20,
@@ -121,3 +122,11 @@ def test_a_load_in_progress_is_never_evicted() -> None:
     held()
     assert slow.result(0).weights_digest == "slow"
     assert store.fetched == ["quick", "slow"]
+
+
+def test_after_the_executor_has_shut_down_a_load_fails_at_once() -> None:
+    executor = ThreadPoolExecutor(1)
+    executor.shutdown()
+    loader = loader_of(Store(), executor=executor)
+    for _ in range(2):
+        assert isinstance(loader.load("a").exception(0), AdapterLoadFailed)
