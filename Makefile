@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export RAY_AUTH_MODE := token
 
-.PHONY: help setup serve demo test check lint types
+.PHONY: help setup serve demo test soak check lint types
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -26,6 +26,9 @@ demo: $(READY) ## answer the starter pool's held-out prompts with every strategy
 
 test: $(READY) ## run every test
 	$(BIN)/python -m pytest $(ARGS)
+
+soak: $(READY) ## run the tests that have full counts at those; reports in benchmarks/results/soak-*.json
+	$(BIN)/python -m pytest --scale full $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -4,29 +4,36 @@ from lora_store.adapter import LOCAL_TENANT, AdapterRef, AdapterWeights, ModuleW
 from lora_store.admission import TEMPLATES, Admitted, Label, check_folder
 from lora_store.blobs import BlobStore
 from lora_store.bounded_files import Limits
-from lora_store.catalogue import Catalogue, Event, Snapshot
+from lora_store.catalogue import Catalogue
 from lora_store.errors import (
     AdapterNotFound,
     AdapterRefused,
     BlobCorrupted,
+    EncoderIncomplete,
     FileRefused,
     LoraStoreError,
     PlanInvalid,
+    StoreUnavailable,
     VersionConflict,
 )
+from lora_store.events import ActivateEncoder, Embed, Event, Publish, Withdraw
 from lora_store.peft_config import PeftConfig
 from lora_store.peft_files import PeftFolder, read_peft_folder, write_peft_folder
 from lora_store.plan import BASE_PLAN, MAX_PLAN_ADAPTERS, STRATEGIES, Plan, PlannedAdapter, Strategy
-from lora_store.records import AdapterRecord, Visibility
+from lora_store.records import AdapterRecord, Embedding, Visibility
+from lora_store.snapshot import KEPT_VERSIONS, ActiveEncoder, Key, Snapshot
 from lora_store.store import LoraStore, Staged
 from lora_store.weights_blob import decode_weights, digest_of, encode_weights
 
 __all__ = [
     "BASE_PLAN",
+    "KEPT_VERSIONS",
     "LOCAL_TENANT",
     "MAX_PLAN_ADAPTERS",
     "STRATEGIES",
     "TEMPLATES",
+    "ActivateEncoder",
+    "ActiveEncoder",
     "AdapterNotFound",
     "AdapterRecord",
     "AdapterRef",
@@ -36,8 +43,12 @@ __all__ = [
     "BlobCorrupted",
     "BlobStore",
     "Catalogue",
+    "Embed",
+    "Embedding",
+    "EncoderIncomplete",
     "Event",
     "FileRefused",
+    "Key",
     "Label",
     "Limits",
     "LoraStore",
@@ -48,12 +59,15 @@ __all__ = [
     "Plan",
     "PlanInvalid",
     "PlannedAdapter",
+    "Publish",
     "Sample",
     "Snapshot",
     "Staged",
+    "StoreUnavailable",
     "Strategy",
     "VersionConflict",
     "Visibility",
+    "Withdraw",
     "check_folder",
     "decode_weights",
     "digest_of",

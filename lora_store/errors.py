@@ -6,12 +6,16 @@ LoraStoreError
 ├── FileRefused         one file of a folder cannot be read safely, or is not what its name says
 ├── BlobCorrupted       stored bytes no longer match their digest
 ├── PlanInvalid         a plan breaks a rule (weights, size, strategy)
-└── VersionConflict     another writer committed first, again and again
+├── VersionConflict     another writer committed first, again and again
+├── StoreUnavailable    the disk or the endpoint under the store does not answer
+└── EncoderIncomplete   an encoder cannot be activated: live adapters have no embedding by it
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+from lora_store.adapter import AdapterRef
 
 
 class LoraStoreError(Exception):
@@ -78,3 +82,25 @@ class VersionConflict(LoraStoreError):
 
     def __str__(self) -> str:
         return f"another writer committed first, {self.attempts} times in a row"
+
+
+class StoreUnavailable(LoraStoreError):
+    """The store cannot be reached. Nothing is lost; retry later."""
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(cause)
+        self.cause = cause
+
+    def __str__(self) -> str:
+        return f"the adapter store cannot be reached: {self.cause}"
+
+
+class EncoderIncomplete(LoraStoreError):
+    """Embed the missing adapters, then activate the encoder."""
+
+    def __init__(self, missing: Sequence[AdapterRef]) -> None:
+        super().__init__(tuple(missing))
+        self.missing = tuple(missing)
+
+    def __str__(self) -> str:
+        return f"{len(self.missing)} live adapters have no embedding by this encoder"

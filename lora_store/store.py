@@ -12,10 +12,12 @@ from lora_store.adapter import LOCAL_TENANT, AdapterRef, Sample
 from lora_store.admission import Admitted, Label, Shapes, check_folder
 from lora_store.blobs import BlobStore
 from lora_store.bounded_files import Limits
-from lora_store.catalogue import Catalogue, Event, Key, Snapshot
+from lora_store.catalogue import Catalogue
 from lora_store.errors import AdapterRefused
-from lora_store.records import AdapterRecord, Visibility
+from lora_store.events import Event, Publish
+from lora_store.records import AdapterRecord, Embedding, Visibility
 from lora_store.sample_files import parse_samples, write_samples
+from lora_store.snapshot import Key, Snapshot
 from lora_store.weights_blob import digest_of, encode_weights
 
 
@@ -87,8 +89,7 @@ class LoraStore:
     def commit(
         self,
         staged: Sequence[Staged],
-        embeddings: Sequence[Sequence[float] | None],
-        encoder: str | None,
+        embeddings: Sequence[Embedding | None],
         probe_shifts: Sequence[float | None],
         actor: str,
     ) -> int:
@@ -101,13 +102,12 @@ class LoraStore:
         records = [
             replace(
                 item.record,
-                embedding=None if vector is None else tuple(float(x) for x in vector),
-                encoder=None if vector is None else encoder,
+                embedding=embedding,
                 probe_shift=shift,
                 actor=actor,
                 created_at=created_at,
             )
-            for item, vector, shift in zip(staged, embeddings, probe_shifts, strict=True)
+            for item, embedding, shift in zip(staged, embeddings, probe_shifts, strict=True)
         ]
         return self._catalogue.commit(lambda snapshot: _publish_events(snapshot, records))
 
@@ -144,7 +144,6 @@ def _record_of(label: Label, admitted: Admitted, weights_digest: str, samples_di
         num_samples=len(admitted.samples),
         template=label.template,
         embedding=None,
-        encoder=None,
         probe_shift=None,
         source="",
         actor="",
@@ -167,7 +166,7 @@ def _publish_events(snapshot: Snapshot, records: Sequence[AdapterRecord]) -> lis
             raise AdapterRefused(name, [f"the public name {name!r} belongs to another tenant"])
         if (tenant, name) not in live or _essence(live[tenant, name]) != _essence(record):
             live[tenant, name] = record
-            events.append(Event("publish", record))
+            events.append(Publish(record))
     return events
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from lora_store.catalogue import Snapshot
 from lora_store.errors import AdapterNotFound
 from lora_store.plan import Plan, PlannedAdapter, Strategy
 from lora_store.records import AdapterRecord
+from lora_store.snapshot import Snapshot
 from retriever_svc.index import Match
 from retriever_svc.route import RouteRequest, Weighting
 

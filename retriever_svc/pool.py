@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_store.catalogue import Snapshot
 from lora_store.records import AdapterRecord
+from lora_store.snapshot import Snapshot
 from retriever_svc.calibration import floor_of
 from retriever_svc.encoder import Encoder, Vectors
 from retriever_svc.index import AdapterIndex, Bitmap, Match
@@ -59,7 +59,7 @@ class Pool:
 def routable_index(snapshot: Snapshot, encoder: Encoder) -> AdapterIndex:
     """The index of all adapters that `encoder` embedded; the others are reachable by name only."""
     records = [record for record in snapshot.records.values() if _is_routable(record, encoder)]
-    vectors = np.asarray([record.embedding for record in records], np.float32).reshape(-1, encoder.dim)
+    vectors = np.asarray([record.embedding.vector for record in records], np.float32).reshape(-1, encoder.dim)
     return AdapterIndex(records, vectors)
 
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from lora_store.adapter import LOCAL_TENANT, Sample
-from lora_store.catalogue import Snapshot
 from lora_store.plan import Plan, Strategy
 from lora_store.records import AdapterRecord
+from lora_store.snapshot import Snapshot
 from retriever_svc.calibration import OwnScores, SampleSource
 from retriever_svc.encoder import Encoder, Vectors, embed_samples
 from retriever_svc.errors import NoAdapterMatched, StaleIndex

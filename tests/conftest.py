@@ -9,6 +9,14 @@ import pytest
 import torch
 
 from gpu_worker.base_model import BaseModel, load_base_model
+from tests.soak import (  # noqa: F401  pytest finds its hooks and fixtures by their names here
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_configure,
+    pytest_runtest_makereport,
+    pytest_sessionfinish,
+    scale,
+)
 from tests.tiny import FAMILIES, byte_tokenizer, tiny_config
 
 torch.set_num_threads(1)  # tiny products are slower on two

@@ -1,0 +1,166 @@
+"""What happens to the pool, and how it is written as rows of the catalogue's table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from lora_store.adapter import AdapterRef
+from lora_store.records import AdapterRecord, Embedding
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    """The record's version becomes the live one of its name. The commit that writes it sets its generation."""
+
+    record: AdapterRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Withdraw:
+    """The name and all its versions are gone. `ref` is the version that was live."""
+
+    ref: AdapterRef
+    actor: str
+    at: datetime  # UTC
+
+
+@dataclass(frozen=True, slots=True)
+class Embed:
+    """The version has an embedding by an encoder that may be activated later."""
+
+    ref: AdapterRef
+    embedding: Embedding
+
+
+@dataclass(frozen=True, slots=True)
+class ActivateEncoder:
+    """From now on the pool is searched by this encoder's embeddings."""
+
+    model: str
+    identity: str
+    actor: str
+    at: datetime  # UTC
+
+
+Event = Publish | Withdraw | Embed | ActivateEncoder
+
+SCHEMA = pa.schema(
+    [
+        pa.field("generation", pa.int64(), nullable=False),
+        pa.field("row", pa.int32(), nullable=False),  # the order within one generation
+        pa.field("event", pa.string(), nullable=False),
+        pa.field("tenant", pa.string()),
+        pa.field("name", pa.string()),
+        pa.field("digest", pa.string()),
+        pa.field("weights_digest", pa.string()),
+        pa.field("samples_digest", pa.string()),
+        pa.field("visibility", pa.string()),
+        pa.field("tags", pa.list_(pa.string())),
+        pa.field("base_model", pa.string()),
+        pa.field("ranks", pa.list_(pa.int32())),
+        pa.field("target_modules", pa.list_(pa.string())),
+        pa.field("num_bytes", pa.int64()),
+        pa.field("num_samples", pa.int32()),
+        pa.field("template", pa.string()),
+        pa.field("encoder", pa.string()),
+        pa.field("embedding", pa.list_(pa.float32())),
+        pa.field("own_scores", pa.list_(pa.float32())),
+        pa.field("probe_shift", pa.float64()),
+        pa.field("source", pa.string()),  # of a publish, or the model of an activated encoder
+        pa.field("actor", pa.string()),
+        pa.field("created_at", pa.timestamp("us", tz="UTC")),
+    ]
+)
+_ARRAYS = ("embedding", "own_scores")
+_COLUMNS = (
+    *("weights_digest", "samples_digest", "visibility", "tags", "base_model", "ranks", "target_modules", "num_bytes"),
+    *("num_samples", "template", "probe_shift", "source", "actor", "created_at"),
+)
+_LISTS = ("tags", "ranks", "target_modules")
+
+
+def table_of(events: Sequence[Event], generation: int) -> pa.Table:
+    """The rows of one commit."""
+    rows = [_row_of(event) | {"generation": generation, "row": number} for number, event in enumerate(events)]
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
+def events_of(table: pa.Table, after: int) -> Iterator[Event]:
+    """The event of every row above generation `after`, in the order they happened.
+
+    Arrays are views of the table's memory, not copies: a large pool opens in seconds.
+    """
+    table = table.filter(pc.greater(table["generation"], after))
+    table = table.sort_by([("generation", "ascending"), ("row", "ascending")])
+    plain = table.drop_columns(list(_ARRAYS)).to_pylist()
+    vectors, scores = (_arrays_of(table[name]) for name in _ARRAYS)
+    for row, vector, own_scores in zip(plain, vectors, scores, strict=True):
+        yield _event_of(row, vector, own_scores)
+
+
+def _row_of(event: Event) -> dict[str, Any]:
+    match event:
+        case Publish(record):
+            columns = {column: getattr(record, column) for column in _COLUMNS}
+            return {"event": "publish", **_ref_row(record.ref), **columns, **_embedding_row(record.embedding)}
+        case Withdraw(ref, actor, at):
+            return {"event": "withdraw", **_ref_row(ref), "actor": actor, "created_at": at}
+        case Embed(ref, embedding):
+            return {"event": "embed", **_ref_row(ref), **_embedding_row(embedding)}
+        case ActivateEncoder(model, identity, actor, at):
+            return {
+                "event": "activate_encoder",
+                "source": model,
+                "encoder": identity,
+                "actor": actor,
+                "created_at": at,
+            }
+
+
+def _event_of(row: dict[str, Any], vector: NDArray[np.float32] | None, own_scores: NDArray[np.float32] | None) -> Event:
+    embedding = None
+    if vector is not None:
+        embedding = Embedding(row["encoder"], vector, np.empty(0, np.float32) if own_scores is None else own_scores)
+    match row["event"]:
+        case "publish":
+            values = {column: row[column] for column in _COLUMNS}
+            values |= {column: tuple(row[column]) for column in _LISTS}
+            return Publish(AdapterRecord(ref=_ref_of(row), embedding=embedding, generation=row["generation"], **values))
+        case "withdraw":
+            return Withdraw(_ref_of(row), row["actor"], row["created_at"])
+        case "embed" if embedding is not None:
+            return Embed(_ref_of(row), embedding)
+        case "activate_encoder":
+            return ActivateEncoder(row["source"], row["encoder"], row["actor"], row["created_at"])
+    raise ValueError(f"the catalogue holds an event {row['event']!r} that this version does not know")
+
+
+def _ref_row(ref: AdapterRef) -> dict[str, str]:
+    return {"tenant": ref.tenant, "name": ref.name, "digest": ref.digest}
+
+
+def _ref_of(row: dict[str, Any]) -> AdapterRef:
+    return AdapterRef(row["tenant"], row["name"], row["digest"])
+
+
+def _embedding_row(embedding: Embedding | None) -> dict[str, Any]:
+    if embedding is None:
+        return {}
+    return {"encoder": embedding.encoder, "embedding": embedding.vector, "own_scores": embedding.own_scores}
+
+
+def _arrays_of(column: pa.ChunkedArray) -> list[NDArray[np.float32] | None]:
+    """One float32 view per row, None for a null."""
+    lists = column.combine_chunks()
+    lists = pa.concat_arrays(lists.chunks) if isinstance(lists, pa.ChunkedArray) else lists
+    values, offsets = lists.values.to_numpy(), lists.offsets.to_numpy()
+    present = lists.is_valid().to_numpy(zero_copy_only=False)
+    return [values[offsets[i] : offsets[i + 1]] if present[i] else None for i in range(len(lists))]
