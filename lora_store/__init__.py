@@ -17,12 +17,15 @@ from lora_store.errors import (
     VersionConflict,
 )
 from lora_store.events import ActivateEncoder, Embed, Event, Publish, Withdraw
+from lora_store.location import Location
 from lora_store.peft_config import PeftConfig
 from lora_store.peft_files import PeftFolder, read_peft_folder, write_peft_folder
 from lora_store.plan import BASE_PLAN, MAX_PLAN_ADAPTERS, STRATEGIES, Plan, PlannedAdapter, Strategy
 from lora_store.records import AdapterRecord, Embedding, Visibility
 from lora_store.snapshot import KEPT_VERSIONS, ActiveEncoder, Key, Snapshot
-from lora_store.store import LoraStore, Staged
+from lora_store.staging import Staged
+from lora_store.store import LoraStore, Withdrawn
+from lora_store.upkeep import BlobCheck, Collected
 from lora_store.weights_blob import decode_weights, digest_of, encode_weights
 
 __all__ = [
@@ -40,9 +43,11 @@ __all__ = [
     "AdapterRefused",
     "AdapterWeights",
     "Admitted",
+    "BlobCheck",
     "BlobCorrupted",
     "BlobStore",
     "Catalogue",
+    "Collected",
     "Embed",
     "Embedding",
     "EncoderIncomplete",
@@ -51,6 +56,7 @@ __all__ = [
     "Key",
     "Label",
     "Limits",
+    "Location",
     "LoraStore",
     "LoraStoreError",
     "ModuleWeights",
@@ -68,6 +74,7 @@ __all__ = [
     "VersionConflict",
     "Visibility",
     "Withdraw",
+    "Withdrawn",
     "check_folder",
     "decode_weights",
     "digest_of",

@@ -1,42 +1,48 @@
-"""Content-addressed bytes on any pyarrow filesystem: a folder, S3, GCS."""
+"""Content-addressed bytes on a folder, S3 or GCS."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
-from uuid import uuid4
-
-from pyarrow.fs import FileSystem, FileType
+from collections.abc import Collection
+from dataclasses import dataclass
+from datetime import datetime
 
 from lora_store.errors import AdapterNotFound, BlobCorrupted
+from lora_store.files import Files
+from lora_store.location import Location
 from lora_store.weights_blob import digest_of
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_NAME = re.compile(r"[0-9a-f]{2}/(\.?)([0-9a-f]{64})(?:\.[0-9a-f]+)?")  # a dot comes before what is being written
 
 
-def locate(uri: str) -> tuple[FileSystem, str]:
-    """The filesystem a URI or a local path lies on, and the path there."""
-    located: tuple[FileSystem, str] = FileSystem.from_uri(uri if "://" in uri else str(Path(uri).absolute()))
-    return located
+@dataclass(frozen=True, slots=True)
+class BlobFile:
+    """A stored file of one blob."""
+
+    name: str
+    num_bytes: int
+    written_at: datetime  # UTC
+    digest: str
+    is_whole: bool
 
 
 class BlobStore:
-    """Blobs under `uri`, each named by its sha256. What is there under its name is whole: it came by a move."""
+    """Blobs in `location`, each named by its sha256 and whole under that name. Raises: StoreUnavailable."""
 
-    def __init__(self, uri: str) -> None:
-        self._files, self._root = locate(uri)
+    def __init__(self, location: Location) -> None:
+        self._files = Files(location)
 
     def put(self, data: bytes) -> str:
         """The digest `data` can be read by from now on. A blob already there is kept; a corrupted one is replaced."""
         digest = digest_of(data)
-        path = self._path(digest)
-        if self._read(path) != data:
-            self._write(path, data)
+        if self._files.read(_name(digest)) != data:
+            self._files.write(_name(digest), data)
         return digest
 
     def get(self, digest: str) -> bytes:
         """The bytes that hash to `digest`. Raises: AdapterNotFound; BlobCorrupted (publish the adapter again)."""
-        data = self._read(self._path(digest)) if _DIGEST.fullmatch(digest) else None
+        data = self._files.read(_name(digest)) if _DIGEST.fullmatch(digest) else None
         if data is None:
             raise AdapterNotFound(digest)
         found = digest_of(data)
@@ -45,27 +51,25 @@ class BlobStore:
         return data
 
     def __contains__(self, digest: str) -> bool:
-        return bool(self._files.get_file_info(self._path(digest)).type == FileType.File)
+        return self._files.contains(_name(digest))
 
-    def _path(self, digest: str) -> str:
-        return f"{self._root}/{digest[:2]}/{digest}"
+    def delete(self, digests: Collection[str]) -> list[str]:
+        """None of these is there any more; those that were."""
+        names = [_name(digest) for digest in digests if _DIGEST.fullmatch(digest)]
+        return [name.rpartition("/")[2] for name in self._files.delete(names)]
 
-    def _read(self, path: str) -> bytes | None:
-        try:
-            with self._files.open_input_stream(path) as stream:
-                return bytes(stream.read())
-        except FileNotFoundError:
-            return None
+    def files(self) -> list[BlobFile]:
+        """All that is stored, what a crash left half-written too."""
+        found = []
+        for file in self._files.entries():
+            if match := _NAME.fullmatch(file.name):
+                found.append(BlobFile(file.name, file.num_bytes, file.written_at, match[2], is_whole=not match[1]))
+        return found
 
-    def _write(self, path: str, data: bytes) -> None:
-        folder, _, name = path.rpartition("/")
-        self._files.create_dir(folder, recursive=True)
-        staged = f"{folder}/.{name}.{uuid4().hex}"
-        try:
-            with self._files.open_output_stream(staged) as stream:
-                stream.write(data)
-            self._files.move(staged, path)
-        except OSError:
-            if self._files.get_file_info(staged).type == FileType.File:
-                self._files.delete_file(staged)
-            raise
+    def delete_files(self, files: Collection[BlobFile]) -> None:
+        """None of these is there any more."""
+        self._files.delete([file.name for file in files])
+
+
+def _name(digest: str) -> str:
+    return f"{digest[:2]}/{digest}"

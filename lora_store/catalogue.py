@@ -1,48 +1,44 @@
-"""The durable catalogue: a Delta table of append-only events, and the snapshot they fold into."""
+"""The durable catalogue: a table of append-only events, and the snapshot they fold into."""
 
 from __future__ import annotations
 
-import logging
+import random
 import threading
-from collections.abc import Callable, Collection, Sequence
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-from deltalake import CommitProperties, DeltaTable, write_deltalake
-from deltalake.exceptions import CommitFailedError, DeltaError
-
-from lora_store.blobs import locate
 from lora_store.errors import VersionConflict
-from lora_store.events import SCHEMA, Event, events_of, table_of
+from lora_store.event_table import EventTable
+from lora_store.events import Event, events_of, table_of
+from lora_store.location import Location
 from lora_store.snapshot import Snapshot
 
-logger = logging.getLogger(__name__)
-
 _MAX_ATTEMPTS = 20
-_COMPACT_AT_FILES = 100  # every commit adds a file; this many become one (delta-rs checkpoints the log itself)
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 1.0
 
 
 class Catalogue:
-    """The table under `<uri>/catalogue`, created when absent. Safe to share between threads and processes.
+    """The table in `location`, created when absent. Safe to share between threads and processes.
 
     Delta takes two stale appends, so the rule a writer checked could be broken by a rival. Here each commit is tried
     at one version only and refused when a rival took it; the writer then sees the rival's events and checks again.
+    Raises: StoreUnavailable.
     """
 
-    def __init__(self, uri: str) -> None:
-        self._lock = threading.Lock()
-        located = f"{uri.rstrip('/')}/catalogue"
-        self._table = _open_table(located)
-        self._files, self._root = locate(located)
-        self._read: set[str] = set()  # data files already folded in
+    def __init__(self, location: Location, sleep: Callable[[float], object] = time.sleep) -> None:
+        self._sleep = sleep
+        self._reading, self._writing = threading.Lock(), threading.RLock()
+        self._table = EventTable(location)
         self._snapshot = Snapshot(0, {})
-        self._fold_new_rows()
+        self.snapshot()
 
     def snapshot(self) -> Snapshot:
         """The newest state; the same object while nothing was committed."""
-        with self._lock:
-            self._table.update_incremental()
-            self._fold_new_rows()
+        with self._reading:
+            seen, rows = self._snapshot.generation, self._table.refresh()
+            if self._table.version != seen:
+                self._snapshot = self._snapshot.after(events_of(rows, after=seen), self._table.version)
             return self._snapshot
 
     def commit(self, events: Callable[[Snapshot], Sequence[Event]]) -> int:
@@ -52,62 +48,20 @@ class Catalogue:
         not have effects of its own. An empty sequence commits nothing and gives the current generation.
         Raises: VersionConflict when rivals came first every time (retry later).
         """
-        for _ in range(_MAX_ATTEMPTS):
-            snapshot = self.snapshot()
-            wanted = events(snapshot)
-            if not wanted:
-                return snapshot.generation
-            if self._append(snapshot, wanted):
-                return snapshot.generation + 1
+        for attempt in range(_MAX_ATTEMPTS):
+            with self._writing:  # threads of one process take turns, so that rivals are other processes only
+                snapshot = self.snapshot()
+                wanted = events(snapshot)
+                if not wanted:
+                    return snapshot.generation
+                generation = snapshot.generation + 1
+                with self._reading:
+                    if self._table.append(table_of(wanted, generation), generation):
+                        return generation
+            self._sleep(random.uniform(0, min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**attempt)))
         raise VersionConflict(_MAX_ATTEMPTS)
 
-    def _append(self, seen: Snapshot, events: Sequence[Event]) -> bool:
-        """Whether the events became the commit right after `seen`."""
-        generation = seen.generation + 1
-        table = table_of(events, generation)
-        with self._lock:
-            if self._table.version() != seen.generation:  # another thread of this process went past it
-                return False
-            try:
-                write_deltalake(
-                    self._table,
-                    table,
-                    mode="append",
-                    commit_properties=CommitProperties(max_commit_retries=0),
-                )
-            except CommitFailedError:
-                logger.info("generation %d was taken by another writer", generation)
-                return False
-            self._tidy()
-        return True
-
-    def _tidy(self) -> None:
-        if len(self._table.file_uris()) < _COMPACT_AT_FILES:
-            return
-        try:
-            self._table.optimize.compact()
-        except DeltaError as exc:  # mostly a rival that compacts too; the events are committed either way
-            logger.warning("compaction left to a later commit: %s", exc)
-
-    def _fold_new_rows(self) -> None:
-        seen, version = self._snapshot.generation, self._table.version()
-        if version == seen:
-            return
-        names = {uri.rpartition("/")[2] for uri in self._table.file_uris()}
-        rows = self._read_rows(names - self._read)
-        events = events_of(rows, after=seen)  # a compacted file holds rows that were folded before
-        self._snapshot, self._read = self._snapshot.after(events, version), names
-
-    def _read_rows(self, names: Collection[str]) -> pa.Table:
-        tables = [SCHEMA.empty_table()]
-        for name in names:
-            with self._files.open_input_file(f"{self._root}/{name}") as file:
-                tables.append(pq.read_table(file, schema=SCHEMA))
-        return pa.concat_tables(tables)
-
-
-def _open_table(uri: str) -> DeltaTable:
-    try:
-        return DeltaTable.create(uri, schema=SCHEMA, mode="ignore")
-    except DeltaError:
-        return DeltaTable(uri)  # another process created it in the same moment; else this names the real trouble
+    def tidy(self, before: datetime) -> None:
+        """What the table does not need is gone, as far as it was written before then."""
+        with self._reading:
+            self._table.tidy(before)

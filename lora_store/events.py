@@ -85,6 +85,8 @@ _COLUMNS = (
     *("num_samples", "template", "probe_shift", "source", "actor", "created_at"),
 )
 _LISTS = ("tags", "ranks", "target_modules")
+_REPEATED = ("event", "tenant", "visibility", "base_model", "template", "encoder", "actor", "created_at")
+_ROWS_AT_ONCE = 10_000
 
 
 def table_of(events: Sequence[Event], generation: int) -> pa.Table:
@@ -96,14 +98,19 @@ def table_of(events: Sequence[Event], generation: int) -> pa.Table:
 def events_of(table: pa.Table, after: int) -> Iterator[Event]:
     """The event of every row above generation `after`, in the order they happened.
 
-    Arrays are views of the table's memory, not copies: a large pool opens in seconds.
+    Arrays are views of the table's memory, not copies, and repeated values are one object: a large pool opens in
+    seconds and takes little more than its embeddings do.
     """
-    table = table.filter(pc.greater(table["generation"], after))
-    table = table.sort_by([("generation", "ascending"), ("row", "ascending")])
-    plain = table.drop_columns(list(_ARRAYS)).to_pylist()
+    order = pc.sort_indices(table, [("generation", "ascending"), ("row", "ascending")])
+    order = order.filter(pc.greater(table["generation"].take(order), after))
     vectors, scores = (_arrays_of(table[name]) for name in _ARRAYS)
-    for row, vector, own_scores in zip(plain, vectors, scores, strict=True):
-        yield _event_of(row, vector, own_scores)
+    plain = table.drop_columns(list(_ARRAYS)).combine_chunks()
+    for start in range(0, len(order), _ROWS_AT_ONCE):
+        indices = order.slice(start, _ROWS_AT_ONCE)
+        columns = plain.take(indices)
+        rows = zip(*(_values_of(name, columns[name]) for name in columns.column_names), strict=True)
+        for index, row in zip(indices.to_pylist(), rows, strict=True):
+            yield _event_of(dict(zip(columns.column_names, row, strict=True)), vectors[index], scores[index])
 
 
 def _row_of(event: Event) -> dict[str, Any]:
@@ -132,7 +139,6 @@ def _event_of(row: dict[str, Any], vector: NDArray[np.float32] | None, own_score
     match row["event"]:
         case "publish":
             values = {column: row[column] for column in _COLUMNS}
-            values |= {column: tuple(row[column]) for column in _LISTS}
             return Publish(AdapterRecord(ref=_ref_of(row), embedding=embedding, generation=row["generation"], **values))
         case "withdraw":
             return Withdraw(_ref_of(row), row["actor"], row["created_at"])
@@ -159,8 +165,22 @@ def _embedding_row(embedding: Embedding | None) -> dict[str, Any]:
 
 def _arrays_of(column: pa.ChunkedArray) -> list[NDArray[np.float32] | None]:
     """One float32 view per row, None for a null."""
-    lists = column.combine_chunks()
-    lists = pa.concat_arrays(lists.chunks) if isinstance(lists, pa.ChunkedArray) else lists
-    values, offsets = lists.values.to_numpy(), lists.offsets.to_numpy()
-    present = lists.is_valid().to_numpy(zero_copy_only=False)
-    return [values[offsets[i] : offsets[i + 1]] if present[i] else None for i in range(len(lists))]
+    views: list[NDArray[np.float32] | None] = []
+    for lists in column.chunks:
+        values, offsets = lists.values.to_numpy(), lists.offsets.to_pylist()
+        present = lists.is_valid().to_pylist()
+        views += [values[offsets[i] : offsets[i + 1]] if present[i] else None for i in range(len(lists))]
+    return views
+
+
+def _values_of(name: str, column: pa.ChunkedArray) -> list[Any]:
+    """The column's values; in the columns that repeat themselves, equal ones are one object."""
+    if name in _LISTS:
+        shared: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+        lists = (None if value is None else tuple(value) for value in column.to_pylist())
+        return [None if value is None else shared.setdefault(value, value) for value in lists]
+    if name in _REPEATED:
+        encoded = column.combine_chunks().dictionary_encode()
+        values = [*encoded.dictionary.to_pylist(), None]
+        return [values[-1 if index is None else index] for index in encoded.indices.to_pylist()]
+    return list(column.to_pylist())

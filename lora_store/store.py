@@ -2,43 +2,46 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Collection, Sequence
+import logging
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from lora_store.adapter import LOCAL_TENANT, AdapterRef, Sample
-from lora_store.admission import Admitted, Label, Shapes, check_folder
+from lora_store.admission import Label, Shapes, check_folder
 from lora_store.blobs import BlobStore
 from lora_store.bounded_files import Limits
 from lora_store.catalogue import Catalogue
-from lora_store.errors import AdapterRefused
-from lora_store.events import Event, Publish
+from lora_store.errors import AdapterNotFound, StoreUnavailable
+from lora_store.events import Event
+from lora_store.holds import Holds
+from lora_store.location import Location
 from lora_store.records import AdapterRecord, Embedding, Visibility
+from lora_store.rules import activate_events, embed_events, publish_events, withdraw_events
 from lora_store.sample_files import parse_samples, write_samples
-from lora_store.snapshot import Key, Snapshot
+from lora_store.snapshot import ActiveEncoder, Snapshot
+from lora_store.staging import Staged, staged_record
+from lora_store.upkeep import BlobCheck, Collected, Upkeep
 from lora_store.weights_blob import digest_of, encode_weights
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Staged:
-    """A checked version whose blobs are stored and which nobody sees yet. `record` lacks what `commit` is given."""
+class Withdrawn:
+    """The generation from which the names are gone, and every version that went with them."""
 
-    record: AdapterRecord
-    samples: tuple[Sample, ...]
-
-    @property
-    def ref(self) -> AdapterRef:
-        return self.record.ref
-
-    @property
-    def weights_digest(self) -> str:
-        return self.record.weights_digest
+    generation: int
+    records: tuple[AdapterRecord, ...]
 
 
 class LoraStore:
-    """Adapters under one URI: blobs by digest, and the catalogue of what is live. Versions never change."""
+    """Adapters under one URI: blobs by digest, and the catalogue of what is live. Versions never change.
+
+    Every method may raise StoreUnavailable: nothing is lost, retry later.
+    """
 
     def __init__(
         self,
@@ -47,11 +50,15 @@ class LoraStore:
         accepts_base: Collection[str],
         limits: Limits | None = None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        sleep: Callable[[float], object] = time.sleep,
     ) -> None:
         self._accepts_base, self._limits = frozenset(accepts_base), limits
         self._now = now
-        self._blobs = BlobStore(f"{uri.rstrip('/')}/blobs")
-        self._catalogue = Catalogue(uri)
+        location = Location(uri)
+        self._blobs = BlobStore(location.child("blobs"))
+        self._holds = Holds(location, now, sleep)
+        self._catalogue = Catalogue(location.child("catalogue"), sleep)
+        self._upkeep = Upkeep(self._blobs, self._holds, self._catalogue, now)
 
     def stage(
         self,
@@ -65,10 +72,10 @@ class LoraStore:
         source: str | None = None,
         module_shapes: Shapes | None = None,
     ) -> Staged:
-        """The folder's version, checked and its blobs written. Name and source default to the folder's name.
+        """The folder's version, checked, its blobs written and held until `commit` or `discard`.
 
-        `module_shapes`: (out, in) of each linear layer an adapter may change; None = not checked.
-        Raises: AdapterRefused with every reason; then nothing was written.
+        Name and source default to the folder's name. `module_shapes`: (out, in) of each linear layer an adapter may
+        change; None = not checked. Raises: AdapterRefused with every reason; then nothing was written.
         """
         label = Label(folder.name if name is None else name, tenant, tuple(sorted(set(tags))), template, visibility)
         admitted = check_folder(
@@ -78,13 +85,25 @@ class LoraStore:
             module_shapes=module_shapes,
             limits=self._limits,
         )
-        weights_digest, data = encode_weights(admitted.modules)
-        self._blobs.put(data)
-        samples_digest = self._blobs.put(write_samples(admitted.samples)) if admitted.samples else None
-        record = _record_of(label, admitted, weights_digest, samples_digest)
-        return Staged(
-            replace(record, num_bytes=len(data), source=folder.name if source is None else source), admitted.samples
+        weights_digest, weights = encode_weights(admitted.modules)
+        samples = write_samples(admitted.samples) if admitted.samples else None
+        record = staged_record(
+            label,
+            admitted,
+            weights_digest=weights_digest,
+            samples_digest=None if samples is None else digest_of(samples),
+            num_bytes=len(weights),
+            source=folder.name if source is None else source,
         )
+        return self._held(record, lambda: self._write(weights, samples, admitted.samples))
+
+    def restage(self, record: AdapterRecord) -> Staged:
+        """A version the catalogue keeps as if it were staged again: held, its blobs there, its samples read.
+
+        Raises: AdapterNotFound when its blobs are gone; BlobCorrupted.
+        """
+        bare = replace(record, embedding=None, probe_shift=None, actor="", generation=0)
+        return self._held(bare, lambda: self._find(record))
 
     def commit(
         self,
@@ -95,21 +114,52 @@ class LoraStore:
     ) -> int:
         """The generation at which all of `staged` is live; `embeddings` and `probe_shifts` run along with it.
 
-        What is live already, the same in digest, visibility and encoder, is not written again.
+        What is live already, the same in digest, visibility and encoder, is not written again. On success the holds
+        have ended; after an error they stand, for another try or `discard`.
         Raises: AdapterRefused when a public name belongs to another tenant, VersionConflict.
         """
         created_at = self._now()
         records = [
-            replace(
-                item.record,
-                embedding=embedding,
-                probe_shift=shift,
-                actor=actor,
-                created_at=created_at,
-            )
+            replace(item.record, embedding=embedding, probe_shift=shift, actor=actor, created_at=created_at)
             for item, embedding, shift in zip(staged, embeddings, probe_shifts, strict=True)
         ]
-        return self._catalogue.commit(lambda snapshot: _publish_events(snapshot, records))
+        renewed = [self.restage(item.record) for item in staged if not self._holds.is_safe(item.hold)]
+        generation = self._catalogue.commit(lambda snapshot: publish_events(snapshot, records))
+        self._end_quietly([item.hold for item in (*staged, *renewed)])
+        return generation
+
+    def discard(self, staged: Sequence[Staged]) -> None:
+        """These will not be committed: their holds have ended, and the blobs nothing else needs are gone."""
+        self._holds.end([item.hold for item in staged])
+        self.sweep([digest for item in staged for digest in item.record.blobs])
+
+    def withdraw(self, tenant: str, names: Sequence[str], actor: str) -> Withdrawn:
+        """All of `names` are gone with all their versions, or none. Their blobs stay until they are swept.
+
+        Raises: AdapterNotFound for a name that is not live, VersionConflict.
+        """
+        keys, at = [(tenant, name) for name in names], self._now()
+        gone: list[AdapterRecord] = []
+
+        def events(snapshot: Snapshot) -> list[Event]:
+            wanted = withdraw_events(snapshot, keys, actor, at)
+            gone[:] = [record for key in dict.fromkeys(keys) for record in snapshot.versions(key)]
+            return wanted
+
+        generation = self._catalogue.commit(events)
+        return Withdrawn(generation, tuple(gone))
+
+    def add_embeddings(self, embeddings: Mapping[AdapterRef, Embedding]) -> int:
+        """The generation at which what is still live of these has its embedding, for an encoder to be activated."""
+        return self._catalogue.commit(lambda snapshot: embed_events(snapshot, embeddings))
+
+    def activate_encoder(self, model: str, identity: str, actor: str) -> int:
+        """The generation from which the pool is searched by this encoder's embeddings.
+
+        Raises: EncoderIncomplete when a live adapter with samples has no embedding by it.
+        """
+        encoder, at = ActiveEncoder(model, identity), self._now()
+        return self._catalogue.commit(lambda snapshot: activate_events(snapshot, encoder, actor, at))
 
     def load(self, weights_digest: str) -> bytes:
         """The weights' canonical bytes, for `decode_weights`. Raises: AdapterNotFound, BlobCorrupted."""
@@ -122,53 +172,40 @@ class LoraStore:
     def snapshot(self) -> Snapshot:
         return self._catalogue.snapshot()
 
+    def sweep(self, digests: Collection[str]) -> list[str]:
+        """Remove those blobs that no kept version refers to and no publish holds; what was removed."""
+        return self._upkeep.sweep(digests)
 
-def version_digest(label: Label, weights_digest: str, samples_digest: str | None, base_model: str) -> str:
-    """sha256 over all that makes two versions the same one. Visibility is not part: it may change under a version."""
-    parts = [weights_digest, samples_digest, label.template, list(label.tags), base_model]
-    return digest_of(json.dumps(parts).encode())
+    def gc(self, retention_s: float) -> Collected:
+        """Remove all that nothing needs and that is older than `retention_s`: what crashes and rivals left."""
+        return self._upkeep.gc(retention_s)
 
+    def verify(self) -> Iterator[BlobCheck]:
+        """Every blob that a kept version needs, read and hashed again."""
+        return self._upkeep.verify()
 
-def _record_of(label: Label, admitted: Admitted, weights_digest: str, samples_digest: str | None) -> AdapterRecord:
-    digest = version_digest(label, weights_digest, samples_digest, admitted.base_model)
-    return AdapterRecord(
-        ref=AdapterRef(label.tenant, label.name, digest),
-        weights_digest=weights_digest,
-        samples_digest=samples_digest,
-        visibility=label.visibility,
-        tags=label.tags,
-        base_model=admitted.base_model,
-        ranks=tuple(sorted({module.rank for module in admitted.modules.values()})),
-        target_modules=tuple(sorted({path.rpartition(".")[2] for path in admitted.modules})),
-        num_bytes=0,
-        num_samples=len(admitted.samples),
-        template=label.template,
-        embedding=None,
-        probe_shift=None,
-        source="",
-        actor="",
-        created_at=datetime.fromtimestamp(0, UTC),
-        generation=0,
-    )
+    def _held(self, record: AdapterRecord, prepare: Callable[[], tuple[Sample, ...]]) -> Staged:
+        hold = self._holds.take(record.blobs)
+        try:
+            return Staged(record, prepare(), hold)
+        except BaseException:
+            self._end_quietly([hold])
+            raise
 
+    def _write(self, weights: bytes, samples_file: bytes | None, samples: tuple[Sample, ...]) -> tuple[Sample, ...]:
+        for data in (weights, samples_file):
+            if data is not None:
+                self._blobs.put(data)
+        return samples
 
-def _publish_events(snapshot: Snapshot, records: Sequence[AdapterRecord]) -> list[Event]:
-    """Publish events for what is not live yet, each record checked against those before it too.
+    def _find(self, record: AdapterRecord) -> tuple[Sample, ...]:
+        if record.weights_digest not in self._blobs:
+            raise AdapterNotFound(str(record.ref))
+        return self.samples(record.samples_digest) if record.samples_digest is not None else ()
 
-    Raises: AdapterRefused when a public name belongs to another tenant.
-    """
-    live: dict[Key, AdapterRecord] = dict(snapshot.records)
-    owners = {name: record.ref.tenant for name, record in snapshot.public.items()}
-    events = []
-    for record in records:
-        tenant, name = record.ref.tenant, record.ref.name
-        if record.visibility == "public" and owners.setdefault(name, tenant) != tenant:
-            raise AdapterRefused(name, [f"the public name {name!r} belongs to another tenant"])
-        if (tenant, name) not in live or _essence(live[tenant, name]) != _essence(record):
-            live[tenant, name] = record
-            events.append(Publish(record))
-    return events
-
-
-def _essence(record: AdapterRecord) -> tuple[str, str, str | None]:
-    return record.ref.digest, record.visibility, record.encoder
+    def _end_quietly(self, holds: Collection[str]) -> None:
+        """Hold nothing any more; what cannot be removed now dies by itself."""
+        try:
+            self._holds.end(holds)
+        except StoreUnavailable as exc:
+            logger.warning("%d holds are left to gc: %s", len(holds), exc.cause)

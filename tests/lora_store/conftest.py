@@ -1,4 +1,4 @@
-"""A valid PEFT folder, the shapes of the base it fits, and a store that takes it."""
+"""A valid PEFT folder, the shapes of the base it fits, and a store in a folder or on S3 that takes it."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 import torch
 
-from lora_store import AdapterRecord, AdapterRef, LoraStore, ModuleWeights, Sample, write_peft_folder
-
-BASE = "tiny-base"
-SHAPES = {
-    "model.layers.0.self_attn.q_proj": (8, 6),
-    "model.layers.0.mlp.up_proj": (12, 6),
-    "model.layers.1.self_attn.q_proj": (8, 6),
-}
+from lora_store import (
+    AdapterRecord,
+    AdapterRef,
+    Location,
+    LoraStore,
+    ModuleWeights,
+    Sample,
+    write_peft_folder,
+)
+from lora_store.files import Files
+from tests.lora_store.builders import BASE, SHAPES, FakeClock, embedding
 
 
 @pytest.fixture
@@ -54,17 +58,42 @@ def make_folder(tmp_path: Path, make_weights: Callable[..., dict[str, ModuleWeig
 
 
 @pytest.fixture
-def store_uri(tmp_path: Path) -> str:
+def folder_uri(tmp_path: Path) -> str:
+    """A store whose files a test may touch."""
     return str(tmp_path / "store")
 
 
-@pytest.fixture
-def open_store(store_uri: str) -> Callable[[], LoraStore]:
-    def make() -> LoraStore:
-        noon = datetime(2026, 1, 2, 12, tzinfo=UTC)
-        return LoraStore(store_uri, accepts_base=[BASE], now=lambda: noon)
+@pytest.fixture(params=["folder", "s3"])
+def store_uri(request: pytest.FixtureRequest, folder_uri: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A store in a folder, then the same on an S3 endpoint."""
+    if request.param == "folder":
+        return folder_uri
+    return request.getfixturevalue("s3_endpoint").uri(f"stores/{uuid4().hex}")
 
-    return make
+
+@pytest.fixture
+def location(store_uri: str) -> Location:
+    return Location(store_uri)
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def open_store(store_uri: str, clock: FakeClock) -> Callable[[], LoraStore]:
+    return lambda: LoraStore(store_uri, accepts_base=[BASE], now=clock.now, sleep=clock.sleep)
+
+
+@pytest.fixture
+def stored(location: Location) -> Callable[[str], dict[str, int]]:
+    """Bytes of every file below one part of the store, by its path there."""
+
+    def list_files(part: str) -> dict[str, int]:
+        return {file.name: file.num_bytes for file in Files(location.child(part)).entries()}
+
+    return list_files
 
 
 @pytest.fixture
@@ -81,8 +110,7 @@ def make_record() -> Callable[..., AdapterRecord]:
         num_bytes=100,
         num_samples=0,
         template="chat",
-        embedding=(0.5, -0.25),
-        encoder="enc",
+        embedding=embedding(),
         probe_shift=0.125,
         source="poet",
         actor="tester",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_store import AdapterNotFound, BlobCorrupted, BlobStore, digest_of
+from lora_store import AdapterNotFound, BlobCorrupted, BlobStore, Location, StoreUnavailable, digest_of
 
 
 def _files(folder: Path) -> list[Path]:
@@ -15,7 +15,7 @@ def _files(folder: Path) -> list[Path]:
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
 def test_what_was_put_is_got_by_its_sha256(tmp_path, scheme):
-    blobs = BlobStore(f"{scheme}{tmp_path}/blobs")
+    blobs = BlobStore(Location(f"{scheme}{tmp_path}/blobs"))
     digest = blobs.put(b"abc")
     assert digest == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert blobs.get(digest) == b"abc"
@@ -23,12 +23,12 @@ def test_what_was_put_is_got_by_its_sha256(tmp_path, scheme):
 
 
 def test_another_object_reads_it(tmp_path):
-    digest = BlobStore(str(tmp_path)).put(b"abc")
-    assert BlobStore(str(tmp_path)).get(digest) == b"abc"
+    digest = BlobStore(Location(str(tmp_path))).put(b"abc")
+    assert BlobStore(Location(str(tmp_path))).get(digest) == b"abc"
 
 
 def test_putting_twice_leaves_one_untouched_file(tmp_path):
-    blobs = BlobStore(str(tmp_path))
+    blobs = BlobStore(Location(str(tmp_path)))
     blobs.put(b"abc")
     [file] = _files(tmp_path)
     before = file.stat()
@@ -39,7 +39,7 @@ def test_putting_twice_leaves_one_untouched_file(tmp_path):
 
 @pytest.mark.parametrize("damaged", [b"abd", b"", b"abcd"])
 def test_a_corrupted_blob_raises_and_putting_it_again_mends_it(tmp_path, damaged):
-    blobs = BlobStore(str(tmp_path))
+    blobs = BlobStore(Location(str(tmp_path)))
     digest = blobs.put(b"abc")
     _files(tmp_path)[0].write_bytes(damaged)
     with pytest.raises(BlobCorrupted) as caught:
@@ -56,15 +56,15 @@ def test_an_unknown_or_malformed_digest_is_not_found(tmp_path, digest):
     root = tmp_path / "one" / "two" / "blobs"
     root.mkdir(parents=True)
     with pytest.raises(AdapterNotFound):
-        BlobStore(str(root)).get(digest)
+        BlobStore(Location(str(root))).get(digest)
 
 
 def test_a_write_that_fails_leaves_no_file_behind(tmp_path):
-    blobs = BlobStore(str(tmp_path))
+    blobs = BlobStore(Location(str(tmp_path)))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # as on a disk that fills up
     try:
-        with pytest.raises(OSError):
+        with pytest.raises(StoreUnavailable):
             blobs.put(b"x" * 10_000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -1,75 +1,70 @@
 from __future__ import annotations
 
 import pickle
+import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from deltalake import DeltaTable
 
-from lora_store import AdapterNotFound, AdapterRefused, Catalogue, Event, VersionConflict
+from lora_store import AdapterNotFound, AdapterRefused, Catalogue, Publish, VersionConflict
 
 
 def _publish(*records):
-    return lambda snapshot: [Event("publish", record) for record in records]
+    return lambda snapshot: [Publish(record) for record in records]
 
 
-@pytest.fixture
-def uri(tmp_path):
-    return str(tmp_path / "store")
-
-
-def test_a_new_catalogue_is_empty_at_generation_zero(uri):
-    snapshot = Catalogue(uri).snapshot()
+def test_a_new_catalogue_is_empty_at_generation_zero(location):
+    snapshot = Catalogue(location).snapshot()
     assert (snapshot.generation, dict(snapshot.records)) == (0, {})
 
 
-def test_a_record_comes_back_as_it_was_committed(uri, make_record):
-    catalogue = Catalogue(uri)
+def test_a_record_comes_back_as_it_was_committed(location, make_record):
+    catalogue = Catalogue(location)
     full = make_record()
-    bare = make_record("bare", template=None, embedding=None, encoder=None, probe_shift=None, tags=(), ranks=())
+    bare = make_record("bare", template=None, embedding=None, probe_shift=None, tags=(), ranks=())
     assert catalogue.commit(_publish(full, bare)) == 1
     records = catalogue.snapshot().records
     assert records["local", "poet"] == replace(full, generation=1)
     assert records["local", "bare"] == replace(bare, generation=1)
 
 
-def test_reopening_gives_the_same_snapshot(uri, make_record):
-    catalogue = Catalogue(uri)
+def test_reopening_gives_the_same_snapshot(location, make_record):
+    catalogue = Catalogue(location)
     for number in range(5):
         catalogue.commit(_publish(make_record(f"a{number}"), make_record("poet", digest=f"{number}" * 64)))
-    assert Catalogue(uri).snapshot() == catalogue.snapshot()
+    assert Catalogue(location).snapshot() == catalogue.snapshot()
     assert catalogue.snapshot().generation == 5
     assert len(catalogue.snapshot().records) == 6
 
 
-def test_nothing_new_is_the_same_object(uri, make_record):
-    catalogue = Catalogue(uri)
+def test_nothing_new_is_the_same_object(location, make_record):
+    catalogue = Catalogue(location)
     before = catalogue.snapshot()
     assert catalogue.snapshot() is before
-    Catalogue(uri).commit(_publish(make_record()))
+    Catalogue(location).commit(_publish(make_record()))
     after = catalogue.snapshot()
     assert after is not before
     assert after is catalogue.snapshot()
     assert dict(before.records) == {}
 
 
-def test_a_snapshot_cannot_be_changed(uri, make_record):
-    catalogue = Catalogue(uri)
+def test_a_snapshot_cannot_be_changed(location, make_record):
+    catalogue = Catalogue(location)
     catalogue.commit(_publish(make_record()))
     with pytest.raises(TypeError):
         catalogue.snapshot().records["local", "x"] = make_record("x")
 
 
-def test_no_events_commit_nothing(uri, make_record):
-    catalogue = Catalogue(uri)
+def test_no_events_commit_nothing(location, make_record):
+    catalogue = Catalogue(location)
     catalogue.commit(_publish(make_record()))
     assert catalogue.commit(_publish()) == 1
     assert catalogue.snapshot().generation == 1
 
 
-def test_rows_of_one_commit_share_its_generation_and_the_last_of_a_name_wins(uri, make_record):
-    catalogue = Catalogue(uri)
+def test_rows_of_one_commit_share_its_generation_and_the_last_of_a_name_wins(location, make_record):
+    catalogue = Catalogue(location)
     versions = [make_record(digest=f"{number:064}") for number in range(50)]
     assert catalogue.commit(_publish(*versions)) == 1
     [record] = catalogue.snapshot().records.values()
@@ -77,25 +72,25 @@ def test_rows_of_one_commit_share_its_generation_and_the_last_of_a_name_wins(uri
 
 
 @pytest.mark.parametrize("same_object", [False, True], ids=["another process", "another thread"])
-def test_a_stale_writer_is_asked_again_and_nothing_is_lost(uri, make_record, same_object):
-    catalogue = Catalogue(uri)
-    rival = catalogue if same_object else Catalogue(uri)
+def test_a_stale_writer_is_asked_again_and_nothing_is_lost(location, make_record, same_object):
+    catalogue = Catalogue(location)
+    rival = catalogue if same_object else Catalogue(location)
     seen = []
 
     def events(snapshot):
         seen.append(sorted(name for _, name in snapshot.records))
         if len(seen) <= 2:
             rival.commit(_publish(make_record(f"rival{len(seen)}")))
-        return [Event("publish", make_record("ours"))]
+        return [Publish(make_record("ours"))]
 
     assert catalogue.commit(events) == 3
     assert seen == [[], ["rival1"], ["rival1", "rival2"]]
-    generations = {name: record.generation for (_, name), record in Catalogue(uri).snapshot().records.items()}
+    generations = {name: record.generation for (_, name), record in Catalogue(location).snapshot().records.items()}
     assert generations == {"rival1": 1, "rival2": 2, "ours": 3}
 
 
-def test_the_rule_holds_against_a_rival_who_commits_between_check_and_write(uri, make_record):
-    catalogue, rival = Catalogue(uri), Catalogue(uri)
+def test_the_rule_holds_against_a_rival_who_commits_between_check_and_write(location, make_record):
+    catalogue, rival = Catalogue(location), Catalogue(location)
     asked = []
 
     def claim(snapshot):
@@ -103,68 +98,68 @@ def test_the_rule_holds_against_a_rival_who_commits_between_check_and_write(uri,
             raise AdapterRefused("poet", ["taken"])
         asked.append(snapshot.generation)
         rival.commit(_publish(make_record("poet", tenant="rival")))
-        return [Event("publish", make_record("poet", tenant="us"))]
+        return [Publish(make_record("poet", tenant="us"))]
 
     with pytest.raises(AdapterRefused):
         catalogue.commit(claim)
     assert asked == [0]
-    assert list(Catalogue(uri).snapshot().records) == [("rival", "poet")]
+    assert list(Catalogue(location).snapshot().records) == [("rival", "poet")]
 
 
-def test_a_writer_who_always_comes_second_gives_up_by_name(uri, make_record):
-    catalogue, rival = Catalogue(uri), Catalogue(uri)
+def test_a_writer_who_always_comes_second_gives_up_by_name(location, make_record):
+    catalogue, rival = Catalogue(location), Catalogue(location)
 
     def events(snapshot):
         rival.commit(_publish(make_record(f"r{snapshot.generation}")))
-        return [Event("publish", make_record("ours"))]
+        return [Publish(make_record("ours"))]
 
     with pytest.raises(VersionConflict) as caught:
         catalogue.commit(events)
-    snapshot = Catalogue(uri).snapshot()
+    snapshot = Catalogue(location).snapshot()
     assert ("local", "ours") not in snapshot.records
     assert len(snapshot.records) == caught.value.attempts
 
 
-def test_an_error_of_the_rule_commits_nothing(uri, make_record):
+def test_an_error_of_the_rule_commits_nothing(location, make_record):
     def refuse(snapshot):
         raise AdapterRefused("poet", ["no"])
 
-    catalogue = Catalogue(uri)
+    catalogue = Catalogue(location)
     with pytest.raises(AdapterRefused):
         catalogue.commit(refuse)
     assert catalogue.commit(_publish(make_record())) == 1
 
 
-def test_a_refresh_does_not_open_files_it_has_read(uri, make_record):
-    catalogue, rival = Catalogue(uri), Catalogue(uri)
+def test_a_refresh_does_not_open_files_it_has_read(location, make_record):
+    catalogue, rival = Catalogue(location), Catalogue(location)
     catalogue.commit(_publish(make_record("old")))
     assert rival.snapshot() == catalogue.snapshot()
-    for file in Path(uri).rglob("*.parquet"):
-        file.unlink()
+    table = Files(location)
+    table.delete([file.name for file in table.entries() if re.fullmatch(r"part-.*\.parquet", file.name)])
     rival.commit(_publish(make_record("new")))
     assert sorted(name for _, name in catalogue.snapshot().records) == ["new", "old"]
 
 
-def test_compaction_keeps_every_record_its_order_and_late_readers(uri, make_record):
-    writer, late = Catalogue(uri), Catalogue(uri)
+def test_compaction_keeps_every_record_its_order_and_late_readers(location, make_record):
+    writer, late = Catalogue(location), Catalogue(location)
     for number in range(103):
         writer.commit(_publish(make_record("poet", digest=f"{number:064}"), make_record(f"a{number}")))
         if number == 40:
             late.snapshot()
-    assert writer.snapshot() == late.snapshot() == Catalogue(uri).snapshot()
+    assert writer.snapshot() == late.snapshot() == Catalogue(location).snapshot()
     assert writer.snapshot().records["local", "poet"].ref.digest == f"{102:064}"
     assert len(writer.snapshot().records) == 104
-    log = Path(uri, "catalogue", "_delta_log")
-    assert list(log.glob("*.checkpoint.parquet"))
+    names = [file.name for file in Files(location).entries()]
+    assert [name for name in names if name.endswith(".checkpoint.parquet")]
     generations = [record.generation for record in writer.snapshot().records.values()]
     assert max(generations) == 104  # one version of the table was the compaction
 
 
-def test_rows_a_late_compaction_rewrites_do_not_bring_old_versions_back(uri, make_record):
-    catalogue = Catalogue(uri)
+def test_rows_a_late_compaction_rewrites_do_not_bring_old_versions_back(location, make_record):
+    catalogue = Catalogue(location)
     catalogue.commit(_publish(make_record("poet", digest="1" * 64)))
     catalogue.commit(_publish(make_record("other")))
-    compactor = DeltaTable(f"{uri}/catalogue")
+    compactor = DeltaTable(location.delta_uri, storage_options=location.storage_options)
     catalogue.commit(_publish(make_record("poet", digest="2" * 64)))
     before = catalogue.snapshot()
     assert compactor.optimize.compact()["numFilesRemoved"] == 2
@@ -173,8 +168,8 @@ def test_rows_a_late_compaction_rewrites_do_not_bring_old_versions_back(uri, mak
 
 
 @pytest.mark.parametrize("number", range(2))
-def test_a_snapshot_travels_and_stays_unchangeable(uri, make_record, number):
-    catalogue = Catalogue(uri)
+def test_a_snapshot_travels_and_stays_unchangeable(location, make_record, number):
+    catalogue = Catalogue(location)
     catalogue.commit(_publish(*(make_record(f"a{n}") for n in range(number))))
     travelled = pickle.loads(pickle.dumps(catalogue.snapshot()))
     assert travelled == catalogue.snapshot()
@@ -196,8 +191,8 @@ def test_a_snapshot_travels_and_stays_unchangeable(uri, make_record, number):
         ("us", "a/b/c", None),
     ],
 )
-def test_a_name_means_ones_own_adapter_then_the_public_one(uri, make_record, tenant, name, owner):
-    catalogue = Catalogue(uri)
+def test_a_name_means_ones_own_adapter_then_the_public_one(location, make_record, tenant, name, owner):
+    catalogue = Catalogue(location)
     catalogue.commit(_publish(make_record("poet", "us"), make_record("secret", "them", visibility="private")))
     if owner is None:
         with pytest.raises(AdapterNotFound):
@@ -206,15 +201,15 @@ def test_a_name_means_ones_own_adapter_then_the_public_one(uri, make_record, ten
         assert catalogue.snapshot().resolve(tenant, name).ref.tenant == owner
 
 
-def test_ones_own_private_adapter_hides_a_public_one_of_that_name(uri, make_record):
-    catalogue = Catalogue(uri)
+def test_ones_own_private_adapter_hides_a_public_one_of_that_name(location, make_record):
+    catalogue = Catalogue(location)
     catalogue.commit(_publish(make_record("poet", "us"), make_record("poet", "them", visibility="private")))
     assert catalogue.snapshot().resolve("them", "poet").ref.tenant == "them"
     assert catalogue.snapshot().resolve("others", "poet").ref.tenant == "us"
 
 
-def test_a_tenant_sees_its_own_and_what_is_public(uri, make_record):
-    catalogue = Catalogue(uri)
+def test_a_tenant_sees_its_own_and_what_is_public(location, make_record):
+    catalogue = Catalogue(location)
     catalogue.commit(_publish(make_record("b", "us"), make_record("a", "them", visibility="private")))
     snapshot = catalogue.snapshot()
     assert [str(record.ref.name) for record in snapshot.visible_to("us")] == ["b"]

@@ -1,22 +1,22 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
-from pathlib import Path
 
 import pytest
 import torch
 
 from lora_store import AdapterNotFound, AdapterRefused, BlobCorrupted, Sample, decode_weights
+from lora_store.files import Files
+from tests.lora_store.builders import embedding
 
 VECTOR = (0.5, 0.25, -1.0)
 
 
 def _commit(store, *staged, encoder="enc"):
-    return store.commit(staged, [VECTOR] * len(staged), encoder, [0.5] * len(staged), "tester")
+    return store.commit(staged, [embedding(*VECTOR, encoder=encoder)] * len(staged), [0.5] * len(staged), "tester")
 
 
-def test_a_staged_adapter_is_seen_only_after_commit(open_store, make_folder, make_weights):
+def test_a_staged_adapter_is_seen_only_after_commit(open_store, make_folder, clock):
     store = open_store()
     staged = store.stage(make_folder(), tags=["b", "a", "b"], template="chat", visibility="private")
     assert store.snapshot().generation == 0
@@ -25,9 +25,10 @@ def test_a_staged_adapter_is_seen_only_after_commit(open_store, make_folder, mak
     assert record.ref == staged.ref
     assert (record.tags, record.template, record.visibility) == (("a", "b"), "chat", "private")
     assert (record.ranks, record.target_modules) == ((2, 4), ("q_proj", "up_proj"))
-    assert (record.embedding, record.encoder, record.probe_shift) == (VECTOR, "enc", 0.5)
+    assert (tuple(record.embedding.vector), record.encoder, record.probe_shift) == (VECTOR, "enc", 0.5)
+    assert tuple(record.embedding.own_scores) == (0.75, 0.5)
     assert (record.actor, record.source, record.generation) == ("tester", "poet", 1)
-    assert record.created_at == datetime(2026, 1, 2, 12, tzinfo=UTC)
+    assert record.created_at == clock.at
     assert record.num_bytes == len(store.load(record.weights_digest))
 
 
@@ -123,7 +124,7 @@ def test_an_adapter_without_a_vector_is_kept_without_an_encoder(open_store, make
     store = open_store()
     staged = store.stage(make_folder(inputs=()))
     assert (staged.samples, staged.record.samples_digest) == ((), None)
-    store.commit([staged], [None], "enc", [None], "tester")
+    store.commit([staged], [None], [None], "tester")
     record = store.snapshot().resolve("local", "poet")
     assert (record.embedding, record.encoder, record.num_samples) == (None, None, 0)
 
@@ -162,15 +163,15 @@ def test_shapes_may_come_with_the_folder(open_store, make_folder):
 def test_a_vector_is_needed_for_each_staged_adapter(open_store, make_folder):
     store = open_store()
     with pytest.raises(ValueError):
-        store.commit([store.stage(make_folder())], [], "enc", [], "tester")
+        store.commit([store.stage(make_folder())], [], [], "tester")
     assert store.snapshot().generation == 0
 
 
-def test_a_damaged_blob_is_named_and_publishing_again_mends_it(open_store, store_uri, make_folder):
+def test_a_damaged_blob_is_named_and_publishing_again_mends_it(open_store, location, make_folder):
     store = open_store()
     staged = store.stage(make_folder())
-    [file] = Path(store_uri, "blobs").rglob(staged.weights_digest)
-    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    name, files = f"{staged.weights_digest[:2]}/{staged.weights_digest}", Files(location.child("blobs"))
+    files.write(name, files.read(name)[:-1] + b"x")
     with pytest.raises(BlobCorrupted):
         store.load(staged.weights_digest)
     store.stage(make_folder())

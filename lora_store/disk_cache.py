@@ -1,0 +1,115 @@
+"""Blobs by digest on a local disk, shared by the processes of one machine and kept within a quota."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock
+
+from lora_store.weights_blob import digest_of
+
+logger = logging.getLogger(__name__)
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_LOCK, _HALF_WRITTEN = ".lock", ".half-written"
+_LOCK_TIMEOUT_S = 5.0
+
+
+class DiskCache:
+    """Files named by their digest, checked whenever they are read; the least recently used make room for new ones.
+
+    A full, read-only or missing disk costs the cache, never a request: it is logged, and counts as a miss.
+    """
+
+    def __init__(self, folder: Path, quota_bytes: int, *, now_ns: Callable[[], int] = time.time_ns) -> None:
+        self._folder, self._quota_bytes, self._now_ns = folder, quota_bytes, now_ns
+
+    def get(self, digest: str) -> bytes | None:
+        """The bytes that hash to `digest`. A file that does no longer is removed."""
+        path = self._path(digest)
+        with self._logged(f"{digest} could not be read"), suppress(FileNotFoundError):
+            data = path.read_bytes()
+            if digest_of(data) == digest:
+                self._touch(path)
+                return data
+            logger.warning("the cached blob %s is damaged and goes", digest)
+            path.unlink()
+        return None
+
+    def put(self, digest: str, data: bytes | memoryview) -> None:
+        """Keep `data`, which hashes to `digest`, unless it alone is larger than the quota."""
+        path = self._path(digest)
+        if len(data) > self._quota_bytes or not _DIGEST.fullmatch(digest):
+            return
+        with self._logged(f"{digest} could not be kept"):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(self._folder / _LOCK, timeout=_LOCK_TIMEOUT_S):
+                if not path.exists():
+                    self._make_room(len(data))
+                    self._write(path, data)
+
+    def discard(self, digests: Collection[str]) -> None:
+        """None of them is kept any more."""
+        with self._logged("some blobs could not be discarded"):
+            for digest in digests:
+                self._path(digest).unlink(missing_ok=True)
+
+    def measure(self) -> int:
+        """Bytes of all that is kept."""
+        num_bytes = 0
+        with self._logged("its size is unknown"):
+            num_bytes = sum(size for _, size, _ in self._files())
+        return num_bytes
+
+    def _path(self, digest: str) -> Path:
+        """What is no digest, and might be a path elsewhere, has a file that never exists."""
+        return self._folder / (digest if _DIGEST.fullmatch(digest) else ".no-digest")
+
+    def _write(self, path: Path, data: bytes | memoryview) -> None:
+        """Write beside `path`, then rename: what is there under a digest is whole."""
+        half_written = self._folder / _HALF_WRITTEN
+        try:
+            half_written.write_bytes(data)
+            self._touch(half_written)
+            half_written.replace(path)
+        finally:
+            half_written.unlink(missing_ok=True)
+
+    def _touch(self, path: Path) -> None:
+        """Used now. Another process, which reads these times, may have evicted the file."""
+        now_ns = self._now_ns()
+        with self._logged(f"the use of {path.name} is not noted"), suppress(FileNotFoundError):
+            os.utime(path, ns=(now_ns, now_ns))
+
+    def _make_room(self, num_bytes: int) -> None:
+        """Called under the lock: a half-written file that is there has lost its writer."""
+        (self._folder / _HALF_WRITTEN).unlink(missing_ok=True)
+        files = sorted(self._files())
+        too_many = sum(size for _, size, _ in files) + num_bytes - self._quota_bytes
+        for _, size, path in files:
+            if too_many <= 0:
+                return
+            path.unlink(missing_ok=True)
+            too_many -= size
+
+    def _files(self) -> Iterator[tuple[int, int, Path]]:
+        """(last used, size, path) of every blob."""
+        with suppress(FileNotFoundError), os.scandir(self._folder) as entries:
+            for entry in entries:
+                if _DIGEST.fullmatch(entry.name):
+                    with suppress(FileNotFoundError):
+                        found = entry.stat()
+                        yield found.st_mtime_ns, found.st_size, Path(entry.path)
+
+    @contextmanager
+    def _logged(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as exc:  # a lock that is not free in time is one, too
+            logger.warning("the disk cache %s goes on, but %s: %s", self._folder, what, exc)

@@ -1,0 +1,127 @@
+"""Whole objects by name, on a folder, S3 or GCS."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from uuid import uuid4
+
+import pyarrow as pa
+from deltalake.exceptions import DeltaError
+from pyarrow.fs import FileSelector
+
+from lora_store.errors import StoreUnavailable
+from lora_store.location import Location
+
+_NUM_THREADS = 16  # requests to an endpoint at once
+_MAX_CAUSE_CHARS = 200
+_NOISE = re.compile(r"\x1b\[[0-9;]*m|↳|\s+")  # Delta's errors are trees in colours
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """One object. `name` is its path below the place it was listed from."""
+
+    name: str
+    num_bytes: int
+    written_at: datetime  # UTC
+
+
+class Files:
+    """The objects below one place: each is there as it was written, or not at all. Raises: StoreUnavailable."""
+
+    def __init__(self, location: Location) -> None:
+        self._is_local = location.is_local
+        with store_errors():
+            self._files, self._root = location.filesystem()
+
+    def read(self, name: str) -> bytes | None:
+        """The object's bytes, None where there is none."""
+        try:
+            with store_errors(), self._files.open_input_stream(f"{self._root}/{name}") as stream:
+                return bytes(stream.read())
+        except FileNotFoundError:
+            return None
+
+    def write(self, name: str, data: bytes, *, durable: bool = True) -> None:
+        """Write or replace the object. `durable`: in a folder it outlasts a power failure, too."""
+        path = f"{self._root}/{name}"
+        with store_errors():
+            if self._is_local:
+                _write_local(Path(path), data, durable=durable)
+            else:  # an object is seen only once it is complete
+                with self._files.open_output_stream(path) as stream:
+                    stream.write(data)
+
+    def entries(self) -> list[StoredFile]:
+        """Everything below this place, half-written files of a crash too."""
+        with store_errors():
+            found = self._files.get_file_info(FileSelector(self._root, recursive=True, allow_not_found=True))
+        prefix_len = len(self._root) + 1
+        return [StoredFile(info.path[prefix_len:], info.size, info.mtime) for info in found if info.is_file]
+
+    def contains(self, name: str) -> bool:
+        """Whether the object is there."""
+        with store_errors():
+            return bool(self._files.get_file_info(f"{self._root}/{name}").is_file)
+
+    def delete(self, names: Collection[str]) -> list[str]:
+        """None of these is there any more; those that were."""
+        if len(names) < 2:
+            return [name for name in names if self._delete(name)]
+        with ThreadPoolExecutor(min(_NUM_THREADS, len(names))) as pool:
+            return [name for name, was_there in zip(names, pool.map(self._delete, names), strict=True) if was_there]
+
+    def _delete(self, name: str) -> bool:
+        try:
+            with store_errors():
+                self._files.delete_file(f"{self._root}/{name}")
+        except FileNotFoundError:
+            return False
+        return True
+
+
+@contextmanager
+def store_errors() -> Iterator[None]:
+    """What the disk or the endpoint raises within is a StoreUnavailable; only a missing file stays what it is."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (OSError, DeltaError, pa.ArrowException) as exc:
+        cause = _NOISE.sub(" ", str(exc))
+        raise StoreUnavailable(" ".join(cause.split())[:_MAX_CAUSE_CHARS] or type(exc).__name__) from exc
+
+
+def _write_local(path: Path, data: bytes, *, durable: bool) -> None:
+    if not path.parent.is_dir():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sync(path.parent.parent)
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if durable:
+        _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    """The folder's names outlast a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

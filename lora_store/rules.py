@@ -1,0 +1,77 @@
+"""What a writer may add to the catalogue: each rule gives the events that a wish means on one snapshot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+
+from lora_store.adapter import AdapterRef
+from lora_store.errors import AdapterNotFound, AdapterRefused, EncoderIncomplete
+from lora_store.events import ActivateEncoder, Embed, Event, Publish, Withdraw
+from lora_store.records import AdapterRecord, Embedding
+from lora_store.snapshot import ActiveEncoder, Key, Snapshot
+
+
+def publish_events(snapshot: Snapshot, records: Sequence[AdapterRecord]) -> list[Event]:
+    """Publish events for what is not live yet, each record checked against those before it too.
+
+    Raises: AdapterRefused when a public name belongs to another tenant.
+    """
+    live: dict[Key, AdapterRecord] = dict(snapshot.records)
+    owners = {name: record.ref.tenant for name, record in snapshot.public.items()}
+    events: list[Event] = []
+    for record in records:
+        tenant, name = record.ref.tenant, record.ref.name
+        if record.visibility == "public" and owners.setdefault(name, tenant) != tenant:
+            raise AdapterRefused(name, [f"the public name {name!r} belongs to another tenant"])
+        if (tenant, name) not in live or _essence(live[tenant, name]) != _essence(record):
+            live[tenant, name] = record
+            events.append(Publish(record))
+    return events
+
+
+def withdraw_events(snapshot: Snapshot, keys: Iterable[Key], actor: str, at: datetime) -> list[Event]:
+    """One event per name. Raises: AdapterNotFound for the first name that is not live."""
+    events: list[Event] = []
+    for key in dict.fromkeys(keys):
+        if key not in snapshot.records:
+            raise AdapterNotFound(key[1])
+        events.append(Withdraw(snapshot.records[key].ref, actor, at))
+    return events
+
+
+def embed_events(snapshot: Snapshot, embeddings: Mapping[AdapterRef, Embedding]) -> list[Event]:
+    """Embed events for what is live and not embedded by that encoder yet."""
+    return [
+        Embed(ref, embedding)
+        for ref, embedding in embeddings.items()
+        if (record := snapshot.records.get((ref.tenant, ref.name))) is not None
+        and record.ref == ref
+        and not _is_embedded(snapshot, record, embedding.encoder)
+    ]
+
+
+def activate_events(snapshot: Snapshot, encoder: ActiveEncoder, actor: str, at: datetime) -> list[Event]:
+    """The one event, unless the encoder is active already.
+
+    Raises: EncoderIncomplete when an adapter with samples has no embedding by it.
+    """
+    if snapshot.encoder == encoder:
+        return []
+    missing = [
+        record.ref
+        for record in snapshot.records.values()
+        if record.num_samples and not _is_embedded(snapshot, record, encoder.identity)
+    ]
+    if missing:
+        raise EncoderIncomplete(missing)
+    return [ActivateEncoder(encoder.model, encoder.identity, actor, at)]
+
+
+def _is_embedded(snapshot: Snapshot, record: AdapterRecord, identity: str) -> bool:
+    pending = snapshot.pending.get(record.ref)
+    return record.encoder == identity or (pending is not None and pending.encoder == identity)
+
+
+def _essence(record: AdapterRecord) -> tuple[str, str, str | None]:
+    return record.ref.digest, record.visibility, record.encoder

@@ -1,0 +1,34 @@
+"""What the tests of the store build their cases from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+
+from lora_store import Embedding
+
+BASE = "tiny-base"
+SHAPES = {
+    "model.layers.0.self_attn.q_proj": (8, 6),
+    "model.layers.0.mlp.up_proj": (12, 6),
+    "model.layers.1.self_attn.q_proj": (8, 6),
+}
+
+
+@dataclass
+class FakeClock:
+    """The time of the stores of one test. Sleeping makes it pass."""
+
+    at: datetime = field(default_factory=lambda: datetime.now(UTC).replace(microsecond=0))
+
+    def now(self) -> datetime:
+        return self.at
+
+    def sleep(self, seconds: float) -> None:
+        self.at += timedelta(seconds=seconds)
+
+
+def embedding(*vector: float, encoder: str = "enc") -> Embedding:
+    return Embedding(encoder, np.array(vector or (0.5, -0.25), np.float32), np.array([0.75, 0.5], np.float32))

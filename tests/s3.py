@@ -1,0 +1,84 @@
+"""A real S3 endpoint on loopback: moto's server, one request at a time, which can be stopped and started again."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+from wsgiref.types import StartResponse, WSGIEnvironment
+
+import pytest
+from moto.server import DomainDispatcherApplication, create_backend_app
+from pyarrow.fs import S3FileSystem
+from werkzeug.serving import BaseWSGIServer, WSGIRequestHandler, make_server
+
+_HOST, _BUCKET, _REGION = "127.0.0.1", "pool", "us-east-1"
+_CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "testing",
+    "AWS_SECRET_ACCESS_KEY": "testing",
+    "AWS_EC2_METADATA_DISABLED": "true",  # or the SDK would look for a cloud to run in
+}
+
+
+class S3Endpoint:
+    """The endpoint. What is stored lives in this process and outlasts a stop; any process on the machine may use it."""
+
+    def __init__(self) -> None:
+        self._app = _one_at_a_time(DomainDispatcherApplication(create_backend_app))
+        self._port = 0  # any free one at first, the same after a stop
+        self._server: BaseWSGIServer | None = None
+        self.start()
+        files = S3FileSystem(
+            endpoint_override=f"{_HOST}:{self._port}", scheme="http", region=_REGION, allow_bucket_creation=True
+        )
+        files.create_dir(_BUCKET)
+
+    def uri(self, name: str) -> str:
+        """A store of that name on this endpoint."""
+        return f"s3://{_BUCKET}/{name}?endpoint_override={_HOST}:{self._port}&scheme=http&region={_REGION}"
+
+    def start(self) -> None:
+        self._server = make_server(_HOST, self._port, self._app, threaded=True, request_handler=_Quiet)
+        self._port = self._server.port
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    def stop(self) -> None:
+        """Connections are refused from now on."""
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+            self._server = None
+
+
+class _Quiet(WSGIRequestHandler):
+    """HTTP/1.0, so that no connection outlives a stop; no line per request."""
+
+    def log(self, type: str, message: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="session", autouse=True)
+def aws_credentials() -> Iterator[None]:
+    """What the tests' endpoint takes, before any other process starts that needs it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in _CREDENTIALS.items():
+            patch.setenv(name, value)
+        yield
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint(aws_credentials: None) -> Iterator[S3Endpoint]:
+    endpoint = S3Endpoint()
+    yield endpoint
+    endpoint.stop()
+
+
+def _one_at_a_time(app: Callable[..., Iterable[bytes]]) -> Callable[..., Iterable[bytes]]:
+    """moto checks `If-None-Match` and writes in two steps: between them no other request may come."""
+    lock = threading.Lock()
+
+    def locked(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        with lock:
+            return list(app(environ, start_response))
+
+    return locked
