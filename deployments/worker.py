@@ -4,31 +4,45 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
 from ray.serve.handle import DeploymentHandle
 
 from deployments.errors import ReplicaWedged
+from deployments.weights_fetcher import WeightsFetcher
 from gpu_worker.config import WorkerConfig
 from gpu_worker.engine import Engine
 from gpu_worker.engine_loop import EngineLoop
-from gpu_worker.probe import probe_shift
+from gpu_worker.holdings import Holdings
+from gpu_worker.probe import probe_shifts
 from gpu_worker.request import Delta, Job
-from lora_store import AdapterWeights, decode_weights
+from lora_store import AdapterWeights
+from lora_store.disk_cache import DiskCache
 
 _WEDGED_AFTER_S = 120.0
-_FETCH_TIMEOUT_S = 60.0
 
 
 class WorkerDeployment:
-    """Waiting happens in the engine's queue, where loads are."""
+    """Waiting happens in the engine's queue, where loads are.
 
-    def __init__(self, config: WorkerConfig, stream_interval_ms: float, store: DeploymentHandle) -> None:
-        self._store = store
+    `weights_cache`: folder and quota in bytes of a disk cache that the workers of this machine share, or None.
+    """
+
+    def __init__(
+        self,
+        config: WorkerConfig,
+        stream_interval_ms: float,
+        store: DeploymentHandle,
+        weights_cache: tuple[Path, int] | None = None,
+    ) -> None:
         self._asyncio_loop = asyncio.get_event_loop()
-        self._engine = Engine(config, self._fetch)
+        self._cache = None if weights_cache is None else DiskCache(*weights_cache)
+        executor = ThreadPoolExecutor(config.load_threads, thread_name_prefix="adapter-load")
+        self._fetcher = WeightsFetcher(store, executor, cache=self._cache)
+        self._engine = Engine(config, self._start_fetch, executor=executor)
         self._loop = EngineLoop(self._engine, stream_interval_ms=stream_interval_ms)
         self._probe_numbers = itertools.count()
 
@@ -47,7 +61,26 @@ class WorkerDeployment:
 
     async def probe(self, weights_digest: str) -> float:
         """How far the adapter moves the logits of a fixed prompt. Raises: AdapterUnfit, AdapterLoadFailed."""
-        return await probe_shift(self._loop, weights_digest, f"probe-{next(self._probe_numbers)}")
+        [shift] = await self.probe_many([weights_digest])
+        if isinstance(shift, Exception):
+            raise shift
+        return shift
+
+    async def probe_many(self, weights_digests: Sequence[str]) -> list[float | Exception]:
+        """`probe` of each, all in one batch: its shift, or why it has none."""
+        return await probe_shifts(self._loop, weights_digests, f"probe-{next(self._probe_numbers)}")
+
+    async def forget(self, weights_digests: Collection[str]) -> bool:
+        """Whether nothing of these is left here; what a request still uses goes when the last such request ends."""
+        is_gone = await self._loop.forget(weights_digests)
+        if self._cache is not None:
+            await asyncio.to_thread(self._cache.discard, weights_digests)
+        return is_gone
+
+    async def holdings(self) -> Holdings:
+        """What this replica holds now, in numbers."""
+        disk_cache_bytes = 0 if self._cache is None else await asyncio.to_thread(self._cache.measure)
+        return replace(await self._loop.holdings(), disk_cache_bytes=disk_cache_bytes)
 
     async def module_shapes(self) -> dict[str, tuple[int, int]]:
         """(out, in) of every module an adapter may target."""
@@ -59,12 +92,6 @@ class WorkerDeployment:
         if not self._loop.is_alive or stalled_s > _WEDGED_AFTER_S:
             raise ReplicaWedged(f"a step has run for {stalled_s:.0f} s, engine thread alive: {self._loop.is_alive}")
 
-    def _fetch(self, weights_digest: str) -> AdapterWeights:
-        """Runs on a loading thread; the handle belongs to the replica's event loop."""
-        fetching = asyncio.run_coroutine_threadsafe(self._fetch_bytes(weights_digest), self._asyncio_loop)
-        data = fetching.result(timeout=_FETCH_TIMEOUT_S)
-        return decode_weights(weights_digest, data)
-
-    async def _fetch_bytes(self, weights_digest: str) -> NDArray[np.uint8]:
-        data: NDArray[np.uint8] = await self._store.fetch.remote(weights_digest)
-        return data
+    def _start_fetch(self, weights_digest: str) -> Future[AdapterWeights]:
+        """Called on the engine's thread; the handle belongs to the replica's event loop."""
+        return asyncio.run_coroutine_threadsafe(self._fetcher.fetch(weights_digest), self._asyncio_loop)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 
 import torch
@@ -15,6 +15,7 @@ from gpu_worker.attention_plan import Segment, attention_plan
 from gpu_worker.base_model import BaseModel, load_base_model
 from gpu_worker.config import WorkerConfig
 from gpu_worker.errors import EngineFull, EngineStopped, LogitsNotFinite
+from gpu_worker.holdings import Holdings
 from gpu_worker.inject import inject, target_linears
 from gpu_worker.kv_cache import KvCache
 from gpu_worker.loader import AdapterLoader, Fetch
@@ -35,7 +36,7 @@ _MAX_PASSES = 50
 class Engine:
     """One base model and its bank, stepped by one thread.
 
-    `prepare` may be called from any thread; `submit`, `cancel` and `step` only from the one that steps.
+    `prepare` may be called from any thread; everything else only from the one that steps.
     """
 
     def __init__(
@@ -65,34 +66,59 @@ class Engine:
         self.on_loaded: Callable[[], None] = self.loaded.set
         self.loader = AdapterLoader(
             fetch,
-            check=self.bank.check,
+            fit=self.bank.fit,
             executor=self._executor,
             budget_bytes=config.host_cache_bytes,
             on_done=lambda: self.on_loaded(),
         )
         self.waiting: deque[Row] = deque()
         self.running: list[Row] = []
+        self._forgetting: set[str] = set()
         self.num_steps = 0
 
     def submit(self, row: Row) -> None:
-        """Queue the row; its adapters start loading now. Raises: EngineFull."""
+        """Queue the row; adapters that are not in the bank start loading now. Raises: EngineFull."""
         if len(self.waiting) >= self.config.max_waiting:
             raise EngineFull(f"{len(self.waiting)} requests already wait")
-        row.loads = [self.loader.load(digest) for digest in row.weights_digests]
+        self._load_missing(row)
         self.waiting.append(row)
 
     def cancel(self, row: Row) -> None:
         """Drop the request, wherever it is; its KV row, pins and queue place are free for the next step."""
         if row in self.running:
-            self._release(row)
+            self._release([row])
         elif row in self.waiting:
             self.waiting.remove(row)
+        self._drop_forgotten()
+
+    def forget(self, digests: Collection[str]) -> bool:
+        """Whether nothing is left of these weights, in the bank or in host memory.
+
+        What a request uses or loads goes when the last such request or load ends, one that came after this call
+        included. Asked for again once they are gone, the weights are fetched again.
+        """
+        self._forgetting.update(digests)
+        self._drop_forgotten()
+        return self._forgetting.isdisjoint(digests)
+
+    def holdings(self) -> Holdings:
+        return Holdings(
+            num_resident=len(self.residency.resident),
+            occupied_rows=self.residency.occupied_rows,
+            active_rows=self.residency.active_rows,
+            num_running=len(self.running),
+            num_waiting=len(self.waiting),
+            num_free_kv_rows=self.kv_cache.num_free,
+            host_cache_bytes=self.loader.cached_bytes,
+            num_forgetting=len(self._forgetting),
+        )
 
     def fail_all(self, error: Exception) -> None:
         """End every request with `error`."""
         self._fail_running(error)
         while self.waiting:
             self.send(self.waiting.popleft(), error)
+        self._drop_forgotten()
 
     def close(self) -> None:
         """Start no more loads."""
@@ -106,23 +132,11 @@ class Engine:
     def step(self) -> bool:
         """Admit what can run, compute one packed step, sample. False when nothing could run: all wait for loads."""
         self._admit()
-        if not self.running:
-            return False
-        scheduled = schedule(self.running, self.config.max_step_tokens)
-        ready = [row for row, segment in scheduled if segment.total_len == len(row.tokens)]
-        try:
-            logits = self._forward(scheduled)
-            tokens = sample(logits, [row.draw() for row in ready])
-        except Exception as exc:
-            logger.exception("a step of %d rows failed", len(scheduled))
-            self._fail_running(EngineStopped(f"the step failed: {exc}"))
-            return True
-        for row, segment in scheduled:
-            row.num_computed += segment.num_tokens
-        for row, token, row_logits in zip(ready, tokens, logits, strict=True):
-            self._take(row, token, row_logits)
-        self.num_steps += 1
-        return True
+        has_run = bool(self.running)
+        if has_run:
+            self._compute()
+        self._drop_forgotten()
+        return has_run
 
     def run_until_idle(self) -> None:
         """Step until every request has ended: how code without a thread of its own drives the engine."""
@@ -158,10 +172,13 @@ class Engine:
 
     def _try_start(self, row: Row) -> bool:
         """True when the row runs or has failed, False when it must wait."""
-        if not all(load.done() for load in row.loads):
+        self._load_missing(row)
+        missing = {digest: load for digest, load in row.loads.items() if digest not in self.residency}
+        if not all(load.done() for load in missing.values()):
             return False
         try:
-            if not self.residency.try_pin([load.result() for load in row.loads]):
+            loaded = {digest: load.result() for digest, load in missing.items()}
+            if not self.residency.try_pin(row.weights_digests, loaded):
                 row.num_passes += 1
                 return False
         except Exception as exc:  # of its loads or its plan: nobody else's
@@ -171,6 +188,31 @@ class Engine:
         row.kv_row = self.kv_cache.allocate()
         self.running.append(row)
         return True
+
+    def _load_missing(self, row: Row) -> None:
+        """Load what the bank lacks: all of it as the row comes, and what was evicted while the row waited."""
+        for digest in row.weights_digests:
+            if digest not in self.residency and digest not in row.loads:
+                row.loads[digest] = self.loader.load(digest)
+
+    def _compute(self) -> None:
+        """One forward pass over what is scheduled, and its tokens handed out."""
+        scheduled = schedule(self.running, self.config.max_step_tokens)
+        ready = [row for row, segment in scheduled if segment.total_len == len(row.tokens)]
+        try:
+            logits = self._forward(scheduled)
+            tokens = sample(logits, [row.draw() for row in ready])
+        except Exception as exc:
+            logger.exception("a step of %d rows failed", len(scheduled))
+            self._fail_running(EngineStopped(f"the step failed: {exc}"))
+            return
+        for row, segment in scheduled:
+            row.num_computed += segment.num_tokens
+        taken = zip(ready, tokens, logits, strict=True)
+        over = [row for row, token, row_logits in taken if self._take(row, token, row_logits)]
+        if over:
+            self._release(over)
+        self.num_steps += 1
 
     def _forward(self, scheduled: Sequence[tuple[Row, Segment]]) -> Tensor:
         """Logits (rows whose last token was computed, V), float32 or the model's dtype."""
@@ -192,23 +234,22 @@ class Engine:
         logits: Tensor = output.logits[0]
         return logits
 
-    def _take(self, row: Row, token: int | None, logits: Tensor) -> None:
+    def _take(self, row: Row, token: int | None, logits: Tensor) -> bool:
+        """Hand the row its token. True when the row is over with it."""
         if token is None:
-            self._fail(row, LogitsNotFinite(f"the plan of request {row.request_id} drives the logits out of range"))
-            return
+            self.send(row, LogitsNotFinite(f"the plan of request {row.request_id} drives the logits out of range"))
+            return True
         if row.keep_logits and row.first_logits is None:
             row.first_logits = logits.float().clone()
         try:
             delta = row.take(token)
         except Exception as exc:
             logger.exception("the text of request %s broke", row.request_id)
-            self._fail(row, EngineStopped(f"token {token} could not be decoded: {exc}"))
-            return
-        is_over = delta is not None and delta.finish_reason is not None
-        if is_over:
-            self._release(row)
-        if delta is not None and not self.send(row, delta) and not is_over:
-            self._release(row)
+            self.send(row, EngineStopped(f"token {token} could not be decoded: {exc}"))
+            return True
+        if delta is None:
+            return False
+        return not self.send(row, delta) or delta.finish_reason is not None
 
     def send(self, row: Row, event: Delta | Exception) -> bool:
         """Whether the request's client took the event; one that is gone costs nobody else."""
@@ -220,18 +261,29 @@ class Engine:
         return True
 
     def _fail_running(self, error: Exception) -> None:
-        for row in self.running[:]:
-            self._fail(row, error)
+        failed = self.running[:]
+        self._release(failed)
+        for row in failed:
+            self.send(row, error)
 
-    def _fail(self, row: Row, error: Exception) -> None:
-        self._release(row)
-        self.send(row, error)
+    def _release(self, rows: Sequence[Row]) -> None:
+        """All that these rows hold is free; the KV of a step that failed half-way is wiped too."""
+        for row in rows:
+            self.running.remove(row)
+            self.kv_cache.free(row.kv_row, len(row.tokens))
+        self.residency.unpin([digest for row in rows for digest in row.weights_digests])
 
-    def _release(self, row: Row) -> None:
-        """All that a row holds is free; the KV of a step that failed half-way is wiped too."""
-        self.running.remove(row)
-        self.kv_cache.free(row.kv_row, len(row.tokens))
-        self.residency.unpin(row.weights_digests)
+    def _drop_forgotten(self) -> None:
+        """Free the weights that are to be forgotten and that nobody uses or loads any more."""
+        if not self._forgetting:
+            return
+        used = {digest for row in (*self.running, *self.waiting) for digest in row.weights_digests}
+        used |= self.loader.loading
+        for digest in self._forgetting - used:
+            self.loader.discard(digest)
+            if digest in self.residency:
+                self.residency.evict(digest)
+        self._forgetting &= used
 
 
 def _kv_cache(base: BaseModel, num_rows: int, max_len: int) -> KvCache:

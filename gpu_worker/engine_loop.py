@@ -7,14 +7,19 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Collection
+from concurrent.futures import Future
+from typing import TypeVar
 
 from gpu_worker.engine import Engine
 from gpu_worker.errors import EngineStopped
+from gpu_worker.holdings import Holdings
 from gpu_worker.request import Completion, Delta, Job
 from gpu_worker.row import Row
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 
 class EngineLoop:
@@ -63,6 +68,14 @@ class EngineLoop:
         text = "".join(part.text for part in parts)
         return Completion(text, last.num_prompt_tokens, last.num_new_tokens, last.finish_reason), last
 
+    async def forget(self, digests: Collection[str]) -> bool:
+        """See `Engine.forget`. Raises: EngineStopped."""
+        return await self._ask(lambda: self.engine.forget(digests))
+
+    async def holdings(self) -> Holdings:
+        """What the engine holds between two steps. Raises: EngineStopped."""
+        return await self._ask(self.engine.holdings)
+
     def seconds_in_step(self) -> float:
         """How long the step in progress has run; 0 between steps. Large when a step hangs."""
         began = self._step_began
@@ -84,6 +97,21 @@ class EngineLoop:
             if self._is_closed:
                 raise EngineStopped("the engine has stopped")
             self._commands.put(command)
+
+    async def _ask(self, question: Callable[[], _T]) -> _T:
+        """The engine's answer, between two steps. Raises: EngineStopped, and what the engine says."""
+        answer: Future[_T] = Future()
+
+        def give() -> None:
+            if not answer.set_running_or_notify_cancel():
+                return  # whoever asked has left
+            try:
+                answer.set_result(question())
+            except Exception as exc:
+                answer.set_exception(exc)
+
+        self._command(give)
+        return await asyncio.wrap_future(answer)
 
     def _submit(self, row: Row) -> None:
         try:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from gpu_worker.errors import PlanTooLarge
-from lora_store.adapter import AdapterWeights
+from gpu_worker.fitting import FittedAdapter
 
 
 class RowStore(Protocol):
@@ -14,7 +14,7 @@ class RowStore(Protocol):
 
     @property
     def num_rows(self) -> int: ...
-    def write(self, rows: Sequence[int], weights: AdapterWeights) -> None: ...
+    def write(self, rows: Sequence[int], adapter: FittedAdapter) -> None: ...
     def swap(self, rows: Sequence[int], others: Sequence[int]) -> None: ...
     def free(self, rows: Sequence[int]) -> None: ...
     def set_active(self, num_rows: int) -> None: ...
@@ -33,6 +33,10 @@ class Residency:
         self._pins: dict[str, int] = {}
         self.active_rows = 0
 
+    def __contains__(self, digest: str) -> bool:
+        """Whether the bank holds the adapter, pinned or not."""
+        return digest in self._rows
+
     @property
     def resident(self) -> frozenset[str]:
         """Weights digests of every adapter in the bank."""
@@ -42,6 +46,10 @@ class Residency:
     def num_pins(self) -> int:
         return sum(self._pins.values())
 
+    @property
+    def occupied_rows(self) -> int:
+        return len(self._owner) - self._owner.count(None)
+
     def rows(self, digest: str) -> list[int]:
         """Bank rows of a resident adapter, by rank index."""
         return self._rows[digest]
@@ -50,80 +58,69 @@ class Residency:
         """The rank index each active row holds."""
         return [owner[1] for owner in self._owner[: self.active_rows] if owner is not None]
 
-    def try_pin(self, adapters: Sequence[AdapterWeights]) -> bool:
+    def try_pin(self, digests: Sequence[str], loaded: Mapping[str, FittedAdapter]) -> bool:
         """Pin all adapters into the active prefix, or none: False when pinned rows leave too little room.
 
-        Raises: PlanTooLarge when they could never fit.
+        `loaded` has those that are not resident. Raises: PlanTooLarge when they could never fit.
         """
-        needed = sum(adapter.max_rank for adapter in adapters)
+        missing = {digest: loaded[digest] for digest in digests if digest not in self._rows}
+        num_missing = sum(adapter.max_rank for adapter in missing.values())
+        needed = num_missing + sum(len(self._rows[digest]) for digest in digests if digest not in missing)
         if needed > self._bank.num_rows:
             raise PlanTooLarge(f"the plan's adapters take {needed} rank rows, the bank has {self._bank.num_rows}")
-        wanted = {adapter.weights_digest for adapter in adapters}
-        if not self._make_room(adapters, wanted):
+        if not self._make_room(num_missing, digests):
             return False
-        for adapter in adapters:
-            digest = adapter.weights_digest
-            if digest not in self._rows:
-                self._bring_in(adapter)
-            elif digest not in self._pins:
-                self._activate(digest)
+        for digest in digests:
+            if digest not in self._pins:
+                self._rows[digest] = self._bring_in(missing[digest]) if digest in missing else self._rows.pop(digest)
             self._pins[digest] = self._pins.get(digest, 0) + 1
-        self._bank.set_active(self.active_rows)
+        self._settle()
         return True
 
     def unpin(self, digests: Sequence[str]) -> None:
-        """Drop one pin of each; an adapter without pins leaves the prefix and may be evicted."""
+        """Drop one pin for each; an adapter without pins leaves the prefix and may be evicted."""
         for digest in digests:
             self._pins[digest] -= 1
             if self._pins[digest] == 0:
                 del self._pins[digest]
-                self._deactivate(digest)
-        self._bank.set_active(self.active_rows)
+                self._rows[digest] = self._rows.pop(digest)  # most recently used
+        self._settle()
 
-    def _make_room(self, adapters: Sequence[AdapterWeights], wanted: set[str]) -> bool:
-        missing = sum(a.max_rank for a in adapters if a.weights_digest not in self._rows)
-        free = self._owner.count(None)
-        evictable = [digest for digest in self._rows if digest not in self._pins and digest not in wanted]
-        if missing > free + sum(len(self._rows[digest]) for digest in evictable):
-            return False
-        for digest in evictable:
-            if free >= missing:
-                break
-            free += len(self._rows[digest])
-            self._evict(digest)
-        return True
-
-    def _evict(self, digest: str) -> None:
+    def evict(self, digest: str) -> None:
+        """The rows of a resident adapter without pins are free."""
+        assert digest not in self._pins, "a running request reads these rows"
         rows = self._rows.pop(digest)
         for row in rows:
             self._owner[row] = None
         self._bank.free(rows)
 
-    def _bring_in(self, adapter: AdapterWeights) -> None:
-        start, end = self.active_rows, self.active_rows + adapter.max_rank
-        in_the_way = [row for row in range(start, end) if self._owner[row] is not None]
-        free = [row for row in range(end, len(self._owner)) if self._owner[row] is None]
-        self._swap(in_the_way, free[: len(in_the_way)])
-        rows = list(range(start, end))
+    def _make_room(self, num_missing: int, wanted: Sequence[str]) -> bool:
+        free = self._owner.count(None)
+        evictable = [digest for digest in self._rows if digest not in self._pins and digest not in wanted]
+        if num_missing > free + sum(len(self._rows[digest]) for digest in evictable):
+            return False
+        for digest in evictable:
+            if free >= num_missing:
+                break
+            free += len(self._rows[digest])
+            self.evict(digest)
+        return True
+
+    def _bring_in(self, adapter: FittedAdapter) -> list[int]:
+        """Write the adapter into the first free rows."""
+        rows = [row for row, owner in enumerate(self._owner) if owner is None][: adapter.max_rank]
         self._bank.write(rows, adapter)
-        self._rows[adapter.weights_digest] = rows
         for index, row in enumerate(rows):
             self._owner[row] = (adapter.weights_digest, index)
-        self.active_rows = end
+        return rows
 
-    def _activate(self, digest: str) -> None:
-        rows = set(self._rows[digest])
-        target = range(self.active_rows, self.active_rows + len(rows))
-        self._swap(sorted(rows.difference(target)), [row for row in target if row not in rows])
-        self._rows[digest] = self._rows.pop(digest)  # most recently used
-        self.active_rows = target.stop
-
-    def _deactivate(self, digest: str) -> None:
-        rows = set(self._rows[digest])
-        target = range(self.active_rows - len(rows), self.active_rows)
-        self._swap(sorted(rows.difference(target)), [row for row in target if row not in rows])
-        self._rows[digest] = self._rows.pop(digest)
-        self.active_rows = target.start
+    def _settle(self) -> None:
+        """Swap as few rows as it takes for the pinned adapters' to be the prefix."""
+        pinned = [row for digest in self._pins for row in self._rows[digest]]
+        self.active_rows = len(pinned)
+        holes = sorted(set(range(len(pinned))).difference(pinned))
+        self._swap([row for row in pinned if row >= len(pinned)], holes)
+        self._bank.set_active(self.active_rows)
 
     def _swap(self, rows: Sequence[int], others: Sequence[int]) -> None:
         if not rows:

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from gpu_worker.fitting import FittedAdapter
 from gpu_worker.request import Delta, FinishReason, SamplingParams
 from gpu_worker.sampling import Draw
 from gpu_worker.text_stream import TextStream
-from lora_store.adapter import AdapterWeights
 from lora_store.plan import Plan
 
 Sink = Callable[[Delta | Exception], None]
@@ -33,7 +33,7 @@ class Row:
     text: TextStream
     sink: Sink
     keep_logits: bool = False
-    loads: list[Future[AdapterWeights]] = field(default_factory=list)
+    loads: dict[str, Future[FittedAdapter]] = field(default_factory=dict)  # of adapters that were not in the bank
     kv_row: int = -1
     num_computed: int = 0  # tokens whose keys and values are in the cache
     num_passes: int = 0  # times others were let into the bank before it

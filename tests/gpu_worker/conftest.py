@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
 from pathlib import Path
 
@@ -10,30 +10,36 @@ import pytest
 
 from gpu_worker.base_model import BaseModel
 from gpu_worker.engine import Engine
+from gpu_worker.engine_loop import EngineLoop
 from gpu_worker.loader import Fetch
 from gpu_worker.request import Job
 from lora_store.adapter import AdapterWeights
-from tests.gpu_worker.driving import Answer, run_together
+from tests.gpu_worker.driving import Answer, Gate, always_says, fetching, run_together
 from tests.tiny import InlineExecutor, linear_shapes, tiny_config
 
 
 @pytest.fixture
 def make_engine(tiny_folders: Mapping[str, Path], tiny_base: Callable[..., BaseModel]) -> Callable[..., Engine]:
-    """An engine over a tiny model that loads the given adapters; free bank rows hold NaN."""
+    """An engine over a tiny model that loads the given adapters, or what a function gets; free bank rows hold NaN."""
 
     def make(
-        adapters: Mapping[str, AdapterWeights] | Fetch,
+        adapters: Mapping[str, AdapterWeights] | Callable[[str], AdapterWeights],
         family: str = "gemma3",
         *,
         base: BaseModel | None = None,
         executor: Executor | None = None,
+        fetch: Fetch | None = None,
         **changes: object,
     ) -> Engine:
+        get, executor = (
+            adapters.__getitem__ if isinstance(adapters, Mapping) else adapters,
+            executor or InlineExecutor(),
+        )
         return Engine(
             tiny_config(tiny_folders[family], **changes),
-            adapters.__getitem__ if isinstance(adapters, Mapping) else adapters,
+            fetch or fetching(get, executor),
             base=base or tiny_base(family),
-            executor=executor or InlineExecutor(),
+            executor=executor,
             free_fill=float("nan"),
         )
 
@@ -55,3 +61,34 @@ def alone(make_engine: Callable[..., Engine]) -> Callable[[Job, Mapping[str, Ada
         return answer
 
     return run
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[[Engine], EngineLoop]]:
+    """Loops that are stopped when the test ends."""
+    loops: list[EngineLoop] = []
+
+    def make(engine: Engine, *, stream_interval_ms: float = 0.0) -> EngineLoop:
+        loops.append(EngineLoop(engine, stream_interval_ms=stream_interval_ms))
+        return loops[-1]
+
+    yield make
+    for loop in loops:
+        if loop.is_alive:
+            loop.stop()
+
+
+@pytest.fixture
+def gate_of(start: Callable[..., EngineLoop]) -> Iterator[Callable[[Engine], Gate]]:
+    """Gates that are open by the time the loops stop. Behind one, every token is a letter: each step has its delta."""
+    gates: list[Gate] = []
+
+    def make(engine: Engine) -> Gate:
+        [letter] = engine.base.tokenizer("a", add_special_tokens=False).input_ids
+        always_says(engine.base.model, letter)
+        gates.append(Gate(engine.base.model))
+        return gates[-1]
+
+    yield make
+    for gate in gates:
+        gate.open()

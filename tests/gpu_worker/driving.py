@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gpu_worker.engine import Engine
+from gpu_worker.loader import Fetch
 from gpu_worker.request import Delta, Job, SamplingParams
 from gpu_worker.row import Row
 from lora_store.adapter import AdapterWeights
@@ -50,6 +53,14 @@ class Answer:
         return self.row.first_logits
 
 
+PATIENCE_S = 10  # only a failing test waits this long
+
+
+def run(main: Coroutine[Any, Any, Any]) -> Any:
+    """The coroutine's result, or a TimeoutError where it hangs."""
+    return asyncio.run(asyncio.wait_for(main, PATIENCE_S))
+
+
 class HeldExecutor(Executor):
     """Keeps what is submitted until `release`, in the order it came."""
 
@@ -61,9 +72,27 @@ class HeldExecutor(Executor):
         return Future()
 
     def release(self) -> None:
-        held, self.held = self.held, []
-        for call in held:
-            call()
+        """Run what is held, and what that submits in turn."""
+        while self.held:
+            self.held.pop(0)()
+
+
+def fetching(get: Callable[[str], AdapterWeights], executor: Executor) -> Fetch:
+    """A fetch that runs `get` on the executor."""
+
+    def fetch(digest: str) -> Future[AdapterWeights]:
+        fetched: Future[AdapterWeights] = Future()
+
+        def run() -> None:
+            try:
+                fetched.set_result(get(digest))
+            except Exception as exc:
+                fetched.set_exception(exc)
+
+        executor.submit(run)
+        return fetched
+
+    return fetch
 
 
 class Gate:

@@ -35,10 +35,11 @@ from tests.gpu_worker.driving import (
     assert_nothing_held,
     assert_same,
     by_digest,
+    fetching,
     greedy,
     run_together,
 )
-from tests.tiny import assert_equal_logits, byte_tokenizer, plan_of, random_adapter, tiny_config
+from tests.tiny import InlineExecutor, assert_equal_logits, byte_tokenizer, plan_of, random_adapter, tiny_config
 
 MakeEngine = Callable[..., Engine]
 Shapes = dict[str, tuple[int, int]]
@@ -328,5 +329,6 @@ def test_counts_grow_and_only_the_last_delta_has_a_reason(make_engine: MakeEngin
 
 
 def test_the_engine_loads_its_own_base_model(tiny_folders: Mapping[str, Path]) -> None:
-    [answer] = run_together(Engine(tiny_config(tiny_folders["llama"]), {}.__getitem__), [BASE_JOB])
+    engine = Engine(tiny_config(tiny_folders["llama"]), fetching({}.__getitem__, InlineExecutor()))
+    [answer] = run_together(engine, [BASE_JOB])
     assert answer.is_finished

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import Any
@@ -17,48 +17,11 @@ from gpu_worker.errors import AdapterLoadFailed, EngineFull, EngineStopped, Prom
 from gpu_worker.request import Delta, Job, SamplingParams
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN, Plan
-from tests.gpu_worker.driving import Gate, always_says, assert_nothing_held, by_digest, greedy, run_together
+from tests.gpu_worker.driving import PATIENCE_S, Gate, assert_nothing_held, by_digest, greedy, run, run_together
 from tests.tiny import plan_of, random_adapter
 
 MakeEngine = Callable[..., Engine]
 Shapes = dict[str, tuple[int, int]]
-PATIENCE_S = 10  # only a failing test waits this long
-
-
-@pytest.fixture
-def start() -> Iterator[Callable[[Engine], EngineLoop]]:
-    """Loops that are stopped when the test ends."""
-    loops: list[EngineLoop] = []
-
-    def make(engine: Engine, *, stream_interval_ms: float = 0.0) -> EngineLoop:
-        loops.append(EngineLoop(engine, stream_interval_ms=stream_interval_ms))
-        return loops[-1]
-
-    yield make
-    for loop in loops:
-        if loop.is_alive:
-            loop.stop()
-
-
-@pytest.fixture
-def gate_of(start: Callable[..., EngineLoop]) -> Iterator[Callable[[Engine], Gate]]:
-    """Gates that are open by the time the loops stop. Behind one, every token is a letter: each step has its delta."""
-    gates: list[Gate] = []
-
-    def make(engine: Engine) -> Gate:
-        [letter] = engine.base.tokenizer("a", add_special_tokens=False).input_ids
-        always_says(engine.base.model, letter)
-        gates.append(Gate(engine.base.model))
-        return gates[-1]
-
-    yield make
-    for gate in gates:
-        gate.open()
-
-
-def run(main: Any) -> Any:
-    """The coroutine's result, or a TimeoutError where it hangs."""
-    return asyncio.run(asyncio.wait_for(main, PATIENCE_S))
 
 
 async def collect(stream: AsyncIterator[Delta]) -> list[Delta]:
@@ -310,7 +273,8 @@ def test_a_client_whose_event_loop_is_gone_does_not_end_the_engine(
 
     async def begin() -> None:
         gate.permits.release()
-        await anext(loop.stream(greedy("gone", BASE_PLAN, "gone", num_new=50)))
+        stream = loop.stream(greedy("gone", BASE_PLAN, "gone", num_new=50))  # kept: one that is collected cancels
+        await anext(stream)
         await asyncio.to_thread(gate.wait_for_step)
         await asyncio.to_thread(gate.wait_for_step)  # the second step is in progress
 

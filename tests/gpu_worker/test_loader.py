@@ -3,43 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 
 import torch
 
 from gpu_worker.errors import AdapterLoadFailed, AdapterUnfit
+from gpu_worker.fitting import FittedAdapter, FittedModule
 from gpu_worker.loader import AdapterLoader
-from lora_store.adapter import AdapterWeights, ModuleWeights
+from lora_store.adapter import AdapterWeights
 from tests.gpu_worker.driving import HeldExecutor
 from tests.tiny import InlineExecutor
 
-WEIGHTS_BYTES = 2 * 4 * 8 * 4  # lora_a and lora_b, rank 4, 8 wide, float32
+WEIGHTS_BYTES = 2 * 4 * 8 * 4  # a and bt, rank 4, 8 wide, float32
 
 
 class Store:
-    """Knows every digest that does not start with `missing`; counts what was fetched."""
+    """Counts what is fetched. A digest that starts with `slow` comes when the test sets its future."""
 
     def __init__(self) -> None:
         self.fetched: list[str] = []
         self.is_down = False
+        self.slow: dict[str, Future[AdapterWeights]] = {}
 
-    def fetch(self, digest: str) -> AdapterWeights:
+    def fetch(self, digest: str) -> Future[AdapterWeights]:
         self.fetched.append(digest)
+        fetched: Future[AdapterWeights] = Future()
         if self.is_down:
-            raise ConnectionError("no route to the store")
-        return AdapterWeights(digest, {"m": ModuleWeights(torch.zeros(4, 8), torch.zeros(8, 4), 1.0)})
+            fetched.set_exception(ConnectionError("no route to the store"))
+        elif digest.startswith("slow"):
+            self.slow[digest] = fetched
+        else:
+            fetched.set_result(AdapterWeights(digest, {}))
+        return fetched
+
+
+def fit(weights: AdapterWeights) -> FittedAdapter:
+    return FittedAdapter(weights.weights_digest, {"m": FittedModule(torch.zeros(4, 8), torch.zeros(4, 8))})
 
 
 def loader_of(
     store: Store,
     *,
     executor: Executor | None = None,
-    check: Callable[[AdapterWeights], None] = lambda weights: None,
+    fit: Callable[[AdapterWeights], FittedAdapter] = fit,
     on_done: Callable[[], None] = lambda: None,
     budget_bytes: int = 1 << 20,
 ) -> AdapterLoader:
     return AdapterLoader(
-        store.fetch, check=check, executor=executor or InlineExecutor(), budget_bytes=budget_bytes, on_done=on_done
+        store.fetch, fit=fit, executor=executor or InlineExecutor(), budget_bytes=budget_bytes, on_done=on_done
     )
 
 
@@ -47,7 +58,7 @@ def test_many_requests_share_one_fetch() -> None:
     store, executor = Store(), HeldExecutor()
     loader = loader_of(store, executor=executor)
     futures = [loader.load("a") for _ in range(5)]
-    assert store.fetched == [] and not futures[0].done(), "loading happens on the executor"
+    assert not futures[0].done(), "fitting happens on the executor"
     executor.release()
     assert {id(future.result(0)) for future in futures} == {id(loader.load("a").result(0))}
     assert store.fetched == ["a"]
@@ -68,10 +79,10 @@ def test_a_failed_fetch_fails_its_future_and_the_next_request_retries() -> None:
 
 
 def test_an_unfit_adapter_keeps_its_own_error_and_is_not_cached() -> None:
-    def refuse(weights: AdapterWeights) -> None:
+    def refuse(weights: AdapterWeights) -> FittedAdapter:
         raise AdapterUnfit("the base model has no module 'm'")
 
-    loader = loader_of(Store(), check=refuse)
+    loader = loader_of(Store(), fit=refuse)
     assert isinstance(loader.load("a").exception(0), AdapterUnfit)
     assert loader.cached_bytes == 0
 
@@ -112,16 +123,64 @@ def test_weights_larger_than_the_budget_still_serve() -> None:
 
 
 def test_a_load_in_progress_is_never_evicted() -> None:
-    store, executor = Store(), HeldExecutor()
-    loader = loader_of(store, executor=executor, budget_bytes=1)
+    store = Store()
+    loader = loader_of(store, budget_bytes=1)
     slow = loader.load("slow")
-    [held], executor.held = executor.held, []
     loader.load("quick")
-    executor.release()
     assert loader.load("slow") is slow
-    held()
+    store.slow["slow"].set_result(AdapterWeights("slow", {}))
     assert slow.result(0).weights_digest == "slow"
-    assert store.fetched == ["quick", "slow"]
+    assert store.fetched == ["slow", "quick"]
+
+
+def test_stalled_fetches_take_no_thread_from_the_others() -> None:
+    store = Store()
+    with ThreadPoolExecutor(1) as executor:
+        loader = loader_of(store, executor=executor)
+        stalled = [loader.load(f"slow-{i}") for i in range(10)]
+        assert loader.load("quick").result(10).weights_digest == "quick"
+        assert not any(future.done() for future in stalled)
+        assert loader.loading == {f"slow-{i}" for i in range(10)}
+
+
+def test_what_the_fetch_says_to_the_client_reaches_it() -> None:
+    store = Store()
+    future = loader_of(store).load("slow")
+    store.slow["slow"].set_exception(AdapterLoadFailed("the adapter was withdrawn"))
+    assert str(future.exception(0)) == "the adapter was withdrawn"
+
+
+def test_a_fetch_that_cannot_begin_fails_its_load_alone() -> None:
+    def fetch(digest: str) -> Future[AdapterWeights]:
+        raise RuntimeError("the event loop is closed")
+
+    woken: list[str] = []
+    loader = AdapterLoader(
+        fetch, fit=fit, executor=InlineExecutor(), budget_bytes=1, on_done=lambda: woken.append("woken")
+    )
+    assert isinstance(loader.load("a").exception(0), AdapterLoadFailed)
+    assert loader.loading == frozenset() and woken == ["woken"]
+
+
+def test_discarded_weights_take_no_memory_and_are_fetched_again() -> None:
+    store = Store()
+    loader = loader_of(store)
+    loader.load("a"), loader.load("b")
+    loader.discard("a")
+    loader.discard("never loaded")
+    assert loader.cached_bytes == WEIGHTS_BYTES
+    assert loader.load("a").result(0).weights_digest == "a"
+    assert store.fetched == ["a", "b", "a"]
+
+
+def test_discarding_leaves_a_load_in_progress_alone() -> None:
+    store = Store()
+    loader = loader_of(store)
+    slow = loader.load("slow")
+    loader.discard("slow")
+    assert loader.loading == {"slow"} and loader.load("slow") is slow
+    store.slow["slow"].set_result(AdapterWeights("slow", {}))
+    assert slow.done() and loader.loading == frozenset()
 
 
 def test_after_the_executor_has_shut_down_a_load_fails_at_once() -> None:

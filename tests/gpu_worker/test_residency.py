@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from gpu_worker.errors import PlanTooLarge
+from gpu_worker.fitting import FittedAdapter, FittedModule
 from gpu_worker.lora_linear import LoraBank
 from gpu_worker.residency import Residency
 from lora_store.adapter import AdapterWeights, ModuleWeights
@@ -20,12 +21,16 @@ NUM_ROWS = 10
 RANKS = [1, 1, 2, 3, 3, 4, 5, 7, 10, 11]  # the last can never fit
 
 
-def adapter(digest: str, rank: int, *other_ranks: int) -> AdapterWeights:
+def adapter(digest: str, rank: int, *other_ranks: int) -> FittedAdapter:
     """An adapter whose widest module has the largest of the ranks."""
-    modules = {
-        str(i): ModuleWeights(torch.zeros(r, 1), torch.zeros(1, r), 1.0) for i, r in enumerate((rank, *other_ranks))
-    }
-    return AdapterWeights(digest, modules)
+    modules = {str(i): FittedModule(torch.zeros(r, 1), torch.zeros(r, 1)) for i, r in enumerate((rank, *other_ranks))}
+    return FittedAdapter(digest, modules)
+
+
+def try_pin(residency: Residency, *adapters: FittedAdapter) -> bool:
+    """Pin with the weights of all at hand."""
+    by_digest = {adapter.weights_digest: adapter for adapter in adapters}
+    return residency.try_pin(list(by_digest), by_digest)
 
 
 POOL = [adapter(f"d{i}", rank, 1) for i, rank in enumerate(RANKS)]
@@ -39,10 +44,10 @@ class RowList:
         self.content: list[tuple[str, int] | None] = [None] * num_rows
         self.active = 0
 
-    def write(self, rows: Sequence[int], weights: AdapterWeights) -> None:
+    def write(self, rows: Sequence[int], adapter: FittedAdapter) -> None:
         assert all(self.content[row] is None for row in rows), "written over another adapter"
         for index, row in enumerate(rows):
-            self.content[row] = (weights.weights_digest, index)
+            self.content[row] = (adapter.weights_digest, index)
 
     def swap(self, rows: Sequence[int], others: Sequence[int]) -> None:
         assert len(set(rows) | set(others)) == 2 * len(rows) == 2 * len(others)
@@ -64,19 +69,22 @@ class ResidencyMachine(RuleBasedStateMachine):
         super().__init__()
         self.bank = RowList()
         self.residency = Residency(self.bank)
-        self.plans: list[list[AdapterWeights]] = []
+        self.plans: list[list[FittedAdapter]] = []
         self.last_used: list[str] = []  # resident digests, least recently used first
 
     @rule(plan=st.lists(st.sampled_from(POOL), min_size=1, max_size=4, unique_by=lambda a: a.weights_digest))
-    def pin(self, plan: list[AdapterWeights]) -> None:
+    def pin(self, plan: list[FittedAdapter]) -> None:
+        """Only what is not resident is at hand."""
         before = (self.bank.content[:], self.residency.active_rows, self.residency.num_pins)
+        digests = [a.weights_digest for a in plan]
+        loaded = {a.weights_digest: a for a in plan if a.weights_digest not in self.residency}
         ranks = {a.weights_digest: a.max_rank for a in (*self.pinned(), *plan)}
         if sum(a.max_rank for a in plan) > NUM_ROWS:
             with pytest.raises(PlanTooLarge, match=f"has {NUM_ROWS}"):
-                self.residency.try_pin(plan)
+                self.residency.try_pin(digests, loaded)
             fits = False
         else:
-            fits = self.residency.try_pin(plan)
+            fits = self.residency.try_pin(digests, loaded)
             assert fits == (sum(ranks.values()) <= NUM_ROWS), "pins when, and only when, pinned rows leave room"
         if not fits:
             assert before == (self.bank.content[:], self.residency.active_rows, self.residency.num_pins)
@@ -95,10 +103,21 @@ class ResidencyMachine(RuleBasedStateMachine):
                 self.last_used.remove(a.weights_digest)
                 self.last_used.append(a.weights_digest)
 
-    def pinned(self) -> list[AdapterWeights]:
+    @precondition(lambda self: self.residency.resident)
+    @rule(data=st.data())
+    def evict(self, data: st.DataObject) -> None:
+        digest = data.draw(st.sampled_from(sorted(self.residency.resident)))
+        if digest in {a.weights_digest for a in self.pinned()}:
+            with pytest.raises(AssertionError):
+                self.residency.evict(digest)
+        else:
+            self.residency.evict(digest)
+            self.last_used.remove(digest)
+
+    def pinned(self) -> list[FittedAdapter]:
         return [a for plan in self.plans for a in plan]
 
-    def expect_evictions(self, plan: list[AdapterWeights]) -> None:
+    def expect_evictions(self, plan: list[FittedAdapter]) -> None:
         """The least recently used went, no more of them than needed."""
         rank_of = {a.weights_digest: a.max_rank for a in POOL}
         wanted = [a.weights_digest for a in plan]
@@ -140,6 +159,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         """Every row is a resident adapter's or cleared, and every pin is a plan's."""
         held = sum(content is not None for content in self.bank.content)
         assert held == sum(len(self.residency.rows(digest)) for digest in self.residency.resident)
+        assert held == self.residency.occupied_rows
         assert self.residency.num_pins == len(self.pinned())
 
 
@@ -149,24 +169,24 @@ TestResidency.settings = settings(max_examples=60, stateful_step_count=30, deadl
 
 def test_an_adapter_takes_the_rows_of_its_widest_module() -> None:
     residency = Residency(RowList())
-    assert residency.try_pin([adapter("wide", 2, 5, 1)])
+    assert try_pin(residency, adapter("wide", 2, 5, 1))
     assert residency.active_rows == 5
 
 
 def test_a_plan_that_needs_pinned_rows_waits_until_they_are_unpinned() -> None:
     residency = Residency(RowList(4))
     first, second = adapter("first", 3), adapter("second", 2)
-    assert residency.try_pin([first])
-    assert not residency.try_pin([second])
+    assert try_pin(residency, first)
+    assert not try_pin(residency, second)
     residency.unpin(["first"])
-    assert residency.try_pin([second])
+    assert try_pin(residency, second)
     assert residency.resident == {"second"}
 
 
 def test_an_adapter_stays_active_until_its_last_pin_goes() -> None:
     residency = Residency(RowList(4))
     shared = adapter("shared", 3)
-    assert residency.try_pin([shared]) and residency.try_pin([shared])
+    assert try_pin(residency, shared) and try_pin(residency, shared)
     residency.unpin(["shared"])
     assert residency.active_rows == 3
     residency.unpin(["shared"])
@@ -177,16 +197,17 @@ def test_rows_of_the_real_bank_move_with_their_adapter_and_are_cleared_when_it_g
     bank = LoraBank({"m": torch.nn.Linear(3, 2)}, 5, free_fill=float("nan"))
     residency = Residency(bank)
     random = partial(torch.randn, generator=torch.Generator().manual_seed(0))
-    pool = [AdapterWeights(str(i), {"m": ModuleWeights(random(2, 3), random(2, 2), 0.5)}) for i in range(3)]
-    assert residency.try_pin(pool[:1]) and residency.try_pin(pool[1:2])
+    weights = [AdapterWeights(str(i), {"m": ModuleWeights(random(2, 3), random(2, 2), 0.5)}) for i in range(3)]
+    pool = [bank.fit(each) for each in weights]
+    assert try_pin(residency, pool[0]) and try_pin(residency, pool[1])
     residency.unpin(["0"])  # moves behind the active prefix
     module = bank.modules["m"]
-    torch.testing.assert_close(module.a, pool[1].modules["m"].lora_a)
-    torch.testing.assert_close(module.bt, pool[1].modules["m"].lora_b.T * 0.5)
-    assert residency.try_pin(pool[:1])  # comes back without being written again
-    torch.testing.assert_close(module.a[residency.rows("0")], pool[0].modules["m"].lora_a)
+    torch.testing.assert_close(module.a, weights[1].modules["m"].lora_a)
+    torch.testing.assert_close(module.bt, weights[1].modules["m"].lora_b.T * 0.5)
+    assert residency.try_pin(["0"], {})  # comes back without being written again
+    torch.testing.assert_close(module.a[residency.rows("0")], weights[0].modules["m"].lora_a)
     residency.unpin(["0", "1"])
-    assert residency.try_pin(pool[2:])
+    assert try_pin(residency, pool[2])
     bank.set_active(bank.num_rows)
     held = [row for digest in residency.resident for row in residency.rows(digest)]
     free = sorted(set(range(bank.num_rows)).difference(held))
