@@ -3,15 +3,36 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from ray import serve
 
 from deployments.config import AppConfig
-from lora_store import AdapterRecord, LoraStore, Plan, Sample, Snapshot, Strategy
-from retriever_svc import Candidate, Encoder, NoAdapterMatched, Retriever, Route, RouteRequest
+from lora_store import AdapterRecord, Embedding, LoraStore, LoraStoreError, Plan, Sample, Strategy
+from lora_store.files import Files
+from lora_store.location import Location
+from retriever_svc import (
+    Candidate,
+    DoctorStep,
+    Encoder,
+    IndexStats,
+    LivePool,
+    ReindexStep,
+    Retriever,
+    RetrieverError,
+    Route,
+    RouteRequest,
+    SavedIndexes,
+    StaleIndex,
+)
+from retriever_svc.retriever import RouteAnswer
 
+logger = logging.getLogger(__name__)
+
+Step = TypeVar("Step")
 _NEIGHBOURS = 3
 _CATCH_UP_S = 4.0  # below the publisher's own limit, so that each replica answers for itself
 
@@ -20,63 +41,152 @@ _CATCH_UP_S = 4.0  # below the publisher's own limit, so that each replica answe
 class Embedded:
     """An adapter's embedding, and the adapters it lies nearest to."""
 
-    vector: tuple[float, ...]
+    embedding: Embedding
     neighbours: tuple[Candidate, ...]
 
 
 class RetrieverDeployment:
-    """One encoder and one index. Encoder work runs beside the event loop."""
+    """One encoder and one index, at the catalogue's newest generation before it is ready.
 
-    def __init__(self, config: AppConfig) -> None:
+    All work runs beside the event loop. What names a `min_generation` waits a little for it, then raises StaleIndex.
+    """
+
+    def __init__(self, config: AppConfig, *, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:
         settings = config.retrieval
-        store = LoraStore(config.store_uri, accepts_base=config.accepted_bases)
-        encoder = Encoder(settings.encoder, num_threads=settings.encoder_threads)
-        self._encoder_identity = encoder.identity
-        self._retriever = Retriever(
-            encoder,
-            store.snapshot,
-            min_score=settings.min_score,
-            temperature=settings.softmax_temperature,
-            sample_source=lambda record: store.samples(record.samples_digest) if record.samples_digest else (),
+        self._store = LoraStore(config.store_uri, accepts_base=config.accepted_bases)
+        self._pools = LivePool(
+            lambda model: Encoder(model, num_threads=settings.encoder_threads),
+            self._store.snapshot,
+            model=settings.encoder,
+            saved=SavedIndexes(Files(Location(config.store_uri).child("index"))),
         )
+        self._retriever = Retriever(self._pools, min_score=settings.min_score, temperature=settings.softmax_temperature)
         self._route_batch.set_max_batch_size(settings.batch_size)
         self._route_batch.set_batch_wait_timeout_s(settings.batch_wait_s)
+        self._refreshing: asyncio.Task[int] | None = None
+        self._polling = asyncio.get_event_loop().create_task(self._poll(settings.poll_interval_s, sleep))
 
     async def route(self, request: RouteRequest) -> Route:
-        """The plan for one prompt, and its candidates. Raises: NoAdapterMatched."""
-        answer: Route | NoAdapterMatched = await self._route_batch(request)
-        if isinstance(answer, NoAdapterMatched):
+        """The plan for one prompt, and its candidates. Raises: NoAdapterMatched, StaleIndex."""
+        await self._reach(request.min_generation)
+        answer: RouteAnswer = await self._route_batch(request)
+        if isinstance(answer, RetrieverError):
             raise answer
         return answer
 
     @serve.batch
-    async def _route_batch(self, requests: list[RouteRequest]) -> list[Route | NoAdapterMatched]:
+    async def _route_batch(self, requests: list[RouteRequest]) -> list[RouteAnswer]:
         return await asyncio.to_thread(self._retriever.route, requests)
 
-    async def plan_named(self, tenant: str, choices: Sequence[tuple[str, float]], strategy: Strategy) -> Plan:
-        """The plan of adapters a client named. Raises: AdapterNotFound, PlanInvalid."""
+    async def plan_named(
+        self, tenant: str, choices: Sequence[tuple[str, float]], strategy: Strategy, min_generation: int = 0
+    ) -> Plan:
+        """The plan of adapters a client named. Raises: AdapterNotFound, PlanInvalid, StaleIndex."""
+        await self._reach(min_generation)
         return self._retriever.plan_named(tenant, choices, strategy)
 
-    async def records(self, tenant: str) -> tuple[int, list[AdapterRecord]]:
-        """(generation, every adapter the tenant may use, sorted); embeddings stay here."""
-        snapshot: Snapshot = self._retriever.snapshot
-        return snapshot.generation, [replace(record, embedding=None) for record in snapshot.visible_to(tenant)]
+    async def records(self, tenant: str, min_generation: int = 0) -> tuple[int, list[AdapterRecord]]:
+        """(generation, every adapter the tenant may use, sorted); embeddings stay here. Raises: StaleIndex."""
+        await self._reach(min_generation)
+        generation, records = self._retriever.records(tenant)
+        return generation, [replace(record, embedding=None) for record in records]
 
-    async def embed(self, groups: Sequence[Sequence[Sample]]) -> tuple[str, list[Embedded | None]]:
-        """(encoder identity, one embedding per group of samples); None for a group without samples."""
-        return self._encoder_identity, await asyncio.to_thread(self._embed, groups)
+    async def versions(self, tenant: str, name: str, min_generation: int = 0) -> tuple[int, list[AdapterRecord]]:
+        """(generation, the kept versions of that adapter, the live one first); embeddings stay here.
+
+        Raises: AdapterNotFound, StaleIndex.
+        """
+        await self._reach(min_generation)
+        generation, versions = self._retriever.versions(tenant, name)
+        return generation, [replace(record, embedding=None) for record in versions]
+
+    async def embed(self, groups: Sequence[Sequence[Sample]]) -> list[Embedded | None]:
+        """One embedding per group of samples, with the neighbours it has now; None for a group without samples."""
+        return await asyncio.to_thread(self._embed, groups)
 
     def _embed(self, groups: Sequence[Sequence[Sample]]) -> list[Embedded | None]:
-        embedded: list[Embedded | None] = []
-        for samples in groups:
-            if not samples:
-                embedded.append(None)
-                continue
-            vector = self._retriever.embed(samples)
-            neighbours = self._retriever.neighbours(vector, _NEIGHBOURS)
-            embedded.append(Embedded(tuple(vector.tolist()), neighbours))
-        return embedded
+        embeddings = self._retriever.embed_groups(groups)
+        return [None if e is None else Embedded(e, self._retriever.neighbours(e, _NEIGHBOURS)) for e in embeddings]
 
     async def catch_up(self, generation: int) -> int:
-        """The generation this replica serves from now on. Raises: StaleIndex; TimeoutError after `_CATCH_UP_S`."""
-        return await asyncio.wait_for(asyncio.to_thread(self._retriever.catch_up, generation), _CATCH_UP_S)
+        """The generation this replica serves from now on.
+
+        Raises: StaleIndex, also after `_CATCH_UP_S`; StoreUnavailable; EncoderUnusable.
+        """
+        return await self._reach(generation)
+
+    async def prepare_encoder(self, model: str) -> str:
+        """The identity of the model's encoder, loaded for the generation that activates it. Raises: EncoderUnusable."""
+        return (await asyncio.to_thread(self._pools.prepare_encoder, model)).identity
+
+    async def reindex(self, model: str) -> AsyncIterator[ReindexStep]:
+        """Embeddings by the encoder of `model` of every adapter that has none yet, to be committed step by step.
+
+        Raises: EncoderUnusable, StoreUnavailable.
+        """
+        await self._refresh()
+        steps = await asyncio.to_thread(self._retriever.reindex, model, self._samples)
+        async for step in _beside_the_loop(steps):
+            yield step
+
+    async def doctor(self, tenant: str) -> AsyncIterator[DoctorStep]:
+        """How well the adapters `tenant` sees are found; the last step has the report. Raises: StoreUnavailable."""
+        async for step in _beside_the_loop(self._retriever.doctor(tenant, self._samples)):
+            yield step
+
+    async def index_stats(self) -> IndexStats:
+        return await asyncio.to_thread(self._pools.stats)
+
+    def check_health(self) -> None:
+        if self._polling.done():
+            self._polling.result()
+
+    def _samples(self, record: AdapterRecord) -> Sequence[Sample]:
+        return () if record.samples_digest is None else self._store.samples(record.samples_digest)
+
+    async def _reach(self, generation: int) -> int:
+        """Serve `generation` or a later one, and return it; the catalogue is read only where it is not served yet."""
+        try:
+            async with asyncio.timeout(_CATCH_UP_S):
+                for _ in range(2):  # a refresh that is under way may have begun before the commit
+                    if self._retriever.generation < generation:
+                        await self._refresh()
+        except TimeoutError as exc:
+            raise StaleIndex(generation, self._retriever.generation) from exc
+        if self._retriever.generation < generation:
+            raise StaleIndex(generation, self._retriever.generation)
+        return self._retriever.generation
+
+    async def _refresh(self) -> None:
+        """One refresh at a time, whoever waits for it: a catalogue that hangs holds one thread, not all."""
+        if self._refreshing is None or self._refreshing.done():
+            self._refreshing = asyncio.create_task(asyncio.to_thread(self._pools.catch_up))
+            self._refreshing.add_done_callback(_retrieve)
+        await asyncio.shield(self._refreshing)
+
+    async def _poll(self, interval_s: float, sleep: Callable[[float], Awaitable[None]]) -> None:
+        """The safety net under the publisher's broadcast. What fails is logged once, until it works again."""
+        is_failing = False
+        while True:
+            await sleep(interval_s)
+            try:
+                await self._refresh()
+            except (LoraStoreError, RetrieverError) as exc:
+                if not is_failing:
+                    logger.warning("generation %d is served on: %s", self._retriever.generation, exc)
+                is_failing = True
+            else:
+                if is_failing:
+                    logger.info("generation %d is served: the catalogue is read again", self._retriever.generation)
+                is_failing = False
+
+
+def _retrieve(task: asyncio.Task[int]) -> None:
+    """Its waiters may all have left: an error is not news to the event loop."""
+    if not task.cancelled():
+        task.exception()
+
+
+async def _beside_the_loop(steps: Iterator[Step]) -> AsyncIterator[Step]:
+    while (step := await asyncio.to_thread(next, steps, None)) is not None:
+        yield step

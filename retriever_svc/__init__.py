@@ -1,7 +1,9 @@
 """Retrieval: the encoder, the adapter index, and the Retriever that turns prompts into plans."""
 
 from retriever_svc.calibration import calibrate_floor
-from retriever_svc.encoder import Encoder, embed_samples
+from retriever_svc.doctor import AdapterFinding, Collision, DoctorReport, DoctorStep
+from retriever_svc.embedding import embed_groups
+from retriever_svc.encoder import Encoder
 from retriever_svc.errors import (
     EncoderUnusable,
     NoAdapterMatched,
@@ -10,24 +12,40 @@ from retriever_svc.errors import (
     RouteInvalid,
     StaleIndex,
 )
-from retriever_svc.index import AdapterIndex, Match
+from retriever_svc.index import AdapterIndex, Allowed, IndexSettings, Match
+from retriever_svc.live_pool import IndexStats, LivePool
+from retriever_svc.reindex import ReindexStep
 from retriever_svc.retriever import Retriever
 from retriever_svc.route import Candidate, Route, RouteRequest
+from retriever_svc.sample_source import SampleSource
+from retriever_svc.saved_index import SavedIndexes, SavedLists
 
 __all__ = [
+    "AdapterFinding",
     "AdapterIndex",
+    "Allowed",
     "Candidate",
+    "Collision",
+    "DoctorReport",
+    "DoctorStep",
     "Encoder",
     "EncoderUnusable",
+    "IndexSettings",
+    "IndexStats",
+    "LivePool",
     "Match",
     "NoAdapterMatched",
     "NothingToEmbed",
+    "ReindexStep",
     "Retriever",
     "RetrieverError",
     "Route",
     "RouteInvalid",
     "RouteRequest",
+    "SampleSource",
+    "SavedIndexes",
+    "SavedLists",
     "StaleIndex",
     "calibrate_floor",
-    "embed_samples",
+    "embed_groups",
 ]

@@ -1,4 +1,4 @@
-"""Texts to unit vectors, and samples to the embedding of their adapter."""
+"""Texts to unit vectors."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from huggingface_hub import snapshot_download
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
-from lora_store.adapter import Sample
-from retriever_svc.errors import EncoderUnusable, NothingToEmbed
+from retriever_svc.errors import EncoderUnusable
 from retriever_svc.vector_cache import VectorCache
 
 try:
@@ -120,17 +119,6 @@ class Encoder:
                 show_progress_bar=False,
             )
         return rows
-
-
-def embed_samples(encoder: Encoder, samples: Sequence[Sample]) -> Vectors:
-    """E(adapter) = mean over its samples of E(instruction ⊕ sample), scaled to length 1: (D,) float32.
-
-    Raises: NothingToEmbed: there is no sample.
-    Source: LoraRetriever (ACL Findings 2024), section 4.1; the scaling makes its inner products cosines.
-    """
-    if not samples:
-        raise NothingToEmbed("an adapter is embedded by its samples, and this one has none")
-    return unit_rows(encoder.encode([sample.input for sample in samples]).mean(axis=0))
 
 
 def unit_rows(vectors: Vectors) -> Vectors:

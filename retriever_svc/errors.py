@@ -1,7 +1,7 @@
 """Errors of the retriever.
 
 RetrieverError
-├── EncoderUnusable     the encoder model cannot be loaded; raised at start
+├── EncoderUnusable     the encoder model cannot be loaded, or is not the one the pool was embedded by
 ├── NothingToEmbed      an adapter without samples has no embedding; it is reachable by name only
 ├── RouteInvalid        a route request breaks a rule
 ├── NoAdapterMatched    the best adapter scores below the floor and the caller wanted no base model

@@ -1,21 +1,26 @@
-"""Exact cosine search over adapters, restricted to those a caller may see."""
+"""Cosine search over the adapters of one generation, restricted to those a caller may see."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Self
 
-import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_store.adapter import AdapterRef
 from lora_store.records import AdapterRecord
-from retriever_svc.encoder import Vectors, unit_rows
+from lora_store.snapshot import Key
+from retriever_svc.calibration import LevelCounts, count_levels, score_levels
+from retriever_svc.encoder import Vectors
+from retriever_svc.inner_products import best_rows
+from retriever_svc.inverted_lists import InvertedLists, ListedPart
+from retriever_svc.table import AdapterTable, Mask, Positions
 
-Bitmap = NDArray[np.uint8]  # one bit per position, the lowest bit first
-_SCORE_ERROR = 1e-5  # FAISS sums float32 in an order that depends on the batch; this bounds what that changes
+_FLOAT32_ERROR = 1e-5  # of a score that was summed in float32
 _TIE_ROOM = 8
+_CODE_ROOM = 24  # more of them, since codes order near ones only roughly
+_SCATTERED_COST = 4  # a row read out of order costs as much as this many in order
 
 
 class Match(NamedTuple):
@@ -25,58 +30,182 @@ class Match(NamedTuple):
     score: float
 
 
-class AdapterIndex:
-    """Adapters by embedding, never changed once built. Dims: P adapters, N queries, D dimensions.
+@dataclass(frozen=True, slots=True)
+class IndexSettings:
+    """When search goes over to lists, and how far it reads them: measured, see benchmarks/README.md."""
 
-    FAISS narrows the pool, then scores are taken again in float64 row by row: equal embeddings score exactly equal,
-    and an answer does not depend on which other queries share its batch.
+    exact_rows: int = 20_000  # up to so many are searched one by one
+    side_rows: int = 5_000  # so many new ones may stand beside the lists before these are trained anew
+    num_probes: int = 64  # lists read by a search
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """The adapters that one caller's search may return: `positions` are read one by one, `listed` by the lists."""
+
+    num: int
+    positions: Positions
+    listed: ListedPart | None
+
+
+class AdapterIndex:
+    """The adapters of one generation, never changed: the next one is made by `after`, and shares nearly all with it.
+
+    Exact while few rows are to be read, whatever the pool's size; beyond, lists of codes narrow the pool and what came
+    since they were trained is read exactly. Then scores are taken again in float64 row by row: equal embeddings score
+    exactly equal, and no answer depends on what else is asked. Dims: P positions, N queries, D dimensions.
     """
 
-    def __init__(self, records: Sequence[AdapterRecord], vectors: Vectors) -> None:
-        """`vectors` (P, D), of any length but zero, row i of `records[i]`."""
-        order = sorted(range(len(records)), key=lambda i: (records[i].ref.tenant, records[i].ref.name))
-        self.records = tuple(records[i] for i in order)  # so that position order is name order, which breaks ties
-        self._vectors = unit_rows(np.asarray(vectors, np.float32))[order]
-        self._positions = {record.ref: position for position, record in enumerate(self.records)}
-        self._flat = faiss.IndexFlatIP(vectors.shape[1])
-        self._flat.add(self._vectors)
+    def __init__(
+        self,
+        table: AdapterTable,
+        alive: Mask,
+        public_levels: LevelCounts,
+        lists: InvertedLists | None,
+        settings: IndexSettings,
+    ) -> None:
+        """`alive` (P,): which of the table's first P rows this generation has."""
+        self._table, self._alive, self._public_levels = table, alive, public_levels
+        self._vectors: Vectors = table.vectors.view()[: len(alive)]
+        self._lists, self._settings = lists, settings
+        self.num_live = int(alive.sum())
 
-    def __len__(self) -> int:
-        return len(self.records)
+    @classmethod
+    def of(
+        cls,
+        records: Sequence[AdapterRecord],
+        dim: int,
+        settings: IndexSettings | None = None,
+        lists: InvertedLists | None = None,
+    ) -> Self:
+        """`records` stand at their own places in the order given. Each has an embedding of `dim` dimensions."""
+        table = AdapterTable(dim, len(records))
+        table.append(records)
+        alive = np.ones(len(records), np.bool_)
+        return cls(table, alive, _public_levels(records), lists, settings or IndexSettings())
 
-    def bitmap(self, refs: Iterable[AdapterRef]) -> Bitmap:
-        """The `allowed` set of those of `refs` that are in the index."""
-        mask = np.zeros(len(self), np.bool_)
-        mask[[self._positions[ref] for ref in refs if ref in self._positions]] = True
-        return np.packbits(mask, bitorder="little")
+    def after(self, gone: Iterable[Key], new: Sequence[AdapterRecord]) -> Self:
+        """The index without the names `gone` (known or not) and with `new`, at the cost of those and of one bitmap.
 
-    def search(self, vectors: Vectors, top_k: int, allowed: Bitmap | None = None) -> list[list[Match]]:
-        """The exact best `min(top_k, number allowed)` per query, best first, ties by tenant and name.
-
-        `vectors` (N, D) unit rows; `allowed` None means every adapter.
+        For one thread, and on the newest index of its line: both append to the same table.
         """
-        num_allowed = len(self) if allowed is None else int(np.bitwise_count(allowed).sum())
-        num_wanted = min(top_k, num_allowed)
-        if num_wanted == 0 or len(vectors) == 0:
-            return [[] for _ in vectors]
-        positions = self._shortlists(vectors, num_wanted, num_allowed, allowed)
-        return [self._best(query, row, num_wanted) for query, row in zip(vectors, positions, strict=True)]
+        table = self._table
+        assert len(table) == len(self._alive), "an older generation cannot be followed again"
+        found = [table.positions.pop(key) for key in gone if key in table.positions]
+        removed = [table.records[position] for position in found]
+        table.append(new)
+        alive = np.ones(len(table), np.bool_)
+        alive[: len(self._alive)] = self._alive
+        alive[found] = False
+        levels = self._public_levels - _public_levels(removed) + _public_levels(new)
+        return type(self)(table, alive, levels, self._lists, self._settings)
 
-    def _shortlists(
-        self, vectors: Vectors, num_wanted: int, num_allowed: int, allowed: Bitmap | None
-    ) -> NDArray[np.int64]:
-        """Positions (N, W) that surely hold each query's best: W grows until the last is clearly no tie."""
-        params = faiss.SearchParameters()
-        if allowed is not None:
-            params.sel = faiss.IDSelectorBitmap(len(allowed), faiss.swig_ptr(allowed))
-        width = min(num_wanted + _TIE_ROOM, num_allowed)
+    def compacted(self) -> Self:
+        """The same adapters in a table of their own, without lists."""
+        return self.of(self.records, self._table.dim, self._settings)
+
+    def trained(self) -> Self:
+        """The same index with lists over all it has. Takes long. For an index without dead positions."""
+        assert self.num_dead == 0
+        lists = InvertedLists.train(self._vectors)
+        return type(self)(self._table, self._alive, self._public_levels, lists, self._settings)
+
+    @property
+    def records(self) -> list[AdapterRecord]:
+        """Every adapter, by position."""
+        return [self._table.records[position] for position in np.flatnonzero(self._alive)]
+
+    @property
+    def lists(self) -> InvertedLists | None:
+        return self._lists
+
+    @property
+    def num_dead(self) -> int:
+        """Positions, and codes in lists, whose adapters are gone."""
+        return len(self._alive) - self.num_live + (0 if self._lists is None else self._lists.num_gone)
+
+    @property
+    def num_unlisted(self) -> int:
+        return self.num_live if self._lists is None else len(self._lists.unlisted(self._alive))
+
+    @property
+    def num_positions(self) -> int:
+        return len(self._alive)
+
+    @property
+    def num_bytes(self) -> int:
+        lists = 0 if self._lists is None else self._lists.num_bytes
+        return self._table.num_bytes + self._alive.nbytes + lists
+
+    @property
+    def wants_lists(self) -> bool:
+        return self.num_live > self._settings.exact_rows
+
+    @property
+    def wants_rebuild(self) -> bool:
+        """Whether too much is dead, or too much stands beside the lists."""
+        too_long = self.wants_lists and (self._lists is None or self.num_unlisted > self._settings.side_rows)
+        return too_long or self.num_dead > self.num_live // 4
+
+    def allowed(self, tenant: str | None = None, tags: Collection[str] = ()) -> Allowed:
+        """What `tenant` may see and carries all of `tags`; no tenant sees everything."""
+        mask = self._alive & self._table.tagged(tags, len(self._alive)) if tags else self._alive
+        if tenant is not None:
+            mask = mask & self._table.visible(tenant, len(mask))
+        num = int(mask.sum())
+        if self._lists is None or min(len(mask), _SCATTERED_COST * num) <= self._settings.exact_rows:
+            return Allowed(num, np.flatnonzero(mask), None)
+        return Allowed(num, self._lists.unlisted(mask), self._lists.part_of(mask))
+
+    def levels(self, tenant: str) -> LevelCounts:
+        """How the samples of what `tenant` may see score, by level."""
+        return self._public_levels + count_levels([self._table.private_levels(tenant, self._alive)])
+
+    def search(self, vectors: Vectors, top_k: int, allowed: Allowed) -> list[list[Match]]:
+        """The best `min(top_k, allowed.num)` per query, best first, ties by tenant and name; none for a NaN.
+
+        `vectors` (N, D) unit rows.
+        """
+        num_wanted = min(top_k, allowed.num)
+        queries = np.ascontiguousarray(vectors, np.float32)
+        finds = np.isfinite(queries).all(axis=1) & (num_wanted > 0)
+        return [self._best(q, num_wanted, allowed) if ok else [] for q, ok in zip(queries, finds, strict=True)]
+
+    def _best(self, query: Vectors, num_wanted: int, allowed: Allowed) -> list[Match]:
+        """Widens the shortlist until the last wanted is clearly better than all that was left out."""
+        width = num_wanted
         while True:
-            scores, positions = self._flat.search(vectors, width, params=params)
-            if width == num_allowed or np.all(scores[:, -1] < scores[:, num_wanted - 1] - _SCORE_ERROR):
-                return np.asarray(positions)
-            width = min(2 * width, num_allowed)
+            positions, left_out = self._shortlist(query, width, allowed)
+            scores = np.sum(self._vectors[positions] * query.astype(np.float64), axis=-1).clip(-1, 1)
+            order = np.argsort(-scores, kind="stable")
+            if left_out < scores[order[num_wanted - 1]]:
+                return self._named(positions[order], scores[order], num_wanted)
+            width *= 2
 
-    def _best(self, query: Vectors, positions: NDArray[np.int64], num_wanted: int) -> list[Match]:
-        scores = np.sum(self._vectors[positions] * query.astype(np.float64), axis=-1).clip(-1, 1)
-        best = np.lexsort((positions, -scores))[:num_wanted]
-        return [Match(self.records[positions[i]], float(scores[i])) for i in best]
+    def _shortlist(self, query: Vectors, width: int, allowed: Allowed) -> tuple[Positions, float]:
+        """Positions of `width` adapters or more, if there are, and what the best of all others read scores at most."""
+        one_by_one, left_out = np.empty(0, np.int64), -np.inf
+        if len(allowed.positions):
+            num = min(width + _TIE_ROOM, len(allowed.positions))
+            scores, one_by_one = best_rows(query, self._vectors, allowed.positions, num)
+            left_out = -np.inf if num == len(allowed.positions) else float(scores[-1]) + _FLOAT32_ERROR
+        if self._lists is None or allowed.listed is None:
+            return one_by_one, left_out
+        num = width + _CODE_ROOM
+        scores, listed = self._lists.best(query, num, allowed.listed, self._settings.num_probes)
+        if len(listed) == num:
+            left_out = max(left_out, float(scores[-1]) + self._lists.code_error)
+        return np.concatenate([one_by_one, listed]), left_out
+
+    def _named(self, positions: Positions, scores: NDArray[np.float64], num_wanted: int) -> list[Match]:
+        """The first `num_wanted` of what comes best first, equal scores put in the order of tenant and name."""
+        num_tied = int(np.searchsorted(-scores, -scores[num_wanted - 1], side="right"))
+        records = [self._table.records[position] for position in positions[:num_tied]]
+        matches = [Match(record, float(score)) for record, score in zip(records, scores[:num_tied], strict=True)]
+        matches.sort(key=lambda match: (-match.score, match.record.ref.tenant, match.record.ref.name))
+        return matches[:num_wanted]
+
+
+def _public_levels(records: Sequence[AdapterRecord]) -> LevelCounts:
+    scores = [r.embedding.own_scores for r in records if r.embedding is not None and r.visibility == "public"]
+    return count_levels(score_levels(part) for part in scores)

@@ -40,18 +40,23 @@ def named_plan(snapshot: Snapshot, tenant: str, choices: Sequence[tuple[str, flo
 
 
 def resolve_version(snapshot: Snapshot, tenant: str, wanted: str) -> AdapterRecord:
-    """The live version `tenant` means by `name` or `owner/name`, which a `@digest` prefix must match.
+    """The version `tenant` means by `name` or `owner/name`: the live one, or the kept one whose digest follows an `@`.
 
-    Raises: AdapterNotFound: nothing live, nothing this tenant may see, or another version by now.
+    A digest may be cut short to 8 characters or more.
+    Raises: AdapterNotFound: nothing live, nothing this tenant may see, or no kept version of that digest.
     """
     name, at, digest = wanted.partition("@")
     try:
-        record = snapshot.resolve(tenant, name)
+        live = snapshot.resolve(tenant, name)
     except AdapterNotFound as exc:
         raise AdapterNotFound(wanted) from exc
-    if at and not (len(digest) >= _MIN_DIGEST_CHARS and record.ref.digest.startswith(digest)):
-        raise AdapterNotFound(wanted)
-    return record
+    if not at:
+        return live
+    for record in snapshot.versions((live.ref.tenant, live.ref.name)):
+        matches = len(digest) >= _MIN_DIGEST_CHARS and record.ref.digest.startswith(digest)
+        if matches and record.is_visible_to(tenant):  # it may have been private then
+            return record
+    raise AdapterNotFound(wanted)
 
 
 def _weights(scores: Sequence[float], weighting: Weighting, temperature: float) -> list[float]:

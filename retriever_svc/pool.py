@@ -2,69 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-from numpy.typing import NDArray
-
 from lora_store.records import AdapterRecord
-from lora_store.snapshot import Snapshot
+from lora_store.snapshot import Key, Snapshot
 from retriever_svc.calibration import floor_of
 from retriever_svc.encoder import Encoder, Vectors
-from retriever_svc.index import AdapterIndex, Bitmap, Match
-
-
-@dataclass(frozen=True, slots=True)
-class CallerView:
-    """The part of the index one tenant may see, and the score floor its samples give."""
-
-    allowed: Bitmap
-    floor: float
+from retriever_svc.index import AdapterIndex, Allowed, IndexSettings, Match
+from retriever_svc.inverted_lists import InvertedLists
+from retriever_svc.view_cache import ViewCache
 
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """One generation, never changed: a new one is a new Pool, so a search in progress sees one generation only."""
+    """One generation, never changed: snapshot, the encoder it is searched by, the index of what that one embedded."""
 
     snapshot: Snapshot
+    encoder: Encoder
     index: AdapterIndex
-    own_scores: Mapping[str, NDArray[np.float64]]  # by version digest; empty where no floor is measured
-    _views: dict[str, CallerView] = field(default_factory=dict)
+    _allowed: ViewCache[Allowed] = field(default_factory=ViewCache)
+    _floors: ViewCache[float] = field(default_factory=ViewCache)
 
-    def view(self, tenant: str) -> CallerView:
-        """What `tenant` may be routed to. Only adapters it sees count for its floor: no private one shows in it."""
-        view = self._views.get(tenant)
-        if view is None:  # two threads may both build it: the same view, kept once
-            visible = [record.ref for record in self.snapshot.visible_to(tenant)]
-            scores = [self.own_scores[ref.digest] for ref in visible if ref.digest in self.own_scores]
-            view = self._views[tenant] = CallerView(self.index.bitmap(visible), floor_of(scores))
-        return view
+    @classmethod
+    def of(
+        cls, snapshot: Snapshot, encoder: Encoder, settings: IndexSettings, lists: InvertedLists | None = None
+    ) -> Pool:
+        """`lists` were made for the positions `routable` gives."""
+        index = AdapterIndex.of(routable(snapshot, encoder.identity), encoder.dim, settings, lists)
+        return cls(snapshot, encoder, index)
 
-    def nearest(self, vectors: Vectors, top_k: int, tenant: str) -> list[list[Match]]:
+    def after(self, snapshot: Snapshot) -> Pool:
+        """The pool of a later generation with the same encoder. For one thread, and on the newest pool."""
+        return Pool(snapshot, self.encoder, self._index_after(self.index, snapshot))
+
+    def rebuilt(self, index: AdapterIndex, newest: Pool) -> Pool:
+        """`newest` on `index`, which was made of this pool's adapters while `newest` came."""
+        return Pool(newest.snapshot, newest.encoder, self._index_after(index, newest.snapshot))
+
+    def _index_after(self, index: AdapterIndex, snapshot: Snapshot) -> AdapterIndex:
+        gone, new = _differences(self.snapshot.records, snapshot.records)
+        return index.after(gone, [record for record in new if record.encoder == self.encoder.identity])
+
+    def allowed(self, tenant: str, tags: Sequence[str] = ()) -> Allowed:
+        """What a request of `tenant` that asks for `tags` may be routed to."""
+        wanted = tuple(sorted(set(tags)))
+        return self._allowed.get((tenant, *wanted), lambda: self.index.allowed(tenant, wanted))
+
+    def floor(self, tenant: str) -> float:
+        """Only adapters `tenant` sees count: no private one of others shows in its floor. Tags do not move it."""
+        return self._floors.get((tenant,), lambda: floor_of(self.index.levels(tenant)))
+
+    def nearest(self, vectors: Vectors, top_k: int, tenant: str, tags: Sequence[str] = ()) -> list[list[Match]]:
         """The best `top_k` adapters per query that `tenant` may see, of distinct weights, or all of them if fewer.
 
         Of adapters with equal weights the best scored stands: a plan cannot hold the same weights twice.
         """
-        allowed, width = self.view(tenant).allowed, top_k
+        allowed, width = self.allowed(tenant, tags), top_k
         while True:
             found = self.index.search(vectors, width, allowed)
             distinct = [_distinct_weights(matches) for matches in found]
-            exhausted = any(len(matches) < width for matches in found)
-            if exhausted or all(len(matches) >= top_k for matches in distinct):
+            if width >= allowed.num or all(len(matches) >= top_k for matches in distinct):
                 return [matches[:top_k] for matches in distinct]
             width *= 2
 
 
-def routable_index(snapshot: Snapshot, encoder: Encoder) -> AdapterIndex:
-    """The index of all adapters that `encoder` embedded; the others are reachable by name only."""
-    records = [record for record in snapshot.records.values() if _is_routable(record, encoder)]
-    vectors = np.asarray([record.embedding.vector for record in records], np.float32).reshape(-1, encoder.dim)
-    return AdapterIndex(records, vectors)
+def routable(snapshot: Snapshot, encoder: str) -> list[AdapterRecord]:
+    """All that the encoder of this identity embedded; the others are reachable by name only."""
+    return [record for record in snapshot.records.values() if record.encoder == encoder]
 
 
-def _is_routable(record: AdapterRecord, encoder: Encoder) -> bool:
-    return record.embedding is not None and record.encoder == encoder.identity
+def _differences(
+    old: Mapping[Key, AdapterRecord], new: Mapping[Key, AdapterRecord]
+) -> tuple[list[Key], list[AdapterRecord]]:
+    """(names whose record is gone or another, records that are not in `old`)."""
+    came = [(key, record) for key, record in new.items() if old.get(key) is not record]
+    replaced = [key for key, _ in came if key in old]
+    num_kept = len(new) - len(came) + len(replaced)
+    gone = [] if num_kept == len(old) else [key for key in old if key not in new]
+    return [*replaced, *gone], [record for _, record in came]
 
 
 def _distinct_weights(matches: list[Match]) -> list[Match]:

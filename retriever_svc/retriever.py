@@ -2,82 +2,62 @@
 
 from __future__ import annotations
 
-import threading
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from lora_store.adapter import LOCAL_TENANT, Sample
 from lora_store.plan import Plan, Strategy
-from lora_store.records import AdapterRecord
-from lora_store.snapshot import Snapshot
-from retriever_svc.calibration import OwnScores, SampleSource
-from retriever_svc.encoder import Encoder, Vectors, embed_samples
-from retriever_svc.errors import NoAdapterMatched, StaleIndex
+from lora_store.records import AdapterRecord, Embedding
+from retriever_svc.doctor import DoctorStep, examine
+from retriever_svc.embedding import embed_groups
+from retriever_svc.encoder import Vectors
+from retriever_svc.errors import NoAdapterMatched, NothingToEmbed, StaleIndex
 from retriever_svc.index import Match
+from retriever_svc.live_pool import LivePool
 from retriever_svc.planning import named_plan, resolve_version, routed_plan
-from retriever_svc.pool import Pool, routable_index
+from retriever_svc.pool import Pool
+from retriever_svc.reindex import ReindexStep, reindex
 from retriever_svc.route import Candidate, Route, RouteRequest
+from retriever_svc.sample_source import SampleSource
+
+RouteAnswer = Route | NoAdapterMatched | StaleIndex
 
 
 class Retriever:
-    """Answers every read from one Pool, which `catch_up` replaces whole: no read waits for a refresh.
+    """Answers every read from the pool that is served as it begins.
 
-    `min_score` is the floor of requests that name none. Without it and with `sample_source`, the floor is measured on
-    the samples of the adapters the caller sees (`calibrate_floor`): every refresh embeds the samples of new versions
-    before it shows them. With neither there is no floor. `temperature` divides scores in the `softmax` weighting.
+    `min_score` is the floor of requests that name none; without it the floor is what the samples of the adapters the
+    caller sees give (`calibrate_floor`). `temperature` divides scores in the `softmax` weighting. What names a
+    `min_generation` raises StaleIndex where this pool is older: catch up, then ask again.
     """
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        snapshots: Callable[[], Snapshot],
-        *,
-        min_score: float | None = None,
-        temperature: float = 0.05,
-        sample_source: SampleSource | None = None,
-    ) -> None:
-        self._encoder, self._snapshots = encoder, snapshots
-        self._min_score, self._temperature = min_score, temperature
-        self._own_scores = OwnScores(encoder, sample_source) if sample_source and min_score is None else None
-        self._refresh_lock = threading.Lock()
-        self._pool = self._build(snapshots())
+    def __init__(self, pools: LivePool, *, min_score: float | None = None, temperature: float = 0.05) -> None:
+        self._pools, self._min_score, self._temperature = pools, min_score, temperature
 
     @property
-    def snapshot(self) -> Snapshot:
+    def generation(self) -> int:
         """The generation that is being served."""
-        return self._pool.snapshot
+        return self._pools.current.snapshot.generation
 
-    def catch_up(self, generation: int = 0) -> int:
-        """Serve the catalogue's newest generation, at least `generation`, and return it. Reads go on meanwhile.
-
-        Raises: StaleIndex: the catalogue has not got there; what is newest is served, and the caller may try again.
-        """
-        with self._refresh_lock:
-            snapshot = self._snapshots()
-            if snapshot.generation > self._pool.snapshot.generation:
-                self._pool = self._build(snapshot)
-            served = self._pool.snapshot.generation
-        if served < generation:
-            raise StaleIndex(generation, served)
-        return served
-
-    def _build(self, snapshot: Snapshot) -> Pool:
-        index = routable_index(snapshot, self._encoder)
-        return Pool(snapshot, index, self._own_scores.refresh(index.records) if self._own_scores else {})
-
-    def route(self, requests: Sequence[RouteRequest]) -> list[Route | NoAdapterMatched]:
+    def route(self, requests: Sequence[RouteRequest]) -> list[RouteAnswer]:
         """One answer per request, in order, from one encoder call and one generation; an error in its own place."""
-        pool = self._pool
-        vectors = self._encoder.encode([request.text for request in requests])
-        rows_of: defaultdict[str, list[int]] = defaultdict(list)
+        pool = self._pools.current
+        generation = pool.snapshot.generation
+        rows = [row for row, request in enumerate(requests) if request.min_generation <= generation]
+        routed = dict(zip(rows, self._route(pool, [requests[row] for row in rows]), strict=True))
+        return [routed.get(row) or StaleIndex(r.min_generation, generation) for row, r in enumerate(requests)]
+
+    def _route(self, pool: Pool, requests: Sequence[RouteRequest]) -> list[Route | NoAdapterMatched]:
+        vectors = pool.encoder.encode([request.text for request in requests])
+        rows_of: defaultdict[tuple[str, tuple[str, ...]], list[int]] = defaultdict(list)
         for row, request in enumerate(requests):
-            rows_of[request.tenant].append(row)
+            rows_of[request.tenant, request.tags].append(row)
         answers: dict[int, Route | NoAdapterMatched] = {}
-        for tenant, rows in rows_of.items():
+        for (tenant, tags), rows in rows_of.items():
             top_k = max(requests[row].top_k for row in rows)
-            for row, matches in zip(rows, pool.nearest(vectors[rows], top_k, tenant), strict=True):
+            for row, matches in zip(rows, pool.nearest(vectors[rows], top_k, tenant, tags), strict=True):
                 answers[row] = self._decide(requests[row], matches[: requests[row].top_k], pool)
         return [answers[row] for row in range(len(requests))]
 
@@ -94,31 +74,73 @@ class Retriever:
     def _floor(self, request: RouteRequest, pool: Pool) -> float:
         if request.min_score is not None:
             return request.min_score
-        return pool.view(request.tenant).floor if self._min_score is None else self._min_score
+        return pool.floor(request.tenant) if self._min_score is None else self._min_score
 
-    def resolve(self, tenant: str, name: str) -> AdapterRecord:
-        """The live version `tenant` means by `name` or `owner/name`, which a `@digest` prefix of 8 or more must match.
-
-        Raises: AdapterNotFound: nothing live, nothing this tenant may see, or another version by now.
-        """
-        return resolve_version(self.snapshot, tenant, name)
-
-    def plan_named(self, tenant: str, choices: Sequence[tuple[str, float]], strategy: Strategy = "mixture") -> Plan:
+    def plan_named(
+        self,
+        tenant: str,
+        choices: Sequence[tuple[str, float]],
+        strategy: Strategy = "mixture",
+        min_generation: int = 0,
+    ) -> Plan:
         """The plan of the adapters a client chose, (name, weight) each, weights as given. No encoder call.
 
-        Raises: AdapterNotFound: as `resolve`. PlanInvalid: no plan can hold these.
+        Raises: AdapterNotFound: as `resolve`. PlanInvalid: no plan can hold these. StaleIndex.
         """
-        return named_plan(self.snapshot, tenant, choices, strategy)
+        return named_plan(self._pool_at(min_generation).snapshot, tenant, choices, strategy)
 
-    def embed(self, samples: Sequence[Sample]) -> Vectors:
-        """The embedding (D,) an adapter with these samples gets.
+    def resolve(self, tenant: str, name: str, min_generation: int = 0) -> AdapterRecord:
+        """The version `tenant` means by `name` or `owner/name`, or by either with `@digest` (see `resolve_version`).
 
-        Raises: NothingToEmbed: there is no sample.
+        Raises: AdapterNotFound: nothing live, nothing this tenant may see, no kept version of that digest. StaleIndex.
         """
-        return embed_samples(self._encoder, samples)
+        return resolve_version(self._pool_at(min_generation).snapshot, tenant, name)
 
-    def neighbours(self, vector: Vectors, num_wanted: int, tenant: str = LOCAL_TENANT) -> tuple[Candidate, ...]:
-        """The adapters `tenant` sees that lie nearest to a unit vector (D,), best first."""
-        pool = self._pool
-        [matches] = pool.index.search(vector[np.newaxis], num_wanted, pool.view(tenant).allowed)
+    def records(self, tenant: str, min_generation: int = 0) -> tuple[int, list[AdapterRecord]]:
+        """(generation, every adapter `tenant` may use, sorted by owner and name). Raises: StaleIndex."""
+        snapshot = self._pool_at(min_generation).snapshot
+        return snapshot.generation, snapshot.visible_to(tenant)
+
+    def versions(self, tenant: str, name: str, min_generation: int = 0) -> tuple[int, list[AdapterRecord]]:
+        """(generation, the kept versions of what `tenant` means by `name` that it may see, the live one first).
+
+        Raises: AdapterNotFound, StaleIndex.
+        """
+        snapshot = self._pool_at(min_generation).snapshot
+        ref = resolve_version(snapshot, tenant, name).ref
+        kept = snapshot.versions((ref.tenant, ref.name))
+        return snapshot.generation, [record for record in kept if record.is_visible_to(tenant)]
+
+    def _pool_at(self, min_generation: int) -> Pool:
+        pool = self._pools.current
+        if pool.snapshot.generation < min_generation:
+            raise StaleIndex(min_generation, pool.snapshot.generation)
+        return pool
+
+    def embed(self, samples: Sequence[Sample]) -> Embedding:
+        """The embedding an adapter with these samples gets. Raises: NothingToEmbed: there is no sample."""
+        [embedding] = self.embed_groups([samples])
+        if embedding is None:
+            raise NothingToEmbed("an adapter is embedded by its samples, and this one has none")
+        return embedding
+
+    def embed_groups(self, groups: Sequence[Sequence[Sample]]) -> list[Embedding | None]:
+        """One embedding per adapter's samples, None where there is no sample."""
+        return embed_groups(self._pools.current.encoder, groups)
+
+    def neighbours(self, embedding: Embedding, num_wanted: int, tenant: str = LOCAL_TENANT) -> tuple[Candidate, ...]:
+        """The adapters `tenant` sees that lie nearest, best first; none when another encoder is in force by now."""
+        pool = self._pools.current
+        if embedding.encoder != pool.encoder.identity:
+            return ()
+        vectors: Vectors = embedding.vector[np.newaxis]
+        [matches] = pool.index.search(vectors, num_wanted, pool.allowed(tenant))
         return tuple(Candidate(match.record.ref, match.score) for match in matches)
+
+    def doctor(self, tenant: str, samples: SampleSource, top_k: int = 3) -> Iterator[DoctorStep]:
+        """How well the adapters `tenant` sees are found; the last step has the report (see `examine`)."""
+        return examine(self._pools.current, tenant, samples, top_k)
+
+    def reindex(self, model: str, samples: SampleSource) -> Iterator[ReindexStep]:
+        """Embeddings by the encoder of `model` for every adapter that has none yet. Raises: EncoderUnusable."""
+        return reindex(self._pools.current.snapshot, self._pools.prepare_encoder(model), samples)

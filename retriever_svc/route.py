@@ -17,8 +17,9 @@ Fallback = Literal["base", "error"]
 
 @dataclass(frozen=True, slots=True)
 class RouteRequest:
-    """One prompt to find adapters for. `min_score` None means the Retriever's own floor.
+    """One prompt to find adapters for, among those that carry all of `tags`.
 
+    `min_score` None means the Retriever's own floor. A pool older than `min_generation` does not answer it.
     Raises: RouteInvalid: a value is out of its range.
     """
 
@@ -29,6 +30,8 @@ class RouteRequest:
     weighting: Weighting = "uniform"
     min_score: float | None = None
     fallback: Fallback = "base"
+    tags: tuple[str, ...] = ()
+    min_generation: int = 0
 
     def __post_init__(self) -> None:
         _check_choice("strategy", self.strategy, get_args(RoutedStrategy))

@@ -1,17 +1,18 @@
-"""Records without a catalogue, and an encoder whose vectors a test chooses."""
+"""Records without a catalogue, an encoder whose vectors a test chooses, and a pool whose background work waits."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from typing import Any
 
 import numpy as np
 
 from lora_store.adapter import LOCAL_TENANT, AdapterRef
-from lora_store.catalogue import Snapshot
-from lora_store.records import AdapterRecord, Visibility
-from retriever_svc import Route
+from lora_store.records import AdapterRecord, Embedding, Visibility
+from lora_store.snapshot import Snapshot
+from retriever_svc import LivePool, Route
 
 FAKE_IDENTITY = "fake-encoder"
 
@@ -26,25 +27,28 @@ def record_of(
     *,
     tenant: str = LOCAL_TENANT,
     visibility: Visibility = "public",
-    encoder: str | None = FAKE_IDENTITY,
+    encoder: str = FAKE_IDENTITY,
     template: str | None = None,
     weights: str | None = None,
+    tags: tuple[str, ...] = (),
+    own_scores: Sequence[float] = (),
+    version: str = "",
+    num_samples: int = 0,
 ) -> AdapterRecord:
     """A record as the catalogue would hold it; `weights` names its weights, which are its own by default."""
     return AdapterRecord(
-        ref=AdapterRef(tenant, name, digest_of(f"version {tenant}/{name}")),
-        weights_digest=digest_of(f"weights {weights or f'{tenant}/{name}'}"),
-        samples_digest=None,
+        ref=AdapterRef(tenant, name, digest_of(f"version{version} {tenant}/{name}")),
+        weights_digest=digest_of(f"weights{version} {weights or f'{tenant}/{name}'}"),
+        samples_digest=digest_of(f"samples {name}") if num_samples else None,
         visibility=visibility,
-        tags=(),
+        tags=tags,
         base_model="tiny",
         ranks=(8,),
         target_modules=("q_proj",),
         num_bytes=1,
-        num_samples=0,
+        num_samples=num_samples,
         template=template,
-        embedding=None if embedding is None else tuple(map(float, embedding)),
-        encoder=encoder,
+        embedding=None if embedding is None else embedding_of(embedding, own_scores, encoder),
         probe_shift=None,
         source="test",
         actor="test",
@@ -53,8 +57,14 @@ def record_of(
     )
 
 
-def snapshot_of(*records: AdapterRecord, generation: int = 1) -> Snapshot:
-    return Snapshot(generation, {(record.ref.tenant, record.ref.name): record for record in records})
+def embedding_of(
+    vector: Sequence[float] | np.ndarray, own_scores: Sequence[float] = (), encoder: str = FAKE_IDENTITY
+) -> Embedding:
+    return Embedding(encoder, np.asarray(vector, np.float32), np.asarray(own_scores, np.float32))
+
+
+def snapshot_of(*records: AdapterRecord, generation: int = 1, **fields: Any) -> Snapshot:
+    return Snapshot(generation, {(record.ref.tenant, record.ref.name): record for record in records}, **fields)
 
 
 def names(route: Route) -> list[str]:
@@ -65,13 +75,44 @@ def names(route: Route) -> list[str]:
 class FakeEncoder:
     """Encodes exactly the texts of its table, and keeps every batch it was asked for."""
 
-    identity = FAKE_IDENTITY
-
-    def __init__(self, table: Mapping[str, Sequence[float]], dim: int = 2) -> None:
-        self.dim = dim
+    def __init__(self, table: Mapping[str, Sequence[float]], dim: int = 2, identity: str = FAKE_IDENTITY) -> None:
+        self.dim, self.identity = dim, identity
         self.batches: list[list[str]] = []
         self._table = table
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         self.batches.append(list(texts))
         return np.asarray([self._table[text] for text in texts], np.float32).reshape(-1, self.dim)
+
+
+class Source:
+    """A catalogue that holds whatever snapshot the test put there last."""
+
+    def __init__(self, *records: AdapterRecord) -> None:
+        self.now = snapshot_of(*records)
+
+    def __call__(self) -> Snapshot:
+        return self.now
+
+    def commit(self, *records: AdapterRecord, **fields: Any) -> Snapshot:
+        """The next generation has exactly `records`."""
+        self.now = snapshot_of(*records, generation=self.now.generation + 1, **fields)
+        return self.now
+
+
+class Later:
+    """Background work that waits until the test runs it."""
+
+    def __init__(self) -> None:
+        self.waiting: list[Callable[[], None]] = []
+
+    def __call__(self, work: Callable[[], None]) -> None:
+        self.waiting.append(work)
+
+    def run(self) -> None:
+        while self.waiting:
+            self.waiting.pop(0)()
+
+
+def live_pool(encoder: FakeEncoder, source: Callable[[], Snapshot], **options: Any) -> LivePool:
+    return LivePool(lambda model: encoder, source, **options)

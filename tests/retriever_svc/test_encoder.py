@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from lora_store.adapter import Sample
-from retriever_svc.encoder import INSTRUCTION, Encoder, Vectors, embed_samples, model_folder, unit_rows
-from retriever_svc.errors import EncoderUnusable, NothingToEmbed
+from retriever_svc.encoder import INSTRUCTION, Encoder, Vectors, model_folder, unit_rows
+from retriever_svc.errors import EncoderUnusable
 
 TEXTS = [
     "Translate to French: the cat sleeps.",
@@ -128,26 +127,6 @@ def test_a_known_text_is_not_computed_again(encoder: Encoder, monkeypatch: pytes
 def test_lone_surrogates_hurt_no_neighbour(encoder: Encoder) -> None:
     rows = encoder.encode(["a\ud800b", "fine"])
     np.testing.assert_allclose(rows, encoder.encode(["a?b", "fine"]), atol=1e-5)
-
-
-def test_an_adapter_is_embedded_by_the_normalised_mean_of_its_samples(encoder: Encoder) -> None:
-    samples = [Sample(text, "an answer that does not count") for text in TEXTS]
-    total = np.zeros(encoder.dim)
-    for sample in samples:
-        total += encoder.encode([sample.input])[0].astype(np.float64)
-    mean = total / len(samples)
-    expected = mean / np.sqrt((mean**2).sum())
-    query = encoder.encode(["Translate to German: the dog barks."])[0]
-    cosine = float(query @ mean / (np.linalg.norm(query) * np.linalg.norm(mean)))
-    embedding = embed_samples(encoder, samples)
-    assert embedding.dtype == np.float32
-    np.testing.assert_allclose(embedding, expected, atol=1e-5)
-    assert float(query @ embedding) == pytest.approx(cosine, abs=1e-5)
-
-
-def test_no_samples_no_embedding(encoder: Encoder) -> None:
-    with pytest.raises(NothingToEmbed):
-        embed_samples(encoder, [])
 
 
 def test_a_row_of_zeros_stays_as_it_is() -> None:

@@ -1,33 +1,53 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from lora_store.records import AdapterRecord
+from lora_store.snapshot import Key
+from retriever_svc import AdapterIndex, Allowed, IndexSettings, Match
+from retriever_svc.calibration import count_levels, score_levels
 from retriever_svc.encoder import unit_rows
-from retriever_svc.index import AdapterIndex, Match
 from tests.retriever_svc.pool_fakes import record_of
+
+ALL_LISTS = 10_000  # probes: lists hide nothing
+EXACT = IndexSettings()
+LISTS = IndexSettings(exact_rows=20, side_rows=30, num_probes=ALL_LISTS)
 
 
 def random_rows(rng: np.random.Generator, count: int, dim: int = 16) -> np.ndarray:
     return unit_rows(rng.standard_normal((count, dim)).astype(np.float32))
 
 
-def records_of(count: int) -> list[AdapterRecord]:
-    return [record_of(f"adapter-{number * 7919 % 1000:03d}", None, tenant=f"t{number % 3}") for number in range(count)]
+def records_of(vectors: np.ndarray) -> list[AdapterRecord]:
+    """Not in the order of their names; of three tenants."""
+    return [
+        record_of(f"adapter-{number * 7919 % 1000:03d}", vector, tenant=f"t{number % 3}")
+        for number, vector in enumerate(vectors)
+    ]
 
 
-def slow_search(
-    records: list[AdapterRecord], vectors: np.ndarray, query: np.ndarray, top_k: int, allowed: set[int]
-) -> list[tuple[AdapterRecord, float]]:
-    scored = []
-    for position in allowed:
-        row = vectors[position].astype(np.float64)
-        cosine = float(row @ query) / float(np.linalg.norm(row) * np.linalg.norm(query))
-        scored.append((-round(cosine, 9), records[position].ref.tenant, records[position].ref.name, position))
-    return [(records[position], -score) for score, _, _, position in sorted(scored)[:top_k]]
+def index_of(vectors: np.ndarray, settings: IndexSettings = EXACT) -> AdapterIndex:
+    index = AdapterIndex.of(records_of(vectors), vectors.shape[1], settings)
+    return index.trained() if index.wants_lists else index
+
+
+def exact_scores(records: Sequence[AdapterRecord], query: np.ndarray) -> list[float]:
+    rows = [record.embedding.vector.astype(np.float64) for record in records if record.embedding is not None]
+    return [float(row @ query) / float(np.linalg.norm(row) * np.linalg.norm(query)) for row in rows]
+
+
+def slow_search(records: Iterable[AdapterRecord], query: np.ndarray, top_k: int) -> list[tuple[AdapterRecord, float]]:
+    records = list(records)
+    scored = [
+        (-round(score, 9), record.ref.tenant, record.ref.name, record)
+        for record, score in zip(records, exact_scores(records, query), strict=True)
+    ]
+    return [(record, -score) for score, _, _, record in sorted(scored, key=lambda row: row[:3])[:top_k]]
 
 
 def assert_same(found: list[Match], expected: list[tuple[AdapterRecord, float]]) -> None:
@@ -35,100 +55,291 @@ def assert_same(found: list[Match], expected: list[tuple[AdapterRecord, float]])
     assert [match.score for match in found] == pytest.approx([score for _, score in expected], abs=1e-6)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 1.0])
+def may_use(record: AdapterRecord, tenant: str, tags: Iterable[str]) -> bool:
+    return record.is_visible_to(tenant) and set(tags) <= set(record.tags)
+
+
+def labelled(rng: np.random.Generator, name: str, dim: int = 16) -> AdapterRecord:
+    """Of skewed owners and tags: most belong to one tenant, few carry a rare tag."""
+    tenant = "big" if rng.random() < 0.8 else f"t{rng.integers(0, 5)}"
+    tags = [tag for tag, share in (("common", 0.7), ("half", 0.5), ("rare", 0.03)) if rng.random() < share]
+    return record_of(
+        name,
+        random_rows(rng, 1, dim)[0] * 3,
+        tenant=tenant,
+        visibility="public" if rng.random() < 0.5 else "private",
+        tags=tuple(tags),
+        own_scores=rng.uniform(-1, 1, rng.integers(0, 6)),
+    )
+
+
+CALLERS = [
+    (tenant, tags)
+    for tenant in ("big", "t0", "stranger")
+    for tags in ((), ("common",), ("rare",), ("common", "half"), ("rare", "half"), ("unknown",))
+]
+
+
+@pytest.mark.parametrize("settings", [EXACT, LISTS], ids=["exact", "lists"])
 @pytest.mark.parametrize("top_k", [1, 3, 16, 1000])
-def test_search_equals_a_slow_loop_over_the_allowed(top_k: int, share: float) -> None:
+def test_search_equals_a_slow_loop_over_what_the_caller_may_use(top_k: int, settings: IndexSettings) -> None:
     rng = np.random.default_rng(top_k)
-    records, vectors, queries = records_of(300), random_rows(rng, 300) * 3, random_rows(rng, 25)
-    chosen = {position for position in range(300) if rng.random() < share}
-    index = AdapterIndex(records, vectors)
-    allowed = index.bitmap(records[position].ref for position in chosen)
-    found = index.search(queries, top_k, allowed)
-    assert len(found) == len(queries)
-    for query, matches in zip(queries, found, strict=True):
-        assert len(matches) == min(top_k, len(chosen))
-        assert_same(matches, slow_search(records, vectors, query, top_k, chosen))
+    records, queries = [labelled(rng, f"a{number}") for number in range(400)], random_rows(rng, 8)
+    index = AdapterIndex.of(records, 16, settings)
+    index = index.trained() if settings is LISTS else index
+    for tenant, tags in CALLERS:
+        usable = [record for record in records if may_use(record, tenant, tags)]
+        allowed = index.allowed(tenant, tags)
+        assert allowed.num == len(usable)
+        for query, matches in zip(queries, index.search(queries, top_k, allowed), strict=True):
+            assert_same(matches, slow_search(usable, query, top_k))
 
 
-def test_without_a_bitmap_all_are_allowed() -> None:
-    rng = np.random.default_rng(0)
-    records, vectors, queries = records_of(40), random_rows(rng, 40), random_rows(rng, 3)
-    index = AdapterIndex(records, vectors)
-    assert index.search(queries, 5) == index.search(queries, 5, index.bitmap(record.ref for record in records))
+@pytest.mark.parametrize("settings", [EXACT, LISTS], ids=["exact", "lists"])
+def test_every_generation_of_publishes_updates_and_withdrawals_equals_a_slow_loop(settings: IndexSettings) -> None:
+    rng = np.random.default_rng(7)
+    live = {(r.ref.tenant, r.ref.name): r for r in (labelled(rng, f"a{number}") for number in range(150))}
+    index = AdapterIndex.of(list(live.values()), 16, settings)
+    index = index.trained() if settings is LISTS else index
+    generations = []
+    for number in range(40):
+        keys = list(live)
+        gone = [keys[i] for i in rng.choice(len(keys), rng.integers(0, 5), replace=False)]
+        updated = [live[key] for key in gone[::2]]
+        new = [labelled(rng, f"new-{number}-{i}") for i in range(rng.integers(0, 5))]
+        new += [replace(labelled(rng, old.ref.name), ref=replace(old.ref, digest=f"{number}")) for old in updated]
+        live = {key: record for key, record in live.items() if key not in gone}
+        live |= {(record.ref.tenant, record.ref.name): record for record in new}
+        index = index.after([*gone, ("nobody", "unknown")], new)
+        generations.append((index, live))
+    queries = random_rows(rng, 3)
+    for index, live in generations:  # the old ones still are what they were
+        assert index.num_live == len(live)
+        for tenant, tags in CALLERS:
+            usable = [record for record in live.values() if may_use(record, tenant, tags)]
+            for query, matches in zip(queries, index.search(queries, 3, index.allowed(tenant, tags)), strict=True):
+                assert_same(matches, slow_search(usable, query, 3))
 
 
-@pytest.mark.parametrize("num_queries", [1, 50])  # FAISS multiplies otherwise from 20 queries on
+def test_score_levels_follow_every_generation() -> None:
+    rng = np.random.default_rng(11)
+    records = [labelled(rng, f"a{number}") for number in range(60)]
+    index, live = AdapterIndex.of(records[:40], 16), records[:40]
+    for start in (0, 10, 20):
+        gone, new = live[start : start + 7], records[40 + start : 50 + start]
+        live = [record for record in live if record not in gone] + new
+        index = index.after([(record.ref.tenant, record.ref.name) for record in gone], new)
+        for tenant in ("big", "t1", "stranger"):
+            seen = [r.embedding.own_scores for r in live if r.embedding is not None and r.is_visible_to(tenant)]
+            np.testing.assert_array_equal(index.levels(tenant), count_levels(map(score_levels, seen)))
+
+
+def test_a_new_generation_shares_the_vectors_of_the_one_before() -> None:
+    index = index_of(random_rows(np.random.default_rng(0), 500))
+    after = index.after([], records_of(random_rows(np.random.default_rng(1), 1)))
+    assert np.shares_memory(index._vectors, after._vectors)
+
+
+def test_a_generation_is_followed_once() -> None:
+    index = index_of(random_rows(np.random.default_rng(0), 5))
+    index.after([], [record_of("new", [1.0] * 16)])
+    with pytest.raises(AssertionError):
+        index.after([], [record_of("other", [1.0] * 16)])
+
+
+@pytest.mark.parametrize("settings", [EXACT, LISTS], ids=["exact", "lists"])
+def test_what_came_and_went_since_training_is_found_and_not_found(settings: IndexSettings) -> None:
+    rng = np.random.default_rng(2)
+    vectors = random_rows(rng, 200)
+    records = records_of(vectors)
+    index = index_of(vectors, settings)
+    new = [record_of(f"new-{number}", vector) for number, vector in enumerate(random_rows(rng, 20))]
+    gone = records[:20]
+    index = index.after([(record.ref.tenant, record.ref.name) for record in gone], new)
+    for record in new:
+        [[match]] = index.search(record.embedding.vector[np.newaxis], 1, index.allowed())
+        assert (match.record.ref, match.score) == (record.ref, pytest.approx(1))
+    for record in gone:
+        for match in index.search(record.embedding.vector[np.newaxis], 220, index.allowed())[0]:
+            assert match.record.ref != record.ref
+    assert index.num_unlisted == (200 if settings is EXACT else 20)
+
+
+@pytest.mark.parametrize("settings", [EXACT, LISTS], ids=["exact", "lists"])
+def test_compacted_has_the_same_adapters_and_answers(settings: IndexSettings) -> None:
+    rng = np.random.default_rng(4)
+    records, queries = [labelled(rng, f"a{number}") for number in range(120)], random_rows(rng, 5)
+    keys: list[Key] = [(record.ref.tenant, record.ref.name) for record in records[::3]]
+    index = AdapterIndex.of(records, 16, settings).after(keys, [])
+    compacted = index.compacted()
+    assert (index.num_dead, index.num_positions) == (40, 120)
+    assert (compacted.num_dead, compacted.num_positions, compacted.num_live) == (0, 80, 80)
+    compacted = compacted.trained() if settings is LISTS else compacted
+    for tenant, tags in CALLERS:
+        before = index.search(queries, 5, index.allowed(tenant, tags))
+        assert compacted.search(queries, 5, compacted.allowed(tenant, tags)) == before
+        np.testing.assert_array_equal(compacted.levels(tenant), index.levels(tenant))
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 5, 8])
+@pytest.mark.parametrize("num_probes", [1, 4])
+def test_a_small_tenant_gets_its_k_in_a_big_pool_however_few_lists_are_read(top_k: int, num_probes: int) -> None:
+    rng = np.random.default_rng(3)
+    records = [record_of(f"a{number}", vector) for number, vector in enumerate(random_rows(rng, 2000))]
+    own = [record_of(f"own-{n}", v, tenant="small", tags=("t",)) for n, v in enumerate(random_rows(rng, 5))]
+    more = [record_of(f"m{n}", v, tags=("t",)) for n, v in enumerate(random_rows(rng, 60))]
+    settings = IndexSettings(exact_rows=100, num_probes=num_probes)
+    index = AdapterIndex.of([*records, *own, *more], 16, settings).trained()
+    for query in random_rows(rng, 10):
+        [matches] = index.search(query[np.newaxis], top_k, index.allowed("small", ["t"]))
+        assert len(matches) == top_k
+        [widest] = index.search(query[np.newaxis], 5000, index.allowed("small", ["t"]))
+        assert len(widest) == 65
+    few = AdapterIndex.of([*records, *[replace(r, visibility="private", tags=("x",)) for r in own]], 16, settings)
+    few = few.trained()
+    for query in random_rows(rng, 10):
+        [matches] = few.search(query[np.newaxis], 8, few.allowed("small", ["x"]))
+        assert_same(matches, slow_search(own, query, 8))  # five rows are read one by one, whatever the pool's size
+
+
+def test_few_probes_find_nearly_all_of_the_best() -> None:
+    rng = np.random.default_rng(8)
+    centres = rng.standard_normal((30, 16))
+    vectors, queries = (
+        unit_rows((centres[rng.integers(0, 30, count)] + 0.4 * rng.standard_normal((count, 16))).astype(np.float32))
+        for count in (4000, 100)
+    )
+    index = AdapterIndex.of(records_of(vectors), 16, IndexSettings(exact_rows=1000, num_probes=16)).trained()
+    hits = []
+    for query, matches in zip(queries, index.search(queries, 3, index.allowed()), strict=True):
+        third = np.sort(vectors.astype(np.float64) @ query)[-3]
+        hits += [match.score >= third - 1e-3 for match in matches]
+    assert np.mean(hits) >= 0.98
+
+
+@pytest.mark.parametrize("settings", [EXACT, LISTS], ids=["exact", "lists"])
 @pytest.mark.parametrize("num_equal", [2, 9, 120])
-def test_ties_go_by_tenant_and_name_wherever_the_cut_falls(num_equal: int, num_queries: int) -> None:
+def test_ties_go_by_tenant_and_name_wherever_the_cut_falls(num_equal: int, settings: IndexSettings) -> None:
     rng = np.random.default_rng(num_equal)
-    records, vectors = records_of(200), random_rows(rng, 200)
+    vectors = random_rows(rng, 200)
     equal = rng.choice(200, num_equal, replace=False)
     vectors[equal] = vectors[equal[0]]
-    queries = np.repeat(vectors[equal[:1]], num_queries, axis=0)
+    records, index = records_of(vectors), index_of(vectors, settings)
     expected = sorted((records[position].ref.tenant, records[position].ref.name) for position in equal)
     for top_k in (1, 2, num_equal - 1, num_equal):
-        for matches in AdapterIndex(records, vectors).search(queries, top_k):
-            assert [(match.record.ref.tenant, match.record.ref.name) for match in matches] == expected[:top_k]
-            assert len({match.score for match in matches}) == 1
+        [matches] = index.search(vectors[equal[:1]], top_k, index.allowed())
+        assert [(match.record.ref.tenant, match.record.ref.name) for match in matches] == expected[:top_k]
+        assert len({match.score for match in matches}) == 1
 
 
+@pytest.mark.parametrize("settings", [EXACT, LISTS], ids=["exact", "lists"])
 @pytest.mark.parametrize("top_k", [4, 6, 20, 63, 70])
-def test_ties_below_better_matches_go_by_name_too(top_k: int) -> None:
+def test_ties_below_better_matches_go_by_name_too(top_k: int, settings: IndexSettings) -> None:
     rng = np.random.default_rng(top_k)
-    records = [record_of(f"adapter-{number:03d}", None) for number in range(80)]
     vectors = np.repeat(random_rows(rng, 1), 80, axis=0)
-    vectors[-4:] += random_rows(rng, 4) / 4  # what comes last in name order scores best
+    vectors[-4:] += random_rows(rng, 4) / 4
     [query] = unit_rows(vectors[-4:].mean(axis=0, keepdims=True))
-    [found] = AdapterIndex(records, vectors).search(query[np.newaxis], top_k)
-    assert_same(found, slow_search(records, vectors, query, top_k, set(range(80))))
+    index = index_of(vectors, settings)
+    [found] = index.search(query[np.newaxis], top_k, index.allowed())
+    assert_same(found, slow_search(records_of(vectors), query, top_k))
 
 
-def test_the_best_of_many_near_ties_are_found() -> None:
+@pytest.mark.parametrize("settings", [EXACT, LISTS], ids=["exact", "lists"])
+def test_the_best_of_many_near_ties_are_found(settings: IndexSettings) -> None:
     rng = np.random.default_rng(6)
-    records, queries = records_of(200), random_rows(rng, 30, 384)
+    queries = random_rows(rng, 30, 384)
     vectors = np.repeat(random_rows(rng, 1, 384), 200, axis=0) + rng.standard_normal((200, 384)) * 1e-8
-    index = AdapterIndex(records, vectors.astype(np.float32))
+    index = index_of(vectors.astype(np.float32), settings)
     exact = index._vectors.astype(np.float64) @ queries.T.astype(np.float64)
-    for matches, scores in zip(index.search(queries, 3), exact.T, strict=True):
+    for matches, scores in zip(index.search(queries, 3, index.allowed()), exact.T, strict=True):
         assert [match.score for match in matches] == pytest.approx(sorted(scores)[:-4:-1], abs=1e-12)
 
 
-def test_scores_are_finer_than_float32_sums() -> None:
+@pytest.mark.parametrize("settings", [EXACT, LISTS], ids=["exact", "lists"])
+def test_scores_are_finer_than_float32_sums(settings: IndexSettings) -> None:
     rng = np.random.default_rng(5)
-    records, vectors, [query] = records_of(50), random_rows(rng, 50, 384), random_rows(rng, 1, 384)
-    index = AdapterIndex(records, vectors)
+    vectors, [query] = random_rows(rng, 50, 384), random_rows(rng, 1, 384)
+    records, index = records_of(vectors), index_of(vectors, settings)
     rows = {record.ref: row for record, row in zip(records, unit_rows(vectors), strict=True)}
-    for match in index.search(query[np.newaxis], 50)[0]:
+    for match in index.search(query[np.newaxis], 50, index.allowed())[0]:
         exact = math.fsum(float(a) * float(b) for a, b in zip(rows[match.record.ref], query, strict=True))
         assert match.score == pytest.approx(exact, abs=1e-12)
 
 
-def test_an_answer_does_not_depend_on_its_batch() -> None:
+@pytest.mark.parametrize("settings", [EXACT, IndexSettings(exact_rows=100, num_probes=4)], ids=["exact", "lists"])
+def test_an_answer_does_not_depend_on_its_batch(settings: IndexSettings) -> None:
     rng = np.random.default_rng(3)
-    records, vectors, queries = records_of(500), random_rows(rng, 500, 384), random_rows(rng, 64, 384)
-    index = AdapterIndex(records, vectors)
-    alone = [index.search(query[np.newaxis], 8)[0] for query in queries]
-    assert index.search(queries, 8) == alone
+    index, queries = index_of(random_rows(rng, 500, 384), settings), random_rows(rng, 64, 384)
+    alone = [index.search(query[np.newaxis], 8, index.allowed())[0] for query in queries]
+    assert index.search(queries, 8, index.allowed()) == alone
 
 
 def test_vectors_of_any_length_score_by_cosine() -> None:
-    records = [record_of("far", None), record_of("near", None)]
-    index = AdapterIndex(records, np.asarray([[100, 100], [0.1, 0]], np.float32))
-    [matches] = index.search(np.asarray([[1, 0]], np.float32), 2)
+    index = AdapterIndex.of([record_of("far", [100, 100]), record_of("near", [0.1, 0])], 2)
+    [matches] = index.search(np.asarray([[1, 0]], np.float32), 2, index.allowed())
     assert [match.record.ref.name for match in matches] == ["near", "far"]
     assert [match.score for match in matches] == pytest.approx([1, np.sqrt(0.5)], abs=1e-6)
 
 
 def test_nothing_to_find_is_an_empty_list() -> None:
-    empty = AdapterIndex([], np.empty((0, 2), np.float32))
+    empty = AdapterIndex.of([], 2)
     queries = np.asarray([[1, 0], [0, 1]], np.float32)
-    assert empty.search(queries, 3) == [[], []]
-    assert empty.search(queries, 3, empty.bitmap([])) == [[], []]
-    one = AdapterIndex([record_of("one", None)], np.asarray([[1, 0]], np.float32))
-    assert one.search(queries, 3, one.bitmap([])) == [[], []]
-    assert one.search(queries[:0], 3) == []
+    assert empty.search(queries, 3, empty.allowed()) == [[], []]
+    one = empty.after([], [record_of("one", [1, 0], visibility="private")])
+    assert one.search(queries, 3, one.allowed("other")) == [[], []]
+    assert one.search(queries[:0], 3, one.allowed()) == []
+    assert [len(matches) for matches in one.search(queries, 3, one.allowed("local"))] == [1, 1]
 
 
-def test_a_bitmap_leaves_out_what_is_not_indexed() -> None:
-    index = AdapterIndex([record_of("one", None)], np.asarray([[1, 0]], np.float32))
-    assert index.bitmap([record_of("other", None).ref]).sum() == 0
+@pytest.mark.parametrize("settings", [EXACT, LISTS], ids=["exact", "lists"])
+def test_a_query_that_is_no_number_finds_nothing_and_hurts_no_neighbour(settings: IndexSettings) -> None:
+    index = index_of(random_rows(np.random.default_rng(0), 100), settings)
+    queries = random_rows(np.random.default_rng(1), 3)
+    queries[1, 5] = np.nan
+    assert [len(matches) for matches in index.search(queries, 3, index.allowed())] == [3, 0, 3]
+
+
+def rows_read(allowed: Allowed) -> tuple[int, bool]:
+    return len(allowed.positions), allowed.listed is not None
+
+
+def test_few_rows_are_read_one_by_one_and_many_by_lists_and_a_side_list() -> None:
+    rng = np.random.default_rng(1)
+    records = [
+        record_of(f"a{n}", vector, tenant="small" if n < 25 else "big", visibility="private")
+        for n, vector in enumerate(random_rows(rng, 400))
+    ]
+    settings = IndexSettings(exact_rows=100, side_rows=10)
+    index = AdapterIndex.of(records, 16, settings)
+    assert rows_read(index.allowed("big")) == (375, False)  # without lists there is no other way
+    assert index.wants_rebuild
+    index = index.trained()
+    assert not index.wants_rebuild
+    assert rows_read(index.allowed("small")) == (25, False)  # a quarter of exact_rows: they lie scattered
+    assert rows_read(index.allowed("big")) == (0, True)
+    index = index.after([], [record_of(f"n{n}", v) for n, v in enumerate(random_rows(rng, 10))])
+    assert rows_read(index.allowed("big")) == (10, True)
+    assert not index.wants_rebuild
+    assert index.after([], [record_of("one more", [1.0] * 16)]).wants_rebuild
+
+
+def test_a_quarter_of_dead_positions_wants_a_rebuild() -> None:
+    index = index_of(random_rows(np.random.default_rng(0), 100))
+    keys = [(record.ref.tenant, record.ref.name) for record in index.records]
+    index = index.after(keys[:20], [])
+    assert not index.wants_rebuild
+    index = index.after(keys[20:21], [])
+    assert (index.num_live, index.num_dead, index.wants_rebuild) == (79, 21, True)
+    assert not index.compacted().wants_rebuild
+
+
+def test_bytes_return_when_what_came_has_gone() -> None:
+    vectors = random_rows(np.random.default_rng(0), 12)
+    index = index_of(vectors).compacted()
+    before = index.num_bytes
+    for number in range(100):
+        index = index.after([], [record_of(f"passing-{number}", vectors[0])])
+        index = index.after([("local", f"passing-{number}")], [])
+        index = index.compacted() if index.wants_rebuild else index
+    assert index.compacted().num_bytes == before
+    assert index.num_bytes < before + 100

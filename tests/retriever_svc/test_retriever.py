@@ -1,37 +1,42 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from lora_store.adapter import LOCAL_TENANT, Sample
-from lora_store.catalogue import Catalogue, Event, Snapshot
+from lora_store.catalogue import Catalogue
 from lora_store.errors import AdapterNotFound, PlanInvalid
+from lora_store.events import Publish
+from lora_store.location import Location
 from lora_store.plan import Plan
 from lora_store.records import AdapterRecord
-from retriever_svc import Encoder, NoAdapterMatched, Retriever, Route, RouteRequest, StaleIndex, calibrate_floor
-from tests.retriever_svc.pool_fakes import FakeEncoder, names, record_of, snapshot_of
+from retriever_svc import (
+    Encoder,
+    LivePool,
+    NoAdapterMatched,
+    NothingToEmbed,
+    Retriever,
+    Route,
+    RouteRequest,
+    StaleIndex,
+    calibrate_floor,
+    embed_groups,
+)
+from tests.retriever_svc.pool_fakes import FakeEncoder, Source, embedding_of, live_pool, names, record_of
 
 EAST, NORTH, NORTHEAST = (1.0, 0.0), (0.0, 1.0), (0.6, 0.8)
 TABLE = {"east": EAST, "north": NORTH, "northeast": NORTHEAST, "west": (-1.0, 0.0)}
 POOL = (record_of("e", EAST), record_of("n", NORTH), record_of("ne", NORTHEAST))
 
 
-class Source:
-    """A catalogue that holds whatever snapshot the test put there last."""
-
-    def __init__(self, snapshot: Snapshot) -> None:
-        self.now = snapshot
-
-    def __call__(self) -> Snapshot:
-        return self.now
-
-
-def retriever_of(*records: AdapterRecord, **options: object) -> Retriever:
-    return Retriever(FakeEncoder(TABLE), Source(snapshot_of(*records)), **options)
+def retriever_of(*records: AdapterRecord, encoder: FakeEncoder | None = None, **options: object) -> Retriever:
+    return Retriever(live_pool(encoder or FakeEncoder(TABLE), Source(*records)), **options)
 
 
 def route_one(retriever: Retriever, text: str = "east", **fields: object) -> Route:
@@ -81,7 +86,7 @@ def test_softmax_weights_follow_the_scores_and_the_temperature(temperature: floa
 
 def test_the_encoder_is_called_once_per_batch() -> None:
     encoder = FakeEncoder(TABLE)
-    retriever = Retriever(encoder, Source(snapshot_of(*POOL)))
+    retriever = retriever_of(*POOL, encoder=encoder)
     texts = ["north", "east", "northeast", "east"]
     requests = [RouteRequest(text, tenant=f"t{i % 2}", top_k=1 + i) for i, text in enumerate(texts)]
     routes = retriever.route(requests)
@@ -145,7 +150,7 @@ def test_private_adapters_of_others_are_never_candidates_nor_resolvable() -> Non
         ["mine", "all"],
         ["all"],
     ]
-    neighbours = retriever.neighbours(np.asarray(EAST, np.float32), 5, tenant="a")
+    neighbours = retriever.neighbours(embedding_of(EAST), 5, tenant="a")
     assert [candidate.ref.name for candidate in neighbours] == ["mine", "all"]
     for name in ("theirs", "b/theirs", f"b/theirs@{theirs.ref.digest}", "nothing"):
         with pytest.raises(AdapterNotFound) as caught:
@@ -183,7 +188,7 @@ def test_a_plan_has_the_template_all_its_adapters_name(templates: tuple[str | No
 
 def test_a_named_adapter_is_a_plan_of_one_row_and_no_encoder_call() -> None:
     encoder = FakeEncoder(TABLE)
-    retriever = Retriever(encoder, Source(snapshot_of(*POOL)))
+    retriever = retriever_of(*POOL, encoder=encoder)
     plan = retriever.plan_named(LOCAL_TENANT, [("n", 1.0)])
     assert [(a.ref, a.weights_digest, a.weight, a.score) for a in plan.adapters] == [
         (POOL[1].ref, POOL[1].weights_digest, 1.0, None)
@@ -222,14 +227,62 @@ def test_any_other_digest_is_not_found(digest: str) -> None:
             call(f"n@{digest}")
 
 
+def kept_versions(*visibilities: str) -> tuple[AdapterRecord, ...]:
+    """The versions of one name, the live one first."""
+    return tuple(
+        record_of("n", NORTH, tenant="a", version=str(n), visibility=visibility)
+        for n, visibility in enumerate(visibilities)
+    )
+
+
+def retriever_with_history(*versions: AdapterRecord) -> Retriever:
+    source = Source()
+    source.commit(versions[0], previous={("a", "n"): versions[1:]})
+    return Retriever(live_pool(FakeEncoder(TABLE), source))
+
+
+def test_a_digest_reaches_the_kept_versions_too() -> None:
+    versions = kept_versions("public", "public", "public")
+    retriever = retriever_with_history(*versions)
+    for version in versions:
+        assert retriever.resolve("a", f"n@{version.ref.digest[:8]}") == version
+        plan = retriever.plan_named("b", [(f"a/n@{version.ref.digest}", 1.0)])
+        assert [adapter.ref for adapter in plan.adapters] == [version.ref]
+    assert retriever.resolve("a", "n") == versions[0]
+    assert retriever.versions("b", "n") == (2, list(versions))
+
+
+def test_a_version_that_was_private_stays_so() -> None:
+    versions = kept_versions("public", "private")
+    retriever = retriever_with_history(*versions)
+    assert retriever.resolve("a", f"n@{versions[1].ref.digest}") == versions[1]
+    assert retriever.versions("a", "n") == (2, list(versions))
+    assert retriever.versions("b", "n") == (2, [versions[0]])
+    with pytest.raises(AdapterNotFound):
+        retriever.resolve("b", f"a/n@{versions[1].ref.digest}")
+
+
+def test_what_is_withdrawn_has_no_versions() -> None:
+    with pytest.raises(AdapterNotFound):
+        retriever_of(*POOL).versions(LOCAL_TENANT, "gone")
+
+
+def test_records_are_what_the_tenant_may_use_by_owner_and_name() -> None:
+    theirs = record_of("theirs", EAST, tenant="b", visibility="private")
+    retriever = retriever_of(*reversed(POOL), theirs)
+    assert retriever.records("a") == (1, [POOL[0], POOL[1], POOL[2]])
+    assert retriever.records("b") == (1, [theirs, POOL[0], POOL[1], POOL[2]])
+
+
 def test_a_new_generation_is_seen_after_catching_up_and_old_routes_stay() -> None:
-    source = Source(snapshot_of(POOL[0]))
-    retriever = Retriever(FakeEncoder(TABLE), source)
+    source = Source(POOL[0])
+    pools = live_pool(FakeEncoder(TABLE), source)
+    retriever = Retriever(pools)
     old = route_one(retriever, "north")
     kept = replace(old)
-    source.now = snapshot_of(POOL[1], record_of("more", NORTH, tenant="b"), generation=2)
+    source.commit(POOL[1], record_of("more", NORTH, tenant="b"))
     assert route_one(retriever, "north") == old
-    assert retriever.catch_up(2) == 2
+    assert (pools.catch_up(2), retriever.generation) == (2, 2)
     new = route_one(retriever, "north")
     assert (names(new), new.generation, new.plan.generation) == (["more", "n"], 2, 2)
     assert old == kept
@@ -239,84 +292,126 @@ def test_a_new_generation_is_seen_after_catching_up_and_old_routes_stay() -> Non
 
 
 def test_a_commit_to_the_catalogue_is_read_after_catching_up(tmp_path: Path) -> None:
-    catalogue = Catalogue(str(tmp_path))
-    retriever = Retriever(FakeEncoder(TABLE), catalogue.snapshot)
+    catalogue = Catalogue(Location(str(tmp_path)))
+    pools = live_pool(FakeEncoder(TABLE), catalogue.snapshot)
+    retriever = Retriever(pools)
     assert route_one(retriever).abstained
-    generation = catalogue.commit(lambda snapshot: [Event("publish", record) for record in POOL])
-    assert retriever.catch_up(generation) == generation
+    generation = catalogue.commit(lambda snapshot: [Publish(record) for record in POOL])
+    assert pools.catch_up(generation) == generation
     route = route_one(retriever)
     assert names(route) == ["e", "ne", "n"]
     assert [candidate.score for candidate in route.candidates] == pytest.approx([1, 0.6, 0], abs=1e-6)
 
 
 def test_a_search_in_progress_stays_in_its_generation() -> None:
-    source = Source(snapshot_of(POOL[0]))
+    source = Source(POOL[0])
 
     class Overtaken(FakeEncoder):
-        def encode(self, texts: list[str]) -> np.ndarray:
-            source.now = snapshot_of(POOL[1], generation=2)
-            retriever.catch_up()
+        def encode(self, texts: Sequence[str]) -> np.ndarray:
+            source.commit(POOL[1])
+            pools.catch_up()
             return super().encode(texts)
 
-    retriever = Retriever(Overtaken(TABLE), source)
+    pools = live_pool(Overtaken(TABLE), source)
+    retriever = Retriever(pools)
     route = route_one(retriever)
     assert (names(route), route.generation) == (["e"], 1)
-    assert retriever.snapshot.generation == 2
+    assert retriever.generation == 2
 
 
-def test_a_generation_not_there_yet_is_stale_and_the_newest_is_served() -> None:
-    source = Source(snapshot_of(POOL[0]))
-    retriever = Retriever(FakeEncoder(TABLE), source)
-    source.now = snapshot_of(*POOL, generation=3)
-    with pytest.raises(StaleIndex) as caught:
-        retriever.catch_up(4)
-    assert (caught.value.wanted, caught.value.found) == (4, 3)
-    assert retriever.snapshot is source.now
+def test_what_wants_a_later_generation_is_stale_in_its_own_place() -> None:
+    retriever = retriever_of(*POOL)
+    asked = [RouteRequest("east"), RouteRequest("nothing", min_generation=2), RouteRequest("north", min_generation=1)]
+    first, stale, last = retriever.route(asked)  # what is stale is not even encoded
+    assert isinstance(stale, StaleIndex)
+    assert (stale.wanted, stale.found) == (2, 1)
+    assert isinstance(first, Route)
+    assert isinstance(last, Route)
+    assert (names(first)[0], names(last)[0]) == ("e", "n")
 
 
-def test_an_older_snapshot_never_replaces_a_newer() -> None:
-    source = Source(snapshot_of(*POOL, generation=3))
-    retriever = Retriever(FakeEncoder(TABLE), source)
-    source.now = snapshot_of(generation=2)
-    assert retriever.catch_up() == 3
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda retriever, least: retriever.plan_named(LOCAL_TENANT, [("n", 1.0)], min_generation=least),
+        lambda retriever, least: retriever.resolve(LOCAL_TENANT, "n", least),
+        lambda retriever, least: retriever.records(LOCAL_TENANT, least),
+        lambda retriever, least: retriever.versions(LOCAL_TENANT, "n", least),
+    ],
+    ids=["plan_named", "resolve", "records", "versions"],
+)
+def test_every_read_has_its_fence(read: Callable[[Retriever, int], object]) -> None:
+    retriever = retriever_of(*POOL)
+    assert read(retriever, 1) == read(retriever, 0)
+    with pytest.raises(StaleIndex):
+        read(retriever, 2)
+
+
+def test_tags_narrow_what_is_planned_and_leave_the_floor() -> None:
+    tagged = record_of("tagged", NORTH, tags=("x", "y"), own_scores=[0.9])
+    retriever = retriever_of(*POOL, tagged, record_of("loose", EAST, tags=("x",), own_scores=[0.5]))
+    asked = [RouteRequest("east", tags=tags, min_score=-1) for tags in ((), ("x",), ("x", "y"), ("z",))]
+    found = [[c.ref.name for c in answer.candidates] for answer in retriever.route(asked) if isinstance(answer, Route)]
+    assert found == [["e", "loose", "ne"], ["loose", "tagged"], ["tagged"], []]
+    [error] = retriever.route([RouteRequest("east", tags=("x", "y"), fallback="error")])
+    assert isinstance(error, NoAdapterMatched)
+    assert error.floor == pytest.approx(0.504)
 
 
 SAMPLES = {"e": ("east", "northeast"), "n": ("north", "northeast", "north"), "secret": ("east", "west")}
-
-
-def sample_source(record: AdapterRecord) -> list[Sample]:
-    return [Sample(text) for text in SAMPLES[record.ref.name]]
 
 
 def floor_for(*adapters: str) -> float:
     return calibrate_floor([np.asarray([TABLE[text] for text in SAMPLES[name]]) for name in adapters])
 
 
+def sampled(name: str, **fields: Any) -> AdapterRecord:
+    """An adapter whose own scores are those of its samples."""
+    [embedding] = embed_groups(FakeEncoder(TABLE), [[Sample(text) for text in SAMPLES[name]]])
+    assert embedding is not None
+    return replace(record_of(name, None, **fields), embedding=embedding)
+
+
 def test_the_default_floor_is_measured_on_what_the_caller_sees() -> None:
-    secret = record_of("secret", EAST, tenant="b", visibility="private")
-    retriever = retriever_of(POOL[0], POOL[1], secret, sample_source=sample_source)
+    secret = sampled("secret", tenant="b", visibility="private")
+    retriever = retriever_of(sampled("e"), sampled("n"), secret)
     [error, other] = retriever.route([RouteRequest("west", tenant=tenant, fallback="error") for tenant in ("a", "b")])
     assert isinstance(error, NoAdapterMatched)
     assert error.floor == pytest.approx(floor_for("e", "n"), abs=1e-6)
     assert floor_for("e", "n", "secret") < -0.9  # its two samples are opposites
-    assert names(other)[0] == "n"
+    assert isinstance(other, Route)
 
 
-def test_the_floor_follows_the_pool_and_embeds_only_what_is_new() -> None:
-    encoder, source = FakeEncoder(TABLE), Source(snapshot_of(POOL[0]))
-    retriever = Retriever(encoder, source, sample_source=sample_source)
-    source.now = snapshot_of(POOL[0], POOL[1], generation=2)
-    retriever.catch_up()
-    assert encoder.batches == [list(SAMPLES["e"]), list(SAMPLES["n"])]
+def test_the_floor_follows_the_pool_and_encodes_no_sample() -> None:
+    encoder, source = FakeEncoder(TABLE), Source(sampled("e"))
+    pools = live_pool(encoder, source)
+    retriever = Retriever(pools)
+    source.commit(sampled("e"), sampled("n"))
+    pools.catch_up()
     [error] = retriever.route([RouteRequest("west", fallback="error")])
     assert isinstance(error, NoAdapterMatched)
     assert error.floor == pytest.approx(floor_for("e", "n"), abs=1e-6)
+    assert encoder.batches == [["west"]]
 
 
-def test_a_given_floor_reads_no_samples() -> None:
-    encoder = FakeEncoder(TABLE)
-    Retriever(encoder, Source(snapshot_of(*POOL)), min_score=0.2, sample_source=sample_source)
-    assert encoder.batches == []
+def test_a_given_floor_stands_whatever_the_samples_say() -> None:
+    assert not route_one(retriever_of(sampled("e"), min_score=0.2)).abstained
+    [error] = retriever_of(sampled("e"), min_score=0.99).route([RouteRequest("north", fallback="error")])
+    assert isinstance(error, NoAdapterMatched)
+    assert error.floor == 0.99
+
+
+def test_no_samples_no_embedding() -> None:
+    retriever = retriever_of()
+    with pytest.raises(NothingToEmbed):
+        retriever.embed([])
+    assert retriever.embed_groups([[], [Sample("east")]])[0] is None
+
+
+def test_an_embedding_by_another_encoder_has_no_neighbours_here() -> None:
+    retriever = retriever_of(*POOL)
+    assert [c.ref.name for c in retriever.neighbours(embedding_of(EAST), 2)] == ["e", "ne"]
+    assert retriever.neighbours(embedding_of((1.0, 0.0, 0.0), encoder="another"), 2) == ()
 
 
 FAMILIES = {
@@ -355,12 +450,12 @@ HELD_OUT = {
 def test_prompts_find_the_adapter_of_their_task() -> None:
     encoder = Encoder()
     samples = {name: [Sample(text) for text in texts] for name, texts in FAMILIES.items()}
-    empty = Retriever(encoder, Source(snapshot_of()))
-    records = [record_of(name, empty.embed(samples[name]), encoder=encoder.identity) for name in FAMILIES]
-    retriever = Retriever(encoder, Source(snapshot_of(*records)), sample_source=lambda record: samples[record.ref.name])
+    empty = Retriever(LivePool(lambda model: encoder, Source()))
+    records = [replace(record_of(name, None), embedding=empty.embed(samples[name])) for name in FAMILIES]
+    retriever = Retriever(LivePool(lambda model: encoder, Source(*records)))
     asked = [(name, text) for name, texts in HELD_OUT.items() for text in texts]
     routes = retriever.route([RouteRequest(text, strategy="selection") for _, text in asked])
-    assert [names(route) for route in routes] == [[name] for name, _ in asked]
+    assert [names(route) for route in routes if isinstance(route, Route)] == [[name] for name, _ in asked]
     assert route_one(retriever, "zxqv 0x7f segfault in kernel module, dmesg attached").abstained
     neighbours = retriever.neighbours(empty.embed(samples["sentiment"]), 2)
     assert neighbours[0].ref.name == "sentiment"

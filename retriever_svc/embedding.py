@@ -1,0 +1,27 @@
+"""Samples to the embedding of their adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lora_store.adapter import Sample
+from lora_store.records import Embedding
+from retriever_svc.calibration import leave_one_out_scores
+from retriever_svc.encoder import Encoder, unit_rows
+
+
+def embed_groups(encoder: Encoder, groups: Sequence[Sequence[Sample]]) -> list[Embedding | None]:
+    """One embedding per adapter's samples, None where there is no sample; all texts are encoded together.
+
+    E(adapter) = mean over its samples of E(instruction ⊕ sample), scaled to length 1: its products are cosines then.
+    Source: LoraRetriever (ACL Findings 2024), section 4.1.
+    """
+    rows = encoder.encode([sample.input for samples in groups for sample in samples])
+    embeddings: list[Embedding | None] = []
+    start = 0
+    for samples in groups:
+        own = rows[start : start + len(samples)]
+        start += len(samples)
+        vector = unit_rows(own.mean(axis=0)) if samples else None
+        embeddings.append(None if vector is None else Embedding(encoder.identity, vector, leave_one_out_scores(own)))
+    return embeddings

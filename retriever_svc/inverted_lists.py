@@ -1,0 +1,134 @@
+"""The pool in lists around learned centres, so that a search reads the nearest lists only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Self
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from retriever_svc.encoder import Vectors
+from retriever_svc.inner_products import best_rows
+from retriever_svc.table import Mask, Positions
+
+_POINTS_PER_LIST = 64  # k-means learns from this many
+_ROUNDS = 8  # of k-means
+_ADD_ROWS = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class ListedPart:
+    """What of the lists one caller may see."""
+
+    bits: NDArray[np.uint8]  # one per slot, the lowest bit first
+    lists: NDArray[np.int64]  # those with anything to see
+    sizes: NDArray[np.int64]  # by list: how much there is to see
+
+
+class InvertedLists:
+    """8-bit codes of unit vectors, each in the list of its nearest centre. Never changed once trained.
+
+    A code lies at a slot, which the saved form knows; `positions` says where in the index each slot's vector stands,
+    -1 for one that is gone. Dims: S slots, L lists, D dimensions.
+    """
+
+    def __init__(self, index: Any, positions: Positions) -> None:
+        """`index`: a trained faiss.IndexIVFScalarQuantizer; FAISS's stubs lack half of what it has."""
+        self._index, self.positions = index, positions
+        quantizer: Any = faiss.downcast_index(index.quantizer)
+        self._centres = faiss.vector_to_array(quantizer.codes).view(np.float32).reshape(index.nlist, index.d).copy()
+        steps = faiss.vector_to_array(index.sq.trained)[index.d :] / 255  # by dimension: lower ends, then widths
+        self.code_error = float(4 * steps.max() / 12**0.5)  # four standard deviations of a unit query's score
+        self._list_of = np.empty(index.ntotal, np.int32)  # by slot
+        for number, slots in _slots_by_list(index):
+            self._list_of[slots] = number
+
+    @classmethod
+    def train(cls, vectors: Vectors) -> Self:
+        """Lists over all of `vectors` (P, D), slot i for row i. Runs on one thread, to leave requests the others."""
+        faiss.omp_set_num_threads(1)  # of this thread's own calls
+        num_lists = min(int(2 * len(vectors) ** 0.5), len(vectors))
+        kind, metric = faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
+        centres = faiss.IndexFlatIP(vectors.shape[1])
+        index: Any = faiss.IndexIVFScalarQuantizer(centres, vectors.shape[1], num_lists, kind, metric, False)
+        index.cp.niter, index.cp.spherical, index.cp.min_points_per_centroid = _ROUNDS, True, 1
+        num_points = min(len(vectors), _POINTS_PER_LIST * num_lists)
+        index.train(vectors[np.random.default_rng(0).permutation(len(vectors))[:num_points]])
+        for start in range(0, len(vectors), _ADD_ROWS):
+            index.add(vectors[start : start + _ADD_ROWS])
+        return cls(index, np.arange(len(vectors)))
+
+    @classmethod
+    def from_bytes(cls, data: NDArray[np.uint8], positions: Positions) -> Self:
+        """What `to_bytes` wrote. FAISS does not check what it reads: only for bytes that are known to be whole."""
+        return cls(faiss.deserialize_index(data), positions)
+
+    def to_bytes(self) -> NDArray[np.uint8]:
+        data: NDArray[np.uint8] = faiss.serialize_index(self._index)
+        return data
+
+    @property
+    def num_gone(self) -> int:
+        return int((self.positions < 0).sum())
+
+    @property
+    def num_bytes(self) -> int:
+        codes = self._index.ntotal * (self._index.code_size + 8)  # with each its slot number
+        return int(codes) + self._centres.nbytes + self._list_of.nbytes + self.positions.nbytes
+
+    def part_of(self, allowed: Mask) -> ListedPart:
+        """Those of the `allowed` positions that are in a list."""
+        seen = allowed[self.positions] & (self.positions >= 0)
+        sizes = np.bincount(self._list_of[seen], minlength=len(self._centres))
+        return ListedPart(np.packbits(seen, bitorder="little"), np.flatnonzero(sizes), sizes)
+
+    def unlisted(self, allowed: Mask) -> Positions:
+        """Those of the `allowed` positions that are in no list."""
+        rest = allowed.copy()
+        rest[self.positions[self.positions >= 0]] = False
+        return np.flatnonzero(rest)
+
+    def best(
+        self, query: Vectors, num_wanted: int, part: ListedPart, num_probes: int
+    ) -> tuple[NDArray[np.float32], Positions]:
+        """(scores, positions) by the codes, best first, from the nearest lists that hold something to see.
+
+        At least `num_probes` lists are read, and so many that `num_wanted` are found, or all there is. Scores are
+        within `code_error` of the exact ones.
+        """
+        if len(part.lists) == 0:
+            return np.empty(0, np.float32), np.empty(0, np.int64)
+        lists = self._nearest_lists(query, num_wanted, part, num_probes)
+        scores, slots = np.empty((1, num_wanted), np.float32), np.empty((1, num_wanted), np.int64)
+        selector = faiss.IDSelectorBitmap(len(part.bits), faiss.swig_ptr(part.bits))
+        self._index.search_preassigned_c(
+            1,
+            faiss.swig_ptr(query),
+            num_wanted,
+            faiss.swig_ptr(lists),
+            faiss.swig_ptr(np.zeros(len(lists), np.float32)),  # distances to the centres: not used by these codes
+            faiss.swig_ptr(scores),
+            faiss.swig_ptr(slots),
+            False,
+            faiss.SearchParametersIVF(nprobe=len(lists), sel=selector),  # type: ignore[call-arg]
+        )
+        found = slots[0] >= 0
+        return scores[0][found], self.positions[slots[0][found]]
+
+    def _nearest_lists(self, query: Vectors, num_wanted: int, part: ListedPart, num_probes: int) -> NDArray[np.int64]:
+        num_lists = min(num_probes, len(part.lists))
+        while True:
+            _, lists = best_rows(query, self._centres, part.lists, num_lists)
+            if num_lists == len(part.lists) or part.sizes[lists].sum() >= num_wanted:
+                return lists
+            num_lists = min(4 * num_lists, len(part.lists))
+
+
+def _slots_by_list(index: Any) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    for number in range(index.nlist):
+        size = index.invlists.list_size(number)
+        if size:
+            yield number, faiss.rev_swig_ptr(index.invlists.get_ids(number), size)

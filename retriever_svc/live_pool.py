@@ -1,0 +1,164 @@
+"""The pool as it changes: which generation is served, by which encoder, and the index work done beside requests."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lora_store.errors import StoreUnavailable
+from lora_store.snapshot import Snapshot
+from retriever_svc.encoder import DEFAULT_MODEL, Encoder
+from retriever_svc.encoders import Encoders, LoadEncoder
+from retriever_svc.errors import StaleIndex
+from retriever_svc.index import AdapterIndex, IndexSettings
+from retriever_svc.inverted_lists import InvertedLists
+from retriever_svc.pool import Pool, routable
+from retriever_svc.saved_index import SavedIndexes, SavedLists
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class IndexStats:
+    """What one replica's index holds."""
+
+    generation: int
+    encoder: str
+    num_live: int
+    num_positions: int  # the dead ones included
+    num_unlisted: int  # searched one by one: all, or what came since the lists were trained
+    has_lists: bool
+    num_bytes: int
+
+
+def in_thread(work: Callable[[], None]) -> None:
+    threading.Thread(target=work, name="index-rebuild", daemon=True).start()
+
+
+class LivePool:
+    """One Pool after the other, each replaced whole: no read waits for a refresh, none sees two generations.
+
+    A new generation costs what changed in it. Lists are trained, and dead positions given back, by `background` work
+    on the side; where `saved` is given, trained lists are kept there and found again at start.
+    """
+
+    def __init__(
+        self,
+        load_encoder: LoadEncoder,
+        snapshots: Callable[[], Snapshot],
+        *,
+        model: str = DEFAULT_MODEL,
+        settings: IndexSettings | None = None,
+        saved: SavedIndexes | None = None,
+        background: Callable[[Callable[[], None]], None] = in_thread,
+    ) -> None:
+        """`model` is the encoder's until the catalogue names another. Raises: EncoderUnusable."""
+        self._encoders = Encoders(load_encoder, model)
+        self._snapshots, self._settings = snapshots, settings or IndexSettings()
+        self._saved, self._background = saved, background
+        self._lock = threading.Lock()
+        self._is_rebuilding = False
+        snapshot = snapshots()
+        self._pool = self._built(snapshot, self._encoders.in_force(snapshot.encoder))
+        self._rebuild_where_wanted()
+
+    @property
+    def current(self) -> Pool:
+        """The pool that is being served."""
+        return self._pool
+
+    def catch_up(self, generation: int = 0) -> int:
+        """Serve the catalogue's newest generation, at least `generation`, and return it. Reads go on meanwhile.
+
+        Raises: StaleIndex: the catalogue has not got there; what is newest is served, and the caller may try again.
+        EncoderUnusable: the newest generation's encoder cannot be had; the one before is served on.
+        """
+        with self._lock:
+            snapshot = self._snapshots()
+            if snapshot.generation > self._pool.snapshot.generation:
+                self._pool = self._next(snapshot)
+            served = self._pool.snapshot.generation
+        self._rebuild_where_wanted()
+        if served < generation:
+            raise StaleIndex(generation, served)
+        return served
+
+    def prepare_encoder(self, model: str) -> Encoder:
+        """The encoder of `model`, ready for the generation that activates it. Raises: EncoderUnusable."""
+        return self._encoders.prepare(model)
+
+    def stats(self) -> IndexStats:
+        pool = self._pool
+        index = pool.index
+        return IndexStats(
+            generation=pool.snapshot.generation,
+            encoder=pool.encoder.identity,
+            num_live=index.num_live,
+            num_positions=index.num_positions,
+            num_unlisted=index.num_unlisted,
+            has_lists=index.lists is not None,
+            num_bytes=index.num_bytes,
+        )
+
+    def _next(self, snapshot: Snapshot) -> Pool:
+        encoder = self._encoders.in_force(snapshot.encoder)
+        if encoder is not self._pool.encoder:
+            logger.info("encoder %s takes over at generation %d", encoder.identity, snapshot.generation)
+            return self._built(snapshot, encoder)
+        pool = self._pool.after(snapshot)
+        if pool.index.wants_rebuild and not pool.index.wants_lists:  # so few that it is done at once
+            return pool.rebuilt(pool.index.compacted(), pool)
+        return pool
+
+    def _built(self, snapshot: Snapshot, encoder: Encoder) -> Pool:
+        return Pool.of(snapshot, encoder, self._settings, self._saved_lists(snapshot, encoder))
+
+    def _saved_lists(self, snapshot: Snapshot, encoder: Encoder) -> InvertedLists | None:
+        """The lists another replica trained, over the positions a pool built now will have."""
+        records = routable(snapshot, encoder.identity)
+        if self._saved is None or len(records) <= self._settings.exact_rows:
+            return None
+        try:
+            saved = self._saved.newest(encoder.identity)
+        except StoreUnavailable:
+            logger.warning("saved indexes cannot be read, so one is trained", exc_info=True)
+            return None
+        if saved is None:
+            return None
+        logger.info("lists of %d adapters are loaded as of generation %d", len(saved.refs), saved.generation)
+        position_of = {record.ref: position for position, record in enumerate(records)}
+        return saved.restored([position_of.get(ref, -1) for ref in saved.refs])
+
+    def _rebuild_where_wanted(self) -> None:
+        with self._lock:
+            if self._is_rebuilding or not self._pool.index.wants_rebuild:
+                return
+            self._is_rebuilding = True
+        self._background(self._rebuild)
+
+    def _rebuild(self) -> None:
+        """An index without dead positions, and with lists where it is large, takes over with what came meanwhile."""
+        try:
+            pool = self._pool
+            index = pool.index.compacted()
+            index = index.trained() if index.wants_lists else index
+            with self._lock:
+                newest = self._pool
+                if newest.encoder is pool.encoder:
+                    self._pool = pool.rebuilt(index, newest)
+            self._save(pool, index)
+        finally:
+            self._is_rebuilding = False
+        self._rebuild_where_wanted()
+
+    def _save(self, pool: Pool, index: AdapterIndex) -> None:
+        if self._saved is None or index.lists is None:
+            return
+        refs = tuple(record.ref for record in index.records)
+        data = index.lists.to_bytes()
+        try:
+            self._saved.save(SavedLists(pool.snapshot.generation, pool.encoder.identity, refs, data))
+        except StoreUnavailable:
+            logger.warning("the trained index cannot be saved; the next replica trains its own", exc_info=True)

@@ -1,0 +1,47 @@
+"""Embeds a pool by another encoder, beside the index that is served."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from lora_store.adapter import AdapterRef
+from lora_store.records import AdapterRecord, Embedding
+from lora_store.snapshot import Snapshot
+from retriever_svc.embedding import embed_groups
+from retriever_svc.encoder import Encoder
+from retriever_svc.sample_source import SampleSource, read_samples
+
+_BATCH = 32
+
+
+@dataclass(frozen=True, slots=True)
+class ReindexStep:
+    """Embeddings to be stored. `num_done` of `num_total` adapters are behind this step; `unreadable` got none."""
+
+    num_done: int
+    num_total: int
+    embeddings: Mapping[AdapterRef, Embedding]
+    unreadable: tuple[AdapterRef, ...] = ()
+
+
+def reindex(snapshot: Snapshot, encoder: Encoder, samples: SampleSource) -> Iterator[ReindexStep]:
+    """A step for every few live adapters that `encoder` has not embedded; what the snapshot holds is not done again."""
+    lacking = [record for record in snapshot.records.values() if _lacks(record, snapshot, encoder.identity)]
+    for start in range(0, len(lacking), _BATCH):
+        batch = lacking[start : start + _BATCH]
+        read = [(record.ref, read_samples(samples, record) or ()) for record in batch]
+        embedded = embed_groups(encoder, [own for _, own in read])
+        pairs = [(ref, embedding) for (ref, _), embedding in zip(read, embedded, strict=True)]
+        yield ReindexStep(
+            num_done=start + len(batch),
+            num_total=len(lacking),
+            embeddings={ref: embedding for ref, embedding in pairs if embedding is not None},
+            unreadable=tuple(ref for ref, embedding in pairs if embedding is None),
+        )
+
+
+def _lacks(record: AdapterRecord, snapshot: Snapshot, encoder: str) -> bool:
+    waiting = snapshot.pending.get(record.ref)
+    has_it = record.encoder == encoder or (waiting is not None and waiting.encoder == encoder)
+    return record.samples_digest is not None and not has_it

@@ -1,0 +1,104 @@
+"""Adapters by position: what all generations of an index share, and what a caller's part of it is computed from."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_store.records import AdapterRecord
+from lora_store.snapshot import Key
+from retriever_svc.calibration import score_levels
+from retriever_svc.encoder import unit_rows
+from retriever_svc.growing import GrowingArray
+
+Mask = NDArray[np.bool_]
+Positions = NDArray[np.int64]
+_BLOCK_ROWS = 8192  # bounds what an append holds twice
+
+
+class AdapterTable:
+    """One row per adapter version, at a position that never changes. One writer; readers look below their own count.
+
+    `positions`, for the writer alone: where each name's newest version stands.
+    """
+
+    def __init__(self, dim: int, num_rows: int = 0) -> None:
+        """Empty, with room for `num_rows` of `dim` dimensions."""
+        self.dim = dim
+        self.records: list[AdapterRecord] = []
+        self.positions: dict[Key, int] = {}
+        self.vectors = GrowingArray(np.float32, (dim,), num_rows=num_rows)  # unit rows
+        self.public = GrowingArray(np.bool_, num_rows=num_rows)
+        self._owners = GrowingArray(np.int32, num_rows=num_rows)
+        self._owner_codes: dict[str, int] = {}
+        self._levels = GrowingArray(np.int16)  # of all own scores, adapter after adapter
+        self._level_ends = GrowingArray(np.int64, num_rows=num_rows)
+        self._tagged: dict[str, GrowingArray] = {}
+
+    def __len__(self) -> int:
+        return len(self._owners)
+
+    @property
+    def num_bytes(self) -> int:
+        columns = [self.vectors, self.public, self._owners, self._levels, self._level_ends, *self._tagged.values()]
+        return sum(column.num_bytes for column in columns)
+
+    def append(self, records: Sequence[AdapterRecord]) -> None:
+        """`records`, each with an embedding of `dim` dimensions and any length but zero, take the next positions."""
+        for start in range(0, len(records), _BLOCK_ROWS):
+            self._append_block(records[start : start + _BLOCK_ROWS])
+
+    def _append_block(self, records: Sequence[AdapterRecord]) -> None:
+        embeddings = [record.embedding for record in records if record.embedding is not None]
+        assert len(embeddings) == len(records), "only what has an embedding has a position"
+        first = len(self)
+        self.records.extend(records)
+        self.vectors.append(unit_rows(np.stack([embedding.vector for embedding in embeddings])))
+        self.public.append(np.asarray([record.visibility == "public" for record in records]))
+        levels = [score_levels(embedding.own_scores) for embedding in embeddings]
+        self._levels.append(np.concatenate(levels))
+        self._level_ends.append(len(self._levels) - sum(map(len, levels)) + np.cumsum([len(part) for part in levels]))
+        self._append_labels(records, first)
+        codes = [self._owner_codes.setdefault(r.ref.tenant, len(self._owner_codes)) for r in records]
+        self._owners.append(np.asarray(codes, np.int32))
+
+    def _append_labels(self, records: Sequence[AdapterRecord], first: int) -> None:
+        by_tag: dict[str, list[int]] = {}
+        for position, record in enumerate(records, first):
+            self.positions[record.ref.tenant, record.ref.name] = position
+            for tag in record.tags:
+                by_tag.setdefault(tag, []).append(position)
+        for tag, positions in by_tag.items():
+            self._tagged.setdefault(tag, GrowingArray(np.int64)).append(np.asarray(positions))
+
+    def visible(self, tenant: str, count: int) -> Mask:
+        """Which of the first `count` rows `tenant` may see: its own and the public ones."""
+        owners = self._owners.view()[:count]
+        own: Mask = owners == self._owner_codes.get(tenant, -1)
+        own |= self.public.view()[:count]
+        return own
+
+    def tagged(self, tags: Collection[str], count: int) -> Mask:
+        """Which of the first `count` rows carry all of `tags`."""
+        mask = np.ones(count, np.bool_)
+        for tag in tags:
+            column = self._tagged.get(tag)
+            having = np.zeros(count, np.bool_)
+            if column is not None:
+                positions = column.view()
+                having[positions[positions < count]] = True
+            mask &= having
+        return mask
+
+    def private_levels(self, tenant: str, alive: Mask) -> NDArray[np.int16]:
+        """The levels of all own scores of `tenant`'s private adapters among the `alive` ones."""
+        count = len(alive)
+        private = alive & ~self.public.view()[:count] & self.visible(tenant, count)
+        if not private.any():
+            return np.empty(0, np.int16)
+        ends = self._level_ends.view()[:count]
+        lengths = np.diff(ends, prepend=0)
+        levels: NDArray[np.int16] = self._levels.view()[: ends[-1]][np.repeat(private, lengths)]
+        return levels

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from lora_store.adapter import Sample
+from lora_store.errors import BlobCorrupted
+from lora_store.records import AdapterRecord
+from retriever_svc import Collision, DoctorReport, IndexSettings, SampleSource
+from retriever_svc.doctor import examine
+from retriever_svc.encoder import unit_rows
+from retriever_svc.pool import Pool
+from tests.retriever_svc.pool_fakes import FakeEncoder, record_of, snapshot_of
+
+EAST, NORTH, UP = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)
+TABLE = {"east": EAST, "north": NORTH, "up": UP, "northeast": (0.8, 0.6, 0.0), "high": (0.0, 0.6, 0.8)}
+SAMPLES = {"e": ("east", "northeast"), "n": ("north", "northeast"), "u": ("up",), "e2": ("east", "northeast")}
+E, N, U = (record_of(name, vector) for name, vector in (("e", EAST), ("n", NORTH), ("u", UP)))
+
+
+def source(record: AdapterRecord) -> Sequence[Sample]:
+    return [Sample(text) for text in SAMPLES[record.ref.name]]
+
+
+def report_on(
+    *records: AdapterRecord, tenant: str = "local", top_k: int = 3, source: SampleSource = source
+) -> DoctorReport:
+    pool = Pool.of(snapshot_of(*records, generation=4), FakeEncoder(TABLE, dim=3), IndexSettings())
+    *steps, last = examine(pool, tenant, source, top_k)
+    assert [(step.num_done, step.report) for step in steps] == [(n, None) for n in range(1, len(steps) + 1)]
+    assert {step.num_total for step in (*steps, last)} == {len(steps)}
+    assert last.report is not None
+    return last.report
+
+
+def test_samples_that_find_their_own_adapter_are_counted() -> None:
+    report = report_on(E, N, U, top_k=2)
+    assert (report.generation, report.top_k) == (4, 2)
+    found = {a.ref.name: (a.num_samples, a.num_first, a.num_found, a.shadowed_by) for a in report.adapters}
+    assert found == {"e": (2, 2, 2, None), "n": (2, 1, 2, None), "u": (1, 1, 1, None)}
+    assert (report.share_first, report.share_found) == (pytest.approx(4 / 5), 1.0)
+    assert report.always_shadowed == report.never_chosen == report.collisions == report.unreadable == ()
+
+
+def test_an_adapter_no_sample_of_which_puts_it_first_is_shadowed_by_the_one_that_does() -> None:
+    report = report_on(E, record_of("e2", unit_rows(np.asarray([1, 0, 0.3], np.float32))), N)
+    [shadowed] = report.always_shadowed
+    assert (shadowed.ref.name, shadowed.num_first, shadowed.num_found) == ("e2", 0, 2)
+    assert shadowed.shadowed_by == E.ref
+
+
+def test_what_no_sample_of_the_pool_finds_is_never_chosen() -> None:
+    away = record_of("u", (0.0, 0.0, -1.0))
+    assert report_on(E, N, away, top_k=2).never_chosen == (away.ref,)
+    assert report_on(E, N, away, top_k=3).never_chosen == ()
+    assert report_on(E, N, away, top_k=2).always_shadowed[0].ref == away.ref
+
+
+def test_adapters_at_one_place_collide() -> None:
+    near = record_of("e2", unit_rows(np.asarray([1, 0.3, 0], np.float32)))
+    [collision] = report_on(E, near, N).collisions
+    assert isinstance(collision, Collision)
+    assert (collision.first, collision.second) == (E.ref, near.ref)
+    assert collision.cosine == pytest.approx(1 / 1.09**0.5, abs=1e-6)
+    assert (collision.num_of_first, collision.num_of_second) == (1, 1)  # northeast is e2's, east is e's
+    apart = record_of("e2", unit_rows(np.asarray([1, -0.4, 0], np.float32)))
+    assert report_on(E, apart, N).collisions == ()
+
+
+def test_adapters_whose_samples_find_each_other_collide_however_far_apart() -> None:
+    swapped = {"e": ("north", "east"), "n": ("east", "north")}
+    [collision] = report_on(E, N, source=lambda record: [Sample(text) for text in swapped[record.ref.name]]).collisions
+    assert (collision.first, collision.second, collision.cosine) == (E.ref, N.ref, pytest.approx(0))
+    assert (collision.num_of_first, collision.num_of_second) == (1, 1)
+
+
+def test_only_what_the_tenant_sees_is_examined_and_counts() -> None:
+    theirs = record_of("e2", EAST, tenant="b", visibility="private")
+    assert Counter(a.ref.name for a in report_on(E, theirs, tenant="a").adapters) == {"e": 1}
+    assert report_on(E, theirs, tenant="a").collisions == ()
+    assert len(report_on(E, theirs, tenant="b").collisions) == 1
+
+
+def test_what_has_no_embedding_is_left_out_and_what_cannot_be_read_is_named() -> None:
+    def broken(record: AdapterRecord) -> Sequence[Sample]:
+        if record.ref.name == "n":
+            raise BlobCorrupted("x", "y")
+        return source(record)
+
+    report = report_on(E, N, record_of("bare", None), record_of("foreign", EAST, encoder="another"), source=broken)
+    assert [adapter.ref.name for adapter in report.adapters] == ["e"]
+    assert report.unreadable == (N.ref,)
+
+
+def test_an_empty_pool_has_an_empty_report() -> None:
+    report = report_on()
+    assert report.adapters == ()
+    assert report.share_first == report.share_found == 0

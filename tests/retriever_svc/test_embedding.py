@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lora_store.adapter import Sample
+from retriever_svc import embed_groups
+from retriever_svc.calibration import leave_one_out_scores
+from tests.retriever_svc.pool_fakes import FAKE_IDENTITY, FakeEncoder
+
+TABLE = {"x": (1.0, 0.0), "y": (0.0, 1.0), "z": (0.6, 0.8)}
+
+
+def samples(*texts: str) -> list[Sample]:
+    return [Sample(text, "an answer that does not count") for text in texts]
+
+
+def test_an_adapter_is_embedded_by_the_normalised_mean_of_its_samples() -> None:
+    [embedding] = embed_groups(FakeEncoder(TABLE), [samples("x", "y", "z")])
+    assert embedding is not None
+    mean = np.asarray([1.6, 1.8]) / 3
+    np.testing.assert_allclose(embedding.vector, mean / np.linalg.norm(mean), atol=1e-6)
+    assert embedding.vector.dtype == embedding.own_scores.dtype == np.float32
+    assert embedding.encoder == FAKE_IDENTITY
+
+
+def test_own_scores_leave_each_sample_out() -> None:
+    [embedding] = embed_groups(FakeEncoder(TABLE), [samples("x", "y", "z")])
+    assert embedding is not None
+    others = [np.asarray(rest).mean(axis=0) for rest in ((TABLE["y"], TABLE["z"]), (TABLE["x"], TABLE["z"]))]
+    expected = [others[0][0] / np.linalg.norm(others[0]), others[1][1] / np.linalg.norm(others[1])]
+    assert embedding.own_scores[:2].tolist() == pytest.approx(expected, abs=1e-6)
+    assert len(embedding.own_scores) == 3
+    np.testing.assert_allclose(embedding.own_scores, leave_one_out_scores(np.asarray([*TABLE.values()])), atol=1e-6)
+
+
+def test_all_groups_are_encoded_by_one_call_and_one_without_samples_has_no_embedding() -> None:
+    encoder = FakeEncoder(TABLE)
+    first, none, last = embed_groups(encoder, [samples("x", "z"), [], samples("y")])
+    assert encoder.batches == [["x", "z", "y"]]
+    assert first is not None
+    assert none is None
+    assert last is not None
+    assert last.vector.tolist() == [0, 1]
+    assert len(last.own_scores) == 0
+    assert embed_groups(encoder, []) == []

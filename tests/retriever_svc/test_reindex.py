@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from lora_store.adapter import AdapterRef, Sample
+from lora_store.errors import BlobCorrupted, StoreUnavailable
+from lora_store.events import ActivateEncoder, Embed
+from lora_store.records import AdapterRecord, Embedding
+from lora_store.snapshot import Snapshot
+from retriever_svc import LivePool, Retriever, Route, RouteRequest
+from retriever_svc.reindex import ReindexStep, reindex
+from tests.retriever_svc.pool_fakes import FakeEncoder, Source, embedding_of, names, record_of, snapshot_of
+
+NEW = FakeEncoder({f"text of a{n}": (math.cos(n), math.sin(n), 0.0) for n in range(100)}, dim=3, identity="new")
+
+
+def pool(count: int) -> list[AdapterRecord]:
+    return [record_of(f"a{n}", (1.0, 0.0), num_samples=1) for n in range(count)]
+
+
+def samples(record: AdapterRecord) -> Sequence[Sample]:
+    return [Sample(f"text of {record.ref.name}")]
+
+
+def embeddings_of(steps: list[ReindexStep]) -> dict[AdapterRef, Embedding]:
+    return {ref: embedding for step in steps for ref, embedding in step.embeddings.items()}
+
+
+def test_every_adapter_with_samples_is_embedded_once_step_by_step() -> None:
+    records = pool(70)
+    steps = list(reindex(snapshot_of(*records, record_of("bare", None)), NEW, samples))
+    assert [(step.num_done, step.num_total, len(step.embeddings)) for step in steps] == [
+        (32, 70, 32),
+        (64, 70, 32),
+        (70, 70, 6),
+    ]
+    found = embeddings_of(steps)
+    assert found.keys() == {record.ref for record in records}
+    assert {embedding.encoder for embedding in found.values()} == {"new"}
+    np.testing.assert_allclose(found[records[2].ref].vector, [math.cos(2), math.sin(2), 0], atol=1e-6)
+
+
+def test_what_the_snapshot_holds_already_is_not_done_again() -> None:
+    records = pool(4)
+    pending = {
+        records[0].ref: embedding_of((1, 0, 0), encoder="new"),
+        records[1].ref: embedding_of((1, 0), encoder="x"),
+    }
+    [step] = reindex(snapshot_of(*records, pending=pending), NEW, samples)
+    assert step.embeddings.keys() == {record.ref for record in records[1:]}
+    renewed = record_of("a3", (1.0, 0.0, 0.0), encoder="new", num_samples=1)
+    [step] = reindex(snapshot_of(*records[:3], renewed, pending=pending), NEW, samples)
+    assert step.embeddings.keys() == {record.ref for record in records[1:3]}
+    assert list(reindex(snapshot_of(renewed), NEW, samples)) == []
+
+
+def test_what_cannot_be_read_is_named_and_stops_nothing() -> None:
+    def source(record: AdapterRecord) -> Sequence[Sample]:
+        if record.ref.name == "a1":
+            raise BlobCorrupted("x", "y")
+        return samples(record)
+
+    records = pool(3)
+    [step] = reindex(snapshot_of(*records), NEW, source)
+    assert step.unreadable == (records[1].ref,)
+    assert step.embeddings.keys() == {records[0].ref, records[2].ref}
+
+
+def test_a_store_that_is_down_stops_it_and_what_is_committed_stays_done() -> None:
+    records, snapshot = pool(40), snapshot_of(*pool(40))
+
+    def source(record: AdapterRecord) -> Sequence[Sample]:
+        if record.ref.name == "a35":
+            raise StoreUnavailable("down")
+        return samples(record)
+
+    steps = reindex(snapshot, NEW, source)
+    first = next(steps)
+    with pytest.raises(StoreUnavailable):
+        next(steps)
+    snapshot = snapshot.after([Embed(ref, embedding) for ref, embedding in first.embeddings.items()], 2)
+    [rest] = reindex(snapshot, NEW, samples)
+    assert rest.embeddings.keys() == {record.ref for record in records} - first.embeddings.keys()
+
+
+def test_a_reindexed_pool_swaps_encoder_and_index_at_one_generation() -> None:
+    old = FakeEncoder({"text of a1": (1.0, 0.0)})
+    source = Source(*pool(3))
+    pools = LivePool(lambda model: NEW if model == "new-model" else old, source)
+    retriever = Retriever(pools)
+
+    def commit(snapshot: Snapshot) -> None:
+        source.now = snapshot
+        pools.catch_up(snapshot.generation)
+
+    for step in retriever.reindex("new-model", samples):
+        events = [Embed(ref, embedding) for ref, embedding in step.embeddings.items()]
+        commit(source.now.after(events, source.now.generation + 1))
+        assert pools.stats().encoder == old.identity
+    late = record_of("late", (1.0, 0.0), num_samples=1)
+    commit(Snapshot(3, {**source.now.records, ("local", "late"): late}, pending=source.now.pending))
+    commit(source.now.after([Embed(late.ref, embedding_of((0, 0, 1), encoder="new"))], 4))
+    commit(source.now.after([ActivateEncoder("new-model", "new", "me", late.created_at)], 5))
+    [route] = retriever.route([RouteRequest("text of a2")])
+    assert isinstance(route, Route)
+    assert names(route)[0] == "a2"
+    assert (route.generation, pools.stats().encoder, pools.stats().num_live) == (5, "new", 4)
