@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from deployments import http_errors
 from deployments.planner import Planned
-from deployments.publisher import Published
+from deployments.publisher import Published, Removed
 from gpu_worker.request import Completion, Delta
 from lora_store import AdapterRecord
-from retriever_svc import Candidate
+from retriever_svc import Candidate, DoctorReport
 
 JsonObject = dict[str, Any]
 
@@ -104,6 +105,7 @@ def lora_object(record: AdapterRecord) -> JsonObject:
         "name": record.ref.name,
         "tenant": record.ref.tenant,
         "digest": record.ref.digest,
+        "weights_digest": record.weights_digest,
         "visibility": record.visibility,
         "tags": list(record.tags),
         "base_model": record.base_model,
@@ -112,12 +114,27 @@ def lora_object(record: AdapterRecord) -> JsonObject:
         "num_bytes": record.num_bytes,
         "num_samples": record.num_samples,
         "template": record.template,
-        "found_by_auto": record.encoder is not None,
+        "found_by_auto": record.num_samples > 0,
         "probe_shift": record.probe_shift,
         "source": record.source,
         "created_at": record.created_at.isoformat(),
         "generation": record.generation,
     }
+
+
+def versions_object(versions: Sequence[AdapterRecord]) -> list[JsonObject]:
+    """The kept versions of one name, the live one first."""
+    return [
+        {
+            "digest": record.ref.digest,
+            "state": "kept" if place else "live",
+            "generation": record.generation,
+            "created_at": record.created_at.isoformat(),
+            "source": record.source,
+            "actor": record.actor,
+        }
+        for place, record in enumerate(versions)
+    ]
 
 
 def published_object(published: Published) -> JsonObject:
@@ -129,4 +146,57 @@ def published_object(published: Published) -> JsonObject:
         "found_by_auto": published.found_by_auto,
         "probe_shift": published.probe_shift,
         "neighbours": candidate_objects(published.neighbours),
+    }
+
+
+def status_of(published: Published) -> int:
+    """201, or 202 while a Retriever replica does not route to it yet."""
+    return 202 if published.behind else 201
+
+
+def batch_object(outcomes: Sequence[Published | Exception]) -> JsonObject:
+    """One object per adapter of a batch, in order: as it would be answered alone, with its status."""
+    data: list[JsonObject] = []
+    for outcome in outcomes:
+        if isinstance(outcome, Exception):
+            status, body = http_errors.describe(outcome)
+            data.append({"status": status} | body)
+        else:
+            data.append({"status": status_of(outcome)} | published_object(outcome))
+    return {"object": "list", "data": data}
+
+
+def removed_object(removed: Removed) -> JsonObject:
+    return {
+        "names": list(removed.names),
+        "deleted": True,
+        "generation": removed.generation,
+        "replicas": {"ready": removed.ready, "behind": removed.behind},
+    }
+
+
+def doctor_object(report: DoctorReport) -> JsonObject:
+    """How an adapter's own samples find it. Their shares are better than those of prompts it never saw."""
+    return {
+        "generation": report.generation,
+        "k": report.top_k,
+        "num_adapters": len(report.adapters),
+        "num_samples": sum(finding.num_samples for finding in report.adapters),
+        "first_share": report.share_first,
+        "found_share": report.share_found,
+        "collisions": [
+            {
+                "adapters": [collision.first.name, collision.second.name],
+                "cosine": collision.cosine,
+                "num_swapped": [collision.num_of_first, collision.num_of_second],
+            }
+            for collision in report.collisions
+        ],
+        "never_chosen": [ref.name for ref in report.never_chosen],
+        "always_shadowed": [
+            {"name": finding.ref.name, "by": finding.shadowed_by.name}
+            for finding in report.always_shadowed
+            if finding.shadowed_by is not None
+        ],
+        "unreadable": [ref.name for ref in report.unreadable],
     }

@@ -20,6 +20,6 @@ def build_app(args: AppConfig) -> Application:
     retriever = serve.deployment(RetrieverDeployment, name="Retriever", **args.retriever_scaling.options())
     ingress = serve.deployment(Ingress, name="Ingress", **args.ingress_scaling.options())
 
-    store_handle = store.bind(args.store_uri, sorted(args.accepted_bases))
-    worker_handle = worker.bind(args.worker_config(), args.worker.stream_interval_ms, store_handle)
+    store_handle = store.bind(args)
+    worker_handle = worker.bind(args.worker_config(), args.worker.stream_interval_ms, store_handle, args.weights_cache)
     return ingress.bind(args, retriever.bind(args), worker_handle, store_handle)

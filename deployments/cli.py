@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
-import httpx
 import typer
-from rich.console import Console
 from rich.table import Table
 
-cli = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
-out = Console()
-err = Console(stderr=True)
+from deployments import cli_pool, cli_publish, cli_routing
+from deployments.cli_http import DEFAULT_URL, Url, call, client_of, err, fail, out
+from deployments.cli_http import check as check_answer
 
-Url = Annotated[str, typer.Option("--url", help="the server to talk to")]
-_URL = "http://127.0.0.1:8000"
-_ANSWER_TIMEOUT_S = 300.0
+cli = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+for group in (cli_publish, cli_pool, cli_routing):
+    cli.add_typer(group.commands)
 
 
 @cli.command()
@@ -41,7 +37,7 @@ def ask(
     model: Annotated[str, typer.Option(help="auto, the base model, or an adapter")] = "auto",
     temperature: float = 0.0,
     max_tokens: int = 256,
-    url: Url = _URL,
+    url: Url = DEFAULT_URL,
 ) -> None:
     """Print the answer to one prompt as it comes, and the adapters that gave it."""
     body = {
@@ -52,14 +48,14 @@ def ask(
         "stream": True,
     }
     lora: dict[str, Any] = {}
-    with _client(url) as client, client.stream("POST", "/v1/chat/completions", json=body) as response:
-        _check(response)
+    with client_of(url) as client, client.stream("POST", "/v1/chat/completions", json=body) as response:
+        check_answer(response)
         for line in response.iter_lines():
             if not line.startswith("data: ") or line == "data: [DONE]":
                 continue
             event = json.loads(line.removeprefix("data: "))
             if "error" in event:
-                _fail(event["error"]["message"])
+                fail(event["error"]["message"])
             lora = event.get("lora", lora)
             for choice in event["choices"]:
                 out.print(choice["delta"].get("content", ""), end="", markup=False, highlight=False)
@@ -68,9 +64,9 @@ def ask(
 
 
 @cli.command()
-def route(prompt: str, url: Url = _URL) -> None:
+def route(prompt: str, url: Url = DEFAULT_URL) -> None:
     """Show which adapters would answer, without generating."""
-    plan = _call(url, "POST", "/v1/route", json={"prompt": prompt})["data"][0]
+    plan = call(url, "POST", "/v1/route", json={"prompt": prompt})["data"][0]
     weights = {adapter["name"]: adapter["weight"] for adapter in plan["adapters"]}
     table = Table("adapter", "score", "weight", title=f"strategy {plan['strategy']}, generation {plan['generation']}")
     for candidate in plan["candidates"]:
@@ -79,86 +75,21 @@ def route(prompt: str, url: Url = _URL) -> None:
     out.print(table)
 
 
-@cli.command("list")
-def list_adapters(url: Url = _URL) -> None:
-    """List the pool."""
-    answer = _call(url, "GET", "/v1/loras")
-    table = Table("adapter", "digest", "ranks", "bytes", "samples", "auto", title=f"generation {answer['generation']}")
-    for row in answer["data"]:
-        ranks = ", ".join(map(str, row["ranks"]))
-        auto = "yes" if row["found_by_auto"] else "by name only"
-        table.add_row(row["name"], row["digest"][:12], ranks, str(row["num_bytes"]), str(row["num_samples"]), auto)
-    out.print(table)
-
-
 @cli.command()
-def publish(folders: list[Path], url: Url = _URL) -> None:
-    """Publish adapter folders to a running server on this machine."""
-    failed = 0
-    with _client(url) as client:
-        for folder in folders:
-            response = client.post("/v1/loras", json={"path": str(folder.resolve())})
-            if response.is_error:
-                failed += 1
-                err.print(f"{folder}: {_message(response)}", style="red", markup=False)
-                continue
-            answer = response.json()
-            note = "" if answer["found_by_auto"] else " (no samples: by name only)"
-            out.print(f"{answer['name']} is live at generation {answer['generation']}{note}")
-    if failed:
-        raise typer.Exit(1)
-
-
-@cli.command()
-def check(folder: Path, config: Annotated[Path | None, typer.Option(help="YAML file of settings")] = None) -> None:
+def check(
+    folder: Path,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings")] = None,
+    parity: Annotated[bool, typer.Option(help="compare with PEFT: the logits of each strategy")] = False,
+) -> None:
     """Check an adapter folder as the server would, without a server. What needs the model is checked at publish."""
     from deployments.local_commands import check_adapter  # as in `serve`
 
-    _exit_with(check_adapter(folder, config))
+    _exit_with(check_adapter(folder, config, parity))
 
 
 def _exit_with(code: int) -> None:
     if code:
         raise typer.Exit(code)
-
-
-@contextmanager
-def _client(url: str) -> Iterator[httpx.Client]:
-    """A client of the server; when it cannot be reached, the command ends and says so."""
-    try:
-        with httpx.Client(base_url=url, timeout=_ANSWER_TIMEOUT_S) as client:
-            yield client
-    except httpx.ConnectError:
-        _fail(f"no server answers at {url}; start one with `loraretriever serve`")
-    except (httpx.TransportError, httpx.InvalidURL) as exc:
-        _fail(f"{url}: {exc or type(exc).__name__}")
-
-
-def _call(url: str, method: str, path: str, **request: Any) -> dict[str, Any]:
-    with _client(url) as client:
-        response = client.request(method, path, **request)
-        _check(response)
-        answer: dict[str, Any] = response.json()
-        return answer
-
-
-def _check(response: httpx.Response) -> None:
-    if response.is_error:
-        response.read()
-        _fail(_message(response))
-
-
-def _message(response: httpx.Response) -> str:
-    try:
-        message: str = response.json()["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        return f"the server answered {response.status_code}"
-    return message
-
-
-def _fail(message: str) -> NoReturn:
-    err.print(message, style="red", markup=False)
-    raise typer.Exit(1)
 
 
 def _plan_line(lora: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from deployments.sources import SourcePrefix
 from gpu_worker.config import DEFAULT_CACHE_DIR, WorkerConfig
 from gpu_worker.errors import WorkerConfigInvalid
+from lora_store.location import Location
 from retriever_svc.encoder import DEFAULT_MODEL as DEFAULT_ENCODER
 
 _NAME = r"^[A-Za-z0-9._-]{1,64}$"
@@ -82,6 +85,7 @@ class RetrievalSettings(_Settings):
     fallback: Literal["base", "error"] = "base"
     batch_size: int = Field(default=32, ge=1)
     batch_wait_s: float = Field(default=0.004, ge=0)
+    poll_interval_s: float = Field(default=3.0, gt=0)  # how late a replica sees a commit it was not told of
 
 
 class AppConfig(_Settings):
@@ -94,6 +98,11 @@ class AppConfig(_Settings):
     cache_dir: Path = DEFAULT_CACHE_DIR
     template: Literal["alpaca", "chat"] = "alpaca"
     publish_paths: bool = True  # whether loopback clients may publish folders of the server's file system
+    allow_remote_publish: bool = False  # whether clients of other machines may change the pool: there are no keys yet
+    source_prefixes: tuple[str, ...] = ()  # s3://, gs:// or file:// URIs below which adapters may be published from
+    max_upload_bytes: int = Field(default=512 << 20, ge=1)  # of one adapter's files, uploaded or copied from a source
+    store_object_cache_bytes: int = Field(default=256 << 20, ge=0)  # weights kept in Ray's object store for workers
+    disk_cache_bytes: int = Field(default=4 << 30, ge=0)  # a worker's copy of a remote store's weights
     preload: tuple[Path, ...] = ()  # adapter folders, or folders of them, published before the server is ready
     worker: WorkerSettings = WorkerSettings()
     retrieval: RetrievalSettings = RetrievalSettings()
@@ -121,7 +130,14 @@ class AppConfig(_Settings):
     @classmethod
     def _absolute(cls, uri: str) -> str:
         """Replicas run in folders of their own, so a relative path is resolved where the application is built."""
-        return uri if "://" in uri else str(Path(uri).expanduser().resolve())
+        return Location(uri if "://" in uri else str(Path(uri).expanduser().resolve())).uri
+
+    @field_validator("source_prefixes")
+    @classmethod
+    def _prefixes_can_be_compared(cls, prefixes: tuple[str, ...]) -> tuple[str, ...]:
+        for prefix in prefixes:
+            SourcePrefix.parse(prefix)
+        return prefixes
 
     @field_validator("preload")
     @classmethod
@@ -136,6 +152,19 @@ class AppConfig(_Settings):
     def accepted_bases(self) -> frozenset[str]:
         """Every `base_model_name_or_path` an adapter may carry."""
         return frozenset({self.base_model, self.served_base_name, *self.accepts_base})
+
+    @property
+    def weights_cache(self) -> tuple[Path, int] | None:
+        """(folder, quota in bytes) of a worker's disk cache, where the store is not a folder itself."""
+        if self.disk_cache_bytes == 0 or Location(self.store_uri).is_local:
+            return None
+        return self.cache_dir / "weights", self.disk_cache_bytes
+
+    @property
+    def num_logical_cpus(self) -> int:
+        """What all replicas together ask for at most. Logical: two real cores hold many."""
+        scalings = (self.ingress_scaling, self.retriever_scaling, self.store_scaling, self.worker_scaling)
+        return math.ceil(sum(scaling.max_replicas * scaling.num_cpus for scaling in scalings)) + 1  # 1: Serve's own
 
     def worker_config(self) -> WorkerConfig:
         settings = self.worker.model_dump(exclude={"stream_interval_ms"})

@@ -1,15 +1,22 @@
 """Errors of the API itself.
 
 DeploymentsError
-├── RequestInvalid   the request breaks a rule; `param` names the field
-├── ModelNotFound    `model` names nothing this caller may use
-├── PublishingOff    this door does not publish
-├── BodyTooLarge     the body is larger than the server reads
-├── NotReady         the server is still starting
-└── ReplicaWedged    a health check found the engine hanging; Serve replaces the replica
+├── RequestInvalid     the request breaks a rule; `param` names the field
+├── ModelNotFound      `model` names nothing this caller may use
+├── VersionNotKept     the adapter has no kept version of that digest
+├── AdapterExists      the name is taken and the request does not say that it may be replaced
+├── PublishingOff      this door does not publish
+├── SourceRefused      the URI is not one that adapters may be published from
+├── SourceMissing      there is nothing to publish at that place
+├── SourceUnavailable  the source does not answer
+├── BodyTooLarge       the body is larger than the server reads
+├── NotReady           the server is still starting
+└── ReplicaWedged      a health check found the engine hanging; Serve replaces the replica
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class DeploymentsError(Exception):
@@ -41,8 +48,68 @@ class ModelNotFound(DeploymentsError):
         return f"the model {self.model!r} does not exist"
 
 
+class VersionNotKept(DeploymentsError):
+    """Roll back to one of the digests in `kept`."""
+
+    def __init__(self, name: str, wanted: str | None, kept: Sequence[str]) -> None:
+        super().__init__(name, wanted, tuple(kept))
+        self.name = name
+        self.wanted = wanted
+        self.kept = tuple(kept)
+
+    def __str__(self) -> str:
+        wanted = "older version" if self.wanted is None else f"version {self.wanted!r}"
+        return f"adapter {self.name!r} has no {wanted}; kept are {', '.join(digest[:12] for digest in self.kept)}"
+
+
+class AdapterExists(DeploymentsError):
+    """Unload it first, or say `load_inplace`."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+    def __str__(self) -> str:
+        return f"the LoRA adapter {self.name!r} has already been loaded; set load_inplace to replace it"
+
+
 class PublishingOff(DeploymentsError):
     """Publish from the server's own machine, or switch publishing on."""
+
+
+class SourceRefused(DeploymentsError):
+    """Publish from a place below one of the server's `source_prefixes`."""
+
+    def __init__(self, source: str, reason: str) -> None:
+        super().__init__(source, reason)
+        self.source = source
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"the source {self.source[:200]!r} {self.reason}"
+
+
+class SourceMissing(DeploymentsError):
+    """Say where the adapter's folder is."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__(place)
+        self.place = place
+
+    def __str__(self) -> str:
+        return f"there is no adapter at {self.place[:200]!r}"
+
+
+class SourceUnavailable(DeploymentsError):
+    """The source cannot be read now. Try again, or mend what its message names."""
+
+    def __init__(self, source: str, cause: str) -> None:
+        super().__init__(source, cause)
+        self.source = source
+        self.cause = cause
+
+    def __str__(self) -> str:
+        return f"the source {self.source[:200]!r} cannot be read: {self.cause[:500]}"
 
 
 class BodyTooLarge(DeploymentsError):

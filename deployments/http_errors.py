@@ -16,31 +16,41 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from deployments.errors import BodyTooLarge, ModelNotFound, NotReady, PublishingOff, RequestInvalid
+from deployments import errors as api_errors
+from deployments.errors import RequestInvalid
 from gpu_worker import errors as worker_errors
 from lora_store import errors as store_errors
 from retriever_svc import errors as retriever_errors
 
 logger = logging.getLogger(__name__)
 
-_INVALID, _MISSING, _OVERLOADED, _SERVER = (
+_INVALID, _FORBIDDEN, _MISSING, _OVERLOADED, _SERVER = (
     "invalid_request_error",
+    "permission_error",
     "not_found_error",
     "overloaded_error",
     "server_error",
 )
 # (error class, HTTP status, type, code); the first that fits is taken
 TABLE: tuple[tuple[type[Exception], int, str, str], ...] = (
-    (RequestInvalid, 400, _INVALID, "invalid_request"),
-    (ModelNotFound, 404, _MISSING, "model_not_found"),
+    (api_errors.RequestInvalid, 400, _INVALID, "invalid_request"),
+    (api_errors.ModelNotFound, 404, _MISSING, "model_not_found"),
     (store_errors.AdapterNotFound, 404, _MISSING, "model_not_found"),
-    (PublishingOff, 403, "permission_error", "publishing_off"),
-    (BodyTooLarge, 413, _INVALID, "body_too_large"),
-    (NotReady, 503, _OVERLOADED, "not_ready"),
+    (api_errors.VersionNotKept, 404, _MISSING, "version_not_found"),
+    (api_errors.AdapterExists, 400, _INVALID, "adapter_exists"),
+    (api_errors.PublishingOff, 403, _FORBIDDEN, "publishing_off"),
+    (api_errors.SourceRefused, 403, _FORBIDDEN, "source_not_allowed"),
+    (api_errors.SourceMissing, 404, _MISSING, "source_not_found"),
+    (api_errors.SourceUnavailable, 503, _OVERLOADED, "source_unavailable"),
+    (api_errors.BodyTooLarge, 413, _INVALID, "body_too_large"),
+    (api_errors.NotReady, 503, _OVERLOADED, "not_ready"),
     (store_errors.AdapterRefused, 400, _INVALID, "adapter_refused"),
     (store_errors.PlanInvalid, 400, _INVALID, "plan_invalid"),
     (store_errors.VersionConflict, 503, _OVERLOADED, "version_conflict"),
+    (store_errors.StoreUnavailable, 503, _OVERLOADED, "store_unavailable"),
+    (store_errors.EncoderIncomplete, 503, _OVERLOADED, "encoder_incomplete"),
     (store_errors.BlobCorrupted, 500, _SERVER, "blob_corrupted"),
+    (retriever_errors.EncoderUnusable, 400, _INVALID, "encoder_unusable"),
     (retriever_errors.RouteInvalid, 400, _INVALID, "invalid_request"),
     (retriever_errors.NoAdapterMatched, 422, _INVALID, "no_adapter_matched"),
     (retriever_errors.StaleIndex, 503, _OVERLOADED, "stale_index"),

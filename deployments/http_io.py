@@ -6,8 +6,8 @@ import ipaddress
 import json
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import Request
 from pydantic import ValidationError
@@ -44,18 +44,37 @@ async def events(opening: JsonObject, chunks: AsyncGenerator[JsonObject]) -> Asy
     yield "data: [DONE]\n\n"
 
 
-def adapter_folders(path: Path) -> list[Path]:
-    """`path` itself when it is an adapter, else the adapters in it, sorted."""
-    if (path / "adapter_config.json").exists():
-        return [path]
-    return sorted(config.parent for config in path.glob("*/adapter_config.json"))
+async def json_lines(opening: JsonObject, lines: AsyncGenerator[JsonObject]) -> AsyncGenerator[str]:
+    """One JSON object a line; an error after the first one is the last line. Leaving closes `lines`."""
+    try:
+        async with aclosing(lines):
+            yield f"{json.dumps(opening)}\n"
+            async for line in lines:
+                yield f"{json.dumps(line)}\n"
+    except Exception as exc:
+        _, body = http_errors.describe(exc)
+        yield f"{json.dumps(body)}\n"
 
 
 def is_loopback(http: Request) -> bool:
-    """Whether the client is on this machine; one that comes through a reverse proxy is not."""
+    """Whether the client is on this machine; what comes through a reverse proxy, or from another site's page, is not.
+
+    A browser lets any page post a form to any address, this machine's included: its `Origin` header tells.
+    """
     if "forwarded" in http.headers or "x-forwarded-for" in http.headers:
         return False
+    origin = http.headers.get("origin")
+    if origin is not None and not _is_local_name(urlsplit(origin).hostname):
+        return False
+    return http.client is not None and _is_loopback_address(http.client.host)
+
+
+def _is_local_name(host: str | None) -> bool:
+    return host == "localhost" or (host is not None and _is_loopback_address(host))
+
+
+def _is_loopback_address(host: str) -> bool:
     try:
-        return http.client is not None and ipaddress.ip_address(http.client.host).is_loopback
-    except ValueError:  # a Unix socket, or a proxy that gives a name
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name; of a client, a Unix socket or a proxy that gives one
         return False

@@ -4,43 +4,39 @@
 """
 
 import asyncio
-import logging
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from pathlib import Path
 from typing import Any, Literal
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from deployments import http_errors
-from deployments.answers import Answer, JsonObject, lora_object, model_objects, plan_object, published_object
+from deployments import admin_routes, http_errors, pool_routes, vllm_routes
+from deployments.answers import Answer, JsonObject, model_objects, plan_object
+from deployments.background import Background
 from deployments.body_limit import BodyLimit
 from deployments.config import AppConfig
-from deployments.errors import ModelNotFound, NotReady, PublishingOff
-from deployments.http_io import TextRequest, adapter_folders, events, is_loopback, parse
+from deployments.errors import ModelNotFound, NotReady
+from deployments.http_io import TextRequest, events, parse
 from deployments.planner import Planner
+from deployments.pool import Pool
+from deployments.preload import Preload
 from deployments.publisher import Publisher
-from deployments.schemas import (
-    ChatCompletionRequest,
-    CompletionRequest,
-    PublishRequest,
-    RouteQuery,
-)
-from deployments.store import FolderUpload
+from deployments.releaser import Releaser
+from deployments.schemas import ChatCompletionRequest, CompletionRequest, RouteQuery
 from gpu_worker.request import Completion, Delta, Job
 from lora_store import LOCAL_TENANT
 
-logger = logging.getLogger(__name__)
-
-_PRELOAD_BATCH = 32
+READY_WAIT_S = 5.0
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 app = FastAPI(title="LoraRetriever", docs_url="/docs", redoc_url=None)
 http_errors.install(app)
-app.add_middleware(BodyLimit)
+app.add_middleware(BodyLimit, limit_of=pool_routes.max_body_bytes)
+for routes in (pool_routes, vllm_routes, admin_routes):
+    app.include_router(routes.router)
 
 
 @serve.ingress(app)
@@ -53,8 +49,17 @@ class Ingress:
         self._config = config
         self._retriever, self._worker = retriever, worker
         self._planner = Planner(config, retriever)
-        self._publisher = Publisher(store, retriever, worker)
-        self._preload = asyncio.get_event_loop().create_task(self._publish_preload())
+        self.background = Background()
+        longest_request_s = config.worker_scaling.graceful_shutdown_timeout_s
+        releaser = Releaser(store, worker, self.background, longest_request_s=longest_request_s)
+        publisher = Publisher(store, retriever, worker, background=self.background, releaser=releaser)
+        self.pool = Pool(config, publisher, store, retriever)
+        self.preload = Preload(config.preload, publisher)
+
+    def __del__(self) -> None:
+        """Serve calls it before the replica's process ends."""
+        self.preload.cancel()
+        self.background.cancel()
 
     async def generate(self, request: TextRequest | Mapping[str, Any]) -> JsonObject:
         """The whole answer, as the HTTP route gives it. A mapping is read like the route's JSON body."""
@@ -96,20 +101,6 @@ class Ingress:
         finally:
             response.cancel()
 
-    async def _publish_preload(self) -> dict[str, str]:
-        """Publish what the configured folders hold and the catalogue lacks; what was refused, with the reason."""
-        refused = {}
-        folders = [folder for path in self._config.preload for folder in adapter_folders(path)]
-        for start in range(0, len(folders), _PRELOAD_BATCH):
-            uploads = [FolderUpload(folder) for folder in folders[start : start + _PRELOAD_BATCH]]
-            outcomes = await self._publisher.publish(uploads, actor="preload")
-            for upload, outcome in zip(uploads, outcomes, strict=True):
-                if isinstance(outcome, Exception):
-                    logger.error("%s was not published: %s", upload.path, outcome)
-                    _, body = http_errors.describe(outcome)
-                    refused[str(upload.path)] = body["error"]["message"]
-        return refused
-
     @app.post("/v1/chat/completions", response_model=None)
     async def chat_completions(self, body: ChatCompletionRequest) -> Response:
         return await self._respond(body)
@@ -146,22 +137,6 @@ class Ingress:
                 return found
         raise ModelNotFound(model)
 
-    @app.get("/v1/loras")
-    async def loras(self) -> JsonObject:
-        generation, records = await self._retriever.records.remote(LOCAL_TENANT)
-        return {"object": "list", "generation": generation, "data": [lora_object(record) for record in records]}
-
-    @app.post("/v1/loras")
-    async def publish(self, body: PublishRequest, http: Request) -> JSONResponse:
-        """Publish a folder of the server's own file system: 201 when every Retriever replica routes to it, else 202."""
-        if not self._config.publish_paths or not is_loopback(http):
-            raise PublishingOff("folders are published from the server's own machine, with publish_paths on")
-        upload = FolderUpload(Path(body.path), body.name, tags=tuple(body.tags), template=body.template)
-        [outcome] = await self._publisher.publish([upload], actor="http")
-        if isinstance(outcome, Exception):
-            raise outcome
-        return JSONResponse(published_object(outcome), 202 if outcome.behind else 201)
-
     @app.get("/health")
     async def health(self) -> JsonObject:
         """This Ingress answers."""
@@ -170,13 +145,11 @@ class Ingress:
     @app.get("/ready")
     async def ready(self) -> JsonObject:
         """Retriever and Worker answer, and the preload is published. 503 until then."""
-        if not self._preload.done():
-            raise NotReady("the server is still starting")
-        if self._preload.exception() is not None:
-            logger.error("publishing the preload failed and is tried again", exc_info=self._preload.exception())
-            self._preload = asyncio.create_task(self._publish_preload())
-            raise NotReady("publishing the preload failed and is tried again")
-        refused = self._preload.result()
-        await self._worker.module_shapes.remote()
-        generation, records = await self._retriever.records.remote(LOCAL_TENANT)
+        refused = self.preload.refused()
+        try:
+            async with asyncio.timeout(READY_WAIT_S):
+                await self._worker.module_shapes.remote()
+                generation, records = await self._retriever.records.remote(LOCAL_TENANT)
+        except TimeoutError as exc:
+            raise NotReady(f"the Retriever or the Worker did not answer within {READY_WAIT_S:.0f} s") from exc
         return {"status": "ready", "generation": generation, "num_adapters": len(records), "refused": refused}

@@ -7,9 +7,11 @@ import time
 from pathlib import Path
 
 from rich.console import Console
+from rich.table import Table
 
+from deployments.adapter_folders import adapter_folders
 from deployments.config import AppConfig, load_config
-from deployments.http_io import adapter_folders
+from deployments.parity import TOLERANCE, parity_with_peft
 from deployments.server import Server, ServerFailed
 from lora_store import AdapterRefused, check_folder
 
@@ -35,8 +37,11 @@ def run_server(config: Path | None, preload: list[Path], host: str, port: int) -
     return 0
 
 
-def check_adapter(folder: Path, config: Path | None) -> int:
-    """Say whether the folder is fit to publish, or every reason why not; the exit code."""
+def check_adapter(folder: Path, config: Path | None, parity: bool) -> int:
+    """Say whether the folder is fit to publish, or every reason why not; with `parity` also how near PEFT's logits are.
+
+    The exit code.
+    """
     try:
         settings = load_config(config)
         admitted = check_folder(folder.resolve(), accepts_base=settings.accepted_bases, module_shapes=None)
@@ -46,7 +51,18 @@ def check_adapter(folder: Path, config: Path | None) -> int:
         return _fail(str(exc))
     name = folder.resolve().name
     out.print(f"{name}: {len(admitted.modules)} modules, {len(admitted.samples)} samples, fit to publish")
-    return 0
+    return _check_parity(folder.resolve(), settings) if parity else 0
+
+
+def _check_parity(folder: Path, settings: AppConfig) -> int:
+    with out.status("loading the base model twice"):
+        differences = parity_with_peft(folder, settings.worker_config())
+    table = Table("strategy", "largest difference of a logit", title=f"against PEFT in float32, at most {TOLERANCE:g}")
+    for strategy, difference in differences.items():
+        table.add_row(strategy, f"{difference:.1e}")
+    out.print(table)
+    apart = [strategy for strategy, difference in differences.items() if not difference <= TOLERANCE]
+    return _fail(f"{', '.join(apart)} differ from PEFT") if apart else 0
 
 
 def _serve(settings: AppConfig, host: str, port: int) -> None:

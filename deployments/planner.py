@@ -35,23 +35,31 @@ class Planner:
         """Raises: ModelNotFound, RequestInvalid, AdapterNotFound, NoAdapterMatched, PlanInvalid."""
         name = self._model_name(request.model)
         options = request.lora
-        if options.adapters is not None:
-            if name != AUTO:
-                raise RequestInvalid("lora.adapters goes with model 'auto' only", "lora.adapters")
-            return Planned(await self._named(options, tenant))
+        if options.adapters is not None and name != AUTO:
+            raise RequestInvalid("lora.adapters goes with model 'auto' only", "lora.adapters")
         if name == AUTO:
             return await self.route(text, options, tenant)
+        _refuse_retrieval(options)
         if name is None:
             return Planned(BASE_PLAN)
         try:
-            return Planned(await self._retriever.plan_named.remote(tenant, [(name, 1.0)], "selection"))
+            choices = [(name, 1.0)]
+            plan = await self._retriever.plan_named.remote(tenant, choices, "selection", options.min_generation)
+            return Planned(plan)
         except RayTaskError as exc:
             if isinstance(exc.cause, AdapterNotFound):
                 raise ModelNotFound(request.model) from exc
             raise
 
     async def route(self, text: str, options: LoraOptions, tenant: str) -> Planned:
-        """The Retriever's choice for `text`. Raises: NoAdapterMatched, where the fallback is `error`."""
+        """The plan of the adapters the client names, else the Retriever's choice for `text`.
+
+        Raises: RequestInvalid, AdapterNotFound, PlanInvalid, StaleIndex; NoAdapterMatched, where the fallback is
+        `error`.
+        """
+        if options.adapters is not None:
+            _refuse_retrieval(options)
+            return Planned(await self._named(options, tenant))
         defaults = self._config.retrieval
         request = RouteRequest(
             text=text,
@@ -61,6 +69,8 @@ class Planner:
             weighting=options.weights or defaults.weights,
             min_score=options.min_score,
             fallback=options.fallback or defaults.fallback,
+            tags=() if options.filter is None else tuple(options.filter.tags),
+            min_generation=options.min_generation,
         )
         route: Route = await self._retriever.route.remote(request)
         return Planned(route.plan, route.candidates, route.abstained)
@@ -69,7 +79,7 @@ class Planner:
         assert options.adapters is not None
         choices = [(choice.name, choice.weight) for choice in options.adapters]
         strategy: Strategy = options.strategy or ("selection" if len(choices) == 1 else self._config.retrieval.strategy)
-        plan: Plan = await self._retriever.plan_named.remote(tenant, choices, strategy)
+        plan: Plan = await self._retriever.plan_named.remote(tenant, choices, strategy, options.min_generation)
         return plan
 
     def _model_name(self, model: str) -> str | None:
@@ -83,3 +93,9 @@ class Planner:
         if head != base or not tail:
             raise ModelNotFound(model)
         return tail
+
+
+def _refuse_retrieval(options: LoraOptions) -> None:
+    """Raises: RequestInvalid for the first option that only retrieval reads."""
+    for field in options.of_retrieval:
+        raise RequestInvalid(f"lora.{field} says how adapters are retrieved, and here they are named", f"lora.{field}")

@@ -10,7 +10,7 @@ from gpu_worker.prompts import Message
 from gpu_worker.request import SamplingParams
 
 
-class _Request(BaseModel):
+class ApiRequest(BaseModel):
     """Unknown keys are refused. A key that is null counts as unset, as clients send what they dump."""
 
     model_config = ConfigDict(extra="forbid")
@@ -21,14 +21,20 @@ class _Request(BaseModel):
         return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
 
 
-class AdapterChoice(_Request):
+class AdapterChoice(ApiRequest):
     """An adapter the client names itself: `name`, `owner/name`, or with `@digest` one exact version."""
 
     name: str = Field(min_length=1, max_length=256)
     weight: float = Field(default=1.0, ge=-4, le=4)
 
 
-class LoraOptions(_Request):
+class LoraFilter(ApiRequest):
+    """Which adapters retrieval may choose: those that carry all of `tags`."""
+
+    tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = Field(min_length=1, max_length=32)
+
+
+class LoraOptions(ApiRequest):
     """What a request may say about adapters; unset fields take the server's defaults."""
 
     strategy: Literal["selection", "mixture", "fusion"] | None = None
@@ -37,14 +43,22 @@ class LoraOptions(_Request):
     weights: Literal["uniform", "softmax"] | None = None
     min_score: float | None = Field(default=None, ge=-1, le=1)
     fallback: Literal["base", "error"] | None = None
+    filter: LoraFilter | None = None
+    min_generation: int = Field(default=0, ge=0, lt=2**63)
     explain: bool = False
 
+    @property
+    def of_retrieval(self) -> list[str]:
+        """The fields that were set and mean nothing where adapters are named."""
+        fields = ("k", "weights", "min_score", "fallback", "filter")
+        return [field for field in fields if getattr(self, field) is not None]
 
-class StreamOptions(_Request):
+
+class StreamOptions(ApiRequest):
     include_usage: bool = False
 
 
-class GenerationRequest(_Request):
+class GenerationRequest(ApiRequest):
     """What chat and text completions have in common."""
 
     model: str = Field(default="auto", min_length=1, max_length=256)
@@ -87,12 +101,12 @@ class GenerationRequest(_Request):
         return self.max_tokens
 
 
-class TextPart(_Request):
+class TextPart(ApiRequest):
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(_Request):
+class ChatMessage(ApiRequest):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
     name: str | None = None
@@ -137,17 +151,8 @@ class CompletionRequest(GenerationRequest):
         return self.prompt
 
 
-class RouteQuery(_Request):
+class RouteQuery(ApiRequest):
     """`POST /v1/route`: which adapters would answer these prompts. Nothing is generated."""
 
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=256)]
     lora: LoraOptions = LoraOptions()
-
-
-class PublishRequest(_Request):
-    """`POST /v1/loras`: publish a PEFT folder of the server's own file system."""
-
-    path: str = Field(min_length=1, max_length=4096)
-    name: str | None = Field(default=None, max_length=64)
-    tags: list[str] = Field(default=[], max_length=32)
-    template: Literal["alpaca", "chat"] | None = None

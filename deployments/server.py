@@ -31,8 +31,12 @@ class ServerFailed(Exception):
 class Server:
     """A context: leaving it stops everything it started."""
 
-    def __init__(self, config: AppConfig, *, host: str = "127.0.0.1", port: int = 8000) -> None:
+    def __init__(
+        self, config: AppConfig, *, host: str = "127.0.0.1", port: int = 8000, num_cpus: int | None = None
+    ) -> None:
+        """`num_cpus`: logical CPUs to place replicas on; None = what the configuration's replicas need at most."""
         self._config, self._host = config, host
+        self._num_cpus = num_cpus or max(config.num_logical_cpus, os.cpu_count() or 1)
         self._port = port or free_port(host)
 
     @property
@@ -51,7 +55,7 @@ class Server:
         check_free(self._host, self._port)
         # A new local cluster of Ray 2.60 asks for a token; other drivers of this user find it in their home folder.
         ray.init(
-            num_cpus=max(4, os.cpu_count() or 1),  # logical: two real cores hold all four deployments
+            num_cpus=self._num_cpus,
             include_dashboard=False,
             log_to_driver=False,
             _node_ip_address="127.0.0.1",

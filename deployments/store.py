@@ -3,71 +3,156 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+import ray
 
-from lora_store import LOCAL_TENANT, AdapterRecord, AdapterRef, AdapterRefused, LoraStore, Staged
+from deployments.config import AppConfig
+from deployments.object_cache import Buffer, ObjectCache
+from deployments.uploads import FolderUpload, folder_of
+from lora_store import (
+    AdapterRecord,
+    AdapterRef,
+    AdapterRefused,
+    BlobCheck,
+    Collected,
+    Embedding,
+    Key,
+    LoraStore,
+    Sample,
+    Staged,
+    Withdrawn,
+)
 
 Shapes = Mapping[str, tuple[int, int]]
+_NO_VECTOR = np.empty(0, np.float32)
 
 
 @dataclass(frozen=True, slots=True)
-class FolderUpload:
-    """A PEFT folder to publish, and what its publisher says of it."""
+class Verified:
+    """One blob that was re-hashed, the `done`-th of `total`."""
 
-    path: Path
-    name: str | None = None
-    tenant: str = LOCAL_TENANT
-    tags: tuple[str, ...] = ()
-    template: str | None = None
+    done: int
+    total: int
+    check: BlobCheck
 
 
 class StoreDeployment:
     """Answers writes and blobs; reads are the Retriever's. File work runs beside the event loop."""
 
-    def __init__(self, uri: str, accepted_bases: Sequence[str]) -> None:
-        self._accepted_bases = frozenset(accepted_bases)
-        self._store = LoraStore(uri, accepts_base=accepted_bases)
+    def __init__(self, config: AppConfig, put: Callable[[Buffer], Any] = ray.put) -> None:
+        self._config = config
+        self._store = LoraStore(config.store_uri, accepts_base=config.accepted_bases)
+        self._objects: ObjectCache[Any] = ObjectCache(self._store.load, put, config.store_object_cache_bytes)
 
     async def stage(self, upload: FolderUpload, module_shapes: Shapes) -> Staged:
-        """The checked folder, its blobs stored. Raises: AdapterRefused, with every reason."""
-        name = upload.name or upload.path.name
-        if name in self._accepted_bases:
-            raise AdapterRefused(name, ["the name is the base model's"])
-        return await asyncio.to_thread(
-            self._store.stage,
-            upload.path,
-            module_shapes=module_shapes,
-            name=upload.name,
-            tenant=upload.tenant,
-            tags=upload.tags,
-            template=upload.template,
-        )
+        """The checked adapter, its blobs stored and held until `commit` or `discard`.
+
+        Raises: AdapterRefused, with every reason; SourceRefused, SourceMissing, SourceUnavailable, StoreUnavailable.
+        """
+        if upload.adapter_name in self._config.accepted_bases:
+            raise AdapterRefused(upload.adapter_name, ["the name is the base model's"])
+        return await asyncio.to_thread(self._stage, upload, module_shapes)
+
+    def _stage(self, upload: FolderUpload, module_shapes: Shapes) -> Staged:
+        with folder_of(upload, self._config.source_prefixes, self._config.max_upload_bytes) as folder:
+            return self._store.stage(
+                folder,
+                module_shapes=module_shapes,
+                name=upload.adapter_name,
+                tenant=upload.tenant,
+                tags=upload.tags,
+                template=upload.template,
+                source=upload.origin,
+            )
+
+    async def restage(self, record: AdapterRecord) -> Staged:
+        """A kept version as if it were staged again. Raises: AdapterNotFound when its blobs are gone."""
+        return await asyncio.to_thread(self._store.restage, record)
 
     async def commit(
         self,
         staged: Sequence[Staged],
-        embeddings: Sequence[Sequence[float] | None],
-        encoder: str,
-        probe_shifts: Sequence[float],
+        embeddings: Sequence[Embedding | None],
+        probe_shifts: Sequence[float | None],
         actor: str,
     ) -> int:
-        """The generation at which all of `staged` is live. Raises: AdapterRefused, VersionConflict."""
-        return await asyncio.to_thread(self._store.commit, staged, embeddings, encoder, probe_shifts, actor)
+        """The generation at which all of `staged` is live.
 
-    async def fetch(self, weights_digest: str) -> NDArray[np.uint8]:
-        """The weights' canonical bytes, verified; one read-only buffer that travels through Ray's object store.
-
-        Raises: AdapterNotFound, BlobCorrupted.
+        Raises: AdapterRefused when a public name belongs to another tenant; VersionConflict, StoreUnavailable.
         """
-        return np.frombuffer(await asyncio.to_thread(self._store.load, weights_digest), dtype=np.uint8)
+        return await asyncio.to_thread(self._store.commit, staged, embeddings, probe_shifts, actor)
 
-    async def live(self, refs: Sequence[AdapterRef]) -> dict[AdapterRef, AdapterRecord]:
-        """The records of those versions that are live; embeddings stay here."""
+    async def discard(self, staged: Sequence[Staged]) -> None:
+        """These will not be committed: what only they needed is gone."""
+        await asyncio.to_thread(self._store.discard, staged)
+
+    async def withdraw(self, tenant: str, names: Sequence[str], actor: str) -> Withdrawn:
+        """All of `names` are gone at one generation, or none. Raises: AdapterNotFound, StoreUnavailable."""
+        return await asyncio.to_thread(self._store.withdraw, tenant, names, actor)
+
+    async def add_embeddings(self, embeddings: Mapping[AdapterRef, Embedding]) -> int:
+        """The generation at which what is still live of these has an embedding by a coming encoder."""
+        return await asyncio.to_thread(self._store.add_embeddings, embeddings)
+
+    async def activate_encoder(self, model: str, identity: str, actor: str) -> int:
+        """The generation from which the pool is searched by this encoder. Raises: EncoderIncomplete."""
+        return await asyncio.to_thread(self._store.activate_encoder, model, identity, actor)
+
+    async def active_encoder(self) -> str | None:
+        """The identity of the encoder that a reindex chose; None while it is the configuration's."""
         snapshot = await asyncio.to_thread(self._store.snapshot)
-        records = [snapshot.records.get((ref.tenant, ref.name)) for ref in refs]
-        return {record.ref: replace(record, embedding=None) for record in records if record and record.ref in refs}
+        return None if snapshot.encoder is None else snapshot.encoder.identity
+
+    async def versions(self, keys: Collection[Key]) -> dict[Key, tuple[AdapterRecord, ...]]:
+        """The kept versions of those names that are live, the live one first; of embeddings only whose they are."""
+        snapshot = await asyncio.to_thread(self._store.snapshot)
+        found = {key: snapshot.versions(key) for key in keys}
+        return {key: tuple(map(_without_vectors, kept)) for key, kept in found.items() if kept}
+
+    async def unreferenced(self, digests: Collection[str]) -> list[str]:
+        """Those blobs that no kept version needs any more."""
+        snapshot = await asyncio.to_thread(self._store.snapshot)
+        return sorted(set(digests) - snapshot.referenced())
+
+    async def sweep(self, digests: Collection[str]) -> list[str]:
+        """Remove those blobs that nothing refers to and no stage holds; what was removed."""
+        return await asyncio.to_thread(self._store.sweep, digests)
+
+    async def gc(self, retention_s: float) -> Collected:
+        """Remove all that nothing refers to and that is older than `retention_s`."""
+        return await asyncio.to_thread(self._store.gc, retention_s)
+
+    async def verify(self) -> AsyncIterator[Verified]:
+        """Every referenced blob, read and hashed again."""
+        snapshot = await asyncio.to_thread(self._store.snapshot)
+        checks, total = iter(self._store.verify()), len(snapshot.referenced())
+        done = 0
+        while (check := await asyncio.to_thread(next, checks, None)) is not None:
+            done += 1
+            yield Verified(done, max(done, total), check)
+
+    async def samples(self, digests: Sequence[str]) -> list[tuple[Sample, ...]]:
+        """The samples of each digest, in order. Raises: AdapterNotFound, BlobCorrupted, StoreUnavailable."""
+        return await asyncio.to_thread(lambda: [self._store.samples(digest) for digest in digests])
+
+    async def fetch(self, weights_digest: str) -> list[Any]:
+        """[reference to the weights' canonical bytes, verified, in Ray's object store, which this replica owns].
+
+        In a list: Ray would resolve a bare one on the way. Raises: AdapterNotFound, BlobCorrupted, StoreUnavailable.
+        """
+        return [await self._objects.get(weights_digest)]
+
+    async def release(self, digests: Collection[str]) -> bool:
+        """Keep no reference to these."""
+        self._objects.release(digests)
+        return True
+
+
+def _without_vectors(record: AdapterRecord) -> AdapterRecord:
+    if record.embedding is None:
+        return record
+    return replace(record, embedding=replace(record.embedding, vector=_NO_VECTOR, own_scores=_NO_VECTOR))

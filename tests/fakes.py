@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
 
+_numbers = itertools.count()
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call through a handle."""
+    """One call through a handle. Numbers rise over all handles: they tell which call came first."""
 
     name: str
     args: tuple[Any, ...]
+    number: int = field(default_factory=lambda: next(_numbers), compare=False)
 
 
 @dataclass(eq=False)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
@@ -8,13 +9,23 @@ from openai.types import Completion as TextCompletion
 from openai.types import Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from deployments.answers import Answer, lora_object, model_objects, plan_object, published_object
+from deployments.answers import (
+    Answer,
+    batch_object,
+    doctor_object,
+    lora_object,
+    model_objects,
+    plan_object,
+    published_object,
+    removed_object,
+    versions_object,
+)
 from deployments.planner import Planned
-from deployments.publisher import Published
+from deployments.publisher import Published, Removed
 from gpu_worker.request import Completion, Delta
-from lora_store import BASE_PLAN, Plan, PlannedAdapter
-from retriever_svc import Candidate
-from tests.deployments.app_fakes import BASE, POOL
+from lora_store import BASE_PLAN, AdapterRefused, Plan, PlannedAdapter
+from retriever_svc import AdapterFinding, Candidate, Collision, DoctorReport
+from tests.deployments.app_fakes import BASE, POOL, adapter
 
 POET, CODER = POOL
 PLAN = Plan("selection", (PlannedAdapter(POET.ref, POET.weights_digest, 1.0, 0.75),), generation=7)
@@ -121,7 +132,7 @@ def test_models_are_auto_the_base_and_every_adapter() -> None:
 
 
 def test_an_adapter_is_shown_without_its_embedding() -> None:
-    shown = lora_object(POET)
+    shown = lora_object(replace(POET, embedding=None))  # it stays with the Retriever
     assert (shown["name"], shown["digest"], shown["found_by_auto"]) == ("poet", POET.ref.digest, True)
     assert "embedding" not in shown
     json.dumps(shown)
@@ -137,4 +148,48 @@ def test_a_publish_tells_what_the_publisher_found() -> None:
         "found_by_auto": True,
         "probe_shift": 0.5,
         "neighbours": [{"name": "coder", "digest": CODER.ref.digest, "score": 0.25}],
+    }
+
+
+def test_a_batch_tells_of_each_adapter_what_it_would_be_told_alone() -> None:
+    published = Published(POET.ref, 8, 2, 0, True, 0.5, ())
+    late = Published(CODER.ref, 8, 1, 1, True, 0.5, ())
+    first, second, third = batch_object([published, AdapterRefused("x", ["it is bad"]), late])["data"]
+    assert first == {"status": 201, **published_object(published)}
+    assert (second["status"], second["error"]["code"]) == (400, "adapter_refused")
+    assert third["status"] == 202
+
+
+def test_a_withdrawal_tells_who_knows_of_it() -> None:
+    assert removed_object(Removed(("poet",), 8, 2, 1)) == {
+        "names": ["poet"],
+        "deleted": True,
+        "generation": 8,
+        "replicas": {"ready": 2, "behind": 1},
+    }
+
+
+def test_kept_versions_are_told_from_the_live_one() -> None:
+    older = adapter("poet", version="older", generation=0)
+    shown = versions_object([POET, older])
+    assert [(row["digest"], row["state"], row["generation"]) for row in shown] == [
+        (POET.ref.digest, "live", 1),
+        (older.ref.digest, "kept", 0),
+    ]
+
+
+def test_a_doctors_report_names_adapters() -> None:
+    findings = (AdapterFinding(POET.ref, 4, 3, 4, None), AdapterFinding(CODER.ref, 4, 0, 2, POET.ref))
+    report = DoctorReport(7, 3, findings, (Collision(CODER.ref, POET.ref, 0.97, 4, 1),), (CODER.ref,), (POET.ref,))
+    assert doctor_object(report) == {
+        "generation": 7,
+        "k": 3,
+        "num_adapters": 2,
+        "num_samples": 8,
+        "first_share": 0.375,
+        "found_share": 0.75,
+        "collisions": [{"adapters": ["coder", "poet"], "cosine": 0.97, "num_swapped": [4, 1]}],
+        "never_chosen": ["coder"],
+        "always_shadowed": [{"name": "coder", "by": "poet"}],
+        "unreadable": ["poet"],
     }

@@ -24,7 +24,7 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
 
 def post(content: bytes | AsyncIterator[bytes]) -> httpx.Response:
     async def run() -> httpx.Response:
-        transport = httpx.ASGITransport(BodyLimit(echo, max_bytes=8))
+        transport = httpx.ASGITransport(BodyLimit(echo, lambda scope: 8))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             return await client.post("/", content=content)
 
@@ -64,7 +64,7 @@ def test_reading_stops_at_the_limit() -> None:
         async def send(message: Message) -> None:
             sent.append(message)
 
-        await BodyLimit(echo, max_bytes=8)({"type": "http", "headers": []}, long, send)
+        await BodyLimit(echo, lambda scope: 8)({"type": "http", "headers": []}, long, send)
         return sent
 
     assert asyncio.run(run())[0]["status"] == 413
@@ -84,7 +84,7 @@ def test_a_request_whose_client_is_gone_is_not_answered() -> None:
         async def send(message: Message) -> None:
             sent.append(message)
 
-        await BodyLimit(silent, max_bytes=8)({"type": "http", "headers": []}, gone, send)
+        await BodyLimit(silent, lambda scope: 8)({"type": "http", "headers": []}, gone, send)
         return sent
 
     assert asyncio.run(run()) == []
@@ -99,5 +99,5 @@ def test_what_is_no_request_passes() -> None:
     async def nothing(*_: object) -> Message:
         return {}
 
-    asyncio.run(BodyLimit(app, max_bytes=8)({"type": "lifespan"}, nothing, nothing))
+    asyncio.run(BodyLimit(app, lambda scope: 8)({"type": "lifespan"}, nothing, nothing))
     assert seen == ["lifespan"]

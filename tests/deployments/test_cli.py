@@ -1,21 +1,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import subprocess
+import sys
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
 import torch
-from click.testing import Result
-from typer.testing import CliRunner
 
-from deployments.cli import cli
+from deployments import local_commands
 from deployments.server import free_port
 from lora_store import ModuleWeights, Sample, write_peft_folder
 from tests.deployments.app_fakes import BASE
+from tests.deployments.scripted import run, scripted, words
 from tests.deployments.test_server import listener
 
 
@@ -33,58 +31,6 @@ def folder(tmp_path: Path) -> Path:
     weights = {"model.layers.0.mlp.up_proj": ModuleWeights(torch.ones(2, 6), torch.ones(8, 2), 2.0)}
     write_peft_folder(path, weights, base_model=BASE, samples=[Sample("Rhyme."), Sample("Sing.")])
     return path
-
-
-def run(*arguments: object) -> Result:
-    """The command's outcome; its error is its message, never a traceback."""
-    result = CliRunner().invoke(cli, [str(argument) for argument in arguments], terminal_width=400)
-    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
-    return result
-
-
-def words(text: str) -> str:
-    return " ".join(text.split())
-
-
-class Scripted(BaseHTTPRequestHandler):
-    """Answers by (method, path) with (status, body), and keeps what it was sent."""
-
-    answers: dict[tuple[str, str], tuple[int, str]]
-    sent: list[Any]
-
-    def do_GET(self) -> None:
-        status, body = self.answers[self.command, self.path]
-        length = int(self.headers.get("content-length") or 0)
-        self.sent.append(json.loads(self.rfile.read(length)) if length else None)
-        self.send_response(status)
-        self.end_headers()
-        self.wfile.write(body.encode())
-
-    do_POST = do_GET
-
-    def log_message(self, *_: object) -> None:
-        """Keeps the tests' output clean."""
-
-
-@pytest.fixture
-def script() -> Iterator[Callable[..., tuple[str, list[Any]]]]:
-    """Start a server that gives one answer; its URL, and what it was sent."""
-    servers = []
-
-    def start(method: str, path: str, status: int, body: Any) -> tuple[str, list[Any]]:
-        text = body if isinstance(body, str) else json.dumps(body)
-        handler = type("Handler", (Scripted,), {"answers": {(method, path): (status, text)}, "sent": []})
-        http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        thread = Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        servers.append((http, thread))
-        return f"http://127.0.0.1:{http.server_address[1]}", handler.sent
-
-    yield start
-    for http, thread in servers:
-        http.shutdown()
-        thread.join()
-        http.server_close()
 
 
 def events_of(*events: dict[str, Any], done: bool = True) -> str:
@@ -158,7 +104,22 @@ def test_serve_names_a_preloaded_folder_that_holds_no_adapter(config: Path, tmp_
     assert "typo" in result.stderr
 
 
-@pytest.mark.parametrize("command", [("ask", "Hi"), ("route", "Hi"), ("list",), ("publish", ".")])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("ask", "Hi"),
+        ("route", "Hi"),
+        ("list",),
+        ("show", "poet"),
+        ("publish", "."),
+        ("withdraw", "poet"),
+        ("rollback", "poet"),
+        ("verify",),
+        ("gc",),
+        ("reindex", "--encoder", "other"),
+        ("doctor",),
+    ],
+)
 def test_no_server_at_the_url_is_told(command: tuple[str, ...]) -> None:
     url = f"http://127.0.0.1:{free_port('127.0.0.1')}"
     result = run(*command, "--url", url)
@@ -166,23 +127,26 @@ def test_no_server_at_the_url_is_told(command: tuple[str, ...]) -> None:
     assert f"no server answers at {url}" in words(result.stderr)
 
 
-def test_ask_prints_the_text_as_it_comes_and_the_adapters(script: Callable[..., tuple[str, list[Any]]]) -> None:
+def test_ask_prints_the_text_as_it_comes_and_the_adapters() -> None:
     lora = {"strategy": "mixture", "adapters": [{"name": "poet", "weight": 0.5}, {"name": "coder", "weight": 0.5}]}
     body = events_of(delta("", lora=lora), delta("Hel"), delta("lo [b]"), {"choices": []})
-    url, sent = script("POST", "/v1/chat/completions", 200, body)
-    result = run("ask", "Hi", "--url", url, "--model", "poet", "--max-tokens", 7)
+    with scripted((200, body)) as server:
+        result = run("ask", "Hi", "--url", server.url, "--model", "poet", "--max-tokens", 7)
+    assert server.asked == [("POST", "/v1/chat/completions")]
     assert result.exit_code == 0
     assert result.stdout == "Hello [b]\n"
     assert words(result.stderr) == "mixture: poet × 0.50, coder × 0.50"
-    assert [(s["model"], s["max_tokens"], s["temperature"], s["stream"]) for s in sent] == [("poet", 7, 0.0, True)]
-    assert sent[0]["messages"] == [{"role": "user", "content": "Hi"}]
+    assert [(s["model"], s["max_tokens"], s["temperature"], s["stream"]) for s in server.sent] == [
+        ("poet", 7, 0.0, True)
+    ]
+    assert server.sent[0]["messages"] == [{"role": "user", "content": "Hi"}]
 
 
-def test_ask_fails_with_the_streams_error(script: Callable[..., tuple[str, list[Any]]]) -> None:
+def test_ask_fails_with_the_streams_error() -> None:
     lora = {"strategy": "base", "adapters": []}
     body = events_of(delta("", lora=lora), {"error": {"message": "it stopped"}}, done=False)
-    url, _ = script("POST", "/v1/chat/completions", 200, body)
-    result = run("ask", "Hi", "--url", url)
+    with scripted((200, body)) as server:
+        result = run("ask", "Hi", "--url", server.url)
     assert result.exit_code == 1
     assert "it stopped" in result.stderr
 
@@ -191,59 +155,44 @@ def test_ask_fails_with_the_streams_error(script: Callable[..., tuple[str, list[
     ("body", "said"),
     [({"error": {"message": "no such model"}}, "no such model"), ("<html>", "the server answered 404")],
 )
-def test_a_refusal_is_told_in_the_servers_words(
-    script: Callable[..., tuple[str, list[Any]]], body: Any, said: str
-) -> None:
-    url, _ = script("POST", "/v1/chat/completions", 404, body)
-    result = run("ask", "Hi", "--url", url)
+def test_a_refusal_is_told_in_the_servers_words(body: Any, said: str) -> None:
+    with scripted((404, body)) as server:
+        result = run("ask", "Hi", "--url", server.url)
     assert result.exit_code == 1
     assert said in result.stderr
 
 
-def test_route_shows_candidates_and_the_weights_of_those_that_answer(
-    script: Callable[..., tuple[str, list[Any]]],
-) -> None:
+def test_route_shows_candidates_and_the_weights_of_those_that_answer() -> None:
     plan = {
         "strategy": "selection",
         "generation": 4,
         "adapters": [{"name": "poet", "weight": 1.0}],
         "candidates": [{"name": "poet", "score": 0.75}, {"name": "coder", "score": 0.5}],
     }
-    url, sent = script("POST", "/v1/route", 200, {"data": [plan]})
-    result = run("route", "Hi", "--url", url)
-    assert sent == [{"prompt": "Hi"}]
+    with scripted((200, {"data": [plan]})) as server:
+        result = run("route", "Hi", "--url", server.url)
+    assert (server.asked, server.sent) == ([("POST", "/v1/route")], [{"prompt": "Hi"}])
     rows = [line for line in result.stdout.splitlines() if "poet" in line or "coder" in line]
     assert ["1.000" in row for row in rows] == [True, False]
     assert ["0.750" in rows[0], "0.500" in rows[1]] == [True, True]
 
 
-def test_list_shows_the_pool(script: Callable[..., tuple[str, list[Any]]]) -> None:
-    row = {"name": "poet", "digest": "d" * 64, "ranks": [2, 4], "num_bytes": 9, "num_samples": 0}
-    url, _ = script("GET", "/v1/loras", 200, {"generation": 4, "data": [row | {"found_by_auto": False}]})
-    result = run("list", "--url", url)
-    assert result.exit_code == 0
-    assert "generation 4" in result.stdout
-    [line] = [line for line in result.stdout.splitlines() if "poet" in line]
-    assert "2, 4" in line
-    assert "by name only" in line
-
-
-def test_publish_sends_the_whole_path_and_tells_the_generation(
-    script: Callable[..., tuple[str, list[Any]]], folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("parts", [[3e-6, 1e-6, 0.0], [3e-6, 2e-3, 0.0], [3e-6, float("nan"), 0.0]])
+def test_parity_is_told_for_each_strategy_and_fails_above_its_tolerance(
+    parts: list[float], folder: Path, config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(folder.parent)
-    url, sent = script("POST", "/v1/loras", 201, {"name": "poet", "generation": 4, "found_by_auto": False})
-    result = run("publish", folder.name, "--url", url)
-    assert result.exit_code == 0
-    assert sent == [{"path": str(folder)}]
-    assert "poet is live at generation 4 (no samples: by name only)" in words(result.stdout)
+    differences = dict(zip(("selection", "mixture", "fusion"), parts, strict=True))
+    monkeypatch.setattr(local_commands, "parity_with_peft", lambda *_: differences)  # typer calls by name only
+    result = run("check", folder, "--config", config, "--parity")
+    assert "at most 0.001" in words(result.stdout)
+    assert all(strategy in result.stdout for strategy in differences)
+    apart = not parts[1] < 1e-3
+    assert result.exit_code == apart
+    assert ("mixture differ from PEFT" in result.stderr) is apart
 
 
-def test_publish_goes_on_after_a_refusal_and_fails_at_the_end(
-    script: Callable[..., tuple[str, list[Any]]], folder: Path
-) -> None:
-    url, sent = script("POST", "/v1/loras", 400, {"error": {"message": "adapter 'poet' refused: it is bad"}})
-    result = run("publish", folder, folder, "--url", url)
-    assert result.exit_code == 1
-    assert len(sent) == 2
-    assert words(result.stderr).count("it is bad") == 2
+def test_the_commands_start_without_the_servers_packages() -> None:
+    heavy = ("torch", "ray", "numpy", "pyarrow", "fastapi", "pydantic", "transformers", "lora_store")
+    script = f"import sys, deployments.cli; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "[]"

@@ -66,7 +66,41 @@ def test_relative_folders_are_resolved_where_the_application_is_built() -> None:
     config = AppConfig(store_uri="pool", preload=("adapters", "/abs"))
     assert config.store_uri == str(Path.cwd() / "pool")
     assert config.preload == (Path.cwd() / "adapters", Path("/abs"))
-    assert AppConfig(store_uri="s3://bucket/pool").store_uri == "s3://bucket/pool"
+
+
+@pytest.mark.parametrize(
+    "uri", ["s3://bucket/pool", "s3://bucket/pool?endpoint_override=127.0.0.1:9000&scheme=http&region=x", "gs://b/pool"]
+)
+def test_a_remote_store_is_kept_as_it_was_written_and_cached_on_disk(uri: str) -> None:
+    config = AppConfig(store_uri=uri, cache_dir=Path("/c"), disk_cache_bytes=7)
+    assert config.store_uri == uri
+    assert config.weights_cache == (Path("/c/weights"), 7)
+    assert AppConfig(store_uri=uri, disk_cache_bytes=0).weights_cache is None
+
+
+@pytest.mark.parametrize("uri", ["pool", "/data/pool", "file:///data/pool"])
+def test_a_store_in_a_folder_needs_no_disk_cache(uri: str) -> None:
+    assert AppConfig(store_uri=uri).weights_cache is None
+
+
+@pytest.mark.parametrize("uri", ["ftp://host/pool", "s3://key:secret@bucket/pool", "s3://bucket/pool?anonymous=true"])
+def test_a_store_that_cannot_be_opened_stops_the_start(uri: str) -> None:
+    with pytest.raises(ValidationError, match="store"):
+        AppConfig(store_uri=uri)
+
+
+def test_sources_are_allowed_below_prefixes_that_can_be_compared() -> None:
+    prefixes = ("s3://bucket/adapters?endpoint_override=127.0.0.1:9000&scheme=http", "file:///data/adapters")
+    assert AppConfig(source_prefixes=prefixes).source_prefixes == prefixes
+    for bad in ("/data", "s3://bucket/../x", "http://host/x", "s3://key:secret@bucket", "s3://bucket?anonymous=true"):
+        with pytest.raises(ValidationError) as caught:
+            AppConfig(source_prefixes=("s3://bucket", bad))
+        assert repr(bad) in str(caught.value)
+
+
+def test_others_than_this_machine_change_nothing_unless_that_is_switched_on() -> None:
+    assert AppConfig().allow_remote_publish is False
+    assert AppConfig().source_prefixes == ()
 
 
 def test_worker_settings_reach_the_engine_field_by_field() -> None:

@@ -3,14 +3,13 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi import Request
 
 from deployments.errors import RequestInvalid
-from deployments.http_io import adapter_folders, events, is_loopback, parse
+from deployments.http_io import events, is_loopback, json_lines, parse
 from deployments.schemas import ChatCompletionRequest, CompletionRequest
 from gpu_worker.errors import EngineStopped
 
@@ -82,15 +81,23 @@ def test_leaving_the_events_leaves_the_chunks_at_once() -> None:
     asyncio.run(leave())
 
 
-def test_an_adapter_is_its_own_folder_and_a_folder_of_them_is_sorted(tmp_path: Path) -> None:
-    for name in ("c", "a", "d", "b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "adapter_config.json").touch()
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "notes.txt").touch()
-    assert adapter_folders(tmp_path) == [tmp_path / name for name in "abcd"]
-    assert adapter_folders(tmp_path / "a") == [tmp_path / "a"]
-    assert adapter_folders(tmp_path / "empty") == []
+def lines_of(*lines: dict[str, Any] | Exception) -> list[str]:
+    async def source() -> AsyncIterator[dict[str, Any]]:
+        for line in lines:
+            if isinstance(line, Exception):
+                raise line
+            yield line
+
+    async def collect() -> list[str]:
+        return [line async for line in json_lines({"done": 0}, source())]
+
+    return asyncio.run(collect())
+
+
+def test_progress_is_one_object_a_line_and_an_error_is_the_last() -> None:
+    assert lines_of({"done": 1}, {"result": "a\nb"}) == ['{"done": 0}\n', '{"done": 1}\n', '{"result": "a\\nb"}\n']
+    *_, last = lines_of({"done": 1}, EngineStopped("it stopped"))
+    assert json.loads(last)["error"]["code"] == "engine_stopped"
 
 
 @pytest.mark.parametrize(
@@ -114,3 +121,22 @@ def test_only_this_machine_is_loopback(client: tuple[str, int] | None, expected:
 def test_who_comes_through_a_reverse_proxy_is_not_on_this_machine(header: bytes) -> None:
     scope = {"type": "http", "client": ("127.0.0.1", 1), "headers": [(header, b"192.0.2.7")]}
     assert is_loopback(Request(scope)) is False
+
+
+@pytest.mark.parametrize(
+    ("origin", "expected"),
+    [
+        ("http://127.0.0.1:8000", True),
+        ("http://localhost:3000", True),
+        ("http://[::1]:8000", True),
+        ("http://10.0.0.1", False),
+        ("https://evil.example", False),
+        ("https://localhost.evil.example", False),
+        ("https://127.0.0.1.evil.example", False),
+        ("null", False),
+        ("", False),
+    ],
+)
+def test_a_page_of_another_site_is_not_on_this_machine(origin: str, expected: bool) -> None:
+    scope = {"type": "http", "client": ("127.0.0.1", 1), "headers": [(b"origin", origin.encode())]}
+    assert is_loopback(Request(scope)) is expected

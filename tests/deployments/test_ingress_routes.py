@@ -2,22 +2,22 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import replace
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from deployments import ingress
 from deployments.body_limit import DEFAULT_MAX_BODY_BYTES
+from deployments.uploads import FolderUpload
 from gpu_worker.errors import EngineFull, EngineStopped
-from lora_store import VersionConflict
-from retriever_svc import NoAdapterMatched, StaleIndex
+from lora_store import Staged, VersionConflict
+from retriever_svc import NoAdapterMatched
 from tests.deployments.app_fakes import (
     BASE,
     DELTAS,
-    POOL,
     FakeRetriever,
     FakeStore,
     FakeWorker,
@@ -25,35 +25,10 @@ from tests.deployments.app_fakes import (
     http_of,
     serve_plainly,
 )
+from tests.deployments.asking import ask, error_of, get, post, request
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 BROKEN = (DELTAS[0], EngineStopped("it stopped"))
-
-
-def http(ask: Callable[[httpx.AsyncClient], Awaitable[Any]], *, host: str = "127.0.0.1", **options: Any) -> Any:
-    async def run() -> Any:
-        served = serve_plainly(**options)
-        await asyncio.wait([served.ingress._preload])
-        async with http_of(served, host=host) as client:
-            return await ask(client)
-
-    return asyncio.run(run())
-
-
-def post(path: str, body: Any, **options: Any) -> httpx.Response:
-    response: httpx.Response = http(lambda client: client.post(path, json=body), **options)
-    return response
-
-
-def get(path: str, **options: Any) -> httpx.Response:
-    response: httpx.Response = http(lambda client: client.get(path), **options)
-    return response
-
-
-def error_of(response: httpx.Response) -> dict[str, Any]:
-    error: dict[str, Any] = response.json()["error"]
-    assert error.keys() == {"message", "type", "param", "code"}
-    return error
 
 
 def test_http_answers_as_the_plain_method() -> None:
@@ -106,7 +81,6 @@ def test_an_error_after_the_first_token_is_the_last_event_over_http() -> None:
         ),
         ("/v1/completions", {}, 400, "invalid_request", "prompt"),
         ("/v1/route", {"prompt": []}, 400, "invalid_request", None),
-        ("/v1/loras", {"path": "/folders/bad"}, 400, "adapter_refused", None),
         ("/v1/nowhere", {}, 404, "http_error", None),
     ],
 )
@@ -122,7 +96,7 @@ def test_a_refused_request_leaves_in_the_openai_shape(
 
 def test_a_body_that_is_no_json_is_a_bad_request() -> None:
     headers = {"content-type": "application/json"}
-    response = http(lambda client: client.post("/v1/completions", content=b"{", headers=headers))
+    response = request("POST", "/v1/completions", sent={"content": b"{", "headers": headers})
     assert response.status_code == 400
     assert error_of(response)["type"] == "invalid_request_error"
 
@@ -135,7 +109,7 @@ def test_a_body_over_the_limit_is_413_over_http(announced: bool) -> None:
 
     headers = {"content-type": "application/json"}
     content = b" " * (DEFAULT_MAX_BODY_BYTES + 1) if announced else chunks()
-    response = http(lambda client: client.post("/v1/chat/completions", content=content, headers=headers))
+    response = request("POST", "/v1/chat/completions", sent={"content": content, "headers": headers})
     assert response.status_code == 413
     assert error_of(response)["code"] == "body_too_large"
 
@@ -181,62 +155,46 @@ def test_models_are_listed_and_shown() -> None:
     assert (missing.status_code, error_of(missing)["code"]) == (404, "model_not_found")
 
 
-def test_the_pool_is_listed_with_its_generation() -> None:
-    listed = get("/v1/loras").json()
-    assert listed["generation"] == 7
-    assert [row["name"] for row in listed["data"]] == ["coder", "poet"]
+class SlowStore(FakeStore):
+    """Stages nothing until the gate is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = asyncio.Event()
+
+    async def stage(self, upload: FolderUpload, module_shapes: object) -> Staged:
+        await self.gate.wait()
+        return await super().stage(upload, module_shapes)
 
 
-def test_a_publish_is_201_and_carries_what_the_client_said() -> None:
+def test_health_is_told_while_ready_waits_for_the_preload(tmp_path: Path) -> None:
     async def run() -> None:
-        served = serve_plainly()
-        body = {"path": "/folders/x", "name": "singer", "tags": ["fun"], "template": "chat"}
+        store = SlowStore()
+        served = serve_plainly(store=store, preload=preload_of(tmp_path, "poet"))
         async with http_of(served) as client:
-            response = await client.post("/v1/loras", json=body)
-        assert response.status_code == 201
-        assert (response.json()["name"], response.json()["generation"]) == ("singer", 8)
-        [(upload, _)] = served.store.called("stage")
-        assert (upload.path, upload.name, upload.tags, upload.template) == (
-            Path("/folders/x"),
-            "singer",
-            ("fun",),
-            "chat",
-        )
-        assert served.store.called("commit")[0][-1] == "http"
-
-    asyncio.run(run())
-
-
-def test_a_publish_that_a_replica_has_not_seen_is_202() -> None:
-    late = FakeRetriever(caught_up=StaleIndex(8, 7))
-    response = post("/v1/loras", {"path": "/folders/singer"}, retriever=late)
-    assert response.status_code == 202
-    assert response.json()["replicas"] == {"ready": 0, "behind": 1}
-
-
-@pytest.mark.parametrize("options", [{"host": "10.0.0.1"}, {"publish_paths": False}])
-def test_folders_are_published_from_this_machine_and_where_allowed(options: dict[str, Any]) -> None:
-    async def run() -> None:
-        host = options.get("host", "127.0.0.1")
-        served = serve_plainly(**{key: value for key, value in options.items() if key != "host"})
-        async with http_of(served, host=host) as client:
-            response = await client.post("/v1/loras", json={"path": "/folders/x"})
-        assert (response.status_code, error_of(response)["code"]) == (403, "publishing_off")
-        assert served.store.calls == []
-
-    asyncio.run(run())
-
-
-def test_health_is_told_while_ready_waits_for_the_preload() -> None:
-    async def run() -> None:
-        served = serve_plainly()
-        async with http_of(served) as client:
-            served.ingress._preload = asyncio.get_running_loop().create_future()
             assert (await client.get("/health")).json() == {"status": "ok"}
             waiting = await client.get("/ready")
             assert (waiting.status_code, error_of(waiting)["code"]) == (503, "not_ready")
+            store.gate.set()
+            await served.ingress.preload.wait()
+            assert (await client.get("/ready")).status_code == 200
 
     asyncio.run(run())
+
+
+class Silent(FakeWorker):
+    """Never answers."""
+
+    async def module_shapes(self) -> dict[str, tuple[int, int]]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
+def test_ready_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ingress, "READY_WAIT_S", 0.01)  # Serve makes the Ingress: nothing can be handed to it
+    response = get("/ready", worker=Silent())
+    assert (response.status_code, error_of(response)["code"]) == (503, "not_ready")
+    assert "did not answer" in error_of(response)["message"]
 
 
 def preload_of(folder: Path, *names: str) -> tuple[Path, ...]:
@@ -255,25 +213,22 @@ def test_ready_tells_what_of_the_preload_was_refused(tmp_path: Path) -> None:
 
 
 def test_a_preload_that_fails_as_a_whole_is_tried_again_when_ready_is_asked(tmp_path: Path) -> None:
-    async def ready(client: httpx.AsyncClient) -> list[tuple[int, str | None]]:
-        statuses: list[tuple[int, str | None]] = []
-        while len(statuses) < 20 and (not statuses or statuses[-1][0] != 200):
-            response = await client.get("/ready")
-            statuses.append((response.status_code, response.json().get("error", {}).get("code")))
-            for _ in range(50):  # the preload's own task gets its turns
-                await asyncio.sleep(0)
+    async def ready(client: httpx.AsyncClient, served: Served) -> list[int]:
+        statuses = []
+        for _ in range(2):
+            statuses.append((await client.get("/ready")).status_code)
+            await served.ingress.preload.wait()
         return statuses
 
-    store = FakeStore(failure=VersionConflict(3), num_failures=1)
-    statuses = http(ready, store=store, preload=preload_of(tmp_path, "poet"))
-    assert statuses[0] == (503, "not_ready")
-    assert statuses[-1] == (200, None)
+    store = FakeStore(failing={"commit": (VersionConflict(3), 1)})
+    assert ask(ready, store=store, preload=preload_of(tmp_path, "poet")) == [503, 200]
+    assert list(store.live) == [("local", "poet")]
 
 
 def test_the_preload_is_published_in_batches_of_one_commit_each(tmp_path: Path) -> None:
     async def run() -> Served:
         served = serve_plainly(preload=preload_of(tmp_path, *[f"a{number:02}" for number in range(33)]))
-        await served.ingress._preload
+        await served.ingress.preload.wait()
         return served
 
     served = asyncio.run(run())
@@ -282,6 +237,7 @@ def test_the_preload_is_published_in_batches_of_one_commit_each(tmp_path: Path) 
     assert {actor for *_, actor in commits} == {"preload"}
 
 
-def test_a_record_keeps_its_private_parts_out_of_the_list() -> None:
-    shown = get("/v1/loras", retriever=FakeRetriever([replace(POOL[0], embedding=(0.123456, 0.5))])).text
-    assert "0.123456" not in shown
+def test_the_api_describes_itself() -> None:
+    paths = get("/openapi.json").json()["paths"]
+    assert {"/v1/chat/completions", "/v1/loras", "/v1/load_lora_adapter", "/v1/pool/verify"} <= paths.keys()
+    assert set(paths["/v1/loras"]["post"]["requestBody"]["content"]) == {"multipart/form-data", "application/json"}

@@ -12,9 +12,8 @@ from deployments.planner import Planned, Planner
 from deployments.schemas import ChatCompletionRequest
 from lora_store import BASE_PLAN, PlanInvalid
 from retriever_svc import NoAdapterMatched, RouteRequest
-from tests.deployments.app_fakes import BASE, POOL, FakeRetriever, config_of
+from tests.deployments.app_fakes import BASE, POOL, FakeRetriever, adapter, config_of
 from tests.fakes import FakeHandle
-from tests.retriever_svc.pool_fakes import record_of
 
 
 def plan(handle: FakeHandle, model: str = "auto", lora: dict[str, Any] | None = None, **retrieval: Any) -> Planned:
@@ -24,7 +23,7 @@ def plan(handle: FakeHandle, model: str = "auto", lora: dict[str, Any] | None = 
 
 
 def handle_of(*extra: str) -> FakeHandle:
-    return FakeHandle(FakeRetriever((*POOL, *[record_of(name, None) for name in extra])))
+    return FakeHandle(FakeRetriever((*POOL, *[adapter(name) for name in extra])))
 
 
 def names(planned: Planned) -> list[str]:
@@ -83,9 +82,34 @@ def test_what_a_request_leaves_unsaid_comes_from_the_config() -> None:
 def test_what_a_request_says_wins_over_the_config() -> None:
     handle = handle_of()
     said = {"strategy": "selection", "k": 2, "weights": "uniform", "fallback": "base", "min_score": 0.0}
+    said |= {"filter": {"tags": ["a", "b"]}, "min_generation": 9}
     plan(handle, lora=said, strategy="fusion", k=5, weights="softmax", fallback="error")
     [(request,)] = handle.called("route")
-    assert request == RouteRequest("Rhyme", "local", "selection", 2, "uniform", min_score=0.0, fallback="base")
+    assert request == RouteRequest("Rhyme", "local", "selection", 2, "uniform", 0.0, "base", ("a", "b"), 9)
+
+
+@pytest.mark.parametrize(
+    ("model", "lora", "choices"),
+    [("poet", {}, [("poet", 1.0)]), ("auto", {"adapters": [{"name": "poet", "weight": 0.5}]}, [("poet", 0.5)])],
+)
+def test_a_named_plan_carries_the_fence(model: str, lora: dict[str, Any], choices: list[tuple[str, float]]) -> None:
+    handle = handle_of()
+    plan(handle, model, lora | {"min_generation": 9})
+    assert handle.called("plan_named") == [("local", choices, "selection", 9)]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("k", 3), ("weights", "uniform"), ("min_score", 0.5), ("fallback", "base"), ("filter", {"tags": ["a"]})],
+)
+@pytest.mark.parametrize("model", ["auto", "poet", BASE, f"{BASE}:poet"])
+def test_what_only_retrieval_reads_is_refused_where_adapters_are_named(model: str, field: str, value: Any) -> None:
+    named = {"adapters": [{"name": "poet"}]} if model == "auto" else {}
+    handle = handle_of()
+    with pytest.raises(RequestInvalid, match=f"lora.{field}") as caught:
+        plan(handle, model, named | {field: value})
+    assert caught.value.param == f"lora.{field}"
+    assert handle.calls == []
 
 
 def test_named_adapters_are_planned_with_their_weights_and_without_retrieval() -> None:

@@ -1,39 +1,79 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError
 
-from deployments.publisher import CATCH_UP_TIMEOUT_S, Published, Publisher
-from deployments.store import FolderUpload
+from deployments.background import Background
+from deployments.errors import SourceMissing, VersionNotKept
+from deployments.examiner import EXAMINED_TOGETHER
+from deployments.publisher import CATCH_UP_TIMEOUT_S, Published, Publisher, Removed
+from deployments.releaser import Releaser
+from deployments.uploads import FolderUpload
 from gpu_worker.errors import AdapterUnfit
-from lora_store import AdapterRefused, Sample, VersionConflict
+from lora_store import (
+    LOCAL_TENANT,
+    AdapterNotFound,
+    AdapterRecord,
+    AdapterRefused,
+    Embedding,
+    Sample,
+    Staged,
+    StoreUnavailable,
+    VersionConflict,
+)
 from retriever_svc import StaleIndex
-from tests.deployments.app_fakes import FakeRetriever, FakeStore, FakeWorker
+from tests.deployments.app_fakes import ENCODER, SHAPES, FakeRetriever, FakeStore, FakeWorker, adapter, pool_of
 from tests.fakes import FakeHandle
-from tests.retriever_svc.pool_fakes import record_of
 
-SHIFTS = {
-    record_of("mute", None).weights_digest: 0.0,
-    record_of("wrong", None).weights_digest: AdapterUnfit("it is for another base"),
-    record_of("bare", None).weights_digest: 0.25,
-}
+SHIFTS: dict[str, float | Exception] = {"mute": 0.0, "wrong": AdapterUnfit("it is for another base"), "bare": 0.25}
+POET = ("local", "poet")
 
 
 class Publishing:
-    """A Publisher over fakes, and its handles."""
+    """A Publisher over fakes, and its handles. A call is over when its background work is."""
 
-    def __init__(self, retriever: FakeHandle | None = None, store: FakeStore | None = None) -> None:
-        self.store = FakeHandle(store or FakeStore())
+    def __init__(
+        self, *live: AdapterRecord, retriever: FakeHandle | None = None, failing: dict[str, Any] | None = None
+    ) -> None:
+        self.pool = FakeStore(pool_of(*live), dict(failing or {}))
+        self.store = FakeHandle(self.pool)
         self.retriever = retriever or FakeHandle(FakeRetriever())
         self.worker = FakeHandle(FakeWorker(shifts=SHIFTS))
 
-    def __call__(self, *names: str) -> list[Published | Exception]:
-        uploads = [FolderUpload(Path("folders", name)) for name in names]
-        publisher = Publisher(self.store, self.retriever, self.worker)
-        return asyncio.run(publisher.publish(uploads, actor="tester"))
+    def __call__(self, *names: str, version: str = "") -> list[Published | Exception]:
+        tags = (version,) if version else ()
+        uploads = [FolderUpload(Path("folders", name), tags=tags) for name in names]
+        outcomes: list[Published | Exception] = self.run(lambda publisher: publisher.publish(uploads, "tester"))
+        return outcomes
+
+    def rollback(self, digest: str | None = None, name: str = "poet") -> Published:
+        published: Published = self.run(lambda publisher: publisher.rollback((LOCAL_TENANT, name), digest, "tester"))
+        return published
+
+    def withdraw(self, *names: str) -> Removed:
+        removed: Removed = self.run(lambda publisher: publisher.withdraw(LOCAL_TENANT, names, "tester"))
+        return removed
+
+    def run(self, change: Callable[[Publisher], Awaitable[Any]]) -> Any:
+        async def run() -> Any:
+            background = Background()
+            releaser = Releaser(self.store, self.worker, background, longest_request_s=1)
+            publisher = Publisher(self.store, self.retriever, self.worker, background=background, releaser=releaser)
+            try:
+                return await change(publisher)
+            finally:
+                await background.idle()
+
+        return asyncio.run(run())
+
+    @property
+    def live_digests(self) -> dict[str, list[str]]:
+        return {name: [record.ref.digest for record in kept] for (_, name), kept in self.pool.live.items()}
 
 
 def live(outcomes: Sequence[Published | Exception]) -> list[Published]:
@@ -41,20 +81,30 @@ def live(outcomes: Sequence[Published | Exception]) -> list[Published]:
 
 
 def test_results_come_in_the_order_of_the_uploads_and_a_refusal_hurts_no_other() -> None:
-    outcomes = Publishing()("bad-1", "poet", "mute", "wrong", "bare", "bad-2")
-    kinds = [AdapterRefused, Published, AdapterRefused, AdapterUnfit, Published, AdapterRefused]
-    assert [isinstance(outcome, kind) for outcome, kind in zip(outcomes, kinds, strict=True)] == [True] * 6
+    outcomes = Publishing()("bad-1", "poet", "mute", "gone", "wrong", "bare", "taken", "bad-2")
+    kinds = [
+        AdapterRefused,
+        Published,
+        AdapterRefused,
+        SourceMissing,
+        AdapterUnfit,
+        Published,
+        AdapterRefused,
+        AdapterRefused,
+    ]
+    assert [isinstance(outcome, kind) for outcome, kind in zip(outcomes, kinds, strict=True)] == [True] * len(kinds)
     assert [published.ref.name for published in live(outcomes)] == ["poet", "bare"]
     refusals = [outcome for outcome in outcomes if isinstance(outcome, AdapterRefused)]
-    assert [refused.name for refused in refusals] == ["bad-1", "mute", "bad-2"]
+    assert [refused.name for refused in refusals] == ["bad-1", "mute", "taken", "bad-2"]
 
 
 def test_all_that_is_good_is_live_by_one_commit() -> None:
     publishing = Publishing()
     outcomes = publishing("bad", "poet", "mute", "bare")
-    [(staged, embeddings, encoder, shifts, actor)] = publishing.store.called("commit")
+    [(staged, embeddings, shifts, actor)] = publishing.store.called("commit")
     assert [item.ref.name for item in staged] == ["poet", "bare"]
-    assert (embeddings, encoder, shifts, actor) == ([(2.0, 0.0), None], "fake-encoder", [0.5, 0.25], "tester")
+    assert [None if embedding is None else embedding.encoder for embedding in embeddings] == [ENCODER, None]
+    assert (shifts, actor) == ([0.5, 0.25], "tester")
     assert [(p.generation, p.probe_shift, p.found_by_auto) for p in live(outcomes)] == [
         (8, 0.5, True),
         (8, 0.25, False),
@@ -62,14 +112,21 @@ def test_all_that_is_good_is_live_by_one_commit() -> None:
     assert [len(published.neighbours) for published in live(outcomes)] == [1, 0]
 
 
+def test_many_are_embedded_in_batches_and_live_by_one_commit() -> None:
+    publishing = Publishing()
+    names = [f"a{number:03}" for number in range(2 * EXAMINED_TOGETHER + 1)]
+    assert [published.ref.name for published in live(publishing(*names))] == names
+    assert [len(groups) for (groups,) in publishing.retriever.called("embed")] == [32, 32, 1]
+    assert [len(staged) for staged, *_ in publishing.store.called("commit")] == [len(names)]
+
+
 def test_each_step_sees_what_the_step_before_let_through() -> None:
     publishing = Publishing()
     publishing("bad", "poet", "bare")
-    shapes = asyncio.run(FakeWorker().module_shapes())
-    assert [given for _, given in publishing.store.called("stage")] == [shapes] * 3
+    assert [given for _, given in publishing.store.called("stage")] == [SHAPES] * 3
     assert publishing.retriever.called("embed") == [([(Sample("one"), Sample("two")), ()],)]
-    probed = [record_of(name, None).weights_digest for name in ("poet", "bare")]
-    assert publishing.worker.called("probe") == [(digest,) for digest in probed]
+    probed = [adapter(name).weights_digest for name in ("poet", "bare")]
+    assert publishing.worker.called("probe_many") == [(probed,)]
 
 
 def test_an_adapter_that_changes_nothing_is_refused() -> None:
@@ -79,46 +136,244 @@ def test_an_adapter_that_changes_nothing_is_refused() -> None:
     assert "does not change" in str(outcome)
 
 
-@pytest.mark.parametrize("names", [("bad",), ("mute", "wrong"), ()])
-def test_nothing_is_committed_when_nothing_is_good(names: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("names", [("bad",), ("mute", "wrong"), ("taken",), ()])
+def test_nothing_is_visible_or_kept_when_nothing_is_good(names: tuple[str, ...]) -> None:
     publishing = Publishing()
     assert live(publishing(*names)) == []
-    assert publishing.store.called("commit") == []
+    assert (publishing.pool.live, publishing.pool.held) == ({}, [])
     assert publishing.retriever.called("catch_up") == []
+
+
+def test_a_taken_name_is_refused_and_the_others_go_on_without_it() -> None:
+    publishing = Publishing()
+    outcomes = publishing("poet", "taken", "bard")
+    assert [published.ref.name for published in live(outcomes)] == ["poet", "bard"]
+    assert [[item.ref.name for item in staged] for staged, *_ in publishing.store.called("commit")] == [
+        ["poet", "taken", "bard"],
+        ["poet", "bard"],
+    ]
+    assert publishing.pool.held == []
+
+
+def test_what_was_refused_late_is_let_go_of_everywhere() -> None:
+    publishing = Publishing()
+    publishing("poet", "mute")
+    assert [[item.ref.name for item in staged] for (staged,) in publishing.store.called("discard")] == [["mute"]]
+    assert publishing.worker.called("forget") == [([adapter("mute").weights_digest],)]
+    assert publishing.pool.swept == sorted(adapter("mute").blobs)
+
+
+def test_one_folder_given_twice_is_published_once() -> None:
+    publishing = Publishing()
+    assert [published.generation for published in live(publishing("poet", "poet"))] == [8, 8]
+    assert [len(staged) for staged, *_ in publishing.store.called("commit")] == [1]
+    assert publishing.pool.held == []
+
+
+@pytest.mark.parametrize(
+    "error", [StoreUnavailable("down"), VersionConflict(3), RayActorError()], ids=lambda error: type(error).__name__
+)
+@pytest.mark.parametrize("method", ["versions", "commit"])
+def test_a_store_that_fails_in_the_middle_leaves_nothing(method: str, error: Exception) -> None:
+    publishing = Publishing(failing={method: (error, 1)})
+    with pytest.raises(type(error)):
+        publishing("poet", "bare")
+    assert (publishing.pool.live, publishing.pool.held) == ({}, [])
+    assert publishing.retriever.called("catch_up") == []
+    assert len(live(publishing("poet", "bare"))) == 2, "a retry succeeds"
+
+
+def test_a_store_that_fails_at_one_stage_costs_that_adapter_only() -> None:
+    outcomes = Publishing(failing={"stage": (StoreUnavailable("down"), 1)})("poet", "bard")
+    assert [type(outcome) for outcome in outcomes if isinstance(outcome, StoreUnavailable)] != []
+    assert [published.ref.name for published in live(outcomes)] == ["bard"]
+
+
+def test_a_retriever_that_cannot_embed_leaves_nothing() -> None:
+    publishing = Publishing(retriever=FakeHandle(FakeRetriever(unfit=RayActorError())))
+    with pytest.raises(RayActorError):
+        publishing("poet", "bard")
+    assert (publishing.pool.live, publishing.pool.held) == ({}, [])
+    assert publishing.store.called("commit") == []
+
+
+def test_a_store_that_is_gone_for_good_is_logged_and_left_to_gc(caplog: pytest.LogCaptureFixture) -> None:
+    down = (StoreUnavailable("down"), 9)
+    publishing = Publishing(failing={"commit": down, "discard": down, "unreferenced": down})
+    with pytest.raises(StoreUnavailable):
+        publishing("poet")
+    assert publishing.pool.live == {}
+    assert [record.levelname for record in caplog.records] == ["WARNING", "ERROR"]
+
+
+def test_a_client_that_leaves_does_not_break_off_its_publish() -> None:
+    async def run() -> dict[Any, Any]:
+        publishing, background = Publishing(), Background()
+        releaser = Releaser(publishing.store, publishing.worker, background, longest_request_s=1)
+        handles = (publishing.store, publishing.retriever, publishing.worker)
+        publisher = Publisher(*handles, background=background, releaser=releaser)
+        client = asyncio.create_task(publisher.publish([FolderUpload(Path("poet"))], "tester"))
+        await asyncio.sleep(0)
+        client.cancel()
+        await asyncio.wait([client])
+        assert publishing.pool.live == {}, "it was over before the client left"
+        await background.idle()
+        assert publishing.pool.held == []
+        return publishing.pool.live
+
+    assert list(asyncio.run(run())) == [POET]
 
 
 def test_replicas_that_do_not_catch_up_are_counted_as_behind() -> None:
     late = FakeRetriever(caught_up=StaleIndex(8, 7))
     retriever = FakeHandle(FakeRetriever(), late, FakeRetriever())
-    [published] = live(Publishing(retriever)("poet"))
+    [published] = live(Publishing(retriever=retriever)("poet"))
     assert (published.ready, published.behind) == (2, 1)
     assert retriever.called("catch_up") == [(8,)]
     assert retriever.timeouts_s == [CATCH_UP_TIMEOUT_S]
 
 
 def test_a_replica_that_stays_silent_leaves_the_commit_standing() -> None:
-    [published] = live(Publishing(FakeHandle(FakeRetriever(), num_silent=1))("poet"))
+    [published] = live(Publishing(retriever=FakeHandle(FakeRetriever(), num_silent=1))("poet"))
     assert published.generation == 8
     assert published.behind >= 1
 
 
-def test_a_commit_that_fails_is_an_error_of_the_whole() -> None:
-    publishing = Publishing(store=FakeStore(failure=VersionConflict(3)))
-    with pytest.raises(VersionConflict):
-        publishing("poet", "bare")
-    assert publishing.retriever.called("catch_up") == []
-
-
 def test_what_is_live_already_is_neither_probed_nor_committed_again() -> None:
-    publishing = Publishing()
-    [published] = live(publishing("live-one"))
-    assert (published.ref.name, published.generation, published.ready) == ("live-one", 3, 1)
-    assert publishing.worker.called("probe") == []
+    publishing = Publishing(adapter("poet", generation=3))
+    [published] = live(publishing("poet"))
+    assert (published.ref.name, published.generation, published.ready) == ("poet", 3, 1)
+    assert publishing.worker.called("probe_many") == []
     assert publishing.store.called("commit") == []
     assert publishing.retriever.called("catch_up") == [(3,)]
+    assert (publishing.pool.held, publishing.pool.swept) == ([], [])
+
+
+def test_what_is_live_but_embedded_by_an_older_encoder_is_published_again() -> None:
+    publishing = Publishing(adapter("poet"), adapter("bare", samples=False))
+    publishing.pool.encoder = "new-encoder"
+    publishing.retriever = FakeHandle(FakeRetriever(encoder="new-encoder"))
+    assert [published.generation for published in live(publishing("poet", "bare"))] == [8, 1]
+    [(_, [embedding], *_)] = publishing.store.called("commit")
+    assert embedding.encoder == "new-encoder"
 
 
 def test_new_and_live_adapters_are_ready_at_the_new_generation() -> None:
-    publishing = Publishing()
-    assert [item.generation for item in live(publishing("live-one", "poet"))] == [3, 8]
+    publishing = Publishing(adapter("bard", generation=3))
+    assert [item.generation for item in live(publishing("bard", "poet"))] == [3, 8]
     assert publishing.retriever.called("catch_up") == [(8,)]
+
+
+class Reindexed(FakeStore):
+    """A reindex activates another encoder right before the first commit."""
+
+    async def commit(self, staged: Sequence[Staged], embeddings: Sequence[Embedding | None], *more: object) -> int:
+        if self.encoder is None:
+            self.encoder = "new-encoder"
+        return await super().commit(staged, embeddings, *more)
+
+
+class Swapping(FakeRetriever):
+    """Embeds by the new encoder once it has caught up."""
+
+    async def catch_up(self, generation: int) -> int:
+        self.encoder = "new-encoder"
+        return await super().catch_up(generation)
+
+
+def test_a_publish_that_a_reindex_overtakes_is_found_by_the_new_encoder() -> None:
+    publishing = Publishing(retriever=FakeHandle(Swapping()))
+    publishing.pool = Reindexed()
+    publishing.store = FakeHandle(publishing.pool)
+    assert [published.generation for published in live(publishing("poet", "bare"))] == [9, 9]
+    encoders = [[e and e.encoder for e in embeddings] for _, embeddings, *_ in publishing.store.called("commit")]
+    assert encoders == [[ENCODER, None], ["new-encoder", None]]
+    assert publishing.retriever.called("catch_up") == [(8,), (9,)]
+    assert publishing.pool.held == []
+
+
+def test_an_encoder_that_never_stays_ends_the_publish_all_the_same() -> None:
+    publishing = Publishing()
+    publishing.pool = Reindexed()
+    publishing.store = FakeHandle(publishing.pool)
+    assert len(live(publishing("poet"))) == 1
+    assert len(publishing.store.called("commit")) == 4
+
+
+def test_an_update_frees_what_falls_out_of_the_kept_versions() -> None:
+    publishing = Publishing()
+    for version in ("1", "2", "3"):
+        publishing("poet", version=version)
+    assert publishing.pool.swept == []
+    publishing("poet", version="4")
+    oldest = adapter("poet", version="1")
+    assert publishing.worker.called("forget") == [([oldest.weights_digest],)]
+    assert publishing.pool.swept == [oldest.weights_digest], "all versions share their samples"
+    assert len(publishing.live_digests["poet"]) == 3
+
+
+def test_a_rollback_is_a_publish_of_the_version_before() -> None:
+    publishing = Publishing(adapter("poet", version="2"), adapter("poet", version="1"))
+    published = publishing.rollback()
+    assert (published.ref, published.generation) == (adapter("poet", version="1").ref, 8)
+    assert publishing.live_digests["poet"] == [adapter("poet", version=version).ref.digest for version in "12"]
+    assert publishing.retriever.called("embed") == [([(Sample("one"), Sample("two"))],)]
+    assert publishing.worker.called("probe_many") == [([adapter("poet", version="1").weights_digest],)]
+    assert publishing.retriever.called("catch_up") == [(8,)]
+    assert publishing.pool.held == []
+    publishing.rollback()
+    assert publishing.live_digests["poet"] == [adapter("poet", version=version).ref.digest for version in "21"]
+
+
+def test_a_rollback_reaches_every_kept_version_by_its_digest() -> None:
+    versions = [adapter("poet", version=version) for version in "321"]
+    publishing = Publishing(*versions)
+    assert publishing.rollback(versions[2].ref.digest[:8]).ref == versions[2].ref
+    again = publishing.rollback(versions[2].ref.digest)
+    assert again.ref == versions[2].ref, "the live one stays"
+    assert len(publishing.store.called("commit")) == 1
+
+
+@pytest.mark.parametrize("digest", [None, "f" * 64, adapter("poet").ref.digest[:7], ""])
+def test_a_version_that_is_not_kept_is_not_found_and_those_that_are_are_named(digest: str | None) -> None:
+    publishing = Publishing(adapter("poet"))
+    with pytest.raises(VersionNotKept) as caught:
+        publishing.rollback(digest)
+    assert adapter("poet").ref.digest[:12] in str(caught.value)
+    with pytest.raises(AdapterNotFound):
+        publishing.rollback(digest, name="nobody")
+    assert publishing.store.called("restage") == []
+
+
+def test_a_rollback_that_fails_leaves_the_live_version() -> None:
+    versions = adapter("poet", version="2"), adapter("poet", version="1")
+    publishing = Publishing(*versions, failing={"commit": (StoreUnavailable("down"), 1)})
+    with pytest.raises(StoreUnavailable):
+        publishing.rollback()
+    assert publishing.live_digests["poet"] == [record.ref.digest for record in versions]
+    assert (publishing.pool.held, publishing.pool.swept) == ([], [])
+
+
+def test_a_withdrawn_adapter_is_gone_with_all_its_versions_and_what_they_held() -> None:
+    versions = adapter("poet", version="2"), adapter("poet", version="1")
+    publishing = Publishing(*versions, adapter("bard"))
+    removed = publishing.withdraw("poet")
+    assert removed == Removed(("poet",), 8, 1, 0)
+    assert list(publishing.live_digests) == ["bard"]
+    assert publishing.store.called("withdraw") == [("local", ("poet",), "tester")]
+    assert publishing.retriever.called("catch_up") == [(8,)]
+    assert publishing.pool.swept == sorted({digest for record in versions for digest in record.blobs})
+
+
+def test_an_unknown_name_withdraws_nothing() -> None:
+    publishing = Publishing(adapter("poet"))
+    with pytest.raises(AdapterNotFound):
+        publishing.withdraw("poet", "nobody")
+    assert list(publishing.live_digests) == ["poet"]
+    assert publishing.retriever.called("catch_up") == []
+
+
+def test_a_withdrawal_counts_the_replicas_that_still_route_there() -> None:
+    late = FakeHandle(FakeRetriever(), FakeRetriever(caught_up=StaleIndex(8, 7)))
+    removed = Publishing(adapter("poet"), retriever=late).withdraw("poet")
+    assert (removed.ready, removed.behind) == (1, 1)

@@ -8,7 +8,8 @@ from pydantic import ValidationError
 
 from deployments.errors import RequestInvalid
 from deployments.http_errors import validation_error
-from deployments.schemas import ChatCompletionRequest, CompletionRequest, PublishRequest, RouteQuery
+from deployments.pool_schemas import GcRequest, LoadAdapterRequest, PublishBatch, RollbackRequest, UnloadAdapterRequest
+from deployments.schemas import ChatCompletionRequest, CompletionRequest, RouteQuery
 from gpu_worker.errors import SamplingInvalid
 from gpu_worker.prompts import Message
 from gpu_worker.request import SamplingParams
@@ -52,7 +53,14 @@ def refusal(kind: Any, body: dict[str, Any]) -> RequestInvalid:
         (ChatCompletionRequest, {"messages": [USER | {"tool": 1}]}, "messages.0.tool"),
         (CompletionRequest, {"prompt": "Hi", "messages": []}, "messages"),
         (RouteQuery, {"prompt": "Hi", "model": "auto"}, "model"),
-        (PublishRequest, {"path": "/a", "force": True}, "force"),
+        (ChatCompletionRequest, {"messages": [USER], "lora": {"filter": {"tag": "a"}}}, "lora.filter.tags"),
+        (PublishBatch, {"adapters": [{"path": "/a", "force": True}]}, "adapters.0.force"),
+        (RollbackRequest, {"version": "a"}, "version"),
+        (LoadAdapterRequest, {"lora_name": "a", "lora_path": "/a", "pinned": True}, "pinned"),
+        (LoadAdapterRequest, {"lora_name": "a", "lora_path": "/a", "is_3d_lora_weight": True}, "is_3d_lora_weight"),
+        (UnloadAdapterRequest, {"name": "a"}, "lora_name"),
+        (GcRequest, {"retention": 1}, "retention"),
+        (GcRequest, {"retention_s": -1}, "retention_s"),
     ],
 )
 def test_an_unknown_key_is_refused_by_its_path(kind: Any, body: dict[str, Any], param: str) -> None:
@@ -75,6 +83,9 @@ def test_an_unknown_key_is_refused_by_its_path(kind: Any, body: dict[str, Any], 
         ({"lora": {"strategy": "base"}}, "lora.strategy"),
         ({"lora": {"min_score": float("nan")}}, "lora.min_score"),
         ({"lora": {"adapters": []}}, "lora.adapters"),
+        ({"lora": {"filter": {"tags": []}}}, "lora.filter.tags"),
+        ({"lora": {"filter": {"tags": [""]}}}, "lora.filter.tags.0"),
+        ({"lora": {"min_generation": -1}}, "lora.min_generation"),
         ({"lora": {"adapters": [{"name": "a", "weight": 4.5}]}}, "lora.adapters.0.weight"),
         ({"lora": {"adapters": [{"name": "a", "weight": float("nan")}]}}, "lora.adapters.0.weight"),
     ],

@@ -1,16 +1,276 @@
+"""The Store deployment over a real store in a folder."""
+
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
-from deployments.store import FolderUpload, StoreDeployment
-from lora_store import AdapterRefused
+from deployments.errors import SourceMissing, SourceRefused
+from deployments.object_cache import Buffer
+from deployments.store import StoreDeployment
+from deployments.uploads import FolderUpload
+from lora_store import (
+    AdapterNotFound,
+    AdapterRefused,
+    Embedding,
+    EncoderIncomplete,
+    ModuleWeights,
+    Sample,
+    Staged,
+    decode_weights,
+    write_peft_folder,
+)
+from tests.deployments.app_fakes import BASE, SHAPES, config_of
+
+UNIT = np.array([1.0, 0.0], np.float32)
+POET = ("local", "poet")
 
 
-@pytest.mark.parametrize("upload", [FolderUpload(Path("x"), name="tiny"), FolderUpload(Path("somewhere/tiny"))])
-def test_no_adapter_takes_the_base_models_name(upload: FolderUpload, tmp_path: Path) -> None:
-    store = StoreDeployment(str(tmp_path / "store"), ["tiny", "owner/tiny"])
-    with pytest.raises(AdapterRefused, match="the name is the base model's"):
-        asyncio.run(store.stage(upload, {}))
+class Stores:
+    """A StoreDeployment; a reference is the buffer that was put."""
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        self.folder = folder
+        self.put: list[Buffer] = []
+        self.deployment = StoreDeployment(config_of(store_uri=str(folder / "pool"), **settings), put=self._put)
+
+    def _put(self, buffer: Buffer) -> Buffer:
+        self.put.append(buffer)
+        return buffer
+
+    def adapter(self, name: str = "poet", seed: int = 0, *, samples: bool = True) -> Path:
+        path = self.folder / str(seed) / name
+        random = torch.Generator().manual_seed(seed)
+        weights = ModuleWeights(torch.randn(2, 6, generator=random), torch.randn(8, 2, generator=random), 2.0)
+        texts = [Sample("Rhyme."), Sample("Sing.")] if samples else []
+        write_peft_folder(path, {"model.layers.0.mlp.up_proj": weights}, base_model=BASE, samples=texts)
+        return path
+
+    async def stage(self, upload: FolderUpload) -> Staged:
+        return await self.deployment.stage(upload, SHAPES)
+
+    async def publish(self, *uploads: FolderUpload, encoder: str = "enc") -> list[Staged]:
+        staged = [await self.stage(upload) for upload in uploads]
+        embeddings = [Embedding(encoder, UNIT, UNIT) if item.samples else None for item in staged]
+        await self.deployment.commit(staged, embeddings, [0.5] * len(staged), "tester")
+        return staged
+
+    @property
+    def stored(self) -> set[str]:
+        """Digests of the blobs on disk."""
+        return {path.name for path in (self.folder / "pool" / "blobs").rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def stores(tmp_path: Path) -> Stores:
+    return Stores(tmp_path)
+
+
+def run(work: Coroutine[Any, Any, Any]) -> Any:
+    return asyncio.run(work)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("name", [BASE, f"somewhere/{BASE}"])
+def test_no_adapter_takes_the_base_models_name(stores: Stores, name: str) -> None:
+    for upload in (
+        FolderUpload(Path("x"), name),
+        FolderUpload(Path("somewhere", BASE)),
+        FolderUpload(source=f"s3://{name}"),
+    ):
+        with pytest.raises(AdapterRefused, match="the name is the base model's"):
+            run(stores.stage(upload))
+
+
+@pytest.mark.parametrize(
+    "upload_of",
+    [
+        lambda folder: FolderUpload(folder, "poet"),
+        lambda folder: FolderUpload(files=files_of(folder), name="poet"),
+        lambda folder: FolderUpload(source=f"file://{folder}", name="poet"),
+    ],
+    ids=["path", "files", "source"],
+)
+def test_a_version_is_the_same_however_it_came(tmp_path: Path, upload_of: Callable[[Path], FolderUpload]) -> None:
+    stores = Stores(tmp_path, source_prefixes=(f"file://{tmp_path}",))
+    folder = stores.adapter("elsewhere")
+    upload = upload_of(folder)
+    staged, expected = run(stores.stage(upload)), run(stores.stage(FolderUpload(folder, "poet")))
+    assert (staged.ref, staged.samples) == (expected.ref, (Sample("Rhyme."), Sample("Sing.")))
+    assert staged.record.source == upload.origin
+
+
+def test_tags_and_template_are_kept(stores: Stores) -> None:
+    staged = run(stores.stage(FolderUpload(stores.adapter(), tags=("b", "a"), template="chat")))
+    assert (staged.record.tags, staged.record.template) == (("a", "b"), "chat")
+
+
+def test_what_is_not_there_or_not_allowed_is_told(stores: Stores) -> None:
+    with pytest.raises(SourceMissing):
+        run(stores.stage(FolderUpload(stores.folder / "nowhere")))
+    with pytest.raises(SourceRefused):
+        run(stores.stage(FolderUpload(source=f"file://{stores.adapter()}")))
+
+
+def test_a_large_upload_is_refused(tmp_path: Path) -> None:
+    stores = Stores(tmp_path, max_upload_bytes=100)
+    with pytest.raises(AdapterRefused, match="at most 100"):
+        run(stores.stage(FolderUpload(files=files_of(stores.adapter()), name="poet")))
+
+
+def test_a_bad_upload_leaves_nothing(stores: Stores) -> None:
+    files = files_of(stores.adapter()) | {"adapter_model.bin": b"pickle"}
+    with pytest.raises(AdapterRefused, match="pickle"):
+        run(stores.stage(FolderUpload(files=files, name="poet")))
+    assert stores.stored == set()
+
+
+def test_what_is_discarded_leaves_nothing(stores: Stores) -> None:
+    async def check() -> None:
+        staged = await stores.stage(FolderUpload(stores.adapter()))
+        assert stores.stored == set(staged.record.blobs)
+        await stores.deployment.discard([staged])
+        assert stores.stored == set()
+
+    run(check())
+
+
+def test_versions_are_told_live_one_first_and_without_their_embeddings(stores: Stores) -> None:
+    async def check() -> None:
+        first, second = [(await stores.publish(FolderUpload(stores.adapter(seed=seed))))[0] for seed in (1, 2)]
+        versions = await stores.deployment.versions([POET, ("local", "nobody")])
+        assert [record.ref for record in versions[POET]] == [second.ref, first.ref]
+        for record in versions[POET]:
+            assert record.embedding is not None
+            assert (record.encoder, record.embedding.vector.size, record.embedding.own_scores.size) == ("enc", 0, 0)
+        assert list(versions) == [POET]
+
+    run(check())
+
+
+def test_a_withdrawn_adapters_blobs_are_unreferenced_and_swept(stores: Stores) -> None:
+    async def check() -> None:
+        poet, bard = await stores.publish(FolderUpload(stores.adapter()), FolderUpload(stores.adapter("bard", 1)))
+        blobs = [*poet.record.blobs, *bard.record.blobs]
+        assert await stores.deployment.unreferenced(blobs) == []
+        withdrawn = await stores.deployment.withdraw("local", ["poet"], "tester")
+        assert [record.ref for record in withdrawn.records] == [poet.ref]
+        assert await stores.deployment.unreferenced(blobs) == [poet.weights_digest], "they share their samples"
+        assert await stores.deployment.sweep(blobs) == [poet.weights_digest]
+        assert stores.stored == set(bard.record.blobs)
+        with pytest.raises(AdapterNotFound):
+            await stores.deployment.withdraw("local", ["bard", "poet"], "tester")
+        assert POET not in await stores.deployment.versions([POET])
+
+    run(check())
+
+
+def test_a_kept_version_is_staged_again(stores: Stores) -> None:
+    async def check() -> None:
+        first, _ = [(await stores.publish(FolderUpload(stores.adapter(seed=seed))))[0] for seed in (1, 2)]
+        kept = (await stores.deployment.versions([POET]))[POET][1]
+        staged = await stores.deployment.restage(kept)
+        assert (staged.ref, staged.samples) == (first.ref, first.samples)
+        await stores.deployment.commit([staged], [Embedding("enc", UNIT, UNIT)], [0.5], "tester")
+        assert (await stores.deployment.versions([POET]))[POET][0].ref == first.ref
+
+    run(check())
+
+
+def test_weights_travel_as_one_reference_that_is_kept_until_it_is_released(stores: Stores) -> None:
+    async def check() -> None:
+        [staged] = await stores.publish(FolderUpload(stores.adapter()))
+        [ref] = await stores.deployment.fetch(staged.weights_digest)
+        assert decode_weights(staged.weights_digest, ref).weights_digest == staged.weights_digest
+        await stores.deployment.fetch(staged.weights_digest)
+        assert len(stores.put) == 1
+        assert await stores.deployment.release([staged.weights_digest]) is True
+        await stores.deployment.fetch(staged.weights_digest)
+        assert len(stores.put) == 2
+        with pytest.raises(AdapterNotFound):
+            await stores.deployment.fetch("f" * 64)
+
+    run(check())
+
+
+def test_no_weights_are_kept_where_there_is_no_budget(tmp_path: Path) -> None:
+    async def check() -> None:
+        stores = Stores(tmp_path, store_object_cache_bytes=0)
+        [staged] = await stores.publish(FolderUpload(stores.adapter()))
+        for _ in range(2):
+            await stores.deployment.fetch(staged.weights_digest)
+        assert len(stores.put) == 2
+
+    run(check())
+
+
+def test_samples_come_in_the_order_asked(stores: Stores) -> None:
+    async def check() -> None:
+        [staged] = await stores.publish(FolderUpload(stores.adapter()))
+        digest = staged.record.samples_digest
+        assert digest is not None
+        assert await stores.deployment.samples([digest, digest]) == [staged.samples] * 2
+
+    run(check())
+
+
+def test_verify_reads_every_blob_again(stores: Stores) -> None:
+    async def check() -> None:
+        [staged] = await stores.publish(FolderUpload(stores.adapter()))
+        [path] = (stores.folder / "pool" / "blobs").rglob(staged.weights_digest)
+        path.write_bytes(b"damaged")
+        found = [verified async for verified in stores.deployment.verify()]
+        assert [(verified.done, verified.total) for verified in found] == [(1, 2), (2, 2)]
+        problems = {verified.check.digest: verified.check.problem for verified in found}
+        assert problems.keys() == set(staged.record.blobs)
+        assert "corrupted" in (problems[staged.weights_digest] or "")
+        assert problems[staged.record.samples_digest or ""] is None
+
+    run(check())
+
+
+def test_an_empty_pool_verifies(stores: Stores) -> None:
+    async def check() -> list[Any]:
+        return [verified async for verified in stores.deployment.verify()]
+
+    assert run(check()) == []
+
+
+def test_gc_removes_what_nothing_refers_to(stores: Stores) -> None:
+    async def check() -> None:
+        [staged] = await stores.publish(FolderUpload(stores.adapter()))
+        stray = stores.folder / "pool" / "blobs" / "ff" / ("f" * 64)
+        stray.parent.mkdir(exist_ok=True)
+        stray.write_bytes(b"stray")
+        assert (await stores.deployment.gc(1000.0)).num_blobs == 0
+        collected = await stores.deployment.gc(0.0)
+        assert (collected.num_blobs, collected.num_bytes) == (1, 5)
+        assert stores.stored == set(staged.record.blobs)
+
+    run(check())
+
+
+def test_an_encoder_is_activated_once_all_are_embedded_by_it(stores: Stores) -> None:
+    async def check() -> None:
+        poet, _ = await stores.publish(
+            FolderUpload(stores.adapter()), FolderUpload(stores.adapter("bare", 1, samples=False))
+        )
+        store = stores.deployment
+        assert await store.active_encoder() is None
+        with pytest.raises(EncoderIncomplete) as caught:
+            await store.activate_encoder("model", "new", "tester")
+        assert caught.value.missing == (poet.ref,)
+        await store.add_embeddings({poet.ref: Embedding("new", UNIT, UNIT)})
+        await store.activate_encoder("model", "new", "tester")
+        assert await store.active_encoder() == "new"
+
+    run(check())

@@ -1,0 +1,27 @@
+"""Where adapters lie, and which files are one. Apart from the rest: the command line imports it at its start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+CONFIG_FILE = "adapter_config.json"
+# All that admission looks at, the pickle to refuse it. What else a training run leaves is never copied or uploaded.
+ADAPTER_FILES = (
+    CONFIG_FILE,
+    "adapter_model.safetensors",
+    "lora_samples.jsonl",
+    "description.txt",
+    "adapter_model.bin",
+)
+
+
+def adapter_folders(path: Path) -> list[Path]:
+    """`path` itself when it is an adapter, else the adapters in it, sorted."""
+    if (path / CONFIG_FILE).exists():
+        return [path]
+    return sorted(config.parent for config in path.glob(f"*/{CONFIG_FILE}"))
+
+
+def adapter_files(folder: Path) -> list[Path]:
+    """The files of the adapter in `folder` that are there."""
+    return [folder / name for name in ADAPTER_FILES if (folder / name).is_file()]

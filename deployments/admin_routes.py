@@ -1,0 +1,50 @@
+"""`/v1/pool`: work on the pool as a whole. No annotation is text: FastAPI reads them."""
+
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import StreamingResponse
+
+from deployments import http_errors, pool_jobs
+from deployments.answers import JsonObject
+from deployments.http_io import json_lines
+from deployments.pool_routes import OpenPool
+from deployments.pool_schemas import GcRequest, JobRequest, ReindexRequest
+from lora_store import LOCAL_TENANT
+
+router = APIRouter(route_class=http_errors.AnsweringRoute)
+_LINES: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/x-ndjson": {}}, "description": "progress, one object a line; then the result"}
+}
+
+
+@router.post("/v1/pool/verify", response_class=StreamingResponse, responses=_LINES)
+async def verify(_: JobRequest, pool: OpenPool) -> StreamingResponse:
+    """Read every stored blob again and compare it with its digest."""
+    return await _stream(pool_jobs.verify(pool))
+
+
+@router.post("/v1/pool/doctor", response_class=StreamingResponse, responses=_LINES)
+async def doctor(_: JobRequest, pool: OpenPool) -> StreamingResponse:
+    """How adapters are found by their own samples: collisions, never chosen, always shadowed."""
+    return await _stream(pool_jobs.doctor(pool, LOCAL_TENANT))
+
+
+@router.post("/v1/pool/reindex", response_class=StreamingResponse, responses=_LINES)
+async def reindex(body: ReindexRequest, pool: OpenPool) -> StreamingResponse:
+    """Embed the pool by another encoder beside the old index, then search by it from one generation on."""
+    return await _stream(pool_jobs.reindex(pool, body.encoder, actor="http"))
+
+
+@router.post("/v1/pool/gc")
+async def gc(body: GcRequest, pool: OpenPool) -> JsonObject:
+    """Remove what nothing refers to and is older than the retention."""
+    collected = await pool.store.gc.remote(body.retention_s)
+    return {"num_blobs": collected.num_blobs, "num_bytes": collected.num_bytes}
+
+
+async def _stream(lines: AsyncGenerator[dict[str, Any]]) -> StreamingResponse:
+    """The lines as they come. An error before the first one is an error, and not a stream."""
+    opening = await anext(lines)
+    return StreamingResponse(json_lines(opening, lines), media_type="application/x-ndjson")

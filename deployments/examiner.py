@@ -1,0 +1,82 @@
+"""What is found out about staged adapters before they are committed: where they lie, and that they change the base."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ray.serve.handle import DeploymentHandle
+
+from deployments.retriever import Embedded
+from lora_store import AdapterRecord, AdapterRef, AdapterRefused, Staged
+
+EXAMINED_TOGETHER = 32  # adapters embedded by one call and probed at once
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Examined:
+    """A staged adapter that may be committed."""
+
+    staged: Staged
+    embedded: Embedded | None
+    shift: float
+
+    @property
+    def encoder(self) -> str | None:
+        return None if self.embedded is None else self.embedded.embedding.encoder
+
+
+Outcome = Examined | AdapterRecord | BaseException  # new and good, live already, or refused
+
+
+class Examiner:
+    """Embeds by the Retriever and probes on a Worker, both at the same time."""
+
+    def __init__(self, retriever: DeploymentHandle, worker: DeploymentHandle) -> None:
+        self._retriever, self._worker = retriever, worker
+
+    async def examine(
+        self, staged: Sequence[Staged | BaseException], live: Mapping[AdapterRef, AdapterRecord]
+    ) -> list[Outcome]:
+        """One outcome per item, in order; equal versions share theirs. What is live is not examined again.
+
+        Raises: what the Retriever says of a batch as a whole.
+        """
+        new = list({item.ref: item for item in staged if isinstance(item, Staged) and item.ref not in live}.values())
+        known: dict[AdapterRef, Outcome] = dict(live)
+        for start in range(0, len(new), EXAMINED_TOGETHER):
+            batch = new[start : start + EXAMINED_TOGETHER]
+            outcomes = await self._examine_batch(batch)
+            known |= {item.ref: outcome for item, outcome in zip(batch, outcomes, strict=True)}
+        return [known[item.ref] if isinstance(item, Staged) else item for item in staged]
+
+    async def embed_again(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
+        """The outcomes with what was embedded once embedded by the encoder of now."""
+        old = [item for item in outcomes if isinstance(item, Examined) and item.embedded is not None]
+        embedded = await self._retriever.embed.remote([item.staged.samples for item in old])
+        anew = {id(item): replace(item, embedded=e) for item, e in zip(old, embedded, strict=True)}
+        return [anew.get(id(outcome), outcome) for outcome in outcomes]
+
+    async def _examine_batch(self, batch: Sequence[Staged]) -> list[Outcome]:
+        probing = asyncio.gather(self._probe(batch))
+        embedded = await self._retriever.embed.remote([item.samples for item in batch])
+        [shifts] = await probing
+        triples = zip(batch, embedded, shifts, strict=True)
+        return [_outcome(item, embedding, shift) for item, embedding, shift in triples]
+
+    async def _probe(self, batch: Sequence[Staged]) -> list[float | Exception]:
+        """A Worker that fails as a whole fails for each of the batch: it may be another's turn next time."""
+        try:
+            shifts: list[float | Exception] = await self._worker.probe_many.remote([s.weights_digest for s in batch])
+        except Exception as exc:
+            return [exc] * len(batch)
+        return shifts
+
+
+def _outcome(staged: Staged, embedded: Embedded | None, shift: float | Exception) -> Outcome:
+    if isinstance(shift, Exception):
+        return shift
+    if shift == 0.0:
+        return AdapterRefused(staged.ref.name, ["it does not change what the base model says"])
+    return Examined(staged, embedded, shift)

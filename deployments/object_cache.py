@@ -1,0 +1,67 @@
+"""Buffers in Ray's object store, handed out as references."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from typing import Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+Buffer = NDArray[np.uint8]
+Ref = TypeVar("Ref")
+
+
+class ObjectCache(Generic[Ref]):
+    """References to loaded buffers, the least recently used dropped above `budget_bytes`; one load a digest at a time.
+
+    Used from one event loop; `load` and `put` run on a thread. A buffer larger than the budget is handed out unkept.
+    """
+
+    def __init__(self, load: Callable[[str], bytes], put: Callable[[Buffer], Ref], budget_bytes: int) -> None:
+        self._load, self._put, self._budget_bytes = load, put, budget_bytes
+        self._kept: OrderedDict[str, tuple[Ref, int]] = OrderedDict()  # least recently used first
+        self._loading: dict[str, asyncio.Task[Ref]] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(num_bytes for _, num_bytes in self._kept.values())
+
+    async def get(self, digest: str) -> Ref:
+        """The reference, kept or new. Raises: what `load` raises; the next call tries again."""
+        if digest in self._kept:
+            self._kept.move_to_end(digest)
+            return self._kept[digest][0]
+        if digest not in self._loading:
+            self._loading[digest] = asyncio.create_task(self._fill(digest))
+        return await asyncio.shield(self._loading[digest])  # a caller that leaves does not end the others' load
+
+    def release(self, digests: Iterable[str]) -> None:
+        """Keep nothing of these, also not what is being loaded now."""
+        for digest in digests:
+            self._kept.pop(digest, None)
+            self._loading.pop(digest, None)
+
+    async def _fill(self, digest: str) -> Ref:
+        task = asyncio.current_task()
+        try:
+            ref, num_bytes = await asyncio.to_thread(self._put_loaded, digest)
+            if self._loading.get(digest) is task:
+                self._keep(digest, ref, num_bytes)
+            return ref
+        finally:
+            if self._loading.get(digest) is task:
+                del self._loading[digest]
+
+    def _put_loaded(self, digest: str) -> tuple[Ref, int]:
+        buffer = np.frombuffer(self._load(digest), dtype=np.uint8)
+        return self._put(buffer), buffer.nbytes
+
+    def _keep(self, digest: str, ref: Ref, num_bytes: int) -> None:
+        if num_bytes > self._budget_bytes:
+            return
+        self._kept[digest] = ref, num_bytes
+        while self.num_bytes > self._budget_bytes:
+            self._kept.popitem(last=False)

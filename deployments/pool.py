@@ -1,0 +1,59 @@
+"""What the routes of the pool stand on: the replica's handles, and who may change the pool."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Request
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from deployments.config import AppConfig
+from deployments.errors import PublishingOff
+from deployments.http_io import is_loopback
+from deployments.publisher import Publisher
+from deployments.uploads import FolderUpload
+from lora_store import LOCAL_TENANT, AdapterNotFound, Key
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """The pool as an Ingress replica reaches it."""
+
+    config: AppConfig
+    publisher: Publisher
+    store: DeploymentHandle
+    retriever: DeploymentHandle
+
+    def require_change(self, http: Request) -> None:
+        """Raises: PublishingOff unless this client may change the pool."""
+        if not (self.config.allow_remote_publish or is_loopback(http)):
+            raise PublishingOff("the pool is changed from the server's own machine, or with allow_remote_publish on")
+
+    def require_path(self, upload: FolderUpload, http: Request) -> None:
+        """Raises: PublishingOff when `upload` is a folder of the server and this client may not name those."""
+        if upload.path is not None and not (self.config.publish_paths and is_loopback(http)):
+            raise PublishingOff("folders are published from the server's own machine, with publish_paths on")
+
+
+def read_pool() -> Pool:
+    """The pool of the replica that runs the route: Serve knows it, FastAPI does not."""
+    ingress: Any = serve.get_replica_context().servable_object
+    pool: Pool = ingress.pool
+    return pool
+
+
+def open_pool(http: Request) -> Pool:
+    """The pool, for a client that may change it. Raises: PublishingOff."""
+    pool = read_pool()
+    pool.require_change(http)
+    return pool
+
+
+def own_key(name: str) -> Key:
+    """(tenant, name) of `name` or `tenant/name`. Raises: AdapterNotFound for another tenant's."""
+    tenant, slash, bare = name.rpartition("/")
+    if slash and tenant != LOCAL_TENANT:
+        raise AdapterNotFound(name)
+    return LOCAL_TENANT, bare

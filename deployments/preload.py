@@ -1,0 +1,60 @@
+"""The adapters a server begins with."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from deployments import http_errors
+from deployments.adapter_folders import adapter_folders
+from deployments.errors import NotReady
+from deployments.publisher import Publisher
+from deployments.uploads import FolderUpload
+
+logger = logging.getLogger(__name__)
+
+_BATCH = 32
+
+
+class Preload:
+    """Publishes what the folders hold and the catalogue lacks, beside everything else. To be made in an event loop."""
+
+    def __init__(self, paths: Sequence[Path], publisher: Publisher) -> None:
+        self._paths, self._publisher = paths, publisher
+        self._task = asyncio.get_event_loop().create_task(self._publish())
+
+    def refused(self) -> dict[str, str]:
+        """Once it is done: the folders that were refused, with the reason.
+
+        Raises: NotReady before that, and after a failure as a whole, which starts it again.
+        """
+        if not self._task.done():
+            raise NotReady("the server is still starting")
+        if (error := self._task.exception()) is not None:
+            logger.error("publishing the preload failed and is tried again", exc_info=error)
+            self._task = asyncio.get_running_loop().create_task(self._publish())
+            raise NotReady("publishing the preload failed and is tried again")
+        return self._task.result()
+
+    async def wait(self) -> None:
+        """Return once it is done, well or not."""
+        await asyncio.wait([self._task])
+
+    def cancel(self) -> None:
+        if not self._task.get_loop().is_closed():
+            self._task.cancel()
+
+    async def _publish(self) -> dict[str, str]:
+        refused = {}
+        folders = [folder for path in self._paths for folder in adapter_folders(path)]
+        for start in range(0, len(folders), _BATCH):
+            batch = folders[start : start + _BATCH]
+            outcomes = await self._publisher.publish([FolderUpload(folder) for folder in batch], actor="preload")
+            for folder, outcome in zip(batch, outcomes, strict=True):
+                if isinstance(outcome, Exception):
+                    logger.error("%s was not published: %s", folder, outcome)
+                    _, body = http_errors.describe(outcome)
+                    refused[str(folder)] = body["error"]["message"]
+        return refused

@@ -1,0 +1,113 @@
+"""Adapters that lie in a bucket or a shared folder: which URIs may be read, and how they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from pyarrow.fs import FileInfo, FileSystem
+
+from deployments.adapter_folders import ADAPTER_FILES
+from deployments.errors import SourceMissing, SourceRefused, SourceUnavailable
+from lora_store import AdapterRefused
+from lora_store.location import Location
+
+SCHEMES = ("s3", "gs", "file")
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class SourceUri:
+    """A place by scheme and parts (bucket and key, or an absolute path), compared part by part and never decoded."""
+
+    scheme: str
+    parts: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, uri: str) -> Self:
+        """Raises: ValueError: it has a part that could mean another place."""
+        scheme, separator, rest = uri.partition("://")
+        if not separator or scheme not in SCHEMES:
+            raise ValueError(f"must begin with one of {', '.join(f'{known}://' for known in SCHEMES)}")
+        if any(mark in rest for mark in "?#\\") or not rest.isprintable():
+            raise ValueError("must be without query, fragment, backslash and control characters")
+        host, _, path = rest.partition("/")
+        if "@" in host or ":" in host or (not host) != (scheme == "file"):
+            raise ValueError("must name a bucket, or with file:// an absolute path, and hold no credentials")
+        parts = (*([host] if host else []), *path.rstrip("/").split("/"))
+        if any(part in ("", ".", "..") for part in parts[:-1]) or parts[-1] in (".", ".."):
+            raise ValueError("must be without empty parts, '.' and '..'")
+        return cls(scheme, tuple(part for part in parts if part))
+
+    def is_below(self, other: SourceUri) -> bool:
+        return self.scheme == other.scheme and self.parts[: len(other.parts)] == other.parts
+
+
+@dataclass(frozen=True, slots=True)
+class SourcePrefix:
+    """What an operator allows: everything at or below `uri`, read through `location`, which may name an endpoint."""
+
+    uri: SourceUri
+    location: Location
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Raises: ValueError, naming `text`."""
+        try:
+            return cls(SourceUri.parse(text.partition("?")[0]), Location(text))
+        except ValueError as exc:
+            raise ValueError(f"source prefix {text!r} {exc}") from exc
+
+
+def folder_of_source(uri: str, prefixes: Sequence[str], work: Path, max_bytes: int) -> Path:
+    """The folder at `uri`: itself where it is on this machine, else a copy of its adapter's files below `work`.
+
+    Raises: SourceRefused, SourceMissing, SourceUnavailable; AdapterRefused above `max_bytes`.
+    """
+    place, prefix = _allowed(uri, prefixes)
+    inner = place.parts[len(prefix.uri.parts) :]
+    if place.scheme == "file":
+        return _local_folder(uri, Path("/", *prefix.uri.parts), inner)
+    try:
+        files, root = prefix.location.filesystem()
+        return _copy(uri, files, "/".join((root, *inner)), work, max_bytes)
+    except OSError as exc:
+        raise SourceUnavailable(uri, str(exc)) from exc
+
+
+def _allowed(uri: str, prefixes: Sequence[str]) -> tuple[SourceUri, SourcePrefix]:
+    try:
+        place = SourceUri.parse(uri)
+    except ValueError as exc:
+        raise SourceRefused(uri, str(exc)) from exc
+    for prefix in map(SourcePrefix.parse, prefixes):
+        if place.is_below(prefix.uri):
+            return place, prefix
+    raise SourceRefused(uri, "is not below a source prefix this server allows")
+
+
+def _local_folder(uri: str, prefix: Path, inner: Sequence[str]) -> Path:
+    folder = prefix.joinpath(*inner).resolve()
+    if not folder.is_relative_to(prefix.resolve()):
+        raise SourceRefused(uri, "leads out of its source prefix by a symbolic link")
+    if not folder.is_dir():
+        raise SourceMissing(uri)
+    return folder
+
+
+def _copy(uri: str, files: FileSystem, root: str, work: Path, max_bytes: int) -> Path:
+    infos: list[FileInfo] = files.get_file_info([f"{root}/{name}" for name in ADAPTER_FILES])
+    found = [info for info in infos if info.is_file]
+    if not found:
+        raise SourceMissing(uri)
+    left = max_bytes
+    for info in found:
+        with files.open_input_stream(info.path) as stream, (work / info.base_name).open("wb") as target:
+            while chunk := stream.read(_CHUNK_BYTES):
+                left -= len(chunk)
+                if left < 0:
+                    raise AdapterRefused(root.rpartition("/")[2], [f"its files have more than {max_bytes} bytes"])
+                target.write(chunk)
+    return work

@@ -1,0 +1,96 @@
+"""What is published: a folder of the server, uploaded files, or a source URI; and the folder each becomes."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from deployments.errors import SourceMissing
+from deployments.sources import folder_of_source
+from lora_store import LOCAL_TENANT, AdapterRefused
+
+MAX_UPLOAD_FILES = 64
+_MAX_NAME_BYTES = 255
+
+
+@dataclass(frozen=True, slots=True)
+class FolderUpload:
+    """A PEFT folder to publish, and what its publisher says of it. Exactly one of `path`, `files` and `source`."""
+
+    path: Path | None = None
+    name: str | None = None  # default: the last part of path or source
+    tenant: str = LOCAL_TENANT
+    tags: tuple[str, ...] = ()
+    template: str | None = None
+    files: Mapping[str, bytes] | None = None
+    source: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [what for what in (self.path, self.files, self.source) if what is not None]
+        if len(given) != 1:
+            raise ValueError(f"an upload is one of path, files and source, got {len(given)} of them")
+
+    @property
+    def adapter_name(self) -> str:
+        """The name it is published under; "" for files without one, which admission refuses."""
+        if self.name is not None:
+            return self.name
+        return (self.source or "").rstrip("/").rpartition("/")[2] if self.path is None else self.path.name
+
+    @property
+    def origin(self) -> str:
+        """Where it came from, as the catalogue keeps it."""
+        return self.source if self.source is not None else self.adapter_name
+
+
+@contextmanager
+def folder_of(upload: FolderUpload, prefixes: Sequence[str], max_bytes: int) -> Iterator[Path]:
+    """The upload as a folder, which is gone afterwards if it was made here.
+
+    Raises: AdapterRefused, SourceRefused, SourceMissing, SourceUnavailable.
+    """
+    if upload.path is not None:
+        if not upload.path.is_dir():
+            raise SourceMissing(str(upload.path))
+        yield upload.path
+        return
+    with tempfile.TemporaryDirectory(prefix="loraretriever-upload-") as made:
+        if upload.source is not None:
+            yield folder_of_source(upload.source, prefixes, Path(made), max_bytes)
+            return
+        assert upload.files is not None
+        problems = [*file_problems(list(upload.files)), *_size_problems(upload.files, max_bytes)]
+        if problems:
+            raise AdapterRefused(upload.adapter_name[:100], problems)
+        for name, data in upload.files.items():
+            (Path(made) / name).write_bytes(data)
+        yield Path(made)
+
+
+def file_problems(names: Sequence[str]) -> Iterator[str]:
+    """What is wrong with the names of uploaded files: each must be a file's name and no path."""
+    if not names:
+        yield "it has no files"
+    if len(names) > MAX_UPLOAD_FILES:
+        yield f"it has {len(names)} files, at most {MAX_UPLOAD_FILES}"
+        return
+    for name in dict.fromkeys(names):
+        if names.count(name) > 1:
+            yield f"the file {name[:100]!r} comes {names.count(name)} times"
+        if not _is_plain(name):
+            yield f"the file name {name[:100]!r} must be a plain name: no path, no control characters"
+
+
+def _is_plain(name: str) -> bool:
+    if name in ("", ".", "..") or "/" in name or "\\" in name or not name.isprintable():
+        return False
+    return len(name.encode("utf-8", "replace")) <= _MAX_NAME_BYTES
+
+
+def _size_problems(files: Mapping[str, bytes], max_bytes: int) -> Iterator[str]:
+    num_bytes = sum(map(len, files.values()))
+    if num_bytes > max_bytes:
+        yield f"its files have {num_bytes} bytes, at most {max_bytes}"

@@ -1,0 +1,37 @@
+"""vLLM's two calls for adapters, as its clients make them. No annotation is text: FastAPI reads them."""
+
+from fastapi import APIRouter, Request
+from fastapi.responses import PlainTextResponse
+
+from deployments import http_errors
+from deployments.errors import AdapterExists
+from deployments.pool import own_key
+from deployments.pool_routes import OpenPool
+from deployments.pool_schemas import LoadAdapterRequest, UnloadAdapterRequest
+from lora_store import LOCAL_TENANT
+
+router = APIRouter(route_class=http_errors.AnsweringRoute, default_response_class=PlainTextResponse)
+
+
+@router.post("/v1/load_lora_adapter")
+async def load_lora_adapter(body: LoadAdapterRequest, pool: OpenPool, http: Request) -> PlainTextResponse:
+    """Publish a server folder or a source URI; 400 when the name is taken, unless `load_inplace` is set."""
+    upload = body.upload()
+    pool.require_path(upload, http)
+    key = LOCAL_TENANT, body.lora_name
+    if not body.load_inplace and key in await pool.store.versions.remote([key]):
+        raise AdapterExists(body.lora_name)
+    [outcome] = await pool.publisher.publish([upload], actor="http")
+    if isinstance(outcome, Exception):
+        raise outcome
+    text = f"Success: LoRA adapter '{body.lora_name}' added successfully"
+    return PlainTextResponse(text, 202 if outcome.behind else 200)
+
+
+@router.post("/v1/unload_lora_adapter")
+async def unload_lora_adapter(body: UnloadAdapterRequest, pool: OpenPool) -> PlainTextResponse:
+    """Withdraw the adapter; 404 when there is none."""
+    tenant, name = own_key(body.lora_name)
+    removed = await pool.publisher.withdraw(tenant, [name], actor="http")
+    text = f"Success: LoRA adapter '{body.lora_name}' removed successfully"
+    return PlainTextResponse(text, 202 if removed.behind else 200)

@@ -1,0 +1,51 @@
+"""One request to the routes of an Ingress over fakes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import httpx
+
+from tests.deployments.app_fakes import Served, http_of, serve_plainly
+
+
+def ask(
+    question: Callable[[httpx.AsyncClient, Served], Awaitable[Any]],
+    *,
+    host: str = "127.0.0.1",
+    headers: dict[str, str] | None = None,
+    **options: Any,
+) -> Any:
+    """What `question` gives; the Ingress has ended its preload before, and its background work after."""
+
+    async def run() -> Any:
+        served = serve_plainly(**options)
+        await served.ingress.preload.wait()
+        async with http_of(served, host=host, headers=headers or {}) as client:
+            answer = await question(client, served)
+        await served.ingress.background.idle()
+        return answer
+
+    return asyncio.run(run())
+
+
+def request(method: str, path: str, *, sent: dict[str, Any] | None = None, **options: Any) -> httpx.Response:
+    """The answer to one request; `sent`: what httpx's `request` takes beside method and path."""
+    response: httpx.Response = ask(lambda client, _: client.request(method, path, **(sent or {})), **options)
+    return response
+
+
+def post(path: str, body: Any, **options: Any) -> httpx.Response:
+    return request("POST", path, sent={"json": body}, **options)
+
+
+def get(path: str, **options: Any) -> httpx.Response:
+    return request("GET", path, **options)
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    error: dict[str, Any] = response.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    return error

@@ -1,0 +1,88 @@
+"""A command, and a server that answers it as a test says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import Any
+
+from click.testing import Result
+from typer.testing import CliRunner
+
+from deployments.cli import cli
+
+Answer = tuple[int, Any]  # status; JSON body, or the body's text
+
+
+@dataclass
+class Script:
+    """Answers in the order they were scripted, the last one for ever, and keeps what it was asked."""
+
+    answers: list[Answer]
+    url: str = ""
+    asked: list[tuple[str, str]] = field(default_factory=list)  # method and path
+    bodies: list[bytes] = field(default_factory=list)
+    content_types: list[str] = field(default_factory=list)
+
+    @property
+    def sent(self) -> list[Any]:
+        """The JSON bodies that came, None for an empty one."""
+        return [json.loads(body) if body else None for body in self.bodies]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    script: Script
+
+    def do_GET(self) -> None:
+        script = self.script
+        script.asked.append((self.command, self.path))
+        script.content_types.append(self.headers.get("content-type") or "")
+        script.bodies.append(self.rfile.read(int(self.headers.get("content-length") or 0)))
+        status, body = script.answers.pop(0) if len(script.answers) > 1 else script.answers[0]
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write((body if isinstance(body, str) else json.dumps(body)).encode())
+
+    do_POST = do_DELETE = do_GET
+
+    def log_message(self, *_: object) -> None:
+        """Keeps the tests' output clean."""
+
+
+@contextmanager
+def scripted(*answers: Answer) -> Iterator[Script]:
+    """A server with these answers."""
+    script = Script(list(answers))
+    handler = type("Handler", (_Handler,), {"script": script})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
+        script.url = f"http://127.0.0.1:{http.server_address[1]}"
+        thread = Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield script
+        finally:
+            http.shutdown()
+            thread.join()
+
+
+def run(*arguments: object) -> Result:
+    """The command's outcome; its error is its message, never a traceback."""
+    result = CliRunner().invoke(cli, [str(argument) for argument in arguments], terminal_width=400)
+    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
+    return result
+
+
+def words(text: str) -> str:
+    return " ".join(text.split())
+
+
+def lines(*objects: dict[str, Any]) -> str:
+    return "".join(f"{json.dumps(line)}\n" for line in objects)
+
+
+def refusal(message: str) -> dict[str, Any]:
+    return {"error": {"message": message}}

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.deployments.scripted import lines, refusal, run, scripted, words
+
+ROW = {"name": "poet", "digest": "d" * 64, "ranks": [2, 4], "num_bytes": 9, "num_samples": 0, "found_by_auto": False}
+
+
+def test_list_shows_the_pool() -> None:
+    with scripted((200, {"generation": 4, "data": [ROW]})) as server:
+        result = run("list", "--url", server.url)
+    assert (result.exit_code, server.asked) == (0, [("GET", "/v1/loras")])
+    assert "generation 4" in result.stdout
+    [line] = [line for line in result.stdout.splitlines() if "poet" in line]
+    assert "2, 4" in line
+    assert "by name only" in line
+
+
+def test_show_tells_an_adapter_and_its_versions() -> None:
+    version = {"generation": 3, "created_at": "2026-01-02", "actor": "tester", "source": "s3://bucket/poet"}
+    versions = [version | {"digest": "d" * 64, "state": "live"}, version | {"digest": "e" * 64, "state": "kept"}]
+    with scripted((200, {**ROW, "tags": ["fun"], "versions": versions})) as server:
+        result = run("show", "local/poet", "--url", server.url)
+    assert (result.exit_code, server.asked) == (0, [("GET", "/v1/loras/local%2Fpoet")])
+    live, kept = [line for line in result.stdout.splitlines() if "tester" in line]
+    assert ("d" * 12 in live and "live" in live, "e" * 12 in kept and "kept" in kept) == (True, True)
+    assert "fun" in result.stdout
+
+
+def test_withdraw_goes_on_after_a_refusal_and_fails_at_the_end() -> None:
+    with scripted((404, refusal("no adapter 'nobody'")), (200, {"generation": 5})) as server:
+        result = run("withdraw", "nobody", "poet", "--url", server.url)
+    assert result.exit_code == 1
+    assert server.asked == [("DELETE", "/v1/loras/nobody"), ("DELETE", "/v1/loras/poet")]
+    assert "nobody: no adapter 'nobody'" in words(result.stderr)
+    assert "poet is gone at generation 5" in words(result.stdout)
+
+
+def test_names_cannot_leave_their_place_in_the_path() -> None:
+    with scripted((404, refusal("no"))) as server:
+        run("withdraw", "../pool/gc?x#y", "--url", server.url)
+    assert server.asked == [("DELETE", "/v1/loras/..%2Fpool%2Fgc%3Fx%23y")]
+
+
+@pytest.mark.parametrize(("options", "body"), [((), {}), (("--to", "abcdef01"), {"digest": "abcdef01"})])
+def test_rollback_names_the_version_that_is_live_again(options: tuple[str, ...], body: dict[str, Any]) -> None:
+    with scripted((201, {"name": "poet", "digest": "d" * 64, "generation": 9})) as server:
+        result = run("rollback", "poet", *options, "--url", server.url)
+    assert (server.asked, server.sent) == ([("POST", "/v1/loras/poet/rollback")], [body])
+    assert f"poet is {'d' * 12} again at generation 9" in words(result.stdout)
+
+
+def test_verify_tells_how_many_blobs_are_sound() -> None:
+    body = lines({"done": 1, "total": 2}, {"done": 2, "total": 2}, {"result": {"num_blobs": 2, "problems": []}})
+    with scripted((200, body)) as server:
+        result = run("verify", "--url", server.url)
+    assert (result.exit_code, server.asked, server.sent) == (0, [("POST", "/v1/pool/verify")], [{}])
+    assert "2 blobs, 0 bad" in words(result.stdout)
+
+
+def test_verify_fails_and_names_what_is_bad() -> None:
+    problem = {"adapter": "local/poet@dddddddddddd", "digest": "f" * 64, "problem": "is missing"}
+    body = lines({"done": 1, "total": 1, "problem": problem}, {"result": {"num_blobs": 1, "problems": [problem]}})
+    with scripted((200, body)) as server:
+        result = run("verify", "--url", server.url)
+    assert result.exit_code == 1
+    assert "local/poet@dddddddddddd: is missing" in words(result.stderr)
+
+
+@pytest.mark.parametrize(("options", "seconds"), [((), 86_400), (("--retention", "0"), 0)])
+def test_gc_tells_what_it_removed(options: tuple[str, ...], seconds: float) -> None:
+    with scripted((200, {"num_blobs": 3, "num_bytes": 12})) as server:
+        result = run("gc", *options, "--url", server.url)
+    assert (server.asked, server.sent) == ([("POST", "/v1/pool/gc")], [{"retention_s": seconds}])
+    assert "removed 3 blobs, 12 bytes" in words(result.stdout)
+
+
+@pytest.mark.parametrize(("behind", "note"), [(0, ""), (2, " (2 replicas do not have it yet)")])
+def test_reindex_tells_from_when_the_pool_is_searched_anew(behind: int, note: str) -> None:
+    result_line = {"result": {"encoder": "other", "generation": 9, "replicas": {"ready": 1, "behind": behind}}}
+    with scripted((200, lines({"done": 2, "total": 2}, result_line))) as server:
+        result = run("reindex", "--encoder", "other", "--url", server.url)
+    assert (server.asked, server.sent) == ([("POST", "/v1/pool/reindex")], [{"encoder": "other"}])
+    assert words(result.stdout) == f"the pool is searched by other since generation 9{note}"
+
+
+@pytest.mark.parametrize("command", [("verify",), ("reindex", "--encoder", "other"), ("doctor",)])
+@pytest.mark.parametrize(
+    ("status", "body", "said"),
+    [
+        (503, refusal("the store is down"), "the store is down"),
+        (200, lines({"done": 1, "total": 2}, refusal("it went down")), "it went down"),
+        (200, lines({"done": 1, "total": 2}), "broke off"),
+    ],
+)
+def test_a_job_that_fails_says_why(command: tuple[str, ...], status: int, body: Any, said: str) -> None:
+    with scripted((status, body)) as server:
+        result = run(*command, "--url", server.url)
+    assert result.exit_code == 1
+    assert said in words(result.stderr)

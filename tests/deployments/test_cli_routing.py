@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.deployments.scripted import lines, refusal, run, scripted, words
+
+
+def plan(*names: str, abstained: bool = False) -> dict[str, Any]:
+    return {"candidates": [{"name": name, "score": 0.5} for name in names], "abstained": abstained}
+
+
+def file_of(folder: Path, *rows: Any) -> Path:
+    path = folder / "prompts.jsonl"
+    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows))
+    return path
+
+
+def shares(text: str) -> dict[str, str]:
+    rows = [line.split("│") for line in text.splitlines() if "%" in line]
+    return {row[1].strip(): row[2].strip() for row in rows}
+
+
+def test_hits_are_counted_up_to_each_rank_and_abstentions_apart(tmp_path: Path) -> None:
+    rows = [
+        {"input": "a", "adapter": "poet"},
+        {"prompt": "b", "adapter": ["poet", "bard"]},
+        {"input": "c", "adapter": "poet", "note": "kept by others"},
+        {"input": "d", "adapter": "poet"},
+    ]
+    others = [f"x{number}" for number in range(8)]
+    plans = [plan("poet"), plan("x", "y", "bard", "poet"), plan(*others[:7], "poet"), plan(*others, abstained=True)]
+    with scripted((200, {"data": plans})) as server:
+        result = run("eval-routing", file_of(tmp_path, *rows), "--url", server.url)
+    assert result.exit_code == 0
+    assert server.asked == [("POST", "/v1/route")]
+    assert server.sent == [{"prompt": ["a", "b", "c", "d"], "lora": {"k": 8, "explain": True}}]
+    assert "4 prompts" in result.stdout
+    assert shares(result.stdout) == {
+        "hit@1": "25.0%",
+        "hit@3": "50.0%",
+        "hit@5": "50.0%",
+        "hit@8": "75.0%",
+        "abstained": "25.0%",
+    }
+
+
+def test_prompts_are_routed_in_batches(tmp_path: Path) -> None:
+    rows = [{"input": str(number), "adapter": "poet"} for number in range(33)]
+    with scripted((200, {"data": [plan("poet")] * 32}), (200, {"data": [plan("poet")]})) as server:
+        result = run("eval-routing", file_of(tmp_path, *rows), "--url", server.url)
+    assert [len(body["prompt"]) for body in server.sent] == [32, 1]
+    assert shares(result.stdout)["hit@1"] == "100.0%"
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (["{"], "prompts.jsonl:1 is no JSON"),
+        ([{"input": "a", "adapter": "poet"}, {"input": "a"}], "prompts.jsonl:2 must be"),
+        ([{"adapter": "poet"}], "prompts.jsonl:1 must be"),
+        ([{"input": "", "adapter": "poet"}], "prompts.jsonl:1 must be"),
+        ([{"input": "a", "adapter": []}], "prompts.jsonl:1 must be"),
+        ([[]], "prompts.jsonl:1 must be"),
+        ([], "holds no prompts"),
+    ],
+)
+def test_a_line_that_is_no_labelled_prompt_is_named(rows: list[Any], said: str, tmp_path: Path) -> None:
+    with scripted((500, {})) as server:
+        result = run("eval-routing", file_of(tmp_path, *rows), "--url", server.url)
+    assert (result.exit_code, server.asked) == (1, [])
+    assert said in words(result.stderr)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    result = run("eval-routing", tmp_path / "nowhere.jsonl")
+    assert result.exit_code == 1
+    assert "nowhere.jsonl" in words(result.stderr)
+
+
+def test_a_refused_route_ends_the_evaluation(tmp_path: Path) -> None:
+    with scripted((503, refusal("a part of the server is not available"))) as server:
+        result = run("eval-routing", file_of(tmp_path, {"input": "a", "adapter": "poet"}), "--url", server.url)
+    assert result.exit_code == 1
+    assert "not available" in words(result.stderr)
+
+
+def test_the_doctor_names_who_is_hard_to_find() -> None:
+    report = {
+        "k": 3,
+        "num_adapters": 4,
+        "num_samples": 80,
+        "first_share": 0.75,
+        "found_share": 0.9,
+        "collisions": [{"adapters": ["poet", "bard"], "cosine": 0.97, "num_swapped": [4, 1]}],
+        "never_chosen": ["mute"],
+        "always_shadowed": [{"name": "bard", "by": "poet"}],
+        "unreadable": ["torn"],
+    }
+    with scripted((200, lines({"done": 4, "total": 4}, {"result": report}))) as server:
+        result = run("doctor", "--url", server.url)
+    assert (result.exit_code, server.asked, server.sent) == (0, [("POST", "/v1/pool/doctor")], [{}])
+    said = words(result.stdout)
+    for part in (
+        "4 adapters, 80 samples: its own adapter first 75.0%, among the first 3 90.0%",
+        "collision: poet and bard, cosine 0.970, 4 and 1 samples swapped",
+        "always shadowed: bard, by poet",
+        "never chosen: mute",
+        "samples unreadable: torn",
+    ):
+        assert part in said
