@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import openai
 import pytest
+from ray import serve
 
-from deployments.config import AppConfig, WorkerSettings
+from deployments.app import build_app
+from deployments.config import AppConfig, RetrievalSettings, ScalingSettings, WorkerSettings
 from deployments.server import Server
+from gpu_worker.base_model import load_base_model
+from tests.e2e.live import APP, BASE, Live, eventually
+from tests.s3 import S3Endpoint
+from tests.tiny import linear_shapes, tiny_config
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 POOL = EXAMPLES / "starter_pool"
@@ -35,7 +41,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         preload=(POOL,),
         worker=WorkerSettings(dtype="float32", max_batch_size=16, max_model_len=1024),
     )
-    with Server(config, port=0) as server:
+    with Server(config, port=0, num_cpus=8) as server:
         server.prepare(print)
         address = server.start()
         ready = server.wait_ready(timeout_s=READY_TIMEOUT_S)
@@ -54,3 +60,29 @@ def heldout() -> list[Heldout]:
     tasks = sorted((EXAMPLES / "starter_heldout").glob("*.jsonl"))
     rows = [(path.stem, [json.loads(line) for line in path.read_text().splitlines()[:3]]) for path in tasks]
     return [Heldout(task, lines[turn]["input"], lines[turn]["output"]) for turn in range(3) for task, lines in rows]
+
+
+@pytest.fixture(scope="session")
+def live(
+    url: str, s3_endpoint: S3Endpoint, tiny_folders: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Live]:
+    """A second application beside the first: tiny, replicated, on S3, without a cache that would hide the store."""
+    model = tiny_folders["gemma3"]
+    config = AppConfig(
+        base_model=str(model),
+        base_model_name=BASE,
+        store_uri=s3_endpoint.uri("live"),
+        disk_cache_bytes=0,
+        retrieval=RetrievalSettings(poll_interval_s=1.0),
+        worker=WorkerSettings(
+            dtype="float32", num_threads=1, bank_rank_rows=32, max_model_len=512, max_batch_size=16, host_cache_bytes=0
+        ),
+        retriever_scaling=ScalingSettings(min_replicas=2, max_replicas=2, max_ongoing_requests=128),
+        worker_scaling=ScalingSettings(min_replicas=2, max_replicas=2, max_ongoing_requests=2112),
+    )
+    serve.run(build_app(config), name=APP, route_prefix=f"/{APP}", logging_config={"enable_access_log": False})
+    shapes = linear_shapes(load_base_model(tiny_config(model)))
+    running = Live(f"{url}/{APP}", config.store_uri, s3_endpoint, shapes, tmp_path_factory.mktemp("live-adapters"))
+    eventually(lambda: running.call("GET", "/ready").status_code == 200, within_s=READY_TIMEOUT_S)
+    yield running
+    serve.delete(APP)

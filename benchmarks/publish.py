@@ -1,0 +1,132 @@
+"""How soon a published adapter answers, and how long a thousand of them take: `python -m benchmarks.publish`."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+import httpx
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file, save_file
+
+from benchmarks.results_file import machine, write_results
+from deployments.config import AppConfig, ScalingSettings, WorkerSettings
+from deployments.server import Server
+
+POOL = Path(__file__).parents[1] / "examples" / "starter_pool"
+WEIGHTS, CONFIG, SAMPLES = "adapter_model.safetensors", "adapter_config.json", "lora_samples.jsonl"
+_SUBJECTS = ("lighthouses", "beekeeping", "glaciers", "typewriters", "orchids", "trams", "comets", "violins")
+console = Console(width=100)
+
+
+def variant(target: Path, number: int, *, known_texts: bool = False) -> str:
+    """Write a new adapter of a starter adapter's size with 20 samples; a prompt that it is found by.
+
+    `known_texts`: the samples' inputs are the starter adapter's own, which the encoder has embedded before.
+    """
+    sources = sorted(path.parent for path in POOL.glob(f"*/{CONFIG}"))
+    source = sources[number % len(sources)]
+    target.mkdir(parents=True)
+    (target / CONFIG).write_bytes((source / CONFIG).read_bytes())
+    random = torch.Generator().manual_seed(number)
+    tensors = load_file(source / WEIGHTS)
+    for key, tensor in tensors.items():
+        noise = torch.randn(tensor.shape, generator=random) * 0.01 * tensor.float().std()
+        tensors[key] = (tensor.float() + noise).to(tensor.dtype)
+    save_file(tensors, target / WEIGHTS)
+    inputs = [json.loads(line)["input"] for line in (source / SAMPLES).read_text().splitlines()[:20]]
+    subject = f"{_SUBJECTS[number % len(_SUBJECTS)]} no. {number}"
+    texts = inputs if known_texts else [f"About {subject}, {place}: {text}" for place, text in enumerate(inputs)]
+    lines = [json.dumps({"input": text, "output": f"{number}"}) for text in texts]
+    (target / SAMPLES).write_text("\n".join(lines))
+    return f"About {subject}, {len(texts)}: {inputs[0]}"
+
+
+def publish_and_ask(url: str, folder: Path, prompt: str) -> tuple[float, float]:
+    """(seconds until published, seconds until an answer made with the adapter is there)."""
+    files = [("files", (path.name, path.read_bytes())) for path in sorted(folder.iterdir())]
+    started = time.perf_counter()
+    published = httpx.post(f"{url}/v1/loras", files=files, data={"name": folder.name}, timeout=120)
+    published_s = time.perf_counter() - started
+    if published.status_code != 201:
+        raise SystemExit(f"not published: {published.status_code} {published.text}")
+    body = {"model": "auto", "max_tokens": 8, "temperature": 0, "messages": [{"role": "user", "content": prompt}]}
+    answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120).json()
+    answered_s = time.perf_counter() - started
+    names = [adapter["name"] for adapter in answer["lora"]["adapters"]]
+    if folder.name not in names:
+        raise SystemExit(f"{folder.name} did not answer: {names}")
+    return published_s, answered_s
+
+
+def publish_all(url: str, folder: Path) -> float:
+    """Seconds of one `loraretriever publish` of every adapter in `folder`."""
+    command = [str(Path(sys.executable).with_name("loraretriever")), "publish", str(folder), "--url", url]
+    started = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - started
+
+
+def measure(folder: Path, rounds: int, adapters: int) -> tuple[list[tuple[float, float]], float, float]:
+    """(single publishes, seconds of the many with new texts, and with texts the encoder knows)."""
+    two = {"min_replicas": 2, "max_replicas": 2}
+    config = AppConfig(
+        store_uri=str(folder / "pool"),
+        preload=(POOL,),
+        worker=WorkerSettings(num_threads=1),
+        retriever_scaling=ScalingSettings(**two, max_ongoing_requests=128),
+        worker_scaling=ScalingSettings(**two, num_cpus=1, max_ongoing_requests=2112),
+    )
+    prompts = [variant(folder / "single" / f"single-{n}", n) for n in range(rounds + 1)]
+    for number in range(adapters):
+        variant(folder / "new" / f"new-{number}", 10_000 + number)
+        variant(folder / "known" / f"known-{number}", 20_000 + number, known_texts=True)
+    with Server(config, port=0) as server:
+        server.prepare(console.print)
+        url = server.start()
+        server.wait_ready(timeout_s=600)
+        asked = [publish_and_ask(url, folder / "single" / f"single-{n}", prompt) for n, prompt in enumerate(prompts)]
+        return asked[1:], publish_all(url, folder / "new"), publish_all(url, folder / "known")  # the first warms up
+
+
+def main(
+    rounds: Annotated[int, typer.Option(help="single publishes, each followed by a question")] = 30,
+    adapters: Annotated[int, typer.Option(help="adapters in the one command")] = 1000,
+) -> None:
+    """2 retrievers, 2 workers, Gemma-3-270M; adapters of 1.4 MB with 20 samples each."""
+    with tempfile.TemporaryDirectory() as name:
+        singles, new_s, known_s = measure(Path(name), rounds, adapters)
+    published, answered = zip(*singles, strict=True)
+    table = Table(title=machine(), title_justify="left")
+    for column in ("what", "count", "p50 s", "max s"):
+        table.add_column(column, justify="left" if column == "what" else "right")
+    for what, seconds in (("upload until 201", published), ("upload until answered by it", answered)):
+        table.add_row(what, str(rounds), f"{statistics.median(seconds):.2f}", f"{max(seconds):.2f}")
+    table.add_row("one command, new texts", str(adapters), f"{new_s:.0f}", "")
+    table.add_row("one command, texts the encoder knows", str(adapters), f"{known_s:.0f}", "")
+    with console.capture() as captured:
+        console.print(table)
+    console.print(table)
+    if adapters != 1000:
+        console.print("not written: the figures are those of 1,000 adapters")
+        return
+    figures = {
+        "publish_to_answer_p50_s": statistics.median(answered),
+        "publish_1000_s": new_s,
+        "publish_1000_without_encoder_s": known_s,
+    }
+    runs = [{"published_s": p, "answered_s": a} for p, a in singles]
+    write_results("publish", figures=figures, table=captured.get(), runs=runs)
+
+
+if __name__ == "__main__":
+    typer.run(main)

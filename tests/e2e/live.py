@@ -1,0 +1,144 @@
+"""An application whose pool changes: a tiny model on two workers, two retrievers, the store on an S3 endpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import ray
+from pyarrow.fs import FileSelector
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from lora_store import Sample, write_peft_folder
+from lora_store.location import Location
+from tests.s3 import S3Endpoint
+from tests.tiny import random_adapter
+
+APP = "live"
+BASE = "tiny"
+SETTLE_S = 30.0
+
+
+@dataclass(frozen=True)
+class Live:
+    """The running application and what it stands on."""
+
+    url: str
+    store_uri: str
+    endpoint: S3Endpoint
+    shapes: Mapping[str, tuple[int, int]]
+    folders: Path
+
+    def folder(self, name: str, seed: int, topic: str, *, rank: int = 4) -> Path:
+        """A random adapter found by sentences about `topic`."""
+        path = self.folders / f"{seed}-{rank}" / name
+        samples = [Sample(f"{verb} {topic}, please.") for verb in ("Tell me about", "Explain", "Write of", "Describe")]
+        write_peft_folder(path, random_adapter(self.shapes, seed, rank=rank).modules, base_model=BASE, samples=samples)
+        return path
+
+    def call(self, method: str, path: str, **request: Any) -> httpx.Response:
+        return httpx.request(method, f"{self.url}{path}", timeout=120, **request)
+
+    def publish(self, folder: Path) -> dict[str, Any]:
+        response = self.call("POST", "/v1/loras", json={"path": str(folder)})
+        assert response.status_code == 201, response.text
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    def upload(self, folder: Path) -> httpx.Response:
+        files = [("files", (path.name, path.read_bytes())) for path in sorted(folder.iterdir())]
+        return self.call("POST", "/v1/loras", files=files, data={"name": folder.name})
+
+    def ask(self, model: str, prompt: str = "The sea is", *, max_tokens: int = 24) -> httpx.Response:
+        return self.call("POST", "/v1/completions", json=completion(model, prompt, max_tokens))
+
+    def text(self, model: str, prompt: str = "The sea is", *, max_tokens: int = 24) -> str:
+        response = self.ask(model, prompt, max_tokens=max_tokens)
+        assert response.status_code == 200, response.text
+        text: str = response.json()["choices"][0]["text"]
+        return text
+
+    def chosen(self, prompt: str) -> str:
+        """The adapter `auto` would put first."""
+        plan = self.call("POST", "/v1/route", json={"prompt": prompt}).json()["data"][0]
+        name: str = plan["adapters"][0]["name"] if plan["adapters"] else ""
+        return name
+
+    def handle(self, deployment: str) -> DeploymentHandle:
+        return serve.get_deployment_handle(deployment, APP)
+
+    def on_all(self, deployment: str, method: str, *args: Any) -> list[Any]:
+        """What every replica of a deployment answers."""
+
+        async def ask() -> list[Any]:
+            answers: list[Any] = await self.handle(deployment).broadcast(method, *args).results_async(timeout_s=30)
+            return answers
+
+        return asyncio.run(ask())
+
+    def stored(self, part: str) -> dict[str, int]:
+        """Bytes of every object below a part of the store."""
+        files, root = Location(self.store_uri).child(part).filesystem()
+        infos = files.get_file_info(FileSelector(root, recursive=True, allow_not_found=True))
+        return {info.path: info.size for info in infos if info.is_file}
+
+    def overwrite(self, path: str, data: bytes) -> None:
+        """Put other bytes where the store has an object, as damage would."""
+        files, _ = Location(self.store_uri).filesystem()
+        with files.open_output_stream(path) as stream:
+            stream.write(data)
+
+    def kill_replicas(self, deployment: str) -> int:
+        """Kill every replica of a deployment as a crash would; how many there were."""
+        prefix = f"SERVE_REPLICA::{APP}#{deployment}#"
+        actors = [actor for actor in ray.util.list_named_actors(all_namespaces=True) if prefix in actor["name"]]
+        for actor in actors:
+            ray.kill(ray.get_actor(actor["name"], namespace=actor["namespace"]), no_restart=True)
+        return len(actors)
+
+
+def completion(model: str, prompt: str, max_tokens: int) -> dict[str, Any]:
+    return {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
+
+
+def eventually(check: Callable[[], object], *, within_s: float = SETTLE_S) -> None:
+    """Wait until `check` is true: for what is promised soon, not at once."""
+    deadline = time.monotonic() + within_s
+    while not (found := check()):
+        assert time.monotonic() < deadline, f"still {found!r} after {within_s:.0f} s"
+        time.sleep(0.1)
+
+
+async def stream_texts(
+    live: Live, models: Sequence[str], max_tokens: int, *, started: asyncio.Event | None = None
+) -> list[tuple[str, float]]:
+    """Stream one completion per model, all at once: (text, when it ended). `started` is set at the last first token."""
+    num_started = 0
+
+    async def one(client: httpx.AsyncClient, model: str) -> tuple[str, float]:
+        nonlocal num_started
+        body = {**completion(model, "The sea is", max_tokens), "stream": True}
+        parts: list[str] = []
+        async with client.stream("POST", f"{live.url}/v1/completions", json=body) as response:
+            assert response.status_code == 200, await response.aread()
+            async for line in response.aiter_lines():
+                if not line.startswith("data: {"):
+                    continue
+                event = json.loads(line.removeprefix("data: "))
+                assert "error" not in event, event
+                parts += [choice["text"] for choice in event["choices"] if choice["text"]]
+                if len(parts) == 1:
+                    num_started += 1
+                    if started is not None and num_started == len(models):
+                        started.set()
+        return "".join(parts), time.monotonic()
+
+    async with httpx.AsyncClient(timeout=120) as client:
+        return list(await asyncio.gather(*[one(client, model) for model in models]))

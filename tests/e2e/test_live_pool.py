@@ -1,0 +1,185 @@
+"""A pool that changes while it serves: every promise over HTTP, with two retrievers, two workers and an S3 store."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Iterator
+
+import httpx
+import pytest
+import ray
+
+from tests.e2e.live import Live, completion, eventually, stream_texts
+from tests.soak import Scale
+
+pytestmark = pytest.mark.e2e
+
+_SEEDS = itertools.count(1)
+_BANK_ADAPTERS = 8  # of rank 4 fit the live application's bank
+
+
+@pytest.fixture
+def seed() -> int:
+    return next(_SEEDS) * 1000
+
+
+@pytest.fixture
+def resident(live: Live, seed: int) -> Iterator[str]:
+    """An adapter that is in both workers' banks."""
+    live.publish(live.folder("resident", seed, "tall ships"))
+    eventually(lambda: _in_every_bank(live, "resident"))
+    yield "resident"
+    live.call("DELETE", "/v1/loras/resident")
+
+
+def _in_every_bank(live: Live, name: str) -> bool:
+    live.text(name, max_tokens=1)
+    digest = live.call("GET", f"/v1/loras/{name}").json()["weights_digest"]
+    return all(digest in holdings.resident for holdings in live.on_all("Worker", "holdings"))
+
+
+def test_a_published_adapter_is_found_at_once_by_every_replica(live: Live, seed: int) -> None:
+    answer = live.publish(live.folder("bees", seed, "bees and their honey"))
+    assert answer["replicas"] == {"ready": 2, "behind": 0}
+    assert {live.chosen("Tell me about bees and their honey, now.") for _ in range(20)} == {"bees"}
+    assert live.text("bees") != live.text("tiny")
+    assert live.call("DELETE", "/v1/loras/bees").status_code == 200
+
+
+def test_an_uploaded_folder_is_the_same_version_as_its_path(live: Live, seed: int) -> None:
+    folder = live.folder("chess", seed, "chess openings")
+    uploaded = live.upload(folder)
+    assert uploaded.status_code == 201, uploaded.text
+    assert live.publish(folder)["digest"] == uploaded.json()["digest"]
+    assert live.chosen("Explain chess openings to me.") == "chess"
+    assert live.call("DELETE", "/v1/loras/chess").status_code == 200
+
+
+def test_running_rows_keep_the_version_they_began_with(live: Live, seed: int, scale: Scale) -> None:
+    versions = [live.folder("tides", seed, "tides"), live.folder("tides", seed + 1, "tides")]
+    alone = []
+    for folder in versions:
+        live.publish(folder)
+        alone.append(live.text("tides", max_tokens=300))
+    assert alone[0] != alone[1]
+    num_streams = scale.pick("streams", small=6, full=16)
+    for update in range(scale.pick("updates", small=2, full=40)):
+        live.publish(versions[update % 2])
+        running, published_at, after = asyncio.run(_update_midway(live, versions[1 - update % 2], num_streams))
+        assert {text for text, _ in running} == {alone[update % 2]}
+        assert max(ended for _, ended in running) > published_at, "no stream was running when the update came"
+        assert after == alone[1 - update % 2]
+    live.call("DELETE", "/v1/loras/tides")
+
+
+async def _update_midway(live: Live, folder: object, num_streams: int) -> tuple[list[tuple[str, float]], float, str]:
+    started = asyncio.Event()
+    streams = asyncio.create_task(stream_texts(live, ["tides"] * num_streams, 300, started=started))
+    await asyncio.wait_for(started.wait(), 60)
+    async with httpx.AsyncClient(timeout=60) as client:
+        answer = await client.post(f"{live.url}/v1/loras", json={"path": str(folder)})
+        assert answer.status_code == 201, answer.text
+        published_at = time.monotonic()
+        body = completion("tides", "The sea is", 300)
+        after = await client.post(f"{live.url}/v1/completions", json=body)
+    return await streams, published_at, after.json()["choices"][0]["text"]
+
+
+def test_rollback_brings_back_the_version_before(live: Live, seed: int) -> None:
+    first = live.publish(live.folder("moths", seed, "moths"))
+    first_text = live.text("moths")
+    second = live.publish(live.folder("moths", seed + 1, "moths"))
+    assert live.text(f"moths@{first['digest'][:12]}") == first_text != live.text("moths")
+    back = live.call("POST", "/v1/loras/moths/rollback", json={})
+    assert back.status_code == 201, back.text
+    assert (back.json()["digest"], live.text("moths")) == (first["digest"], first_text)
+    detail = live.call("GET", "/v1/loras/moths").json()
+    assert [version["digest"] for version in detail["versions"]] == [first["digest"], second["digest"]]
+    live.call("DELETE", "/v1/loras/moths")
+
+
+def test_withdraw_gives_everything_back(live: Live, seed: int, scale: Scale) -> None:
+    def cycle(number: int) -> None:
+        live.publish(live.folder("comet", seed + number, f"comet number {number}"))
+        assert [live.text("comet", max_tokens=2) for _ in range(4)]
+        assert live.call("DELETE", "/v1/loras/comet").status_code == 200
+        assert {live.ask("comet").status_code for _ in range(6)} == {404}
+
+    def held() -> dict[str, object]:
+        workers = [(set(w.resident), w.host_cache_bytes, w.free_kv_rows) for w in live.on_all("Worker", "holdings")]
+        used = ray.cluster_resources()["object_store_memory"] - ray.available_resources()["object_store_memory"]
+        return {"workers": workers, "blobs": live.stored("blobs"), "holds": live.stored("holds"), "used": used}
+
+    cycle(0)
+    eventually(lambda: live.stored("holds") == {})
+    before, log_before = held(), sum(live.stored("catalogue/_delta_log").values())
+    num_cycles = scale.pick("cycles", small=4, full=100)
+    for number in range(1, num_cycles + 1):
+        cycle(number)
+    eventually(lambda: held() == before)
+    names = {lora["name"] for lora in live.call("GET", "/v1/loras").json()["data"]}
+    assert {stats.num_live for stats in live.on_all("Retriever", "index_stats")} == {len(names)}
+    if num_cycles * 2 < 100:  # a compaction writes a checkpoint, which is no event
+        grown = sum(live.stored("catalogue/_delta_log").values()) - log_before
+        assert grown <= 2048 * 2 * num_cycles
+
+
+def test_a_dead_endpoint_hurts_only_what_needs_it(live: Live, resident: str, seed: int, scale: Scale) -> None:
+    others = [live.folder(f"other-{n}", seed + 1 + n, f"subject {n}") for n in range(2 * _BANK_ADAPTERS)]
+    for folder in others:
+        live.publish(folder)
+    eventually(lambda: _in_every_bank(live, resident))
+    whole = live.text(resident)
+    cold = [f.name for f in others if not _is_resident(live, f.name)]
+    assert cold, "every adapter is in a bank: there is nothing to miss"
+    live.endpoint.stop()
+    try:
+        deadline = time.monotonic() + scale.pick("seconds", small=6, full=60)
+        while time.monotonic() < deadline:
+            assert live.text(resident) == whole
+        refused = live.ask(cold[0])
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "adapter_load_failed")
+        assert "store" in refused.json()["error"]["message"]
+        unpublished = live.call("POST", "/v1/loras", json={"path": str(live.folder("late", seed + 99, "lateness"))})
+        assert (unpublished.status_code, unpublished.json()["error"]["code"]) == (503, "store_unavailable")
+        assert live.text(resident) == whole
+    finally:
+        live.endpoint.start()
+    eventually(lambda: live.ask(cold[0]).status_code == 200)
+    eventually(lambda: live.upload(live.folder("late", seed + 99, "lateness")).status_code == 201)
+    for name in ("late", *[folder.name for folder in others]):
+        assert live.call("DELETE", f"/v1/loras/{name}").status_code == 200
+
+
+def _is_resident(live: Live, name: str) -> bool:
+    digest = live.call("GET", f"/v1/loras/{name}").json()["weights_digest"]
+    return any(digest in holdings.resident for holdings in live.on_all("Worker", "holdings"))
+
+
+def test_a_store_replica_that_dies_costs_no_request(live: Live, seed: int) -> None:
+    folders = [live.folder(f"star-{n}", seed + n, f"star {n}") for n in range(2 * _BANK_ADAPTERS)]
+    for folder in folders:
+        live.publish(folder)
+    texts = {folder.name: live.text(folder.name) for folder in folders}
+    assert live.kill_replicas("Store") == 1
+    again = asyncio.run(stream_texts(live, list(texts), 24))
+    assert [text for text, _ in again] == list(texts.values())
+    for name in texts:
+        assert live.call("DELETE", f"/v1/loras/{name}").status_code == 200
+
+
+def test_a_new_retriever_replica_knows_all_before_it_is_asked(live: Live, seed: int) -> None:
+    answer = live.publish(live.folder("rivers", seed, "rivers of the north"))
+    assert live.kill_replicas("Retriever") == 2
+    fence = {"prompt": "Describe rivers of the north.", "lora": {"min_generation": answer["generation"]}}
+    eventually(lambda: live.call("POST", "/v1/route", json=fence).status_code == 200, within_s=90)
+    for _ in range(10):
+        assert live.chosen("Describe rivers of the north.") == "rivers"
+    live.call("DELETE", "/v1/loras/rivers")
+
+
+def test_a_generation_that_is_not_there_yet_is_said_so(live: Live) -> None:
+    answer = live.call("POST", "/v1/route", json={"prompt": "x", "lora": {"min_generation": 10**9}})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "stale_index")

@@ -1,0 +1,134 @@
+"""The commands that run a pool, against the live application."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from retriever_svc.encoder import DEFAULT_MODEL, model_folder
+from tests.e2e.live import Live, eventually
+
+pytestmark = pytest.mark.e2e
+
+TOPICS = ("lighthouses", "volcanoes", "violins")
+
+
+def run(live: Live, *words: str, code: int = 0) -> str:
+    """What a command prints, on a wide terminal; it must end with `code`."""
+    command = [str(Path(sys.executable).with_name("loraretriever")), *words, "--url", live.url]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, check=False, env=os.environ | {"COLUMNS": "200"}
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def pool(live: Live) -> Iterator[list[Path]]:
+    """Three adapters, published by one command and withdrawn by another."""
+    folders = [live.folder(topic, 9000 + number, topic) for number, topic in enumerate(TOPICS)]
+    run(live, "publish", *map(str, folders))
+    yield folders
+    assert all(topic in run(live, "withdraw", *TOPICS) for topic in TOPICS)
+    assert "lighthouses" not in run(live, "list")
+
+
+def test_publish_show_and_roll_back(live: Live, pool: list[Path]) -> None:
+    first = live.call("GET", "/v1/loras/volcanoes").json()
+    run(live, "publish", str(live.folder("volcanoes", 9100, "volcanoes")))
+    second = live.call("GET", "/v1/loras/volcanoes").json()
+    shown = run(live, "show", "volcanoes")
+    assert first["digest"][:12] in shown
+    assert second["digest"][:12] in shown
+    run(live, "rollback", "volcanoes")
+    assert live.call("GET", "/v1/loras/volcanoes").json()["digest"] == first["digest"]
+    run(live, "rollback", "volcanoes", "--to", second["digest"][:12])
+    assert live.call("GET", "/v1/loras/volcanoes").json()["digest"] == second["digest"]
+
+
+def test_a_folder_of_folders_is_one_commit(live: Live, tmp_path: Path) -> None:
+    many = tmp_path / "many"
+    for number in range(5):
+        shutil.copytree(live.folder(f"many-{number}", 9200 + number, f"thing {number}"), many / f"many-{number}")
+    (many / "many-3" / "adapter_config.json").write_text("{}")
+    said = run(live, "publish", str(many), code=1)
+    assert "many-3" in said
+    records = live.call("GET", "/v1/loras").json()["data"]
+    found = {record["name"]: record["generation"] for record in records if record["name"].startswith("many-")}
+    assert sorted(found) == ["many-0", "many-1", "many-2", "many-4"]
+    assert len(set(found.values())) == 1
+    run(live, "withdraw", *found)
+
+
+def test_what_is_not_there_is_said_so(live: Live) -> None:
+    for words in (["withdraw", "nobody"], ["show", "nobody"], ["rollback", "nobody"]):
+        assert "nobody" in run(live, *words, code=1)
+
+
+def test_verify_finds_a_damaged_blob_and_publishing_again_mends_it(live: Live, pool: list[Path]) -> None:
+    run(live, "verify")
+    digest = live.call("GET", "/v1/loras/violins").json()["weights_digest"]
+    [damaged] = [path for path in live.stored("blobs") if path.endswith(digest)]
+    live.overwrite(damaged, b"not what was stored")
+    said = run(live, "verify", code=1)
+    assert "violins" in said
+    run(live, "publish", str(pool[2]))
+    run(live, "verify")
+
+
+def test_gc_removes_what_nothing_refers_to(live: Live, pool: list[Path]) -> None:
+    [some, *_] = live.stored("blobs")
+    folder = some.rpartition("/")[0]
+    stray = f"{folder}/{'f' * 64}"
+    live.overwrite(stray, b"left by a crash")
+    run(live, "gc", "--retention", "0")
+    assert stray not in live.stored("blobs")
+    run(live, "verify")
+
+
+def test_doctor_and_routing_figures(live: Live, pool: list[Path], tmp_path: Path) -> None:
+    said = run(live, "doctor")
+    assert all(topic in said for topic in TOPICS) or "100" in said
+    lines = [json.dumps({"input": f"Tell me about {topic}, quickly.", "adapter": topic}) for topic in TOPICS]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    figures = run(live, "eval-routing", str(tmp_path / "prompts.jsonl"))
+    assert "hit@1" in figures
+    assert "1.000" in figures or "100" in figures
+
+
+def test_reindex_swaps_the_encoder_on_every_replica(live: Live, pool: list[Path], tmp_path: Path) -> None:
+    before = {stats.encoder for stats in live.on_all("Retriever", "index_stats")}
+    other = other_encoder(tmp_path / "encoder")
+    try:
+        run(live, "reindex", "--encoder", str(other))
+        eventually(lambda: before.isdisjoint(stats.encoder for stats in live.on_all("Retriever", "index_stats")))
+        assert [live.chosen(f"Tell me about {topic}, quickly.") for topic in TOPICS] == list(TOPICS)
+        live.publish(live.folder("late", 9300, "latecomers"))
+        assert live.chosen("Explain latecomers, please.") == "late"
+    finally:
+        run(live, "reindex", "--encoder", DEFAULT_MODEL)
+    eventually(lambda: {stats.encoder for stats in live.on_all("Retriever", "index_stats")} == before)
+    assert live.chosen("Explain latecomers, please.") == "late"
+    run(live, "withdraw", "late")
+
+
+def other_encoder(target: Path) -> Path:
+    """The default encoder with slightly different weights."""
+    shutil.copytree(model_folder(DEFAULT_MODEL), target)
+    [weights] = target.rglob("model.safetensors")
+    tensors = load_file(weights)
+    random = torch.Generator().manual_seed(0)
+    key = next(name for name in tensors if "word_embeddings" in name)
+    tensors[key] = tensors[key] + torch.randn(tensors[key].shape, generator=random) * 1e-3
+    weights.chmod(0o644)
+    save_file(tensors, weights, metadata={"format": "pt"})
+    return target
