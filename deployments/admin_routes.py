@@ -40,6 +40,7 @@ async def reindex(body: ReindexRequest, pool: OpenPool) -> StreamingResponse:
 @router.post("/v1/pool/gc")
 async def gc(body: GcRequest, pool: OpenPool) -> JsonObject:
     """Remove what nothing refers to and is older than the retention."""
+    await pool.publisher.reach_store()
     collected = await pool.store.gc.remote(body.retention_s)
     return {"num_blobs": collected.num_blobs, "num_bytes": collected.num_bytes}
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from deployments import http_errors
 from deployments.planner import Planned
-from deployments.publisher import Published, Removed
+from deployments.published import Published, Removed
 from gpu_worker.request import Completion, Delta
 from lora_store import AdapterRecord
 from retriever_svc import Candidate, DoctorReport

@@ -24,6 +24,7 @@ _MAX_ROUNDS = 5
 
 async def verify(pool: Pool) -> AsyncGenerator[JsonObject]:
     """Re-hash every blob; a bad one is told at once and again in the result."""
+    await pool.publisher.reach_store()
     problems: list[JsonObject] = []
     done = 0
     async with aclosing(_streamed(pool.store, "verify")) as checks:
@@ -53,6 +54,7 @@ async def reindex(pool: Pool, model: str, actor: str) -> AsyncGenerator[JsonObje
 
     What is published meanwhile is embedded in a further round. Raises: EncoderUnusable, EncoderIncomplete.
     """
+    await pool.publisher.reach_store()
     for round_number in range(1, _MAX_ROUNDS + 1):
         unreadable: list[AdapterRef] = []
         async with aclosing(_streamed(pool.retriever, "reindex", model)) as steps:

@@ -5,47 +5,30 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.background import Background
-from deployments.errors import VersionNotKept
 from deployments.examiner import Examined, Examiner, Outcome
+from deployments.published import Published, Removed, is_found, kept_version, published_of
 from deployments.releaser import Releaser
 from deployments.uploads import FolderUpload
-from lora_store import AdapterNotFound, AdapterRecord, AdapterRef, AdapterRefused, Key, Staged, Withdrawn
-from retriever_svc import Candidate
+from lora_store import (
+    AdapterNotFound,
+    AdapterRecord,
+    AdapterRefused,
+    Key,
+    Staged,
+    StoreUnavailable,
+    Withdrawn,
+)
 
 logger = logging.getLogger(__name__)
 
 CATCH_UP_TIMEOUT_S = 5.0
-_MIN_DIGEST_CHARS = 8
+_STORE_WAIT_S = 60.0  # longer than a store that hangs takes to be called unavailable
 _MAX_SWAPS = 3  # of the encoder during one publish
-
-
-@dataclass(frozen=True, slots=True)
-class Published:
-    """One adapter that is live. `ready` Retriever replicas route to it already, `behind` ones do not yet."""
-
-    ref: AdapterRef
-    generation: int
-    ready: int
-    behind: int
-    found_by_auto: bool  # False: it came without samples, and only its name reaches it
-    probe_shift: float | None
-    neighbours: tuple[Candidate, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Removed:
-    """Adapters that are gone. `behind` Retriever replicas may still route to them."""
-
-    names: tuple[str, ...]
-    generation: int
-    ready: int
-    behind: int
 
 
 class Publisher:
@@ -85,6 +68,18 @@ class Publisher:
         """
         return await self._background.run(self._withdraw(tenant, names, actor))
 
+    async def reach_store(self) -> str | None:
+        """The identity of the encoder a reindex activated, None without one: asked before a change begins.
+
+        Raises: StoreUnavailable, also when no replica answers in time: one cannot start while its disk is away.
+        """
+        try:
+            async with asyncio.timeout(_STORE_WAIT_S):
+                active: str | None = await self._store.active_encoder.remote()
+                return active
+        except TimeoutError as exc:
+            raise StoreUnavailable(f"none of its replicas answered within {_STORE_WAIT_S:.0f} s") from exc
+
     async def catch_up(self, generation: int) -> tuple[int, int]:
         """(replicas that serve `generation`, replicas that do not yet); (0, 1) where Ray 2.60 gives up on them all."""
         response = self._retriever.broadcast("catch_up", generation)
@@ -97,35 +92,40 @@ class Publisher:
         return ready, len(results) - ready
 
     async def _publish(self, uploads: Sequence[FolderUpload], actor: str) -> list[Published | Exception]:
+        active = await self.reach_store()
         module_shapes = await self._worker.module_shapes.remote()
         staging = [self._store.stage.remote(upload, module_shapes) for upload in uploads]
-        return await self._make_live(await asyncio.gather(*staging, return_exceptions=True), actor)
+        return await self._make_live(await asyncio.gather(*staging, return_exceptions=True), active, actor)
 
     async def _rollback(self, key: Key, digest: str | None, actor: str) -> Published:
+        active = await self.reach_store()
         kept = (await self._store.versions.remote([key])).get(key, ())
         if not kept:
             raise AdapterNotFound(key[1])
-        staged = await self._store.restage.remote(_kept_version(kept, digest))
-        [outcome] = await self._make_live([staged], actor)
+        staged = await self._store.restage.remote(kept_version(kept, digest))
+        [outcome] = await self._make_live([staged], active, actor)
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
 
     async def _withdraw(self, tenant: str, names: Sequence[str], actor: str) -> Removed:
+        await self.reach_store()
         withdrawn: Withdrawn = await self._store.withdraw.remote(tenant, names, actor)
         ready, behind = await self.catch_up(withdrawn.generation)
         self._releaser.release(withdrawn.records)
         logger.info("withdrew %d adapters at generation %d", len(names), withdrawn.generation)
         return Removed(tuple(names), withdrawn.generation, ready, behind)
 
-    async def _make_live(self, staged: Sequence[Staged | BaseException], actor: str) -> list[Published | Exception]:
+    async def _make_live(
+        self, staged: Sequence[Staged | BaseException], active: str | None, actor: str
+    ) -> list[Published | Exception]:
+        """Examine and commit; `active` is the encoder in force. However it ends, nothing stays held."""
         held = [item for item in staged if isinstance(item, Staged)]
         older: Mapping[Key, tuple[AdapterRecord, ...]] = {}
         committed: set[int] = set()
         try:
             older = await self._store.versions.remote([(item.ref.tenant, item.ref.name) for item in held])
-            active = await self._store.active_encoder.remote()
-            live = {kept[0].ref: kept[0] for kept in older.values() if _is_found(kept[0], active)}
+            live = {kept[0].ref: kept[0] for kept in older.values() if is_found(kept[0], active)}
             outcomes = await self._examiner.examine(staged, live)
             generation, outcomes = await self._commit(outcomes, actor)
             generation, outcomes = await self._follow_encoder(generation, outcomes, actor)
@@ -137,7 +137,7 @@ class Publisher:
             self._releaser.release([*[item.record for item in unused], *pushed_out])
         generation = max([generation, *[record.generation for record in live.values()]])
         ready, behind = await self.catch_up(generation) if generation else (0, 0)
-        return [_published(outcome, generation, ready, behind) for outcome in outcomes]
+        return [published_of(outcome, generation, ready, behind) for outcome in outcomes]
 
     async def _commit(self, outcomes: list[Outcome], actor: str) -> tuple[int, list[Outcome]]:
         """(generation at which all that is new is live, 0 without any; the outcomes, a name that is taken refused)."""
@@ -163,7 +163,7 @@ class Publisher:
         """What a reindex overtook is embedded by its encoder and committed once more: else `auto` would miss it."""
         for _ in range(_MAX_SWAPS):
             embedded = [item for item in outcomes if isinstance(item, Examined) and item.embedded is not None]
-            active = await self._store.active_encoder.remote() if embedded else None
+            active = await self.reach_store() if embedded else None
             if all(active in (None, item.encoder) for item in embedded):
                 break
             await self.catch_up(generation)
@@ -178,32 +178,3 @@ class Publisher:
             await self._store.discard.remote(staged)
         except Exception:
             logger.warning("what was staged of %d adapters is left to gc", len(staged), exc_info=True)
-
-
-def _is_found(record: AdapterRecord, active: str | None) -> bool:
-    """Whether the encoder in force embedded it, or there is nothing to embed."""
-    return record.samples_digest is None or active in (None, record.encoder)
-
-
-def _kept_version(kept: Sequence[AdapterRecord], digest: str | None) -> AdapterRecord:
-    """The version to go back to; `kept` comes newest first. Raises: VersionNotKept."""
-    if digest is None:
-        matching = kept[1:2]
-    else:
-        long_enough = len(digest) >= _MIN_DIGEST_CHARS
-        matching = [record for record in kept if long_enough and record.ref.digest.startswith(digest)]
-    if len(matching) != 1:
-        raise VersionNotKept(kept[0].ref.name, digest, [record.ref.digest for record in kept])
-    return matching[0]
-
-
-def _published(outcome: Outcome, generation: int, ready: int, behind: int) -> Published | Exception:
-    if isinstance(outcome, Examined):
-        found = outcome.embedded is not None
-        neighbours = outcome.embedded.neighbours if outcome.embedded is not None else ()
-        return Published(outcome.staged.ref, generation, ready, behind, found, outcome.shift, neighbours)
-    if isinstance(outcome, AdapterRecord):
-        found = outcome.encoder is not None
-        return Published(outcome.ref, outcome.generation, ready, behind, found, outcome.probe_shift, ())
-    assert isinstance(outcome, Exception)
-    return outcome

@@ -91,7 +91,7 @@ class RetrieverDeployment:
         generation, records = self._retriever.records(tenant)
         return generation, [replace(record, embedding=None) for record in records]
 
-    async def versions(self, tenant: str, name: str, min_generation: int = 0) -> tuple[int, list[AdapterRecord]]:
+    async def record(self, tenant: str, name: str, min_generation: int = 0) -> tuple[int, list[AdapterRecord]]:
         """(generation, the kept versions of that adapter, the live one first); embeddings stay here.
 
         Raises: AdapterNotFound, StaleIndex.

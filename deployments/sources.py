@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+import pyarrow as pa
 from pyarrow.fs import FileInfo, FileSystem
 
 from deployments.adapter_folders import ADAPTER_FILES
@@ -73,7 +74,7 @@ def folder_of_source(uri: str, prefixes: Sequence[str], work: Path, max_bytes: i
     try:
         files, root = prefix.location.filesystem()
         return _copy(uri, files, "/".join((root, *inner)), work, max_bytes)
-    except OSError as exc:
+    except (OSError, pa.ArrowException) as exc:
         raise SourceUnavailable(uri, str(exc)) from exc
 
 

@@ -5,10 +5,10 @@ from fastapi.responses import PlainTextResponse
 
 from deployments import http_errors
 from deployments.errors import AdapterExists
-from deployments.pool import own_key
+from deployments.pool import Pool, own_key
 from deployments.pool_routes import OpenPool
 from deployments.pool_schemas import LoadAdapterRequest, UnloadAdapterRequest
-from lora_store import LOCAL_TENANT
+from lora_store import LOCAL_TENANT, AdapterNotFound
 
 router = APIRouter(route_class=http_errors.AnsweringRoute, default_response_class=PlainTextResponse)
 
@@ -18,8 +18,7 @@ async def load_lora_adapter(body: LoadAdapterRequest, pool: OpenPool, http: Requ
     """Publish a server folder or a source URI; 400 when the name is taken, unless `load_inplace` is set."""
     upload = body.upload()
     pool.require_path(upload, http)
-    key = LOCAL_TENANT, body.lora_name
-    if not body.load_inplace and key in await pool.store.versions.remote([key]):
+    if not body.load_inplace and await _is_live(pool, body.lora_name):
         raise AdapterExists(body.lora_name)
     [outcome] = await pool.publisher.publish([upload], actor="http")
     if isinstance(outcome, Exception):
@@ -35,3 +34,11 @@ async def unload_lora_adapter(body: UnloadAdapterRequest, pool: OpenPool) -> Pla
     removed = await pool.publisher.withdraw(tenant, [name], actor="http")
     text = f"Success: LoRA adapter '{body.lora_name}' removed successfully"
     return PlainTextResponse(text, 202 if removed.behind else 200)
+
+
+async def _is_live(pool: Pool, name: str) -> bool:
+    try:
+        await pool.retriever.record.remote(LOCAL_TENANT, name)
+    except AdapterNotFound:
+        return False
+    return True

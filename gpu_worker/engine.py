@@ -103,12 +103,12 @@ class Engine:
 
     def holdings(self) -> Holdings:
         return Holdings(
-            num_resident=len(self.residency.resident),
+            resident=self.residency.resident,
             occupied_rows=self.residency.occupied_rows,
             active_rows=self.residency.active_rows,
             num_running=len(self.running),
             num_waiting=len(self.waiting),
-            num_free_kv_rows=self.kv_cache.num_free,
+            free_kv_rows=self.kv_cache.num_free,
             host_cache_bytes=self.loader.cached_bytes,
             num_forgetting=len(self._forgetting),
         )
@@ -209,9 +209,10 @@ class Engine:
         for row, segment in scheduled:
             row.num_computed += segment.num_tokens
         taken = zip(ready, tokens, logits, strict=True)
-        over = [row for row, token, row_logits in taken if self._take(row, token, row_logits)]
-        if over:
-            self._release(over)
+        made = [(row, self._take(row, token, row_logits)) for row, token, row_logits in taken]
+        told = [(row, event) for row, event in made if event is not None]
+        self._release([row for row, event in told if _is_last(event)])  # free by the time their clients hear of it
+        self._release([row for row, event in told if not self.send(row, event) and not _is_last(event)])
         self.num_steps += 1
 
     def _forward(self, scheduled: Sequence[tuple[Row, Segment]]) -> Tensor:
@@ -234,22 +235,17 @@ class Engine:
         logits: Tensor = output.logits[0]
         return logits
 
-    def _take(self, row: Row, token: int | None, logits: Tensor) -> bool:
-        """Hand the row its token. True when the row is over with it."""
+    def _take(self, row: Row, token: int | None, logits: Tensor) -> Delta | Exception | None:
+        """Hand the row its token; what its client is to be told."""
         if token is None:
-            self.send(row, LogitsNotFinite(f"the plan of request {row.request_id} drives the logits out of range"))
-            return True
+            return LogitsNotFinite(f"the plan of request {row.request_id} drives the logits out of range")
         if row.keep_logits and row.first_logits is None:
             row.first_logits = logits.float().clone()
         try:
-            delta = row.take(token)
+            return row.take(token)
         except Exception as exc:
             logger.exception("the text of request %s broke", row.request_id)
-            self.send(row, EngineStopped(f"token {token} could not be decoded: {exc}"))
-            return True
-        if delta is None:
-            return False
-        return not self.send(row, delta) or delta.finish_reason is not None
+            return EngineStopped(f"token {token} could not be decoded: {exc}")
 
     def send(self, row: Row, event: Delta | Exception) -> bool:
         """Whether the request's client took the event; one that is gone costs nobody else."""
@@ -268,6 +264,8 @@ class Engine:
 
     def _release(self, rows: Sequence[Row]) -> None:
         """All that these rows hold is free; the KV of a step that failed half-way is wiped too."""
+        if not rows:
+            return
         for row in rows:
             self.running.remove(row)
             self.kv_cache.free(row.kv_row, len(row.tokens))
@@ -284,6 +282,10 @@ class Engine:
             if digest in self.residency:
                 self.residency.evict(digest)
         self._forgetting &= used
+
+
+def _is_last(event: Delta | Exception) -> bool:
+    return isinstance(event, Exception) or event.finish_reason is not None
 
 
 def _kv_cache(base: BaseModel, num_rows: int, max_len: int) -> KvCache:

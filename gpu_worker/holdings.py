@@ -1,4 +1,4 @@
-"""What an engine holds at a moment, in numbers."""
+"""What an engine holds at a moment."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 class Holdings:
     """All of it returns to where it was once requests have ended and what they used is forgotten."""
 
-    num_resident: int  # adapters in the bank
+    resident: frozenset[str]  # weights digests in the bank
     occupied_rows: int  # bank rows that hold them
     active_rows: int  # bank rows that running requests read
     num_running: int
     num_waiting: int
-    num_free_kv_rows: int
+    free_kv_rows: int
     host_cache_bytes: int
     num_forgetting: int  # weights that go when the last request that uses them ends
-    disk_cache_bytes: int = 0  # of the whole machine, where its workers share one
+    disk_cache_bytes: int = 0  # of the whole machine: its workers share one

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _LOCK, _HALF_WRITTEN = ".lock", ".half-written"
-_LOCK_TIMEOUT_S = 5.0
+_LOCK_TIMEOUT_S, _LOCK_POLL_S = 5.0, 0.005  # it is held while one blob is written
 
 
 class DiskCache:
@@ -28,7 +28,7 @@ class DiskCache:
     """
 
     def __init__(self, folder: Path, quota_bytes: int, *, now_ns: Callable[[], int] = time.time_ns) -> None:
-        self._folder, self._quota_bytes, self._now_ns = folder, quota_bytes, now_ns
+        self.folder, self._quota_bytes, self._now_ns = folder, quota_bytes, now_ns
 
     def get(self, digest: str) -> bytes | None:
         """The bytes that hash to `digest`. A file that does no longer is removed."""
@@ -48,8 +48,8 @@ class DiskCache:
         if len(data) > self._quota_bytes or not _DIGEST.fullmatch(digest):
             return
         with self._logged(f"{digest} could not be kept"):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(self._folder / _LOCK, timeout=_LOCK_TIMEOUT_S):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.folder / _LOCK, timeout=_LOCK_TIMEOUT_S, poll_interval=_LOCK_POLL_S):
                 if not path.exists():
                     self._make_room(len(data))
                     self._write(path, data)
@@ -69,11 +69,11 @@ class DiskCache:
 
     def _path(self, digest: str) -> Path:
         """What is no digest, and might be a path elsewhere, has a file that never exists."""
-        return self._folder / (digest if _DIGEST.fullmatch(digest) else ".no-digest")
+        return self.folder / (digest if _DIGEST.fullmatch(digest) else ".no-digest")
 
     def _write(self, path: Path, data: bytes | memoryview) -> None:
         """Write beside `path`, then rename: what is there under a digest is whole."""
-        half_written = self._folder / _HALF_WRITTEN
+        half_written = self.folder / _HALF_WRITTEN
         try:
             half_written.write_bytes(data)
             self._touch(half_written)
@@ -89,7 +89,7 @@ class DiskCache:
 
     def _make_room(self, num_bytes: int) -> None:
         """Called under the lock: a half-written file that is there has lost its writer."""
-        (self._folder / _HALF_WRITTEN).unlink(missing_ok=True)
+        (self.folder / _HALF_WRITTEN).unlink(missing_ok=True)
         files = sorted(self._files())
         too_many = sum(size for _, size, _ in files) + num_bytes - self._quota_bytes
         for _, size, path in files:
@@ -100,7 +100,7 @@ class DiskCache:
 
     def _files(self) -> Iterator[tuple[int, int, Path]]:
         """(last used, size, path) of every blob."""
-        with suppress(FileNotFoundError), os.scandir(self._folder) as entries:
+        with suppress(FileNotFoundError), os.scandir(self.folder) as entries:
             for entry in entries:
                 if _DIGEST.fullmatch(entry.name):
                     with suppress(FileNotFoundError):
@@ -112,4 +112,4 @@ class DiskCache:
         try:
             yield
         except OSError as exc:  # a lock that is not free in time is one, too
-            logger.warning("the disk cache %s goes on, but %s: %s", self._folder, what, exc)
+            logger.warning("the disk cache %s goes on, but %s: %s", self.folder, what, exc)

@@ -9,7 +9,14 @@ from datetime import datetime
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from deltalake import ColumnProperties, CommitProperties, DeltaTable, WriterProperties, write_deltalake
+from deltalake import (
+    ColumnProperties,
+    CommitProperties,
+    DeltaTable,
+    PostCommitHookProperties,
+    WriterProperties,
+    write_deltalake,
+)
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 
 from lora_store.errors import StoreUnavailable
@@ -32,6 +39,7 @@ _PROPERTIES = {
 _WRITER = WriterProperties(
     compression="ZSTD", default_column_properties=ColumnProperties(statistics_enabled="NONE", dictionary_enabled=False)
 )
+_AFTER_APPEND = PostCommitHookProperties(create_checkpoint=True, cleanup_expired_logs=False)  # it would list all logs
 _LOG_FILE = re.compile(r"_delta_log/(\d{20}\.(json|checkpoint\.parquet)|_last_checkpoint)")
 
 
@@ -79,6 +87,7 @@ class EventTable:
                     mode="append",
                     writer_properties=_WRITER,
                     commit_properties=CommitProperties(max_commit_retries=0),
+                    post_commithook_properties=_AFTER_APPEND,
                 )
             except CommitFailedError:
                 logger.info("version %d was taken by another writer", version)
@@ -88,10 +97,11 @@ class EventTable:
         return True
 
     def compact(self) -> None:
-        """Small data files are one file now, unless a rival is at the same work."""
+        """Small data files are one file now, unless a rival is at the same work, and the log's expired part is gone."""
         try:
             with store_errors():
                 self._table.optimize.compact(target_size=_FILE_BYTES, writer_properties=_WRITER)
+                self._table.cleanup_metadata()
         except StoreUnavailable as exc:  # what was committed stands either way
             logger.warning("compaction left to a later commit: %s", exc.cause)
 
@@ -101,11 +111,11 @@ class EventTable:
         A process that slept for longer between writing a data file and committing it would commit what is gone.
         """
         found = self._files.entries()  # before the refresh: what is committed meanwhile stays
-        self.compact()
         with store_errors():
             self._table.update_incremental()
+        self.compact()
+        with store_errors():
             self._table.create_checkpoint()
-            self._table.cleanup_metadata()
         names = self._data_files()
         stale = [file.name for file in found if file.written_at < before and file.name not in names]
         self._files.delete([name for name in stale if not _LOG_FILE.fullmatch(name)])

@@ -20,8 +20,8 @@ from lora_store.errors import StoreUnavailable
 from lora_store.location import Location
 
 _NUM_THREADS = 16  # requests to an endpoint at once
-_MAX_CAUSE_CHARS = 200
-_NOISE = re.compile(r"\x1b\[[0-9;]*m|↳|\s+")  # Delta's errors are trees in colours
+_CAUSE_CHARS = 100
+_NOISE = re.compile(r"\x1b\[[0-9;]*m|↳")  # Delta's errors are trees in colours
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +43,12 @@ class Files:
 
     def read(self, name: str) -> bytes | None:
         """The object's bytes, None where there is none."""
-        try:
-            with store_errors(), self._files.open_input_stream(f"{self._root}/{name}") as stream:
-                return bytes(stream.read())
-        except FileNotFoundError:
-            return None
+        with store_errors():
+            try:
+                with self._files.open_input_stream(f"{self._root}/{name}") as stream:
+                    return bytes(stream.read())
+            except FileNotFoundError:
+                return None
 
     def write(self, name: str, data: bytes, *, durable: bool = True) -> None:
         """Write or replace the object. `durable`: in a folder it outlasts a power failure, too."""
@@ -79,24 +80,27 @@ class Files:
             return [name for name, was_there in zip(names, pool.map(self._delete, names), strict=True) if was_there]
 
     def _delete(self, name: str) -> bool:
-        try:
-            with store_errors():
+        with store_errors():
+            try:
                 self._files.delete_file(f"{self._root}/{name}")
-        except FileNotFoundError:
-            return False
-        return True
+            except FileNotFoundError:
+                return False
+            return True
 
 
 @contextmanager
 def store_errors() -> Iterator[None]:
-    """What the disk or the endpoint raises within is a StoreUnavailable; only a missing file stays what it is."""
+    """What the disk or the endpoint raises within is a StoreUnavailable that names it shortly."""
     try:
         yield
-    except FileNotFoundError:
-        raise
     except (OSError, DeltaError, pa.ArrowException) as exc:
-        cause = _NOISE.sub(" ", str(exc))
-        raise StoreUnavailable(" ".join(cause.split())[:_MAX_CAUSE_CHARS] or type(exc).__name__) from exc
+        raise StoreUnavailable(_short(exc)) from exc
+
+
+def _short(error: Exception) -> str:
+    cause = " ".join(_NOISE.sub(" ", str(error)).split()) or type(error).__name__
+    # What was tried stands first, what came of it last.
+    return cause if len(cause) <= 2 * _CAUSE_CHARS else f"{cause[:_CAUSE_CHARS]} … {cause[-_CAUSE_CHARS:]}"
 
 
 def _write_local(path: Path, data: bytes, *, durable: bool) -> None:

@@ -30,7 +30,7 @@ from lora_store.location import Location
 HOLD_S = 3600.0
 MARK_S = 60.0
 SWEEP_S = 15.0
-_POLL_S = 0.02
+_POLL_S = 0.05
 _ROUND_DIGESTS = 64  # a mark names no more, so that its sweep is short
 
 

@@ -17,15 +17,18 @@ def publish_events(snapshot: Snapshot, records: Sequence[AdapterRecord]) -> list
 
     Raises: AdapterRefused when a public name belongs to another tenant.
     """
-    live: dict[Key, AdapterRecord] = dict(snapshot.records)
-    owners = {name: record.ref.tenant for name, record in snapshot.public.items()}
+    live: dict[Key, AdapterRecord] = {}
+    owners: dict[str, str] = {}
     events: list[Event] = []
     for record in records:
-        tenant, name = record.ref.tenant, record.ref.name
-        if record.visibility == "public" and owners.setdefault(name, tenant) != tenant:
-            raise AdapterRefused(name, [f"the public name {name!r} belongs to another tenant"])
-        if (tenant, name) not in live or _essence(live[tenant, name]) != _essence(record):
-            live[tenant, name] = record
+        key, name = (record.ref.tenant, record.ref.name), record.ref.name
+        if record.visibility == "public":
+            public = snapshot.public.get(name, record)
+            if owners.setdefault(name, public.ref.tenant) != record.ref.tenant:
+                raise AdapterRefused(name, [f"the public name {name!r} belongs to another tenant"])
+        current = live.get(key, snapshot.records.get(key))
+        if current is None or _essence(current) != _essence(record):
+            live[key] = record
             events.append(Publish(record))
     return events
 

@@ -167,9 +167,10 @@ class AdapterIndex:
         `vectors` (N, D) unit rows.
         """
         num_wanted = min(top_k, allowed.num)
+        if num_wanted == 0:
+            return [[] for _ in vectors]
         queries = np.ascontiguousarray(vectors, np.float32)
-        finds = np.isfinite(queries).all(axis=1) & (num_wanted > 0)
-        return [self._best(q, num_wanted, allowed) if ok else [] for q, ok in zip(queries, finds, strict=True)]
+        return [self._best(query, num_wanted, allowed) if np.isfinite(query).all() else [] for query in queries]
 
     def _best(self, query: Vectors, num_wanted: int, allowed: Allowed) -> list[Match]:
         """Widens the shortlist until the last wanted is clearly better than all that was left out."""

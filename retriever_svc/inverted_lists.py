@@ -38,6 +38,7 @@ class InvertedLists:
     def __init__(self, index: Any, positions: Positions) -> None:
         """`index`: a trained faiss.IndexIVFScalarQuantizer; FAISS's stubs lack half of what it has."""
         self._index, self.positions = index, positions
+        self._present = positions[positions >= 0]
         quantizer: Any = faiss.downcast_index(index.quantizer)
         self._centres = faiss.vector_to_array(quantizer.codes).view(np.float32).reshape(index.nlist, index.d).copy()
         steps = faiss.vector_to_array(index.sq.trained)[index.d :] / 255  # by dimension: lower ends, then widths
@@ -72,7 +73,7 @@ class InvertedLists:
 
     @property
     def num_gone(self) -> int:
-        return int((self.positions < 0).sum())
+        return len(self.positions) - len(self._present)
 
     @property
     def num_bytes(self) -> int:
@@ -88,7 +89,7 @@ class InvertedLists:
     def unlisted(self, allowed: Mask) -> Positions:
         """Those of the `allowed` positions that are in no list."""
         rest = allowed.copy()
-        rest[self.positions[self.positions >= 0]] = False
+        rest[self._present] = False
         return np.flatnonzero(rest)
 
     def best(

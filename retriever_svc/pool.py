@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lora_store.records import AdapterRecord
-from lora_store.snapshot import Key, Snapshot
+from lora_store.snapshot import Snapshot
 from retriever_svc.calibration import floor_of
+from retriever_svc.differences import differences
 from retriever_svc.encoder import Encoder, Vectors
 from retriever_svc.index import AdapterIndex, Allowed, IndexSettings, Match
 from retriever_svc.inverted_lists import InvertedLists
@@ -41,7 +42,7 @@ class Pool:
         return Pool(newest.snapshot, newest.encoder, self._index_after(index, newest.snapshot))
 
     def _index_after(self, index: AdapterIndex, snapshot: Snapshot) -> AdapterIndex:
-        gone, new = _differences(self.snapshot.records, snapshot.records)
+        gone, new = differences(self.snapshot.records, snapshot.records)
         return index.after(gone, [record for record in new if record.encoder == self.encoder.identity])
 
     def allowed(self, tenant: str, tags: Sequence[str] = ()) -> Allowed:
@@ -70,17 +71,6 @@ class Pool:
 def routable(snapshot: Snapshot, encoder: str) -> list[AdapterRecord]:
     """All that the encoder of this identity embedded; the others are reachable by name only."""
     return [record for record in snapshot.records.values() if record.encoder == encoder]
-
-
-def _differences(
-    old: Mapping[Key, AdapterRecord], new: Mapping[Key, AdapterRecord]
-) -> tuple[list[Key], list[AdapterRecord]]:
-    """(names whose record is gone or another, records that are not in `old`)."""
-    came = [(key, record) for key, record in new.items() if old.get(key) is not record]
-    replaced = [key for key, _ in came if key in old]
-    num_kept = len(new) - len(came) + len(replaced)
-    gone = [] if num_kept == len(old) else [key for key in old if key not in new]
-    return [*replaced, *gone], [record for _, record in came]
 
 
 def _distinct_weights(matches: list[Match]) -> list[Match]:

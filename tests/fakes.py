@@ -11,7 +11,6 @@ from typing import Any
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
-
 _numbers = itertools.count()
 
 

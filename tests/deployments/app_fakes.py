@@ -248,6 +248,7 @@ class FakeStore:
         return self.generation
 
     async def active_encoder(self) -> str | None:
+        self._fail("active_encoder")
         return self.encoder
 
     async def versions(self, keys: Collection[Key]) -> dict[Key, tuple[AdapterRecord, ...]]:

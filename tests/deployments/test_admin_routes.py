@@ -68,6 +68,7 @@ def test_a_reindex_embeds_prepares_every_replica_then_swaps_and_waits_for_all() 
         }
         calls = sorted(served.store.calls + served.retriever.calls, key=lambda call: call.number)
         assert [call.name for call in calls] == [
+            "active_encoder",
             "reindex",
             "add_embeddings",
             "add_embeddings",
@@ -157,7 +158,7 @@ def test_leaving_a_job_ends_the_work_of_its_replica() -> None:
         served = serve_plainly()
         lines = pool_jobs.verify(served.ingress.pool)
         await anext(lines)
-        [response] = served.store.responses
+        response = served.store.responses[-1]
         assert response.num_cancels == 0
         await lines.aclose()
         assert response.num_cancels == 1

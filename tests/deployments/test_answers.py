@@ -21,7 +21,7 @@ from deployments.answers import (
     versions_object,
 )
 from deployments.planner import Planned
-from deployments.publisher import Published, Removed
+from deployments.published import Published, Removed
 from gpu_worker.request import Completion, Delta
 from lora_store import BASE_PLAN, AdapterRefused, Plan, PlannedAdapter
 from retriever_svc import AdapterFinding, Candidate, Collision, DoctorReport

@@ -10,7 +10,7 @@ import pytest
 from deployments.object_cache import Buffer, ObjectCache
 from lora_store import StoreUnavailable
 
-BLOBS = {name: bytes([place]) * 10 for place, name in enumerate("abcd")}
+BLOBS = {name: bytes([place]) * 10 for place, name in enumerate("abcd")} | {"large": bytes(30)}
 
 
 class Loads:
@@ -61,6 +61,12 @@ def test_what_is_larger_than_the_budget_is_handed_out_and_not_kept(budget_bytes:
     loads = Loads(budget_bytes)
     get(loads, "a", "a")
     assert (loads.loaded, loads.cache.num_bytes) == (["a", "a"], 0)
+
+
+def test_what_is_larger_than_the_budget_costs_no_other_its_place() -> None:
+    loads = Loads(20)
+    get(loads, "a", "b", "large", "a", "b")
+    assert loads.loaded == ["a", "b", "large"]
 
 
 def test_callers_at_the_same_time_share_one_load_and_one_that_leaves_does_not_end_it() -> None:

@@ -312,12 +312,14 @@ def test_a_short_digest_is_refused() -> None:
 @pytest.mark.parametrize(
     ("method", "path", "sent", "failing"),
     [
+        ("POST", "/v1/loras", {"json": {"path": "/folders/x"}}, "active_encoder"),
         ("POST", "/v1/loras", {"json": {"path": "/folders/x"}}, "stage"),
         ("POST", "/v1/loras", {"json": {"path": "/folders/x"}}, "commit"),
         ("POST", "/v1/loras", upload(), "stage"),
         ("DELETE", "/v1/loras/poet", {}, "withdraw"),
         ("POST", "/v1/loras/poet/rollback", {"json": {}}, "versions"),
         ("POST", "/v1/load_lora_adapter", {"json": {"lora_name": "x", "lora_path": "/x"}}, "versions"),
+        ("POST", "/v1/pool/reindex", {"json": {"encoder": "other"}}, "active_encoder"),
         ("POST", "/v1/unload_lora_adapter", {"json": {"lora_name": "poet"}}, "withdraw"),
         ("POST", "/v1/pool/gc", {"json": {}}, "gc"),
         ("POST", "/v1/pool/verify", {"json": {}}, "verify"),

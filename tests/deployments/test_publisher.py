@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError
 
+from deployments import publisher
 from deployments.background import Background
 from deployments.errors import SourceMissing, VersionNotKept
 from deployments.examiner import EXAMINED_TOGETHER
-from deployments.publisher import CATCH_UP_TIMEOUT_S, Published, Publisher, Removed
+from deployments.published import Published, Removed
+from deployments.publisher import CATCH_UP_TIMEOUT_S, Publisher
 from deployments.releaser import Releaser
 from deployments.uploads import FolderUpload
 from gpu_worker.errors import AdapterUnfit
@@ -63,9 +65,9 @@ class Publishing:
         async def run() -> Any:
             background = Background()
             releaser = Releaser(self.store, self.worker, background, longest_request_s=1)
-            publisher = Publisher(self.store, self.retriever, self.worker, background=background, releaser=releaser)
+            publishes = Publisher(self.store, self.retriever, self.worker, background=background, releaser=releaser)
             try:
-                return await change(publisher)
+                return await change(publishes)
             finally:
                 await background.idle()
 
@@ -183,6 +185,26 @@ def test_a_store_that_fails_in_the_middle_leaves_nothing(method: str, error: Exc
     assert len(live(publishing("poet", "bare"))) == 2, "a retry succeeds"
 
 
+@pytest.mark.parametrize("change", ["publish", "rollback", "withdraw"])
+def test_a_store_without_a_replica_is_told_in_time(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Absent(FakeStore):
+        async def active_encoder(self) -> str | None:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+    monkeypatch.setattr(publisher, "_STORE_WAIT_S", 0.01)
+    publishing = Publishing()
+    publishing.store = FakeHandle(Absent(pool_of(adapter("poet"))))
+    changes: dict[str, Callable[[], Any]] = {
+        "publish": lambda: publishing("bard"),
+        "rollback": publishing.rollback,
+        "withdraw": lambda: publishing.withdraw("poet"),
+    }
+    with pytest.raises(StoreUnavailable, match="none of its replicas answered"):
+        changes[change]()
+    assert [call.name for call in publishing.store.calls] == ["active_encoder"]
+
+
 def test_a_store_that_fails_at_one_stage_costs_that_adapter_only() -> None:
     outcomes = Publishing(failing={"stage": (StoreUnavailable("down"), 1)})("poet", "bard")
     assert [type(outcome) for outcome in outcomes if isinstance(outcome, StoreUnavailable)] != []
@@ -211,8 +233,8 @@ def test_a_client_that_leaves_does_not_break_off_its_publish() -> None:
         publishing, background = Publishing(), Background()
         releaser = Releaser(publishing.store, publishing.worker, background, longest_request_s=1)
         handles = (publishing.store, publishing.retriever, publishing.worker)
-        publisher = Publisher(*handles, background=background, releaser=releaser)
-        client = asyncio.create_task(publisher.publish([FolderUpload(Path("poet"))], "tester"))
+        publishes = Publisher(*handles, background=background, releaser=releaser)
+        client = asyncio.create_task(publishes.publish([FolderUpload(Path("poet"))], "tester"))
         await asyncio.sleep(0)
         client.cancel()
         await asyncio.wait([client])

@@ -1,10 +1,322 @@
+"""The deployment without Serve, on a real catalogue. Serve's batching of `route` is what the e2e tests run."""
+
 from __future__ import annotations
 
+import asyncio
+import json
+import logging
+import shutil
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deployments.config import AppConfig, RetrievalSettings
+from deployments.retriever import RetrieverDeployment
 from lora_store import (
+    ActivateEncoder,
+    AdapterNotFound,
+    AdapterRecord,
+    Catalogue,
+    Embed,
+    Embedding,
+    Event,
+    Publish,
     Sample,
+    StoreUnavailable,
 )
+from lora_store.blobs import BlobStore
+from lora_store.location import Location
+from lora_store.sample_files import write_samples
+from retriever_svc import EncoderUnusable, RouteRequest, StaleIndex
+from retriever_svc.encoder import model_folder
+from tests.retriever_svc.pool_fakes import record_of
 
 SAMPLES = {
     "german": [Sample("Translate to German: good morning."), Sample("How do you say cheese in German?")],
     "sums": [Sample("What is 3 + 4?"), Sample("Add 12 and 30.")],
 }
+
+
+class Ticks:
+    """A sleep that ends when the test says so, once the task that slept before has done its work."""
+
+    def __init__(self) -> None:
+        self.intervals_s: list[float] = []
+        self._asleep, self._wake = asyncio.Event(), asyncio.Event()
+
+    async def sleep(self, seconds: float) -> None:
+        self.intervals_s.append(seconds)
+        self._asleep.set()
+        await self._wake.wait()
+        self._wake.clear()
+
+    async def tick(self) -> None:
+        """One interval passes, and what it brought is done."""
+        await self._asleep.wait()
+        self._asleep.clear()
+        self._wake.set()
+        await self._asleep.wait()
+
+
+class Served:
+    """A replica, the catalogue it reads, and its clock."""
+
+    def __init__(self, folder: Path) -> None:
+        self.uri, self.ticks = str(folder), Ticks()
+        self.catalogue = Catalogue(Location(self.uri).child("catalogue"))
+        config = AppConfig(store_uri=self.uri, retrieval=RetrievalSettings(encoder_threads=1, poll_interval_s=7.0))
+        self.replica = RetrieverDeployment(config, sleep=self.ticks.sleep)
+
+    def publish(self, *records: AdapterRecord) -> int:
+        events: list[Event] = [Publish(record) for record in records]
+        return self.catalogue.commit(lambda snapshot: events)
+
+    async def embedded(self, *names: str) -> list[AdapterRecord]:
+        """Records as a publish would commit them, their samples in the store."""
+        found = await self.replica.embed([SAMPLES[name] for name in names])
+        return [self._record(name, item.embedding) for name, item in zip(names, found, strict=True) if item is not None]
+
+    def _record(self, name: str, embedding: Embedding) -> AdapterRecord:
+        digest = BlobStore(Location(self.uri).child("blobs")).put(write_samples(SAMPLES[name]))
+        return replace(record_of(name, None), samples_digest=digest, num_samples=2, embedding=embedding)
+
+    @property
+    def pools(self) -> Any:
+        return self.replica._pools
+
+
+@asynccontextmanager
+async def served(folder: Path) -> AsyncIterator[Served]:
+    started = Served(folder)
+    try:
+        yield started
+    finally:
+        started.replica._polling.cancel()
+
+
+def run(folder: Path, scenario: Callable[[Served], Coroutine[Any, Any, None]]) -> None:
+    async def main() -> None:
+        async with served(folder) as started:
+            await asyncio.wait_for(scenario(started), 60)
+
+    asyncio.run(main())
+
+
+def test_a_replica_is_at_the_newest_generation_before_it_is_ready(tmp_path: Path) -> None:
+    async def first(here: Served) -> None:
+        assert await here.replica.catch_up(here.publish(*await here.embedded("german", "sums"))) == 1
+
+    async def second(here: Served) -> None:
+        generation, records = await here.replica.records("local")
+        assert (generation, [record.ref.name for record in records]) == (1, ["german", "sums"])
+        assert [record.embedding for record in records] == [None, None]  # they stay here
+        stats = await here.replica.index_stats()
+        assert (stats.generation, stats.num_live, stats.num_unlisted, stats.has_lists) == (1, 2, 2, False)
+
+    run(tmp_path, first)
+    run(tmp_path, second)
+
+
+def test_adapters_are_embedded_together_with_the_neighbours_they_have_now(tmp_path: Path) -> None:
+    async def scenario(here: Served) -> None:
+        german, none = await here.replica.embed([SAMPLES["german"], []])
+        assert none is None
+        assert german is not None
+        assert (german.neighbours, len(german.embedding.own_scores)) == ((), 2)
+        await here.replica.catch_up(here.publish(*await here.embedded("german", "sums")))
+        [again] = await here.replica.embed([SAMPLES["german"]])
+        assert again is not None
+        assert [candidate.ref.name for candidate in again.neighbours] == ["german", "sums"]
+        assert again.neighbours[0].score == pytest.approx(1, abs=1e-5)
+
+    run(tmp_path, scenario)
+
+
+@pytest.mark.parametrize("read", ["plan_named", "records", "record"])
+def test_a_read_that_names_a_generation_catches_up_first(tmp_path: Path, read: str) -> None:
+    async def scenario(here: Served) -> None:
+        def ask(generation: int) -> Coroutine[Any, Any, Any]:
+            if read == "plan_named":
+                return here.replica.plan_named("local", [("sums", 1.0)], "mixture", generation)
+            if read == "records":
+                return here.replica.records("local", generation)
+            return here.replica.record("local", "sums", generation)
+
+        generation = here.publish(*await here.embedded("sums"))
+        if read != "records":
+            with pytest.raises(AdapterNotFound):
+                await ask(0)
+        assert (await here.replica.index_stats()).generation == 0
+        answer = await ask(generation)
+        assert (answer.generation if read == "plan_named" else answer[0]) == generation
+        with pytest.raises(StaleIndex) as caught:
+            await ask(generation + 1)
+        assert (caught.value.wanted, caught.value.found) == (generation + 1, generation)
+
+    run(tmp_path, scenario)
+
+
+def test_a_name_has_its_kept_versions(tmp_path: Path) -> None:
+    async def scenario(here: Served) -> None:
+        [old] = await here.embedded("sums")
+        here.publish(old)
+        new = replace(old, ref=replace(old.ref, digest="f" * 64))
+        generation, versions = await here.replica.record("local", "sums", here.publish(new))
+        assert generation == 2
+        assert [version.ref for version in versions] == [new.ref, old.ref]
+        assert versions[0].embedding is None
+        plan = await here.replica.plan_named("local", [(f"sums@{old.ref.digest[:8]}", 1.0)], "selection")
+        assert plan.adapters[0].ref == old.ref
+
+    run(tmp_path, scenario)
+
+
+def test_a_catalogue_that_hangs_is_waited_for_a_while_by_all_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing but a patch makes a local catalogue hang, or the bound on waiting for it short."""
+
+    async def scenario(here: Served) -> None:
+        hangs, calls = threading.Event(), []
+
+        def catch_up() -> int:
+            calls.append(None)
+            assert hangs.wait(30)
+            return 0
+
+        monkeypatch.setattr(here.pools, "catch_up", catch_up)
+        monkeypatch.setattr("deployments.retriever._CATCH_UP_S", 0.01)
+        waiting = [here.replica.catch_up(1), here.replica.records("local", 1), here.replica.record("local", "x", 1)]
+        answers = await asyncio.gather(*waiting, return_exceptions=True)
+        assert [type(answer) for answer in answers] == [StaleIndex] * 3
+        assert len(calls) == 1
+        assert await here.replica.records("local") == (0, [])
+        hangs.set()
+
+    run(tmp_path, scenario)
+
+
+def test_a_commit_nobody_told_of_is_seen_by_the_next_poll(tmp_path: Path) -> None:
+    async def scenario(here: Served) -> None:
+        here.publish(*await here.embedded("sums"))
+        await here.ticks.tick()
+        assert (await here.replica.index_stats()).generation == 1
+        assert set(here.ticks.intervals_s) == {7.0}
+        here.replica.check_health()
+
+    run(tmp_path, scenario)
+
+
+def test_an_outage_is_logged_once_and_serving_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A folder does not go down; what the store says when an endpoint does is patched in."""
+    caplog.set_level(logging.INFO, "deployments.retriever")
+
+    async def scenario(here: Served) -> None:
+        def down() -> int:
+            raise StoreUnavailable("endpoint stopped")
+
+        await here.replica.catch_up(here.publish(*await here.embedded("sums")))
+        for outage in (1, 2):
+            with monkeypatch.context() as patch:
+                patch.setattr(here.pools, "catch_up", down)
+                for _ in range(3):
+                    await here.ticks.tick()
+                assert (await here.replica.plan_named("local", [("sums", 1.0)], "selection")).generation == 1
+                with pytest.raises(StoreUnavailable):
+                    await here.replica.catch_up(2)
+            await here.ticks.tick()
+            assert caplog.text.count("endpoint stopped") == outage
+            assert caplog.text.count("is read again") == outage
+        here.replica.check_health()
+
+    run(tmp_path, scenario)
+
+
+def test_a_poll_that_died_is_ill_health(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(here: Served) -> None:
+        def broken() -> int:
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(here.pools, "catch_up", broken)
+        tick = asyncio.create_task(here.ticks.tick())
+        await asyncio.wait([here.replica._polling])
+        tick.cancel()
+        with pytest.raises(ZeroDivisionError):
+            here.replica.check_health()
+
+    run(tmp_path, scenario)
+
+
+def short_encoder(folder: Path) -> str:
+    """Another encoder: the packaged one, which reads fewer tokens."""
+    shutil.copytree(model_folder("all-MiniLM-L6-v2"), folder)
+    config = folder / "sentence_bert_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_seq_length": 32}))
+    return str(folder)
+
+
+def test_a_reindex_streams_embeddings_and_the_activation_swaps_the_encoder(tmp_path: Path) -> None:
+    model = short_encoder(tmp_path / "model")
+
+    async def scenario(here: Served) -> None:
+        await here.replica.catch_up(here.publish(*await here.embedded("german", "sums")))
+        before = await here.replica.index_stats()
+        steps = [step async for step in here.replica.reindex(model)]
+        assert [(step.num_done, step.num_total, step.unreadable) for step in steps] == [(2, 2, ())]
+        events: list[Event] = [Embed(ref, e) for step in steps for ref, e in step.embeddings.items()]
+        await here.replica.catch_up(here.catalogue.commit(lambda snapshot: events))
+        assert [step async for step in here.replica.reindex(model)] == []
+        identity = await here.replica.prepare_encoder(model)
+        assert identity != before.encoder == (await here.replica.index_stats()).encoder
+        created_at = record_of("x", None).created_at
+        activate: list[Event] = [ActivateEncoder(model, identity, "me", created_at)]
+        await here.replica.catch_up(here.catalogue.commit(lambda snapshot: activate))
+        after = await here.replica.index_stats()
+        assert (after.encoder, after.num_live, after.generation) == (identity, 2, 3)
+        [german] = await here.replica.embed([SAMPLES["german"]])
+        assert german is not None
+        assert (german.embedding.encoder, german.neighbours[0].ref.name) == (identity, "german")
+
+    run(tmp_path / "store", scenario)
+
+
+def test_an_encoder_that_is_none_is_refused_before_anything_streams(tmp_path: Path) -> None:
+    async def scenario(here: Served) -> None:
+        with pytest.raises(EncoderUnusable):
+            await here.replica.prepare_encoder(str(tmp_path / "nothing"))
+        with pytest.raises(EncoderUnusable):
+            await anext(here.replica.reindex(str(tmp_path / "nothing")))
+
+    run(tmp_path, scenario)
+
+
+def test_the_doctor_streams_its_progress_and_ends_with_a_report(tmp_path: Path) -> None:
+    async def scenario(here: Served) -> None:
+        await here.replica.catch_up(here.publish(*await here.embedded("german", "sums")))
+        steps = [step async for step in here.replica.doctor("local")]
+        assert [(step.num_done, step.num_total, step.report is None) for step in steps] == [
+            (1, 2, True),
+            (2, 2, True),
+            (2, 2, False),
+        ]
+        report = steps[-1].report
+        assert report is not None
+        assert (report.share_first, report.generation, len(report.adapters)) == (1.0, 1, 2)
+
+    run(tmp_path, scenario)
+
+
+def test_a_prompt_that_names_a_generation_waits_for_no_batch_without_it(tmp_path: Path) -> None:
+    async def scenario(here: Served) -> None:
+        with pytest.raises(StaleIndex) as caught:
+            await here.replica.route(RouteRequest("Translate to German: the dog.", min_generation=2))
+        assert (caught.value.wanted, caught.value.found) == (2, 0)
+
+    run(tmp_path, scenario)

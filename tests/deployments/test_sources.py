@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from deployments.adapter_folders import ADAPTER_FILES
 from deployments.errors import SourceMissing, SourceRefused, SourceUnavailable
 from deployments.server import free_port
 from deployments.sources import SourcePrefix, SourceUri, folder_of_source
+from lora_store import AdapterRefused, Location
+from tests.s3 import S3Endpoint
 
 MAX_BYTES = 1000
 
@@ -105,20 +108,56 @@ def test_a_link_may_not_lead_out_of_its_prefix(tmp_path: Path) -> None:
 
 
 class Bucket:
-    """`s3://source` on a real endpoint, and the prefix that allows its folder `pool`."""
+    """Adapters below an allowed prefix of a real S3 endpoint."""
 
-    def __init__(self, prefix: str) -> None:
-        self.prefix = prefix
-        self.files, self.root = Location(prefix).filesystem()
+    def __init__(self, endpoint: S3Endpoint, name: str) -> None:
+        self.prefix = endpoint.uri(name)
+        self.uri = self.prefix.partition("?")[0]
 
-    def write(self, name: str, data: bytes) -> None:
-        with self.files.open_output_stream(f"{self.root}/{name}") as stream:
+    def write(self, path: str, data: bytes) -> None:
+        files, root = Location(self.prefix).filesystem()
+        with files.open_output_stream(f"{root}/{path}") as stream:
             stream.write(data)
+
+    def fetch(self, path: str, work: Path, max_bytes: int = MAX_BYTES) -> Path:
+        work.mkdir()
+        return folder_of_source(f"{self.uri}/{path}", [self.prefix], work, max_bytes)
+
+
+def test_an_adapters_files_are_copied_from_a_bucket_and_nothing_else(s3_endpoint: S3Endpoint, tmp_path: Path) -> None:
+    bucket = Bucket(s3_endpoint, "sources")
+    contents = {name: f"{name} of poet".encode() for name in ADAPTER_FILES}
+    for name, data in contents.items():
+        bucket.write(f"deep/poet/{name}", data)
+    for other in ("optimizer.pt", "checkpoint-1/adapter_config.json"):
+        bucket.write(f"deep/poet/{other}", b"x" * 10 * MAX_BYTES)
+    copied = bucket.fetch("deep/poet", tmp_path / "work")
+    assert copied == tmp_path / "work"
+    assert {path.name: path.read_bytes() for path in copied.iterdir()} == contents
+
+
+def test_a_copy_is_bounded(s3_endpoint: S3Endpoint, tmp_path: Path) -> None:
+    bucket = Bucket(s3_endpoint, "bounded")
+    bucket.write("poet/adapter_config.json", b"x" * 6)
+    bucket.write("poet/adapter_model.safetensors", b"y" * 5)
+    with pytest.raises(AdapterRefused, match="more than 10 bytes"):
+        bucket.fetch("poet", tmp_path / "less", max_bytes=10)
+    assert bucket.fetch("poet", tmp_path / "enough", max_bytes=11) == tmp_path / "enough"
+
+
+@pytest.mark.parametrize("path", ["nowhere", "poet/adapter_config.json", "empty"])
+def test_nothing_in_the_bucket_is_told(path: str, s3_endpoint: S3Endpoint, tmp_path: Path) -> None:
+    bucket = Bucket(s3_endpoint, "missing")
+    bucket.write("poet/adapter_config.json", b"{}")
+    bucket.write("empty/notes.txt", b"")
+    with pytest.raises(SourceMissing) as caught:
+        bucket.fetch(path, tmp_path / "work")
+    assert caught.value.place == f"{bucket.uri}/{path}"
 
 
 def test_an_unreachable_endpoint_is_named(tmp_path: Path) -> None:
-    port = free_port("127.0.0.1")
-    prefix = f"s3://key:secret@bucket/pool?endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
-    prefix = prefix.replace("key:secret@", "")
-    with pytest.raises(SourceUnavailable, match="s3://bucket/pool/poet"):
+    prefix = f"s3://bucket/pool?endpoint_override=127.0.0.1:{free_port('127.0.0.1')}&scheme=http&region=us-east-1"
+    with pytest.raises(SourceUnavailable) as caught:
         folder_of_source("s3://bucket/pool/poet", [prefix], tmp_path, MAX_BYTES)
+    assert "s3://bucket/pool/poet" in str(caught.value)
+    assert len(caught.value.cause) > 0

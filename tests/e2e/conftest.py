@@ -9,6 +9,7 @@ from pathlib import Path
 
 import openai
 import pytest
+import torch
 from ray import serve
 
 from deployments.app import build_app
@@ -67,7 +68,7 @@ def live(
     url: str, s3_endpoint: S3Endpoint, tiny_folders: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Live]:
     """A second application beside the first: tiny, replicated, on S3, without a cache that would hide the store."""
-    model = tiny_folders["gemma3"]
+    model = talkative(tiny_folders["gemma3"], tmp_path_factory.mktemp("talkative"))
     config = AppConfig(
         base_model=str(model),
         base_model_name=BASE,
@@ -86,3 +87,13 @@ def live(
     eventually(lambda: running.call("GET", "/ready").status_code == 200, within_s=READY_TIMEOUT_S)
     yield running
     serve.delete(APP)
+
+
+def talkative(model: Path, target: Path) -> Path:
+    """The tiny model, never choosing a token without text: a greedy random model may say nothing else."""
+    base = load_base_model(tiny_config(model))
+    with torch.no_grad():
+        base.model.get_input_embeddings().weight[256:] = 0  # tied to the head: their logits are 0, never the largest
+    base.model.save_pretrained(target)
+    base.tokenizer.save_pretrained(target)
+    return target

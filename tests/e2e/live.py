@@ -66,9 +66,9 @@ class Live:
         return text
 
     def chosen(self, prompt: str) -> str:
-        """The adapter `auto` would put first."""
+        """The adapter that is nearest to the prompt."""
         plan = self.call("POST", "/v1/route", json={"prompt": prompt}).json()["data"][0]
-        name: str = plan["adapters"][0]["name"] if plan["adapters"] else ""
+        name: str = plan["candidates"][0]["name"]
         return name
 
     def handle(self, deployment: str) -> DeploymentHandle:

@@ -38,7 +38,8 @@ def pool(live: Live) -> Iterator[list[Path]]:
     folders = [live.folder(topic, 9000 + number, topic) for number, topic in enumerate(TOPICS)]
     run(live, "publish", *map(str, folders))
     yield folders
-    assert all(topic in run(live, "withdraw", *TOPICS) for topic in TOPICS)
+    said = run(live, "withdraw", *TOPICS)
+    assert all(topic in said for topic in TOPICS)
     assert "lighthouses" not in run(live, "list")
 
 

@@ -148,7 +148,7 @@ def test_forgetting_idle_weights_frees_them_at_once(make_engine: MakeEngine, sha
     empty = engine.holdings()
     run_together(engine, [greedy("x", only(weights)) for weights in (gone, kept)])
     full = engine.holdings()
-    assert (full.num_resident, full.occupied_rows) == (2, 8)
+    assert (len(full.resident), full.occupied_rows) == (2, 8)
     assert engine.forget([gone.weights_digest, "never seen"])
     assert engine.residency.resident == {kept.weights_digest}
     assert 0 < engine.holdings().host_cache_bytes < full.host_cache_bytes
@@ -245,9 +245,9 @@ def test_forgotten_weights_are_fetched_again_once_they_are_gone(
     engine.forget([weights.weights_digest])
     second = ask(engine, job)
     engine.run_until_idle()
-    assert pool.fetched[weights.weights_digest] == 1 and engine.holdings().num_resident == 0
+    assert pool.fetched[weights.weights_digest] == 1 and not engine.holdings().resident
     third, fourth = run_together(engine, [job, job])
-    assert pool.fetched[weights.weights_digest] == 2 and engine.holdings().num_resident == 1
+    assert pool.fetched[weights.weights_digest] == 2 and len(engine.holdings().resident) == 1
     for answer in (first, second, third, fourth):
         assert_same(answer, alone(job, pool.weights))
 

@@ -2,12 +2,17 @@ from __future__ import annotations
 
 import pickle
 import re
+import time
 from dataclasses import replace
+from uuid import uuid4
 
 import pytest
 from deltalake import DeltaTable
 
-from lora_store import AdapterNotFound, AdapterRefused, Catalogue, Publish, VersionConflict
+from lora_store import AdapterNotFound, AdapterRefused, Catalogue, Location, Publish, StoreUnavailable, VersionConflict
+from lora_store.files import Files
+from tests.lora_store.builders import embedding
+from tests.s3 import S3Endpoint
 
 
 def _publish(*records):
@@ -107,7 +112,8 @@ def test_the_rule_holds_against_a_rival_who_commits_between_check_and_write(loca
 
 
 def test_a_writer_who_always_comes_second_gives_up_by_name(location, make_record):
-    catalogue, rival = Catalogue(location), Catalogue(location)
+    pauses = []
+    catalogue, rival = Catalogue(location, pauses.append), Catalogue(location)
 
     def events(snapshot):
         rival.commit(_publish(make_record(f"r{snapshot.generation}")))
@@ -117,7 +123,8 @@ def test_a_writer_who_always_comes_second_gives_up_by_name(location, make_record
         catalogue.commit(events)
     snapshot = Catalogue(location).snapshot()
     assert ("local", "ours") not in snapshot.records
-    assert len(snapshot.records) == caught.value.attempts
+    assert len(snapshot.records) == caught.value.attempts == len(pauses)
+    assert max(pauses) <= 1 and len(set(pauses)) == len(pauses)  # spread, so that rivals part
 
 
 def test_an_error_of_the_rule_commits_nothing(location, make_record):
@@ -140,7 +147,8 @@ def test_a_refresh_does_not_open_files_it_has_read(location, make_record):
     assert sorted(name for _, name in catalogue.snapshot().records) == ["new", "old"]
 
 
-def test_compaction_keeps_every_record_its_order_and_late_readers(location, make_record):
+def test_compaction_keeps_every_record_its_order_and_late_readers(folder_uri, make_record):
+    location = Location(folder_uri)
     writer, late = Catalogue(location), Catalogue(location)
     for number in range(103):
         writer.commit(_publish(make_record("poet", digest=f"{number:064}"), make_record(f"a{number}")))
@@ -214,3 +222,51 @@ def test_a_tenant_sees_its_own_and_what_is_public(location, make_record):
     snapshot = catalogue.snapshot()
     assert [str(record.ref.name) for record in snapshot.visible_to("us")] == ["b"]
     assert [str(record.ref.name) for record in snapshot.visible_to("them")] == ["a", "b"]
+
+
+def test_arrays_come_back_as_they_were_committed(location, make_record):
+    catalogue = Catalogue(location)
+    records = [
+        make_record("two", embedding=embedding(0.5, -0.25)),
+        make_record("none", embedding=None),
+        make_record("three", embedding=embedding(1.0, 2.0, 3.0, encoder="other")),
+    ]
+    catalogue.commit(_publish(*records[:1]))
+    catalogue.commit(_publish(*records[1:]))
+    for found in (catalogue.snapshot(), Catalogue(location).snapshot()):
+        read = {name: record.embedding for (_, name), record in found.records.items()}
+        assert read["none"] is None
+        assert read["two"].vector.tolist() == [0.5, -0.25]
+        assert read["three"].vector.tolist() == [1.0, 2.0, 3.0]
+        assert read["three"].own_scores.tolist() == [0.75, 0.5]
+        assert (read["two"].encoder, read["three"].encoder) == ("enc", "other")
+
+
+def test_the_log_grows_by_less_than_2_kb_an_event(location, make_record):
+    catalogue, log = Catalogue(location), Files(location.child("_delta_log"))
+    before = sum(file.num_bytes for file in log.entries())
+    for number in range(20):
+        catalogue.commit(_publish(make_record(f"a{number}", embedding=embedding(*range(384)))))
+    grown = sum(file.num_bytes for file in log.entries()) - before
+    assert 0 < grown / 20 < 2048
+
+
+def test_a_dead_endpoint_is_told_and_the_catalogue_heals(make_record):
+    endpoint = S3Endpoint()
+    location = Location(endpoint.uri(f"stores/{uuid4().hex}"))
+    catalogue = Catalogue(location)
+    catalogue.commit(_publish(make_record("old")))
+    endpoint.stop()
+    for attempt in (
+        catalogue.snapshot,
+        lambda: catalogue.commit(_publish(make_record("new"))),
+        lambda: Catalogue(location),
+    ):
+        started = time.monotonic()
+        with pytest.raises(StoreUnavailable):
+            attempt()
+        assert time.monotonic() - started < 10
+    endpoint.start()
+    assert catalogue.commit(publish_new) == 2
+    assert catalogue.snapshot() == Catalogue(location).snapshot()
+    endpoint.stop()

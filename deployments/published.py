@@ -1,0 +1,65 @@
+"""What became of adapters that were to be published, rolled back or withdrawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from deployments.errors import VersionNotKept
+from deployments.examiner import Examined, Outcome
+from lora_store import AdapterRecord, AdapterRef
+from retriever_svc import Candidate
+
+_MIN_DIGEST_CHARS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """One adapter that is live. `ready` Retriever replicas route to it already, `behind` ones do not yet."""
+
+    ref: AdapterRef
+    generation: int
+    ready: int
+    behind: int
+    found_by_auto: bool  # False: it came without samples, and only its name reaches it
+    probe_shift: float | None
+    neighbours: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """Adapters that are gone. `behind` Retriever replicas may still route to them."""
+
+    names: tuple[str, ...]
+    generation: int
+    ready: int
+    behind: int
+
+
+def is_found(record: AdapterRecord, active: str | None) -> bool:
+    """Whether the encoder in force embedded it, or there is nothing to embed."""
+    return record.samples_digest is None or active in (None, record.encoder)
+
+
+def kept_version(kept: Sequence[AdapterRecord], digest: str | None) -> AdapterRecord:
+    """The version to go back to; `kept` comes newest first. Raises: VersionNotKept."""
+    if digest is None:
+        matching = kept[1:2]
+    else:
+        long_enough = len(digest) >= _MIN_DIGEST_CHARS
+        matching = [record for record in kept if long_enough and record.ref.digest.startswith(digest)]
+    if len(matching) != 1:
+        raise VersionNotKept(kept[0].ref.name, digest, [record.ref.digest for record in kept])
+    return matching[0]
+
+
+def published_of(outcome: Outcome, generation: int, ready: int, behind: int) -> Published | Exception:
+    if isinstance(outcome, Examined):
+        found = outcome.embedded is not None
+        neighbours = outcome.embedded.neighbours if outcome.embedded is not None else ()
+        return Published(outcome.staged.ref, generation, ready, behind, found, outcome.shift, neighbours)
+    if isinstance(outcome, AdapterRecord):
+        found = outcome.encoder is not None
+        return Published(outcome.ref, outcome.generation, ready, behind, found, outcome.probe_shift, ())
+    assert isinstance(outcome, Exception)
+    return outcome

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from ray.exceptions import RayActorError
+
+from deployments.examiner import EXAMINED_TOGETHER, Examined, Examiner, Outcome
+from lora_store import AdapterRecord, AdapterRef, AdapterRefused, Staged
+from tests.deployments.app_fakes import FakeRetriever, FakeWorker, adapter
+from tests.fakes import FakeHandle
+
+
+def staged(name: str) -> Staged:
+    return Staged(adapter(name), (), "hold")
+
+
+def examine(
+    *items: Staged | BaseException,
+    live: dict[AdapterRef, AdapterRecord] | None = None,
+    worker: FakeWorker | None = None,
+    **retriever: Any,
+) -> tuple[list[Outcome], FakeHandle]:
+    handle = FakeHandle(worker or FakeWorker())
+    examiner = Examiner(FakeHandle(FakeRetriever(**retriever)), handle)
+    return asyncio.run(examiner.examine(items, live or {})), handle
+
+
+def test_outcomes_come_in_order_and_refusals_stay_in_their_place() -> None:
+    refused = AdapterRefused("x", ["it is bad"])
+    known = adapter("known")
+    items = (staged("one"), refused, Staged(known, (), "hold"), staged("mute"))
+    worker = FakeWorker(shifts={"mute": 0.0, "one": 0.25})
+    (first, second, third, fourth), _ = examine(*items, live={known.ref: known}, worker=worker)
+    assert isinstance(first, Examined)
+    assert (first.staged, first.shift) == (items[0], 0.25)
+    assert (second, third) == (refused, known)
+    assert isinstance(fourth, AdapterRefused)
+
+
+def test_equal_versions_are_examined_once_and_batches_are_bounded() -> None:
+    items = [staged(f"a{number}") for number in range(EXAMINED_TOGETHER + 1)]
+    outcomes, worker = examine(*items, items[0])
+    assert outcomes[0] is outcomes[-1]
+    assert [len(digests) for (digests,) in worker.called("probe_many")] == [EXAMINED_TOGETHER, 1]
+
+
+def test_a_worker_that_dies_is_each_adapters_error() -> None:
+    outcomes, _ = examine(staged("one"), staged("two"), worker=FakeWorker(failure=RayActorError()))
+    assert [isinstance(outcome, RayActorError) for outcome in outcomes] == [True, True]
+
+
+def test_a_retriever_that_dies_is_the_whole_batches_error() -> None:
+    with pytest.raises(RayActorError):
+        examine(staged("one"), unfit=RayActorError())

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from lora_store import Publish, StoreUnavailable
+from lora_store.event_table import EventTable
+from lora_store.events import table_of
+from lora_store.files import Files
+
+LATER = datetime.now(UTC) + timedelta(days=1)
+
+
+class RivalFirst(EventTable):
+    """Calls the rival once, after the log was read and before the data files are."""
+
+    rival = None
+
+    def _data_files(self):
+        names = super()._data_files()
+        if self.rival is not None:
+            rival, self.rival = self.rival, None
+            rival()
+        return names
+
+
+@pytest.fixture
+def rows(make_record):
+    return lambda name, generation: table_of([Publish(make_record(name))], generation)
+
+
+def _names(table):
+    return sorted(table["name"].to_pylist())
+
+
+def _filled(location, rows, number):
+    table = EventTable(location)
+    table.refresh()
+    for version in range(1, number + 1):
+        assert table.append(rows(f"a{version}", version), version)
+    return table
+
+
+def test_each_file_is_given_out_once(location, rows):
+    table = _filled(location, rows, 2)
+    assert _names(table.refresh()) == ["a1", "a2"]
+    assert table.refresh().num_rows == 0
+    assert table.append(rows("a3", 3), 3)
+    assert (_names(table.refresh()), table.version) == (["a3"], 3)
+
+
+def test_an_append_at_a_version_that_is_taken_changes_nothing(location, rows):
+    table, rival = EventTable(location), EventTable(location)
+    assert rival.append(rows("rival", 1), 1)
+    assert not table.append(rows("ours", 1), 1)
+    assert _names(table.refresh()) == ["rival"]
+    assert not table.append(rows("ours", 1), 1)
+
+
+def test_a_reader_whose_files_are_vacuumed_under_it_reads_the_compacted_ones(location, rows):
+    writer, late, new = _filled(location, rows, 3), RivalFirst(location), RivalFirst(location)
+    late.refresh()
+    assert writer.append(rows("a4", 4), 4)
+
+    def vacuum():
+        writer.tidy(before=LATER)
+
+    late.rival = vacuum
+    found = late.refresh()
+    assert "a4" in _names(found) and late.version == 5
+    assert writer.append(rows("a5", 6), 6)
+    new.rival = vacuum
+    assert _names(new.refresh()) == ["a1", "a2", "a3", "a4", "a5"]
+
+
+def test_data_files_that_are_gone_are_told(location, rows):
+    table = _filled(location, rows, 1)
+    files = Files(location)
+    files.delete([file.name for file in files.entries() if file.name.endswith("zstd.parquet")])
+    with pytest.raises(StoreUnavailable, match="data files of the catalogue are missing"):
+        table.refresh()
+
+
+def test_tidy_leaves_one_data_file_and_every_row(location, rows):
+    table, files = _filled(location, rows, 5), Files(location)
+    files.write("part-lost-to-a-rival.parquet", b"rows")
+    files.write("part-killed#1", b"half")
+    files.write("_delta_log/_tmp", b"half")
+    table.tidy(before=LATER)
+    names = {file.name for file in files.entries()}
+    assert len([name for name in names if not name.startswith("_delta_log/")]) == 1
+    assert "_delta_log/_tmp" not in names
+    assert {"_delta_log/_last_checkpoint", f"_delta_log/{6:020}.json"} <= names
+    assert _names(EventTable(location).refresh()) == [f"a{number}" for number in range(1, 6)]
+
+
+def test_what_is_younger_stays_for_the_rival_who_has_yet_to_commit_it(location, rows):
+    table, files = _filled(location, rows, 2), Files(location)
+    files.write("part-new.parquet", b"rows")
+    table.tidy(before=datetime.now(UTC) - timedelta(hours=1))
+    assert files.contains("part-new.parquet")

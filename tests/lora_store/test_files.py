@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import pickle
+import time
+from datetime import UTC, datetime
+
+import pytest
+
+from lora_store import Location, StoreUnavailable
+from lora_store.files import Files
+from tests.s3 import S3Endpoint
+
+
+@pytest.fixture
+def files(location):
+    return Files(location)
+
+
+def test_what_was_written_is_read(files):
+    files.write("a/b", b"one")
+    files.write("a/b", b"two")
+    files.write("empty", b"", durable=False)
+    assert (files.read("a/b"), files.read("empty"), files.read("a/c")) == (b"two", b"", None)
+    assert files.contains("a/b") and not files.contains("a/c")
+
+
+def test_entries_are_everything_below(files):
+    before = datetime.now(UTC)
+    assert files.entries() == []
+    files.write("a/b", b"one")
+    files.write("c", b"")
+    assert {entry.name: entry.num_bytes for entry in files.entries()} == {"a/b": 3, "c": 0}
+    assert all(abs((entry.written_at - before).total_seconds()) < 10 for entry in files.entries())
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 40])
+def test_delete_tells_what_was_there(files, number):
+    names = [f"f/{index}" for index in range(number)]
+    for name in names[::2]:
+        files.write(name, b"x", durable=False)
+    assert files.delete(names) == names[::2]
+    assert files.delete(names) == []
+    assert files.entries() == []
+
+
+def test_a_stopped_endpoint_is_told_in_seconds_and_comes_back_with_its_data():
+    endpoint = S3Endpoint()
+    files = Files(Location(endpoint.uri("stopped")))
+    files.write("a", b"one")
+    endpoint.stop()
+    for attempt in (
+        lambda: files.read("a"),
+        lambda: files.write("a", b"two"),
+        files.entries,
+        lambda: files.delete(["a", "b"]),
+    ):
+        started = time.monotonic()
+        with pytest.raises(StoreUnavailable, match="onnect to") as caught:
+            attempt()
+        assert time.monotonic() - started < 10
+        assert len(str(caught.value)) < 300 and "\x1b" not in str(caught.value)
+        assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+    endpoint.start()
+    assert files.read("a") == b"one"
+    endpoint.stop()
+
+
+def test_a_folder_that_cannot_be_written_is_unavailable(folder_uri):
+    Files(Location(folder_uri)).write("file", b"")
+    below_a_file = Files(Location(f"{folder_uri}/file"))
+    with pytest.raises(StoreUnavailable, match=r"Not a directory|File exists"):
+        below_a_file.write("a/b", b"x")
+    with pytest.raises(StoreUnavailable):
+        below_a_file.read("a/b")

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pyarrow.fs import GcsFileSystem, LocalFileSystem, S3FileSystem
+
+from lora_store import Location
+
+S3 = "s3://pool/some/store?endpoint_override=127.0.0.1:9000&scheme=http&region=eu-west-1"
+
+
+@pytest.mark.parametrize("uri", ["/var/pool", "file:///var/pool", "/var/pool/"])
+def test_a_folder_is_itself_for_both_libraries(uri):
+    location = Location(uri)
+    files, path = location.child("blobs").filesystem()
+    assert (type(files), path) == (LocalFileSystem, "/var/pool/blobs")
+    assert (location.child("blobs").delta_uri, location.storage_options) == ("/var/pool/blobs", {})
+    assert location.is_local
+
+
+def test_a_relative_folder_lies_below_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Location("my pool").filesystem()[1] == str(tmp_path / "my pool")
+    assert Location("my pool").child("a").delta_uri == str(tmp_path / "my pool" / "a")
+
+
+def test_s3_is_the_same_place_for_both_libraries():
+    location = Location(S3).child("catalogue")
+    files, path = location.filesystem()
+    assert path == "pool/some/store/catalogue"
+    assert isinstance(files, S3FileSystem) and files.region == "eu-west-1"
+    assert location.delta_uri == "s3://pool/some/store/catalogue"
+    options = location.storage_options
+    assert options["aws_endpoint"] == "http://127.0.0.1:9000"
+    assert (options["aws_allow_http"], options["aws_region"]) == ("true", "eu-west-1")
+    assert not location.is_local
+
+
+def test_s3_without_parameters_leaves_endpoint_and_region_to_the_environment():
+    options = Location("s3://pool").storage_options
+    assert not {"aws_endpoint", "aws_allow_http", "aws_region"} & options.keys()
+    assert Location("s3://pool").child("blobs").filesystem()[1] == "pool/blobs"
+
+
+def test_https_is_the_default_and_plain_http_is_asked_for():
+    options = Location("s3://pool/x?endpoint_override=store.example").storage_options
+    assert (options["aws_endpoint"], options["aws_allow_http"]) == ("https://store.example", "false")
+
+
+def test_gcs_is_the_same_place_for_both_libraries():
+    location = Location("gs://pool/store").child("blobs")
+    files, path = location.filesystem()
+    assert (type(files), path) == (GcsFileSystem, "pool/store/blobs")
+    assert location.delta_uri == "gs://pool/store/blobs"
+    assert "timeout" in location.storage_options
+
+
+@pytest.mark.parametrize(
+    ("uri", "reason"),
+    [
+        ("http://pool/x", "a store is a folder, s3:// or gs://, got 'http://pool/x'"),
+        ("s3://pool/x?endpont_override=y", "parameter 'endpont_override' of a s3:// store is not known"),
+        ("gs://pool/x?scheme=http", "parameter 'scheme' of a gs:// store is not known"),
+        ("file:///pool?region=x", "parameter 'region' of a file:// store is not known"),
+        ("s3://key:secret@pool/x", "names its bucket and no credentials"),
+        ("s3:///x", "names its bucket and no credentials"),
+    ],
+)
+def test_what_is_no_place_for_a_store_is_refused_by_name(uri, reason):
+    with pytest.raises(ValueError) as caught:
+        Location(uri)
+    assert reason in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_place_can_be_a_path_with_odd_characters(tmp_path):
+    folder = tmp_path / "a b#c?d%20"
+    assert Location(str(folder)).filesystem()[1] == str(folder)
+    assert Location(str(folder)).child("x").delta_uri == str(Path(folder, "x"))

@@ -1,0 +1,149 @@
+"""Withdrawals, kept versions and a change of encoder, on a store."""
+
+from __future__ import annotations
+
+import pytest
+
+from lora_store import AdapterNotFound, BlobCorrupted, EncoderIncomplete, Withdraw, Withdrawn
+from lora_store.files import Files
+from lora_store.holds import HOLD_S
+from lora_store.rules import withdraw_events
+from tests.lora_store.builders import embedding
+
+
+@pytest.fixture
+def store(open_store):
+    return open_store()
+
+
+@pytest.fixture
+def publish(store, make_folder):
+    """Publish one version; its `Staged`."""
+
+    def run(name="poet", seed=0, encoder="enc", **label):
+        staged = store.stage(make_folder(name, seed), **label)
+        store.commit([staged], [embedding(encoder=encoder)], [1.0], "me")
+        return staged
+
+    return run
+
+
+def test_a_withdrawal_of_several_names_is_one_commit_and_tells_all_that_went(store, publish, clock):
+    first, second, other = publish(seed=0), publish(seed=1), publish("other", seed=2)
+    publish("stays", seed=3)
+    gone = store.withdraw("local", ["poet", "other", "poet"], "me")
+    assert gone.generation == 5 == store.snapshot().generation
+    assert [record.ref for record in gone.records] == [second.ref, first.ref, other.ref]
+    assert [name for _, name in store.snapshot().records] == ["stays"]
+    assert {record.created_at for record in gone.records} == {clock.at}
+
+
+@pytest.mark.parametrize(
+    ("tenant", "names", "missing"),
+    [("local", ["poet", "nobody"], "nobody"), ("them", ["poet"], "poet"), ("local", ["local/poet"], "local/poet")],
+)
+def test_what_is_not_live_is_named_and_nothing_is_withdrawn(store, publish, tenant, names, missing):
+    publish()
+    with pytest.raises(AdapterNotFound) as caught:
+        store.withdraw(tenant, names, "me")
+    assert caught.value.wanted == missing
+    assert store.snapshot().generation == 1
+
+
+def test_withdrawing_nothing_commits_nothing(store, publish):
+    publish()
+    assert store.withdraw("local", [], "me") == Withdrawn(1, ())
+
+
+def test_a_withdraw_event_names_the_version_that_was_live(store, publish, clock):
+    publish(seed=0)
+    second = publish(seed=1)
+    [event] = withdraw_events(store.snapshot(), [("local", "poet"), ("local", "poet")], "me", clock.at)
+    assert event == Withdraw(second.ref, "me", clock.at)
+
+
+def test_a_kept_version_can_be_published_again(store, publish, stored):
+    first, second = publish(seed=0), publish(seed=1)
+    record = store.snapshot().previous["local", "poet"][0]
+    again = store.restage(record)
+    assert (again.ref, again.samples) == (first.ref, first.samples)
+    assert (again.record.embedding, again.record.probe_shift, again.record.generation) == (None, None, 0)
+    assert len(stored("holds")) == 1
+    assert store.commit([again], [embedding()], [1.0], "me") == 3
+    assert [item.ref for item in store.snapshot().versions(("local", "poet"))] == [first.ref, second.ref]
+    assert stored("holds") == {}
+
+
+@pytest.mark.parametrize("blob", ["weights", "samples"])
+def test_a_version_whose_blobs_are_gone_cannot_be_staged_again(store, publish, location, stored, blob):
+    publish()
+    record = store.snapshot().records["local", "poet"]
+    digest = record.weights_digest if blob == "weights" else record.samples_digest
+    Files(location.child("blobs")).delete([f"{digest[:2]}/{digest}"])
+    with pytest.raises(AdapterNotFound):
+        store.restage(record)
+    assert stored("holds") == {}
+
+
+def test_damaged_samples_are_told_when_staged_again(store, publish, location):
+    publish()
+    record = store.snapshot().records["local", "poet"]
+    Files(location.child("blobs")).write(f"{record.samples_digest[:2]}/{record.samples_digest}", b"x")
+    with pytest.raises(BlobCorrupted):
+        store.restage(record)
+
+
+def test_a_commit_whose_hold_is_old_looks_again_for_its_blobs(store, make_folder, clock, location, stored):
+    kept, lost = store.stage(make_folder()), store.stage(make_folder("lost", seed=1))
+    clock.sleep(HOLD_S)
+    assert store.sweep(lost.record.blobs) == list(lost.record.blobs)
+    with pytest.raises(AdapterNotFound):
+        store.commit([kept, lost], [embedding()] * 2, [1.0] * 2, "me")
+    assert store.snapshot().generation == 0
+    assert store.commit([kept], [embedding()], [1.0], "me") == 1
+    assert [check.problem for check in store.verify()] == [None, None]
+
+
+def test_an_encoder_is_activated_once_every_adapter_has_its_embedding(store, publish, make_folder):
+    first, second = publish("a", seed=0), publish("b", seed=1)
+    bare = store.stage(make_folder("bare", 2, inputs=()))
+    store.commit([bare], [None], [1.0], "me")
+    with pytest.raises(EncoderIncomplete) as caught:
+        store.activate_encoder("model", "new", "me")
+    assert set(caught.value.missing) == {first.ref, second.ref}
+    new = embedding(1.0, encoder="new")
+    assert store.add_embeddings({first.ref: new}) == 4
+    with pytest.raises(EncoderIncomplete) as caught:
+        store.activate_encoder("model", "new", "me")
+    assert caught.value.missing == (second.ref,)
+    assert store.add_embeddings({first.ref: new, second.ref: new}) == 5
+    assert store.activate_encoder("model", "new", "me") == 6
+    snapshot = store.snapshot()
+    assert (snapshot.encoder.identity, dict(snapshot.pending)) == ("new", {})
+    assert {record.encoder for record in snapshot.records.values()} == {"new", None}
+    assert store.activate_encoder("model", "new", "me") == 6
+
+
+def test_what_was_published_with_the_new_encoder_needs_no_other_embedding(store, publish):
+    publish("a", seed=0, encoder="new")
+    assert store.activate_encoder("model", "new", "me") == 2
+
+
+def test_embeddings_of_what_is_not_live_are_not_kept(store, publish):
+    old, live = publish(seed=0), publish(seed=1)
+    new = embedding(1.0, encoder="new")
+    assert store.add_embeddings({old.ref: new}) == 2
+    assert store.add_embeddings({live.ref: new, old.ref: new}) == 3
+    assert store.add_embeddings({live.ref: new}) == 3
+    assert list(store.snapshot().pending) == [live.ref]
+
+
+def test_an_encoder_is_not_activated_over_a_publish_that_came_first(store, open_store, publish, make_folder):
+    first = publish("a", seed=0)
+    store.add_embeddings({first.ref: embedding(1.0, encoder="new")})
+    rival = open_store()
+    staged = rival.stage(make_folder("b", seed=1))
+    assert rival.commit([staged], [embedding()], [1.0], "rival") == 3
+    with pytest.raises(EncoderIncomplete) as caught:
+        store.activate_encoder("model", "new", "me")
+    assert caught.value.missing == (staged.ref,)
