@@ -45,10 +45,16 @@ class Files:
         """The object's bytes, None where there is none."""
         with store_errors():
             try:
-                with self._files.open_input_stream(f"{self._root}/{name}") as stream:
-                    return bytes(stream.read())
+                stream = self._files.open_input_stream(f"{self._root}/{name}")
             except FileNotFoundError:
                 return None
+            with stream:
+                try:
+                    return bytes(stream.read())
+                except OSError:
+                    if self.contains(name):
+                        raise
+                    return None  # deleted since it was opened, which pyarrow 26 tells as a broken stream
 
     def write(self, name: str, data: bytes, *, durable: bool = True) -> None:
         """Write or replace the object. `durable`: in a folder it outlasts a power failure, too."""

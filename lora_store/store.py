@@ -116,7 +116,8 @@ class LoraStore:
 
         What is live already, the same in digest, visibility and encoder, is not written again. On success the holds
         have ended; after an error they stand, for another try or `discard`.
-        Raises: AdapterRefused when a public name belongs to another tenant, VersionConflict.
+        Raises: AdapterRefused when a public name belongs to another tenant; VersionConflict; AdapterNotFound when it
+        was staged so long ago that its hold died and its blobs went.
         """
         created_at = self._now()
         records = [
@@ -199,7 +200,7 @@ class LoraStore:
         return samples
 
     def _find(self, record: AdapterRecord) -> tuple[Sample, ...]:
-        if record.weights_digest not in self._blobs:
+        if not all(digest in self._blobs for digest in record.blobs):
             raise AdapterNotFound(str(record.ref))
         return self.samples(record.samples_digest) if record.samples_digest is not None else ()
 

@@ -21,10 +21,14 @@ _CREDENTIALS = {
 
 
 class S3Endpoint:
-    """The endpoint. What is stored lives in this process and outlasts a stop; any process on the machine may use it."""
+    """The endpoint. What is stored lives in this process and outlasts a stop; any process on the machine may use it.
+
+    `on_request` is called before each request is served.
+    """
 
     def __init__(self) -> None:
-        self._app = _one_at_a_time(DomainDispatcherApplication(create_backend_app))
+        self.on_request: Callable[[], object] = lambda: None
+        self._app, self._lock = DomainDispatcherApplication(create_backend_app), threading.Lock()
         self._port = 0  # any free one at first, the same after a stop
         self._server: BaseWSGIServer | None = None
         self.start()
@@ -38,7 +42,7 @@ class S3Endpoint:
         return f"s3://{_BUCKET}/{name}?endpoint_override={_HOST}:{self._port}&scheme=http&region={_REGION}"
 
     def start(self) -> None:
-        self._server = make_server(_HOST, self._port, self._app, threaded=True, request_handler=_Quiet)
+        self._server = make_server(_HOST, self._port, self._serve, threaded=True, request_handler=_Quiet)
         self._port = self._server.port
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
@@ -48,6 +52,12 @@ class S3Endpoint:
             self._server.shutdown()
             self._server.server_close()
             self._server = None
+
+    def _serve(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        """moto checks `If-None-Match` and writes in two steps: between them no other request may come."""
+        with self._lock:
+            self.on_request()
+            return list(self._app(environ, start_response))
 
 
 class _Quiet(WSGIRequestHandler):
@@ -71,14 +81,3 @@ def s3_endpoint(aws_credentials: None) -> Iterator[S3Endpoint]:
     endpoint = S3Endpoint()
     yield endpoint
     endpoint.stop()
-
-
-def _one_at_a_time(app: Callable[..., Iterable[bytes]]) -> Callable[..., Iterable[bytes]]:
-    """moto checks `If-None-Match` and writes in two steps: between them no other request may come."""
-    lock = threading.Lock()
-
-    def locked(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        with lock:
-            return list(app(environ, start_response))
-
-    return locked

@@ -110,10 +110,15 @@ def completion(model: str, prompt: str, max_tokens: int) -> dict[str, Any]:
 
 def eventually(check: Callable[[], object], *, within_s: float = SETTLE_S) -> None:
     """Wait until `check` is true: for what is promised soon, not at once."""
+    eventually_equal(lambda: bool(check()), True, within_s=within_s)
+
+
+def eventually_equal(look: Callable[[], object], expected: object, *, within_s: float = SETTLE_S) -> None:
+    """Wait until `look` sees what is expected."""
     deadline = time.monotonic() + within_s
-    while not (found := check()):
-        assert time.monotonic() < deadline, f"still {found!r} after {within_s:.0f} s"
+    while (found := look()) != expected and time.monotonic() < deadline:
         time.sleep(0.1)
+    assert found == expected
 
 
 async def stream_texts(
@@ -126,6 +131,7 @@ async def stream_texts(
         nonlocal num_started
         body = {**completion(model, "The sea is", max_tokens), "stream": True}
         parts: list[str] = []
+        has_started = False
         async with client.stream("POST", f"{live.url}/v1/completions", json=body) as response:
             assert response.status_code == 200, await response.aread()
             async for line in response.aiter_lines():
@@ -134,7 +140,8 @@ async def stream_texts(
                 event = json.loads(line.removeprefix("data: "))
                 assert "error" not in event, event
                 parts += [choice["text"] for choice in event["choices"] if choice["text"]]
-                if len(parts) == 1:
+                if parts and not has_started:
+                    has_started = True
                     num_started += 1
                     if started is not None and num_started == len(models):
                         started.set()

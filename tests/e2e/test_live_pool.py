@@ -11,7 +11,7 @@ import httpx
 import pytest
 import ray
 
-from tests.e2e.live import Live, completion, eventually, stream_texts
+from tests.e2e.live import Live, completion, eventually, eventually_equal, stream_texts
 from tests.soak import Scale
 
 pytestmark = pytest.mark.e2e
@@ -118,7 +118,7 @@ def test_withdraw_gives_everything_back(live: Live, seed: int, scale: Scale) -> 
     num_cycles = scale.pick("cycles", small=4, full=100)
     for number in range(1, num_cycles + 1):
         cycle(number)
-    eventually(lambda: held() == before)
+    eventually_equal(held, before)
     names = {lora["name"] for lora in live.call("GET", "/v1/loras").json()["data"]}
     assert {stats.num_live for stats in live.on_all("Retriever", "index_stats")} == {len(names)}
     if num_cycles * 2 < 100:  # a compaction writes a checkpoint, which is no event
@@ -134,6 +134,7 @@ def test_a_dead_endpoint_hurts_only_what_needs_it(live: Live, resident: str, see
     whole = live.text(resident)
     cold = [f.name for f in others if not _is_resident(live, f.name)]
     assert cold, "every adapter is in a bank: there is nothing to miss"
+    live.on_all("Store", "release", [live.call("GET", f"/v1/loras/{name}").json()["weights_digest"] for name in cold])
     live.endpoint.stop()
     try:
         deadline = time.monotonic() + scale.pick("seconds", small=6, full=60)

@@ -257,11 +257,8 @@ def test_a_dead_endpoint_is_told_and_the_catalogue_heals(make_record):
     catalogue = Catalogue(location)
     catalogue.commit(_publish(make_record("old")))
     endpoint.stop()
-    for attempt in (
-        catalogue.snapshot,
-        lambda: catalogue.commit(_publish(make_record("new"))),
-        lambda: Catalogue(location),
-    ):
+    publish_new = _publish(make_record("new"))
+    for attempt in (catalogue.snapshot, lambda: catalogue.commit(publish_new), lambda: Catalogue(location)):
         started = time.monotonic()
         with pytest.raises(StoreUnavailable):
             attempt()

@@ -80,8 +80,9 @@ def test_a_version_whose_blobs_are_gone_cannot_be_staged_again(store, publish, l
     record = store.snapshot().records["local", "poet"]
     digest = record.weights_digest if blob == "weights" else record.samples_digest
     Files(location.child("blobs")).delete([f"{digest[:2]}/{digest}"])
-    with pytest.raises(AdapterNotFound):
+    with pytest.raises(AdapterNotFound) as caught:
         store.restage(record)
+    assert caught.value.wanted == str(record.ref)
     assert stored("holds") == {}
 
 
@@ -93,8 +94,8 @@ def test_damaged_samples_are_told_when_staged_again(store, publish, location):
         store.restage(record)
 
 
-def test_a_commit_whose_hold_is_old_looks_again_for_its_blobs(store, make_folder, clock, location, stored):
-    kept, lost = store.stage(make_folder()), store.stage(make_folder("lost", seed=1))
+def test_a_commit_whose_hold_is_old_looks_again_for_its_blobs(store, make_folder, clock):
+    kept, lost = store.stage(make_folder()), store.stage(make_folder("lost", 1, inputs=("x",)))
     clock.sleep(HOLD_S)
     assert store.sweep(lost.record.blobs) == list(lost.record.blobs)
     with pytest.raises(AdapterNotFound):

@@ -1,13 +1,25 @@
 from __future__ import annotations
 
 import json
+from uuid import uuid4
 
 import pytest
 import torch
 
-from lora_store import AdapterNotFound, AdapterRefused, BlobCorrupted, Sample, decode_weights
+from lora_store import (
+    AdapterNotFound,
+    AdapterRefused,
+    BlobCorrupted,
+    Location,
+    LoraStore,
+    Sample,
+    StoreUnavailable,
+    decode_weights,
+)
 from lora_store.files import Files
-from tests.lora_store.builders import embedding
+from lora_store.holds import Holds
+from tests.lora_store.builders import BASE, embedding
+from tests.s3 import S3Endpoint
 
 VECTOR = (0.5, 0.25, -1.0)
 
@@ -183,3 +195,42 @@ def test_what_is_not_stored_is_not_found(open_store):
         open_store().load("0" * 64)
     with pytest.raises(AdapterNotFound):
         open_store().samples("0" * 64)
+
+
+def test_a_store_whose_endpoint_stops_says_so_and_goes_on_where_it_was(make_folder):
+    endpoint = S3Endpoint()
+    store = LoraStore(endpoint.uri(f"stores/{uuid4().hex}"), accepts_base=[BASE])
+    staged, other, lost = (
+        store.stage(make_folder()),
+        store.stage(make_folder("other", seed=1)),
+        make_folder("b", seed=2),
+    )
+    _commit(store, staged)
+    endpoint.stop()
+    for attempt in (
+        lambda: store.load(staged.weights_digest),
+        lambda: store.stage(lost),
+        lambda: _commit(store, other),
+        lambda: store.withdraw("local", ["poet"], "me"),
+        lambda: store.gc(0),
+    ):
+        with pytest.raises(StoreUnavailable):
+            attempt()
+    with pytest.raises(AdapterRefused):  # what is wrong with the folder is known without the endpoint
+        store.stage(lost, name="a/b")
+    endpoint.start()
+    assert _commit(store, other) == 2
+    assert [check.problem for check in store.verify()] == [None] * 3
+    endpoint.stop()
+
+
+def test_a_commit_stands_although_its_holds_cannot_be_ended(open_store, make_folder, stored):
+    class Stuck(Holds):
+        def end(self, holds):
+            raise StoreUnavailable("the endpoint stopped")
+
+    store = open_store()
+    staged = store.stage(make_folder())
+    store._holds = Stuck(Location("unused"), store._now)
+    assert _commit(store, staged) == 1
+    assert len(stored("holds")) == 1

@@ -169,13 +169,15 @@ def test_lists_are_trained_beside_requests_one_training_at_a_time() -> None:
     assert not later.waiting
     source.commit(*records[:50])
     assert pools.catch_up() == 2  # before anything was trained
-    assert_finds_exactly(pools, records[:50])
-    source.commit(*records[5:45])
+    source.commit(*records[:55])
     pools.catch_up()
     assert len(later.waiting) == 1
+    assert_finds_exactly(pools, records[:55])
+    source.commit(*records[5:45])
+    pools.catch_up()
     later.run()
     stats = pools.stats()
-    assert (stats.has_lists, stats.num_live, stats.num_unlisted, stats.generation) == (False, 40, 40, 3)
+    assert (stats.has_lists, stats.num_live, stats.num_unlisted, stats.generation) == (False, 40, 40, 4)
     for first, last, num_unlisted in [(5, 50, 45), (0, 50, 5), (0, 55, 10), (0, 60, 15)]:
         source.commit(*records[first:last])
         pools.catch_up()

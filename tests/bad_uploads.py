@@ -1,0 +1,349 @@
+"""Everything an upload can be that is no adapter: how to spoil a good folder, and the cause its refusal must name.
+
+The spoilers ask nothing of the good folder but a samples file, and modules of the base it is for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save, save_file
+from torch import Tensor
+
+CONFIG, WEIGHTS, SAMPLES = "adapter_config.json", "adapter_model.safetensors", "lora_samples.jsonl"
+Spoil = Callable[[Path], object]
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class BadFolder:
+    """`spoil` makes a good folder bad. `travels`: such a folder can also be sent as a multipart form."""
+
+    spoil: Spoil
+    cause: str
+    travels: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class BadLabel:
+    """What is said about a good folder: arguments of `LoraStore.stage`."""
+
+    label: Mapping[str, Any]
+    cause: str
+
+
+def write(name: str, content: bytes) -> Spoil:
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def remove(name: str) -> Spoil:
+    return lambda folder: (folder / name).unlink()
+
+
+def config(**changes: Any) -> Spoil:
+    """Change settings of the config."""
+
+    def spoil(folder: Path) -> None:
+        settings = json.loads((folder / CONFIG).read_text())
+        (folder / CONFIG).write_text(json.dumps(settings | changes))
+
+    return spoil
+
+
+def tensors(change: Callable[[Tensors, str], object]) -> Spoil:
+    """Change the tensors; the second argument is the first module's key, without its side."""
+
+    def spoil(folder: Path) -> None:
+        found = load_file(folder / WEIGHTS)
+        change(found, min(found).partition(".lora_")[0])
+        save_file(found, folder / WEIGHTS)
+
+    return spoil
+
+
+def add(key: str, tensor: Tensor) -> Spoil:
+    """One tensor more. `{module}` in the key is the first module's."""
+    return tensors(lambda found, module: found.update({key.format(module=module): tensor}))
+
+
+def fill(side: str, value: float, dtype: torch.dtype | None = None) -> Spoil:
+    """Every number of the first module's side is `value`, or keeps its value in another dtype."""
+
+    def change(found: Tensors, module: str) -> None:
+        old = found[f"{module}.lora_{side}.weight"]
+        found[f"{module}.lora_{side}.weight"] = torch.full_like(old, value, dtype=dtype or old.dtype)
+
+    return tensors(change)
+
+
+def resize(change: Callable[[int, int, int], tuple[tuple[int, ...], tuple[int, ...]]]) -> Spoil:
+    """The first module's shapes are what `change` makes of its rank, in and out."""
+
+    def spoil(found: Tensors, module: str) -> None:
+        a, b = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+        a_shape, b_shape = change(*found[a].shape, found[b].shape[0])
+        found |= {a: torch.ones(a_shape), b: torch.ones(b_shape)}
+
+    return tensors(spoil)
+
+
+def rename(old: str, new: str) -> Spoil:
+    """Every tensor's key, with `old` replaced."""
+
+    def change(found: Tensors, module: str) -> None:
+        for key in list(found):
+            found[key.replace(old, new)] = found.pop(key)
+
+    return tensors(change)
+
+
+def samples(*lines: bytes) -> Spoil:
+    return write(SAMPLES, b"\n".join(lines) + b"\n")
+
+
+def header(text: bytes, *, claimed: int | None = None, data: bytes = b"\0" * 16) -> Spoil:
+    """The weights file is this header over this data."""
+    return write(WEIGHTS, struct.pack("<Q", len(text) if claimed is None else claimed) + text + data)
+
+
+def _entries(**spans: tuple[int, int]) -> bytes:
+    entry = '"{0}": {{"dtype": "F32", "shape": [{3}], "data_offsets": [{1}, {2}]}}'
+    return (
+        "{" + ", ".join(entry.format(key, *span, (span[1] - span[0]) // 4) for key, span in spans.items()) + "}"
+    ).encode()
+
+
+def _cut(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-16])
+
+
+def _lengthen(folder: Path) -> None:
+    with open(folder / WEIGHTS, "ab") as file:
+        file.write(b"\0" * 8)
+
+
+def _link_weights(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder.parent / "elsewhere")
+    (folder / WEIGHTS).symlink_to(folder.parent / "elsewhere")
+
+
+def _dangling_samples(folder: Path) -> None:
+    (folder / SAMPLES).unlink()
+    (folder / SAMPLES).symlink_to("/nowhere")
+
+
+def _pipe(folder: Path) -> None:
+    (folder / CONFIG).unlink()
+    os.mkfifo(folder / CONFIG)
+
+
+def _folder_for(name: str) -> Spoil:
+    def spoil(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).mkdir()
+
+    return spoil
+
+
+def _sparse(name: str, size: int) -> Spoil:
+    return lambda folder: os.truncate(folder / name, size)
+
+
+def _many_files(folder: Path) -> None:
+    for number in range(1001):
+        (folder / f"{number}.txt").touch()
+
+
+def _zero_every_b(found: Tensors, module: str) -> None:
+    for key, tensor in found.items():
+        tensor.mul_(0 if "lora_B" in key else 1)
+
+
+def _both(*spoils: Spoil) -> Spoil:
+    return lambda folder: [spoil(folder) for spoil in spoils]
+
+
+_ONE = b'{"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
+_PICKLE = pickle.dumps({"weight": [1.0]})
+
+_FILES = {
+    "no config": BadFolder(remove(CONFIG), "adapter_config.json: is missing"),
+    "no weights": BadFolder(remove(WEIGHTS), "adapter_model.safetensors: is missing"),
+    "pickle": BadFolder(
+        write("adapter_model.bin", _PICKLE), "adapter_model.bin is a pickle, which runs code when read"
+    ),
+    "pickle by another name": BadFolder(write(WEIGHTS, _PICKLE), "adapter_model.safetensors: claims a header of"),
+    "link to weights": BadFolder(_link_weights, "'adapter_model.safetensors' is a symbolic link", travels=False),
+    "dangling link": BadFolder(_dangling_samples, "'lora_samples.jsonl' is a symbolic link", travels=False),
+    "unread link": BadFolder(
+        lambda folder: (folder / "README.md").symlink_to("/etc/hosts"), "'README.md' is a symbolic link", travels=False
+    ),
+    "named pipe": BadFolder(_pipe, "adapter_config.json: is not a regular file", travels=False),
+    "folder for weights": BadFolder(
+        _folder_for(WEIGHTS), "adapter_model.safetensors: is not a regular file", travels=False
+    ),
+    "folder for samples": BadFolder(_folder_for(SAMPLES), "lora_samples.jsonl: is not a regular file", travels=False),
+    "many files": BadFolder(_many_files, "more than 1000 files", travels=False),
+    "large weights": BadFolder(
+        _sparse(WEIGHTS, (1 << 29) + 1), "has 536870913 bytes, at most 536870912", travels=False
+    ),
+    "large config": BadFolder(_sparse(CONFIG, (1 << 20) + 1), "adapter_config.json: has 1048577 bytes"),
+}
+
+_WEIGHTS_FILE = {
+    "header bomb": BadFolder(header(b"{}", claimed=1 << 62), f"claims a header of {1 << 62} bytes, at most 4194304"),
+    "header past the end": BadFolder(header(b"{}", claimed=1 << 20), "adapter_model.safetensors: has a broken header"),
+    "empty weights": BadFolder(write(WEIGHTS, b""), "claims a header of 0 bytes"),
+    "truncated weights": BadFolder(_cut, "adapter_model.safetensors: is not a valid safetensors file"),
+    "trailing bytes": BadFolder(_lengthen, "adapter_model.safetensors: is not a valid safetensors file"),
+    "nested header": BadFolder(header(b'{"a":' + b"[" * 100_000), "has a broken header: nests too deep"),
+    "duplicate tensors": BadFolder(header(b'{"k": %b, "k": %b}' % (_ONE, _ONE)), "duplicate keys ['k']"),
+    "overlapping tensors": BadFolder(header(_entries(a=(0, 12), b=(4, 16))), "is not a valid safetensors file"),
+    "tensors with a gap": BadFolder(header(_entries(a=(0, 4), b=(8, 16))), "is not a valid safetensors file"),
+    "offsets backwards": BadFolder(header(_entries(a=(16, 0))), "is not a valid safetensors file"),
+    "offsets past the end": BadFolder(header(_entries(a=(0, 396))), "is not a valid safetensors file"),
+    "size of another shape": BadFolder(
+        header(b'{"k": {"dtype": "F32", "shape": [3], "data_offsets": [0, 16]}}'), "is not a valid safetensors file"
+    ),
+    "shape that overflows": BadFolder(
+        header(b'{"k": {"dtype": "F32", "shape": [%d, %d], "data_offsets": [0, 16]}}' % (1 << 62, 1 << 62)),
+        "is not a valid safetensors file",
+    ),
+    "header is a list": BadFolder(header(b"[]"), "must be a JSON object, got list"),
+    "header is no text": BadFolder(header(b"\xff\xfe{}"), "adapter_model.safetensors: has a broken header"),
+    "no tensors": BadFolder(write(WEIGHTS, save({})), "holds no tensors"),
+}
+
+_CONFIG_FILE = {
+    "invalid json": BadFolder(write(CONFIG, b"{"), "adapter_config.json: is not valid JSON"),
+    "nested json": BadFolder(write(CONFIG, b"[" * 100_000), "is not valid JSON: nests too deep"),
+    "duplicate setting": BadFolder(write(CONFIG, b'{"r": 1, "r": 2}'), "duplicate keys ['r']"),
+    "config is a list": BadFolder(write(CONFIG, b"[]"), "must be a JSON object, got list"),
+    "not utf-8": BadFolder(write(CONFIG, b"\xff\xfe{}"), "adapter_config.json: is not valid JSON"),
+    "other base": BadFolder(config(base_model_name_or_path="other"), "base model 'other' is not accepted here"),
+    "no base": BadFolder(config(base_model_name_or_path=None), "base model 'None' is not accepted here"),
+    "base of wrong type": BadFolder(
+        config(base_model_name_or_path=["tiny-base"]), "base_model_name_or_path must be a string"
+    ),
+    "other method": BadFolder(config(peft_type="IA3"), "peft_type must be 'LORA', got 'IA3'"),
+    "dora": BadFolder(config(use_dora=True), "use_dora (DoRA) is not served"),
+    "saved modules": BadFolder(config(modules_to_save=["lm_head"]), "modules_to_save (fully trained modules)"),
+    "bias": BadFolder(config(bias="all"), "bias must be 'none', got 'all'"),
+    "lora bias": BadFolder(config(lora_bias=True), "lora_bias (LoRA biases)"),
+    "trained tokens": BadFolder(config(trainable_token_indices=[1]), "trainable_token_indices (trained tokens)"),
+    "bare parameters": BadFolder(config(target_parameters=["x"]), "target_parameters (LoRA on bare parameters)"),
+    "replicated layers": BadFolder(config(layer_replication=[[0, 1]]), "layer_replication (replicated layers)"),
+    "activated lora": BadFolder(config(alora_invocation_tokens=[1]), "alora_invocation_tokens (activated LoRA)"),
+    "qalora": BadFolder(config(use_qalora=True), "use_qalora (QALoRA)"),
+    "pissa": BadFolder(config(init_lora_weights="pissa_niter_4"), "init_lora_weights 'pissa_niter_4' changes the base"),
+    "unknown setting": BadFolder(config(use_quantum=True), "setting 'use_quantum' is not known"),
+    "rank of text": BadFolder(config(r="8"), "r must be a whole number above 0, got '8'"),
+    "rank true": BadFolder(config(r=True), "r must be a whole number above 0"),
+    "alpha nan": BadFolder(config(lora_alpha=float("nan")), "lora_alpha must be a number other than 0"),
+    "alpha zero": BadFolder(config(lora_alpha=0), "lora_alpha must be a number other than 0"),
+    "alpha huge": BadFolder(config(lora_alpha=10**400), "lora_alpha must be a number other than 0"),
+    "rslora of text": BadFolder(config(use_rslora="yes"), "use_rslora must be true or false"),
+    "patterns a list": BadFolder(config(rank_pattern=["q_proj"]), "rank_pattern must be an object"),
+    "runaway pattern": BadFolder(config(alpha_pattern={"(a+)+": 1}), "alpha_pattern pattern '(a+)+' is too complex"),
+    "pattern of text": BadFolder(config(alpha_pattern={"q_proj": "1"}), "alpha_pattern of 'q_proj' must be"),
+}
+
+_TENSORS = {
+    "dora tensor": BadFolder(add("{module}.lora_magnitude_vector", torch.ones(8)), "belongs to DoRA"),
+    "bias tensor": BadFolder(add("{module}.lora_B.bias", torch.ones(8)), "lora_B.bias' is a bias"),
+    "lora on embedding": BadFolder(
+        add("base_model.model.model.embed_tokens.lora_embedding_A", torch.ones(4, 9)), "changes vocabulary"
+    ),
+    "embedding": BadFolder(add("base_model.model.model.embed_tokens.weight", torch.ones(9, 6)), "changes vocabulary"),
+    "head": BadFolder(add("base_model.model.lm_head.weight", torch.ones(9, 6)), "changes vocabulary"),
+    "trained module": BadFolder(
+        add("base_model.model.score.modules_to_save.weight", torch.ones(9, 6)), "is a fully trained module"
+    ),
+    "rank 257": BadFolder(resize(lambda r, i, o: ((257, i), (o, 257))), "has rank 257, must be 1 to 256"),
+    "rank 0": BadFolder(resize(lambda r, i, o: ((0, i), (o, 0))), "has rank 0, must be 1 to 256"),
+    "rank not the config's": BadFolder(
+        resize(lambda r, i, o: ((r + 1, i), (o, r + 1))), "adapter_config.json gives it"
+    ),
+    "only a": BadFolder(
+        tensors(lambda found, module: found.pop(f"{module}.lora_B.weight")), "has lora_A but no lora_B"
+    ),
+    "only b": BadFolder(
+        tensors(lambda found, module: found.pop(f"{module}.lora_A.weight")), "has lora_B but no lora_A"
+    ),
+    "sides do not fit": BadFolder(resize(lambda r, i, o: ((r, i), (o, r - 1))), "which do not fit each other"),
+    "sides swapped": BadFolder(resize(lambda r, i, o: ((o, r), (r, i))), "which do not fit each other"),
+    "three dims": BadFolder(resize(lambda r, i, o: ((r, i, 1), (o, r))), "which do not fit each other"),
+    "no dims": BadFolder(resize(lambda r, i, o: ((), ())), "lora_A () and lora_B ()"),
+    "in of another base": BadFolder(resize(lambda r, i, o: ((r, i - 1), (o, r))), "the base model's layer maps"),
+    "out of another base": BadFolder(resize(lambda r, i, o: ((r, i), (o + 1, r))), "the base model's layer maps"),
+    "nan": BadFolder(fill("A", torch.nan), "lora_A.weight' holds NaN or infinity"),
+    "infinity": BadFolder(fill("B", -torch.inf), "lora_B.weight' holds NaN or infinity"),
+    "bfloat16 nan": BadFolder(fill("A", torch.nan, torch.bfloat16), "lora_A.weight' holds NaN or infinity"),
+    "overflow": BadFolder(
+        _both(config(lora_alpha=10**6, alpha_pattern={}), fill("B", 3e38, torch.float32)),
+        "overflows its dtype once scaled",
+    ),
+    "f64": BadFolder(fill("A", 1, torch.float64), "lora_A.weight' has dtype F64"),
+    "int8": BadFolder(fill("A", 1, torch.int8), "has dtype I8, must be one of F32, F16, BF16"),
+    "every b zero": BadFolder(tensors(_zero_every_b), "every lora_B is zero"),
+    "unknown module": BadFolder(
+        add("base_model.model.model.layers.9.x.lora_A.weight", torch.ones(4, 6)), "'model.layers.9.x'"
+    ),
+    "nothing matched": BadFolder(
+        rename("layers.", "blocks."), "is no linear layer of the base model that can be adapted"
+    ),
+    "keys without prefix": BadFolder(rename("base_model.model.", ""), "is no LoRA tensor of a linear layer"),
+    "keys of another library": BadFolder(rename(".lora_A.", ".lora_down."), "is no LoRA tensor of a linear layer"),
+    "unknown key": BadFolder(add("model.layers.0.extra", torch.ones(2)), "'model.layers.0.extra' is no LoRA tensor"),
+    "key with adapter name": BadFolder(
+        add("{module}.lora_A.default.weight", torch.ones(4, 6)), ".lora_A.default.weight' is no LoRA tensor"
+    ),
+    "key with dots": BadFolder(
+        add("base_model.model...lora_A.weight", torch.ones(4, 6)),
+        "'base_model.model...lora_A.weight' is no LoRA tensor",
+    ),
+}
+
+_SAMPLE_FILES = {
+    "samples of text": BadFolder(samples(b"Write a poem."), "lora_samples.jsonl: line 1 is not a JSON object"),
+    "binary samples": BadFolder(write(SAMPLES, bytes(range(256))), "lora_samples.jsonl: line 1 is not a JSON object"),
+    "empty samples": BadFolder(write(SAMPLES, b""), "lora_samples.jsonl: line 1 is not a JSON object"),
+    "nested sample": BadFolder(samples(b'{"input": ' + b"[" * 8000), "line 1 is not a JSON object: nests too deep"),
+    "sample is a list": BadFolder(samples(b'{"input": "x"}', b'["x"]'), "line 2 is not a JSON object: must be a JSON"),
+    "sample without input": BadFolder(samples(b'{"text": "x"}'), "line 1 needs a text `input`"),
+    "sample of space": BadFolder(samples(b'{"input": " "}'), "line 1 needs a text `input`"),
+    "number as input": BadFolder(samples(b'{"input": 1}'), "line 1 needs a text `input`"),
+    "number as output": BadFolder(samples(b'{"input": "x", "output": 1}'), "line 1 has an `output` that is not text"),
+    "half a surrogate": BadFolder(samples(b'{"input": "\\ud800"}'), "line 1 holds half of a surrogate pair"),
+    "201 samples": BadFolder(samples(*[b'{"input": "x"}'] * 201), "has 201 lines, at most 200"),
+    "long sample": BadFolder(samples(b'{"input": "%b"}' % (b"x" * 8192)), "line 1 has 8205 bytes, at most 8192"),
+    "long samples file": BadFolder(_sparse(SAMPLES, 1 << 21), "lora_samples.jsonl: has 2097152 bytes"),
+    "empty description": BadFolder(write("description.txt", b" \n"), "description.txt: is empty"),
+    "binary description": BadFolder(write("description.txt", b"\xff"), "description.txt: is not UTF-8"),
+    "long description": BadFolder(
+        write("description.txt", b"x" * 8193), "description.txt: has 8193 bytes, at most 8192"
+    ),
+}
+
+BAD_FOLDERS: dict[str, BadFolder] = _FILES | _WEIGHTS_FILE | _CONFIG_FILE | _TENSORS | _SAMPLE_FILES
+
+_BAD_NAMES = (
+    *("..", ".", "auto", "", "a/b", "../up", "/etc/passwd", "a\\b", "a\nb", "a\0b", "a\x1b[0m", "a\x7fb", "\u202egnp"),
+    *("a b", " a", "x" * 65, "poet\n", "naïve", "a:b", "a@b", "%2e%2e", "a%00"),
+)
+BAD_LABELS: dict[str, BadLabel] = {
+    **{f"name {name!r}": BadLabel({"name": name}, f"name {name!r} must be 1 to 64 of") for name in _BAD_NAMES},
+    "tenant with a slash": BadLabel({"tenant": "../them"}, "tenant '../them' must be"),
+    "tag with a space": BadLabel({"tags": ["fine", "not fine"]}, "tag 'not fine' must be"),
+    "33 tags": BadLabel({"tags": [f"t{number}" for number in range(33)]}, "has 33 tags, at most 32"),
+    "template of its own": BadLabel({"template": "{{ x }}"}, "template must be one of alpaca, chat, got '{{ x }}'"),
+    "unknown visibility": BadLabel({"visibility": "secret"}, "visibility must be one of public, private, got 'secret'"),
+}

@@ -1,0 +1,183 @@
+"""A worker replica over a fake Store: streams, probes, forgets, and says what it holds."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from deployments.errors import ReplicaWedged
+from deployments.worker import WorkerDeployment
+from gpu_worker.base_model import BaseModel
+from gpu_worker.errors import AdapterLoadFailed
+from gpu_worker.request import Job
+from lora_store import AdapterNotFound, AdapterWeights, encode_weights
+from tests.fakes import FakeHandle
+from tests.gpu_worker.driving import greedy
+from tests.tiny import linear_shapes, plan_of, random_adapter, tiny_config
+
+RANK = 4
+
+
+@dataclass
+class FakeStore:
+    """Blobs by digest, each handed out as a reference in a list."""
+
+    blobs: dict[str, bytes]
+    is_down: bool = False
+    fetched: list[str] = field(default_factory=list)
+
+    async def fetch(self, digest: str) -> list[asyncio.Future[NDArray[np.uint8]]]:
+        self.fetched.append(digest)
+        if self.is_down or digest not in self.blobs:
+            raise AdapterNotFound(digest)
+        ref: asyncio.Future[NDArray[np.uint8]] = asyncio.get_running_loop().create_future()
+        ref.set_result(np.frombuffer(self.blobs[digest], dtype=np.uint8))
+        return [ref]
+
+
+@dataclass
+class Serving:
+    """A worker, its store, and the weights that store has."""
+
+    worker: WorkerDeployment
+    store: FakeStore
+    pool: list[AdapterWeights]
+
+    def job(self, number: int, num_new: int = 30) -> Job:
+        return greedy("once", plan_of("selection", (self.pool[number], 1.0)), number, num_new)
+
+    async def text(self, job: Job) -> str:
+        return "".join([delta.text async for delta in self.worker.stream(job)])
+
+
+Main = Callable[[Serving], Awaitable[Any]]
+
+
+@pytest.fixture
+def serve(tiny_folders: Mapping[str, Path], tiny_base: Callable[..., BaseModel]) -> Callable[..., Any]:
+    """Run a test's body in the worker's event loop; the engine stops with it."""
+    shapes = linear_shapes(tiny_base())
+
+    def run(main: Main, *, weights_cache: tuple[Path, int] | None = None) -> Any:
+        async def within() -> Any:
+            blobs, pool = {}, []
+            for seed in range(3):
+                digest, data = encode_weights(random_adapter(shapes, seed, rank=RANK).modules)
+                blobs[digest] = data
+                pool.append(AdapterWeights(digest, {}))
+            store = FakeStore(blobs)
+            worker = WorkerDeployment(tiny_config(tiny_folders["gemma3"]), 0.0, FakeHandle(store), weights_cache)
+            try:
+                return await asyncio.wait_for(main(Serving(worker, store, pool)), 20)
+            finally:
+                worker._loop.stop()
+
+        return asyncio.run(within())
+
+    return run
+
+
+def test_a_request_streams_with_the_weights_its_plan_names(serve: Callable[[Main], Any]) -> None:
+    async def main(serving: Serving) -> None:
+        texts = await asyncio.gather(*[serving.text(serving.job(number)) for number in (0, 1, 0)])
+        assert texts[0] and texts[1] and texts[0] == texts[2] != texts[1]
+        assert sorted(serving.store.fetched) == sorted(w.weights_digest for w in serving.pool[:2])
+
+    serve(main)
+
+
+def test_weights_the_store_does_not_have_fail_their_request_alone(serve: Callable[[Main], Any]) -> None:
+    async def main(serving: Serving) -> None:
+        missing = greedy("x", plan_of("selection", (AdapterWeights("f" * 64, {}), 1.0)), "missing")
+        failed, text = await asyncio.gather(serving.text(missing), serving.text(serving.job(0)), return_exceptions=True)
+        assert isinstance(failed, AdapterLoadFailed) and "withdrawn" in str(failed)
+        assert text and text == await serving.text(serving.job(0))
+
+    serve(main)
+
+
+def test_probes_of_one_and_of_many_agree(serve: Callable[[Main], Any]) -> None:
+    async def main(serving: Serving) -> None:
+        digests = [weights.weights_digest for weights in serving.pool]
+        first, *others, missing = await serving.worker.probe_many([*digests, "f" * 64])
+        assert await serving.worker.probe(digests[0]) == pytest.approx(first, rel=1e-4)
+        assert all(isinstance(shift, float) and shift > 0 for shift in (first, *others))
+        assert isinstance(missing, AdapterLoadFailed)
+        with pytest.raises(AdapterLoadFailed):
+            await serving.worker.probe("f" * 64)
+
+    serve(main)
+
+
+@pytest.mark.parametrize("with_disk", [False, True])
+def test_forgetting_frees_all_that_use_took(with_disk: bool, serve: Callable[..., Any], tmp_path: Path) -> None:
+    async def main(serving: Serving) -> None:
+        digests = [weights.weights_digest for weights in serving.pool[:2]]
+        empty = await serving.worker.holdings()
+        assert (empty.occupied_rows, empty.host_cache_bytes, empty.disk_cache_bytes, empty.free_kv_rows) == (0, 0, 0, 8)
+        await asyncio.gather(*[serving.text(serving.job(number)) for number in (0, 1)])
+        full = await serving.worker.holdings()
+        assert full.resident == set(digests) and full.occupied_rows == 2 * RANK and full.active_rows == 0
+        blob_bytes = sum(len(serving.store.blobs[digest]) for digest in digests)
+        assert full.disk_cache_bytes == (blob_bytes if with_disk else 0)
+        assert full.host_cache_bytes > 0
+        assert await serving.worker.forget(digests) is True
+        assert await serving.worker.holdings() == empty
+        serving.store.blobs.clear()
+        with pytest.raises(AdapterLoadFailed):
+            await serving.text(serving.job(0))
+
+    serve(main, weights_cache=(tmp_path / "weights", 10**7) if with_disk else None)
+
+
+def test_a_running_request_keeps_what_is_forgotten_to_its_end(serve: Callable[[Main], Any]) -> None:
+    async def main(serving: Serving) -> None:
+        digest, job = serving.pool[0].weights_digest, serving.job(0, num_new=60)
+        expected = await serving.text(job)
+        assert expected
+        deltas = serving.worker.stream(job)
+        parts = [(await anext(deltas)).text]
+        await serving.worker.forget([digest])
+        serving.store.is_down = True
+        parts += [delta.text async for delta in deltas]
+        assert "".join(parts) == expected
+        assert await serving.worker.forget([digest]) is True
+        assert (await serving.worker.holdings()).resident == frozenset()
+
+    serve(main)
+
+
+def test_what_is_on_the_disk_outlives_the_replica_and_the_store(serve: Callable[..., Any], tmp_path: Path) -> None:
+    async def first(serving: Serving) -> str:
+        return await serving.text(serving.job(0))
+
+    async def second(serving: Serving) -> str:
+        serving.store.is_down = True
+        return await serving.text(serving.job(0))
+
+    cache = (tmp_path / "weights", 10**7)
+    assert serve(first, weights_cache=cache) == serve(second, weights_cache=cache)
+
+
+def test_the_shapes_are_the_base_models(serve: Callable[[Main], Any], tiny_base: Callable[..., BaseModel]) -> None:
+    async def main(serving: Serving) -> dict[str, tuple[int, int]]:
+        return await serving.worker.module_shapes()
+
+    assert serve(main) == linear_shapes(tiny_base())
+
+
+def test_a_replica_whose_engine_has_ended_is_not_healthy(serve: Callable[[Main], Any]) -> None:
+    async def main(serving: Serving) -> None:
+        serving.worker.check_health()
+        serving.worker._loop.stop()
+        with pytest.raises(ReplicaWedged):
+            serving.worker.check_health()
+
+    serve(main)

@@ -1,0 +1,72 @@
+"""What a publishing process does, for the tests that start some, race them and kill them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from lora_store import AdapterNotFound, LoraStore
+from tests.lora_store.builders import BASE, embedding
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["tests.lora_store.publishing"])  # a process starts in milliseconds then
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What one process did at one generation. `digest` is None for a withdrawal."""
+
+    name: str
+    digest: str | None
+    generation: int
+
+
+def publish(store: LoraStore, folder: Path, name: str) -> Done:
+    staged = store.stage(folder, name=name)
+    generation = store.commit([staged], [embedding()], [1.0], "me")
+    return Done(name, staged.ref.digest, generation)
+
+
+def publish_all(uri: str, work: Sequence[tuple[Path, str]]) -> list[Done]:
+    """Publish each (folder, name) in a commit of its own."""
+    store = LoraStore(uri, accepts_base=[BASE])
+    return [publish(store, folder, name) for folder, name in work]
+
+
+def withdraw_all(uri: str, names: Sequence[str]) -> list[Done]:
+    """Withdraw each name, one commit each; what is not live at that moment is left out."""
+    store, done = LoraStore(uri, accepts_base=[BASE]), []
+    for name in names:
+        try:
+            done.append(Done(name, None, store.withdraw("local", [name], "me").generation))
+        except AdapterNotFound:
+            continue
+    return done
+
+
+def publish_watched(uri: str, folder: Path, name: str, channel: Connection, die_at: int | None) -> None:
+    """Open the store, wait to be told, publish, and tell how many files were touched on the way.
+
+    `die_at`: kill this process when it touches that file, before it does.
+    """
+    store = LoraStore(uri, accepts_base=[BASE])
+    channel.send("ready")
+    channel.recv()
+    touched = 0
+
+    def touch(event: str, args: tuple[object, ...]) -> None:
+        nonlocal touched
+        if event in ("open", "os.rename", "os.remove") and str(args[0]).startswith(uri):
+            if touched == die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            touched += 1
+
+    sys.addaudithook(touch)
+    publish(store, folder, name)
+    channel.send(touched)

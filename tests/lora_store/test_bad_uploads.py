@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import pytest
+
+from lora_store import AdapterRefused, Location, LoraStore
+from lora_store.files import Files
+from tests.bad_uploads import BAD_FOLDERS, BAD_LABELS
+from tests.lora_store.builders import BASE
+
+
+@pytest.fixture(scope="module", params=["folder", "s3"])
+def location(request, tmp_path_factory):
+    """One store for all of them: none may leave a trace in it."""
+    if request.param == "folder":
+        return Location(str(tmp_path_factory.mktemp("refusing") / "store"))
+    return Location(request.getfixturevalue("s3_endpoint").uri("refusing"))
+
+
+@pytest.fixture(scope="module")
+def store(location):
+    return LoraStore(location.uri, accepts_base=[BASE])
+
+
+@pytest.fixture
+def everything(location):
+    """All files of the store."""
+    return lambda: sorted((file.name, file.num_bytes) for file in Files(location).entries())
+
+
+@pytest.mark.parametrize("kind", BAD_FOLDERS)
+def test_a_bad_folder_is_refused_by_name_and_nothing_is_stored(store, everything, make_folder, module_shapes, kind):
+    bad, folder, before = BAD_FOLDERS[kind], make_folder(), everything()
+    bad.spoil(folder)
+    with pytest.raises(AdapterRefused) as caught:
+        store.stage(folder, module_shapes=module_shapes)
+    assert any(bad.cause in reason for reason in caught.value.reasons), caught.value.reasons
+    assert bad.cause in str(caught.value)
+    assert everything() == before
+    assert store.snapshot().generation == 0
+
+
+@pytest.mark.parametrize("kind", BAD_LABELS)
+def test_a_bad_label_is_refused_by_name_and_nothing_is_stored(store, everything, make_folder, kind):
+    bad, before = BAD_LABELS[kind], everything()
+    with pytest.raises(AdapterRefused) as caught:
+        store.stage(make_folder(), **bad.label)
+    [given] = caught.value.reasons
+    assert given.startswith(bad.cause)
+    assert given.isprintable() and str(caught.value).isprintable()
+    assert everything() == before
+    assert store.snapshot().generation == 0
+
+
+def test_the_folder_that_is_spoilt_is_good(store, make_folder, module_shapes):
+    staged = store.stage(make_folder(), module_shapes=module_shapes)
+    assert staged.samples
+    store.discard([staged])
+
+
+def test_there_are_at_least_forty_kinds_that_travel_over_http():
+    assert sum(bad.travels for bad in BAD_FOLDERS.values()) >= 40

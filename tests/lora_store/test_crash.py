@@ -1,0 +1,165 @@
+"""kill -9 of a publishing process, at points spread over the publish."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+
+from lora_store import Location, LoraStore, decode_weights
+from lora_store.event_table import EventTable
+from lora_store.files import Files
+from tests.lora_store.builders import BASE
+from tests.lora_store.publishing import PROCESSES, publish, publish_watched
+from tests.s3 import S3Endpoint
+from tests.soak import Scale
+
+_LATER = timedelta(hours=2)  # holds of the dead are dead by then
+_LOG_FILE = re.compile(r"_delta_log/(\d{20}\.json|\d{20}\.checkpoint\.parquet|_last_checkpoint)")
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """When the process dies: at a step (a file it touches, a request it sends), or so long after it began."""
+
+    step: int | None = None
+    after_s: float = 60.0
+
+
+@dataclass(frozen=True)
+class Victim:
+    """Starts a process that publishes, and kills it."""
+
+    uri: str
+    endpoint: S3Endpoint | None
+
+    def run(self, folder: Path, point: Point) -> tuple[int, float] | None:
+        """(steps, seconds) of the publish if it came to its end; None if it was killed before."""
+        ours, theirs = PROCESSES.Pipe()
+        die_at = point.step if self.endpoint is None else None
+        process = PROCESSES.Process(target=publish_watched, args=(self.uri, folder, "poet", theirs, die_at))
+        process.start()
+        theirs.close()
+        assert ours.recv() == "ready"
+        num_requests = self._count_requests(process, point.step)
+        ours.send("go")
+        began = time.monotonic()
+        has_ended = ours.poll(point.after_s)
+        took_s = time.monotonic() - began
+        process.kill()
+        process.join()
+        num_touched = _received(ours) if has_ended else None
+        if num_touched is None:
+            return None
+        return (num_touched if self.endpoint is None else num_requests()), took_s
+
+    def _count_requests(self, process: BaseProcess, die_at: int | None) -> Callable[[], int]:
+        """How many requests came until that is asked; the process is killed when number `die_at` comes."""
+        numbers = itertools.count()
+
+        def count() -> None:
+            if next(numbers) == die_at:
+                process.kill()
+
+        def stop() -> int:
+            self.endpoint.on_request = lambda: None
+            return next(numbers)
+
+        if self.endpoint is not None:
+            self.endpoint.on_request = count
+        return stop
+
+
+def _received(channel: Connection) -> int | None:
+    """What the process told, None if it died first."""
+    try:
+        told: int = channel.recv()
+        return told
+    except EOFError:
+        return None
+
+
+@pytest.fixture
+def victim(store_uri: str, request: pytest.FixtureRequest) -> Victim:
+    on_s3 = store_uri.startswith("s3://")
+    return Victim(store_uri, request.getfixturevalue("s3_endpoint") if on_s3 else None)
+
+
+@pytest.fixture
+def open_later(store_uri: str) -> Callable[[], LoraStore]:
+    """The store as another process opens it, two hours on."""
+    return lambda: LoraStore(store_uri, accepts_base=[BASE], now=lambda: datetime.now(UTC) + _LATER)
+
+
+def test_a_killed_publish_leaves_the_pool_whole(
+    victim: Victim, open_later: Callable[[], LoraStore], make_folder: Callable[..., Path], scale: Scale
+) -> None:
+    store = LoraStore(victim.uri, accepts_base=[BASE])
+    for seed, name in enumerate(["other", "poet", "another"]):
+        publish(store, make_folder(name, seed), name)
+    _, whole = [victim.run(make_folder("poet", seed), Point()) for seed in (3, 4)]  # the first one warms up
+    assert whole is not None
+    num_points = scale.pick("kills", small=6 if victim.endpoint is None else 3, full=200)
+    num_killed = 0
+    for number, point in enumerate(_points(num_points, *whole)):
+        old_digest = store.snapshot().records["local", "poet"].ref.digest
+        folder = make_folder("poet", 11 + number, inputs=(f"sample {number}",))
+        num_killed += victim.run(folder, point) is None
+        reopened = open_later()
+        _check_whole(reopened, old_digest, folder)
+        _check_retry(reopened, folder)
+        _check_collected(victim.uri, reopened)
+    assert num_killed >= num_points // 2
+
+
+def _points(number: int, num_steps: int, took_s: float) -> Iterator[Point]:
+    """Half of them at steps, half by the clock, spread over the publish."""
+    by_clock = number // 2
+    at_steps = number - by_clock
+    yield from (Point(step=index * num_steps // at_steps) for index in range(at_steps))
+    yield from (Point(after_s=took_s * (index + 0.5) / by_clock) for index in range(by_clock))
+
+
+def _check_whole(store: LoraStore, old_digest: str, folder: Path) -> None:
+    """It opens, every listed adapter is sound, and the name is its old version or its new one."""
+    snapshot = store.snapshot()
+    assert sorted(name for _, name in snapshot.records) == ["another", "other", "poet"]
+    assert {check.problem for check in store.verify()} == {None}
+    for record in snapshot.records.values():
+        assert decode_weights(record.weights_digest, store.load(record.weights_digest)).modules
+        assert len(store.samples(record.samples_digest or "")) == record.num_samples
+    new = store.stage(folder, name="poet")
+    assert snapshot.records["local", "poet"].ref.digest in (old_digest, new.ref.digest)
+    store.discard([new])
+
+
+def _check_retry(store: LoraStore, folder: Path) -> None:
+    done = publish(store, folder, "poet")
+    assert store.snapshot().records["local", "poet"].ref.digest == done.digest
+    assert {check.problem for check in store.verify()} == {None}
+
+
+def _check_collected(uri: str, store: LoraStore) -> None:
+    """After a gc, all that is stored is needed."""
+    store.gc(0)
+    location, snapshot = Location(uri), store.snapshot()
+    stored = {
+        part: {file.name for file in Files(location.child(part)).entries()} for part in ("blobs", "holds", "sweeps")
+    }
+    assert stored == {
+        "blobs": {f"{digest[:2]}/{digest}" for digest in snapshot.referenced()},
+        "holds": set(),
+        "sweeps": set(),
+    }
+    table = {file.name for file in Files(location.child("catalogue")).entries()}
+    live = EventTable(location.child("catalogue"))._data_files()
+    assert {name for name in table if not _LOG_FILE.fullmatch(name)} == live
+    assert {check.problem for check in store.verify()} == {None}
