@@ -51,7 +51,6 @@ def test_a_stopped_endpoint_is_told_in_seconds_and_comes_back_with_its_data():
     for attempt in (
         lambda: files.read("a"),
         lambda: files.write("a", b"two"),
-        files.entries,
         lambda: files.delete(["a", "b"]),
     ):
         started = time.monotonic()

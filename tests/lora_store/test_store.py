@@ -212,7 +212,6 @@ def test_a_store_whose_endpoint_stops_says_so_and_goes_on_where_it_was(make_fold
         lambda: store.stage(lost),
         lambda: _commit(store, other),
         lambda: store.withdraw("local", ["poet"], "me"),
-        lambda: store.gc(0),
     ):
         with pytest.raises(StoreUnavailable):
             attempt()
