@@ -3,7 +3,7 @@
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 
 from deployments import http_errors, pool_jobs
@@ -32,14 +32,15 @@ async def doctor(_: JobRequest, pool: OpenPool) -> StreamingResponse:
 
 
 @router.post("/v1/pool/reindex", response_class=StreamingResponse, responses=_LINES)
-async def reindex(body: ReindexRequest, pool: OpenPool) -> StreamingResponse:
+async def reindex(body: ReindexRequest, pool: OpenPool, http: Request) -> StreamingResponse:
     """Embed the pool by another encoder beside the old index, then search by it from one generation on."""
+    pool.require_own_machine(http)
     return await _stream(pool_jobs.reindex(pool, body.encoder, actor="http"))
 
 
 @router.post("/v1/pool/gc")
 async def gc(body: GcRequest, pool: OpenPool) -> JsonObject:
-    """Remove what nothing refers to and is older than the retention."""
+    """Remove what nothing refers to and was written longer ago than the retention."""
     await pool.publisher.reach_store()
     collected = await pool.store.gc.remote(body.retention_s)
     return {"num_blobs": collected.num_blobs, "num_bytes": collected.num_bytes}

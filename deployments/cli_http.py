@@ -22,10 +22,10 @@ _ANSWER_TIMEOUT_S = 300.0
 
 
 @contextmanager
-def client_of(url: str) -> Iterator[httpx.Client]:
+def client_of(url: str, timeout_s: float | None = _ANSWER_TIMEOUT_S) -> Iterator[httpx.Client]:
     """A client of the server; when it cannot be reached, the command ends and says so."""
     try:
-        with httpx.Client(base_url=url, timeout=_ANSWER_TIMEOUT_S) as client:
+        with httpx.Client(base_url=url, timeout=timeout_s) as client:
             yield client
     except httpx.ConnectError:
         fail(f"no server answers at {url}; start one with `loraretriever serve`")
@@ -45,7 +45,7 @@ def call(url: str, method: str, path: str, **request: Any) -> dict[str, Any]:
 def follow(url: str, path: str, body: dict[str, Any], what: str) -> dict[str, Any]:
     """The result of a POST that answers with progress, one JSON object a line; an error ends the command."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with client_of(url) as client, client.stream("POST", path, json=body) as response:
+    with client_of(url, timeout_s=None) as client, client.stream("POST", path, json=body) as response:
         check(response)
         with Progress(*columns, console=err, transient=True) as progress:
             task = progress.add_task(what, total=None)

@@ -83,7 +83,7 @@ def verify(url: Url = DEFAULT_URL) -> None:
 
 @commands.command()
 def gc(
-    retention: Annotated[float, typer.Option(help="seconds that what nothing refers to is left alone")] = 86_400,
+    retention: Annotated[float, typer.Option(help="seconds: what was written later is left alone")] = 86_400,
     url: Url = DEFAULT_URL,
 ) -> None:
     """Remove what nothing in the pool refers to any more."""

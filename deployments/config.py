@@ -103,7 +103,9 @@ class AppConfig(_Settings):
     max_upload_bytes: int = Field(default=512 << 20, ge=1)  # of one adapter's files, uploaded or copied from a source
     store_object_cache_bytes: int = Field(default=256 << 20, ge=0)  # weights kept in Ray's object store for workers
     disk_cache_bytes: int = Field(default=4 << 30, ge=0)  # a worker's copy of a remote store's weights
-    preload: tuple[Path, ...] = ()  # adapter folders, or folders of them, published before the server is ready
+    preload: tuple[
+        Path, ...
+    ] = ()  # adapter folders, or folders of them: names that are not live are published at start
     worker: WorkerSettings = WorkerSettings()
     retrieval: RetrievalSettings = RetrievalSettings()
     ingress_scaling: ScalingSettings = ScalingSettings(max_ongoing_requests=10_000, target_ongoing_requests=500)

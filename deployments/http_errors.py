@@ -66,11 +66,13 @@ TABLE: tuple[tuple[type[Exception], int, str, str], ...] = (
     (BackPressureError, 503, _OVERLOADED, "overloaded"),
     (DeploymentUnavailableError, 503, _OVERLOADED, "unavailable"),
     (RayActorError, 503, _OVERLOADED, "replica_died"),
+    (TimeoutError, 503, _OVERLOADED, "timeout"),
 )
 # What Ray says itself names actors, nodes and queues.
 _SAID: dict[type[Exception], str] = {
     BackPressureError: "too many requests wait; try again later",
     DeploymentUnavailableError: "a part of the server is not available; try again later",
+    TimeoutError: "a part of the server did not answer in time; try again later",
     RayActorError: "the replica that worked on this request has died; try again",
 }
 

@@ -149,7 +149,7 @@ class Ingress:
         try:
             async with asyncio.timeout(READY_WAIT_S):
                 await self._worker.module_shapes.remote()
-                generation, records = await self._retriever.records.remote(LOCAL_TENANT)
+                generation, num_adapters = await self._retriever.count.remote()
         except TimeoutError as exc:
             raise NotReady(f"the Retriever or the Worker did not answer within {READY_WAIT_S:.0f} s") from exc
-        return {"status": "ready", "generation": generation, "num_adapters": len(records), "refused": refused}
+        return {"status": "ready", "generation": generation, "num_adapters": num_adapters, "refused": refused}

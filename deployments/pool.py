@@ -31,6 +31,11 @@ class Pool:
         if not (self.config.allow_remote_publish or is_loopback(http)):
             raise PublishingOff("the pool is changed from the server's own machine, or with allow_remote_publish on")
 
+    def require_own_machine(self, http: Request) -> None:
+        """Raises: PublishingOff unless the client is on the server's machine."""
+        if not is_loopback(http):
+            raise PublishingOff("the encoder is chosen from the server's own machine")
+
     def require_path(self, upload: FolderUpload, http: Request) -> None:
         """Raises: PublishingOff when `upload` is a folder of the server and this client may not name those."""
         if upload.path is not None and not (self.config.publish_paths and is_loopback(http)):

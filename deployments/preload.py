@@ -19,7 +19,7 @@ _BATCH = 32
 
 
 class Preload:
-    """Publishes what the folders hold and the catalogue lacks, beside everything else. To be made in an event loop."""
+    """Publishes the folders whose names are not live, beside everything else. To be made in an event loop."""
 
     def __init__(self, paths: Sequence[Path], publisher: Publisher) -> None:
         self._paths, self._publisher = paths, publisher
@@ -50,11 +50,12 @@ class Preload:
         refused = {}
         folders = [folder for path in self._paths for folder in adapter_folders(path)]
         for start in range(0, len(folders), _BATCH):
-            batch = folders[start : start + _BATCH]
-            outcomes = await self._publisher.publish([FolderUpload(folder) for folder in batch], actor="preload")
-            for folder, outcome in zip(batch, outcomes, strict=True):
+            batch = [FolderUpload(folder) for folder in folders[start : start + _BATCH]]
+            lacking = await self._publisher.lacking(batch)  # what was updated or rolled back since stays as it is
+            outcomes = await self._publisher.publish(lacking, actor="preload") if lacking else []
+            for upload, outcome in zip(lacking, outcomes, strict=True):
                 if isinstance(outcome, Exception):
-                    logger.error("%s was not published: %s", folder, outcome)
+                    logger.error("%s was not published: %s", upload.path, outcome)
                     _, body = http_errors.describe(outcome)
-                    refused[str(folder)] = body["error"]["message"]
+                    refused[str(upload.path)] = body["error"]["message"]
         return refused

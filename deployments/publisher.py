@@ -20,7 +20,9 @@ from lora_store import (
     AdapterRefused,
     Key,
     Staged,
+    Standing,
     StoreUnavailable,
+    VersionConflict,
     Withdrawn,
 )
 
@@ -28,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 CATCH_UP_TIMEOUT_S = 5.0
 _STORE_WAIT_S = 60.0  # longer than a store that hangs takes to be called unavailable
+_STAGED_TOGETHER = 16
 _MAX_SWAPS = 3  # of the encoder during one publish
 
 
@@ -68,6 +71,12 @@ class Publisher:
         """
         return await self._background.run(self._withdraw(tenant, names, actor))
 
+    async def lacking(self, uploads: Sequence[FolderUpload]) -> list[FolderUpload]:
+        """Those whose name is not live, in whatever version."""
+        await self.reach_store()
+        live = await self._store.versions.remote([(upload.tenant, upload.adapter_name) for upload in uploads])
+        return [upload for upload in uploads if (upload.tenant, upload.adapter_name) not in live]
+
     async def reach_store(self) -> str | None:
         """The identity of the encoder a reindex activated, None without one: asked before a change begins.
 
@@ -94,8 +103,15 @@ class Publisher:
     async def _publish(self, uploads: Sequence[FolderUpload], actor: str) -> list[Published | Exception]:
         active = await self.reach_store()
         module_shapes = await self._worker.module_shapes.remote()
-        staging = [self._store.stage.remote(upload, module_shapes) for upload in uploads]
-        return await self._make_live(await asyncio.gather(*staging, return_exceptions=True), active, actor)
+        slots = asyncio.Semaphore(_STAGED_TOGETHER)  # the Store's other callers need room too
+
+        async def stage(upload: FolderUpload) -> Staged:
+            async with slots:
+                staged: Staged = await self._store.stage.remote(upload, module_shapes)
+                return staged
+
+        staged = await asyncio.gather(*map(stage, uploads), return_exceptions=True)
+        return await self._make_live(staged, active, actor)
 
     async def _rollback(self, key: Key, digest: str | None, actor: str) -> Published:
         active = await self.reach_store()
@@ -103,43 +119,55 @@ class Publisher:
         if not kept:
             raise AdapterNotFound(key[1])
         staged = await self._store.restage.remote(kept_version(kept, digest))
-        [outcome] = await self._make_live([staged], active, actor)
+        [outcome] = await self._make_live([staged], active, actor, standing="kept")  # it may be withdrawn meanwhile
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
 
     async def _withdraw(self, tenant: str, names: Sequence[str], actor: str) -> Removed:
         await self.reach_store()
-        withdrawn: Withdrawn = await self._store.withdraw.remote(tenant, names, actor)
-        ready, behind = await self.catch_up(withdrawn.generation)
-        self._releaser.release(withdrawn.records)
+        kept = await self._store.versions.remote([(tenant, name) for name in names])
+        try:
+            withdrawn: Withdrawn = await self._store.withdraw.remote(tenant, names, actor)
+            ready, behind = await self.catch_up(withdrawn.generation)
+        finally:  # an error may come although they are gone; what is still needed is not freed
+            self._releaser.release([record for versions in kept.values() for record in versions])
         logger.info("withdrew %d adapters at generation %d", len(names), withdrawn.generation)
         return Removed(tuple(names), withdrawn.generation, ready, behind)
 
     async def _make_live(
-        self, staged: Sequence[Staged | BaseException], active: str | None, actor: str
+        self, staged: Sequence[Staged | BaseException], active: str | None, actor: str, standing: Standing = "any"
     ) -> list[Published | Exception]:
-        """Examine and commit; `active` is the encoder in force. However it ends, nothing stays held."""
+        """Examine and commit; `active` is the encoder in force.
+
+        What is not committed is discarded, unless that is not known: then the holds stand until they are dead.
+        """
         held = [item for item in staged if isinstance(item, Staged)]
         older: Mapping[Key, tuple[AdapterRecord, ...]] = {}
         committed: set[int] = set()
+        is_unsure = False
         try:
             older = await self._store.versions.remote([(item.ref.tenant, item.ref.name) for item in held])
             live = {kept[0].ref: kept[0] for kept in older.values() if is_found(kept[0], active)}
             outcomes = await self._examiner.examine(staged, live)
-            generation, outcomes = await self._commit(outcomes, actor)
-            generation, outcomes = await self._follow_encoder(generation, outcomes, actor)
+            is_unsure = True
+            generation, outcomes = await self._commit(outcomes, actor, standing)
+            is_unsure = False
             committed = {id(outcome.staged) for outcome in outcomes if isinstance(outcome, Examined)}
+        except (AdapterRefused, AdapterNotFound, VersionConflict):
+            is_unsure = False
+            raise
         finally:
-            unused = [item for item in held if id(item) not in committed]
+            unused = [] if is_unsure else [item for item in held if id(item) not in committed]
             await self._discard(unused)
             pushed_out = [record for versions in older.values() for record in versions] if committed else []
             self._releaser.release([*[item.record for item in unused], *pushed_out])
+        generation, outcomes = await self._follow_encoder(generation, outcomes, actor)
         generation = max([generation, *[record.generation for record in live.values()]])
         ready, behind = await self.catch_up(generation) if generation else (0, 0)
         return [published_of(outcome, generation, ready, behind) for outcome in outcomes]
 
-    async def _commit(self, outcomes: list[Outcome], actor: str) -> tuple[int, list[Outcome]]:
+    async def _commit(self, outcomes: list[Outcome], actor: str, standing: Standing) -> tuple[int, list[Outcome]]:
         """(generation at which all that is new is live, 0 without any; the outcomes, a name that is taken refused)."""
         while new := list(dict.fromkeys(outcome for outcome in outcomes if isinstance(outcome, Examined))):
             try:
@@ -148,6 +176,7 @@ class Publisher:
                     [None if item.embedded is None else item.embedded.embedding for item in new],
                     [item.shift for item in new],
                     actor,
+                    standing,
                 )
             except AdapterRefused as exc:  # one public name belongs to another tenant: the others go on without it
                 refused = [item for item in new if item.staged.ref.name == exc.name]
@@ -160,15 +189,21 @@ class Publisher:
         return 0, outcomes
 
     async def _follow_encoder(self, generation: int, outcomes: list[Outcome], actor: str) -> tuple[int, list[Outcome]]:
-        """What a reindex overtook is embedded by its encoder and committed once more: else `auto` would miss it."""
-        for _ in range(_MAX_SWAPS):
-            embedded = [item for item in outcomes if isinstance(item, Examined) and item.embedded is not None]
-            active = await self.reach_store() if embedded else None
-            if all(active in (None, item.encoder) for item in embedded):
-                break
-            await self.catch_up(generation)
-            outcomes = await self._examiner.embed_again(outcomes)
-            generation, outcomes = await self._commit(outcomes, actor)
+        """What a reindex overtook is embedded by its encoder and committed once more: else `auto` would miss it.
+
+        It is live whatever happens here: a failure leaves it to the next reindex.
+        """
+        try:
+            for _ in range(_MAX_SWAPS):
+                embedded = [item for item in outcomes if isinstance(item, Examined) and item.embedded is not None]
+                active = await self.reach_store() if embedded else None
+                if all(active in (None, item.encoder) for item in embedded):
+                    break
+                await self.catch_up(generation)
+                again = await self._examiner.embed_again(outcomes)
+                generation, outcomes = await self._commit(again, actor, "live")
+        except Exception:
+            logger.exception("what became live at generation %d may lack an embedding by a new encoder", generation)
         return generation, outcomes
 
     async def _discard(self, staged: Sequence[Staged]) -> None:

@@ -11,12 +11,13 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.background import Background
-from lora_store import AdapterRecord
+from lora_store import AdapterRecord, StoreUnavailable
 
 logger = logging.getLogger(__name__)
 
 _BROADCAST_TIMEOUT_S = 10.0
 _ROUND_S = 0.5
+_PAUSE_S = 5.0  # after a part of the server failed
 
 
 class Releaser:
@@ -43,20 +44,32 @@ class Releaser:
             self._background.start(self._release(weights, blobs), f"freeing {len(blobs)} blobs")
 
     async def _release(self, weights: Sequence[str], blobs: Sequence[str]) -> None:
+        for _ in range(self._max_rounds):
+            try:
+                await self._release_once(weights, blobs)
+                return
+            except (StoreUnavailable, RayActorError, DeploymentUnavailableError) as exc:
+                logger.warning("freeing %d blobs is tried again: %s", len(blobs), exc)
+                await self._sleep(_PAUSE_S)
+        logger.error("%d blobs are left to gc", len(blobs))
+
+    async def _release_once(self, weights: Sequence[str], blobs: Sequence[str]) -> None:
         orphans = await self._store.unreferenced.remote(blobs)
         if not orphans:
             return
-        await self._forget([digest for digest in weights if digest in orphans])
+        orphaned = [digest for digest in weights if digest in orphans]
+        await self._until_true(self._worker, "forget", orphaned)
         removed = await self._store.sweep.remote(orphans)  # looks again: they may have been published meanwhile
-        await self._all_say_true(self._store, "release", orphans)
+        await self._until_true(self._store, "release", orphans)
+        await self._all_say_true(self._worker, "forget", orphaned)  # what a request planned before loaded until now
         logger.info("removed %d of %d blobs that nothing refers to", len(removed), len(orphans))
 
-    async def _forget(self, weights: Sequence[str]) -> None:
+    async def _until_true(self, handle: DeploymentHandle, method: str, digests: Sequence[str]) -> None:
         for _ in range(self._max_rounds):
-            if await self._all_say_true(self._worker, "forget", weights):
+            if await self._all_say_true(handle, method, digests):
                 return
             await self._sleep(_ROUND_S)
-        logger.warning("%d weights are removed although a Worker still holds some", len(weights))
+        logger.warning("a replica still holds some of %d digests that are removed", len(digests))
 
     async def _all_say_true(self, handle: DeploymentHandle, method: str, digests: Sequence[str]) -> bool:
         """Whether every replica says so; one that has died holds nothing."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -63,6 +64,8 @@ class RetrieverDeployment:
         self._retriever = Retriever(self._pools, min_score=settings.min_score, temperature=settings.softmax_temperature)
         self._route_batch.set_max_batch_size(settings.batch_size)
         self._route_batch.set_batch_wait_timeout_s(settings.batch_wait_s)
+        self._bulk = ThreadPoolExecutor(1, thread_name_prefix="bulk")  # of publishes: routes keep their threads
+        self._pools.catch_up()  # with what was committed while the encoder and the index were made
         self._refreshing: asyncio.Task[int] | None = None
         self._polling = asyncio.get_event_loop().create_task(self._poll(settings.poll_interval_s, sleep))
 
@@ -83,13 +86,21 @@ class RetrieverDeployment:
     ) -> Plan:
         """The plan of adapters a client named. Raises: AdapterNotFound, PlanInvalid, StaleIndex."""
         await self._reach(min_generation)
-        return self._retriever.plan_named(tenant, choices, strategy)
+        return await asyncio.to_thread(self._retriever.plan_named, tenant, choices, strategy)
 
     async def records(self, tenant: str, min_generation: int = 0) -> tuple[int, list[AdapterRecord]]:
         """(generation, every adapter the tenant may use, sorted); embeddings stay here. Raises: StaleIndex."""
         await self._reach(min_generation)
+        return await asyncio.to_thread(self._records, tenant)
+
+    def _records(self, tenant: str) -> tuple[int, list[AdapterRecord]]:
         generation, records = self._retriever.records(tenant)
         return generation, [replace(record, embedding=None) for record in records]
+
+    async def count(self) -> tuple[int, int]:
+        """(generation, number of live adapters)."""
+        snapshot = self._pools.current.snapshot
+        return snapshot.generation, len(snapshot.records)
 
     async def record(self, tenant: str, name: str, min_generation: int = 0) -> tuple[int, list[AdapterRecord]]:
         """(generation, the kept versions of that adapter, the live one first); embeddings stay here.
@@ -97,12 +108,12 @@ class RetrieverDeployment:
         Raises: AdapterNotFound, StaleIndex.
         """
         await self._reach(min_generation)
-        generation, versions = self._retriever.versions(tenant, name)
+        generation, versions = await asyncio.to_thread(self._retriever.versions, tenant, name)
         return generation, [replace(record, embedding=None) for record in versions]
 
     async def embed(self, groups: Sequence[Sequence[Sample]]) -> list[Embedded | None]:
         """One embedding per group of samples, with the neighbours it has now; None for a group without samples."""
-        return await asyncio.to_thread(self._embed, groups)
+        return await asyncio.get_running_loop().run_in_executor(self._bulk, self._embed, groups)
 
     def _embed(self, groups: Sequence[Sequence[Sample]]) -> list[Embedded | None]:
         embeddings = self._retriever.embed_groups(groups)
@@ -168,7 +179,6 @@ class RetrieverDeployment:
         """The safety net under the publisher's broadcast. What fails is logged once, until it works again."""
         is_failing = False
         while True:
-            await sleep(interval_s)
             try:
                 await self._refresh()
             except (LoraStoreError, RetrieverError) as exc:
@@ -179,6 +189,7 @@ class RetrieverDeployment:
                 if is_failing:
                     logger.info("generation %d is served: the catalogue is read again", self._retriever.generation)
                 is_failing = False
+            await sleep(interval_s)
 
 
 def _retrieve(task: asyncio.Task[int]) -> None:

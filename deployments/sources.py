@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,10 +91,13 @@ def _allowed(uri: str, prefixes: Sequence[str]) -> tuple[SourceUri, SourcePrefix
 
 
 def _local_folder(uri: str, prefix: Path, inner: Sequence[str]) -> Path:
-    folder = prefix.joinpath(*inner).resolve()
+    try:
+        folder = prefix.joinpath(*inner).resolve()
+    except (OSError, RuntimeError) as exc:  # Python 3.11: RuntimeError for links in a loop
+        raise SourceMissing(uri) from exc
     if not folder.is_relative_to(prefix.resolve()):
         raise SourceRefused(uri, "leads out of its source prefix by a symbolic link")
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # unlike Path.is_dir it never raises
         raise SourceMissing(uri)
     return folder
 

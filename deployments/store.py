@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,10 +25,12 @@ from lora_store import (
     LoraStore,
     Sample,
     Staged,
+    Standing,
     Withdrawn,
 )
 
 Shapes = Mapping[str, tuple[int, int]]
+_NUM_STAGERS = 8
 _NO_VECTOR = np.empty(0, np.float32)
 
 
@@ -46,6 +49,8 @@ class StoreDeployment:
     def __init__(self, config: AppConfig, put: Callable[[Buffer], Any] = ray.put) -> None:
         self._config = config
         self._store = LoraStore(config.store_uri, accepts_base=config.accepted_bases)
+        # Of their own: a batch from a slow source must leave threads to the workers' fetches.
+        self._stagers = ThreadPoolExecutor(_NUM_STAGERS, thread_name_prefix="stage")
         self._objects: ObjectCache[Any] = ObjectCache(self._store.load, put, config.store_object_cache_bytes)
 
     async def stage(self, upload: FolderUpload, module_shapes: Shapes) -> Staged:
@@ -55,7 +60,8 @@ class StoreDeployment:
         """
         if upload.adapter_name in self._config.accepted_bases:
             raise AdapterRefused(upload.adapter_name, ["the name is the base model's"])
-        return await asyncio.to_thread(self._stage, upload, module_shapes)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._stagers, self._stage, upload, module_shapes)
 
     def _stage(self, upload: FolderUpload, module_shapes: Shapes) -> Staged:
         with folder_of(upload, self._config.source_prefixes, self._config.max_upload_bytes) as folder:
@@ -79,12 +85,14 @@ class StoreDeployment:
         embeddings: Sequence[Embedding | None],
         probe_shifts: Sequence[float | None],
         actor: str,
+        standing: Standing = "any",
     ) -> int:
-        """The generation at which all of `staged` is live.
+        """The generation at which all of `staged` is live; `standing` is what the versions must be just before.
 
-        Raises: AdapterRefused when a public name belongs to another tenant; VersionConflict, StoreUnavailable.
+        Raises: AdapterRefused when a public name belongs to another tenant; AdapterNotFound for what should be kept;
+        VersionConflict, StoreUnavailable.
         """
-        return await asyncio.to_thread(self._store.commit, staged, embeddings, probe_shifts, actor)
+        return await asyncio.to_thread(self._store.commit, staged, embeddings, probe_shifts, actor, standing)
 
     async def discard(self, staged: Sequence[Staged]) -> None:
         """These will not be committed: what only they needed is gone."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -53,7 +54,7 @@ def folder_of(upload: FolderUpload, prefixes: Sequence[str], max_bytes: int) -> 
     Raises: AdapterRefused, SourceRefused, SourceMissing, SourceUnavailable.
     """
     if upload.path is not None:
-        if not upload.path.is_dir():
+        if not os.path.isdir(upload.path):  # unlike Path.is_dir it never raises
             raise SourceMissing(str(upload.path))
         yield upload.path
         return

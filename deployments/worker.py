@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections.abc import AsyncIterator, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -17,7 +16,7 @@ from gpu_worker.config import WorkerConfig
 from gpu_worker.engine import Engine
 from gpu_worker.engine_loop import EngineLoop
 from gpu_worker.holdings import Holdings
-from gpu_worker.probe import probe_shifts
+from gpu_worker.probe import Prober
 from gpu_worker.request import Delta, Job
 from lora_store import AdapterWeights
 from lora_store.disk_cache import DiskCache
@@ -44,7 +43,7 @@ class WorkerDeployment:
         self._fetcher = WeightsFetcher(store, executor, cache=self._cache)
         self._engine = Engine(config, self._start_fetch, executor=executor)
         self._loop = EngineLoop(self._engine, stream_interval_ms=stream_interval_ms)
-        self._probe_numbers = itertools.count()
+        self._prober = Prober(self._loop)
 
     async def stream(self, job: Job) -> AsyncIterator[Delta]:
         """Yield text as it is made, the first piece at once, then every `stream_interval_ms`.
@@ -68,7 +67,7 @@ class WorkerDeployment:
 
     async def probe_many(self, weights_digests: Sequence[str]) -> list[float | Exception]:
         """`probe` of each, all in one batch: its shift, or why it has none."""
-        return await probe_shifts(self._loop, weights_digests, f"probe-{next(self._probe_numbers)}")
+        return await self._prober.shifts(weights_digests)
 
     async def forget(self, weights_digests: Collection[str]) -> bool:
         """Whether nothing of these is left here; what a request still uses goes when the last such request ends."""

@@ -6,7 +6,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from gpu_worker.attention_plan import Segment, attention_plan
 from gpu_worker.base_model import BaseModel, load_base_model
 from gpu_worker.config import WorkerConfig
 from gpu_worker.errors import EngineFull, EngineStopped, LogitsNotFinite
+from gpu_worker.fitting import FittedAdapter
 from gpu_worker.holdings import Holdings
 from gpu_worker.inject import inject, target_linears
 from gpu_worker.kv_cache import KvCache
@@ -82,6 +83,10 @@ class Engine:
             raise EngineFull(f"{len(self.waiting)} requests already wait")
         self._load_missing(row)
         self.waiting.append(row)
+
+    def preload(self, digests: Collection[str]) -> list[Future[FittedAdapter]]:
+        """The loads of what the bank lacks, begun now."""
+        return [self.loader.load(digest) for digest in digests if digest not in self.residency]
 
     def cancel(self, row: Row) -> None:
         """Drop the request, wherever it is; its KV row, pins and queue place are free for the next step."""
@@ -162,13 +167,15 @@ class Engine:
         A row passed over `_MAX_PASSES` times reserves the bank: nobody behind it gets adapters until it runs.
         """
         queue, self.waiting = self.waiting, deque()
-        reserved = False
+        num_running, reserved = len(self.running), False
         for row in queue:
             if self.kv_cache.num_free == 0 or (reserved and row.plan.adapters):
                 self.waiting.append(row)
             elif not self._try_start(row):
                 self.waiting.append(row)
                 reserved = reserved or row.num_passes > _MAX_PASSES
+        if len(self.running) > num_running:
+            self.residency.settle()
 
     def _try_start(self, row: Row) -> bool:
         """True when the row runs or has failed, False when it must wait."""
@@ -270,6 +277,7 @@ class Engine:
             self.running.remove(row)
             self.kv_cache.free(row.kv_row, len(row.tokens))
         self.residency.unpin([digest for row in rows for digest in row.weights_digests])
+        self.residency.settle()
 
     def _drop_forgotten(self) -> None:
         """Free the weights that are to be forgotten and that nobody uses or loads any more."""

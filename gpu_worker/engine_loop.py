@@ -68,6 +68,11 @@ class EngineLoop:
         text = "".join(part.text for part in parts)
         return Completion(text, last.num_prompt_tokens, last.num_new_tokens, last.finish_reason), last
 
+    async def preload(self, digests: Collection[str]) -> None:
+        """Return when these weights are at hand, as far as they can be had. Raises: EngineStopped."""
+        loads = await self._ask(lambda: self.engine.preload(digests))
+        await asyncio.gather(*[asyncio.wrap_future(load) for load in loads], return_exceptions=True)
+
     async def forget(self, digests: Collection[str]) -> bool:
         """See `Engine.forget`. Raises: EngineStopped."""
         return await self._ask(lambda: self.engine.forget(digests))

@@ -21,7 +21,7 @@ class RowStore(Protocol):
 
 
 class Residency:
-    """Rank rows [0, active_rows) belong to pinned adapters; the rest are free or an unpinned adapter's, evictable.
+    """Once settled, rank rows [0, active_rows) belong to pinned adapters; the rest are free or of adapters to evict.
 
     An adapter takes as many rows as its widest module has ranks; they need not be adjacent.
     """
@@ -59,7 +59,7 @@ class Residency:
         return [owner[1] for owner in self._owner[: self.active_rows] if owner is not None]
 
     def try_pin(self, digests: Sequence[str], loaded: Mapping[str, FittedAdapter]) -> bool:
-        """Pin all adapters into the active prefix, or none: False when pinned rows leave too little room.
+        """Bring all adapters into the bank and pin them, or none: False when pinned rows leave too little room.
 
         `loaded` has those that are not resident. Raises: PlanTooLarge when they could never fit.
         """
@@ -74,17 +74,23 @@ class Residency:
             if digest not in self._pins:
                 self._rows[digest] = self._bring_in(missing[digest]) if digest in missing else self._rows.pop(digest)
             self._pins[digest] = self._pins.get(digest, 0) + 1
-        self._settle()
         return True
 
     def unpin(self, digests: Sequence[str]) -> None:
-        """Drop one pin for each; an adapter without pins leaves the prefix and may be evicted."""
+        """Drop one pin for each; an adapter without pins may be evicted."""
         for digest in digests:
             self._pins[digest] -= 1
             if self._pins[digest] == 0:
                 del self._pins[digest]
                 self._rows[digest] = self._rows.pop(digest)  # most recently used
-        self._settle()
+
+    def settle(self) -> None:
+        """Make the pinned adapters' rows the prefix, by as few swaps as it takes, once for all that came and went."""
+        pinned = [row for digest in self._pins for row in self._rows[digest]]
+        self.active_rows = len(pinned)
+        holes = sorted(set(range(len(pinned))).difference(pinned))
+        self._swap(sorted(row for row in pinned if row >= len(pinned)), holes)
+        self._bank.set_active(self.active_rows)
 
     def evict(self, digest: str) -> None:
         """The rows of a resident adapter without pins are free."""
@@ -113,14 +119,6 @@ class Residency:
         for index, row in enumerate(rows):
             self._owner[row] = (adapter.weights_digest, index)
         return rows
-
-    def _settle(self) -> None:
-        """Swap as few rows as it takes for the pinned adapters' to be the prefix."""
-        pinned = [row for digest in self._pins for row in self._rows[digest]]
-        self.active_rows = len(pinned)
-        holes = sorted(set(range(len(pinned))).difference(pinned))
-        self._swap([row for row in pinned if row >= len(pinned)], holes)
-        self._bank.set_active(self.active_rows)
 
     def _swap(self, rows: Sequence[int], others: Sequence[int]) -> None:
         if not rows:

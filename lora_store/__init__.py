@@ -22,6 +22,7 @@ from lora_store.peft_config import PeftConfig
 from lora_store.peft_files import PeftFolder, read_peft_folder, write_peft_folder
 from lora_store.plan import BASE_PLAN, MAX_PLAN_ADAPTERS, STRATEGIES, Plan, PlannedAdapter, Strategy
 from lora_store.records import AdapterRecord, Embedding, Visibility
+from lora_store.rules import Standing
 from lora_store.snapshot import KEPT_VERSIONS, ActiveEncoder, Key, Snapshot
 from lora_store.staging import Staged
 from lora_store.store import LoraStore, Withdrawn
@@ -69,6 +70,7 @@ __all__ = [
     "Sample",
     "Snapshot",
     "Staged",
+    "Standing",
     "StoreUnavailable",
     "Strategy",
     "VersionConflict",

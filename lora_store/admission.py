@@ -101,10 +101,15 @@ def _attempt(reasons: list[str], read: Callable[[], T]) -> T | None:
 
 
 def _folder_problems(folder: Path, limits: Limits) -> Iterator[str]:
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         yield f"{folder.name!r} is not a folder"
         return
-    with os.scandir(folder) as entries:
+    try:
+        entries = os.scandir(folder)
+    except OSError as exc:
+        yield f"{folder.name!r} cannot be read: {exc.strerror}"
+        return
+    with entries:
         for count, entry in enumerate(entries, start=1):
             if count > limits.max_files:
                 yield f"the folder holds more than {limits.max_files} files"

@@ -14,8 +14,8 @@ from lora_store.events import Event, events_of, table_of
 from lora_store.location import Location
 from lora_store.snapshot import Snapshot
 
-_MAX_ATTEMPTS = 20
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 1.0
+_MAX_ATTEMPTS = 200  # of eight writers that never rest, each comes first about one time in eight
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.1
 
 
 class Catalogue:
@@ -26,8 +26,13 @@ class Catalogue:
     Raises: StoreUnavailable.
     """
 
-    def __init__(self, location: Location, sleep: Callable[[float], object] = time.sleep) -> None:
-        self._sleep = sleep
+    def __init__(
+        self,
+        location: Location,
+        sleep: Callable[[float], object] = time.sleep,
+        max_attempts: int = _MAX_ATTEMPTS,
+    ) -> None:
+        self._sleep, self._max_attempts = sleep, max_attempts
         self._reading, self._writing = threading.Lock(), threading.RLock()
         self._table = EventTable(location)
         self._snapshot = Snapshot(0, {})
@@ -36,9 +41,10 @@ class Catalogue:
     def snapshot(self) -> Snapshot:
         """The newest state; the same object while nothing was committed."""
         with self._reading:
-            seen, rows = self._snapshot.generation, self._table.refresh()
+            seen, (rows, files) = self._snapshot.generation, self._table.refresh()
             if self._table.version != seen:
                 self._snapshot = self._snapshot.after(events_of(rows, after=seen), self._table.version)
+            self._table.taken(files)  # not before the fold: what it cannot read must not be passed over
             return self._snapshot
 
     def commit(self, events: Callable[[Snapshot], Sequence[Event]]) -> int:
@@ -48,7 +54,7 @@ class Catalogue:
         not have effects of its own. An empty sequence commits nothing and gives the current generation.
         Raises: VersionConflict when rivals came first every time (retry later).
         """
-        for attempt in range(_MAX_ATTEMPTS):
+        for attempt in range(self._max_attempts):
             with self._writing:  # threads of one process take turns, so that rivals are other processes only
                 snapshot = self.snapshot()
                 wanted = events(snapshot)
@@ -59,7 +65,7 @@ class Catalogue:
                     if self._table.append(table_of(wanted, generation), generation):
                         return generation
             self._sleep(random.uniform(0, min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**attempt)))
-        raise VersionConflict(_MAX_ATTEMPTS)
+        raise VersionConflict(self._max_attempts)
 
     def tidy(self, before: datetime) -> None:
         """What the table does not need is gone, as far as it was written before then."""

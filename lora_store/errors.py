@@ -103,4 +103,5 @@ class EncoderIncomplete(LoraStoreError):
         self.missing = tuple(missing)
 
     def __str__(self) -> str:
-        return f"{len(self.missing)} live adapters have no embedding by this encoder"
+        some = ", ".join(map(str, self.missing[:3]))
+        return f"{len(self.missing)} live adapters have no embedding by this encoder: {some}"

@@ -50,7 +50,7 @@ class EventTable:
         self._files = Files(location)
         with store_errors():
             self._table = _open(location)
-        self._read: set[str] = set()  # data files whose rows were given out
+        self._read: frozenset[str] = frozenset()  # data files whose rows are folded in
 
     @property
     def version(self) -> int:
@@ -58,8 +58,8 @@ class EventTable:
         version: int = self._table.version()
         return version
 
-    def refresh(self) -> pa.Table:
-        """The rows of all data files that are new since the last call; a compacted file brings old rows again.
+    def refresh(self) -> tuple[pa.Table, frozenset[str]]:
+        """(rows of all data files that are new since the last `taken`, those files); a compacted one brings old rows.
 
         What a rival compacted and removed since the log was read is looked for again, under its new name.
         """
@@ -70,10 +70,14 @@ class EventTable:
             with ThreadPoolExecutor(_NUM_THREADS) as pool:
                 contents = list(pool.map(self._files.read, names - self._read))
             if None not in contents:
-                tables = [pq.read_table(pa.BufferReader(content), schema=SCHEMA) for content in contents]
-                self._read = names
-                return pa.concat_tables([SCHEMA.empty_table(), *tables])
+                with store_errors():
+                    tables = [pq.read_table(pa.BufferReader(content), schema=SCHEMA) for content in contents]
+                return pa.concat_tables([SCHEMA.empty_table(), *tables]), frozenset(names)
         raise StoreUnavailable("data files of the catalogue are missing")
+
+    def taken(self, files: frozenset[str]) -> None:
+        """The rows of these files are folded in, and not to be given out again."""
+        self._read = files
 
     def append(self, rows: pa.Table, version: int) -> bool:
         """Whether the rows became `version` of the table. False: a rival's did."""

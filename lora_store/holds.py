@@ -31,7 +31,7 @@ HOLD_S = 3600.0
 MARK_S = 60.0
 SWEEP_S = 15.0
 _POLL_S = 0.05
-_ROUND_DIGESTS = 64  # a mark names no more, so that its sweep is short
+_ROUND_DIGESTS = 16  # a mark names no more: they are deleted side by side, in the time of one request
 
 
 class Holds:

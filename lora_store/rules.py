@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
+from typing import Literal
 
 from lora_store.adapter import AdapterRef
 from lora_store.errors import AdapterNotFound, AdapterRefused, EncoderIncomplete
@@ -11,12 +12,20 @@ from lora_store.events import ActivateEncoder, Embed, Event, Publish, Withdraw
 from lora_store.records import AdapterRecord, Embedding
 from lora_store.snapshot import ActiveEncoder, Key, Snapshot
 
+Standing = Literal["any", "live", "kept"]
+"""What versions must be to be published: anything; live still, or they are left out; kept, or it is an error."""
 
-def publish_events(snapshot: Snapshot, records: Sequence[AdapterRecord]) -> list[Event]:
+
+def publish_events(snapshot: Snapshot, records: Sequence[AdapterRecord], standing: Standing = "any") -> list[Event]:
     """Publish events for what is not live yet, each record checked against those before it too.
 
-    Raises: AdapterRefused when a public name belongs to another tenant.
+    Raises: AdapterRefused when a public name belongs to another tenant; AdapterNotFound for what should be kept.
     """
+    if standing == "live":
+        records = [record for record in records if _kept(snapshot, record)[:1] == [record.ref]]
+    for record in records if standing == "kept" else ():
+        if record.ref not in _kept(snapshot, record):
+            raise AdapterNotFound(f"{record.ref.name}@{record.ref.digest[:12]}")
     live: dict[Key, AdapterRecord] = {}
     owners: dict[str, str] = {}
     events: list[Event] = []
@@ -31,6 +40,11 @@ def publish_events(snapshot: Snapshot, records: Sequence[AdapterRecord]) -> list
             live[key] = record
             events.append(Publish(record))
     return events
+
+
+def _kept(snapshot: Snapshot, record: AdapterRecord) -> list[AdapterRef]:
+    """The kept versions of the record's name, the live one first."""
+    return [version.ref for version in snapshot.versions((record.ref.tenant, record.ref.name))]
 
 
 def withdraw_events(snapshot: Snapshot, keys: Iterable[Key], actor: str, at: datetime) -> list[Event]:

@@ -19,7 +19,7 @@ from lora_store.events import Event
 from lora_store.holds import Holds
 from lora_store.location import Location
 from lora_store.records import AdapterRecord, Embedding, Visibility
-from lora_store.rules import activate_events, embed_events, publish_events, withdraw_events
+from lora_store.rules import Standing, activate_events, embed_events, publish_events, withdraw_events
 from lora_store.sample_files import parse_samples, write_samples
 from lora_store.snapshot import ActiveEncoder, Snapshot
 from lora_store.staging import Staged, staged_record
@@ -111,21 +111,24 @@ class LoraStore:
         embeddings: Sequence[Embedding | None],
         probe_shifts: Sequence[float | None],
         actor: str,
+        standing: Standing = "any",
     ) -> int:
         """The generation at which all of `staged` is live; `embeddings` and `probe_shifts` run along with it.
 
         What is live already, the same in digest, visibility and encoder, is not written again. On success the holds
         have ended; after an error they stand, for another try or `discard`.
+        `standing`: what the versions must be in the newest state; "live" needs no hold.
         Raises: AdapterRefused when a public name belongs to another tenant; VersionConflict; AdapterNotFound when it
-        was staged so long ago that its hold died and its blobs went.
+        was staged so long ago that its hold died and its blobs went, or is not kept although it should be.
         """
         created_at = self._now()
         records = [
             replace(item.record, embedding=embedding, probe_shift=shift, actor=actor, created_at=created_at)
             for item, embedding, shift in zip(staged, embeddings, probe_shifts, strict=True)
         ]
-        renewed = [self.restage(item.record) for item in staged if not self._holds.is_safe(item.hold)]
-        generation = self._catalogue.commit(lambda snapshot: publish_events(snapshot, records))
+        held = () if standing == "live" else staged
+        renewed = [self.restage(item.record) for item in held if not self._holds.is_safe(item.hold)]
+        generation = self._catalogue.commit(lambda snapshot: publish_events(snapshot, records, standing))
         self._end_quietly([item.hold for item in (*staged, *renewed)])
         return generation
 

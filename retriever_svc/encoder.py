@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
 from retriever_svc.errors import EncoderUnusable
+from retriever_svc.fair_lock import FairLock
 from retriever_svc.vector_cache import VectorCache
 
 try:
@@ -25,6 +25,7 @@ Vectors = NDArray[np.float32]
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
 INSTRUCTION = "Represent the sentence for similar task retrieval: "
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")  # never *.bin: those are pickles
+_IDENTITY_FILES = ("*.safetensors", "*.json", "*.txt", "*.model")
 _CHARS_PER_TOKEN = 64  # bounds the tokenizer's work on a text of any length
 _CHUNK_TEXTS = 32  # the model is free for another caller after this many
 
@@ -57,8 +58,8 @@ def _named_model(name: str) -> Path:
 def _identity(folder: Path, settings: str) -> str:
     """Short digest of everything the vectors depend on: weights, tokenizer, module settings, instruction and length."""
     digest = hashlib.sha256(settings.encode())
-    files = [*folder.rglob("*.safetensors"), *folder.glob("*/config.json"), *folder.glob("tokenizer.json")]
-    for path in sorted(files):
+    for path in sorted(path for pattern in _IDENTITY_FILES for path in folder.rglob(pattern)):
+        digest.update(path.relative_to(folder).as_posix().encode())
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
@@ -94,7 +95,7 @@ class Encoder:
         self._instruction = instruction
         self._max_chars = max_tokens * _CHARS_PER_TOKEN
         self._cache = VectorCache(max_cached_texts)
-        self._model_lock = threading.Lock()  # two forward passes at once would only share the same cores
+        self._model_turn = FairLock()  # two forward passes at once would only share the same cores
         self.identity: str = _identity(folder, f"{instruction}\0{self._model.max_seq_length}")
         self.dim: int = self._model.get_embedding_dimension()
 
@@ -110,7 +111,7 @@ class Encoder:
         return np.stack([known[text] for text in readable]) if readable else np.empty((0, self.dim), np.float32)
 
     def _compute(self, texts: list[str]) -> Vectors:
-        with self._model_lock:
+        with self._model_turn:
             rows: Vectors = self._model.encode(
                 texts,
                 prompt=self._instruction,

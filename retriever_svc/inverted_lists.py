@@ -104,13 +104,14 @@ class InvertedLists:
             return np.empty(0, np.float32), np.empty(0, np.int64)
         lists = self._nearest_lists(query, num_wanted, part, num_probes)
         scores, slots = np.empty((1, num_wanted), np.float32), np.empty((1, num_wanted), np.int64)
+        distances = np.zeros(len(lists), np.float32)  # to the centres: not used by these codes
         selector = faiss.IDSelectorBitmap(len(part.bits), faiss.swig_ptr(part.bits))
         self._index.search_preassigned_c(
             1,
             faiss.swig_ptr(query),
             num_wanted,
             faiss.swig_ptr(lists),
-            faiss.swig_ptr(np.zeros(len(lists), np.float32)),  # distances to the centres: not used by these codes
+            faiss.swig_ptr(distances),
             faiss.swig_ptr(scores),
             faiss.swig_ptr(slots),
             False,

@@ -107,7 +107,11 @@ class LivePool:
         if encoder is not self._pool.encoder:
             logger.info("encoder %s takes over at generation %d", encoder.identity, snapshot.generation)
             return self._built(snapshot, encoder)
-        pool = self._pool.after(snapshot)
+        try:
+            pool = self._pool.after(snapshot)
+        except Exception:  # what it shares with the pool before may be half changed
+            logger.exception("generation %d is built anew", snapshot.generation)
+            return self._built(snapshot, encoder)
         if pool.index.wants_rebuild and not pool.index.wants_lists:  # so few that it is done at once
             return pool.rebuilt(pool.index.compacted(), pool)
         return pool
@@ -120,16 +124,17 @@ class LivePool:
         records = routable(snapshot, encoder.identity)
         if self._saved is None or len(records) <= self._settings.exact_rows:
             return None
+        position_of = {record.ref: position for position, record in enumerate(records)}
         try:
             saved = self._saved.newest(encoder.identity)
-        except StoreUnavailable:
-            logger.warning("saved indexes cannot be read, so one is trained", exc_info=True)
-            return None
-        if saved is None:
+            if saved is None:
+                return None
+            lists = saved.restored([position_of.get(ref, -1) for ref in saved.refs])
+        except Exception:  # out of reach, or written by a FAISS or Arrow that this one does not read
+            logger.warning("saved indexes cannot be used, so one is trained", exc_info=True)
             return None
         logger.info("lists of %d adapters are loaded as of generation %d", len(saved.refs), saved.generation)
-        position_of = {record.ref: position for position, record in enumerate(records)}
-        return saved.restored([position_of.get(ref, -1) for ref in saved.refs])
+        return lists
 
     def _rebuild_where_wanted(self) -> None:
         with self._lock:

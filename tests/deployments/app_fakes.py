@@ -39,6 +39,7 @@ from lora_store import (
     Sample,
     Snapshot,
     Staged,
+    Standing,
     Strategy,
     Withdrawn,
 )
@@ -145,6 +146,9 @@ class FakeRetriever:
     async def records(self, tenant: str) -> tuple[int, list[AdapterRecord]]:
         return 7, self._snapshot.visible_to(tenant)
 
+    async def count(self) -> tuple[int, int]:
+        return 7, len(self.held)
+
     async def record(self, tenant: str, name: str) -> tuple[int, list[AdapterRecord]]:
         record = self._snapshot.resolve(tenant, name)
         return 7, [record, adapter(name, version="older", generation=0)]
@@ -209,13 +213,24 @@ class FakeStore:
         self._fail("restage")
         return self._hold(record)
 
-    async def commit(self, staged: Sequence[Staged], embeddings: Sequence[Embedding | None], *_: object) -> int:
+    async def commit(
+        self,
+        staged: Sequence[Staged],
+        embeddings: Sequence[Embedding | None],
+        shifts: Sequence[float | None],
+        actor: str,
+        standing: Standing = "any",
+    ) -> int:
         self._fail("commit")
+        if standing == "kept" and any(item.ref not in self._kept(item.ref) for item in staged):
+            raise AdapterNotFound(staged[0].ref.name)
         for item in staged:
             if item.ref.name.startswith("taken"):
                 raise AdapterRefused(item.ref.name, ["the public name belongs to another tenant"])
         self.generation += 1
         for item, embedding in zip(staged, embeddings, strict=True):
+            if standing == "live" and self._kept(item.ref)[:1] != [item.ref]:
+                continue
             record = replace(item.record, generation=self.generation, embedding=embedding)
             older = [old for old in self.live.get(_key_of(record), ()) if old.ref != record.ref]
             self.live[_key_of(record)] = (record, *older)[:KEPT_VERSIONS]
@@ -281,6 +296,9 @@ class FakeStore:
     async def samples(self, digests: Sequence[str]) -> list[tuple[Sample, ...]]:
         self._fail("samples")
         return [(Sample("one"), Sample("two")) for _ in digests]
+
+    def _kept(self, ref: AdapterRef) -> list[AdapterRef]:
+        return [record.ref for record in self.live.get((ref.tenant, ref.name), ())]
 
     def _hold(self, record: AdapterRecord) -> Staged:
         samples = (Sample("one"), Sample("two")) if record.samples_digest else ()

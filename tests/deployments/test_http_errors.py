@@ -58,6 +58,7 @@ RAYS_OWN = [
     (DeploymentUnavailableError(DeploymentID("Worker", "inner")), 503, OVERLOADED, "unavailable"),
     (RayActorError(), 503, OVERLOADED, "replica_died"),
     (ActorDiedError(), 503, OVERLOADED, "replica_died"),
+    (TimeoutError(), 503, OVERLOADED, "timeout"),
 ]
 NEVER_REACH_A_CLIENT = {
     "ReplicaWedged": "answers Serve's health check",

@@ -191,6 +191,7 @@ def test_lora_linear_equals_the_papers_einsum(strategy: str, popularity: str) ->
     plans = [plan_of(strategy, *[(pool[s], 1 / len(row)) for s in row]) for row in chosen]  # type: ignore[arg-type]
     used = sorted({s for row in chosen for s in row})
     assert residency.try_pin([str(s) for s in used], {str(s): bank.fit(pool[s]) for s in used})
+    residency.settle()
     mapping = torch.zeros(num_rows, num_adapters)
     for b, row in enumerate(chosen):
         mapping[b, row] = 1 / len(row)

@@ -13,7 +13,7 @@ from gpu_worker import probe
 from gpu_worker.engine import Engine
 from gpu_worker.engine_loop import EngineLoop
 from gpu_worker.errors import AdapterLoadFailed, AdapterUnfit, EngineStopped, PlanTooLarge
-from gpu_worker.probe import probe_shifts
+from gpu_worker.probe import Prober
 from lora_store.adapter import AdapterWeights, ModuleWeights
 from lora_store.plan import BASE_PLAN, Plan
 from tests.gpu_worker.driving import assert_nothing_held, by_digest, greedy, run, run_together
@@ -25,14 +25,14 @@ Shapes = dict[str, tuple[int, int]]
 
 @pytest.fixture
 def shifts_of(start: Callable[[Engine], EngineLoop]) -> Callable[[Engine, list[str]], list[float | Exception]]:
-    return lambda engine, digests: run(probe_shifts(start(engine), digests, "probe"))
+    return lambda engine, digests: run(Prober(start(engine)).shifts(digests))
 
 
-def idle(shapes: Shapes) -> AdapterWeights:
-    """An adapter that does nothing: every lora_b is zero, as training begins."""
+def faint(shapes: Shapes, share: float) -> AdapterWeights:
+    """An adapter with this share of its effect; with none, every lora_b is zero, as training begins."""
     weights = random_adapter(shapes, 9)
-    modules = {name: replace(module, lora_b=module.lora_b * 0) for name, module in weights.modules.items()}
-    return AdapterWeights("idle", modules)
+    modules = {name: replace(module, lora_b=module.lora_b * share) for name, module in weights.modules.items()}
+    return AdapterWeights(f"faint-{share}", modules)
 
 
 def test_each_adapter_has_its_own_shift_or_its_own_error(
@@ -41,14 +41,16 @@ def test_each_adapter_has_its_own_shift_or_its_own_error(
     weak, strong = random_adapter(shapes, 1, size=0.02), random_adapter(shapes, 2, size=0.3)
     wide = random_adapter(shapes, 3, rank=33)
     misfit = AdapterWeights("misfit", {"nowhere": ModuleWeights(torch.ones(1, 1), torch.ones(1, 1), 1.0)})
-    engine = make_engine(by_digest(weak, strong, wide, misfit, idle(shapes)), max_batch_size=4)
-    digests = [strong.weights_digest, "missing", weak.weights_digest, "misfit", "idle", wide.weights_digest]
-    strong_shift, missing, weak_shift, misfitting, nothing, too_wide = shifts_of(engine, digests)
+    idle, lost = faint(shapes, 0.0), faint(shapes, 1e-6)
+    engine = make_engine(by_digest(weak, strong, wide, misfit, idle, lost), max_batch_size=4)
+    answered = (strong, weak, idle, lost, wide, misfit)
+    digests = [*[weights.weights_digest for weights in answered], "missing"]
+    strong_shift, weak_shift, no_shift, lost_shift, too_wide, misfitting, missing = shifts_of(engine, digests)
     assert isinstance(strong_shift, float) and isinstance(weak_shift, float)
     assert strong_shift > weak_shift > 0.0
-    assert nothing == 0.0
-    assert isinstance(missing, AdapterLoadFailed) and isinstance(misfitting, AdapterUnfit)
+    assert no_shift == 0.0 and lost_shift == 0.0
     assert isinstance(too_wide, PlanTooLarge)
+    assert isinstance(misfitting, AdapterUnfit) and isinstance(missing, AdapterLoadFailed)
     assert_nothing_held(engine)
 
 
@@ -74,4 +76,22 @@ def test_without_an_engine_there_is_no_shift(make_engine: MakeEngine, start: Cal
     loop = start(make_engine({}))
     loop.stop()
     with pytest.raises(EngineStopped):
-        run(probe_shifts(loop, ["a"], "probe"))
+        run(Prober(loop).shifts(["a"]))
+
+
+def test_a_batch_takes_one_step_and_the_base_model_one_more_only_the_first_time(
+    make_engine: MakeEngine, shapes: Shapes, start: Callable[[Engine], EngineLoop]
+) -> None:
+    """Loads end one after the other, on a thread: no row runs before all are there."""
+    pool = [random_adapter(shapes, i) for i in range(8)]
+    digests = [weights.weights_digest for weights in pool]
+
+    async def main(loop: EngineLoop) -> None:
+        prober = Prober(loop)
+        for batch, num_steps in ((digests[:5], 2), (digests[3:], 3)):
+            gate.hold()
+            probing = asyncio.create_task(prober.shifts(batch))
+            assert all(shift > 0.0 for shift in await probing)
+            assert loop.engine.num_steps == num_steps
+
+    raise NotImplementedError

@@ -28,9 +28,16 @@ def adapter(digest: str, rank: int, *other_ranks: int) -> FittedAdapter:
 
 
 def try_pin(residency: Residency, *adapters: FittedAdapter) -> bool:
-    """Pin with the weights of all at hand."""
+    """Pin with the weights of all at hand, and settle."""
     by_digest = {adapter.weights_digest: adapter for adapter in adapters}
-    return residency.try_pin(list(by_digest), by_digest)
+    is_pinned = residency.try_pin(list(by_digest), by_digest)
+    residency.settle()
+    return is_pinned
+
+
+def unpin(residency: Residency, *digests: str) -> None:
+    residency.unpin(digests)
+    residency.settle()
 
 
 POOL = [adapter(f"d{i}", rank, 1) for i, rank in enumerate(RANKS)]
@@ -43,6 +50,7 @@ class RowList:
         self.num_rows = num_rows
         self.content: list[tuple[str, int] | None] = [None] * num_rows
         self.active = 0
+        self.num_swapped = 0
 
     def write(self, rows: Sequence[int], adapter: FittedAdapter) -> None:
         assert all(self.content[row] is None for row in rows), "written over another adapter"
@@ -51,6 +59,7 @@ class RowList:
 
     def swap(self, rows: Sequence[int], others: Sequence[int]) -> None:
         assert len(set(rows) | set(others)) == 2 * len(rows) == 2 * len(others)
+        self.num_swapped += len(rows)
         for row, other in zip(rows, others, strict=True):
             self.content[row], self.content[other] = self.content[other], self.content[row]
 
@@ -114,6 +123,20 @@ class ResidencyMachine(RuleBasedStateMachine):
             self.residency.evict(digest)
             self.last_used.remove(digest)
 
+    @rule()
+    def settle(self) -> None:
+        """The prefix holds exactly the pinned; only rows of theirs that lay outside have moved."""
+        pinned = {a.weights_digest: a.max_rank for a in self.pinned()}
+        num_active = sum(pinned.values())
+        outside = [row for digest in pinned for row in self.residency.rows(digest) if row >= num_active]
+        num_swapped = self.bank.num_swapped
+        self.residency.settle()
+        assert self.bank.num_swapped == num_swapped + len(outside)
+        assert self.bank.active == self.residency.active_rows == num_active
+        prefix = self.bank.content[: self.bank.active]
+        assert {held[0] for held in prefix if held is not None} == set(pinned)
+        assert self.residency.rank_indices() == [held[1] for held in prefix if held is not None]
+
     def pinned(self) -> list[FittedAdapter]:
         return [a for plan in self.plans for a in plan]
 
@@ -138,14 +161,6 @@ class ResidencyMachine(RuleBasedStateMachine):
     @invariant()
     def resident_are_the_expected(self) -> None:
         assert self.residency.resident == set(self.last_used)
-
-    @invariant()
-    def prefix_holds_exactly_the_pinned(self) -> None:
-        pinned = {a.weights_digest: a.max_rank for a in self.pinned()}
-        assert self.bank.active == self.residency.active_rows == sum(pinned.values())
-        prefix = self.bank.content[: self.bank.active]
-        assert {held[0] for held in prefix if held is not None} == set(pinned)
-        assert self.residency.rank_indices() == [held[1] for held in prefix if held is not None]
 
     @invariant()
     def rows_hold_their_own_content_in_rank_order(self) -> None:
@@ -178,7 +193,7 @@ def test_a_plan_that_needs_pinned_rows_waits_until_they_are_unpinned() -> None:
     first, second = adapter("first", 3), adapter("second", 2)
     assert try_pin(residency, first)
     assert not try_pin(residency, second)
-    residency.unpin(["first"])
+    unpin(residency, "first")
     assert try_pin(residency, second)
     assert residency.resident == {"second"}
 
@@ -187,9 +202,9 @@ def test_an_adapter_stays_active_until_its_last_pin_goes() -> None:
     residency = Residency(RowList(4))
     shared = adapter("shared", 3)
     assert try_pin(residency, shared) and try_pin(residency, shared)
-    residency.unpin(["shared"])
+    unpin(residency, "shared")
     assert residency.active_rows == 3
-    residency.unpin(["shared"])
+    unpin(residency, "shared")
     assert residency.active_rows == 0
 
 
@@ -200,13 +215,14 @@ def test_rows_of_the_real_bank_move_with_their_adapter_and_are_cleared_when_it_g
     weights = [AdapterWeights(str(i), {"m": ModuleWeights(random(2, 3), random(2, 2), 0.5)}) for i in range(3)]
     pool = [bank.fit(each) for each in weights]
     assert try_pin(residency, pool[0]) and try_pin(residency, pool[1])
-    residency.unpin(["0"])  # moves behind the active prefix
+    unpin(residency, "0")  # moves behind the active prefix
     module = bank.modules["m"]
     torch.testing.assert_close(module.a, weights[1].modules["m"].lora_a)
     torch.testing.assert_close(module.bt, weights[1].modules["m"].lora_b.T * 0.5)
-    assert residency.try_pin(["0"], {})  # comes back without being written again
+    assert residency.try_pin(["0"], {}), "it comes back without being written again"
+    residency.settle()
     torch.testing.assert_close(module.a[residency.rows("0")], weights[0].modules["m"].lora_a)
-    residency.unpin(["0", "1"])
+    unpin(residency, "0", "1")
     assert try_pin(residency, pool[2])
     bank.set_active(bank.num_rows)
     held = [row for digest in residency.resident for row in residency.rows(digest)]

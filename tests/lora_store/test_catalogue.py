@@ -113,7 +113,7 @@ def test_the_rule_holds_against_a_rival_who_commits_between_check_and_write(loca
 
 def test_a_writer_who_always_comes_second_gives_up_by_name(location, make_record):
     pauses = []
-    catalogue, rival = Catalogue(location, pauses.append), Catalogue(location)
+    catalogue, rival = Catalogue(location, pauses.append, max_attempts=10), Catalogue(location)
 
     def events(snapshot):
         rival.commit(_publish(make_record(f"r{snapshot.generation}")))
@@ -123,7 +123,7 @@ def test_a_writer_who_always_comes_second_gives_up_by_name(location, make_record
         catalogue.commit(events)
     snapshot = Catalogue(location).snapshot()
     assert ("local", "ours") not in snapshot.records
-    assert len(snapshot.records) == caught.value.attempts == len(pauses)
+    assert len(snapshot.records) == caught.value.attempts == len(pauses) == 10
     assert max(pauses) <= 1 and len(set(pauses)) == len(pauses)  # spread, so that rivals part
 
 

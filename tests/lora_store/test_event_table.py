@@ -30,13 +30,20 @@ def rows(make_record):
     return lambda name, generation: table_of([Publish(make_record(name))], generation)
 
 
+def _refreshed(table):
+    """The new rows, folded in."""
+    rows, files = table.refresh()
+    table.taken(files)
+    return rows
+
+
 def _names(table):
     return sorted(table["name"].to_pylist())
 
 
 def _filled(location, rows, number):
     table = EventTable(location)
-    table.refresh()
+    _refreshed(table)
     for version in range(1, number + 1):
         assert table.append(rows(f"a{version}", version), version)
     return table
@@ -44,34 +51,34 @@ def _filled(location, rows, number):
 
 def test_each_file_is_given_out_once(location, rows):
     table = _filled(location, rows, 2)
-    assert _names(table.refresh()) == ["a1", "a2"]
-    assert table.refresh().num_rows == 0
+    assert _names(_refreshed(table)) == ["a1", "a2"]
+    assert _refreshed(table).num_rows == 0
     assert table.append(rows("a3", 3), 3)
-    assert (_names(table.refresh()), table.version) == (["a3"], 3)
+    assert (_names(_refreshed(table)), table.version) == (["a3"], 3)
 
 
 def test_an_append_at_a_version_that_is_taken_changes_nothing(location, rows):
     table, rival = EventTable(location), EventTable(location)
     assert rival.append(rows("rival", 1), 1)
     assert not table.append(rows("ours", 1), 1)
-    assert _names(table.refresh()) == ["rival"]
+    assert _names(_refreshed(table)) == ["rival"]
     assert not table.append(rows("ours", 1), 1)
 
 
 def test_a_reader_whose_files_are_vacuumed_under_it_reads_the_compacted_ones(location, rows):
     writer, late, new = _filled(location, rows, 3), RivalFirst(location), RivalFirst(location)
-    late.refresh()
+    _refreshed(late)
     assert writer.append(rows("a4", 4), 4)
 
     def vacuum():
         writer.tidy(before=LATER)
 
     late.rival = vacuum
-    found = late.refresh()
+    found = _refreshed(late)
     assert "a4" in _names(found) and late.version == 5
     assert writer.append(rows("a5", 6), 6)
     new.rival = vacuum
-    assert _names(new.refresh()) == ["a1", "a2", "a3", "a4", "a5"]
+    assert _names(_refreshed(new)) == ["a1", "a2", "a3", "a4", "a5"]
 
 
 def test_data_files_that_are_gone_are_told(location, rows):
@@ -79,7 +86,7 @@ def test_data_files_that_are_gone_are_told(location, rows):
     files = Files(location)
     files.delete([file.name for file in files.entries() if file.name.endswith("zstd.parquet")])
     with pytest.raises(StoreUnavailable, match="data files of the catalogue are missing"):
-        table.refresh()
+        _refreshed(table)
 
 
 def test_tidy_leaves_one_data_file_and_every_row(location, rows):
@@ -92,7 +99,7 @@ def test_tidy_leaves_one_data_file_and_every_row(location, rows):
     assert len([name for name in names if not name.startswith("_delta_log/")]) == 1
     assert "_delta_log/_tmp" not in names
     assert {"_delta_log/_last_checkpoint", f"_delta_log/{6:020}.json"} <= names
-    assert _names(EventTable(location).refresh()) == [f"a{number}" for number in range(1, 6)]
+    assert _names(_refreshed(EventTable(location))) == [f"a{number}" for number in range(1, 6)]
 
 
 def test_what_is_younger_stays_for_the_rival_who_has_yet_to_commit_it(location, rows):

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import itertools
 import pickle
 import time
 from datetime import UTC, datetime
+from uuid import uuid4
 
 import pytest
+from moto.s3.models import s3_backends
 
 from lora_store import Location, StoreUnavailable
 from lora_store.files import Files
@@ -71,3 +74,21 @@ def test_a_folder_that_cannot_be_written_is_unavailable(folder_uri):
         below_a_file.write("a/b", b"x")
     with pytest.raises(StoreUnavailable):
         below_a_file.read("a/b")
+
+
+def test_what_is_deleted_while_it_is_read_is_not_there(s3_endpoint):
+    name = uuid4().hex
+    files = Files(Location(s3_endpoint.uri("vanishing")))
+    files.write(name, b"x")
+    requests = itertools.count()
+
+    def delete_before_the_second() -> None:
+        if next(requests) == 1:  # the first one asked whether it is there
+            s3_backends["123456789012"]["aws"].delete_object("pool", f"vanishing/{name}")
+
+    s3_endpoint.on_request = delete_before_the_second
+    try:
+        assert files.read(name) is None
+    finally:
+        s3_endpoint.on_request = lambda: None
+    assert next(requests) > 2

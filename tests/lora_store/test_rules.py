@@ -148,3 +148,28 @@ def test_an_encoder_is_not_activated_over_a_publish_that_came_first(store, open_
     with pytest.raises(EncoderIncomplete) as caught:
         store.activate_encoder("model", "new", "me")
     assert caught.value.missing == (staged.ref,)
+
+
+def test_a_publish_of_what_must_be_live_still_leaves_an_update_and_a_withdrawal_alone(store, publish):
+    old = publish(seed=0)
+    new = publish(seed=1)
+    generation = store.snapshot().generation
+    assert store.commit([old], [embedding(encoder="new")], [1.0], "me", "live") == generation
+    assert store.commit([new], [embedding(encoder="new")], [1.0], "me", "live") == generation + 1
+    assert store.snapshot().resolve("local", "poet").encoder == "new"
+    store.withdraw("local", ["poet"], "me")
+    store.commit([new], [embedding(encoder="other")], [1.0], "me", "live")
+    assert dict(store.snapshot().records) == {}
+
+
+def test_a_publish_of_what_must_be_kept_is_refused_once_it_is_withdrawn(store, publish):
+    old, _ = publish(seed=0), publish(seed=1)
+    again = store.restage(old.record)
+    store.commit([again], [embedding()], [1.0], "me", "kept")
+    assert store.snapshot().resolve("local", "poet").ref == old.ref
+    again = store.restage(old.record)
+    store.withdraw("local", ["poet"], "me")
+    with pytest.raises(AdapterNotFound, match="poet@"):
+        store.commit([again], [embedding()], [1.0], "me", "kept")
+    assert dict(store.snapshot().records) == {}
+    store.discard([again])
