@@ -26,7 +26,7 @@ class WorkerConfig:
     max_step_tokens: int = 1024  # prompt and decode tokens in one forward pass
     max_waiting: int = 2048  # requests queued before the engine refuses
     host_cache_bytes: int = 1 << 30  # adapter weights kept in host memory
-    load_threads: int = 4
+    load_threads: int = 2  # they decode and check; no thread waits for a fetch
 
     def __post_init__(self) -> None:
         for field in ("bank_rank_rows", "max_batch_size", "max_model_len", "max_waiting", "load_threads"):

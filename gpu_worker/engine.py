@@ -173,9 +173,13 @@ class Engine:
                 self.waiting.append(row)
             elif not self._try_start(row):
                 self.waiting.append(row)
-                reserved = reserved or row.num_passes > _MAX_PASSES
+                reserved = reserved or (row.num_passes > _MAX_PASSES and not self._is_loading(row))
         if len(self.running) > num_running:
             self.residency.settle()
+
+    def _is_loading(self, row: Row) -> bool:
+        """Whether it is a load that the row waits for, which nobody behind it could speed up by waiting too."""
+        return any(not load.done() for digest, load in row.loads.items() if digest not in self.residency)
 
     def _try_start(self, row: Row) -> bool:
         """True when the row runs or has failed, False when it must wait."""

@@ -7,9 +7,12 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Collection
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import TypeVar
+
+from torch import Tensor
 
 from gpu_worker.engine import Engine
 from gpu_worker.errors import EngineStopped
@@ -20,6 +23,7 @@ from gpu_worker.row import Row
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
+_Events = asyncio.Queue[Delta | Exception]
 
 
 class EngineLoop:
@@ -37,19 +41,12 @@ class EngineLoop:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    async def stream(self, job: Job, *, keep_logits: bool = False) -> AsyncGenerator[Delta]:
+    async def stream(self, job: Job) -> AsyncGenerator[Delta]:
         """Yield text as it is made: the first piece at once, then what came in each interval, together.
 
         Leaving the iterator early cancels the request. Raises: what the engine says of this job alone.
         """
-        loop = asyncio.get_running_loop()
-        events: asyncio.Queue[Delta | Exception] = asyncio.Queue()
-
-        def sink(event: Delta | Exception) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, event)
-
-        row = await asyncio.to_thread(self.engine.prepare, job, sink, keep_logits=keep_logits)
-        self._command(lambda: self._submit(row))
+        [(row, events)] = await self._submit_all([job])
         try:
             while True:
                 delta = _merged(await events.get(), events)
@@ -60,13 +57,25 @@ class EngineLoop:
         finally:
             self._commands.put(lambda: self.engine.cancel(row))
 
-    async def complete(self, job: Job, *, keep_logits: bool = False) -> tuple[Completion, Delta]:
+    async def complete(self, job: Job) -> tuple[Completion, Delta]:
         """The whole answer, and its last delta."""
-        parts = [delta async for delta in self.stream(job, keep_logits=keep_logits)]
+        parts = [delta async for delta in self.stream(job)]
         last = parts[-1]
         assert last.finish_reason is not None
         text = "".join(part.text for part in parts)
         return Completion(text, last.num_prompt_tokens, last.num_new_tokens, last.finish_reason), last
+
+    async def first_logits(self, jobs: Sequence[Job]) -> list[Tensor | Exception]:
+        """(V,) float32 after each job's prompt, or what the engine says of it; the jobs enter the queue together.
+
+        Raises: what cannot be asked at all, such as PromptTooLong, EngineStopped.
+        """
+        asked = await self._submit_all(jobs, keep_logits=True)
+        try:
+            return [await _first_logits(events) for _, events in asked]
+        finally:
+            for row, _ in asked:
+                self._commands.put(partial(self.engine.cancel, row))
 
     async def preload(self, digests: Collection[str]) -> None:
         """Return when these weights are at hand, as far as they can be had. Raises: EngineStopped."""
@@ -103,6 +112,21 @@ class EngineLoop:
                 raise EngineStopped("the engine has stopped")
             self._commands.put(command)
 
+    async def _submit_all(self, jobs: Sequence[Job], *, keep_logits: bool = False) -> list[tuple[Row, _Events]]:
+        """Each job's row and what it is told; all are queued between the same two steps."""
+        loop = asyncio.get_running_loop()
+        told: list[_Events] = [asyncio.Queue() for _ in jobs]
+
+        def prepare(job: Job, events: _Events) -> Row:
+            def sink(event: Delta | Exception) -> None:
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+            return self.engine.prepare(job, sink, keep_logits=keep_logits)
+
+        rows = await asyncio.to_thread(lambda: [prepare(*each) for each in zip(jobs, told, strict=True)])
+        self._command(lambda: self._submit(rows))
+        return list(zip(rows, told, strict=True))
+
     async def _ask(self, question: Callable[[], _T]) -> _T:
         """The engine's answer, between two steps. Raises: EngineStopped, and what the engine says."""
         answer: Future[_T] = Future()
@@ -118,11 +142,12 @@ class EngineLoop:
         self._command(give)
         return await asyncio.wrap_future(answer)
 
-    def _submit(self, row: Row) -> None:
-        try:
-            self.engine.submit(row)
-        except Exception as exc:
-            self.engine.send(row, exc)
+    def _submit(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            try:
+                self.engine.submit(row)
+            except Exception as exc:
+                self.engine.send(row, exc)
 
     def _run(self) -> None:
         try:
@@ -155,7 +180,16 @@ def _nothing() -> None:
     """A command whose only use is to wake the engine's thread."""
 
 
-def _merged(first: Delta | Exception, events: asyncio.Queue[Delta | Exception]) -> Delta:
+async def _first_logits(events: _Events) -> Tensor | Exception:
+    while True:
+        event = await events.get()
+        if isinstance(event, Exception):
+            return event
+        if event.first_logits is not None:
+            return event.first_logits
+
+
+def _merged(first: Delta | Exception, events: _Events) -> Delta:
     """`first` with everything queued after it, as one delta. Raises: the exception among them."""
     merged = first
     while not isinstance(merged, Exception):

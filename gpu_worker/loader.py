@@ -46,6 +46,7 @@ class AdapterLoader:
                 self._loads.move_to_end(digest)
                 return self._loads[digest]
             future: Future[FittedAdapter] = Future()
+            future.set_running_or_notify_cancel()  # many share it: nobody who leaves may cancel it
             self._loads[digest] = future
         try:
             self._fetch(digest).add_done_callback(lambda fetched: self._submit_fit(digest, fetched, future))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 from collections.abc import Sequence
 
@@ -33,21 +32,25 @@ class Prober:
         0.0 when the shift drowns in rounding. Raises: what the engine says of the base model's own run.
         """
         if self._base is None:
-            self._base = await self._first_logits(BASE_PLAN)
-        await self._loop.preload(weights_digests)  # a step costs little more for many rows than for one: let there be one
-        return await asyncio.gather(*[self._shift(self._base, digest) for digest in weights_digests])
+            [base] = await self._loop.first_logits([self._job(BASE_PLAN)])
+            if isinstance(base, Exception):
+                raise base
+            self._base = base
+        await self._loop.preload(weights_digests)  # a step takes hardly longer for many rows: let there be one
+        plans = [_plan_of(digest) for digest in weights_digests]
+        adapted = await self._loop.first_logits([self._job(plan) for plan in plans])
+        noise = _NOISE[self._loop.engine.base.dtype]
+        shifts = [logits if isinstance(logits, Exception) else _shift(self._base, logits) for logits in adapted]
+        return [0.0 if isinstance(shift, float) and shift <= noise else shift for shift in shifts]
 
-    async def _shift(self, base: Tensor, weights_digest: str) -> float | Exception:
-        adapter = PlannedAdapter(AdapterRef("probe", "probe", weights_digest), weights_digest, 1.0)
-        try:
-            adapted = await self._first_logits(Plan("selection", (adapter,)))
-        except Exception as exc:
-            return exc
-        shift = float((adapted - base).abs().max() / base.abs().max())
-        return shift if shift > _NOISE[self._loop.engine.base.dtype] else 0.0
+    def _job(self, plan: Plan) -> Job:
+        return Job(f"probe-{next(self._numbers)}", PROMPT, plan, SamplingParams(max_tokens=1, temperature=0))
 
-    async def _first_logits(self, plan: Plan) -> Tensor:
-        job = Job(f"probe-{next(self._numbers)}", PROMPT, plan, SamplingParams(max_tokens=1, temperature=0))
-        _, last = await self._loop.complete(job, keep_logits=True)
-        assert last.first_logits is not None
-        return last.first_logits
+
+def _shift(base: Tensor, adapted: Tensor) -> float:
+    return float((adapted - base).abs().max() / base.abs().max())
+
+
+def _plan_of(weights_digest: str) -> Plan:
+    adapter = PlannedAdapter(AdapterRef("probe", "probe", weights_digest), weights_digest, 1.0)
+    return Plan("selection", (adapter,))

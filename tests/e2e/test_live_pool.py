@@ -77,7 +77,9 @@ def test_running_rows_keep_the_version_they_began_with(live: Live, seed: int, sc
 async def _update_midway(live: Live, folder: object, num_streams: int) -> tuple[list[tuple[str, float]], float, str]:
     started = asyncio.Event()
     streams = asyncio.create_task(stream_texts(live, ["tides"] * num_streams, 300, started=started))
-    await asyncio.wait_for(started.wait(), 60)
+    await asyncio.wait({streams, asyncio.create_task(started.wait())}, timeout=60, return_when="FIRST_COMPLETED")
+    assert not streams.done(), f"the streams ended before the update: {streams.result()}"
+    assert started.is_set()
     async with httpx.AsyncClient(timeout=60) as client:
         answer = await client.post(f"{live.url}/v1/loras", json={"path": str(folder)})
         assert answer.status_code == 201, answer.text

@@ -142,6 +142,28 @@ def test_stalled_fetches_leave_the_others_token_times_as_they_were(
         assert_same(answer, alone(job, by_digest(*slow)))
 
 
+def test_a_row_that_was_passed_over_reserves_nothing_while_its_weights_load(
+    make_engine: MakeEngine, shapes: Shapes, alone: Alone
+) -> None:
+    resident, loading = (random_adapter(shapes, i) for i in range(2))
+    pool, executor = Pool(resident, loading), HeldExecutor()
+    engine = make_engine(pool, executor=executor)
+    warm = ask(engine, greedy("x", only(resident)))
+    executor.release()
+    engine.run_until_idle()
+    assert warm.is_finished
+    stalled = ask(engine, greedy("y", only(loading), "stalled"))
+    engine.waiting[0].num_passes = 1000
+    job = greedy("z", only(resident), "behind")
+    behind = ask(engine, job)
+    steps(engine, 20)
+    assert_same(behind, alone(job, pool.weights))
+    assert not stalled.is_finished
+    executor.release()
+    engine.run_until_idle()
+    assert stalled.is_finished
+
+
 def test_forgetting_idle_weights_frees_them_at_once(make_engine: MakeEngine, shapes: Shapes) -> None:
     gone, kept = random_adapter(shapes, 1, rank=3), random_adapter(shapes, 2, rank=5)
     engine = make_engine(by_digest(gone, kept))

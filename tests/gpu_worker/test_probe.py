@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -16,7 +19,7 @@ from gpu_worker.errors import AdapterLoadFailed, AdapterUnfit, EngineStopped, Pl
 from gpu_worker.probe import Prober
 from lora_store.adapter import AdapterWeights, ModuleWeights
 from lora_store.plan import BASE_PLAN, Plan
-from tests.gpu_worker.driving import assert_nothing_held, by_digest, greedy, run, run_together
+from tests.gpu_worker.driving import PATIENCE_S, assert_nothing_held, by_digest, greedy, run, run_together
 from tests.tiny import plan_of, random_adapter
 
 MakeEngine = Callable[..., Engine]
@@ -79,19 +82,47 @@ def test_without_an_engine_there_is_no_shift(make_engine: MakeEngine, start: Cal
         run(Prober(loop).shifts(["a"]))
 
 
-def test_a_batch_takes_one_step_and_the_base_model_one_more_only_the_first_time(
+def test_a_batch_takes_one_step_and_the_base_model_one_more_the_first_time(
     make_engine: MakeEngine, shapes: Shapes, start: Callable[[Engine], EngineLoop]
 ) -> None:
-    """Loads end one after the other, on a thread: no row runs before all are there."""
+    """Loads end one after the other on a thread of their own, and no row runs before all are there."""
     pool = [random_adapter(shapes, i) for i in range(8)]
     digests = [weights.weights_digest for weights in pool]
 
     async def main(loop: EngineLoop) -> None:
         prober = Prober(loop)
-        for batch, num_steps in ((digests[:5], 2), (digests[3:], 3)):
-            gate.hold()
-            probing = asyncio.create_task(prober.shifts(batch))
-            assert all(shift > 0.0 for shift in await probing)
+        for batch, num_steps in ((digests[:6], 2), (digests[2:], 3), (["missing", *digests], 4)):
+            shifts = await prober.shifts(batch)
+            assert all(isinstance(shift, float) and shift > 0.0 for shift in shifts[-5:])
+            assert (await loop.holdings()).num_running == 0
             assert loop.engine.num_steps == num_steps
 
-    raise NotImplementedError
+    with ThreadPoolExecutor(1) as executor:
+        run(main(start(make_engine(by_digest(*pool), executor=executor))))
+
+
+def test_who_leaves_a_probe_takes_no_load_from_the_others(
+    make_engine: MakeEngine, shapes: Shapes, start: Callable[[Engine], EngineLoop]
+) -> None:
+    weights, may_load = random_adapter(shapes, 1), threading.Event()
+
+    def get(digest: str) -> AdapterWeights:
+        assert may_load.wait(PATIENCE_S)
+        return weights
+
+    async def main(loop: EngineLoop) -> None:
+        prober = Prober(loop)
+        leaving = asyncio.create_task(prober.shifts([weights.weights_digest]))
+        while not loop.engine.loader.loading:
+            await asyncio.sleep(0)
+        await loop.holdings()  # asked after the load: by now the probe waits for it
+        job = greedy("x", plan_of("selection", (weights, 1.0)))
+        staying = asyncio.create_task(loop.complete(job))
+        leaving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        may_load.set()
+        assert (await staying)[0].num_new_tokens == 8
+
+    with ThreadPoolExecutor(1) as executor:
+        run(main(start(make_engine(get, executor=executor))))

@@ -102,6 +102,13 @@ def test_tidy_leaves_one_data_file_and_every_row(location, rows):
     assert _names(_refreshed(EventTable(location))) == [f"a{number}" for number in range(1, 6)]
 
 
+def test_tidy_twice_keeps_the_one_data_file(location, rows):
+    table = _filled(location, rows, 2)
+    table.tidy(before=LATER)
+    table.tidy(before=LATER)
+    assert _names(_refreshed(EventTable(location))) == ["a1", "a2"]
+
+
 def test_what_is_younger_stays_for_the_rival_who_has_yet_to_commit_it(location, rows):
     table, files = _filled(location, rows, 2), Files(location)
     files.write("part-new.parquet", b"rows")

@@ -41,6 +41,7 @@ def test_s3_without_parameters_leaves_endpoint_and_region_to_the_environment():
     options = Location("s3://pool").storage_options
     assert not {"aws_endpoint", "aws_allow_http", "aws_region"} & options.keys()
     assert Location("s3://pool").child("blobs").filesystem()[1] == "pool/blobs"
+    assert Location("s3://pool/x/").child("blobs").filesystem()[1] == "pool/x/blobs"
 
 
 def test_https_is_the_default_and_plain_http_is_asked_for():
