@@ -132,8 +132,8 @@ def test_sweeps_and_collections_never_take_what_is_being_published(store_uri, ma
     assert [check.problem for check in store.verify()] == [None, None]
 
 
-def test_threads_of_one_store_publish_side_by_side(open_store, make_folder, stored, scale: Scale):
-    number = scale.pick("adapters", small=16, full=1000)
+def test_threads_of_one_store_publish_side_by_side(open_store, store_uri, make_folder, stored, scale: Scale):
+    number = scale.pick("adapters", small=16, full=200 if store_uri.startswith("s3://") else 1000)
     store, folders = open_store(), [make_folder(f"a{index}", index) for index in range(number)]
     with ThreadPoolExecutor(32) as threads:
         done = list(threads.map(lambda folder: publish(store, folder, folder.name), folders))

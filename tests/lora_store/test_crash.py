@@ -144,7 +144,6 @@ def _check_whole(store: LoraStore, old_digest: str, folder: Path) -> None:
 def _check_retry(store: LoraStore, folder: Path) -> None:
     done = publish(store, folder, "poet")
     assert store.snapshot().records["local", "poet"].ref.digest == done.digest
-    assert {check.problem for check in store.verify()} == {None}
 
 
 def _check_collected(uri: str, store: LoraStore) -> None:

@@ -164,12 +164,30 @@ def test_verify_names_what_is_damaged_or_missing(store, publish, location):
     assert problems[weights].startswith(f"blob {weights} is corrupted")
 
 
-def test_verify_does_not_miss_what_is_withdrawn_meanwhile(store, open_store, publish):
-    publish("a", seed=0)
-    checks, rival = store.verify(), open_store()
-    gone = rival.withdraw("local", ["a"], "me")
-    assert list(checks) == []
-    assert len(rival.sweep([digest for record in gone.records for digest in record.blobs])) == 2
+def test_verify_does_not_miss_what_is_withdrawn_meanwhile(store, open_store, publish, location):
+    rival = open_store()
+
+    class RivalFirst(BlobStore):
+        def get(self, digest):
+            if ("local", "a") in rival.snapshot().records:
+                gone = rival.withdraw("local", ["a"], "rival").records[0]
+                assert len(rival.sweep(gone.blobs)) == 2
+            return super().get(digest)
+
+    staged = publish("a", seed=0)
+    store._upkeep._blobs = RivalFirst(location.child("blobs"))
+    assert staged.ref not in {check.ref for check in store.verify()}
+    assert dict(rival.snapshot().records) == {}
+
+
+def test_gc_leaves_a_data_file_that_a_rival_has_yet_to_commit(store, publish, clock, location):
+    publish()
+    Files(location.child("catalogue")).write("part-uncommitted.parquet", b"rows")
+    store.gc(0)
+    assert Files(location.child("catalogue")).contains("part-uncommitted.parquet")
+    clock.sleep(2 * 3600)
+    store.gc(0)
+    assert not Files(location.child("catalogue")).contains("part-uncommitted.parquet")
 
 
 def test_real_time_is_the_default(store_uri, make_folder):
