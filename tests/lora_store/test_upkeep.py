@@ -183,6 +183,7 @@ def test_verify_does_not_miss_what_is_withdrawn_meanwhile(store, open_store, pub
 def test_gc_leaves_a_data_file_that_a_rival_has_yet_to_commit(store, publish, clock, location):
     publish()
     Files(location.child("catalogue")).write("part-uncommitted.parquet", b"rows")
+    clock.sleep(1800)
     store.gc(0)
     assert Files(location.child("catalogue")).contains("part-uncommitted.parquet")
     clock.sleep(2 * 3600)
