@@ -57,13 +57,13 @@ def test_an_uploaded_folder_is_the_same_version_as_its_path(live: Live, seed: in
     assert live.call("DELETE", "/v1/loras/chess").status_code == 200
 
 
-def test_running_rows_keep_the_version_they_began_with(live: Live, seed: int, scale: Scale) -> None:
-    versions = [live.folder("tides", seed, "tides"), live.folder("tides", seed + 1, "tides")]
+def test_running_rows_keep_the_version_they_began_with(live: Live, scale: Scale) -> None:
+    versions = [live.folder("tides", seed, "tides") for seed in (1000, 1001)]  # both speak from the first token on
     alone = []
     for folder in versions:
         live.publish(folder)
         alone.append(live.text("tides", max_tokens=300))
-    assert alone[0] != alone[1]
+    assert all(alone) and alone[0] != alone[1]
     num_streams = scale.pick("streams", small=6, full=16)
     for update in range(scale.pick("updates", small=2, full=40)):
         live.publish(versions[update % 2])
