@@ -1,0 +1,41 @@
+"""What goes wrong under a LivePool costs time, never an adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from retriever_svc import SavedIndexes
+from retriever_svc.pool import Pool
+from retriever_svc.saved_index import SavedLists
+from tests.retriever_svc.pool_fakes import Later, Source, live_pool
+from tests.retriever_svc.test_live_pool import ENCODER, TINY, assert_finds_exactly, records_of, saved_in
+
+
+def test_a_generation_that_could_not_be_derived_is_built_anew(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_memory(*_: object) -> Pool:
+        raise MemoryError
+
+    records = records_of(6)
+    source = Source(*records[:3])
+    pools = live_pool(ENCODER, source)
+    monkeypatch.setattr(Pool, "after", no_memory)
+    source.commit(*records[1:])
+    assert pools.catch_up() == 2
+    assert_finds_exactly(pools, records[1:])
+    assert "built anew" in caplog.text
+
+
+def test_a_saved_index_of_another_release_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Unreadable(SavedIndexes):
+        def newest(self, encoder: str) -> SavedLists | None:
+            raise RuntimeError("index type not recognized")
+
+    records, later = records_of(70), Later()
+    unreadable = Unreadable(saved_in(tmp_path)._files)
+    pools = live_pool(ENCODER, Source(*records), settings=TINY, background=later, saved=unreadable)
+    assert_finds_exactly(pools, records)
+    assert "cannot be used" in caplog.text
