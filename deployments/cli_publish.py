@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from deployments.cli_http import DEFAULT_URL, Url, client_of, err, is_this_machi
 
 commands = typer.Typer()
 _BATCH = 64
+_REQUESTS_AT_ONCE = 2
 _PAUSES_S = (1.0, 2.0, 4.0)
 _TRY_AGAIN = 503
 Answered = tuple[Path, dict[str, Any]]  # a folder, and what the server says of it: a status, and an error or the rest
@@ -32,9 +34,14 @@ class Publishing:
     sleep: Callable[[float], None] = time.sleep
 
     def by_path(self, folders: Sequence[Path]) -> Iterator[Answered]:
-        """The server reads the folders itself, many of them in one commit."""
-        for start in range(0, len(folders), _BATCH):
-            yield from self._until_done(folders[start : start + _BATCH], self._post_paths)
+        """The server reads the folders itself, many of them in one commit, and has the next request before it is done."""
+        batches = [folders[start : start + _BATCH] for start in range(0, len(folders), _BATCH)]
+        pool = ThreadPoolExecutor(_REQUESTS_AT_ONCE)
+        try:
+            for answered in pool.map(lambda batch: list(self._until_done(batch, self._post_paths)), batches):
+                yield from answered
+        finally:
+            pool.shutdown(cancel_futures=True)  # an interrupted command sends no more
 
     def by_upload(self, folders: Sequence[Path]) -> Iterator[Answered]:
         """The folders' files are sent, one folder a request."""

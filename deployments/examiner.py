@@ -12,6 +12,7 @@ from deployments.retriever import Embedded
 from lora_store import AdapterRecord, AdapterRef, AdapterRefused, Staged
 
 EXAMINED_TOGETHER = 32  # adapters embedded by one call and probed at once
+_BATCHES_AT_ONCE = 2  # two replicas of a deployment have work then, and one embeds while the other probes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,11 +45,15 @@ class Examiner:
         Raises: what the Retriever says of a batch as a whole.
         """
         new = list({item.ref: item for item in staged if isinstance(item, Staged) and item.ref not in live}.values())
-        known: dict[AdapterRef, Outcome] = dict(live)
-        for start in range(0, len(new), EXAMINED_TOGETHER):
-            batch = new[start : start + EXAMINED_TOGETHER]
-            outcomes = await self._examine_batch(batch)
-            known |= {item.ref: outcome for item, outcome in zip(batch, outcomes, strict=True)}
+        slots = asyncio.Semaphore(_BATCHES_AT_ONCE)
+        batches = [new[start : start + EXAMINED_TOGETHER] for start in range(0, len(new), EXAMINED_TOGETHER)]
+        examined = await asyncio.gather(*[self._examine_in(slots, batch) for batch in batches], return_exceptions=True)
+        outcomes: list[Outcome] = []
+        for answer in examined:  # none is under way any more when the whole fails
+            if isinstance(answer, BaseException):
+                raise answer
+            outcomes += answer
+        known = dict(live) | {item.ref: outcome for item, outcome in zip(new, outcomes, strict=True)}
         return [known[item.ref] if isinstance(item, Staged) else item for item in staged]
 
     async def embed_again(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
@@ -57,6 +62,10 @@ class Examiner:
         embedded = await self._retriever.embed.remote([item.staged.samples for item in old])
         anew = {id(item): replace(item, embedded=e) for item, e in zip(old, embedded, strict=True)}
         return [anew.get(id(outcome), outcome) for outcome in outcomes]
+
+    async def _examine_in(self, slots: asyncio.Semaphore, batch: Sequence[Staged]) -> list[Outcome]:
+        async with slots:
+            return await self._examine_batch(batch)
 
     async def _examine_batch(self, batch: Sequence[Staged]) -> list[Outcome]:
         probing = asyncio.gather(self._probe(batch))

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from deployments.cli import cli
 
-Answer = tuple[int, Any]  # status; JSON body, or the body's text
+Answer = tuple[int, Any]  # status; JSON body, or the body's text, or what makes one of the JSON that was sent
 
 
 @dataclass
@@ -43,6 +43,7 @@ class _Handler(BaseHTTPRequestHandler):
         script.content_types.append(self.headers.get("content-type") or "")
         script.bodies.append(self.rfile.read(int(self.headers.get("content-length") or 0)))
         status, body = script.answers.pop(0) if len(script.answers) > 1 else script.answers[0]
+        body = body(json.loads(script.bodies[-1])) if callable(body) else body
         self.send_response(status)
         self.end_headers()
         self.wfile.write((body if isinstance(body, str) else json.dumps(body)).encode())

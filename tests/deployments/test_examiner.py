@@ -46,6 +46,23 @@ def test_equal_versions_are_examined_once_and_batches_are_bounded() -> None:
     assert [len(digests) for (digests,) in worker.called("probe_many")] == [EXAMINED_TOGETHER, 1]
 
 
+def test_a_second_batch_is_examined_while_the_first_one_is() -> None:
+    class Waiting(FakeWorker):
+        """Answers one call when it has got two."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.has_two = asyncio.Barrier(2)
+
+        async def probe_many(self, weights_digests: list[str]) -> list[float | Exception]:
+            await self.has_two.wait()
+            return await super().probe_many(weights_digests)
+
+    items = [staged(f"a{number}") for number in range(2 * EXAMINED_TOGETHER)]
+    outcomes, _ = examine(*items, worker=Waiting())
+    assert [outcome.staged for outcome in outcomes if isinstance(outcome, Examined)] == items
+
+
 def test_a_worker_that_dies_is_each_adapters_error() -> None:
     outcomes, _ = examine(staged("one"), staged("two"), worker=FakeWorker(failure=RayActorError()))
     assert [isinstance(outcome, RayActorError) for outcome in outcomes] == [True, True]
