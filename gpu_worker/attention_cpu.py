@@ -89,9 +89,8 @@ def _decode(
     values = plan.cache.values[layer][group.rows, :, : group.read_len]
     num_rows, num_heads, _, head_dim = keys.shape
     queries = query[0][:, group.tokens].transpose(0, 1).reshape(num_rows, num_heads, -1, head_dim)  # (G, H, Q/H, D)
-    scores = torch.matmul(queries, keys.transpose(2, 3)).float() * scaling
-    scores = scores.masked_fill(group.hidden(sliding_window), float("-inf"))
-    attended = torch.matmul(scores.softmax(dim=-1).to(values.dtype), values)
+    bias = group.bias(sliding_window, query.dtype)
+    attended = scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scaling)
     return attended.reshape(num_rows, -1, head_dim)
 
 

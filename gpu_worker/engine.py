@@ -20,7 +20,7 @@ from gpu_worker.holdings import Holdings
 from gpu_worker.inject import inject, target_linears
 from gpu_worker.kv_cache import KvCache
 from gpu_worker.loader import AdapterLoader, Fetch
-from gpu_worker.lora_linear import LoraBank
+from gpu_worker.bank import LoraBank
 from gpu_worker.mapping import StepContext, token_mapping
 from gpu_worker.prepare import Preparer
 from gpu_worker.request import Delta

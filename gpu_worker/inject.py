@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from torch import nn
+from transformers import PreTrainedModel
 
+from gpu_worker.bank import LoraBank
 from gpu_worker.errors import BaseModelUnsupported
-from gpu_worker.lora_linear import LoraBank, LoraLinear
+from gpu_worker.lora_linear import LoraLinear
 from gpu_worker.mapping import StepContext
+from gpu_worker.packed_linear import packed
 
 
 def target_linears(model: nn.Module, output_head: nn.Module | None) -> dict[str, nn.Linear]:
@@ -21,10 +24,13 @@ def target_linears(model: nn.Module, output_head: nn.Module | None) -> dict[str,
     return linears
 
 
-def inject(model: nn.Module, bank: LoraBank, step: StepContext) -> None:
-    """Replace every module of `bank` in `model`, in place; the base weights are shared, not copied."""
+def inject(model: PreTrainedModel, bank: LoraBank, step: StepContext) -> None:
+    """Replace every module of `bank` in `model`, in place; base weights are packed where that pays."""
     for name, module_bank in bank.modules.items():
         parent_name, _, leaf = name.rpartition(".")
         parent = model.get_submodule(parent_name)
         linear = getattr(parent, leaf)
-        setattr(parent, leaf, LoraLinear(linear, module_bank, step))
+        setattr(parent, leaf, LoraLinear(packed(linear), module_bank, step))
+    head = model.get_output_embeddings()
+    if isinstance(head, nn.Linear):
+        model.set_output_embeddings(packed(head))

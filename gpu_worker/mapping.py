@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.attention_plan import AttentionPlan
+from gpu_worker.bank import InputBank
 from gpu_worker.residency import Residency
 from lora_store.plan import Plan
 
@@ -17,13 +18,13 @@ from lora_store.plan import Plan
 class TokenMapping:
     """The mapping matrix, expanded to tokens. Dims: N tokens, P active rank rows, R widest adapter's rank.
 
-    weights (N, P): m_bs of the token's row at every rank row of adapter s, 0 elsewhere.
+    weights (P, 1, N): m_bs of the token's row at every rank row of adapter s, 0 elsewhere.
     by_rank (P, R): 1 where a rank row holds rank index r of its adapter.
-    fusion (N, 1): tokens whose plan is a fusion; None when no token's is.
+    fusion (N,): tokens whose plan is a fusion; None when no token's is.
     """
 
     weights: Tensor
-    member: Tensor  # (N, P) bool, weights != 0
+    absent: Tensor  # (P, 1, N) bool, weights == 0
     by_rank: Tensor
     fusion: Tensor | None
 
@@ -37,10 +38,11 @@ class StepContext:
     def __init__(self) -> None:
         self._mapping: TokenMapping | None = None
         self._attention: AttentionPlan | None = None
+        self._last: tuple[Tensor, InputBank, Tensor] | None = None  # the input composed last, by what, and into what
 
     def fill(self, mapping: TokenMapping | None, attention: AttentionPlan) -> None:
         """Set up the next forward pass; `mapping` is None when no token of the step has an adapter."""
-        self._mapping, self._attention = mapping, attention
+        self._mapping, self._attention, self._last = mapping, attention, None
 
     @property
     def has_adapters(self) -> bool:
@@ -51,8 +53,15 @@ class StepContext:
         assert self._attention is not None, "the step context was not filled"
         return self._attention
 
+    def composed(self, x: Tensor, bank: InputBank) -> Tensor:
+        """compose(A · x) for all M modules of `bank`: (..., N, I) -> (P, M, N); once for modules called in turn."""
+        if self._last is None or self._last[0] is not x or self._last[1] is not bank:
+            h = (bank.a @ x.flatten(0, -2).T).view(-1, bank.num_modules, x.shape[-2])
+            self._last = x, bank, self.compose(h)
+        return self._last[2]
+
     def compose(self, h: Tensor) -> Tensor:
-        """The step between the two LoRA products: (N, P) -> (N, P).
+        """The step between the two LoRA products: (P, M, N) -> (P, M, N). `h` may be changed in place.
 
         mixture, selection:  h_s <- m_bs h_s
         fusion:              u = sum_s m_bs h_s by rank index;  h_s <- m_bs u
@@ -62,11 +71,12 @@ class StepContext:
         """
         mapping = self._mapping
         assert mapping is not None, "compose is called only where has_adapters"
-        mixed = torch.where(mapping.member, h * mapping.weights, 0)
+        mixed = h.mul_(mapping.weights).masked_fill_(mapping.absent, 0)
         if mapping.fusion is None:
             return mixed
-        u = mixed.masked_fill(~mapping.fusion, 0) @ mapping.by_rank  # (N, R)
-        fused = torch.where(mapping.member, (u @ mapping.by_rank.T) * mapping.weights, 0)
+        summed = mixed.masked_fill(~mapping.fusion, 0).flatten(1)
+        u = mapping.by_rank @ (mapping.by_rank.T @ summed)  # (P, M · N), by way of (R, M · N)
+        fused = u.view_as(mixed).mul_(mapping.weights).masked_fill_(mapping.absent, 0)
         return torch.where(mapping.fusion, fused, mixed)
 
 
@@ -86,7 +96,7 @@ def token_mapping(
     rank_of = torch.tensor(residency.rank_indices())
     by_rank = torch.nn.functional.one_hot(rank_of, int(rank_of.max()) + 1).to(dtype)
     repeats = torch.tensor(num_tokens)
-    weights = rows.repeat_interleave(repeats, dim=0).to(dtype)
+    weights = rows.repeat_interleave(repeats, dim=0).T.to(dtype).contiguous()[:, None]
     is_fusion = torch.tensor([plan.strategy == "fusion" for plan in plans])
-    fusion = is_fusion.repeat_interleave(repeats)[:, None] if bool(is_fusion.any()) else None
-    return TokenMapping(weights, weights != 0, by_rank, fusion)
+    fusion = is_fusion.repeat_interleave(repeats) if bool(is_fusion.any()) else None
+    return TokenMapping(weights, weights == 0, by_rank, fusion)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpu_worker.argmax import argmax
 from gpu_worker.request import SamplingParams
 
 _GREEDY_BELOW = 1e-5  # temperatures at which the best id holds all of the mass
@@ -32,8 +33,7 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int | None]:
     for row, draw in enumerate(draws):
         if draw.forbidden:
             logits[row, list(draw.forbidden)] = float("-inf")
-    best = logits.max(dim=-1)  # NaN anywhere in a row makes its maximum NaN
-    greedy, finite = best.indices.tolist(), best.values.isfinite().tolist()
+    greedy, finite = argmax(logits)
     tokens: list[int | None] = []
     for row, draw in enumerate(draws):
         if not finite[row]:

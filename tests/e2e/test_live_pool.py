@@ -6,11 +6,15 @@ import asyncio
 import itertools
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import cast
 
 import httpx
 import pytest
 import ray
+from ray.serve.handle import DeploymentHandle
 
+from deployments.weights_fetcher import WeightsFetcher
 from tests.e2e.live import Live, completion, eventually, eventually_equal, stream_texts
 from tests.soak import Scale
 
@@ -171,6 +175,33 @@ def test_a_store_replica_that_dies_costs_no_request(live: Live, seed: int) -> No
     assert [text for text, _ in again] == list(texts.values())
     for name in texts:
         assert live.call("DELETE", f"/v1/loras/{name}").status_code == 200
+
+
+class _DyingStore:
+    """The Store's handle, whose replica is killed between the first answer to `fetch` and the use of it."""
+
+    def __init__(self, live: Live) -> None:
+        self._live = live
+        self.num_asked = 0
+        self.fetch = self
+
+    async def remote(self, digest: str) -> object:
+        self.num_asked += 1
+        answer = await self._live.handle("Store").fetch.remote(digest)
+        if self.num_asked == 1:
+            assert self._live.kill_replicas("Store") == 1
+        return answer
+
+
+def test_a_store_replica_that_dies_between_fetch_and_get_is_asked_again(live: Live, seed: int) -> None:
+    live.publish(live.folder("anchor", seed, "anchors"))
+    digest = live.call("GET", "/v1/loras/anchor").json()["weights_digest"]
+    store = _DyingStore(live)
+    with ThreadPoolExecutor(1) as executor:
+        weights = asyncio.run(WeightsFetcher(cast(DeploymentHandle, store), executor).fetch(digest))
+    assert weights.weights_digest == digest
+    assert store.num_asked > 1, "what the dead replica put into the object store was still there"
+    live.call("DELETE", "/v1/loras/anchor")
 
 
 def test_a_new_retriever_replica_knows_all_before_it_is_asked(live: Live, seed: int) -> None:

@@ -105,23 +105,34 @@ def test_every_segment_is_attended_once_and_decodes_read_enough(name: str) -> No
     plan = attention_plan(new_cache(), segments)
     covered = [token for segment in plan.prefill for token in range(segment.start, segment.end)]
     for group in plan.decode:
-        covered += group.tokens.tolist()
-        longest = int(group.lengths.max())
-        assert longest <= group.read_len <= max(64, 2 * longest)
-        assert group.read_len <= MAX_LEN
+        covered += torch.arange(segments[-1].end)[group.tokens].tolist()
+        assert group.read_len == int(group.lengths.max())
     assert sorted(covered) == list(range(segments[-1].end))
 
 
-@pytest.mark.parametrize(("total_len", "read_len"), [(2, 64), (64, 64), (65, 128), (128, 128), (129, 150), (150, 150)])
-def test_lengths_are_read_in_a_few_sizes_never_past_the_cache(total_len: int, read_len: int) -> None:
-    [group] = attention_plan(new_cache(max_len=150), [Segment(0, 0, 1, total_len - 1)]).decode
-    assert group.read_len == read_len
+@pytest.mark.parametrize(
+    ("lengths", "groups"),
+    [
+        ({0: 50, 1: 90, 2: 20}, [slice(0, 3)]),
+        ({0: 50, 2: 50, 3: 50}, [slice(0, 1), slice(2, 4)]),
+        ({0: 50, 1: 50, 2: 2000}, [slice(0, 2), slice(2, 3)]),
+        ({0: 2000, 1: 50, 2: 2000}, [slice(0, 1), slice(1, 2), slice(2, 3)]),
+        ({0: 2000, 1: 1000, 2: 900}, [slice(0, 2), slice(2, 3)]),
+    ],
+    ids=["like lengths", "a hole", "a long one", "a short one", "no longer worth it"],
+)
+def test_a_group_ends_where_reading_on_costs_more_than_another_one(
+    lengths: dict[int, int], groups: list[slice]
+) -> None:
+    plan = attention_plan(new_cache(2048), layout(*[(row, 1, length - 1) for row, length in lengths.items()]))
+    assert [group.rows for group in plan.decode] == groups
 
 
 def test_adjacent_rows_are_read_as_a_view() -> None:
     plan = attention_plan(new_cache(), layout((3, 1, 5), (1, 1, 6), (2, 1, 7)))
     [group] = plan.decode
     assert group.rows == slice(1, 4)
+    assert isinstance(group.tokens, Tensor)
     assert group.tokens.tolist() == [1, 2, 0], "tokens follow the rows' order"
     assert group.lengths.tolist() == [7, 8, 6]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from gpu_worker.lora_linear import LoraBank
+from gpu_worker.bank import LoraBank
 from lora_store.adapter import AdapterWeights, ModuleWeights
 
 NUM_ROWS = 8

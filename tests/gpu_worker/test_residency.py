@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from gpu_worker.errors import PlanTooLarge
 from gpu_worker.fitting import FittedAdapter, FittedModule
-from gpu_worker.lora_linear import LoraBank
+from gpu_worker.bank import LoraBank
 from gpu_worker.residency import Residency
 from lora_store.adapter import AdapterWeights, ModuleWeights
 
