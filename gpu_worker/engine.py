@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.attention_plan import Segment, attention_plan
+from gpu_worker.bank import LoraBank
 from gpu_worker.base_model import BaseModel, load_base_model
 from gpu_worker.config import WorkerConfig
 from gpu_worker.errors import EngineFull, EngineStopped, LogitsNotFinite
@@ -20,7 +21,6 @@ from gpu_worker.holdings import Holdings
 from gpu_worker.inject import inject, target_linears
 from gpu_worker.kv_cache import KvCache
 from gpu_worker.loader import AdapterLoader, Fetch
-from gpu_worker.bank import LoraBank
 from gpu_worker.mapping import StepContext, token_mapping
 from gpu_worker.prepare import Preparer
 from gpu_worker.request import Delta

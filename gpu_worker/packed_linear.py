@@ -31,6 +31,7 @@ def packed(linear: nn.Linear) -> nn.Module:
     weight = linear.weight
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
         return linear
-    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    is_built = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if not is_built or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return linear
     return PackedLinear(weight, linear.bias)

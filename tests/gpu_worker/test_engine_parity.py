@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gpu_worker.attention_plan import Segment, attention_plan
+from gpu_worker.bank import LoraBank
 from gpu_worker.base_model import BaseModel, load_base_model
 from gpu_worker.engine import Engine
 from gpu_worker.kv_cache import KvCache
-from gpu_worker.bank import LoraBank
 from gpu_worker.lora_linear import LoraLinear
 from gpu_worker.mapping import StepContext, token_mapping
 from gpu_worker.residency import Residency

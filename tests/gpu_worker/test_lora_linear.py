@@ -6,8 +6,14 @@ import pytest
 import torch
 from torch import nn
 
+from gpu_worker.attention_plan import Segment, attention_plan
 from gpu_worker.bank import LoraBank
-from lora_store.adapter import AdapterWeights, ModuleWeights
+from gpu_worker.kv_cache import KvCache
+from gpu_worker.lora_linear import LoraLinear
+from gpu_worker.mapping import StepContext, token_mapping
+from gpu_worker.residency import Residency
+from lora_store.adapter import AdapterRef, AdapterWeights, ModuleWeights
+from lora_store.plan import Plan, PlannedAdapter
 
 NUM_ROWS = 8
 LINEARS = {"up": nn.Linear(3, 5), "gate": nn.Linear(3, 5), "down": nn.Linear(5, 3), "square": nn.Linear(3, 3)}
@@ -74,3 +80,50 @@ def test_the_bank_says_what_it_takes() -> None:
     bank = LoraBank(LINEARS, NUM_ROWS)
     assert bank.shapes == {"up": (5, 3), "gate": (5, 3), "down": (3, 5), "square": (3, 3)}
     assert bank.num_bytes == NUM_ROWS * 4 * sum(num_out + num_in for num_out, num_in in bank.shapes.values())
+
+
+def test_modules_of_one_parent_that_read_one_input_share_a_product() -> None:
+    names = ["a.q_proj", "a.k_proj", "a.v_proj", "a.o_proj", "b.q_proj", "a.gate_proj", "a.up_proj", "a.down_proj"]
+    bank = LoraBank({name: nn.Linear(4, 4) for name in names}, NUM_ROWS)
+    inputs = [bank.modules[name].inputs for name in names]
+    assert [inputs.index(each) for each in inputs] == [0, 0, 0, 3, 4, 5, 5, 7]
+    assert [bank.modules[name].index for name in names] == [0, 1, 2, 0, 0, 0, 1, 0]
+
+
+def test_a_module_is_used_while_an_active_adapter_has_it() -> None:
+    bank = LoraBank(LINEARS, NUM_ROWS)
+    bank.write([0, 1], bank.fit(weights_of(1, {"up": 2, "down": 1})))
+    bank.write([2], bank.fit(weights_of(2, {"gate": 1})))
+
+    def used(num_active: int) -> set[str]:
+        bank.set_active(num_active)
+        return {name for name, module in bank.modules.items() if module.is_used}
+
+    assert [used(0), used(2), used(3)] == [set(), {"up", "down"}, {"up", "down", "gate"}]
+    bank.swap([2], [0])
+    assert used(1) == {"gate"}
+    bank.free([0])
+    assert used(1) == set()
+
+
+@pytest.mark.parametrize("same_input", [True, False])
+def test_modules_that_share_a_product_get_their_own_part_of_it(same_input: bool) -> None:
+    linears = {"x.gate_proj": nn.Linear(3, 5), "x.up_proj": nn.Linear(3, 4)}
+    bank = LoraBank(linears, 4, free_fill=float("nan"))
+    weights = AdapterWeights(
+        "1",
+        {name: ModuleWeights(torch.randn(2, 3), torch.randn(w.out_features, 2), 0.5) for name, w in linears.items()},
+    )
+    residency = Residency(bank)
+    assert residency.try_pin(["1"], {"1": bank.fit(weights)})
+    residency.settle()
+    step = StepContext()
+    plan = Plan("selection", (PlannedAdapter(AdapterRef("t", "n", "1"), "1", 1.0),))
+    no_cache = KvCache(num_layers=0, num_rows=0, num_heads=1, max_len=1, head_dim=1, dtype=torch.float32)
+    step.fill(token_mapping([plan], [2], residency, torch.float32), attention_plan(no_cache, [Segment(0, 0, 2, 0)]))
+    inputs = [torch.randn(1, 2, 3)] * 2 if same_input else [torch.randn(1, 2, 3) for _ in range(2)]
+    with torch.inference_mode():
+        for x, (name, linear) in zip(inputs, linears.items(), strict=True):
+            module = weights.modules[name]
+            expected = linear(x) + x @ module.lora_a.T @ module.lora_b.T * module.scaling
+            torch.testing.assert_close(LoraLinear(linear, bank.modules[name], step)(x), expected)

@@ -11,9 +11,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from gpu_worker.bank import LoraBank
 from gpu_worker.errors import PlanTooLarge
 from gpu_worker.fitting import FittedAdapter, FittedModule
-from gpu_worker.bank import LoraBank
 from gpu_worker.residency import Residency
 from lora_store.adapter import AdapterWeights, ModuleWeights
 
