@@ -34,6 +34,7 @@ _INVALID, _FORBIDDEN, _MISSING, _OVERLOADED, _SERVER = (
 # (error class, HTTP status, type, code); the first that fits is taken
 TABLE: tuple[tuple[type[Exception], int, str, str], ...] = (
     (api_errors.RequestInvalid, 400, _INVALID, "invalid_request"),
+    (api_errors.Unsupported, 400, _INVALID, "unsupported"),
     (api_errors.ModelNotFound, 404, _MISSING, "model_not_found"),
     (store_errors.AdapterNotFound, 404, _MISSING, "model_not_found"),
     (api_errors.VersionNotKept, 404, _MISSING, "version_not_found"),
@@ -53,6 +54,7 @@ TABLE: tuple[tuple[type[Exception], int, str, str], ...] = (
     (retriever_errors.EncoderUnusable, 400, _INVALID, "encoder_unusable"),
     (retriever_errors.RouteInvalid, 400, _INVALID, "invalid_request"),
     (retriever_errors.NoAdapterMatched, 422, _INVALID, "no_adapter_matched"),
+    (retriever_errors.PlanGone, 409, _INVALID, "plan_gone"),
     (retriever_errors.StaleIndex, 503, _OVERLOADED, "stale_index"),
     (worker_errors.SamplingInvalid, 400, _INVALID, "invalid_request"),
     (worker_errors.PromptInvalid, 400, _INVALID, "invalid_prompt"),
