@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,6 @@ def adjust(logits: Tensor, params: SamplingParams, tokens: Sequence[int], num_pr
         held = logits[seen]
         logits[seen] = torch.where(held > 0, held / params.repetition_penalty, held * params.repetition_penalty)
     if params.frequency_penalty or params.presence_penalty:
-        made = torch.tensor(tokens[num_prompt_tokens:], dtype=torch.long, device=logits.device)
-        ids_made, counts = made.unique(return_counts=True)
-        logits[ids_made] -= counts * params.frequency_penalty + params.presence_penalty
+        ids_made, counts = np.unique(tokens[num_prompt_tokens:], return_counts=True)
+        lowered = counts * params.frequency_penalty + params.presence_penalty
+        logits[ids_made.tolist()] -= torch.tensor(lowered, dtype=logits.dtype, device=logits.device)
