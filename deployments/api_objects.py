@@ -75,7 +75,7 @@ class ChatLogprobs(BaseModel):
 class TextLogprobs(BaseModel):
     tokens: list[str]
     token_logprobs: list[float]
-    top_logprobs: list[dict[str, float] | None]
+    top_logprobs: list[dict[str, float]]
     text_offset: list[int]
 
 

@@ -24,8 +24,6 @@ def text_logprobs(entries: Sequence[TokenLogprob]) -> dict[str, Any]:
         "token_logprobs": [entry.logprob for entry in entries],
         "top_logprobs": [
             {_name(token): logprob for token, logprob in (*entry.top, (entry.token, entry.logprob))}
-            if entry.top
-            else None
             for entry in entries
         ],
         "text_offset": [entry.text_offset for entry in entries],

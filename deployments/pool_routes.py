@@ -41,7 +41,9 @@ _FORM = {
         "template": {"type": "string"},
     },
 }
-_JSON = {"anyOf": [AdapterSource.model_json_schema(), PublishBatch.model_json_schema(ref_template="{model}")]}
+_ONE, _MANY = AdapterSource.model_json_schema(), PublishBatch.model_json_schema()
+_MANY["properties"]["adapters"]["items"] = _ONE  # in place of a reference, which would lead out of the document
+_JSON = {"anyOf": [_ONE, {name: value for name, value in _MANY.items() if name != "$defs"}]}
 _BODY = {"multipart/form-data": {"schema": _FORM}, "application/json": {"schema": _JSON}}
 
 

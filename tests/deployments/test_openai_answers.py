@@ -136,7 +136,7 @@ def test_text_logprobs_are_parallel_lists_with_the_token_in_its_own_alternatives
     assert whole["choices"][0]["logprobs"] == {
         "tokens": ["bytes:\\xc3", "bytes:\\xa9", "b"],
         "token_logprobs": [-0.5, -0.25, -2.0],
-        "top_logprobs": [{"bytes:\\xc3": -0.5, "bytes:\\xe2": -1.5}, {" a": -0.125, "bytes:\\xa9": -0.25}, None],
+        "top_logprobs": [{"bytes:\\xc3": -0.5, "bytes:\\xe2": -1.5}, {" a": -0.125, "bytes:\\xa9": -0.25}, {"b": -2.0}],
         "text_offset": [0, 0, 1],
     }
     TextCompletion.model_validate(whole)
