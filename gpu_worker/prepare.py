@@ -73,4 +73,4 @@ class Preparer:
     def _require_ids(self, name: str, ids: Collection[int]) -> None:
         for token_id in ids:
             if not 0 <= token_id < self._base.vocab_size:
-                raise SamplingInvalid(f"{name} holds {token_id}, the vocabulary {self._base.vocab_size} ids")
+                raise SamplingInvalid(f"{name} holds {token_id}, the vocabulary {self._base.vocab_size} ids", name)

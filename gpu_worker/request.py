@@ -42,50 +42,47 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         limit = DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
-        self._require(limit >= 1, f"max_tokens must be at least 1, got {self.max_tokens}")
-        self._require(
-            0 <= self.min_tokens <= limit,
-            f"min_tokens must be between 0 and max_tokens ({limit}), got {self.min_tokens}",
-        )
-        self._require(0 <= self.temperature <= 100, f"temperature must be between 0 and 100, got {self.temperature}")
-        self._require(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, got {self.top_p}")
-        self._require(self.top_k >= 0, f"top_k must be 0 (all) or more, got {self.top_k}")
-        self._require(0 <= self.min_p <= 1, f"min_p must be between 0 and 1, got {self.min_p}")
+        self._require("max_tokens", limit >= 1, "be at least 1")
+        self._require("min_tokens", 0 <= self.min_tokens <= limit, f"be between 0 and max_tokens ({limit})")
+        self._require("temperature", 0 <= self.temperature <= 100, "be between 0 and 100")
+        self._require("top_p", 0 < self.top_p <= 1, "be above 0 and at most 1")
+        self._require("top_k", self.top_k >= 0, "be 0 (all) or more")
+        self._require("min_p", 0 <= self.min_p <= 1, "be between 0 and 1")
+        told = self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS
+        self._require("logprobs", told, f"be between 0 and {MAX_LOGPROBS}")
+        self._require("seed", self.seed is None or 0 <= self.seed < 2**63, "be between 0 and 2**63 - 1")
         self._check_penalties()
-        self._require(
-            self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
-            f"logprobs must be between 0 and {MAX_LOGPROBS}, got {self.logprobs}",
-        )
-        self._require(
-            self.seed is None or 0 <= self.seed < 2**63, f"seed must be between 0 and 2**63 - 1, got {self.seed}"
-        )
-        self._require(len(self.stop) <= MAX_STOPS, f"at most {MAX_STOPS} stop strings, got {len(self.stop)}")
-        for stop in self.stop:
-            self._require(
-                0 < len(stop) <= MAX_STOP_CHARS, f"a stop string has 1 to {MAX_STOP_CHARS} characters, got {len(stop)}"
-            )
+        self._check_stops()
 
     def _check_penalties(self) -> None:
         for name in ("presence_penalty", "frequency_penalty"):
-            value = getattr(self, name)
-            self._require(-2 <= value <= 2, f"{name} must be between -2 and 2, got {value}")
-        repetition = self.repetition_penalty
-        self._require(0.01 <= repetition <= 100, f"repetition_penalty must be between 0.01 and 100, got {repetition}")
-        biased = len(self.logit_bias)
-        self._require(biased <= MAX_BIASED_IDS, f"logit_bias holds at most {MAX_BIASED_IDS} ids, got {biased}")
+            self._require(name, -2 <= getattr(self, name) <= 2, "be between -2 and 2")
+        self._require("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "be between 0.01 and 100")
+        if len(self.logit_bias) > MAX_BIASED_IDS:
+            message = f"logit_bias must hold at most {MAX_BIASED_IDS} ids, got {len(self.logit_bias)}"
+            raise SamplingInvalid(message, "logit_bias")
         for token_id, bias in self.logit_bias:
-            self._require(-100 <= bias <= 100, f"logit_bias of {token_id} must be between -100 and 100, got {bias}")
+            if not -100 <= bias <= 100:
+                message = f"logit_bias of {token_id} must be between -100 and 100, got {bias}"
+                raise SamplingInvalid(message, "logit_bias")
+
+    def _check_stops(self) -> None:
+        if len(self.stop) > MAX_STOPS:
+            raise SamplingInvalid(f"at most {MAX_STOPS} stop strings, got {len(self.stop)}", "stop")
+        for stop in self.stop:
+            if not 0 < len(stop) <= MAX_STOP_CHARS:
+                message = f"a stop string has 1 to {MAX_STOP_CHARS} characters, got {len(stop)}"
+                raise SamplingInvalid(message, "stop")
+
+    def _require(self, name: str, holds: bool, rule: str) -> None:
+        if not holds:
+            raise SamplingInvalid(f"{name} must {rule}, got {getattr(self, name)}", name)
 
     @property
     def adjusts_logits(self) -> bool:
         """Whether logits are changed by what came before, or by a bias."""
         changes = self.presence_penalty or self.frequency_penalty or self.logit_bias
         return bool(changes) or self.repetition_penalty != 1
-
-    @staticmethod
-    def _require(holds: bool, message: str) -> None:
-        if not holds:
-            raise SamplingInvalid(message)
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,7 +71,7 @@ def test_an_error_after_the_first_token_is_the_last_event_over_http() -> None:
         ("/v1/chat/completions", CHAT | {"model": "nobody"}, 404, "model_not_found", "model"),
         ("/v1/chat/completions", CHAT | {"temprature": 1}, 400, "invalid_request", "temprature"),
         ("/v1/chat/completions", CHAT | {"lora": {"kk": 1}}, 400, "invalid_request", "lora.kk"),
-        ("/v1/chat/completions", CHAT | {"min_tokens": 2, "max_tokens": 1}, 400, "invalid_request", None),
+        ("/v1/chat/completions", CHAT | {"min_tokens": 2, "max_tokens": 1}, 400, "invalid_request", "min_tokens"),
         (
             "/v1/chat/completions",
             CHAT | {"model": "poet", "lora": {"adapters": [{"name": "poet"}]}},
@@ -80,7 +80,7 @@ def test_an_error_after_the_first_token_is_the_last_event_over_http() -> None:
             "lora.adapters",
         ),
         ("/v1/completions", {}, 400, "invalid_request", "prompt"),
-        ("/v1/route", {"prompt": []}, 400, "invalid_request", None),
+        ("/v1/route", {"prompt": []}, 400, "invalid_request", "prompt"),
         ("/v1/nowhere", {}, 404, "http_error", None),
     ],
 )

@@ -53,8 +53,9 @@ from gpu_worker.request import (
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(parameter: str, value: object) -> None:
-    with pytest.raises(SamplingInvalid, match=parameter if parameter != "stop" else "stop string"):
+    with pytest.raises(SamplingInvalid, match=parameter if parameter != "stop" else "stop string") as caught:
         SamplingParams(**{parameter: value})  # type: ignore[arg-type]
+    assert caught.value.param == parameter
 
 
 def test_min_tokens_must_fit_max_tokens() -> None:
