@@ -22,6 +22,7 @@ _MEANING = {
     500: "the server failed",
     503: "a part of the server is overloaded, starting or away; `Retry-After` tells when to come back",
 }
+_ERROR = {"$ref": "#/components/schemas/ErrorAnswer"}  # a `model` would take the media type of the route's successes
 _ANYWHERE = (401, 403, 413, 429, 500, 503)
 
 
@@ -29,7 +30,7 @@ def answers(*refusals: int, **successes: Any) -> Answers:
     """What a route answers: `s201=Model`, and these refusals beside those that any route may give."""
     told: Answers = {int(status[1:]): {"model": model} for status, model in successes.items()}
     for status in sorted({*refusals, *_ANYWHERE}):
-        told[status] = {"model": objects.ErrorAnswer, "description": _MEANING[status]}
+        told[status] = {"content": {"application/json": {"schema": _ERROR}}, "description": _MEANING[status]}
     return told
 
 
@@ -81,7 +82,11 @@ class Api(FastAPI):
             for operation in [operation for path in document["paths"].values() for operation in path.values()]:
                 if "HTTPValidationError" in str(operation["responses"].get("422")):
                     del operation["responses"]["422"]
+            schemas = document.setdefault("components", {}).setdefault("schemas", {})
             for name in ("HTTPValidationError", "ValidationError"):
-                document.get("components", {}).get("schemas", {}).pop(name, None)
+                schemas.pop(name, None)
+            for error in (objects.ErrorAnswer, objects.ErrorObject):
+                schemas[error.__name__] = error.model_json_schema(ref_template="#/components/schemas/{model}")
+                schemas[error.__name__].pop("$defs", None)
         assert self.openapi_schema is not None
         return self.openapi_schema
