@@ -20,8 +20,8 @@ from deployments.api_docs import CHAT_ANSWERS, HEALTH_ANSWERS, READY_ANSWERS, RO
 from deployments.background import Background
 from deployments.body_limit import BodyLimit
 from deployments.config import AppConfig
-from deployments.errors import NotReady, RequestInvalid
-from deployments.http_io import TextRequest, events, parse
+from deployments.errors import NotReady
+from deployments.http_io import TextRequest, events, parse, refuse_stream_options
 from deployments.openai_answers import Answer
 from deployments.openai_jobs import interleaved, jobs_of
 from deployments.planner import Planner
@@ -70,8 +70,7 @@ class Ingress:
     async def generate(self, request: TextRequest | Mapping[str, Any]) -> JsonObject:
         """The whole answer, as the HTTP route gives it. A mapping is read like the route's JSON body."""
         request = parse(request)
-        if request.stream_options is not None:
-            raise RequestInvalid("stream_options goes with stream: true only", "stream_options")
+        refuse_stream_options(request)
         return await self._whole(*await self._begin(request))
 
     async def stream(self, request: TextRequest | Mapping[str, Any]) -> AsyncGenerator[JsonObject]:
@@ -135,8 +134,8 @@ class Ingress:
         return await self._respond(body, http)
 
     async def _respond(self, request: TextRequest, http: Request) -> Response:
-        if request.stream_options is not None and not request.stream:
-            raise RequestInvalid("stream_options goes with stream: true only", "stream_options")
+        if not request.stream:
+            refuse_stream_options(request)
         answer, jobs = await self._begin(request, request_id_of(http))
         if not request.stream:
             return JSONResponse(await self._whole(answer, jobs), headers=answer.headers())
