@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 from tokenizers import Tokenizer
@@ -16,14 +15,14 @@ class TokenBytes:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        description = json.loads(tokenizer.to_str())
-        self._byte_of = _byte_alphabet() if '"ByteLevel"' in json.dumps(description["decoder"]) else None
-        self._added = {token["id"]: token["content"] for token in description["added_tokens"]}
+        self._byte_of = _byte_alphabet() if "ByteLevel(" in repr(tokenizer.decoder) else None
+        self._added = {token_id: token.content for token_id, token in tokenizer.get_added_tokens_decoder().items()}
 
     def __call__(self, token_id: int) -> bytes:
         """b"" for an id that is padding of the model's output and no token."""
         if token_id in self._added:
-            return str(self._added[token_id]).encode()
+            content: str = self._added[token_id]
+            return content.encode()
         piece = self._tokenizer.id_to_token(token_id) or ""
         if self._byte_of is not None:
             return bytes(self._byte_of[character] for character in piece if character in self._byte_of)
