@@ -117,6 +117,8 @@ def _path_of(problem: Mapping[str, Any], *, skip: bool) -> str:
 
     `skip` the first part: FastAPI says there whether the field was in the body, the query or the path.
     """
+    if problem["type"] == "json_invalid":
+        return ""  # its path is a place in the text
     path = list(problem["loc"][1:] if skip else problem["loc"])
     if path and problem["type"] != "extra_forbidden":
         path = [part for part in path if part not in _KINDS and "[" not in str(part)]

@@ -97,7 +97,7 @@ def test_a_refused_request_leaves_in_the_openai_shape(
 def test_a_body_that_is_no_json_is_a_bad_request() -> None:
     headers = {"content-type": "application/json"}
     response = request("POST", "/v1/completions", sent={"content": b"{", "headers": headers})
-    assert response.status_code == 400
+    assert (response.status_code, error_of(response)["param"]) == (400, None)
     assert error_of(response)["type"] == "invalid_request_error"
 
 
