@@ -23,6 +23,12 @@ _MEANING = {
     503: "a part of the server is overloaded, starting or away; `Retry-After` tells when to come back",
 }
 _ERROR = {"$ref": "#/components/schemas/ErrorAnswer"}  # a `model` would take the media type of the route's successes
+_EVENT = {
+    "type": "object",
+    "description": "one event of the stream: a chunk as JSON, the error that broke it off, or `[DONE]`",
+    "properties": {"data": {"type": "string"}},
+    "required": ["data"],
+}
 _ANYWHERE = (401, 403, 413, 429, 500, 503)
 
 
@@ -36,7 +42,7 @@ def answers(*refusals: int, **successes: Any) -> Answers:
 
 def _also_events(told: Answers) -> Answers:
     """The same as server-sent events, where the request has `stream`."""
-    told[200]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+    told[200]["content"] = {"text/event-stream": {"schema": _EVENT}}
     told[200]["description"] = "the answer, or its chunks as server-sent events up to `data: [DONE]`"
     return told
 

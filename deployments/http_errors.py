@@ -93,7 +93,9 @@ def describe(error: Exception) -> tuple[int, dict[str, Any]]:
 
 
 def error_object(message: str, type_: str, code: str, *, param: str | None = None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": type_, "param": param, "code": code}}
+    """What a client sent may hold halves of surrogate pairs, which no answer can be written with."""
+    told = {"message": message, "type": type_, "param": param, "code": code}
+    return {"error": {name: text and text.encode(errors="backslashreplace").decode() for name, text in told.items()}}
 
 
 def error_response(error: Exception) -> JSONResponse:

@@ -101,6 +101,23 @@ def test_a_body_that_is_no_json_is_a_bad_request() -> None:
     assert error_of(response)["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        rb'{"prompt": "x", "\ud800": 1}',
+        rb'{"prompt": "\ud800"}',
+        rb'{"prompt": "x", "model": "\ud800"}',
+        rb'{"prompt": "x", "lora": {"adapters": [{"name": "\ud800"}]}}',
+        rb'{"prompt": "x", "logit_bias": {"\ud800": 1}}',
+    ],
+)
+def test_half_of_a_surrogate_pair_is_a_bad_request(body: bytes) -> None:
+    headers = {"content-type": "application/json"}
+    response = request("POST", "/v1/completions", sent={"content": body, "headers": headers})
+    assert response.status_code in (400, 404)
+    assert error_of(response)["message"]
+
+
 @pytest.mark.parametrize("announced", [True, False])
 def test_a_body_over_the_limit_is_413_over_http(announced: bool) -> None:
     async def chunks() -> AsyncIterator[bytes]:
