@@ -1,44 +1,41 @@
 """`/v1/pool`: work on the pool as a whole. No annotation is text: FastAPI reads them."""
 
 from collections.abc import AsyncGenerator
-from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 
 from deployments import http_errors, pool_jobs
 from deployments.answers import JsonObject
+from deployments.api_docs import GC_ANSWERS, LINES_ANSWERS
 from deployments.http_io import json_lines
 from deployments.pool_routes import OpenPool
 from deployments.pool_schemas import GcRequest, JobRequest, ReindexRequest
 from lora_store import LOCAL_TENANT
 
 router = APIRouter(route_class=http_errors.AnsweringRoute)
-_LINES: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"application/x-ndjson": {}}, "description": "progress, one object a line; then the result"}
-}
 
 
-@router.post("/v1/pool/verify", response_class=StreamingResponse, responses=_LINES)
+@router.post("/v1/pool/verify", response_class=StreamingResponse, responses=LINES_ANSWERS)
 async def verify(_: JobRequest, pool: OpenPool) -> StreamingResponse:
     """Read every stored blob again and compare it with its digest."""
     return await _stream(pool_jobs.verify(pool))
 
 
-@router.post("/v1/pool/doctor", response_class=StreamingResponse, responses=_LINES)
+@router.post("/v1/pool/doctor", response_class=StreamingResponse, responses=LINES_ANSWERS)
 async def doctor(_: JobRequest, pool: OpenPool) -> StreamingResponse:
     """How adapters are found by their own samples: collisions, never chosen, always shadowed."""
     return await _stream(pool_jobs.doctor(pool, LOCAL_TENANT))
 
 
-@router.post("/v1/pool/reindex", response_class=StreamingResponse, responses=_LINES)
+@router.post("/v1/pool/reindex", response_class=StreamingResponse, responses=LINES_ANSWERS)
 async def reindex(body: ReindexRequest, pool: OpenPool, http: Request) -> StreamingResponse:
     """Embed the pool by another encoder beside the old index, then search by it from one generation on."""
     pool.require_own_machine(http)
     return await _stream(pool_jobs.reindex(pool, body.encoder, actor="http"))
 
 
-@router.post("/v1/pool/gc")
+@router.post("/v1/pool/gc", response_model=None, responses=GC_ANSWERS)
 async def gc(body: GcRequest, pool: OpenPool) -> JsonObject:
     """Remove what nothing refers to and was written longer ago than the retention."""
     await pool.publisher.reach_store()
@@ -46,7 +43,7 @@ async def gc(body: GcRequest, pool: OpenPool) -> JsonObject:
     return {"num_blobs": collected.num_blobs, "num_bytes": collected.num_bytes}
 
 
-async def _stream(lines: AsyncGenerator[dict[str, Any]]) -> StreamingResponse:
+async def _stream(lines: AsyncGenerator[JsonObject]) -> StreamingResponse:
     """The lines as they come. An error before the first one is an error, and not a stream."""
     opening = await anext(lines)
     return StreamingResponse(json_lines(opening, lines), media_type="application/x-ndjson")

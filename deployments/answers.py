@@ -1,74 +1,17 @@
-"""Response objects, in the shape of the OpenAI API, with one `lora` object that says who answered."""
+"""Response objects: plans, and what is told of the pool."""
 
 from __future__ import annotations
 
-import time
-import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from deployments import http_errors
 from deployments.planner import Planned
 from deployments.published import Published, Removed
-from gpu_worker.request import Completion, Delta
 from lora_store import AdapterRecord
 from retriever_svc import Candidate, DoctorReport
 
 JsonObject = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What all parts of one answer share."""
-
-    kind: Literal["chat", "text"]
-    model: str
-    planned: Planned
-    explain: bool
-    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    def whole(self, completion: Completion) -> JsonObject:
-        choice: JsonObject = {"index": 0, "finish_reason": completion.finish_reason, "logprobs": None}
-        if self.kind == "chat":
-            choice["message"] = {"role": "assistant", "content": completion.text}
-        else:
-            choice["text"] = completion.text
-        usage = usage_object(completion.num_prompt_tokens, completion.num_new_tokens)
-        return self._object([choice], chunk=False) | {"usage": usage, "lora": self._lora()}
-
-    def opening(self) -> JsonObject:
-        """The first chunk of a stream: the role, and the plan before any text."""
-        choice: JsonObject = {"index": 0, "finish_reason": None, "logprobs": None}
-        choice |= {"delta": {"role": "assistant", "content": ""}} if self.kind == "chat" else {"text": ""}
-        return self._object([choice], chunk=True) | {"lora": self._lora()}
-
-    def chunk(self, delta: Delta) -> JsonObject:
-        choice: JsonObject = {"index": 0, "finish_reason": delta.finish_reason, "logprobs": None}
-        choice |= {"delta": {"content": delta.text}} if self.kind == "chat" else {"text": delta.text}
-        return self._object([choice], chunk=True)
-
-    def usage_chunk(self, last: Delta) -> JsonObject:
-        return self._object([], chunk=True) | {"usage": usage_object(last.num_prompt_tokens, last.num_new_tokens)}
-
-    def _object(self, choices: list[JsonObject], *, chunk: bool) -> JsonObject:
-        prefix, kind = ("chatcmpl", "chat.completion") if self.kind == "chat" else ("cmpl", "text_completion")
-        if chunk and self.kind == "chat":
-            kind = "chat.completion.chunk"
-        identity = {"id": f"{prefix}-{self.request_id}", "object": kind, "created": self.created, "model": self.model}
-        return identity | {"choices": choices}
-
-    def _lora(self) -> JsonObject:
-        return plan_object(self.planned, explain=self.explain)
-
-
-def usage_object(num_prompt_tokens: int, num_new_tokens: int) -> JsonObject:
-    return {
-        "prompt_tokens": num_prompt_tokens,
-        "completion_tokens": num_new_tokens,
-        "total_tokens": num_prompt_tokens + num_new_tokens,
-    }
 
 
 def plan_object(planned: Planned, *, explain: bool) -> JsonObject:
@@ -86,17 +29,6 @@ def plan_object(planned: Planned, *, explain: bool) -> JsonObject:
 
 def candidate_objects(candidates: Sequence[Candidate]) -> list[JsonObject]:
     return [{"name": c.ref.name, "digest": c.ref.digest, "score": c.score} for c in candidates]
-
-
-def model_objects(base: str, records: Sequence[AdapterRecord]) -> list[JsonObject]:
-    """`auto`, the base model, then every adapter, as model cards."""
-    cards = [_card("auto", base, 0), _card(base, None, 0)]
-    return cards + [_card(r.ref.name, base, int(r.created_at.timestamp()), root=r.source) for r in records]
-
-
-def _card(name: str, parent: str | None, created: int, root: str | None = None) -> JsonObject:
-    card: JsonObject = {"id": name, "object": "model", "created": created, "owned_by": "loraretriever"}
-    return card | {"root": root or name, "parent": parent}
 
 
 def lora_object(record: AdapterRecord) -> JsonObject:

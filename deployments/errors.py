@@ -2,6 +2,7 @@
 
 DeploymentsError
 ├── RequestInvalid     the request breaks a rule; `param` names the field
+├── Unsupported        the request asks for a part of the OpenAI API that this server does not have
 ├── ModelNotFound      `model` names nothing this caller may use
 ├── VersionNotKept     the adapter has no kept version of that digest
 ├── AdapterExists      the name is taken and the request does not say that it may be replaced
@@ -33,6 +34,18 @@ class RequestInvalid(DeploymentsError):
 
     def __str__(self) -> str:
         return self.message
+
+
+class Unsupported(DeploymentsError):
+    """Leave this field out. `what` tells which use of it is not supported."""
+
+    def __init__(self, param: str, what: str) -> None:
+        super().__init__(param, what)
+        self.param = param
+        self.what = what
+
+    def __str__(self) -> str:
+        return f"{self.param}: this server does not support {self.what}"
 
 
 class ModelNotFound(DeploymentsError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -17,7 +17,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from deployments import errors as api_errors
-from deployments.errors import RequestInvalid
+from deployments.errors import RequestInvalid, Unsupported
+from deployments.openai_fields import UNSUPPORTED
 from gpu_worker import errors as worker_errors
 from lora_store import errors as store_errors
 from retriever_svc import errors as retriever_errors
@@ -31,9 +32,12 @@ _INVALID, _FORBIDDEN, _MISSING, _OVERLOADED, _SERVER = (
     "overloaded_error",
     "server_error",
 )
+_KINDS = ("str", "constrained-str", "int", "float", "bool")  # what pydantic puts into the path of a union's member
+_MAX_PARAM_CHARS = 300
 # (error class, HTTP status, type, code); the first that fits is taken
 TABLE: tuple[tuple[type[Exception], int, str, str], ...] = (
     (api_errors.RequestInvalid, 400, _INVALID, "invalid_request"),
+    (api_errors.Unsupported, 400, _INVALID, "unsupported"),
     (api_errors.ModelNotFound, 404, _MISSING, "model_not_found"),
     (store_errors.AdapterNotFound, 404, _MISSING, "model_not_found"),
     (api_errors.VersionNotKept, 404, _MISSING, "version_not_found"),
@@ -53,6 +57,7 @@ TABLE: tuple[tuple[type[Exception], int, str, str], ...] = (
     (retriever_errors.EncoderUnusable, 400, _INVALID, "encoder_unusable"),
     (retriever_errors.RouteInvalid, 400, _INVALID, "invalid_request"),
     (retriever_errors.NoAdapterMatched, 422, _INVALID, "no_adapter_matched"),
+    (retriever_errors.PlanGone, 409, _INVALID, "plan_gone"),
     (retriever_errors.StaleIndex, 503, _OVERLOADED, "stale_index"),
     (worker_errors.SamplingInvalid, 400, _INVALID, "invalid_request"),
     (worker_errors.PromptInvalid, 400, _INVALID, "invalid_prompt"),
@@ -88,7 +93,9 @@ def describe(error: Exception) -> tuple[int, dict[str, Any]]:
 
 
 def error_object(message: str, type_: str, code: str, *, param: str | None = None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": type_, "param": param, "code": code}}
+    """What a client sent may hold halves of surrogate pairs, which no answer can be written with."""
+    told = {"message": message, "type": type_, "param": param, "code": code}
+    return {"error": {name: text and text.encode(errors="backslashreplace").decode() for name, text in told.items()}}
 
 
 def error_response(error: Exception) -> JSONResponse:
@@ -96,13 +103,29 @@ def error_response(error: Exception) -> JSONResponse:
     return JSONResponse(body, status, headers={"Retry-After": "1"} if status == 503 else None)
 
 
-def validation_error(error: RequestValidationError | ValidationError) -> RequestInvalid:
-    """The first problem of a malformed request, by the path of its field."""
-    first = error.errors()[0]
-    param = ".".join(str(part) for part in first["loc"] if part != "body")
-    more = len(error.errors()) - 1
-    suffix = f" (and {more} more)" if more else ""
+def validation_error(error: RequestValidationError | ValidationError) -> RequestInvalid | Unsupported:
+    """The first problem of a malformed request, by the path of its field; what is not supported before all others."""
+    problems = error.errors()
+    first = next((item for item in problems if item["type"] == UNSUPPORTED), problems[0])
+    param = _path_of(first, skip=isinstance(error, RequestValidationError))
+    if first["type"] == UNSUPPORTED:
+        return Unsupported(param, first["ctx"]["what"])
+    suffix = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return RequestInvalid(f"{param}: {first['msg']}{suffix}" if param else f"{first['msg']}{suffix}", param or None)
+
+
+def _path_of(problem: Mapping[str, Any], *, skip: bool) -> str:
+    """The field as the client sent it: pydantic's path without what it calls the kinds of a union.
+
+    `skip` the first part: FastAPI says there whether the field was in the body, the query or the path.
+    """
+    if problem["type"] == "json_invalid":
+        return ""  # its path is a place in the text
+    path = list(problem["loc"][1:] if skip else problem["loc"])
+    if path and problem["type"] != "extra_forbidden":
+        path = [part for part in path if part not in _KINDS and "[" not in str(part)]
+    below = problem.get("ctx", {}).get("param")
+    return ".".join(str(part) for part in [*path, *([below] if below else [])])[:_MAX_PARAM_CHARS]
 
 
 class AnsweringRoute(APIRoute):

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from deployments import http_errors
 from deployments.answers import JsonObject
+from deployments.errors import RequestInvalid
 from deployments.schemas import ChatCompletionRequest, CompletionRequest
 
 TextRequest = ChatCompletionRequest | CompletionRequest
@@ -28,6 +29,12 @@ def parse(request: TextRequest | Mapping[str, Any]) -> TextRequest:
         return kind.model_validate(request)
     except ValidationError as exc:
         raise http_errors.validation_error(exc) from exc
+
+
+def refuse_stream_options(request: TextRequest) -> None:
+    """Of a request that is answered whole. Raises: RequestInvalid."""
+    if request.stream_options is not None:
+        raise RequestInvalid("stream_options goes with stream: true only", "stream_options")
 
 
 async def events(opening: JsonObject, chunks: AsyncGenerator[JsonObject]) -> AsyncGenerator[str]:

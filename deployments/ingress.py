@@ -4,27 +4,32 @@
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+import uuid
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any, Literal
+from typing import Any
 
-from fastapi import FastAPI, Response
+from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from deployments import admin_routes, http_errors, pool_routes, vllm_routes
-from deployments.answers import Answer, JsonObject, model_objects, plan_object
+from deployments import admin_routes, http_errors, models_routes, pool_routes, vllm_routes
+from deployments.answers import JsonObject, plan_object
+from deployments.api_docs import CHAT_ANSWERS, HEALTH_ANSWERS, READY_ANSWERS, ROUTE_ANSWERS, TEXT_ANSWERS, Api
 from deployments.background import Background
 from deployments.body_limit import BodyLimit
 from deployments.config import AppConfig
-from deployments.errors import ModelNotFound, NotReady
-from deployments.http_io import TextRequest, events, parse
+from deployments.errors import NotReady
+from deployments.http_io import TextRequest, events, parse, refuse_stream_options
+from deployments.openai_answers import Answer
+from deployments.openai_jobs import interleaved, jobs_of
 from deployments.planner import Planner
 from deployments.pool import Pool
 from deployments.preload import Preload
 from deployments.publisher import Publisher
 from deployments.releaser import Releaser
+from deployments.request_ids import RequestIds, request_id_of
 from deployments.schemas import ChatCompletionRequest, CompletionRequest, RouteQuery
 from gpu_worker.request import Completion, Delta, Job
 from lora_store import LOCAL_TENANT
@@ -32,10 +37,11 @@ from lora_store import LOCAL_TENANT
 READY_WAIT_S = 5.0
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
-app = FastAPI(title="LoraRetriever", docs_url="/docs", redoc_url=None)
+app = Api(title="LoraRetriever", docs_url="/docs", redoc_url=None)
 http_errors.install(app)
 app.add_middleware(BodyLimit, limit_of=pool_routes.max_body_bytes)
-for routes in (pool_routes, vllm_routes, admin_routes):
+app.add_middleware(RequestIds)
+for routes in (models_routes, pool_routes, vllm_routes, admin_routes):
     app.include_router(routes.router)
 
 
@@ -64,33 +70,49 @@ class Ingress:
     async def generate(self, request: TextRequest | Mapping[str, Any]) -> JsonObject:
         """The whole answer, as the HTTP route gives it. A mapping is read like the route's JSON body."""
         request = parse(request)
-        answer, job = await self._begin(request)
-        parts = [delta async for delta in self._deltas(job)]
-        last = parts[-1]
-        assert last.finish_reason is not None
-        text = "".join(part.text for part in parts)
-        return answer.whole(Completion(text, last.num_prompt_tokens, last.num_new_tokens, last.finish_reason))
+        refuse_stream_options(request)
+        return await self._whole(*await self._begin(request))
 
     async def stream(self, request: TextRequest | Mapping[str, Any]) -> AsyncGenerator[JsonObject]:
         """The answer's chunks, as the HTTP route streams them: the plan first, then text as it is made."""
         request = parse(request)
-        answer, job = await self._begin(request)
-        async with aclosing(self._deltas(job)) as deltas:
-            last = await anext(deltas)  # an error before the first token is an error, not a broken stream
-            yield answer.opening()
-            yield answer.chunk(last)
-            async for last in deltas:
-                yield answer.chunk(last)
-        if request.include_usage:
-            yield answer.usage_chunk(last)
+        async with aclosing(self._chunks(*await self._begin(request), request.include_usage)) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
-    async def _begin(self, request: TextRequest) -> tuple[Answer, Job]:
-        planned = await self._planner.plan(request, request.retrieval_text, LOCAL_TENANT)
-        kind: Literal["chat", "text"] = "chat" if isinstance(request, ChatCompletionRequest) else "text"
-        answer = Answer(kind, request.model, planned, request.lora.explain)
-        template = planned.plan.template or self._config.template
-        job = Job(answer.request_id, request.prompt_for_worker, planned.plan, request.sampling(), template)
-        return answer, job
+    async def _begin(self, request: TextRequest, request_id: str | None = None) -> tuple[Answer, list[Job]]:
+        questions = request.questions()
+        plans = await asyncio.gather(*[self._planner.plan(question, LOCAL_TENANT) for question in questions])
+        answer = Answer(
+            "chat" if isinstance(request, ChatCompletionRequest) else "text",
+            request.model,
+            plans,
+            request.lora.explain,
+            num_choices=request.n,
+            tells_logprobs=request.num_logprobs is not None,
+            request_id=request_id or uuid.uuid4().hex,
+        )
+        return answer, jobs_of(answer.request_id, request, questions, plans, self._config.template)
+
+    async def _whole(self, answer: Answer, jobs: Sequence[Job]) -> JsonObject:
+        parts: list[list[Delta]] = [[] for _ in jobs]
+        async with aclosing(interleaved([self._deltas(job) for job in jobs])) as rows:
+            async for index, delta in rows:
+                parts[index].append(delta)
+        return answer.whole([Completion.joined(deltas) for deltas in parts])
+
+    async def _chunks(self, answer: Answer, jobs: Sequence[Job], include_usage: bool) -> AsyncGenerator[JsonObject]:
+        lasts: dict[int, Delta] = {}
+        async with aclosing(interleaved([self._deltas(job) for job in jobs])) as rows:
+            index, delta = await anext(rows)  # an error before the first token is an error, not a broken stream
+            yield answer.opening()
+            lasts[index] = delta
+            yield answer.chunk(index, delta)
+            async for index, delta in rows:
+                lasts[index] = delta
+                yield answer.chunk(index, delta)
+        if include_usage:
+            yield answer.usage_chunk([lasts[index] for index in range(len(jobs))])
 
     async def _deltas(self, job: Job) -> AsyncGenerator[Delta]:
         """The Worker's deltas; leaving early cancels the job there."""
@@ -101,48 +123,41 @@ class Ingress:
         finally:
             response.cancel()
 
-    @app.post("/v1/chat/completions", response_model=None)
-    async def chat_completions(self, body: ChatCompletionRequest) -> Response:
-        return await self._respond(body)
+    @app.post("/v1/chat/completions", response_model=None, responses=CHAT_ANSWERS)
+    async def chat_completions(self, body: ChatCompletionRequest, http: Request) -> Response:
+        """Answer a conversation, by the adapters that fit it; as server-sent events with `stream`."""
+        return await self._respond(body, http)
 
-    @app.post("/v1/completions", response_model=None)
-    async def completions(self, body: CompletionRequest) -> Response:
-        return await self._respond(body)
+    @app.post("/v1/completions", response_model=None, responses=TEXT_ANSWERS)
+    async def completions(self, body: CompletionRequest, http: Request) -> Response:
+        """Continue prompts as they are, each by the adapters that fit it."""
+        return await self._respond(body, http)
 
-    async def _respond(self, request: TextRequest) -> Response:
+    async def _respond(self, request: TextRequest, http: Request) -> Response:
         if not request.stream:
-            return JSONResponse(await self.generate(request))
-        chunks = self.stream(request)
+            refuse_stream_options(request)
+        answer, jobs = await self._begin(request, request_id_of(http))
+        if not request.stream:
+            return JSONResponse(await self._whole(answer, jobs), headers=answer.headers())
+        chunks = self._chunks(answer, jobs, request.include_usage)
         opening = await anext(chunks)
-        return StreamingResponse(events(opening, chunks), media_type="text/event-stream", headers=STREAM_HEADERS)
+        headers = STREAM_HEADERS | answer.headers()
+        return StreamingResponse(events(opening, chunks), media_type="text/event-stream", headers=headers)
 
-    @app.post("/v1/route")
+    @app.post("/v1/route", response_model=None, responses=ROUTE_ANSWERS)
     async def route(self, body: RouteQuery) -> JsonObject:
-        """The plans for these prompts, candidates included; nothing is generated."""
-        prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
-        planned = await asyncio.gather(*[self._planner.route(prompt, body.lora, LOCAL_TENANT) for prompt in prompts])
+        """The plans for these prompts, candidates included; nothing is generated. Each can be sent as `lora.plan`."""
+        planned = await asyncio.gather(
+            *[self._planner.route(prompt, body.lora, LOCAL_TENANT) for prompt in body.prompt]
+        )
         return {"object": "list", "data": [plan_object(item, explain=True) for item in planned]}
 
-    @app.get("/v1/models")
-    async def models(self) -> JsonObject:
-        _, records = await self._retriever.records.remote(LOCAL_TENANT)
-        return {"object": "list", "data": model_objects(self._config.served_base_name, records)}
-
-    @app.get("/v1/models/{model:path}")
-    async def model(self, model: str) -> JsonObject:
-        cards = (await self.models())["data"]
-        for card in cards:
-            if card["id"] == model:
-                found: JsonObject = card
-                return found
-        raise ModelNotFound(model)
-
-    @app.get("/health")
+    @app.get("/health", response_model=None, responses=HEALTH_ANSWERS)
     async def health(self) -> JsonObject:
         """This Ingress answers."""
         return {"status": "ok"}
 
-    @app.get("/ready")
+    @app.get("/ready", response_model=None, responses=READY_ANSWERS)
     async def ready(self) -> JsonObject:
         """Retriever and Worker answer, and the preload is published. 503 until then."""
         refused = self.preload.refused()

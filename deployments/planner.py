@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ray.exceptions import RayTaskError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.config import AppConfig
 from deployments.errors import ModelNotFound, RequestInvalid
-from deployments.schemas import GenerationRequest, LoraOptions
+from deployments.lora_options import LoraOptions, PlanGiven
+from deployments.schemas import Question
 from lora_store import BASE_PLAN, AdapterNotFound, Plan, Strategy
 from retriever_svc import Candidate, Route, RouteRequest
 
@@ -31,14 +32,17 @@ class Planner:
     def __init__(self, config: AppConfig, retriever: DeploymentHandle) -> None:
         self._config, self._retriever = config, retriever
 
-    async def plan(self, request: GenerationRequest, text: str, tenant: str) -> Planned:
-        """Raises: ModelNotFound, RequestInvalid, AdapterNotFound, NoAdapterMatched, PlanInvalid."""
-        name = self._model_name(request.model)
-        options = request.lora
-        if options.adapters is not None and name != AUTO:
-            raise RequestInvalid("lora.adapters goes with model 'auto' only", "lora.adapters")
+    async def plan(self, question: Question, tenant: str) -> Planned:
+        """Raises: ModelNotFound, RequestInvalid, AdapterNotFound, NoAdapterMatched, PlanInvalid, PlanGone."""
+        name = self._model_name(question.model)
+        options = question.lora
+        if question.alias is not None and name is None:
+            name = AUTO  # other servers want the base's name beside the adapters
+        if options.names_adapters is not None and name != AUTO:
+            field = question.alias or f"lora.{options.names_adapters}"
+            raise RequestInvalid(f"{field} goes with model 'auto' only", field)
         if name == AUTO:
-            return await self.route(text, options, tenant)
+            return await self.route(question.text, options, tenant)
         _refuse_retrieval(options)
         if name is None:
             return Planned(BASE_PLAN)
@@ -48,21 +52,23 @@ class Planner:
             return Planned(plan)
         except RayTaskError as exc:
             if isinstance(exc.cause, AdapterNotFound):
-                raise ModelNotFound(request.model) from exc
+                raise ModelNotFound(question.model) from exc
             raise
 
     async def route(self, text: str, options: LoraOptions, tenant: str) -> Planned:
-        """The plan of the adapters the client names, else the Retriever's choice for `text`.
+        """The plan the client sends back, that of the adapters it names, or the Retriever's choice for `text`.
 
-        Raises: RequestInvalid, AdapterNotFound, PlanInvalid, StaleIndex; NoAdapterMatched, where the fallback is
-        `error`.
+        Raises: RequestInvalid, AdapterNotFound, PlanInvalid, PlanGone, StaleIndex; NoAdapterMatched, where the fallback
+        is `error`.
         """
+        if options.plan is not None:
+            return await self._replayed(options, options.plan, tenant)
         if options.adapters is not None:
             _refuse_retrieval(options)
             return Planned(await self._named(options, tenant))
         defaults = self._config.retrieval
         request = RouteRequest(
-            text=text,
+            text=options.query or text,
             tenant=tenant,
             strategy=options.strategy or defaults.strategy,
             top_k=options.k or defaults.k,
@@ -74,6 +80,17 @@ class Planner:
         )
         route: Route = await self._retriever.route.remote(request)
         return Planned(route.plan, route.candidates, route.abstained)
+
+    async def _replayed(self, options: LoraOptions, given: PlanGiven, tenant: str) -> Planned:
+        """The plan as it was: nothing is retrieved, no default is read."""
+        _refuse_retrieval(options)
+        for field in ("strategy", "adapters"):
+            if getattr(options, field) is not None:
+                raise RequestInvalid(f"lora.{field} is said by lora.plan already", f"lora.{field}")
+        pinned = [row.pinned() for row in given.adapters]
+        generation = max(given.generation, options.min_generation)
+        plan: Plan = await self._retriever.replay.remote(tenant, given.strategy, pinned, generation)
+        return Planned(replace(plan, generation=given.generation), abstained=given.abstained)
 
     async def _named(self, options: LoraOptions, tenant: str) -> Plan:
         assert options.adapters is not None

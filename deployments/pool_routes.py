@@ -18,6 +18,7 @@ from deployments.answers import (
     status_of,
     versions_object,
 )
+from deployments.api_docs import LORA_ANSWERS, LORAS_ANSWERS, PUBLISH_ANSWERS, ROLLBACK_ANSWERS, WITHDRAW_ANSWERS
 from deployments.body_limit import DEFAULT_MAX_BODY_BYTES
 from deployments.errors import RequestInvalid
 from deployments.pool import Pool, open_pool, own_key, read_pool
@@ -40,18 +41,25 @@ _FORM = {
         "template": {"type": "string"},
     },
 }
-_JSON = {"anyOf": [AdapterSource.model_json_schema(), PublishBatch.model_json_schema(ref_template="{model}")]}
+_ONE, _MANY = AdapterSource.model_json_schema(), PublishBatch.model_json_schema()
+_MANY["properties"]["adapters"]["items"] = _ONE  # in place of a reference, which would lead out of the document
+_JSON = {"anyOf": [_ONE, {name: value for name, value in _MANY.items() if name != "$defs"}]}
 _BODY = {"multipart/form-data": {"schema": _FORM}, "application/json": {"schema": _JSON}}
 
 
-@router.get("/v1/loras")
+@router.get("/v1/loras", response_model=None, responses=LORAS_ANSWERS)
 async def loras(pool: AnyPool) -> JsonObject:
     """Every adapter of the pool."""
     generation, records = await pool.retriever.records.remote(LOCAL_TENANT)
     return {"object": "list", "generation": generation, "data": [lora_object(record) for record in records]}
 
 
-@router.post("/v1/loras", openapi_extra={"requestBody": {"required": True, "content": _BODY}})
+@router.post(
+    "/v1/loras",
+    status_code=201,
+    responses=PUBLISH_ANSWERS,
+    openapi_extra={"requestBody": {"required": True, "content": _BODY}},
+)
 async def publish(pool: OpenPool, http: Request) -> JSONResponse:
     """Publish uploaded files, a server folder, a source URI, or a batch of the latter two in one commit.
 
@@ -74,7 +82,7 @@ async def publish(pool: OpenPool, http: Request) -> JSONResponse:
     return JSONResponse(answer, 207 if failed else max(item["status"] for item in answer["data"]))
 
 
-@router.get("/v1/loras/{name:path}")
+@router.get("/v1/loras/{name:path}", response_model=None, responses=LORA_ANSWERS)
 async def show(name: str, pool: AnyPool) -> JsonObject:
     """One adapter, and the versions of it that are kept, the live one first."""
     tenant, bare = own_key(name)
@@ -82,7 +90,7 @@ async def show(name: str, pool: AnyPool) -> JsonObject:
     return lora_object(versions[0]) | {"versions": versions_object(versions), "catalogue_generation": generation}
 
 
-@router.delete("/v1/loras/{name:path}")
+@router.delete("/v1/loras/{name:path}", responses=WITHDRAW_ANSWERS)
 async def withdraw(name: str, pool: OpenPool) -> JSONResponse:
     """Take the adapter and all its versions out of the pool; running requests end as they began."""
     tenant, bare = own_key(name)
@@ -90,7 +98,7 @@ async def withdraw(name: str, pool: OpenPool) -> JSONResponse:
     return JSONResponse(removed_object(removed), 202 if removed.behind else 200)
 
 
-@router.post("/v1/loras/{name:path}/rollback")
+@router.post("/v1/loras/{name:path}/rollback", status_code=201, responses=ROLLBACK_ANSWERS)
 async def rollback(name: str, body: RollbackRequest, pool: OpenPool) -> JSONResponse:
     """Publish a kept version again: the one before the live one, or the one the digest names."""
     published = await pool.publisher.rollback(own_key(name), body.digest, actor="http")

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from deployments.schemas import ApiRequest
+from deployments.api_request import ApiRequest
 from deployments.uploads import FolderUpload
 
 MAX_BATCH = 256

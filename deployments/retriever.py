@@ -21,6 +21,9 @@ from retriever_svc import (
     Encoder,
     IndexStats,
     LivePool,
+    Page,
+    PageRequest,
+    PinnedAdapter,
     ReindexStep,
     Retriever,
     RetrieverError,
@@ -87,6 +90,16 @@ class RetrieverDeployment:
         """The plan of adapters a client named. Raises: AdapterNotFound, PlanInvalid, StaleIndex."""
         await self._reach(min_generation)
         return await asyncio.to_thread(self._retriever.plan_named, tenant, choices, strategy)
+
+    async def replay(self, tenant: str, strategy: Strategy, pinned: Sequence[PinnedAdapter], generation: int) -> Plan:
+        """The plan that was made at `generation`. Raises: PlanGone, PlanInvalid, StaleIndex."""
+        await self._reach(generation)
+        return await asyncio.to_thread(self._retriever.replay, tenant, strategy, pinned, generation)
+
+    async def page(self, tenant: str, request: PageRequest) -> Page:
+        """A page of what the tenant may use; embeddings stay here."""
+        page = await asyncio.to_thread(self._retriever.page, tenant, request)
+        return replace(page, rows=tuple((name, replace(record, embedding=None)) for name, record in page.rows))
 
     async def records(self, tenant: str, min_generation: int = 0) -> tuple[int, list[AdapterRecord]]:
         """(generation, every adapter the tenant may use, sorted); embeddings stay here. Raises: StaleIndex."""

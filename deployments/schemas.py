@@ -1,57 +1,60 @@
-"""HTTP request and response models, in the shape of the OpenAI API."""
+"""Request models of the routes that answer prompts, in the shape of the OpenAI API."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from deployments.api_request import ApiRequest, problem
+from deployments.lora_options import AdapterName, LoraOptions, MergedAdapters, options_of_path
+from deployments.openai_fields import (
+    OF_CHAT,
+    OF_COMPLETIONS,
+    OF_MESSAGES,
+    PARTS,
+    ROLES,
+    unsupported,
+    without_unsupported,
+)
 from gpu_worker.prompts import Message
-from gpu_worker.request import SamplingParams
+from gpu_worker.request import MAX_BIASED_IDS, MAX_LOGPROBS, SamplingParams
+
+MAX_CHOICES = 16
+MAX_PROMPTS = 128
+MAX_ROWS = 128  # answers to one request: prompts × n
 
 
-class ApiRequest(BaseModel):
-    """Unknown keys are refused. A key that is null counts as unset, as clients send what they dump."""
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One prompt of a request and what is asked of its adapters. `text`: what they are found by.
 
-    model_config = ConfigDict(extra="forbid")
+    `alias`: the field of another server's API that named adapters, beside which `model` may be the base model.
+    """
 
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, data: Any) -> Any:
-        return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
-
-
-class AdapterChoice(ApiRequest):
-    """An adapter the client names itself: `name`, `owner/name`, or with `@digest` one exact version."""
-
-    name: str = Field(min_length=1, max_length=256)
-    weight: float = Field(default=1.0, ge=-4, le=4)
+    prompt: str | tuple[Message, ...]
+    text: str
+    model: str
+    lora: LoraOptions
+    alias: str | None = None
 
 
-class LoraFilter(ApiRequest):
-    """Which adapters retrieval may choose: those that carry all of `tags`."""
-
-    tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = Field(min_length=1, max_length=32)
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
 
 
-class LoraOptions(ApiRequest):
-    """What a request may say about adapters; unset fields take the server's defaults."""
+def _as_prompts(value: Any) -> Any:
+    if isinstance(value, list) and any(isinstance(item, int | list) for item in value):
+        raise unsupported("", "token ids as a prompt")
+    return _as_list(value)
 
-    strategy: Literal["selection", "mixture", "fusion"] | None = None
-    k: int | None = Field(default=None, ge=1, le=16)
-    adapters: list[AdapterChoice] | None = Field(default=None, min_length=1, max_length=16)
-    weights: Literal["uniform", "softmax"] | None = None
-    min_score: float | None = Field(default=None, ge=-1, le=1)
-    fallback: Literal["base", "error"] | None = None
-    filter: LoraFilter | None = None
-    min_generation: int = Field(default=0, ge=0, lt=2**63)
-    explain: bool = False
 
-    @property
-    def of_retrieval(self) -> list[str]:
-        """The fields that were set and mean nothing where adapters are named."""
-        fields = ("k", "weights", "min_score", "fallback", "filter")
-        return [field for field in fields if getattr(self, field) is not None]
+def _as_parts(value: Any) -> Any:
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+StopStrings = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
 
 
 class StreamOptions(ApiRequest):
@@ -61,21 +64,49 @@ class StreamOptions(ApiRequest):
 class GenerationRequest(ApiRequest):
     """What chat and text completions have in common."""
 
+    not_served: ClassVar[dict[str, tuple[Any, ...]]]
+
     model: str = Field(default="auto", min_length=1, max_length=256)
     lora: LoraOptions = LoraOptions()
+    merged_adapters: MergedAdapters | None = None
+    lora_path: AdapterName | list[AdapterName | None] | None = None
     max_tokens: int | None = Field(default=None, ge=1)
     min_tokens: int = Field(default=0, ge=0)
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=-1)
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=100)
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = Field(default={}, max_length=MAX_BIASED_IDS)
     seed: int | None = Field(default=None, ge=0, lt=2**63)
-    stop: str | list[str] | None = None
+    stop: StopStrings = Field(default=[])
     stop_token_ids: list[int] | None = Field(default=None, max_length=64)
     ignore_eos: bool = False
-    n: Literal[1] = 1
+    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     stream: bool = False
     stream_options: StreamOptions | None = None
+    # Of no effect on an answer, and taken as they come.
     user: str | None = None
+    metadata: dict[str, str] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _supported(cls, data: Any) -> Any:
+        return without_unsupported(data, cls.not_served)
+
+    @model_validator(mode="after")
+    def _one_way_to_name_adapters(self) -> Self:
+        aliases = [name for name in ("merged_adapters", "lora_path") if getattr(self, name) is not None]
+        ways = [*aliases, *([f"lora.{self.lora.names_adapters}"] if self.lora.names_adapters else [])]
+        if len(ways) > 1:
+            raise problem(ways[0], f"{ways[1]} names the adapters too")
+        if aliases and self.lora.strategy is not None:
+            raise problem("lora.strategy", f"{aliases[0]} has a strategy of its own")
+        return self
 
     @property
     def include_usage(self) -> bool:
@@ -83,15 +114,20 @@ class GenerationRequest(ApiRequest):
 
     def sampling(self) -> SamplingParams:
         """Raises: SamplingInvalid."""
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return SamplingParams(
             max_tokens=self.token_limit,
             min_tokens=self.min_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=max(self.top_k, 0),  # vLLM's clients say -1 for all ids
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            logit_bias=tuple(sorted(self.logit_bias.items())),
+            logprobs=self.num_logprobs,
             seed=self.seed,
-            stop=tuple(stops),
+            stop=tuple(self.stop),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=self.ignore_eos,
         )
@@ -100,59 +136,127 @@ class GenerationRequest(ApiRequest):
     def token_limit(self) -> int | None:
         return self.max_tokens
 
+    @property
+    def num_logprobs(self) -> int | None:
+        raise NotImplementedError
+
+    def questions(self) -> list[Question]:
+        """One question a prompt, in order."""
+        raise NotImplementedError
+
+    def _question(self, place: int, prompt: str | tuple[Message, ...], text: str) -> Question:
+        if self.merged_adapters is not None:
+            options = self.merged_adapters.options(self.lora)
+            return Question(prompt, text, self.model, options, "merged_adapters")
+        if self.lora_path is not None:
+            path = self.lora_path if isinstance(self.lora_path, str) else self.lora_path[place]
+            return Question(prompt, text, self.model, options_of_path(path, self.lora), "lora_path")
+        return Question(prompt, text, self.model, self.lora)
+
+    def _check_paths(self, num_prompts: int) -> None:
+        if isinstance(self.lora_path, list) and len(self.lora_path) != num_prompts:
+            raise problem("lora_path", f"holds {len(self.lora_path)} names for {num_prompts} prompts")
+
 
 class TextPart(ApiRequest):
     type: Literal["text"]
     text: str
 
+    @model_validator(mode="before")
+    @classmethod
+    def _text_alone(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("type") in PARTS:
+            raise unsupported("", f"parts of type {data['type']!r}")
+        return data
+
 
 class ChatMessage(ApiRequest):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Annotated[list[TextPart], BeforeValidator(_as_parts, json_schema_input_type=str | list[TextPart])]
     name: str | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _supported(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("role") in ROLES:
+            raise unsupported("role", f"messages of role {data['role']!r}")
+        return without_unsupported(data, OF_MESSAGES)
+
     def message(self) -> Message:
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        text = "".join(part.text for part in self.content)
         return Message("system" if self.role == "developer" else self.role, text)
 
 
 class ChatCompletionRequest(GenerationRequest):
     """`POST /v1/chat/completions`"""
 
+    not_served: ClassVar[dict[str, tuple[Any, ...]]] = OF_CHAT
+
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1024)]
     max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    parallel_tool_calls: bool | None = None  # of tools, of which there are none
+
+    @model_validator(mode="after")
+    def _checked(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise problem("top_logprobs", "goes with logprobs: true only")
+        self._check_paths(1)
+        return self
 
     @property
     def token_limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
-    def prompt_for_worker(self) -> tuple[Message, ...]:
-        return tuple(message.message() for message in self.messages)
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
-    @property
-    def retrieval_text(self) -> str:
-        """The last user message: what adapters are found by."""
-        turns = self.prompt_for_worker
-        return next((turn.content for turn in reversed(turns) if turn.role == "user"), turns[-1].content)
+    def questions(self) -> list[Question]:
+        """The one conversation; its adapters are found by the last user message."""
+        turns = tuple(message.message() for message in self.messages)
+        text = next((turn.content for turn in reversed(turns) if turn.role == "user"), turns[-1].content)
+        return [self._question(0, turns, text)]
+
+
+Prompt = Annotated[str, Field(min_length=1)]
 
 
 class CompletionRequest(GenerationRequest):
     """`POST /v1/completions`"""
 
-    prompt: str = Field(min_length=1)
+    not_served: ClassVar[dict[str, tuple[Any, ...]]] = OF_COMPLETIONS
+
+    prompt: Annotated[
+        list[Prompt],
+        Field(min_length=1, max_length=MAX_PROMPTS),
+        BeforeValidator(_as_prompts, json_schema_input_type=Prompt | list[Prompt]),
+    ]
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+
+    @model_validator(mode="after")
+    def _checked(self) -> Self:
+        rows = len(self.prompt) * self.n
+        if rows > MAX_ROWS:
+            raise problem("n", f"with {len(self.prompt)} prompts makes {rows} answers, at most {MAX_ROWS} are given")
+        self._check_paths(len(self.prompt))
+        return self
 
     @property
-    def prompt_for_worker(self) -> str:
-        return self.prompt
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
 
-    @property
-    def retrieval_text(self) -> str:
-        return self.prompt
+    def questions(self) -> list[Question]:
+        return [self._question(place, prompt, prompt) for place, prompt in enumerate(self.prompt)]
 
 
 class RouteQuery(ApiRequest):
     """`POST /v1/route`: which adapters would answer these prompts. Nothing is generated."""
 
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=256)]
+    prompt: Annotated[
+        list[str],
+        Field(min_length=1, max_length=256),
+        BeforeValidator(_as_list, json_schema_input_type=str | list[str]),
+    ]
     lora: LoraOptions = LoraOptions()

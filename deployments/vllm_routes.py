@@ -4,6 +4,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse
 
 from deployments import http_errors
+from deployments.api_docs import LOAD_ANSWERS, UNLOAD_ANSWERS
 from deployments.errors import AdapterExists
 from deployments.pool import Pool, own_key
 from deployments.pool_routes import OpenPool
@@ -13,7 +14,7 @@ from lora_store import LOCAL_TENANT, AdapterNotFound
 router = APIRouter(route_class=http_errors.AnsweringRoute, default_response_class=PlainTextResponse)
 
 
-@router.post("/v1/load_lora_adapter")
+@router.post("/v1/load_lora_adapter", responses=LOAD_ANSWERS)
 async def load_lora_adapter(body: LoadAdapterRequest, pool: OpenPool, http: Request) -> PlainTextResponse:
     """Publish a server folder or a source URI; 400 when the name is taken, unless `load_inplace` is set."""
     upload = body.upload()
@@ -27,7 +28,7 @@ async def load_lora_adapter(body: LoadAdapterRequest, pool: OpenPool, http: Requ
     return PlainTextResponse(text, 202 if outcome.behind else 200)
 
 
-@router.post("/v1/unload_lora_adapter")
+@router.post("/v1/unload_lora_adapter", responses=UNLOAD_ANSWERS)
 async def unload_lora_adapter(body: UnloadAdapterRequest, pool: OpenPool) -> PlainTextResponse:
     """Withdraw the adapter; 404 when there is none."""
     tenant, name = own_key(body.lora_name)

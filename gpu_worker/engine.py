@@ -21,6 +21,7 @@ from gpu_worker.holdings import Holdings
 from gpu_worker.inject import inject, target_linears
 from gpu_worker.kv_cache import KvCache
 from gpu_worker.loader import AdapterLoader, Fetch
+from gpu_worker.logprobs import Scored, score
 from gpu_worker.mapping import StepContext, token_mapping
 from gpu_worker.prepare import Preparer
 from gpu_worker.request import Delta
@@ -213,14 +214,15 @@ class Engine:
         try:
             logits = self._forward(scheduled)
             tokens = sample(logits, [row.draw() for row in ready])
+            scores = score(logits, tokens, [row.sampling.logprobs for row in ready])
         except Exception as exc:
             logger.exception("a step of %d rows failed", len(scheduled))
             self._fail_running(EngineStopped(f"the step failed: {exc}"))
             return
         for row, segment in scheduled:
             row.num_computed += segment.num_tokens
-        taken = zip(ready, tokens, logits, strict=True)
-        made = [(row, self._take(row, token, row_logits)) for row, token, row_logits in taken]
+        taken = zip(ready, tokens, scores, logits, strict=True)
+        made = [(row, self._take(row, token, scored, row_logits)) for row, token, scored, row_logits in taken]
         told = [(row, event) for row, event in made if event is not None]
         self._release([row for row, event in told if _is_last(event)])  # free by the time their clients hear of it
         self._release([row for row, event in told if not self.send(row, event) and not _is_last(event)])
@@ -246,14 +248,14 @@ class Engine:
         logits: Tensor = output.logits[0]
         return logits
 
-    def _take(self, row: Row, token: int | None, logits: Tensor) -> Delta | Exception | None:
+    def _take(self, row: Row, token: int | None, scored: Scored | None, logits: Tensor) -> Delta | Exception | None:
         """Hand the row its token; what its client is to be told."""
         if token is None:
             return LogitsNotFinite(f"the plan of request {row.request_id} drives the logits out of range")
         if row.keep_logits and row.first_logits is None:
             row.first_logits = logits.float().clone()
         try:
-            return row.take(token)
+            return row.take(token, scored)
         except Exception as exc:
             logger.exception("the text of request %s broke", row.request_id)
             return EngineStopped(f"token {token} could not be decoded: {exc}")

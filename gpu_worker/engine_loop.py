@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -60,10 +61,7 @@ class EngineLoop:
     async def complete(self, job: Job) -> tuple[Completion, Delta]:
         """The whole answer, and its last delta."""
         parts = [delta async for delta in self.stream(job)]
-        last = parts[-1]
-        assert last.finish_reason is not None
-        text = "".join(part.text for part in parts)
-        return Completion(text, last.num_prompt_tokens, last.num_new_tokens, last.finish_reason), last
+        return Completion.joined(parts), parts[-1]
 
     async def first_logits(self, jobs: Sequence[Job]) -> list[Tensor | Exception]:
         """(V,) float32 after each job's prompt, or what the engine says of it; the jobs enter the queue together.
@@ -199,7 +197,10 @@ def _merged(first: Delta | Exception, events: _Events) -> Delta:
         if isinstance(event, Exception):
             merged = event
         else:
-            text = merged.text + event.text
-            logits = merged.first_logits if event.first_logits is None else event.first_logits
-            merged = Delta(text, event.num_prompt_tokens, event.num_new_tokens, event.finish_reason, logits)
+            merged = replace(
+                event,
+                text=merged.text + event.text,
+                first_logits=merged.first_logits if event.first_logits is None else event.first_logits,
+                logprobs=merged.logprobs + event.logprobs,
+            )
     raise merged

@@ -38,7 +38,15 @@ class PromptTooLong(GpuWorkerError):
 
 
 class SamplingInvalid(GpuWorkerError):
-    """A sampling parameter is out of its range."""
+    """A sampling parameter is out of its range; `param` names it."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message, param)
+        self.message = message
+        self.param = param
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class PlanTooLarge(GpuWorkerError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Collection
 
 from gpu_worker.base_model import BaseModel
 from gpu_worker.errors import PromptInvalid, PromptTooLong, SamplingInvalid
@@ -10,6 +11,7 @@ from gpu_worker.prompts import render, template_stops
 from gpu_worker.request import DEFAULT_MAX_TOKENS, Job
 from gpu_worker.row import Row, Sink
 from gpu_worker.text_stream import TextStream
+from gpu_worker.token_bytes import TokenBytes
 
 _MAX_CHARS_PER_TOKEN = 64  # a longer text cannot fit, and is not worth tokenizing
 
@@ -19,9 +21,11 @@ class Preparer:
 
     def __init__(self, base: BaseModel, max_len: int) -> None:
         self._base, self._max_len = base, max_len
+        self._spell = TokenBytes(base.backend_tokenizer)
 
     def __call__(self, job: Job, sink: Sink, *, keep_logits: bool = False) -> Row:
         """Raises: PromptInvalid, PromptTooLong, SamplingInvalid."""
+        self._require_ids("logit_bias", [token_id for token_id, _ in job.sampling.logit_bias])
         tokens = self._tokens(job)
         stops = job.sampling.stop if isinstance(job.prompt, str) else job.sampling.stop + template_stops(job.template)
         return Row(
@@ -35,6 +39,7 @@ class Preparer:
             seed=secrets.randbits(63) if job.sampling.seed is None else job.sampling.seed,
             text=TextStream(self._base.backend_tokenizer, stops),
             sink=sink,
+            spell=self._spell,
             keep_logits=keep_logits,
         )
 
@@ -62,7 +67,10 @@ class Preparer:
 
     def _end_ids(self, job: Job) -> frozenset[int]:
         ids = frozenset(job.sampling.stop_token_ids)
+        self._require_ids("stop_token_ids", ids)
+        return ids if job.sampling.ignore_eos else ids | self._base.eos_token_ids
+
+    def _require_ids(self, name: str, ids: Collection[int]) -> None:
         for token_id in ids:
             if not 0 <= token_id < self._base.vocab_size:
-                raise SamplingInvalid(f"stop_token_ids holds {token_id}, the vocabulary {self._base.vocab_size} ids")
-        return ids if job.sampling.ignore_eos else ids | self._base.eos_token_ids
+                raise SamplingInvalid(f"{name} holds {token_id}, the vocabulary {self._base.vocab_size} ids", name)

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 import torch
 
 from gpu_worker.fitting import FittedAdapter
-from gpu_worker.request import Delta, FinishReason, SamplingParams
+from gpu_worker.logprobs import Scored
+from gpu_worker.request import Delta, FinishReason, SamplingParams, TokenLogprob
 from gpu_worker.sampling import Draw
 from gpu_worker.text_stream import TextStream
+from gpu_worker.token_bytes import TokenBytes
 from lora_store.plan import Plan
 
 Sink = Callable[[Delta | Exception], None]
@@ -32,12 +34,14 @@ class Row:
     seed: int
     text: TextStream
     sink: Sink
+    spell: TokenBytes
     keep_logits: bool = False
     loads: dict[str, Future[FittedAdapter]] = field(default_factory=dict)  # of adapters that were not in the bank
     kv_row: int = -1
     num_computed: int = 0  # tokens whose keys and values are in the cache
     num_passes: int = 0  # times others were let into the bank before it
     first_logits: torch.Tensor | None = None
+    untold: list[TokenLogprob] = field(default_factory=list)  # of tokens since the last delta
 
     @property
     def num_new_tokens(self) -> int:
@@ -50,10 +54,12 @@ class Row:
     def draw(self) -> Draw:
         """How the next token is chosen."""
         forbidden = tuple(self.end_ids) if self.num_new_tokens < self.sampling.min_tokens else ()
-        return Draw(self.sampling, self.seed, len(self.tokens), forbidden)
+        return Draw(self.sampling, self.seed, len(self.tokens), forbidden, self.tokens, self.num_prompt_tokens)
 
-    def take(self, token: int) -> Delta | None:
+    def take(self, token: int, scored: Scored | None = None) -> Delta | None:
         """Append a token; the text it releases, with the finish reason when it was the last one."""
+        if scored is not None and token not in self.end_ids:
+            self.untold.append(self._logprob(token, scored))
         self.tokens.append(token)
         reason: FinishReason | None = None
         text = ""
@@ -69,4 +75,15 @@ class Row:
             text += self.text.flush()
         if not text and reason is None:
             return None
-        return Delta(text, self.num_prompt_tokens, self.num_new_tokens, reason, self.first_logits)
+        logprobs = self._told() if self.untold else ()
+        return Delta(text, self.num_prompt_tokens, self.num_new_tokens, reason, self.first_logits, logprobs)
+
+    def _logprob(self, token: int, scored: Scored) -> TokenLogprob:
+        top = tuple((self.spell(token_id), logprob) for token_id, logprob in scored.top)
+        return TokenLogprob(self.spell(token), scored.logprob, top, self.text.num_chars)
+
+    def _told(self) -> tuple[TokenLogprob, ...]:
+        """What is untold, but for tokens that a stop string cut off whole."""
+        told, self.untold = self.untold, []
+        end = self.text.num_released if self.text.stopped else self.text.num_chars + 1
+        return tuple(entry for entry in told if entry.text_offset < end)

@@ -1,7 +1,8 @@
-"""Choosing each row's next token, by its logits, its seed and its position, never by its neighbours."""
+"""Choosing each row's next token, by its logits, its seed, its position and what it holds, never by its neighbours."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.argmax import argmax
+from gpu_worker.penalties import adjust
 from gpu_worker.request import SamplingParams
 
 _GREEDY_BELOW = 1e-5  # temperatures at which the best id holds all of the mass
@@ -18,19 +20,28 @@ _SHORT_LIST = 1024  # ids kept before a full sort is needed for top_p
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """What one row's next token is drawn with. `forbidden`: ids that may not come yet (ends, before min_tokens)."""
+    """What one row's next token is drawn with. `forbidden`: ids that may not come yet (ends, before min_tokens).
+
+    `tokens` are the row's, read where a penalty asks for them; the answer begins at `num_prompt_tokens`.
+    """
 
     params: SamplingParams
     seed: int
     position: int
     forbidden: tuple[int, ...] = ()
+    tokens: Sequence[int] = ()
+    num_prompt_tokens: int = 0
 
 
 def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int | None]:
-    """One token id a row, None where the row's logits are not finite. Dims: logits (B, V)."""
-    if any(draw.forbidden for draw in draws):
+    """One token id a row, None where the row's logits are not finite. Dims: logits (B, V), left as they are."""
+    if any(draw.params.adjusts_logits for draw in draws):
+        logits = logits.to(torch.float32, copy=True)  # a penalty is smaller than bfloat16's steps
+    elif any(draw.forbidden for draw in draws):
         logits = logits.clone()
     for row, draw in enumerate(draws):
+        if draw.params.adjusts_logits:
+            adjust(logits[row], draw.params, draw.tokens, draw.num_prompt_tokens)
         if draw.forbidden:
             logits[row, list(draw.forbidden)] = float("-inf")
     greedy, finite = argmax(logits)
@@ -49,6 +60,8 @@ def _sample_row(logits: Tensor, draw: Draw) -> int:
     """Inverse-CDF sampling: the first id whose cumulative probability passes the row's uniform number."""
     params = draw.params
     scaled = (logits - logits.max()) / params.temperature  # shifted first: a small temperature must not overflow
+    if params.min_p > 0:  # p_i < min_p · p_max, where the largest of `scaled` is 0
+        scaled = scaled.masked_fill(scaled < math.log(params.min_p), float("-inf"))
     if params.top_k == 0 and params.top_p == 1:
         ids, probs = None, scaled.softmax(dim=-1)
     else:

@@ -19,7 +19,13 @@ class TextStream:
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._stops = tuple(stops)
         self._held = ""
+        self.num_released = 0  # characters
         self.stopped = False
+
+    @property
+    def num_chars(self) -> int:
+        """Characters so far, with those that are held back."""
+        return self.num_released + len(self._held)
 
     def push(self, token_id: int, *, may_stop: bool = True) -> str:
         """The text this token releases. After a stop string, `stopped` is true and nothing more comes.
@@ -35,15 +41,18 @@ class TextStream:
         found = [index for stop in self._stops if (index := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
-            released, self._held = self._held[: min(found)], ""
+            released = self._release(min(found))
+            self._held = ""
             return released
-        keep = self._longest_stop_prefix()
-        released, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        return released
+        return self._release(len(self._held) - self._longest_stop_prefix())
 
     def flush(self) -> str:
         """What was held back, once no more tokens come."""
-        released, self._held = self._held, ""
+        return self._release(len(self._held))
+
+    def _release(self, count: int) -> str:
+        released, self._held = self._held[:count], self._held[count:]
+        self.num_released += count
         return released
 
     def _decode(self, token_id: int) -> str | None:

@@ -8,15 +8,17 @@ from retriever_svc.errors import (
     EncoderUnusable,
     NoAdapterMatched,
     NothingToEmbed,
+    PlanGone,
     RetrieverError,
     RouteInvalid,
     StaleIndex,
 )
 from retriever_svc.index import AdapterIndex, Allowed, IndexSettings, Match
+from retriever_svc.listing import Page, PageRequest
 from retriever_svc.live_pool import IndexStats, LivePool
 from retriever_svc.reindex import ReindexStep
 from retriever_svc.retriever import Retriever
-from retriever_svc.route import Candidate, Route, RouteRequest
+from retriever_svc.route import Candidate, PinnedAdapter, Route, RouteRequest
 from retriever_svc.sample_source import SampleSource
 from retriever_svc.saved_index import SavedIndexes, SavedLists
 
@@ -36,6 +38,10 @@ __all__ = [
     "Match",
     "NoAdapterMatched",
     "NothingToEmbed",
+    "Page",
+    "PageRequest",
+    "PinnedAdapter",
+    "PlanGone",
     "ReindexStep",
     "Retriever",
     "RetrieverError",

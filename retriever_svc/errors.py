@@ -4,6 +4,7 @@ RetrieverError
 ├── EncoderUnusable     the encoder model cannot be loaded, or is not the one the pool was embedded by
 ├── NothingToEmbed      an adapter without samples has no embedding; it is reachable by name only
 ├── RouteInvalid        a route request breaks a rule
+├── PlanGone            a plan to be replayed holds a version that is not kept any more
 ├── NoAdapterMatched    the best adapter scores below the floor and the caller wanted no base model
 └── StaleIndex          this replica has not seen the wanted generation yet; retry later
 """
@@ -33,6 +34,20 @@ class NothingToEmbed(RetrieverError):
 
 class RouteInvalid(RetrieverError):
     """Mend the request."""
+
+
+class PlanGone(RetrieverError):
+    """This plan cannot be replayed: one of its versions is gone, or never was this caller's to see. Plan anew."""
+
+    param = "lora.plan"
+
+    def __init__(self, name: str, digest: str) -> None:
+        super().__init__(name, digest)
+        self.name = name
+        self.digest = digest
+
+    def __str__(self) -> str:
+        return f"the plan cannot be replayed: version {self.digest[:12]!r} of adapter {self.name[:200]!r} is not kept"
 
 
 class NoAdapterMatched(RetrieverError):

@@ -9,8 +9,9 @@ from lora_store.errors import AdapterNotFound
 from lora_store.plan import Plan, PlannedAdapter, Strategy
 from lora_store.records import AdapterRecord
 from lora_store.snapshot import Snapshot
+from retriever_svc.errors import PlanGone
 from retriever_svc.index import Match
-from retriever_svc.route import RouteRequest, Weighting
+from retriever_svc.route import PinnedAdapter, RouteRequest, Weighting
 
 _MIN_DIGEST_CHARS = 8
 
@@ -37,6 +38,33 @@ def named_plan(snapshot: Snapshot, tenant: str, choices: Sequence[tuple[str, flo
         for record, (_, weight) in zip(records, choices, strict=True)
     )
     return Plan(strategy, rows, snapshot.generation, _common_template(records))
+
+
+def replayed_plan(
+    snapshot: Snapshot, tenant: str, strategy: Strategy, pinned: Sequence[PinnedAdapter], generation: int
+) -> Plan:
+    """The plan that was made at `generation`, from exactly the versions it pinned.
+
+    Raises: PlanGone: a version is not kept, or not visible to `tenant`. PlanInvalid: no plan can hold these.
+    """
+    records = [_kept_version(snapshot, tenant, item) for item in pinned]
+    rows = tuple(
+        PlannedAdapter(record.ref, record.weights_digest, item.weight, item.score)
+        for record, item in zip(records, pinned, strict=True)
+    )
+    return Plan(strategy, rows, generation, _common_template(records))
+
+
+def _kept_version(snapshot: Snapshot, tenant: str, pinned: PinnedAdapter) -> AdapterRecord:
+    """Of the caller's own adapter of that name, or of the public one: the plan may be older than either."""
+    owner, slash, bare = pinned.name.rpartition("/")
+    public = snapshot.public.get(pinned.name)
+    keys = [(owner, bare)] if slash else [(tenant, pinned.name)]
+    keys += [] if public is None else [(public.ref.tenant, public.ref.name)]
+    for record in [record for key in keys for record in snapshot.versions(key)]:
+        if record.ref.digest == pinned.digest and record.is_visible_to(tenant):
+            return record
+    raise PlanGone(pinned.name, pinned.digest)
 
 
 def resolve_version(snapshot: Snapshot, tenant: str, wanted: str) -> AdapterRecord:

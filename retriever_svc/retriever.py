@@ -15,11 +15,12 @@ from retriever_svc.embedding import embed_groups
 from retriever_svc.encoder import Vectors
 from retriever_svc.errors import NoAdapterMatched, NothingToEmbed, StaleIndex
 from retriever_svc.index import Match
+from retriever_svc.listing import Page, PageRequest, page
 from retriever_svc.live_pool import LivePool
-from retriever_svc.planning import named_plan, resolve_version, routed_plan
+from retriever_svc.planning import named_plan, replayed_plan, resolve_version, routed_plan
 from retriever_svc.pool import Pool
 from retriever_svc.reindex import ReindexStep, reindex
-from retriever_svc.route import Candidate, Route, RouteRequest
+from retriever_svc.route import Candidate, PinnedAdapter, Route, RouteRequest
 from retriever_svc.sample_source import SampleSource
 
 RouteAnswer = Route | NoAdapterMatched | StaleIndex
@@ -89,6 +90,13 @@ class Retriever:
         """
         return named_plan(self._pool_at(min_generation).snapshot, tenant, choices, strategy)
 
+    def replay(self, tenant: str, strategy: Strategy, pinned: Sequence[PinnedAdapter], generation: int) -> Plan:
+        """The plan that was made at `generation`, from exactly the versions it pinned. No encoder call.
+
+        Raises: PlanGone, PlanInvalid; StaleIndex: this pool is older than the plan.
+        """
+        return replayed_plan(self._pool_at(generation).snapshot, tenant, strategy, pinned, generation)
+
     def resolve(self, tenant: str, name: str, min_generation: int = 0) -> AdapterRecord:
         """The version `tenant` means by `name` or `owner/name`, or by either with `@digest` (see `resolve_version`).
 
@@ -100,6 +108,10 @@ class Retriever:
         """(generation, every adapter `tenant` may use, sorted by owner and name). Raises: StaleIndex."""
         snapshot = self._pool_at(min_generation).snapshot
         return snapshot.generation, snapshot.visible_to(tenant)
+
+    def page(self, tenant: str, request: PageRequest) -> Page:
+        """A page of what `tenant` may use."""
+        return page(self._pools.current.snapshot, tenant, request)
 
     def versions(self, tenant: str, name: str, min_generation: int = 0) -> tuple[int, list[AdapterRecord]]:
         """(generation, the kept versions of what `tenant` means by `name` that it may see, the live one first).

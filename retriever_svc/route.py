@@ -64,3 +64,13 @@ class Route:
     candidates: tuple[Candidate, ...]
     generation: int
     abstained: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PinnedAdapter:
+    """One row of a plan that a client sends back: an adapter's name and full version digest, weight and score."""
+
+    name: str
+    digest: str
+    weight: float
+    score: float | None = None

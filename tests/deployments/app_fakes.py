@@ -43,8 +43,9 @@ from lora_store import (
     Strategy,
     Withdrawn,
 )
-from retriever_svc import Candidate, DoctorStep, ReindexStep, Route, RouteRequest
-from retriever_svc.planning import named_plan
+from retriever_svc import Candidate, DoctorStep, Page, PageRequest, PinnedAdapter, ReindexStep, Route, RouteRequest
+from retriever_svc.listing import page
+from retriever_svc.planning import named_plan, replayed_plan
 from tests.fakes import FakeHandle
 
 BASE = "tiny-base"
@@ -142,6 +143,12 @@ class FakeRetriever:
         self, tenant: str, choices: Sequence[tuple[str, float]], strategy: Strategy, min_generation: int = 0
     ) -> Plan:
         return named_plan(self._snapshot, tenant, choices, strategy)
+
+    async def replay(self, tenant: str, strategy: Strategy, pinned: Sequence[PinnedAdapter], generation: int) -> Plan:
+        return replayed_plan(self._snapshot, tenant, strategy, pinned, generation)
+
+    async def page(self, tenant: str, request: PageRequest) -> Page:
+        return page(self._snapshot, tenant, request)
 
     async def records(self, tenant: str) -> tuple[int, list[AdapterRecord]]:
         return 7, self._snapshot.visible_to(tenant)

@@ -2,19 +2,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import Any, Literal
 
 import pytest
-from openai.types import Completion as TextCompletion
-from openai.types import Model
-from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from deployments.answers import (
-    Answer,
     batch_object,
     doctor_object,
     lora_object,
-    model_objects,
     plan_object,
     published_object,
     removed_object,
@@ -22,10 +16,9 @@ from deployments.answers import (
 )
 from deployments.planner import Planned
 from deployments.published import Published, Removed
-from gpu_worker.request import Completion, Delta
 from lora_store import BASE_PLAN, AdapterRefused, Plan, PlannedAdapter
 from retriever_svc import AdapterFinding, Candidate, Collision, DoctorReport
-from tests.deployments.app_fakes import BASE, POOL, adapter
+from tests.deployments.app_fakes import POOL, adapter
 
 POET, CODER = POOL
 PLAN = Plan("selection", (PlannedAdapter(POET.ref, POET.weights_digest, 1.0, 0.75),), generation=7)
@@ -42,93 +35,16 @@ EXPLAINED = LORA | {
         {"name": "coder", "digest": CODER.ref.digest, "score": 0.5},
     ],
 }
-USAGE = {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8}
-IDENTITY = {"created": 1000, "model": "auto"}
-
-
-def answer(kind: Literal["chat", "text"] = "chat", *, explain: bool = False) -> Answer:
-    return Answer(kind, "auto", Planned(PLAN, CANDIDATES), explain, request_id="r1", created=1000)
-
-
-def choice(finish_reason: str | None, **fields: Any) -> list[dict[str, Any]]:
-    return [{"index": 0, "finish_reason": finish_reason, "logprobs": None, **fields}]
-
-
-def test_a_whole_chat_answer_has_the_openai_shape() -> None:
-    whole = answer().whole(Completion("Hello", 5, 3, "length"))
-    message = {"role": "assistant", "content": "Hello"}
-    assert whole == IDENTITY | {
-        "id": "chatcmpl-r1",
-        "object": "chat.completion",
-        "choices": choice("length", message=message),
-        "usage": USAGE,
-        "lora": LORA,
-    }
-    ChatCompletion.model_validate(whole)
-
-
-def test_a_whole_text_answer_has_the_openai_shape() -> None:
-    whole = answer("text").whole(Completion("Hello", 5, 3, "stop"))
-    assert whole == IDENTITY | {
-        "id": "cmpl-r1",
-        "object": "text_completion",
-        "choices": choice("stop", text="Hello"),
-        "usage": USAGE,
-        "lora": LORA,
-    }
-    TextCompletion.model_validate(whole)
-
-
-def test_chat_chunks_open_with_role_and_plan_and_end_with_the_reason() -> None:
-    one = answer()
-    parts = [one.opening(), one.chunk(Delta("Hel", 5, 1)), one.chunk(Delta("lo", 5, 3, "stop"))]
-    identity = IDENTITY | {"id": "chatcmpl-r1", "object": "chat.completion.chunk"}
-    assert parts == [
-        identity | {"choices": choice(None, delta={"role": "assistant", "content": ""}), "lora": LORA},
-        identity | {"choices": choice(None, delta={"content": "Hel"})},
-        identity | {"choices": choice("stop", delta={"content": "lo"})},
-    ]
-    usage = one.usage_chunk(Delta("lo", 5, 3, "stop"))
-    assert usage == identity | {"choices": [], "usage": USAGE}
-    for part in (*parts, usage):
-        ChatCompletionChunk.model_validate(part)
-
-
-def test_text_chunks_have_the_shape_of_their_own_kind() -> None:
-    one = answer("text")
-    identity = IDENTITY | {"id": "cmpl-r1", "object": "text_completion"}
-    assert one.opening() == identity | {"choices": choice(None, text=""), "lora": LORA}
-    assert one.chunk(Delta("lo", 5, 3, "length")) == identity | {"choices": choice("length", text="lo")}
 
 
 @pytest.mark.parametrize("explain", [False, True])
 def test_candidates_and_generation_are_told_where_asked(explain: bool) -> None:
-    expected = EXPLAINED if explain else LORA
-    one = answer(explain=explain)
-    assert one.opening()["lora"] == one.whole(Completion("", 5, 0, "stop"))["lora"] == expected
-    assert plan_object(Planned(PLAN, CANDIDATES), explain=explain) == expected
+    assert plan_object(Planned(PLAN, CANDIDATES), explain=explain) == (EXPLAINED if explain else LORA)
 
 
 def test_a_base_answer_says_so() -> None:
     assert plan_object(Planned(BASE_PLAN), explain=False) == {"strategy": "base", "adapters": [], "abstained": False}
     assert plan_object(Planned(BASE_PLAN, abstained=True), explain=False)["abstained"]
-
-
-def test_two_answers_differ_in_their_ids() -> None:
-    one, other = (Answer("chat", "auto", Planned(BASE_PLAN), explain=False) for _ in range(2))
-    assert one.opening()["id"] != other.opening()["id"]
-    assert one.opening()["id"] == one.chunk(Delta("", 1, 1))["id"]
-
-
-def test_models_are_auto_the_base_and_every_adapter() -> None:
-    cards = [Model.model_validate(card).to_dict() for card in model_objects(BASE, POOL)]
-    assert [(card["id"], card["parent"]) for card in cards] == [
-        ("auto", BASE),
-        (BASE, None),
-        ("poet", BASE),
-        ("coder", BASE),
-    ]
-    assert cards[2]["created"] == int(POET.created_at.timestamp())
 
 
 def test_an_adapter_is_shown_without_its_embedding() -> None:

@@ -23,6 +23,7 @@ from tests.fakes import as_ray_raises
 INVALID, OVERLOADED = "invalid_request_error", "overloaded_error"
 EXPECTED = [
     (api_errors.RequestInvalid("lora: no", "lora"), 400, INVALID, "invalid_request"),
+    (api_errors.Unsupported("tools", "it"), 400, INVALID, "unsupported"),
     (api_errors.ModelNotFound("x"), 404, "not_found_error", "model_not_found"),
     (store_errors.AdapterNotFound("x"), 404, "not_found_error", "model_not_found"),
     (api_errors.VersionNotKept("x", "a" * 8, ["b" * 64]), 404, "not_found_error", "version_not_found"),
@@ -42,6 +43,7 @@ EXPECTED = [
     (retriever_errors.EncoderUnusable("m", "no weights"), 400, INVALID, "encoder_unusable"),
     (retriever_errors.RouteInvalid("k"), 400, INVALID, "invalid_request"),
     (retriever_errors.NoAdapterMatched(0.1, 0.2), 422, INVALID, "no_adapter_matched"),
+    (retriever_errors.PlanGone("x", "d"), 409, INVALID, "plan_gone"),
     (retriever_errors.StaleIndex(2, 1), 503, OVERLOADED, "stale_index"),
     (worker_errors.SamplingInvalid("top_p"), 400, INVALID, "invalid_request"),
     (worker_errors.PromptInvalid("prompt"), 400, INVALID, "invalid_prompt"),

@@ -71,7 +71,7 @@ def test_an_error_after_the_first_token_is_the_last_event_over_http() -> None:
         ("/v1/chat/completions", CHAT | {"model": "nobody"}, 404, "model_not_found", "model"),
         ("/v1/chat/completions", CHAT | {"temprature": 1}, 400, "invalid_request", "temprature"),
         ("/v1/chat/completions", CHAT | {"lora": {"kk": 1}}, 400, "invalid_request", "lora.kk"),
-        ("/v1/chat/completions", CHAT | {"min_tokens": 2, "max_tokens": 1}, 400, "invalid_request", None),
+        ("/v1/chat/completions", CHAT | {"min_tokens": 2, "max_tokens": 1}, 400, "invalid_request", "min_tokens"),
         (
             "/v1/chat/completions",
             CHAT | {"model": "poet", "lora": {"adapters": [{"name": "poet"}]}},
@@ -80,7 +80,7 @@ def test_an_error_after_the_first_token_is_the_last_event_over_http() -> None:
             "lora.adapters",
         ),
         ("/v1/completions", {}, 400, "invalid_request", "prompt"),
-        ("/v1/route", {"prompt": []}, 400, "invalid_request", None),
+        ("/v1/route", {"prompt": []}, 400, "invalid_request", "prompt"),
         ("/v1/nowhere", {}, 404, "http_error", None),
     ],
 )
@@ -97,8 +97,25 @@ def test_a_refused_request_leaves_in_the_openai_shape(
 def test_a_body_that_is_no_json_is_a_bad_request() -> None:
     headers = {"content-type": "application/json"}
     response = request("POST", "/v1/completions", sent={"content": b"{", "headers": headers})
-    assert response.status_code == 400
+    assert (response.status_code, error_of(response)["param"]) == (400, None)
     assert error_of(response)["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        rb'{"prompt": "x", "\ud800": 1}',
+        rb'{"prompt": "\ud800"}',
+        rb'{"prompt": "x", "model": "\ud800"}',
+        rb'{"prompt": "x", "lora": {"adapters": [{"name": "\ud800"}]}}',
+        rb'{"prompt": "x", "logit_bias": {"\ud800": 1}}',
+    ],
+)
+def test_half_of_a_surrogate_pair_is_a_bad_request(body: bytes) -> None:
+    headers = {"content-type": "application/json"}
+    response = request("POST", "/v1/completions", sent={"content": body, "headers": headers})
+    assert response.status_code in (400, 404)
+    assert error_of(response)["message"]
 
 
 @pytest.mark.parametrize("announced", [True, False])

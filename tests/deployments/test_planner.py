@@ -19,7 +19,8 @@ from tests.fakes import FakeHandle
 def plan(handle: FakeHandle, model: str = "auto", lora: dict[str, Any] | None = None, **retrieval: Any) -> Planned:
     body = {"messages": [{"role": "user", "content": "Rhyme"}], "model": model, "lora": lora or {}}
     planner = Planner(config_of(retrieval=RetrievalSettings(**retrieval)), handle)
-    return asyncio.run(planner.plan(ChatCompletionRequest.model_validate(body), "Rhyme", "local"))
+    [question] = ChatCompletionRequest.model_validate(body).questions()
+    return asyncio.run(planner.plan(question, "local"))
 
 
 def handle_of(*extra: str) -> FakeHandle:

@@ -21,6 +21,10 @@ SAMPLING = {
     "temperature": 0.25,
     "top_p": 0.5,
     "top_k": 4,
+    "min_p": 0.125,
+    "presence_penalty": 0.5,
+    "frequency_penalty": -0.5,
+    "repetition_penalty": 1.25,
     "seed": 11,
     "stop": ("a", "b"),
     "stop_token_ids": (1, 2),
@@ -30,6 +34,15 @@ SAMPLING = {
 
 def chat(**fields: Any) -> ChatCompletionRequest:
     return ChatCompletionRequest.model_validate({"messages": [USER], **fields})
+
+
+def completion(**fields: Any) -> CompletionRequest:
+    return CompletionRequest.model_validate({"prompt": "Hi", **fields})
+
+
+def text_of(request: ChatCompletionRequest | CompletionRequest) -> str:
+    [question] = request.questions()
+    return question.text
 
 
 def refusal(kind: Any, body: dict[str, Any]) -> RequestInvalid:
@@ -72,7 +85,18 @@ def test_an_unknown_key_is_refused_by_its_path(kind: Any, body: dict[str, Any], 
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"n": 2}, "n"),
+        ({"n": 0}, "n"),
+        ({"n": 17}, "n"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"presence_penalty": 2.5}, "presence_penalty"),
+        ({"frequency_penalty": -2.5}, "frequency_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5"),
+        ({"logit_bias": {"five": 1}}, "logit_bias.five"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"stop": [1]}, "stop.0"),
+        ({"stop": {}}, "stop"),
         ({"temperature": 2.5}, "temperature"),
         ({"top_p": 0}, "top_p"),
         ({"max_tokens": 0}, "max_tokens"),
@@ -95,9 +119,11 @@ def test_a_value_out_of_its_range_is_refused_by_its_path(fields: dict[str, Any],
 
 
 def test_sampling_is_carried_over_field_by_field() -> None:
-    assert asdict(chat(**SAMPLING).sampling()) == SAMPLING
-    assert asdict(CompletionRequest(prompt="Hi", **SAMPLING).sampling()) == SAMPLING
-    assert SamplingParams.__dataclass_fields__.keys() == SAMPLING.keys()
+    bias = {"logit_bias": {"7": -100, "3": 2.5}}
+    expected = SAMPLING | {"logit_bias": ((3, 2.5), (7, -100.0)), "logprobs": 4}
+    assert asdict(chat(**SAMPLING, **bias, logprobs=True, top_logprobs=4).sampling()) == expected
+    assert asdict(completion(**SAMPLING, **bias, logprobs=4).sampling()) == expected
+    assert SamplingParams.__dataclass_fields__.keys() == expected.keys()
 
 
 def test_unsaid_sampling_is_the_engines_own_default() -> None:
@@ -124,15 +150,16 @@ def test_what_fields_alone_cannot_tell_is_refused_as_sampling() -> None:
 
 def test_retrieval_reads_the_last_user_message() -> None:
     turns = [USER, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Rhyme."}]
-    assert chat(messages=[*turns, {"role": "assistant", "content": "Well,"}]).retrieval_text == "Rhyme."
-    assert chat(messages=[{"role": "system", "content": "Be brief."}]).retrieval_text == "Be brief."
-    assert CompletionRequest(prompt="Once").retrieval_text == "Once"
+    assert text_of(chat(messages=[*turns, {"role": "assistant", "content": "Well,"}])) == "Rhyme."
+    assert text_of(chat(messages=[{"role": "system", "content": "Be brief."}])) == "Be brief."
+    assert text_of(completion(prompt="Once")) == "Once"
 
 
 def test_developer_is_system_and_parts_are_joined() -> None:
     parts = [{"type": "text", "text": "One "}, {"type": "text", "text": "two"}]
     turns = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": parts, "name": "Ann"}]
-    assert chat(messages=turns).prompt_for_worker == (Message("system", "Be brief."), Message("user", "One two"))
+    [question] = chat(messages=turns).questions()
+    assert question.prompt == (Message("system", "Be brief."), Message("user", "One two"))
 
 
 def test_usage_is_included_where_it_was_asked_for() -> None:

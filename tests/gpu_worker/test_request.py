@@ -10,7 +10,15 @@ import pytest
 from gpu_worker import errors
 from gpu_worker.config import WorkerConfig
 from gpu_worker.errors import GpuWorkerError, SamplingInvalid, WorkerConfigInvalid
-from gpu_worker.request import DEFAULT_MAX_TOKENS, MAX_STOP_CHARS, MAX_STOPS, Job, SamplingParams
+from gpu_worker.request import (
+    DEFAULT_MAX_TOKENS,
+    MAX_BIASED_IDS,
+    MAX_LOGPROBS,
+    MAX_STOP_CHARS,
+    MAX_STOPS,
+    Job,
+    SamplingParams,
+)
 
 
 @pytest.mark.parametrize(
@@ -28,6 +36,15 @@ from gpu_worker.request import DEFAULT_MAX_TOKENS, MAX_STOP_CHARS, MAX_STOPS, Jo
         ("top_p", 1.01),
         ("top_p", math.nan),
         ("top_k", -1),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", math.nan),
+        ("repetition_penalty", 0),
+        ("logit_bias", ((1, 101.0),)),
+        ("logit_bias", ((1, 1.0),) * (MAX_BIASED_IDS + 1)),
+        ("logprobs", MAX_LOGPROBS + 1),
+        ("logprobs", -1),
         ("seed", -1),
         ("seed", 2**63),
         ("stop", ("x",) * (MAX_STOPS + 1)),
@@ -36,8 +53,9 @@ from gpu_worker.request import DEFAULT_MAX_TOKENS, MAX_STOP_CHARS, MAX_STOPS, Jo
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(parameter: str, value: object) -> None:
-    with pytest.raises(SamplingInvalid, match=parameter if parameter != "stop" else "stop string"):
+    with pytest.raises(SamplingInvalid, match=parameter if parameter != "stop" else "stop string") as caught:
         SamplingParams(**{parameter: value})  # type: ignore[arg-type]
+    assert caught.value.param == parameter
 
 
 def test_min_tokens_must_fit_max_tokens() -> None:
@@ -52,6 +70,9 @@ def test_min_tokens_must_fit_max_tokens() -> None:
         {"temperature": 0},
         {"temperature": 100},
         {"top_p": 1},
+        {"min_p": 1},
+        {"presence_penalty": -2, "frequency_penalty": 2, "repetition_penalty": 0.01},
+        {"logit_bias": ((0, -100.0), (1, 100.0)), "logprobs": MAX_LOGPROBS},
         {"seed": 0},
         {"seed": 2**63 - 1},
         {"stop": ("x" * MAX_STOP_CHARS,) * MAX_STOPS},

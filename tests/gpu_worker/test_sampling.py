@@ -25,6 +25,8 @@ def kept_slowly(logits: Tensor, params: SamplingParams) -> dict[int, float]:
     scaled = [value / params.temperature for value in logits.double().tolist()]
     ranked = sorted(range(len(scaled)), key=lambda i: -scaled[i])[: params.top_k or None]
     mass = {i: math.exp(scaled[i] - scaled[ranked[0]]) for i in ranked}
+    ranked = [i for i in ranked if mass[i] >= params.min_p]
+    mass = {i: mass[i] for i in ranked}
     total, held = math.fsum(mass.values()), 0.0
     kept = []
     for i in ranked:
@@ -51,6 +53,9 @@ def kept_slowly(logits: Tensor, params: SamplingParams) -> dict[int, float]:
         (SamplingParams(top_p=0.4), 3000, 0.1),  # nearly flat: about 1150 ids, then 2700
         (SamplingParams(top_p=0.9), 3000, 0.1),
         (SamplingParams(top_k=1500), 3000, 0.1),
+        (SamplingParams(min_p=0.1), 50, 2.0),
+        (SamplingParams(min_p=1.0), 50, 2.0),
+        (SamplingParams(min_p=0.05, top_p=0.7, top_k=12, temperature=1.5), 50, 2.0),
         (SamplingParams(top_k=1500, top_p=0.95), 3000, 0.1),
     ],
 )

@@ -10,6 +10,7 @@ from gpu_worker.request import SamplingParams
 from gpu_worker.row import Row
 from gpu_worker.scheduler import schedule
 from gpu_worker.text_stream import TextStream
+from gpu_worker.token_bytes import TokenBytes
 from lora_store.plan import BASE_PLAN
 from tests.tiny import byte_tokenizer
 
@@ -28,6 +29,7 @@ def row_of(kv_row: int, num_tokens: int, num_computed: int) -> Row:
         seed=0,
         text=TextStream(TOKENIZER, ()),
         sink=lambda event: None,
+        spell=TokenBytes(byte_tokenizer().backend_tokenizer),
         kv_row=kv_row,
         num_computed=num_computed,
     )

@@ -4,12 +4,21 @@ import pickle
 
 import pytest
 
-from retriever_svc import EncoderUnusable, NoAdapterMatched, NothingToEmbed, RetrieverError, RouteInvalid, StaleIndex
+from retriever_svc import (
+    EncoderUnusable,
+    NoAdapterMatched,
+    NothingToEmbed,
+    PlanGone,
+    RetrieverError,
+    RouteInvalid,
+    StaleIndex,
+)
 
 ERRORS = [
     EncoderUnusable("some/model", "no weights"),
     NothingToEmbed("none"),
     RouteInvalid("top_k"),
+    PlanGone("a", "d" * 64),
     NoAdapterMatched(0.25, 0.5),
     NoAdapterMatched(None, -1.0),
     StaleIndex(7, 5),

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import pytest
+from openai.types import Model
+
+from lora_store import AdapterRecord, AdapterRef
+from tests.deployments.app_fakes import BASE, POOL, FakeRetriever, Served, adapter
+from tests.deployments.asking import ask, error_of, get
+
+MANY = [adapter(f"a{number:03}", version="even" if number % 2 == 0 else "odd") for number in range(25)]
+
+
+def ids(answer: dict[str, Any]) -> list[str]:
+    return [card["id"] for card in answer["data"]]
+
+
+def pages(limit: int, **query: Any) -> list[list[str]]:
+    """The ids of every page, each asked for after the one before."""
+
+    async def walk(client: httpx.AsyncClient, served: Served) -> list[list[str]]:
+        found: list[list[str]] = []
+        after, has_more = "", True
+        while has_more:
+            response = await client.get("/v1/models", params={"limit": limit, "after": after, **query})
+            assert response.status_code == 200, response.text
+            answer = response.json()
+            found.append(ids(answer))
+            assert (answer["first_id"], answer["last_id"]) == (
+                (found[-1][0], found[-1][-1]) if found[-1] else (None, None)
+            )
+            assert len(answer["data"]) == limit or not answer["has_more"]
+            has_more, after = answer["has_more"], answer["last_id"]
+        return found
+
+    walked: list[list[str]] = ask(walk, retriever=FakeRetriever(MANY))
+    return walked
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 7, 26, 27, 28, 1000])
+def test_pages_hold_every_model_once_and_in_order(limit: int) -> None:
+    found = pages(limit)
+    assert [name for page in found for name in page] == ["auto", BASE, *[record.ref.name for record in MANY]]
+    assert len(found) == -(-27 // limit)
+
+
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        ({"name": "A01"}, [f"a01{digit}" for digit in range(10)]),
+        ({"name": "aut"}, ["auto"]),
+        ({"tag": "odd"}, [record.ref.name for record in MANY[1::2]]),
+        ({"tag": ["odd", "even"]}, []),
+        ({"owner": "local"}, [record.ref.name for record in MANY]),
+        ({"owner": "nobody"}, []),
+    ],
+    ids=str,
+)
+def test_filters_leave_what_matches(query: dict[str, Any], expected: list[str]) -> None:
+    assert [name for page in pages(4, **query) for name in page] == expected
+
+
+@pytest.mark.parametrize(
+    ("query", "param"), [("limit=0", "limit"), ("limit=1001", "limit"), ("limit=x", "limit"), ("page=2", "page")]
+)
+def test_a_malformed_query_is_refused_by_its_field(query: str, param: str) -> None:
+    response = get(f"/v1/models?{query}")
+    assert (response.status_code, error_of(response)["param"]) == (400, param)
+
+
+def test_cards_tell_where_a_model_comes_from_and_what_it_stands_on() -> None:
+    by_id = {card["id"]: Model.model_validate(card).to_dict() for card in get("/v1/models").json()["data"]}
+    assert [(card["root"], card["parent"]) for card in by_id.values()] == [
+        ("auto", BASE),
+        (BASE, None),
+        ("coder", BASE),
+        ("poet", BASE),
+    ]
+    assert by_id["poet"]["created"] == int(POOL[0].created_at.timestamp())
+    assert by_id["poet"]["owned_by"] == "local"
+
+
+def test_where_anothers_adapter_came_from_is_not_told() -> None:
+    theirs = replace(POOL[0], ref=AdapterRef("other", "theirs", "d" * 64), source="s3://their-bucket/x")
+    assert get("/v1/models/theirs", retriever=FakeRetriever([theirs])).json()["root"] == "theirs"
+    assert "their-bucket" not in get("/v1/models", retriever=FakeRetriever([theirs])).text
+
+
+@pytest.mark.parametrize(
+    "name", ["poet", "local/poet", f"{BASE}:poet", f"{BASE}:local/poet", "auto", BASE, f"{BASE}:auto"]
+)
+def test_one_model_is_shown_by_any_name_a_request_may_use_and_nothing_is_listed(name: str) -> None:
+    async def show(client: httpx.AsyncClient, served: Served) -> httpx.Response:
+        response = await client.get(f"/v1/models/{name}")
+        assert served.retriever.called("records") == served.retriever.called("page") == []
+        return response
+
+    card = ask(show).json()
+    assert card["id"] == name
+    assert card["parent"] == (None if name == BASE else BASE)
+
+
+@pytest.mark.parametrize("name", ["nobody", "other/poet", f"{BASE}:", f"{BASE}:nobody", "x:poet", "auto:poet"])
+def test_an_unknown_model_is_not_found(name: str) -> None:
+    response = get(f"/v1/models/{name}")
+    error = error_of(response)
+    assert (response.status_code, error["code"], error["param"]) == (404, "model_not_found", "model")
+
+
+def records(*names: str) -> list[AdapterRecord]:
+    return [adapter(name) for name in names]
+
+
+def test_a_page_goes_on_where_the_last_one_ended_though_that_adapter_is_gone() -> None:
+    after = get("/v1/models?limit=1&after=b", retriever=FakeRetriever(records("a", "c", "d"))).json()
+    assert (ids(after), after["has_more"]) == (["c"], True)

@@ -1,0 +1,98 @@
+"""The OpenAPI document against what the routes do, over requests that schemathesis makes from it, good and bad."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, suppress
+from typing import Any
+
+import httpx
+import pytest
+import requests
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis.errors import Unsatisfiable
+from schemathesis import Case, GenerationMode
+from schemathesis.checks import CHECKS
+
+from deployments.ingress import app
+from retriever_svc import DoctorReport, DoctorStep, ReindexStep
+from tests.deployments.app_fakes import DELTAS, FakeRetriever, FakeWorker, http_of, serve_plainly
+from tests.deployments.asking import get
+from tests.soak import Scale
+
+URL = "http://test"
+DOCUMENT = app.openapi()
+SCHEMA = schemathesis.openapi.from_dict(DOCUMENT)
+OPERATIONS = {operation.ok().label: operation.ok() for operation in SCHEMA.get_all_operations()}
+CHECKED = CHECKS.get_by_names(
+    ["not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance"]
+)
+STATUSES_OF_ALL = {"401", "403", "413", "429", "500", "503"}
+WITHOUT_ERRORS = {"/health"}
+
+
+class Jobs(FakeRetriever):
+    """Ends every job of the pool at once: what is under test is what the routes take."""
+
+    async def reindex(self, model: str) -> AsyncIterator[ReindexStep]:
+        yield ReindexStep(0, 0, {})
+
+    async def doctor(self, tenant: str) -> AsyncIterator[DoctorStep]:
+        yield DoctorStep(0, 0, DoctorReport(7, 3, (), (), (), ()))
+
+
+def sent(case: Case) -> dict[str, Any]:
+    """The case as httpx's `request` takes it."""
+    made = requests.Request(**case.as_transport_kwargs(base_url=URL)).prepare()
+    headers = {name: value for name, value in made.headers.items() if name.lower() != "content-length"}
+    return {"method": made.method, "url": made.url, "headers": headers, "content": made.body}
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
+@pytest.mark.parametrize("label", OPERATIONS)
+def test_no_request_finds_a_server_error_or_what_the_document_does_not_tell(
+    label: str, mode: GenerationMode, scale: Scale
+) -> None:
+    statuses: Counter[int] = Counter()
+    num_cases = scale.pick("cases", small=5, full=120)
+    with asyncio.Runner() as runner:
+        stack = AsyncExitStack()
+
+        async def start() -> httpx.AsyncClient:
+            return await stack.enter_async_context(http_of(serve_plainly(worker=FakeWorker(DELTAS), retriever=Jobs())))
+
+        client = runner.run(start())
+
+        @settings(max_examples=num_cases, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @given(case=OPERATIONS[label].as_strategy(generation_mode=mode))
+        def check(case: Case) -> None:
+            response = runner.run(client.request(**sent(case)))
+            statuses[response.status_code] += 1
+            case.validate_response(response, checks=CHECKED)
+
+        with suppress(Unsatisfiable):  # where there is nothing to get wrong
+            check()
+        runner.run(stack.aclose())
+    scale.counts["cases run"] = statuses.total()
+
+
+def test_every_operation_tells_what_it_answers_and_the_one_shape_of_its_errors() -> None:
+    error = {"$ref": "#/components/schemas/ErrorAnswer"}
+    for path, operations in DOCUMENT["paths"].items():
+        for method, operation in operations.items():
+            told = operation["responses"]
+            if path not in WITHOUT_ERRORS:
+                assert told.keys() >= STATUSES_OF_ALL, f"{method} {path}"
+            for status, response in told.items():
+                if int(status) < 400:
+                    assert all(kind["schema"] for kind in response["content"].values()), f"{method} {path} {status}"
+                else:
+                    assert response["content"] == {"application/json": {"schema": error}}, f"{method} {path} {status}"
+    assert "HTTPValidationError" not in DOCUMENT["components"]["schemas"]
+
+
+def test_the_document_is_served() -> None:
+    assert get("/openapi.json").json() == DOCUMENT

@@ -1,0 +1,281 @@
+"""Plans that are told and sent back, other servers' ways to name adapters, and the headers of every answer."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.deployments.app_fakes import BASE, POOL, FakeRetriever, FakeWorker, Served, adapter, serve_plainly
+from tests.deployments.asking import ask, error_of, post
+from tests.deployments.test_ingress import BROKEN
+
+CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
+POET, CODER = POOL
+ROW = {"name": "poet", "digest": POET.ref.digest, "weight": 0.5, "score": None}
+
+
+def plan_of(*rows: dict[str, Any], strategy: str = "mixture", **fields: Any) -> dict[str, Any]:
+    return {"strategy": strategy, "adapters": list(rows), **fields}
+
+
+def replay(plan: Any, **options: Any) -> httpx.Response:
+    return post("/v1/chat/completions", CHAT | {"lora": {"plan": plan}}, **options)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("explain", [False, True])
+def test_what_an_answer_tells_of_its_plan_can_be_sent_back(stream: bool, explain: bool) -> None:
+    async def run() -> None:
+        served = serve_plainly()
+        first = await served.ingress.generate(CHAT | {"lora": {"explain": explain}})
+        again = CHAT | {"lora": {"plan": first["lora"]}}
+        if stream:
+            opening, *_ = [chunk async for chunk in served.ingress.stream(again)]
+            told = opening["lora"]
+        else:
+            told = (await served.ingress.generate(again))["lora"]
+        assert told["adapters"] == first["lora"]["adapters"]
+        assert told["strategy"] == first["lora"]["strategy"]
+        (one,), (other,) = served.worker.called("stream")
+        assert (one.plan.adapters, one.plan.strategy, one.template) == (
+            other.plan.adapters,
+            other.plan.strategy,
+            other.template,
+        )
+        assert len(served.retriever.called("route")) == 1, "a replay retrieves nothing"
+
+    asyncio.run(run())
+
+
+def test_what_route_tells_of_each_prompt_can_be_sent_back() -> None:
+    async def run(client: httpx.AsyncClient, served: Served) -> None:
+        plans = (await client.post("/v1/route", json={"prompt": ["a", "b"]})).json()["data"]
+        for plan in plans:
+            answer = await client.post("/v1/chat/completions", json=CHAT | {"lora": {"plan": plan, "explain": True}})
+            told = answer.json()["lora"]
+            assert told == plan | {"candidates": []}
+            route = await client.post("/v1/route", json={"prompt": "c", "lora": {"plan": plan}})
+            assert route.json()["data"] == [told]
+
+    ask(run)
+
+
+def test_a_base_plan_and_its_abstention_come_back() -> None:
+    plan = post("/v1/route", {"prompt": "a"}, retriever=FakeRetriever(abstains=True)).json()["data"][0]
+    assert (plan["strategy"], plan["abstained"]) == ("base", True)
+    answer = replay(plan)
+    assert answer.json()["lora"] == {"strategy": "base", "adapters": [], "abstained": True}
+    assert answer.headers["x-lora-generation"] == "7"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [ROW | {"digest": adapter("poet", version="gone").ref.digest}, ROW | {"name": "nobody"}, ROW | {"name": "x/poet"}],
+    ids=["version", "name", "owner"],
+)
+def test_a_plan_whose_version_is_gone_is_a_conflict(row: dict[str, Any]) -> None:
+    response = replay(plan_of(row))
+    error = error_of(response)
+    assert (response.status_code, error["code"], error["param"]) == (409, "plan_gone", "lora.plan")
+
+
+@pytest.mark.parametrize(
+    ("plan", "param"),
+    [
+        (plan_of(ROW | {"weight": 4.5}), "lora.plan.adapters.0.weight"),
+        (plan_of(ROW | {"weight": math.nan}), "lora.plan.adapters.0.weight"),
+        (plan_of(ROW | {"weight": -math.inf}), "lora.plan.adapters.0.weight"),
+        (plan_of(ROW, strategy="sideways"), "lora.plan.strategy"),
+        (plan_of(*[ROW] * 17), "lora.plan.adapters"),
+        (plan_of(ROW | {"digest": "d" * 63}), "lora.plan.adapters.0.digest"),
+        (plan_of(ROW | {"digest": "D" * 64}), "lora.plan.adapters.0.digest"),
+        (plan_of(ROW | {"weights_digest": "d" * 64}), "lora.plan.adapters.0.weights_digest"),
+        (plan_of(ROW, generation=-1), "lora.plan.generation"),
+        (plan_of(ROW, extra=1), "lora.plan.extra"),
+        ("mixture", "lora.plan"),
+        (plan_of(ROW, ROW), None),
+        (plan_of(ROW, strategy="base"), None),
+        (plan_of(strategy="mixture"), None),
+        (plan_of(ROW, ROW | {"name": "coder", "digest": CODER.ref.digest}, strategy="selection"), None),
+    ],
+    ids=str,
+)
+def test_a_tampered_plan_is_refused(plan: Any, param: str | None) -> None:
+    async def send(client: httpx.AsyncClient, served: Served) -> httpx.Response:
+        body = str(CHAT | {"lora": {"plan": plan}})  # Python writes what JSON cannot: nan and inf
+        for python, json in (("'", '"'), ("None", "null"), ("nan", "NaN"), ("-inf", "-Infinity")):
+            body = body.replace(python, json)
+        headers = {"content-type": "application/json"}
+        response = await client.post("/v1/chat/completions", content=body, headers=headers)
+        assert served.worker.called("stream") == []
+        return response
+
+    response = ask(send)
+    assert (response.status_code, error_of(response)["param"]) == (400, param)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"k": 2},
+        {"weights": "uniform"},
+        {"min_score": 0.5},
+        {"fallback": "base"},
+        {"filter": {"tags": ["a"]}},
+        {"query": "other"},
+        {"strategy": "fusion"},
+        {"adapters": [{"name": "poet"}]},
+    ],
+    ids=str,
+)
+def test_a_plan_leaves_nothing_else_to_say(fields: dict[str, Any]) -> None:
+    response = post("/v1/chat/completions", CHAT | {"lora": {"plan": plan_of(ROW), **fields}})
+    assert (response.status_code, error_of(response)["param"]) == (400, f"lora.{next(iter(fields))}")
+
+
+@pytest.mark.parametrize("model", ["poet", BASE])
+def test_a_plan_goes_with_auto_only(model: str) -> None:
+    response = post("/v1/chat/completions", CHAT | {"model": model, "lora": {"plan": plan_of(ROW)}})
+    assert (response.status_code, error_of(response)["param"]) == (400, "lora.plan")
+
+
+def test_a_plan_of_a_later_generation_waits_for_it() -> None:
+    async def send(client: httpx.AsyncClient, served: Served) -> list[tuple[Any, ...]]:
+        lora = {"plan": plan_of(ROW, generation=5), "min_generation": 6}
+        await client.post("/v1/chat/completions", json=CHAT | {"lora": lora})
+        return served.retriever.called("replay")
+
+    [(tenant, strategy, pinned, generation)] = ask(send)
+    assert (tenant, strategy, generation) == ("local", "mixture", 6)
+    assert [(row.name, row.digest, row.weight) for row in pinned] == [("poet", POET.ref.digest, 0.5)]
+
+
+def test_adapters_are_found_by_another_text_where_one_is_given() -> None:
+    async def send(client: httpx.AsyncClient, served: Served) -> list[str]:
+        await client.post("/v1/chat/completions", json=CHAT | {"lora": {"query": "a rhyme"}})
+        await client.post("/v1/route", json={"prompt": ["a", "b"], "lora": {"query": "a rhyme"}})
+        assert served.job.prompt[0].content == "Hi"
+        return [request.text for (request,) in served.retriever.called("route")]
+
+    assert ask(send) == ["a rhyme"] * 3
+
+
+def planned(body: dict[str, Any], path: str = "/v1/chat/completions") -> list[Any]:
+    """The plans of the jobs the worker got."""
+
+    async def send(client: httpx.AsyncClient, served: Served) -> list[Any]:
+        response = await client.post(path, json=body)
+        assert response.status_code == 200, response.text
+        return [job.plan for (job,) in served.worker.called("stream")]
+
+    plans: list[Any] = ask(send)
+    return plans
+
+
+@pytest.mark.parametrize("model", [{}, {"model": "auto"}, {"model": BASE}], ids=str)
+@pytest.mark.parametrize(
+    ("merged", "weights"),
+    [
+        ({"ids": ["poet", "coder"], "weights": [0.25, -2]}, [0.25, -2.0]),
+        ({"ids": ["poet", "coder"], "merge_strategy": "linear", "density": 0, "majority_sign_method": None}, [1, 1]),
+        ({"ids": ["poet", "coder"], "weights": []}, [1, 1]),
+    ],
+    ids=str,
+)
+def test_lorax_merged_adapters_are_fusion(model: dict[str, str], merged: dict[str, Any], weights: list[float]) -> None:
+    [plan] = planned(CHAT | model | {"merged_adapters": merged})
+    assert plan.strategy == "fusion"
+    assert [(row.ref, row.weight) for row in plan.adapters] == [(POET.ref, weights[0]), (CODER.ref, weights[1])]
+
+
+@pytest.mark.parametrize(
+    ("merged", "code", "param"),
+    [
+        ({"ids": ["poet"], "merge_strategy": "ties"}, "unsupported", "merged_adapters.merge_strategy"),
+        ({"ids": ["poet"], "merge_strategy": 3}, "invalid_request", "merged_adapters.merge_strategy"),
+        ({"ids": ["poet"], "density": 0.5}, "invalid_request", "merged_adapters.density"),
+        ({"ids": ["poet"], "majority_sign_method": "total"}, "invalid_request", "merged_adapters.majority_sign_method"),
+        ({"ids": []}, "invalid_request", "merged_adapters.ids"),
+        ({"ids": ["poet"], "weights": [1, 1]}, "invalid_request", "merged_adapters.weights"),
+        ({"ids": ["poet"], "weights": [5]}, "invalid_request", "merged_adapters.weights.0"),
+        ({"ids": ["nobody"]}, "model_not_found", None),
+    ],
+    ids=str,
+)
+def test_a_merge_that_cannot_be_had_is_refused(merged: dict[str, Any], code: str, param: str | None) -> None:
+    error = error_of(post("/v1/chat/completions", CHAT | {"merged_adapters": merged}))
+    assert (error["code"], error["param"]) == (code, param)
+
+
+@pytest.mark.parametrize("model", [{}, {"model": BASE}], ids=str)
+def test_sglangs_lora_path_is_one_adapter_or_one_a_prompt(model: dict[str, str]) -> None:
+    [plan] = planned(CHAT | model | {"lora_path": "poet"})
+    assert (plan.strategy, [(row.ref, row.weight) for row in plan.adapters]) == ("selection", [(POET.ref, 1.0)])
+    texts = {"prompt": ["a", "b", "c"], **model}
+    each = planned(texts | {"lora_path": ["coder", None, "local/poet"]}, "/v1/completions")
+    assert [[row.ref for row in plan.adapters] for plan in each] == [[CODER.ref], [], [POET.ref]]
+    same = planned(texts | {"lora_path": "poet"}, "/v1/completions")
+    assert [[row.ref for row in plan.adapters] for plan in same] == [[POET.ref]] * 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"lora_path": "poet", "model": "coder"}, "lora_path"),
+        ({"merged_adapters": {"ids": ["poet"]}, "model": "coder"}, "merged_adapters"),
+        ({"lora_path": "poet", "merged_adapters": {"ids": ["poet"]}}, "merged_adapters"),
+        ({"lora_path": "poet", "lora": {"adapters": [{"name": "coder"}]}}, "lora_path"),
+        ({"lora_path": "poet", "lora": {"plan": plan_of(ROW)}}, "lora_path"),
+        ({"lora_path": "poet", "lora": {"strategy": "fusion"}}, "lora.strategy"),
+        ({"lora_path": "poet", "lora": {"k": 2}}, "lora.k"),
+        ({"lora_path": ["poet", "coder"]}, "lora_path"),
+        ({"lora_path": []}, "lora_path"),
+        ({"lora_path": ""}, "lora_path"),
+        ({"lora_path": {"a": 1}}, "lora_path"),
+    ],
+    ids=str,
+)
+def test_adapters_are_named_in_one_way(fields: dict[str, Any], param: str) -> None:
+    response = post("/v1/chat/completions", CHAT | fields)
+    assert (response.status_code, error_of(response)["param"]) == (400, param)
+
+
+HEADERS = {
+    "x-lora-strategy": "mixture",
+    "x-lora-adapters": f"poet@{POET.ref.digest[:12]};weight=0.5, coder@{CODER.ref.digest[:12]};weight=0.5",
+    "x-lora-generation": "7",
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_headers_tell_the_plan_of_every_answer(stream: bool) -> None:
+    response = post("/v1/chat/completions", CHAT | {"stream": stream})
+    assert {name: response.headers[name] for name in HEADERS} == HEADERS
+    assert f"chatcmpl-{response.headers['x-request-id']}" in response.text
+
+
+def test_every_answer_has_an_id_of_its_own() -> None:
+    async def send(client: httpx.AsyncClient, served: Served) -> list[httpx.Response]:
+        large = {"content": b" " * (5 << 20), "headers": {"content-type": "application/json"}}
+        return [
+            await client.post("/v1/chat/completions", json=CHAT),
+            await client.post("/v1/chat/completions", json={}),
+            await client.post("/v1/chat/completions", **large),
+            await client.get("/v1/models/nobody"),
+            await client.get("/nowhere"),
+            await client.get("/health"),
+        ]
+
+    answers = ask(send)
+    assert [answer.status_code for answer in answers] == [200, 400, 413, 404, 404, 200]
+    assert len({answer.headers["x-request-id"] for answer in answers}) == len(answers)
+    failed = post("/v1/chat/completions", CHAT, worker=FakeWorker([RuntimeError("secret")]))
+    assert (failed.status_code, len(failed.headers["x-request-id"])) == (500, 32)
+
+
+def test_an_answer_of_several_rows_breaks_off_with_the_first_that_does() -> None:
+    assert post("/v1/chat/completions", CHAT | {"n": 3}, worker=FakeWorker(BROKEN)).status_code == 503

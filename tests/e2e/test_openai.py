@@ -1,0 +1,221 @@
+"""The OpenAI surface with the real `openai` client: sync, async and streaming, and its error classes."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.e2e.conftest import POOL, Heldout
+from tests.e2e.live import Live, completion
+
+pytestmark = pytest.mark.e2e
+
+BASE = "gemma-3-270m"
+COUNTING = {"model": BASE, "prompt": "One, two, three, four,", "max_tokens": 8, "temperature": 0}
+STORY = {"model": BASE, "prompt": "Once upon a time", "max_tokens": 12, "temperature": 1.0, "seed": 7}
+
+
+def messages(prompt: str) -> list[Any]:
+    return [{"role": "user", "content": prompt}]
+
+
+def test_the_first_of_n_choices_is_what_would_be_said_alone(client: openai.OpenAI) -> None:
+    alone = client.completions.create(**STORY)
+    several = client.completions.create(**STORY, n=3)
+    texts = [choice.text for choice in several.choices]
+    assert [choice.index for choice in several.choices] == [0, 1, 2]
+    assert texts[0] == alone.choices[0].text
+    assert len(set(texts)) == 3
+    assert several.usage.prompt_tokens == alone.usage.prompt_tokens
+    assert several.usage.completion_tokens == 36
+    again = client.completions.create(**STORY, n=3)
+    assert [choice.text for choice in again.choices] == texts
+
+
+def test_streamed_choices_and_prompts_say_what_the_json_answer_says(client: openai.OpenAI) -> None:
+    asked = {**STORY, "prompt": ["Once upon a time", "The sea is"], "n": 2}
+    whole = client.completions.create(**asked)
+    texts, usage = [""] * 4, None
+    for chunk in client.completions.create(**asked, stream=True, stream_options={"include_usage": True}):
+        usage = chunk.usage
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+    assert texts == [choice.text for choice in whole.choices]
+    assert usage == whole.usage
+
+
+def test_several_prompts_have_plans_of_their_own(client: openai.OpenAI, heldout: list[Heldout]) -> None:
+    first, second = heldout[0], heldout[1]
+    answer = client.completions.create(model="auto", prompt=[first.input, second.input], max_tokens=2, temperature=0)
+    plans = [choice.model_extra["lora"] for choice in answer.choices]
+    assert [plan["adapters"][0]["name"] for plan in plans] == [first.task, second.task]
+
+
+def test_a_stop_string_is_not_sent(client: openai.OpenAI) -> None:
+    asked = {**COUNTING, "max_tokens": 30, "stop": [" seven", "nine"]}
+    whole = client.completions.create(**asked, logprobs=0)
+    parts = list(client.completions.create(**asked, stream=True))
+    text = "".join(part.choices[0].text for part in parts)
+    assert text == whole.choices[0].text == "".join(whole.choices[0].logprobs.tokens)
+    assert "six" in text and "seven" not in text
+    assert whole.choices[0].finish_reason == parts[-1].choices[0].finish_reason == "stop"
+
+
+def test_chat_logprobs_tell_each_token_and_its_alternatives(client: openai.OpenAI) -> None:
+    asked = {"model": BASE, "messages": messages("Count: one, two,"), "max_tokens": 6, "temperature": 0}
+    answer = client.chat.completions.create(**asked, logprobs=True, top_logprobs=3)
+    choice = answer.choices[0]
+    assert bytes(b for token in choice.logprobs.content for b in token.bytes).decode() == choice.message.content
+    for token in choice.logprobs.content:
+        best = token.top_logprobs[0]
+        assert (token.token, token.logprob) == (best.token, best.logprob), "greedy takes the likeliest"
+        assert len(token.top_logprobs) == 3
+        assert math.fsum(math.exp(other.logprob) for other in token.top_logprobs) <= 1 + 1e-5
+    streamed = [
+        token.logprob
+        for chunk in client.chat.completions.create(**asked, logprobs=True, top_logprobs=3, stream=True)
+        if chunk.choices[0].logprobs
+        for token in chunk.choices[0].logprobs.content
+    ]
+    assert streamed == pytest.approx([token.logprob for token in choice.logprobs.content], abs=1e-4)
+    assert client.chat.completions.create(**asked).choices[0].logprobs is None
+
+
+def test_text_logprobs_have_the_older_shape(client: openai.OpenAI) -> None:
+    choice = client.completions.create(**COUNTING, logprobs=2).choices[0]
+    told = choice.logprobs
+    assert "".join(told.tokens) == choice.text
+    assert told.text_offset == [len("".join(told.tokens[:place])) for place in range(len(told.tokens))]
+    for token, logprob, top in zip(told.tokens, told.token_logprobs, told.top_logprobs, strict=True):
+        assert top[token] == logprob == max(top.values())
+
+
+def test_penalties_and_bias_change_what_is_said(client: openai.OpenAI) -> None:
+    asked = {"model": BASE, "prompt": "ha ha ha ha ha ha", "max_tokens": 12, "temperature": 0}
+    plain = client.completions.create(**asked).choices[0].text
+    assert client.completions.create(**asked, presence_penalty=2, frequency_penalty=2).choices[0].text != plain
+    assert client.completions.create(**asked, extra_body={"repetition_penalty": 2.0}).choices[0].text != plain
+    forced = client.completions.create(**asked, logit_bias={"236776": 100}, logprobs=0).choices[0]
+    assert len(set(forced.logprobs.tokens)) == 1
+    random = client.completions.create(**{**asked, "temperature": 2.0}, extra_body={"min_p": 1.0})
+    assert random.choices[0].text == plain, "min_p of 1 leaves the likeliest alone"
+
+
+def test_the_async_client_is_served_alike(url: str, client: openai.OpenAI) -> None:
+    async def ask() -> tuple[str, str, int]:
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120) as asynchronous:
+            whole, stream = await asyncio.gather(
+                asynchronous.completions.create(**COUNTING), asynchronous.completions.create(**COUNTING, stream=True)
+            )
+            parts = [part.choices[0].text async for part in stream]
+            models = await asynchronous.models.list()
+            return whole.choices[0].text, "".join(parts), len(models.data)
+
+    whole, streamed, num_models = asyncio.run(ask())
+    assert whole == streamed == client.completions.create(**COUNTING).choices[0].text
+    assert num_models >= 2 + len(list(POOL.glob("*/adapter_config.json")))
+
+
+def test_a_plan_is_replayed_exactly(url: str, client: openai.OpenAI, heldout: list[Heldout]) -> None:
+    prompts = [item.input for item in heldout[:4]]
+    plans = httpx.post(f"{url}/v1/route", json={"prompt": prompts}, timeout=60).json()["data"]
+    for prompt, plan in zip(prompts, plans, strict=True):
+        asked = {"model": "auto", "messages": messages(prompt), "max_tokens": 12, "temperature": 0}
+        first = client.chat.completions.with_raw_response.create(**asked)
+        again = client.chat.completions.with_raw_response.create(**asked, extra_body={"lora": {"plan": plan}})
+        assert first.parse().choices[0].message.content == again.parse().choices[0].message.content
+        assert first.parse().model_extra["lora"] == again.parse().model_extra["lora"]
+        for header in ("x-lora-strategy", "x-lora-adapters", "x-lora-generation"):
+            assert first.headers[header] == again.headers[header]
+        assert first.headers["x-request-id"] != again.headers["x-request-id"]
+        other = {"plan": plan | {"adapters": [row | {"weight": 0.0} for row in plan["adapters"]]}}
+        silent = client.chat.completions.create(**asked, extra_body={"lora": other})
+        assert silent.choices[0].message.content == base_text(client, prompt), "weights are used as given"
+
+
+def base_text(client: openai.OpenAI, prompt: str) -> str:
+    asked = {"messages": messages(prompt), "max_tokens": 12, "temperature": 0}
+    text: str = client.chat.completions.create(model=BASE, **asked).choices[0].message.content
+    return text
+
+
+def test_other_text_finds_other_adapters(client: openai.OpenAI, heldout: list[Heldout]) -> None:
+    lora = {"query": heldout[1].input, "strategy": "selection"}
+    answer = client.chat.completions.create(
+        model="auto", messages=messages(heldout[0].input), max_tokens=2, extra_body={"lora": lora}
+    )
+    assert [adapter["name"] for adapter in answer.model_extra["lora"]["adapters"]] == [heldout[1].task]
+
+
+def test_errors_come_in_the_clients_own_classes(client: openai.OpenAI, heldout: list[Heldout]) -> None:
+    def ask(**fields: Any) -> None:
+        client.chat.completions.create(**{"model": "auto", "messages": messages("hi"), "max_tokens": 2, **fields})
+
+    with pytest.raises(openai.BadRequestError) as unsupported:
+        ask(response_format={"type": "json_object"})
+    assert (unsupported.value.code, unsupported.value.param) == ("unsupported", "response_format")
+    with pytest.raises(openai.BadRequestError) as tools:
+        ask(tools=[{"type": "function", "function": {"name": "f"}}])
+    assert (tools.value.code, tools.value.param) == ("unsupported", "tools")
+    with pytest.raises(openai.BadRequestError) as options:
+        ask(stream_options={"include_usage": True})
+    assert options.value.param == "stream_options"
+    with pytest.raises(openai.NotFoundError) as missing:
+        ask(model="nobody/nothing")
+    assert missing.value.code == "model_not_found"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("nothing")
+    gone = {"strategy": "selection", "adapters": [{"name": heldout[0].task, "digest": "0" * 64, "weight": 1.0}]}
+    with pytest.raises(openai.ConflictError) as conflict:
+        ask(extra_body={"lora": {"plan": gone}})
+    assert conflict.value.code == "plan_gone"
+    with pytest.raises(openai.UnprocessableEntityError):
+        ask(extra_body={"lora": {"min_score": 1.0, "fallback": "error"}})
+
+
+def test_models_are_read_page_by_page(client: openai.OpenAI) -> None:
+    names = sorted(path.parent.name for path in POOL.glob("*/adapter_config.json"))
+    seen: list[str] = []
+    while True:
+        query: dict[str, object] = {"limit": 5, "after": seen[-1] if seen else ""}
+        page = client.models.list(extra_query=query)
+        seen += [card.id for card in page.data]
+        if not page.model_extra["has_more"]:
+            break
+    assert seen[:2] == ["auto", BASE]
+    assert set(names) <= set(seen) and len(seen) == len(set(seen))
+    found = client.models.list(extra_query={"name": names[0]})
+    assert names[0] in [card.id for card in found.data]
+    assert client.models.retrieve(f"local/{names[0]}").model_extra["parent"] == BASE
+
+
+def test_an_older_version_is_replayed_while_it_is_kept(live: Live) -> None:
+    live.publish(live.folder("owls", 7001, "owls at night"))
+    asked = {**completion("auto", "Tell me about owls at night, please.", 16), "lora": {"strategy": "selection"}}
+    first = live.call("POST", "/v1/completions", json=asked).json()
+    assert [row["name"] for row in first["lora"]["adapters"]] == ["owls"]
+
+    def replay() -> httpx.Response:
+        return live.call("POST", "/v1/completions", json=asked | {"lora": {"plan": first["lora"]}})
+
+    for seed in (7002, 7003):
+        live.publish(live.folder("owls", seed, "owls at night"))
+        assert live.call("POST", "/v1/completions", json=asked).json()["choices"][0]["text"] != text_of(first)
+        assert text_of(replay().json()) == text_of(first)
+        assert replay().json()["lora"] == first["lora"]
+    live.publish(live.folder("owls", 7004, "owls at night"))
+    assert (replay().status_code, replay().json()["error"]["code"]) == (409, "plan_gone")
+    newest = live.call("POST", "/v1/completions", json=asked).json()
+    assert live.call("DELETE", "/v1/loras/owls").status_code == 200
+    gone = live.call("POST", "/v1/completions", json=asked | {"lora": {"plan": newest["lora"]}})
+    assert (gone.status_code, gone.json()["error"]["code"]) == (409, "plan_gone")
+
+
+def text_of(answer: dict[str, Any]) -> str:
+    text: str = answer["choices"][0]["text"]
+    return text

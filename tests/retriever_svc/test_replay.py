@@ -1,0 +1,114 @@
+"""Plans that come back: exactly as they were, or not at all."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from lora_store.errors import PlanInvalid
+from lora_store.plan import Plan, Strategy
+from lora_store.records import AdapterRecord
+from lora_store.snapshot import Snapshot
+from retriever_svc import PinnedAdapter, PlanGone, Retriever, StaleIndex
+from retriever_svc.planning import named_plan, replayed_plan
+from tests.retriever_svc.pool_fakes import record_of
+
+NEW, OLD, GONE = (record_of("n", None, tenant="a", version=version, template="chat") for version in ("3", "2", "1"))
+OTHER = record_of("o", None, tenant="b")
+SECRET = record_of("s", None, tenant="b", visibility="private")
+POOL = Snapshot(9, {(r.ref.tenant, r.ref.name): r for r in (NEW, OTHER, SECRET)}, previous={("a", "n"): (OLD,)})
+
+
+def pinned(*records: AdapterRecord, weight: float = 0.5) -> list[PinnedAdapter]:
+    return [PinnedAdapter(record.ref.name, record.ref.digest, weight, 0.25) for record in records]
+
+
+def replay(strategy: Strategy, *records: AdapterRecord, tenant: str = "a", weight: float = 0.5) -> Plan:
+    return replayed_plan(POOL, tenant, strategy, pinned(*records, weight=weight), 7)
+
+
+@pytest.mark.parametrize("strategy", ["mixture", "fusion"])
+def test_a_plan_comes_back_with_its_versions_weights_scores_and_generation(strategy: Strategy) -> None:
+    plan = replay(strategy, OLD, OTHER)
+    assert (plan.strategy, plan.generation) == (strategy, 7)
+    assert [(row.ref, row.weights_digest, row.weight, row.score) for row in plan.adapters] == [
+        (record.ref, record.weights_digest, 0.5, 0.25) for record in (OLD, OTHER)
+    ]
+
+
+def test_a_replay_has_the_template_the_plan_had() -> None:
+    for records in ([OLD], [NEW, OTHER]):
+        choices = [(f"{record.ref.name}@{record.ref.digest}", 0.5) for record in records]
+        strategy: Strategy = "selection" if len(records) == 1 else "mixture"
+        assert replay(strategy, *records).template == named_plan(POOL, "a", choices, strategy).template
+
+
+def test_a_base_plan_comes_back() -> None:
+    assert replay("base") == Plan("base", generation=7)
+
+
+@pytest.mark.parametrize(
+    ("tenant", "record"),
+    [("a", GONE), ("a", SECRET), ("a", record_of("never", None)), ("b", record_of("s", None, version="other"))],
+    ids=["swept", "of another", "unknown", "tampered"],
+)
+def test_what_is_gone_or_never_was_the_callers_is_gone_in_the_same_words(tenant: str, record: AdapterRecord) -> None:
+    with pytest.raises(PlanGone) as caught:
+        replay("selection", record, tenant=tenant)
+    digest, name = record.ref.digest, record.ref.name
+    said = f"the plan cannot be replayed: version {digest[:12]!r} of adapter {name!r} is not kept"
+    assert str(caught.value) == said
+
+
+def test_a_version_that_was_private_then_is_gone_for_others() -> None:
+    was_private = record_of("o", None, tenant="b", visibility="private", version="0")
+    pool = Snapshot(9, POOL.records, previous={("b", "o"): (was_private,)})
+    assert replayed_plan(pool, "b", "selection", pinned(was_private), 1).adapters[0].ref == was_private.ref
+    with pytest.raises(PlanGone):
+        replayed_plan(pool, "a", "selection", pinned(was_private), 1)
+
+
+def test_a_plan_of_a_public_adapter_outlives_an_own_one_of_its_name() -> None:
+    own = record_of("o", None, tenant="a", visibility="private")
+    pool = Snapshot(9, {**POOL.records, ("a", "o"): own})
+    assert replayed_plan(pool, "a", "selection", pinned(OTHER), 1).adapters[0].ref == OTHER.ref
+    by_owner = [PinnedAdapter("b/o", OTHER.ref.digest, 1.0)]
+    assert replayed_plan(pool, "a", "selection", by_owner, 1).adapters[0].ref == OTHER.ref
+
+
+@pytest.mark.parametrize(
+    ("strategy", "records", "weight"),
+    [
+        ("mixture", [NEW], math.nan),
+        ("mixture", [NEW], math.inf),
+        ("mixture", [NEW], 4.01),
+        ("selection", [NEW, OTHER], 0.5),
+        ("selection", [], 0.5),
+        ("base", [NEW], 0.5),
+        ("sideways", [NEW], 0.5),
+        ("mixture", [NEW, NEW], 0.5),
+        ("mixture", [NEW] * 17, 0.5),
+    ],
+    ids=str,
+)
+def test_a_tampered_plan_is_invalid(strategy: Strategy, records: list[AdapterRecord], weight: float) -> None:
+    with pytest.raises(PlanInvalid):
+        replay(strategy, *records, weight=weight)
+
+
+class Standing:
+    """What a Retriever asks its pools."""
+
+    @property
+    def current(self) -> Standing:
+        return self
+
+    snapshot = POOL
+
+
+def test_a_plan_of_a_later_generation_waits_for_it() -> None:
+    retriever = Retriever(Standing())  # type: ignore[arg-type]
+    assert retriever.replay("a", "selection", pinned(OLD), 9).adapters[0].ref == OLD.ref
+    with pytest.raises(StaleIndex):
+        retriever.replay("a", "selection", pinned(OLD), 10)
