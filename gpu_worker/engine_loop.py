@@ -169,9 +169,13 @@ class EngineLoop:
             self._step_began = None
 
     def _run_commands(self, *, wait: bool) -> None:
-        """Run what is queued; when idle, sleep until something is. A finished load puts a command too."""
+        """Run what is queued; when idle, sleep until something is or a request is due. A finished load puts one too."""
         if wait:
-            self._commands.get()()
+            try:
+                command = self._commands.get(timeout=self.engine.seconds_to_due)
+            except queue.Empty:
+                return
+            command()
         while not self._commands.empty():
             self._commands.get()()
 
