@@ -20,21 +20,27 @@ from deployments.body_limit import BodyLimit
 from deployments.config import AppConfig
 from deployments.errors import ModelNotFound, NotReady
 from deployments.http_io import TextRequest, events, parse
+from deployments.in_flight import InFlight, InFlightLimit
+from deployments.limits import check_limits
 from deployments.planner import Planner
-from deployments.pool import Pool
+from deployments.pool import Pool, in_flight_here
 from deployments.preload import Preload
 from deployments.publisher import Publisher
 from deployments.releaser import Releaser
+from deployments.request_time import deadline_of, within
 from deployments.schemas import ChatCompletionRequest, CompletionRequest, RouteQuery
+from deployments.upload_budget import UploadBudget
 from gpu_worker.request import Completion, Delta, Job
 from lora_store import LOCAL_TENANT
 
 READY_WAIT_S = 5.0
+WORKER_GRACE_S = 5.0  # a step of the engine, and the way
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 app = FastAPI(title="LoraRetriever", docs_url="/docs", redoc_url=None)
 http_errors.install(app)
 app.add_middleware(BodyLimit, limit_of=pool_routes.max_body_bytes)
+app.add_middleware(InFlightLimit, in_flight=in_flight_here)
 for routes in (pool_routes, vllm_routes, admin_routes):
     app.include_router(routes.router)
 
@@ -53,7 +59,10 @@ class Ingress:
         longest_request_s = config.worker_scaling.graceful_shutdown_timeout_s
         releaser = Releaser(store, worker, self.background, longest_request_s=longest_request_s)
         publisher = Publisher(store, retriever, worker, background=self.background, releaser=releaser)
-        self.pool = Pool(config, publisher, store, retriever)
+        self.pool = Pool(
+            config, publisher, store, retriever, UploadBudget(config.max_upload_total_bytes), self.background
+        )
+        self.in_flight = InFlight(config.max_in_flight)
         self.preload = Preload(config.preload, publisher)
 
     def __del__(self) -> None:
@@ -85,18 +94,30 @@ class Ingress:
             yield answer.usage_chunk(last)
 
     async def _begin(self, request: TextRequest) -> tuple[Answer, Job]:
-        planned = await self._planner.plan(request, request.retrieval_text, LOCAL_TENANT)
+        deadline = deadline_of(request.timeout_s, self._config.max_request_s)
+        check_limits(request, self._config)
+        sampling = request.sampling()
+        async with within(deadline):
+            planned = await self._planner.plan(request, request.retrieval_text, LOCAL_TENANT)
         kind: Literal["chat", "text"] = "chat" if isinstance(request, ChatCompletionRequest) else "text"
         answer = Answer(kind, request.model, planned, request.lora.explain)
         template = planned.plan.template or self._config.template
-        job = Job(answer.request_id, request.prompt_for_worker, planned.plan, request.sampling(), template)
+        job = Job(
+            answer.request_id, request.prompt_for_worker, planned.plan, sampling, template, LOCAL_TENANT, deadline
+        )
         return answer, job
 
     async def _deltas(self, job: Job) -> AsyncGenerator[Delta]:
         """The Worker's deltas; leaving early cancels the job there."""
         response = self._worker.options(stream=True).stream.remote(job)
+        deltas = aiter(response)
+        assert job.deadline is not None
         try:
-            async for delta in response:
+            while True:
+                async with within(job.deadline + WORKER_GRACE_S):  # the Worker keeps it, unless it hangs
+                    delta = await anext(deltas, None)
+                if delta is None:
+                    return
                 yield delta
         finally:
             response.cancel()
@@ -120,7 +141,9 @@ class Ingress:
     async def route(self, body: RouteQuery) -> JsonObject:
         """The plans for these prompts, candidates included; nothing is generated."""
         prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
-        planned = await asyncio.gather(*[self._planner.route(prompt, body.lora, LOCAL_TENANT) for prompt in prompts])
+        async with within(deadline_of(None, self._config.max_request_s)):
+            routes = [self._planner.route(prompt, body.lora, LOCAL_TENANT) for prompt in prompts]
+            planned = await asyncio.gather(*routes)
         return {"object": "list", "data": [plan_object(item, explain=True) for item in planned]}
 
     @app.get("/v1/models")

@@ -75,6 +75,7 @@ class GenerationRequest(ApiRequest):
     n: Literal[1] = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
+    timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # from arrival; the server's cap holds
     user: str | None = None
 
     @property
