@@ -50,9 +50,15 @@ class Ingress:
     """Holds no catalogue: plans come from the Retriever, text from a Worker, writes go to the Store."""
 
     def __init__(
-        self, config: AppConfig, retriever: DeploymentHandle, worker: DeploymentHandle, store: DeploymentHandle
+        self,
+        config: AppConfig,
+        retriever: DeploymentHandle,
+        worker: DeploymentHandle,
+        store: DeploymentHandle,
+        *,
+        worker_grace_s: float = WORKER_GRACE_S,
     ) -> None:
-        self._config = config
+        self._config, self._worker_grace_s = config, worker_grace_s
         self._retriever, self._worker = retriever, worker
         self._planner = Planner(config, retriever)
         self.background = Background()
@@ -114,7 +120,7 @@ class Ingress:
         assert job.deadline is not None
         try:
             while True:
-                async with within(job.deadline + WORKER_GRACE_S):  # the Worker keeps it, unless it hangs
+                async with within(job.deadline + self._worker_grace_s):  # the Worker keeps it, unless it hangs
                     delta = await anext(deltas, None)
                 if delta is None:
                     return
