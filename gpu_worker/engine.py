@@ -85,7 +85,7 @@ class Engine:
         self.num_steps = 0
 
     def submit(self, row: Row) -> None:
-        """Queue the row; adapters that are not in the bank start loading now, unless too many do. Raises: EngineFull."""
+        """Queue the row; what the bank lacks of its adapters starts loading, unless too many do. Raises: EngineFull."""
         if len(self.waiting) >= self.config.max_waiting:
             raise EngineFull(f"{len(self.waiting)} requests already wait")
         row.start_by = self._clock() + self.config.max_wait_s

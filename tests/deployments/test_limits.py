@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from deployments.config import AppConfig, WorkerSettings
-from tests.deployments.asking import ask, error_of, post
 from tests.deployments.app_fakes import BASE, Served
+from tests.deployments.asking import ask, error_of, post
 
 
 def refused(path: str, body: dict[str, Any], **settings: Any) -> tuple[int, dict[str, Any]]:

@@ -23,7 +23,6 @@ from tests.gpu_worker.driving import (
     assert_same,
     by_digest,
     greedy,
-    run_together,
 )
 from tests.soak import Scale
 from tests.tiny import plan_of, random_adapter
@@ -193,9 +192,7 @@ def test_rows_behind_a_full_window_go_on_with_what_the_bank_holds(make_engine: M
     assert all(answer.is_finished for answer in behind) and not any(answer.events for answer in stalled)
 
 
-def test_all_who_wait_for_a_load_fail_with_it_and_the_next_one_retries(
-    make_engine: MakeEngine, shapes: Shapes
-) -> None:
+def test_all_who_wait_for_a_load_fail_with_it_and_the_next_one_retries(make_engine: MakeEngine, shapes: Shapes) -> None:
     weights, other = small_adapters(shapes, 2)
     slow = Slow(weights, other)
     engine = make_engine({}, fetch=slow)
@@ -228,7 +225,7 @@ def test_a_row_that_leaves_hands_its_load_to_the_next_that_needs_it(make_engine:
 def test_two_thousand_rows_that_cannot_start_cost_a_step_little(
     scale: Scale, make_engine: MakeEngine, shapes: Shapes
 ) -> None:
-    """Each waits for adapters of its own: a step looks at every one, and does no more. Best of five, in milliseconds."""
+    """Each waits for adapters of its own: a step looks at every one, and does no more."""
     pool = small_adapters(shapes, 70)
     slow = Slow(*pool)
     engine = make_engine({}, fetch=slow)

@@ -9,7 +9,6 @@ from gpu_worker.load_window import MIN_ROWS, LoadWindow
 from gpu_worker.row import Row
 from tests.gpu_worker.test_fair_queue import row
 
-
 TEN_BYTES = FittedAdapter("any", {"q_proj": FittedModule(torch.zeros(1, 6).byte(), torch.zeros(1, 4).byte())})
 
 
