@@ -74,6 +74,10 @@ _leaf = st.one_of(
 _junk = st.recursive(_leaf, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(_text, inner, max_size=3))
 
 
+_body_paths = st.sampled_from(sorted(BODIES) + ["/v1/chat/completions"] * 8 + ["/v1/completions", "/v1/route"] * 4)
+_methods = st.sampled_from(["POST"] * 20 + ["GET", "PUT", "DELETE", "PATCH", "HEAD"])
+
+
 def _encode(body: object) -> bytes:
     return json.dumps(body).encode()  # NaN, Infinity and half surrogate pairs as Python writes them
 
@@ -81,7 +85,7 @@ def _encode(body: object) -> bytes:
 @st.composite
 def _mutated(draw: st.DrawFn) -> tuple[str, bytes]:
     """A good body with one field replaced, taken away or added, at any depth."""
-    path = draw(st.sampled_from(sorted(BODIES)))
+    path = draw(_body_paths)
     body: Any = json.loads(json.dumps(BODIES[path]))
     place = body
     while isinstance(place, dict | list) and place:
@@ -99,12 +103,10 @@ def _mutated(draw: st.DrawFn) -> tuple[str, bytes]:
     return path, _encode(body)
 
 
-_cut = st.sampled_from(sorted(BODIES)).flatmap(
-    lambda path: st.integers(0, 60).map(lambda end: (path, _encode(BODIES[path])[:end]))
-)
+_cut = _body_paths.flatmap(lambda path: st.integers(0, 60).map(lambda end: (path, _encode(BODIES[path])[:end])))
 _nested = st.builds(
     lambda path, mark, depth: (path, mark * depth),
-    st.sampled_from(sorted(BODIES)),
+    _body_paths,
     st.sampled_from([b"[", b'{"lora":', b'{"messages":[', b"[[", b"9", b"-", b"1e", b'"\\ud800']),
     st.sampled_from([1, 100, 5_000, 100_000]),
 )
@@ -152,7 +154,7 @@ def malformed(draw: st.DrawFn) -> Malformed:
         st.sampled_from(["", "", "", "", "/", "/%00", "/%ff%fe", "/..%2f..%2fx", "?a=b&a=%ff", "/" + "x" * 3000])
     )
     return Malformed(
-        method=draw(st.sampled_from(["POST"] * 6 + ["GET", "PUT", "DELETE", "PATCH", "HEAD"])),
+        method=draw(_methods),
         path=path + odd,
         content=content,
         headers={"content-type": kind} if kind else {},
