@@ -37,7 +37,7 @@ class InFlightLimit:
         self._app, self._in_flight = app, in_flight
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"].endswith(_ALWAYS_ANSWERED):
+        if scope["type"] != "http" or scope["path"].removeprefix(scope.get("root_path", "")) in _ALWAYS_ANSWERED:
             await self._app(scope, receive, send)
             return
         mark_arrival()

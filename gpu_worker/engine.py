@@ -35,6 +35,7 @@ from gpu_worker.scheduler import schedule
 
 logger = logging.getLogger(__name__)
 
+_LONGEST_SLEEP_S = 3600.0  # what waits on a lock cannot be told any number of seconds
 _WINDOW_BATCHES = 2  # how far ahead of their turn requests have their weights loaded
 
 
@@ -143,8 +144,8 @@ class Engine:
 
     @property
     def seconds_to_due(self) -> float | None:
-        """How long until a request may be overdue; None when none can be."""
-        return None if self._next_due == math.inf else max(self._next_due - self._clock(), 0.0)
+        """How long until a request may be overdue, at most an hour; None when none can be."""
+        return None if self._next_due == math.inf else min(max(self._next_due - self._clock(), 0.0), _LONGEST_SLEEP_S)
 
     @property
     def has_work(self) -> bool:

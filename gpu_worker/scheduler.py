@@ -10,7 +10,9 @@ from gpu_worker.row import Row
 
 def schedule(rows: Sequence[Row], max_step_tokens: int) -> list[tuple[Row, Segment]]:
     """Rows with the segment each computes, in step order. Every decoding row takes part: no long prompt stalls it."""
-    decoding = sorted((row for row in rows if _remaining(row) == 1), key=lambda row: row.kv_row)  # as the cache has them
+    decoding = sorted(
+        (row for row in rows if _remaining(row) == 1), key=lambda row: row.kv_row
+    )  # as the cache has them
     prefilling = [row for row in rows if _remaining(row) > 1]
     budget = max_step_tokens
     scheduled: list[tuple[Row, Segment]] = []

@@ -96,6 +96,14 @@ def test_a_probe_is_answered_however_much_there_is_to_do(path: str) -> None:
     assert with_two_held(question).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/v1/loras/health", "/v1/models/ready"])
+def test_what_only_ends_like_a_probe_is_none(path: str) -> None:
+    async def question(client: httpx.AsyncClient, served: Served) -> httpx.Response:
+        return await client.get(path)
+
+    assert with_two_held(question).status_code == 429
+
+
 def test_a_place_is_free_again_after_an_answer_an_error_and_a_client_that_left() -> None:
     async def run() -> None:
         worker = Held()

@@ -116,6 +116,13 @@ def test_the_next_to_be_late_is_found_after_each(make_engine: MakeEngine) -> Non
     assert ended == [[False] * 3, [False, True, False], [False, True, True], [True] * 3]
 
 
+def test_a_deadline_in_a_far_future_is_no_sleep_of_that_length(make_engine: MakeEngine) -> None:
+    engine = make_engine({}, clock=Clock(), max_batch_size=1, max_wait_s=1e300)
+    ask(engine, replace(greedy("x"), deadline=1e300))
+    assert engine.seconds_to_due == 3600.0
+    engine.run_until_idle()
+
+
 def test_an_idle_loop_wakes_for_a_deadline(
     make_engine: MakeEngine, shapes: Shapes, start: Callable[..., EngineLoop]
 ) -> None:
