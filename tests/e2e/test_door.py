@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import statistics
 import time
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import httpx
 import pytest
@@ -80,18 +81,33 @@ class Asked:
     text: str
     retry_after: str | None
 
+    @classmethod
+    def parse(cls, answer: bytes, seconds: float) -> Self:
+        head, _, content = answer.partition(b"\r\n\r\n")
+        status, *lines = head.decode().split("\r\n")
+        headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+        body = json.loads(content)
+        text = body["error"]["code"] if "error" in body else body["choices"][0]["text"]
+        return cls(int(status.split()[1]), seconds, text, headers.get("retry-after"))
+
 
 async def ask_at_once(live: Live, count: int, max_tokens: int) -> list[Asked]:
-    body = completion(BASE, "The sea is", max_tokens)
+    """What so many clients are answered. They speak HTTP by hand: the machine's two cores are the server's."""
+    url = httpx.URL(f"{live.url}/v1/completions")
+    body = json.dumps(completion(BASE, "The sea is", max_tokens))
+    head = f"POST {url.path} HTTP/1.1\r\nHost: {url.host}\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    request = f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
 
-    async def ask(client: httpx.AsyncClient) -> Asked:
+    async def ask() -> Asked:
         began = time.monotonic()
-        answer = await client.post(f"{live.url}/v1/completions", json=body)
-        text = answer.json()["choices"][0]["text"] if answer.status_code == 200 else answer.json()["error"]["code"]
-        return Asked(answer.status_code, time.monotonic() - began, text, answer.headers.get("retry-after"))
+        reader, writer = await asyncio.open_connection(url.host, url.port)
+        writer.write(request)
+        answer = await asyncio.wait_for(reader.read(), 120)
+        took_s = time.monotonic() - began
+        writer.close()
+        return Asked.parse(answer, took_s)
 
-    async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=None)) as client:
-        return list(await asyncio.gather(*[ask(client) for _ in range(count)]))
+    return list(await asyncio.gather(*[ask() for _ in range(count)]))
 
 
 def median_s(live: Live) -> float:
@@ -105,7 +121,8 @@ def test_a_storm_is_answered_or_refused_at_once_and_leaves_no_trace(live: Live, 
     assert {each.status for each in asked} == {200, 429}, Counter((each.status, each.text[:40]) for each in asked)
     served = [each for each in asked if each.status == 200]
     refused = [each for each in asked if each.status == 429]
-    assert len(served) >= 64 and {each.text for each in served} == {quiet}
+    assert len(served) >= 64  # as many as the replica works on
+    assert {each.text for each in served} == {quiet}
     assert {each.retry_after for each in refused} == {"1"}
     slowest = max(each.seconds for each in refused)
     print(
