@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import queue
 import threading
 import time
@@ -27,10 +28,14 @@ _Events = asyncio.Queue[Delta | Exception]
 
 
 class EngineLoop:
-    """The engine's thread. Commands reach it through a queue and run between steps."""
+    """The engine's thread. Commands reach it through a queue and run between steps.
 
-    def __init__(self, engine: Engine, *, stream_interval_ms: float = 25.0) -> None:
+    `niceness`: of that thread alone, so that whoever answers requests on the same cores comes before it.
+    """
+
+    def __init__(self, engine: Engine, *, stream_interval_ms: float = 25.0, niceness: int = 0) -> None:
         self.engine = engine
+        self._niceness = niceness
         self._interval_s = stream_interval_ms / 1000
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lock = threading.Lock()  # between the last command and the end of the thread
@@ -150,6 +155,7 @@ class EngineLoop:
                 self.engine.send(row, exc)
 
     def _run(self) -> None:
+        os.nice(self._niceness)  # Linux: of the calling thread and those it starts
         try:
             self._step_until_stopped()
         except Exception:

@@ -19,7 +19,7 @@ from tests.soak import Scale
 pytestmark = pytest.mark.e2e
 
 _AT_ONCE_S = 1.0
-_LONG = completion(BASE, "The sea is", 480)  # tens of seconds where two batches of these run and others wait
+_LONG = completion(BASE, "The sea is", 480)  # several seconds where a batch of these runs on each worker
 
 
 def running_and_waiting(live: Live) -> int:
@@ -39,9 +39,9 @@ async def abandon(live: Live, count: int, after_s: float, body: dict[str, Any]) 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_clients_that_leave_free_everything_at_once(live: Live, stream: bool) -> None:
-    """Also those that wait for the whole answer, and those whose requests wait for a row."""
+    """Also those that wait for the whole answer."""
     before = [held.free_kv_rows for held in live.on_all("Worker", "holdings")]
-    count = 48
+    count = 30
     if stream:
         asyncio.run(abandon_streams(live, count))
     else:
@@ -121,7 +121,7 @@ def test_a_storm_is_answered_or_refused_at_once_and_leaves_no_trace(live: Live, 
     assert {each.status for each in asked} == {200, 429}, Counter((each.status, each.text[:40]) for each in asked)
     served = [each for each in asked if each.status == 200]
     refused = [each for each in asked if each.status == 429]
-    assert len(served) >= 64  # as many as the replica works on
+    assert len(served) >= 32  # as many as the replica works on
     assert {each.text for each in served} == {quiet}
     assert {each.retry_after for each in refused} == {"1"}
     slowest = max(each.seconds for each in refused)
