@@ -117,7 +117,7 @@ def median_s(live: Live) -> float:
 def test_a_storm_is_answered_or_refused_at_once_and_leaves_no_trace(live: Live, scale: Scale) -> None:
     quiet = live.text(BASE, max_tokens=24)
     before_s = median_s(live)
-    asked = asyncio.run(ask_at_once(live, scale.pick("clients at once", small=200, full=200), 24))
+    asked = asyncio.run(ask_at_once(live, scale.pick("clients at once", small=100, full=200), 24))
     assert {each.status for each in asked} == {200, 429}, Counter((each.status, each.text[:40]) for each in asked)
     served = [each for each in asked if each.status == 200]
     refused = [each for each in asked if each.status == 429]
