@@ -72,7 +72,7 @@ class WorkerSettings(_Settings):
     max_model_len: int = Field(default=2048, ge=1)
     max_step_tokens: int = Field(default=1024, ge=1)
     max_waiting: int = Field(default=2048, ge=1)
-    max_wait_s: float = Field(default=60, gt=0)
+    max_wait_s: float = Field(default=90, gt=0)
     host_cache_bytes: int = Field(default=1 << 30, ge=0)
     stream_interval_ms: float = Field(default=25, ge=0)
     niceness: int = Field(default=5, ge=0, le=19)  # of the engine's thread: on shared cores the door comes first

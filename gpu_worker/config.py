@@ -25,7 +25,7 @@ class WorkerConfig:
     max_model_len: int = 2048  # prompt plus new tokens of one row
     max_step_tokens: int = 1024  # prompt and decode tokens in one forward pass
     max_waiting: int = 2048  # requests queued before the engine refuses
-    max_wait_s: float = 60.0  # a request that has not started by then is refused
+    max_wait_s: float = 90.0  # a request that has not started by then is refused; a load that hangs says so before
     host_cache_bytes: int = 1 << 30  # adapter weights kept in host memory
     load_threads: int = 2  # they decode and check; no thread waits for a fetch
 
