@@ -21,5 +21,8 @@ def build_app(args: AppConfig) -> Application:
     ingress = serve.deployment(Ingress, name="Ingress", **args.ingress_scaling.options())
 
     store_handle = store.bind(args)
-    worker_handle = worker.bind(args.worker_config(), args.worker.stream_interval_ms, store_handle, args.weights_cache)
+    engine = args.worker
+    worker_handle = worker.bind(
+        args.worker_config(), engine.stream_interval_ms, store_handle, args.weights_cache, engine.niceness
+    )
     return ingress.bind(args, retriever.bind(args), worker_handle, store_handle)

@@ -14,9 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from deployments.sources import SourcePrefix
 from gpu_worker.config import DEFAULT_CACHE_DIR, WorkerConfig
 from gpu_worker.errors import WorkerConfigInvalid
+from gpu_worker.request import DEFAULT_MAX_TOKENS
 from lora_store.location import Location
 from retriever_svc.encoder import DEFAULT_MODEL as DEFAULT_ENCODER
 
+FORM_OVERHEAD_BYTES = 1 << 20  # boundaries, headers and fields of an upload, beside its files
 _NAME = r"^[A-Za-z0-9._-]{1,64}$"
 
 
@@ -32,6 +34,7 @@ class ScalingSettings(_Settings):
     num_cpus: float = Field(default=0.2, ge=0)
     num_gpus: float = Field(default=0, ge=0)
     max_ongoing_requests: int = Field(default=64, ge=1)
+    max_queued_requests: int = Field(default=1024, ge=-1)  # of one caller, when no replica takes more; -1: no bound
     target_ongoing_requests: float = Field(default=32, gt=0)
     graceful_shutdown_timeout_s: float = Field(default=600, gt=0)  # a replica that goes ends its streams first
 
@@ -45,6 +48,7 @@ class ScalingSettings(_Settings):
         """The keywords of `Deployment.options`."""
         options: dict[str, Any] = {
             "max_ongoing_requests": self.max_ongoing_requests,
+            "max_queued_requests": self.max_queued_requests,
             "graceful_shutdown_timeout_s": self.graceful_shutdown_timeout_s,
             "ray_actor_options": {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus},
         }
@@ -68,8 +72,10 @@ class WorkerSettings(_Settings):
     max_model_len: int = Field(default=2048, ge=1)
     max_step_tokens: int = Field(default=1024, ge=1)
     max_waiting: int = Field(default=2048, ge=1)
+    max_wait_s: float = Field(default=90, gt=0)
     host_cache_bytes: int = Field(default=1 << 30, ge=0)
     stream_interval_ms: float = Field(default=25, ge=0)
+    niceness: int = Field(default=5, ge=0, le=19)  # of the engine's thread: on shared cores the door comes first
 
 
 class RetrievalSettings(_Settings):
@@ -101,6 +107,10 @@ class AppConfig(_Settings):
     allow_remote_publish: bool = False  # whether clients of other machines may change the pool: there are no keys yet
     source_prefixes: tuple[str, ...] = ()  # s3://, gs:// or file:// URIs below which adapters may be published from
     max_upload_bytes: int = Field(default=512 << 20, ge=1)  # of one adapter's files, uploaded or copied from a source
+    max_upload_total_bytes: int = Field(default=1 << 30, ge=1)  # of all uploads that one Ingress replica holds at once
+    max_in_flight: int = Field(default=1024, ge=1)  # requests one Ingress replica works on; above it answers 429
+    max_request_s: float = Field(default=600, gt=0)  # the longest a request may take, whatever its `timeout_s`
+    max_new_tokens: int = Field(default=8192, ge=DEFAULT_MAX_TOKENS)  # of one answer; the context bounds it too
     store_object_cache_bytes: int = Field(default=256 << 20, ge=0)  # weights kept in Ray's object store for workers
     disk_cache_bytes: int = Field(default=4 << 30, ge=0)  # a worker's copy of a remote store's weights
     preload: tuple[
@@ -108,7 +118,9 @@ class AppConfig(_Settings):
     ] = ()  # adapter folders, or folders of them: names that are not live are published at start
     worker: WorkerSettings = WorkerSettings()
     retrieval: RetrievalSettings = RetrievalSettings()
-    ingress_scaling: ScalingSettings = ScalingSettings(max_ongoing_requests=10_000, target_ongoing_requests=500)
+    ingress_scaling: ScalingSettings = ScalingSettings(
+        max_ongoing_requests=10_000, max_queued_requests=-1, target_ongoing_requests=500
+    )
     retriever_scaling: ScalingSettings = ScalingSettings(max_ongoing_requests=128, target_ongoing_requests=64)
     store_scaling: ScalingSettings = ScalingSettings(max_ongoing_requests=64)
     worker_scaling: ScalingSettings = ScalingSettings(num_cpus=1, max_ongoing_requests=2112, target_ongoing_requests=48)
@@ -126,6 +138,15 @@ class AppConfig(_Settings):
             self.worker_config()
         except WorkerConfigInvalid as exc:
             raise ValueError(str(exc)) from exc
+        return self
+
+    @model_validator(mode="after")
+    def _bounds_fit_each_other(self) -> Self:
+        if self.max_upload_total_bytes < self.max_upload_bytes + FORM_OVERHEAD_BYTES:
+            raise ValueError(f"max_upload_total_bytes is below one upload: max_upload_bytes + {FORM_OVERHEAD_BYTES}")
+        for scaling in (self.ingress_scaling, self.worker_scaling):
+            if scaling.graceful_shutdown_timeout_s < self.max_request_s:
+                raise ValueError("graceful_shutdown_timeout_s of Ingress and Worker is at least max_request_s")
         return self
 
     @field_validator("store_uri")
@@ -169,7 +190,7 @@ class AppConfig(_Settings):
         return math.ceil(sum(scaling.max_replicas * scaling.num_cpus for scaling in scalings)) + 1  # 1: Serve's own
 
     def worker_config(self) -> WorkerConfig:
-        settings = self.worker.model_dump(exclude={"stream_interval_ms"})
+        settings = self.worker.model_dump(exclude={"stream_interval_ms", "niceness"})
         settings["num_threads"] = settings["num_threads"] or os.cpu_count()
         return WorkerConfig(base_model=self.base_model, cache_dir=self.cache_dir, **settings)
 

@@ -11,6 +11,9 @@ DeploymentsError
 ├── SourceMissing      there is nothing to publish at that place
 ├── SourceUnavailable  the source does not answer
 ├── BodyTooLarge       the body is larger than the server reads
+├── BodyTooSlow        the body did not come in time
+├── UploadsBusy        the uploads in progress leave no room for this one
+├── ServerOverloaded   this replica works on as many requests as it may
 ├── NotReady           the server is still starting
 └── ReplicaWedged      a health check found the engine hanging; Serve replaces the replica
 """
@@ -127,6 +130,32 @@ class SourceUnavailable(DeploymentsError):
 
 class BodyTooLarge(DeploymentsError):
     """Send less."""
+
+
+class BodyTooSlow(DeploymentsError):
+    """Send it in less time."""
+
+
+class UploadsBusy(DeploymentsError):
+    """Upload again once others have ended."""
+
+    def __init__(self, max_bytes: int) -> None:
+        super().__init__(max_bytes)
+        self.max_bytes = max_bytes
+
+    def __str__(self) -> str:
+        return f"this upload and those in progress have more than {self.max_bytes} bytes; try again later"
+
+
+class ServerOverloaded(DeploymentsError):
+    """Ask again later."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(limit)
+        self.limit = limit
+
+    def __str__(self) -> str:
+        return f"the server works on {self.limit} requests already; try again later"
 
 
 class NotReady(DeploymentsError):

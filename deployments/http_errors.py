@@ -25,11 +25,12 @@ from retriever_svc import errors as retriever_errors
 
 logger = logging.getLogger(__name__)
 
-_INVALID, _FORBIDDEN, _MISSING, _OVERLOADED, _SERVER = (
+_INVALID, _FORBIDDEN, _MISSING, _OVERLOADED, _LATE, _SERVER = (
     "invalid_request_error",
     "permission_error",
     "not_found_error",
     "overloaded_error",
+    "timeout_error",
     "server_error",
 )
 _KINDS = ("str", "constrained-str", "int", "float", "bool")  # what pydantic puts into the path of a union's member
@@ -47,6 +48,9 @@ TABLE: tuple[tuple[type[Exception], int, str, str], ...] = (
     (api_errors.SourceMissing, 404, _MISSING, "source_not_found"),
     (api_errors.SourceUnavailable, 503, _OVERLOADED, "source_unavailable"),
     (api_errors.BodyTooLarge, 413, _INVALID, "body_too_large"),
+    (api_errors.BodyTooSlow, 408, _INVALID, "body_too_slow"),
+    (api_errors.UploadsBusy, 503, _OVERLOADED, "uploads_busy"),
+    (api_errors.ServerOverloaded, 429, _OVERLOADED, "server_overloaded"),
     (api_errors.NotReady, 503, _OVERLOADED, "not_ready"),
     (store_errors.AdapterRefused, 400, _INVALID, "adapter_refused"),
     (store_errors.PlanInvalid, 400, _INVALID, "plan_invalid"),
@@ -66,6 +70,8 @@ TABLE: tuple[tuple[type[Exception], int, str, str], ...] = (
     (worker_errors.AdapterUnfit, 400, _INVALID, "adapter_unfit"),
     (worker_errors.LogitsNotFinite, 422, _INVALID, "logits_not_finite"),
     (worker_errors.AdapterLoadFailed, 503, _OVERLOADED, "adapter_load_failed"),
+    (worker_errors.DeadlineExceeded, 504, _LATE, "deadline_exceeded"),
+    (worker_errors.WaitedTooLong, 503, _OVERLOADED, "waited_too_long"),
     (worker_errors.EngineFull, 503, _OVERLOADED, "engine_full"),
     (worker_errors.EngineStopped, 503, _OVERLOADED, "engine_stopped"),
     (BackPressureError, 503, _OVERLOADED, "overloaded"),
@@ -73,6 +79,7 @@ TABLE: tuple[tuple[type[Exception], int, str, str], ...] = (
     (RayActorError, 503, _OVERLOADED, "replica_died"),
     (TimeoutError, 503, _OVERLOADED, "timeout"),
 )
+_RETRY_LATER = {"Retry-After": "1"}  # a constant: clients back off by themselves, and when there is room nobody knows
 # What Ray says itself names actors, nodes and queues.
 _SAID: dict[type[Exception], str] = {
     BackPressureError: "too many requests wait; try again later",
@@ -100,7 +107,7 @@ def error_object(message: str, type_: str, code: str, *, param: str | None = Non
 
 def error_response(error: Exception) -> JSONResponse:
     status, body = describe(error)
-    return JSONResponse(body, status, headers={"Retry-After": "1"} if status == 503 else None)
+    return JSONResponse(body, status, headers=_RETRY_LATER if status in (429, 503) else None)
 
 
 def validation_error(error: RequestValidationError | ValidationError) -> RequestInvalid | Unsupported:

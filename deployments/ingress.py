@@ -7,6 +7,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from fastapi import Request, Response
@@ -22,24 +23,30 @@ from deployments.body_limit import BodyLimit
 from deployments.config import AppConfig
 from deployments.errors import NotReady
 from deployments.http_io import TextRequest, events, parse, refuse_stream_options
+from deployments.in_flight import InFlight, InFlightLimit
+from deployments.limits import check_limits
 from deployments.openai_answers import Answer
 from deployments.openai_jobs import interleaved, jobs_of
 from deployments.planner import Planner
-from deployments.pool import Pool
+from deployments.pool import Pool, in_flight_here
 from deployments.preload import Preload
 from deployments.publisher import Publisher
 from deployments.releaser import Releaser
 from deployments.request_ids import RequestIds, request_id_of
+from deployments.request_time import deadline_of, within
 from deployments.schemas import ChatCompletionRequest, CompletionRequest, RouteQuery
+from deployments.upload_budget import UploadBudget
 from gpu_worker.request import Completion, Delta, Job
 from lora_store import LOCAL_TENANT
 
 READY_WAIT_S = 5.0
+WORKER_GRACE_S = 5.0  # a step of the engine, and the way
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 app = Api(title="LoraRetriever", docs_url="/docs", redoc_url=None)
 http_errors.install(app)
 app.add_middleware(BodyLimit, limit_of=pool_routes.max_body_bytes)
+app.add_middleware(InFlightLimit, in_flight=in_flight_here)
 app.add_middleware(RequestIds)
 for routes in (models_routes, pool_routes, vllm_routes, admin_routes):
     app.include_router(routes.router)
@@ -50,16 +57,25 @@ class Ingress:
     """Holds no catalogue: plans come from the Retriever, text from a Worker, writes go to the Store."""
 
     def __init__(
-        self, config: AppConfig, retriever: DeploymentHandle, worker: DeploymentHandle, store: DeploymentHandle
+        self,
+        config: AppConfig,
+        retriever: DeploymentHandle,
+        worker: DeploymentHandle,
+        store: DeploymentHandle,
+        *,
+        worker_grace_s: float = WORKER_GRACE_S,
     ) -> None:
-        self._config = config
+        self._config, self._worker_grace_s = config, worker_grace_s
         self._retriever, self._worker = retriever, worker
         self._planner = Planner(config, retriever)
         self.background = Background()
         longest_request_s = config.worker_scaling.graceful_shutdown_timeout_s
         releaser = Releaser(store, worker, self.background, longest_request_s=longest_request_s)
         publisher = Publisher(store, retriever, worker, background=self.background, releaser=releaser)
-        self.pool = Pool(config, publisher, store, retriever)
+        self.pool = Pool(
+            config, publisher, store, retriever, UploadBudget(config.max_upload_total_bytes), self.background
+        )
+        self.in_flight = InFlight(config.max_in_flight)
         self.preload = Preload(config.preload, publisher)
 
     def __del__(self) -> None:
@@ -81,8 +97,11 @@ class Ingress:
                 yield chunk
 
     async def _begin(self, request: TextRequest, request_id: str | None = None) -> tuple[Answer, list[Job]]:
+        deadline = deadline_of(request.timeout_s, self._config.max_request_s)
         questions = request.questions()
-        plans = await asyncio.gather(*[self._planner.plan(question, LOCAL_TENANT) for question in questions])
+        check_limits(request, questions, self._config)
+        async with within(deadline):
+            plans = await asyncio.gather(*[self._planner.plan(question, LOCAL_TENANT) for question in questions])
         answer = Answer(
             "chat" if isinstance(request, ChatCompletionRequest) else "text",
             request.model,
@@ -92,7 +111,8 @@ class Ingress:
             tells_logprobs=request.num_logprobs is not None,
             request_id=request_id or uuid.uuid4().hex,
         )
-        return answer, jobs_of(answer.request_id, request, questions, plans, self._config.template)
+        jobs = jobs_of(answer.request_id, request, questions, plans, self._config.template)
+        return answer, [replace(job, deadline=deadline) for job in jobs]
 
     async def _whole(self, answer: Answer, jobs: Sequence[Job]) -> JsonObject:
         parts: list[list[Delta]] = [[] for _ in jobs]
@@ -117,8 +137,14 @@ class Ingress:
     async def _deltas(self, job: Job) -> AsyncGenerator[Delta]:
         """The Worker's deltas; leaving early cancels the job there."""
         response = self._worker.options(stream=True).stream.remote(job)
+        deltas = aiter(response)
+        assert job.deadline is not None
         try:
-            async for delta in response:
+            while True:
+                async with within(job.deadline + self._worker_grace_s):  # the Worker keeps it, unless it hangs
+                    delta = await anext(deltas, None)
+                if delta is None:
+                    return
                 yield delta
         finally:
             response.cancel()
@@ -147,9 +173,9 @@ class Ingress:
     @app.post("/v1/route", response_model=None, responses=ROUTE_ANSWERS)
     async def route(self, body: RouteQuery) -> JsonObject:
         """The plans for these prompts, candidates included; nothing is generated. Each can be sent as `lora.plan`."""
-        planned = await asyncio.gather(
-            *[self._planner.route(prompt, body.lora, LOCAL_TENANT) for prompt in body.prompt]
-        )
+        async with within(deadline_of(None, self._config.max_request_s)):
+            routes = [self._planner.route(prompt, body.lora, LOCAL_TENANT) for prompt in body.prompt]
+            planned = await asyncio.gather(*routes)
         return {"object": "list", "data": [plan_object(item, explain=True) for item in planned]}
 
     @app.get("/health", response_model=None, responses=HEALTH_ANSWERS)

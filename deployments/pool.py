@@ -9,10 +9,13 @@ from fastapi import Request
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from deployments.background import Background
 from deployments.config import AppConfig
 from deployments.errors import PublishingOff
 from deployments.http_io import is_loopback
+from deployments.in_flight import InFlight
 from deployments.publisher import Publisher
+from deployments.upload_budget import UploadBudget
 from deployments.uploads import FolderUpload
 from lora_store import LOCAL_TENANT, AdapterNotFound, Key
 
@@ -25,6 +28,8 @@ class Pool:
     publisher: Publisher
     store: DeploymentHandle
     retriever: DeploymentHandle
+    uploads: UploadBudget
+    background: Background
 
     def require_change(self, http: Request) -> None:
         """Raises: PublishingOff unless this client may change the pool."""
@@ -44,9 +49,18 @@ class Pool:
 
 def read_pool() -> Pool:
     """The pool of the replica that runs the route: Serve knows it, FastAPI does not."""
-    ingress: Any = serve.get_replica_context().servable_object
-    pool: Pool = ingress.pool
+    pool: Pool = _ingress().pool
     return pool
+
+
+def in_flight_here() -> InFlight:
+    """The count of the replica that runs the route."""
+    in_flight: InFlight = _ingress().in_flight
+    return in_flight
+
+
+def _ingress() -> Any:
+    return serve.get_replica_context().servable_object
 
 
 def open_pool(http: Request) -> Pool:

@@ -1,5 +1,6 @@
 """`/v1/loras`: what is in the pool, and how it changes. No annotation is text: FastAPI reads them."""
 
+from contextlib import ExitStack
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
@@ -20,10 +21,11 @@ from deployments.answers import (
 )
 from deployments.api_docs import LORA_ANSWERS, LORAS_ANSWERS, PUBLISH_ANSWERS, ROLLBACK_ANSWERS, WITHDRAW_ANSWERS
 from deployments.body_limit import DEFAULT_MAX_BODY_BYTES
+from deployments.config import FORM_OVERHEAD_BYTES
 from deployments.errors import RequestInvalid
 from deployments.pool import Pool, open_pool, own_key, read_pool
 from deployments.pool_schemas import AdapterSource, PublishBatch, RollbackRequest
-from deployments.upload_form import FORM_OVERHEAD_BYTES, read_upload
+from deployments.upload_form import read_upload
 from deployments.uploads import FolderUpload
 from lora_store import LOCAL_TENANT
 
@@ -67,7 +69,7 @@ async def publish(pool: OpenPool, http: Request) -> JSONResponse:
     """
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
-        return await _publish_one(pool, http, await read_upload(http))
+        return await _publish_files(pool, http)
     if kind != "application/json":
         raise RequestInvalid(f"content-type must be application/json or multipart/form-data, got {kind[:100]!r}")
     body = _parse(await http.body())
@@ -111,6 +113,20 @@ def max_body_bytes(scope: Scope) -> int:
     if scope["path"].endswith("/v1/loras") and kind.startswith(b"multipart/form-data"):
         return read_pool().config.max_upload_bytes + FORM_OVERHEAD_BYTES
     return DEFAULT_MAX_BODY_BYTES
+
+
+async def _publish_files(pool: Pool, http: Request) -> JSONResponse:
+    """What was uploaded counts against the budget until it is published, also where the client has left by then."""
+    with ExitStack() as stack:
+        counted = stack.enter_context(pool.uploads.reading(http))
+        upload = await read_upload(counted)
+        held = stack.pop_all()
+
+    async def publish_held() -> JSONResponse:
+        with held:
+            return await _publish_one(pool, http, upload)
+
+    return await pool.background.run(publish_held())
 
 
 async def _publish_one(pool: Pool, http: Request, upload: FolderUpload) -> JSONResponse:

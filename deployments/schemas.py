@@ -74,7 +74,7 @@ class GenerationRequest(ApiRequest):
     min_tokens: int = Field(default=0, ge=0)
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=-1)
+    top_k: int = Field(default=0, ge=-1, lt=2**31)
     min_p: float = Field(default=0.0, ge=0, le=1)
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
@@ -87,6 +87,7 @@ class GenerationRequest(ApiRequest):
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     stream: bool = False
     stream_options: StreamOptions | None = None
+    timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # from arrival; the server's cap holds
     # Of no effect on an answer, and taken as they come.
     user: str | None = None
     metadata: dict[str, str] | None = None

@@ -12,6 +12,7 @@ import pyarrow as pa
 from pyarrow.fs import FileInfo, FileSystem
 
 from deployments.adapter_folders import ADAPTER_FILES
+from deployments.endpoints import checked
 from deployments.errors import SourceMissing, SourceRefused, SourceUnavailable
 from lora_store import AdapterRefused
 from lora_store.location import Location
@@ -73,7 +74,7 @@ def folder_of_source(uri: str, prefixes: Sequence[str], work: Path, max_bytes: i
     if place.scheme == "file":
         return _local_folder(uri, Path("/", *prefix.uri.parts), inner)
     try:
-        files, root = prefix.location.filesystem()
+        files, root = checked(uri, prefix.location).filesystem()
         return _copy(uri, files, "/".join((root, *inner)), work, max_bytes)
     except (OSError, pa.ArrowException) as exc:
         raise SourceUnavailable(uri, str(exc)) from exc

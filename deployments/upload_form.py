@@ -12,7 +12,6 @@ from deployments.pool_schemas import AdapterLabel
 from deployments.uploads import MAX_UPLOAD_FILES, FolderUpload, file_problems
 from lora_store import AdapterRefused
 
-FORM_OVERHEAD_BYTES = 1 << 20  # boundaries, headers and fields beside the files
 _MAX_FIELDS = 40  # name, template and at most 32 tags
 _MAX_FIELD_BYTES = 4096
 _FILES = "files"

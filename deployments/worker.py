@@ -36,13 +36,14 @@ class WorkerDeployment:
         stream_interval_ms: float,
         store: DeploymentHandle,
         weights_cache: tuple[Path, int] | None = None,
+        niceness: int = 0,
     ) -> None:
         self._asyncio_loop = asyncio.get_event_loop()
         self._cache = None if weights_cache is None else DiskCache(*weights_cache)
         executor = ThreadPoolExecutor(config.load_threads, thread_name_prefix="adapter-load")
         self._fetcher = WeightsFetcher(store, executor, cache=self._cache)
         self._engine = Engine(config, self._start_fetch, executor=executor)
-        self._loop = EngineLoop(self._engine, stream_interval_ms=stream_interval_ms)
+        self._loop = EngineLoop(self._engine, stream_interval_ms=stream_interval_ms, niceness=niceness)
         self._prober = Prober(self._loop)
 
     async def stream(self, job: Job) -> AsyncIterator[Delta]:

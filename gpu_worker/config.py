@@ -25,6 +25,7 @@ class WorkerConfig:
     max_model_len: int = 2048  # prompt plus new tokens of one row
     max_step_tokens: int = 1024  # prompt and decode tokens in one forward pass
     max_waiting: int = 2048  # requests queued before the engine refuses
+    max_wait_s: float = 90.0  # a request that has not started by then is refused; a load that hangs says so before
     host_cache_bytes: int = 1 << 30  # adapter weights kept in host memory
     load_threads: int = 2  # they decode and check; no thread waits for a fetch
 
@@ -32,6 +33,8 @@ class WorkerConfig:
         for field in ("bank_rank_rows", "max_batch_size", "max_model_len", "max_waiting", "load_threads"):
             if getattr(self, field) < 1:
                 raise WorkerConfigInvalid(f"{field} must be at least 1, got {getattr(self, field)}")
+        if not self.max_wait_s > 0:
+            raise WorkerConfigInvalid(f"max_wait_s must be above 0, got {self.max_wait_s}")
         if self.max_step_tokens < self.max_batch_size:
             raise WorkerConfigInvalid(
                 f"max_step_tokens ({self.max_step_tokens}) must be at least max_batch_size ({self.max_batch_size})"

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
-from collections import deque
+import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
+from gpu_worker.admission import Admission
 from gpu_worker.attention_plan import Segment, attention_plan
 from gpu_worker.bank import LoraBank
 from gpu_worker.base_model import BaseModel, load_base_model
 from gpu_worker.config import WorkerConfig
-from gpu_worker.errors import EngineFull, EngineStopped, LogitsNotFinite
+from gpu_worker.errors import DeadlineExceeded, EngineFull, EngineStopped, LogitsNotFinite, WaitedTooLong
+from gpu_worker.fair_queue import FairQueue
 from gpu_worker.fitting import FittedAdapter
 from gpu_worker.holdings import Holdings
 from gpu_worker.inject import inject, target_linears
 from gpu_worker.kv_cache import KvCache
+from gpu_worker.load_window import LoadWindow
 from gpu_worker.loader import AdapterLoader, Fetch
 from gpu_worker.logprobs import Scored, score
 from gpu_worker.mapping import StepContext, token_mapping
@@ -32,7 +36,8 @@ from gpu_worker.scheduler import schedule
 
 logger = logging.getLogger(__name__)
 
-_MAX_PASSES = 50
+_LONGEST_SLEEP_S = 3600.0  # what waits on a lock cannot be told any number of seconds
+_WINDOW_BATCHES = 2  # how far ahead of their turn requests have their weights loaded
 
 
 class Engine:
@@ -49,6 +54,7 @@ class Engine:
         base: BaseModel | None = None,
         executor: Executor | None = None,
         free_fill: float = 0.0,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
@@ -73,17 +79,20 @@ class Engine:
             budget_bytes=config.host_cache_bytes,
             on_done=lambda: self.on_loaded(),
         )
-        self.waiting: deque[Row] = deque()
+        window = LoadWindow(config.host_cache_bytes, _WINDOW_BATCHES * config.max_batch_size)
+        self._admission = Admission(self.loader, self.residency, self.kv_cache, window)
         self.running: list[Row] = []
+        self._clock, self._next_due = clock, math.inf
         self._forgetting: set[str] = set()
         self.num_steps = 0
 
     def submit(self, row: Row) -> None:
-        """Queue the row; adapters that are not in the bank start loading now. Raises: EngineFull."""
+        """Queue the row; what the bank lacks of its adapters starts loading, unless too many do. Raises: EngineFull."""
         if len(self.waiting) >= self.config.max_waiting:
             raise EngineFull(f"{len(self.waiting)} requests already wait")
-        self._load_missing(row)
-        self.waiting.append(row)
+        row.start_by = self._clock() + self.config.max_wait_s
+        self._next_due = min(self._next_due, row.start_by, row.deadline)
+        self._admission.append(row)
 
     def preload(self, digests: Collection[str]) -> list[Future[FittedAdapter]]:
         """The loads of what the bank lacks, begun now."""
@@ -94,7 +103,7 @@ class Engine:
         if row in self.running:
             self._release([row])
         elif row in self.waiting:
-            self.waiting.remove(row)
+            self._admission.remove(row)
         self._drop_forgotten()
 
     def forget(self, digests: Collection[str]) -> bool:
@@ -122,13 +131,22 @@ class Engine:
     def fail_all(self, error: Exception) -> None:
         """End every request with `error`."""
         self._fail_running(error)
-        while self.waiting:
-            self.send(self.waiting.popleft(), error)
+        for row in self._admission.clear():
+            self.send(row, error)
         self._drop_forgotten()
 
     def close(self) -> None:
         """Start no more loads."""
         self._executor.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def waiting(self) -> FairQueue:
+        return self._admission.waiting
+
+    @property
+    def seconds_to_due(self) -> float | None:
+        """How long until a request may be overdue, at most an hour; None when none can be."""
+        return None if self._next_due == math.inf else min(max(self._next_due - self._clock(), 0.0), _LONGEST_SLEEP_S)
 
     @property
     def has_work(self) -> bool:
@@ -137,6 +155,7 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> bool:
         """Admit what can run, compute one packed step, sample. False when nothing could run: all wait for loads."""
+        self._end_overdue()
         self._admit()
         has_run = bool(self.running)
         if has_run:
@@ -149,7 +168,7 @@ class Engine:
         while self.has_work:
             self.loaded.clear()
             if not self.step() and self.waiting:
-                self.loaded.wait()
+                self.loaded.wait(self.seconds_to_due)
 
     def _log_memory(self) -> None:
         logger.info(
@@ -162,50 +181,29 @@ class Engine:
             self.bank.num_bytes >> 20,
         )
 
+    def _end_overdue(self) -> None:
+        """End what is past its deadline, running or not, and what has waited too long to start."""
+        now = self._clock()
+        if now < self._next_due:
+            return
+        late = [row for row in self.running if row.deadline <= now]
+        self._release(late)
+        for row in [row for row in self.waiting if row.deadline <= now or row.start_by <= now]:
+            self._admission.remove(row)
+            late.append(row)
+        for row in late:
+            is_past = row.deadline <= now
+            self.send(row, DeadlineExceeded(row.num_new_tokens) if is_past else WaitedTooLong(self.config.max_wait_s))
+        due = [row.deadline for row in self.running] + [min(row.deadline, row.start_by) for row in self.waiting]
+        self._next_due = min(due, default=math.inf)
+
     def _admit(self) -> None:
-        """Move rows whose weights are loaded and fit the bank to the batch; the others wait without blocking them.
-
-        A row passed over `_MAX_PASSES` times reserves the bank: nobody behind it gets adapters until it runs.
-        """
-        queue, self.waiting = self.waiting, deque()
-        num_running, reserved = len(self.running), False
-        for row in queue:
-            if self.kv_cache.num_free == 0 or (reserved and row.plan.adapters):
-                self.waiting.append(row)
-            elif not self._try_start(row):
-                self.waiting.append(row)
-                reserved = reserved or (row.num_passes > _MAX_PASSES and not self._is_loading(row))
-        if len(self.running) > num_running:
+        started, failed = self._admission.admit()
+        for row, error in failed:
+            self.send(row, error)
+        if started:
+            self.running += started
             self.residency.settle()
-
-    def _is_loading(self, row: Row) -> bool:
-        """Whether it is a load that the row waits for, which nobody behind it could speed up by waiting too."""
-        return any(not load.done() for digest, load in row.loads.items() if digest not in self.residency)
-
-    def _try_start(self, row: Row) -> bool:
-        """True when the row runs or has failed, False when it must wait."""
-        self._load_missing(row)
-        missing = {digest: load for digest, load in row.loads.items() if digest not in self.residency}
-        if not all(load.done() for load in missing.values()):
-            return False
-        try:
-            loaded = {digest: load.result() for digest, load in missing.items()}
-            if not self.residency.try_pin(row.weights_digests, loaded):
-                row.num_passes += 1
-                return False
-        except Exception as exc:  # of its loads or its plan: nobody else's
-            self.send(row, exc)
-            return True
-        row.loads.clear()  # the bank holds them now
-        row.kv_row = self.kv_cache.allocate()
-        self.running.append(row)
-        return True
-
-    def _load_missing(self, row: Row) -> None:
-        """Load what the bank lacks: all of it as the row comes, and what was evicted while the row waited."""
-        for digest in row.weights_digests:
-            if digest not in self.residency and digest not in row.loads:
-                row.loads[digest] = self.loader.load(digest)
 
     def _compute(self) -> None:
         """One forward pass over what is scheduled, and its tokens handed out."""

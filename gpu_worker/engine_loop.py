@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import queue
 import threading
 import time
@@ -28,10 +29,14 @@ _Events = asyncio.Queue[Delta | Exception]
 
 
 class EngineLoop:
-    """The engine's thread. Commands reach it through a queue and run between steps."""
+    """The engine's thread. Commands reach it through a queue and run between steps.
 
-    def __init__(self, engine: Engine, *, stream_interval_ms: float = 25.0) -> None:
+    `niceness`: of that thread alone, so that whoever answers requests on the same cores comes before it.
+    """
+
+    def __init__(self, engine: Engine, *, stream_interval_ms: float = 25.0, niceness: int = 0) -> None:
         self.engine = engine
+        self._niceness = niceness
         self._interval_s = stream_interval_ms / 1000
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lock = threading.Lock()  # between the last command and the end of the thread
@@ -148,6 +153,7 @@ class EngineLoop:
                 self.engine.send(row, exc)
 
     def _run(self) -> None:
+        os.nice(self._niceness)  # Linux: of the calling thread and those it starts
         try:
             self._step_until_stopped()
         except Exception:
@@ -167,9 +173,13 @@ class EngineLoop:
             self._step_began = None
 
     def _run_commands(self, *, wait: bool) -> None:
-        """Run what is queued; when idle, sleep until something is. A finished load puts a command too."""
+        """Run what is queued; when idle, sleep until something is or a request is due. A finished load puts one too."""
         if wait:
-            self._commands.get()()
+            try:
+                command = self._commands.get(timeout=self.engine.seconds_to_due)
+            except queue.Empty:
+                return
+            command()
         while not self._commands.empty():
             self._commands.get()()
 

@@ -10,6 +10,8 @@ GpuWorkerError
 ├── AdapterUnfit           an adapter's tensors do not fit the base model
 ├── AdapterLoadFailed      the weights could not be fetched; only the requests that need them fail
 ├── LogitsNotFinite        this plan drives the logits out of range; only its own request fails
+├── DeadlineExceeded       the request's own deadline has passed; it holds nothing any more
+├── WaitedTooLong          the request did not start within `max_wait_s`; retry later
 ├── EngineFull             more requests wait than `max_waiting`; retry later
 └── EngineStopped          the engine has stopped or a step failed; retry on another replica
 """
@@ -63,6 +65,30 @@ class AdapterLoadFailed(GpuWorkerError):
 
 class LogitsNotFinite(GpuWorkerError):
     """The plan's adapters drive the model out of range. Use smaller weights or other adapters."""
+
+
+class DeadlineExceeded(GpuWorkerError):
+    """Ask for less, or allow more time."""
+
+    param = "timeout_s"
+
+    def __init__(self, num_new_tokens: int) -> None:
+        super().__init__(num_new_tokens)
+        self.num_new_tokens = num_new_tokens
+
+    def __str__(self) -> str:
+        return f"the request's time was over after {self.num_new_tokens} new tokens"
+
+
+class WaitedTooLong(GpuWorkerError):
+    """The server has too much to do. Retry later."""
+
+    def __init__(self, max_wait_s: float) -> None:
+        super().__init__(max_wait_s)
+        self.max_wait_s = max_wait_s
+
+    def __str__(self) -> str:
+        return f"the request waited {self.max_wait_s:g} s and could not start; try again later"
 
 
 class EngineFull(GpuWorkerError):

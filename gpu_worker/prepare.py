@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Collection
 
@@ -13,7 +14,7 @@ from gpu_worker.row import Row, Sink
 from gpu_worker.text_stream import TextStream
 from gpu_worker.token_bytes import TokenBytes
 
-_MAX_CHARS_PER_TOKEN = 64  # a longer text cannot fit, and is not worth tokenizing
+MAX_CHARS_PER_TOKEN = 64  # a longer text cannot fit, and is not worth tokenizing
 
 
 class Preparer:
@@ -41,12 +42,14 @@ class Preparer:
             sink=sink,
             spell=self._spell,
             keep_logits=keep_logits,
+            tenant=job.tenant,
+            deadline=math.inf if job.deadline is None else job.deadline,
         )
 
     def _tokens(self, job: Job) -> list[int]:
         is_raw = isinstance(job.prompt, str)
         text = job.prompt if isinstance(job.prompt, str) else render(job.prompt, job.template, self._base.tokenizer)
-        if len(text) > self._max_len * _MAX_CHARS_PER_TOKEN:
+        if len(text) > self._max_len * MAX_CHARS_PER_TOKEN:
             raise PromptTooLong(f"a prompt of {len(text)} characters does not fit a context of {self._max_len} tokens")
         try:
             text.encode()

@@ -14,6 +14,7 @@ from lora_store.adapter import AdapterRef
 from lora_store.plan import BASE_PLAN, Plan, PlannedAdapter
 
 PROMPT = "Hello"  # two tokens: a thousand adapters are asked it when a pool is published
+_TENANT = "probe:"  # no tenant has this name: a publish of a thousand takes its turn among them
 # A row's logits differ by this share of the largest with the company it runs in: rounding, no adapter's doing.
 _NOISE = {torch.float32: 1e-5, torch.bfloat16: 0.03}
 
@@ -44,7 +45,8 @@ class Prober:
         return [0.0 if isinstance(shift, float) and shift <= noise else shift for shift in shifts]
 
     def _job(self, plan: Plan) -> Job:
-        return Job(f"probe-{next(self._numbers)}", PROMPT, plan, SamplingParams(max_tokens=1, temperature=0))
+        sampling = SamplingParams(max_tokens=1, temperature=0)
+        return Job(f"probe-{next(self._numbers)}", PROMPT, plan, sampling, tenant=_TENANT)
 
 
 def _shift(base: Tensor, adapted: Tensor) -> float:

@@ -10,6 +10,7 @@ import torch
 
 from gpu_worker.errors import SamplingInvalid
 from gpu_worker.prompts import Message
+from lora_store.adapter import LOCAL_TENANT
 from lora_store.plan import BASE_PLAN, Plan
 
 FinishReason = Literal["stop", "length"]
@@ -94,6 +95,8 @@ class Job:
     plan: Plan = BASE_PLAN
     sampling: SamplingParams = field(default_factory=SamplingParams)
     template: str = "alpaca"  # how messages are rendered; a raw prompt is used as it is
+    tenant: str = LOCAL_TENANT  # tenants take turns in the engine's queue
+    deadline: float | None = None  # seconds since the epoch: a worker may run on another machine
 
 
 @dataclass(frozen=True, slots=True)

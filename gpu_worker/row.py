@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from gpu_worker.request import Delta, FinishReason, SamplingParams, TokenLogprob
 from gpu_worker.sampling import Draw
 from gpu_worker.text_stream import TextStream
 from gpu_worker.token_bytes import TokenBytes
+from lora_store.adapter import LOCAL_TENANT
 from lora_store.plan import Plan
 
 Sink = Callable[[Delta | Exception], None]
@@ -36,12 +38,19 @@ class Row:
     sink: Sink
     spell: TokenBytes
     keep_logits: bool = False
+    tenant: str = LOCAL_TENANT
+    deadline: float = math.inf  # by the engine's clock
+    start_by: float = math.inf
+    adapter_set: tuple[str, ...] = field(init=False)  # weights digests of the plan's adapters, sorted
     loads: dict[str, Future[FittedAdapter]] = field(default_factory=dict)  # of adapters that were not in the bank
     kv_row: int = -1
     num_computed: int = 0  # tokens whose keys and values are in the cache
     num_passes: int = 0  # times others were let into the bank before it
     first_logits: torch.Tensor | None = None
     untold: list[TokenLogprob] = field(default_factory=list)  # of tokens since the last delta
+
+    def __post_init__(self) -> None:
+        self.adapter_set = tuple(sorted(self.weights_digests))
 
     @property
     def num_new_tokens(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 
 from pyarrow.fs import AwsStandardS3RetryStrategy, FileSystem, LocalFileSystem, S3FileSystem
 
@@ -13,7 +13,18 @@ CONNECT_TIMEOUT_S = 2
 REQUEST_TIMEOUT_S = 10  # pyarrow: without a byte; Delta: of a whole request, whose data come in pieces
 MAX_ATTEMPTS = 3  # a dead endpoint is told within a second, one that hangs within half a minute
 
+_PORTS = {"http": 80, "https": 443}
 _S3_PARAMETERS = frozenset({"endpoint_override", "scheme", "region"})
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """The server that is asked for a bucket. `is_named`: by the URI itself, else it is the cloud's own."""
+
+    host: str
+    port: int
+    scheme: str
+    is_named: bool
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,10 @@ class Location:
             raise ValueError(f"a store is a folder, s3:// or gs://, got {self.uri!r}")
         if unknown := sorted(self._parameters.keys() - allowed[scheme]):
             raise ValueError(f"parameter {unknown[0]!r} of a {scheme}:// store is not known")
+        if self._parameters.get("scheme", "https") not in _PORTS:
+            raise ValueError(f"scheme is http or https, got {self._parameters['scheme']!r}")
+        if any(mark in self._parameters.get("endpoint_override", "") for mark in "/@?#\\"):
+            raise ValueError(f"endpoint_override is host:port, got {self._parameters['endpoint_override']!r}")
         if scheme != "file" and ("@" in self._parts.netloc or not self._parts.netloc):
             raise ValueError(
                 f"a {scheme}:// store names its bucket and no credentials, which come from the environment"
@@ -41,6 +56,26 @@ class Location:
     @property
     def is_local(self) -> bool:
         return self._parts.scheme == "file"
+
+    @property
+    def endpoint(self) -> Endpoint | None:
+        """None for a folder."""
+        if self.is_local:
+            return None
+        scheme = self._parameters.get("scheme", "https")
+        named = urlsplit(f"//{self._parameters.get('endpoint_override', '')}")
+        if named.hostname:
+            return Endpoint(named.hostname, named.port or _PORTS[scheme], scheme, is_named=True)
+        region = self._parameters.get("region", "us-east-1")
+        host = f"s3.{region}.amazonaws.com" if self._parts.scheme == "s3" else "storage.googleapis.com"
+        return Endpoint(host, _PORTS[scheme], scheme, is_named=False)
+
+    def at_address(self, address: str) -> Location:
+        """The same place, its endpoint's name replaced by one of its addresses."""
+        assert self.endpoint is not None and self.endpoint.is_named
+        host = f"[{address}]" if ":" in address else address
+        query = urlencode(self._parameters | {"endpoint_override": f"{host}:{self.endpoint.port}"})
+        return Location(self._parts._replace(query=query).geturl())
 
     def child(self, name: str) -> Location:
         """The place called `name` below this one."""

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from ray import serve
 
-from deployments.config import AppConfig
+from deployments.config import AppConfig, WorkerSettings
 from deployments.errors import SourceMissing
 from deployments.ingress import Ingress, app
 from deployments.retriever import Embedded
@@ -356,15 +356,21 @@ def serve_plainly(
     retriever: FakeRetriever | None = None,
     store: FakeStore | None = None,
     retrievers: Sequence[FakeRetriever] = (),
+    engine: WorkerSettings | None = None,
+    worker_grace_s: float = 5.0,
     **settings: Any,
 ) -> Served:
-    """The Ingress as its replica holds it, but for Serve's wrapper. To be called in a running event loop."""
+    """The Ingress as its replica holds it, but for Serve's wrapper. To be called in a running event loop.
+
+    `engine`: what the config says of the Worker's.
+    """
     handles = [
         FakeHandle(*(retrievers or [retriever or FakeRetriever()])),
         FakeHandle(worker or FakeWorker()),
         FakeHandle(store or FakeStore(pool_of(*POOL))),
     ]
-    return Served(Ingress.__bases__[0](config_of(**settings), *handles), *handles)
+    config = config_of(worker=engine or WorkerSettings(), **settings)
+    return Served(Ingress.__bases__[0](config, *handles, worker_grace_s=worker_grace_s), *handles)
 
 
 @asynccontextmanager

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 import httpx
 import pytest
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.body_limit import BodyLimit
 
@@ -101,3 +101,36 @@ def test_what_is_no_request_passes() -> None:
 
     asyncio.run(BodyLimit(app, lambda scope: 8)({"type": "lifespan"}, nothing, nothing))
     assert seen == ["lifespan"]
+
+
+def test_a_body_that_trickles_is_refused_and_one_that_is_read_may_wait() -> None:
+    async def trickle() -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def run(receive: Receive, app: ASGIApp) -> list[Message]:
+        sent: list[Message] = []
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        limit = BodyLimit(app, lambda scope: 8, patience_s=0.02)
+        await asyncio.wait_for(limit({"type": "http", "headers": []}, receive, send), 5)
+        return sent
+
+    start, body = asyncio.run(run(trickle, echo))
+    assert start["status"] == 408
+    assert json.loads(body["body"])["error"]["code"] == "body_too_slow"
+
+    async def waiting(scope: Scope, receive: Receive, send: Send) -> None:
+        assert (await receive())["body"] == b"1234"
+        assert (await receive())["type"] == "http.disconnect"
+
+    messages: list[Message] = [{"type": "http.request", "body": b"1234"}, {"type": "http.disconnect"}]
+
+    async def read_then_wait() -> Message:
+        if len(messages) == 1:
+            await asyncio.sleep(0.1)  # longer than a body may take
+        return messages.pop(0)
+
+    assert asyncio.run(run(read_then_wait, waiting)) == []

@@ -112,13 +112,14 @@ def test_worker_settings_reach_the_engine_field_by_field() -> None:
         "max_model_len": 13,
         "max_step_tokens": 14,
         "max_waiting": 15,
+        "max_wait_s": 17.5,
         "host_cache_bytes": 16,
     }
     config = AppConfig(base_model="a/b", cache_dir=Path("/c"), worker=WorkerSettings(**settings))
     worker = asdict(config.worker_config())
     assert {key: worker[key] for key in settings} == settings
     assert (worker["base_model"], worker["cache_dir"]) == ("a/b", Path("/c"))
-    assert settings.keys() | {"stream_interval_ms"} == WorkerSettings.model_fields.keys()
+    assert settings.keys() | {"stream_interval_ms", "niceness"} == WorkerSettings.model_fields.keys()
 
 
 def test_the_engine_takes_every_core_where_nothing_is_said() -> None:
@@ -135,6 +136,7 @@ def test_equal_replica_counts_are_fixed_and_others_autoscale() -> None:
     assert fixed.options() == {
         "num_replicas": 2,
         "max_ongoing_requests": 7,
+        "max_queued_requests": 1024,
         "graceful_shutdown_timeout_s": 600,
         "ray_actor_options": {"num_cpus": 0.5, "num_gpus": 1},
     }

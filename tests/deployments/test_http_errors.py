@@ -33,6 +33,9 @@ EXPECTED = [
     (api_errors.SourceMissing("s3://b/x"), 404, "not_found_error", "source_not_found"),
     (api_errors.SourceUnavailable("s3://b/x", "refused"), 503, OVERLOADED, "source_unavailable"),
     (api_errors.BodyTooLarge("large"), 413, INVALID, "body_too_large"),
+    (api_errors.BodyTooSlow("slow"), 408, INVALID, "body_too_slow"),
+    (api_errors.UploadsBusy(9), 503, OVERLOADED, "uploads_busy"),
+    (api_errors.ServerOverloaded(9), 429, OVERLOADED, "server_overloaded"),
     (api_errors.NotReady("wait"), 503, OVERLOADED, "not_ready"),
     (store_errors.AdapterRefused("x", ["a", "b"]), 400, INVALID, "adapter_refused"),
     (store_errors.PlanInvalid("plan"), 400, INVALID, "plan_invalid"),
@@ -52,6 +55,8 @@ EXPECTED = [
     (worker_errors.AdapterUnfit("fit"), 400, INVALID, "adapter_unfit"),
     (worker_errors.LogitsNotFinite("inf"), 422, INVALID, "logits_not_finite"),
     (worker_errors.AdapterLoadFailed("load"), 503, OVERLOADED, "adapter_load_failed"),
+    (worker_errors.DeadlineExceeded(3), 504, "timeout_error", "deadline_exceeded"),
+    (worker_errors.WaitedTooLong(60), 503, OVERLOADED, "waited_too_long"),
     (worker_errors.EngineFull("full"), 503, OVERLOADED, "engine_full"),
     (worker_errors.EngineStopped("stopped"), 503, OVERLOADED, "engine_stopped"),
 ]
@@ -93,7 +98,7 @@ def test_an_error_maps_as_stated_from_here_and_from_a_replica(
         assert found == status
         param = getattr(error, "param", None)
         assert body == {"error": {"message": str(error), "type": type_, "param": param, "code": code}}
-        assert error_response(raised).headers.get("retry-after") == ("1" if status == 503 else None)
+        assert error_response(raised).headers.get("retry-after") == ("1" if status in (429, 503) else None)
 
 
 @pytest.mark.parametrize(("error", "status", "type_", "code"), RAYS_OWN, ids=lambda value: type(value).__name__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
 from pathlib import Path
@@ -29,6 +30,7 @@ def make_engine(tiny_folders: Mapping[str, Path], tiny_base: Callable[..., BaseM
         base: BaseModel | None = None,
         executor: Executor | None = None,
         fetch: Fetch | None = None,
+        clock: Callable[[], float] = time.time,
         **changes: object,
     ) -> Engine:
         get, executor = (
@@ -41,6 +43,7 @@ def make_engine(tiny_folders: Mapping[str, Path], tiny_base: Callable[..., BaseM
             base=base or tiny_base(family),
             executor=executor,
             free_fill=float("nan"),
+            clock=clock,
         )
 
     return make

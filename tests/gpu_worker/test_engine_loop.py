@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -341,3 +342,13 @@ def test_a_loop_that_waits_for_a_slow_load_is_not_wedged(
 
     with ThreadPoolExecutor(1) as executor:
         run(main(start(make_engine(fetch, executor=executor))))
+
+
+def test_the_engines_thread_alone_is_nice(make_engine: MakeEngine) -> None:
+    engine, seen = make_engine({}), list[int]()
+    engine.base.model.register_forward_pre_hook(lambda module, inputs: seen.append(os.nice(0)))
+    own = os.nice(0)
+    loop = EngineLoop(engine, niceness=3)
+    run(loop.complete(greedy("x", num_new=1)))
+    loop.stop()
+    assert seen == [own + 3] and os.nice(0) == own

@@ -153,7 +153,7 @@ def test_a_row_that_was_passed_over_reserves_nothing_while_its_weights_load(
     engine.run_until_idle()
     assert warm.is_finished
     stalled = ask(engine, greedy("y", only(loading), "stalled"))
-    engine.waiting[0].num_passes = 1000
+    stalled.row.num_passes = 1000
     job = greedy("z", only(resident), "behind")
     behind = ask(engine, job)
     steps(engine, 20)

@@ -6,6 +6,7 @@ import pytest
 from pyarrow.fs import GcsFileSystem, LocalFileSystem, S3FileSystem
 
 from lora_store import Location
+from lora_store.location import Endpoint
 
 S3 = "s3://pool/some/store?endpoint_override=127.0.0.1:9000&scheme=http&region=eu-west-1"
 
@@ -66,6 +67,9 @@ def test_gcs_is_the_same_place_for_both_libraries():
         ("file:///pool?region=x", "parameter 'region' of a file:// store is not known"),
         ("s3://key:secret@pool/x", "names its bucket and no credentials"),
         ("s3:///x", "names its bucket and no credentials"),
+        ("s3://bucket?scheme=file", "http or https"),
+        ("s3://bucket?endpoint_override=http://host:1", "host:port"),
+        ("s3://bucket?endpoint_override=user@host", "host:port"),
     ],
 )
 def test_what_is_no_place_for_a_store_is_refused_by_name(uri, reason):
@@ -79,3 +83,27 @@ def test_a_place_can_be_a_path_with_odd_characters(tmp_path):
     folder = tmp_path / "a b#c?d%20"
     assert Location(str(folder)).filesystem()[1] == str(folder)
     assert Location(str(folder)).child("x").delta_uri == str(Path(folder, "x"))
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("/var/pool", None),
+        (S3, Endpoint("127.0.0.1", 9000, "http", is_named=True)),
+        ("s3://b?endpoint_override=minio&scheme=http", Endpoint("minio", 80, "http", is_named=True)),
+        ("s3://b?endpoint_override=[::1]:9000", Endpoint("::1", 9000, "https", is_named=True)),
+        ("s3://b?region=eu-west-1", Endpoint("s3.eu-west-1.amazonaws.com", 443, "https", is_named=False)),
+        ("gs://b", Endpoint("storage.googleapis.com", 443, "https", is_named=False)),
+    ],
+)
+def test_the_endpoint_is_the_host_that_is_asked(uri, expected):
+    assert Location(uri).endpoint == expected
+
+
+@pytest.mark.parametrize(("address", "host"), [("10.0.0.1", "10.0.0.1:9000"), ("fd00::1", "[fd00::1]:9000")])
+def test_a_place_is_the_same_at_an_address_of_its_endpoint(address, host):
+    location = Location("s3://b/a b/c%20d?endpoint_override=minio:9000&scheme=http&region=x")
+    pinned = location.at_address(address)
+    assert pinned.endpoint == Endpoint(address, 9000, "http", is_named=True)
+    assert pinned.storage_options["aws_endpoint"] == f"http://{host}"
+    assert (pinned.delta_uri, pinned.filesystem()[1]) == (location.delta_uri, location.filesystem()[1])

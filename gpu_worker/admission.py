@@ -1,0 +1,109 @@
+"""From waiting to running: in turn, and only with all adapters in the bank."""
+
+from __future__ import annotations
+
+from gpu_worker.fair_queue import FairQueue
+from gpu_worker.kv_cache import KvCache
+from gpu_worker.load_window import LoadWindow
+from gpu_worker.loader import AdapterLoader
+from gpu_worker.residency import Residency
+from gpu_worker.row import Row
+
+_MAX_PASSES = 50
+
+
+class Admission:
+    """The waiting rows. Those that are next have their weights loaded ahead, within `window`.
+
+    A row takes all its adapters into the bank or none, and waits without blocking the others. One that was passed
+    over `_MAX_PASSES` times reserves the bank: until it runs nobody else gets adapters.
+    """
+
+    def __init__(self, loader: AdapterLoader, residency: Residency, kv_cache: KvCache, window: LoadWindow) -> None:
+        self._loader, self._residency, self._kv_cache, self._window = loader, residency, kv_cache, window
+        self.waiting = FairQueue()
+        self._reserving: Row | None = None
+        self._started: list[Row] = []
+        self._failed: list[tuple[Row, Exception]] = []
+
+    def append(self, row: Row) -> None:
+        """Let the row wait; what the bank lacks of its adapters starts loading now, where the window has room."""
+        self.waiting.append(row)
+        if self.waiting.is_first(row):
+            self._has_weights(row)
+
+    def remove(self, row: Row) -> None:
+        """Let the row wait no longer."""
+        self.waiting.remove(row)
+        self._window.discard(row)
+
+    def clear(self) -> list[Row]:
+        """The rows that waited; none does any more."""
+        rows = list(self.waiting)
+        for row in rows:
+            self.remove(row)
+        return rows
+
+    def admit(self) -> tuple[list[Row], list[tuple[Row, Exception]]]:
+        """The rows that run from now on, and those whose loads or plan failed. The caller settles the bank."""
+        self._started, self._failed = [], []
+        self._window.refresh()
+        reserving = self._row_with_reservation()
+        if reserving is not None and self._kv_cache.num_free:
+            self._try_start(reserving)
+            reserving = self._row_with_reservation()
+        for row in self.waiting.turns():
+            if self._kv_cache.num_free == 0:
+                if not self._window.has_room:
+                    break
+                self._has_weights(row)
+            elif reserving is None or not row.plan.adapters:
+                self._try_start(row)
+                reserving = self._row_with_reservation()
+        return self._started, self._failed
+
+    def _row_with_reservation(self) -> Row | None:
+        """None too while it waits for a load, which nobody behind it could speed up by waiting as well."""
+        row = self._reserving
+        if row is None or row not in self.waiting:
+            self._reserving = None
+            return None
+        return row if self._has_weights(row) else None
+
+    def _has_weights(self, row: Row) -> bool:
+        """Whether all that the bank lacks of the row's adapters is loaded; what is not, is begun within the window."""
+        missing = [digest for digest in row.adapter_set if digest not in self._residency]
+        unasked = [digest for digest in missing if digest not in row.loads]
+        if unasked:
+            if row not in self._window and not self._window.has_room:
+                return False
+            for digest in unasked:
+                row.loads[digest] = self._loader.load(digest)
+            self._window.add(row)
+        return all(row.loads[digest].done() for digest in missing)
+
+    def _try_start(self, row: Row) -> None:
+        """Start the row, or let it fail, or let it wait on."""
+        if not self._has_weights(row):
+            return
+        try:
+            missing = [digest for digest in row.adapter_set if digest not in self._residency]
+            loaded = {digest: row.loads[digest].result() for digest in missing}
+            is_pinned = self._residency.try_pin(row.weights_digests, loaded)
+        except Exception as exc:  # of its loads or its plan: also of those who wait for the same, and nobody else's
+            self._fail(row, exc)
+            return
+        if not is_pinned:
+            row.num_passes += 1
+            if row.num_passes > _MAX_PASSES and self._row_with_reservation() is None:
+                self._reserving = row
+            return
+        self.waiting.take(row)
+        self._window.discard(row)  # the bank holds them now
+        row.kv_row = self._kv_cache.allocate()
+        self._started.append(row)
+
+    def _fail(self, row: Row, error: Exception) -> None:
+        for companion in self.waiting.companions(row):
+            self.remove(companion)
+            self._failed.append((companion, error))

@@ -1,0 +1,87 @@
+"""Waiting requests, each in its turn: nobody who floods the queue holds up anyone else for long."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+from gpu_worker.row import Row
+
+_Sets = dict[tuple[str, ...], dict[Row, None]]  # rows of each adapter set as they came, sets in order of turn
+
+
+class FairQueue:
+    """Tenants take turns, within a tenant its adapter sets, and within a set the rows go as they came.
+
+    A tenant or set whose row is taken goes behind the others; one that is passed over keeps its place. So the first
+    row of a set starts after at most (tenants that wait) × (sets of its own tenant that wait) rows have been taken.
+    """
+
+    def __init__(self) -> None:
+        self._tenants: dict[str, _Sets] = {}  # in order of turn
+        self._len = 0
+
+    def __len__(self) -> int:
+        return self._len
+
+    def __iter__(self) -> Iterator[Row]:
+        return (row for sets in self._tenants.values() for rows in sets.values() for row in rows)
+
+    def __contains__(self, row: Row) -> bool:
+        return row in self._tenants.get(row.tenant, {}).get(row.adapter_set, {})
+
+    def append(self, row: Row) -> None:
+        self._tenants.setdefault(row.tenant, {}).setdefault(row.adapter_set, {})[row] = None
+        self._len += 1
+
+    def is_first(self, row: Row) -> bool:
+        """Whether no row before it waits for the same adapters on behalf of the same tenant."""
+        return next(iter(self._tenants[row.tenant][row.adapter_set])) is row
+
+    def companions(self, row: Row) -> list[Row]:
+        """The row and all that wait for the same adapters on behalf of the same tenant."""
+        return list(self._tenants[row.tenant][row.adapter_set])
+
+    def remove(self, row: Row) -> None:
+        """The row waits no longer; turns stay as they are."""
+        sets = self._tenants[row.tenant]
+        rows = sets[row.adapter_set]
+        del rows[row]
+        self._len -= 1
+        if not rows:
+            del sets[row.adapter_set]
+        if not sets:
+            del self._tenants[row.tenant]
+
+    def take(self, row: Row) -> None:
+        """Remove the row; its tenant and its adapter set have had their turn."""
+        self.remove(row)
+        sets = self._tenants.get(row.tenant)
+        if sets is not None:
+            self._tenants[row.tenant] = self._tenants.pop(row.tenant)
+            if row.adapter_set in sets:
+                sets[row.adapter_set] = sets.pop(row.adapter_set)
+
+    def turns(self) -> Iterator[Row]:
+        """The first row of each set, in turn. The next one of a set follows where the first left the queue meanwhile.
+
+        A tenant's turn lasts until one of its rows is taken: sets that cannot start cost it nothing.
+        """
+        pending = {tenant: deque(sets) for tenant, sets in self._tenants.items()}
+        while pending:
+            for tenant, sets in list(pending.items()):
+                while sets:
+                    adapter_set = sets.popleft()
+                    row = self._first(tenant, adapter_set)
+                    if row is None:
+                        continue
+                    yield row
+                    if row not in self:
+                        sets.append(adapter_set)
+                        break
+                if not sets:
+                    del pending[tenant]
+
+    def _first(self, tenant: str, adapter_set: tuple[str, ...]) -> Row | None:
+        rows = self._tenants.get(tenant, {}).get(adapter_set)
+        return next(iter(rows)) if rows else None

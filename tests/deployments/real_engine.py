@@ -1,0 +1,125 @@
+"""An Ingress in this process whose Worker is a real engine over a tiny model, and what all of it holds."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+
+from gpu_worker.engine import Engine
+from gpu_worker.engine_loop import EngineLoop
+from gpu_worker.request import Delta, Job
+from gpu_worker.row import Row
+from tests.deployments.app_fakes import POOL, FakeStore, FakeWorker, Served, http_of, pool_of, serve_plainly
+from tests.gpu_worker.driving import fetching
+from tests.tiny import InlineExecutor, linear_shapes, random_adapter, tiny_config
+
+_THREADS = 4
+GOOD: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("/v1/chat/completions", {"model": "auto", "messages": [{"role": "user", "content": "Tell me of the sea"}]}),
+    ("/v1/completions", {"model": "poet", "prompt": "The sea"}),
+)
+
+
+class EngineWorker(FakeWorker):
+    """Streams from an engine; all else is the fake's."""
+
+    def __init__(self, loop: EngineLoop) -> None:
+        super().__init__()
+        self._loop = loop
+
+    async def stream(self, job: Job) -> AsyncIterator[Delta]:
+        async with aclosing(self._loop.stream(job)) as deltas:
+            async for delta in deltas:
+                yield delta
+
+
+@dataclass
+class Door:
+    """The routes, what answers behind them, and the event loop that all requests share."""
+
+    runner: asyncio.Runner
+    served: Served
+    client: httpx.AsyncClient
+    engine: EngineLoop
+    quiet: list[str] = field(default_factory=list)  # what the good requests answer when nothing else happens
+
+    async def ask_good(self) -> list[str]:
+        """The texts of the good requests, asked at once."""
+        sampling = {"max_tokens": 6, "temperature": 0, "ignore_eos": True}
+        answers = await asyncio.gather(*[self.client.post(path, json=body | sampling) for path, body in GOOD])
+        assert [answer.status_code for answer in answers] == [200] * len(GOOD)
+        choices = [answer.json()["choices"][0] for answer in answers]
+        return [choice["text"] if "text" in choice else choice["message"]["content"] for choice in choices]
+
+    def held(self) -> dict[str, Any]:
+        """Everything that would grow if a request left something behind."""
+        return self.runner.run(self._held())
+
+    async def _held(self) -> dict[str, Any]:
+        await self.served.ingress.background.idle()
+        while (holdings := await self.engine.holdings()).num_running + holdings.num_waiting:
+            await asyncio.sleep(0.001)
+        gc.collect()
+        engine = self.engine.engine
+        return {
+            "engine": holdings,
+            "pins": engine.residency.num_pins,
+            "rows": sum(type(thing) is Row for thing in gc.get_objects()),
+            "tasks": len(asyncio.all_tasks()),
+            "threads": threading.active_count(),
+            "in flight": self.served.ingress.in_flight.count,
+            "uploads": self.served.ingress.pool.uploads.num_bytes,
+        }
+
+
+@contextmanager
+def open_door(tiny_base: Any, folder: Path, **settings: Any) -> Iterator[Door]:
+    """A door that has answered the good requests once."""
+    base = tiny_base("gemma3")
+    with torch.no_grad():
+        base.model.get_input_embeddings().weight[256:] = 0  # tied to the head: no token without text is ever chosen
+    shapes = linear_shapes(base)
+    weights = [random_adapter(shapes, seed) for seed in range(len(POOL))]
+    held = {
+        record.weights_digest: replace(w, weights_digest=record.weights_digest)
+        for record, w in zip(POOL, weights, strict=True)
+    }
+    config = tiny_config(folder, max_model_len=320)
+    engine = Engine(config, fetching(held.__getitem__, InlineExecutor()), base=base, executor=InlineExecutor())
+    loop = EngineLoop(engine, stream_interval_ms=0)
+    with asyncio.Runner() as runner:
+        runner.get_loop().set_default_executor(_full_executor())
+        served = runner.run(_serve(loop, settings))
+        http = http_of(served)
+        client = runner.run(http.__aenter__())
+        try:
+            door = Door(runner, served, client, loop)
+            door.quiet = runner.run(door.ask_good())
+            yield door
+        finally:
+            runner.run(http.__aexit__(None, None, None))
+            loop.stop()
+
+
+async def _serve(loop: EngineLoop, settings: dict[str, Any]) -> Served:
+    served = serve_plainly(worker=EngineWorker(loop), store=FakeStore(pool_of(*POOL)), **settings)
+    await served.ingress.preload.wait()
+    return served
+
+
+def _full_executor() -> ThreadPoolExecutor:
+    """All its threads have started: their number tells of no request."""
+    executor = ThreadPoolExecutor(_THREADS)
+    together = threading.Barrier(_THREADS)
+    list(executor.map(lambda _: together.wait(), range(_THREADS)))
+    return executor

@@ -1,0 +1,137 @@
+"""Overload, clients that leave and deadlines, over HTTP against a running application."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, Self
+
+import httpx
+import pytest
+
+from tests.e2e.live import BASE, Live, completion, eventually_equal
+from tests.soak import Scale
+
+pytestmark = pytest.mark.e2e
+
+_AT_ONCE_S = 1.0
+_LONG = completion(BASE, "The sea is", 480)  # several seconds where a batch of these runs on each worker
+
+
+def running_and_waiting(live: Live) -> int:
+    return sum(held.num_running + held.num_waiting for held in live.on_all("Worker", "holdings"))
+
+
+async def abandon(live: Live, count: int, after_s: float, body: dict[str, Any]) -> None:
+    """So many clients ask, and all are gone after so long."""
+    async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=None)) as client:
+        asking = [asyncio.create_task(client.post(f"{live.url}/v1/completions", json=body)) for _ in range(count)]
+        _, pending = await asyncio.wait(asking, timeout=after_s)
+        assert len(pending) == count, "they were answered before they could leave"
+        for task in pending:
+            task.cancel()
+        await asyncio.wait(pending)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_clients_that_leave_free_everything_at_once(live: Live, stream: bool) -> None:
+    """Also those that wait for the whole answer."""
+    before = [held.free_kv_rows for held in live.on_all("Worker", "holdings")]
+    count = 30
+    if stream:
+        asyncio.run(abandon_streams(live, count))
+    else:
+        asyncio.run(abandon(live, count, 1.5, _LONG))
+    eventually_equal(lambda: running_and_waiting(live), 0, within_s=3.0)
+    assert [held.free_kv_rows for held in live.on_all("Worker", "holdings")] == before
+
+
+async def abandon_streams(live: Live, count: int) -> None:
+    async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=None)) as client:
+
+        async def open_and_leave() -> None:
+            async with client.stream("POST", f"{live.url}/v1/completions", json={**_LONG, "stream": True}) as response:
+                assert response.status_code == 200
+                await anext(response.aiter_lines())
+
+        asking = [asyncio.create_task(open_and_leave()) for _ in range(count)]
+        await asyncio.wait(asking, timeout=2.0)
+        for task in asking:
+            task.cancel()
+        await asyncio.wait(asking)
+
+
+def test_a_request_ends_with_its_time(live: Live) -> None:
+    began = time.monotonic()
+    answer = live.call("POST", "/v1/completions", json={**_LONG, "timeout_s": 0.3})
+    took_s = time.monotonic() - began
+    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
+    assert took_s < 2.0
+    eventually_equal(lambda: running_and_waiting(live), 0, within_s=2.0)
+
+
+@dataclass(frozen=True)
+class Asked:
+    status: int
+    seconds: float
+    text: str
+    retry_after: str | None
+
+    @classmethod
+    def parse(cls, answer: bytes, seconds: float) -> Self:
+        head, _, content = answer.partition(b"\r\n\r\n")
+        status, *lines = head.decode().split("\r\n")
+        headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+        body = json.loads(content)
+        text = body["error"]["code"] if "error" in body else body["choices"][0]["text"]
+        return cls(int(status.split()[1]), seconds, text, headers.get("retry-after"))
+
+
+async def ask_at_once(live: Live, count: int, max_tokens: int) -> list[Asked]:
+    """What so many clients are answered. They speak HTTP by hand: the machine's two cores are the server's."""
+    url = httpx.URL(f"{live.url}/v1/completions")
+    body = json.dumps(completion(BASE, "The sea is", max_tokens))
+    head = f"POST {url.path} HTTP/1.1\r\nHost: {url.host}\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    request = f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
+
+    async def ask() -> Asked:
+        began = time.monotonic()
+        reader, writer = await asyncio.open_connection(url.host, url.port)
+        writer.write(request)
+        answer = await asyncio.wait_for(reader.read(), 120)
+        took_s = time.monotonic() - began
+        writer.close()
+        return Asked.parse(answer, took_s)
+
+    return list(await asyncio.gather(*[ask() for _ in range(count)]))
+
+
+def median_s(live: Live) -> float:
+    return statistics.median(asyncio.run(ask_at_once(live, 1, 8))[0].seconds for _ in range(15))
+
+
+def test_a_storm_is_answered_or_refused_at_once_and_leaves_no_trace(live: Live, scale: Scale) -> None:
+    quiet = live.text(BASE, max_tokens=24)
+    before_s = median_s(live)
+    asked = asyncio.run(ask_at_once(live, scale.pick("clients at once", small=100, full=200), 24))
+    assert {each.status for each in asked} == {200, 429}, Counter((each.status, each.text[:40]) for each in asked)
+    served = [each for each in asked if each.status == 200]
+    refused = [each for each in asked if each.status == 429]
+    assert len(served) >= 32  # as many as the replica works on
+    assert {each.text for each in served} == {quiet}
+    assert {each.retry_after for each in refused} == {"1"}
+    slowest = max(each.seconds for each in refused)
+    print(
+        f"{len(served)} served within {max(each.seconds for each in served):.2f} s, {len(refused)} refused, "
+        f"the slowest after {slowest:.2f} s; p50 before {before_s * 1000:.0f} ms"
+    )
+    assert slowest < _AT_ONCE_S
+    assert live.call("GET", "/ready").status_code == 200
+    after_s = median_s(live)
+    print(f"p50 after {after_s * 1000:.0f} ms")
+    assert after_s < 1.5 * before_s + 0.02
+    assert running_and_waiting(live) == 0

@@ -1,0 +1,179 @@
+"""Requests that are out of time end at the next step, whatever they were doing."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+
+from gpu_worker.engine import Engine
+from gpu_worker.engine_loop import EngineLoop
+from gpu_worker.errors import DeadlineExceeded, WaitedTooLong, WorkerConfigInvalid
+from gpu_worker.request import Delta
+from lora_store.plan import BASE_PLAN
+from tests.gpu_worker.driving import (
+    Answer,
+    Gate,
+    HeldExecutor,
+    ask,
+    assert_nothing_held,
+    assert_same,
+    by_digest,
+    fetching,
+    greedy,
+    run,
+)
+from tests.tiny import InlineExecutor, plan_of, random_adapter, tiny_config
+
+MakeEngine = Callable[..., Engine]
+Shapes = dict[str, tuple[int, int]]
+
+
+@dataclass
+class Clock:
+    now: float = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_running_request_ends_at_its_deadline_and_the_others_go_on(
+    make_engine: MakeEngine, alone: Callable[..., Answer]
+) -> None:
+    clock = Clock()
+    engine = make_engine({}, clock=clock)
+    late = ask(engine, replace(greedy("late", BASE_PLAN, "late", 100), deadline=1010.0))
+    staying_job = greedy("stays", BASE_PLAN, "stays", 12)
+    staying = ask(engine, staying_job)
+    for _ in range(4):
+        engine.step()
+    clock.now = 1009.9
+    engine.step()
+    assert late.error is None and len(engine.running) == 2
+    clock.now = 1010.0
+    engine.step()
+    assert isinstance(late.error, DeadlineExceeded) and late.error.num_new_tokens == 5
+    assert engine.running == [staying.row] and engine.kv_cache.num_free == engine.config.max_batch_size - 1
+    engine.run_until_idle()
+    assert_same(staying, alone(staying_job, {}))
+    assert_nothing_held(engine)
+
+
+@pytest.mark.parametrize("waits_for", ["a row", "its load"])
+def test_a_waiting_request_ends_at_its_deadline(waits_for: str, make_engine: MakeEngine, shapes: Shapes) -> None:
+    clock, weights, executor = Clock(), random_adapter(shapes, 1), HeldExecutor()
+    engine = make_engine(by_digest(weights), clock=clock, executor=executor, max_batch_size=1)
+    if waits_for == "a row":
+        ask(engine, greedy("busy", BASE_PLAN, "busy", 100))
+    plan = BASE_PLAN if waits_for == "a row" else plan_of("selection", (weights, 1.0))
+    late = ask(engine, replace(greedy("late", plan, "late"), deadline=1010.0))
+    engine.step()
+    assert engine.seconds_to_due == 10.0
+    clock.now = 1011.0
+    engine.step()
+    assert isinstance(late.error, DeadlineExceeded) and late.error.num_new_tokens == 0
+    assert late.row not in engine.waiting and not late.row.loads
+
+
+def test_a_deadline_that_is_past_when_the_request_comes_is_kept(make_engine: MakeEngine) -> None:
+    engine = make_engine({}, clock=Clock())
+    late = ask(engine, replace(greedy("late"), deadline=999.0))
+    assert not engine.step()
+    assert isinstance(late.error, DeadlineExceeded)
+    assert engine.num_steps == 0
+
+
+def test_a_request_that_cannot_start_is_refused_in_time_and_one_that_runs_may_go_on(make_engine: MakeEngine) -> None:
+    clock = Clock()
+    engine = make_engine({}, clock=clock, max_batch_size=1, max_wait_s=5.0)
+    runs, waits = (ask(engine, greedy("x", BASE_PLAN, name, 20)) for name in ("runs", "waits"))
+    engine.step()
+    clock.now += 4.9
+    engine.step()
+    assert waits.events == []
+    clock.now += 0.1
+    engine.step()
+    assert isinstance(waits.error, WaitedTooLong) and "5 s" in str(waits.error)
+    assert engine.seconds_to_due is None
+    clock.now += 100
+    engine.run_until_idle()
+    assert runs.is_finished
+    assert_nothing_held(engine)
+
+
+def test_the_next_to_be_late_is_found_after_each(make_engine: MakeEngine) -> None:
+    clock = Clock()
+    engine = make_engine({}, clock=clock, max_wait_s=50.0)
+    answers = [ask(engine, replace(greedy("x", BASE_PLAN, i, 100), deadline=1000.0 + 10 * i)) for i in (3, 1, 2)]
+    ended = []
+    for _ in range(4):
+        engine.step()
+        ended.append([isinstance(answer.error, DeadlineExceeded) for answer in answers])
+        clock.now += 10
+    assert ended == [[False] * 3, [False, True, False], [False, True, True], [True] * 3]
+
+
+def test_a_deadline_in_a_far_future_is_no_sleep_of_that_length(make_engine: MakeEngine) -> None:
+    engine = make_engine({}, clock=Clock(), max_batch_size=1, max_wait_s=1e300)
+    ask(engine, replace(greedy("x"), deadline=1e300))
+    assert engine.seconds_to_due == 3600.0
+    engine.run_until_idle()
+
+
+def test_an_idle_loop_wakes_for_a_deadline(
+    make_engine: MakeEngine, shapes: Shapes, start: Callable[..., EngineLoop]
+) -> None:
+    """Nothing runs and nothing else comes: the request waits for a load that never ends."""
+    weights, executor = random_adapter(shapes, 1), HeldExecutor()
+    loop = start(make_engine(by_digest(weights), executor=executor, max_wait_s=0.05))
+
+    async def main() -> None:
+        await loop.complete(greedy("x", plan_of("selection", (weights, 1.0))))
+
+    with pytest.raises(WaitedTooLong):
+        run(main())
+
+
+def test_a_stream_ends_with_the_deadline_as_its_error(
+    make_engine: MakeEngine, gate_of: Callable[[Engine], Gate], start: Callable[..., EngineLoop]
+) -> None:
+    clock = Clock()
+    engine = make_engine({}, clock=clock)
+    gate = gate_of(engine)
+    loop = start(engine)
+
+    async def main() -> None:
+        told: list[Delta] = []
+        gate.permits.release()
+        try:
+            async for delta in loop.stream(replace(greedy("x", num_new=100), deadline=1010.0)):
+                told.append(delta)
+                clock.now = 1010.0
+                gate.open()
+        finally:
+            assert 1 <= len(told) <= 2
+
+    with pytest.raises(DeadlineExceeded):
+        run(main())
+
+
+@pytest.mark.parametrize("error", [DeadlineExceeded(3), WaitedTooLong(2.5)])
+def test_the_errors_travel(error: Exception) -> None:
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), str(again)) == (type(error), str(error))
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan")])
+def test_a_bound_on_waiting_is_above_zero(seconds: float, tiny_folders: Any) -> None:
+    with pytest.raises(WorkerConfigInvalid, match="max_wait_s"):
+        tiny_config(tiny_folders["gemma3"], max_wait_s=seconds)
+
+
+def test_a_real_clock_is_used_where_none_is_given(tiny_folders: Any) -> None:
+    engine = Engine(tiny_config(tiny_folders["llama"]), fetching({}.__getitem__, InlineExecutor()))
+    late = ask(engine, replace(greedy("x", num_new=100), deadline=1.0))
+    engine.run_until_idle()
+    assert isinstance(late.error, DeadlineExceeded)

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from gpu_worker.fair_queue import FairQueue
+from gpu_worker.request import Delta, SamplingParams
+from gpu_worker.row import Row
+from gpu_worker.text_stream import TextStream
+from lora_store.adapter import AdapterRef
+from lora_store.plan import BASE_PLAN, Plan, PlannedAdapter
+from tests.tiny import byte_tokenizer
+
+_TOKENIZER = byte_tokenizer().backend_tokenizer
+
+
+def nobody(_: Delta | Exception) -> None:
+    """A client that listens to nothing."""
+
+
+def row(adapters: str, tenant: str = "local", number: int = 0) -> Row:
+    """A row whose adapters have one letter each as their digest."""
+    planned = tuple(PlannedAdapter(AdapterRef(tenant, letter, letter), letter, 1.0) for letter in adapters)
+    return Row(
+        request_id=f"{tenant}/{adapters}{number}",
+        plan=Plan("mixture", planned) if planned else BASE_PLAN,
+        sampling=SamplingParams(),
+        tokens=[1],
+        num_prompt_tokens=1,
+        max_new_tokens=1,
+        end_ids=frozenset(),
+        seed=0,
+        text=TextStream(_TOKENIZER, ()),
+        sink=nobody,
+        tenant=tenant,
+    )
+
+
+def queue_of(*rows: Row) -> FairQueue:
+    queue = FairQueue()
+    for each in rows:
+        queue.append(each)
+    return queue
+
+
+def drain(queue: FairQueue, blocked: str = "") -> list[str]:
+    """The ids in the order they are taken, one a pass, past those whose adapters are `blocked`."""
+    order = []
+    while True:
+        free = [each for each in queue.turns() if not set(each.adapter_set) & set(blocked)]
+        if not free:
+            return order
+        queue.take(free[0])
+        order.append(free[0].request_id)
+
+
+def rows(adapters: str, tenant: str, count: int) -> list[Row]:
+    return [row(adapters, tenant, number) for number in range(count)]
+
+
+def test_rows_of_one_adapter_set_go_as_they_came() -> None:
+    assert drain(queue_of(*rows("a", "t", 3))) == ["t/a0", "t/a1", "t/a2"]
+
+
+def test_the_order_in_which_a_plan_names_its_adapters_makes_no_other_set() -> None:
+    queue = queue_of(row("ab"), row("ba"))
+    assert [each.request_id for each in queue.turns()] == ["local/ab0"]
+
+
+def test_adapter_sets_of_a_tenant_take_turns() -> None:
+    queue = queue_of(*rows("a", "t", 3), *rows("", "t", 1), *rows("ab", "t", 2))
+    assert drain(queue) == ["t/a0", "t/0", "t/ab0", "t/a1", "t/ab1", "t/a2"]
+
+
+def test_tenants_take_turns_however_many_adapters_one_of_them_uses() -> None:
+    flood = [row(letter, "many") for letter in "abcd"]
+    queue = queue_of(*flood, row("a", "few", 0), row("a", "few", 1))
+    assert drain(queue) == ["many/a0", "few/a0", "many/b0", "few/a1", "many/c0", "many/d0"]
+
+
+def test_one_pass_that_takes_all_it_is_shown_keeps_the_same_order() -> None:
+    def filled() -> FairQueue:
+        return queue_of(*rows("a", "t", 3), *rows("b", "t", 2), *rows("a", "u", 2), *rows("", "v", 1))
+
+    queue, order = filled(), []
+    for each in queue.turns():
+        queue.take(each)
+        order.append(each.request_id)
+    assert order == drain(filled()) and not queue
+
+
+def test_a_set_that_cannot_start_costs_its_tenant_no_turn() -> None:
+    queue = queue_of(row("x", "t"), *rows("a", "t", 3), *rows("a", "u", 3))
+    assert drain(queue, blocked="x") == ["t/a0", "u/a0", "t/a1", "u/a1", "t/a2", "u/a2"]
+    assert [each.request_id for each in queue] == ["t/x0"]
+
+
+def test_a_set_that_was_passed_over_is_first_once_it_can_start() -> None:
+    queue = queue_of(row("x", "t"), *rows("a", "t", 3))
+    for each in queue.turns():
+        if each.adapter_set == ("a",):
+            queue.take(each)
+            break
+    assert next(queue.turns()).request_id == "t/x0"
+
+
+def test_a_row_that_leaves_in_the_middle_of_a_pass_is_not_shown() -> None:
+    first, second = row("a"), row("b")
+    queue = queue_of(first, second)
+    turns = queue.turns()
+    assert next(turns) is first
+    queue.remove(second)
+    assert list(turns) == []
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_it_holds_what_was_put_in_and_not_taken_out(seed: int) -> None:
+    rng, queue, held = random.Random(seed), FairQueue(), list[Row]()
+    for number in range(300):
+        if held and rng.random() < 0.45:
+            gone = held.pop(rng.randrange(len(held)))
+            (queue.take if rng.random() < 0.5 else queue.remove)(gone)
+            assert gone not in queue
+        else:
+            held.append(row(rng.choice(["", "a", "ab", "b"]), rng.choice("tuv"), number))
+            queue.append(held[-1])
+        assert len(queue) == len(held) and set(queue) == set(held)
+        firsts = {(each.tenant, each.adapter_set): each for each in reversed(held)}
+        assert set(queue.turns()) == set(firsts.values())
+        assert all(queue.is_first(each) for each in firsts.values())
+        assert sum(queue.is_first(each) for each in held) == len(firsts)
+
+
+def test_a_row_waits_for_at_most_tenants_times_sets_of_its_own() -> None:
+    """Others keep coming for what was just served."""
+    rng, queue = random.Random(1), FairQueue()
+    tenants, letters = "tuvw", "abcde"
+    for tenant in tenants:
+        for letter in letters:
+            queue.append(row(letter, tenant))
+    late = row("z", "t", 99)
+    queue.append(late)
+    for taken in range(len(tenants) * (len(letters) + 1)):
+        chosen = next(queue.turns())
+        queue.take(chosen)
+        if chosen is late:
+            assert taken > 0
+            return
+        queue.append(row(chosen.adapter_set[0], chosen.tenant, rng.randrange(1000)))
+    raise AssertionError("the late row was not served in time")
