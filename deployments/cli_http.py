@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, NoReturn
 
+import click
 import httpx
 import typer
 from rich.console import Console
@@ -21,16 +22,27 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 _ANSWER_TIMEOUT_S = 300.0
 
 
+KEY_VARIABLE = "LORARETRIEVER_KEY"
+Key = Annotated[str | None, typer.Option("--key", envvar=KEY_VARIABLE, help="the key to ask and publish with")]
+
+
 @contextmanager
 def client_of(url: str, timeout_s: float | None = _ANSWER_TIMEOUT_S) -> Iterator[httpx.Client]:
     """A client of the server; when it cannot be reached, the command ends and says so."""
     try:
-        with httpx.Client(base_url=url, timeout=timeout_s) as client:
+        with httpx.Client(base_url=url, timeout=timeout_s, headers=_authorization()) as client:
             yield client
     except httpx.ConnectError:
         fail(f"no server answers at {url}; start one with `loraretriever serve`")
     except (httpx.TransportError, httpx.InvalidURL) as exc:
         fail(f"{url}: {exc or type(exc).__name__}")
+
+
+def _authorization() -> dict[str, str]:
+    """The header with the key that was given before the command's name, or in the environment."""
+    context = click.get_current_context(silent=True)
+    key = None if context is None else context.find_root().params.get("key")
+    return {} if key is None else {"Authorization": f"Bearer {key}"}
 
 
 def call(url: str, method: str, path: str, **request: Any) -> dict[str, Any]:

@@ -7,7 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gpu_worker.prompts import Message
-from gpu_worker.request import SamplingParams
+from gpu_worker.request import DEFAULT_MAX_TOKENS, SamplingParams
+
+_CHARS_PER_TOKEN = 4  # of English, about: real usage settles what a request is charged
 
 
 class ApiRequest(BaseModel):
@@ -100,6 +102,11 @@ class GenerationRequest(ApiRequest):
     def token_limit(self) -> int | None:
         return self.max_tokens
 
+    def most_tokens_after(self, prompt_chars: int) -> int:
+        """What a request with such a prompt may use, as far as is known before it is tokenized."""
+        new_tokens = DEFAULT_MAX_TOKENS if self.token_limit is None else self.token_limit
+        return prompt_chars // _CHARS_PER_TOKEN + 1 + self.n * new_tokens
+
 
 class TextPart(ApiRequest):
     type: Literal["text"]
@@ -136,11 +143,19 @@ class ChatCompletionRequest(GenerationRequest):
         turns = self.prompt_for_worker
         return next((turn.content for turn in reversed(turns) if turn.role == "user"), turns[-1].content)
 
+    @property
+    def most_tokens(self) -> int:
+        return self.most_tokens_after(sum(len(turn.content) for turn in self.prompt_for_worker))
+
 
 class CompletionRequest(GenerationRequest):
     """`POST /v1/completions`"""
 
     prompt: str = Field(min_length=1)
+
+    @property
+    def most_tokens(self) -> int:
+        return self.most_tokens_after(len(self.prompt))
 
     @property
     def prompt_for_worker(self) -> str:

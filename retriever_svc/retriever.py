@@ -129,7 +129,7 @@ class Retriever:
         return embed_groups(self._pools.current.encoder, groups)
 
     def neighbours(self, embedding: Embedding, num_wanted: int, tenant: str) -> tuple[Candidate, ...]:
-        """The adapters `auto` may choose for `tenant` that lie nearest, best first; none when another encoder is in force by now."""
+        """What `auto` may choose for `tenant` that lies nearest, best first; none when another encoder is in force."""
         pool = self._pools.current
         if embedding.encoder != pool.encoder.identity:
             return ()

@@ -36,11 +36,13 @@ from lora_store import (
     Key,
     Plan,
     PlannedAdapter,
+    PoolShare,
     Sample,
     Snapshot,
     Staged,
     Standing,
     Strategy,
+    Visibility,
     Withdrawn,
 )
 from retriever_svc import Candidate, DoctorStep, ReindexStep, Route, RouteRequest
@@ -151,9 +153,10 @@ class FakeRetriever:
 
     async def record(self, tenant: str, name: str) -> tuple[int, list[AdapterRecord]]:
         record = self._snapshot.resolve(tenant, name)
-        return 7, [record, adapter(name, version="older", generation=0)]
+        return 7, [record, adapter(record.ref.name, version="older", generation=0)]
 
-    async def embed(self, groups: Sequence[Sequence[Sample]]) -> list[Embedded | None]:
+    async def embed(self, groups: Sequence[Sequence[Sample]], tenants: Sequence[str]) -> list[Embedded | None]:
+        assert len(groups) == len(tenants)
         if self.unfit is not None:
             raise self.unfit
         near = (Candidate(POOL[0].ref, 0.25),)
@@ -220,6 +223,7 @@ class FakeStore:
         shifts: Sequence[float | None],
         actor: str,
         standing: Standing = "any",
+        share: PoolShare | None = None,
     ) -> int:
         self._fail("commit")
         if standing == "kept" and any(item.ref not in self._kept(item.ref) for item in staged):
@@ -249,6 +253,23 @@ class FakeStore:
                 raise AdapterNotFound(name)
         self.generation += 1
         return Withdrawn(self.generation, tuple(old for name in names for old in self.live.pop((tenant, name))))
+
+    async def set_visibility(self, tenant: str, name: str, visibility: Visibility, actor: str) -> int:
+        self._fail("set_visibility")
+        kept = self.live.get((tenant, name))
+        if kept is None:
+            raise AdapterNotFound(name)
+        self.generation += 1
+        self.live[tenant, name] = (replace(kept[0], visibility=visibility), *kept[1:])
+        return self.generation
+
+    async def approve(self, refs: Sequence[AdapterRef], actor: str) -> int:
+        self._fail("approve")
+        self.generation += 1
+        for ref in refs:
+            [first, *older] = self.live[ref.tenant, ref.name]
+            self.live[ref.tenant, ref.name] = (replace(first, approved=True), *older)
+        return self.generation
 
     async def add_embeddings(self, embeddings: Mapping[AdapterRef, Embedding]) -> int:
         self._fail("add_embeddings")

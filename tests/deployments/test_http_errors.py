@@ -23,6 +23,9 @@ from tests.fakes import as_ray_raises
 INVALID, OVERLOADED = "invalid_request_error", "overloaded_error"
 EXPECTED = [
     (api_errors.RequestInvalid("lora: no", "lora"), 400, INVALID, "invalid_request"),
+    (api_errors.KeyRefused("no key"), 401, INVALID, "invalid_api_key"),
+    (api_errors.RoleMissing("key-1", "admin"), 403, "permission_error", "role_missing"),
+    (api_errors.RateLimited("9 requests per minute", 2.0), 429, "rate_limit_error", "rate_limit_exceeded"),
     (api_errors.ModelNotFound("x"), 404, "not_found_error", "model_not_found"),
     (store_errors.AdapterNotFound("x"), 404, "not_found_error", "model_not_found"),
     (api_errors.VersionNotKept("x", "a" * 8, ["b" * 64]), 404, "not_found_error", "version_not_found"),
@@ -33,6 +36,8 @@ EXPECTED = [
     (api_errors.SourceUnavailable("s3://b/x", "refused"), 503, OVERLOADED, "source_unavailable"),
     (api_errors.BodyTooLarge("large"), 413, INVALID, "body_too_large"),
     (api_errors.NotReady("wait"), 503, OVERLOADED, "not_ready"),
+    (store_errors.PublicNameTaken("x", ["it is taken"]), 409, INVALID, "name_taken"),
+    (store_errors.PoolShareExceeded("adapters", 4, 3), 403, "permission_error", "pool_share_exceeded"),
     (store_errors.AdapterRefused("x", ["a", "b"]), 400, INVALID, "adapter_refused"),
     (store_errors.PlanInvalid("plan"), 400, INVALID, "plan_invalid"),
     (store_errors.VersionConflict(3), 503, OVERLOADED, "version_conflict"),
@@ -91,7 +96,9 @@ def test_an_error_maps_as_stated_from_here_and_from_a_replica(
         assert found == status
         param = getattr(error, "param", None)
         assert body == {"error": {"message": str(error), "type": type_, "param": param, "code": code}}
-        assert error_response(raised).headers.get("retry-after") == ("1" if status == 503 else None)
+        headers = error_response(raised).headers
+        assert headers.get("retry-after") == {503: "1", 429: "2"}.get(status)
+        assert headers.get("www-authenticate") == {401: "Bearer"}.get(status)
 
 
 @pytest.mark.parametrize(("error", "status", "type_", "code"), RAYS_OWN, ids=lambda value: type(value).__name__)

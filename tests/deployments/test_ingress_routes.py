@@ -234,7 +234,7 @@ def test_the_preload_is_published_in_batches_of_one_commit_each(tmp_path: Path) 
     served = asyncio.run(run())
     commits = served.store.called("commit")
     assert [len(staged) for staged, *_ in commits] == [32, 1]
-    assert {actor for *_, actor, _ in commits} == {"preload"}
+    assert {actor for _, _, _, actor, *_ in commits} == {"preload"}
 
 
 def test_the_api_describes_itself() -> None:

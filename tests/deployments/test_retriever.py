@@ -78,7 +78,7 @@ class Served:
 
     async def embedded(self, *names: str) -> list[AdapterRecord]:
         """Records as a publish would commit them, their samples in the store."""
-        found = await self.replica.embed([SAMPLES[name] for name in names])
+        found = await self.replica.embed([SAMPLES[name] for name in names], ["local"] * len(names))
         return [self._record(name, item.embedding) for name, item in zip(names, found, strict=True) if item is not None]
 
     def _record(self, name: str, embedding: Embedding) -> AdapterRecord:
@@ -124,12 +124,12 @@ def test_a_replica_is_at_the_newest_generation_before_it_is_ready(tmp_path: Path
 
 def test_adapters_are_embedded_together_with_the_neighbours_they_have_now(tmp_path: Path) -> None:
     async def scenario(here: Served) -> None:
-        german, none = await here.replica.embed([SAMPLES["german"], []])
+        german, none = await here.replica.embed([SAMPLES["german"], []], ["local", "local"])
         assert none is None
         assert german is not None
         assert (german.neighbours, len(german.embedding.own_scores)) == ((), 2)
         await here.replica.catch_up(here.publish(*await here.embedded("german", "sums")))
-        [again] = await here.replica.embed([SAMPLES["german"]])
+        [again] = await here.replica.embed([SAMPLES["german"]], ["local"])
         assert again is not None
         assert [candidate.ref.name for candidate in again.neighbours] == ["german", "sums"]
         assert again.neighbours[0].score == pytest.approx(1, abs=1e-5)
@@ -280,7 +280,7 @@ def test_a_reindex_streams_embeddings_and_the_activation_swaps_the_encoder(tmp_p
         await here.replica.catch_up(here.catalogue.commit(lambda snapshot: activate))
         after = await here.replica.index_stats()
         assert (after.encoder, after.num_live, after.generation) == (identity, 2, 3)
-        [german] = await here.replica.embed([SAMPLES["german"]])
+        [german] = await here.replica.embed([SAMPLES["german"]], ["local"])
         assert german is not None
         assert (german.embedding.encoder, german.neighbours[0].ref.name) == (identity, "german")
 
