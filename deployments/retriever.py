@@ -53,14 +53,20 @@ class RetrieverDeployment:
     All work runs beside the event loop. What names a `min_generation` waits a little for it, then raises StaleIndex.
     """
 
-    def __init__(self, config: AppConfig, *, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:
+    def __init__(
+        self,
+        config: AppConfig,
+        *,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        index: IndexSettings | None = None,
+    ) -> None:
         settings = config.retrieval
         self._store = LoraStore(config.store_uri, accepts_base=config.accepted_bases)
         self._pools = LivePool(
             lambda model: Encoder(model, num_threads=settings.encoder_threads),
             self._store.snapshot,
             model=settings.encoder,
-            settings=IndexSettings(requires_approval=config.public_requires_approval),
+            settings=replace(index or IndexSettings(), requires_approval=config.public_requires_approval),
             saved=SavedIndexes(Files(Location(config.store_uri).child("index"))),
         )
         self._retriever = Retriever(self._pools, min_score=settings.min_score, temperature=settings.softmax_temperature)

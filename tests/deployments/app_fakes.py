@@ -60,15 +60,22 @@ def digest_of(text: str) -> str:
 
 
 def adapter(
-    name: str, *, version: str = "", template: str | None = None, samples: bool = True, generation: int = 1
+    name: str,
+    *,
+    version: str = "",
+    template: str | None = None,
+    samples: bool = True,
+    generation: int = 1,
+    tenant: str = "local",
+    visibility: Visibility = "public",
 ) -> AdapterRecord:
     """A record as the catalogue would hold it; another `version` is another digest and other weights."""
     vector = np.array([1.0, 0.0], np.float32)
     return AdapterRecord(
-        ref=AdapterRef("local", name, digest_of(f"version {name} {version}")),
+        ref=AdapterRef(tenant, name, digest_of(f"version {name} {version}")),
         weights_digest=digest_of(f"weights {name} {version}"),
         samples_digest=digest_of(f"samples {name}") if samples else None,
-        visibility="public",
+        visibility=visibility,
         tags=(version,) if version else (),
         base_model=BASE,
         ranks=(2, 4),
@@ -209,7 +216,7 @@ class FakeStore:
         if name.startswith("gone"):
             raise SourceMissing(name)
         version = upload.tags[0] if upload.tags else ""
-        record = adapter(name, version=version, samples=not name.startswith("bare"))
+        record = adapter(name, version=version, samples=not name.startswith("bare"), tenant=upload.tenant)
         return self._hold(replace(record, embedding=None, template=upload.template))
 
     async def restage(self, record: AdapterRecord) -> Staged:
