@@ -85,5 +85,5 @@ def test_a_server_does_not_start_on_a_file_it_cannot_use(
 ) -> None:
     if content is not None:
         path.write_text(content)
-    with pytest.raises(error, match="keys.json"):
+    with pytest.raises(error, match=r"keys\.json"):
         KeyFile(path)

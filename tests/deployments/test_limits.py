@@ -91,9 +91,8 @@ def test_a_request_larger_than_the_limit_is_told_so_instead_of_waiting_for_ever(
 
 def test_other_limits_hold_at_once_and_what_ran_before_still_ends() -> None:
     limiter = Limiter(1)
-    with limiter.running(caller(concurrent_requests=1), 1):
-        with limiter.running(caller(concurrent_requests=2), 1):
-            pass
+    with limiter.running(caller(concurrent_requests=1), 1), limiter.running(caller(concurrent_requests=2), 1):
+        pass
     limiter.count_request(caller(requests_per_minute=1))
     limiter.count_request(caller(requests_per_minute=5))
 
