@@ -37,6 +37,7 @@ from lora_store import (
     Plan,
     PlannedAdapter,
     PoolShare,
+    PublicNameTaken,
     Sample,
     Snapshot,
     Staged,
@@ -217,7 +218,9 @@ class FakeStore:
             raise SourceMissing(name)
         version = upload.tags[0] if upload.tags else ""
         record = adapter(name, version=version, samples=not name.startswith("bare"), tenant=upload.tenant)
-        return self._hold(replace(record, embedding=None, template=upload.template))
+        record = replace(record, visibility=upload.visibility or upload.default_visibility)
+        staged = self._hold(replace(record, embedding=None, template=upload.template))
+        return replace(staged, keeps_visibility=upload.visibility is None)
 
     async def restage(self, record: AdapterRecord) -> Staged:
         self._fail("restage")
@@ -237,7 +240,7 @@ class FakeStore:
             raise AdapterNotFound(staged[0].ref.name)
         for item in staged:
             if item.ref.name.startswith("taken"):
-                raise AdapterRefused(item.ref.name, ["the public name belongs to another tenant"])
+                raise PublicNameTaken(item.ref.name, ["the public name belongs to another tenant"])
         self.generation += 1
         for item, embedding in zip(staged, embeddings, strict=True):
             if standing == "live" and self._kept(item.ref)[:1] != [item.ref]:
@@ -245,13 +248,15 @@ class FakeStore:
             record = replace(item.record, generation=self.generation, embedding=embedding)
             older = [old for old in self.live.get(_key_of(record), ()) if old.ref != record.ref]
             self.live[_key_of(record)] = (record, *older)[:KEPT_VERSIONS]
-        self.held = [item for item in self.held if item not in staged]
+        holds = {item.hold for item in staged}
+        self.held = [item for item in self.held if item.hold not in holds]
         return self.generation
 
     async def discard(self, staged: Sequence[Staged]) -> None:
         self._fail("discard")
-        for item in staged:
-            self.held.remove(item)
+        holds = {item.hold for item in staged}
+        assert holds <= {item.hold for item in self.held}
+        self.held = [item for item in self.held if item.hold not in holds]
 
     async def withdraw(self, tenant: str, names: Sequence[str], actor: str) -> Withdrawn:
         self._fail("withdraw")

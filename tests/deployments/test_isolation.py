@@ -159,6 +159,8 @@ def test_what_is_published_beside_anothers_adapter_tells_nothing_of_it(tmp_path:
         assert response.status_code == 200
         response = await tenants.ask(other, "PATCH", f"/v1/loras/{name}", json=claims)
         assert (response.status_code, response.json()["error"]["code"]) == (409, "name_taken")
+        response = await tenants.publish(other, [same], visibility="public")
+        assert (response.status_code, response.json()["data"][0]["status"]) == (207, 409)
 
     run(tmp_path, look)
 

@@ -140,7 +140,7 @@ def test_equal_bytes_of_two_tenants_outlive_one_withdrawal(store, publish, store
 
 
 def test_names_of_others_cost_the_same_look_ups_whether_they_exist_or_not(store, publish):
-    """Counted, since time is noise; `benchmarks/name_timing.py` measures it."""
+    """Counted, since time is noise; `test_isolation.py` measures it at full scale."""
     publish(tenant="acme", visibility="private")
     snapshot = store.snapshot()
     for private, unknown in (("acme/poet", "acme/nobody"), ("poet", "nobody")):
