@@ -9,7 +9,7 @@ from deployments.callers import LOCAL_CALLER, Caller
 from deployments.config import AppConfig
 from deployments.errors import KeyRefused
 from deployments.key_file import KeyFile
-from deployments.limits import Limiter, Meter
+from deployments.key_limits import Limiter, Meter
 
 _SCHEME = "bearer"
 

@@ -23,7 +23,7 @@ from deployments.config import AppConfig
 from deployments.door import Door
 from deployments.errors import ModelNotFound, NotReady
 from deployments.http_io import TextRequest, events, parse
-from deployments.limits import Meter
+from deployments.key_limits import Meter
 from deployments.planner import Planner
 from deployments.pool import Pool
 from deployments.preload import Preload

@@ -8,7 +8,7 @@ import pytest
 
 from deployments.callers import LOCAL_CALLER, Caller, KeyLimits
 from deployments.errors import RateLimited, RequestInvalid
-from deployments.limits import Limiter
+from deployments.key_limits import Limiter
 from tests.deployments.test_token_bucket import Clock
 
 
