@@ -34,7 +34,7 @@ class Publishing:
     sleep: Callable[[float], None] = time.sleep
 
     def by_path(self, folders: Sequence[Path]) -> Iterator[Answered]:
-        """The server reads the folders itself, many of them in one commit, and has the next request before it is done."""
+        """The server reads the folders itself, many in one commit, and has the next request before it is done."""
         batches = [folders[start : start + _BATCH] for start in range(0, len(folders), _BATCH)]
         pool = ThreadPoolExecutor(_REQUESTS_AT_ONCE)
         try:

@@ -78,18 +78,18 @@ def _serve(settings: AppConfig, host: str, port: int) -> None:
         out.print(f"ready after {time.monotonic() - started:.0f} s at {url} with {ready['num_adapters']} adapters")
         for path, reason in ready["refused"].items():
             err.print(f"not published: {path}: {reason}", style="red", markup=False)
-        out.print(_who_may(settings, host), markup=False)
+        out.print(who_may(settings, host), markup=False)
         server.wait_for_interrupt()
 
 
-def _who_may(settings: AppConfig, host: str) -> str:
-    """What the start says of who may ask and publish."""
+def who_may(settings: AppConfig, host: str) -> str:
+    """What a start says of who may ask and publish."""
     if settings.keys_file is not None:
         return f"keys from {settings.keys_file}: nobody asks or publishes without one"
     if host in _LOOPBACK:
         return "loopback only, no keys: whoever is on this machine may ask and publish"
-    changing = "and publish" if settings.allow_remote_publish else "; only this machine may publish"
-    return f"no keys: whoever reaches {host} may ask{' ' if settings.allow_remote_publish else ''}{changing}"
+    publishing = " and publish" if settings.allow_remote_publish else ", only this machine may publish"
+    return f"no keys: whoever reaches {host} may ask{publishing}"
 
 
 def _fail(message: str) -> int:

@@ -161,6 +161,30 @@ def test_a_read_that_names_a_generation_catches_up_first(tmp_path: Path, read: s
     run(tmp_path, scenario)
 
 
+def test_of_anothers_adapter_neither_its_source_nor_who_published_it_is_told(tmp_path: Path) -> None:
+    async def scenario(here: Served) -> None:
+        public = record_of("poet", None, tenant="acme")
+        await here.replica.catch_up(here.publish(public, record_of("diary", None, tenant="acme", visibility="private")))
+        for tenant, told in (("acme", ("test", "test")), ("other", ("poet", ""))):
+            _, [*_, listed] = await here.replica.records(tenant)
+            _, [shown] = await here.replica.record(tenant, "poet")
+            assert [(record.source, record.actor) for record in (listed, shown)] == [told, told]
+        assert [record.ref.name for record in (await here.replica.records("other"))[1]] == ["poet"]
+
+    run(tmp_path, scenario)
+
+
+def test_neighbours_are_those_the_publishing_tenant_sees(tmp_path: Path) -> None:
+    async def scenario(here: Served) -> None:
+        [german] = await here.embedded("german")
+        theirs = replace(german, ref=replace(german.ref, tenant="acme"), visibility="private")
+        await here.replica.catch_up(here.publish(theirs))
+        found = await here.replica.embed([SAMPLES["german"]] * 2, ["acme", "other"])
+        assert [len(item.neighbours) for item in found if item is not None] == [1, 0]
+
+    run(tmp_path, scenario)
+
+
 def test_a_name_has_its_kept_versions(tmp_path: Path) -> None:
     async def scenario(here: Served) -> None:
         [old] = await here.embedded("sums")
