@@ -6,9 +6,9 @@ import ipaddress
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Annotated, Any, NoReturn
 
-import click
 import httpx
 import typer
 from rich.console import Console
@@ -24,6 +24,7 @@ _ANSWER_TIMEOUT_S = 300.0
 
 KEY_VARIABLE = "LORARETRIEVER_KEY"
 Key = Annotated[str | None, typer.Option("--key", envvar=KEY_VARIABLE, help="the key to ask and publish with")]
+_key: ContextVar[str | None] = ContextVar("key", default=None)  # given once, before the command's name
 
 
 @contextmanager
@@ -38,10 +39,13 @@ def client_of(url: str, timeout_s: float | None = _ANSWER_TIMEOUT_S) -> Iterator
         fail(f"{url}: {exc or type(exc).__name__}")
 
 
+def use_key(key: str | None) -> None:
+    """The requests of this command carry this key."""
+    _key.set(key)
+
+
 def _authorization() -> dict[str, str]:
-    """The header with the key that was given before the command's name, or in the environment."""
-    context = click.get_current_context(silent=True)
-    key = None if context is None else context.find_root().params.get("key")
+    key = _key.get()
     return {} if key is None else {"Authorization": f"Bearer {key}"}
 
 

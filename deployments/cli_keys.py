@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import secrets
-import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-import yaml
-from pydantic import ValidationError
 
 from deployments.cli_http import err, fail, out
-from deployments.key_ring import KeyEntry, hash_of, new_key, parse_entries
 
 commands = typer.Typer(no_args_is_help=True, help="Make keys for a server's keys file.")
 Limit = Annotated[int | None, typer.Option(min=0)]
@@ -40,63 +33,17 @@ def new(
         "max_adapters": max_adapters,
         "max_bytes": max_bytes,
     }
-    key = new_key()
-    entry: dict[str, Any] = {
-        "id": id or f"{tenant}-{secrets.token_hex(4)}",
-        "sha256": hash_of(key),
-        "tenant": tenant,
-        "roles": role,
-    }
-    if given := {name: value for name, value in limits.items() if value is not None}:
-        entry["limits"] = given
+    from deployments.key_making import add_entry, block_of, make_key  # pydantic and the rest: as in `serve`
+
     try:
-        KeyEntry.model_validate(entry)
-    except ValidationError as exc:
-        first = exc.errors()[0]
-        fail(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+        key, entry = make_key(tenant, role, limits, id)
+        if file is not None:
+            add_entry(file, entry)
+    except (OSError, ValueError) as exc:
+        fail(str(exc) if file is None else f"{file}: {exc}")
     if file is None:
         err.print("the entry for the keys file, then the key, which is not shown again:", style="dim")
-        out.print(_block(entry), end="", markup=False, highlight=False, soft_wrap=True)
+        out.print(block_of(entry), end="", markup=False, highlight=False, soft_wrap=True)
     else:
-        _add(file, entry)
         err.print(f"{entry['id']} is in {file}; the key, which is not shown again:", style="dim", markup=False)
     out.print(key, markup=False, highlight=False, soft_wrap=True)
-
-
-def _add(file: Path, entry: dict[str, Any]) -> None:
-    """Put the entry behind those of the file, which stays as it was otherwise and is never there by half."""
-    try:
-        old = file.read_text(encoding="utf-8") if file.exists() else ""
-        text = with_entry(old, entry)
-        target = file.resolve()  # a link stays a link
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=target.parent, delete=False) as made:
-            made.write(text)
-        os.chmod(made.name, target.stat().st_mode & 0o777 if target.exists() else 0o600)
-        os.replace(made.name, target)
-    except (OSError, ValueError) as exc:
-        fail(f"{file}: {exc}")
-
-
-def with_entry(text: str, entry: dict[str, Any]) -> str:
-    """The keys file `text` with one more entry; comments stay where it is a YAML list. Raises: ValueError."""
-    if not text.strip():
-        return _block(entry)
-    old = parse_entries(text)
-    for more in (text.rstrip("\n") + "\n" + _block(entry), json.dumps([*json_list(text), entry], indent=1) + "\n"):
-        try:
-            if len(parse_entries(more)) == len(old) + 1:
-                return more
-        except ValueError as exc:
-            problem = exc
-    raise problem
-
-
-def json_list(text: str) -> list[Any]:
-    """The raw entries of a keys file that was found good."""
-    entries: list[Any] = yaml.safe_load(text)
-    return entries
-
-
-def _block(entry: dict[str, Any]) -> str:
-    """The entry as an item of a YAML list."""
-    return str(yaml.safe_dump([entry], sort_keys=False))
