@@ -8,35 +8,35 @@ from fastapi.responses import StreamingResponse
 from deployments import http_errors, pool_jobs
 from deployments.answers import JsonObject
 from deployments.api_docs import GC_ANSWERS, LINES_ANSWERS
+from deployments.auth import Administering
 from deployments.http_io import json_lines
 from deployments.pool_routes import OpenPool
 from deployments.pool_schemas import GcRequest, JobRequest, ReindexRequest
-from lora_store import LOCAL_TENANT
 
 router = APIRouter(route_class=http_errors.AnsweringRoute)
 
 
 @router.post("/v1/pool/verify", response_class=StreamingResponse, responses=LINES_ANSWERS)
-async def verify(_: JobRequest, pool: OpenPool) -> StreamingResponse:
-    """Read every stored blob again and compare it with its digest."""
-    return await _stream(pool_jobs.verify(pool))
+async def verify(_: JobRequest, caller: Administering, pool: OpenPool) -> StreamingResponse:
+    """Read every stored blob again and compare it with its digest; another tenant's adapter is told by its digest."""
+    return await _stream(pool_jobs.verify(pool, caller.tenant))
 
 
 @router.post("/v1/pool/doctor", response_class=StreamingResponse, responses=LINES_ANSWERS)
-async def doctor(_: JobRequest, pool: OpenPool) -> StreamingResponse:
-    """How adapters are found by their own samples: collisions, never chosen, always shadowed."""
-    return await _stream(pool_jobs.doctor(pool, LOCAL_TENANT))
+async def doctor(_: JobRequest, caller: Administering, pool: OpenPool) -> StreamingResponse:
+    """How the adapters the caller's tenant finds are found by their own samples: collisions, shadows, never chosen."""
+    return await _stream(pool_jobs.doctor(pool, caller.tenant))
 
 
 @router.post("/v1/pool/reindex", response_class=StreamingResponse, responses=LINES_ANSWERS)
-async def reindex(body: ReindexRequest, pool: OpenPool, http: Request) -> StreamingResponse:
+async def reindex(body: ReindexRequest, caller: Administering, pool: OpenPool, http: Request) -> StreamingResponse:
     """Embed the pool by another encoder beside the old index, then search by it from one generation on."""
     pool.require_own_machine(http)
-    return await _stream(pool_jobs.reindex(pool, body.encoder, actor="http"))
+    return await _stream(pool_jobs.reindex(pool, body.encoder, actor=caller.key_id))
 
 
 @router.post("/v1/pool/gc", response_model=None, responses=GC_ANSWERS)
-async def gc(body: GcRequest, pool: OpenPool) -> JsonObject:
+async def gc(body: GcRequest, _: Administering, pool: OpenPool) -> JsonObject:
     """Remove what nothing refers to and was written longer ago than the retention."""
     await pool.publisher.reach_store()
     collected = await pool.store.gc.remote(body.retention_s)

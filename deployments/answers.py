@@ -7,7 +7,7 @@ from typing import Any
 
 from deployments import http_errors
 from deployments.planner import Planned
-from deployments.published import Published, Removed
+from deployments.published import Published, Removed, Settled
 from lora_store import AdapterRecord
 from retriever_svc import Candidate, DoctorReport
 
@@ -39,6 +39,7 @@ def lora_object(record: AdapterRecord) -> JsonObject:
         "digest": record.ref.digest,
         "weights_digest": record.weights_digest,
         "visibility": record.visibility,
+        "approved": record.approved,
         "tags": list(record.tags),
         "base_model": record.base_model,
         "ranks": list(record.ranks),
@@ -96,6 +97,10 @@ def batch_object(outcomes: Sequence[Published | Exception]) -> JsonObject:
         else:
             data.append({"status": status_of(outcome)} | published_object(outcome))
     return {"object": "list", "data": data}
+
+
+def settled_object(settled: Settled) -> JsonObject:
+    return {"generation": settled.generation, "replicas": {"ready": settled.ready, "behind": settled.behind}}
 
 
 def removed_object(removed: Removed) -> JsonObject:

@@ -64,14 +64,17 @@ LORA_ANSWERS = answers(404, s200=objects.AdapterShown)
 PUBLISH_ANSWERS = answers(
     400,
     404,
+    409,
     422,
     s201=objects.PublishedAdapter | objects.BatchAnswer,
     s202=objects.PublishedAdapter | objects.BatchAnswer,
     s207=objects.BatchAnswer,
 )
 WITHDRAW_ANSWERS = answers(404, s200=objects.RemovedAdapters, s202=objects.RemovedAdapters)
-ROLLBACK_ANSWERS = answers(400, 404, 422, s201=objects.PublishedAdapter, s202=objects.PublishedAdapter)
-LOAD_ANSWERS = _of_kind(answers(400, 404, 422), "text/plain", 200, 202)
+ROLLBACK_ANSWERS = answers(400, 404, 409, 422, s201=objects.PublishedAdapter, s202=objects.PublishedAdapter)
+VISIBILITY_ANSWERS = answers(400, 404, 409, s200=objects.SettledAdapter, s202=objects.SettledAdapter)
+APPROVE_ANSWERS = answers(400, 404, s200=objects.SettledAdapter, s202=objects.SettledAdapter)
+LOAD_ANSWERS = _of_kind(answers(400, 404, 409, 422), "text/plain", 200, 202)
 UNLOAD_ANSWERS = _of_kind(answers(400, 404), "text/plain", 200, 202)
 LINES_ANSWERS = _of_kind(answers(400), "application/x-ndjson", 200)
 GC_ANSWERS = answers(400, s200=objects.CollectedBlobs)

@@ -197,6 +197,17 @@ class PublishedAdapter(BaseModel):
     neighbours: list[CandidateRow]
 
 
+class SettledAdapter(BaseModel):
+    """An adapter whose visibility or approval was settled."""
+
+    name: str
+    visibility: str | None = None
+    digest: Digest | None = None
+    approved: bool | None = None
+    generation: int
+    replicas: Replicas
+
+
 class BatchAnswer(BaseModel):
     """One object an adapter, with the status it would have had alone."""
 

@@ -6,6 +6,7 @@ import ipaddress
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Annotated, Any, NoReturn
 
 import httpx
@@ -21,16 +22,31 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 _ANSWER_TIMEOUT_S = 300.0
 
 
+KEY_VARIABLE = "LORARETRIEVER_KEY"
+Key = Annotated[str | None, typer.Option("--key", envvar=KEY_VARIABLE, help="the key to ask and publish with")]
+_key: ContextVar[str | None] = ContextVar("key", default=None)  # given once, before the command's name
+
+
 @contextmanager
 def client_of(url: str, timeout_s: float | None = _ANSWER_TIMEOUT_S) -> Iterator[httpx.Client]:
     """A client of the server; when it cannot be reached, the command ends and says so."""
     try:
-        with httpx.Client(base_url=url, timeout=timeout_s) as client:
+        with httpx.Client(base_url=url, timeout=timeout_s, headers=_authorization()) as client:
             yield client
     except httpx.ConnectError:
         fail(f"no server answers at {url}; start one with `loraretriever serve`")
     except (httpx.TransportError, httpx.InvalidURL) as exc:
         fail(f"{url}: {exc or type(exc).__name__}")
+
+
+def use_key(key: str | None) -> None:
+    """The requests of this command carry this key."""
+    _key.set(key)
+
+
+def _authorization() -> dict[str, str]:
+    key = _key.get()
+    return {} if key is None else {"Authorization": f"Bearer {key}"}
 
 
 def call(url: str, method: str, path: str, **request: Any) -> dict[str, Any]:

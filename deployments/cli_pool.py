@@ -71,6 +71,31 @@ def rollback(
 
 
 @commands.command()
+def visibility(
+    name: Name,
+    wanted: Annotated[str, typer.Argument(help="public or private", metavar="VISIBILITY")],
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Say who may name an adapter and find it: all tenants, or its own alone."""
+    answer = call(url, "PATCH", f"/v1/loras/{quote(name, safe='')}", json={"visibility": wanted})
+    out.print(f"{answer['name']} is {answer['visibility']} at generation {answer['generation']}", markup=False)
+
+
+@commands.command()
+def approve(
+    name: Name,
+    digest: Annotated[str | None, typer.Option(help="beginning of the digest that was looked at")] = None,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Let `auto` choose a public adapter's live version for every tenant."""
+    body = {} if digest is None else {"digest": digest}
+    answer = call(url, "POST", f"/v1/loras/{quote(name, safe='')}/approve", json=body)
+    out.print(
+        f"{answer['name']} {answer['digest'][:12]} is approved at generation {answer['generation']}", markup=False
+    )
+
+
+@commands.command()
 def verify(url: Url = DEFAULT_URL) -> None:
     """Read every stored blob again and compare it with its digest."""
     result = follow(url, "/v1/pool/verify", {}, "verifying")

@@ -27,14 +27,14 @@ Answered = tuple[Path, dict[str, Any]]  # a folder, and what the server says of 
 
 @dataclass(frozen=True, slots=True)
 class Publishing:
-    """Publishes folders through one client. `fields`: name, tags and template, where they were given."""
+    """Publishes folders through one client. `fields`: name, tags, template and visibility, where they were given."""
 
     client: httpx.Client
     fields: dict[str, Any]
     sleep: Callable[[float], None] = time.sleep
 
     def by_path(self, folders: Sequence[Path]) -> Iterator[Answered]:
-        """The server reads the folders itself, many of them in one commit, and has its next request at hand."""
+        """The server reads the folders itself, many in one commit, and has the next request before it is done."""
         batches = [folders[start : start + _BATCH] for start in range(0, len(folders), _BATCH)]
         pool = ThreadPoolExecutor(_REQUESTS_AT_ONCE)
         try:
@@ -87,6 +87,7 @@ def publish(
     name: Annotated[str | None, typer.Option(help="its name, for one adapter; else its folder's")] = None,
     tag: Annotated[list[str] | None, typer.Option(help="a tag that requests may filter by; may be repeated")] = None,
     template: Annotated[str | None, typer.Option(help="the prompt template: alpaca or chat")] = None,
+    public: Annotated[bool | None, typer.Option("--public/--private", help="who may find it; else as it is")] = None,
     upload: Annotated[bool, typer.Option(help="send the files also to a server on this machine")] = False,
     url: Url = DEFAULT_URL,
 ) -> None:
@@ -95,7 +96,8 @@ def publish(
     adapters = [adapter for group in found.values() for adapter in group]
     if name is not None and len(adapters) != 1:
         raise typer.BadParameter(f"one name does not go with {len(adapters)} adapters", param_hint="--name")
-    given = {"name": name, "tags": tag, "template": template}
+    visibility = None if public is None else "public" if public else "private"
+    given = {"name": name, "tags": tag, "template": template, "visibility": visibility}
     with client_of(url) as client:
         publishing = Publishing(client, {key: value for key, value in given.items() if value})
         send = publishing.by_path if is_this_machine(url) and not upload else publishing.by_upload

@@ -15,6 +15,7 @@ from deployments.sources import SourcePrefix
 from gpu_worker.config import DEFAULT_CACHE_DIR, WorkerConfig
 from gpu_worker.errors import WorkerConfigInvalid
 from gpu_worker.request import DEFAULT_MAX_TOKENS
+from lora_store import Visibility
 from lora_store.location import Location
 from retriever_svc.encoder import DEFAULT_MODEL as DEFAULT_ENCODER
 
@@ -104,7 +105,9 @@ class AppConfig(_Settings):
     cache_dir: Path = DEFAULT_CACHE_DIR
     template: Literal["alpaca", "chat"] = "alpaca"
     publish_paths: bool = True  # whether loopback clients may publish folders of the server's file system
-    allow_remote_publish: bool = False  # whether clients of other machines may change the pool: there are no keys yet
+    allow_remote_publish: bool = False  # whether, without keys, clients of other machines may change the pool
+    keys_file: Path | None = None  # who may ask and publish: deployments/key_ring.py; None: all are the local tenant
+    public_requires_approval: bool = False  # `auto` chooses a public adapter for other tenants after an admin's word
     source_prefixes: tuple[str, ...] = ()  # s3://, gs:// or file:// URIs below which adapters may be published from
     max_upload_bytes: int = Field(default=512 << 20, ge=1)  # of one adapter's files, uploaded or copied from a source
     max_upload_total_bytes: int = Field(default=1 << 30, ge=1)  # of all uploads that one Ingress replica holds at once
@@ -162,10 +165,21 @@ class AppConfig(_Settings):
             SourcePrefix.parse(prefix)
         return prefixes
 
+    @field_validator("keys_file")
+    @classmethod
+    def _absolute_file(cls, path: Path | None) -> Path | None:
+        """Links stay: what they lead to changes when Kubernetes swaps a secret."""
+        return None if path is None else path.expanduser().absolute()
+
     @field_validator("preload")
     @classmethod
     def _absolute_paths(cls, paths: tuple[Path, ...]) -> tuple[Path, ...]:
         return tuple(path.expanduser().resolve() for path in paths)
+
+    @property
+    def default_visibility(self) -> Visibility:
+        """Of a new name whose publisher says nothing: with keys there are others who could see it."""
+        return "public" if self.keys_file is None else "private"
 
     @property
     def served_base_name(self) -> str:

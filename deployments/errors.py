@@ -3,6 +3,9 @@
 DeploymentsError
 ├── RequestInvalid     the request breaks a rule; `param` names the field
 ├── Unsupported        the request asks for a part of the OpenAI API that this server does not have
+├── KeyRefused         no key came, or one that is none of this server's
+├── RoleMissing        the key may not do this
+├── RateLimited        the key has used what it may for now
 ├── ModelNotFound      `model` names nothing this caller may use
 ├── VersionNotKept     the adapter has no kept version of that digest
 ├── AdapterExists      the name is taken and the request does not say that it may be replaced
@@ -49,6 +52,34 @@ class Unsupported(DeploymentsError):
 
     def __str__(self) -> str:
         return f"{self.param}: this server does not support {self.what}"
+
+
+class KeyRefused(DeploymentsError):
+    """Send a valid key."""
+
+
+class RoleMissing(DeploymentsError):
+    """Use a key with this role."""
+
+    def __init__(self, key_id: str, role: str) -> None:
+        super().__init__(key_id, role)
+        self.key_id = key_id
+        self.role = role
+
+    def __str__(self) -> str:
+        return f"the key {self.key_id!r} has no role {self.role!r}"
+
+
+class RateLimited(DeploymentsError):
+    """Try again after `retry_after_s`."""
+
+    def __init__(self, limit: str, retry_after_s: float) -> None:
+        super().__init__(limit, retry_after_s)
+        self.limit = limit
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return f"the key may use {self.limit}; try again in {self.retry_after_s:.1f} s"
 
 
 class ModelNotFound(DeploymentsError):

@@ -59,7 +59,7 @@ class Examiner:
     async def embed_again(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
         """The outcomes with what was embedded once embedded by the encoder of now."""
         old = [item for item in outcomes if isinstance(item, Examined) and item.embedded is not None]
-        embedded = await self._retriever.embed.remote([item.staged.samples for item in old])
+        embedded = await self._embed([item.staged for item in old])
         anew = {id(item): replace(item, embedded=e) for item, e in zip(old, embedded, strict=True)}
         return [anew.get(id(outcome), outcome) for outcome in outcomes]
 
@@ -69,10 +69,15 @@ class Examiner:
 
     async def _examine_batch(self, batch: Sequence[Staged]) -> list[Outcome]:
         probing = asyncio.gather(self._probe(batch))
-        embedded = await self._retriever.embed.remote([item.samples for item in batch])
+        embedded = await self._embed(batch)
         [shifts] = await probing
         triples = zip(batch, embedded, shifts, strict=True)
         return [_outcome(item, embedding, shift) for item, embedding, shift in triples]
+
+    async def _embed(self, batch: Sequence[Staged]) -> list[Embedded | None]:
+        samples, tenants = [item.samples for item in batch], [item.ref.tenant for item in batch]
+        embedded: list[Embedded | None] = await self._retriever.embed.remote(samples, tenants)
+        return embedded
 
     async def _probe(self, batch: Sequence[Staged]) -> list[float | Exception]:
         """A Worker that fails as a whole fails for each of the batch: it may be another's turn next time."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
@@ -25,9 +26,10 @@ from retriever_svc import errors as retriever_errors
 
 logger = logging.getLogger(__name__)
 
-_INVALID, _FORBIDDEN, _MISSING, _OVERLOADED, _LATE, _SERVER = (
+_INVALID, _FORBIDDEN, _LIMITED, _MISSING, _OVERLOADED, _LATE, _SERVER = (
     "invalid_request_error",
     "permission_error",
+    "rate_limit_error",
     "not_found_error",
     "overloaded_error",
     "timeout_error",
@@ -39,6 +41,9 @@ _MAX_PARAM_CHARS = 300
 TABLE: tuple[tuple[type[Exception], int, str, str], ...] = (
     (api_errors.RequestInvalid, 400, _INVALID, "invalid_request"),
     (api_errors.Unsupported, 400, _INVALID, "unsupported"),
+    (api_errors.KeyRefused, 401, _INVALID, "invalid_api_key"),
+    (api_errors.RoleMissing, 403, _FORBIDDEN, "role_missing"),
+    (api_errors.RateLimited, 429, _LIMITED, "rate_limit_exceeded"),
     (api_errors.ModelNotFound, 404, _MISSING, "model_not_found"),
     (store_errors.AdapterNotFound, 404, _MISSING, "model_not_found"),
     (api_errors.VersionNotKept, 404, _MISSING, "version_not_found"),
@@ -52,6 +57,8 @@ TABLE: tuple[tuple[type[Exception], int, str, str], ...] = (
     (api_errors.UploadsBusy, 503, _OVERLOADED, "uploads_busy"),
     (api_errors.ServerOverloaded, 429, _OVERLOADED, "server_overloaded"),
     (api_errors.NotReady, 503, _OVERLOADED, "not_ready"),
+    (store_errors.PublicNameTaken, 409, _INVALID, "name_taken"),
+    (store_errors.PoolShareExceeded, 403, _FORBIDDEN, "pool_share_exceeded"),
     (store_errors.AdapterRefused, 400, _INVALID, "adapter_refused"),
     (store_errors.PlanInvalid, 400, _INVALID, "plan_invalid"),
     (store_errors.VersionConflict, 503, _OVERLOADED, "version_conflict"),
@@ -79,7 +86,6 @@ TABLE: tuple[tuple[type[Exception], int, str, str], ...] = (
     (RayActorError, 503, _OVERLOADED, "replica_died"),
     (TimeoutError, 503, _OVERLOADED, "timeout"),
 )
-_RETRY_LATER = {"Retry-After": "1"}  # a constant: clients back off by themselves, and when there is room nobody knows
 # What Ray says itself names actors, nodes and queues.
 _SAID: dict[type[Exception], str] = {
     BackPressureError: "too many requests wait; try again later",
@@ -91,7 +97,7 @@ _SAID: dict[type[Exception], str] = {
 
 def describe(error: Exception) -> tuple[int, dict[str, Any]]:
     """(HTTP status, the API's error object). What no row names is a 500 that says nothing of its inside."""
-    cause = error.cause if isinstance(error, RayTaskError) and isinstance(error.cause, Exception) else error
+    cause = _cause_of(error)
     for kind, status, type_, code in TABLE:
         if isinstance(cause, kind):
             return status, error_object(_SAID.get(kind) or str(cause), type_, code, param=getattr(cause, "param", None))
@@ -107,7 +113,16 @@ def error_object(message: str, type_: str, code: str, *, param: str | None = Non
 
 def error_response(error: Exception) -> JSONResponse:
     status, body = describe(error)
-    return JSONResponse(body, status, headers=_RETRY_LATER if status in (429, 503) else None)
+    headers = {}
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    if status in (429, 503):
+        headers["Retry-After"] = str(max(1, math.ceil(getattr(_cause_of(error), "retry_after_s", 1))))
+    return JSONResponse(body, status, headers=headers)
+
+
+def _cause_of(error: Exception) -> Exception:
+    return error.cause if isinstance(error, RayTaskError) and isinstance(error.cause, Exception) else error
 
 
 def validation_error(error: RequestValidationError | ValidationError) -> RequestInvalid | Unsupported:

@@ -6,8 +6,8 @@
 import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
-from dataclasses import replace
+from contextlib import ExitStack, aclosing
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import Request, Response
@@ -18,12 +18,16 @@ from ray.serve.handle import DeploymentHandle
 from deployments import admin_routes, http_errors, models_routes, pool_routes, vllm_routes
 from deployments.answers import JsonObject, plan_object
 from deployments.api_docs import CHAT_ANSWERS, HEALTH_ANSWERS, READY_ANSWERS, ROUTE_ANSWERS, TEXT_ANSWERS, Api
+from deployments.auth import Asking, BearerAuth
 from deployments.background import Background
 from deployments.body_limit import BodyLimit
+from deployments.callers import LOCAL_CALLER, Caller
 from deployments.config import AppConfig
+from deployments.door import Door
 from deployments.errors import NotReady
 from deployments.http_io import TextRequest, events, parse, refuse_stream_options
 from deployments.in_flight import InFlight, InFlightLimit
+from deployments.key_limits import Meter
 from deployments.limits import check_limits
 from deployments.openai_answers import Answer
 from deployments.openai_jobs import interleaved, jobs_of
@@ -37,7 +41,6 @@ from deployments.request_time import deadline_of, within
 from deployments.schemas import ChatCompletionRequest, CompletionRequest, RouteQuery
 from deployments.upload_budget import UploadBudget
 from gpu_worker.request import Completion, Delta, Job
-from lora_store import LOCAL_TENANT
 
 READY_WAIT_S = 5.0
 WORKER_GRACE_S = 5.0  # a step of the engine, and the way
@@ -47,9 +50,20 @@ app = Api(title="LoraRetriever", docs_url="/docs", redoc_url=None)
 http_errors.install(app)
 app.add_middleware(BodyLimit, limit_of=pool_routes.max_body_bytes)
 app.add_middleware(InFlightLimit, in_flight=in_flight_here)
+app.add_middleware(BearerAuth)  # the last ones added are asked first
 app.add_middleware(RequestIds)
 for routes in (models_routes, pool_routes, vllm_routes, admin_routes):
     app.include_router(routes.router)
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A request that was planned. `held` is its place among what its key may run, given back when it is closed."""
+
+    answer: Answer
+    jobs: Sequence[Job]
+    meter: Meter
+    held: ExitStack
 
 
 @serve.ingress(app)
@@ -67,74 +81,88 @@ class Ingress:
     ) -> None:
         self._config, self._worker_grace_s = config, worker_grace_s
         self._retriever, self._worker = retriever, worker
+        self.door = Door(config)
         self._planner = Planner(config, retriever)
         self.background = Background()
         longest_request_s = config.worker_scaling.graceful_shutdown_timeout_s
         releaser = Releaser(store, worker, self.background, longest_request_s=longest_request_s)
         publisher = Publisher(store, retriever, worker, background=self.background, releaser=releaser)
-        self.pool = Pool(
-            config, publisher, store, retriever, UploadBudget(config.max_upload_total_bytes), self.background
-        )
+        uploads = UploadBudget(config.max_upload_total_bytes)
+        self.pool = Pool(config, publisher, store, retriever, uploads, self.background)
         self.in_flight = InFlight(config.max_in_flight)
-        self.preload = Preload(config.preload, publisher)
+        self.preload = Preload(config.preload, publisher, approves=config.public_requires_approval)
 
     def __del__(self) -> None:
         """Serve calls it before the replica's process ends."""
         self.preload.cancel()
         self.background.cancel()
 
-    async def generate(self, request: TextRequest | Mapping[str, Any]) -> JsonObject:
-        """The whole answer, as the HTTP route gives it. A mapping is read like the route's JSON body."""
+    async def generate(self, request: TextRequest | Mapping[str, Any], caller: Caller = LOCAL_CALLER) -> JsonObject:
+        """The whole answer, as the HTTP route gives it. A mapping is read like the route's JSON body.
+
+        Who calls through a Ray handle is trusted, and says for whom: roles are the routes' matter.
+        """
         request = parse(request)
         refuse_stream_options(request)
-        return await self._whole(*await self._begin(request))
+        return await self._whole(await self._begin(request, caller))
 
-    async def stream(self, request: TextRequest | Mapping[str, Any]) -> AsyncGenerator[JsonObject]:
+    async def stream(
+        self, request: TextRequest | Mapping[str, Any], caller: Caller = LOCAL_CALLER
+    ) -> AsyncGenerator[JsonObject]:
         """The answer's chunks, as the HTTP route streams them: the plan first, then text as it is made."""
         request = parse(request)
-        async with aclosing(self._chunks(*await self._begin(request), request.include_usage)) as chunks:
+        async with aclosing(self._chunks(await self._begin(request, caller), request.include_usage)) as chunks:
             async for chunk in chunks:
                 yield chunk
 
-    async def _begin(self, request: TextRequest, request_id: str | None = None) -> tuple[Answer, list[Job]]:
+    async def _begin(self, request: TextRequest, caller: Caller, request_id: str | None = None) -> Begun:
         deadline = deadline_of(request.timeout_s, self._config.max_request_s)
         questions = request.questions()
+        request.sampling()  # what cannot be sampled asks nobody
         check_limits(request, questions, self._config)
-        async with within(deadline):
-            plans = await asyncio.gather(*[self._planner.plan(question, LOCAL_TENANT) for question in questions])
-        answer = Answer(
-            "chat" if isinstance(request, ChatCompletionRequest) else "text",
-            request.model,
-            plans,
-            request.lora.explain,
-            num_choices=request.n,
-            tells_logprobs=request.num_logprobs is not None,
-            request_id=request_id or uuid.uuid4().hex,
-        )
-        jobs = jobs_of(answer.request_id, request, questions, plans, self._config.template)
-        return answer, [replace(job, deadline=deadline) for job in jobs]
+        with ExitStack() as stack:
+            meter = stack.enter_context(self.door.running(caller, request.most_tokens))
+            async with within(deadline):
+                plans = await asyncio.gather(*[self._planner.plan(question, caller.tenant) for question in questions])
+            answer = Answer(
+                "chat" if isinstance(request, ChatCompletionRequest) else "text",
+                request.model,
+                plans,
+                request.lora.explain,
+                num_choices=request.n,
+                tells_logprobs=request.num_logprobs is not None,
+                request_id=request_id or uuid.uuid4().hex,
+            )
+            jobs = jobs_of(answer.request_id, request, questions, plans, self._config.template)
+            jobs = [replace(job, tenant=caller.tenant, deadline=deadline) for job in jobs]
+            return Begun(answer, jobs, meter, stack.pop_all())
 
-    async def _whole(self, answer: Answer, jobs: Sequence[Job]) -> JsonObject:
-        parts: list[list[Delta]] = [[] for _ in jobs]
-        async with aclosing(interleaved([self._deltas(job) for job in jobs])) as rows:
-            async for index, delta in rows:
-                parts[index].append(delta)
-        return answer.whole([Completion.joined(deltas) for deltas in parts])
+    async def _whole(self, begun: Begun) -> JsonObject:
+        parts: list[list[Delta]] = [[] for _ in begun.jobs]
+        with begun.held:
+            async with aclosing(self._rows(begun)) as rows:
+                async for index, delta in rows:
+                    parts[index].append(delta)
+        return begun.answer.whole([Completion.joined(deltas) for deltas in parts])
 
-    async def _chunks(self, answer: Answer, jobs: Sequence[Job], include_usage: bool) -> AsyncGenerator[JsonObject]:
+    async def _chunks(self, begun: Begun, include_usage: bool) -> AsyncGenerator[JsonObject]:
         lasts: dict[int, Delta] = {}
-        async with aclosing(interleaved([self._deltas(job) for job in jobs])) as rows:
-            index, delta = await anext(rows)  # an error before the first token is an error, not a broken stream
-            yield answer.opening()
-            lasts[index] = delta
-            yield answer.chunk(index, delta)
-            async for index, delta in rows:
+        with begun.held:
+            async with aclosing(self._rows(begun)) as rows:
+                index, delta = await anext(rows)  # an error before the first token is an error, not a broken stream
+                yield begun.answer.opening()
                 lasts[index] = delta
-                yield answer.chunk(index, delta)
+                yield begun.answer.chunk(index, delta)
+                async for index, delta in rows:
+                    lasts[index] = delta
+                    yield begun.answer.chunk(index, delta)
         if include_usage:
-            yield answer.usage_chunk([lasts[index] for index in range(len(jobs))])
+            yield begun.answer.usage_chunk([lasts[index] for index in range(len(begun.jobs))])
 
-    async def _deltas(self, job: Job) -> AsyncGenerator[Delta]:
+    def _rows(self, begun: Begun) -> AsyncGenerator[tuple[int, Delta]]:
+        return interleaved([self._deltas(job, begun.meter) for job in begun.jobs])
+
+    async def _deltas(self, job: Job, meter: Meter) -> AsyncGenerator[Delta]:
         """The Worker's deltas; leaving early cancels the job there."""
         response = self._worker.options(stream=True).stream.remote(job)
         deltas = aiter(response)
@@ -145,36 +173,38 @@ class Ingress:
                     delta = await anext(deltas, None)
                 if delta is None:
                     return
+                meter.saw(job.request_id, delta.num_prompt_tokens, delta.num_new_tokens)
                 yield delta
         finally:
             response.cancel()
 
     @app.post("/v1/chat/completions", response_model=None, responses=CHAT_ANSWERS)
-    async def chat_completions(self, body: ChatCompletionRequest, http: Request) -> Response:
+    async def chat_completions(self, body: ChatCompletionRequest, caller: Asking, http: Request) -> Response:
         """Answer a conversation, by the adapters that fit it; as server-sent events with `stream`."""
-        return await self._respond(body, http)
+        return await self._respond(body, caller, http)
 
     @app.post("/v1/completions", response_model=None, responses=TEXT_ANSWERS)
-    async def completions(self, body: CompletionRequest, http: Request) -> Response:
+    async def completions(self, body: CompletionRequest, caller: Asking, http: Request) -> Response:
         """Continue prompts as they are, each by the adapters that fit it."""
-        return await self._respond(body, http)
+        return await self._respond(body, caller, http)
 
-    async def _respond(self, request: TextRequest, http: Request) -> Response:
+    async def _respond(self, request: TextRequest, caller: Caller, http: Request) -> Response:
         if not request.stream:
             refuse_stream_options(request)
-        answer, jobs = await self._begin(request, request_id_of(http))
+        begun = await self._begin(request, caller, request_id_of(http))
+        headers = begun.answer.headers()
         if not request.stream:
-            return JSONResponse(await self._whole(answer, jobs), headers=answer.headers())
-        chunks = self._chunks(answer, jobs, request.include_usage)
+            return JSONResponse(await self._whole(begun), headers=headers)
+        chunks = self._chunks(begun, request.include_usage)
         opening = await anext(chunks)
-        headers = STREAM_HEADERS | answer.headers()
+        headers = STREAM_HEADERS | headers
         return StreamingResponse(events(opening, chunks), media_type="text/event-stream", headers=headers)
 
     @app.post("/v1/route", response_model=None, responses=ROUTE_ANSWERS)
-    async def route(self, body: RouteQuery) -> JsonObject:
+    async def route(self, body: RouteQuery, caller: Asking) -> JsonObject:
         """The plans for these prompts, candidates included; nothing is generated. Each can be sent as `lora.plan`."""
         async with within(deadline_of(None, self._config.max_request_s)):
-            routes = [self._planner.route(prompt, body.lora, LOCAL_TENANT) for prompt in body.prompt]
+            routes = [self._planner.route(prompt, body.lora, caller.tenant) for prompt in body.prompt]
             planned = await asyncio.gather(*routes)
         return {"object": "list", "data": [plan_object(item, explain=True) for item in planned]}
 

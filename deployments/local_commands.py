@@ -11,6 +11,7 @@ from rich.table import Table
 
 from deployments.adapter_folders import adapter_folders
 from deployments.config import AppConfig, load_config
+from deployments.door import Door
 from deployments.parity import TOLERANCE, parity_with_peft
 from deployments.server import Server, ServerFailed
 from lora_store import AdapterRefused, check_folder
@@ -31,6 +32,7 @@ def run_server(config: Path | None, preload: list[Path], host: str, port: int) -
         for path in settings.preload:
             if not adapter_folders(path):
                 return _fail(f"{path} is no adapter folder and holds none")
+        Door(settings)  # a keys file that cannot be used stops the start here, with its reason
         _serve(settings, host, port)
     except (ServerFailed, ValueError, OSError) as exc:
         return _fail(str(exc))
@@ -76,9 +78,18 @@ def _serve(settings: AppConfig, host: str, port: int) -> None:
         out.print(f"ready after {time.monotonic() - started:.0f} s at {url} with {ready['num_adapters']} adapters")
         for path, reason in ready["refused"].items():
             err.print(f"not published: {path}: {reason}", style="red", markup=False)
-        if host in _LOOPBACK:
-            out.print("loopback only, no keys: whoever is on this machine may ask and publish")
+        out.print(who_may(settings, host), markup=False)
         server.wait_for_interrupt()
+
+
+def who_may(settings: AppConfig, host: str) -> str:
+    """What a start says of who may ask and publish."""
+    if settings.keys_file is not None:
+        return f"keys from {settings.keys_file}: nobody asks or publishes without one"
+    if host in _LOOPBACK:
+        return "loopback only, no keys: whoever is on this machine may ask and publish"
+    publishing = " and publish" if settings.allow_remote_publish else ", only this machine may publish"
+    return f"no keys: whoever reaches {host} may ask{publishing}"
 
 
 def _fail(message: str) -> int:

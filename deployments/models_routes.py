@@ -8,10 +8,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from deployments import http_errors
 from deployments.answers import JsonObject
 from deployments.api_docs import MODEL_ANSWERS, MODELS_ANSWERS
+from deployments.auth import AnyCaller
 from deployments.errors import ModelNotFound
 from deployments.planner import AUTO
 from deployments.pool_routes import AnyPool
-from lora_store import LOCAL_TENANT, AdapterNotFound, AdapterRecord
+from lora_store import AdapterNotFound, AdapterRecord
 from retriever_svc import PageRequest
 
 router = APIRouter(route_class=http_errors.AnsweringRoute)
@@ -32,7 +33,7 @@ class ModelQuery(BaseModel):
 
 
 @router.get("/v1/models", response_model=None, responses=MODELS_ANSWERS)
-async def models(query: Annotated[ModelQuery, Query()], pool: AnyPool) -> JsonObject:
+async def models(query: Annotated[ModelQuery, Query()], pool: AnyPool, caller: AnyCaller) -> JsonObject:
     """`auto`, the base model, then every adapter the caller may name. With `has_more`, go on `after` the `last_id`."""
     base = pool.config.served_base_name
     own = _own_cards(base, query)
@@ -43,25 +44,25 @@ async def models(query: Annotated[ModelQuery, Query()], pool: AnyPool) -> JsonOb
         tags=tuple(query.tag),
         contains=query.name,
     )
-    page = await pool.retriever.page.remote(LOCAL_TENANT, wanted)
-    cards = own[: query.limit] + [card_of(name, base, record, LOCAL_TENANT) for name, record in page.rows]
+    page = await pool.retriever.page.remote(caller.tenant, wanted)
+    cards = own[: query.limit] + [card_of(name, base, record, caller.tenant) for name, record in page.rows]
     ids = [card["id"] for card in cards]
     edges = {"first_id": ids[0] if ids else None, "last_id": ids[-1] if ids else None}
     return {"object": "list", "data": cards, **edges, "has_more": page.has_more or len(own) > query.limit}
 
 
 @router.get("/v1/models/{model:path}", response_model=None, responses=MODEL_ANSWERS)
-async def model(model: str, pool: AnyPool) -> JsonObject:
+async def model(model: str, pool: AnyPool, caller: AnyCaller) -> JsonObject:
     """The card of one model, by any name a request may use for it."""
     base = pool.config.served_base_name
     name = model.removeprefix(f"{base}:")
     if model == base or name == AUTO:
         return special_card(model, base)
     try:
-        _, versions = await pool.retriever.record.remote(LOCAL_TENANT, name)
+        _, versions = await pool.retriever.record.remote(caller.tenant, name)
     except AdapterNotFound as exc:  # what a replica raises is one too
         raise ModelNotFound(model) from exc
-    return card_of(model, base, versions[0], LOCAL_TENANT)
+    return card_of(model, base, versions[0], caller.tenant)
 
 
 def special_card(name: str, base: str) -> JsonObject:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import Request
@@ -10,6 +10,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from deployments.background import Background
+from deployments.callers import Caller
 from deployments.config import AppConfig
 from deployments.errors import PublishingOff
 from deployments.http_io import is_loopback
@@ -17,7 +18,7 @@ from deployments.in_flight import InFlight
 from deployments.publisher import Publisher
 from deployments.upload_budget import UploadBudget
 from deployments.uploads import FolderUpload
-from lora_store import LOCAL_TENANT, AdapterNotFound, Key
+from lora_store import AdapterNotFound, Key
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +33,23 @@ class Pool:
     background: Background
 
     def require_change(self, http: Request) -> None:
-        """Raises: PublishingOff unless this client may change the pool."""
-        if not (self.config.allow_remote_publish or is_loopback(http)):
+        """Raises: PublishingOff unless this client may change the pool. With keys, its key says so."""
+        if not (self.has_keys or self.config.allow_remote_publish or is_loopback(http)):
             raise PublishingOff("the pool is changed from the server's own machine, or with allow_remote_publish on")
 
     def require_own_machine(self, http: Request) -> None:
-        """Raises: PublishingOff unless the client is on the server's machine."""
-        if not is_loopback(http):
+        """Raises: PublishingOff unless the client is on the server's machine. With keys, its key says what it may."""
+        if not (self.has_keys or is_loopback(http)):
             raise PublishingOff("the encoder is chosen from the server's own machine")
+
+    @property
+    def has_keys(self) -> bool:
+        return self.config.keys_file is not None
+
+    def upload_of(self, upload: FolderUpload, caller: Caller, http: Request) -> FolderUpload:
+        """What the caller wants to publish, as its tenant's. Raises: PublishingOff."""
+        self.require_path(upload, http)
+        return replace(upload, tenant=caller.tenant, default_visibility=self.config.default_visibility)
 
     def require_path(self, upload: FolderUpload, http: Request) -> None:
         """Raises: PublishingOff when `upload` is a folder of the server and this client may not name those."""
@@ -70,9 +80,9 @@ def open_pool(http: Request) -> Pool:
     return pool
 
 
-def own_key(name: str) -> Key:
-    """(tenant, name) of `name` or `tenant/name`. Raises: AdapterNotFound for another tenant's."""
+def own_key(name: str, caller: Caller) -> Key:
+    """(tenant, name) of `name` or `tenant/name`. Raises: AdapterNotFound for another tenant's, existing or not."""
     tenant, slash, bare = name.rpartition("/")
-    if slash and tenant != LOCAL_TENANT:
+    if slash and tenant != caller.tenant:
         raise AdapterNotFound(name)
-    return LOCAL_TENANT, bare
+    return caller.tenant, bare

@@ -22,8 +22,8 @@ _LOAD_ENCODER_TIMEOUT_S = 600.0  # a model may come from the hub first
 _MAX_ROUNDS = 5
 
 
-async def verify(pool: Pool) -> AsyncGenerator[JsonObject]:
-    """Re-hash every blob; a bad one is told at once and again in the result."""
+async def verify(pool: Pool, tenant: str) -> AsyncGenerator[JsonObject]:
+    """Re-hash every blob; a bad one is told at once and again in the result, by name to its own tenant only."""
     await pool.publisher.reach_store()
     problems: list[JsonObject] = []
     done = 0
@@ -33,7 +33,8 @@ async def verify(pool: Pool) -> AsyncGenerator[JsonObject]:
             done, check = verified.done, verified.check
             line: JsonObject = {"done": done, "total": verified.total}
             if check.problem is not None:
-                problems.append({"digest": check.digest, "adapter": str(check.ref), "problem": check.problem})
+                adapter = str(check.ref) if check.ref.tenant == tenant else check.ref.digest
+                problems.append({"digest": check.digest, "adapter": adapter, "problem": check.problem})
                 line |= {"problem": problems[-1]}
             yield line
     yield {"result": {"num_blobs": done, "problems": problems}}

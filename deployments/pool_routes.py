@@ -16,18 +16,29 @@ from deployments.answers import (
     lora_object,
     published_object,
     removed_object,
+    settled_object,
     status_of,
     versions_object,
 )
-from deployments.api_docs import LORA_ANSWERS, LORAS_ANSWERS, PUBLISH_ANSWERS, ROLLBACK_ANSWERS, WITHDRAW_ANSWERS
+from deployments.api_docs import (
+    APPROVE_ANSWERS,
+    LORA_ANSWERS,
+    LORAS_ANSWERS,
+    PUBLISH_ANSWERS,
+    ROLLBACK_ANSWERS,
+    VISIBILITY_ANSWERS,
+    WITHDRAW_ANSWERS,
+)
+from deployments.auth import Administering, AnyCaller, Publishing
 from deployments.body_limit import DEFAULT_MAX_BODY_BYTES
+from deployments.callers import Caller
 from deployments.config import FORM_OVERHEAD_BYTES
-from deployments.errors import RequestInvalid
+from deployments.errors import RequestInvalid, VersionNotKept
 from deployments.pool import Pool, open_pool, own_key, read_pool
-from deployments.pool_schemas import AdapterSource, PublishBatch, RollbackRequest
+from deployments.pool_schemas import AdapterSource, ApproveRequest, PublishBatch, RollbackRequest, VisibilityRequest
 from deployments.upload_form import read_upload
 from deployments.uploads import FolderUpload
-from lora_store import LOCAL_TENANT
+from lora_store import VISIBILITIES
 
 router = APIRouter(route_class=http_errors.AnsweringRoute)
 AnyPool = Annotated[Pool, Depends(read_pool)]
@@ -41,6 +52,7 @@ _FORM = {
         "name": {"type": "string"},
         "tags": {"type": "array", "items": {"type": "string"}},
         "template": {"type": "string"},
+        "visibility": {"type": "string", "enum": list(VISIBILITIES)},
     },
 }
 _ONE, _MANY = AdapterSource.model_json_schema(), PublishBatch.model_json_schema()
@@ -50,9 +62,9 @@ _BODY = {"multipart/form-data": {"schema": _FORM}, "application/json": {"schema"
 
 
 @router.get("/v1/loras", response_model=None, responses=LORAS_ANSWERS)
-async def loras(pool: AnyPool) -> JsonObject:
-    """Every adapter of the pool."""
-    generation, records = await pool.retriever.records.remote(LOCAL_TENANT)
+async def loras(pool: AnyPool, caller: AnyCaller) -> JsonObject:
+    """Every adapter the caller may use: its tenant's own and the public ones."""
+    generation, records = await pool.retriever.records.remote(caller.tenant)
     return {"object": "list", "generation": generation, "data": [lora_object(record) for record in records]}
 
 
@@ -62,49 +74,71 @@ async def loras(pool: AnyPool) -> JsonObject:
     responses=PUBLISH_ANSWERS,
     openapi_extra={"requestBody": {"required": True, "content": _BODY}},
 )
-async def publish(pool: OpenPool, http: Request) -> JSONResponse:
+async def publish(caller: Publishing, pool: OpenPool, http: Request) -> JSONResponse:
     """Publish uploaded files, a server folder, a source URI, or a batch of the latter two in one commit.
 
     201 when every Retriever replica routes to it, 202 when one is still behind, 207 when a part of a batch failed.
     """
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
-        return await _publish_files(pool, http)
+        return await _publish_files(pool, caller, http)
     if kind != "application/json":
         raise RequestInvalid(f"content-type must be application/json or multipart/form-data, got {kind[:100]!r}")
     body = _parse(await http.body())
     if isinstance(body, AdapterSource):
-        return await _publish_one(pool, http, body.upload())
-    uploads = [adapter.upload() for adapter in body.adapters]
-    for upload in uploads:
-        pool.require_path(upload, http)
-    outcomes = await pool.publisher.publish(uploads, actor="http")
+        return await _publish_one(pool, caller, http, body.upload())
+    uploads = [pool.upload_of(adapter.upload(), caller, http) for adapter in body.adapters]
+    outcomes = await pool.publisher.publish(uploads, caller.key_id, caller.limits.pool_share)
     answer = batch_object(outcomes)
     failed = any(isinstance(outcome, Exception) for outcome in outcomes)
     return JSONResponse(answer, 207 if failed else max(item["status"] for item in answer["data"]))
 
 
 @router.get("/v1/loras/{name:path}", response_model=None, responses=LORA_ANSWERS)
-async def show(name: str, pool: AnyPool) -> JsonObject:
+async def show(name: str, pool: AnyPool, caller: AnyCaller) -> JsonObject:
     """One adapter, and the versions of it that are kept, the live one first."""
-    tenant, bare = own_key(name)
-    generation, versions = await pool.retriever.record.remote(tenant, bare)
+    generation, versions = await pool.retriever.record.remote(caller.tenant, name)
     return lora_object(versions[0]) | {"versions": versions_object(versions), "catalogue_generation": generation}
 
 
 @router.delete("/v1/loras/{name:path}", responses=WITHDRAW_ANSWERS)
-async def withdraw(name: str, pool: OpenPool) -> JSONResponse:
+async def withdraw(name: str, caller: Publishing, pool: OpenPool) -> JSONResponse:
     """Take the adapter and all its versions out of the pool; running requests end as they began."""
-    tenant, bare = own_key(name)
-    removed = await pool.publisher.withdraw(tenant, [bare], actor="http")
+    tenant, bare = own_key(name, caller)
+    removed = await pool.publisher.withdraw(tenant, [bare], caller.key_id)
     return JSONResponse(removed_object(removed), 202 if removed.behind else 200)
 
 
 @router.post("/v1/loras/{name:path}/rollback", status_code=201, responses=ROLLBACK_ANSWERS)
-async def rollback(name: str, body: RollbackRequest, pool: OpenPool) -> JSONResponse:
+async def rollback(name: str, body: RollbackRequest, caller: Publishing, pool: OpenPool) -> JSONResponse:
     """Publish a kept version again: the one before the live one, or the one the digest names."""
-    published = await pool.publisher.rollback(own_key(name), body.digest, actor="http")
+    published = await pool.publisher.rollback(own_key(name, caller), body.digest, caller.key_id)
     return JSONResponse(published_object(published), status_of(published))
+
+
+@router.patch("/v1/loras/{name:path}", response_model=None, responses=VISIBILITY_ANSWERS)
+async def set_visibility(name: str, body: VisibilityRequest, caller: Publishing, pool: OpenPool) -> JSONResponse:
+    """Make an adapter public, which claims its bare name (409 where another tenant has it), or private."""
+    key = own_key(name, caller)
+    settled = await pool.publisher.set_visibility(key, body.visibility, caller.key_id)
+    answer = {"name": key[1], "visibility": body.visibility} | settled_object(settled)
+    return JSONResponse(answer, 202 if settled.behind else 200)
+
+
+@router.post("/v1/loras/{name:path}/approve", response_model=None, responses=APPROVE_ANSWERS)
+async def approve(name: str, body: ApproveRequest, caller: Administering, pool: OpenPool) -> JSONResponse:
+    """Let `auto` choose this version of a public adapter for every tenant."""
+    if "@" in name:
+        raise RequestInvalid("name: the live version is approved; `digest` says which one that must be", "name")
+    _, versions = await pool.retriever.record.remote(caller.tenant, name)
+    record = versions[0]
+    if not record.ref.digest.startswith(body.digest or ""):
+        raise VersionNotKept(name, body.digest, [record.ref.digest])
+    if record.visibility != "public":
+        raise RequestInvalid("name: only a public adapter is approved", "name")
+    settled = await pool.publisher.approve([record.ref], caller.key_id)
+    answer = {"name": record.ref.name, "digest": record.ref.digest, "approved": True} | settled_object(settled)
+    return JSONResponse(answer, 202 if settled.behind else 200)
 
 
 def max_body_bytes(scope: Scope) -> int:
@@ -115,7 +149,7 @@ def max_body_bytes(scope: Scope) -> int:
     return DEFAULT_MAX_BODY_BYTES
 
 
-async def _publish_files(pool: Pool, http: Request) -> JSONResponse:
+async def _publish_files(pool: Pool, caller: Caller, http: Request) -> JSONResponse:
     """What was uploaded counts against the budget until it is published, also where the client has left by then."""
     with ExitStack() as stack:
         counted = stack.enter_context(pool.uploads.reading(http))
@@ -124,14 +158,14 @@ async def _publish_files(pool: Pool, http: Request) -> JSONResponse:
 
     async def publish_held() -> JSONResponse:
         with held:
-            return await _publish_one(pool, http, upload)
+            return await _publish_one(pool, caller, http, upload)
 
     return await pool.background.run(publish_held())
 
 
-async def _publish_one(pool: Pool, http: Request, upload: FolderUpload) -> JSONResponse:
-    pool.require_path(upload, http)
-    [outcome] = await pool.publisher.publish([upload], actor="http")
+async def _publish_one(pool: Pool, caller: Caller, http: Request, upload: FolderUpload) -> JSONResponse:
+    uploads = [pool.upload_of(upload, caller, http)]
+    [outcome] = await pool.publisher.publish(uploads, caller.key_id, caller.limits.pool_share)
     if isinstance(outcome, Exception):
         raise outcome
     return JSONResponse(published_object(outcome), status_of(outcome))

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from deployments.api_request import ApiRequest
 from deployments.uploads import FolderUpload
+from lora_store import Visibility
 
 MAX_BATCH = 256
 Name = Annotated[str, Field(min_length=1, max_length=129)]  # `name`, or `tenant/name`
@@ -20,6 +21,7 @@ class AdapterLabel(ApiRequest):
     name: str | None = Field(default=None, max_length=64)
     tags: list[str] = Field(default=[], max_length=32)
     template: Literal["alpaca", "chat"] | None = None
+    visibility: Visibility | None = None  # None: as the name has it; of a new name the server's default
 
 
 class AdapterSource(AdapterLabel):
@@ -36,7 +38,14 @@ class AdapterSource(AdapterLabel):
 
     def upload(self) -> FolderUpload:
         path = None if self.path is None else Path(self.path)
-        return FolderUpload(path, self.name, tags=tuple(self.tags), template=self.template, source=self.source)
+        return FolderUpload(
+            path,
+            self.name,
+            tags=tuple(self.tags),
+            template=self.template,
+            source=self.source,
+            visibility=self.visibility,
+        )
 
 
 class PublishBatch(ApiRequest):
@@ -47,6 +56,18 @@ class PublishBatch(ApiRequest):
 
 class RollbackRequest(ApiRequest):
     """`POST /v1/loras/{name}/rollback`: to the version before, or to the kept one whose digest begins like this."""
+
+    digest: str | None = Field(default=None, min_length=8, max_length=64)
+
+
+class VisibilityRequest(ApiRequest):
+    """`PATCH /v1/loras/{name}`: who may name the adapter and find it."""
+
+    visibility: Visibility
+
+
+class ApproveRequest(ApiRequest):
+    """`POST /v1/loras/{name}/approve`: the live version, which must be the one whose digest begins like this."""
 
     digest: str | None = Field(default=None, min_length=8, max_length=64)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from deployments import http_errors
 from deployments.adapter_folders import adapter_folders
 from deployments.errors import NotReady
+from deployments.published import Published
 from deployments.publisher import Publisher
 from deployments.uploads import FolderUpload
 
@@ -21,8 +22,9 @@ _BATCH = 32
 class Preload:
     """Publishes the folders whose names are not live, beside everything else. To be made in an event loop."""
 
-    def __init__(self, paths: Sequence[Path], publisher: Publisher) -> None:
-        self._paths, self._publisher = paths, publisher
+    def __init__(self, paths: Sequence[Path], publisher: Publisher, *, approves: bool = False) -> None:
+        """`approves`: what it publishes is the operator's own choice, which is approval enough."""
+        self._paths, self._publisher, self._approves = paths, publisher, approves
         self._task = asyncio.get_event_loop().create_task(self._publish())
 
     def refused(self) -> dict[str, str]:
@@ -53,6 +55,8 @@ class Preload:
             batch = [FolderUpload(folder) for folder in folders[start : start + _BATCH]]
             lacking = await self._publisher.lacking(batch)  # what was updated or rolled back since stays as it is
             outcomes = await self._publisher.publish(lacking, actor="preload") if lacking else []
+            if self._approves and (new := [o.ref for o in outcomes if isinstance(o, Published)]):
+                await self._publisher.approve(new, actor="preload")
             for upload, outcome in zip(lacking, outcomes, strict=True):
                 if isinstance(outcome, Exception):
                     logger.error("%s was not published: %s", upload.path, outcome)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from deployments.errors import VersionNotKept
 from deployments.examiner import Examined, Outcome
-from lora_store import AdapterRecord, AdapterRef
+from lora_store import AdapterRecord, AdapterRef, Key, PoolShare, Staged, Standing
 from retriever_svc import Candidate
 
 _MIN_DIGEST_CHARS = 8
@@ -34,6 +34,36 @@ class Removed:
     generation: int
     ready: int
     behind: int
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Who changes the pool; `share`: what its tenant may hold; `standing`: what the versions must be just before."""
+
+    actor: str
+    share: PoolShare | None = None
+    standing: Standing = "any"
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """A change that is committed. `behind` Retriever replicas do not know it yet."""
+
+    generation: int
+    ready: int
+    behind: int
+
+
+def live_already(
+    staged: Sequence[Staged], older: Mapping[Key, tuple[AdapterRecord, ...]], active: str | None
+) -> dict[AdapterRef, AdapterRecord]:
+    """The live versions that need no publish: the encoder in force embedded them, and their visibility is as wanted."""
+    live = {kept[0].ref: kept[0] for kept in older.values() if is_found(kept[0], active)}
+    for item in staged:
+        record = live.get(item.ref)
+        if record is not None and not item.keeps_visibility and record.visibility != item.record.visibility:
+            del live[item.ref]
+    return live
 
 
 def is_found(record: AdapterRecord, active: str | None) -> bool:

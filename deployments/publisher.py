@@ -5,24 +5,28 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.background import Background
 from deployments.examiner import Examined, Examiner, Outcome
-from deployments.published import Published, Removed, is_found, kept_version, published_of
+from deployments.published import Change, Published, Removed, Settled, kept_version, live_already, published_of
 from deployments.releaser import Releaser
 from deployments.uploads import FolderUpload
 from lora_store import (
     AdapterNotFound,
     AdapterRecord,
+    AdapterRef,
     AdapterRefused,
     Key,
+    PoolShare,
+    PoolShareExceeded,
     Staged,
-    Standing,
     StoreUnavailable,
     VersionConflict,
+    Visibility,
     Withdrawn,
 )
 
@@ -50,12 +54,15 @@ class Publisher:
         self._examiner = Examiner(retriever, worker)
         self._background, self._releaser = background, releaser
 
-    async def publish(self, uploads: Sequence[FolderUpload], actor: str) -> list[Published | Exception]:
+    async def publish(
+        self, uploads: Sequence[FolderUpload], actor: str, share: PoolShare | None = None
+    ) -> list[Published | Exception]:
         """Publish all that can be, in one commit; what cannot has its error in its place. What is live stays as it is.
 
-        Raises: what the Retriever or the Store says of the batch as a whole; then nothing of it is visible or kept.
+        Raises: what the Retriever or the Store says of the batch as a whole, PoolShareExceeded where it is more than
+        the tenant's `share`; then nothing of it is visible or kept.
         """
-        return await self._background.run(self._publish(uploads, actor))
+        return await self._background.run(self._publish(uploads, Change(actor, share)))
 
     async def rollback(self, key: Key, digest: str | None, actor: str) -> Published:
         """Publish a kept version again: the one before the live one, or the one whose digest begins with `digest`.
@@ -70,6 +77,14 @@ class Publisher:
         Raises: AdapterNotFound, VersionConflict, StoreUnavailable.
         """
         return await self._background.run(self._withdraw(tenant, names, actor))
+
+    async def set_visibility(self, key: Key, visibility: Visibility, actor: str) -> Settled:
+        """Raises: AdapterNotFound, PublicNameTaken, VersionConflict, StoreUnavailable."""
+        return await self._background.run(self._settled("set_visibility", *key, visibility, actor))
+
+    async def approve(self, refs: Sequence[AdapterRef], actor: str) -> Settled:
+        """`auto` may choose these public versions for every tenant. Raises: AdapterNotFound, StoreUnavailable."""
+        return await self._background.run(self._settled("approve", refs, actor))
 
     async def lacking(self, uploads: Sequence[FolderUpload]) -> list[FolderUpload]:
         """Those whose name is not live, in whatever version."""
@@ -100,7 +115,13 @@ class Publisher:
         ready = sum(isinstance(result, int) for result in results)
         return ready, len(results) - ready
 
-    async def _publish(self, uploads: Sequence[FolderUpload], actor: str) -> list[Published | Exception]:
+    async def _settled(self, method: str, *args: Any) -> Settled:
+        await self.reach_store()
+        generation: int = await getattr(self._store, method).remote(*args)
+        ready, behind = await self.catch_up(generation)
+        return Settled(generation, ready, behind)
+
+    async def _publish(self, uploads: Sequence[FolderUpload], change: Change) -> list[Published | Exception]:
         active = await self.reach_store()
         module_shapes = await self._worker.module_shapes.remote()
         slots = asyncio.Semaphore(_STAGED_TOGETHER)  # the Store's other callers need room too
@@ -111,7 +132,7 @@ class Publisher:
                 return staged
 
         staged = await asyncio.gather(*map(stage, uploads), return_exceptions=True)
-        return await self._make_live(staged, active, actor)
+        return await self._make_live(staged, active, change)
 
     async def _rollback(self, key: Key, digest: str | None, actor: str) -> Published:
         active = await self.reach_store()
@@ -119,7 +140,8 @@ class Publisher:
         if not kept:
             raise AdapterNotFound(key[1])
         staged = await self._store.restage.remote(kept_version(kept, digest))
-        [outcome] = await self._make_live([staged], active, actor, standing="kept")  # it may be withdrawn meanwhile
+        change = Change(actor, standing="kept")  # it may be withdrawn meanwhile
+        [outcome] = await self._make_live([staged], active, change)
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
@@ -136,7 +158,7 @@ class Publisher:
         return Removed(tuple(names), withdrawn.generation, ready, behind)
 
     async def _make_live(
-        self, staged: Sequence[Staged | BaseException], active: str | None, actor: str, standing: Standing = "any"
+        self, staged: Sequence[Staged | BaseException], active: str | None, change: Change
     ) -> list[Published | Exception]:
         """Examine and commit; `active` is the encoder in force.
 
@@ -148,13 +170,13 @@ class Publisher:
         is_unsure = False
         try:
             older = await self._store.versions.remote([(item.ref.tenant, item.ref.name) for item in held])
-            live = {kept[0].ref: kept[0] for kept in older.values() if is_found(kept[0], active)}
+            live = live_already(held, older, active)
             outcomes = await self._examiner.examine(staged, live)
             is_unsure = True
-            generation, outcomes = await self._commit(outcomes, actor, standing)
+            generation, outcomes = await self._commit(outcomes, change)
             is_unsure = False
             committed = {id(outcome.staged) for outcome in outcomes if isinstance(outcome, Examined)}
-        except (AdapterRefused, AdapterNotFound, VersionConflict):
+        except (AdapterRefused, AdapterNotFound, PoolShareExceeded, VersionConflict):
             is_unsure = False
             raise
         finally:
@@ -162,12 +184,12 @@ class Publisher:
             await self._discard(unused)
             pushed_out = [record for versions in older.values() for record in versions] if committed else []
             self._releaser.release([*[item.record for item in unused], *pushed_out])
-        generation, outcomes = await self._follow_encoder(generation, outcomes, actor)
+        generation, outcomes = await self._follow_encoder(generation, outcomes, change)
         generation = max([generation, *[record.generation for record in live.values()]])
         ready, behind = await self.catch_up(generation) if generation else (0, 0)
         return [published_of(outcome, generation, ready, behind) for outcome in outcomes]
 
-    async def _commit(self, outcomes: list[Outcome], actor: str, standing: Standing) -> tuple[int, list[Outcome]]:
+    async def _commit(self, outcomes: list[Outcome], change: Change) -> tuple[int, list[Outcome]]:
         """(generation at which all that is new is live, 0 without any; the outcomes, a name that is taken refused)."""
         while new := list(dict.fromkeys(outcome for outcome in outcomes if isinstance(outcome, Examined))):
             try:
@@ -175,8 +197,9 @@ class Publisher:
                     [item.staged for item in new],
                     [None if item.embedded is None else item.embedded.embedding for item in new],
                     [item.shift for item in new],
-                    actor,
-                    standing,
+                    change.actor,
+                    change.standing,
+                    change.share,
                 )
             except AdapterRefused as exc:  # one public name belongs to another tenant: the others go on without it
                 refused = [item for item in new if item.staged.ref.name == exc.name]
@@ -188,7 +211,9 @@ class Publisher:
             return generation, outcomes
         return 0, outcomes
 
-    async def _follow_encoder(self, generation: int, outcomes: list[Outcome], actor: str) -> tuple[int, list[Outcome]]:
+    async def _follow_encoder(
+        self, generation: int, outcomes: list[Outcome], change: Change
+    ) -> tuple[int, list[Outcome]]:
         """What a reindex overtook is embedded by its encoder and committed once more: else `auto` would miss it.
 
         It is live whatever happens here: a failure leaves it to the next reindex.
@@ -201,7 +226,7 @@ class Publisher:
                     break
                 await self.catch_up(generation)
                 again = await self._examiner.embed_again(outcomes)
-                generation, outcomes = await self._commit(again, actor, "live")
+                generation, outcomes = await self._commit(again, Change(change.actor, standing="live"))
         except Exception:
             logger.exception("what became live at generation %d may lack an embedding by a new encoder", generation)
         return generation, outcomes

@@ -19,6 +19,7 @@ from retriever_svc import (
     Candidate,
     DoctorStep,
     Encoder,
+    IndexSettings,
     IndexStats,
     LivePool,
     Page,
@@ -55,13 +56,20 @@ class RetrieverDeployment:
     All work runs beside the event loop. What names a `min_generation` waits a little for it, then raises StaleIndex.
     """
 
-    def __init__(self, config: AppConfig, *, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:
+    def __init__(
+        self,
+        config: AppConfig,
+        *,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        index: IndexSettings | None = None,
+    ) -> None:
         settings = config.retrieval
         self._store = LoraStore(config.store_uri, accepts_base=config.accepted_bases)
         self._pools = LivePool(
             lambda model: Encoder(model, num_threads=settings.encoder_threads),
             self._store.snapshot,
             model=settings.encoder,
+            settings=replace(index or IndexSettings(), requires_approval=config.public_requires_approval),
             saved=SavedIndexes(Files(Location(config.store_uri).child("index"))),
         )
         self._retriever = Retriever(self._pools, min_score=settings.min_score, temperature=settings.softmax_temperature)
@@ -99,16 +107,16 @@ class RetrieverDeployment:
     async def page(self, tenant: str, request: PageRequest) -> Page:
         """A page of what the tenant may use; embeddings stay here."""
         page = await asyncio.to_thread(self._retriever.page, tenant, request)
-        return replace(page, rows=tuple((name, replace(record, embedding=None)) for name, record in page.rows))
+        return replace(page, rows=tuple((name, _as_seen_by(tenant, record)) for name, record in page.rows))
 
     async def records(self, tenant: str, min_generation: int = 0) -> tuple[int, list[AdapterRecord]]:
-        """(generation, every adapter the tenant may use, sorted); embeddings stay here. Raises: StaleIndex."""
+        """(generation, every adapter the tenant may use, sorted, as it may see them). Raises: StaleIndex."""
         await self._reach(min_generation)
         return await asyncio.to_thread(self._records, tenant)
 
     def _records(self, tenant: str) -> tuple[int, list[AdapterRecord]]:
         generation, records = self._retriever.records(tenant)
-        return generation, [replace(record, embedding=None) for record in records]
+        return generation, [_as_seen_by(tenant, record) for record in records]
 
     async def count(self) -> tuple[int, int]:
         """(generation, number of live adapters)."""
@@ -116,21 +124,27 @@ class RetrieverDeployment:
         return snapshot.generation, len(snapshot.records)
 
     async def record(self, tenant: str, name: str, min_generation: int = 0) -> tuple[int, list[AdapterRecord]]:
-        """(generation, the kept versions of that adapter, the live one first); embeddings stay here.
+        """(generation, the kept versions of that adapter, the live one first, as the tenant may see them).
 
         Raises: AdapterNotFound, StaleIndex.
         """
         await self._reach(min_generation)
         generation, versions = await asyncio.to_thread(self._retriever.versions, tenant, name)
-        return generation, [replace(record, embedding=None) for record in versions]
+        return generation, [_as_seen_by(tenant, record) for record in versions]
 
-    async def embed(self, groups: Sequence[Sequence[Sample]]) -> list[Embedded | None]:
-        """One embedding per group of samples, with the neighbours it has now; None for a group without samples."""
-        return await asyncio.get_running_loop().run_in_executor(self._bulk, self._embed, groups)
+    async def embed(self, groups: Sequence[Sequence[Sample]], tenants: Sequence[str]) -> list[Embedded | None]:
+        """One embedding per group of samples, with the neighbours its tenant sees now; None where there is no sample.
 
-    def _embed(self, groups: Sequence[Sequence[Sample]]) -> list[Embedded | None]:
+        `tenants` runs along with `groups`.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._bulk, self._embed, groups, tenants)
+
+    def _embed(self, groups: Sequence[Sequence[Sample]], tenants: Sequence[str]) -> list[Embedded | None]:
         embeddings = self._retriever.embed_groups(groups)
-        return [None if e is None else Embedded(e, self._retriever.neighbours(e, _NEIGHBOURS)) for e in embeddings]
+        return [
+            None if e is None else Embedded(e, self._retriever.neighbours(e, _NEIGHBOURS, tenant))
+            for e, tenant in zip(embeddings, tenants, strict=True)
+        ]
 
     async def catch_up(self, generation: int) -> int:
         """The generation this replica serves from now on.
@@ -203,6 +217,13 @@ class RetrieverDeployment:
                     logger.info("generation %d is served: the catalogue is read again", self._retriever.generation)
                 is_failing = False
             await sleep(interval_s)
+
+
+def _as_seen_by(tenant: str, record: AdapterRecord) -> AdapterRecord:
+    """Without its embedding; of another tenant's also without where it came from and which key published it."""
+    if record.ref.tenant == tenant:
+        return replace(record, embedding=None)
+    return replace(record, embedding=None, source=record.ref.name, actor="")
 
 
 def _retrieve(task: asyncio.Task[int]) -> None:

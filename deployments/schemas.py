@@ -19,11 +19,12 @@ from deployments.openai_fields import (
     without_unsupported,
 )
 from gpu_worker.prompts import Message
-from gpu_worker.request import MAX_BIASED_IDS, MAX_LOGPROBS, SamplingParams
+from gpu_worker.request import DEFAULT_MAX_TOKENS, MAX_BIASED_IDS, MAX_LOGPROBS, SamplingParams
 
 MAX_CHOICES = 16
 MAX_PROMPTS = 128
 MAX_ROWS = 128  # answers to one request: prompts × n
+_CHARS_PER_TOKEN = 4  # of English, about: real usage settles what a request is charged
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +141,14 @@ class GenerationRequest(ApiRequest):
     @property
     def num_logprobs(self) -> int | None:
         raise NotImplementedError
+
+    @property
+    def most_tokens(self) -> int:
+        """What the request may use, as far as is known before it is tokenized."""
+        prompts = [question.prompt for question in self.questions()]
+        num_chars = sum(len(p) if isinstance(p, str) else sum(len(turn.content) for turn in p) for p in prompts)
+        new_tokens = DEFAULT_MAX_TOKENS if self.token_limit is None else self.token_limit
+        return num_chars // _CHARS_PER_TOKEN + len(prompts) * (1 + self.n * new_tokens)
 
     def questions(self) -> list[Question]:
         """One question a prompt, in order."""

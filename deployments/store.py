@@ -23,9 +23,11 @@ from lora_store import (
     Embedding,
     Key,
     LoraStore,
+    PoolShare,
     Sample,
     Staged,
     Standing,
+    Visibility,
     Withdrawn,
 )
 
@@ -72,6 +74,8 @@ class StoreDeployment:
                 tenant=upload.tenant,
                 tags=upload.tags,
                 template=upload.template,
+                visibility=upload.visibility or upload.default_visibility,
+                keeps_visibility=upload.visibility is None,
                 source=upload.origin,
             )
 
@@ -86,13 +90,14 @@ class StoreDeployment:
         probe_shifts: Sequence[float | None],
         actor: str,
         standing: Standing = "any",
+        share: PoolShare | None = None,
     ) -> int:
         """The generation at which all of `staged` is live; `standing` is what the versions must be just before.
 
-        Raises: AdapterRefused when a public name belongs to another tenant; AdapterNotFound for what should be kept;
-        VersionConflict, StoreUnavailable.
+        Raises: PublicNameTaken; PoolShareExceeded; AdapterNotFound for what should be kept; VersionConflict,
+        StoreUnavailable.
         """
-        return await asyncio.to_thread(self._store.commit, staged, embeddings, probe_shifts, actor, standing)
+        return await asyncio.to_thread(self._store.commit, staged, embeddings, probe_shifts, actor, standing, share)
 
     async def discard(self, staged: Sequence[Staged]) -> None:
         """These will not be committed: what only they needed is gone."""
@@ -101,6 +106,14 @@ class StoreDeployment:
     async def withdraw(self, tenant: str, names: Sequence[str], actor: str) -> Withdrawn:
         """All of `names` are gone at one generation, or none. Raises: AdapterNotFound, StoreUnavailable."""
         return await asyncio.to_thread(self._store.withdraw, tenant, names, actor)
+
+    async def set_visibility(self, tenant: str, name: str, visibility: Visibility, actor: str) -> int:
+        """The generation at which the name is so. Raises: AdapterNotFound, PublicNameTaken, StoreUnavailable."""
+        return await asyncio.to_thread(self._store.set_visibility, tenant, name, visibility, actor)
+
+    async def approve(self, refs: Sequence[AdapterRef], actor: str) -> int:
+        """The generation from which `auto` may choose these for every tenant. Raises: AdapterNotFound."""
+        return await asyncio.to_thread(self._store.approve, refs, actor)
 
     async def add_embeddings(self, embeddings: Mapping[AdapterRef, Embedding]) -> int:
         """The generation at which what is still live of these has an embedding by a coming encoder."""

@@ -12,7 +12,7 @@ from deployments.pool_schemas import AdapterLabel
 from deployments.uploads import MAX_UPLOAD_FILES, FolderUpload, file_problems
 from lora_store import AdapterRefused
 
-_MAX_FIELDS = 40  # name, template and at most 32 tags
+_MAX_FIELDS = 40  # name, template, visibility and at most 32 tags
 _MAX_FIELD_BYTES = 4096
 _FILES = "files"
 
@@ -35,7 +35,13 @@ async def read_upload(http: Request) -> FolderUpload:
         if problems := list(file_problems(names)):
             raise AdapterRefused(label.name or "", problems)
         contents = {name: await file.read() for name, file in zip(names, files, strict=True)}
-    return FolderUpload(name=label.name, tags=tuple(label.tags), template=label.template, files=contents)
+    return FolderUpload(
+        name=label.name,
+        tags=tuple(label.tags),
+        template=label.template,
+        files=contents,
+        visibility=label.visibility,
+    )
 
 
 def _label_of(fields: dict[str, list[str]]) -> AdapterLabel:

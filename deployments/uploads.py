@@ -11,7 +11,7 @@ from pathlib import Path
 
 from deployments.errors import SourceMissing
 from deployments.sources import folder_of_source
-from lora_store import LOCAL_TENANT, AdapterRefused
+from lora_store import LOCAL_TENANT, AdapterRefused, Visibility
 
 MAX_UPLOAD_FILES = 64
 _MAX_NAME_BYTES = 255
@@ -28,6 +28,8 @@ class FolderUpload:
     template: str | None = None
     files: Mapping[str, bytes] | None = None
     source: str | None = None
+    visibility: Visibility | None = None  # None: as its name has it, or for a new name `default_visibility`
+    default_visibility: Visibility = "public"
 
     def __post_init__(self) -> None:
         given = [what for what in (self.path, self.files, self.source) if what is not None]

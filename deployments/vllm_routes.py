@@ -5,23 +5,26 @@ from fastapi.responses import PlainTextResponse
 
 from deployments import http_errors
 from deployments.api_docs import LOAD_ANSWERS, UNLOAD_ANSWERS
+from deployments.auth import Publishing
+from deployments.callers import Caller
 from deployments.errors import AdapterExists
 from deployments.pool import Pool, own_key
 from deployments.pool_routes import OpenPool
 from deployments.pool_schemas import LoadAdapterRequest, UnloadAdapterRequest
-from lora_store import LOCAL_TENANT, AdapterNotFound
+from lora_store import AdapterNotFound
 
 router = APIRouter(route_class=http_errors.AnsweringRoute, default_response_class=PlainTextResponse)
 
 
 @router.post("/v1/load_lora_adapter", responses=LOAD_ANSWERS)
-async def load_lora_adapter(body: LoadAdapterRequest, pool: OpenPool, http: Request) -> PlainTextResponse:
+async def load_lora_adapter(
+    body: LoadAdapterRequest, caller: Publishing, pool: OpenPool, http: Request
+) -> PlainTextResponse:
     """Publish a server folder or a source URI; 400 when the name is taken, unless `load_inplace` is set."""
-    upload = body.upload()
-    pool.require_path(upload, http)
-    if not body.load_inplace and await _is_live(pool, body.lora_name):
+    upload = pool.upload_of(body.upload(), caller, http)
+    if not body.load_inplace and await _is_live(pool, caller, body.lora_name):
         raise AdapterExists(body.lora_name)
-    [outcome] = await pool.publisher.publish([upload], actor="http")
+    [outcome] = await pool.publisher.publish([upload], caller.key_id, caller.limits.pool_share)
     if isinstance(outcome, Exception):
         raise outcome
     text = f"Success: LoRA adapter '{body.lora_name}' added successfully"
@@ -29,17 +32,18 @@ async def load_lora_adapter(body: LoadAdapterRequest, pool: OpenPool, http: Requ
 
 
 @router.post("/v1/unload_lora_adapter", responses=UNLOAD_ANSWERS)
-async def unload_lora_adapter(body: UnloadAdapterRequest, pool: OpenPool) -> PlainTextResponse:
+async def unload_lora_adapter(body: UnloadAdapterRequest, caller: Publishing, pool: OpenPool) -> PlainTextResponse:
     """Withdraw the adapter; 404 when there is none."""
-    tenant, name = own_key(body.lora_name)
-    removed = await pool.publisher.withdraw(tenant, [name], actor="http")
+    tenant, name = own_key(body.lora_name, caller)
+    removed = await pool.publisher.withdraw(tenant, [name], caller.key_id)
     text = f"Success: LoRA adapter '{body.lora_name}' removed successfully"
     return PlainTextResponse(text, 202 if removed.behind else 200)
 
 
-async def _is_live(pool: Pool, name: str) -> bool:
+async def _is_live(pool: Pool, caller: Caller, name: str) -> bool:
+    """Whether the caller's own tenant has one of that name: another's public one is not in its way."""
     try:
-        await pool.retriever.record.remote(LOCAL_TENANT, name)
+        await pool.retriever.record.remote(caller.tenant, f"{caller.tenant}/{name}")
     except AdapterNotFound:
         return False
     return True

@@ -13,16 +13,19 @@ from lora_store.errors import (
     FileRefused,
     LoraStoreError,
     PlanInvalid,
+    PoolShareExceeded,
+    PublicNameTaken,
     StoreUnavailable,
     VersionConflict,
 )
-from lora_store.events import ActivateEncoder, Embed, Event, Publish, Withdraw
+from lora_store.events import ActivateEncoder, Approve, Embed, Event, Publish, SetVisibility, Withdraw
 from lora_store.location import Location
 from lora_store.peft_config import PeftConfig
 from lora_store.peft_files import PeftFolder, read_peft_folder, write_peft_folder
 from lora_store.plan import BASE_PLAN, MAX_PLAN_ADAPTERS, STRATEGIES, Plan, PlannedAdapter, Strategy
-from lora_store.records import AdapterRecord, Embedding, Visibility
+from lora_store.records import VISIBILITIES, AdapterRecord, Embedding, Visibility
 from lora_store.rules import Standing
+from lora_store.share import PoolShare
 from lora_store.snapshot import KEPT_VERSIONS, ActiveEncoder, Key, Snapshot
 from lora_store.staging import Staged
 from lora_store.store import LoraStore, Withdrawn
@@ -36,6 +39,7 @@ __all__ = [
     "MAX_PLAN_ADAPTERS",
     "STRATEGIES",
     "TEMPLATES",
+    "VISIBILITIES",
     "ActivateEncoder",
     "ActiveEncoder",
     "AdapterNotFound",
@@ -44,6 +48,7 @@ __all__ = [
     "AdapterRefused",
     "AdapterWeights",
     "Admitted",
+    "Approve",
     "BlobCheck",
     "BlobCorrupted",
     "BlobStore",
@@ -66,8 +71,12 @@ __all__ = [
     "Plan",
     "PlanInvalid",
     "PlannedAdapter",
+    "PoolShare",
+    "PoolShareExceeded",
+    "PublicNameTaken",
     "Publish",
     "Sample",
+    "SetVisibility",
     "Snapshot",
     "Staged",
     "Standing",

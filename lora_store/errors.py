@@ -2,6 +2,8 @@
 
 LoraStoreError
 ├── AdapterRefused      the folder is not an adapter this server takes; `reasons` lists every problem found
+│   └── PublicNameTaken the public name belongs to another tenant
+├── PoolShareExceeded   the tenant would hold more than its share of the pool
 ├── AdapterNotFound     no live adapter has that name, or no blob has that digest
 ├── FileRefused         one file of a folder cannot be read safely, or is not what its name says
 ├── BlobCorrupted       stored bytes no longer match their digest
@@ -32,6 +34,23 @@ class AdapterRefused(LoraStoreError):
 
     def __str__(self) -> str:
         return f"adapter {self.name!r} refused: " + "; ".join(self.reasons)
+
+
+class PublicNameTaken(AdapterRefused):
+    """Another tenant's public adapter has the name. Keep yours private, or publish it under another name."""
+
+
+class PoolShareExceeded(LoraStoreError):
+    """The tenant's part of the pool is full. Withdraw adapters, or ask for a larger share."""
+
+    def __init__(self, what: str, wanted: int, limit: int) -> None:
+        super().__init__(what, wanted, limit)
+        self.what = what
+        self.wanted = wanted
+        self.limit = limit
+
+    def __str__(self) -> str:
+        return f"the tenant's share of the pool is {self.limit} {self.what}, and this would make it {self.wanted}"
 
 
 class FileRefused(LoraStoreError):
@@ -103,5 +122,5 @@ class EncoderIncomplete(LoraStoreError):
         self.missing = tuple(missing)
 
     def __str__(self) -> str:
-        some = ", ".join(map(str, self.missing[:3]))
+        some = ", ".join(ref.digest[:12] for ref in self.missing[:3])  # their names are for their tenants only
         return f"{len(self.missing)} live adapters have no embedding by this encoder: {some}"

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from lora_store.adapter import AdapterRef
-from lora_store.records import AdapterRecord, Embedding
+from lora_store.records import AdapterRecord, Embedding, Visibility
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,27 @@ class ActivateEncoder:
     at: datetime  # UTC
 
 
-Event = Publish | Withdraw | Embed | ActivateEncoder
+@dataclass(frozen=True, slots=True)
+class SetVisibility:
+    """The live version has this visibility. What becomes private takes the older versions along, what becomes public
+    does not: nobody looked at those."""
+
+    ref: AdapterRef
+    visibility: Visibility
+    actor: str
+    at: datetime  # UTC
+
+
+@dataclass(frozen=True, slots=True)
+class Approve:
+    """An admin looked at this version: `auto` may choose it for every tenant while it is public."""
+
+    ref: AdapterRef
+    actor: str
+    at: datetime  # UTC
+
+
+Event = Publish | Withdraw | Embed | ActivateEncoder | SetVisibility | Approve
 
 SCHEMA = pa.schema(
     [
@@ -120,6 +140,11 @@ def _row_of(event: Event) -> dict[str, Any]:
             return {"event": "publish", **_ref_row(record.ref), **columns, **_embedding_row(record.embedding)}
         case Withdraw(ref, actor, at):
             return {"event": "withdraw", **_ref_row(ref), "actor": actor, "created_at": at}
+        case SetVisibility(ref, visibility, actor, at):
+            columns = {"visibility": visibility, "actor": actor, "created_at": at}
+            return {"event": "set_visibility", **_ref_row(ref), **columns}
+        case Approve(ref, actor, at):
+            return {"event": "approve", **_ref_row(ref), "actor": actor, "created_at": at}
         case Embed(ref, embedding):
             return {"event": "embed", **_ref_row(ref), **_embedding_row(embedding)}
         case ActivateEncoder(model, identity, actor, at):
@@ -142,6 +167,10 @@ def _event_of(row: dict[str, Any], vector: NDArray[np.float32] | None, own_score
             return Publish(AdapterRecord(ref=_ref_of(row), embedding=embedding, generation=row["generation"], **values))
         case "withdraw":
             return Withdraw(_ref_of(row), row["actor"], row["created_at"])
+        case "set_visibility":
+            return SetVisibility(_ref_of(row), row["visibility"], row["actor"], row["created_at"])
+        case "approve":
+            return Approve(_ref_of(row), row["actor"], row["created_at"])
         case "embed" if embedding is not None:
             return Embed(_ref_of(row), embedding)
         case "activate_encoder":

@@ -48,6 +48,7 @@ class AdapterRecord:
     actor: str
     created_at: datetime  # UTC
     generation: int
+    approved: bool = False  # by an admin: this version, not the name
 
     @property
     def encoder(self) -> str | None:
@@ -60,4 +61,9 @@ class AdapterRecord:
         return (self.weights_digest,) if self.samples_digest is None else (self.weights_digest, self.samples_digest)
 
     def is_visible_to(self, tenant: str) -> bool:
+        """Whether `tenant` may name it, and sees it in lists."""
         return self.visibility == "public" or self.ref.tenant == tenant
+
+    def is_open(self, *, requires_approval: bool) -> bool:
+        """Whether `auto` may choose it for every tenant. For its own tenant `auto` always may."""
+        return self.visibility == "public" and (self.approved or not requires_approval)

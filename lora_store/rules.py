@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Literal
 
 from lora_store.adapter import AdapterRef
-from lora_store.errors import AdapterNotFound, AdapterRefused, EncoderIncomplete
-from lora_store.events import ActivateEncoder, Embed, Event, Publish, Withdraw
-from lora_store.records import AdapterRecord, Embedding
+from lora_store.errors import AdapterNotFound, EncoderIncomplete, PublicNameTaken
+from lora_store.events import ActivateEncoder, Approve, Embed, Event, Publish, SetVisibility, Withdraw
+from lora_store.records import AdapterRecord, Embedding, Visibility
+from lora_store.share import PoolShare, check_share
 from lora_store.snapshot import ActiveEncoder, Key, Snapshot
 
 Standing = Literal["any", "live", "kept"]
 """What versions must be to be published: anything; live still, or they are left out; kept, or it is an error."""
 
 
-def publish_events(snapshot: Snapshot, records: Sequence[AdapterRecord], standing: Standing = "any") -> list[Event]:
+def publish_events(
+    snapshot: Snapshot,
+    records: Sequence[AdapterRecord],
+    standing: Standing = "any",
+    *,
+    keeping: Collection[Key] = (),
+    share: PoolShare | None = None,
+) -> list[Event]:
     """Publish events for what is not live yet, each record checked against those before it too.
 
-    Raises: AdapterRefused when a public name belongs to another tenant; AdapterNotFound for what should be kept.
+    `keeping`: names whose live version's visibility the new one takes over. `share`: what each tenant may hold.
+    Raises: PublicNameTaken; PoolShareExceeded; AdapterNotFound for what should be kept.
     """
     if standing == "live":
         records = [record for record in records if _kept(snapshot, record)[:1] == [record.ref]]
@@ -31,15 +41,29 @@ def publish_events(snapshot: Snapshot, records: Sequence[AdapterRecord], standin
     events: list[Event] = []
     for record in records:
         key, name = (record.ref.tenant, record.ref.name), record.ref.name
-        if record.visibility == "public":
-            public = snapshot.public.get(name, record)
-            if owners.setdefault(name, public.ref.tenant) != record.ref.tenant:
-                raise AdapterRefused(name, [f"the public name {name!r} belongs to another tenant"])
         current = live.get(key, snapshot.records.get(key))
+        if current is not None and key in keeping:
+            record = replace(record, visibility=current.visibility)
+        if record.visibility == "public":
+            owner = owners.setdefault(name, _owner(snapshot, name, record.ref.tenant))
+            _check_claim(name, record.ref.tenant, owner)
         if current is None or _essence(current) != _essence(record):
             live[key] = record
             events.append(Publish(record))
+    if share is not None:
+        check_share(snapshot, [event.record for event in events if isinstance(event, Publish)], share)
     return events
+
+
+def _owner(snapshot: Snapshot, name: str, claimant: str) -> str:
+    """The tenant whose public adapter has the bare name; `claimant` where there is none."""
+    public = snapshot.public.get(name)
+    return claimant if public is None else public.ref.tenant
+
+
+def _check_claim(name: str, claimant: str, owner: str) -> None:
+    if owner != claimant:
+        raise PublicNameTaken(name, [f"the public name {name!r} belongs to another tenant"])
 
 
 def _kept(snapshot: Snapshot, record: AdapterRecord) -> list[AdapterRef]:
@@ -54,6 +78,34 @@ def withdraw_events(snapshot: Snapshot, keys: Iterable[Key], actor: str, at: dat
         if key not in snapshot.records:
             raise AdapterNotFound(key[1])
         events.append(Withdraw(snapshot.records[key].ref, actor, at))
+    return events
+
+
+def visibility_events(snapshot: Snapshot, key: Key, visibility: Visibility, actor: str, at: datetime) -> list[Event]:
+    """The one event, unless it is so already. Raises: AdapterNotFound, PublicNameTaken."""
+    record = snapshot.records.get(key)
+    if record is None:
+        raise AdapterNotFound(key[1])
+    if visibility == "public":
+        _check_claim(key[1], key[0], _owner(snapshot, key[1], key[0]))
+    kept = snapshot.versions(key) if visibility == "private" else (record,)
+    if all(version.visibility == visibility for version in kept):
+        return []
+    return [SetVisibility(record.ref, visibility, actor, at)]
+
+
+def approve_events(snapshot: Snapshot, refs: Iterable[AdapterRef], actor: str, at: datetime) -> list[Event]:
+    """One event per version that is not approved yet.
+
+    Raises: AdapterNotFound for one that is not live or not public: what was looked at is not what others would get.
+    """
+    events: list[Event] = []
+    for ref in dict.fromkeys(refs):
+        record = snapshot.records.get((ref.tenant, ref.name))
+        if record is None or record.ref != ref or record.visibility != "public":
+            raise AdapterNotFound(f"{ref.name}@{ref.digest[:12]}")
+        if not record.approved:
+            events.append(Approve(ref, actor, at))
     return events
 
 

@@ -9,8 +9,8 @@ from types import MappingProxyType
 
 from lora_store.adapter import AdapterRef
 from lora_store.errors import AdapterNotFound
-from lora_store.events import ActivateEncoder, Embed, Event, Publish, Withdraw
-from lora_store.records import AdapterRecord, Embedding
+from lora_store.events import ActivateEncoder, Approve, Embed, Event, Publish, SetVisibility, Withdraw
+from lora_store.records import AdapterRecord, Embedding, Visibility
 
 Key = tuple[str, str]  # (tenant, name)
 KEPT_VERSIONS = 3  # of a live name, the live one included: what `name@digest`, replay and rollback can reach
@@ -54,12 +54,12 @@ class Snapshot:
     def resolve(self, tenant: str, name: str) -> AdapterRecord:
         """The adapter `tenant` means by `name`: its own, else the public one; `owner/name` means the owner's alone.
 
-        Raises: AdapterNotFound, also for what exists but `tenant` may not see.
+        Raises: AdapterNotFound, also for what exists but `tenant` may not see, after the same work.
         """
         owner, slash, bare = name.rpartition("/")
         found = self.records.get((owner, bare) if slash else (tenant, name))
-        if found is None:
-            found = self.public.get(name)  # never a name with a slash
+        if found is None and not slash:
+            found = self.public.get(name)
         if found is None or not found.is_visible_to(tenant):
             raise AdapterNotFound(name)
         return found
@@ -76,6 +76,10 @@ class Snapshot:
         """The digests of every blob that a kept version needs."""
         kept = [record for records in self.previous.values() for record in records]
         return frozenset(digest for record in (*self.records.values(), *kept) for digest in record.blobs)
+
+    def after_publishing(self, records: Iterable[AdapterRecord]) -> Snapshot:
+        """The state of the next generation if `records` alone were published."""
+        return self.after(map(Publish, records), self.generation + 1)
 
     def after(self, events: Iterable[Event], generation: int) -> Snapshot:
         """The state once `events` happened, as of `generation`."""
@@ -98,6 +102,10 @@ class _State:
                 self._publish(record)
             case Withdraw(ref):
                 self._withdraw((ref.tenant, ref.name))
+            case SetVisibility(ref, visibility):
+                self._set_visibility((ref.tenant, ref.name), visibility)
+            case Approve(ref):
+                self._approve(ref)
             case Embed(ref, embedding):
                 if self._is_live(ref):
                     self.pending[ref] = embedding
@@ -110,7 +118,8 @@ class _State:
         kept = tuple(old for old in older if old.ref != record.ref)[: KEPT_VERSIONS - 1]
         if kept:
             self.previous[key] = kept
-        self.records[key] = record
+        was_approved = any(old.ref == record.ref and old.approved for old in older)
+        self.records[key] = replace(record, approved=True) if was_approved else record
         for old in older:
             if old.ref != record.ref:
                 self.pending.pop(old.ref, None)
@@ -120,6 +129,18 @@ class _State:
         self.previous.pop(key, None)
         if record is not None:
             self.pending.pop(record.ref, None)
+
+    def _set_visibility(self, key: Key, visibility: Visibility) -> None:
+        if key not in self.records:
+            return
+        self.records[key] = replace(self.records[key], visibility=visibility)
+        if visibility == "private" and key in self.previous:
+            self.previous[key] = tuple(replace(old, visibility=visibility) for old in self.previous[key])
+
+    def _approve(self, ref: AdapterRef) -> None:
+        if self._is_live(ref):
+            key = (ref.tenant, ref.name)
+            self.records[key] = replace(self.records[key], approved=True)
 
     def _activate(self, encoder: ActiveEncoder) -> None:
         for key, record in self.records.items():

@@ -22,6 +22,7 @@ class Staged:
     record: AdapterRecord
     samples: tuple[Sample, ...]
     hold: str
+    keeps_visibility: bool = False  # a live version of its name says what the visibility is, not `record`
 
     @property
     def ref(self) -> AdapterRef:

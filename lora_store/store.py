@@ -19,8 +19,17 @@ from lora_store.events import Event
 from lora_store.holds import Holds
 from lora_store.location import Location
 from lora_store.records import AdapterRecord, Embedding, Visibility
-from lora_store.rules import Standing, activate_events, embed_events, publish_events, withdraw_events
+from lora_store.rules import (
+    Standing,
+    activate_events,
+    approve_events,
+    embed_events,
+    publish_events,
+    visibility_events,
+    withdraw_events,
+)
 from lora_store.sample_files import parse_samples, write_samples
+from lora_store.share import PoolShare
 from lora_store.snapshot import ActiveEncoder, Snapshot
 from lora_store.staging import Staged, staged_record
 from lora_store.upkeep import BlobCheck, Collected, Upkeep
@@ -69,13 +78,15 @@ class LoraStore:
         tags: Collection[str] = (),
         template: str | None = None,
         visibility: Visibility = "public",
+        keeps_visibility: bool = False,
         source: str | None = None,
         module_shapes: Shapes | None = None,
     ) -> Staged:
         """The folder's version, checked, its blobs written and held until `commit` or `discard`.
 
         Name and source default to the folder's name. `module_shapes`: (out, in) of each linear layer an adapter may
-        change; None = not checked. Raises: AdapterRefused with every reason; then nothing was written.
+        change; None = not checked. `keeps_visibility`: `visibility` is for a new name only, an update stays as the live
+        version is. Raises: AdapterRefused with every reason; then nothing was written.
         """
         label = Label(folder.name if name is None else name, tenant, tuple(sorted(set(tags))), template, visibility)
         admitted = check_folder(
@@ -95,15 +106,17 @@ class LoraStore:
             num_bytes=len(weights),
             source=folder.name if source is None else source,
         )
-        return self._held(record, lambda: self._write(weights, samples, admitted.samples))
+        staged = self._held(record, lambda: self._write(weights, samples, admitted.samples))
+        return replace(staged, keeps_visibility=keeps_visibility)
 
     def restage(self, record: AdapterRecord) -> Staged:
         """A version the catalogue keeps as if it were staged again: held, its blobs there, its samples read.
 
+        Its name keeps the visibility it has when it is committed, whatever the version had.
         Raises: AdapterNotFound when its blobs are gone; BlobCorrupted.
         """
-        bare = replace(record, embedding=None, probe_shift=None, actor="", generation=0)
-        return self._held(bare, lambda: self._find(record))
+        bare = replace(record, embedding=None, probe_shift=None, actor="", generation=0, approved=False)
+        return replace(self._held(bare, lambda: self._find(record)), keeps_visibility=True)
 
     def commit(
         self,
@@ -112,14 +125,16 @@ class LoraStore:
         probe_shifts: Sequence[float | None],
         actor: str,
         standing: Standing = "any",
+        share: PoolShare | None = None,
     ) -> int:
         """The generation at which all of `staged` is live; `embeddings` and `probe_shifts` run along with it.
 
         What is live already, the same in digest, visibility and encoder, is not written again. On success the holds
         have ended; after an error they stand, for another try or `discard`.
-        `standing`: what the versions must be in the newest state; "live" needs no hold.
-        Raises: AdapterRefused when a public name belongs to another tenant; VersionConflict; AdapterNotFound when it
-        was staged so long ago that its hold died and its blobs went, or is not kept although it should be.
+        `standing`: what the versions must be in the newest state; "live" needs no hold, and changes no visibility.
+        `share`: what their tenant may hold at most, judged on the newest state.
+        Raises: PublicNameTaken; PoolShareExceeded; VersionConflict; AdapterNotFound when it was staged so long ago that
+        its hold died and its blobs went, or is not kept although it should be.
         """
         created_at = self._now()
         records = [
@@ -128,7 +143,10 @@ class LoraStore:
         ]
         held = () if standing == "live" else staged
         renewed = [self.restage(item.record) for item in held if not self._holds.is_safe(item.hold)]
-        generation = self._catalogue.commit(lambda snapshot: publish_events(snapshot, records, standing))
+        keeping = {(i.ref.tenant, i.ref.name) for i in staged if i.keeps_visibility or standing == "live"}
+        generation = self._catalogue.commit(
+            lambda snapshot: publish_events(snapshot, records, standing, keeping=keeping, share=share)
+        )
         self._end_quietly([item.hold for item in (*staged, *renewed)])
         return generation
 
@@ -152,6 +170,19 @@ class LoraStore:
 
         generation = self._catalogue.commit(events)
         return Withdrawn(generation, tuple(gone))
+
+    def set_visibility(self, tenant: str, name: str, visibility: Visibility, actor: str) -> int:
+        """The generation at which the name is so. Raises: AdapterNotFound, PublicNameTaken, VersionConflict."""
+        at = self._now()
+        return self._catalogue.commit(lambda snap: visibility_events(snap, (tenant, name), visibility, actor, at))
+
+    def approve(self, refs: Sequence[AdapterRef], actor: str) -> int:
+        """The generation from which `auto` may choose these public versions for every tenant.
+
+        Raises: AdapterNotFound for one that is not the live version, or not public; VersionConflict.
+        """
+        at = self._now()
+        return self._catalogue.commit(lambda snapshot: approve_events(snapshot, refs, actor, at))
 
     def add_embeddings(self, embeddings: Mapping[AdapterRef, Embedding]) -> int:
         """The generation at which what is still live of these has its embedding, for an encoder to be activated."""

@@ -79,9 +79,10 @@ class DoctorStep:
 
 
 def examine(pool: Pool, tenant: str, samples: SampleSource, top_k: int = 3) -> Iterator[DoctorStep]:
-    """Ask by every sample of what `tenant` sees, a step for each adapter, and report on the whole."""
+    """Ask by every sample of what `auto` may choose for `tenant`, a step for each adapter, and report on the whole."""
     examination = _Examination(pool, pool.allowed(tenant), top_k)
-    records = [r for r in pool.snapshot.visible_to(tenant) if r.encoder == pool.encoder.identity]
+    embedded = [record for record in pool.snapshot.visible_to(tenant) if record.encoder == pool.encoder.identity]
+    records = [record for record in embedded if pool.index.offers(record, tenant)]
     for number, record in enumerate(records, start=1):
         examination.ask_by(record, read_samples(samples, record))
         yield DoctorStep(number, len(records))

@@ -37,6 +37,7 @@ class IndexSettings:
     exact_rows: int = 20_000  # up to so many are searched one by one
     side_rows: int = 5_000  # so many new ones may stand beside the lists before these are trained anew
     num_probes: int = 64  # lists read by a search
+    requires_approval: bool = False  # a public adapter is found by other tenants only once it is approved
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +61,12 @@ class AdapterIndex:
         self,
         table: AdapterTable,
         alive: Mask,
-        public_levels: LevelCounts,
+        open_levels: LevelCounts,
         lists: InvertedLists | None,
         settings: IndexSettings,
     ) -> None:
         """`alive` (P,): which of the table's first P rows this generation has."""
-        self._table, self._alive, self._public_levels = table, alive, public_levels
+        self._table, self._alive, self._open_levels = table, alive, open_levels
         self._vectors: Vectors = table.vectors.view()[: len(alive)]
         self._lists, self._settings = lists, settings
         self.num_live = int(alive.sum())
@@ -79,10 +80,12 @@ class AdapterIndex:
         lists: InvertedLists | None = None,
     ) -> Self:
         """`records` stand at their own places in the order given. Each has an embedding of `dim` dimensions."""
-        table = AdapterTable(dim, len(records))
+        settings = settings or IndexSettings()
+        table = AdapterTable(dim, len(records), requires_approval=settings.requires_approval)
         table.append(records)
         alive = np.ones(len(records), np.bool_)
-        return cls(table, alive, _public_levels(records), lists, settings or IndexSettings())
+        levels = _open_levels(records, settings)
+        return cls(table, alive, levels, lists, settings)
 
     def after(self, gone: Iterable[Key], new: Sequence[AdapterRecord]) -> Self:
         """The index without the names `gone` (known or not) and with `new`, at the cost of those and of one bitmap.
@@ -97,7 +100,7 @@ class AdapterIndex:
         alive = np.ones(len(table), np.bool_)
         alive[: len(self._alive)] = self._alive
         alive[found] = False
-        levels = self._public_levels - _public_levels(removed) + _public_levels(new)
+        levels = self._open_levels - _open_levels(removed, self._settings) + _open_levels(new, self._settings)
         return type(self)(table, alive, levels, self._lists, self._settings)
 
     def compacted(self) -> Self:
@@ -108,7 +111,7 @@ class AdapterIndex:
         """The same index with lists over all it has. Takes long. For an index without dead positions."""
         assert self.num_dead == 0
         lists = InvertedLists.train(self._vectors)
-        return type(self)(self._table, self._alive, self._public_levels, lists, self._settings)
+        return type(self)(self._table, self._alive, self._open_levels, lists, self._settings)
 
     @property
     def records(self) -> list[AdapterRecord]:
@@ -159,7 +162,11 @@ class AdapterIndex:
 
     def levels(self, tenant: str) -> LevelCounts:
         """How the samples of what `tenant` may see score, by level."""
-        return self._public_levels + count_levels([self._table.private_levels(tenant, self._alive)])
+        return self._open_levels + count_levels([self._table.own_levels(tenant, self._alive)])
+
+    def offers(self, record: AdapterRecord, tenant: str) -> bool:
+        """Whether a search for `tenant` may find it."""
+        return record.ref.tenant == tenant or record.is_open(requires_approval=self._settings.requires_approval)
 
     def search(self, vectors: Vectors, top_k: int, allowed: Allowed) -> list[list[Match]]:
         """The best `min(top_k, allowed.num)` per query, best first, ties by tenant and name; none for a NaN.
@@ -207,6 +214,7 @@ class AdapterIndex:
         return matches[:num_wanted]
 
 
-def _public_levels(records: Sequence[AdapterRecord]) -> LevelCounts:
-    scores = [r.embedding.own_scores for r in records if r.embedding is not None and r.visibility == "public"]
+def _open_levels(records: Sequence[AdapterRecord], settings: IndexSettings) -> LevelCounts:
+    found = [record for record in records if record.is_open(requires_approval=settings.requires_approval)]
+    scores = [record.embedding.own_scores for record in found if record.embedding is not None]
     return count_levels(score_levels(part) for part in scores)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from lora_store.adapter import LOCAL_TENANT, Sample
+from lora_store.adapter import Sample
 from lora_store.plan import Plan, Strategy
 from lora_store.records import AdapterRecord, Embedding
 from retriever_svc.doctor import DoctorStep, examine
@@ -140,8 +140,8 @@ class Retriever:
         """One embedding per adapter's samples, None where there is no sample."""
         return embed_groups(self._pools.current.encoder, groups)
 
-    def neighbours(self, embedding: Embedding, num_wanted: int, tenant: str = LOCAL_TENANT) -> tuple[Candidate, ...]:
-        """The adapters `tenant` sees that lie nearest, best first; none when another encoder is in force by now."""
+    def neighbours(self, embedding: Embedding, num_wanted: int, tenant: str) -> tuple[Candidate, ...]:
+        """What `auto` may choose for `tenant` that lies nearest, best first; none when another encoder is in force."""
         pool = self._pools.current
         if embedding.encoder != pool.encoder.identity:
             return ()

@@ -19,5 +19,5 @@ def read_samples(source: SampleSource, record: AdapterRecord) -> Sequence[Sample
     try:
         return source(record)
     except (AdapterNotFound, BlobCorrupted) as exc:
-        logger.warning("the samples of %s cannot be read: %s", record.ref, exc)
+        logger.warning("the samples of version %s cannot be read: %s", record.ref.digest, exc)
         return None

@@ -24,13 +24,14 @@ class AdapterTable:
     `positions`, for the writer alone: where each name's newest version stands.
     """
 
-    def __init__(self, dim: int, num_rows: int = 0) -> None:
+    def __init__(self, dim: int, num_rows: int = 0, *, requires_approval: bool = False) -> None:
         """Empty, with room for `num_rows` of `dim` dimensions."""
         self.dim = dim
+        self._requires_approval = requires_approval
         self.records: list[AdapterRecord] = []
         self.positions: dict[Key, int] = {}
         self.vectors = GrowingArray(np.float32, (dim,), num_rows=num_rows)  # unit rows
-        self.public = GrowingArray(np.bool_, num_rows=num_rows)
+        self.open = GrowingArray(np.bool_, num_rows=num_rows)  # found by every tenant
         self._owners = GrowingArray(np.int32, num_rows=num_rows)
         self._owner_codes: dict[str, int] = {}
         self._levels = GrowingArray(np.int16)  # of all own scores, adapter after adapter
@@ -42,7 +43,7 @@ class AdapterTable:
 
     @property
     def num_bytes(self) -> int:
-        columns = [self.vectors, self.public, self._owners, self._levels, self._level_ends, *self._tagged.values()]
+        columns = [self.vectors, self.open, self._owners, self._levels, self._level_ends, *self._tagged.values()]
         return sum(column.num_bytes for column in columns)
 
     def append(self, records: Sequence[AdapterRecord]) -> None:
@@ -56,7 +57,7 @@ class AdapterTable:
         first = len(self)
         self.records.extend(records)
         self.vectors.append(unit_rows(np.stack([embedding.vector for embedding in embeddings])))
-        self.public.append(np.asarray([record.visibility == "public" for record in records]))
+        self.open.append(np.asarray([record.is_open(requires_approval=self._requires_approval) for record in records]))
         levels = [score_levels(embedding.own_scores) for embedding in embeddings]
         self._levels.append(np.concatenate(levels))
         self._level_ends.append(len(self._levels) - sum(map(len, levels)) + np.cumsum([len(part) for part in levels]))
@@ -74,10 +75,10 @@ class AdapterTable:
             self._tagged.setdefault(tag, GrowingArray(np.int64)).append(np.asarray(positions))
 
     def visible(self, tenant: str, count: int) -> Mask:
-        """Which of the first `count` rows `tenant` may see: its own and the public ones."""
+        """Which of the first `count` rows `tenant` may find: its own and the open ones."""
         owners = self._owners.view()[:count]
         own: Mask = owners == self._owner_codes.get(tenant, -1)
-        own |= self.public.view()[:count]
+        own |= self.open.view()[:count]
         return own
 
     def tagged(self, tags: Collection[str], count: int) -> Mask:
@@ -92,13 +93,13 @@ class AdapterTable:
             mask &= having
         return mask
 
-    def private_levels(self, tenant: str, alive: Mask) -> NDArray[np.int16]:
-        """The levels of all own scores of `tenant`'s private adapters among the `alive` ones."""
+    def own_levels(self, tenant: str, alive: Mask) -> NDArray[np.int16]:
+        """The levels of all own scores of what `tenant` alone finds among the `alive` ones."""
         count = len(alive)
-        private = alive & ~self.public.view()[:count] & self.visible(tenant, count)
-        if not private.any():
+        own = alive & ~self.open.view()[:count] & self.visible(tenant, count)
+        if not own.any():
             return np.empty(0, np.int16)
         ends = self._level_ends.view()[:count]
         lengths = np.diff(ends, prepend=0)
-        levels: NDArray[np.int16] = self._levels.view()[: ends[-1]][np.repeat(private, lengths)]
+        levels: NDArray[np.int16] = self._levels.view()[: ends[-1]][np.repeat(own, lengths)]
         return levels

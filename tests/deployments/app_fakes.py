@@ -36,11 +36,14 @@ from lora_store import (
     Key,
     Plan,
     PlannedAdapter,
+    PoolShare,
+    PublicNameTaken,
     Sample,
     Snapshot,
     Staged,
     Standing,
     Strategy,
+    Visibility,
     Withdrawn,
 )
 from retriever_svc import Candidate, DoctorStep, Page, PageRequest, PinnedAdapter, ReindexStep, Route, RouteRequest
@@ -59,15 +62,22 @@ def digest_of(text: str) -> str:
 
 
 def adapter(
-    name: str, *, version: str = "", template: str | None = None, samples: bool = True, generation: int = 1
+    name: str,
+    *,
+    version: str = "",
+    template: str | None = None,
+    samples: bool = True,
+    generation: int = 1,
+    tenant: str = "local",
+    visibility: Visibility = "public",
 ) -> AdapterRecord:
     """A record as the catalogue would hold it; another `version` is another digest and other weights."""
     vector = np.array([1.0, 0.0], np.float32)
     return AdapterRecord(
-        ref=AdapterRef("local", name, digest_of(f"version {name} {version}")),
+        ref=AdapterRef(tenant, name, digest_of(f"version {name} {version}")),
         weights_digest=digest_of(f"weights {name} {version}"),
         samples_digest=digest_of(f"samples {name}") if samples else None,
-        visibility="public",
+        visibility=visibility,
         tags=(version,) if version else (),
         base_model=BASE,
         ranks=(2, 4),
@@ -158,9 +168,10 @@ class FakeRetriever:
 
     async def record(self, tenant: str, name: str) -> tuple[int, list[AdapterRecord]]:
         record = self._snapshot.resolve(tenant, name)
-        return 7, [record, adapter(name, version="older", generation=0)]
+        return 7, [record, adapter(record.ref.name, version="older", generation=0)]
 
-    async def embed(self, groups: Sequence[Sequence[Sample]]) -> list[Embedded | None]:
+    async def embed(self, groups: Sequence[Sequence[Sample]], tenants: Sequence[str]) -> list[Embedded | None]:
+        assert len(groups) == len(tenants)
         if self.unfit is not None:
             raise self.unfit
         near = (Candidate(POOL[0].ref, 0.25),)
@@ -213,8 +224,10 @@ class FakeStore:
         if name.startswith("gone"):
             raise SourceMissing(name)
         version = upload.tags[0] if upload.tags else ""
-        record = adapter(name, version=version, samples=not name.startswith("bare"))
-        return self._hold(replace(record, embedding=None, template=upload.template))
+        record = adapter(name, version=version, samples=not name.startswith("bare"), tenant=upload.tenant)
+        record = replace(record, visibility=upload.visibility or upload.default_visibility)
+        staged = self._hold(replace(record, embedding=None, template=upload.template))
+        return replace(staged, keeps_visibility=upload.visibility is None)
 
     async def restage(self, record: AdapterRecord) -> Staged:
         self._fail("restage")
@@ -227,13 +240,14 @@ class FakeStore:
         shifts: Sequence[float | None],
         actor: str,
         standing: Standing = "any",
+        share: PoolShare | None = None,
     ) -> int:
         self._fail("commit")
         if standing == "kept" and any(item.ref not in self._kept(item.ref) for item in staged):
             raise AdapterNotFound(staged[0].ref.name)
         for item in staged:
             if item.ref.name.startswith("taken"):
-                raise AdapterRefused(item.ref.name, ["the public name belongs to another tenant"])
+                raise PublicNameTaken(item.ref.name, ["the public name belongs to another tenant"])
         self.generation += 1
         for item, embedding in zip(staged, embeddings, strict=True):
             if standing == "live" and self._kept(item.ref)[:1] != [item.ref]:
@@ -241,13 +255,15 @@ class FakeStore:
             record = replace(item.record, generation=self.generation, embedding=embedding)
             older = [old for old in self.live.get(_key_of(record), ()) if old.ref != record.ref]
             self.live[_key_of(record)] = (record, *older)[:KEPT_VERSIONS]
-        self.held = [item for item in self.held if item not in staged]
+        holds = {item.hold for item in staged}
+        self.held = [item for item in self.held if item.hold not in holds]
         return self.generation
 
     async def discard(self, staged: Sequence[Staged]) -> None:
         self._fail("discard")
-        for item in staged:
-            self.held.remove(item)
+        holds = {item.hold for item in staged}
+        assert holds <= {item.hold for item in self.held}
+        self.held = [item for item in self.held if item.hold not in holds]
 
     async def withdraw(self, tenant: str, names: Sequence[str], actor: str) -> Withdrawn:
         self._fail("withdraw")
@@ -256,6 +272,23 @@ class FakeStore:
                 raise AdapterNotFound(name)
         self.generation += 1
         return Withdrawn(self.generation, tuple(old for name in names for old in self.live.pop((tenant, name))))
+
+    async def set_visibility(self, tenant: str, name: str, visibility: Visibility, actor: str) -> int:
+        self._fail("set_visibility")
+        kept = self.live.get((tenant, name))
+        if kept is None:
+            raise AdapterNotFound(name)
+        self.generation += 1
+        self.live[tenant, name] = (replace(kept[0], visibility=visibility), *kept[1:])
+        return self.generation
+
+    async def approve(self, refs: Sequence[AdapterRef], actor: str) -> int:
+        self._fail("approve")
+        self.generation += 1
+        for ref in refs:
+            [first, *older] = self.live[ref.tenant, ref.name]
+            self.live[ref.tenant, ref.name] = (replace(first, approved=True), *older)
+        return self.generation
 
     async def add_embeddings(self, embeddings: Mapping[AdapterRef, Embedding]) -> int:
         self._fail("add_embeddings")

@@ -27,6 +27,7 @@ class Script:
     asked: list[tuple[str, str]] = field(default_factory=list)  # method and path
     bodies: list[bytes] = field(default_factory=list)
     content_types: list[str] = field(default_factory=list)
+    authorizations: list[str | None] = field(default_factory=list)
 
     @property
     def sent(self) -> list[Any]:
@@ -40,6 +41,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         script = self.script
         script.asked.append((self.command, self.path))
+        script.authorizations.append(self.headers.get("authorization"))
         script.content_types.append(self.headers.get("content-type") or "")
         script.bodies.append(self.rfile.read(int(self.headers.get("content-length") or 0)))
         status, body = script.answers.pop(0) if len(script.answers) > 1 else script.answers[0]
@@ -48,7 +50,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write((body if isinstance(body, str) else json.dumps(body)).encode())
 
-    do_POST = do_DELETE = do_GET
+    do_POST = do_DELETE = do_PATCH = do_GET
 
     def log_message(self, *_: object) -> None:
         """Keeps the tests' output clean."""

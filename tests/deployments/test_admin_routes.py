@@ -76,7 +76,7 @@ def test_a_reindex_embeds_prepares_every_replica_then_swaps_and_waits_for_all() 
             "activate_encoder",
             "catch_up",
         ]
-        assert served.store.called("activate_encoder") == [("other", "other-encoder", "http")]
+        assert served.store.called("activate_encoder") == [("other", "other-encoder", "local")]
 
     ask(run, retriever=FakeRetriever(steps=[[step(1, 2, POET), step(2, 2, CODER)]]))
 
@@ -156,7 +156,7 @@ def test_an_error_after_the_first_line_is_the_last_line(job: str) -> None:
 def test_leaving_a_job_ends_the_work_of_its_replica() -> None:
     async def run() -> None:
         served = serve_plainly()
-        lines = pool_jobs.verify(served.ingress.pool)
+        lines = pool_jobs.verify(served.ingress.pool, "local")
         await anext(lines)
         response = served.store.responses[-1]
         assert response.num_cancels == 0

@@ -51,6 +51,18 @@ def test_what_was_said_of_the_adapter_goes_along(tmp_path: Path) -> None:
     assert server.sent == [{"adapters": [expected]}]
 
 
+@pytest.mark.parametrize(
+    ("said", "sent"), [((), {}), (("--public",), {"visibility": "public"}), (("--private",), {"visibility": "private"})]
+)
+def test_who_may_find_it_is_said_where_the_publisher_says_it(
+    tmp_path: Path, said: tuple[str, ...], sent: dict[str, str]
+) -> None:
+    [poet] = adapters(tmp_path, "poet")
+    with scripted((201, batch(answer("poet")))) as server:
+        run("publish", poet, *said, "--url", server.url)
+    assert server.sent == [{"adapters": [{"path": str(poet)} | sent]}]
+
+
 def test_a_folder_of_adapters_means_all_of_them_in_few_requests(tmp_path: Path) -> None:
     folders = adapters(tmp_path, *[f"a{number:03}" for number in range(70)])
     names = [folder.name for folder in folders]

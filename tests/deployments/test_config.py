@@ -161,3 +161,17 @@ def test_an_empty_file_and_no_file_are_the_defaults(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text("# nothing\n")
     assert load_config(file) == load_config(None) == AppConfig()
+
+
+def test_a_keys_file_is_named_from_where_the_server_starts_and_its_links_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "real.json").write_text("[]")
+    (tmp_path / "keys.json").symlink_to("real.json")
+    monkeypatch.chdir(tmp_path)
+    assert AppConfig(keys_file=Path("keys.json")).keys_file == tmp_path / "keys.json"
+
+
+def test_with_keys_a_new_adapter_is_private_unless_its_publisher_says_otherwise() -> None:
+    assert AppConfig().default_visibility == "public"
+    assert AppConfig(keys_file=Path("keys.json")).default_visibility == "private"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 from collections.abc import Iterator
 
@@ -24,6 +25,9 @@ INVALID, OVERLOADED = "invalid_request_error", "overloaded_error"
 EXPECTED = [
     (api_errors.RequestInvalid("lora: no", "lora"), 400, INVALID, "invalid_request"),
     (api_errors.Unsupported("tools", "it"), 400, INVALID, "unsupported"),
+    (api_errors.KeyRefused("no key"), 401, INVALID, "invalid_api_key"),
+    (api_errors.RoleMissing("key-1", "admin"), 403, "permission_error", "role_missing"),
+    (api_errors.RateLimited("9 requests per minute", 2.0), 429, "rate_limit_error", "rate_limit_exceeded"),
     (api_errors.ModelNotFound("x"), 404, "not_found_error", "model_not_found"),
     (store_errors.AdapterNotFound("x"), 404, "not_found_error", "model_not_found"),
     (api_errors.VersionNotKept("x", "a" * 8, ["b" * 64]), 404, "not_found_error", "version_not_found"),
@@ -37,6 +41,8 @@ EXPECTED = [
     (api_errors.UploadsBusy(9), 503, OVERLOADED, "uploads_busy"),
     (api_errors.ServerOverloaded(9), 429, OVERLOADED, "server_overloaded"),
     (api_errors.NotReady("wait"), 503, OVERLOADED, "not_ready"),
+    (store_errors.PublicNameTaken("x", ["it is taken"]), 409, INVALID, "name_taken"),
+    (store_errors.PoolShareExceeded("adapters", 4, 3), 403, "permission_error", "pool_share_exceeded"),
     (store_errors.AdapterRefused("x", ["a", "b"]), 400, INVALID, "adapter_refused"),
     (store_errors.PlanInvalid("plan"), 400, INVALID, "plan_invalid"),
     (store_errors.VersionConflict(3), 503, OVERLOADED, "version_conflict"),
@@ -98,7 +104,10 @@ def test_an_error_maps_as_stated_from_here_and_from_a_replica(
         assert found == status
         param = getattr(error, "param", None)
         assert body == {"error": {"message": str(error), "type": type_, "param": param, "code": code}}
-        assert error_response(raised).headers.get("retry-after") == ("1" if status in (429, 503) else None)
+        headers = error_response(raised).headers
+        expected = str(math.ceil(getattr(error, "retry_after_s", 1))) if status in (429, 503) else None
+        assert headers.get("retry-after") == expected
+        assert headers.get("www-authenticate") == {401: "Bearer"}.get(status)
 
 
 @pytest.mark.parametrize(("error", "status", "type_", "code"), RAYS_OWN, ids=lambda value: type(value).__name__)

@@ -251,7 +251,20 @@ def test_the_preload_is_published_in_batches_of_one_commit_each(tmp_path: Path) 
     served = asyncio.run(run())
     commits = served.store.called("commit")
     assert [len(staged) for staged, *_ in commits] == [32, 1]
-    assert {actor for *_, actor, _ in commits} == {"preload"}
+    assert {actor for _, _, _, actor, *_ in commits} == {"preload"}
+
+
+@pytest.mark.parametrize("requires_approval", [False, True])
+def test_what_the_operator_preloads_is_approved_where_that_is_asked_for(
+    tmp_path: Path, requires_approval: bool
+) -> None:
+    async def run() -> Served:
+        served = serve_plainly(preload=preload_of(tmp_path, "a", "b"), public_requires_approval=requires_approval)
+        await served.ingress.preload.wait()
+        return served
+
+    approved = [(ref.name, actor) for refs, actor in asyncio.run(run()).store.called("approve") for ref in refs]
+    assert approved == ([("a", "preload"), ("b", "preload")] if requires_approval else [])
 
 
 def test_the_api_describes_itself() -> None:

@@ -103,7 +103,7 @@ def test_results_come_in_the_order_of_the_uploads_and_a_refusal_hurts_no_other()
 def test_all_that_is_good_is_live_by_one_commit() -> None:
     publishing = Publishing()
     outcomes = publishing("bad", "poet", "mute", "bare")
-    [(staged, embeddings, shifts, actor, _)] = publishing.store.called("commit")
+    [(staged, embeddings, shifts, actor, *_)] = publishing.store.called("commit")
     assert [item.ref.name for item in staged] == ["poet", "bare"]
     assert [None if embedding is None else embedding.encoder for embedding in embeddings] == [ENCODER, None]
     assert (shifts, actor) == ([0.5, 0.25], "tester")
@@ -118,7 +118,7 @@ def test_many_are_embedded_in_batches_and_live_by_one_commit() -> None:
     publishing = Publishing()
     names = [f"a{number:03}" for number in range(2 * EXAMINED_TOGETHER + 1)]
     assert [published.ref.name for published in live(publishing(*names))] == names
-    assert [len(groups) for (groups,) in publishing.retriever.called("embed")] == [32, 32, 1]
+    assert [len(groups) for groups, _ in publishing.retriever.called("embed")] == [32, 32, 1]
     assert [len(staged) for staged, *_ in publishing.store.called("commit")] == [len(names)]
 
 
@@ -126,7 +126,7 @@ def test_each_step_sees_what_the_step_before_let_through() -> None:
     publishing = Publishing()
     publishing("bad", "poet", "bare")
     assert [given for _, given in publishing.store.called("stage")] == [SHAPES] * 3
-    assert publishing.retriever.called("embed") == [([(Sample("one"), Sample("two")), ()],)]
+    assert publishing.retriever.called("embed") == [([(Sample("one"), Sample("two")), ()], ["local", "local"])]
     probed = [adapter(name).weights_digest for name in ("poet", "bare")]
     assert publishing.worker.called("probe_many") == [(probed,)]
 
@@ -370,7 +370,7 @@ def test_a_rollback_is_a_publish_of_the_version_before() -> None:
     published = publishing.rollback()
     assert (published.ref, published.generation) == (adapter("poet", version="1").ref, 8)
     assert publishing.live_digests["poet"] == [adapter("poet", version=version).ref.digest for version in "12"]
-    assert publishing.retriever.called("embed") == [([(Sample("one"), Sample("two"))],)]
+    assert publishing.retriever.called("embed") == [([(Sample("one"), Sample("two"))], ["local"])]
     assert publishing.worker.called("probe_many") == [([adapter("poet", version="1").weights_digest],)]
     assert publishing.retriever.called("catch_up") == [(8,)]
     assert publishing.pool.held == []

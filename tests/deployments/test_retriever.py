@@ -78,7 +78,7 @@ class Served:
 
     async def embedded(self, *names: str) -> list[AdapterRecord]:
         """Records as a publish would commit them, their samples in the store."""
-        found = await self.replica.embed([SAMPLES[name] for name in names])
+        found = await self.replica.embed([SAMPLES[name] for name in names], ["local"] * len(names))
         return [self._record(name, item.embedding) for name, item in zip(names, found, strict=True) if item is not None]
 
     def _record(self, name: str, embedding: Embedding) -> AdapterRecord:
@@ -124,12 +124,12 @@ def test_a_replica_is_at_the_newest_generation_before_it_is_ready(tmp_path: Path
 
 def test_adapters_are_embedded_together_with_the_neighbours_they_have_now(tmp_path: Path) -> None:
     async def scenario(here: Served) -> None:
-        german, none = await here.replica.embed([SAMPLES["german"], []])
+        german, none = await here.replica.embed([SAMPLES["german"], []], ["local", "local"])
         assert none is None
         assert german is not None
         assert (german.neighbours, len(german.embedding.own_scores)) == ((), 2)
         await here.replica.catch_up(here.publish(*await here.embedded("german", "sums")))
-        [again] = await here.replica.embed([SAMPLES["german"]])
+        [again] = await here.replica.embed([SAMPLES["german"]], ["local"])
         assert again is not None
         assert [candidate.ref.name for candidate in again.neighbours] == ["german", "sums"]
         assert again.neighbours[0].score == pytest.approx(1, abs=1e-5)
@@ -157,6 +157,30 @@ def test_a_read_that_names_a_generation_catches_up_first(tmp_path: Path, read: s
         with pytest.raises(StaleIndex) as caught:
             await ask(generation + 1)
         assert (caught.value.wanted, caught.value.found) == (generation + 1, generation)
+
+    run(tmp_path, scenario)
+
+
+def test_of_anothers_adapter_neither_its_source_nor_who_published_it_is_told(tmp_path: Path) -> None:
+    async def scenario(here: Served) -> None:
+        public = record_of("poet", None, tenant="acme")
+        await here.replica.catch_up(here.publish(public, record_of("diary", None, tenant="acme", visibility="private")))
+        for tenant, told in (("acme", ("test", "test")), ("other", ("poet", ""))):
+            _, [*_, listed] = await here.replica.records(tenant)
+            _, [shown] = await here.replica.record(tenant, "poet")
+            assert [(record.source, record.actor) for record in (listed, shown)] == [told, told]
+        assert [record.ref.name for record in (await here.replica.records("other"))[1]] == ["poet"]
+
+    run(tmp_path, scenario)
+
+
+def test_neighbours_are_those_the_publishing_tenant_sees(tmp_path: Path) -> None:
+    async def scenario(here: Served) -> None:
+        [german] = await here.embedded("german")
+        theirs = replace(german, ref=replace(german.ref, tenant="acme"), visibility="private")
+        await here.replica.catch_up(here.publish(theirs))
+        found = await here.replica.embed([SAMPLES["german"]] * 2, ["acme", "other"])
+        assert [len(item.neighbours) for item in found if item is not None] == [1, 0]
 
     run(tmp_path, scenario)
 
@@ -280,7 +304,7 @@ def test_a_reindex_streams_embeddings_and_the_activation_swaps_the_encoder(tmp_p
         await here.replica.catch_up(here.catalogue.commit(lambda snapshot: activate))
         after = await here.replica.index_stats()
         assert (after.encoder, after.num_live, after.generation) == (identity, 2, 3)
-        [german] = await here.replica.embed([SAMPLES["german"]])
+        [german] = await here.replica.embed([SAMPLES["german"]], ["local"])
         assert german is not None
         assert (german.embedding.encoder, german.neighbours[0].ref.name) == (identity, "german")
 

@@ -410,8 +410,8 @@ def test_no_samples_no_embedding() -> None:
 
 def test_an_embedding_by_another_encoder_has_no_neighbours_here() -> None:
     retriever = retriever_of(*POOL)
-    assert [c.ref.name for c in retriever.neighbours(embedding_of(EAST), 2)] == ["e", "ne"]
-    assert retriever.neighbours(embedding_of((1.0, 0.0, 0.0), encoder="another"), 2) == ()
+    assert [c.ref.name for c in retriever.neighbours(embedding_of(EAST), 2, LOCAL_TENANT)] == ["e", "ne"]
+    assert retriever.neighbours(embedding_of((1.0, 0.0, 0.0), encoder="another"), 2, LOCAL_TENANT) == ()
 
 
 FAMILIES = {
@@ -457,6 +457,6 @@ def test_prompts_find_the_adapter_of_their_task() -> None:
     routes = retriever.route([RouteRequest(text, strategy="selection") for _, text in asked])
     assert [names(route) for route in routes if isinstance(route, Route)] == [[name] for name, _ in asked]
     assert route_one(retriever, "zxqv 0x7f segfault in kernel module, dmesg attached").abstained
-    neighbours = retriever.neighbours(empty.embed(samples["sentiment"]), 2)
+    neighbours = retriever.neighbours(empty.embed(samples["sentiment"]), 2, LOCAL_TENANT)
     assert neighbours[0].ref.name == "sentiment"
     assert neighbours[0].score == pytest.approx(1, abs=1e-5)

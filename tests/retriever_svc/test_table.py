@@ -55,7 +55,7 @@ def test_levels_of_a_tenants_private_adapters_equal_a_slow_loop(step: int) -> No
                 for record, lives in zip(records[:count], alive, strict=False)
                 if lives and record.embedding and record.visibility == "private" and record.ref.tenant == tenant
             ]
-            found = table.private_levels(tenant, alive[:count])
+            found = table.own_levels(tenant, alive[:count])
             np.testing.assert_array_equal(found, np.concatenate([np.empty(0, np.int16), *expected]))
 
 

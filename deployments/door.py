@@ -1,0 +1,44 @@
+"""Where requests come in: who asks, and whether there is room for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from deployments.callers import LOCAL_CALLER, Caller
+from deployments.config import AppConfig
+from deployments.errors import KeyRefused
+from deployments.key_file import KeyFile
+from deployments.key_limits import Limiter, Meter
+
+_SCHEME = "bearer"
+
+
+class Door:
+    """One for each Ingress replica. Without a keys file everybody is the local caller.
+
+    Raises: ValueError, OSError: the keys file cannot be used.
+    """
+
+    def __init__(self, config: AppConfig, limiter: Limiter | None = None) -> None:
+        self._keys = None if config.keys_file is None else KeyFile(config.keys_file)
+        self._limiter = limiter or Limiter(config.ingress_scaling.max_replicas)
+
+    def enter(self, authorization: str | None) -> Caller:
+        """Who makes one more request with this `Authorization` header. Raises: KeyRefused, RateLimited."""
+        if self._keys is None:
+            return LOCAL_CALLER
+        scheme, _, key = (authorization or "").strip().partition(" ")
+        if scheme.lower() != _SCHEME or not key:
+            raise KeyRefused("this server takes a key, as `Authorization: Bearer KEY`")
+        caller = self._keys.find(key.strip())
+        if caller is None:
+            raise KeyRefused("the key is not one of this server's")
+        self._limiter.count_request(caller)
+        return caller
+
+    @contextmanager
+    def running(self, caller: Caller, num_tokens: int) -> Iterator[Meter]:
+        """What generates runs within. Raises: RateLimited, RequestInvalid."""
+        with self._limiter.running(caller, num_tokens) as meter:
+            yield meter

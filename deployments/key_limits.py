@@ -1,0 +1,108 @@
+"""What each key has used: requests, tokens, and what is running, as this Ingress replica sees it.
+
+Replicas do not talk about it. Each gives out its part, 1 / replicas of a rate and ceil(limit / replicas) of what may
+run at once, so a limit holds approximately: less than it passes where a key's requests fall unevenly on the replicas,
+and up to replicas - 1 more may run at once.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from deployments.callers import Caller, KeyLimits
+from deployments.errors import RateLimited, RequestInvalid
+from deployments.token_bucket import TokenBucket
+
+_BUSY_RETRY_S = 1.0
+_MAX_IDLE_ACCOUNTS = 1024  # keys come and go with their file
+
+
+@dataclass
+class Meter:
+    """The tokens one request has used so far, over all of its answers."""
+
+    _used: dict[str, int] = field(default_factory=dict)
+
+    def saw(self, answer_id: str, num_prompt_tokens: int, num_new_tokens: int) -> None:
+        self._used[answer_id] = num_prompt_tokens + num_new_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self._used.values())
+
+
+@dataclass
+class _Account:
+    limits: KeyLimits
+    requests: TokenBucket | None
+    tokens: TokenBucket | None
+    max_running: float
+    num_running: int = 0
+
+
+class Limiter:
+    """The limits of all keys, on one event loop. The same key with other limits begins anew."""
+
+    def __init__(self, num_replicas: int, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._num_replicas, self._clock = num_replicas, clock
+        self._accounts: dict[str, _Account] = {}
+
+    def count_request(self, caller: Caller) -> None:
+        """Raises: RateLimited: the key has made as many as it may."""
+        bucket = self._account(caller).requests
+        if bucket is not None and (wait_s := bucket.take(1)) > 0:
+            raise RateLimited(f"{caller.limits.requests_per_minute} requests per minute", wait_s)
+
+    @contextmanager
+    def running(self, caller: Caller, num_tokens: int) -> Iterator[Meter]:
+        """One request runs within, with `num_tokens` reserved; what it used by its end is what counts.
+
+        Raises: RateLimited; RequestInvalid: the request alone is more than the key may use.
+        """
+        account, meter = self._account(caller), Meter()
+        if account.num_running >= account.max_running:
+            raise RateLimited(f"{caller.limits.concurrent_requests} requests at once", _BUSY_RETRY_S)
+        if account.tokens is not None:
+            self._reserve(caller, account.tokens, num_tokens)
+        account.num_running += 1
+        try:
+            yield meter
+        finally:
+            account.num_running -= 1
+            if account.tokens is not None:
+                account.tokens.settle(num_tokens, meter.num_tokens)
+
+    def _reserve(self, caller: Caller, bucket: TokenBucket, num_tokens: int) -> None:
+        if num_tokens > bucket.per_minute:
+            raise RequestInvalid(
+                f"the prompt and its new tokens may be {num_tokens} tokens, and the key may use"
+                f" {int(bucket.per_minute)} per minute: ask for fewer new tokens",
+                "max_tokens",
+            )
+        if (wait_s := bucket.take(num_tokens)) > 0:
+            raise RateLimited(f"{caller.limits.tokens_per_minute} tokens per minute", wait_s)
+
+    def _account(self, caller: Caller) -> _Account:
+        account = self._accounts.get(caller.key_id)
+        if account is None or account.limits != caller.limits:
+            self._forget_idle()
+            account = self._accounts[caller.key_id] = self._opened(caller.limits)
+        return account
+
+    def _opened(self, limits: KeyLimits) -> _Account:
+        def bucket(per_minute: int | None) -> TokenBucket | None:
+            if per_minute is None:
+                return None
+            return TokenBucket(max(1.0, per_minute / self._num_replicas), clock=self._clock)
+
+        at_once = limits.concurrent_requests
+        max_running = math.inf if at_once is None else math.ceil(at_once / self._num_replicas)
+        return _Account(limits, bucket(limits.requests_per_minute), bucket(limits.tokens_per_minute), max_running)
+
+    def _forget_idle(self) -> None:
+        if len(self._accounts) >= _MAX_IDLE_ACCOUNTS:
+            self._accounts = {key: account for key, account in self._accounts.items() if account.num_running}

@@ -1,0 +1,240 @@
+"""What one tenant can learn of another's private adapters: nothing, however it asks."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import statistics
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from deployments.uploads import FolderUpload
+from retriever_svc import IndexSettings
+from tests.deployments.two_tenants import TENANTS, WORDS, TwoTenants, plans_of, two_tenants
+from tests.soak import Scale
+
+EXACT = IndexSettings()
+BY_LISTS = IndexSettings(exact_rows=0, side_rows=0, num_probes=1)
+NUM_PRIVATE = 50
+
+
+def run(
+    folder: Path, scenario: Callable[[TwoTenants], Coroutine[Any, Any, None]], num_private: int = 3, **options: Any
+) -> None:
+    async def main() -> None:
+        async with two_tenants(folder, num_private, **options) as tenants:
+            await scenario(tenants)
+
+    asyncio.run(main())
+
+
+Request = tuple[str, str, dict[str, Any]]  # method, path, JSON body
+
+
+def searching(prompt: str) -> Iterator[Request]:
+    """All that finds adapters by a prompt."""
+    lora = {"explain": True, "k": 16}
+    message = [{"role": "user", "content": prompt}]
+    yield "POST", "/v1/chat/completions", {"messages": message, "lora": lora}
+    yield "POST", "/v1/route", {"prompt": [prompt, "hello"], "lora": lora}
+    yield "POST", "/v1/completions", {"prompt": prompt, "lora": lora | {"strategy": "selection"}}
+    yield "POST", "/v1/chat/completions", {"messages": message, "lora": {"fallback": "error", "min_score": 0.999}}
+
+
+def listing() -> Iterator[Request]:
+    yield "GET", "/v1/models", {}
+    yield "GET", "/v1/loras", {}
+    yield "POST", "/v1/pool/doctor", {}
+    yield "POST", "/v1/pool/verify", {}
+    yield "GET", "/ready", {}
+
+
+def naming(name: str, owner: str) -> Iterator[Request]:
+    """All that takes an adapter's name, in every form of it."""
+    chat = {"messages": [{"role": "user", "content": "hi"}]}
+    for form in (name, f"{owner}/{name}", f"{owner}/{name}@{'0' * 8}"):
+        yield "POST", "/v1/chat/completions", chat | {"model": form}
+        yield "POST", "/v1/completions", {"prompt": "hi", "model": f"tiny-base:{form}"}
+        yield "POST", "/v1/completions", {"prompt": "hi", "lora": {"adapters": [{"name": form}]}}
+        yield "POST", "/v1/route", {"prompt": "hi", "lora": {"adapters": [{"name": form}, {"name": "open-acme"}]}}
+        yield "GET", f"/v1/models/{form}", {}
+        yield "GET", f"/v1/loras/{form}", {}
+        yield "DELETE", f"/v1/loras/{form}", {}
+        yield "PATCH", f"/v1/loras/{form}", {"visibility": "public"}
+        yield "POST", f"/v1/loras/{form}/rollback", {}
+        yield "POST", "/v1/unload_lora_adapter", {"lora_name": form}
+        if "@" not in form:
+            yield "POST", f"/v1/loras/{form}/approve", {}
+
+
+async def answer_to(tenants: TwoTenants, tenant: str, request: Request) -> httpx.Response:
+    method, path, body = request
+    return await tenants.ask(tenant, method, path, **({"json": body} if method in ("POST", "PATCH") else {}))
+
+
+@pytest.mark.parametrize("index", [EXACT, BY_LISTS], ids=["exact", "lists"])
+def test_prompts_of_anothers_tasks_and_lists_show_nothing_of_it(
+    tmp_path: Path, index: IndexSettings, scale: Scale, caplog: pytest.LogCaptureFixture
+) -> None:
+    num_requests = scale.pick("requests", small=100, full=1000)
+
+    async def look(tenants: TwoTenants) -> None:
+        stats = await tenants.served.retriever.index_stats.remote()
+        assert stats.has_lists is (index is BY_LISTS)
+        seen = set()
+        for number in range(num_requests // 2):
+            for mine, other in itertools.permutations(TENANTS):
+                prompt = tenants.prompts[other][number % NUM_PRIVATE]
+                # Each way to search in turn, for the same prompt at the next round; a list every tenth time.
+                requests = list(listing()) if number % 10 == 9 else list(searching(prompt))
+                request = requests[(number // 10 if number % 10 == 9 else number) % len(requests)]
+                response = await answer_to(tenants, mine, request)
+                tenants.assert_no_leak(mine, response)
+                if request[1].endswith("completions") and response.status_code == 200:
+                    [*_, (job,)] = tenants.served.worker.called("stream")
+                    assert [row.ref.name for row in job.plan.adapters] == [
+                        a["name"] for a in response.json()["lora"]["adapters"]
+                    ]
+                seen.add((request[1], response.status_code))
+                if request[1] == "/v1/route":
+                    # As many as it has: what others have takes no place from it.
+                    assert [len(plan["candidates"]) for plan in plans_of(response)] == [16, 16]
+        assert ("/v1/chat/completions", 422) in seen and ("/v1/loras", 200) in seen
+
+    with caplog.at_level(logging.INFO):
+        run(tmp_path, look, NUM_PRIVATE, index=index)
+    ours = [
+        r.getMessage()
+        for r in caplog.records
+        if r.name.partition(".")[0] in ("deployments", "lora_store", "retriever_svc")
+    ]
+    assert ours
+    assert [line for line in ours if any(word in line for word in WORDS.values())] == []
+
+
+def test_a_private_name_of_another_is_answered_like_a_name_nobody_has(tmp_path: Path) -> None:
+    async def look(tenants: TwoTenants) -> None:
+        for mine, other in itertools.permutations(TENANTS):
+            private, unknown = tenants.names[other][0], "x" * len(tenants.names[other][0])
+            for hit, miss in zip(naming(private, other), naming(unknown, other), strict=True):
+                before = tenants.num_calls()
+                found = await answer_to(tenants, mine, hit)
+                between = tenants.num_calls()
+                missed = await answer_to(tenants, mine, miss)
+                assert found.status_code == missed.status_code >= 400, hit
+                assert found.text.replace(private, unknown) == missed.text, hit
+                assert found.headers == missed.headers, hit
+                assert between - before == tenants.num_calls() - between, hit  # the same work, counted
+        live = tenants.store._store.snapshot()
+        assert sum(record.visibility == "private" for record in live.records.values()) == 6
+
+    run(tmp_path, look)
+
+
+def test_what_is_published_beside_anothers_adapter_tells_nothing_of_it(tmp_path: Path) -> None:
+    """The neighbours, a name that both have, the same bytes, and what is already loaded."""
+
+    async def look(tenants: TwoTenants) -> None:
+        mine, other = TENANTS
+        name = tenants.names[other][0]
+        texts = [tenants.prompts[other][0], f"Again: {tenants.prompts[other][0]}"]
+        same = tenants.folder(name, 1000, ["not the same samples"])
+        for folder in (tenants.folder("near", 77, texts), same):
+            response = await tenants.publish(mine, [folder])
+            assert response.status_code == 201, response.text
+            body = response.json()["data"][0]
+            assert {n["name"] for n in body["neighbours"]}.isdisjoint(tenants.names[other])
+            assert all(n["digest"][:12] not in tenants.secrets[other].pattern for n in body["neighbours"])
+        loaded = {"lora_name": tenants.names[other][1], "lora_path": str(tenants.folder("near", 78, texts))}
+        response = await tenants.ask(mine, "POST", "/v1/load_lora_adapter", json=loaded)
+        assert response.status_code == 200, response.text
+        claims = {"visibility": "public"}
+        response = await tenants.ask(mine, "PATCH", f"/v1/loras/{name}", json=claims)  # a private name claims nothing
+        assert response.status_code == 200
+        response = await tenants.ask(other, "PATCH", f"/v1/loras/{name}", json=claims)
+        assert (response.status_code, response.json()["error"]["code"]) == (409, "name_taken")
+        response = await tenants.publish(other, [same], visibility="public")
+        assert (response.status_code, response.json()["data"][0]["status"]) == (207, 409)
+
+    run(tmp_path, look)
+
+
+def test_of_anothers_public_adapter_neither_source_nor_key_is_shown(tmp_path: Path) -> None:
+    async def look(tenants: TwoTenants) -> None:
+        mine, other = TENANTS
+        for tenant, actor in ((other, f"id-{other}"), (mine, "")):
+            response = await tenants.ask(tenant, "GET", f"/v1/loras/open-{other}")
+            [version] = response.json()["versions"]
+            assert (version["actor"], version["source"]) == (actor, f"open-{other}")
+
+    run(tmp_path, look)
+
+
+def test_equal_bytes_of_two_tenants_answer_on_when_one_withdraws(tmp_path: Path) -> None:
+    async def look(tenants: TwoTenants) -> None:
+        same = tenants.folder("same", 99, ["The very same task."])
+        for tenant in TENANTS:
+            assert (await tenants.publish(tenant, [same])).status_code == 201
+        assert (await tenants.ask(TENANTS[0], "DELETE", "/v1/loras/same")).status_code == 200
+        await tenants.served.ingress.background.idle()  # whatever is freed is freed
+        gone = await tenants.ask(TENANTS[0], "POST", "/v1/completions", json={"prompt": "hi", "model": "same"})
+        still = await tenants.ask(TENANTS[1], "POST", "/v1/completions", json={"prompt": "hi", "model": "same"})
+        assert (gone.status_code, still.status_code) == (404, 200)
+        job = tenants.served.job
+        [row] = job.plan.adapters
+        assert (row.ref.tenant, row.ref.name) == (TENANTS[1], "same")
+        assert await tenants.store.fetch(row.weights_digest)  # a worker that has to load it can
+        plan = await tenants.ask(TENANTS[1], "POST", "/v1/route", json={"prompt": "The very same task."})
+        assert plan.json()["data"][0]["adapters"][0]["name"] == "same"
+
+    run(tmp_path, look)
+
+
+def test_a_share_of_the_pool_is_judged_over_all_publishes_of_a_tenant(tmp_path: Path) -> None:
+    async def look(tenants: TwoTenants) -> None:
+        mine = TENANTS[0]
+        door = tenants.served.ingress.door
+        caller = door.enter(f"Bearer {mine}")
+        share = caller.limits.model_copy(update={"max_adapters": 6}).pool_share  # it has 4
+        uploads = [tenants.folder(f"more-{n}", 200 + n, ["More."]) for n in range(6)]
+        publish = tenants.served.ingress.pool.publisher.publish
+        outcomes = await asyncio.gather(
+            *[publish([FolderUpload(path, tenant=mine)], "me", share) for path in uploads], return_exceptions=True
+        )
+        assert sum(isinstance(outcome, Exception) for outcome in outcomes) == 4
+        snapshot = tenants.store._store.snapshot()
+        assert sum(tenant == mine for tenant, _ in snapshot.records) == 6
+
+    run(tmp_path, look)
+
+
+def test_a_name_of_another_takes_no_longer_than_an_unknown_one(tmp_path: Path, scale: Scale) -> None:
+    """Time is noise, so it is judged at full scale only; the test above counts the work."""
+    if not scale.is_full:
+        pytest.skip("timed at full scale only: a busy machine would decide it")
+    count = scale.pick("names of each kind", small=20, full=500)
+
+    async def look(tenants: TwoTenants) -> None:
+        mine, other = TENANTS
+        spent: dict[bool, list[float]] = {True: [], False: []}
+        for number in range(count + 20):
+            private = tenants.names[other][number % NUM_PRIVATE]
+            for is_private in (True, False) if number % 2 else (False, True):
+                name = private if is_private else private.replace(WORDS[other], "x" * len(WORDS[other]))
+                started = time.perf_counter()
+                response = await tenants.ask(mine, "GET", f"/v1/loras/{other}/{name}")
+                if number >= 20:  # the first ones warm caches
+                    spent[is_private].append(time.perf_counter() - started)
+                assert response.status_code == 404
+        difference = statistics.fmean(spent[True]) - statistics.fmean(spent[False])
+        error = sum(statistics.variance(times) / len(times) for times in spent.values()) ** 0.5
+        print(f"private - unknown: {difference * 1e6:.1f} µs ± {3.29 * error * 1e6:.1f} (99.9 %)")
+        assert abs(difference) < 3.29 * error
+
+    run(tmp_path, look, NUM_PRIVATE)

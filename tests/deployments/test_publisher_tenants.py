@@ -1,0 +1,61 @@
+"""What a publisher says of who may find its adapters, and what its tenant may hold."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deployments.published import Published, Settled
+from deployments.uploads import FolderUpload
+from lora_store import AdapterNotFound, PoolShare, PoolShareExceeded, Visibility
+from tests.deployments.app_fakes import adapter
+from tests.deployments.test_publisher import POET, Publishing
+
+
+def publish(publishing: Publishing, **said: Any) -> Published:
+    upload = FolderUpload(Path("folders", "poet"), **said)
+    [outcome] = publishing.run(lambda publisher: publisher.publish([upload], "tester"))
+    assert isinstance(outcome, Published)
+    return outcome
+
+
+@pytest.mark.parametrize(
+    ("said", "is_published"), [(None, False), ("public", False), ("private", True)]
+)  # the live one is public
+def test_what_is_live_is_published_again_only_to_be_seen_otherwise(said: Visibility | None, is_published: bool) -> None:
+    publishing = Publishing(adapter("poet"))
+    publish(publishing, visibility=said)
+    assert bool(publishing.store.called("commit")) is is_published
+    assert publishing.pool.live[POET][0].visibility == (said or "public")
+
+
+def test_a_publish_beyond_the_tenants_share_leaves_nothing() -> None:
+    share = PoolShare(max_adapters=1)
+    publishing = Publishing(failing={"commit": (PoolShareExceeded("adapters", 2, 1), 1)})
+    upload = FolderUpload(Path("folders", "poet"))
+    with pytest.raises(PoolShareExceeded):
+        publishing.run(lambda publisher: publisher.publish([upload], "tester", share))
+    [(*_, committed_share)] = publishing.store.called("commit")
+    assert committed_share == share
+    assert (publishing.pool.held, publishing.live_digests) == ([], {})
+
+
+def test_a_visibility_holds_once_every_replica_knows_it() -> None:
+    publishing = Publishing(adapter("poet"))
+    settled = publishing.run(lambda publisher: publisher.set_visibility(POET, "private", "tester"))
+    assert settled == Settled(8, 1, 0)
+    assert publishing.store.called("set_visibility") == [(*POET, "private", "tester")]
+    assert publishing.retriever.called("catch_up") == [(8,)]
+    with pytest.raises(AdapterNotFound):
+        publishing.run(lambda publisher: publisher.set_visibility(("other", "poet"), "private", "tester"))
+
+
+def test_an_approval_holds_once_every_replica_knows_it() -> None:
+    poet = adapter("poet")
+    publishing = Publishing(poet)
+    assert publishing.run(lambda publisher: publisher.approve([poet.ref], "boss")) == Settled(8, 1, 0)
+    assert publishing.pool.live[POET] == (replace(poet, approved=True),)
+    assert publishing.retriever.called("catch_up") == [(8,)]

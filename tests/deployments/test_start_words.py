@@ -1,0 +1,39 @@
+"""What a start says of who may ask and publish."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deployments.config import AppConfig
+from deployments.local_commands import run_server, who_may
+
+
+@pytest.mark.parametrize(
+    ("settings", "host", "says"),
+    [
+        ({}, "127.0.0.1", "loopback only, no keys: whoever is on this machine may ask and publish"),
+        ({}, "::1", "loopback only, no keys: whoever is on this machine may ask and publish"),
+        ({}, "0.0.0.0", "no keys: whoever reaches 0.0.0.0 may ask, only this machine may publish"),
+        ({"allow_remote_publish": True}, "0.0.0.0", "no keys: whoever reaches 0.0.0.0 may ask and publish"),
+        ({"keys_file": "/k.yaml"}, "0.0.0.0", "keys from /k.yaml: nobody asks or publishes without one"),
+        ({"keys_file": "/k.yaml"}, "127.0.0.1", "keys from /k.yaml: nobody asks or publishes without one"),
+    ],
+)
+def test_the_start_says_who_may_do_what(settings: dict[str, Any], host: str, says: str) -> None:
+    assert who_may(AppConfig(**settings), host) == says
+
+
+@pytest.mark.parametrize("content", [None, "keys: 1"])
+def test_a_keys_file_that_cannot_be_used_stops_the_start(
+    tmp_path: Path, content: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys, settings = tmp_path / "keys.yaml", tmp_path / "settings.yaml"
+    if content is not None:
+        keys.write_text(content)
+    settings.write_text(yaml.safe_dump({"keys_file": str(keys)}))
+    assert run_server(settings, [], "127.0.0.1", 0) == 1
+    assert "keys.yaml" in "".join(capsys.readouterr().err.split())

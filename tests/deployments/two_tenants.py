@@ -1,0 +1,155 @@
+"""A whole application but for Ray and the model: two tenants, each with private adapters nobody else may learn of.
+
+Store, catalogue, encoder, index and Ingress are the real ones. What is secret is recognisable: every private name has
+its tenant's own word in it, and every version its digests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+
+from deployments.config import RetrievalSettings
+from deployments.ingress import Ingress
+from deployments.retriever import RetrieverDeployment
+from deployments.store import StoreDeployment
+from lora_store import AdapterRecord, ModuleWeights, Sample, write_peft_folder
+from retriever_svc import IndexSettings, RetrieverError, Route, RouteRequest
+from tests.deployments.app_fakes import BASE, FakeWorker, Served, config_of, http_of
+from tests.deployments.key_files import bearer, entry, write
+from tests.fakes import FakeHandle
+
+WORDS = {"acme": "zebra", "globex": "quokka"}  # in every private name of the tenant
+TENANTS = tuple(WORDS)
+MODULE = "model.layers.0.mlp.up_proj"
+_TOPICS = {"acme": ("tax", "patent", "lease", "merger", "audit"), "globex": ("heart", "lung", "liver", "brain", "skin")}
+_TASKS = ("Summarise the %s case", "List risks of the %s file", "Translate the %s note", "Rate the %s report")
+
+
+class PlainRetriever(RetrieverDeployment):
+    """Without Serve's batching, which needs Serve."""
+
+    async def route(self, request: RouteRequest) -> Route:
+        [answer] = await asyncio.to_thread(self._retriever.route, [request])
+        if isinstance(answer, RetrieverError):
+            raise answer
+        return answer
+
+
+class QuietWorker(FakeWorker):
+    """Fits the small adapters of this file."""
+
+    async def module_shapes(self) -> dict[str, tuple[int, int]]:
+        return {MODULE: (8, 6)}
+
+
+@dataclass
+class TwoTenants:
+    """`names`: each tenant's private adapters; `prompts`: what is asked in their tasks."""
+
+    served: Served
+    client: httpx.AsyncClient
+    folders: Path
+    names: dict[str, list[str]] = field(default_factory=dict)
+    prompts: dict[str, list[str]] = field(default_factory=dict)
+    secrets: dict[str, re.Pattern[str]] = field(default_factory=dict)
+
+    async def ask(self, tenant: str, method: str, path: str, **sent: Any) -> httpx.Response:
+        return await self.client.request(method, path, headers=bearer(tenant), **sent)
+
+    async def publish(self, tenant: str, folders: Sequence[Path], **said: Any) -> httpx.Response:
+        body = {"adapters": [{"path": str(folder), **said} for folder in folders]}
+        return await self.ask(tenant, "POST", "/v1/loras", json=body)
+
+    def folder(self, name: str, seed: int, texts: Sequence[str]) -> Path:
+        path = self.folders / str(seed) / name
+        random = torch.Generator().manual_seed(seed)
+        weights = ModuleWeights(torch.randn(2, 6, generator=random), torch.randn(8, 2, generator=random), 2.0)
+        write_peft_folder(path, {MODULE: weights}, base_model=BASE, samples=[Sample(text) for text in texts])
+        return path
+
+    async def fill(self, num_private: int) -> None:
+        """Give each tenant its private adapters, and one public one."""
+        for number, tenant in enumerate(TENANTS):
+            tasks = list(_tasks_of(tenant, num_private))
+            self.prompts[tenant] = [texts[0] for texts in tasks]
+            self.names[tenant] = [f"{WORDS[tenant]}-{i}" for i in range(num_private)]
+            pairs = enumerate(zip(self.names[tenant], tasks, strict=True))
+            folders = [self.folder(name, 1000 * number + i, texts) for i, (name, texts) in pairs]
+            for answer in (
+                await self.publish(tenant, folders),
+                await self.publish(
+                    tenant, [self.folder(f"open-{tenant}", 5000 + number, ["Say hello"])], visibility="public"
+                ),
+            ):
+                assert answer.status_code == 201, answer.text
+        snapshot = self.store._store.snapshot()
+        for tenant in TENANTS:
+            private = [record for record in snapshot.records.values() if _is_private(record, tenant)]
+            assert len(private) == num_private
+            digests = {digest[:12] for record in private for digest in (record.ref.digest, *record.blobs)}
+            self.secrets[tenant] = re.compile("|".join([WORDS[tenant], *sorted(digests)]))
+
+    def assert_no_leak(self, tenant: str, response: httpx.Response) -> None:
+        """Nothing in the answer is a secret of another tenant's."""
+        text = f"{response.status_code} {response.headers!r} {response.text}"
+        for owner in TENANTS:
+            if owner != tenant:
+                assert (found := self.secrets[owner].search(text)) is None, (response.request.url, found, text[:500])
+
+    @property
+    def store(self) -> StoreDeployment:
+        store: StoreDeployment = self.served.store._replicas[0]
+        return store
+
+    def num_calls(self) -> int:
+        """Calls over all handles so far."""
+        return sum(len(handle.calls) for handle in (self.served.retriever, self.served.worker, self.served.store))
+
+
+@asynccontextmanager
+async def two_tenants(
+    folder: Path, num_private: int, *, index: IndexSettings | None = None, **settings: Any
+) -> AsyncIterator[TwoTenants]:
+    """The application with its pool filled; what `index` says decides how it is searched."""
+    keys = write(folder / "keys.json", *[entry(tenant, tenant) for tenant in TENANTS])
+    retrieval = RetrievalSettings(encoder_threads=1, poll_interval_s=3600.0, min_score=-1.0)
+    config = config_of(store_uri=str(folder / "pool"), keys_file=keys, retrieval=retrieval, **settings)
+    retriever = PlainRetriever(config, index=index)
+    retriever._pools._background = lambda work: work()  # lists are trained by the time a publish is answered
+    handles = [FakeHandle(retriever), FakeHandle(QuietWorker()), FakeHandle(StoreDeployment(config, put=lambda b: b))]
+    served = Served(Ingress.__bases__[0](config, *handles), *handles)
+    try:
+        async with http_of(served) as client:
+            made = TwoTenants(served, client, folder)
+            await made.fill(num_private)
+            yield made
+        await served.ingress.background.idle()
+    finally:
+        retriever._polling.cancel()
+
+
+def plans_of(response: httpx.Response) -> Iterator[dict[str, Any]]:
+    """Every plan object of an answer."""
+    body = json.loads(response.text)
+    yield from body["data"] if "data" in body else [body["lora"]]
+
+
+def _tasks_of(tenant: str, count: int) -> Iterator[list[str]]:
+    topics = _TOPICS[tenant]
+    for number in range(count):
+        task, topic = _TASKS[number % len(_TASKS)] % topics[number // len(_TASKS) % len(topics)], number
+        yield [f"{task} number {topic}.", f"{task}, the one numbered {topic}, in short.", f"Please: {task} {topic}."]
+
+
+def _is_private(record: AdapterRecord, tenant: str) -> bool:
+    return record.visibility == "private" and record.ref.tenant == tenant

@@ -1,0 +1,165 @@
+"""Who may name and find an adapter: chosen at a publish, changed later, approved by an admin."""
+
+from __future__ import annotations
+
+import pytest
+
+from lora_store import AdapterNotFound, PublicNameTaken
+from tests.lora_store.builders import embedding
+
+
+@pytest.fixture
+def store(open_store):
+    return open_store()
+
+
+@pytest.fixture
+def publish(store, make_folder):
+    """Publish one version; its ref."""
+
+    def run(name="poet", seed=0, standing="any", **label):
+        staged = store.stage(make_folder(name, seed), **label)
+        store.commit([staged], [embedding()], [1.0], "me", standing)
+        return staged.ref
+
+    return run
+
+
+def seen(store, tenant):
+    return [str(record.ref.name) for record in store.snapshot().visible_to(tenant)]
+
+
+def test_a_private_adapter_is_its_tenants_alone_until_it_is_made_public(store, publish, open_store):
+    publish(tenant="acme", visibility="private")
+    assert (seen(store, "acme"), seen(store, "other")) == (["poet"], [])
+    assert store.set_visibility("acme", "poet", "public", "key-1") == 2
+    assert seen(store, "other") == ["poet"]
+    assert store.set_visibility("acme", "poet", "public", "key-1") == 2  # it is so already
+    assert store.set_visibility("acme", "poet", "private", "key-1") == 3
+    assert seen(store, "other") == []
+    assert open_store().snapshot() == store.snapshot()  # the events are read as they were written
+
+
+def test_only_a_public_adapter_claims_the_bare_name(store, publish):
+    publish(tenant="acme", visibility="private")
+    publish(tenant="other", visibility="private")  # nobody learns of another's private name
+    store.set_visibility("acme", "poet", "public", "me")
+    with pytest.raises(PublicNameTaken) as caught:
+        store.set_visibility("other", "poet", "public", "me")
+    assert caught.value.name == "poet"
+    with pytest.raises(PublicNameTaken):
+        publish(seed=1, tenant="other", visibility="public")
+    assert store.snapshot().generation == 3
+
+
+@pytest.mark.parametrize("visibility", ["public", "private"])
+def test_what_is_not_live_has_no_visibility(store, publish, visibility):
+    publish(tenant="acme")
+    with pytest.raises(AdapterNotFound):
+        store.set_visibility("other", "poet", visibility, "me")
+
+
+def test_an_update_that_says_nothing_stays_as_the_name_is_when_it_is_committed(store, publish, make_folder):
+    publish(visibility="public")
+    staged = store.stage(make_folder(seed=1), visibility="public", keeps_visibility=True)
+    store.set_visibility("local", "poet", "private", "me")  # between stage and commit
+    store.commit([staged], [embedding()], [1.0], "me")
+    assert store.snapshot().records["local", "poet"].ref == staged.ref
+    assert seen(store, "other") == []
+    publish(seed=2, visibility="public")
+    assert seen(store, "other") == ["poet"]
+
+
+def test_a_new_name_takes_the_visibility_it_was_staged_with(publish, store):
+    publish(visibility="private", keeps_visibility=True)
+    assert seen(store, "other") == []
+
+
+def test_embedding_anew_does_not_undo_a_change_of_visibility(store, publish):
+    publish(visibility="public")
+    store.set_visibility("local", "poet", "private", "me")
+    publish(visibility="public", standing="live")
+    assert seen(store, "other") == []
+
+
+def test_a_rollback_never_makes_a_private_adapter_public(store, publish):
+    publish(visibility="public")
+    publish(seed=1, visibility="private")
+    old = store.snapshot().versions(("local", "poet"))[1]
+    assert old.visibility == "public"
+    store.commit([store.restage(old)], [embedding()], [1.0], "me")
+    assert (store.snapshot().records["local", "poet"].ref, seen(store, "other")) == (old.ref, [])
+
+
+def test_what_becomes_private_takes_its_older_versions_along_and_what_becomes_public_does_not(store, publish):
+    publish(visibility="public")
+    publish(seed=1, visibility="public")
+    store.set_visibility("local", "poet", "private", "me")
+    assert [record.visibility for record in store.snapshot().versions(("local", "poet"))] == ["private"] * 2
+    store.set_visibility("local", "poet", "public", "me")
+    assert [record.visibility for record in store.snapshot().versions(("local", "poet"))] == ["public", "private"]
+
+
+def test_an_approval_is_of_one_version(store, publish, open_store):
+    first = publish()
+    assert store.approve([first, first], "boss") == 2
+    assert store.approve([first], "boss") == 2  # it is approved already
+    assert store.snapshot().records["local", "poet"].approved
+    second = publish(seed=1)
+    assert not store.snapshot().records["local", "poet"].approved
+    with pytest.raises(AdapterNotFound):  # what the admin looked at is not live any more
+        store.approve([first], "boss")
+    store.approve([second], "boss")
+    assert publish() == first  # the same bytes come back, and nobody has to look again
+    assert store.snapshot().records["local", "poet"].approved
+    assert open_store().snapshot() == store.snapshot()
+
+
+def test_what_is_not_public_is_not_approved(store, publish):
+    ref = publish(visibility="private")
+    with pytest.raises(AdapterNotFound):
+        store.approve([ref], "boss")
+
+
+def test_an_approval_ends_with_the_name(store, publish):
+    ref = publish()
+    store.approve([ref], "boss")
+    store.withdraw("local", ["poet"], "me")
+    publish()
+    assert not store.snapshot().records["local", "poet"].approved
+
+
+def test_equal_bytes_of_two_tenants_outlive_one_withdrawal(store, publish, stored):
+    mine, theirs = publish(tenant="acme", visibility="private"), publish(tenant="other", visibility="private")
+    assert mine.digest == theirs.digest
+    withdrawn = store.withdraw("acme", ["poet"], "me")
+    assert store.sweep([digest for record in withdrawn.records for digest in record.blobs]) == []
+    kept = store.snapshot().records["other", "poet"]
+    assert store.load(kept.weights_digest)
+    assert {digest in str(stored("blobs")) for digest in kept.blobs} == {True}
+
+
+def test_names_of_others_cost_the_same_look_ups_whether_they_exist_or_not(store, publish):
+    """Counted, since time is noise; `test_isolation.py` measures it at full scale."""
+    publish(tenant="acme", visibility="private")
+    snapshot = store.snapshot()
+    for private, unknown in (("acme/poet", "acme/nobody"), ("poet", "nobody")):
+        assert look_ups(snapshot, private) == look_ups(snapshot, unknown)
+
+
+class Counted(dict):
+    num_gets = 0
+
+    def get(self, *args):
+        self.num_gets += 1
+        return super().get(*args)
+
+
+def look_ups(snapshot, name):
+    records, public = Counted(snapshot.records), Counted(snapshot.public)
+    object.__setattr__(snapshot, "records", records)
+    snapshot.__dict__["public"] = public
+    with pytest.raises(AdapterNotFound) as caught:
+        snapshot.resolve("other", name)
+    assert str(caught.value) == f"no adapter {name!r}"
+    return records.num_gets, public.num_gets

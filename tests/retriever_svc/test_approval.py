@@ -1,0 +1,70 @@
+"""A public adapter that waits for approval is named by everybody and chosen for its own tenant alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from lora_store.adapter import Sample
+from lora_store.records import AdapterRecord
+from retriever_svc import IndexSettings, Retriever, Route, RouteRequest
+from retriever_svc.doctor import examine
+from tests.retriever_svc.pool_fakes import FakeEncoder, Source, embedding_of, live_pool, names, record_of
+
+EAST, NORTH = (1.0, 0.0), (0.0, 1.0)
+ENCODER = FakeEncoder({"east": EAST})
+STRICT = IndexSettings(requires_approval=True)
+BY_LISTS = IndexSettings(requires_approval=True, exact_rows=0, side_rows=0)
+OPEN = IndexSettings()
+POISON = record_of("poison", EAST, tenant="mallory", own_scores=(0.25,))
+HONEST = record_of("honest", NORTH, tenant="acme")
+
+
+def chosen(retriever: Retriever, tenant: str) -> list[str]:
+    [route] = retriever.route([RouteRequest("east", tenant=tenant)])
+    assert isinstance(route, Route)
+    assert [candidate.ref.name for candidate in route.candidates] == names(route)
+    return names(route)
+
+
+def approved(record: AdapterRecord) -> AdapterRecord:
+    return replace(record, approved=True)
+
+
+@pytest.mark.parametrize("settings", [STRICT, BY_LISTS], ids=["exact", "lists"])
+def test_only_an_approved_adapter_is_chosen_for_other_tenants(settings: IndexSettings) -> None:
+    source = Source(POISON, approved(HONEST))
+    pools = live_pool(ENCODER, source, settings=settings, background=lambda work: work())
+    assert (pools.current.index.lists is not None) == (settings is BY_LISTS)
+    retriever = Retriever(pools, min_score=-1.0)
+    assert chosen(retriever, "acme") == ["honest"]
+    assert chosen(retriever, "mallory") == ["poison", "honest"]
+    assert [c.ref.name for c in retriever.neighbours(embedding_of(EAST), 5, "acme")] == ["honest"]
+    assert retriever.plan_named("acme", [("poison", 1.0)]).adapters[0].ref == POISON.ref  # named, it answers
+    assert [record.ref.name for record in retriever.records("acme")[1]] == ["honest", "poison"]
+    source.commit(approved(POISON), approved(HONEST))
+    pools.catch_up()
+    assert chosen(retriever, "acme") == ["poison", "honest"]
+    source.commit(POISON, approved(HONEST))  # an update that nobody looked at
+    pools.catch_up()
+    assert chosen(retriever, "acme") == ["honest"]
+
+
+def test_without_the_setting_every_public_adapter_is_chosen() -> None:
+    assert chosen(Retriever(live_pool(ENCODER, Source(POISON, HONEST), settings=OPEN)), "acme") == ["poison", "honest"]
+
+
+def test_what_waits_for_approval_does_not_move_the_floor_of_others() -> None:
+    pool = live_pool(ENCODER, Source(POISON, approved(HONEST)), settings=STRICT).current
+    assert (pool.floor("acme"), pool.floor("mallory")) == (-1.0, 0.25)
+    np.testing.assert_array_equal(pool.index.levels("acme").sum(), 0)
+
+
+def test_the_doctor_asks_by_what_may_be_chosen() -> None:
+    pool = live_pool(ENCODER, Source(POISON, approved(HONEST)), settings=STRICT).current
+    *_, last = examine(pool, "acme", lambda record: [Sample("east")])
+    assert last.report is not None
+    assert [finding.ref.name for finding in last.report.adapters] == ["honest"]
+    assert last.report.never_chosen == ()
