@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from deployments import admin_routes, http_errors, pool_routes, vllm_routes
+from deployments import admin_routes, console_routes, http_errors, map_routes, pool_routes, stats_routes, vllm_routes
 from deployments.answers import Answer, JsonObject, model_objects, plan_object
 from deployments.background import Background
 from deployments.body_limit import BodyLimit
@@ -26,6 +26,7 @@ from deployments.preload import Preload
 from deployments.publisher import Publisher
 from deployments.releaser import Releaser
 from deployments.schemas import ChatCompletionRequest, CompletionRequest, RouteQuery
+from deployments.stats_reader import StatsReader
 from gpu_worker.request import Completion, Delta, Job
 from lora_store import LOCAL_TENANT
 
@@ -35,7 +36,7 @@ STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 app = FastAPI(title="LoraRetriever", docs_url="/docs", redoc_url=None)
 http_errors.install(app)
 app.add_middleware(BodyLimit, limit_of=pool_routes.max_body_bytes)
-for routes in (pool_routes, vllm_routes, admin_routes):
+for routes in (pool_routes, vllm_routes, admin_routes, map_routes, stats_routes, console_routes):
     app.include_router(routes.router)
 
 
@@ -54,6 +55,7 @@ class Ingress:
         releaser = Releaser(store, worker, self.background, longest_request_s=longest_request_s)
         publisher = Publisher(store, retriever, worker, background=self.background, releaser=releaser)
         self.pool = Pool(config, publisher, store, retriever)
+        self.stats = StatsReader(config, retriever, worker)
         self.preload = Preload(config.preload, publisher)
 
     def __del__(self) -> None:

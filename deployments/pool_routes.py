@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from pydantic_core import from_json
@@ -25,6 +25,7 @@ from deployments.pool_schemas import AdapterSource, PublishBatch, RollbackReques
 from deployments.upload_form import FORM_OVERHEAD_BYTES, read_upload
 from deployments.uploads import FolderUpload
 from lora_store import LOCAL_TENANT
+from retriever_svc import Page
 
 router = APIRouter(route_class=http_errors.AnsweringRoute)
 AnyPool = Annotated[Pool, Depends(read_pool)]
@@ -45,10 +46,17 @@ _BODY = {"multipart/form-data": {"schema": _FORM}, "application/json": {"schema"
 
 
 @router.get("/v1/loras")
-async def loras(pool: AnyPool) -> JsonObject:
-    """Every adapter of the pool."""
-    generation, records = await pool.retriever.records.remote(LOCAL_TENANT)
-    return {"object": "list", "generation": generation, "data": [lora_object(record) for record in records]}
+async def loras(
+    pool: AnyPool,
+    search: Annotated[str, Query(max_length=256)] = "",
+    offset: Annotated[int, Query(ge=0, lt=2**31)] = 0,
+    limit: Annotated[int, Query(ge=1, lt=2**31)] = 2**31 - 1,
+    min_generation: Annotated[int, Query(ge=0, lt=2**63)] = 0,
+) -> JsonObject:
+    """The adapters of the pool in whose name or tags every word of `search` stands; all of them, or a page."""
+    page: Page = await pool.retriever.find.remote(LOCAL_TENANT, search, offset, limit, min_generation)
+    data = [lora_object(record) for record in page.records]
+    return {"object": "list", "generation": page.generation, "total": page.num_found, "data": data}
 
 
 @router.post("/v1/loras", openapi_extra={"requestBody": {"required": True, "content": _BODY}})

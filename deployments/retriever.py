@@ -21,6 +21,9 @@ from retriever_svc import (
     Encoder,
     IndexStats,
     LivePool,
+    Page,
+    Place,
+    PoolMap,
     ReindexStep,
     Retriever,
     RetrieverError,
@@ -101,6 +104,25 @@ class RetrieverDeployment:
         """(generation, number of live adapters)."""
         snapshot = self._pools.current.snapshot
         return snapshot.generation, len(snapshot.records)
+
+    async def find(self, tenant: str, words: str, start: int, num_wanted: int, min_generation: int = 0) -> Page:
+        """A page of the adapters the tenant may use, by words of their names and tags. Raises: StaleIndex."""
+        await self._reach(min_generation)
+        return await asyncio.to_thread(self._retriever.find, tenant, words, start, num_wanted)
+
+    async def map(self, tenant: str, min_generation: int = 0) -> PoolMap:
+        """The adapters the tenant may be routed to, on a plane. Raises: StaleIndex."""
+        await self._reach(min_generation)
+        return await asyncio.to_thread(self._retriever.map, tenant)
+
+    async def place(self, tenant: str, text: str, names: Sequence[str], min_generation: int = 0) -> Place:
+        """Where a prompt and these adapters lie on that plane. Raises: StaleIndex."""
+        await self._reach(min_generation)
+        return await asyncio.to_thread(self._retriever.place, tenant, text, names)
+
+    async def load(self, tenant: str) -> tuple[int, int]:
+        """(generation this replica serves, number of adapters the tenant may use)."""
+        return await asyncio.to_thread(self._retriever.count, tenant)
 
     async def record(self, tenant: str, name: str, min_generation: int = 0) -> tuple[int, list[AdapterRecord]]:
         """(generation, the kept versions of that adapter, the live one first); embeddings stay here.

@@ -14,6 +14,7 @@ from torch import Tensor
 from gpu_worker.attention_plan import Segment, attention_plan
 from gpu_worker.base_model import BaseModel, load_base_model
 from gpu_worker.config import WorkerConfig
+from gpu_worker.counters import Counters
 from gpu_worker.errors import EngineFull, EngineStopped, LogitsNotFinite
 from gpu_worker.fitting import FittedAdapter
 from gpu_worker.holdings import Holdings
@@ -76,11 +77,14 @@ class Engine:
         self.running: list[Row] = []
         self._forgetting: set[str] = set()
         self.num_steps = 0
+        self.counters = Counters()
 
     def submit(self, row: Row) -> None:
         """Queue the row; adapters that are not in the bank start loading now. Raises: EngineFull."""
         if len(self.waiting) >= self.config.max_waiting:
             raise EngineFull(f"{len(self.waiting)} requests already wait")
+        if not row.keep_logits:  # a probe is nobody's traffic
+            self.counters.count_request(row.weights_digests, self.residency, self.loader)
         self._load_missing(row)
         self.waiting.append(row)
 
@@ -116,6 +120,7 @@ class Engine:
             free_kv_rows=self.kv_cache.num_free,
             host_cache_bytes=self.loader.cached_bytes,
             num_forgetting=len(self._forgetting),
+            counters=self.counters.copy(),
         )
 
     def fail_all(self, error: Exception) -> None:
@@ -219,6 +224,8 @@ class Engine:
             return
         for row, segment in scheduled:
             row.num_computed += segment.num_tokens
+        self.counters.num_new_tokens += len(ready)
+        self.counters.num_prompt_tokens += sum(row.num_prompt_tokens for row in ready if row.num_new_tokens == 0)
         taken = zip(ready, tokens, logits, strict=True)
         made = [(row, self._take(row, token, row_logits)) for row, token, row_logits in taken]
         told = [(row, event) for row, event in made if event is not None]

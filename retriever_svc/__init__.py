@@ -14,6 +14,8 @@ from retriever_svc.errors import (
 )
 from retriever_svc.index import AdapterIndex, Allowed, IndexSettings, Match
 from retriever_svc.live_pool import IndexStats, LivePool
+from retriever_svc.paging import Page
+from retriever_svc.projection import Place, Point, PoolMap
 from retriever_svc.reindex import ReindexStep
 from retriever_svc.retriever import Retriever
 from retriever_svc.route import Candidate, Route, RouteRequest
@@ -36,6 +38,10 @@ __all__ = [
     "Match",
     "NoAdapterMatched",
     "NothingToEmbed",
+    "Page",
+    "Place",
+    "Point",
+    "PoolMap",
     "ReindexStep",
     "Retriever",
     "RetrieverError",

@@ -161,6 +161,14 @@ class AdapterIndex:
         """How the samples of what `tenant` may see score, by level."""
         return self._public_levels + count_levels([self._table.private_levels(tenant, self._alive)])
 
+    def spread(self, tenant: str, max_rows: int) -> tuple[int, list[AdapterRecord], Vectors]:
+        """(how many `tenant` may see, at most `max_rows` of those evenly spread by position, their vectors (N, D))."""
+        positions = np.flatnonzero(self._alive & self._table.visible(tenant, len(self._alive)))
+        num = len(positions)
+        if num > max_rows:
+            positions = positions[np.arange(max_rows) * num // max_rows]
+        return num, [self._table.records[position] for position in positions], self._vectors[positions]
+
     def search(self, vectors: Vectors, top_k: int, allowed: Allowed) -> list[list[Match]]:
         """The best `min(top_k, allowed.num)` per query, best first, ties by tenant and name; none for a NaN.
 
