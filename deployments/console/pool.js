@@ -60,8 +60,13 @@ function row(adapter) {
   return element(
     "tr",
     {},
-    element("th", { scope: "row", title: adapter.digest.slice(0, 12) }, adapter.name),
-    element("td", { class: "tags" }, note, ...adapter.tags.map((tag) => element("span", { class: "tag" }, tag))),
+    element(
+      "th",
+      { scope: "row", title: `version ${adapter.digest.slice(0, 12)}` },
+      element("span", { class: "name" }, adapter.name),
+      note,
+      ...adapter.tags.map((tag) => element("span", { class: "tag" }, tag)),
+    ),
     number(adapter.ranks.join(", "), "wide"),
     number(bytes(adapter.num_bytes)),
     number(whole(adapter.num_samples), "wide"),

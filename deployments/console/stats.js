@@ -1,7 +1,7 @@
 // The live figures, asked for while the page is looked at.
 
 import { read } from "./api.js";
-import { byId, bytes, percent, say, shape, whole } from "./dom.js";
+import { byId, bytes, element, percent, say, shape, whole } from "./dom.js";
 
 const EVERY_MS = 2000;
 const NUM_RATES = 40;
@@ -44,11 +44,11 @@ function show({ pool, workers, read_at, base_model, defaults }) {
   say("base-model", base_model);
   byId("k").placeholder = defaults.k;
   byId("strategy").options[0].text = `server's (${defaults.strategy})`;
-  say("figure-running", `${whole(workers.num_running)} of ${whole(workers.max_running)}`);
+  sayPart("figure-running", whole(workers.num_running), whole(workers.max_running));
   say("figure-waiting", whole(workers.num_waiting));
-  say("figure-bank", `${whole(workers.bank_rows_occupied)} of ${whole(workers.bank_rows)}`);
+  sayPart("figure-bank", whole(workers.bank_rows_occupied), whole(workers.bank_rows));
   fill("meter-bank", workers.bank_rows_occupied / workers.bank_rows);
-  say("figure-host", `${bytes(workers.host_cache_bytes)} of ${bytes(workers.host_cache_max_bytes)}`);
+  sayPart("figure-host", bytes(workers.host_cache_bytes), bytes(workers.host_cache_max_bytes));
   fill("meter-host", workers.host_cache_bytes / workers.host_cache_max_bytes);
   showHits(workers);
   showRate(workers.new_tokens, read_at);
@@ -85,6 +85,10 @@ function drawSpark() {
   byId("spark").setAttribute("viewBox", "0 0 100 24");
   byId("spark").setAttribute("preserveAspectRatio", "none");
   byId("spark").replaceChildren(shape("polyline", { points: points.join(" ") }));
+}
+
+function sayPart(id, part, all) {
+  byId(id).replaceChildren(part, element("small", {}, ` of ${all}`));
 }
 
 function fill(id, share) {

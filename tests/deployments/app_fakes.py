@@ -43,7 +43,8 @@ from lora_store import (
     Strategy,
     Withdrawn,
 )
-from retriever_svc import Candidate, DoctorStep, ReindexStep, Route, RouteRequest
+from retriever_svc import Candidate, DoctorStep, Page, ReindexStep, Route, RouteRequest
+from retriever_svc.paging import page_of
 from retriever_svc.planning import named_plan
 from tests.fakes import FakeHandle
 
@@ -145,6 +146,12 @@ class FakeRetriever:
 
     async def records(self, tenant: str) -> tuple[int, list[AdapterRecord]]:
         return 7, self._snapshot.visible_to(tenant)
+
+    async def find(self, tenant: str, words: str, start: int, num_wanted: int, min_generation: int = 0) -> Page:
+        return page_of(self._snapshot, tenant, words, start, num_wanted)
+
+    async def load(self, tenant: str) -> tuple[int, int]:
+        return 7, len(self._snapshot.visible_to(tenant))
 
     async def count(self) -> tuple[int, int]:
         return 7, len(self.held)
