@@ -26,7 +26,7 @@ T = TypeVar("T")
 _PACKAGE = "chromium"  # Debian's
 _FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
 _FLAGS += ("--disable-component-update", "--disable-sync")
-_TIMEOUT_S = 100.0
+_TIMEOUT_S = 170.0
 
 
 class Browsing:

@@ -18,16 +18,25 @@ function follow(wanted) {
   pool.load(wanted);
 }
 
+/** Shows the pool whatever its generation is. */
+function showAll() {
+  map.load(0);
+  pool.load(0);
+}
+
+/** What is shown already needs no second look. */
+function seen(shown) {
+  generation = Math.max(generation, shown);
+}
+
 ask.start({ onPlan: (prompt, plan) => map.place(prompt, plan.adapters.map((adapter) => adapter.name), follow) });
 map.start({ onChoose: pool.search });
-pool.start({ onAsk: ask.useModel, onChange: follow });
+pool.start({ onAsk: ask.useModel, onChange: follow, onShown: seen });
 publish.start({ onChange: follow });
 stats.start({ onGeneration: follow });
 key.start(() => {
-  map.load(0);
-  pool.load(0);
+  showAll();
   stats.refresh();
 });
-map.load(0);
-pool.load(0);
+showAll();
 byId("prompt").focus({ preventScroll: true });

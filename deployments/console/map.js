@@ -107,7 +107,6 @@ function placed() {
 function draw() {
   const map = byId("map");
   const { width, height } = map.getBoundingClientRect();
-  map.setAttribute("viewBox", `0 0 ${Math.max(1, width)} ${Math.max(1, height)}`);
   const { all, mark } = placed();
   const top = all.filter((spot) => spot.rank >= 0);
   const lines = mark ? top.map((spot) => shape("line", { class: `link rank-${Math.min(spot.rank, 3)}`, x1: mark.px, y1: mark.py, x2: spot.px, y2: spot.py })) : [];

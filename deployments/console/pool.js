@@ -7,7 +7,7 @@ const PAGE = 15;
 let offset = 0;
 let generation = 0;
 let numLoads = 0;
-let told = { onAsk: () => {}, onChange: () => {} };
+let told = { onAsk: () => {}, onChange: () => {}, onShown: () => {} };
 
 export function start(callbacks) {
   told = callbacks;
@@ -34,6 +34,7 @@ export async function load(wanted = 0) {
     if (number !== numLoads) return; // a later one is under way
     if (page.total && offset >= page.total) { turn(-PAGE); return; }
     show(page);
+    told.onShown(page.generation);
     sayOrHide("pool-error", "");
   } catch (error) {
     if (number === numLoads) sayOrHide("pool-error", error.message);
