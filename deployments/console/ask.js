@@ -3,6 +3,7 @@
 import { ApiError, events, read, send } from "./api.js";
 import { byId, element, say, sayOrHide, soon, whole } from "./dom.js";
 
+const NUM_EARLIER = 5;
 let running = null; // the request's AbortController
 let onPlan = () => {};
 
@@ -96,6 +97,7 @@ async function ask() {
 function take(event, text, timing, prompt) {
   if (event.lora) {
     showPlan(event.lora);
+    remember(prompt, event.lora);
     say("answer-figures", "waiting for the first token…");
     onPlan(prompt, event.lora);
   }
@@ -138,6 +140,19 @@ function summary(timing) {
   return [...summaryParts(timing), ...end, ...nothing].join(" · ");
 }
 
+/** Keeps the prompt at hand while the page is open; the newest comes first. */
+function remember(prompt, plan) {
+  const list = byId("earlier-list");
+  for (const item of [...list.children]) {
+    if (item.firstChild.title === prompt) item.remove();
+  }
+  const again = () => { byId("prompt").value = prompt; byId("prompt").focus(); };
+  const button = element("button", { type: "button", title: prompt, onclick: again }, prompt);
+  list.prepend(element("li", {}, button, element("small", {}, plan.adapters[0]?.name ?? "base model")));
+  while (list.children.length > NUM_EARLIER) list.lastChild.remove();
+  byId("earlier").hidden = false;
+}
+
 function showPlan(plan) {
   const used = plan ? plan.adapters : [];
   say("plan-strategy", plan ? plan.strategy : "");
@@ -170,8 +185,8 @@ function planRow(adapter, place) {
     { class: `chosen rank-${Math.min(place, 3)}` },
     element("span", { class: "badge", "aria-hidden": "true" }, String(place + 1)),
     element("span", { class: "name", title: adapter.digest.slice(0, 12) }, adapter.name),
-    element("span", { class: "value" }, element("small", {}, "score "), score),
-    element("span", { class: "value" }, element("small", {}, "weight "), adapter.weight.toFixed(2)),
+    element("span", { class: "value score" }, element("small", {}, "score "), score),
+    element("span", { class: "value weight" }, element("small", {}, "weight "), adapter.weight.toFixed(2)),
     element("span", { class: "meter", "aria-hidden": "true" }, bar),
   );
 }

@@ -13,21 +13,25 @@ export class Labels {
     this.taken = points.map(({ x, y, r }) => ({ left: x - r, right: x + r, top: y - r, bottom: y + r }));
   }
 
-  /** A text at one of four sides of (x, y), or null where none is free; `always` takes the first that is in view. */
+  /** A text beside (x, y), or null where no side is free; `always` takes the side where it covers least. */
   put(text, x, y, distance, { always, kind }) {
     const length = text.length * CHAR_WIDTH, half = HEIGHT / 2;
+    const right = x + distance, left = x - distance - length, middle = x - length / 2;
     const sides = [
-      { left: x + distance, top: y - half },
-      { left: x - distance - length, top: y - half },
-      { left: x - length / 2, top: y - distance - HEIGHT },
-      { left: x - length / 2, top: y + distance },
-    ].map(({ left, top }) => ({ left, top, right: left + length, bottom: top + HEIGHT }));
+      [right, y - half], [left, y - half], [middle, y - distance - HEIGHT], [middle, y + distance],
+      [right, y - HEIGHT - 2], [right, y + 2], [left, y - HEIGHT - 2], [left, y + 2],
+    ].map(([from, top]) => ({ left: from, top, right: from + length, bottom: top + HEIGHT }));
     const inView = sides.filter((box) => box.left >= 0 && box.right <= this.width && box.top >= 0 && box.bottom <= this.height);
-    const free = inView.find((box) => !this.taken.some((other) => overlap(box, other)));
-    const box = free ?? (always ? inView[0] ?? this.shifted(sides[0]) : null);
+    const best = inView.reduce((found, box) => (!found || this.covered(box) < this.covered(found) ? box : found), null);
+    const box = best && (always || this.covered(best) === 0) ? best : always ? this.shifted(sides[0]) : null;
     if (!box) return null;
     this.taken.push(box);
     return shape("text", { class: kind, x: box.left, y: box.top + HEIGHT - 3.5 }, text);
+  }
+
+  /** The area of what is there already that the box would cover. */
+  covered(box) {
+    return this.taken.reduce((sum, other) => sum + overlap(box, other), 0);
   }
 
   shifted(box) {
@@ -37,5 +41,7 @@ export class Labels {
 }
 
 function overlap(a, b) {
-  return a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom;
+  const across = Math.min(a.right, b.right) - Math.max(a.left, b.left);
+  const down = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
+  return Math.max(0, across) * Math.max(0, down);
 }

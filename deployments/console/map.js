@@ -6,6 +6,7 @@ import { Labels } from "./labels.js";
 
 const MARGIN = 22;
 const MAX_LABELS = 60;
+const MAX_STRETCH = 2;
 let drawn = { generation: 0, num_adapters: 0, shown_variance: 0, points: [] };
 let prompt = null; // {x, y} of the last prompt
 let asked = null; // its text and the names chosen for it
@@ -70,7 +71,7 @@ async function findPlace() {
 function note(problem) {
   const { num_adapters, points, shown_variance } = drawn;
   const some = points.length < num_adapters ? `${whole(points.length)} of ${whole(num_adapters)} adapters` : `${whole(num_adapters)} adapters`;
-  say("map-note", problem || (num_adapters ? `${some}, ${percent(shown_variance)} of their variance` : "no adapters to find yet"));
+  say("map-note", problem || (num_adapters ? `${some}; shows ${percent(shown_variance)} of their variance` : "no adapters to find yet"));
 }
 
 /** Every adapter to draw, the chosen ones last and so on top. */
@@ -81,7 +82,7 @@ function spots() {
   return [...others, ...top.reverse()];
 }
 
-/** From the plane to pixels: one scale for both axes, so that distances mean something. */
+/** From the plane to pixels. Neither axis is stretched by more than `MAX_STRETCH` against the other. */
 function scale() {
   const { width, height } = byId("map").getBoundingClientRect();
   const all = [...spots(), ...(prompt ? [prompt] : [])];
@@ -91,11 +92,12 @@ function scale() {
   };
   const [left, right] = range("x"), [bottom, top] = range("y");
   const room = (pixels, length) => (length > 0 ? Math.max(1, pixels - 2 * MARGIN) / length : Infinity);
-  const unit = Math.min(room(width, right - left), room(height, top - bottom));
-  const factor = Number.isFinite(unit) ? unit : 1;
+  const across = room(width, right - left), up = room(height, top - bottom);
+  const unit = Math.min(across, up);
+  const along = (own) => (Number.isFinite(unit) ? Math.min(own, MAX_STRETCH * unit) : 1);
   return (point) => ({
-    px: width / 2 + (point.x - (left + right) / 2) * factor,
-    py: height / 2 - (point.y - (bottom + top) / 2) * factor,
+    px: width / 2 + (point.x - (left + right) / 2) * along(across),
+    py: height / 2 - (point.y - (bottom + top) / 2) * along(up),
   });
 }
 

@@ -126,6 +126,8 @@ def test_a_second_prompt_takes_the_place_of_the_first(browsing: Browsing) -> Non
         goes_on.set()
         await expect(page.locator("#answer-figures")).to_contain_text("3 tokens")
         await expect(page.locator("#answer")).to_have_text("Hello")
+        await page.get_by_role("button", name="first").click()
+        await expect(page.get_by_label("Prompt")).to_have_value("first")
 
     look(browsing, question, worker=CountingWorker(goes_on=goes_on))
 
