@@ -59,7 +59,7 @@ TEXT_ANSWERS = _also_events(answers(400, 404, 409, 422, s200=objects.TextAnswer)
 ROUTE_ANSWERS = answers(400, 404, 409, 422, s200=objects.RouteAnswer)
 MODELS_ANSWERS = answers(400, s200=objects.ModelList)
 MODEL_ANSWERS = answers(404, s200=objects.ModelCard)
-LORAS_ANSWERS = answers(s200=objects.AdapterList)
+LORAS_ANSWERS = answers(400, s200=objects.AdapterList)
 LORA_ANSWERS = answers(404, s200=objects.AdapterShown)
 PUBLISH_ANSWERS = answers(
     400,
@@ -74,6 +74,9 @@ WITHDRAW_ANSWERS = answers(404, s200=objects.RemovedAdapters, s202=objects.Remov
 ROLLBACK_ANSWERS = answers(400, 404, 409, 422, s201=objects.PublishedAdapter, s202=objects.PublishedAdapter)
 VISIBILITY_ANSWERS = answers(400, 404, 409, s200=objects.SettledAdapter, s202=objects.SettledAdapter)
 APPROVE_ANSWERS = answers(400, 404, s200=objects.SettledAdapter, s202=objects.SettledAdapter)
+MAP_ANSWERS = answers(400, s200=objects.PoolPicture)
+PLACE_ANSWERS = answers(400, s200=objects.PromptPlace)
+STATS_ANSWERS = answers(s200=objects.Stats)
 LOAD_ANSWERS = _of_kind(answers(400, 404, 409, 422), "text/plain", 200, 202)
 UNLOAD_ANSWERS = _of_kind(answers(400, 404), "text/plain", 200, 202)
 LINES_ANSWERS = _of_kind(answers(400), "application/x-ndjson", 200)

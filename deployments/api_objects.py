@@ -163,6 +163,7 @@ class Adapter(BaseModel):
 class AdapterList(BaseModel):
     object: ListKind
     generation: int
+    total: int
     data: list[Adapter]
 
 
@@ -238,3 +239,40 @@ class Ready(BaseModel):
     generation: int
     num_adapters: int
     refused: dict[str, str]
+
+
+class MapPoint(BaseModel):
+    name: str
+    x: float
+    y: float
+
+
+class PlanePoint(BaseModel):
+    x: float
+    y: float
+
+
+class PoolPicture(BaseModel):
+    object: Literal["pool_map"]
+    generation: int
+    num_adapters: int
+    shown_variance: float
+    points: list[MapPoint]
+
+
+class PromptPlace(BaseModel):
+    object: Literal["pool_place"]
+    generation: int
+    prompt: PlanePoint
+    adapters: list[MapPoint]
+
+
+class Stats(BaseModel):
+    """Sums over the replicas that answered. Counters rise until a replica is replaced."""
+
+    object: Literal["stats"]
+    read_at: float
+    base_model: str
+    defaults: dict[str, Any]
+    pool: dict[str, Any]
+    workers: dict[str, Any]

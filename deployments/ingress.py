@@ -15,7 +15,16 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from deployments import admin_routes, http_errors, models_routes, pool_routes, vllm_routes
+from deployments import (
+    admin_routes,
+    console_routes,
+    http_errors,
+    map_routes,
+    models_routes,
+    pool_routes,
+    stats_routes,
+    vllm_routes,
+)
 from deployments.answers import JsonObject, plan_object
 from deployments.api_docs import CHAT_ANSWERS, HEALTH_ANSWERS, READY_ANSWERS, ROUTE_ANSWERS, TEXT_ANSWERS, Api
 from deployments.auth import Asking, BearerAuth
@@ -39,6 +48,7 @@ from deployments.releaser import Releaser
 from deployments.request_ids import RequestIds, request_id_of
 from deployments.request_time import deadline_of, within
 from deployments.schemas import ChatCompletionRequest, CompletionRequest, RouteQuery
+from deployments.stats_reader import StatsReader
 from deployments.upload_budget import UploadBudget
 from gpu_worker.request import Completion, Delta, Job
 
@@ -52,7 +62,7 @@ app.add_middleware(BodyLimit, limit_of=pool_routes.max_body_bytes)
 app.add_middleware(InFlightLimit, in_flight=in_flight_here)
 app.add_middleware(BearerAuth)  # the last ones added are asked first
 app.add_middleware(RequestIds)
-for routes in (models_routes, pool_routes, vllm_routes, admin_routes):
+for routes in (models_routes, pool_routes, vllm_routes, admin_routes, map_routes, stats_routes, console_routes):
     app.include_router(routes.router)
 
 
@@ -89,6 +99,7 @@ class Ingress:
         publisher = Publisher(store, retriever, worker, background=self.background, releaser=releaser)
         uploads = UploadBudget(config.max_upload_total_bytes)
         self.pool = Pool(config, publisher, store, retriever, uploads, self.background)
+        self.stats = StatsReader(config, retriever, worker)
         self.in_flight = InFlight(config.max_in_flight)
         self.preload = Preload(config.preload, publisher, approves=config.public_requires_approval)
 

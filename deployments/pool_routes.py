@@ -3,7 +3,7 @@
 from contextlib import ExitStack
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from pydantic_core import from_json
@@ -39,6 +39,7 @@ from deployments.pool_schemas import AdapterSource, ApproveRequest, PublishBatch
 from deployments.upload_form import read_upload
 from deployments.uploads import FolderUpload
 from lora_store import VISIBILITIES
+from retriever_svc import Found
 
 router = APIRouter(route_class=http_errors.AnsweringRoute)
 AnyPool = Annotated[Pool, Depends(read_pool)]
@@ -62,10 +63,18 @@ _BODY = {"multipart/form-data": {"schema": _FORM}, "application/json": {"schema"
 
 
 @router.get("/v1/loras", response_model=None, responses=LORAS_ANSWERS)
-async def loras(pool: AnyPool, caller: AnyCaller) -> JsonObject:
-    """Every adapter the caller may use: its tenant's own and the public ones."""
-    generation, records = await pool.retriever.records.remote(caller.tenant)
-    return {"object": "list", "generation": generation, "data": [lora_object(record) for record in records]}
+async def loras(
+    pool: AnyPool,
+    caller: AnyCaller,
+    search: Annotated[str, Query(max_length=256)] = "",
+    offset: Annotated[int, Query(ge=0, lt=2**31)] = 0,
+    limit: Annotated[int, Query(ge=1, lt=2**31)] = 2**31 - 1,
+    min_generation: Annotated[int, Query(ge=0, lt=2**63)] = 0,
+) -> JsonObject:
+    """What the caller may use in whose name or tags every word of `search` stands; all of it, or a page."""
+    found: Found = await pool.retriever.find.remote(caller.tenant, search, offset, limit, min_generation)
+    data = [lora_object(record) for record in found.records]
+    return {"object": "list", "generation": found.generation, "total": found.num_found, "data": data}
 
 
 @router.post(

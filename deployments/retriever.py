@@ -19,12 +19,15 @@ from retriever_svc import (
     Candidate,
     DoctorStep,
     Encoder,
+    Found,
     IndexSettings,
     IndexStats,
     LivePool,
     Page,
     PageRequest,
     PinnedAdapter,
+    Place,
+    PoolMap,
     ReindexStep,
     Retriever,
     RetrieverError,
@@ -122,6 +125,26 @@ class RetrieverDeployment:
         """(generation, number of live adapters)."""
         snapshot = self._pools.current.snapshot
         return snapshot.generation, len(snapshot.records)
+
+    async def find(self, tenant: str, words: str, start: int, num_wanted: int, min_generation: int = 0) -> Found:
+        """A page of the adapters the tenant may use, by words of their names and tags. Raises: StaleIndex."""
+        await self._reach(min_generation)
+        found = await asyncio.to_thread(self._retriever.find, tenant, words, start, num_wanted)
+        return replace(found, records=tuple(_as_seen_by(tenant, record) for record in found.records))
+
+    async def map(self, tenant: str, min_generation: int = 0) -> PoolMap:
+        """The adapters the tenant may be routed to, on a plane. Raises: StaleIndex."""
+        await self._reach(min_generation)
+        return await asyncio.to_thread(self._retriever.map, tenant)
+
+    async def place(self, tenant: str, text: str, names: Sequence[str], min_generation: int = 0) -> Place:
+        """Where a prompt and these adapters lie on that plane. Raises: StaleIndex."""
+        await self._reach(min_generation)
+        return await asyncio.to_thread(self._retriever.place, tenant, text, names)
+
+    async def load(self, tenant: str) -> tuple[int, int]:
+        """(generation this replica serves, number of adapters the tenant may use)."""
+        return await asyncio.to_thread(self._retriever.count, tenant)
 
     async def record(self, tenant: str, name: str, min_generation: int = 0) -> tuple[int, list[AdapterRecord]]:
         """(generation, the kept versions of that adapter, the live one first, as the tenant may see them).

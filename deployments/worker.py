@@ -82,6 +82,10 @@ class WorkerDeployment:
         disk_cache_bytes = 0 if self._cache is None else await asyncio.to_thread(self._cache.measure)
         return replace(await self._loop.holdings(), disk_cache_bytes=disk_cache_bytes)
 
+    async def load(self) -> Holdings:
+        """`holdings` without a look at the disk: cheap enough to be asked every second."""
+        return await self._loop.holdings()
+
     async def module_shapes(self) -> dict[str, tuple[int, int]]:
         """(out, in) of every module an adapter may target."""
         return self._engine.bank.shapes

@@ -17,6 +17,7 @@ from gpu_worker.attention_plan import Segment, attention_plan
 from gpu_worker.bank import LoraBank
 from gpu_worker.base_model import BaseModel, load_base_model
 from gpu_worker.config import WorkerConfig
+from gpu_worker.counters import Counters
 from gpu_worker.errors import DeadlineExceeded, EngineFull, EngineStopped, LogitsNotFinite, WaitedTooLong
 from gpu_worker.fair_queue import FairQueue
 from gpu_worker.fitting import FittedAdapter
@@ -85,11 +86,14 @@ class Engine:
         self._clock, self._next_due = clock, math.inf
         self._forgetting: set[str] = set()
         self.num_steps = 0
+        self.counters = Counters()
 
     def submit(self, row: Row) -> None:
         """Queue the row; what the bank lacks of its adapters starts loading, unless too many do. Raises: EngineFull."""
         if len(self.waiting) >= self.config.max_waiting:
             raise EngineFull(f"{len(self.waiting)} requests already wait")
+        if not row.keep_logits:  # a probe is nobody's traffic
+            self.counters.count_request(row.weights_digests, self.residency, self.loader)
         row.start_by = self._clock() + self.config.max_wait_s
         self._next_due = min(self._next_due, row.start_by, row.deadline)
         self._admission.append(row)
@@ -126,6 +130,7 @@ class Engine:
             free_kv_rows=self.kv_cache.num_free,
             host_cache_bytes=self.loader.cached_bytes,
             num_forgetting=len(self._forgetting),
+            counters=self.counters.copy(),
         )
 
     def fail_all(self, error: Exception) -> None:
@@ -219,6 +224,8 @@ class Engine:
             return
         for row, segment in scheduled:
             row.num_computed += segment.num_tokens
+        self.counters.num_new_tokens += len(ready)
+        self.counters.num_prompt_tokens += sum(row.num_prompt_tokens for row in ready if row.num_new_tokens == 0)
         taken = zip(ready, tokens, scores, logits, strict=True)
         made = [(row, self._take(row, token, scored, row_logits)) for row, token, scored, row_logits in taken]
         told = [(row, event) for row, event in made if event is not None]

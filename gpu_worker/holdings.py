@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from gpu_worker.counters import Counters
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,3 +20,4 @@ class Holdings:
     host_cache_bytes: int
     num_forgetting: int  # weights that go when the last request that uses them ends
     disk_cache_bytes: int = 0  # of the whole machine: its workers share one
+    counters: Counters = field(default_factory=Counters, compare=False)  # these alone do not return

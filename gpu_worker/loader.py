@@ -39,6 +39,11 @@ class AdapterLoader:
         self._loads: OrderedDict[str, Future[FittedAdapter]] = OrderedDict()  # least recently used first
         self._bytes: dict[str, int] = {}  # of those that are loaded
 
+    def __contains__(self, digest: object) -> bool:
+        """Whether the weights are in host memory, or on their way there."""
+        with self._lock:
+            return digest in self._loads
+
     def load(self, digest: str) -> Future[FittedAdapter]:
         """The weights, now or later. The future fails with AdapterLoadFailed or AdapterUnfit."""
         with self._lock:

@@ -33,7 +33,7 @@ class Residency:
         self._pins: dict[str, int] = {}
         self.active_rows = 0
 
-    def __contains__(self, digest: str) -> bool:
+    def __contains__(self, digest: object) -> bool:
         """Whether the bank holds the adapter, pinned or not."""
         return digest in self._rows
 

@@ -16,6 +16,8 @@ from retriever_svc.errors import (
 from retriever_svc.index import AdapterIndex, Allowed, IndexSettings, Match
 from retriever_svc.listing import Page, PageRequest
 from retriever_svc.live_pool import IndexStats, LivePool
+from retriever_svc.paging import Found
+from retriever_svc.projection import Place, Point, PoolMap
 from retriever_svc.reindex import ReindexStep
 from retriever_svc.retriever import Retriever
 from retriever_svc.route import Candidate, PinnedAdapter, Route, RouteRequest
@@ -32,6 +34,7 @@ __all__ = [
     "DoctorStep",
     "Encoder",
     "EncoderUnusable",
+    "Found",
     "IndexSettings",
     "IndexStats",
     "LivePool",
@@ -41,7 +44,10 @@ __all__ = [
     "Page",
     "PageRequest",
     "PinnedAdapter",
+    "Place",
     "PlanGone",
+    "Point",
+    "PoolMap",
     "ReindexStep",
     "Retriever",
     "RetrieverError",

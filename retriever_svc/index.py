@@ -168,6 +168,14 @@ class AdapterIndex:
         """Whether a search for `tenant` may find it."""
         return record.ref.tenant == tenant or record.is_open(requires_approval=self._settings.requires_approval)
 
+    def spread(self, tenant: str, max_rows: int) -> tuple[int, list[AdapterRecord], Vectors]:
+        """(how many `tenant` may see, at most `max_rows` of those evenly spread by position, their vectors (N, D))."""
+        positions = np.flatnonzero(self._alive & self._table.visible(tenant, len(self._alive)))
+        num = len(positions)
+        if num > max_rows:
+            positions = positions[np.arange(max_rows) * num // max_rows]
+        return num, [self._table.records[position] for position in positions], self._vectors[positions]
+
     def search(self, vectors: Vectors, top_k: int, allowed: Allowed) -> list[list[Match]]:
         """The best `min(top_k, allowed.num)` per query, best first, ties by tenant and name; none for a NaN.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from lora_store.errors import AdapterNotFound
 from lora_store.records import AdapterRecord
 from lora_store.snapshot import Snapshot
 from retriever_svc.calibration import floor_of
@@ -12,6 +13,7 @@ from retriever_svc.differences import differences
 from retriever_svc.encoder import Encoder, Vectors
 from retriever_svc.index import AdapterIndex, Allowed, IndexSettings, Match
 from retriever_svc.inverted_lists import InvertedLists
+from retriever_svc.projection import MAX_POINTS, Plane, Point, PoolMap
 from retriever_svc.view_cache import ViewCache
 
 
@@ -24,6 +26,8 @@ class Pool:
     index: AdapterIndex
     _allowed: ViewCache[Allowed] = field(default_factory=ViewCache)
     _floors: ViewCache[float] = field(default_factory=ViewCache)
+    _maps: ViewCache[tuple[Plane, PoolMap]] = field(default_factory=ViewCache)
+    _counts: ViewCache[int] = field(default_factory=ViewCache)
 
     @classmethod
     def of(
@@ -53,6 +57,29 @@ class Pool:
     def floor(self, tenant: str) -> float:
         """Only adapters `tenant` sees count: no private one of others shows in its floor. Tags do not move it."""
         return self._floors.get((tenant,), lambda: floor_of(self.index.levels(tenant)))
+
+    def map(self, tenant: str) -> tuple[Plane, PoolMap]:
+        """The plane of what `tenant` may be routed to, and what lies on it: nothing of others moves an axis."""
+        return self._maps.get((tenant,), lambda: self._drawn(tenant))
+
+    def _drawn(self, tenant: str) -> tuple[Plane, PoolMap]:
+        num, records, vectors = self.index.spread(tenant, MAX_POINTS)
+        plane = Plane.of(vectors)
+        places = zip(records, plane.project(vectors).tolist(), strict=True)
+        points = tuple(Point(record.ref, x, y) for record, (x, y) in places)
+        return plane, PoolMap(self.snapshot.generation, num, plane.shown_variance, points)
+
+    def embedded(self, tenant: str, name: str) -> list[AdapterRecord]:
+        """The live adapter `tenant` means by `name`, if there is one and the encoder embedded it."""
+        try:
+            record = self.snapshot.resolve(tenant, name)
+        except AdapterNotFound:
+            return []
+        return [record] if record.encoder == self.encoder.identity else []
+
+    def count(self, tenant: str) -> int:
+        """How many adapters `tenant` may use, those included that only their name reaches."""
+        return self._counts.get((tenant,), lambda: sum(r.is_visible_to(tenant) for r in self.snapshot.records.values()))
 
     def nearest(self, vectors: Vectors, top_k: int, tenant: str, tags: Sequence[str] = ()) -> list[list[Match]]:
         """The best `top_k` adapters per query that `tenant` may see, of distinct weights, or all of them if fewer.

@@ -17,8 +17,10 @@ from retriever_svc.errors import NoAdapterMatched, NothingToEmbed, StaleIndex
 from retriever_svc.index import Match
 from retriever_svc.listing import Page, PageRequest, page
 from retriever_svc.live_pool import LivePool
+from retriever_svc.paging import Found, page_of
 from retriever_svc.planning import named_plan, replayed_plan, resolve_version, routed_plan
 from retriever_svc.pool import Pool
+from retriever_svc.projection import Place, Point, PoolMap
 from retriever_svc.reindex import ReindexStep, reindex
 from retriever_svc.route import Candidate, PinnedAdapter, Route, RouteRequest
 from retriever_svc.sample_source import SampleSource
@@ -148,6 +150,33 @@ class Retriever:
         vectors: Vectors = embedding.vector[np.newaxis]
         [matches] = pool.index.search(vectors, num_wanted, pool.allowed(tenant))
         return tuple(Candidate(match.record.ref, match.score) for match in matches)
+
+    def map(self, tenant: str) -> PoolMap:
+        """The adapters `tenant` may be routed to, on the plane in which they differ most."""
+        return self._pools.current.map(tenant)[1]
+
+    def place(self, tenant: str, text: str, names: Sequence[str]) -> Place:
+        """Where `text` lies on the map of `tenant`, and those of `names` that the tenant may see and that are embedded.
+
+        Versions are left aside: `name@digest` lies where the live `name` does.
+        """
+        pool = self._pools.current
+        plane, _ = pool.map(tenant)
+        records = [record for name in names for record in pool.embedded(tenant, name.partition("@")[0])]
+        vectors = [record.embedding.vector for record in records if record.embedding is not None]
+        [(x, y), *others] = plane.project(np.stack([*pool.encoder.encode([text]), *vectors])).tolist()
+        adapters = tuple(Point(record.ref, *at) for record, at in zip(records, others, strict=True))
+        return Place(pool.snapshot.generation, Point(None, x, y), adapters)
+
+    def find(self, tenant: str, words: str, start: int, num_wanted: int) -> Found:
+        """A page of what `tenant` may use and all of `words` stand in: in the name, or a tag."""
+        pool = self._pools.current
+        return page_of(pool.snapshot, tenant, words, start, num_wanted)
+
+    def count(self, tenant: str) -> tuple[int, int]:
+        """(generation, how many adapters `tenant` may use)."""
+        pool = self._pools.current
+        return pool.snapshot.generation, pool.count(tenant)
 
     def doctor(self, tenant: str, samples: SampleSource, top_k: int = 3) -> Iterator[DoctorStep]:
         """How well the adapters `tenant` sees are found; the last step has the report (see `examine`)."""

@@ -46,8 +46,19 @@ from lora_store import (
     Visibility,
     Withdrawn,
 )
-from retriever_svc import Candidate, DoctorStep, Page, PageRequest, PinnedAdapter, ReindexStep, Route, RouteRequest
+from retriever_svc import (
+    Candidate,
+    DoctorStep,
+    Found,
+    Page,
+    PageRequest,
+    PinnedAdapter,
+    ReindexStep,
+    Route,
+    RouteRequest,
+)
 from retriever_svc.listing import page
+from retriever_svc.paging import page_of
 from retriever_svc.planning import named_plan, replayed_plan
 from tests.fakes import FakeHandle
 
@@ -162,6 +173,12 @@ class FakeRetriever:
 
     async def records(self, tenant: str) -> tuple[int, list[AdapterRecord]]:
         return 7, self._snapshot.visible_to(tenant)
+
+    async def find(self, tenant: str, words: str, start: int, num_wanted: int, min_generation: int = 0) -> Found:
+        return page_of(self._snapshot, tenant, words, start, num_wanted)
+
+    async def load(self, tenant: str) -> tuple[int, int]:
+        return 7, len(self._snapshot.visible_to(tenant))
 
     async def count(self) -> tuple[int, int]:
         return 7, len(self.held)

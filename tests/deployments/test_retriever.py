@@ -122,6 +122,19 @@ def test_a_replica_is_at_the_newest_generation_before_it_is_ready(tmp_path: Path
     run(tmp_path, second)
 
 
+def test_a_prompt_lies_nearest_to_the_adapter_it_is_routed_to(tmp_path: Path) -> None:
+    async def scenario(here: Served) -> None:
+        await here.replica.catch_up(here.publish(*await here.embedded("german", "sums")))
+        place = await here.replica.place("local", "How do you say bread in German?", ["german", "sums"])
+        german, sums = (abs(point.x - place.prompt.x) for point in place.adapters)
+        assert german < sums  # two adapters differ along one axis
+        drawn = await here.replica.map("local")
+        assert (drawn.num_adapters, round(drawn.shown_variance, 5)) == (2, 1)
+        assert await here.replica.load("local") == (1, 2)
+
+    run(tmp_path, scenario)
+
+
 def test_adapters_are_embedded_together_with_the_neighbours_they_have_now(tmp_path: Path) -> None:
     async def scenario(here: Served) -> None:
         german, none = await here.replica.embed([SAMPLES["german"], []], ["local", "local"])
@@ -137,7 +150,7 @@ def test_adapters_are_embedded_together_with_the_neighbours_they_have_now(tmp_pa
     run(tmp_path, scenario)
 
 
-@pytest.mark.parametrize("read", ["plan_named", "records", "record"])
+@pytest.mark.parametrize("read", ["plan_named", "records", "record", "find", "map", "place"])
 def test_a_read_that_names_a_generation_catches_up_first(tmp_path: Path, read: str) -> None:
     async def scenario(here: Served) -> None:
         def ask(generation: int) -> Coroutine[Any, Any, Any]:
@@ -145,15 +158,21 @@ def test_a_read_that_names_a_generation_catches_up_first(tmp_path: Path, read: s
                 return here.replica.plan_named("local", [("sums", 1.0)], "mixture", generation)
             if read == "records":
                 return here.replica.records("local", generation)
+            if read == "find":
+                return here.replica.find("local", "sums", 0, 1, generation)
+            if read == "map":
+                return here.replica.map("local", generation)
+            if read == "place":
+                return here.replica.place("local", "Add 2 and 3.", ["sums"], generation)
             return here.replica.record("local", "sums", generation)
 
         generation = here.publish(*await here.embedded("sums"))
-        if read != "records":
+        if read in ("plan_named", "record"):
             with pytest.raises(AdapterNotFound):
                 await ask(0)
         assert (await here.replica.index_stats()).generation == 0
         answer = await ask(generation)
-        assert (answer.generation if read == "plan_named" else answer[0]) == generation
+        assert (answer[0] if read in ("records", "record") else answer.generation) == generation
         with pytest.raises(StaleIndex) as caught:
             await ask(generation + 1)
         assert (caught.value.wanted, caught.value.found) == (generation + 1, generation)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,9 @@ def test_forgetting_frees_all_that_use_took(with_disk: bool, serve: Callable[...
         blob_bytes = sum(len(serving.store.blobs[digest]) for digest in digests)
         assert full.disk_cache_bytes == (blob_bytes if with_disk else 0)
         assert full.host_cache_bytes > 0
+        load = await serving.worker.load()
+        assert load == replace(full, disk_cache_bytes=0)
+        assert (load.counters.num_requests, load.counters.num_fetches) == (2, 2)
         assert await serving.worker.forget(digests) is True
         assert await serving.worker.holdings() == empty
         serving.store.blobs.clear()

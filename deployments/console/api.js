@@ -1,0 +1,86 @@
+// The server's routes, with the key a person gave. Addresses are relative: the page may stand below any prefix.
+
+const KEY = "loraretriever-key";
+
+export const currentKey = () => sessionStorage.getItem(KEY) ?? "";
+
+export function setKey(key) {
+  if (key) sessionStorage.setItem(KEY, key);
+  else sessionStorage.removeItem(KEY);
+}
+
+/** An answer that is no success; its message is the server's own. */
+export class ApiError extends Error {
+  constructor(status, message, param) {
+    super(param && !message.includes(param) ? `${param}: ${message}` : message);
+    this.status = status;
+  }
+}
+
+const headers = () => (currentKey() ? { Authorization: `Bearer ${currentKey()}` } : {});
+
+/** The response, once its status is a success. `quietly`: a missing key is not asked for. Throws ApiError. */
+export async function send(method, path, { body, signal, quietly = false } = {}) {
+  const json = body === undefined ? {} : { "Content-Type": "application/json" };
+  let response;
+  try {
+    response = await fetch(path, { method, signal, headers: { ...headers(), ...json }, body: body && JSON.stringify(body) });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ApiError(0, "the server does not answer");
+  }
+  if (!response.ok) throw refused(response.status, await response.text(), quietly);
+  return response;
+}
+
+export const read = async (path, options) => (await send("GET", path, options)).json();
+export const post = async (path, body, options) => (await send("POST", path, { ...options, body })).json();
+
+/** The JSON objects of a stream of server-sent events. Throws ApiError for the error that ends one. */
+export async function* events(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "", isDone = false;
+  while (true) {
+    const { value, done } = await reader.read();
+    if (done) break;
+    const parts = (rest + value).split("\n\n");
+    rest = parts.pop();
+    for (const part of parts) {
+      if (!part.startsWith("data: ")) continue;
+      const data = part.slice("data: ".length);
+      if (data === "[DONE]") { isDone = true; continue; }
+      const event = JSON.parse(data);
+      if (event.error) throw new ApiError(200, event.error.message, event.error.param);
+      yield event;
+    }
+  }
+  if (!isDone) throw new ApiError(0, "the connection broke before the answer ended");
+}
+
+/** Sends a form; `onProgress` gets the share that has left, 0 to 1. Throws ApiError. */
+export function upload(path, form, onProgress) {
+  return new Promise((resolve, reject) => {
+    const request = new XMLHttpRequest(); // fetch does not tell how much of a body has left
+    request.open("POST", path);
+    for (const [name, value] of Object.entries(headers())) request.setRequestHeader(name, value);
+    request.upload.onprogress = (event) => onProgress(event.lengthComputable ? event.loaded / event.total : 0);
+    request.onerror = () => reject(new ApiError(0, "the connection broke during the upload"));
+    request.onload = () => {
+      if (request.status >= 200 && request.status < 300) resolve(JSON.parse(request.responseText));
+      else reject(refused(request.status, request.responseText, false));
+    };
+    request.send(form);
+  });
+}
+
+function refused(status, text, quietly) {
+  let error = {};
+  try {
+    error = JSON.parse(text).error ?? {};
+  } catch {
+    // a proxy's page, say: its status is all there is to tell
+  }
+  const message = typeof error.message === "string" ? error.message : `the server answered ${status}`;
+  if (status === 401 && !quietly) document.dispatchEvent(new CustomEvent("key-wanted", { detail: message }));
+  return new ApiError(status, message, typeof error.param === "string" ? error.param : "");
+}

@@ -1,0 +1,69 @@
+// Small helpers over the page. Text of the server only ever becomes text nodes and attribute values.
+
+export const byId = (id) => document.getElementById(id);
+
+/** An element with attributes, listeners (`onclick: f`) and children; strings become text. */
+export function element(tag, attributes = {}, ...children) {
+  return filled(document.createElement(tag), attributes, children);
+}
+
+export function shape(tag, attributes = {}, ...children) {
+  return filled(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
+}
+
+function filled(node, attributes, children) {
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (value !== false && value !== null && value !== undefined) node.setAttribute(name, value === true ? "" : value);
+  }
+  node.append(...children.filter((child) => child !== null));
+  return node;
+}
+
+export function say(id, text) {
+  const node = byId(id);
+  if (node.textContent !== text) node.textContent = text; // unchanged text is not read out again
+}
+
+/** Shows the text where it is not empty. */
+export function sayOrHide(id, text) {
+  say(id, text);
+  byId(id).hidden = !text;
+}
+
+export function bytes(count) {
+  const units = ["B", "kB", "MB", "GB", "TB"];
+  let value = count, unit = 0;
+  while (value >= 1000 && unit < units.length - 1) { value /= 1000; unit += 1; }
+  return `${unit === 0 || value >= 100 ? Math.round(value) : value.toFixed(1)} ${units[unit]}`;
+}
+
+export const whole = (count) => count.toLocaleString("en");
+export const percent = (share) => `${Math.round(100 * share)} %`;
+
+export function ago(time, now = Date.now()) {
+  const seconds = Math.max(0, (now - new Date(time).getTime()) / 1000);
+  for (const [size, unit] of [[86400, "d"], [3600, "h"], [60, "min"]]) {
+    if (seconds >= size) return `${Math.floor(seconds / size)} ${unit} ago`;
+  }
+  return "just now";
+}
+
+/** Calls `work` once things have been quiet for a moment. */
+export function soon(work, ms = 200) {
+  let timer = 0;
+  return () => { clearTimeout(timer); timer = setTimeout(work, ms); };
+}
+
+/** Whether the person confirmed. */
+export function confirmed(title, text, yes) {
+  const dialog = byId("confirm-dialog");
+  say("confirm-title", title);
+  say("confirm-text", text);
+  say("confirm-yes", yes);
+  dialog.returnValue = "";
+  dialog.showModal();
+  return new Promise((resolve) => {
+    dialog.addEventListener("close", () => resolve(dialog.returnValue === "yes"), { once: true });
+  });
+}

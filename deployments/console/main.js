@@ -1,0 +1,42 @@
+// Brings the parts of the page together.
+
+import * as ask from "./ask.js";
+import { byId } from "./dom.js";
+import * as key from "./key.js";
+import * as map from "./map.js";
+import * as pool from "./pool.js";
+import * as publish from "./publish.js";
+import * as stats from "./stats.js";
+
+let generation = 0; // the newest that is shown
+
+/** Shows the pool as of `wanted`, or a later generation. */
+function follow(wanted) {
+  if (wanted === null || wanted <= generation) return;
+  generation = wanted;
+  map.load(wanted);
+  pool.load(wanted);
+}
+
+/** Shows the pool whatever its generation is. */
+function showAll() {
+  map.load(0);
+  pool.load(0);
+}
+
+/** What is shown already needs no second look. */
+function seen(shown) {
+  generation = Math.max(generation, shown);
+}
+
+ask.start({ onPlan: (prompt, plan) => map.place(prompt, plan.adapters.map((adapter) => adapter.name), follow) });
+map.start({ onChoose: pool.search });
+pool.start({ onAsk: ask.useModel, onChange: follow, onShown: seen });
+publish.start({ onChange: follow });
+stats.start({ onGeneration: follow });
+key.start(() => {
+  showAll();
+  stats.refresh();
+});
+showAll();
+byId("prompt").focus({ preventScroll: true });

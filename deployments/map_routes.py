@@ -1,0 +1,61 @@
+"""`/v1/pool/map`: the pool as a picture, and a prompt's place in it. No annotation is text: FastAPI reads them."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Query
+from pydantic import Field
+
+from deployments import http_errors
+from deployments.answers import JsonObject
+from deployments.api_docs import MAP_ANSWERS, PLACE_ANSWERS
+from deployments.api_request import ApiRequest
+from deployments.auth import AnyCaller
+from deployments.pool import Pool, read_pool
+from lora_store import MAX_PLAN_ADAPTERS
+from retriever_svc import Place, Point, PoolMap
+
+router = APIRouter(route_class=http_errors.AnsweringRoute)
+AnyPool = Annotated[Pool, Depends(read_pool)]
+Name = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class PlaceQuery(ApiRequest):
+    """`POST /v1/pool/map`. A body, since addresses end in logs and prompts must not."""
+
+    prompt: str = Field(min_length=1)
+    adapters: list[Name] = Field(default=[], max_length=MAX_PLAN_ADAPTERS)
+    min_generation: int = Field(default=0, ge=0, lt=2**63)
+
+
+@router.get("/v1/pool/map", response_model=None, responses=MAP_ANSWERS)
+async def pool_map(
+    pool: AnyPool, caller: AnyCaller, min_generation: Annotated[int, Query(ge=0, lt=2**63)] = 0
+) -> JsonObject:
+    """The adapters that `auto` may choose, at most 2,000 of them, on the plane in which they differ most."""
+    drawn: PoolMap = await pool.retriever.map.remote(caller.tenant, min_generation)
+    return {
+        "object": "pool_map",
+        "generation": drawn.generation,
+        "num_adapters": drawn.num_adapters,
+        "shown_variance": drawn.shown_variance,
+        "points": [point_object(point, caller.tenant) for point in drawn.points],
+    }
+
+
+@router.post("/v1/pool/map", response_model=None, responses=PLACE_ANSWERS)
+async def place(body: PlaceQuery, pool: AnyPool, caller: AnyCaller) -> JsonObject:
+    """Where a prompt lies on that map, and where these adapters do: a large map does not show all."""
+    found: Place = await pool.retriever.place.remote(caller.tenant, body.prompt, body.adapters, body.min_generation)
+    return {
+        "object": "pool_place",
+        "generation": found.generation,
+        "prompt": {"x": found.prompt.x, "y": found.prompt.y},
+        "adapters": [point_object(point, caller.tenant) for point in found.adapters],
+    }
+
+
+def point_object(point: Point, tenant: str) -> JsonObject:
+    """An adapter on the map, under the name `tenant` asks for it by."""
+    assert point.ref is not None
+    name = point.ref.name if point.ref.tenant == tenant else f"{point.ref.tenant}/{point.ref.name}"
+    return {"name": name, "x": point.x, "y": point.y}

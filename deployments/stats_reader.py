@@ -1,0 +1,109 @@
+"""What all replicas hold and do at this moment, in one small object."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from deployments.answers import JsonObject
+from deployments.config import AppConfig
+from gpu_worker.holdings import Holdings
+
+KEPT_S = 0.5
+_TIMEOUT_S = 3.0  # a worker answers between two steps
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What the replicas of a deployment said. Where Ray 2.60 gives up on them all, one counts as silent."""
+
+    given: Sequence[Any]
+    num_silent: int
+
+    @property
+    def counts(self) -> JsonObject:
+        return {"answered": len(self.given), "silent": self.num_silent}
+
+
+class StatsReader:
+    """Every worker is asked once per `KEPT_S`, however many clients look."""
+
+    def __init__(
+        self,
+        config: AppConfig,
+        retriever: DeploymentHandle,
+        worker: DeploymentHandle,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config, self._retriever, self._worker, self._clock = config, retriever, worker, clock
+        self._reading: asyncio.Task[tuple[float, Answers]] | None = None
+        self._began_s = 0.0
+
+    async def read(self, tenant: str) -> JsonObject:
+        """The figures, sums over the replicas that answered. Counters rise until a replica is replaced."""
+        (read_at, workers), retrievers = await asyncio.gather(
+            self._workers(), _ask_all(self._retriever, "load", tenant)
+        )
+        retrieval = self._config.retrieval
+        return {
+            "object": "stats",
+            "read_at": read_at,
+            "base_model": self._config.served_base_name,
+            "defaults": {"strategy": retrieval.strategy, "k": retrieval.k},
+            "pool": _pool_object(retrievers) | {"replicas": retrievers.counts},
+            "workers": self._workers_object(workers.given) | {"replicas": workers.counts},
+        }
+
+    async def _workers(self) -> tuple[float, Answers]:
+        is_fresh = self._reading is not None and (not self._reading.done() or self._clock() - self._began_s < KEPT_S)
+        if self._reading is None or not is_fresh:
+            self._began_s = self._clock()
+            self._reading = asyncio.create_task(self._read_workers())
+        return await asyncio.shield(self._reading)  # a client that leaves does not end the others' reading
+
+    async def _read_workers(self) -> tuple[float, Answers]:
+        answers = await _ask_all(self._worker, "load")
+        return time.time(), answers
+
+    def _workers_object(self, holdings: Sequence[Holdings]) -> JsonObject:
+        settings, counters = self._config.worker, [held.counters for held in holdings]
+        return {
+            "num_running": sum(held.num_running for held in holdings),
+            "max_running": settings.max_batch_size * len(holdings),
+            "num_waiting": sum(held.num_waiting for held in holdings),
+            "bank_rows": settings.bank_rank_rows * len(holdings),
+            "bank_rows_occupied": sum(held.occupied_rows for held in holdings),
+            "bank_rows_active": sum(held.active_rows for held in holdings),
+            "bank_adapters": sum(len(held.resident) for held in holdings),
+            "host_cache_bytes": sum(held.host_cache_bytes for held in holdings),
+            "host_cache_max_bytes": settings.host_cache_bytes * len(holdings),
+            "requests": sum(counted.num_requests for counted in counters),
+            "prompt_tokens": sum(counted.num_prompt_tokens for counted in counters),
+            "new_tokens": sum(counted.num_new_tokens for counted in counters),
+            "bank_hits": sum(counted.num_bank_hits for counted in counters),
+            "host_hits": sum(counted.num_host_hits for counted in counters),
+            "fetches": sum(counted.num_fetches for counted in counters),
+        }
+
+
+def _pool_object(retrievers: Answers) -> JsonObject:
+    """The newest generation any replica serves, what it has, and the oldest one; nulls where none answered."""
+    if not retrievers.given:
+        return {"generation": None, "oldest_generation": None, "num_adapters": None}
+    generation, num_adapters = max(retrievers.given)
+    return {"generation": generation, "oldest_generation": min(retrievers.given)[0], "num_adapters": num_adapters}
+
+
+async def _ask_all(handle: DeploymentHandle, method: str, *args: str) -> Answers:
+    try:
+        results = await handle.broadcast(method, *args).results_async(timeout_s=_TIMEOUT_S, return_exceptions=True)
+    except (TimeoutError, DeploymentUnavailableError):
+        return Answers((), 1)
+    given = [result for result in results if not isinstance(result, BaseException)]
+    return Answers(given, len(results) - len(given))

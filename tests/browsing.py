@@ -1,0 +1,122 @@
+"""A real Chromium, headless, driven from an event loop of its own thread."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import socket
+import threading
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+import pytest
+import uvicorn
+from playwright.async_api import Browser, ConsoleMessage, Page, async_playwright
+from ray import serve
+
+from deployments.ingress import app
+from tests.deployments.app_fakes import Served
+
+T = TypeVar("T")
+_PACKAGE = "chromium"  # Debian's
+_FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
+_FLAGS += ("--disable-component-update", "--disable-sync")
+_TIMEOUT_S = 170.0
+
+
+class Browsing:
+    """One browser for a whole test run; each page has a storage of its own."""
+
+    def __init__(self, executable: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="browsing", daemon=True)
+        self._thread.start()
+        self._ended = asyncio.Event()
+        started: Future[Browser] = Future()
+        self._life = asyncio.run_coroutine_threadsafe(self._live(executable, started), self._loop)
+        self._browser = started.result(_TIMEOUT_S)
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """What `work` gives, on the browser's loop."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(_TIMEOUT_S)
+
+    @asynccontextmanager
+    async def page(self, url: str, **context: Any) -> AsyncIterator[Page]:
+        """The page at `url`. It must break no policy, and no script of it may fail."""
+        async with await self._browser.new_context(**context) as opened:
+            page = await opened.new_page()
+            problems: list[str] = []
+            page.on("pageerror", lambda error: problems.append(str(error)))
+            page.on("console", lambda message: problems.extend(_problems(message)))
+            page.on("dialog", lambda dialog: problems.append(f"a dialog: {dialog.message}"))
+            await page.goto(url)
+            yield page
+            assert problems == []
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._ended.set)
+        self._life.result(_TIMEOUT_S)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+    async def _live(self, executable: str, started: Future[Browser]) -> None:
+        async with async_playwright() as playwright:
+            try:
+                browser = await playwright.chromium.launch(executable_path=executable, args=_FLAGS)
+            except Exception as exc:
+                started.set_exception(exc)
+                return
+            started.set_result(browser)
+            await self._ended.wait()
+            await browser.close()
+
+
+@pytest.fixture(scope="session")
+def browsing() -> Iterator[Browsing]:
+    """The system's Chromium; without it the test is skipped, or fails where CI_REQUIRES_BROWSER is set."""
+    executable = shutil.which("chromium")
+    if executable is None:
+        missing = f"there is no Chromium: install Debian's package {_PACKAGE}"
+        if os.environ.get("CI_REQUIRES_BROWSER"):
+            pytest.fail(missing)
+        pytest.skip(missing)
+    browser = Browsing(executable)
+    yield browser
+    browser.close()
+
+
+@asynccontextmanager
+async def address_of(served: Served) -> AsyncIterator[str]:
+    """The address of an Ingress over fakes, on loopback. Its routes get it from Serve's replica context."""
+    with socket.socket() as listener, pytest.MonkeyPatch.context() as patch:
+        listener.bind(("127.0.0.1", 0))
+        patch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(servable_object=served.ingress))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+        serving = asyncio.create_task(server.serve([listener]))
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        finally:
+            server.should_exit = True
+            server.force_exit = True
+            await serving
+            await served.ingress.background.idle()
+
+
+async def drop_folder(page: Page, folder: Path) -> None:
+    """Drag a folder of this machine onto the page and let go, as a file manager does."""
+    session = await page.context.new_cdp_session(page)
+    for kind in ("dragEnter", "dragOver", "drop"):
+        data = {"items": [], "files": [str(folder)], "dragOperationsMask": 1}
+        await session.send("Input.dispatchDragEvent", {"type": kind, "x": 200, "y": 200, "data": data})
+    await session.detach()
+
+
+def _problems(message: ConsoleMessage) -> list[str]:
+    """An answer that is an error is not the page's fault; the page shows it."""
+    is_answer = message.text.startswith("Failed to load resource")
+    return [message.text] if message.type == "error" and not is_answer else []

@@ -1,0 +1,65 @@
+"""What the console shows beside the other routes' fakes: places on the map, figures, and a worker that can be held."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+from gpu_worker.counters import Counters
+from gpu_worker.holdings import Holdings
+from gpu_worker.request import Delta, Job
+from retriever_svc import Place, Point, PoolMap
+from tests.deployments.app_fakes import FakeRetriever, FakeWorker
+
+HOLDINGS = Holdings(
+    resident=frozenset({"a", "b"}),
+    occupied_rows=16,
+    active_rows=8,
+    num_running=3,
+    num_waiting=2,
+    free_kv_rows=29,
+    host_cache_bytes=5_000_000,
+    num_forgetting=0,
+    counters=Counters(
+        num_requests=10, num_prompt_tokens=50, num_new_tokens=400, num_bank_hits=6, num_host_hits=3, num_fetches=1
+    ),
+)
+
+
+@dataclass
+class MappedRetriever(FakeRetriever):
+    """Its adapters lie on a circle, a prompt in the middle."""
+
+    async def map(self, tenant: str, min_generation: int = 0) -> PoolMap:
+        return PoolMap(7, len(self.held), 0.625, tuple(map(self._point, range(len(self.held)))))
+
+    async def place(self, tenant: str, text: str, names: Sequence[str], min_generation: int = 0) -> Place:
+        asked = [number for number, record in enumerate(self.held) if record.ref.name in names]
+        return Place(7, Point(None, 0.0, 0.0), tuple(map(self._point, asked)))
+
+    def _point(self, number: int) -> Point:
+        angle = 2 * math.pi * number / len(self.held)
+        return Point(self.held[number].ref, math.cos(angle), math.sin(angle))
+
+
+@dataclass
+class CountingWorker(FakeWorker):
+    """Holds what `holdings` says; every answer stops after its first delta until `goes_on` is set."""
+
+    holdings: Holdings | Exception = HOLDINGS
+    goes_on: asyncio.Event | None = None
+    num_asked: int = field(default=0, init=False)
+
+    async def load(self) -> Holdings:
+        self.num_asked += 1
+        if isinstance(self.holdings, Exception):
+            raise self.holdings
+        return self.holdings
+
+    async def stream(self, job: Job) -> AsyncIterator[Delta]:
+        async for delta in super().stream(job):
+            yield delta
+            if self.goes_on is not None:
+                await self.goes_on.wait()

@@ -1,0 +1,362 @@
+"""The console in a real Chromium, over an Ingress with fakes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.async_api import Page, Request, Route, expect
+
+from gpu_worker.errors import EngineFull, EngineStopped
+from gpu_worker.request import Delta
+from lora_store import AdapterRecord
+from tests.browsing import Browsing, address_of, drop_folder
+from tests.deployments.app_fakes import DELTAS, Served, adapter, serve_plainly
+from tests.deployments.console_fakes import CountingWorker, MappedRetriever
+
+pytestmark = pytest.mark.browser
+
+Look = Callable[[Page, Served], Awaitable[None]]
+HOSTILE = '<img src=x onerror="document.title=\'taken\'"><script>document.title="taken"</script>'
+WIDTHS = {"narrow": {"width": 390, "height": 844}, "wide": {"width": 1440, "height": 900}}
+
+
+def look(browsing: Browsing, question: Look, *, context: dict[str, Any] | None = None, **options: Any) -> None:
+    """Open the console over an Ingress with these fakes, and let `question` look at it."""
+
+    async def run() -> None:
+        options.setdefault("retriever", MappedRetriever())
+        served = serve_plainly(**{"worker": CountingWorker(), **options})
+        async with address_of(served) as url, browsing.page(url, **(context or {})) as page:
+            await question(page, served)
+
+    browsing.run(run())
+
+
+async def ask(page: Page, prompt: str = "A verse, please.") -> None:
+    await page.get_by_label("Prompt").fill(prompt)
+    await page.get_by_role("button", name="Ask", exact=True).click()
+
+
+def pool_of(names: Sequence[str]) -> list[AdapterRecord]:
+    return [adapter(name) for name in names]
+
+
+def test_an_answer_streams_beside_the_adapters_that_make_it(browsing: Browsing) -> None:
+    goes_on = asyncio.Event()
+
+    async def question(page: Page, served: Served) -> None:
+        await ask(page)
+        await expect(page.locator("#answer")).to_have_text("Hel")
+        await expect(page.locator("#plan li .name")).to_have_text(["poet", "coder"])
+        await expect(page.locator("#plan li").first).to_contain_text("score 1.000")
+        await expect(page.locator("#plan li").first).to_contain_text("weight 0.50")
+        await expect(page.locator("#answer-figures")).to_contain_text("first token after")
+        goes_on.set()
+        await expect(page.locator("#answer")).to_have_text("Hello")
+        await expect(page.locator("#answer-figures")).to_contain_text("3 tokens · prompt 5")
+        await expect(page.locator("#answer-figures")).to_contain_text("tokens/s")
+        await expect(page.locator("#map .spot.chosen")).to_have_count(2)
+        await expect(page.locator("#map .prompt")).to_have_count(1)
+        await expect(page.get_by_role("button", name="Stop")).to_be_disabled()
+        assert served.retriever.called("place") == [("local", "A verse, please.", ["poet", "coder"], 7)]
+
+    look(browsing, question, worker=CountingWorker(goes_on=goes_on))
+
+
+def test_what_the_controls_say_is_what_is_asked(browsing: Browsing) -> None:
+    async def question(page: Page, served: Served) -> None:
+        await page.get_by_label("Strategy").select_option("fusion")
+        await page.get_by_label("k", exact=True).fill("5")
+        await page.get_by_label("Tokens", exact=True).fill("17")
+        await page.get_by_label("Temperature").fill("0.5")
+        await page.get_by_label("Prompt").fill("line")
+        await page.get_by_label("Prompt").press("Shift+Enter")
+        await page.get_by_label("Prompt").press("x")
+        await page.get_by_label("Prompt").press("Enter")
+        await expect(page.locator("#answer")).to_have_text("Hello")
+        [[request]] = served.retriever.called("route")
+        assert (request.text, request.strategy, request.top_k) == ("line\nx", "fusion", 5)
+        assert (served.job.sampling.max_tokens, served.job.sampling.temperature) == (17, 0.5)
+
+    look(browsing, question)
+
+
+def test_a_named_model_leaves_nothing_to_retrieve(browsing: Browsing) -> None:
+    async def question(page: Page, served: Served) -> None:
+        await page.get_by_role("button", name="Ask coder").click()
+        await expect(page.get_by_label("Model")).to_have_value("coder")
+        await expect(page.get_by_label("k", exact=True)).to_be_disabled()
+        await ask(page)
+        await expect(page.locator("#plan li .name")).to_have_text(["coder"])
+        assert served.retriever.called("route") == []
+        await page.get_by_label("Model").fill("tiny-base")
+        await ask(page)
+        await expect(page.locator("#plan-note")).to_have_text("The base model answers alone, as was asked.")
+
+    look(browsing, question)
+
+
+def test_stop_ends_the_answer_here_and_in_the_worker(browsing: Browsing) -> None:
+    async def question(page: Page, served: Served) -> None:
+        await ask(page)
+        await expect(page.locator("#answer")).to_have_text("Hel")
+        await page.get_by_role("button", name="Stop").click()
+        await expect(page.locator("#answer-figures")).to_contain_text("stopped")
+        await expect(page.locator("#answer")).to_have_text("Hel")
+        [response] = [r for r in served.worker.responses if hasattr(r.answer, "__aiter__")]
+        async with asyncio.timeout(10):
+            while not response.num_cancels:
+                await asyncio.sleep(0)
+
+    look(browsing, question, worker=CountingWorker(goes_on=asyncio.Event()))
+
+
+def test_a_second_prompt_takes_the_place_of_the_first(browsing: Browsing) -> None:
+    goes_on = asyncio.Event()
+
+    async def question(page: Page, served: Served) -> None:
+        await ask(page, "first")
+        await expect(page.locator("#answer")).to_have_text("Hel")
+        await ask(page, "second")
+        goes_on.set()
+        await expect(page.locator("#answer-figures")).to_contain_text("3 tokens")
+        await expect(page.locator("#answer")).to_have_text("Hello")
+        await page.get_by_role("button", name="first").click()
+        await expect(page.get_by_label("Prompt")).to_have_value("first")
+
+    look(browsing, question, worker=CountingWorker(goes_on=goes_on))
+
+
+@pytest.mark.parametrize(
+    ("events", "text", "shown"),
+    [
+        ((EngineFull("too many requests wait"),), "", "too many requests wait"),
+        ((DELTAS[0], EngineStopped("the engine has stopped")), "Hel", "the engine has stopped"),
+    ],
+    ids=["before", "amid"],
+)
+def test_an_error_is_shown_with_what_came_before_it(
+    browsing: Browsing, events: Sequence[Delta | Exception], text: str, shown: str
+) -> None:
+    async def question(page: Page, served: Served) -> None:
+        await ask(page)
+        await expect(page.locator("#answer-error")).to_have_text(shown)
+        await expect(page.locator("#answer")).to_have_text(text)
+
+    look(browsing, question, worker=CountingWorker(events))
+
+
+def test_an_abstention_says_that_the_base_model_answers(browsing: Browsing) -> None:
+    async def question(page: Page, served: Served) -> None:
+        await ask(page)
+        await expect(page.locator("#plan-note")).to_contain_text("No adapter fits this prompt")
+        await expect(page.locator("#plan-note")).to_contain_text("poet, scores 1.000")
+        await expect(page.locator("#considered-list .name")).to_have_text(["poet", "coder"])
+        await expect(page.locator("#plan li")).to_have_count(0)
+
+    look(browsing, question, retriever=MappedRetriever(abstains=True))
+
+
+def test_nothing_the_server_sends_becomes_markup(browsing: Browsing) -> None:
+    """Names and tags are the publishers' words, an answer is the model's: none of them is to be trusted."""
+    hostile = replace(adapter(HOSTILE), tags=(HOSTILE,))
+
+    async def question(page: Page, served: Served) -> None:
+        await ask(page)
+        await expect(page.locator("#answer")).to_have_text(HOSTILE)
+        await expect(page.locator("#plan li .name")).to_have_text([HOSTILE])
+        await expect(page.locator("#pool-rows .tag")).to_have_text([HOSTILE])
+        await expect(page.locator("#map .label.chosen")).to_have_text([HOSTILE])
+        await page.get_by_role("button", name="Withdraw", exact=False).click()
+        await expect(page.locator("#confirm-title")).to_contain_text(HOSTILE)
+        assert await page.title() == "LoraRetriever console"
+        assert await page.locator("img, body script").count() == 0
+
+    worker = CountingWorker([Delta(HOSTILE, 1, 1, "stop")])
+    look(browsing, question, worker=worker, retriever=MappedRetriever([hostile]))
+
+
+def test_a_large_pool_is_searched_and_paged(browsing: Browsing) -> None:
+    async def question(page: Page, served: Served) -> None:
+        await expect(page.locator("#pool-count")).to_have_text("1–15 of 40")
+        await page.get_by_role("button", name="Next page").click()
+        await expect(page.locator("#pool-count")).to_have_text("16–30 of 40")
+        await page.get_by_label("Search").fill("task-3")
+        await expect(page.locator("#pool-count")).to_have_text("1–10 of 10")
+        await expect(page.locator("#pool-rows .name").first).to_have_text("task-30")
+        await expect(page.get_by_role("button", name="Next page")).to_be_disabled()
+        await page.get_by_label("Search").fill("nothing like it")
+        await expect(page.locator("#pool-count")).to_have_text("no adapters found")
+
+    look(browsing, question, retriever=MappedRetriever(pool_of([f"task-{number:02}" for number in range(40)])))
+
+
+def test_withdrawing_asks_first(browsing: Browsing) -> None:
+    async def question(page: Page, served: Served) -> None:
+        withdraw = page.get_by_role("button", name="Withdraw poet")
+        await withdraw.click()
+        await page.locator("#confirm-dialog").get_by_role("button", name="Cancel").click()
+        await withdraw.click()
+        await page.keyboard.press("Escape")
+        assert served.store.called("withdraw") == []
+        await withdraw.click()
+        async with page.expect_response(lambda answer: answer.request.method == "DELETE") as answered:
+            await page.locator("#confirm-yes").click()
+        assert (await answered.value).status == 200
+        assert served.store.called("withdraw") == [("local", ["poet"], "http")]
+
+    look(browsing, question)
+
+
+def folder_of(parent: Path, name: str) -> Path:
+    folder = parent / name
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").write_bytes(b"12345")
+    (folder / ".hidden").write_text("of the file manager")
+    return folder
+
+
+@pytest.mark.parametrize("how", ["drop", "choose"])
+def test_folders_are_published_one_after_the_other(browsing: Browsing, tmp_path: Path, how: str) -> None:
+    folders = [folder_of(tmp_path / "many", name) for name in ("verse", "bad-one")]
+
+    async def question(page: Page, served: Served) -> None:
+        await page.get_by_label("Tags for what is published next").fill("one, two")
+        if how == "drop":
+            await drop_folder(page, folders[0].parent)
+        else:
+            await page.locator("#folder").set_input_files(folders[0].parent)
+        await expect(page.locator("#uploads .good .state")).to_contain_text("live at generation 8; nearest is poet")
+        await expect(page.locator("#uploads .bad .state")).to_contain_text("it is bad")
+        uploads = {args[0].name: args[0] for args in served.store.called("stage")}
+        assert uploads.keys() == {"verse", "bad-one"}
+        assert dict(uploads["verse"].files) == {"adapter_config.json": b"{}", "adapter_model.safetensors": b"12345"}
+        assert uploads["verse"].tags == ("one", "two")
+
+    look(browsing, question)
+
+
+def test_a_live_name_is_replaced_only_when_that_is_meant(browsing: Browsing, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, "poet")
+
+    async def question(page: Page, served: Served) -> None:
+        await drop_folder(page, folder)
+        await expect(page.locator("#confirm-title")).to_have_text("Publish a new version of poet?")
+        await page.locator("#confirm-dialog").get_by_role("button", name="Cancel").click()
+        await expect(page.locator("#uploads .state")).to_have_text("left as it was")
+        assert served.store.called("stage") == []
+        await drop_folder(page, folder)
+        await page.locator("#confirm-yes").click()
+        await expect(page.locator("#uploads .good")).to_have_count(1)
+
+    look(browsing, question)
+
+
+def test_a_key_is_asked_for_once_and_sent_with_every_request(browsing: Browsing, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, "verse")
+    seen: list[str] = []
+
+    async def guard(route: Route, request: Request) -> None:
+        key = await request.header_value("authorization")
+        if key == "Bearer of good news":
+            seen.append(f"{request.method} {request.url.partition('/v1/')[2].partition('?')[0]}")
+            await route.continue_()
+        else:
+            await route.fulfill(status=401, json={"error": {"message": "this server asks for a key"}})
+
+    async def question(page: Page, served: Served) -> None:
+        await page.route("**/v1/**", guard)
+        await page.reload()
+        await expect(page.locator("#key-note")).to_have_text("this server asks for a key")
+        await page.get_by_label("Bearer key").fill("of good news")
+        await page.get_by_role("button", name="Use", exact=True).click()
+        await expect(page.locator("#pool-count")).to_have_text("1–2 of 2")
+        await ask(page)
+        await expect(page.locator("#answer")).to_have_text("Hello")
+        await drop_folder(page, folder)
+        await expect(page.locator("#uploads .good")).to_have_count(1)
+        expected = {"GET stats", "GET loras", "GET pool/map", "POST pool/map", "POST chat/completions", "POST loras"}
+        assert expected <= set(seen)
+        assert await page.evaluate("localStorage.length + document.cookie.length") == 0
+        await page.locator("#key-button").click()
+        await page.get_by_role("button", name="Forget").click()
+        await expect(page.locator("#key-note")).to_have_text("this server asks for a key")
+
+    look(browsing, question)
+
+
+def test_the_figures_are_live(browsing: Browsing) -> None:
+    worker = CountingWorker()
+
+    async def question(page: Page, served: Served) -> None:
+        await expect(page.locator("#figure-running")).to_have_text("3 of 32")
+        await expect(page.locator("#figure-waiting")).to_have_text("2")
+        await expect(page.locator("#figure-bank")).to_have_text("16 of 256")
+        await expect(page.locator("#figure-hits")).to_have_text("bank 60 % · host 30 % · fetched 10 %")
+        await expect(page.locator("#figure-generation")).to_have_text("7")
+        await expect(page.locator("#connection")).to_have_text("live")
+        counters = replace(worker.holdings.counters, num_new_tokens=500)  # type: ignore[union-attr]
+        worker.holdings = replace(worker.holdings, num_running=4, counters=counters)  # type: ignore[type-var]
+        await expect(page.locator("#figure-running")).to_have_text("4 of 32")
+        await expect(page.locator("#figure-rate")).not_to_have_text("0.0")
+
+    look(browsing, question, worker=worker)
+
+
+def test_the_map_is_read_by_keyboard(browsing: Browsing) -> None:
+    async def question(page: Page, served: Served) -> None:
+        await expect(page.locator("#map .spot")).to_have_count(2)
+        frames = "(n) => new Promise((done) => { const f = () => (n-- ? requestAnimationFrame(f) : done()); f(); })"
+        sizes = [await page.locator("#map").bounding_box()]
+        await page.evaluate(frames, 5)
+        assert sizes == [await page.locator("#map").bounding_box()], "drawing it must not change its size"
+        await page.locator("#map").focus()
+        await page.keyboard.press("ArrowRight")
+        await expect(page.locator("#map-spoken")).to_have_text("coder")
+        await page.keyboard.press("ArrowRight")
+        await expect(page.locator("#map-spoken")).to_have_text("poet")
+        await page.keyboard.press("Enter")
+        await expect(page.get_by_label("Search")).to_have_value("poet")
+        await expect(page.locator("#pool-count")).to_have_text("1–1 of 1")
+
+    look(browsing, question)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_nothing_stands_beside_the_screen(browsing: Browsing, width: str) -> None:
+    long = replace(adapter("x" * 64), tags=("y" * 64, "z" * 64))
+
+    async def question(page: Page, served: Served) -> None:
+        await ask(page, "w" * 200)
+        await expect(page.locator("#plan li")).to_have_count(2)
+        await expect(page.locator("#answer-figures")).to_contain_text("tokens")
+        inside, outside = await page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
+        assert inside <= outside
+
+    worker = CountingWorker([Delta("v" * 500, 5, 1, "stop")])
+    retriever = MappedRetriever([long, adapter("poet")])
+    look(browsing, question, context={"viewport": WIDTHS[width]}, worker=worker, retriever=retriever)
+
+
+def test_every_control_has_a_name_and_can_be_reached(browsing: Browsing) -> None:
+    async def question(page: Page, served: Served) -> None:
+        await expect(page.locator("#pool-rows tr")).to_have_count(2)
+        nameless = """() => [...document.querySelectorAll('button, input, select, textarea')]
+            .filter((node) => !node.closest('dialog:not([open])'))
+            .filter((node) => !node.labels?.length && !node.ariaLabel && !node.textContent.trim())
+            .map((node) => node.id)"""
+        assert await page.evaluate(nameless) == []
+        wanted = {"prompt", "model", "ask-button", "map", "search", "folder", "tags", "key-button"}
+        await page.evaluate("document.activeElement.blur()")
+        for _ in range(30):
+            await page.keyboard.press("Tab")
+            wanted.discard(await page.evaluate("document.activeElement.id"))
+        assert wanted == set()
+
+    look(browsing, question)

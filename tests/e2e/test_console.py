@@ -1,0 +1,82 @@
+"""The console of the running application: a real model, a real encoder, a real browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from playwright.async_api import Page, expect
+
+from tests.browsing import Browsing, drop_folder
+from tests.e2e.conftest import POOL
+from tests.e2e.live import Live
+
+pytestmark = [pytest.mark.e2e, pytest.mark.browser]
+
+NEGATE = "Negate the statement: the chemist has used my car"
+PIRATES = "How would a pirate captain greet the crew of another ship?"
+SLOW_MS = 60_000  # other tests may keep both cores busy
+
+
+def folder_of(parent: Path, name: str, topic: list[str]) -> Path:
+    """A starter adapter under another name, found by other texts."""
+    folder = parent / name
+    shutil.copytree(POOL / "sentence_negation", folder)
+    lines = [json.dumps({"input": text}) for text in topic]
+    (folder / "lora_samples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+async def ask(page: Page, prompt: str) -> None:
+    await page.get_by_label("Prompt").fill(prompt)
+    await page.get_by_label("Tokens", exact=True).fill("16")
+    await page.get_by_role("button", name="Ask", exact=True).click()
+    await expect(page.locator("#answer-figures")).to_contain_text("tokens/s", timeout=SLOW_MS)
+
+
+def test_a_person_asks_publishes_and_withdraws(url: str, browsing: Browsing, tmp_path: Path) -> None:
+    topic = ["What does a pirate captain say?", "Talk like a pirate to the crew.", "A pirate greets another ship."]
+    folder = folder_of(tmp_path, "pirate_talk", topic)
+
+    async def visit() -> None:
+        async with browsing.page(f"{url}/") as page:
+            await expect(page.locator("#map .spot")).to_have_count(12, timeout=SLOW_MS)
+            await ask(page, NEGATE)
+            await expect(page.locator("#plan li .name")).to_have_count(3)
+            await expect(page.locator("#plan li .name").first).to_have_text("sentence_negation")
+            await expect(page.locator("#answer")).to_contain_text("not")
+            await expect(page.locator("#map .prompt")).to_have_count(1)
+            await expect(page.locator("#map .spot.chosen")).to_have_count(3)
+            await expect(page.locator("#figure-hits")).to_have_text(
+                re.compile(r"bank \d+ % · host \d+ % · fetched \d+ %")
+            )
+
+            await drop_folder(page, folder)
+            await expect(page.locator("#uploads .good .state")).to_contain_text("live at generation", timeout=SLOW_MS)
+            await expect(page.locator("#pool-rows .name", has_text="pirate_talk")).to_have_count(1)
+            await expect(page.locator("#map .spot")).to_have_count(13)
+            await ask(page, PIRATES)
+            await expect(page.locator("#plan li .name").first).to_have_text("pirate_talk")
+
+            await page.get_by_role("button", name="Withdraw pirate_talk").click()
+            await page.locator("#confirm-yes").click()
+            await expect(page.locator("#pool-rows .name", has_text="pirate_talk")).to_have_count(0, timeout=SLOW_MS)
+            await expect(page.locator("#map .spot")).to_have_count(12)
+            await ask(page, PIRATES)
+            await expect(page.locator("#plan li .name", has_text="pirate_talk")).to_have_count(0)
+
+    browsing.run(visit())
+
+
+def test_the_console_works_below_a_prefix_and_over_several_replicas(live: Live, browsing: Browsing) -> None:
+    async def visit() -> None:
+        async with browsing.page(f"{live.url}/") as page:
+            await expect(page.locator("#connection")).to_have_text("live", timeout=SLOW_MS)
+            await expect(page.locator("#figure-running")).to_have_text("0 of 32")  # two workers of 16 rows
+            await page.get_by_label("Model").fill("tiny")
+            await ask(page, "The sea is")
+
+    browsing.run(visit())

@@ -1,0 +1,95 @@
+"""The map over a pool: who is on it, where a prompt lies, what another generation changes."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lora_store.records import AdapterRecord
+from retriever_svc import IndexSettings, PoolMap, Retriever
+from retriever_svc.index import AdapterIndex
+from retriever_svc.pool import Pool
+from retriever_svc.projection import MAX_POINTS
+from tests.retriever_svc.pool_fakes import FakeEncoder, Source, live_pool, record_of, snapshot_of
+
+EAST, NORTH, WEST = (1.0, 0.0), (0.0, 1.0), (-1.0, 0.0)
+PUBLIC = (record_of("east", EAST), record_of("north", NORTH), record_of("west", WEST))
+PRIVATE = record_of("secret", (0.6, -0.8), tenant="them", visibility="private")
+
+
+def names_on(drawn: PoolMap) -> list[str]:
+    return sorted(point.ref.name for point in drawn.points if point.ref is not None)
+
+
+def retriever_of(*records: AdapterRecord) -> Retriever:
+    return Retriever(live_pool(FakeEncoder({"go east": EAST, "go north": NORTH}), Source(*records)))
+
+
+def test_the_map_has_what_the_caller_may_be_routed_to() -> None:
+    retriever = retriever_of(*PUBLIC, PRIVATE, record_of("bare", None))
+    drawn = retriever.map("local")
+    assert names_on(drawn) == ["east", "north", "west"]
+    assert (drawn.num_adapters, drawn.generation) == (3, 1)
+    assert names_on(retriever.map("them")) == ["east", "north", "secret", "west"]
+
+
+def test_what_is_private_moves_nothing_on_another_s_map() -> None:
+    with_it = retriever_of(*PUBLIC, PRIVATE)
+    without = retriever_of(*PUBLIC)
+    assert with_it.map("local") == without.map("local")
+    assert with_it.place("local", "go east", []) == without.place("local", "go east", [])
+
+
+def test_a_prompt_lies_where_the_adapter_of_its_embedding_does() -> None:
+    retriever = retriever_of(*PUBLIC)
+    place = retriever.place("local", "go north", ["west", "north", "nobody"])
+    on_map = {point.ref.name: (point.x, point.y) for point in retriever.map("local").points if point.ref is not None}
+    assert (place.prompt.x, place.prompt.y) == on_map["north"]
+    assert [(point.ref.name, (point.x, point.y)) for point in place.adapters if point.ref is not None] == [
+        ("west", on_map["west"]),
+        ("north", on_map["north"]),
+    ]
+
+
+def test_names_of_versions_lie_where_the_live_one_does_and_the_unseen_do_not() -> None:
+    retriever = retriever_of(*PUBLIC, PRIVATE, record_of("bare", None))
+    names = ["east@0123456789", "secret", "them/secret", "bare"]
+    assert [point.ref.name for point in retriever.place("local", "go east", names).adapters if point.ref] == ["east"]
+
+
+def test_an_empty_pool_has_a_map() -> None:
+    retriever = retriever_of()
+    assert retriever.map("local").points == ()
+    place = retriever.place("local", "go east", [])
+    assert (place.prompt.x, place.prompt.y, place.adapters) == (0.0, 0.0, ())
+
+
+def test_a_map_is_drawn_once_a_generation_and_caller() -> None:
+    pool = Pool.of(snapshot_of(*PUBLIC), FakeEncoder({}), IndexSettings())
+    assert pool.map("local") is pool.map("local")
+    assert pool.after(snapshot_of(*PUBLIC[:2], generation=2)).map("local")[1].num_adapters == 2
+
+
+def test_a_large_pool_is_shown_in_part_evenly() -> None:
+    num = 3 * MAX_POINTS
+    index = AdapterIndex.of([record_of(f"a{number:05}", EAST) for number in range(num)], 2)
+    found, records, vectors = index.spread("local", MAX_POINTS)
+    assert (found, len(records), vectors.shape) == (num, MAX_POINTS, (MAX_POINTS, 2))
+    assert [record.ref.name for record in records] == [f"a{number:05}" for number in range(0, num, 3)]
+    assert np.array_equal(vectors[0], np.asarray(EAST, np.float32))
+
+
+def test_what_a_large_map_leaves_out_is_placed_when_asked_for() -> None:
+    angles = np.linspace(0, 1, MAX_POINTS + 1)
+    records = [record_of(f"a{n:05}", (float(np.cos(t)), float(np.sin(t)))) for n, t in enumerate(angles)]
+    retriever = retriever_of(*records)
+    drawn = retriever.map("local")
+    [left_out] = {record.ref.name for record in records} - set(names_on(drawn))
+    assert (len(drawn.points), drawn.num_adapters) == (MAX_POINTS, MAX_POINTS + 1)
+    assert [point.ref.name for point in retriever.place("local", "go east", [left_out]).adapters if point.ref] == [
+        left_out
+    ]
+
+
+def test_the_count_is_the_caller_s_and_includes_what_only_a_name_reaches() -> None:
+    retriever = retriever_of(*PUBLIC, PRIVATE, record_of("bare", None))
+    assert (retriever.count("local"), retriever.count("them")) == ((1, 4), (1, 5))
