@@ -24,8 +24,9 @@ serve: $(READY) ## start the server with the starter pool on http://127.0.0.1:80
 demo: $(READY) ## answer the starter pool's held-out prompts with every strategy, print the table, stop
 	$(BIN)/python -m examples.demo $(ARGS)
 
-test: $(READY) ## run every test
-	$(BIN)/python -m pytest $(ARGS)
+test: $(READY) ## run every test: two at a time, then those that share one running application
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not e2e"
+	$(BIN)/python -m pytest -m e2e
 
 soak: $(READY) ## run the tests that have full counts at those; reports in benchmarks/results/soak-*.json
 	$(BIN)/python -m pytest --scale full $(ARGS)

@@ -91,7 +91,7 @@ def message_of(response: httpx.Response) -> str:
 
 
 def fail(message: str) -> NoReturn:
-    err.print(message, style="red", markup=False)
+    err.print(message, style="red", markup=False, soft_wrap=True)
     raise typer.Exit(1)
 
 

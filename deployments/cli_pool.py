@@ -52,7 +52,7 @@ def withdraw(
             response = client.delete(f"/v1/loras/{quote(name, safe='')}")
             if response.is_error:
                 failed += 1
-                err.print(f"{name}: {message_of(response)}", style="red", markup=False)
+                err.print(f"{name}: {message_of(response)}", style="red", markup=False, soft_wrap=True)
             else:
                 out.print(f"{name} is gone at generation {response.json()['generation']}", markup=False)
     if failed:
@@ -100,7 +100,7 @@ def verify(url: Url = DEFAULT_URL) -> None:
     """Read every stored blob again and compare it with its digest."""
     result = follow(url, "/v1/pool/verify", {}, "verifying")
     for problem in result["problems"]:
-        err.print(f"{problem['adapter']}: {problem['problem']}", style="red", markup=False)
+        err.print(f"{problem['adapter']}: {problem['problem']}", style="red", markup=False, soft_wrap=True)
     out.print(f"{result['num_blobs']} blobs, {len(result['problems'])} bad")
     if result["problems"]:
         raise typer.Exit(1)

@@ -112,7 +112,7 @@ def _report(answers: Iterable[Answered], total: int) -> int:
     for folder, answer in track(answers, "publishing", total, console=err, transient=True, disable=total == 1):
         if "error" in answer:
             failed += 1
-            err.print(f"{folder}: {answer['error']['message']}", style="red", markup=False)
+            err.print(f"{folder}: {answer['error']['message']}", style="red", markup=False, soft_wrap=True)
             continue
         notes = [] if answer["found_by_auto"] else ["no samples: by name only"]
         if behind := answer["replicas"]["behind"]:

@@ -208,7 +208,7 @@ def test_withdrawing_asks_first(browsing: Browsing) -> None:
         async with page.expect_response(lambda answer: answer.request.method == "DELETE") as answered:
             await page.locator("#confirm-yes").click()
         assert (await answered.value).status == 200
-        assert served.store.called("withdraw") == [("local", ["poet"], "http")]
+        assert served.store.called("withdraw") == [("local", ["poet"], "local")]
 
     look(browsing, question)
 

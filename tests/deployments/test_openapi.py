@@ -19,8 +19,9 @@ from schemathesis.checks import CHECKS
 
 from deployments.ingress import app
 from retriever_svc import DoctorReport, DoctorStep, ReindexStep
-from tests.deployments.app_fakes import DELTAS, FakeRetriever, FakeWorker, http_of, serve_plainly
+from tests.deployments.app_fakes import DELTAS, http_of, serve_plainly
 from tests.deployments.asking import get
+from tests.deployments.console_fakes import CountingWorker, MappedRetriever
 from tests.soak import Scale
 
 URL = "http://test"
@@ -34,7 +35,7 @@ STATUSES_OF_ALL = {"401", "403", "413", "429", "500", "503"}
 WITHOUT_ERRORS = {"/health"}
 
 
-class Jobs(FakeRetriever):
+class Jobs(MappedRetriever):
     """Ends every job of the pool at once: what is under test is what the routes take."""
 
     async def reindex(self, model: str) -> AsyncIterator[ReindexStep]:
@@ -62,7 +63,9 @@ def test_no_request_finds_a_server_error_or_what_the_document_does_not_tell(
         stack = AsyncExitStack()
 
         async def start() -> httpx.AsyncClient:
-            return await stack.enter_async_context(http_of(serve_plainly(worker=FakeWorker(DELTAS), retriever=Jobs())))
+            return await stack.enter_async_context(
+                http_of(serve_plainly(worker=CountingWorker(DELTAS), retriever=Jobs()))
+            )
 
         client = runner.run(start())
 

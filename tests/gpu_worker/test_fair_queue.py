@@ -8,6 +8,7 @@ from gpu_worker.fair_queue import FairQueue
 from gpu_worker.request import Delta, SamplingParams
 from gpu_worker.row import Row
 from gpu_worker.text_stream import TextStream
+from gpu_worker.token_bytes import TokenBytes
 from lora_store.adapter import AdapterRef
 from lora_store.plan import BASE_PLAN, Plan, PlannedAdapter
 from tests.tiny import byte_tokenizer
@@ -32,6 +33,7 @@ def row(adapters: str, tenant: str = "local", number: int = 0) -> Row:
         end_ids=frozenset(),
         seed=0,
         text=TextStream(_TOKENIZER, ()),
+        spell=TokenBytes(_TOKENIZER),
         sink=nobody,
         tenant=tenant,
     )
