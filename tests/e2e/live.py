@@ -95,12 +95,17 @@ class Live:
         with files.open_output_stream(path) as stream:
             stream.write(data)
 
+    def replicas(self, deployment: str) -> dict[str, str]:
+        """The name and the namespace of every replica's actor."""
+        prefix = f"SERVE_REPLICA::{APP}#{deployment}#"
+        actors = ray.util.list_named_actors(all_namespaces=True)
+        return {actor["name"]: actor["namespace"] for actor in actors if prefix in actor["name"]}
+
     def kill_replicas(self, deployment: str) -> int:
         """Kill every replica of a deployment as a crash would; how many there were."""
-        prefix = f"SERVE_REPLICA::{APP}#{deployment}#"
-        actors = [actor for actor in ray.util.list_named_actors(all_namespaces=True) if prefix in actor["name"]]
-        for actor in actors:
-            ray.kill(ray.get_actor(actor["name"], namespace=actor["namespace"]), no_restart=True)
+        actors = self.replicas(deployment)
+        for name, namespace in actors.items():
+            ray.kill(ray.get_actor(name, namespace=namespace), no_restart=True)
         return len(actors)
 
 
