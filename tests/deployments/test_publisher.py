@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,76 +10,23 @@ from ray.exceptions import RayActorError
 
 from deployments import publisher
 from deployments.background import Background
-from deployments.errors import SourceMissing, VersionNotKept
+from deployments.errors import SourceMissing
 from deployments.examiner import EXAMINED_TOGETHER
-from deployments.published import Published, Removed
+from deployments.published import Published
 from deployments.publisher import CATCH_UP_TIMEOUT_S, Publisher
 from deployments.releaser import Releaser
 from deployments.uploads import FolderUpload
 from gpu_worker.errors import AdapterUnfit
 from lora_store import (
-    LOCAL_TENANT,
-    AdapterNotFound,
-    AdapterRecord,
     AdapterRefused,
-    Embedding,
     Sample,
-    Staged,
     StoreUnavailable,
     VersionConflict,
 )
 from retriever_svc import StaleIndex
-from tests.deployments.app_fakes import ENCODER, SHAPES, FakeRetriever, FakeStore, FakeWorker, adapter, pool_of
+from tests.deployments.app_fakes import ENCODER, SHAPES, FakeRetriever, FakeStore, adapter, pool_of
+from tests.deployments.publishing import POET, Publishing, live
 from tests.fakes import FakeHandle
-
-SHIFTS: dict[str, float | Exception] = {"mute": 0.0, "wrong": AdapterUnfit("it is for another base"), "bare": 0.25}
-POET = ("local", "poet")
-
-
-class Publishing:
-    """A Publisher over fakes, and its handles. A call is over when its background work is."""
-
-    def __init__(
-        self, *live: AdapterRecord, retriever: FakeHandle | None = None, failing: dict[str, Any] | None = None
-    ) -> None:
-        self.pool = FakeStore(pool_of(*live), dict(failing or {}))
-        self.store = FakeHandle(self.pool)
-        self.retriever = retriever or FakeHandle(FakeRetriever())
-        self.worker = FakeHandle(FakeWorker(shifts=SHIFTS))
-
-    def __call__(self, *names: str, version: str = "") -> list[Published | Exception]:
-        tags = (version,) if version else ()
-        uploads = [FolderUpload(Path("folders", name), tags=tags) for name in names]
-        outcomes: list[Published | Exception] = self.run(lambda publisher: publisher.publish(uploads, "tester"))
-        return outcomes
-
-    def rollback(self, digest: str | None = None, name: str = "poet") -> Published:
-        published: Published = self.run(lambda publisher: publisher.rollback((LOCAL_TENANT, name), digest, "tester"))
-        return published
-
-    def withdraw(self, *names: str) -> Removed:
-        removed: Removed = self.run(lambda publisher: publisher.withdraw(LOCAL_TENANT, names, "tester"))
-        return removed
-
-    def run(self, change: Callable[[Publisher], Awaitable[Any]]) -> Any:
-        async def run() -> Any:
-            background = Background()
-            releaser = Releaser(self.store, self.worker, background, longest_request_s=1)
-            publishes = Publisher(self.store, self.retriever, self.worker, background=background, releaser=releaser)
-            try:
-                return await change(publishes)
-            finally:
-                await background.idle()
-
-        return asyncio.run(run())
-
-    @property
-    def live_digests(self) -> dict[str, list[str]]:
-        return {name: [record.ref.digest for record in kept] for (_, name), kept in self.pool.live.items()}
-
-
-def live(outcomes: Sequence[Published | Exception]) -> list[Published]:
-    return [outcome for outcome in outcomes if isinstance(outcome, Published)]
 
 
 def test_results_come_in_the_order_of_the_uploads_and_a_refusal_hurts_no_other() -> None:
@@ -288,145 +235,3 @@ def test_new_and_live_adapters_are_ready_at_the_new_generation() -> None:
     publishing = Publishing(adapter("bard", generation=3))
     assert [item.generation for item in live(publishing("bard", "poet"))] == [3, 8]
     assert publishing.retriever.called("catch_up") == [(8,)]
-
-
-class Reindexed(FakeStore):
-    """A reindex activates another encoder right before the first commit."""
-
-    async def commit(self, staged: Sequence[Staged], embeddings: Sequence[Embedding | None], *more: object) -> int:
-        if self.encoder is None:
-            self.encoder = "new-encoder"
-        return await super().commit(staged, embeddings, *more)
-
-
-class Swapping(FakeRetriever):
-    """Embeds by the new encoder once it has caught up."""
-
-    async def catch_up(self, generation: int) -> int:
-        self.encoder = "new-encoder"
-        return await super().catch_up(generation)
-
-
-def test_a_publish_that_a_reindex_overtakes_is_found_by_the_new_encoder() -> None:
-    publishing = Publishing(retriever=FakeHandle(Swapping()))
-    publishing.pool = Reindexed()
-    publishing.store = FakeHandle(publishing.pool)
-    assert [published.generation for published in live(publishing("poet", "bare"))] == [9, 9]
-    encoders = [[e and e.encoder for e in embeddings] for _, embeddings, *_ in publishing.store.called("commit")]
-    assert encoders == [[ENCODER, None], ["new-encoder", None]]
-    assert publishing.retriever.called("catch_up") == [(8,), (9,)]
-    assert publishing.pool.held == []
-
-
-def test_an_update_that_comes_while_a_reindex_is_followed_is_not_undone() -> None:
-    class Updated(Reindexed):
-        async def active_encoder(self) -> str | None:
-            if self.live:  # after the first commit another publisher updates the name
-                self.live["local", "poet"] = (adapter("poet", version="theirs"), *self.live["local", "poet"])
-            return await super().active_encoder()
-
-    publishing = Publishing(retriever=FakeHandle(Swapping()))
-    publishing.pool = Updated()
-    publishing.store = FakeHandle(publishing.pool)
-    publishing("poet")
-    assert publishing.live_digests["poet"][0] == adapter("poet", version="theirs").ref.digest
-
-
-def test_a_withdrawal_during_a_rollback_is_not_undone() -> None:
-    class Withdrawn(FakeWorker):
-        async def probe_many(self, weights_digests: Sequence[str]) -> list[float | Exception]:
-            publishing.pool.live.clear()
-            return await super().probe_many(weights_digests)
-
-    publishing = Publishing(adapter("poet", version="2"), adapter("poet", version="1"))
-    publishing.worker = FakeHandle(Withdrawn())
-    with pytest.raises(AdapterNotFound):
-        publishing.rollback()
-    assert (publishing.pool.live, publishing.pool.held) == ({}, [])
-
-
-def test_an_encoder_that_never_stays_ends_the_publish_all_the_same() -> None:
-    publishing = Publishing()
-    publishing.pool = Reindexed()
-    publishing.store = FakeHandle(publishing.pool)
-    assert len(live(publishing("poet"))) == 1
-    assert len(publishing.store.called("commit")) == 4
-
-
-def test_an_update_frees_what_falls_out_of_the_kept_versions() -> None:
-    publishing = Publishing()
-    for version in ("1", "2", "3"):
-        publishing("poet", version=version)
-    assert publishing.pool.swept == []
-    publishing("poet", version="4")
-    oldest = adapter("poet", version="1")
-    assert publishing.worker.called("forget") == [([oldest.weights_digest],)] * 2
-    assert publishing.pool.swept == [oldest.weights_digest], "all versions share their samples"
-    assert len(publishing.live_digests["poet"]) == 3
-
-
-def test_a_rollback_is_a_publish_of_the_version_before() -> None:
-    publishing = Publishing(adapter("poet", version="2"), adapter("poet", version="1"))
-    published = publishing.rollback()
-    assert (published.ref, published.generation) == (adapter("poet", version="1").ref, 8)
-    assert publishing.live_digests["poet"] == [adapter("poet", version=version).ref.digest for version in "12"]
-    assert publishing.retriever.called("embed") == [([(Sample("one"), Sample("two"))], ["local"])]
-    assert publishing.worker.called("probe_many") == [([adapter("poet", version="1").weights_digest],)]
-    assert publishing.retriever.called("catch_up") == [(8,)]
-    assert publishing.pool.held == []
-    publishing.rollback()
-    assert publishing.live_digests["poet"] == [adapter("poet", version=version).ref.digest for version in "21"]
-
-
-def test_a_rollback_reaches_every_kept_version_by_its_digest() -> None:
-    versions = [adapter("poet", version=version) for version in "321"]
-    publishing = Publishing(*versions)
-    assert publishing.rollback(versions[2].ref.digest[:8]).ref == versions[2].ref
-    again = publishing.rollback(versions[2].ref.digest)
-    assert again.ref == versions[2].ref, "the live one stays"
-    assert len(publishing.store.called("commit")) == 1
-
-
-@pytest.mark.parametrize("digest", [None, "f" * 64, adapter("poet").ref.digest[:7], ""])
-def test_a_version_that_is_not_kept_is_not_found_and_those_that_are_are_named(digest: str | None) -> None:
-    publishing = Publishing(adapter("poet"))
-    with pytest.raises(VersionNotKept) as caught:
-        publishing.rollback(digest)
-    assert adapter("poet").ref.digest[:12] in str(caught.value)
-    with pytest.raises(AdapterNotFound):
-        publishing.rollback(digest, name="nobody")
-    assert publishing.store.called("restage") == []
-
-
-def test_a_rollback_that_fails_leaves_the_live_version() -> None:
-    versions = adapter("poet", version="2"), adapter("poet", version="1")
-    publishing = Publishing(*versions, failing={"commit": (StoreUnavailable("down"), 1)})
-    with pytest.raises(StoreUnavailable):
-        publishing.rollback()
-    assert publishing.live_digests["poet"] == [record.ref.digest for record in versions]
-    assert (len(publishing.pool.held), publishing.pool.swept) == (1, []), "it may be live: its hold stands"
-
-
-def test_a_withdrawn_adapter_is_gone_with_all_its_versions_and_what_they_held() -> None:
-    versions = adapter("poet", version="2"), adapter("poet", version="1")
-    publishing = Publishing(*versions, adapter("bard"))
-    removed = publishing.withdraw("poet")
-    assert removed == Removed(("poet",), 8, 1, 0)
-    assert list(publishing.live_digests) == ["bard"]
-    assert publishing.store.called("withdraw") == [("local", ("poet",), "tester")]
-    assert publishing.retriever.called("catch_up") == [(8,)]
-    assert publishing.pool.swept == sorted({digest for record in versions for digest in record.blobs})
-
-
-def test_an_unknown_name_withdraws_nothing() -> None:
-    publishing = Publishing(adapter("poet"))
-    with pytest.raises(AdapterNotFound):
-        publishing.withdraw("poet", "nobody")
-    assert list(publishing.live_digests) == ["poet"]
-    assert publishing.retriever.called("catch_up") == []
-
-
-def test_a_withdrawal_counts_the_replicas_that_still_route_there() -> None:
-    late = FakeHandle(FakeRetriever(), FakeRetriever(caught_up=StaleIndex(8, 7)))
-    removed = Publishing(adapter("poet"), retriever=late).withdraw("poet")
-    assert (removed.ready, removed.behind) == (1, 1)

@@ -1,0 +1,70 @@
+"""A Publisher between fakes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from deployments.background import Background
+from deployments.published import Published, Removed
+from deployments.publisher import Publisher
+from deployments.releaser import Releaser
+from deployments.uploads import FolderUpload
+from gpu_worker.errors import AdapterUnfit
+from lora_store import (
+    LOCAL_TENANT,
+    AdapterRecord,
+)
+from tests.deployments.app_fakes import FakeRetriever, FakeStore, FakeWorker, pool_of
+from tests.fakes import FakeHandle
+
+SHIFTS: dict[str, float | Exception] = {"mute": 0.0, "wrong": AdapterUnfit("it is for another base"), "bare": 0.25}
+POET = ("local", "poet")
+
+
+class Publishing:
+    """A Publisher over fakes, and its handles. A call is over when its background work is."""
+
+    def __init__(
+        self, *live: AdapterRecord, retriever: FakeHandle | None = None, failing: dict[str, Any] | None = None
+    ) -> None:
+        self.pool = FakeStore(pool_of(*live), dict(failing or {}))
+        self.store = FakeHandle(self.pool)
+        self.retriever = retriever or FakeHandle(FakeRetriever())
+        self.worker = FakeHandle(FakeWorker(shifts=SHIFTS))
+
+    def __call__(self, *names: str, version: str = "") -> list[Published | Exception]:
+        tags = (version,) if version else ()
+        uploads = [FolderUpload(Path("folders", name), tags=tags) for name in names]
+        outcomes: list[Published | Exception] = self.run(lambda publisher: publisher.publish(uploads, "tester"))
+        return outcomes
+
+    def rollback(self, digest: str | None = None, name: str = "poet") -> Published:
+        published: Published = self.run(lambda publisher: publisher.rollback((LOCAL_TENANT, name), digest, "tester"))
+        return published
+
+    def withdraw(self, *names: str) -> Removed:
+        removed: Removed = self.run(lambda publisher: publisher.withdraw(LOCAL_TENANT, names, "tester"))
+        return removed
+
+    def run(self, change: Callable[[Publisher], Awaitable[Any]]) -> Any:
+        async def run() -> Any:
+            background = Background()
+            releaser = Releaser(self.store, self.worker, background, longest_request_s=1)
+            publishes = Publisher(self.store, self.retriever, self.worker, background=background, releaser=releaser)
+            try:
+                return await change(publishes)
+            finally:
+                await background.idle()
+
+        return asyncio.run(run())
+
+    @property
+    def live_digests(self) -> dict[str, list[str]]:
+        return {name: [record.ref.digest for record in kept] for (_, name), kept in self.pool.live.items()}
+
+
+def live(outcomes: Sequence[Published | Exception]) -> list[Published]:
+    return [outcome for outcome in outcomes if isinstance(outcome, Published)]

@@ -1,0 +1,170 @@
+"""What a Retriever reads of its pool: kept versions, the floor of the pool's own samples, real tasks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lora_store.adapter import LOCAL_TENANT, Sample
+from lora_store.errors import AdapterNotFound
+from lora_store.records import AdapterRecord
+from retriever_svc import (
+    Encoder,
+    LivePool,
+    NoAdapterMatched,
+    NothingToEmbed,
+    Retriever,
+    Route,
+    RouteRequest,
+    calibrate_floor,
+    embed_groups,
+)
+from tests.retriever_svc.pool_fakes import FakeEncoder, Source, embedding_of, live_pool, names, record_of
+from tests.retriever_svc.routing import EAST, NORTH, POOL, TABLE, retriever_of, route_one
+
+
+def kept_versions(*visibilities: str) -> tuple[AdapterRecord, ...]:
+    """The versions of one name, the live one first."""
+    return tuple(
+        record_of("n", NORTH, tenant="a", version=str(n), visibility=visibility)
+        for n, visibility in enumerate(visibilities)
+    )
+
+
+def retriever_with_history(*versions: AdapterRecord) -> Retriever:
+    source = Source()
+    source.commit(versions[0], previous={("a", "n"): versions[1:]})
+    return Retriever(live_pool(FakeEncoder(TABLE), source))
+
+
+def test_a_digest_reaches_the_kept_versions_too() -> None:
+    versions = kept_versions("public", "public", "public")
+    retriever = retriever_with_history(*versions)
+    for version in versions:
+        assert retriever.resolve("a", f"n@{version.ref.digest[:8]}") == version
+        plan = retriever.plan_named("b", [(f"a/n@{version.ref.digest}", 1.0)])
+        assert [adapter.ref for adapter in plan.adapters] == [version.ref]
+    assert retriever.resolve("a", "n") == versions[0]
+    assert retriever.versions("b", "n") == (2, list(versions))
+
+
+def test_a_version_that_was_private_stays_so() -> None:
+    versions = kept_versions("public", "private")
+    retriever = retriever_with_history(*versions)
+    assert retriever.resolve("a", f"n@{versions[1].ref.digest}") == versions[1]
+    assert retriever.versions("a", "n") == (2, list(versions))
+    assert retriever.versions("b", "n") == (2, [versions[0]])
+    with pytest.raises(AdapterNotFound):
+        retriever.resolve("b", f"a/n@{versions[1].ref.digest}")
+
+
+def test_what_is_withdrawn_has_no_versions() -> None:
+    with pytest.raises(AdapterNotFound):
+        retriever_of(*POOL).versions(LOCAL_TENANT, "gone")
+
+
+SAMPLES = {"e": ("east", "northeast"), "n": ("north", "northeast", "north"), "secret": ("east", "west")}
+
+
+def floor_for(*adapters: str) -> float:
+    return calibrate_floor([np.asarray([TABLE[text] for text in SAMPLES[name]]) for name in adapters])
+
+
+def sampled(name: str, **fields: Any) -> AdapterRecord:
+    """An adapter whose own scores are those of its samples."""
+    [embedding] = embed_groups(FakeEncoder(TABLE), [[Sample(text) for text in SAMPLES[name]]])
+    assert embedding is not None
+    return replace(record_of(name, None, **fields), embedding=embedding)
+
+
+def test_the_default_floor_is_measured_on_what_the_caller_sees() -> None:
+    secret = sampled("secret", tenant="b", visibility="private")
+    retriever = retriever_of(sampled("e"), sampled("n"), secret)
+    [error, other] = retriever.route([RouteRequest("west", tenant=tenant, fallback="error") for tenant in ("a", "b")])
+    assert isinstance(error, NoAdapterMatched)
+    assert error.floor == pytest.approx(floor_for("e", "n"), abs=1e-6)
+    assert floor_for("e", "n", "secret") < -0.9  # its two samples are opposites
+    assert isinstance(other, Route)
+
+
+def test_the_floor_follows_the_pool_and_encodes_no_sample() -> None:
+    encoder, source = FakeEncoder(TABLE), Source(sampled("e"))
+    pools = live_pool(encoder, source)
+    retriever = Retriever(pools)
+    source.commit(sampled("e"), sampled("n"))
+    pools.catch_up()
+    [error] = retriever.route([RouteRequest("west", fallback="error")])
+    assert isinstance(error, NoAdapterMatched)
+    assert error.floor == pytest.approx(floor_for("e", "n"), abs=1e-6)
+    assert encoder.batches == [["west"]]
+
+
+def test_a_given_floor_stands_whatever_the_samples_say() -> None:
+    assert not route_one(retriever_of(sampled("e"), min_score=0.2)).abstained
+    [error] = retriever_of(sampled("e"), min_score=0.99).route([RouteRequest("north", fallback="error")])
+    assert isinstance(error, NoAdapterMatched)
+    assert error.floor == 0.99
+
+
+def test_no_samples_no_embedding() -> None:
+    retriever = retriever_of()
+    with pytest.raises(NothingToEmbed):
+        retriever.embed([])
+    assert retriever.embed_groups([[], [Sample("east")]])[0] is None
+
+
+def test_an_embedding_by_another_encoder_has_no_neighbours_here() -> None:
+    retriever = retriever_of(*POOL)
+    assert [c.ref.name for c in retriever.neighbours(embedding_of(EAST), 2, LOCAL_TENANT)] == ["e", "ne"]
+    assert retriever.neighbours(embedding_of((1.0, 0.0, 0.0), encoder="another"), 2, LOCAL_TENANT) == ()
+
+
+FAMILIES = {
+    "translate": [
+        "Translate this sentence to German: The train leaves at noon.",
+        "Translate to German: Where is the nearest pharmacy?",
+        "How do you say 'good evening, my friends' in German?",
+        "Translate into German: My sister works in a hospital.",
+    ],
+    "sentiment": [
+        "Is this movie review positive or negative? The plot was dull and the acting worse.",
+        "Review: A joyful film with a wonderful cast. Is the sentiment positive or negative?",
+        "Tell whether the reviewer liked the film: I walked out after twenty minutes.",
+        "Sentiment of this review: charming, funny and far too short.",
+    ],
+    "arithmetic": [
+        "A farmer has 12 cows and buys 7 more. How many cows does he have now?",
+        "What is 45 minus 18?",
+        "Tom has 3 boxes of 24 pencils. How many pencils are there in all?",
+        "If a ticket costs 9 dollars, how much do 6 tickets cost?",
+    ],
+}
+HELD_OUT = {
+    "translate": [
+        "Translate to German: The children are playing in the garden.",
+        "Say 'thank you very much' in German.",
+    ],
+    "sentiment": [
+        "Positive or negative? This film is a masterpiece from start to end.",
+        "Did the reviewer like it: boring.",
+    ],
+    "arithmetic": ["Anna had 31 apples and ate 4. How many are left?", "What is 17 times 6?"],
+}
+
+
+def test_prompts_find_the_adapter_of_their_task() -> None:
+    encoder = Encoder()
+    samples = {name: [Sample(text) for text in texts] for name, texts in FAMILIES.items()}
+    empty = Retriever(LivePool(lambda model: encoder, Source()))
+    records = [replace(record_of(name, None), embedding=empty.embed(samples[name])) for name in FAMILIES]
+    retriever = Retriever(LivePool(lambda model: encoder, Source(*records)))
+    asked = [(name, text) for name, texts in HELD_OUT.items() for text in texts]
+    routes = retriever.route([RouteRequest(text, strategy="selection") for _, text in asked])
+    assert [names(route) for route in routes if isinstance(route, Route)] == [[name] for name, _ in asked]
+    assert route_one(retriever, "zxqv 0x7f segfault in kernel module, dmesg attached").abstained
+    neighbours = retriever.neighbours(empty.embed(samples["sentiment"]), 2, LOCAL_TENANT)
+    assert neighbours[0].ref.name == "sentiment"
+    assert neighbours[0].score == pytest.approx(1, abs=1e-5)
