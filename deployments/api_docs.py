@@ -18,9 +18,11 @@ _MEANING = {
     409: "`plan_gone`: the plan cannot be replayed, a version it pins is not kept any more",
     413: "the body is larger than the server reads",
     422: "no adapter matched and the caller wanted no fallback, or adapters drive the model out of range",
+    408: "the body came too slowly",
     429: "too many requests of this caller; `Retry-After` tells when to come back",
     500: "the server failed",
     503: "a part of the server is overloaded, starting or away; `Retry-After` tells when to come back",
+    504: "the request's time, `timeout_s` or the server's own limit, was over",
 }
 _ERROR = {"$ref": "#/components/schemas/ErrorAnswer"}  # a `model` would take the media type of the route's successes
 _EVENT = {
@@ -29,7 +31,7 @@ _EVENT = {
     "properties": {"data": {"type": "string"}},
     "required": ["data"],
 }
-_ANYWHERE = (401, 403, 413, 429, 500, 503)
+_ANYWHERE = (401, 403, 408, 413, 429, 500, 503)
 
 
 def answers(*refusals: int, **successes: Any) -> Answers:
@@ -54,9 +56,9 @@ def _of_kind(told: Answers, media_type: str, *statuses: int) -> Answers:
     return told
 
 
-CHAT_ANSWERS = _also_events(answers(400, 404, 409, 422, s200=objects.ChatAnswer))
-TEXT_ANSWERS = _also_events(answers(400, 404, 409, 422, s200=objects.TextAnswer))
-ROUTE_ANSWERS = answers(400, 404, 409, 422, s200=objects.RouteAnswer)
+CHAT_ANSWERS = _also_events(answers(400, 404, 409, 422, 504, s200=objects.ChatAnswer))
+TEXT_ANSWERS = _also_events(answers(400, 404, 409, 422, 504, s200=objects.TextAnswer))
+ROUTE_ANSWERS = answers(400, 404, 409, 422, 504, s200=objects.RouteAnswer)
 MODELS_ANSWERS = answers(400, s200=objects.ModelList)
 MODEL_ANSWERS = answers(404, s200=objects.ModelCard)
 LORAS_ANSWERS = answers(400, s200=objects.AdapterList)

@@ -28,10 +28,9 @@ URL = "http://test"
 DOCUMENT = app.openapi()
 SCHEMA = schemathesis.openapi.from_dict(DOCUMENT)
 OPERATIONS = {operation.ok().label: operation.ok() for operation in SCHEMA.get_all_operations()}
-CHECKED = CHECKS.get_by_names(
-    ["not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance"]
-)
-STATUSES_OF_ALL = {"401", "403", "413", "429", "500", "503"}
+OF_ANSWERS = CHECKS.get_by_names(["status_code_conformance", "content_type_conformance", "response_schema_conformance"])
+CHECKED = [*CHECKS.get_by_names(["not_a_server_error"]), *OF_ANSWERS]
+STATUSES_OF_ALL = {"401", "403", "408", "413", "429", "500", "503"}
 WITHOUT_ERRORS = {"/health"}
 
 
@@ -74,7 +73,9 @@ def test_no_request_finds_a_server_error_or_what_the_document_does_not_tell(
         def check(case: Case) -> None:
             response = runner.run(client.request(**sent(case)))
             statuses[response.status_code] += 1
-            case.validate_response(response, checks=CHECKED)
+            ran_out = response.status_code == 504
+            assert not ran_out or "timeout_s" in case.body, "only a client's own limit is that short"
+            case.validate_response(response, checks=OF_ANSWERS if ran_out else CHECKED)
 
         with suppress(Unsatisfiable):  # where there is nothing to get wrong
             check()
