@@ -104,7 +104,10 @@ def _loaded(text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError:
-        pass
+        return _loaded_yaml(text)
+
+
+def _loaded_yaml(text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as exc:

@@ -55,7 +55,8 @@ def test_a_second_batch_is_examined_while_the_first_one_is() -> None:
             self.has_two = asyncio.Barrier(2)
 
         async def probe_many(self, weights_digests: list[str]) -> list[float | Exception]:
-            await self.has_two.wait()
+            async with asyncio.timeout(10):  # reached only where the second call never comes
+                await self.has_two.wait()
             return await super().probe_many(weights_digests)
 
     items = [staged(f"a{number}") for number in range(2 * EXAMINED_TOGETHER)]
