@@ -68,6 +68,7 @@ class WorkerSettings(_Settings):
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     num_threads: int | None = Field(default=None, ge=1)  # None: the machine's cores
+    lora_products: Literal["auto", "torch"] = "auto"  # auto: compiled where a C++ compiler is found, on the CPU
     bank_rank_rows: int = Field(default=256, ge=1)
     max_batch_size: int = Field(default=32, ge=1)
     max_model_len: int = Field(default=2048, ge=1)

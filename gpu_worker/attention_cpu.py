@@ -12,7 +12,7 @@ from transformers import AttentionInterface
 
 from gpu_worker.attention_plan import AttentionPlan, DecodeGroup, Segment
 from gpu_worker.errors import BaseModelUnsupported
-from gpu_worker.mapping import StepContext
+from gpu_worker.step_context import StepContext
 
 ATTENTION_NAME = "loraretriever_cpu"
 

@@ -20,6 +20,7 @@ class WorkerConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Literal["cpu"] = "cpu"
     num_threads: int | None = None  # None: one per core
+    lora_products: Literal["auto", "torch"] = "auto"  # auto: compiled at start where a C++ compiler is found
     bank_rank_rows: int = 256  # rank rows of adapters held on the device at once
     max_batch_size: int = 32  # rows generating at once
     max_model_len: int = 2048  # prompt plus new tokens of one row

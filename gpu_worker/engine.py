@@ -27,13 +27,15 @@ from gpu_worker.kv_cache import KvCache
 from gpu_worker.load_window import LoadWindow
 from gpu_worker.loader import AdapterLoader, Fetch
 from gpu_worker.logprobs import Scored, score
-from gpu_worker.mapping import StepContext, token_mapping
+from gpu_worker.lora_kernel import load_kernel
+from gpu_worker.mapping import composition
 from gpu_worker.prepare import Preparer
 from gpu_worker.request import Delta
 from gpu_worker.residency import Residency
 from gpu_worker.row import Row
 from gpu_worker.sampling import sample
 from gpu_worker.scheduler import schedule
+from gpu_worker.step_context import StepContext
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +68,7 @@ class Engine:
         linears = target_linears(self.base.model, self.base.model.get_output_embeddings())
         self.bank = LoraBank(linears, config.bank_rank_rows, free_fill=free_fill)
         inject(self.base.model, self.bank, self._step_context)
+        self._kernel = load_kernel(config.cache_dir) if config.lora_products == "auto" else None
         self.residency = Residency(self.bank)
         self.kv_cache = _kv_cache(self.base, config.max_batch_size, self.max_len)
         self._log_memory()
@@ -236,11 +239,10 @@ class Engine:
     def _forward(self, scheduled: Sequence[tuple[Row, Segment]]) -> Tensor:
         """Logits (rows whose last token was computed, V), float32 or the model's dtype."""
         segments = [segment for _, segment in scheduled]
-        mapping = token_mapping(
-            [row.plan for row, _ in scheduled], [s.num_tokens for s in segments], self.residency, self.base.dtype
-        )
+        plans, num_tokens = [row.plan for row, _ in scheduled], [segment.num_tokens for segment in segments]
+        lora = composition(plans, num_tokens, self.residency, self.base.dtype, self._kernel, self.base.model.device)
         attention = attention_plan(self.kv_cache, segments)
-        self._step_context.fill(mapping, attention)
+        self._step_context.fill(lora, attention)
         ids = [row.tokens[s.context_len : s.total_len] for row, s in scheduled]
         last = [s.end - 1 for row, s in scheduled if s.total_len == len(row.tokens)]
         output = self.base.model(

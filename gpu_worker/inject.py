@@ -8,8 +8,8 @@ from transformers import PreTrainedModel
 from gpu_worker.bank import LoraBank
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.lora_linear import LoraLinear
-from gpu_worker.mapping import StepContext
 from gpu_worker.packed_linear import packed
+from gpu_worker.step_context import StepContext
 
 
 def target_linears(model: nn.Module, output_head: nn.Module | None) -> dict[str, nn.Linear]:

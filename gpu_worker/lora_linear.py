@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from gpu_worker.bank import ModuleBank
-from gpu_worker.mapping import StepContext
+from gpu_worker.step_context import StepContext
 
 
 class LoraLinear(nn.Module):
@@ -22,8 +22,7 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (..., N, I) -> (..., N, O)
         y: Tensor = self.base(x)
-        if not self._step.has_adapters or not self._bank.is_used:
-            return y
-        h = self._step.composed(x, self._bank.inputs)[:, self._bank.index]  # (P, N)
-        y.flatten(0, -2).addmm_(h.T, self._bank.bt)
+        composition = self._step.composition
+        if composition is not None and self._bank.is_used:
+            composition.add(x, y, self._bank)
         return y

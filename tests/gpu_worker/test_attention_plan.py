@@ -12,7 +12,7 @@ from gpu_worker.attention_cpu import packed_attention
 from gpu_worker.attention_plan import Segment, attention_plan
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.kv_cache import KvCache
-from gpu_worker.mapping import StepContext
+from gpu_worker.step_context import StepContext
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, MAX_LEN, NUM_ROWS = 4, 2, 8, 200, 6
 SCALING = 0.3

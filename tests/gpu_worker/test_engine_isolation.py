@@ -103,8 +103,9 @@ def hostile_adapter(shapes: Shapes, kind: str) -> AdapterWeights:
 
 @pytest.mark.parametrize("kind", ["first product", "second product", "folded scaling"])
 @pytest.mark.parametrize("strategy", ["selection", "mixture", "fusion"])
+@pytest.mark.parametrize("lora_products", ["auto", "torch"])
 def test_a_hostile_adapter_fails_only_its_own_request(
-    kind: str, strategy: str, make_engine: MakeEngine, shapes: Shapes, alone: Callable[..., Answer]
+    kind: str, strategy: str, lora_products: str, make_engine: MakeEngine, shapes: Shapes, alone: Callable[..., Answer]
 ) -> None:
     hostile, good, other = hostile_adapter(shapes, kind), *(random_adapter(shapes, i, rank=3) for i in (1, 2))
     adapters = by_digest(hostile, good, other)
@@ -115,7 +116,7 @@ def test_a_hostile_adapter_fails_only_its_own_request(
         greedy("a third", plan_of("mixture", (other, 0.5), (good, 0.5)), 3),
         BASE_JOB,
     ]
-    engine = make_engine(adapters)
+    engine = make_engine(adapters, lora_products=lora_products)
     bad_job = greedy("x", plan_of(strategy, *parts), "bad")  # type: ignore[arg-type]
     bad, *others = run_together(engine, [bad_job, *neighbours])
     assert isinstance(bad.error, LogitsNotFinite | AdapterUnfit)

@@ -13,11 +13,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gpu_worker.attention_plan import Segment, attention_plan
 from gpu_worker.bank import LoraBank
 from gpu_worker.base_model import BaseModel, load_base_model
+from gpu_worker.dense_mapping import dense_mapping
 from gpu_worker.engine import Engine
+from gpu_worker.grouped_mapping import grouped_mapping
 from gpu_worker.kv_cache import KvCache
+from gpu_worker.lora_kernel import LoraKernel
 from gpu_worker.lora_linear import LoraLinear
-from gpu_worker.mapping import StepContext, token_mapping
 from gpu_worker.residency import Residency
+from gpu_worker.step_context import Composition, StepContext
 from lora_store.adapter import AdapterWeights, ModuleWeights
 from lora_store.plan import BASE_PLAN, Plan
 from tests.gpu_worker.driving import greedy, run_together
@@ -89,9 +92,12 @@ def plans_over(pool: Sequence[AdapterWeights]) -> list[Plan]:
     ]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "lora_products"), [*[(family, "auto") for family in FAMILIES], ("gemma3", "torch")], ids=str
+)
 def test_a_batch_of_all_kinds_equals_each_row_alone(
     family: str,
+    lora_products: str,
     make_engine: Callable[..., Engine],
     tiny_base: Callable[..., BaseModel],
     tiny_folders: Mapping[str, Path],
@@ -100,7 +106,7 @@ def test_a_batch_of_all_kinds_equals_each_row_alone(
     adapters = {weights.weights_digest: weights for weights in pool}
     plans = plans_over(pool)
     jobs = [greedy(PROMPTS[i % len(PROMPTS)], plan, i) for i, plan in enumerate(plans)]
-    answers = run_together(make_engine(adapters, family), jobs)
+    answers = run_together(make_engine(adapters, family, lora_products=lora_products), jobs)
     texts = set()
     for job, answer in zip(jobs, answers, strict=True):
         assert isinstance(job.prompt, str)
@@ -176,7 +182,8 @@ def einsum_fusion(x: Tensor, lora_a: Tensor, lora_b: Tensor, mapping: Tensor) ->
 
 @pytest.mark.parametrize("strategy", ["mixture", "fusion"])
 @pytest.mark.parametrize("popularity", ["same", "distinct", "skewed"])
-def test_lora_linear_equals_the_papers_einsum(strategy: str, popularity: str) -> None:
+@pytest.mark.parametrize("by", ["dense", "grouped"])
+def test_lora_linear_equals_the_papers_einsum(strategy: str, popularity: str, by: str, lora_kernel: LoraKernel) -> None:
     torch.manual_seed(0)
     num_rows, num_tokens, num_adapters, rank, num_in, num_out = 6, 5, 6, 4, 16, 24
     linear = torch.nn.Linear(num_in, num_out)
@@ -198,9 +205,13 @@ def test_lora_linear_equals_the_papers_einsum(strategy: str, popularity: str) ->
         mapping[b, row] = 1 / len(row)
     step = StepContext()
     segments = [Segment(b, b * num_tokens, num_tokens, 0) for b in range(num_rows)]
-    step.fill(
-        token_mapping(plans, [num_tokens] * num_rows, residency, torch.float32), attention_plan(NO_CACHE, segments)
-    )
+    counts = [num_tokens] * num_rows
+    lora: Composition
+    if by == "dense":
+        lora = dense_mapping(plans, counts, residency, torch.float32, torch.device("cpu"))
+    else:
+        lora = grouped_mapping(plans, counts, residency, lora_kernel)
+    step.fill(lora, attention_plan(NO_CACHE, segments))
     x = torch.randn(num_rows, num_tokens, num_in)
     slow = einsum_mixture if strategy == "mixture" else einsum_fusion
     with torch.inference_mode():

@@ -8,10 +8,14 @@ from torch import nn
 
 from gpu_worker.attention_plan import Segment, attention_plan
 from gpu_worker.bank import LoraBank
+from gpu_worker.dense_mapping import DenseMapping
+from gpu_worker.grouped_mapping import GroupedMapping
 from gpu_worker.kv_cache import KvCache
+from gpu_worker.lora_kernel import LoraKernel
 from gpu_worker.lora_linear import LoraLinear
-from gpu_worker.mapping import StepContext, token_mapping
+from gpu_worker.mapping import composition
 from gpu_worker.residency import Residency
+from gpu_worker.step_context import StepContext
 from lora_store.adapter import AdapterRef, AdapterWeights, ModuleWeights
 from lora_store.plan import Plan, PlannedAdapter
 
@@ -107,7 +111,10 @@ def test_a_module_is_used_while_an_active_adapter_has_it() -> None:
 
 
 @pytest.mark.parametrize("same_input", [True, False])
-def test_modules_that_share_a_product_get_their_own_part_of_it(same_input: bool) -> None:
+@pytest.mark.parametrize("is_grouped", [True, False])
+def test_modules_that_share_a_product_get_their_own_part_of_it(
+    same_input: bool, is_grouped: bool, lora_kernel: LoraKernel
+) -> None:
     linears = {"x.gate_proj": nn.Linear(3, 5), "x.up_proj": nn.Linear(3, 4)}
     bank = LoraBank(linears, 4, free_fill=float("nan"))
     weights = AdapterWeights(
@@ -120,7 +127,10 @@ def test_modules_that_share_a_product_get_their_own_part_of_it(same_input: bool)
     step = StepContext()
     plan = Plan("selection", (PlannedAdapter(AdapterRef("t", "n", "1"), "1", 1.0),))
     no_cache = KvCache(num_layers=0, num_rows=0, num_heads=1, max_len=1, head_dim=1, dtype=torch.float32)
-    step.fill(token_mapping([plan], [2], residency, torch.float32), attention_plan(no_cache, [Segment(0, 0, 2, 0)]))
+    kernel = lora_kernel if is_grouped else None
+    lora = composition([plan], [2], residency, torch.float32, kernel, torch.device("cpu"))
+    assert isinstance(lora, GroupedMapping if is_grouped else DenseMapping)
+    step.fill(lora, attention_plan(no_cache, [Segment(0, 0, 2, 0)]))
     inputs = [torch.randn(1, 2, 3)] * 2 if same_input else [torch.randn(1, 2, 3) for _ in range(2)]
     with torch.inference_mode():
         for x, (name, linear) in zip(inputs, linears.items(), strict=True):

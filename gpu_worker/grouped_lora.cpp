@@ -1,0 +1,328 @@
+// The two LoRA products of a step, adapter by adapter: each adapter's rows are read once, for the tokens that have it.
+//
+// Dims: N tokens, S adapters, I in, O out, M modules that read one input. A pair is one token with one of its adapters.
+// Values of adapters that a token's plan lacks are never read for it.
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+using f32x16 = float __attribute__((vector_size(64)));
+using u32x16 = uint32_t __attribute__((vector_size(64)));
+using u16x16 = uint16_t __attribute__((vector_size(32)));
+
+constexpr int kLanes = 16;
+constexpr int64_t kBlock = 2 * kLanes;        // columns of y added to at once
+constexpr int64_t kHeldValues = 8 * 1024;  // of y that one task holds in float32: they stay in its core's cache
+
+struct bf16 {
+  uint16_t bits;
+};
+
+f32x16 load(const float* p) {
+  f32x16 v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+f32x16 load(const bf16* p) {
+  u16x16 bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return (f32x16)(__builtin_convertvector(bits, u32x16) << 16);
+}
+
+void store(float* p, f32x16 v) { std::memcpy(p, &v, sizeof v); }
+
+void store(bf16* p, f32x16 v) {  // to the nearest, ties to even; NaN stays NaN
+  const u32x16 bits = (u32x16)v;
+  const u32x16 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const u32x16 is_nan = (u32x16)(v != v);
+  const u16x16 out = __builtin_convertvector((rounded & ~is_nan) | (0x7fc0 & is_nan), u16x16);
+  std::memcpy(p, &out, sizeof out);
+}
+
+template <class T>
+f32x16 load_part(const T* p, int64_t n) {  // lanes past n are 0
+  if (n >= kLanes) return load(p);
+  T part[kLanes] = {};
+  if (n > 0) std::memcpy(part, p, n * sizeof(T));
+  return load(part);
+}
+
+template <class T>
+void store_part(T* p, f32x16 v, int64_t n) {
+  if (n >= kLanes) return store(p, v);
+  T part[kLanes];
+  store(part, v);
+  std::memcpy(p, part, n * sizeof(T));
+}
+
+float sum(f32x16 v) {
+  float total = 0;
+  for (int lane = 0; lane < kLanes; ++lane) total += v[lane];
+  return total;
+}
+
+}  // namespace
+
+extern "C" struct Pairs {
+  int32_t num_adapters, num_slots;  // a slot is a token that has adapters
+  int64_t h_len;                    // values of h for one module: a pair has as many as its adapter's rank
+  const int32_t* slot_tokens;       // (slots,) the token of a slot
+  const int32_t* pair_starts;       // (S + 1,) pairs of adapter s
+  const int32_t* pair_slots;        // (pairs,)
+  const float* pair_weights;        // (pairs,) m_bs
+  const int32_t* rank_starts;       // (S + 1,) rank rows of adapter s, by rank index
+  const int32_t* rank_rows;         // bank row of each
+  const int64_t* h_starts;          // (S + 1,)
+  const uint8_t* fusion;            // (slots,) or null
+  int32_t max_rank, num_threads;
+};
+
+namespace {
+
+#ifdef __AVX512BF16__
+// 32 products at once, two a lane
+template <int T, int R>
+void dots(const bf16* const* x, const bf16* const* a, int64_t width, float out[T][R]) {
+  __m512 acc[T][R] = {};
+  for (int64_t i = 0; i < width; i += 2 * kLanes) {
+    const __mmask32 mask = width - i >= 2 * kLanes ? ~0u : (1u << (width - i)) - 1;
+    __m512bh left[T];
+    for (int t = 0; t < T; ++t) left[t] = (__m512bh)_mm512_maskz_loadu_epi16(mask, x[t] + i);
+    for (int r = 0; r < R; ++r) {
+      const __m512bh right = (__m512bh)_mm512_maskz_loadu_epi16(mask, a[r] + i);
+      for (int t = 0; t < T; ++t) acc[t][r] = _mm512_dpbf16_ps(acc[t][r], left[t], right);
+    }
+  }
+  for (int t = 0; t < T; ++t)
+    for (int r = 0; r < R; ++r) out[t][r] = _mm512_reduce_add_ps(acc[t][r]);
+}
+#endif
+
+// out[t][r] = x[t] . a[r]
+template <int T, int R, class E>
+void dots(const E* const* x, const E* const* a, int64_t width, float out[T][R]) {
+  f32x16 acc[T][R] = {};
+  for (int64_t i = 0; i < width; i += kLanes) {
+    f32x16 left[T];
+    for (int t = 0; t < T; ++t) left[t] = load_part(x[t] + i, width - i);
+    for (int r = 0; r < R; ++r) {
+      const f32x16 right = load_part(a[r] + i, width - i);
+      for (int t = 0; t < T; ++t) acc[t][r] += left[t] * right;
+    }
+  }
+  for (int t = 0; t < T; ++t)
+    for (int r = 0; r < R; ++r) out[t][r] = sum(acc[t][r]);
+}
+
+// h of one adapter in one module: m_bs (x . A_s)
+template <class E>
+void shrink_adapter(const Pairs& p, int s, const E* x, int64_t width, const E* a, int64_t stride, float* h) {
+  constexpr int T = 4, R = 4;
+  const int rank = p.rank_starts[s + 1] - p.rank_starts[s];
+  const int32_t* rows = p.rank_rows + p.rank_starts[s];
+  for (int q = p.pair_starts[s]; q < p.pair_starts[s + 1]; q += T) {
+    const int num = std::min(T, p.pair_starts[s + 1] - q);
+    const E* tokens[T];
+    for (int t = 0; t < T; ++t) tokens[t] = x + p.slot_tokens[p.pair_slots[q + std::min(t, num - 1)]] * width;
+    for (int r = 0; r < rank; r += R) {
+      const E* parts[R];
+      for (int j = 0; j < R; ++j) parts[j] = a + rows[std::min(r + j, rank - 1)] * stride;
+      float out[T][R];
+      if (num == 1) {
+        dots<1, R>(tokens, parts, width, out);
+      } else {
+        dots<T, R>(tokens, parts, width, out);
+      }
+      for (int t = 0; t < num; ++t) {
+        float* of_pair = h + p.h_starts[s] + int64_t(q + t - p.pair_starts[s]) * rank;
+        for (int j = 0; j < std::min(R, rank - r); ++j) of_pair[r + j] = p.pair_weights[q + t] * out[t][j];
+      }
+    }
+  }
+}
+
+// fusion: u = sum_s m_bs h_s by rank index; h_s <- m_bs u. h holds m_bs h_s already.
+void fuse(const Pairs& p, float* h) {
+  std::vector<float> u(int64_t(p.num_slots) * p.max_rank);
+  for (const bool is_second : {false, true})
+    for (int s = 0; s < p.num_adapters; ++s) {
+      const int rank = p.rank_starts[s + 1] - p.rank_starts[s];
+      for (int q = p.pair_starts[s]; q < p.pair_starts[s + 1]; ++q) {
+        const int slot = p.pair_slots[q];
+        if (!p.fusion[slot]) continue;
+        float* of_pair = h + p.h_starts[s] + int64_t(q - p.pair_starts[s]) * rank;
+        float* of_slot = u.data() + int64_t(slot) * p.max_rank;
+        for (int r = 0; r < rank; ++r) {
+          if (is_second) {
+            of_pair[r] = p.pair_weights[q] * of_slot[r];
+          } else {
+            of_slot[r] += of_pair[r];
+          }
+        }
+      }
+    }
+}
+
+template <class E>
+void shrink(const Pairs& p, const E* x, int64_t width, const E* a, int num_modules, float* h) {
+#pragma omp parallel for schedule(dynamic) num_threads(p.num_threads)
+  for (int task = 0; task < p.num_adapters * num_modules; ++task) {
+    const int m = task % num_modules;
+    shrink_adapter(p, task / num_modules, x, width, a + m * width, num_modules * width, h + m * p.h_len);
+  }
+  if (p.fusion == nullptr) return;
+  for (int m = 0; m < num_modules; ++m) fuse(p, h + m * p.h_len);
+}
+
+// acc[t] += sum_r h[t][r] bt[r] over `left` columns. acc is padded to whole blocks.
+template <int T, class E>
+void add_rows(float* const* acc, const float* const* h, int rank, const int32_t* rows, const E* bt, int64_t stride,
+              int64_t left) {
+  for (int64_t column = 0; column < left; column += kLanes) {
+    f32x16 sums[T];
+    for (int t = 0; t < T; ++t) sums[t] = load(acc[t] + column);
+    for (int r = 0; r < rank; ++r) {
+      const f32x16 b = load_part(bt + rows[r] * stride + column, left - column);
+      for (int t = 0; t < T; ++t) sums[t] += h[t][r] * b;
+    }
+    for (int t = 0; t < T; ++t) store(acc[t] + column, sums[t]);
+  }
+}
+
+template <class E>
+void add_to(E* y, const float* acc, int64_t left) {
+  for (int64_t column = 0; column < left; column += kLanes)
+    store_part(y + column, load_part(y + column, left - column) + load(acc + column), left - column);
+}
+
+#ifdef __AVX512BF16__
+// Two rank rows at once, h rounded to bf16. Within a block acc lies as the interleaved rows do: columns 0-3, 8-11, 16-19,
+// 24-27, then the others; add_to puts them in order.
+template <int T>
+void add_rows(float* const* acc, const float* const* h, int rank, const int32_t* rows, const bf16* bt, int64_t stride,
+              int64_t left) {
+  constexpr int kPairs = 32;
+  for (int first = 0; first < rank; first += 2 * kPairs) {
+    const int num = std::min(2 * kPairs, rank - first);
+    uint32_t pairs[T][kPairs];
+    for (int t = 0; t < T; ++t)
+      for (int r = 0; r < num; r += 2) {
+        const __m128 two = _mm_set_ps(0, 0, r + 1 < num ? h[t][first + r + 1] : 0, h[t][first + r]);
+        pairs[t][r / 2] = _mm_cvtsi128_si32((__m128i)_mm_cvtneps_pbh(two));
+      }
+    for (int64_t column = 0; column < left; column += kBlock) {
+      const __mmask32 mask = left - column >= kBlock ? ~0u : (1u << (left - column)) - 1;
+      __m512 low[T], high[T];
+      for (int t = 0; t < T; ++t) {
+        low[t] = _mm512_loadu_ps(acc[t] + column);
+        high[t] = _mm512_loadu_ps(acc[t] + column + kLanes);
+      }
+      for (int r = 0; r < num; r += 2) {
+        const bf16* row = bt + rows[first + r] * stride + column;
+        const bf16* next = bt + rows[first + std::min(r + 1, num - 1)] * stride + column;
+        const __m512i b0 = _mm512_maskz_loadu_epi16(mask, row), b1 = _mm512_maskz_loadu_epi16(mask, next);
+        const __m512bh b_low = (__m512bh)_mm512_unpacklo_epi16(b0, b1);
+        const __m512bh b_high = (__m512bh)_mm512_unpackhi_epi16(b0, b1);
+        for (int t = 0; t < T; ++t) {
+          const __m512bh of_token = (__m512bh)_mm512_set1_epi32(pairs[t][r / 2]);
+          low[t] = _mm512_dpbf16_ps(low[t], b_low, of_token);
+          high[t] = _mm512_dpbf16_ps(high[t], b_high, of_token);
+        }
+      }
+      for (int t = 0; t < T; ++t) {
+        _mm512_storeu_ps(acc[t] + column, low[t]);
+        _mm512_storeu_ps(acc[t] + column + kLanes, high[t]);
+      }
+    }
+  }
+}
+
+void add_to(bf16* y, const float* acc, int64_t left) {
+  const __m512i split = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), join = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+  for (int64_t column = 0; column < left; column += kBlock) {
+    const __mmask32 mask = left - column >= kBlock ? ~0u : (1u << (left - column)) - 1;
+    const __m512i held = _mm512_permutexvar_epi64(split, _mm512_maskz_loadu_epi16(mask, y + column));
+    const __m512 low = _mm512_cvtpbh_ps((__m256bh)_mm512_castsi512_si256(held));
+    const __m512 high = _mm512_cvtpbh_ps((__m256bh)_mm512_extracti64x4_epi64(held, 1));
+    const __m512 sum_low = _mm512_add_ps(low, _mm512_loadu_ps(acc + column));
+    const __m512 sum_high = _mm512_add_ps(high, _mm512_loadu_ps(acc + column + kLanes));
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(sum_high, sum_low);
+    _mm512_mask_storeu_epi16(y + column, mask, _mm512_permutexvar_epi64(join, both));
+  }
+}
+#endif
+
+// y[:, first : first + width] of all slots, by way of acc (slots, width); width is a number of blocks
+template <class E>
+void expand_columns(const Pairs& p, const float* h, const E* bt, int64_t stride, int64_t first, int64_t width, E* y,
+                    std::vector<float>& acc) {
+  constexpr int T = 4;
+  const int64_t left = std::min(width, stride - first);
+  acc.assign(p.num_slots * width, 0);
+  for (int s = 0; s < p.num_adapters; ++s) {
+    const int rank = p.rank_starts[s + 1] - p.rank_starts[s];
+    const int32_t* rows = p.rank_rows + p.rank_starts[s];
+    for (int q = p.pair_starts[s]; q < p.pair_starts[s + 1]; q += T) {
+      const int num = std::min(T, p.pair_starts[s + 1] - q);
+      float* sums[T];
+      const float* values[T];
+      for (int t = 0; t < num; ++t) {
+        sums[t] = acc.data() + p.pair_slots[q + t] * width;
+        values[t] = h + p.h_starts[s] + int64_t(q + t - p.pair_starts[s]) * rank;
+      }
+      if (num == T) {
+        add_rows<T>(sums, values, rank, rows, bt + first, stride, left);
+      } else {
+        for (int t = 0; t < num; ++t) add_rows<1>(sums + t, values + t, rank, rows, bt + first, stride, left);
+      }
+    }
+  }
+  for (int slot = 0; slot < p.num_slots; ++slot)
+    add_to(y + p.slot_tokens[slot] * stride + first, acc.data() + slot * width, left);
+}
+
+template <class E>
+void expand(const Pairs& p, const float* h, const E* bt, int64_t num_out, E* y) {
+#pragma omp parallel num_threads(p.num_threads)
+  {
+    thread_local std::vector<float> acc;
+    const int64_t per_thread = (num_out + p.num_threads - 1) / p.num_threads;
+    const int64_t wanted = std::min(per_thread, kHeldValues / std::max(p.num_slots, 1));
+    const int64_t width = std::max(kBlock, (wanted + kBlock - 1) / kBlock * kBlock);
+#pragma omp for schedule(static)
+    for (int64_t first = 0; first < num_out; first += width)
+      expand_columns(p, h, bt, num_out, first, width, y, acc);
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// h (M, h_len) float32 <- compose(A x). x (N, I), a: rank row p of module m is row p M + m of (., I).
+void shrink_bf16(const Pairs* p, const void* x, int64_t num_in, const void* a, int32_t num_modules, float* h) {
+  shrink(*p, static_cast<const bf16*>(x), num_in, static_cast<const bf16*>(a), num_modules, h);
+}
+
+void shrink_f32(const Pairs* p, const void* x, int64_t num_in, const void* a, int32_t num_modules, float* h) {
+  shrink(*p, static_cast<const float*>(x), num_in, static_cast<const float*>(a), num_modules, h);
+}
+
+// y (N, O) += h B. bt (., O); h of one module.
+void expand_bf16(const Pairs* p, const float* h, const void* bt, int64_t num_out, void* y) {
+  expand(*p, h, static_cast<const bf16*>(bt), num_out, static_cast<bf16*>(y));
+}
+
+void expand_f32(const Pairs* p, const float* h, const void* bt, int64_t num_out, void* y) {
+  expand(*p, h, static_cast<const float*>(bt), num_out, static_cast<float*>(y));
+}
+
+}  // extern "C"

@@ -1,0 +1,37 @@
+"""What a forward pass reads beside its tensors."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from gpu_worker.attention_plan import AttentionPlan
+from gpu_worker.bank import ModuleBank
+
+
+class Composition(Protocol):
+    """The LoRA arithmetic of one step: `DenseMapping` or `GroupedMapping`, which say the same."""
+
+    def add(self, x: Tensor, y: Tensor, bank: ModuleBank) -> None:
+        """y[n] += compose(x[n] @ bank.a.T) @ bank.bt, in place. Dims: x (..., N, I), y (..., N, O)."""
+
+
+class StepContext:
+    """The one mutable object a forward pass reads: who is composed of what, and where every token's KV lives.
+
+    The engine fills it before each forward pass; `LoraLinear` and the attention function read it.
+    """
+
+    def __init__(self) -> None:
+        self.composition: Composition | None = None  # None: no token of the step has an adapter
+        self._attention: AttentionPlan | None = None
+
+    def fill(self, composition: Composition | None, attention: AttentionPlan) -> None:
+        """Set up the next forward pass."""
+        self.composition, self._attention = composition, attention
+
+    @property
+    def attention(self) -> AttentionPlan:
+        assert self._attention is not None, "the step context was not filled"
+        return self._attention
