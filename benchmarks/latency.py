@@ -30,7 +30,7 @@ NUM_RUNNING, NUM_STEPS = 24, 128  # rows whose gaps are measured, and tokens of 
 NUM_HOT = 8  # adapters of the running rows, three each
 NUM_COLD = 120  # in turn: what the bank and 16 MB of host memory hold has left them before it is asked for again
 LOADS_A_SECOND = 10
-LONG_PROMPT = 2000
+MAX_LEN, LONG_PROMPT, MOST_NEW = 2304, 2000, 2200
 PROMPT, ARRIVING = (20, 80), (8, 8)
 KINDS = QUIET, HOT, COLD, LONG = "quiet", "requests for hot adapters", "requests for cold adapters", "a long prompt"
 
@@ -72,7 +72,7 @@ class Bench:
 
     async def beside_running(self, work: Callable[[], Awaitable[dict[str, list[float]]]]) -> dict[str, list[float]]:
         """What `work` finds while rows run that do not end before it."""
-        rows = [asyncio.create_task(self._stream(row, 1800, asyncio.Event())) for row in range(NUM_RUNNING)]
+        rows = await self._running(MOST_NEW)
         try:
             return await work()
         finally:
@@ -82,15 +82,20 @@ class Bench:
 
     async def gaps(self, kind: str, num_steps: int) -> list[float]:
         """Milliseconds between tokens of the running rows, from the moment when all of them have their first."""
-        started = [asyncio.Event() for _ in range(NUM_RUNNING)]
-        rows = [asyncio.create_task(self._stream(row, num_steps, event)) for row, event in enumerate(started)]
-        await asyncio.gather(*[event.wait() for event in started])
+        rows = await self._running(num_steps)
         began = time.perf_counter()
         disturbance = asyncio.create_task(self._disturb(kind))
         streams = await asyncio.gather(*rows)
         disturbance.cancel()
         await asyncio.gather(disturbance, return_exceptions=True)
         return [gap for stream in streams for gap in _gaps(stream, began)]
+
+    async def _running(self, num_new: int) -> list[asyncio.Task[list[tuple[float, int]]]]:
+        """Rows that all have their first token."""
+        started = [asyncio.Event() for _ in range(NUM_RUNNING)]
+        rows = [asyncio.create_task(self._stream(row, num_new, event)) for row, event in enumerate(started)]
+        await asyncio.gather(*[event.wait() for event in started])
+        return rows
 
     async def _stream(self, row: int, num_new: int, started: asyncio.Event) -> list[tuple[float, int]]:
         """(time, tokens so far) at each delta."""
@@ -175,7 +180,7 @@ def main(
     quick: Quick = False,
 ) -> None:
     """Gemma-3-270M bfloat16, prompts of 20 to 80 tokens, mixtures of 3 over 8 adapters, rank 8 in all modules."""
-    with StoredPool(max_model_len=2304, host_cache_bytes=16 << 20, bank_rank_rows=RANK * 32) as pool:
+    with StoredPool(max_model_len=MAX_LEN, host_cache_bytes=16 << 20, bank_rank_rows=RANK * 32) as pool:
         pool.publish(NUM_HOT + NUM_COLD)
         counts = (1, 1.0, 3, 16) if quick else (rounds, minutes, first_tokens, NUM_STEPS)
         firsts, found = asyncio.run(measure(pool, *counts))

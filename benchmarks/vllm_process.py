@@ -92,6 +92,7 @@ def _environment(python: Path) -> dict[str, str]:
     if tcmalloc := ctypes.util.find_library("tcmalloc_minimal"):  # Debian: libtcmalloc-minimal4
         preloaded.append(tcmalloc)
     return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
+        "PYTHONSAFEPATH": "1",  # this folder has an http.py
         "LD_PRELOAD": ":".join(preloaded),
         "VLLM_CPU_OMP_THREADS_BIND": f"0-{cores - 1}",  # "auto" keeps one core free
         "VLLM_CPU_KVCACHE_SPACE": str(_KV_GIB),
