@@ -1,7 +1,8 @@
 """This engine beside what else serves adapters, same prompts and threads: `python -m benchmarks.peers`.
 
-With `--vllm-python` vLLM takes part, with and without adapters. Every round runs everybody once, so that all of a round
-meet the same machine; PEFT, whose runs vary by themselves, runs twice and its better run counts.
+With `--vllm-python` vLLM takes part: with adapters beside all others, then without beside this engine's base model.
+Every round runs everybody once, so that all of a round meet the same machine; PEFT, whose runs vary by themselves, runs
+twice and its better run counts.
 """
 
 from __future__ import annotations
@@ -10,8 +11,7 @@ import gc
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +27,7 @@ from benchmarks.engine_cases import (
     NUM_ROWS,
     Loaded,
     Prompt,
+    Prompts,
     Quick,
     console,
     generate,
@@ -47,45 +48,20 @@ NUM_ADAPTERS = 8
 OURS: tuple[tuple[str, Strategy], ...] = (("base", "base"), ("selection 8", "selection"), ("mixture 8", "mixture"))
 GENERATE, CONTINUOUS, PEFT = "transformers generate", "transformers continuous batching", "PEFT mixed batch, 8 adapters"
 VLLM_BASE, VLLM_LORA = "vLLM-CPU base", "vLLM-CPU, 8 adapters"
-WARM_TOKENS = 4
+WARM_TOKENS, MAX_LEN = 4, 512
 
 Contender = Callable[[Sequence[Prompt], int], float]
 """Rows and new tokens for each -> tokens a second."""
 Round = dict[str, float]
 
 
-class Peers:
-    """Everybody who takes part, loaded; a context that ends vLLM's processes."""
-
-    def __init__(self, vllm_python: Path | None) -> None:
-        self._stack = ExitStack()
-        self._vllm_python = vllm_python
-        self.versions = {"transformers": transformers.__version__, "peft": peft.__version__}
-
-    def __enter__(self) -> dict[str, Contender]:
-        with ExitStack() as stack:
-            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            loaded = Loaded(NUM_ADAPTERS)
-            folders = [scratch / str(number) for number in range(NUM_ADAPTERS)]
-            source = model_source(loaded.config)
-            for number, folder in enumerate(folders):
-                write_peft_folder(folder, random_modules(number, loaded.engine.bank.shapes), base_model=source)
-            contenders = {name: ours(loaded, strategy) for name, strategy in OURS}
-            contenders[GENERATE] = generate(plain_model(loaded.config))
-            contenders[CONTINUOUS] = continuous_batching(loaded.config)
-            contenders[PEFT] = mixed_batch(loaded.config, folders)
-            if self._vllm_python is not None:
-                for name, adapters in ((VLLM_BASE, []), (VLLM_LORA, folders)):
-                    console.print(f"starting {name}")
-                    vllm = Vllm(self._vllm_python, source, adapters, scratch / "vllm.log")
-                    contenders[name] = stack.enter_context(vllm)
-                    self.versions["vllm"] = vllm.version
-            self.prompts = loaded.prompts
-            self._stack = stack.pop_all()
-        return contenders
-
-    def __exit__(self, *exc: object) -> None:
-        self._stack.close()
+def contenders_here(loaded: Loaded, folders: Sequence[Path]) -> dict[str, Contender]:
+    """Everybody who runs in this process, loaded."""
+    contenders = {name: ours(loaded, strategy) for name, strategy in OURS}
+    contenders[GENERATE] = generate(plain_model(loaded.config))
+    contenders[CONTINUOUS] = continuous_batching(loaded.config)
+    contenders[PEFT] = mixed_batch(loaded.config, folders)
+    return contenders
 
 
 def ours(loaded: Loaded, strategy: Strategy) -> Contender:
@@ -141,55 +117,98 @@ def mixed_batch(config: WorkerConfig, folders: Sequence[Path]) -> Contender:
     return run
 
 
-def figures_of(found: Sequence[Round]) -> dict[str, float]:
-    """Medians over rounds of what was compared within a round."""
+class Bench:
+    """Rounds, each with its prompts; the first of each set of contenders warms them up."""
 
-    def median(name: str, over: str) -> float:
-        return statistics.median(round_[name] / round_[over] for round_ in found)
+    def __init__(self, prompts: Prompts, num_new: int) -> None:
+        self._prompts, self._num_new = prompts, num_new
 
+    def rounds(self, contenders: Mapping[str, Contender], numbers: Iterable[int]) -> list[Round]:
+        self._round(contenders, 0, WARM_TOKENS)
+        return [self._round(contenders, number, self._num_new) for number in numbers]
+
+    def _round(self, contenders: Mapping[str, Contender], number: int, num_new: int) -> Round:
+        prompts = self._prompts(number, NUM_ROWS)
+        found = {name: run(prompts, num_new) for name, run in contenders.items()}
+        gc.collect()
+        console.print(f"round {number}: " + ", ".join(f"{name} {speed:.0f}" for name, speed in found.items()))
+        return found
+
+
+def measure(
+    vllm_python: Path | None, rounds: int, minutes: float, num_new: int
+) -> tuple[list[Round], list[Round], dict[str, str]]:
+    """(rounds of everybody but vLLM's base model, rounds of that and this engine's, versions).
+
+    Two vLLMs at once would not fit in 24 GiB beside the others.
+    """
+    versions = {"transformers": transformers.__version__, "peft": peft.__version__}
+    loaded = Loaded(NUM_ADAPTERS, max_model_len=MAX_LEN)
+    bench = Bench(loaded.prompts, num_new)
+    with tempfile.TemporaryDirectory() as name:
+        folders = [Path(name, str(number)) for number in range(NUM_ADAPTERS)]
+        source = model_source(loaded.config)
+        for number, folder in enumerate(folders):
+            write_peft_folder(folder, random_modules(number, loaded.engine.bank.shapes), base_model=source)
+        contenders = contenders_here(loaded, folders)
+        if vllm_python is None:
+            return bench.rounds(contenders, rounds_within(rounds, minutes)), [], versions
+        console.print("starting vLLM with adapters")
+        with Vllm(vllm_python, source, folders, Path(name, "vllm.log")) as vllm:
+            found = bench.rounds(contenders | {VLLM_LORA: vllm}, rounds_within(rounds, minutes))
+        console.print("starting vLLM without adapters")
+        with Vllm(vllm_python, source, [], Path(name, "vllm.log")) as vllm:
+            pair = {"base": contenders["base"], VLLM_BASE: vllm}
+            return found, bench.rounds(pair, rounds_within(rounds, minutes)), versions | {"vllm": vllm.version}
+
+
+def ratio(found: Sequence[Round], name: str, over: str) -> float:
+    """The median over rounds of what was compared within a round."""
+    return statistics.median(round_[name] / round_[over] for round_ in found)
+
+
+def figures_of(found: Sequence[Round], base_found: Sequence[Round]) -> dict[str, float]:
     figures = {
-        "selection_over_peft": median("selection 8", PEFT),
-        "mixture8_over_peft": median("mixture 8", PEFT),
-        "mixture8_over_continuous_batching": median("mixture 8", CONTINUOUS),
+        "selection_over_peft": ratio(found, "selection 8", PEFT),
+        "mixture8_over_peft": ratio(found, "mixture 8", PEFT),
+        "mixture8_over_continuous_batching": ratio(found, "mixture 8", CONTINUOUS),
     }
-    if VLLM_LORA in found[0]:
-        figures["mixture8_over_vllm_cpu"] = median("mixture 8", VLLM_LORA)
-        figures["selection_over_vllm_cpu"] = median("selection 8", VLLM_LORA)
-        figures["base_over_vllm_cpu_base"] = median("base", VLLM_BASE)
+    if base_found:
+        figures["mixture8_over_vllm_cpu"] = ratio(found, "mixture 8", VLLM_LORA)
+        figures["selection_over_vllm_cpu"] = ratio(found, "selection 8", VLLM_LORA)
+        figures["base_over_vllm_cpu_base"] = ratio(base_found, "base", VLLM_BASE)
     return figures
 
 
-def table_and_medians(found: Sequence[Round], versions: dict[str, str]) -> tuple[str, dict[str, float]]:
-    medians = {name: statistics.median(round_[name] for round_ in found) for name in found[0]}
-    best = {name: max(round_[name] for round_ in found) for name in found[0]}
-    table = table_of("who", "tokens/s", "best round", "/ generate")
-    for name, speed in medians.items():
-        ratio = statistics.median(round_[name] / round_[GENERATE] for round_ in found)
-        table.add_row(name, f"{speed:.0f}", f"{best[name]:.0f}", f"{ratio:.2f}")
-    return shown(table) + ", ".join(f"{name} {version}" for name, version in versions.items()) + "\n", medians
+def report(found: Sequence[Round], base_found: Sequence[Round], versions: Mapping[str, str]) -> str:
+    table = table_of("who", "tokens/s", "best round", "mixture 8 / it", "base / it")
+    for name in found[0]:
+        speeds = [round_[name] for round_ in found]
+        ratios = [f"{ratio(found, ours_, name):.2f}" for ours_ in ("mixture 8", "base")]
+        table.add_row(name, f"{statistics.median(speeds):.0f}", f"{max(speeds):.0f}", *ratios)
+    for name in base_found[0] if base_found else ():
+        speeds = [round_[name] for round_ in base_found]
+        cells = f"{statistics.median(speeds):.0f}", f"{max(speeds):.0f}", "", f"{ratio(base_found, 'base', name):.2f}"
+        table.add_row(f"{name}, rounds of two", *cells)
+    return shown(table) + ", ".join(f"{name} {version}" for name, version in versions.items()) + "\n"
 
 
 def main(
     vllm_python: Annotated[Path | None, typer.Option(help="the python of a venv with vllm-cpu")] = None,
-    rounds: Annotated[int, typer.Option(help="rounds after the first, which warms up")] = 3,
-    minutes: Annotated[float, typer.Option(help="no round begins that would end later")] = 4.0,
+    rounds: Annotated[int, typer.Option(help="rounds after the one that warms up")] = 3,
+    minutes: Annotated[float, typer.Option(help="no round begins that would end later")] = 3.0,
     quick: Quick = False,
 ) -> None:
     """Gemma-3-270M bfloat16, 32 prompts of 20 to 80 tokens, 64 new ones each, rank 8 in all linear modules."""
-    peers, num_new = Peers(vllm_python), WARM_TOKENS if quick else NUM_NEW
-    found: list[Round] = []
-    with peers as contenders:
-        for number in (0, *rounds_within(1 if quick else rounds, minutes)):
-            prompts = peers.prompts(number, NUM_ROWS)
-            spent = {name: run(prompts, num_new if number else WARM_TOKENS) for name, run in contenders.items()}
-            gc.collect()
-            console.print(f"round {number}: " + ", ".join(f"{name} {speed:.0f}" for name, speed in spent.items()))
-            if number:
-                found.append(spent)
-    table, medians = table_and_medians(found, peers.versions)
+    counts = (1, 1.0, WARM_TOKENS) if quick else (rounds, minutes, NUM_NEW)
+    found, base_found, versions = measure(vllm_python, *counts)
+    table = report(found, base_found, versions)
     if quick:
         return
-    write_results("peers", figures=figures_of(found), table=table, runs=[peers.versions, *found])
+    figures = figures_of(found, base_found)
+    write_results("peers", figures=figures, table=table, runs=[versions, *found, *base_found])
+    medians = {name: statistics.median(round_[name] for round_ in found) for name in found[0]}
+    medians |= {VLLM_BASE: statistics.median(round_[VLLM_BASE] for round_ in base_found)} if base_found else {}
     plots.bars("peers", medians, f"tokens/s, {NUM_ROWS} rows")
 
 
