@@ -1,0 +1,223 @@
+"""The whole application over HTTP beside the engine alone: `python -m benchmarks.http`.
+
+The server, its client and the engine alone run on the same cores in turn, the engine alone in the client's process with
+the worker's threads, niceness and stream interval, while the server is idle. Prompts are texts of known length; `auto`
+retrieves by them, once with texts that are new to the encoder and once with the same again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+
+from benchmarks import plots
+from benchmarks.engine_cases import (
+    NUM_NEW,
+    NUM_ROWS,
+    Loaded,
+    Prompt,
+    Quick,
+    console,
+    plans,
+    random_modules,
+    rounds_within,
+    sampling,
+    shown,
+    table_of,
+)
+from benchmarks.results_file import write_results
+from deployments.config import AppConfig
+from deployments.server import Server
+from gpu_worker.engine_loop import EngineLoop
+from gpu_worker.request import Job
+from lora_store import Plan, Sample, Strategy, write_peft_folder
+
+NUM_ADAPTERS, NUM_SAMPLES = 8, 20
+PER_STREAM = 2  # requests one after the other in each of 32 streams
+SINGLE_TOKENS = 8
+ENGINE_ONE, HTTP_ONE = "engine alone, selection", "HTTP, adapters named"
+ENGINE_MIX, HTTP_AUTO, HTTP_KNOWN = "engine alone, mixture of 3", "HTTP, auto", "HTTP, auto, texts the encoder knows"
+KINDS = ENGINE_ONE, HTTP_ONE, ENGINE_MIX, HTTP_AUTO, HTTP_KNOWN
+
+Ask = Callable[[int, Prompt, int], Awaitable[None]]
+"""(row, prompt, new tokens): returns after the last token."""
+
+
+def write_pool(folder: Path, loaded: Loaded, base: str) -> None:
+    """The engine's own random adapters as PEFT folders, with samples of random words that `auto` finds them by."""
+    for number in range(NUM_ADAPTERS):
+        samples = [Sample(prompt.text) for prompt in loaded.prompts(10_000 + number, NUM_SAMPLES)]
+        modules = random_modules(number, loaded.engine.bank.shapes)
+        write_peft_folder(folder / f"adapter-{number}", modules, base_model=base, samples=samples)
+
+
+class Bench:
+    """The same requests by either way."""
+
+    def __init__(self, loaded: Loaded, config: AppConfig, url: str, client: httpx.AsyncClient) -> None:
+        self.prompts, self._url, self._client = loaded.prompts, url, client
+        worker = config.worker
+        self._loop = EngineLoop(loaded.engine, stream_interval_ms=worker.stream_interval_ms, niceness=worker.niceness)
+        self._ways: dict[str, Ask] = {
+            ENGINE_ONE: self._engine("selection"),
+            HTTP_ONE: lambda row, prompt, num_new: self._post(prompt, num_new, model=f"adapter-{row % NUM_ADAPTERS}"),
+            ENGINE_MIX: self._engine("mixture"),
+            HTTP_AUTO: self._auto,
+            HTTP_KNOWN: self._auto,
+        }
+
+    def close(self) -> None:
+        self._loop.stop()
+
+    def _engine(self, strategy: Strategy) -> Ask:
+        by_row: list[Plan] = plans(strategy, NUM_ADAPTERS)
+
+        async def ask(row: int, prompt: Prompt, num_new: int) -> None:
+            completion, _ = await self._loop.complete(Job("alone", prompt.text, by_row[row], sampling(num_new)))
+            assert completion.num_new_tokens == num_new
+
+        return ask
+
+    async def _auto(self, row: int, prompt: Prompt, num_new: int) -> None:
+        """`min_score`: never the base model, however far the words are from every sample."""
+        await self._post(prompt, num_new, model="auto", lora={"strategy": "mixture", "k": 3, "min_score": -1.0})
+
+    async def _post(self, prompt: Prompt, num_new: int, **fields: Any) -> None:
+        body = {"prompt": prompt.text, "max_tokens": num_new, "temperature": 0, "ignore_eos": True, "stream": True}
+        body |= {"stream_options": {"include_usage": True}, **fields}
+        last = b""
+        async with self._client.stream("POST", f"{self._url}/v1/completions", json=body) as response:
+            async for piece in response.aiter_bytes():
+                last = (last + piece)[-2000:]
+        assert response.status_code == 200 and f'"completion_tokens": {num_new}'.encode() in last, last
+
+    async def tokens_s(self, kind: str, prompts: Sequence[Prompt], num_new: int) -> float:
+        """32 streams, each asking `PER_STREAM` prompts in turn."""
+
+        async def stream(row: int) -> None:
+            for prompt in prompts[row::NUM_ROWS]:
+                await self._ways[kind](row, prompt, num_new)
+
+        started = time.perf_counter()
+        await asyncio.gather(*[stream(row) for row in range(NUM_ROWS)])
+        return len(prompts) * num_new / (time.perf_counter() - started)
+
+    async def single_ms(self, kind: str, prompt: Prompt) -> float:
+        started = time.perf_counter()
+        await self._ways[kind](0, prompt, SINGLE_TOKENS)
+        return 1000 * (time.perf_counter() - started)
+
+    async def route_ms(self, prompt: Prompt) -> float:
+        body = {"prompt": [prompt.text], "lora": {"strategy": "mixture", "k": 3, "min_score": -1.0}}
+        started = time.perf_counter()
+        (await self._client.post(f"{self._url}/v1/route", json=body)).raise_for_status()
+        return 1000 * (time.perf_counter() - started)
+
+    async def singles(self, count: int) -> list[dict[str, float]]:
+        """One request at a time, all ways in turn with the same prompt; the encoder's time is a new text's route over
+        that of the same text again."""
+        found = []
+        for number, prompt in enumerate(self.prompts(777, count + 1)):
+            times = {"route, new text": await self.route_ms(prompt), "route, known text": await self.route_ms(prompt)}
+            times |= {kind: await self.single_ms(kind, prompt) for kind in KINDS if kind != HTTP_AUTO}
+            if number:
+                found.append(times)
+        return found
+
+
+async def measure(
+    bench: Bench, rounds: int, minutes: float, num_singles: int, num_new: int
+) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+    """(tokens a second by kind in each round, milliseconds of single requests)."""
+    for kind in KINDS:
+        await bench.tokens_s(kind, bench.prompts(0, NUM_ROWS), 4)
+    found = []
+    for number in rounds_within(rounds, minutes):
+        prompts = bench.prompts(number, NUM_ROWS * PER_STREAM)
+        found.append({kind: await bench.tokens_s(kind, prompts, num_new) for kind in KINDS})
+        console.print(f"round {number}: " + ", ".join(f"{kind} {speed:.0f}" for kind, speed in found[-1].items()))
+    console.print(f"{num_singles} single requests by each way")
+    return found, await bench.singles(num_singles)
+
+
+def figures_of(found: Sequence[dict[str, float]], singles: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Medians of what was compared within a round, or for one prompt."""
+
+    def over(kind: str, other: str) -> float:
+        return statistics.median(round_[kind] / round_[other] for round_ in found)
+
+    def extra_ms(what: str, other: str) -> float:
+        return statistics.median(times[what] - times[other] for times in singles)
+
+    return {
+        "http_over_engine": over(HTTP_ONE, ENGINE_ONE),
+        "auto_over_engine": over(HTTP_AUTO, ENGINE_MIX),
+        "auto_known_texts_over_engine": over(HTTP_KNOWN, ENGINE_MIX),
+        "ingress_overhead_p50_ms": extra_ms(HTTP_ONE, ENGINE_ONE),
+        "auto_overhead_without_encoder_p50_ms": extra_ms(HTTP_KNOWN, ENGINE_MIX),
+        "encoder_p50_ms": extra_ms("route, new text", "route, known text"),
+    }
+
+
+def report(found: Sequence[dict[str, float]], singles: Sequence[dict[str, float]]) -> tuple[str, dict[str, float]]:
+    medians = {kind: statistics.median(round_[kind] for round_ in found) for kind in KINDS}
+    table = table_of(f"{NUM_ROWS} streams", "tokens/s", "/ engine alone")
+    for kind in KINDS:
+        alone = ENGINE_ONE if kind in (ENGINE_ONE, HTTP_ONE) else ENGINE_MIX
+        ratio = statistics.median(round_[kind] / round_[alone] for round_ in found)
+        table.add_row(kind, f"{medians[kind]:.0f}", f"{ratio:.2f}")
+    text = shown(table)
+    table = table_of(f"one request at a time, {SINGLE_TOKENS} tokens", "count", "p50 ms", "p90 ms")
+    for what in singles[0]:
+        times = sorted(times[what] for times in singles)
+        p90 = times[int(0.9 * len(times))]
+        table.add_row(what, str(len(times)), f"{statistics.median(times):.1f}", f"{p90:.1f}")
+    return text + shown(table), medians
+
+
+def main(
+    rounds: Annotated[int, typer.Option(help="rounds of 32 streams, every way once")] = 3,
+    minutes: Annotated[float, typer.Option(help="no round begins that would end later")] = 3.0,
+    singles: Annotated[int, typer.Option(help="requests one at a time, by every way")] = 80,
+    quick: Quick = False,
+) -> None:
+    """Gemma-3-270M bfloat16, prompts of 20 to 80 tokens, 64 new ones, 8 adapters of rank 8 in all linear modules."""
+    loaded = Loaded(NUM_ADAPTERS)
+    with tempfile.TemporaryDirectory() as scratch:
+        write_pool(Path(scratch, "adapters"), loaded, loaded.config.base_model)
+        config = AppConfig(store_uri=f"{scratch}/pool", preload=(Path(scratch, "adapters"),))
+        with Server(config, port=0) as server:
+            server.prepare(console.print)
+            url = server.start()
+            console.print(server.wait_ready(timeout_s=300))
+            counts = (1, 1.0, 3, 8) if quick else (rounds, minutes, singles, NUM_NEW)
+            found, single = asyncio.run(run(loaded, config, url, counts))
+    text, medians = report(found, single)
+    if quick:
+        return
+    write_results("http", figures=figures_of(found, single), table=text, runs=[*found, *single])
+    plots.bars("http", medians, f"tokens/s, {NUM_ROWS} streams")
+
+
+async def run(
+    loaded: Loaded, config: AppConfig, url: str, counts: tuple[int, float, int, int]
+) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+    """`measure` with a client of its own and an engine's thread, both ended."""
+    async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=NUM_ROWS)) as client:
+        bench = Bench(loaded, config, url, client)
+        try:
+            return await measure(bench, *counts)
+        finally:
+            bench.close()
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,216 @@
+"""This engine beside what else serves adapters, same prompts and threads: `python -m benchmarks.peers`.
+
+With `--vllm-python` vLLM takes part: with adapters beside all others, then without beside this engine's base model.
+Every round runs everybody once, so that all of a round meet the same machine; PEFT, whose runs vary by themselves, runs
+twice and its better run counts.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import peft
+import transformers
+import typer
+from peft import PeftModel
+from transformers import ContinuousBatchingConfig, GenerationConfig
+
+from benchmarks import plots
+from benchmarks.engine_cases import (
+    NUM_NEW,
+    NUM_ROWS,
+    Loaded,
+    Prompt,
+    Prompts,
+    Quick,
+    console,
+    generate,
+    plain_model,
+    plans,
+    random_modules,
+    rounds_within,
+    shown,
+    table_of,
+)
+from benchmarks.results_file import write_results
+from benchmarks.vllm_process import Vllm
+from gpu_worker.base_model import model_source
+from gpu_worker.config import WorkerConfig
+from lora_store import Strategy, write_peft_folder
+
+NUM_ADAPTERS = 8
+OURS: tuple[tuple[str, Strategy], ...] = (("base", "base"), ("selection 8", "selection"), ("mixture 8", "mixture"))
+GENERATE, CONTINUOUS, PEFT = "transformers generate", "transformers continuous batching", "PEFT mixed batch, 8 adapters"
+VLLM_BASE, VLLM_LORA = "vLLM-CPU base", "vLLM-CPU, 8 adapters"
+WARM_TOKENS, MAX_LEN = 4, 512
+
+Contender = Callable[[Sequence[Prompt], int], float]
+"""Rows and new tokens for each -> tokens a second."""
+Round = dict[str, float]
+
+
+def contenders_here(loaded: Loaded, folders: Sequence[Path]) -> dict[str, Contender]:
+    """Everybody who runs in this process, loaded."""
+    contenders = {name: ours(loaded, strategy) for name, strategy in OURS}
+    contenders[GENERATE] = generate(plain_model(loaded.config))
+    contenders[CONTINUOUS] = continuous_batching(loaded.config)
+    contenders[PEFT] = mixed_batch(loaded.config, folders)
+    return contenders
+
+
+def ours(loaded: Loaded, strategy: Strategy) -> Contender:
+    def run(rows: Sequence[Prompt], num_new: int) -> float:
+        asked = plans(strategy, NUM_ADAPTERS, len(rows))
+        return loaded.run(asked, rows, num_new)[0]
+
+    return run
+
+
+def continuous_batching(config: WorkerConfig) -> Contender:
+    """transformers' own continuous batching, its manager kept from one run to the next."""
+    model = plain_model(config, attn_implementation="sdpa")  # the paged one, transformers 5.24 takes care
+    batching = ContinuousBatchingConfig(  # what it would infer from a GPU's memory
+        max_batch_tokens=config.max_step_tokens,
+        num_blocks=4 * NUM_ROWS,
+        max_requests_per_batch=NUM_ROWS,
+        max_memory_percent=0.5,
+    )
+
+    def run(rows: Sequence[Prompt], num_new: int) -> float:
+        wanted = GenerationConfig(max_new_tokens=num_new, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        started = time.perf_counter()
+        answers = model.generate_batch(
+            [row.ids for row in rows],
+            generation_config=wanted,
+            continuous_batching_config=batching,
+            max_new_tokens=num_new,
+            persistent_manager=True,
+        )
+        seconds = time.perf_counter() - started
+        num_made = sum(len(answer.generated_tokens) for answer in answers.values())
+        assert num_made == len(rows) * num_new, f"{num_made} tokens came of {len(rows)} rows"
+        return num_made / seconds
+
+    return run
+
+
+def mixed_batch(config: WorkerConfig, folders: Sequence[Path]) -> Contender:
+    """PEFT's batch of rows with an adapter each, by generate."""
+    names = [folder.name for folder in folders]
+    model = PeftModel.from_pretrained(
+        plain_model(config), folders[0], adapter_name=names[0], autocast_adapter_dtype=False
+    )
+    for name, folder in zip(names[1:], folders[1:], strict=True):
+        model.load_adapter(folder, adapter_name=name, autocast_adapter_dtype=False)
+    by_generate = generate(model.eval())
+
+    def run(rows: Sequence[Prompt], num_new: int) -> float:
+        chosen = [names[row % len(names)] for row in range(len(rows))]
+        return max(by_generate(rows, num_new, adapter_names=chosen) for _ in range(2))
+
+    return run
+
+
+class Bench:
+    """Rounds, each with its prompts; the first of each set of contenders warms them up."""
+
+    def __init__(self, prompts: Prompts, num_new: int) -> None:
+        self._prompts, self._num_new = prompts, num_new
+
+    def rounds(self, contenders: Mapping[str, Contender], numbers: Iterable[int]) -> list[Round]:
+        self._round(contenders, 0, WARM_TOKENS)
+        return [self._round(contenders, number, self._num_new) for number in numbers]
+
+    def _round(self, contenders: Mapping[str, Contender], number: int, num_new: int) -> Round:
+        prompts = self._prompts(number, NUM_ROWS)
+        found = {name: run(prompts, num_new) for name, run in contenders.items()}
+        gc.collect()
+        console.print(f"round {number}: " + ", ".join(f"{name} {speed:.0f}" for name, speed in found.items()))
+        return found
+
+
+def measure(
+    vllm_python: Path | None, rounds: int, minutes: float, num_new: int
+) -> tuple[list[Round], list[Round], dict[str, str]]:
+    """(rounds of everybody but vLLM's base model, rounds of that and this engine's, versions).
+
+    Two vLLMs at once would not fit in 24 GiB beside the others.
+    """
+    versions = {"transformers": transformers.__version__, "peft": peft.__version__}
+    loaded = Loaded(NUM_ADAPTERS, max_model_len=MAX_LEN)
+    bench = Bench(loaded.prompts, num_new)
+    with tempfile.TemporaryDirectory() as name:
+        folders = [Path(name, str(number)) for number in range(NUM_ADAPTERS)]
+        source = model_source(loaded.config)
+        for number, folder in enumerate(folders):
+            write_peft_folder(folder, random_modules(number, loaded.engine.bank.shapes), base_model=source)
+        contenders = contenders_here(loaded, folders)
+        if vllm_python is None:
+            return bench.rounds(contenders, rounds_within(rounds, minutes)), [], versions
+        console.print("starting vLLM with adapters")
+        with Vllm(vllm_python, source, folders, Path(name, "vllm.log")) as vllm:
+            found = bench.rounds(contenders | {VLLM_LORA: vllm}, rounds_within(rounds, minutes))
+        console.print("starting vLLM without adapters")
+        with Vllm(vllm_python, source, [], Path(name, "vllm.log")) as vllm:
+            pair = {"base": contenders["base"], VLLM_BASE: vllm}
+            return found, bench.rounds(pair, rounds_within(rounds, minutes)), versions | {"vllm": vllm.version}
+
+
+def ratio(found: Sequence[Round], name: str, over: str) -> float:
+    """The median over rounds of what was compared within a round."""
+    return statistics.median(round_[name] / round_[over] for round_ in found)
+
+
+def figures_of(found: Sequence[Round], base_found: Sequence[Round]) -> dict[str, float]:
+    figures = {
+        "selection_over_peft": ratio(found, "selection 8", PEFT),
+        "mixture8_over_peft": ratio(found, "mixture 8", PEFT),
+        "mixture8_over_continuous_batching": ratio(found, "mixture 8", CONTINUOUS),
+    }
+    if base_found:
+        figures["mixture8_over_vllm_cpu"] = ratio(found, "mixture 8", VLLM_LORA)
+        figures["selection_over_vllm_cpu"] = ratio(found, "selection 8", VLLM_LORA)
+        figures["base_over_vllm_cpu_base"] = ratio(base_found, "base", VLLM_BASE)
+    return figures
+
+
+def report(found: Sequence[Round], base_found: Sequence[Round], versions: Mapping[str, str]) -> str:
+    table = table_of("who", "tokens/s", "best round", "mixture 8 / it", "base / it")
+    for name in found[0]:
+        speeds = [round_[name] for round_ in found]
+        ratios = [f"{ratio(found, ours_, name):.2f}" for ours_ in ("mixture 8", "base")]
+        table.add_row(name, f"{statistics.median(speeds):.0f}", f"{max(speeds):.0f}", *ratios)
+    for name in base_found[0] if base_found else ():
+        speeds = [round_[name] for round_ in base_found]
+        cells = f"{statistics.median(speeds):.0f}", f"{max(speeds):.0f}", "", f"{ratio(base_found, 'base', name):.2f}"
+        table.add_row(f"{name}, rounds of two", *cells)
+    return shown(table) + ", ".join(f"{name} {version}" for name, version in versions.items()) + "\n"
+
+
+def main(
+    vllm_python: Annotated[Path | None, typer.Option(help="the python of a venv with vllm-cpu")] = None,
+    rounds: Annotated[int, typer.Option(help="rounds after the one that warms up")] = 3,
+    minutes: Annotated[float, typer.Option(help="no round begins that would end later")] = 2.5,
+    quick: Quick = False,
+) -> None:
+    """Gemma-3-270M bfloat16, 32 prompts of 20 to 80 tokens, 64 new ones each, rank 8 in all linear modules."""
+    counts = (1, 1.0, WARM_TOKENS) if quick else (rounds, minutes, NUM_NEW)
+    found, base_found, versions = measure(vllm_python, *counts)
+    table = report(found, base_found, versions)
+    if quick:
+        return
+    figures = figures_of(found, base_found)
+    write_results("peers", figures=figures, table=table, runs=[versions, *found, *base_found])
+    medians = {name: statistics.median(round_[name] for round_ in found) for name in found[0]}
+    medians |= {VLLM_BASE: statistics.median(round_[VLLM_BASE] for round_ in base_found)} if base_found else {}
+    plots.bars("peers", medians, f"tokens/s, {NUM_ROWS} rows")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,93 @@
+"""Random adapters in a store on disk, and the worker's way from there into an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import threading
+from collections.abc import Awaitable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.engine_cases import RANK, Shapes, console, plan_of, random_modules
+from deployments.weights_fetcher import WeightsFetcher
+from gpu_worker.config import WorkerConfig
+from gpu_worker.engine import Engine
+from lora_store import AdapterRef, AdapterWeights, LoraStore, Plan, Strategy, write_peft_folder
+
+_BATCH = 64  # adapters a commit
+
+
+class _StoreCall:
+    """What a fetcher calls `fetch` through: the store's own read, in this process instead of behind Ray."""
+
+    def __init__(self, store: LoraStore) -> None:
+        self._store = store
+
+    async def remote(self, digest: str) -> list[Awaitable[NDArray[np.uint8]]]:
+        data = await asyncio.to_thread(self._store.load, digest)
+        arrived: asyncio.Future[NDArray[np.uint8]] = asyncio.get_running_loop().create_future()
+        arrived.set_result(np.frombuffer(data, np.uint8))
+        return [arrived]
+
+
+class _StoreHandle:
+    def __init__(self, store: LoraStore) -> None:
+        self.fetch = _StoreCall(store)
+
+
+class StoredPool:
+    """An engine whose adapters lie in a LoraStore below a temporary folder. A context.
+
+    Weights come as in a worker: read and hashed by the store, then hashed, decoded and fitted on the loading threads.
+    Only the way through Ray's object store is missing. The files are in the page cache: they were just written.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self.config = WorkerConfig(**settings)
+        self._folder = tempfile.TemporaryDirectory()
+        self._store = LoraStore(str(Path(self._folder.name, "store")), accepts_base=[self.config.base_model])
+        executor = ThreadPoolExecutor(self.config.load_threads, thread_name_prefix="adapter-load")
+        handle: Any = _StoreHandle(self._store)
+        self._fetcher = WeightsFetcher(handle, executor)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="fetches", daemon=True)
+        self.engine = Engine(self.config, self._fetch, executor=executor)
+        self.adapters: list[tuple[AdapterRef, str]] = []
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._folder.cleanup()
+
+    def publish(self, count: int) -> None:
+        """`adapters` (ref, weights digest) are `count` random ones of rank 8, all modules."""
+        shapes = self.engine.bank.shapes
+        for start in range(0, count, _BATCH):
+            staged = [self._staged(number, shapes) for number in range(start, min(start + _BATCH, count))]
+            nothing = [None] * len(staged)
+            self._store.commit(staged, nothing, nothing, actor="benchmark")
+            self.adapters += [(item.record.ref, item.record.weights_digest) for item in staged]
+            console.print(f"{len(self.adapters)} of {count} adapters of rank {RANK} are published")
+
+    def plan(self, strategy: Strategy, *numbers: int) -> Plan:
+        """Of the adapters with these numbers, equally weighted."""
+        return plan_of(strategy, [self.adapters[number] for number in numbers])
+
+    def _staged(self, number: int, shapes: Shapes) -> Any:
+        with tempfile.TemporaryDirectory(dir=self._folder.name) as name:
+            folder = Path(name)
+            write_peft_folder(folder, random_modules(number, shapes), base_model=self.config.base_model)
+            return self._store.stage(folder, name=f"adapter-{number}", module_shapes=shapes)
+
+    def _fetch(self, digest: str) -> Future[AdapterWeights]:
+        """Called on the engine's thread."""
+        return asyncio.run_coroutine_threadsafe(self._fetcher.fetch(digest), self._loop)

@@ -1,0 +1,101 @@
+"""A running `benchmarks.vllm_peer`, as peers asks it."""
+
+from __future__ import annotations
+
+import ctypes.util
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from benchmarks.engine_cases import NUM_NEW, NUM_ROWS, RANK, Prompt
+
+_KV_GIB = 1  # 32 rows of 144 tokens take a tenth
+_MAX_LEN = 512
+_SCRIPT = Path(__file__).with_name("vllm_peer.py")
+
+
+class VllmFailed(Exception):
+    """vLLM's process ended before it answered."""
+
+
+class Vllm:
+    """A context. vLLM on all cores; between its turns its processes are stopped and take nothing from others."""
+
+    def __init__(self, python: Path, model: str, adapters: Sequence[Path], log: Path) -> None:
+        settings = {
+            "model": model,
+            "adapters": [str(folder) for folder in adapters],
+            "rank": RANK,
+            "num_rows": NUM_ROWS,
+            "max_model_len": _MAX_LEN,
+        }
+        reading, writing = os.pipe()
+        self.log = log
+        with log.open("w") as out:
+            self._process = subprocess.Popen(
+                [str(python), str(_SCRIPT), json.dumps(settings), str(writing)],
+                stdin=subprocess.PIPE,
+                stdout=out,
+                stderr=out,
+                pass_fds=[writing],
+                env=_environment(python),
+                text=True,
+                process_group=0,  # of all its processes: stopped together, and ended by the system when this one dies
+            )
+        os.close(writing)
+        self._answers = os.fdopen(reading)
+        self.version: str = self._answer()["version"]
+        self._signal(signal.SIGSTOP)
+
+    def __call__(self, rows: Sequence[Prompt], num_new: int = NUM_NEW) -> float:
+        """Tokens a second, measured in vLLM's own process around its `generate`."""
+        assert self._process.stdin is not None
+        self._signal(signal.SIGCONT)
+        self._process.stdin.write(json.dumps({"rows": [row.ids for row in rows], "num_new": num_new}) + "\n")
+        self._process.stdin.flush()
+        answer = self._answer()
+        self._signal(signal.SIGSTOP)
+        assert answer["num_tokens"] == len(rows) * num_new
+        speed: float = answer["num_tokens"] / answer["seconds"]
+        return speed
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._signal(signal.SIGKILL)
+        self._process.wait()
+
+    def _answer(self) -> dict[str, Any]:
+        line = self._answers.readline()
+        if not line:
+            raise VllmFailed(f"vLLM ended; the last it said:\n{self.log.read_text()[-2000:]}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def _signal(self, number: signal.Signals) -> None:
+        os.killpg(self._process.pid, number)
+
+
+def _environment(python: Path) -> dict[str, str]:
+    """What vLLM's guide for processors asks for. Without this project's path: the venv has packages of its own."""
+    cores = os.cpu_count() or 1
+    openmp = python.parent.parent / "lib" / "libiomp5.so"
+    preloaded = [str(openmp)] if openmp.exists() else []
+    if tcmalloc := ctypes.util.find_library("tcmalloc_minimal"):  # Debian: libtcmalloc-minimal4
+        preloaded.append(tcmalloc)
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
+        "PYTHONSAFEPATH": "1",  # this folder has an http.py
+        "LD_PRELOAD": ":".join(preloaded),
+        "VLLM_CPU_OMP_THREADS_BIND": f"0-{cores - 1}",  # "auto" keeps one core free
+        "VLLM_CPU_KVCACHE_SPACE": str(_KV_GIB),
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
