@@ -116,6 +116,8 @@ def error_response(error: Exception) -> JSONResponse:
     headers = {}
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
+    if status in (409, 504):  # the openai client asks twice more otherwise, for the same answer or the same time
+        headers["x-should-retry"] = "false"
     if status in (429, 503):
         headers["Retry-After"] = str(max(1, math.ceil(getattr(_cause_of(error), "retry_after_s", 1))))
     return JSONResponse(body, status, headers=headers)

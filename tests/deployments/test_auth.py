@@ -18,6 +18,7 @@ from deployments.auth import BearerAuth, caller_of
 from deployments.callers import ROLES
 from deployments.errors import KeyRefused
 from deployments.ingress import app
+from gpu_worker.errors import DeadlineExceeded, EngineStopped
 from tests.deployments.adapter_records import POOL, adapter
 from tests.deployments.app_fakes import Served, http_of, serve_plainly
 from tests.deployments.asking import ask, error_of, get, post, request
@@ -27,6 +28,7 @@ from tests.deployments.fake_worker import DELTAS, FakeWorker
 from tests.deployments.key_files import bearer, entry, write
 from tests.soak import Scale
 
+GONE = {"name": "poet", "digest": "0" * 64, "weight": 1.0}
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 NEEDS = {
     ("POST", "/v1/chat/completions"): "infer",
@@ -275,6 +277,33 @@ def test_the_openai_client_raises_what_it_raises_elsewhere(tmp_path: Path) -> No
     with pytest.raises(openai.RateLimitError) as limited:
         by_openai(keys, "once", twice)
     assert 55 <= int(limited.value.response.headers["retry-after"]) <= 60
+
+
+@pytest.mark.parametrize(
+    ("options", "body", "status", "times"),
+    [
+        ({}, {"lora": {"plan": {"strategy": "selection", "adapters": [GONE]}}}, 409, 1),
+        ({"worker": FakeWorker([DeadlineExceeded(0)] * 3)}, {}, 504, 1),
+        ({"worker": FakeWorker([EngineStopped("it stopped")] * 3)}, {}, 503, 2),
+    ],
+    ids=["a plan that is gone", "time that is over", "a part that is away"],
+)
+def test_the_openai_client_asks_again_only_where_that_can_help(
+    keys: Path, options: dict[str, Any], body: dict[str, Any], status: int, times: int
+) -> None:
+    async def look(client: httpx.AsyncClient, served: Served) -> None:
+        seen: list[int] = []
+
+        async def count(response: httpx.Response) -> None:
+            seen.append(response.status_code)
+
+        client.event_hooks = {"response": [count]}
+        own = openai.AsyncOpenAI(base_url="http://test/v1", api_key="all", http_client=client, max_retries=1)
+        with pytest.raises(openai.APIStatusError):
+            await own.chat.completions.create(**CHAT, extra_body=body)
+        assert seen == [status] * times
+
+    ask(look, keys_file=keys, **options)
 
 
 def test_a_running_stream_counts_until_its_client_leaves(tmp_path: Path) -> None:
