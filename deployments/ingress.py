@@ -29,7 +29,7 @@ from deployments.answers import JsonObject, plan_object
 from deployments.api_docs import CHAT_ANSWERS, HEALTH_ANSWERS, READY_ANSWERS, ROUTE_ANSWERS, TEXT_ANSWERS, Api
 from deployments.auth import Asking, BearerAuth
 from deployments.background import Background
-from deployments.body_limit import BodyLimit
+from deployments.body_limit import BodyBudget, BodyLimit
 from deployments.callers import LOCAL_CALLER, NOBODY, Caller
 from deployments.config import AppConfig
 from deployments.door import Door
@@ -41,7 +41,7 @@ from deployments.limits import check_limits
 from deployments.openai_answers import Answer
 from deployments.openai_jobs import interleaved, jobs_of
 from deployments.planner import Planner
-from deployments.pool import Pool, in_flight_here
+from deployments.pool import Pool, bodies_here, in_flight_here
 from deployments.preload import Preload
 from deployments.publisher import Publisher
 from deployments.releaser import Releaser
@@ -58,7 +58,7 @@ STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 app = Api(title="LoraRetriever", docs_url="/docs", redoc_url=None)
 http_errors.install(app)
-app.add_middleware(BodyLimit, limit_of=pool_routes.max_body_bytes)
+app.add_middleware(BodyLimit, limit_of=pool_routes.max_body_bytes, budget=bodies_here)
 app.add_middleware(InFlightLimit, in_flight=in_flight_here)
 app.add_middleware(BearerAuth)  # the last ones added are asked first
 app.add_middleware(RequestIds)
@@ -101,6 +101,7 @@ class Ingress:
         self.pool = Pool(config, publisher, store, retriever, uploads, self.background)
         self.stats = StatsReader(config, retriever, worker)
         self.in_flight = InFlight(config.max_in_flight)
+        self.bodies = BodyBudget(config.max_body_total_bytes)
         self.preload = Preload(config.preload, publisher, approves=config.public_requires_approval)
 
     def __del__(self) -> None:

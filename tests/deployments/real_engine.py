@@ -81,6 +81,7 @@ class Door:
             "tasks": len(asyncio.all_tasks()),
             "threads": threading.active_count(),
             "in flight": self.served.ingress.in_flight.count,
+            "bodies": self.served.ingress.bodies.num_bytes,
             "uploads": self.served.ingress.pool.uploads.num_bytes,
         }
 
