@@ -113,7 +113,8 @@ class _Body:
         try:
             self._budget.take(num_bytes)
         except BodiesBusy as refusal:
-            raise self._refuse(refusal) from refusal
+            self.refusal = refusal
+            raise
         self._held += num_bytes
 
     def _refuse(self, refusal: Refusal) -> Refusal:
