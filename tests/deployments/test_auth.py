@@ -300,7 +300,7 @@ def test_the_openai_client_asks_again_only_where_that_can_help(
         client.event_hooks = {"response": [count]}
         own = openai.AsyncOpenAI(base_url="http://test/v1", api_key="all", http_client=client, max_retries=1)
         with pytest.raises(openai.APIStatusError):
-            await own.chat.completions.create(**CHAT, extra_body=body)
+            await own.chat.completions.create(model="auto", **CHAT, extra_body=body)
         assert seen == [status] * times
 
     ask(look, keys_file=keys, **options)
