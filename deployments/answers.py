@@ -8,32 +8,43 @@ from typing import Any
 from deployments import http_errors
 from deployments.planner import Planned
 from deployments.published import Published, Removed, Settled
-from lora_store import AdapterRecord
+from lora_store import AdapterRecord, AdapterRef
 from retriever_svc import Candidate, DoctorReport
 
 JsonObject = dict[str, Any]
 
 
-def plan_object(planned: Planned, *, explain: bool) -> JsonObject:
-    """Strategy and adapters always; every candidate and its score where the client asked."""
+def list_object(data: Sequence[JsonObject], *, has_more: bool) -> JsonObject:
+    """One page of a list, as the OpenAI API has it: go on `after` the `last_id` while there is more."""
+    ids = [item["id"] for item in data]
+    edges = {"first_id": ids[0] if ids else None, "last_id": ids[-1] if ids else None}
+    return {"object": "list", "data": data, **edges, "has_more": has_more}
+
+
+def plan_object(planned: Planned, tenant: str, *, explain: bool) -> JsonObject:
+    """Strategy and adapters always; every candidate and its score where the client asked.
+
+    Adapters are told by the names `tenant` asks for them by.
+    """
     plan = planned.plan
     adapters = [
-        {"name": row.ref.name, "digest": row.ref.digest, "weight": row.weight, "score": row.score}
+        {"name": row.ref.name_for(tenant), "digest": row.ref.digest, "weight": row.weight, "score": row.score}
         for row in plan.adapters
     ]
     report: JsonObject = {"strategy": plan.strategy, "adapters": adapters, "abstained": planned.abstained}
     if explain:
-        report |= {"generation": plan.generation, "candidates": candidate_objects(planned.candidates)}
+        report |= {"generation": plan.generation, "candidates": candidate_objects(planned.candidates, tenant)}
     return report
 
 
-def candidate_objects(candidates: Sequence[Candidate]) -> list[JsonObject]:
-    return [{"name": c.ref.name, "digest": c.ref.digest, "score": c.score} for c in candidates]
+def candidate_objects(candidates: Sequence[Candidate], tenant: str) -> list[JsonObject]:
+    return [{"name": c.ref.name_for(tenant), "digest": c.ref.digest, "score": c.score} for c in candidates]
 
 
-def lora_object(record: AdapterRecord) -> JsonObject:
-    """One adapter of the pool."""
+def lora_object(record: AdapterRecord, tenant: str) -> JsonObject:
+    """One adapter of the pool. `id`: the name `tenant` asks for it by."""
     return {
+        "id": record.ref.name_for(tenant),
         "name": record.ref.name,
         "tenant": record.ref.tenant,
         "digest": record.ref.digest,
@@ -78,7 +89,7 @@ def published_object(published: Published) -> JsonObject:
         "replicas": {"ready": published.ready, "behind": published.behind},
         "found_by_auto": published.found_by_auto,
         "probe_shift": published.probe_shift,
-        "neighbours": candidate_objects(published.neighbours),
+        "neighbours": candidate_objects(published.neighbours, published.ref.tenant),
     }
 
 
@@ -112,8 +123,12 @@ def removed_object(removed: Removed) -> JsonObject:
     }
 
 
-def doctor_object(report: DoctorReport) -> JsonObject:
+def doctor_object(report: DoctorReport, tenant: str) -> JsonObject:
     """How an adapter's own samples find it. Their shares are better than those of prompts it never saw."""
+
+    def name(ref: AdapterRef) -> str:
+        return ref.name_for(tenant)
+
     return {
         "generation": report.generation,
         "k": report.top_k,
@@ -123,17 +138,17 @@ def doctor_object(report: DoctorReport) -> JsonObject:
         "found_share": report.share_found,
         "collisions": [
             {
-                "adapters": [collision.first.name, collision.second.name],
+                "adapters": [name(collision.first), name(collision.second)],
                 "cosine": collision.cosine,
                 "num_swapped": [collision.num_of_first, collision.num_of_second],
             }
             for collision in report.collisions
         ],
-        "never_chosen": [ref.name for ref in report.never_chosen],
+        "never_chosen": list(map(name, report.never_chosen)),
         "always_shadowed": [
-            {"name": finding.ref.name, "by": finding.shadowed_by.name}
+            {"name": name(finding.ref), "by": name(finding.shadowed_by)}
             for finding in report.always_shadowed
             if finding.shadowed_by is not None
         ],
-        "unreadable": [ref.name for ref in report.unreadable],
+        "unreadable": list(map(name, report.unreadable)),
     }

@@ -141,11 +141,15 @@ class ModelList(BaseModel):
 
 
 class Adapter(BaseModel):
+    """`id`: the name the caller asks for it by: `name`, or `tenant/name` of another tenant's."""
+
+    id: str
     name: str
     tenant: str
     digest: Digest
     weights_digest: Digest
     visibility: str
+    approved: bool
     tags: list[str]
     base_model: str
     ranks: list[int]
@@ -165,6 +169,9 @@ class AdapterList(BaseModel):
     generation: int
     total: int
     data: list[Adapter]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
 
 
 class AdapterVersion(BaseModel):

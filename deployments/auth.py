@@ -12,6 +12,7 @@ from deployments.callers import Caller
 from deployments.door import Door
 from deployments.errors import KeyRefused
 from deployments.http_errors import error_response
+from deployments.http_io import path_of
 
 _GUARDED = "/v1/"  # the others tell nothing of the pool: health, the description of the API, the console's page
 _SCHEME = HTTPBearer(auto_error=False, description="a key of the server's keys file; none where the server has none")
@@ -27,7 +28,7 @@ class BearerAuth:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and _path_of(scope).startswith(_GUARDED):
+        if scope["type"] == "http" and path_of(scope).startswith(_GUARDED):
             try:
                 caller = _door().enter(Headers(scope=scope).get("authorization"))
             except Exception as exc:
@@ -69,12 +70,6 @@ def administering(caller: AnyCaller) -> Caller:
 Asking = Annotated[Caller, Depends(asking)]
 Publishing = Annotated[Caller, Depends(publishing)]
 Administering = Annotated[Caller, Depends(administering)]
-
-
-def _path_of(scope: Scope) -> str:
-    """The path as routes are matched: below where the application is mounted."""
-    path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", ""))
 
 
 def _door() -> Door:

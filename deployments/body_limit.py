@@ -1,4 +1,4 @@
-"""Refuses bodies larger or slower than the server reads, before they are in memory."""
+"""Refuses bodies larger or slower than the server reads, or more than it holds at once, before they are in memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.errors import BodyTooLarge, BodyTooSlow
+from deployments.errors import BodiesBusy, BodyTooLarge, BodyTooSlow
 from deployments.http_errors import error_response
 
 DEFAULT_MAX_BODY_BYTES = 4 << 20
@@ -16,21 +16,50 @@ _PATIENCE_S = 30.0
 _SLOWEST_BYTES_PER_S = 1 << 20
 
 
+Refusal = BodiesBusy | BodyTooLarge | BodyTooSlow
+
+
+class BodyBudget:
+    """Bytes of bodies in memory, each until its request is answered: many that stall hold no more than this."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self.num_bytes = 0
+
+    def take(self, num_bytes: int) -> None:
+        """Raises: BodiesBusy."""
+        if self.num_bytes + num_bytes > self._max_bytes:
+            raise BodiesBusy(self._max_bytes)
+        self.num_bytes += num_bytes
+
+    def give(self, num_bytes: int) -> None:
+        self.num_bytes -= num_bytes
+
+
 class BodyLimit:
     """ASGI middleware: a request whose body passes what `limit_of` allows it is answered 413.
 
     One that has not come whole after `patience_s` and a second for each MiB it may have is answered 408: bodies that
-    trickle would hold their places for ever.
+    trickle would hold their places for ever. One that finds no room in the budget is answered 503; uploads, which may
+    be larger than other bodies, have a budget of their own.
     """
 
-    def __init__(self, app: ASGIApp, limit_of: Callable[[Scope], int], patience_s: float = _PATIENCE_S) -> None:
-        self._app, self._limit_of, self._patience_s = app, limit_of, patience_s
+    def __init__(
+        self,
+        app: ASGIApp,
+        limit_of: Callable[[Scope], int],
+        budget: Callable[[], BodyBudget],
+        patience_s: float = _PATIENCE_S,
+    ) -> None:
+        self._app, self._limit_of, self._budget, self._patience_s = app, limit_of, budget, patience_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        body = _Body(receive, self._limit_of(scope), self._patience_s)
+        max_bytes = self._limit_of(scope)
+        budget = self._budget() if max_bytes <= DEFAULT_MAX_BODY_BYTES else BodyBudget(max_bytes)
+        body = _Body(receive, max_bytes, budget, self._patience_s)
         started = False
 
         async def answer(message: Message) -> None:
@@ -39,8 +68,11 @@ class BodyLimit:
                 started = True
                 await send(message)
 
-        with contextlib.suppress(BodyTooLarge, BodyTooSlow):
-            await self._app(scope, body.read, answer)
+        try:
+            with contextlib.suppress(BodiesBusy, BodyTooLarge, BodyTooSlow):
+                await self._app(scope, body.read, answer)
+        finally:
+            body.release()
         if body.refusal is not None and not started:
             await error_response(body.refusal)(scope, receive, send)
 
@@ -48,15 +80,15 @@ class BodyLimit:
 class _Body:
     """The messages of one request, as long as its body keeps within the bounds."""
 
-    def __init__(self, receive: Receive, max_bytes: int, patience_s: float) -> None:
-        self._receive, self._max_bytes = receive, max_bytes
+    def __init__(self, receive: Receive, max_bytes: int, budget: BodyBudget, patience_s: float) -> None:
+        self._receive, self._max_bytes, self._budget = receive, max_bytes, budget
         self._seconds = patience_s + max_bytes / _SLOWEST_BYTES_PER_S
         self._until: float | None = asyncio.get_running_loop().time() + self._seconds  # None: it is read
-        self._seen = 0
-        self.refusal: BodyTooLarge | BodyTooSlow | None = None
+        self._seen = self._held = 0
+        self.refusal: Refusal | None = None
 
     async def read(self) -> Message:
-        """Raises: BodyTooLarge, BodyTooSlow."""
+        """Raises: BodiesBusy, BodyTooLarge, BodyTooSlow."""
         try:
             async with asyncio.timeout_at(self._until) as limit:
                 message = await self._receive()
@@ -67,10 +99,24 @@ class _Body:
         self._seen += len(message.get("body", b""))
         if self._seen > self._max_bytes:
             raise self._refuse(BodyTooLarge(f"the body is larger than {self._max_bytes} bytes"))
+        self._hold(self._seen - self._held)
         if not message.get("more_body", False):
             self._until = None  # what is waited for now is that the client leaves
         return message
 
-    def _refuse(self, refusal: BodyTooLarge | BodyTooSlow) -> BodyTooLarge | BodyTooSlow:
+    def release(self) -> None:
+        """The request is answered: nothing of its body is held any more."""
+        self._budget.give(self._held)
+        self._held = 0
+
+    def _hold(self, num_bytes: int) -> None:
+        try:
+            self._budget.take(num_bytes)
+        except BodiesBusy as refusal:
+            self.refusal = refusal
+            raise
+        self._held += num_bytes
+
+    def _refuse(self, refusal: Refusal) -> Refusal:
         self.refusal = refusal
         return refusal

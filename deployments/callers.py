@@ -50,5 +50,6 @@ class Caller:
             raise RoleMissing(self.key_id, role)
 
 
+NOBODY = ""  # no tenant has this name: it sees what is public
 LOCAL_CALLER = Caller(LOCAL_TENANT, frozenset(ROLES), "local")
 """Whoever asks where there are no keys, and who calls through a Ray handle and names nobody else."""

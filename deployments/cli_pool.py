@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import quote
 
 import typer
@@ -17,12 +17,16 @@ Name = Annotated[str, typer.Argument(help="an adapter's name")]
 @commands.command("list")
 def list_adapters(url: Url = DEFAULT_URL) -> None:
     """List the pool."""
-    answer = call(url, "GET", "/v1/loras")
+    rows: list[dict[str, Any]] = []
+    answer: dict[str, Any] = {"has_more": True, "last_id": ""}
+    while answer["has_more"]:
+        answer = call(url, "GET", "/v1/loras", params={"after": answer["last_id"]})
+        rows += answer["data"]
     table = Table("adapter", "digest", "ranks", "bytes", "samples", "auto", title=f"generation {answer['generation']}")
-    for row in answer["data"]:
+    for row in rows:
         ranks = ", ".join(map(str, row["ranks"]))
         auto = "yes" if row["found_by_auto"] else "by name only"
-        table.add_row(row["name"], row["digest"][:12], ranks, str(row["num_bytes"]), str(row["num_samples"]), auto)
+        table.add_row(row["id"], row["digest"][:12], ranks, str(row["num_bytes"]), str(row["num_samples"]), auto)
     out.print(table)
 
 

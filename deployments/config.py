@@ -112,6 +112,7 @@ class AppConfig(_Settings):
     source_prefixes: tuple[str, ...] = ()  # s3://, gs:// or file:// URIs below which adapters may be published from
     max_upload_bytes: int = Field(default=512 << 20, ge=1)  # of one adapter's files, uploaded or copied from a source
     max_upload_total_bytes: int = Field(default=1 << 30, ge=1)  # of all uploads that one Ingress replica holds at once
+    max_body_total_bytes: int = Field(default=256 << 20, ge=4 << 20)  # of all other bodies it holds; one has 4 MiB
     max_in_flight: int = Field(default=1024, ge=1)  # requests one Ingress replica works on; above it answers 429
     max_request_s: float = Field(default=600, gt=0)  # the longest a request may take, whatever its `timeout_s`
     max_new_tokens: int = Field(default=8192, ge=DEFAULT_MAX_TOKENS)  # of one answer; the context bounds it too

@@ -15,6 +15,7 @@ DeploymentsError
 ├── SourceUnavailable  the source does not answer
 ├── BodyTooLarge       the body is larger than the server reads
 ├── BodyTooSlow        the body did not come in time
+├── BodiesBusy         the bodies in memory leave no room for this one
 ├── UploadsBusy        the uploads in progress leave no room for this one
 ├── ServerOverloaded   this replica works on as many requests as it may
 ├── NotReady           the server is still starting
@@ -165,6 +166,17 @@ class BodyTooLarge(DeploymentsError):
 
 class BodyTooSlow(DeploymentsError):
     """Send it in less time."""
+
+
+class BodiesBusy(DeploymentsError):
+    """Ask again once others are answered."""
+
+    def __init__(self, max_bytes: int) -> None:
+        super().__init__(max_bytes)
+        self.max_bytes = max_bytes
+
+    def __str__(self) -> str:
+        return f"this body and those of other requests have more than {self.max_bytes} bytes; try again later"
 
 
 class UploadsBusy(DeploymentsError):

@@ -54,6 +54,7 @@ TABLE: tuple[tuple[type[Exception], int, str, str], ...] = (
     (api_errors.SourceUnavailable, 503, _OVERLOADED, "source_unavailable"),
     (api_errors.BodyTooLarge, 413, _INVALID, "body_too_large"),
     (api_errors.BodyTooSlow, 408, _INVALID, "body_too_slow"),
+    (api_errors.BodiesBusy, 503, _OVERLOADED, "bodies_busy"),
     (api_errors.UploadsBusy, 503, _OVERLOADED, "uploads_busy"),
     (api_errors.ServerOverloaded, 429, _OVERLOADED, "server_overloaded"),
     (api_errors.NotReady, 503, _OVERLOADED, "not_ready"),
@@ -116,6 +117,8 @@ def error_response(error: Exception) -> JSONResponse:
     headers = {}
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
+    if status in (409, 504):  # the openai client asks twice more otherwise, for the same answer or the same time
+        headers["x-should-retry"] = "false"
     if status in (429, 503):
         headers["Retry-After"] = str(max(1, math.ceil(getattr(_cause_of(error), "retry_after_s", 1))))
     return JSONResponse(body, status, headers=headers)

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from fastapi import Request
 from pydantic import ValidationError
+from starlette.types import Scope
 
 from deployments import http_errors
 from deployments.answers import JsonObject
@@ -61,6 +62,12 @@ async def json_lines(opening: JsonObject, lines: AsyncGenerator[JsonObject]) -> 
     except Exception as exc:
         _, body = http_errors.describe(exc)
         yield f"{json.dumps(body)}\n"
+
+
+def path_of(scope: Scope) -> str:
+    """The path as routes are matched: below where the application is mounted."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
 
 
 def is_loopback(http: Request) -> bool:

@@ -8,6 +8,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deployments.errors import ServerOverloaded
 from deployments.http_errors import error_response
+from deployments.http_io import path_of
 from deployments.request_time import mark_arrival
 
 _ALWAYS_ANSWERED = ("/health", "/ready")
@@ -37,7 +38,7 @@ class InFlightLimit:
         self._app, self._in_flight = app, in_flight
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"].removeprefix(scope.get("root_path", "")) in _ALWAYS_ANSWERED:
+        if scope["type"] != "http" or path_of(scope) in _ALWAYS_ANSWERED:
             await self._app(scope, receive, send)
             return
         mark_arrival()

@@ -29,8 +29,8 @@ from deployments.answers import JsonObject, plan_object
 from deployments.api_docs import CHAT_ANSWERS, HEALTH_ANSWERS, READY_ANSWERS, ROUTE_ANSWERS, TEXT_ANSWERS, Api
 from deployments.auth import Asking, BearerAuth
 from deployments.background import Background
-from deployments.body_limit import BodyLimit
-from deployments.callers import LOCAL_CALLER, Caller
+from deployments.body_limit import BodyBudget, BodyLimit
+from deployments.callers import LOCAL_CALLER, NOBODY, Caller
 from deployments.config import AppConfig
 from deployments.door import Door
 from deployments.errors import NotReady
@@ -41,7 +41,7 @@ from deployments.limits import check_limits
 from deployments.openai_answers import Answer
 from deployments.openai_jobs import interleaved, jobs_of
 from deployments.planner import Planner
-from deployments.pool import Pool, in_flight_here
+from deployments.pool import Pool, bodies_here, in_flight_here
 from deployments.preload import Preload
 from deployments.publisher import Publisher
 from deployments.releaser import Releaser
@@ -58,7 +58,7 @@ STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 app = Api(title="LoraRetriever", docs_url="/docs", redoc_url=None)
 http_errors.install(app)
-app.add_middleware(BodyLimit, limit_of=pool_routes.max_body_bytes)
+app.add_middleware(BodyLimit, limit_of=pool_routes.max_body_bytes, budget=bodies_here)
 app.add_middleware(InFlightLimit, in_flight=in_flight_here)
 app.add_middleware(BearerAuth)  # the last ones added are asked first
 app.add_middleware(RequestIds)
@@ -101,6 +101,7 @@ class Ingress:
         self.pool = Pool(config, publisher, store, retriever, uploads, self.background)
         self.stats = StatsReader(config, retriever, worker)
         self.in_flight = InFlight(config.max_in_flight)
+        self.bodies = BodyBudget(config.max_body_total_bytes)
         self.preload = Preload(config.preload, publisher, approves=config.public_requires_approval)
 
     def __del__(self) -> None:
@@ -139,6 +140,7 @@ class Ingress:
                 "chat" if isinstance(request, ChatCompletionRequest) else "text",
                 request.model,
                 plans,
+                caller.tenant,
                 request.lora.explain,
                 num_choices=request.n,
                 tells_logprobs=request.num_logprobs is not None,
@@ -214,10 +216,11 @@ class Ingress:
     @app.post("/v1/route", response_model=None, responses=ROUTE_ANSWERS)
     async def route(self, body: RouteQuery, caller: Asking) -> JsonObject:
         """The plans for these prompts, candidates included; nothing is generated. Each can be sent as `lora.plan`."""
-        async with within(deadline_of(None, self._config.max_request_s)):
-            routes = [self._planner.route(prompt, body.lora, caller.tenant) for prompt in body.prompt]
-            planned = await asyncio.gather(*routes)
-        return {"object": "list", "data": [plan_object(item, explain=True) for item in planned]}
+        with self.door.running(caller, 0):  # no tokens: nothing is generated
+            async with within(deadline_of(None, self._config.max_request_s)):
+                routes = [self._planner.route(prompt, body.lora, caller.tenant) for prompt in body.prompt]
+                planned = await asyncio.gather(*routes)
+        return {"object": "list", "data": [plan_object(item, caller.tenant, explain=True) for item in planned]}
 
     @app.get("/health", response_model=None, responses=HEALTH_ANSWERS)
     async def health(self) -> JsonObject:
@@ -226,12 +229,16 @@ class Ingress:
 
     @app.get("/ready", response_model=None, responses=READY_ANSWERS)
     async def ready(self) -> JsonObject:
-        """Retriever and Worker answer, and the preload is published. 503 until then."""
+        """Retriever and Worker answer, and the preload is published. 503 until then; it waits some seconds for them.
+
+        With keys the public adapters are counted: who has how many others is nobody else's to know.
+        """
         refused = self.preload.refused()
+        tenant = NOBODY if self.pool.has_keys else LOCAL_CALLER.tenant
         try:
             async with asyncio.timeout(READY_WAIT_S):
                 await self._worker.module_shapes.remote()
-                generation, num_adapters = await self._retriever.count.remote()
+                generation, num_adapters = await self._retriever.load.remote(tenant)
         except TimeoutError as exc:
             raise NotReady(f"the Retriever or the Worker did not answer within {READY_WAIT_S:.0f} s") from exc
         return {"status": "ready", "generation": generation, "num_adapters": num_adapters, "refused": refused}

@@ -57,5 +57,4 @@ async def place(body: PlaceQuery, pool: AnyPool, caller: AnyCaller) -> JsonObjec
 def point_object(point: Point, tenant: str) -> JsonObject:
     """An adapter on the map, under the name `tenant` asks for it by."""
     assert point.ref is not None
-    name = point.ref.name if point.ref.tenant == tenant else f"{point.ref.tenant}/{point.ref.name}"
-    return {"name": name, "x": point.x, "y": point.y}
+    return {"name": point.ref.name_for(tenant), "x": point.x, "y": point.y}

@@ -6,17 +6,16 @@ from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, Field
 
 from deployments import http_errors
-from deployments.answers import JsonObject
+from deployments.answers import JsonObject, list_object
 from deployments.api_docs import MODEL_ANSWERS, MODELS_ANSWERS
 from deployments.auth import AnyCaller
 from deployments.errors import ModelNotFound
 from deployments.planner import AUTO
-from deployments.pool_routes import AnyPool
+from deployments.pool_routes import MAX_PAGE, AnyPool
 from lora_store import AdapterNotFound, AdapterRecord
 from retriever_svc import PageRequest
 
 router = APIRouter(route_class=http_errors.AnsweringRoute)
-MAX_PAGE = 1000
 _OWNER = "loraretriever"
 
 
@@ -46,9 +45,7 @@ async def models(query: Annotated[ModelQuery, Query()], pool: AnyPool, caller: A
     )
     page = await pool.retriever.page.remote(caller.tenant, wanted)
     cards = own[: query.limit] + [card_of(name, base, record, caller.tenant) for name, record in page.rows]
-    ids = [card["id"] for card in cards]
-    edges = {"first_id": ids[0] if ids else None, "last_id": ids[-1] if ids else None}
-    return {"object": "list", "data": cards, **edges, "has_more": page.has_more or len(own) > query.limit}
+    return list_object(cards, has_more=page.has_more or len(own) > query.limit)
 
 
 @router.get("/v1/models/{model:path}", response_model=None, responses=MODEL_ANSWERS)

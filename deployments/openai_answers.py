@@ -13,7 +13,7 @@ from deployments.answers import JsonObject, plan_object
 from deployments.openai_logprobs import chat_logprobs, text_logprobs
 from deployments.planner import Planned
 from gpu_worker.request import Completion, Delta, TokenLogprob
-from lora_store import MAX_PLAN_ADAPTERS
+from lora_store import LOCAL_TENANT, MAX_PLAN_ADAPTERS
 
 _DIGEST_CHARS = 12
 
@@ -23,11 +23,13 @@ class Answer:
     """What all parts of one answer share. Choices come prompt by prompt, `num_choices` to each.
 
     With several prompts every choice carries the `lora` object of its own prompt; with one the answer does.
+    Adapters are told by the names `tenant`, who asked, calls them by.
     """
 
     kind: Literal["chat", "text"]
     model: str
     plans: Sequence[Planned]
+    tenant: str = LOCAL_TENANT
     explain: bool = False
     num_choices: int = 1
     tells_logprobs: bool = False
@@ -70,7 +72,6 @@ class Answer:
             "x-lora-strategy": ", ".join(strategies),
             "x-lora-adapters": ", ".join(rows[:MAX_PLAN_ADAPTERS] + more),
             "x-lora-generation": str(max(planned.plan.generation for planned in self.plans)),
-            "x-request-id": self.request_id,
         }
 
     def _adapters_in_short(self) -> Iterator[str]:
@@ -78,7 +79,7 @@ class Answer:
         for planned in self.plans:
             for row in planned.plan.adapters:
                 weight = f";weight={row.weight:.6g}" if len(self.plans) == 1 else ""
-                yield f"{quote(row.ref.name, safe='')}@{row.ref.digest[:_DIGEST_CHARS]}{weight}"
+                yield f"{quote(row.ref.name_for(self.tenant), safe='/')}@{row.ref.digest[:_DIGEST_CHARS]}{weight}"
 
     def _choice(self, index: int, reason: str | None, logprobs: Sequence[TokenLogprob] | None) -> JsonObject:
         shape = chat_logprobs if self.kind == "chat" else text_logprobs
@@ -93,12 +94,12 @@ class Answer:
         return identity | {"choices": choices}
 
     def _lora(self) -> JsonObject:
-        return {"lora": plan_object(self.plans[0], explain=self.explain)} if len(self.plans) == 1 else {}
+        return {"lora": plan_object(self.plans[0], self.tenant, explain=self.explain)} if len(self.plans) == 1 else {}
 
     def _own_lora(self, index: int) -> JsonObject:
         if len(self.plans) == 1:
             return {}
-        return {"lora": plan_object(self.plans[index // self.num_choices], explain=self.explain)}
+        return {"lora": plan_object(self.plans[index // self.num_choices], self.tenant, explain=self.explain)}
 
     def _usage(self, ends: Sequence[Completion] | Sequence[Delta]) -> JsonObject:
         """A prompt counts once however many answers it has, as OpenAI counts."""

@@ -45,10 +45,12 @@ class Planner:
             return await self.route(question.text, options, tenant)
         _refuse_retrieval(options)
         if name is None:
+            if options.strategy is not None:
+                raise RequestInvalid("lora.strategy says how adapters are composed, and here is none", "lora.strategy")
             return Planned(BASE_PLAN)
         try:
-            choices = [(name, 1.0)]
-            plan = await self._retriever.plan_named.remote(tenant, choices, "selection", options.min_generation)
+            choices, strategy = [(name, 1.0)], options.strategy or "selection"
+            plan = await self._retriever.plan_named.remote(tenant, choices, strategy, options.min_generation)
             return Planned(plan)
         except RayTaskError as exc:
             if isinstance(exc.cause, AdapterNotFound):

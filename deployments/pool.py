@@ -10,6 +10,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from deployments.background import Background
+from deployments.body_limit import BodyBudget
 from deployments.callers import Caller
 from deployments.config import AppConfig
 from deployments.errors import PublishingOff
@@ -67,6 +68,12 @@ def in_flight_here() -> InFlight:
     """The count of the replica that runs the route."""
     in_flight: InFlight = _ingress().in_flight
     return in_flight
+
+
+def bodies_here() -> BodyBudget:
+    """What bodies may take in the replica that runs the route."""
+    bodies: BodyBudget = _ingress().bodies
+    return bodies
 
 
 def _ingress() -> Any:

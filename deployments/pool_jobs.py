@@ -47,7 +47,7 @@ async def doctor(pool: Pool, tenant: str) -> AsyncGenerator[JsonObject]:
             assert isinstance(step, DoctorStep)
             yield {"done": step.num_done, "total": step.num_total}
             if step.report is not None:
-                yield {"result": doctor_object(step.report)}
+                yield {"result": doctor_object(step.report, tenant)}
 
 
 async def reindex(pool: Pool, model: str, actor: str) -> AsyncGenerator[JsonObject]:

@@ -13,6 +13,7 @@ from deployments import http_errors
 from deployments.answers import (
     JsonObject,
     batch_object,
+    list_object,
     lora_object,
     published_object,
     removed_object,
@@ -34,16 +35,19 @@ from deployments.body_limit import DEFAULT_MAX_BODY_BYTES
 from deployments.callers import Caller
 from deployments.config import FORM_OVERHEAD_BYTES
 from deployments.errors import RequestInvalid, VersionNotKept
+from deployments.http_io import path_of
 from deployments.pool import Pool, open_pool, own_key, read_pool
 from deployments.pool_schemas import AdapterSource, ApproveRequest, PublishBatch, RollbackRequest, VisibilityRequest
 from deployments.upload_form import read_upload
 from deployments.uploads import FolderUpload
 from lora_store import VISIBILITIES
-from retriever_svc import Found
+from retriever_svc import Page, PageRequest
 
 router = APIRouter(route_class=http_errors.AnsweringRoute)
 AnyPool = Annotated[Pool, Depends(read_pool)]
 OpenPool = Annotated[Pool, Depends(open_pool)]
+MAX_PAGE = 1000
+_LORAS = "/v1/loras"
 
 _FORM = {
     "type": "object",
@@ -62,23 +66,25 @@ _JSON = {"anyOf": [_ONE, {name: value for name, value in _MANY.items() if name !
 _BODY = {"multipart/form-data": {"schema": _FORM}, "application/json": {"schema": _JSON}}
 
 
-@router.get("/v1/loras", response_model=None, responses=LORAS_ANSWERS)
+@router.get(_LORAS, response_model=None, responses=LORAS_ANSWERS)
 async def loras(
     pool: AnyPool,
     caller: AnyCaller,
     search: Annotated[str, Query(max_length=256)] = "",
-    offset: Annotated[int, Query(ge=0, lt=2**31)] = 0,
-    limit: Annotated[int, Query(ge=1, lt=2**31)] = 2**31 - 1,
+    after: Annotated[str, Query(max_length=256, description="the last id of the page before")] = "",
+    limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = MAX_PAGE,
     min_generation: Annotated[int, Query(ge=0, lt=2**63)] = 0,
 ) -> JsonObject:
-    """What the caller may use in whose name or tags every word of `search` stands; all of it, or a page."""
-    found: Found = await pool.retriever.find.remote(caller.tenant, search, offset, limit, min_generation)
-    data = [lora_object(record) for record in found.records]
-    return {"object": "list", "generation": found.generation, "total": found.num_found, "data": data}
+    """A page of what the caller may use in whose name or tags every word of `search` stands, and how many there are."""
+    wanted = PageRequest(limit, after, words=search)
+    page: Page = await pool.retriever.page.remote(caller.tenant, wanted, min_generation)
+    data = [lora_object(record, caller.tenant) for _, record in page.rows]
+    counted = {"generation": page.generation, "total": page.num_found}
+    return counted | list_object(data, has_more=page.has_more)
 
 
 @router.post(
-    "/v1/loras",
+    _LORAS,
     status_code=201,
     responses=PUBLISH_ANSWERS,
     openapi_extra={"requestBody": {"required": True, "content": _BODY}},
@@ -107,7 +113,10 @@ async def publish(caller: Publishing, pool: OpenPool, http: Request) -> JSONResp
 async def show(name: str, pool: AnyPool, caller: AnyCaller) -> JsonObject:
     """One adapter, and the versions of it that are kept, the live one first."""
     generation, versions = await pool.retriever.record.remote(caller.tenant, name)
-    return lora_object(versions[0]) | {"versions": versions_object(versions), "catalogue_generation": generation}
+    return lora_object(versions[0], caller.tenant) | {
+        "versions": versions_object(versions),
+        "catalogue_generation": generation,
+    }
 
 
 @router.delete("/v1/loras/{name:path}", responses=WITHDRAW_ANSWERS)
@@ -153,7 +162,8 @@ async def approve(name: str, body: ApproveRequest, caller: Administering, pool: 
 def max_body_bytes(scope: Scope) -> int:
     """Uploads may be as large as the configuration says, every other body is small."""
     kind = dict(scope["headers"]).get(b"content-type", b"")
-    if scope["path"].endswith("/v1/loras") and kind.startswith(b"multipart/form-data"):
+    is_form = kind.lower().startswith(b"multipart/form-data")
+    if is_form and scope["method"] == "POST" and path_of(scope) == _LORAS:
         return read_pool().config.max_upload_bytes + FORM_OVERHEAD_BYTES
     return DEFAULT_MAX_BODY_BYTES
 

@@ -19,7 +19,6 @@ from retriever_svc import (
     Candidate,
     DoctorStep,
     Encoder,
-    Found,
     IndexSettings,
     IndexStats,
     LivePool,
@@ -107,30 +106,11 @@ class RetrieverDeployment:
         await self._reach(generation)
         return await asyncio.to_thread(self._retriever.replay, tenant, strategy, pinned, generation)
 
-    async def page(self, tenant: str, request: PageRequest) -> Page:
-        """A page of what the tenant may use; embeddings stay here."""
+    async def page(self, tenant: str, request: PageRequest, min_generation: int = 0) -> Page:
+        """A page of what the tenant may use; embeddings stay here. Raises: StaleIndex."""
+        await self._reach(min_generation)
         page = await asyncio.to_thread(self._retriever.page, tenant, request)
         return replace(page, rows=tuple((name, _as_seen_by(tenant, record)) for name, record in page.rows))
-
-    async def records(self, tenant: str, min_generation: int = 0) -> tuple[int, list[AdapterRecord]]:
-        """(generation, every adapter the tenant may use, sorted, as it may see them). Raises: StaleIndex."""
-        await self._reach(min_generation)
-        return await asyncio.to_thread(self._records, tenant)
-
-    def _records(self, tenant: str) -> tuple[int, list[AdapterRecord]]:
-        generation, records = self._retriever.records(tenant)
-        return generation, [_as_seen_by(tenant, record) for record in records]
-
-    async def count(self) -> tuple[int, int]:
-        """(generation, number of live adapters)."""
-        snapshot = self._pools.current.snapshot
-        return snapshot.generation, len(snapshot.records)
-
-    async def find(self, tenant: str, words: str, start: int, num_wanted: int, min_generation: int = 0) -> Found:
-        """A page of the adapters the tenant may use, by words of their names and tags. Raises: StaleIndex."""
-        await self._reach(min_generation)
-        found = await asyncio.to_thread(self._retriever.find, tenant, words, start, num_wanted)
-        return replace(found, records=tuple(_as_seen_by(tenant, record) for record in found.records))
 
     async def map(self, tenant: str, min_generation: int = 0) -> PoolMap:
         """The adapters the tenant may be routed to, on a plane. Raises: StaleIndex."""

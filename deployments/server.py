@@ -18,6 +18,7 @@ from ray.serve.config import HTTPOptions
 
 from deployments.app import build_app
 from deployments.config import AppConfig
+from deployments.proxy import CALLBACK, CALLBACK_VARIABLE
 from gpu_worker.packaged_model import PACKAGED_MODEL, packaged_folder
 
 APP_NAME = "loraretriever"
@@ -53,6 +54,7 @@ class Server:
     def start(self) -> str:
         """Start Ray and the application; the URL it answers at. `/ready` tells when it does."""
         check_free(self._host, self._port)
+        os.environ[CALLBACK_VARIABLE] = CALLBACK  # what Ray starts inherits it
         # A new local cluster of Ray 2.60 asks for a token; other drivers of this user find it in their home folder.
         ray.init(
             num_cpus=self._num_cpus,

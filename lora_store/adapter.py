@@ -28,6 +28,10 @@ class AdapterRef:
     def __str__(self) -> str:
         return f"{self.tenant}/{self.name}@{self.digest[:12]}"
 
+    def name_for(self, tenant: str) -> str:
+        """What `tenant` is told to call it by: its own is `name`, another's `owner/name`, which no own name hides."""
+        return self.name if self.tenant == tenant else f"{self.tenant}/{self.name}"
+
 
 @dataclass(frozen=True, slots=True)
 class ModuleWeights:

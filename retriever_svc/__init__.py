@@ -16,7 +16,6 @@ from retriever_svc.errors import (
 from retriever_svc.index import AdapterIndex, Allowed, IndexSettings, Match
 from retriever_svc.listing import Page, PageRequest
 from retriever_svc.live_pool import IndexStats, LivePool
-from retriever_svc.paging import Found
 from retriever_svc.projection import Place, Point, PoolMap
 from retriever_svc.reindex import ReindexStep
 from retriever_svc.retriever import Retriever
@@ -34,7 +33,6 @@ __all__ = [
     "DoctorStep",
     "Encoder",
     "EncoderUnusable",
-    "Found",
     "IndexSettings",
     "IndexStats",
     "LivePool",

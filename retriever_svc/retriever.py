@@ -17,7 +17,6 @@ from retriever_svc.errors import NoAdapterMatched, NothingToEmbed, StaleIndex
 from retriever_svc.index import Match
 from retriever_svc.listing import Page, PageRequest, page
 from retriever_svc.live_pool import LivePool
-from retriever_svc.paging import Found, page_of
 from retriever_svc.planning import named_plan, replayed_plan, resolve_version, routed_plan
 from retriever_svc.pool import Pool
 from retriever_svc.projection import Place, Point, PoolMap
@@ -106,14 +105,9 @@ class Retriever:
         """
         return resolve_version(self._pool_at(min_generation).snapshot, tenant, name)
 
-    def records(self, tenant: str, min_generation: int = 0) -> tuple[int, list[AdapterRecord]]:
-        """(generation, every adapter `tenant` may use, sorted by owner and name). Raises: StaleIndex."""
-        snapshot = self._pool_at(min_generation).snapshot
-        return snapshot.generation, snapshot.visible_to(tenant)
-
-    def page(self, tenant: str, request: PageRequest) -> Page:
-        """A page of what `tenant` may use."""
-        return page(self._pools.current.snapshot, tenant, request)
+    def page(self, tenant: str, request: PageRequest, min_generation: int = 0) -> Page:
+        """A page of what `tenant` may use. Raises: StaleIndex."""
+        return page(self._pool_at(min_generation).snapshot, tenant, request)
 
     def versions(self, tenant: str, name: str, min_generation: int = 0) -> tuple[int, list[AdapterRecord]]:
         """(generation, the kept versions of what `tenant` means by `name` that it may see, the live one first).
@@ -167,11 +161,6 @@ class Retriever:
         [(x, y), *others] = plane.project(np.stack([*pool.encoder.encode([text]), *vectors])).tolist()
         adapters = tuple(Point(record.ref, *at) for record, at in zip(records, others, strict=True))
         return Place(pool.snapshot.generation, Point(None, x, y), adapters)
-
-    def find(self, tenant: str, words: str, start: int, num_wanted: int) -> Found:
-        """A page of what `tenant` may use and all of `words` stand in: in the name, or a tag."""
-        pool = self._pools.current
-        return page_of(pool.snapshot, tenant, words, start, num_wanted)
 
     def count(self, tenant: str) -> tuple[int, int]:
         """(generation, how many adapters `tenant` may use)."""

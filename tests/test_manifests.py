@@ -14,6 +14,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from deployments.app import build_app
 from deployments.config import AppConfig
+from deployments.proxy import CALLBACK, CALLBACK_VARIABLE
 
 MANIFESTS = sorted((Path(__file__).parent.parent / "k8s").glob("*.yaml"))
 
@@ -57,3 +58,11 @@ def test_a_worker_pod_is_large_enough_for_each_deployment(service: dict[str, Any
     for group in service["spec"]["rayClusterConfig"]["workerGroupSpecs"]:
         [container] = group["template"]["spec"]["containers"]
         assert float(container["resources"]["requests"]["cpu"]) >= needed
+
+
+@pytest.mark.parametrize("service", ray_services(), ids=lambda service: service["metadata"]["name"])
+def test_the_proxy_of_every_node_bounds_headers(service: dict[str, Any]) -> None:
+    cluster = service["spec"]["rayClusterConfig"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        [container] = group["template"]["spec"]["containers"]
+        assert {"name": CALLBACK_VARIABLE, "value": CALLBACK} in container["env"]

@@ -41,7 +41,7 @@ async function suggest() {
   const search = typed === "auto" ? "" : typed;
   try {
     const found = await read(`v1/loras?limit=20&search=${encodeURIComponent(search)}`, { quietly: true });
-    const names = ["auto", byId("base-model").textContent, ...found.data.map((adapter) => adapter.name)];
+    const names = ["auto", byId("base-model").textContent, ...found.data.map((adapter) => adapter.id)];
     byId("models").replaceChildren(...names.filter(Boolean).map((name) => element("option", { value: name })));
   } catch {
     // suggestions are a comfort: the model may be typed

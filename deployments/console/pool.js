@@ -1,25 +1,26 @@
-// The table of the pool: search, pages, withdraw.
+// The table of the pool: search, pages, roll back, withdraw.
 
-import { read, send } from "./api.js";
+import { post, read, send } from "./api.js";
 import { ago, byId, bytes, confirmed, element, say, sayOrHide, soon, whole } from "./dom.js";
 
 const PAGE = 15;
-let offset = 0;
+let before = []; // the last id of each page before the one that is shown
+let lastId = null; // of the page that is shown
 let generation = 0;
 let numLoads = 0;
 let told = { onAsk: () => {}, onChange: () => {}, onShown: () => {} };
 
 export function start(callbacks) {
   told = callbacks;
-  byId("search").addEventListener("input", soon(() => { offset = 0; load(); }));
-  byId("page-back").addEventListener("click", () => turn(-PAGE));
-  byId("page-on").addEventListener("click", () => turn(PAGE));
+  byId("search").addEventListener("input", soon(() => { before = []; load(); }));
+  byId("page-back").addEventListener("click", () => { before.pop(); load(); });
+  byId("page-on").addEventListener("click", () => { before.push(lastId); load(); });
 }
 
 /** Shows the adapters with these words in their name or tags. */
 export function search(words) {
   byId("search").value = words;
-  offset = 0;
+  before = [];
   load();
   byId("search").scrollIntoView({ block: "nearest" });
 }
@@ -28,11 +29,11 @@ export function search(words) {
 export async function load(wanted = 0) {
   generation = Math.max(generation, wanted);
   const number = ++numLoads;
-  const words = encodeURIComponent(byId("search").value.trim());
+  const query = { limit: PAGE, search: byId("search").value.trim(), after: before.at(-1) ?? "", min_generation: generation };
   try {
-    const page = await read(`v1/loras?limit=${PAGE}&offset=${offset}&search=${words}&min_generation=${generation}`);
+    const page = await read(`v1/loras?${new URLSearchParams(query)}`);
     if (number !== numLoads) return; // a later one is under way
-    if (page.total && offset >= page.total) { turn(-PAGE); return; }
+    if (!page.data.length && before.length) { before.pop(); load(); return; }
     show(page);
     told.onShown(page.generation);
     sayOrHide("pool-error", "");
@@ -41,22 +42,23 @@ export async function load(wanted = 0) {
   }
 }
 
-function turn(step) {
-  offset = Math.max(0, offset + step);
-  load();
-}
-
-function show({ data, total }) {
+function show({ data, total, last_id, has_more }) {
   byId("pool-rows").replaceChildren(...data.map(row));
-  const last = offset + data.length;
-  say("pool-count", total ? `${whole(offset + 1)}–${whole(last)} of ${whole(total)}` : "no adapters found");
-  byId("page-back").disabled = offset === 0;
-  byId("page-on").disabled = last >= total;
+  lastId = last_id;
+  const first = before.length * PAGE;
+  say("pool-count", total ? `${whole(first + 1)}–${whole(first + data.length)} of ${whole(total)}` : "no adapters found");
+  byId("page-back").disabled = !before.length;
+  byId("page-on").disabled = !has_more;
 }
 
 function row(adapter) {
   const number = (text, more = "") => element("td", { class: `number ${more}` }, text);
-  const label = { "aria-label": `Ask ${adapter.name}`, title: "The next prompt goes to this adapter", type: "button" };
+  const button = (text, title, onclick) =>
+    element("button", { type: "button", "aria-label": `${text} ${adapter.id}`, title, onclick }, text);
+  const changes = adapter.id !== adapter.name ? [] : [ // another tenant's is that tenant's to change
+    button("Roll back", "The version before becomes the live one", () => rollback(adapter.id)),
+    button("Withdraw", "Gone for the next request", () => withdraw(adapter.id)),
+  ];
   const note = adapter.found_by_auto ? null : element("span", { class: "tag plain", title: "It has no samples" }, "by name only");
   return element(
     "tr",
@@ -64,7 +66,7 @@ function row(adapter) {
     element(
       "th",
       { scope: "row", title: `version ${adapter.digest.slice(0, 12)}` },
-      element("span", { class: "name" }, adapter.name),
+      element("span", { class: "name" }, adapter.id),
       element("small", { class: "narrow" }, `${bytes(adapter.num_bytes)} `),
       note,
       ...adapter.tags.map((tag) => element("span", { class: "tag" }, tag)),
@@ -77,10 +79,24 @@ function row(adapter) {
     element(
       "td",
       { class: "actions" },
-      element("button", { ...label, onclick: () => told.onAsk(adapter.name) }, "Ask"),
-      element("button", { type: "button", "aria-label": `Withdraw ${adapter.name}`, onclick: () => withdraw(adapter.name) }, "Withdraw"),
+      button("Ask", "The next prompt goes to this adapter", () => told.onAsk(adapter.id)),
+      ...changes,
     ),
   );
+}
+
+async function rollback(name) {
+  sayOrHide("pool-error", "");
+  const path = `v1/loras/${encodeURIComponent(name)}`;
+  try {
+    const [, older] = (await read(path)).versions;
+    if (!older) { sayOrHide("pool-error", `${name} has no older version`); return; }
+    const text = `Version ${older.digest.slice(0, 12)}, published ${ago(older.created_at)}, answers from the next request on. The one that is live now is kept.`;
+    if (!(await confirmed(`Roll back ${name}?`, text, "Roll back"))) return;
+    told.onChange((await post(`${path}/rollback`, { digest: older.digest })).generation);
+  } catch (error) {
+    sayOrHide("pool-error", error.message);
+  }
 }
 
 async function withdraw(name) {

@@ -107,9 +107,14 @@ async function publish(folder, tags, row) {
   onChange(made.generation);
 }
 
+/** Whether an own adapter has this name; another tenant's is not replaced. */
 async function isLive(name) {
-  const page = await read(`v1/loras?limit=1000&search=${encodeURIComponent(name)}`);
-  return page.data.some((adapter) => adapter.name === name);
+  try {
+    return (await read(`v1/loras/${encodeURIComponent(name)}`)).id === name;
+  } catch (error) {
+    if (error.status === 404) return false;
+    throw error;
+  }
 }
 
 function outcome({ generation, replicas, found_by_auto, neighbours }) {

@@ -11,7 +11,8 @@ from gpu_worker.counters import Counters
 from gpu_worker.holdings import Holdings
 from gpu_worker.request import Delta, Job
 from retriever_svc import Place, Point, PoolMap
-from tests.deployments.app_fakes import FakeRetriever, FakeWorker
+from tests.deployments.fake_retriever import FakeRetriever
+from tests.deployments.fake_worker import FakeWorker
 
 HOLDINGS = Holdings(
     resident=frozenset({"a", "b"}),

@@ -17,7 +17,10 @@ from lora_store import (
     LOCAL_TENANT,
     AdapterRecord,
 )
-from tests.deployments.app_fakes import FakeRetriever, FakeStore, FakeWorker, pool_of
+from tests.deployments.adapter_records import pool_of
+from tests.deployments.fake_retriever import FakeRetriever
+from tests.deployments.fake_store import FakeStore
+from tests.deployments.fake_worker import FakeWorker
 from tests.fakes import FakeHandle
 
 SHIFTS: dict[str, float | Exception] = {"mute": 0.0, "wrong": AdapterUnfit("it is for another base"), "bare": 0.25}

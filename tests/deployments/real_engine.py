@@ -19,7 +19,10 @@ from gpu_worker.engine import Engine
 from gpu_worker.engine_loop import EngineLoop
 from gpu_worker.request import Delta, Job
 from gpu_worker.row import Row
-from tests.deployments.app_fakes import POOL, FakeStore, FakeWorker, Served, http_of, pool_of, serve_plainly
+from tests.deployments.adapter_records import POOL, pool_of
+from tests.deployments.app_fakes import Served, http_of, serve_plainly
+from tests.deployments.fake_store import FakeStore
+from tests.deployments.fake_worker import FakeWorker
 from tests.gpu_worker.driving import fetching
 from tests.tiny import InlineExecutor, linear_shapes, random_adapter, tiny_config
 
@@ -78,6 +81,7 @@ class Door:
             "tasks": len(asyncio.all_tasks()),
             "threads": threading.active_count(),
             "in flight": self.served.ingress.in_flight.count,
+            "bodies": self.served.ingress.bodies.num_bytes,
             "uploads": self.served.ingress.pool.uploads.num_bytes,
         }
 

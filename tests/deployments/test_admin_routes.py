@@ -12,8 +12,11 @@ from ray.exceptions import RayActorError
 from deployments import pool_jobs
 from lora_store import AdapterRef, Embedding, EncoderIncomplete, StoreUnavailable
 from retriever_svc import DoctorReport, DoctorStep, EncoderUnusable, ReindexStep
-from tests.deployments.app_fakes import POOL, FakeRetriever, FakeStore, Served, digest_of, serve_plainly
+from tests.deployments.adapter_records import POOL, digest_of
+from tests.deployments.app_fakes import Served, serve_plainly
 from tests.deployments.asking import ask, error_of, post
+from tests.deployments.fake_retriever import FakeRetriever
+from tests.deployments.fake_store import FakeStore
 
 POET, CODER = (record.ref for record in POOL)
 BODIES: dict[str, dict[str, Any]] = {"verify": {}, "doctor": {}, "reindex": {"encoder": "other"}, "gc": {}}

@@ -18,11 +18,17 @@ from deployments.auth import BearerAuth, caller_of
 from deployments.callers import ROLES
 from deployments.errors import KeyRefused
 from deployments.ingress import app
-from tests.deployments.app_fakes import DELTAS, POOL, FakeStore, FakeWorker, Served, adapter, http_of, serve_plainly
+from gpu_worker.errors import DeadlineExceeded, EngineStopped
+from tests.deployments.adapter_records import POOL, adapter
+from tests.deployments.app_fakes import Served, http_of, serve_plainly
 from tests.deployments.asking import ask, error_of, get, post, request
+from tests.deployments.fake_retriever import FakeRetriever
+from tests.deployments.fake_store import FakeStore
+from tests.deployments.fake_worker import DELTAS, FakeWorker
 from tests.deployments.key_files import bearer, entry, write
 from tests.soak import Scale
 
+GONE = {"name": "poet", "digest": "0" * 64, "weight": 1.0}
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 NEEDS = {
     ("POST", "/v1/chat/completions"): "infer",
@@ -95,6 +101,12 @@ def test_a_valid_key_is_let_in_from_any_address(keys: Path, scheme: str) -> None
 @pytest.mark.parametrize("path", ["/health", "/ready", "/docs", "/openapi.json"])
 def test_what_tells_nothing_of_the_pool_is_open(keys: Path, path: str) -> None:
     assert get(path, keys_file=keys).status_code == 200
+
+
+def test_ready_counts_no_private_adapter_of_a_tenant(keys: Path) -> None:
+    held = [adapter("open"), adapter("mine", tenant="acme", visibility="private"), adapter("own", visibility="private")]
+    assert get("/ready", keys_file=keys, retriever=FakeRetriever(held)).json()["num_adapters"] == 1
+    assert get("/ready", retriever=FakeRetriever(held)).json()["num_adapters"] == 2
 
 
 def test_the_api_describes_that_it_takes_a_key() -> None:
@@ -267,6 +279,33 @@ def test_the_openai_client_raises_what_it_raises_elsewhere(tmp_path: Path) -> No
     assert 55 <= int(limited.value.response.headers["retry-after"]) <= 60
 
 
+@pytest.mark.parametrize(
+    ("options", "body", "status", "times"),
+    [
+        ({}, {"lora": {"plan": {"strategy": "selection", "adapters": [GONE]}}}, 409, 1),
+        ({"worker": FakeWorker([DeadlineExceeded(0)] * 3)}, {}, 504, 1),
+        ({"worker": FakeWorker([EngineStopped("it stopped")] * 3)}, {}, 503, 2),
+    ],
+    ids=["a plan that is gone", "time that is over", "a part that is away"],
+)
+def test_the_openai_client_asks_again_only_where_that_can_help(
+    keys: Path, options: dict[str, Any], body: dict[str, Any], status: int, times: int
+) -> None:
+    async def look(client: httpx.AsyncClient, served: Served) -> None:
+        seen: list[int] = []
+
+        async def count(response: httpx.Response) -> None:
+            seen.append(response.status_code)
+
+        client.event_hooks = {"response": [count]}
+        own = openai.AsyncOpenAI(base_url="http://test/v1", api_key="all", http_client=client, max_retries=1)
+        with pytest.raises(openai.APIStatusError):
+            await own.chat.completions.create(model="auto", **CHAT, extra_body=body)
+        assert seen == [status] * times
+
+    ask(look, keys_file=keys, **options)
+
+
 def test_a_running_stream_counts_until_its_client_leaves(tmp_path: Path) -> None:
     keys = write(tmp_path / "keys.json", entry("k", limits={"concurrent_requests": 1}))
 
@@ -274,9 +313,10 @@ def test_a_running_stream_counts_until_its_client_leaves(tmp_path: Path) -> None
         caller = served.ingress.door.enter("Bearer k")
         chunks = served.ingress.stream(CHAT, caller)
         await anext(chunks)
-        response = await client.post("/v1/chat/completions", json=CHAT)
-        assert (response.status_code, error_of(response)["code"]) == (429, "rate_limit_exceeded")
-        assert response.headers["retry-after"] == "1"
+        for path, body in (("/v1/chat/completions", CHAT), ("/v1/route", {"prompt": "hi"})):
+            response = await client.post(path, json=body)
+            assert (response.status_code, error_of(response)["code"]) == (429, "rate_limit_exceeded"), path
+            assert response.headers["retry-after"] == "1"
         await chunks.aclose()
         assert (await client.post("/v1/chat/completions", json=CHAT)).status_code == 200
 

@@ -8,7 +8,7 @@ import httpx
 import pytest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.body_limit import BodyLimit
+from deployments.body_limit import BodyBudget, BodyLimit
 
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
@@ -22,9 +22,14 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
+def limited(app: ASGIApp, *, budget: BodyBudget | None = None, patience_s: float = 30.0) -> BodyLimit:
+    room = budget or BodyBudget(1000)
+    return BodyLimit(app, lambda scope: 8, lambda: room, patience_s)
+
+
 def post(content: bytes | AsyncIterator[bytes]) -> httpx.Response:
     async def run() -> httpx.Response:
-        transport = httpx.ASGITransport(BodyLimit(echo, lambda scope: 8))
+        transport = httpx.ASGITransport(limited(echo))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             return await client.post("/", content=content)
 
@@ -64,7 +69,7 @@ def test_reading_stops_at_the_limit() -> None:
         async def send(message: Message) -> None:
             sent.append(message)
 
-        await BodyLimit(echo, lambda scope: 8)({"type": "http", "headers": []}, long, send)
+        await limited(echo)({"type": "http", "headers": []}, long, send)
         return sent
 
     assert asyncio.run(run())[0]["status"] == 413
@@ -84,7 +89,7 @@ def test_a_request_whose_client_is_gone_is_not_answered() -> None:
         async def send(message: Message) -> None:
             sent.append(message)
 
-        await BodyLimit(silent, lambda scope: 8)({"type": "http", "headers": []}, gone, send)
+        await limited(silent)({"type": "http", "headers": []}, gone, send)
         return sent
 
     assert asyncio.run(run()) == []
@@ -99,7 +104,7 @@ def test_what_is_no_request_passes() -> None:
     async def nothing(*_: object) -> Message:
         return {}
 
-    asyncio.run(BodyLimit(app, lambda scope: 8)({"type": "lifespan"}, nothing, nothing))
+    asyncio.run(limited(app)({"type": "lifespan"}, nothing, nothing))
     assert seen == ["lifespan"]
 
 
@@ -114,7 +119,7 @@ def test_a_body_that_trickles_is_refused_and_one_that_is_read_may_wait() -> None
         async def send(message: Message) -> None:
             sent.append(message)
 
-        limit = BodyLimit(app, lambda scope: 8, patience_s=0.02)
+        limit = limited(app, patience_s=0.02)
         await asyncio.wait_for(limit({"type": "http", "headers": []}, receive, send), 5)
         return sent
 
@@ -134,3 +139,29 @@ def test_a_body_that_trickles_is_refused_and_one_that_is_read_may_wait() -> None
         return messages.pop(0)
 
     assert asyncio.run(run(read_then_wait, waiting)) == []
+
+
+def test_bodies_that_stall_hold_no_more_than_their_budget_and_give_it_back() -> None:
+    budget = BodyBudget(10)
+
+    async def run() -> list[int]:
+        goes_on = asyncio.Event()
+
+        async def stalls() -> AsyncIterator[bytes]:
+            yield b"123456"
+            await goes_on.wait()
+            yield b"78"
+
+        transport = httpx.ASGITransport(limited(echo, budget=budget))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            first = asyncio.create_task(client.post("/", content=stalls()))
+            while budget.num_bytes < 6:
+                await asyncio.sleep(0)
+            busy = await client.post("/", content=b"12345")
+            assert busy.json()["error"]["code"] == "bodies_busy"
+            small = await client.post("/", content=b"1234")
+            goes_on.set()
+            return [busy.status_code, small.status_code, (await first).status_code]
+
+    assert asyncio.run(run()) == [503, 200, 200]
+    assert budget.num_bytes == 0

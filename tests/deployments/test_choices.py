@@ -10,8 +10,10 @@ import httpx
 import pytest
 
 from gpu_worker.request import Delta, Job, TokenLogprob
-from tests.deployments.app_fakes import BASE, FakeWorker, Served
+from tests.deployments.adapter_records import BASE
+from tests.deployments.app_fakes import Served
 from tests.deployments.asking import ask, error_of, post
+from tests.deployments.fake_worker import FakeWorker
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 

@@ -12,7 +12,7 @@ import torch
 from deployments import local_commands
 from deployments.server import free_port
 from lora_store import ModuleWeights, Sample, write_peft_folder
-from tests.deployments.app_fakes import BASE
+from tests.deployments.adapter_records import BASE
 from tests.deployments.scripted import run, scripted, words
 from tests.deployments.test_server import listener
 

@@ -6,14 +6,27 @@ import pytest
 
 from tests.deployments.scripted import lines, refusal, run, scripted, words
 
-ROW = {"name": "poet", "digest": "d" * 64, "ranks": [2, 4], "num_bytes": 9, "num_samples": 0, "found_by_auto": False}
+ROW = {
+    "id": "poet",
+    "name": "poet",
+    "digest": "d" * 64,
+    "ranks": [2, 4],
+    "num_bytes": 9,
+    "num_samples": 0,
+    "found_by_auto": False,
+}
 
 
 def test_list_shows_the_pool() -> None:
-    with scripted((200, {"generation": 4, "data": [ROW]})) as server:
+    other = ROW | {"id": "acme/poem"}
+    first = {"generation": 3, "data": [other], "last_id": "acme/poem", "has_more": True}
+    last = {"generation": 4, "data": [ROW], "last_id": "poet", "has_more": False}
+    with scripted((200, first), (200, last)) as server:
         result = run("list", "--url", server.url)
-    assert (result.exit_code, server.asked) == (0, [("GET", "/v1/loras")])
+    pages = [("GET", "/v1/loras?after="), ("GET", "/v1/loras?after=acme%2Fpoem")]
+    assert (result.exit_code, server.asked) == (0, pages)
     assert "generation 4" in result.stdout
+    assert "acme/poem" in result.stdout
     [line] = [line for line in result.stdout.splitlines() if "poet" in line]
     assert "2, 4" in line
     assert "by name only" in line

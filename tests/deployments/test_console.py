@@ -15,8 +15,11 @@ from gpu_worker.errors import EngineFull, EngineStopped
 from gpu_worker.request import Delta
 from lora_store import AdapterRecord
 from tests.browsing import Browsing, address_of, drop_folder
-from tests.deployments.app_fakes import DELTAS, Served, adapter, serve_plainly
+from tests.deployments.adapter_records import adapter, pool_of
+from tests.deployments.app_fakes import Served, serve_plainly
 from tests.deployments.console_fakes import CountingWorker, MappedRetriever
+from tests.deployments.fake_store import FakeStore
+from tests.deployments.fake_worker import DELTAS
 
 pytestmark = pytest.mark.browser
 
@@ -42,7 +45,7 @@ async def ask(page: Page, prompt: str = "A verse, please.") -> None:
     await page.get_by_role("button", name="Ask", exact=True).click()
 
 
-def pool_of(names: Sequence[str]) -> list[AdapterRecord]:
+def adapters_of(names: Sequence[str]) -> list[AdapterRecord]:
     return [adapter(name) for name in names]
 
 
@@ -186,6 +189,12 @@ def test_a_large_pool_is_searched_and_paged(browsing: Browsing) -> None:
         await expect(page.locator("#pool-count")).to_have_text("1–15 of 40")
         await page.get_by_role("button", name="Next page").click()
         await expect(page.locator("#pool-count")).to_have_text("16–30 of 40")
+        await page.get_by_role("button", name="Next page").click()
+        await expect(page.locator("#pool-count")).to_have_text("31–40 of 40")
+        await expect(page.get_by_role("button", name="Next page")).to_be_disabled()
+        await page.get_by_role("button", name="Page before").click()
+        await expect(page.locator("#pool-count")).to_have_text("16–30 of 40")
+        await expect(page.locator("#pool-rows .name").first).to_have_text("task-15")
         await page.get_by_label("Search").fill("task-3")
         await expect(page.locator("#pool-count")).to_have_text("1–10 of 10")
         await expect(page.locator("#pool-rows .name").first).to_have_text("task-30")
@@ -193,7 +202,7 @@ def test_a_large_pool_is_searched_and_paged(browsing: Browsing) -> None:
         await page.get_by_label("Search").fill("nothing like it")
         await expect(page.locator("#pool-count")).to_have_text("no adapters found")
 
-    look(browsing, question, retriever=MappedRetriever(pool_of([f"task-{number:02}" for number in range(40)])))
+    look(browsing, question, retriever=MappedRetriever(adapters_of([f"task-{number:02}" for number in range(40)])))
 
 
 def test_withdrawing_asks_first(browsing: Browsing) -> None:
@@ -211,6 +220,40 @@ def test_withdrawing_asks_first(browsing: Browsing) -> None:
         assert served.store.called("withdraw") == [("local", ["poet"], "local")]
 
     look(browsing, question)
+
+
+def test_rolling_back_asks_first_and_names_the_version(browsing: Browsing) -> None:
+    live, older = adapter("poet"), adapter("poet", version="older", generation=0)
+
+    async def question(page: Page, served: Served) -> None:
+        await page.get_by_role("button", name="Roll back poet").click()
+        await expect(page.locator("#confirm-title")).to_have_text("Roll back poet?")
+        await expect(page.locator("#confirm-text")).to_contain_text(f"Version {older.ref.digest[:12]}")
+        await page.locator("#confirm-dialog").get_by_role("button", name="Cancel").click()
+        assert served.store.called("restage") == []
+        await page.get_by_role("button", name="Roll back poet").click()
+        async with page.expect_response(lambda answer: answer.request.method == "POST") as answered:
+            await page.locator("#confirm-yes").click()
+        assert (await answered.value).status == 201
+        assert [record.ref for (record,) in served.store.called("restage")] == [older.ref]
+
+    look(browsing, question, store=FakeStore(pool_of(live, older)))
+
+
+def test_of_anothers_adapter_nothing_is_changed_though_an_own_one_has_its_name(browsing: Browsing) -> None:
+    held = [adapter("poet"), adapter("poet", version="theirs", tenant="them")]
+
+    async def question(page: Page, served: Served) -> None:
+        await expect(page.locator("#pool-rows .name")).to_have_text(["poet", "them/poet"])
+        for what in ("Withdraw", "Roll back"):
+            await expect(page.get_by_role("button", name=what)).to_have_count(1)
+        await page.get_by_role("button", name="Ask them/poet").click()
+        await ask(page)
+        await expect(page.locator("#plan li .name")).to_have_text(["them/poet"])
+        [row] = served.job.plan.adapters
+        assert row.ref == held[1].ref
+
+    look(browsing, question, retriever=MappedRetriever(held))
 
 
 def folder_of(parent: Path, name: str) -> Path:

@@ -8,7 +8,9 @@ from ray.exceptions import RayActorError
 
 from deployments.examiner import EXAMINED_TOGETHER, Examined, Examiner, Outcome
 from lora_store import AdapterRecord, AdapterRef, AdapterRefused, Staged
-from tests.deployments.app_fakes import FakeRetriever, FakeWorker, adapter
+from tests.deployments.adapter_records import adapter
+from tests.deployments.fake_retriever import FakeRetriever
+from tests.deployments.fake_worker import FakeWorker
 from tests.fakes import FakeHandle
 
 

@@ -40,6 +40,7 @@ EXPECTED = [
     (api_errors.BodyTooSlow("slow"), 408, INVALID, "body_too_slow"),
     (api_errors.UploadsBusy(9), 503, OVERLOADED, "uploads_busy"),
     (api_errors.ServerOverloaded(9), 429, OVERLOADED, "server_overloaded"),
+    (api_errors.BodiesBusy(9), 503, OVERLOADED, "bodies_busy"),
     (api_errors.NotReady("wait"), 503, OVERLOADED, "not_ready"),
     (store_errors.PublicNameTaken("x", ["it is taken"]), 409, INVALID, "name_taken"),
     (store_errors.PoolShareExceeded("adapters", 4, 3), 403, "permission_error", "pool_share_exceeded"),

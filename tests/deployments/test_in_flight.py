@@ -12,8 +12,10 @@ import pytest
 from deployments.errors import ServerOverloaded
 from deployments.in_flight import InFlight
 from gpu_worker.request import Delta, Job
-from tests.deployments.app_fakes import BASE, DELTAS, FakeWorker, Served, http_of, serve_plainly
+from tests.deployments.adapter_records import BASE
+from tests.deployments.app_fakes import Served, http_of, serve_plainly
 from tests.deployments.asking import error_of
+from tests.deployments.fake_worker import DELTAS, FakeWorker
 
 CHAT = {"model": BASE, "messages": [{"role": "user", "content": "Hi"}]}
 

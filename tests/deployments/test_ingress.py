@@ -12,14 +12,9 @@ from gpu_worker.errors import EngineStopped, PromptTooLong, SamplingInvalid
 from gpu_worker.prompts import Message
 from gpu_worker.request import Delta, SamplingParams
 from lora_store import BASE_PLAN
-from tests.deployments.app_fakes import (
-    BASE,
-    DELTAS,
-    POOL,
-    FakeWorker,
-    Served,
-    serve_plainly,
-)
+from tests.deployments.adapter_records import BASE, POOL
+from tests.deployments.app_fakes import Served, serve_plainly
+from tests.deployments.fake_worker import DELTAS, FakeWorker
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 SAMPLING = {"max_tokens": 9, "temperature": 0.25, "top_k": 4, "seed": 11, "stop": ["a"]}

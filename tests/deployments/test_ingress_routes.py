@@ -15,17 +15,12 @@ from deployments.uploads import FolderUpload
 from gpu_worker.errors import EngineFull, EngineStopped
 from lora_store import Staged, VersionConflict
 from retriever_svc import NoAdapterMatched
-from tests.deployments.app_fakes import (
-    BASE,
-    DELTAS,
-    FakeRetriever,
-    FakeStore,
-    FakeWorker,
-    Served,
-    http_of,
-    serve_plainly,
-)
+from tests.deployments.adapter_records import BASE
+from tests.deployments.app_fakes import Served, http_of, serve_plainly
 from tests.deployments.asking import ask, error_of, get, post, request
+from tests.deployments.fake_retriever import FakeRetriever
+from tests.deployments.fake_store import FakeStore
+from tests.deployments.fake_worker import DELTAS, FakeWorker
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 BROKEN = (DELTAS[0], EngineStopped("it stopped"))

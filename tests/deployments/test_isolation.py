@@ -170,6 +170,36 @@ def test_what_is_published_beside_anothers_adapter_tells_nothing_of_it(tmp_path:
     run(tmp_path, look)
 
 
+def test_every_name_that_is_told_means_the_adapter_it_was_told_of(tmp_path: Path) -> None:
+    """Also where the caller's own private adapter has the bare name of another's public one."""
+
+    async def look(tenants: TwoTenants) -> None:
+        texts = ["Sing of the sea."]
+        for number, (tenant, visibility) in enumerate(zip(TENANTS, ("public", "private"), strict=True)):
+            folder = tenants.folder("same", 300 + number, [*texts, f"Number {number}."])
+            assert (await tenants.publish(tenant, [folder], visibility=visibility)).status_code == 201
+        for tenant, expected in zip(TENANTS, ({"same"}, {"same", f"{TENANTS[0]}/same"}), strict=True):
+            told: dict[str, str] = {}
+            for path in ("/v1/loras", "/v1/models"):
+                for row in (await tenants.ask(tenant, "GET", path)).json()["data"]:
+                    told.setdefault(row["id"], row.get("digest", ""))
+            body = {"prompt": texts, "lora": {"k": 16}}
+            for plan in plans_of(await tenants.ask(tenant, "POST", "/v1/route", json=body)):
+                assert len({row["name"] for row in plan["adapters"]}) == len(plan["adapters"])
+                for row in (*plan["adapters"], *plan["candidates"]):
+                    assert told[row["name"]] == row["digest"]
+            assert {name for name in told if name.endswith("same")} == expected
+            for name, digest in told.items():
+                asked = await tenants.ask(tenant, "POST", "/v1/completions", json={"prompt": "hi", "model": name})
+                assert asked.status_code == 200, (name, asked.text)
+                assert (await tenants.ask(tenant, "GET", f"/v1/models/{name}")).json()["id"] == name
+                if digest:
+                    assert [row["digest"] for row in asked.json()["lora"]["adapters"]] == [digest]
+                    assert (await tenants.ask(tenant, "GET", f"/v1/loras/{name}")).json()["digest"] == digest
+
+    run(tmp_path, look)
+
+
 def test_of_anothers_public_adapter_neither_source_nor_key_is_shown(tmp_path: Path) -> None:
     async def look(tenants: TwoTenants) -> None:
         mine, other = TENANTS

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from deployments.config import AppConfig, WorkerSettings
-from tests.deployments.app_fakes import BASE, Served
+from tests.deployments.adapter_records import BASE
+from tests.deployments.app_fakes import Served
 from tests.deployments.asking import ask, error_of, post
 
 

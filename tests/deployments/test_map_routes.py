@@ -7,7 +7,7 @@ import pytest
 from deployments.map_routes import point_object
 from lora_store import AdapterRef
 from retriever_svc import Point
-from tests.deployments.app_fakes import digest_of
+from tests.deployments.adapter_records import digest_of
 from tests.deployments.asking import ask, error_of, get, post
 from tests.deployments.console_fakes import MappedRetriever
 

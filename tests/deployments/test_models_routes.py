@@ -8,8 +8,10 @@ import pytest
 from openai.types import Model
 
 from lora_store import AdapterRecord, AdapterRef
-from tests.deployments.app_fakes import BASE, POOL, FakeRetriever, Served, adapter
+from tests.deployments.adapter_records import BASE, POOL, adapter
+from tests.deployments.app_fakes import Served
 from tests.deployments.asking import ask, error_of, get
+from tests.deployments.fake_retriever import FakeRetriever
 
 MANY = [adapter(f"a{number:03}", version="even" if number % 2 == 0 else "odd") for number in range(25)]
 
@@ -85,7 +87,7 @@ def test_cards_tell_where_a_model_comes_from_and_what_it_stands_on() -> None:
 
 def test_where_anothers_adapter_came_from_is_not_told() -> None:
     theirs = replace(POOL[0], ref=AdapterRef("other", "theirs", "d" * 64), source="s3://their-bucket/x")
-    assert get("/v1/models/theirs", retriever=FakeRetriever([theirs])).json()["root"] == "theirs"
+    assert get("/v1/models/other/theirs", retriever=FakeRetriever([theirs])).json()["root"] == "other/theirs"
     assert "their-bucket" not in get("/v1/models", retriever=FakeRetriever([theirs])).text
 
 

@@ -162,7 +162,6 @@ def test_headers_tell_the_plan_in_short() -> None:
         "x-lora-strategy": "mixture",
         "x-lora-adapters": f"poet@{POET.ref.digest[:12]};weight=0.5, coder@{CODER.ref.digest[:12]};weight=0.333333",
         "x-lora-generation": "7",
-        "x-request-id": "r1",
     }
 
 

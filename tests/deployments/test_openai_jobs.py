@@ -10,7 +10,7 @@ from deployments.openai_jobs import interleaved, jobs_of, seed_of
 from deployments.planner import Planned
 from deployments.schemas import CompletionRequest
 from lora_store import BASE_PLAN, Plan, PlannedAdapter
-from tests.deployments.app_fakes import POOL
+from tests.deployments.adapter_records import POOL
 
 CODER = Planned(Plan("selection", (PlannedAdapter(POOL[1].ref, "w", 1.0),), template="chat"))
 

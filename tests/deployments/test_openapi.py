@@ -19,9 +19,10 @@ from schemathesis.checks import CHECKS
 
 from deployments.ingress import app
 from retriever_svc import DoctorReport, DoctorStep, ReindexStep
-from tests.deployments.app_fakes import DELTAS, http_of, serve_plainly
+from tests.deployments.app_fakes import http_of, serve_plainly
 from tests.deployments.asking import get
 from tests.deployments.console_fakes import CountingWorker, MappedRetriever
+from tests.deployments.fake_worker import DELTAS
 from tests.soak import Scale
 
 URL = "http://test"

@@ -12,7 +12,9 @@ from deployments.planner import Planned, Planner
 from deployments.schemas import ChatCompletionRequest
 from lora_store import BASE_PLAN, PlanInvalid
 from retriever_svc import NoAdapterMatched, RouteRequest
-from tests.deployments.app_fakes import BASE, POOL, FakeRetriever, adapter, config_of
+from tests.deployments.adapter_records import BASE, POOL, adapter
+from tests.deployments.app_fakes import config_of
+from tests.deployments.fake_retriever import FakeRetriever
 from tests.fakes import FakeHandle
 
 
@@ -110,6 +112,20 @@ def test_what_only_retrieval_reads_is_refused_where_adapters_are_named(model: st
     with pytest.raises(RequestInvalid, match=f"lora.{field}") as caught:
         plan(handle, model, named | {field: value})
     assert caught.value.param == f"lora.{field}"
+    assert handle.calls == []
+
+
+@pytest.mark.parametrize("strategy", ["selection", "mixture", "fusion"])
+def test_a_named_model_is_composed_as_the_request_says(strategy: str) -> None:
+    planned = plan(handle_of(), "poet", {"strategy": strategy})
+    assert (planned.plan.strategy, names(planned)) == (strategy, ["poet"])
+
+
+def test_the_base_alone_is_not_composed() -> None:
+    handle = handle_of()
+    with pytest.raises(RequestInvalid) as caught:
+        plan(handle, BASE, {"strategy": "mixture"})
+    assert caught.value.param == "lora.strategy"
     assert handle.calls == []
 
 

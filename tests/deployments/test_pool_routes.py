@@ -14,8 +14,11 @@ from deployments.pool_schemas import MAX_BATCH
 from deployments.uploads import MAX_UPLOAD_FILES, FolderUpload
 from lora_store import StoreUnavailable
 from retriever_svc import DoctorStep, StaleIndex
-from tests.deployments.app_fakes import FakeRetriever, FakeStore, Served, adapter, http_of, pool_of, serve_plainly
+from tests.deployments.adapter_records import adapter, pool_of
+from tests.deployments.app_fakes import Served, http_of, serve_plainly
 from tests.deployments.asking import ask, error_of, get, post, request
+from tests.deployments.fake_retriever import FakeRetriever
+from tests.deployments.fake_store import FakeStore
 
 FILES = [("files", ("adapter_config.json", b"{}")), ("files", ("adapter_model.safetensors", b"weights"))]
 LATE = FakeRetriever(caught_up=StaleIndex(8, 7))
@@ -43,6 +46,38 @@ def test_the_pool_is_listed_with_its_generation() -> None:
     assert listed["generation"] == 7
     assert [row["name"] for row in listed["data"]] == ["coder", "poet"]
     assert "embedding" not in listed["data"][0]
+
+
+@pytest.mark.parametrize("search", ["", "task-1 even"])
+@pytest.mark.parametrize("limit", [1, 7, 24, 25, 26])
+def test_the_pool_is_paged_as_the_models_are(limit: int, search: str) -> None:
+    held = [adapter(f"task-{number:02}", version="even" if number % 2 == 0 else "odd") for number in range(25)]
+    expected = [
+        record.ref.name
+        for record in held
+        if not search or record.ref.name in ("task-10", "task-12", "task-14", "task-16", "task-18")
+    ]
+
+    async def walk(client: httpx.AsyncClient, served: Served) -> list[str]:
+        seen: list[str] = []
+        has_more = True
+        while has_more:
+            query = {"limit": limit, "search": search, "after": seen[-1] if seen else ""}
+            page = (await client.get("/v1/loras", params=query)).json()
+            assert page["total"] == len(expected)
+            assert len(page["data"]) == limit or not page["has_more"]
+            seen += [row["id"] for row in page["data"]]
+            assert (page["first_id"], page["last_id"]) == (page["data"][0]["id"], seen[-1])
+            has_more = page["has_more"]
+        return seen
+
+    assert ask(walk, retriever=FakeRetriever(held)) == expected
+
+
+@pytest.mark.parametrize(("query", "param"), [("limit=0", "limit"), ("limit=1001", "limit")])
+def test_a_page_of_the_pool_is_bounded(query: str, param: str) -> None:
+    response = get(f"/v1/loras?{query}")
+    assert (response.status_code, error_of(response)["param"]) == (400, param)
 
 
 @pytest.mark.parametrize("name", ["poet", "local/poet"])
@@ -179,8 +214,9 @@ def test_a_bad_upload_is_refused_by_what_is_wrong(files: Any, data: dict[str, An
     assert said in error_of(response)["message"]
 
 
+@pytest.mark.parametrize("kind", ["multipart/form-data", "Multipart/Form-Data"])
 @pytest.mark.parametrize(("too_many", "status"), [(0, 201), (1, 413)])
-def test_an_upload_may_be_as_large_as_configured(too_many: int, status: int) -> None:
+def test_an_upload_may_be_as_large_as_configured(too_many: int, status: int, kind: str) -> None:
     async def run(client: httpx.AsyncClient, served: Served) -> httpx.Response:
         boundary = "b" * 20
         head = f'--{boundary}\r\ncontent-disposition: form-data; name="name"\r\n\r\nsinger\r\n--{boundary}\r\n'
@@ -190,9 +226,7 @@ def test_an_upload_may_be_as_large_as_configured(too_many: int, status: int) -> 
         filler = b"x" * (limit + too_many - len(head) - len(tail))
         content = head.encode() + filler + tail.encode()
         assert len(content) > DEFAULT_MAX_BODY_BYTES
-        return await client.post(
-            "/v1/loras", content=content, headers={"content-type": f"multipart/form-data; boundary={boundary}"}
-        )
+        return await client.post("/v1/loras", content=content, headers={"content-type": f"{kind}; boundary={boundary}"})
 
     response = ask(run, max_upload_bytes=DEFAULT_MAX_BODY_BYTES)
     assert response.status_code == status
@@ -200,12 +234,23 @@ def test_an_upload_may_be_as_large_as_configured(too_many: int, status: int) -> 
         assert error_of(response)["code"] == "body_too_large"
 
 
+FORM = "multipart/form-data; boundary=b"
+
+
 @pytest.mark.parametrize(
-    ("path", "kind"), [("/v1/loras", "application/json"), ("/v1/completions", "multipart/form-data; boundary=b")]
+    ("method", "path", "kind"),
+    [
+        ("POST", "/v1/loras", "application/json"),
+        ("POST", "/v1/completions", FORM),
+        ("PATCH", "/v1/loras/x/v1/loras", FORM),
+        ("POST", "/v1/loras/x/v1/loras/rollback", FORM),
+        ("POST", "/v1/loras/v1/loras/approve", FORM),
+    ],
 )
-def test_every_other_body_is_small(path: str, kind: str) -> None:
+def test_every_other_body_is_small(method: str, path: str, kind: str) -> None:
+    """Also one whose path ends as an upload's does: its route reads it whole, and before it looks at roles."""
     content = b" " * (DEFAULT_MAX_BODY_BYTES + 1)
-    response = request("POST", path, sent={"content": content, "headers": {"content-type": kind}})
+    response = request(method, path, sent={"content": content, "headers": {"content-type": kind}})
     assert (response.status_code, error_of(response)["code"]) == (413, "body_too_large")
 
 

@@ -24,7 +24,10 @@ from lora_store import (
     VersionConflict,
 )
 from retriever_svc import StaleIndex
-from tests.deployments.app_fakes import ENCODER, SHAPES, FakeRetriever, FakeStore, adapter, pool_of
+from tests.deployments.adapter_records import ENCODER, adapter, pool_of
+from tests.deployments.fake_retriever import FakeRetriever
+from tests.deployments.fake_store import FakeStore
+from tests.deployments.fake_worker import SHAPES
 from tests.deployments.publishing import POET, Publishing, live
 from tests.fakes import FakeHandle
 

@@ -16,7 +16,10 @@ from lora_store import (
     StoreUnavailable,
 )
 from retriever_svc import StaleIndex
-from tests.deployments.app_fakes import ENCODER, FakeRetriever, FakeStore, FakeWorker, adapter
+from tests.deployments.adapter_records import ENCODER, adapter
+from tests.deployments.fake_retriever import FakeRetriever
+from tests.deployments.fake_store import FakeStore
+from tests.deployments.fake_worker import FakeWorker
 from tests.deployments.publishing import Publishing, live
 from tests.fakes import FakeHandle
 

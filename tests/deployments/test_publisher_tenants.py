@@ -11,7 +11,7 @@ import pytest
 from deployments.published import Published, Settled
 from deployments.uploads import FolderUpload
 from lora_store import AdapterNotFound, PoolShare, PoolShareExceeded, Visibility
-from tests.deployments.app_fakes import adapter
+from tests.deployments.adapter_records import adapter
 from tests.deployments.test_publisher import POET, Publishing
 
 

@@ -11,7 +11,9 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from deployments.background import Background
 from deployments.releaser import Releaser
 from lora_store import AdapterRecord, StoreUnavailable
-from tests.deployments.app_fakes import POOL, FakeStore, FakeWorker, adapter, pool_of
+from tests.deployments.adapter_records import POOL, adapter, pool_of
+from tests.deployments.fake_store import FakeStore
+from tests.deployments.fake_worker import FakeWorker
 from tests.fakes import FakeHandle
 
 OLD = adapter("old")

@@ -9,8 +9,11 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.deployments.app_fakes import BASE, POOL, FakeRetriever, FakeWorker, Served, adapter, serve_plainly
-from tests.deployments.asking import ask, error_of, post
+from tests.deployments.adapter_records import BASE, POOL, adapter
+from tests.deployments.app_fakes import Served, serve_plainly
+from tests.deployments.asking import ask, error_of, post, request
+from tests.deployments.fake_retriever import FakeRetriever
+from tests.deployments.fake_worker import FakeWorker
 from tests.deployments.test_ingress import BROKEN
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
@@ -256,6 +259,19 @@ def test_headers_tell_the_plan_of_every_answer(stream: bool) -> None:
     response = post("/v1/chat/completions", CHAT | {"stream": stream})
     assert {name: response.headers[name] for name in HEADERS} == HEADERS
     assert f"chatcmpl-{response.headers['x-request-id']}" in response.text
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/health"])
+@pytest.mark.parametrize("given", ["5dba8b27-e6c9", "a" * 65, "two words", ""])
+def test_an_id_that_came_with_the_request_is_not_added_again(path: str, given: str) -> None:
+    """Serve's proxy hands it on and adds it to the answer: added here too, a client would read both as one."""
+    sent = {"headers": {"x-request-id": given}, "json": CHAT}
+    response = request("POST" if path.startswith("/v1") else "GET", path, sent=sent)
+    assert response.status_code == 200
+    assert "x-request-id" not in response.headers
+    if path.startswith("/v1"):
+        _, _, told = response.json()["id"].partition("-")
+        assert told == given if given.startswith("5dba") else len(told) == 32
 
 
 def test_every_answer_has_an_id_of_its_own() -> None:

@@ -14,8 +14,10 @@ from deployments.request_time import within
 from gpu_worker.errors import DeadlineExceeded
 from gpu_worker.request import Delta, Job
 from retriever_svc import Route, RouteRequest
-from tests.deployments.app_fakes import DELTAS, FakeRetriever, FakeWorker, Served, serve_plainly
+from tests.deployments.app_fakes import Served, serve_plainly
 from tests.deployments.asking import ask, error_of, post
+from tests.deployments.fake_retriever import FakeRetriever
+from tests.deployments.fake_worker import DELTAS, FakeWorker
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
 

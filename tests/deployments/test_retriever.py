@@ -32,7 +32,7 @@ from lora_store import (
 from lora_store.blobs import BlobStore
 from lora_store.location import Location
 from lora_store.sample_files import write_samples
-from retriever_svc import EncoderUnusable, RouteRequest, StaleIndex
+from retriever_svc import EncoderUnusable, PageRequest, RouteRequest, StaleIndex
 from retriever_svc.encoder import model_folder
 from tests.retriever_svc.pool_fakes import record_of
 
@@ -40,6 +40,7 @@ SAMPLES = {
     "german": [Sample("Translate to German: good morning."), Sample("How do you say cheese in German?")],
     "sums": [Sample("What is 3 + 4?"), Sample("Add 12 and 30.")],
 }
+ALL = PageRequest(100)
 
 
 class Ticks:
@@ -112,9 +113,9 @@ def test_a_replica_is_at_the_newest_generation_before_it_is_ready(tmp_path: Path
         assert await here.replica.catch_up(here.publish(*await here.embedded("german", "sums"))) == 1
 
     async def second(here: Served) -> None:
-        generation, records = await here.replica.records("local")
-        assert (generation, [record.ref.name for record in records]) == (1, ["german", "sums"])
-        assert [record.embedding for record in records] == [None, None]  # they stay here
+        page = await here.replica.page("local", ALL)
+        assert (page.generation, [name for name, _ in page.rows]) == (1, ["german", "sums"])
+        assert [record.embedding for _, record in page.rows] == [None, None]  # they stay here
         stats = await here.replica.index_stats()
         assert (stats.generation, stats.num_live, stats.num_unlisted, stats.has_lists) == (1, 2, 2, False)
 
@@ -150,16 +151,14 @@ def test_adapters_are_embedded_together_with_the_neighbours_they_have_now(tmp_pa
     run(tmp_path, scenario)
 
 
-@pytest.mark.parametrize("read", ["plan_named", "records", "record", "find", "map", "place"])
+@pytest.mark.parametrize("read", ["plan_named", "page", "record", "map", "place"])
 def test_a_read_that_names_a_generation_catches_up_first(tmp_path: Path, read: str) -> None:
     async def scenario(here: Served) -> None:
         def ask(generation: int) -> Coroutine[Any, Any, Any]:
             if read == "plan_named":
                 return here.replica.plan_named("local", [("sums", 1.0)], "mixture", generation)
-            if read == "records":
-                return here.replica.records("local", generation)
-            if read == "find":
-                return here.replica.find("local", "sums", 0, 1, generation)
+            if read == "page":
+                return here.replica.page("local", ALL, generation)
             if read == "map":
                 return here.replica.map("local", generation)
             if read == "place":
@@ -172,7 +171,7 @@ def test_a_read_that_names_a_generation_catches_up_first(tmp_path: Path, read: s
                 await ask(0)
         assert (await here.replica.index_stats()).generation == 0
         answer = await ask(generation)
-        assert (answer[0] if read in ("records", "record") else answer.generation) == generation
+        assert (answer[0] if read == "record" else answer.generation) == generation
         with pytest.raises(StaleIndex) as caught:
             await ask(generation + 1)
         assert (caught.value.wanted, caught.value.found) == (generation + 1, generation)
@@ -185,10 +184,10 @@ def test_of_anothers_adapter_neither_its_source_nor_who_published_it_is_told(tmp
         public = record_of("poet", None, tenant="acme")
         await here.replica.catch_up(here.publish(public, record_of("diary", None, tenant="acme", visibility="private")))
         for tenant, told in (("acme", ("test", "test")), ("other", ("poet", ""))):
-            _, [*_, listed] = await here.replica.records(tenant)
+            [*_, (_, listed)] = (await here.replica.page(tenant, ALL)).rows
             _, [shown] = await here.replica.record(tenant, "poet")
             assert [(record.source, record.actor) for record in (listed, shown)] == [told, told]
-        assert [record.ref.name for record in (await here.replica.records("other"))[1]] == ["poet"]
+        assert [name for name, _ in (await here.replica.page("other", ALL)).rows] == ["acme/poet"]
 
     run(tmp_path, scenario)
 
@@ -234,11 +233,11 @@ def test_a_catalogue_that_hangs_is_waited_for_a_while_by_all_at_once(
 
         monkeypatch.setattr(here.pools, "catch_up", catch_up)
         monkeypatch.setattr("deployments.retriever._CATCH_UP_S", 0.01)
-        waiting = [here.replica.catch_up(1), here.replica.records("local", 1), here.replica.record("local", "x", 1)]
+        waiting = [here.replica.catch_up(1), here.replica.page("local", ALL, 1), here.replica.record("local", "x", 1)]
         answers = await asyncio.gather(*waiting, return_exceptions=True)
         assert [type(answer) for answer in answers] == [StaleIndex] * 3
         assert len(calls) == 1
-        assert await here.replica.records("local") == (0, [])
+        assert (await here.replica.page("local", ALL)).rows == ()
         hangs.set()
 
     run(tmp_path, scenario)

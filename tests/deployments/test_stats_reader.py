@@ -7,8 +7,9 @@ import pytest
 
 from deployments.stats_reader import KEPT_S, StatsReader
 from gpu_worker.errors import EngineStopped
-from tests.deployments.app_fakes import FakeRetriever, config_of
+from tests.deployments.app_fakes import config_of
 from tests.deployments.console_fakes import HOLDINGS, CountingWorker
+from tests.deployments.fake_retriever import FakeRetriever
 from tests.fakes import FakeHandle
 
 

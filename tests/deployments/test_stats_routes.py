@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from tests.deployments.app_fakes import BASE
+from tests.deployments.adapter_records import BASE
 from tests.deployments.asking import get
 from tests.deployments.console_fakes import CountingWorker, MappedRetriever
 

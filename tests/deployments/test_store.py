@@ -26,7 +26,9 @@ from lora_store import (
     decode_weights,
     write_peft_folder,
 )
-from tests.deployments.app_fakes import BASE, SHAPES, config_of
+from tests.deployments.adapter_records import BASE
+from tests.deployments.app_fakes import config_of
+from tests.deployments.fake_worker import SHAPES
 
 UNIT = np.array([1.0, 0.0], np.float32)
 POET = ("local", "poet")

@@ -16,8 +16,10 @@ from deployments.errors import UploadsBusy
 from deployments.upload_budget import UploadBudget
 from deployments.uploads import FolderUpload
 from lora_store import Staged
-from tests.deployments.app_fakes import POOL, FakeStore, Served, http_of, pool_of, serve_plainly
+from tests.deployments.adapter_records import POOL, pool_of
+from tests.deployments.app_fakes import Served, http_of, serve_plainly
 from tests.deployments.asking import error_of
+from tests.deployments.fake_store import FakeStore
 
 ONE = FORM_OVERHEAD_BYTES + 100
 

@@ -7,8 +7,9 @@ import pytest
 
 from deployments.uploads import FolderUpload
 from retriever_svc import StaleIndex
-from tests.deployments.app_fakes import FakeRetriever, Served
+from tests.deployments.app_fakes import Served
 from tests.deployments.asking import ask, error_of, post
+from tests.deployments.fake_retriever import FakeRetriever
 
 LATE = FakeRetriever(caught_up=StaleIndex(8, 7))
 

@@ -24,7 +24,9 @@ from deployments.retriever import RetrieverDeployment
 from deployments.store import StoreDeployment
 from lora_store import AdapterRecord, ModuleWeights, Sample, write_peft_folder
 from retriever_svc import IndexSettings, RetrieverError, Route, RouteRequest
-from tests.deployments.app_fakes import BASE, FakeWorker, Served, config_of, http_of
+from tests.deployments.adapter_records import BASE
+from tests.deployments.app_fakes import Served, config_of, http_of
+from tests.deployments.fake_worker import FakeWorker
 from tests.deployments.key_files import bearer, entry, write
 from tests.fakes import FakeHandle
 

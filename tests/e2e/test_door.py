@@ -91,10 +91,10 @@ class Asked:
         return cls(int(status.split()[1]), seconds, text, headers.get("retry-after"))
 
 
-async def ask_at_once(live: Live, count: int, max_tokens: int) -> list[Asked]:
+async def ask_at_once(address: str, model: str, count: int, max_tokens: int) -> list[Asked]:
     """What so many clients are answered. They speak HTTP by hand: the machine's two cores are the server's."""
-    url = httpx.URL(f"{live.url}/v1/completions")
-    body = json.dumps(completion(BASE, "The sea is", max_tokens))
+    url = httpx.URL(f"{address}/v1/completions")
+    body = json.dumps(completion(model, "The sea is", max_tokens))
     head = f"POST {url.path} HTTP/1.1\r\nHost: {url.host}\r\nContent-Type: application/json\r\nConnection: close\r\n"
     request = f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
 
@@ -111,13 +111,13 @@ async def ask_at_once(live: Live, count: int, max_tokens: int) -> list[Asked]:
 
 
 def median_s(live: Live) -> float:
-    return statistics.median(asyncio.run(ask_at_once(live, 1, 8))[0].seconds for _ in range(15))
+    return statistics.median(asyncio.run(ask_at_once(live.url, BASE, 1, 8))[0].seconds for _ in range(15))
 
 
 def test_a_storm_is_answered_or_refused_at_once_and_leaves_no_trace(live: Live, scale: Scale) -> None:
     quiet = live.text(BASE, max_tokens=24)
     before_s = median_s(live)
-    asked = asyncio.run(ask_at_once(live, scale.pick("clients at once", small=100, full=200), 24))
+    asked = asyncio.run(ask_at_once(live.url, BASE, scale.pick("clients at once", small=100, full=200), 24))
     assert {each.status for each in asked} == {200, 429}, Counter((each.status, each.text[:40]) for each in asked)
     served = [each for each in asked if each.status == 200]
     refused = [each for each in asked if each.status == 429]
@@ -135,3 +135,30 @@ def test_a_storm_is_answered_or_refused_at_once_and_leaves_no_trace(live: Live, 
     print(f"p50 after {after_s * 1000:.0f} ms")
     assert after_s < 1.5 * before_s + 0.02
     assert running_and_waiting(live) == 0
+
+
+def test_where_all_may_come_in_a_storm_is_answered_or_told_that_it_waited_too_long(url: str, scale: Scale) -> None:
+    """The default `max_in_flight` is more than these: who waits for a row has it within `max_wait_s`, or a 503."""
+    model = "gemma-3-270m"
+    [quiet] = asyncio.run(ask_at_once(url, model, 1, 4))
+    count = scale.pick("clients let in at once", small=50, full=200)
+    asked = asyncio.run(ask_at_once(url, model, count, 4))
+    outcomes = {(each.status, each.text, each.retry_after) for each in asked}
+    assert (200, quiet.text, None) in outcomes
+    assert outcomes <= {(200, quiet.text, None), (503, "waited_too_long", "1")}
+    assert httpx.get(f"{url}/ready", timeout=30).status_code == 200
+    [after] = asyncio.run(ask_at_once(url, model, 1, 4))
+    assert after.text == quiet.text
+
+
+def test_a_header_without_end_is_refused_by_the_proxy(live: Live) -> None:
+    """It never reaches the application. Unbounded, it would hold the proxy, and all other requests with it."""
+
+    async def send() -> bytes:
+        url = httpx.URL(live.url)
+        reader, writer = await asyncio.open_connection(url.host, url.port)
+        writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\nX-A: " + b"a" * 20_000)
+        return await asyncio.wait_for(reader.read(), 20)
+
+    assert asyncio.run(send()).startswith(b"HTTP/1.1 400")
+    assert live.call("GET", "/health").status_code == 200

@@ -133,6 +133,7 @@ def test_a_plan_is_replayed_exactly(url: str, client: openai.OpenAI, heldout: li
         for header in ("x-lora-strategy", "x-lora-adapters", "x-lora-generation"):
             assert first.headers[header] == again.headers[header]
         assert first.headers["x-request-id"] != again.headers["x-request-id"]
+        assert first.parse().id == f"chatcmpl-{first.headers['x-request-id']}", "the proxy's id, and once"
         other = {"plan": plan | {"adapters": [row | {"weight": 0.0} for row in plan["adapters"]]}}
         silent = client.chat.completions.create(**asked, extra_body={"lora": other})
         assert silent.choices[0].message.content == base_text(client, prompt), "weights are used as given"

@@ -17,6 +17,8 @@ from lora_store.plan import Plan
 from lora_store.records import AdapterRecord
 from retriever_svc import (
     NoAdapterMatched,
+    Page,
+    PageRequest,
     Retriever,
     Route,
     RouteRequest,
@@ -208,11 +210,12 @@ def test_any_other_digest_is_not_found(digest: str) -> None:
             call(f"n@{digest}")
 
 
-def test_records_are_what_the_tenant_may_use_by_owner_and_name() -> None:
+def test_a_page_holds_what_the_tenant_may_use_by_the_names_it_asks_by() -> None:
     theirs = record_of("theirs", EAST, tenant="b", visibility="private")
     retriever = retriever_of(*reversed(POOL), theirs)
-    assert retriever.records("a") == (1, [POOL[0], POOL[1], POOL[2]])
-    assert retriever.records("b") == (1, [theirs, POOL[0], POOL[1], POOL[2]])
+    public = [(f"{record.ref.tenant}/{record.ref.name}", record) for record in POOL]
+    assert retriever.page("a", PageRequest(9)) == Page(1, tuple(public), False, 3)
+    assert retriever.page("b", PageRequest(9)) == Page(1, (*public, ("theirs", theirs)), False, 4)
 
 
 def test_a_new_generation_is_seen_after_catching_up_and_old_routes_stay() -> None:
@@ -276,10 +279,10 @@ def test_what_wants_a_later_generation_is_stale_in_its_own_place() -> None:
     [
         lambda retriever, least: retriever.plan_named(LOCAL_TENANT, [("n", 1.0)], min_generation=least),
         lambda retriever, least: retriever.resolve(LOCAL_TENANT, "n", least),
-        lambda retriever, least: retriever.records(LOCAL_TENANT, least),
+        lambda retriever, least: retriever.page(LOCAL_TENANT, PageRequest(9), least),
         lambda retriever, least: retriever.versions(LOCAL_TENANT, "n", least),
     ],
-    ids=["plan_named", "resolve", "records", "versions"],
+    ids=["plan_named", "resolve", "page", "versions"],
 )
 def test_every_read_has_its_fence(read: Callable[[Retriever, int], object]) -> None:
     retriever = retriever_of(*POOL)

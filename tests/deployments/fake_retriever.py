@@ -1,0 +1,94 @@
+"""A retriever over records, without an encoder."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from deployments.retriever import Embedded
+from lora_store import AdapterRecord, Embedding, Plan, PlannedAdapter, Sample, Snapshot, Strategy
+from retriever_svc import (
+    Candidate,
+    DoctorStep,
+    Page,
+    PageRequest,
+    PinnedAdapter,
+    ReindexStep,
+    Route,
+    RouteRequest,
+)
+from retriever_svc.listing import page
+from retriever_svc.planning import named_plan, replayed_plan
+from tests.deployments.adapter_records import ENCODER, POOL, adapter, given
+
+
+@dataclass
+class FakeRetriever:
+    """Routes every prompt to all of `held`, half as sure of each next one; `failure` is raised instead."""
+
+    held: Sequence[AdapterRecord] = POOL
+    failure: Exception | None = None
+    caught_up: Exception | None = None
+    abstains: bool = False
+    unfit: Exception | None = None  # what embedding raises
+    encoder: str = ENCODER
+    steps: list[list[ReindexStep | DoctorStep | Exception]] = field(default_factory=list)  # of each job, in turn
+    prepared: Exception | str = "other-encoder"
+
+    async def route(self, request: RouteRequest) -> Route:
+        if self.failure is not None:
+            raise self.failure
+        scored = [(record, 0.5**place) for place, record in enumerate(self.held)]
+        candidates = tuple(Candidate(record.ref, score) for record, score in scored)
+        if self.abstains:
+            return Route(Plan("base", generation=7), candidates, 7, abstained=True)
+        rows = tuple(PlannedAdapter(record.ref, record.weights_digest, 0.5, score) for record, score in scored)
+        return Route(Plan("mixture", rows, 7), candidates, 7, abstained=False)
+
+    async def plan_named(
+        self, tenant: str, choices: Sequence[tuple[str, float]], strategy: Strategy, min_generation: int = 0
+    ) -> Plan:
+        return named_plan(self._snapshot, tenant, choices, strategy)
+
+    async def replay(self, tenant: str, strategy: Strategy, pinned: Sequence[PinnedAdapter], generation: int) -> Plan:
+        return replayed_plan(self._snapshot, tenant, strategy, pinned, generation)
+
+    async def page(self, tenant: str, request: PageRequest, min_generation: int = 0) -> Page:
+        return page(self._snapshot, tenant, request)
+
+    async def load(self, tenant: str) -> tuple[int, int]:
+        return 7, len(self._snapshot.visible_to(tenant))
+
+    async def record(self, tenant: str, name: str) -> tuple[int, list[AdapterRecord]]:
+        record = self._snapshot.resolve(tenant, name)
+        return 7, [record, adapter(record.ref.name, version="older", generation=0)]
+
+    async def embed(self, groups: Sequence[Sequence[Sample]], tenants: Sequence[str]) -> list[Embedded | None]:
+        assert len(groups) == len(tenants)
+        if self.unfit is not None:
+            raise self.unfit
+        near = (Candidate(POOL[0].ref, 0.25),)
+        vector = np.array([1.0, 0.0], np.float32)
+        return [Embedded(Embedding(self.encoder, vector, vector), near) if group else None for group in groups]
+
+    async def catch_up(self, generation: int) -> int:
+        if self.caught_up is not None:
+            raise self.caught_up
+        return generation
+
+    async def reindex(self, model: str) -> AsyncIterator[ReindexStep]:
+        for step in self.steps.pop(0):
+            yield given(step)
+
+    async def doctor(self, tenant: str) -> AsyncIterator[DoctorStep]:
+        for step in self.steps.pop(0):
+            yield given(step)
+
+    async def prepare_encoder(self, model: str) -> str:
+        return given(self.prepared)
+
+    @property
+    def _snapshot(self) -> Snapshot:
+        return Snapshot(7, {(record.ref.tenant, record.ref.name): record for record in self.held})

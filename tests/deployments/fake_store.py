@@ -1,0 +1,186 @@
+"""A store in memory."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from deployments.errors import SourceMissing
+from deployments.store import Verified
+from deployments.uploads import FolderUpload
+from lora_store import (
+    KEPT_VERSIONS,
+    AdapterNotFound,
+    AdapterRecord,
+    AdapterRef,
+    AdapterRefused,
+    BlobCheck,
+    Collected,
+    Embedding,
+    EncoderIncomplete,
+    Key,
+    PoolShare,
+    PublicNameTaken,
+    Sample,
+    Staged,
+    Standing,
+    Visibility,
+    Withdrawn,
+)
+from tests.deployments.adapter_records import POOL, adapter, digest_of, key_of
+
+
+@dataclass
+class FakeStore:
+    """The pool in memory, at generation 7. An adapter's name says what it is: `bad…` refused, `bare…` without samples,
+    `gone…` not there, `taken…` another tenant's. Its first tag makes it another version.
+
+    `failing`: exceptions by method name, each raised as often as its number says.
+    """
+
+    live: dict[Key, tuple[AdapterRecord, ...]] = field(default_factory=dict)
+    failing: dict[str, tuple[Exception, int]] = field(default_factory=dict)
+    generation: int = 7
+    held: list[Staged] = field(default_factory=list)  # staged, and neither committed nor discarded
+    swept: list[str] = field(default_factory=list)
+    encoder: str | None = None  # the identity of the one a reindex activated
+    incomplete: list[EncoderIncomplete] = field(default_factory=list)  # what activations raise, in turn
+    _holds: Iterator[int] = field(default_factory=itertools.count)
+
+    async def stage(self, upload: FolderUpload, module_shapes: object) -> Staged:
+        self._fail("stage")
+        name = upload.adapter_name
+        if name.startswith("bad"):
+            raise AdapterRefused(name, ["it is bad"])
+        if name.startswith("gone"):
+            raise SourceMissing(name)
+        version = upload.tags[0] if upload.tags else ""
+        record = adapter(name, version=version, samples=not name.startswith("bare"), tenant=upload.tenant)
+        record = replace(record, visibility=upload.visibility or upload.default_visibility)
+        staged = self._hold(replace(record, embedding=None, template=upload.template))
+        return replace(staged, keeps_visibility=upload.visibility is None)
+
+    async def restage(self, record: AdapterRecord) -> Staged:
+        self._fail("restage")
+        return self._hold(record)
+
+    async def commit(
+        self,
+        staged: Sequence[Staged],
+        embeddings: Sequence[Embedding | None],
+        shifts: Sequence[float | None],
+        actor: str,
+        standing: Standing = "any",
+        share: PoolShare | None = None,
+    ) -> int:
+        self._fail("commit")
+        if standing == "kept" and any(item.ref not in self._kept(item.ref) for item in staged):
+            raise AdapterNotFound(staged[0].ref.name)
+        for item in staged:
+            if item.ref.name.startswith("taken"):
+                raise PublicNameTaken(item.ref.name, ["the public name belongs to another tenant"])
+        self.generation += 1
+        for item, embedding in zip(staged, embeddings, strict=True):
+            if standing == "live" and self._kept(item.ref)[:1] != [item.ref]:
+                continue
+            record = replace(item.record, generation=self.generation, embedding=embedding)
+            older = [old for old in self.live.get(key_of(record), ()) if old.ref != record.ref]
+            self.live[key_of(record)] = (record, *older)[:KEPT_VERSIONS]
+        holds = {item.hold for item in staged}
+        self.held = [item for item in self.held if item.hold not in holds]
+        return self.generation
+
+    async def discard(self, staged: Sequence[Staged]) -> None:
+        self._fail("discard")
+        holds = {item.hold for item in staged}
+        assert holds <= {item.hold for item in self.held}
+        self.held = [item for item in self.held if item.hold not in holds]
+
+    async def withdraw(self, tenant: str, names: Sequence[str], actor: str) -> Withdrawn:
+        self._fail("withdraw")
+        for name in names:
+            if (tenant, name) not in self.live:
+                raise AdapterNotFound(name)
+        self.generation += 1
+        return Withdrawn(self.generation, tuple(old for name in names for old in self.live.pop((tenant, name))))
+
+    async def set_visibility(self, tenant: str, name: str, visibility: Visibility, actor: str) -> int:
+        self._fail("set_visibility")
+        kept = self.live.get((tenant, name))
+        if kept is None:
+            raise AdapterNotFound(name)
+        self.generation += 1
+        self.live[tenant, name] = (replace(kept[0], visibility=visibility), *kept[1:])
+        return self.generation
+
+    async def approve(self, refs: Sequence[AdapterRef], actor: str) -> int:
+        self._fail("approve")
+        self.generation += 1
+        for ref in refs:
+            [first, *older] = self.live[ref.tenant, ref.name]
+            self.live[ref.tenant, ref.name] = (replace(first, approved=True), *older)
+        return self.generation
+
+    async def add_embeddings(self, embeddings: Mapping[AdapterRef, Embedding]) -> int:
+        self._fail("add_embeddings")
+        self.generation += 1
+        return self.generation
+
+    async def activate_encoder(self, model: str, identity: str, actor: str) -> int:
+        if self.incomplete:
+            raise self.incomplete.pop(0)
+        self.encoder = identity
+        self.generation += 1
+        return self.generation
+
+    async def active_encoder(self) -> str | None:
+        self._fail("active_encoder")
+        return self.encoder
+
+    async def versions(self, keys: Collection[Key]) -> dict[Key, tuple[AdapterRecord, ...]]:
+        self._fail("versions")
+        return {key: self.live[key] for key in keys if key in self.live}
+
+    async def unreferenced(self, digests: Collection[str]) -> list[str]:
+        self._fail("unreferenced")
+        needed = {digest for kept in self.live.values() for record in kept for digest in record.blobs}
+        return sorted(set(digests) - needed)
+
+    async def sweep(self, digests: Collection[str]) -> list[str]:
+        self._fail("sweep")
+        self.swept += digests
+        return list(digests)
+
+    async def release(self, digests: Collection[str]) -> bool:
+        return True
+
+    async def gc(self, retention_s: float) -> Collected:
+        self._fail("gc")
+        return Collected(3, 12)
+
+    async def verify(self) -> AsyncIterator[Verified]:
+        self._fail("verify")
+        checks = [BlobCheck(digest_of("a"), POOL[0].ref, None), BlobCheck(digest_of("b"), POOL[1].ref, "is missing")]
+        for number, check in enumerate(checks, start=1):
+            yield Verified(number, len(checks), check)
+
+    async def samples(self, digests: Sequence[str]) -> list[tuple[Sample, ...]]:
+        self._fail("samples")
+        return [(Sample("one"), Sample("two")) for _ in digests]
+
+    def _kept(self, ref: AdapterRef) -> list[AdapterRef]:
+        return [record.ref for record in self.live.get((ref.tenant, ref.name), ())]
+
+    def _hold(self, record: AdapterRecord) -> Staged:
+        samples = (Sample("one"), Sample("two")) if record.samples_digest else ()
+        staged = Staged(record, samples, f"hold-{next(self._holds)}")
+        self.held.append(staged)
+        return staged
+
+    def _fail(self, method: str) -> None:
+        if method in self.failing:
+            error, times = self.failing.pop(method)
+            if times > 1:
+                self.failing[method] = error, times - 1
+            raise error

@@ -1,0 +1,41 @@
+"""A worker that says what a test scripts."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Collection, Sequence
+from dataclasses import dataclass, field
+
+from gpu_worker.request import Delta, Job
+from tests.deployments.adapter_records import digest_of, given
+
+DELTAS = (Delta("Hel", 5, 1), Delta("lo", 5, 2), Delta("", 5, 3, "stop"))
+SHAPES = {"model.layers.0.mlp.up_proj": (8, 6)}
+
+
+@dataclass
+class FakeWorker:
+    """Streams `events`, raising where one is an exception; a probe gives `shifts` by adapter name, 0.5 by default.
+
+    `forgets`: what it answers when asked to forget, in turn; then True.
+    """
+
+    events: Sequence[Delta | Exception] = DELTAS
+    shifts: dict[str, float | Exception] = field(default_factory=dict)
+    forgets: list[bool | Exception] = field(default_factory=list)
+    failure: Exception | None = None  # what a probe raises
+
+    async def stream(self, job: Job) -> AsyncIterator[Delta]:
+        for event in self.events:
+            yield given(event)
+
+    async def probe_many(self, weights_digests: Sequence[str]) -> list[float | Exception]:
+        if self.failure is not None:
+            raise self.failure
+        by_digest = {digest_of(f"weights {name} "): shift for name, shift in self.shifts.items()}
+        return [by_digest.get(digest, 0.5) for digest in weights_digests]
+
+    async def module_shapes(self) -> dict[str, tuple[int, int]]:
+        return SHAPES
+
+    async def forget(self, weights_digests: Collection[str]) -> bool:
+        return given(self.forgets.pop(0)) if self.forgets else True
