@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.bank import ModuleBank
+from gpu_worker.dense_mapping import DenseMapping
 from gpu_worker.engine import Engine
 from gpu_worker.lora_linear import LoraLinear
 
@@ -29,11 +30,12 @@ class LiteralMixture:
 
     def forward(self, linear: LoraLinear, x: Tensor) -> Tensor:  # (..., N, I) -> (..., N, O)
         y: Tensor = linear.base(x)
-        if not linear._step.has_adapters or not linear._bank.is_used:
+        dense = linear._step.composition
+        if not isinstance(dense, DenseMapping) or not linear._bank.is_used:
             return y
         self._refresh()
         a, b = self._stack(linear._bank)
-        mapping = linear._step._mapping.weights[self._rows[:, 0], 0].T  # (N, P)
+        mapping = dense._weights[self._rows[:, 0], 0].T  # (N, P)
         h = torch.einsum("ni,pri->npr", x.flatten(0, -2), a)
         outputs = torch.einsum("npr,pro->npo", h, b)
         y.flatten(0, -2).add_(torch.einsum("npo,np->no", outputs, mapping))
@@ -60,9 +62,10 @@ class LiteralMixture:
 @contextmanager
 def literal_mixture(engine: Engine) -> Iterator[None]:
     """Until the context ends, mixtures and selections are computed the paper's way. Fusions are not."""
-    literal, plain = LiteralMixture(engine), LoraLinear.forward
+    literal, plain, kernel = LiteralMixture(engine), LoraLinear.forward, engine._kernel
+    engine._kernel = None  # the dense mapping is a matrix to read
     LoraLinear.forward = lambda linear, x: literal.forward(linear, x)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        LoraLinear.forward = plain  # type: ignore[method-assign]
+        LoraLinear.forward, engine._kernel = plain, kernel  # type: ignore[method-assign]

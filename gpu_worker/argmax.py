@@ -12,20 +12,28 @@ _BLOCK = 256
 def argmax(logits: Tensor) -> tuple[list[int], list[bool]]:
     """(the first id with the largest logit, whether all logits are finite or -inf) of each row. Dims: logits (B, V).
 
-    Floating-point numbers that are not negative are in the order of their bits. torch 2.13 compares integers many
-    times as fast: 32 rows of 262,144 bfloat16 take 1.1 ms instead of 7. Rows of negatives only go the plain way.
+    Floating-point numbers that are not negative are in the order of their bits, negative ones in the opposite order.
+    torch 2.13 compares integers many times as fast: 32 rows of 262,144 bfloat16 take 1.1 ms instead of 7.
     """
     integers = _INTEGERS.get(logits.dtype)
     if integers is None or logits.shape[1] % _BLOCK or logits.device.type != "cpu":
         return _plain(logits)
     bits = logits.contiguous().view(integers)
-    blocks = bits.view(len(bits), -1, _BLOCK)
-    largest, block = blocks.amax(dim=-1).max(dim=-1)
-    if bool((largest < 0).any()):
-        return _plain(logits)
-    rows = torch.arange(len(bits))
-    ids = block * _BLOCK + blocks[rows, block].max(dim=-1).indices
+    ids, largest = _first_largest(bits)
+    negative, zero = largest < 0, largest == 0
+    if bool(negative.any()):  # rows of negative numbers only
+        ids[negative], _ = _first_largest(bits[negative].bitwise_not_())
+    if bool(zero.any()):  # the zeros of both signs are equal, their bits are not
+        ids[zero] = logits[zero].max(dim=-1).indices
     return ids.tolist(), _is_sound(bits, integers).tolist()
+
+
+def _first_largest(integers: Tensor) -> tuple[Tensor, Tensor]:
+    """(B,) where each row's largest is first found, and (B,) what it is."""
+    blocks = integers.view(len(integers), -1, _BLOCK)
+    largest, block = blocks.amax(dim=-1).max(dim=-1)
+    rows = torch.arange(len(integers))
+    return block * _BLOCK + blocks[rows, block].max(dim=-1).indices, largest
 
 
 def _is_sound(bits: Tensor, integers: torch.dtype) -> Tensor:
