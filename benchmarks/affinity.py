@@ -12,6 +12,7 @@ import random
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ from lora_store import AdapterRef, LoraStore, Plan, PlannedAdapter, write_peft_f
 from tests.tiny import FAMILIES, byte_tokenizer
 
 NUM_WORKERS, NUM_ADAPTERS, BANK_ADAPTERS, NUM_TOKENS = 4, 200, 32, 16
-ROUTERS = ("pow2", "affinity")
+NUM_TURNS = 4  # of each load, after one that warms up
 console = Console(width=110)
 
 
@@ -126,38 +127,51 @@ class Case:
     num_requests: int
 
 
-async def measure(worker: DeploymentHandle, digests: Sequence[str], router: str, k: int, rate: float, s: float) -> Case:
-    """One load at `rate` for `s` seconds after a quarter of that to warm up; requests come by chance, alike for all."""
-    chance, draw = random.Random(k), drawing(digests, k)
-    asked: list[asyncio.Task[float]] = []
+class Load:
+    """Requests for one router's workers, by chance, alike for all routers."""
 
-    async def ask_for(seconds: float) -> None:
+    def __init__(self, router: str, worker: DeploymentHandle, digests: Sequence[str], k: int, rate: float) -> None:
+        self._router, self._worker, self._k, self._rate = router, worker, k, rate
+        self._chance, self._draw = random.Random(k), drawing(digests, k)
+        self._waited: list[float] = []
+        self._served: Counter[str] = Counter()
+        self._num_fetches = 0
+
+    async def run(self, seconds: float) -> None:
+        """Ask for so long, and wait for the last answer."""
+        before = await counted(self._worker)
+        asked: list[asyncio.Task[float]] = []
         due = time.perf_counter()
         until = due + seconds
-        while (due := due + chance.expovariate(rate)) < until:
+        while (due := due + self._chance.expovariate(self._rate)) < until:
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
-            asked.append(asyncio.create_task(first_token_s(worker, job_of(len(asked), draw(chance), NUM_TOKENS))))
+            job = job_of(len(asked), self._draw(self._chance), NUM_TOKENS)
+            asked.append(asyncio.create_task(first_token_s(self._worker, job)))
+        self._waited += await asyncio.gather(*asked)
+        for name, held in (await counted(self._worker)).items():
+            self._served[name] += held.counters.num_requests - before[name].counters.num_requests
+            self._num_fetches += held.counters.num_fetches - before[name].counters.num_fetches
 
-    await ask_for(s / 4)
-    num_warm, before = len(asked), await counted(worker)
-    await ask_for(s)
-    waited = sorted((await asyncio.gather(*asked))[num_warm:])
-    after = await counted(worker)
-    served = [after[name].counters.num_requests - before[name].counters.num_requests for name in after]
-    fetched = sum(after[name].counters.num_fetches - before[name].counters.num_fetches for name in after)
-    return Case(
-        router,
-        k,
-        cold_rate=fetched / (k * sum(served)),
-        imbalance=max(served) / statistics.mean(served),
-        ttft_p50_s=statistics.median(waited),
-        ttft_p99_s=waited[int(0.99 * len(waited))],
-        num_requests=len(waited),
-    )
+    def forget(self) -> None:
+        """What was asked until now only warmed the banks up."""
+        self._waited, self._served, self._num_fetches = [], Counter(), 0
+
+    def case(self) -> Case:
+        """The figures of all runs."""
+        waited, served = sorted(self._waited), list(self._served.values())
+        return Case(
+            self._router,
+            self._k,
+            cold_rate=self._num_fetches / (self._k * sum(served)),
+            imbalance=max(served) / statistics.mean(served),
+            ttft_p50_s=statistics.median(waited),
+            ttft_p99_s=waited[int(0.99 * len(waited))],
+            num_requests=len(waited),
+        )
 
 
 async def compare(folder: Path, rate: float, seconds: float) -> list[Case]:
-    """Every router with k = 1 and k = 3, on workers of its own."""
+    """Both routers with k = 1 and k = 3, each on workers of its own, in turns: all meet the same machine."""
     torch.manual_seed(0)
     FAMILIES["gemma3"]().save_pretrained(folder / "tiny")
     byte_tokenizer().save_pretrained(folder / "tiny")
@@ -171,13 +185,21 @@ async def compare(folder: Path, rate: float, seconds: float) -> list[Case]:
             min_replicas=NUM_WORKERS, max_replicas=NUM_WORKERS, num_cpus=1, max_ongoing_requests=2112
         ),
     )
-    cases, digests = [], list[str]()
-    for router in ROUTERS:
-        async with running(config, router, router) as worker:
-            digests = digests or staged(folder, config, await worker.module_shapes.remote(), NUM_ADAPTERS)
-            for k in (1, 3):
-                cases.append(await measure(worker, digests, router, k, rate, seconds))
-                console.print(cases[-1])
+    cases = []
+    async with running(config, "pow2", "pow2") as pow2, running(config, "affinity", "affinity") as affinity:
+        digests = staged(folder, config, await pow2.module_shapes.remote(), NUM_ADAPTERS)
+        for k in (1, 3):
+            loads = [
+                Load(router, worker, digests, k, rate) for router, worker in (("pow2", pow2), ("affinity", affinity))
+            ]
+            for load in loads:
+                await load.run(seconds / NUM_TURNS)
+                load.forget()
+            for _ in range(NUM_TURNS):
+                for load in loads:
+                    await load.run(seconds / NUM_TURNS)
+            cases += [load.case() for load in loads]
+            console.print(cases[-2:])
     return cases
 
 
@@ -224,11 +246,11 @@ def figures_of(cases: Sequence[Case], cold: Sequence[float], warm: Sequence[floa
 
 def main(
     rate: Annotated[float, typer.Option(help="requests a second")] = 40,
-    seconds: Annotated[float, typer.Option(help="of each of the four loads, after a quarter of it")] = 30,
+    seconds: Annotated[float, typer.Option(help="of each of the four loads, after a quarter of it")] = 32,
     adapters: Annotated[int, typer.Option(help="adapters whose first answer is timed")] = 32,
 ) -> None:
     """Figures of one part of results/cluster.json."""
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
+    ray.init(num_cpus=16, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
     try:
         serve.start(http_options={"location": "NoServer"})
         with tempfile.TemporaryDirectory() as name:

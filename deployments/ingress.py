@@ -98,7 +98,9 @@ class Ingress:
         self.background = Background()
         longest_request_s = config.worker_scaling.graceful_shutdown_timeout_s
         releaser = Releaser(store, worker, self.background, longest_request_s=longest_request_s)
-        publisher = Publisher(store, retriever, worker, background=self.background, releaser=releaser)
+        publisher = Publisher(
+            store, retriever, worker, background=self.background, releaser=releaser, waking=self._waking
+        )
         uploads = UploadBudget(config.max_upload_total_bytes)
         self.pool = Pool(config, publisher, store, retriever, uploads, self.background)
         self.stats = StatsReader(config, retriever, worker)

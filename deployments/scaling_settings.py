@@ -18,7 +18,9 @@ class ScalingSettings(BaseModel):
 
     min_replicas: int = Field(default=1, ge=0)  # 0: workers only
     max_replicas: int = Field(default=1, ge=1)
-    initial_replicas: int | None = Field(default=None, ge=0)  # None: the least, but one at least, which is a trial
+    # How many run first, and again when settings change under load: Serve 2.60 does not keep what runs where this is
+    # set. None: the least, and of what may scale to zero one, so that a model that cannot be loaded is seen at once.
+    initial_replicas: int | None = Field(default=None, ge=0)
     num_cpus: float = Field(default=0.2, ge=0)
     num_gpus: float = Field(default=0, ge=0)
     resources: dict[str, float] = {}  # of each replica, by name
@@ -59,10 +61,8 @@ class ScalingSettings(BaseModel):
         }
         if self.min_replicas == self.max_replicas:
             return options | {"num_replicas": self.min_replicas}
-        initial = max(self.min_replicas, 1) if self.initial_replicas is None else self.initial_replicas
         autoscaling: dict[str, Any] = {
             "min_replicas": self.min_replicas,
-            "initial_replicas": initial,
             "max_replicas": self.max_replicas,
             "target_ongoing_requests": self.target_ongoing_requests,
             "upscale_delay_s": self.upscale_delay_s,
@@ -70,4 +70,8 @@ class ScalingSettings(BaseModel):
             "look_back_period_s": self.look_back_s,
             "metrics_interval_s": self.metrics_interval_s,
         }
-        return options | {"autoscaling_config": autoscaling if policy is None else autoscaling | {"policy": policy}}
+        if self.initial_replicas is not None or self.min_replicas == 0:
+            autoscaling["initial_replicas"] = 1 if self.initial_replicas is None else self.initial_replicas
+        if policy is not None:
+            autoscaling["policy"] = policy
+        return options | {"autoscaling_config": autoscaling}

@@ -110,11 +110,11 @@ def test_the_shortest_queue_is_taken_within_a_rank() -> None:
     run(main())
 
 
-@pytest.mark.parametrize(("queue_len", "is_taken"), [(7, True), (8, True), (9, False), (40, False)])
+@pytest.mark.parametrize(("queue_len", "is_taken"), [(25, True), (30, True), (31, False), (99, False)])
 def test_a_queue_well_above_the_others_draws_nothing(queue_len: int, is_taken: bool) -> None:
     async def main() -> None:
-        # mean (q + 3 · 4) / 4, longest 1.25 · mean + 2: at 8 it is 8.25, at 9 it is 8.56
-        others = [FakeReplica(name, 4, "b" if name == "x" else "") for name in "xyz"]
+        # mean (q + 3 · 20) / 4, longest 1.25 · mean + 2: at 30 it is 30.1, at 31 it is 30.4
+        others = [FakeReplica(name, 20, "b" if name == "x" else "") for name in "xyz"]
         routing = Routing(FakeReplica("busy", queue_len, "ab"), *others)
         assert ((await routing.ranks(job("ab")))[0] == {"busy"}) is is_taken
         assert ((await routing.ranks(job("ab")))[-1] == {"busy"}) is not is_taken
@@ -168,6 +168,18 @@ def test_sent_again_it_counts_from_the_last_time() -> None:
         routing.sent(job("a"), "w")
         routing.now_s += 2
         assert (await routing.ranks(job("a")))[0] == (await routing.ranks(job("b")))[0] == {"w"}
+
+    run(main())
+
+
+def test_what_has_had_its_time_is_not_kept() -> None:
+    async def main() -> None:
+        routing = Routing(FakeReplica("x"))
+        for name in "abac":
+            routing.sent(job(name), "x")
+            routing.now_s += 1.5
+        [kept] = routing._router._expected.values()
+        assert set(kept) == set(digests("ac"))  # the first a's time and b's are over, the second a's is not
 
     run(main())
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +13,9 @@ from ray.exceptions import RayActorError
 
 from deployments.errors import NoWorkerYet
 from deployments.scaling_settings import ScalingSettings
+from deployments.uploads import FolderUpload
 from deployments.waking import KEPT_S, Waking
-from tests.deployments.app_fakes import BASE, SHAPES, FakeWorker, Served
+from tests.deployments.app_fakes import BASE, POOL, SHAPES, FakeStore, FakeWorker, Served, adapter, pool_of
 from tests.deployments.asking import ask, error_of
 from tests.fakes import FakeHandle
 
@@ -164,3 +166,16 @@ def test_a_request_is_answered_by_the_worker_it_woke() -> None:
     response, served = completion(worker, BASE, **ASLEEP)
     assert response.status_code == 200
     assert [call.name for call in served.worker.calls] == ["module_shapes", "stream"]
+
+
+def test_a_publish_that_no_worker_comes_for_leaves_nothing() -> None:
+    async def question(_: httpx.AsyncClient, served: Served) -> list[str]:
+        publisher = served.ingress.pool.publisher
+        with pytest.raises(NoWorkerYet):
+            await publisher.publish([FolderUpload(Path("new"))], "tester")
+        with pytest.raises(NoWorkerYet):
+            await publisher.rollback(("local", "poet"), None, "tester")
+        return [call.name for call in served.store.calls]
+
+    store = FakeStore(pool_of(*POOL, adapter("poet", version="older")))
+    assert ask(question, worker=Sleeper(), store=store, **ASLEEP) == ["active_encoder", "active_encoder", "versions"]
