@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ START_S = 240.0
 CONTEXT = 4096
 NUM_ASCII = 94  # the byte tokenizer's first ids: one letter each
 TARGET_REQUESTS = 8  # a worker
+NUM_STREAMS = TARGET_REQUESTS - 1  # of which one worker is enough
+STREAM_TOKENS = 3000  # longer than it takes for a worker to go
 SETTLE_S = 60.0
 
 
@@ -156,3 +159,34 @@ async def streaming(client: httpx.AsyncClient, max_tokens: int, started: asyncio
             reason = next((c["finish_reason"] for c in event["choices"] if c["finish_reason"]), reason)
     assert last == "[DONE]"
     return tokens, reason
+
+
+@dataclass
+class Course:
+    """How a load went: seconds until the most workers ran, and after it until one was left."""
+
+    up_s: float
+    down_s: float
+    statuses: list[int]
+    ends: list[tuple[int, str]]
+    num_left_behind: int  # streams still running when all workers but one took no more requests
+
+
+async def rise_and_fall(url: str, *, most: int, high_s: float) -> Course:
+    """Load until `most` workers run and for `high_s` longer; then streams alone, which one worker is enough for."""
+    stop, statuses = asyncio.Event(), list[int]()
+    async with httpx.AsyncClient(base_url=url, timeout=180, limits=httpx.Limits(max_connections=200)) as client:
+        num_clients = most * TARGET_REQUESTS - 2
+        clients = [asyncio.create_task(asking(client, statuses, stop)) for _ in range(num_clients)]
+        up_s = await until_workers(url, most)
+        await asyncio.wait(clients, timeout=high_s)
+        begun = [asyncio.Event() for _ in range(NUM_STREAMS)]
+        streamed = [asyncio.create_task(streaming(client, STREAM_TOKENS, event)) for event in begun]
+        await asyncio.gather(*[event.wait() for event in begun])
+        stop.set()
+        await asyncio.gather(*clients)
+        started = time.monotonic()
+        await until_workers(url, 1)
+        down_s = time.monotonic() - started
+        num_left_behind = sum(not task.done() for task in streamed)
+        return Course(up_s, down_s, statuses, await asyncio.gather(*streamed), num_left_behind)
