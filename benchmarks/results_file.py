@@ -19,17 +19,43 @@ RESULTS = Path(__file__).parent / "results"
 
 def write_results(name: str, *, figures: Mapping[str, float], table: str, runs: Sequence[Mapping[str, Any]]) -> Path:
     """`results/<name>.json` and `<name>.txt` are written. `figures`: name -> number; `runs`: the rows behind them."""
-    at_commit = commit()  # before this very file changes
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.txt").write_text(table.rstrip() + "\n", encoding="utf-8")
-    content = {
+    return _write(name, _circumstances() | {"figures": dict(figures), "runs": list(runs)}, [table])
+
+
+def write_part(
+    name: str, part: str, *, figures: Mapping[str, float], table: str, runs: Sequence[Mapping[str, Any]]
+) -> Path:
+    """Like `write_results`, where several scripts share a file: what the other parts wrote stays.
+
+    `figures` of the file are those of all parts; its `runs` hold an entry a part, each with its own circumstances,
+    figures and rows. What stands at its head is the last writer's. Raises: ValueError when another part has a figure
+    of that name.
+    """
+    path = RESULTS / f"{name}.json"
+    entries = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []
+    now = _circumstances()
+    entry = {"part": part} | now | {"figures": dict(figures), "table": table.rstrip().split("\n"), "rows": list(runs)}
+    entries = sorted([item for item in entries if item["part"] != part] + [entry], key=lambda item: item["part"])
+    together: dict[str, float] = {}
+    for item in entries:
+        if taken := together.keys() & item["figures"].keys():
+            raise ValueError(f"{item['part']} and another part of {name} both write {', '.join(sorted(taken))}")
+        together |= item["figures"]
+    return _write(name, now | {"figures": together, "runs": entries}, ["\n".join(item["table"]) for item in entries])
+
+
+def _circumstances() -> dict[str, str]:
+    return {
         "machine": machine(),
-        "commit": at_commit,
+        "commit": commit(),
         "command": " ".join(["python", "-m", _module_name(), *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "figures": dict(figures),
-        "runs": list(runs),
     }
+
+
+def _write(name: str, content: Mapping[str, Any], tables: Sequence[str]) -> Path:
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.txt").write_text("\n\n".join(table.rstrip() for table in tables) + "\n", encoding="utf-8")
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return path

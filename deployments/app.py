@@ -16,7 +16,7 @@ from deployments.worker import WorkerDeployment
 def build_app(args: AppConfig) -> Application:
     """`serve run deployments.app:build_app`: Store; Worker(Store); Retriever(catalogue); Ingress(all three)."""
     store = serve.deployment(StoreDeployment, name="Store", **args.store_scaling.options())
-    worker = serve.deployment(WorkerDeployment, name="Worker", **args.worker_scaling.options())
+    worker = serve.deployment(WorkerDeployment, name="Worker", **args.worker_options())
     retriever = serve.deployment(RetrieverDeployment, name="Retriever", **args.retriever_scaling.options())
     ingress = serve.deployment(Ingress, name="Ingress", **args.ingress_scaling.options())
 

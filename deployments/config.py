@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from deployments.scaling_settings import ScalingSettings
 from deployments.sources import SourcePrefix
 from gpu_worker.config import DEFAULT_CACHE_DIR, WorkerConfig
 from gpu_worker.errors import WorkerConfigInvalid
@@ -20,47 +21,12 @@ from lora_store.location import Location
 from retriever_svc.encoder import DEFAULT_MODEL as DEFAULT_ENCODER
 
 FORM_OVERHEAD_BYTES = 1 << 20  # boundaries, headers and fields of an upload, beside its files
+_ROUTING_STATS_PERIOD_S = 1.0  # how often each worker is asked what it holds
 _NAME = r"^[A-Za-z0-9._-]{1,64}$"
 
 
 class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ScalingSettings(_Settings):
-    """How one deployment is placed. CPUs are logical: they place replicas, they do not bind cores."""
-
-    min_replicas: int = Field(default=1, ge=1)
-    max_replicas: int = Field(default=1, ge=1)
-    num_cpus: float = Field(default=0.2, ge=0)
-    num_gpus: float = Field(default=0, ge=0)
-    max_ongoing_requests: int = Field(default=64, ge=1)
-    max_queued_requests: int = Field(default=1024, ge=-1)  # of one caller, when no replica takes more; -1: no bound
-    target_ongoing_requests: float = Field(default=32, gt=0)
-    graceful_shutdown_timeout_s: float = Field(default=600, gt=0)  # a replica that goes ends its streams first
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.min_replicas > self.max_replicas:
-            raise ValueError(f"min_replicas ({self.min_replicas}) is above max_replicas ({self.max_replicas})")
-        return self
-
-    def options(self) -> dict[str, Any]:
-        """The keywords of `Deployment.options`."""
-        options: dict[str, Any] = {
-            "max_ongoing_requests": self.max_ongoing_requests,
-            "max_queued_requests": self.max_queued_requests,
-            "graceful_shutdown_timeout_s": self.graceful_shutdown_timeout_s,
-            "ray_actor_options": {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus},
-        }
-        if self.min_replicas == self.max_replicas:
-            return options | {"num_replicas": self.min_replicas}
-        autoscaling = {
-            "min_replicas": self.min_replicas,
-            "max_replicas": self.max_replicas,
-            "target_ongoing_requests": self.target_ongoing_requests,
-        }
-        return options | {"autoscaling_config": autoscaling}
 
 
 class WorkerSettings(_Settings):
@@ -129,6 +95,8 @@ class AppConfig(_Settings):
     retriever_scaling: ScalingSettings = ScalingSettings(max_ongoing_requests=128, target_ongoing_requests=64)
     store_scaling: ScalingSettings = ScalingSettings(max_ongoing_requests=64)
     worker_scaling: ScalingSettings = ScalingSettings(num_cpus=1, max_ongoing_requests=2112, target_ongoing_requests=48)
+    worker_target_waiting_tokens: int = Field(default=8192, ge=1)  # in one engine's queue; more ask for more workers
+    wake_timeout_s: float = Field(default=120, gt=0)  # how long a request is held where no worker runs
 
     @model_validator(mode="after")
     def _base_has_a_name(self) -> Self:
@@ -152,6 +120,13 @@ class AppConfig(_Settings):
         for scaling in (self.ingress_scaling, self.worker_scaling):
             if scaling.graceful_shutdown_timeout_s < self.max_request_s:
                 raise ValueError("graceful_shutdown_timeout_s of Ingress and Worker is at least max_request_s")
+        return self
+
+    @model_validator(mode="after")
+    def _only_workers_sleep(self) -> Self:
+        for name in ("ingress_scaling", "retriever_scaling", "store_scaling"):
+            if getattr(self, name).min_replicas == 0:
+                raise ValueError(f"{name}: min_replicas is at least 1; only workers may scale to zero")
         return self
 
     @field_validator("store_uri")
@@ -198,6 +173,20 @@ class AppConfig(_Settings):
         if self.disk_cache_bytes == 0 or Location(self.store_uri).is_local:
             return None
         return self.cache_dir / "weights", self.disk_cache_bytes
+
+    @property
+    def workers_may_sleep(self) -> bool:
+        return self.worker_scaling.min_replicas == 0
+
+    def worker_options(self) -> dict[str, Any]:
+        """The keywords of the Worker's `Deployment.options`: its own policy, and a router that knows what it holds."""
+        policy_kwargs = {"target_waiting_tokens": self.worker_target_waiting_tokens}
+        policy = {"policy_function": "deployments.worker_scaling:WorkerScaling", "policy_kwargs": policy_kwargs}
+        router = {
+            "request_router_class": "deployments.request_router:AdapterAffinityRouter",
+            "request_routing_stats_period_s": _ROUTING_STATS_PERIOD_S,
+        }
+        return self.worker_scaling.options(policy) | {"request_router_config": router}
 
     @property
     def num_logical_cpus(self) -> int:

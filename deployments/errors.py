@@ -19,6 +19,7 @@ DeploymentsError
 ├── UploadsBusy        the uploads in progress leave no room for this one
 ├── ServerOverloaded   this replica works on as many requests as it may
 ├── NotReady           the server is still starting
+├── NoWorkerYet        all workers were scaled away, and none has started again in time
 └── ReplicaWedged      a health check found the engine hanging; Serve replaces the replica
 """
 
@@ -203,6 +204,17 @@ class ServerOverloaded(DeploymentsError):
 
 class NotReady(DeploymentsError):
     """Wait until `/ready` answers 200."""
+
+
+class NoWorkerYet(DeploymentsError):
+    """Ask again: a worker is starting."""
+
+    def __init__(self, waited_s: float) -> None:
+        super().__init__(waited_s)
+        self.waited_s = waited_s
+
+    def __str__(self) -> str:
+        return f"no worker has started within {self.waited_s:.0f} s; one is on its way, try again later"
 
 
 class ReplicaWedged(DeploymentsError):

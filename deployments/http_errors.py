@@ -58,6 +58,7 @@ TABLE: tuple[tuple[type[Exception], int, str, str], ...] = (
     (api_errors.UploadsBusy, 503, _OVERLOADED, "uploads_busy"),
     (api_errors.ServerOverloaded, 429, _OVERLOADED, "server_overloaded"),
     (api_errors.NotReady, 503, _OVERLOADED, "not_ready"),
+    (api_errors.NoWorkerYet, 503, _OVERLOADED, "no_worker_yet"),
     (store_errors.PublicNameTaken, 409, _INVALID, "name_taken"),
     (store_errors.PoolShareExceeded, 403, _FORBIDDEN, "pool_share_exceeded"),
     (store_errors.AdapterRefused, 400, _INVALID, "adapter_refused"),

@@ -50,6 +50,7 @@ from deployments.request_time import deadline_of, within
 from deployments.schemas import ChatCompletionRequest, CompletionRequest, RouteQuery
 from deployments.stats_reader import StatsReader
 from deployments.upload_budget import UploadBudget
+from deployments.waking import Waking
 from gpu_worker.request import Completion, Delta, Job
 
 READY_WAIT_S = 5.0
@@ -91,12 +92,15 @@ class Ingress:
     ) -> None:
         self._config, self._worker_grace_s = config, worker_grace_s
         self._retriever, self._worker = retriever, worker
+        self._waking = Waking(worker, config.wake_timeout_s if config.workers_may_sleep else None)
         self.door = Door(config)
         self._planner = Planner(config, retriever)
         self.background = Background()
         longest_request_s = config.worker_scaling.graceful_shutdown_timeout_s
         releaser = Releaser(store, worker, self.background, longest_request_s=longest_request_s)
-        publisher = Publisher(store, retriever, worker, background=self.background, releaser=releaser)
+        publisher = Publisher(
+            store, retriever, worker, background=self.background, releaser=releaser, waking=self._waking
+        )
         uploads = UploadBudget(config.max_upload_total_bytes)
         self.pool = Pool(config, publisher, store, retriever, uploads, self.background)
         self.stats = StatsReader(config, retriever, worker)
@@ -136,6 +140,7 @@ class Ingress:
             meter = stack.enter_context(self.door.running(caller, request.most_tokens))
             async with within(deadline):
                 plans = await asyncio.gather(*[self._planner.plan(question, caller.tenant) for question in questions])
+                await self._waking.wait()
             answer = Answer(
                 "chat" if isinstance(request, ChatCompletionRequest) else "text",
                 request.model,
@@ -229,15 +234,17 @@ class Ingress:
 
     @app.get("/ready", response_model=None, responses=READY_ANSWERS)
     async def ready(self) -> JsonObject:
-        """Retriever and Worker answer, and the preload is published. 503 until then; it waits some seconds for them.
+        """Retriever and Worker answer, or all workers sleep, and the preload is published. 503 until then.
 
-        With keys the public adapters are counted: who has how many others is nobody else's to know.
+        It waits some seconds for them. With keys the public adapters are counted: who has how many others is nobody
+        else's to know.
         """
         refused = self.preload.refused()
         tenant = NOBODY if self.pool.has_keys else LOCAL_CALLER.tenant
         try:
             async with asyncio.timeout(READY_WAIT_S):
-                await self._worker.module_shapes.remote()
+                if not await self._waking.may_sleep():  # asking would wake one
+                    await self._worker.module_shapes.remote()
                 generation, num_adapters = await self._retriever.load.remote(tenant)
         except TimeoutError as exc:
             raise NotReady(f"the Retriever or the Worker did not answer within {READY_WAIT_S:.0f} s") from exc

@@ -15,6 +15,7 @@ from deployments.examiner import Examined, Examiner, Outcome
 from deployments.published import Change, Published, Removed, Settled, kept_version, live_already, published_of
 from deployments.releaser import Releaser
 from deployments.uploads import FolderUpload
+from deployments.waking import Waking
 from lora_store import (
     AdapterNotFound,
     AdapterRecord,
@@ -49,8 +50,9 @@ class Publisher:
         *,
         background: Background,
         releaser: Releaser,
+        waking: Waking,
     ) -> None:
-        self._store, self._retriever, self._worker = store, retriever, worker
+        self._store, self._retriever, self._worker, self._waking = store, retriever, worker, waking
         self._examiner = Examiner(retriever, worker)
         self._background, self._releaser = background, releaser
 
@@ -60,7 +62,7 @@ class Publisher:
         """Publish all that can be, in one commit; what cannot has its error in its place. What is live stays as it is.
 
         Raises: what the Retriever or the Store says of the batch as a whole, PoolShareExceeded where it is more than
-        the tenant's `share`; then nothing of it is visible or kept.
+        the tenant's `share`, NoWorkerYet; then nothing of it is visible or kept.
         """
         return await self._background.run(self._publish(uploads, Change(actor, share)))
 
@@ -123,6 +125,7 @@ class Publisher:
 
     async def _publish(self, uploads: Sequence[FolderUpload], change: Change) -> list[Published | Exception]:
         active = await self.reach_store()
+        await self._waking.wait()
         module_shapes = await self._worker.module_shapes.remote()
         slots = asyncio.Semaphore(_STAGED_TOGETHER)  # the Store's other callers need room too
 
@@ -139,6 +142,7 @@ class Publisher:
         kept = (await self._store.versions.remote([key])).get(key, ())
         if not kept:
             raise AdapterNotFound(key[1])
+        await self._waking.wait()
         staged = await self._store.restage.remote(kept_version(kept, digest))
         change = Change(actor, standing="kept")  # it may be withdrawn meanwhile
         [outcome] = await self._make_live([staged], active, change)

@@ -76,7 +76,12 @@ class Releaser:
         response = handle.broadcast(method, digests)
         try:
             answers = await response.results_async(timeout_s=_BROADCAST_TIMEOUT_S, return_exceptions=True)
-        except (TimeoutError, DeploymentUnavailableError) as exc:
+        except DeploymentUnavailableError as exc:
+            if handle is self._worker:
+                return True  # none runs: scaled to zero, or all have died
+            logger.warning("%s is asked again: %s", method, exc)
+            return False
+        except TimeoutError as exc:
             logger.warning("%s is asked again: %s", method, exc)
             return False
         for answer in answers:

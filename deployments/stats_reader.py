@@ -68,7 +68,7 @@ class StatsReader:
         return await asyncio.shield(self._reading)  # a client that leaves does not end the others' reading
 
     async def _read_workers(self) -> tuple[float, Answers]:
-        answers = await _ask_all(self._worker, "load")
+        answers = await _ask_all(self._worker, "load", may_be_none=self._config.workers_may_sleep)
         return time.time(), answers
 
     def _workers_object(self, holdings: Sequence[Holdings]) -> JsonObject:
@@ -100,10 +100,12 @@ def _pool_object(retrievers: Answers) -> JsonObject:
     return {"generation": generation, "oldest_generation": min(retrievers.given)[0], "num_adapters": num_adapters}
 
 
-async def _ask_all(handle: DeploymentHandle, method: str, *args: str) -> Answers:
+async def _ask_all(handle: DeploymentHandle, method: str, *args: str, may_be_none: bool = False) -> Answers:
     try:
         results = await handle.broadcast(method, *args).results_async(timeout_s=_TIMEOUT_S, return_exceptions=True)
-    except (TimeoutError, DeploymentUnavailableError):
+    except DeploymentUnavailableError:  # no replica runs
+        return Answers((), 0 if may_be_none else 1)
+    except TimeoutError:
         return Answers((), 1)
     given = [result for result in results if not isinstance(result, BaseException)]
     return Answers(given, len(results) - len(given))

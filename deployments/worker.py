@@ -11,7 +11,9 @@ from pathlib import Path
 from ray.serve.handle import DeploymentHandle
 
 from deployments.errors import ReplicaWedged
+from deployments.request_router import RESIDENT, short_digest
 from deployments.weights_fetcher import WeightsFetcher
+from deployments.worker_scaling import ONGOING, WAITING_TOKENS
 from gpu_worker.config import WorkerConfig
 from gpu_worker.engine import Engine
 from gpu_worker.engine_loop import EngineLoop
@@ -89,6 +91,15 @@ class WorkerDeployment:
     async def module_shapes(self) -> dict[str, tuple[int, int]]:
         """(out, in) of every module an adapter may target."""
         return self._engine.bank.shapes
+
+    async def record_routing_stats(self) -> dict[str, list[str]]:
+        """What the router prefers this replica for; sorted, so that Serve sees when nothing has changed."""
+        return {RESIDENT: sorted(map(short_digest, await self._loop.expected()))}
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `WorkerScaling` decides by."""
+        held = await self._loop.holdings()
+        return {ONGOING: held.num_running + held.num_waiting, WAITING_TOKENS: held.waiting_tokens}
 
     def check_health(self) -> None:
         """Raises: ReplicaWedged, so that Serve replaces this replica."""

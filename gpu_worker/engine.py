@@ -130,11 +130,16 @@ class Engine:
             active_rows=self.residency.active_rows,
             num_running=len(self.running),
             num_waiting=len(self.waiting),
+            waiting_tokens=sum(row.num_prompt_tokens + row.max_new_tokens for row in self.waiting),
             free_kv_rows=self.kv_cache.num_free,
             host_cache_bytes=self.loader.cached_bytes,
             num_forgetting=len(self._forgetting),
             counters=self.counters.copy(),
         )
+
+    def expected(self) -> frozenset[str]:
+        """Weights digests in the bank, and those that it will hold for requests that wait."""
+        return self.residency.resident.union(*[row.weights_digests for row in self.waiting])
 
     def fail_all(self, error: Exception) -> None:
         """End every request with `error`."""

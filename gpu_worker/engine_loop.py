@@ -93,6 +93,10 @@ class EngineLoop:
         """What the engine holds between two steps. Raises: EngineStopped."""
         return await self._ask(self.engine.holdings)
 
+    async def expected(self) -> frozenset[str]:
+        """See `Engine.expected`. Raises: EngineStopped."""
+        return await self._ask(self.engine.expected)
+
     def seconds_in_step(self) -> float:
         """How long the step in progress has run; 0 between steps. Large when a step hangs."""
         began = self._step_began

@@ -19,5 +19,6 @@ class Holdings:
     free_kv_rows: int
     host_cache_bytes: int
     num_forgetting: int  # weights that go when the last request that uses them ends
+    waiting_tokens: int = 0  # prompts of the requests that wait, and the most that they may generate
     disk_cache_bytes: int = 0  # of the whole machine: its workers share one
     counters: Counters = field(default_factory=Counters, compare=False)  # these alone do not return

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
-from ray.serve.exceptions import RayServeException
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 
 _numbers = itertools.count()
 
@@ -52,7 +53,8 @@ class FakeResponse:
 
 @dataclass
 class FakeBroadcast:
-    """What each replica answers. A silent replica makes the whole broadcast time out, as in Ray 2.60."""
+    """What each replica answers. A silent replica makes the whole broadcast time out, and none at all fails it, as in
+    Ray 2.60."""
 
     answers: Sequence[Any]
     num_silent: int
@@ -60,6 +62,8 @@ class FakeBroadcast:
 
     async def results_async(self, *, timeout_s: float | None = None, return_exceptions: bool = False) -> list[Any]:
         self.timeouts_s.append(timeout_s)
+        if not self.answers:
+            raise DeploymentUnavailableError(DeploymentID("Fake", "app"))
         responses = [FakeResponse(answer) for answer in self.answers]
         results = await asyncio.gather(*responses, return_exceptions=return_exceptions)
         if self.num_silent:

@@ -22,11 +22,16 @@ class Scale:
 
     is_full: bool
     counts: dict[str, int] = field(default_factory=dict)
+    measured: dict[str, float] = field(default_factory=dict)
 
     def pick(self, what: str, *, small: int, full: int) -> int:
         """How many of `what`."""
         self.counts[what] = full if self.is_full else small
         return self.counts[what]
+
+    def record(self, what: str, value: float) -> None:
+        """Keep what the test saw for the report, whether or not it passes."""
+        self.measured[what] = round(value, 2)
 
 
 @dataclass
@@ -37,6 +42,8 @@ class SoakReport:
 
     def add(self, item: pytest.Item, scale: Scale, report: pytest.TestReport) -> None:
         check = {"outcome": report.outcome, "seconds": round(report.duration, 1), "counts": dict(scale.counts)}
+        if scale.measured:
+            check["measured"] = dict(scale.measured)
         self.checks[item.path.parent.name][item.name] = check
 
     def write(self) -> list[str]:

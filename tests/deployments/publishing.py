@@ -12,6 +12,7 @@ from deployments.published import Published, Removed
 from deployments.publisher import Publisher
 from deployments.releaser import Releaser
 from deployments.uploads import FolderUpload
+from deployments.waking import Waking
 from gpu_worker.errors import AdapterUnfit
 from lora_store import (
     LOCAL_TENANT,
@@ -56,7 +57,8 @@ class Publishing:
         async def run() -> Any:
             background = Background()
             releaser = Releaser(self.store, self.worker, background, longest_request_s=1)
-            publishes = Publisher(self.store, self.retriever, self.worker, background=background, releaser=releaser)
+            handles, waking = (self.store, self.retriever, self.worker), Waking(self.worker, None)
+            publishes = Publisher(*handles, background=background, releaser=releaser, waking=waking)
             try:
                 return await change(publishes)
             finally:

@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from ray import serve
 
 from deployments.config import AppConfig, ScalingSettings, WorkerSettings, load_config
+from deployments.request_router import AdapterAffinityRouter
+from deployments.worker_scaling import WorkerScaling
 from gpu_worker.errors import WorkerConfigInvalid
 
 
@@ -24,7 +27,12 @@ from gpu_worker.errors import WorkerConfigInvalid
         ({"retrieval": {"k": 17}}, "retrieval.k"),
         ({"retrieval": {"weights": "heavy"}}, "retrieval.weights"),
         ({"template": "jinja"}, "template"),
-        ({"worker_scaling": {"min_replicas": 0}}, "worker_scaling.min_replicas"),
+        ({"worker_scaling": {"min_replicas": -1}}, "worker_scaling.min_replicas"),
+        ({"worker_scaling": {"resources": {"GPU": 1}}}, "worker_scaling.resources"),
+        ({"worker_scaling": {"resources": {"l4": 0}}}, "worker_scaling.resources"),
+        ({"worker_scaling": {"metrics_interval_s": 5, "look_back_s": 5}}, "worker_scaling"),
+        ({"worker_scaling": {"initial_replicas": 2}}, "worker_scaling"),
+        ({"wake_timeout_s": 0}, "wake_timeout_s"),
         ({"base_model_name": "a/b"}, "base_model_name"),
         ({"base_model_name": "a:b"}, "base_model_name"),
     ],
@@ -131,18 +139,73 @@ def test_a_worker_that_could_not_start_is_refused_before_anything_starts() -> No
         AppConfig(worker=WorkerSettings(max_batch_size=8, max_step_tokens=4)).worker_config()
 
 
-def test_equal_replica_counts_are_fixed_and_others_autoscale() -> None:
-    fixed = ScalingSettings(min_replicas=2, max_replicas=2, num_cpus=0.5, num_gpus=1, max_ongoing_requests=7)
+def test_equal_replica_counts_are_fixed() -> None:
+    fixed = ScalingSettings(
+        min_replicas=2, max_replicas=2, num_cpus=0.5, num_gpus=1, resources={"l4": 1}, max_ongoing_requests=7
+    )
     assert fixed.options() == {
         "num_replicas": 2,
         "max_ongoing_requests": 7,
         "max_queued_requests": 1024,
         "graceful_shutdown_timeout_s": 600,
-        "ray_actor_options": {"num_cpus": 0.5, "num_gpus": 1},
+        "ray_actor_options": {"num_cpus": 0.5, "num_gpus": 1, "resources": {"l4": 1}},
     }
-    scaled = ScalingSettings(min_replicas=1, max_replicas=3, target_ongoing_requests=9).options()
-    assert scaled["autoscaling_config"] == {"min_replicas": 1, "max_replicas": 3, "target_ongoing_requests": 9}
-    assert "num_replicas" not in scaled
+
+
+@pytest.mark.parametrize("name", ["ingress_scaling", "retriever_scaling", "store_scaling", "worker_scaling"])
+def test_serve_takes_the_scaling_of_every_deployment(name: str) -> None:
+    settings = {
+        "min_replicas": 1,
+        "max_replicas": 3,
+        "initial_replicas": 2,
+        "target_ongoing_requests": 9,
+        "upscale_delay_s": 4,
+        "downscale_delay_s": 40,
+        "look_back_s": 20,
+        "metrics_interval_s": 10,
+    }
+    scaling = AppConfig.model_validate({name: settings})
+    options = scaling.worker_options() if name == "worker_scaling" else getattr(scaling, name).options()
+    assert "num_replicas" not in options
+    taken = serve.deployment(AppConfig, **options)._deployment_config.autoscaling_config
+    assert (taken.min_replicas, taken.initial_replicas, taken.max_replicas) == (1, 2, 3)
+    assert (taken.upscale_delay_s, taken.downscale_delay_s, taken.target_ongoing_requests) == (4, 40, 9)
+    assert (taken.look_back_period_s, taken.metrics_interval_s) == (20, 10)
+    assert taken.policy.is_default_policy_function() == (name != "worker_scaling")
+
+
+def test_workers_scale_by_their_own_policy_and_are_chosen_by_what_they_hold() -> None:
+    scaling = ScalingSettings(min_replicas=0, max_replicas=2)
+    config = AppConfig(worker_scaling=scaling, worker_target_waiting_tokens=77)
+    taken = serve.deployment(AppConfig, **config.worker_options())._deployment_config
+    assert taken.autoscaling_config.policy.policy_kwargs == {"target_waiting_tokens": 77}
+    assert taken.autoscaling_config.policy.get_policy().__name__ == WorkerScaling.__name__
+    assert taken.request_router_config.get_request_router_class().__name__ == AdapterAffinityRouter.__name__
+    assert taken.request_router_config.request_routing_stats_period_s == 1
+
+
+@pytest.mark.parametrize(("least", "initial", "started"), [(0, None, 1), (0, 0, 0), (2, None, None), (0, 3, 3)])
+def test_what_may_scale_to_zero_is_tried_first_and_else_serve_keeps_what_runs(
+    least: int, initial: int | None, started: int | None
+) -> None:
+    scaling = ScalingSettings(min_replicas=least, max_replicas=3, initial_replicas=initial)
+    assert scaling.options()["autoscaling_config"].get("initial_replicas") == started
+
+
+def test_only_workers_may_scale_to_zero() -> None:
+    none = ScalingSettings(min_replicas=0)
+    assert AppConfig(worker_scaling=none).workers_may_sleep and not AppConfig().workers_may_sleep
+    for name in ("ingress_scaling", "retriever_scaling", "store_scaling"):
+        with pytest.raises(ValidationError, match=name):
+            AppConfig.model_validate({name: none})
+
+
+@pytest.mark.parametrize("name", ["ingress_scaling", "worker_scaling"])
+def test_a_replica_that_goes_has_time_for_the_longest_request(name: str) -> None:
+    settings = {name: {"graceful_shutdown_timeout_s": 99}}
+    assert AppConfig.model_validate(settings | {"max_request_s": 99}).max_request_s == 99
+    with pytest.raises(ValidationError, match="graceful_shutdown_timeout_s"):
+        AppConfig.model_validate(settings | {"max_request_s": 100})
 
 
 def test_the_worker_deployment_holds_what_its_engine_holds() -> None:

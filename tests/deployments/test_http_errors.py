@@ -42,6 +42,7 @@ EXPECTED = [
     (api_errors.ServerOverloaded(9), 429, OVERLOADED, "server_overloaded"),
     (api_errors.BodiesBusy(9), 503, OVERLOADED, "bodies_busy"),
     (api_errors.NotReady("wait"), 503, OVERLOADED, "not_ready"),
+    (api_errors.NoWorkerYet(30), 503, OVERLOADED, "no_worker_yet"),
     (store_errors.PublicNameTaken("x", ["it is taken"]), 409, INVALID, "name_taken"),
     (store_errors.PoolShareExceeded("adapters", 4, 3), 403, "permission_error", "pool_share_exceeded"),
     (store_errors.AdapterRefused("x", ["a", "b"]), 400, INVALID, "adapter_refused"),

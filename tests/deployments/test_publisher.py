@@ -16,6 +16,7 @@ from deployments.published import Published
 from deployments.publisher import CATCH_UP_TIMEOUT_S, Publisher
 from deployments.releaser import Releaser
 from deployments.uploads import FolderUpload
+from deployments.waking import Waking
 from gpu_worker.errors import AdapterUnfit
 from lora_store import (
     AdapterRefused,
@@ -187,7 +188,8 @@ def test_a_client_that_leaves_does_not_break_off_its_publish() -> None:
         publishing, background = Publishing(), Background()
         releaser = Releaser(publishing.store, publishing.worker, background, longest_request_s=1)
         handles = (publishing.store, publishing.retriever, publishing.worker)
-        publishes = Publisher(*handles, background=background, releaser=releaser)
+        waking = Waking(publishing.worker, None)
+        publishes = Publisher(*handles, background=background, releaser=releaser, waking=waking)
         client = asyncio.create_task(publishes.publish([FolderUpload(Path("poet"))], "tester"))
         await asyncio.sleep(0)
         client.cancel()

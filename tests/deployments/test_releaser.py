@@ -27,7 +27,7 @@ class Releasing:
     ) -> None:
         self.fake_store = store or FakeStore(pool_of(*POOL))
         self.store = FakeHandle(*[self.fake_store] * num_stores)
-        self.worker = FakeHandle(*(workers or (FakeWorker(),)), **worker)
+        self.worker = FakeHandle(*workers, **worker)
         self.pauses: list[float] = []
 
     def __call__(self, *records: AdapterRecord, longest_request_s: float = 600) -> None:
@@ -50,7 +50,7 @@ class Releasing:
 
 
 def test_what_nothing_refers_to_is_forgotten_then_swept_then_released() -> None:
-    releasing = Releasing()
+    releasing = Releasing(FakeWorker())
     releasing(OLD)
     assert releasing.steps == ["unreferenced", "forget", "sweep", "release", "forget"]
     assert releasing.worker.called("forget") == [([OLD.weights_digest],)] * 2
@@ -59,11 +59,11 @@ def test_what_nothing_refers_to_is_forgotten_then_swept_then_released() -> None:
 
 
 def test_what_another_adapter_still_needs_stays() -> None:
-    releasing = Releasing()
+    releasing = Releasing(FakeWorker())
     releasing(OLD, POOL[0])
     assert releasing.worker.called("forget") == [([OLD.weights_digest],)] * 2
     assert releasing.fake_store.swept == sorted(OLD.blobs)
-    nothing = Releasing()
+    nothing = Releasing(FakeWorker())
     nothing(POOL[0])
     nothing()
     assert nothing.steps == ["unreferenced"]
@@ -93,15 +93,29 @@ def test_a_worker_that_never_lets_go_is_waited_for_as_long_as_a_request_may_run(
     assert any("still holds" in record.getMessage() for record in caplog.records)
 
 
+def test_workers_that_were_scaled_away_hold_nothing() -> None:
+    releasing = Releasing()
+    releasing(OLD)
+    assert releasing.steps == ["unreferenced", "forget", "sweep", "release", "forget"]
+    assert releasing.pauses == []
+
+
+def test_a_store_that_does_not_run_is_asked_again() -> None:
+    releasing = Releasing(FakeWorker(), num_stores=2)
+    releasing.store.broadcast = FakeHandle().broadcast  # type: ignore[method-assign]
+    releasing(OLD, longest_request_s=1)
+    assert len(releasing.pauses) == 2
+
+
 def test_a_silent_worker_is_asked_again() -> None:
-    releasing = Releasing(num_silent=1)
+    releasing = Releasing(FakeWorker(), num_silent=1)
     releasing(OLD, longest_request_s=1)
     assert releasing.steps == ["unreferenced", "forget", "forget", "sweep", "release", "forget"]
     assert None not in releasing.worker.timeouts_s
 
 
 def test_every_store_replica_drops_its_references() -> None:
-    releasing = Releasing(num_stores=3)
+    releasing = Releasing(FakeWorker(), num_stores=3)
     releasing(OLD)
     assert releasing.steps.count("release") == 1
     assert releasing.store.timeouts_s != []

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from deployments.scaling_settings import ScalingSettings
 from deployments.stats_reader import KEPT_S, StatsReader
 from gpu_worker.errors import EngineStopped
 from tests.deployments.app_fakes import config_of
@@ -31,9 +33,10 @@ def reader_of(
     retrievers: tuple[FakeRetriever, ...] = (FakeRetriever(),),
     num_silent: int = 0,
     clock: FakeClock | None = None,
+    **settings: Any,
 ) -> StatsReader:
     handle = FakeHandle(*workers, num_silent=num_silent)
-    return StatsReader(config_of(), FakeHandle(*retrievers), handle, clock or FakeClock())
+    return StatsReader(config_of(**settings), FakeHandle(*retrievers), handle, clock or FakeClock())
 
 
 def test_figures_are_sums_over_the_workers() -> None:
@@ -45,6 +48,13 @@ def test_figures_are_sums_over_the_workers() -> None:
     assert (workers["bank_hits"], workers["host_hits"], workers["fetches"]) == (12, 6, 2)
     assert (workers["requests"], workers["prompt_tokens"], workers["new_tokens"]) == (20, 100, 800)
     assert workers["replicas"] == {"answered": 2, "silent": 0}
+
+
+@pytest.mark.parametrize(("min_replicas", "num_silent"), [(0, 0), (1, 1)])
+def test_workers_that_were_scaled_away_are_not_missing(min_replicas: int, num_silent: int) -> None:
+    reader = reader_of(worker_scaling=ScalingSettings(min_replicas=min_replicas))
+    workers = asyncio.run(reader.read("local"))["workers"]
+    assert (workers["num_running"], workers["replicas"]) == (0, {"answered": 0, "silent": num_silent})
 
 
 def test_a_worker_that_fails_is_counted_and_left_out() -> None:

@@ -17,12 +17,21 @@ from deployments.worker import WorkerDeployment
 from gpu_worker.base_model import BaseModel
 from gpu_worker.errors import AdapterLoadFailed
 from gpu_worker.request import Job
+from gpu_worker.row import Row
 from lora_store import AdapterNotFound, AdapterWeights, encode_weights
 from tests.fakes import FakeHandle
 from tests.gpu_worker.driving import greedy
 from tests.tiny import linear_shapes, plan_of, random_adapter, tiny_config
 
 RANK = 4
+
+
+@dataclass(frozen=True)
+class Held:
+    """A fetch that was begun, and what it waits for."""
+
+    begun: asyncio.Event
+    go_on: asyncio.Event
 
 
 @dataclass
@@ -32,9 +41,18 @@ class FakeStore:
     blobs: dict[str, bytes]
     is_down: bool = False
     fetched: list[str] = field(default_factory=list)
+    held: dict[str, Held] = field(default_factory=dict)
+
+    def holding(self, digest: str) -> Held:
+        """From now on a fetch of `digest` waits until it may go on."""
+        self.held[digest] = Held(asyncio.Event(), asyncio.Event())
+        return self.held[digest]
 
     async def fetch(self, digest: str) -> list[asyncio.Future[NDArray[np.uint8]]]:
         self.fetched.append(digest)
+        if digest in self.held:
+            self.held[digest].begun.set()
+            await self.held[digest].go_on.wait()
         if self.is_down or digest not in self.blobs:
             raise AdapterNotFound(digest)
         ref: asyncio.Future[NDArray[np.uint8]] = asyncio.get_running_loop().create_future()
@@ -167,6 +185,42 @@ def test_what_is_on_the_disk_outlives_the_replica_and_the_store(serve: Callable[
 
     cache = (tmp_path / "weights", 10**7)
     assert serve(first, weights_cache=cache) == serve(second, weights_cache=cache)
+
+
+def test_the_router_hears_what_the_bank_holds_and_what_waits_for_it(serve: Callable[[Main], Any]) -> None:
+    async def main(serving: Serving) -> None:
+        digests = [weights.weights_digest for weights in serving.pool]
+        assert await serving.worker.record_routing_stats() == {"resident": []}
+        await serving.text(serving.job(0))
+        loads = serving.store.holding(digests[1])
+        waiting = asyncio.create_task(serving.text(serving.job(1)))
+        await loads.begun.wait()
+        assert await serving.worker.record_routing_stats() == {"resident": sorted(d[:12] for d in digests[:2])}
+        loads.go_on.set()
+        assert await waiting
+
+    serve(main)
+
+
+def test_the_autoscaler_hears_of_what_runs_and_of_the_tokens_that_wait(serve: Callable[[Main], Any]) -> None:
+    async def main(serving: Serving) -> None:
+        assert await serving.worker.record_autoscaling_stats() == {"ongoing_requests": 0, "waiting_tokens": 0}
+        loads = serving.store.holding(serving.pool[1].weights_digest)
+        waiting = asyncio.create_task(serving.text(serving.job(1, num_new=30)))
+        await loads.begun.wait()
+        stats = await serving.worker.record_autoscaling_stats()
+        assert stats["ongoing_requests"] == 1
+        assert stats["waiting_tokens"] == len(waiting_row(serving).tokens) + 30
+        loads.go_on.set()
+        assert await waiting
+        assert await serving.worker.record_autoscaling_stats() == {"ongoing_requests": 0, "waiting_tokens": 0}
+
+    serve(main)
+
+
+def waiting_row(serving: Serving) -> Row:
+    [row] = serving.worker._engine.waiting
+    return row
 
 
 def test_the_shapes_are_the_base_models(serve: Callable[[Main], Any], tiny_base: Callable[..., BaseModel]) -> None:

@@ -1,0 +1,271 @@
+"""Choosing workers by the adapters they hold, against Ray's choice of two by chance: `python -m benchmarks.affinity`.
+
+Four workers over a tiny random model, 200 adapters asked for by Zipf's law, banks for 32 each, requests at a fixed
+rate. And what a cold load costs: the first token with weights that come from the Store, and with weights in the bank.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import ray
+import torch
+import typer
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.results_file import machine, write_part
+from benchmarks.throughput import RANK, random_adapter
+from deployments.config import AppConfig, ScalingSettings, WorkerSettings
+from deployments.store import StoreDeployment
+from deployments.worker import WorkerDeployment
+from gpu_worker.holdings import Holdings
+from gpu_worker.packaged_model import PACKAGED_MODEL, packaged_folder
+from gpu_worker.request import Job, SamplingParams
+from lora_store import AdapterRef, LoraStore, Plan, PlannedAdapter, write_peft_folder
+from tests.tiny import FAMILIES, byte_tokenizer
+
+NUM_WORKERS, NUM_ADAPTERS, BANK_ADAPTERS, NUM_TOKENS = 4, 200, 32, 16
+NUM_TURNS = 4  # of each load, after one that warms up
+console = Console(width=110)
+
+
+class CountedWorker(WorkerDeployment):
+    """A worker that says which replica its numbers are of."""
+
+    async def counted(self) -> tuple[str, Holdings]:
+        return serve.get_replica_context().replica_id.unique_id, await self.load()
+
+
+@asynccontextmanager
+async def running(config: AppConfig, router: str, name: str) -> AsyncIterator[DeploymentHandle]:
+    """The handle of that configuration's workers, over a Store of their own.
+
+    `name` differs each time: a process keeps the router that it had for an application of the same name (Ray 2.60).
+    """
+    options = config.worker_options()
+    if router == "pow2":
+        del options["request_router_config"]
+    store = serve.deployment(StoreDeployment, name="Store", **config.store_scaling.options())
+    worker = serve.deployment(CountedWorker, name="Worker", **options)
+    engine = config.worker
+    bound = worker.bind(config.worker_config(), engine.stream_interval_ms, store.bind(config), None, engine.niceness)
+    yield serve.run(bound, name=name, route_prefix=None)
+    serve.delete(name)
+
+
+def staged(folder: Path, config: AppConfig, shapes: Mapping[str, tuple[int, int]], count: int) -> list[str]:
+    """Weights digests of that many random adapters, their blobs in the configuration's store."""
+    store = LoraStore(config.store_uri, accepts_base=config.accepted_bases)
+    digests = []
+    for number in range(count):
+        path = folder / f"a{number}"
+        write_peft_folder(path, random_adapter(str(number), dict(shapes)).modules, base_model=config.served_base_name)
+        digests.append(store.stage(path).weights_digest)
+    return digests
+
+
+def job_of(number: int, digests: Sequence[str], num_tokens: int) -> Job:
+    """A mixture of these adapters, the first the best."""
+    rows = tuple(PlannedAdapter(AdapterRef("local", d[:12], d), d, 1 / len(digests)) for d in digests)
+    sampling = SamplingParams(max_tokens=num_tokens, temperature=0, ignore_eos=True)
+    return Job(str(number), f"Request {number}: the sea is wide and", Plan("mixture", rows), sampling)
+
+
+def drawing(digests: Sequence[str], k: int) -> Callable[[random.Random], list[str]]:
+    """Draws an adapter by Zipf's law; with k = 3 its two neighbours on a ring come along, however often they are asked
+    for themselves."""
+    ring = random.Random(1).sample(digests, len(digests))
+    place = {digest: number for number, digest in enumerate(ring)}
+    heights = list(itertools.accumulate(1 / (number + 1) for number in range(len(digests))))
+
+    def draw(chance: random.Random) -> list[str]:
+        [first] = chance.choices(digests, cum_weights=heights)
+        steps = (0, 1, -1)[:k]
+        return [ring[(place[first] + step) % len(ring)] for step in steps]
+
+    return draw
+
+
+async def first_token_s(worker: DeploymentHandle, job: Job) -> float:
+    """Seconds until the first text; the answer is read to its end."""
+    started = time.perf_counter()
+    waited = 0.0
+    async for delta in worker.options(stream=True).stream.remote(job):
+        waited = waited or time.perf_counter() - started
+        assert delta.num_new_tokens
+    return waited
+
+
+async def counted(worker: DeploymentHandle) -> dict[str, Holdings]:
+    return dict(await worker.broadcast("counted").results_async(timeout_s=30))
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one router did with one load."""
+
+    router: str
+    k: int
+    cold_rate: float  # loads from the Store for each adapter of each request
+    imbalance: float  # requests of the busiest worker over the mean
+    ttft_p50_s: float
+    ttft_p99_s: float  # the median of the turns: one stall of the machine is not the router's
+    num_requests: int
+
+
+class Load:
+    """Requests for one router's workers, by chance, alike for all routers."""
+
+    def __init__(self, router: str, worker: DeploymentHandle, digests: Sequence[str], k: int, rate: float) -> None:
+        self._router, self._worker, self._k, self._rate = router, worker, k, rate
+        self._chance, self._draw = random.Random(k), drawing(digests, k)
+        self._waited: list[list[float]] = []  # of each turn, in rising order
+        self._served: Counter[str] = Counter()
+        self._num_fetches = 0
+
+    async def run(self, seconds: float) -> None:
+        """Ask for so long, and wait for the last answer."""
+        before = await counted(self._worker)
+        asked: list[asyncio.Task[float]] = []
+        due = time.perf_counter()
+        until = due + seconds
+        while (due := due + self._chance.expovariate(self._rate)) < until:
+            await asyncio.sleep(max(0.0, due - time.perf_counter()))
+            job = job_of(len(asked), self._draw(self._chance), NUM_TOKENS)
+            asked.append(asyncio.create_task(first_token_s(self._worker, job)))
+        self._waited.append(sorted(await asyncio.gather(*asked)))
+        for name, held in (await counted(self._worker)).items():
+            self._served[name] += held.counters.num_requests - before[name].counters.num_requests
+            self._num_fetches += held.counters.num_fetches - before[name].counters.num_fetches
+
+    def forget(self) -> None:
+        """What was asked until now only warmed the banks up."""
+        self._waited, self._served, self._num_fetches = [], Counter(), 0
+
+    def case(self) -> Case:
+        """The figures of all runs."""
+        waited, served = [seconds for turn in self._waited for seconds in turn], list(self._served.values())
+        return Case(
+            self._router,
+            self._k,
+            cold_rate=self._num_fetches / (self._k * sum(served)),
+            imbalance=max(served) / statistics.mean(served),
+            ttft_p50_s=statistics.median(waited),
+            ttft_p99_s=statistics.median(turn[int(0.99 * len(turn))] for turn in self._waited),
+            num_requests=len(waited),
+        )
+
+
+async def compare(folder: Path, rate: float, seconds: float) -> list[Case]:
+    """Both routers with k = 1 and k = 3, each on workers of its own, in turns: all meet the same machine."""
+    torch.manual_seed(0)
+    FAMILIES["gemma3"]().save_pretrained(folder / "tiny")
+    byte_tokenizer().save_pretrained(folder / "tiny")
+    config = AppConfig(
+        base_model=str(folder / "tiny"),
+        store_uri=str(folder / "pool"),
+        worker=WorkerSettings(
+            num_threads=1, bank_rank_rows=RANK * BANK_ADAPTERS, max_model_len=256, host_cache_bytes=0, max_batch_size=16
+        ),
+        worker_scaling=ScalingSettings(
+            min_replicas=NUM_WORKERS, max_replicas=NUM_WORKERS, num_cpus=1, max_ongoing_requests=2112
+        ),
+    )
+    cases = []
+    async with running(config, "pow2", "pow2") as pow2, running(config, "affinity", "affinity") as affinity:
+        digests = staged(folder, config, await pow2.module_shapes.remote(), NUM_ADAPTERS)
+        for k in (1, 3):
+            loads = [
+                Load(router, worker, digests, k, rate) for router, worker in (("pow2", pow2), ("affinity", affinity))
+            ]
+            for load in loads:
+                await load.run(seconds / NUM_TURNS)
+                load.forget()
+            for _ in range(NUM_TURNS):
+                for load in loads:
+                    await load.run(seconds / NUM_TURNS)
+            cases += [load.case() for load in loads]
+            console.print(cases[-2:])
+    return cases
+
+
+async def cost_of_a_load(folder: Path, count: int) -> tuple[list[float], list[float]]:
+    """Seconds to the first token of the packaged base model, one request at a time: (adapter cold, the same warm)."""
+    packaged_folder(AppConfig().cache_dir)
+    config = AppConfig(base_model=PACKAGED_MODEL, store_uri=str(folder / "large"))
+    async with running(config, "affinity", "cost") as worker:
+        digests = staged(folder / "large-adapters", config, await worker.module_shapes.remote(), count)
+        await first_token_s(worker, job_of(0, digests[:1], 1))  # warms all else up
+        cold, warm = [], []
+        for digest in digests[1:]:
+            cold.append(await first_token_s(worker, job_of(0, [digest], 1)))
+            warm.append(await first_token_s(worker, job_of(0, [digest], 1)))
+    return cold, warm
+
+
+def table_of(cases: Sequence[Case], cold: Sequence[float], warm: Sequence[float], rate: float) -> Table:
+    title = (
+        f"{machine()}\n{NUM_WORKERS} workers, {NUM_ADAPTERS} adapters, {BANK_ADAPTERS} a bank, {rate:.0f} requests/s"
+    )
+    table = Table(title=title, title_justify="left")
+    for column in ("k", "router", "cold loads", "busiest / mean", "TTFT p50 ms", "p99 ms"):
+        table.add_column(column, justify="left" if column == "router" else "right")
+    for case in sorted(cases, key=lambda case: case.k):
+        times = f"{1000 * case.ttft_p50_s:.0f}", f"{1000 * case.ttft_p99_s:.0f}"
+        table.add_row(str(case.k), case.router, f"{case.cold_rate:.1%}", f"{case.imbalance:.2f}", *times)
+    for what, seconds in (("cold", cold), ("warm", warm)):
+        p99 = f"{1000 * sorted(seconds)[int(0.99 * len(seconds))]:.0f}"
+        table.add_row("1", f"{PACKAGED_MODEL}, {what}", "", "", f"{1000 * statistics.median(seconds):.0f}", p99)
+    return table
+
+
+def figures_of(cases: Sequence[Case], cold: Sequence[float], warm: Sequence[float]) -> dict[str, float]:
+    by = {(case.router, case.k): case for case in cases}
+    return {
+        "affinity_cold_load_ratio": by["affinity", 1].cold_rate / by["pow2", 1].cold_rate,
+        "affinity_cold_load_ratio_k3": by["affinity", 3].cold_rate / by["pow2", 3].cold_rate,
+        "affinity_imbalance": max(by["affinity", k].imbalance for k in (1, 3)),
+        "affinity_ttft_p99_ratio": by["affinity", 1].ttft_p99_s / by["pow2", 1].ttft_p99_s,
+        "cold_load_ms": 1000 * (statistics.median(cold) - statistics.median(warm)),
+    }
+
+
+def main(
+    rate: Annotated[float, typer.Option(help="requests a second")] = 40,
+    seconds: Annotated[float, typer.Option(help="of each of the four loads, after a quarter of it")] = 32,
+    adapters: Annotated[int, typer.Option(help="adapters whose first answer is timed")] = 32,
+) -> None:
+    """Figures of one part of results/cluster.json."""
+    ray.init(num_cpus=16, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
+    try:
+        serve.start(http_options={"location": "NoServer"})
+        with tempfile.TemporaryDirectory() as name:
+            cases = asyncio.run(compare(Path(name), rate, seconds))
+            cold, warm = asyncio.run(cost_of_a_load(Path(name), adapters + 1))
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+    with console.capture() as captured:
+        console.print(table_of(cases, cold, warm, rate))
+    console.print(captured.get())
+    runs: list[dict[str, Any]] = [vars(case) for case in cases]
+    runs += [{"cold_s": c, "warm_s": w} for c, w in zip(cold, warm, strict=True)]
+    write_part("cluster", "affinity", figures=figures_of(cases, cold, warm), table=captured.get(), runs=runs)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,29 @@
+"""How many workers the load asks for. Ray pickles this module into Serve's controller: it imports nothing heavy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.serve.config import AutoscalingContext
+
+ONGOING, WAITING_TOKENS = "ongoing_requests", "waiting_tokens"  # keys of a worker's autoscaling stats
+
+
+class WorkerScaling:
+    """A policy of Serve's autoscaler: the larger of what requests and what waiting tokens ask for.
+
+    replicas = max((in the engines + queued before them) / target_ongoing_requests, waiting tokens /
+    target_waiting_tokens), each a mean over the look-back time. Serve rounds up, and applies delays and bounds.
+    """
+
+    def __init__(self, target_waiting_tokens: float) -> None:
+        self._target_waiting_tokens = target_waiting_tokens
+
+    def __call__(self, context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
+        """(replicas wanted, no state)."""
+        if context.current_num_replicas == 0:
+            return context.target_num_replicas, {}  # a start from zero is Serve's own: any queued request asks for it
+        stats = context.aggregated_metrics or {}
+        ongoing = sum(stats.get(ONGOING, {}).values()) + context.total_queued_requests
+        tokens = sum(stats.get(WAITING_TOKENS, {}).values())
+        return max(ongoing / context.config.target_ongoing_requests, tokens / self._target_waiting_tokens), {}

@@ -1,0 +1,192 @@
+"""A server of its own whose workers scale, the load that makes them, and what they look like from outside."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+import yaml
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+from deployments.server import free_port
+from tests.tiny import VOCABULARY, byte_tokenizer
+
+BASE = "tiny"
+START_S = 240.0
+CONTEXT = 4096
+NUM_ASCII = 94  # the byte tokenizer's first ids: one letter each
+TARGET_REQUESTS = 8  # a worker
+NUM_STREAMS = TARGET_REQUESTS - 1  # of which one worker is enough
+STREAM_TOKENS = 3000  # longer than it takes for a worker to go
+SETTLE_S = 60.0
+
+
+def long_model(folder: Path) -> Path:
+    """A tiny model with room for answers that take seconds, each token of which is a letter: its text comes at once."""
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=CONTEXT,
+        sliding_window=64,
+        layer_types=["sliding_attention", "full_attention"],
+        bos_token_id=256,
+        eos_token_id=257,
+        pad_token_id=258,
+        initializer_range=0.2,
+    )
+    model = Gemma3ForCausalLM(config)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[NUM_ASCII:] = 0  # tied to the head: their logits are never the largest
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def settings_of(folder: Path, *, min_workers: int, max_workers: int) -> dict[str, Any]:
+    """Settings under which workers come and go within seconds."""
+    scaling = {
+        "min_replicas": min_workers,
+        "max_replicas": max_workers,
+        "num_cpus": 1,
+        "max_ongoing_requests": 2112,
+        "target_ongoing_requests": TARGET_REQUESTS,
+        "upscale_delay_s": 1,
+        "downscale_delay_s": 1,
+        "look_back_s": 2,
+        "metrics_interval_s": 0.5,
+    }
+    return {
+        "base_model": str(long_model(folder / "model")),
+        "base_model_name": BASE,
+        "store_uri": str(folder / "pool"),
+        "worker": {"num_threads": 1, "max_model_len": CONTEXT, "max_batch_size": 16, "bank_rank_rows": 32},
+        "worker_scaling": scaling,
+    }
+
+
+@contextmanager
+def served(folder: Path, settings: Mapping[str, Any]) -> Iterator[str]:
+    """The address of `loraretriever serve` in a process, and on a Ray, of its own."""
+    file, port = folder / "settings.yaml", free_port("127.0.0.1")
+    file.write_text(yaml.safe_dump(dict(settings)))
+    program = Path(sys.executable).with_name("loraretriever")
+    command = [str(program), "serve", "--config", str(file), "--port", str(port)]
+    with (folder / "server.log").open("w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=dict(os.environ))
+    url = f"http://127.0.0.1:{port}"
+    try:
+        until(lambda: server.poll() is not None or is_ready(url), within_s=START_S)
+        assert server.poll() is None, (folder / "server.log").read_text()
+        yield url
+    finally:
+        server.send_signal(signal.SIGTERM)
+        try:
+            server.wait(60)
+        finally:
+            server.kill()
+
+
+def is_ready(url: str) -> bool:
+    with suppress(httpx.TransportError):
+        return httpx.get(f"{url}/ready", timeout=30).status_code == 200
+    return False
+
+
+def num_workers(url: str) -> int:
+    """Workers that take requests: those that end their last ones are not among them."""
+    answered: int = httpx.get(f"{url}/v1/stats", timeout=30).json()["workers"]["replicas"]["answered"]
+    return answered
+
+
+def until(check: Callable[[], bool], *, within_s: float = SETTLE_S) -> float:
+    """Seconds until `check` was true."""
+    started = time.monotonic()
+    while not check():
+        assert time.monotonic() - started < within_s, "it did not happen in time"
+        time.sleep(0.2)
+    return time.monotonic() - started
+
+
+async def until_workers(url: str, count: int) -> float:
+    """Seconds until so many workers take requests."""
+    return await asyncio.to_thread(until, lambda: num_workers(url) == count)
+
+
+def completion(max_tokens: int, **changes: Any) -> dict[str, Any]:
+    body = {"model": BASE, "prompt": "The sea is", "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
+    return body | changes
+
+
+async def asking(client: httpx.AsyncClient, statuses: list[int], stop: asyncio.Event) -> None:
+    """One client that asks again as soon as it is answered."""
+    while not stop.is_set():
+        response = await client.post("/v1/completions", json=completion(128))
+        statuses.append(response.status_code)
+
+
+async def streaming(client: httpx.AsyncClient, max_tokens: int, started: asyncio.Event) -> tuple[int, str]:
+    """(tokens, reason of the end) of a stream that was read until `[DONE]`."""
+    body = completion(max_tokens, stream=True, stream_options={"include_usage": True})
+    reason, tokens, last = "", 0, ""
+    async with client.stream("POST", "/v1/completions", json=body) as response:
+        assert response.status_code == 200, await response.aread()
+        async for line in response.aiter_lines():
+            last = line.removeprefix("data: ") or last
+            if not line.startswith("data: {"):
+                continue
+            started.set()
+            event = json.loads(last)
+            assert "error" not in event, event
+            tokens = event["usage"]["completion_tokens"] if event.get("usage") else tokens
+            reason = next((c["finish_reason"] for c in event["choices"] if c["finish_reason"]), reason)
+    assert last == "[DONE]"
+    return tokens, reason
+
+
+@dataclass
+class Course:
+    """How a load went: seconds until the most workers ran, and after it until one was left."""
+
+    up_s: float
+    down_s: float
+    statuses: list[int]
+    ends: list[tuple[int, str]]
+    num_left_behind: int  # streams still running when all workers but one took no more requests
+
+
+async def rise_and_fall(url: str, *, most: int, high_s: float) -> Course:
+    """Load until `most` workers run and for `high_s` longer; then streams alone, which one worker is enough for."""
+    stop, statuses = asyncio.Event(), list[int]()
+    async with httpx.AsyncClient(base_url=url, timeout=180, limits=httpx.Limits(max_connections=200)) as client:
+        num_clients = most * TARGET_REQUESTS - 2
+        clients = [asyncio.create_task(asking(client, statuses, stop)) for _ in range(num_clients)]
+        up_s = await until_workers(url, most)
+        await asyncio.wait(clients, timeout=high_s)
+        begun = [asyncio.Event() for _ in range(NUM_STREAMS)]
+        streamed = [asyncio.create_task(streaming(client, STREAM_TOKENS, event)) for event in begun]
+        await asyncio.gather(*[event.wait() for event in begun])
+        stop.set()
+        await asyncio.gather(*clients)
+        started = time.monotonic()
+        await until_workers(url, 1)
+        down_s = time.monotonic() - started
+        num_left_behind = sum(not task.done() for task in streamed)
+        return Course(up_s, down_s, statuses, await asyncio.gather(*streamed), num_left_behind)

@@ -1,0 +1,58 @@
+"""Workers come with the load and go with it; no request fails, and no stream is cut."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.cluster.scaling_app import (
+    NUM_STREAMS,
+    STREAM_TOKENS,
+    completion,
+    is_ready,
+    num_workers,
+    rise_and_fall,
+    served,
+    settings_of,
+    until,
+)
+from tests.soak import Scale
+
+pytestmark = pytest.mark.e2e
+MOST = 3
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder: Path = tmp_path_factory.mktemp("scaling")
+    with served(folder, settings_of(folder, min_workers=0, max_workers=MOST)) as address:
+        yield address
+
+
+def test_workers_sleep_without_load_and_the_first_request_wakes_one(url: str) -> None:
+    until(lambda: num_workers(url) == 0)
+    for _ in range(3):
+        assert is_ready(url)
+    stats = httpx.get(f"{url}/v1/stats").json()["workers"]["replicas"]
+    assert stats == {"answered": 0, "silent": 0}  # neither has woken one
+    answers = [httpx.post(f"{url}/v1/completions", json=completion(4), timeout=120) for _ in range(2)]
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert answers[0].json()["choices"] == answers[1].json()["choices"]
+    assert num_workers(url) == 1
+
+
+def test_workers_follow_the_load_and_those_that_go_end_their_streams(url: str, scale: Scale) -> None:
+    most = scale.pick("workers under load", small=2, full=MOST)
+    high_s = scale.pick("seconds of high load", small=1, full=60)
+    until(lambda: num_workers(url) <= 1)
+    course = asyncio.run(rise_and_fall(url, most=most, high_s=high_s))
+    scale.record("requests", len(course.statuses))
+    scale.record(f"seconds from load to {most} workers", course.up_s)
+    scale.record("seconds from its end to 1 worker", course.down_s)
+    assert set(course.statuses) == {200}
+    assert course.num_left_behind > 1
+    assert course.ends == [(STREAM_TOKENS, "length")] * NUM_STREAMS

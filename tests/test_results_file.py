@@ -1,0 +1,53 @@
+"""Scripts that share a results file do not erase one another's figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import results_file
+from benchmarks.results_file import write_part, write_results
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(results_file, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def read(folder: Path, name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
+    return content
+
+
+def test_one_scripts_file_is_written_anew(folder: Path) -> None:
+    write_results("one", figures={"a": 1, "b": 2}, table="old", runs=[])
+    write_results("one", figures={"a": 3}, table="new\n\n", runs=[{"x": 4}])
+    content = read(folder, "one")
+    assert (content["figures"], content["runs"]) == ({"a": 3}, [{"x": 4}])
+    assert content.keys() == {"machine", "commit", "command", "date", "figures", "runs"}
+    assert (folder / "one.txt").read_text() == "new\n"
+
+
+def test_parts_of_a_file_stay_when_another_is_written(folder: Path) -> None:
+    write_part("all", "second", figures={"b": 1, "c": 2}, table="two", runs=[{"x": 1}])
+    write_part("all", "first", figures={"a": 3}, table="one\n", runs=[])
+    write_part("all", "second", figures={"b": 4}, table="two again\nof two lines", runs=[{"x": 5}])
+    content = read(folder, "all")
+    assert content["figures"] == {"a": 3, "b": 4}
+    assert [(run["part"], run["figures"], run["rows"]) for run in content["runs"]] == [
+        ("first", {"a": 3}, []),
+        ("second", {"b": 4}, [{"x": 5}]),
+    ]
+    assert {"machine", "commit", "command", "date"} <= content["runs"][0].keys() & content.keys()
+    assert (folder / "all.txt").read_text() == "one\n\ntwo again\nof two lines\n"
+
+
+def test_a_figure_belongs_to_one_part(folder: Path) -> None:
+    write_part("all", "first", figures={"a": 3}, table="", runs=[])
+    with pytest.raises(ValueError, match="second and another part of all both write a"):
+        write_part("all", "second", figures={"a": 4}, table="", runs=[])
+    assert read(folder, "all")["figures"] == {"a": 3}
