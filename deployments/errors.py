@@ -18,7 +18,8 @@ DeploymentsError
 ├── UploadsBusy        the uploads in progress leave no room for this one
 ├── ServerOverloaded   this replica works on as many requests as it may
 ├── NotReady           the server is still starting
-└── ReplicaWedged      a health check found the engine hanging; Serve replaces the replica
+├── ReplicaWedged      a health check found the engine hanging; Serve replaces the replica
+└── BatchRefused       an offline run cannot begin, or cannot go on, as it was asked for
 """
 
 from __future__ import annotations
@@ -195,3 +196,7 @@ class NotReady(DeploymentsError):
 
 class ReplicaWedged(DeploymentsError):
     """The engine's thread hangs or has ended; Serve replaces the replica."""
+
+
+class BatchRefused(DeploymentsError):
+    """Mend the input or the settings, or choose another output folder: nothing was done."""
