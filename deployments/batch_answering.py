@@ -27,7 +27,7 @@ from lora_store import AdapterWeights, LoraStore
 from lora_store.disk_cache import DiskCache
 
 PARTS_AT_ONCE = 2  # while the last rows of one end, the next one keeps the batch full
-_MAX_TRIES = 3
+_MAX_TRIES = 2  # after the first, each with other neighbours
 
 
 class PartAnswerer:
@@ -40,8 +40,9 @@ class PartAnswerer:
         executor = ThreadPoolExecutor(worker.load_threads, thread_name_prefix="adapter-load")
         cache = None if config.weights_cache is None else DiskCache(*config.weights_cache)
         self._fetcher = WeightsFetcher(LocalHandle(_StoredWeights(store_of(config))), executor, cache=cache)
-        self._engine = EngineLoop(Engine(worker, self._start_fetch, executor=executor))
+        self.engine = EngineLoop(Engine(worker, self._start_fetch, executor=executor))
         self._output = BatchOutput(run.settings.output_uri)
+        self._turn = asyncio.Lock()
         self._asyncio_loop: asyncio.AbstractEventLoop | None = None  # Ray Data starts it after this
 
     async def __call__(self, row: dict[str, Any]) -> dict[str, int]:
@@ -59,16 +60,27 @@ class PartAnswerer:
         return {"num_rows": part.num_rows, "num_errors": part.num_rows - part["error"].null_count}
 
     def close(self) -> None:
-        self._engine.stop()
+        self.engine.stop()
 
     async def _complete(self, jobs: Sequence[Job]) -> list[Completion | Exception]:
-        """All at once; whom a neighbour's step took along is asked again, alone. Raises: EngineStopped for good."""
-        outcomes = await complete_all(self._engine, jobs)
-        for place, job in enumerate(jobs):
-            for _ in range(1, _MAX_TRIES):
-                if isinstance(outcomes[place], EngineStopped):
-                    [outcomes[place]] = await complete_all(self._engine, [job])
-        return outcomes
+        """All at once; whom a neighbour's step took along is asked again."""
+        outcomes = await complete_all(self.engine, jobs)
+        return [
+            await self._again(job) if isinstance(outcome, EngineStopped) else outcome
+            for job, outcome in zip(jobs, outcomes, strict=True)
+        ]
+
+    async def _again(self, job: Job) -> Completion | Exception:
+        """The row's answer, one such row after the other: who breaks every step breaks none of theirs.
+
+        Raises: EngineStopped, where no row will be answered any more.
+        """
+        async with self._turn:
+            for _ in range(_MAX_TRIES):
+                [outcome] = await complete_all(self.engine, [job])
+                if not isinstance(outcome, EngineStopped):
+                    break
+            return outcome
 
     def _start_fetch(self, weights_digest: str) -> Future[AdapterWeights]:
         """Called on the engine's thread, for rows that came by the event loop."""

@@ -29,10 +29,11 @@ def cluster(config: AppConfig, address: str | None, concurrency: int) -> Iterato
             num_cpus=num_cpus,
             include_dashboard=False,
             log_to_driver=False,
+            logging_level=logging.WARNING,
             _node_ip_address="127.0.0.1",
         )
     else:
-        ray.init(address=address, log_to_driver=False)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     try:
         yield
     finally:
@@ -61,7 +62,8 @@ def answer_parts(run: BatchRun, concurrency: int) -> Iterator[dict[str, int]]:
         num_cpus=config.worker_scaling.num_cpus,
         num_gpus=config.worker_scaling.num_gpus,
     )
-    yield from answered.iter_rows(prefetch_batches=0)
+    for table in answered.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        yield from table.to_pylist()
 
 
 def _be_quiet() -> None:
@@ -70,3 +72,4 @@ def _be_quiet() -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that there are no bars

@@ -116,29 +116,27 @@ class _Cursor:
         self._parquet = parquet
         sizes = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
         self._starts = [0, *accumulate(sizes)][:-1]
-        self._position = 0  # of the batch's first row
-        self._batches, self._batch = self._from_group(0)
+        self._position = self._end = 0  # of the batch that was decoded last
+        self._batch: pa.RecordBatch | None = None
+        self._batches: Iterator[pa.RecordBatch] = iter(())
 
     def read(self, start: int, stop: int) -> list[pa.RecordBatch]:
-        group = self._group_of(start)
-        if start < self._position or group > self._group_of(self._position):
-            self._position = self._starts[group]
-            self._batches, self._batch = self._from_group(group)
+        if self._batch is None or start < self._position or self._group_of(start) > self._group_of(self._end):
+            self._seek(self._group_of(start))
         pieces: list[pa.RecordBatch] = []
         while True:
-            end = self._position + self._batch.num_rows
-            first, last = max(start, self._position), min(stop, end)
-            if first < last:
+            first, last = max(start, self._position), min(stop, self._end)
+            if self._batch is not None and first < last:
                 pieces.append(self._batch.slice(first - self._position, last - first))
-            if end >= stop:
+            if self._end >= stop:
                 return pieces
-            self._position, self._batch = end, next(self._batches)
+            self._batch = next(self._batches)
+            self._position, self._end = self._end, self._end + self._batch.num_rows
+
+    def _seek(self, group: int) -> None:
+        groups = range(group, self._parquet.num_row_groups)
+        self._batches = self._parquet.iter_batches(_ROWS_AT_ONCE, row_groups=groups)
+        self._position = self._end = self._starts[group]
 
     def _group_of(self, row: int) -> int:
         return bisect_right(self._starts, row) - 1
-
-    def _from_group(self, group: int) -> tuple[Iterator[pa.RecordBatch], pa.RecordBatch]:
-        """The batches from a row group's start, and the first of them."""
-        groups = range(group, self._parquet.num_row_groups)
-        batches = self._parquet.iter_batches(_ROWS_AT_ONCE, row_groups=groups)
-        return batches, next(batches)
