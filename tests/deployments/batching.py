@@ -26,7 +26,7 @@ def tiny_app(model: Path, store: str, **worker: Any) -> AppConfig:
         base_model=str(model),
         base_model_name=BASE,
         store_uri=store,
-        retrieval=RetrievalSettings(encoder_threads=1),
+        retrieval=RetrievalSettings(encoder_threads=1, min_score=-1.0),  # no row abstains
         worker=WorkerSettings(**settings | worker),
     )
 
