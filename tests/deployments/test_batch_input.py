@@ -7,7 +7,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from deployments.batch_input import BatchInput, PartReader, scan
+from deployments.batch_output import BatchOutput, Manifest
 from deployments.errors import BatchRefused
+from lora_store import Location
+from tests.s3 import S3Endpoint
 
 
 def numbers(path: Path, first: int, count: int, *, group_rows: int = 7) -> Path:
@@ -93,3 +96,16 @@ def test_what_cannot_be_an_input_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"prompt": [1]}), folder / "b.parquet")
     with pytest.raises(BatchRefused, match=r"b.parquet has other columns than .*a.parquet"):
         scan(str(folder))
+
+
+def test_input_and_output_may_lie_on_s3(s3_endpoint: S3Endpoint) -> None:
+    files, root = Location(s3_endpoint.uri("batch-in")).filesystem()
+    pq.write_table(pa.table({"prompt": ["a", "b"]}), f"{root}/one.parquet", filesystem=files)
+    pq.write_table(pa.table({"prompt": ["c"]}), f"{root}/two.parquet", filesystem=files)
+    source = scan(s3_endpoint.uri("batch-in"))
+    assert read(PartReader(source), 1, 3) == ["b", "c"]
+    output = BatchOutput(s3_endpoint.uri("batch-out"))
+    manifest = Manifest(generation=1, input={}, settings={})
+    assert output.begin(manifest) == BatchOutput(s3_endpoint.uri("batch-out")).begin(manifest)
+    output.write(3, PartReader(source).read(0, 2))
+    assert output.done() == {3}
