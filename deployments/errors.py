@@ -20,7 +20,8 @@ DeploymentsError
 ├── ServerOverloaded   this replica works on as many requests as it may
 ├── NotReady           the server is still starting
 ├── NoWorkerYet        all workers were scaled away, and none has started again in time
-└── ReplicaWedged      a health check found the engine hanging; Serve replaces the replica
+├── ReplicaWedged      a health check found the engine hanging; Serve replaces the replica
+└── BatchRefused       an offline run cannot begin, or cannot go on, as it was asked for
 """
 
 from __future__ import annotations
@@ -219,3 +220,7 @@ class NoWorkerYet(DeploymentsError):
 
 class ReplicaWedged(DeploymentsError):
     """The engine's thread hangs or has ended; Serve replaces the replica."""
+
+
+class BatchRefused(DeploymentsError):
+    """Mend the input or the settings, or choose another output folder: nothing was done."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ray.exceptions import RayTaskError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.config import AppConfig
@@ -52,10 +51,8 @@ class Planner:
             choices, strategy = [(name, 1.0)], options.strategy or "selection"
             plan = await self._retriever.plan_named.remote(tenant, choices, strategy, options.min_generation)
             return Planned(plan)
-        except RayTaskError as exc:
-            if isinstance(exc.cause, AdapterNotFound):
-                raise ModelNotFound(question.model) from exc
-            raise
+        except AdapterNotFound as exc:  # through a handle it comes as a RayTaskError that is one, too
+            raise ModelNotFound(question.model) from exc
 
     async def route(self, text: str, options: LoraOptions, tenant: str) -> Planned:
         """The plan the client sends back, that of the adapters it names, or the Retriever's choice for `text`.

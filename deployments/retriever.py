@@ -12,27 +12,22 @@ from typing import TypeVar
 from ray import serve
 
 from deployments.config import AppConfig
+from deployments.retrieval import live_pool, retriever_over
 from lora_store import AdapterRecord, Embedding, LoraStore, LoraStoreError, Plan, Sample, Strategy
-from lora_store.files import Files
-from lora_store.location import Location
 from retriever_svc import (
     Candidate,
     DoctorStep,
-    Encoder,
     IndexSettings,
     IndexStats,
-    LivePool,
     Page,
     PageRequest,
     PinnedAdapter,
     Place,
     PoolMap,
     ReindexStep,
-    Retriever,
     RetrieverError,
     Route,
     RouteRequest,
-    SavedIndexes,
     StaleIndex,
 )
 from retriever_svc.retriever import RouteAnswer
@@ -67,14 +62,8 @@ class RetrieverDeployment:
     ) -> None:
         settings = config.retrieval
         self._store = LoraStore(config.store_uri, accepts_base=config.accepted_bases)
-        self._pools = LivePool(
-            lambda model: Encoder(model, num_threads=settings.encoder_threads),
-            self._store.snapshot,
-            model=settings.encoder,
-            settings=replace(index or IndexSettings(), requires_approval=config.public_requires_approval),
-            saved=SavedIndexes(Files(Location(config.store_uri).child("index"))),
-        )
-        self._retriever = Retriever(self._pools, min_score=settings.min_score, temperature=settings.softmax_temperature)
+        self._pools = live_pool(config, self._store.snapshot, index)
+        self._retriever = retriever_over(self._pools, config)
         self._route_batch.set_max_batch_size(settings.batch_size)
         self._route_batch.set_batch_wait_timeout_s(settings.batch_wait_s)
         self._bulk = ThreadPoolExecutor(1, thread_name_prefix="bulk")  # of publishes: routes keep their threads

@@ -68,6 +68,15 @@ class EngineLoop:
         parts = [delta async for delta in self.stream(job)]
         return Completion.joined(parts), parts[-1]
 
+    def submit(self, rows: Sequence[Row]) -> None:
+        """Queue prepared rows, all between the same two steps. Raises: EngineStopped."""
+        self._command(lambda: self._submit(rows))
+
+    def cancel(self, rows: Sequence[Row]) -> None:
+        """Whatever of these has not ended is dropped before the next step."""
+        for row in rows:
+            self._commands.put(partial(self.engine.cancel, row))
+
     async def first_logits(self, jobs: Sequence[Job]) -> list[Tensor | Exception]:
         """(V,) float32 after each job's prompt, or what the engine says of it; the jobs enter the queue together.
 
@@ -77,8 +86,7 @@ class EngineLoop:
         try:
             return [await _first_logits(events) for _, events in asked]
         finally:
-            for row, _ in asked:
-                self._commands.put(partial(self.engine.cancel, row))
+            self.cancel([row for row, _ in asked])
 
     async def preload(self, digests: Collection[str]) -> None:
         """Return when these weights are at hand, as far as they can be had. Raises: EngineStopped."""
@@ -131,7 +139,7 @@ class EngineLoop:
             return self.engine.prepare(job, sink, keep_logits=keep_logits)
 
         rows = await asyncio.to_thread(lambda: [prepare(*each) for each in zip(jobs, told, strict=True)])
-        self._command(lambda: self._submit(rows))
+        self.submit(rows)
         return list(zip(rows, told, strict=True))
 
     async def _ask(self, question: Callable[[], _T]) -> _T:

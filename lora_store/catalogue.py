@@ -34,7 +34,7 @@ class Catalogue:
     ) -> None:
         self._sleep, self._max_attempts = sleep, max_attempts
         self._reading, self._writing = threading.Lock(), threading.RLock()
-        self._table = EventTable(location)
+        self._location, self._table = location, EventTable(location)
         self._snapshot = Snapshot(0, {})
         self.snapshot()
 
@@ -46,6 +46,14 @@ class Catalogue:
                 self._snapshot = self._snapshot.after(events_of(rows, after=seen), self._table.version)
             self._table.taken(files)  # not before the fold: what it cannot read must not be passed over
             return self._snapshot
+
+    def snapshot_at(self, generation: int) -> Snapshot:
+        """The state as of `generation`, which is not above the newest; an older one is folded anew."""
+        newest = self.snapshot()
+        if generation == newest.generation:
+            return newest
+        rows, _ = EventTable(self._location).refresh()
+        return Snapshot(0, {}).after(events_of(rows, after=0, until=generation), generation)
 
     def commit(self, events: Callable[[Snapshot], Sequence[Event]]) -> int:
         """The generation at which what `events` returns for the newest snapshot is visible: all of it or nothing.

@@ -115,14 +115,16 @@ def table_of(events: Sequence[Event], generation: int) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
-def events_of(table: pa.Table, after: int) -> Iterator[Event]:
-    """The event of every row above generation `after`, in the order they happened.
+def events_of(table: pa.Table, after: int, until: int | None = None) -> Iterator[Event]:
+    """The event of every row above generation `after`, up to `until` where given, in the order they happened.
 
     Arrays are views of the table's memory, not copies, and repeated values are one object: a large pool opens in
     seconds and takes little more than its embeddings do.
     """
     order = pc.sort_indices(table, [("generation", "ascending"), ("row", "ascending")])
     order = order.filter(pc.greater(table["generation"].take(order), after))
+    if until is not None:
+        order = order.filter(pc.less_equal(table["generation"].take(order), until))
     vectors, scores = (_arrays_of(table[name]) for name in _ARRAYS)
     plain = table.drop_columns(list(_ARRAYS)).combine_chunks()
     for start in range(0, len(order), _ROWS_AT_ONCE):

@@ -207,6 +207,10 @@ class LoraStore:
     def snapshot(self) -> Snapshot:
         return self._catalogue.snapshot()
 
+    def snapshot_at(self, generation: int) -> Snapshot:
+        """The pool as it was at `generation`; blobs of what went since may be gone."""
+        return self._catalogue.snapshot_at(generation)
+
     def sweep(self, digests: Collection[str]) -> list[str]:
         """Remove those blobs that no kept version refers to and no publish holds; what was removed."""
         return self._upkeep.sweep(digests)

@@ -84,7 +84,7 @@ def live(
     )
     serve.run(build_app(config), name=APP, route_prefix=f"/{APP}", logging_config={"enable_access_log": False})
     shapes = linear_shapes(load_base_model(tiny_config(model)))
-    running = Live(f"{url}/{APP}", config.store_uri, s3_endpoint, shapes, tmp_path_factory.mktemp("live-adapters"))
+    running = Live(f"{url}/{APP}", config, s3_endpoint, shapes, tmp_path_factory.mktemp("live-adapters"))
     eventually(lambda: running.call("GET", "/ready").status_code == 200, within_s=READY_TIMEOUT_S)
     yield running
     serve.delete(APP)

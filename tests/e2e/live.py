@@ -16,6 +16,7 @@ from pyarrow.fs import FileSelector
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from deployments.config import AppConfig
 from lora_store import Sample, write_peft_folder
 from lora_store.location import Location
 from tests.s3 import S3Endpoint
@@ -31,10 +32,14 @@ class Live:
     """The running application and what it stands on."""
 
     url: str
-    store_uri: str
+    config: AppConfig
     endpoint: S3Endpoint
     shapes: Mapping[str, tuple[int, int]]
     folders: Path
+
+    @property
+    def store_uri(self) -> str:
+        return self.config.store_uri
 
     def folder(self, name: str, seed: int, topic: str, *, rank: int = 4) -> Path:
         """A random adapter found by sentences about `topic`."""

@@ -10,7 +10,9 @@ import pytest
 from deltalake import DeltaTable
 
 from lora_store import AdapterNotFound, AdapterRefused, Catalogue, Location, Publish, StoreUnavailable, VersionConflict
+from lora_store.event_table import EventTable
 from lora_store.files import Files
+from lora_store.snapshot import Snapshot
 from tests.lora_store.builders import embedding
 from tests.s3 import S3Endpoint
 
@@ -41,6 +43,20 @@ def test_reopening_gives_the_same_snapshot(location, make_record):
     assert Catalogue(location).snapshot() == catalogue.snapshot()
     assert catalogue.snapshot().generation == 5
     assert len(catalogue.snapshot().records) == 6
+
+
+def test_every_generation_can_be_seen_again_after_a_compaction(location, make_record):
+    catalogue, seen = Catalogue(location), []
+    for number in range(4):
+        catalogue.commit(_publish(make_record("poet", digest=f"{number}" * 64), make_record(f"a{number}")))
+        seen.append(catalogue.snapshot())
+    EventTable(location).compact()
+    catalogue.commit(_publish(make_record("late")))
+    reopened = Catalogue(location)
+    assert [reopened.snapshot_at(snapshot.generation) for snapshot in seen] == seen
+    assert reopened.snapshot_at(0) == Snapshot(0, {})
+    newest = reopened.snapshot()
+    assert reopened.snapshot_at(newest.generation) is newest
 
 
 def test_nothing_new_is_the_same_object(location, make_record):

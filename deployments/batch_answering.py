@@ -1,0 +1,104 @@
+"""The second stage of an offline run: the answers of a part, written."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Awaitable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deployments.batch_output import BatchOutput
+from deployments.batch_planning import PlannedPart
+from deployments.batch_rows import answered
+from deployments.batch_run import BatchRun, store_of
+from deployments.local_handle import LocalHandle
+from deployments.weights_fetcher import WeightsFetcher
+from gpu_worker.engine import Engine
+from gpu_worker.engine_loop import EngineLoop
+from gpu_worker.errors import EngineStopped
+from gpu_worker.request import Completion, Job
+from gpu_worker.whole_answers import complete_all
+from lora_store import AdapterWeights, LoraStore
+from lora_store.disk_cache import DiskCache
+
+PARTS_AT_ONCE = 2  # while the last rows of one end, the next one keeps the batch full
+_MAX_TRIES = 2  # after the first, each with other neighbours
+
+
+class PartAnswerer:
+    """One engine on one device, its weights from the store. Nothing here is too late: rows wait as long as it takes."""
+
+    def __init__(self, run: BatchRun) -> None:
+        config = run.settings.config
+        max_waiting = (PARTS_AT_ONCE + 1) * run.settings.part_rows
+        worker = replace(config.worker_config(), max_waiting=max_waiting, max_wait_s=math.inf)
+        executor = ThreadPoolExecutor(worker.load_threads, thread_name_prefix="adapter-load")
+        cache = None if config.weights_cache is None else DiskCache(*config.weights_cache)
+        self._fetcher = WeightsFetcher(LocalHandle(_StoredWeights(store_of(config))), executor, cache=cache)
+        self.engine = EngineLoop(Engine(worker, self._start_fetch, executor=executor))
+        self._output = BatchOutput(run.settings.output_uri)
+        self._turn = asyncio.Lock()
+        self._asyncio_loop: asyncio.AbstractEventLoop | None = None  # Ray Data starts it after this
+
+    async def __call__(self, row: dict[str, Any]) -> dict[str, int]:
+        """How Ray Data calls it, with several parts at once."""
+        return await self.answer(row["planned"])
+
+    async def answer(self, planned: PlannedPart) -> dict[str, int]:
+        """The part is written; how many rows it has, and of what kind. Raises: EngineStopped, StoreUnavailable."""
+        self._asyncio_loop = asyncio.get_running_loop()
+        jobs = [asked.job for asked in planned.asked if asked.job is not None]
+        answers = iter(await self._complete(jobs))
+        outcomes = [None if asked.job is None else next(answers) for asked in planned.asked]
+        part = answered(planned.rows, planned.asked, outcomes)
+        await asyncio.to_thread(self._output.write, planned.part.number, part)
+        return {"num_rows": part.num_rows, "num_errors": part.num_rows - part["error"].null_count}
+
+    def close(self) -> None:
+        self.engine.stop()
+
+    async def _complete(self, jobs: Sequence[Job]) -> list[Completion | Exception]:
+        """All at once; whom a neighbour's step took along is asked again."""
+        outcomes = await complete_all(self.engine, jobs)
+        return [
+            await self._again(job) if isinstance(outcome, EngineStopped) else outcome
+            for job, outcome in zip(jobs, outcomes, strict=True)
+        ]
+
+    async def _again(self, job: Job) -> Completion | Exception:
+        """The row's answer, one such row after the other: who breaks every step breaks none of theirs.
+
+        Raises: EngineStopped, where no row will be answered any more.
+        """
+        async with self._turn:
+            for _ in range(_MAX_TRIES):
+                [outcome] = await complete_all(self.engine, [job])
+                if not isinstance(outcome, EngineStopped):
+                    break
+            return outcome
+
+    def _start_fetch(self, weights_digest: str) -> Future[AdapterWeights]:
+        """Called on the engine's thread, for rows that came by the event loop."""
+        assert self._asyncio_loop is not None
+        return asyncio.run_coroutine_threadsafe(self._fetcher.fetch(weights_digest), self._asyncio_loop)
+
+
+class _StoredWeights:
+    """The Store deployment's `fetch`, read from the store without a replica between."""
+
+    def __init__(self, store: LoraStore) -> None:
+        self._store = store
+
+    async def fetch(self, weights_digest: str) -> list[Awaitable[NDArray[np.uint8]]]:
+        """Raises: AdapterNotFound, BlobCorrupted, StoreUnavailable."""
+        data = await asyncio.to_thread(self._store.load, weights_digest)
+        return [_given(np.frombuffer(data, np.uint8))]
+
+
+async def _given(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return data

@@ -1,0 +1,87 @@
+"""The folder an offline run writes: parts that are whole or absent, and the manifest they all go by."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from deployments.errors import BatchRefused
+from lora_store import Location
+from lora_store.files import Files
+
+_MANIFEST = "_manifest.json"  # readers of a folder of parquet files pass over what begins with _ or .
+_PART = re.compile(r"part-(\d{6,})\.parquet")
+
+
+class Manifest(BaseModel):
+    """What every part has in common. `generation`: the pool's when the run began."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[1] = 1
+    generation: int
+    input: dict[str, Any]
+    settings: dict[str, Any]
+
+
+class BatchOutput:
+    """Raises: StoreUnavailable."""
+
+    def __init__(self, uri: str) -> None:
+        self._uri, self._files = uri, Files(Location(uri))
+
+    def begin(self, wanted: Manifest) -> Manifest:
+        """The manifest the run goes by: `wanted`, or that of the run which is continued, at its generation.
+
+        Raises: BatchRefused: what lies there is something else, or the answers would not be alike.
+        """
+        known = self._files.read(_MANIFEST)
+        if known is None:
+            if self._files.entries():
+                raise BatchRefused(f"{self._uri} holds something, and no run that could be continued")
+            self._files.write(_MANIFEST, wanted.model_dump_json(indent=1).encode())
+            return wanted
+        try:
+            manifest = Manifest.model_validate_json(known)
+        except ValidationError as exc:
+            raise BatchRefused(f"{self._uri}/{_MANIFEST} is no manifest of this version") from exc
+        if manifest.input != wanted.input:
+            raise BatchRefused(
+                f"the input is not the one that {self._uri} was begun with: {_differing(manifest.input, wanted.input)}"
+            )
+        if manifest.settings != wanted.settings:
+            raise BatchRefused(
+                f"{self._uri} was begun with other settings: {_differing(manifest.settings, wanted.settings)}"
+            )
+        self._files.delete([file.name for file in self._files.entries() if file.name.startswith(".part-")])
+        return manifest
+
+    def done(self) -> set[int]:
+        """The numbers of the parts that are there."""
+        matches = (_PART.fullmatch(file.name) for file in self._files.entries())
+        return {int(match[1]) for match in matches if match is not None}
+
+    def write(self, number: int, part: pa.Table) -> None:
+        """The part is there, whole."""
+        sink = pa.BufferOutputStream()
+        pq.write_table(part, sink)
+        self._files.write(f"part-{number:06}.parquet", sink.getvalue())
+
+
+def _differing(before: dict[str, Any], now: dict[str, Any]) -> str:
+    old, new = dict(_flat(before)), dict(_flat(now))
+    names = [name for name in dict.fromkeys([*old, *new]) if old.get(name) != new.get(name)]
+    return "; ".join(f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in names)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

@@ -1,0 +1,106 @@
+"""The first stage of an offline run: a part's rows, each with its plan."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+
+from deployments import http_errors
+from deployments.batch_input import PartReader
+from deployments.batch_rows import Asked, bodies_of, request_of
+from deployments.batch_run import BatchRun, Part, store_of
+from deployments.limits import check_limits
+from deployments.local_handle import LocalHandle
+from deployments.openai_jobs import jobs_of
+from deployments.planner import Planner
+from deployments.retrieval import live_pool, retriever_over
+from lora_store import Plan, Strategy
+from retriever_svc import PinnedAdapter, Retriever, Route, RouteRequest
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedPart:
+    """`asked` runs along with the rows."""
+
+    part: Part
+    rows: pa.Table
+    asked: tuple[Asked, ...]
+
+
+class PartPlanner:
+    """A Retriever over the pool as it was when the run began, and the server's Planner before it."""
+
+    def __init__(self, run: BatchRun) -> None:
+        config = run.settings.config
+        snapshot = store_of(config).snapshot_at(run.generation)
+        retriever = LocalRetriever(retriever_over(live_pool(config, lambda: snapshot), config))
+        self._planner = Planner(config, LocalHandle(retriever))
+        self._reader = PartReader(run.source)
+        self._settings = run.settings
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, PlannedPart]:
+        """How Ray Data calls it."""
+        return {"planned": asyncio.run(self.plan(Part(**row)))}
+
+    async def plan(self, part: Part) -> PlannedPart:
+        rows = self._reader.read(part.start, part.stop)
+        bodies = bodies_of(rows, self._settings.defaults)
+        asked = await asyncio.gather(*[self._ask(part.start + place, body) for place, body in enumerate(bodies)])
+        return PlannedPart(part, rows, tuple(asked))
+
+    async def _ask(self, number: int, body: dict[str, Any]) -> Asked:
+        """What the Ingress does with the same body, up to the engine; an error is this row's alone."""
+        config, tenant = self._settings.config, self._settings.tenant
+        try:
+            request = request_of(body)
+            questions = request.questions()
+            request.sampling()
+            check_limits(request, questions, config)
+            planned = await self._planner.plan(questions[0], tenant)
+            [job] = jobs_of(f"row-{number}", request, questions, [planned], config.template)
+        except Exception as exc:
+            return Asked(error=http_errors.describe(exc)[1]["error"])
+        return Asked(planned, replace(job, tenant=tenant))
+
+
+class LocalRetriever:
+    """What the Planner asks of a Retriever. Prompts that come in one turn of the event loop share its encoder calls."""
+
+    def __init__(self, retriever: Retriever) -> None:
+        self._retriever = retriever
+        self._asked: list[tuple[RouteRequest, asyncio.Future[Route]]] = []
+
+    async def route(self, request: RouteRequest) -> Route:
+        """Raises: NoAdapterMatched, StaleIndex."""
+        loop = asyncio.get_running_loop()
+        if not self._asked:
+            loop.call_soon(self._answer)
+        answer: asyncio.Future[Route] = loop.create_future()
+        self._asked.append((request, answer))
+        return await answer
+
+    def _answer(self) -> None:
+        asked, self._asked = self._asked, []
+        try:
+            routes: Sequence[Route | Exception] = self._retriever.route([request for request, _ in asked])
+        except Exception as exc:  # theirs, or they would wait for ever
+            routes = [exc] * len(asked)
+        for (_, answer), route in zip(asked, routes, strict=True):
+            if isinstance(route, Exception):
+                answer.set_exception(route)
+            else:
+                answer.set_result(route)
+
+    async def plan_named(
+        self, tenant: str, choices: Sequence[tuple[str, float]], strategy: Strategy, min_generation: int = 0
+    ) -> Plan:
+        """Raises: AdapterNotFound, PlanInvalid, StaleIndex."""
+        return self._retriever.plan_named(tenant, choices, strategy, min_generation)
+
+    async def replay(self, tenant: str, strategy: Strategy, pinned: Sequence[PinnedAdapter], generation: int) -> Plan:
+        """Raises: PlanGone, PlanInvalid, StaleIndex."""
+        return self._retriever.replay(tenant, strategy, pinned, generation)

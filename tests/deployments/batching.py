@@ -1,0 +1,66 @@
+"""A store with random adapters of a tiny model, and parquet files of prompts for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from deployments.config import AppConfig, RetrievalSettings, WorkerSettings
+from lora_store import LoraStore, Sample, write_peft_folder
+from retriever_svc import Encoder, embed_groups
+from tests.tiny import random_adapter
+
+BASE = "tiny"
+VERBS = ("Tell me about", "Explain", "Write of", "Describe")
+TOPICS = ("the sea", "old trains", "good bread", "a long war", "wild bees", "cold winters")
+
+
+def tiny_app(model: Path, store: str, **worker: Any) -> AppConfig:
+    """float32, so that rows of one batch can be compared with rows of another."""
+    settings = {"dtype": "float32", "num_threads": 1, "bank_rank_rows": 32, "max_model_len": 512, "max_batch_size": 16}
+    return AppConfig(
+        base_model=str(model),
+        base_model_name=BASE,
+        store_uri=store,
+        retrieval=RetrievalSettings(encoder_threads=1, min_score=-1.0),  # no row abstains
+        worker=WorkerSettings(**settings | worker),
+    )
+
+
+def publish(config: AppConfig, shapes: Mapping[str, tuple[int, int]], folders: Path, topics: Sequence[str]) -> int:
+    """The generation at which there is a random adapter for each topic, found by sentences about it."""
+    store = LoraStore(config.store_uri, accepts_base=config.accepted_bases)
+    staged = []
+    for topic in topics:
+        path = folders / topic.replace(" ", "-")
+        samples = [Sample(f"{verb} {topic}, please.") for verb in VERBS]
+        modules = random_adapter(shapes, seed=TOPICS.index(topic)).modules
+        write_peft_folder(path, modules, base_model=BASE, samples=samples)
+        staged.append(store.stage(path, module_shapes=shapes))
+    embeddings = embed_groups(Encoder(num_threads=1), [item.samples for item in staged])
+    return store.commit(staged, embeddings, [1.0] * len(staged), "tester")
+
+
+def prompts(count: int) -> list[dict[str, Any]]:
+    """Rows of every kind that a server would answer."""
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"lora": '{"strategy": "fusion", "k": 2}'},
+        {"model": BASE},
+        {"temperature": 1.0, "seed": 7},
+        {"lora": '{"adapters": [{"name": "the-sea", "weight": 0.5}, {"name": "wild-bees"}]}'},
+        {"model": "old-trains", "max_tokens": 5},
+    ]
+    fields = {"model": None, "max_tokens": None, "temperature": None, "seed": None, "lora": None}
+    return [
+        {"prompt": f"{VERBS[n % 4]} {TOPICS[n % 5]}, part {n}"} | fields | kinds[n % len(kinds)] for n in range(count)
+    ]
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], *, group_rows: int = 100) -> Path:
+    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), path, row_group_size=group_rows)
+    return path

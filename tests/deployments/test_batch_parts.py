@@ -1,0 +1,196 @@
+"""Both stages of an offline run without Ray: a real store, a real encoder and an engine over a tiny model."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from deployments.batch_answering import PartAnswerer
+from deployments.batch_planning import LocalRetriever, PartPlanner
+from deployments.batch_run import BatchRun, BatchSettings, begin
+from deployments.config import AppConfig
+from deployments.errors import BatchRefused
+from gpu_worker.base_model import load_base_model
+from lora_store import LoraStore
+from retriever_svc import NoAdapterMatched, RouteRequest
+from tests.deployments.batching import BASE, TOPICS, prompts, publish, tiny_app, write_rows
+from tests.e2e.conftest import talkative
+from tests.tiny import linear_shapes, tiny_config
+
+DEFAULTS = {"max_tokens": 6, "temperature": 0}
+POISON = "~"  # one byte, one token
+
+
+@dataclass(frozen=True)
+class Place:
+    """A store with adapters, and where inputs and outputs go."""
+
+    folder: Path
+    config: AppConfig
+
+    def begin(self, rows: list[dict[str, Any]], *, part_rows: int = 8, **changes: Any) -> BatchRun:
+        source = write_rows(self.folder / "in.parquet", rows)
+        settings = BatchSettings(self.config, str(source), str(self.folder / "out"), part_rows, defaults=DEFAULTS)
+        return begin(replace(settings, **changes))
+
+    def written(self) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = pq.read_table(self.folder / "out").to_pylist()
+        return rows
+
+
+@pytest.fixture(scope="module")
+def model(tiny_folders: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return talkative(tiny_folders["gemma3"], tmp_path_factory.mktemp("talkative"))
+
+
+@pytest.fixture(scope="module")
+def pool(model: Path, tmp_path_factory: pytest.TempPathFactory) -> AppConfig:
+    """A store with five adapters at generation 1."""
+    folder = tmp_path_factory.mktemp("batch-pool")
+    config = tiny_app(model, str(folder / "pool"))
+    assert publish(config, linear_shapes(load_base_model(tiny_config(model))), folder / "adapters", TOPICS[:5]) == 1
+    return config
+
+
+@pytest.fixture
+def place(pool: AppConfig, tmp_path: Path) -> Place:
+    return Place(tmp_path, pool)
+
+
+def answer(run: BatchRun, answerer: PartAnswerer) -> list[dict[str, int]]:
+    """Every part that is left, two at a time as an actor has them."""
+    planner = PartPlanner(run)
+
+    async def all_parts() -> list[dict[str, int]]:
+        planned = [await planner.plan(part) for part in run.parts]
+        return list(await asyncio.gather(*[answerer.answer(part) for part in planned]))
+
+    return asyncio.run(all_parts())
+
+
+def test_rows_of_every_kind_are_answered_and_bad_ones_keep_their_error(place: Place) -> None:
+    rows = prompts(18)
+    bad: dict[int, tuple[dict[str, Any], str]] = {
+        1: ({"prompt": None}, "invalid_request"),
+        4: ({"lora": '{"strategey": "fusion"}'}, "invalid_request"),
+        5: ({"model": "nobody"}, "model_not_found"),
+        9: ({"prompt": "x" * 600}, "context_length_exceeded"),
+        11: ({"max_tokens": 9000}, "invalid_request"),
+        12: ({"lora": '{"min_generation": 99}'}, "stale_index"),
+        13: ({"lora": '{"min_score": 1.0, "fallback": "error"}'}, "no_adapter_matched"),
+    }
+    for number, (change, _) in bad.items():
+        rows[number] = rows[number] | {"model": None, "lora": None} | change
+    run = place.begin(rows)
+    answerer = PartAnswerer(run)
+    try:
+        told = answer(run, answerer)
+    finally:
+        answerer.close()
+    assert [part["num_rows"] for part in told] == [8, 8, 2]
+    assert sum(part["num_errors"] for part in told) == len(bad)
+    found = place.written()
+    assert [row["prompt"] for row in found] == [row["prompt"] for row in rows]
+    assert {n: row["error"]["code"] for n, row in enumerate(found) if row["error"]} == {
+        number: code for number, (_, code) in bad.items()
+    }
+    strategies = {0: "mixture", 7: "fusion", 2: "base", 3: "mixture", 10: "mixture", 17: "selection"}
+    assert {number: found[number]["strategy"] for number in strategies} == strategies
+    assert found[0]["adapters"][0]["name"] == "the-sea"
+    assert [adapter["weight"] for adapter in found[10]["adapters"]] == [0.5, 1.0]
+    assert (found[17]["num_new_tokens"], found[0]["num_new_tokens"], found[17]["finish_reason"]) == (5, 6, "length")
+
+
+def test_a_run_goes_on_with_the_parts_that_are_missing_and_the_pool_it_began_with(
+    place: Place, model: Path, tmp_path: Path
+) -> None:
+    own = replace(place, config=tiny_app(model, str(tmp_path / "pool")))
+    shapes = linear_shapes(load_base_model(tiny_config(model)))
+    publish(own.config, shapes, tmp_path / "adapters", TOPICS[:2])
+    rows = [{"prompt": "Tell me about wild bees", "model": name} for name in (None, "wild-bees", None, "the-sea")]
+    run = own.begin(rows, part_rows=2)
+    answerer = PartAnswerer(run)
+    try:
+        answer(replace(run, parts=run.parts[:1]), answerer)
+        first = next((place.folder / "out").glob("part-*"))
+        before = first.stat()
+        publish(own.config, shapes, tmp_path / "later", ["wild bees"])
+        LoraStore(own.config.store_uri, accepts_base=[BASE]).withdraw("local", ["the-sea"], "tester")
+        again = own.begin(rows, part_rows=2)
+        assert (again.generation, again.num_done, [part.number for part in again.parts]) == (1, 1, [1])
+        answer(again, answerer)
+    finally:
+        answerer.close()
+    assert first.stat().st_mtime_ns == before.st_mtime_ns
+    found = own.written()
+    assert [row["error"] and row["error"]["code"] for row in found] == [None, "model_not_found", None, None]
+    assert {adapter["name"] for row in found if row["adapters"] for adapter in row["adapters"]} == {
+        "the-sea",
+        "old-trains",
+    }
+    assert own.begin(rows, part_rows=2).parts == ()
+
+
+def test_a_run_with_other_rows_settings_or_defaults_is_refused(place: Place) -> None:
+    rows = prompts(4)
+    place.begin(rows)
+    with pytest.raises(BatchRefused, match=r"in\.parquet was"):
+        place.begin(rows[::-1])
+    with pytest.raises(BatchRefused, match="part_rows was 8, is 9"):
+        place.begin(rows, part_rows=9)
+    with pytest.raises(BatchRefused, match=r"defaults\.max_tokens was 6, is 7"):
+        place.begin(rows, defaults=DEFAULTS | {"max_tokens": 7})
+    slower = place.config.model_copy(update={"worker": place.config.worker.model_copy(update={"max_batch_size": 2})})
+    place.begin(rows, config=slower)
+    other = place.config.worker.model_copy(update={"dtype": "bfloat16"})
+    with pytest.raises(BatchRefused, match=r"worker.dtype was 'float32', is 'bfloat16'"):
+        place.begin(rows, config=place.config.model_copy(update={"worker": other}))
+
+
+def test_a_row_that_breaks_the_step_takes_no_other_along(place: Place) -> None:
+    rows = [{"prompt": f"The sea {n}", "model": BASE} for n in range(12)]
+    rows[5]["prompt"] = f"Tell {POISON}"
+    run = place.begin(rows, part_rows=6)
+    answerer = PartAnswerer(run)
+    engine = answerer.engine.engine
+    [token] = engine.base.tokenizer(POISON, add_special_tokens=False).input_ids
+
+    def break_on_poison(module: Any, args: Any, kwargs: Any) -> None:
+        if (kwargs["input_ids"] == token).any():
+            raise RuntimeError("this one")
+
+    engine.base.model.register_forward_pre_hook(break_on_poison, with_kwargs=True)
+    try:
+        answer(run, answerer)
+    finally:
+        answerer.close()
+    found = place.written()
+    assert [n for n, row in enumerate(found) if row["error"]] == [5]
+    assert found[5]["error"]["code"] == "engine_stopped"
+    assert all(row["num_new_tokens"] == 6 for n, row in enumerate(found) if n != 5)
+
+
+def test_prompts_of_one_part_share_a_call_of_the_encoder() -> None:
+    calls: list[list[str]] = []
+
+    class Counting:
+        def route(self, requests: list[RouteRequest]) -> list[Any]:
+            calls.append([request.text for request in requests])
+            return [NoAdapterMatched(0.1, 0.5) if r.text == "odd" else f"route of {r.text}" for r in requests]
+
+    async def main() -> list[Any]:
+        retriever = LocalRetriever(Counting())  # type: ignore[arg-type]
+        asked = [retriever.route(RouteRequest(text)) for text in ("one", "odd", "two")]
+        together = await asyncio.gather(*asked, return_exceptions=True)
+        return [*together, await retriever.route(RouteRequest("later"))]
+
+    one, odd, two, later = asyncio.run(main())
+    assert calls == [["one", "odd", "two"], ["later"]]
+    assert (one, two, later) == ("route of one", "route of two", "route of later")
+    assert isinstance(odd, NoAdapterMatched)
