@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from gpu_worker import attention_cpu
+from gpu_worker.attention import ATTENTION_NAME, register
 from gpu_worker.config import WorkerConfig
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.packaged_model import PACKAGED_MODEL, packaged_folder
@@ -45,13 +45,13 @@ def model_source(config: WorkerConfig) -> str:
 
 
 def load_base_model(config: WorkerConfig) -> BaseModel:
-    """The base model on its device, checked. Raises: BaseModelUnsupported, naming what is missing."""
+    """The base model in host memory, checked. Raises: BaseModelUnsupported, naming what is missing."""
     source = model_source(config)
     hf_config = AutoConfig.from_pretrained(source)
     _check_config(hf_config)
-    attention_cpu.register()
-    dtype = resolve_dtype(config.dtype)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attention_cpu.ATTENTION_NAME)
+    register()
+    dtype = resolve_dtype(config.dtype, config.device)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=ATTENTION_NAME)
     if not model._supports_attention_backend:
         raise BaseModelUnsupported(f"{type(model).__name__} does not support transformers' attention interface")
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -70,8 +70,10 @@ def load_base_model(config: WorkerConfig) -> BaseModel:
     )
 
 
-def resolve_dtype(name: str) -> torch.dtype:
-    """`auto` is bfloat16 where the processor multiplies it in hardware, else float32."""
+def resolve_dtype(name: str, device: str = "cpu") -> torch.dtype:
+    """`auto` is bfloat16 on a GPU and where the processor multiplies it in hardware, else float32."""
+    if name == "auto" and device == "cuda":
+        name = "bfloat16"
     if name == "auto":
         capabilities = torch.cpu.get_capabilities()
         name = "bfloat16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "float32"

@@ -20,6 +20,7 @@ HOLDINGS = Holdings(
     num_running=3,
     num_waiting=2,
     free_kv_rows=29,
+    free_kv_tokens=59_000,
     host_cache_bytes=5_000_000,
     num_forgetting=0,
     counters=Counters(

@@ -12,6 +12,7 @@ import pytest
 from gpu_worker.base_model import BaseModel
 from gpu_worker.engine import Engine
 from gpu_worker.engine_loop import EngineLoop
+from gpu_worker.kv_cache import KvCache, KvShape
 from gpu_worker.loader import Fetch
 from gpu_worker.request import Job
 from lora_store.adapter import AdapterWeights
@@ -31,6 +32,7 @@ def make_engine(tiny_folders: Mapping[str, Path], tiny_base: Callable[..., BaseM
         executor: Executor | None = None,
         fetch: Fetch | None = None,
         clock: Callable[[], float] = time.time,
+        build_kv_cache: Callable[[KvShape], KvCache] | None = None,
         **changes: object,
     ) -> Engine:
         get, executor = (
@@ -44,6 +46,7 @@ def make_engine(tiny_folders: Mapping[str, Path], tiny_base: Callable[..., BaseM
             executor=executor,
             free_fill=float("nan"),
             clock=clock,
+            build_kv_cache=build_kv_cache,
         )
 
     return make

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 
-from gpu_worker.attention_cpu import ATTENTION_NAME
+from gpu_worker.attention import ATTENTION_NAME
 from gpu_worker.base_model import BaseModel, load_base_model, model_source, resolve_dtype
 from gpu_worker.config import WorkerConfig
 from gpu_worker.errors import BaseModelUnsupported

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gpu_worker.attention_plan import Segment, attention_plan
+from gpu_worker.attention_plan import Segment
 from gpu_worker.bank import LoraBank
 from gpu_worker.base_model import BaseModel, load_base_model
 from gpu_worker.engine import Engine
-from gpu_worker.kv_cache import KvCache
+from gpu_worker.kv_regions import KvRegions
 from gpu_worker.lora_linear import LoraLinear
 from gpu_worker.mapping import StepContext, token_mapping
 from gpu_worker.residency import Residency
 from lora_store.adapter import AdapterWeights, ModuleWeights
 from lora_store.plan import BASE_PLAN, Plan
-from tests.gpu_worker.driving import greedy, run_together
+from tests.gpu_worker.driving import greedy, kv_shape, run_together
 from tests.tiny import FAMILIES, assert_equal_logits, linear_shapes, plan_of, random_adapter, tiny_config
 
 PROMPTS = ["a", "the quick brown fox", "0123456789" * 6, "x y", "lorem ipsum dolor sit amet " * 3]
@@ -158,9 +158,6 @@ def test_in_bfloat16_a_mixed_batch_stays_close_to_each_row_alone(
         assert_equal_logits(answer.first_logits.bfloat16(), alone.first_logits.bfloat16())
 
 
-NO_CACHE = KvCache(num_layers=0, num_rows=0, num_heads=1, max_len=1, head_dim=1, dtype=torch.float32)
-
-
 def einsum_mixture(x: Tensor, lora_a: Tensor, lora_b: Tensor, mapping: Tensor) -> Tensor:
     """The paper's literal contraction. Dims: b rows, l tokens, p adapters, r rank, d in, o out."""
     h = torch.einsum("bld,prd->blpr", x, lora_a)
@@ -198,9 +195,8 @@ def test_lora_linear_equals_the_papers_einsum(strategy: str, popularity: str) ->
         mapping[b, row] = 1 / len(row)
     step = StepContext()
     segments = [Segment(b, b * num_tokens, num_tokens, 0) for b in range(num_rows)]
-    step.fill(
-        token_mapping(plans, [num_tokens] * num_rows, residency, torch.float32), attention_plan(NO_CACHE, segments)
-    )
+    no_attention = KvRegions(kv_shape()).attention(segments)
+    step.fill(token_mapping(plans, [num_tokens] * num_rows, residency, torch.float32), no_attention)
     x = torch.randn(num_rows, num_tokens, num_in)
     slow = einsum_mixture if strategy == "mixture" else einsum_fusion
     with torch.inference_mode():
