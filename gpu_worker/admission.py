@@ -123,7 +123,7 @@ class Admission:
         self._is_full = self._kv_cache.num_free == 0
 
     def _pin(self, row: Row) -> None:
-        """Bring the row's adapters into the bank, where there is room. Raises: what went wrong with its loads or plan."""
+        """Bring the row's adapters into the bank, where there is room. Raises: what is wrong with its loads or plan."""
         if not row.is_pinned:
             missing = [digest for digest in row.adapter_set if digest not in self._residency]
             loaded = {digest: row.loads[digest].result() for digest in missing}

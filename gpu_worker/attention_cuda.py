@@ -39,7 +39,7 @@ class VarlenAttention(Protocol):
 class PagedAttention(AttentionPlan):
     """A step over pages. Dims: N tokens, B segments, W pages of the longest row, P page tokens.
 
-    store (layers, 2, pages, P, H, D); token_positions, slots (N,): a token's key lies at page slot // P, place slot % P.
+    store (layers, 2, pages, P, H, D); token_positions, slots (N,): a token's key lies in page slot // P at slot % P.
     query_starts, key_starts (B + 1,), lengths (B,), block_table (B, W): int32, as varlen_attn takes them. Flash
     attention 2 wants `key_starts` beside the block table and reads nothing by it.
     """

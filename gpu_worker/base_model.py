@@ -15,6 +15,7 @@ from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.packaged_model import PACKAGED_MODEL, packaged_folder
 
 _ATTENTION_SINKS = ("gpt_oss",)
+_LARGEST_CUDA_HEAD = 256  # of flash attention 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,12 @@ def load_base_model(config: WorkerConfig) -> BaseModel:
     source = model_source(config)
     hf_config = AutoConfig.from_pretrained(source)
     _check_config(hf_config)
+    head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+    if config.device == "cuda" and (head_dim > _LARGEST_CUDA_HEAD or head_dim % 8):
+        raise BaseModelUnsupported(
+            f"{hf_config.model_type} has heads of {head_dim}; attention on cuda takes multiples of 8 up to"
+            f" {_LARGEST_CUDA_HEAD}"
+        )
     register()
     dtype = resolve_dtype(config.dtype, config.device)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=ATTENTION_NAME)
@@ -63,7 +70,7 @@ def load_base_model(config: WorkerConfig) -> BaseModel:
         eos_token_ids=_eos_token_ids(model, tokenizer),
         num_layers=hf_config.num_hidden_layers,
         num_kv_heads=hf_config.num_key_value_heads,
-        head_dim=getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads,
+        head_dim=head_dim,
         max_position=hf_config.max_position_embeddings,
         vocab_size=hf_config.vocab_size,
         dtype=dtype,

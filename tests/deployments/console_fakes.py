@@ -24,7 +24,13 @@ HOLDINGS = Holdings(
     host_cache_bytes=5_000_000,
     num_forgetting=0,
     counters=Counters(
-        num_requests=10, num_prompt_tokens=50, num_new_tokens=400, num_bank_hits=6, num_host_hits=3, num_fetches=1
+        num_requests=10,
+        num_prompt_tokens=50,
+        num_new_tokens=400,
+        num_bank_hits=6,
+        num_host_hits=3,
+        num_fetches=1,
+        num_preemptions=2,
     ),
 )
 

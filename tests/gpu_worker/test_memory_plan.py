@@ -70,8 +70,9 @@ def test_less_room_is_less_kv_and_too_little_stops_with_the_sum(plan: Callable[.
 def test_a_setting_that_cannot_fit_is_among_the_terms(
     changes: dict[str, object], part: str, plan: Callable[..., MemoryPlan]
 ) -> None:
+    needed = plan(GIB, **changes)
     with pytest.raises(WorkerConfigInvalid) as caught:
-        plan(plan(GIB).total_bytes // 2 if not changes else 3 << 20, **changes)
+        plan((needed.total_bytes - needed.headroom_bytes) // 2, **changes)
     terms = re.findall(r"([\d,]+) MiB", str(caught.value))
     assert part in str(caught.value) and len(terms) == 6
 

@@ -59,7 +59,7 @@ def test_rows_that_outgrow_the_budget_wait_again_and_say_what_they_say_alone(
 
 def test_seeds_penalties_and_log_probabilities_go_on_where_they_were(make_engine: MakeEngine) -> None:
     params = {"max_tokens": 70, "temperature": 1.0, "frequency_penalty": 0.5, "logprobs": 2, "ignore_eos": True}
-    jobs = [job_of(20, 0, i, sampling=SamplingParams(seed=i, **params)) for i in range(4)]  # type: ignore[arg-type]
+    jobs = [job_of(20, 1, i, sampling=SamplingParams(seed=i, **params)) for i in range(4)]  # type: ignore[arg-type]
     tight, ample = make_engine({}, kv_tokens=MAX_LEN), make_engine({})
     for found, expected in zip(run_together(tight, jobs), run_together(ample, jobs), strict=True):
         assert_same(found, expected)
@@ -73,7 +73,7 @@ def test_seeds_penalties_and_log_probabilities_go_on_where_they_were(make_engine
 
 def test_the_row_that_joined_last_gives_way_and_is_the_next_to_run(make_engine: MakeEngine) -> None:
     engine = make_engine({}, kv_tokens=MAX_LEN)
-    old, young = (ask(engine, job_of(70, 60, i)) for i in range(2))
+    old, young = (ask(engine, job_of(50, 60, i)) for i in range(2))
     engine.step()
     waiting = [ask(engine, job_of(70, 5, i, tenant=tenant)) for i, tenant in [(2, "local"), (3, "other")]]
     until_preempted(engine)
@@ -131,7 +131,7 @@ def test_rows_join_while_each_that_runs_can_take_one_page_more(make_engine: Make
 def test_one_that_ran_is_not_refused_for_having_waited(make_engine: MakeEngine) -> None:
     clock = Clock()
     engine = make_engine({}, kv_tokens=MAX_LEN, clock=clock, max_wait_s=5.0)
-    answers = [ask(engine, job_of(70, 60, i)) for i in range(2)]
+    answers = [ask(engine, job_of(50, 60, i)) for i in range(2)]
     until_preempted(engine)
     clock.now += 100
     engine.run_until_idle()
@@ -141,8 +141,8 @@ def test_one_that_ran_is_not_refused_for_having_waited(make_engine: MakeEngine) 
 def test_one_that_ran_ends_at_its_deadline_all_the_same(make_engine: MakeEngine, shapes: Shapes) -> None:
     clock, weights = Clock(), random_adapter(shapes, 1)
     engine = make_engine(by_digest(weights), kv_tokens=MAX_LEN, clock=clock)
-    ask(engine, job_of(70, 60, 0))
-    late = ask(engine, job_of(70, 60, 1, plan_of("selection", (weights, 1.0)), deadline=1010.0))
+    ask(engine, job_of(50, 60, 0))
+    late = ask(engine, job_of(50, 60, 1, plan_of("selection", (weights, 1.0)), deadline=1010.0))
     until_preempted(engine)
     clock.now = 1010.0
     engine.step()
@@ -157,8 +157,8 @@ def test_one_that_waits_again_holds_its_adapters_until_it_leaves(
 ) -> None:
     weights, other = random_adapter(shapes, 1), random_adapter(shapes, 2)
     engine = make_engine(by_digest(weights, other), kv_tokens=MAX_LEN, bank_rank_rows=8)
-    ask(engine, job_of(70, 60, 0, plan_of("selection", (other, 1.0))))
-    waits = ask(engine, job_of(70, 60, 1, plan_of("selection", (weights, 1.0))))
+    ask(engine, job_of(50, 60, 0, plan_of("selection", (other, 1.0))))
+    waits = ask(engine, job_of(50, 60, 1, plan_of("selection", (weights, 1.0))))
     until_preempted(engine)
     assert waits.row in engine.waiting and waits.row.is_pinned
     assert not engine.forget([weights.weights_digest])
@@ -180,7 +180,7 @@ def test_a_plan_that_waits_for_the_whole_bank_and_one_that_waits_for_kv_do_not_b
     """The wide plan has the bank reserved; the row that gave its KV back keeps a part of the bank, and runs on."""
     wide, narrow = random_adapter(shapes, 1, rank=8), random_adapter(shapes, 2, rank=4)
     engine = make_engine(by_digest(wide, narrow), kv_tokens=MAX_LEN, bank_rank_rows=8)
-    rows = [ask(engine, job_of(70, 60, i, plan_of("selection", (narrow, 1.0)))) for i in range(2)]
+    rows = [ask(engine, job_of(50, 60, i, plan_of("selection", (narrow, 1.0)))) for i in range(2)]
     engine.step()
     reserving = ask(engine, job_of(30, 5, 3, plan_of("selection", (wide, 1.0))))
     reserving.row.num_passes = 50
