@@ -259,7 +259,7 @@ class Engine:
             [row.plan for row, _ in scheduled], [s.num_tokens for s in segments], self.residency, self.base.dtype
         )
         attention = self.kv_cache.attention(segments)
-        self._step_context.fill(mapping, attention)
+        self._step_context.fill(None if mapping is None else mapping.to(self._device), attention)
         ids = [token for row, s in scheduled for token in row.tokens[s.context_len : s.total_len]]
         last = [s.end - 1 for row, s in scheduled if s.total_len == len(row.tokens)]
         output = self.base.model(

@@ -11,6 +11,7 @@ from torch import Tensor
 from gpu_worker.attention_plan import AttentionPlan
 from gpu_worker.bank import InputBank
 from gpu_worker.residency import Residency
+from gpu_worker.transfer import to_device
 from lora_store.plan import Plan
 
 
@@ -27,6 +28,15 @@ class TokenMapping:
     absent: Tensor  # (P, 1, N) bool, weights == 0
     by_rank: Tensor
     fusion: Tensor | None
+
+    def to(self, device: torch.device) -> TokenMapping:
+        """The same on `device`."""
+        return TokenMapping(
+            to_device(self.weights, device),
+            to_device(self.absent, device),
+            to_device(self.by_rank, device),
+            None if self.fusion is None else to_device(self.fusion, device),
+        )
 
 
 class StepContext:
