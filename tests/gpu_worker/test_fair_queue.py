@@ -155,10 +155,10 @@ def test_a_row_waits_for_at_most_tenants_times_sets_of_its_own() -> None:
 
 def test_rows_that_are_put_back_come_first_the_last_one_before_the_others() -> None:
     queue = queue_of(*rows("a", "t", 2), *rows("b", "t", 2), *rows("a", "u", 2), row("c", "v"))
-    taken = [next(queue.turns()) for _ in range(1)]
-    queue.take(taken[0])
-    taken.append(next(queue.turns()))
-    queue.take(taken[1])
+    taken = []
+    for _ in range(2):
+        taken.append(next(queue.turns()))
+        queue.take(taken[-1])
     assert [each.request_id for each in taken] == ["t/a0", "u/a0"]
     for each in reversed(taken):
         queue.put_back(each)

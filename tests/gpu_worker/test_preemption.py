@@ -103,7 +103,7 @@ def test_a_prompt_that_does_not_fit_yet_is_not_overtaken(make_engine: MakeEngine
     engine = make_engine({}, kv_tokens=MAX_LEN)
     first = ask(engine, job_of(100, 20, 0))
     engine.step()
-    long, short = ask(engine, job_of(90, 2, 1)), ask(engine, job_of(3, 2, 2))
+    long, short = ask(engine, job_of(90, 2, 1)), ask(engine, job_of(3, 2, 2, tenant="other"))
     while not long.row.num_new_tokens:
         engine.step()
         assert not short.row.num_new_tokens or long.row in engine.running
