@@ -32,12 +32,14 @@ class _Settings(BaseModel):
 class WorkerSettings(_Settings):
     """The engine of one worker replica; see `gpu_worker.config.WorkerConfig`."""
 
+    device: Literal["cpu", "cuda"] = "cpu"  # cuda: with `num_gpus` in worker_scaling
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     num_threads: int | None = Field(default=None, ge=1)  # None: the machine's cores
     lora_products: Literal["auto", "torch"] = "auto"  # auto: compiled where a C++ compiler is found, on the CPU
     bank_rank_rows: int = Field(default=256, ge=1)
     max_batch_size: int = Field(default=32, ge=1)
     max_model_len: int = Field(default=2048, ge=1)
+    kv_tokens: int | None = Field(default=None, ge=1)  # None: every row at its longest, or what the device has room for
     max_step_tokens: int = Field(default=1024, ge=1)
     max_waiting: int = Field(default=2048, ge=1)
     max_wait_s: float = Field(default=90, gt=0)
@@ -111,6 +113,15 @@ class AppConfig(_Settings):
             self.worker_config()
         except WorkerConfigInvalid as exc:
             raise ValueError(str(exc)) from exc
+        return self
+
+    @model_validator(mode="after")
+    def _device_is_placed(self) -> Self:
+        device, num_gpus = self.worker.device, self.worker_scaling.num_gpus
+        if (device == "cuda") != (num_gpus > 0):
+            raise ValueError(
+                f"worker.device is {device} and worker_scaling.num_gpus {num_gpus:g}: set both, or neither"
+            )
         return self
 
     @model_validator(mode="after")

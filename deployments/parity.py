@@ -95,7 +95,9 @@ def _engine_logits(
     pool = {name: AdapterWeights(name, dict(modules)) for name, modules in adapters.items()}
     config = replace(
         config,
+        device="cpu",
         dtype="float32",
+        kv_tokens=None,
         max_model_len=_MAX_LEN,
         max_batch_size=len(plans),
         bank_rank_rows=sum(weights.max_rank for weights in pool.values()),

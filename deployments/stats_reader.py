@@ -89,6 +89,8 @@ class StatsReader:
             "bank_hits": sum(counted.num_bank_hits for counted in counters),
             "host_hits": sum(counted.num_host_hits for counted in counters),
             "fetches": sum(counted.num_fetches for counted in counters),
+            "preemptions": sum(counted.num_preemptions for counted in counters),
+            "kv_tokens_free": sum(held.free_kv_tokens for held in holdings),
         }
 
 

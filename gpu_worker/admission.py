@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from gpu_worker.fair_queue import FairQueue
 from gpu_worker.kv_cache import KvCache
 from gpu_worker.load_window import LoadWindow
@@ -16,7 +18,9 @@ class Admission:
     """The waiting rows. Those that are next have their weights loaded ahead, within `window`.
 
     A row takes all its adapters into the bank or none, and waits without blocking the others. One that was passed
-    over `_MAX_PASSES` times reserves the bank: until it runs nobody else gets adapters.
+    over `_MAX_PASSES` times reserves the bank: until it runs nobody else gets adapters. A row that has its adapters and
+    whose tokens do not fit the KV cache holds up all behind it. It waits for rows that run, and those wait for nothing:
+    so nobody waits in a circle.
     """
 
     def __init__(self, loader: AdapterLoader, residency: Residency, kv_cache: KvCache, window: LoadWindow) -> None:
@@ -25,6 +29,7 @@ class Admission:
         self._reserving: Row | None = None
         self._started: list[Row] = []
         self._failed: list[tuple[Row, Exception]] = []
+        self._is_full = False  # no KV for the row whose turn it is
 
     def append(self, row: Row) -> None:
         """Let the row wait; what the bank lacks of its adapters starts loading now, where the window has room."""
@@ -32,10 +37,18 @@ class Admission:
         if self.waiting.is_first(row):
             self._has_weights(row)
 
+    def put_back(self, row: Row) -> None:
+        """A row that ran waits before all others. Its adapters stay pinned: it needs nothing but KV to run on."""
+        self.waiting.put_back(row)
+
     def remove(self, row: Row) -> None:
         """Let the row wait no longer."""
         self.waiting.remove(row)
         self._window.discard(row)
+        if row.is_pinned:
+            self._residency.unpin(row.weights_digests)
+            self._residency.settle()
+            row.is_pinned = False
 
     def clear(self) -> list[Row]:
         """The rows that waited; none does any more."""
@@ -47,17 +60,18 @@ class Admission:
     def admit(self) -> tuple[list[Row], list[tuple[Row, Exception]]]:
         """The rows that run from now on, and those whose loads or plan failed. The caller settles the bank."""
         self._started, self._failed = [], []
+        self._is_full = self._kv_cache.num_free == 0
         self._window.refresh()
         reserving = self._row_with_reservation()
-        if reserving is not None and self._kv_cache.num_free:
+        if reserving is not None and not self._is_full:
             self._try_start(reserving)
             reserving = self._row_with_reservation()
         for row in self.waiting.turns():
-            if self._kv_cache.num_free == 0:
+            if self._is_full:
                 if not self._window.has_room:
                     break
                 self._has_weights(row)
-            elif reserving is None or not row.plan.adapters:
+            elif reserving is None or row.is_pinned or not row.plan.adapters:
                 self._try_start(row)
                 reserving = self._row_with_reservation()
         return self._started, self._failed
@@ -87,21 +101,33 @@ class Admission:
         if not self._has_weights(row):
             return
         try:
-            missing = [digest for digest in row.adapter_set if digest not in self._residency]
-            loaded = {digest: row.loads[digest].result() for digest in missing}
-            is_pinned = self._residency.try_pin(row.weights_digests, loaded)
+            self._pin(row)
         except Exception as exc:  # of its loads or its plan: also of those who wait for the same, and nobody else's
             self._fail(row, exc)
             return
-        if not is_pinned:
+        if not row.is_pinned:
             row.num_passes += 1
             if row.num_passes > _MAX_PASSES and self._row_with_reservation() is None:
                 self._reserving = row
-            return
+        elif self._kv_cache.fits(len(row.tokens)):
+            self._start(row)
+        else:
+            self._is_full = True
+
+    def _start(self, row: Row) -> None:
         self.waiting.take(row)
         self._window.discard(row)  # the bank holds them now
-        row.kv_row = self._kv_cache.allocate()
+        row.kv_row = self._kv_cache.allocate(len(row.tokens), row.longest_len)
+        row.start_by = math.inf
         self._started.append(row)
+        self._is_full = self._kv_cache.num_free == 0
+
+    def _pin(self, row: Row) -> None:
+        """Bring the row's adapters into the bank, where there is room. Raises: what is wrong with its loads or plan."""
+        if not row.is_pinned:
+            missing = [digest for digest in row.adapter_set if digest not in self._residency]
+            loaded = {digest: row.loads[digest].result() for digest in missing}
+            row.is_pinned = self._residency.try_pin(row.weights_digests, loaded)
 
     def _fail(self, row: Row, error: Exception) -> None:
         for companion in self.waiting.companions(row):

@@ -1,69 +1,90 @@
-"""Attention of a packed step on the CPU, registered with transformers under a name of its own.
-
-transformers builds no mask for a name it does not know: causality, windows and lengths are derived here.
-"""
+"""Attention on the CPU over one region a row: prefill chunks one by one, decode tokens in groups of rows."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
 
-from gpu_worker.attention_plan import AttentionPlan, DecodeGroup, Segment
-from gpu_worker.errors import BaseModelUnsupported
-from gpu_worker.step_context import StepContext
+from gpu_worker.attention_plan import AttentionPlan, Segment
 
-ATTENTION_NAME = "loraretriever_cpu"
+_GROUP_COST_TOKENS = 1024  # a group takes as long as this many more tokens of one row, measured: benchmarks/README.md
 
 
-def packed_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    step: StepContext,
-    scaling: float,
-    sliding_window: int | None = None,
-    **others: object,
-) -> tuple[Tensor, None]:
-    """Store the step's keys and values, then attend every token to its own row up to itself.
+@dataclass(frozen=True, slots=True)
+class DecodeGroup:
+    """Single-token segments of adjacent rows, read together. Dims: G rows, T tokens read of each. lengths (G,)."""
 
-    Dims: N tokens of the step, Q query heads, H key/value heads, D head size.
-    query (1, Q, N, D), key and value (1, H, N, D) -> (1, N, Q, D).
-    Raises: BaseModelUnsupported where the model hands over attention sinks or a soft-cap.
-    """
-    if others.get("s_aux") is not None or others.get("softcap") is not None:
-        raise BaseModelUnsupported("attention sinks and soft-capping are not served by this engine")
-    plan = step.attention
-    layer = module.layer_idx
-    assert isinstance(layer, int)
-    plan.cache.write(layer, plan.token_rows, plan.token_positions, key[0], value[0])
-    output = query.new_empty(query.shape[2], query.shape[1], query.shape[3])  # (N, Q, D)
-    for segment in plan.prefill:
-        output[segment.start : segment.end] = _prefill(plan, layer, segment, query, scaling, sliding_window)
-    for group in plan.decode:
-        output[group.tokens] = _decode(plan, layer, group, query, scaling, sliding_window)
-    return output[None], None
+    tokens: slice | Tensor  # (G,) where they are not adjacent in the step
+    rows: slice  # never gathered: a view, not a copy
+    lengths: Tensor
+    read_len: int
+    _masks: dict[int | None, Tensor] = field(default_factory=dict)  # by window: all layers of a step share them
+
+    def bias(self, sliding_window: int | None, dtype: torch.dtype) -> Tensor:
+        """(G, 1, 1, T): 0, and -inf where a token must not see: past its row's length, or out of the window."""
+        if sliding_window not in self._masks:
+            positions = torch.arange(self.read_len)
+            hidden = positions >= self.lengths[:, None]
+            if sliding_window is not None:
+                hidden |= positions < self.lengths[:, None] - sliding_window
+            bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
+            self._masks[sliding_window] = bias[:, None, None, :]
+        return self._masks[sliding_window]
+
+
+@dataclass(frozen=True, slots=True)
+class RegionAttention(AttentionPlan):
+    """A step over regions. keys, values: of each layer (rows, H, T, D); token_rows, token_positions (N,)."""
+
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
+    token_rows: Tensor
+    token_positions: Tensor
+    prefill: tuple[Segment, ...]
+    decode: tuple[DecodeGroup, ...]
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, sliding_window: int | None
+    ) -> Tensor:
+        keys, values = self.keys[layer], self.values[layer]
+        keys[self.token_rows, :, self.token_positions] = key.transpose(0, 1)
+        values[self.token_rows, :, self.token_positions] = value.transpose(0, 1)
+        output = query.new_empty(query.shape[1], query.shape[0], query.shape[2])  # (N, Q, D)
+        for segment in self.prefill:
+            chunk = query[:, segment.start : segment.end]
+            output[segment.start : segment.end] = _prefill(keys, values, segment, chunk, scaling, sliding_window)
+        for group in self.decode:
+            output[group.tokens] = _decode(keys, values, group, query[:, group.tokens], scaling, sliding_window)
+        return output
+
+
+def region_attention(keys: Sequence[Tensor], values: Sequence[Tensor], segments: Sequence[Segment]) -> RegionAttention:
+    """The plan for `segments`, which cover a step's tokens in order."""
+    counts = torch.tensor([segment.num_tokens for segment in segments])
+    rows = torch.tensor([segment.row for segment in segments]).repeat_interleave(counts)
+    positions = torch.cat([torch.arange(segment.context_len, segment.total_len) for segment in segments])
+    is_decode = [segment.num_tokens == 1 and segment.context_len > 0 for segment in segments]
+    prefill = tuple(segment for segment, decodes in zip(segments, is_decode, strict=True) if not decodes)
+    decode = tuple(_groups([segment for segment, decodes in zip(segments, is_decode, strict=True) if decodes]))
+    return RegionAttention(keys, values, rows, positions, prefill, decode)
 
 
 def _prefill(
-    plan: AttentionPlan, layer: int, segment: Segment, query: Tensor, scaling: float, sliding_window: int | None
+    keys: Tensor, values: Tensor, segment: Segment, query: Tensor, scaling: float, sliding_window: int | None
 ) -> Tensor:
-    """One chunk against everything its row holds. -> (n, Q, D)"""
+    """One chunk against everything its row holds. query (Q, n, D) -> (n, Q, D)"""
     end = segment.total_len
     first = 0 if sliding_window is None else max(0, segment.context_len + 1 - sliding_window)
-    keys = plan.cache.keys[layer][segment.row, :, first:end]
-    values = plan.cache.values[layer][segment.row, :, first:end]
     whole = segment.context_len == 0 and (sliding_window is None or end <= sliding_window)
-    mask = None if whole else _visible(segment, first, sliding_window)
     attended = scaled_dot_product_attention(
-        query[:, :, segment.start : segment.end],
-        keys[None],
-        values[None],
-        attn_mask=mask,
+        query[None],
+        keys[segment.row, :, first:end][None],
+        values[segment.row, :, first:end][None],
+        attn_mask=None if whole else _visible(segment, first, sliding_window),
         is_causal=whole,
         scale=scaling,
         enable_gqa=True,
@@ -82,18 +103,44 @@ def _visible(segment: Segment, first: int, sliding_window: int | None) -> Tensor
 
 
 def _decode(
-    plan: AttentionPlan, layer: int, group: DecodeGroup, query: Tensor, scaling: float, sliding_window: int | None
+    keys: Tensor, values: Tensor, group: DecodeGroup, query: Tensor, scaling: float, sliding_window: int | None
 ) -> Tensor:
-    """One new token a row; grouped query heads share their keys without repeating them. -> (G, Q, D)"""
-    keys = plan.cache.keys[layer][group.rows, :, : group.read_len]  # (G, H, T, D)
-    values = plan.cache.values[layer][group.rows, :, : group.read_len]
-    num_rows, num_heads, _, head_dim = keys.shape
-    queries = query[0][:, group.tokens].transpose(0, 1).reshape(num_rows, num_heads, -1, head_dim)  # (G, H, Q/H, D)
+    """One new token a row; grouped query heads share their keys without repeating them. query (Q, G, D) -> (G, Q, D)"""
+    read_keys = keys[group.rows, :, : group.read_len]  # (G, H, T, D)
+    read_values = values[group.rows, :, : group.read_len]
+    num_rows, num_heads, _, head_dim = read_keys.shape
+    queries = query.transpose(0, 1).reshape(num_rows, num_heads, -1, head_dim)  # (G, H, Q/H, D)
     bias = group.bias(sliding_window, query.dtype)
-    attended = scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scaling)
+    attended = scaled_dot_product_attention(queries, read_keys, read_values, attn_mask=bias, scale=scaling)
     return attended.reshape(num_rows, -1, head_dim)
 
 
-def register() -> None:
-    """Make the function known to transformers; models select it by `ATTENTION_NAME`."""
-    AttentionInterface.register(ATTENTION_NAME, packed_attention)
+def _groups(segments: Sequence[Segment]) -> Iterator[DecodeGroup]:
+    """Runs of adjacent rows. A run goes on while what it reads past its rows' lengths costs less than a new group."""
+    run: list[Segment] = []
+    for segment in sorted(segments, key=lambda segment: segment.row):
+        if run and not _belongs(segment, run):
+            yield _group(run)
+            run = []
+        run.append(segment)
+    if run:
+        yield _group(run)
+
+
+def _belongs(segment: Segment, run: Sequence[Segment]) -> bool:
+    if segment.row != run[-1].row + 1:
+        return False
+    read_len = max(member.total_len for member in run)
+    together = (len(run) + 1) * max(read_len, segment.total_len)
+    return together <= len(run) * read_len + segment.total_len + _GROUP_COST_TOKENS
+
+
+def _group(run: Sequence[Segment]) -> DecodeGroup:
+    starts = [segment.start for segment in run]
+    adjacent = starts == list(range(starts[0], starts[0] + len(run)))
+    return DecodeGroup(
+        tokens=slice(starts[0], starts[0] + len(run)) if adjacent else torch.tensor(starts),
+        rows=slice(run[0].row, run[-1].row + 1),
+        lengths=torch.tensor([segment.total_len for segment in run]),
+        read_len=max(segment.total_len for segment in run),
+    )

@@ -30,7 +30,7 @@ class InputBank:
         self.a = self._flat[: num_rows * self.num_modules]
 
     def write(self, rows: slice | Tensor, index: int, a: Tensor) -> None:
-        self._by_row[rows, index] = a.to(self._by_row.device)
+        self._by_row[rows, index] = a.to(self._by_row.device, non_blocking=True)
 
 
 class ModuleBank:
@@ -54,7 +54,7 @@ class ModuleBank:
 
     def write(self, rows: slice | Tensor, module: FittedModule) -> None:
         self.inputs.write(rows, self.index, module.a)
-        self._bt[rows] = module.bt.to(self._bt.device)
+        self._bt[rows] = module.bt.to(self._bt.device, non_blocking=True)
 
 
 class LoraBank:
@@ -94,7 +94,7 @@ class LoraBank:
 
     def fit(self, weights: AdapterWeights) -> FittedAdapter:
         """The weights as `write` takes them. Raises: AdapterUnfit, naming every module that does not fit."""
-        return fit(weights, self._shapes, self._dtype)
+        return fit(weights, self._shapes, self._dtype, pin=self._device.type == "cuda")
 
     def write(self, rows: Sequence[int], adapter: FittedAdapter) -> None:
         """Replace every value of `rows`: by the adapter's, by zeros past a module's rank and where it has no module."""

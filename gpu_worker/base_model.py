@@ -9,12 +9,13 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from gpu_worker import attention_cpu
+from gpu_worker.attention import ATTENTION_NAME, register
 from gpu_worker.config import WorkerConfig
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.packaged_model import PACKAGED_MODEL, packaged_folder
 
 _ATTENTION_SINKS = ("gpt_oss",)
+_LARGEST_CUDA_HEAD = 256  # of flash attention 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +46,19 @@ def model_source(config: WorkerConfig) -> str:
 
 
 def load_base_model(config: WorkerConfig) -> BaseModel:
-    """The base model on its device, checked. Raises: BaseModelUnsupported, naming what is missing."""
+    """The base model in host memory, checked. Raises: BaseModelUnsupported, naming what is missing."""
     source = model_source(config)
     hf_config = AutoConfig.from_pretrained(source)
     _check_config(hf_config)
-    attention_cpu.register()
-    dtype = resolve_dtype(config.dtype)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attention_cpu.ATTENTION_NAME)
+    head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+    if config.device == "cuda" and (head_dim > _LARGEST_CUDA_HEAD or head_dim % 8):
+        raise BaseModelUnsupported(
+            f"{hf_config.model_type} has heads of {head_dim}; attention on cuda takes multiples of 8 up to"
+            f" {_LARGEST_CUDA_HEAD}"
+        )
+    register()
+    dtype = resolve_dtype(config.dtype, config.device)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=ATTENTION_NAME)
     if not model._supports_attention_backend:
         raise BaseModelUnsupported(f"{type(model).__name__} does not support transformers' attention interface")
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -63,15 +70,17 @@ def load_base_model(config: WorkerConfig) -> BaseModel:
         eos_token_ids=_eos_token_ids(model, tokenizer),
         num_layers=hf_config.num_hidden_layers,
         num_kv_heads=hf_config.num_key_value_heads,
-        head_dim=getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads,
+        head_dim=head_dim,
         max_position=hf_config.max_position_embeddings,
         vocab_size=hf_config.vocab_size,
         dtype=dtype,
     )
 
 
-def resolve_dtype(name: str) -> torch.dtype:
-    """`auto` is bfloat16 where the processor multiplies it in hardware, else float32."""
+def resolve_dtype(name: str, device: str = "cpu") -> torch.dtype:
+    """`auto` is bfloat16 on a GPU and where the processor multiplies it in hardware, else float32."""
+    if name == "auto" and device == "cuda":
+        name = "bfloat16"
     if name == "auto":
         capabilities = torch.cpu.get_capabilities()
         name = "bfloat16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "float32"

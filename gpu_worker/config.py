@@ -18,12 +18,15 @@ class WorkerConfig:
     base_model: str = "gemma-3-270m"  # the packaged default, a Hugging Face id, or a local folder
     cache_dir: Path = DEFAULT_CACHE_DIR
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    device: Literal["cpu"] = "cpu"
+    device: Literal["cpu", "cuda"] = "cpu"
     num_threads: int | None = None  # None: one per core
     lora_products: Literal["auto", "torch"] = "auto"  # auto: compiled at start where a C++ compiler is found
     bank_rank_rows: int = 256  # rank rows of adapters held on the device at once
     max_batch_size: int = 32  # rows generating at once
     max_model_len: int = 2048  # prompt plus new tokens of one row
+    kv_tokens: int | None = (
+        None  # of all rows together; None: every row at its longest, or what the device has room for
+    )
     max_step_tokens: int = 1024  # prompt and decode tokens in one forward pass
     max_waiting: int = 2048  # requests queued before the engine refuses
     max_wait_s: float = 90.0  # a request that has not started by then is refused; a load that hangs says so before
@@ -34,6 +37,12 @@ class WorkerConfig:
         for field in ("bank_rank_rows", "max_batch_size", "max_model_len", "max_waiting", "load_threads"):
             if getattr(self, field) < 1:
                 raise WorkerConfigInvalid(f"{field} must be at least 1, got {getattr(self, field)}")
+        if self.kv_tokens is not None and self.kv_tokens < self.max_model_len:
+            raise WorkerConfigInvalid(
+                f"kv_tokens ({self.kv_tokens}) must hold one row of max_model_len ({self.max_model_len})"
+            )
+        if self.device == "cuda" and self.dtype == "float32":
+            raise WorkerConfigInvalid("dtype float32 is not served on cuda, whose attention takes bfloat16")
         if not self.max_wait_s > 0:
             raise WorkerConfigInvalid(f"max_wait_s must be above 0, got {self.max_wait_s}")
         if self.max_step_tokens < self.max_batch_size:

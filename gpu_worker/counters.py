@@ -20,6 +20,7 @@ class Counters:
     num_bank_hits: int = 0
     num_host_hits: int = 0
     num_fetches: int = 0
+    num_preemptions: int = 0  # a row gave its KV back to others, and computes it again
 
     def count_request(self, digests: Collection[str], bank: Container[str], host: Container[str]) -> None:
         self.num_requests += 1

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gpu_worker.bank import InputBank, ModuleBank
 from gpu_worker.residency import Residency
+from gpu_worker.transfer import to_device
 from lora_store.plan import Plan
 
 
@@ -62,9 +63,9 @@ def dense_mapping(
         for adapter in plan.adapters:
             rows[b, residency.rows(adapter.weights_digest)] = adapter.weight
     rank_of = torch.tensor(residency.rank_indices())
-    by_rank = torch.nn.functional.one_hot(rank_of, int(rank_of.max()) + 1).to(device, dtype)
+    by_rank = torch.nn.functional.one_hot(rank_of, int(rank_of.max()) + 1).to(dtype)
     repeats = torch.tensor(num_tokens)
-    weights = rows.repeat_interleave(repeats, dim=0).T.to(dtype).contiguous()[:, None].to(device)
+    weights = rows.repeat_interleave(repeats, dim=0).T.to(dtype).contiguous()[:, None]
     is_fusion = torch.tensor([plan.strategy == "fusion" for plan in plans])
-    fusion = is_fusion.repeat_interleave(repeats).to(device) if bool(is_fusion.any()) else None
-    return DenseMapping(weights, by_rank, fusion)
+    fusion = to_device(is_fusion.repeat_interleave(repeats), device) if bool(is_fusion.any()) else None
+    return DenseMapping(to_device(weights, device), to_device(by_rank, device), fusion)

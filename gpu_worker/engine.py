@@ -13,22 +13,26 @@ import torch
 from torch import Tensor
 
 from gpu_worker.admission import Admission
-from gpu_worker.attention_plan import Segment, attention_plan
+from gpu_worker.attention_plan import Segment
 from gpu_worker.bank import LoraBank
 from gpu_worker.base_model import BaseModel, load_base_model
 from gpu_worker.config import WorkerConfig
 from gpu_worker.counters import Counters
+from gpu_worker.device_memory import free_bytes
 from gpu_worker.errors import DeadlineExceeded, EngineFull, EngineStopped, LogitsNotFinite, WaitedTooLong
 from gpu_worker.fair_queue import FairQueue
 from gpu_worker.fitting import FittedAdapter
 from gpu_worker.holdings import Holdings
 from gpu_worker.inject import inject, target_linears
-from gpu_worker.kv_cache import KvCache
+from gpu_worker.kv_cache import KvCache, KvShape
+from gpu_worker.kv_pages import KvPages
+from gpu_worker.kv_regions import KvRegions
 from gpu_worker.load_window import LoadWindow
 from gpu_worker.loader import AdapterLoader, Fetch
 from gpu_worker.logprobs import Scored, score
-from gpu_worker.lora_kernel import load_kernel
+from gpu_worker.lora_kernel import LoraKernel, load_kernel
 from gpu_worker.mapping import composition
+from gpu_worker.memory_plan import MemoryPlan, plan_memory
 from gpu_worker.prepare import Preparer
 from gpu_worker.request import Delta
 from gpu_worker.residency import Residency
@@ -36,6 +40,7 @@ from gpu_worker.row import Row
 from gpu_worker.sampling import sample
 from gpu_worker.scheduler import schedule
 from gpu_worker.step_context import StepContext
+from gpu_worker.transfer import to_device
 
 logger = logging.getLogger(__name__)
 
@@ -58,20 +63,20 @@ class Engine:
         executor: Executor | None = None,
         free_fill: float = 0.0,
         clock: Callable[[], float] = time.time,
+        build_kv_cache: Callable[[KvShape], KvCache] | None = None,
     ) -> None:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
-        self.config = config
-        self.base = base or load_base_model(config)
-        self.max_len = min(config.max_model_len, self.base.max_position)
+        self.config, self._device = config, torch.device(config.device)
+        self.base, self.memory = _loaded(config, base)
+        self.max_len = self.memory.kv.max_len
         self._step_context = StepContext()
         linears = target_linears(self.base.model, self.base.model.get_output_embeddings())
         self.bank = LoraBank(linears, config.bank_rank_rows, free_fill=free_fill)
         inject(self.base.model, self.bank, self._step_context)
-        self._kernel = load_kernel(config.cache_dir) if config.lora_products == "auto" else None
+        self._kernel = _lora_kernel(config)
         self.residency = Residency(self.bank)
-        self.kv_cache = _kv_cache(self.base, config.max_batch_size, self.max_len)
-        self._log_memory()
+        self.kv_cache = (build_kv_cache or self._kv_cache)(self.memory.kv)
         self.prepare = Preparer(self.base, self.max_len)
         self._executor = executor or ThreadPoolExecutor(config.load_threads, thread_name_prefix="adapter-load")
         self.loaded = threading.Event()
@@ -132,6 +137,7 @@ class Engine:
             num_waiting=len(self.waiting),
             waiting_tokens=sum(row.num_prompt_tokens + row.max_new_tokens for row in self.waiting),
             free_kv_rows=self.kv_cache.num_free,
+            free_kv_tokens=self.kv_cache.num_free_tokens,
             host_cache_bytes=self.loader.cached_bytes,
             num_forgetting=len(self._forgetting),
             counters=self.counters.copy(),
@@ -169,6 +175,7 @@ class Engine:
     def step(self) -> bool:
         """Admit what can run, compute one packed step, sample. False when nothing could run: all wait for loads."""
         self._end_overdue()
+        self._grow()
         self._admit()
         has_run = bool(self.running)
         if has_run:
@@ -183,16 +190,8 @@ class Engine:
             if not self.step() and self.waiting:
                 self.loaded.wait(self.seconds_to_due)
 
-    def _log_memory(self) -> None:
-        logger.info(
-            "%s: %d rows of %d tokens take %d MiB of KV, %d adapter rank rows %d MiB",
-            self.config.base_model,
-            self.config.max_batch_size,
-            self.max_len,
-            self.kv_cache.num_bytes >> 20,
-            self.config.bank_rank_rows,
-            self.bank.num_bytes >> 20,
-        )
+    def _kv_cache(self, shape: KvShape) -> KvCache:
+        return KvRegions(shape) if self._device.type == "cpu" else KvPages(shape, self._device)
 
     def _end_overdue(self) -> None:
         """End what is past its deadline, running or not, and what has waited too long to start."""
@@ -209,6 +208,26 @@ class Engine:
             self.send(row, DeadlineExceeded(row.num_new_tokens) if is_past else WaitedTooLong(self.config.max_wait_s))
         due = [row.deadline for row in self.running] + [min(row.deadline, row.start_by) for row in self.waiting]
         self._next_due = min(due, default=math.inf)
+
+    def _grow(self) -> None:
+        """Every running row has KV for its tokens; where that is too little, those that joined last wait again.
+
+        The one that joined first is never among them, as one row alone always fits: so every row ends some time.
+        """
+        index = 0
+        while index < len(self.running):
+            row = self.running[index]
+            if self.kv_cache.grow(row.kv_row, len(row.tokens)):
+                index += 1
+            else:
+                self._preempt(self.running.pop())
+
+    def _preempt(self, row: Row) -> None:
+        """The row's KV is free. It keeps its tokens, and computes them again as one prompt when its turn comes."""
+        self.kv_cache.free(row.kv_row)
+        row.kv_row, row.num_computed = -1, 0
+        self._admission.put_back(row)
+        self.counters.num_preemptions += 1
 
     def _admit(self) -> None:
         started, failed = self._admission.admit()
@@ -245,15 +264,15 @@ class Engine:
         """Logits (rows whose last token was computed, V), float32 or the model's dtype."""
         segments = [segment for _, segment in scheduled]
         plans, num_tokens = [row.plan for row, _ in scheduled], [segment.num_tokens for segment in segments]
-        lora = composition(plans, num_tokens, self.residency, self.base.dtype, self._kernel, self.base.model.device)
-        attention = attention_plan(self.kv_cache, segments)
+        lora = composition(plans, num_tokens, self.residency, self.base.dtype, self._kernel, self._device)
+        attention = self.kv_cache.attention(segments)
         self._step_context.fill(lora, attention)
-        ids = [row.tokens[s.context_len : s.total_len] for row, s in scheduled]
+        ids = [token for row, s in scheduled for token in row.tokens[s.context_len : s.total_len]]
         last = [s.end - 1 for row, s in scheduled if s.total_len == len(row.tokens)]
         output = self.base.model(
-            input_ids=torch.tensor([token for chunk in ids for token in chunk])[None],
+            input_ids=to_device(torch.tensor(ids), self._device)[None],
             position_ids=attention.token_positions[None],
-            logits_to_keep=torch.tensor(last, dtype=torch.long),
+            logits_to_keep=to_device(torch.tensor(last, dtype=torch.long), self._device),
             use_cache=False,
             step=self._step_context,
         )
@@ -265,7 +284,7 @@ class Engine:
         if token is None:
             return LogitsNotFinite(f"the plan of request {row.request_id} drives the logits out of range")
         if row.keep_logits and row.first_logits is None:
-            row.first_logits = logits.float().clone()
+            row.first_logits = logits.to("cpu", torch.float32, copy=True)
         try:
             return row.take(token, scored)
         except Exception as exc:
@@ -293,7 +312,8 @@ class Engine:
             return
         for row in rows:
             self.running.remove(row)
-            self.kv_cache.free(row.kv_row, len(row.tokens))
+            self.kv_cache.free(row.kv_row)
+            row.is_pinned = False
         self.residency.unpin([digest for row in rows for digest in row.weights_digests])
         self.residency.settle()
 
@@ -310,16 +330,22 @@ class Engine:
         self._forgetting &= used
 
 
+def _loaded(config: WorkerConfig, base: BaseModel | None) -> tuple[BaseModel, MemoryPlan]:
+    """The base model on its device, and a plan that fits. Raises: BaseModelUnsupported, WorkerConfigInvalid."""
+    device = torch.device(config.device)
+    num_free_bytes = free_bytes(device)  # before the weights are among what is taken
+    base = base or load_base_model(config)
+    plan = plan_memory(config, base, num_free_bytes)
+    logger.info("%s: %s", config.base_model, plan)
+    base.model.to(device)
+    return base, plan
+
+
+def _lora_kernel(config: WorkerConfig) -> LoraKernel | None:
+    """None where LoRA products run through torch."""
+    is_native = config.device == "cpu" and config.lora_products == "auto"
+    return load_kernel(config.cache_dir) if is_native else None
+
+
 def _is_last(event: Delta | Exception) -> bool:
     return isinstance(event, Exception) or event.finish_reason is not None
-
-
-def _kv_cache(base: BaseModel, num_rows: int, max_len: int) -> KvCache:
-    return KvCache(
-        num_layers=base.num_layers,
-        num_rows=num_rows,
-        num_heads=base.num_kv_heads,
-        max_len=max_len,
-        head_dim=base.head_dim,
-        dtype=base.dtype,
-    )

@@ -14,7 +14,8 @@ class FairQueue:
     """Tenants take turns, within a tenant its adapter sets, and within a set the rows go as they came.
 
     A tenant or set whose row is taken goes behind the others; one that is passed over keeps its place. So the first
-    row of a set starts after at most (tenants that wait) × (sets of its own tenant that wait) rows have been taken.
+    row of a set starts after at most (tenants that wait) × (sets of its own tenant that wait) rows have been taken, not
+    counting those that were put back.
     """
 
     def __init__(self) -> None:
@@ -61,6 +62,13 @@ class FairQueue:
             self._tenants[row.tenant] = self._tenants.pop(row.tenant)
             if row.adapter_set in sets:
                 sets[row.adapter_set] = sets.pop(row.adapter_set)
+
+    def put_back(self, row: Row) -> None:
+        """A row that was taken is the first of all."""
+        sets = self._tenants.pop(row.tenant, {})
+        rows = sets.pop(row.adapter_set, {})
+        self._tenants = {row.tenant: {row.adapter_set: {row: None, **rows}, **sets}, **self._tenants}
+        self._len += 1
 
     def turns(self) -> Iterator[Row]:
         """The first row of each set, in turn. The next one of a set follows where the first left the queue meanwhile.

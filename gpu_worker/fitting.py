@@ -42,8 +42,10 @@ class FittedAdapter:
         return sum(module.a.nbytes + module.bt.nbytes for module in self.modules.values())
 
 
-def fit(weights: AdapterWeights, shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype) -> FittedAdapter:
-    """The weights for a base model whose modules have these (out, in) shapes.
+def fit(
+    weights: AdapterWeights, shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype, *, pin: bool = False
+) -> FittedAdapter:
+    """The weights for a base model whose modules have these (out, in) shapes; pinned, they reach a GPU without a wait.
 
     Raises: AdapterUnfit, naming every module that does not fit.
     """
@@ -59,6 +61,8 @@ def fit(weights: AdapterWeights, shapes: Mapping[str, tuple[int, int]], dtype: t
         finite = (_largest(a).isfinite() & _largest(bt).isfinite()).tolist()
         wild = [name for name, is_finite in zip(names, finite, strict=True) if not is_finite]
         problems += [f"{name} is not finite in the base model's precision, its scaling included" for name in wild]
+        if pin:
+            a, bt = a.pin_memory(), bt.pin_memory()
         modules |= {name: FittedModule(a[m], bt[m]) for m, name in enumerate(names)}
     if problems:
         raise AdapterUnfit("; ".join(problems))

@@ -17,6 +17,7 @@ class Holdings:
     num_running: int
     num_waiting: int
     free_kv_rows: int
+    free_kv_tokens: int
     host_cache_bytes: int
     num_forgetting: int  # weights that go when the last request that uses them ends
     waiting_tokens: int = 0  # prompts of the requests that wait, and the most that they may generate

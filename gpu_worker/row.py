@@ -44,6 +44,7 @@ class Row:
     adapter_set: tuple[str, ...] = field(init=False)  # weights digests of the plan's adapters, sorted
     loads: dict[str, Future[FittedAdapter]] = field(default_factory=dict)  # of adapters that were not in the bank
     kv_row: int = -1
+    is_pinned: bool = False  # the bank keeps its adapters: while it runs, and where it waits to run on
     num_computed: int = 0  # tokens whose keys and values are in the cache
     num_passes: int = 0  # times others were let into the bank before it
     first_logits: torch.Tensor | None = None
@@ -55,6 +56,10 @@ class Row:
     @property
     def num_new_tokens(self) -> int:
         return len(self.tokens) - self.num_prompt_tokens
+
+    @property
+    def longest_len(self) -> int:
+        return self.num_prompt_tokens + self.max_new_tokens
 
     @property
     def weights_digests(self) -> list[str]:

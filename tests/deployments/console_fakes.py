@@ -21,10 +21,17 @@ HOLDINGS = Holdings(
     num_running=3,
     num_waiting=2,
     free_kv_rows=29,
+    free_kv_tokens=59_000,
     host_cache_bytes=5_000_000,
     num_forgetting=0,
     counters=Counters(
-        num_requests=10, num_prompt_tokens=50, num_new_tokens=400, num_bank_hits=6, num_host_hits=3, num_fetches=1
+        num_requests=10,
+        num_prompt_tokens=50,
+        num_new_tokens=400,
+        num_bank_hits=6,
+        num_host_hits=3,
+        num_fetches=1,
+        num_preemptions=2,
     ),
 )
 

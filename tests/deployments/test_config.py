@@ -113,11 +113,14 @@ def test_others_than_this_machine_change_nothing_unless_that_is_switched_on() ->
 
 def test_worker_settings_reach_the_engine_field_by_field() -> None:
     settings = {
+        "device": "cpu",
         "dtype": "bfloat16",
         "num_threads": 3,
+        "lora_products": "torch",
         "bank_rank_rows": 11,
         "max_batch_size": 12,
         "max_model_len": 13,
+        "kv_tokens": 130,
         "max_step_tokens": 14,
         "max_waiting": 15,
         "max_wait_s": 17.5,
@@ -137,6 +140,23 @@ def test_the_engine_takes_every_core_where_nothing_is_said() -> None:
 def test_a_worker_that_could_not_start_is_refused_before_anything_starts() -> None:
     with pytest.raises((ValidationError, WorkerConfigInvalid)):
         AppConfig(worker=WorkerSettings(max_batch_size=8, max_step_tokens=4)).worker_config()
+
+
+def test_kv_for_less_than_one_row_is_refused_before_anything_starts() -> None:
+    with pytest.raises(ValidationError, match="kv_tokens"):
+        AppConfig(worker=WorkerSettings(max_model_len=100, kv_tokens=99))
+
+
+@pytest.mark.parametrize(("device", "num_gpus"), [("cuda", 0), ("cpu", 1), ("cpu", 0.5)])
+def test_a_worker_on_a_gpu_says_so_in_its_settings_and_its_placement(device: str, num_gpus: float) -> None:
+    with pytest.raises(ValidationError, match="num_gpus"):
+        AppConfig(worker={"device": device}, worker_scaling={"num_gpus": num_gpus})
+
+
+def test_a_worker_on_a_gpu_is_given_one() -> None:
+    config = AppConfig(worker={"device": "cuda"}, worker_scaling={"num_gpus": 1, "max_ongoing_requests": 2112})
+    assert config.worker_config().device == "cuda"
+    assert config.worker_scaling.options()["ray_actor_options"]["num_gpus"] == 1
 
 
 def test_equal_replica_counts_are_fixed() -> None:

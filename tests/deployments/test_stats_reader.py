@@ -47,6 +47,7 @@ def test_figures_are_sums_over_the_workers() -> None:
     assert (workers["host_cache_bytes"], workers["host_cache_max_bytes"]) == (10_000_000, 2 << 30)
     assert (workers["bank_hits"], workers["host_hits"], workers["fetches"]) == (12, 6, 2)
     assert (workers["requests"], workers["prompt_tokens"], workers["new_tokens"]) == (20, 100, 800)
+    assert (workers["preemptions"], workers["kv_tokens_free"]) == (4, 118_000)
     assert workers["replicas"] == {"answered": 2, "silent": 0}
 
 

@@ -13,6 +13,7 @@ from gpu_worker.base_model import BaseModel
 from gpu_worker.config import DEFAULT_CACHE_DIR
 from gpu_worker.engine import Engine
 from gpu_worker.engine_loop import EngineLoop
+from gpu_worker.kv_cache import KvCache, KvShape
 from gpu_worker.loader import Fetch
 from gpu_worker.lora_kernel import LoraKernel, load_kernel
 from gpu_worker.request import Job
@@ -42,6 +43,7 @@ def make_engine(tiny_folders: Mapping[str, Path], tiny_base: Callable[..., BaseM
         executor: Executor | None = None,
         fetch: Fetch | None = None,
         clock: Callable[[], float] = time.time,
+        build_kv_cache: Callable[[KvShape], KvCache] | None = None,
         **changes: object,
     ) -> Engine:
         get, executor = (
@@ -55,6 +57,7 @@ def make_engine(tiny_folders: Mapping[str, Path], tiny_base: Callable[..., BaseM
             executor=executor,
             free_fill=float("nan"),
             clock=clock,
+            build_kv_cache=build_kv_cache,
         )
 
     return make

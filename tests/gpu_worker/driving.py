@@ -6,13 +6,16 @@ import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gpu_worker.engine import Engine
+from gpu_worker.kv_cache import KvShape
+from gpu_worker.kv_regions import KvRegions
 from gpu_worker.loader import Fetch
 from gpu_worker.request import Delta, Job, SamplingParams
 from gpu_worker.row import Row
@@ -157,16 +160,33 @@ def run_together(engine: Engine, jobs: Sequence[Job]) -> list[Answer]:
     return answers
 
 
+def kv_shape(**changes: Any) -> KvShape:
+    """A cache for three rows of five tokens, with the changes."""
+    shape = KvShape(
+        num_layers=2,
+        num_heads=2,
+        head_dim=4,
+        dtype=torch.float32,
+        num_rows=3,
+        max_len=5,
+        num_tokens=15,
+        page_tokens=5,
+    )
+    return replace(shape, **changes)
+
+
 def by_digest(*pool: AdapterWeights) -> Mapping[str, AdapterWeights]:
     return {weights.weights_digest: weights for weights in pool}
 
 
 def assert_nothing_held(engine: Engine) -> None:
-    """Every KV row is free and clean, nothing is pinned, nobody waits or runs."""
+    """Every KV row and page is free and clean, nothing is pinned, nobody waits or runs."""
     assert not engine.has_work
     assert engine.residency.num_pins == 0
     assert engine.residency.active_rows == 0
     assert engine.kv_cache.num_free == engine.config.max_batch_size
+    assert engine.kv_cache.num_free_tokens == engine.memory.kv.num_tokens
+    assert isinstance(engine.kv_cache, KvRegions)
     assert not any(cache.any() for cache in (*engine.kv_cache.keys, *engine.kv_cache.values))
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 
-from gpu_worker.attention_cpu import ATTENTION_NAME
+from gpu_worker.attention import ATTENTION_NAME
 from gpu_worker.base_model import BaseModel, load_base_model, model_source, resolve_dtype
 from gpu_worker.config import WorkerConfig
 from gpu_worker.errors import BaseModelUnsupported
@@ -50,6 +50,15 @@ def test_all_problems_are_named_at_once(tmp_path: Path, tiny_folders: Mapping[st
     folder = folder_with(tmp_path, tiny_folders["gemma3"], kv_lora_rank=64, is_encoder_decoder=True)
     with pytest.raises(BaseModelUnsupported, match=r"encoder-decoder.*latent attention"):
         load_base_model(tiny_config(folder))
+
+
+@pytest.mark.parametrize("head_dim", [12, 264])
+def test_heads_that_attention_on_cuda_does_not_take_are_refused_there(
+    head_dim: int, tmp_path: Path, tiny_folders: Mapping[str, Path]
+) -> None:
+    folder = folder_with(tmp_path, tiny_folders["gemma3"], head_dim=head_dim)
+    with pytest.raises(BaseModelUnsupported, match=f"heads of {head_dim}"):
+        load_base_model(tiny_config(folder, device="cuda", dtype="bfloat16"))
 
 
 def test_a_model_without_grouped_heads_in_its_config_is_refused(tmp_path: Path) -> None:
@@ -107,6 +116,7 @@ def test_the_dtype_is_the_configured_one(tiny_folders: Mapping[str, Path]) -> No
 def test_names_of_dtypes() -> None:
     assert resolve_dtype("float32") == torch.float32
     assert resolve_dtype("bfloat16") == torch.bfloat16
+    assert resolve_dtype("auto", "cuda") == torch.bfloat16
     fast = torch.cpu.get_capabilities()
     has_bfloat16 = bool(fast.get("avx512_bf16") or fast.get("amx_bf16"))
     assert resolve_dtype("auto") == (torch.bfloat16 if has_bfloat16 else torch.float32)

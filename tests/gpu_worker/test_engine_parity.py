@@ -10,20 +10,20 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gpu_worker.attention_plan import Segment, attention_plan
+from gpu_worker.attention_plan import Segment
 from gpu_worker.bank import LoraBank
 from gpu_worker.base_model import BaseModel, load_base_model
 from gpu_worker.dense_mapping import dense_mapping
 from gpu_worker.engine import Engine
 from gpu_worker.grouped_mapping import grouped_mapping
-from gpu_worker.kv_cache import KvCache
+from gpu_worker.kv_regions import KvRegions
 from gpu_worker.lora_kernel import LoraKernel
 from gpu_worker.lora_linear import LoraLinear
 from gpu_worker.residency import Residency
 from gpu_worker.step_context import Composition, StepContext
 from lora_store.adapter import AdapterWeights, ModuleWeights
 from lora_store.plan import BASE_PLAN, Plan
-from tests.gpu_worker.driving import greedy, run_together
+from tests.gpu_worker.driving import greedy, kv_shape, run_together
 from tests.tiny import FAMILIES, assert_equal_logits, linear_shapes, plan_of, random_adapter, tiny_config
 
 PROMPTS = ["a", "the quick brown fox", "0123456789" * 6, "x y", "lorem ipsum dolor sit amet " * 3]
@@ -164,9 +164,6 @@ def test_in_bfloat16_a_mixed_batch_stays_close_to_each_row_alone(
         assert_equal_logits(answer.first_logits.bfloat16(), alone.first_logits.bfloat16())
 
 
-NO_CACHE = KvCache(num_layers=0, num_rows=0, num_heads=1, max_len=1, head_dim=1, dtype=torch.float32)
-
-
 def einsum_mixture(x: Tensor, lora_a: Tensor, lora_b: Tensor, mapping: Tensor) -> Tensor:
     """The paper's literal contraction. Dims: b rows, l tokens, p adapters, r rank, d in, o out."""
     h = torch.einsum("bld,prd->blpr", x, lora_a)
@@ -211,7 +208,7 @@ def test_lora_linear_equals_the_papers_einsum(strategy: str, popularity: str, by
         lora = dense_mapping(plans, counts, residency, torch.float32, torch.device("cpu"))
     else:
         lora = grouped_mapping(plans, counts, residency, lora_kernel)
-    step.fill(lora, attention_plan(NO_CACHE, segments))
+    step.fill(lora, KvRegions(kv_shape()).attention(segments))
     x = torch.randn(num_rows, num_tokens, num_in)
     slow = einsum_mixture if strategy == "mixture" else einsum_fusion
     with torch.inference_mode():

@@ -151,3 +151,25 @@ def test_a_row_waits_for_at_most_tenants_times_sets_of_its_own() -> None:
             return
         queue.append(row(chosen.adapter_set[0], chosen.tenant, rng.randrange(1000)))
     raise AssertionError("the late row was not served in time")
+
+
+def test_rows_that_are_put_back_come_first_the_last_one_before_the_others() -> None:
+    queue = queue_of(*rows("a", "t", 2), *rows("b", "t", 2), *rows("a", "u", 2), row("c", "v"))
+    taken = []
+    for _ in range(2):
+        taken.append(next(queue.turns()))
+        queue.take(taken[-1])
+    assert [each.request_id for each in taken] == ["t/a0", "u/a0"]
+    for each in reversed(taken):
+        queue.put_back(each)
+        assert each in queue and queue.is_first(each) and next(queue.turns()) is each
+    assert len(queue) == 7 and len(set(queue)) == 7
+    assert drain(queue) == ["t/a0", "u/a0", "v/c0", "t/b0", "u/a1", "t/a1", "t/b1"]
+
+
+def test_one_that_is_put_back_when_its_tenant_waits_no_more_waits_alone() -> None:
+    alone = row("a")
+    queue = queue_of(alone)
+    queue.take(alone)
+    queue.put_back(alone)
+    assert list(queue) == [alone] and drain(queue) == ["local/a0"]

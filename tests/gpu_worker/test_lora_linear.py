@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from gpu_worker.attention_plan import Segment, attention_plan
+from gpu_worker.attention_plan import Segment
 from gpu_worker.bank import LoraBank
 from gpu_worker.dense_mapping import DenseMapping
 from gpu_worker.grouped_mapping import GroupedMapping
-from gpu_worker.kv_cache import KvCache
+from gpu_worker.kv_regions import KvRegions
 from gpu_worker.lora_kernel import LoraKernel
 from gpu_worker.lora_linear import LoraLinear
 from gpu_worker.mapping import composition
@@ -18,6 +18,7 @@ from gpu_worker.residency import Residency
 from gpu_worker.step_context import StepContext
 from lora_store.adapter import AdapterRef, AdapterWeights, ModuleWeights
 from lora_store.plan import Plan, PlannedAdapter
+from tests.gpu_worker.driving import kv_shape
 
 NUM_ROWS = 8
 LINEARS = {"up": nn.Linear(3, 5), "gate": nn.Linear(3, 5), "down": nn.Linear(5, 3), "square": nn.Linear(3, 3)}
@@ -126,11 +127,10 @@ def test_modules_that_share_a_product_get_their_own_part_of_it(
     residency.settle()
     step = StepContext()
     plan = Plan("selection", (PlannedAdapter(AdapterRef("t", "n", "1"), "1", 1.0),))
-    no_cache = KvCache(num_layers=0, num_rows=0, num_heads=1, max_len=1, head_dim=1, dtype=torch.float32)
     kernel = lora_kernel if is_grouped else None
     lora = composition([plan], [2], residency, torch.float32, kernel, torch.device("cpu"))
     assert isinstance(lora, GroupedMapping if is_grouped else DenseMapping)
-    step.fill(lora, attention_plan(no_cache, [Segment(0, 0, 2, 0)]))
+    step.fill(lora, KvRegions(kv_shape()).attention([Segment(0, 0, 2, 0)]))
     inputs = [torch.randn(1, 2, 3)] * 2 if same_input else [torch.randn(1, 2, 3) for _ in range(2)]
     with torch.inference_mode():
         for x, (name, linear) in zip(inputs, linears.items(), strict=True):

@@ -1,4 +1,4 @@
-"""Packed attention against a slow loop: one token, one head at a time."""
+"""Packed attention over regions against a slow loop: one token, one head at a time."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gpu_worker.attention_cpu import packed_attention
-from gpu_worker.attention_plan import Segment, attention_plan
-from gpu_worker.errors import BaseModelUnsupported
-from gpu_worker.kv_cache import KvCache
-from gpu_worker.step_context import StepContext
+from gpu_worker.attention_plan import Segment
+from gpu_worker.kv_regions import KvRegions
+from tests.gpu_worker.driving import kv_shape
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, MAX_LEN, NUM_ROWS = 4, 2, 8, 200, 6
 SCALING = 0.3
 
 
-def new_cache(max_len: int = MAX_LEN) -> KvCache:
-    return KvCache(
-        num_layers=1,
-        num_rows=NUM_ROWS,
-        num_heads=NUM_KV_HEADS,
-        max_len=max_len,
-        head_dim=HEAD_DIM,
-        dtype=torch.float32,
+def new_cache(max_len: int = MAX_LEN) -> KvRegions:
+    return KvRegions(
+        kv_shape(
+            num_layers=1,
+            num_heads=NUM_KV_HEADS,
+            head_dim=HEAD_DIM,
+            num_rows=NUM_ROWS,
+            max_len=max_len,
+            num_tokens=NUM_ROWS * max_len,
+        )
     )
 
 
@@ -52,8 +52,8 @@ LAYOUTS = {
 def slow_attention(
     query: Tensor, history: dict[int, tuple[Tensor, Tensor]], segments: list[Segment], window: int | None
 ) -> Tensor:
-    """history[row] = keys, values (H, T, D) of everything the row holds after this step. -> (1, N, Q, D)"""
-    output = torch.zeros(query.shape[2], NUM_HEADS, HEAD_DIM)
+    """history[row] = keys, values (H, T, D) of everything the row holds after this step. -> (N, Q, D)"""
+    output = torch.zeros(query.shape[1], NUM_HEADS, HEAD_DIM)
     for segment in segments:
         keys, values = history[segment.row]
         for i in range(segment.num_tokens):
@@ -62,9 +62,9 @@ def slow_attention(
             for head in range(NUM_HEADS):
                 shared = head // (NUM_HEADS // NUM_KV_HEADS)
                 seen = keys[shared, first : position + 1]
-                weights = (seen @ query[0, head, segment.start + i] * SCALING).softmax(dim=0)
+                weights = (seen @ query[head, segment.start + i] * SCALING).softmax(dim=0)
                 output[segment.start + i, head] = weights @ values[shared, first : position + 1]
-    return output[None]
+    return output
 
 
 @pytest.mark.parametrize("window", [None, 12, 1, 500])
@@ -73,28 +73,24 @@ def test_packed_attention_equals_the_slow_loop(name: str, window: int | None) ->
     torch.manual_seed(0)
     segments, cache = LAYOUTS[name], new_cache()
     num_tokens = segments[-1].end
-    query = torch.randn(1, NUM_HEADS, num_tokens, HEAD_DIM)
-    key, value = (torch.randn(1, NUM_KV_HEADS, num_tokens, HEAD_DIM) for _ in range(2))
+    query = torch.randn(NUM_HEADS, num_tokens, HEAD_DIM)
+    key, value = (torch.randn(NUM_KV_HEADS, num_tokens, HEAD_DIM) for _ in range(2))
     history = {}
     for segment in segments:
         keys, values = (torch.randn(NUM_KV_HEADS, segment.total_len, HEAD_DIM) for _ in range(2))
-        keys[:, segment.context_len :] = key[0, :, segment.start : segment.end]
-        values[:, segment.context_len :] = value[0, :, segment.start : segment.end]
+        keys[:, segment.context_len :] = key[:, segment.start : segment.end]
+        values[:, segment.context_len :] = value[:, segment.start : segment.end]
         cache.keys[0][segment.row, :, : segment.context_len] = keys[:, : segment.context_len]
         cache.values[0][segment.row, :, : segment.context_len] = values[:, : segment.context_len]
         history[segment.row] = (keys, values)
-    step = StepContext()
-    step.fill(None, attention_plan(cache, segments))
-    module = nn.Module()
-    module.layer_idx = 0  # type: ignore[assignment]
-    found, _ = packed_attention(module, query, key, value, None, step=step, scaling=SCALING, sliding_window=window)
+    found = cache.attention(segments).attend(0, query, key, value, scaling=SCALING, sliding_window=window)
     torch.testing.assert_close(found, slow_attention(query, history, segments, window), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_token_has_its_row_and_position(name: str) -> None:
     segments = LAYOUTS[name]
-    plan = attention_plan(new_cache(), segments)
+    plan = new_cache().attention(segments)
     expected = [(s.row, s.context_len + i) for s in segments for i in range(s.num_tokens)]
     assert list(zip(plan.token_rows.tolist(), plan.token_positions.tolist(), strict=True)) == expected
 
@@ -102,7 +98,7 @@ def test_every_token_has_its_row_and_position(name: str) -> None:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_segment_is_attended_once_and_decodes_read_enough(name: str) -> None:
     segments = LAYOUTS[name]
-    plan = attention_plan(new_cache(), segments)
+    plan = new_cache().attention(segments)
     covered = [token for segment in plan.prefill for token in range(segment.start, segment.end)]
     for group in plan.decode:
         covered += torch.arange(segments[-1].end)[group.tokens].tolist()
@@ -124,12 +120,12 @@ def test_every_segment_is_attended_once_and_decodes_read_enough(name: str) -> No
 def test_a_group_ends_where_reading_on_costs_more_than_another_one(
     lengths: dict[int, int], groups: list[slice]
 ) -> None:
-    plan = attention_plan(new_cache(2048), layout(*[(row, 1, length - 1) for row, length in lengths.items()]))
+    plan = new_cache(2048).attention(layout(*[(row, 1, length - 1) for row, length in lengths.items()]))
     assert [group.rows for group in plan.decode] == groups
 
 
 def test_adjacent_rows_are_read_as_a_view() -> None:
-    plan = attention_plan(new_cache(), layout((3, 1, 5), (1, 1, 6), (2, 1, 7)))
+    plan = new_cache().attention(layout((3, 1, 5), (1, 1, 6), (2, 1, 7)))
     [group] = plan.decode
     assert group.rows == slice(1, 4)
     assert isinstance(group.tokens, Tensor)
@@ -141,19 +137,8 @@ def test_a_row_that_is_not_finite_does_not_reach_the_others() -> None:
     segments, cache = layout((0, 1, 4), (1, 1, 4), (2, 6, 0)), new_cache()
     cache.keys[0][0, :, :4] = math.nan
     cache.values[0][0, :, :4] = math.inf
-    query = torch.randn(1, NUM_HEADS, 8, HEAD_DIM)
-    key, value = (torch.randn(1, NUM_KV_HEADS, 8, HEAD_DIM) for _ in range(2))
-    step = StepContext()
-    step.fill(None, attention_plan(cache, segments))
-    module = nn.Module()
-    module.layer_idx = 0  # type: ignore[assignment]
-    found, _ = packed_attention(module, query, key, value, None, step=step, scaling=SCALING)
-    assert not found[0, 0].isfinite().all()
-    assert found[0, 1:].isfinite().all()
-
-
-@pytest.mark.parametrize("extra", [{"s_aux": torch.zeros(NUM_HEADS)}, {"softcap": 50.0}])
-def test_sinks_and_soft_caps_are_refused_where_they_would_be_dropped(extra: dict[str, object]) -> None:
-    nothing = torch.zeros(1, NUM_HEADS, 1, HEAD_DIM)
-    with pytest.raises(BaseModelUnsupported):
-        packed_attention(nn.Module(), nothing, nothing, nothing, None, step=StepContext(), scaling=SCALING, **extra)
+    query = torch.randn(NUM_HEADS, 8, HEAD_DIM)
+    key, value = (torch.randn(NUM_KV_HEADS, 8, HEAD_DIM) for _ in range(2))
+    found = cache.attention(segments).attend(0, query, key, value, scaling=SCALING, sliding_window=None)
+    assert not found[0].isfinite().all()
+    assert found[1:].isfinite().all()

@@ -1,0 +1,36 @@
+"""Keys and values in host memory: a region a row, read as a view. Its pages are the operating system's as well."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+
+import torch
+
+from gpu_worker.attention_cpu import RegionAttention, region_attention
+from gpu_worker.attention_plan import Segment
+from gpu_worker.kv_cache import KvCache, KvShape
+
+
+class KvRegions(KvCache):
+    """Every row could hold `max_len` tokens, side by side; memory is taken only where tokens have been written.
+
+    So the budget counts tokens, and what rows may hold together is less than their regions would.
+    Dims of `keys` and `values`, one tensor a layer: (rows, heads, tokens, head size).
+    """
+
+    def __init__(self, shape: KvShape) -> None:
+        super().__init__(shape)
+        num_values = shape.max_len * shape.token_bytes // shape.dtype.itemsize
+        self._row_bytes = -(-num_values * shape.dtype.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._memory = mmap.mmap(-1, shape.num_rows * self._row_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        rows = torch.frombuffer(self._memory, dtype=shape.dtype).view(shape.num_rows, -1)[:, :num_values]
+        split = rows.view(shape.num_rows, shape.num_layers, 2, shape.num_heads, shape.max_len, shape.head_dim)
+        self.keys, self.values = list(split[:, :, 0].unbind(1)), list(split[:, :, 1].unbind(1))
+
+    def attention(self, segments: Sequence[Segment]) -> RegionAttention:
+        return region_attention(self.keys, self.values, segments)
+
+    def _wipe(self, row: int, pages: Sequence[int]) -> None:
+        """Linux gives the memory back, and zeros to whoever reads there again."""
+        self._memory.madvise(mmap.MADV_DONTNEED, row * self._row_bytes, self._row_bytes)

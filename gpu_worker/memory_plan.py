@@ -1,0 +1,107 @@
+"""What a worker puts into its device's memory, planned before anything is put there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from gpu_worker.base_model import BaseModel
+from gpu_worker.config import WorkerConfig
+from gpu_worker.errors import WorkerConfigInvalid
+from gpu_worker.inject import target_linears
+from gpu_worker.kv_cache import KvShape
+
+PAGE_TOKENS = {"cpu": 16, "cuda": 256}  # flash attention 2 reads pages of 256, or a multiple
+_SPARE = 0.05  # of what is free: an allocator's gaps, and whoever else lives there
+_LOGITS_COPIES = 4  # float32, while a token of each row is chosen
+_HIDDEN_COPIES = 8  # of a step's tokens, as wide as the widest layer, in float32
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes of the device: what was free when the worker came, and what becomes of it."""
+
+    device: str
+    free_bytes: int
+    weights_bytes: int
+    bank_bytes: int
+    headroom_bytes: int
+    kv: KvShape
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.kv.num_pages * self.kv.page_tokens * self.kv.token_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weights_bytes + self.bank_bytes + self.headroom_bytes + self.kv_bytes
+
+    def __str__(self) -> str:
+        return (
+            f"weights {_mib(self.weights_bytes)} + bank {_mib(self.bank_bytes)} + head-room {_mib(self.headroom_bytes)}"
+            f" + KV of {self.kv.num_pages * self.kv.page_tokens} tokens {_mib(self.kv_bytes)}"
+            f" = {_mib(self.total_bytes)} of {_mib(self.free_bytes)} free on {self.device}"
+        )
+
+
+def plan_memory(config: WorkerConfig, base: BaseModel, num_free_bytes: int) -> MemoryPlan:
+    """The plan, with the KV the config states; where it states none, of all rows at their longest or what fits.
+
+    Raises: WorkerConfigInvalid with the sum, where it does not fit, or leaves less KV than one row may need.
+    """
+    linears = target_linears(base.model, base.model.get_output_embeddings()).values()
+    num_weights = sum(linear.in_features + linear.out_features for linear in linears)
+    widest = max(max(linear.in_features, linear.out_features) for linear in linears)
+    step_bytes = 4 * _LOGITS_COPIES * config.max_batch_size * base.vocab_size
+    step_bytes += 4 * _HIDDEN_COPIES * config.max_step_tokens * widest
+    plan = MemoryPlan(
+        device=config.device,
+        free_bytes=num_free_bytes,
+        weights_bytes=_weights_bytes(base, config.device),
+        bank_bytes=config.bank_rank_rows * num_weights * base.dtype.itemsize,
+        headroom_bytes=step_bytes + int(_SPARE * num_free_bytes),
+        kv=_one_row(config, base),
+    )
+    plan = replace(plan, kv=_with_budget(config, plan))
+    if plan.total_bytes > num_free_bytes:
+        raise WorkerConfigInvalid(
+            f"the worker does not fit its device: {plan}; lower kv_tokens, bank_rank_rows, max_batch_size,"
+            " max_step_tokens or max_model_len"
+        )
+    return plan
+
+
+def _one_row(config: WorkerConfig, base: BaseModel) -> KvShape:
+    max_len = min(config.max_model_len, base.max_position)
+    return KvShape(
+        num_layers=base.num_layers,
+        num_heads=base.num_kv_heads,
+        head_dim=base.head_dim,
+        dtype=base.dtype,
+        num_rows=config.max_batch_size,
+        max_len=max_len,
+        num_tokens=max_len,
+        page_tokens=PAGE_TOKENS[config.device],
+    )
+
+
+def _with_budget(config: WorkerConfig, plan: MemoryPlan) -> KvShape:
+    """The stated budget; else what fits beside the rest of `plan`, which holds one row. No more than rows can use."""
+    page_bytes = plan.kv.page_tokens * plan.kv.token_bytes
+    pages_of_row = plan.kv.num_pages
+    num_spare_pages = max(plan.free_bytes - plan.total_bytes, 0) // page_bytes
+    num_pages = pages_of_row + num_spare_pages if config.kv_tokens is None else plan.kv.pages_of(config.kv_tokens)
+    num_pages = min(num_pages, pages_of_row * config.max_batch_size)
+    return replace(plan.kv, num_tokens=num_pages * plan.kv.page_tokens)
+
+
+def _weights_bytes(base: BaseModel, device: str) -> int:
+    """On the CPU the output head in bfloat16 is laid out anew, apart from the embedding that it may be one with."""
+    is_one = device != "cpu" or base.dtype != torch.bfloat16
+    named = base.model.named_parameters(remove_duplicate=is_one)
+    return sum(parameter.nbytes for _, parameter in named)
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / (1 << 20):,.0f} MiB"
