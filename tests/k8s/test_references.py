@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from tests.k8s import references
 from tests.k8s.manifests import Manifests
 from tests.k8s.mistakes import Mistake, container, name_of, pod_spec, policy, spec
+from tests.k8s.rendering import K8S
 
 
 def rename_mount(manifests: Manifests) -> None:
@@ -130,3 +132,8 @@ MISTAKES = [
 @pytest.mark.parametrize("mistake", MISTAKES, ids=name_of)
 def test_a_mistake_is_found(mistake: Mistake, rendered: Callable[[str], Manifests]) -> None:
     mistake.is_found_by(references.problems, rendered)
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"k8s/[a-z0-9-]+(?:/[A-Za-z0-9.-]+)+", references.README))))
+def test_readme_names_files_that_are_there(path: str) -> None:
+    assert (K8S.parent / path).exists()
