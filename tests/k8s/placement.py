@@ -1,0 +1,108 @@
+"""Replicas against pods: what Serve wants to place has room, at the least and at the most."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from deployments.config import AppConfig, ScalingSettings
+from tests.k8s.manifests import Document, Manifests, Pod
+
+
+@dataclass(slots=True)
+class Room:
+    """What a pod has left."""
+
+    cpus: float
+    gpus: float
+
+    def takes(self, scaling: ScalingSettings) -> bool:
+        if scaling.num_cpus > self.cpus + 1e-9 or scaling.num_gpus > self.gpus:
+            return False
+        self.cpus, self.gpus = self.cpus - scaling.num_cpus, self.gpus - scaling.num_gpus
+        return True
+
+
+def problems(manifests: Manifests) -> Iterator[str]:
+    config = manifests.config
+    pairs = list(zip(manifests.cluster["workerGroupSpecs"], manifests.workers, strict=True))
+    if manifests.cluster["headGroupSpec"]["rayStartParams"].get("num-cpus") != "0":
+        yield "replicas may be placed on the head"
+    for group, pod in pairs:
+        yield from (f"group {pod.name}: {problem}" for problem in _group_problems(group, pod, config))
+    scalings = _scalings(config)
+    for bound in ("min", "max"):
+        rooms = [_room(pod) for group, pod in pairs for _ in range(group[f"{bound}Replicas"])]
+        wanted = {name: getattr(scaling, f"{bound}_replicas") for name, scaling in scalings.items()}
+        yield from (f"{name}: no room at the {bound}imum" for name in _without_room(scalings, wanted, rooms))
+    yield from _worker_problems(manifests, config)
+    yield from _budget_problems(manifests)
+
+
+def _scalings(config: AppConfig) -> dict[str, ScalingSettings]:
+    return {
+        "Ingress": config.ingress_scaling,
+        "Retriever": config.retriever_scaling,
+        "Store": config.store_scaling,
+        "Worker": config.worker_scaling,
+    }
+
+
+def _room(pod: Pod) -> Room:
+    return Room(pod.requests("cpu"), pod.requests("nvidia.com/gpu"))
+
+
+def _without_room(
+    scalings: Mapping[str, ScalingSettings], wanted: Mapping[str, int], rooms: Sequence[Room]
+) -> Iterator[str]:
+    """The largest first, each into the first pod that takes it."""
+    for name, scaling in sorted(scalings.items(), key=lambda item: (-item[1].num_gpus, -item[1].num_cpus)):
+        for _ in range(wanted[name]):
+            if not any(room.takes(scaling) for room in rooms):
+                yield name
+                break
+
+
+def _group_problems(group: Document, pod: Pod, config: AppConfig) -> Iterator[str]:
+    if not group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]:
+        yield "replicas is outside minReplicas and maxReplicas"
+    if float(group["rayStartParams"].get("num-cpus", -1)) != pod.requests("cpu"):
+        yield "Ray counts other CPUs than the pod requests"
+    resources = pod.container["resources"]
+    if resources["requests"]["memory"] != resources["limits"].get("memory"):
+        yield "memory is limited to something else than is requested"
+    gpus = pod.requests("nvidia.com/gpu")
+    if gpus != float(resources["limits"].get("nvidia.com/gpu", 0)):
+        yield "GPUs are limited to something else than is requested"
+    if gpus != 0 and gpus != config.worker_scaling.num_gpus:
+        yield f"a pod has {gpus:.0f} GPUs, a Worker takes {config.worker_scaling.num_gpus:.0f}"
+
+
+def _worker_problems(manifests: Manifests, config: AppConfig) -> Iterator[str]:
+    threads = manifests.args.get("worker", {}).get("num_threads")
+    hosts = [pod for pod in manifests.workers if _room(pod).takes(config.worker_scaling)]
+    if not hosts:
+        yield "a Worker fits no pod"
+    if threads is None:
+        yield "worker.num_threads is left to the machine's cores"
+    for pod in hosts:
+        if threads is not None and threads > pod.requests("cpu"):
+            yield f"a Worker computes on {threads} threads, {pod.name} has {pod.requests('cpu'):.0f} CPUs"
+
+
+def _budget_problems(manifests: Manifests) -> Iterator[str]:
+    groups = {group["groupName"]: group for group in manifests.cluster["workerGroupSpecs"]}
+    guarded = set()
+    for budget in manifests.of_kind("PodDisruptionBudget"):
+        name, least = budget["metadata"]["name"], budget["spec"].get("minAvailable")
+        if not isinstance(least, int):
+            yield f"budget {name}: only a number as minAvailable holds for pods of a RayCluster"
+            continue
+        group = groups.get(budget["spec"]["selector"]["matchLabels"].get("ray.io/group"))
+        if group is None:
+            yield f"budget {name} is over no one group"
+            continue
+        guarded.add(group["groupName"])
+        if least >= group["minReplicas"]:
+            yield f"budget {name}: no pod of {group['groupName']} can ever be drained"
+    yield from (f"group {name} has no disruption budget" for name in sorted(groups.keys() - guarded))

@@ -1,0 +1,77 @@
+"""What `kubectl kustomize` makes of k8s/: the overlays, and the mixtures a reader may put together."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.k8s.manifests import Manifests
+
+ROOT = Path(__file__).parent.parent.parent
+K8S = ROOT / "k8s"
+OVERLAYS = ("cpu-pvc", "gpu-s3")
+# By name: components, and the overlay whose settings are taken, with the store's URI in place of its own.
+MIXTURES: Mapping[str, tuple[tuple[str, ...], str, str]] = {
+    "cpu-s3": (("components/store-s3", "components/cpu-only"), "cpu-pvc", "s3://my-bucket/pool"),
+    "gpu-pvc": (("components/store-pvc", "components/gcs-redis", "monitoring"), "gpu-s3", "/pool"),
+}
+ALL = (*OVERLAYS, *MIXTURES)
+_PACKAGE = "kubernetes-client"
+
+
+@pytest.fixture(scope="session")
+def kubectl() -> str:
+    """Debian's kubectl; without it the test is skipped, or fails where CI_REQUIRES_KUBECTL is set."""
+    executable = shutil.which("kubectl")
+    if executable is None:
+        missing = f"there is no kubectl: install Debian's package {_PACKAGE}"
+        if os.environ.get("CI_REQUIRES_KUBECTL"):
+            pytest.fail(missing)
+        pytest.skip(missing)
+    return executable
+
+
+def build(kubectl: str, folder: Path) -> Manifests:
+    """`kubectl kustomize FOLDER`. Raises: CalledProcessError."""
+    built = subprocess.run([kubectl, "kustomize", str(folder)], capture_output=True, text=True, check=True, timeout=60)
+    return Manifests(list(yaml.safe_load_all(built.stdout)))
+
+
+@pytest.fixture(scope="session")
+def rendered(kubectl: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Manifests]:
+    """A copy of an overlay's or a mixture's documents, by its name."""
+    copied = tmp_path_factory.mktemp("kustomize") / "k8s"
+    shutil.copytree(K8S, copied)
+    for name, mixture in MIXTURES.items():
+        _write_mixture(copied / "overlays" / name, mixture)
+    built: dict[str, Manifests] = {}
+
+    def manifests(name: str) -> Manifests:
+        if name not in built:
+            built[name] = build(kubectl, copied / "overlays" / name)
+        return Manifests(deepcopy(built[name].documents))
+
+    return manifests
+
+
+def _write_mixture(folder: Path, mixture: tuple[tuple[str, ...], str, str]) -> None:
+    components, settings_of, store_uri = mixture
+    folder.mkdir()
+    kustomization = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "resources": ["../../base"],
+        "components": [f"../../{component}" for component in components],
+        "patches": [{"path": "serve.yaml"}],
+    }
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+    patch = Manifests([yaml.safe_load((folder.parent / settings_of / "serve.yaml").read_text())])
+    patch.change_args(store_uri=store_uri)
+    (folder / "serve.yaml").write_text(yaml.safe_dump(patch.ray_service))

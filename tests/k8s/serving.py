@@ -1,0 +1,134 @@
+"""serveConfigV2 against the code, and its settings against the pods they run in."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import Any
+
+import ray
+from pydantic import ValidationError
+from ray.serve.schema import ServeDeploySchema
+
+from deployments.config import AppConfig, ScalingSettings
+from deployments.proxy import CALLBACK, CALLBACK_VARIABLE
+from deployments.server import APP_NAME
+from lora_store.location import Location
+from tests.k8s.image import BAKED_MODEL
+from tests.k8s.manifests import Manifests, Pod, quantity
+from tests.k8s.references import secrets_made_by_hand
+
+
+def problems(manifests: Manifests) -> Iterator[str]:
+    if manifests.cluster["rayVersion"] != ray.__version__:
+        yield f"rayVersion is {manifests.cluster['rayVersion']}, the pinned Ray {ray.__version__}"
+    try:
+        serve = ServeDeploySchema.model_validate(manifests.serve)
+        config = manifests.config
+    except ValidationError as exc:
+        yield str(exc)
+        return
+    yield from _unknown_keys(manifests.serve, serve.model_dump(exclude_unset=True), "serveConfigV2")
+    [application] = serve.applications
+    if application.name != APP_NAME:
+        yield f"the application is {application.name!r}, handles ask for {APP_NAME!r}"
+    yield from _import_problems(application.import_path)
+    for pod in (manifests.head, *manifests.workers):
+        if {"name": CALLBACK_VARIABLE, "value": CALLBACK} not in pod.container.get("env", []):
+            yield f"{pod.name}: its HTTP proxy bounds no headers: {CALLBACK_VARIABLE} is not {CALLBACK}"
+    for pod in manifests.workers:
+        if serve.http_options.port != pod.ports.get("serve") or serve.http_options.host != "0.0.0.0":
+            yield f"{pod.name}: its port `serve` is not where Serve listens"
+        yield from (f"{pod.name}: {problem}" for problem in _path_problems(config, pod))
+    yield from _scaling_problems(config)
+    yield from _drain_problems(manifests, config)
+
+
+def _unknown_keys(given: Any, read: Any, where: str) -> Iterator[str]:
+    """Serve drops keys that it does not know."""
+    if isinstance(given, dict):
+        for key, value in given.items():
+            if key not in read:
+                yield f"Serve does not know {where}.{key}"
+            else:
+                yield from _unknown_keys(value, read[key], f"{where}.{key}")
+    elif isinstance(given, list):
+        for one, other in zip(given, read, strict=True):
+            yield from _unknown_keys(one, other, f"{where}[]")
+
+
+def _import_problems(import_path: str) -> Iterator[str]:
+    module, _, name = import_path.partition(":")
+    try:
+        builder = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as exc:
+        yield f"import_path: {exc}"
+        return
+    args = inspect.signature(builder).parameters.get("args")
+    if args is None or args.annotation is not AppConfig:
+        yield f"{import_path} does not take args as an AppConfig"
+
+
+def _path_problems(config: AppConfig, pod: Pod) -> Iterator[str]:
+    if config.keys_file is None:
+        yield "without keys_file everybody who reaches the server is its user"
+    else:
+        _, volume = pod.volume_at(str(config.keys_file))
+        secret = volume.get("secret", {}).get("secretName", "")
+        if config.keys_file.name not in secrets_made_by_hand().get(secret, set()):
+            yield f"keys_file {config.keys_file} is on no volume of a secret that has it"
+    yield from _store_problems(config, pod)
+    _, cache = pod.volume_at(str(config.cache_dir))
+    if "emptyDir" not in cache:
+        yield f"cache_dir {config.cache_dir} is not on a volume of the pod's own"
+    elif config.weights_cache is not None and quantity(cache["emptyDir"]["sizeLimit"]) <= config.disk_cache_bytes:
+        yield f"disk_cache_bytes ({config.disk_cache_bytes}) is not below the volume's sizeLimit"
+    if _may_hold_a_worker(config, pod) and not _has_model(config, pod):
+        yield f"base_model {config.base_model} is neither in the image nor on a volume"
+
+
+def _store_problems(config: AppConfig, pod: Pod) -> Iterator[str]:
+    location = Location(config.store_uri)
+    if not location.is_local:
+        if "serviceAccountName" not in pod.spec or not pod.container.get("envFrom"):
+            yield f"nothing gives it credentials for {config.store_uri}"
+        return
+    mount, volume = pod.volume_at(location.delta_uri)
+    if "persistentVolumeClaim" not in volume or mount.get("readOnly"):
+        yield f"store_uri {config.store_uri} is on no claim that can be written"
+
+
+def _may_hold_a_worker(config: AppConfig, pod: Pod) -> bool:
+    return config.worker_scaling.num_gpus <= pod.requests("nvidia.com/gpu")
+
+
+def _has_model(config: AppConfig, pod: Pod) -> bool:
+    _, volume = pod.volume_at(config.base_model)
+    return PurePosixPath(config.base_model) == BAKED_MODEL or "persistentVolumeClaim" in volume
+
+
+def _scaling_problems(config: AppConfig) -> Iterator[str]:
+    """A named group of settings replaces its default whole: what bounds a queue must not shrink by that."""
+    for name in ("ingress_scaling", "retriever_scaling", "store_scaling", "worker_scaling"):
+        scaling: ScalingSettings = getattr(config, name)
+        default: ScalingSettings = AppConfig.model_fields[name].default
+        if scaling.max_ongoing_requests < default.max_ongoing_requests:
+            yield f"{name}: max_ongoing_requests is below the default's {default.max_ongoing_requests}"
+        if scaling.max_queued_requests != default.max_queued_requests:
+            yield f"{name}: max_queued_requests is not the default's {default.max_queued_requests}"
+        if scaling.min_replicas < 2:
+            yield f"{name}: one replica alone is missing while it is replaced"
+    if config.worker_scaling.max_ongoing_requests < config.worker.max_batch_size + config.worker.max_waiting:
+        yield "worker_scaling: max_ongoing_requests is below max_batch_size + max_waiting"
+
+
+def _drain_problems(manifests: Manifests, config: AppConfig) -> Iterator[str]:
+    waits = {
+        "rayClusterDeletionDelaySeconds": manifests.ray_service["spec"]["rayClusterDeletionDelaySeconds"],
+        "idleTimeoutSeconds": manifests.cluster["autoscalerOptions"]["idleTimeoutSeconds"],
+    }
+    for name, wait_s in waits.items():
+        if wait_s <= config.max_request_s:
+            yield f"{name} ({wait_s}) cuts requests of max_request_s ({config.max_request_s:.0f})"

@@ -1,0 +1,110 @@
+"""KubeRay's own schema, where LORARETRIEVER_RAYSERVICE_CRD names its file, and the reading of such a file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.k8s.manifests import Document, Manifests
+from tests.k8s.rendering import ALL
+from tests.k8s.schemas import OWN_SCHEMAS, schema_problems, strict
+
+CRD_VARIABLE = "LORARETRIEVER_RAYSERVICE_CRD"
+
+
+def served_schema(crd: Document) -> Document:
+    """The OpenAPI schema of the version that is served and stored."""
+    [version] = [v for v in crd["spec"]["versions"] if v["served"] and v["storage"]]
+    return version["schema"]["openAPIV3Schema"]
+
+
+@pytest.fixture(scope="module")
+def crd() -> Document:
+    path = os.environ.get(CRD_VARIABLE)
+    if not path:
+        pytest.skip(f"{CRD_VARIABLE} names no file ray.io_rayservices.yaml of KubeRay")
+    return served_schema(yaml.load(Path(path).read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_kuberay_takes_the_ray_service(name: str, crd: Document, rendered: Callable[[str], Manifests]) -> None:
+    assert list(schema_problems(rendered(name).ray_service, strict(crd))) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda m: m.cluster.update(authOption={}), "authOption"),
+        (lambda m: m.cluster["autoscalerOptions"].update(idleTimeoutSeconds="660"), "'660' is not of type 'integer'"),
+        (lambda m: m.group("gpu")["template"]["spec"]["containers"][0].update(livenesProbe={}), "livenesProbe"),
+        (lambda m: m.cluster["authOptions"].update(mode="tokens"), "'tokens' is not one of"),
+        (lambda m: m.group("gpu").pop("maxReplicas"), "'maxReplicas' is a required property"),
+    ],
+    ids=["unknown key", "wrong type", "unknown key in a pod", "unknown mode", "missing key"],
+)
+def test_kuberay_refuses(change: Callable, told: str, crd: Document, rendered: Callable[[str], Manifests]) -> None:
+    manifests = rendered("gpu-s3")
+    change(manifests)
+    assert any(told in problem for problem in schema_problems(manifests.ray_service, strict(crd)))
+
+
+def test_the_own_schema_allows_no_field_that_kuberay_has_not(crd: Document) -> None:
+    own = OWN_SCHEMAS["RayService"]
+    assert list(_unknown(own["properties"]["spec"], crd["properties"]["spec"], "spec")) == []
+
+
+def _unknown(own: Document, theirs: Document, where: str) -> Iterator[str]:
+    for name, part in own.get("properties", {}).items():
+        if name not in theirs.get("properties", {}) and "additionalProperties" not in theirs:
+            yield f"{where}.{name}"
+        else:
+            yield from _unknown(part, theirs.get("properties", {}).get(name, {}), f"{where}.{name}")
+    if "items" in own:
+        yield from _unknown(own["items"], theirs["items"], f"{where}[]")
+
+
+SMALL = {
+    "type": "object",
+    "required": ["port"],
+    "properties": {
+        "port": {"x-kubernetes-int-or-string": True, "anyOf": [{"type": "integer"}, {"type": "string"}]},
+        "labels": {"type": "object", "additionalProperties": {"type": "string"}},
+        "free": {
+            "type": "object",
+            "x-kubernetes-preserve-unknown-fields": True,
+            "properties": {"a": {"type": "string"}},
+        },
+        "list": {"type": "array", "items": {"type": "object", "properties": {"n": {"type": "integer", "minimum": 1}}}},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("document", "told"),
+    [
+        ({"port": 1, "labels": {"any": "x"}, "free": {"any": 1}, "list": [{"n": 1}]}, None),
+        ({"port": "named"}, None),
+        ({"port": []}, "[] is not of type 'integer', 'string'"),
+        ({"port": 1, "prot": 2}, "prot"),
+        ({}, "'port' is a required property"),
+        ({"port": 1, "labels": {"a": 1}}, "1 is not of type 'string'"),
+        ({"port": 1, "free": {"a": 1}}, "1 is not of type 'string'"),
+        ({"port": 1, "list": [{"m": 1}]}, "'m' was unexpected"),
+        ({"port": 1, "list": [{"n": 0}]}, "less than the minimum"),
+    ],
+)
+def test_an_openapi_schema_becomes_strict(document: Document, told: str | None) -> None:
+    found = list(schema_problems(document, strict(SMALL)))
+    assert found == [] if told is None else any(told in problem for problem in found)
+
+
+def test_the_served_version_is_read() -> None:
+    versions = [
+        {"name": "v1alpha1", "served": True, "storage": False, "schema": {"openAPIV3Schema": {"old": True}}},
+        {"name": "v1", "served": True, "storage": True, "schema": {"openAPIV3Schema": {"old": False}}},
+    ]
+    assert served_schema({"spec": {"versions": versions}}) == {"old": False}
