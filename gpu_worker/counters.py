@@ -20,6 +20,8 @@ class Counters:
     num_bank_hits: int = 0
     num_host_hits: int = 0
     num_fetches: int = 0
+    num_steps: int = 0
+    step_s: float = 0.0  # in those steps, together
 
     def count_request(self, digests: Collection[str], bank: Container[str], host: Container[str]) -> None:
         self.num_requests += 1

@@ -85,7 +85,6 @@ class Engine:
         self.running: list[Row] = []
         self._clock, self._next_due = clock, math.inf
         self._forgetting: set[str] = set()
-        self.num_steps = 0
         self.counters = Counters()
 
     def submit(self, row: Row) -> None:
@@ -94,7 +93,8 @@ class Engine:
             raise EngineFull(f"{len(self.waiting)} requests already wait")
         if not row.keep_logits:  # a probe is nobody's traffic
             self.counters.count_request(row.weights_digests, self.residency, self.loader)
-        row.start_by = self._clock() + self.config.max_wait_s
+        row.came_at = self._clock()
+        row.start_by = row.came_at + self.config.max_wait_s
         self._next_due = min(self._next_due, row.start_by, row.deadline)
         self._admission.append(row)
 
@@ -128,6 +128,7 @@ class Engine:
             num_running=len(self.running),
             num_waiting=len(self.waiting),
             free_kv_rows=self.kv_cache.num_free,
+            kv_tokens=sum(row.num_computed for row in self.running),
             host_cache_bytes=self.loader.cached_bytes,
             num_forgetting=len(self._forgetting),
             counters=self.counters.copy(),
@@ -149,6 +150,10 @@ class Engine:
         return self._admission.waiting
 
     @property
+    def num_steps(self) -> int:
+        return self.counters.num_steps
+
+    @property
     def seconds_to_due(self) -> float | None:
         """How long until a request may be overdue, at most an hour; None when none can be."""
         return None if self._next_due == math.inf else min(max(self._next_due - self._clock(), 0.0), _LONGEST_SLEEP_S)
@@ -164,7 +169,10 @@ class Engine:
         self._admit()
         has_run = bool(self.running)
         if has_run:
+            began = time.perf_counter()
             self._compute()
+            self.counters.num_steps += 1
+            self.counters.step_s += time.perf_counter() - began
         self._drop_forgotten()
         return has_run
 
@@ -207,6 +215,9 @@ class Engine:
         for row, error in failed:
             self.send(row, error)
         if started:
+            now = self._clock()
+            for row in started:
+                row.queued_s = now - row.came_at
             self.running += started
             self.residency.settle()
 
@@ -231,7 +242,6 @@ class Engine:
         told = [(row, event) for row, event in made if event is not None]
         self._release([row for row, event in told if _is_last(event)])  # free by the time their clients hear of it
         self._release([row for row, event in told if not self.send(row, event) and not _is_last(event)])
-        self.num_steps += 1
 
     def _forward(self, scheduled: Sequence[tuple[Row, Segment]]) -> Tensor:
         """Logits (rows whose last token was computed, V), float32 or the model's dtype."""

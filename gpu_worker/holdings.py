@@ -17,6 +17,7 @@ class Holdings:
     num_running: int
     num_waiting: int
     free_kv_rows: int
+    kv_tokens: int  # whose keys and values running requests hold
     host_cache_bytes: int
     num_forgetting: int  # weights that go when the last request that uses them ends
     disk_cache_bytes: int = 0  # of the whole machine: its workers share one

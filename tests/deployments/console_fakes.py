@@ -19,6 +19,7 @@ HOLDINGS = Holdings(
     active_rows=8,
     num_running=3,
     num_waiting=2,
+    kv_tokens=0,
     free_kv_rows=29,
     host_cache_bytes=5_000_000,
     num_forgetting=0,
