@@ -16,6 +16,7 @@ from deployments.errors import PublishingOff
 from deployments.http_io import is_loopback
 from deployments.in_flight import InFlight
 from deployments.publisher import Publisher
+from deployments.request_figures import RequestFigures
 from deployments.upload_budget import UploadBudget
 from deployments.uploads import FolderUpload
 from lora_store import AdapterNotFound, Key
@@ -67,6 +68,12 @@ def in_flight_here() -> InFlight:
     """The count of the replica that runs the route."""
     in_flight: InFlight = _ingress().in_flight
     return in_flight
+
+
+def request_figures_here() -> RequestFigures:
+    """The figures of the replica that runs the route."""
+    figures: RequestFigures = _ingress().requests
+    return figures
 
 
 def _ingress() -> Any:

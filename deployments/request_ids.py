@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 
 from fastapi import Request
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _KEY = "request_id"
+_HEADER = "x-request-id"
+_GIVEN = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class RequestIds:
-    """ASGI middleware: the outermost one, so that refusals of the others carry an id too."""
+    """ASGI middleware: the outermost one, so that refusals of the others carry an id too.
+
+    Serve's proxy gives every request an id, the client's own where it sent one, which its handles and logs carry along
+    and which it puts into the answer itself. That one is taken as long as it is short and plain.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -21,17 +28,22 @@ class RequestIds:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = uuid.uuid4().hex
+        given = Headers(scope=scope).get(_HEADER, "")
+        request_id = given if _GIVEN.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})[_KEY] = request_id
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                MutableHeaders(scope=message)[_HEADER] = request_id
             await send(message)
 
         await self._app(scope, receive, answer)
 
 
-def request_id_of(http: Request) -> str:
-    request_id: str = http.scope["state"][_KEY]
+def request_id_in(scope: Scope) -> str:
+    request_id: str = scope["state"][_KEY]
     return request_id
+
+
+def request_id_of(http: Request) -> str:
+    return request_id_in(http.scope)
