@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from ray import serve
+from ray.serve.context import ReplicaContext
 from ray.serve.exceptions import RayServeException
 
 _PACKAGES = ("deployments", "gpu_worker", "lora_store", "retriever_svc")
@@ -19,12 +20,17 @@ class _ToServe(logging.Handler):
 
 def join_serve_logs() -> None:
     """Called as a replica starts. Outside of one, logging stays as it is."""
-    try:
-        serve.get_replica_context()
-    except RayServeException:
+    if not _is_replica():
         return
     for package in _PACKAGES:
         logger = logging.getLogger(package)
         logger.setLevel(logging.getLogger("ray.serve").level)
         logger.handlers = [_ToServe()]
         logger.propagate = False
+
+
+def _is_replica() -> bool:
+    try:
+        return isinstance(serve.get_replica_context(), ReplicaContext)
+    except RayServeException:
+        return False

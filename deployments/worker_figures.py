@@ -19,6 +19,7 @@ COUNTED: dict[str, tuple[str, dict[str, str], str] | None] = {
     "num_bank_hits": ("loraretriever_adapter_hits_total", {"level": "bank"}, "Where a request's adapters were found"),
     "num_host_hits": ("loraretriever_adapter_hits_total", {"level": "host"}, "Where a request's adapters were found"),
     "num_fetches": None,
+    "num_preemptions": ("loraretriever_preemptions_total", {}, "Rows that gave their KV back and compute it again"),
     "num_steps": ("loraretriever_steps_total", {}, "Steps of the engine"),
     "step_s": ("loraretriever_step_seconds_total", {}, "Seconds the engine spent in steps"),
 }

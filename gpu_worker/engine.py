@@ -217,7 +217,8 @@ class Engine:
         if started:
             now = self._clock()
             for row in started:
-                row.queued_s = now - row.came_at
+                if row.num_new_tokens == 0:  # of its first start
+                    row.queued_s = now - row.came_at
             self.running += started
             self.residency.settle()
 

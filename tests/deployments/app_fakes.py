@@ -18,6 +18,7 @@ from ray import serve
 
 from deployments.config import AppConfig, WorkerSettings
 from deployments.errors import SourceMissing
+from deployments.figures import SERVE
 from deployments.ingress import Ingress, app
 from deployments.retriever import Embedded
 from deployments.store import Verified
@@ -408,11 +409,12 @@ def serve_plainly(
     retrievers: Sequence[FakeRetriever] = (),
     engine: WorkerSettings | None = None,
     worker_grace_s: float = 5.0,
+    kinds: Any = SERVE,
     **settings: Any,
 ) -> Served:
     """The Ingress as its replica holds it, but for Serve's wrapper. To be called in a running event loop.
 
-    `engine`: what the config says of the Worker's.
+    `engine`: what the config says of the Worker's; `kinds`: of metrics.
     """
     handles = [
         FakeHandle(*(retrievers or [retriever or FakeRetriever()])),
@@ -420,7 +422,7 @@ def serve_plainly(
         FakeHandle(store or FakeStore(pool_of(*POOL))),
     ]
     config = config_of(worker=engine or WorkerSettings(), **settings)
-    return Served(Ingress.__bases__[0](config, *handles, worker_grace_s=worker_grace_s), *handles)
+    return Served(Ingress.__bases__[0](config, *handles, worker_grace_s=worker_grace_s, kinds=kinds), *handles)
 
 
 @asynccontextmanager
