@@ -64,7 +64,10 @@ READY_WAIT_S = 5.0
 WORKER_GRACE_S = 5.0  # a step of the engine, and the way
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
-app = Api(title="LoraRetriever", docs_url="/docs", redoc_url=None)
+# Serve traces every call already; FastAPI would hang its own spans beside them.
+TELEMETRY = {"tracing": False, "metrics": False, "logs": False}
+
+app = Api(title="LoraRetriever", docs_url="/docs", redoc_url=None, telemetry=TELEMETRY)
 http_errors.install(app)
 app.add_middleware(BodyLimit, limit_of=pool_routes.max_body_bytes)
 app.add_middleware(InFlightLimit, in_flight=in_flight_here)

@@ -98,7 +98,7 @@ def test_a_refused_request_counts_by_its_code(
 
 
 def test_labels_are_bounded_whatever_is_asked(caplog: pytest.LogCaptureFixture) -> None:
-    paths = ["/nowhere", "/v1/models/a", "/v1/models/b", "/v1/loras/x/y", "/v1/loras/a", "/a\nb", "/health", "/ready"]
+    paths = ["/nowhere", "/v1/models/a", "/v1/models/b", "/v1/loras/x/y", "/v1/loras/a", "/a%0Ab", "/health", "/ready"]
 
     async def send(client: httpx.AsyncClient, served: Served) -> None:
         for path in paths:
