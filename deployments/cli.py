@@ -31,11 +31,12 @@ def serve(
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="port to listen on; 0 takes a free one")] = 8000,
     preload: Annotated[list[Path] | None, typer.Option(help="adapter folders published before the start ends")] = None,
+    metrics_port: Annotated[int | None, typer.Option(help="port of the figures, for Prometheus; any free one")] = None,
 ) -> None:
     """Start the whole application on this machine and serve until interrupted."""
     from deployments.local_commands import run_server  # Ray and torch take seconds to import: only where they are used
 
-    _exit_with(run_server(config, preload or [], host, port))
+    _exit_with(run_server(config, preload or [], host, port, metrics_port))
 
 
 @cli.command()

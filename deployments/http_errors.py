@@ -20,6 +20,7 @@ from starlette.responses import Response
 from deployments import errors as api_errors
 from deployments.errors import RequestInvalid, Unsupported
 from deployments.openai_fields import UNSUPPORTED
+from deployments.request_record import note_refusal
 from gpu_worker import errors as worker_errors
 from lora_store import errors as store_errors
 from retriever_svc import errors as retriever_errors
@@ -37,6 +38,7 @@ _INVALID, _FORBIDDEN, _LIMITED, _MISSING, _OVERLOADED, _LATE, _SERVER = (
 )
 _KINDS = ("str", "constrained-str", "int", "float", "bool")  # what pydantic puts into the path of a union's member
 _MAX_PARAM_CHARS = 300
+_UNFORESEEN = "internal_error"
 # (error class, HTTP status, type, code); the first that fits is taken
 TABLE: tuple[tuple[type[Exception], int, str, str], ...] = (
     (api_errors.RequestInvalid, 400, _INVALID, "invalid_request"),
@@ -104,7 +106,13 @@ def describe(error: Exception) -> tuple[int, dict[str, Any]]:
         if isinstance(cause, kind):
             return status, error_object(_SAID.get(kind) or str(cause), type_, code, param=getattr(cause, "param", None))
     logger.error("an unforeseen error", exc_info=error)
-    return 500, error_object("the server failed to answer this request", _SERVER, "internal_error")
+    return 500, error_object("the server failed to answer this request", _SERVER, _UNFORESEEN)
+
+
+def code_of(error: Exception) -> str:
+    """The code that `describe` gives."""
+    cause = _cause_of(error)
+    return next((code for kind, _, _, code in TABLE if isinstance(cause, kind)), _UNFORESEEN)
 
 
 def error_object(message: str, type_: str, code: str, *, param: str | None = None) -> dict[str, Any]:
@@ -115,6 +123,7 @@ def error_object(message: str, type_: str, code: str, *, param: str | None = Non
 
 def error_response(error: Exception) -> JSONResponse:
     status, body = describe(error)
+    note_refusal(body["error"]["code"])
     headers = {}
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
@@ -184,6 +193,7 @@ def install(app: FastAPI) -> None:
     async def on_http(_: Request, error: HTTPException) -> JSONResponse:
         type_ = _MISSING if error.status_code == 404 else _INVALID
         body = error_object(str(error.detail), type_, "http_error")
+        note_refusal("http_error")
         return JSONResponse(body, error.status_code, headers=error.headers)
 
     @app.exception_handler(Exception)

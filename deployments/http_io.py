@@ -16,6 +16,7 @@ from starlette.types import Scope
 from deployments import http_errors
 from deployments.answers import JsonObject
 from deployments.errors import RequestInvalid
+from deployments.request_record import note_refusal
 from deployments.schemas import ChatCompletionRequest, CompletionRequest
 
 TextRequest = ChatCompletionRequest | CompletionRequest
@@ -47,6 +48,7 @@ async def events(opening: JsonObject, chunks: AsyncGenerator[JsonObject]) -> Asy
                 yield f"data: {json.dumps(chunk)}\n\n"
     except Exception as exc:
         _, body = http_errors.describe(exc)
+        note_refusal(body["error"]["code"])
         yield f"data: {json.dumps(body)}\n\n"
         return
     yield "data: [DONE]\n\n"
@@ -61,6 +63,7 @@ async def json_lines(opening: JsonObject, lines: AsyncGenerator[JsonObject]) -> 
                 yield f"{json.dumps(line)}\n"
     except Exception as exc:
         _, body = http_errors.describe(exc)
+        note_refusal(body["error"]["code"])
         yield f"{json.dumps(body)}\n"
 
 

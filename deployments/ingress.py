@@ -4,14 +4,16 @@
 """
 
 import asyncio
+import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fastapi import Request, Response
+from fastapi import Response
 from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.telemetry import TelemetryConfig
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
@@ -22,6 +24,7 @@ from deployments import (
     map_routes,
     models_routes,
     pool_routes,
+    request_record,
     stats_routes,
     vllm_routes,
 )
@@ -34,6 +37,7 @@ from deployments.callers import LOCAL_CALLER, NOBODY, Caller
 from deployments.config import AppConfig
 from deployments.door import Door
 from deployments.errors import NotReady
+from deployments.figures import SERVE, Kinds
 from deployments.http_io import TextRequest, events, parse, refuse_stream_options
 from deployments.in_flight import InFlight, InFlightLimit
 from deployments.key_limits import Meter
@@ -41,14 +45,19 @@ from deployments.limits import check_limits
 from deployments.openai_answers import Answer
 from deployments.openai_jobs import interleaved, jobs_of
 from deployments.planner import Planner
-from deployments.pool import Pool, bodies_here, in_flight_here
+from deployments.pool import Pool, bodies_here, in_flight_here, request_figures_here
 from deployments.preload import Preload
 from deployments.publisher import Publisher
 from deployments.releaser import Releaser
-from deployments.request_ids import RequestIds, request_id_of
+from deployments.request_figures import ChangeFigures, RequestFigures
+from deployments.request_ids import RequestIds
+from deployments.request_record import RequestRecord
+from deployments.request_recorder import RequestRecorder
 from deployments.request_time import deadline_of, within
 from deployments.schemas import ChatCompletionRequest, CompletionRequest, RouteQuery
+from deployments.serve_logs import join_serve_logs
 from deployments.stats_reader import StatsReader
+from deployments.traces import tracer
 from deployments.upload_budget import UploadBudget
 from deployments.waking import Waking
 from gpu_worker.request import Completion, Delta, Job
@@ -57,11 +66,15 @@ READY_WAIT_S = 5.0
 WORKER_GRACE_S = 5.0  # a step of the engine, and the way
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
-app = Api(title="LoraRetriever", docs_url="/docs", redoc_url=None)
+# Serve traces every call already; FastAPI would hang its own spans beside them.
+TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
+
+app = Api(title="LoraRetriever", docs_url="/docs", redoc_url=None, telemetry=TELEMETRY)
 http_errors.install(app)
 app.add_middleware(BodyLimit, limit_of=pool_routes.max_body_bytes, budget=bodies_here)
 app.add_middleware(InFlightLimit, in_flight=in_flight_here)
 app.add_middleware(BearerAuth)  # the last ones added are asked first
+app.add_middleware(RequestRecorder, figures=request_figures_here)
 app.add_middleware(RequestIds)
 for routes in (models_routes, pool_routes, vllm_routes, admin_routes, map_routes, stats_routes, console_routes):
     app.include_router(routes.router)
@@ -75,6 +88,7 @@ class Begun:
     jobs: Sequence[Job]
     meter: Meter
     held: ExitStack
+    record: RequestRecord
 
 
 @serve.ingress(app)
@@ -89,7 +103,10 @@ class Ingress:
         store: DeploymentHandle,
         *,
         worker_grace_s: float = WORKER_GRACE_S,
+        kinds: Kinds = SERVE,
     ) -> None:
+        join_serve_logs()
+        self.requests = RequestFigures(kinds)
         self._config, self._worker_grace_s = config, worker_grace_s
         self._retriever, self._worker = retriever, worker
         self._waking = Waking(worker, config.wake_timeout_s if config.workers_may_sleep else None)
@@ -99,7 +116,13 @@ class Ingress:
         longest_request_s = config.worker_scaling.graceful_shutdown_timeout_s
         releaser = Releaser(store, worker, self.background, longest_request_s=longest_request_s)
         publisher = Publisher(
-            store, retriever, worker, background=self.background, releaser=releaser, waking=self._waking
+            store,
+            retriever,
+            worker,
+            background=self.background,
+            releaser=releaser,
+            waking=self._waking,
+            figures=ChangeFigures(kinds),
         )
         uploads = UploadBudget(config.max_upload_total_bytes)
         self.pool = Pool(config, publisher, store, retriever, uploads, self.background)
@@ -118,28 +141,36 @@ class Ingress:
 
         Who calls through a Ray handle is trusted, and says for whom: roles are the routes' matter.
         """
-        request = parse(request)
-        refuse_stream_options(request)
-        return await self._whole(await self._begin(request, caller))
+        with self.requests.called(RequestRecord(uuid.uuid4().hex, "generate")) as record:
+            request = parse(request)
+            refuse_stream_options(request)
+            return await self._whole(await self._begin(request, caller, record))
 
     async def stream(
         self, request: TextRequest | Mapping[str, Any], caller: Caller = LOCAL_CALLER
     ) -> AsyncGenerator[JsonObject]:
         """The answer's chunks, as the HTTP route streams them: the plan first, then text as it is made."""
-        request = parse(request)
-        async with aclosing(self._chunks(await self._begin(request, caller), request.include_usage)) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        with self.requests.called(RequestRecord(uuid.uuid4().hex, "stream")) as record:
+            request = parse(request)
+            begun = await self._begin(request, caller, record)
+            async with aclosing(self._chunks(begun, request.include_usage)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
 
-    async def _begin(self, request: TextRequest, caller: Caller, request_id: str | None = None) -> Begun:
+    async def _begin(self, request: TextRequest, caller: Caller, record: RequestRecord) -> Begun:
         deadline = deadline_of(request.timeout_s, self._config.max_request_s)
         questions = request.questions()
         request.sampling()  # what cannot be sampled asks nobody
         check_limits(request, questions, self._config)
         with ExitStack() as stack:
             meter = stack.enter_context(self.door.running(caller, request.most_tokens))
+            began = time.monotonic()
+            with tracer.start_as_current_span("plan"):
+                async with within(deadline):
+                    planning = [self._planner.plan(question, caller.tenant) for question in questions]
+                    plans = await asyncio.gather(*planning)
+            record.planned(plans, time.monotonic() - began)
             async with within(deadline):
-                plans = await asyncio.gather(*[self._planner.plan(question, caller.tenant) for question in questions])
                 await self._waking.wait()
             answer = Answer(
                 "chat" if isinstance(request, ChatCompletionRequest) else "text",
@@ -149,11 +180,11 @@ class Ingress:
                 request.lora.explain,
                 num_choices=request.n,
                 tells_logprobs=request.num_logprobs is not None,
-                request_id=request_id or uuid.uuid4().hex,
+                request_id=record.request_id,
             )
             jobs = jobs_of(answer.request_id, request, questions, plans, self._config.template)
             jobs = [replace(job, tenant=caller.tenant, deadline=deadline) for job in jobs]
-            return Begun(answer, jobs, meter, stack.pop_all())
+            return Begun(answer, jobs, meter, stack.pop_all(), record)
 
     async def _whole(self, begun: Begun) -> JsonObject:
         parts: list[list[Delta]] = [[] for _ in begun.jobs]
@@ -178,7 +209,7 @@ class Ingress:
             yield begun.answer.usage_chunk([lasts[index] for index in range(len(begun.jobs))])
 
     def _rows(self, begun: Begun) -> AsyncGenerator[tuple[int, Delta]]:
-        return interleaved([self._deltas(job, begun.meter) for job in begun.jobs])
+        return begun.record.watch(interleaved([self._deltas(job, begun.meter) for job in begun.jobs]))
 
     async def _deltas(self, job: Job, meter: Meter) -> AsyncGenerator[Delta]:
         """The Worker's deltas; leaving early cancels the job there."""
@@ -197,19 +228,19 @@ class Ingress:
             response.cancel()
 
     @app.post("/v1/chat/completions", response_model=None, responses=CHAT_ANSWERS)
-    async def chat_completions(self, body: ChatCompletionRequest, caller: Asking, http: Request) -> Response:
+    async def chat_completions(self, body: ChatCompletionRequest, caller: Asking) -> Response:
         """Answer a conversation, by the adapters that fit it; as server-sent events with `stream`."""
-        return await self._respond(body, caller, http)
+        return await self._respond(body, caller)
 
     @app.post("/v1/completions", response_model=None, responses=TEXT_ANSWERS)
-    async def completions(self, body: CompletionRequest, caller: Asking, http: Request) -> Response:
+    async def completions(self, body: CompletionRequest, caller: Asking) -> Response:
         """Continue prompts as they are, each by the adapters that fit it."""
-        return await self._respond(body, caller, http)
+        return await self._respond(body, caller)
 
-    async def _respond(self, request: TextRequest, caller: Caller, http: Request) -> Response:
+    async def _respond(self, request: TextRequest, caller: Caller) -> Response:
         if not request.stream:
             refuse_stream_options(request)
-        begun = await self._begin(request, caller, request_id_of(http))
+        begun = await self._begin(request, caller, request_record.current())
         headers = begun.answer.headers()
         if not request.stream:
             return JSONResponse(await self._whole(begun), headers=headers)

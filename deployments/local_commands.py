@@ -23,7 +23,7 @@ out = Console()
 err = Console(stderr=True)
 
 
-def run_server(config: Path | None, preload: list[Path], host: str, port: int) -> int:
+def run_server(config: Path | None, preload: list[Path], host: str, port: int, metrics_port: int | None = None) -> int:
     """Serve until interrupted; the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # waiting for /ready is no news
@@ -33,7 +33,7 @@ def run_server(config: Path | None, preload: list[Path], host: str, port: int) -
             if not adapter_folders(path):
                 return _fail(f"{path} is no adapter folder and holds none")
         Door(settings)  # a keys file that cannot be used stops the start here, with its reason
-        _serve(settings, host, port)
+        _serve(Server(settings, host=host, port=port, metrics_port=metrics_port), settings, host)
     except (ServerFailed, ValueError, OSError) as exc:
         return _fail(str(exc))
     return 0
@@ -67,9 +67,9 @@ def _check_parity(folder: Path, settings: AppConfig) -> int:
     return _fail(f"{', '.join(apart)} differ from PEFT") if apart else 0
 
 
-def _serve(settings: AppConfig, host: str, port: int) -> None:
+def _serve(server: Server, settings: AppConfig, host: str) -> None:
     started = time.monotonic()
-    with Server(settings, host=host, port=port) as server:
+    with server:
         with out.status("starting") as status:
             server.prepare(status.update)
             url = server.start()

@@ -17,6 +17,7 @@ from deployments.errors import PublishingOff
 from deployments.http_io import is_loopback
 from deployments.in_flight import InFlight
 from deployments.publisher import Publisher
+from deployments.request_figures import RequestFigures
 from deployments.upload_budget import UploadBudget
 from deployments.uploads import FolderUpload
 from lora_store import AdapterNotFound, Key
@@ -74,6 +75,12 @@ def bodies_here() -> BodyBudget:
     """What bodies may take in the replica that runs the route."""
     bodies: BodyBudget = _ingress().bodies
     return bodies
+
+
+def request_figures_here() -> RequestFigures:
+    """The figures of the replica that runs the route."""
+    figures: RequestFigures = _ingress().requests
+    return figures
 
 
 def _ingress() -> Any:

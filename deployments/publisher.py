@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import Any, TypeVar
 
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
@@ -14,6 +14,7 @@ from deployments.background import Background
 from deployments.examiner import Examined, Examiner, Outcome
 from deployments.published import Change, Published, Removed, Settled, kept_version, live_already, published_of
 from deployments.releaser import Releaser
+from deployments.request_figures import ChangeFigures
 from deployments.uploads import FolderUpload
 from deployments.waking import Waking
 from lora_store import (
@@ -32,6 +33,7 @@ from lora_store import (
 )
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 CATCH_UP_TIMEOUT_S = 5.0
 _STORE_WAIT_S = 60.0  # longer than a store that hangs takes to be called unavailable
@@ -51,10 +53,11 @@ class Publisher:
         background: Background,
         releaser: Releaser,
         waking: Waking,
+        figures: ChangeFigures | None = None,
     ) -> None:
         self._store, self._retriever, self._worker, self._waking = store, retriever, worker, waking
         self._examiner = Examiner(retriever, worker)
-        self._background, self._releaser = background, releaser
+        self._background, self._releaser, self._figures = background, releaser, figures or ChangeFigures()
 
     async def publish(
         self, uploads: Sequence[FolderUpload], actor: str, share: PoolShare | None = None
@@ -64,29 +67,29 @@ class Publisher:
         Raises: what the Retriever or the Store says of the batch as a whole, PoolShareExceeded where it is more than
         the tenant's `share`, NoWorkerYet; then nothing of it is visible or kept.
         """
-        return await self._background.run(self._publish(uploads, Change(actor, share)))
+        return await self._run("publish", self._publish(uploads, Change(actor, share)))
 
     async def rollback(self, key: Key, digest: str | None, actor: str) -> Published:
         """Publish a kept version again: the one before the live one, or the one whose digest begins with `digest`.
 
         Raises: AdapterNotFound, VersionNotKept, and what `publish` has for it.
         """
-        return await self._background.run(self._rollback(key, digest, actor))
+        return await self._run("rollback", self._rollback(key, digest, actor))
 
     async def withdraw(self, tenant: str, names: Sequence[str], actor: str) -> Removed:
         """All of `names` with all their versions are gone, or none; what they held is freed in the background.
 
         Raises: AdapterNotFound, VersionConflict, StoreUnavailable.
         """
-        return await self._background.run(self._withdraw(tenant, names, actor))
+        return await self._run("withdraw", self._withdraw(tenant, names, actor))
 
     async def set_visibility(self, key: Key, visibility: Visibility, actor: str) -> Settled:
         """Raises: AdapterNotFound, PublicNameTaken, VersionConflict, StoreUnavailable."""
-        return await self._background.run(self._settled("set_visibility", *key, visibility, actor))
+        return await self._run("set_visibility", self._settled("set_visibility", *key, visibility, actor))
 
     async def approve(self, refs: Sequence[AdapterRef], actor: str) -> Settled:
         """`auto` may choose these public versions for every tenant. Raises: AdapterNotFound, StoreUnavailable."""
-        return await self._background.run(self._settled("approve", refs, actor))
+        return await self._run("approve", self._settled("approve", refs, actor))
 
     async def lacking(self, uploads: Sequence[FolderUpload]) -> list[FolderUpload]:
         """Those whose name is not live, in whatever version."""
@@ -116,6 +119,9 @@ class Publisher:
             return 0, 1
         ready = sum(isinstance(result, int) for result in results)
         return ready, len(results) - ready
+
+    async def _run(self, change: str, work: Coroutine[Any, Any, T]) -> T:
+        return await self._background.run(self._figures.counted(change, work))
 
     async def _settled(self, method: str, *args: Any) -> Settled:
         await self.reach_store()

@@ -19,7 +19,11 @@ _FIT = re.compile(r"[A-Za-z0-9._-]{1,64}")  # to be part of an answer's id, and 
 
 
 class RequestIds:
-    """ASGI middleware: the outermost one, so that refusals of the others carry an id too."""
+    """ASGI middleware: the outermost one, so that refusals of the others carry an id too.
+
+    Serve's proxy gives every request an id, the client's own where it sent one, which its handles and logs carry along
+    and which it puts into the answer itself. That one is taken as long as it is short and plain.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -40,6 +44,10 @@ class RequestIds:
         await self._app(scope, receive, send if given is not None else answer)
 
 
-def request_id_of(http: Request) -> str:
-    request_id: str = http.scope["state"][_KEY]
+def request_id_in(scope: Scope) -> str:
+    request_id: str = scope["state"][_KEY]
     return request_id
+
+
+def request_id_of(http: Request) -> str:
+    return request_id_in(http.scope)

@@ -10,6 +10,7 @@ from lora_store import Snapshot
 from lora_store.files import Files
 from lora_store.location import Location
 from retriever_svc import Encoder, IndexSettings, LivePool, Retriever, SavedIndexes
+from retriever_svc.retriever import Timed, untimed
 
 
 def live_pool(config: AppConfig, snapshots: Callable[[], Snapshot], index: IndexSettings | None = None) -> LivePool:
@@ -24,6 +25,6 @@ def live_pool(config: AppConfig, snapshots: Callable[[], Snapshot], index: Index
     )
 
 
-def retriever_over(pools: LivePool, config: AppConfig) -> Retriever:
+def retriever_over(pools: LivePool, config: AppConfig, timed: Timed = untimed) -> Retriever:
     settings = config.retrieval
-    return Retriever(pools, min_score=settings.min_score, temperature=settings.softmax_temperature)
+    return Retriever(pools, min_score=settings.min_score, temperature=settings.softmax_temperature, timed=timed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -12,7 +13,10 @@ from typing import TypeVar
 from ray import serve
 
 from deployments.config import AppConfig
+from deployments.figures import SERVE, Kinds, every_beat
 from deployments.retrieval import live_pool, retriever_over
+from deployments.retriever_figures import RetrieverFigures
+from deployments.serve_logs import join_serve_logs
 from lora_store import AdapterRecord, Embedding, LoraStore, LoraStoreError, Plan, Sample, Strategy
 from retriever_svc import (
     Candidate,
@@ -59,22 +63,29 @@ class RetrieverDeployment:
         *,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         index: IndexSettings | None = None,
+        kinds: Kinds = SERVE,
     ) -> None:
+        join_serve_logs()
         settings = config.retrieval
+        self._figures = RetrieverFigures(kinds)
         self._store = LoraStore(config.store_uri, accepts_base=config.accepted_bases)
         self._pools = live_pool(config, self._store.snapshot, index)
-        self._retriever = retriever_over(self._pools, config)
+        self._retriever = retriever_over(self._pools, config, timed=self._figures.timed)
         self._route_batch.set_max_batch_size(settings.batch_size)
         self._route_batch.set_batch_wait_timeout_s(settings.batch_wait_s)
         self._bulk = ThreadPoolExecutor(1, thread_name_prefix="bulk")  # of publishes: routes keep their threads
         self._pools.catch_up()  # with what was committed while the encoder and the index were made
         self._refreshing: asyncio.Task[int] | None = None
-        self._polling = asyncio.get_event_loop().create_task(self._poll(settings.poll_interval_s, sleep))
+        self._read_at = time.monotonic()
+        loop = asyncio.get_event_loop()
+        self._polling = loop.create_task(self._poll(settings.poll_interval_s, sleep))
+        self._telling = loop.create_task(every_beat(self._tell))
 
     async def route(self, request: RouteRequest) -> Route:
         """The plan for one prompt, and its candidates. Raises: NoAdapterMatched, StaleIndex."""
         await self._reach(request.min_generation)
         answer: RouteAnswer = await self._route_batch(request)
+        self._figures.answered(answer)
         if isinstance(answer, RetrieverError):
             raise answer
         return answer
@@ -191,8 +202,17 @@ class RetrieverDeployment:
         """One refresh at a time, whoever waits for it: a catalogue that hangs holds one thread, not all."""
         if self._refreshing is None or self._refreshing.done():
             self._refreshing = asyncio.create_task(asyncio.to_thread(self._pools.catch_up))
-            self._refreshing.add_done_callback(_retrieve)
+            self._refreshing.add_done_callback(self._refreshed)
         await asyncio.shield(self._refreshing)
+
+    def _refreshed(self, task: asyncio.Task[int]) -> None:
+        """Its waiters may all have left: an error is not news to the event loop."""
+        if not task.cancelled() and task.exception() is None:
+            self._read_at = time.monotonic()
+
+    async def _tell(self) -> None:
+        pool = self._pools.current
+        self._figures.tell(pool.snapshot, pool.index.num_live, time.monotonic() - self._read_at)
 
     async def _poll(self, interval_s: float, sleep: Callable[[float], Awaitable[None]]) -> None:
         """The safety net under the publisher's broadcast. What fails is logged once, until it works again."""
@@ -216,12 +236,6 @@ def _as_seen_by(tenant: str, record: AdapterRecord) -> AdapterRecord:
     if record.ref.tenant == tenant:
         return replace(record, embedding=None)
     return replace(record, embedding=None, source=record.ref.name, actor="")
-
-
-def _retrieve(task: asyncio.Task[int]) -> None:
-    """Its waiters may all have left: an error is not news to the event loop."""
-    if not task.cancelled():
-        task.exception()
 
 
 async def _beside_the_loop(steps: Iterator[Step]) -> AsyncIterator[Step]:

@@ -33,12 +33,21 @@ class Server:
     """A context: leaving it stops everything it started."""
 
     def __init__(
-        self, config: AppConfig, *, host: str = "127.0.0.1", port: int = 8000, num_cpus: int | None = None
+        self,
+        config: AppConfig,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        num_cpus: int | None = None,
+        metrics_port: int | None = None,
     ) -> None:
-        """`num_cpus`: logical CPUs to place replicas on; None = what the configuration's replicas need at most."""
+        """`num_cpus`: logical CPUs to place replicas on; None = what the configuration's replicas need at most.
+
+        `metrics_port`: where this machine's figures are told; None = any free one.
+        """
         self._config, self._host = config, host
         self._num_cpus = num_cpus or max(config.num_logical_cpus, os.cpu_count() or 1)
-        self._port = port or free_port(host)
+        self._port, self._metrics_port = port or free_port(host), metrics_port
 
     @property
     def url(self) -> str:
@@ -61,6 +70,7 @@ class Server:
             include_dashboard=False,
             log_to_driver=False,
             _node_ip_address="127.0.0.1",
+            _metrics_export_port=self._metrics_port,
         )
         serve.start(http_options=HTTPOptions(host=self._host, port=self._port))
         serve.run(build_app(self._config), name=APP_NAME, route_prefix="/", logging_config={"enable_access_log": False})

@@ -13,6 +13,7 @@ import ray
 
 from deployments.config import AppConfig
 from deployments.object_cache import Buffer, ObjectCache
+from deployments.serve_logs import join_serve_logs
 from deployments.uploads import FolderUpload, folder_of
 from lora_store import (
     AdapterRecord,
@@ -49,6 +50,7 @@ class StoreDeployment:
     """Answers writes and blobs; reads are the Retriever's. File work runs beside the event loop."""
 
     def __init__(self, config: AppConfig, put: Callable[[Buffer], Any] = ray.put) -> None:
+        join_serve_logs()
         self._config = config
         self._store = LoraStore(config.store_uri, accepts_base=config.accepted_bases)
         # Of their own: a batch from a slow source must leave threads to the workers' fetches.

@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +64,13 @@ class RetryPolicy:
         return min(self.longest_wait_s, self.first_wait_s * 2.0 ** (num_tries - 1)) * (1 - draw / 2)
 
 
+class Told(Protocol):
+    """Hears where weights came from and how long it took, or that they could not be had."""
+
+    def loaded(self, level: str, seconds: float) -> None: ...
+    def load_failed(self) -> None: ...
+
+
 class WeightsFetcher:
     """Any number of fetches wait on the caller's event loop; hashing, decoding and the disk take threads."""
 
@@ -73,22 +80,36 @@ class WeightsFetcher:
         executor: Executor,
         *,
         cache: DiskCache | None = None,
+        told: Told | None = None,
         policy: RetryPolicy | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         draw: Callable[[], float] = random.random,
     ) -> None:
-        self._store, self._executor, self._cache = store, executor, cache
+        self._store, self._executor, self._cache, self._told = store, executor, cache, told
         self._policy = policy or RetryPolicy()
         self._clock, self._sleep, self._draw = clock, sleep, draw
 
     async def fetch(self, digest: str) -> AdapterWeights:
         """Raises: AdapterLoadFailed, which says why in a client's words."""
+        began = self._clock()
+        try:
+            level, weights = await self._found(digest)
+        except AdapterLoadFailed:
+            if self._told is not None:
+                self._told.load_failed()
+            raise
+        if self._told is not None:
+            self._told.loaded(level, self._clock() - began)
+        return weights
+
+    async def _found(self, digest: str) -> tuple[str, AdapterWeights]:
+        """Where they were, and the weights. Raises: AdapterLoadFailed."""
         if self._cache is not None:
             cached = await self._on_thread(_read_cached, digest, self._cache)
             if cached is not None:
-                return cached
-        return await self._fetch_with_retries(digest)
+                return "disk", cached
+        return "store", await self._fetch_with_retries(digest)
 
     async def _fetch_with_retries(self, digest: str) -> AdapterWeights:
         deadline = self._clock() + self._policy.total_timeout_s

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -11,8 +12,12 @@ from pathlib import Path
 from ray.serve.handle import DeploymentHandle
 
 from deployments.errors import ReplicaWedged
+from deployments.figures import BEAT_S, SERVE, Kinds, every_beat
 from deployments.request_router import RESIDENT, short_digest
+from deployments.serve_logs import join_serve_logs
+from deployments.traces import JobTrace
 from deployments.weights_fetcher import WeightsFetcher
+from deployments.worker_figures import WorkerFigures
 from deployments.worker_scaling import ONGOING, WAITING_TOKENS
 from gpu_worker.config import WorkerConfig
 from gpu_worker.engine import Engine
@@ -22,6 +27,8 @@ from gpu_worker.probe import Prober
 from gpu_worker.request import Delta, Job
 from lora_store import AdapterWeights
 from lora_store.disk_cache import DiskCache
+
+logger = logging.getLogger(__name__)
 
 _WEDGED_AFTER_S = 120.0
 
@@ -39,14 +46,19 @@ class WorkerDeployment:
         store: DeploymentHandle,
         weights_cache: tuple[Path, int] | None = None,
         niceness: int = 0,
+        *,
+        kinds: Kinds = SERVE,
     ) -> None:
+        join_serve_logs()
+        self._figures = WorkerFigures(config.bank_rank_rows, kinds)
         self._asyncio_loop = asyncio.get_event_loop()
         self._cache = None if weights_cache is None else DiskCache(*weights_cache)
         executor = ThreadPoolExecutor(config.load_threads, thread_name_prefix="adapter-load")
-        self._fetcher = WeightsFetcher(store, executor, cache=self._cache)
+        self._fetcher = WeightsFetcher(store, executor, cache=self._cache, told=self._figures)
         self._engine = Engine(config, self._start_fetch, executor=executor)
         self._loop = EngineLoop(self._engine, stream_interval_ms=stream_interval_ms, niceness=niceness)
         self._prober = Prober(self._loop)
+        self._telling = self._asyncio_loop.create_task(every_beat(self._tell))
 
     async def stream(self, job: Job) -> AsyncIterator[Delta]:
         """Yield text as it is made, the first piece at once, then every `stream_interval_ms`.
@@ -54,12 +66,18 @@ class WorkerDeployment:
         A client that leaves frees its row, KV and pins at the next step.
         Raises: PromptInvalid, PromptTooLong, PlanTooLarge, AdapterLoadFailed and the like, for this job only.
         """
-        deltas = self._loop.stream(job)
+        deltas, trace = self._loop.stream(job), JobTrace(job.request_id)
+        last: Delta | None = None
         try:
             async for delta in deltas:
+                if last is None:
+                    self._figures.waited(delta.queued_s)
+                last = delta
                 yield delta
         finally:
             await deltas.aclose()
+            trace.end(last)
+            _log_end(job, last)
 
     async def probe(self, weights_digest: str) -> float:
         """How far the adapter moves the logits of a fixed prompt. Raises: AdapterUnfit, AdapterLoadFailed."""
@@ -107,6 +125,18 @@ class WorkerDeployment:
         if not self._loop.is_alive or stalled_s > _WEDGED_AFTER_S:
             raise ReplicaWedged(f"a step has run for {stalled_s:.0f} s, engine thread alive: {self._loop.is_alive}")
 
+    async def _tell(self) -> None:
+        self._figures.stepping(self._loop.seconds_in_step())
+        async with asyncio.timeout(BEAT_S):  # a step that hangs must not hide how long it does
+            self._figures.hold(await self._loop.holdings())
+
     def _start_fetch(self, weights_digest: str) -> Future[AdapterWeights]:
         """Called on the engine's thread; the handle belongs to the replica's event loop."""
         return asyncio.run_coroutine_threadsafe(self._fetcher.fetch(weights_digest), self._asyncio_loop)
+
+
+def _log_end(job: Job, last: Delta | None) -> None:
+    """One line a job, by the id of its request."""
+    queued_s, num_new_tokens = (0.0, 0) if last is None else (last.queued_s, last.num_new_tokens)
+    ended = "early" if last is None or last.finish_reason is None else last.finish_reason
+    logger.info("job %s ended (%s): %d tokens, queued %.3f s", job.request_id, ended, num_new_tokens, queued_s)

@@ -21,6 +21,8 @@ class Counters:
     num_host_hits: int = 0
     num_fetches: int = 0
     num_preemptions: int = 0  # a row gave its KV back to others, and computes it again
+    num_steps: int = 0
+    step_s: float = 0.0  # in those steps, together
 
     def count_request(self, digests: Collection[str], bank: Container[str], host: Container[str]) -> None:
         self.num_requests += 1

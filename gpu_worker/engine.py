@@ -93,7 +93,6 @@ class Engine:
         self.running: list[Row] = []
         self._clock, self._next_due = clock, math.inf
         self._forgetting: set[str] = set()
-        self.num_steps = 0
         self.counters = Counters()
 
     def submit(self, row: Row) -> None:
@@ -102,7 +101,8 @@ class Engine:
             raise EngineFull(f"{len(self.waiting)} requests already wait")
         if not row.keep_logits:  # a probe is nobody's traffic
             self.counters.count_request(row.weights_digests, self.residency, self.loader)
-        row.start_by = self._clock() + self.config.max_wait_s
+        row.came_at = self._clock()
+        row.start_by = row.came_at + self.config.max_wait_s
         self._next_due = min(self._next_due, row.start_by, row.deadline)
         self._admission.append(row)
 
@@ -138,6 +138,7 @@ class Engine:
             waiting_tokens=sum(row.num_prompt_tokens + row.max_new_tokens for row in self.waiting),
             free_kv_rows=self.kv_cache.num_free,
             free_kv_tokens=self.kv_cache.num_free_tokens,
+            kv_tokens=sum(row.num_computed for row in self.running),
             host_cache_bytes=self.loader.cached_bytes,
             num_forgetting=len(self._forgetting),
             counters=self.counters.copy(),
@@ -163,6 +164,10 @@ class Engine:
         return self._admission.waiting
 
     @property
+    def num_steps(self) -> int:
+        return self.counters.num_steps
+
+    @property
     def seconds_to_due(self) -> float | None:
         """How long until a request may be overdue, at most an hour; None when none can be."""
         return None if self._next_due == math.inf else min(max(self._next_due - self._clock(), 0.0), _LONGEST_SLEEP_S)
@@ -179,7 +184,10 @@ class Engine:
         self._admit()
         has_run = bool(self.running)
         if has_run:
+            began = time.perf_counter()
             self._compute()
+            self.counters.num_steps += 1
+            self.counters.step_s += time.perf_counter() - began
         self._drop_forgotten()
         return has_run
 
@@ -234,6 +242,10 @@ class Engine:
         for row, error in failed:
             self.send(row, error)
         if started:
+            now = self._clock()
+            for row in started:
+                if row.num_new_tokens == 0:  # of its first start
+                    row.queued_s = now - row.came_at
             self.running += started
             self.residency.settle()
 
@@ -258,7 +270,6 @@ class Engine:
         told = [(row, event) for row, event in made if event is not None]
         self._release([row for row, event in told if _is_last(event)])  # free by the time their clients hear of it
         self._release([row for row, event in told if not self.send(row, event) and not _is_last(event)])
-        self.num_steps += 1
 
     def _forward(self, scheduled: Sequence[tuple[Row, Segment]]) -> Tensor:
         """Logits (rows whose last token was computed, V), float32 or the model's dtype."""

@@ -18,6 +18,7 @@ class Holdings:
     num_waiting: int
     free_kv_rows: int
     free_kv_tokens: int
+    kv_tokens: int  # whose keys and values running requests hold
     host_cache_bytes: int
     num_forgetting: int  # weights that go when the last request that uses them ends
     waiting_tokens: int = 0  # prompts of the requests that wait, and the most that they may generate

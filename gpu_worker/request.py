@@ -122,6 +122,7 @@ class Delta:
     finish_reason: FinishReason | None = None
     first_logits: torch.Tensor | None = None  # (V,) float32 after the prompt, where a probe asked for it
     logprobs: tuple[TokenLogprob, ...] = ()  # of the tokens since the last delta, where they were asked for
+    queued_s: float = 0.0  # how long the request waited in the engine's queue
 
 
 @dataclass(frozen=True, slots=True)

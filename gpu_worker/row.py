@@ -41,6 +41,8 @@ class Row:
     tenant: str = LOCAL_TENANT
     deadline: float = math.inf  # by the engine's clock
     start_by: float = math.inf
+    came_at: float = 0.0
+    queued_s: float = 0.0  # from there to its first step
     adapter_set: tuple[str, ...] = field(init=False)  # weights digests of the plan's adapters, sorted
     loads: dict[str, Future[FittedAdapter]] = field(default_factory=dict)  # of adapters that were not in the bank
     kv_row: int = -1
@@ -90,7 +92,9 @@ class Row:
         if not text and reason is None:
             return None
         logprobs = self._told() if self.untold else ()
-        return Delta(text, self.num_prompt_tokens, self.num_new_tokens, reason, self.first_logits, logprobs)
+        return Delta(
+            text, self.num_prompt_tokens, self.num_new_tokens, reason, self.first_logits, logprobs, self.queued_s
+        )
 
     def _logprob(self, token: int, scored: Scored) -> TokenLogprob:
         top = tuple((self.spell(token_id), logprob) for token_id, logprob in scored.top)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -25,6 +26,12 @@ from retriever_svc.route import Candidate, PinnedAdapter, Route, RouteRequest
 from retriever_svc.sample_source import SampleSource
 
 RouteAnswer = Route | NoAdapterMatched | StaleIndex
+Timed = Callable[[float, float], None]
+"""Takes the seconds that one batch of prompts spent in the encoder, and in the search after it. On any thread."""
+
+
+def untimed(encode_s: float, search_s: float) -> None:
+    """Nobody wants to know."""
 
 
 class Retriever:
@@ -35,8 +42,15 @@ class Retriever:
     `min_generation` raises StaleIndex where this pool is older: catch up, then ask again.
     """
 
-    def __init__(self, pools: LivePool, *, min_score: float | None = None, temperature: float = 0.05) -> None:
-        self._pools, self._min_score, self._temperature = pools, min_score, temperature
+    def __init__(
+        self,
+        pools: LivePool,
+        *,
+        min_score: float | None = None,
+        temperature: float = 0.05,
+        timed: Timed = untimed,
+    ) -> None:
+        self._pools, self._min_score, self._temperature, self._timed = pools, min_score, temperature, timed
 
     @property
     def generation(self) -> int:
@@ -52,7 +66,9 @@ class Retriever:
         return [routed.get(row) or StaleIndex(r.min_generation, generation) for row, r in enumerate(requests)]
 
     def _route(self, pool: Pool, requests: Sequence[RouteRequest]) -> list[Route | NoAdapterMatched]:
+        began = time.perf_counter()
         vectors = pool.encoder.encode([request.text for request in requests])
+        encoded = time.perf_counter()
         rows_of: defaultdict[tuple[str, tuple[str, ...]], list[int]] = defaultdict(list)
         for row, request in enumerate(requests):
             rows_of[request.tenant, request.tags].append(row)
@@ -61,6 +77,7 @@ class Retriever:
             top_k = max(requests[row].top_k for row in rows)
             for row, matches in zip(rows, pool.nearest(vectors[rows], top_k, tenant, tags), strict=True):
                 answers[row] = self._decide(requests[row], matches[: requests[row].top_k], pool)
+        self._timed(encoded - began, time.perf_counter() - encoded)
         return [answers[row] for row in range(len(requests))]
 
     def _decide(self, request: RouteRequest, matches: list[Match], pool: Pool) -> Route | NoAdapterMatched:

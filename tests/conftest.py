@@ -10,6 +10,7 @@ import torch
 
 from gpu_worker.base_model import BaseModel, load_base_model
 from tests.browsing import browsing  # noqa: F401  a fixture
+from tests.prometheus import promtool  # noqa: F401  a fixture
 from tests.s3 import aws_credentials, s3_endpoint  # noqa: F401  fixtures
 from tests.soak import (  # noqa: F401  pytest finds its hooks and fixtures by their names here
     pytest_addoption,

@@ -13,6 +13,7 @@ import pytest
 from ray import serve
 
 from deployments.config import AppConfig, WorkerSettings
+from deployments.figures import SERVE
 from deployments.ingress import Ingress, app
 from gpu_worker.request import Job
 from tests.deployments.adapter_records import BASE, POOL, pool_of
@@ -51,11 +52,12 @@ def serve_plainly(
     retrievers: Sequence[FakeRetriever] = (),
     engine: WorkerSettings | None = None,
     worker_grace_s: float = 5.0,
+    kinds: Any = SERVE,
     **settings: Any,
 ) -> Served:
     """The Ingress as its replica holds it, but for Serve's wrapper. To be called in a running event loop.
 
-    `engine`: what the config says of the Worker's.
+    `engine`: what the config says of the Worker's; `kinds`: of metrics.
     """
     handles = [
         FakeHandle(*(retrievers or [retriever or FakeRetriever()])),
@@ -63,7 +65,7 @@ def serve_plainly(
         FakeHandle(store or FakeStore(pool_of(*POOL))),
     ]
     config = config_of(worker=engine or WorkerSettings(), **settings)
-    return Served(Ingress.__bases__[0](config, *handles, worker_grace_s=worker_grace_s), *handles)
+    return Served(Ingress.__bases__[0](config, *handles, worker_grace_s=worker_grace_s, kinds=kinds), *handles)
 
 
 @asynccontextmanager

@@ -20,6 +20,7 @@ HOLDINGS = Holdings(
     active_rows=8,
     num_running=3,
     num_waiting=2,
+    kv_tokens=0,
     free_kv_rows=29,
     free_kv_tokens=59_000,
     host_cache_bytes=5_000_000,

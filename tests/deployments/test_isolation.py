@@ -14,8 +14,10 @@ from typing import Any
 import httpx
 import pytest
 
+from deployments.retriever_figures import RetrieverFigures
 from deployments.uploads import FolderUpload
-from retriever_svc import IndexSettings
+from retriever_svc import IndexSettings, RouteRequest
+from tests.deployments.figure_fakes import FakeKinds
 from tests.deployments.two_tenants import TENANTS, WORDS, TwoTenants, plans_of, two_tenants
 from tests.soak import Scale
 
@@ -273,3 +275,20 @@ def test_a_name_of_another_takes_no_longer_than_an_unknown_one(tmp_path: Path, s
         assert abs(difference) < 3.29 * error
 
     run(tmp_path, look, NUM_PRIVATE)
+
+
+def test_figures_name_public_adapters_only(tmp_path: Path) -> None:
+    async def look(tenants: TwoTenants) -> None:
+        kinds = FakeKinds()
+        retriever: Any = tenants.served.retriever._replicas[0]
+        retriever._figures = RetrieverFigures(kinds)
+        for mine, other in itertools.permutations(TENANTS):
+            for prompt in (*tenants.prompts[mine], *tenants.prompts[other], "Say hello"):
+                for answer in await asyncio.to_thread(retriever._retriever.route, [RouteRequest(prompt, mine)]):
+                    retriever._figures.answered(answer)
+        await retriever._tell()
+        told = {label for metric in kinds.metrics.values() for labels in metric.last for label in labels}
+        assert {f"open-{tenant}" for tenant in TENANTS} <= told
+        assert not [label for label in told if any(word in label for word in WORDS.values())]
+
+    run(tmp_path, look)

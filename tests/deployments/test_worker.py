@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,12 +14,14 @@ import pytest
 from numpy.typing import NDArray
 
 from deployments.errors import ReplicaWedged
+from deployments.figures import SERVE
 from deployments.worker import WorkerDeployment
 from gpu_worker.base_model import BaseModel
 from gpu_worker.errors import AdapterLoadFailed
 from gpu_worker.request import Job
 from gpu_worker.row import Row
 from lora_store import AdapterNotFound, AdapterWeights, encode_weights
+from tests.deployments.figure_fakes import FakeKinds
 from tests.fakes import FakeHandle
 from tests.gpu_worker.driving import greedy
 from tests.tiny import linear_shapes, plan_of, random_adapter, tiny_config
@@ -83,7 +86,7 @@ def serve(tiny_folders: Mapping[str, Path], tiny_base: Callable[..., BaseModel])
     """Run a test's body in the worker's event loop; the engine stops with it."""
     shapes = linear_shapes(tiny_base())
 
-    def run(main: Main, *, weights_cache: tuple[Path, int] | None = None) -> Any:
+    def run(main: Main, *, weights_cache: tuple[Path, int] | None = None, kinds: Any = SERVE) -> Any:
         async def within() -> Any:
             blobs, pool = {}, []
             for seed in range(3):
@@ -91,7 +94,8 @@ def serve(tiny_folders: Mapping[str, Path], tiny_base: Callable[..., BaseModel])
                 blobs[digest] = data
                 pool.append(AdapterWeights(digest, {}))
             store = FakeStore(blobs)
-            worker = WorkerDeployment(tiny_config(tiny_folders["gemma3"]), 0.0, FakeHandle(store), weights_cache)
+            config = tiny_config(tiny_folders["gemma3"])
+            worker = WorkerDeployment(config, 0.0, FakeHandle(store), weights_cache, kinds=kinds)
             try:
                 return await asyncio.wait_for(main(Serving(worker, store, pool)), 20)
             finally:
@@ -109,6 +113,27 @@ def test_a_request_streams_with_the_weights_its_plan_names(serve: Callable[[Main
         assert sorted(serving.store.fetched) == sorted(w.weights_digest for w in serving.pool[:2])
 
     serve(main)
+
+
+def test_a_worker_tells_what_its_jobs_did(serve: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+    kinds = FakeKinds()
+
+    async def main(serving: Serving) -> None:
+        missing = greedy("x", plan_of("selection", (AdapterWeights("f" * 64, {}), 1.0)), "missing")
+        await asyncio.gather(serving.text(serving.job(0)), serving.text(missing), return_exceptions=True)
+        await serving.text(serving.job(0))
+        await serving.worker._tell()
+
+    with caplog.at_level(logging.INFO, "deployments.worker"):
+        serve(main, kinds=kinds)
+    assert len(kinds["queue_seconds"].seen[()]) == 2
+    assert kinds["adapter_hits_total"].counts == {("store",): 1, ("bank",): 1}
+    assert len(kinds["cold_load_seconds"].seen[("store",)]) == kinds["cold_load_failures_total"].counts[()] == 1
+    assert kinds["new_tokens_total"].counts == {(): 60} and kinds["steps_total"].counts[()] >= 60
+    assert sum(kinds["resident_adapters"].last.values()) == 1
+    lines = [record.getMessage() for record in caplog.records if record.name == "deployments.worker"]
+    assert [line.partition(":")[0] for line in lines if "missing" in line] == ["job missing ended (early)"]
+    assert len(lines) == 3
 
 
 def test_weights_the_store_does_not_have_fail_their_request_alone(serve: Callable[[Main], Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import openai
 import pytest
 import torch
 from ray import serve
+from ray.serve._private.constants import DEFAULT_TRACING_EXPORTER_IMPORT_PATH
 
 from deployments.app import build_app
 from deployments.config import AppConfig, RetrievalSettings, ScalingSettings, WorkerSettings
@@ -42,12 +44,22 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         preload=(POOL,),
         worker=WorkerSettings(dtype="float32", max_batch_size=16, max_model_len=1024),
     )
-    with Server(config, port=0, num_cpus=8) as server:
+    with tell_often(), Server(config, port=0, num_cpus=8) as server:
         server.prepare(print)
         address = server.start()
         ready = server.wait_ready(timeout_s=READY_TIMEOUT_S)
         assert ready["num_adapters"] == len(list(POOL.glob("*/adapter_config.json")))
         yield address
+
+
+@contextmanager
+def tell_often() -> Iterator[None]:
+    """Ray exports metrics every second instead of every tenth; a request is traced where it asks for it, in files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_metrics_report_interval_ms", "1000")
+        patch.setenv("RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH", DEFAULT_TRACING_EXPORTER_IMPORT_PATH)
+        patch.setenv("RAY_SERVE_TRACING_SAMPLING_RATIO", "0")
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -82,7 +94,8 @@ def live(
         retriever_scaling=ScalingSettings(min_replicas=2, max_replicas=2, max_ongoing_requests=128),
         worker_scaling=ScalingSettings(min_replicas=2, max_replicas=2, max_ongoing_requests=2112),
     )
-    serve.run(build_app(config), name=APP, route_prefix=f"/{APP}", logging_config={"enable_access_log": False})
+    logging_config = {"enable_access_log": False, "encoding": "JSON"}
+    serve.run(build_app(config), name=APP, route_prefix=f"/{APP}", logging_config=logging_config)
     shapes = linear_shapes(load_base_model(tiny_config(model)))
     running = Live(f"{url}/{APP}", config, s3_endpoint, shapes, tmp_path_factory.mktemp("live-adapters"))
     eventually(lambda: running.call("GET", "/ready").status_code == 200, within_s=READY_TIMEOUT_S)

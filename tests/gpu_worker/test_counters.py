@@ -41,6 +41,7 @@ def test_an_engine_counts_requests_tokens_and_where_adapters_were(make_engine: M
     assert (counters.num_requests, counters.num_prompt_tokens) == (4, sum(prompts))
     assert (counters.num_bank_hits, counters.num_host_hits, counters.num_fetches) == (1, 0, 2)
     assert counters.num_new_tokens == 12
+    assert counters.num_steps == engine.num_steps == 12 and counters.step_s > 0
 
 
 def test_weights_that_left_the_bank_are_found_in_host_memory(make_engine: MakeEngine, shapes: Shapes) -> None:
@@ -52,6 +53,18 @@ def test_weights_that_left_the_bank_are_found_in_host_memory(make_engine: MakeEn
         engine.residency.evict(weights.weights_digest)
     counters = engine.holdings().counters
     assert (counters.num_bank_hits, counters.num_host_hits, counters.num_fetches) == (0, 1, 1)
+
+
+def test_what_is_held_names_the_tokens_in_the_cache(make_engine: MakeEngine) -> None:
+    engine = make_engine({})
+    row = engine.prepare(greedy("job", num_new=3), lambda event: None)
+    engine.submit(row)
+    assert engine.holdings().kv_tokens == 0
+    engine.step()
+    engine.step()
+    assert engine.holdings().kv_tokens == row.num_prompt_tokens + 1
+    engine.run_until_idle()
+    assert engine.holdings().kv_tokens == 0
 
 
 def test_a_probe_is_no_request(make_engine: MakeEngine, shapes: Shapes) -> None:

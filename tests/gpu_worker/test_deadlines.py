@@ -104,6 +104,17 @@ def test_a_request_that_cannot_start_is_refused_in_time_and_one_that_runs_may_go
     assert_nothing_held(engine)
 
 
+def test_every_delta_says_how_long_its_request_waited(make_engine: MakeEngine) -> None:
+    clock = Clock()
+    engine = make_engine({}, clock=clock, max_batch_size=1)
+    first, second = (ask(engine, greedy("x", BASE_PLAN, name, 2)) for name in ("first", "second"))
+    while not second.is_finished:
+        clock.now += 1.5
+        engine.step()
+    assert {event.queued_s for event in first.events} == {1.5}
+    assert {event.queued_s for event in second.events} == {4.5}
+
+
 def test_the_next_to_be_late_is_found_after_each(make_engine: MakeEngine) -> None:
     clock = Clock()
     engine = make_engine({}, clock=clock, max_wait_s=50.0)

@@ -1,0 +1,146 @@
+"""What a running application tells: metrics as Ray exports them, logs, and spans."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from pathlib import Path
+from typing import Any
+
+import httpx
+import ray
+
+from tests.e2e.live import APP, Live, completion, eventually, eventually_equal
+from tests.prometheus import Promtool, Scrape, dashboard_queries, series_in
+
+_KEPT = re.compile(r"ray_(loraretriever|serve_deployment_replica)_")
+_OURS = re.compile(r"(# (HELP|TYPE) )?ray_loraretriever_")
+
+
+def scraped() -> str:
+    """Ray's metrics of this machine, in Prometheus' own format."""
+    [node] = ray.nodes()
+    return httpx.get(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics", timeout=10).text
+
+
+def series() -> Scrape:
+    return {name: value for name, value in series_in(scraped(), _KEPT).items() if f'application="{APP}"' in name}
+
+
+def num_refused() -> float:
+    """Requests that no adapter matched: of those there are no others."""
+    counted = series().items()
+    return sum(value for name, value in counted if "ray_loraretriever_requests_total" in name and '"422"' in name)
+
+
+def names_asked_for() -> set[str]:
+    """Metrics without which a query has no answer."""
+    exprs = [expr for _, expr in dashboard_queries() if "or vector(0)" not in expr]
+    return {name for expr in exprs for name in re.findall(r"ray_\w+", expr)}
+
+
+def logs() -> Path:
+    """The folder of this Ray session's logs: its name is a label of every metric."""
+    session = re.search(r'SessionName="([^"]+)"', scraped())
+    assert session is not None
+    return Path("/tmp/ray") / session[1] / "logs"
+
+
+def use(live: Live, topic: str) -> None:
+    """One of everything that is told."""
+    live.publish(live.folder("watched", 901, topic))
+    for _ in range(2):
+        assert live.ask("watched").status_code == 200
+        assert live.ask("auto", f"Explain {topic}, please.").status_code == 200
+    assert live.ask("nobody").status_code == 404
+    assert live.call("DELETE", "/v1/loras/watched").status_code == 200
+    never = completion("auto", "x", 2) | {"lora": {"min_score": 2.0, "fallback": "error"}}
+    assert live.call("POST", "/v1/completions", json=never).status_code == 422
+
+
+def test_every_query_of_the_dashboard_has_an_answer(live: Live, promtool: Promtool) -> None:
+    before = num_refused()
+    use(live, "lighthouses")
+    eventually_equal(lambda: num_refused() - before, 1)
+    eventually(lambda: names_asked_for() <= {name.partition("{")[0] for name in series()})
+    first = series()
+    use(live, "lighthouses")
+    eventually_equal(lambda: num_refused() - before, 2)
+    text = scraped()
+    promtool.check_metrics("\n".join(line for line in text.splitlines() if _OURS.match(line)) + "\n")
+    promtool.query([expr for _, expr in dashboard_queries()], first, series())
+
+
+def test_a_request_can_be_followed_through_the_logs(live: Live) -> None:
+    request_id = f"followed-{secrets.token_hex(4)}"
+    response = httpx.post(
+        f"{live.url}/v1/completions", json=completion("auto", "x", 4), headers={"x-request-id": request_id}, timeout=60
+    )
+    assert response.status_code == 200 and set(response.headers.get_list("x-request-id", split_commas=True)) == {
+        request_id
+    }
+
+    def lines(deployment: str) -> list[dict[str, Any]]:
+        files = (logs() / "serve").glob(f"replica_{APP}_{deployment}_*.log")
+        found = [line for file in files for line in file.read_text().splitlines() if request_id in line]
+        return [json.loads(line) for line in found]
+
+    eventually(lambda: lines("Ingress") and lines("Worker"))
+    [asked], [worked] = lines("Ingress"), lines("Worker")
+    assert asked["request_id"] == worked["request_id"] == request_id
+    assert [line["deployment"] for line in (asked, worked)] == [f"{APP}_Ingress", f"{APP}_Worker"]
+    assert (asked["status"], asked["endpoint"], asked["new_tokens"]) == (200, "/v1/completions", 4)
+    assert asked["total_s"] >= asked["first_token_s"] >= asked["plan_s"] > 0
+
+
+def test_no_log_holds_a_prompt(live: Live, url: str) -> None:
+    secret = f"secret-{secrets.token_hex(8)}"
+    chat = {"model": "auto", "messages": [{"role": "user", "content": secret}], "max_tokens": 2}
+    ids = []
+    for address in (url, live.url):
+        for path, body in (
+            ("/v1/chat/completions", chat),
+            ("/v1/chat/completions", chat | {"stream": True}),
+            ("/v1/chat/completions", chat | {"temperature": secret}),
+            ("/v1/chat/completions", {"messages": [{"role": secret, "content": secret}]}),
+            ("/v1/completions", {"prompt": secret, "max_tokens": 2, "lora": {"query": secret, "explain": True}}),
+            ("/v1/completions", {"prompt": secret * 1000, "model": "auto"}),
+            ("/v1/route", {"prompt": [secret]}),
+            ("/v1/pool/map", {"prompt": secret}),
+        ):
+            ids.append(httpx.post(f"{address}{path}", json=body, timeout=60).headers["x-request-id"].partition(",")[0])
+
+    def text() -> str:
+        return "\n".join(path.read_text(errors="replace") for path in logs().rglob("*") if path.is_file())
+
+    eventually(lambda: all(request_id in text() for request_id in ids))
+    assert secret not in text()
+
+
+def test_a_traced_request_has_spans_from_the_door_to_the_engine(live: Live) -> None:
+    trace_id = secrets.token_hex(16)
+    headers = {"traceparent": f"00-{trace_id}-{secrets.token_hex(8)}-01"}
+    response = httpx.post(f"{live.url}/v1/completions", json=completion("auto", "x", 4), headers=headers, timeout=60)
+    assert response.status_code == 200
+
+    def spans() -> dict[str, dict[str, Any]]:
+        text = "\n".join(path.read_text() for path in (logs() / "serve" / "spans").glob("*"))
+        found = [json.loads(part) for part in re.split(r"(?<=^\})\n", text, flags=re.MULTILINE) if part.strip()]
+        return {span["name"]: span for span in found if span["context"]["trace_id"] == f"0x{trace_id}"}
+
+    wanted = {"plan", "worker.queue", "worker.generate"}
+    eventually(lambda: wanted <= set(spans()))
+    found = spans()
+    by_id = {span["context"]["span_id"]: span["name"] for span in found.values()}
+
+    def way(name: str) -> list[str]:
+        """Names from a span to the outermost one."""
+        parent = found[name]["parent_id"]
+        return [name, *(way(by_id[parent]) if parent in by_id else [])]
+
+    at_door = "replica_handle_request Ingress __call__"
+    assert way("plan")[1] == at_door
+    assert way("replica_handle_request Retriever route")[2:4] == ["plan", at_door]
+    assert way("worker.generate")[1] == "replica_handle_request Worker stream" and at_door in way("worker.generate")
+    assert way("worker.queue")[1:] == way("worker.generate")[1:]

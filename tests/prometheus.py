@@ -1,0 +1,114 @@
+"""Debian's promtool, and what it can judge without a server: rules, metrics, and queries over series it is given."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+MONITORING = Path(__file__).parents[1] / "k8s" / "monitoring"
+_PACKAGE = "promtool"  # Debian's
+_MINUTES = 5
+Scrape = dict[str, float]
+"""Series as PromQL writes them, with their values."""
+
+
+@dataclass(frozen=True)
+class Promtool:
+    """The program, working in a folder of its own."""
+
+    executable: str
+    folder: Path
+
+    def check_metrics(self, text: str) -> None:
+        """Fails where names, types or help break Prometheus' rules."""
+        self._run(["check", "metrics"], text)
+
+    def check_rules(self, rules: dict[str, Any]) -> None:
+        self._run(["check", "rules", "--lint=all", "--lint-fatal", self._write("rules.yaml", rules)])
+
+    def test_rules(self, rules: dict[str, Any], tests: Sequence[dict[str, Any]]) -> None:
+        """Fails where an alert fires that should not, or does not that should."""
+        files = [self._write("rules.yaml", rules)]
+        case = {"rule_files": files, "evaluation_interval": "1m", "tests": list(tests)}
+        self._run(["test", "rules", self._write("test.yaml", case)])
+
+    def query(self, expressions: Sequence[str], first: Scrape, second: Scrape) -> None:
+        """Fails, naming the expressions, where any gives no number over two scrapes that lie a minute apart."""
+        series = [
+            {"series": name, "values": f"{_value(first, name)} {_value(second, name)}"}
+            for name in sorted(first | second)
+        ]
+        asked = [
+            {
+                "expr": f"count(({expr}) > -Inf) > bool 0",
+                "eval_time": "1m",
+                "exp_samples": [{"labels": "{}", "value": 1}],
+            }
+            for expr in expressions
+        ]
+        test = {"interval": "1m", "input_series": series, "promql_expr_test": asked}
+        self._run(["test", "rules", self._write("test.yaml", {"evaluation_interval": "1m", "tests": [test]})])
+
+    def _run(self, args: Sequence[str], sent: str = "") -> None:
+        done = subprocess.run([self.executable, *args], input=sent, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, f"{done.stdout[-5000:]}\n{done.stderr[-5000:]}"
+
+    def _write(self, name: str, content: dict[str, Any]) -> str:
+        path = self.folder / name
+        path.write_text(yaml.safe_dump(content, width=10_000))
+        return str(path)
+
+
+@pytest.fixture
+def promtool(tmp_path: Path) -> Promtool:
+    """The system's promtool; without it the test is skipped, or fails where CI_REQUIRES_PROMTOOL is set."""
+    executable = shutil.which(_PACKAGE)
+    if executable is None:
+        missing = f"there is no promtool: install Debian's package {_PACKAGE}"
+        if os.environ.get("CI_REQUIRES_PROMTOOL"):
+            pytest.fail(missing)
+        pytest.skip(missing)
+    return Promtool(executable, tmp_path)
+
+
+def rules() -> dict[str, Any]:
+    """The alerts as Prometheus itself reads them."""
+    manifest = yaml.safe_load((MONITORING / "alerts.yaml").read_text())
+    assert manifest["kind"] == "PrometheusRule"
+    spec: dict[str, Any] = manifest["spec"]
+    return spec
+
+
+def dashboard_queries() -> Iterator[tuple[str, str]]:
+    """(title of a panel, each of its queries), Grafana's variables filled in."""
+    for panel in json.loads((MONITORING / "dashboard.json").read_text())["panels"]:
+        for target in panel.get("targets", []):
+            expr = target["expr"].replace("$__rate_interval", f"{_MINUTES}m").replace("$application", ".*")
+            assert "$" not in expr
+            yield panel["title"], expr
+
+
+def series_in(text: str, keep: re.Pattern[str]) -> Scrape:
+    """The samples of a scrape whose name matches."""
+    found: Scrape = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if keep.match(sample.name):
+                labels = ",".join(f"{name}={json.dumps(value)}" for name, value in sorted(sample.labels.items()))
+                found[f"{sample.name}{{{labels}}}"] = sample.value
+    return found
+
+
+def _value(scrape: Scrape, name: str) -> str:
+    return repr(float(scrape[name])) if name in scrape else "_"

@@ -1,0 +1,152 @@
+"""The dashboard and the alerts ask only for what the code tells, and alerts fire when they should."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from deployments.request_figures import ChangeFigures, RequestFigures
+from deployments.retriever_figures import RetrieverFigures
+from deployments.worker_figures import WorkerFigures
+from tests.deployments.figure_fakes import FakeKinds
+from tests.prometheus import MONITORING, Promtool, dashboard_queries, rules
+
+README = MONITORING.parents[1] / "README.md"
+_OURS = re.compile(r"ray_(loraretriever_\w+)")
+_SERVES = {"ray_serve_deployment_replica_starts_total", "ray_serve_deployment_replica_healthy"}
+_UNITS = re.compile(
+    r"_(total|seconds|bytes|rows|tokens|adapters|generation|choices|cosine)$"
+)  # `_total` counts what stands before it
+
+
+def told() -> FakeKinds:
+    """Every metric of every deployment."""
+    kinds = FakeKinds()
+    for figures in (RequestFigures, ChangeFigures, RetrieverFigures):
+        figures(kinds)
+    WorkerFigures(16, kinds)
+    return kinds
+
+
+def expressions() -> list[str]:
+    alerts = [rule["expr"] for group in rules()["groups"] for rule in group["rules"]]
+    return alerts + [expr for _, expr in dashboard_queries()]
+
+
+def test_names_end_in_their_unit() -> None:
+    assert [name for name in told().metrics if not _UNITS.search(name)] == []
+    assert all(name.startswith("loraretriever_") for name in told().metrics)
+
+
+def test_what_is_asked_for_is_told() -> None:
+    metrics = told().metrics
+    for expr in expressions():
+        for name in _OURS.findall(expr):
+            kind = "histogram" if name.endswith("_bucket") else "counter" if name.endswith("_total") else "gauge"
+            assert metrics[name.removesuffix("_bucket")].kind == kind, expr
+        assert set(re.findall(r"ray_serve_\w+", expr)) <= _SERVES
+
+
+def test_the_dashboard_shows_every_metric() -> None:
+    asked = {name.removesuffix("_bucket") for _, expr in dashboard_queries() for name in _OURS.findall(expr)}
+    assert set(told().metrics) - asked == {"loraretriever_jobs_total"}, "requests are shown as the clients see them"
+
+
+def test_the_readme_lists_every_metric() -> None:
+    named = set(re.findall(r"`(?:ray_)?(loraretriever_\w+)", README.read_text()))
+    assert named == set(told().metrics)
+
+
+def test_the_rules_are_sound(promtool: Promtool) -> None:
+    promtool.check_rules(rules())
+
+
+def test_a_rule_that_is_not_sound_is_found(promtool: Promtool) -> None:
+    broken = rules()
+    broken["groups"][0]["rules"][0]["expr"] = "rate(ray_loraretriever_queue_seconds_bucket[5m]"
+    with pytest.raises(AssertionError, match="parse error"):
+        promtool.check_rules(broken)
+
+
+def test_a_query_without_an_answer_is_found(promtool: Promtool) -> None:
+    first, second = {'a_total{x="y"}': 1.0}, {'a_total{x="y"}': 4.0, 'b{x="+Inf"}': 2.0}
+    promtool.query(["rate(a_total[5m])", "sum(b)", "vector(0)"], first, second)
+    for expr in ("rate(b[5m])", 'a_total{x="z"}', "sum(b) / 0 - sum(b) / 0"):
+        with pytest.raises(AssertionError, match="FAILED"):
+            promtool.query(["sum(b)", expr], first, second)
+
+
+# What makes each alert fire for the application `a`: series, their values minute by minute.
+FIRING: dict[str, dict[str, str]] = {
+    "LoraRetrieverQueueWait": {
+        'ray_loraretriever_queue_seconds_bucket{application="a",le="5.0"}': "0+1x30",
+        'ray_loraretriever_queue_seconds_bucket{application="a",le="10.0"}': "0+60x30",
+        'ray_loraretriever_queue_seconds_bucket{application="a",le="+Inf"}': "0+60x30",
+    },
+    "LoraRetrieverErrors": {
+        'ray_loraretriever_requests_total{application="a",status="200"}': "0+60x30",
+        'ray_loraretriever_requests_total{application="a",status="503"}': "0+6x30",
+    },
+    "LoraRetrieverWorkerWedged": {
+        'ray_loraretriever_step_age_seconds{application="a",replica="r"}': "0+60x30",
+    },
+    "LoraRetrieverReplicaRestarts": {
+        'ray_serve_deployment_replica_starts_total{application="a",deployment="Worker"}': "0+1x30",
+    },
+    "LoraRetrieverColdLoads": {
+        'ray_loraretriever_adapter_hits_total{application="a",level="bank"}': "0+10x30",
+        'ray_loraretriever_adapter_hits_total{application="a",level="store"}': "0+20x30",
+    },
+    "LoraRetrieverLoadsFail": {
+        'ray_loraretriever_cold_load_failures_total{application="a"}': "0+1x30",
+    },
+    "LoraRetrieverRetrieverBehind": {
+        'ray_loraretriever_catalogue_generation{application="a",replica="r"}': "7x30",
+        'ray_loraretriever_catalogue_generation{application="a",replica="s"}': "8x30",
+    },
+    "LoraRetrieverStoreUnavailable": {
+        'ray_loraretriever_catalogue_read_age_seconds{application="a",replica="r"}': "61x30",
+    },
+    "LoraRetrieverAbstentions": {
+        'ray_loraretriever_routes_total{application="a",outcome="chosen"}': "0+10x40",
+        'ray_loraretriever_routes_total{application="a",outcome="abstained"}': "0+10x40",
+    },
+    "LoraRetrieverPreemptions": {
+        'ray_loraretriever_preemptions_total{application="a",replica="r"}': "0+60x30",
+    },
+}
+# The same in a server that is well.
+QUIET = {
+    'ray_loraretriever_queue_seconds_bucket{application="b",le="5.0"}': "0+60x40",
+    'ray_loraretriever_queue_seconds_bucket{application="b",le="+Inf"}': "0+60x40",
+    'ray_loraretriever_requests_total{application="b",status="200"}': "0+60x40",
+    'ray_loraretriever_requests_total{application="b",status="503"}': "0+1x40",
+    'ray_loraretriever_step_age_seconds{application="b",replica="r"}': "1x40",
+    'ray_serve_deployment_replica_starts_total{application="b",deployment="Worker"}': "3x40",
+    'ray_loraretriever_adapter_hits_total{application="b",level="bank"}': "0+20x40",
+    'ray_loraretriever_adapter_hits_total{application="b",level="store"}': "0+10x40",
+    'ray_loraretriever_cold_load_failures_total{application="b"}': "2x40",
+    'ray_loraretriever_catalogue_generation{application="b",replica="r"}': "8x40",
+    'ray_loraretriever_catalogue_generation{application="b",replica="s"}': "8x40",
+    'ray_loraretriever_catalogue_read_age_seconds{application="b",replica="r"}': "3x40",
+    'ray_loraretriever_routes_total{application="b",outcome="chosen"}': "0+10x40",
+    'ray_loraretriever_routes_total{application="b",outcome="abstained"}': "0+1x40",
+    'ray_loraretriever_preemptions_total{application="b",replica="r"}': "5x40",
+}
+
+
+def test_every_alert_fires_where_it_should_and_nowhere_else(promtool: Promtool) -> None:
+    alerts = {rule["alert"] for group in rules()["groups"] for rule in group["rules"]}
+    assert set(FIRING) == alerts
+    tests: list[dict[str, Any]] = []
+    for firing, series in (*FIRING.items(), ("", {})):
+        checks = [
+            {"expr": f'count(ALERTS{{alertstate="firing",alertname="{name}"}}) or vector(0)', "eval_time": "30m"}
+            | {"exp_samples": [{"labels": "{}", "value": int(name == firing)}]}
+            for name in sorted(alerts)
+        ]
+        held = [{"series": name, "values": values} for name, values in (QUIET | series).items()]
+        tests.append({"interval": "1m", "input_series": held, "promql_expr_test": checks, "name": firing})
+    promtool.test_rules(rules(), tests)
