@@ -11,6 +11,7 @@ from tests.k8s.manifests import Manifests
 from tests.k8s.mistakes import Mistake, name_of
 
 MISTAKES = [
+    Mistake("GPU that computes nothing", lambda m: m.change_args(worker={"device": "cpu"}), "worker.device is cpu"),
     Mistake("another Ray", lambda m: m.cluster.update(rayVersion="2.59.0"), "2.59.0"),
     Mistake("unknown setting", lambda m: m.change_args(base_modell="x"), "base_modell"),
     Mistake("unknown setting of a deployment", lambda m: m.change_args(store_scaling={"replicas": 2}), "replicas"),
