@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,13 +14,13 @@ from tests.k8s.manifests import Document, Manifests, Pod
 class Room:
     """What a pod has left."""
 
-    cpus: float
-    gpus: float
+    left: dict[str, float]
 
     def takes(self, scaling: ScalingSettings) -> bool:
-        if scaling.num_cpus > self.cpus + 1e-9 or scaling.num_gpus > self.gpus:
+        wanted = {"CPU": scaling.num_cpus, "GPU": scaling.num_gpus, **scaling.resources}
+        if any(amount > self.left.get(name, 0) + 1e-9 for name, amount in wanted.items()):
             return False
-        self.cpus, self.gpus = self.cpus - scaling.num_cpus, self.gpus - scaling.num_gpus
+        self.left |= {name: self.left.get(name, 0) - amount for name, amount in wanted.items()}
         return True
 
 
@@ -32,9 +33,15 @@ def problems(manifests: Manifests) -> Iterator[str]:
         yield from (f"group {pod.name}: {problem}" for problem in _group_problems(group, pod, config))
     scalings = _scalings(config)
     for bound in ("min", "max"):
-        rooms = [_room(pod) for group, pod in pairs for _ in range(group[f"{bound}Replicas"])]
+        rooms = [_room(group, pod) for group, pod in pairs for _ in range(group[f"{bound}Replicas"])]
         wanted = {name: getattr(scaling, f"{bound}_replicas") for name, scaling in scalings.items()}
         yield from (f"{name}: no room at the {bound}imum" for name in _without_room(scalings, wanted, rooms))
+    for group, pod in pairs:
+        if pod.requests("nvidia.com/gpu"):
+            guests = [
+                name for name, scaling in scalings.items() if not scaling.num_gpus and _room(group, pod).takes(scaling)
+            ]
+            yield from (f"{name} may take the CPUs of GPU pods" for name in guests)
     yield from _worker_problems(manifests, config)
     yield from _budget_problems(manifests)
 
@@ -48,8 +55,9 @@ def _scalings(config: AppConfig) -> dict[str, ScalingSettings]:
     }
 
 
-def _room(pod: Pod) -> Room:
-    return Room(pod.requests("cpu"), pod.requests("nvidia.com/gpu"))
+def _room(group: Document, pod: Pod) -> Room:
+    custom = json.loads(group["rayStartParams"].get("resources", "'{}'")[1:-1])  # as Ray's autoscaler reads it
+    return Room({"CPU": pod.requests("cpu"), "GPU": pod.requests("nvidia.com/gpu"), **custom})
 
 
 def _without_room(
@@ -80,7 +88,8 @@ def _group_problems(group: Document, pod: Pod, config: AppConfig) -> Iterator[st
 
 def _worker_problems(manifests: Manifests, config: AppConfig) -> Iterator[str]:
     threads = manifests.args.get("worker", {}).get("num_threads")
-    hosts = [pod for pod in manifests.workers if _room(pod).takes(config.worker_scaling)]
+    pairs = list(zip(manifests.cluster["workerGroupSpecs"], manifests.workers, strict=True))
+    hosts = [pod for group, pod in pairs if _room(group, pod).takes(config.worker_scaling)]
     if not hosts:
         yield "a Worker fits no pod"
     if threads is None:

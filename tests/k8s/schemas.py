@@ -1,4 +1,4 @@
-"""Documents against schemas: Kubernetes' own, and this project's for the two kinds that are not Kubernetes'."""
+"""Documents against schemas: Kubernetes' own, and this project's for the kinds that are not Kubernetes'."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from tests.k8s.manifests import Document, Manifests
 KUBERNETES_VERSION = "1.32"
 OWN_SCHEMAS = {
     kind: yaml.safe_load((Path(__file__).parent / f"{name}.schema.yaml").read_text())
-    for kind, name in {"RayService": "rayservice", "PodMonitor": "pod_monitor"}.items()
+    for kind, name in {
+        "RayService": "rayservice",
+        "PodMonitor": "pod_monitor",
+        "PrometheusRule": "prometheus_rule",
+    }.items()
 }
 
 

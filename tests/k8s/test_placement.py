@@ -26,6 +26,16 @@ MISTAKES = [
         "Worker: no room at the maximum",
     ),
     Mistake("pods too small", lambda m: m.change_args(worker_scaling={"num_cpus": 5}), "a Worker fits no pod"),
+    Mistake(
+        "resource that no pod offers",
+        lambda m: m.change_args(store_scaling={"resources": {"cpu": 1}}),
+        "Store: no room",
+    ),
+    Mistake(
+        "guest on a GPU pod",
+        lambda m: m.change_args(retriever_scaling={"resources": {}}),
+        "Retriever may take the CPUs of GPU pods",
+    ),
     Mistake("no GPU for a worker", lambda m: m.cluster["workerGroupSpecs"].pop(), "a Worker fits no pod"),
     Mistake(
         "two GPUs for one worker",
@@ -83,4 +93,5 @@ def test_rays_own_autoscaler_reads_the_groups(rendered: Callable[[str], Manifest
         "gpu": (2, 4),
     }
     sizes = {name: (node["resources"]["CPU"], node["resources"].get("GPU", 0)) for name, node in nodes.items()}
+    assert nodes["cpu"]["resources"]["cpu_pod"] == 1
     assert sizes == {"headgroup": (0, 0), "cpu": (4, 0), "gpu": (4, 1)}

@@ -68,6 +68,9 @@ MISTAKES = [
         lambda m: spec(m, "PodMonitor", "loraretriever").update(podMetricEndpoints=[]),
         "podMetricEndpoints",
     ),
+    Mistake(
+        "alerts: wrong key", lambda m: spec(m, "PrometheusRule", "loraretriever")["groups"][0].update(rule=[]), "rule"
+    ),
     Mistake("unknown kind", lambda m: m.named("Service", "loraretriever-redis").update(kind="Servise"), "Servise"),
 ]
 

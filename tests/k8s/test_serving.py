@@ -11,6 +11,7 @@ from tests.k8s.manifests import Manifests
 from tests.k8s.mistakes import Mistake, name_of
 
 MISTAKES = [
+    Mistake("GPU that computes nothing", lambda m: m.change_args(worker={"device": "cpu"}), "worker.device is cpu"),
     Mistake("another Ray", lambda m: m.cluster.update(rayVersion="2.59.0"), "2.59.0"),
     Mistake("proxy of unbounded headers", lambda m: m.head.container["env"].clear(), "bounds no headers"),
     Mistake("unknown setting", lambda m: m.change_args(base_modell="x"), "base_modell"),
