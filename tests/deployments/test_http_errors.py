@@ -77,6 +77,7 @@ RAYS_OWN = [
 ]
 NEVER_REACH_A_CLIENT = {
     "ReplicaWedged": "answers Serve's health check",
+    "BatchRefused": "ends a command, and no request",
     "FileRefused": "becomes a reason of AdapterRefused",
     "NothingToEmbed": "the Retriever embeds no group without samples",
     "BaseModelUnsupported": "stops a Worker at its start",
