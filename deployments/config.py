@@ -34,6 +34,7 @@ class ScalingSettings(_Settings):
     max_replicas: int = Field(default=1, ge=1)
     num_cpus: float = Field(default=0.2, ge=0)
     num_gpus: float = Field(default=0, ge=0)
+    resources: dict[str, float] = {}  # of Ray's own naming, which only some nodes offer
     max_ongoing_requests: int = Field(default=64, ge=1)
     max_queued_requests: int = Field(default=1024, ge=-1)  # of one caller, when no replica takes more; -1: no bound
     target_ongoing_requests: float = Field(default=32, gt=0)
@@ -51,7 +52,11 @@ class ScalingSettings(_Settings):
             "max_ongoing_requests": self.max_ongoing_requests,
             "max_queued_requests": self.max_queued_requests,
             "graceful_shutdown_timeout_s": self.graceful_shutdown_timeout_s,
-            "ray_actor_options": {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus},
+            "ray_actor_options": {
+                "num_cpus": self.num_cpus,
+                "num_gpus": self.num_gpus,
+                "resources": dict(self.resources),
+            },
         }
         if self.min_replicas == self.max_replicas:
             return options | {"num_replicas": self.min_replicas}

@@ -132,13 +132,14 @@ def test_a_worker_that_could_not_start_is_refused_before_anything_starts() -> No
 
 
 def test_equal_replica_counts_are_fixed_and_others_autoscale() -> None:
-    fixed = ScalingSettings(min_replicas=2, max_replicas=2, num_cpus=0.5, num_gpus=1, max_ongoing_requests=7)
+    placed = {"num_cpus": 0.5, "num_gpus": 1, "resources": {"accelerator": 1}}
+    fixed = ScalingSettings(min_replicas=2, max_replicas=2, max_ongoing_requests=7, **placed)
     assert fixed.options() == {
         "num_replicas": 2,
         "max_ongoing_requests": 7,
         "max_queued_requests": 1024,
         "graceful_shutdown_timeout_s": 600,
-        "ray_actor_options": {"num_cpus": 0.5, "num_gpus": 1},
+        "ray_actor_options": placed,
     }
     scaled = ScalingSettings(min_replicas=1, max_replicas=3, target_ongoing_requests=9).options()
     assert scaled["autoscaling_config"] == {"min_replicas": 1, "max_replicas": 3, "target_ongoing_requests": 9}
