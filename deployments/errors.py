@@ -18,6 +18,7 @@ DeploymentsError
 ├── UploadsBusy        the uploads in progress leave no room for this one
 ├── ServerOverloaded   this replica works on as many requests as it may
 ├── NotReady           the server is still starting
+├── Poisoned           a third replica died while it worked on this request
 └── ReplicaWedged      a health check found the engine hanging; Serve replaces the replica
 """
 
@@ -191,6 +192,17 @@ class ServerOverloaded(DeploymentsError):
 
 class NotReady(DeploymentsError):
     """Wait until `/ready` answers 200."""
+
+
+class Poisoned(DeploymentsError):
+    """Do not ask this again: it seems to be the request that replicas die of."""
+
+    def __init__(self, num_deaths: int) -> None:
+        super().__init__(num_deaths)
+        self.num_deaths = num_deaths
+
+    def __str__(self) -> str:
+        return f"{self.num_deaths} replicas died, one after the other, while they worked on this request"
 
 
 class ReplicaWedged(DeploymentsError):

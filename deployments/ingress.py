@@ -8,6 +8,7 @@ import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from fastapi import Request, Response
@@ -47,6 +48,7 @@ from deployments.publisher import Publisher
 from deployments.releaser import Releaser
 from deployments.request_ids import RequestIds, request_id_of
 from deployments.request_time import deadline_of, within
+from deployments.retries import repeated, repeated_stream
 from deployments.schemas import ChatCompletionRequest, CompletionRequest, RouteQuery
 from deployments.stats_reader import StatsReader
 from deployments.upload_budget import UploadBudget
@@ -151,7 +153,7 @@ class Ingress:
     async def _whole(self, begun: Begun) -> JsonObject:
         parts: list[list[Delta]] = [[] for _ in begun.jobs]
         with begun.held:
-            async with aclosing(self._rows(begun)) as rows:
+            async with aclosing(self._rows(begun, whole=True)) as rows:
                 async for index, delta in rows:
                     parts[index].append(delta)
         return begun.answer.whole([Completion.joined(deltas) for deltas in parts])
@@ -159,7 +161,7 @@ class Ingress:
     async def _chunks(self, begun: Begun, include_usage: bool) -> AsyncGenerator[JsonObject]:
         lasts: dict[int, Delta] = {}
         with begun.held:
-            async with aclosing(self._rows(begun)) as rows:
+            async with aclosing(self._rows(begun, whole=False)) as rows:
                 index, delta = await anext(rows)  # an error before the first token is an error, not a broken stream
                 yield begun.answer.opening()
                 lasts[index] = delta
@@ -170,11 +172,12 @@ class Ingress:
         if include_usage:
             yield begun.answer.usage_chunk([lasts[index] for index in range(len(begun.jobs))])
 
-    def _rows(self, begun: Begun) -> AsyncGenerator[tuple[int, Delta]]:
-        return interleaved([self._deltas(job, begun.meter) for job in begun.jobs])
+    def _rows(self, begun: Begun, *, whole: bool) -> AsyncGenerator[tuple[int, Delta]]:
+        attempts = [partial(self._deltas, job, begun.meter) for job in begun.jobs]
+        return interleaved([repeated_stream(attempt, whole=whole) for attempt in attempts])
 
     async def _deltas(self, job: Job, meter: Meter) -> AsyncGenerator[Delta]:
-        """The Worker's deltas; leaving early cancels the job there."""
+        """One Worker's deltas; leaving early cancels the job there. A repeat is metered in the place of the first."""
         response = self._worker.options(stream=True).stream.remote(job)
         deltas = aiter(response)
         assert job.deadline is not None
@@ -230,8 +233,8 @@ class Ingress:
         refused = self.preload.refused()
         try:
             async with asyncio.timeout(READY_WAIT_S):
-                await self._worker.module_shapes.remote()
-                generation, num_adapters = await self._retriever.count.remote()
+                await repeated(self._worker.module_shapes)
+                generation, num_adapters = await repeated(self._retriever.count)
         except TimeoutError as exc:
             raise NotReady(f"the Retriever or the Worker did not answer within {READY_WAIT_S:.0f} s") from exc
         return {"status": "ready", "generation": generation, "num_adapters": num_adapters, "refused": refused}

@@ -36,6 +36,7 @@ from deployments.config import FORM_OVERHEAD_BYTES
 from deployments.errors import RequestInvalid, VersionNotKept
 from deployments.pool import Pool, open_pool, own_key, read_pool
 from deployments.pool_schemas import AdapterSource, ApproveRequest, PublishBatch, RollbackRequest, VisibilityRequest
+from deployments.retries import repeated
 from deployments.upload_form import read_upload
 from deployments.uploads import FolderUpload
 from lora_store import VISIBILITIES
@@ -72,7 +73,7 @@ async def loras(
     min_generation: Annotated[int, Query(ge=0, lt=2**63)] = 0,
 ) -> JsonObject:
     """What the caller may use in whose name or tags every word of `search` stands; all of it, or a page."""
-    found: Found = await pool.retriever.find.remote(caller.tenant, search, offset, limit, min_generation)
+    found: Found = await repeated(pool.retriever.find, caller.tenant, search, offset, limit, min_generation)
     data = [lora_object(record) for record in found.records]
     return {"object": "list", "generation": found.generation, "total": found.num_found, "data": data}
 
@@ -106,7 +107,7 @@ async def publish(caller: Publishing, pool: OpenPool, http: Request) -> JSONResp
 @router.get("/v1/loras/{name:path}", response_model=None, responses=LORA_ANSWERS)
 async def show(name: str, pool: AnyPool, caller: AnyCaller) -> JsonObject:
     """One adapter, and the versions of it that are kept, the live one first."""
-    generation, versions = await pool.retriever.record.remote(caller.tenant, name)
+    generation, versions = await repeated(pool.retriever.record, caller.tenant, name)
     return lora_object(versions[0]) | {"versions": versions_object(versions), "catalogue_generation": generation}
 
 
@@ -139,7 +140,7 @@ async def approve(name: str, body: ApproveRequest, caller: Administering, pool: 
     """Let `auto` choose this version of a public adapter for every tenant."""
     if "@" in name:
         raise RequestInvalid("name: the live version is approved; `digest` says which one that must be", "name")
-    _, versions = await pool.retriever.record.remote(caller.tenant, name)
+    _, versions = await repeated(pool.retriever.record, caller.tenant, name)
     record = versions[0]
     if not record.ref.digest.startswith(body.digest or ""):
         raise VersionNotKept(name, body.digest, [record.ref.digest])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Sequence
+import logging
+import os
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +23,7 @@ from gpu_worker.request import Delta, Job
 from lora_store import AdapterWeights
 from lora_store.disk_cache import DiskCache
 
-_WEDGED_AFTER_S = 120.0
+logger = logging.getLogger(__name__)
 
 
 class WorkerDeployment:
@@ -37,6 +39,9 @@ class WorkerDeployment:
         store: DeploymentHandle,
         weights_cache: tuple[Path, int] | None = None,
         niceness: int = 0,
+        wedged_after_s: float = 120.0,
+        *,
+        end_process: Callable[[int], object] = os._exit,
     ) -> None:
         self._asyncio_loop = asyncio.get_event_loop()
         self._cache = None if weights_cache is None else DiskCache(*weights_cache)
@@ -45,6 +50,7 @@ class WorkerDeployment:
         self._engine = Engine(config, self._start_fetch, executor=executor)
         self._loop = EngineLoop(self._engine, stream_interval_ms=stream_interval_ms, niceness=niceness)
         self._prober = Prober(self._loop)
+        self._wedged_after_s, self._end_process = wedged_after_s, end_process
 
     async def stream(self, job: Job) -> AsyncIterator[Delta]:
         """Yield text as it is made, the first piece at once, then every `stream_interval_ms`.
@@ -91,10 +97,18 @@ class WorkerDeployment:
         return self._engine.bank.shapes
 
     def check_health(self) -> None:
-        """Raises: ReplicaWedged, so that Serve replaces this replica."""
+        """A replica whose engine hangs ends here, so that Serve replaces it and its requests begin again elsewhere.
+
+        To raise would not do: Serve 2.60 waits first until the replica's streams have ended, which they never would,
+        and its successor may need the device that this process holds. Raises: ReplicaWedged.
+        """
         stalled_s = self._loop.seconds_in_step()
-        if not self._loop.is_alive or stalled_s > _WEDGED_AFTER_S:
-            raise ReplicaWedged(f"a step has run for {stalled_s:.0f} s, engine thread alive: {self._loop.is_alive}")
+        if self._loop.is_alive and stalled_s <= self._wedged_after_s:
+            return
+        wedged = ReplicaWedged(f"a step has run for {stalled_s:.0f} s, engine thread alive: {self._loop.is_alive}")
+        logger.critical("this replica's process ends: %s", wedged)
+        self._end_process(1)
+        raise wedged
 
     def _start_fetch(self, weights_digest: str) -> Future[AdapterWeights]:
         """Called on the engine's thread; the handle belongs to the replica's event loop."""

@@ -119,7 +119,7 @@ def test_worker_settings_reach_the_engine_field_by_field() -> None:
     worker = asdict(config.worker_config())
     assert {key: worker[key] for key in settings} == settings
     assert (worker["base_model"], worker["cache_dir"]) == ("a/b", Path("/c"))
-    assert settings.keys() | {"stream_interval_ms", "niceness"} == WorkerSettings.model_fields.keys()
+    assert settings.keys() | {"stream_interval_ms", "niceness", "wedged_after_s"} == WorkerSettings.model_fields.keys()
 
 
 def test_the_engine_takes_every_core_where_nothing_is_said() -> None:
