@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,6 @@ from tests.e2e.live import eventually
 
 APP = "loraretriever"
 _ADDRESS = "127.0.0.{}"  # each node has its own; Ray 2.60 takes 127.0.0.1 for the machine's outer one
-_BUSY_TICKS = 5  # hundredths of a second
 START_S = 240.0
 _FILE = Path(__file__).with_name("serve.yaml")
 _NODES: tuple[dict[str, Any], ...] = (
@@ -47,6 +46,10 @@ class Replica:
 
     pid: int
     node_id: str
+
+    def kill(self) -> None:
+        """kill -9."""
+        os.kill(self.pid, signal.SIGKILL)
 
 
 class Machines:
@@ -107,24 +110,15 @@ class Machines:
                 await asyncio.sleep(0.05)
 
     def replicas(self, deployment: str) -> list[Replica]:
-        """Those of a deployment that take requests."""
+        """Those of a deployment that take requests. Serve learns of a death only at its next look, in up to 10 s."""
         details = serve.context._get_global_client().get_serve_details()
         found = details["applications"].get(APP, {}).get("deployments", {}).get(deployment, {}).get("replicas", [])
-        return [Replica(item["pid"], item["node_id"]) for item in found if item["state"] == "RUNNING"]
+        running = [Replica(item["pid"], item["node_id"]) for item in found if item["state"] == "RUNNING"]
+        return [replica for replica in running if _is_alive(replica.pid)]
 
     def kill(self, deployment: str) -> None:
         """kill -9 of the oldest replica."""
-        os.kill(self.replicas(deployment)[0].pid, signal.SIGKILL)
-
-    def kill_the_one_that_computes(self, deployment: str) -> None:
-        """kill -9 of the replica that uses the processor now."""
-        before = {replica.pid: _cpu_ticks(replica.pid) for replica in self.replicas(deployment)}
-
-        def busy() -> list[int]:
-            return [pid for pid, ticks in before.items() if _cpu_ticks(pid) >= ticks + _BUSY_TICKS]
-
-        eventually(busy)
-        os.kill(busy()[0], signal.SIGKILL)
+        self.replicas(deployment)[0].kill()
 
     def kill_node_of(self, deployment: str) -> None:
         """All processes of one node die that has a replica of it."""
@@ -138,7 +132,7 @@ class Machines:
         replicas = [replica for name in self._sizes for replica in self.replicas(name)]
         for replica in replicas:
             if node_id in (None, replica.node_id):
-                os.kill(replica.pid, signal.SIGKILL)
+                replica.kill()
 
     def handle(self, deployment: str) -> DeploymentHandle:
         return serve.get_deployment_handle(deployment, APP)
@@ -167,6 +161,8 @@ def own_ray() -> Iterator[None]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _cpu_ticks(pid: int) -> int:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return int(fields[11]) + int(fields[12])
+def _is_alive(pid: int) -> bool:
+    """Whether it is there, and not only because nobody has asked how it ended."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
