@@ -38,6 +38,7 @@ class ScalingSettings(_Settings):
     max_ongoing_requests: int = Field(default=64, ge=1)
     max_queued_requests: int = Field(default=1024, ge=-1)  # of one caller, when no replica takes more; -1: no bound
     target_ongoing_requests: float = Field(default=32, gt=0)
+    health_check_period_s: float = Field(default=10, gt=0)  # how late Serve sees that a replica died, and replaces it
     graceful_shutdown_timeout_s: float = Field(default=600, gt=0)  # a replica that goes ends its streams first
 
     @model_validator(mode="after")
@@ -51,6 +52,7 @@ class ScalingSettings(_Settings):
         options: dict[str, Any] = {
             "max_ongoing_requests": self.max_ongoing_requests,
             "max_queued_requests": self.max_queued_requests,
+            "health_check_period_s": self.health_check_period_s,
             "graceful_shutdown_timeout_s": self.graceful_shutdown_timeout_s,
             "ray_actor_options": {
                 "num_cpus": self.num_cpus,

@@ -15,6 +15,7 @@ from lora_store import Sample, write_peft_folder
 from tests.cluster.load import Ask, Load
 from tests.cluster.machines import Machines, own_ray
 from tests.e2e.conftest import talkative
+from tests.e2e.live import eventually
 from tests.tiny import linear_shapes, random_adapter, tiny_config
 
 TOPICS = ("whales", "glaciers", "violins", "beetles", "volcanoes", "bread")
@@ -67,6 +68,8 @@ def running(
     with own_ray():
         machines.start()
         try:
+            # One Ingress may have found the pool complete before every Retriever has read it.
+            eventually(lambda: {num for _, num in machines.on_all("Retriever", "count")} == {len(TOPICS)})
             quiet = asyncio.run(Load(machines.url).run(asks(2 * len(TOPICS) + 1)))
             assert all(outcome.is_answer for outcome in quiet), quiet
             yield Running(machines, model, {(o.ask.model, o.ask.prompt): o.text for o in quiet})

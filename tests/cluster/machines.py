@@ -22,10 +22,8 @@ import yaml
 from ray import serve
 from ray._private.authentication import authentication_token_setup
 from ray.cluster_utils import Cluster
-from ray.serve.handle import DeploymentHandle
 
 from deployments.server import free_port
-from gpu_worker.holdings import Holdings
 from tests.e2e.live import eventually
 
 APP = "loraretriever"
@@ -110,7 +108,7 @@ class Machines:
                 await asyncio.sleep(0.05)
 
     def replicas(self, deployment: str) -> list[Replica]:
-        """Those of a deployment that take requests. Serve learns of a death only at its next look, in up to 10 s."""
+        """Those of a deployment that take requests. Serve learns of a death only at its next look."""
         details = serve.context._get_global_client().get_serve_details()
         found = details["applications"].get(APP, {}).get("deployments", {}).get(deployment, {}).get("replicas", [])
         running = [Replica(item["pid"], item["node_id"]) for item in found if item["state"] == "RUNNING"]
@@ -134,15 +132,13 @@ class Machines:
             if node_id in (None, replica.node_id):
                 replica.kill()
 
-    def handle(self, deployment: str) -> DeploymentHandle:
-        return serve.get_deployment_handle(deployment, APP)
+    def on_all(self, deployment: str, method: str) -> list[Any]:
+        """What every replica of a deployment answers."""
 
-    def holdings(self) -> list[Holdings]:
-        """What every worker holds."""
-
-        async def ask() -> list[Holdings]:
-            asked: list[Holdings] = await self.handle("Worker").broadcast("holdings").results_async(timeout_s=30)
-            return asked
+        async def ask() -> list[Any]:
+            handle = serve.get_deployment_handle(deployment, APP)
+            answers: list[Any] = await handle.broadcast(method).results_async(timeout_s=30)
+            return answers
 
         return asyncio.run(ask())
 

@@ -89,8 +89,8 @@ def test_no_answer_is_lost_and_every_stream_ends_well_while_workers_are_killed(
     assert (len(wholes), len(streams)) == (num_whole, num_streamed)
     assert failed(outcomes) == []
     assert {outcome.end for outcome in streams} == {"[DONE]", "replica_died"}
-    eventually(lambda: all(held.num_running + held.num_waiting == 0 for held in machines.holdings()))
-    for held in machines.holdings():
+    eventually(lambda: all(held.num_running + held.num_waiting == 0 for held in machines.on_all("Worker", "holdings")))
+    for held in machines.on_all("Worker", "holdings"):
         assert (held.active_rows, held.free_kv_rows, held.num_forgetting) == (0, MAX_BATCH_SIZE, 0)
 
 
@@ -134,14 +134,15 @@ def test_a_client_that_asks_again_outlives_an_ingress_and_a_node(
     running: Running, figures: Figures, scale: Scale
 ) -> None:
     num_whole = scale.pick("requests", small=40, full=500)
+    num_alone = scale.pick("kills of an ingress before the node's", small=0, full=1)
     machines = running.machines
 
     async def kill_ingress_and_node(load: Load) -> None:
-        kills: list[Callable[[str], None]] = [machines.kill, machines.kill_node_of]
+        kills: list[Callable[[str], None]] = [*[machines.kill] * num_alone, machines.kill_node_of]
         for kill in kills:
             await machines.until_full("Ingress")
             already = len(load.outcomes)
-            load.release(num_whole // 2)
+            load.release(num_whole // len(kills))
             await load.until(lambda already=already: len(load.outcomes) > already)
             await asyncio.to_thread(kill, "Ingress")
 
@@ -207,6 +208,7 @@ def test_after_all_nodes_have_died_the_pool_is_as_it_was(running: Running, scale
         pytest.skip("everything starts once more: in make soak")
     running.machines.stop()
     running.machines.start()
+    eventually(lambda: {num for _, num in running.machines.on_all("Retriever", "count")} == {len(TOPICS)})
     cards = httpx.get(f"{running.machines.url}/v1/models").json()["data"]
     assert [card["id"] for card in cards] == ["auto", "tiny", *sorted(TOPICS)]
     outcomes = asyncio.run(running.load().run(asks(len(running.expected))))

@@ -138,6 +138,7 @@ def test_equal_replica_counts_are_fixed_and_others_autoscale() -> None:
         "num_replicas": 2,
         "max_ongoing_requests": 7,
         "max_queued_requests": 1024,
+        "health_check_period_s": 10,
         "graceful_shutdown_timeout_s": 600,
         "ray_actor_options": placed,
     }
