@@ -93,6 +93,7 @@ class Machines:
         if ray.is_initialized():
             self._kill_replicas(None)
             ray.shutdown()
+            serve.context._disconnect()  # Ray 2.60 takes a dead cluster's controller for the next one's
         self._cluster.shutdown()
 
     def is_ready(self) -> bool:
