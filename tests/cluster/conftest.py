@@ -71,7 +71,9 @@ def running(
             # One Ingress may have found the pool complete before every Retriever has read it.
             eventually(lambda: {num for _, num in machines.on_all("Retriever", "count")} == {len(TOPICS)})
             quiet = asyncio.run(Load(machines.url).run(asks(2 * len(TOPICS) + 1)))
-            assert all(outcome.is_answer for outcome in quiet), quiet
-            yield Running(machines, model, {(o.ask.model, o.ask.prompt): o.text for o in quiet})
+            expected = {(o.ask.model, o.ask.prompt): o.text for o in quiet if o.is_answer}
+            assert len(set(expected.values())) == len(quiet), quiet
+            assert {len(text) for text in expected.values()} == {MAX_TOKENS}
+            yield Running(machines, model, expected)
         finally:
             machines.stop()

@@ -11,8 +11,15 @@ from typing import Any
 import httpx
 import openai
 
+from tests.tiny import byte_tokenizer
+
 CLIENTS = 24
 _KEYS = {"message", "type", "param", "code"}
+LETTERS = {
+    str(id): 100 for token, id in byte_tokenizer().get_vocab().items() if len(token) == 1 and "a" <= token <= "z"
+}
+# Drawn among letters by a seed: every token is seen, and answers differ wherever plans or prompts do.
+SAMPLING: dict[str, Any] = {"temperature": 1, "seed": 11, "logit_bias": LETTERS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +33,7 @@ class Ask:
 
     @property
     def body(self) -> dict[str, Any]:
-        body = {"model": self.model, "prompt": self.prompt, "max_tokens": self.max_tokens, "temperature": 0}
+        body = {"model": self.model, "prompt": self.prompt, "max_tokens": self.max_tokens, **SAMPLING}
         return body | ({"lora": {"strategy": "selection"}} if self.model == "auto" else {})
 
 

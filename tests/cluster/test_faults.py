@@ -20,11 +20,10 @@ from benchmarks.results_file import write_shared_results
 from deployments.errors import Poisoned
 from deployments.retries import repeated_stream
 from deployments.worker import WorkerDeployment
-from gpu_worker.request import Delta, Job
+from gpu_worker.request import Delta, Job, SamplingParams
 from tests.cluster.conftest import MAX_TOKENS, TOPICS, Running, asks
-from tests.cluster.load import Load, Outcome
+from tests.cluster.load import LETTERS, SAMPLING, Load, Outcome
 from tests.e2e.live import eventually
-from tests.gpu_worker.driving import greedy
 from tests.soak import Scale
 from tests.tiny import tiny_config
 
@@ -97,8 +96,8 @@ def test_no_answer_is_lost_and_every_stream_ends_well_while_workers_are_killed(
 def test_the_openai_client_raises_the_error_that_ends_a_stream(running: Running) -> None:
     victim, *_ = running.machines.replicas("Worker")
     with openai.OpenAI(base_url=f"{running.machines.url}/v1", api_key="none", max_retries=0) as client:
-        asked = {"model": "tiny", "prompt": "The sea", "max_tokens": 400, "temperature": 0, "n": 16, "stream": True}
-        stream = client.completions.create(**asked, extra_body={"ignore_eos": True})
+        asked = {"model": "tiny", "prompt": "The sea", "max_tokens": 400, "n": 16, **SAMPLING}
+        stream = client.completions.create(**asked, stream=True, extra_body={"ignore_eos": True})
         speaking: set[int] = set()
         while len(speaking) < 16:  # every worker has begun some of the answers
             speaking |= {choice.index for choice in next(stream).choices if choice.text}
@@ -183,7 +182,9 @@ def test_a_worker_whose_step_hangs_is_replaced_and_its_request_begins_again(
     )
     config = tiny_config(running.model, num_threads=1)
     handle = serve.run(worker.bind(config, 25.0, None, None, 0, 2.0), name="hanging", route_prefix=None)
-    job = greedy("The sea", num_new=MAX_TOKENS // 2)
+    letters = tuple((int(token), 100.0) for token in LETTERS)
+    sampling = SamplingParams(max_tokens=MAX_TOKENS // 2, seed=11, logit_bias=letters, ignore_eos=True)
+    job = Job("hanging", "The sea", sampling=sampling)
 
     async def attempt() -> AsyncGenerator[Delta]:
         async for delta in handle.options(stream=True).stream.remote(job):
@@ -194,6 +195,7 @@ def test_a_worker_whose_step_hangs_is_replaced_and_its_request_begins_again(
 
     try:
         expected = asyncio.run(text())
+        assert len(expected) == MAX_TOKENS // 2
         for hang in hangs:
             hang.touch()
         if num_hangs == 3:
