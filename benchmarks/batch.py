@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.results_file import machine, write_shared_results
+from benchmarks.results_file import machine, write_part
 from deployments.batch_answering import PARTS_AT_ONCE
 from deployments.batch_dataset import answer_parts, cluster
 from deployments.batch_planning import PartPlanner
@@ -128,7 +128,7 @@ def main(
         console.print(table)
     console.print(table)
     figures = {"batch_rows_over_engine": ratio}
-    write_shared_results("cluster", part="batch", figures=figures, table=captured.get(), runs=found)
+    write_part("cluster", "batch", figures=figures, table=captured.get(), runs=found)
 
 
 if __name__ == "__main__":

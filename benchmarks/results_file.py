@@ -61,32 +61,6 @@ def _write(name: str, content: Mapping[str, Any], tables: Sequence[str]) -> Path
     return path
 
 
-def write_shared_results(
-    name: str, *, part: str, figures: Mapping[str, float], table: str, runs: Sequence[Mapping[str, Any]]
-) -> Path:
-    """Like `write_results`, for one of several parts of `results/<name>.json`; its figures are those of all parts.
-
-    The part's table is `results/<name>-<part>.txt`.
-    """
-    at_commit = commit()  # before this very file changes
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}-{part}.txt").write_text(table.rstrip() + "\n", encoding="utf-8")
-    path = RESULTS / f"{name}.json"
-    parts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["parts"] if path.exists() else {}
-    parts[part] = {
-        "machine": machine(),
-        "commit": at_commit,
-        "command": " ".join(["python", "-m", _module_name(), *sys.argv[1:]]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "figures": dict(figures),
-        "runs": list(runs),
-    }
-    together = {figure: value for one in parts.values() for figure, value in one["figures"].items()}
-    content = {"parts": parts, "figures": together}
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return path
-
-
 def machine() -> str:
     """Processor, cores, memory, torch: what a figure depends on."""
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30

@@ -23,6 +23,11 @@ def build_app(args: AppConfig) -> Application:
     store_handle = store.bind(args)
     engine = args.worker
     worker_handle = worker.bind(
-        args.worker_config(), engine.stream_interval_ms, store_handle, args.weights_cache, engine.niceness
+        args.worker_config(),
+        engine.stream_interval_ms,
+        store_handle,
+        args.weights_cache,
+        engine.niceness,
+        engine.wedged_after_s,
     )
     return ingress.bind(args, retriever.bind(args), worker_handle, store_handle)

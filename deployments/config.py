@@ -45,6 +45,7 @@ class WorkerSettings(_Settings):
     max_wait_s: float = Field(default=90, gt=0)
     host_cache_bytes: int = Field(default=1 << 30, ge=0)
     stream_interval_ms: float = Field(default=25, ge=0)
+    wedged_after_s: float = Field(default=120, gt=0)  # a step that takes longer hangs: the replica is replaced
     niceness: int = Field(default=5, ge=0, le=19)  # of the engine's thread: on shared cores the door comes first
 
 
@@ -206,7 +207,7 @@ class AppConfig(_Settings):
         return math.ceil(sum(scaling.max_replicas * scaling.num_cpus for scaling in scalings)) + 1  # 1: Serve's own
 
     def worker_config(self) -> WorkerConfig:
-        settings = self.worker.model_dump(exclude={"stream_interval_ms", "niceness"})
+        settings = self.worker.model_dump(exclude={"stream_interval_ms", "niceness", "wedged_after_s"})
         settings["num_threads"] = settings["num_threads"] or os.cpu_count()
         return WorkerConfig(base_model=self.base_model, cache_dir=self.cache_dir, **settings)
 

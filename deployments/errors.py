@@ -20,6 +20,7 @@ DeploymentsError
 ├── ServerOverloaded   this replica works on as many requests as it may
 ├── NotReady           the server is still starting
 ├── NoWorkerYet        all workers were scaled away, and none has started again in time
+├── Poisoned           a third replica died while it worked on this request
 ├── ReplicaWedged      a health check found the engine hanging; Serve replaces the replica
 └── BatchRefused       an offline run cannot begin, or cannot go on, as it was asked for
 """
@@ -216,6 +217,17 @@ class NoWorkerYet(DeploymentsError):
 
     def __str__(self) -> str:
         return f"no worker has started within {self.waited_s:.0f} s; one is on its way, try again later"
+
+
+class Poisoned(DeploymentsError):
+    """Do not ask this again: it seems to be the request that replicas die of."""
+
+    def __init__(self, num_deaths: int) -> None:
+        super().__init__(num_deaths)
+        self.num_deaths = num_deaths
+
+    def __str__(self) -> str:
+        return f"{self.num_deaths} replicas died, one after the other, while they worked on this request"
 
 
 class ReplicaWedged(DeploymentsError):

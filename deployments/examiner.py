@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from ray.serve.handle import DeploymentHandle
 
+from deployments.retries import repeated
 from deployments.retriever import Embedded
 from lora_store import AdapterRecord, AdapterRef, AdapterRefused, Staged
 
@@ -76,13 +77,13 @@ class Examiner:
 
     async def _embed(self, batch: Sequence[Staged]) -> list[Embedded | None]:
         samples, tenants = [item.samples for item in batch], [item.ref.tenant for item in batch]
-        embedded: list[Embedded | None] = await self._retriever.embed.remote(samples, tenants)
+        embedded: list[Embedded | None] = await repeated(self._retriever.embed, samples, tenants)
         return embedded
 
     async def _probe(self, batch: Sequence[Staged]) -> list[float | Exception]:
         """A Worker that fails as a whole fails for each of the batch: it may be another's turn next time."""
         try:
-            shifts: list[float | Exception] = await self._worker.probe_many.remote([s.weights_digest for s in batch])
+            shifts: list[float | Exception] = await repeated(self._worker.probe_many, [s.weights_digest for s in batch])
         except Exception as exc:
             return [exc] * len(batch)
         return shifts

@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import ValidationError
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -36,6 +36,7 @@ _INVALID, _FORBIDDEN, _LIMITED, _MISSING, _OVERLOADED, _LATE, _SERVER = (
     "timeout_error",
     "server_error",
 )
+_POISONED = "poisoned"
 _KINDS = ("str", "constrained-str", "int", "float", "bool")  # what pydantic puts into the path of a union's member
 _MAX_PARAM_CHARS = 300
 _UNFORESEEN = "internal_error"
@@ -61,6 +62,7 @@ TABLE: tuple[tuple[type[Exception], int, str, str], ...] = (
     (api_errors.ServerOverloaded, 429, _OVERLOADED, "server_overloaded"),
     (api_errors.NotReady, 503, _OVERLOADED, "not_ready"),
     (api_errors.NoWorkerYet, 503, _OVERLOADED, "no_worker_yet"),
+    (api_errors.Poisoned, 500, _SERVER, _POISONED),
     (store_errors.PublicNameTaken, 409, _INVALID, "name_taken"),
     (store_errors.PoolShareExceeded, 403, _FORBIDDEN, "pool_share_exceeded"),
     (store_errors.AdapterRefused, 400, _INVALID, "adapter_refused"),
@@ -88,6 +90,7 @@ TABLE: tuple[tuple[type[Exception], int, str, str], ...] = (
     (BackPressureError, 503, _OVERLOADED, "overloaded"),
     (DeploymentUnavailableError, 503, _OVERLOADED, "unavailable"),
     (RayActorError, 503, _OVERLOADED, "replica_died"),
+    (ObjectLostError, 503, _OVERLOADED, "replica_died"),
     (TimeoutError, 503, _OVERLOADED, "timeout"),
 )
 # What Ray says itself names actors, nodes and queues.
@@ -96,6 +99,7 @@ _SAID: dict[type[Exception], str] = {
     DeploymentUnavailableError: "a part of the server is not available; try again later",
     TimeoutError: "a part of the server did not answer in time; try again later",
     RayActorError: "the replica that worked on this request has died; try again",
+    ObjectLostError: "what answered this request was lost with its replica; try again",
 }
 
 
@@ -131,6 +135,8 @@ def error_response(error: Exception) -> JSONResponse:
         headers["x-should-retry"] = "false"
     if status in (429, 503):
         headers["Retry-After"] = str(max(1, math.ceil(getattr(_cause_of(error), "retry_after_s", 1))))
+    if body["error"]["code"] == _POISONED:
+        headers["x-should-retry"] = "false"  # OpenAI's clients repeat every other 500
     return JSONResponse(body, status, headers=headers)
 
 

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from fastapi import Response
@@ -54,6 +55,7 @@ from deployments.request_ids import RequestIds
 from deployments.request_record import RequestRecord
 from deployments.request_recorder import RequestRecorder
 from deployments.request_time import deadline_of, within
+from deployments.retries import repeated, repeated_stream
 from deployments.schemas import ChatCompletionRequest, CompletionRequest, RouteQuery
 from deployments.serve_logs import join_serve_logs
 from deployments.stats_reader import StatsReader
@@ -189,7 +191,7 @@ class Ingress:
     async def _whole(self, begun: Begun) -> JsonObject:
         parts: list[list[Delta]] = [[] for _ in begun.jobs]
         with begun.held:
-            async with aclosing(self._rows(begun)) as rows:
+            async with aclosing(self._rows(begun, whole=True)) as rows:
                 async for index, delta in rows:
                     parts[index].append(delta)
         return begun.answer.whole([Completion.joined(deltas) for deltas in parts])
@@ -197,7 +199,7 @@ class Ingress:
     async def _chunks(self, begun: Begun, include_usage: bool) -> AsyncGenerator[JsonObject]:
         lasts: dict[int, Delta] = {}
         with begun.held:
-            async with aclosing(self._rows(begun)) as rows:
+            async with aclosing(self._rows(begun, whole=False)) as rows:
                 index, delta = await anext(rows)  # an error before the first token is an error, not a broken stream
                 yield begun.answer.opening()
                 lasts[index] = delta
@@ -208,11 +210,15 @@ class Ingress:
         if include_usage:
             yield begun.answer.usage_chunk([lasts[index] for index in range(len(begun.jobs))])
 
-    def _rows(self, begun: Begun) -> AsyncGenerator[tuple[int, Delta]]:
-        return begun.record.watch(interleaved([self._deltas(job, begun.meter) for job in begun.jobs]))
+    def _rows(self, begun: Begun, *, whole: bool) -> AsyncGenerator[tuple[int, Delta]]:
+        attempts = [partial(self._attempt, begun, index) for index in range(len(begun.jobs))]
+        return interleaved([repeated_stream(attempt, whole=whole) for attempt in attempts])
+
+    def _attempt(self, begun: Begun, index: int) -> AsyncGenerator[Delta]:
+        return begun.record.watch(index, self._deltas(begun.jobs[index], begun.meter))
 
     async def _deltas(self, job: Job, meter: Meter) -> AsyncGenerator[Delta]:
-        """The Worker's deltas; leaving early cancels the job there."""
+        """One Worker's deltas; leaving early cancels the job there. A repeat is metered in the place of the first."""
         response = self._worker.options(stream=True).stream.remote(job)
         deltas = aiter(response)
         assert job.deadline is not None
@@ -275,8 +281,8 @@ class Ingress:
         try:
             async with asyncio.timeout(READY_WAIT_S):
                 if not await self._waking.may_sleep():  # asking would wake one
-                    await self._worker.module_shapes.remote()
-                generation, num_adapters = await self._retriever.load.remote(tenant)
+                    await repeated(self._worker.module_shapes)
+                generation, num_adapters = await repeated(self._retriever.load, tenant)
         except TimeoutError as exc:
             raise NotReady(f"the Retriever or the Worker did not answer within {READY_WAIT_S:.0f} s") from exc
         return {"status": "ready", "generation": generation, "num_adapters": num_adapters, "refused": refused}

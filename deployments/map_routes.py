@@ -11,6 +11,7 @@ from deployments.api_docs import MAP_ANSWERS, PLACE_ANSWERS
 from deployments.api_request import ApiRequest
 from deployments.auth import AnyCaller
 from deployments.pool import Pool, read_pool
+from deployments.retries import repeated
 from lora_store import MAX_PLAN_ADAPTERS
 from retriever_svc import Place, Point, PoolMap
 
@@ -32,7 +33,7 @@ async def pool_map(
     pool: AnyPool, caller: AnyCaller, min_generation: Annotated[int, Query(ge=0, lt=2**63)] = 0
 ) -> JsonObject:
     """The adapters that `auto` may choose, at most 2,000 of them, on the plane in which they differ most."""
-    drawn: PoolMap = await pool.retriever.map.remote(caller.tenant, min_generation)
+    drawn: PoolMap = await repeated(pool.retriever.map, caller.tenant, min_generation)
     return {
         "object": "pool_map",
         "generation": drawn.generation,
@@ -45,7 +46,7 @@ async def pool_map(
 @router.post("/v1/pool/map", response_model=None, responses=PLACE_ANSWERS)
 async def place(body: PlaceQuery, pool: AnyPool, caller: AnyCaller) -> JsonObject:
     """Where a prompt lies on that map, and where these adapters do: a large map does not show all."""
-    found: Place = await pool.retriever.place.remote(caller.tenant, body.prompt, body.adapters, body.min_generation)
+    found: Place = await repeated(pool.retriever.place, caller.tenant, body.prompt, body.adapters, body.min_generation)
     return {
         "object": "pool_place",
         "generation": found.generation,

@@ -12,6 +12,7 @@ from deployments.auth import AnyCaller
 from deployments.errors import ModelNotFound
 from deployments.planner import AUTO
 from deployments.pool_routes import MAX_PAGE, AnyPool
+from deployments.retries import repeated
 from lora_store import AdapterNotFound, AdapterRecord
 from retriever_svc import PageRequest
 
@@ -43,7 +44,7 @@ async def models(query: Annotated[ModelQuery, Query()], pool: AnyPool, caller: A
         tags=tuple(query.tag),
         contains=query.name,
     )
-    page = await pool.retriever.page.remote(caller.tenant, wanted)
+    page = await repeated(pool.retriever.page, caller.tenant, wanted)
     cards = own[: query.limit] + [card_of(name, base, record, caller.tenant) for name, record in page.rows]
     return list_object(cards, has_more=page.has_more or len(own) > query.limit)
 
@@ -56,7 +57,7 @@ async def model(model: str, pool: AnyPool, caller: AnyCaller) -> JsonObject:
     if model == base or name == AUTO:
         return special_card(model, base)
     try:
-        _, versions = await pool.retriever.record.remote(caller.tenant, name)
+        _, versions = await repeated(pool.retriever.record, caller.tenant, name)
     except AdapterNotFound as exc:  # what a replica raises is one too
         raise ModelNotFound(model) from exc
     return card_of(model, base, versions[0], caller.tenant)

@@ -9,6 +9,7 @@ from ray.serve.handle import DeploymentHandle
 from deployments.config import AppConfig
 from deployments.errors import ModelNotFound, RequestInvalid
 from deployments.lora_options import LoraOptions, PlanGiven
+from deployments.retries import repeated
 from deployments.schemas import Question
 from lora_store import BASE_PLAN, AdapterNotFound, Plan, Strategy
 from retriever_svc import Candidate, Route, RouteRequest
@@ -49,7 +50,7 @@ class Planner:
             return Planned(BASE_PLAN)
         try:
             choices, strategy = [(name, 1.0)], options.strategy or "selection"
-            plan = await self._retriever.plan_named.remote(tenant, choices, strategy, options.min_generation)
+            plan = await repeated(self._retriever.plan_named, tenant, choices, strategy, options.min_generation)
             return Planned(plan)
         except AdapterNotFound as exc:  # through a handle it comes as a RayTaskError that is one, too
             raise ModelNotFound(question.model) from exc
@@ -77,7 +78,7 @@ class Planner:
             tags=() if options.filter is None else tuple(options.filter.tags),
             min_generation=options.min_generation,
         )
-        route: Route = await self._retriever.route.remote(request)
+        route: Route = await repeated(self._retriever.route, request)
         return Planned(route.plan, route.candidates, route.abstained)
 
     async def _replayed(self, options: LoraOptions, given: PlanGiven, tenant: str) -> Planned:
@@ -88,14 +89,14 @@ class Planner:
                 raise RequestInvalid(f"lora.{field} is said by lora.plan already", f"lora.{field}")
         pinned = [row.pinned() for row in given.adapters]
         generation = max(given.generation, options.min_generation)
-        plan: Plan = await self._retriever.replay.remote(tenant, given.strategy, pinned, generation)
+        plan: Plan = await repeated(self._retriever.replay, tenant, given.strategy, pinned, generation)
         return Planned(replace(plan, generation=given.generation), abstained=given.abstained)
 
     async def _named(self, options: LoraOptions, tenant: str) -> Plan:
         assert options.adapters is not None
         choices = [(choice.name, choice.weight) for choice in options.adapters]
         strategy: Strategy = options.strategy or ("selection" if len(choices) == 1 else self._config.retrieval.strategy)
-        plan: Plan = await self._retriever.plan_named.remote(tenant, choices, strategy, options.min_generation)
+        plan: Plan = await repeated(self._retriever.plan_named, tenant, choices, strategy, options.min_generation)
         return plan
 
     def _model_name(self, model: str) -> str | None:

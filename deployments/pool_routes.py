@@ -38,6 +38,7 @@ from deployments.errors import RequestInvalid, VersionNotKept
 from deployments.http_io import path_of
 from deployments.pool import Pool, open_pool, own_key, read_pool
 from deployments.pool_schemas import AdapterSource, ApproveRequest, PublishBatch, RollbackRequest, VisibilityRequest
+from deployments.retries import repeated
 from deployments.upload_form import read_upload
 from deployments.uploads import FolderUpload
 from lora_store import VISIBILITIES
@@ -77,7 +78,7 @@ async def loras(
 ) -> JsonObject:
     """A page of what the caller may use in whose name or tags every word of `search` stands, and how many there are."""
     wanted = PageRequest(limit, after, words=search)
-    page: Page = await pool.retriever.page.remote(caller.tenant, wanted, min_generation)
+    page: Page = await repeated(pool.retriever.page, caller.tenant, wanted, min_generation)
     data = [lora_object(record, caller.tenant) for _, record in page.rows]
     counted = {"generation": page.generation, "total": page.num_found}
     return counted | list_object(data, has_more=page.has_more)
@@ -112,7 +113,7 @@ async def publish(caller: Publishing, pool: OpenPool, http: Request) -> JSONResp
 @router.get("/v1/loras/{name:path}", response_model=None, responses=LORA_ANSWERS)
 async def show(name: str, pool: AnyPool, caller: AnyCaller) -> JsonObject:
     """One adapter, and the versions of it that are kept, the live one first."""
-    generation, versions = await pool.retriever.record.remote(caller.tenant, name)
+    generation, versions = await repeated(pool.retriever.record, caller.tenant, name)
     return lora_object(versions[0], caller.tenant) | {
         "versions": versions_object(versions),
         "catalogue_generation": generation,
@@ -148,7 +149,7 @@ async def approve(name: str, body: ApproveRequest, caller: Administering, pool: 
     """Let `auto` choose this version of a public adapter for every tenant."""
     if "@" in name:
         raise RequestInvalid("name: the live version is approved; `digest` says which one that must be", "name")
-    _, versions = await pool.retriever.record.remote(caller.tenant, name)
+    _, versions = await repeated(pool.retriever.record, caller.tenant, name)
     record = versions[0]
     if not record.ref.digest.startswith(body.digest or ""):
         raise VersionNotKept(name, body.digest, [record.ref.digest])

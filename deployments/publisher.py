@@ -15,6 +15,7 @@ from deployments.examiner import Examined, Examiner, Outcome
 from deployments.published import Change, Published, Removed, Settled, kept_version, live_already, published_of
 from deployments.releaser import Releaser
 from deployments.request_figures import ChangeFigures
+from deployments.retries import repeated
 from deployments.uploads import FolderUpload
 from deployments.waking import Waking
 from lora_store import (
@@ -94,7 +95,7 @@ class Publisher:
     async def lacking(self, uploads: Sequence[FolderUpload]) -> list[FolderUpload]:
         """Those whose name is not live, in whatever version."""
         await self.reach_store()
-        live = await self._store.versions.remote([(upload.tenant, upload.adapter_name) for upload in uploads])
+        live = await repeated(self._store.versions, [(upload.tenant, upload.adapter_name) for upload in uploads])
         return [upload for upload in uploads if (upload.tenant, upload.adapter_name) not in live]
 
     async def reach_store(self) -> str | None:
@@ -104,7 +105,7 @@ class Publisher:
         """
         try:
             async with asyncio.timeout(_STORE_WAIT_S):
-                active: str | None = await self._store.active_encoder.remote()
+                active: str | None = await repeated(self._store.active_encoder)
                 return active
         except TimeoutError as exc:
             raise StoreUnavailable(f"none of its replicas answered within {_STORE_WAIT_S:.0f} s") from exc
@@ -132,12 +133,12 @@ class Publisher:
     async def _publish(self, uploads: Sequence[FolderUpload], change: Change) -> list[Published | Exception]:
         active = await self.reach_store()
         await self._waking.wait()
-        module_shapes = await self._worker.module_shapes.remote()
+        module_shapes = await repeated(self._worker.module_shapes)
         slots = asyncio.Semaphore(_STAGED_TOGETHER)  # the Store's other callers need room too
 
         async def stage(upload: FolderUpload) -> Staged:
             async with slots:
-                staged: Staged = await self._store.stage.remote(upload, module_shapes)
+                staged: Staged = await repeated(self._store.stage, upload, module_shapes)
                 return staged
 
         staged = await asyncio.gather(*map(stage, uploads), return_exceptions=True)
@@ -145,11 +146,11 @@ class Publisher:
 
     async def _rollback(self, key: Key, digest: str | None, actor: str) -> Published:
         active = await self.reach_store()
-        kept = (await self._store.versions.remote([key])).get(key, ())
+        kept = (await repeated(self._store.versions, [key])).get(key, ())
         if not kept:
             raise AdapterNotFound(key[1])
         await self._waking.wait()
-        staged = await self._store.restage.remote(kept_version(kept, digest))
+        staged = await repeated(self._store.restage, kept_version(kept, digest))
         change = Change(actor, standing="kept")  # it may be withdrawn meanwhile
         [outcome] = await self._make_live([staged], active, change)
         if isinstance(outcome, Exception):
@@ -158,7 +159,7 @@ class Publisher:
 
     async def _withdraw(self, tenant: str, names: Sequence[str], actor: str) -> Removed:
         await self.reach_store()
-        kept = await self._store.versions.remote([(tenant, name) for name in names])
+        kept = await repeated(self._store.versions, [(tenant, name) for name in names])
         try:
             withdrawn: Withdrawn = await self._store.withdraw.remote(tenant, names, actor)
             ready, behind = await self.catch_up(withdrawn.generation)
@@ -179,7 +180,7 @@ class Publisher:
         committed: set[int] = set()
         is_unsure = False
         try:
-            older = await self._store.versions.remote([(item.ref.tenant, item.ref.name) for item in held])
+            older = await repeated(self._store.versions, [(item.ref.tenant, item.ref.name) for item in held])
             live = live_already(held, older, active)
             outcomes = await self._examiner.examine(staged, live)
             is_unsure = True

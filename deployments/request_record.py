@@ -54,12 +54,12 @@ class RequestRecord:
         self.adapters = tuple(ref.digest[:_DIGEST_CHARS] for ref in refs)
         self.abstained = any(planned.abstained for planned in plans)
 
-    async def watch(self, rows: AsyncGenerator[tuple[int, Delta]]) -> AsyncGenerator[tuple[int, Delta]]:
-        """The same items; leaving closes `rows`."""
-        async with aclosing(rows):
-            async for index, delta in rows:
+    async def watch(self, index: int, deltas: AsyncGenerator[Delta]) -> AsyncGenerator[Delta]:
+        """The same deltas of row `index`; leaving closes `deltas`."""
+        async with aclosing(deltas):
+            async for delta in deltas:
                 self._saw(index, delta)
-                yield index, delta
+                yield delta
 
     def _saw(self, index: int, delta: Delta) -> None:
         now = time.monotonic()

@@ -31,6 +31,7 @@ class ScalingSettings(BaseModel):
     downscale_delay_s: float = Field(default=300, ge=0)  # the same for fewer: a warm bank goes with its worker
     look_back_s: float = Field(default=15, gt=0)  # load is its mean over this time
     metrics_interval_s: float = Field(default=5, gt=0)  # how old the news of it is at most
+    health_check_period_s: float = Field(default=10, gt=0)  # how late Serve sees that a replica died, and replaces it
     graceful_shutdown_timeout_s: float = Field(default=600, gt=0)  # a replica that goes ends its streams first
 
     @model_validator(mode="after")
@@ -56,6 +57,7 @@ class ScalingSettings(BaseModel):
         options: dict[str, Any] = {
             "max_ongoing_requests": self.max_ongoing_requests,
             "max_queued_requests": self.max_queued_requests,
+            "health_check_period_s": self.health_check_period_s,
             "graceful_shutdown_timeout_s": self.graceful_shutdown_timeout_s,
             "ray_actor_options": {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus, "resources": self.resources},
         }

@@ -11,6 +11,7 @@ from deployments.errors import AdapterExists
 from deployments.pool import Pool, own_key
 from deployments.pool_routes import OpenPool
 from deployments.pool_schemas import LoadAdapterRequest, UnloadAdapterRequest
+from deployments.retries import repeated
 from lora_store import AdapterNotFound
 
 router = APIRouter(route_class=http_errors.AnsweringRoute, default_response_class=PlainTextResponse)
@@ -43,7 +44,7 @@ async def unload_lora_adapter(body: UnloadAdapterRequest, caller: Publishing, po
 async def _is_live(pool: Pool, caller: Caller, name: str) -> bool:
     """Whether the caller's own tenant has one of that name: another's public one is not in its way."""
     try:
-        await pool.retriever.record.remote(caller.tenant, f"{caller.tenant}/{name}")
+        await repeated(pool.retriever.record, caller.tenant, f"{caller.tenant}/{name}")
     except AdapterNotFound:
         return False
     return True

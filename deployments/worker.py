@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Collection, Sequence
+import os
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -30,8 +31,6 @@ from lora_store.disk_cache import DiskCache
 
 logger = logging.getLogger(__name__)
 
-_WEDGED_AFTER_S = 120.0
-
 
 class WorkerDeployment:
     """Waiting happens in the engine's queue, where loads are.
@@ -46,8 +45,10 @@ class WorkerDeployment:
         store: DeploymentHandle,
         weights_cache: tuple[Path, int] | None = None,
         niceness: int = 0,
+        wedged_after_s: float = 120.0,
         *,
         kinds: Kinds = SERVE,
+        end_process: Callable[[int], object] = os._exit,
     ) -> None:
         join_serve_logs()
         self._figures = WorkerFigures(config.bank_rank_rows, kinds)
@@ -59,6 +60,7 @@ class WorkerDeployment:
         self._loop = EngineLoop(self._engine, stream_interval_ms=stream_interval_ms, niceness=niceness)
         self._prober = Prober(self._loop)
         self._telling = self._asyncio_loop.create_task(every_beat(self._tell))
+        self._wedged_after_s, self._end_process = wedged_after_s, end_process
 
     async def stream(self, job: Job) -> AsyncIterator[Delta]:
         """Yield text as it is made, the first piece at once, then every `stream_interval_ms`.
@@ -120,10 +122,18 @@ class WorkerDeployment:
         return {ONGOING: held.num_running + held.num_waiting, WAITING_TOKENS: held.waiting_tokens}
 
     def check_health(self) -> None:
-        """Raises: ReplicaWedged, so that Serve replaces this replica."""
+        """A replica whose engine hangs ends here, so that Serve replaces it and its requests begin again elsewhere.
+
+        To raise would not do: Serve 2.60 waits first until the replica's streams have ended, which they never would,
+        and its successor may need the device that this process holds. Raises: ReplicaWedged.
+        """
         stalled_s = self._loop.seconds_in_step()
-        if not self._loop.is_alive or stalled_s > _WEDGED_AFTER_S:
-            raise ReplicaWedged(f"a step has run for {stalled_s:.0f} s, engine thread alive: {self._loop.is_alive}")
+        if self._loop.is_alive and stalled_s <= self._wedged_after_s:
+            return
+        wedged = ReplicaWedged(f"a step has run for {stalled_s:.0f} s, engine thread alive: {self._loop.is_alive}")
+        logger.critical("this replica's process ends: %s", wedged)
+        self._end_process(1)
+        raise wedged
 
     async def _tell(self) -> None:
         self._figures.stepping(self._loop.seconds_in_step())

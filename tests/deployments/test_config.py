@@ -130,7 +130,7 @@ def test_worker_settings_reach_the_engine_field_by_field() -> None:
     worker = asdict(config.worker_config())
     assert {key: worker[key] for key in settings} == settings
     assert (worker["base_model"], worker["cache_dir"]) == ("a/b", Path("/c"))
-    assert settings.keys() | {"stream_interval_ms", "niceness"} == WorkerSettings.model_fields.keys()
+    assert settings.keys() | {"stream_interval_ms", "niceness", "wedged_after_s"} == WorkerSettings.model_fields.keys()
 
 
 def test_the_engine_takes_every_core_where_nothing_is_said() -> None:
@@ -167,6 +167,7 @@ def test_equal_replica_counts_are_fixed() -> None:
         "num_replicas": 2,
         "max_ongoing_requests": 7,
         "max_queued_requests": 1024,
+        "health_check_period_s": 10,
         "graceful_shutdown_timeout_s": 600,
         "ray_actor_options": {"num_cpus": 0.5, "num_gpus": 1, "resources": {"l4": 1}},
     }

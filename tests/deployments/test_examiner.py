@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError
 
+from deployments.errors import Poisoned
 from deployments.examiner import EXAMINED_TOGETHER, Examined, Examiner, Outcome
 from lora_store import AdapterRecord, AdapterRef, AdapterRefused, Staged
 from tests.deployments.adapter_records import adapter
@@ -66,11 +67,11 @@ def test_a_second_batch_is_examined_while_the_first_one_is() -> None:
     assert [outcome.staged for outcome in outcomes if isinstance(outcome, Examined)] == items
 
 
-def test_a_worker_that_dies_is_each_adapters_error() -> None:
+def test_workers_that_die_are_each_adapters_error() -> None:
     outcomes, _ = examine(staged("one"), staged("two"), worker=FakeWorker(failure=RayActorError()))
-    assert [isinstance(outcome, RayActorError) for outcome in outcomes] == [True, True]
+    assert [type(outcome) for outcome in outcomes] == [Poisoned, Poisoned]
 
 
-def test_a_retriever_that_dies_is_the_whole_batches_error() -> None:
-    with pytest.raises(RayActorError):
+def test_retrievers_that_die_are_the_whole_batches_error() -> None:
+    with pytest.raises(Poisoned):
         examine(staged("one"), unfit=RayActorError())

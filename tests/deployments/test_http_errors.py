@@ -6,7 +6,7 @@ import pkgutil
 from collections.abc import Iterator
 
 import pytest
-from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
+from ray.exceptions import ActorDiedError, ObjectLostError, RayActorError, RayTaskError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
@@ -43,6 +43,7 @@ EXPECTED = [
     (api_errors.BodiesBusy(9), 503, OVERLOADED, "bodies_busy"),
     (api_errors.NotReady("wait"), 503, OVERLOADED, "not_ready"),
     (api_errors.NoWorkerYet(30), 503, OVERLOADED, "no_worker_yet"),
+    (api_errors.Poisoned(3), 500, "server_error", "poisoned"),
     (store_errors.PublicNameTaken("x", ["it is taken"]), 409, INVALID, "name_taken"),
     (store_errors.PoolShareExceeded("adapters", 4, 3), 403, "permission_error", "pool_share_exceeded"),
     (store_errors.AdapterRefused("x", ["a", "b"]), 400, INVALID, "adapter_refused"),
@@ -73,6 +74,7 @@ RAYS_OWN = [
     (DeploymentUnavailableError(DeploymentID("Worker", "inner")), 503, OVERLOADED, "unavailable"),
     (RayActorError(), 503, OVERLOADED, "replica_died"),
     (ActorDiedError(), 503, OVERLOADED, "replica_died"),
+    (ObjectLostError("0" * 56, None, ""), 503, OVERLOADED, "replica_died"),
     (TimeoutError(), 503, OVERLOADED, "timeout"),
 ]
 NEVER_REACH_A_CLIENT = {
@@ -110,6 +112,7 @@ def test_an_error_maps_as_stated_from_here_and_from_a_replica(
         headers = error_response(raised).headers
         expected = str(math.ceil(getattr(error, "retry_after_s", 1))) if status in (429, 503) else None
         assert headers.get("retry-after") == expected
+        assert headers.get("x-should-retry") == {"poisoned": "false"}.get(code)
         assert headers.get("www-authenticate") == {401: "Bearer"}.get(status)
 
 

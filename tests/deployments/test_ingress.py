@@ -1,24 +1,29 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorDiedError
 
-from deployments.errors import ModelNotFound, RequestInvalid
+from deployments.callers import LOCAL_CALLER
+from deployments.errors import ModelNotFound, Poisoned, RequestInvalid
 from deployments.schemas import ChatCompletionRequest
 from gpu_worker.errors import EngineStopped, PromptTooLong, SamplingInvalid
 from gpu_worker.prompts import Message
 from gpu_worker.request import Delta, SamplingParams
 from lora_store import BASE_PLAN
+from retriever_svc import Route, RouteRequest
 from tests.deployments.adapter_records import BASE, POOL
 from tests.deployments.app_fakes import Served, serve_plainly
+from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_worker import DELTAS, FakeWorker
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 SAMPLING = {"max_tokens": 9, "temperature": 0.25, "top_k": 4, "seed": 11, "stop": ["a"]}
 BROKEN = (DELTAS[0], EngineStopped("it stopped"))
+DEATH = ActorDiedError()
 
 
 def generate(request: Any, **options: Any) -> tuple[dict[str, Any], Served]:
@@ -127,6 +132,68 @@ def test_an_error_after_the_first_token_breaks_off() -> None:
             await anext(chunks)
 
     asyncio.run(run())
+
+
+class Dying(FakeWorker):
+    """Says what `attempts` say, in turn, whoever asks."""
+
+    def __init__(self, *attempts: Sequence[Delta | Exception]) -> None:
+        super().__init__()
+        self._attempts = list(attempts)
+
+    async def stream(self, job: Any) -> AsyncIterator[Delta]:
+        self.events = self._attempts.pop(0)
+        async for delta in super().stream(job):
+            yield delta
+
+
+def test_a_whole_answer_outlives_two_workers_that_die_in_it() -> None:
+    async def run() -> None:
+        served = serve_plainly(worker=Dying((DEATH,), (*DELTAS[:2], DEATH), DELTAS))
+        begun = await served.ingress._begin(ChatCompletionRequest.model_validate(CHAT), LOCAL_CALLER)
+        answer = await served.ingress._whole(begun)
+        assert answer["choices"][0]["message"]["content"] == "Hello"
+        assert answer["usage"]["total_tokens"] == begun.meter.num_tokens == 8, "metered once"
+        jobs = [job for (job,) in served.worker.called("stream")]
+        assert jobs == jobs[:1] * 3 and answer["id"] == f"chatcmpl-{jobs[0].request_id}"
+        assert len(served.retriever.called("route")) == 1
+
+    asyncio.run(run())
+
+
+def test_a_stream_outlives_workers_that_die_before_its_first_token() -> None:
+    chunks = stream(CHAT, worker=Dying((DEATH,), (DEATH,), DELTAS))
+    assert [chunk["choices"][0]["delta"]["content"] for chunk in chunks] == ["", "Hel", "lo", ""]
+
+
+def test_of_several_answers_only_the_one_that_lost_its_worker_begins_again() -> None:
+    answer, served = generate(CHAT | {"n": 2}, worker=Dying(DELTAS, (DELTAS[0], DEATH), DELTAS))
+    assert [choice["message"]["content"] for choice in answer["choices"]] == ["Hello", "Hello"]
+    first, second, again = [job for (job,) in served.worker.called("stream")]
+    assert first != second == again
+
+
+@pytest.mark.parametrize("call", [generate, stream])
+def test_a_request_that_workers_die_of_kills_three_and_no_more(call: Callable[..., Any]) -> None:
+    worker = Dying(*[(DEATH,)] * 9)
+    with pytest.raises(Poisoned):
+        call(CHAT, worker=worker)
+    assert len(worker._attempts) == 9 - 3
+
+
+def test_a_retriever_that_dies_is_asked_again() -> None:
+    class Mortal(FakeRetriever):
+        deaths = 2
+
+        async def route(self, request: RouteRequest) -> Route:
+            if self.deaths:
+                self.deaths -= 1
+                raise DEATH
+            return await super().route(request)
+
+    answer, served = generate(CHAT, retriever=Mortal())
+    assert answer["choices"][0]["message"]["content"] == "Hello"
+    assert len(served.retriever.called("route")) == 3
 
 
 def test_leaving_a_stream_cancels_the_job_at_once() -> None:

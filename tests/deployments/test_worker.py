@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -70,6 +72,7 @@ class Serving:
     worker: WorkerDeployment
     store: FakeStore
     pool: list[AdapterWeights]
+    ends: list[int]  # the status of each time the worker ended its process
 
     def job(self, number: int, num_new: int = 30) -> Job:
         return greedy("once", plan_of("selection", (self.pool[number], 1.0)), number, num_new)
@@ -86,7 +89,13 @@ def serve(tiny_folders: Mapping[str, Path], tiny_base: Callable[..., BaseModel])
     """Run a test's body in the worker's event loop; the engine stops with it."""
     shapes = linear_shapes(tiny_base())
 
-    def run(main: Main, *, weights_cache: tuple[Path, int] | None = None, kinds: Any = SERVE) -> Any:
+    def run(
+        main: Main,
+        *,
+        weights_cache: tuple[Path, int] | None = None,
+        wedged_after_s: float = 120.0,
+        kinds: Any = SERVE,
+    ) -> Any:
         async def within() -> Any:
             blobs, pool = {}, []
             for seed in range(3):
@@ -94,10 +103,18 @@ def serve(tiny_folders: Mapping[str, Path], tiny_base: Callable[..., BaseModel])
                 blobs[digest] = data
                 pool.append(AdapterWeights(digest, {}))
             store = FakeStore(blobs)
-            config = tiny_config(tiny_folders["gemma3"])
-            worker = WorkerDeployment(config, 0.0, FakeHandle(store), weights_cache, kinds=kinds)
+            ends: list[int] = []
+            worker = WorkerDeployment(
+                tiny_config(tiny_folders["gemma3"]),
+                0.0,
+                FakeHandle(store),
+                weights_cache,
+                wedged_after_s=wedged_after_s,
+                kinds=kinds,
+                end_process=ends.append,
+            )
             try:
-                return await asyncio.wait_for(main(Serving(worker, store, pool)), 20)
+                return await asyncio.wait_for(main(Serving(worker, store, pool, ends)), 20)
             finally:
                 worker._loop.stop()
 
@@ -258,8 +275,33 @@ def test_the_shapes_are_the_base_models(serve: Callable[[Main], Any], tiny_base:
 def test_a_replica_whose_engine_has_ended_is_not_healthy(serve: Callable[[Main], Any]) -> None:
     async def main(serving: Serving) -> None:
         serving.worker.check_health()
+        assert serving.ends == []
         serving.worker._loop.stop()
         with pytest.raises(ReplicaWedged):
             serving.worker.check_health()
+        assert serving.ends == [1]
 
     serve(main)
+
+
+@pytest.mark.parametrize(("wedged_after_s", "ends"), [(1e-6, [1]), (3600.0, [])])
+def test_a_step_that_takes_too_long_ends_the_process(
+    serve: Callable[..., Any], wedged_after_s: float, ends: list[int]
+) -> None:
+    may_end, has_begun = threading.Event(), threading.Event()
+
+    def hang(*_: object) -> None:
+        has_begun.set()
+        may_end.wait(20)
+
+    async def main(serving: Serving) -> None:
+        serving.worker._engine.base.model.register_forward_pre_hook(hang)
+        text = asyncio.create_task(serving.text(serving.job(0)))
+        assert await asyncio.to_thread(has_begun.wait, 20)
+        with pytest.raises(ReplicaWedged, match="a step has run") if ends else nullcontext():
+            serving.worker.check_health()
+        assert serving.ends == ends
+        may_end.set()
+        assert await text
+
+    serve(main, wedged_after_s=wedged_after_s)

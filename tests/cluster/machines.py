@@ -1,0 +1,165 @@
+"""Several Ray nodes on this machine, and the application deployed on them from its YAML file."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import ray
+import yaml
+from ray import serve
+from ray._private.authentication import authentication_token_setup
+from ray.cluster_utils import Cluster
+
+from deployments.server import free_port
+from tests.e2e.live import eventually
+
+APP = "loraretriever"
+_ADDRESS = "127.0.0.{}"  # each node has its own; Ray 2.60 takes 127.0.0.1 for the machine's outer one
+START_S = 240.0
+_FILE = Path(__file__).with_name("serve.yaml")
+_NODES: tuple[dict[str, Any], ...] = (
+    {"num_cpus": 8},
+    {"num_cpus": 8},
+    {"num_cpus": 0, "resources": {"accelerator": 2}},
+    {"num_cpus": 0, "resources": {"accelerator": 2}},
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """A replica that takes requests."""
+
+    pid: int
+    node_id: str
+
+    def kill(self) -> None:
+        """kill -9."""
+        os.kill(self.pid, signal.SIGKILL)
+
+
+class Machines:
+    """The nodes: the head, which holds the proxy and no replica, two with CPUs, two with accelerators."""
+
+    def __init__(self, settings: Mapping[str, Any], folder: Path) -> None:
+        """`settings`: what differs from the YAML file's `args`, by dotted names."""
+        self._file = folder / "serve.yaml"
+        config = yaml.safe_load(_FILE.read_text())
+        port = free_port("127.0.0.1")
+        config["http_options"]["port"] = port
+        self.url = f"http://127.0.0.1:{port}"
+        for name, value in settings.items():
+            *path, last = name.split(".")
+            args = config["applications"][0]["args"]
+            for part in path:
+                args = args[part]
+            args[last] = value
+        scalings: dict[str, Any] = config["applications"][0]["args"]
+        self._sizes = {
+            name.partition("_")[0].capitalize(): args.get("max_replicas", 1)
+            for name, args in scalings.items()
+            if name.endswith("_scaling")
+        }
+        self._file.write_text(yaml.safe_dump(config))
+
+    def start(self) -> None:
+        """Return when the application is ready."""
+        head = {"num_cpus": 0, "include_dashboard": False, "node_ip_address": _ADDRESS.format(2)}
+        self._cluster = Cluster(initialize_head=True, head_node_args=head)
+        for number, node in enumerate(_NODES, start=3):
+            self._cluster.add_node(wait=False, node_ip_address=_ADDRESS.format(number), **node)
+        self._cluster.wait_for_nodes()
+        program = str(Path(sys.executable).with_name("serve"))
+        command = [program, "run", str(self._file), "--address", self._cluster.address, "--non-blocking"]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=START_S, check=False)
+        assert run.returncode == 0, run.stderr
+        ray.init(address=self._cluster.address, log_to_driver=False)
+        eventually(self.is_ready, within_s=START_S)
+
+    def stop(self) -> None:
+        """Kill every process of every node, the head included, as they are."""
+        if ray.is_initialized():
+            self._kill_replicas(None)
+            ray.shutdown()
+            serve.context._disconnect()  # Ray 2.60 takes a dead cluster's controller for the next one's
+        self._cluster.shutdown()
+
+    def is_ready(self) -> bool:
+        """Whether every replica that should be there takes requests, and the door answers."""
+        if any(len(self.replicas(name)) != size for name, size in self._sizes.items()):
+            return False
+        return httpx.get(f"{self.url}/ready", timeout=30).status_code == 200
+
+    async def until_full(self, deployment: str) -> None:
+        """Return as soon as all replicas of it take requests."""
+        async with asyncio.timeout(START_S):
+            while len(self.replicas(deployment)) != self._sizes[deployment]:
+                await asyncio.sleep(0.05)
+
+    def replicas(self, deployment: str) -> list[Replica]:
+        """Those of a deployment that take requests. Serve learns of a death only at its next look."""
+        details = serve.context._get_global_client().get_serve_details()
+        found = details["applications"].get(APP, {}).get("deployments", {}).get(deployment, {}).get("replicas", [])
+        running = [Replica(item["pid"], item["node_id"]) for item in found if item["state"] == "RUNNING"]
+        return [replica for replica in running if _is_alive(replica.pid)]
+
+    def kill(self, deployment: str) -> None:
+        """kill -9 of the oldest replica."""
+        self.replicas(deployment)[0].kill()
+
+    def kill_node_of(self, deployment: str) -> None:
+        """All processes of one node die that has a replica of it."""
+        victim = self.replicas(deployment)[0].node_id
+        [node] = [node for node in self._cluster.worker_nodes if node.node_id == victim]
+        self._kill_replicas(victim)
+        self._cluster.remove_node(node, allow_graceful=False)
+
+    def _kill_replicas(self, node_id: str | None) -> None:
+        """Those on this node, or all."""
+        replicas = [replica for name in self._sizes for replica in self.replicas(name)]
+        for replica in replicas:
+            if node_id in (None, replica.node_id):
+                replica.kill()
+
+    def on_all(self, deployment: str, method: str) -> list[Any]:
+        """What every replica of a deployment answers."""
+
+        async def ask() -> list[Any]:
+            handle = serve.get_deployment_handle(deployment, APP)
+            answers: list[Any] = await handle.broadcast(method).results_async(timeout_s=30)
+            return answers
+
+        return asyncio.run(ask())
+
+
+@contextmanager
+def own_ray() -> Iterator[None]:
+    """Ray's files, and its note of the cluster of this machine, lie in a folder of their own, with a short path."""
+    folder = tempfile.mkdtemp(prefix="lr-")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TMPDIR", folder)
+        authentication_token_setup.enable_token_auth_by_default()
+        authentication_token_setup.ensure_token_if_auth_enabled()
+        try:
+            yield
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether it is there, and not only because nobody has asked how it ended."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False

@@ -1,0 +1,219 @@
+"""What clients see while replicas and nodes are killed under them. At full counts the figures are kept."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from ray import serve
+
+from benchmarks.results_file import write_part
+from deployments.errors import Poisoned
+from deployments.retries import repeated_stream
+from deployments.worker import WorkerDeployment
+from gpu_worker.request import Delta, Job, SamplingParams
+from tests.cluster.conftest import MAX_TOKENS, TOPICS, Running, asks
+from tests.cluster.load import LETTERS, SAMPLING, Load, Outcome
+from tests.e2e.live import eventually
+from tests.soak import Scale
+from tests.tiny import tiny_config
+
+pytestmark = pytest.mark.e2e
+MAX_BATCH_SIZE = 16  # of a worker: tests/cluster/serve.yaml
+STREAMING = 6  # enough that every worker has one
+
+
+@dataclass
+class Figures:
+    """What the tests of this file saw, one row a load."""
+
+    values: dict[str, float] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, what: str, outcomes: Sequence[Outcome], **values: float) -> None:
+        self.values |= values
+        ends = Counter(f"{'stream' if o.ask.is_streamed else 'whole'}: {o.end}" for o in outcomes)
+        retried = sum(outcome.retries > 0 for outcome in outcomes)
+        row = {"what": what, "requests": len(outcomes), "failed": len(failed(outcomes)), "asked_again": retried}
+        self.rows.append(row | {"ends": dict(ends)})
+
+    def table(self) -> str:
+        columns = ("what", "requests", "failed", "asked_again")
+        lines = [columns, *[[str(row[column]) for column in columns] for row in self.rows]]
+        return "\n".join(f"{what:<52}" + "".join(f"{cell:>14}" for cell in cells) for what, *cells in lines)
+
+
+@pytest.fixture(scope="module")
+def figures(request: pytest.FixtureRequest) -> Iterator[Figures]:
+    figures = Figures()
+    yield figures
+    if request.config.getoption("--scale") == "full" and len(figures.values) == 4:
+        write_part("cluster", "kills", figures=figures.values, table=figures.table(), runs=figures.rows)
+
+
+def failed(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    return [outcome for outcome in outcomes if not outcome.is_answer]
+
+
+def test_no_answer_is_lost_and_every_stream_ends_well_while_workers_are_killed(
+    running: Running, figures: Figures, scale: Scale
+) -> None:
+    num_kills = scale.pick("kills of a worker", small=1, full=8)
+    num_whole = scale.pick("requests", small=30, full=500)
+    num_streamed = scale.pick("streams", small=20, full=200)
+    machines, part = running.machines, (num_whole + num_streamed) // (num_kills + 1)
+
+    async def kill_workers(load: Load) -> None:
+        for _ in range(num_kills):
+            await machines.until_full("Worker")
+            load.release(part)
+            await load.until(lambda: load.num_streaming >= STREAMING)
+            machines.kill("Worker")
+        await machines.until_full("Worker")
+
+    outcomes = asyncio.run(running.load().run(asks(num_whole, num_streamed=num_streamed), kill_workers))
+    streams = [outcome for outcome in outcomes if outcome.ask.is_streamed]
+    wholes = [outcome for outcome in outcomes if not outcome.ask.is_streamed]
+    what = f"{num_kills} kills of a worker"
+    figures.add(what, outcomes, worker_kills_lost=len(failed(wholes)), streams_malformed=len(failed(streams)))
+    assert (len(wholes), len(streams)) == (num_whole, num_streamed)
+    assert failed(outcomes) == []
+    assert {outcome.end for outcome in streams} == {"[DONE]", "replica_died"}
+    eventually(lambda: all(held.num_running + held.num_waiting == 0 for held in machines.on_all("Worker", "holdings")))
+    for held in machines.on_all("Worker", "holdings"):
+        assert (held.active_rows, held.free_kv_rows, held.num_forgetting) == (0, MAX_BATCH_SIZE, 0)
+
+
+def test_the_openai_client_raises_the_error_that_ends_a_stream(running: Running) -> None:
+    victim, *_ = running.machines.replicas("Worker")
+    with openai.OpenAI(base_url=f"{running.machines.url}/v1", api_key="none", max_retries=0) as client:
+        asked = {"model": "tiny", "prompt": "The sea", "max_tokens": 400, "n": 16, **SAMPLING}
+        stream = client.completions.create(**asked, stream=True, extra_body={"ignore_eos": True})
+        speaking: set[int] = set()
+        while len(speaking) < 16:  # every worker has begun some of the answers
+            speaking |= {choice.index for choice in next(stream).choices if choice.text}
+        victim.kill()
+        with pytest.raises(openai.APIError) as caught:
+            list(stream)
+    assert caught.value.code == "replica_died"
+    assert isinstance(caught.value.body, dict) and caught.value.body["type"] == "overloaded_error"
+    assert "try again" in caught.value.message
+
+
+def test_no_request_fails_while_retrievers_and_the_store_are_killed(
+    running: Running, figures: Figures, scale: Scale
+) -> None:
+    num_kills = scale.pick("kills of a retriever and of the store", small=1, full=3)
+    num_whole = scale.pick("requests", small=40, full=500)
+    machines, part = running.machines, num_whole // (2 * num_kills + 1)
+
+    async def kill_others(load: Load) -> None:
+        for name in ["Retriever", "Store"] * num_kills:
+            await machines.until_full(name)
+            already = len(load.outcomes)
+            load.release(part)
+            await load.until(lambda already=already: len(load.outcomes) > already)
+            machines.kill(name)
+
+    outcomes = asyncio.run(running.load().run(asks(num_whole), kill_others))
+    what = f"{num_kills} kills of a retriever, {num_kills} of the store"
+    figures.add(what, outcomes, other_kills_failed=len(failed(outcomes)))
+    assert len(outcomes) == num_whole
+    assert failed(outcomes) == []
+
+
+def test_a_client_that_asks_again_outlives_an_ingress_and_a_node(
+    running: Running, figures: Figures, scale: Scale
+) -> None:
+    num_whole = scale.pick("requests", small=40, full=500)
+    num_alone = scale.pick("kills of an ingress before the node's", small=0, full=1)
+    machines = running.machines
+
+    async def kill_ingress_and_node(load: Load) -> None:
+        kills: list[Callable[[str], None]] = [*[machines.kill] * num_alone, machines.kill_node_of]
+        for kill in kills:
+            await machines.until_full("Ingress")
+            already = len(load.outcomes)
+            load.release(num_whole // len(kills))
+            await load.until(lambda already=already: len(load.outcomes) > already)
+            await asyncio.to_thread(kill, "Ingress")
+
+    outcomes = asyncio.run(running.load(max_retries=2).run(asks(num_whole), kill_ingress_and_node))
+    what = "an ingress and a whole node, client's 2 retries"
+    figures.add(what, outcomes, node_kill_failed_with_retries=len(failed(outcomes)))
+    assert len(outcomes) == num_whole
+    assert failed(outcomes) == []
+
+
+def test_a_worker_whose_step_hangs_is_replaced_and_its_request_begins_again(
+    running: Running, scale: Scale, tmp_path: Path
+) -> None:
+    num_hangs = scale.pick("hangs of one request", small=1, full=3)
+    hangs = [tmp_path / str(number) for number in range(num_hangs)]
+
+    class Hanging(WorkerDeployment):
+        """Hangs in the next step, once for each of the files."""
+
+        async def stream(self, job: Job) -> AsyncGenerator[Delta]:
+            for hang in hangs:
+                with suppress(FileNotFoundError):
+                    hang.unlink()
+                    self._engine.step = Event().wait
+                    break
+            async for delta in super().stream(job):
+                yield delta
+
+    worker = serve.deployment(
+        Hanging,
+        name="Worker",
+        max_ongoing_requests=64,
+        health_check_period_s=1,
+        graceful_shutdown_timeout_s=600,
+        ray_actor_options={"num_cpus": 0, "resources": {"accelerator": 1}},
+    )
+    config = tiny_config(running.model, num_threads=1)
+    handle = serve.run(worker.bind(config, 25.0, None, None, 0, 2.0), name="hanging", route_prefix=None)
+    letters = tuple((int(token), 100.0) for token in LETTERS)
+    sampling = SamplingParams(max_tokens=MAX_TOKENS // 2, seed=11, logit_bias=letters, ignore_eos=True)
+    job = Job("hanging", "The sea", sampling=sampling)
+
+    async def attempt() -> AsyncGenerator[Delta]:
+        async for delta in handle.options(stream=True).stream.remote(job):
+            yield delta
+
+    async def text() -> str:
+        return "".join([delta.text async for delta in repeated_stream(attempt, whole=False)])
+
+    try:
+        expected = asyncio.run(text())
+        assert len(expected) == MAX_TOKENS // 2
+        for hang in hangs:
+            hang.touch()
+        if num_hangs == 3:
+            with pytest.raises(Poisoned):
+                asyncio.run(text())
+        assert asyncio.run(text()) == expected
+        assert not any(hang.exists() for hang in hangs)
+    finally:
+        serve.delete("hanging")
+
+
+def test_after_all_nodes_have_died_the_pool_is_as_it_was(running: Running, scale: Scale) -> None:
+    if not scale.is_full:
+        pytest.skip("everything starts once more: in make soak")
+    running.machines.stop()
+    running.machines.start()
+    eventually(lambda: {num for _, num in running.machines.on_all("Retriever", "count")} == {len(TOPICS)})
+    cards = httpx.get(f"{running.machines.url}/v1/models").json()["data"]
+    assert [card["id"] for card in cards] == ["auto", "tiny", *sorted(TOPICS)]
+    outcomes = asyncio.run(running.load().run(asks(len(running.expected))))
+    assert failed(outcomes) == []
