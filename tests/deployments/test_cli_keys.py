@@ -89,14 +89,14 @@ def test_a_key_given_before_the_command_goes_with_every_request(
     given: tuple[str, ...], sent: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("LORARETRIEVER_KEY", raising=False)
-    with scripted((200, {"generation": 4, "data": []})) as server:
+    with scripted((200, {"generation": 4, "data": [], "has_more": False})) as server:
         run(*given, "list", "--url", server.url)
         assert server.authorizations == [sent]
 
 
 def test_the_key_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORARETRIEVER_KEY", "k2")
-    with scripted((200, {"generation": 4, "data": []})) as server:
+    with scripted((200, {"generation": 4, "data": [], "has_more": False})) as server:
         run("list", "--url", server.url)
         assert server.authorizations == ["Bearer k2"]
 

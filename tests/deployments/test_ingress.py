@@ -9,6 +9,7 @@ from ray.exceptions import ActorDiedError
 
 from deployments.callers import LOCAL_CALLER
 from deployments.errors import ModelNotFound, Poisoned, RequestInvalid
+from deployments.request_record import RequestRecord
 from deployments.schemas import ChatCompletionRequest
 from gpu_worker.errors import EngineStopped, PromptTooLong, SamplingInvalid
 from gpu_worker.prompts import Message
@@ -150,7 +151,8 @@ class Dying(FakeWorker):
 def test_a_whole_answer_outlives_two_workers_that_die_in_it() -> None:
     async def run() -> None:
         served = serve_plainly(worker=Dying((DEATH,), (*DELTAS[:2], DEATH), DELTAS))
-        begun = await served.ingress._begin(ChatCompletionRequest.model_validate(CHAT), LOCAL_CALLER)
+        record = RequestRecord("r1", "/v1/chat/completions")
+        begun = await served.ingress._begin(ChatCompletionRequest.model_validate(CHAT), LOCAL_CALLER, record)
         answer = await served.ingress._whole(begun)
         assert answer["choices"][0]["message"]["content"] == "Hello"
         assert answer["usage"]["total_tokens"] == begun.meter.num_tokens == 8, "metered once"

@@ -12,7 +12,7 @@ from ray.serve.request_router import PendingRequest, ReplicaID
 from deployments.request_router import AdapterAffinityRouter, short_digest
 from gpu_worker.request import Job
 from lora_store import AdapterRef, Plan, PlannedAdapter
-from tests.deployments.app_fakes import digest_of
+from tests.deployments.adapter_records import digest_of
 
 DEPLOYMENT = DeploymentID("Worker", "app")
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from deployments.retriever_figures import MAX_NAMED, RetrieverFigures
 from lora_store import AdapterRecord, Plan, PlannedAdapter, Snapshot
 from retriever_svc import Candidate, NoAdapterMatched, Route, StaleIndex
-from tests.deployments.app_fakes import adapter
+from tests.deployments.adapter_records import adapter
 from tests.deployments.figure_fakes import FakeKinds
 
 PUBLIC, PRIVATE = adapter("poet"), adapter("secret-plans", tenant="acme", visibility="private")

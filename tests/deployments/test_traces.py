@@ -12,8 +12,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from deployments.traces import JobTrace, otlp, tracer
 from gpu_worker.request import Delta
-from tests.deployments.app_fakes import DELTAS, FakeWorker
 from tests.deployments.asking import post
+from tests.deployments.fake_worker import DELTAS, FakeWorker
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,11 @@ from deployments.errors import NoWorkerYet
 from deployments.scaling_settings import ScalingSettings
 from deployments.uploads import FolderUpload
 from deployments.waking import KEPT_S, Waking
-from tests.deployments.app_fakes import BASE, POOL, SHAPES, FakeStore, FakeWorker, Served, adapter, pool_of
+from tests.deployments.adapter_records import BASE, POOL, adapter, pool_of
+from tests.deployments.app_fakes import Served
 from tests.deployments.asking import ask, error_of
+from tests.deployments.fake_store import FakeStore
+from tests.deployments.fake_worker import SHAPES, FakeWorker
 from tests.fakes import FakeHandle
 
 

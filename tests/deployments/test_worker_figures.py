@@ -15,6 +15,7 @@ HELD = Holdings(
     num_waiting=2,
     kv_tokens=70,
     free_kv_rows=13,
+    free_kv_tokens=900,
     host_cache_bytes=500,
     num_forgetting=0,
     counters=Counters(num_requests=5, num_new_tokens=100, num_bank_hits=4, num_host_hits=1, num_steps=40, step_s=1.5),
