@@ -7,6 +7,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
+from ray.serve._private.common import RequestMetadata
 from ray.serve.request_router import (
     PendingRequest,
     ReplicaID,
@@ -66,6 +67,21 @@ class AdapterAffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray has no 
             expected[digest] = now + _EXPECTED_S
         for digest in _overdue(expected, now):
             del expected[digest]
+
+    # Ray 2.60 finds the call that a replica was found for by an id that all calls of one HTTP request share: of several
+    # under way at once only one would ever be sent. Here each is found by its own metadata.
+
+    def _add_pending_request_to_indices(self, pending_request: PendingRequest) -> None:
+        self._pending_requests_by_id.setdefault(id(pending_request.metadata), pending_request)
+
+    def _remove_pending_request_from_indices(self, pending_request: PendingRequest) -> None:
+        self._pending_requests_by_id.pop(id(pending_request.metadata), None)
+
+    def _get_pending_request_matching_internal_request_id(
+        self, request_metadata: RequestMetadata | None = None
+    ) -> PendingRequest | None:
+        pending: PendingRequest | None = self._pending_requests_by_id.get(id(request_metadata))
+        return None if pending is None or pending.future.done() else pending
 
     def _ranks(self, replicas: Sequence[RunningReplica], wanted: Sequence[str]) -> list[list[RunningReplica]]:
         queues = {r.replica_id: self.replica_queue_len_cache.get(r.replica_id) or 0 for r in replicas}

@@ -133,12 +133,12 @@ class Machines:
             if node_id in (None, replica.node_id):
                 replica.kill()
 
-    def on_all(self, deployment: str, method: str) -> list[Any]:
+    def on_all(self, deployment: str, method: str, *args: Any) -> list[Any]:
         """What every replica of a deployment answers."""
 
         async def ask() -> list[Any]:
             handle = serve.get_deployment_handle(deployment, APP)
-            answers: list[Any] = await handle.broadcast(method).results_async(timeout_s=30)
+            answers: list[Any] = await handle.broadcast(method, *args).results_async(timeout_s=30)
             return answers
 
         return asyncio.run(ask())

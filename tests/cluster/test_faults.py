@@ -212,7 +212,7 @@ def test_after_all_nodes_have_died_the_pool_is_as_it_was(running: Running, scale
         pytest.skip("everything starts once more: in make soak")
     running.machines.stop()
     running.machines.start()
-    eventually(lambda: {num for _, num in running.machines.on_all("Retriever", "count")} == {len(TOPICS)})
+    eventually(lambda: {num for _, num in running.machines.on_all("Retriever", "load", "local")} == {len(TOPICS)})
     cards = httpx.get(f"{running.machines.url}/v1/models").json()["data"]
     assert [card["id"] for card in cards] == ["auto", "tiny", *sorted(TOPICS)]
     outcomes = asyncio.run(running.load().run(asks(len(running.expected))))

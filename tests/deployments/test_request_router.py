@@ -69,9 +69,11 @@ class Routing:
 
     async def chosen(self, *args: object) -> str:
         """The replica that a request is given by Ray's own choice among the ranks."""
-        replica = await asyncio.wait_for(self._router._choose_replica_for_request(request_of(*args)), 5)
-        name: str = replica.name
-        return name
+        return (await self.given(request_of(*args))).name
+
+    async def given(self, request: PendingRequest) -> FakeReplica:
+        replica: FakeReplica = await asyncio.wait_for(self._router._choose_replica_for_request(request), 5)
+        return replica
 
     def sent(self, job: Job, name: str) -> None:
         [replica] = [replica for replica in self.replicas if replica.name == name]
@@ -98,6 +100,16 @@ def test_all_resident_before_most_before_rest() -> None:
         routing = Routing(FakeReplica("all", 1, "abcz"), FakeReplica("most", 1, "abz"), FakeReplica("one", 1, "c"))
         assert await routing.ranks(job("abc")) == [{"all"}, {"most"}, {"one"}]
         assert await routing.ranks(job("cz")) == [{"all"}, {"most", "one"}]
+
+    run(main())
+
+
+def test_calls_of_one_http_request_are_all_sent() -> None:
+    async def main() -> None:
+        routing = Routing(FakeReplica("only"))
+        calls = [PendingRequest([job(name)], {}, RequestMetadata("http-1", "http-1")) for name in "abc"]
+        chosen = await asyncio.gather(*[routing.given(call) for call in calls])
+        assert [replica.name for replica in chosen] == ["only"] * 3
 
     run(main())
 
