@@ -55,7 +55,7 @@ def use(live: Live, topic: str) -> None:
         assert live.ask("auto", f"Explain {topic}, please.").status_code == 200
     assert live.ask("nobody").status_code == 404
     assert live.call("DELETE", "/v1/loras/watched").status_code == 200
-    never = completion("auto", "x", 2) | {"lora": {"min_score": 2.0, "fallback": "error"}}
+    never = completion("auto", "x", 2) | {"lora": {"min_score": 1.0, "fallback": "error"}}
     assert live.call("POST", "/v1/completions", json=never).status_code == 422
 
 
