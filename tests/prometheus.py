@@ -31,7 +31,7 @@ class Promtool:
     folder: Path
 
     def check_metrics(self, text: str) -> None:
-        """Fails where names, types or help break Prometheus' rules. Ray's own labels, which do, begin with a capital."""
+        """Fails where names, types or help break Prometheus' rules. Ray's own labels do: they begin with a capital."""
         self._run(["check", "metrics"], re.sub(r"(?<=[{,])[A-Z]\w*(?==)", lambda label: label[0].lower(), text))
 
     def check_rules(self, rules: dict[str, Any]) -> None:
