@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from playwright.async_api import Page, Request, Route, expect
@@ -14,35 +13,17 @@ from playwright.async_api import Page, Request, Route, expect
 from gpu_worker.errors import EngineFull, EngineStopped
 from gpu_worker.request import Delta
 from lora_store import AdapterRecord
-from tests.browsing import Browsing, address_of, drop_folder
-from tests.deployments.adapter_records import adapter, pool_of
-from tests.deployments.app_fakes import Served, serve_plainly
+from tests.browsing import Browsing, drop_folder
+from tests.deployments.adapter_records import adapter
+from tests.deployments.app_fakes import Served
 from tests.deployments.console_fakes import CountingWorker, MappedRetriever
-from tests.deployments.fake_store import FakeStore
 from tests.deployments.fake_worker import DELTAS
+from tests.deployments.looking import ask, folder_of, look
 
 pytestmark = pytest.mark.browser
 
-Look = Callable[[Page, Served], Awaitable[None]]
 HOSTILE = '<img src=x onerror="document.title=\'taken\'"><script>document.title="taken"</script>'
 WIDTHS = {"narrow": {"width": 390, "height": 844}, "wide": {"width": 1440, "height": 900}}
-
-
-def look(browsing: Browsing, question: Look, *, context: dict[str, Any] | None = None, **options: Any) -> None:
-    """Open the console over an Ingress with these fakes, and let `question` look at it."""
-
-    async def run() -> None:
-        options.setdefault("retriever", MappedRetriever())
-        served = serve_plainly(**{"worker": CountingWorker(), **options})
-        async with address_of(served) as url, browsing.page(url, **(context or {})) as page:
-            await question(page, served)
-
-    browsing.run(run())
-
-
-async def ask(page: Page, prompt: str = "A verse, please.") -> None:
-    await page.get_by_label("Prompt").fill(prompt)
-    await page.get_by_role("button", name="Ask", exact=True).click()
 
 
 def adapters_of(names: Sequence[str]) -> list[AdapterRecord]:
@@ -203,102 +184,6 @@ def test_a_large_pool_is_searched_and_paged(browsing: Browsing) -> None:
         await expect(page.locator("#pool-count")).to_have_text("no adapters found")
 
     look(browsing, question, retriever=MappedRetriever(adapters_of([f"task-{number:02}" for number in range(40)])))
-
-
-def test_withdrawing_asks_first(browsing: Browsing) -> None:
-    async def question(page: Page, served: Served) -> None:
-        withdraw = page.get_by_role("button", name="Withdraw poet")
-        await withdraw.click()
-        await page.locator("#confirm-dialog").get_by_role("button", name="Cancel").click()
-        await withdraw.click()
-        await page.keyboard.press("Escape")
-        assert served.store.called("withdraw") == []
-        await withdraw.click()
-        async with page.expect_response(lambda answer: answer.request.method == "DELETE") as answered:
-            await page.locator("#confirm-yes").click()
-        assert (await answered.value).status == 200
-        assert served.store.called("withdraw") == [("local", ["poet"], "local")]
-
-    look(browsing, question)
-
-
-def test_rolling_back_asks_first_and_names_the_version(browsing: Browsing) -> None:
-    live, older = adapter("poet"), adapter("poet", version="older", generation=0)
-
-    async def question(page: Page, served: Served) -> None:
-        await page.get_by_role("button", name="Roll back poet").click()
-        await expect(page.locator("#confirm-title")).to_have_text("Roll back poet?")
-        await expect(page.locator("#confirm-text")).to_contain_text(f"Version {older.ref.digest[:12]}")
-        await page.locator("#confirm-dialog").get_by_role("button", name="Cancel").click()
-        assert served.store.called("restage") == []
-        await page.get_by_role("button", name="Roll back poet").click()
-        async with page.expect_response(lambda answer: answer.request.method == "POST") as answered:
-            await page.locator("#confirm-yes").click()
-        assert (await answered.value).status == 201
-        assert [record.ref for (record,) in served.store.called("restage")] == [older.ref]
-
-    look(browsing, question, store=FakeStore(pool_of(live, older)))
-
-
-def test_of_anothers_adapter_nothing_is_changed_though_an_own_one_has_its_name(browsing: Browsing) -> None:
-    held = [adapter("poet"), adapter("poet", version="theirs", tenant="them")]
-
-    async def question(page: Page, served: Served) -> None:
-        await expect(page.locator("#pool-rows .name")).to_have_text(["poet", "them/poet"])
-        for what in ("Withdraw", "Roll back"):
-            await expect(page.get_by_role("button", name=what)).to_have_count(1)
-        await page.get_by_role("button", name="Ask them/poet").click()
-        await ask(page)
-        await expect(page.locator("#plan li .name")).to_have_text(["them/poet"])
-        [row] = served.job.plan.adapters
-        assert row.ref == held[1].ref
-
-    look(browsing, question, retriever=MappedRetriever(held))
-
-
-def folder_of(parent: Path, name: str) -> Path:
-    folder = parent / name
-    folder.mkdir(parents=True)
-    (folder / "adapter_config.json").write_text("{}")
-    (folder / "adapter_model.safetensors").write_bytes(b"12345")
-    (folder / ".hidden").write_text("of the file manager")
-    return folder
-
-
-@pytest.mark.parametrize("how", ["drop", "choose"])
-def test_folders_are_published_one_after_the_other(browsing: Browsing, tmp_path: Path, how: str) -> None:
-    folders = [folder_of(tmp_path / "many", name) for name in ("verse", "bad-one")]
-
-    async def question(page: Page, served: Served) -> None:
-        await page.get_by_label("Tags for what is published next").fill("one, two")
-        if how == "drop":
-            await drop_folder(page, folders[0].parent)
-        else:
-            await page.locator("#folder").set_input_files(folders[0].parent)
-        await expect(page.locator("#uploads .good .state")).to_contain_text("live at generation 8; nearest is poet")
-        await expect(page.locator("#uploads .bad .state")).to_contain_text("it is bad")
-        uploads = {args[0].name: args[0] for args in served.store.called("stage")}
-        assert uploads.keys() == {"verse", "bad-one"}
-        assert dict(uploads["verse"].files) == {"adapter_config.json": b"{}", "adapter_model.safetensors": b"12345"}
-        assert uploads["verse"].tags == ("one", "two")
-
-    look(browsing, question)
-
-
-def test_a_live_name_is_replaced_only_when_that_is_meant(browsing: Browsing, tmp_path: Path) -> None:
-    folder = folder_of(tmp_path, "poet")
-
-    async def question(page: Page, served: Served) -> None:
-        await drop_folder(page, folder)
-        await expect(page.locator("#confirm-title")).to_have_text("Publish a new version of poet?")
-        await page.locator("#confirm-dialog").get_by_role("button", name="Cancel").click()
-        await expect(page.locator("#uploads .state")).to_have_text("left as it was")
-        assert served.store.called("stage") == []
-        await drop_folder(page, folder)
-        await page.locator("#confirm-yes").click()
-        await expect(page.locator("#uploads .good")).to_have_count(1)
-
-    look(browsing, question)
 
 
 def test_a_key_is_asked_for_once_and_sent_with_every_request(browsing: Browsing, tmp_path: Path) -> None:

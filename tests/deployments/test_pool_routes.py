@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from deployments.uploads import MAX_UPLOAD_FILES, FolderUpload
 from lora_store import StoreUnavailable
 from retriever_svc import DoctorStep, StaleIndex
 from tests.deployments.adapter_records import adapter, pool_of
-from tests.deployments.app_fakes import Served, http_of, serve_plainly
+from tests.deployments.app_fakes import Served
 from tests.deployments.asking import ask, error_of, get, post, request
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_store import FakeStore
@@ -390,20 +389,3 @@ def test_a_batch_while_the_store_is_down_says_so_of_each() -> None:
     assert response.status_code == 207
     rows = response.json()["data"]
     assert [(row["status"], row["error"]["code"]) for row in rows] == [(503, "store_unavailable")] * 2
-
-
-def test_an_upload_is_not_read_for_a_client_that_may_not_publish() -> None:
-    async def run() -> None:
-        read = []
-
-        async def endless() -> Any:
-            while len(read) < 100:
-                read.append(1)
-                yield b"x" * 1000
-
-        async with http_of(serve_plainly(), host="10.0.0.1") as client:
-            headers = {"content-type": "multipart/form-data; boundary=b"}
-            response = await client.post("/v1/loras", content=endless(), headers=headers)
-        assert response.status_code == 403
-
-    asyncio.run(run())

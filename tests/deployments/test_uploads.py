@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +13,7 @@ from lora_store import AdapterRefused
 from lora_store.peft_config import CONFIG_FILE
 from lora_store.peft_files import PICKLE_FILE, WEIGHTS_FILE
 from lora_store.sample_files import DESCRIPTION_FILE, SAMPLES_FILE
+from tests.deployments.app_fakes import http_of, serve_plainly
 
 MAX_BYTES = 20
 
@@ -113,3 +116,20 @@ def test_an_adapter_is_its_own_folder_and_a_folder_of_them_is_sorted(tmp_path: P
     assert adapter_folders(tmp_path) == [tmp_path / name for name in "abcd"]
     assert adapter_folders(tmp_path / "a") == [tmp_path / "a"]
     assert adapter_folders(tmp_path / "empty") == []
+
+
+def test_an_upload_is_not_read_for_a_client_that_may_not_publish() -> None:
+    async def run() -> None:
+        read = []
+
+        async def endless() -> Any:
+            while len(read) < 100:
+                read.append(1)
+                yield b"x" * 1000
+
+        async with http_of(serve_plainly(), host="10.0.0.1") as client:
+            headers = {"content-type": "multipart/form-data; boundary=b"}
+            response = await client.post("/v1/loras", content=endless(), headers=headers)
+        assert response.status_code == 403
+
+    asyncio.run(run())
