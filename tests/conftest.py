@@ -23,6 +23,12 @@ from tests.soak import (  # noqa: F401  pytest finds its hooks and fixtures by t
 from tests.tiny import FAMILIES, byte_tokenizer, tiny_config
 
 torch.set_num_threads(1)  # tiny products are slower on two
+_ON_A_CLUSTER = ("e2e", "cluster")  # folders
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if item.path.parent.name in _ON_A_CLUSTER:
+        item.add_marker(pytest.mark.e2e)
 
 
 @pytest.fixture(scope="session")

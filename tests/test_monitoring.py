@@ -72,10 +72,9 @@ def test_a_rule_that_is_not_sound_is_found(promtool: Promtool) -> None:
 
 def test_a_query_without_an_answer_is_found(promtool: Promtool) -> None:
     first, second = {'a_total{x="y"}': 1.0}, {'a_total{x="y"}': 4.0, 'b{x="+Inf"}': 2.0}
-    promtool.query(["rate(a_total[5m])", "sum(b)", "vector(0)"], first, second)
+    assert promtool.unanswered(["rate(a_total[5m])", "sum(b)", "vector(0)"], first, second) == ""
     for expr in ("rate(b[5m])", 'a_total{x="z"}', "sum(b) / 0 - sum(b) / 0"):
-        with pytest.raises(AssertionError, match="FAILED"):
-            promtool.query(["sum(b)", expr], first, second)
+        assert "FAILED" in promtool.unanswered(["sum(b)", expr], first, second)
 
 
 # What makes each alert fire for the application `a`: series, their values minute by minute.

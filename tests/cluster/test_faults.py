@@ -27,7 +27,6 @@ from tests.e2e.live import eventually
 from tests.soak import Scale
 from tests.tiny import tiny_config
 
-pytestmark = pytest.mark.e2e
 MAX_BATCH_SIZE = 16  # of a worker: tests/cluster/serve.yaml
 STREAMING = 6  # enough that every worker has one
 

@@ -22,7 +22,6 @@ from tests.cluster.scaling_app import (
 )
 from tests.soak import Scale
 
-pytestmark = pytest.mark.e2e
 MOST = 3
 
 

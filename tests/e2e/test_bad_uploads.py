@@ -11,8 +11,6 @@ import pytest
 from tests.bad_uploads import BAD_FOLDERS, BAD_LABELS
 from tests.e2e.live import Live
 
-pytestmark = pytest.mark.e2e
-
 _BAD_FILE_NAMES = ("../adapter_config.json", "a/b", "..", "a\\b", "/etc/passwd")
 _FIELDS = {"name", "tags", "template"}  # what the API takes of a label
 

@@ -20,8 +20,6 @@ from tests.deployments.batching import TOPICS, prompts, write_rows
 from tests.e2e.live import Live, eventually
 from tests.soak import Scale
 
-pytestmark = pytest.mark.e2e
-
 DEFAULTS = {"max_tokens": 12, "temperature": 0}
 RUN_S = 900.0
 BAD: dict[int, dict[str, Any]] = {

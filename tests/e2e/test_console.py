@@ -14,7 +14,7 @@ from tests.browsing import Browsing, drop_folder
 from tests.e2e.conftest import POOL
 from tests.e2e.live import Live
 
-pytestmark = [pytest.mark.e2e, pytest.mark.browser]
+pytestmark = pytest.mark.browser
 
 NEGATE = "Negate the statement: the chemist has used my car"
 PIRATES = "How would a pirate captain greet the crew of another ship?"

@@ -16,8 +16,6 @@ import pytest
 from tests.e2e.live import BASE, Live, completion, eventually_equal
 from tests.soak import Scale
 
-pytestmark = pytest.mark.e2e
-
 _AT_ONCE_S = 1.0
 _LONG = completion(BASE, "The sea is", 480)  # several seconds where a batch of these runs on each worker
 

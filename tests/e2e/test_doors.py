@@ -16,8 +16,6 @@ import ray
 from deployments.server import free_port
 from tests.e2e.live import eventually
 
-pytestmark = pytest.mark.e2e
-
 SCRIPT = """
 import json, sys
 import ray

@@ -19,7 +19,6 @@ from tests.deployments.key_files import bearer, entry, write
 from tests.e2e.live import BASE, completion, eventually
 from tests.tiny import linear_shapes, random_adapter, tiny_config
 
-pytestmark = pytest.mark.e2e
 APP = "keyed"
 READY_TIMEOUT_S = 120.0
 

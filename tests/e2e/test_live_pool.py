@@ -19,8 +19,6 @@ from lora_store import encode_weights
 from tests.e2e.live import Live, completion, eventually, eventually_equal, stream_texts
 from tests.soak import Scale
 
-pytestmark = pytest.mark.e2e
-
 _SEEDS = itertools.count(1)
 _BANK_ADAPTERS = 8  # of rank 4 fit the live application's bank
 

@@ -13,8 +13,6 @@ import pytest
 from tests.e2e.conftest import POOL, Heldout
 from tests.e2e.live import Live, completion
 
-pytestmark = pytest.mark.e2e
-
 BASE = "gemma-3-270m"
 COUNTING = {"model": BASE, "prompt": "One, two, three, four,", "max_tokens": 8, "temperature": 0}
 STORY = {"model": BASE, "prompt": "Once upon a time", "max_tokens": 12, "temperature": 1.0, "seed": 7}

@@ -17,8 +17,6 @@ from safetensors.torch import load_file, save_file
 from retriever_svc.encoder import DEFAULT_MODEL, model_folder
 from tests.e2e.live import Live, eventually
 
-pytestmark = pytest.mark.e2e
-
 TOPICS = ("lighthouses", "volcanoes", "violins")
 
 

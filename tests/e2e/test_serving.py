@@ -16,8 +16,6 @@ import ray
 
 from tests.e2e.conftest import POOL, Heldout
 
-pytestmark = pytest.mark.e2e
-
 BASE = "gemma-3-270m"
 
 
