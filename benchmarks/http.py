@@ -2,15 +2,19 @@
 
 The server, its client and the engine alone run on the same cores in turn, the engine alone in the client's process with
 the worker's threads, niceness and stream interval, while the server is idle. Prompts are texts of known length; `auto`
-retrieves by them, once with texts that are new to the encoder and once with the same again.
+retrieves by them, once with texts that are new to the encoder and once with the same again. What the way costs one
+request is its time at the client less that between the Worker's call of its engine and the last token, of the same
+request, as the Worker's log has it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 import statistics
 import tempfile
 import time
+import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -46,6 +50,9 @@ SINGLE_TOKENS = 8
 ENGINE_ONE, HTTP_ONE = "engine alone, selection", "HTTP, adapters named"
 ENGINE_MIX, HTTP_AUTO, HTTP_KNOWN = "engine alone, mixture of 3", "HTTP, auto", "HTTP, auto, texts the encoder knows"
 KINDS = ENGINE_ONE, HTTP_ONE, ENGINE_MIX, HTTP_AUTO, HTTP_KNOWN
+OWN = "its engine's own"
+_WORKER_LOGS = Path("/tmp/ray/session_latest/logs/serve")
+_ENDED = re.compile(r"job (\S+) ended \(length\) after (\S+) s")
 
 Ask = Callable[[int, Prompt, int], Awaitable[None]]
 """(row, prompt, new tokens): returns after the last token."""
@@ -65,6 +72,7 @@ class Bench:
     def __init__(self, loaded: Loaded, config: AppConfig, url: str, client: httpx.AsyncClient) -> None:
         self.prompts, self._url, self._client = loaded.prompts, url, client
         worker = config.worker
+        self._request_id = ""  # the last one sent
         self._loop = EngineLoop(loaded.engine, stream_interval_ms=worker.stream_interval_ms, niceness=worker.niceness)
         self._ways: dict[str, Ask] = {
             ENGINE_ONE: self._engine("selection"),
@@ -93,8 +101,9 @@ class Bench:
     async def _post(self, prompt: Prompt, num_new: int, **fields: Any) -> None:
         body = {"prompt": prompt.text, "max_tokens": num_new, "temperature": 0, "ignore_eos": True, "stream": True}
         body |= {"stream_options": {"include_usage": True}, **fields}
-        last = b""
-        async with self._client.stream("POST", f"{self._url}/v1/completions", json=body) as response:
+        last, self._request_id = b"", uuid.uuid4().hex
+        headers = {"x-request-id": self._request_id}
+        async with self._client.stream("POST", f"{self._url}/v1/completions", json=body, headers=headers) as response:
             async for piece in response.aiter_bytes():
                 last = (last + piece)[-2000:]
         assert response.status_code == 200 and f'"completion_tokens": {num_new}'.encode() in last, last
@@ -124,13 +133,26 @@ class Bench:
     async def singles(self, count: int) -> list[dict[str, float]]:
         """One request at a time, all ways in turn with the same prompt; the encoder's time is a new text's route over
         that of the same text again."""
-        found = []
+        found, sent = [], []
         for number, prompt in enumerate(self.prompts(777, count + 1)):
             times = {"route, new text": await self.route_ms(prompt), "route, known text": await self.route_ms(prompt)}
-            times |= {kind: await self.single_ms(kind, prompt) for kind in KINDS if kind != HTTP_AUTO}
+            ids: dict[str, str] = {}
+            for kind in (ENGINE_ONE, HTTP_ONE, ENGINE_MIX, HTTP_KNOWN):
+                times[kind] = await self.single_ms(kind, prompt)
+                ids[kind] = self._request_id
             if number:
                 found.append(times)
+                sent.append(ids)
+        own_ms = engine_ms()
+        for times, ids in zip(found, sent, strict=True):
+            times |= {f"{kind}, {OWN}": own_ms[ids[kind]] for kind in (HTTP_ONE, HTTP_KNOWN)}
         return found
+
+
+def engine_ms() -> dict[str, float]:
+    """By request id, from the Worker's call of its engine to the last token."""
+    text = "".join(path.read_text() for path in _WORKER_LOGS.glob("replica_*_Worker_*.log"))
+    return {request_id: 1000 * float(seconds) for request_id, seconds in _ENDED.findall(text)}
 
 
 async def measure(
@@ -161,8 +183,10 @@ def figures_of(found: Sequence[dict[str, float]], singles: Sequence[dict[str, fl
         "http_over_engine": over(HTTP_ONE, ENGINE_ONE),
         "auto_over_engine": over(HTTP_AUTO, ENGINE_MIX),
         "auto_known_texts_over_engine": over(HTTP_KNOWN, ENGINE_MIX),
-        "ingress_overhead_p50_ms": extra_ms(HTTP_ONE, ENGINE_ONE),
-        "auto_overhead_without_encoder_p50_ms": extra_ms(HTTP_KNOWN, ENGINE_MIX),
+        "ingress_overhead_p50_ms": extra_ms(HTTP_KNOWN, f"{HTTP_KNOWN}, {OWN}"),
+        "ingress_overhead_named_p50_ms": extra_ms(HTTP_ONE, f"{HTTP_ONE}, {OWN}"),
+        "http_over_engine_alone_p50_ms": extra_ms(HTTP_ONE, ENGINE_ONE),
+        "auto_over_engine_alone_p50_ms": extra_ms(HTTP_KNOWN, ENGINE_MIX),
         "encoder_p50_ms": extra_ms("route, new text", "route, known text"),
     }
 

@@ -61,7 +61,7 @@ class RetrievalSettings(_Settings):
     min_score: float | None = None  # None: the score under which 1 % of the pool's own samples fall
     fallback: Literal["base", "error"] = "base"
     batch_size: int = Field(default=32, ge=1)
-    batch_wait_s: float = Field(default=0.004, ge=0)
+    batch_wait_s: float = Field(default=0.0, ge=0)  # what comes while a batch is encoded is the next one anyway
     poll_interval_s: float = Field(default=3.0, gt=0)  # how late a replica sees a commit it was not told of
 
 

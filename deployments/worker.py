@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -68,7 +69,7 @@ class WorkerDeployment:
         A client that leaves frees its row, KV and pins at the next step.
         Raises: PromptInvalid, PromptTooLong, PlanTooLarge, AdapterLoadFailed and the like, for this job only.
         """
-        deltas, trace = self._loop.stream(job), JobTrace(job.request_id)
+        deltas, trace, began = self._loop.stream(job), JobTrace(job.request_id), time.monotonic()
         last: Delta | None = None
         try:
             async for delta in deltas:
@@ -79,7 +80,7 @@ class WorkerDeployment:
         finally:
             await deltas.aclose()
             trace.end(last)
-            _log_end(job, last)
+            _log_end(job, last, time.monotonic() - began)
 
     async def probe(self, weights_digest: str) -> float:
         """How far the adapter moves the logits of a fixed prompt. Raises: AdapterUnfit, AdapterLoadFailed."""
@@ -145,8 +146,9 @@ class WorkerDeployment:
         return asyncio.run_coroutine_threadsafe(self._fetcher.fetch(weights_digest), self._asyncio_loop)
 
 
-def _log_end(job: Job, last: Delta | None) -> None:
+def _log_end(job: Job, last: Delta | None, seconds: float) -> None:
     """One line a job, by the id of its request."""
     queued_s, num_new_tokens = (0.0, 0) if last is None else (last.queued_s, last.num_new_tokens)
     ended = "early" if last is None or last.finish_reason is None else last.finish_reason
-    logger.info("job %s ended (%s): %d tokens, queued %.3f s", job.request_id, ended, num_new_tokens, queued_s)
+    text = "job %s ended (%s) after %.4f s: %d tokens, queued %.3f s"
+    logger.info(text, job.request_id, ended, seconds, num_new_tokens, queued_s)
