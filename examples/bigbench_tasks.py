@@ -28,7 +28,7 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TaskSpec:
-    """One line of the task list; `template` holds {x} for the input and, where options are shown, {o}."""
+    """One line of a task list; `template` holds {x} for the input and, where options are shown, {o}."""
 
     name: str
     path: str
@@ -37,6 +37,7 @@ class TaskSpec:
     metric: str
     labels: tuple[str, ...] = ()
     num_steps: int = 60
+    max_answer_tokens: int = MAX_ANSWER_TOKENS
 
     @property
     def shows_options(self) -> bool:
@@ -95,15 +96,21 @@ def _read_archive(source: Path, paths: frozenset[str]) -> dict[str, dict[str, An
 
 def make_split(spec: TaskSpec, examples: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> Split:
     """The task's fixed split: shuffled by a seed from its name, without duplicates, the first 100 being the test."""
-    rng = random.Random(int(hashlib.md5(spec.name.encode()).hexdigest(), 16))
-    items = [_render(spec, example, rng) for example in examples]
+    rng = task_rng(spec.name)
+    items = [render(spec, example, rng) for example in examples]
     rng.shuffle(items)
     unique = list({item.input: item for item in items}.values())
-    short = _short_items(unique[: 2 * (NUM_TEST + MAX_TRAIN)], tokenizer)
+    short = short_items(spec, unique[: 2 * (NUM_TEST + MAX_TRAIN)], tokenizer)
     return Split(train=tuple(short[NUM_TEST : NUM_TEST + MAX_TRAIN]), test=tuple(short[:NUM_TEST]))
 
 
-def _render(spec: TaskSpec, example: Mapping[str, Any], rng: random.Random) -> Item:
+def task_rng(name: str) -> random.Random:
+    """Seeded by the task's name: its shuffles are the same in every run."""
+    return random.Random(int(hashlib.md5(name.encode()).hexdigest(), 16))
+
+
+def render(spec: TaskSpec, example: Mapping[str, Any], rng: random.Random) -> Item:
+    """One example as the model sees it; options that are no fixed labels are shuffled by `rng`."""
     scores: dict[str, float] = example.get("target_scores", {})
     options = list(spec.labels or scores)
     if not spec.labels:
@@ -124,11 +131,12 @@ def _as_tuple(target: str | list[str]) -> tuple[str, ...]:
     return (target,) if isinstance(target, str) else tuple(target)
 
 
-def _short_items(items: Sequence[Item], tokenizer: Tokenizer) -> list[Item]:
+def short_items(spec: TaskSpec, items: Sequence[Item], tokenizer: Tokenizer) -> list[Item]:
+    """Those whose input and first answer have few enough tokens, and an answer at all."""
     inputs = tokenizer([item.input for item in items], add_special_tokens=False)["input_ids"]
     answers = tokenizer([item.answers[0] for item in items], add_special_tokens=False)["input_ids"]
     lengths = zip(items, inputs, answers, strict=True)
-    return [i for i, x, y in lengths if len(x) <= MAX_INPUT_TOKENS and 0 < len(y) <= MAX_ANSWER_TOKENS]
+    return [i for i, x, y in lengths if len(x) <= MAX_INPUT_TOKENS and 0 < len(y) <= spec.max_answer_tokens]
 
 
 def is_right(item: Item, generated: str) -> bool:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from bigbench_tasks import Item, is_right
 
+from examples.bigbench_tasks import Item, is_right
 from gpu_worker.prompts import alpaca_prompt
 
 

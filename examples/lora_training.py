@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from bigbench_tasks import Item
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import rescale_adapter_scale
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from examples.bigbench_tasks import Item
 from gpu_worker.prompts import alpaca_prompt
 
 NO_LABEL = -100

@@ -10,13 +10,14 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from bigbench_tasks import Item, Split, TaskSpec, majority_percent, make_split, read_specs, read_task_files
-from evaluation import percent_right
-from lora_training import Recipe, freeze_linears, tokenize, train_adapter
 from peft import PeftModel
 from rich.progress import Progress
 from safetensors.torch import load_file, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from examples.bigbench_tasks import Item, Split, TaskSpec, majority_percent, make_split, read_specs, read_task_files
+from examples.evaluation import percent_right
+from examples.lora_training import Recipe, freeze_linears, tokenize, train_adapter
 
 BASE_NAME = "gemma-3-270m"
 NUM_SAMPLES = 20
