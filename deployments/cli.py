@@ -9,12 +9,12 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from deployments import cli_batch, cli_keys, cli_pool, cli_publish, cli_routing
+from deployments import cli_batch, cli_keys, cli_pool, cli_publish, cli_routing, cli_training
 from deployments.cli_http import DEFAULT_URL, Key, Url, call, client_of, err, fail, out, use_key
 from deployments.cli_http import check as check_answer
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
-for group in (cli_publish, cli_pool, cli_routing, cli_batch):
+for group in (cli_publish, cli_pool, cli_routing, cli_batch, cli_training):
     cli.add_typer(group.commands)
 cli.add_typer(cli_keys.commands, name="keys")
 

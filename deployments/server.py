@@ -66,6 +66,7 @@ class Server:
         os.environ[CALLBACK_VARIABLE] = CALLBACK  # what Ray starts inherits it
         # A new local cluster of Ray 2.60 asks for a token; other drivers of this user find it in their home folder.
         ray.init(
+            "local",  # whatever RAY_ADDRESS says
             num_cpus=self._num_cpus,
             include_dashboard=False,
             log_to_driver=False,

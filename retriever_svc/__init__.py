@@ -5,6 +5,7 @@ from retriever_svc.doctor import AdapterFinding, Collision, DoctorReport, Doctor
 from retriever_svc.embedding import embed_groups
 from retriever_svc.encoder import Encoder
 from retriever_svc.errors import (
+    EncoderExists,
     EncoderUnusable,
     NoAdapterMatched,
     NothingToEmbed,
@@ -12,6 +13,8 @@ from retriever_svc.errors import (
     RetrieverError,
     RouteInvalid,
     StaleIndex,
+    TooFewSamples,
+    TrainingUnavailable,
 )
 from retriever_svc.index import AdapterIndex, Allowed, IndexSettings, Match
 from retriever_svc.listing import Page, PageRequest
@@ -22,6 +25,8 @@ from retriever_svc.retriever import Retriever
 from retriever_svc.route import Candidate, PinnedAdapter, Route, RouteRequest
 from retriever_svc.sample_source import SampleSource
 from retriever_svc.saved_index import SavedIndexes, SavedLists
+from retriever_svc.training import TrainingSettings, train_encoder
+from retriever_svc.training_pairs import choose_tasks
 
 __all__ = [
     "AdapterFinding",
@@ -32,6 +37,7 @@ __all__ = [
     "DoctorReport",
     "DoctorStep",
     "Encoder",
+    "EncoderExists",
     "EncoderUnusable",
     "IndexSettings",
     "IndexStats",
@@ -56,6 +62,11 @@ __all__ = [
     "SavedIndexes",
     "SavedLists",
     "StaleIndex",
+    "TooFewSamples",
+    "TrainingSettings",
+    "TrainingUnavailable",
     "calibrate_floor",
+    "choose_tasks",
     "embed_groups",
+    "train_encoder",
 ]

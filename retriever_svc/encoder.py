@@ -24,6 +24,7 @@ except ImportError:  # the optional extra `local` is not installed
 Vectors = NDArray[np.float32]
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
 INSTRUCTION = "Represent the sentence for similar task retrieval: "
+MAX_TOKENS = 256  # read of a text, the instruction included
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")  # never *.bin: those are pickles
 _IDENTITY_FILES = ("*.safetensors", "*.json", "*.txt", "*.model")
 _CHARS_PER_TOKEN = 64  # bounds the tokenizer's work on a text of any length
@@ -55,6 +56,19 @@ def _named_model(name: str) -> Path:
         raise EncoderUnusable(name, f"it is no folder, and not to be had from the model hub: {exc}") from exc
 
 
+def load_model(model: str | Path, max_tokens: int = MAX_TOKENS) -> SentenceTransformer:
+    """The model in float32 on the CPU, reading up to `max_tokens` of a text. Raises: EncoderUnusable."""
+    folder = model_folder(model)
+    try:
+        network = SentenceTransformer(
+            str(folder), device="cpu", model_kwargs={"use_safetensors": True, "dtype": "float32"}
+        )
+    except (OSError, ValueError) as exc:
+        raise EncoderUnusable(str(model), str(exc)) from exc
+    network.max_seq_length = min(max_tokens, network.max_seq_length or max_tokens)
+    return network
+
+
 def _identity(folder: Path, settings: str) -> str:
     """Short digest of everything the vectors depend on: weights, tokenizer, module settings, instruction and length."""
     digest = hashlib.sha256(settings.encode())
@@ -79,19 +93,13 @@ class Encoder:
         *,
         num_threads: int | None = None,
         instruction: str = INSTRUCTION,
-        max_tokens: int = 256,
+        max_tokens: int = MAX_TOKENS,
         max_cached_texts: int = 8192,
     ) -> None:
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         folder = model_folder(model)
-        try:
-            self._model = SentenceTransformer(
-                str(folder), device="cpu", model_kwargs={"use_safetensors": True, "dtype": "float32"}
-            )
-        except (OSError, ValueError) as exc:
-            raise EncoderUnusable(str(model), str(exc)) from exc
-        self._model.max_seq_length = min(max_tokens, self._model.max_seq_length or max_tokens)
+        self._model = load_model(folder, max_tokens)
         self._instruction = instruction
         self._max_chars = max_tokens * _CHARS_PER_TOKEN
         self._cache = VectorCache(max_cached_texts)

@@ -5,11 +5,16 @@ RetrieverError
 ├── NothingToEmbed      an adapter without samples has no embedding; it is reachable by name only
 ├── RouteInvalid        a route request breaks a rule
 ├── PlanGone            a plan to be replayed holds a version that is not kept any more
+├── TooFewSamples       an encoder cannot be trained on these
+├── TrainingUnavailable the packages that train an encoder are not installed
+├── EncoderExists       something is where the trained encoder should go
 ├── NoAdapterMatched    the best adapter scores below the floor and the caller wanted no base model
 └── StaleIndex          this replica has not seen the wanted generation yet; retry later
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class RetrieverError(Exception):
@@ -48,6 +53,32 @@ class PlanGone(RetrieverError):
 
     def __str__(self) -> str:
         return f"the plan cannot be replayed: version {self.digest[:12]!r} of adapter {self.name[:200]!r} is not kept"
+
+
+class TooFewSamples(RetrieverError):
+    """Give more adapters, or more samples of those named."""
+
+
+class TrainingUnavailable(RetrieverError):
+    """Install the optional extra `train`."""
+
+    def __init__(self, packages: Sequence[str]) -> None:
+        super().__init__(packages)
+        self.packages = packages
+
+    def __str__(self) -> str:
+        return f"training needs {' and '.join(self.packages)}: pip install 'loraretriever[train]'"
+
+
+class EncoderExists(RetrieverError):
+    """Choose another folder, or remove what is there."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(folder)
+        self.folder = folder
+
+    def __str__(self) -> str:
+        return f"{self.folder} is there already, and an encoder is never overwritten"
 
 
 class NoAdapterMatched(RetrieverError):

@@ -149,7 +149,7 @@ def test_a_worker_tells_what_its_jobs_did(serve: Callable[..., Any], caplog: pyt
     assert kinds["new_tokens_total"].counts == {(): 60} and kinds["steps_total"].counts[()] >= 60
     assert sum(kinds["resident_adapters"].last.values()) == 1
     lines = [record.getMessage() for record in caplog.records if record.name == "deployments.worker"]
-    assert [line.partition(":")[0] for line in lines if "missing" in line] == ["job missing ended (early)"]
+    assert [line.partition(" after")[0] for line in lines if "missing" in line] == ["job missing ended (early)"]
     assert len(lines) == 3
 
 

@@ -31,8 +31,9 @@ def test_gauges_say_what_is_held_now() -> None:
     figures = WorkerFigures(16, kinds)
     figures.hold(HELD)
     figures.stepping(0.25)
-    single = ("running_rows", "waiting_rows", "host_cache_bytes", "kv_free_rows", "kv_tokens", "step_age_seconds")
-    assert [kinds[name].last[()] for name in single] == [3, 2, 500, 13, 70, 0.25]
+    single = ("running_rows", "waiting_rows", "host_cache_bytes", "kv_free_rows", "kv_tokens", "kv_free_tokens")
+    assert [kinds[name].last[()] for name in single] == [3, 2, 500, 13, 70, 900]
+    assert kinds["step_age_seconds"].last[()] == 0.25
     assert kinds["bank_rows"].last == {("active",): 8, ("idle",): 4, ("free",): 4}
     assert kinds["resident_adapters"].last == {("a" * 12,): 1, ("b" * 12,): 1, ("(other)",): 0}
 

@@ -5,6 +5,7 @@ import pickle
 import pytest
 
 from retriever_svc import (
+    EncoderExists,
     EncoderUnusable,
     NoAdapterMatched,
     NothingToEmbed,
@@ -12,6 +13,8 @@ from retriever_svc import (
     RetrieverError,
     RouteInvalid,
     StaleIndex,
+    TooFewSamples,
+    TrainingUnavailable,
 )
 
 ERRORS = [
@@ -19,6 +22,9 @@ ERRORS = [
     NothingToEmbed("none"),
     RouteInvalid("top_k"),
     PlanGone("a", "d" * 64),
+    TooFewSamples("none"),
+    TrainingUnavailable(["accelerate", "datasets"]),
+    EncoderExists("some/folder"),
     NoAdapterMatched(0.25, 0.5),
     NoAdapterMatched(None, -1.0),
     StaleIndex(7, 5),

@@ -1,0 +1,160 @@
+"""Contrastive fine-tuning of the encoder."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.base.sampler import DefaultBatchSampler
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from transformers import PrinterCallback, TrainerCallback
+
+from retriever_svc.encoder import DEFAULT_MODEL, INSTRUCTION, load_model
+from retriever_svc.errors import EncoderExists, TrainingUnavailable
+from retriever_svc.training_pairs import Pair, batches_of, training_texts
+
+try:
+    from datasets import Dataset
+except ImportError:  # the optional extra `train` is not installed
+    Dataset = None
+
+RECORD_FILE = "training.json"
+_PACKAGES = ("accelerate", "datasets")  # what sentence-transformers' trainer needs beside the encoder's packages
+
+Progress = Callable[[int, int], object]
+"""Takes how many steps are done, and of how many."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSettings:
+    """How an encoder is trained; the batch size only bounds memory, since a batch holds one pair a task at most."""
+
+    num_epochs: int = 3
+    learning_rate: float = 5e-5
+    temperature: float = 0.05
+    max_pairs: int = 64
+    seed: int = 0
+
+
+def train_encoder(
+    texts: Mapping[str, Sequence[str]],
+    target: Path,
+    *,
+    model: str | Path = DEFAULT_MODEL,
+    settings: TrainingSettings | None = None,
+    about: Mapping[str, Any] | None = None,
+    progress: Progress = lambda done, total: None,
+) -> Path:
+    """`target` is a sentence-transformers folder of `model` trained on `texts` (task -> its texts), or not there.
+
+    Per batch of N pairs (x_i, y_i), each of another task, with s = cosine / temperature of the instructed texts:
+    loss = -1/2N Σ_i (log softmax_j s(x_i, y_j)[i] + log softmax_j s(x_j, y_i)[i]).
+    The folder holds safetensors, and in `training.json` what made it: `about`, the settings, the tasks.
+    Source: LoraRetriever (ACL Findings 2024), section 4.1; its loss read as InfoNCE, and symmetric as INSTRUCTOR's.
+    Raises: TrainingUnavailable, TooFewSamples, EncoderExists, EncoderUnusable; nothing was written then.
+    """
+    settings = settings or TrainingSettings()
+    if missing := [name for name in _PACKAGES if find_spec(name) is None]:
+        raise TrainingUnavailable(missing)
+    if target.exists():
+        raise EncoderExists(str(target))
+    wanted = training_texts(texts)
+    network = load_model(model)
+    batches = batches_of(wanted, settings.num_epochs, settings.max_pairs, settings.seed)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+        _train(network, batches, settings, scratch, progress)
+        made = Path(scratch) / "encoder"
+        network.save(str(made), create_model_card=False, safe_serialization=True)
+        tasks = {task: len(own) for task, own in sorted(wanted.items())}
+        record = dict(about or {}) | {"model": str(model), **asdict(settings), "num_texts_of_task": tasks}
+        (made / RECORD_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        _put(made, target)
+    return target
+
+
+def _put(made: Path, target: Path) -> None:
+    """Done in one step, and not over an encoder that has come meanwhile."""
+    try:
+        os.rename(made, target)
+    except OSError as exc:
+        if target.exists():
+            raise EncoderExists(str(target)) from exc
+        raise
+
+
+def _train(
+    network: SentenceTransformer,
+    batches: Sequence[Sequence[Pair]],
+    settings: TrainingSettings,
+    scratch: str,
+    progress: Progress,
+) -> None:
+    """One pass over `batches`, which hold all epochs, with AdamW at a constant rate."""
+    pairs = [pair for batch in batches for pair in batch]
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=scratch,
+        num_train_epochs=1,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="constant",
+        optim="adamw_torch",
+        prompts=INSTRUCTION,
+        batch_sampler=lambda dataset, **_: _InOrder([len(batch) for batch in batches]),
+        seed=settings.seed,
+        use_cpu=True,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = _Trainer(
+        model=network,
+        args=arguments,
+        train_dataset=Dataset.from_dict({"anchor": [x for x, _ in pairs], "positive": [y for _, y in pairs]}),
+        loss=MultipleNegativesRankingLoss(
+            network,
+            scale=1 / settings.temperature,
+            directions=("query_to_doc", "doc_to_query"),
+            partition_mode="per_direction",
+        ),
+        callbacks=[_Reporter(progress)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+
+
+class _Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
+    def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
+        """No card is written, so no examples for one are embedded."""
+
+
+class _InOrder(DefaultBatchSampler):  # type: ignore[misc]
+    """Neighbouring rows in batches of the given sizes."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        super().__init__(range(sum(sizes)), batch_size=max(sizes), drop_last=False)
+        self._sizes = sizes
+
+    def __iter__(self) -> Iterator[list[int]]:
+        start = 0
+        for size in self._sizes:
+            yield list(range(start, start + size))
+            start += size
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+
+class _Reporter(TrainerCallback):  # type: ignore[misc]
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._progress(state.global_step, state.max_steps)

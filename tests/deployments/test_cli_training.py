@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_store import LoraStore, ModuleWeights, Sample, write_peft_folder
+from retriever_svc import Encoder
+from tests.deployments.adapter_records import BASE
+from tests.deployments.scripted import run, words
+from tests.tiny_encoder import save_tiny_encoder, topic_texts
+
+TEXTS = topic_texts(3, seed=1)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_encoder(tmp_path_factory.mktemp("encoders") / "tiny")
+
+
+@pytest.fixture
+def samples(tmp_path: Path) -> Path:
+    file = tmp_path / "samples.jsonl"
+    lines = [json.dumps({"task": topic, "text": text}) for topic, own in TEXTS.items() for text in own]
+    file.write_text("\n".join(lines) + "\n")
+    return file
+
+
+def store_of(folder: Path) -> str:
+    """The topics as adapters: the first is another tenant's own, and one more has no samples."""
+    store = LoraStore(str(folder / "pool"), accepts_base=[BASE])
+    for number, (name, own) in enumerate([*TEXTS.items(), ("silent", [])]):
+        weights = {"model.layers.0.mlp.up_proj": ModuleWeights(torch.full((2, 6), 1.0 + number), torch.ones(8, 2), 2.0)}
+        write_peft_folder(folder / name, weights, base_model=BASE, samples=[Sample(text) for text in own])
+        of_another = {"tenant": "other", "visibility": "private"} if number == 0 else {}
+        staged = store.stage(folder / name, **of_another)  # type: ignore[arg-type]
+        store.commit([staged], [None], [None], "test")
+    return str(folder / "pool")
+
+
+def record_of(encoder: Path) -> dict[str, object]:
+    record: dict[str, object] = json.loads((encoder / "training.json").read_text())
+    return record
+
+
+def test_an_encoder_is_trained_on_a_file(samples: Path, tiny: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    options = ("--samples", samples, "--encoder", tiny, "--epochs", 1, "--share", 0.5, "--seed", 4)
+    result = run("train-retriever", target, *options)
+    assert result.exit_code == 0, result.stderr
+    assert "was trained on 2 tasks" in words(result.stdout)
+    record = record_of(target)
+    assert record["num_texts_of_task"] == {"cake": 3, "goat": 3}
+    assert (record["share"], record["seed"], record["num_epochs"]) == (0.5, 4, 1)
+    assert Encoder(target).identity != Encoder(tiny).identity
+
+
+def test_an_encoder_is_trained_on_what_a_tenant_of_a_store_may_see(tiny: Path, tmp_path: Path) -> None:
+    store = store_of(tmp_path)
+    options = ("--store", store, "--encoder", tiny, "--epochs", 1)
+    assert run("train-retriever", tmp_path / "local", *options).exit_code == 0
+    assert record_of(tmp_path / "local")["num_texts_of_task"] == {"cake": 3, "debt": 3, "goat": 3}
+    assert run("train-retriever", tmp_path / "other", *options, "--tenant", "other").exit_code == 0
+    assert record_of(tmp_path / "other")["num_texts_of_task"] == {
+        "boat": 3,
+        "local/cake": 3,
+        "local/debt": 3,
+        "local/goat": 3,
+    }
+
+
+@pytest.mark.parametrize(
+    ("lines", "complaint"),
+    [
+        ("", "has no samples to train on"),
+        ('{"task": "a", "text": "x"}\n', "different texts of each task are wanted; fewer are of a"),
+        ('{"task": "a", "text": "x"}\n[]\n', ':2 must be {"task": name, "text": text}'),
+        ('{"task": "a", "text": " "}\n', ":1 must be"),
+        ("no json\n", ":1 is no JSON"),
+    ],
+)
+def test_a_bad_file_is_refused_with_the_place(lines: str, complaint: str, tmp_path: Path) -> None:
+    file = tmp_path / "samples.jsonl"
+    file.write_text(lines)
+    result = run("train-retriever", tmp_path / "out", "--samples", file)
+    assert result.exit_code == 1
+    assert complaint in words(result.stderr)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_file_an_empty_store_and_no_source_at_all_are_told(tmp_path: Path, samples: Path) -> None:
+    out = tmp_path / "out"
+    assert "No such file" in words(run("train-retriever", out, "--samples", tmp_path / "none").stderr)
+    assert "no samples to train on" in words(run("train-retriever", out, "--store", tmp_path / "none").stderr)
+    assert "either --store or --samples" in words(run("train-retriever", out).stderr)
+    assert "no safetensors" in words(run("train-retriever", out, "--samples", samples, "--encoder", tmp_path).stderr)

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sentence_transformers import SentenceTransformer
+
+from retriever_svc import Encoder, EncoderExists, TooFewSamples, TrainingSettings, TrainingUnavailable, training
+from retriever_svc.encoder import INSTRUCTION
+from retriever_svc.training import train_encoder
+from tests.tiny_encoder import save_tiny_encoder, topic_texts
+
+TEXTS = topic_texts(8, seed=1)
+FAST = TrainingSettings(num_epochs=6, learning_rate=3e-3)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_encoder(tmp_path_factory.mktemp("encoders") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def trained(tiny: Path) -> Path:
+    return train_encoder(TEXTS, tiny.with_name("trained"), model=tiny, settings=FAST, about={"share": 0.5})
+
+
+def hit_share(folder: Path) -> float:
+    """How often a text no training saw lies nearest to its own topic's mean."""
+    encoder = Encoder(folder)
+    means = np.stack([encoder.encode(own).mean(axis=0) for own in TEXTS.values()])
+    means /= np.linalg.norm(means, axis=1, keepdims=True)
+    unseen = topic_texts(20, seed=2).values()
+    hits = [(encoder.encode(own) @ means.T).argmax(axis=1) == number for number, own in enumerate(unseen)]
+    return float(np.mean(hits))
+
+
+def test_a_trained_encoder_tells_the_tasks_of_new_texts_apart(tiny: Path, trained: Path) -> None:
+    assert hit_share(trained) > hit_share(tiny) + 0.1
+
+
+def test_a_training_can_be_repeated(tiny: Path, trained: Path) -> None:
+    again = train_encoder(TEXTS, tiny.with_name("again"), model=tiny, settings=FAST, about={"share": 0.5})
+    assert Encoder(again).identity == Encoder(trained).identity != Encoder(tiny).identity
+
+
+def test_every_text_is_trained_with_the_instruction(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+    preprocess = SentenceTransformer.preprocess
+
+    def watched(self: SentenceTransformer, inputs: list[str], prompt: str | None = None, **more: object) -> object:
+        read.append((tuple(inputs), prompt))
+        return preprocess(self, inputs, prompt=prompt, **more)
+
+    monkeypatch.setattr(SentenceTransformer, "preprocess", watched)
+    train_encoder(TEXTS, tmp_path / "out", model=tiny, settings=TrainingSettings(num_epochs=1))
+    assert {prompt for _, prompt in read} == {INSTRUCTION}
+    assert {text for inputs, _ in read for text in inputs} == {text for own in TEXTS.values() for text in own}
+    topics = [[text.split()[0] for text in inputs] for inputs, _ in read]
+    assert all(len(names) == len(TEXTS) for names in topics)  # one text of each topic in a batch
+
+
+def test_the_folder_holds_no_pickle_and_tells_what_made_it(tiny: Path, trained: Path) -> None:
+    files = {path.name for path in trained.rglob("*") if path.is_file()}
+    assert "model.safetensors" in files
+    assert {path.suffix for path in trained.rglob("*") if path.is_file()} == {".safetensors", ".json"}
+    record = json.loads((trained / "training.json").read_text())
+    assert record["share"] == 0.5
+    assert record["model"] == str(tiny)
+    assert record["temperature"] == 0.05
+    assert record["num_texts_of_task"] == {topic: len(own) for topic, own in TEXTS.items()}
+
+
+def test_progress_is_told_step_by_step(tiny: Path, tmp_path: Path) -> None:
+    steps: list[tuple[int, int]] = []
+    settings = TrainingSettings(num_epochs=2)
+    train_encoder(TEXTS, tmp_path / "out", model=tiny, settings=settings, progress=lambda *step: steps.append(step))
+    assert steps == [(done, 16) for done in range(1, 17)]
+
+
+def test_an_encoder_is_never_overwritten(tiny: Path, trained: Path) -> None:
+    with pytest.raises(EncoderExists, match="trained is there already"):
+        train_encoder(TEXTS, trained, model=tiny)
+
+
+def test_what_ends_in_the_midst_leaves_nothing(tiny: Path, tmp_path: Path) -> None:
+    def interrupted(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_encoder(TEXTS, tmp_path / "new" / "out", model=tiny, progress=interrupted)
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_an_encoder_that_came_meanwhile_stands(tiny: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+
+    def rival(done: int, total: int) -> None:
+        target.mkdir(exist_ok=True)
+        (target / "theirs").touch()
+
+    with pytest.raises(EncoderExists):
+        train_encoder(TEXTS, target, model=tiny, settings=TrainingSettings(num_epochs=1), progress=rival)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "theirs"]
+
+
+def test_too_few_samples_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(TooFewSamples, match="fewer are of boat"):
+        train_encoder({**TEXTS, "boat": ["the same", "the same"]}, tmp_path / "out", model="no such model")
+
+
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "find_spec", lambda name: None if name == "datasets" else object())
+    with pytest.raises(TrainingUnavailable, match=r"training needs datasets: pip install 'loraretriever\[train\]'"):
+        train_encoder(TEXTS, tmp_path / "out")

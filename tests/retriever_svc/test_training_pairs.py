@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from retriever_svc import TooFewSamples, choose_tasks
+from retriever_svc.training_pairs import Pair, batches_of, training_texts
+
+
+def numbered(**sizes: int) -> dict[str, list[str]]:
+    """Texts `task:number`."""
+    return {task: [f"{task}:{number}" for number in range(size)] for task, size in sizes.items()}
+
+
+def task_of(pair: Pair) -> str:
+    anchor, positive = pair
+    assert anchor.partition(":")[0] == positive.partition(":")[0]
+    return anchor.partition(":")[0]
+
+
+def test_every_text_is_an_anchor_once_an_epoch_beside_one_pair_of_each_other_task() -> None:
+    texts = numbered(a=5, b=5, c=5)
+    batches = batches_of(texts, num_epochs=3, max_pairs=64, seed=0)
+    assert len(batches) == 15
+    assert all(sorted(map(task_of, batch)) == ["a", "b", "c"] for batch in batches)
+    assert all(anchor != positive for batch in batches for anchor, positive in batch)
+    for epoch in range(3):
+        anchors = Counter(anchor for batch in batches[5 * epoch : 5 * epoch + 5] for anchor, _ in batch)
+        assert anchors == Counter(text for own in texts.values() for text in own)
+
+
+def test_positives_are_drawn_from_all_other_texts_and_anew() -> None:
+    batches = batches_of(numbered(a=4, b=4), num_epochs=100, max_pairs=64, seed=0)
+    positives = Counter(positive for batch in batches for anchor, positive in batch if anchor == "a:0")
+    assert positives.keys() == {"a:1", "a:2", "a:3"}
+    assert min(positives.values()) > 15
+
+
+def test_many_tasks_are_spread_evenly_over_batches() -> None:
+    texts = numbered(**{f"t{number}": 2 for number in range(10)})
+    batches = batches_of(texts, num_epochs=1, max_pairs=4, seed=0)
+    assert [len(batch) for batch in batches] == [4, 3, 3] * 2
+    assert all(len(set(map(task_of, batch))) == len(batch) for batch in batches)
+
+
+def test_a_pair_alone_has_no_negatives_and_is_left_out() -> None:
+    batches = batches_of(numbered(a=2, b=2, c=5), num_epochs=1, max_pairs=64, seed=0)
+    assert [len(batch) for batch in batches] == [3, 3]
+
+
+def test_batches_follow_the_seed() -> None:
+    texts = numbered(a=5, b=5, c=5)
+    assert batches_of(texts, 2, 64, seed=1) == batches_of(texts, 2, 64, seed=1) != batches_of(texts, 2, 64, seed=2)
+
+
+def test_equal_texts_of_a_task_count_once() -> None:
+    assert training_texts({"a": ["x", "y", "x"], "b": ["z", "w"]}) == {"a": ["x", "y"], "b": ["z", "w"]}
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ({}, "2 tasks are wanted, got 0"),
+        ({"a": ["x", "y"]}, "2 tasks are wanted, got 1"),
+        ({"a": ["x", "y"], "c": ["z"], "b": ["z", "z"]}, "fewer are of b, c"),
+    ],
+)
+def test_what_has_no_pair_or_no_negative_is_refused(texts: dict[str, list[str]], message: str) -> None:
+    with pytest.raises(TooFewSamples, match=message):
+        training_texts(texts)
+
+
+def test_a_share_of_the_tasks_is_drawn_by_the_seed_alone() -> None:
+    names = [f"t{number:02}" for number in range(48)]
+    drawn = choose_tasks(names, 0.4, seed=3)
+    assert len(drawn) == 19
+    assert drawn == choose_tasks(names[::-1], 0.4, seed=3) == sorted(drawn)
+    assert drawn != choose_tasks(names, 0.4, seed=4)
+    assert choose_tasks(names, 1.0, seed=3) == names
+    assert choose_tasks(names, 0.0, seed=3) == []
