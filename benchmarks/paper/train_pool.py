@@ -25,7 +25,7 @@ from examples.train_starter_pool import load_base, save_adapter, write_items
 from gpu_worker.base_model import model_source
 from gpu_worker.config import WorkerConfig
 
-PAPER_RECIPE = Recipe(scales=(1.0,))
+PAPER_RECIPE = Recipe(scales=(1.0,), batch_tokens=256, learnt_loss=0.03)
 _STEPS = {"acc": 100, "em": 60, "rouge_l": 60}  # what to answer takes longer to learn than how
 
 
