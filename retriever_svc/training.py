@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.sampler import DefaultBatchSampler
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
 
 from retriever_svc.encoder import DEFAULT_MODEL, INSTRUCTION, load_model
@@ -26,6 +28,7 @@ except ImportError:  # the optional extra `train` is not installed
     Dataset = None
 
 RECORD_FILE = "training.json"
+_PIECE_TEXTS = 8
 _PACKAGES = ("accelerate", "datasets")  # what sentence-transformers' trainer needs beside the encoder's packages
 
 Progress = Callable[[int, int], object]
@@ -34,13 +37,17 @@ Progress = Callable[[int, int], object]
 
 @dataclass(frozen=True, slots=True)
 class TrainingSettings:
-    """How an encoder is trained; the batch size only bounds memory, since a batch holds one pair a task at most."""
+    """How an encoder is trained. A batch has a pair of each task; `max_pairs` bounds its memory where tasks are many.
+
+    `bf16`: products in bfloat16, weights and their updates in float32; half the time where the processor has them.
+    """
 
     num_epochs: int = 3
     learning_rate: float = 5e-5
     temperature: float = 0.05
     max_pairs: int = 64
     seed: int = 0
+    bf16: bool = False
 
 
 def train_encoder(
@@ -104,7 +111,8 @@ def _train(
         num_train_epochs=1,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="constant",
-        optim="adamw_torch",
+        optim="adamw_torch_fused",
+        bf16=settings.bf16,
         prompts=INSTRUCTION,
         batch_sampler=lambda dataset, **_: _InOrder([len(batch) for batch in batches]),
         seed=settings.seed,
@@ -118,16 +126,39 @@ def _train(
         model=network,
         args=arguments,
         train_dataset=Dataset.from_dict({"anchor": [x for x, _ in pairs], "positive": [y for _, y in pairs]}),
-        loss=MultipleNegativesRankingLoss(
-            network,
-            scale=1 / settings.temperature,
-            directions=("query_to_doc", "doc_to_query"),
-            partition_mode="per_direction",
-        ),
+        loss=InfoNce(network, settings.temperature),
         callbacks=[_Reporter(progress)],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
+
+
+class InfoNce(MultipleNegativesRankingLoss):  # type: ignore[misc]
+    """The loss both ways, each half of a batch embedded in pieces of texts of a like length, so that little is padded.
+
+    On 19 tasks of 3 to 110 tokens, 2 cores: 1.5 s a step instead of 1.9, in bfloat16 1.0 instead of 1.35.
+    """
+
+    def __init__(self, network: SentenceTransformer, temperature: float) -> None:
+        directions = ("query_to_doc", "doc_to_query")
+        super().__init__(network, scale=1 / temperature, directions=directions, partition_mode="per_direction")
+
+    def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor) -> Tensor:
+        embedded = [self._embed(features) for features in sentence_features]
+        loss: Tensor = self.compute_loss_from_embeddings(embedded, labels)
+        return loss
+
+    def _embed(self, features: dict[str, Any]) -> Tensor:
+        """(N, D) of the tokenizer's output, whose tensors are (N, L)."""
+        mask = features["attention_mask"]
+        order = mask.sum(dim=1).argsort()
+        pieces = [_rows(features, rows, mask[rows].any(dim=0)) for rows in order.split(_PIECE_TEXTS)]
+        return torch.cat([self.model(piece)["sentence_embedding"] for piece in pieces])[order.argsort()]
+
+
+def _rows(features: dict[str, Any], rows: Tensor, used: Tensor) -> dict[str, Any]:
+    """`rows` of each tensor, without the tokens that are padding in all of them; what is no tensor as it is."""
+    return {name: x[rows][:, used] if isinstance(x, Tensor) else x for name, x in features.items()}
 
 
 class _Trainer(SentenceTransformerTrainer):  # type: ignore[misc]

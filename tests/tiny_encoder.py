@@ -29,13 +29,13 @@ def topic_texts(num_texts: int, *, seed: int, topics: Sequence[str] = TOPICS) ->
     return {topic: [text(topic) for _ in range(num_texts)] for topic in topics}
 
 
-def save_tiny_encoder(folder: Path, seed: int = 0) -> Path:
+def save_tiny_encoder(folder: Path, topics: Sequence[str] = TOPICS) -> Path:
     """A sentence-transformers folder that knows the words of `topic_texts`."""
-    words = [*_SPECIAL, *(f"{topic}{number}" for topic in TOPICS for number in range(4)), *_FILLERS]
+    words = [*_SPECIAL, *(f"{topic}{number}" for topic in topics for number in range(4)), *_FILLERS]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(words),
         hidden_size=32,

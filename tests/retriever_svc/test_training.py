@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 from retriever_svc import Encoder, EncoderExists, TooFewSamples, TrainingSettings, TrainingUnavailable, training
-from retriever_svc.encoder import INSTRUCTION
-from retriever_svc.training import train_encoder
+from retriever_svc.encoder import INSTRUCTION, load_model
+from retriever_svc.training import InfoNce, train_encoder
 from tests.tiny_encoder import save_tiny_encoder, topic_texts
 
 TEXTS = topic_texts(8, seed=1)
@@ -72,6 +75,30 @@ def test_the_folder_holds_no_pickle_and_tells_what_made_it(tiny: Path, trained: 
     assert record["model"] == str(tiny)
     assert record["temperature"] == 0.05
     assert record["num_texts_of_task"] == {topic: len(own) for topic, own in TEXTS.items()}
+
+
+def test_texts_embedded_in_pieces_give_the_loss_of_the_whole_batch(tiny: Path) -> None:
+    network = load_model(tiny).eval()  # without dropout
+    columns = [
+        [text[: 8 * number] for number, text in enumerate(topic_texts(5, seed=seed)["boat"] * 4, start=1)]
+        for seed in (1, 2)
+    ]
+    features = [dict(network.preprocess(texts)) for texts in columns]
+    assert len({int(length) for length in features[0]["attention_mask"].sum(dim=1)}) > 5
+    whole = MultipleNegativesRankingLoss(
+        network, scale=20.0, directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction"
+    )
+    loss = InfoNce(network, temperature=0.05)(features, torch.empty(0))
+    torch.testing.assert_close(loss, whole(features, torch.empty(0)))
+    x, y = (network.encode(texts, normalize_embeddings=True, convert_to_tensor=True) for texts in columns)
+    scores = x @ y.T / 0.05
+    formula = -(scores.log_softmax(dim=1).diag() + scores.log_softmax(dim=0).diag()).mean() / 2
+    torch.testing.assert_close(loss.detach(), formula.detach())
+
+
+def test_bfloat16_products_train_it_too(tiny: Path) -> None:
+    trained = train_encoder(TEXTS, tiny.with_name("half"), model=tiny, settings=replace(FAST, bf16=True))
+    assert hit_share(trained) > hit_share(tiny) + 0.1
 
 
 def test_progress_is_told_step_by_step(tiny: Path, tmp_path: Path) -> None:

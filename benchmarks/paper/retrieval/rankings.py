@@ -1,0 +1,86 @@
+"""The rankings as arrays, and the shares they give with their intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from benchmarks.paper.intervals import Interval, bootstrap
+from benchmarks.paper.retrieval.study import SHARES, UNTRAINED
+
+
+class Rankings:
+    """Every encoder's places of the test queries. Dims: E encoders, T tasks, Q queries."""
+
+    def __init__(self, folder: Path) -> None:
+        ranks = pd.read_parquet(folder / "retrieval_ranks.parquet")
+        self._ranks = ranks[ranks["part"] == "test"]
+        self.draws = pd.read_parquet(folder / "retrieval_draws.parquet")
+        self.tasks = sorted(self._ranks["task"].unique())
+        self._there = set(self._ranks["encoder"].unique())
+
+    def groups(self) -> dict[str, list[str]]:
+        """The encoders of each row of the tables, those that are measured."""
+        once = self.draws.drop_duplicates("draw")
+        by_label = {"untrained": [UNTRAINED]}
+        for share in SHARES:
+            wanted = once[(once["share"] == share) & ~once["whole_clusters"]]["draw"]
+            by_label[f"{share:.0%}".replace("%", " %")] = sorted(wanted)
+        by_label["40 %, whole clusters"] = sorted(once[once["whole_clusters"]]["draw"])
+        measured = {label: [name for name in names if name in self._there] for label, names in by_label.items()}
+        return {label: names for label, names in measured.items() if names}
+
+    def values(self, encoders: Sequence[str], score: str, field: str = "own") -> np.ndarray:
+        """(E, T, Q)."""
+        rows = self._ranks[self._ranks["score"] == score]
+        return np.stack(
+            [rows[rows["encoder"] == name].pivot(index="task", columns="query", values=field) for name in encoders]
+        )
+
+    def hits(self, encoders: Sequence[str], score: str, depth: int) -> np.ndarray:
+        """(E, T, Q): 1 where the own adapter is among the first `depth`."""
+        places = self.values(encoders, score)
+        return ((places > 0) & (places <= depth)).astype(float)
+
+    def seen(self, encoders: Sequence[str]) -> np.ndarray:
+        """(E, T): which tasks each was trained on."""
+        none = dict.fromkeys(self.tasks, False)
+        return np.array([[(none | self._seen(name))[task] for task in self.tasks] for name in encoders])
+
+    def _seen(self, name: str) -> dict[str, bool]:
+        own = self.draws[self.draws["draw"] == name]
+        return dict(zip(own["task"], own["seen"], strict=True))
+
+    def top(self, encoders: Sequence[str], score: str, depth: int, among: str = "all") -> Interval | None:
+        """The share of hits among `all`, `seen` or `unseen` tasks; None where there are none of those."""
+        return _interval(self.hits(encoders, score, depth), self._among(encoders, among))
+
+    def gain(self, encoders: Sequence[str], score: str, depth: int, among: str = "unseen") -> Interval | None:
+        """What the share of hits is above the untrained encoder's, on the same queries."""
+        more = self.hits(encoders, score, depth) - self.hits([UNTRAINED], score, depth)
+        return _interval(more, self._among(encoders, among))
+
+    def _among(self, encoders: Sequence[str], among: str) -> np.ndarray:
+        seen = self.seen(encoders)
+        return {"all": np.ones_like(seen), "seen": seen, "unseen": ~seen}[among]
+
+    def unseen_gains(self) -> pd.DataFrame:
+        """The draws' rows of unseen tasks, with `untrained`, `trained` and `gain` of top-1 by cosine."""
+        before = dict(zip(self.tasks, self.hits([UNTRAINED], "cosine", 1)[0].mean(axis=1), strict=True))
+        rows = self.draws[~self.draws["seen"] & self.draws["draw"].isin(self._there)].copy()
+        after = {
+            (name, task): share
+            for name in rows["draw"].unique()
+            for task, share in zip(self.tasks, self.hits([name], "cosine", 1)[0].mean(axis=1), strict=True)
+        }
+        rows["untrained"] = [before[task] for task in rows["task"]]
+        rows["trained"] = [after[pair] for pair in zip(rows["draw"], rows["task"], strict=True)]
+        rows["gain"] = rows["trained"] - rows["untrained"]
+        return rows
+
+
+def _interval(values: np.ndarray, counts: np.ndarray) -> Interval | None:
+    return bootstrap(values, counts) if counts.any(axis=1).all() else None

@@ -1,0 +1,92 @@
+"""The retrieval part of the report, its plots and its headline figures, from the committed rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from benchmarks import plots
+from benchmarks.paper.retrieval import tables
+from benchmarks.paper.retrieval.ranking import SCORES
+from benchmarks.paper.retrieval.rankings import Rankings
+from benchmarks.paper.retrieval.study import MAIN_SHARE, UNTRAINED
+from benchmarks.results_file import write_part
+
+READING = Path(__file__).with_name("reading.md")
+_MAIN = f"{100 * MAIN_SHARE:.0f} %"
+
+
+def write_tables(folder: Path) -> None:
+    """`folder` has the rows; the section, plots and figures are written from them."""
+    rankings = Rankings(folder)
+    section = section_of(folder, rankings)
+    (folder / "retrieval.md").write_text(section, encoding="utf-8")
+    write_part("paper", "retrieval", figures=figures_of(rankings), table=section, runs=[])
+    _plot(folder, rankings)
+
+
+def figures_of(rankings: Rankings) -> dict[str, float]:
+    """Shares of 1, by cosine, each with the bounds of its interval."""
+    trained = rankings.groups()[_MAIN]
+    found = {
+        "retrieval_top1_untrained": rankings.top([UNTRAINED], "cosine", 1),
+        "retrieval_top1_40": rankings.top(trained, "cosine", 1),
+        "retrieval_top3_40": rankings.top(trained, "cosine", 3),
+        "unseen_top1_gain_40": rankings.gain(trained, "cosine", 1),
+    }
+    figures: dict[str, float] = {}
+    for name, interval in found.items():
+        assert interval is not None, name
+        figures |= {name: interval.mean, f"{name}_lo": interval.low, f"{name}_hi": interval.high}
+    return {name: round(value, 4) for name, value in figures.items()}
+
+
+def section_of(folder: Path, rankings: Rankings) -> str:
+    """Markdown below a heading of the second level. The reading, written by hand, goes before the tables."""
+    related = tables.correlations(rankings)
+    words = [f"{name} {value:+.2f}" for name, value in related.items()]
+    parts = [
+        "## Retrieval\n",
+        READING.read_text(encoding="utf-8"),
+        "### Accuracy by cosine, percent\n",
+        tables.accuracy(rankings, "cosine"),
+        "### Accuracy by the un-normalised inner product, percent\n",
+        tables.accuracy(rankings, "inner product"),
+        "### Points over the untrained encoder on unseen tasks\n",
+        tables.gains(rankings),
+        "### Where it generalises\n",
+        tables.boundary(rankings),
+        f"Spearman's correlation of {'; '.join(words)}.\n",
+        tables.draws(rankings),
+        "### Samples of an adapter\n",
+        tables.samples(folder),
+        "### A growing pool\n",
+        tables.growth(folder),
+        "### Two base models in one index\n",
+        tables.bases(folder),
+    ]
+    return "\n".join(parts)
+
+
+def _plot(folder: Path, rankings: Rankings) -> None:
+    drawn = [(label, names) for label, names in rankings.groups().items() if "clusters" not in label]
+    shares = {label: 0.0 if label == UNTRAINED else float(label.removesuffix(" %")) for label, _ in drawn}
+    curves = {
+        f"top-{depth}, {score}": [
+            (shares[label], 100 * rankings.hits(names, score, depth).mean()) for label, names in drawn
+        ]
+        for score in SCORES
+        for depth in (1, 3)
+    }
+    plots.lines("paper_retrieval_shares", curves, "tasks trained on, %", "own adapter found, %", log_x=False)
+    found = pd.read_parquet(folder / "retrieval_growth.parquet")
+    means = found.groupby(["encoder", "size"], sort=False)[["top1", "top3"]].mean().reset_index()
+    grown = {
+        f"{column.replace('top', 'top-')}, {name}": [
+            (size, 100 * hit) for size, hit in zip(own["size"], own[column], strict=True)
+        ]
+        for name, own in means.groupby("encoder", sort=False)
+        for column in ("top1", "top3")
+    }
+    plots.lines("paper_retrieval_growth", grown, "adapters in the pool", "own adapter found, %", log_x=False)

@@ -1,0 +1,152 @@
+"""The tables of retrieval, as Markdown, from the committed rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from benchmarks.paper.intervals import Interval
+from benchmarks.paper.markdown import percent, table
+from benchmarks.paper.retrieval.ranking import DEPTHS
+from benchmarks.paper.retrieval.rankings import Rankings
+from benchmarks.paper.retrieval.samples import DESCRIPTION
+from benchmarks.paper.retrieval.study import UNTRAINED
+
+_TERCILES = ("near", "middle", "far")
+
+
+def _or_dash(interval: Interval | None) -> str:
+    return "–" if interval is None else interval.in_percent()
+
+
+def accuracy(rankings: Rankings, score: str) -> str:
+    """Top-k on all tasks, those trained on and the others; and what stands first where the own adapter is masked."""
+    header = ["trained on", "runs", *[f"top-{depth}" for depth in DEPTHS], "unseen top-1", "unseen top-3"]
+    header += ["seen top-1", "seen top-3", "masked: same cluster first", "among 3"]
+    rows = []
+    for label, names in rankings.groups().items():
+        tops = [_or_dash(rankings.top(names, score, depth)) for depth in DEPTHS]
+        parts = [_or_dash(rankings.top(names, score, d, among)) for among in ("unseen", "seen") for d in (1, 3)]
+        masked = [rankings.values(names, score, f"cluster_of_{depth}").mean() / depth for depth in (1, 3)]
+        rows.append([label, str(len(names)), *tops, *parts, *map(percent, masked)])
+    return table(header, rows)
+
+
+def gains(rankings: Rankings) -> str:
+    """Points over the untrained encoder on the tasks that were not trained on."""
+    header = ["trained on", "runs", "top-1, cosine", "top-3, cosine", "top-1, inner product", "top-3, inner product"]
+    kinds = [(score, depth) for score in ("cosine", "inner product") for depth in (1, 3)]
+    rows = [
+        [label, str(len(names)), *[_or_dash(rankings.gain(names, *kind)) for kind in kinds]]
+        for label, names in rankings.groups().items()
+        if names != [UNTRAINED] and rankings.gain(names, *kinds[0]) is not None
+    ]
+    return table(header, rows)
+
+
+def draws(rankings: Rankings) -> str:
+    """A row for each encoder that left tasks unseen: what it was trained on, and what unseen tasks gained."""
+    header = [
+        "encoder",
+        "tasks",
+        "clusters",
+        "unseen tasks in them",
+        "nearest seen task",
+        "untrained",
+        "trained",
+        "gain",
+    ]
+    rows = []
+    every = rankings.draws
+    for name, unseen in rankings.unseen_gains().groupby("draw"):
+        own = every[(every["draw"] == name) & every["seen"]]
+        clusters = f"{own['cluster'].nunique()} of {every['cluster'].nunique()}"
+        share = percent(unseen["cluster_seen"].mean())
+        measured = [percent(unseen[column].mean()) for column in ("untrained", "trained", "gain")]
+        rows.append([str(name), str(len(own)), clusters, share, f"{unseen['nearest_seen'].mean():.2f}", *measured])
+    return table(header, rows)
+
+
+def boundary(rankings: Rankings) -> str:
+    """Unseen tasks of all draws together, by whether their cluster was seen and by how near a seen task is."""
+    unseen = rankings.unseen_gains()
+    parts = {
+        "cluster seen": unseen[unseen["cluster_seen"]],
+        "cluster not seen": unseen[~unseen["cluster_seen"]],
+    }
+    thirds = pd.qcut(-unseen["nearest_seen"], 3, labels=_TERCILES)
+    for third in _TERCILES:
+        own = unseen[thirds == third]
+        bounds = f"{own['nearest_seen'].min():.2f} to {own['nearest_seen'].max():.2f}"
+        parts[f"nearest seen task {third}: {bounds}"] = own
+    rows = [
+        [label, str(len(own)), *[percent(own[column].mean()) for column in ("untrained", "trained", "gain")]]
+        for label, own in parts.items()
+        if len(own)
+    ]
+    return table(["unseen tasks", "task × draw", "untrained", "trained", "gain"], rows)
+
+
+def correlations(rankings: Rankings) -> dict[str, float]:
+    """Spearman's, of the gain of unseen tasks with what a draw was like."""
+    unseen = rankings.unseen_gains()
+    by_draw = unseen.groupby("draw")[["cluster_seen", "nearest_seen", "gain"]].mean()
+    return {
+        "gain and nearness, task by task": _spearman(unseen["nearest_seen"], unseen["gain"]),
+        "gain and share of unseen tasks in seen clusters, draw by draw": _spearman(
+            by_draw["cluster_seen"], by_draw["gain"]
+        ),
+        "gain and mean nearness, draw by draw": _spearman(by_draw["nearest_seen"], by_draw["gain"]),
+    }
+
+
+def _spearman(one: pd.Series, other: pd.Series) -> float:
+    return float(np.corrcoef(one.rank(), other.rank())[0, 1])
+
+
+def samples(folder: Path) -> str:
+    """Hits by the number of samples an adapter is embedded by, with the range over draws of the samples."""
+    found = pd.read_parquet(folder / "retrieval_samples.parquet")
+    rows = []
+    for (name, number), own in found.groupby(["encoder", "num_samples"], sort=False):
+        label = "description" if number == DESCRIPTION else str(number)
+        rows.append([_encoder(str(name)), label, str(len(own)), *[_with_range(own[f"top{d}"]) for d in DEPTHS]])
+    return table(["encoder", "m", "draws", *[f"top-{depth}" for depth in DEPTHS]], rows)
+
+
+def growth(folder: Path) -> str:
+    """Hits while the pool grows, with the range over orders, and what the index costs."""
+    found, latency = (pd.read_parquet(folder / f"retrieval_{kind}.parquet") for kind in ("growth", "latency"))
+    search_ms = dict(zip(latency["size"], latency["search_ms"], strict=True))
+    rows = []
+    for (name, size), own in found.groupby(["encoder", "size"], sort=False):
+        hits = [_with_range(own[column]) for column in ("top1", "top3", "top8", "first_top1", "first_top3")]
+        kib = own["index_bytes"].max() / 1024
+        rows.append([_encoder(str(name)), str(size), *hits, f"{kib:.0f}", f"{search_ms[size]:.3f}"])
+    header = ["encoder", "adapters", "top-1", "top-3", "top-8", "first ten tasks top-1", "top-3", "index, KiB"]
+    return table([*header, "search, ms"], rows)
+
+
+def bases(folder: Path) -> str:
+    """One index over two base models, with and without a filter by base; both bases' requests together."""
+    found = pd.read_parquet(folder / "retrieval_bases.parquet")
+    columns = ("own_top1", "own_top3", "task_top1", "usable")
+    rows = [
+        [_encoder(str(name)), str(pool), "yes" if filtered else "no", *[percent(own[c].mean()) for c in columns]]
+        for (name, pool, filtered), own in found.groupby(["encoder", "pool", "filtered"], sort=False)
+    ]
+    header = ["encoder", "tasks with an adapter", "filter by base", "own adapter top-1", "top-3"]
+    return table([*header, "first is of the task, of either base", "of 3, usable"], rows)
+
+
+def _encoder(name: str) -> str:
+    return name if name == UNTRAINED else f"trained ({name})"
+
+
+def _with_range(values: Sequence[float]) -> str:
+    low, high = percent(min(values)), percent(max(values))
+    mean = percent(float(np.mean(values)))
+    return mean if low == high else f"{mean} ({low} to {high})"

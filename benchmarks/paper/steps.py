@@ -1,0 +1,51 @@
+"""A long measurement in steps: each leaves one small file, and a run does those whose file is not there."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What `run` measures is kept in `path`. `cost` tells how long it takes, in a unit that all steps share."""
+
+    name: str
+    path: Path
+    cost: float
+    run: Callable[[], pa.Table]
+
+
+def run_steps(steps: Sequence[Step], seconds_per_cost: float, out: Console) -> None:
+    """Every step's file is there; said first is how long that will take, and after each step what is left."""
+    missing = [step for step in steps if not step.path.exists()]
+    left = sum(step.cost for step in missing)
+    estimate = f", about {_minutes(left * seconds_per_cost)} on an idle machine" if missing else ""
+    out.print(f"{len(steps)} steps, {len(steps) - len(missing)} of them done before{estimate}", markup=False)
+    spent_s, spent_cost = 0.0, 0.0
+    for number, step in enumerate(missing, start=1):
+        started = time.monotonic()
+        write_parquet(step.path, step.run())
+        took_s = time.monotonic() - started
+        spent_s, spent_cost, left = spent_s + took_s, spent_cost + step.cost, left - step.cost
+        rest = _minutes(left * spent_s / spent_cost)
+        out.print(f"{number}/{len(missing)} {step.name}: {took_s:.0f} s; about {rest} left", markup=False)
+
+
+def write_parquet(path: Path, table: pa.Table) -> None:
+    """Written whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".part")
+    pq.write_table(table, scratch, compression="zstd")
+    os.replace(scratch, path)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"

@@ -1,0 +1,202 @@
+"""The retrieval study on made-up tasks with a tiny encoder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from benchmarks import plots, results_file
+from benchmarks.paper.retrieval.__main__ import collect
+from benchmarks.paper.retrieval.bases import base_rows
+from benchmarks.paper.retrieval.cells import BEST, Cells
+from benchmarks.paper.retrieval.draws import draws_step
+from benchmarks.paper.retrieval.extras import extra_steps, latency_step
+from benchmarks.paper.retrieval.growth import growth_rows
+from benchmarks.paper.retrieval.ranking import index_of, nearest, place_of, rank_rows
+from benchmarks.paper.retrieval.rankings import Rankings
+from benchmarks.paper.retrieval.results import write_tables
+from benchmarks.paper.retrieval.samples import sample_rows
+from benchmarks.paper.retrieval.study import UNTRAINED, Study, Task
+from benchmarks.paper.steps import Step, run_steps
+from benchmarks.paper.workspace import Workspace
+from retriever_svc import Encoder, TrainingSettings
+from tests.tiny_encoder import save_tiny_encoder, topic_texts
+
+NAMES = [f"topic{number:02}_" for number in range(24)]
+NUM_POOL, NUM_TEXTS = 20, 4
+
+
+def tasks_of(names: list[str]) -> tuple[Task, ...]:
+    """Four tasks a cluster."""
+    parts = [topic_texts(NUM_TEXTS, seed=seed, topics=names) for seed in range(4)]
+    return tuple(
+        Task(name, f"cluster{number // 4}", *[tuple(part[name]) for part in parts]) for number, name in enumerate(names)
+    )
+
+
+STUDY = Study(tasks_of(NAMES[:NUM_POOL]), tasks_of(NAMES)[NUM_POOL:])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_encoder(tmp_path_factory.mktemp("encoders") / "tiny", NAMES)
+
+
+@pytest.fixture(scope="module")
+def encoder(model: Path) -> Encoder:
+    return Encoder(model)
+
+
+@pytest.fixture(scope="module")
+def cells(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Cells:
+    """The whole study, run."""
+    settings = TrainingSettings(num_epochs=2, learning_rate=3e-3)
+    cells = Cells(STUDY, Workspace(tmp_path_factory.mktemp("paper")), model, settings)
+    for steps in stages(cells):
+        run_steps(steps, 0.001, Console(quiet=True))
+    return cells
+
+
+def stages(cells: Cells) -> Iterator[list[Step]]:
+    yield [*cells.ranking_steps(), draws_step(cells)]
+    yield extra_steps(cells, lambda: {name: f"{name}0" for name in STUDY.names})
+    yield [latency_step(cells)]
+
+
+@pytest.fixture(scope="module")
+def folder(cells: Cells, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rows = tmp_path_factory.mktemp("results")
+    collect(cells, rows)
+    return rows
+
+
+def test_draws_are_shares_of_the_tasks_or_whole_clusters_the_headline_ones_first() -> None:
+    draws = STUDY.draws()
+    assert len(draws) == len({draw.name for draw in draws}) == 18
+    assert [draw.name for draw in draws[:3]] == ["share40-seed0", "share40-seed1", "share40-seed2"]
+    for draw in draws:
+        sizes = [
+            sum(task.name in draw.tasks for task in STUDY.tasks if task.cluster == f"cluster{n}") for n in range(5)
+        ]
+        if draw.whole_clusters:
+            assert sorted(sizes) == [0, 0, 0, 4, 4]
+        else:
+            assert len(draw.tasks) == round(draw.share * NUM_POOL)
+
+
+def test_places_are_those_of_a_slow_loop_by_either_score(encoder: Encoder) -> None:
+    rows = rank_rows(encoder, "tiny", STUDY.tasks, ["test"]).to_pylist()
+    means = {task.name: encoder.encode(task.samples).mean(axis=0) for task in STUDY.tasks}
+    assert len(rows) == 2 * NUM_POOL * NUM_TEXTS
+    assert len({row["own"] for row in rows}) > 2
+    for row in rows:
+        task = next(task for task in STUDY.tasks if task.name == row["task"])
+        query = encoder.encode([task.test[row["query"]]])[0]
+        lengths = {name: 1.0 if row["score"] == "inner product" else np.linalg.norm(m) for name, m in means.items()}
+        order = sorted(means, key=lambda name: -(query.astype(float) @ (means[name] / lengths[name])))
+        assert row["own"] == (order.index(task.name) + 1 if order.index(task.name) < 9 else 0)
+        order.remove(task.name)
+        near = [name in {other.name for other in STUDY.tasks if other.cluster == task.cluster} for name in order[:3]]
+        assert (row["cluster_of_1"], row["cluster_of_3"]) == (near[0], sum(near))
+
+
+def test_a_query_whose_own_adapter_is_not_found_still_has_neighbours() -> None:
+    cluster_of = {task.name: task.cluster for task in STUDY.tasks}
+    place = place_of(STUDY.tasks[0], [NAMES[5], NAMES[1], NAMES[2], NAMES[3]], cluster_of)
+    assert (place.own, place.cluster_of_1, place.cluster_of_3) == (0, 0, 2)
+
+
+def test_all_samples_are_what_the_ranking_uses_and_a_description_counts_alone(encoder: Encoder) -> None:
+    described = {task.name: task.test[0] for task in STUDY.tasks}
+    rows = sample_rows(encoder, "tiny", STUDY.tasks, described).to_pylist()
+    assert {row["num_samples"] for row in rows} == {0, 1, 5, 10, 20}
+    ranked = [row for row in rank_rows(encoder, "tiny", STUDY.tasks, ["test"]).to_pylist() if row["score"] == "cosine"]
+    share = np.mean([row["own"] == 1 for row in ranked])
+    assert [row["top1"] for row in rows if row["num_samples"] == 20] == [pytest.approx(share)]
+    [by_description] = [row for row in rows if row["num_samples"] == 0]
+    assert by_description["top1"] >= 1 / NUM_TEXTS  # at least the query that is the description
+
+
+def test_a_grown_pool_is_the_whole_pool(encoder: Encoder) -> None:
+    rows = growth_rows(encoder, "tiny", STUDY.tasks).to_pylist()
+    whole = [row for row in rows if row["size"] == NUM_POOL]
+    assert len(whole) == 5 and len({row["top1"] for row in whole}) == 1
+    small = [row for row in rows if row["size"] == 10]
+    assert all(row["top1"] == row["first_top1"] >= whole[0]["top1"] for row in small)
+    assert all(row["index_bytes"] < whole[0]["index_bytes"] for row in small)
+
+
+def test_a_filter_by_base_leaves_only_what_can_answer(encoder: Encoder) -> None:
+    for row in base_rows(encoder, "tiny", STUDY.tasks).to_pylist():
+        if row["filtered"]:
+            assert row["usable"] == 1.0
+        elif row["pool"] == "all of both":
+            assert 0.3 < row["usable"] < 0.8 and row["own_top1"] <= row["task_top1"]
+    plain = index_of(encoder, {task.name: task.samples for task in STUDY.tasks})
+    alone = np.mean(
+        [nearest(plain, encoder.encode([text]), 1)[0][0] == task.name for task in STUDY.tasks for text in task.test]
+    )
+    [filtered] = [
+        row["own_top1"]
+        for row in base_rows(encoder, "tiny", STUDY.tasks).to_pylist()
+        if row["filtered"] and row["base"] == "a" and row["pool"] == "all of both"
+    ]
+    assert filtered == pytest.approx(alone)
+
+
+def test_a_study_is_measured_once(cells: Cells) -> None:
+    assert all(step.path.exists() for steps in stages(cells) for step in steps)
+
+
+def test_the_best_encoder_is_the_one_that_ranks_the_choice_queries_best(cells: Cells) -> None:
+    shares = {}
+    for seed in range(3):
+        rows = pq.read_table(cells.rows / f"ranks-share40-seed{seed}.parquet").to_pylist()
+        places = [row["own"] for row in rows if row["part"] == "choice" and row["score"] == "cosine"]
+        shares[f"share40-seed{seed}"] = np.mean([place == 1 for place in places])
+    assert shares[cells.choose_best()] == max(shares.values())
+    assert cells.encoder(BEST).identity == cells.encoder(cells.choose_best()).identity
+
+
+def test_training_helps_on_tasks_that_were_seen(folder: Path) -> None:
+    rankings = Rankings(folder)
+    everything = rankings.groups()["100 %"]
+    untrained, trained = rankings.top([UNTRAINED], "cosine", 1), rankings.top(everything, "cosine", 1)
+    assert untrained is not None and trained is not None and trained.mean > untrained.mean + 0.05
+    assert rankings.top(everything, "cosine", 1, "seen") == trained
+    assert rankings.gain(everything, "cosine", 1) is None
+
+
+def test_gains_are_those_of_unseen_tasks_alone(folder: Path) -> None:
+    rankings = Rankings(folder)
+    draws = {draw.name: draw for draw in STUDY.draws()}
+    trained = rankings.groups()["40 %"]
+    gain = rankings.gain(trained, "cosine", 1)
+    by_hand = []
+    for name, after in zip(trained, rankings.hits(trained, "cosine", 1), strict=True):
+        before = rankings.hits([UNTRAINED], "cosine", 1)[0]
+        unseen = [number for number, task in enumerate(rankings.tasks) if task not in draws[name].tasks]
+        by_hand.append((after - before)[unseen].mean())
+    assert gain is not None and gain.mean == pytest.approx(np.mean(by_hand))
+    assert rankings.unseen_gains().query("draw == @trained[0]")["gain"].mean() == pytest.approx(by_hand[0])
+
+
+def test_section_and_figures_are_written_from_the_rows(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results_file, "RESULTS", tmp_path)
+    monkeypatch.setattr(plots, "RESULTS", tmp_path)
+    write_tables(folder)
+    figures = json.loads((tmp_path / "paper.json").read_text())["figures"]
+    names = {"retrieval_top1_untrained", "retrieval_top1_40", "retrieval_top3_40", "unseen_top1_gain_40"}
+    assert figures.keys() == {f"{name}{bound}" for name in names for bound in ("", "_lo", "_hi")}
+    assert all(figures[f"{name}_lo"] <= figures[name] <= figures[f"{name}_hi"] for name in names)
+    section = (folder / "retrieval.md").read_text()
+    assert section.startswith("## Retrieval\n")
+    assert section.count("| 40 % | 3 |") == 3
