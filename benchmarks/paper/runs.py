@@ -45,9 +45,7 @@ class Bench:
         """The same for the better guess, which asks nothing."""
         questions = self.study.questions("test", per_task)
         parts, specs = self.study.parts, self.study.specs
-        by_task = {
-            name: majority_scores(specs[name], parts[name].train, parts[name].test[:per_task]) for name in specs
-        }
+        by_task = {name: majority_scores(specs[name], parts[name].train, parts[name].test[:per_task]) for name in specs}
         no_plans = [Plan("base")] * len(questions)
         return rows_of("majority", questions, no_plans, [by_task[q.task][q.number] for q in questions])
 
