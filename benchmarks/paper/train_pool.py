@@ -17,6 +17,7 @@ from peft import PeftModel
 from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AutoTokenizer
 
+from benchmarks.paper.choose import POOL_FILE, read_pool
 from benchmarks.paper.packing import Packed
 from benchmarks.paper.tasks import Parts, load_parts, read_task_list
 from benchmarks.paper.workspace import DEFAULT_ROOT, Workspace
@@ -118,7 +119,8 @@ def main(
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     listed = read_task_list()
-    specs = [listed.by_name[name] for name in only] if only else in_turns(listed.tasks)
+    names = only or (read_pool() if POOL_FILE.exists() else [spec.name for spec in listed.tasks])
+    specs = in_turns([listed.by_name[name] for name in names])
     with Progress(*Progress.get_default_columns()[:-1], TimeElapsedColumn(), TimeRemainingColumn()) as progress:
         train_all(specs, Workspace(root), Path(model_source(WorkerConfig())), progress)
 

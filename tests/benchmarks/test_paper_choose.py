@@ -7,7 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.paper.choose import Verdict, choose_pool, read_pool, verdict, write_pool
+from benchmarks.paper.choose import (
+    Verdict,
+    choose_pool,
+    empty_places,
+    next_spares,
+    pool_table,
+    read_pool,
+    read_verdicts,
+    verdict,
+    write_pool,
+)
 from benchmarks.paper.scoring import majority_scores, rouge_l, score
 from benchmarks.paper.tasks import TaskList
 from examples.bigbench_tasks import Item, TaskSpec
@@ -59,11 +69,17 @@ def test_a_task_that_is_not_kept_gives_its_place_to_a_kept_spare_of_its_cluster(
     spares = [replace(EM, name=name, cluster=cluster) for name, cluster in [("x", "m"), ("y", "m"), ("z", "s")]]
     margins = {"a": 0.2, "b": -0.1, "c": -0.1, "d": -0.1, "x": -0.2, "y": 0.3, "z": 0.1}
     verdicts = {name: Verdict(name, "", 0.5, 0.1, margin) for name, margin in margins.items()}
-    places = choose_pool(TaskList(tuple(tasks), tuple(spares)), verdicts)
-    assert places == {"a": "a", "y": "b", "z": "c"}
+    listed = TaskList(tuple(tasks), tuple(spares))
+    assert [spec.name for spec in empty_places(listed, verdicts)] == ["d"] and next_spares(listed, verdicts) == []
+    untried = {name: verdicts[name] for name in "abcdx"}
+    assert next_spares(listed, untried) == ["y", "z"]
+    assert choose_pool(listed, verdicts) == {"a": "a", "y": "b", "z": "c"}
+    told = pool_table(verdicts, choose_pool(listed, verdicts))
+    assert "y |  | 50.0 | 10.0 | +30.0 | in place of b" in told and "x |  | 50.0 | 10.0 | -20.0 | not kept" in told
 
 
 def test_the_pool_is_read_as_written(tmp_path: Path) -> None:
     path = tmp_path / "pool.json"
     write_pool(path, {"a": "a", "y": "b"}, [Verdict("a", "m", 1 / 3, 0.1, 0.2)])
     assert read_pool(path) == ["a", "y"] and '"own": 0.3333' in path.read_text()
+    assert read_verdicts(path) == {"a": Verdict("a", "m", 0.3333, 0.1, 0.2)}
