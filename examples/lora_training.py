@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -79,14 +79,42 @@ def _example(prompt: list[int], answer: list[int]) -> Example:
     return Example(ids, labels)
 
 
-def batches(examples: Sequence[Example], recipe: Recipe) -> Iterator[list[Example]]:
-    """Endless shuffled batches whose padded size stays within `batch_tokens`."""
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one step reads: ids and labels (B, T), and further inputs of the decoder."""
+
+    ids: Tensor
+    labels: Tensor
+    inputs: dict[str, Any] = field(default_factory=dict)
+
+
+class Layout(Protocol):
+    """How a batch's examples lie in one tensor."""
+
+    def num_tokens(self, examples: Sequence[Example]) -> int: ...
+
+    def batch(self, examples: Sequence[Example]) -> Batch: ...
+
+
+class Padded:
+    """One row an example, padded on the right: causal attention never looks there, so no mask is needed."""
+
+    def num_tokens(self, examples: Sequence[Example]) -> int:
+        return len(examples) * max(len(example.ids) for example in examples)
+
+    def batch(self, examples: Sequence[Example]) -> Batch:
+        ids = pad_sequence([e.ids for e in examples], batch_first=True)
+        labels = pad_sequence([e.labels for e in examples], batch_first=True, padding_value=NO_LABEL)
+        return Batch(ids, labels)
+
+
+def batches(examples: Sequence[Example], recipe: Recipe, layout: Layout) -> Iterator[list[Example]]:
+    """Endless shuffled batches whose size stays within `batch_tokens`."""
     rng = random.Random(recipe.seed)
     batch: list[Example] = []
     while True:
         for example in rng.sample(examples, len(examples)):
-            longest = max(len(e.ids) for e in [*batch, example])
-            if batch and longest * (len(batch) + 1) > recipe.batch_tokens:
+            if batch and layout.num_tokens([*batch, example]) > recipe.batch_tokens:
                 yield batch
                 batch = []
             batch.append(example)
@@ -113,7 +141,11 @@ class AnswerLoss:
 
 
 def train_adapter(
-    model: nn.Module, examples: Sequence[Example], recipe: Recipe, on_step: Callable[[float], None]
+    model: nn.Module,
+    examples: Sequence[Example],
+    recipe: Recipe,
+    on_step: Callable[[float], None],
+    layout: Layout | None = None,
 ) -> PeftModel:
     """`model` with a trained adapter on it, and `on_step` was told each step's loss; `unload()` gives the base back."""
     torch.manual_seed(recipe.seed)
@@ -123,10 +155,12 @@ def train_adapter(
     loss_of = AnswerLoss(decoder.embed_tokens.weight, examples, recipe)
     optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=recipe.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_share(step, recipe))
-    for step, batch in zip(range(recipe.num_steps), batches(examples, recipe), strict=False):
-        ids, labels = _padded(batch)
+    layout = layout or Padded()
+    for step, chosen in zip(range(recipe.num_steps), batches(examples, recipe, layout), strict=False):
+        batch = layout.batch(chosen)
         with rescale_adapter_scale(peft_model, recipe.scales[step % len(recipe.scales)]):
-            loss = loss_of(decoder(input_ids=ids, use_cache=False).last_hidden_state, labels)
+            output = decoder(input_ids=batch.ids, use_cache=False, **batch.inputs)
+            loss = loss_of(output.last_hidden_state, batch.labels)
             loss.backward()
         nn.utils.clip_grad_norm_(peft_model.parameters(), 1.0)
         optimizer.step()
@@ -134,12 +168,6 @@ def train_adapter(
         optimizer.zero_grad()
         on_step(loss.item())
     return peft_model
-
-
-def _padded(batch: Sequence[Example]) -> tuple[Tensor, Tensor]:
-    """Ids and labels (B, T), padded on the right: causal attention never looks there, so no mask is needed."""
-    ids = pad_sequence([e.ids for e in batch], batch_first=True)
-    return ids, pad_sequence([e.labels for e in batch], batch_first=True, padding_value=NO_LABEL)
 
 
 def _lora_config(model: nn.Module, recipe: Recipe) -> LoraConfig:

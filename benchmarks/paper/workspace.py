@@ -12,6 +12,7 @@ from gpu_worker.config import DEFAULT_CACHE_DIR
 
 logger = logging.getLogger(__name__)
 SOURCE = "bigbench==1.0.0"
+DEFAULT_ROOT = DEFAULT_CACHE_DIR / "paper"
 _ARCHIVE = "bigbench-1.0.0.tar.gz"
 
 
@@ -19,7 +20,7 @@ _ARCHIVE = "bigbench-1.0.0.tar.gz"
 class Workspace:
     """The folders of one study; nothing is made before it is written."""
 
-    root: Path = DEFAULT_CACHE_DIR / "paper"
+    root: Path = DEFAULT_ROOT
 
     @property
     def archive(self) -> Path:

@@ -100,7 +100,7 @@ def test_prompts_of_anothers_tasks_and_lists_show_nothing_of_it(
                 tenants.assert_no_leak(mine, response)
                 if request[1].endswith("completions") and response.status_code == 200:
                     [*_, (job,)] = tenants.served.worker.called("stream")
-                    assert [row.ref.name for row in job.plan.adapters] == [
+                    assert [row.ref.name_for(mine) for row in job.plan.adapters] == [
                         a["name"] for a in response.json()["lora"]["adapters"]
                     ]
                 seen.add((request[1], response.status_code))

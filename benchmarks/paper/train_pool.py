@@ -1,0 +1,110 @@
+"""Trains the study's adapters on the base model, task by task; several processes share the list between them."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from filelock import FileLock, Timeout
+from peft import PeftModel
+from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
+from transformers import AutoTokenizer
+
+from benchmarks.paper.packing import Packed
+from benchmarks.paper.tasks import Parts, load_parts, read_task_list
+from benchmarks.paper.workspace import DEFAULT_ROOT, Workspace
+from examples.bigbench_tasks import TaskSpec
+from examples.lora_training import Recipe, tokenize, train_adapter
+from examples.train_starter_pool import load_base, save_adapter, write_items
+from gpu_worker.base_model import model_source
+from gpu_worker.config import WorkerConfig
+
+PAPER_RECIPE = Recipe(scales=(1.0,))
+_STEPS = {"acc": 100, "em": 60, "rouge_l": 60}  # what to answer takes longer to learn than how
+
+
+def recipe_of(spec: TaskSpec, recipe: Recipe = PAPER_RECIPE) -> Recipe:
+    return replace(recipe, num_steps=_STEPS[spec.metric])
+
+
+class AdapterFolder:
+    """Where a task's PEFT folder lies; it is there once it is whole."""
+
+    def __init__(self, workspace: Workspace, name: str) -> None:
+        self.path = workspace.adapters / name
+        self._scratch = workspace.adapters / f".{name}"
+        self.lock = FileLock(workspace.adapters / f".{name}.lock", blocking=False)
+
+    def write(self, model: PeftModel, parts: Parts) -> None:
+        """The trained adapter with the texts it is found by."""
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        save_adapter(model, self._scratch)
+        write_items(self._scratch / "lora_samples.jsonl", parts.samples)
+        self._scratch.rename(self.path)
+
+
+class Trainer:
+    """The base model, lent to one adapter after the other."""
+
+    def __init__(self, base: Any, tokenizer: Any) -> None:
+        self._base, self._tokenizer = base, tokenizer
+
+    def train(self, folder: AdapterFolder, parts: Parts, recipe: Recipe, progress: Progress) -> None:
+        """`folder` holds the adapter of `parts.train`."""
+        bar = progress.add_task(folder.path.name, total=recipe.num_steps)
+
+        def show(loss: float) -> None:
+            progress.update(bar, advance=1, description=f"{folder.path.name} loss {loss:.3f}")
+
+        examples = tokenize(parts.train, self._tokenizer)
+        trained = train_adapter(self._base, examples, recipe, show, Packed(examples, self._base.config))
+        folder.write(trained, parts)
+        self._base = trained.unload()
+        progress.remove_task(bar)
+
+
+def train_all(specs: Sequence[TaskSpec], workspace: Workspace, source: Path, progress: Progress) -> None:
+    """Every task of `specs` has its adapter folder, but those another process is at."""
+    workspace.adapters.mkdir(parents=True, exist_ok=True)
+    todo = [spec for spec in specs if not AdapterFolder(workspace, spec.name).path.exists()]
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    parts = load_parts(todo, workspace, tokenizer)
+    trainer = Trainer(load_base(source), tokenizer)
+    bar = progress.add_task("steps of all tasks", total=sum(recipe_of(spec).num_steps for spec in todo))
+    for spec in todo:
+        folder, recipe = AdapterFolder(workspace, spec.name), recipe_of(spec)
+        try:
+            with folder.lock:
+                if not folder.path.exists():
+                    started = time.perf_counter()
+                    trainer.train(folder, parts[spec.name], recipe, progress)
+                    progress.console.print(
+                        f"{spec.name}: {(time.perf_counter() - started) / recipe.num_steps:.2f} s/step"
+                    )
+        except Timeout:
+            pass  # another process trains it
+        progress.advance(bar, recipe.num_steps)
+
+
+def main(
+    only: Annotated[list[str] | None, typer.Option(help="this task only; may be given again, spares too")] = None,
+    num_threads: Annotated[int | None, typer.Option(help="threads of this process; may run beside others")] = None,
+    root: Annotated[Path, typer.Option(help="the study's cache folder")] = DEFAULT_ROOT,
+) -> None:
+    """Train what is not there yet; an interrupted run goes on with the task it was at."""
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    listed = read_task_list()
+    specs = [listed.by_name[name] for name in only] if only else listed.tasks
+    with Progress(*Progress.get_default_columns()[:-1], TimeElapsedColumn(), TimeRemainingColumn()) as progress:
+        train_all(specs, Workspace(root), Path(model_source(WorkerConfig())), progress)
+
+
+if __name__ == "__main__":
+    typer.run(main)
