@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -30,16 +31,17 @@ def bootstrap(values: np.ndarray, counts: np.ndarray | None = None, seed: int = 
     """
     runs, tasks, queries = values.shape
     counts = np.ones((runs, tasks), bool) if counts is None else counts
-    rng = np.random.default_rng(seed)
-    means = np.empty(NUM_RESAMPLES)
-    for number in range(NUM_RESAMPLES):
-        chosen = rng.integers(0, queries, (tasks, queries))
-        by_task = np.take_along_axis(values, chosen[np.newaxis], axis=2).mean(axis=2)
-        means[number] = _mean(by_task, counts)[rng.integers(0, runs, runs)].mean()
+    by_task = values.transpose(1, 0, 2) @ _resampled(tasks, queries, seed)  # (tasks, runs, resamples)
+    by_run = (by_task * counts.T[:, :, np.newaxis]).sum(axis=0) / counts.sum(axis=1)[:, np.newaxis]
+    chosen = np.random.default_rng(seed).integers(0, runs, (runs, NUM_RESAMPLES))
+    means = np.take_along_axis(by_run, chosen, axis=0).mean(axis=0)
     low, high = np.quantile(means, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
-    return Interval(float(_mean(values.mean(axis=2), counts).mean()), float(low), float(high))
+    mean = ((values.mean(axis=2) * counts).sum(axis=1) / counts.sum(axis=1)).mean()
+    return Interval(float(mean), float(low), float(high))
 
 
-def _mean(by_task: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """(runs,) of (runs, tasks)."""
-    return (by_task * counts).sum(axis=1) / counts.sum(axis=1)
+@lru_cache(maxsize=4)
+def _resampled(tasks: int, queries: int, seed: int) -> np.ndarray:
+    """(tasks, queries, resamples): the weight of each query in its task's mean."""
+    drawn = np.random.default_rng(seed).multinomial(queries, [1 / queries] * queries, (tasks, NUM_RESAMPLES))
+    return drawn.transpose(0, 2, 1) / queries

@@ -56,7 +56,7 @@ def _index(encoder: Encoder, tasks: Sequence[Task], held: Mapping[str, set[str]]
             for task in tasks
             if task.name in held[base]
         }
-        records += records_of(embedded(encoder, samples, "cosine"), (f"base-{base}",))
+        records += records_of(embedded(encoder, samples), (f"base-{base}",))
     return AdapterIndex.of(records, encoder.dim)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.paper.retrieval.ranking import hit_share, rank_rows
+from benchmarks.paper.retrieval.ranking import COSINE, hit_share, rank_rows
 from benchmarks.paper.retrieval.study import UNTRAINED, Draw, Study
 from benchmarks.paper.steps import Step
 from benchmarks.paper.workspace import Workspace
@@ -81,7 +81,7 @@ class Cells:
         return best
 
     def _choice_score(self, name: str) -> float:
-        filters = [("score", "=", "cosine"), ("part", "=", "choice")]
+        filters = [("score", "=", COSINE), ("part", "=", "choice")]
         rows = pq.read_table(self.rows / f"ranks-{name}.parquet", filters=filters)
         return hit_share(np.asarray(rows["own"]), 1)
 

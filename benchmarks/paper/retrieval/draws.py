@@ -25,7 +25,7 @@ def draw_rows(untrained: Encoder, tasks: Sequence[Task], draws: Sequence[Draw]) 
 
     `nearest_seen` is the cosine of the untrained encoder's embeddings of the two.
     """
-    found = embedded(untrained, {task.name: task.samples for task in tasks}, "cosine")
+    found = embedded(untrained, {task.name: task.samples for task in tasks})
     vectors = np.stack([found[task.name].vector for task in tasks])
     cosines = vectors @ vectors.T - 3 * np.eye(len(tasks), dtype=np.float32)  # never itself
     rows = []

@@ -49,7 +49,7 @@ def growth_rows(encoder: Encoder, name: str, tasks: Sequence[Task]) -> pa.Table:
 
 
 def _records(encoder: Encoder, tasks: Sequence[Task]) -> list:
-    return records_of(embedded(encoder, {task.name: task.samples for task in tasks}, "cosine"))
+    return records_of(embedded(encoder, {task.name: task.samples for task in tasks}))
 
 
 def _places(index: AdapterIndex, task: Task, vectors: np.ndarray) -> np.ndarray:

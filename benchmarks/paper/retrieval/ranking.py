@@ -17,41 +17,43 @@ from lora_store import AdapterRecord, Embedding, Sample
 from retriever_svc import AdapterIndex, Encoder, embed_groups
 
 DEPTHS = (1, 3, 5, 8)
-SCORES = ("cosine", "inner product")
+SCORES = COSINE, PRODUCT = "cosine", "inner product"
 DEPTH = max(DEPTHS) + 1  # one more: with the own adapter masked, as many are left
 
 
-def embedded(encoder: Encoder, samples: Mapping[str, Sequence[str]], score: str) -> dict[str, Embedding]:
-    """Each name's embedding by its samples.
-
-    `inner product`: the mean of the samples' unit vectors as it is, whose product with a query is the paper's code's
-    score; `cosine`: scaled to length 1, as the server does it and the paper writes it.
-    """
+def embedded(encoder: Encoder, samples: Mapping[str, Sequence[str]]) -> dict[str, Embedding]:
+    """Each name's embedding by its samples, as the server makes it."""
     groups = [[Sample(text) for text in own] for own in samples.values()]
-    found = dict(zip(samples, embed_groups(encoder, groups), strict=True))
-    embeddings = {name: embedding for name, embedding in found.items() if embedding is not None}
-    if score == "cosine":
-        return embeddings
-    return {
-        name: Embedding(one.encoder, encoder.encode(samples[name]).mean(axis=0), one.own_scores)
-        for name, one in embeddings.items()
-    }
+    found = zip(samples, embed_groups(encoder, groups), strict=True)
+    return {name: embedding for name, embedding in found if embedding is not None}
 
 
 def records_of(embeddings: Mapping[str, Embedding], tags: Sequence[str] = ()) -> list[AdapterRecord]:
     return [record_of(name, embedding, tuple(tags)) for name, embedding in embeddings.items()]
 
 
-def index_of(encoder: Encoder, samples: Mapping[str, Sequence[str]], score: str = "cosine") -> AdapterIndex:
-    return AdapterIndex.of(records_of(embedded(encoder, samples, score)), encoder.dim)
+def index_of(encoder: Encoder, samples: Mapping[str, Sequence[str]]) -> AdapterIndex:
+    return AdapterIndex.of(records_of(embedded(encoder, samples)), encoder.dim)
 
 
 def nearest(
     index: AdapterIndex, vectors: np.ndarray, depth: int = DEPTH, tags: Collection[str] = ()
 ) -> list[list[str]]:
-    """The names of the best `depth` adapters that carry `tags`, per query (N, D), best first."""
+    """The names of the best `depth` adapters that carry `tags`, per query (N, D), best first: by cosine."""
     found = index.search(vectors, depth, index.allowed(tags=tags))
     return [[match.record.ref.name for match in matches] for matches in found]
+
+
+def nearest_by_product(index: AdapterIndex, vectors: np.ndarray, lengths: Mapping[str, float]) -> list[list[str]]:
+    """The same by the inner product with the samples' mean as it is: its cosine times its length, of all adapters.
+
+    So the paper's code scores: a task whose samples differ has a short mean, and loses to tight ones.
+    """
+    best = []
+    for matches in index.search(vectors, index.num_live, index.allowed()):
+        scores = {match.record.ref.name: match.score * lengths[match.record.ref.name] for match in matches}
+        best.append(sorted(scores, key=lambda name: -scores[name])[:DEPTH])
+    return best
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,16 +80,18 @@ def rank_rows(encoder: Encoder, name: str, tasks: Sequence[Task], parts: Sequenc
     """A row for each score and query of `parts` (`test`, `choice`): its `Place`."""
     cluster_of = {task.name: task.cluster for task in tasks}
     columns: defaultdict[str, list[Any]] = defaultdict(list)
-    for score in SCORES:
-        index = index_of(encoder, {task.name: task.samples for task in tasks}, score)
-        for task, part in product(tasks, parts):
-            found = nearest(index, encoder.encode(getattr(task, part)))
-            places = [place_of(task, names, cluster_of) for names in found]
-            for column, word in {"encoder": name, "score": score, "part": part, "task": task.name}.items():
-                columns[column] += [word] * len(places)
-            columns["query"] += range(len(places))
-            for field in fields(Place):
-                columns[field.name] += [getattr(place, field.name) for place in places]
+    samples = {task.name: task.samples for task in tasks}
+    index = index_of(encoder, samples)
+    lengths = {name: float(np.linalg.norm(encoder.encode(own).mean(axis=0))) for name, own in samples.items()}
+    for score, task, part in product(SCORES, tasks, parts):
+        vectors = encoder.encode(getattr(task, part))
+        found = nearest(index, vectors) if score == COSINE else nearest_by_product(index, vectors, lengths)
+        places = [place_of(task, names, cluster_of) for names in found]
+        for column, word in {"encoder": name, "score": score, "part": part, "task": task.name}.items():
+            columns[column] += [word] * len(places)
+        columns["query"] += range(len(places))
+        for field in fields(Place):
+            columns[field.name] += [getattr(place, field.name) for place in places]
     words, numbers = pa.dictionary(pa.int16(), pa.string()), pa.int16()
     types = {column: words if isinstance(rows[0], str) else numbers for column, rows in columns.items()}
     return pa.table({column: pa.array(rows, types[column]) for column, rows in columns.items()})

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.paper.intervals import Interval, bootstrap
+from benchmarks.paper.retrieval.ranking import COSINE
 from benchmarks.paper.retrieval.study import SHARES, UNTRAINED
 
 
@@ -16,11 +17,12 @@ class Rankings:
     """Every encoder's places of the test queries. Dims: E encoders, T tasks, Q queries."""
 
     def __init__(self, folder: Path) -> None:
-        ranks = pd.read_parquet(folder / "retrieval_ranks.parquet")
-        self._ranks = ranks[ranks["part"] == "test"]
+        ranks = pd.read_parquet(folder / "retrieval_ranks.parquet").astype({"encoder": str, "score": str, "task": str})
         self.draws = pd.read_parquet(folder / "retrieval_draws.parquet")
-        self.tasks = sorted(self._ranks["task"].unique())
-        self._there = set(self._ranks["encoder"].unique())
+        self.tasks = sorted(ranks["task"].unique())
+        rows = ranks[ranks["part"] == "test"].sort_values(["task", "query"])
+        self._rows = {key: own for key, own in rows.groupby(["encoder", "score"])}
+        self._there = {name for name, _ in self._rows}
 
     def groups(self) -> dict[str, list[str]]:
         """The encoders of each row of the tables, those that are measured."""
@@ -35,10 +37,7 @@ class Rankings:
 
     def values(self, encoders: Sequence[str], score: str, field: str = "own") -> np.ndarray:
         """(E, T, Q)."""
-        rows = self._ranks[self._ranks["score"] == score]
-        return np.stack(
-            [rows[rows["encoder"] == name].pivot(index="task", columns="query", values=field) for name in encoders]
-        )
+        return np.stack([np.reshape(self._rows[name, score][field], (len(self.tasks), -1)) for name in encoders])
 
     def hits(self, encoders: Sequence[str], score: str, depth: int) -> np.ndarray:
         """(E, T, Q): 1 where the own adapter is among the first `depth`."""
@@ -69,12 +68,12 @@ class Rankings:
 
     def unseen_gains(self) -> pd.DataFrame:
         """The draws' rows of unseen tasks, with `untrained`, `trained` and `gain` of top-1 by cosine."""
-        before = dict(zip(self.tasks, self.hits([UNTRAINED], "cosine", 1)[0].mean(axis=1), strict=True))
+        before = dict(zip(self.tasks, self.hits([UNTRAINED], COSINE, 1)[0].mean(axis=1), strict=True))
         rows = self.draws[~self.draws["seen"] & self.draws["draw"].isin(self._there)].copy()
         after = {
             (name, task): share
             for name in rows["draw"].unique()
-            for task, share in zip(self.tasks, self.hits([name], "cosine", 1)[0].mean(axis=1), strict=True)
+            for task, share in zip(self.tasks, self.hits([name], COSINE, 1)[0].mean(axis=1), strict=True)
         }
         rows["untrained"] = [before[task] for task in rows["task"]]
         rows["trained"] = [after[pair] for pair in zip(rows["draw"], rows["task"], strict=True)]

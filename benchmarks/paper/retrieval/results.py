@@ -8,7 +8,7 @@ import pandas as pd
 
 from benchmarks import plots
 from benchmarks.paper.retrieval import tables
-from benchmarks.paper.retrieval.ranking import SCORES
+from benchmarks.paper.retrieval.ranking import COSINE, PRODUCT, SCORES
 from benchmarks.paper.retrieval.rankings import Rankings
 from benchmarks.paper.retrieval.study import MAIN_SHARE, UNTRAINED
 from benchmarks.results_file import write_part
@@ -30,10 +30,10 @@ def figures_of(rankings: Rankings) -> dict[str, float]:
     """Shares of 1, by cosine, each with the bounds of its interval."""
     trained = rankings.groups()[_MAIN]
     found = {
-        "retrieval_top1_untrained": rankings.top([UNTRAINED], "cosine", 1),
-        "retrieval_top1_40": rankings.top(trained, "cosine", 1),
-        "retrieval_top3_40": rankings.top(trained, "cosine", 3),
-        "unseen_top1_gain_40": rankings.gain(trained, "cosine", 1),
+        "retrieval_top1_untrained": rankings.top([UNTRAINED], COSINE, 1),
+        "retrieval_top1_40": rankings.top(trained, COSINE, 1),
+        "retrieval_top3_40": rankings.top(trained, COSINE, 3),
+        "unseen_top1_gain_40": rankings.gain(trained, COSINE, 1),
     }
     figures: dict[str, float] = {}
     for name, interval in found.items():
@@ -50,9 +50,9 @@ def section_of(folder: Path, rankings: Rankings) -> str:
         "## Retrieval\n",
         READING.read_text(encoding="utf-8"),
         "### Accuracy by cosine, percent\n",
-        tables.accuracy(rankings, "cosine"),
+        tables.accuracy(rankings, COSINE),
         "### Accuracy by the un-normalised inner product, percent\n",
-        tables.accuracy(rankings, "inner product"),
+        tables.accuracy(rankings, PRODUCT),
         "### Points over the untrained encoder on unseen tasks\n",
         tables.gains(rankings),
         "### Where it generalises\n",

@@ -46,10 +46,12 @@ class Draw:
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """`tasks` are the pool; `spares` let it grow."""
+    """`tasks` are the pool; `spares` let it grow. An encoder is trained on each of `shares` for each of `seeds`."""
 
     tasks: tuple[Task, ...]
     spares: tuple[Task, ...]
+    shares: tuple[float, ...] = SHARES
+    seeds: tuple[int, ...] = SEEDS
 
     @property
     def names(self) -> list[str]:
@@ -62,8 +64,8 @@ class Study:
 
     def draws(self) -> list[Draw]:
         """Those that the headlines need come first."""
-        shared = [_share(self.names, share, seed) for seed in SEEDS for share in SHARES]
-        clusters = [_clusters(self.tasks, MAIN_SHARE, seed) for seed in SEEDS]
+        shared = [_share(self.names, share, seed) for seed in self.seeds for share in self.shares]
+        clusters = [_clusters(self.tasks, MAIN_SHARE, seed) for seed in self.seeds]
         return sorted([*shared, *clusters], key=lambda draw: (not draw.is_main, draw.seed))
 
 

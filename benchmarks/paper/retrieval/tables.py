@@ -10,7 +10,7 @@ import pandas as pd
 
 from benchmarks.paper.intervals import Interval
 from benchmarks.paper.markdown import percent, table
-from benchmarks.paper.retrieval.ranking import DEPTHS
+from benchmarks.paper.retrieval.ranking import DEPTHS, SCORES
 from benchmarks.paper.retrieval.rankings import Rankings
 from benchmarks.paper.retrieval.samples import DESCRIPTION
 from benchmarks.paper.retrieval.study import UNTRAINED
@@ -38,7 +38,7 @@ def accuracy(rankings: Rankings, score: str) -> str:
 def gains(rankings: Rankings) -> str:
     """Points over the untrained encoder on the tasks that were not trained on."""
     header = ["trained on", "runs", "top-1, cosine", "top-3, cosine", "top-1, inner product", "top-3, inner product"]
-    kinds = [(score, depth) for score in ("cosine", "inner product") for depth in (1, 3)]
+    kinds = [(score, depth) for score in SCORES for depth in (1, 3)]
     rows = [
         [label, str(len(names)), *[_or_dash(rankings.gain(names, *kind)) for kind in kinds]]
         for label, names in rankings.groups().items()
