@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export RAY_AUTH_MODE := token
 
-.PHONY: help setup serve demo test soak check lint types
+.PHONY: help setup serve demo test paper soak check lint types
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -27,6 +27,10 @@ demo: $(READY) ## answer the starter pool's held-out prompts with every strategy
 test: $(READY) ## run every test: two at a time, then those that share one running application
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not e2e"
 	$(BIN)/python -m pytest -m e2e
+
+paper: $(READY) ## the paper's study on 48 adapters, resumed where it stopped; report in benchmarks/paper/REPORT.md
+	$(BIN)/python -m pip install --progress-bar off -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m benchmarks.paper all
 
 soak: $(READY) ## run the tests that have full counts at those; reports in benchmarks/results/soak-*.json
 	$(BIN)/python -m pytest --scale full $(ARGS)

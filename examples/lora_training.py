@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -18,6 +20,7 @@ from examples.bigbench_tasks import Item
 from gpu_worker.prompts import alpaca_prompt
 
 NO_LABEL = -100
+_JUDGED_STEPS = 10
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -34,6 +37,7 @@ class Recipe:
     warmup_share: float = 0.1
     scales: tuple[float, ...] = (1.0, 1 / 3)
     vocabulary_len: int = 16_384
+    learnt_loss: float = 0.0  # where the last ten losses are below it on average, the rest of the steps is left out
     seed: int = 0
 
 
@@ -155,7 +159,7 @@ def train_adapter(
     loss_of = AnswerLoss(decoder.embed_tokens.weight, examples, recipe)
     optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=recipe.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_share(step, recipe))
-    layout = layout or Padded()
+    layout, losses = layout or Padded(), deque([math.inf], maxlen=_JUDGED_STEPS)
     for step, chosen in zip(range(recipe.num_steps), batches(examples, recipe, layout), strict=False):
         batch = layout.batch(chosen)
         with rescale_adapter_scale(peft_model, recipe.scales[step % len(recipe.scales)]):
@@ -166,7 +170,10 @@ def train_adapter(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        on_step(loss.item())
+        losses.append(loss.item())
+        on_step(losses[-1])
+        if sum(losses) < _JUDGED_STEPS * recipe.learnt_loss:
+            break
     return peft_model
 
 

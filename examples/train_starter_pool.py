@@ -57,7 +57,7 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     for config in model.peft_config.values():
         config.base_model_name_or_path = BASE_NAME
         config.target_modules = sorted(config.target_modules)  # a set: its order would differ from run to run
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_embedding_layers=False)  # "auto" would ask the model hub
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     weights = folder / "adapter_model.safetensors"
     tensors = {name: tensor.bfloat16() for name, tensor in load_file(weights).items()}

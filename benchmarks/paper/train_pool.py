@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ from peft import PeftModel
 from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AutoTokenizer
 
+from benchmarks.paper.choose import POOL_FILE, read_pool
 from benchmarks.paper.packing import Packed
 from benchmarks.paper.tasks import Parts, load_parts, read_task_list
 from benchmarks.paper.workspace import DEFAULT_ROOT, Workspace
@@ -25,12 +27,22 @@ from examples.train_starter_pool import load_base, save_adapter, write_items
 from gpu_worker.base_model import model_source
 from gpu_worker.config import WorkerConfig
 
-PAPER_RECIPE = Recipe(scales=(1.0,))
-_STEPS = {"acc": 100, "em": 60, "rouge_l": 60}  # what to answer takes longer to learn than how
+PAPER_RECIPE = Recipe(scales=(1.0,), batch_tokens=256, learnt_loss=0.05)
+_STEPS = {"acc": 80, "em": 50, "rouge_l": 50}  # what to answer takes longer to learn than how
 
 
 def recipe_of(spec: TaskSpec, recipe: Recipe = PAPER_RECIPE) -> Recipe:
     return replace(recipe, num_steps=_STEPS[spec.metric])
+
+
+def in_turns(specs: Sequence[TaskSpec]) -> list[TaskSpec]:
+    """One task of every cluster, then the second ones: what is trained so far is of all kinds."""
+    place: Counter[str] = Counter()
+    turns = []
+    for number, spec in enumerate(specs):
+        turns.append((place[spec.cluster], number, spec))
+        place[spec.cluster] += 1
+    return [spec for _, _, spec in sorted(turns, key=lambda turn: turn[:2])]
 
 
 class AdapterFolder:
@@ -69,7 +81,13 @@ class Trainer:
         progress.remove_task(bar)
 
 
-def train_all(specs: Sequence[TaskSpec], workspace: Workspace, source: Path, progress: Progress) -> None:
+def train_all(
+    specs: Sequence[TaskSpec],
+    workspace: Workspace,
+    source: Path,
+    progress: Progress,
+    recipe_of: Callable[[TaskSpec], Recipe] = recipe_of,
+) -> None:
     """Every task of `specs` has its adapter folder, but those another process is at."""
     workspace.adapters.mkdir(parents=True, exist_ok=True)
     todo = [spec for spec in specs if not AdapterFolder(workspace, spec.name).path.exists()]
@@ -101,7 +119,8 @@ def main(
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     listed = read_task_list()
-    specs = [listed.by_name[name] for name in only] if only else listed.tasks
+    names = only or (read_pool() if POOL_FILE.exists() else [spec.name for spec in listed.tasks])
+    specs = in_turns([listed.by_name[name] for name in names])
     with Progress(*Progress.get_default_columns()[:-1], TimeElapsedColumn(), TimeRemainingColumn()) as progress:
         train_all(specs, Workspace(root), Path(model_source(WorkerConfig())), progress)
 

@@ -1,0 +1,114 @@
+"""Tables and headline figures of answer quality, from the raw rows of the runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from benchmarks.paper.intervals import Interval, bootstrap
+from benchmarks.paper.markdown import percent, table
+from benchmarks.results_file import write_part
+
+ROWS = "answers.parquet"
+COMPARED = [
+    ("perfect", "base"),
+    ("perfect", "majority"),
+    ("mixture_iid", "selection_iid"),
+    ("mixture_iid", "fusion_iid"),
+    ("mixture_ood", "selection_ood"),
+    ("mixture_ood", "fusion_ood"),
+    ("selection_iid", "adaptersoup"),
+    ("mixture_ood", "adaptersoup"),
+]
+
+
+class Answers:
+    """Scores of every run, by task. `clusters`: task -> its cluster."""
+
+    def __init__(self, rows: pd.DataFrame, clusters: Mapping[str, str]) -> None:
+        self._clusters = dict(clusters)
+        self._scores = {
+            str(run): own.pivot(index="task", columns="number", values="score") for run, own in rows.groupby("run")
+        }
+        self.runs = list(dict.fromkeys(rows["run"]))
+
+    @property
+    def clusters(self) -> list[str]:
+        present = set(self._scores[self.runs[0]].index)
+        return list(dict.fromkeys(cluster for task, cluster in self._clusters.items() if task in present))
+
+    def scores(self, run: str, cluster: str | None = None) -> pd.DataFrame:
+        """(tasks, questions), shares of 1."""
+        scores = self._scores[run]
+        return scores if cluster is None else scores[[self._clusters[task] == cluster for task in scores.index]]
+
+    def interval(self, run: str, cluster: str | None = None) -> Interval:
+        """Every task weighs the same."""
+        return bootstrap(self.scores(run, cluster).to_numpy()[np.newaxis])
+
+    def difference(self, one: str, other: str) -> Interval:
+        """Of two runs on the same questions."""
+        return bootstrap((self.scores(one) - self.scores(other)).to_numpy()[np.newaxis])
+
+
+def main_table(answers: Answers) -> str:
+    """Runs are columns; a cluster's cell is its mean, the last rows have the interval of all tasks."""
+    rows = [
+        [f"{cluster} ({len(answers.scores(answers.runs[0], cluster))})"]
+        + [percent(answers.interval(run, cluster).mean) for run in answers.runs]
+        for cluster in answers.clusters
+    ]
+    whole = [answers.interval(run) for run in answers.runs]
+    rows.append(["**all tasks**", *[f"**{percent(found.mean)}**" for found in whole]])
+    rows.append(["95 % interval", *[f"{percent(found.low)} to {percent(found.high)}" for found in whole]])
+    return table(["cluster (tasks)", *[run.replace("_", " ") for run in answers.runs]], rows)
+
+
+def cluster_intervals(answers: Answers) -> str:
+    """Every cluster's interval in every run."""
+    rows = [
+        [cluster, *[answers.interval(run, cluster).in_percent() for run in answers.runs]]
+        for cluster in answers.clusters
+    ]
+    return table(["cluster", *[run.replace("_", " ") for run in answers.runs]], rows)
+
+
+def differences(answers: Answers, pairs: Sequence[tuple[str, str]] = COMPARED) -> str:
+    """Points between two runs, paired by question."""
+    rows = [
+        [f"{one} − {other}".replace("_", " "), answers.difference(one, other).in_percent()]
+        for one, other in pairs
+        if {one, other} <= set(answers.runs)
+    ]
+    return table(["difference", "points (95 % interval)"], rows)
+
+
+def figures(answers: Answers) -> dict[str, float]:
+    """`score_<method>_iid` or `_ood`, with bounds; what masks nothing is in distribution."""
+    found: dict[str, float] = {}
+    for run in answers.runs:
+        name = f"score_{run}" if run.endswith(("_iid", "_ood")) else f"score_{run}_iid"
+        interval = answers.interval(run)
+        found |= {name: interval.mean, f"{name}_lo": interval.low, f"{name}_hi": interval.high}
+    return {name: round(value, 4) for name, value in found.items()}
+
+
+def write_tables(folder: Path, clusters: Mapping[str, str], encoder: str) -> None:
+    """`folder` has the rows; the section of the report and the figures are written."""
+    answers = Answers(pd.read_parquet(folder / f"paper_{ROWS}"), clusters)
+    num_rows = answers.scores(answers.runs[0]).shape
+    parts = [
+        "## Answers\n",
+        f"{num_rows[0]} tasks, {num_rows[1]} test questions each, greedy, encoder: {encoder}. In percent: exact",
+        "match, ROUGE-L for free text. `iid`: every adapter can be chosen, `ood`: the question's own is masked.\n",
+        main_table(answers),
+        differences(answers),
+        "### Intervals by cluster\n",
+        cluster_intervals(answers),
+    ]
+    section = "\n".join(parts)
+    (folder / "paper_answers.md").write_text(section, encoding="utf-8")
+    write_part("paper", "answers", figures=figures(answers), table=section, runs=[])

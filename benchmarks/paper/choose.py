@@ -1,0 +1,182 @@
+"""Which adapters make the pool: trained ones that beat guessing on the choice part. Test items play no part in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+
+from benchmarks.paper.answers import Asker
+from benchmarks.paper.markdown import percent, table
+from benchmarks.paper.scoring import majority_scores, score
+from benchmarks.paper.study import Study, load_asker, load_study, scores_by_task, worker_config
+from benchmarks.paper.tasks import NUM_CHOICE, TaskList, read_task_list
+from benchmarks.paper.workspace import DEFAULT_ROOT, Workspace
+from benchmarks.results_file import RESULTS
+from examples.bigbench_tasks import Item, TaskSpec
+from lora_store import BASE_PLAN, AdapterRecord, LoraStore, Plan, PlannedAdapter
+
+POOL_FILE = Path(__file__).with_name("pool.json")
+_NUM_RESAMPLES = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a task's own adapter and the better of its references score on the choice part, as shares of 1.
+
+    `margin` is what the mean difference exceeds in 95 of 100 resamplings of the items.
+    """
+
+    task: str
+    cluster: str
+    own: float
+    reference: float
+    margin: float
+
+    @property
+    def is_kept(self) -> bool:
+        return self.margin > 0
+
+
+def verdict(spec: TaskSpec, own: Sequence[float], references: Sequence[Sequence[float]]) -> Verdict:
+    """`own` and each of `references` hold one score an item, in the same order."""
+    reference = max(references, key=sum)
+    difference = np.array(own) - np.array(reference)
+    chosen = np.random.default_rng(0).integers(0, len(difference), (_NUM_RESAMPLES, len(difference)))
+    margin = float(np.quantile(difference[chosen].mean(axis=1), 0.05))
+    return Verdict(spec.name, spec.cluster, float(np.mean(own)), float(np.mean(reference)), margin)
+
+
+def choose_pool(listed: TaskList, verdicts: Mapping[str, Verdict]) -> dict[str, str]:
+    """Task of the pool -> the listed task whose place it has: itself, or the first kept spare of its cluster.
+
+    A place for which no spare is left stays empty.
+    """
+    spares = [spec for spec in listed.spares if spec.name in verdicts and verdicts[spec.name].is_kept]
+    places = {spec.name: spec.name for spec in listed.tasks if spec.name in verdicts and verdicts[spec.name].is_kept}
+    for spec in listed.tasks:
+        if spec.name not in places:
+            same = [spare for spare in spares if spare.cluster == spec.cluster and spare.name not in places]
+            if same:
+                places[same[0].name] = spec.name
+    return places
+
+
+def empty_places(listed: TaskList, verdicts: Mapping[str, Verdict]) -> list[TaskSpec]:
+    """The listed tasks in whose place nothing is kept."""
+    filled = set(choose_pool(listed, verdicts).values())
+    return [spec for spec in listed.tasks if spec.name not in filled]
+
+
+def next_spares(listed: TaskList, verdicts: Mapping[str, Verdict]) -> list[str]:
+    """For every empty place a spare of its cluster that was not tried yet, as far as there are any."""
+    untried = [spec for spec in listed.spares if spec.name not in verdicts]
+    chosen: list[str] = []
+    for place in empty_places(listed, verdicts):
+        same = [spec.name for spec in untried if spec.cluster == place.cluster and spec.name not in chosen]
+        chosen += same[:1]
+    return chosen
+
+
+def own_plan(record: AdapterRecord) -> Plan:
+    return Plan("selection", (PlannedAdapter(record.ref, record.weights_digest, 1.0),))
+
+
+def judge(study: Study, store: LoraStore, asker: Asker, out: Console, per_task: int) -> dict[str, Verdict]:
+    """Every task's verdict, from greedy answers to its choice items. The base counts where the score is ROUGE-L."""
+    questions = study.questions("choice", per_task)
+    snapshot = store.snapshot()
+    own = [(question, own_plan(snapshot.resolve("local", question.task))) for question in questions]
+    free = [(question, BASE_PLAN) for question in questions if study.specs[question.task].metric == "rouge_l"]
+    texts = asker.answers(own, out, "own adapters on the choice part")
+    base = asker.answers(free, out, "base model on the choice part")
+
+    def rate(task: str, item: Item, text: str) -> float:
+        return score(study.specs[task], item, text)
+
+    own_scores, base_scores = scores_by_task(questions, texts, rate), scores_by_task([q for q, _ in free], base, rate)
+    verdicts = {}
+    for name, spec in study.specs.items():
+        items = study.parts[name].choice[:per_task]
+        references = [majority_scores(spec, study.parts[name].train, items)]
+        references += [base_scores[name]] if name in base_scores else []
+        verdicts[name] = verdict(spec, own_scores[name], references)
+    return verdicts
+
+
+def write_pool(path: Path, places: Mapping[str, str], verdicts: Iterable[Verdict]) -> None:
+    """The pool, and every verdict it was chosen by."""
+    rows = [asdict(item) | {"is_kept": item.is_kept} for item in verdicts]
+    rounded = [
+        {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()} for row in rows
+    ]
+    lines = ",\n  ".join(json.dumps(row) for row in rounded)
+    path.write_text(
+        f'{{"pool": {json.dumps(dict(places), indent=1)},\n "verdicts": [\n  {lines}\n]}}\n', encoding="utf-8"
+    )
+
+
+def read_pool(path: Path = POOL_FILE) -> list[str]:
+    """The tasks of the pool."""
+    return list(json.loads(path.read_text(encoding="utf-8"))["pool"])
+
+
+def read_verdicts(path: Path = POOL_FILE) -> dict[str, Verdict]:
+    """What the pool was chosen by."""
+    rows = json.loads(path.read_text(encoding="utf-8"))["verdicts"]
+    return {row["task"]: Verdict(**{key: value for key, value in row.items() if key != "is_kept"}) for row in rows}
+
+
+def pool_table(verdicts: Mapping[str, Verdict], places: Mapping[str, str]) -> str:
+    """What every trained adapter scores on the choice part, and what became of it."""
+    fates = {
+        name: "kept" if name in places else "kept, not needed" if v.is_kept else "not kept"
+        for name, v in verdicts.items()
+    }
+    fates |= {name: f"in place of {place}" for name, place in places.items() if name != place}
+    rows = [
+        [v.task, v.cluster, percent(v.own), percent(v.reference), f"{100 * v.margin:+.1f}", fates[v.task]]
+        for v in verdicts.values()
+    ]
+    header = ["task", "cluster", "own adapter", "better of majority and base", "margin", ""]
+    return table(header, rows)
+
+
+def write_section(folder: Path, verdicts: Mapping[str, Verdict], places: Mapping[str, str]) -> None:
+    """The pool's section of the report."""
+    words = (
+        f"{len(places)} tasks, rank 6, lora_alpha 12, all linear layers of layers 9 to 17. On the choice part, percent;"
+        " `margin` is what own less reference exceeds in 95 of 100 resamplings: kept where it is above 0."
+    )
+    parts = ["## The pool\n", words + "\n", pool_table(verdicts, places)]
+    (folder / "paper_pool.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+def main(
+    per_task: Annotated[int, typer.Option(help="choice items of each task")] = NUM_CHOICE,
+    root: Annotated[Path, typer.Option(help="the study's cache folder")] = DEFAULT_ROOT,
+) -> None:
+    """Judge every trained adapter and write benchmarks/paper/pool.json."""
+    workspace, listed, out = Workspace(root), read_task_list(), Console(width=120)
+    specs = [spec for spec in listed.by_name.values() if (workspace.adapters / spec.name).exists()]
+    config = worker_config(len(specs))
+    study = load_study(specs, workspace, config)
+    asker, store, _ = load_asker(workspace, config, [spec.name for spec in specs])
+    verdicts = judge(study, store, asker, out, per_task)
+    for item in verdicts.values():
+        mark = "kept" if item.is_kept else "[red]not kept"
+        out.print(f"{item.task:34} own {item.own:.2f} reference {item.reference:.2f} margin {item.margin:+.2f} {mark}")
+    places = choose_pool(listed, verdicts)
+    write_pool(POOL_FILE, places, verdicts.values())
+    write_section(RESULTS, verdicts, places)
+    out.print(f"{len(places)} of {len(listed.tasks)} places are filled")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,48 @@
+"""The paper's main table: `python -m benchmarks.paper.main_table`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from benchmarks.paper.answer_tables import ROWS, write_tables
+from benchmarks.paper.choose import read_pool
+from benchmarks.paper.methods import MAIN
+from benchmarks.paper.runs import Bench, pool_retriever, run_all
+from benchmarks.paper.steps import write_parquet
+from benchmarks.paper.study import load_asker, load_study, worker_config
+from benchmarks.paper.tasks import NUM_TEST, read_task_list
+from benchmarks.paper.workspace import DEFAULT_ROOT, Workspace
+from benchmarks.results_file import RESULTS
+from retriever_svc import Encoder
+from retriever_svc.encoder import DEFAULT_MODEL
+
+
+def load_bench(workspace: Workspace, encoder: str, out: Console) -> Bench:
+    """The fixed pool behind the server's engine and Retriever."""
+    listed, names = read_task_list().by_name, read_pool()
+    config = worker_config(len(names))
+    study = load_study([listed[name] for name in names], workspace, config)
+    asker, _, _ = load_asker(workspace, config, names)
+    return Bench(study, asker, pool_retriever(study, asker, Encoder(encoder)), out)
+
+
+def main(
+    per_task: Annotated[int, typer.Option(help="test questions of each task")] = NUM_TEST,
+    encoder: Annotated[str, typer.Option(help="the encoder: a name or folder")] = DEFAULT_MODEL,
+    root: Annotated[Path, typer.Option(help="the study's cache folder")] = DEFAULT_ROOT,
+) -> None:
+    """Answer the test questions under every method, then write rows, tables and figures; known answers are kept."""
+    workspace = Workspace(root)
+    bench = load_bench(workspace, encoder, Console(width=120))
+    rows = run_all(bench, MAIN, per_task, workspace.rows / "answers")
+    write_parquet(RESULTS / f"paper_{ROWS}", rows)
+    clusters = {name: spec.cluster for name, spec in read_task_list().by_name.items()}
+    write_tables(RESULTS, clusters, Path(encoder).name)
+
+
+if __name__ == "__main__":
+    typer.run(main)
