@@ -1,6 +1,6 @@
 """The server over HTTP beside the study's own evaluation: the same plans, and in float32 the same greedy texts.
 
-`python -m benchmarks.paper.served`: questions of the study's pool; `--starter` takes the starter pool's prompts instead.
+`python -m benchmarks.paper.served` asks questions of the study's pool, with `--starter` those of the starter pool.
 """
 
 from __future__ import annotations
