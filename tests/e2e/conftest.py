@@ -37,13 +37,18 @@ class Heldout:
 
 
 @pytest.fixture(scope="session")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The server's address. float32, so that rows of a batch can be compared with rows alone."""
-    config = AppConfig(
+def config(tmp_path_factory: pytest.TempPathFactory) -> AppConfig:
+    """float32, so that rows of a batch can be compared with rows alone."""
+    return AppConfig(
         store_uri=str(tmp_path_factory.mktemp("pool")),
         preload=(POOL,),
         worker=WorkerSettings(dtype="float32", max_batch_size=16, max_model_len=1024),
     )
+
+
+@pytest.fixture(scope="session")
+def url(config: AppConfig) -> Iterator[str]:
+    """The server's address."""
     with tell_often(), Server(config, port=0, num_cpus=8) as server:
         server.prepare(print)
         address = server.start()

@@ -12,24 +12,24 @@ import typer
 from rich.console import Console
 from transformers import AutoTokenizer
 
+from benchmarks.paper.choose import POOL_FILE, read_pool
 from benchmarks.paper.retrieval.cells import Cells
 from benchmarks.paper.retrieval.draws import draws_step
 from benchmarks.paper.retrieval.extras import extra_steps, latency_step
 from benchmarks.paper.retrieval.results import write_tables
 from benchmarks.paper.retrieval.study import UNTRAINED, study_of
 from benchmarks.paper.steps import run_steps, write_parquet
-from benchmarks.paper.tasks import load_parts, read_task_list
-from benchmarks.paper.workspace import Workspace, fetch_archive
+from benchmarks.paper.tasks import TaskList, load_parts, read_task_list
+from benchmarks.paper.workspace import DEFAULT_ROOT, Workspace, fetch_archive
+from benchmarks.results_file import RESULTS
 from examples.bigbench_tasks import TaskSpec, read_task_files
 from gpu_worker.base_model import model_source
 from gpu_worker.config import WorkerConfig
 
-RESULTS = Path(__file__).parents[1] / "results"
 KINDS = ("ranks", "draws", "samples", "bases", "growth", "latency")
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 out = Console(soft_wrap=True)
-DEFAULT_ROOT = Workspace().root
 Root = Annotated[Path, typer.Option(help="where encoders and raw rows are kept")]
 
 
@@ -39,7 +39,7 @@ def run(root: Root = DEFAULT_ROOT) -> None:
     cells = cells_of(Workspace(root))
     pace = seconds_per_text(cells)
     run_steps([*cells.ranking_steps(), draws_step(cells)], pace, out)
-    run_steps(extra_steps(cells, lambda: descriptions(Workspace(root), read_task_list().tasks)), pace, out)
+    run_steps(extra_steps(cells, lambda: descriptions(Workspace(root), pool_specs(read_task_list()))), pace, out)
     run_steps([latency_step(cells)], pace, out)
     collect(cells, RESULTS)
     tables()
@@ -62,9 +62,15 @@ def tables() -> None:
 
 
 def cells_of(workspace: Workspace) -> Cells:
+    """Over the fixed pool, or over the list where none is fixed yet."""
     listed = read_task_list()
     tokenizer = AutoTokenizer.from_pretrained(model_source(WorkerConfig()))
-    return Cells(study_of(listed, load_parts((*listed.tasks, *listed.spares), workspace, tokenizer)), workspace)
+    parts = load_parts((*listed.tasks, *listed.spares), workspace, tokenizer)
+    return Cells(study_of(listed, pool_specs(listed), parts), workspace)
+
+
+def pool_specs(listed: TaskList) -> tuple[TaskSpec, ...]:
+    return tuple(listed.by_name[name] for name in read_pool()) if POOL_FILE.exists() else listed.tasks
 
 
 def seconds_per_text(cells: Cells) -> float:
@@ -87,7 +93,7 @@ def collect(cells: Cells, folder: Path) -> None:
     for kind in KINDS:
         parts = [pq.read_table(path) for path in sorted(cells.rows.glob(f"{kind}*.parquet"))]
         if parts:
-            write_parquet(folder / f"retrieval_{kind}.parquet", pa.concat_tables(parts).unify_dictionaries())
+            write_parquet(folder / f"paper_retrieval_{kind}.parquet", pa.concat_tables(parts).unify_dictionaries())
 
 
 if __name__ == "__main__":

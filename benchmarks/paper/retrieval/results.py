@@ -80,7 +80,7 @@ def _plot(folder: Path, rankings: Rankings) -> None:
         for depth in (1, 3)
     }
     plots.lines("paper_retrieval_shares", curves, "tasks trained on, %", "own adapter found, %", log_x=False)
-    found = pd.read_parquet(folder / "retrieval_growth.parquet")
+    found = pd.read_parquet(folder / "paper_retrieval_growth.parquet")
     means = found.groupby(["encoder", "size"], sort=False)[["top1", "top3"]].mean().reset_index()
     grown = {
         f"{column.replace('top', 'top-')}, {name}": [

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.paper.tasks import Parts, TaskList
+from examples.bigbench_tasks import TaskSpec
 from retriever_svc import choose_tasks
 
 UNTRAINED = "untrained"
@@ -60,7 +61,7 @@ class Study:
     @property
     def digest(self) -> str:
         """Of the pool and its texts: what was measured on another pool is not taken for this one's."""
-        return hashlib.sha256(repr(self.tasks).encode()).hexdigest()[:8]
+        return hashlib.sha256(repr(sorted(self.tasks, key=lambda task: task.name)).encode()).hexdigest()[:8]
 
     def draws(self) -> list[Draw]:
         """Those that the headlines need come first."""
@@ -69,13 +70,13 @@ class Study:
         return sorted([*shared, *clusters], key=lambda draw: (not draw.is_main, draw.seed))
 
 
-def study_of(listed: TaskList, parts: dict[str, Parts]) -> Study:
-    """Spares without queries or samples enough are left out."""
-    tasks, spares = (
+def study_of(listed: TaskList, pool: Sequence[TaskSpec], parts: Mapping[str, Parts]) -> Study:
+    """The pool's tasks, and as spares all others with queries and as many samples."""
+    tasks, others = (
         tuple(_task(spec.name, spec.cluster, parts[spec.name]) for spec in specs)
-        for specs in (listed.tasks, listed.spares)
+        for specs in (pool, [spec for spec in listed.by_name.values() if spec not in pool])
     )
-    return Study(tasks, tuple(task for task in spares if len(task.samples) == len(tasks[0].samples) and task.test))
+    return Study(tasks, tuple(task for task in others if len(task.samples) == len(tasks[0].samples) and task.test))
 
 
 def _task(name: str, cluster: str, parts: Parts) -> Task:

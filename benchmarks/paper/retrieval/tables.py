@@ -109,7 +109,7 @@ def _spearman(one: pd.Series, other: pd.Series) -> float:
 
 def samples(folder: Path) -> str:
     """Hits by the number of samples an adapter is embedded by, with the range over draws of the samples."""
-    found = pd.read_parquet(folder / "retrieval_samples.parquet")
+    found = pd.read_parquet(folder / "paper_retrieval_samples.parquet")
     rows = []
     for (name, number), own in found.groupby(["encoder", "num_samples"], sort=False):
         label = "description" if number == DESCRIPTION else str(number)
@@ -119,7 +119,7 @@ def samples(folder: Path) -> str:
 
 def growth(folder: Path) -> str:
     """Hits while the pool grows, with the range over orders, and what the index costs."""
-    found, latency = (pd.read_parquet(folder / f"retrieval_{kind}.parquet") for kind in ("growth", "latency"))
+    found, latency = (pd.read_parquet(folder / f"paper_retrieval_{kind}.parquet") for kind in ("growth", "latency"))
     search_ms = dict(zip(latency["size"], latency["search_ms"], strict=True))
     rows = []
     for (name, size), own in found.groupby(["encoder", "size"], sort=False):
@@ -132,7 +132,7 @@ def growth(folder: Path) -> str:
 
 def bases(folder: Path) -> str:
     """One index over two base models, with and without a filter by base; both bases' requests together."""
-    found = pd.read_parquet(folder / "retrieval_bases.parquet")
+    found = pd.read_parquet(folder / "paper_retrieval_bases.parquet")
     columns = ("own_top1", "own_top3", "task_top1", "usable")
     rows = [
         [_encoder(str(name)), str(pool), "yes" if filtered else "no", *[percent(own[c].mean()) for c in columns]]
