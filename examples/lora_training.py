@@ -30,6 +30,8 @@ class Recipe:
 
     rank: int = 6
     lora_alpha: int = 12
+    use_rslora: bool = False
+    modules: tuple[str, ...] = LINEAR_NAMES
     first_layer: int = 9
     num_steps: int = 60
     batch_tokens: int = 400
@@ -181,7 +183,8 @@ def _lora_config(model: nn.Module, recipe: Recipe) -> LoraConfig:
     return LoraConfig(
         r=recipe.rank,
         lora_alpha=recipe.lora_alpha,
-        target_modules=list(LINEAR_NAMES),
+        use_rslora=recipe.use_rslora,
+        target_modules=list(recipe.modules),
         layers_to_transform=list(range(recipe.first_layer, model.config.num_hidden_layers)),
         task_type="CAUSAL_LM",
     )

@@ -8,7 +8,19 @@ from benchmarks.results_file import RESULTS
 
 REPORT = Path(__file__).with_name("REPORT.md")
 READING = Path(__file__).with_name("reading.md")
-SECTIONS = ("paper_pool.md", "retrieval.md", "paper_answers.md", "paper_ablations.md", "paper_kinds.md")
+SECTIONS = (
+    "paper_pool.md",
+    "retrieval.md",
+    "paper_answers.md",
+    "paper_ablations.md",
+    "paper_shares.md",
+    "paper_speed.md",
+    "paper_conflicts.md",
+    "paper_gate.md",
+    "paper_kinds.md",
+    "paper_mixed_pool.md",
+    "paper_arrivals.md",
+)
 
 
 def report_of(folder: Path, reading: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -89,22 +89,35 @@ def train_all(
     recipe_of: Callable[[TaskSpec], Recipe] = recipe_of,
 ) -> None:
     """Every task of `specs` has its adapter folder, but those another process is at."""
+    todo = untrained(specs, workspace)
+    parts = load_parts(todo, workspace, AutoTokenizer.from_pretrained(source))
+    train_on(parts, {spec.name: recipe_of(spec) for spec in todo}, workspace, source, progress)
+
+
+def untrained(specs: Sequence[TaskSpec], workspace: Workspace) -> list[TaskSpec]:
+    """Those without an adapter folder."""
+    return [spec for spec in specs if not AdapterFolder(workspace, spec.name).path.exists()]
+
+
+def train_on(
+    parts: Mapping[str, Parts], recipes: Mapping[str, Recipe], workspace: Workspace, source: Path, progress: Progress
+) -> None:
+    """Every name of `recipes` has an adapter of its part `train`, but those another process is at."""
     workspace.adapters.mkdir(parents=True, exist_ok=True)
-    todo = [spec for spec in specs if not AdapterFolder(workspace, spec.name).path.exists()]
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    parts = load_parts(todo, workspace, tokenizer)
-    trainer = Trainer(load_base(source), tokenizer)
-    bar = progress.add_task("steps of all tasks", total=sum(recipe_of(spec).num_steps for spec in todo))
-    for spec in todo:
-        folder, recipe = AdapterFolder(workspace, spec.name), recipe_of(spec)
+    todo = [name for name in recipes if not AdapterFolder(workspace, name).path.exists()]
+    if not todo:
+        return
+    trainer = Trainer(load_base(source), AutoTokenizer.from_pretrained(source))
+    bar = progress.add_task("steps of all adapters", total=sum(recipes[name].num_steps for name in todo))
+    for name in todo:
+        folder, recipe = AdapterFolder(workspace, name), recipes[name]
         try:
             with folder.lock:
                 if not folder.path.exists():
                     started = time.perf_counter()
-                    trainer.train(folder, parts[spec.name], recipe, progress)
-                    progress.console.print(
-                        f"{spec.name}: {(time.perf_counter() - started) / recipe.num_steps:.2f} s/step"
-                    )
+                    trainer.train(folder, parts[name], recipe, progress)
+                    pace_s = (time.perf_counter() - started) / recipe.num_steps
+                    progress.console.print(f"{name}: {pace_s:.2f} s/step", markup=False)
         except Timeout:
             pass  # another process trains it
         progress.advance(bar, recipe.num_steps)
