@@ -35,7 +35,6 @@ from benchmarks.paper.workspace import DEFAULT_ROOT, Workspace
 from benchmarks.results_file import RESULTS
 from lora_store import LOCAL_TENANT
 from retriever_svc import AdapterIndex, Encoder, TrainingSettings, train_encoder
-from retriever_svc.encoder import DEFAULT_MODEL
 
 ROWS = "paper_arrivals.parquet"
 NUM_REQUESTS, NUM_CHANGES, NUM_LIVE, NUM_SWAPPED = 2000, 4, 48, 12
@@ -150,19 +149,23 @@ def stream_rows(name: str, stream: Sequence[Epoch], make: Make, *, retrains: boo
     return pa.Table.from_pylist(rows)
 
 
-def trained_encoder(live: Sequence[Task], target: Path, model: str | Path, settings: TrainingSettings) -> Encoder:
+def trained_encoder(live: Sequence[Task], target: Path) -> Encoder:
     """Trained anew at every call: the time that takes counts. `target` is its folder from then on."""
     shutil.rmtree(target, ignore_errors=True)
     texts = {task.name: task.samples for task in live}
-    return Encoder(train_encoder(texts, target, model=model, settings=settings))
+    return Encoder(train_encoder(texts, target, settings=TrainingSettings(bf16=True)))
 
 
-def steps_of(stream: Sequence[Epoch], folder: Path, model: str | Path, settings: TrainingSettings) -> list[Step]:
+def steps_of(
+    stream: Sequence[Epoch],
+    folder: Path,
+    untrained: Callable[[], Encoder],
+    train: Callable[[Sequence[Task]], Encoder],
+) -> list[Step]:
     """A step a router; costs in trainings of an encoder."""
-    untrained = cache(lambda: Encoder(model))
 
     def trained(live: Sequence[Task]) -> Router:
-        return IndexRouter(trained_encoder(live, folder / "encoder", model, settings))
+        return IndexRouter(train(live))
 
     def step(name: str, make: Make, cost: float, *, retrains: bool = False) -> Step:
         path = folder / f"{name.replace(', ', '-').replace(' ', '_')}.parquet"
@@ -238,7 +241,7 @@ def main(root: Annotated[Path, typer.Option(help="the study's cache folder")] = 
     study = cells_of(workspace).study
     stream = stream_of((*study.tasks, *study.spares))
     folder = workspace.rows / "arrivals" / study.digest
-    steps = steps_of(stream, folder, DEFAULT_MODEL, TrainingSettings(bf16=True))
+    steps = steps_of(stream, folder, cache(Encoder), lambda live: trained_encoder(live, folder / "encoder"))
     run_steps(steps, _TRAINING_S, out)
     write_parquet(RESULTS / ROWS, pa.concat_tables([pq.read_table(step.path) for step in steps]))
     write_tables(RESULTS)

@@ -37,7 +37,7 @@ class Rule:
         return f"select where the lead is {'at least' if self.clear_selects else 'below'} {self.margin:g}, else mix"
 
 
-RULES = tuple(Rule(margin, clear) for clear, margin in product((True, False), MARGINS))
+RULES = tuple(Rule(margin, clear) for margin, clear in product(MARGINS, (True, False)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,7 +104,7 @@ def section(rows: pd.DataFrame, variants: dict[str, str]) -> str:
         for name in METHODS
     ]
     own = []
-    for variant in VARIANTS:
+    for variant in dict.fromkeys(variants.values()):
         tasks = [task for task, name in variants.items() if name == variant]
         means = [answers.scores(f"{kind}_perfect").loc[tasks].to_numpy().mean() for kind in KINDS]
         own.append([variant, str(len(tasks)), *map(percent, means)])

@@ -120,8 +120,7 @@ def train_gates(
         allowed = torch.zeros(1, model.num_adapters, dtype=torch.bool)
         allowed[0, torch.randperm(model.num_adapters, generator=draw)[:kept]] = True
         model.chosen.allowed = allowed
-        hidden = decoder(input_ids=batch.ids, use_cache=False, **batch.inputs).last_hidden_state
-        loss = loss_of(hidden, batch.labels)
+        loss = loss_of(batch.read_by(decoder), batch.labels)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(gates, 1.0)

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,11 +19,12 @@ from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AutoTokenizer
 
 from benchmarks.paper.choose import POOL_FILE, read_pool
+from benchmarks.paper.lower_layers import lower_layers
 from benchmarks.paper.packing import Packed
 from benchmarks.paper.tasks import Parts, load_parts, read_task_list
 from benchmarks.paper.workspace import DEFAULT_ROOT, Workspace
 from examples.bigbench_tasks import TaskSpec
-from examples.lora_training import Recipe, tokenize, train_adapter
+from examples.lora_training import Recipe, batches, tokenize, train_adapter
 from examples.train_starter_pool import load_base, save_adapter, write_items
 from gpu_worker.base_model import model_source
 from gpu_worker.config import WorkerConfig
@@ -75,7 +77,10 @@ class Trainer:
             progress.update(bar, advance=1, description=f"{folder.path.name} loss {loss:.3f}")
 
         examples = tokenize(parts.train, self._tokenizer)
-        trained = train_adapter(self._base, examples, recipe, show, Packed(examples, self._base.config))
+        packed = Packed(examples, self._base.config)
+        upcoming = [one for batch in islice(batches(examples, recipe, packed), recipe.num_steps) for one in batch]
+        with lower_layers(packed, self._base.model, recipe.first_layer, upcoming) as layout:
+            trained = train_adapter(self._base, examples, recipe, show, layout)
         folder.write(trained, parts)
         self._base = trained.unload()
         progress.remove_task(bar)
