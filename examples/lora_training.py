@@ -133,7 +133,7 @@ class AnswerLoss:
 
     def __init__(self, embedding: Tensor, examples: Sequence[Example], recipe: Recipe) -> None:
         used = torch.cat([e.ids for e in examples] + [e.labels[e.labels != NO_LABEL] for e in examples])
-        ids = torch.cat([torch.arange(recipe.vocabulary_len), used]).unique()
+        ids = torch.cat([torch.arange(min(recipe.vocabulary_len, len(embedding))), used]).unique()
         self._weight = embedding[ids].bfloat16()  # (V, hidden)
         self._position = torch.zeros(len(embedding), dtype=torch.long)
         self._position[ids] = torch.arange(len(ids))

@@ -14,7 +14,15 @@ from rich.console import Console
 from benchmarks.paper.choose import POOL_FILE, empty_places, next_spares, read_verdicts
 from benchmarks.paper.tasks import read_task_list
 
-_CORE_MINUTES = {"train_pool": 35, "choose": 10, "retrieval": 60, "main_table": 60, "ablations": 120, "report": 0}
+_CORE_MINUTES = {
+    "train_pool": 35,
+    "choose": 10,
+    "retrieval": 60,
+    "main_table": 60,
+    "baselines": 60,
+    "ablations": 120,
+    "report": 0,
+}
 _MOST_SWAPS = 3
 cli = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 out = Console(width=120)

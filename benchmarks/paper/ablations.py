@@ -85,7 +85,7 @@ def main(
 ) -> None:
     """Answer under every number of adapters, then write rows, table and plot."""
     workspace = Workspace(root)
-    bench = load_bench(workspace, encoder, Console(width=120))
+    bench = load_bench(workspace, encoder, Console(width=120)).bench
     write_parquet(RESULTS / ROWS, run_all(bench, methods_of(), per_task, workspace.rows / "ablations"))
     write_tables(RESULTS)
 

@@ -10,9 +10,10 @@ import pandas as pd
 
 from benchmarks.paper.intervals import Interval, bootstrap
 from benchmarks.paper.markdown import percent, table
+from benchmarks.paper.tasks import read_task_list
 from benchmarks.results_file import write_part
 
-ROWS = "answers.parquet"
+ROWS, BASELINES = "paper_answers.parquet", "paper_baselines.parquet"
 COMPARED = [
     ("perfect", "base"),
     ("perfect", "majority"),
@@ -22,6 +23,8 @@ COMPARED = [
     ("mixture_ood", "fusion_ood"),
     ("selection_iid", "adaptersoup"),
     ("mixture_ood", "adaptersoup"),
+    *[("mixture_ood", name) for name in ("moe_top1", "moe_top3", "moe_soft", "smear", "lorahub")],
+    *[("selection_iid", name) for name in ("moe_top1", "moe_top3", "moe_soft", "smear", "lorahub")],
 ]
 
 
@@ -96,9 +99,11 @@ def figures(answers: Answers) -> dict[str, float]:
     return {name: round(value, 4) for name, value in found.items()}
 
 
-def write_tables(folder: Path, clusters: Mapping[str, str], encoder: str) -> None:
-    """`folder` has the rows; the section of the report and the figures are written."""
-    answers = Answers(pd.read_parquet(folder / f"paper_{ROWS}"), clusters)
+def write_tables(folder: Path, encoder: str) -> None:
+    """`folder` has the rows, of the baselines where they were run; the report's section and the figures are written."""
+    found = [pd.read_parquet(folder / name) for name in (ROWS, BASELINES) if (folder / name).exists()]
+    clusters = {name: spec.cluster for name, spec in read_task_list().by_name.items()}
+    answers = Answers(pd.concat(found), clusters)
     num_rows = answers.scores(answers.runs[0]).shape
     parts = [
         "## Answers\n",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import pyarrow as pa
 import typer
 from rich.console import Console
 
@@ -13,21 +15,30 @@ from benchmarks.paper.choose import read_pool
 from benchmarks.paper.methods import MAIN
 from benchmarks.paper.runs import Bench, pool_retriever, run_all
 from benchmarks.paper.steps import write_parquet
-from benchmarks.paper.study import load_asker, load_study, worker_config
+from benchmarks.paper.study import Weights, load_asker, load_study, worker_config
 from benchmarks.paper.tasks import NUM_TEST, read_task_list
 from benchmarks.paper.workspace import DEFAULT_ROOT, Workspace
 from benchmarks.results_file import RESULTS
+from lora_store import LoraStore
 from retriever_svc import Encoder
 from retriever_svc.encoder import DEFAULT_MODEL
 
 
-def load_bench(workspace: Workspace, encoder: str, out: Console) -> Bench:
-    """The fixed pool behind the server's engine and Retriever."""
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The fixed pool behind the server's engine and Retriever, and where the engine's weights come from."""
+
+    bench: Bench
+    store: LoraStore
+    weights: Weights
+
+
+def load_bench(workspace: Workspace, encoder: str, out: Console) -> Loaded:
     listed, names = read_task_list().by_name, read_pool()
     config = worker_config(len(names))
     study = load_study([listed[name] for name in names], workspace, config)
-    asker, _, _ = load_asker(workspace, config, names)
-    return Bench(study, asker, pool_retriever(study, asker, Encoder(encoder)), out)
+    asker, store, weights = load_asker(workspace, config, names)
+    return Loaded(Bench(study, asker, pool_retriever(study, asker, Encoder(encoder)), out), store, weights)
 
 
 def main(
@@ -37,11 +48,11 @@ def main(
 ) -> None:
     """Answer the test questions under every method, then write rows, tables and figures; known answers are kept."""
     workspace = Workspace(root)
-    bench = load_bench(workspace, encoder, Console(width=120))
+    bench = load_bench(workspace, encoder, Console(width=120)).bench
     rows = run_all(bench, MAIN, per_task, workspace.rows / "answers")
-    write_parquet(RESULTS / f"paper_{ROWS}", rows)
-    clusters = {name: spec.cluster for name, spec in read_task_list().by_name.items()}
-    write_tables(RESULTS, clusters, Path(encoder).name)
+    rows = pa.concat_tables([rows, bench.majority(per_task)])
+    write_parquet(RESULTS / ROWS, rows)
+    write_tables(RESULTS, Path(encoder).name)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def run_all(bench: Bench, methods: Mapping[str, Method], per_task: int, folder: 
     for name, method in methods.items():
         tables.append(bench.run(name, method, per_task))
         write_parquet(folder / f"{name}.parquet", tables[-1])
-    return pa.concat_tables([*tables, bench.majority(per_task)])
+    return pa.concat_tables(tables)
 
 
 def pool_retriever(study: Study, asker: Asker, encoder: Encoder) -> Retriever:
