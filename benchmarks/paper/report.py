@@ -8,7 +8,15 @@ from benchmarks.results_file import RESULTS
 
 REPORT = Path(__file__).with_name("REPORT.md")
 READING = Path(__file__).with_name("reading.md")
-SECTIONS = ("paper_pool.md", "retrieval.md", "paper_answers.md", "paper_ablations.md", "paper_kinds.md")
+SECTIONS = (
+    "paper_pool.md",
+    "retrieval.md",
+    "paper_answers.md",
+    "paper_ablations.md",
+    "paper_kinds.md",
+    "paper_served_study.md",
+    "paper_served_starter.md",
+)
 
 
 def report_of(folder: Path, reading: str) -> str:

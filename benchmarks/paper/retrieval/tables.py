@@ -118,16 +118,23 @@ def samples(folder: Path) -> str:
 
 
 def growth(folder: Path) -> str:
-    """Hits while the pool grows, with the range over orders, and what the index costs."""
-    found, latency = (pd.read_parquet(folder / f"paper_retrieval_{kind}.parquet") for kind in ("growth", "latency"))
-    search_ms = dict(zip(latency["size"], latency["search_ms"], strict=True))
+    """Hits while the pool grows, with the range over orders, and the memory of the index."""
+    found = pd.read_parquet(folder / "paper_retrieval_growth.parquet")
     rows = []
     for (name, size), own in found.groupby(["encoder", "size"], sort=False):
         hits = [_with_range(own[column]) for column in ("top1", "top3", "top8", "first_top1", "first_top3")]
-        kib = own["index_bytes"].max() / 1024
-        rows.append([_encoder(str(name)), str(size), *hits, f"{kib:.0f}", f"{search_ms[size]:.3f}"])
-    header = ["encoder", "adapters", "top-1", "top-3", "top-8", "first ten tasks top-1", "top-3", "index, KiB"]
-    return table([*header, "search, ms"], rows)
+        rows.append([_encoder(str(name)), str(size), *hits, f"{own['index_bytes'].max() / 1024:.0f}"])
+    return table(
+        ["encoder", "adapters", "top-1", "top-3", "top-8", "first ten tasks top-1", "top-3", "index, KiB"], rows
+    )
+
+
+def latency(folder: Path) -> str:
+    """Medians by the size of the pool."""
+    found = pd.read_parquet(folder / "paper_retrieval_latency.parquet")
+    measured = zip(found["size"], found["encode_ms"], found["search_ms"], strict=True)
+    rows = [[str(size), f"{encode_ms:.1f}", f"{search_ms:.3f}"] for size, encode_ms, search_ms in measured]
+    return table(["adapters", "encoder, ms", "search, ms"], rows)
 
 
 def bases(folder: Path) -> str:
