@@ -72,7 +72,8 @@ def test_the_report_says_what_is_missing(tmp_path: Path) -> None:
     (tmp_path / "paper_answers.md").write_text("## Answers\n\nall right\n")
     report = report_of(tmp_path, "# Report\n")
     assert report.startswith("# Report\n\n## Answers\n\nall right\n")
-    assert report.endswith("Not measured yet: paper_pool, retrieval, paper_ablations, paper_kinds.\n")
+    missing = "paper_pool, retrieval, paper_ablations, paper_kinds, paper_served_study, paper_served_starter"
+    assert report.endswith(f"Not measured yet: {missing}.\n")
 
 
 def test_the_ablation_has_a_row_a_number_and_compares_the_weights() -> None:
