@@ -27,8 +27,8 @@ from ray.serve.handle import DeploymentHandle
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.engine_cases import RANK, random_modules
 from benchmarks.results_file import machine, write_part
-from benchmarks.throughput import RANK, random_adapter
 from deployments.config import AppConfig, ScalingSettings, WorkerSettings
 from deployments.store import StoreDeployment
 from deployments.worker import WorkerDeployment
@@ -73,7 +73,7 @@ def staged(folder: Path, config: AppConfig, shapes: Mapping[str, tuple[int, int]
     digests = []
     for number in range(count):
         path = folder / f"a{number}"
-        write_peft_folder(path, random_adapter(str(number), dict(shapes)).modules, base_model=config.served_base_name)
+        write_peft_folder(path, random_modules(number, dict(shapes)), base_model=config.served_base_name)
         digests.append(store.stage(path).weights_digest)
     return digests
 

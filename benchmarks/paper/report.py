@@ -20,6 +20,8 @@ SECTIONS = (
     "paper_kinds.md",
     "paper_mixed_pool.md",
     "paper_arrivals.md",
+    "paper_served_study.md",
+    "paper_served_starter.md",
 )
 
 

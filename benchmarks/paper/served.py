@@ -27,7 +27,7 @@ from benchmarks.paper.stores import fetch_from, open_store, retriever_over
 from benchmarks.paper.study import load_study, worker_config
 from benchmarks.paper.tasks import NUM_TEST, read_task_list
 from benchmarks.paper.workspace import DEFAULT_ROOT, Workspace
-from benchmarks.results_file import write_part
+from benchmarks.results_file import RESULTS, write_part
 from deployments.config import AppConfig, RetrievalSettings, WorkerSettings
 from deployments.server import Server
 from examples.bigbench_tasks import Item
@@ -40,7 +40,7 @@ from retriever_svc.encoder import DEFAULT_MODEL
 MAX_TOKENS = 20
 _PER_STARTER_TASK = 12
 METHODS = {"mixture": Routed("mixture"), "selection": Routed("selection"), "fusion": Routed("fusion")}
-_READY_TIMEOUT_S = 600.0
+_TIMEOUT_S = 600.0
 _TOLERANCE = 1e-5  # of weights and scores, summed in float32 in another order
 
 
@@ -79,7 +79,7 @@ def cases_of(questions: Sequence[Question], count: int) -> list[Case]:
 
 async def served(url: str, cases: Sequence[Case]) -> list[Reply]:
     """What the server answers to all of them at once, `model: auto`."""
-    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=600, max_retries=0) as client:
+    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=_TIMEOUT_S, max_retries=0) as client:
 
         async def ask(case: Case) -> Reply:
             method = METHODS[case.method]
@@ -127,6 +127,12 @@ def report(cases: Sequence[Case], over_http: Sequence[Reply], in_process: Sequen
     return table(["method", "questions", "same plan", "same text"], rows), plans, texts
 
 
+def section_of(pool: str, encoder: str, shares: str) -> str:
+    """For the report."""
+    said = f"`model: auto` over HTTP, all questions at once, and Retriever and Engine in process: float32, {encoder}."
+    return f"## The server and the evaluation, {pool} pool\n\n{said}\n\n{shares}"
+
+
 def starter() -> tuple[list[Path], list[Question]]:
     """The starter pool's folders and held-out prompts."""
     rows = read_questions(EXAMPLES / "starter_heldout", _PER_STARTER_TASK)
@@ -161,17 +167,18 @@ def main(
             store_uri=f"{scratch}/pool",
             preload=tuple(folders),
             retrieval=RetrievalSettings(encoder=chosen),
-            worker=WorkerSettings(dtype="float32"),
+            worker=WorkerSettings(dtype="float32", max_wait_s=_TIMEOUT_S),  # all are asked at once
         )
         with Server(config, port=0) as server:
             server.prepare(out.print)
             url = server.start()
-            server.wait_ready(timeout_s=_READY_TIMEOUT_S)
+            server.wait_ready(timeout_s=_TIMEOUT_S)
             over_http = asyncio.run(served(url, cases))
         in_process = evaluated(config, cases, Path(scratch) / "answers.jsonl", out)
     text, plans, texts = report(cases, over_http, in_process)
     out.print(text, markup=False)
     pool = "starter" if starter_pool else "study"
+    (RESULTS / f"paper_served_{pool}.md").write_text(section_of(pool, Path(chosen).name, text), encoding="utf-8")
     figures = {f"served_same_plan_{pool}": plans, f"served_same_text_{pool}": texts}
     write_part("paper", f"served, {pool} pool", figures=figures, table=text, runs=[])
     if (plans, texts) != (1.0, 1.0):

@@ -27,7 +27,7 @@ def run_steps(steps: Sequence[Step], seconds_per_cost: float, out: Console) -> N
     """Every step's file is there; said first is how long that will take, and after each step what is left."""
     missing = [step for step in steps if not step.path.exists()]
     left = sum(step.cost for step in missing)
-    estimate = f", about {_minutes(left * seconds_per_cost)} on an idle machine" if missing else ""
+    estimate = f", about {_minutes(left * seconds_per_cost)} at the speed of this moment" if missing else ""
     out.print(f"{len(steps)} steps, {len(steps) - len(missing)} of them done before{estimate}", markup=False)
     spent_s, spent_cost = 0.0, 0.0
     for number, step in enumerate(missing, start=1):

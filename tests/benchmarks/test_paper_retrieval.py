@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
@@ -205,3 +206,12 @@ def test_section_and_figures_are_written_from_the_rows(
     section = (folder / "retrieval.md").read_text()
     assert section.startswith("## Retrieval\n")
     assert section.count("| 40 % | 2 |") == 3
+    assert "Not measured yet" not in section
+    latency = (folder / "paper_retrieval_latency.parquet").rename(tmp_path / "aside")
+    ranks = folder / "paper_retrieval_ranks.parquet"
+    whole = pq.read_table(ranks)
+    pq.write_table(whole.filter(pc.field("encoder") != "share100-seed0"), ranks)
+    write_tables(folder)
+    assert (folder / "retrieval.md").read_text().endswith("Not measured yet: share100-seed0, latency.\n")
+    latency.rename(folder / "paper_retrieval_latency.parquet")
+    pq.write_table(whole, ranks)

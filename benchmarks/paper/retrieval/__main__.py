@@ -56,6 +56,13 @@ def latency(root: Root = DEFAULT_ROOT) -> None:
 
 
 @cli.command()
+def gather(root: Root = DEFAULT_ROOT) -> None:
+    """Take what is measured by now for the tables, which say what is missing."""
+    collect(cells_of(Workspace(root)), RESULTS)
+    tables()
+
+
+@cli.command()
 def tables() -> None:
     """Write figures, tables and plots from the committed rows."""
     write_tables(RESULTS)

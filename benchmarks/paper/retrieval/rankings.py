@@ -37,6 +37,10 @@ class Rankings:
         measured = {label: [name for name in names if name in self._there] for label, names in by_label.items()}
         return {label: names for label, names in measured.items() if names}
 
+    def missing(self) -> list[str]:
+        """The draws no encoder was trained on yet."""
+        return sorted(set(self.draws["draw"]) - self._there)
+
     def values(self, encoders: Sequence[str], score: str, field: str = "own") -> np.ndarray:
         """(E, T, Q)."""
         return np.stack([np.reshape(self._rows[name, score][field], (len(self.tasks), -1)) for name in encoders])

@@ -14,6 +14,12 @@ from benchmarks.paper.retrieval.study import MAIN_SHARE, UNTRAINED
 from benchmarks.results_file import write_part
 
 READING = Path(__file__).with_name("reading.md")
+_EXTRAS = {
+    "samples": ("Samples of an adapter", tables.samples),
+    "growth": ("A growing pool", tables.growth),
+    "latency": ("Latency, one query at a time", tables.latency),
+    "bases": ("Two base models in one index", tables.bases),
+}
 _MAIN = f"{100 * MAIN_SHARE:.0f} %"
 
 
@@ -43,7 +49,7 @@ def figures_of(rankings: Rankings) -> dict[str, float]:
 
 
 def section_of(folder: Path, rankings: Rankings) -> str:
-    """Markdown below a heading of the second level. The reading, written by hand, goes before the tables."""
+    """Markdown below a heading of the second level: the reading, written by hand, then the tables of what is there."""
     related = tables.correlations(rankings)
     words = [f"{name} {value:+.2f}" for name, value in related.items()]
     parts = [
@@ -59,14 +65,14 @@ def section_of(folder: Path, rankings: Rankings) -> str:
         tables.boundary(rankings),
         f"Spearman's correlation of {'; '.join(words)}.\n",
         tables.draws(rankings),
-        "### Samples of an adapter\n",
-        tables.samples(folder),
-        "### A growing pool\n",
-        tables.growth(folder),
-        "### Two base models in one index\n",
-        tables.bases(folder),
     ]
-    return "\n".join(parts)
+    missing = rankings.missing()
+    for kind, (heading, write) in _EXTRAS.items():
+        if (folder / f"paper_retrieval_{kind}.parquet").exists():
+            parts += [f"### {heading}\n", write(folder)]
+        else:
+            missing.append(kind)
+    return "\n".join([*parts, *([f"Not measured yet: {', '.join(missing)}.\n"] if missing else [])])
 
 
 def _plot(folder: Path, rankings: Rankings) -> None:
@@ -80,7 +86,10 @@ def _plot(folder: Path, rankings: Rankings) -> None:
         for depth in (1, 3)
     }
     plots.lines("paper_retrieval_shares", curves, "tasks trained on, %", "own adapter found, %", log_x=False)
-    found = pd.read_parquet(folder / "paper_retrieval_growth.parquet")
+    grown_rows = folder / "paper_retrieval_growth.parquet"
+    if not grown_rows.exists():
+        return
+    found = pd.read_parquet(grown_rows)
     means = found.groupby(["encoder", "size"], sort=False)[["top1", "top3"]].mean().reset_index()
     grown = {
         f"{column.replace('top', 'top-')}, {name}": [

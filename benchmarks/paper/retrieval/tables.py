@@ -109,7 +109,7 @@ def _spearman(one: pd.Series, other: pd.Series) -> float:
 
 def samples(folder: Path) -> str:
     """Hits by the number of samples an adapter is embedded by, with the range over draws of the samples."""
-    found = pd.read_parquet(folder / "paper_retrieval_samples.parquet")
+    found = _untrained_first(folder / "paper_retrieval_samples.parquet")
     rows = []
     for (name, number), own in found.groupby(["encoder", "num_samples"], sort=False):
         label = "description" if number == DESCRIPTION else str(number)
@@ -118,21 +118,28 @@ def samples(folder: Path) -> str:
 
 
 def growth(folder: Path) -> str:
-    """Hits while the pool grows, with the range over orders, and what the index costs."""
-    found, latency = (pd.read_parquet(folder / f"paper_retrieval_{kind}.parquet") for kind in ("growth", "latency"))
-    search_ms = dict(zip(latency["size"], latency["search_ms"], strict=True))
+    """Hits while the pool grows, with the range over orders, and the memory of the index."""
+    found = _untrained_first(folder / "paper_retrieval_growth.parquet")
     rows = []
     for (name, size), own in found.groupby(["encoder", "size"], sort=False):
         hits = [_with_range(own[column]) for column in ("top1", "top3", "top8", "first_top1", "first_top3")]
-        kib = own["index_bytes"].max() / 1024
-        rows.append([_encoder(str(name)), str(size), *hits, f"{kib:.0f}", f"{search_ms[size]:.3f}"])
-    header = ["encoder", "adapters", "top-1", "top-3", "top-8", "first ten tasks top-1", "top-3", "index, KiB"]
-    return table([*header, "search, ms"], rows)
+        rows.append([_encoder(str(name)), str(size), *hits, f"{own['index_bytes'].max() / 1024:.0f}"])
+    return table(
+        ["encoder", "adapters", "top-1", "top-3", "top-8", "first ten tasks top-1", "top-3", "index, KiB"], rows
+    )
+
+
+def latency(folder: Path) -> str:
+    """Medians by the size of the pool."""
+    found = pd.read_parquet(folder / "paper_retrieval_latency.parquet")
+    measured = zip(found["size"], found["encode_ms"], found["search_ms"], strict=True)
+    rows = [[str(size), f"{encode_ms:.1f}", f"{search_ms:.3f}"] for size, encode_ms, search_ms in measured]
+    return table(["adapters", "encoder, ms", "search, ms"], rows)
 
 
 def bases(folder: Path) -> str:
     """One index over two base models, with and without a filter by base; both bases' requests together."""
-    found = pd.read_parquet(folder / "paper_retrieval_bases.parquet")
+    found = _untrained_first(folder / "paper_retrieval_bases.parquet")
     columns = ("own_top1", "own_top3", "task_top1", "usable")
     rows = [
         [_encoder(str(name)), str(pool), "yes" if filtered else "no", *[percent(own[c].mean()) for c in columns]]
@@ -140,6 +147,10 @@ def bases(folder: Path) -> str:
     ]
     header = ["encoder", "tasks with an adapter", "filter by base", "own adapter top-1", "top-3"]
     return table([*header, "first is of the task, of either base", "of 3, usable"], rows)
+
+
+def _untrained_first(rows: Path) -> pd.DataFrame:
+    return pd.read_parquet(rows).sort_values("encoder", key=lambda names: names != UNTRAINED, kind="stable")
 
 
 def _encoder(name: str) -> str:
