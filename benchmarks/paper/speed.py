@@ -70,7 +70,7 @@ def spend(engine: Engine, asked: Sequence[Asked], num_new: int) -> Spent:
     return Spent(first_s, time.perf_counter() - began, num_prompt, counters.num_new_tokens - before.num_new_tokens)
 
 
-def throughput_rows(bench: Bench, num_questions: int) -> pa.Table:
+def throughput_rows(bench: Bench, num_questions: int, num_rounds: int = _NUM_ROUNDS) -> pa.Table:
     """A row a method, batch size, number of new tokens and round. Methods take turns within a round."""
     questions = bench.study.questions("test", 1 + num_questions // len(bench.study.specs))[:num_questions]
     asked = {
@@ -80,7 +80,7 @@ def throughput_rows(bench: Bench, num_questions: int) -> pa.Table:
     for pairs in asked.values():
         spend(bench.asker.engine, pairs, FIRST)  # every adapter is in the bank, every shape was met
     rows = []
-    for number in range(_NUM_ROUNDS):
+    for number in range(num_rounds):
         for num_new in (FIRST, FULL):
             for batch in (size for size in BATCHES if size <= num_questions):
                 for name, pairs in asked.items():
@@ -170,10 +170,14 @@ def write_tables(folder: Path) -> None:
     _plot(throughput)
 
 
-def measure(bench: Bench, methods: Mapping[str, Method], folder: Path, num_questions: int) -> None:
+def measure(
+    bench: Bench, methods: Mapping[str, Method], folder: Path, num_questions: int, num_rounds: int = _NUM_ROUNDS
+) -> None:
     """Rows of both kinds are in `folder`; those that are there stay."""
     cost = _SECONDS_A_QUESTION * num_questions
-    throughput = Step("throughput", folder / THROUGHPUT, cost, lambda: throughput_rows(bench, num_questions))
+    throughput = Step(
+        "throughput", folder / THROUGHPUT, cost, lambda: throughput_rows(bench, num_questions, num_rounds)
+    )
     few = max(1, num_questions // 2)
     waits = Step("latency", folder / LATENCY, cost / 10, lambda: latency_rows(bench, methods, few))
     run_steps([throughput, waits], 1.0, bench.out)

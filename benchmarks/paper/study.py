@@ -41,8 +41,9 @@ class Study:
 
     def questions(self, part: str, per_task: int) -> list[Question]:
         """The first `per_task` items of every task's part, mixed."""
+        longest = {name: self._max_tokens(name) for name in self.specs}
         found = [
-            Question(name, part, number, item, self._max_tokens(name))
+            Question(name, part, number, item, longest[name])
             for name in self.specs
             for number, item in enumerate(getattr(self.parts[name], part)[:per_task])
         ]

@@ -107,7 +107,7 @@ class Stages:
         gate.measure(self.loaded, load_base(self.base), tokenizer, self.results, PER_TASK, recipe)
 
     def speed(self) -> None:
-        speed.measure(self.loaded.bench, MAIN, self.results, num_questions=2)
+        speed.measure(self.loaded.bench, MAIN, self.results, num_questions=2, num_rounds=1)
         speed.write_tables(self.results)
 
     def train(self, parts: Mapping[str, Parts], recipes: Mapping[str, Recipe], workspace: Workspace) -> None:
