@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -148,6 +149,7 @@ def test_stages_go_on_where_they_failed_and_ask_nothing_twice(
     report = report_of(tmp_path, "# Report\n")
     assert report.count("\n## ") == len(chosen)
     check_conflicts(stages.rows)
+    check_mixed_pool(loaded.bench.study.workspace.root / "mixed_pool" / "adapters")
     check_gate(pd.read_parquet(tmp_path / gate.ROWS))
     check_speed(pd.read_parquet(tmp_path / speed.THROUGHPUT), pd.read_parquet(tmp_path / speed.LATENCY))
 
@@ -164,8 +166,16 @@ def check_conflicts(rows: pd.DataFrame) -> None:
     assert set(rows["task"]) == {"animals"}
 
 
+def check_mixed_pool(adapters: Path) -> None:
+    """Each task's adapter is of the shape that its recipe says."""
+    for task, name in mixed_pool.variants_of([spec.name for spec in SPECS]).items():
+        config, recipe = json.loads((adapters / task / "adapter_config.json").read_text()), mixed_pool.VARIANTS[name]
+        assert (config["r"], config["use_rslora"]) == (recipe.rank, recipe.use_rslora)
+        assert set(config["target_modules"]) == set(recipe.modules)
+
+
 def check_gate(rows: pd.DataFrame) -> None:
-    """Own adapters learnt their task, so that what the torch model says under uniform weights is right too."""
+    """Every way of weighing answers every question, without the own adapter where that is masked."""
     assert set(rows["run"]) == {f"{way}_{pool}" for way in gate.WAYS for pool in gate.POOLS}
     assert rows[rows["run"] == "uniform_iid"]["adapters"].map(len).eq(3).all()
     assert not any(task in names for task, names in rows[rows["run"] == "gate_ood"][["task", "adapters"]].to_numpy())
