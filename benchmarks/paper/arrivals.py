@@ -241,7 +241,9 @@ def main(root: Annotated[Path, typer.Option(help="the study's cache folder")] = 
     study = cells_of(workspace).study
     stream = stream_of((*study.tasks, *study.spares))
     folder = workspace.rows / "arrivals" / study.digest
-    steps = steps_of(stream, folder, cache(Encoder), lambda live: trained_encoder(live, folder / "encoder"))
+    steps = steps_of(
+        stream, folder, cache(Encoder), lambda live: trained_encoder(live, workspace.encoders / "arrivals")
+    )
     run_steps(steps, _TRAINING_S, out)
     write_parquet(RESULTS / ROWS, pa.concat_tables([pq.read_table(step.path) for step in steps]))
     write_tables(RESULTS)
