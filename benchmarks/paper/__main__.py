@@ -5,58 +5,94 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from benchmarks.paper.choose import POOL_FILE, empty_places, next_spares, read_verdicts
+from benchmarks.paper.retrieval.cells import BEST
 from benchmarks.paper.tasks import read_task_list
+from benchmarks.paper.workspace import Workspace
 
-_CORE_MINUTES = {
-    "train_pool": 35,
-    "choose": 10,
-    "retrieval": 60,
-    "main_table": 60,
-    "baselines": 60,
-    "ablations": 120,
-    "report": 0,
-}
+Run = Callable[[str, Sequence[str]], None]
+"""Runs one module of this package to its end with these arguments."""
+_TRAINED = ("--encoder", str(Workspace().encoders / BEST))
 _MOST_SWAPS = 3
 cli = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 out = Console(width=120)
 
 
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A module of this package; `minutes` of one free core, where nothing of it is kept."""
+
+    name: str
+    minutes: int
+    arguments: tuple[str, ...] = ()
+
+
+STAGES = (
+    Stage("train_pool", 35),
+    Stage("choose", 10),
+    Stage("retrieval", 60, ("run",)),
+    Stage("main_table", 60, _TRAINED),
+    Stage("ablations", 120, _TRAINED),
+    Stage("baselines", 60, _TRAINED),
+    Stage("shares", 60),
+    Stage("kinds", 1),
+    Stage("conflicts", 35, _TRAINED),
+    Stage("mixed_pool", 30, _TRAINED),
+    Stage("arrivals", 20),
+    Stage("gate", 60, _TRAINED),
+    Stage("speed", 20, _TRAINED),
+    Stage("served", 5),
+    Stage("report", 0),
+)
+
+
 @cli.command("all")
 def run_all(only: Annotated[list[str] | None, typer.Option(help="this stage only; may be given again")] = None) -> None:
     """Train the pool, measure retrieval and answers, write the report; told first is how long that takes."""
-    stages = [stage for stage in _CORE_MINUTES if not only or stage in only]
-    stages = [stage for stage in stages if stage != "choose" or not POOL_FILE.exists()]
-    total = sum(_CORE_MINUTES[stage] for stage in stages)
-    out.print(f"stages: {', '.join(stages)}; from nothing about {total} minutes of one free core, less what is kept")
+    run_stages([stage for stage in STAGES if not only or stage.name in only], run_stage, out)
+
+
+def run_stages(stages: Sequence[Stage], run: Run, out: Console, pool_file: Path = POOL_FILE) -> None:
+    """Each in turn. A pool that is fixed is not chosen again."""
+    stages = [stage for stage in stages if stage.name != "choose" or not pool_file.exists()]
+    total = sum(stage.minutes for stage in stages)
+    names = ", ".join(stage.name for stage in stages)
+    out.print(f"stages: {names}; from nothing about {total} minutes of one free core, less what is kept")
     for stage in stages:
         began = time.monotonic()
-        if stage == "choose":
-            choose()
+        if stage.name == "choose":
+            choose_with(run, pool_file)
         else:
-            run_stage(stage, ["run"] if stage == "retrieval" else [])
-        out.print(f"{stage}: {(time.monotonic() - began) / 60:.1f} minutes")
+            run(stage.name, stage.arguments)
+        out.print(f"{stage.name}: {(time.monotonic() - began) / 60:.1f} minutes")
 
 
 @cli.command()
 def choose() -> None:
     """Judge what is trained and fix the pool; what does not beat guessing is swapped for a spare of its cluster."""
-    run_stage("choose", [])
+    choose_with(run_stage, POOL_FILE)
+
+
+def choose_with(run: Run, pool_file: Path) -> None:
+    """`run` judges and trains; what it judged is in `pool_file`."""
+    run("choose", [])
     listed = read_task_list()
     for _ in range(_MOST_SWAPS):
-        verdicts = read_verdicts()
+        verdicts = read_verdicts(pool_file)
         spares = next_spares(listed, verdicts)
         if not spares:
             break
         out.print(f"{len(empty_places(listed, verdicts))} places are empty; trained for them: {', '.join(spares)}")
-        run_stage("train_pool", [word for name in spares for word in ("--only", name)])
-        run_stage("choose", [])
+        run("train_pool", [word for name in spares for word in ("--only", name)])
+        run("choose", [])
 
 
 def run_stage(name: str, arguments: Sequence[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.paper.answer_tables import BASELINES, write_tables
 from benchmarks.paper.answers import Question
 from benchmarks.paper.experts import ExpertModel, Sum
-from benchmarks.paper.main_table import load_bench
+from benchmarks.paper.main_table import Loaded, load_bench
 from benchmarks.paper.routers import Router, RouterKind, search_weights, train_router
 from benchmarks.paper.runs import Method, run_all
 from benchmarks.paper.steps import write_parquet
@@ -157,6 +157,35 @@ def one_a_cluster(specs: Sequence[TaskSpec]) -> list[str]:
     return [draw.choice([spec.name for spec in specs if spec.cluster == cluster]) for cluster in clusters]
 
 
+def trained_baselines(
+    loaded: Loaded,
+    reader: Encoder,
+    kinds: Mapping[str, tuple[Sum, RouterKind]] = ROUTERS,
+    num_hub_steps: int = HUB_STEPS,
+) -> dict[str, Method]:
+    """Every trained baseline over the pool; what is not trained yet is trained now, and kept."""
+    bench, snapshot = loaded.bench, loaded.store.snapshot()
+    study, out = bench.study, bench.out
+
+    def expert(name: str) -> Expert:
+        record = snapshot.resolve("local", name)
+        return Expert(record.ref, fetch_from(loaded.store, record.weights_digest))
+
+    items = [item for name in study.specs for item in study.parts[name].samples]
+    base = load_base(Path(model_source(bench.asker.engine.config)))
+    routers = Routers(base, items, reader, study.tokenizer, study.workspace.root / "routers" / reader.identity)
+    experts = [expert(name) for name in one_a_cluster(list(study.specs.values()))]
+    methods: dict[str, Method] = {
+        name: Weighed(routers.router(name, how, kind, experts, out), experts, how, reader)
+        for name, (how, kind) in kinds.items()
+    }
+    names = task_rng("lorahub").sample(sorted(study.specs), min(HUB_ADAPTERS, len(study.specs)))
+    drawn = [expert(name) for name in names]
+    hub = merged(drawn, routers.hub_weights(drawn, out, num_hub_steps))
+    loaded.weights.made[hub.weights_digest] = hub
+    return methods | {"lorahub": One(hub, "lorahub")}
+
+
 def main(
     per_task: Annotated[int, typer.Option(help="test questions of each task")] = NUM_TEST,
     encoder: Annotated[str, typer.Option(help="the encoder: a name or folder")] = DEFAULT_MODEL,
@@ -165,27 +194,7 @@ def main(
     """Train the routers and LoRAHub's weights, answer under each, and write the rows beside those of the main table."""
     workspace, out = Workspace(root), Console(width=120)
     loaded = load_bench(workspace, encoder, out)
-    study, reader = loaded.bench.study, Encoder(encoder)
-    records = loaded.store.snapshot()
-
-    def expert(name: str) -> Expert:
-        record = records.resolve("local", name)
-        return Expert(record.ref, fetch_from(loaded.store, record.weights_digest))
-
-    items = [item for name in study.specs for item in study.parts[name].samples]
-    base = load_base(Path(model_source(loaded.bench.asker.engine.config)))
-    routers = Routers(base, items, reader, study.tokenizer, workspace.root / "routers" / reader.identity)
-    experts = [expert(name) for name in one_a_cluster(list(study.specs.values()))]
-    methods: dict[str, Method] = {
-        name: Weighed(routers.router(name, how, kind, experts, out), experts, how, reader)
-        for name, (how, kind) in ROUTERS.items()
-    }
-    drawn = [
-        expert(name) for name in task_rng("lorahub").sample(sorted(study.specs), min(HUB_ADAPTERS, len(study.specs)))
-    ]
-    hub = merged(drawn, routers.hub_weights(drawn, out))
-    loaded.weights.made[hub.weights_digest] = hub
-    methods["lorahub"] = One(hub, "lorahub")
+    methods = trained_baselines(loaded, Encoder(encoder))
     write_parquet(RESULTS / BASELINES, run_all(loaded.bench, methods, per_task, workspace.rows / "answers"))
     write_tables(RESULTS, Path(encoder).name)
 

@@ -62,5 +62,4 @@ class ExpertModel:
     def loss(self, batch: Batch, weights: Tensor, loss_of: AnswerLoss) -> Tensor:
         """Mean cross entropy of the answer tokens of a padded batch, adapters weighed by rows (B, P)."""
         self.gates.weights = weights
-        hidden = self._decoder(input_ids=batch.ids, use_cache=False).last_hidden_state
-        return loss_of(hidden, batch.labels)
+        return loss_of(batch.read_by(self._decoder), batch.labels)

@@ -19,15 +19,15 @@ class Packed:
 
     def __init__(self, examples: Sequence[Example], config: Any) -> None:
         """`config` is the base model's: its layer types and sliding window."""
-        self._prefix_len = common_len([example.ids for example in examples])
+        self.prefix_len = common_len([example.ids for example in examples])
         self._layer_types = sorted(set(config.layer_types))
         self._window = config.sliding_window
 
     def num_tokens(self, examples: Sequence[Example]) -> int:
-        return self._prefix_len + sum(len(example.ids) - self._prefix_len for example in examples)
+        return self.prefix_len + sum(len(example.ids) - self.prefix_len for example in examples)
 
     def batch(self, examples: Sequence[Example]) -> Batch:
-        p = self._prefix_len
+        p = self.prefix_len
         first = examples[0]
         ids = torch.cat([first.ids[:p], *[e.ids[p:] for e in examples]])
         labels = torch.cat([first.labels[:p], *[e.labels[p:] for e in examples]])

@@ -13,7 +13,13 @@ SECTIONS = (
     "retrieval.md",
     "paper_answers.md",
     "paper_ablations.md",
+    "paper_shares.md",
+    "paper_speed.md",
+    "paper_conflicts.md",
+    "paper_gate.md",
     "paper_kinds.md",
+    "paper_mixed_pool.md",
+    "paper_arrivals.md",
     "paper_served_study.md",
     "paper_served_starter.md",
 )

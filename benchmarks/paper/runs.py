@@ -34,9 +34,9 @@ class Bench:
     retriever: Retriever
     out: Console
 
-    def run(self, name: str, method: Method, per_task: int) -> pa.Table:
-        """One row a question: run, task, number, strategy, adapters and weights, score."""
-        questions = self.study.questions("test", per_task)
+    def run(self, name: str, method: Method, per_task: int, part: str = "test") -> pa.Table:
+        """One row a question of `part`: run, task, number, strategy, adapters and weights, score."""
+        questions = self.study.questions(part, per_task)
         plans = method.plans(self.retriever, questions)
         texts = self.asker.answers(list(zip(questions, plans, strict=True)), self.out, name)
         return rows_of(name, questions, plans, self._scores(questions, texts))
@@ -92,12 +92,12 @@ def run_all(bench: Bench, methods: Mapping[str, Method], per_task: int, folder: 
     return pa.concat_tables(tables)
 
 
-def pool_retriever(study: Study, asker: Asker, encoder: Encoder) -> Retriever:
-    """The server's Retriever over a store of exactly the study's adapters, as published with this encoder."""
-    uri = study.workspace.store_uri(f"pool-{encoder.identity}")
+def pool_retriever(study: Study, asker: Asker, encoder: Encoder, name: str = "pool") -> Retriever:
+    """The server's Retriever over the store `name` of exactly the study's adapters, as published with this encoder."""
+    uri = study.workspace.store_uri(f"{name}-{encoder.identity}")
     store = open_store(uri)
-    live = {name for _, name in store.snapshot().records}
-    lacking = [study.workspace.adapters / name for name in study.specs if name not in live]
+    live = {task for _, task in store.snapshot().records}
+    lacking = [study.workspace.adapters / task for task in study.specs if task not in live]
     if lacking:
         publish(store, lacking, encoder, asker.engine.bank)
     if gone := sorted(live - study.specs.keys()):

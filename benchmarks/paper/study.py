@@ -14,6 +14,7 @@ from benchmarks.paper.stores import fetch_from, open_store, publish
 from benchmarks.paper.tasks import Parts, load_parts
 from benchmarks.paper.workspace import Workspace
 from examples.bigbench_tasks import Item, TaskSpec, task_rng
+from gpu_worker.bank import LoraBank
 from gpu_worker.base_model import model_source
 from gpu_worker.config import WorkerConfig
 from gpu_worker.engine import Engine
@@ -75,10 +76,15 @@ def load_asker(workspace: Workspace, config: WorkerConfig, names: Sequence[str])
     weights = Weights(store)
     executor = ThreadPoolExecutor(config.load_threads, thread_name_prefix="adapter-load")
     engine = Engine(config, loading(weights, executor), executor=executor)
+    publish_lacking(store, workspace, names, engine.bank)
+    return Asker(engine, workspace.root / "answers.jsonl"), store, weights
+
+
+def publish_lacking(store: LoraStore, workspace: Workspace, names: Sequence[str], bank: LoraBank) -> None:
+    """All of `names` are live in `store`, found by name."""
     lacking = [workspace.adapters / name for name in names if not _is_live(store, name)]
     if lacking:
-        publish(store, lacking, None, engine.bank)
-    return Asker(engine, workspace.root / "answers.jsonl"), store, weights
+        publish(store, lacking, None, bank)
 
 
 def _is_live(store: LoraStore, name: str) -> bool:

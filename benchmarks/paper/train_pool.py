@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,11 +19,12 @@ from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AutoTokenizer
 
 from benchmarks.paper.choose import POOL_FILE, read_pool
+from benchmarks.paper.lower_layers import lower_layers
 from benchmarks.paper.packing import Packed
 from benchmarks.paper.tasks import Parts, load_parts, read_task_list
 from benchmarks.paper.workspace import DEFAULT_ROOT, Workspace
 from examples.bigbench_tasks import TaskSpec
-from examples.lora_training import Recipe, tokenize, train_adapter
+from examples.lora_training import Recipe, batches, tokenize, train_adapter
 from examples.train_starter_pool import load_base, save_adapter, write_items
 from gpu_worker.base_model import model_source
 from gpu_worker.config import WorkerConfig
@@ -75,7 +77,10 @@ class Trainer:
             progress.update(bar, advance=1, description=f"{folder.path.name} loss {loss:.3f}")
 
         examples = tokenize(parts.train, self._tokenizer)
-        trained = train_adapter(self._base, examples, recipe, show, Packed(examples, self._base.config))
+        packed = Packed(examples, self._base.config)
+        upcoming = [one for batch in islice(batches(examples, recipe, packed), recipe.num_steps) for one in batch]
+        with lower_layers(packed, self._base.model, recipe.first_layer, upcoming) as layout:
+            trained = train_adapter(self._base, examples, recipe, show, layout)
         folder.write(trained, parts)
         self._base = trained.unload()
         progress.remove_task(bar)
@@ -89,22 +94,35 @@ def train_all(
     recipe_of: Callable[[TaskSpec], Recipe] = recipe_of,
 ) -> None:
     """Every task of `specs` has its adapter folder, but those another process is at."""
+    todo = untrained(specs, workspace)
+    parts = load_parts(todo, workspace, AutoTokenizer.from_pretrained(source))
+    train_on(parts, {spec.name: recipe_of(spec) for spec in todo}, workspace, source, progress)
+
+
+def untrained(specs: Sequence[TaskSpec], workspace: Workspace) -> list[TaskSpec]:
+    """Those without an adapter folder."""
+    return [spec for spec in specs if not AdapterFolder(workspace, spec.name).path.exists()]
+
+
+def train_on(
+    parts: Mapping[str, Parts], recipes: Mapping[str, Recipe], workspace: Workspace, source: Path, progress: Progress
+) -> None:
+    """Every name of `recipes` has an adapter of its part `train`, but those another process is at."""
     workspace.adapters.mkdir(parents=True, exist_ok=True)
-    todo = [spec for spec in specs if not AdapterFolder(workspace, spec.name).path.exists()]
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    parts = load_parts(todo, workspace, tokenizer)
-    trainer = Trainer(load_base(source), tokenizer)
-    bar = progress.add_task("steps of all tasks", total=sum(recipe_of(spec).num_steps for spec in todo))
-    for spec in todo:
-        folder, recipe = AdapterFolder(workspace, spec.name), recipe_of(spec)
+    todo = [name for name in recipes if not AdapterFolder(workspace, name).path.exists()]
+    if not todo:
+        return
+    trainer = Trainer(load_base(source), AutoTokenizer.from_pretrained(source))
+    bar = progress.add_task("steps of all adapters", total=sum(recipes[name].num_steps for name in todo))
+    for name in todo:
+        folder, recipe = AdapterFolder(workspace, name), recipes[name]
         try:
             with folder.lock:
                 if not folder.path.exists():
                     started = time.perf_counter()
-                    trainer.train(folder, parts[spec.name], recipe, progress)
-                    progress.console.print(
-                        f"{spec.name}: {(time.perf_counter() - started) / recipe.num_steps:.2f} s/step"
-                    )
+                    trainer.train(folder, parts[name], recipe, progress)
+                    pace_s = (time.perf_counter() - started) / recipe.num_steps
+                    progress.console.print(f"{name}: {pace_s:.2f} s/step", markup=False)
         except Timeout:
             pass  # another process trains it
         progress.advance(bar, recipe.num_steps)

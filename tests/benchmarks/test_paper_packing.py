@@ -9,9 +9,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.paper.lower_layers import lower_layers
 from benchmarks.paper.packing import Packed, common_len
 from examples.bigbench_tasks import Item
-from examples.lora_training import NO_LABEL, Batch, Example, Padded, Recipe, batches, tokenize, train_adapter
+from examples.lora_training import (
+    NO_LABEL,
+    Batch,
+    Example,
+    FrozenLinear,
+    Padded,
+    Recipe,
+    batches,
+    tokenize,
+    train_adapter,
+)
 
 ITEMS = [Item(f"{n} and {'so on ' * n}", (f"{n + 1}!",)) for n in range(4)]
 
@@ -62,12 +73,49 @@ def test_batches_stay_within_their_tokens(examples: list[Example], model: torch.
     assert any(len(batch) == 2 for batch in drawn)
 
 
-def test_training_goes_the_same_way_in_either_layout(tiny_folders: Mapping[str, Path], examples: list[Example]) -> None:
+def test_training_goes_the_same_way_in_every_layout(tiny_folders: Mapping[str, Path], examples: list[Example]) -> None:
     recipe = Recipe(first_layer=1, num_steps=12, batch_tokens=1, scales=(1.0,), vocabulary_len=300)
-    losses: dict[str, list[float]] = {"padded": [], "packed": []}
+    losses: dict[str, list[float]] = {"padded": [], "packed": [], "lower layers once": []}
     for name, told in losses.items():
         model = load(tiny_folders)
-        layout = Packed(examples, model.config) if name == "packed" else Padded()
-        train_adapter(model, examples, recipe, told.append, layout)
+        packed = Packed(examples, model.config)
+        if name == "lower layers once":
+            with lower_layers(packed, model.model, recipe.first_layer, examples[:2]) as layout:
+                train_adapter(model, examples, recipe, told.append, layout)
+        else:
+            train_adapter(model, examples, recipe, told.append, packed if name == "packed" else Padded())
     assert losses["packed"] == pytest.approx(losses["padded"], rel=1e-3)
+    assert losses["lower layers once"] == pytest.approx(losses["padded"], rel=1e-3)
     assert losses["packed"][-1] < 0.9 * losses["packed"][0]
+
+
+def test_lower_layers_run_once_an_example_and_come_back(model: torch.nn.Module, examples: list[Example]) -> None:
+    decoder, packed = model.model, Packed(examples, model.config)
+    before, runs = list(decoder.layers), []
+    handle = decoder.layers[0].register_forward_hook(lambda *_: runs.append(None))
+    wanted = packed.batch(examples[:2]).read_by(decoder)
+    handle_runs = len(runs)
+    with lower_layers(packed, decoder, 2, examples) as layout:
+        again = [layout.batch(examples[:2]).read_by(decoder) for _ in range(2)]
+        layout.batch(examples)  # the others came along with the first chunk
+        assert len(runs) == handle_runs + 1
+    handle.remove()
+    torch.testing.assert_close(again[0], wanted)
+    torch.testing.assert_close(again[1], wanted)
+    assert list(decoder.layers) == before
+
+
+def test_a_frozen_product_has_the_gradient_of_its_linear_layer() -> None:
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(24, 40, bias=False)
+    linear.weight = torch.nn.Parameter(linear.weight.bfloat16().float())
+    frozen, x = FrozenLinear.of(linear), torch.randn(2, 3, 24).bfloat16().float()
+    found, expected = x.clone().requires_grad_(), x.clone().requires_grad_()
+    grad = torch.randn(2, 3, 40)
+    for layer, given in ((frozen, found), (linear, expected)):
+        y = layer(given)
+        y.backward(grad)
+        assert y.shape == (2, 3, 40)
+    torch.testing.assert_close(frozen(x), linear(x), atol=0.02, rtol=0.02)
+    torch.testing.assert_close(found.grad, expected.grad, atol=0.03, rtol=0.02)
+    assert frozen.weight.grad is None

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
 import torch
 from rich.console import Console
 from rich.progress import Progress
@@ -16,72 +14,20 @@ from safetensors.torch import load_file
 
 from benchmarks.paper import methods
 from benchmarks.paper.answers import Asker
-from benchmarks.paper.baselines import ROUTERS, Expert, One, Routers, Weighed, merged, one_a_cluster
+from benchmarks.paper.baselines import ROUTERS, Expert, One, merged, one_a_cluster, trained_baselines
 from benchmarks.paper.choose import judge
-from benchmarks.paper.runs import Bench, pool_retriever, run_all
+from benchmarks.paper.main_table import Loaded
+from benchmarks.paper.runs import Bench, run_all
 from benchmarks.paper.stores import fetch_from
-from benchmarks.paper.study import Study, Weights, load_asker, load_study
+from benchmarks.paper.study import Study, Weights
 from benchmarks.paper.train_pool import train_all
 from benchmarks.paper.workspace import Workspace
-from examples.bigbench_tasks import TaskSpec
-from examples.lora_training import Recipe
-from examples.train_starter_pool import load_base
 from gpu_worker.config import WorkerConfig
 from lora_store import BASE_PLAN, LoraStore, Plan, PlannedAdapter
 from retriever_svc import Encoder
-from tests.benchmarks.bigbench import write_archive
-from tests.tiny import tiny_config
+from tests.benchmarks.tiny_study import SPECS
 
-SPECS = [
-    TaskSpec(name, f"bigbench/benchmark_tasks/{name}/task.json", cluster, "{x}", metric)
-    for name, cluster, metric in [("animals", "a", "em"), ("cities", "a", "em"), ("sums", "b", "rouge_l")]
-]
-WORDS = {
-    "animals": ["cat", "dog", "cow", "hen"],
-    "cities": ["Rome", "Oslo", "Bonn", "Lima"],
-    "sums": ["1", "2", "3", "4"],
-}
 PER_TASK = 6
-
-
-def examples(task: str) -> list[dict[str, str]]:
-    """Inputs of one topic; the answer to all of them is the task's name."""
-    draw = random.Random(task)
-    texts = {" ".join(draw.choices(WORDS[task], k=5)) for _ in range(400)}
-    return [{"input": text, "target": task[:2]} for text in sorted(texts)]
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_folders: Mapping[str, Path]) -> Workspace:
-    """With an adapter a task, trained on the tiny model."""
-    made = Workspace(tmp_path_factory.mktemp("study"))
-    write_archive(made.archive, {spec.path: examples(spec.name) for spec in SPECS})
-    recipe = Recipe(
-        first_layer=0, num_steps=25, batch_tokens=400, learning_rate=2e-2, scales=(1.0,), vocabulary_len=300
-    )
-    with Progress(disable=True) as progress:
-        train_all(SPECS, made, tiny_folders["gemma3"], progress, lambda _: recipe)
-    return made
-
-
-@pytest.fixture(scope="module")
-def config(tiny_folders: Mapping[str, Path]) -> WorkerConfig:
-    return tiny_config(tiny_folders["gemma3"], max_model_len=400, max_step_tokens=600, max_wait_s=1e6)
-
-
-@pytest.fixture(scope="module")
-def study(workspace: Workspace, config: WorkerConfig) -> Study:
-    return load_study(SPECS, workspace, config)
-
-
-@pytest.fixture(scope="module")
-def asked(workspace: Workspace, config: WorkerConfig) -> tuple[Asker, LoraStore, Weights]:
-    return load_asker(workspace, config, [spec.name for spec in SPECS])
-
-
-@pytest.fixture(scope="module")
-def bench(study: Study, asked: tuple[Asker, LoraStore, Weights]) -> Bench:
-    return Bench(study, asked[0], pool_retriever(study, asked[0], Encoder()), Console(quiet=True))
 
 
 def test_an_adapter_is_a_folder_with_the_samples_part(workspace: Workspace, study: Study) -> None:
@@ -122,30 +68,19 @@ def test_every_method_of_the_main_table_answers_every_question(bench: Bench, tmp
     assert len({tuple(row["adapters"]) for row in by_run["adaptersoup"]}) == 1
 
 
-def test_trained_baselines_weigh_one_expert_a_cluster(
-    bench: Bench, asked: tuple[Asker, LoraStore, Weights], workspace: Workspace, tiny_folders: Mapping[str, Path]
-) -> None:
-    _, store, weights = asked
-    names, snapshot, out = one_a_cluster(SPECS), store.snapshot(), Console(quiet=True)
+def test_trained_baselines_weigh_one_expert_a_cluster(loaded: Loaded, encoder: Encoder) -> None:
+    names, bench = one_a_cluster(SPECS), loaded.bench
     assert len(names) == 2 and names[1] == "sums"
-    records = [snapshot.resolve("local", name) for name in names]
-    experts = [Expert(record.ref, fetch_from(store, record.weights_digest)) for record in records]
-    items = [item for spec in SPECS for item in bench.study.parts[spec.name].samples]
-    encoder, folder = Encoder(), workspace.root / "routers"
-    routers = Routers(load_base(tiny_folders["gemma3"]), items, encoder, bench.study.tokenizer, folder)
     kinds = {name: (how, replace(kind, num_steps=3)) for name, (how, kind) in ROUTERS.items()}
-    tried = {
-        name: Weighed(routers.router(name, how, kind, experts, out), experts, how, encoder)
-        for name, (how, kind) in kinds.items()
-    }
-    hub = merged(experts, routers.hub_weights(experts, out, num_steps=3, num_samples=16))
-    weights.made[hub.weights_digest] = hub
-    rows = run_all(bench, tried | {"lorahub": One(hub, "lorahub")}, 2, workspace.rows).to_pylist()
-    by_run = {name: [row for row in rows if row["run"] == name] for name in [*kinds, "lorahub"]}
+    methods = trained_baselines(loaded, encoder, kinds, num_hub_steps=2)
+    rows = run_all(bench, methods, 2, bench.study.workspace.rows).to_pylist()
+    by_run = {name: [row for row in rows if row["run"] == name] for name in methods}
+    assert methods.keys() == {*kinds, "lorahub"}
     assert all(len(row["adapters"]) == 1 and row["weights"] == [1] for row in by_run["moe_top1"])
-    assert all(len(row["adapters"]) == 2 and row["strategy"] == "fusion" for row in by_run["smear"])
+    assert all(row["adapters"] == names and row["strategy"] == "fusion" for row in by_run["smear"])
     assert all(row["adapters"] == ["lorahub"] for row in by_run["lorahub"])
-    assert (folder / "smear.safetensors").exists() and (folder / "lorahub.safetensors").exists()
+    kept = bench.study.workspace.root / "routers" / encoder.identity
+    assert (kept / "smear.safetensors").exists() and (kept / "lorahub.safetensors").exists()
 
 
 def test_merged_adapters_are_the_servers_fusion(bench: Bench, asked: tuple[Asker, LoraStore, Weights]) -> None:

@@ -1,0 +1,198 @@
+"""The stages of `all` on the tiny study: each leaves its rows and its section, and a second run asks nothing again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pytest
+from rich.console import Console
+from rich.progress import Progress
+from transformers import AutoTokenizer
+
+from benchmarks import plots, results_file
+from benchmarks.paper import ablations, answer_tables, conflicts, gate, mixed_pool, shares, speed
+from benchmarks.paper.__main__ import STAGES, run_stages
+from benchmarks.paper.main_table import Loaded
+from benchmarks.paper.margin import Rule
+from benchmarks.paper.methods import MAIN
+from benchmarks.paper.ramole import GateRecipe
+from benchmarks.paper.report import report_of
+from benchmarks.paper.runs import run_all
+from benchmarks.paper.steps import write_parquet
+from benchmarks.paper.tasks import Parts
+from benchmarks.paper.train_pool import train_on
+from benchmarks.paper.workspace import Workspace
+from examples.bigbench_tasks import Item
+from examples.lora_training import Recipe
+from examples.train_starter_pool import load_base
+from retriever_svc import Encoder
+from tests.benchmarks.tiny_study import RECIPE, SPECS
+
+PER_TASK = 2
+RULE = Rule(0.1, True)
+
+
+class Stages:
+    """Every stage that asks for answers, at its smallest."""
+
+    def __init__(self, loaded: Loaded, encoder: Encoder, base: Path, results: Path) -> None:
+        self.loaded, self.encoder, self.base, self.results = loaded, encoder, base, results
+        self.broken = ""
+        self.by_name: dict[str, Callable[[], None]] = {
+            "main_table": self.main_table,
+            "ablations": self.ablations,
+            "shares": self.shares,
+            "conflicts": self.conflicts,
+            "mixed_pool": self.mixed_pool,
+            "gate": self.gate,
+            "speed": self.speed,
+        }
+
+    def __call__(self, name: str, arguments: Sequence[str]) -> None:
+        if name == self.broken:
+            raise RuntimeError(name)
+        self.by_name[name]()
+
+    def main_table(self) -> None:
+        bench = self.loaded.bench
+        rows = run_all(bench, MAIN, PER_TASK, bench.study.workspace.rows)
+        write_parquet(self.results / answer_tables.ROWS, pa.concat_tables([rows, bench.majority(PER_TASK)]))
+        answer_tables.write_tables(self.results, "tiny")
+
+    def ablations(self) -> None:
+        bench = self.loaded.bench
+        rows = run_all(bench, ablations.methods_of(), PER_TASK, bench.study.workspace.rows)
+        write_parquet(self.results / ablations.ROWS, rows)
+        ablations.write_tables(self.results)
+
+    def shares(self) -> None:
+        rows = shares.share_rows(self.loaded.bench, {"nothing": self.encoder}, PER_TASK)
+        self.write("paper_shares.md", shares.section(rows.to_pandas()))
+
+    def conflicts(self) -> None:
+        study, [spec] = self.loaded.bench.study, SPECS[:1]
+        copies = {
+            f"{spec.name}{end}": parts
+            for end, parts in conflicts.copies_of(two_answers(study.parts[spec.name])).items()
+        }
+        self.train(copies, dict.fromkeys(copies, replace(RECIPE, num_steps=3)), study.workspace)
+        rows = conflicts.Conflicts(self.loaded, [spec], copies).rows(self.encoder, RULE, PER_TASK)
+        margins = conflicts.margin_rows(self.loaded.bench, {"iid": RULE, "ood": RULE}, PER_TASK)
+        self.rows = rows.to_pandas()
+        text = conflicts.section(self.rows, margins.to_pandas(), {"iid": RULE, "ood": RULE})
+        self.write("paper_conflicts.md", text)
+
+    def mixed_pool(self) -> None:
+        study = self.loaded.bench.study
+        mixed = Workspace(study.workspace.root / "mixed_pool")
+        variants = mixed_pool.variants_of(list(study.specs))
+        shaped = {task: mixed_pool.mixed_recipe(study.specs[task], name) for task, name in variants.items()}
+        recipes = {task: replace(recipe, first_layer=0, num_steps=3) for task, recipe in shaped.items()}
+        self.train(study.parts, recipes, mixed)
+        bench = self.loaded.bench
+        other = mixed_pool.mixed_bench(bench, study, mixed)
+        pools = {"uniform": bench, "mixed": other}
+        rows = pa.concat_tables(
+            [mixed_pool.pool_rows(own, self.encoder, kind, PER_TASK) for kind, own in pools.items()]
+        )
+        self.write("paper_mixed_pool.md", mixed_pool.section(rows.to_pandas(), variants))
+
+    def gate(self) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(self.base)
+        recipe = GateRecipe(num_steps=2)
+        gate.measure(self.loaded, load_base(self.base), tokenizer, self.results, PER_TASK, recipe)
+
+    def speed(self) -> None:
+        speed.measure(self.loaded.bench, MAIN, self.results, num_questions=2)
+        speed.write_tables(self.results)
+
+    def train(self, parts: Mapping[str, Parts], recipes: Mapping[str, Recipe], workspace: Workspace) -> None:
+        with Progress(disable=True) as progress:
+            train_on(parts, recipes, workspace, self.base, progress)
+
+    def write(self, name: str, text: str) -> None:
+        (self.results / name).write_text(text)
+
+
+def two_answers(parts: Parts) -> Parts:
+    return replace(
+        parts, train=tuple(replace(item, answers=("an" if n % 3 else "no",)) for n, item in enumerate(parts.train))
+    )
+
+
+def test_stages_go_on_where_they_failed_and_ask_nothing_twice(
+    loaded: Loaded,
+    encoder: Encoder,
+    tiny_folders: Mapping[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(results_file, "RESULTS", tmp_path)
+    monkeypatch.setattr(plots, "RESULTS", tmp_path)
+    stages = Stages(loaded, encoder, tiny_folders["gemma3"], tmp_path)
+    chosen = [stage for stage in STAGES if stage.name in stages.by_name]
+    stages.broken = "gate"
+    with pytest.raises(RuntimeError):
+        run_stages(chosen, stages, Console(quiet=True))
+    stages.broken = ""
+    counters = loaded.bench.asker.engine.counters
+    before = counters.num_requests
+    unasked = [stage for stage in chosen if stage.name != "speed"]
+    run_stages(unasked, stages, Console(quiet=True))
+    assert counters.num_requests == before
+    run_stages(chosen[-1:], stages, Console(quiet=True))
+    report = report_of(tmp_path, "# Report\n")
+    assert report.count("\n## ") == len(chosen)
+    check_conflicts(stages.rows)
+    check_gate(pd.read_parquet(tmp_path / gate.ROWS))
+    check_speed(pd.read_parquet(tmp_path / speed.THROUGHPUT), pd.read_parquet(tmp_path / speed.LATENCY))
+
+
+def check_conflicts(rows: pd.DataFrame) -> None:
+    """Each run asks its combination, and a pool holds what its name says."""
+    adapters = rows.groupby("run")["adapters"].agg(lambda found: {name for names in found for name in names})
+    assert adapters["halves_fusion"] == {"animals.half1", "animals.half2"}
+    assert adapters["own_flipped_0.25"] == {"animals", "animals.flipped"}
+    assert adapters["halves_flipped"] == {"animals.half1", "animals.half2", "animals.flipped"}
+    assert adapters["plain_mixture"] == {"animals", "cities", "sums"}
+    assert adapters["halved_mixture"] <= {"animals.half1", "animals.half2", "cities", "sums"}
+    assert {"animals", "animals.flipped"} <= adapters["flipped_mixture"]
+    assert set(rows["task"]) == {"animals"}
+
+
+def check_gate(rows: pd.DataFrame) -> None:
+    """Own adapters learnt their task, so that what the torch model says under uniform weights is right too."""
+    assert set(rows["run"]) == {f"{way}_{pool}" for way in gate.WAYS for pool in gate.POOLS}
+    assert rows[rows["run"] == "uniform_iid"]["adapters"].map(len).eq(3).all()
+    assert not any(task in names for task, names in rows[rows["run"] == "gate_ood"][["task", "adapters"]].to_numpy())
+
+
+def check_speed(throughput: pd.DataFrame, latency: pd.DataFrame) -> None:
+    assert (throughput.groupby(["round", "new_tokens", "batch", "method"]).size() == 1).all()
+    full = throughput.groupby(["new_tokens", "method"])["tokens"].max().unstack(0)
+    assert (full[speed.FULL] - full[speed.FIRST] == 2 * (speed.FULL - speed.FIRST)).all()
+    assert (latency[["first_ms", "token_ms"]] > 0).all(axis=None) and set(latency["method"]) == set(MAIN)
+
+
+def test_a_tasks_further_adapters_are_of_halves_and_of_exchanged_answers() -> None:
+    train = tuple(Item(f"{n}", ("abc"[n % 3],)) for n in range(60))
+    copies = conflicts.copies_of(Parts(train, (), (), ()))
+    halves = [copies[end].train for end in conflicts.HALVES]
+    assert sorted(item.input for half in halves for item in half) == sorted(item.input for item in train)
+    assert all(len(half) == 30 for half in halves)
+    flipped = copies[conflicts.FLIPPED].train
+    assert [item.answers[0] for item in flipped[:3]] == ["b", "c", "a"]
+    assert all(len(parts.samples) == 20 and set(parts.samples) <= set(parts.train) for parts in copies.values())
+
+
+def test_the_mixed_pool_has_siblings_of_different_recipes() -> None:
+    names = [f"{cluster}{n}" for cluster, count in (("a", 6), ("b", 2), ("c", 5), ("d", 4)) for n in range(count)]
+    specs = [replace(SPECS[0], name=name, cluster=name[0]) for name in names]
+    tasks = mixed_pool.chosen_tasks(specs)
+    assert [spec.name for spec in tasks] == [f"{cluster}{n}" for cluster in "acd" for n in range(4)]
+    variants = mixed_pool.variants_of([spec.name for spec in tasks])
+    assert all(len({variants[f"{cluster}{n}"] for n in range(4)}) == 4 for cluster in "acd")
