@@ -55,6 +55,7 @@ def section_of(folder: Path, rankings: Rankings) -> str:
     parts = [
         "## Retrieval\n",
         READING.read_text(encoding="utf-8"),
+        "![own adapter found, by the share of tasks trained on](../results/paper_retrieval_shares.svg)\n",
         "### Accuracy by cosine, percent\n",
         tables.accuracy(rankings, COSINE),
         "### Accuracy by the un-normalised inner product, percent\n",
