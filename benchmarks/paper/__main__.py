@@ -47,7 +47,7 @@ STAGES = (
     Stage("conflicts", 35, _TRAINED),
     Stage("mixed_pool", 30, _TRAINED),
     Stage("arrivals", 20),
-    Stage("gate", 60, _TRAINED),
+    Stage("gate", 25, _TRAINED),
     Stage("speed", 20, _TRAINED),
     Stage("served", 5),
     Stage("report", 0),

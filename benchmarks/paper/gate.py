@@ -45,7 +45,7 @@ WAYS, POOLS = ("uniform", "softmax", "gate"), {"iid": False, "ood": True}
 SHARE = 0.4  # of the tasks, which the gate is trained on
 _EXAMPLES_A_TASK = 40
 _BATCH = 24
-_ANSWER_S = 0.4  # two idle cores, short answers: what an estimate starts from
+_ANSWER_S = 0.2  # two idle cores, short answers: what an estimate starts from
 
 
 class Gates:
