@@ -16,7 +16,15 @@ _WORDS = {
     "cities": ["Rome", "Oslo", "Bonn", "Lima"],
     "sums": ["1", "2", "3", "4"],
 }
-RECIPE = Recipe(first_layer=0, num_steps=25, batch_tokens=400, learning_rate=2e-2, scales=(1.0,), vocabulary_len=300)
+RECIPE = Recipe(
+    first_layer=0,
+    num_steps=25,
+    batch_tokens=400,
+    learning_rate=2e-2,
+    scales=(1.0,),
+    vocabulary_len=300,
+    learnt_loss=0.05,
+)
 
 
 def examples(task: str) -> list[dict[str, str]]:
