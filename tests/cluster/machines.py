@@ -68,7 +68,7 @@ class Machines:
             args[last] = value
         scalings: dict[str, Any] = config["applications"][0]["args"]
         self._sizes = {
-            name.partition("_")[0].capitalize(): args.get("max_replicas", 1)
+            name.partition("_")[0].capitalize(): args.get("min_replicas", 1)
             for name, args in scalings.items()
             if name.endswith("_scaling")
         }
@@ -98,14 +98,14 @@ class Machines:
 
     def is_ready(self) -> bool:
         """Whether every replica that should be there takes requests, and the door answers."""
-        if any(len(self.replicas(name)) != size for name, size in self._sizes.items()):
+        if any(len(self.replicas(name)) < size for name, size in self._sizes.items()):
             return False
         return httpx.get(f"{self.url}/ready", timeout=30).status_code == 200
 
     async def until_full(self, deployment: str) -> None:
         """Return as soon as all replicas of it take requests."""
         async with asyncio.timeout(START_S):
-            while len(self.replicas(deployment)) != self._sizes[deployment]:
+            while len(self.replicas(deployment)) < self._sizes[deployment]:
                 await asyncio.sleep(0.05)
 
     def replicas(self, deployment: str) -> list[Replica]:

@@ -21,6 +21,7 @@ import yaml
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from deployments.server import free_port
+from tests.cluster.machines import Machines, own_ray
 from tests.tiny import VOCABULARY, byte_tokenizer
 
 BASE = "tiny"
@@ -102,6 +103,19 @@ def served(folder: Path, settings: Mapping[str, Any]) -> Iterator[str]:
             server.wait(60)
         finally:
             server.kill()
+
+
+@contextmanager
+def on_machines(folder: Path, settings: Mapping[str, Any]) -> Iterator[str]:
+    """The address of the application on several nodes, with these settings over those of its YAML file."""
+    scaling = settings["worker_scaling"] | {"num_cpus": 0, "resources": {"accelerator": 1}}
+    machines = Machines({**settings, "worker_scaling": scaling, "preload": []}, folder)
+    with own_ray():
+        machines.start()
+        try:
+            yield machines.url
+        finally:
+            machines.stop()
 
 
 def is_ready(url: str) -> bool:

@@ -15,6 +15,7 @@ from tests.cluster.scaling_app import (
     completion,
     is_ready,
     num_workers,
+    on_machines,
     rise_and_fall,
     served,
     settings_of,
@@ -26,9 +27,12 @@ MOST = 3
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """On one machine; at full counts on several nodes, the workers on those that offer `accelerator`."""
     folder: Path = tmp_path_factory.mktemp("scaling")
-    with served(folder, settings_of(folder, min_workers=0, max_workers=MOST)) as address:
+    settings = settings_of(folder, min_workers=0, max_workers=MOST)
+    where = on_machines if request.config.getoption("--scale") == "full" else served
+    with where(folder, settings) as address:
         yield address
 
 
