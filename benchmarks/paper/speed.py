@@ -10,6 +10,7 @@ from typing import Annotated
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import typer
 from rich.console import Console
 
@@ -20,7 +21,7 @@ from benchmarks.paper.main_table import load_bench
 from benchmarks.paper.markdown import table
 from benchmarks.paper.methods import MAIN, Base, Perfect, Routed
 from benchmarks.paper.runs import Bench, Method, pool_retriever
-from benchmarks.paper.steps import Step, run_steps
+from benchmarks.paper.steps import Step, run_steps, write_parquet
 from benchmarks.paper.workspace import DEFAULT_ROOT, Workspace
 from benchmarks.results_file import RESULTS, machine
 from gpu_worker.engine import Engine
@@ -173,14 +174,16 @@ def write_tables(folder: Path) -> None:
 def measure(
     bench: Bench, methods: Mapping[str, Method], folder: Path, num_questions: int, num_rounds: int = _NUM_ROUNDS
 ) -> None:
-    """Rows of both kinds are in `folder`; those that are there stay."""
-    cost = _SECONDS_A_QUESTION * num_questions
-    throughput = Step(
-        "throughput", folder / THROUGHPUT, cost, lambda: throughput_rows(bench, num_questions, num_rounds)
-    )
+    """Rows of both kinds are in `folder`; what this workspace has measured is not measured again."""
+    kept, cost = bench.study.workspace.rows / "speed", _SECONDS_A_QUESTION * num_questions
     few = max(1, num_questions // 2)
-    waits = Step("latency", folder / LATENCY, cost / 10, lambda: latency_rows(bench, methods, few))
-    run_steps([throughput, waits], 1.0, bench.out)
+    steps = [
+        Step("throughput", kept / THROUGHPUT, cost, lambda: throughput_rows(bench, num_questions, num_rounds)),
+        Step("latency", kept / LATENCY, cost / 10, lambda: latency_rows(bench, methods, few)),
+    ]
+    run_steps(steps, 1.0, bench.out)
+    for step in steps:
+        write_parquet(folder / step.path.name, pq.read_table(step.path))
 
 
 def main(

@@ -146,6 +146,9 @@ def test_stages_go_on_where_they_failed_and_ask_nothing_twice(
     run_stages(unasked, stages, Console(quiet=True))
     assert counters.num_requests == before
     run_stages(chosen[-1:], stages, Console(quiet=True))
+    before = counters.num_requests
+    run_stages(chosen[-1:], stages, Console(quiet=True))
+    assert before == counters.num_requests > 0
     report = report_of(tmp_path, "# Report\n")
     assert report.count("\n## ") == len(chosen)
     check_conflicts(stages.rows)
