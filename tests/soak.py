@@ -47,13 +47,16 @@ class SoakReport:
         self.checks[item.path.parent.name][item.name] = check
 
     def write(self) -> list[str]:
+        """What was checked now takes the place of what was written of it before; other checks stay."""
         RESULTS.mkdir(exist_ok=True)
         written = []
+        head = {"machine": machine(), "command": "make soak"}
+        now = {"commit": commit(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
         for area, checks in self.checks.items():
             path = RESULTS / f"soak-{area}.json"
-            head = {"machine": machine(), "commit": commit(), "command": "make soak"}
-            head["date"] = datetime.now(UTC).isoformat(timespec="seconds")
-            path.write_text(json.dumps({**head, "checks": checks}, indent=1) + "\n", encoding="utf-8")
+            before = json.loads(path.read_text(encoding="utf-8"))["checks"] if path.exists() else {}
+            found = before | {name: check | now for name, check in checks.items()}
+            path.write_text(json.dumps({**head, "checks": found}, indent=1) + "\n", encoding="utf-8")
             written.append(path.name)
         return written
 
