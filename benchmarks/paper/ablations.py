@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
 import pandas as pd
 import typer
@@ -14,6 +13,7 @@ from benchmarks.paper.answer_tables import Answers, differences
 from benchmarks.paper.main_table import load_bench
 from benchmarks.paper.markdown import percent, table
 from benchmarks.paper.methods import Routed
+from benchmarks.paper.options import EncoderName, PerTask, Root
 from benchmarks.paper.runs import run_all
 from benchmarks.paper.steps import write_parquet
 from benchmarks.paper.tasks import read_task_list
@@ -79,9 +79,9 @@ def write_tables(folder: Path) -> None:
 
 
 def main(
-    per_task: Annotated[int, typer.Option(help="test questions of each task")] = 20,
-    encoder: Annotated[str, typer.Option(help="the encoder: a name or folder")] = DEFAULT_MODEL,
-    root: Annotated[Path, typer.Option(help="the study's cache folder")] = DEFAULT_ROOT,
+    per_task: PerTask = 20,
+    encoder: EncoderName = DEFAULT_MODEL,
+    root: Root = DEFAULT_ROOT,
 ) -> None:
     """Answer under every number of adapters, then write rows, table and plot."""
     workspace = Workspace(root)

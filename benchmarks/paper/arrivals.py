@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from benchmarks import plots
 from benchmarks.paper.markdown import percent, table
+from benchmarks.paper.options import Root
 from benchmarks.paper.retrieval.__main__ import cells_of
 from benchmarks.paper.retrieval.ranking import embedded, nearest, records_of
 from benchmarks.paper.retrieval.study import Task
@@ -235,7 +236,7 @@ def write_tables(folder: Path) -> None:
     _plot(rows)
 
 
-def main(root: Annotated[Path, typer.Option(help="the study's cache folder")] = DEFAULT_ROOT) -> None:
+def main(root: Root = DEFAULT_ROOT) -> None:
     """Run the stream through every router that it has not run through, then write rows, section and plot."""
     workspace, out = Workspace(root), Console(width=120)
     study = cells_of(workspace).study

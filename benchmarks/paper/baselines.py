@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import typer
@@ -18,6 +18,7 @@ from benchmarks.paper.answer_tables import BASELINES, write_tables
 from benchmarks.paper.answers import Question
 from benchmarks.paper.experts import ExpertModel, Sum
 from benchmarks.paper.main_table import Loaded, load_bench
+from benchmarks.paper.options import EncoderName, PerTask, Root
 from benchmarks.paper.routers import Router, RouterKind, search_weights, train_router
 from benchmarks.paper.runs import Method, run_all
 from benchmarks.paper.steps import write_parquet
@@ -187,9 +188,9 @@ def trained_baselines(
 
 
 def main(
-    per_task: Annotated[int, typer.Option(help="test questions of each task")] = NUM_TEST,
-    encoder: Annotated[str, typer.Option(help="the encoder: a name or folder")] = DEFAULT_MODEL,
-    root: Annotated[Path, typer.Option(help="the study's cache folder")] = DEFAULT_ROOT,
+    per_task: PerTask = NUM_TEST,
+    encoder: EncoderName = DEFAULT_MODEL,
+    root: Root = DEFAULT_ROOT,
 ) -> None:
     """Train the routers and LoRAHub's weights, answer under each, and write the rows beside those of the main table."""
     workspace, out = Workspace(root), Console(width=120)

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from benchmarks.paper.answers import Asker
 from benchmarks.paper.markdown import percent, table
+from benchmarks.paper.options import Root
 from benchmarks.paper.scoring import majority_scores, score
 from benchmarks.paper.study import Study, load_asker, load_study, scores_by_task, worker_config
 from benchmarks.paper.tasks import NUM_CHOICE, TaskList, read_task_list
@@ -160,7 +161,7 @@ def write_section(folder: Path, verdicts: Mapping[str, Verdict], places: Mapping
 
 def main(
     per_task: Annotated[int, typer.Option(help="choice items of each task")] = NUM_CHOICE,
-    root: Annotated[Path, typer.Option(help="the study's cache folder")] = DEFAULT_ROOT,
+    root: Root = DEFAULT_ROOT,
 ) -> None:
     """Judge every trained adapter and write benchmarks/paper/pool.json."""
     workspace, listed, out = Workspace(root), read_task_list(), Console(width=120)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
 
 import pandas as pd
 import pyarrow as pa
@@ -22,6 +21,7 @@ from benchmarks.paper.main_table import Loaded, load_bench
 from benchmarks.paper.margin import ByLead, Rule, chosen_rule
 from benchmarks.paper.markdown import percent, table
 from benchmarks.paper.methods import Routed
+from benchmarks.paper.options import EncoderName, PerTask, Root
 from benchmarks.paper.runs import Bench, Method, pool_retriever, run_all
 from benchmarks.paper.steps import write_parquet
 from benchmarks.paper.study import Study, publish_lacking
@@ -184,9 +184,9 @@ def section(conflicts: pd.DataFrame, margins: pd.DataFrame, rules: dict[str, Rul
 
 
 def main(
-    per_task: Annotated[int, typer.Option(help="test questions of each task")] = NUM_TEST,
-    encoder: Annotated[str, typer.Option(help="the encoder: a name or folder")] = DEFAULT_MODEL,
-    root: Annotated[Path, typer.Option(help="the study's cache folder")] = DEFAULT_ROOT,
+    per_task: PerTask = NUM_TEST,
+    encoder: EncoderName = DEFAULT_MODEL,
+    root: Root = DEFAULT_ROOT,
 ) -> None:
     """Train the further adapters, answer under every method, write rows and the report's section."""
     workspace, out = Workspace(root), Console(width=120)

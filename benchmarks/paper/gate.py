@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -24,6 +24,7 @@ from benchmarks.paper.answers import Question
 from benchmarks.paper.main_table import Loaded, load_bench
 from benchmarks.paper.markdown import table
 from benchmarks.paper.methods import Routed
+from benchmarks.paper.options import EncoderName, PerTask, Root
 from benchmarks.paper.packing import Packed
 from benchmarks.paper.ramole import GatedModel, GateRecipe, train_gates
 from benchmarks.paper.runs import Bench, rows_of
@@ -172,9 +173,9 @@ def measure(loaded: Loaded, base: Any, tokenizer: Any, folder: Path, per_task: i
 
 
 def main(
-    per_task: Annotated[int, typer.Option(help="test questions of each task")] = 10,
-    encoder: Annotated[str, typer.Option(help="the encoder: a name or folder")] = DEFAULT_MODEL,
-    root: Annotated[Path, typer.Option(help="the study's cache folder")] = DEFAULT_ROOT,
+    per_task: PerTask = 10,
+    encoder: EncoderName = DEFAULT_MODEL,
+    root: Root = DEFAULT_ROOT,
 ) -> None:
     """Train the gate, answer under every way of weighing, write rows and the report's section."""
     loaded = load_bench(Workspace(root), encoder, Console(width=120))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import pyarrow as pa
 import typer
@@ -13,6 +12,7 @@ from rich.console import Console
 from benchmarks.paper.answer_tables import ROWS, write_tables
 from benchmarks.paper.choose import read_pool
 from benchmarks.paper.methods import MAIN
+from benchmarks.paper.options import EncoderName, PerTask, Root
 from benchmarks.paper.runs import Bench, pool_retriever, run_all
 from benchmarks.paper.steps import write_parquet
 from benchmarks.paper.study import Weights, load_asker, load_study, worker_config
@@ -42,9 +42,9 @@ def load_bench(workspace: Workspace, encoder: str, out: Console) -> Loaded:
 
 
 def main(
-    per_task: Annotated[int, typer.Option(help="test questions of each task")] = NUM_TEST,
-    encoder: Annotated[str, typer.Option(help="the encoder: a name or folder")] = DEFAULT_MODEL,
-    root: Annotated[Path, typer.Option(help="the study's cache folder")] = DEFAULT_ROOT,
+    per_task: PerTask = NUM_TEST,
+    encoder: EncoderName = DEFAULT_MODEL,
+    root: Root = DEFAULT_ROOT,
 ) -> None:
     """Answer the test questions under every method, then write rows, tables and figures; known answers are kept."""
     workspace = Workspace(root)

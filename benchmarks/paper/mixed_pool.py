@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
 
 import pandas as pd
 import pyarrow as pa
@@ -21,6 +20,7 @@ from benchmarks.paper.answer_tables import Answers
 from benchmarks.paper.main_table import load_bench
 from benchmarks.paper.markdown import percent, table
 from benchmarks.paper.methods import Perfect, Routed
+from benchmarks.paper.options import EncoderName, PerTask, Root
 from benchmarks.paper.runs import Bench, Method, pool_retriever, run_all
 from benchmarks.paper.steps import write_parquet
 from benchmarks.paper.study import Study, load_asker
@@ -120,9 +120,9 @@ def section(rows: pd.DataFrame, variants: dict[str, str]) -> str:
 
 
 def main(
-    per_task: Annotated[int, typer.Option(help="test questions of each task")] = NUM_TEST,
-    encoder: Annotated[str, typer.Option(help="the encoder: a name or folder")] = DEFAULT_MODEL,
-    root: Annotated[Path, typer.Option(help="the study's cache folder")] = DEFAULT_ROOT,
+    per_task: PerTask = NUM_TEST,
+    encoder: EncoderName = DEFAULT_MODEL,
+    root: Root = DEFAULT_ROOT,
 ) -> None:
     """Train the mixed pool, answer over both pools, write rows and the report's section."""
     workspace, reader = Workspace(root), Encoder(encoder)

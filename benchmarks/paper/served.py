@@ -22,6 +22,7 @@ from benchmarks.paper.answers import Asker, Question, loading
 from benchmarks.paper.choose import read_pool
 from benchmarks.paper.markdown import table
 from benchmarks.paper.methods import Routed
+from benchmarks.paper.options import Root
 from benchmarks.paper.retrieval.cells import BEST
 from benchmarks.paper.stores import fetch_from, open_store, retriever_over
 from benchmarks.paper.study import load_study, worker_config
@@ -154,7 +155,7 @@ def main(
     starter_pool: Annotated[bool, typer.Option("--starter", help="the starter pool instead of the study's")] = False,
     count: Annotated[int, typer.Option(help="questions asked")] = 200,
     encoder: Annotated[str, typer.Option(help="else the study's trained encoder where there is one")] = "",
-    root: Annotated[Path, typer.Option(help="the study's cache folder")] = DEFAULT_ROOT,
+    root: Root = DEFAULT_ROOT,
 ) -> None:
     """Ask both ways, say what differs, keep the shares; fails where anything differs."""
     out, workspace = Console(width=120), Workspace(root)

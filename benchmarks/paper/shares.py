@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Annotated
 
 import pandas as pd
 import pyarrow as pa
@@ -16,6 +14,7 @@ from benchmarks.paper.answer_tables import Answers
 from benchmarks.paper.main_table import load_bench
 from benchmarks.paper.markdown import table
 from benchmarks.paper.methods import Routed
+from benchmarks.paper.options import PerTask, Root
 from benchmarks.paper.retrieval.__main__ import cells_of
 from benchmarks.paper.retrieval.study import UNTRAINED
 from benchmarks.paper.runs import Bench, Method, pool_retriever, run_all
@@ -55,8 +54,8 @@ def section(rows: pd.DataFrame) -> str:
 
 
 def main(
-    per_task: Annotated[int, typer.Option(help="test questions of each task")] = 20,
-    root: Annotated[Path, typer.Option(help="the study's cache folder")] = DEFAULT_ROOT,
+    per_task: PerTask = 20,
+    root: Root = DEFAULT_ROOT,
 ) -> None:
     """Answer under the encoders of the retrieval study's first seed, write rows and the report's section."""
     workspace = Workspace(root)

@@ -20,6 +20,7 @@ from benchmarks.paper.baselines import trained_baselines
 from benchmarks.paper.main_table import load_bench
 from benchmarks.paper.markdown import table
 from benchmarks.paper.methods import MAIN, Base, Perfect, Routed
+from benchmarks.paper.options import EncoderName, Root
 from benchmarks.paper.runs import Bench, Method, pool_retriever
 from benchmarks.paper.steps import Step, run_steps, write_parquet
 from benchmarks.paper.workspace import DEFAULT_ROOT, Workspace
@@ -188,8 +189,8 @@ def measure(
 
 def main(
     num_questions: Annotated[int, typer.Option(help="test questions, of all tasks; at least the largest batch")] = 32,
-    encoder: Annotated[str, typer.Option(help="the encoder: a name or folder")] = DEFAULT_MODEL,
-    root: Annotated[Path, typer.Option(help="the study's cache folder")] = DEFAULT_ROOT,
+    encoder: EncoderName = DEFAULT_MODEL,
+    root: Root = DEFAULT_ROOT,
 ) -> None:
     """Measure what is not measured yet, then write the section and the plot."""
     workspace, out = Workspace(root), Console(width=120)

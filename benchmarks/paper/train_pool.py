@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.paper.choose import POOL_FILE, read_pool
 from benchmarks.paper.lower_layers import lower_layers
+from benchmarks.paper.options import Root
 from benchmarks.paper.packing import Packed
 from benchmarks.paper.tasks import Parts, load_parts, read_task_list
 from benchmarks.paper.workspace import DEFAULT_ROOT, Workspace
@@ -131,7 +132,7 @@ def train_on(
 def main(
     only: Annotated[list[str] | None, typer.Option(help="this task only; may be given again, spares too")] = None,
     num_threads: Annotated[int | None, typer.Option(help="threads of this process; may run beside others")] = None,
-    root: Annotated[Path, typer.Option(help="the study's cache folder")] = DEFAULT_ROOT,
+    root: Root = DEFAULT_ROOT,
 ) -> None:
     """Train what is not there yet; an interrupted run goes on with the task it was at."""
     if num_threads is not None:

@@ -1,0 +1,12 @@
+"""Options that the stages' commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+PerTask = Annotated[int, typer.Option(help="test questions of each task")]
+EncoderName = Annotated[str, typer.Option(help="the encoder: a name or folder")]
+Root = Annotated[Path, typer.Option(help="the study's cache folder")]
