@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from datetime import UTC, datetime
 
 import pytest
@@ -168,12 +169,14 @@ def test_verify_names_what_is_damaged_or_missing(store, publish, location):
 
 def test_verify_does_not_miss_what_is_withdrawn_meanwhile(store, open_store, publish, location):
     rival = open_store()
+    one_at_a_time = threading.Lock()  # verify reads with several threads
 
     class RivalFirst(BlobStore):
         def get(self, digest):
-            if ("local", "a") in rival.snapshot().records:
-                gone = rival.withdraw("local", ["a"], "rival").records[0]
-                assert len(rival.sweep(gone.blobs)) == 2
+            with one_at_a_time:
+                if ("local", "a") in rival.snapshot().records:
+                    gone = rival.withdraw("local", ["a"], "rival").records[0]
+                    assert len(rival.sweep(gone.blobs)) == 2
             return super().get(digest)
 
     staged = publish("a", seed=0)
