@@ -1,6 +1,7 @@
 """The engine beside transformers' generate, by strategy, active adapters and batch: `python -m benchmarks.throughput`.
 
-Every round runs generate and each of the engine's cases once, so that all of a round meet the same machine.
+Every round runs generate and each of the engine's cases once, so that all of a round meet the same machine. What LoRA
+costs a decode step is the difference of two close numbers: it is measured in turns of its own, seconds apart.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from benchmarks.engine_cases import (
     NUM_NEW,
     NUM_ROWS,
     Loaded,
+    Prompt,
     Quick,
     console,
     generate,
@@ -33,6 +35,7 @@ from benchmarks.results_file import write_results
 from lora_store import Strategy
 
 NUM_ADAPTERS, WARM_TOKENS = 96, 4
+NUM_TURNS, TURN_TOKENS = 10, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +75,12 @@ CASES = (
     Case(1, "mixture", 3, literal=True),
 )
 BATCHES = tuple(dict.fromkeys(case.num_rows for case in CASES))
+STEP_CASES = tuple(case for case in CASES if case.num_rows == NUM_ROWS and case.strategy in ("base", "mixture"))
 
 Round = dict[str, float]
 """Tokens a second by case, and by `<case> ms` the median decode step."""
+Turn = dict[str, float]
+"""The median decode step of 32 rows in ms, by what they run."""
 
 
 class Bench:
@@ -89,21 +95,29 @@ class Bench:
             prompts = self._loaded.prompts(number, num_rows)
             found[f"generate x{num_rows}"] = self._generate(prompts, num_new)
             for case in (case for case in CASES if case.num_rows == num_rows):
-                asked = plans(case.strategy, case.num_active, num_rows)
-                with literal_mixture(self._loaded.engine) if case.literal else nullcontext():
-                    found[case.name], found[f"{case.name} ms"] = self._loaded.run(asked, prompts, num_new)
+                found[case.name], found[f"{case.name} ms"] = self._run(case, prompts, num_new)
         gc.collect()
         return found
 
+    def turn(self, number: int) -> Turn:
+        """The base model and each mixture for a few tokens, one right after the other."""
+        prompts = self._loaded.prompts(number, NUM_ROWS)
+        return {case.what: self._run(case, prompts, TURN_TOKENS)[1] for case in STEP_CASES}
 
-def figures_of(found: Sequence[Round]) -> dict[str, float]:
-    """Medians over rounds of what was compared within a round, 32 rows each."""
+    def _run(self, case: Case, prompts: Sequence[Prompt], num_new: int) -> tuple[float, float]:
+        asked = plans(case.strategy, case.num_active, case.num_rows)
+        with literal_mixture(self._loaded.engine) if case.literal else nullcontext():
+            return self._loaded.run(asked, prompts, num_new)
+
+
+def figures_of(found: Sequence[Round], turns: Sequence[Turn]) -> dict[str, float]:
+    """Medians over rounds, and over turns, of what was compared within one; 32 rows each."""
 
     def median(name: str, over: str) -> float:
         return statistics.median(round_[f"{name} x{NUM_ROWS}"] / round_[f"{over} x{NUM_ROWS}"] for round_ in found)
 
     def extra_ms(name: str) -> float:
-        return statistics.median(round_[f"{name} x{NUM_ROWS} ms"] - round_[f"base x{NUM_ROWS} ms"] for round_ in found)
+        return statistics.median(turn[name] - turn["base"] for turn in turns)
 
     figures = {"base_over_generate": median("base", "generate")}
     figures |= {f"mixture{active}_over_generate": median(f"mixture {active}", "generate") for active in (8, 32, 96)}
@@ -147,10 +161,12 @@ def main(
     for number in rounds_within(1 if quick else rounds, minutes):
         found.append(bench.round(number, WARM_TOKENS if quick else NUM_NEW))
         console.print(f"round {number}: " + ", ".join(f"{name} {value:.0f}" for name, value in found[-1].items()))
+    turns = [bench.turn(number) for number in range(1 if quick else NUM_TURNS)]
+    figures = figures_of(found, turns)
     table, medians = table_and_medians(found)
     if quick:
         return
-    write_results("throughput", figures=figures_of(found), table=table, runs=found)
+    write_results("throughput", figures=figures, table=table, runs=[*found, *turns])
     plot(medians)
 
 
