@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpu_worker.admission import Admission
 from gpu_worker.attention_plan import Segment
@@ -22,6 +22,7 @@ from gpu_worker.device_memory import free_bytes
 from gpu_worker.errors import DeadlineExceeded, EngineFull, EngineStopped, LogitsNotFinite, WaitedTooLong
 from gpu_worker.fair_queue import FairQueue
 from gpu_worker.fitting import FittedAdapter
+from gpu_worker.fused import fuse, load_fused
 from gpu_worker.holdings import Holdings
 from gpu_worker.inject import inject, target_linears
 from gpu_worker.kv_cache import KvCache, KvShape
@@ -71,6 +72,7 @@ class Engine:
         self.base, self.memory = _loaded(config, base)
         self.max_len = self.memory.kv.max_len
         self._step_context = StepContext()
+        _fuse(self.base.model, config)
         linears = target_linears(self.base.model, self.base.model.get_output_embeddings())
         self.bank = LoraBank(linears, config.bank_rank_rows, free_fill=free_fill)
         inject(self.base.model, self.bank, self._step_context)
@@ -350,6 +352,13 @@ def _loaded(config: WorkerConfig, base: BaseModel | None) -> tuple[BaseModel, Me
     logger.info("%s: %s", config.base_model, plan)
     base.model.to(device)
     return base, plan
+
+
+def _fuse(model: nn.Module, config: WorkerConfig) -> None:
+    """On the CPU with a C++ compiler: the model's small operations in one pass each."""
+    kernel = load_fused(config.cache_dir) if config.device == "cpu" else None
+    if kernel is not None:
+        fuse(model, kernel)
 
 
 def _lora_kernel(config: WorkerConfig) -> LoraKernel | None:

@@ -1,33 +1,18 @@
-"""`grouped_lora.cpp`: compiled once for this processor, and called with torch's tensors.
-
-The library takes plain pointers, so that it is built in seconds without torch's headers. It runs in torch's own pool of
-OpenMP threads: torch's libgomp is loaded under the same name before it.
-"""
+"""`grouped_lora.cpp`, called with torch's tensors."""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import logging
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from ctypes import c_int32, c_int64, c_void_p
 from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
 from numpy.typing import NDArray
 from torch import Tensor
 
-logger = logging.getLogger(__name__)
-
-_SOURCE = Path(__file__).with_name("grouped_lora.cpp")
-_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared")
-_SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+from gpu_worker.native import functions, load_library
 
 
 class Pairs(ctypes.Structure):
@@ -89,12 +74,8 @@ class LoraKernel:
     """The compiled products. Tensors are contiguous, on the CPU, all of one dtype: float32 or bfloat16."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._shrink = {dtype: getattr(library, f"shrink_{suffix}") for dtype, suffix in _SUFFIXES.items()}
-        self._expand = {dtype: getattr(library, f"expand_{suffix}") for dtype, suffix in _SUFFIXES.items()}
-        for shrink in self._shrink.values():
-            shrink.argtypes, shrink.restype = (c_void_p, c_void_p, c_int64, c_void_p, c_int32, c_void_p), None
-        for expand in self._expand.values():
-            expand.argtypes, expand.restype = (c_void_p, c_void_p, c_void_p, c_int64, c_void_p), None
+        self._shrink = functions(library, "shrink", c_void_p, c_void_p, c_int64, c_void_p, c_int32, c_void_p)
+        self._expand = functions(library, "expand", c_void_p, c_void_p, c_void_p, c_int64, c_void_p)
 
     def shrink(self, pairs: Pairs, x: Tensor, a: Tensor, num_modules: int) -> Tensor:
         """h (M, h_len) of M modules that read x (..., N, I): compose(A · x). a (P · M, I): see `InputBank`."""
@@ -112,42 +93,8 @@ class LoraKernel:
 
 def load_kernel(cache_dir: Path) -> LoraKernel | None:
     """The kernel, compiled into `cache_dir` unless it is there; None where no compiler makes it, which is logged."""
-    compiler = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
-    if compiler is None:
-        logger.info("no C++ compiler: LoRA products run through torch, which takes longer")
-        return None
-    library = cache_dir / "native" / f"grouped_lora-{_fingerprint(compiler)}.so"
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(library.with_suffix(".lock")):
-        if not library.exists() and not _compile(compiler, library):
-            return None
-    return LoraKernel(ctypes.CDLL(str(library)))
-
-
-def _compile(compiler: str, library: Path) -> bool:
-    """Compile beside `library` and move it into place, so that half of one is never found."""
-    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-        made = Path(scratch, library.name)
-        run = subprocess.run([compiler, *_FLAGS, str(_SOURCE), "-o", str(made)], capture_output=True, text=True)
-        if run.returncode != 0:
-            logger.warning("%s could not make %s; LoRA products run through torch: %s", compiler, made.name, run.stderr)
-            return False
-        made.rename(library)
-    return True
-
-
-def _fingerprint(compiler: str) -> str:
-    """Of all that the library depends on: the source, how it is compiled, and by what for which processor."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    parts = (_SOURCE.read_text(), *_FLAGS, version, _processor())
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    told = [line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))]
-    return "\n".join(sorted(set(told))) or platform.processor()
+    library = load_library("grouped_lora", cache_dir)
+    return None if library is None else LoraKernel(library)
 
 
 def _starts(counts: NDArray[np.int64]) -> NDArray[np.int64]:

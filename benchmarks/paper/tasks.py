@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -106,7 +107,7 @@ def _place(workspace: Workspace, spec: TaskSpec) -> Path:
 
 def _write(path: Path, parts: Parts) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".part")
+    scratch = path.with_suffix(f".{os.getpid()}")  # processes that train side by side may all make it
     scratch.write_text(json.dumps(asdict(parts), ensure_ascii=False), encoding="utf-8")
     scratch.rename(path)
 

@@ -1,0 +1,104 @@
+// Passes over activations that torch makes operation by operation, each made at once: normalisation, gated activation.
+//
+// Dims: N rows of `width` adjacent values. All arithmetic is float32; what torch rounds in between is rounded here too.
+#include <cmath>
+#include <cstdint>
+
+#include "vectors.h"
+
+namespace {
+
+constexpr int64_t kAlone = 32 * 1024;  // values that one thread is done with before others have begun
+
+template <class E>
+f32x16 rounded(f32x16 v) {
+  E values[kLanes];
+  store(values, v);
+  return load(values);
+}
+
+// y = x / sqrt(mean(x^2) + eps), times weight; `rounds_first`: rounded to E before that product
+template <class E>
+void rms_norm_row(const E* x, const float* weight, int64_t width, float eps, bool rounds_first, E* y) {
+  f32x16 squares = {};
+  for (int64_t i = 0; i < width; i += kLanes) {
+    const f32x16 v = load_part(x + i, width - i);
+    squares += v * v;
+  }
+  const float scale = 1 / std::sqrt(sum(squares) / width + eps);
+  for (int64_t i = 0; i < width; i += kLanes) {
+    f32x16 v = load_part(x + i, width - i) * scale;
+    if (rounds_first) v = rounded<E>(v);
+    store_part(y + i, v * load_part(weight + i, width - i), width - i);
+  }
+}
+
+template <class E>
+void rms_norm(const E* x, const float* weight, int64_t num_rows, int64_t width, float eps, bool rounds_first, E* y,
+              int num_threads) {
+#pragma omp parallel for num_threads(num_threads) if (num_rows * width > kAlone)
+  for (int64_t row = 0; row < num_rows; ++row)
+    rms_norm_row(x + row * width, weight, width, eps, rounds_first, y + row * width);
+}
+
+// e^v to about 2 units in the last place: 2^n times a Taylor polynomial of the rest, which lies within ln 2 / 2
+f32x16 exp(f32x16 v) {
+  const f32x16 highest = f32x16{} + 88, lowest = f32x16{} - 87;
+  v = v > highest ? highest : v < lowest ? lowest : v;  // NaN stays NaN
+  const f32x16 shifted = v * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the nearest integer
+  const f32x16 n = shifted - 12582912.0f;
+  const f32x16 r = v - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts
+  f32x16 p = r * (1.0f / 5040) + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  return (f32x16)((u32x16)p + ((u32x16)shifted << 23));
+}
+
+f32x16 silu(f32x16 v) { return v / (1.0f + exp(-v)); }
+
+f32x16 gelu_tanh(f32x16 v) {  // 1 + tanh(u) = 2 / (1 + e^-2u)
+  return v / (1.0f + exp(v * (v * v * 0.044715f + 1.0f) * (-2 * 0.7978845608f)));
+}
+
+template <class E>
+void gated(const E* gate, const E* up, int64_t num_values, bool is_silu, E* y, int num_threads) {
+#pragma omp parallel for num_threads(num_threads) if (num_values > kAlone)
+  for (int64_t i = 0; i < num_values; i += kLanes) {
+    const int64_t left = num_values - i;
+    const f32x16 v = load_part(gate + i, left);
+    store_part(y + i, rounded<E>(is_silu ? silu(v) : gelu_tanh(v)) * load_part(up + i, left), left);
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// y (N, width) <- x / rms(x) * weight. weight (width,) float32.
+void rms_norm_bf16(const void* x, const float* weight, int64_t num_rows, int64_t width, float eps, int32_t rounds_first,
+                   void* y, int32_t num_threads) {
+  rms_norm(static_cast<const bf16*>(x), weight, num_rows, width, eps, rounds_first, static_cast<bf16*>(y), num_threads);
+}
+
+void rms_norm_f32(const void* x, const float* weight, int64_t num_rows, int64_t width, float eps, int32_t rounds_first,
+                  void* y, int32_t num_threads) {
+  rms_norm(static_cast<const float*>(x), weight, num_rows, width, eps, rounds_first, static_cast<float*>(y),
+           num_threads);
+}
+
+// y <- activation(gate) * up, value by value
+void gated_bf16(const void* gate, const void* up, int64_t num_values, int32_t is_silu, void* y, int32_t num_threads) {
+  gated(static_cast<const bf16*>(gate), static_cast<const bf16*>(up), num_values, is_silu, static_cast<bf16*>(y),
+        num_threads);
+}
+
+void gated_f32(const void* gate, const void* up, int64_t num_values, int32_t is_silu, void* y, int32_t num_threads) {
+  gated(static_cast<const float*>(gate), static_cast<const float*>(up), num_values, is_silu, static_cast<float*>(y),
+        num_threads);
+}
+
+}  // extern "C"
