@@ -1,4 +1,4 @@
-"""Attention on the CPU over one region a row: prefill chunks one by one, decode tokens in groups of rows."""
+"""Attention on the CPU over one region a row: prefill chunks one by one, decode tokens all at once."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from gpu_worker.attention_plan import AttentionPlan, Segment
+from gpu_worker.decode_attention import DecodeKernel, Decodes
 
 _GROUP_COST_TOKENS = 1024  # a group takes as long as this many more tokens of one row, measured: benchmarks/README.md
 
@@ -45,32 +46,47 @@ class RegionAttention(AttentionPlan):
     token_rows: Tensor
     token_positions: Tensor
     prefill: tuple[Segment, ...]
-    decode: tuple[DecodeGroup, ...]
+    decode: tuple[DecodeGroup, ...]  # through torch
+    compiled: tuple[DecodeKernel, Decodes] | None  # or all of them at once
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, sliding_window: int | None
     ) -> Tensor:
         keys, values = self.keys[layer], self.values[layer]
-        keys[self.token_rows, :, self.token_positions] = key.transpose(0, 1)
-        values[self.token_rows, :, self.token_positions] = value.transpose(0, 1)
+        self._write(keys, values, key, value)
         output = query.new_empty(query.shape[1], query.shape[0], query.shape[2])  # (N, Q, D)
         for segment in self.prefill:
             chunk = query[:, segment.start : segment.end]
             output[segment.start : segment.end] = _prefill(keys, values, segment, chunk, scaling, sliding_window)
         for group in self.decode:
             output[group.tokens] = _decode(keys, values, group, query[:, group.tokens], scaling, sliding_window)
+        if self.compiled is not None:
+            kernel, decodes = self.compiled
+            kernel.attend(decodes, query, keys, values, output, scaling=scaling, sliding_window=sliding_window)
         return output
 
+    def _write(self, keys: Tensor, values: Tensor, key: Tensor, value: Tensor) -> None:
+        if self.compiled is not None:
+            kernel, _ = self.compiled
+            kernel.write(key, value, self.token_rows, self.token_positions, keys, values)
+        else:
+            keys[self.token_rows, :, self.token_positions] = key.transpose(0, 1)
+            values[self.token_rows, :, self.token_positions] = value.transpose(0, 1)
 
-def region_attention(keys: Sequence[Tensor], values: Sequence[Tensor], segments: Sequence[Segment]) -> RegionAttention:
+
+def region_attention(
+    keys: Sequence[Tensor], values: Sequence[Tensor], segments: Sequence[Segment], kernel: DecodeKernel | None
+) -> RegionAttention:
     """The plan for `segments`, which cover a step's tokens in order."""
     counts = torch.tensor([segment.num_tokens for segment in segments])
     rows = torch.tensor([segment.row for segment in segments]).repeat_interleave(counts)
     positions = torch.cat([torch.arange(segment.context_len, segment.total_len) for segment in segments])
     is_decode = [segment.num_tokens == 1 and segment.context_len > 0 for segment in segments]
     prefill = tuple(segment for segment, decodes in zip(segments, is_decode, strict=True) if not decodes)
-    decode = tuple(_groups([segment for segment, decodes in zip(segments, is_decode, strict=True) if decodes]))
-    return RegionAttention(keys, values, rows, positions, prefill, decode)
+    single = [segment for segment, decodes in zip(segments, is_decode, strict=True) if decodes]
+    groups = tuple(_groups(single)) if kernel is None else ()
+    compiled = None if kernel is None else (kernel, Decodes(single))
+    return RegionAttention(keys, values, rows, positions, prefill, groups, compiled)
 
 
 def _prefill(

@@ -18,6 +18,7 @@ from gpu_worker.bank import LoraBank
 from gpu_worker.base_model import BaseModel, load_base_model
 from gpu_worker.config import WorkerConfig
 from gpu_worker.counters import Counters
+from gpu_worker.decode_attention import load_decode_kernel
 from gpu_worker.device_memory import free_bytes
 from gpu_worker.errors import DeadlineExceeded, EngineFull, EngineStopped, LogitsNotFinite, WaitedTooLong
 from gpu_worker.fair_queue import FairQueue
@@ -201,7 +202,9 @@ class Engine:
                 self.loaded.wait(self.seconds_to_due)
 
     def _kv_cache(self, shape: KvShape) -> KvCache:
-        return KvRegions(shape) if self._device.type == "cpu" else KvPages(shape, self._device)
+        if self._device.type != "cpu":
+            return KvPages(shape, self._device)
+        return KvRegions(shape, load_decode_kernel(self.config.cache_dir))
 
     def _end_overdue(self) -> None:
         """End what is past its deadline, running or not, and what has waited too long to start."""

@@ -9,6 +9,7 @@ import torch
 
 from gpu_worker.attention_cpu import RegionAttention, region_attention
 from gpu_worker.attention_plan import Segment
+from gpu_worker.decode_attention import DecodeKernel
 from gpu_worker.kv_cache import KvCache, KvShape
 
 
@@ -19,8 +20,10 @@ class KvRegions(KvCache):
     Dims of `keys` and `values`, one tensor a layer: (rows, heads, tokens, head size).
     """
 
-    def __init__(self, shape: KvShape) -> None:
+    def __init__(self, shape: KvShape, kernel: DecodeKernel | None = None) -> None:
+        """`kernel`: what decode tokens are attended by; without it through torch."""
         super().__init__(shape)
+        self._kernel = kernel
         num_values = shape.max_len * shape.token_bytes // shape.dtype.itemsize
         self._row_bytes = -(-num_values * shape.dtype.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
         self._memory = mmap.mmap(-1, shape.num_rows * self._row_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -29,7 +32,7 @@ class KvRegions(KvCache):
         self.keys, self.values = list(split[:, :, 0].unbind(1)), list(split[:, :, 1].unbind(1))
 
     def attention(self, segments: Sequence[Segment]) -> RegionAttention:
-        return region_attention(self.keys, self.values, segments)
+        return region_attention(self.keys, self.values, segments, self._kernel)
 
     def _wipe(self, row: int, pages: Sequence[int]) -> None:
         """Linux gives the memory back, and zeros to whoever reads there again."""

@@ -60,4 +60,21 @@ inline float sum(f32x16 v) {
   return total;
 }
 
+// e^v to about 2 units in the last place: 2^n times a Taylor polynomial of the rest, which lies within ln 2 / 2
+inline f32x16 exp(f32x16 v) {
+  const f32x16 highest = f32x16{} + 88, lowest = f32x16{} - 87;
+  v = v > highest ? highest : v < lowest ? lowest : v;  // NaN stays NaN
+  const f32x16 shifted = v * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the nearest integer
+  const f32x16 n = shifted - 12582912.0f;
+  const f32x16 r = v - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts
+  f32x16 p = r * (1.0f / 5040) + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  return (f32x16)((u32x16)p + ((u32x16)shifted << 23));
+}
+
 }  // namespace

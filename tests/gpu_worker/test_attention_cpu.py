@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from gpu_worker.attention_plan import Segment
+from gpu_worker.config import DEFAULT_CACHE_DIR
+from gpu_worker.decode_attention import DecodeKernel, load_decode_kernel
 from gpu_worker.kv_regions import KvRegions
 from tests.gpu_worker.driving import kv_shape
 
@@ -16,17 +18,34 @@ NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, MAX_LEN, NUM_ROWS = 4, 2, 8, 200, 6
 SCALING = 0.3
 
 
-def new_cache(max_len: int = MAX_LEN) -> KvRegions:
+def new_cache(
+    max_len: int = MAX_LEN,
+    kernel: DecodeKernel | None = None,
+    head_dim: int = HEAD_DIM,
+    dtype: torch.dtype = torch.float32,
+) -> KvRegions:
     return KvRegions(
         kv_shape(
             num_layers=1,
             num_heads=NUM_KV_HEADS,
-            head_dim=HEAD_DIM,
+            head_dim=head_dim,
+            dtype=dtype,
             num_rows=NUM_ROWS,
             max_len=max_len,
             num_tokens=NUM_ROWS * max_len,
-        )
+        ),
+        kernel,
     )
+
+
+@pytest.fixture(params=["torch", "compiled"])
+def kernel(request: pytest.FixtureRequest) -> DecodeKernel | None:
+    if request.param == "torch":
+        return None
+    found = load_decode_kernel(DEFAULT_CACHE_DIR)
+    if found is None:
+        pytest.skip("no C++ compiler (Debian package g++)")
+    return found
 
 
 def layout(*rows: tuple[int, int, int]) -> list[Segment]:
@@ -69,9 +88,9 @@ def slow_attention(
 
 @pytest.mark.parametrize("window", [None, 12, 1, 500])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_packed_attention_equals_the_slow_loop(name: str, window: int | None) -> None:
+def test_packed_attention_equals_the_slow_loop(name: str, window: int | None, kernel: DecodeKernel | None) -> None:
     torch.manual_seed(0)
-    segments, cache = LAYOUTS[name], new_cache()
+    segments, cache = LAYOUTS[name], new_cache(kernel=kernel)
     num_tokens = segments[-1].end
     query = torch.randn(NUM_HEADS, num_tokens, HEAD_DIM)
     key, value = (torch.randn(NUM_KV_HEADS, num_tokens, HEAD_DIM) for _ in range(2))
@@ -133,8 +152,8 @@ def test_adjacent_rows_are_read_as_a_view() -> None:
     assert group.lengths.tolist() == [7, 8, 6]
 
 
-def test_a_row_that_is_not_finite_does_not_reach_the_others() -> None:
-    segments, cache = layout((0, 1, 4), (1, 1, 4), (2, 6, 0)), new_cache()
+def test_a_row_that_is_not_finite_does_not_reach_the_others(kernel: DecodeKernel | None) -> None:
+    segments, cache = layout((0, 1, 4), (1, 1, 4), (2, 6, 0)), new_cache(kernel=kernel)
     cache.keys[0][0, :, :4] = math.nan
     cache.values[0][0, :, :4] = math.inf
     query = torch.randn(NUM_HEADS, 8, HEAD_DIM)
@@ -142,3 +161,49 @@ def test_a_row_that_is_not_finite_does_not_reach_the_others() -> None:
     found = cache.attention(segments).attend(0, query, key, value, scaling=SCALING, sliding_window=None)
     assert not found[0].isfinite().all()
     assert found[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("num_heads", [2, 8, 10], ids="{} query heads".format)
+@pytest.mark.parametrize("head_dim", [40, 256])
+def test_bfloat16_and_any_strides(num_heads: int, head_dim: int, kernel: DecodeKernel | None) -> None:
+    """Heads lie as a model's projections leave them: token by token."""
+    torch.manual_seed(0)
+    segments = layout((4, 1, 9), (0, 1, 150), (2, 1, 10), (5, 3, 0))
+    caches = [
+        new_cache(kernel=of, head_dim=head_dim, dtype=dtype)
+        for of, dtype in ((kernel, torch.bfloat16), (None, torch.float32))
+    ]
+    query = torch.randn(6, num_heads, head_dim).bfloat16().transpose(0, 1)
+    key, value = (torch.randn(6, NUM_KV_HEADS, head_dim).bfloat16().transpose(0, 1) for _ in range(2))
+    for of_layer in ("keys", "values"):
+        before = torch.randn(NUM_ROWS, NUM_KV_HEADS, MAX_LEN, head_dim).bfloat16()
+        for cache in caches:
+            getattr(cache, of_layer)[0][:] = before
+    found, exact = (
+        cache.attention(segments).attend(
+            0, *(x.to(dtype) for x in (query, key, value)), scaling=0.1, sliding_window=100
+        )
+        for cache, dtype in zip(caches, (torch.bfloat16, torch.float32), strict=True)
+    )
+    torch.testing.assert_close(found.float(), exact, atol=0.02, rtol=0.02)
+    for of_layer in ("keys", "values"):
+        assert torch.equal(*(getattr(cache, of_layer)[0].bfloat16() for cache in caches))
+
+
+def test_a_token_is_attended_alike_alone_and_among_others(kernel: DecodeKernel | None) -> None:
+    if kernel is None:
+        pytest.skip("torch's products depend on what they are batched with")
+    torch.manual_seed(0)
+    cache = new_cache(kernel=kernel)
+    for of_layer in (cache.keys, cache.values):
+        of_layer[0].normal_()
+    query = torch.randn(NUM_HEADS, 3, HEAD_DIM)
+    key, value = (torch.randn(NUM_KV_HEADS, 3, HEAD_DIM) for _ in range(2))
+
+    def attended(tokens: list[int]) -> Tensor:
+        segments = layout(*[((4, 1, 9), (0, 1, 150), (2, 1, 10))[token] for token in tokens])
+        parts = (x[:, tokens] for x in (query, key, value))
+        return cache.attention(segments).attend(0, *parts, scaling=SCALING, sliding_window=None)
+
+    together = attended([0, 1, 2])
+    assert torch.equal(torch.cat([attended([token]) for token in range(3)]), together)

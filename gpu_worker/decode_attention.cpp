@@ -1,0 +1,155 @@
+// Keys and values written to their regions, and attention of single tokens over them: each row reads what it holds.
+//
+// Dims: N tokens of a step, R rows, H heads of keys, Q of queries, T tokens of a row, D head size.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "vectors.h"
+
+extern "C" struct Cache {  // one layer's keys, and values of the same strides (in values, not bytes)
+  void* keys;
+  void* values;
+  int64_t row_stride, head_stride, num_heads, head_dim;
+};
+
+extern "C" struct Heads {  // (heads, N, D), D adjacent
+  const void* data;
+  int64_t head_stride, token_stride;
+};
+
+extern "C" struct Decodes {  // single tokens: their place in the step, their row, and what it holds with them
+  const int64_t *tokens, *rows, *lengths;
+  int64_t num, num_query_heads, window;  // window 0: all
+  float scaling;
+  int32_t num_threads;
+};
+
+namespace {
+
+template <class E>
+void write(const Heads& x, const int64_t* rows, const int64_t* positions, int64_t num_tokens, const Cache& cache,
+           void* into, int num_threads) {
+  const E* from = static_cast<const E*>(x.data);
+#pragma omp parallel for num_threads(num_threads)
+  for (int64_t n = 0; n < num_tokens; ++n)
+    for (int64_t h = 0; h < cache.num_heads; ++h) {
+      E* place = static_cast<E*>(into) + rows[n] * cache.row_stride + h * cache.head_stride;
+      std::memcpy(place + positions[n] * cache.head_dim, from + h * x.head_stride + n * x.token_stride,
+                  cache.head_dim * sizeof(E));
+    }
+}
+
+// scores[g][t] = q[g] . keys[t]
+template <int G, class E>
+void score(const float* const* q, const E* keys, int64_t num, int64_t dim, float* const* scores) {
+  for (int64_t t = 0; t < num; ++t) {
+    f32x16 sums[G] = {};
+    for (int64_t i = 0; i < dim; i += kLanes) {
+      const f32x16 k = load_part(keys + t * dim + i, dim - i);
+      for (int g = 0; g < G; ++g) sums[g] += load(q[g] + i) * k;
+    }
+    for (int g = 0; g < G; ++g) scores[g][t] = sum(sums[g]);
+  }
+}
+
+// out[g] = sum_t weights[g][t] values[t]
+template <int G, class E>
+void gather(const float* const* weights, const E* values, int64_t num, int64_t dim, float* const* out) {
+  for (int64_t t = 0; t < num; ++t)
+    for (int64_t i = 0; i < dim; i += kLanes) {
+      const f32x16 v = load_part(values + t * dim + i, dim - i);
+      for (int g = 0; g < G; ++g) store(out[g] + i, load(out[g] + i) + v * weights[g][t]);
+    }
+}
+
+// scores <- e^(scale (score - the largest)); their sum
+float exponentials(float* scores, int64_t num, float scale) {
+  float highest = scores[0], total = 0;
+  for (int64_t t = 1; t < num; ++t) highest = std::max(highest, scores[t]);
+  for (int64_t t = 0; t < num; t += kLanes) {
+    store_part(scores + t, exp((load_part(scores + t, num - t) - highest) * scale), num - t);
+    total += sum(load_part(scores + t, num - t));
+  }
+  return total;
+}
+
+// one token's query heads g, ... g + G, which share a head of keys
+template <int G, class E>
+void attend_heads(const E* q, int64_t q_stride, const E* keys, const E* values, int64_t num, int64_t dim, float scale,
+                  E* out, std::vector<float>& scratch) {
+  const int64_t padded = (dim + kLanes - 1) / kLanes * kLanes;
+  scratch.assign(G * (2 * padded + num), 0);
+  float *queries[G], *sums[G], *scores[G];
+  for (int g = 0; g < G; ++g) {
+    queries[g] = scratch.data() + g * padded;
+    sums[g] = scratch.data() + (G + g) * padded;
+    scores[g] = scratch.data() + 2 * G * padded + g * num;
+    for (int64_t i = 0; i < dim; i += kLanes) store(queries[g] + i, load_part(q + g * q_stride + i, dim - i));
+  }
+  score<G>(queries, keys, num, dim, scores);
+  float totals[G];
+  for (int g = 0; g < G; ++g) totals[g] = exponentials(scores[g], num, scale);
+  gather<G>(scores, values, num, dim, sums);
+  for (int g = 0; g < G; ++g)
+    for (int64_t i = 0; i < dim; i += kLanes)
+      store_part(out + g * dim + i, load(sums[g] + i) / totals[g], dim - i);
+}
+
+template <class E>
+void attend(const Decodes& d, const Heads& query, const Cache& cache, E* out) {
+  const int64_t dim = cache.head_dim, shared = d.num_query_heads / cache.num_heads;
+#pragma omp parallel num_threads(d.num_threads)
+  {
+    thread_local std::vector<float> scratch;
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < d.num * cache.num_heads; ++task) {
+      const int64_t n = task / cache.num_heads, h = task % cache.num_heads, token = d.tokens[n];
+      const int64_t first = d.window > 0 ? std::max<int64_t>(0, d.lengths[n] - d.window) : 0;
+      const int64_t at = d.rows[n] * cache.row_stride + h * cache.head_stride + first * dim, num = d.lengths[n] - first;
+      const E* keys = static_cast<const E*>(cache.keys) + at;
+      const E* values = static_cast<const E*>(cache.values) + at;
+      for (int64_t g = h * shared; g < (h + 1) * shared;) {
+        const E* q = static_cast<const E*>(query.data) + g * query.head_stride + token * query.token_stride;
+        E* to = out + (token * d.num_query_heads + g) * dim;
+        if ((h + 1) * shared - g >= 4) {
+          attend_heads<4>(q, query.head_stride, keys, values, num, dim, d.scaling, to, scratch);
+          g += 4;
+        } else {
+          attend_heads<1>(q, query.head_stride, keys, values, num, dim, d.scaling, to, scratch);
+          g += 1;
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// keys and values (H, N, D) to their tokens' rows (N,) and positions (N,)
+void write_kv_bf16(const Heads* key, const Heads* value, const int64_t* rows, const int64_t* positions, int64_t num,
+                   const Cache* cache, int32_t num_threads) {
+  write<bf16>(*key, rows, positions, num, *cache, cache->keys, num_threads);
+  write<bf16>(*value, rows, positions, num, *cache, cache->values, num_threads);
+}
+
+void write_kv_f32(const Heads* key, const Heads* value, const int64_t* rows, const int64_t* positions, int64_t num,
+                  const Cache* cache, int32_t num_threads) {
+  write<float>(*key, rows, positions, num, *cache, cache->keys, num_threads);
+  write<float>(*value, rows, positions, num, *cache, cache->values, num_threads);
+}
+
+// out (N, Q, D) at the decodes' tokens <- softmax(scaling query . keys) values
+void attend_bf16(const Decodes* decodes, const Heads* query, const Cache* cache, void* out) {
+  attend(*decodes, *query, *cache, static_cast<bf16*>(out));
+}
+
+void attend_f32(const Decodes* decodes, const Heads* query, const Cache* cache, void* out) {
+  attend(*decodes, *query, *cache, static_cast<float*>(out));
+}
+
+}  // extern "C"
