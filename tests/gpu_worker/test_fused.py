@@ -69,7 +69,9 @@ def test_norms_are_those_of_their_family(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 70, 2048), (3, 5)])
 @pytest.mark.parametrize(
-    ("is_silu", "activation"), [(True, nn.functional.silu), (False, lambda x: gelu(x, approximate="tanh"))], ids=str
+    ("is_silu", "activation"),
+    [(True, nn.functional.silu), (False, lambda x: gelu(x, approximate="tanh"))],
+    ids=["silu", "gelu"],
 )
 def test_gated_activations_are_torchs(
     is_silu: bool,
