@@ -21,7 +21,7 @@ from benchmarks.paper.workspace import Workspace
 Run = Callable[[str, Sequence[str]], None]
 """Runs one module of this package to its end with these arguments."""
 _TRAINED = ("--encoder", str(Workspace().encoders / BEST))
-_MOST_SWAPS = 3
+_SWAPS = (False, False, False, True, True)  # whether a place may go to another cluster, round by round
 cli = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 out = Console(width=120)
 
@@ -77,7 +77,7 @@ def run_stages(stages: Sequence[Stage], run: Run, out: Console, pool_file: Path 
 
 @cli.command()
 def choose() -> None:
-    """Judge what is trained and fix the pool; what does not beat guessing is swapped for a spare of its cluster."""
+    """Judge what is trained and fix the pool; what does not beat guessing is swapped for a spare."""
     choose_with(run_stage, POOL_FILE)
 
 
@@ -85,11 +85,11 @@ def choose_with(run: Run, pool_file: Path) -> None:
     """`run` judges and trains; what it judged is in `pool_file`."""
     run("choose", [])
     listed = read_task_list()
-    for _ in range(_MOST_SWAPS):
+    for any_cluster in _SWAPS:
         verdicts = read_verdicts(pool_file)
-        spares = next_spares(listed, verdicts)
+        spares = next_spares(listed, verdicts, any_cluster=any_cluster)
         if not spares:
-            break
+            continue
         out.print(f"{len(empty_places(listed, verdicts))} places are empty; trained for them: {', '.join(spares)}")
         run("train_pool", [word for name in spares for word in ("--only", name)])
         run("choose", [])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -55,17 +56,19 @@ def verdict(spec: TaskSpec, own: Sequence[float], references: Sequence[Sequence[
 
 
 def choose_pool(listed: TaskList, verdicts: Mapping[str, Verdict]) -> dict[str, str]:
-    """Task of the pool -> the listed task whose place it has: itself, or the first kept spare of its cluster.
+    """Task of the pool -> the listed task whose place it has: itself, or a kept spare, first those of its cluster.
 
     A place for which no spare is left stays empty.
     """
     spares = [spec for spec in listed.spares if spec.name in verdicts and verdicts[spec.name].is_kept]
     places = {spec.name: spec.name for spec in listed.tasks if spec.name in verdicts and verdicts[spec.name].is_kept}
-    for spec in listed.tasks:
-        if spec.name not in places:
-            same = [spare for spare in spares if spare.cluster == spec.cluster and spare.name not in places]
-            if same:
-                places[same[0].name] = spec.name
+    for is_same_cluster in (True, False):
+        for spec in listed.tasks:
+            if spec.name in places.values():
+                continue
+            fitting = (s.name for s in spares if s.cluster == spec.cluster or not is_same_cluster)
+            if (spare := next((name for name in fitting if name not in places), None)) is not None:
+                places[spare] = spec.name
     return places
 
 
@@ -75,14 +78,31 @@ def empty_places(listed: TaskList, verdicts: Mapping[str, Verdict]) -> list[Task
     return [spec for spec in listed.tasks if spec.name not in filled]
 
 
-def next_spares(listed: TaskList, verdicts: Mapping[str, Verdict]) -> list[str]:
-    """For every empty place a spare of its cluster that was not tried yet, as far as there are any."""
+def next_spares(listed: TaskList, verdicts: Mapping[str, Verdict], *, any_cluster: bool = False) -> list[str]:
+    """For every empty place a spare that was not tried yet, as far as there are any: one of its cluster.
+
+    `any_cluster`: or of another, one of each in turn, those first whose tasks are learnt most often.
+    """
     untried = [spec for spec in listed.spares if spec.name not in verdicts]
+    if any_cluster:
+        untried = [spec for _, _, spec in sorted(_turns(untried, verdicts), key=lambda turn: turn[:2])]
     chosen: list[str] = []
     for place in empty_places(listed, verdicts):
-        same = [spec.name for spec in untried if spec.cluster == place.cluster and spec.name not in chosen]
-        chosen += same[:1]
+        fitting = [spec.name for spec in untried if any_cluster or spec.cluster == place.cluster]
+        chosen += [name for name in fitting if name not in chosen][:1]
     return chosen
+
+
+def _turns(specs: Sequence[TaskSpec], verdicts: Mapping[str, Verdict]) -> Iterator[tuple[int, float, TaskSpec]]:
+    place: Counter[str] = Counter()
+    for spec in specs:
+        yield place[spec.cluster], -_share_kept(spec.cluster, verdicts), spec
+        place[spec.cluster] += 1
+
+
+def _share_kept(cluster: str, verdicts: Mapping[str, Verdict]) -> float:
+    kept = [verdict.is_kept for verdict in verdicts.values() if verdict.cluster == cluster]
+    return sum(kept) / max(len(kept), 1)
 
 
 def own_plan(record: AdapterRecord) -> Plan:

@@ -78,6 +78,19 @@ def test_a_task_that_is_not_kept_gives_its_place_to_a_kept_spare_of_its_cluster(
     assert "y |  | 50.0 | 10.0 | +30.0 | in place of b" in told and "x |  | 50.0 | 10.0 | -20.0 | not kept" in told
 
 
+def test_a_place_whose_cluster_has_no_spare_left_goes_to_another_cluster() -> None:
+    tasks = [replace(EM, name=name, cluster=cluster) for name, cluster in [("a", "m"), ("b", "s"), ("c", "w")]]
+    spares = [replace(EM, name=name, cluster=cluster) for name, cluster in [("x", "s"), ("y", "m"), ("z", "m")]]
+    listed = TaskList(tuple(tasks), tuple(spares))
+    verdicts = {name: Verdict(name, name.upper(), 0.5, 0.1, 0.2 if name == "a" else -0.2) for name in "abc"}
+    verdicts["a"] = replace(verdicts["a"], cluster="m")
+    assert next_spares(listed, verdicts) == ["x"]
+    assert next_spares(listed, verdicts, any_cluster=True) == ["y", "x"], "the cluster that is learnt, then one of each"
+    for spare in "xyz":
+        verdicts[spare] = Verdict(spare, "", 0.5, 0.1, 0.2)
+    assert choose_pool(listed, verdicts) == {"a": "a", "x": "b", "y": "c"}
+
+
 def test_the_pool_is_read_as_written(tmp_path: Path) -> None:
     path = tmp_path / "pool.json"
     write_pool(path, {"a": "a", "y": "b"}, [Verdict("a", "m", 1 / 3, 0.1, 0.2)])
