@@ -8,6 +8,7 @@ from typing import Literal
 
 from gpu_worker.errors import WorkerConfigInvalid
 
+_CPU_CHUNK = 256  # a step that reads them takes three times as long as one that decodes: benchmarks/README.md
 DEFAULT_CACHE_DIR = Path.home() / ".cache" / "loraretriever"
 
 
@@ -28,10 +29,18 @@ class WorkerConfig:
         None  # of all rows together; None: every row at its longest, or what the device has room for
     )
     max_step_tokens: int = 1024  # prompt and decode tokens in one forward pass
+    max_chunk_tokens: int | None = None  # of prompts, where rows decode in it; None: 256 on the CPU, else no bound
     max_waiting: int = 2048  # requests queued before the engine refuses
     max_wait_s: float = 90.0  # a request that has not started by then is refused; a load that hangs says so before
     host_cache_bytes: int = 1 << 30  # adapter weights kept in host memory
     load_threads: int = 2  # they decode and check; no thread waits for a fetch
+
+    @property
+    def chunk_tokens(self) -> int:
+        """`max_chunk_tokens`, or its default: what a running row waits for at most between two of its tokens."""
+        if self.max_chunk_tokens is not None:
+            return self.max_chunk_tokens
+        return _CPU_CHUNK if self.device == "cpu" else self.max_step_tokens
 
     def __post_init__(self) -> None:
         for field in ("bank_rank_rows", "max_batch_size", "max_model_len", "max_waiting", "load_threads"):
@@ -41,6 +50,8 @@ class WorkerConfig:
             raise WorkerConfigInvalid(
                 f"kv_tokens ({self.kv_tokens}) must hold one row of max_model_len ({self.max_model_len})"
             )
+        if self.max_chunk_tokens is not None and self.max_chunk_tokens < 1:
+            raise WorkerConfigInvalid(f"max_chunk_tokens must be at least 1, got {self.max_chunk_tokens}")
         if self.device == "cuda" and self.dtype == "float32":
             raise WorkerConfigInvalid("dtype float32 is not served on cuda, whose attention takes bfloat16")
         if not self.max_wait_s > 0:

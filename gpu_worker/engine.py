@@ -256,7 +256,7 @@ class Engine:
 
     def _compute(self) -> None:
         """One forward pass over what is scheduled, and its tokens handed out."""
-        scheduled = schedule(self.running, self.config.max_step_tokens)
+        scheduled = schedule(self.running, self.config.max_step_tokens, self.config.chunk_tokens)
         ready = [row for row, segment in scheduled if segment.total_len == len(row.tokens)]
         try:
             logits = self._forward(scheduled)

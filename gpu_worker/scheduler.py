@@ -8,21 +8,24 @@ from gpu_worker.attention_plan import Segment
 from gpu_worker.row import Row
 
 
-def schedule(rows: Sequence[Row], max_step_tokens: int) -> list[tuple[Row, Segment]]:
-    """Rows with the segment each computes, in step order. Every decoding row takes part: no long prompt stalls it."""
+def schedule(rows: Sequence[Row], max_step_tokens: int, max_chunk_tokens: int) -> list[tuple[Row, Segment]]:
+    """Rows with the segment each computes, in step order.
+
+    Every decoding row takes part, and beside one prompts get `max_chunk_tokens` at most: no long prompt stalls it.
+    """
     decoding = sorted(
         (row for row in rows if _remaining(row) == 1), key=lambda row: row.kv_row
     )  # as the cache has them
     prefilling = [row for row in rows if _remaining(row) > 1]
-    budget = max_step_tokens
+    budget = min(max_step_tokens, len(decoding) + max_chunk_tokens) if decoding else max_step_tokens
     scheduled: list[tuple[Row, Segment]] = []
+    start = 0
     for row in (*decoding, *prefilling):
-        num_tokens = min(_remaining(row), budget)
+        num_tokens = min(_remaining(row), budget - start)
         if num_tokens == 0:
             break
-        start = max_step_tokens - budget
         scheduled.append((row, Segment(row.kv_row, start, num_tokens, row.num_computed)))
-        budget -= num_tokens
+        start += num_tokens
     return scheduled
 
 

@@ -122,6 +122,7 @@ def test_worker_settings_reach_the_engine_field_by_field() -> None:
         "max_model_len": 13,
         "kv_tokens": 130,
         "max_step_tokens": 14,
+        "max_chunk_tokens": 13,
         "max_waiting": 15,
         "max_wait_s": 17.5,
         "host_cache_bytes": 16,
