@@ -48,7 +48,7 @@ def _circumstances() -> dict[str, str]:
     return {
         "machine": machine(),
         "commit": commit(),
-        "command": " ".join(["python", "-m", _module_name(), *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", _module_name(), *sys.argv[1:]]).replace(str(Path.home()), "~"),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
