@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from gpu_worker.base_model import BaseModel
-from gpu_worker.config import DEFAULT_CACHE_DIR
 from gpu_worker.engine import Engine
 from gpu_worker.engine_loop import EngineLoop
 from gpu_worker.kv_cache import KvCache, KvShape
@@ -18,17 +17,14 @@ from gpu_worker.loader import Fetch
 from gpu_worker.lora_kernel import LoraKernel, load_kernel
 from gpu_worker.request import Job
 from lora_store.adapter import AdapterWeights
-from tests.gpu_worker.driving import Answer, Gate, always_says, fetching, run_together
+from tests.gpu_worker.driving import Answer, Gate, always_says, compiled, fetching, run_together
 from tests.tiny import InlineExecutor, linear_shapes, tiny_config
 
 
 @pytest.fixture(scope="session")
 def lora_kernel() -> LoraKernel:
     """The compiled LoRA products."""
-    kernel = load_kernel(DEFAULT_CACHE_DIR)
-    if kernel is None:
-        pytest.skip("no C++ compiler (Debian package g++)")
-    return kernel
+    return compiled(load_kernel)
 
 
 @pytest.fixture

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from gpu_worker.config import DEFAULT_CACHE_DIR
 from gpu_worker.engine import Engine
 from gpu_worker.kv_cache import KvShape
 from gpu_worker.kv_regions import KvRegions
@@ -22,6 +26,8 @@ from gpu_worker.row import Row
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN, Plan
 from tests.tiny import assert_equal_logits
+
+Made = TypeVar("Made")
 
 
 @dataclass
@@ -158,6 +164,14 @@ def run_together(engine: Engine, jobs: Sequence[Job]) -> list[Answer]:
     answers = [ask(engine, job) for job in jobs]
     engine.run_until_idle()
     return answers
+
+
+def compiled(load: Callable[[Path], Made | None]) -> Made:
+    """What `load` compiles. Without a compiler the test is skipped, in CI it fails."""
+    found = load(DEFAULT_CACHE_DIR)
+    if found is None:
+        (pytest.fail if os.environ.get("CI_REQUIRES_COMPILER") else pytest.skip)("no C++ compiler (Debian package g++)")
+    return found
 
 
 def kv_shape(**changes: Any) -> KvShape:

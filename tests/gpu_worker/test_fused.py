@@ -13,8 +13,8 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from gpu_worker.base_model import BaseModel
-from gpu_worker.config import DEFAULT_CACHE_DIR
 from gpu_worker.fused import FusedKernel, fuse, load_fused
+from tests.gpu_worker.driving import compiled
 
 DTYPES = [torch.float32, torch.bfloat16]
 INF, NAN = float("inf"), float("nan")
@@ -22,10 +22,7 @@ INF, NAN = float("inf"), float("nan")
 
 @pytest.fixture(scope="module")
 def kernel() -> FusedKernel:
-    found = load_fused(DEFAULT_CACHE_DIR)
-    if found is None:
-        pytest.skip("no C++ compiler (Debian package g++)")
-    return found
+    return compiled(load_fused)
 
 
 def draw(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
