@@ -22,6 +22,7 @@ from gpu_worker.base_model import model_source
 from gpu_worker.config import WorkerConfig
 from gpu_worker.engine import Engine
 from gpu_worker.request import Job, SamplingParams
+from gpu_worker.threads import in_passing
 from lora_store import BASE_PLAN, AdapterRef, AdapterWeights, ModuleWeights, Plan, PlannedAdapter, Strategy
 
 RANK, NUM_ROWS, NUM_NEW = 8, 32, 64
@@ -100,7 +101,7 @@ class Loaded:
             return future
 
         self.config = WorkerConfig(bank_rank_rows=RANK * num_adapters, max_batch_size=NUM_ROWS, **settings)
-        self.engine = Engine(self.config, fetch)
+        self.engine = in_passing(lambda: Engine(self.config, fetch))
         self.prompts = Prompts(self.engine.base.tokenizer)
         adapters |= adapters_of(num_adapters, self.engine.bank.shapes)
 

@@ -6,7 +6,7 @@ import asyncio
 import tempfile
 import threading
 from collections.abc import Awaitable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,6 +17,7 @@ from benchmarks.engine_cases import RANK, Shapes, console, plan_of, random_modul
 from deployments.weights_fetcher import WeightsFetcher
 from gpu_worker.config import WorkerConfig
 from gpu_worker.engine import Engine
+from gpu_worker.threads import in_passing, load_executor
 from lora_store import AdapterRef, AdapterWeights, LoraStore, Plan, Strategy, write_peft_folder
 
 _BATCH = 64  # adapters a commit
@@ -51,12 +52,12 @@ class StoredPool:
         self.config = WorkerConfig(**settings)
         self._folder = tempfile.TemporaryDirectory()
         self._store = LoraStore(str(Path(self._folder.name, "store")), accepts_base=[self.config.base_model])
-        executor = ThreadPoolExecutor(self.config.load_threads, thread_name_prefix="adapter-load")
+        executor = load_executor(self.config.load_threads)
         handle: Any = _StoreHandle(self._store)
         self._fetcher = WeightsFetcher(handle, executor)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fetches", daemon=True)
-        self.engine = Engine(self.config, self._fetch, executor=executor)
+        self.engine = in_passing(lambda: Engine(self.config, self._fetch, executor=executor))
         self.adapters: list[tuple[AdapterRef, str]] = []
 
     def __enter__(self) -> Self:

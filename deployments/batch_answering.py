@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from gpu_worker.engine import Engine
 from gpu_worker.engine_loop import EngineLoop
 from gpu_worker.errors import EngineStopped
 from gpu_worker.request import Completion, Job
+from gpu_worker.threads import in_passing, load_executor
 from gpu_worker.whole_answers import complete_all
 from lora_store import AdapterWeights, LoraStore
 from lora_store.disk_cache import DiskCache
@@ -37,10 +38,10 @@ class PartAnswerer:
         config = run.settings.config
         max_waiting = (PARTS_AT_ONCE + 1) * run.settings.part_rows
         worker = replace(config.worker_config(), max_waiting=max_waiting, max_wait_s=math.inf)
-        executor = ThreadPoolExecutor(worker.load_threads, thread_name_prefix="adapter-load")
+        executor = load_executor(worker.load_threads)
         cache = None if config.weights_cache is None else DiskCache(*config.weights_cache)
         self._fetcher = WeightsFetcher(LocalHandle(_StoredWeights(store_of(config))), executor, cache=cache)
-        self.engine = EngineLoop(Engine(worker, self._start_fetch, executor=executor))
+        self.engine = EngineLoop(in_passing(lambda: Engine(worker, self._start_fetch, executor=executor)))
         self._output = BatchOutput(run.settings.output_uri)
         self._turn = asyncio.Lock()
         self._asyncio_loop: asyncio.AbstractEventLoop | None = None  # Ray Data starts it after this

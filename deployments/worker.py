@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from gpu_worker.engine_loop import EngineLoop
 from gpu_worker.holdings import Holdings
 from gpu_worker.probe import Prober
 from gpu_worker.request import Delta, Job
+from gpu_worker.threads import compute_alone, in_passing, load_executor
 from lora_store import AdapterWeights
 from lora_store.disk_cache import DiskCache
 
@@ -55,9 +56,10 @@ class WorkerDeployment:
         self._figures = WorkerFigures(config.bank_rank_rows, kinds)
         self._asyncio_loop = asyncio.get_event_loop()
         self._cache = None if weights_cache is None else DiskCache(*weights_cache)
-        executor = ThreadPoolExecutor(config.load_threads, thread_name_prefix="adapter-load")
+        compute_alone()
+        executor = load_executor(config.load_threads)
         self._fetcher = WeightsFetcher(store, executor, cache=self._cache, told=self._figures)
-        self._engine = Engine(config, self._start_fetch, executor=executor)
+        self._engine = in_passing(lambda: Engine(config, self._start_fetch, executor=executor))
         self._loop = EngineLoop(self._engine, stream_interval_ms=stream_interval_ms, niceness=niceness)
         self._prober = Prober(self._loop)
         self._telling = self._asyncio_loop.create_task(every_beat(self._tell))

@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,7 @@ from gpu_worker.row import Row
 from gpu_worker.sampling import sample
 from gpu_worker.scheduler import schedule
 from gpu_worker.step_context import StepContext
+from gpu_worker.threads import load_executor
 from gpu_worker.transfer import to_device
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ class Engine:
         self.residency = Residency(self.bank)
         self.kv_cache = (build_kv_cache or self._kv_cache)(self.memory.kv)
         self.prepare = Preparer(self.base, self.max_len)
-        self._executor = executor or ThreadPoolExecutor(config.load_threads, thread_name_prefix="adapter-load")
+        self._executor = executor or load_executor(config.load_threads)
         self.loaded = threading.Event()
         self.on_loaded: Callable[[], None] = self.loaded.set
         self.loader = AdapterLoader(

@@ -29,7 +29,7 @@ _Events = asyncio.Queue[Delta | Exception]
 
 
 class EngineLoop:
-    """The engine's thread. Commands reach it through a queue and run between steps.
+    """The engine's thread. Commands reach it through a queue and run between steps. Have the engine made `in_passing`.
 
     `niceness`: of that thread alone, so that whoever answers requests on the same cores comes before it.
     """

@@ -33,6 +33,13 @@ extern "C" struct Pairs {
   int32_t max_rank, num_threads;
 };
 
+extern "C" struct Inputs {  // what M modules read, and their A parts
+  const void* x;  // (N, I)
+  int64_t width;  // I
+  const void* a;  // rank row p of module m is row p M + m of (., I)
+  int64_t num_modules;
+};
+
 namespace {
 
 #ifdef __AVX512BF16__
@@ -119,15 +126,19 @@ void fuse(const Pairs& p, float* h) {
     }
 }
 
+// Called by every thread of a team. h (M, h_len) is whole when it returns.
 template <class E>
-void shrink(const Pairs& p, const E* x, int64_t width, const E* a, int num_modules, float* h) {
-#pragma omp parallel for schedule(dynamic) num_threads(p.num_threads)
-  for (int task = 0; task < p.num_adapters * num_modules; ++task) {
-    const int m = task % num_modules;
-    shrink_adapter(p, task / num_modules, x, width, a + m * width, num_modules * width, h + m * p.h_len);
+void shrink(const Pairs& p, const Inputs& in, float* h) {
+  const E* x = static_cast<const E*>(in.x);
+  const E* a = static_cast<const E*>(in.a);
+#pragma omp for schedule(dynamic)
+  for (int task = 0; task < p.num_adapters * in.num_modules; ++task) {
+    const int m = task % in.num_modules;
+    shrink_adapter(p, task / in.num_modules, x, in.width, a + m * in.width, in.num_modules * in.width, h + m * p.h_len);
   }
   if (p.fusion == nullptr) return;
-  for (int m = 0; m < num_modules; ++m) fuse(p, h + m * p.h_len);
+#pragma omp for
+  for (int m = 0; m < in.num_modules; ++m) fuse(p, h + m * p.h_len);
 }
 
 // acc[t] += sum_r h[t][r] bt[r] over `left` columns. acc is padded to whole blocks.
@@ -237,17 +248,23 @@ void expand_columns(const Pairs& p, const float* h, const E* bt, int64_t stride,
     add_to(y + p.slot_tokens[slot] * stride + first, acc.data() + slot * width, left);
 }
 
+// Called by every thread of a team.
 template <class E>
 void expand(const Pairs& p, const float* h, const E* bt, int64_t num_out, E* y) {
+  thread_local std::vector<float> acc;
+  const int64_t per_thread = (num_out + p.num_threads - 1) / p.num_threads;
+  const int64_t wanted = std::min(per_thread, kHeldValues / std::max(p.num_slots, 1));
+  const int64_t width = std::max(kBlock, (wanted + kBlock - 1) / kBlock * kBlock);
+#pragma omp for schedule(static)
+  for (int64_t first = 0; first < num_out; first += width) expand_columns(p, h, bt, num_out, first, width, y, acc);
+}
+
+template <class E>
+void add(const Pairs& p, const Inputs* in, float* h, int64_t module, const void* bt, int64_t num_out, void* y) {
 #pragma omp parallel num_threads(p.num_threads)
   {
-    thread_local std::vector<float> acc;
-    const int64_t per_thread = (num_out + p.num_threads - 1) / p.num_threads;
-    const int64_t wanted = std::min(per_thread, kHeldValues / std::max(p.num_slots, 1));
-    const int64_t width = std::max(kBlock, (wanted + kBlock - 1) / kBlock * kBlock);
-#pragma omp for schedule(static)
-    for (int64_t first = 0; first < num_out; first += width)
-      expand_columns(p, h, bt, num_out, first, width, y, acc);
+    if (in != nullptr) shrink<E>(p, *in, h);
+    expand(p, h + module * p.h_len, static_cast<const E*>(bt), num_out, static_cast<E*>(y));
   }
 }
 
@@ -255,22 +272,13 @@ void expand(const Pairs& p, const float* h, const E* bt, int64_t num_out, E* y) 
 
 extern "C" {
 
-// h (M, h_len) float32 <- compose(A x). x (N, I), a: rank row p of module m is row p M + m of (., I).
-void shrink_bf16(const Pairs* p, const void* x, int64_t num_in, const void* a, int32_t num_modules, float* h) {
-  shrink(*p, static_cast<const bf16*>(x), num_in, static_cast<const bf16*>(a), num_modules, h);
+// y (N, O) += h B of one module, bt (., O). Given `in`, h (M, h_len) float32 <- compose(A x) first.
+void add_bf16(const Pairs* p, const Inputs* in, float* h, int64_t module, const void* bt, int64_t num_out, void* y) {
+  add<bf16>(*p, in, h, module, bt, num_out, y);
 }
 
-void shrink_f32(const Pairs* p, const void* x, int64_t num_in, const void* a, int32_t num_modules, float* h) {
-  shrink(*p, static_cast<const float*>(x), num_in, static_cast<const float*>(a), num_modules, h);
-}
-
-// y (N, O) += h B. bt (., O); h of one module.
-void expand_bf16(const Pairs* p, const float* h, const void* bt, int64_t num_out, void* y) {
-  expand(*p, h, static_cast<const bf16*>(bt), num_out, static_cast<bf16*>(y));
-}
-
-void expand_f32(const Pairs* p, const float* h, const void* bt, int64_t num_out, void* y) {
-  expand(*p, h, static_cast<const float*>(bt), num_out, static_cast<float*>(y));
+void add_f32(const Pairs* p, const Inputs* in, float* h, int64_t module, const void* bt, int64_t num_out, void* y) {
+  add<float>(*p, in, h, module, bt, num_out, y);
 }
 
 }  // extern "C"

@@ -25,12 +25,18 @@ class GroupedMapping:
 
     def __init__(self, kernel: LoraKernel, pairs: Pairs) -> None:
         self._kernel, self._pairs = kernel, pairs
-        self._last: tuple[Tensor, InputBank, Tensor] | None = None  # the input composed last, by what, and into what
+        self._last: tuple[Tensor, InputBank] | None = None  # the input composed last, and by what
+        self._h = torch.empty(0)
 
     def add(self, x: Tensor, y: Tensor, bank: ModuleBank) -> None:
-        if self._last is None or self._last[0] is not x or self._last[1] is not bank.inputs:
-            self._last = x, bank.inputs, self._kernel.shrink(self._pairs, x, bank.inputs.a, bank.inputs.num_modules)
-        self._kernel.expand(self._pairs, self._last[2][bank.index], bank.bt, y)
+        inputs = bank.inputs
+        if self._last is not None and self._last[0] is x and self._last[1] is inputs:
+            self._kernel.add(self._pairs, self._h, bank, y, x=None)
+            return
+        if self._h.numel() < (num_values := inputs.num_modules * self._pairs.h_len):
+            self._h = torch.empty(num_values)
+        self._last = x, inputs
+        self._kernel.add(self._pairs, self._h, bank, y, x=x)
 
 
 @dataclass(slots=True)

@@ -8,10 +8,10 @@ from ctypes import c_int32, c_int64, c_void_p
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gpu_worker.bank import ModuleBank
 from gpu_worker.native import functions, load_library
 
 
@@ -70,25 +70,29 @@ class Pairs(ctypes.Structure):
         return pairs
 
 
+class _Inputs(ctypes.Structure):
+    _fields_ = (("x", c_void_p), ("width", c_int64), ("a", c_void_p), ("num_modules", c_int64))
+
+
 class LoraKernel:
     """The compiled products. Tensors are contiguous, on the CPU, all of one dtype: float32 or bfloat16."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._shrink = functions(library, "shrink", c_void_p, c_void_p, c_int64, c_void_p, c_int32, c_void_p)
-        self._expand = functions(library, "expand", c_void_p, c_void_p, c_void_p, c_int64, c_void_p)
+        types = c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p
+        self._add = functions(library, "add", *types)
 
-    def shrink(self, pairs: Pairs, x: Tensor, a: Tensor, num_modules: int) -> Tensor:
-        """h (M, h_len) of M modules that read x (..., N, I): compose(A · x). a (P · M, I): see `InputBank`."""
-        h = torch.empty(num_modules, pairs.h_len)
-        x = x.contiguous()
-        shrink = self._shrink[x.dtype]
-        shrink(ctypes.addressof(pairs), x.data_ptr(), x.shape[-1], a.data_ptr(), num_modules, h.data_ptr())
-        return h
-
-    def expand(self, pairs: Pairs, h: Tensor, bt: Tensor, y: Tensor) -> None:
-        """y (..., N, O) += h · B of one module, in place. h (h_len,), bt (P, O)."""
+    def add(self, pairs: Pairs, h: Tensor, bank: ModuleBank, y: Tensor, *, x: Tensor | None) -> None:
+        """y (..., N, O) += h · B of one module, in place; before that, given x, h becomes compose(A · x) of all
+        modules that read x (..., N, I). h (M, h_len) float32."""
         assert y.is_contiguous(), "the kernel writes rows of O adjacent values"
-        self._expand[y.dtype](ctypes.addressof(pairs), h.data_ptr(), bt.data_ptr(), y.shape[-1], y.data_ptr())
+        inputs = None
+        if x is not None:
+            x = x.contiguous()
+            inputs = ctypes.byref(_Inputs(x.data_ptr(), x.shape[-1], bank.inputs.a.data_ptr(), bank.inputs.num_modules))
+        bt = bank.bt
+        self._add[y.dtype](
+            ctypes.byref(pairs), inputs, h.data_ptr(), bank.index, bt.data_ptr(), bt.shape[1], y.data_ptr()
+        )
 
 
 def load_kernel(cache_dir: Path) -> LoraKernel | None:

@@ -9,7 +9,6 @@ import asyncio
 import random
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -34,6 +33,7 @@ from deployments.server import Server
 from examples.bigbench_tasks import Item
 from examples.demo import EXAMPLES, read_questions
 from gpu_worker.engine import Engine
+from gpu_worker.threads import load_executor
 from lora_store import Plan
 from retriever_svc import Encoder
 from retriever_svc.encoder import DEFAULT_MODEL
@@ -105,7 +105,7 @@ def evaluated(config: AppConfig, cases: Sequence[Case], kept: Path, out: Console
     retriever = retriever_over(store, Encoder(config.retrieval.encoder))
     plans = [METHODS[case.method].plans(retriever, [case.question])[0] for case in cases]
     worker = config.worker_config()
-    executor = ThreadPoolExecutor(worker.load_threads)
+    executor = load_executor(worker.load_threads)
     engine = Engine(worker, loading(lambda digest: fetch_from(store, digest), executor), executor=executor)
     asked = [(case.question, plan) for case, plan in zip(cases, plans, strict=True)]
     texts = Asker(engine, kept).answers(asked, out, "evaluation")

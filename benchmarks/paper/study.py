@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from gpu_worker.bank import LoraBank
 from gpu_worker.base_model import model_source
 from gpu_worker.config import WorkerConfig
 from gpu_worker.engine import Engine
+from gpu_worker.threads import load_executor
 from lora_store import AdapterNotFound, AdapterWeights, LoraStore
 
 RANK = 6
@@ -75,7 +75,7 @@ def load_asker(workspace: Workspace, config: WorkerConfig, names: Sequence[str])
     """An engine whose adapters lie in the store of candidates, where all of `names` are published, found by name."""
     store = open_store(workspace.store_uri("candidates"))
     weights = Weights(store)
-    executor = ThreadPoolExecutor(config.load_threads, thread_name_prefix="adapter-load")
+    executor = load_executor(config.load_threads)
     engine = Engine(config, loading(weights, executor), executor=executor)
     publish_lacking(store, workspace, names, engine.bank)
     return Asker(engine, workspace.root / "answers.jsonl"), store, weights

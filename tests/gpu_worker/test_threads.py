@@ -1,0 +1,69 @@
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpu_worker.threads import compute_alone, in_passing, load_executor
+
+MANY = 1 << 20  # values: torch shares work on so many among its threads
+
+
+def computing_threads() -> int:
+    """The threads of this process, right after the caller has made torch share work among as many as it may."""
+    torch.ones(MANY).neg()
+    return num_threads()
+
+
+def num_threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+def settled(expected: int) -> bool:
+    """Whether so many threads are left soon: they are joined a moment before the system has ended them."""
+    deadline = time.monotonic() + 10
+    while num_threads() != expected and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return num_threads() == expected
+
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted through /proc")
+
+
+@pytest.fixture
+def two_threads(request: pytest.FixtureRequest) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    request.addfinalizer(lambda: torch.set_num_threads(before))
+
+
+def test_what_is_made_in_passing_leaves_no_thread(two_threads: None) -> None:
+    before = computing_threads()  # this thread's own team included
+    inside = in_passing(computing_threads)
+    assert inside == before + 2, "it has a thread and a team of two, its own included, while it runs"
+    assert settled(before)
+
+
+def test_what_is_made_in_passing_is_returned_and_its_error_raised() -> None:
+    assert in_passing(lambda: "made") == "made"
+    with pytest.raises(ZeroDivisionError):
+        in_passing(lambda: 1 / 0)
+
+
+def test_loads_compute_alone_and_others_as_before(two_threads: None) -> None:
+    before = computing_threads()
+    with load_executor(1) as executor:
+        assert executor.submit(computing_threads).result() == before + 1
+        assert executor.submit(torch.get_num_threads).result() == 1
+    assert torch.get_num_threads() == 2
+
+
+def test_a_thread_that_computes_alone_changes_no_other(two_threads: None) -> None:
+    def alone() -> int:
+        compute_alone()
+        return torch.get_num_threads()
+
+    assert in_passing(alone) == 1
+    assert torch.get_num_threads() == 2
+    assert in_passing(torch.get_num_threads) == 2
