@@ -15,6 +15,7 @@ class RowStore(Protocol):
     @property
     def num_rows(self) -> int: ...
     def write(self, rows: Sequence[int], adapter: FittedAdapter) -> None: ...
+    def move(self, rows: Sequence[int], to: Sequence[int]) -> None: ...
     def swap(self, rows: Sequence[int], others: Sequence[int]) -> None: ...
     def free(self, rows: Sequence[int]) -> None: ...
     def set_active(self, num_rows: int) -> None: ...
@@ -31,6 +32,7 @@ class Residency:
         self._rows: dict[str, list[int]] = {}  # rank index -> bank row; insertion order = least recently used first
         self._owner: list[tuple[str, int] | None] = [None] * bank.num_rows
         self._pins: dict[str, int] = {}
+        self._unwritten: dict[str, FittedAdapter] = {}  # have their rows, and are written where these are once settled
         self.active_rows = 0
 
     def __contains__(self, digest: object) -> bool:
@@ -90,12 +92,16 @@ class Residency:
         self.active_rows = len(pinned)
         holes = sorted(set(range(len(pinned))).difference(pinned))
         self._swap(sorted(row for row in pinned if row >= len(pinned)), holes)
+        for digest, adapter in self._unwritten.items():
+            self._bank.write(self._rows[digest], adapter)
+        self._unwritten.clear()
         self._bank.set_active(self.active_rows)
 
     def evict(self, digest: str) -> None:
         """The rows of a resident adapter without pins are free."""
         assert digest not in self._pins, "a running request reads these rows"
         rows = self._rows.pop(digest)
+        self._unwritten.pop(digest, None)
         for row in rows:
             self._owner[row] = None
         self._bank.free(rows)
@@ -113,20 +119,29 @@ class Residency:
         return True
 
     def _bring_in(self, adapter: FittedAdapter) -> list[int]:
-        """Write the adapter into the first free rows."""
+        """The first free rows are the adapter's."""
         rows = [row for row, owner in enumerate(self._owner) if owner is None][: adapter.max_rank]
-        self._bank.write(rows, adapter)
+        self._unwritten[adapter.weights_digest] = adapter
         for index, row in enumerate(rows):
             self._owner[row] = (adapter.weights_digest, index)
         return rows
 
     def _swap(self, rows: Sequence[int], others: Sequence[int]) -> None:
-        if not rows:
-            return
-        self._bank.swap(rows, others)
-        for row, other in zip(rows, others, strict=True):
+        """Exchange what is in `rows` and in `others`; what is not written yet has nothing to bring along."""
+        pairs = list(zip(rows, others, strict=True))
+        written = [pair for pair in pairs if not self._is_unwritten(pair[0])]
+        unwritten = [pair for pair in pairs if self._is_unwritten(pair[0])]
+        if written:
+            self._bank.swap([row for row, _ in written], [other for _, other in written])
+        if unwritten:
+            self._bank.move([other for _, other in unwritten], [row for row, _ in unwritten])
+        for row, other in pairs:
             self._owner[row], self._owner[other] = self._owner[other], self._owner[row]
             for position in (row, other):
                 owner = self._owner[position]
                 if owner is not None:
                     self._rows[owner[0]][owner[1]] = position
+
+    def _is_unwritten(self, row: int) -> bool:
+        owner = self._owner[row]
+        return owner is not None and owner[0] in self._unwritten

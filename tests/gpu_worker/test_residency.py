@@ -43,8 +43,11 @@ def unpin(residency: Residency, *digests: str) -> None:
 POOL = [adapter(f"d{i}", rank, 1) for i, rank in enumerate(RANKS)]
 
 
+STALE = ("nobody's", 0)
+
+
 class RowList:
-    """Rows as (digest, rank index), None where free."""
+    """Rows as (digest, rank index), None where free, `STALE` where something was that has moved."""
 
     def __init__(self, num_rows: int = NUM_ROWS) -> None:
         self.num_rows = num_rows
@@ -53,7 +56,7 @@ class RowList:
         self.num_swapped = 0
 
     def write(self, rows: Sequence[int], adapter: FittedAdapter) -> None:
-        assert all(self.content[row] is None for row in rows), "written over another adapter"
+        assert all(self.content[row] in (None, STALE) for row in rows), "written over another adapter"
         for index, row in enumerate(rows):
             self.content[row] = (adapter.weights_digest, index)
 
@@ -62,6 +65,13 @@ class RowList:
         self.num_swapped += len(rows)
         for row, other in zip(rows, others, strict=True):
             self.content[row], self.content[other] = self.content[other], self.content[row]
+
+    def move(self, rows: Sequence[int], to: Sequence[int]) -> None:
+        assert len(set(rows) | set(to)) == 2 * len(rows) == 2 * len(to)
+        assert all(self.content[other] in (None, STALE) for other in to), "moved over another adapter"
+        self.num_swapped += len(rows)
+        for row, other in zip(rows, to, strict=True):
+            self.content[row], self.content[other] = STALE, self.content[row]
 
     def free(self, rows: Sequence[int]) -> None:
         for row in rows:
@@ -80,6 +90,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.residency = Residency(self.bank)
         self.plans: list[list[FittedAdapter]] = []
         self.last_used: list[str] = []  # resident digests, least recently used first
+        self.unwritten: set[str] = set()  # brought in since it was last settled
 
     @rule(plan=st.lists(st.sampled_from(POOL), min_size=1, max_size=4, unique_by=lambda a: a.weights_digest))
     def pin(self, plan: list[FittedAdapter]) -> None:
@@ -98,7 +109,9 @@ class ResidencyMachine(RuleBasedStateMachine):
         if not fits:
             assert before == (self.bank.content[:], self.residency.active_rows, self.residency.num_pins)
             return
+        self.unwritten |= set(digests) - set(self.last_used)
         self.expect_evictions(plan)
+        self.unwritten &= set(self.last_used)
         self.plans.append(plan)
 
     @precondition(lambda self: self.plans)
@@ -122,6 +135,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         else:
             self.residency.evict(digest)
             self.last_used.remove(digest)
+            self.unwritten.discard(digest)
 
     @rule()
     def settle(self) -> None:
@@ -131,6 +145,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         outside = [row for digest in pinned for row in self.residency.rows(digest) if row >= num_active]
         num_swapped = self.bank.num_swapped
         self.residency.settle()
+        self.unwritten.clear()
         assert self.bank.num_swapped == num_swapped + len(outside)
         assert self.bank.active == self.residency.active_rows == num_active
         prefix = self.bank.content[: self.bank.active]
@@ -165,16 +180,19 @@ class ResidencyMachine(RuleBasedStateMachine):
     @invariant()
     def rows_hold_their_own_content_in_rank_order(self) -> None:
         rank_of = {a.weights_digest: a.max_rank for a in POOL}
-        for digest in self.residency.resident:
+        for digest in self.residency.resident - self.unwritten:
             held = [self.bank.content[row] for row in self.residency.rows(digest)]
             assert held == [(digest, index) for index in range(rank_of[digest])]
 
     @invariant()
     def nothing_leaks(self) -> None:
         """Every row is a resident adapter's or cleared, and every pin is a plan's."""
-        held = sum(content is not None for content in self.bank.content)
-        assert held == sum(len(self.residency.rows(digest)) for digest in self.residency.resident)
-        assert held == self.residency.occupied_rows
+        written = self.residency.resident - self.unwritten
+        held = sum(content not in (None, STALE) for content in self.bank.content)
+        assert held == sum(len(self.residency.rows(digest)) for digest in written)
+        occupied = {row for digest in self.residency.resident for row in self.residency.rows(digest)}
+        assert self.residency.occupied_rows == len(occupied)
+        assert {row for row, content in enumerate(self.bank.content) if content is not None} <= occupied
         assert self.residency.num_pins == len(self.pinned())
 
 
