@@ -1,17 +1,19 @@
 """The engine beside transformers' generate, by strategy, active adapters and batch: `python -m benchmarks.throughput`.
 
 Every round runs generate and each of the engine's cases once, so that all of a round meet the same machine. What LoRA
-costs a decode step is the difference of two close numbers: it is measured in turns of its own, seconds apart.
+costs a decode step is the difference of two close numbers: one batch tells both, every second step without adapters.
 """
 
 from __future__ import annotations
 
 import gc
+import itertools
 import statistics
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
+from unittest.mock import patch
 
 import typer
 
@@ -32,10 +34,12 @@ from benchmarks.engine_cases import (
 )
 from benchmarks.literal_einsum import literal_mixture
 from benchmarks.results_file import write_results
+from gpu_worker.mapping import composition
+from gpu_worker.step_context import Composition
 from lora_store import Strategy
 
 NUM_ADAPTERS, WARM_TOKENS = 96, 4
-NUM_TURNS, TURN_TOKENS = 10, 16
+NUM_TURNS, NUM_PROMPT_STEPS = 4, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +79,12 @@ CASES = (
     Case(1, "mixture", 3, literal=True),
 )
 BATCHES = tuple(dict.fromkeys(case.num_rows for case in CASES))
-STEP_CASES = tuple(case for case in CASES if case.num_rows == NUM_ROWS and case.strategy in ("base", "mixture"))
+STEP_CASES = tuple(case for case in CASES if case.num_rows == NUM_ROWS and case.strategy == "mixture")
 
 Round = dict[str, float]
 """Tokens a second by case, and by `<case> ms` the median decode step."""
 Turn = dict[str, float]
-"""The median decode step of 32 rows in ms, by what they run."""
+"""What the adapters cost a decode step of 32 rows in ms, by what they run."""
 
 
 class Bench:
@@ -99,15 +103,36 @@ class Bench:
         gc.collect()
         return found
 
-    def turn(self, number: int) -> Turn:
-        """The base model and each mixture for a few tokens, one right after the other."""
+    def turn(self, number: int, num_new: int = NUM_NEW) -> Turn:
+        """Each mixture once."""
         prompts = self._loaded.prompts(number, NUM_ROWS)
-        return {case.what: self._run(case, prompts, TURN_TOKENS)[1] for case in STEP_CASES}
+        return {case.what: self._extra_ms(case, prompts, num_new) for case in STEP_CASES}
 
     def _run(self, case: Case, prompts: Sequence[Prompt], num_new: int) -> tuple[float, float]:
         asked = plans(case.strategy, case.num_active, case.num_rows)
         with literal_mixture(self._loaded.engine) if case.literal else nullcontext():
-            return self._loaded.run(asked, prompts, num_new)
+            tokens_s, steps = self._loaded.run(asked, prompts, num_new)
+        return tokens_s, statistics.median(steps)
+
+    def _extra_ms(self, case: Case, prompts: Sequence[Prompt], num_new: int) -> float:
+        """The median of a step less the mean of its neighbours, which leave the adapters out."""
+        asked = plans(case.strategy, case.num_active, case.num_rows)
+        with literal_mixture(self._loaded.engine) if case.literal else nullcontext(), every_second_step_base():
+            _, steps = self._loaded.run(asked, prompts, num_new)
+        decoding = range(NUM_PROMPT_STEPS, len(steps) - 1, 2)  # the even ones have adapters
+        return statistics.median(steps[n] - (steps[n - 1] + steps[n + 1]) / 2 for n in decoding)
+
+
+@contextmanager
+def every_second_step_base() -> Iterator[None]:
+    """Until the context ends, the engine's steps compute their plans and the base model in turn."""
+    numbers = itertools.count()
+
+    def by_turn(*args: Any) -> Composition | None:
+        return composition(*args) if next(numbers) % 2 == 0 else None
+
+    with patch("gpu_worker.engine.composition", by_turn):
+        yield
 
 
 def figures_of(found: Sequence[Round], turns: Sequence[Turn]) -> dict[str, float]:
@@ -117,7 +142,7 @@ def figures_of(found: Sequence[Round], turns: Sequence[Turn]) -> dict[str, float
         return statistics.median(round_[f"{name} x{NUM_ROWS}"] / round_[f"{over} x{NUM_ROWS}"] for round_ in found)
 
     def extra_ms(name: str) -> float:
-        return statistics.median(turn[name] - turn["base"] for turn in turns)
+        return statistics.median(turn[name] for turn in turns)
 
     figures = {"base_over_generate": median("base", "generate")}
     figures |= {f"mixture{active}_over_generate": median(f"mixture {active}", "generate") for active in (8, 32, 96)}
@@ -161,7 +186,7 @@ def main(
     for number in rounds_within(1 if quick else rounds, minutes):
         found.append(bench.round(number, WARM_TOKENS if quick else NUM_NEW))
         console.print(f"round {number}: " + ", ".join(f"{name} {value:.0f}" for name, value in found[-1].items()))
-    turns = [bench.turn(number) for number in range(1 if quick else NUM_TURNS)]
+    turns = [bench.turn(number, *[3 * NUM_PROMPT_STEPS] * quick) for number in range(1 if quick else NUM_TURNS)]
     figures = figures_of(found, turns)
     table, medians = table_and_medians(found)
     if quick:

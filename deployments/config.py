@@ -41,7 +41,7 @@ class WorkerSettings(_Settings):
     max_model_len: int = Field(default=2048, ge=1)
     kv_tokens: int | None = Field(default=None, ge=1)  # None: every row at its longest, or what the device has room for
     max_step_tokens: int = Field(default=1024, ge=1)
-    max_chunk_tokens: int | None = Field(default=None, ge=1)  # of prompts beside decoding rows; None: 256 on the CPU
+    max_chunk_tokens: int | None = Field(default=None, ge=1)  # of prompts beside decoding rows; None: 192 on the CPU
     max_waiting: int = Field(default=2048, ge=1)
     max_wait_s: float = Field(default=90, gt=0)
     host_cache_bytes: int = Field(default=1 << 30, ge=0)

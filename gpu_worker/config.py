@@ -8,7 +8,7 @@ from typing import Literal
 
 from gpu_worker.errors import WorkerConfigInvalid
 
-_CPU_CHUNK = 256  # a step that reads them takes three times as long as one that decodes: benchmarks/README.md
+_CPU_CHUNK = 192  # a step that reads them takes three times as long as one that decodes: benchmarks/README.md
 DEFAULT_CACHE_DIR = Path.home() / ".cache" / "loraretriever"
 
 
@@ -29,7 +29,7 @@ class WorkerConfig:
         None  # of all rows together; None: every row at its longest, or what the device has room for
     )
     max_step_tokens: int = 1024  # prompt and decode tokens in one forward pass
-    max_chunk_tokens: int | None = None  # of prompts, where rows decode in it; None: 256 on the CPU, else no bound
+    max_chunk_tokens: int | None = None  # of prompts, where rows decode in it; None: 192 on the CPU, else no bound
     max_waiting: int = 2048  # requests queued before the engine refuses
     max_wait_s: float = 90.0  # a request that has not started by then is refused; a load that hangs says so before
     host_cache_bytes: int = 1 << 30  # adapter weights kept in host memory
