@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from deployments.errors import ReplicaWedged
@@ -22,6 +23,7 @@ from gpu_worker.base_model import BaseModel
 from gpu_worker.errors import AdapterLoadFailed
 from gpu_worker.request import Job
 from gpu_worker.row import Row
+from gpu_worker.threads import in_passing
 from lora_store import AdapterNotFound, AdapterWeights, encode_weights
 from tests.deployments.figure_fakes import FakeKinds
 from tests.fakes import FakeHandle
@@ -130,6 +132,20 @@ def test_a_request_streams_with_the_weights_its_plan_names(serve: Callable[[Main
         assert sorted(serving.store.fetched) == sorted(w.weights_digest for w in serving.pool[:2])
 
     serve(main)
+
+
+def test_only_the_engine_of_a_worker_has_a_team_of_threads(serve: Callable[[Main], Any]) -> None:
+    async def main(serving: Serving) -> None:
+        await serving.text(serving.job(0))
+        assert torch.get_num_threads() == 1
+        assert await serving.worker._loop._ask(torch.get_num_threads) == 2
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        in_passing(lambda: serve(main))
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_worker_tells_what_its_jobs_did(serve: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
