@@ -15,7 +15,7 @@ class LoadWindow:
 
     def __init__(self, budget_bytes: int, max_rows: int) -> None:
         self._budget_bytes, self._max_rows = budget_bytes, max(max_rows, MIN_ROWS)
-        self._rows: set[Row] = set()
+        self._rows: dict[Row, None] = {}  # in the order they came: where two have loads of one digest, the last counts
         self._has_room: bool | None = None  # None: to be found out
 
     def __contains__(self, row: Row) -> bool:
@@ -46,12 +46,12 @@ class LoadWindow:
         self._has_room = None
 
     def add(self, row: Row) -> None:
-        self._rows.add(row)
+        self._rows[row] = None
         self.refresh()
 
     def discard(self, row: Row) -> None:
         """The row keeps no weights any more."""
         row.loads.clear()
         if row in self._rows:
-            self._rows.discard(row)
+            del self._rows[row]
             self.refresh()
