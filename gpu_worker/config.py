@@ -8,7 +8,7 @@ from typing import Literal
 
 from gpu_worker.errors import WorkerConfigInvalid
 
-_CPU_CHUNK = 192  # a step that reads them takes three times as long as one that decodes: benchmarks/README.md
+_CPU_CHUNK = 192  # a step that reads them takes two to three times as long as one that decodes: benchmarks/README.md
 DEFAULT_CACHE_DIR = Path.home() / ".cache" / "loraretriever"
 
 
