@@ -109,5 +109,5 @@ def test_a_step_must_hold_every_decoding_row() -> None:
         WorkerConfig(max_batch_size=64, max_step_tokens=63)
     with pytest.raises(WorkerConfigInvalid, match="max_chunk_tokens"):
         WorkerConfig(max_chunk_tokens=0)
-    assert WorkerConfig(device="cpu").chunk_tokens == 256
+    assert WorkerConfig(device="cpu").chunk_tokens == 192
     assert WorkerConfig(device="cuda", max_step_tokens=4096).chunk_tokens == 4096
