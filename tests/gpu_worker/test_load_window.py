@@ -55,6 +55,15 @@ def test_weights_that_rows_share_count_once() -> None:
     assert window.num_bytes == 10
 
 
+def test_of_several_loads_of_one_digest_the_last_counts() -> None:
+    window = LoadWindow(100, 100)
+    for number in range(16):
+        window.add(loading("a", is_done=number < 15))
+    assert window.num_bytes == 0
+    window.add(loading("a"))
+    assert window.num_bytes == 10
+
+
 def test_a_load_that_ends_is_seen_at_the_next_refresh_and_one_that_failed_takes_nothing() -> None:
     window, late = window_of(MIN_ROWS - 1, budget=10 * MIN_ROWS), loading("z", is_done=False)
     window.add(late)
