@@ -13,7 +13,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from benchmarks.paper.choose import POOL_FILE, empty_places, next_spares, read_verdicts
+from benchmarks.paper.choose import (
+    POOL_FILE,
+    choose_pool,
+    empty_places,
+    next_spares,
+    read_rounds,
+    read_verdicts,
+    write_pool,
+)
 from benchmarks.paper.retrieval.cells import BEST
 from benchmarks.paper.tasks import read_task_list
 from benchmarks.paper.workspace import Workspace
@@ -61,8 +69,8 @@ def run_all(only: Annotated[list[str] | None, typer.Option(help="this stage only
 
 
 def run_stages(stages: Sequence[Stage], run: Run, out: Console, pool_file: Path = POOL_FILE) -> None:
-    """Each in turn. A pool that is fixed is not chosen again."""
-    stages = [stage for stage in stages if stage.name != "choose" or not pool_file.exists()]
+    """Each in turn. A pool whose last round of swaps is over is not chosen again."""
+    stages = [stage for stage in stages if stage.name != "choose" or not _is_fixed(pool_file)]
     total = sum(stage.minutes for stage in stages)
     names = ", ".join(stage.name for stage in stages)
     out.print(f"stages: {names}; from nothing about {total} minutes of one free core, less what is kept")
@@ -82,17 +90,26 @@ def choose() -> None:
 
 
 def choose_with(run: Run, pool_file: Path) -> None:
-    """`run` judges and trains; what it judged is in `pool_file`."""
-    run("choose", [])
+    """`run` judges and trains; what it judged is in `pool_file`, with the rounds of swaps that are over.
+
+    Interrupted, it goes on with the round it was in, so that the pool is the same.
+    """
     listed = read_task_list()
-    for any_cluster in _SWAPS:
+    if _is_fixed(pool_file) or not pool_file.exists():
+        run("choose", [])
+    for number, any_cluster in list(enumerate(_SWAPS, 1))[read_rounds(pool_file) :]:
         verdicts = read_verdicts(pool_file)
         spares = next_spares(listed, verdicts, any_cluster=any_cluster)
-        if not spares:
-            continue
-        out.print(f"{len(empty_places(listed, verdicts))} places are empty; trained for them: {', '.join(spares)}")
-        run("train_pool", [word for name in spares for word in ("--only", name)])
-        run("choose", [])
+        if spares:
+            out.print(f"{len(empty_places(listed, verdicts))} places are empty; trained for them: {', '.join(spares)}")
+            run("train_pool", [word for name in spares for word in ("--only", name)])
+            run("choose", [])
+            verdicts = read_verdicts(pool_file)
+        write_pool(pool_file, choose_pool(listed, verdicts), verdicts.values(), number)
+
+
+def _is_fixed(pool_file: Path) -> bool:
+    return read_rounds(pool_file) == len(_SWAPS)
 
 
 def run_stage(name: str, arguments: Sequence[str]) -> None:

@@ -131,21 +131,27 @@ def judge(study: Study, store: LoraStore, asker: Asker, out: Console, per_task: 
     return verdicts
 
 
-def write_pool(path: Path, places: Mapping[str, str], verdicts: Iterable[Verdict]) -> None:
-    """The pool, and every verdict it was chosen by."""
+def write_pool(path: Path, places: Mapping[str, str], verdicts: Iterable[Verdict], num_rounds: int) -> None:
+    """The pool, every verdict it was chosen by, and how many rounds of swaps are over."""
     rows = [asdict(item) | {"is_kept": item.is_kept} for item in verdicts]
     rounded = [
         {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()} for row in rows
     ]
     lines = ",\n  ".join(json.dumps(row) for row in rounded)
     path.write_text(
-        f'{{"pool": {json.dumps(dict(places), indent=1)},\n "verdicts": [\n  {lines}\n]}}\n', encoding="utf-8"
+        f'{{"rounds": {num_rounds},\n "pool": {json.dumps(dict(places), indent=1)},\n "verdicts": [\n  {lines}\n]}}\n',
+        encoding="utf-8",
     )
 
 
 def read_pool(path: Path = POOL_FILE) -> list[str]:
     """The tasks of the pool."""
     return list(json.loads(path.read_text(encoding="utf-8"))["pool"])
+
+
+def read_rounds(path: Path = POOL_FILE) -> int:
+    """Rounds of swaps that are over; 0 where no pool was chosen yet."""
+    return int(json.loads(path.read_text(encoding="utf-8"))["rounds"]) if path.exists() else 0
 
 
 def read_verdicts(path: Path = POOL_FILE) -> dict[str, Verdict]:
@@ -194,7 +200,7 @@ def main(
         mark = "kept" if item.is_kept else "[red]not kept"
         out.print(f"{item.task:34} own {item.own:.2f} reference {item.reference:.2f} margin {item.margin:+.2f} {mark}")
     places = choose_pool(listed, verdicts)
-    write_pool(POOL_FILE, places, verdicts.values())
+    write_pool(POOL_FILE, places, verdicts.values(), read_rounds())
     write_section(RESULTS, verdicts, places)
     out.print(f"{len(places)} of {len(listed.tasks)} places are filled")
 

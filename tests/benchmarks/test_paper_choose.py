@@ -14,6 +14,7 @@ from benchmarks.paper.choose import (
     next_spares,
     pool_table,
     read_pool,
+    read_rounds,
     read_verdicts,
     verdict,
     write_pool,
@@ -93,6 +94,7 @@ def test_a_place_whose_cluster_has_no_spare_left_goes_to_another_cluster() -> No
 
 def test_the_pool_is_read_as_written(tmp_path: Path) -> None:
     path = tmp_path / "pool.json"
-    write_pool(path, {"a": "a", "y": "b"}, [Verdict("a", "m", 1 / 3, 0.1, 0.2)])
+    write_pool(path, {"a": "a", "y": "b"}, [Verdict("a", "m", 1 / 3, 0.1, 0.2)], 2)
+    assert read_rounds(path) == 2
     assert read_pool(path) == ["a", "y"] and '"own": 0.3333' in path.read_text()
     assert read_verdicts(path) == {"a": Verdict("a", "m", 0.3333, 0.1, 0.2)}

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from benchmarks.paper.__main__ import STAGES, run_stages
-from benchmarks.paper.choose import Verdict, choose_pool, read_pool, write_pool
+from benchmarks.paper.choose import Verdict, choose_pool, read_pool, read_rounds, write_pool
 from benchmarks.paper.report import SECTIONS
 from benchmarks.paper.tasks import read_task_list
 
@@ -22,15 +22,18 @@ class Modules:
 
     def __init__(self, pool_file: Path, failing: set[str]) -> None:
         self.ran: list[str] = []
-        self._pool_file, self._failing, self.broken = pool_file, failing, ""
+        self._pool_file, self._failing, self.broken, self.num_left = pool_file, failing, "", 1000
         self.trained = [spec.name for spec in read_task_list().tasks]
 
     def __call__(self, name: str, arguments: Sequence[str]) -> None:
         if name == self.broken:
             raise RuntimeError(name)
+        if self.num_left == 0:
+            raise KeyboardInterrupt
+        self.num_left -= 1
         self.ran.append(name)
         if name == "train_pool":
-            self.trained += [word for word in arguments if word != "--only"]
+            self.trained += [word for word in arguments if word != "--only" and word not in self.trained]
         if name == "choose":
             listed = read_task_list()
             cluster = {task: spec.cluster for task, spec in listed.by_name.items()}
@@ -38,7 +41,8 @@ class Modules:
                 task: Verdict(task, cluster[task], 0.9, 0.1, -0.1 if task in self._failing else 0.5)
                 for task in self.trained
             }
-            write_pool(self._pool_file, choose_pool(listed, verdicts), verdicts.values())
+            pool = choose_pool(listed, verdicts)
+            write_pool(self._pool_file, pool, verdicts.values(), read_rounds(self._pool_file))
 
 
 @pytest.fixture
@@ -61,6 +65,22 @@ def test_a_task_that_fails_is_swapped_for_a_trained_spare_of_its_cluster(pool_fi
     pool, listed = read_pool(pool_file), read_task_list()
     [spare] = set(pool) - {spec.name for spec in listed.tasks}
     assert "senti_hotels" not in pool and listed.by_name[spare].cluster == "sentiment" and len(pool) == 48
+
+
+@pytest.mark.parametrize("num_done", range(1, 8))
+def test_a_choice_that_was_interrupted_goes_on_to_the_same_pool(pool_file: Path, tmp_path: Path, num_done: int) -> None:
+    failing = {spec.name for spec in read_task_list().by_name.values() if spec.cluster in ("sentiment", "logic")}
+    whole = Modules(pool_file, failing)
+    run_stages(STAGES[:2], whole, Console(quiet=True), pool_file)
+    cut = tmp_path / "cut.json"
+    modules = Modules(cut, failing)
+    modules.num_left = num_done
+    with pytest.raises(KeyboardInterrupt):
+        run_stages(STAGES[:2], modules, Console(quiet=True), cut)
+    modules.num_left = len(whole.ran)
+    run_stages(STAGES[:2], modules, Console(quiet=True), cut)
+    assert cut.read_text() == pool_file.read_text()
+    assert len(set(modules.trained)) == len(set(whole.trained)) > len(read_task_list().tasks)
 
 
 def test_what_failed_is_tried_again_by_the_next_run(pool_file: Path) -> None:

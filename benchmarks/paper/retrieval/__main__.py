@@ -1,4 +1,4 @@
-"""The paper's retrieval experiments over the study's 48 tasks: `python -m benchmarks.paper.retrieval run`."""
+"""The paper's retrieval experiments over the study's pool: `python -m benchmarks.paper.retrieval run`."""
 
 from __future__ import annotations
 

@@ -53,7 +53,8 @@ class Rankings:
     def seen(self, encoders: Sequence[str]) -> np.ndarray:
         """(E, T): which tasks each was trained on."""
         none = dict.fromkeys(self.tasks, False)
-        return np.array([[(none | self._seen(name))[task] for task in self.tasks] for name in encoders])
+        known = [none | self._seen(name) for name in encoders]
+        return np.array([[own[task] for task in self.tasks] for own in known])
 
     def _seen(self, name: str) -> dict[str, bool]:
         own = self.draws[self.draws["draw"] == name]
