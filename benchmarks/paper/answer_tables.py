@@ -14,6 +14,7 @@ from benchmarks.paper.tasks import read_task_list
 from benchmarks.results_file import write_part
 
 ROWS, BASELINES = "paper_answers.parquet", "paper_baselines.parquet"
+_OTHERS = ("moe_top1", "moe_top3", "moe_soft", "smear", "adaptersoup", "lorahub")
 COMPARED = [
     ("perfect", "base"),
     ("perfect", "majority"),
@@ -21,10 +22,7 @@ COMPARED = [
     ("mixture_iid", "fusion_iid"),
     ("mixture_ood", "selection_ood"),
     ("mixture_ood", "fusion_ood"),
-    ("selection_iid", "adaptersoup"),
-    ("mixture_ood", "adaptersoup"),
-    *[("mixture_ood", name) for name in ("moe_top1", "moe_top3", "moe_soft", "smear", "lorahub")],
-    *[("selection_iid", name) for name in ("moe_top1", "moe_top3", "moe_soft", "smear", "lorahub")],
+    *[(f"{way}_{pool}", name) for pool in ("iid", "ood") for way in ("selection", "mixture") for name in _OTHERS],
 ]
 
 
