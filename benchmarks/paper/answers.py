@@ -70,21 +70,25 @@ class Asker:
 
     def _compute(self, pairs: Mapping[str, Asked]) -> None:
         told: dict[str, str] = {}
+        failures: list[Exception] = []
         for key, (question, plan) in pairs.items():
-            self.engine.submit(self._row(key, question, plan, told))
+            self.engine.submit(self._row(key, question, plan, told, failures))
         self.engine.run_until_idle()
+        if failures:
+            raise failures[0]  # before anything of the chunk is kept
         self._kept.parent.mkdir(parents=True, exist_ok=True)
         with self._kept.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps({"key": key, "text": told[key]}, ensure_ascii=False) + "\n" for key in pairs)
         self._known |= told
 
-    def _row(self, key: str, question: Question, plan: Plan, told: dict[str, str]) -> Row:
+    def _row(self, key: str, question: Question, plan: Plan, told: dict[str, str], failures: list[Exception]) -> Row:
         told[key] = ""
 
         def take(event: Delta | Exception) -> None:
             if isinstance(event, Exception):
-                raise event  # the engine logs it; what is missing then shows in `told`
-            told[key] += event.text
+                failures.append(event)
+            else:
+                told[key] += event.text
 
         sampling = SamplingParams(max_tokens=question.max_tokens, temperature=0)
         job = Job(key, (Message("user", question.item.input),), replace(plan, template=None), sampling)

@@ -39,7 +39,7 @@ from retriever_svc import AdapterIndex, Encoder, TrainingSettings, train_encoder
 
 ROWS = "paper_arrivals.parquet"
 NUM_REQUESTS, NUM_CHANGES, NUM_LIVE, NUM_SWAPPED = 2000, 4, 48, 12
-REQUESTS_A_SECOND = 5.0  # while a training runs, its requests are answered by what was there before
+REQUESTS_A_SECOND = 1.0  # while a training runs, requests are answered by what was there before
 WINDOW, TOLERANCE = 100, 0.05
 _TRAINING_S = 150.0  # of an encoder, on two idle cores: what an estimate starts from
 _CLASSIFIER_STEPS, _CLASSIFIER_RATE, _LOGIT_SCALE = 200, 0.05, 20.0
@@ -129,25 +129,35 @@ Make = Callable[[Sequence[Task]], Router]
 
 
 def stream_rows(name: str, stream: Sequence[Epoch], make: Make, *, retrains: bool) -> pa.Table:
-    """A row a request: was its own adapter named. `lag`: how many requests came while the epoch's training ran.
+    """A row a request: was its own adapter named. `lag`: how many requests after a change its training is over.
 
-    With `retrains` a training starts at every change, and what it made answers from the moment it ends.
+    With `retrains` a training starts at every change, or when the one before is over; what it made answers after it.
     """
-    router, rows = make(stream[0].live), []
+    routers, rows = [(0, make(stream[0].live))], []
     for number, epoch in enumerate(stream):
-        router.follow(epoch.live)
-        texts, lag = [text for _, text in epoch.requests], 0
-        named = router.route(texts)
+        start, texts = len(rows), [text for _, text in epoch.requests]
         if retrains and number:
             began = time.perf_counter()
             router = make(epoch.live)
             router.follow(epoch.live)
-            lag = math.ceil(REQUESTS_A_SECOND * (time.perf_counter() - began))
-            named = [*named[:lag], *router.route(texts)[lag:]]
+            took = math.ceil(REQUESTS_A_SECOND * (time.perf_counter() - began))
+            routers.append((max(start, routers[-1][0]) + took, router))
+        named = [""] * len(texts)
+        for ready, router in _serving(routers, start, start + len(texts)):
+            router.follow(epoch.live)
+            place = max(0, ready - start)
+            named[place:] = router.route(texts[place:])
+        lag = max(0, routers[-1][0] - start)
         for (task, _), found in zip(epoch.requests, named, strict=True):
             about = {"router": name, "epoch": number, "position": len(rows), "lag": lag}
             rows.append(about | {"task": task, "arrived": task in epoch.arrived, "hit": found == task})
     return pa.Table.from_pylist(rows)
+
+
+def _serving(routers: Sequence[tuple[int, Router]], start: int, end: int) -> list[tuple[int, Router]]:
+    """Those that answer between the two positions, oldest first, each with the position it is ready at."""
+    newest = [pair for pair in routers if pair[0] <= start][-1:]
+    return newest + [pair for pair in routers if start < pair[0] < end]
 
 
 def trained_encoder(live: Sequence[Task], target: Path) -> Encoder:
@@ -181,15 +191,14 @@ def steps_of(
     ]
 
 
-def requests_until_back(hits: np.ndarray, change: int, end: int, window: int = WINDOW) -> int | None:
-    """How many requests after `change` until hit@1 of the next `window` is back; None: not before `end`.
+def requests_until_back(hits: np.ndarray, wanted: float, window: int = WINDOW) -> int | None:
+    """How many requests until as many of the next `window` hit as `wanted`, a share; None: never.
 
-    Back is within `TOLERANCE` of the `window` requests before the change. `hits`: one 0 or 1 a request.
+    `hits`: one 0 or 1 a request, from a change of the pool to the next.
     """
-    wanted = hits[change - window : change].mean() - TOLERANCE
-    for start in range(change, end - window + 1):
+    for start in range(len(hits) - window + 1):
         if hits[start : start + window].mean() >= wanted:
-            return start - change
+            return start
     return None
 
 
@@ -198,16 +207,16 @@ def arrivals_table(rows: pd.DataFrame) -> str:
     lines = []
     for name, own in rows.groupby("router", sort=False):
         changed = own[own["epoch"] > 0]
-        hits = own.sort_values("position")["hit"].to_numpy(float)
-        ends = own.groupby("epoch")["position"].max() + 1
-        back = [requests_until_back(hits, ends[epoch - 1], ends[epoch]) for epoch in ends.index[1:]]
+        hits = {epoch: part["hit"].to_numpy(float) for epoch, part in own.sort_values("position").groupby("epoch")}
+        wanted = hits.pop(0).mean() - TOLERANCE
+        back = [requests_until_back(part, wanted) for part in hits.values()]
         shares = [own[own["epoch"] == 0], changed, changed[~changed["arrived"]], changed[changed["arrived"]]]
         cells = [percent(part["hit"].mean()) for part in shares]
         told = ", ".join("never" if count is None else str(count) for count in back)
         lags = changed.groupby("epoch")["lag"].max()
         lines.append([str(name), *cells, f"{lags.mean():.0f}", told])
     header = ["router", "before any change", "after", "of those that stayed", "of those that came"]
-    return table([*header, "requests while training", "requests until hit@1 is back, by change"], lines)
+    return table([*header, "requests until trained", "requests until hit@1 is back, by change"], lines)
 
 
 def section(rows: pd.DataFrame) -> str:
@@ -215,8 +224,8 @@ def section(rows: pd.DataFrame) -> str:
     changes = rows["epoch"].max()
     words = (
         f"{rows['position'].max() + 1} requests, {changes} changes of the pool; hit@1 in percent. Back is: of the next"
-        f" {WINDOW} requests as many hit as of the {WINDOW} before the change, less {100 * TOLERANCE:.0f} points; by"
-        f" chance alone it may come later. A training is waited for at {REQUESTS_A_SECOND:g} requests a second.\n"
+        f" {WINDOW} requests as many hit as before any change, less {100 * TOLERANCE:.0f} points, which is about what"
+        f" {WINDOW} requests vary by chance. While a training runs there is {REQUESTS_A_SECOND:g} request a second.\n"
     )
     return "\n".join(["## Adapters that come and go\n", words, arrivals_table(rows)])
 

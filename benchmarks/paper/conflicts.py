@@ -25,7 +25,7 @@ from benchmarks.paper.options import EncoderName, PerTask, Root
 from benchmarks.paper.runs import Bench, Method, pool_retriever, run_all
 from benchmarks.paper.steps import write_parquet
 from benchmarks.paper.study import Study, publish_lacking
-from benchmarks.paper.tasks import NUM_SAMPLES, NUM_TEST, Parts
+from benchmarks.paper.tasks import NUM_CHOICE, NUM_SAMPLES, NUM_TEST, Parts
 from benchmarks.paper.train_pool import in_turns, recipe_of, train_on
 from benchmarks.paper.workspace import DEFAULT_ROOT, Workspace
 from benchmarks.results_file import RESULTS
@@ -112,19 +112,21 @@ class Conflicts:
         self._whole = replace(bench.study, specs=specs, parts=bench.study.parts | copies)
         publish_lacking(loaded.store, bench.study.workspace, list(copies), bench.asker.engine.bank)
 
-    def rows(self, encoder: Encoder, rule: Rule, per_task: int) -> pa.Table:
-        """Answers to the questions of the tasks that have further adapters, under every method."""
+    def rows(self, encoder: Encoder, per_task: int) -> tuple[pa.Table, dict[str, Rule]]:
+        """Answers to the questions of the tasks that have further adapters, under every method; each pool's rule."""
         flipped = [name for name in self._whole.specs if not name.endswith(HALVES)]
         halved = [name for name in self._whole.specs if not name.endswith(FLIPPED) and name not in self._tasks]
-        pools = {"flipped": flipped, "halved": halved}
         folder = self._whole.workspace.rows / "conflicts"
+        benches = {
+            "plain": replace(self._bench, study=self._asked),
+            "flipped": self._over("conflicts-flipped", flipped, encoder),
+            "halved": self._over("conflicts-halved", halved, encoder),
+        }
+        rules = {pool: chosen_rule(bench, NUM_CHOICE, masks_own=False) for pool, bench in benches.items()}
         tables = [run_all(self._over("conflicts", list(self._whole.specs), encoder), fixed_methods(), per_task, folder)]
-        for pool, names in pools.items():
-            bench = self._over(f"conflicts-{pool}", names, encoder)
-            tables.append(run_all(bench, routed_methods(pool, rule), per_task, folder))
-        plain = replace(self._bench, study=self._asked)
-        tables.append(run_all(plain, routed_methods("plain", rule), per_task, folder))
-        return pa.concat_tables(tables)
+        for pool, bench in benches.items():
+            tables.append(run_all(bench, routed_methods(pool, rules[pool]), per_task, folder))
+        return pa.concat_tables(tables), rules
 
     @property
     def _asked(self) -> Study:
@@ -149,8 +151,8 @@ def margin_rows(bench: Bench, rules: dict[str, Rule], per_task: int) -> pa.Table
     return run_all(bench, methods, per_task, bench.study.workspace.rows / "margin")
 
 
-def section(conflicts: pd.DataFrame, margins: pd.DataFrame, rules: dict[str, Rule]) -> str:
-    """Of the report."""
+def section(conflicts: pd.DataFrame, margins: pd.DataFrame, rules: dict[str, Rule], wide: dict[str, Rule]) -> str:
+    """Of the report. `rules`: chosen for the pools with further adapters; `wide`: over the tasks of the whole pool."""
     answers, pool = Answers(conflicts, {}), Answers(margins, {})
     tasks = list(answers.scores("own").index)
     rows = [
@@ -162,14 +164,18 @@ def section(conflicts: pd.DataFrame, margins: pd.DataFrame, rules: dict[str, Rul
         for run in answers.runs
     ]
     pairs = [("own", "own_flipped_0.5"), ("halves_mixture", "half1"), ("halves_mixture", "own")]
-    pairs += [(f"{name}_{way}", f"{name}_mixture") for name in ("flipped", "halved") for way in ("softmax", "margin")]
+    for name in ("flipped", "halved"):
+        pairs += [(f"{name}_{way}", f"plain_{way}") for way in ("selection", "mixture", "softmax")]
+        pairs += [(f"{name}_{way}", f"{name}_mixture") for way in ("softmax", "margin")]
+        pairs += [(f"{name}_{way}", f"{name}_selection") for way in ("softmax", "margin")]
     words = (
-        "`half1`, `half2`: adapters of either half of the training examples; `flipped`: of all, answers exchanged."
-        " `own flipped 0.25`: a mixture, a quarter of it flipped. Then what the server does over the pool as it is"
-        " (`plain`), with the flipped adapters added, and with the halves in place of their tasks' adapters; k = 3.\n"
+        "`half1`, `half2`: adapters of either half of the training examples; `flipped`: of all, each answer replaced by"
+        " the next of the task's answers. `own flipped 0.25`: a mixture, a quarter of it flipped. Then what the server"
+        " does over the pool as it is (`plain`), with the flipped adapters added, and with the halves in place of their"
+        " tasks' adapters; k = 3. `margin` mixes or selects by a rule that was chosen on the choice part of these"
+        f" tasks, for each pool. {_told(rules)}.\n"
     )
-    chosen = "; ".join(f"{name}: {rule}" for name, rule in rules.items())
-    kinds = [(f"margin_{name}", f"{way}_{name}") for name in rules for way in ("mixture", "selection")]
+    kinds = [(f"margin_{name}", f"{way}_{name}") for name in wide for way in ("mixture", "selection")]
     return "\n".join(
         [
             "## Conflicting and overlapping adapters\n",
@@ -177,10 +183,14 @@ def section(conflicts: pd.DataFrame, margins: pd.DataFrame, rules: dict[str, Rul
             table(["run", "all of them, percent", *tasks], rows),
             differences(answers, pairs),
             "### A margin between mixture and selection\n",
-            f"Chosen on the choice part of the whole pool. {chosen}.\n",
+            f"Over all tasks of the pool, chosen on their choice part. {_told(wide)}.\n",
             differences(pool, kinds),
         ]
     )
+
+
+def _told(rules: dict[str, Rule]) -> str:
+    return "; ".join(f"{name}: {rule}" for name, rule in rules.items())
 
 
 def main(
@@ -197,14 +207,14 @@ def main(
     recipes = {f"{spec.name}{end}": recipe_of(spec) for spec in tasks for end in (*HALVES, FLIPPED)}
     with Progress() as progress:
         train_on(copies, recipes, workspace, Path(model_source(loaded.bench.asker.engine.config)), progress)
-    rules = {
+    rows, rules = Conflicts(loaded, tasks, copies).rows(Encoder(encoder), per_task)
+    wide = {
         name: chosen_rule(loaded.bench, _CHOICE_PER_TASK, masks_own=masked)
         for name, masked in (("iid", False), ("ood", True))
     }
-    rows = Conflicts(loaded, tasks, copies).rows(Encoder(encoder), rules["iid"], per_task)
-    margins = margin_rows(loaded.bench, rules, per_task)
+    margins = margin_rows(loaded.bench, wide, per_task)
     write_parquet(RESULTS / ROWS, pa.concat_tables([rows, margins]))
-    text = section(rows.to_pandas(), margins.to_pandas(), rules)
+    text = section(rows.to_pandas(), margins.to_pandas(), rules, wide)
     (RESULTS / "paper_conflicts.md").write_text(text, encoding="utf-8")
 
 

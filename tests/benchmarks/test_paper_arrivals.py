@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from benchmarks.paper import arrivals
 from benchmarks.paper.arrivals import (
     Classifier,
     Epoch,
@@ -107,11 +108,33 @@ def test_a_training_answers_once_it_ended() -> None:
     assert after["hit"].all()
 
 
+def test_a_training_longer_than_an_epoch_answers_in_a_later_one_and_the_next_waits_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = iter(range(0, 10_000, 27))  # every training takes 27 s: 27 requests, of epochs of 20
+    monkeypatch.setattr(arrivals.time, "perf_counter", lambda: float(next(clock)))
+    tasks = [Task(f"{name}", "c", ("s",), (), (), (f"{name}|",)) for name in (f"t{n}" for n in range(24))]
+    stream = stream_of(tasks, num_requests=100, num_changes=4, num_live=6, num_swapped=3)
+    rows = stream_rows("told", stream, Told, retrains=True).to_pandas()
+    assert rows.groupby("epoch")["lag"].max().tolist() == [0, 27, 34, 41, 48]
+    starts = [0, 47, 74, 101, 128]  # of what was trained for each epoch
+    for position, (task, hit) in enumerate(zip(rows["task"], rows["hit"], strict=True)):
+        serving = max(number for number, start in enumerate(starts) if start <= position)
+        assert hit == (task in {live.name for live in stream[serving].live}), position
+
+
 def test_requests_until_hits_are_back_are_counted_from_the_change() -> None:
-    hits = np.concatenate([np.ones(50), np.zeros(7), np.ones(43)])
-    assert requests_until_back(hits, 50, 100, window=10) == 7
-    assert requests_until_back(np.ones(100), 50, 100, window=10) == 0
-    assert requests_until_back(np.concatenate([np.ones(50), np.zeros(50)]), 50, 100, window=10) is None
+    assert requests_until_back(np.concatenate([np.zeros(7), np.ones(43)]), 0.95, window=10) == 7
+    assert requests_until_back(np.ones(50), 0.95, window=10) == 0
+    assert requests_until_back(np.zeros(50), 0.95, window=10) is None
+
+
+def test_back_is_as_before_any_change() -> None:
+    """A router that loses more at every change is not back at the level of the change before."""
+    hit = np.repeat([1.0, 0.0, 0.0], 200)
+    rows = pd.DataFrame({"router": "worse", "epoch": np.repeat([0, 1, 2], 200), "position": range(600), "lag": 0})
+    told = arrivals.arrivals_table(rows.assign(hit=hit, arrived=False))
+    assert told.rstrip().endswith("| never, never |")
 
 
 def test_every_router_runs_through_the_stream_and_has_its_row(

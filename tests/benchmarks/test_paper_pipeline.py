@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from rich.console import Console
 from rich.progress import Progress
@@ -110,3 +111,14 @@ def test_answers_are_computed_once_and_found_by_the_next_run(
     assert again.num_new(pairs) == 0 and again.answers(pairs, Console(quiet=True), "base") == texts
     longer = [(replace(question, max_tokens=question.max_tokens + 1), plan) for question, plan in pairs]
     assert again.num_new(longer) == len(pairs)
+
+
+def test_a_question_that_failed_stops_the_run_and_is_kept_as_no_answer(bench: Bench, workspace: Workspace) -> None:
+    question = bench.study.questions("test", 1)[0]
+    [plan] = methods.Perfect().plans(bench.retriever, [question])
+    lost = replace(plan, adapters=(replace(plan.adapters[0], weights_digest="0" * 64),))
+    asked = [(question, lost)]
+    kept = (workspace.root / "answers.jsonl").read_text()
+    with pytest.raises(Exception, match="0000"):
+        bench.asker.answers(asked, bench.out, "lost")
+    assert (workspace.root / "answers.jsonl").read_text() == kept and bench.asker.num_new(asked) == 1

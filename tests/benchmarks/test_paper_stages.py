@@ -81,10 +81,11 @@ class Stages:
             for end, parts in conflicts.copies_of(two_answers(study.parts[spec.name])).items()
         }
         self.train(copies, dict.fromkeys(copies, replace(RECIPE, num_steps=3)), study.workspace)
-        rows = conflicts.Conflicts(self.loaded, [spec], copies).rows(self.encoder, RULE, PER_TASK)
+        rows, rules = conflicts.Conflicts(self.loaded, [spec], copies).rows(self.encoder, PER_TASK)
         margins = conflicts.margin_rows(self.loaded.bench, {"iid": RULE, "ood": RULE}, PER_TASK)
         self.rows = rows.to_pandas()
-        text = conflicts.section(self.rows, margins.to_pandas(), {"iid": RULE, "ood": RULE})
+        text = conflicts.section(self.rows, margins.to_pandas(), rules, {"iid": RULE, "ood": RULE})
+        assert all(f"{pool}: {rules[pool]}" in text for pool in ("plain", "flipped", "halved"))
         self.write("paper_conflicts.md", text)
 
     def mixed_pool(self) -> None:
