@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from benchmarks.paper.choose import read_pool
+from benchmarks.paper.drawn import hub_tasks, one_a_cluster
 from benchmarks.paper.intervals import Interval, bootstrap
 from benchmarks.paper.markdown import percent, table
 from benchmarks.paper.tasks import read_task_list
 from benchmarks.results_file import write_part
 
 ROWS, BASELINES = "paper_answers.parquet", "paper_baselines.parquet"
-_OTHERS = ("moe_top1", "moe_top3", "moe_soft", "smear", "adaptersoup", "lorahub")
+_ROUTED = ("moe_top1", "moe_top3", "moe_soft", "smear")
+_OTHERS = (*_ROUTED, "adaptersoup", "lorahub")
 COMPARED = [
     ("perfect", "base"),
     ("perfect", "majority"),
@@ -87,6 +90,19 @@ def differences(answers: Answers, pairs: Sequence[tuple[str, str]] = COMPARED) -
     return table(["difference", "points (95 % interval)"], rows)
 
 
+def without_own(rows: pd.DataFrame, held: Mapping[str, Collection[str]]) -> str:
+    """What is out of distribution for both sides: each run beside the tasks whose adapter is not among those it holds.
+
+    `held`: run -> tasks.
+    """
+    lines = []
+    for run in (run for run in held if run in set(rows["run"])):
+        answers = Answers(rows[~rows["task"].isin(held[run])], {})
+        more = [answers.difference(f"{way}_ood", run).in_percent() for way in ("selection", "mixture")]
+        lines.append([run.replace("_", " "), str(len(answers.scores(run))), answers.interval(run).in_percent(), *more])
+    return table(["run", "tasks it has no adapter of", "score", "selection ood −", "mixture ood −"], lines)
+
+
 def figures(answers: Answers) -> dict[str, float]:
     """`score_<method>_iid` or `_ood`, with bounds; what masks nothing is in distribution."""
     found: dict[str, float] = {}
@@ -100,15 +116,23 @@ def figures(answers: Answers) -> dict[str, float]:
 def write_tables(folder: Path, encoder: str) -> None:
     """`folder` has the rows, of the baselines where they were run; the report's section and the figures are written."""
     found = [pd.read_parquet(folder / name) for name in (ROWS, BASELINES) if (folder / name).exists()]
-    clusters = {name: spec.cluster for name, spec in read_task_list().by_name.items()}
-    answers = Answers(pd.concat(found), clusters)
+    rows, listed = pd.concat(found), read_task_list().by_name
+    answers = Answers(rows, {name: spec.cluster for name, spec in listed.items()})
+    pool = [listed[name] for name in read_pool()]
+    held = dict.fromkeys(_ROUTED, one_a_cluster(pool)) | {"lorahub": hub_tasks(pool)}
     num_rows = answers.scores(answers.runs[0]).shape
     parts = [
         "## Answers\n",
         f"{num_rows[0]} tasks, {num_rows[1]} test questions each, greedy, encoder: {encoder}. In percent: exact",
         "match, ROUGE-L for free text. `iid`: every adapter can be chosen, `ood`: the question's own is masked.\n",
+        "MoE and SMEAR: a router over the adapters of one task a cluster, which reads the encoder's vector of the",
+        "prompt once (the paper's reads every layer's input), 120 steps of 8 on the samples of all tasks. LoRAHub: one",
+        "set of weights for 20 adapters, the best of 20 that a (1+1) evolution strategy tried on 192 samples.",
+        "AdapterSoup: the three nearest to the mean of the questions' vectors.\n",
         main_table(answers),
         differences(answers),
+        "### Where the question's own adapter is not among the baseline's either\n",
+        without_own(rows, held),
         "### Intervals by cluster\n",
         cluster_intervals(answers),
     ]

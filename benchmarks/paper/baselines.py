@@ -16,17 +16,18 @@ from torch import Tensor
 
 from benchmarks.paper.answer_tables import BASELINES, write_tables
 from benchmarks.paper.answers import Question
+from benchmarks.paper.drawn import hub_tasks, one_a_cluster
 from benchmarks.paper.experts import ExpertModel, Sum
 from benchmarks.paper.main_table import Loaded, load_bench
 from benchmarks.paper.options import EncoderName, PerTask, Root
 from benchmarks.paper.routers import Router, RouterKind, search_weights, train_router
 from benchmarks.paper.runs import Method, run_all
-from benchmarks.paper.steps import write_parquet
+from benchmarks.paper.steps import key_of, write_parquet
 from benchmarks.paper.stores import fetch_from
 from benchmarks.paper.tasks import NUM_TEST
 from benchmarks.paper.workspace import DEFAULT_ROOT, Workspace
 from benchmarks.results_file import RESULTS
-from examples.bigbench_tasks import Item, TaskSpec, task_rng
+from examples.bigbench_tasks import Item, task_rng
 from examples.lora_training import AnswerLoss, Example, Padded, Recipe, tokenize
 from examples.train_starter_pool import load_base
 from gpu_worker.base_model import model_source
@@ -40,7 +41,7 @@ ROUTERS: dict[str, tuple[Sum, RouterKind]] = {
     "moe_soft": ("mixture", RouterKind()),
     "smear": ("fusion", RouterKind()),
 }
-HUB_ADAPTERS, HUB_SAMPLES, HUB_STEPS = 20, 192, 20
+HUB_SAMPLES, HUB_STEPS = 192, 20
 _NOTHING = 1e-4  # weights below it are left out of a plan
 
 
@@ -53,7 +54,7 @@ class Expert:
 
 
 class Routers:
-    """Trained on the samples of every task; each router is kept in `folder` once it is trained."""
+    """Trained on the samples of every task; what is trained is kept in `folder`, named by what it was made of."""
 
     def __init__(self, base: Any, items: Sequence[Item], encoder: Encoder, tokenizer: Any, folder: Path) -> None:
         self._base, self._encoder, self._folder = base, encoder, folder
@@ -62,7 +63,8 @@ class Routers:
         self._loss_of = AnswerLoss(base.model.embed_tokens.weight, self._examples, Recipe())
 
     def router(self, name: str, how: Sum, kind: RouterKind, experts: Sequence[Expert], out: Console) -> Router:
-        path, router = self._folder / f"{name}.safetensors", Router(self._encoder.dim, len(experts), kind)
+        path = self._kept(name, experts, self._encoder.identity, kind)
+        router = Router(self._encoder.dim, len(experts), kind)
         if path.exists():
             router.load_state_dict(load_file(path))
             return router
@@ -83,7 +85,7 @@ class Routers:
         self, experts: Sequence[Expert], out: Console, num_steps: int = HUB_STEPS, num_samples: int = HUB_SAMPLES
     ) -> Tensor:
         """LoRAHub's one weight an adapter (P,), searched on `num_samples` examples drawn of all tasks."""
-        path = self._folder / "lorahub.safetensors"
+        path = self._kept("lorahub", experts, num_steps, num_samples)
         if not path.exists():
             model = ExpertModel(self._base, [expert.weights for expert in experts], "fusion")
             chosen = task_rng("lorahub").sample(self._examples, min(num_samples, len(self._examples)))
@@ -92,6 +94,10 @@ class Routers:
             self._folder.mkdir(parents=True, exist_ok=True)
             save_file({"weights": weights}, path)
         return load_file(path)["weights"]
+
+    def _kept(self, name: str, experts: Sequence[Expert], *made_of: object) -> Path:
+        digests = [expert.weights.weights_digest for expert in experts]
+        return self._folder / f"{name}-{key_of(digests, *made_of)}.safetensors"
 
 
 def _loss_on(
@@ -152,12 +158,6 @@ def merged(experts: Sequence[Expert], weights: Tensor) -> AdapterWeights:
     return AdapterWeights(hashlib.sha256(repr(named).encode()).hexdigest(), modules)
 
 
-def one_a_cluster(specs: Sequence[TaskSpec]) -> list[str]:
-    """A task of each cluster, drawn by a fixed seed: whose adapters are the experts."""
-    draw, clusters = task_rng("experts"), dict.fromkeys(spec.cluster for spec in specs)
-    return [draw.choice([spec.name for spec in specs if spec.cluster == cluster]) for cluster in clusters]
-
-
 def trained_baselines(
     loaded: Loaded,
     reader: Encoder,
@@ -174,14 +174,13 @@ def trained_baselines(
 
     items = [item for name in study.specs for item in study.parts[name].samples]
     base = load_base(Path(model_source(bench.asker.engine.config)))
-    routers = Routers(base, items, reader, study.tokenizer, study.workspace.root / "routers" / reader.identity)
+    routers = Routers(base, items, reader, study.tokenizer, study.workspace.root / "routers")
     experts = [expert(name) for name in one_a_cluster(list(study.specs.values()))]
     methods: dict[str, Method] = {
         name: Weighed(routers.router(name, how, kind, experts, out), experts, how, reader)
         for name, (how, kind) in kinds.items()
     }
-    names = task_rng("lorahub").sample(sorted(study.specs), min(HUB_ADAPTERS, len(study.specs)))
-    drawn = [expert(name) for name in names]
+    drawn = [expert(name) for name in hub_tasks(list(study.specs.values()))]
     hub = merged(drawn, routers.hub_weights(drawn, out, num_hub_steps))
     loaded.weights.made[hub.weights_digest] = hub
     return methods | {"lorahub": One(hub, "lorahub")}

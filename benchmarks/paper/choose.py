@@ -110,23 +110,21 @@ def own_plan(record: AdapterRecord) -> Plan:
 
 
 def judge(study: Study, store: LoraStore, asker: Asker, out: Console, per_task: int) -> dict[str, Verdict]:
-    """Every task's verdict, from greedy answers to its choice items. The base counts where the score is ROUGE-L."""
+    """Every task's verdict, from greedy answers to its choice items."""
     questions = study.questions("choice", per_task)
     snapshot = store.snapshot()
     own = [(question, own_plan(snapshot.resolve("local", question.task))) for question in questions]
-    free = [(question, BASE_PLAN) for question in questions if study.specs[question.task].metric == "rouge_l"]
     texts = asker.answers(own, out, "own adapters on the choice part")
-    base = asker.answers(free, out, "base model on the choice part")
+    base = asker.answers([(question, BASE_PLAN) for question in questions], out, "base model on the choice part")
 
     def rate(task: str, item: Item, text: str) -> float:
         return score(study.specs[task], item, text)
 
-    own_scores, base_scores = scores_by_task(questions, texts, rate), scores_by_task([q for q, _ in free], base, rate)
+    own_scores, base_scores = scores_by_task(questions, texts, rate), scores_by_task(questions, base, rate)
     verdicts = {}
     for name, spec in study.specs.items():
         items = study.parts[name].choice[:per_task]
-        references = [majority_scores(spec, study.parts[name].train, items)]
-        references += [base_scores[name]] if name in base_scores else []
+        references = [majority_scores(spec, study.parts[name].train, items), base_scores[name]]
         verdicts[name] = verdict(spec, own_scores[name], references)
     return verdicts
 

@@ -1,10 +1,12 @@
 """RAMoLE's learned gate beside uniform and softmax weights, offline: `python -m benchmarks.paper.gate`.
 
-One torch model answers under all three, so that nothing but the weights differs. The gate knows 40 % of the tasks.
+One torch model answers under all three, so that nothing but the weights differs. The gate learns the tasks that the
+encoder was trained on, 40 % of all, as in the paper.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from benchmarks.paper.answer_tables import Answers, differences
+from benchmarks.paper.answer_tables import Answers
 from benchmarks.paper.answers import Question
 from benchmarks.paper.main_table import Loaded, load_bench
 from benchmarks.paper.markdown import table
@@ -29,7 +31,7 @@ from benchmarks.paper.packing import Packed
 from benchmarks.paper.ramole import GatedModel, GateRecipe, train_gates
 from benchmarks.paper.runs import Bench, rows_of
 from benchmarks.paper.scoring import score
-from benchmarks.paper.steps import Step, run_steps, write_parquet
+from benchmarks.paper.steps import Step, key_of, run_steps, write_parquet
 from benchmarks.paper.stores import fetch_from
 from benchmarks.paper.workspace import DEFAULT_ROOT, Workspace
 from benchmarks.results_file import RESULTS
@@ -38,8 +40,9 @@ from examples.train_starter_pool import load_base
 from gpu_worker.base_model import model_source
 from gpu_worker.prompts import alpaca_prompt
 from lora_store import AdapterWeights, Plan
-from retriever_svc import choose_tasks
+from retriever_svc import Encoder, choose_tasks
 from retriever_svc.encoder import DEFAULT_MODEL
+from retriever_svc.training import RECORD_FILE
 
 ROWS = "paper_gate.parquet"
 WAYS, POOLS = ("uniform", "softmax", "gate"), {"iid": False, "ood": True}
@@ -50,13 +53,18 @@ _ANSWER_S = 0.2  # two idle cores, short answers: what an estimate starts from
 
 
 class Gates:
-    """The pool's adapters in a torch model, whose gates are trained once and kept in `kept`."""
+    """The pool's adapters in a torch model, whose gates learn the tasks `learnt`."""
 
-    def __init__(self, base: Any, adapters: dict[str, AdapterWeights], tokenizer: Any) -> None:
-        self._base, self._adapters, self._tokenizer = base, adapters, tokenizer
+    def __init__(self, base: Any, adapters: dict[str, AdapterWeights], tokenizer: Any, learnt: Sequence[str]) -> None:
+        self._base, self._adapters, self._tokenizer, self.learnt = base, adapters, tokenizer, learnt
 
-    def trained(self, bench: Bench, kept: Path, recipe: GateRecipe) -> GatedModel:
-        """With all adapters, and gates that learnt the tasks of `SHARE` on their adapters alone."""
+    def key(self, recipe: GateRecipe) -> str:
+        """Of what the trained gates are made of."""
+        return key_of(recipe, [(name, self._adapters[name].weights_digest) for name in self.learnt])
+
+    def trained(self, bench: Bench, recipe: GateRecipe) -> GatedModel:
+        """With all adapters, and gates trained on the learnt tasks' adapters alone, once."""
+        kept = bench.study.workspace.root / "routers" / f"gates-{self.key(recipe)}.safetensors"
         if not kept.exists():
             self._train(bench, kept, recipe)
         model = GatedModel(self._base, list(self._adapters.values()))
@@ -64,10 +72,9 @@ class Gates:
         return model
 
     def _train(self, bench: Bench, kept: Path, recipe: GateRecipe) -> None:
-        names = choose_tasks(list(self._adapters), SHARE, 0)
-        items = [item for name in names for item in bench.study.parts[name].train[:_EXAMPLES_A_TASK]]
+        items = [item for name in self.learnt for item in bench.study.parts[name].train[:_EXAMPLES_A_TASK]]
         examples = tokenize(items, self._tokenizer)
-        model = GatedModel(self._base, [self._adapters[name] for name in names])
+        model = GatedModel(self._base, [self._adapters[name] for name in self.learnt])
         losses: list[float] = []
 
         def tell(loss: float) -> None:
@@ -112,9 +119,9 @@ class Gates:
         return self._tokenizer.batch_decode(cut, skip_special_tokens=True)
 
 
-def steps_of(bench: Bench, gates: Gates, model: GatedModel, per_task: int) -> list[Step]:
-    """A step for each way of weighing, in and out of distribution."""
-    folder = bench.study.workspace.rows / "gate"
+def steps_of(bench: Bench, gates: Gates, model: GatedModel, per_task: int, key: str) -> list[Step]:
+    """A step for each way of weighing, in and out of distribution; rows are kept below `key`."""
+    folder = bench.study.workspace.rows / "gate" / key
     cost = float(per_task * len(bench.study.specs))
 
     def rows(name: str, way: str, masked: bool) -> pa.Table:
@@ -138,17 +145,38 @@ def steps_of(bench: Bench, gates: Gates, model: GatedModel, per_task: int) -> li
     ]
 
 
-def section(rows: pd.DataFrame, num_trained: int) -> str:
+def section(rows: pd.DataFrame, learnt: Sequence[str]) -> str:
     """Of the report."""
     answers = Answers(rows, {})
     num_tasks, num_questions = answers.scores(answers.runs[0]).shape
-    lines = [[pool, *[answers.interval(f"{way}_{pool}").in_percent() for way in WAYS]] for pool in POOLS]
-    pairs = [(f"gate_{pool}", f"{way}_{pool}") for pool in POOLS for way in WAYS[:2]]
+    is_learnt = rows["task"].isin(learnt)
+    parts = {
+        "all": answers,
+        f"{len(learnt)} the gate learnt": Answers(rows[is_learnt], {}),
+        f"{num_tasks - len(learnt)} it did not": Answers(rows[~is_learnt], {}),
+    }
+    lines = [
+        [pool, label]
+        + [own.interval(f"{way}_{pool}").in_percent() for way in WAYS]
+        + [own.difference(f"gate_{pool}", f"{way}_{pool}").in_percent() for way in WAYS[:2]]
+        for pool in POOLS
+        for label, own in parts.items()
+    ]
     words = (
         f"Mixtures of three in one torch model, {num_tasks} tasks, {num_questions} questions each. RAMoLE's gate learnt"
-        f" {num_trained} of the tasks with their adapters; percent with 95 % intervals.\n"
+        " the tasks that the encoder learnt too, with their adapters alone; percent and points with 95 % intervals.\n"
     )
-    return "\n".join(["## A learned gate\n", words, table(["", *WAYS], lines), differences(answers, pairs)])
+    header = ["", "tasks", *WAYS, *[f"gate − {way}" for way in WAYS[:2]]]
+    return "\n".join(["## A learned gate\n", words, table(header, lines)])
+
+
+def learnt_by(encoder: str, names: Sequence[str]) -> list[str]:
+    """The tasks of `names` that the encoder in this folder was trained on; a share of them where it is not trained."""
+    record = Path(encoder) / RECORD_FILE
+    if not record.exists():
+        return choose_tasks(names, SHARE, 0)
+    trained = json.loads(record.read_text(encoding="utf-8"))["num_texts_of_task"]
+    return [name for name in names if name in trained]
 
 
 def adapters_of(loaded: Loaded) -> dict[str, AdapterWeights]:
@@ -160,16 +188,13 @@ def adapters_of(loaded: Loaded) -> dict[str, AdapterWeights]:
     }
 
 
-def measure(loaded: Loaded, base: Any, tokenizer: Any, folder: Path, per_task: int, recipe: GateRecipe) -> None:
+def measure(loaded: Loaded, encoder: Encoder, gates: Gates, folder: Path, per_task: int, recipe: GateRecipe) -> None:
     """Rows and section are in `folder`; gates that are trained and answers that are known stay."""
     bench = loaded.bench
-    gates = Gates(base, adapters_of(loaded), tokenizer)
-    model = gates.trained(bench, bench.study.workspace.root / "routers" / "gates.safetensors", recipe)
-    steps = steps_of(bench, gates, model, per_task)
+    steps = steps_of(bench, gates, gates.trained(bench, recipe), per_task, f"{encoder.identity}-{gates.key(recipe)}")
     run_steps(steps, _ANSWER_S, bench.out)
     write_parquet(folder / ROWS, pa.concat_tables([pq.read_table(step.path) for step in steps]))
-    num_trained = len(choose_tasks(list(bench.study.specs), SHARE, 0))
-    (folder / "paper_gate.md").write_text(section(pd.read_parquet(folder / ROWS), num_trained), encoding="utf-8")
+    (folder / "paper_gate.md").write_text(section(pd.read_parquet(folder / ROWS), gates.learnt), encoding="utf-8")
 
 
 def main(
@@ -181,7 +206,9 @@ def main(
     loaded = load_bench(Workspace(root), encoder, Console(width=120))
     source = Path(model_source(loaded.bench.asker.engine.config))
     base, tokenizer = load_base(source), AutoTokenizer.from_pretrained(source)
-    measure(loaded, base, tokenizer, RESULTS, per_task, GateRecipe())
+    learnt = learnt_by(encoder, list(loaded.bench.study.specs))
+    gates = Gates(base, adapters_of(loaded), tokenizer, learnt)
+    measure(loaded, Encoder(encoder), gates, RESULTS, per_task, GateRecipe())
 
 
 if __name__ == "__main__":

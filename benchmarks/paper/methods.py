@@ -54,6 +54,13 @@ class Perfect:
         return [retriever.plan_named(LOCAL_TENANT, [(q.task, 1.0)], "selection") for q in questions]
 
 
+class First:
+    """For every question the own adapter of the first: a batch of one adapter."""
+
+    def plans(self, retriever: Retriever, questions: Sequence[Question]) -> list[Plan]:
+        return Perfect().plans(retriever, questions[:1]) * len(questions)
+
+
 class Base:
     """No adapter."""
 
@@ -64,7 +71,8 @@ class Base:
 class AdapterSoup:
     """One set of adapters for the whole stream: those nearest to its mean, their parameters averaged.
 
-    Source: LoraRetriever (ACL Findings 2024), appendix F. The stream is what `plans` is given.
+    Source: LoraRetriever (ACL Findings 2024), appendix F. The stream is what `plans` is given: it sees inputs of the
+    questions themselves, no answers.
     """
 
     def __init__(self, top_k: int = 3) -> None:

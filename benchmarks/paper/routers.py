@@ -52,7 +52,9 @@ class Router(nn.Module):
         chosen = soft.topk(min(self._kind.num_chosen, soft.shape[-1]), dim=-1).indices
         kept = soft * torch.zeros_like(soft).scatter(-1, chosen, 1.0)
         sparse = kept / kept.sum(dim=-1, keepdim=True)
-        return sparse + soft - soft.detach()  # the gradient is the soft one's: one chosen expert alone has none
+        return (
+            sparse.detach() + soft - soft.detach()
+        )  # the gradient is the soft one's: one chosen expert alone has none
 
 
 def train_router(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +22,11 @@ class Step:
     path: Path
     cost: float
     run: Callable[[], pa.Table]
+
+
+def key_of(*parts: object) -> str:
+    """Names what was made of these: values whose `repr` tells them apart."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
 def run_steps(steps: Sequence[Step], seconds_per_cost: float, out: Console) -> None:

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from benchmarks.paper.ablations import methods_of, numbers_table, weights_table
-from benchmarks.paper.answer_tables import Answers, differences, figures, main_table
+from benchmarks.paper.answer_tables import Answers, differences, figures, main_table, without_own
 from benchmarks.paper.report import SECTIONS, report_of
 
 CLUSTERS = {"a": "first", "b": "first", "c": "second"}
@@ -46,6 +46,19 @@ def test_a_difference_is_paired_by_question(answers: Answers) -> None:
     found = answers.difference("perfect", "mixture_ood")
     assert found.mean == pytest.approx((0.75 + 0.75 + 0.25) / 3)
     assert "perfect − base | 83.3" in differences(answers, [("perfect", "base"), ("perfect", "absent")])
+
+
+def test_a_baseline_is_also_compared_where_it_has_no_adapter_of_the_task() -> None:
+    """It is right where its own adapters are, a and b, and nowhere else."""
+    shares = {"moe_soft": {"a": 1, "b": 1, "c": 0}, "mixture_ood": {"a": 0, "b": 0, "c": 1}}
+    rows = [
+        {"run": run, "task": task, "number": number, "score": float(right)}
+        for run, tasks in (shares | {"selection_ood": dict.fromkeys("abc", 0)}).items()
+        for task, right in tasks.items()
+        for number in range(3)
+    ]
+    [line] = without_own(pd.DataFrame(rows), dict.fromkeys(("moe_soft", "smear"), ["a", "b"])).splitlines()[2:3]
+    assert [cell.split(" ")[0] for cell in line.strip("| ").split(" | ")] == ["moe", "1", "0.0", "0.0", "100.0"]
 
 
 def test_the_table_has_a_row_a_cluster_and_all_tasks_last(answers: Answers) -> None:

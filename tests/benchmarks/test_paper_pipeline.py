@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 
 from benchmarks.paper import methods
 from benchmarks.paper.answers import Asker
-from benchmarks.paper.baselines import ROUTERS, Expert, One, merged, one_a_cluster, trained_baselines
+from benchmarks.paper.baselines import ROUTERS, Expert, One, merged, trained_baselines
 from benchmarks.paper.choose import judge
+from benchmarks.paper.drawn import one_a_cluster
 from benchmarks.paper.main_table import Loaded
 from benchmarks.paper.runs import Bench, run_all
 from benchmarks.paper.stores import fetch_from
@@ -80,8 +81,12 @@ def test_trained_baselines_weigh_one_expert_a_cluster(loaded: Loaded, encoder: E
     assert all(len(row["adapters"]) == 1 and row["weights"] == [1] for row in by_run["moe_top1"])
     assert all(row["adapters"] == names and row["strategy"] == "fusion" for row in by_run["smear"])
     assert all(row["adapters"] == ["lorahub"] for row in by_run["lorahub"])
-    kept = bench.study.workspace.root / "routers" / encoder.identity
-    assert (kept / "smear.safetensors").exists() and (kept / "lorahub.safetensors").exists()
+    kept = {path: path.stat().st_mtime_ns for path in (bench.study.workspace.root / "routers").glob("*.safetensors")}
+    assert {path.name.rpartition("-")[0] for path in kept} >= {*ROUTERS, "lorahub"}
+    again, questions = trained_baselines(loaded, encoder, kinds, num_hub_steps=2), bench.study.questions("test", 1)
+    for name, method in methods.items():
+        assert again[name].plans(bench.retriever, questions) == method.plans(bench.retriever, questions), name
+    assert all(path.stat().st_mtime_ns == at for path, at in kept.items())
 
 
 def test_merged_adapters_are_the_servers_fusion(bench: Bench, asked: tuple[Asker, LoraStore, Weights]) -> None:

@@ -84,6 +84,20 @@ def test_a_router_weighs_as_many_experts_as_it_chooses(num_chosen: int | None, c
     assert ((weights.abs() > 1e-6).sum(dim=-1) == count).all()
 
 
+def test_the_gradient_is_the_same_however_many_are_chosen() -> None:
+    """That of all experts' weights: one chosen expert alone, whose weight is always 1, has none."""
+    torch.manual_seed(0)
+    weight, vectors, worth = torch.randn(5, 4), torch.randn(7, 4), torch.randn(7, 5)
+    gradients = []
+    for num_chosen in (1, 3, 5):
+        router = Router(4, 5, RouterKind(num_chosen))
+        router.gate.weight.data = weight.clone()
+        (router(vectors, torch.Generator().manual_seed(0)) * worth).sum().backward()
+        gradients.append(router.gate.weight.grad)
+    for gradient in gradients[:2]:
+        torch.testing.assert_close(gradient, gradients[2])
+
+
 def test_a_router_learns_which_expert_helps(
     frozen: torch.nn.Module, adapters: list[AdapterWeights], examples: list[Example]
 ) -> None:

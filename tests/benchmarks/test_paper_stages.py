@@ -105,8 +105,9 @@ class Stages:
 
     def gate(self) -> None:
         tokenizer = AutoTokenizer.from_pretrained(self.base)
-        recipe = GateRecipe(num_steps=2)
-        gate.measure(self.loaded, load_base(self.base), tokenizer, self.results, PER_TASK, recipe)
+        learnt = [spec.name for spec in SPECS[:2]]
+        gates = gate.Gates(load_base(self.base), gate.adapters_of(self.loaded), tokenizer, learnt)
+        gate.measure(self.loaded, self.encoder, gates, self.results, PER_TASK, GateRecipe(num_steps=2))
 
     def speed(self) -> None:
         speed.measure(self.loaded.bench, MAIN, self.results, num_questions=2, num_rounds=1)
@@ -190,6 +191,7 @@ def check_speed(throughput: pd.DataFrame, latency: pd.DataFrame) -> None:
     full = throughput.groupby(["new_tokens", "method"])["tokens"].max().unstack(0)
     assert (full[speed.FULL] - full[speed.FIRST] == 2 * (speed.FULL - speed.FIRST)).all()
     assert (latency[["first_ms", "token_ms"]] > 0).all(axis=None) and set(latency["method"]) == set(MAIN)
+    assert set(latency[latency["plan_ms"] == 0]["method"]) == {"adaptersoup"}
 
 
 def test_a_tasks_further_adapters_are_of_halves_and_of_exchanged_answers() -> None:
