@@ -57,7 +57,7 @@ def test_a_baseline_is_also_compared_where_it_has_no_adapter_of_the_task() -> No
         for task, right in tasks.items()
         for number in range(3)
     ]
-    [line] = without_own(pd.DataFrame(rows), dict.fromkeys(("moe_soft", "smear"), ["a", "b"])).splitlines()[2:3]
+    [line] = without_own(pd.DataFrame(rows), {"moe_soft": ["a", "b"], "smear": ["a", "b"]}).splitlines()[2:3]
     assert [cell.split(" ")[0] for cell in line.strip("| ").split(" | ")] == ["moe", "1", "0.0", "0.0", "100.0"]
 
 

@@ -194,6 +194,14 @@ def check_speed(throughput: pd.DataFrame, latency: pd.DataFrame) -> None:
     assert set(latency[latency["plan_ms"] == 0]["method"]) == {"adaptersoup"}
 
 
+def test_the_gate_learns_the_tasks_its_encoder_learnt(tmp_path: Path) -> None:
+    (tmp_path / "training.json").write_text(json.dumps({"num_texts_of_task": {"c": 20, "a": 20, "gone": 20}}))
+    names = ["a", "b", "c", "d", "e"]
+    assert gate.learnt_by(str(tmp_path), names) == ["a", "c"]
+    untrained = gate.learnt_by("all-MiniLM-L6-v2", names)
+    assert len(untrained) == 2 and set(untrained) < set(names)
+
+
 def test_a_tasks_further_adapters_are_of_halves_and_of_exchanged_answers() -> None:
     train = tuple(Item(f"{n}", ("abc"[n % 3],)) for n in range(60))
     copies = conflicts.copies_of(Parts(train, (), (), ()))
