@@ -49,8 +49,8 @@ def section(rows: pd.DataFrame) -> str:
     lines = [[label, *[answers.interval(f"{label} {name}").in_percent() for name in METHODS]] for label in labels]
     count = answers.scores(answers.runs[0]).shape[1]
     words = (
-        f"{count} questions a task; percent with 95 % intervals. One encoder a share, of the first draw of tasks; the main"
-        " table's is the best of three draws.\n"
+        f"{count} questions a task; percent with 95 % intervals. One encoder a share, of the first draw of tasks; the"
+        " main table's is the best of three draws.\n"
     )
     header = ["encoder trained on", *[name.replace("_", " ") for name in METHODS]]
     return "\n".join(["## The encoder's training and the answers\n", words, table(header, lines)])
