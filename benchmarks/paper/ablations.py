@@ -11,7 +11,7 @@ from rich.console import Console
 from benchmarks import plots
 from benchmarks.paper.answer_tables import Answers, differences
 from benchmarks.paper.main_table import load_bench
-from benchmarks.paper.markdown import percent, table
+from benchmarks.paper.markdown import percent, plot, table
 from benchmarks.paper.methods import Routed
 from benchmarks.paper.options import EncoderName, PerTask, Root
 from benchmarks.paper.runs import run_all
@@ -65,6 +65,7 @@ def write_tables(folder: Path) -> None:
     parts = [
         "## How many adapters, and their weights\n",
         f"{num_tasks} tasks, {num_questions} test questions each; percent with 95 % intervals.\n",
+        plot("paper_num_adapters", "score by the number of adapters"),
         numbers_table(answers),
         "Three adapters, weights uniform or softmax(score / 0.05):\n",
         weights_table(answers),

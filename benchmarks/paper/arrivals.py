@@ -26,7 +26,7 @@ from rich.console import Console
 from torch.nn import functional as F
 
 from benchmarks import plots
-from benchmarks.paper.markdown import percent, table
+from benchmarks.paper.markdown import percent, plot, table
 from benchmarks.paper.options import Root
 from benchmarks.paper.retrieval.__main__ import cells_of
 from benchmarks.paper.retrieval.ranking import embedded, nearest, records_of
@@ -227,7 +227,14 @@ def section(rows: pd.DataFrame) -> str:
         f" {WINDOW} requests as many hit as before any change, less {100 * TOLERANCE:.0f} points, which is about what"
         f" {WINDOW} requests vary by chance. While a training runs there is {REQUESTS_A_SECOND:g} request a second.\n"
     )
-    return "\n".join(["## Adapters that come and go\n", words, arrivals_table(rows)])
+    return "\n".join(
+        [
+            "## Adapters that come and go\n",
+            words,
+            plot("paper_arrivals", "hit@1 along the stream"),
+            arrivals_table(rows),
+        ]
+    )
 
 
 def _plot(rows: pd.DataFrame) -> None:

@@ -13,3 +13,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def percent(share: float) -> str:
     return f"{100 * share:.1f}"
+
+
+def plot(name: str, words: str) -> str:
+    """The plot `name` of results/, as the report shows it."""
+    return f"![{words}](../results/{name}.svg)\n"

@@ -18,7 +18,7 @@ from benchmarks import plots
 from benchmarks.paper.answers import Asked, Question
 from benchmarks.paper.baselines import One, trained_baselines
 from benchmarks.paper.main_table import load_bench
-from benchmarks.paper.markdown import table
+from benchmarks.paper.markdown import plot, table
 from benchmarks.paper.methods import MAIN, AdapterSoup, Base, First, Perfect, Routed
 from benchmarks.paper.options import EncoderName, Root
 from benchmarks.paper.runs import Bench, Method, pool_retriever
@@ -159,6 +159,7 @@ def section(throughput: pd.DataFrame, latency: pd.DataFrame) -> str:
             f"{latency['machine'].iloc[0]}. Tokens a second, those of the prompts counted as in the paper; plans are"
             " made before. `one adapter`: one for the whole batch; `own adapter each`: one for each of its tasks.\n",
             "### First token only\n",
+            plot("paper_throughput", "tokens a second by batch size, first token only"),
             throughput_table(throughput, FIRST),
             f"### {FULL} tokens each\n",
             throughput_table(throughput, FULL),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks import plots
+from benchmarks.paper.markdown import plot
 from benchmarks.paper.retrieval import tables
 from benchmarks.paper.retrieval.ranking import COSINE, PRODUCT, SCORES
 from benchmarks.paper.retrieval.rankings import Rankings
@@ -20,6 +21,7 @@ _EXTRAS = {
     "latency": ("Latency, one query at a time", tables.latency),
     "bases": ("Two base models in one index", tables.bases),
 }
+_PLOTS = {"growth": [plot("paper_retrieval_growth", "own adapter found, by the number of adapters")]}
 _MAIN = f"{100 * MAIN_SHARE:.0f} %"
 
 
@@ -55,7 +57,7 @@ def section_of(folder: Path, rankings: Rankings) -> str:
     parts = [
         "## Retrieval\n",
         READING.read_text(encoding="utf-8"),
-        "![own adapter found, by the share of tasks trained on](../results/paper_retrieval_shares.svg)\n",
+        plot("paper_retrieval_shares", "own adapter found, by the share of tasks trained on"),
         "### Accuracy by cosine, percent\n",
         tables.accuracy(rankings, COSINE),
         "### Accuracy by the un-normalised inner product, percent\n",
@@ -70,7 +72,7 @@ def section_of(folder: Path, rankings: Rankings) -> str:
     missing = rankings.missing()
     for kind, (heading, write) in _EXTRAS.items():
         if (folder / f"paper_retrieval_{kind}.parquet").exists():
-            parts += [f"### {heading}\n", write(folder)]
+            parts += [f"### {heading}\n", *_PLOTS.get(kind, []), write(folder)]
         else:
             missing.append(kind)
     return "\n".join([*parts, *([f"Not measured yet: {', '.join(missing)}.\n"] if missing else [])])
