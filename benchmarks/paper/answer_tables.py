@@ -10,7 +10,7 @@ import pandas as pd
 
 from benchmarks.paper.choose import read_pool
 from benchmarks.paper.drawn import hub_tasks, one_a_cluster
-from benchmarks.paper.intervals import Interval, bootstrap
+from benchmarks.paper.intervals import Interval, bootstrap, bootstrap_tasks
 from benchmarks.paper.markdown import percent, table
 from benchmarks.paper.tasks import read_task_list
 from benchmarks.results_file import write_part
@@ -57,6 +57,14 @@ class Answers:
         """Of two runs on the same questions."""
         return bootstrap((self.scores(one) - self.scores(other)).to_numpy()[np.newaxis])
 
+    def difference_of_tasks(self, one: str, other: str) -> Interval:
+        """The same, its bounds for other tasks like these."""
+        return bootstrap_tasks((self.scores(one) - self.scores(other)).to_numpy())
+
+    def of_task(self, task: str, one: str, other: str) -> Interval:
+        """The difference on one task's questions."""
+        return bootstrap((self.scores(one) - self.scores(other)).loc[[task]].to_numpy()[np.newaxis])
+
 
 def main_table(answers: Answers) -> str:
     """Runs are columns; a cluster's cell is its mean, the last rows have the interval of all tasks."""
@@ -83,11 +91,32 @@ def cluster_intervals(answers: Answers) -> str:
 def differences(answers: Answers, pairs: Sequence[tuple[str, str]] = COMPARED) -> str:
     """Points between two runs, paired by question."""
     rows = [
-        [f"{one} − {other}".replace("_", " "), answers.difference(one, other).in_percent()]
+        [
+            f"{one} − {other}".replace("_", " "),
+            answers.difference(one, other).in_percent(),
+            answers.difference_of_tasks(one, other).bounds_in_percent(),
+            _ahead(answers, one, other),
+        ]
         for one, other in pairs
         if {one, other} <= set(answers.runs)
     ]
-    return table(["difference", "points (95 % interval)"], rows)
+    header = ["difference", "points (95 % interval)", "other tasks like these", "tasks with more / less"]
+    return table(header, rows)
+
+
+def _ahead(answers: Answers, one: str, other: str) -> str:
+    means = (answers.scores(one) - answers.scores(other)).mean(axis=1)
+    return f"{(means > 0).sum()} / {(means < 0).sum()}"
+
+
+def own_adapters(answers: Answers) -> str:
+    """Each task's own adapter beside the base model and guessing."""
+    rows = [
+        [task, *[percent(answers.scores(run).loc[task].mean()) for run in ("perfect", "base", "majority")]]
+        + [answers.of_task(task, "perfect", run).in_percent() for run in ("base", "majority")]
+        for task in answers.scores("perfect").index
+    ]
+    return table(["task", "own adapter", "base", "guesses", "own − base", "own − guesses"], rows)
 
 
 def without_own(rows: pd.DataFrame, held: Mapping[str, Collection[str]]) -> str:
@@ -98,9 +127,13 @@ def without_own(rows: pd.DataFrame, held: Mapping[str, Collection[str]]) -> str:
     lines = []
     for run in (run for run in held if run in set(rows["run"])):
         answers = Answers(rows[~rows["task"].isin(held[run])], {})
-        more = [answers.difference(f"{way}_ood", run).in_percent() for way in ("selection", "mixture")]
-        lines.append([run.replace("_", " "), str(len(answers.scores(run))), answers.interval(run).in_percent(), *more])
-    return table(["run", "tasks it has no adapter of", "score", "selection ood −", "mixture ood −"], lines)
+        line = [run.replace("_", " "), str(len(answers.scores(run))), answers.interval(run).in_percent()]
+        for way in ("selection_ood", "mixture_ood"):
+            line.append(answers.difference(way, run).in_percent())
+            line.append(answers.difference_of_tasks(way, run).bounds_in_percent())
+        lines.append(line)
+    others = "other tasks like these"
+    return table(["run", "tasks", "score", "selection ood −", others, "mixture ood −", others], lines)
 
 
 def figures(answers: Answers) -> dict[str, float]:
@@ -130,11 +163,14 @@ def write_tables(folder: Path, encoder: str) -> None:
         "set of weights for 20 adapters, the best of 20 that a (1+1) evolution strategy tried on 192 samples.",
         "AdapterSoup: the three nearest to the mean of the questions' vectors.\n",
         main_table(answers),
+        "Intervals resample the questions of each task, those of `other tasks like these` the tasks as well.\n",
         differences(answers),
         "### Where the question's own adapter is not among the baseline's either\n",
         without_own(rows, held),
         "### Intervals by cluster\n",
         cluster_intervals(answers),
+        "### Own adapters, task by task\n",
+        own_adapters(answers),
     ]
     section = "\n".join(parts)
     (folder / "paper_answers.md").write_text(section, encoding="utf-8")

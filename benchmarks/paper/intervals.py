@@ -22,6 +22,9 @@ class Interval(NamedTuple):
         mean, low, high = (100 * value for value in self)
         return f"{mean:.1f} ({low:.1f} to {high:.1f})"
 
+    def bounds_in_percent(self) -> str:
+        return f"{100 * self.low:.1f} to {100 * self.high:.1f}"
+
 
 def bootstrap(values: np.ndarray, counts: np.ndarray | None = None, seed: int = 0) -> Interval:
     """The mean of `values` (runs, tasks, queries), every task of a run weighing the same, then every run.
@@ -38,6 +41,16 @@ def bootstrap(values: np.ndarray, counts: np.ndarray | None = None, seed: int = 
     low, high = np.quantile(means, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
     mean = ((values.mean(axis=2) * counts).sum(axis=1) / counts.sum(axis=1)).mean()
     return Interval(float(mean), float(low), float(high))
+
+
+def bootstrap_tasks(values: np.ndarray, seed: int = 0) -> Interval:
+    """The mean of `values` (tasks, queries) with bounds for other tasks like these: tasks are resampled as well."""
+    tasks, queries = values.shape
+    by_task = (values[:, np.newaxis] @ _resampled(tasks, queries, seed))[:, 0]  # (tasks, resamples)
+    rng, shape = np.random.default_rng(seed + 1), (tasks, NUM_RESAMPLES)
+    means = by_task[rng.integers(0, tasks, shape), rng.integers(0, NUM_RESAMPLES, shape)].mean(axis=0)
+    low, high = np.quantile(means, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
+    return Interval(float(values.mean()), float(low), float(high))
 
 
 @lru_cache(maxsize=4)

@@ -45,6 +45,7 @@ def test_every_task_weighs_the_same_and_intervals_are_of_the_questions(answers: 
 def test_a_difference_is_paired_by_question(answers: Answers) -> None:
     found = answers.difference("perfect", "mixture_ood")
     assert found.mean == pytest.approx((0.75 + 0.75 + 0.25) / 3)
+    assert "| 3 / 0 |" in differences(answers, [("perfect", "mixture_ood")])
     assert "perfect − base | 83.3" in differences(answers, [("perfect", "base"), ("perfect", "absent")])
 
 
@@ -58,7 +59,8 @@ def test_a_baseline_is_also_compared_where_it_has_no_adapter_of_the_task() -> No
         for number in range(3)
     ]
     [line] = without_own(pd.DataFrame(rows), {"moe_soft": ["a", "b"], "smear": ["a", "b"]}).splitlines()[2:3]
-    assert [cell.split(" ")[0] for cell in line.strip("| ").split(" | ")] == ["moe", "1", "0.0", "0.0", "100.0"]
+    cells = [cell.split(" ")[0] for cell in line.strip("| ").split(" | ")]
+    assert cells == ["moe", "1", "0.0", "0.0", "0.0", "100.0", "100.0"]
 
 
 def test_the_table_has_a_row_a_cluster_and_all_tasks_last(answers: Answers) -> None:
