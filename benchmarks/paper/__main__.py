@@ -54,7 +54,7 @@ STAGES = (
     Stage("kinds", 1),
     Stage("conflicts", 35, _TRAINED),
     Stage("mixed_pool", 30, _TRAINED),
-    Stage("arrivals", 20),
+    Stage("arrivals", 35),
     Stage("gate", 25, _TRAINED),
     Stage("speed", 20, _TRAINED),
     Stage("served", 5),
