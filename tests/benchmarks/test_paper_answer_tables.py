@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from benchmarks.paper.ablations import methods_of, numbers_table, weights_table
-from benchmarks.paper.answer_tables import Answers, differences, figures, main_table, without_own
+from benchmarks.paper.answer_tables import Answers, differences, figures, main_table, own_adapters, without_own
 from benchmarks.paper.report import SECTIONS, report_of
 
 CLUSTERS = {"a": "first", "b": "first", "c": "second"}
@@ -46,6 +46,7 @@ def test_a_difference_is_paired_by_question(answers: Answers) -> None:
     found = answers.difference("perfect", "mixture_ood")
     assert found.mean == pytest.approx((0.75 + 0.75 + 0.25) / 3)
     assert "| 3 / 0 |" in differences(answers, [("perfect", "mixture_ood")])
+    assert "| 0 / 3 |" in differences(answers, [("mixture_ood", "perfect")])
     assert "perfect − base | 83.3" in differences(answers, [("perfect", "base"), ("perfect", "absent")])
 
 
@@ -61,6 +62,19 @@ def test_a_baseline_is_also_compared_where_it_has_no_adapter_of_the_task() -> No
     [line] = without_own(pd.DataFrame(rows), {"moe_soft": ["a", "b"], "smear": ["a", "b"]}).splitlines()[2:3]
     cells = [cell.split(" ")[0] for cell in line.strip("| ").split(" | ")]
     assert cells == ["moe", "1", "0.0", "0.0", "0.0", "100.0", "100.0"]
+
+
+def test_every_task_has_its_own_adapter_beside_base_and_guesses() -> None:
+    shares = {"perfect": 1.0, "base": 0.25, "majority": 0.5}
+    rows = [
+        {"run": run, "task": task, "number": number, "score": share}
+        for run, share in shares.items()
+        for task in "ab"
+        for number in range(3)
+    ]
+    lines = own_adapters(Answers(pd.DataFrame(rows), {})).splitlines()[2:]
+    cells = "100.0 | 25.0 | 50.0 | 75.0 (75.0 to 75.0) | 50.0 (50.0 to 50.0)"
+    assert lines == [f"| a | {cells} |", f"| b | {cells} |"]
 
 
 def test_the_table_has_a_row_a_cluster_and_all_tasks_last(answers: Answers) -> None:

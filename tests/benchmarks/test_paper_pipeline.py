@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from rich.progress import Progress
 from safetensors.torch import load_file
 
 from benchmarks.paper import methods
-from benchmarks.paper.answers import Asker
+from benchmarks.paper.answers import Asker, Question
 from benchmarks.paper.baselines import ROUTERS, Expert, One, merged, trained_baselines
 from benchmarks.paper.choose import judge
 from benchmarks.paper.drawn import one_a_cluster
@@ -52,6 +52,20 @@ def test_adapters_that_learnt_their_task_are_judged_by_the_choice_part(
     verdicts = judge(study, asked[1], asked[0], Console(quiet=True), PER_TASK)
     assert verdicts["animals"].own == 1.0 and verdicts["animals"].reference == 1.0  # all have one answer
     assert not verdicts["animals"].is_kept
+
+
+def test_the_reference_is_the_better_of_majority_and_base(
+    study: Study, asked: tuple[Asker, LoraStore, Weights], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the base model is right and the adapter is not, an adapter is not kept, whatever the metric."""
+
+    def answers(pairs: Sequence[tuple[Question, Plan]], out: Console, name: str) -> list[str]:
+        return [question.item.answers[0] if plan == BASE_PLAN else "wrong" for question, plan in pairs]
+
+    monkeypatch.setattr(asked[0], "answers", answers)
+    verdicts = judge(study, asked[1], asked[0], Console(quiet=True), PER_TASK)
+    assert {spec.name for spec in SPECS} == verdicts.keys() and {spec.metric for spec in SPECS} == {"em", "rouge_l"}
+    assert all(found.reference == 1.0 and not found.is_kept for found in verdicts.values())
 
 
 def test_every_method_of_the_main_table_answers_every_question(bench: Bench, tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ from benchmarks.paper.__main__ import STAGES, run_stages
 from benchmarks.paper.main_table import Loaded
 from benchmarks.paper.margin import Rule
 from benchmarks.paper.methods import MAIN
-from benchmarks.paper.ramole import GateRecipe
+from benchmarks.paper.ramole import GatedModel, GateRecipe
 from benchmarks.paper.report import report_of
-from benchmarks.paper.runs import run_all
+from benchmarks.paper.runs import Bench, run_all
 from benchmarks.paper.steps import write_parquet
 from benchmarks.paper.tasks import Parts
 from benchmarks.paper.train_pool import train_on
@@ -200,6 +200,65 @@ def test_the_gate_learns_the_tasks_its_encoder_learnt(tmp_path: Path) -> None:
     assert gate.learnt_by(str(tmp_path), names) == ["a", "c"]
     untrained = gate.learnt_by("all-MiniLM-L6-v2", names)
     assert len(untrained) == 2 and set(untrained) < set(names)
+
+
+def test_the_gate_is_trained_on_learnt_tasks_with_their_adapters_alone(
+    loaded: Loaded, tiny_folders: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def train(model: GatedModel, examples: Sequence[object], *rest: object) -> None:
+        seen.append((model.num_adapters, len(examples)))
+
+    monkeypatch.setattr(gate, "train_gates", train)
+    base, study = tiny_folders["gemma3"], loaded.bench.study
+    adapters, tokenizer = gate.adapters_of(loaded), AutoTokenizer.from_pretrained(base)
+    for number in (1, 2):
+        learnt = [spec.name for spec in SPECS[:number]]
+        gates = gate.Gates(load_base(base), adapters, tokenizer, learnt)
+        assert gates.trained(loaded.bench, GateRecipe(num_steps=number, seed=7)).num_adapters == len(SPECS)
+        num_examples = sum(min(40, len(study.parts[name].train)) for name in learnt)
+        assert seen[-1] == (number, num_examples)
+
+
+def test_what_the_gate_learnt_is_told_apart() -> None:
+    """It is right on what it learnt alone; the others are right nowhere."""
+    rows = [
+        {"run": f"{way}_{pool}", "task": task, "number": 0, "score": float(way == "gate" and task == "a")}
+        for way in gate.WAYS
+        for pool in gate.POOLS
+        for task in "abc"
+    ]
+    lines = [line.strip("| ").split(" | ") for line in gate.section(pd.DataFrame(rows), ["a"]).splitlines()]
+    found = {cells[1]: cells[4].split(" ")[0] for cells in lines if cells[0] == "ood"}
+    assert found == {"all": "33.3", "1 the gate learnt": "100.0", "2 it did not": "0.0"}
+
+
+def test_one_adapter_serves_a_batch_or_each_question_has_its_own(bench: Bench) -> None:
+    questions = bench.study.questions("test", 2)
+    assert len({question.task for question in questions}) == len(SPECS)
+    count = {
+        name: len({plan.adapters for plan in method.plans(bench.retriever, questions)})
+        for name, method in speed.BATCHED.items()
+        if name in ("one adapter", "own adapter each")
+    }
+    assert count == {"one adapter": 1, "own adapter each": len(SPECS)}
+
+
+def test_each_pool_of_conflicts_follows_its_own_rule(
+    loaded: Loaded, encoder: Encoder, tiny_folders: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = iter([Rule(0.0, False), Rule(0.0, True), Rule(0.0, False)])  # plain mixes, flipped selects, halved mixes
+    stages, study, [spec] = Stages(loaded, encoder, tiny_folders["gemma3"], tmp_path), loaded.bench.study, SPECS[:1]
+    parts = conflicts.copies_of(two_answers(study.parts[spec.name]))
+    copies = {f"{spec.name}{end}": own for end, own in parts.items()}
+    stages.train(copies, dict.fromkeys(copies, replace(RECIPE, num_steps=3)), study.workspace)
+    monkeypatch.setattr(conflicts, "chosen_rule", lambda bench, per_task, *, masks_own: next(chosen))
+    rows = conflicts.Conflicts(loaded, [spec], copies).rows(encoder, PER_TASK)[0].to_pandas()
+    strategies = {
+        pool: set(rows[rows["run"] == f"{pool}_margin"]["strategy"]) for pool in ("plain", "flipped", "halved")
+    }
+    assert strategies == {"plain": {"mixture"}, "flipped": {"selection"}, "halved": {"mixture"}}
 
 
 def test_a_tasks_further_adapters_are_of_halves_and_of_exchanged_answers() -> None:

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from benchmarks.paper.steps import Step, run_steps
+from benchmarks.paper.steps import Step, key_of, run_steps
 
 
 class Machine:
@@ -47,3 +47,8 @@ def test_the_estimate_comes_first_and_counts_what_is_left(tmp_path: Path) -> Non
     lines = machine.out.export_text().splitlines()
     assert lines[2].startswith("3 steps, 1 of them done before, about 10 min")
     assert lines[3].startswith("1/2 b: 0 s; about 0 s left")
+
+
+def test_a_key_tells_apart_what_things_are_made_of() -> None:
+    assert key_of(["a", "b"], 3) == key_of(["a", "b"], 3)
+    assert len({key_of(), key_of("a"), key_of("b"), key_of("a", 1), key_of("a", 2), key_of(["a"], 1)}) == 6
