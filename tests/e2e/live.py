@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import ray
@@ -25,6 +25,7 @@ from tests.tiny import random_adapter
 APP = "live"
 BASE = "tiny"
 SETTLE_S = 30.0
+Seen = TypeVar("Seen")
 
 
 @dataclass(frozen=True)
@@ -123,12 +124,24 @@ def eventually(check: Callable[[], object], *, within_s: float = SETTLE_S) -> No
     eventually_equal(lambda: bool(check()), True, within_s=within_s)
 
 
+def settled(look: Callable[[], Seen], *, quiet_s: float = 3.0) -> Seen:
+    """What `look` sees once it has seen the same for `quiet_s`: what is freed in the background has been freed."""
+    seen, since = look(), time.monotonic()
+    deadline = since + SETTLE_S
+    while time.monotonic() - since < quiet_s:
+        assert time.monotonic() < deadline, f"still changing: {seen}"
+        time.sleep(0.1)
+        if (now := look()) != seen:
+            seen, since = now, time.monotonic()
+    return seen
+
+
 def eventually_equal(look: Callable[[], object], expected: object, *, within_s: float = SETTLE_S) -> None:
     """Wait until `look` sees what is expected."""
     deadline = time.monotonic() + within_s
     while (found := look()) != expected and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert found == expected
+    assert found == expected, f"{found} is not {expected}"
 
 
 async def stream_texts(

@@ -16,7 +16,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.weights_fetcher import RetryPolicy, WeightsFetcher
 from lora_store import encode_weights
-from tests.e2e.live import Live, completion, eventually, eventually_equal, stream_texts
+from tests.e2e.live import Live, completion, eventually, eventually_equal, settled, stream_texts
 from tests.soak import Scale
 
 _SEEDS = itertools.count(1)
@@ -119,8 +119,7 @@ def test_withdraw_gives_everything_back(live: Live, seed: int, scale: Scale) -> 
         return {"workers": workers, "blobs": live.stored("blobs"), "holds": live.stored("holds"), "used": used}
 
     cycle(0)
-    eventually(lambda: live.stored("holds") == {})
-    before, log_before = held(), sum(live.stored("catalogue/_delta_log").values())
+    before, log_before = settled(held), sum(live.stored("catalogue/_delta_log").values())
     num_cycles = scale.pick("cycles", small=4, full=100)
     for number in range(1, num_cycles + 1):
         cycle(number)
