@@ -8,8 +8,8 @@ from deployments.config import AppConfig
 from deployments.errors import RequestInvalid
 from deployments.schemas import GenerationRequest, Question
 from gpu_worker.errors import PromptTooLong
-from gpu_worker.prepare import MAX_CHARS_PER_TOKEN
 from gpu_worker.prompts import Message
+from gpu_worker.request import MAX_CHARS_PER_TOKEN
 
 
 def check_limits(request: GenerationRequest, questions: Sequence[Question], config: AppConfig) -> None:

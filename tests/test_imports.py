@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,3 +63,12 @@ def test_init_files_hold_exports_only() -> None:
             is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
             is_all = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
             assert is_docstring or is_all or isinstance(node, ast.ImportFrom), ast.unparse(node)
+
+
+def test_only_who_runs_a_model_imports_what_runs_it() -> None:
+    """transformers and sentence-transformers take seconds: every replica that starts anew would wait for them."""
+    modules = "deployments.ingress, deployments.retriever, deployments.store, deployments.cli"
+    heavy = "{'transformers', 'sentence_transformers', 'peft', 'sklearn'}"
+    code = f"import sys, {modules}; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -35,7 +35,8 @@ from benchmarks.paper.steps import Step, run_steps, write_parquet
 from benchmarks.paper.workspace import DEFAULT_ROOT, Workspace
 from benchmarks.results_file import RESULTS
 from lora_store import LOCAL_TENANT
-from retriever_svc import AdapterIndex, Encoder, TrainingSettings, train_encoder
+from retriever_svc import AdapterIndex, Encoder
+from retriever_svc.training import TrainingSettings, train_encoder
 
 ROWS = "paper_arrivals.parquet"
 NUM_REQUESTS, NUM_CHANGES, NUM_LIVE, NUM_SWAPPED = 2000, 4, 48, 12

@@ -26,7 +26,8 @@ from benchmarks.paper.retrieval.samples import sample_rows
 from benchmarks.paper.retrieval.study import UNTRAINED, Study, Task
 from benchmarks.paper.steps import Step, run_steps
 from benchmarks.paper.workspace import Workspace
-from retriever_svc import Encoder, TrainingSettings
+from retriever_svc import Encoder
+from retriever_svc.training import TrainingSettings
 from tests.tiny_encoder import save_tiny_encoder, topic_texts
 
 NAMES = [f"topic{number:02}_" for number in range(24)]

@@ -96,7 +96,10 @@ def live(
         worker=WorkerSettings(
             dtype="float32", num_threads=1, bank_rank_rows=32, max_model_len=512, max_batch_size=16, host_cache_bytes=0
         ),
-        retriever_scaling=ScalingSettings(min_replicas=2, max_replicas=2, max_ongoing_requests=128),
+        store_scaling=ScalingSettings(max_ongoing_requests=64, health_check_period_s=1),
+        retriever_scaling=ScalingSettings(
+            min_replicas=2, max_replicas=2, max_ongoing_requests=128, health_check_period_s=1
+        ),
         worker_scaling=ScalingSettings(min_replicas=2, max_replicas=2, max_ongoing_requests=2112),
     )
     logging_config = {"enable_access_log": False, "encoding": "JSON"}

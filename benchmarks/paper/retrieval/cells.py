@@ -17,8 +17,9 @@ from benchmarks.paper.retrieval.ranking import COSINE, hit_share, rank_rows
 from benchmarks.paper.retrieval.study import UNTRAINED, Draw, Study
 from benchmarks.paper.steps import Step
 from benchmarks.paper.workspace import Workspace
-from retriever_svc import Encoder, TrainingSettings, train_encoder
+from retriever_svc import Encoder
 from retriever_svc.encoder import DEFAULT_MODEL
+from retriever_svc.training import TrainingSettings, train_encoder
 
 BEST = "best-40"  # the encoder that a server is pointed at
 _NOTE = "CHOSEN"  # no suffix: an encoder's identity is made of the files with one
