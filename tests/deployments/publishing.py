@@ -28,6 +28,10 @@ SHIFTS: dict[str, float | Exception] = {"mute": 0.0, "wrong": AdapterUnfit("it i
 POET = ("local", "poet")
 
 
+async def _in_no_time(delay_s: float) -> None:
+    await asyncio.sleep(0)
+
+
 class Publishing:
     """A Publisher over fakes, and its handles. A call is over when its background work is."""
 
@@ -56,7 +60,7 @@ class Publishing:
     def run(self, change: Callable[[Publisher], Awaitable[Any]]) -> Any:
         async def run() -> Any:
             background = Background()
-            releaser = Releaser(self.store, self.worker, background, longest_request_s=1)
+            releaser = Releaser(self.store, self.worker, background, longest_request_s=1, sleep=_in_no_time)
             handles, waking = (self.store, self.retriever, self.worker), Waking(self.worker, None)
             publishes = Publisher(*handles, background=background, releaser=releaser, waking=waking)
             try:

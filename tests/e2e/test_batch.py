@@ -82,7 +82,7 @@ def ask_all(live: Live, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def test_a_killed_run_goes_on_and_its_rows_are_the_servers_answers(
     live: Live, adapters: None, tmp_path: Path, scale: Scale
 ) -> None:
-    num_rows = scale.pick("rows", small=400, full=10_000)
+    num_rows = scale.pick("rows", small=200, full=10_000)
     num_asked = scale.pick("rows asked of the server, too", small=24, full=200)
     num_parts = 10
     rows = prompts(num_rows)
