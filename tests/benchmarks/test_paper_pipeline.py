@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 from safetensors.torch import load_file
 
-from benchmarks.paper import methods
+from benchmarks.paper import choose, methods
 from benchmarks.paper.answers import Asker, Question
 from benchmarks.paper.baselines import ROUTERS, Expert, One, merged, trained_baselines
 from benchmarks.paper.choose import judge
@@ -54,18 +54,23 @@ def test_adapters_that_learnt_their_task_are_judged_by_the_choice_part(
     assert not verdicts["animals"].is_kept
 
 
-def test_the_reference_is_the_better_of_majority_and_base(
-    study: Study, asked: tuple[Asker, LoraStore, Weights], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("is_base_right", [True, False])
+def test_an_adapter_has_to_beat_the_base_model_too(
+    study: Study, asked: tuple[Asker, LoraStore, Weights], monkeypatch: pytest.MonkeyPatch, is_base_right: bool
 ) -> None:
-    """Where the base model is right and the adapter is not, an adapter is not kept, whatever the metric."""
+    """Where guessing is never right, whatever the metric."""
 
     def answers(pairs: Sequence[tuple[Question, Plan]], out: Console, name: str) -> list[str]:
-        return [question.item.answers[0] if plan == BASE_PLAN else "wrong" for question, plan in pairs]
+        rights = [(plan == BASE_PLAN) == is_base_right for _, plan in pairs]
+        return [question.item.answers[0] if right else "?" for (question, _), right in zip(pairs, rights, strict=True)]
 
     monkeypatch.setattr(asked[0], "answers", answers)
+    monkeypatch.setattr(choose, "majority_scores", lambda spec, train, items: [0.0] * len(items))
     verdicts = judge(study, asked[1], asked[0], Console(quiet=True), PER_TASK)
     assert {spec.name for spec in SPECS} == verdicts.keys() and {spec.metric for spec in SPECS} == {"em", "rouge_l"}
-    assert all(found.reference == 1.0 and not found.is_kept for found in verdicts.values())
+    for found in verdicts.values():
+        assert (found.own, found.reference) == ((0.0, 1.0) if is_base_right else (1.0, 0.0))
+        assert found.is_kept is not is_base_right
 
 
 def test_every_method_of_the_main_table_answers_every_question(bench: Bench, tmp_path: Path) -> None:
