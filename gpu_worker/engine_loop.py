@@ -21,6 +21,7 @@ from gpu_worker.errors import EngineStopped
 from gpu_worker.holdings import Holdings
 from gpu_worker.request import Completion, Delta, Job
 from gpu_worker.row import Row
+from gpu_worker.threads import team_ender
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class EngineLoop:
         self._is_closed = False
         self._stopping = False
         self._step_began: float | None = None
+        self._end_team = team_ender()
         engine.on_loaded = lambda: self._commands.put(_nothing)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -187,6 +189,8 @@ class EngineLoop:
     def _run_commands(self, *, wait: bool) -> None:
         """Run what is queued; when idle, sleep until something is or a request is due. A finished load puts one too."""
         if wait:
+            if self._commands.empty():
+                self._end_team()
             try:
                 command = self._commands.get(timeout=self.engine.seconds_to_due)
             except queue.Empty:

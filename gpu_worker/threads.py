@@ -7,14 +7,16 @@ decode step takes a fifth longer.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_info, threadpool_limits
 
 _T = TypeVar("_T")
+_OMP_PAUSE_SOFT = 1
 
 
 def compute_alone() -> None:
@@ -32,3 +34,17 @@ def in_passing(make: Callable[[], _T]) -> _T:
     """What `make` returns or raises, on a thread that ends with it, as its team of OpenMP threads does."""
     with ThreadPoolExecutor(1) as executor:
         return executor.submit(make).result()
+
+
+def team_ender() -> Callable[[], None]:
+    """Ends the calling thread's team of libgomp threads; its next work for several starts another, in a tenth of a ms.
+
+    A team that has nothing to do spins on its cores for a while, in which those who bring the next work want them.
+    """
+    libraries = [ctypes.CDLL(found["filepath"]) for found in threadpool_info() if found["prefix"] == "libgomp"]
+
+    def end_team() -> None:
+        for library in libraries:
+            library.omp_pause_resource_all(_OMP_PAUSE_SOFT)
+
+    return end_team

@@ -1,11 +1,16 @@
 import os
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-from gpu_worker.threads import compute_alone, in_passing, load_executor
+from gpu_worker.engine import Engine
+from gpu_worker.engine_loop import EngineLoop
+from gpu_worker.threads import compute_alone, in_passing, load_executor, team_ender
+from tests.gpu_worker.driving import by_digest, run
 
 MANY = 1 << 20  # values: torch shares work on so many among its threads
 
@@ -67,3 +72,34 @@ def test_a_thread_that_computes_alone_changes_no_other(two_threads: None) -> Non
     assert in_passing(alone) == 1
     assert torch.get_num_threads() == 2
     assert in_passing(torch.get_num_threads) == 2
+
+
+def test_a_team_that_ended_is_made_anew(two_threads: None) -> None:
+    """As often as it ends: those that are gone are not counted among the threads there are."""
+
+    def rounds() -> list[tuple[int, int]]:
+        end_team, found = team_ender(), []
+        for _ in range(3):
+            with_team = computing_threads()
+            end_team()
+            found.append((with_team - alone, num_threads() - alone))
+        return found
+
+    with ThreadPoolExecutor(1) as executor:
+        alone = executor.submit(num_threads).result()
+        assert executor.submit(rounds).result() == [(1, 0)] * 3
+
+
+def test_an_engine_that_waits_keeps_no_team(
+    two_threads: None,
+    make_engine: Callable[..., Engine],
+    start: Callable[..., EngineLoop],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = make_engine(by_digest())
+    loop = start(engine)
+    monkeypatch.setattr(engine, "holdings", computing_threads)  # on the engine's thread
+    before = num_threads()
+    for _ in range(3):
+        assert run(loop.holdings()) == before + 1
+        assert settled(before)
