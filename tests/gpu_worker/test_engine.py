@@ -174,6 +174,15 @@ def test_prompt_and_new_tokens_fit_the_context_or_are_refused(
     assert isinstance(answer.events[-1], Delta) and answer.events[-1].finish_reason == "length"
 
 
+def test_a_prompt_of_too_many_characters_is_refused_by_their_number(make_engine: MakeEngine) -> None:
+    """Before it is tokenized: 64 a token, a template's included."""
+    prepare = make_engine({}, max_model_len=10).prepare
+    with pytest.raises(PromptTooLong, match="641 characters"):
+        prepare(Job("1", "x" * 641), lambda event: None)
+    with pytest.raises(PromptTooLong, match="641 prompt tokens"):
+        prepare(Job("1", "x" * 640), lambda event: None)
+
+
 def test_without_max_tokens_an_answer_has_the_default_length(make_engine: MakeEngine) -> None:
     row = make_engine({}, max_model_len=512).prepare(Job("1", "x"), lambda event: None)
     assert row.max_new_tokens == DEFAULT_MAX_TOKENS
