@@ -105,8 +105,9 @@ async def first_token_s(worker: DeploymentHandle, job: Job) -> float:
     started = time.perf_counter()
     waited = 0.0
     async for delta in worker.options(stream=True).stream.remote(job):
-        waited = waited or time.perf_counter() - started
-        assert delta.num_new_tokens
+        if delta is not None:
+            waited = waited or time.perf_counter() - started
+            assert delta.num_new_tokens
     return waited
 
 

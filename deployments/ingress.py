@@ -36,6 +36,7 @@ from deployments.background import Background
 from deployments.body_limit import BodyBudget, BodyLimit
 from deployments.callers import LOCAL_CALLER, NOBODY, Caller
 from deployments.config import AppConfig
+from deployments.direct_calls import direct, go_straight
 from deployments.door import Door
 from deployments.errors import NotReady
 from deployments.figures import SERVE, Kinds
@@ -58,6 +59,7 @@ from deployments.request_time import deadline_of, within
 from deployments.retries import repeated, repeated_stream
 from deployments.schemas import ChatCompletionRequest, CompletionRequest, RouteQuery
 from deployments.serve_logs import join_serve_logs
+from deployments.signs_of_life import SILENCE_S, heard
 from deployments.stats_reader import StatsReader
 from deployments.traces import tracer
 from deployments.upload_budget import UploadBudget
@@ -105,12 +107,15 @@ class Ingress:
         store: DeploymentHandle,
         *,
         worker_grace_s: float = WORKER_GRACE_S,
+        silence_s: float = SILENCE_S,
         kinds: Kinds = SERVE,
     ) -> None:
         join_serve_logs()
+        go_straight()
         self.requests = RequestFigures(kinds)
         self._config, self._worker_grace_s = config, worker_grace_s
         self._retriever, self._worker = retriever, worker
+        self._silence_s = silence_s
         self._waking = Waking(worker, config.wake_timeout_s if config.workers_may_sleep else None)
         self.door = Door(config)
         self._planner = Planner(config, retriever)
@@ -219,17 +224,17 @@ class Ingress:
 
     async def _deltas(self, job: Job, meter: Meter) -> AsyncGenerator[Delta]:
         """One Worker's deltas; leaving early cancels the job there. A repeat is metered in the place of the first."""
-        response = self._worker.options(stream=True).stream.remote(job)
-        deltas = aiter(response)
+        response = direct(self._worker).options(stream=True).stream.remote(job)
         assert job.deadline is not None
         try:
-            while True:
-                async with within(job.deadline + self._worker_grace_s):  # the Worker keeps it, unless it hangs
-                    delta = await anext(deltas, None)
-                if delta is None:
-                    return
-                meter.saw(job.request_id, delta.num_prompt_tokens, delta.num_new_tokens)
-                yield delta
+            async with aclosing(heard(aiter(response), self._silence_s)) as deltas:
+                while True:
+                    async with within(job.deadline + self._worker_grace_s):  # the Worker keeps it, unless it hangs
+                        delta = await anext(deltas, None)
+                    if delta is None:
+                        return
+                    meter.saw(job.request_id, delta.num_prompt_tokens, delta.num_new_tokens)
+                    yield delta
         finally:
             response.cancel()
 

@@ -13,6 +13,10 @@ class LocalHandle:
     def __init__(self, target: object) -> None:
         self._target = target
 
+    def options(self, **_: object) -> LocalHandle:
+        """Itself: options say which way a call takes."""
+        return self
+
     def __getattr__(self, name: str) -> LocalMethod:
         return LocalMethod(getattr(self._target, name))
 

@@ -18,10 +18,13 @@ from ray.serve.config import HTTPOptions
 
 from deployments.app import build_app
 from deployments.config import AppConfig
+from deployments.direct_calls import go_straight
 from deployments.proxy import CALLBACK, CALLBACK_VARIABLE
 from gpu_worker.packaged_model import PACKAGED_MODEL, packaged_folder
 
 APP_NAME = "loraretriever"
+# The proxy calls the Ingress by gRPC: on one machine, where no replica vanishes without its connections.
+_PROXY_BY_GRPC = {"RAY_SERVE_PROXY_USE_GRPC": "1"}
 _POLL_S = 0.25
 
 
@@ -63,7 +66,8 @@ class Server:
     def start(self) -> str:
         """Start Ray and the application; the URL it answers at. `/ready` tells when it does."""
         check_free(self._host, self._port)
-        os.environ[CALLBACK_VARIABLE] = CALLBACK  # what Ray starts inherits it
+        os.environ.update({CALLBACK_VARIABLE: CALLBACK, **_PROXY_BY_GRPC})  # what Ray starts inherits it
+        go_straight()
         # A new local cluster of Ray 2.60 asks for a token; other drivers of this user find it in their home folder.
         ray.init(
             "local",  # whatever RAY_ADDRESS says

@@ -17,6 +17,7 @@ from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskErro
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from deployments.direct_calls import by_ray
 from gpu_worker.errors import AdapterLoadFailed
 from lora_store import AdapterNotFound, AdapterWeights, BlobCorrupted, StoreUnavailable, decode_weights
 from lora_store.disk_cache import DiskCache
@@ -130,7 +131,7 @@ class WeightsFetcher:
             await self._sleep(wait_s)
 
     async def _ask(self, digest: str) -> AdapterWeights:
-        [ref] = await self._store.fetch.remote(digest)
+        [ref] = await by_ray(self._store).fetch.remote(digest)
         data: NDArray[np.uint8] = await ref
         try:
             return await self._on_thread(self._decode, digest, data)

@@ -17,6 +17,7 @@ from deployments.errors import ReplicaWedged
 from deployments.figures import BEAT_S, SERVE, Kinds, every_beat
 from deployments.request_router import RESIDENT, short_digest
 from deployments.serve_logs import join_serve_logs
+from deployments.signs_of_life import SIGN_EVERY_S
 from deployments.traces import JobTrace
 from deployments.weights_fetcher import WeightsFetcher
 from deployments.worker_figures import WorkerFigures
@@ -65,19 +66,20 @@ class WorkerDeployment:
         self._telling = self._asyncio_loop.create_task(every_beat(self._tell))
         self._wedged_after_s, self._end_process = wedged_after_s, end_process
 
-    async def stream(self, job: Job) -> AsyncIterator[Delta]:
-        """Yield text as it is made, the first piece at once, then every `stream_interval_ms`.
+    async def stream(self, job: Job) -> AsyncIterator[Delta | None]:
+        """Yield text as it is made, the first piece at once, then every `stream_interval_ms`; None is a sign of life.
 
         A client that leaves frees its row, KV and pins at the next step.
         Raises: PromptInvalid, PromptTooLong, PlanTooLarge, AdapterLoadFailed and the like, for this job only.
         """
-        deltas, trace, began = self._loop.stream(job), JobTrace(job.request_id), time.monotonic()
+        deltas, trace, began = self._loop.watched(job, SIGN_EVERY_S), JobTrace(job.request_id), time.monotonic()
         last: Delta | None = None
         try:
             async for delta in deltas:
-                if last is None:
-                    self._figures.waited(delta.queued_s)
-                last = delta
+                if delta is not None:
+                    if last is None:
+                        self._figures.waited(delta.queued_s)
+                    last = delta
                 yield delta
         finally:
             await deltas.aclose()

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from concurrent.futures import Future
+from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
@@ -54,10 +55,20 @@ class EngineLoop:
 
         Leaving the iterator early cancels the request. Raises: what the engine says of this job alone.
         """
+        async with aclosing(self.watched(job, None)) as deltas:
+            async for delta in deltas:
+                if delta is not None:
+                    yield delta
+
+    async def watched(self, job: Job, sign_every_s: float | None) -> AsyncGenerator[Delta | None]:
+        """`stream`, with None first of all and wherever `sign_every_s` pass without text: a sign of life."""
+        yield None
         [(row, events)] = await self._submit_all([job])
         try:
             while True:
-                delta = _merged(await events.get(), events)
+                while (event := await _next_of(events, sign_every_s)) is None:
+                    yield None
+                delta = _merged(event, events)
                 yield delta
                 if delta.finish_reason is not None:
                     return
@@ -211,6 +222,15 @@ async def _first_logits(events: _Events) -> Tensor | Exception:
             return event
         if event.first_logits is not None:
             return event.first_logits
+
+
+async def _next_of(events: _Events, within_s: float | None) -> Delta | Exception | None:
+    """None where nothing came in time. An event that comes at that moment stays in the queue."""
+    try:
+        async with asyncio.timeout(within_s):
+            return await events.get()
+    except TimeoutError:
+        return None
 
 
 def _merged(first: Delta | Exception, events: _Events) -> Delta:

@@ -79,6 +79,7 @@ class FakeHandle:
         self.calls: list[Call] = []
         self.responses: list[FakeResponse] = []
         self.timeouts_s: list[float | None] = []
+        self.by_reference: list[bool] = []  # what was asked of the way, each time it was
         self._replicas, self._num_silent = replicas, num_silent
 
     def __getattr__(self, name: str) -> FakeMethod:
@@ -86,8 +87,10 @@ class FakeHandle:
             raise AttributeError(name)
         return FakeMethod(self, name)
 
-    def options(self, *, stream: bool = False) -> _Options:
-        return _Options(self, stream)
+    def options(self, *, stream: bool = False, _by_reference: bool | None = None) -> Any:
+        if _by_reference is not None:
+            self.by_reference.append(_by_reference)
+        return _Options(self, stream) if stream else self
 
     def call(self, name: str, args: tuple[Any, ...], *, stream: bool) -> FakeResponse:
         self.calls.append(Call(name, args))

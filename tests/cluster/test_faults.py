@@ -175,7 +175,7 @@ def test_a_worker_whose_step_hangs_is_replaced_and_its_request_begins_again(
     class Hanging(WorkerDeployment):
         """Hangs in the next step, once for each of the files."""
 
-        async def stream(self, job: Job) -> AsyncGenerator[Delta]:
+        async def stream(self, job: Job) -> AsyncGenerator[Delta | None]:
             for hang in hangs:
                 with suppress(FileNotFoundError):
                     hang.unlink()
@@ -200,7 +200,8 @@ def test_a_worker_whose_step_hangs_is_replaced_and_its_request_begins_again(
 
     async def attempt() -> AsyncGenerator[Delta]:
         async for delta in handle.options(stream=True).stream.remote(job):
-            yield delta
+            if delta is not None:
+                yield delta
 
     async def text() -> str:
         return "".join([delta.text async for delta in repeated_stream(attempt, whole=False)])

@@ -52,6 +52,7 @@ def serve_plainly(
     retrievers: Sequence[FakeRetriever] = (),
     engine: WorkerSettings | None = None,
     worker_grace_s: float = 5.0,
+    silence_s: float = 30.0,
     kinds: Any = SERVE,
     **settings: Any,
 ) -> Served:
@@ -65,7 +66,8 @@ def serve_plainly(
         FakeHandle(store or FakeStore(pool_of(*POOL))),
     ]
     config = config_of(worker=engine or WorkerSettings(), **settings)
-    return Served(Ingress.__bases__[0](config, *handles, worker_grace_s=worker_grace_s, kinds=kinds), *handles)
+    ingress = Ingress.__bases__[0](config, *handles, worker_grace_s=worker_grace_s, silence_s=silence_s, kinds=kinds)
+    return Served(ingress, *handles)
 
 
 @asynccontextmanager

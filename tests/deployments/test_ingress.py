@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from deployments.callers import LOCAL_CALLER
 from deployments.errors import ModelNotFound, Poisoned, RequestInvalid
@@ -146,6 +146,45 @@ class Dying(FakeWorker):
         self.events = self._attempts.pop(0)
         async for delta in super().stream(job):
             yield delta
+
+
+class Vanishing(FakeWorker):
+    """The first time it is asked it says a sign of life and so many deltas, and then nothing; after that all."""
+
+    def __init__(self, num_said: int) -> None:
+        super().__init__()
+        self._num_said, self._has_vanished = num_said, False
+
+    async def stream(self, job: Any) -> AsyncIterator[Delta | None]:
+        yield None
+        first, self._has_vanished = not self._has_vanished, True
+        for delta in DELTAS[: self._num_said] if first else DELTAS:
+            yield delta
+            yield None
+        if first:
+            await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("num_said", [0, 2])
+def test_a_worker_that_vanished_without_a_word_counts_as_dead(num_said: int) -> None:
+    async def run() -> None:
+        served = serve_plainly(worker=Vanishing(num_said), silence_s=0.05)
+        answer = await asyncio.wait_for(served.ingress.generate(CHAT), 5)
+        assert answer["choices"][0]["message"]["content"] == "Hello"
+        assert [response.num_cancels for response in served.worker.responses] == [1, 1]
+        assert served.worker.by_reference == [False, False], "tokens go by gRPC"
+
+    asyncio.run(run())
+
+
+def test_a_stream_whose_worker_vanished_in_it_breaks_off() -> None:
+    async def run() -> None:
+        chunks = serve_plainly(worker=Vanishing(1), silence_s=0.05).ingress.stream(CHAT)
+        assert [await anext(chunks) for _ in range(2)][1]["choices"][0]["delta"]["content"] == "Hel"
+        with pytest.raises(ActorUnavailableError):
+            await asyncio.wait_for(anext(chunks), 5)
+
+    asyncio.run(run())
 
 
 def test_a_whole_answer_outlives_two_workers_that_die_in_it() -> None:

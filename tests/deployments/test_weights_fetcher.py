@@ -122,6 +122,7 @@ def test_weights_come_by_a_reference_in_a_list() -> None:
     fetching = Fetching()
     assert_good(fetching.run())
     assert fetching.store.called("fetch") == [(DIGEST,)] and fetching.clock.pauses == []
+    assert fetching.store.by_reference == [True], "gRPC would keep the object of a reference for ever"
 
 
 PASSING = {

@@ -80,7 +80,7 @@ class Serving:
         return greedy("once", plan_of("selection", (self.pool[number], 1.0)), number, num_new)
 
     async def text(self, job: Job) -> str:
-        return "".join([delta.text async for delta in self.worker.stream(job)])
+        return "".join([delta.text async for delta in self.worker.stream(job) if delta is not None])
 
 
 Main = Callable[[Serving], Awaitable[Any]]
@@ -222,10 +222,11 @@ def test_a_running_request_keeps_what_is_forgotten_to_its_end(serve: Callable[[M
         expected = await serving.text(job)
         assert expected
         deltas = serving.worker.stream(job)
+        assert await anext(deltas) is None, "it says at once that it is there"
         parts = [(await anext(deltas)).text]
         await serving.worker.forget([digest])
         serving.store.is_down = True
-        parts += [delta.text async for delta in deltas]
+        parts += [delta.text async for delta in deltas if delta is not None]
         assert "".join(parts) == expected
         assert await serving.worker.forget([digest]) is True
         assert (await serving.worker.holdings()).resident == frozenset()

@@ -184,6 +184,9 @@ class _DyingStore:
         self.num_asked = 0
         self.fetch = self
 
+    def options(self, **_: object) -> _DyingStore:
+        return self
+
     async def remote(self, digest: str) -> object:
         self.num_asked += 1
         answer = await self._live.handle("Store").fetch.remote(digest)

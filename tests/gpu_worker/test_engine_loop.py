@@ -92,6 +92,27 @@ def test_the_first_piece_comes_before_the_answer_is_complete(
     run(main())
 
 
+def test_a_watched_stream_gives_signs_of_life_while_there_is_no_text(
+    make_engine: MakeEngine, gate_of: Callable[[Engine], Gate], start: Callable[..., EngineLoop]
+) -> None:
+    engine = make_engine({}, max_batch_size=1)
+    gate = gate_of(engine)
+    loop = start(engine)
+    job = greedy("watched", BASE_PLAN, "watched", num_new=5)
+
+    async def main() -> None:
+        async with aclosing(loop.watched(job, 0.01)) as stream:
+            assert [await anext(stream) for _ in range(4)] == [None] * 4
+            gate.open()
+            deltas = [delta async for delta in stream if delta is not None]
+        async with aclosing(loop.watched(job, 100.0)) as again:
+            first, *others = [delta async for delta in again]
+        assert first is None and "".join(d.text for d in others if d) == "".join(d.text for d in deltas) != ""
+        assert None not in others
+
+    run(main())
+
+
 def test_leaving_the_iterator_cancels_at_the_next_step(
     make_engine: MakeEngine, gate_of: Callable[[Engine], Gate], start: Callable[..., EngineLoop]
 ) -> None:

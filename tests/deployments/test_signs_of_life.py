@@ -1,0 +1,63 @@
+"""A stream that falls silent, and what is not silence."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from ray.exceptions import ActorUnavailableError
+
+from deployments.signs_of_life import heard
+
+SILENCE_S = 0.1
+
+
+async def all_of(items: AsyncIterator[str | None]) -> list[str]:
+    return [item async for item in heard(items, SILENCE_S)]
+
+
+def test_signs_of_life_are_not_handed_on() -> None:
+    async def items() -> AsyncIterator[str | None]:
+        for item in (None, "a", None, None, "b", None):
+            yield item
+
+    assert asyncio.run(all_of(items())) == ["a", "b"]
+
+
+def test_signs_of_life_are_enough() -> None:
+    async def items() -> AsyncIterator[str | None]:
+        for _ in range(8):
+            await asyncio.sleep(SILENCE_S / 4)
+            yield None
+        yield "late"
+
+    assert asyncio.run(all_of(items())) == ["late"]
+
+
+def test_the_first_may_take_as_long_as_it_takes() -> None:
+    async def items() -> AsyncIterator[str | None]:
+        await asyncio.sleep(2 * SILENCE_S)
+        yield "first"
+
+    assert asyncio.run(all_of(items())) == ["first"]
+
+
+@pytest.mark.parametrize("said", [(None,), ("a",), (None, "a", None)])
+def test_silence_after_the_first_is_a_death(said: tuple[str | None, ...]) -> None:
+    async def items() -> AsyncIterator[str | None]:
+        for item in said:
+            yield item
+        await asyncio.Event().wait()
+
+    with pytest.raises(ActorUnavailableError, match="no sign of life for"):
+        asyncio.run(asyncio.wait_for(all_of(items()), 5))
+
+
+def test_another_timeout_is_no_silence() -> None:
+    async def items() -> AsyncIterator[str | None]:
+        yield None
+        raise TimeoutError("its own")
+
+    with pytest.raises(TimeoutError, match="its own"):
+        asyncio.run(all_of(items()))
