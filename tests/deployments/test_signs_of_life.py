@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
+import grpc
 import pytest
+from grpc.aio import AioRpcError, Metadata
 from ray.exceptions import ActorUnavailableError
 
 from deployments.signs_of_life import heard
@@ -52,6 +54,38 @@ def test_silence_after_the_first_is_a_death(said: tuple[str | None, ...]) -> Non
 
     with pytest.raises(ActorUnavailableError, match="no sign of life for"):
         asyncio.run(asyncio.wait_for(all_of(items()), 5))
+
+
+BROKEN_OFF = [
+    AioRpcError(grpc.StatusCode.CANCELLED, Metadata(), Metadata(), "the server stops"),
+    AioRpcError(grpc.StatusCode.INTERNAL, Metadata(), Metadata(), "a stream was reset"),
+    asyncio.CancelledError(),  # of the replica's task, handed on as its answer
+]
+
+
+@pytest.mark.parametrize("error", BROKEN_OFF)
+def test_a_call_that_was_broken_off_is_a_death(error: BaseException) -> None:
+    async def items() -> AsyncIterator[str | None]:
+        yield "a"
+        raise error
+
+    with pytest.raises(ActorUnavailableError):
+        asyncio.run(all_of(items()))
+
+
+def test_a_caller_that_is_cancelled_is_no_death() -> None:
+    async def items() -> AsyncIterator[str | None]:
+        yield "a"
+        await asyncio.Event().wait()
+
+    async def main() -> None:
+        task = asyncio.create_task(all_of(items()))
+        await asyncio.sleep(SILENCE_S / 10)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
 
 
 def test_another_timeout_is_no_silence() -> None:
