@@ -168,7 +168,7 @@ class Vanishing(FakeWorker):
 @pytest.mark.parametrize("num_said", [0, 2])
 def test_a_worker_that_vanished_without_a_word_counts_as_dead(num_said: int) -> None:
     async def run() -> None:
-        served = serve_plainly(worker=Vanishing(num_said), silence_s=0.05)
+        served = serve_plainly(worker=Vanishing(num_said), silence_s=0.5)
         answer = await asyncio.wait_for(served.ingress.generate(CHAT), 5)
         assert answer["choices"][0]["message"]["content"] == "Hello"
         assert [response.num_cancels for response in served.worker.responses] == [1, 1]
@@ -179,7 +179,7 @@ def test_a_worker_that_vanished_without_a_word_counts_as_dead(num_said: int) -> 
 
 def test_a_stream_whose_worker_vanished_in_it_breaks_off() -> None:
     async def run() -> None:
-        chunks = serve_plainly(worker=Vanishing(1), silence_s=0.05).ingress.stream(CHAT)
+        chunks = serve_plainly(worker=Vanishing(1), silence_s=0.5).ingress.stream(CHAT)
         assert [await anext(chunks) for _ in range(2)][1]["choices"][0]["delta"]["content"] == "Hel"
         with pytest.raises(ActorUnavailableError):
             await asyncio.wait_for(anext(chunks), 5)
