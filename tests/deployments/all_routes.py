@@ -1,0 +1,78 @@
+"""Every route of the application, read from the routes it has mounted, for tests that must leave none out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from fastapi.dependencies.models import Dependant
+from fastapi.routing import APIRoute, iter_route_contexts
+
+from deployments.ingress import app
+
+# The role each route below /v1/ asks for; None: any valid key. A new route must be added here, by whoever adds it.
+ROLES_OF: dict[tuple[str, str], str | None] = {
+    ("GET", "/v1/models"): None,
+    ("GET", "/v1/models/{model:path}"): None,
+    ("GET", "/v1/loras"): None,
+    ("POST", "/v1/loras"): "publish",
+    ("GET", "/v1/loras/{name:path}"): None,
+    ("DELETE", "/v1/loras/{name:path}"): "publish",
+    ("PATCH", "/v1/loras/{name:path}"): "publish",
+    ("POST", "/v1/loras/{name:path}/rollback"): "publish",
+    ("POST", "/v1/loras/{name:path}/approve"): "admin",
+    ("POST", "/v1/load_lora_adapter"): "publish",
+    ("POST", "/v1/unload_lora_adapter"): "publish",
+    ("POST", "/v1/pool/verify"): "admin",
+    ("POST", "/v1/pool/doctor"): "admin",
+    ("POST", "/v1/pool/reindex"): "admin",
+    ("POST", "/v1/pool/gc"): "admin",
+    ("GET", "/v1/pool/map"): None,
+    ("POST", "/v1/pool/map"): None,
+    ("GET", "/v1/stats"): None,
+    ("POST", "/v1/chat/completions"): "infer",
+    ("POST", "/v1/completions"): "infer",
+    ("POST", "/v1/route"): "infer",
+}
+OPEN_ROUTES = {
+    ("GET", "/health"),
+    ("GET", "/ready"),
+    *((method, path) for method in ("GET", "HEAD") for path in ("/", "/console/{name}", "/openapi.json", "/docs")),
+    *((method, "/docs/oauth2-redirect") for method in ("GET", "HEAD")),
+}
+
+
+def mounted() -> dict[tuple[str, str], Any]:
+    """Return each mounted route by method and path. FastAPI keeps those of included routers below `app.routes`."""
+    found: dict[tuple[str, str], Any] = {}
+    for context in iter_route_contexts(app.routes):
+        route: Any = context
+        for method in route.methods:
+            assert (method, route.path) not in found, "two routes for one method and path"
+            found[method, route.path] = route
+    return found
+
+
+def guarded() -> dict[tuple[str, str], APIRoute]:
+    """Return the mounted routes below /v1/."""
+    return {key: route for key, route in mounted().items() if key[1].startswith("/v1/")}
+
+
+def dependencies(dependant: Dependant) -> Iterator[Any]:
+    """Yield every function that `dependant` depends on, itself included."""
+    yield dependant.call
+    for needed in dependant.dependencies:
+        yield from dependencies(needed)
+
+
+def documented() -> set[tuple[str, str]]:
+    """Return the operations of the OpenAPI document, with path parameters as the document writes them."""
+    paths = app.openapi()["paths"]
+    return {(method.upper(), path) for path, operations in paths.items() for method in operations}
+
+
+def example_path(path: str) -> str:
+    """Return `path` with its parameters filled in."""
+    for parameter in ("{model:path}", "{name:path}", "{name}", "{model}"):
+        path = path.replace(parameter, "x")
+    return path
