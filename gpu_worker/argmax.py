@@ -10,11 +10,15 @@ _BLOCK = 256
 
 
 def argmax(logits: Tensor) -> tuple[list[int], list[bool]]:
-    """(the first id with the largest logit, whether all logits are finite or -inf) of each row. Dims: logits (B, V).
+    """Return each row's first id with the largest logit, and whether all its logits are finite or -inf.
+
+    Dims: logits (B, V), where B may be 0.
 
     Floating-point numbers that are not negative are in the order of their bits, negative ones in the opposite order.
     torch 2.13 compares integers many times as fast: 32 rows of 262,144 bfloat16 take 1.1 ms instead of 7.
     """
+    if not len(logits):
+        return [], []
     integers = _INTEGERS.get(logits.dtype)
     if integers is None or logits.shape[1] % _BLOCK or logits.device.type != "cpu":
         return _plain(logits)

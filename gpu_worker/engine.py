@@ -261,8 +261,7 @@ class Engine:
         ready = [row for row, segment in scheduled if segment.total_len == len(row.tokens)]
         try:
             logits = self._forward(scheduled)
-            tokens = sample(logits, [row.draw() for row in ready])
-            scores = score(logits, tokens, [row.sampling.logprobs for row in ready])
+            tokens, scores = _chosen(logits, ready)
         except Exception as exc:
             logger.exception("a step of %d rows failed", len(scheduled))
             self._fail_running(EngineStopped(f"the step failed: {exc}"))
@@ -278,7 +277,10 @@ class Engine:
         self._release([row for row, event in told if not self.send(row, event) and not _is_last(event)])
 
     def _forward(self, scheduled: Sequence[tuple[Row, Segment]]) -> Tensor:
-        """Logits (rows whose last token was computed, V), float32 or the model's dtype."""
+        """Run the model and return logits (rows whose last token was computed, V), float32 or the model's dtype.
+
+        A step of prompt chunks alone has no such row: `logits_to_keep` is empty, and the output head multiplies nothing.
+        """
         segments = [segment for _, segment in scheduled]
         plans, num_tokens = [row.plan for row, _ in scheduled], [segment.num_tokens for segment in segments]
         lora = composition(plans, num_tokens, self.residency, self.base.dtype, self._kernel, self._device)
@@ -369,6 +371,14 @@ def _lora_kernel(config: WorkerConfig) -> LoraKernel | None:
     """None where LoRA products run through torch."""
     is_native = config.device == "cpu" and config.lora_products == "auto"
     return load_kernel(config.cache_dir) if is_native else None
+
+
+def _chosen(logits: Tensor, rows: Sequence[Row]) -> tuple[list[int | None], list[Scored | None]]:
+    """Choose the next token of each row and score it where the request asks for it. Dims: logits (rows, V)."""
+    if not rows:
+        return [], []
+    tokens = sample(logits, [row.draw() for row in rows])
+    return tokens, score(logits, tokens, [row.sampling.logprobs for row in rows])
 
 
 def _is_last(event: Delta | Exception) -> bool:

@@ -59,6 +59,8 @@ FAMILIES: dict[str, Callable[[], torch.nn.Module]] = {
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_SHAPE)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_SHAPE, head_dim=8)),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**_SHAPE, sliding_window=_WINDOW)),
+    # A multiple of 256 ids, as most published vocabularies have: `argmax` takes its fast path for those only.
+    "llama_512_ids": lambda: LlamaForCausalLM(LlamaConfig(**{**_SHAPE, "vocab_size": 512})),
 }
 
 

@@ -42,7 +42,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> AppConfig:
     return AppConfig(
         store_uri=str(tmp_path_factory.mktemp("pool")),
         preload=(POOL,),
-        worker=WorkerSettings(dtype="float32", max_batch_size=16, max_model_len=1024),
+        worker=WorkerSettings(dtype="float32", max_batch_size=16),
     )
 
 

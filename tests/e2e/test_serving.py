@@ -14,6 +14,7 @@ import openai
 import pytest
 import ray
 
+from deployments.config import AppConfig
 from tests.e2e.conftest import POOL, Heldout
 
 BASE = "gemma-3-270m"
@@ -114,6 +115,13 @@ def test_text_completions_continue_the_raw_prompt(client: openai.OpenAI) -> None
         model=BASE, prompt="One, two, three, four,", temperature=0, max_tokens=4, stream=True
     )
     assert "".join(part.choices[0].text for part in parts) == answer.choices[0].text
+
+
+def test_a_prompt_longer_than_one_step_is_answered_on_an_idle_server(config: AppConfig, client: openai.OpenAI) -> None:
+    answer = client.completions.create(model=BASE, prompt="hello " * 1500, temperature=0, max_tokens=4)
+    assert answer.usage.prompt_tokens > 1500 > config.worker.max_step_tokens
+    assert answer.usage.completion_tokens == 4
+    assert answer.choices[0].text
 
 
 def test_seeds_repeat_and_stops_cut(client: openai.OpenAI) -> None:

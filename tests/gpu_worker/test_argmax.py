@@ -39,6 +39,12 @@ def test_the_first_of_the_largest_is_found(names: list[str], size: int, dtype: t
     assert argmax(logits) == slow_argmax(logits)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("size", [512, 100], ids=["blocks", "no blocks"])
+def test_an_empty_batch_has_no_ids(size: int, dtype: torch.dtype) -> None:
+    assert argmax(torch.zeros(0, size, dtype=dtype)) == ([], [])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("place", [0, 300, 511])

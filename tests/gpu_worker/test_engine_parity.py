@@ -23,7 +23,7 @@ from gpu_worker.residency import Residency
 from gpu_worker.step_context import Composition, StepContext
 from lora_store.adapter import AdapterWeights, ModuleWeights
 from lora_store.plan import BASE_PLAN, Plan
-from tests.gpu_worker.driving import greedy, kv_shape, run_together
+from tests.gpu_worker.driving import ask, greedy, kv_shape, run_together
 from tests.tiny import FAMILIES, assert_equal_logits, linear_shapes, plan_of, random_adapter, tiny_config
 
 PROMPTS = ["a", "the quick brown fox", "0123456789" * 6, "x y", "lorem ipsum dolor sit amet " * 3]
@@ -146,6 +146,34 @@ def test_long_rows_decode_equally_across_windows_and_length_groups(
         expected_logits, expected_tokens = reference(tiny_folders["gemma3"], prompt, plan, adapters, 20)
         assert_equal_logits(answer.first_logits, expected_logits)
         assert answer.tokens == expected_tokens
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("num_steps", [2, 5])
+def test_a_lone_prompt_of_several_steps_equals_the_plain_model(
+    num_steps: int, family: str, make_engine: Callable[..., Engine], tiny_folders: Mapping[str, Path]
+) -> None:
+    """No row has logits in the first steps: only the last chunk of the prompt yields a token."""
+    prompt = ("0123456789abcdef" * num_steps)[: 16 * num_steps - 5]  # 16 tokens a step, the last chunk is shorter
+    engine = make_engine({}, family, max_step_tokens=16)
+    head_rows = rows_of_head_products(engine)
+    answer = ask(engine, greedy(prompt))
+    for _ in range(num_steps - 1):
+        engine.step()
+    assert (answer.events, sum(head_rows)) == ([], 0)
+    engine.run_until_idle()
+    expected_logits, expected_tokens = reference(tiny_folders[family], prompt, BASE_PLAN, {}, 8)
+    assert_equal_logits(answer.first_logits, expected_logits)
+    assert answer.tokens == expected_tokens
+    assert engine.num_steps == num_steps + 7
+
+
+def rows_of_head_products(engine: Engine) -> list[int]:
+    """Record the number of rows of every product with the output head from now on."""
+    rows: list[int] = []
+    head = engine.base.model.get_output_embeddings()
+    head.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[-2]))
+    return rows
 
 
 def test_in_bfloat16_a_mixed_batch_stays_close_to_each_row_alone(

@@ -13,7 +13,7 @@ needs_bf16 = pytest.mark.skipif(
 
 @needs_bf16
 @pytest.mark.parametrize("has_bias", [True, False])
-@pytest.mark.parametrize("shape", [(1, 1, 40), (1, 7, 40), (1, 33, 40), (3, 40)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 0, 40), (1, 1, 40), (1, 7, 40), (1, 33, 40), (3, 40)], ids=str)
 def test_a_packed_layer_gives_what_the_plain_one_gives(shape: tuple[int, ...], has_bias: bool) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(40, 24, bias=has_bias).bfloat16()
