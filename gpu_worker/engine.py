@@ -279,7 +279,7 @@ class Engine:
     def _forward(self, scheduled: Sequence[tuple[Row, Segment]]) -> Tensor:
         """Run the model and return logits (rows whose last token was computed, V), float32 or the model's dtype.
 
-        A step of prompt chunks alone has no such row: `logits_to_keep` is empty, and the output head multiplies nothing.
+        A step of prompt chunks alone has no such row: `logits_to_keep` is empty, and the head multiplies nothing.
         """
         segments = [segment for _, segment in scheduled]
         plans, num_tokens = [row.plan for row, _ in scheduled], [segment.num_tokens for segment in segments]
