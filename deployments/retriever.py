@@ -143,7 +143,7 @@ class RetrieverDeployment:
         return await asyncio.get_running_loop().run_in_executor(self._bulk, self._embed, groups, tenants)
 
     def _embed(self, groups: Sequence[Sequence[Sample]], tenants: Sequence[str]) -> list[Embedded | None]:
-        embeddings = self._retriever.embed_groups(groups)
+        embeddings = self._retriever.embed_groups(groups, tenants)
         return [
             None if e is None else Embedded(e, self._retriever.neighbours(e, _NEIGHBOURS, tenant))
             for e, tenant in zip(embeddings, tenants, strict=True)

@@ -80,7 +80,7 @@ class DoctorStep:
 
 def examine(pool: Pool, tenant: str, samples: SampleSource, top_k: int = 3) -> Iterator[DoctorStep]:
     """Ask by every sample of what `auto` may choose for `tenant`, a step for each adapter, and report on the whole."""
-    examination = _Examination(pool, pool.allowed(tenant), top_k)
+    examination = _Examination(pool, tenant, pool.allowed(tenant), top_k)
     embedded = [record for record in pool.snapshot.visible_to(tenant) if record.encoder == pool.encoder.identity]
     records = [record for record in embedded if pool.index.offers(record, tenant)]
     for number, record in enumerate(records, start=1):
@@ -92,6 +92,7 @@ def examine(pool: Pool, tenant: str, samples: SampleSource, top_k: int = 3) -> I
 @dataclass
 class _Examination:
     pool: Pool
+    tenant: str
     allowed: Allowed
     top_k: int
     findings: list[AdapterFinding] = field(default_factory=list)
@@ -105,7 +106,8 @@ class _Examination:
         if samples is None:
             self.unreadable.append(record.ref)
             return
-        vectors = self.pool.encoder.encode([sample.input for sample in samples])
+        texts = [sample.input for sample in samples]
+        vectors = self.pool.encoder.encode(texts, [self.tenant] * len(texts))
         found = [[m.record.ref for m in row] for row in self.pool.index.search(vectors, self.top_k, self.allowed)]
         firsts = Counter(refs[0] for refs in found)
         self.chosen.update(ref for refs in found for ref in refs)

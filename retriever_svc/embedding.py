@@ -10,13 +10,21 @@ from retriever_svc.calibration import leave_one_out_scores
 from retriever_svc.encoder import Encoder, unit_rows
 
 
-def embed_groups(encoder: Encoder, groups: Sequence[Sequence[Sample]]) -> list[Embedding | None]:
-    """One embedding per adapter's samples, None where there is no sample; all texts are encoded together.
+def embed_groups(
+    encoder: Encoder, groups: Sequence[Sequence[Sample]], tenants: Sequence[str] | None = None
+) -> list[Embedding | None]:
+    """Return one embedding per adapter's samples, None where there is no sample; all texts are encoded together.
+
+    `tenants` runs along with `groups`: whose part of the encoder's cache the samples use. Without it they use none.
 
     E(adapter) = mean over its samples of E(instruction ⊕ sample), scaled to length 1: its products are cosines then.
     Source: LoraRetriever (ACL Findings 2024), section 4.1.
     """
-    rows = encoder.encode([sample.input for samples in groups for sample in samples])
+    texts = [sample.input for samples in groups for sample in samples]
+    owners = None
+    if tenants is not None:
+        owners = [tenant for tenant, samples in zip(tenants, groups, strict=True) for _ in samples]
+    rows = encoder.encode(texts, owners)
     embeddings: list[Embedding | None] = []
     start = 0
     for samples in groups:

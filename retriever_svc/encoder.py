@@ -89,6 +89,7 @@ class Encoder:
 
     Texts are read up to `max_tokens`, the instruction included, and 64 characters per token; what is not Unicode
     (lone surrogates) reads as "?". `num_threads` sets torch's thread count for the whole process.
+    `max_cached_texts`: vectors kept for each owner of texts.
     Source: LoraRetriever (ACL Findings 2024), section 4.1.
     """
 
@@ -99,7 +100,7 @@ class Encoder:
         num_threads: int | None = None,
         instruction: str = INSTRUCTION,
         max_tokens: int = MAX_TOKENS,
-        max_cached_texts: int = 8192,
+        max_cached_texts: int = 2048,
     ) -> None:
         if num_threads is not None:
             torch.set_num_threads(num_threads)
@@ -112,16 +113,22 @@ class Encoder:
         self.identity: str = _identity(folder, f"{instruction}\0{self._model.max_seq_length}")
         self.dim: int = self._model.get_embedding_dimension()
 
-    def encode(self, texts: Sequence[str]) -> Vectors:
-        """Unit rows of E(instruction ⊕ text), in order: (N, D) float32; (0, D) for no texts."""
+    def encode(self, texts: Sequence[str], owners: Sequence[str] | None = None) -> Vectors:
+        """Return unit rows of E(instruction ⊕ text), in order: (N, D) float32; (0, D) for no texts.
+
+        `owners` runs along with `texts`: each text is looked up in, and kept in, its owner's part of the cache alone.
+        Without owners every text is computed, and none is kept.
+        """
         readable = [text[: self._max_chars].encode("utf-8", "replace").decode() for text in texts]
-        known = self._cache.get(readable)
-        missing = sorted((text for text in dict.fromkeys(readable) if text not in known), key=len)
+        keys = list(zip([""] * len(readable) if owners is None else owners, readable, strict=True))
+        known = {} if owners is None else self._cache.get(keys)
+        missing = sorted((key for key in dict.fromkeys(keys) if key not in known), key=lambda key: len(key[1]))
         for start in range(0, len(missing), _CHUNK_TEXTS):
             chunk = missing[start : start + _CHUNK_TEXTS]
-            known.update(zip(chunk, self._compute(chunk), strict=True))
-        self._cache.put({text: known[text] for text in missing})
-        return np.stack([known[text] for text in readable]) if readable else np.empty((0, self.dim), np.float32)
+            known.update(zip(chunk, self._compute([text for _, text in chunk]), strict=True))
+        if owners is not None:
+            self._cache.put({key: known[key] for key in missing})
+        return np.stack([known[key] for key in keys]) if keys else np.empty((0, self.dim), np.float32)
 
     def _compute(self, texts: list[str]) -> Vectors:
         with self._model_turn:

@@ -67,7 +67,8 @@ class Retriever:
 
     def _route(self, pool: Pool, requests: Sequence[RouteRequest]) -> list[Route | NoAdapterMatched]:
         began = time.perf_counter()
-        vectors = pool.encoder.encode([request.text for request in requests])
+        owners = [request.tenant for request in requests]
+        vectors = pool.encoder.encode([request.text for request in requests], owners)
         encoded = time.perf_counter()
         rows_of: defaultdict[tuple[str, tuple[str, ...]], list[int]] = defaultdict(list)
         for row, request in enumerate(requests):
@@ -149,9 +150,11 @@ class Retriever:
             raise NothingToEmbed("an adapter is embedded by its samples, and this one has none")
         return embedding
 
-    def embed_groups(self, groups: Sequence[Sequence[Sample]]) -> list[Embedding | None]:
-        """One embedding per adapter's samples, None where there is no sample."""
-        return embed_groups(self._pools.current.encoder, groups)
+    def embed_groups(
+        self, groups: Sequence[Sequence[Sample]], tenants: Sequence[str] | None = None
+    ) -> list[Embedding | None]:
+        """Return one embedding per adapter's samples, None where there is no sample; `tenants` as in `embed_groups`."""
+        return embed_groups(self._pools.current.encoder, groups, tenants)
 
     def neighbours(self, embedding: Embedding, num_wanted: int, tenant: str) -> tuple[Candidate, ...]:
         """What `auto` may choose for `tenant` that lies nearest, best first; none when another encoder is in force."""
@@ -175,7 +178,7 @@ class Retriever:
         plane, _ = pool.map(tenant)
         records = [record for name in names for record in pool.embedded(tenant, name.partition("@")[0])]
         vectors = [record.embedding.vector for record in records if record.embedding is not None]
-        [(x, y), *others] = plane.project(np.stack([*pool.encoder.encode([text]), *vectors])).tolist()
+        [(x, y), *others] = plane.project(np.stack([*pool.encoder.encode([text], [tenant]), *vectors])).tolist()
         adapters = tuple(Point(record.ref, *at) for record, at in zip(records, others, strict=True))
         return Place(pool.snapshot.generation, Point(None, x, y), adapters)
 

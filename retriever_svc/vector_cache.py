@@ -1,4 +1,4 @@
-"""A bounded cache of text vectors that remembers no text."""
+"""A bounded cache of text vectors, apart for each owner, that keeps no text."""
 
 from __future__ import annotations
 
@@ -10,33 +10,47 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+OwnedText = tuple[str, str]  # (owner, text)
+MAX_OWNERS = 32
+
 
 class VectorCache:
-    """Vectors by text, the least recently used dropped first. Keys are digests, so no prompt is kept in memory."""
+    """Vectors by owner and text. Each owner has `max_entries` of its own, the least recently used dropped first.
 
-    def __init__(self, max_entries: int) -> None:
-        self._max_entries = max_entries
-        self._entries: OrderedDict[bytes, NDArray[np.float32]] = OrderedDict()
+    One owner's texts neither answer another owner's questions nor push its entries out, so nobody can tell from a
+    quick answer what somebody else asked. Memory is bounded by `max_owners`: the owner that asked least recently
+    loses all its entries. Keys are digests, so no text stays in memory.
+    """
+
+    def __init__(self, max_entries: int, max_owners: int = MAX_OWNERS) -> None:
+        self._max_entries, self._max_owners = max_entries, max_owners
+        self._owners: OrderedDict[str, OrderedDict[bytes, NDArray[np.float32]]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, texts: Iterable[str]) -> dict[str, NDArray[np.float32]]:
-        """The vectors of those texts that are known, each now the most recently used."""
+    def get(self, keys: Iterable[OwnedText]) -> dict[OwnedText, NDArray[np.float32]]:
+        """Return the vectors that are known, and mark each as the most recently used of its owner."""
         found = {}
         with self._lock:
-            for text in texts:
-                vector = self._entries.get(_key(text))
+            for owner, text in keys:
+                entries = self._owners.get(owner, OrderedDict())
+                vector = entries.get(_digest(text))
                 if vector is not None:
-                    self._entries.move_to_end(_key(text))
-                    found[text] = vector
+                    entries.move_to_end(_digest(text))
+                    found[owner, text] = vector
         return found
 
-    def put(self, vectors: Mapping[str, NDArray[np.float32]]) -> None:
+    def put(self, vectors: Mapping[OwnedText, NDArray[np.float32]]) -> None:
+        """Keep the vectors as the most recently used ones of their owners."""
         with self._lock:
-            for text, vector in vectors.items():
-                self._entries[_key(text)] = vector.copy()  # a row view would keep its whole batch alive
-            while len(self._entries) > self._max_entries:
-                self._entries.popitem(last=False)
+            for (owner, text), vector in vectors.items():
+                entries = self._owners.setdefault(owner, OrderedDict())
+                self._owners.move_to_end(owner)
+                entries[_digest(text)] = vector.copy()  # a row view would keep its whole batch alive
+                if len(entries) > self._max_entries:
+                    entries.popitem(last=False)
+            while len(self._owners) > self._max_owners:
+                self._owners.popitem(last=False)
 
 
-def _key(text: str) -> bytes:
+def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()

@@ -49,6 +49,18 @@ def searching(prompt: str) -> Iterator[Request]:
     yield "POST", "/v1/chat/completions", {"messages": message, "lora": {"fallback": "error", "min_score": 0.999}}
 
 
+BY_THE_ENCODER: tuple[Callable[[str], Request], ...] = (
+    lambda text: ("POST", "/v1/pool/map", {"prompt": text}),
+    lambda text: ("POST", "/v1/route", {"prompt": text}),
+    lambda text: ("POST", "/v1/completions", {"prompt": text}),
+)
+
+
+def by_the_encoder(text: str) -> Iterator[Request]:
+    """All that has the encoder read a text of the client's."""
+    return (request_of(text) for request_of in BY_THE_ENCODER)
+
+
 def listing() -> Iterator[Request]:
     yield "GET", "/v1/models", {}
     yield "GET", "/v1/loras", {}
@@ -290,5 +302,32 @@ def test_figures_name_public_adapters_only(tmp_path: Path) -> None:
         told = {label for metric in kinds.metrics.values() for labels in metric.last for label in labels}
         assert {f"open-{tenant}" for tenant in TENANTS} <= told
         assert not [label for label in told if any(word in label for word in WORDS.values())]
+
+    run(tmp_path, look)
+
+
+def test_what_another_tenant_asked_or_published_makes_no_difference_to_the_encoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether a text is computed shows in the time of its answer, so it is counted."""
+
+    async def look(tenants: TwoTenants) -> None:
+        computed = tenants.computed_texts(monkeypatch)
+        asked = {tenant: f"What {tenant} asked alone." for tenant in TENANTS}
+        for tenant in TENANTS:
+            for request in by_the_encoder(asked[tenant]):
+                assert (await answer_to(tenants, tenant, request)).status_code == 200
+            assert (await answer_to(tenants, tenant, ("POST", "/v1/pool/doctor", {}))).status_code == 200
+        for mine, other in itertools.permutations(TENANTS):
+            for number, request_of in enumerate(BY_THE_ENCODER):
+                texts = [tenants.prompts[other][number], f"{asked[other]} {number}", f"New to {mine}: {number}"]
+                if number == 0:
+                    texts.append(asked[other])
+                for text in texts:
+                    await answer_to(tenants, other, request_of(text))
+                    computed.clear()
+                    for _ in range(2):
+                        assert (await answer_to(tenants, mine, request_of(text))).status_code == 200
+                    assert computed == [text], request_of(text)[1]  # once, by its own tenant
 
     run(tmp_path, look)

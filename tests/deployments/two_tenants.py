@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 import torch
 
 from deployments.config import RetrievalSettings
@@ -24,6 +25,7 @@ from deployments.retriever import RetrieverDeployment
 from deployments.store import StoreDeployment
 from lora_store import AdapterRecord, ModuleWeights, Sample, write_peft_folder
 from retriever_svc import IndexSettings, RetrieverError, Route, RouteRequest
+from retriever_svc.encoder import Vectors
 from tests.deployments.adapter_records import BASE
 from tests.deployments.app_fakes import Served, config_of, http_of
 from tests.deployments.fake_worker import FakeWorker
@@ -112,6 +114,20 @@ class TwoTenants:
     def store(self) -> StoreDeployment:
         store: StoreDeployment = self.served.store._replicas[0]
         return store
+
+    def computed_texts(self, patch: pytest.MonkeyPatch) -> list[str]:
+        """Every text the encoder's model is run on from now on, as it happens."""
+        texts_so_far: list[str] = []
+        encoder = self.served.retriever._replicas[0]._pools.current.encoder  # type: ignore[attr-defined]
+        compute = encoder._compute
+
+        def counted(texts: list[str]) -> Vectors:
+            texts_so_far.extend(texts)
+            computed: Vectors = compute(texts)
+            return computed
+
+        patch.setattr(encoder, "_compute", counted)
+        return texts_so_far
 
     def num_calls(self) -> int:
         """Calls over all handles so far."""

@@ -80,7 +80,7 @@ class FakeEncoder:
         self.batches: list[list[str]] = []
         self._table = table
 
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
+    def encode(self, texts: Sequence[str], owners: Sequence[str] | None = None) -> np.ndarray:
         self.batches.append(list(texts))
         return np.asarray([self._table[text] for text in texts], np.float32).reshape(-1, self.dim)
 

@@ -28,11 +28,6 @@ def encoder() -> Encoder:
     return Encoder(num_threads=torch.get_num_threads())
 
 
-def uncached(encoder: Encoder, texts: Sequence[str]) -> Vectors:
-    encoder._cache = type(encoder._cache)(0)
-    return encoder.encode(texts)
-
-
 def test_rows_are_unit_float32_in_order(encoder: Encoder) -> None:
     rows = encoder.encode([*TEXTS, TEXTS[0]])
     assert rows.shape == (len(TEXTS) + 1, encoder.dim)
@@ -58,8 +53,8 @@ def test_no_texts_give_no_rows(encoder: Encoder) -> None:
 
 def test_a_batch_equals_its_texts_one_by_one(encoder: Encoder) -> None:
     texts = [f"{text} {number}" for number in range(12) for text in TEXTS]  # several chunks
-    batch = uncached(encoder, texts)
-    alone = np.concatenate([uncached(encoder, [text]) for text in texts])
+    batch = encoder.encode(texts)
+    alone = np.concatenate([encoder.encode([text]) for text in texts])
     np.testing.assert_allclose(batch, alone, atol=1e-5)
 
 
@@ -101,27 +96,47 @@ def test_texts_are_read_up_to_64_characters_per_token() -> None:
 
 def test_threads_share_an_encoder(encoder: Encoder) -> None:
     batches = [[f"{text} {number}" for text in TEXTS[:4]] for number in range(6)]
-    expected = [uncached(encoder, batch) for batch in batches]
-    encoder._cache = type(encoder._cache)(8)
+    expected = [encoder.encode(batch) for batch in batches]
+    small, owners = Encoder(max_cached_texts=8), [["me"] * len(batch) for batch in batches]
     with ThreadPoolExecutor(6) as pool:
-        for rows, alone in zip(pool.map(encoder.encode, batches), expected, strict=True):
+        for rows, alone in zip(pool.map(small.encode, batches, owners), expected, strict=True):
             np.testing.assert_allclose(rows, alone, atol=1e-5)
 
 
-def test_a_known_text_is_not_computed_again(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    computed: list[str] = []
-    inner = encoder._compute
+@pytest.fixture
+def computed(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every text the model is run on, as it happens."""
+    texts_so_far: list[str] = []
+    compute = encoder._compute
 
     def counted(texts: list[str]) -> Vectors:
-        computed.extend(texts)
-        return inner(texts)
+        texts_so_far.extend(texts)
+        return compute(texts)
 
     monkeypatch.setattr(encoder, "_compute", counted)
-    encoder._cache = type(encoder._cache)(100)
-    first = encoder.encode(["p", "q", "p"])
-    again = encoder.encode(["q", "r", "p"])
+    return texts_so_far
+
+
+def test_an_owners_known_text_is_not_computed_again(encoder: Encoder, computed: list[str]) -> None:
+    first = encoder.encode(["p", "q", "p"], ["me"] * 3)
+    again = encoder.encode(["q", "r", "p"], ["me"] * 3)
     assert sorted(computed) == ["p", "q", "r"]
     np.testing.assert_array_equal(again[[2, 0]], first[:2])
+
+
+def test_a_text_is_computed_for_each_owner_also_in_one_call(encoder: Encoder, computed: list[str]) -> None:
+    encoder.encode(["s"], ["me"])
+    rows = encoder.encode(["s", "t", "t", "t"], ["you", "me", "you", "me"])
+    assert sorted(computed) == ["s", "s", "t", "t"]
+    np.testing.assert_allclose(rows[1:], np.broadcast_to(rows[1], (3, encoder.dim)), atol=1e-5)
+
+
+def test_texts_of_nobody_are_neither_looked_up_nor_kept(encoder: Encoder, computed: list[str]) -> None:
+    encoder.encode(["u"], [""])
+    encoder.encode(["u", "u"])
+    encoder.encode(["v"])
+    encoder.encode(["v"], [""])
+    assert computed == ["u", "u", "v", "v"]
 
 
 def test_lone_surrogates_hurt_no_neighbour(encoder: Encoder) -> None:

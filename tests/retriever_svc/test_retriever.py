@@ -251,10 +251,10 @@ def test_a_search_in_progress_stays_in_its_generation() -> None:
     source = Source(POOL[0])
 
     class Overtaken(FakeEncoder):
-        def encode(self, texts: Sequence[str]) -> np.ndarray:
+        def encode(self, texts: Sequence[str], owners: Sequence[str] | None = None) -> np.ndarray:
             source.commit(POOL[1])
             pools.catch_up()
-            return super().encode(texts)
+            return super().encode(texts, owners)
 
     pools = live_pool(Overtaken(TABLE), source)
     retriever = Retriever(pools)

@@ -9,30 +9,61 @@ def row(value: float) -> np.ndarray:
     return np.full(3, value, np.float32)
 
 
+def mine(*texts: str) -> list[tuple[str, str]]:
+    return [("me", text) for text in texts]
+
+
 def test_the_least_recently_used_text_is_dropped_first() -> None:
     cache = VectorCache(2)
-    cache.put({"a": row(1), "b": row(2)})
-    cache.get(["a"])
-    cache.put({"c": row(3)})
-    found = cache.get(["a", "b", "c"])
-    assert set(found) == {"a", "c"}
-    np.testing.assert_array_equal(found["a"], row(1))
+    cache.put({("me", "a"): row(1), ("me", "b"): row(2)})
+    cache.get(mine("a"))
+    cache.put({("me", "c"): row(3)})
+    found = cache.get(mine("a", "b", "c"))
+    assert set(found) == set(mine("a", "c"))
+    np.testing.assert_array_equal(found["me", "a"], row(1))
 
 
 def test_more_than_fits_keeps_the_last() -> None:
     cache = VectorCache(2)
-    cache.put({name: row(0) for name in "abcde"})
-    assert set(cache.get("abcde")) == {"d", "e"}
+    cache.put({key: row(0) for key in mine(*"abcde")})
+    assert set(cache.get(mine(*"abcde"))) == set(mine(*"de"))
 
 
 def test_a_cache_of_none_keeps_none() -> None:
     cache = VectorCache(0)
-    cache.put({"a": row(1)})
-    assert cache.get(["a"]) == {}
+    cache.put({("me", "a"): row(1)})
+    assert cache.get(mine("a")) == {}
 
 
 def test_what_is_kept_does_not_follow_its_batch() -> None:
     cache, batch = VectorCache(2), np.ones((2, 3), np.float32)
-    cache.put({"a": batch[0]})
+    cache.put({("me", "a"): batch[0]})
     batch[:] = 7
-    np.testing.assert_array_equal(cache.get(["a"])["a"], row(1))
+    np.testing.assert_array_equal(cache.get(mine("a"))["me", "a"], row(1))
+
+
+def test_no_owner_is_answered_from_anothers_texts() -> None:
+    cache = VectorCache(2)
+    cache.put({("me", "a"): row(1), ("you", "a"): row(2)})
+    assert cache.get([("them", "a")]) == {}
+    found = cache.get([("you", "a"), ("me", "a")])
+    np.testing.assert_array_equal([found["me", "a"], found["you", "a"]], [row(1), row(2)])
+
+
+def test_no_owner_pushes_out_anothers_texts() -> None:
+    cache = VectorCache(2)
+    cache.put({key: row(0) for key in mine("a", "b")})
+    for number in range(10):
+        cache.put({("you", f"text {number}"): row(number)})
+    assert set(cache.get(mine("a", "b"))) == set(mine("a", "b"))
+    assert set(cache.get([("you", "text 8"), ("you", "text 9"), ("you", "text 7")])) == {
+        ("you", "text 8"),
+        ("you", "text 9"),
+    }
+
+
+def test_the_owner_that_asked_least_recently_is_dropped_with_all_it_has() -> None:
+    cache = VectorCache(2, max_owners=2)
+    for owner in ("a", "b", "a", "c"):
+        cache.put({(owner, "text"): row(0)})
+    assert set(cache.get([(owner, "text") for owner in "abc"])) == {("a", "text"), ("c", "text")}

@@ -18,13 +18,20 @@ from benchmarks.paper.retrieval.study import UNTRAINED, Draw, Study
 from benchmarks.paper.steps import Step
 from benchmarks.paper.workspace import Workspace
 from retriever_svc import Encoder
-from retriever_svc.encoder import DEFAULT_MODEL
+from retriever_svc.encoder import DEFAULT_MODEL, Vectors
 from retriever_svc.training import TrainingSettings, train_encoder
 
 BEST = "best-40"  # the encoder that a server is pointed at
 _NOTE = "CHOSEN"  # no suffix: an encoder's identity is made of the files with one
 _TRAINING_COST = 4.0  # of a text in training, in encoded texts
 _MAX_CACHED_TEXTS = 40_000  # every text of the study is encoded once by an encoder
+
+
+class _StudyEncoder(Encoder):
+    """Keeps every text of the study: all of them have one owner."""
+
+    def encode(self, texts: Sequence[str], owners: Sequence[str] | None = None) -> Vectors:
+        return super().encode(texts, [""] * len(texts) if owners is None else owners)
 
 
 class Cells:
@@ -44,7 +51,7 @@ class Cells:
     def encoder(self, name: str) -> Encoder:
         """`untrained`, the name of a draw, or `BEST`."""
         places = {UNTRAINED: self._model, BEST: self.best}
-        return Encoder(places.get(name, self._encoders / name), max_cached_texts=_MAX_CACHED_TEXTS)
+        return _StudyEncoder(places.get(name, self._encoders / name), max_cached_texts=_MAX_CACHED_TEXTS)
 
     def ranking_steps(self) -> list[Step]:
         untrained = self._step(UNTRAINED, self._num_ranked_texts, lambda: self._rank(UNTRAINED, ("test",)))
