@@ -1,10 +1,10 @@
-"""From a job to the row the engine runs: rendered, tokenized, checked."""
+"""Turn a job into the row that the engine runs: render, tokenize and check it."""
 
 from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from gpu_worker.base_model import BaseModel
 from gpu_worker.errors import PromptInvalid, PromptTooLong, SamplingInvalid
@@ -21,6 +21,7 @@ class Preparer:
     def __init__(self, base: BaseModel, max_len: int) -> None:
         self._base, self._max_len = base, max_len
         self._spell = TokenBytes(base.backend_tokenizer)
+        self._num_embeddings: int = base.model.get_input_embeddings().weight.shape[0]
 
     def __call__(self, job: Job, sink: Sink, *, keep_logits: bool = False) -> Row:
         """Raises: PromptInvalid, PromptTooLong, SamplingInvalid."""
@@ -57,7 +58,18 @@ class Preparer:
         tokens: list[int] = self._base.tokenizer(text, add_special_tokens=with_bos).input_ids
         if not tokens:
             raise PromptInvalid("the prompt is empty")
+        self._require_embedded(tokens)
         return tokens
+
+    def _require_embedded(self, tokens: Sequence[int]) -> None:
+        """Refuse ids that the embedding has no row for: tokenizers of text-only models may hold image tokens."""
+        largest = max(tokens)
+        if largest >= self._num_embeddings:
+            token = self._base.tokenizer.convert_ids_to_tokens(largest)
+            raise PromptInvalid(
+                f"the prompt contains the token {token!r} (id {largest}), which this model cannot read: it knows only"
+                f" the ids 0 to {self._num_embeddings - 1}. Remove the token from the prompt"
+            )
 
     def _max_new_tokens(self, num_prompt_tokens: int, wanted: int | None) -> int:
         room = self._max_len - num_prompt_tokens
