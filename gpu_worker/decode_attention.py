@@ -65,7 +65,9 @@ class DecodeKernel:
         self._attend = functions(library, "attend", *[c_void_p] * 4)
 
     def write(self, key: Tensor, value: Tensor, rows: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
-        """key and value (H, N, D) are in the regions at `rows` and `positions` (N,)."""
+        """Copy key and value (H, N, D) into the regions, each token at its place in `rows` and `positions` (N,)."""
+        expected = keys.shape[1], len(rows), keys.shape[3]
+        assert key.shape == value.shape == expected, f"keys {tuple(key.shape)} where the regions take {expected}"
         cache, heads = _cache(keys, values), (_heads(key), _heads(value))
         places = rows.data_ptr(), positions.data_ptr(), len(rows)
         pointers = [ctypes.addressof(part) for part in heads]
@@ -82,7 +84,10 @@ class DecodeKernel:
         scaling: float,
         sliding_window: int | None,
     ) -> None:
-        """output (N, Q, D) at the tokens of `decodes` is what each, of query (Q, N, D), attends to in its row."""
+        """Write to output (N, Q, D) what each token of `decodes`, of query (Q, N, D), attends to in its row."""
+        num_heads, head_dim = keys.shape[1], keys.shape[3]
+        assert query.shape[0] % num_heads == 0 and query.shape[2] == head_dim, f"queries {tuple(query.shape)}"
+        assert output.shape == (query.shape[1], query.shape[0], head_dim), f"an output {tuple(output.shape)}"
         asked = _Decodes(
             *(part.data_ptr() for part in (decodes.tokens, decodes.rows, decodes.lengths)),
             len(decodes),
