@@ -12,6 +12,7 @@ from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.step_context import StepContext
 
 ATTENTION_NAME = "loraretriever"
+_IGNORED = frozenset({"position_ids", "is_causal"})  # the plan knows the positions, and is always causal
 
 
 def packed_attention(
@@ -21,23 +22,36 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    step: StepContext,
+    step: StepContext | None = None,
     scaling: float,
     sliding_window: int | None = None,
     **others: object,
 ) -> tuple[Tensor, None]:
-    """What `AttentionPlan.attend` of the step says. query (1, Q, N, D), key and value (1, H, N, D) -> (1, N, Q, D).
+    """Attend with the step's `AttentionPlan`. query (1, Q, N, D), key and value (1, H, N, D) -> (1, N, Q, D).
 
-    Raises: BaseModelUnsupported where the model hands over attention sinks or a soft-cap.
+    Raises: BaseModelUnsupported where the model asks for more than causal attention over the step's rows: a mask of
+    its own, attention sinks, a soft-cap, any other argument, or a second attention in the same layer.
     """
-    if others.get("s_aux") is not None or others.get("softcap") is not None:
-        raise BaseModelUnsupported("attention sinks and soft-capping are not served by this engine")
+    if step is None:
+        raise BaseModelUnsupported("the model does not pass keyword arguments on to its attention layers")
+    if attention_mask is not None:
+        raise BaseModelUnsupported("the model brings an attention mask of its own, which packed rows cannot apply")
+    if not getattr(module, "is_causal", True) or others.get("is_causal") is False:
+        raise BaseModelUnsupported("the model asks for attention that is not causal")
+    if unknown := sorted(name for name, value in others.items() if name not in _IGNORED and not _is_off(value)):
+        raise BaseModelUnsupported(f"the model's attention needs {', '.join(unknown)}, which this engine does not have")
     layer = module.layer_idx
     assert isinstance(layer, int)
-    attended = step.attention.attend(layer, query[0], key[0], value[0], scaling=scaling, sliding_window=sliding_window)
+    attention = step.attention_of(layer)
+    attended = attention.attend(layer, query[0], key[0], value[0], scaling=scaling, sliding_window=sliding_window)
     return attended[None], None
 
 
 def register() -> None:
     """Make the function known to transformers; models select it by `ATTENTION_NAME`."""
     AttentionInterface.register(ATTENTION_NAME, packed_attention)
+
+
+def _is_off(value: object) -> bool:
+    """Return whether an argument asks for nothing: None, False, or a rate of zero."""
+    return value is None or (isinstance(value, bool | int | float) and not value)

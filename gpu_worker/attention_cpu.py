@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from gpu_worker.attention_plan import AttentionPlan, Segment
+from gpu_worker.attention_plan import AttentionPlan, Segment, check_heads
 from gpu_worker.decode_attention import DecodeKernel, Decodes
 
 _GROUP_COST_TOKENS = 1024  # a group takes as long as this many more tokens of one row, measured: benchmarks/README.md
@@ -53,6 +53,7 @@ class RegionAttention(AttentionPlan):
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, sliding_window: int | None
     ) -> Tensor:
         keys, values = self.keys[layer], self.values[layer]
+        check_heads(query, key, value, keys.shape[1], keys.shape[3])
         self._write(keys, values, key, value)
         output = query.new_empty(query.shape[1], query.shape[0], query.shape[2])  # (N, Q, D)
         for segment in self.prefill:

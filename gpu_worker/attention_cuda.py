@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from gpu_worker.attention_plan import AttentionPlan, Segment
+from gpu_worker.attention_plan import AttentionPlan, Segment, check_heads
 from gpu_worker.transfer import to_device
 
 
@@ -59,6 +59,7 @@ class PagedAttention(AttentionPlan):
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, sliding_window: int | None
     ) -> Tensor:
         keys, values = self.store[layer]
+        check_heads(query, key, value, keys.shape[2], keys.shape[3])
         keys.flatten(0, 1)[self.slots] = key.transpose(0, 1)
         values.flatten(0, 1)[self.slots] = value.transpose(0, 1)
         attended = self.varlen_attn(

@@ -1,4 +1,4 @@
-"""What a packed step is made of, and what the model's attention layers ask of it."""
+"""The segments of a packed step, and the attention that the model's layers ask of it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from torch import Tensor
+
+from gpu_worker.errors import BaseModelUnsupported
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,4 +42,23 @@ class AttentionPlan(ABC):
         With a window, position j is visible to position i when i - window < j <= i.
         Dims: N tokens of the step, Q query heads, H key/value heads, D head size.
         query (Q, N, D), key and value (H, N, D) -> (N, Q, D).
+        Raises: BaseModelUnsupported where the model's heads are not those of the cache.
         """
+
+
+def check_heads(query: Tensor, key: Tensor, value: Tensor, num_heads: int, head_dim: int) -> None:
+    """Raise BaseModelUnsupported unless key and value are (H, N, D) as the cache is, and query (a multiple of H, N, D).
+
+    A cache would take other shapes without a complaint: it would store a part of them, or the same head many times.
+    """
+    num_tokens = query.shape[1]
+    if key.shape != (num_heads, num_tokens, head_dim) or value.shape != key.shape:
+        raise BaseModelUnsupported(
+            f"the model attends to keys {tuple(key.shape)} and values {tuple(value.shape)}; from its config"
+            f" ({num_heads}, {num_tokens}, {head_dim}) was expected (key/value heads, tokens, head size)"
+        )
+    if query.shape[0] % num_heads or query.shape[2] != head_dim:
+        raise BaseModelUnsupported(
+            f"the model attends with queries {tuple(query.shape)}; with {num_heads} key/value heads it takes a multiple"
+            f" of those, each of size {head_dim}"
+        )

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gpu_worker.attention_plan import AttentionPlan
 from gpu_worker.bank import ModuleBank
+from gpu_worker.errors import BaseModelUnsupported
 
 
 class Composition(Protocol):
@@ -18,7 +19,7 @@ class Composition(Protocol):
 
 
 class StepContext:
-    """The one mutable object a forward pass reads: who is composed of what, and where every token's KV lives.
+    """The one mutable object a forward pass reads: each token's adapters and where its keys and values are kept.
 
     The engine fills it before each forward pass; `LoraLinear` and the attention function read it.
     """
@@ -26,12 +27,20 @@ class StepContext:
     def __init__(self) -> None:
         self.composition: Composition | None = None  # None: no token of the step has an adapter
         self._attention: AttentionPlan | None = None
+        self._attended: set[int] = set()
 
     def fill(self, composition: Composition | None, attention: AttentionPlan) -> None:
         """Set up the next forward pass."""
         self.composition, self._attention = composition, attention
+        self._attended.clear()
 
-    @property
-    def attention(self) -> AttentionPlan:
+    def attention_of(self, layer: int) -> AttentionPlan:
+        """Return the step's attention, once for each layer.
+
+        Raises: BaseModelUnsupported at a layer's second call, which would overwrite the keys and values of its first.
+        """
         assert self._attention is not None, "the step context was not filled"
+        if layer in self._attended:
+            raise BaseModelUnsupported(f"the model attends more than once in layer {layer}")
+        self._attended.add(layer)
         return self._attention
