@@ -1,4 +1,4 @@
-"""Finds, checks and loads the base model."""
+"""Find, check and load the base model."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from gpu_worker.packaged_model import PACKAGED_MODEL, packaged_folder
 
 _ATTENTION_SINKS = ("gpt_oss",)
 _LARGEST_CUDA_HEAD = 256  # of flash attention 2
+_NEEDED = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "vocab_size")
+_NEEDED += ("max_position_embeddings",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,7 @@ def load_base_model(config: WorkerConfig) -> BaseModel:
     source = model_source(config)
     hf_config = AutoConfig.from_pretrained(source)
     _check_config(hf_config)
-    head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+    head_dim = _setting(hf_config, "head_dim") or hf_config.hidden_size // hf_config.num_attention_heads
     if config.device == "cuda" and (head_dim > _LARGEST_CUDA_HEAD or head_dim % 8):
         raise BaseModelUnsupported(
             f"{hf_config.model_type} has heads of {head_dim}; attention on cuda takes multiples of 8 up to"
@@ -89,26 +91,38 @@ def resolve_dtype(name: str, device: str = "cpu") -> torch.dtype:
 
 def _check_config(config: Any) -> None:
     problems = []
-    if getattr(config, "quantization_config", None) is not None:
+    if _setting(config, "quantization_config") is not None:
         problems.append("quantised weights")
-    if getattr(config, "is_encoder_decoder", False):
+    if _setting(config, "is_encoder_decoder"):
         problems.append("an encoder-decoder architecture")
     for field in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if getattr(config, field, None) is not None:
+        if _setting(config, field) is not None:
             problems.append(f"soft-capping ({field})")
-    if getattr(config, "kv_lora_rank", None) is not None:
+    if _setting(config, "kv_lora_rank") is not None:
         problems.append("multi-head latent attention")
-    if getattr(config, "use_bidirectional_attention", False):
+    if _setting(config, "use_bidirectional_attention"):
         problems.append("bidirectional attention")
-    layers = set(getattr(config, "layer_types", None) or ())
+    layers = set(_setting(config, "layer_types") or ())
     if other := sorted(map(str, layers - {"full_attention", "sliding_attention"})):
         problems.append(f"layers of other kinds ({', '.join(other)})")
     if config.model_type in _ATTENTION_SINKS:
         problems.append("attention sinks")
-    if not hasattr(config, "num_key_value_heads"):
-        problems.append("a config without num_key_value_heads")
+    problems += [f"a config without {name}" for name in _NEEDED if not isinstance(_setting(config, name), int)]
     if problems:
         raise BaseModelUnsupported(f"{config.model_type} has {', '.join(problems)}, which this engine does not serve")
+
+
+def _setting(config: Any, name: str) -> Any:
+    """Return a setting of the model's config, None where it has none.
+
+    Raises: BaseModelUnsupported where the config refuses to give one value, as those do whose layers are not alike.
+    """
+    try:
+        return getattr(config, name, None)
+    except Exception as exc:  # transformers' own error for this is a RuntimeError of an inner module
+        raise BaseModelUnsupported(
+            f"{config.model_type} has no single {name} for all its layers, which this engine needs"
+        ) from exc
 
 
 def _eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -68,6 +68,21 @@ def test_a_model_without_grouped_heads_in_its_config_is_refused(tmp_path: Path) 
         load_base_model(tiny_config(tmp_path))
 
 
+def test_a_config_whose_layers_are_not_alike_is_refused(tmp_path: Path) -> None:
+    """Its layers have heads of two sizes; transformers raises an error where one size is asked for."""
+    AutoConfig.for_model("gemma4_text").save_pretrained(tmp_path)
+    with pytest.raises(BaseModelUnsupported, match="gemma4_text has no single head_dim"):
+        load_base_model(tiny_config(tmp_path))
+
+
+@pytest.mark.parametrize("model_type", ["llava", "bloom"])
+def test_every_number_that_a_config_lacks_is_named(model_type: str, tmp_path: Path) -> None:
+    """Models of several parts keep such numbers one level down; older families call them otherwise."""
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    with pytest.raises(BaseModelUnsupported, match=f"{model_type} has .*num_key_value_heads.*max_position"):
+        load_base_model(tiny_config(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("model_type", "settings"),
     [
