@@ -13,6 +13,7 @@ from gpu_worker.attention import ATTENTION_NAME, register
 from gpu_worker.config import WorkerConfig
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.packaged_model import PACKAGED_MODEL, packaged_folder
+from gpu_worker.rope import pin_longrope
 
 _ATTENTION_SINKS = ("gpt_oss",)
 _LARGEST_CUDA_HEAD = 256  # of flash attention 2
@@ -63,6 +64,7 @@ def load_base_model(config: WorkerConfig) -> BaseModel:
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=ATTENTION_NAME)
     if not model._supports_attention_backend:
         raise BaseModelUnsupported(f"{type(model).__name__} does not support transformers' attention interface")
+    pin_longrope(model, min(config.max_model_len, hf_config.max_position_embeddings))
     tokenizer = AutoTokenizer.from_pretrained(source)
     if not tokenizer.is_fast:
         raise BaseModelUnsupported("the base model needs a fast tokenizer (tokenizer.json)")

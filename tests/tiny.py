@@ -31,7 +31,7 @@ from lora_store.adapter import AdapterRef, AdapterWeights, ModuleWeights
 from lora_store.plan import Plan, PlannedAdapter, Strategy
 
 VOCABULARY = 300
-_SHAPE = {
+SHAPE = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -48,19 +48,19 @@ _WINDOW = 12
 FAMILIES: dict[str, Callable[[], torch.nn.Module]] = {
     "gemma3": lambda: Gemma3ForCausalLM(
         Gemma3TextConfig(
-            **_SHAPE,
+            **SHAPE,
             head_dim=8,
             sliding_window=_WINDOW,
             layer_types=["sliding_attention", "full_attention", "sliding_attention"],
             query_pre_attn_scalar=8,
         )
     ),
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**_SHAPE)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_SHAPE)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_SHAPE, head_dim=8)),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**_SHAPE, sliding_window=_WINDOW)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=8)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=_WINDOW)),
     # A multiple of 256 ids, as most published vocabularies have: `argmax` takes its fast path for those only.
-    "llama_512_ids": lambda: LlamaForCausalLM(LlamaConfig(**{**_SHAPE, "vocab_size": 512})),
+    "llama_512_ids": lambda: LlamaForCausalLM(LlamaConfig(**{**SHAPE, "vocab_size": 512})),
 }
 
 
