@@ -59,7 +59,7 @@ class RetrievalSettings(_Settings):
     k: int = Field(default=3, ge=1, le=16)
     weights: Literal["uniform", "softmax"] = "softmax"  # uniform lost half the right answers: benchmarks/README.md
     softmax_temperature: float = Field(default=0.05, gt=0)
-    min_score: float | None = None  # None: the score under which 1 % of the pool's own samples fall
+    min_score: float | None = None  # None: calibrated, see retriever_svc/calibration.py
     fallback: Literal["base", "error"] = "base"
     batch_size: int = Field(default=32, ge=1)
     batch_wait_s: float = Field(default=0.0, ge=0)  # what comes while a batch is encoded is the next one anyway

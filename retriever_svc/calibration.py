@@ -1,30 +1,43 @@
-"""The score floor: what a prompt must reach, measured on how the pool's own samples score."""
+"""Calibrate the score floor: what a prompt must score to be answered by an adapter instead of the base model.
+
+Each adapter has one vote, however many samples it has: the score that nearly all of its own samples reach when each is
+compared with the others. The floor is a low quantile of the votes, so a few odd adapters do not decide it.
+
+Who votes on a tenant's floor:
+
+- every adapter of its own, and every public one an admin approved, once each;
+- where those are fewer than `MIN_TRUSTED_VOTES`, each other tenant once, by the mean of what its public adapters vote.
+
+So what another tenant publishes without approval moves a floor not at all, or by one vote. An adapter of fewer than
+`MIN_SCORES` samples has no vote: its samples say nothing about how near prompts of its task come.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 NO_FLOOR = -1.0  # the least a cosine can be: nothing is below it
-_FLOOR_SHARE = 0.01
-_LEVELS = 10_000  # a score counts by its first four decimals
-Levels = NDArray[np.int16]  # scores as whole numbers: score × 10,000
-LevelCounts = NDArray[np.int64]  # (20,001,) how many scores are of each level, from -1 to 1
+NO_VOTE = float("nan")
+MIN_SCORES = 5
+MIN_TRUSTED_VOTES = 5
+_VOTE_SHARE = 0.01  # of an adapter's own samples score below its vote
+_FLOOR_SHARE = 0.2  # of the votes lie below the floor
+Votes = NDArray[np.float64]
 
 
 def calibrate_floor(groups: Sequence[np.ndarray]) -> float:
-    """The score under which 1 % of the samples fall when each is scored against the others of its adapter.
+    """Return the floor that adapters with these samples give, all of them trusted; NO_FLOOR where none votes.
 
-    score(x_i) = cos(x_i, mean of x_j over j ≠ i), to four decimals. `groups`: per adapter (n, D) unit rows; an adapter
-    of one sample has no others and does not count. NO_FLOOR where nothing counts.
+    `groups`: per adapter (n, D) unit rows.
     """
-    return floor_of(count_levels(score_levels(leave_one_out_scores(group)) for group in groups))
+    return floor_of(np.asarray([vote_of(leave_one_out_scores(group)) for group in groups], np.float64))
 
 
 def leave_one_out_scores(vectors: np.ndarray) -> NDArray[np.float32]:
-    """Cosine of each row (n, D) to the mean of the other rows: (n,), or (0,) for fewer than two rows."""
+    """Return the cosine of each row (n, D) to the mean of the other rows: (n,), or (0,) for fewer than two rows."""
     rows = np.asarray(vectors, np.float64)
     if len(rows) < 2:
         return np.empty(0, np.float32)
@@ -34,21 +47,26 @@ def leave_one_out_scores(vectors: np.ndarray) -> NDArray[np.float32]:
     return np.asarray(scores, np.float32)
 
 
-def score_levels(scores: NDArray[np.float32]) -> Levels:
-    return np.rint(np.clip(scores, -1, 1) * _LEVELS).astype(np.int16)
+def vote_of(own_scores: NDArray[np.float32]) -> float:
+    """Return the score below which 1 % of an adapter's own samples fall, or NO_VOTE for fewer than `MIN_SCORES`.
+
+    Interpolated as `numpy.percentile` does, at a tenth of its cost: a large pool has a million of them.
+    """
+    if len(own_scores) < MIN_SCORES:
+        return NO_VOTE
+    ordered = np.sort(own_scores)
+    place = _VOTE_SHARE * (len(ordered) - 1)
+    below, above = float(ordered[int(place)]), float(ordered[int(place) + 1])
+    return min(1.0, max(-1.0, below + (place - int(place)) * (above - below)))
 
 
-def count_levels(groups: Iterable[Levels]) -> LevelCounts:
-    """Counts of many adapters add up, so a pool's counts follow it without being counted anew."""
-    together = np.concatenate([np.empty(0, np.int16), *groups])
-    return np.bincount(together.astype(np.int64) + _LEVELS, minlength=2 * _LEVELS + 1)
+def floor_of(trusted: Votes, others: Votes | None = None) -> float:
+    """Return the score below which a fifth of the votes fall; NO_FLOOR without any. NO_VOTE entries are left out.
 
-
-def floor_of(counts: LevelCounts) -> float:
-    """The first percentile of the counted scores, interpolated as numpy does; NO_FLOOR where there is none."""
-    up_to = np.cumsum(counts)
-    if up_to[-1] == 0:
-        return NO_FLOOR
-    place = _FLOOR_SHARE * float(up_to[-1] - 1)
-    below, above = np.searchsorted(up_to, [int(place) + 1, int(np.ceil(place)) + 1]) - _LEVELS
-    return float(below + (place - int(place)) * (above - below)) / _LEVELS
+    `trusted` (T,): votes of the caller's own and of approved adapters. `others` (O,): one vote per other tenant, which
+    counts only where the trusted votes are few.
+    """
+    votes = trusted[np.isfinite(trusted)]
+    if others is not None and len(votes) < MIN_TRUSTED_VOTES:
+        votes = np.concatenate([votes, others[np.isfinite(others)]])
+    return float(np.quantile(votes, _FLOOR_SHARE)) if len(votes) else NO_FLOOR

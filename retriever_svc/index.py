@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lora_store.records import AdapterRecord
 from lora_store.snapshot import Key
-from retriever_svc.calibration import LevelCounts, count_levels, score_levels
+from retriever_svc.calibration import Votes
 from retriever_svc.encoder import Vectors
 from retriever_svc.inner_products import best_rows
 from retriever_svc.inverted_lists import InvertedLists, ListedPart
@@ -61,12 +61,11 @@ class AdapterIndex:
         self,
         table: AdapterTable,
         alive: Mask,
-        open_levels: LevelCounts,
         lists: InvertedLists | None,
         settings: IndexSettings,
     ) -> None:
         """`alive` (P,): which of the table's first P rows this generation has."""
-        self._table, self._alive, self._open_levels = table, alive, open_levels
+        self._table, self._alive = table, alive
         self._vectors: Vectors = table.vectors.view()[: len(alive)]
         self._lists, self._settings = lists, settings
         self.num_live = int(alive.sum())
@@ -83,9 +82,7 @@ class AdapterIndex:
         settings = settings or IndexSettings()
         table = AdapterTable(dim, len(records), requires_approval=settings.requires_approval)
         table.append(records)
-        alive = np.ones(len(records), np.bool_)
-        levels = _open_levels(records, settings)
-        return cls(table, alive, levels, lists, settings)
+        return cls(table, np.ones(len(records), np.bool_), lists, settings)
 
     def after(self, gone: Iterable[Key], new: Sequence[AdapterRecord]) -> Self:
         """The index without the names `gone` (known or not) and with `new`, at the cost of those and of one bitmap.
@@ -95,13 +92,11 @@ class AdapterIndex:
         table = self._table
         assert len(table) == len(self._alive), "an older generation cannot be followed again"
         found = [table.positions.pop(key) for key in gone if key in table.positions]
-        removed = [table.records[position] for position in found]
         table.append(new)
         alive = np.ones(len(table), np.bool_)
         alive[: len(self._alive)] = self._alive
         alive[found] = False
-        levels = self._open_levels - _open_levels(removed, self._settings) + _open_levels(new, self._settings)
-        return type(self)(table, alive, levels, self._lists, self._settings)
+        return type(self)(table, alive, self._lists, self._settings)
 
     def compacted(self) -> Self:
         """The same adapters in a table of their own, without lists."""
@@ -111,7 +106,7 @@ class AdapterIndex:
         """The same index with lists over all it has. Takes long. For an index without dead positions."""
         assert self.num_dead == 0
         lists = InvertedLists.train(self._vectors)
-        return type(self)(self._table, self._alive, self._open_levels, lists, self._settings)
+        return type(self)(self._table, self._alive, lists, self._settings)
 
     @property
     def records(self) -> list[AdapterRecord]:
@@ -160,9 +155,9 @@ class AdapterIndex:
             return Allowed(num, np.flatnonzero(mask), None)
         return Allowed(num, self._lists.unlisted(mask), self._lists.part_of(mask))
 
-    def levels(self, tenant: str) -> LevelCounts:
-        """How the samples of what `tenant` may see score, by level."""
-        return self._open_levels + count_levels([self._table.own_levels(tenant, self._alive)])
+    def votes(self, tenant: str) -> tuple[Votes, Votes]:
+        """Return the votes on the score floor of `tenant`: (of its own and approved adapters, of each other tenant)."""
+        return self._table.votes_for(tenant, self._alive)
 
     def offers(self, record: AdapterRecord, tenant: str) -> bool:
         """Whether a search for `tenant` may find it."""
@@ -220,9 +215,3 @@ class AdapterIndex:
         matches = [Match(record, float(score)) for record, score in zip(records, scores[:num_tied], strict=True)]
         matches.sort(key=lambda match: (-match.score, match.record.ref.tenant, match.record.ref.name))
         return matches[:num_wanted]
-
-
-def _open_levels(records: Sequence[AdapterRecord], settings: IndexSettings) -> LevelCounts:
-    found = [record for record in records if record.is_open(requires_approval=settings.requires_approval)]
-    scores = [record.embedding.own_scores for record in found if record.embedding is not None]
-    return count_levels(score_levels(part) for part in scores)

@@ -55,8 +55,8 @@ class Pool:
         return self._allowed.get((tenant, *wanted), lambda: self.index.allowed(tenant, wanted))
 
     def floor(self, tenant: str) -> float:
-        """Only adapters `tenant` sees count: no private one of others shows in its floor. Tags do not move it."""
-        return self._floors.get((tenant,), lambda: floor_of(self.index.levels(tenant)))
+        """Return the score floor of `tenant`: no private adapter of others shows in it, and tags do not move it."""
+        return self._floors.get((tenant,), lambda: floor_of(*self.index.votes(tenant)))
 
     def map(self, tenant: str) -> tuple[Plane, PoolMap]:
         """The plane of what `tenant` may be routed to, and what lies on it: nothing of others moves an axis."""

@@ -37,8 +37,8 @@ def untimed(encode_s: float, search_s: float) -> None:
 class Retriever:
     """Answers every read from the pool that is served as it begins.
 
-    `min_score` is the floor of requests that name none; without it the floor is what the samples of the adapters the
-    caller sees give (`calibrate_floor`). `temperature` divides scores in the `softmax` weighting. What names a
+    `min_score` is the floor of requests that name none; without it the caller's own and approved adapters vote on the
+    floor (see `calibration`). `temperature` divides scores in the `softmax` weighting. What names a
     `min_generation` raises StaleIndex where this pool is older: catch up, then ask again.
     """
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from lora_store.records import AdapterRecord
 from lora_store.snapshot import Key
-from retriever_svc.calibration import score_levels
+from retriever_svc.calibration import Votes, vote_of
 from retriever_svc.encoder import unit_rows
 from retriever_svc.growing import GrowingArray
 
@@ -34,8 +34,8 @@ class AdapterTable:
         self.open = GrowingArray(np.bool_, num_rows=num_rows)  # found by every tenant
         self._owners = GrowingArray(np.int32, num_rows=num_rows)
         self._owner_codes: dict[str, int] = {}
-        self._levels = GrowingArray(np.int16)  # of all own scores, adapter after adapter
-        self._level_ends = GrowingArray(np.int64, num_rows=num_rows)
+        self._approved = GrowingArray(np.bool_, num_rows=num_rows)
+        self._votes = GrowingArray(np.float64, num_rows=num_rows)  # on the score floor; NaN for none
         self._tagged: dict[str, GrowingArray] = {}
 
     def __len__(self) -> int:
@@ -43,7 +43,7 @@ class AdapterTable:
 
     @property
     def num_bytes(self) -> int:
-        columns = [self.vectors, self.open, self._owners, self._levels, self._level_ends, *self._tagged.values()]
+        columns = [self.vectors, self.open, self._owners, self._approved, self._votes, *self._tagged.values()]
         return sum(column.num_bytes for column in columns)
 
     def append(self, records: Sequence[AdapterRecord]) -> None:
@@ -58,9 +58,8 @@ class AdapterTable:
         self.records.extend(records)
         self.vectors.append(unit_rows(np.stack([embedding.vector for embedding in embeddings])))
         self.open.append(np.asarray([record.is_open(requires_approval=self._requires_approval) for record in records]))
-        levels = [score_levels(embedding.own_scores) for embedding in embeddings]
-        self._levels.append(np.concatenate(levels))
-        self._level_ends.append(len(self._levels) - sum(map(len, levels)) + np.cumsum([len(part) for part in levels]))
+        self._approved.append(np.asarray([record.approved for record in records]))
+        self._votes.append(np.asarray([vote_of(embedding.own_scores) for embedding in embeddings]))
         self._append_labels(records, first)
         codes = [self._owner_codes.setdefault(r.ref.tenant, len(self._owner_codes)) for r in records]
         self._owners.append(np.asarray(codes, np.int32))
@@ -93,13 +92,17 @@ class AdapterTable:
             mask &= having
         return mask
 
-    def own_levels(self, tenant: str, alive: Mask) -> NDArray[np.int16]:
-        """The levels of all own scores of what `tenant` alone finds among the `alive` ones."""
+    def votes_for(self, tenant: str, alive: Mask) -> tuple[Votes, Votes]:
+        """Return the votes on the score floor of `tenant` (see `calibration`), of the `alive` rows that it may find.
+
+        The first (T,) are of its own and of approved adapters, one each. The second (O,) are one for each tenant with
+        other public adapters: the mean of their votes.
+        """
         count = len(alive)
-        own = alive & ~self.open.view()[:count] & self.visible(tenant, count)
-        if not own.any():
-            return np.empty(0, np.int16)
-        ends = self._level_ends.view()[:count]
-        lengths = np.diff(ends, prepend=0)
-        levels: NDArray[np.int16] = self._levels.view()[: ends[-1]][np.repeat(own, lengths)]
-        return levels
+        owners, votes = self._owners.view()[:count], self._votes.view()[:count]
+        voting = alive & np.isfinite(votes) & self.visible(tenant, count)
+        trusted = self._approved.view()[:count] | (owners == self._owner_codes.get(tenant, -1))
+        rest = voting & ~trusted
+        numbers = np.bincount(owners[rest])
+        sums = np.bincount(owners[rest], weights=votes[rest])
+        return votes[voting & trusted], sums[numbers > 0] / numbers[numbers > 0]

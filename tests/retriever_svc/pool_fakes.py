@@ -34,6 +34,7 @@ def record_of(
     own_scores: Sequence[float] = (),
     version: str = "",
     num_samples: int = 0,
+    approved: bool = False,
 ) -> AdapterRecord:
     """A record as the catalogue would hold it; `weights` names its weights, which are its own by default."""
     return AdapterRecord(
@@ -54,6 +55,7 @@ def record_of(
         actor="test",
         created_at=datetime(2024, 1, 1, tzinfo=UTC),
         generation=1,
+        approved=approved,
     )
 
 

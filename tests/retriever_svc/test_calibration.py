@@ -1,59 +1,86 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
 from retriever_svc import calibrate_floor
-from retriever_svc.calibration import NO_FLOOR, count_levels, floor_of, leave_one_out_scores, score_levels
+from retriever_svc.calibration import (
+    MIN_SCORES,
+    MIN_TRUSTED_VOTES,
+    NO_FLOOR,
+    NO_VOTE,
+    floor_of,
+    leave_one_out_scores,
+    vote_of,
+)
 from retriever_svc.encoder import unit_rows
 
 
+def groups_of(sizes: list[int]) -> list[np.ndarray]:
+    rng = np.random.default_rng(len(sizes))
+    return [unit_rows((rng.standard_normal(8) + rng.standard_normal((size, 8))).astype(np.float32)) for size in sizes]
+
+
 def slow_floor(groups: list[np.ndarray]) -> float:
-    scores = []
+    votes = []
     for group in groups:
+        scores = []
         for left_out in range(len(group)):
             others = [group[i].astype(np.float64) for i in range(len(group)) if i != left_out]
             if others:
                 mean = sum(others) / len(others)
                 scores.append(float(group[left_out] @ mean / np.linalg.norm(mean)))
-    return float(np.percentile(scores, 1))
+        if len(scores) >= 5:
+            votes.append(np.percentile(scores, 1))
+    return float(np.percentile(votes, 20))
 
 
-@pytest.mark.parametrize("sizes", [[20] * 10, [1, 2, 200, 3, 1], [2]])
-def test_floor_equals_a_slow_leave_one_out_loop_to_four_decimals(sizes: list[int]) -> None:
-    rng = np.random.default_rng(len(sizes))
-    groups = [unit_rows((rng.standard_normal(8) + rng.standard_normal((size, 8))).astype(np.float32)) for size in sizes]
-    assert calibrate_floor(groups) == pytest.approx(slow_floor(groups), abs=5.1e-5)
+@pytest.mark.parametrize("sizes", [[20] * 10, [1, 5, 200, 6, 4], [5]])
+def test_floor_equals_a_slow_leave_one_out_loop(sizes: list[int]) -> None:
+    groups = groups_of(sizes)
+    assert calibrate_floor(groups) == pytest.approx(slow_floor(groups), abs=1e-6)
 
 
-@pytest.mark.parametrize("num_scores", [1, 2, 3, 99, 100, 101, 102, 5000])
-def test_the_floor_is_numpys_percentile_of_the_rounded_scores(num_scores: int) -> None:
+@pytest.mark.parametrize("num_scores", [5, 6, 100, 101, 102, 5000])
+def test_a_vote_is_numpys_first_percentile_of_the_own_scores(num_scores: int) -> None:
     scores = np.random.default_rng(num_scores).uniform(-1, 1, num_scores).astype(np.float32)
-    expected = np.percentile(np.round(scores.astype(np.float64), 4), 1)
-    assert floor_of(count_levels([score_levels(scores)])) == pytest.approx(expected, abs=1e-12)
+    assert vote_of(scores) == pytest.approx(np.percentile(scores.astype(np.float64), 1), abs=1e-6)
 
 
-@pytest.mark.parametrize("groups", [[], [np.ones((1, 4))], [np.empty((0, 4))]], ids=["none", "single", "empty"])
-def test_without_two_samples_anywhere_there_is_no_floor(groups: list[np.ndarray]) -> None:
+@pytest.mark.parametrize("groups", [[], [np.ones((1, 4))], [np.empty((0, 4))], groups_of([MIN_SCORES - 1] * 9)])
+def test_without_an_adapter_of_enough_samples_there_is_no_floor(groups: list[np.ndarray]) -> None:
     assert calibrate_floor(groups) == NO_FLOOR
 
 
-def test_one_percent_of_the_samples_fall_below_the_floor() -> None:
-    rng = np.random.default_rng(0)
-    groups = [unit_rows(rng.standard_normal((20, 8)).astype(np.float32)) for _ in range(50)]
-    scores = np.concatenate([leave_one_out_scores(group) for group in groups])
-    assert abs((scores < calibrate_floor(groups)).sum() - 10) <= 1
+def test_an_adapter_has_one_vote_however_many_samples_it_has() -> None:
+    short, long = groups_of([20, 20, 20, 20, 20]), groups_of([20, 20, 20, 20, 20])
+    long[0] = np.concatenate([long[0]] * 10)  # the same scores, near enough, ten times
+    assert calibrate_floor(long) == pytest.approx(calibrate_floor(short), abs=0.02)
+
+
+def test_an_adapter_of_few_samples_does_not_move_the_floor() -> None:
+    groups = groups_of([20] * 6)
+    assert calibrate_floor([*groups, *groups_of([MIN_SCORES - 1] * 50)]) == calibrate_floor(groups)
 
 
 def test_others_that_cancel_out_score_zero() -> None:
     np.testing.assert_array_equal(leave_one_out_scores(np.asarray([[1, 0], [0, 1], [0, -1]]))[0], 0)
 
 
-def test_counts_of_pools_add_up() -> None:
-    rng = np.random.default_rng(1)
-    one, other = (score_levels(rng.uniform(-1, 1, 300).astype(np.float32)) for _ in range(2))
-    np.testing.assert_array_equal(count_levels([one]) + count_levels([other]), count_levels([one, other]))
-
-
 def test_scores_a_hair_beyond_one_count_as_one() -> None:
-    np.testing.assert_array_equal(score_levels(np.asarray([1.0000001, -1.0000001], np.float32)), [10_000, -10_000])
+    assert vote_of(np.full(9, 1.0000001, np.float32)) == 1.0
+    assert vote_of(np.full(9, -1.0000001, np.float32)) == -1.0
+
+
+def test_other_tenants_vote_only_where_trusted_votes_are_few() -> None:
+    others = np.asarray([-1.0, 1.0, NO_VOTE])
+    enough = np.linspace(0.4, 0.8, MIN_TRUSTED_VOTES)
+    assert floor_of(enough, others) == floor_of(enough) == pytest.approx(np.quantile(enough, 0.2))
+    few = enough[:-1]
+    assert floor_of(few, others) == pytest.approx(np.quantile([*few, -1.0, 1.0], 0.2))
+    assert floor_of(np.append(few, NO_VOTE), others) == floor_of(few, others)
+    assert floor_of(np.empty(0), others) == pytest.approx(np.quantile([-1.0, 1.0], 0.2))
+    assert floor_of(np.asarray([NO_VOTE]), np.asarray([NO_VOTE])) == NO_FLOOR
+    assert math.isnan(NO_VOTE)

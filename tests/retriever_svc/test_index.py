@@ -10,7 +10,7 @@ import pytest
 from lora_store.records import AdapterRecord
 from lora_store.snapshot import Key
 from retriever_svc import AdapterIndex, Allowed, IndexSettings, Match
-from retriever_svc.calibration import count_levels, score_levels
+from retriever_svc.calibration import vote_of
 from retriever_svc.encoder import unit_rows
 from tests.retriever_svc.pool_fakes import record_of
 
@@ -69,7 +69,7 @@ def labelled(rng: np.random.Generator, name: str, dim: int = 16) -> AdapterRecor
         tenant=tenant,
         visibility="public" if rng.random() < 0.5 else "private",
         tags=tuple(tags),
-        own_scores=rng.uniform(-1, 1, rng.integers(0, 6)),
+        own_scores=rng.uniform(-1, 1, rng.integers(3, 9)),
     )
 
 
@@ -121,7 +121,7 @@ def test_every_generation_of_publishes_updates_and_withdrawals_equals_a_slow_loo
                 assert_same(matches, slow_search(usable, query, 3))
 
 
-def test_score_levels_follow_every_generation() -> None:
+def test_votes_on_the_floor_follow_every_generation() -> None:
     rng = np.random.default_rng(11)
     records = [labelled(rng, f"a{number}") for number in range(60)]
     index, live = AdapterIndex.of(records[:40], 16), records[:40]
@@ -130,8 +130,19 @@ def test_score_levels_follow_every_generation() -> None:
         live = [record for record in live if record not in gone] + new
         index = index.after([(record.ref.tenant, record.ref.name) for record in gone], new)
         for tenant in ("big", "t1", "stranger"):
-            seen = [r.embedding.own_scores for r in live if r.embedding is not None and r.is_visible_to(tenant)]
-            np.testing.assert_array_equal(index.levels(tenant), count_levels(map(score_levels, seen)))
+            own = [vote_of(r.embedding.own_scores) for r in live if r.embedding and r.ref.tenant == tenant]
+            trusted, others = index.votes(tenant)
+            assert sorted(trusted) == sorted(vote for vote in own if np.isfinite(vote))
+            assert len(others) == len({owner for owner in _voting_owners(live) if owner != tenant})
+
+
+def _voting_owners(records: list[AdapterRecord]) -> list[str]:
+    """The owners of public adapters that vote."""
+    return [
+        record.ref.tenant
+        for record in records
+        if record.visibility == "public" and record.embedding and np.isfinite(vote_of(record.embedding.own_scores))
+    ]
 
 
 def test_a_new_generation_shares_the_vectors_of_the_one_before() -> None:
@@ -178,7 +189,8 @@ def test_compacted_has_the_same_adapters_and_answers(settings: IndexSettings) ->
     for tenant, tags in CALLERS:
         before = index.search(queries, 5, index.allowed(tenant, tags))
         assert compacted.search(queries, 5, compacted.allowed(tenant, tags)) == before
-        np.testing.assert_array_equal(compacted.levels(tenant), index.levels(tenant))
+        for mine, theirs in zip(compacted.votes(tenant), index.votes(tenant), strict=True):
+            np.testing.assert_allclose(sorted(mine), sorted(theirs))
 
 
 @pytest.mark.parametrize("top_k", [1, 3, 5, 8])

@@ -45,7 +45,7 @@ def test_what_the_encoder_did_not_embed_is_not_found_until_it_did() -> None:
 
 
 def test_a_change_of_visibility_alone_is_seen() -> None:
-    record = record_of("a", EAST, tenant="t", own_scores=[0.5])
+    record = record_of("a", EAST, tenant="t", own_scores=[0.5] * 5)
     pool = pool_of(record)
     assert (found(pool, "u"), pool.floor("u")) == (["a"], 0.5)
     after = pool.after(snapshot_of(replace(record, visibility="private"), generation=2))
@@ -88,7 +88,7 @@ def test_equal_weights_are_found_once_and_do_not_shorten_the_answer() -> None:
     assert found(pool, top_k=16) == ["copy-00", "n"]
 
 
-def test_the_floor_counts_the_samples_of_what_the_caller_sees() -> None:
+def test_private_adapters_of_others_have_no_vote_on_the_floor() -> None:
     rng = np.random.default_rng(0)
     groups = {name: rng.standard_normal((20, 4)) for name in ("public", "mine", "theirs")}
     scores = {name: leave_one_out_scores(group) for name, group in groups.items()}

@@ -66,7 +66,11 @@ def test_what_is_withdrawn_has_no_versions() -> None:
         retriever_of(*POOL).versions(LOCAL_TENANT, "gone")
 
 
-SAMPLES = {"e": ("east", "northeast"), "n": ("north", "northeast", "north"), "secret": ("east", "west")}
+SAMPLES = {
+    "e": ("east", "northeast") * 3,
+    "n": ("north", "northeast", "north") * 2,
+    "secret": ("east", "west") * 3,
+}
 
 
 def floor_for(*adapters: str) -> float:
@@ -85,8 +89,9 @@ def test_the_default_floor_is_measured_on_what_the_caller_sees() -> None:
     retriever = retriever_of(sampled("e"), sampled("n"), secret)
     [error, other] = retriever.route([RouteRequest("west", tenant=tenant, fallback="error") for tenant in ("a", "b")])
     assert isinstance(error, NoAdapterMatched)
-    assert error.floor == pytest.approx(floor_for("e", "n"), abs=1e-6)
-    assert floor_for("e", "n", "secret") < -0.9  # its two samples are opposites
+    of_local = np.mean([floor_for("e"), floor_for("n")])  # one vote of a tenant that is neither's
+    assert error.floor == pytest.approx(of_local, abs=1e-6)
+    assert floor_for("secret") < -0.9  # its samples are opposites
     assert isinstance(other, Route)
 
 
@@ -128,18 +133,21 @@ FAMILIES = {
         "Translate to German: Where is the nearest pharmacy?",
         "How do you say 'good evening, my friends' in German?",
         "Translate into German: My sister works in a hospital.",
+        "Say 'I would like a coffee' in German.",
     ],
     "sentiment": [
         "Is this movie review positive or negative? The plot was dull and the acting worse.",
         "Review: A joyful film with a wonderful cast. Is the sentiment positive or negative?",
         "Tell whether the reviewer liked the film: I walked out after twenty minutes.",
         "Sentiment of this review: charming, funny and far too short.",
+        "Positive or negative review? Two hours that I will never get back.",
     ],
     "arithmetic": [
         "A farmer has 12 cows and buys 7 more. How many cows does he have now?",
         "What is 45 minus 18?",
         "Tom has 3 boxes of 24 pencils. How many pencils are there in all?",
         "If a ticket costs 9 dollars, how much do 6 tickets cost?",
+        "How many eggs are left of 30 when 13 are eaten?",
     ],
 }
 HELD_OUT = {

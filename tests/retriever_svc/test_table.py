@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lora_store.records import AdapterRecord
-from retriever_svc.calibration import score_levels
+from retriever_svc.calibration import vote_of
 from retriever_svc.table import AdapterTable
 from tests.retriever_svc.pool_fakes import record_of
 
@@ -19,14 +19,15 @@ def records_of(count: int) -> list[AdapterRecord]:
             tenant=f"t{n % 4}",
             visibility="private" if n % 3 == 0 else "public",
             tags=tuple(f"tag{k}" for k in range(3) if n % (k + 2) == 0),
-            own_scores=rng.uniform(-1, 1, n % 5),
+            own_scores=rng.uniform(-1, 1, n % 9),
+            approved=n % 5 == 0,
         )
         for n in range(count)
     ]
 
 
-def filled(records: list[AdapterRecord], *, step: int) -> AdapterTable:
-    table = AdapterTable(4)
+def filled(records: list[AdapterRecord], *, step: int, requires_approval: bool = False) -> AdapterTable:
+    table = AdapterTable(4, requires_approval=requires_approval)
     for start in range(0, len(records), step):
         table.append(records[start : start + step])
     return table
@@ -45,18 +46,23 @@ def test_masks_equal_a_slow_loop_however_rows_came(step: int) -> None:
 
 
 @pytest.mark.parametrize("step", [1, 7, 1000])
-def test_levels_of_a_tenants_private_adapters_equal_a_slow_loop(step: int) -> None:
+@pytest.mark.parametrize("requires_approval", [False, True])
+def test_votes_for_a_tenant_equal_a_slow_loop(step: int, requires_approval: bool) -> None:
     records = records_of(100)
-    table, alive = filled(records, step=step), np.random.default_rng(0).random(100) < 0.7
+    table = filled(records, step=step, requires_approval=requires_approval)
+    alive = np.random.default_rng(0).random(100) < 0.7
     for count in (0, 1, 50, 100):
         for tenant in ("t0", "t3", "stranger"):
-            expected = [
-                score_levels(record.embedding.own_scores)
-                for record, lives in zip(records[:count], alive, strict=False)
-                if lives and record.embedding and record.visibility == "private" and record.ref.tenant == tenant
-            ]
-            found = table.own_levels(tenant, alive[:count])
-            np.testing.assert_array_equal(found, np.concatenate([np.empty(0, np.int16), *expected]))
+            trusted, others = table.votes_for(tenant, alive[:count])
+            expected: dict[str, list[float]] = {}
+            for record, lives in zip(records[:count], alive, strict=False):
+                is_own = record.ref.tenant == tenant
+                is_found = is_own or record.is_open(requires_approval=requires_approval)
+                if lives and is_found and record.embedding and len(record.embedding.own_scores) >= 5:
+                    voter = "trusted" if is_own or record.approved else record.ref.tenant
+                    expected.setdefault(voter, []).append(vote_of(record.embedding.own_scores))
+            np.testing.assert_allclose(trusted, expected.pop("trusted", []))
+            np.testing.assert_allclose(sorted(others), sorted(map(np.mean, expected.values())))
 
 
 def test_vectors_are_unit_rows_in_order_and_names_know_their_newest_position() -> None:

@@ -1,0 +1,210 @@
+"""No tenant moves how often another tenant's prompts abstain, whatever samples it publishes.
+
+The tests look at behaviour only: the share of prompts that abstain, before an attack and after it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lora_store.adapter import Sample
+from lora_store.records import AdapterRecord
+from retriever_svc import Encoder, IndexSettings, LivePool, Retriever, Route, RouteRequest
+from retriever_svc.embedding import embed_groups
+from retriever_svc.encoder import unit_rows
+from tests.retriever_svc.pool_fakes import FakeEncoder, Source, record_of
+from tests.soak import Scale
+
+MAX_SHIFT = 0.02  # of the prompts of a kind: what an attack may move
+HONEST, STRANGER, ATTACKER = "acme", "initech", "mallory"
+ANSWERING = "answering"  # the tag of honest adapters
+DIM = 64
+EXAMPLES = Path(__file__).parents[2] / "examples"
+FOREIGN = Path(__file__).with_name("foreign_prompts.txt").read_text().splitlines()
+
+Groups = Mapping[str, Sequence[str]]  # the texts of each adapter's samples
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Shares of prompts that abstain: those of a task in the pool, and those no adapter is for."""
+
+    in_task: float
+    foreign: float
+
+    def assert_near(self, other: Shares, bound: float = MAX_SHIFT) -> None:
+        assert abs(self.in_task - other.in_task) <= bound, (self, other)
+        assert abs(self.foreign - other.foreign) <= bound, (self, other)
+
+
+@dataclass(frozen=True)
+class World:
+    """An honest pool, and the prompts that measure it."""
+
+    encoder: FakeEncoder | Encoder
+    honest: Groups
+    in_task: Sequence[str]
+    foreign: Sequence[str]
+
+    def records(self, groups: Groups, tenant: str, *, approved: bool) -> list[AdapterRecord]:
+        embeddings = embed_groups(self.encoder, [[Sample(text) for text in texts] for texts in groups.values()])
+        tags = () if tenant == ATTACKER else (ANSWERING,)
+        bare = [record_of(name, None, tenant=tenant, tags=tags) for name in groups]
+        return [replace(r, embedding=e, approved=approved) for r, e in zip(bare, embeddings, strict=True)]
+
+    def shares(self, records: Sequence[AdapterRecord], asker: str, *, requires_approval: bool = False) -> Shares:
+        settings = IndexSettings(requires_approval=requires_approval)
+        retriever = Retriever(LivePool(lambda model: self.encoder, Source(*records), settings=settings))
+        return Shares(_abstaining(retriever, self.in_task, asker), _abstaining(retriever, self.foreign, asker))
+
+
+def _abstaining(retriever: Retriever, prompts: Sequence[str], asker: str) -> float:
+    """Only honest adapters may answer: an attacker's that draws prompts is another matter than a floor that moves."""
+    routes = retriever.route([RouteRequest(prompt, tenant=asker, tags=(ANSWERING,)) for prompt in prompts])
+    assert all(isinstance(route, Route) for route in routes)
+    return sum(route.abstained for route in routes if isinstance(route, Route)) / len(routes)
+
+
+def vector_world(num_adapters: int) -> World:
+    """Tasks of 20 samples around centres that share a direction, as the prompts of one language do."""
+    rng = np.random.default_rng(5)
+    table: dict[str, np.ndarray] = {}
+
+    def texts(name: str, centre: np.ndarray, noise: float, count: int) -> list[str]:
+        rows = unit_rows((centre + noise * rng.standard_normal((count, DIM)) / DIM**0.5).astype(np.float32))
+        named = {f"{name} {number}": row for number, row in enumerate(rows)}
+        table.update(named)
+        return list(named)
+
+    def centre() -> np.ndarray:
+        return unit_rows(np.eye(1, DIM)[0] * 0.5 + rng.standard_normal(DIM) / DIM**0.5)
+
+    tasks = {f"task-{n}": (centre(), rng.uniform(0.4, 1.2)) for n in range(num_adapters)}
+    honest = {name: texts(name, *task, 20) for name, task in tasks.items()}
+    in_task = [text for name, task in tasks.items() for text in texts(f"asked {name}", *task, 4)]
+    foreign = [text for n in range(100) for text in texts(f"foreign-{n}", centre(), 0.5, 2)]
+    for number, row in enumerate(np.eye(DIM, dtype=np.float32)[1:]):
+        table[f"unlike {number}"] = row
+    table["equal"] = unit_rows(rng.standard_normal((1, DIM)).astype(np.float32))[0]
+    return World(FakeEncoder({text: row.tolist() for text, row in table.items()}, dim=DIM), honest, in_task, foreign)
+
+
+def unlike(num_adapters: int, num_samples: int, text: Callable[[int], str]) -> Groups:
+    """Adapters whose samples have nothing in common."""
+    return {f"u{n}": [text(num_samples * n + i) for i in range(num_samples)] for n in range(num_adapters)}
+
+
+def equal(num_adapters: int, text: str = "equal") -> Groups:
+    """Adapters whose 200 samples are one text."""
+    return {f"e{n}": [text] * 200 for n in range(num_adapters)}
+
+
+def _unlike_vector(number: int) -> str:
+    return f"unlike {number % (DIM - 1)}"
+
+
+ATTACKS = {
+    "two of two unlike samples": unlike(2, 2, _unlike_vector),
+    "two of eight unlike samples": unlike(2, 8, _unlike_vector),
+    "thirteen of two unlike samples": unlike(13, 2, _unlike_vector),
+    "thirteen of twenty unlike samples": unlike(13, 20, _unlike_vector),
+    "five of equal samples": equal(5),
+    "fifty of equal samples": equal(50),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS.values(), ids=list(ATTACKS))
+@pytest.mark.parametrize("num_adapters", [12, 120], ids=["240 samples", "2400 samples"])
+@pytest.mark.parametrize("asker", [HONEST, STRANGER], ids=["whose pool it is", "of approved adapters"])
+def test_another_tenants_adapters_do_not_move_abstention(asker: str, num_adapters: int, attack: Groups) -> None:
+    world = vector_world(num_adapters)
+    honest = world.records(world.honest, HONEST, approved=asker == STRANGER)
+    before = world.shares(honest, asker)
+    assert 0 < before.in_task < 0.2 < before.foreign < 1, before  # so that it can move in both directions
+    attackers = world.records(attack, ATTACKER, approved=False)
+    world.shares([*honest, *attackers], asker).assert_near(before)
+    world.shares([*attackers, *honest], asker).assert_near(before)  # whoever was first
+
+
+@pytest.mark.parametrize("num_samples", [2, 20])
+def test_a_tenant_of_one_adapter_is_not_moved_by_how_many_another_tenant_publishes(num_samples: int) -> None:
+    world = vector_world(12)
+    names = list(world.honest)
+    own = world.records({names[0]: world.honest[names[0]]}, STRANGER, approved=False)
+    others = world.records({name: world.honest[name] for name in names[1:]}, HONEST, approved=False)
+    attackers = [world.records(unlike(n, num_samples, _unlike_vector), ATTACKER, approved=False) for n in (1, 13)]
+    few, many = (world.shares([*own, *others, *attack], STRANGER) for attack in attackers)
+    many.assert_near(few)
+
+
+@pytest.mark.parametrize("num_adapters, num_bad", [(12, 2), (120, 13)])
+def test_a_few_unlike_adapters_that_were_approved_do_not_switch_abstention_off(num_adapters: int, num_bad: int) -> None:
+    world = vector_world(num_adapters)
+    honest = world.records(world.honest, HONEST, approved=True)
+    attackers = world.records(unlike(num_bad, 20, _unlike_vector), ATTACKER, approved=True)
+    before = world.shares(honest, STRANGER, requires_approval=True)
+    after = world.shares([*honest, *attackers], STRANGER, requires_approval=True)
+    assert before.in_task - after.in_task <= 0.05, (before, after)
+    assert after.foreign >= before.foreign / 2, (before, after)
+
+
+ODD_TEXTS = (
+    "0110 1001 1100 0011",
+    "Ελλάδα, θάλασσα, ουρανός",
+    "int main(void) { return 0; }",
+    "♜♞♝♛♚♝♞♜",
+    "zzzz zzzz zzzz",
+    "∀ε>0 ∃δ>0: |x−a|<δ ⇒ |f(x)−f(a)|<ε",
+    "SELECT * FROM t",
+    "ACGTTGCAACGT",
+    "do re mi fa so la ti",
+    "[ERROR] 0x7f segfault at 00000000",
+    "Д о ж д ь",
+    "e4 e5 Nf3 Nc6 Bb5 a6",
+    "H2SO4 + 2 NaOH",
+    "<svg><path d='M0 0'/></svg>",
+    "いろはにほへと",
+    "...---...",
+)
+
+
+def _odd_text(number: int) -> str:
+    """Return a text like no prompt of the test, and hardly like the others."""
+    return ODD_TEXTS[number % len(ODD_TEXTS)]
+
+
+def _lines(path: Path) -> list[str]:
+    return [json.loads(line)["input"] for line in path.read_text().splitlines()]
+
+
+def test_the_starter_pool_abstains_as_before_under_attack(scale: Scale) -> None:
+    """The packaged encoder, and prompts that no adapter was made from."""
+    num_tasks = scale.pick("tasks", small=6, full=12)
+    num_prompts = scale.pick("held-out prompts a task", small=6, full=12)
+    num_foreign = scale.pick("foreign prompts", small=12, full=len(FOREIGN))
+    num_equal = scale.pick("adapters of equal samples", small=5, full=50)
+    folders = sorted(path.parent for path in (EXAMPLES / "starter_pool").glob("*/lora_samples.jsonl"))[:num_tasks]
+    assert len(folders) == num_tasks
+    honest = {folder.name: _lines(folder / "lora_samples.jsonl") for folder in folders}
+    asked = [_lines(EXAMPLES / "starter_heldout" / f"{name}.jsonl")[:num_prompts] for name in honest]
+    world = World(Encoder(), honest, [text for texts in asked for text in texts], FOREIGN[:num_foreign])
+    records = world.records(honest, HONEST, approved=False)
+    before = world.shares(records, HONEST)
+    scale.record("in-task prompts that abstain", before.in_task)
+    scale.record("foreign prompts that abstain", before.foreign)
+    assert before.in_task <= 0.15, before
+    assert before.foreign >= 0.25, before
+    for attack in (
+        unlike(2, 2, _odd_text),
+        unlike(2, 8, _odd_text),
+        unlike(13, 2, _odd_text),
+        equal(num_equal, _odd_text(0)),
+    ):
+        attackers = world.records(attack, ATTACKER, approved=False)
+        world.shares([*records, *attackers], HONEST).assert_near(before)
