@@ -90,9 +90,9 @@ class Holds:
         mark = self._stamp()
         self._marks.write(mark, "\n".join(digests).encode(), durable=False)
         try:
-            needed = self.held()
-            needed |= set(referenced())
-            free = [digest for digest in digests if digest not in needed]
+            held = self.held()
+            needed = referenced()
+            free = [digest for digest in digests if digest not in held and digest not in needed]
             if not free or self._age_s(mark) >= SWEEP_S:  # stages may be past a mark this old: the next sweep's work
                 return []
             delete(free)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_store.errors import PoolShareExceeded
 from lora_store.records import AdapterRecord
 from lora_store.snapshot import Snapshot
+from lora_store.tallies import Held
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,32 +19,22 @@ class PoolShare:
     max_bytes: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
-    """What a tenant holds: live names, and the weights of all kept versions."""
-
-    num_adapters: int
-    num_bytes: int
-
-
 def check_share(snapshot: Snapshot, published: Sequence[AdapterRecord], share: PoolShare) -> None:
     """Raises: PoolShareExceeded where `published` makes a tenant hold more than `share`, and more than it did before.
 
     So a tenant whose share was cut may still replace what it has.
     """
+    held = {record.ref.tenant: held_by(snapshot, record.ref.tenant) for record in published}  # before `after` needs it
     after = snapshot.after_publishing(published)
-    for tenant in {record.ref.tenant for record in published}:
-        before, now = held_by(snapshot, tenant), held_by(after, tenant)
+    for tenant, before in held.items():
+        now = held_by(after, tenant)
         _check("adapters", before.num_adapters, now.num_adapters, share.max_adapters)
         _check("bytes of weights", before.num_bytes, now.num_bytes, share.max_bytes)
 
 
 def held_by(snapshot: Snapshot, tenant: str) -> Held:
-    """What `tenant` holds at this generation."""
-    keys = [key for key in snapshot.records if key[0] == tenant]
-    versions: Iterable[AdapterRecord] = (record for key in keys for record in snapshot.versions(key))
-    sizes = {record.weights_digest: record.num_bytes for record in versions}
-    return Held(len(keys), sum(sizes.values()))
+    """Return what `tenant` holds at this generation."""
+    return snapshot.tallies.held.get(tenant) or Held()
 
 
 def _check(what: str, before: int, after: int, limit: int | None) -> None:

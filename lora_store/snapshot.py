@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from types import MappingProxyType
+from typing import TypeVar
 
 from lora_store.adapter import AdapterRef
 from lora_store.errors import AdapterNotFound
 from lora_store.events import ActivateEncoder, Approve, Embed, Event, Publish, SetVisibility, Withdraw
+from lora_store.persistent_map import MapEditor, PersistentMap
 from lora_store.records import AdapterRecord, Embedding, Visibility
+from lora_store.tallies import Tallies, TalliesEditor
 
+K = TypeVar("K")
+V = TypeVar("V")
 Key = tuple[str, str]  # (tenant, name)
 KEPT_VERSIONS = 3  # of a live name, the live one included: what `name@digest`, replay and rollback can reach
 
@@ -30,6 +34,8 @@ class Snapshot:
 
     `previous`: the older versions kept of a live name, newest first; a name with none has no entry. `encoder` is None
     until a reindex activated one. `pending`: embeddings by an encoder that is not active yet.
+
+    The next generation shares the memory of this one: `after` costs what the events change, not what is live.
     """
 
     generation: int
@@ -40,16 +46,21 @@ class Snapshot:
 
     def __post_init__(self) -> None:
         for name in ("records", "previous", "pending"):
-            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+            if not isinstance(getattr(self, name), PersistentMap):
+                object.__setattr__(self, name, PersistentMap(getattr(self, name)))
 
     def __reduce__(self) -> tuple[type[Snapshot], tuple[object, ...]]:
-        plain = (dict(self.records), dict(self.previous), self.encoder, dict(self.pending))
-        return Snapshot, (self.generation, *plain)  # a mapping proxy cannot be pickled
+        return Snapshot, (self.generation, self.records, self.previous, self.encoder, self.pending)  # no derived parts
 
     @cached_property
     def public(self) -> Mapping[str, AdapterRecord]:
         """The public adapters by bare name: a bare name has one owner."""
-        return {record.ref.name: record for record in self.records.values() if record.visibility == "public"}
+        return PersistentMap({record.ref.name: record for record in self.records.values() if _is_public(record)})
+
+    @cached_property
+    def tallies(self) -> Tallies:
+        """How often each blob is needed and how much each tenant holds. Counted once, then carried on by `after`."""
+        return Tallies.of(map(self.versions, self.records))
 
     def resolve(self, tenant: str, name: str) -> AdapterRecord:
         """The adapter `tenant` means by `name`: its own, else the public one; `owner/name` means the owner's alone.
@@ -72,10 +83,9 @@ class Snapshot:
         """What `tenant` may use, sorted by owner and name."""
         return [record for _, record in sorted(self.records.items()) if record.is_visible_to(tenant)]
 
-    def referenced(self) -> frozenset[str]:
+    def referenced(self) -> Set[str]:
         """The digests of every blob that a kept version needs."""
-        kept = [record for records in self.previous.values() for record in records]
-        return frozenset(digest for record in (*self.records.values(), *kept) for digest in record.blobs)
+        return self.tallies.blobs.keys()
 
     def after_publishing(self, records: Iterable[AdapterRecord]) -> Snapshot:
         """The state of the next generation if `records` alone were published."""
@@ -83,18 +93,44 @@ class Snapshot:
 
     def after(self, events: Iterable[Event], generation: int) -> Snapshot:
         """The state once `events` happened, as of `generation`."""
-        state = _State(dict(self.records), dict(self.previous), self.encoder, dict(self.pending))
+        state = _State.of(self)
         for event in events:
             state.apply(event)
-        return Snapshot(generation, state.records, state.previous, state.encoder, state.pending)
+        return state.freeze(generation)
 
 
 @dataclass(slots=True)
 class _State:
-    records: dict[Key, AdapterRecord]
-    previous: dict[Key, tuple[AdapterRecord, ...]]
+    """A Snapshot in the making. `public` and `tallies` are None where the snapshot before never needed them."""
+
+    records: MapEditor[Key, AdapterRecord]
+    previous: MapEditor[Key, tuple[AdapterRecord, ...]]
+    pending: MapEditor[AdapterRef, Embedding]
     encoder: ActiveEncoder | None
-    pending: dict[AdapterRef, Embedding]
+    public: MapEditor[str, AdapterRecord] | None
+    tallies: TalliesEditor | None
+
+    @classmethod
+    def of(cls, snapshot: Snapshot) -> _State:
+        public, tallies = snapshot.__dict__.get("public"), snapshot.__dict__.get("tallies")
+        return cls(
+            records=_edit(snapshot.records),
+            previous=_edit(snapshot.previous),
+            pending=_edit(snapshot.pending),
+            encoder=snapshot.encoder,
+            public=None if public is None else _edit(public),
+            tallies=None if tallies is None else tallies.edit(),
+        )
+
+    def freeze(self, generation: int) -> Snapshot:
+        """Return the snapshot, with what was carried on beside it."""
+        records, previous, pending = self.records.freeze(), self.previous.freeze(), self.pending.freeze()
+        snapshot = Snapshot(generation, records, previous, self.encoder, pending)
+        if self.public is not None:
+            snapshot.__dict__["public"] = self.public.freeze()
+        if self.tallies is not None:
+            snapshot.__dict__["tallies"] = self.tallies.freeze()
+        return snapshot
 
     def apply(self, event: Event) -> None:
         match event:
@@ -114,41 +150,72 @@ class _State:
 
     def _publish(self, record: AdapterRecord) -> None:
         key = (record.ref.tenant, record.ref.name)
-        older = (self.records[key], *self.previous.get(key, ())) if key in self.records else ()
+        older = self._versions(key)
         kept = tuple(old for old in older if old.ref != record.ref)[: KEPT_VERSIONS - 1]
-        if kept:
-            self.previous[key] = kept
         was_approved = any(old.ref == record.ref and old.approved for old in older)
-        self.records[key] = replace(record, approved=True) if was_approved else record
+        self._keep(key, (replace(record, approved=True) if was_approved else record, *kept))
         for old in older:
             if old.ref != record.ref:
-                self.pending.pop(old.ref, None)
+                self.pending.pop(old.ref)
 
     def _withdraw(self, key: Key) -> None:
-        record = self.records.pop(key, None)
-        self.previous.pop(key, None)
+        record = self.records.get(key)
         if record is not None:
-            self.pending.pop(record.ref, None)
+            self._keep(key, ())
+            self.pending.pop(record.ref)
 
     def _set_visibility(self, key: Key, visibility: Visibility) -> None:
         if key not in self.records:
             return
-        self.records[key] = replace(self.records[key], visibility=visibility)
-        if visibility == "private" and key in self.previous:
-            self.previous[key] = tuple(replace(old, visibility=visibility) for old in self.previous[key])
+        live, *older = self._versions(key)
+        if visibility == "private":
+            older = [replace(old, visibility=visibility) for old in older]
+        self._keep(key, (replace(live, visibility=visibility), *older))
 
     def _approve(self, ref: AdapterRef) -> None:
         if self._is_live(ref):
-            key = (ref.tenant, ref.name)
-            self.records[key] = replace(self.records[key], approved=True)
+            live, *older = self._versions((ref.tenant, ref.name))
+            self._keep((ref.tenant, ref.name), (replace(live, approved=True), *older))
 
     def _activate(self, encoder: ActiveEncoder) -> None:
-        for key, record in self.records.items():
-            embedding = self.pending.get(record.ref)
-            if embedding is not None and embedding.encoder == encoder.identity:
-                self.records[key] = replace(record, embedding=embedding)
-        self.encoder, self.pending = encoder, {}
+        for ref, embedding in list(self.pending.items()):
+            if embedding.encoder == encoder.identity and self._is_live(ref):
+                live, *older = self._versions((ref.tenant, ref.name))
+                self._keep((ref.tenant, ref.name), (replace(live, embedding=embedding), *older))
+        self.encoder, self.pending = encoder, PersistentMap[AdapterRef, Embedding]().edit()
+
+    def _keep(self, key: Key, versions: tuple[AdapterRecord, ...]) -> None:
+        """Keep these versions of the name, the live one first; none: the name is not live."""
+        before = self._versions(key)
+        if self.tallies is not None:
+            self.tallies.replace(before, versions)
+        if self.public is not None:
+            if versions and _is_public(versions[0]):
+                self.public[key[1]] = versions[0]
+            elif before and _is_public(before[0]):
+                self.public.pop(key[1])
+        if versions:
+            self.records[key] = versions[0]
+        else:
+            self.records.pop(key)
+        if len(versions) > 1:
+            self.previous[key] = versions[1:]
+        elif len(before) > 1:
+            self.previous.pop(key)
+
+    def _versions(self, key: Key) -> tuple[AdapterRecord, ...]:
+        record = self.records.get(key)
+        return () if record is None else (record, *self.previous.get(key, ()))
 
     def _is_live(self, ref: AdapterRef) -> bool:
         record = self.records.get((ref.tenant, ref.name))
         return record is not None and record.ref == ref
+
+
+def _edit(mapping: Mapping[K, V]) -> MapEditor[K, V]:
+    assert isinstance(mapping, PersistentMap)  # __post_init__ sees to it
+    return mapping.edit()
+
+
+def _is_public(record: AdapterRecord) -> bool:
+    return record.visibility == "public"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -95,7 +95,7 @@ class Upkeep:
         free = self._holds.sweep(list(by_digest), referenced, delete)
         return [file for digest in free for file in by_digest[digest]]
 
-    def _referenced(self) -> frozenset[str]:
+    def _referenced(self) -> Set[str]:
         return self._catalogue.snapshot().referenced()
 
 

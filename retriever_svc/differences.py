@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import compress, count
 from operator import is_not
 
+from lora_store.persistent_map import PersistentMap
 from lora_store.records import AdapterRecord
 from lora_store.snapshot import Key
 
@@ -18,8 +19,14 @@ def differences(
     """(names whose record is gone or another by now, records that are new).
 
     A later generation keeps the earlier one's records, as objects and in their order. So the two are walked side by
-    side, which costs a tenth of looking every name up; what stands elsewhere counts as gone and as new.
+    side, which costs a tenth of looking every name up; what stands elsewhere counts as gone and as new. Two maps that
+    share their memory are compared only where they differ.
     """
+    if isinstance(old, PersistentMap) and isinstance(new, PersistentMap):
+        keys = new.changed_since(old)
+        if keys is not None:
+            changed = [key for key in keys if old.get(key) is not new.get(key)]
+            return [key for key in changed if key in old], [new[key] for key in changed if key in new]
     before, after = list(old.values()), list(new.values())
     gone: list[Key] = []
     came: list[AdapterRecord] = []

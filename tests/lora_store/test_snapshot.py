@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
+import tracemalloc
 from datetime import UTC, datetime
 
 import pytest
 
-from lora_store import ActivateEncoder, Embed, Publish, Snapshot, Withdraw
+from lora_store import ActivateEncoder, Approve, Embed, PoolShare, Publish, SetVisibility, Snapshot, Withdraw
+from lora_store.rules import publish_events
 from tests.lora_store.builders import embedding
 
 NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
@@ -78,3 +81,67 @@ def test_another_encoders_embedding_is_not_activated(version):
     snapshot = _fold(Publish(version(0)), Embed(version(0).ref, embedding(1.0, encoder="third")))
     after = snapshot.after([ActivateEncoder("model", "new", "me", NOON)], 3)
     assert after.records[POET].encoder == "enc"
+
+
+def _random_events(draw, snapshot, make_record, number):
+    """One to four events on a few names of three tenants, as rules would allow them."""
+    for _ in range(draw.randrange(1, 5)):
+        tenant, name = draw.choice(["a", "b", "c"]), f"n{draw.randrange(6)}"
+        record = snapshot.records.get((tenant, name))
+        kind = draw.randrange(8)
+        if record is None or kind < 4:
+            weights = draw.randrange(5)
+            yield Publish(
+                make_record(
+                    f"{tenant}-{name}" if draw.random() < 0.5 else name,
+                    tenant,
+                    f"{draw.randrange(number + 1):064x}",
+                    weights_digest=f"w{weights}",
+                    num_bytes=10 + weights,
+                    samples_digest=draw.choice([None, f"s{weights}"]),
+                    visibility="public" if tenant == "a" else "private",
+                )
+            )
+        elif kind == 4:
+            yield Withdraw(record.ref, "me", NOON)
+        elif kind == 5:
+            yield SetVisibility(record.ref, "private", "me", NOON)
+        elif kind == 6:
+            yield Approve(record.ref, "me", NOON)
+        else:
+            yield Embed(record.ref, embedding(1.0, encoder=f"e{number}"))
+            yield ActivateEncoder("model", f"e{number}", "me", NOON)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_what_is_carried_on_equals_what_is_counted_from_scratch(make_record, seed):
+    draw, snapshot = random.Random(seed), Snapshot(0, {})
+    assert (snapshot.public, snapshot.tallies.held) == ({}, {})  # from now on `after` carries them on
+    for number in range(1, 80):
+        events = list(_random_events(draw, snapshot, make_record, number))
+        snapshot = snapshot.after(events, number)
+        scratch = Snapshot(number, dict(snapshot.records), dict(snapshot.previous))
+        assert snapshot.public == scratch.public
+        assert snapshot.tallies == scratch.tallies
+        kept = [record for key in snapshot.records for record in snapshot.versions(key)]
+        assert snapshot.referenced() == {digest for record in kept for digest in record.blobs}
+        for tenant in ("a", "b", "c"):
+            mine = [record for record in kept if record.ref.tenant == tenant]
+            held = snapshot.tallies.held.get(tenant)
+            num_names = sum(key[0] == tenant for key in snapshot.records)
+            num_bytes = sum({record.weights_digest: record.num_bytes for record in mine}.values())
+            assert (held and (held.num_adapters, held.num_bytes)) == ((num_names, num_bytes) if mine else None)
+
+
+def test_a_publish_into_a_large_pool_copies_no_part_of_it(make_record):
+    records = [make_record(f"n{number}", "acme", weights_digest=f"w{number}") for number in range(20_000)]
+    snapshot = Snapshot(1, {(record.ref.tenant, record.ref.name): record for record in records})
+    new = make_record("new", "acme", weights_digest="new")
+    publish_events(snapshot, [new], share=PoolShare(10**6, 10**9))  # counts once
+    tracemalloc.start()
+    events = publish_events(snapshot, [new], share=PoolShare(10**6, 10**9))
+    after = snapshot.after(events, 2)
+    assert (after.public["new"], after.tallies.held["acme"].num_adapters) == (new, 20_001)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50_000  # bytes; a copy of the names alone has a million
