@@ -78,7 +78,7 @@ class AppConfig(_Settings):
     publish_paths: bool = True  # whether loopback clients may publish folders of the server's file system
     allow_remote_publish: bool = False  # whether, without keys, clients of other machines may change the pool
     keys_file: Path | None = None  # who may ask and publish: deployments/key_ring.py; None: all are the local tenant
-    public_requires_approval: bool = False  # `auto` chooses a public adapter for other tenants after an admin's word
+    public_requires_approval: bool = False  # others' `auto` finds a public adapter once approved; True where keys are
     source_prefixes: tuple[str, ...] = ()  # s3://, gs:// or file:// URIs below which adapters may be published from
     max_upload_bytes: int = Field(default=512 << 20, ge=1)  # of one adapter's files, uploaded or copied from a source
     max_upload_total_bytes: int = Field(default=1 << 30, ge=1)  # of all uploads that one Ingress replica holds at once
@@ -101,6 +101,14 @@ class AppConfig(_Settings):
     worker_scaling: ScalingSettings = ScalingSettings(num_cpus=1, max_ongoing_requests=2112, target_ongoing_requests=48)
     worker_target_waiting_tokens: int = Field(default=8192, ge=1)  # in one engine's queue; more ask for more workers
     wake_timeout_s: float = Field(default=120, gt=0)  # how long a request is held where no worker runs
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_ask_for_approval(cls, settings: Any) -> Any:
+        """With keys there are other tenants, whose `auto` a publisher could draw to itself: approval is the default."""
+        if isinstance(settings, dict) and settings.get("keys_file") is not None:
+            return {"public_requires_approval": True} | settings
+        return settings
 
     @model_validator(mode="after")
     def _base_has_a_name(self) -> Self:

@@ -136,7 +136,9 @@ class Ingress:
         self.stats = StatsReader(config, retriever, worker)
         self.in_flight = InFlight(config.max_in_flight)
         self.bodies = BodyBudget(config.max_body_total_bytes)
-        self.preload = Preload(config.preload, publisher, approves=config.public_requires_approval)
+        self.preload = Preload(
+            config.preload, publisher, approves=config.keys_file is not None or config.public_requires_approval
+        )
 
     def __del__(self) -> None:
         """Serve calls it before the replica's process ends."""

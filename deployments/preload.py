@@ -10,13 +10,13 @@ from pathlib import Path
 from deployments import http_errors
 from deployments.adapter_folders import adapter_folders
 from deployments.errors import NotReady
-from deployments.published import Published
 from deployments.publisher import Publisher
 from deployments.uploads import FolderUpload
 
 logger = logging.getLogger(__name__)
 
 _BATCH = 32
+_ACTOR = "preload"
 
 
 class Preload:
@@ -54,12 +54,23 @@ class Preload:
         for start in range(0, len(folders), _BATCH):
             batch = [FolderUpload(folder) for folder in folders[start : start + _BATCH]]
             lacking = await self._publisher.lacking(batch)  # what was updated or rolled back since stays as it is
-            outcomes = await self._publisher.publish(lacking, actor="preload") if lacking else []
-            if self._approves and (new := [o.ref for o in outcomes if isinstance(o, Published)]):
-                await self._publisher.approve(new, actor="preload")
+            outcomes = await self._publisher.publish(lacking, actor=_ACTOR) if lacking else []
+            if self._approves:
+                await self._approve(batch)
             for upload, outcome in zip(lacking, outcomes, strict=True):
                 if isinstance(outcome, Exception):
                     logger.error("%s was not published: %s", upload.path, outcome)
                     _, body = http_errors.describe(outcome)
                     refused[str(upload.path)] = body["error"]["message"]
         return refused
+
+    async def _approve(self, batch: Sequence[FolderUpload]) -> None:
+        """Approve the live versions that a preload published, now or before approval was asked for."""
+        live = await self._publisher.live(batch)
+        waiting = [
+            record.ref
+            for record in live.values()
+            if record.actor == _ACTOR and record.visibility == "public" and not record.approved
+        ]
+        if waiting:
+            await self._publisher.approve(waiting, actor=_ACTOR)

@@ -93,10 +93,15 @@ class Publisher:
         return await self._run("approve", self._settled("approve", refs, actor))
 
     async def lacking(self, uploads: Sequence[FolderUpload]) -> list[FolderUpload]:
-        """Those whose name is not live, in whatever version."""
-        await self.reach_store()
-        live = await repeated(self._store.versions, [(upload.tenant, upload.adapter_name) for upload in uploads])
+        """Return those whose name is not live, in whatever version."""
+        live = await self.live(uploads)
         return [upload for upload in uploads if (upload.tenant, upload.adapter_name) not in live]
+
+    async def live(self, uploads: Sequence[FolderUpload]) -> dict[Key, AdapterRecord]:
+        """Return the live version of each name that has one."""
+        await self.reach_store()
+        kept = await repeated(self._store.versions, [(upload.tenant, upload.adapter_name) for upload in uploads])
+        return {key: versions[0] for key, versions in kept.items()}
 
     async def reach_store(self) -> str | None:
         """The identity of the encoder a reindex activated, None without one: asked before a change begins.

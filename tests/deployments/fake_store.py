@@ -84,7 +84,7 @@ class FakeStore:
         for item, embedding in zip(staged, embeddings, strict=True):
             if standing == "live" and self._kept(item.ref)[:1] != [item.ref]:
                 continue
-            record = replace(item.record, generation=self.generation, embedding=embedding)
+            record = replace(item.record, generation=self.generation, embedding=embedding, actor=actor)
             older = [old for old in self.live.get(key_of(record), ()) if old.ref != record.ref]
             self.live[key_of(record)] = (record, *older)[:KEPT_VERSIONS]
         holds = {item.hold for item in staged}

@@ -260,3 +260,12 @@ def test_a_keys_file_is_named_from_where_the_server_starts_and_its_links_stay(
 def test_with_keys_a_new_adapter_is_private_unless_its_publisher_says_otherwise() -> None:
     assert AppConfig().default_visibility == "public"
     assert AppConfig(keys_file=Path("keys.json")).default_visibility == "private"
+
+
+def test_with_keys_public_adapters_wait_for_approval_unless_the_operator_says_otherwise(tmp_path: Path) -> None:
+    assert not AppConfig().public_requires_approval
+    assert AppConfig(keys_file=Path("keys.json")).public_requires_approval
+    assert not AppConfig(keys_file=Path("keys.json"), public_requires_approval=False).public_requires_approval
+    assert AppConfig(public_requires_approval=True).public_requires_approval
+    (tmp_path / "settings.yaml").write_text("keys_file: keys.yaml\n")
+    assert load_config(tmp_path / "settings.yaml").public_requires_approval

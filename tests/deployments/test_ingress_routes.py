@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from deployments.uploads import FolderUpload
 from gpu_worker.errors import EngineFull, EngineStopped
 from lora_store import Staged, VersionConflict
 from retriever_svc import NoAdapterMatched
-from tests.deployments.adapter_records import BASE
+from tests.deployments.adapter_records import BASE, adapter, key_of
 from tests.deployments.app_fakes import Served, http_of, serve_plainly
 from tests.deployments.asking import ask, error_of, get, post, request
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_store import FakeStore
 from tests.deployments.fake_worker import DELTAS, FakeWorker
+from tests.deployments.key_files import entry, write
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 BROKEN = (DELTAS[0], EngineStopped("it stopped"))
@@ -249,17 +251,49 @@ def test_the_preload_is_published_in_batches_of_one_commit_each(tmp_path: Path) 
     assert {actor for _, _, _, actor, *_ in commits} == {"preload"}
 
 
-@pytest.mark.parametrize("requires_approval", [False, True])
-def test_what_the_operator_preloads_is_approved_where_that_is_asked_for(
-    tmp_path: Path, requires_approval: bool
+def approved_at_start(served: Served) -> list[tuple[str, str]]:
+    """(name, actor) of what was approved."""
+    return [(ref.name, actor) for refs, actor in served.store.called("approve") for ref in refs]
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_approved"),
+    [
+        ({}, False),
+        ({"public_requires_approval": True}, True),
+        ({"keys_file": "keys.json"}, True),
+        ({"keys_file": "keys.json", "public_requires_approval": False}, True),
+    ],
+    ids=["no keys", "asked for", "keys", "keys, not asked for"],
+)
+def test_what_the_operator_preloads_is_approved_where_there_are_other_tenants(
+    tmp_path: Path, settings: dict[str, Any], is_approved: bool
 ) -> None:
+    if "keys_file" in settings:
+        settings = settings | {"keys_file": write(tmp_path / "keys.json", entry("k"))}
+
     async def run() -> Served:
-        served = serve_plainly(preload=preload_of(tmp_path, "a", "b"), public_requires_approval=requires_approval)
+        served = serve_plainly(preload=preload_of(tmp_path, "a", "b"), **settings)
         await served.ingress.preload.wait()
         return served
 
-    approved = [(ref.name, actor) for refs, actor in asyncio.run(run()).store.called("approve") for ref in refs]
-    assert approved == ([("a", "preload"), ("b", "preload")] if requires_approval else [])
+    assert approved_at_start(asyncio.run(run())) == ([("a", "preload"), ("b", "preload")] if is_approved else [])
+
+
+def test_what_was_preloaded_before_approval_was_asked_for_is_approved_at_the_next_start(tmp_path: Path) -> None:
+    folders = preload_of(tmp_path, "a", "b", "c")
+    store = FakeStore()
+    refs = {}
+    for name, actor in (("a", "preload"), ("b", "id-acme"), ("c", "preload")):
+        record = replace(adapter(name, tenant="local"), actor=actor, approved=name == "c")
+        store.live[key_of(record)], refs[name] = (record,), record.ref
+
+    async def run() -> Served:
+        served = serve_plainly(store=store, preload=folders, public_requires_approval=True)
+        await served.ingress.preload.wait()
+        return served
+
+    assert approved_at_start(asyncio.run(run())) == [("a", "preload")]
 
 
 def test_the_api_describes_itself() -> None:
