@@ -75,7 +75,7 @@ PUBLISH_ANSWERS = answers(
 WITHDRAW_ANSWERS = answers(404, s200=objects.RemovedAdapters, s202=objects.RemovedAdapters)
 ROLLBACK_ANSWERS = answers(400, 404, 409, 422, s201=objects.PublishedAdapter, s202=objects.PublishedAdapter)
 VISIBILITY_ANSWERS = answers(400, 404, 409, s200=objects.SettledAdapter, s202=objects.SettledAdapter)
-APPROVE_ANSWERS = answers(400, 404, s200=objects.SettledAdapter, s202=objects.SettledAdapter)
+APPROVE_ANSWERS = answers(400, 404, 409, s200=objects.SettledAdapter, s202=objects.SettledAdapter)
 MAP_ANSWERS = answers(400, s200=objects.PoolPicture)
 PLACE_ANSWERS = answers(400, s200=objects.PromptPlace)
 STATS_ANSWERS = answers(s200=objects.Stats)

@@ -88,15 +88,26 @@ def visibility(
 @commands.command()
 def approve(
     name: Name,
-    digest: Annotated[str | None, typer.Option(help="beginning of the digest that was looked at")] = None,
+    digest: Annotated[str | None, typer.Option(help="the whole digest of the version you looked at")] = None,
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Let `auto` choose a public adapter's live version for every tenant."""
-    body = {} if digest is None else {"digest": digest}
-    answer = call(url, "POST", f"/v1/loras/{quote(name, safe='')}/approve", json=body)
+    """Let `auto` choose a public adapter's live version for every tenant. Without --digest, show it and ask."""
+    path = f"/v1/loras/{quote(name, safe='')}"
+    if digest is None:
+        digest = _confirmed(call(url, "GET", path))
+    answer = call(url, "POST", f"{path}/approve", json={"digest": digest})
     out.print(
         f"{answer['name']} {answer['digest'][:12]} is approved at generation {answer['generation']}", markup=False
     )
+
+
+def _confirmed(shown: dict[str, Any]) -> str:
+    """Return the digest of the live version once the user has agreed to approve it; else end the command."""
+    for field in ("id", "digest", "visibility", "num_samples", "tags", "created_at"):
+        out.print(f"{field}: {shown[field]}", markup=False, highlight=False, soft_wrap=True)
+    typer.confirm("Approve this version for every tenant?", abort=True)
+    digest: str = shown["digest"]
+    return digest
 
 
 @commands.command()

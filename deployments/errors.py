@@ -8,6 +8,7 @@ DeploymentsError
 ├── RateLimited        the key has used what it may for now
 ├── ModelNotFound      `model` names nothing this caller may use
 ├── VersionNotKept     the adapter has no kept version of that digest
+├── VersionChanged     another version is live than the one the request names
 ├── AdapterExists      the name is taken and the request does not say that it may be replaced
 ├── PublishingOff      this door does not publish
 ├── SourceRefused      the URI is not one that adapters may be published from
@@ -111,6 +112,24 @@ class VersionNotKept(DeploymentsError):
     def __str__(self) -> str:
         wanted = "older version" if self.wanted is None else f"version {self.wanted!r}"
         return f"adapter {self.name!r} has no {wanted}; kept are {', '.join(digest[:12] for digest in self.kept)}"
+
+
+class VersionChanged(DeploymentsError):
+    """Look at the live version, then name its digest."""
+
+    param = "digest"
+
+    def __init__(self, name: str, wanted: str, live: str) -> None:
+        super().__init__(name, wanted, live)
+        self.name = name
+        self.wanted = wanted
+        self.live = live
+
+    def __str__(self) -> str:
+        return (
+            f"digest: {self.wanted!r} is not the live version of adapter {self.name!r}; "
+            f"look at {self.live!r}, then approve that digest"
+        )
 
 
 class AdapterExists(DeploymentsError):

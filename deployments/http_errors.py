@@ -50,6 +50,7 @@ TABLE: tuple[tuple[type[Exception], int, str, str], ...] = (
     (api_errors.ModelNotFound, 404, _MISSING, "model_not_found"),
     (store_errors.AdapterNotFound, 404, _MISSING, "model_not_found"),
     (api_errors.VersionNotKept, 404, _MISSING, "version_not_found"),
+    (api_errors.VersionChanged, 409, _INVALID, "version_changed"),
     (api_errors.AdapterExists, 400, _INVALID, "adapter_exists"),
     (api_errors.PublishingOff, 403, _FORBIDDEN, "publishing_off"),
     (api_errors.SourceRefused, 403, _FORBIDDEN, "source_not_allowed"),

@@ -34,7 +34,7 @@ from deployments.auth import Administering, AnyCaller, Publishing
 from deployments.body_limit import DEFAULT_MAX_BODY_BYTES
 from deployments.callers import Caller
 from deployments.config import FORM_OVERHEAD_BYTES
-from deployments.errors import RequestInvalid, VersionNotKept
+from deployments.errors import RequestInvalid, VersionChanged
 from deployments.http_io import path_of
 from deployments.pool import Pool, open_pool, own_key, read_pool
 from deployments.pool_schemas import AdapterSource, ApproveRequest, PublishBatch, RollbackRequest, VisibilityRequest
@@ -146,13 +146,13 @@ async def set_visibility(name: str, body: VisibilityRequest, caller: Publishing,
 
 @router.post("/v1/loras/{name:path}/approve", response_model=None, responses=APPROVE_ANSWERS)
 async def approve(name: str, body: ApproveRequest, caller: Administering, pool: OpenPool) -> JSONResponse:
-    """Let `auto` choose this version of a public adapter for every tenant."""
+    """Let `auto` choose this version of a public adapter for every tenant. 409 where another version is live by now."""
     if "@" in name:
         raise RequestInvalid("name: the live version is approved; `digest` says which one that must be", "name")
     _, versions = await repeated(pool.retriever.record, caller.tenant, name)
     record = versions[0]
-    if not record.ref.digest.startswith(body.digest or ""):
-        raise VersionNotKept(name, body.digest, [record.ref.digest])
+    if record.ref.digest != body.digest:
+        raise VersionChanged(name, body.digest, record.ref.digest)
     if record.visibility != "public":
         raise RequestInvalid("name: only a public adapter is approved", "name")
     settled = await pool.publisher.approve([record.ref], caller.key_id)

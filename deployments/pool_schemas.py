@@ -67,9 +67,12 @@ class VisibilityRequest(ApiRequest):
 
 
 class ApproveRequest(ApiRequest):
-    """`POST /v1/loras/{name}/approve`: the live version, which must be the one whose digest begins like this."""
+    """`POST /v1/loras/{name}/approve`: the live version, which must be the one that was looked at.
 
-    digest: str | None = Field(default=None, min_length=8, max_length=64)
+    The digest is the whole one: a publisher could search for another version whose digest begins alike.
+    """
+
+    digest: str = Field(pattern=r"^[0-9a-f]{64}$", description="the whole `digest` that GET /v1/loras/{name} shows")
 
 
 class LoadAdapterRequest(ApiRequest):

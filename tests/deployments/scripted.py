@@ -72,9 +72,9 @@ def scripted(*answers: Answer) -> Iterator[Script]:
             thread.join()
 
 
-def run(*arguments: object) -> Result:
-    """The command's outcome; its error is its message, never a traceback."""
-    result = CliRunner().invoke(cli, [str(argument) for argument in arguments], terminal_width=400)
+def run(*arguments: object, input: str | None = None) -> Result:
+    """The command's outcome; its error is its message, never a traceback. `input`: what the user types."""
+    result = CliRunner().invoke(cli, [str(argument) for argument in arguments], terminal_width=400, input=input)
     assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
     return result
 

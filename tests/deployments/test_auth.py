@@ -209,22 +209,45 @@ def test_a_visibility_is_changed_by_its_own_tenant(keys: Path) -> None:
     ask(look, keys_file=keys, store=store, headers=bearer("all"))
 
 
+LIVE = POOL[0].ref.digest
+
+
 @pytest.mark.parametrize(
-    ("name", "body", "status"),
+    ("name", "body", "status", "code"),
     [
-        ("poet", {}, 200),
-        ("poet", {"digest": POOL[0].ref.digest[:8]}, 200),
-        ("poet", {"digest": "0" * 8}, 404),
-        (f"poet@{POOL[0].ref.digest}", {}, 400),
-        ("nobody", {}, 404),
+        ("poet", {"digest": LIVE}, 200, None),
+        ("poet", {}, 400, "invalid_request"),
+        ("poet", {"digest": None}, 400, "invalid_request"),
+        ("poet", {"digest": LIVE[:32]}, 400, "invalid_request"),
+        ("poet", {"digest": LIVE.upper()}, 400, "invalid_request"),
+        ("poet", {"digest": LIVE[:-1] + ("0" if LIVE[-1] != "0" else "1")}, 409, "version_changed"),
+        (f"poet@{LIVE}", {"digest": LIVE}, 400, "invalid_request"),
+        ("nobody", {"digest": LIVE}, 404, "model_not_found"),
     ],
 )
-def test_an_admin_approves_the_version_it_looked_at(keys: Path, name: str, body: Any, status: int) -> None:
+def test_an_admin_approves_the_whole_digest_it_looked_at(
+    keys: Path, name: str, body: Any, status: int, code: str | None
+) -> None:
     async def look(client: httpx.AsyncClient, served: Served) -> None:
         response = await client.post(f"/v1/loras/{name}/approve", json=body)
-        assert response.status_code == status, response.text
+        assert (response.status_code, code and error_of(response)["code"]) == (status, code), response.text
         approved = [([POOL[0].ref], "id-all")] if status == 200 else []
         assert served.store.called("approve") == approved
+
+    ask(look, keys_file=keys, headers=bearer("all"))
+
+
+def test_an_update_after_the_look_is_not_approved(keys: Path) -> None:
+    """The error names the version that is live by now, so that it can be looked at."""
+    changed = adapter("poet", version="changed")
+
+    async def look(client: httpx.AsyncClient, served: Served) -> None:
+        seen = (await client.get("/v1/loras/poet")).json()["digest"]
+        served.retriever._replicas[0].held = (changed,)
+        response = await client.post("/v1/loras/poet/approve", json={"digest": seen})
+        assert (response.status_code, error_of(response)["param"]) == (409, "digest")
+        assert changed.ref.digest in error_of(response)["message"]
+        assert served.store.called("approve") == []
 
     ask(look, keys_file=keys, headers=bearer("all"))
 
@@ -234,7 +257,7 @@ def test_a_private_adapter_is_not_approved(keys: Path) -> None:
 
     async def look(client: httpx.AsyncClient, served: Served) -> None:
         served.retriever._replicas[0].held = (mine,)
-        response = await client.post("/v1/loras/mine/approve", json={})
+        response = await client.post("/v1/loras/mine/approve", json={"digest": mine.ref.digest})
         assert (response.status_code, error_of(response)["param"]) == (400, "name")
 
     ask(look, keys_file=keys, headers=bearer("all"))

@@ -108,9 +108,30 @@ def test_a_visibility_is_changed() -> None:
     assert "poet is public at generation 5" in words(result.stdout)
 
 
-@pytest.mark.parametrize(("options", "body"), [((), {}), (("--digest", "abcdef01"), {"digest": "abcdef01"})])
-def test_a_version_is_approved(options: tuple[str, ...], body: dict[str, Any]) -> None:
-    with scripted((200, {"name": "poet", "digest": "d" * 64, "generation": 5})) as server:
-        result = run("approve", "acme/poet", *options, "--url", server.url)
-    assert (server.asked, server.sent) == ([("POST", "/v1/loras/acme%2Fpoet/approve")], [body])
+SHOWN = {
+    "id": "acme/poet",
+    "digest": "d" * 64,
+    "visibility": "public",
+    "num_samples": 20,
+    "tags": ["fun"],
+    "created_at": "2026-01-02",
+}
+APPROVED = {"name": "poet", "digest": "d" * 64, "generation": 5}
+APPROVAL = ("POST", "/v1/loras/acme%2Fpoet/approve")
+
+
+def test_the_version_whose_digest_is_given_is_approved() -> None:
+    with scripted((200, APPROVED)) as server:
+        result = run("approve", "acme/poet", "--digest", "d" * 64, "--url", server.url)
+    assert (server.asked, server.sent) == ([APPROVAL], [{"digest": "d" * 64}])
     assert f"poet {'d' * 12} is approved at generation 5" in words(result.stdout)
+
+
+@pytest.mark.parametrize(("said", "is_approved"), [("y\n", True), ("n\n", False), ("", False)])
+def test_without_a_digest_the_version_that_was_shown_is_approved_once_confirmed(said: str, is_approved: bool) -> None:
+    with scripted((200, SHOWN), (200, APPROVED)) as server:
+        result = run("approve", "acme/poet", "--url", server.url, input=said)
+    assert "d" * 64 in words(result.stdout)
+    assert server.asked == [("GET", "/v1/loras/acme%2Fpoet"), *([APPROVAL] if is_approved else [])]
+    assert server.sent[1:] == ([{"digest": "d" * 64}] if is_approved else [])
+    assert (result.exit_code == 0) == is_approved

@@ -84,7 +84,7 @@ def naming(name: str, owner: str) -> Iterator[Request]:
         yield "POST", f"/v1/loras/{form}/rollback", {}
         yield "POST", "/v1/unload_lora_adapter", {"lora_name": form}
         if "@" not in form:
-            yield "POST", f"/v1/loras/{form}/approve", {}
+            yield "POST", f"/v1/loras/{form}/approve", {"digest": "0" * 64}
 
 
 async def answer_to(tenants: TwoTenants, tenant: str, request: Request) -> httpx.Response:
