@@ -17,8 +17,10 @@ from gpu_worker.rope import pin_longrope
 
 _ATTENTION_SINKS = ("gpt_oss",)
 _LARGEST_CUDA_HEAD = 256  # of flash attention 2
-_NEEDED = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "vocab_size")
-_NEEDED += ("max_position_embeddings",)
+_NEEDED = (
+    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "vocab_size"),
+    "max_position_embeddings",
+)
 
 
 @dataclass(frozen=True, slots=True)
