@@ -19,6 +19,7 @@ from starlette.responses import Response
 
 from deployments import errors as api_errors
 from deployments.errors import RequestInvalid, Unsupported
+from deployments.json_body import BoundedRequest
 from deployments.openai_fields import UNSUPPORTED
 from deployments.request_record import note_refusal
 from gpu_worker import errors as worker_errors
@@ -178,9 +179,12 @@ class AnsweringRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def answering(request: Request) -> Response:
+            bounded = BoundedRequest(request.scope, request.receive)
             try:
-                return await handle(request)
+                return await handle(bounded)
             except (RequestValidationError, HTTPException):
+                if bounded.refusal is not None:
+                    return error_response(bounded.refusal)
                 raise
             except Exception as exc:
                 return error_response(exc)

@@ -12,6 +12,7 @@ from retriever_svc import PinnedAdapter
 
 MAX_ADAPTERS = 16
 Weight = Annotated[float, Field(ge=-4, le=4)]
+Tag = Annotated[str, Field(min_length=1, max_length=64)]
 AdapterName = Annotated[str, Field(min_length=1, max_length=256)]
 
 
@@ -25,7 +26,7 @@ class AdapterChoice(ApiRequest):
 class LoraFilter(ApiRequest):
     """Which adapters retrieval may choose: those that carry all of `tags`."""
 
-    tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = Field(min_length=1, max_length=32)
+    tags: Annotated[list[Tag], Field(fail_fast=True, min_length=1, max_length=32)]
 
 
 class PlanRow(ApiRequest):
@@ -44,7 +45,7 @@ class PlanGiven(ApiRequest):
     """A plan that is sent back, as `lora` of an answer or `/v1/route` gave it; `candidates` are not read again."""
 
     strategy: Literal["base", "selection", "mixture", "fusion"]
-    adapters: list[PlanRow] = Field(default=[], max_length=MAX_ADAPTERS)
+    adapters: list[PlanRow] = Field(fail_fast=True, default=[], max_length=MAX_ADAPTERS)
     generation: int = Field(default=0, ge=0, lt=2**63)
     abstained: bool = False
     candidates: list[Any] = Field(default=[], max_length=64)
@@ -55,7 +56,7 @@ class LoraOptions(ApiRequest):
 
     strategy: Literal["selection", "mixture", "fusion"] | None = None
     k: int | None = Field(default=None, ge=1, le=MAX_ADAPTERS)
-    adapters: list[AdapterChoice] | None = Field(default=None, min_length=1, max_length=MAX_ADAPTERS)
+    adapters: Annotated[list[AdapterChoice], Field(fail_fast=True, min_length=1, max_length=MAX_ADAPTERS)] | None = None
     weights: Literal["uniform", "softmax"] | None = None
     min_score: float | None = Field(default=None, ge=-1, le=1)
     fallback: Literal["base", "error"] | None = None
@@ -86,8 +87,8 @@ def _linear(value: Any) -> Any:
 class MergedAdapters(ApiRequest):
     """LoRAX's `merged_adapters`. `linear` is fusion, here with each adapter's own scaling."""
 
-    ids: list[AdapterName] = Field(min_length=1, max_length=MAX_ADAPTERS)
-    weights: list[Weight] | None = Field(default=None, max_length=MAX_ADAPTERS)
+    ids: Annotated[list[AdapterName], Field(fail_fast=True, min_length=1, max_length=MAX_ADAPTERS)]
+    weights: Annotated[list[Weight], Field(fail_fast=True, max_length=MAX_ADAPTERS)] | None = None
     merge_strategy: Annotated[Literal["linear"], BeforeValidator(_linear)] = "linear"
     density: Literal[0] = 0  # of the strategies that drop weights
 

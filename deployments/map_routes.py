@@ -8,7 +8,7 @@ from pydantic import Field
 from deployments import http_errors
 from deployments.answers import JsonObject
 from deployments.api_docs import MAP_ANSWERS, PLACE_ANSWERS
-from deployments.api_request import ApiRequest
+from deployments.api_request import MAX_TEXT_CHARS, ApiRequest
 from deployments.auth import AnyCaller
 from deployments.pool import Pool, read_pool
 from deployments.retries import repeated
@@ -23,8 +23,8 @@ Name = Annotated[str, Field(min_length=1, max_length=256)]
 class PlaceQuery(ApiRequest):
     """`POST /v1/pool/map`. A body, since addresses end in logs and prompts must not."""
 
-    prompt: str = Field(min_length=1)
-    adapters: list[Name] = Field(default=[], max_length=MAX_PLAN_ADAPTERS)
+    prompt: str = Field(min_length=1, max_length=MAX_TEXT_CHARS)
+    adapters: list[Name] = Field(fail_fast=True, default=[], max_length=MAX_PLAN_ADAPTERS)
     min_generation: int = Field(default=0, ge=0, lt=2**63)
 
 

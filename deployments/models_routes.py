@@ -3,15 +3,17 @@
 from typing import Annotated
 
 from fastapi import APIRouter, Query
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from deployments import http_errors
 from deployments.answers import JsonObject, list_object
 from deployments.api_docs import MODEL_ANSWERS, MODELS_ANSWERS
+from deployments.api_request import ApiRequest
 from deployments.auth import AnyCaller
 from deployments.errors import ModelNotFound
 from deployments.planner import AUTO
 from deployments.pool_routes import MAX_PAGE, AnyPool
+from deployments.pool_schemas import Tag
 from deployments.retries import repeated
 from lora_store import AdapterNotFound, AdapterRecord
 from retriever_svc import PageRequest
@@ -20,15 +22,13 @@ router = APIRouter(route_class=http_errors.AnsweringRoute)
 _OWNER = "loraretriever"
 
 
-class ModelQuery(BaseModel):
+class ModelQuery(ApiRequest):
     """One page of the list: names in order, `auto` and the base model first."""
-
-    model_config = ConfigDict(extra="forbid")
 
     limit: int = Field(default=MAX_PAGE, ge=1, le=MAX_PAGE)
     after: str = Field(default="", max_length=256, description="the last id of the page before")
     owner: str | None = Field(default=None, max_length=64, description="adapters of this tenant alone")
-    tag: list[str] = Field(default=[], max_length=32, description="adapters that carry all of these")
+    tag: list[Tag] = Field(fail_fast=True, default=[], max_length=32, description="adapters that carry all of these")
     name: str = Field(default="", max_length=256, description="ids with this in them, in any case")
 
 

@@ -6,7 +6,6 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
-from pydantic_core import from_json
 from starlette.types import Scope
 
 from deployments import http_errors
@@ -36,11 +35,20 @@ from deployments.callers import Caller
 from deployments.config import FORM_OVERHEAD_BYTES
 from deployments.errors import RequestInvalid, VersionChanged
 from deployments.http_io import path_of
+from deployments.json_body import read_json
 from deployments.pool import Pool, open_pool, own_key, read_pool
-from deployments.pool_schemas import AdapterSource, ApproveRequest, PublishBatch, RollbackRequest, VisibilityRequest
+from deployments.pool_schemas import (
+    MAX_TAG_CHARS,
+    MAX_TAGS,
+    AdapterSource,
+    ApproveRequest,
+    PublishBatch,
+    RollbackRequest,
+    VisibilityRequest,
+)
 from deployments.retries import repeated
 from deployments.upload_form import read_upload
-from deployments.uploads import FolderUpload
+from deployments.uploads import MAX_UPLOAD_FILES, FolderUpload
 from lora_store import VISIBILITIES
 from retriever_svc import Page, PageRequest
 
@@ -54,10 +62,10 @@ _FORM = {
     "type": "object",
     "required": ["files", "name"],
     "properties": {
-        "files": {"type": "array", "items": {"type": "string", "format": "binary"}},
-        "name": {"type": "string"},
-        "tags": {"type": "array", "items": {"type": "string"}},
-        "template": {"type": "string"},
+        "files": {"type": "array", "items": {"type": "string", "format": "binary"}, "maxItems": MAX_UPLOAD_FILES},
+        "name": {"type": "string", "maxLength": 64},
+        "tags": {"type": "array", "items": {"type": "string", "maxLength": MAX_TAG_CHARS}, "maxItems": MAX_TAGS},
+        "template": {"type": "string", "enum": ["alpaca", "chat"]},
         "visibility": {"type": "string", "enum": list(VISIBILITIES)},
     },
 }
@@ -193,10 +201,7 @@ async def _publish_one(pool: Pool, caller: Caller, http: Request, upload: Folder
 
 def _parse(body: bytes) -> AdapterSource | PublishBatch:
     """Raises: RequestInvalid."""
-    try:
-        data: Any = from_json(body)
-    except ValueError as exc:
-        raise RequestInvalid(f"the body is no JSON: {exc}") from exc
+    data: Any = read_json(body)
     try:
         if isinstance(data, dict) and "adapters" in data:
             return PublishBatch.model_validate(data)

@@ -12,6 +12,9 @@ from deployments.uploads import FolderUpload
 from lora_store import Visibility
 
 MAX_BATCH = 256
+MAX_TAGS = 32
+MAX_TAG_CHARS = 256
+Tag = Annotated[str, Field(max_length=MAX_TAG_CHARS)]  # the Store says which ones it takes
 Name = Annotated[str, Field(min_length=1, max_length=129)]  # `name`, or `tenant/name`
 
 
@@ -19,7 +22,7 @@ class AdapterLabel(ApiRequest):
     """What a publisher may say of an adapter beside its files."""
 
     name: str | None = Field(default=None, max_length=64)
-    tags: list[str] = Field(default=[], max_length=32)
+    tags: list[Tag] = Field(fail_fast=True, default=[], max_length=MAX_TAGS)
     template: Literal["alpaca", "chat"] | None = None
     visibility: Visibility | None = None  # None: as the name has it; of a new name the server's default
 
@@ -51,7 +54,7 @@ class AdapterSource(AdapterLabel):
 class PublishBatch(ApiRequest):
     """`POST /v1/loras`: many adapters in one commit."""
 
-    adapters: list[AdapterSource] = Field(min_length=1, max_length=MAX_BATCH)
+    adapters: Annotated[list[AdapterSource], Field(fail_fast=True, min_length=1, max_length=MAX_BATCH)]
 
 
 class RollbackRequest(ApiRequest):

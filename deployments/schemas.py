@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from deployments.api_request import ApiRequest, problem
+from deployments.api_request import MAX_LABEL_CHARS, MAX_TEXT_CHARS, ApiRequest, at_most, problem
 from deployments.lora_options import AdapterName, LoraOptions, MergedAdapters, options_of_path
 from deployments.openai_fields import (
     OF_CHAT,
@@ -19,11 +19,22 @@ from deployments.openai_fields import (
     without_unsupported,
 )
 from gpu_worker.prompts import Message
-from gpu_worker.request import DEFAULT_MAX_TOKENS, MAX_BIASED_IDS, MAX_LOGPROBS, SamplingParams
+from gpu_worker.request import (
+    DEFAULT_MAX_TOKENS,
+    MAX_BIASED_IDS,
+    MAX_LOGPROBS,
+    MAX_STOP_CHARS,
+    MAX_STOPS,
+    SamplingParams,
+)
 
 MAX_CHOICES = 16
 MAX_PROMPTS = 128
 MAX_ROWS = 128  # answers to one request: prompts × n
+MAX_MESSAGES = 1024
+MAX_PARTS = 256  # of one message
+MAX_QUERIES = 256  # prompts of one /v1/route
+MAX_METADATA = 16
 _CHARS_PER_TOKEN = 4  # of English, about: real usage settles what a request is charged
 
 
@@ -46,7 +57,7 @@ def _as_list(value: Any) -> Any:
 
 
 def _as_prompts(value: Any) -> Any:
-    if isinstance(value, list) and any(isinstance(item, int | list) for item in value):
+    if isinstance(value, list) and any(isinstance(item, int | list) for item in value[: MAX_PROMPTS + 1]):
         raise unsupported("", "token ids as a prompt")
     return _as_list(value)
 
@@ -55,7 +66,23 @@ def _as_parts(value: Any) -> Any:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
-StopStrings = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
+Text = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
+Label = Annotated[str, Field(max_length=MAX_LABEL_CHARS)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+StopList = Annotated[list[StopString], Field(max_length=MAX_STOPS)]
+StopStrings = Annotated[
+    list[StopString],
+    Field(fail_fast=True, max_length=MAX_STOPS),
+    BeforeValidator(_as_list, json_schema_input_type=StopString | StopList),
+]
+Paths = Annotated[list[AdapterName | None], Field(fail_fast=True, max_length=MAX_PROMPTS)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+LogitBias = Annotated[dict[int, Bias], Field(max_length=MAX_BIASED_IDS), BeforeValidator(at_most(MAX_BIASED_IDS))]
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+    Field(max_length=MAX_METADATA),
+    BeforeValidator(at_most(MAX_METADATA)),
+]
 
 
 class StreamOptions(ApiRequest):
@@ -70,7 +97,7 @@ class GenerationRequest(ApiRequest):
     model: str = Field(default="auto", min_length=1, max_length=256)
     lora: LoraOptions = LoraOptions()
     merged_adapters: MergedAdapters | None = None
-    lora_path: AdapterName | list[AdapterName | None] | None = None
+    lora_path: AdapterName | Paths | None = None
     max_tokens: int | None = Field(default=None, ge=1)
     min_tokens: int = Field(default=0, ge=0)
     temperature: float = Field(default=1.0, ge=0, le=2)
@@ -80,20 +107,20 @@ class GenerationRequest(ApiRequest):
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
     repetition_penalty: float = Field(default=1.0, ge=0.01, le=100)
-    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = Field(default={}, max_length=MAX_BIASED_IDS)
+    logit_bias: LogitBias = Field(default={})
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     stop: StopStrings = Field(default=[])
-    stop_token_ids: list[int] | None = Field(default=None, max_length=64)
+    stop_token_ids: Annotated[list[int], Field(fail_fast=True, max_length=64)] | None = None
     ignore_eos: bool = False
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     stream: bool = False
     stream_options: StreamOptions | None = None
     timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # from arrival; the server's cap holds
     # Of no effect on an answer, and taken as they come.
-    user: str | None = None
-    metadata: dict[str, str] | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
+    user: Label | None = None
+    metadata: Metadata | None = None
+    safety_identifier: Label | None = None
+    prompt_cache_key: Label | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -170,7 +197,7 @@ class GenerationRequest(ApiRequest):
 
 class TextPart(ApiRequest):
     type: Literal["text"]
-    text: str
+    text: Text
 
     @model_validator(mode="before")
     @classmethod
@@ -180,10 +207,17 @@ class TextPart(ApiRequest):
         return data
 
 
+Parts = Annotated[list[TextPart], Field(max_length=MAX_PARTS)]
+
+
 class ChatMessage(ApiRequest):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[TextPart], BeforeValidator(_as_parts, json_schema_input_type=str | list[TextPart])]
-    name: str | None = None
+    content: Annotated[
+        list[TextPart],
+        Field(fail_fast=True, max_length=MAX_PARTS),
+        BeforeValidator(_as_parts, json_schema_input_type=Text | Parts),
+    ]
+    name: Label | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -202,7 +236,7 @@ class ChatCompletionRequest(GenerationRequest):
 
     not_served: ClassVar[dict[str, tuple[Any, ...]]] = OF_CHAT
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1024)]
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
@@ -230,7 +264,9 @@ class ChatCompletionRequest(GenerationRequest):
         return [self._question(0, turns, text)]
 
 
-Prompt = Annotated[str, Field(min_length=1)]
+Prompt = Annotated[str, Field(min_length=1, max_length=MAX_TEXT_CHARS)]
+Prompts = Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS)]
+Queries = Annotated[list[Text], Field(min_length=1, max_length=MAX_QUERIES)]
 
 
 class CompletionRequest(GenerationRequest):
@@ -240,8 +276,8 @@ class CompletionRequest(GenerationRequest):
 
     prompt: Annotated[
         list[Prompt],
-        Field(min_length=1, max_length=MAX_PROMPTS),
-        BeforeValidator(_as_prompts, json_schema_input_type=Prompt | list[Prompt]),
+        Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS),
+        BeforeValidator(_as_prompts, json_schema_input_type=Prompt | Prompts),
     ]
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
 
@@ -265,8 +301,8 @@ class RouteQuery(ApiRequest):
     """`POST /v1/route`: which adapters would answer these prompts. Nothing is generated."""
 
     prompt: Annotated[
-        list[str],
-        Field(min_length=1, max_length=256),
-        BeforeValidator(_as_list, json_schema_input_type=str | list[str]),
+        list[Text],
+        Field(fail_fast=True, min_length=1, max_length=MAX_QUERIES),
+        BeforeValidator(_as_list, json_schema_input_type=Text | Queries),
     ]
     lora: LoraOptions = LoraOptions()

@@ -173,9 +173,10 @@ def test_a_malformed_publish_is_refused_by_its_field_and_nothing_is_staged(body:
 @pytest.mark.parametrize(
     ("content", "kind", "said"),
     [
-        (b"{", "application/json", "no JSON"),
-        (b'{"path": "\xff"}', "application/json", "no JSON"),
-        (b"[" * 100_000, "application/json", "no JSON"),
+        (b"{", "application/json", "not valid JSON"),
+        (b'{"path": "\xff"}', "application/json", "not utf-8 text"),
+        (b"[" * 100_000, "application/json", "more than 16384 JSON values"),
+        (b"[" * 10_000, "application/json", "nested too deeply"),
         (b"path=/a", "application/x-www-form-urlencoded", "content-type"),
         (b'{"path": "/a"}', "text/plain", "content-type"),
         (b"", "", "content-type"),
