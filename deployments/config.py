@@ -79,6 +79,7 @@ class AppConfig(_Settings):
     allow_remote_publish: bool = False  # whether, without keys, clients of other machines may change the pool
     keys_file: Path | None = None  # who may ask and publish: deployments/key_ring.py; None: all are the local tenant
     public_requires_approval: bool = False  # others' `auto` finds a public adapter once approved; True where keys are
+    admins_approve_own: bool = False  # whether, with keys, an admin may approve adapters of its own tenant
     source_prefixes: tuple[str, ...] = ()  # s3://, gs:// or file:// URIs below which adapters may be published from
     max_upload_bytes: int = Field(default=512 << 20, ge=1)  # of one adapter's files, uploaded or copied from a source
     max_upload_total_bytes: int = Field(default=1 << 30, ge=1)  # of all uploads that one Ingress replica holds at once

@@ -5,6 +5,7 @@ DeploymentsError
 ├── Unsupported        the request asks for a part of the OpenAI API that this server does not have
 ├── KeyRefused         no key came, or one that is none of this server's
 ├── RoleMissing        the key may not do this
+├── OwnApproval        an admin approves an adapter of its own tenant
 ├── RateLimited        the key has used what it may for now
 ├── ModelNotFound      `model` names nothing this caller may use
 ├── VersionNotKept     the adapter has no kept version of that digest
@@ -73,6 +74,21 @@ class RoleMissing(DeploymentsError):
 
     def __str__(self) -> str:
         return f"the key {self.key_id!r} has no role {self.role!r}"
+
+
+class OwnApproval(DeploymentsError):
+    """Have another tenant's admin approve it."""
+
+    def __init__(self, name: str, tenant: str) -> None:
+        super().__init__(name, tenant)
+        self.name = name
+        self.tenant = tenant
+
+    def __str__(self) -> str:
+        return (
+            f"the adapter {self.name!r} belongs to the key's own tenant {self.tenant!r}: "
+            "have an admin of another tenant approve it, or set admins_approve_own on the server"
+        )
 
 
 class RateLimited(DeploymentsError):

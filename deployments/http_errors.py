@@ -47,6 +47,7 @@ TABLE: tuple[tuple[type[Exception], int, str, str], ...] = (
     (api_errors.Unsupported, 400, _INVALID, "unsupported"),
     (api_errors.KeyRefused, 401, _INVALID, "invalid_api_key"),
     (api_errors.RoleMissing, 403, _FORBIDDEN, "role_missing"),
+    (api_errors.OwnApproval, 403, _FORBIDDEN, "own_approval"),
     (api_errors.RateLimited, 429, _LIMITED, "rate_limit_exceeded"),
     (api_errors.ModelNotFound, 404, _MISSING, "model_not_found"),
     (store_errors.AdapterNotFound, 404, _MISSING, "model_not_found"),

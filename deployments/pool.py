@@ -13,14 +13,14 @@ from deployments.background import Background
 from deployments.body_limit import BodyBudget
 from deployments.callers import Caller
 from deployments.config import AppConfig
-from deployments.errors import PublishingOff
+from deployments.errors import OwnApproval, PublishingOff
 from deployments.http_io import is_loopback
 from deployments.in_flight import InFlight
 from deployments.publisher import Publisher
 from deployments.request_figures import RequestFigures
 from deployments.upload_budget import UploadBudget
 from deployments.uploads import FolderUpload
-from lora_store import AdapterNotFound, Key
+from lora_store import AdapterNotFound, AdapterRef, Key
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,11 @@ class Pool:
     @property
     def has_keys(self) -> bool:
         return self.config.keys_file is not None
+
+    def require_approver(self, ref: AdapterRef, caller: Caller) -> None:
+        """Raises: OwnApproval where an admin would decide what its own tenant gives to others, unless that is set."""
+        if self.has_keys and ref.tenant == caller.tenant and not self.config.admins_approve_own:
+            raise OwnApproval(ref.name, ref.tenant)
 
     def upload_of(self, upload: FolderUpload, caller: Caller, http: Request) -> FolderUpload:
         """What the caller wants to publish, as its tenant's. Raises: PublishingOff."""

@@ -163,6 +163,7 @@ async def approve(name: str, body: ApproveRequest, caller: Administering, pool: 
         raise VersionChanged(name, body.digest, record.ref.digest)
     if record.visibility != "public":
         raise RequestInvalid("name: only a public adapter is approved", "name")
+    pool.require_approver(record.ref, caller)
     settled = await pool.publisher.approve([record.ref], caller.key_id)
     answer = {"name": record.ref.name, "digest": record.ref.digest, "approved": True} | settled_object(settled)
     return JSONResponse(answer, 202 if settled.behind else 200)

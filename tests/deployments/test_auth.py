@@ -16,7 +16,7 @@ from deployments.auth import BearerAuth, caller_of
 from deployments.callers import ROLES
 from deployments.errors import KeyRefused
 from gpu_worker.errors import DeadlineExceeded, EngineStopped
-from tests.deployments.adapter_records import POOL, adapter
+from tests.deployments.adapter_records import POOL, adapter, pool_of
 from tests.deployments.all_routes import (
     OPEN_ROUTES,
     ROLES_OF,
@@ -261,6 +261,35 @@ def test_a_private_adapter_is_not_approved(keys: Path) -> None:
         assert (response.status_code, error_of(response)["param"]) == (400, "name")
 
     ask(look, keys_file=keys, headers=bearer("all"))
+
+
+@pytest.mark.parametrize(
+    ("owner", "settings", "status"),
+    [
+        ("acme", {}, 403),
+        ("acme", {"public_requires_approval": False}, 403),
+        ("acme", {"admins_approve_own": True}, 200),
+        ("globex", {}, 200),
+    ],
+)
+def test_an_admin_does_not_approve_for_its_own_tenant(keys: Path, owner: str, settings: Any, status: int) -> None:
+    record = adapter("poet", tenant=owner)
+
+    async def look(client: httpx.AsyncClient, served: Served) -> None:
+        served.retriever._replicas[0].held = (record,)
+        response = await client.post(f"/v1/loras/{owner}/poet/approve", json={"digest": record.ref.digest})
+        assert response.status_code == status, response.text
+        assert served.store.called("approve") == ([([record.ref], "id-all")] if status == 200 else [])
+        if status == 403:
+            assert error_of(response)["code"] == "own_approval"
+            assert "admins_approve_own" in error_of(response)["message"]
+
+    ask(look, keys_file=keys, headers=bearer("all"), store=FakeStore(pool_of(record)), **settings)
+
+
+def test_without_keys_whoever_may_change_the_pool_may_approve() -> None:
+    response = post("/v1/loras/poet/approve", {"digest": LIVE})
+    assert (response.status_code, response.json()["approved"]) == (200, True)
 
 
 def by_openai(
