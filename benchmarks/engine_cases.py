@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import torch
@@ -104,10 +104,12 @@ class Loaded:
         self.prompts = Prompts(self.engine.base.tokenizer)
         adapters |= adapters_of(num_adapters, self.engine.bank.shapes)
 
-    def run(self, asked: Sequence[Plan], rows: Sequence[Prompt], num_new: int = NUM_NEW) -> tuple[float, list[float]]:
-        """(tokens a second, prompts included; milliseconds of each step)."""
+    def run(
+        self, asked: Sequence[Plan], rows: Sequence[Prompt], num_new: int = NUM_NEW, **settings: Any
+    ) -> tuple[float, list[float]]:
+        """Return (tokens a second, prompts included; milliseconds of each step). `settings` change the greedy ones."""
         for number, (plan, prompt) in enumerate(zip(asked, rows, strict=True)):
-            job = Job(str(number), prompt.text, plan, sampling(num_new))
+            job = Job(str(number), prompt.text, plan, replace(sampling(num_new), **settings))
             self.engine.submit(self.engine.prepare(job, lambda _: None))
         while not all(load.done() for row in self.engine.waiting for load in row.loads.values()):
             self.engine.loaded.wait(0.1)

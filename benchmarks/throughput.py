@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -42,6 +43,17 @@ NUM_ADAPTERS, WARM_TOKENS = 96, 4
 NUM_TURNS, NUM_PROMPT_STEPS = 4, 8
 
 
+SAMPLING: Mapping[str, Mapping[str, Any]] = {
+    "greedy": {},
+    "temperature 1": {"temperature": 1.0},
+    "top_p 0.95, top_k 50": {"temperature": 1.0, "top_p": 0.95, "top_k": 50},
+    "top_p 0.95": {"temperature": 1.0, "top_p": 0.95},
+    "5 logprobs": {"logprobs": 5},
+    "temperature 1, 5 logprobs": {"temperature": 1.0, "logprobs": 5},
+}
+"""How tokens are chosen, and what of it is reported. All of these run on the base model."""
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """One row of the table. `literal`: by the paper's einsum."""
@@ -50,11 +62,13 @@ class Case:
     strategy: Strategy
     num_active: int
     literal: bool = False
+    sampling: str = "greedy"
 
     @property
     def what(self) -> str:
         kind = "literal einsum" if self.literal else self.strategy
-        return kind if self.strategy == "base" else f"{kind} {self.num_active}"
+        kind = kind if self.strategy == "base" else f"{kind} {self.num_active}"
+        return kind if self.sampling == "greedy" else f"{kind}, {self.sampling}"
 
     @property
     def name(self) -> str:
@@ -69,6 +83,7 @@ CASES = (
     Case(NUM_ROWS, "mixture", 96),
     Case(NUM_ROWS, "fusion", 8),
     Case(NUM_ROWS, "mixture", 8, literal=True),
+    *[Case(NUM_ROWS, "base", 0, sampling=name) for name in SAMPLING if name != "greedy"],
     Case(8, "base", 0),
     Case(8, "selection", 8),
     Case(8, "mixture", 8),
@@ -111,7 +126,7 @@ class Bench:
     def _run(self, case: Case, prompts: Sequence[Prompt], num_new: int) -> tuple[float, float]:
         asked = plans(case.strategy, case.num_active, case.num_rows)
         with literal_mixture(self._loaded.engine) if case.literal else nullcontext():
-            tokens_s, steps = self._loaded.run(asked, prompts, num_new)
+            tokens_s, steps = self._loaded.run(asked, prompts, num_new, **SAMPLING[case.sampling])
         return tokens_s, statistics.median(steps)
 
     def _extra_ms(self, case: Case, prompts: Sequence[Prompt], num_new: int) -> float:
@@ -148,6 +163,8 @@ def figures_of(found: Sequence[Round], turns: Sequence[Turn]) -> dict[str, float
     figures |= {f"mixture{active}_over_generate": median(f"mixture {active}", "generate") for active in (8, 32, 96)}
     figures |= {f"lora_ms_{active}": extra_ms(f"mixture {active}") for active in (8, 32, 96)}
     figures |= {"mixture8_over_base": median("mixture 8", "base")}
+    for case in (case for case in CASES if case.sampling != "greedy"):
+        figures[f"{re.sub('[^a-z0-9]+', '_', case.sampling)}_over_greedy"] = median(case.what, "base")
     return figures | {"literal_ms_8": extra_ms("literal einsum 8")}
 
 
@@ -168,7 +185,8 @@ def plot(medians: Mapping[str, float]) -> None:
     """Tokens a second by batch, for what was measured at every batch."""
     curves = {"generate": [(float(num_rows), medians[f"generate x{num_rows}"]) for num_rows in BATCHES]}
     for strategy, literal in (("base", False), ("selection", False), ("mixture", False), ("mixture", True)):
-        alike = [case for case in CASES if (case.strategy, case.literal) == (strategy, literal) and case.num_active < 9]
+        greedy = [case for case in CASES if case.sampling == "greedy" and case.num_active < 9]
+        alike = [case for case in greedy if (case.strategy, case.literal) == (strategy, literal)]
         label = "mixture of 3, literal einsum" if literal else "mixture of 3" if strategy == "mixture" else strategy
         curves[label] = [(float(case.num_rows), medians[case.name]) for case in alike]
     plots.lines("throughput", curves, "rows generating at once (up to 8 adapters active)", "tokens/s")
