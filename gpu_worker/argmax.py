@@ -1,4 +1,4 @@
-"""The best id of every row of logits, and whether the row is finite, without a floating-point pass over them."""
+"""The best id of every row of logits, and whether the row is sound, without a floating-point pass over them."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ _INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 _BLOCK = 256
 
 
-def argmax(logits: Tensor) -> tuple[list[int], list[bool]]:
-    """Return each row's first id with the largest logit, and whether all its logits are finite or -inf.
+def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each row's first id with the largest logit, and whether the row is sound.
 
-    Dims: logits (B, V), where B may be 0.
+    A sound row holds neither NaN nor +inf, and not only -inf. On a GPU nothing waits for the results.
+    Dims: logits (B, V), where B may be 0; (B,) int64 and (B,) bool.
 
     Floating-point numbers that are not negative are in the order of their bits, negative ones in the opposite order.
     torch 2.13 compares integers many times as fast: 32 rows of 262,144 bfloat16 take 1.1 ms instead of 7.
     """
-    if not len(logits):
-        return [], []
     integers = _INTEGERS.get(logits.dtype)
-    if integers is None or logits.shape[1] % _BLOCK or logits.device.type != "cpu":
+    if not len(logits) or integers is None or logits.shape[1] % _BLOCK or logits.device.type != "cpu":
         return _plain(logits)
     bits = logits.contiguous().view(integers)
     ids, largest = _first_largest(bits)
@@ -29,7 +28,8 @@ def argmax(logits: Tensor) -> tuple[list[int], list[bool]]:
         ids[negative], _ = _first_largest(bits[negative].bitwise_not_())
     if bool(zero.any()):  # the zeros of both signs are equal, their bits are not
         ids[zero] = logits[zero].max(dim=-1).indices
-    return ids.tolist(), _is_sound(bits, integers).tolist()
+    is_possible = logits.gather(1, ids[:, None]).squeeze(1) > -torch.inf
+    return ids, _is_sound(bits, integers) & is_possible
 
 
 def _first_largest(integers: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,7 +48,6 @@ def _is_sound(bits: Tensor, integers: torch.dtype) -> Tensor:
     return (bits.amax(dim=-1) < infinity) & ~negative_nan
 
 
-def _plain(logits: Tensor) -> tuple[list[int], list[bool]]:
+def _plain(logits: Tensor) -> tuple[Tensor, Tensor]:
     best = logits.max(dim=-1)  # NaN anywhere in a row makes its maximum NaN
-    sound = ~best.values.isnan() & (best.values != float("inf"))
-    return best.indices.tolist(), sound.tolist()
+    return best.indices, best.values.isfinite()

@@ -31,7 +31,7 @@ from gpu_worker.kv_pages import KvPages
 from gpu_worker.kv_regions import KvRegions
 from gpu_worker.load_window import LoadWindow
 from gpu_worker.loader import AdapterLoader, Fetch
-from gpu_worker.logprobs import Scored, score
+from gpu_worker.logprobs import Scored
 from gpu_worker.lora_kernel import LoraKernel, load_kernel
 from gpu_worker.mapping import composition
 from gpu_worker.memory_plan import MemoryPlan, plan_memory
@@ -39,7 +39,8 @@ from gpu_worker.prepare import Preparer
 from gpu_worker.request import Delta
 from gpu_worker.residency import Residency
 from gpu_worker.row import Row
-from gpu_worker.sampling import sample
+from gpu_worker.sampling import Sampler
+from gpu_worker.sampling_kernel import load_sampling_kernel
 from gpu_worker.scheduler import schedule
 from gpu_worker.step_context import StepContext
 from gpu_worker.threads import load_executor
@@ -79,6 +80,7 @@ class Engine:
         self.bank = LoraBank(linears, config.bank_rank_rows, free_fill=free_fill)
         inject(self.base.model, self.bank, self._step_context)
         self._kernel = _lora_kernel(config)
+        self._sampler = Sampler(load_sampling_kernel(config.cache_dir) if config.device == "cpu" else None)
         self.residency = Residency(self.bank)
         self.kv_cache = (build_kv_cache or self._kv_cache)(self.memory.kv)
         self.prepare = Preparer(self.base, self.max_len)
@@ -261,7 +263,7 @@ class Engine:
         ready = [row for row, segment in scheduled if segment.total_len == len(row.tokens)]
         try:
             logits = self._forward(scheduled)
-            tokens, scores = _chosen(logits, ready)
+            tokens, scores = self._sampler(logits, [row.draw() for row in ready])
         except Exception as exc:
             logger.exception("a step of %d rows failed", len(scheduled))
             self._fail_running(EngineStopped(f"the step failed: {exc}"))
@@ -371,14 +373,6 @@ def _lora_kernel(config: WorkerConfig) -> LoraKernel | None:
     """None where LoRA products run through torch."""
     is_native = config.device == "cpu" and config.lora_products == "auto"
     return load_kernel(config.cache_dir) if is_native else None
-
-
-def _chosen(logits: Tensor, rows: Sequence[Row]) -> tuple[list[int | None], list[Scored | None]]:
-    """Choose the next token of each row and score it where the request asks for it. Dims: logits (rows, V)."""
-    if not rows:
-        return [], []
-    tokens = sample(logits, [row.draw() for row in rows])
-    return tokens, score(logits, tokens, [row.sampling.logprobs for row in rows])
 
 
 def _is_last(event: Delta | Exception) -> bool:

@@ -1,11 +1,9 @@
-"""Log probabilities of chosen tokens, for the rows that ask for them and at the cost of nobody else."""
+"""Log probabilities of chosen tokens, for the rows that ask for them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-
-from torch import Tensor
 
 _LEAST = -9999.0  # for what is impossible: JSON has no infinity
 
@@ -17,20 +15,8 @@ class Scored:
     logprob: float
     top: tuple[tuple[int, float], ...]
 
-
-def score(logits: Tensor, tokens: Sequence[int | None], wanted: Sequence[int | None]) -> list[Scored | None]:
-    """One entry a row, None where nothing is wanted or no token was chosen. Dims: logits (B, V), the model's own.
-
-    `wanted`: how many of the likeliest ids to tell, 0 for the token alone.
-    """
-    return [
-        None if token is None or count is None else _score_row(logits[row], token, count)
-        for row, (token, count) in enumerate(zip(tokens, wanted, strict=True))
-    ]
-
-
-def _score_row(logits: Tensor, token: int, count: int) -> Scored:
-    logprobs = logits.float().log_softmax(dim=-1)
-    values, ids = logprobs.topk(min(count, len(logprobs)))
-    top = tuple((token_id, max(value, _LEAST)) for token_id, value in zip(ids.tolist(), values.tolist(), strict=True))
-    return Scored(max(float(logprobs[token]), _LEAST), top)
+    @classmethod
+    def of(cls, logprob: float, ids: Iterable[float], logprobs: Iterable[float]) -> Scored:
+        """Return the score of these numbers, with -9999 in place of -inf."""
+        top = tuple((int(i), max(value, _LEAST)) for i, value in zip(ids, logprobs, strict=True))
+        return cls(max(logprob, _LEAST), top)

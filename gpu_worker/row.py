@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from gpu_worker.draw import Draw
 from gpu_worker.fitting import FittedAdapter
 from gpu_worker.logprobs import Scored
 from gpu_worker.request import Delta, FinishReason, SamplingParams, TokenLogprob
-from gpu_worker.sampling import Draw
 from gpu_worker.text_stream import TextStream
 from gpu_worker.token_bytes import TokenBytes
 from lora_store.adapter import LOCAL_TENANT

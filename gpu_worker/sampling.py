@@ -1,95 +1,113 @@
-"""Choosing each row's next token, by its logits, its seed, its position and what it holds, never by its neighbours."""
+"""The next token of every row of a step, by its logits, seed, position and settings, never by its neighbours."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from gpu_worker.argmax import argmax
+from gpu_worker import sampling_torch
+from gpu_worker.draw import Draw, table_of
+from gpu_worker.logprobs import Scored
 from gpu_worker.penalties import adjust
-from gpu_worker.request import SamplingParams
-
-_GREEDY_BELOW = 1e-5  # temperatures at which the best id holds all of the mass
-_SHORT_LIST = 1024  # ids kept before a full sort is needed for top_p
+from gpu_worker.sampling_kernel import WANTED, SamplingKernel
+from gpu_worker.transfer import to_device
 
 
-@dataclass(frozen=True, slots=True)
-class Draw:
-    """What one row's next token is drawn with. `forbidden`: ids that may not come yet (ends, before min_tokens).
+class Sampler:
+    """Chooses and scores the tokens of all rows at once. It keeps nothing from one call to the next.
 
-    `tokens` are the row's, read where a penalty asks for them; the answer begins at `num_prompt_tokens`.
+    `kernel`: the compiled passes, for logits in host memory; without it torch computes the same.
     """
 
-    params: SamplingParams
-    seed: int
-    position: int
-    forbidden: tuple[int, ...] = ()
-    tokens: Sequence[int] = ()
-    num_prompt_tokens: int = 0
+    def __init__(self, kernel: SamplingKernel | None = None) -> None:
+        self._kernel = kernel
 
+    def __call__(self, logits: Tensor, draws: Sequence[Draw]) -> tuple[list[int | None], list[Scored | None]]:
+        """Return each row's token, and its score where the request asks for log probabilities.
 
-def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int | None]:
-    """One token id a row, None where the row's logits are not finite. Dims: logits (B, V), left as they are."""
-    if any(draw.params.adjusts_logits for draw in draws):
-        logits = logits.to(torch.float32, copy=True)  # a penalty is smaller than bfloat16's steps
-    elif any(draw.forbidden for draw in draws):
-        logits = logits.clone()
-    for row, draw in enumerate(draws):
-        if draw.params.adjusts_logits:
-            adjust(logits[row], draw.params, draw.tokens, draw.num_prompt_tokens)
-        if draw.forbidden:
-            logits[row, list(draw.forbidden)] = float("-inf")
-    greedy, finite = argmax(logits)
-    tokens: list[int | None] = []
-    for row, draw in enumerate(draws):
-        if not finite[row]:
-            tokens.append(None)
-        elif draw.params.temperature < _GREEDY_BELOW:
-            tokens.append(greedy[row])
+        Both are None where the row's logits hold NaN or +inf, or nothing but -inf.
+        Dims: logits (B, V), one draw each; they are left as they are. Log probabilities are those of these logits,
+        before temperature, penalties and bias.
+        """
+        if not draws:
+            return [], []
+        table = table_of(draws, logits.shape[1])
+        changed = [row for row, draw in enumerate(draws) if draw.changes_logits]
+        wanted = [row for row, draw in enumerate(draws) if draw.params.logprobs is not None]
+        if self._kernel is not None and self._kernel.serves(logits):
+            tokens, scores = _by_kernel(self._kernel, logits, draws, table, changed, wanted)
         else:
-            tokens.append(_sample_row(logits[row].float(), draw))
-    return tokens
+            tokens, scores = _by_torch(logits, draws, table, changed, wanted)
+        is_sound = [token >= 0 for token in tokens]
+        chosen = [token if sound else None for token, sound in zip(tokens, is_sound, strict=True)]
+        return chosen, [scores.get(row) if sound else None for row, sound in enumerate(is_sound)]
 
 
-def _sample_row(logits: Tensor, draw: Draw) -> int:
-    """Inverse-CDF sampling: the first id whose cumulative probability passes the row's uniform number."""
-    params = draw.params
-    scaled = (logits - logits.max()) / params.temperature  # shifted first: a small temperature must not overflow
-    if params.min_p > 0:  # p_i < min_p · p_max, where the largest of `scaled` is 0
-        scaled = scaled.masked_fill(scaled < math.log(params.min_p), float("-inf"))
-    if params.top_k == 0 and params.top_p == 1:
-        ids, probs = None, scaled.softmax(dim=-1)
-    else:
-        ids, probs = _truncate(scaled, params.top_k, params.top_p)
-    cumulative = probs.double().cumsum(dim=-1)
-    threshold = uniform(draw.seed, draw.position) * float(cumulative[-1])
-    index = int(torch.searchsorted(cumulative, threshold, right=True))
-    index = min(index, len(cumulative) - 1)
-    return index if ids is None else int(ids[index])
+def _by_kernel(
+    kernel: SamplingKernel,
+    logits: Tensor,
+    draws: Sequence[Draw],
+    table: NDArray[np.void],
+    changed: list[int],
+    wanted: list[int],
+) -> tuple[list[int], dict[int, Scored]]:
+    tokens = np.empty(len(draws), np.int64)
+    kept = np.delete(np.arange(len(draws)), changed)
+    tokens[kept] = kernel.choose(logits, table[kept])
+    if changed:
+        own = table[changed]
+        own["row"] = range(len(changed))
+        tokens[changed] = kernel.choose(_adjusted(logits, draws, changed), own)
+    sound = [row for row in wanted if tokens[row] >= 0]
+    if not sound:
+        return tokens.tolist(), {}
+    asked = np.zeros(len(sound), WANTED)
+    asked["row"], asked["token"], asked["count"] = sound, tokens[sound], _counts(logits, draws, sound)
+    results = (part.tolist() for part in kernel.score(logits, asked))
+    return tokens.tolist(), {
+        row: Scored.of(logprob, ids[:count], top[:count])
+        for row, count, logprob, ids, top in zip(sound, asked["count"].tolist(), *results, strict=True)
+    }
 
 
-def _truncate(scaled: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
-    """(ids, probabilities) of the top_k ids, then of the fewest of them that hold top_p of the mass, best first."""
-    vocabulary = len(scaled)
-    count = min(top_k, vocabulary) if top_k else vocabulary
-    kept = min(count, _SHORT_LIST)
-    total = scaled.logsumexp(dim=-1) if count == vocabulary else scaled.topk(count).values.logsumexp(dim=-1)
-    values, ids = scaled.topk(kept)
-    probs = (values - total).exp()
-    if kept < count and float(probs.sum()) < top_p:
-        values, ids = scaled.topk(count)
-        probs = (values - total).exp()
-    before = probs.cumsum(dim=-1) - probs
-    keep = before < top_p
-    keep[0] = True
-    return ids[keep], probs[keep]
+def _by_torch(
+    logits: Tensor, draws: Sequence[Draw], table: NDArray[np.void], changed: list[int], wanted: list[int]
+) -> tuple[list[int], dict[int, Scored]]:
+    """All that comes back from the device comes in one copy."""
+    tokens = sampling_torch.choose(_with_adjusted(logits, draws, changed), table)
+    results, counts = tokens.double(), _counts(logits, draws, wanted)
+    width = max(counts, default=0)
+    if wanted:
+        scores = sampling_torch.score(logits, tokens, wanted, width)
+        results = torch.cat([results, scores.flatten()])
+    numbers = results.cpu().numpy()  # float64 holds ids exactly
+    found = numbers[len(draws) :].reshape(len(wanted), 1 + 2 * width).tolist()
+    return numbers[: len(draws)].astype(np.int64).tolist(), {
+        row: Scored.of(numbers[0], numbers[1 : 1 + count], numbers[1 + width : 1 + width + count])
+        for row, count, numbers in zip(wanted, counts, found, strict=True)
+    }
 
 
-def uniform(seed: int, position: int) -> float:
-    """The row's random number in [0, 1) at `position`: a counter-based generator keyed by the seed."""
-    return float(np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, position])).random())
+def _counts(logits: Tensor, draws: Sequence[Draw], rows: Sequence[int]) -> list[int]:
+    """Return how many of the likeliest ids each of these rows lists."""
+    return [min(draws[row].params.logprobs or 0, logits.shape[1]) for row in rows]
+
+
+def _adjusted(logits: Tensor, draws: Sequence[Draw], rows: list[int]) -> Tensor:
+    """Return a float32 copy of these rows, adjusted: a penalty is smaller than bfloat16's steps."""
+    copy = logits[to_device(torch.tensor(rows), logits.device)].float()
+    adjust(copy, [draws[row] for row in rows])
+    return copy
+
+
+def _with_adjusted(logits: Tensor, draws: Sequence[Draw], rows: list[int]) -> Tensor:
+    """Return all rows, where some change in a copy."""
+    if not rows:
+        return logits
+    copy = logits.to(torch.float32, copy=True)
+    adjust(copy, draws)
+    return copy

@@ -9,16 +9,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from gpu_worker.draw import Draw
 from gpu_worker.engine import Engine
 from gpu_worker.engine_loop import EngineLoop
 from gpu_worker.errors import SamplingInvalid
-from gpu_worker.logprobs import score
+from gpu_worker.logprobs import Scored
 from gpu_worker.request import Delta, Job, SamplingParams, TokenLogprob
 from gpu_worker.row import Row
+from gpu_worker.sampling import Sampler
+from gpu_worker.sampling_kernel import load_sampling_kernel
 from gpu_worker.text_stream import TextStream
 from gpu_worker.token_bytes import TokenBytes
 from lora_store.plan import BASE_PLAN
-from tests.gpu_worker.driving import Answer, run, run_together
+from tests.gpu_worker.driving import Answer, compiled, run, run_together
+from tests.gpu_worker.slow_sampling import scored_slowly
 from tests.tiny import byte_tokenizer, plan_of, random_adapter
 
 MakeEngine = Callable[..., Engine]
@@ -29,33 +33,45 @@ def logits_of(seed: int, size: int = 12) -> Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def scored_slowly(logits: Tensor, token: int, count: int) -> tuple[float, list[tuple[int, float]]]:
-    values = logits.double().tolist()
-    total = math.log(math.fsum(math.exp(value) for value in values))
-    ranked = sorted(range(len(values)), key=lambda i: -values[i])[:count]
-    return values[token] - total, [(i, values[i] - total) for i in ranked]
+@pytest.fixture(params=["kernel", "torch"])
+def sampler(request: pytest.FixtureRequest) -> Sampler:
+    return Sampler(compiled(load_sampling_kernel) if request.param == "kernel" else None)
+
+
+def scores_of(sampler: Sampler, logits: Tensor, wanted: list[int | None]) -> list[Scored | None]:
+    """Of the likeliest token of each row."""
+    return sampler(logits, [Draw(SamplingParams(temperature=0, logprobs=count), 0, 0) for count in wanted])[1]
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 12, 20])
-def test_scores_are_the_log_softmax_of_the_models_own_logits(count: int) -> None:
+def test_scores_are_the_log_softmax_of_the_models_own_logits(count: int, sampler: Sampler) -> None:
     logits = torch.stack([logits_of(seed) for seed in range(4)])
-    tokens = [3, 0, 11, 7]
-    for row, scored in enumerate(score(logits, tokens, [count] * 4)):
-        assert scored is not None
-        logprob, top = scored_slowly(logits[row], tokens[row], count)
+    params = SamplingParams(logprobs=count, temperature=3.0, presence_penalty=2.0, logit_bias=((2, 4.0),))
+    draws = [Draw(params, seed, 9, (), [1, 2, 3], 1) for seed in range(4)]
+    tokens, scores = sampler(logits, draws)
+    for row, (token, scored) in enumerate(zip(tokens, scores, strict=True)):
+        assert scored is not None and token is not None
+        logprob, top = scored_slowly(logits[row], token, count)
         assert scored.logprob == pytest.approx(logprob, abs=1e-5)
         assert [i for i, _ in scored.top] == [i for i, _ in top]
         assert [value for _, value in scored.top] == pytest.approx([value for _, value in top], abs=1e-5)
 
 
-def test_only_rows_that_ask_and_have_a_token_are_scored() -> None:
+def test_only_rows_that_ask_and_have_a_token_are_scored(sampler: Sampler) -> None:
     logits = torch.stack([logits_of(seed) for seed in range(3)])
-    found = score(logits, [1, None, 2], [None, 3, 3])
-    assert [item is None for item in found] == [True, True, False]
+    logits[1] = math.nan
+    assert [item is None for item in scores_of(sampler, logits, [None, 3, 3])] == [True, True, False]
 
 
-def test_what_is_impossible_still_has_a_number() -> None:
-    [scored] = score(torch.tensor([[0.0, -math.inf]]), [0], [2])
+def test_equal_logits_are_listed_by_id(sampler: Sampler) -> None:
+    logits = torch.zeros(1, 3000)
+    logits[0, [2900, 5, 700]] = 1.0
+    [scored] = scores_of(sampler, logits, [5])
+    assert scored is not None and [token for token, _ in scored.top] == [5, 700, 2900, 0, 1]
+
+
+def test_what_is_impossible_still_has_a_number(sampler: Sampler) -> None:
+    [scored] = scores_of(sampler, torch.tensor([[0.0, -math.inf]]), [2])
     assert scored is not None and scored.top == ((0, 0.0), (1, -9999.0))
 
 
@@ -109,11 +125,9 @@ def row_of(*, stops: tuple[str, ...] = (), end_ids: frozenset[int] = frozenset({
 def taken(row: Row, text: str, *, end: int | None = None) -> list[Delta]:
     """The deltas of these bytes, one token each, and of the id that ends them."""
     tokens = BYTES.encode(text, add_special_tokens=False).ids + ([] if end is None else [end])
-    logits = torch.zeros(1, 300)
     deltas = []
     for token in tokens:
-        [scored] = score(logits, [token], [0])
-        delta = row.take(token, scored)
+        delta = row.take(token, Scored(-1.0, ()))
         deltas += [] if delta is None else [delta]
         if delta is not None and delta.finish_reason:
             break

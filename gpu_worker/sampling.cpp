@@ -1,0 +1,297 @@
+// Chooses the next token of rows of logits, and scores tokens, in a few passes over the vocabulary.
+//
+// Ids are ranked by logit, the largest first, equal ones by id. An id is drawn where the cumulative mass first exceeds
+// the row's uniform number times all of it: in the order of ids, or in the order of ranks where top_k or top_p cuts.
+#include <utility>
+
+#include "logits_row.h"
+
+namespace {
+
+constexpr int64_t kFewCandidates = 64;  // sorted at once
+constexpr int64_t kFew = 1024;          // top_k whose candidates are collected; more are counted
+constexpr int64_t kFewInShare = 8192;   // the same of top_p's
+
+struct Draw {
+  int64_t row, top_k;  // top_k 0: all ids
+  double uniform, top_p;
+  float inverse_temperature, log_min_p;
+};
+
+struct Wanted {
+  int64_t row, token, count;
+};
+
+// The first id whose cumulative mass, in the order of ids, exceeds `threshold`.
+template <class E>
+int64_t draw_by_id(const Row<E>& row, const Scale& scale, double uniform) {
+  const std::vector<double> masses = masses_of_blocks(row, scale);
+  const double threshold = uniform * total_of(masses);
+  double held = 0;
+  size_t block = 0, last = 0;
+  for (; block < masses.size() && held + masses[block] <= threshold; ++block) {
+    if (masses[block] > 0) last = block;
+    held += masses[block];
+  }
+  if (block == masses.size()) block = last;  // rounding: the last id that has any mass
+  const int64_t end = std::min<int64_t>((block + 1) * kBlock, row.size());
+  int64_t found = 0;
+  for (int64_t start = block * kBlock; start < end; start += kLanes) {
+    const f32x16 mass = scale.masses(load_or(row.logits() + start, end - start, -kInfinity));
+    for (int lane = 0; lane < kLanes; ++lane) {
+      if (!(mass[lane] > 0)) continue;
+      held += mass[lane];
+      found = start + lane;
+      if (held > threshold) return found;
+    }
+  }
+  return found;
+}
+
+// Reorders [begin, end) as far as needed, and returns the first place in the order of ranks up to which `held` and the
+// mass reach `target`, or exceed it where `is_strict`. `held` grows by the mass up to and with that place.
+Place reach(Place begin, Place end, double target, bool is_strict, double& held) {
+  const Place first = begin;
+  const auto is_reached = [&](double mass) { return is_strict ? mass > target : mass >= target; };
+  while (end - begin > kFewCandidates) {
+    const Place middle = begin + (end - begin) / 2;
+    std::nth_element(begin, middle, end, ranks_before);
+    const double next = held + mass_of(begin, middle);
+    if (is_reached(next)) {
+      end = middle;
+    } else {
+      held = next;
+      begin = middle;
+    }
+  }
+  std::sort(begin, end, ranks_before);
+  for (; begin != end; ++begin) {
+    held += begin->mass;
+    if (is_reached(held)) return begin;
+  }
+  for (--begin; begin != first && begin->mass == 0; --begin) {  // rounding: the last one that has any mass
+  }
+  return begin;
+}
+
+// The ids of a row, ranked: counted and weighed by how far below the largest logit they are.
+template <class E>
+class Ranking {
+ public:
+  Ranking(const Row<E>& row, const Scale& scale) : row_(row), scale_(scale), masses_(kBins), counts_(kBins) {
+    for_each_vector(row, 0, row.size(), [&](int64_t, int count, f32x16 logits) {
+      const i32x16 bins = bins_of(logits);
+      const f32x16 masses = scale.masses(logits);
+      for (int lane = 0; lane < count; ++lane) {
+        masses_[bins[lane]] += masses[lane];
+        ++counts_[bins[lane]];
+      }
+    });
+  }
+
+  double total() const { return total_of(masses_); }
+
+  // Mass of the first `count` ids.
+  double mass_of_first(int64_t count) const {
+    double held = 0;
+    for (int bin = 0; bin < kBins - 1; count -= counts_[bin++]) {
+      if (count > counts_[bin]) {
+        held += masses_[bin];
+        continue;
+      }
+      std::vector<Candidate> candidates = members(bin);
+      std::nth_element(candidates.begin(), candidates.begin() + count - 1, candidates.end(), ranks_before);
+      return held + mass_of(candidates.begin(), candidates.begin() + count);
+    }
+    return total();  // the last bin's masses are too small to change it
+  }
+
+  // The first id up to which the mass reaches `target` (exceeds it where `is_strict`), and the mass up to and with it.
+  std::pair<int64_t, double> reach(double target, bool is_strict) const {
+    double held = 0;
+    int bin = 0, last = 0;
+    for (; bin < kBins; ++bin) {
+      if (masses_[bin] > 0) last = bin;
+      const double next = held + masses_[bin];
+      if (is_strict ? next > target : next >= target) break;
+      held = next;
+    }
+    if (bin == kBins) held -= masses_[bin = last];  // rounding
+    std::vector<Candidate> candidates = members(bin);
+    const int64_t id = ::reach(candidates.begin(), candidates.end(), target, is_strict, held)->id;
+    return {id, held};
+  }
+
+ private:
+  static constexpr int kBins = 1024;
+  static constexpr float kBinsPerUnit = 16;  // of exponents; the last bin begins at -64, where a mass is nothing
+
+  i32x16 bins_of(f32x16 logits) const {
+    const f32x16 place = scale_.exponents(logits) * -kBinsPerUnit;
+    const f32x16 last = f32x16{} + static_cast<float>(kBins - 1);
+    return __builtin_convertvector(place < last ? place : last, i32x16);
+  }
+
+  std::vector<Candidate> members(int bin) const {
+    std::vector<Candidate> found;
+    found.reserve(counts_[bin]);
+    for_each_vector(row_, 0, row_.size(), [&](int64_t id, int count, f32x16 logits) {
+      const i32x16 is_member = bins_of(logits) == bin;
+      if (!any(is_member)) return;
+      for (int lane = 0; lane < count; ++lane)
+        if (is_member[lane]) found.push_back({logits[lane], 0, static_cast<int32_t>(id + lane)});
+    });
+    weigh(found, scale_);
+    return found;
+  }
+
+  const Row<E>& row_;
+  const Scale& scale_;
+  std::vector<double> masses_;
+  std::vector<int64_t> counts_;
+};
+
+template <class E>
+int64_t draw_by_counting(const Row<E>& row, const Scale& scale, const Draw& draw) {
+  const Ranking<E> ranking(row, scale);
+  double kept = draw.top_k > 0 ? ranking.mass_of_first(draw.top_k) : ranking.total();
+  if (draw.top_p < 1) kept = ranking.reach(draw.top_p * kept, false).second;
+  return ranking.reach(draw.uniform * kept, true).first;
+}
+
+// The drawn one of candidates that hold the top_p share of `total`; they may be more than that.
+int64_t draw_among(std::vector<Candidate>& candidates, const Draw& draw, double total) {
+  const Place begin = candidates.begin(), end = candidates.end();
+  double kept = mass_of(begin, end), held = 0;
+  if (draw.top_p < 1) {
+    reach(begin, end, draw.top_p * total, false, held);
+    kept = held;
+  }
+  return reach(begin, end, draw.uniform * kept, true, held = 0)->id;
+}
+
+// For a top_k so small that few columns hold its ids.
+template <class E>
+int64_t draw_from_few(const Row<E>& row, const Scale& scale, const Draw& draw) {
+  std::vector<Candidate> candidates = row.reaching(row.bound_of(draw.top_k));
+  if (draw.top_k < static_cast<int64_t>(candidates.size())) {
+    std::nth_element(candidates.begin(), candidates.begin() + draw.top_k, candidates.end(), ranks_before);
+    candidates.resize(draw.top_k);
+  }
+  weigh(candidates, scale);
+  return draw_among(candidates, draw, mass_of(candidates.begin(), candidates.end()));
+}
+
+// Mass and number of the ids at or above each of a few exponents, and the mass of all ids.
+struct Levels {
+  static constexpr int kCount = 8;
+  static constexpr float kExponents[kCount] = {-1, -2, -3, -4.5, -6, -8, -10, -13};
+  double total = 0, masses[kCount] = {};
+  int64_t counts[kCount] = {};
+
+  template <class E>
+  Levels(const Row<E>& row, const Scale& scale) {
+    for (int64_t start = 0; start < row.size(); start += kBlock) {  // a block at a time: float sums stay short
+      f32x16 all = {}, sums[kCount] = {};
+      i32x16 numbers[kCount] = {};
+      for_each_vector(row, start, std::min(start + kBlock, row.size()), [&](int64_t, int, f32x16 logits) {
+        const f32x16 exponents = scale.exponents(logits), mass = scale.masses(logits);
+        all += mass;
+        for (int level = 0; level < kCount; ++level) {
+          const i32x16 is_above = exponents >= kExponents[level];
+          sums[level] += is_above ? mass : f32x16{};
+          numbers[level] -= is_above;
+        }
+      });
+      total += sum_exactly(all);
+      for (int level = 0; level < kCount; ++level) {
+        masses[level] += sum_exactly(sums[level]);
+        for (int lane = 0; lane < kLanes; ++lane) counts[level] += numbers[level][lane];
+      }
+    }
+  }
+};
+
+// For top_p without top_k: from the ids above the first level that holds enough, where these are few.
+template <class E>
+int64_t draw_from_share(const Row<E>& row, const Scale& scale, const Draw& draw) {
+  const Levels levels(row, scale);
+  int level = 0;  // a little more than top_p: sums in another order differ a little
+  while (level < Levels::kCount && levels.masses[level] < draw.top_p * levels.total * (1 + 1e-4)) ++level;
+  if (level == Levels::kCount || levels.counts[level] > kFewInShare) return draw_by_counting(row, scale, draw);
+  const float margin = 1e-3f;  // of exponents, for the rounding of this bound
+  const float bound = row.largest() + (Levels::kExponents[level] - margin) / scale.inverse_temperature;
+  std::vector<Candidate> candidates = row.reaching(bound);
+  weigh(candidates, scale);
+  return draw_among(candidates, draw, levels.total);
+}
+
+template <class E>
+int64_t choose(const E* logits, int64_t size, const Draw& draw) {
+  const Row<E> row(logits, size);
+  if (!row.is_sound()) return -1;
+  const Scale scale = {row.largest(), draw.inverse_temperature, std::max(draw.log_min_p, kLeastExponent)};
+  if (draw.top_k == 0 && draw.top_p == 1) return draw_by_id(row, scale, draw.uniform);
+  if (draw.top_k == 0) return draw_from_share(row, scale, draw);
+  return draw.top_k <= kFew ? draw_from_few(row, scale, draw) : draw_by_counting(row, scale, draw);
+}
+
+template <class E>
+void choose_all(const E* logits, int64_t size, const Draw* draws, int64_t num_draws, int64_t* tokens, int num_threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(num_threads) if (num_draws > 1)
+  for (int64_t i = 0; i < num_draws; ++i) tokens[i] = choose(logits + draws[i].row * size, size, draws[i]);
+}
+
+template <class E>
+void score(const E* logits, int64_t size, const Wanted& wanted, double* logprob, int64_t* top_ids,
+           double* top_logprobs) {
+  const Row<E> row(logits, size);
+  const double rest = row.largest() + std::log(total_of(masses_of_blocks(row, {row.largest(), 1, kLeastExponent})));
+  *logprob = row.value(wanted.token) - rest;
+  const int64_t count = std::min(wanted.count, size);
+  if (count == 0) return;
+  std::vector<Candidate> candidates = row.reaching(row.bound_of(count));
+  std::partial_sort(candidates.begin(), candidates.begin() + count, candidates.end(), ranks_before);
+  for (int64_t i = 0; i < count; ++i) {
+    top_ids[i] = candidates[i].id;
+    top_logprobs[i] = candidates[i].logit - rest;
+  }
+}
+
+template <class E>
+void score_all(const E* logits, int64_t size, const Wanted* wanted, int64_t num_wanted, int64_t width, double* logprobs,
+               int64_t* top_ids, double* top_logprobs, int num_threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(num_threads) if (num_wanted > 1)
+  for (int64_t i = 0; i < num_wanted; ++i)
+    score(logits + wanted[i].row * size, size, wanted[i], logprobs + i, top_ids + i * width, top_logprobs + i * width);
+}
+
+}  // namespace
+
+extern "C" {
+
+// tokens (num_draws,) <- the id each draw chooses in its row of logits (B, V); -1 where the row is not sound
+void choose_bf16(const void* logits, int64_t size, const void* draws, int64_t num_draws, int64_t* tokens,
+                 int32_t num_threads) {
+  choose_all(static_cast<const bf16*>(logits), size, static_cast<const Draw*>(draws), num_draws, tokens, num_threads);
+}
+
+void choose_f32(const void* logits, int64_t size, const void* draws, int64_t num_draws, int64_t* tokens,
+                int32_t num_threads) {
+  choose_all(static_cast<const float*>(logits), size, static_cast<const Draw*>(draws), num_draws, tokens, num_threads);
+}
+
+// logprobs (num_wanted,), top_ids and top_logprobs (num_wanted, width) <- of each wanted token in its sound row
+void score_bf16(const void* logits, int64_t size, const void* wanted, int64_t num_wanted, int64_t width,
+                double* logprobs, int64_t* top_ids, double* top_logprobs, int32_t num_threads) {
+  score_all(static_cast<const bf16*>(logits), size, static_cast<const Wanted*>(wanted), num_wanted, width, logprobs,
+            top_ids, top_logprobs, num_threads);
+}
+
+void score_f32(const void* logits, int64_t size, const void* wanted, int64_t num_wanted, int64_t width,
+               double* logprobs, int64_t* top_ids, double* top_logprobs, int32_t num_threads) {
+  score_all(static_cast<const float*>(logits), size, static_cast<const Wanted*>(wanted), num_wanted, width, logprobs,
+            top_ids, top_logprobs, num_threads);
+}
+
+}  // extern "C"

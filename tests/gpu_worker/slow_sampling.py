@@ -1,0 +1,92 @@
+"""The specification of sampling: loops over every id of one row, in double precision."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+from torch import Tensor
+
+from gpu_worker.draw import GREEDY_BELOW, Draw
+from gpu_worker.request import SamplingParams
+
+ROUNDING = 1e-6
+"""Relative to the mass that is drawn from. The fast passes add float32 masses in another order, so a uniform number
+this close to a bound between two ids may fall on either side, and so may a cut by min_p or top_p."""
+
+
+def uniform_slowly(seed: int, position: int) -> float:
+    return float(np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, position])).random())
+
+
+def adjusted_slowly(logits: Tensor, draw: Draw) -> list[float]:
+    """The row's logits after bias, penalties and forbidden ids. Each step is rounded to float32, as in the worker."""
+    params, one = draw.params, np.float32
+    prompt, made = draw.tokens[: draw.num_prompt_tokens], draw.tokens[draw.num_prompt_tokens :]
+    bias, seen, counts = dict(params.logit_bias), {*prompt, *made}, Counter(made)
+    penalty = one(params.repetition_penalty)
+    values = []
+    for i, number in enumerate(logits.tolist()):
+        value = one(number)
+        if i in bias:
+            value += one(bias[i])
+        if i in seen and params.repetition_penalty != 1:
+            value = value / penalty if value > 0 else value * penalty
+        if counts[i]:
+            value -= one(counts[i] * params.frequency_penalty + params.presence_penalty)
+        values.append(-math.inf if i in draw.forbidden else float(value))
+    return values
+
+
+def tokens_slowly(logits: Tensor, draw: Draw) -> set[int | None]:
+    """The ids that the row may choose: one, or both neighbours of a bound that is met but for rounding."""
+    original = logits.tolist()
+    if any(math.isnan(value) or value == math.inf for value in original) or max(original) == -math.inf:
+        return {None}
+    values = adjusted_slowly(logits, draw)
+    if max(values) == -math.inf:
+        return {None}
+    ranked = sorted(range(len(values)), key=lambda i: (-values[i], i))
+    if draw.params.temperature < GREEDY_BELOW:
+        return {ranked[0]}
+    best = values[ranked[0]]
+    masses = [math.exp((value - best) / draw.params.temperature) for value in values]
+    number = uniform_slowly(draw.seed, draw.position)
+    found: set[int | None] = set()
+    for slack in (-ROUNDING, 0.0, ROUNDING):
+        kept = kept_slowly(ranked, masses, draw.params, slack)
+        found.update(_at(number, kept, masses))
+    return found
+
+
+def kept_slowly(ranked: list[int], masses: list[float], params: SamplingParams, slack: float = 0.0) -> list[int]:
+    """The ids that may be drawn, in the order in which they are tried."""
+    first, kept = ranked[0], ranked[: params.top_k or None]
+    kept = [i for i in kept if i == first or masses[i] >= params.min_p * (1 + slack)]
+    if params.top_p < 1:
+        total, held, count = math.fsum(masses[i] for i in kept), 0.0, 0
+        while count == 0 or (count < len(kept) and held < params.top_p * (1 + slack) * total):
+            held += masses[kept[count]]
+            count += 1
+        kept = kept[:count]
+    return sorted(kept) if params.top_k == 0 and params.top_p == 1 else kept
+
+
+def _at(number: float, kept: list[int], masses: list[float]) -> Iterator[int]:
+    """Every id whose share of the mass, rounded, holds the number."""
+    total, held = math.fsum(masses[i] for i in kept), 0.0
+    for i in kept:
+        begin, held = held, held + masses[i]
+        if masses[i] > 0 and begin - ROUNDING * total <= number * total < held + ROUNDING * total:
+            yield i
+
+
+def scored_slowly(logits: Tensor, token: int, count: int) -> tuple[float, list[tuple[int, float]]]:
+    """The token's log probability, and (id, log probability) of the likeliest ids; -9999 where it is -inf."""
+    values = logits.double().tolist()
+    best = max(values)
+    total = best + math.log(math.fsum(math.exp(value - best) for value in values))
+    ranked = sorted(range(len(values)), key=lambda i: (-values[i], i))[:count]
+    return max(values[token] - total, -9999.0), [(i, max(values[i] - total, -9999.0)) for i in ranked]
