@@ -11,7 +11,7 @@ from deployments.batch_output import BatchOutput, Manifest
 from deployments.batch_rows import check_columns
 from deployments.config import AppConfig
 from deployments.errors import BatchRefused
-from lora_store import LOCAL_TENANT, LoraStore
+from lora_store import LOCAL_TENANT, GenerationGone, LoraStore
 
 # What the answers depend on. The rest, such as threads and batch sizes, may change between a run and its continuation.
 _OF_APP = ("base_model", "base_model_name", "store_uri", "template", "max_new_tokens", "public_requires_approval")
@@ -70,7 +70,10 @@ def begin(settings: BatchSettings) -> BatchRun:
     parts = [Part(n, start, min(start + settings.part_rows, source.num_rows)) for n, start in enumerate(starts)]
     done = output.done()
     left = tuple(part for part in parts if part.number not in done)
-    num_adapters = len(store.snapshot_at(manifest.generation).records)
+    try:
+        num_adapters = len(store.snapshot_at(manifest.generation).records)
+    except GenerationGone as exc:
+        raise BatchRefused(f"the run cannot go on: {exc}; begin a new one in another output folder") from exc
     return BatchRun(settings, source, manifest.generation, num_adapters, left, len(parts) - len(left))
 
 

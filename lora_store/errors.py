@@ -9,6 +9,7 @@ LoraStoreError
 ├── BlobCorrupted       stored bytes no longer match their digest
 ├── PlanInvalid         a plan breaks a rule (weights, size, strategy)
 ├── VersionConflict     another writer committed first, again and again
+├── GenerationGone      the state of that generation cannot be had any more
 ├── StoreUnavailable    the disk or the endpoint under the store does not answer
 └── EncoderIncomplete   an encoder cannot be activated: live adapters have no embedding by it
 """
@@ -101,6 +102,18 @@ class VersionConflict(LoraStoreError):
 
     def __str__(self) -> str:
         return f"another writer committed first, {self.attempts} times in a row"
+
+
+class GenerationGone(LoraStoreError):
+    """The events since that generation were folded, and its files removed. Begin again at the newest one."""
+
+    def __init__(self, generation: int, newest: int) -> None:
+        super().__init__(generation, newest)
+        self.generation = generation
+        self.newest = newest
+
+    def __str__(self) -> str:
+        return f"generation {self.generation} of the pool is not kept any more; the newest one is {self.newest}"
 
 
 class StoreUnavailable(LoraStoreError):

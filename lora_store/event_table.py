@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import re
+import time
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,7 +20,9 @@ from deltalake import (
     WriterProperties,
     write_deltalake,
 )
+from deltalake import Field as DeltaField
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+from deltalake.transaction import AddAction, RemoveAction
 
 from lora_store.errors import StoreUnavailable
 from lora_store.events import SCHEMA
@@ -26,12 +31,12 @@ from lora_store.location import Location
 
 logger = logging.getLogger(__name__)
 
-_COMPACT_EVERY = 100  # versions: every commit adds a file
+COMPACT_EVERY = 100  # versions: every commit adds a file
 _FILE_BYTES = 16 << 20  # a compacted file this large is not rewritten again
 _MAX_READS = 5
 _NUM_THREADS = 16
 _PROPERTIES = {
-    "delta.checkpointInterval": str(_COMPACT_EVERY),
+    "delta.checkpointInterval": str(COMPACT_EVERY),
     "delta.dataSkippingNumIndexedCols": "0",  # no statistics in the log
     "delta.logRetentionDuration": "interval 1 days",
     "delta.deletedFileRetentionDuration": "interval 1 hours",
@@ -40,6 +45,7 @@ _WRITER = WriterProperties(
     compression="ZSTD", default_column_properties=ColumnProperties(statistics_enabled="NONE", dictionary_enabled=False)
 )
 _AFTER_APPEND = PostCommitHookProperties(create_checkpoint=True, cleanup_expired_logs=False)  # it would list all logs
+_FOLD_FILE = re.compile(r"fold-(\d{20})-")
 _LOG_FILE = re.compile(r"_delta_log/(\d{20}\.(json|checkpoint\.parquet)|_last_checkpoint)")
 
 
@@ -47,7 +53,7 @@ class EventTable:
     """The table in `location`, created when absent. For one thread at a time. Raises: StoreUnavailable."""
 
     def __init__(self, location: Location) -> None:
-        self._files = Files(location)
+        self._location, self._files = location, Files(location)
         with store_errors():
             self._table = _open(location)
         self._read: frozenset[str] = frozenset()  # data files whose rows are folded in
@@ -58,33 +64,58 @@ class EventTable:
         version: int = self._table.version()
         return version
 
-    def refresh(self) -> tuple[pa.Table, frozenset[str]]:
-        """(rows of all data files that are new since the last `taken`, those files); a compacted one brings old rows.
+    @property
+    def read_files(self) -> frozenset[str]:
+        """The data files of that version, all of whose rows were given out and taken."""
+        return self._read
 
+    @property
+    def fold_generation(self) -> int:
+        """The generation of the newest fold that is a data file of its own, 0 without one."""
+        return max(map(_generation_of, self._read), default=0)
+
+    def refresh(self, seen: int = 0) -> tuple[pa.Table, frozenset[str]]:
+        """Return the rows of all data files that are new since the last `taken`, and all data files.
+
+        A compacted file brings old rows. Folds up to generation `seen` are not read.
         What a rival compacted and removed since the log was read is looked for again, under its new name.
         """
         for _ in range(_MAX_READS):
-            with store_errors():
-                self._table.update_incremental()
+            self.follow()
             names = self._data_files()
-            with ThreadPoolExecutor(_NUM_THREADS) as pool:
-                contents = list(pool.map(self._files.read, names - self._read))
-            if None not in contents:
-                with store_errors():
-                    tables = [pq.read_table(pa.BufferReader(content), schema=SCHEMA) for content in contents]
-                return pa.concat_tables([SCHEMA.empty_table(), *tables]), frozenset(names)
+            contents = self._contents({name for name in names - self._read if not 0 < _generation_of(name) <= seen})
+            if contents is not None:
+                return _rows_of(contents), frozenset(names)
         raise StoreUnavailable("data files of the catalogue are missing")
+
+    def follow(self) -> None:
+        """Read the log up to its newest version."""
+        with store_errors():
+            self._table.update_incremental()
+
+    def rows_at(self, version: int) -> pa.Table | None:
+        """Return all rows as of an older version; None where its log or its data files are gone."""
+        uri, options = self._location.delta_uri, self._location.storage_options
+        try:
+            older = DeltaTable(uri, version=version, storage_options=options)
+        except DeltaError:
+            return None
+        with store_errors():
+            contents = self._contents({file.rpartition("/")[2] for file in older.file_uris()})
+        return None if contents is None else _rows_of(contents)
 
     def taken(self, files: frozenset[str]) -> None:
         """The rows of these files are folded in, and not to be given out again."""
         self._read = files
 
     def append(self, rows: pa.Table, version: int) -> bool:
-        """Whether the rows became `version` of the table. False: a rival's did."""
+        """Append the rows as `version` of the table. Return whether they are; False: a rival's are."""
         if self.version != version - 1:  # another thread of this process went past it
             return False
         with store_errors():
             try:
+                if not self._has_all_columns():
+                    return False
                 write_deltalake(
                     self._table,
                     rows,
@@ -96,13 +127,36 @@ class EventTable:
             except CommitFailedError:
                 logger.info("version %d was taken by another writer", version)
                 return False
-        if version % _COMPACT_EVERY == 0:
-            self.compact()
         return True
+
+    def fold(self, parts: Iterable[pa.Table], generation: int, covered: Collection[str]) -> None:
+        """Replace the data files `covered`, of rows up to `generation`, by the rows of one fold.
+
+        The new files are written first and are part of the table only by the commit. A rival's append may come first,
+        and stays. Two folds at once leave both, of which readers take the newer one.
+        """
+        with store_errors():
+            try:
+                while not self._has_all_columns():
+                    self.follow()
+                actions: list[AddAction | RemoveAction] = [self._written(part, generation) for part in parts]
+                self.follow()
+                now_ms = int(time.time() * 1000)
+                stale = sorted(self._data_files().intersection(covered))
+                actions += [RemoveAction(name, False, now_ms, partition_values={}) for name in stale]
+                self._table.create_write_transaction(
+                    actions, "append", self._table.schema(), post_commithook_properties=_AFTER_APPEND
+                )
+                self.follow()  # deltalake 1.6 leaves its own state as it was before such a transaction
+                self._table.create_checkpoint()
+                self._table.cleanup_metadata()
+            except CommitFailedError as exc:
+                logger.info("folding generation %d is left to a later commit: %s", generation, exc)
 
     def compact(self) -> None:
         """Small data files are one file now, unless a rival is at the same work, and the log's expired part is gone."""
         try:
+            self.follow()  # or files that were replaced meanwhile would be written once more
             with store_errors():
                 self._table.optimize.compact(target_size=_FILE_BYTES, writer_properties=_WRITER)
                 self._table.cleanup_metadata()
@@ -124,9 +178,47 @@ class EventTable:
         stale = [file.name for file in found if file.written_at < before and file.name not in names]
         self._files.delete([name for name in stale if not _LOG_FILE.fullmatch(name)])
 
+    def _contents(self, names: Collection[str]) -> list[bytes] | None:
+        """The bytes of these data files; None where one is missing."""
+        with ThreadPoolExecutor(_NUM_THREADS) as pool:
+            found = list(pool.map(self._files.read, names))
+        contents = [content for content in found if content is not None]
+        return contents if len(contents) == len(found) else None
+
+    def _has_all_columns(self) -> bool:
+        """Whether the table has every column of SCHEMA. One that an earlier version created gets them first."""
+        known = {field.name for field in self._table.schema().fields}
+        lacking = [DeltaField.from_arrow(field) for field in SCHEMA if field.name not in known]
+        if lacking:
+            logger.info("the catalogue gets the columns %s", ", ".join(field.name for field in lacking))
+            self._table.alter.add_columns(lacking)
+        return not lacking
+
+    def _written(self, rows: pa.Table, generation: int) -> AddAction:
+        """A new data file with these rows, which is no part of the table yet."""
+        sink = pa.BufferOutputStream()
+        pq.write_table(rows, sink, compression="zstd", use_dictionary=False, write_statistics=False)
+        data = sink.getvalue()
+        name = f"fold-{generation:020}-{uuid4()}.zstd.parquet"
+        self._files.write(name, data)
+        return AddAction(name, data.size, {}, int(time.time() * 1000), False, "{}")
+
     def _data_files(self) -> set[str]:
         with store_errors():
             return {uri.rpartition("/")[2] for uri in self._table.file_uris()}
+
+
+def _rows_of(contents: Sequence[bytes]) -> pa.Table:
+    """The rows of these data files; columns that an earlier version did not have are null."""
+    with store_errors():
+        tables = [pq.read_table(pa.BufferReader(content), schema=SCHEMA) for content in contents]
+    return pa.concat_tables([SCHEMA.empty_table(), *tables])
+
+
+def _generation_of(name: str) -> int:
+    """The generation of a fold by the name of its data file, 0 for another file."""
+    match = _FOLD_FILE.match(name)
+    return int(match[1]) if match else 0
 
 
 def _open(location: Location) -> DeltaTable:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -70,7 +70,26 @@ class Approve:
     at: datetime  # UTC
 
 
-Event = Publish | Withdraw | Embed | ActivateEncoder | SetVisibility | Approve
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """The state begins anew: the Keep and Embed rows of the same generation hold all that was left of earlier events.
+
+    Which encoder was active, if one was.
+    """
+
+    model: str | None
+    identity: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """A kept version as a Fold found it: the live one of its name, then the older ones, newest first."""
+
+    record: AdapterRecord
+    is_live: bool
+
+
+Event = Publish | Withdraw | Embed | ActivateEncoder | SetVisibility | Approve | Fold | Keep
 
 SCHEMA = pa.schema(
     [
@@ -97,42 +116,89 @@ SCHEMA = pa.schema(
         pa.field("source", pa.string()),  # of a publish, or the model of an activated encoder
         pa.field("actor", pa.string()),
         pa.field("created_at", pa.timestamp("us", tz="UTC")),
+        pa.field("commit_id", pa.string()),  # of every row since this column exists
+        pa.field("published_in", pa.int64()),  # rows of a fold: the generation that this is from
+        pa.field("approved", pa.bool_()),  # rows of a fold
     ]
 )
+_FOLD, _LIVE, _OLDER, _PENDING, _COMMIT = "fold", "keep_live", "keep_older", "keep_pending", "keep_commit"
+_FOLD_ROWS = (_FOLD, _LIVE, _OLDER, _PENDING, _COMMIT)
 _ARRAYS = ("embedding", "own_scores")
 _COLUMNS = (
     *("weights_digest", "samples_digest", "visibility", "tags", "base_model", "ranks", "target_modules", "num_bytes"),
     *("num_samples", "template", "probe_shift", "source", "actor", "created_at"),
 )
 _LISTS = ("tags", "ranks", "target_modules")
-_REPEATED = ("event", "tenant", "visibility", "base_model", "template", "encoder", "actor", "created_at")
+_REPEATED = ("event", "tenant", "visibility", "base_model", "template", "encoder", "actor", "created_at", "commit_id")
 _ROWS_AT_ONCE = 10_000
 
 
-def table_of(events: Sequence[Event], generation: int) -> pa.Table:
-    """The rows of one commit."""
-    rows = [_row_of(event) | {"generation": generation, "row": number} for number, event in enumerate(events)]
+def table_of(events: Sequence[Event], generation: int, commit_id: str | None = None) -> pa.Table:
+    """Return the rows of one commit."""
+    own = {"generation": generation, "commit_id": commit_id}
+    rows = [_row_of(event) | own | {"row": number} for number, event in enumerate(events)]
     return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
-def events_of(table: pa.Table, after: int, until: int | None = None) -> Iterator[Event]:
-    """The event of every row above generation `after`, up to `until` where given, in the order they happened.
+def fold_table_of(events: Sequence[Event], generation: int, commits: Mapping[str, int], first_row: int = 0) -> pa.Table:
+    """Return rows of a fold as of `generation`. Commits are remembered by id, with the generation of each."""
+    rows = [_row_of(event) for event in events]
+    rows = [row | {"event": _PENDING} if row["event"] == "embed" else row for row in rows]
+    rows += [{"event": _COMMIT, "commit_id": commit, "published_in": at} for commit, at in commits.items()]
+    numbered = [row | {"generation": generation, "row": first_row + number} for number, row in enumerate(rows)]
+    return pa.Table.from_pylist(numbered, schema=SCHEMA)
 
-    Arrays are views of the table's memory, not copies, and repeated values are one object: a large pool opens in
-    seconds and takes little more than its embeddings do.
+
+def fold_generation(table: pa.Table) -> int:
+    """Return the generation of the newest fold among the rows, 0 without one."""
+    newest: int | None = pc.max(table["generation"].filter(pc.equal(table["event"], _FOLD))).as_py()
+    return newest or 0
+
+
+def event_counts(table: pa.Table, after: int) -> dict[int, int]:
+    """Return the number of events by generation, above generation `after` and not part of a fold."""
+    is_event = pc.invert(pc.is_in(table["event"], pa.array(_FOLD_ROWS)))
+    generations = table["generation"].filter(pc.and_(is_event, pc.greater(table["generation"], after)))
+    return {pair["values"]: pair["counts"] for pair in pc.value_counts(generations).to_pylist()}
+
+
+def commits_of(table: pa.Table) -> dict[str, int]:
+    """Return the generation of each commit by its id, oldest first. Rows of earlier versions have no id."""
+    is_first = pc.or_(pc.equal(table["row"], 0), pc.equal(table["event"], _COMMIT))
+    rows = table.select(["commit_id", "generation", "published_in"]).filter(
+        pc.and_(is_first, pc.is_valid(table["commit_id"]))
+    )
+    generations = pc.coalesce(rows["published_in"], rows["generation"])
+    pairs = zip(generations.to_pylist(), rows["commit_id"].to_pylist(), strict=True)
+    return {commit: generation for generation, commit in sorted(pairs)}
+
+
+def events_of(table: pa.Table, after: int, until: int | None = None) -> Iterator[Event]:
+    """Yield the event of every row above generation `after`, up to `until` where given, in the order they happened.
+
+    A fold above `after` stands for all events up to its generation. Arrays are views of the table's memory, not
+    copies, and repeated values are one object: a large pool opens in seconds and takes little more than its embeddings
+    do.
     """
     order = pc.sort_indices(table, [("generation", "ascending"), ("row", "ascending")])
-    order = order.filter(pc.greater(table["generation"].take(order), after))
-    if until is not None:
-        order = order.filter(pc.less_equal(table["generation"].take(order), until))
+    order = order.filter(_is_wanted(table, after, until).take(order))
     vectors, scores = (_arrays_of(table[name]) for name in _ARRAYS)
-    plain = table.drop_columns(list(_ARRAYS)).combine_chunks()
+    plain = table.drop_columns([*_ARRAYS, "commit_id"]).combine_chunks()
     for start in range(0, len(order), _ROWS_AT_ONCE):
         indices = order.slice(start, _ROWS_AT_ONCE)
         columns = plain.take(indices)
         rows = zip(*(_values_of(name, columns[name]) for name in columns.column_names), strict=True)
         for index, row in zip(indices.to_pylist(), rows, strict=True):
             yield _event_of(dict(zip(columns.column_names, row, strict=True)), vectors[index], scores[index])
+
+
+def _is_wanted(table: pa.Table, after: int, until: int | None) -> pa.ChunkedArray:
+    """Whether each row counts: those of the newest fold where it is above `after`, and all events after both."""
+    generations, fold = table["generation"], fold_generation(table)
+    is_of_fold = pc.and_(pc.equal(generations, fold), pc.is_in(table["event"], pa.array(_FOLD_ROWS)))
+    is_of_fold = pc.and_(is_of_fold, pc.and_(pc.not_equal(table["event"], _COMMIT), fold > after))
+    wanted = pc.or_(is_of_fold, pc.greater(generations, max(after, fold)))
+    return wanted if until is None else pc.and_(wanted, pc.less_equal(generations, until))
 
 
 def _row_of(event: Event) -> dict[str, Any]:
@@ -149,6 +215,11 @@ def _row_of(event: Event) -> dict[str, Any]:
             return {"event": "approve", **_ref_row(ref), "actor": actor, "created_at": at}
         case Embed(ref, embedding):
             return {"event": "embed", **_ref_row(ref), **_embedding_row(embedding)}
+        case Keep(record, is_live):
+            own = {"published_in": record.generation, "approved": record.approved}
+            return _row_of(Publish(record)) | own | {"event": _LIVE if is_live else _OLDER}
+        case Fold(model, identity):
+            return {"event": _FOLD, "source": model, "encoder": identity}
         case ActivateEncoder(model, identity, actor, at):
             return {
                 "event": "activate_encoder",
@@ -165,19 +236,30 @@ def _event_of(row: dict[str, Any], vector: NDArray[np.float32] | None, own_score
         embedding = Embedding(row["encoder"], vector, np.empty(0, np.float32) if own_scores is None else own_scores)
     match row["event"]:
         case "publish":
-            values = {column: row[column] for column in _COLUMNS}
-            return Publish(AdapterRecord(ref=_ref_of(row), embedding=embedding, generation=row["generation"], **values))
+            return Publish(_record_of(row, embedding, row["generation"]))
         case "withdraw":
             return Withdraw(_ref_of(row), row["actor"], row["created_at"])
         case "set_visibility":
             return SetVisibility(_ref_of(row), row["visibility"], row["actor"], row["created_at"])
         case "approve":
             return Approve(_ref_of(row), row["actor"], row["created_at"])
-        case "embed" if embedding is not None:
+        case "keep_live" | "keep_older" as kind:
+            record = _record_of(row, embedding, row["published_in"], approved=bool(row["approved"]))
+            return Keep(record, is_live=kind == _LIVE)
+        case "fold":
+            return Fold(row["source"], row["encoder"])
+        case "embed" | "keep_pending" if embedding is not None:
             return Embed(_ref_of(row), embedding)
         case "activate_encoder":
             return ActivateEncoder(row["source"], row["encoder"], row["actor"], row["created_at"])
     raise ValueError(f"the catalogue holds an event {row['event']!r} that this version does not know")
+
+
+def _record_of(
+    row: dict[str, Any], embedding: Embedding | None, generation: int, *, approved: bool = False
+) -> AdapterRecord:
+    values = {column: row[column] for column in _COLUMNS}
+    return AdapterRecord(ref=_ref_of(row), embedding=embedding, generation=generation, approved=approved, **values)
 
 
 def _ref_row(ref: AdapterRef) -> dict[str, str]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeVar
 
 from lora_store.adapter import AdapterRef
 from lora_store.errors import AdapterNotFound
-from lora_store.events import ActivateEncoder, Approve, Embed, Event, Publish, SetVisibility, Withdraw
+from lora_store.events import ActivateEncoder, Approve, Embed, Event, Fold, Keep, Publish, SetVisibility, Withdraw
 from lora_store.persistent_map import MapEditor, PersistentMap
 from lora_store.records import AdapterRecord, Embedding, Visibility
 from lora_store.tallies import Tallies, TalliesEditor
@@ -87,6 +87,15 @@ class Snapshot:
         """The digests of every blob that a kept version needs."""
         return self.tallies.blobs.keys()
 
+    def folded(self) -> Iterator[Event]:
+        """Yield the events that make this state from nothing, in the order of its records."""
+        encoder = self.encoder
+        yield Fold(None, None) if encoder is None else Fold(encoder.model, encoder.identity)
+        for key in self.records:
+            for number, record in enumerate(self.versions(key)):
+                yield Keep(record, is_live=number == 0)
+        yield from (Embed(ref, embedding) for ref, embedding in self.pending.items())
+
     def after_publishing(self, records: Iterable[AdapterRecord]) -> Snapshot:
         """The state of the next generation if `records` alone were published."""
         return self.after(map(Publish, records), self.generation + 1)
@@ -109,6 +118,7 @@ class _State:
     encoder: ActiveEncoder | None
     public: MapEditor[str, AdapterRecord] | None
     tallies: TalliesEditor | None
+    before: dict[tuple[AdapterRef, int], AdapterRecord] = field(default_factory=dict)  # what a fold replaced
 
     @classmethod
     def of(cls, snapshot: Snapshot) -> _State:
@@ -147,6 +157,10 @@ class _State:
                     self.pending[ref] = embedding
             case ActivateEncoder(model, identity):
                 self._activate(ActiveEncoder(model, identity))
+            case Fold(model, identity):
+                self._begin_anew(None if model is None or identity is None else ActiveEncoder(model, identity))
+            case Keep(record, is_live):
+                self._restore(record, is_live=is_live)
 
     def _publish(self, record: AdapterRecord) -> None:
         key = (record.ref.tenant, record.ref.name)
@@ -183,6 +197,24 @@ class _State:
                 live, *older = self._versions((ref.tenant, ref.name))
                 self._keep((ref.tenant, ref.name), (replace(live, embedding=embedding), *older))
         self.encoder, self.pending = encoder, PersistentMap[AdapterRef, Embedding]().edit()
+
+    def _begin_anew(self, encoder: ActiveEncoder | None) -> None:
+        versions = [record for key in self.records for record in self._versions(key)]
+        self.before = {(record.ref, record.generation): record for record in versions}
+        self.records = PersistentMap[Key, AdapterRecord]().edit()
+        self.previous = PersistentMap[Key, tuple[AdapterRecord, ...]]().edit()
+        self.pending = PersistentMap[AdapterRef, Embedding]().edit()
+        self.encoder, self.public, self.tallies = encoder, None, None
+
+    def _restore(self, record: AdapterRecord, *, is_live: bool) -> None:
+        """Keep what a fold kept, as the same object where it did not change: then no index has to change either."""
+        known = self.before.get((record.ref, record.generation))
+        record = known if known is not None and known == record else record
+        key = (record.ref.tenant, record.ref.name)
+        if is_live:
+            self.records[key] = record
+        else:
+            self.previous[key] = (*self.previous.get(key, ()), record)
 
     def _keep(self, key: Key, versions: tuple[AdapterRecord, ...]) -> None:
         """Keep these versions of the name, the live one first; none: the name is not live."""

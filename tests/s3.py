@@ -23,11 +23,13 @@ _CREDENTIALS = {
 class S3Endpoint:
     """The endpoint. What is stored lives in this process and outlasts a stop; any process on the machine may use it.
 
-    `on_request` is called before each request is served.
+    `on_request` is called before each request is served. A request that `loses_answer` is true of is served, and
+    answered with an error.
     """
 
     def __init__(self) -> None:
         self.on_request: Callable[[], object] = lambda: None
+        self.loses_answer: Callable[[WSGIEnvironment], bool] = lambda _: False
         self._app, self._lock = DomainDispatcherApplication(create_backend_app), threading.Lock()
         self._port = 0  # any free one at first, the same after a stop
         self._server: BaseWSGIServer | None = None
@@ -57,7 +59,11 @@ class S3Endpoint:
         """moto checks `If-None-Match` and writes in two steps: between them no other request may come."""
         with self._lock:
             self.on_request()
-            return list(self._app(environ, start_response))
+            if not self.loses_answer(environ):
+                return list(self._app(environ, start_response))
+            list(self._app(environ, lambda *_: None))  # type: ignore[arg-type, return-value]
+            start_response("503 Service Unavailable", [("Content-Length", "0")])
+            return []
 
 
 class _Quiet(WSGIRequestHandler):

@@ -86,6 +86,7 @@ NEVER_REACH_A_CLIENT = {
     "NothingToEmbed": "the Retriever embeds no group without samples",
     "BaseModelUnsupported": "stops a Worker at its start",
     "WorkerConfigInvalid": "stops the application's build",
+    "GenerationGone": "ends an offline run",
     "TooFewSamples": "ends `train-retriever`, and no request",
     "TrainingUnavailable": "ends `train-retriever`, and no request",
     "EncoderExists": "ends `train-retriever`, and no request",

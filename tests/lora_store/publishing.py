@@ -6,12 +6,13 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from uuid import uuid4
 
-from lora_store import AdapterNotFound, LoraStore
+from lora_store import AdapterNotFound, AdapterRef, Catalogue, Location, LoraStore, Publish
 from tests.lora_store.builders import BASE, embedding
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -56,6 +57,22 @@ def publish_watched(uri: str, folder: Path, name: str, channel: Connection, die_
     `die_at`: kill this process when it touches that file, before it does.
     """
     store = LoraStore(uri, accepts_base=[BASE])
+    _watched(uri, channel, die_at, lambda: publish(store, folder, name))
+
+
+def fold_watched(uri: str, folder: Path, name: str, channel: Connection, die_at: int | None) -> None:
+    """Like `publish_watched`, with a commit of one record after which the catalogue is folded. `folder` is not read."""
+    catalogue = Catalogue(Location(uri), min_tail=0)
+    record = next(iter(catalogue.snapshot().records.values()))
+    new = replace(record, ref=AdapterRef("local", name, uuid4().hex * 2))
+
+    def fold() -> None:
+        catalogue.commit(lambda _: [Publish(new)] * 20)
+
+    _watched(uri, channel, die_at, fold)
+
+
+def _watched(uri: str, channel: Connection, die_at: int | None, work: Callable[[], object]) -> None:
     channel.send("ready")
     channel.recv()
     touched = 0
@@ -68,5 +85,5 @@ def publish_watched(uri: str, folder: Path, name: str, channel: Connection, die_
             touched += 1
 
     sys.addaudithook(touch)
-    publish(store, folder, name)
+    work()
     channel.send(touched)

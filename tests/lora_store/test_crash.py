@@ -6,7 +6,7 @@ import itertools
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from lora_store import Location, LoraStore, decode_weights
+from lora_store import AdapterRecord, Catalogue, Location, LoraStore, Publish, decode_weights
 from lora_store.event_table import EventTable
 from lora_store.files import Files
 from tests.lora_store.builders import BASE
-from tests.lora_store.publishing import PROCESSES, publish, publish_watched
+from tests.lora_store.publishing import PROCESSES, fold_watched, publish, publish_watched
 from tests.s3 import S3Endpoint
 from tests.soak import Scale
 
@@ -40,12 +40,13 @@ class Victim:
 
     uri: str
     endpoint: S3Endpoint | None
+    work: Callable[..., None] = publish_watched
 
     def run(self, folder: Path, point: Point) -> tuple[int, float] | None:
         """(steps, seconds) of the publish if it came to its end; None if it was killed before."""
         ours, theirs = PROCESSES.Pipe()
         die_at = point.step if self.endpoint is None else None
-        process = PROCESSES.Process(target=publish_watched, args=(self.uri, folder, "poet", theirs, die_at))
+        process = PROCESSES.Process(target=self.work, args=(self.uri, folder, "poet", theirs, die_at))
         process.start()
         theirs.close()
         assert ours.recv() == "ready"
@@ -117,6 +118,30 @@ def test_a_killed_publish_leaves_the_pool_whole(
         _check_whole(reopened, old_digest, folder)
         _check_retry(reopened, folder)
         _check_collected(victim.uri, reopened)
+    assert num_killed >= num_points // 2
+
+
+def test_a_killed_fold_leaves_the_pool_whole(
+    victim: Victim, make_record: Callable[..., AdapterRecord], tmp_path: Path, scale: Scale
+) -> None:
+    location = Location(victim.uri)
+    catalogue, idle = Catalogue(location), Catalogue(location)
+    catalogue.commit(lambda _: [Publish(make_record(f"a{number}")) for number in range(6)])
+    folding = replace(victim, work=fold_watched)
+    _, whole = [folding.run(tmp_path, Point()) for _ in range(2)]  # the first one warms up
+    assert whole is not None
+    num_points = scale.pick("kills", small=6 if victim.endpoint is None else 8, full=200)
+    num_killed = 0
+    for number, point in enumerate(_points(num_points, *whole)):
+        before = catalogue.snapshot()
+        num_killed += folding.run(tmp_path, point) is None
+        found = Catalogue(location).snapshot()
+        expected = [dict(before.records), dict(before.records) | {("local", "poet"): found.records["local", "poet"]}]
+        assert dict(found.records) in expected
+        assert catalogue.snapshot() == found  # for a replica that follows, too
+        if number % 3 == 2:
+            catalogue.tidy(datetime.now(UTC) + _LATER)
+            assert idle.snapshot().records == catalogue.snapshot().records == Catalogue(location).snapshot().records
     assert num_killed >= num_points // 2
 
 

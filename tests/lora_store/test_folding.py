@@ -1,0 +1,269 @@
+"""A fold replaces the events so far by what they left: the same pool, opened at the cost of what is live."""
+
+from __future__ import annotations
+
+import random
+import threading
+from datetime import UTC, datetime, timedelta
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+from deltalake import DeltaTable, write_deltalake
+
+from lora_store import (
+    ActivateEncoder,
+    Approve,
+    Catalogue,
+    Embed,
+    GenerationGone,
+    Publish,
+    SetVisibility,
+    Snapshot,
+    Withdraw,
+)
+from lora_store.event_table import EventTable
+from lora_store.events import SCHEMA, events_of, table_of
+from lora_store.files import Files
+from tests.lora_store.builders import embedding
+
+NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
+LATER = datetime.now(UTC) + timedelta(days=1)
+NEW_COLUMNS = ("commit_id", "published_in", "approved")
+
+
+def _events(draw, snapshot, make_record, number):
+    """What may happen to a small pool: one to three events that the rules would allow."""
+    events = []
+    for _ in range(draw.randrange(1, 4)):
+        name = f"n{draw.randrange(8)}"
+        record = snapshot.records.get(("local", name))
+        kind = draw.randrange(8)
+        if record is None or kind < 3:
+            digest = f"{draw.randrange(number + 1):064x}"
+            samples = draw.choice([None, "5" * 64])
+            events.append(Publish(make_record(name, digest=digest, samples_digest=samples, num_samples=number)))
+        elif kind == 3:
+            events.append(Withdraw(record.ref, "me", NOON))
+        elif kind == 4:
+            events.append(SetVisibility(record.ref, draw.choice(["private", "public"]), "me", NOON))
+        elif kind == 5:
+            events.append(Approve(record.ref, "me", NOON))
+        elif kind == 6:
+            events.append(Embed(record.ref, embedding(float(number), encoder="next")))
+        else:
+            events.append(ActivateEncoder("model", "next", "me", NOON))
+        snapshot = snapshot.after(events[-1:], snapshot.generation + 1)
+    return events
+
+
+def _check_equal(found, wanted):
+    """The same pool, in the same order, to the last array."""
+    assert found == wanted
+    assert list(found.records) == list(wanted.records)
+    for key, record in wanted.records.items():
+        assert [r.approved for r in found.versions(key)] == [r.approved for r in wanted.versions(key)]
+        if record.embedding is not None:
+            ours = found.records[key].embedding
+            assert ours.vector.tolist() == record.embedding.vector.tolist()
+            assert ours.own_scores.tolist() == record.embedding.own_scores.tolist()
+    for ref, wants in wanted.pending.items():
+        assert found.pending[ref].vector.tolist() == wants.vector.tolist()
+
+
+@pytest.fixture
+def history(location, make_record):
+    """Commit random events; returns the slow fold of all of them at every generation."""
+
+    def commit(catalogue, number, seed=0, start=0):
+        draw, seen = random.Random(seed), []
+        for step in range(start, start + number):
+            catalogue.commit(lambda snap, step=step: _events(draw, snap, make_record, step))
+            seen.append(catalogue.snapshot())
+        return seen
+
+    return commit
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_pool_that_was_folded_is_the_pool_that_was_not(location, tmp_path, make_record, seed):
+    folding, slow = Catalogue(location, min_tail=10), Snapshot(0, {})
+    draw = random.Random(seed)
+    for number in range(25):
+        wanted = []
+
+        def events(snapshot, wanted=wanted, number=number):
+            wanted[:] = _events(draw, snapshot, make_record, number)
+            return wanted
+
+        generation = folding.commit(events)
+        stamped = _stamped(wanted, generation)
+        slow = slow.after(stamped, generation)
+    folds = [file.name for file in Files(location).entries() if file.name.startswith("fold-")]
+    assert len(folds) >= 2
+    for found in (folding.snapshot(), Catalogue(location).snapshot()):
+        _check_equal(found, Snapshot(found.generation, slow.records, slow.previous, slow.encoder, slow.pending))
+
+
+def _stamped(events, generation):
+    """The events as they come back from their rows."""
+    return list(events_of(table_of(events, generation), after=0))
+
+
+def _read(location):
+    """The rows that opening reads."""
+    return EventTable(location).refresh()[0]
+
+
+def test_opening_reads_what_is_live_and_no_withdrawn_embedding(location, make_record):
+    catalogue = Catalogue(location, min_tail=20)
+    for number in range(60):
+        name = f"n{number % 3}"
+        catalogue.commit(
+            lambda snapshot, number=number, name=name: [
+                *[Publish(make_record(f"passing{number}-{i}", embedding=embedding(777.0 + i))) for i in range(3)],
+                Publish(make_record(name, digest=f"{number:064x}", embedding=embedding(1.0))),
+            ]
+        )
+        gone = [record.ref for key, record in catalogue.snapshot().records.items() if key[1].startswith("passing")]
+        catalogue.commit(lambda snapshot, gone=gone: [Withdraw(ref, "me", NOON) for ref in gone])
+    assert len(catalogue.snapshot().records) == 3
+    events = _read(location).filter(pc.is_valid(_read(location)["name"]))
+    assert events.num_rows < 50  # of 420
+    catalogue.tidy(LATER)
+    rows = _read(location)
+    assert [value[0] for value in rows["embedding"].to_pylist() if value is not None] == [1.0] * 9
+    data = [file.name for file in Files(location).entries() if file.name.endswith("zstd.parquet")]
+    assert len(data) == 1
+    _check_equal(Catalogue(location).snapshot(), catalogue.snapshot())
+
+
+def test_a_replica_that_idled_over_folds_and_clean_ups_catches_up(location, history):
+    writer, idle, fresh = (Catalogue(location, min_tail=5) for _ in range(3))
+    history(writer, 4)
+    idle.snapshot()
+    history(writer, 20, seed=1, start=4)
+    fresh.snapshot()
+    unchanged = {id(record) for record in fresh.snapshot().records.values()}
+    writer.tidy(LATER)
+    history(writer, 2, seed=2, start=24)
+    _check_equal(idle.snapshot(), writer.snapshot())
+    _check_equal(fresh.snapshot(), writer.snapshot())
+    _check_equal(Catalogue(location).snapshot(), writer.snapshot())
+    kept = [record for record in fresh.snapshot().records.values() if id(record) in unchanged]
+    assert len(kept) >= len(unchanged) - 6  # as objects: an index changes only where the pool did
+    history(idle, 3, seed=3, start=30)
+    _check_equal(Catalogue(location).snapshot(), writer.snapshot())
+
+
+def test_what_a_fold_left_alone_is_the_same_object_for_a_stale_replica(location, make_record):
+    writer, idle = Catalogue(location, min_tail=5), Catalogue(location)
+    writer.commit(lambda snapshot: [Publish(make_record(f"a{number}")) for number in range(4)])
+    before = idle.snapshot().records
+    for number in range(12):
+        writer.commit(lambda snapshot, number=number: [Publish(make_record("b", digest=f"{number:064x}"))])
+    writer.tidy(LATER)
+    after = idle.snapshot().records
+    assert after == writer.snapshot().records
+    assert all(after["local", f"a{number}"] is before["local", f"a{number}"] for number in range(4))
+
+
+def test_a_replica_that_has_followed_does_not_read_the_fold(location, make_record):
+    writer, replica = Catalogue(location, min_tail=5), Catalogue(location)
+    for number in range(6):
+        writer.commit(lambda snapshot, number=number: [Publish(make_record(f"a{number}"))])
+        replica.snapshot()
+    files = Files(location)
+    folds = [file.name for file in files.entries() if file.name.startswith("fold-")]
+    assert folds
+    files.delete(folds)
+    assert replica.snapshot().records == writer.snapshot().records
+
+
+def test_every_generation_can_be_had_after_folds_until_a_clean_up(location, history):
+    catalogue = Catalogue(location, min_tail=6)
+    seen = history(catalogue, 16)
+    reopened = Catalogue(location)
+    for snapshot in seen:
+        _check_equal(reopened.snapshot_at(snapshot.generation), snapshot)
+    catalogue.tidy(LATER)
+    newest = catalogue.snapshot().generation
+    with pytest.raises(GenerationGone, match=f"generation {seen[0].generation} .* newest one is {newest}"):
+        reopened.snapshot_at(seen[0].generation)
+
+
+def test_a_catalogue_of_an_earlier_version_opens_and_is_folded(location, make_record):
+    """Its table lacks the columns that folds and commit ids need."""
+    old_schema = pa.schema([field for field in SCHEMA if field.name not in NEW_COLUMNS])
+    uri, options = location.delta_uri, location.storage_options
+    DeltaTable.create(uri, schema=old_schema, storage_options=options)
+    for number in range(1, 9):
+        rows = table_of([Publish(make_record(f"a{number % 3}", digest=f"{number:064x}"))], number)
+        write_deltalake(uri, rows.drop_columns(list(NEW_COLUMNS)), mode="append", storage_options=options)
+    old, idle = Catalogue(location).snapshot(), Catalogue(location)
+    assert sorted(len(old.versions(key)) for key in old.records) == [2, 3, 3]
+    tidied = Catalogue(location)
+    tidied.tidy(LATER)
+    _check_equal(Catalogue(location).snapshot(), Snapshot(tidied.snapshot().generation, old.records, old.previous))
+    writer = Catalogue(location, min_tail=3)
+    for number in range(5):
+        writer.commit(lambda snapshot, number=number: [Publish(make_record("new", digest=f"{number:064x}"))])
+    assert set(NEW_COLUMNS) <= {field.name for field in DeltaTable(uri, storage_options=options).schema().fields}
+    _check_equal(idle.snapshot(), writer.snapshot())
+    _check_equal(Catalogue(location).snapshot(), writer.snapshot())
+    assert len(writer.snapshot().records) == 4
+
+
+def test_rows_survive_a_compaction_that_merges_a_fold_with_later_events(location, history):
+    catalogue = Catalogue(location, min_tail=8)
+    history(catalogue, 12)
+    idle = Catalogue(location)
+    history(catalogue, 3, seed=1, start=12)
+    EventTable(location).compact()
+    for found in (Catalogue(location).snapshot(), idle.snapshot(), catalogue.snapshot()):
+        _check_equal(found, catalogue.snapshot())
+
+
+def test_writers_that_fold_at_the_same_time_lose_nothing(location, make_record):
+    def work(who):
+        catalogue = Catalogue(location, min_tail=4)
+        for number in range(12):
+            record = make_record(f"w{who}-{number}")
+            catalogue.commit(lambda snapshot, record=record: [Publish(record)])
+            if number % 3 == 0:
+                catalogue.commit(lambda snapshot, record=record: [Withdraw(record.ref, "me", NOON)])
+
+    threads = [threading.Thread(target=work, args=(who,)) for who in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    wanted = {("local", f"w{who}-{number}") for who in range(3) for number in range(12) if number % 3}
+    reopened = Catalogue(location)
+    assert set(reopened.snapshot().records) == wanted
+    reopened.tidy(LATER)
+    assert set(Catalogue(location).snapshot().records) == wanted
+
+
+def test_readers_do_not_wait_for_a_write(location, make_record):
+    class Slow(EventTable):
+        """An append that takes until it may end."""
+
+        def append(self, rows, version):
+            writing.set()
+            assert may_end.wait(30)
+            return super().append(rows, version)
+
+    writing, may_end = threading.Event(), threading.Event()
+    catalogue = Catalogue(location, open_table=Slow)
+    thread = threading.Thread(target=catalogue.commit, args=(lambda snapshot: [Publish(make_record())],))
+    thread.start()
+    assert writing.wait(30)
+    reads = []
+    reader = threading.Thread(target=lambda: reads.append(catalogue.snapshot()))
+    reader.start()
+    reader.join(20)
+    assert [snapshot.generation for snapshot in reads] == [0]  # while the append is not over
+    may_end.set()
+    thread.join()
+    assert catalogue.snapshot().generation == 1

@@ -1,0 +1,116 @@
+"""A commit that lands and whose answer is lost: it happened once, and its caller hears so."""
+
+from __future__ import annotations
+
+from uuid import uuid4
+
+import pytest
+
+from lora_store import AdapterNotFound, Catalogue, LoraStore, Publish, StoreUnavailable
+from lora_store.event_table import EventTable
+from lora_store.rules import publish_events, withdraw_events
+from tests.lora_store.builders import BASE, embedding
+from tests.lora_store.test_folding import NOON
+
+
+class Losing(EventTable):
+    """Appends, and loses the answer where the test says so."""
+
+    loses = False
+    answer: StoreUnavailable | None = None
+
+    def append(self, rows, version):
+        is_appended = super().append(rows, version)
+        if not Losing.loses:
+            return is_appended
+        Losing.loses = False
+        if self.answer is not None:
+            raise self.answer
+        return False  # as after a CommitFailedError
+
+
+class LosingByError(Losing):
+    answer = StoreUnavailable("the request timed out")
+
+
+def _publish(record):
+    return lambda snapshot: publish_events(snapshot, [record])
+
+
+@pytest.mark.parametrize("table", [Losing, LosingByError])
+def test_what_landed_is_not_done_twice_and_gives_its_generation(location, make_record, table):
+    catalogue = Catalogue(location, open_table=table)
+    Losing.loses = True
+    assert catalogue.commit(_publish(make_record())) == 1
+    Losing.loses = True
+    assert catalogue.commit(lambda snap: withdraw_events(snap, [("local", "poet")], "me", NOON)) == 2
+    reopened = Catalogue(location).snapshot()
+    assert (reopened.generation, dict(reopened.records)) == (2, {})
+    assert EventTable(location).refresh()[0].num_rows == 2  # one row each
+
+
+def test_a_commit_that_did_not_land_is_still_an_error(location, make_record):
+    class Failing(EventTable):
+        def append(self, rows, version):
+            raise StoreUnavailable("the request timed out")
+
+    with pytest.raises(StoreUnavailable):
+        Catalogue(location, open_table=Failing).commit(_publish(make_record()))
+    assert Catalogue(location).snapshot().generation == 0
+
+
+def test_the_answer_to_the_last_try_may_be_lost(location, make_record):
+    catalogue = Catalogue(location, max_attempts=1, open_table=Losing)
+    Losing.loses = True
+    assert catalogue.commit(_publish(make_record())) == 1
+
+
+def test_a_rivals_commit_is_not_taken_for_ones_own(location, make_record):
+    catalogue, rival = Catalogue(location, open_table=Losing), Catalogue(location)
+    asked = []
+
+    def events(snapshot):
+        if not asked:
+            rival.commit(_publish(make_record("rival")))
+        asked.append(snapshot.generation)
+        return [Publish(make_record("ours"))]
+
+    assert (catalogue.commit(events), asked) == (2, [0, 1])
+
+
+def test_a_call_that_is_repeated_under_its_id_happens_once(location, make_record):
+    """Also by another process, and after a fold."""
+    first, second = Catalogue(location, min_tail=2), Catalogue(location)
+    commit_id = uuid4().hex
+    assert first.commit(_publish(make_record()), commit_id) == 1
+    assert second.commit(lambda snap: pytest.fail("asked"), commit_id) == 1
+    for number in range(6):
+        first.commit(_publish(make_record("other", digest=f"{number:064x}")))
+    assert any(name.startswith("fold-") for name in EventTable(location)._data_files())
+    assert Catalogue(location).commit(lambda snap: pytest.fail("asked"), commit_id) == 1
+    assert first.commit(_publish(make_record("new")), uuid4().hex) == first.snapshot().generation
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_an_endpoint_that_loses_answers_to_commits(s3_endpoint, make_folder, times):
+    """The PUT of the log's next version lands, its answer is an error, and its repetition meets its own effect."""
+    lost = []
+
+    def loses(environ):
+        is_commit = environ["REQUEST_METHOD"] == "PUT" and environ["PATH_INFO"].endswith("2.json")
+        if is_commit and len(lost) < times:
+            lost.append(environ["PATH_INFO"])
+            return True
+        return False
+
+    store = LoraStore(s3_endpoint.uri(f"stores/{uuid4().hex}"), accepts_base=[BASE])
+    published = store.commit([store.stage(make_folder())], [embedding()], [1.0], "me")
+    s3_endpoint.loses_answer = loses
+    try:
+        withdrawn = store.withdraw("local", ["poet"], "me")
+    finally:
+        s3_endpoint.loses_answer = lambda _: False
+    assert len(lost) >= 1
+    assert (withdrawn.generation, [record.ref.name for record in withdrawn.records]) == (published + 1, ["poet"])
+    with pytest.raises(AdapterNotFound):
+        store.withdraw("local", ["poet"], "me")
