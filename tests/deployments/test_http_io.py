@@ -9,7 +9,7 @@ import pytest
 from fastapi import Request
 
 from deployments.errors import RequestInvalid
-from deployments.http_io import events, is_loopback, json_lines, parse
+from deployments.http_io import PROXY_HEADERS, events, is_loopback, json_lines, parse
 from deployments.schemas import ChatCompletionRequest, CompletionRequest
 from gpu_worker.errors import EngineStopped
 
@@ -117,7 +117,16 @@ def test_only_this_machine_is_loopback(client: tuple[str, int] | None, expected:
     assert is_loopback(Request({"type": "http", "client": client, "headers": []})) is expected
 
 
-@pytest.mark.parametrize("header", [b"forwarded", b"x-forwarded-for"])
+@pytest.mark.parametrize(
+    "header",
+    [
+        *(name.encode() for name in sorted(PROXY_HEADERS)),
+        b"x-forwarded-for",
+        b"x-forwarded-host",
+        b"x-forwarded-proto",
+        b"x-forwarded-anything",
+    ],
+)
 def test_who_comes_through_a_reverse_proxy_is_not_on_this_machine(header: bytes) -> None:
     scope = {"type": "http", "client": ("127.0.0.1", 1), "headers": [(header, b"192.0.2.7")]}
     assert is_loopback(Request(scope)) is False
@@ -134,6 +143,8 @@ def test_who_comes_through_a_reverse_proxy_is_not_on_this_machine(header: bytes)
         ("https://localhost.evil.example", False),
         ("https://127.0.0.1.evil.example", False),
         ("null", False),
+        ("http://[evil", False),
+        ("http://[::1", False),
         ("", False),
     ],
 )
