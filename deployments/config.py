@@ -76,6 +76,9 @@ class AppConfig(_Settings):
     cache_dir: Path = DEFAULT_CACHE_DIR
     template: Literal["alpaca", "chat"] = "alpaca"
     publish_paths: bool = True  # whether loopback clients may publish folders of the server's file system
+    # Names that requests may carry in `Host`, without port: a reverse proxy's, this machine's. Loopback names and IP
+    # addresses always may. With keys an empty list means any name.
+    allowed_hosts: tuple[str, ...] = ()
     allow_remote_publish: bool = False  # whether, without keys, clients of other machines may change the pool
     keys_file: Path | None = None  # who may ask and publish: deployments/key_ring.py; None: all are the local tenant
     public_requires_approval: bool = False  # others' `auto` finds a public adapter once approved; True where keys are
@@ -163,6 +166,14 @@ class AppConfig(_Settings):
         for prefix in prefixes:
             SourcePrefix.parse(prefix)
         return prefixes
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _plain_names(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
+        for host in hosts:
+            if not re.fullmatch(r"[A-Za-z0-9._-]{1,253}", host):
+                raise ValueError(f"{host!r} must be a host's name alone, without scheme, port and wildcards")
+        return tuple(host.lower().removesuffix(".") for host in hosts)
 
     @field_validator("keys_file")
     @classmethod

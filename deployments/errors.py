@@ -11,6 +11,8 @@ DeploymentsError
 ├── VersionNotKept     the adapter has no kept version of that digest
 ├── VersionChanged     another version is live than the one the request names
 ├── AdapterExists      the name is taken and the request does not say that it may be replaced
+├── HostRefused        `Host` is no name that this server answers to
+├── OriginRefused      a page of another origin asks
 ├── PublishingOff      this door does not publish
 ├── SourceRefused      the URI is not one that adapters may be published from
 ├── SourceMissing      there is nothing to publish at that place
@@ -157,6 +159,29 @@ class AdapterExists(DeploymentsError):
 
     def __str__(self) -> str:
         return f"the LoRA adapter {self.name!r} has already been loaded; set load_inplace to replace it"
+
+
+class HostRefused(DeploymentsError):
+    """Use an address or a known name of the server."""
+
+    def __init__(self, host: str) -> None:
+        super().__init__(host)
+        self.host = host
+
+    def __str__(self) -> str:
+        given = f"the Host {self.host!r}" if self.host else "a request without one Host"
+        return f"this server does not answer to {given}: use localhost, an IP address, or a name of allowed_hosts"
+
+
+class OriginRefused(DeploymentsError):
+    """Ask from a page of the server's own."""
+
+    def __init__(self, origin: str) -> None:
+        super().__init__(origin)
+        self.origin = origin
+
+    def __str__(self) -> str:
+        return f"pages of {self.origin!r} may not ask this server: its own and those of this machine may"
 
 
 class PublishingOff(DeploymentsError):

@@ -54,6 +54,8 @@ TABLE: tuple[tuple[type[Exception], int, str, str], ...] = (
     (api_errors.VersionNotKept, 404, _MISSING, "version_not_found"),
     (api_errors.VersionChanged, 409, _INVALID, "version_changed"),
     (api_errors.AdapterExists, 400, _INVALID, "adapter_exists"),
+    (api_errors.HostRefused, 421, _INVALID, "host_not_allowed"),
+    (api_errors.OriginRefused, 403, _FORBIDDEN, "origin_not_allowed"),
     (api_errors.PublishingOff, 403, _FORBIDDEN, "publishing_off"),
     (api_errors.SourceRefused, 403, _FORBIDDEN, "source_not_allowed"),
     (api_errors.SourceMissing, 404, _MISSING, "source_not_found"),

@@ -40,6 +40,7 @@ from deployments.direct_calls import direct, go_straight
 from deployments.door import Door
 from deployments.errors import NotReady
 from deployments.figures import SERVE, Kinds
+from deployments.host_guard import HostGuard
 from deployments.http_io import TextRequest, events, parse, refuse_stream_options
 from deployments.in_flight import InFlight, InFlightLimit
 from deployments.key_limits import Meter
@@ -47,7 +48,7 @@ from deployments.limits import check_limits
 from deployments.openai_answers import Answer
 from deployments.openai_jobs import interleaved, jobs_of
 from deployments.planner import Planner
-from deployments.pool import Pool, bodies_here, in_flight_here, request_figures_here
+from deployments.pool import Pool, bodies_here, config_here, in_flight_here, request_figures_here
 from deployments.preload import Preload
 from deployments.publisher import Publisher
 from deployments.releaser import Releaser
@@ -78,6 +79,7 @@ http_errors.install(app)
 app.add_middleware(BodyLimit, limit_of=pool_routes.max_body_bytes, budget=bodies_here)
 app.add_middleware(InFlightLimit, in_flight=in_flight_here)
 app.add_middleware(BearerAuth)  # the last ones added are asked first
+app.add_middleware(HostGuard, config=config_here)
 app.add_middleware(RequestRecorder, figures=request_figures_here)
 app.add_middleware(RequestIds)
 for routes in (models_routes, pool_routes, vllm_routes, admin_routes, map_routes, stats_routes, console_routes):

@@ -70,6 +70,11 @@ def read_pool() -> Pool:
     return pool
 
 
+def config_here() -> AppConfig:
+    """Return the settings of the replica that runs the route."""
+    return read_pool().config
+
+
 def in_flight_here() -> InFlight:
     """The count of the replica that runs the route."""
     in_flight: InFlight = _ingress().in_flight

@@ -48,7 +48,7 @@ class Server:
 
         `metrics_port`: where this machine's figures are told; None = any free one.
         """
-        self._config, self._host = config, host
+        self._config, self._host = _answering_to(config, host), host
         self._num_cpus = num_cpus or max(config.num_logical_cpus, os.cpu_count() or 1)
         self._port, self._metrics_port = port or free_port(host), metrics_port
 
@@ -114,6 +114,13 @@ class Server:
         if ray.is_initialized():
             serve.shutdown()
             ray.shutdown()
+
+
+def _answering_to(config: AppConfig, host: str) -> AppConfig:
+    """Return the settings with the name that the server listens at among the allowed ones, where that matters."""
+    if ":" in host or (config.keys_file is not None and not config.allowed_hosts):
+        return config
+    return config.model_copy(update={"allowed_hosts": (*config.allowed_hosts, host.lower())})
 
 
 def free_port(host: str) -> int:

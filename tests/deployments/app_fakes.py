@@ -41,7 +41,8 @@ class Served:
 
 
 def config_of(**changes: Any) -> AppConfig:
-    return AppConfig(base_model="somewhere/" + BASE, **changes)
+    """Return settings under which the client of `http_of` is answered: it asks for the host `test`."""
+    return AppConfig(**{"base_model": "somewhere/" + BASE, "allowed_hosts": ("test",), **changes})
 
 
 def serve_plainly(

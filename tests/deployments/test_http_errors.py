@@ -34,6 +34,8 @@ EXPECTED = [
     (api_errors.VersionNotKept("x", "a" * 8, ["b" * 64]), 404, "not_found_error", "version_not_found"),
     (api_errors.VersionChanged("x", "a" * 64, "b" * 64), 409, INVALID, "version_changed"),
     (api_errors.AdapterExists("x"), 400, INVALID, "adapter_exists"),
+    (api_errors.HostRefused("evil.example"), 421, INVALID, "host_not_allowed"),
+    (api_errors.OriginRefused("https://evil.example"), 403, "permission_error", "origin_not_allowed"),
     (api_errors.PublishingOff("off"), 403, "permission_error", "publishing_off"),
     (api_errors.SourceRefused("s3://b/x", "is not allowed"), 403, "permission_error", "source_not_allowed"),
     (api_errors.SourceMissing("s3://b/x"), 404, "not_found_error", "source_not_found"),
