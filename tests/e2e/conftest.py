@@ -16,6 +16,7 @@ from ray.serve._private.constants import DEFAULT_TRACING_EXPORTER_IMPORT_PATH
 
 from deployments.app import build_app
 from deployments.config import AppConfig, RetrievalSettings, ScalingSettings, WorkerSettings
+from deployments.proxy_limits import TRACEPARENT_VARIABLE
 from deployments.server import Server
 from gpu_worker.base_model import load_base_model
 from tests.e2e.live import APP, BASE, Live, eventually
@@ -64,6 +65,7 @@ def tell_often() -> Iterator[None]:
         patch.setenv("RAY_metrics_report_interval_ms", "1000")
         patch.setenv("RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH", DEFAULT_TRACING_EXPORTER_IMPORT_PATH)
         patch.setenv("RAY_SERVE_TRACING_SAMPLING_RATIO", "0")
+        patch.setenv(TRACEPARENT_VARIABLE, "1")
         yield
 
 

@@ -1,0 +1,44 @@
+"""The bounds of one HTTP proxy, from its environment: settings of the application do not reach that process."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+CONNECTIONS_VARIABLE = "LORARETRIEVER_CONNECTIONS_PER_ADDRESS"
+TRACEPARENT_VARIABLE = "LORARETRIEVER_TRUST_TRACEPARENT"
+_MAX_CONNECTIONS = 1024
+_SHARE_OF_FILES = 4  # one address takes at most this part, as 1 / n, of the files that the process may open
+
+
+@dataclass(frozen=True, slots=True)
+class ProxyLimits:
+    """What one proxy process accepts of clients."""
+
+    head_timeout_s: float = 10.0  # from the first moment a head could come until it is whole
+    connections_per_address: int | None = _MAX_CONNECTIONS  # None: no bound, for a proxy behind one other proxy
+    trusts_traceparent: bool = False  # whether clients decide what is traced
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Self:
+        """Return the limits that the variables give. 0 connections: no bound.
+
+        Raises: ValueError: a variable has another value than it may.
+        """
+        given = environment.get(CONNECTIONS_VARIABLE, "")
+        if given and not given.isdecimal():
+            raise ValueError(f"{CONNECTIONS_VARIABLE} must be a number, 0 for no bound, got {given!r}")
+        connections = int(given) if given else _by_file_limit()
+        trust = environment.get(TRACEPARENT_VARIABLE, "0")
+        if trust not in ("0", "1"):
+            raise ValueError(f"{TRACEPARENT_VARIABLE} must be 0 or 1, got {trust!r}")
+        return cls(connections_per_address=connections or None, trusts_traceparent=trust == "1")
+
+
+def _by_file_limit() -> int:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (
+        _MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else max(1, min(_MAX_CONNECTIONS, soft // _SHARE_OF_FILES))
+    )
