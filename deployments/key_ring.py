@@ -63,11 +63,16 @@ def parse_entries(text: str) -> list[KeyEntry]:
     """The entries of a keys file, a YAML or JSON list. Raises: ValueError, which quotes no part of the file."""
     entries = _validated(_loaded(text))
     for what in ("id", "sha256"):
-        values = [getattr(entry, what) for entry in entries]
-        for place, value in enumerate(values):
-            if value in values[:place]:
-                raise ValueError(f"entries {values.index(value)} and {place} have the same {what}")
+        refuse_repeats(what, [getattr(entry, what) for entry in entries])
     return entries
+
+
+def refuse_repeats(what: str, values: Sequence[str]) -> None:
+    """Raise ValueError where two entries have the same value, naming their places. Linear: files grow long."""
+    first: dict[str, int] = {}
+    for place, value in enumerate(values):
+        if (earlier := first.setdefault(value, place)) != place:
+            raise ValueError(f"entries {earlier} and {place} have the same {what}")
 
 
 class KeyRing:

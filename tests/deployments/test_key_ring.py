@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
 
 from deployments.callers import Caller, KeyLimits
 from deployments.errors import RoleMissing
-from deployments.key_ring import KeyRing, hash_of, new_key, parse_entries
+from deployments.key_ring import KeyRing, hash_of, new_key, parse_entries, refuse_repeats
 from tests.deployments.key_files import entry
 
 
@@ -77,3 +77,25 @@ def test_roles_do_not_include_one_another() -> None:
     for role in ("infer", "publish"):
         with pytest.raises(RoleMissing, match=role):
             admin.require(role)  # type: ignore[arg-type]
+
+
+class Counted(str):
+    """A string that counts how often it is compared."""
+
+    __slots__ = ()
+    comparisons: ClassVar[list[int]] = [0]
+
+    def __eq__(self, other: object) -> bool:
+        Counted.comparisons[0] += 1
+        return str.__eq__(self, other)
+
+    __hash__ = str.__hash__
+
+
+def test_a_long_file_is_searched_for_repeats_in_linear_time() -> None:
+    count = 20_000
+    values = [Counted(f"id-{number}") for number in range(count)]
+    refuse_repeats("id", values)
+    assert Counted.comparisons[0] < 3 * count  # equal hashes only; every pair would be 200,000,000
+    with pytest.raises(ValueError, match="entries 7 and 20000 have the same id"):
+        refuse_repeats("id", [*values, Counted("id-7")])
