@@ -81,6 +81,7 @@ class AppConfig(_Settings):
     allowed_hosts: tuple[str, ...] = ()
     allow_remote_publish: bool = False  # whether, without keys, clients of other machines may change the pool
     keys_file: Path | None = None  # who may ask and publish: deployments/key_ring.py; None: all are the local tenant
+    keys_missing_grace_s: float = Field(default=300, ge=0)  # how long keys stay valid while keys_file is missing
     public_requires_approval: bool = False  # others' `auto` finds a public adapter once approved; True where keys are
     admins_approve_own: bool = False  # whether, with keys, an admin may approve adapters of its own tenant
     source_prefixes: tuple[str, ...] = ()  # s3://, gs:// or file:// URIs below which adapters may be published from

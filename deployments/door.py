@@ -21,7 +21,9 @@ class Door:
     """
 
     def __init__(self, config: AppConfig, limiter: Limiter | None = None) -> None:
-        self._keys = None if config.keys_file is None else KeyFile(config.keys_file)
+        self._keys = (
+            None if config.keys_file is None else KeyFile(config.keys_file, missing_grace_s=config.keys_missing_grace_s)
+        )
         self._limiter = limiter or Limiter(config.ingress_scaling.max_replicas)
 
     def enter(self, authorization: str | None) -> Caller:

@@ -4,6 +4,7 @@ DeploymentsError
 ├── RequestInvalid     the request breaks a rule; `param` names the field
 ├── Unsupported        the request asks for a part of the OpenAI API that this server does not have
 ├── KeyRefused         no key came, or one that is none of this server's
+├── KeysUnavailable    the keys file is missing for longer than the server may go on without it
 ├── RoleMissing        the key may not do this
 ├── OwnApproval        an admin approves an adapter of its own tenant
 ├── RateLimited        the key has used what it may for now
@@ -64,6 +65,10 @@ class Unsupported(DeploymentsError):
 
 class KeyRefused(DeploymentsError):
     """Send a valid key."""
+
+
+class KeysUnavailable(DeploymentsError):
+    """Ask again once the operator has put the keys file back."""
 
 
 class RoleMissing(DeploymentsError):

@@ -46,6 +46,7 @@ TABLE: tuple[tuple[type[Exception], int, str, str], ...] = (
     (api_errors.RequestInvalid, 400, _INVALID, "invalid_request"),
     (api_errors.Unsupported, 400, _INVALID, "unsupported"),
     (api_errors.KeyRefused, 401, _INVALID, "invalid_api_key"),
+    (api_errors.KeysUnavailable, 503, _OVERLOADED, "keys_unavailable"),
     (api_errors.RoleMissing, 403, _FORBIDDEN, "role_missing"),
     (api_errors.OwnApproval, 403, _FORBIDDEN, "own_approval"),
     (api_errors.RateLimited, 429, _LIMITED, "rate_limit_exceeded"),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from deployments.callers import Caller
+from deployments.errors import KeysUnavailable
 from deployments.key_ring import KeyRing, parse_entries
 
 logger = logging.getLogger(__name__)
@@ -20,21 +22,33 @@ _State = tuple[int, int, int, int, int]
 class KeyFile:
     """The keys of `path`, as of the moment a key is looked up: a `stat` tells whether the file is another one by now.
 
-    A file that is missing or broken leaves the keys as they were and is logged once. Replace the file by a rename, and
-    no reader ever sees half of it.
+    A broken file leaves the keys as they were and is logged once. So does one that is missing or cannot be read, for
+    `missing_grace_s`; after that no key is valid until the file is back. Replace the file by a rename, and no reader
+    ever sees half of it.
     """
 
-    def __init__(self, path: Path, *, now: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        missing_grace_s: float = math.inf,
+        now: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
         """Raises: ValueError, OSError: a server does not start on a file it cannot use."""
-        self._path, self._now = path, now
+        self._path, self._now, self._monotonic = path, now, monotonic
+        self._missing_grace_s = missing_grace_s
+        self._missing_since: float | None = None
         self._last_error = ""
         self._state: _State | None = self._state_now()
         self._content = path.read_bytes()
         self._ring = self._ring_of(self._content)
 
     def find(self, key: str) -> Caller | None:
-        """Whose key it is by now."""
+        """Return whose key it is by now. Raises: KeysUnavailable: the file is missing for too long."""
         self._refresh()
+        if self._missing_since is not None and self._monotonic() - self._missing_since >= self._missing_grace_s:
+            raise KeysUnavailable("the server's keys file is missing or cannot be read; try again later")
         return self._ring.find(key)
 
     def _refresh(self) -> None:
@@ -43,6 +57,7 @@ class KeyFile:
             if state == self._state and not self._may_have_changed(state):
                 return
             content = self._path.read_bytes()
+            self._missing_since = None
             if (state, content) == (self._state, self._content):
                 return
             self._state, self._content = state, content
@@ -56,9 +71,15 @@ class KeyFile:
     def _fail(self, error: Exception) -> None:
         if isinstance(error, OSError):
             self._state = None  # what comes back is read, even if it is the file of before
+            self._missing_since = self._monotonic() if self._missing_since is None else self._missing_since
         if str(error) != self._last_error:
-            logger.error("the keys are left as they were: %s", error)
+            logger.error("the keys stay as they were: %s%s", error, self._until(error))
         self._last_error = str(error)
+
+    def _until(self, error: Exception) -> str:
+        if not isinstance(error, OSError) or math.isinf(self._missing_grace_s):
+            return ""
+        return f"; unless the file is back within {self._missing_grace_s:.0f} s, no key is valid"
 
     def _may_have_changed(self, state: _State) -> bool:
         written_at = state[3] / 1e9

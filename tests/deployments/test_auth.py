@@ -292,6 +292,20 @@ def test_without_keys_whoever_may_change_the_pool_may_approve() -> None:
     assert (response.status_code, response.json()["approved"]) == (200, True)
 
 
+def test_without_the_keys_file_requests_are_503_once_the_grace_period_is_over(tmp_path: Path) -> None:
+    path = write(tmp_path / "keys.json", entry("all"))
+
+    async def look(client: httpx.AsyncClient, _: Served) -> None:
+        assert (await client.get("/v1/models")).status_code == 200
+        path.unlink()
+        response = await client.get("/v1/models")
+        assert (response.status_code, error_of(response)["code"]) == (503, "keys_unavailable")
+        assert str(tmp_path) not in response.text
+        assert (await client.get("/health")).status_code == 200
+
+    ask(look, keys_file=path, keys_missing_grace_s=0, headers=bearer("all"))
+
+
 def by_openai(
     keys: Path, key: str, question: Callable[[openai.AsyncOpenAI], Coroutine[Any, Any, Any]], **o: Any
 ) -> Any:

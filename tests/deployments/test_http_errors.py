@@ -27,6 +27,7 @@ EXPECTED = [
     (api_errors.Unsupported("tools", "it"), 400, INVALID, "unsupported"),
     (api_errors.KeyRefused("no key"), 401, INVALID, "invalid_api_key"),
     (api_errors.RoleMissing("key-1", "admin"), 403, "permission_error", "role_missing"),
+    (api_errors.KeysUnavailable("gone"), 503, "overloaded_error", "keys_unavailable"),
     (api_errors.OwnApproval("x", "acme"), 403, "permission_error", "own_approval"),
     (api_errors.RateLimited("9 requests per minute", 2.0), 429, "rate_limit_error", "rate_limit_exceeded"),
     (api_errors.ModelNotFound("x"), 404, "not_found_error", "model_not_found"),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from deployments.errors import KeysUnavailable
 from deployments.key_file import KeyFile
 from tests.deployments.key_files import entry, write
 
@@ -87,3 +88,45 @@ def test_a_server_does_not_start_on_a_file_it_cannot_use(
         path.write_text(content)
     with pytest.raises(error, match=r"keys\.json"):
         KeyFile(path)
+
+
+class Clock:
+    """A monotonic clock that a test moves."""
+
+    def __init__(self) -> None:
+        self.seconds = 1000.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+def test_a_file_that_is_missing_for_longer_than_the_grace_period_lets_nobody_in(path: Path) -> None:
+    clock = Clock()
+    keys = KeyFile(write(path, entry("a")), missing_grace_s=300, monotonic=clock)
+    clock.seconds += 10_000
+    assert known(keys, "a") == ["a"]  # the period begins when the file is found missing
+    path.unlink()
+    assert known(keys, "a") == ["a"]
+    clock.seconds += 299
+    assert known(keys, "a", "b") == ["a"]
+    clock.seconds += 1
+    for key in ("a", "b"):  # whether a key was valid shows no more
+        with pytest.raises(KeysUnavailable):
+            keys.find(key)
+    write(path, entry("b"))
+    assert known(keys, "a", "b") == ["b"]
+    path.unlink()
+    clock.seconds += 299
+    assert known(keys, "a", "b") == ["b"]  # another period
+
+
+def test_a_broken_file_is_not_missing(path: Path) -> None:
+    clock = Clock()
+    keys = KeyFile(write(path, entry("a")), missing_grace_s=0, monotonic=clock)
+    path.write_text("[")
+    assert known(keys, "a") == ["a"]
+    clock.seconds += 10_000
+    assert known(keys, "a") == ["a"]
+    path.unlink()
+    with pytest.raises(KeysUnavailable):
+        keys.find("a")
