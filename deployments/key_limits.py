@@ -18,7 +18,7 @@ from deployments.errors import RateLimited, RequestInvalid
 from deployments.token_bucket import TokenBucket
 
 _BUSY_RETRY_S = 1.0
-_MAX_IDLE_ACCOUNTS = 1024  # keys come and go with their file
+_SWEEP_ABOVE = 1024  # accounts: keys come and go with their file
 
 
 @dataclass
@@ -43,13 +43,27 @@ class _Account:
     max_running: float
     num_running: int = 0
 
+    @property
+    def is_forgettable(self) -> bool:
+        """Whether a new account would grant exactly the same."""
+        buckets = (self.requests, self.tokens)
+        return self.num_running == 0 and all(bucket is None or bucket.is_full for bucket in buckets)
+
+    def adopt(self, other: _Account) -> None:
+        """Take over the limits and rates of `other`; what runs goes on running."""
+        self.limits, self.requests, self.tokens = other.limits, other.requests, other.tokens
+        self.max_running = other.max_running
+
 
 class Limiter:
-    """The limits of all keys, on one event loop. The same key with other limits begins anew."""
+    """The limits of all keys, on one event loop. Limits that change hold at once, with full rates."""
 
-    def __init__(self, num_replicas: int, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, num_replicas: int, *, clock: Callable[[], float] = time.monotonic, sweep_above: int = _SWEEP_ABOVE
+    ) -> None:
         self._num_replicas, self._clock = num_replicas, clock
         self._accounts: dict[str, _Account] = {}
+        self._sweep_above = self._next_sweep = sweep_above
 
     def count_request(self, caller: Caller) -> None:
         """Raises: RateLimited: the key has made as many as it may."""
@@ -68,13 +82,14 @@ class Limiter:
             raise RateLimited(f"{caller.limits.concurrent_requests} requests at once", _BUSY_RETRY_S)
         if account.tokens is not None:
             self._reserve(caller, account.tokens, num_tokens)
+        bucket = account.tokens  # the key's limits may change meanwhile
         account.num_running += 1
         try:
             yield meter
         finally:
             account.num_running -= 1
-            if account.tokens is not None:
-                account.tokens.settle(num_tokens, meter.num_tokens)
+            if bucket is not None:
+                bucket.settle(num_tokens, meter.num_tokens)
 
     def _reserve(self, caller: Caller, bucket: TokenBucket, num_tokens: int) -> None:
         if num_tokens > bucket.per_minute:
@@ -88,9 +103,11 @@ class Limiter:
 
     def _account(self, caller: Caller) -> _Account:
         account = self._accounts.get(caller.key_id)
-        if account is None or account.limits != caller.limits:
-            self._forget_idle()
+        if account is None:
+            self._sweep()
             account = self._accounts[caller.key_id] = self._opened(caller.limits)
+        elif account.limits != caller.limits:
+            account.adopt(self._opened(caller.limits))
         return account
 
     def _opened(self, limits: KeyLimits) -> _Account:
@@ -103,6 +120,8 @@ class Limiter:
         max_running = math.inf if at_once is None else math.ceil(at_once / self._num_replicas)
         return _Account(limits, bucket(limits.requests_per_minute), bucket(limits.tokens_per_minute), max_running)
 
-    def _forget_idle(self) -> None:
-        if len(self._accounts) >= _MAX_IDLE_ACCOUNTS:
-            self._accounts = {key: account for key, account in self._accounts.items() if account.num_running}
+    def _sweep(self) -> None:
+        """Forget the accounts that hold nothing, each time their number has doubled: O(1) a new account."""
+        if len(self._accounts) >= self._next_sweep:
+            self._accounts = {key: account for key, account in self._accounts.items() if not account.is_forgettable}
+            self._next_sweep = max(self._sweep_above, 2 * len(self._accounts))

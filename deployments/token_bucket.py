@@ -34,6 +34,12 @@ class TokenBucket:
         self._refill()
         self._level = min(self.per_minute, self._level + taken - used)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing of the last minute's use is left to remember."""
+        self._refill()
+        return self._level >= self.per_minute
+
     def _refill(self) -> None:
         now = self._clock()
         self._level = min(self.per_minute, self._level + (now - self._at) * self.per_minute / 60)

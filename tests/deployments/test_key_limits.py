@@ -24,7 +24,7 @@ def limited(work: Callable[[], Any]) -> RateLimited:
 
 def test_requests_beyond_the_minutes_are_refused_until_there_is_room() -> None:
     clock = Clock()
-    limiter, asks = Limiter(1, clock=clock), caller(requests_per_minute=2)
+    limiter, asks = Limiter(1, clock=clock, sweep_above=10), caller(requests_per_minute=2)
     limiter.count_request(asks)
     limiter.count_request(asks)
     error = limited(lambda: limiter.count_request(asks))
@@ -89,12 +89,23 @@ def test_a_request_larger_than_the_limit_is_told_so_instead_of_waiting_for_ever(
     assert "101" in str(caught.value) and "100" in str(caught.value)
 
 
-def test_other_limits_hold_at_once_and_what_ran_before_still_ends() -> None:
+def test_limits_that_change_hold_at_once_and_count_what_still_runs() -> None:
     limiter = Limiter(1)
-    with limiter.running(caller(concurrent_requests=1), 1), limiter.running(caller(concurrent_requests=2), 1):
-        pass
+    with limiter.running(caller(concurrent_requests=1), 1):
+        limited(lambda: ExitStack().enter_context(limiter.running(caller(concurrent_requests=1), 1)))
+        with limiter.running(caller(concurrent_requests=2), 1):
+            limited(lambda: ExitStack().enter_context(limiter.running(caller(concurrent_requests=2), 1)))
+    with limiter.running(caller(concurrent_requests=1), 1):
+        limited(lambda: ExitStack().enter_context(limiter.running(caller(concurrent_requests=1), 1)))
+
+
+def test_a_rate_that_changes_holds_at_once() -> None:
+    limiter = Limiter(1, clock=Clock())
     limiter.count_request(caller(requests_per_minute=1))
-    limiter.count_request(caller(requests_per_minute=5))
+    limited(lambda: limiter.count_request(caller(requests_per_minute=1)))
+    for _ in range(5):
+        limiter.count_request(caller(requests_per_minute=5))
+    limited(lambda: limiter.count_request(caller(requests_per_minute=5)))
 
 
 def test_who_has_no_limits_is_never_refused() -> None:
@@ -106,9 +117,23 @@ def test_who_has_no_limits_is_never_refused() -> None:
 
 
 def test_keys_that_are_gone_do_not_stay_for_ever() -> None:
-    limiter = Limiter(1)
+    clock = Clock()
+    limiter = Limiter(1, clock=clock, sweep_above=10)
     with limiter.running(caller("busy", concurrent_requests=1), 1):
-        for number in range(3000):
+        for number in range(1000):
+            clock.at += 61
             limiter.count_request(caller(f"k{number}", requests_per_minute=1))
-        assert len(limiter._accounts) < 2000
+        assert len(limiter._accounts) < 20
         limited(lambda: ExitStack().enter_context(limiter.running(caller("busy", concurrent_requests=1), 1)))
+
+
+def test_many_keys_do_not_give_a_used_up_one_its_rate_back() -> None:
+    limiter = Limiter(1, clock=Clock(), sweep_above=10)
+    used_up = caller("used up", requests_per_minute=1, tokens_per_minute=100)
+    limiter.count_request(used_up)
+    with limiter.running(used_up, 100) as meter:
+        meter.saw("one", 50, 50)
+    for number in range(1000):
+        limiter.count_request(caller(f"k{number}", requests_per_minute=5))
+    limited(lambda: limiter.count_request(used_up))
+    limited(lambda: ExitStack().enter_context(limiter.running(used_up, 1)))

@@ -59,3 +59,13 @@ def test_nothing_comes_back_beyond_the_bucket() -> None:
     clock.at += 60
     bucket.settle(40, 0)
     assert (bucket.take(60), bucket.take(1) > 0) == (0, True)
+
+
+def test_a_bucket_is_full_once_nothing_is_left_to_refill() -> None:
+    bucket, clock = bucket_of(60)
+    assert bucket.is_full
+    bucket.take(2)
+    clock.at += 1.5
+    assert not bucket.is_full
+    clock.at += 0.5
+    assert bucket.is_full
