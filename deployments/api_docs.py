@@ -78,7 +78,7 @@ ROLLBACK_ANSWERS = answers(400, 404, 409, 422, s201=objects.PublishedAdapter, s2
 VISIBILITY_ANSWERS = answers(400, 404, 409, s200=objects.SettledAdapter, s202=objects.SettledAdapter)
 APPROVE_ANSWERS = answers(400, 404, 409, s200=objects.SettledAdapter, s202=objects.SettledAdapter)
 MAP_ANSWERS = answers(400, s200=objects.PoolPicture)
-PLACE_ANSWERS = answers(400, s200=objects.PromptPlace)
+PLACE_ANSWERS = answers(400, 504, s200=objects.PromptPlace)
 STATS_ANSWERS = answers(s200=objects.Stats)
 LOAD_ANSWERS = _of_kind(answers(400, 404, 409, 422), "text/plain", 200, 202)
 UNLOAD_ANSWERS = _of_kind(answers(400, 404), "text/plain", 200, 202)

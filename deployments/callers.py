@@ -20,8 +20,9 @@ class KeyLimits(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     requests_per_minute: int | None = Field(default=None, ge=1)
-    tokens_per_minute: int | None = Field(default=None, ge=1)  # of prompts and answers
-    concurrent_requests: int | None = Field(default=None, ge=1)
+    # Of prompts and answers, and a quarter of the characters that the encoder reads.
+    tokens_per_minute: int | None = Field(default=None, ge=1)
+    concurrent_requests: int | None = Field(default=None, ge=1)  # rows at once: prompts × n over all requests
     max_adapters: int | None = Field(default=None, ge=0)
     max_bytes: int | None = Field(default=None, ge=0)  # of weights, kept older versions included
 

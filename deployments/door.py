@@ -9,7 +9,7 @@ from deployments.callers import LOCAL_CALLER, Caller
 from deployments.config import AppConfig
 from deployments.errors import KeyRefused
 from deployments.key_file import KeyFile
-from deployments.key_limits import Limiter, Meter
+from deployments.key_limits import Limiter, Meter, Work
 
 _SCHEME = "bearer"
 
@@ -40,7 +40,11 @@ class Door:
         return caller
 
     @contextmanager
-    def running(self, caller: Caller, num_tokens: int) -> Iterator[Meter]:
-        """What generates runs within. Raises: RateLimited, RequestInvalid."""
-        with self._limiter.running(caller, num_tokens) as meter:
+    def running(self, caller: Caller, work: Work) -> Iterator[Meter]:
+        """Count a request that generates, routes or places prompts. Raises: RateLimited, RequestInvalid."""
+        with self._limiter.running(caller, work) as meter:
             yield meter
+
+    def charge(self, caller: Caller, num_read: int, field: str) -> None:
+        """Charge what the encoder is about to read for a publish. Raises: RateLimited, RequestInvalid."""
+        self._limiter.charge(caller, num_read, field)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ray.serve.handle import DeploymentHandle
 
+from deployments.limits import encoder_tokens
 from deployments.retries import repeated
 from deployments.retriever import Embedded
 from lora_store import AdapterRecord, AdapterRef, AdapterRefused, Staged
@@ -39,13 +40,18 @@ class Examiner:
         self._retriever, self._worker = retriever, worker
 
     async def examine(
-        self, staged: Sequence[Staged | BaseException], live: Mapping[AdapterRef, AdapterRecord]
+        self,
+        staged: Sequence[Staged | BaseException],
+        live: Mapping[AdapterRef, AdapterRecord],
+        charge: Callable[[int], None],
     ) -> list[Outcome]:
         """One outcome per item, in order; equal versions share theirs. What is live is not examined again.
 
-        Raises: what the Retriever says of a batch as a whole.
+        `charge` takes the tokens that the encoder is about to read. Raises: what it raises, and what the Retriever says
+        of a batch as a whole.
         """
         new = list({item.ref: item for item in staged if isinstance(item, Staged) and item.ref not in live}.values())
+        charge(encoder_tokens(sample.input for item in new for sample in item.samples))
         slots = asyncio.Semaphore(_BATCHES_AT_ONCE)
         batches = [new[start : start + EXAMINED_TOGETHER] for start in range(0, len(new), EXAMINED_TOGETHER)]
         examined = await asyncio.gather(*[self._examine_in(slots, batch) for batch in batches], return_exceptions=True)

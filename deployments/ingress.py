@@ -43,11 +43,11 @@ from deployments.figures import SERVE, Kinds
 from deployments.host_guard import HostGuard
 from deployments.http_io import TextRequest, events, parse, refuse_stream_options
 from deployments.in_flight import InFlight, InFlightLimit
-from deployments.key_limits import Meter
-from deployments.limits import check_limits
+from deployments.key_limits import Meter, Work
+from deployments.limits import check_limits, check_texts, encoder_tokens, work_of
 from deployments.openai_answers import Answer
 from deployments.openai_jobs import interleaved, jobs_of
-from deployments.planner import Planner
+from deployments.planner import Planner, text_read
 from deployments.pool import Pool, bodies_here, config_here, in_flight_here, request_figures_here
 from deployments.preload import Preload
 from deployments.publisher import Publisher
@@ -134,7 +134,7 @@ class Ingress:
             figures=ChangeFigures(kinds),
         )
         uploads = UploadBudget(config.max_upload_total_bytes)
-        self.pool = Pool(config, publisher, store, retriever, uploads, self.background)
+        self.pool = Pool(config, self.door, publisher, store, retriever, uploads, self.background)
         self.stats = StatsReader(config, retriever, worker)
         self.in_flight = InFlight(config.max_in_flight)
         self.bodies = BodyBudget(config.max_body_total_bytes)
@@ -174,7 +174,8 @@ class Ingress:
         request.sampling()  # what cannot be sampled asks nobody
         check_limits(request, questions, self._config)
         with ExitStack() as stack:
-            meter = stack.enter_context(self.door.running(caller, request.most_tokens))
+            texts = [text for question in questions if (text := self._planner.text_read(question)) is not None]
+            meter = stack.enter_context(self.door.running(caller, work_of(request, questions, texts)))
             began = time.monotonic()
             with tracer.start_as_current_span("plan"):
                 async with within(deadline):
@@ -267,7 +268,9 @@ class Ingress:
     @app.post("/v1/route", response_model=None, responses=ROUTE_ANSWERS)
     async def route(self, body: RouteQuery, caller: Asking) -> JsonObject:
         """The plans for these prompts, candidates included; nothing is generated. Each can be sent as `lora.plan`."""
-        with self.door.running(caller, 0):  # no tokens: nothing is generated
+        check_texts(body.prompt, self._config)
+        texts = [text for prompt in body.prompt if (text := text_read(prompt, body.lora)) is not None]
+        with self.door.running(caller, Work(len(body.prompt), num_read=encoder_tokens(texts))):
             async with within(deadline_of(None, self._config.max_request_s)):
                 routes = [self._planner.route(prompt, body.lora, caller.tenant) for prompt in body.prompt]
                 planned = await asyncio.gather(*routes)

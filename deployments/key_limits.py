@@ -1,8 +1,11 @@
-"""What each key has used: requests, tokens, and what is running, as this Ingress replica sees it.
+"""What each key has used: requests, tokens, and rows in progress, as this Ingress replica sees it.
 
-Replicas do not talk about it. Each gives out its part, 1 / replicas of a rate and ceil(limit / replicas) of what may
-run at once, so a limit holds approximately: less than it passes where a key's requests fall unevenly on the replicas,
-and up to replicas - 1 more may run at once.
+Work is counted and not requests: a row is one prompt times one of its `n` answers, and tokens are those of prompts
+and answers and a quarter of the characters that the encoder reads.
+
+Replicas do not talk about it. Each gives out its part, 1 / replicas of a rate and ceil(limit / replicas) of the rows
+at once, so a limit holds approximately: less than it passes where a key's requests fall unevenly on the replicas, and
+up to replicas - 1 more rows may run at once.
 """
 
 from __future__ import annotations
@@ -19,6 +22,21 @@ from deployments.token_bucket import TokenBucket
 
 _BUSY_RETRY_S = 1.0
 _SWEEP_ABOVE = 1024  # accounts: keys come and go with their file
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """How much a request asks for. The fields name what an error message should point at."""
+
+    num_rows: int = 1  # prompts × n
+    num_tokens: int = 0  # of prompts, and the most new ones: settled by what was used
+    num_read: int = 0  # by the encoder: charged once the request is let in, whatever becomes of it
+    rows_field: str = "prompt"
+    tokens_field: str = "prompt"
+
+    @property
+    def reserved(self) -> int:
+        return self.num_tokens + self.num_read
 
 
 @dataclass
@@ -72,34 +90,29 @@ class Limiter:
             raise RateLimited(f"{caller.limits.requests_per_minute} requests per minute", wait_s)
 
     @contextmanager
-    def running(self, caller: Caller, num_tokens: int) -> Iterator[Meter]:
-        """One request runs within, with `num_tokens` reserved; what it used by its end is what counts.
+    def running(self, caller: Caller, work: Work) -> Iterator[Meter]:
+        """Hold the rows and tokens of `work` while the request runs, then charge what it read and what it used.
 
         Raises: RateLimited; RequestInvalid: the request alone is more than the key may use.
         """
         account, meter = self._account(caller), Meter()
-        if account.num_running >= account.max_running:
-            raise RateLimited(f"{caller.limits.concurrent_requests} requests at once", _BUSY_RETRY_S)
-        if account.tokens is not None:
-            self._reserve(caller, account.tokens, num_tokens)
+        _require_rows(caller, account, work)
         bucket = account.tokens  # the key's limits may change meanwhile
-        account.num_running += 1
+        if bucket is not None:
+            _reserve(caller, bucket, work.reserved, work.tokens_field)
+        account.num_running += work.num_rows
         try:
             yield meter
         finally:
-            account.num_running -= 1
+            account.num_running -= work.num_rows
             if bucket is not None:
-                bucket.settle(num_tokens, meter.num_tokens)
+                bucket.settle(work.reserved, work.num_read + meter.num_tokens)
 
-    def _reserve(self, caller: Caller, bucket: TokenBucket, num_tokens: int) -> None:
-        if num_tokens > bucket.per_minute:
-            raise RequestInvalid(
-                f"the prompt and its new tokens may be {num_tokens} tokens, and the key may use"
-                f" {int(bucket.per_minute)} per minute: ask for fewer new tokens",
-                "max_tokens",
-            )
-        if (wait_s := bucket.take(num_tokens)) > 0:
-            raise RateLimited(f"{caller.limits.tokens_per_minute} tokens per minute", wait_s)
+    def charge(self, caller: Caller, num_read: int, field: str) -> None:
+        """Charge what the encoder is about to read. Raises: as `running` does."""
+        bucket = self._account(caller).tokens
+        if bucket is not None:
+            _reserve(caller, bucket, num_read, field)
 
     def _account(self, caller: Caller) -> _Account:
         account = self._accounts.get(caller.key_id)
@@ -125,3 +138,26 @@ class Limiter:
         if len(self._accounts) >= self._next_sweep:
             self._accounts = {key: account for key, account in self._accounts.items() if not account.is_forgettable}
             self._next_sweep = max(self._sweep_above, 2 * len(self._accounts))
+
+
+def _require_rows(caller: Caller, account: _Account, work: Work) -> None:
+    if work.num_rows > account.max_running:
+        raise RequestInvalid(
+            f"{work.rows_field}: the request has {work.num_rows} rows (prompts × n), and the key may have"
+            f" {account.max_running:.0f} at once: send fewer prompts or a smaller n",
+            work.rows_field,
+        )
+    if account.num_running + work.num_rows > account.max_running:
+        raise RateLimited(f"{caller.limits.concurrent_requests} rows (prompts × n) at once", _BUSY_RETRY_S)
+
+
+def _reserve(caller: Caller, bucket: TokenBucket, num_tokens: int, field: str) -> None:
+    if num_tokens > bucket.per_minute:
+        raise RequestInvalid(
+            f"{field}: the request may use {num_tokens} tokens (of prompts, of answers, and a quarter of the characters"
+            f" that the encoder reads), and the key may use {int(bucket.per_minute)} per minute: send less text, or ask"
+            " for fewer new tokens",
+            field,
+        )
+    if (wait_s := bucket.take(num_tokens)) > 0:
+        raise RateLimited(f"{caller.limits.tokens_per_minute} tokens per minute", wait_s)

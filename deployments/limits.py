@@ -1,26 +1,53 @@
-"""What a request may ask for at most, checked before any work is done for it."""
+"""What a request may ask for at most, checked before any work is done for it, and how much work it asks for."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 from deployments.config import AppConfig
 from deployments.errors import RequestInvalid
-from deployments.schemas import GenerationRequest, Question
+from deployments.key_limits import Work
+from deployments.schemas import CHARS_PER_TOKEN, GenerationRequest, Question
 from gpu_worker.errors import PromptTooLong
 from gpu_worker.prompts import Message
 from gpu_worker.request import MAX_CHARS_PER_TOKEN
+from retriever_svc.encoder import MAX_CHARS
 
 
 def check_limits(request: GenerationRequest, questions: Sequence[Question], config: AppConfig) -> None:
     """Raises: PromptTooLong, RequestInvalid. Tokens are counted by the Worker; this bounds what it has to look at."""
-    context = config.worker.max_model_len
-    num_chars = max(_num_chars(question.prompt) for question in questions)
-    if num_chars > context * MAX_CHARS_PER_TOKEN:
-        raise PromptTooLong(f"a prompt of {num_chars} characters does not fit a context of {context} tokens")
+    _check_chars(max(_num_chars(question.prompt) for question in questions), config)
     wanted = request.token_limit
     if wanted is not None and wanted > config.max_new_tokens:
         raise RequestInvalid(f"max_tokens: at most {config.max_new_tokens}, got {wanted}", "max_tokens")
+
+
+def check_texts(texts: Iterable[str], config: AppConfig) -> None:
+    """Refuse what could not be a prompt either. Raises: PromptTooLong."""
+    _check_chars(max(map(len, texts)), config)
+
+
+def encoder_tokens(texts: Iterable[str]) -> int:
+    """Return what a key is charged for the texts the encoder reads: a quarter of their characters, each rounded up."""
+    return sum(math.ceil(min(len(text), MAX_CHARS) / CHARS_PER_TOKEN) for text in texts)
+
+
+def work_of(request: GenerationRequest, questions: Sequence[Question], texts_read: Iterable[str]) -> Work:
+    """Return how much a request asks for whose adapters the encoder finds by `texts_read`."""
+    return Work(
+        num_rows=len(questions) * request.n,
+        num_tokens=request.most_tokens,
+        num_read=encoder_tokens(texts_read),
+        rows_field="n" if request.n > 1 else "prompt",
+        tokens_field="max_tokens",
+    )
+
+
+def _check_chars(num_chars: int, config: AppConfig) -> None:
+    context = config.worker.max_model_len
+    if num_chars > context * MAX_CHARS_PER_TOKEN:
+        raise PromptTooLong(f"a prompt of {num_chars} characters does not fit a context of {context} tokens")
 
 
 def _num_chars(prompt: str | tuple[Message, ...]) -> int:

@@ -9,11 +9,15 @@ from deployments import http_errors
 from deployments.answers import JsonObject
 from deployments.api_docs import MAP_ANSWERS, PLACE_ANSWERS
 from deployments.api_request import MAX_TEXT_CHARS, ApiRequest
-from deployments.auth import AnyCaller
+from deployments.auth import AnyCaller, Asking
+from deployments.key_limits import Work
+from deployments.limits import check_texts, encoder_tokens
 from deployments.pool import Pool, read_pool
+from deployments.request_time import deadline_of, within
 from deployments.retries import repeated
 from lora_store import MAX_PLAN_ADAPTERS
 from retriever_svc import Place, Point, PoolMap
+from retriever_svc.encoder import MAX_CHARS
 
 router = APIRouter(route_class=http_errors.AnsweringRoute)
 AnyPool = Annotated[Pool, Depends(read_pool)]
@@ -44,9 +48,13 @@ async def pool_map(
 
 
 @router.post("/v1/pool/map", response_model=None, responses=PLACE_ANSWERS)
-async def place(body: PlaceQuery, pool: AnyPool, caller: AnyCaller) -> JsonObject:
+async def place(body: PlaceQuery, pool: AnyPool, caller: Asking) -> JsonObject:
     """Where a prompt lies on that map, and where these adapters do: a large map does not show all."""
-    found: Place = await repeated(pool.retriever.place, caller.tenant, body.prompt, body.adapters, body.min_generation)
+    check_texts([body.prompt], pool.config)
+    with pool.door.running(caller, Work(num_read=encoder_tokens([body.prompt]))):
+        async with within(deadline_of(None, pool.config.max_request_s)):
+            asked = (caller.tenant, body.prompt[:MAX_CHARS], body.adapters, body.min_generation)
+            found: Place = await repeated(pool.retriever.place, *asked)
     return {
         "object": "pool_place",
         "generation": found.generation,

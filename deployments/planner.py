@@ -13,6 +13,7 @@ from deployments.retries import repeated
 from deployments.schemas import Question
 from lora_store import BASE_PLAN, AdapterNotFound, Plan, Strategy
 from retriever_svc import Candidate, Route, RouteRequest
+from retriever_svc.encoder import MAX_CHARS
 
 AUTO = "auto"
 
@@ -55,6 +56,13 @@ class Planner:
         except AdapterNotFound as exc:  # through a handle it comes as a RayTaskError that is one, too
             raise ModelNotFound(question.model) from exc
 
+    def text_read(self, question: Question) -> str | None:
+        """Return the text by which the encoder finds the question's adapters, None where they are named.
+
+        Raises: ModelNotFound.
+        """
+        return text_read(question.text, question.lora) if self._model_name(question.model) == AUTO else None
+
     async def route(self, text: str, options: LoraOptions, tenant: str) -> Planned:
         """The plan the client sends back, that of the adapters it names, or the Retriever's choice for `text`.
 
@@ -68,7 +76,7 @@ class Planner:
             return Planned(await self._named(options, tenant))
         defaults = self._config.retrieval
         request = RouteRequest(
-            text=options.query or text,
+            text=(options.query or text)[:MAX_CHARS],
             tenant=tenant,
             strategy=options.strategy or defaults.strategy,
             top_k=options.k or defaults.k,
@@ -110,6 +118,11 @@ class Planner:
         if head != base or not tail:
             raise ModelNotFound(model)
         return tail
+
+
+def text_read(text: str, options: LoraOptions) -> str | None:
+    """Return what the encoder reads to find adapters for `text`, None where the options name them."""
+    return (options.query or text) if options.names_adapters is None else None
 
 
 def _refuse_retrieval(options: LoraOptions) -> None:

@@ -13,9 +13,11 @@ from deployments.background import Background
 from deployments.body_limit import BodyBudget
 from deployments.callers import Caller
 from deployments.config import AppConfig
+from deployments.door import Door
 from deployments.errors import OwnApproval, PublishingOff
 from deployments.http_io import is_loopback
 from deployments.in_flight import InFlight
+from deployments.published import Charge
 from deployments.publisher import Publisher
 from deployments.request_figures import RequestFigures
 from deployments.upload_budget import UploadBudget
@@ -28,11 +30,16 @@ class Pool:
     """The pool as an Ingress replica reaches it."""
 
     config: AppConfig
+    door: Door
     publisher: Publisher
     store: DeploymentHandle
     retriever: DeploymentHandle
     uploads: UploadBudget
     background: Background
+
+    def charge_to(self, caller: Caller) -> Charge:
+        """Return what charges the caller's key for the samples that the encoder reads while it publishes."""
+        return lambda num_tokens: self.door.charge(caller, num_tokens, "samples")
 
     def require_change(self, http: Request) -> None:
         """Raises: PublishingOff unless this client may change the pool. With keys, its key says so."""

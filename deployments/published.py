@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from deployments.errors import VersionNotKept
@@ -36,13 +36,26 @@ class Removed:
     behind: int
 
 
+Charge = Callable[[int], None]
+"""Charges tokens that the encoder is about to read to whoever publishes. Raises: RateLimited, RequestInvalid."""
+
+
+def free_of_charge(num_tokens: int) -> None:
+    """Let the encoder read as much as it has to."""
+
+
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Who changes the pool; `share`: what its tenant may hold; `standing`: what the versions must be just before."""
+    """Who changes the pool, and within what bounds.
+
+    `share`: what its tenant may hold; `standing`: what the versions must be just before; `charge`: takes what the
+    encoder reads of the samples.
+    """
 
     actor: str
     share: PoolShare | None = None
     standing: Standing = "any"
+    charge: Charge = free_of_charge
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,17 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.background import Background
 from deployments.examiner import Examined, Examiner, Outcome
-from deployments.published import Change, Published, Removed, Settled, kept_version, live_already, published_of
+from deployments.published import (
+    Change,
+    Charge,
+    Published,
+    Removed,
+    Settled,
+    free_of_charge,
+    kept_version,
+    live_already,
+    published_of,
+)
 from deployments.releaser import Releaser
 from deployments.request_figures import ChangeFigures
 from deployments.retries import repeated
@@ -61,21 +71,25 @@ class Publisher:
         self._background, self._releaser, self._figures = background, releaser, figures or ChangeFigures()
 
     async def publish(
-        self, uploads: Sequence[FolderUpload], actor: str, share: PoolShare | None = None
+        self,
+        uploads: Sequence[FolderUpload],
+        actor: str,
+        share: PoolShare | None = None,
+        charge: Charge = free_of_charge,
     ) -> list[Published | Exception]:
         """Publish all that can be, in one commit; what cannot has its error in its place. What is live stays as it is.
 
         Raises: what the Retriever or the Store says of the batch as a whole, PoolShareExceeded where it is more than
-        the tenant's `share`, NoWorkerYet; then nothing of it is visible or kept.
+        the tenant's `share`, NoWorkerYet, what `charge` raises; then nothing of it is visible or kept.
         """
-        return await self._run("publish", self._publish(uploads, Change(actor, share)))
+        return await self._run("publish", self._publish(uploads, Change(actor, share, charge=charge)))
 
-    async def rollback(self, key: Key, digest: str | None, actor: str) -> Published:
+    async def rollback(self, key: Key, digest: str | None, actor: str, charge: Charge = free_of_charge) -> Published:
         """Publish a kept version again: the one before the live one, or the one whose digest begins with `digest`.
 
         Raises: AdapterNotFound, VersionNotKept, and what `publish` has for it.
         """
-        return await self._run("rollback", self._rollback(key, digest, actor))
+        return await self._run("rollback", self._rollback(key, digest, actor, charge))
 
     async def withdraw(self, tenant: str, names: Sequence[str], actor: str) -> Removed:
         """All of `names` with all their versions are gone, or none; what they held is freed in the background.
@@ -149,14 +163,14 @@ class Publisher:
         staged = await asyncio.gather(*map(stage, uploads), return_exceptions=True)
         return await self._make_live(staged, active, change)
 
-    async def _rollback(self, key: Key, digest: str | None, actor: str) -> Published:
+    async def _rollback(self, key: Key, digest: str | None, actor: str, charge: Charge) -> Published:
         active = await self.reach_store()
         kept = (await repeated(self._store.versions, [key])).get(key, ())
         if not kept:
             raise AdapterNotFound(key[1])
         await self._waking.wait()
         staged = await repeated(self._store.restage, kept_version(kept, digest))
-        change = Change(actor, standing="kept")  # it may be withdrawn meanwhile
+        change = Change(actor, standing="kept", charge=charge)  # it may be withdrawn meanwhile
         [outcome] = await self._make_live([staged], active, change)
         if isinstance(outcome, Exception):
             raise outcome
@@ -187,7 +201,7 @@ class Publisher:
         try:
             older = await repeated(self._store.versions, [(item.ref.tenant, item.ref.name) for item in held])
             live = live_already(held, older, active)
-            outcomes = await self._examiner.examine(staged, live)
+            outcomes = await self._examiner.examine(staged, live, change.charge)
             is_unsure = True
             generation, outcomes = await self._commit(outcomes, change)
             is_unsure = False

@@ -35,7 +35,7 @@ MAX_MESSAGES = 1024
 MAX_PARTS = 256  # of one message
 MAX_QUERIES = 256  # prompts of one /v1/route
 MAX_METADATA = 16
-_CHARS_PER_TOKEN = 4  # of English, about: real usage settles what a request is charged
+CHARS_PER_TOKEN = 4  # of English, about: real usage settles what a request is charged
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +175,7 @@ class GenerationRequest(ApiRequest):
         prompts = [question.prompt for question in self.questions()]
         num_chars = sum(len(p) if isinstance(p, str) else sum(len(turn.content) for turn in p) for p in prompts)
         new_tokens = DEFAULT_MAX_TOKENS if self.token_limit is None else self.token_limit
-        return num_chars // _CHARS_PER_TOKEN + len(prompts) * (1 + self.n * new_tokens)
+        return num_chars // CHARS_PER_TOKEN + len(prompts) * (1 + self.n * new_tokens)
 
     def questions(self) -> list[Question]:
         """One question a prompt, in order."""

@@ -31,6 +31,7 @@ MAX_TOKENS = 256  # read of a text, the instruction included
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")  # never *.bin: those are pickles
 _IDENTITY_FILES = ("*.safetensors", "*.json", "*.txt", "*.model")
 _CHARS_PER_TOKEN = 64  # bounds the tokenizer's work on a text of any length
+MAX_CHARS = MAX_TOKENS * _CHARS_PER_TOKEN  # read of a text
 _CHUNK_TEXTS = 32  # the model is free for another caller after this many
 
 

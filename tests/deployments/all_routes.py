@@ -28,7 +28,7 @@ ROLES_OF: dict[tuple[str, str], str | None] = {
     ("POST", "/v1/pool/reindex"): "admin",
     ("POST", "/v1/pool/gc"): "admin",
     ("GET", "/v1/pool/map"): None,
-    ("POST", "/v1/pool/map"): None,
+    ("POST", "/v1/pool/map"): "infer",
     ("GET", "/v1/stats"): None,
     ("POST", "/v1/chat/completions"): "infer",
     ("POST", "/v1/completions"): "infer",

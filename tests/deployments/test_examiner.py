@@ -8,6 +8,7 @@ from ray.exceptions import RayActorError
 
 from deployments.errors import Poisoned
 from deployments.examiner import EXAMINED_TOGETHER, Examined, Examiner, Outcome
+from deployments.published import free_of_charge
 from lora_store import AdapterRecord, AdapterRef, AdapterRefused, Staged
 from tests.deployments.adapter_records import adapter
 from tests.deployments.fake_retriever import FakeRetriever
@@ -27,7 +28,7 @@ def examine(
 ) -> tuple[list[Outcome], FakeHandle]:
     handle = FakeHandle(worker or FakeWorker())
     examiner = Examiner(FakeHandle(FakeRetriever(**retriever)), handle)
-    return asyncio.run(examiner.examine(items, live or {})), handle
+    return asyncio.run(examiner.examine(items, live or {}, free_of_charge)), handle
 
 
 def test_outcomes_come_in_order_and_refusals_stay_in_their_place() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from deployments.errors import RateLimited
 from deployments.published import Published, Settled
 from deployments.uploads import FolderUpload
 from lora_store import AdapterNotFound, PoolShare, PoolShareExceeded, Visibility
@@ -41,6 +42,37 @@ def test_a_publish_beyond_the_tenants_share_leaves_nothing() -> None:
     [(*_, committed_share)] = publishing.store.called("commit")
     assert committed_share == share
     assert (publishing.pool.held, publishing.live_digests) == ([], {})
+
+
+def test_samples_are_charged_before_the_encoder_reads_them() -> None:
+    publishing = Publishing()
+    uploads, charged = [FolderUpload(Path("folders", name)) for name in ("poet", "coder")], []
+
+    def charge(num_tokens: int) -> None:
+        charged.append((num_tokens, len(publishing.retriever.called("embed"))))
+
+    publishing.run(lambda publisher: publisher.publish(uploads, "tester", None, charge))
+    [(groups, _)] = publishing.retriever.called("embed")
+    num_tokens = sum(-(-len(sample.input) // 4) for group in groups for sample in group)
+    assert (charged, num_tokens > 0) == ([(num_tokens, 0)], True)
+
+
+@pytest.mark.parametrize("change", ["publish", "rollback"])
+def test_samples_that_the_key_may_not_use_are_not_read_and_nothing_is_kept(change: str) -> None:
+    publishing = Publishing(adapter("poet", version="new"), adapter("poet", version="old"))
+    before = dict(publishing.pool.live)
+
+    def charge(num_tokens: int) -> None:
+        raise RateLimited("10 tokens per minute", 6.0)
+
+    with pytest.raises(RateLimited):
+        if change == "publish":
+            uploads = [FolderUpload(Path("folders", "coder"))]
+            publishing.run(lambda publisher: publisher.publish(uploads, "tester", None, charge))
+        else:
+            publishing.run(lambda publisher: publisher.rollback(POET, None, "tester", charge))
+    assert not publishing.retriever.called("embed")
+    assert (publishing.pool.held, dict(publishing.pool.live)) == ([], before)
 
 
 def test_a_visibility_holds_once_every_replica_knows_it() -> None:

@@ -1,0 +1,164 @@
+"""Keys are charged for work, not for requests: rows, and what the encoder reads, by every route that has it read."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from deployments.config import WorkerSettings
+from retriever_svc.encoder import MAX_CHARS
+from tests.deployments.app_fakes import Served
+from tests.deployments.asking import ask, error_of
+from tests.deployments.console_fakes import CountingWorker, MappedRetriever
+from tests.deployments.key_files import bearer, entry, write
+
+CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+
+
+def asked(
+    tmp_path: Path, limits: dict[str, int], *requests: tuple[str, dict[str, Any]], **options: Any
+) -> list[httpx.Response]:
+    """The answers to these requests, one after the other, by a key with these limits."""
+    keys = write(tmp_path / "keys.json", entry("k", limits=limits))
+
+    async def question(client: httpx.AsyncClient, _: Served) -> list[httpx.Response]:
+        return [await client.post(path, json=body) for path, body in requests]
+
+    options.setdefault("retriever", MappedRetriever())
+    answers: list[httpx.Response] = ask(question, keys_file=keys, headers=bearer("k"), **options)
+    return answers
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/route", {"prompt": ["x" * 16_000] * 256}),
+        ("/v1/route", {"prompt": "Hi", "lora": {"query": "x" * 44}}),
+        ("/v1/pool/map", {"prompt": "x" * 44}),
+        ("/v1/completions", {"prompt": "Hi", "max_tokens": 1, "lora": {"query": "x" * 44}}),
+        ("/v1/chat/completions", CHAT | {"lora": {"query": "x" * 44}}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_more_text_than_the_key_may_use_never_reaches_the_encoder(
+    tmp_path: Path, path: str, body: dict[str, Any]
+) -> None:
+    keys = write(tmp_path / "keys.json", entry("k", limits={"tokens_per_minute": 10}))
+
+    async def question(client: httpx.AsyncClient, served: Served) -> httpx.Response:
+        response = await client.post(path, json=body)
+        assert not served.retriever.called("route") and not served.retriever.called("place")
+        return response
+
+    response = ask(question, retriever=MappedRetriever(), keys_file=keys, headers=bearer("k"))
+    assert response.status_code == 400
+    assert "may use 10 per minute" in error_of(response)["message"]
+
+
+def test_what_the_encoder_reads_is_a_quarter_of_the_characters_of_each_text(tmp_path: Path) -> None:
+    limits = {"tokens_per_minute": 10}
+    route = ("/v1/route", {"prompt": ["x" * 4, "x" * 5, "x"]})  # 1 + 2 + 1
+    place = ("/v1/pool/map", {"prompt": "x" * 17})  # 5
+    last = ("/v1/route", {"prompt": "xxxxx"})  # 2, and 1 is left
+    assert [a.status_code for a in asked(tmp_path, limits, route, place, last)] == [200, 200, 429]
+
+
+def test_no_more_is_charged_than_the_encoder_reads(tmp_path: Path) -> None:
+    limits = {"tokens_per_minute": MAX_CHARS // 4}
+    route = ("/v1/route", {"prompt": "x" * (2 * MAX_CHARS)})
+    assert [a.status_code for a in asked(tmp_path, limits, route, route)] == [200, 429]
+
+
+def test_named_adapters_are_not_charged_for_the_encoder(tmp_path: Path) -> None:
+    named = {"prompt": "x" * 400, "lora": {"adapters": [{"name": "poet"}]}}
+    answers = asked(tmp_path, {"tokens_per_minute": 10}, ("/v1/route", named), ("/v1/route", named))
+    assert [answer.status_code for answer in answers] == [200, 200]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/completions", {"prompt": ["a"] * 3}, "prompt"),
+        ("/v1/completions", {"prompt": ["a", "b"], "n": 2}, "n"),
+        ("/v1/chat/completions", CHAT | {"n": 3}, "n"),
+        ("/v1/route", {"prompt": ["a"] * 3}, "prompt"),
+    ],
+)
+def test_a_request_of_more_rows_than_the_key_may_have_is_refused(
+    tmp_path: Path, path: str, body: dict[str, Any], param: str
+) -> None:
+    [response] = asked(tmp_path, {"concurrent_requests": 2}, (path, body))
+    assert response.status_code == 400
+    error = error_of(response)
+    assert (error["param"], "may have 2 at once" in error["message"]) == (param, True)
+
+
+def test_rows_of_all_requests_count_together(tmp_path: Path) -> None:
+    keys = write(tmp_path / "keys.json", entry("k", limits={"concurrent_requests": 4}))
+
+    async def question(client: httpx.AsyncClient, served: Served) -> list[int]:
+        worker: Any = served.worker._replicas[0]
+        worker.goes_on = asyncio.Event()
+        running = asyncio.create_task(client.post("/v1/completions", json={"prompt": ["a", "b"], "n": 2}))
+        while len(served.worker.called("stream")) < 4:
+            await asyncio.sleep(0)
+        requests = [("/v1/route", {"prompt": "a"}), ("/v1/pool/map", {"prompt": "a"}), ("/v1/chat/completions", CHAT)]
+        refused = [(await client.post(path, json=body)).status_code for path, body in requests]
+        worker.goes_on.set()
+        assert (await running).status_code == 200
+        return [*refused, *[(await client.post(path, json=body)).status_code for path, body in requests]]
+
+    options: dict[str, Any] = {"worker": CountingWorker(), "retriever": MappedRetriever()}
+    statuses = ask(question, keys_file=keys, headers=bearer("k"), **options)
+    assert statuses == [429, 429, 429, 200, 200, 200]
+
+
+def test_placing_a_prompt_on_the_map_asks_for_the_role_infer(tmp_path: Path) -> None:
+    keys = write(tmp_path / "keys.json", entry("k", roles=["publish", "admin"]))
+
+    async def question(client: httpx.AsyncClient, served: Served) -> httpx.Response:
+        assert (await client.get("/v1/pool/map")).status_code == 200
+        response = await client.post("/v1/pool/map", json={"prompt": "a"})
+        assert not served.retriever.called("place")
+        return response
+
+    response = ask(question, retriever=MappedRetriever(), keys_file=keys, headers=bearer("k"))
+    assert (response.status_code, error_of(response)["code"]) == (403, "role_missing")
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), [("/v1/route", {"prompt": ["a", "x" * 641]}), ("/v1/pool/map", {"prompt": "x" * 641})]
+)
+def test_what_could_be_no_prompt_is_neither_routed_nor_placed(path: str, body: dict[str, Any]) -> None:
+    async def question(client: httpx.AsyncClient, served: Served) -> httpx.Response:
+        response = await client.post(path, json=body)
+        assert not served.retriever.called("route") and not served.retriever.called("place")
+        return response
+
+    response = ask(question, retriever=MappedRetriever(), engine=WorkerSettings(max_model_len=10))
+    assert (response.status_code, error_of(response)["code"]) == (400, "context_length_exceeded")
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/loras", {"path": "/folders/new"}),
+        ("/v1/loras", {"adapters": [{"path": "/folders/new"}, {"path": "/folders/newer"}]}),
+        ("/v1/load_lora_adapter", {"lora_name": "new", "lora_path": "/folders/new"}),
+    ],
+)
+def test_samples_of_a_publish_are_charged_to_its_key(tmp_path: Path, path: str, body: dict[str, Any]) -> None:
+    keys = write(tmp_path / "keys.json", entry("k", limits={"tokens_per_minute": 1}))
+
+    async def question(client: httpx.AsyncClient, served: Served) -> httpx.Response:
+        response = await client.post(path, json=body)
+        assert served.store.called("stage") and not served.retriever.called("embed")
+        assert not served.store.called("commit")
+        return response
+
+    response = ask(question, keys_file=keys, headers=bearer("k"))
+    assert (response.status_code, error_of(response)["param"]) == (400, "samples")
