@@ -10,6 +10,7 @@ request, as the Worker's log has it.
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import statistics
 import tempfile
@@ -39,6 +40,7 @@ from benchmarks.engine_cases import (
 )
 from benchmarks.results_file import write_results
 from deployments.config import AppConfig
+from deployments.private_files import sessions_folder
 from deployments.server import Server
 from gpu_worker.engine_loop import EngineLoop
 from gpu_worker.request import Job
@@ -51,7 +53,6 @@ ENGINE_ONE, HTTP_ONE = "engine alone, selection", "HTTP, adapters named"
 ENGINE_MIX, HTTP_AUTO, HTTP_KNOWN = "engine alone, mixture of 3", "HTTP, auto", "HTTP, auto, texts the encoder knows"
 KINDS = ENGINE_ONE, HTTP_ONE, ENGINE_MIX, HTTP_AUTO, HTTP_KNOWN
 OWN = "its engine's own"
-_WORKER_LOGS = Path("/tmp/ray/session_latest/logs/serve")
 _ENDED = re.compile(r"job (\S+) ended \(length\) after (\S+) s")
 
 Ask = Callable[[int, Prompt, int], Awaitable[None]]
@@ -151,7 +152,8 @@ class Bench:
 
 def engine_ms() -> dict[str, float]:
     """By request id, from the Worker's call of its engine to the last token."""
-    text = "".join(path.read_text() for path in _WORKER_LOGS.glob("replica_*_Worker_*.log"))
+    logs = sessions_folder(os.environ, os.geteuid()) / "session_latest" / "logs" / "serve"
+    text = "".join(path.read_text() for path in logs.glob("replica_*_Worker_*.log"))
     return {request_id: 1000 * float(seconds) for request_id, seconds in _ENDED.findall(text)}
 
 

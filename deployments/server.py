@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,6 +20,7 @@ from ray.serve.config import HTTPOptions
 from deployments.app import build_app
 from deployments.config import AppConfig
 from deployments.direct_calls import go_straight
+from deployments.private_files import keep_files_private, make_private, sessions_folder
 from deployments.proxy import CALLBACK, CALLBACK_VARIABLE
 from gpu_worker.packaged_model import PACKAGED_MODEL, packaged_folder
 
@@ -64,17 +66,24 @@ class Server:
         report("starting Ray and the deployments")
 
     def start(self) -> str:
-        """Start Ray and the application; the URL it answers at. `/ready` tells when it does."""
+        """Start Ray and the application. Return its URL, which answers once `/ready` does.
+
+        The process and all that it starts write files that only their owner can read. Ray asks for a token, which other
+        drivers of this user find in `~/.ray/auth_token`.
+        """
         check_free(self._host, self._port)
+        keep_files_private(Path.home())
+        sessions = sessions_folder(os.environ, os.geteuid())
+        make_private(sessions.parent, os.geteuid())
         os.environ.update({CALLBACK_VARIABLE: CALLBACK, **_PROXY_BY_GRPC})  # what Ray starts inherits it
         go_straight()
-        # A new local cluster of Ray 2.60 asks for a token; other drivers of this user find it in their home folder.
         ray.init(
             "local",  # whatever RAY_ADDRESS says
             num_cpus=self._num_cpus,
             include_dashboard=False,
             log_to_driver=False,
             _node_ip_address="127.0.0.1",
+            _temp_dir=str(sessions),
             _metrics_export_port=self._metrics_port,
         )
         serve.start(http_options=HTTPOptions(host=self._host, port=self._port))

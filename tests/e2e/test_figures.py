@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import httpx
 import ray
 
+from deployments.private_files import sessions_folder
 from tests.e2e.live import APP, Live, completion, eventually, eventually_equal
 from tests.prometheus import Promtool, Scrape, dashboard_queries, series_in
 
@@ -44,7 +46,7 @@ def logs() -> Path:
     """The folder of this Ray session's logs: its name is a label of every metric."""
     session = re.search(r'SessionName="([^"]+)"', scraped())
     assert session is not None
-    return Path("/tmp/ray") / session[1] / "logs"
+    return sessions_folder(os.environ, os.geteuid()) / session[1] / "logs"
 
 
 def use(live: Live, topic: str) -> None:
