@@ -8,13 +8,15 @@ from ray.serve import Application
 
 from deployments.config import AppConfig
 from deployments.ingress import Ingress
+from deployments.ray_auth import require_token_mode
 from deployments.retriever import RetrieverDeployment
 from deployments.store import StoreDeployment
 from deployments.worker import WorkerDeployment
 
 
 def build_app(args: AppConfig) -> Application:
-    """`serve run deployments.app:build_app`: Store; Worker(Store); Retriever(catalogue); Ingress(all three)."""
+    """Bind Store; Worker(Store); Retriever(catalogue); Ingress(all three). Raises: RayUnauthenticated."""
+    require_token_mode(allow_unauthenticated=args.allow_unauthenticated_ray)
     store = serve.deployment(StoreDeployment, name="Store", **args.store_scaling.options())
     worker = serve.deployment(WorkerDeployment, name="Worker", **args.worker_options())
     retriever = serve.deployment(RetrieverDeployment, name="Retriever", **args.retriever_scaling.options())
@@ -29,5 +31,6 @@ def build_app(args: AppConfig) -> Application:
         args.weights_cache,
         engine.niceness,
         engine.wedged_after_s,
+        allow_unauthenticated_ray=args.allow_unauthenticated_ray,
     )
     return ingress.bind(args, retriever.bind(args), worker_handle, store_handle)

@@ -93,6 +93,8 @@ class AppConfig(_Settings):
     max_new_tokens: int = Field(default=8192, ge=DEFAULT_MAX_TOKENS)  # of one answer; the context bounds it too
     store_object_cache_bytes: int = Field(default=256 << 20, ge=0)  # weights kept in Ray's object store for workers
     disk_cache_bytes: int = Field(default=4 << 30, ge=0)  # a worker's copy of a remote store's weights
+    # Start although Ray asks for no token: whoever reaches one of its ports can then run code as this server.
+    allow_unauthenticated_ray: bool = False
     preload: tuple[
         Path, ...
     ] = ()  # adapter folders, or folders of them: names that are not live are published at start

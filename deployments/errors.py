@@ -27,6 +27,7 @@ DeploymentsError
 ├── NoWorkerYet        all workers were scaled away, and none has started again in time
 ├── Poisoned           a third replica died while it worked on this request
 ├── ReplicaWedged      a health check found the engine hanging; Serve replaces the replica
+├── RayUnauthenticated Ray would run code for whoever reaches one of its ports
 └── BatchRefused       an offline run cannot begin, or cannot go on, as it was asked for
 """
 
@@ -297,6 +298,23 @@ class Poisoned(DeploymentsError):
 
 class ReplicaWedged(DeploymentsError):
     """The engine's thread hangs or has ended; Serve replaces the replica."""
+
+
+class RayUnauthenticated(DeploymentsError):
+    """Switch Ray's token mode on, or allow it to be off. `mode`: what RAY_AUTH_MODE says, None where it is not set."""
+
+    def __init__(self, mode: str | None) -> None:
+        super().__init__(mode)
+        self.mode = mode
+
+    def __str__(self) -> str:
+        given = "is not set" if self.mode is None else f"is {self.mode!r}"
+        return (
+            f"Ray runs without token authentication here (RAY_AUTH_MODE {given}): whoever reaches one of its ports "
+            "could run code as this server. Set RAY_AUTH_MODE=token for `ray start` on every node and for this program "
+            "and create the token once with `ray get-auth-token --generate`. On a network that nobody else can reach, "
+            "allow_unauthenticated_ray: true in the settings starts the application without it"
+        )
 
 
 class BatchRefused(DeploymentsError):

@@ -51,6 +51,7 @@ from deployments.planner import Planner, text_read
 from deployments.pool import Pool, bodies_here, config_here, in_flight_here, request_figures_here
 from deployments.preload import Preload
 from deployments.publisher import Publisher
+from deployments.ray_auth import require_token_mode
 from deployments.releaser import Releaser
 from deployments.request_figures import ChangeFigures, RequestFigures
 from deployments.request_ids import RequestIds
@@ -113,6 +114,7 @@ class Ingress:
         kinds: Kinds = SERVE,
     ) -> None:
         join_serve_logs()
+        require_token_mode(allow_unauthenticated=config.allow_unauthenticated_ray)
         go_straight()
         self.requests = RequestFigures(kinds)
         self._config, self._worker_grace_s = config, worker_grace_s

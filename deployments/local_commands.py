@@ -79,6 +79,7 @@ def _serve(server: Server, settings: AppConfig, host: str) -> None:
         for path, reason in ready["refused"].items():
             err.print(f"not published: {path}: {reason}", style="red", markup=False)
         out.print(who_may(settings, host), markup=False)
+        out.print(other_ports(settings), markup=False)
         server.wait_for_interrupt()
 
 
@@ -87,9 +88,20 @@ def who_may(settings: AppConfig, host: str) -> str:
     if settings.keys_file is not None:
         return f"keys from {settings.keys_file}: nobody asks or publishes without one"
     if host in _LOOPBACK:
-        return "loopback only, no keys: whoever is on this machine may ask and publish"
+        return "HTTP on loopback only, no keys: whoever is on this machine may ask and publish"
     publishing = " and publish" if settings.allow_remote_publish else ", only this machine may publish"
     return f"no keys: whoever reaches {host} may ask{publishing}"
+
+
+def other_ports(settings: AppConfig) -> str:
+    """Return what the start says of the ports that listen beside HTTP."""
+    guard = "guarded by Ray's token in ~/.ray/auth_token"
+    if settings.allow_unauthenticated_ray:
+        guard = "where allow_unauthenticated_ray may let whoever reaches them run code as this server"
+    return (
+        f"Ray also listens on all interfaces: gRPC on random ports, {guard}, and metrics, guarded by nothing. "
+        "Close them to other machines with a firewall: README, section Ports"
+    )
 
 
 def _fail(message: str) -> int:

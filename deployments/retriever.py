@@ -14,6 +14,7 @@ from ray import serve
 
 from deployments.config import AppConfig
 from deployments.figures import SERVE, Kinds, every_beat
+from deployments.ray_auth import require_token_mode
 from deployments.retrieval import live_pool, retriever_over
 from deployments.retriever_figures import RetrieverFigures
 from deployments.serve_logs import join_serve_logs
@@ -66,6 +67,7 @@ class RetrieverDeployment:
         kinds: Kinds = SERVE,
     ) -> None:
         join_serve_logs()
+        require_token_mode(allow_unauthenticated=config.allow_unauthenticated_ray)
         settings = config.retrieval
         self._figures = RetrieverFigures(kinds)
         self._store = LoraStore(config.store_uri, accepts_base=config.accepted_bases)

@@ -22,6 +22,7 @@ from deployments.config import AppConfig
 from deployments.direct_calls import go_straight
 from deployments.private_files import keep_files_private, make_private, sessions_folder
 from deployments.proxy import CALLBACK, CALLBACK_VARIABLE
+from deployments.ray_auth import use_token_mode
 from gpu_worker.packaged_model import PACKAGED_MODEL, packaged_folder
 
 APP_NAME = "loraretriever"
@@ -68,13 +69,16 @@ class Server:
     def start(self) -> str:
         """Start Ray and the application. Return its URL, which answers once `/ready` does.
 
-        The process and all that it starts write files that only their owner can read. Ray asks for a token, which other
-        drivers of this user find in `~/.ray/auth_token`.
+        Ray asks for a token, whatever RAY_AUTH_MODE says, unless `allow_unauthenticated_ray` is set. The process and
+        all that it starts write files that only their owner can read. Other drivers of this user find the token in
+        `~/.ray/auth_token`.
         """
         check_free(self._host, self._port)
         keep_files_private(Path.home())
         sessions = sessions_folder(os.environ, os.geteuid())
         make_private(sessions.parent, os.geteuid())
+        if not self._config.allow_unauthenticated_ray:
+            use_token_mode()
         os.environ.update({CALLBACK_VARIABLE: CALLBACK, **_PROXY_BY_GRPC})  # what Ray starts inherits it
         go_straight()
         ray.init(

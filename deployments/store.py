@@ -13,6 +13,7 @@ import ray
 
 from deployments.config import AppConfig
 from deployments.object_cache import Buffer, ObjectCache
+from deployments.ray_auth import require_token_mode
 from deployments.serve_logs import join_serve_logs
 from deployments.uploads import FolderUpload, folder_of
 from lora_store import (
@@ -51,6 +52,7 @@ class StoreDeployment:
 
     def __init__(self, config: AppConfig, put: Callable[[Buffer], Any] = ray.put) -> None:
         join_serve_logs()
+        require_token_mode(allow_unauthenticated=config.allow_unauthenticated_ray)
         self._config = config
         self._store = LoraStore(config.store_uri, accepts_base=config.accepted_bases)
         # Of their own: a batch from a slow source must leave threads to the workers' fetches.

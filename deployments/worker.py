@@ -15,6 +15,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.errors import ReplicaWedged
 from deployments.figures import BEAT_S, SERVE, Kinds, every_beat
+from deployments.ray_auth import require_token_mode
 from deployments.request_router import RESIDENT, short_digest
 from deployments.serve_logs import join_serve_logs
 from deployments.signs_of_life import SIGN_EVERY_S
@@ -50,10 +51,12 @@ class WorkerDeployment:
         niceness: int = 0,
         wedged_after_s: float = 120.0,
         *,
+        allow_unauthenticated_ray: bool = False,
         kinds: Kinds = SERVE,
         end_process: Callable[[int], object] = os._exit,
     ) -> None:
         join_serve_logs()
+        require_token_mode(allow_unauthenticated=allow_unauthenticated_ray)
         self._figures = WorkerFigures(config.bank_rank_rows, kinds)
         self._asyncio_loop = asyncio.get_event_loop()
         self._cache = None if weights_cache is None else DiskCache(*weights_cache)

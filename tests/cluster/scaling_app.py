@@ -86,17 +86,26 @@ def settings_of(folder: Path, *, min_workers: int, max_workers: int) -> dict[str
 @contextmanager
 def served(folder: Path, settings: Mapping[str, Any]) -> Iterator[str]:
     """The address of `loraretriever serve` in a process, and on a Ray, of its own."""
+    with serving(folder, settings, os.environ) as (url, _):
+        yield url
+
+
+@contextmanager
+def serving(
+    folder: Path, settings: Mapping[str, Any], environment: Mapping[str, str]
+) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Run `loraretriever serve` with this environment until it is ready. Yield its address and its process."""
     file, port = folder / "settings.yaml", free_port("127.0.0.1")
     file.write_text(yaml.safe_dump(dict(settings)))
     program = Path(sys.executable).with_name("loraretriever")
     command = [str(program), "serve", "--config", str(file), "--port", str(port)]
     with (folder / "server.log").open("w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=dict(os.environ))
+        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=dict(environment))
     url = f"http://127.0.0.1:{port}"
     try:
         until(lambda: server.poll() is not None or is_ready(url), within_s=START_S)
         assert server.poll() is None, (folder / "server.log").read_text()
-        yield url
+        yield url, server
     finally:
         server.send_signal(signal.SIGTERM)
         try:

@@ -9,14 +9,14 @@ import pytest
 import yaml
 
 from deployments.config import AppConfig
-from deployments.local_commands import run_server, who_may
+from deployments.local_commands import other_ports, run_server, who_may
 
 
 @pytest.mark.parametrize(
     ("settings", "host", "says"),
     [
-        ({}, "127.0.0.1", "loopback only, no keys: whoever is on this machine may ask and publish"),
-        ({}, "::1", "loopback only, no keys: whoever is on this machine may ask and publish"),
+        ({}, "127.0.0.1", "HTTP on loopback only, no keys: whoever is on this machine may ask and publish"),
+        ({}, "::1", "HTTP on loopback only, no keys: whoever is on this machine may ask and publish"),
         ({}, "0.0.0.0", "no keys: whoever reaches 0.0.0.0 may ask, only this machine may publish"),
         ({"allow_remote_publish": True}, "0.0.0.0", "no keys: whoever reaches 0.0.0.0 may ask and publish"),
         ({"keys_file": "/k.yaml"}, "0.0.0.0", "keys from /k.yaml: nobody asks or publishes without one"),
@@ -25,6 +25,14 @@ from deployments.local_commands import run_server, who_may
 )
 def test_the_start_says_who_may_do_what(settings: dict[str, Any], host: str, says: str) -> None:
     assert who_may(AppConfig(**settings), host) == says
+
+
+def test_the_start_says_which_other_ports_listen_and_what_guards_them() -> None:
+    says = other_ports(AppConfig())
+    assert says.startswith("Ray also listens on all interfaces")
+    assert "guarded by Ray's token in ~/.ray/auth_token" in says and "metrics, guarded by nothing" in says
+    says = other_ports(AppConfig(allow_unauthenticated_ray=True))
+    assert "run code as this server" in says and "auth_token" not in says
 
 
 @pytest.mark.parametrize("content", [None, "keys: 1"])

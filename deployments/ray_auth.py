@@ -1,0 +1,53 @@
+"""Ray's token authentication: switch it on, and refuse to run without it.
+
+Every Ray process and every Serve replica listens for gRPC on all interfaces, and unpickles what it receives. In token
+mode Ray refuses callers that do not send the cluster's token; without it, whoever reaches a port runs code as this
+server. The mode is a property of each process, read from RAY_AUTH_MODE, so it is checked where the application is built
+and again in every replica: a driver in token mode can connect to a cluster that asks for no token.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import ray
+from ray._private.authentication.authentication_utils import is_token_auth_enabled
+from ray._raylet import Config
+
+from deployments.errors import RayUnauthenticated
+
+MODE_VARIABLE = "RAY_AUTH_MODE"
+
+logger = logging.getLogger(__name__)
+
+
+def use_token_mode() -> None:
+    """Switch token mode on for this process and for every process that it starts, whatever the environment says."""
+    given = os.environ.get(MODE_VARIABLE)
+    if given is not None and given.lower() != "token":
+        logger.warning(
+            "%s=%s is ignored: this server starts Ray in token mode. To start it without, set "
+            "allow_unauthenticated_ray: true in the settings",
+            MODE_VARIABLE,
+            given,
+        )
+    os.environ[MODE_VARIABLE] = "token"
+    Config.initialize("")  # Ray 2.60 reads the variable once, when it is imported
+
+
+def require_token_mode(*, allow_unauthenticated: bool) -> None:
+    """Check that this process uses Ray's token mode.
+
+    A driver that is not connected yet and whose environment names no mode is switched to token mode first, as
+    `ray.init` does for a new local cluster. `allow_unauthenticated` turns the refusal into a warning.
+
+    Raises: RayUnauthenticated.
+    """
+    if not allow_unauthenticated and not ray.is_initialized() and MODE_VARIABLE not in os.environ:
+        use_token_mode()
+    if is_token_auth_enabled():
+        return
+    if not allow_unauthenticated:
+        raise RayUnauthenticated(os.environ.get(MODE_VARIABLE))
+    logger.warning("Ray asks for no token: whoever reaches one of its ports runs code as this server")

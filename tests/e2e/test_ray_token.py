@@ -1,0 +1,140 @@
+"""What strangers get from the ports of a running server, and from a cluster that asks for no token."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import grpc
+import httpx
+import psutil
+import pytest
+
+from deployments.private_files import sessions_folder
+from tests.cluster.scaling_app import serving, settings_of
+
+# One method of each gRPC server of Ray and Serve.
+METHODS = (
+    "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo",
+    "/ray.rpc.NodeManagerService/GetNodeStats",
+    "/ray.rpc.ObjectManagerService/Pull",
+    "/ray.rpc.CoreWorkerService/GetCoreWorkerStats",
+    "/ray.rpc.ReporterService/GetTraceback",
+    "/ray.serve.ASGIService/HandleRequest",
+)
+REFUSED = {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNIMPLEMENTED}
+OPEN_CLUSTER = """
+import sys, ray
+context = ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
+print(context.address_info["gcs_address"], flush=True)
+sys.stdin.read()
+"""
+DEPLOY = """
+import sys, ray
+from ray import serve
+from deployments.app import build_app
+from deployments.config import AppConfig
+ray.init(sys.argv[1], log_to_driver=False)
+try:
+    serve.run(build_app(AppConfig(store_uri=sys.argv[2])), name="open", route_prefix=None)
+    print("deployed")
+except RuntimeError:
+    for name, deployment in serve.status().applications["open"].deployments.items():
+        print(name, deployment.status.value, "RayUnauthenticated: Ray runs without" in deployment.message)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    """A short path, as Ray's sockets need it."""
+    with tempfile.TemporaryDirectory(prefix="lr-") as folder:
+        yield Path(folder)
+
+
+def environment(folder: Path, mode: str) -> dict[str, str]:
+    return os.environ | {"HOME": str(folder), "RAY_TMPDIR": str(folder), "RAY_AUTH_MODE": mode}
+
+
+def listening(server: psutil.Process) -> dict[int, str]:
+    """Return the name of the process by port, for all ports that listen on all interfaces."""
+    found = {}
+    for process in (server, *server.children(recursive=True)):
+        for connection in process.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.ip in ("::", "0.0.0.0"):
+                found[connection.laddr.port] = process.name()
+    return found
+
+
+def statuses(port: int) -> set[grpc.StatusCode]:
+    """Return what calls without a token are answered; UNAVAILABLE where no gRPC server listens."""
+    codes = set()
+    with closing(grpc.insecure_channel(f"127.0.0.1:{port}", [("grpc.enable_http_proxy", 0)])) as channel:
+        for method in METHODS:
+            call = channel.unary_unary(method, request_serializer=bytes, response_deserializer=bytes)
+            try:
+                call(b"", timeout=20)
+                codes.add(grpc.StatusCode.OK)
+            except grpc.RpcError as exc:
+                codes.add(exc.code())
+    return codes
+
+
+def open_to_others(paths: Iterable[Path]) -> list[Path]:
+    return [path for path in paths if path.stat().st_mode & 0o077]
+
+
+def test_a_server_started_with_the_token_off_asks_for_it_on_every_port_and_writes_for_its_owner_alone(
+    folder: Path,
+) -> None:
+    settings = settings_of(folder, min_workers=1, max_workers=1)
+    (folder / ".ray").mkdir()
+    (folder / ".ray" / "auth_token").write_text("ab" * 32)
+    (folder / ".ray" / "auth_token").chmod(0o644)
+    with serving(folder, settings, environment(folder, "disabled")) as (_, server):
+        ports = listening(psutil.Process(server.pid))
+        answered = {port: statuses(port) for port in ports}
+        metrics = [port for port, codes in answered.items() if codes == {grpc.StatusCode.UNAVAILABLE}]
+        guarded = {port: codes for port, codes in answered.items() if port not in metrics}
+        assert all(codes == REFUSED for codes in guarded.values()), {ports[port]: answered[port] for port in guarded}
+        assert sum(ports[port].startswith("ray::ServeReplica") for port in guarded) == 8  # two for each deployment
+        assert len(guarded) >= 14
+        assert [httpx.get(f"http://127.0.0.1:{port}/metrics").status_code for port in metrics] == [200, 200, 200]
+        sessions = sessions_folder(environment(folder, ""), os.geteuid())
+        assert stat.S_IMODE((folder / ".ray" / "auth_token").stat().st_mode) == 0o600
+        assert stat.S_IMODE(sessions.parent.stat().st_mode) == 0o700
+        logs = list((sessions / "session_latest" / "logs" / "serve").glob("replica_*.log"))
+        assert len(logs) >= 4
+        pool = list((folder / "pool").rglob("*"))
+        assert pool != []
+        assert open_to_others([*logs, *pool]) == []
+
+
+def test_replicas_refuse_to_start_on_a_cluster_that_asks_for_no_token(folder: Path) -> None:
+    """The driver is in token mode, which such a cluster takes as well."""
+    command = [sys.executable, "-c", OPEN_CLUSTER]
+    outlet = subprocess.PIPE
+    with subprocess.Popen(
+        command, stdin=outlet, stdout=outlet, text=True, env=environment(folder, "disabled")
+    ) as cluster:
+        assert cluster.stdout is not None
+        address = cluster.stdout.readline().strip()
+        run = subprocess.run(
+            [sys.executable, "-c", DEPLOY, address, str(folder / "pool")],
+            env=environment(folder, "token") | {"RAY_AUTH_TOKEN": "ab" * 32},
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        cluster.communicate("")
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.splitlines()
+    assert "deployed" not in lines
+    assert any(line.endswith(" DEPLOY_FAILED True") for line in lines), lines
+    assert not any(" HEALTHY " in line for line in lines), lines
