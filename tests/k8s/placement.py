@@ -39,7 +39,7 @@ def problems(manifests: Manifests) -> Iterator[str]:
     for group, pod in pairs:
         if pod.requests("nvidia.com/gpu"):
             guests = [
-                name for name, scaling in scalings.items() if not scaling.num_gpus and _room(group, pod).takes(scaling)
+                name for name, scaling in scalings.items() if not scaling.num_gpus and may_hold(group, pod, scaling)
             ]
             yield from (f"{name} may take the CPUs of GPU pods" for name in guests)
     yield from _worker_problems(manifests, config)
@@ -58,6 +58,11 @@ def _scalings(config: AppConfig) -> dict[str, ScalingSettings]:
 def _room(group: Document, pod: Pod) -> Room:
     custom = json.loads(group["rayStartParams"].get("resources", "'{}'")[1:-1])  # as Ray's autoscaler reads it
     return Room({"CPU": pod.requests("cpu"), "GPU": pod.requests("nvidia.com/gpu"), **custom})
+
+
+def may_hold(group: Document, pod: Pod, scaling: ScalingSettings) -> bool:
+    """Return whether an empty pod of the group has room for a replica."""
+    return _room(group, pod).takes(scaling)
 
 
 def _without_room(
@@ -89,7 +94,7 @@ def _group_problems(group: Document, pod: Pod, config: AppConfig) -> Iterator[st
 def _worker_problems(manifests: Manifests, config: AppConfig) -> Iterator[str]:
     threads = manifests.args.get("worker", {}).get("num_threads")
     pairs = list(zip(manifests.cluster["workerGroupSpecs"], manifests.workers, strict=True))
-    hosts = [pod for group, pod in pairs if _room(group, pod).takes(config.worker_scaling)]
+    hosts = [pod for group, pod in pairs if may_hold(group, pod, config.worker_scaling)]
     if not hosts:
         yield "a Worker fits no pod"
     if threads is None:

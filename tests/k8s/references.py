@@ -12,6 +12,12 @@ from tests.k8s.manifests import Document, Manifests, Pod
 
 README = (Path(__file__).parent.parent.parent / "k8s" / "README.md").read_text()
 _PROXY_HEALTH = "/-/healthz"
+_KNOWN_LABELS = (
+    ("app.kubernetes.io/component", "kuberay-operator"),
+    ("kubernetes.io/metadata.name", "kuberay-system"),
+    ("kubernetes.io/metadata.name", "kube-system"),
+    ("k8s-app", "kube-dns"),
+)
 _SECRET = re.compile(r"kubectl create secret generic (\S+)(.*)")
 _SECRET_KEY = re.compile(r"--from-(?:file|literal)=([^=\s]+)")
 
@@ -38,6 +44,8 @@ def problems(manifests: Manifests) -> Iterator[str]:
 
 def _pod_problems(manifests: Manifests, pod: Pod) -> Iterator[str]:
     mounted = {mount["name"] for mount in pod.container.get("volumeMounts", [])}
+    if pod.is_ray and pod.name == "head":
+        mounted |= {mount["name"] for mount in manifests.cluster["autoscalerOptions"].get("volumeMounts", [])}
     volumes = {volume["name"] for volume in pod.spec.get("volumes", [])} | pod.claim_templates
     yield from (f"there is no volume {name}" for name in sorted(mounted - volumes))
     yield from (f"volume {name} is not mounted" for name in sorted(volumes - mounted))
@@ -142,7 +150,8 @@ def _selection_problems(manifests: Manifests) -> Iterator[str]:
             yield f"{where} selects no pod"
         for pod in pods:
             yield from (f"{where}: {problem}" for problem in _port_problems(document, pod))
-        for peer in [peer for rule in spec.get("ingress", []) for peer in rule["from"]]:
+        incoming, outgoing = spec.get("ingress", []), spec.get("egress", [])
+        for peer in [*[p for rule in incoming for p in rule["from"]], *[p for rule in outgoing for p in rule["to"]]]:
             yield from (f"{where}: {problem}" for problem in _peer_problems(manifests, peer))
 
 
@@ -157,10 +166,10 @@ def _port_problems(document: Document, pod: Pod) -> Iterator[str]:
 
 
 def _peer_problems(manifests: Manifests, peer: Document) -> Iterator[str]:
-    """Labels of strangers are ones that README tells to set, or KubeRay's operator's."""
-    for selector in peer.values():
+    """Labels of strangers are ones that README tells to set, or that Kubernetes and KubeRay set themselves."""
+    for selector in [selector for kind, selector in peer.items() if kind != "ipBlock"]:
         labels = selector.get("matchLabels", {})
         if labels and not any(pod.is_selected_by(labels) for pod in manifests.pods):
             for key, value in labels.items():
-                if f"{key}={value}" not in README and value != "kuberay-operator":
+                if f"{key}={value}" not in README and (key, value) not in _KNOWN_LABELS:
                     yield f"nobody has the label {key}={value}, and README does not tell to set it"

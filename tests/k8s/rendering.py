@@ -20,6 +20,7 @@ OVERLAYS = ("cpu-pvc", "gpu-s3")
 # By name: components, and the overlay whose settings are taken, with the store's URI in place of its own.
 MIXTURES: Mapping[str, tuple[tuple[str, ...], str, str]] = {
     "cpu-s3": (("components/store-s3", "components/cpu-only"), "cpu-pvc", "s3://my-bucket/pool"),
+    "hub": (("components/store-pvc", "components/model-hub", "components/cpu-only"), "cpu-pvc", "/pool"),
     "gpu-pvc": (("components/store-pvc", "components/gcs-redis", "monitoring"), "gpu-s3", "/pool"),
 }
 ALL = (*OVERLAYS, *MIXTURES)

@@ -16,8 +16,9 @@ from deployments.config import AppConfig, ScalingSettings
 from deployments.proxy import CALLBACK, CALLBACK_VARIABLE
 from deployments.server import APP_NAME
 from lora_store.location import Location
+from tests.k8s import placement
 from tests.k8s.image import BAKED_MODEL
-from tests.k8s.manifests import Manifests, Pod, quantity
+from tests.k8s.manifests import Document, Manifests, Pod, quantity
 from tests.k8s.references import secrets_made_by_hand
 
 
@@ -42,6 +43,9 @@ def problems(manifests: Manifests) -> Iterator[str]:
         if serve.http_options.port != pod.ports.get("serve") or serve.http_options.host != "0.0.0.0":
             yield f"{pod.name}: its port `serve` is not where Serve listens"
         yield from (f"{pod.name}: {problem}" for problem in _path_problems(config, pod))
+    for group, pod in zip(manifests.cluster["workerGroupSpecs"], manifests.workers, strict=True):
+        yield from (f"{pod.name}: {problem}" for problem in _keys_problems(config, group, pod))
+        yield from (f"{pod.name}: {problem}" for problem in _store_problems(config, group, pod))
     yield from _scaling_problems(config)
     yield from _drain_problems(manifests, config)
 
@@ -71,15 +75,21 @@ def _import_problems(import_path: str) -> Iterator[str]:
         yield f"{import_path} does not take args as an AppConfig"
 
 
-def _path_problems(config: AppConfig, pod: Pod) -> Iterator[str]:
+def _keys_problems(config: AppConfig, group: Document, pod: Pod) -> Iterator[str]:
+    """Only an Ingress reads the keys."""
     if config.keys_file is None:
         yield "without keys_file everybody who reaches the server is its user"
-    else:
-        _, volume = pod.volume_at(str(config.keys_file))
-        secret = volume.get("secret", {}).get("secretName", "")
-        if config.keys_file.name not in secrets_made_by_hand().get(secret, set()):
-            yield f"keys_file {config.keys_file} is on no volume of a secret that has it"
-    yield from _store_problems(config, pod)
+        return
+    _, volume = pod.volume_at(str(config.keys_file))
+    secret = volume.get("secret", {}).get("secretName", "")
+    if not placement.may_hold(group, pod, config.ingress_scaling):
+        if secret:
+            yield f"it mounts the secret {secret} and holds no Ingress"
+    elif config.keys_file.name not in secrets_made_by_hand().get(secret, set()):
+        yield f"keys_file {config.keys_file} is on no volume of a secret that has it"
+
+
+def _path_problems(config: AppConfig, pod: Pod) -> Iterator[str]:
     _, cache = pod.volume_at(str(config.cache_dir))
     if "emptyDir" not in cache:
         yield f"cache_dir {config.cache_dir} is not on a volume of the pod's own"
@@ -89,7 +99,13 @@ def _path_problems(config: AppConfig, pod: Pod) -> Iterator[str]:
         yield f"base_model {config.base_model} is neither in the image nor on a volume"
 
 
-def _store_problems(config: AppConfig, pod: Pod) -> Iterator[str]:
+def _store_problems(config: AppConfig, group: Document, pod: Pod) -> Iterator[str]:
+    """Only the Store and the Retriever reach the store."""
+    has_credentials = "serviceAccountName" in pod.spec or bool(pod.container.get("envFrom"))
+    if not any(placement.may_hold(group, pod, s) for s in (config.store_scaling, config.retriever_scaling)):
+        if has_credentials:
+            yield "it has credentials of the store and holds neither Store nor Retriever"
+        return
     location = Location(config.store_uri)
     if not location.is_local:
         if "serviceAccountName" not in pod.spec or not pod.container.get("envFrom"):

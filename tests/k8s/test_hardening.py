@@ -36,6 +36,34 @@ MISTAKES = [
     ),
     Mistake("system calls", lambda m: pod_spec(m)["securityContext"].pop("seccompProfile"), "not filtered"),
     Mistake("API token", lambda m: pod_spec(m).pop("automountServiceAccountToken"), "a token of the Kubernetes API"),
+    Mistake(
+        "API token in all of the head",
+        lambda m: m.cluster["headGroupSpec"]["template"]["spec"].pop("automountServiceAccountToken"),
+        "head: every container of it has a token",
+    ),
+    Mistake(
+        "API token beside Ray",
+        lambda m: m.head.container["volumeMounts"].append({"name": "kubernetes-api", "mountPath": "/api"}),
+        "head: Ray's own container has a token",
+    ),
+    Mistake(
+        "autoscaler without a token",
+        lambda m: m.cluster["autoscalerOptions"]["volumeMounts"].pop(),
+        "autoscaler: it has no token",
+    ),
+    Mistake(
+        "token of the store's account",
+        lambda m: m.named("ServiceAccount", "loraretriever").pop("automountServiceAccountToken"),
+        "service account loraretriever: its token is mounted",
+        overlay="gpu-s3",
+    ),
+    Mistake(
+        "password on the command line",
+        lambda m: m.pods[-1].container["args"].append("--requirepass $(REDISCLI_AUTH)"),
+        "REDISCLI_AUTH is on its command line",
+    ),
+    Mistake("tag that moves", lambda m: m.pods[-1].container.update(image="redis:7.4"), "names no exact version"),
+    Mistake("no tag", lambda m: m.pods[-1].container.update(image="redis"), "names no exact version"),
     Mistake("autoscaler's privileges", lambda m: m.cluster["autoscalerOptions"].pop("securityContext"), "autoscaler"),
 ]
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.k8s import hardening, placement, references, schemas, serving
+from tests.k8s import hardening, network, placement, references, schemas, scratch, serving
 from tests.k8s.manifests import Manifests, quantity
+from tests.k8s.network import egress_rules
+from tests.k8s.references import README
 from tests.k8s.rendering import ALL, K8S, build
 
-CHECKS = (schemas, references, serving, placement, hardening)
+CHECKS = (schemas, references, serving, placement, hardening, scratch, network)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.rpartition(".")[2])
@@ -52,18 +58,53 @@ def _listed() -> Iterator[str]:
 
 def test_every_file_is_part_of_an_installation() -> None:
     files = {str(path) for path in K8S.rglob("*.yaml") if path.name != "kustomization.yaml"}
-    applied_by_hand = {str(K8S / "fetch-model" / "job.yaml")}
-    assert files - set(_listed()) == applied_by_hand
+    assert files - set(_listed()) == set()
 
 
-def test_the_job_that_fetches_a_model_fits_the_claim_and_the_image(rendered: Callable[[str], Manifests]) -> None:
+@pytest.fixture
+def fetching(kubectl: str, rendered: Callable[[str], Manifests]) -> Manifests:
+    """The GPU overlay, and the Job that fills its volume."""
     manifests = rendered("gpu-s3")
-    manifests.documents.append(yaml.safe_load((K8S / "fetch-model" / "job.yaml").read_text()))
-    assert [problem for check in CHECKS for problem in check.problems(manifests)] == []
-    job = manifests.pods[-1]
-    assert manifests.config.base_model in job.container["args"][0]
-    _, volume = job.volume_at(manifests.config.base_model)
+    manifests.documents += build(kubectl, K8S / "fetch-model").documents
+    return manifests
+
+
+def test_the_job_that_fetches_a_model_fits_the_claim_and_the_image(fetching: Manifests) -> None:
+    assert [problem for check in CHECKS for problem in check.problems(fetching)] == []
+    job = fetching.pods[-1]
+    assert {"name": "FOLDER", "value": fetching.config.base_model} in job.container["env"]
+    _, volume = job.volume_at(fetching.config.base_model)
     assert volume["persistentVolumeClaim"]["claimName"] == "loraretriever-models"
+
+
+HUB = """
+def snapshot_download(*arguments, **options):
+    print(arguments, sorted(options.items()))
+"""
+
+
+@pytest.mark.parametrize("revision", ["", "main", "v1.0", "B" * 40, "b" * 39])
+def test_the_job_fetches_no_revision_that_can_move(revision: str, fetching: Manifests, tmp_path: Path) -> None:
+    run = _fetch(fetching, revision, tmp_path)
+    assert run.returncode == 1
+    assert "40 hexadecimal digits" in run.stderr and run.stdout == ""
+
+
+def test_the_job_fetches_the_commit_it_names(fetching: Manifests, tmp_path: Path) -> None:
+    run = _fetch(fetching, "0b" * 20, tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "('revision', '" + "0b" * 20 + "')" in run.stdout
+    assert run.stdout.startswith("('Qwen/Qwen3-8B',)") and "('local_dir', '/models/Qwen3-8B')" in run.stdout
+
+
+def _fetch(manifests: Manifests, revision: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run the Job's program with a hub that only reports what it was asked for."""
+    (folder / "huggingface_hub.py").write_text(HUB)
+    container = manifests.pods[-1].container
+    environment = {entry["name"]: entry["value"] for entry in container["env"]}
+    environment |= {"REVISION": revision, "PYTHONPATH": str(folder)}
+    command = [sys.executable, *container["command"][1:], *container["args"]]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
 @pytest.mark.parametrize(
@@ -71,3 +112,20 @@ def test_the_job_that_fetches_a_model_fits_the_claim_and_the_image(rendered: Cal
 )
 def test_quantities(text: str | int, number: float) -> None:
     assert quantity(text) == number
+
+
+def test_the_patches_that_readme_shows_apply(kubectl: str, tmp_path: Path) -> None:
+    """A patch of a policy or a field that is not there stops kustomize."""
+    [patches] = [block for block in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL) if block.startswith("patches")]
+    copied = tmp_path / "k8s"
+    shutil.copytree(K8S, copied)
+    folder = copied / "overlays" / "own"
+    folder.mkdir()
+    kustomization = yaml.safe_load(patches) | {"kind": "Kustomization", "resources": ["../gpu-s3"]}
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+    manifests = build(kubectl, folder)
+    [peer] = manifests.named("NetworkPolicy", "loraretriever-operator")["spec"]["ingress"][0]["from"]
+    assert peer["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": "default"}
+    [rule] = egress_rules(manifests.named("NetworkPolicy", "loraretriever-kubernetes-api"))
+    assert rule.reaches("10.0.0.1") and not rule.reaches("203.0.113.7")
+    assert len(list(egress_rules(manifests.named("NetworkPolicy", "loraretriever-object-store")))) == 2

@@ -29,9 +29,15 @@ MISTAKES = [
         "claim loraretriever-models is mounted by no pod",
     ),
     Mistake("mount without a volume", rename_mount, "there is no volume cash"),
-    Mistake("volume without a mount", rename_mount, "volume cache is not mounted"),
+    Mistake("volume without a mount", rename_mount, "volume tmp is not mounted"),
     Mistake(
-        "unknown secret", lambda m: pod_spec(m)["volumes"][1]["secret"].update(secretName="keys"), "the secret keys"
+        "unknown secret",
+        lambda m: [
+            volume["secret"].update(secretName="keys")
+            for volume in pod_spec(m, "cpu")["volumes"]
+            if volume["name"] == "keys"
+        ],
+        "the secret keys",
     ),
     Mistake(
         "unknown key of a secret",
@@ -47,7 +53,7 @@ MISTAKES = [
     ),
     Mistake(
         "unknown environment secret",
-        lambda m: container(m)["envFrom"][0]["secretRef"].update(name="s3"),
+        lambda m: container(m, "cpu")["envFrom"][0]["secretRef"].update(name="s3"),
         "the secret s3",
         overlay="gpu-s3",
     ),

@@ -7,8 +7,14 @@ from collections.abc import Callable
 import pytest
 
 from tests.k8s import serving
-from tests.k8s.manifests import Manifests
-from tests.k8s.mistakes import Mistake, name_of
+from tests.k8s.manifests import Document, Manifests
+from tests.k8s.mistakes import Mistake, container, name_of, pod_spec
+
+
+def mount(manifests: Manifests, group: str, name: str, source: Document, path: str) -> None:
+    pod_spec(manifests, group)["volumes"].append({"name": name, **source})
+    container(manifests, group)["volumeMounts"].append({"name": name, "mountPath": path})
+
 
 MISTAKES = [
     Mistake("GPU that computes nothing", lambda m: m.change_args(worker={"device": "cpu"}), "worker.device is cpu"),
@@ -47,6 +53,17 @@ MISTAKES = [
         "keys under another name",
         lambda m: m.change_args(keys_file="/etc/loraretriever/keys/key.yaml"),
         "on no volume of a secret",
+    ),
+    Mistake(
+        "keys where no Ingress runs",
+        lambda m: mount(m, "gpu", "keys", {"secret": {"secretName": "loraretriever-keys"}}, "/etc/loraretriever/keys"),
+        "gpu: it mounts the secret loraretriever-keys",
+    ),
+    Mistake(
+        "credentials where no Store runs",
+        lambda m: pod_spec(m).update(serviceAccountName="loraretriever"),
+        "gpu: it has credentials of the store",
+        overlay="gpu-s3",
     ),
     Mistake("no keys", lambda m: m.change_args(keys_file=None), "without keys_file"),
     Mistake("store on no volume", lambda m: m.change_args(store_uri="/data"), "on no claim"),
