@@ -24,6 +24,13 @@ def instructions(text: str) -> list[Instruction]:
     return [Instruction(*line.split(maxsplit=1)) for line in joined.splitlines()]
 
 
+def bases(text: str) -> list[str]:
+    """Return the images that the stages are built on, with the defaults of build arguments put in."""
+    defaults = dict(re.findall(r"^ARG (\w+)=(\S+)$", text, re.MULTILINE))
+    named = [i.rest.split()[0] for i in instructions(text) if i.keyword == "FROM"]
+    return [re.sub(r"\$\{(\w+)\}", lambda found: defaults[found[1]], name) for name in named]
+
+
 def copied(text: str) -> list[str]:
     """What the Dockerfile copies from the build's context."""
     copies = [instruction.rest.split() for instruction in instructions(text) if instruction.keyword == "COPY"]

@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 import pytest
 
 from gpu_worker.packaged_model import PACKAGED_MODEL
-from tests.k8s.image import BAKED_MODEL, IMAGE, ROOT, copied, instructions, is_ignored
+from tests.k8s.image import BAKED_MODEL, IMAGE, ROOT, bases, copied, instructions, is_ignored
 
 DOCKERFILE = (IMAGE / "Dockerfile").read_text()
 IGNORED = (IMAGE / "Dockerfile.dockerignore").read_text()
@@ -53,8 +53,15 @@ def test_all_that_the_package_is_made_of_is_copied() -> None:
 
 
 def test_the_image_has_the_python_that_is_tested() -> None:
-    [base] = [i.rest for i in instructions(DOCKERFILE) if i.keyword == "FROM"]
-    assert base.startswith(f"python:{sys.version_info.major}.{sys.version_info.minor}-")
+    images = [image for image in bases(DOCKERFILE) if image.startswith("python:")]
+    assert images != []
+    for image in images:
+        assert image.startswith(f"python:{sys.version_info.major}.{sys.version_info.minor}.")
+
+
+def test_the_base_image_is_an_exact_version_and_can_be_given_a_digest() -> None:
+    assert re.fullmatch(r"python:\d+\.\d+\.\d+-slim-\w+", bases(DOCKERFILE)[-1])
+    assert [i.rest for i in instructions(DOCKERFILE) if i.keyword == "FROM"][-1].startswith("${PYTHON_IMAGE}")
 
 
 def test_every_package_is_pinned() -> None:

@@ -48,6 +48,27 @@ def test_images_are_renamed_in_every_pod(kubectl: str, tmp_path: Path, rendered:
     assert {pod.container["image"] for pod in pods if pod.is_ray} == {"mine/cpu:7", "mine/cuda:7"}
 
 
+def test_one_file_pins_every_image_by_digest(kubectl: str, tmp_path: Path) -> None:
+    """README's way to digests: all pods, the Job's as well, take what components/images says."""
+    copied = tmp_path / "k8s"
+    shutil.copytree(K8S, copied)
+    pinned = copied / "components" / "images" / "kustomization.yaml"
+    kustomization = yaml.safe_load(pinned.read_text())
+    digests = {}
+    for number, image in enumerate(kustomization["images"]):
+        image.pop("newTag")
+        image["digest"] = digests[image["name"]] = f"sha256:{number:064x}"
+    pinned.write_text(yaml.safe_dump(kustomization))
+    found = set()
+    for folder in ("overlays/cpu-pvc", "overlays/gpu-s3", "fetch-model"):
+        text = subprocess.run(
+            [kubectl, "kustomize", str(copied / folder)], capture_output=True, text=True, check=True, timeout=60
+        ).stdout
+        found |= set(re.findall(r" image: (\S+)", text))
+    assert found == {f"{name}@{digest}" for name, digest in digests.items()}
+    assert found != set()
+
+
 def _listed() -> Iterator[str]:
     for path in K8S.rglob("kustomization.yaml"):
         kustomization = yaml.safe_load(path.read_text())
