@@ -28,7 +28,7 @@ from lora_store import AdapterWeights, LoraStore
 from lora_store.disk_cache import DiskCache
 
 PARTS_AT_ONCE = 2  # while the last rows of one end, the next one keeps the batch full
-_MAX_TRIES = 2  # after the first, each with other neighbours
+_MAX_TRIES = 2  # after the first: memory on a shared device may have been short for a moment
 
 
 class PartAnswerer:
@@ -64,7 +64,7 @@ class PartAnswerer:
         self.engine.stop()
 
     async def _complete(self, jobs: Sequence[Job]) -> list[Completion | Exception]:
-        """All at once; whom a neighbour's step took along is asked again."""
+        """Answer all at once, then once more those that met a moment in which the device computed nothing."""
         outcomes = await complete_all(self.engine, jobs)
         return [
             await self._again(job) if isinstance(outcome, EngineStopped) else outcome
@@ -72,9 +72,9 @@ class PartAnswerer:
         ]
 
     async def _again(self, job: Job) -> Completion | Exception:
-        """The row's answer, one such row after the other: who breaks every step breaks none of theirs.
+        """Return the row's answer, one such row after the other.
 
-        Raises: EngineStopped, where no row will be answered any more.
+        Raises: EngineStopped, where the engine has ended and answers no row any more.
         """
         async with self._turn:
             for _ in range(_MAX_TRIES):

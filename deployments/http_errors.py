@@ -37,7 +37,7 @@ _INVALID, _FORBIDDEN, _LIMITED, _MISSING, _OVERLOADED, _LATE, _SERVER = (
     "timeout_error",
     "server_error",
 )
-_POISONED = "poisoned"
+_POISONED, _FAILED = "poisoned", "request_failed"
 _KINDS = ("str", "constrained-str", "int", "float", "bool")  # what pydantic puts into the path of a union's member
 _MAX_PARAM_CHARS = 300
 _UNFORESEEN = "internal_error"
@@ -88,6 +88,7 @@ TABLE: tuple[tuple[type[Exception], int, str, str], ...] = (
     (worker_errors.PlanTooLarge, 400, _INVALID, "plan_too_large"),
     (worker_errors.AdapterUnfit, 400, _INVALID, "adapter_unfit"),
     (worker_errors.LogitsNotFinite, 422, _INVALID, "logits_not_finite"),
+    (worker_errors.RequestFailed, 500, _SERVER, _FAILED),
     (worker_errors.AdapterLoadFailed, 503, _OVERLOADED, "adapter_load_failed"),
     (worker_errors.DeadlineExceeded, 504, _LATE, "deadline_exceeded"),
     (worker_errors.WaitedTooLong, 503, _OVERLOADED, "waited_too_long"),
@@ -141,7 +142,7 @@ def error_response(error: Exception) -> JSONResponse:
         headers["x-should-retry"] = "false"
     if status in (429, 503):
         headers["Retry-After"] = str(max(1, math.ceil(getattr(_cause_of(error), "retry_after_s", 1))))
-    if body["error"]["code"] == _POISONED:
+    if body["error"]["code"] in (_POISONED, _FAILED):
         headers["x-should-retry"] = "false"  # OpenAI's clients repeat every other 500
     return JSONResponse(body, status, headers=headers)
 

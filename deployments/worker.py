@@ -26,6 +26,7 @@ from deployments.worker_scaling import ONGOING, WAITING_TOKENS
 from gpu_worker.config import WorkerConfig
 from gpu_worker.engine import Engine
 from gpu_worker.engine_loop import EngineLoop
+from gpu_worker.errors import EngineStopped
 from gpu_worker.holdings import Holdings
 from gpu_worker.probe import Prober
 from gpu_worker.request import Delta, Job
@@ -84,6 +85,9 @@ class WorkerDeployment:
                         self._figures.waited(delta.queued_s)
                     last = delta
                 yield delta
+        except EngineStopped:
+            self.check_health()  # an engine that has ended refuses fast, and would draw requests until the next check
+            raise
         finally:
             await deltas.aclose()
             trace.end(last)
@@ -130,27 +134,34 @@ class WorkerDeployment:
         return {ONGOING: held.num_running + held.num_waiting, WAITING_TOKENS: held.waiting_tokens}
 
     def check_health(self) -> None:
-        """A replica whose engine hangs ends here, so that Serve replaces it and its requests begin again elsewhere.
+        """End this process where its engine hangs or has ended, so that Serve replaces the replica.
 
-        To raise would not do: Serve 2.60 waits first until the replica's streams have ended, which they never would,
-        and its successor may need the device that this process holds. Raises: ReplicaWedged.
+        Its requests then begin again on other replicas. To raise would not do: Serve 2.60 waits first until the
+        replica's streams have ended, which they never would, and its successor may need the device that this process
+        holds. Raises: ReplicaWedged.
         """
-        stalled_s = self._loop.seconds_in_step()
-        if self._loop.is_alive and stalled_s <= self._wedged_after_s:
+        busy_s = self._loop.seconds_busy()
+        if self._loop.is_alive and busy_s <= self._wedged_after_s:
             return
-        wedged = ReplicaWedged(f"a step has run for {stalled_s:.0f} s, engine thread alive: {self._loop.is_alive}")
+        wedged = ReplicaWedged(_why_wedged(self._loop, busy_s))
         logger.critical("this replica's process ends: %s", wedged)
         self._end_process(1)
         raise wedged
 
     async def _tell(self) -> None:
-        self._figures.stepping(self._loop.seconds_in_step())
+        self._figures.stepping(self._loop.seconds_busy())
         async with asyncio.timeout(BEAT_S):  # a step that hangs must not hide how long it does
             self._figures.hold(await self._loop.holdings())
 
     def _start_fetch(self, weights_digest: str) -> Future[AdapterWeights]:
         """Called on the engine's thread; the handle belongs to the replica's event loop."""
         return asyncio.run_coroutine_threadsafe(self._fetcher.fetch(weights_digest), self._asyncio_loop)
+
+
+def _why_wedged(loop: EngineLoop, busy_s: float) -> str:
+    if loop.is_alive:
+        return f"a step or command of the engine has run for {busy_s:.0f} s"
+    return f"the engine's thread has ended: {loop.failure or 'it was stopped'}"
 
 
 def _log_end(job: Job, last: Delta | None, seconds: float) -> None:

@@ -45,7 +45,9 @@ class WorkerFigures:
         self._free_kv = kinds.Gauge("loraretriever_kv_free_rows", "Rows of the KV cache that no request holds")
         self._free_kv_tokens = kinds.Gauge("loraretriever_kv_free_tokens", "Tokens the KV cache still has room for")
         self._kv_tokens = kinds.Gauge("loraretriever_kv_tokens", "Tokens whose keys and values are held")
-        self._step_age = kinds.Gauge("loraretriever_step_age_seconds", "How long the step in progress has run")
+        self._step_age = kinds.Gauge(
+            "loraretriever_step_age_seconds", "How long the step or command in progress has run"
+        )
         self._queue_s = kinds.Histogram("loraretriever_queue_seconds", "Wait in the engine's queue", SECONDS)
         self._load_s = kinds.Histogram(
             "loraretriever_cold_load_seconds", "Bringing weights to host memory, by source", SHORT_SECONDS, ("level",)
@@ -65,7 +67,7 @@ class WorkerFigures:
         self._failed_loads.inc()
 
     def stepping(self, seconds: float) -> None:
-        """The step in progress has run so long; 0 between steps."""
+        """Report how long the engine's step or command in progress has run; 0 while it has nothing to do."""
         self._step_age.set(seconds)
 
     def hold(self, held: Holdings) -> None:

@@ -8,47 +8,53 @@ import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Executor, Future
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gpu_worker.admission import Admission
-from gpu_worker.attention_plan import Segment
 from gpu_worker.bank import LoraBank
 from gpu_worker.base_model import BaseModel, load_base_model
 from gpu_worker.config import WorkerConfig
 from gpu_worker.counters import Counters
-from gpu_worker.decode_attention import load_decode_kernel
 from gpu_worker.device_memory import free_bytes
-from gpu_worker.errors import DeadlineExceeded, EngineFull, EngineStopped, LogitsNotFinite, WaitedTooLong
+from gpu_worker.device_parts import fuse_where_compiled, make_kv_cache, make_lora_kernel
+from gpu_worker.errors import (
+    DeadlineExceeded,
+    EngineFull,
+    EngineStopped,
+    LogitsNotFinite,
+    RequestFailed,
+    WaitedTooLong,
+)
 from gpu_worker.fair_queue import FairQueue
 from gpu_worker.fitting import FittedAdapter
-from gpu_worker.fused import fuse, load_fused
+from gpu_worker.forward import ForwardPass
 from gpu_worker.holdings import Holdings
 from gpu_worker.inject import inject, target_linears
+from gpu_worker.isolation import compute_apart
 from gpu_worker.kv_cache import KvCache, KvShape
-from gpu_worker.kv_pages import KvPages
-from gpu_worker.kv_regions import KvRegions
 from gpu_worker.load_window import LoadWindow
 from gpu_worker.loader import AdapterLoader, Fetch
 from gpu_worker.logprobs import Scored
-from gpu_worker.lora_kernel import LoraKernel, load_kernel
-from gpu_worker.mapping import composition
 from gpu_worker.memory_plan import MemoryPlan, plan_memory
+from gpu_worker.next_tokens import Chosen, choose
 from gpu_worker.prepare import Preparer
-from gpu_worker.request import Delta
+from gpu_worker.request import Delta, Job
 from gpu_worker.residency import Residency
 from gpu_worker.row import Row
 from gpu_worker.sampling import Sampler
 from gpu_worker.sampling_kernel import load_sampling_kernel
-from gpu_worker.scheduler import schedule
+from gpu_worker.scheduler import Scheduled, schedule
 from gpu_worker.step_context import StepContext
 from gpu_worker.threads import load_executor
-from gpu_worker.transfer import to_device
 
 logger = logging.getLogger(__name__)
 
 _LONGEST_SLEEP_S = 3600.0  # what waits on a lock cannot be told any number of seconds
+_MAX_BROKEN_STEPS = 3  # one may be a neighbour's peak of memory on a shared device; three in a row are the device's own
+_NOTHING_COMPUTED = "the worker's device computes nothing"
 _WINDOW_BATCHES = 2  # how far ahead of their turn requests have their weights loaded
 
 
@@ -71,19 +77,22 @@ class Engine:
     ) -> None:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
-        self.config, self._device = config, torch.device(config.device)
+        self.config = config
         self.base, self.memory = _loaded(config, base)
         self.max_len = self.memory.kv.max_len
-        self._step_context = StepContext()
-        _fuse(self.base.model, config)
+        context = StepContext()
+        fuse_where_compiled(self.base.model, config)
         linears = target_linears(self.base.model, self.base.model.get_output_embeddings())
         self.bank = LoraBank(linears, config.bank_rank_rows, free_fill=free_fill)
-        inject(self.base.model, self.bank, self._step_context)
-        self._kernel = _lora_kernel(config)
+        inject(self.base.model, self.bank, context)
         self._sampler = Sampler(load_sampling_kernel(config.cache_dir) if config.device == "cpu" else None)
         self.residency = Residency(self.bank)
-        self.kv_cache = (build_kv_cache or self._kv_cache)(self.memory.kv)
+        self.kv_cache = (build_kv_cache or partial(make_kv_cache, config))(self.memory.kv)
+        kernel, device = make_lora_kernel(config), torch.device(config.device)
+        self._forward = ForwardPass(self.base, self.residency, self.kv_cache, context, kernel, device)
         self.prepare = Preparer(self.base, self.max_len)
+        self._probe_row = self.prepare.of_tokens(Job("probe", ""), [0], lambda event: None)
+        self._num_broken_steps = 0
         self._executor = executor or load_executor(config.load_threads)
         self.loaded = threading.Event()
         self.on_loaded: Callable[[], None] = self.loaded.set
@@ -155,10 +164,14 @@ class Engine:
         return self.residency.resident.union(*[row.weights_digests for row in self.waiting])
 
     def fail_all(self, error: Exception) -> None:
-        """End every request with `error`."""
-        self._fail_running(error)
-        for row in self._admission.clear():
-            self.send(row, error)
+        """End every request with `error`. Raises: what freeing raises on a device that is lost; all have heard then."""
+        waiting = list(self.waiting)
+        try:
+            self._end([(row, error) for row in self.running])
+            self._admission.clear()
+        finally:
+            for row in waiting:
+                self.send(row, error)
         self._drop_forgotten()
 
     def close(self) -> None:
@@ -183,15 +196,19 @@ class Engine:
         return bool(self.running or self.waiting)
 
     @torch.inference_mode()
-    def step(self) -> bool:
-        """Admit what can run, compute one packed step, sample. False when nothing could run: all wait for loads."""
+    def step(self, *, max_tokens: int | None = None) -> bool:
+        """Admit what can run, compute one packed step, sample. Return whether anything ran: else all wait for loads.
+
+        `max_tokens`: of this step, where it is to be smaller than `max_step_tokens`.
+        Raises: EngineStopped, where the device computes nothing any more.
+        """
         self._end_overdue()
         self._grow()
         self._admit()
         has_run = bool(self.running)
         if has_run:
             began = time.perf_counter()
-            self._compute()
+            self._compute(max_tokens or self.config.max_step_tokens)
             self.counters.num_steps += 1
             self.counters.step_s += time.perf_counter() - began
         self._drop_forgotten()
@@ -204,24 +221,19 @@ class Engine:
             if not self.step() and self.waiting:
                 self.loaded.wait(self.seconds_to_due)
 
-    def _kv_cache(self, shape: KvShape) -> KvCache:
-        if self._device.type != "cpu":
-            return KvPages(shape, self._device)
-        return KvRegions(shape, load_decode_kernel(self.config.cache_dir))
-
     def _end_overdue(self) -> None:
         """End what is past its deadline, running or not, and what has waited too long to start."""
         now = self._clock()
         if now < self._next_due:
             return
-        late = [row for row in self.running if row.deadline <= now]
-        self._release(late)
+        self._end([(row, DeadlineExceeded(row.num_new_tokens)) for row in self.running if row.deadline <= now])
         for row in [row for row in self.waiting if row.deadline <= now or row.start_by <= now]:
-            self._admission.remove(row)
-            late.append(row)
-        for row in late:
             is_past = row.deadline <= now
-            self.send(row, DeadlineExceeded(row.num_new_tokens) if is_past else WaitedTooLong(self.config.max_wait_s))
+            error = DeadlineExceeded(row.num_new_tokens) if is_past else WaitedTooLong(self.config.max_wait_s)
+            try:
+                self._admission.remove(row)
+            finally:
+                self.send(row, error)
         due = [row.deadline for row in self.running] + [min(row.deadline, row.start_by) for row in self.waiting]
         self._next_due = min(due, default=math.inf)
 
@@ -239,11 +251,11 @@ class Engine:
                 self._preempt(self.running.pop())
 
     def _preempt(self, row: Row) -> None:
-        """The row's KV is free. It keeps its tokens, and computes them again as one prompt when its turn comes."""
-        self.kv_cache.free(row.kv_row)
-        row.kv_row, row.num_computed = -1, 0
+        """Free the row's KV. It keeps its tokens, and computes them again as one prompt when its turn comes."""
+        kv_row, row.kv_row, row.num_computed = row.kv_row, -1, 0
         self._admission.put_back(row)
         self.counters.num_preemptions += 1
+        self.kv_cache.free(kv_row)
 
     def _admit(self) -> None:
         started, failed = self._admission.admit()
@@ -257,48 +269,49 @@ class Engine:
             self.running += started
             self.residency.settle()
 
-    def _compute(self) -> None:
-        """One forward pass over what is scheduled, and its tokens handed out."""
-        scheduled = schedule(self.running, self.config.max_step_tokens, self.config.chunk_tokens)
-        ready = [row for row, segment in scheduled if segment.total_len == len(row.tokens)]
-        try:
-            logits = self._forward(scheduled)
-            tokens, scores = self._sampler(logits, [row.draw() for row in ready])
-        except Exception as exc:
-            logger.exception("a step of %d rows failed", len(scheduled))
-            self._fail_running(EngineStopped(f"the step failed: {exc}"))
-            return
-        for row, segment in scheduled:
-            row.num_computed += segment.num_tokens
-        self.counters.num_new_tokens += len(ready)
-        self.counters.num_prompt_tokens += sum(row.num_prompt_tokens for row in ready if row.num_new_tokens == 0)
-        taken = zip(ready, tokens, scores, logits, strict=True)
-        made = [(row, self._take(row, token, scored, row_logits)) for row, token, scored, row_logits in taken]
-        told = [(row, event) for row, event in made if event is not None]
-        self._release([row for row, event in told if _is_last(event)])  # free by the time their clients hear of it
-        self._release([row for row, event in told if not self.send(row, event) and not _is_last(event)])
+    def _compute(self, max_tokens: int) -> None:
+        """Compute what is scheduled, apart where it raises, and hand out the tokens.
 
-    def _forward(self, scheduled: Sequence[tuple[Row, Segment]]) -> Tensor:
-        """Run the model and return logits (rows whose last token was computed, V), float32 or the model's dtype.
-
-        A step of prompt chunks alone has no such row: `logits_to_keep` is empty, and the head multiplies nothing.
+        Raises: EngineStopped, after `_MAX_BROKEN_STEPS` steps in a row in which the device computed nothing.
         """
-        segments = [segment for _, segment in scheduled]
-        plans, num_tokens = [row.plan for row, _ in scheduled], [segment.num_tokens for segment in segments]
-        lora = composition(plans, num_tokens, self.residency, self.base.dtype, self._kernel, self._device)
-        attention = self.kv_cache.attention(segments)
-        self._step_context.fill(lora, attention)
-        ids = [token for row, s in scheduled for token in row.tokens[s.context_len : s.total_len]]
-        last = [s.end - 1 for row, s in scheduled if s.total_len == len(row.tokens)]
-        output = self.base.model(
-            input_ids=to_device(torch.tensor(ids), self._device)[None],
-            position_ids=attention.token_positions[None],
-            logits_to_keep=to_device(torch.tensor(last, dtype=torch.long), self._device),
-            use_cache=False,
-            step=self._step_context,
-        )
-        logits: Tensor = output.logits[0]
-        return logits
+        scheduled = schedule(self.running, max_tokens, self.config.chunk_tokens)
+        outcome = compute_apart(scheduled, lambda part: choose(part, self._forward(part), self._sampler))
+        for part, chosen in outcome.computed:
+            self._hand_out(part, chosen)
+        if outcome.computed:
+            self._num_broken_steps = 0
+        if outcome.failed:
+            self._end_failed(outcome.failed, works=bool(outcome.computed))
+
+    def _hand_out(self, part: Sequence[Scheduled], chosen: Chosen) -> None:
+        """Give each row of a part that was computed its token, and its client the text."""
+        for row, segment in part:
+            row.num_computed += segment.num_tokens
+        self.counters.num_new_tokens += len(chosen.rows)
+        self.counters.num_prompt_tokens += sum(row.num_prompt_tokens for row in chosen.rows if row.num_new_tokens == 0)
+        taken = zip(chosen.rows, chosen.tokens, chosen.scores, chosen.logits, strict=True)
+        made = [(row, self._take(row, token, scored, row_logits)) for row, token, scored, row_logits in taken]
+        self._end([(row, event) for row, event in made if event is not None and _is_last(event)])
+        texts = [(row, event) for row, event in made if event is not None and not _is_last(event)]
+        self._release([row for row, event in texts if not self.send(row, event)])
+
+    def _end_failed(self, failed: Sequence[tuple[Row, Exception]], *, works: bool) -> None:
+        """End the rows that could not be computed. Where nothing else was, a token of nobody's shows what is to blame.
+
+        A device that computes that token does work: the rows fail by themselves, wherever they run. Else other replicas
+        may answer them. Raises: EngineStopped.
+        """
+        try:
+            self._release([row for row, _ in failed])
+            works = works or self._forward.can_compute(self._probe_row)
+        finally:  # a device that is lost frees nothing any more: whoever waits for these rows hears of it all the same
+            for row, cause in failed:
+                error = RequestFailed(row.request_id) if works else EngineStopped(_NOTHING_COMPUTED)
+                error.__cause__ = cause
+                self.send(row, error)
+        self._num_broken_steps = 0 if works else self._num_broken_steps + 1
+        if self._num_broken_steps == _MAX_BROKEN_STEPS:
+            raise EngineStopped(f"{_NOTHING_COMPUTED}, {_MAX_BROKEN_STEPS} steps in a row")
 
     def _take(self, row: Row, token: int | None, scored: Scored | None, logits: Tensor) -> Delta | Exception | None:
         """Hand the row its token; what its client is to be told."""
@@ -308,9 +321,9 @@ class Engine:
             row.first_logits = logits.to("cpu", torch.float32, copy=True)
         try:
             return row.take(token, scored)
-        except Exception as exc:
-            logger.exception("the text of request %s broke", row.request_id)
-            return EngineStopped(f"token {token} could not be decoded: {exc}")
+        except Exception:
+            logger.exception("token %d of request %s could not be decoded", token, row.request_id)
+            return RequestFailed(row.request_id)
 
     def send(self, row: Row, event: Delta | Exception) -> bool:
         """Whether the request's client took the event; one that is gone costs nobody else."""
@@ -321,18 +334,24 @@ class Engine:
             return False
         return True
 
-    def _fail_running(self, error: Exception) -> None:
-        failed = self.running[:]
-        self._release(failed)
-        for row in failed:
-            self.send(row, error)
+    def _end(self, ended: Sequence[tuple[Row, Delta | Exception]]) -> None:
+        """Free what these running rows hold, then send each its last event, also where freeing raises."""
+        try:
+            self._release([row for row, _ in ended])
+        finally:
+            for row, event in ended:
+                self.send(row, event)
 
     def _release(self, rows: Sequence[Row]) -> None:
-        """All that these rows hold is free; the KV of a step that failed half-way is wiped too."""
+        """Free all that these running rows hold; the KV of a step that failed half-way is wiped too.
+
+        Raises: what wiping raises on a device that is lost. The rows have left the batch even so.
+        """
         if not rows:
             return
         for row in rows:
             self.running.remove(row)
+        for row in rows:
             self.kv_cache.free(row.kv_row)
             row.is_pinned = False
         self.residency.unpin([digest for row in rows for digest in row.weights_digests])
@@ -360,19 +379,6 @@ def _loaded(config: WorkerConfig, base: BaseModel | None) -> tuple[BaseModel, Me
     logger.info("%s: %s", config.base_model, plan)
     base.model.to(device)
     return base, plan
-
-
-def _fuse(model: nn.Module, config: WorkerConfig) -> None:
-    """On the CPU with a C++ compiler: the model's small operations in one pass each."""
-    kernel = load_fused(config.cache_dir) if config.device == "cpu" else None
-    if kernel is not None:
-        fuse(model, kernel)
-
-
-def _lora_kernel(config: WorkerConfig) -> LoraKernel | None:
-    """None where LoRA products run through torch."""
-    is_native = config.device == "cpu" and config.lora_products == "auto"
-    return load_kernel(config.cache_dir) if is_native else None
 
 
 def _is_last(event: Delta | Exception) -> bool:

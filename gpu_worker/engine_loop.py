@@ -8,9 +8,9 @@ import os
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
@@ -44,7 +44,8 @@ class EngineLoop:
         self._lock = threading.Lock()  # between the last command and the end of the thread
         self._is_closed = False
         self._stopping = False
-        self._step_began: float | None = None
+        self._busy_since: float | None = None
+        self.failure: Exception | None = None  # what ended the thread, where that was not `stop`
         self._end_team = team_ender()
         engine.on_loaded = lambda: self._commands.put(_nothing)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -118,14 +119,15 @@ class EngineLoop:
         """See `Engine.expected`. Raises: EngineStopped."""
         return await self._ask(self.engine.expected)
 
-    def seconds_in_step(self) -> float:
-        """How long the step in progress has run; 0 between steps. Large when a step hangs."""
-        began = self._step_began
-        return 0.0 if began is None else time.monotonic() - began
+    def seconds_busy(self) -> float:
+        """Return how long the step or command in progress has run; 0 while the thread sleeps. Large when it hangs."""
+        since = self._busy_since
+        return 0.0 if since is None else time.monotonic() - since
 
     @property
     def is_alive(self) -> bool:
-        return self._thread.is_alive()
+        """Whether the thread still steps. Once it does not, every request ends with EngineStopped."""
+        return self._thread.is_alive() and not self._is_closed
 
     def stop(self) -> None:
         """End every request with EngineStopped and the thread with it."""
@@ -181,21 +183,20 @@ class EngineLoop:
         os.nice(self._niceness)  # Linux: of the calling thread and those it starts
         try:
             self._step_until_stopped()
-        except Exception:
+        except Exception as exc:
             logger.exception("the engine's thread ends")
+            self.failure = exc
         with self._lock:
             self._is_closed = True
-        self._run_commands(wait=False)
-        self.engine.fail_all(EngineStopped("the engine has stopped"))
-        self.engine.close()
+        with self._busy():
+            self._end_all()
 
     def _step_until_stopped(self) -> None:
         idle = True
         while not self._stopping:
             self._run_commands(wait=idle)
-            self._step_began = time.monotonic()
-            idle = not self.engine.step()
-            self._step_began = None
+            with self._busy():
+                idle = not self.engine.step()
 
     def _run_commands(self, *, wait: bool) -> None:
         """Run what is queued; when idle, sleep until something is or a request is due. A finished load puts one too."""
@@ -206,9 +207,37 @@ class EngineLoop:
                 command = self._commands.get(timeout=self.engine.seconds_to_due)
             except queue.Empty:
                 return
-            command()
+            with self._busy():
+                command()
         while not self._commands.empty():
-            self._commands.get()()
+            with self._busy():
+                self._commands.get()()
+
+    def _end_all(self) -> None:
+        """Run the commands that are left, for some submit requests; then end every request and the loads.
+
+        On a device that is lost each of these may raise: the ones behind it are done all the same.
+        """
+        end_requests = partial(self.engine.fail_all, EngineStopped("the engine has stopped"))
+        commands: list[Callable[[], None]] = [*self._queued(), end_requests, self.engine.close]
+        for command in commands:
+            try:
+                command()
+            except Exception:
+                logger.exception("the engine that ends could not free what it held")
+
+    def _queued(self) -> Iterator[Callable[[], None]]:
+        while not self._commands.empty():
+            yield self._commands.get()
+
+    @contextmanager
+    def _busy(self) -> Iterator[None]:
+        """Let `seconds_busy` count the block."""
+        self._busy_since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._busy_since = None
 
 
 def _nothing() -> None:

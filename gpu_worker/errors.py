@@ -10,10 +10,12 @@ GpuWorkerError
 ├── AdapterUnfit           an adapter's tensors do not fit the base model
 ├── AdapterLoadFailed      the weights could not be fetched; only the requests that need them fail
 ├── LogitsNotFinite        this plan drives the logits out of range; only its own request fails
+├── RequestFailed          this request raises in every step it takes part in; do not retry it
 ├── DeadlineExceeded       the request's own deadline has passed; it holds nothing any more
 ├── WaitedTooLong          the request did not start within `max_wait_s`; retry later
 ├── EngineFull             more requests wait than `max_waiting`; retry later
-└── EngineStopped          the engine has stopped or a step failed; retry on another replica
+├── WarmUpFailed           the engine could not compute its first tokens; raised at start
+└── EngineStopped          the engine has stopped or its device computes nothing; retry on another replica
 """
 
 from __future__ import annotations
@@ -67,6 +69,20 @@ class LogitsNotFinite(GpuWorkerError):
     """The plan's adapters drive the model out of range. Use smaller weights or other adapters."""
 
 
+class RequestFailed(GpuWorkerError):
+    """The request raises in every step it takes part in, beside others and alone. Change it; a retry fails again."""
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(request_id)
+        self.request_id = request_id
+
+    def __str__(self) -> str:
+        return (
+            "the model failed to compute this request, also by itself, and it is not retried; change the request, or"
+            f" look for {self.request_id} in the worker's log"
+        )
+
+
 class DeadlineExceeded(GpuWorkerError):
     """Ask for less, or allow more time."""
 
@@ -95,5 +111,9 @@ class EngineFull(GpuWorkerError):
     """Too many requests wait. Retry later."""
 
 
+class WarmUpFailed(GpuWorkerError):
+    """The engine could not compute its first tokens on this device. The cause says what is missing."""
+
+
 class EngineStopped(GpuWorkerError):
-    """This engine answers no more requests."""
+    """This engine has ended, or its device computes nothing. Retry on another replica."""

@@ -24,9 +24,12 @@ class Preparer:
         self._num_embeddings: int = base.model.get_input_embeddings().weight.shape[0]
 
     def __call__(self, job: Job, sink: Sink, *, keep_logits: bool = False) -> Row:
-        """Raises: PromptInvalid, PromptTooLong, SamplingInvalid."""
+        """Render and tokenize the job's prompt. Raises: PromptInvalid, PromptTooLong, SamplingInvalid."""
         self._require_ids("logit_bias", [token_id for token_id, _ in job.sampling.logit_bias])
-        tokens = self._tokens(job)
+        return self.of_tokens(job, self._tokens(job), sink, keep_logits=keep_logits)
+
+    def of_tokens(self, job: Job, tokens: list[int], sink: Sink, *, keep_logits: bool = False) -> Row:
+        """Take these tokens in the place of the job's prompt. Raises: PromptTooLong, SamplingInvalid."""
         stops = job.sampling.stop if isinstance(job.prompt, str) else job.sampling.stop + template_stops(job.template)
         return Row(
             request_id=job.request_id,

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from gpu_worker.attention_plan import Segment
 from gpu_worker.row import Row
 
+Scheduled = tuple[Row, Segment]
+"""A row and the tokens of it that a step computes."""
 
-def schedule(rows: Sequence[Row], max_step_tokens: int, max_chunk_tokens: int) -> list[tuple[Row, Segment]]:
+
+def schedule(rows: Sequence[Row], max_step_tokens: int, max_chunk_tokens: int) -> list[Scheduled]:
     """Rows with the segment each computes, in step order.
 
     Every decoding row takes part, and beside one prompts get `max_chunk_tokens` at most: no long prompt stalls it.
@@ -18,7 +21,7 @@ def schedule(rows: Sequence[Row], max_step_tokens: int, max_chunk_tokens: int) -
     )  # as the cache has them
     prefilling = [row for row in rows if _remaining(row) > 1]
     budget = min(max_step_tokens, len(decoding) + max_chunk_tokens) if decoding else max_step_tokens
-    scheduled: list[tuple[Row, Segment]] = []
+    scheduled: list[Scheduled] = []
     start = 0
     for row in (*decoding, *prefilling):
         num_tokens = min(_remaining(row), budget - start)

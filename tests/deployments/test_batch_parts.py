@@ -172,7 +172,7 @@ def test_a_row_that_breaks_the_step_takes_no_other_along(place: Place) -> None:
         answerer.close()
     found = place.written()
     assert [n for n, row in enumerate(found) if row["error"]] == [5]
-    assert found[5]["error"]["code"] == "engine_stopped"
+    assert found[5]["error"]["code"] == "request_failed"
     assert all(row["num_new_tokens"] == 6 for n, row in enumerate(found) if n != 5)
 
 

@@ -68,6 +68,7 @@ EXPECTED = [
     (worker_errors.PlanTooLarge("rows"), 400, INVALID, "plan_too_large"),
     (worker_errors.AdapterUnfit("fit"), 400, INVALID, "adapter_unfit"),
     (worker_errors.LogitsNotFinite("inf"), 422, INVALID, "logits_not_finite"),
+    (worker_errors.RequestFailed("r-1"), 500, "server_error", "request_failed"),
     (worker_errors.AdapterLoadFailed("load"), 503, OVERLOADED, "adapter_load_failed"),
     (worker_errors.DeadlineExceeded(3), 504, "timeout_error", "deadline_exceeded"),
     (worker_errors.WaitedTooLong(60), 503, OVERLOADED, "waited_too_long"),
@@ -88,6 +89,7 @@ NEVER_REACH_A_CLIENT = {
     "FileRefused": "becomes a reason of AdapterRefused",
     "NothingToEmbed": "the Retriever embeds no group without samples",
     "BaseModelUnsupported": "stops a Worker at its start",
+    "WarmUpFailed": "stops a Worker at its start",
     "WorkerConfigInvalid": "stops the application's build",
     "GenerationGone": "ends an offline run",
     "TooFewSamples": "ends `train-retriever`, and no request",
@@ -121,7 +123,8 @@ def test_an_error_maps_as_stated_from_here_and_from_a_replica(
         headers = error_response(raised).headers
         expected = str(math.ceil(getattr(error, "retry_after_s", 1))) if status in (429, 503) else None
         assert headers.get("retry-after") == expected
-        assert headers.get("x-should-retry") == ("false" if status in (409, 504) or code == "poisoned" else None)
+        is_final = status in (409, 504) or code in ("poisoned", "request_failed")
+        assert headers.get("x-should-retry") == ("false" if is_final else None)
         assert headers.get("www-authenticate") == {401: "Bearer"}.get(status)
 
 

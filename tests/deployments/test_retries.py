@@ -14,14 +14,15 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from deployments.errors import Poisoned
 from deployments.retries import repeated, repeated_stream
-from gpu_worker.errors import EngineStopped, PromptTooLong
+from gpu_worker.errors import EngineStopped, PromptTooLong, RequestFailed
 from lora_store import AdapterNotFound
 from tests.fakes import FakeHandle, as_ray_raises
 
 DEATHS = [ActorDiedError(), ActorUnavailableError("gone", None), ObjectLostError("0" * 56, None, "")]
-FAILURES = [*DEATHS, EngineStopped("a step failed")]
+FAILURES = [*DEATHS, EngineStopped("the engine has stopped")]
 ANSWERS = [
     PromptTooLong("long"),
+    RequestFailed("r-1"),
     AdapterNotFound("x"),
     BackPressureError(2, 1),
     DeploymentUnavailableError(DeploymentID("Worker", "app")),
@@ -109,7 +110,7 @@ def test_the_third_death_is_the_last(failure: Exception) -> None:
 
 
 def test_an_engine_that_fails_for_the_third_time_says_so_itself() -> None:
-    found, target = ask(ActorDiedError(), *[EngineStopped("a step failed")] * 2)
+    found, target = ask(ActorDiedError(), *[EngineStopped("the engine has stopped")] * 2)
     assert isinstance(found, EngineStopped)
     assert len(target.asked) == 3
 

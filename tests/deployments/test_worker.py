@@ -20,7 +20,7 @@ from deployments.errors import ReplicaWedged
 from deployments.figures import SERVE
 from deployments.worker import WorkerDeployment
 from gpu_worker.base_model import BaseModel
-from gpu_worker.errors import AdapterLoadFailed
+from gpu_worker.errors import AdapterLoadFailed, EngineStopped
 from gpu_worker.request import Job
 from gpu_worker.row import Row
 from gpu_worker.threads import in_passing
@@ -301,6 +301,25 @@ def test_a_replica_whose_engine_has_ended_is_not_healthy(serve: Callable[[Main],
     serve(main)
 
 
+def test_a_request_that_an_ended_engine_refuses_ends_the_process_at_once(serve: Callable[[Main], Any]) -> None:
+    async def main(serving: Serving) -> None:
+        model = serving.worker._engine.base.model
+        model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("no kernel for this device")))
+        errors = [await failure_of(serving, number) for number in range(4)]
+        assert [type(error) for error in errors[:2]] == [EngineStopped] * 2
+        assert isinstance(errors[3], ReplicaWedged) and "computes nothing" in str(errors[3])
+        assert serving.ends and set(serving.ends) == {1}
+
+    async def failure_of(serving: Serving, number: int) -> Exception | None:
+        try:
+            await serving.text(serving.job(0))
+        except Exception as exc:
+            return exc
+        return None
+
+    serve(main)
+
+
 @pytest.mark.parametrize(("wedged_after_s", "ends"), [(1e-6, [1]), (3600.0, [])])
 def test_a_step_that_takes_too_long_ends_the_process(
     serve: Callable[..., Any], wedged_after_s: float, ends: list[int]
@@ -315,7 +334,7 @@ def test_a_step_that_takes_too_long_ends_the_process(
         serving.worker._engine.base.model.register_forward_pre_hook(hang)
         text = asyncio.create_task(serving.text(serving.job(0)))
         assert await asyncio.to_thread(has_begun.wait, 20)
-        with pytest.raises(ReplicaWedged, match="a step has run") if ends else nullcontext():
+        with pytest.raises(ReplicaWedged, match="a step or command of the engine has run") if ends else nullcontext():
             serving.worker.check_health()
         assert serving.ends == ends
         may_end.set()

@@ -9,12 +9,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
 
 from gpu_worker.engine import Engine
 from gpu_worker.errors import (
     AdapterUnfit,
-    EngineStopped,
     GpuWorkerError,
     LogitsNotFinite,
 )
@@ -155,47 +153,6 @@ def test_a_seeded_request_draws_the_same_in_any_company(make_engine: MakeEngine,
     unseeded = [replace(job, request_id=str(i), sampling=replace(params, seed=None)) for i in range(2)]
     first, second = run_together(engine, unseeded)
     assert first.tokens != second.tokens
-
-
-def fails_once(model: nn.Module, *, after: bool = False) -> None:
-    """The model's next forward pass raises: before it computes anything, or after it has written its keys."""
-
-    def fail(*_args: object) -> None:
-        hook.remove()
-        raise RuntimeError("out of memory")
-
-    hook = model.register_forward_hook(fail) if after else model.register_forward_pre_hook(fail)
-
-
-@pytest.mark.parametrize("after", [False, True], ids=["before the pass", "after the pass"])
-def test_a_failed_step_ends_its_requests_and_the_engine_serves_the_next(
-    after: bool, make_engine: MakeEngine, shapes: Shapes, alone: Callable[..., Answer]
-) -> None:
-    good = random_adapter(shapes, 1)
-    job = greedy("next", plan_of("selection", (good, 1.0)), "next")
-    engine = make_engine(by_digest(good))
-    running = [ask(engine, replace(job, request_id=str(i))) for i in range(2)]
-    engine.step()
-    fails_once(engine.base.model, after=after)
-    engine.step()
-    for answer in running:
-        assert isinstance(answer.error, EngineStopped) and "out of memory" in str(answer.error)
-    assert_nothing_held(engine)
-    [answer] = run_together(engine, [job])
-    assert_same(answer, alone(job, by_digest(good)))
-
-
-def test_a_failed_step_leaves_nothing_of_a_hostile_adapter_in_the_cache(
-    make_engine: MakeEngine, shapes: Shapes, alone: Callable[..., Answer]
-) -> None:
-    hostile = hostile_adapter(shapes, "second product")
-    engine = make_engine(by_digest(hostile), max_batch_size=1)
-    bad = ask(engine, greedy("not a number " * 4, plan_of("selection", (hostile, 1.0)), "bad"))
-    fails_once(engine.base.model, after=True)
-    engine.step()
-    assert isinstance(bad.error, EngineStopped)
-    [base] = run_together(engine, [BASE_JOB])
-    assert_same(base, alone(BASE_JOB, {}))
 
 
 def test_a_sink_that_raises_costs_only_its_own_request(make_engine: MakeEngine, alone: Callable[..., Answer]) -> None:

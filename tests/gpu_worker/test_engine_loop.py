@@ -327,15 +327,37 @@ def test_an_idle_loop_is_not_wedged_and_one_in_a_long_step_is(
     engine = make_engine({})
     gate = gate_of(engine)
     loop = start(engine)
-    assert loop.seconds_in_step() == 0.0
+    assert loop.seconds_busy() == 0.0
 
     async def main() -> None:
         task = asyncio.create_task(loop.complete(greedy("x")))
         await asyncio.to_thread(gate.wait_for_step)
-        earlier = loop.seconds_in_step()
-        assert loop.seconds_in_step() > earlier > 0.0
+        earlier = loop.seconds_busy()
+        assert loop.seconds_busy() > earlier > 0.0
         gate.open()
         await task
+
+    run(main())
+
+
+def test_a_loop_in_a_long_command_is_wedged(make_engine: MakeEngine, start: Callable[..., EngineLoop]) -> None:
+    """A command may hang as a step may: cancelling a request wipes its rows on the device."""
+    loop, may_end, has_begun = start(make_engine({})), threading.Event(), threading.Event()
+
+    def hang() -> None:
+        has_begun.set()
+        assert may_end.wait(PATIENCE_S)
+
+    async def main() -> None:
+        for _ in range(2):  # the first wakes the thread, the second is found behind it
+            asked = asyncio.create_task(loop._ask(hang))
+            await asyncio.to_thread(has_begun.wait, PATIENCE_S)
+            earlier = loop.seconds_busy()
+            assert loop.seconds_busy() > earlier > 0.0
+            may_end.set()
+            await asked
+            may_end.clear()
+            has_begun.clear()
 
     run(main())
 
@@ -355,7 +377,7 @@ def test_a_loop_that_waits_for_a_slow_load_is_not_wedged(
             await asyncio.sleep(0)
         try:
             async with asyncio.timeout(2):
-                while loop.seconds_in_step() > 0.0:  # until the thread sleeps
+                while loop.seconds_busy() > 0.0:  # until the thread sleeps
                     await asyncio.sleep(0)
         finally:
             may_load.set()

@@ -74,6 +74,7 @@ class World:
     num_joined: int = 0
     num_preemptions: int = 0
     num_compared: int = 0
+    num_faults: int = 0
 
     def alone(self, job: Job) -> Answer:
         job = replace(job, request_id="lone", tenant="lone", deadline=None)
@@ -88,6 +89,8 @@ class EngineStates(RuleBasedStateMachine):
         self.world, self.now = world, 1000.0
         self.store = Store(by_digest(*world.pool))
         self.engine = world.make_engine({}, base=fresh(world.base), fetch=self.store, clock=lambda: self.now, **TIGHT)
+        self.num_faults = 0  # forward passes that raise from now on
+        self.engine.base.model.register_forward_hook(lambda *_: self.raise_fault())
         self.answers: list[tuple[Job, Answer]] = []
         self.cancelled: set[int] = set()
 
@@ -135,6 +138,19 @@ class EngineStates(RuleBasedStateMachine):
     @rule(place=st.integers(0, 4))
     def forget(self, place: int) -> None:
         self.engine.forget([self.world.pool[place].weights_digest])
+
+    @precondition(lambda self: self.engine.running)
+    @rule()
+    def stumble(self) -> None:
+        """Let the next pass raise after it has written keys and values: nobody ends, as each row is computed again."""
+        self.num_faults = 1
+        self.step(1)
+
+    def raise_fault(self) -> None:
+        if self.num_faults:
+            self.num_faults -= 1
+            self.world.num_faults += 1
+            raise RuntimeError("out of memory")
 
     @rule(seconds=st.integers(1, 30))
     def wait(self, seconds: int) -> None:
@@ -207,8 +223,8 @@ def test_whatever_comes_and_goes_nothing_leaks(world: World, scale: Scale) -> No
         max_examples=20, stateful_step_count=40, deadline=None, database=None, suppress_health_check=list(HealthCheck)
     )
     for number in itertools.count():
-        if world.num_joined >= wanted and world.num_preemptions and world.num_compared:
+        if world.num_joined >= wanted and world.num_preemptions and world.num_compared and world.num_faults:
             return
-        assert world.num_joined < 10 * wanted, "no row was preempted, or none could be compared"
+        assert world.num_joined < 10 * wanted, "no row was preempted or compared, or no step failed"
         states = seed(number)(lambda: EngineStates(world))
         run_state_machine_as_test(states, settings=checks)  # type: ignore[arg-type]
