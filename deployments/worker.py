@@ -31,6 +31,7 @@ from gpu_worker.holdings import Holdings
 from gpu_worker.probe import Prober
 from gpu_worker.request import Delta, Job
 from gpu_worker.threads import compute_alone, in_passing, load_executor
+from gpu_worker.warm_up import warmed_up
 from lora_store import AdapterWeights
 from lora_store.disk_cache import DiskCache
 
@@ -64,7 +65,7 @@ class WorkerDeployment:
         compute_alone()
         executor = load_executor(config.load_threads)
         self._fetcher = WeightsFetcher(store, executor, cache=self._cache, told=self._figures)
-        self._engine = in_passing(lambda: Engine(config, self._start_fetch, executor=executor))
+        self._engine = in_passing(lambda: warmed_up(Engine(config, self._start_fetch, executor=executor)))
         self._loop = EngineLoop(self._engine, stream_interval_ms=stream_interval_ms, niceness=niceness)
         self._prober = Prober(self._loop)
         self._telling = self._asyncio_loop.create_task(every_beat(self._tell))

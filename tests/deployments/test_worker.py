@@ -20,7 +20,7 @@ from deployments.errors import ReplicaWedged
 from deployments.figures import SERVE
 from deployments.worker import WorkerDeployment
 from gpu_worker.base_model import BaseModel
-from gpu_worker.errors import AdapterLoadFailed, EngineStopped
+from gpu_worker.errors import AdapterLoadFailed, EngineStopped, WarmUpFailed
 from gpu_worker.request import Job
 from gpu_worker.row import Row
 from gpu_worker.threads import in_passing
@@ -123,6 +123,22 @@ def serve(tiny_folders: Mapping[str, Path], tiny_base: Callable[..., BaseModel])
         return asyncio.run(within())
 
     return run
+
+
+def test_a_replica_that_cannot_compute_its_first_tokens_does_not_start(
+    tiny_folders: Mapping[str, Path], tiny_base: Callable[..., BaseModel], tmp_path: Path
+) -> None:
+    base = tiny_base()
+    with torch.no_grad():
+        base.model.get_input_embeddings().weight.fill_(torch.nan)
+    base.model.save_pretrained(tmp_path)
+    base.tokenizer.save_pretrained(tmp_path)
+
+    async def main() -> None:
+        with pytest.raises(WarmUpFailed, match="the first steps failed"):
+            WorkerDeployment(tiny_config(tmp_path), 0.0, FakeHandle(FakeStore({})))
+
+    asyncio.run(main())
 
 
 def test_a_request_streams_with_the_weights_its_plan_names(serve: Callable[[Main], Any]) -> None:
