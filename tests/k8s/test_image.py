@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import re
 import shlex
 import sys
@@ -11,13 +12,17 @@ import tomllib
 from pathlib import PurePosixPath
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from gpu_worker.packaged_model import PACKAGED_MODEL
+from k8s.image import lock
 from tests.k8s.image import BAKED_MODEL, IMAGE, ROOT, bases, copied, instructions, is_ignored
 
 DOCKERFILE = (IMAGE / "Dockerfile").read_text()
 IGNORED = (IMAGE / "Dockerfile.dockerignore").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+LOCK = (IMAGE / "requirements.txt").read_text()
 RUNS = [i.rest for i in instructions(DOCKERFILE) if i.keyword == "RUN"]
 
 
@@ -64,18 +69,69 @@ def test_the_base_image_is_an_exact_version_and_can_be_given_a_digest() -> None:
     assert [i.rest for i in instructions(DOCKERFILE) if i.keyword == "FROM"][-1].startswith("${PYTHON_IMAGE}")
 
 
-def test_every_package_is_pinned() -> None:
-    installs = [run for run in RUNS if "pip install" in run]
-    assert len(installs) == 2
-    for run in installs:
-        assert "-c constraints.txt" in run
-    order = [i.rest for i in instructions(DOCKERFILE) if i.keyword in ("COPY", "RUN")]
-    assert order.index("constraints.txt ./") < order.index(installs[0])
+INSTALLS = [run for run in RUNS if "pip install" in run]
 
 
-def test_the_extra_that_brings_the_models_is_installed() -> None:
-    [extras] = re.findall(r"'\.\[([a-z,]+)\]'", DOCKERFILE)
-    assert set(extras.split(",")) == {"local"} <= set(PROJECT["project"]["optional-dependencies"])
+def test_every_package_but_torch_is_installed_by_hash() -> None:
+    by_hash, torch, own = INSTALLS
+    assert "--require-hashes --no-deps -r k8s/image/requirements.txt" in by_hash
+    assert "--no-deps --no-build-isolation ." in own and own.endswith("&& pip check")
+    from_the_builders_index, from_pips_own = re.findall(r"pip install ([^;]+);", torch)
+    assert from_the_builders_index == """--no-deps --index-url "$TORCH_INDEX" "$(grep '^torch==' constraints.txt)\""""
+    assert from_pips_own == "-c constraints.txt torch"
+
+
+def test_no_index_is_asked_beside_pips_own() -> None:
+    """Such an index could offer any package under a higher version."""
+    assert "extra-index-url" not in DOCKERFILE
+    assert re.findall(r"^ARG TORCH_INDEX=(.*)$", DOCKERFILE, re.MULTILINE) == ['""']
+
+
+def test_the_lock_has_the_constraints_versions_and_a_hash_for_every_package() -> None:
+    constraints = pins((ROOT / "constraints.txt").read_text())
+    locked = pins(LOCK)
+    assert len(locked) > 100 and lock.LEFT_OUT not in locked
+    for line in LOCK.splitlines():
+        assert line.startswith("#") or re.fullmatch(r"\S+==\S+( --hash=sha256:[0-9a-f]{64}){1,2}", line), line
+    assert {name: version for name, version in locked.items() if constraints.get(name, version) != version} == {}
+
+
+def test_the_lock_holds_all_that_the_project_asks_for() -> None:
+    """`pip check` does the same for what these packages ask for, where the image is built."""
+    project = PROJECT["project"]
+    asked = [*project["dependencies"], *project["optional-dependencies"]["local"], *PROJECT["build-system"]["requires"]]
+    locked = pins(LOCK) | pins((ROOT / "constraints.txt").read_text())
+    for requirement in map(Requirement, asked):
+        assert requirement.specifier.contains(locked[canonicalize_name(requirement.name)]), str(requirement)
+
+
+def test_setuptools_is_one_version_wherever_the_package_is_built() -> None:
+    [requirement] = PROJECT["build-system"]["requires"]
+    assert requirement == f"setuptools=={pins(LOCK)['setuptools']}"
+
+
+def test_the_lock_names_no_place_that_files_come_from() -> None:
+    assert "://" not in LOCK and "--index-url" not in LOCK
+
+
+def test_a_report_of_pip_becomes_a_line_of_the_lock() -> None:
+    archive = {"archive_info": {"hashes": {"sha256": "b" * 64}}}
+    report = {"install": [{"metadata": {"name": "Two_Names.x", "version": "1.0"}, "download_info": archive}]}
+    wheels = lock.wheels_of(json.dumps(report))
+    assert wheels == {"two-names-x": ("1.0", "b" * 64)}
+    text = lock.locked([wheels, {"two-names-x": ("1.0", "a" * 64)}, wheels])
+    assert text.splitlines()[-1] == f"two-names-x==1.0 --hash=sha256:{'a' * 64} --hash=sha256:{'b' * 64}"
+
+
+def pins(text: str) -> dict[str, str]:
+    """Return the versions by package."""
+    found = re.findall(r"^([A-Za-z0-9._-]+)==(\S+)", text, re.MULTILINE)
+    return {canonicalize_name(name): version for name, version in found}
+
+
+def test_the_models_that_travel_in_packages_are_installed() -> None:
+    names = {canonicalize_name(Requirement(r).name) for r in PROJECT["project"]["optional-dependencies"]["local"]}
+    assert names <= pins(LOCK).keys()
 
 
 def test_the_model_is_baked_where_the_overlay_expects_it() -> None:
