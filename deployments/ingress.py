@@ -59,6 +59,7 @@ from deployments.request_record import RequestRecord
 from deployments.request_recorder import RequestRecorder
 from deployments.request_time import deadline_of, within
 from deployments.retries import repeated, repeated_stream
+from deployments.safe_headers import SafeHeaders
 from deployments.schemas import ChatCompletionRequest, CompletionRequest, RouteQuery
 from deployments.serve_logs import join_serve_logs
 from deployments.signs_of_life import SILENCE_S, heard
@@ -70,7 +71,7 @@ from gpu_worker.request import Completion, Delta, Job
 
 READY_WAIT_S = 5.0
 WORKER_GRACE_S = 5.0  # a step of the engine, and the way
-STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+STREAM_HEADERS = {"X-Accel-Buffering": "no"}
 
 # Serve traces every call already; FastAPI would hang its own spans beside them.
 TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
@@ -83,6 +84,7 @@ app.add_middleware(BearerAuth)  # the last ones added are asked first
 app.add_middleware(HostGuard, config=config_here)
 app.add_middleware(RequestRecorder, figures=request_figures_here)
 app.add_middleware(RequestIds)
+app.add_middleware(SafeHeaders)
 for routes in (models_routes, pool_routes, vllm_routes, admin_routes, map_routes, stats_routes, console_routes):
     app.include_router(routes.router)
 

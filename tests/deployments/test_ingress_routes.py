@@ -39,7 +39,7 @@ def test_http_answers_as_the_plain_method() -> None:
 def test_http_streams_events() -> None:
     response = post("/v1/chat/completions", CHAT | {"stream": True})
     assert response.headers["content-type"].startswith("text/event-stream")
-    assert response.headers["cache-control"] == "no-cache"
+    assert response.headers["cache-control"] == "no-store"
     assert response.headers["x-accel-buffering"] == "no"
     *events, done = response.text.rstrip("\n").split("\n\n")
     assert done == "data: [DONE]"

@@ -1,0 +1,30 @@
+"""Headers that keep browsers and caches from doing with an answer what it is not meant for."""
+
+from __future__ import annotations
+
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+_NOT_KEPT = ("application/json", "application/x-ndjson", "text/event-stream", "text/plain")
+
+
+class SafeHeaders:
+    """ASGI middleware: no answer is taken for another type than it says, and no answer about the pool is kept.
+
+    Answers hold prompts' texts and what one key may see; a cache in between or a browser must not keep them. Files of
+    the console say themselves how long they may be kept.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["X-Content-Type-Options"] = "nosniff"
+                if headers.get("content-type", "").startswith(_NOT_KEPT):
+                    headers["Cache-Control"] = "no-store"
+            await send(message)
+
+        await self._app(scope, receive, answer if scope["type"] == "http" else send)
