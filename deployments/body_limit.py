@@ -6,15 +6,16 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.errors import BodiesBusy, BodyTooLarge, BodyTooSlow
+from deployments.errors import BodiesBusy, BodyNotAllowed, BodyTooLarge, BodyTooSlow
 from deployments.http_errors import error_response
 
 DEFAULT_MAX_BODY_BYTES = 4 << 20
 _PATIENCE_S = 30.0
 _SLOWEST_BYTES_PER_S = 1 << 20
-
+_WITH_BODY = ("POST", "PUT", "PATCH")
 
 Refusal = BodiesBusy | BodyTooLarge | BodyTooSlow
 
@@ -41,7 +42,8 @@ class BodyLimit:
 
     One that has not come whole after `patience_s` and a second for each MiB it may have is answered 408: bodies that
     trickle would hold their places for ever. One that finds no room in the budget is answered 503; uploads, which may
-    be larger than other bodies, have a budget of their own.
+    be larger than other bodies, have a budget of their own. A body on a method without one is refused at once:
+    no route would read it, and until the answer Serve's proxy and the replica keep all that comes of it.
     """
 
     def __init__(
@@ -56,6 +58,10 @@ class BodyLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
+            return
+        if scope.get("method", "POST") not in _WITH_BODY and _announces_body(scope):
+            refusal = BodyNotAllowed(f"{scope['method']} takes no body: send it without one")
+            await error_response(refusal)(scope, receive, send)
             return
         max_bytes = self._limit_of(scope)
         budget = self._budget() if max_bytes <= DEFAULT_MAX_BODY_BYTES else BodyBudget(max_bytes)
@@ -75,6 +81,11 @@ class BodyLimit:
             body.release()
         if body.refusal is not None and not started:
             await error_response(body.refusal)(scope, receive, send)
+
+
+def _announces_body(scope: Scope) -> bool:
+    headers = Headers(scope=scope)
+    return "transfer-encoding" in headers or any(length.strip() != "0" for length in headers.getlist("content-length"))
 
 
 class _Body:

@@ -18,6 +18,7 @@ DeploymentsError
 ├── SourceRefused      the URI is not one that adapters may be published from
 ├── SourceMissing      there is nothing to publish at that place
 ├── SourceUnavailable  the source does not answer
+├── BodyNotAllowed     the method has no body, and one came
 ├── BodyTooLarge       the body is larger than the server reads
 ├── BodyTooSlow        the body did not come in time
 ├── BodiesBusy         the bodies in memory leave no room for this one
@@ -227,6 +228,10 @@ class SourceUnavailable(DeploymentsError):
 
     def __str__(self) -> str:
         return f"the source {self.source[:200]!r} cannot be read: {self.cause[:500]}"
+
+
+class BodyNotAllowed(DeploymentsError):
+    """Send the request without a body."""
 
 
 class BodyTooLarge(DeploymentsError):

@@ -61,6 +61,7 @@ TABLE: tuple[tuple[type[Exception], int, str, str], ...] = (
     (api_errors.SourceRefused, 403, _FORBIDDEN, "source_not_allowed"),
     (api_errors.SourceMissing, 404, _MISSING, "source_not_found"),
     (api_errors.SourceUnavailable, 503, _OVERLOADED, "source_unavailable"),
+    (api_errors.BodyNotAllowed, 400, _INVALID, "body_not_allowed"),
     (api_errors.BodyTooLarge, 413, _INVALID, "body_too_large"),
     (api_errors.BodyTooSlow, 408, _INVALID, "body_too_slow"),
     (api_errors.BodiesBusy, 503, _OVERLOADED, "bodies_busy"),

@@ -9,6 +9,9 @@ import pytest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.body_limit import BodyBudget, BodyLimit
+from tests.deployments.all_routes import example_path, mounted
+from tests.deployments.app_fakes import http_of, serve_plainly
+from tests.deployments.asking import error_of, request
 
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
@@ -165,3 +168,38 @@ def test_bodies_that_stall_hold_no_more_than_their_budget_and_give_it_back() -> 
 
     assert asyncio.run(run()) == [503, 200, 200]
     assert budget.num_bytes == 0
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "DELETE", "OPTIONS"])
+def test_a_body_where_there_is_none_is_refused_unread_on_every_route(method: str) -> None:
+    """Of a body without end nothing is read, and its client is answered."""
+    read: list[bool] = []
+
+    async def endless() -> AsyncIterator[bytes]:
+        while True:
+            read.append(True)
+            assert len(read) < 100, "nothing stops the reading"
+            yield b"x"
+
+    async def run() -> int:
+        num_asked = 0
+        async with http_of(serve_plainly()) as client:
+            for known, path in mounted():
+                if known != method:
+                    continue
+                response = await client.request(method, example_path(path), content=endless())
+                assert response.status_code == 400, path
+                if method != "HEAD":
+                    assert error_of(response)["code"] == "body_not_allowed"
+                num_asked += 1
+            unknown = await client.request(method, "/ready", content=b"x")
+            assert unknown.status_code == 400
+        return num_asked
+
+    assert asyncio.run(run()) == len([key for key in mounted() if key[0] == method])
+    assert read == []
+
+
+@pytest.mark.parametrize("headers", [{}, {"content-length": "0"}])
+def test_a_request_without_a_body_may_say_so(headers: dict[str, str]) -> None:
+    assert request("GET", "/health", sent={"headers": headers}).status_code == 200

@@ -41,6 +41,7 @@ EXPECTED = [
     (api_errors.SourceRefused("s3://b/x", "is not allowed"), 403, "permission_error", "source_not_allowed"),
     (api_errors.SourceMissing("s3://b/x"), 404, "not_found_error", "source_not_found"),
     (api_errors.SourceUnavailable("s3://b/x", "refused"), 503, OVERLOADED, "source_unavailable"),
+    (api_errors.BodyNotAllowed("GET takes no body"), 400, INVALID, "body_not_allowed"),
     (api_errors.BodyTooLarge("large"), 413, INVALID, "body_too_large"),
     (api_errors.BodyTooSlow("slow"), 408, INVALID, "body_too_slow"),
     (api_errors.UploadsBusy(9), 503, OVERLOADED, "uploads_busy"),
