@@ -240,12 +240,12 @@ class Health(BaseModel):
 
 
 class Ready(BaseModel):
-    """`refused`: adapters of the preload that were not published, with the reason."""
+    """With keys the status alone. `refused`: adapters of the preload that were not published, with the reason."""
 
     status: Literal["ready"]
-    generation: int
-    num_adapters: int
-    refused: dict[str, str]
+    generation: int | None = None
+    num_adapters: int | None = None
+    refused: dict[str, str] | None = None
 
 
 class MapPoint(BaseModel):

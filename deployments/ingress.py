@@ -34,11 +34,10 @@ from deployments.api_docs import CHAT_ANSWERS, HEALTH_ANSWERS, READY_ANSWERS, RO
 from deployments.auth import Asking, BearerAuth
 from deployments.background import Background
 from deployments.body_limit import BodyBudget, BodyLimit
-from deployments.callers import LOCAL_CALLER, NOBODY, Caller
+from deployments.callers import LOCAL_CALLER, Caller
 from deployments.config import AppConfig
 from deployments.direct_calls import direct, go_straight
 from deployments.door import Door
-from deployments.errors import NotReady
 from deployments.figures import SERVE, Kinds
 from deployments.host_guard import HostGuard
 from deployments.http_io import TextRequest, events, parse, refuse_stream_options
@@ -52,13 +51,14 @@ from deployments.pool import Pool, bodies_here, config_here, in_flight_here, req
 from deployments.preload import Preload
 from deployments.publisher import Publisher
 from deployments.ray_auth import require_token_mode
+from deployments.readiness import Readiness
 from deployments.releaser import Releaser
 from deployments.request_figures import ChangeFigures, RequestFigures
 from deployments.request_ids import RequestIds
 from deployments.request_record import RequestRecord
 from deployments.request_recorder import RequestRecorder
 from deployments.request_time import deadline_of, within
-from deployments.retries import repeated, repeated_stream
+from deployments.retries import repeated_stream
 from deployments.safe_headers import SafeHeaders
 from deployments.schemas import ChatCompletionRequest, CompletionRequest, RouteQuery
 from deployments.serve_logs import join_serve_logs
@@ -69,7 +69,6 @@ from deployments.upload_budget import UploadBudget
 from deployments.waking import Waking
 from gpu_worker.request import Completion, Delta, Job
 
-READY_WAIT_S = 5.0
 WORKER_GRACE_S = 5.0  # a step of the engine, and the way
 STREAM_HEADERS = {"X-Accel-Buffering": "no"}
 
@@ -146,6 +145,8 @@ class Ingress:
             config.preload, publisher, approves=config.keys_file is not None or config.public_requires_approval
         )
 
+        self.readiness = Readiness(self.preload, self._waking, retriever, worker, has_keys=self.pool.has_keys)
+
     def __del__(self) -> None:
         """Serve calls it before the replica's process ends."""
         self.preload.cancel()
@@ -171,6 +172,10 @@ class Ingress:
             async with aclosing(self._chunks(begun, request.include_usage)) as chunks:
                 async for chunk in chunks:
                     yield chunk
+
+    async def started(self) -> JsonObject:
+        """Return what `/ready` says, for the operator: with the paths of preloaded folders that were refused."""
+        return await self.readiness.details()
 
     async def _begin(self, request: TextRequest, caller: Caller, record: RequestRecord) -> Begun:
         deadline = deadline_of(request.timeout_s, self._config.max_request_s)
@@ -289,16 +294,6 @@ class Ingress:
     async def ready(self) -> JsonObject:
         """Retriever and Worker answer, or all workers sleep, and the preload is published. 503 until then.
 
-        It waits some seconds for them. With keys the public adapters are counted: who has how many others is nobody
-        else's to know.
+        It waits some seconds for them. Where there are keys, the answer to anybody is the status alone.
         """
-        refused = self.preload.refused()
-        tenant = NOBODY if self.pool.has_keys else LOCAL_CALLER.tenant
-        try:
-            async with asyncio.timeout(READY_WAIT_S):
-                if not await self._waking.may_sleep():  # asking would wake one
-                    await repeated(self._worker.module_shapes)
-                generation, num_adapters = await repeated(self._retriever.load, tenant)
-        except TimeoutError as exc:
-            raise NotReady(f"the Retriever or the Worker did not answer within {READY_WAIT_S:.0f} s") from exc
-        return {"status": "ready", "generation": generation, "num_adapters": num_adapters, "refused": refused}
+        return await self.readiness.public()

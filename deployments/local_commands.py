@@ -74,7 +74,8 @@ def _serve(server: Server, settings: AppConfig, host: str) -> None:
             server.prepare(status.update)
             url = server.start()
             status.update("publishing the preloaded adapters")
-            ready = server.wait_ready(timeout_s=_READY_TIMEOUT_S)
+            server.wait_ready(timeout_s=_READY_TIMEOUT_S)
+            ready = server.started()
         out.print(f"ready after {time.monotonic() - started:.0f} s at {url} with {ready['num_adapters']} adapters")
         for path, reason in ready["refused"].items():
             err.print(f"not published: {path}: {reason}", style="red", markup=False)

@@ -29,6 +29,7 @@ APP_NAME = "loraretriever"
 # The proxy calls the Ingress by gRPC: on one machine, where no replica vanishes without its connections.
 _PROXY_BY_GRPC = {"RAY_SERVE_PROXY_USE_GRPC": "1"}
 _POLL_S = 0.25
+_STARTED_TIMEOUT_S = 60.0
 
 
 class ServerFailed(Exception):
@@ -110,6 +111,11 @@ class Server:
                 last = response.text
             time.sleep(_POLL_S)
         raise ServerFailed(f"not ready after {timeout_s:.0f} s: {last}")
+
+    def started(self) -> dict[str, Any]:
+        """Return what `/ready` says, for the operator: with keys too, and with the paths of refused folders."""
+        answer: dict[str, Any] = serve.get_app_handle(APP_NAME).started.remote().result(timeout_s=_STARTED_TIMEOUT_S)
+        return answer
 
     def wait_for_interrupt(self) -> None:
         """Return at SIGINT or SIGTERM."""

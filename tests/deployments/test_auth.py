@@ -98,9 +98,21 @@ def test_what_tells_nothing_of_the_pool_is_open(keys: Path, path: str) -> None:
     assert get(path, keys_file=keys).status_code == 200
 
 
-def test_ready_counts_no_private_adapter_of_a_tenant(keys: Path) -> None:
+def test_with_keys_ready_says_no_more_than_that_to_anybody(keys: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "adapter_config.json").touch()
+    response = get("/ready", keys_file=keys, preload=(tmp_path,))
+    assert (response.status_code, response.json()) == (200, {"status": "ready"})
+    assert get("/ready", keys_file=keys, headers=bearer("all")).json() == {"status": "ready"}
+
+
+def test_the_operator_is_told_of_public_adapters_alone(keys: Path) -> None:
     held = [adapter("open"), adapter("mine", tenant="acme", visibility="private"), adapter("own", visibility="private")]
-    assert get("/ready", keys_file=keys, retriever=FakeRetriever(held)).json()["num_adapters"] == 1
+
+    async def started(_: httpx.AsyncClient, served: Served) -> Any:
+        return await served.ingress.started()
+
+    assert ask(started, keys_file=keys, retriever=FakeRetriever(held))["num_adapters"] == 1
     assert get("/ready", retriever=FakeRetriever(held)).json()["num_adapters"] == 2
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
-from deployments import ingress
 from deployments.body_limit import DEFAULT_MAX_BODY_BYTES
+from deployments.readiness import MAX_WAITING
 from deployments.uploads import FolderUpload
 from gpu_worker.errors import EngineFull, EngineStopped
 from lora_store import Staged, VersionConflict
@@ -204,11 +204,43 @@ class Silent(FakeWorker):
         raise AssertionError
 
 
-def test_ready_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ingress, "READY_WAIT_S", 0.01)  # Serve makes the Ingress: nothing can be handed to it
-    response = get("/ready", worker=Silent())
+def test_ready_does_not_wait_for_ever() -> None:
+    async def run(client: httpx.AsyncClient, served: Served) -> httpx.Response:
+        served.ingress.readiness._wait_s = 0.01
+        return await client.get("/ready")
+
+    response = ask(run, worker=Silent())
     assert (response.status_code, error_of(response)["code"]) == (503, "not_ready")
     assert "did not answer" in error_of(response)["message"]
+
+
+def test_ready_asks_once_in_half_a_second_however_many_ask_it() -> None:
+    async def run(client: httpx.AsyncClient, served: Served) -> None:
+        now_s = 100.0
+        served.ingress.readiness._clock = lambda: now_s
+        for step_s, num_asked in ((0.0, 1), (0.4, 1), (0.2, 2)):
+            now_s += step_s
+            answers = await asyncio.gather(*[client.get("/ready") for _ in range(20)])
+            assert {answer.status_code for answer in answers} == {200}
+            assert len(served.retriever.called("load")) == len(served.worker.called("module_shapes")) == num_asked
+
+    ask(run)
+
+
+def test_a_bounded_number_waits_for_ready() -> None:
+    async def run(client: httpx.AsyncClient, served: Served) -> None:
+        waiting = [asyncio.create_task(client.get("/ready")) for _ in range(MAX_WAITING)]
+        while served.ingress.readiness._num_waiting < MAX_WAITING:
+            await asyncio.sleep(0)
+        response = await client.get("/ready")
+        assert (response.status_code, error_of(response)["code"]) == (503, "not_ready")
+        assert "256 clients" in error_of(response)["message"]
+        for task in waiting:
+            task.cancel()
+        await asyncio.wait(waiting)
+        assert served.ingress.readiness._num_waiting == 0
+
+    ask(run, worker=Silent())
 
 
 def preload_of(folder: Path, *names: str) -> tuple[Path, ...]:
@@ -223,7 +255,16 @@ def test_ready_tells_what_of_the_preload_was_refused(tmp_path: Path) -> None:
     assert response.status_code == 200
     ready = response.json()
     assert (ready["status"], ready["generation"], ready["num_adapters"]) == ("ready", 7, 2)
-    assert ready["refused"] == {str(tmp_path / "bad"): "adapter 'bad' refused: it is bad"}
+    assert ready["refused"] == {"bad": "adapter 'bad' refused: it is bad"}
+    assert str(tmp_path) not in response.text
+
+
+def test_the_operator_is_told_where_what_was_refused_is(tmp_path: Path) -> None:
+    async def started(_: httpx.AsyncClient, served: Served) -> Any:
+        return await served.ingress.started()
+
+    found = ask(started, preload=preload_of(tmp_path, "poet", "bad"))
+    assert found["refused"] == {str(tmp_path / "bad"): "adapter 'bad' refused: it is bad"}
 
 
 def test_a_preload_that_fails_as_a_whole_is_tried_again_when_ready_is_asked(tmp_path: Path) -> None:
