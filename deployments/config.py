@@ -16,11 +16,12 @@ from deployments.sources import SourcePrefix
 from gpu_worker.config import DEFAULT_CACHE_DIR, WorkerConfig
 from gpu_worker.errors import WorkerConfigInvalid
 from gpu_worker.request import DEFAULT_MAX_TOKENS
-from lora_store import Visibility
+from lora_store import Visibility, is_valid_name
 from lora_store.location import Location
 from retriever_svc.encoder import DEFAULT_MODEL as DEFAULT_ENCODER
 
 FORM_OVERHEAD_BYTES = 1 << 20  # boundaries, headers and fields of an upload, beside its files
+EVERY_TENANT = "*"  # in source_prefixes
 _ROUTING_STATS_PERIOD_S = 1.0  # how often each worker is asked what it holds
 _NAME = r"^[A-Za-z0-9._-]{1,64}$"
 
@@ -84,7 +85,9 @@ class AppConfig(_Settings):
     keys_missing_grace_s: float = Field(default=300, ge=0)  # how long keys stay valid while keys_file is missing
     public_requires_approval: bool = False  # others' `auto` finds a public adapter once approved; True where keys are
     admins_approve_own: bool = False  # whether, with keys, an admin may approve adapters of its own tenant
-    source_prefixes: tuple[str, ...] = ()  # s3://, gs:// or file:// URIs below which adapters may be published from
+    # s3://, gs:// or file:// URIs below which adapters may be published from: by tenant, "*" being every one. A list of
+    # them means every tenant, and is refused with keys, which other tenants have.
+    source_prefixes: dict[str, tuple[str, ...]] | tuple[str, ...] = ()
     max_upload_bytes: int = Field(default=512 << 20, ge=1)  # of one adapter's files, uploaded or copied from a source
     max_upload_total_bytes: int = Field(default=1 << 30, ge=1)  # of all uploads that one Ingress replica holds at once
     max_body_total_bytes: int = Field(default=256 << 20, ge=4 << 20)  # of all other bodies it holds; one has 4 MiB
@@ -165,10 +168,25 @@ class AppConfig(_Settings):
 
     @field_validator("source_prefixes")
     @classmethod
-    def _prefixes_can_be_compared(cls, prefixes: tuple[str, ...]) -> tuple[str, ...]:
-        for prefix in prefixes:
-            SourcePrefix.parse(prefix)
+    def _prefixes_can_be_compared(
+        cls, prefixes: dict[str, tuple[str, ...]] | tuple[str, ...]
+    ) -> dict[str, tuple[str, ...]] | tuple[str, ...]:
+        by_tenant = prefixes if isinstance(prefixes, dict) else {EVERY_TENANT: prefixes}
+        for tenant, allowed in by_tenant.items():
+            if tenant != EVERY_TENANT and not is_valid_name(tenant):
+                raise ValueError(f"{tenant!r} is neither a tenant's name nor {EVERY_TENANT!r}")
+            for prefix in allowed:
+                SourcePrefix.parse(prefix)
         return prefixes
+
+    @model_validator(mode="after")
+    def _prefixes_name_their_tenants(self) -> Self:
+        if self.keys_file is not None and self.source_prefixes and not isinstance(self.source_prefixes, dict):
+            raise ValueError(
+                "source_prefixes is a list, which would let every tenant read below them; with keys_file, give them by "
+                f"tenant, as {{acme: [...]}}, or as {{'{EVERY_TENANT}': [...]}} where all may"
+            )
+        return self
 
     @field_validator("allowed_hosts")
     @classmethod
@@ -193,6 +211,12 @@ class AppConfig(_Settings):
     def default_visibility(self) -> Visibility:
         """Of a new name whose publisher says nothing: with keys there are others who could see it."""
         return "public" if self.keys_file is None else "private"
+
+    def source_prefixes_of(self, tenant: str) -> tuple[str, ...]:
+        """Return the URIs below which `tenant` may publish from."""
+        if not isinstance(self.source_prefixes, dict):
+            return self.source_prefixes
+        return (*self.source_prefixes.get(tenant, ()), *self.source_prefixes.get(EVERY_TENANT, ()))
 
     @property
     def served_base_name(self) -> str:

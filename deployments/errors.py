@@ -196,7 +196,7 @@ class PublishingOff(DeploymentsError):
 
 
 class SourceRefused(DeploymentsError):
-    """Publish from a place below one of the server's `source_prefixes`."""
+    """Publish from a place below one of the tenant's `source_prefixes`."""
 
     def __init__(self, source: str, reason: str) -> None:
         super().__init__(source, reason)

@@ -70,7 +70,8 @@ class StoreDeployment:
         return await loop.run_in_executor(self._stagers, self._stage, upload, module_shapes)
 
     def _stage(self, upload: FolderUpload, module_shapes: Shapes) -> Staged:
-        with folder_of(upload, self._config.source_prefixes, self._config.max_upload_bytes) as folder:
+        prefixes = self._config.source_prefixes_of(upload.tenant)
+        with folder_of(upload, prefixes, self._config.max_upload_bytes) as folder:
             return self._store.stage(
                 folder,
                 module_shapes=module_shapes,

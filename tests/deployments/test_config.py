@@ -106,6 +106,25 @@ def test_sources_are_allowed_below_prefixes_that_can_be_compared() -> None:
         assert repr(bad) in str(caught.value)
 
 
+def test_source_prefixes_are_a_tenants_own_or_say_that_they_are_everybodys() -> None:
+    by_tenant = {"acme": ("s3://acme",), "globex": ("s3://globex/a", "gs://globex"), "*": ("s3://open",)}
+    config = AppConfig(source_prefixes=by_tenant, keys_file=Path("keys.json"))
+    assert config.source_prefixes_of("acme") == ("s3://acme", "s3://open")
+    assert config.source_prefixes_of("globex") == ("s3://globex/a", "gs://globex", "s3://open")
+    assert config.source_prefixes_of("initech") == ("s3://open",)
+    assert AppConfig(source_prefixes={"acme": ["s3://acme"]}).source_prefixes_of("globex") == ()
+    assert AppConfig(source_prefixes=["s3://bucket"]).source_prefixes_of("local") == ("s3://bucket",)
+    for bad in ({"acme": ["/data"]}, {"a/b": ["s3://x"]}, {"": ["s3://x"]}):
+        with pytest.raises(ValidationError, match=r"data|neither a tenant"):
+            AppConfig(source_prefixes=bad)
+
+
+def test_with_keys_a_list_of_source_prefixes_is_refused_with_the_remedy() -> None:
+    with pytest.raises(ValidationError, match=r"source_prefixes.*by tenant.*'\*'"):
+        AppConfig(source_prefixes=["s3://bucket"], keys_file=Path("keys.json"))
+    assert AppConfig(source_prefixes=[], keys_file=Path("keys.json")).source_prefixes_of("acme") == ()
+
+
 def test_others_than_this_machine_change_nothing_unless_that_is_switched_on() -> None:
     assert AppConfig().allow_remote_publish is False
     assert AppConfig().source_prefixes == ()

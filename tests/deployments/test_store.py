@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,14 @@ def test_a_version_is_the_same_however_it_came(tmp_path: Path, upload_of: Callab
     staged, expected = run(stores.stage(upload)), run(stores.stage(FolderUpload(folder, "poet")))
     assert (staged.ref, staged.samples) == (expected.ref, (Sample("Rhyme."), Sample("Sing.")))
     assert staged.record.source == upload.origin
+
+
+def test_a_tenant_publishes_from_below_its_own_prefixes_alone(tmp_path: Path) -> None:
+    stores = Stores(tmp_path, source_prefixes={"acme": (f"file://{tmp_path}",)})
+    upload = FolderUpload(source=f"file://{stores.adapter('elsewhere')}", name="poet", tenant="acme")
+    assert run(stores.stage(upload)).ref.tenant == "acme"
+    with pytest.raises(SourceRefused):
+        run(stores.stage(replace(upload, tenant="globex")))
 
 
 def test_tags_and_template_are_kept(stores: Stores) -> None:
