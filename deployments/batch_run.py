@@ -14,7 +14,10 @@ from deployments.errors import BatchRefused
 from lora_store import LOCAL_TENANT, GenerationGone, LoraStore
 
 # What the answers depend on. The rest, such as threads and batch sizes, may change between a run and its continuation.
-_OF_APP = ("base_model", "base_model_name", "store_uri", "template", "max_new_tokens", "public_requires_approval")
+_OF_APP = (
+    *("base_model", "base_model_name", "store_uri", "template", "max_new_tokens"),
+    *("public_requires_approval", "owner_names"),
+)
 _OF_RETRIEVAL = ("encoder", "strategy", "k", "weights", "softmax_temperature", "min_score", "fallback")
 _OF_WORKER = ("dtype", "max_model_len", "bank_rank_rows")
 

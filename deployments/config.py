@@ -84,6 +84,7 @@ class AppConfig(_Settings):
     keys_file: Path | None = None  # who may ask and publish: deployments/key_ring.py; None: all are the local tenant
     keys_missing_grace_s: float = Field(default=300, ge=0)  # how long keys stay valid while keys_file is missing
     public_requires_approval: bool = False  # others' `auto` finds a public adapter once approved; True where keys are
+    owner_names: bool = False  # others' public adapters are named as owner/name alone; True where keys are
     admins_approve_own: bool = False  # whether, with keys, an admin may approve adapters of its own tenant
     # s3://, gs:// or file:// URIs below which adapters may be published from: by tenant, "*" being every one. A list of
     # them means every tenant, and is refused with keys, which other tenants have.
@@ -114,10 +115,10 @@ class AppConfig(_Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _keys_ask_for_approval(cls, settings: Any) -> Any:
-        """With keys there are other tenants, whose `auto` a publisher could draw to itself: approval is the default."""
+    def _keys_change_defaults(cls, settings: Any) -> Any:
+        """With keys there are other tenants, whose `auto` or whose withdrawn names a publisher could draw to itself."""
         if isinstance(settings, dict) and settings.get("keys_file") is not None:
-            return {"public_requires_approval": True} | settings
+            return {"public_requires_approval": True, "owner_names": True} | settings
         return settings
 
     @model_validator(mode="after")

@@ -113,16 +113,17 @@ class RateLimited(DeploymentsError):
 
 
 class ModelNotFound(DeploymentsError):
-    """`model` is neither `auto`, the base model, nor an adapter this caller may use."""
+    """`model` is neither `auto`, the base model, nor an adapter this caller may use. `hint`: a name it may mean."""
 
     param = "model"
 
-    def __init__(self, model: str) -> None:
-        super().__init__(model)
+    def __init__(self, model: str, hint: str = "") -> None:
+        super().__init__(model, hint)
         self.model = model
+        self.hint = hint
 
     def __str__(self) -> str:
-        return f"the model {self.model!r} does not exist"
+        return f"the model {self.model!r} does not exist" + (f"; did you mean {self.hint!r}?" if self.hint else "")
 
 
 class VersionNotKept(DeploymentsError):

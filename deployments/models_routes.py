@@ -59,7 +59,7 @@ async def model(model: str, pool: AnyPool, caller: AnyCaller) -> JsonObject:
     try:
         _, versions = await repeated(pool.retriever.record, caller.tenant, name)
     except AdapterNotFound as exc:  # what a replica raises is one too
-        raise ModelNotFound(model) from exc
+        raise ModelNotFound(model, exc.hint) from exc
     return card_of(model, base, versions[0], caller.tenant)
 
 

@@ -54,7 +54,7 @@ class Planner:
             plan = await repeated(self._retriever.plan_named, tenant, choices, strategy, options.min_generation)
             return Planned(plan)
         except AdapterNotFound as exc:  # through a handle it comes as a RayTaskError that is one, too
-            raise ModelNotFound(question.model) from exc
+            raise ModelNotFound(question.model, exc.hint) from exc
 
     def text_read(self, question: Question) -> str | None:
         """Return the text by which the encoder finds the question's adapters, None where they are named.

@@ -27,4 +27,10 @@ def live_pool(config: AppConfig, snapshots: Callable[[], Snapshot], index: Index
 
 def retriever_over(pools: LivePool, config: AppConfig, timed: Timed = untimed) -> Retriever:
     settings = config.retrieval
-    return Retriever(pools, min_score=settings.min_score, temperature=settings.softmax_temperature, timed=timed)
+    return Retriever(
+        pools,
+        min_score=settings.min_score,
+        temperature=settings.softmax_temperature,
+        owner_names=config.owner_names,
+        timed=timed,
+    )

@@ -67,14 +67,15 @@ class FileRefused(LoraStoreError):
 
 
 class AdapterNotFound(LoraStoreError):
-    """Nothing live answers to this name or digest."""
+    """Nothing live answers to this name or digest. `hint`: the name it may be asked for by, "" where there is none."""
 
-    def __init__(self, wanted: str) -> None:
-        super().__init__(wanted)
+    def __init__(self, wanted: str, hint: str = "") -> None:
+        super().__init__(wanted, hint)
         self.wanted = wanted
+        self.hint = hint
 
     def __str__(self) -> str:
-        return f"no adapter {self.wanted!r}"
+        return f"no adapter {self.wanted!r}" + (f"; did you mean {self.hint!r}?" if self.hint else "")
 
 
 class BlobCorrupted(LoraStoreError):

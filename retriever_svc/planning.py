@@ -27,12 +27,19 @@ def routed_plan(request: RouteRequest, matches: Sequence[Match], generation: int
     return Plan(request.strategy, rows, generation, _common_template([match.record for match in planned]))
 
 
-def named_plan(snapshot: Snapshot, tenant: str, choices: Sequence[tuple[str, float]], strategy: Strategy) -> Plan:
+def named_plan(
+    snapshot: Snapshot,
+    tenant: str,
+    choices: Sequence[tuple[str, float]],
+    strategy: Strategy,
+    *,
+    owner_names: bool = False,
+) -> Plan:
     """The plan of what `tenant` means by each name, weights as given.
 
     Raises: AdapterNotFound: as `resolve_version`. PlanInvalid: no plan can hold these.
     """
-    records = [resolve_version(snapshot, tenant, name) for name, _ in choices]
+    records = [resolve_version(snapshot, tenant, name, owner_names=owner_names) for name, _ in choices]
     rows = tuple(
         PlannedAdapter(record.ref, record.weights_digest, weight)
         for record, (_, weight) in zip(records, choices, strict=True)
@@ -67,7 +74,21 @@ def _kept_version(snapshot: Snapshot, tenant: str, pinned: PinnedAdapter) -> Ada
     raise PlanGone(pinned.name, pinned.digest)
 
 
-def resolve_version(snapshot: Snapshot, tenant: str, wanted: str) -> AdapterRecord:
+def resolve(snapshot: Snapshot, tenant: str, name: str, *, owner_names: bool) -> AdapterRecord:
+    """Return the live adapter `tenant` means by `name`: with `owner_names` a bare name is its own adapter's alone.
+
+    Raises: AdapterNotFound, with the name of another tenant's public adapter as a hint.
+    """
+    if not owner_names or "/" in name:
+        return snapshot.resolve(tenant, name)
+    try:
+        return snapshot.resolve(tenant, f"{tenant}/{name}")
+    except AdapterNotFound as exc:
+        public = snapshot.public.get(name)
+        raise AdapterNotFound(name, "" if public is None else public.ref.name_for(tenant)) from exc
+
+
+def resolve_version(snapshot: Snapshot, tenant: str, wanted: str, *, owner_names: bool = False) -> AdapterRecord:
     """The version `tenant` means by `name` or `owner/name`: the live one, or the kept one whose digest follows an `@`.
 
     A digest may be cut short to 8 characters or more.
@@ -75,9 +96,9 @@ def resolve_version(snapshot: Snapshot, tenant: str, wanted: str) -> AdapterReco
     """
     name, at, digest = wanted.partition("@")
     try:
-        live = snapshot.resolve(tenant, name)
+        live = resolve(snapshot, tenant, name, owner_names=owner_names)
     except AdapterNotFound as exc:
-        raise AdapterNotFound(wanted) from exc
+        raise AdapterNotFound(wanted, exc.hint) from exc
     if not at:
         return live
     for record in snapshot.versions((live.ref.tenant, live.ref.name)):

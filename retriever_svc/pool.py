@@ -13,6 +13,7 @@ from retriever_svc.differences import differences
 from retriever_svc.encoder import Encoder, Vectors
 from retriever_svc.index import AdapterIndex, Allowed, IndexSettings, Match
 from retriever_svc.inverted_lists import InvertedLists
+from retriever_svc.planning import resolve
 from retriever_svc.projection import MAX_POINTS, Plane, Point, PoolMap
 from retriever_svc.view_cache import ViewCache
 
@@ -69,10 +70,10 @@ class Pool:
         points = tuple(Point(record.ref, x, y) for record, (x, y) in places)
         return plane, PoolMap(self.snapshot.generation, num, plane.shown_variance, points)
 
-    def embedded(self, tenant: str, name: str) -> list[AdapterRecord]:
+    def embedded(self, tenant: str, name: str, *, owner_names: bool = False) -> list[AdapterRecord]:
         """The live adapter `tenant` means by `name`, if there is one and the encoder embedded it."""
         try:
-            record = self.snapshot.resolve(tenant, name)
+            record = resolve(self.snapshot, tenant, name, owner_names=owner_names)
         except AdapterNotFound:
             return []
         return [record] if record.encoder == self.encoder.identity else []

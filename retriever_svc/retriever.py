@@ -38,7 +38,8 @@ class Retriever:
     """Answers every read from the pool that is served as it begins.
 
     `min_score` is the floor of requests that name none; without it the caller's own and approved adapters vote on the
-    floor (see `calibration`). `temperature` divides scores in the `softmax` weighting. What names a
+    floor (see `calibration`). `temperature` divides scores in the `softmax` weighting. With
+    `owner_names` another tenant's public adapter is found by `owner/name` alone. What names a
     `min_generation` raises StaleIndex where this pool is older: catch up, then ask again.
     """
 
@@ -48,9 +49,11 @@ class Retriever:
         *,
         min_score: float | None = None,
         temperature: float = 0.05,
+        owner_names: bool = False,
         timed: Timed = untimed,
     ) -> None:
         self._pools, self._min_score, self._temperature, self._timed = pools, min_score, temperature, timed
+        self._owner_names = owner_names
 
     @property
     def generation(self) -> int:
@@ -107,7 +110,8 @@ class Retriever:
 
         Raises: AdapterNotFound: as `resolve`. PlanInvalid: no plan can hold these. StaleIndex.
         """
-        return named_plan(self._pool_at(min_generation).snapshot, tenant, choices, strategy)
+        snapshot = self._pool_at(min_generation).snapshot
+        return named_plan(snapshot, tenant, choices, strategy, owner_names=self._owner_names)
 
     def replay(self, tenant: str, strategy: Strategy, pinned: Sequence[PinnedAdapter], generation: int) -> Plan:
         """The plan that was made at `generation`, from exactly the versions it pinned. No encoder call.
@@ -121,7 +125,7 @@ class Retriever:
 
         Raises: AdapterNotFound: nothing live, nothing this tenant may see, no kept version of that digest. StaleIndex.
         """
-        return resolve_version(self._pool_at(min_generation).snapshot, tenant, name)
+        return resolve_version(self._pool_at(min_generation).snapshot, tenant, name, owner_names=self._owner_names)
 
     def page(self, tenant: str, request: PageRequest, min_generation: int = 0) -> Page:
         """A page of what `tenant` may use. Raises: StaleIndex."""
@@ -133,7 +137,7 @@ class Retriever:
         Raises: AdapterNotFound, StaleIndex.
         """
         snapshot = self._pool_at(min_generation).snapshot
-        ref = resolve_version(snapshot, tenant, name).ref
+        ref = resolve_version(snapshot, tenant, name, owner_names=self._owner_names).ref
         kept = snapshot.versions((ref.tenant, ref.name))
         return snapshot.generation, [record for record in kept if record.is_visible_to(tenant)]
 
@@ -176,7 +180,8 @@ class Retriever:
         """
         pool = self._pools.current
         plane, _ = pool.map(tenant)
-        records = [record for name in names for record in pool.embedded(tenant, name.partition("@")[0])]
+        bare = [name.partition("@")[0] for name in names]
+        records = [r for name in bare for r in pool.embedded(tenant, name, owner_names=self._owner_names)]
         vectors = [record.embedding.vector for record in records if record.embedding is not None]
         [(x, y), *others] = plane.project(np.stack([*pool.encoder.encode([text], [tenant]), *vectors])).tolist()
         adapters = tuple(Point(record.ref, *at) for record, at in zip(records, others, strict=True))

@@ -288,3 +288,9 @@ def test_with_keys_public_adapters_wait_for_approval_unless_the_operator_says_ot
     assert AppConfig(public_requires_approval=True).public_requires_approval
     (tmp_path / "settings.yaml").write_text("keys_file: keys.yaml\n")
     assert load_config(tmp_path / "settings.yaml").public_requires_approval
+
+
+def test_with_keys_others_adapters_are_named_with_their_owner_unless_the_operator_says_otherwise() -> None:
+    assert not AppConfig().owner_names
+    assert AppConfig(keys_file=Path("keys.json")).owner_names
+    assert not AppConfig(keys_file=Path("keys.json"), owner_names=False).owner_names

@@ -218,7 +218,7 @@ def test_of_anothers_public_adapter_neither_source_nor_key_is_shown(tmp_path: Pa
     async def look(tenants: TwoTenants) -> None:
         mine, other = TENANTS
         for tenant, actor in ((other, f"id-{other}"), (mine, "")):
-            response = await tenants.ask(tenant, "GET", f"/v1/loras/open-{other}")
+            response = await tenants.ask(tenant, "GET", f"/v1/loras/{other}/open-{other}")
             [version] = response.json()["versions"]
             assert (version["actor"], version["source"]) == (actor, f"open-{other}")
 
@@ -331,3 +331,34 @@ def test_what_another_tenant_asked_or_published_makes_no_difference_to_the_encod
                     assert computed == [text], request_of(text)[1]  # once, by its own tenant
 
     run(tmp_path, look)
+
+
+def test_a_withdrawn_name_means_no_other_tenants_adapter(tmp_path: Path) -> None:
+    """Nor does a misspelt one: clients of the name would get weights that a stranger chose."""
+
+    async def look(tenants: TwoTenants) -> None:
+        acme, globex = TENANTS
+        texts = ["Sing of the sea."]
+        assert (await tenants.publish(acme, [tenants.folder("poet", 300, texts)])).status_code == 201
+        squat = await tenants.publish(globex, [tenants.folder("poet", 301, [*texts, "More."])], visibility="public")
+        assert squat.status_code == 201
+        assert (await tenants.ask(acme, "DELETE", "/v1/loras/poet")).status_code == 200
+        for request in naming_to_answer("poet"):
+            response = await answer_to(tenants, acme, request)
+            assert response.status_code == 404, (request, response.text)
+            assert "did you mean 'globex/poet'?" in response.json()["error"]["message"]
+        for request in naming_to_answer("globex/poet"):
+            assert (await answer_to(tenants, acme, request)).status_code == 200, request
+        for request in naming_to_answer("poet"):
+            assert (await answer_to(tenants, globex, request)).status_code == 200, request
+
+    run(tmp_path, look)
+
+
+def naming_to_answer(name: str) -> Iterator[Request]:
+    """All that is answered by the adapter of this name."""
+    yield "POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}], "model": name}
+    yield "POST", "/v1/completions", {"prompt": "hi", "model": f"tiny-base:{name}"}
+    yield "POST", "/v1/route", {"prompt": "hi", "lora": {"adapters": [{"name": name}]}}
+    yield "GET", f"/v1/models/{name}", {}
+    yield "GET", f"/v1/loras/{name}", {}

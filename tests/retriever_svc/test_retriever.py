@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -300,3 +301,32 @@ def test_tags_narrow_what_is_planned_and_leave_the_floor() -> None:
     [error] = retriever.route([RouteRequest("east", tags=("x", "y"), fallback="error")])
     assert isinstance(error, NoAdapterMatched)
     assert error.floor == pytest.approx(0.58)
+
+
+def test_with_owner_names_a_bare_name_means_the_callers_own_adapter_alone() -> None:
+    theirs, mine = record_of("poet", NORTH, tenant="globex"), record_of("coder", EAST, tenant="acme")
+    hidden = record_of("secret", EAST, tenant="globex", visibility="private")
+    bare, owned = retriever_of(theirs, mine, hidden), retriever_of(theirs, mine, hidden, owner_names=True)
+    assert bare.resolve("acme", "poet").ref == theirs.ref
+    digest = theirs.ref.digest
+    asked: list[Callable[[Retriever, str], Any]] = [
+        lambda retriever, name: retriever.resolve("acme", name),
+        lambda retriever, name: retriever.versions("acme", name),
+        lambda retriever, name: retriever.plan_named("acme", [("coder", 1.0), (name, 1.0)]),
+    ]
+    for ask in asked:
+        for name in ("poet", f"poet@{digest}"):
+            with pytest.raises(AdapterNotFound) as caught:
+                ask(owned, name)
+            assert (caught.value.wanted, caught.value.hint) == (name, "globex/poet")
+            ask(bare, name)
+        ask(owned, "globex/poet")
+        for name in ("secret", "nothing", "globex/secret"):
+            with pytest.raises(AdapterNotFound) as caught:
+                ask(owned, name)
+            assert caught.value.hint == ""
+    assert owned.resolve("globex", "poet").ref == theirs.ref
+    assert [point.ref for point in owned.place("acme", "east", ["poet", "globex/poet", "coder"]).adapters] == [
+        theirs.ref,
+        mine.ref,
+    ]
