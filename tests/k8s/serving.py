@@ -14,6 +14,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from deployments.config import AppConfig, ScalingSettings
 from deployments.proxy import CALLBACK, CALLBACK_VARIABLE
+from deployments.proxy_limits import CONNECTIONS_VARIABLE
 from deployments.server import APP_NAME
 from lora_store.location import Location
 from tests.k8s import placement
@@ -39,6 +40,8 @@ def problems(manifests: Manifests) -> Iterator[str]:
     for pod in (manifests.head, *manifests.workers):
         if {"name": CALLBACK_VARIABLE, "value": CALLBACK} not in pod.container.get("env", []):
             yield f"{pod.name}: its HTTP proxy bounds no headers: {CALLBACK_VARIABLE} is not {CALLBACK}"
+        if {"name": CONNECTIONS_VARIABLE, "value": "0"} not in pod.container.get("env", []):
+            yield f"{pod.name}: its HTTP proxy bounds the connections of the ingress controller, which is one address"
     for pod in manifests.workers:
         if serve.http_options.port != pod.ports.get("serve") or serve.http_options.host != "0.0.0.0":
             yield f"{pod.name}: its port `serve` is not where Serve listens"
