@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import resource
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from gpu_worker.errors import WorkerConfigInvalid
 
+_PROC = Path("/proc")
+_STRICT = 2  # vm.overcommit_memory: every mapping is charged, MAP_NORESERVE or not
 _CGROUPS = Path("/sys/fs/cgroup")  # of this process, as a container sees them
 _NAMES = (  # of the limit, what is used of it, its statistics, and what in them is cached files; version 2, then 1
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
@@ -34,7 +39,39 @@ def cgroup_bytes(root: Path) -> list[int]:
     return left
 
 
+@dataclass(frozen=True, slots=True)
+class MappingLimit:
+    """A bound on what this process may map, whether or not it is ever written to."""
+
+    name: str
+    free_bytes: int
+
+
+def mapping_limits(
+    proc: Path = _PROC, limits_of: Callable[[int], Sequence[int]] = resource.getrlimit
+) -> list[MappingLimit]:
+    """Return the bounds that are in force: of the process (RLIMIT_AS, RLIMIT_DATA) and of strict overcommit."""
+    used = _sizes(proc / "self/status")
+    found = []
+    for name, kind, size in (
+        ("RLIMIT_AS", resource.RLIMIT_AS, "VmSize"),
+        ("RLIMIT_DATA", resource.RLIMIT_DATA, "VmData"),
+    ):
+        limit = limits_of(kind)[0]
+        if limit != resource.RLIM_INFINITY:
+            found.append(MappingLimit(name, limit - used[size]))
+    if int((proc / "sys/vm/overcommit_memory").read_text()) == _STRICT:
+        sizes = _sizes(proc / "meminfo")
+        found.append(MappingLimit("vm.overcommit_memory=2", sizes["CommitLimit"] - sizes["Committed_AS"]))
+    return found
+
+
 def _available_bytes() -> int:
     """Linux's own estimate of what may be taken without swapping."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(lines["MemAvailable"].split()[0]) << 10
+    return _sizes(_PROC / "meminfo")["MemAvailable"]
+
+
+def _sizes(path: Path) -> dict[str, int]:
+    """Return the entries of a file of /proc that are sizes in KiB, in bytes."""
+    lines = (line.partition(":") for line in path.read_text().splitlines())
+    return {name: int(value.split()[0]) << 10 for name, _, value in lines if value.endswith(" kB")}

@@ -18,7 +18,7 @@ from gpu_worker.bank import LoraBank
 from gpu_worker.base_model import BaseModel, load_base_model
 from gpu_worker.config import WorkerConfig
 from gpu_worker.counters import Counters
-from gpu_worker.device_memory import free_bytes
+from gpu_worker.device_memory import free_bytes, mapping_limits
 from gpu_worker.device_parts import fuse_where_compiled, make_kv_cache, make_lora_kernel
 from gpu_worker.errors import (
     DeadlineExceeded,
@@ -373,9 +373,9 @@ class Engine:
 def _loaded(config: WorkerConfig, base: BaseModel | None) -> tuple[BaseModel, MemoryPlan]:
     """The base model on its device, and a plan that fits. Raises: BaseModelUnsupported, WorkerConfigInvalid."""
     device = torch.device(config.device)
-    num_free_bytes = free_bytes(device)  # before the weights are among what is taken
+    num_free_bytes, limits = free_bytes(device), mapping_limits()  # before the weights are among what is taken
     base = base or load_base_model(config)
-    plan = plan_memory(config, base, num_free_bytes)
+    plan = plan_memory(config, base, num_free_bytes, limits)
     logger.info("%s: %s", config.base_model, plan)
     base.model.to(device)
     return base, plan

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from gpu_worker.base_model import BaseModel
 from gpu_worker.config import WorkerConfig
+from gpu_worker.device_memory import MappingLimit
 from gpu_worker.errors import WorkerConfigInvalid
 from gpu_worker.inject import target_linears
 from gpu_worker.kv_cache import KvShape
+from gpu_worker.kv_regions import region_bytes
 
 PAGE_TOKENS = {"cpu": 16, "cuda": 256}  # flash attention 2 reads pages of 256, or a multiple
 _SPARE = 0.05  # of what is free: an allocator's gaps, and whoever else lives there
@@ -45,9 +48,12 @@ class MemoryPlan:
         )
 
 
-def plan_memory(config: WorkerConfig, base: BaseModel, num_free_bytes: int) -> MemoryPlan:
+def plan_memory(
+    config: WorkerConfig, base: BaseModel, num_free_bytes: int, limits: Sequence[MappingLimit] = ()
+) -> MemoryPlan:
     """The plan, with the KV the config states; where it states none, of all rows at their longest or what fits.
 
+    `limits`: what the process may map, as it was when `num_free_bytes` were free.
     Raises: WorkerConfigInvalid with the sum, where it does not fit, or leaves less KV than one row may need.
     """
     linears = target_linears(base.model, base.model.get_output_embeddings()).values()
@@ -69,7 +75,27 @@ def plan_memory(config: WorkerConfig, base: BaseModel, num_free_bytes: int) -> M
             f"the worker does not fit its device: {plan}; lower kv_tokens, bank_rank_rows, max_batch_size,"
             " max_step_tokens or max_model_len"
         )
+    if config.device == "cpu":
+        _require_mappable(plan, limits)
     return plan
+
+
+def _require_mappable(plan: MemoryPlan, limits: Sequence[MappingLimit]) -> None:
+    """Refuse a plan whose address space does not fit: on the CPU every row has a region for its longest length.
+
+    Raises: WorkerConfigInvalid with the sum.
+    """
+    regions_bytes = plan.kv.num_rows * region_bytes(plan.kv)
+    num_bytes = plan.total_bytes - plan.kv_bytes + regions_bytes
+    for limit in limits:
+        if num_bytes > limit.free_bytes:
+            raise WorkerConfigInvalid(
+                f"the worker does not fit its address space: weights {_mib(plan.weights_bytes)} + bank"
+                f" {_mib(plan.bank_bytes)} + head-room {_mib(plan.headroom_bytes)} + KV regions of {plan.kv.num_rows}"
+                f" rows × {plan.kv.max_len} tokens {_mib(regions_bytes)} = {_mib(num_bytes)} of"
+                f" {_mib(limit.free_bytes)} that {limit.name} leaves; lower max_batch_size or max_model_len,"
+                f" or raise that limit"
+            )
 
 
 def _one_row(config: WorkerConfig, base: BaseModel) -> KvShape:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import torch
 
-from gpu_worker.device_memory import cgroup_bytes, free_bytes
+from gpu_worker.device_memory import MappingLimit, cgroup_bytes, free_bytes, mapping_limits
 
 
 def write(root: Path, files: dict[str, str]) -> None:
@@ -35,3 +36,36 @@ def test_no_limit_is_none(tmp_path: Path) -> None:
 def test_this_machine_has_memory_left_and_no_more_than_it_has_at_all() -> None:
     total = int(Path("/proc/meminfo").read_text().split()[1]) << 10
     assert 1 << 20 < free_bytes(torch.device("cpu")) < total
+
+
+def proc_of(root: Path, overcommit: int) -> Path:
+    """A /proc of a process that has mapped 3 MiB, 1 MiB of it data, on a machine that may still charge 5 MiB."""
+    files = {
+        "self/status": "Name:\tpython\nVmSize:\t    3072 kB\nVmData:\t    1024 kB\nThreads:\t1",
+        "sys/vm/overcommit_memory": f"{overcommit}",
+        "meminfo": "MemTotal:  90000 kB\nCommitLimit:    7168 kB\nCommitted_AS:    2048 kB\nHugePages_Total:  0",
+    }
+    write(root, files)
+    return root
+
+
+def test_what_may_be_mapped_is_bounded_by_the_process_and_by_strict_overcommit(tmp_path: Path) -> None:
+    bounds = {resource.RLIMIT_AS: 10 << 20, resource.RLIMIT_DATA: 4 << 20}
+    assert mapping_limits(proc_of(tmp_path, 2), lambda kind: (bounds[kind], -1)) == [
+        MappingLimit("RLIMIT_AS", 7 << 20),
+        MappingLimit("RLIMIT_DATA", 3 << 20),
+        MappingLimit("vm.overcommit_memory=2", 5 << 20),
+    ]
+
+
+def test_without_bounds_nothing_limits_what_may_be_mapped(tmp_path: Path) -> None:
+    for overcommit in (0, 1):
+        limits = mapping_limits(proc_of(tmp_path, overcommit), lambda kind: (resource.RLIM_INFINITY, -1))
+        assert limits == []
+
+
+def test_this_process_reads_its_own_bounds() -> None:
+    assert all(limit.free_bytes > 0 for limit in mapping_limits())
+    bounded = mapping_limits(limits_of=lambda kind: (1 << 50, -1))
+    assert [limit.name for limit in bounded[:2]] == ["RLIMIT_AS", "RLIMIT_DATA"]
+    assert all(0 < limit.free_bytes < 1 << 50 for limit in bounded[:2])

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from gpu_worker.attention_plan import Segment
-from gpu_worker.kv_regions import KvRegions
+from gpu_worker.kv_regions import KvRegions, region_bytes
 from tests.gpu_worker.driving import kv_shape
 
 
@@ -53,4 +53,17 @@ def test_memory_is_taken_where_tokens_are_and_given_back_when_their_row_leaves()
         stored[row] = 1
     assert resident_bytes() - before > 60 << 20
     cache.free(row)
+    assert resident_bytes() - before < 8 << 20
+
+
+def test_regions_larger_than_the_machine_take_address_space_only() -> None:
+    """256 rows of 131,072 tokens: 2 TiB, of which a few tokens are written, the very last ones included."""
+    shape = kv_shape(num_heads=8, head_dim=512, num_rows=256, max_len=131_072, num_tokens=4096, page_tokens=16)
+    assert shape.num_rows * region_bytes(shape) == 1 << 41
+    before = resident_bytes()
+    cache = KvRegions(shape)
+    for row, position in ((0, 0), (255, 131_071)):
+        cache.keys[1][row, 7, position] = 1
+        cache.values[1][row, 7, position] = 2
+    assert float(cache.keys[1][255, 7, 131_071].sum()) == 512
     assert resident_bytes() - before < 8 << 20

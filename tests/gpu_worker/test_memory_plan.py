@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -12,8 +14,10 @@ import torch
 
 from gpu_worker.base_model import BaseModel, load_base_model
 from gpu_worker.config import WorkerConfig
+from gpu_worker.device_memory import MappingLimit
 from gpu_worker.engine import Engine
 from gpu_worker.errors import WorkerConfigInvalid
+from gpu_worker.kv_regions import region_bytes
 from gpu_worker.memory_plan import MemoryPlan, plan_memory
 from tests.tiny import tiny_config
 
@@ -25,8 +29,8 @@ TOKEN_BYTES = 3 * 2 * 2 * 8 * 4  # layers, keys and values, heads, head size, fl
 def plan(tiny_base: Callable[..., BaseModel], tiny_folders: Mapping[str, Path]) -> Callable[..., MemoryPlan]:
     base = tiny_base("llama")
 
-    def make(free_bytes: int, **changes: object) -> MemoryPlan:
-        return plan_memory(tiny_config(tiny_folders["llama"], **changes), base, free_bytes)
+    def make(free_bytes: int, *limits: MappingLimit, **changes: object) -> MemoryPlan:
+        return plan_memory(tiny_config(tiny_folders["llama"], **changes), base, free_bytes, limits)
 
     return make
 
@@ -62,6 +66,45 @@ def test_less_room_is_less_kv_and_too_little_stops_with_the_sum(plan: Callable[.
         assert found.kv.num_tokens == num_tokens and found.total_bytes <= found.free_bytes
     with pytest.raises(WorkerConfigInvalid, match=r"KV of 160 tokens .* = .* MiB of .* MiB free on cpu"):
         plan(int((fixed + 159 * TOKEN_BYTES) / 0.95))
+
+
+def test_regions_that_may_not_be_mapped_stop_the_start_with_the_sum(plan: Callable[..., MemoryPlan]) -> None:
+    """The budget of tokens fits; what does not is the address space of all rows at their longest."""
+    found = plan(GIB, kv_tokens=160)
+    needed = found.total_bytes - found.kv_bytes + 8 * region_bytes(found.kv)
+    assert needed > found.total_bytes
+    assert plan(GIB, MappingLimit("RLIMIT_AS", needed), kv_tokens=160) == found
+    message = (
+        r"KV regions of 8 rows × 160 tokens \d+ MiB = \d+ MiB of \d+ MiB that RLIMIT_AS leaves; lower max_batch_size"
+    )
+    for limits in ([("RLIMIT_AS", needed - 1)], [("RLIMIT_DATA", needed), ("RLIMIT_AS", needed - 1)]):
+        with pytest.raises(WorkerConfigInvalid, match=message):
+            plan(GIB, *[MappingLimit(*limit) for limit in limits], kv_tokens=160)
+
+
+def test_a_worker_in_a_process_with_too_little_address_space_is_refused_by_name(
+    tiny_folders: Mapping[str, Path], tmp_path: Path
+) -> None:
+    """In a process of its own, because the bound holds for all of it."""
+    script = f"""
+import resource
+from pathlib import Path
+from gpu_worker.config import WorkerConfig
+from gpu_worker.engine import Engine
+from gpu_worker.errors import WorkerConfigInvalid
+from tests.tiny import tiny_config
+
+resource.setrlimit(resource.RLIMIT_AS, (64 << 30, resource.RLIM_INFINITY))
+config = tiny_config(Path({str(tiny_folders["llama"])!r}), max_model_len=512, max_batch_size=500_000,
+                     max_step_tokens=500_000, bank_rank_rows=8, kv_tokens=512)
+try:
+    Engine(config, lambda digest: None)
+except WorkerConfigInvalid as exc:
+    print(exc)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert "that RLIMIT_AS leaves" in run.stdout
 
 
 @pytest.mark.parametrize(
