@@ -40,7 +40,7 @@ class Preparer:
             max_new_tokens=self._max_new_tokens(len(tokens), job.sampling.max_tokens),
             end_ids=self._end_ids(job),
             seed=secrets.randbits(63) if job.sampling.seed is None else job.sampling.seed,
-            text=TextStream(self._base.backend_tokenizer, stops),
+            text=TextStream(self._base.backend_tokenizer, stops, tokens),
             sink=sink,
             spell=self._spell,
             keep_logits=keep_logits,

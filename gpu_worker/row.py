@@ -88,7 +88,7 @@ class Row:
             elif self.num_new_tokens >= self.max_new_tokens:
                 reason = "length"
         if reason is not None and not self.text.stopped:
-            text += self.text.flush()
+            text += self.text.finish()
         if not text and reason is None:
             return None
         logprobs = self._told() if self.untold else ()

@@ -22,14 +22,14 @@ def tokens_of(text: str) -> list[int]:
 
 
 def deltas(tokens: Sequence[int], stops: Sequence[str], tokenizer: Tokenizer = BYTES) -> tuple[list[str], bool]:
-    """What each token releases, then the flush; and whether a stop string ended it."""
+    """What each token releases, then the end; and whether a stop string ended it."""
     stream = TextStream(tokenizer, stops)
     pieces = []
     for token in tokens:
         pieces.append(stream.push(token))
         if stream.stopped:
             return pieces, True
-    return [*pieces, stream.flush()], False
+    return [*pieces, stream.finish()], False
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
@@ -76,12 +76,22 @@ def test_a_false_start_is_released_with_what_follows() -> None:
     assert not stopped
 
 
-def test_the_flush_releases_an_unfinished_stop() -> None:
+def test_the_end_releases_an_unfinished_stop() -> None:
     assert deltas(tokens_of("a##"), ["###"]) == (["a", "", "", "##"], False)
 
 
 def test_a_character_appears_with_its_last_byte() -> None:
     assert deltas(tokens_of("é🙂"), []) == (["", "é", "", "", "", "🙂", ""], False)
+
+
+def test_an_unfinished_character_at_the_end_is_shown_as_such() -> None:
+    assert deltas(tokens_of("é🙂")[:-1], ["#"]) == (["", "é", "", "", "", "\ufffd"], False)
+
+
+def test_nothing_follows_a_stop_string_not_even_unfinished_bytes() -> None:
+    stream = TextStream(BYTES, ["#"])
+    assert [stream.push(token) for token in tokens_of("a#🙂")[:-1]] == ["a", "", "", "", ""]
+    assert stream.stopped and stream.finish() == ""
 
 
 def test_special_tokens_have_no_text() -> None:
@@ -94,7 +104,7 @@ def test_stops_before_min_tokens_are_shown_and_later_ones_end_it() -> None:
     assert early == ["a", "#"] and not stream.stopped
     late = [stream.push(token) for token in tokens_of("b#")]
     assert late == ["b", ""] and stream.stopped
-    assert stream.push(tokens_of("c")[0]) == stream.flush() == ""
+    assert stream.push(tokens_of("c")[0]) == stream.finish() == ""
 
 
 def byte_fallback_tokenizer() -> Tokenizer:
