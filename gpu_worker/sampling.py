@@ -16,6 +16,8 @@ from gpu_worker.penalties import adjust
 from gpu_worker.sampling_kernel import WANTED, SamplingKernel
 from gpu_worker.transfer import to_device
 
+_LEAST_COPIED = 4  # rows copied at once where logits change: small copies are made in memory that is at hand
+
 
 class Sampler:
     """Chooses and scores the tokens of all rows at once. It keeps nothing from one call to the next.
@@ -58,10 +60,11 @@ def _by_kernel(
     tokens = np.empty(len(draws), np.int64)
     kept = np.delete(np.arange(len(draws)), changed)
     tokens[kept] = kernel.choose(logits, table[kept])
-    if changed:
-        own = table[changed]
-        own["row"] = range(len(changed))
-        tokens[changed] = kernel.choose(_adjusted(logits, draws, changed), own)
+    at_once = max(_LEAST_COPIED, torch.get_num_threads())
+    for rows in (changed[start : start + at_once] for start in range(0, len(changed), at_once)):
+        own = table[rows]
+        own["row"] = range(len(rows))
+        tokens[rows] = kernel.choose(_adjusted(logits, draws, rows), own)
     sound = [row for row in wanted if tokens[row] >= 0]
     if not sound:
         return tokens.tolist(), {}
@@ -78,11 +81,12 @@ def _by_torch(
     logits: Tensor, draws: Sequence[Draw], table: NDArray[np.void], changed: list[int], wanted: list[int]
 ) -> tuple[list[int], dict[int, Scored]]:
     """All that comes back from the device comes in one copy."""
-    tokens = sampling_torch.choose(_with_adjusted(logits, draws, changed), table)
+    on_host = logits.device.type == "cpu"
+    tokens = sampling_torch.choose(_with_adjusted(logits, draws, changed), table, on_host=on_host)
     results, counts = tokens.double(), _counts(logits, draws, wanted)
     width = max(counts, default=0)
     if wanted:
-        scores = sampling_torch.score(logits, tokens, wanted, width)
+        scores = sampling_torch.score(logits, tokens, wanted, width, on_host=on_host)
         results = torch.cat([results, scores.flatten()])
     numbers = results.cpu().numpy()  # float64 holds ids exactly
     found = numbers[len(draws) :].reshape(len(wanted), 1 + 2 * width).tolist()

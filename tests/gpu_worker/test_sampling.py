@@ -242,6 +242,18 @@ def test_ids_of_probability_zero_are_never_drawn(sampler: Sampler) -> None:
         assert {tokens_of(sampler, logits, [Draw(params, 0, i)])[0] for i in range(50)} == {2}
 
 
+def test_what_is_read_on_the_host_does_not_change_the_choice() -> None:
+    chance = random.Random(2)
+    for _ in range(20):
+        logits, draws = random_batch(chance, 8, 3000)
+        draws = [
+            replace(draw, params=replace(draw.params, top_k=0, top_p=chance.choice([0.5, 0.95]))) for draw in draws
+        ]
+        table = table_of(draws, 3000)
+        found = [sampling_torch.choose(logits, table, on_host=on_host).tolist() for on_host in (False, True)]
+        assert found[0] == found[1]
+
+
 class Waits(TorchDispatchMode):
     """Records every operation for which the host would wait for a GPU: reading a number, or counting what is true."""
 
@@ -272,8 +284,8 @@ def test_the_way_of_gpus_never_waits_for_the_device() -> None:
         draws = [replace(random_draw(chance, 300), params=kinds[i % 4]) for i in range(num_rows)]
         logits, table = torch.randn(num_rows, 300), table_of(draws, 300)
         with Waits() as waits:
-            tokens = sampling_torch.choose(logits, table)
-            sampling_torch.score(logits, tokens, list(range(num_rows)), 5)
+            tokens = sampling_torch.choose(logits, table, on_host=False)
+            sampling_torch.score(logits, tokens, list(range(num_rows)), 5, on_host=False)
         assert waits.found == []
         counts.append(waits.num_operations)
     assert counts[0] == counts[1] > 50
