@@ -62,10 +62,10 @@ class LiteralMixture:
 @contextmanager
 def literal_mixture(engine: Engine) -> Iterator[None]:
     """Until the context ends, mixtures and selections are computed the paper's way. Fusions are not."""
-    literal, plain, kernel = LiteralMixture(engine), LoraLinear.forward, engine._kernel
-    engine._kernel = None  # the dense mapping is a matrix to read
+    literal, plain, forward = LiteralMixture(engine), LoraLinear.forward, engine._forward
+    kernel, forward._kernel = forward._kernel, None  # the dense mapping is a matrix to read
     LoraLinear.forward = lambda linear, x: literal.forward(linear, x)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        LoraLinear.forward, engine._kernel = plain, kernel  # type: ignore[method-assign]
+        LoraLinear.forward, forward._kernel = plain, kernel  # type: ignore[method-assign]

@@ -146,7 +146,7 @@ def every_second_step_base() -> Iterator[None]:
     def by_turn(*args: Any) -> Composition | None:
         return composition(*args) if next(numbers) % 2 == 0 else None
 
-    with patch("gpu_worker.engine.composition", by_turn):
+    with patch("gpu_worker.forward.composition", by_turn):
         yield
 
 
