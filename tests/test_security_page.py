@@ -1,0 +1,37 @@
+"""SECURITY.md names settings, roles and paths that are there."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+from deployments.callers import ROLES
+from deployments.config import AppConfig
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "SECURITY.md").read_text()
+
+
+def test_readme_leads_to_it() -> None:
+    assert "(SECURITY.md)" in (ROOT / "README.md").read_text()
+
+
+def test_every_setting_it_names_is_one() -> None:
+    named = set(re.findall(r"`([a-z]+_[a-z_]+)(?:: (?:true|false))?`", PAGE))
+    assert len(named) >= 9
+    assert named - {"auth_token"} <= AppConfig.model_fields.keys()
+
+
+def test_it_says_what_every_role_may_do() -> None:
+    assert tuple(re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE)) == ROLES
+
+
+def test_it_supports_the_version_that_is_released() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f"now {version.rpartition('.')[0]}." in PAGE
+
+
+def test_the_sections_it_points_to_are_there() -> None:
+    assert "## Ports\n" in (ROOT / "README.md").read_text()
+    assert "## Who may reach what\n" in (ROOT / "k8s" / "README.md").read_text()
