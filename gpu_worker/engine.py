@@ -39,6 +39,7 @@ from gpu_worker.load_window import LoadWindow
 from gpu_worker.loader import AdapterLoader, Fetch
 from gpu_worker.logprobs import Scored
 from gpu_worker.memory_plan import MemoryPlan, plan_memory
+from gpu_worker.model_check import ModelCheck
 from gpu_worker.next_tokens import Chosen, choose
 from gpu_worker.prepare import Preparer
 from gpu_worker.request import Delta, Job
@@ -81,8 +82,9 @@ class Engine:
         self.base, self.memory = _loaded(config, base)
         self.max_len = self.memory.kv.max_len
         context = StepContext()
-        fuse_where_compiled(self.base.model, config)
         linears = target_linears(self.base.model, self.base.model.get_output_embeddings())
+        check = ModelCheck(self.base, linears, self.max_len, config.bank_rank_rows)
+        fuse_where_compiled(self.base.model, config)
         self.bank = LoraBank(linears, config.bank_rank_rows, free_fill=free_fill)
         inject(self.base.model, self.bank, context)
         self._sampler = Sampler(load_sampling_kernel(config.cache_dir) if config.device == "cpu" else None)
@@ -90,6 +92,7 @@ class Engine:
         self.kv_cache = (build_kv_cache or partial(make_kv_cache, config))(self.memory.kv)
         kernel, device = make_lora_kernel(config), torch.device(config.device)
         self._forward = ForwardPass(self.base, self.residency, self.kv_cache, context, kernel, device)
+        check.run(self._forward, self.residency, self.kv_cache)
         self.prepare = Preparer(self.base, self.max_len)
         self._probe_row = self.prepare.of_tokens(Job("probe", ""), [0], lambda event: None)
         self._num_broken_steps = 0

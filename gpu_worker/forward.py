@@ -18,6 +18,7 @@ from gpu_worker.row import Row
 from gpu_worker.scheduler import Scheduled
 from gpu_worker.step_context import StepContext
 from gpu_worker.transfer import to_device
+from lora_store.plan import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -46,17 +47,26 @@ class ForwardPass:
 
         A step of prompt chunks alone has no such row: `logits_to_keep` is empty, and the head multiplies nothing.
         """
-        segments = [segment for _, segment in scheduled]
-        plans, num_tokens = [row.plan for row, _ in scheduled], [segment.num_tokens for segment in segments]
+        tokens = [token for row, s in scheduled for token in row.tokens[s.context_len : s.total_len]]
+        last = [s.end - 1 for row, s in scheduled if s.total_len == len(row.tokens)]
+        return self.logits([row.plan for row, _ in scheduled], [segment for _, segment in scheduled], tokens, last)
+
+    def logits(
+        self, plans: Sequence[Plan], segments: Sequence[Segment], tokens: Sequence[int], kept: Sequence[int]
+    ) -> Tensor:
+        """Compute one step and return the logits (K, V), float32 or the model's dtype. K may be 0.
+
+        Dims: B segments, which cover the step in order, each with its plan; N tokens (ids) of the step; K `kept`
+        places in it. Every adapter of the plans is active, and the segments' rows hold KV for their tokens.
+        """
+        num_tokens = [segment.num_tokens for segment in segments]
         lora = composition(plans, num_tokens, self._residency, self._base.dtype, self._kernel, self._device)
         attention = self._kv_cache.attention(segments)
         self._context.fill(lora, attention)
-        ids = [token for row, s in scheduled for token in row.tokens[s.context_len : s.total_len]]
-        last = [s.end - 1 for row, s in scheduled if s.total_len == len(row.tokens)]
         output = self._base.model(
-            input_ids=to_device(torch.tensor(ids), self._device)[None],
+            input_ids=to_device(torch.tensor(tokens), self._device)[None],
             position_ids=attention.token_positions[None],
-            logits_to_keep=to_device(torch.tensor(last, dtype=torch.long), self._device),
+            logits_to_keep=to_device(torch.tensor(kept, dtype=torch.long), self._device),
             use_cache=False,
             step=self._context,
         )

@@ -13,11 +13,14 @@ from gpu_worker.step_context import StepContext
 
 
 def target_linears(model: nn.Module, output_head: nn.Module | None) -> dict[str, nn.Linear]:
-    """Every linear layer an adapter may target, by module path: all but the output head."""
+    """Return every linear layer an adapter may target, by module path: all but the output head.
+
+    A subclass that computes something else, as Phi-3.5-MoE's router does, is not one of them.
+    """
     linears = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not output_head
+        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and module is not output_head
     }
     if not linears:
         raise BaseModelUnsupported("the base model has no linear layer that an adapter could target")

@@ -298,12 +298,9 @@ def test_a_wide_plan_is_not_passed_over_for_ever(make_engine: MakeEngine, shapes
     raise AssertionError("the wide plan never ran")
 
 
-def test_min_tokens_holds_back_every_end_and_max_tokens_ends_it(
-    tiny_base: Callable[..., BaseModel], make_engine: MakeEngine
-) -> None:
-    base = tiny_base()
-    always_says(base.model, 257)  # <eos>
-    engine = make_engine({}, base=base)
+def test_min_tokens_holds_back_every_end_and_max_tokens_ends_it(make_engine: MakeEngine) -> None:
+    engine = make_engine({})
+    always_says(engine.base.model, 257)  # <eos>
     least = SamplingParams(max_tokens=9, min_tokens=5, temperature=0)
     at_once, later, never, stopped = run_together(
         engine,
