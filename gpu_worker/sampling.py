@@ -14,7 +14,6 @@ from gpu_worker.draw import Draw, table_of
 from gpu_worker.logprobs import Scored
 from gpu_worker.penalties import adjust
 from gpu_worker.sampling_kernel import WANTED, SamplingKernel
-from gpu_worker.transfer import to_device
 
 _LEAST_COPIED = 4  # rows copied at once where logits change: small copies are made in memory that is at hand
 
@@ -102,8 +101,8 @@ def _counts(logits: Tensor, draws: Sequence[Draw], rows: Sequence[int]) -> list[
 
 
 def _adjusted(logits: Tensor, draws: Sequence[Draw], rows: list[int]) -> Tensor:
-    """Return a float32 copy of these rows, adjusted: a penalty is smaller than bfloat16's steps."""
-    copy = logits[to_device(torch.tensor(rows), logits.device)].float()
+    """Return a float32 copy of these rows of the host, adjusted: a penalty is smaller than bfloat16's steps."""
+    copy = logits.index_select(0, torch.tensor(rows)).to(torch.float32)
     adjust(copy, [draws[row] for row in rows])
     return copy
 

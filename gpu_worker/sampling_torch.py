@@ -61,7 +61,7 @@ def score(logits: Tensor, tokens: Tensor, rows: list[int], count: int, *, on_hos
     rows_at_once = _ROWS_AT_ONCE[on_host]
     for start in range(0, len(rows), rows_at_once):
         part = slice(start, start + rows_at_once)
-        own = logits[index[part]].float()
+        own = logits.index_select(0, index[part]).float()
         _, ids = largest(own, count)
         shifted = own - own.amax(dim=-1, keepdim=True)  # exact where it matters: near the largest
         asked = shifted.gather(1, torch.cat([chosen[part], ids], dim=1)) - shifted.logsumexp(dim=-1, keepdim=True)
@@ -96,7 +96,7 @@ class _Chunk:
         columns = np.stack([table[name].astype(np.float64) for name in names])  # one copy to the device
         row, top_k, uniform, top_p, scale, log_min_p = to_device(torch.from_numpy(columns), logits.device)[..., None]
         rows = row.long().squeeze(1)
-        self.logits, self._best = logits[rows].float(), best[rows][:, None]
+        self.logits, self._best = logits.index_select(0, rows).float(), best[rows][:, None]
         self._largest, self._has_min_p = self.logits.gather(1, self._best), bool((table["log_min_p"] > -np.inf).any())
         self._top_k, self._top_p, self._uniform = top_k, top_p, uniform
         self._scale, self._log_min_p = scale.float(), log_min_p.float()
