@@ -1,4 +1,8 @@
-"""`/`: the console, one page and the files beside it. They hold no data, so they are served without a key."""
+"""`/`: the console, `/docs`: the description of the API, and the files of both. They hold no data and ask for no key.
+
+FastAPI's own `/docs` loads a script of another site, which could read the key that the console keeps in its tab. This
+page is ours, under the console's policy.
+"""
 
 import hashlib
 from collections.abc import Mapping
@@ -55,6 +59,12 @@ def console_files() -> Mapping[str, ConsoleFile]:
 async def page(http: Request) -> Response:
     """The console."""
     return _sent("index.html", http)
+
+
+@router.api_route("/docs", methods=["GET", "HEAD"], include_in_schema=False)
+async def docs(http: Request) -> Response:
+    """The description of the API, drawn from `/openapi.json`."""
+    return _sent("docs.html", http)
 
 
 @router.api_route("/console/{name}", methods=["GET", "HEAD"], include_in_schema=False)

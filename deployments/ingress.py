@@ -75,7 +75,7 @@ STREAM_HEADERS = {"X-Accel-Buffering": "no"}
 # Serve traces every call already; FastAPI would hang its own spans beside them.
 TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
 
-app = Api(title="LoraRetriever", docs_url="/docs", redoc_url=None, telemetry=TELEMETRY)
+app = Api(title="LoraRetriever", docs_url=None, redoc_url=None, telemetry=TELEMETRY)
 http_errors.install(app)
 app.add_middleware(BodyLimit, limit_of=pool_routes.max_body_bytes, budget=bodies_here)
 app.add_middleware(InFlightLimit, in_flight=in_flight_here)

@@ -38,7 +38,6 @@ OPEN_ROUTES = {
     ("GET", "/health"),
     ("GET", "/ready"),
     *((method, path) for method in ("GET", "HEAD") for path in ("/", "/console/{name}", "/openapi.json", "/docs")),
-    *((method, "/docs/oauth2-redirect") for method in ("GET", "HEAD")),
 }
 
 

@@ -10,7 +10,8 @@ from deployments.console_routes import console_files
 from tests.deployments.asking import error_of, get, request
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("/", *(f"/console/{name}" for name in sorted(console_files())))
+HTML = ("index.html", "docs.html")
+PAGES = ("/", "/docs", *(f"/console/{name}" for name in sorted(console_files())))
 
 
 def text_of(name: str) -> str:
@@ -52,14 +53,15 @@ def test_only_the_console_s_files_are_served(name: str) -> None:
 
 
 def test_every_file_is_named_by_another_and_nothing_is_inline_or_from_elsewhere() -> None:
-    page = text_of("index.html")
-    named = {"index.html", *re.findall(r'(?:href|src)="console/([^"]+)"', page)}
+    pages = "".join(map(text_of, HTML))
+    named = {*HTML, *re.findall(r'(?:href|src)="console/([^"]+)"', pages)}
+    assert 'href="docs"' in text_of("index.html")
     for name in console_files():
         named |= set(re.findall(r'from "\./([^"]+)"', text_of(name)))
         outside = re.findall(r"https?://[^\s\"'<>]+", text_of(name))
         assert set(outside) <= {"http://www.w3.org/2000/svg"}, "a namespace, which is not fetched"
     assert named == set(console_files())
-    assert not re.search(r"<style|<script(?![^>]*\ssrc=)|\sstyle=|\son[a-z]+=", page)
+    assert not re.search(r"<style|<script(?![^>]*\ssrc=)|\sstyle=|\son[a-z]+=", pages)
 
 
 def test_no_script_makes_markup_of_text() -> None:
@@ -68,13 +70,24 @@ def test_no_script_makes_markup_of_text() -> None:
 
 
 def test_every_element_a_script_asks_for_is_on_the_page() -> None:
-    ids = re.findall(r'\bid="([^"]+)"', text_of("index.html"))
-    assert len(ids) == len(set(ids))
+    ids: set[str] = set()
+    for page in HTML:
+        found = re.findall(r'\bid="([^"]+)"', text_of(page))
+        assert len(found) == len(set(found))
+        ids |= set(found)
     scripts = [text_of(name) for name in console_files() if name.endswith(".js")]
     asked = {
         found for script in scripts for found in re.findall(r'(?:byId|say|sayOrHide|sayPart|fill)\("([^"]+)"', script)
     }
-    assert asked <= set(ids)
+    assert asked <= ids
+
+
+def test_the_description_of_the_api_asks_no_other_site_and_nothing_of_the_frameworks_is_left() -> None:
+    page = get("/docs")
+    assert page.content == console_files()["docs.html"].content
+    assert page.headers["content-security-policy"] == get("/").headers["content-security-policy"]
+    assert page.headers["x-frame-options"] == "DENY"
+    assert get("/docs/oauth2-redirect").status_code == get("/redoc").status_code == 404
 
 
 @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
