@@ -12,7 +12,20 @@ from lora_store.location import Endpoint, Location
 
 Address = IPv4Address | IPv6Address
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
-_METADATA_V6 = ipaddress.ip_address("fd00:ec2::254")  # AWS's, among addresses that are private
+_TEREDO = ipaddress.ip_network("2001::/32")  # each names a server and a client behind it: none is a store
+_SITE_LOCAL = ipaddress.ip_network("fec0::/10")  # deprecated by RFC 3879; Python counts them among the private ones
+# Services of clouds that hand out credentials, at addresses that are neither link-local nor reserved.
+_METADATA = frozenset(
+    map(
+        ipaddress.ip_address,
+        (
+            "fd00:ec2::254",  # AWS
+            "168.63.129.16",  # Azure, a public address
+            "192.0.0.192",  # Oracle Cloud
+            "100.100.100.200",  # Alibaba Cloud
+        ),
+    )
+)
 Resolve = Callable[[str, int], Sequence[str]]
 
 
@@ -57,7 +70,7 @@ def _is_own_choice(host: str) -> bool:
 def _is_allowed(address: Address, *, private_too: bool) -> bool:
     if address.is_multicast or address.is_loopback or address.is_link_local or address.is_unspecified:
         return False
-    if address.is_reserved or address == _METADATA_V6:
+    if address.is_reserved or address in _METADATA or address in _TEREDO or address in _SITE_LOCAL:
         return False
     return address.is_global or (private_too and address.is_private)
 
