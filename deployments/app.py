@@ -3,11 +3,14 @@
 Serve reads `build_app`'s annotation to turn a YAML file's args into an AppConfig: it must be the class, not its name.
 """
 
+import os
+
 from ray import serve
 from ray.serve import Application
 
 from deployments.config import AppConfig
 from deployments.ingress import Ingress
+from deployments.proxy_limits import require_own_proxy
 from deployments.ray_auth import require_token_mode
 from deployments.retriever import RetrieverDeployment
 from deployments.store import StoreDeployment
@@ -15,7 +18,8 @@ from deployments.worker import WorkerDeployment
 
 
 def build_app(args: AppConfig) -> Application:
-    """Bind Store; Worker(Store); Retriever(catalogue); Ingress(all three). Raises: RayUnauthenticated."""
+    """Bind Store; Worker(Store); Retriever(catalogue); Ingress(all three). Raises: RayUnauthenticated, ProxyUnsafe."""
+    require_own_proxy(os.environ, has_keys=args.keys_file is not None)
     require_token_mode(allow_unauthenticated=args.allow_unauthenticated_ray)
     store = serve.deployment(StoreDeployment, name="Store", **args.store_scaling.options())
     worker = serve.deployment(WorkerDeployment, name="Worker", **args.worker_options())

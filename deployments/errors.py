@@ -29,6 +29,7 @@ DeploymentsError
 ├── Poisoned           a third replica died while it worked on this request
 ├── ReplicaWedged      a health check found the engine hanging; Serve replaces the replica
 ├── RayUnauthenticated Ray would run code for whoever reaches one of its ports
+├── ProxyUnsafe        Ray's proxy would make every client a local one, and there are no keys
 └── BatchRefused       an offline run cannot begin, or cannot go on, as it was asked for
 """
 
@@ -320,6 +321,20 @@ class RayUnauthenticated(DeploymentsError):
             "could run code as this server. Set RAY_AUTH_MODE=token for `ray start` on every node and for this program "
             "and create the token once with `ray get-auth-token --generate`. On a network that nobody else can reach, "
             "allow_unauthenticated_ray: true in the settings starts the application without it"
+        )
+
+
+class ProxyUnsafe(DeploymentsError):
+    """Set `keys_file`, or start Ray without its HAProxy."""
+
+    def __init__(self, variable: str) -> None:
+        super().__init__(variable)
+        self.variable = variable
+
+    def __str__(self) -> str:
+        return (
+            f"{self.variable}=1 makes every client look as if it were on this machine, and without keys such clients "
+            f"may change the pool: set keys_file in the settings, or unset {self.variable}"
         )
 
 

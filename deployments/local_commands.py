@@ -12,6 +12,7 @@ from rich.table import Table
 from deployments.adapter_folders import adapter_folders
 from deployments.config import AppConfig, load_config
 from deployments.door import Door
+from deployments.errors import ProxyUnsafe
 from deployments.parity import TOLERANCE, parity_with_peft
 from deployments.server import Server, ServerFailed
 from lora_store import AdapterRefused, check_folder
@@ -34,7 +35,7 @@ def run_server(config: Path | None, preload: list[Path], host: str, port: int, m
                 return _fail(f"{path} is no adapter folder and holds none")
         Door(settings)  # a keys file that cannot be used stops the start here, with its reason
         _serve(Server(settings, host=host, port=port, metrics_port=metrics_port), settings, host)
-    except (ServerFailed, ValueError, OSError) as exc:
+    except (ServerFailed, ProxyUnsafe, ValueError, OSError) as exc:
         return _fail(str(exc))
     return 0
 

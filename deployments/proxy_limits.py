@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
+from deployments.errors import ProxyUnsafe
+
 CONNECTIONS_VARIABLE = "LORARETRIEVER_CONNECTIONS_PER_ADDRESS"
 TRACEPARENT_VARIABLE = "LORARETRIEVER_TRUST_TRACEPARENT"
+HA_PROXY_VARIABLE = "RAY_SERVE_ENABLE_HA_PROXY"
 _MAX_CONNECTIONS = 1024
 _SHARE_OF_FILES = 4  # one address takes at most this part, as 1 / n, of the files that the process may open
 
@@ -42,3 +45,13 @@ def _by_file_limit() -> int:
     return (
         _MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else max(1, min(_MAX_CONNECTIONS, soft // _SHARE_OF_FILES))
     )
+
+
+def require_own_proxy(environment: Mapping[str, str], *, has_keys: bool) -> None:
+    """Check that clients can be told from this machine's own, where no keys do it.
+
+    With its HAProxy in front, Serve (2.60) listens on all interfaces, every client's connection comes from loopback,
+    and no header says otherwise: everybody could change the pool. Raises: ProxyUnsafe.
+    """
+    if environment.get(HA_PROXY_VARIABLE, "0") == "1" and not has_keys:
+        raise ProxyUnsafe(HA_PROXY_VARIABLE)

@@ -6,6 +6,7 @@ import resource
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,12 @@ import uvicorn
 from uvicorn.config import HTTP_PROTOCOLS
 
 from deployments import proxy
+from deployments.app import build_app
+from deployments.errors import ProxyUnsafe
 from deployments.proxy import CALLBACK, AddressBook, WithoutTraceparent, address_of, bound_headers, protocol_within
-from deployments.proxy_limits import CONNECTIONS_VARIABLE, TRACEPARENT_VARIABLE, ProxyLimits
+from deployments.proxy_limits import CONNECTIONS_VARIABLE, HA_PROXY_VARIABLE, TRACEPARENT_VARIABLE, ProxyLimits
+from tests.deployments.app_fakes import config_of
+from tests.deployments.key_files import entry, write
 
 GOOD = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
 
@@ -262,6 +267,16 @@ def test_the_limits_are_read_from_the_environment() -> None:
     for name, value in ((CONNECTIONS_VARIABLE, "-1"), (CONNECTIONS_VARIABLE, "x"), (TRACEPARENT_VARIABLE, "yes")):
         with pytest.raises(ValueError, match=name):
             ProxyLimits.from_environment({name: value})
+
+
+def test_rays_haproxy_is_refused_where_there_are_no_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(HA_PROXY_VARIABLE, "1")
+    with pytest.raises(ProxyUnsafe, match="set keys_file"):
+        build_app(config_of())
+    keys = write(tmp_path / "keys.json", entry("k"))
+    build_app(config_of(keys_file=keys))
+    monkeypatch.setenv(HA_PROXY_VARIABLE, "0")
+    build_app(config_of())
 
 
 def test_a_client_does_not_decide_what_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
