@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import BinaryIO
 
 CONFIG_FILE = "adapter_config.json"
 # All that admission looks at, the pickle to refuse it. What else a training run leaves is never copied or uploaded.
@@ -20,6 +22,16 @@ def adapter_folders(path: Path) -> list[Path]:
     if (path / CONFIG_FILE).exists():
         return [path]
     return sorted(config.parent for config in path.glob(f"*/{CONFIG_FILE}"))
+
+
+def linked_files(folder: Path) -> list[Path]:
+    """Return the adapter's files in `folder` that are symbolic links, which may lead to any file of this machine."""
+    return [folder / name for name in ADAPTER_FILES if (folder / name).is_symlink()]
+
+
+def open_plain(path: Path) -> BinaryIO:
+    """Open a file that is no symbolic link, also where it has become one a moment ago. Raises: OSError."""
+    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW))
 
 
 def adapter_files(folder: Path) -> list[Path]:

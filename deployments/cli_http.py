@@ -44,6 +44,11 @@ def use_key(key: str | None) -> None:
     _key.set(key)
 
 
+def has_key() -> bool:
+    """Return whether the requests of this command carry a key."""
+    return _key.get() is not None
+
+
 def _authorization() -> dict[str, str]:
     key = _key.get()
     return {} if key is None else {"Authorization": f"Bearer {key}"}

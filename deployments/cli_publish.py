@@ -14,8 +14,8 @@ import httpx
 import typer
 from rich.progress import track
 
-from deployments.adapter_folders import adapter_files, adapter_folders
-from deployments.cli_http import DEFAULT_URL, Url, client_of, err, is_this_machine, message_of, out
+from deployments.adapter_folders import adapter_files, adapter_folders, linked_files, open_plain
+from deployments.cli_http import DEFAULT_URL, Url, client_of, err, has_key, is_this_machine, message_of, out
 
 commands = typer.Typer()
 _BATCH = 64
@@ -71,11 +71,13 @@ class Publishing:
 
     def _post_files(self, folders: Sequence[Path]) -> list[dict[str, Any]]:
         [folder] = folders
+        if links := linked_files(folder):
+            return [{"status": 400, "error": {"message": _link_message(links[0])}}]
         paths = adapter_files(folder)
         if not paths:
             return [{"status": 404, "error": {"message": "there is no adapter"}}]
         with ExitStack() as opened:
-            files = [("files", (path.name, opened.enter_context(path.open("rb")))) for path in paths]
+            files = [("files", (path.name, opened.enter_context(open_plain(path)))) for path in paths]
             data = {"name": folder.resolve().name, **self.fields}
             response = self.client.post("/v1/loras", files=files, data=data)
         return [_refusal(response) if response.is_error else {"status": response.status_code, **response.json()}]
@@ -100,7 +102,9 @@ def publish(
     given = {"name": name, "tags": tag, "template": template, "visibility": visibility}
     with client_of(url) as client:
         publishing = Publishing(client, {key: value for key, value in given.items() if value})
-        send = publishing.by_path if is_this_machine(url) and not upload else publishing.by_upload
+        # A server with keys takes no paths, unless it is set to.
+        by_path = is_this_machine(url) and not upload and not has_key()
+        send = publishing.by_path if by_path else publishing.by_upload
         failed = _report(send(adapters), len(adapters))
     if failed:
         raise typer.Exit(1)
@@ -120,6 +124,10 @@ def _report(answers: Iterable[Answered], total: int) -> int:
         note = f" ({'; '.join(notes)})" if notes else ""
         out.print(f"{answer['name']} is live at generation {answer['generation']}{note}", markup=False)
     return failed
+
+
+def _link_message(link: Path) -> str:
+    return f"{link.name} is a symbolic link and may lead to any file of this machine: replace it by a copy of the file"
 
 
 def _refusal(response: httpx.Response) -> dict[str, Any]:

@@ -76,7 +76,9 @@ class AppConfig(_Settings):
     store_uri: str = "loraretriever-pool"
     cache_dir: Path = DEFAULT_CACHE_DIR
     template: Literal["alpaca", "chat"] = "alpaca"
-    publish_paths: bool = True  # whether loopback clients may publish folders of the server's file system
+    # Whether loopback clients may publish folders of the server's file system. None: where there are no keys. With keys
+    # a key that may publish need not be its operator's, and `kubectl port-forward` is a loopback client.
+    publish_paths: bool | None = None
     # Names that requests may carry in `Host`, without port: a reverse proxy's, this machine's. Loopback names and IP
     # addresses always may. With keys an empty list means any name.
     allowed_hosts: tuple[str, ...] = ()
@@ -207,6 +209,10 @@ class AppConfig(_Settings):
     @classmethod
     def _absolute_paths(cls, paths: tuple[Path, ...]) -> tuple[Path, ...]:
         return tuple(path.expanduser().resolve() for path in paths)
+
+    @property
+    def may_publish_paths(self) -> bool:
+        return self.keys_file is None if self.publish_paths is None else self.publish_paths
 
     @property
     def default_visibility(self) -> Visibility:

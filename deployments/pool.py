@@ -67,7 +67,7 @@ class Pool:
 
     def require_path(self, upload: FolderUpload, http: Request) -> None:
         """Raises: PublishingOff when `upload` is a folder of the server and this client may not name those."""
-        if upload.path is not None and not (self.config.publish_paths and is_loopback(http)):
+        if upload.path is not None and not (self.config.may_publish_paths and is_loopback(http)):
             raise PublishingOff("folders are published from the server's own machine, with publish_paths on")
 
 

@@ -128,7 +128,7 @@ def test_a_role_opens_its_routes_and_no_other(keys: Path, method: str, path: str
     sent: dict[str, Any] = {"headers": bearer(role)}
     if method in ("POST", "PATCH"):
         sent["json"] = BODIES.get(path, {})
-    response = request(method, path, sent=sent, keys_file=keys)
+    response = request(method, path, sent=sent, keys_file=keys, publish_paths=True)
     assert (response.status_code == 403) is (NEEDS[method, path] not in (None, role)), response.text
     if response.status_code == 403:
         assert error_of(response)["code"] == "role_missing"
@@ -197,6 +197,14 @@ def test_a_key_publishes_for_its_tenant_privately_unless_it_says_so(tmp_path: Pa
 def test_folders_of_the_server_are_published_from_its_own_machine_only(keys: Path) -> None:
     response = post("/v1/loras", {"path": "/x"}, keys_file=keys, host="192.0.2.7", headers=bearer("all"))
     assert (response.status_code, error_of(response)["code"]) == (403, "publishing_off")
+
+
+def test_with_keys_no_folder_of_the_server_is_published_unless_that_is_set(keys: Path) -> None:
+    response = post("/v1/loras", {"path": "/x"}, keys_file=keys, headers=bearer("all"))
+    assert (response.status_code, error_of(response)["code"]) == (403, "publishing_off")
+    assert (
+        post("/v1/loras", {"path": "/x"}, keys_file=keys, publish_paths=True, headers=bearer("all")).status_code == 201
+    )
 
 
 def test_a_visibility_is_changed_by_its_own_tenant(keys: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
+from deployments.adapter_folders import open_plain
 from deployments.cli_http import is_this_machine
 from deployments.cli_publish import Publishing
 from tests.deployments.scripted import refusal, run, scripted, words
@@ -199,3 +200,34 @@ def test_only_a_server_of_this_machine_is_sent_paths(url: str, kind: str, tmp_pa
         send = publishing.by_path if is_this_machine(url) else publishing.by_upload
         assert [row["name"] for _, row in send([one])] == ["one"]
     assert seen == [kind]
+
+
+def test_a_link_is_not_followed_and_nothing_is_sent(tmp_path: Path) -> None:
+    """A folder from elsewhere may hold a link to any file that its publisher can read."""
+    [poet, plain] = adapters(tmp_path, "poet", "plain")
+    (tmp_path / "secret.txt").write_text("a secret")
+    (poet / "description.txt").symlink_to("../secret.txt")
+    with scripted((201, answer("plain"))) as server:
+        result = run("publish", poet, plain, "--upload", "--url", server.url)
+    assert result.exit_code == 1
+    assert "description.txt is a symbolic link" in words(result.stderr)
+    assert server.asked == [("POST", "/v1/loras")]
+    assert b"a secret" not in b"".join(server.bodies)
+
+
+def test_a_file_that_becomes_a_link_is_not_opened(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text("text")
+    (tmp_path / "link").symlink_to("plain")
+    with open_plain(tmp_path / "plain") as file:
+        assert file.read() == b"text"
+    with pytest.raises(OSError, match="symbolic links"):
+        open_plain(tmp_path / "link")
+
+
+def test_with_a_key_files_are_sent_to_a_server_on_this_machine_too(tmp_path: Path) -> None:
+    [poet] = adapters(tmp_path, "poet")
+    with scripted((201, answer("poet"))) as server:
+        result = run("--key", "lr-x", "publish", poet, "--url", server.url)
+    assert result.exit_code == 0, result.stderr
+    assert server.content_types[0].startswith("multipart/form-data")
+    assert b"config of poet" in server.bodies[0]

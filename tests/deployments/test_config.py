@@ -294,3 +294,10 @@ def test_with_keys_others_adapters_are_named_with_their_owner_unless_the_operato
     assert not AppConfig().owner_names
     assert AppConfig(keys_file=Path("keys.json")).owner_names
     assert not AppConfig(keys_file=Path("keys.json"), owner_names=False).owner_names
+
+
+def test_with_keys_paths_of_the_server_are_published_only_where_that_is_set() -> None:
+    assert AppConfig().may_publish_paths
+    assert not AppConfig(keys_file=Path("/keys")).may_publish_paths
+    assert AppConfig(keys_file=Path("/keys"), publish_paths=True).may_publish_paths
+    assert not AppConfig(publish_paths=False).may_publish_paths

@@ -141,7 +141,9 @@ async def two_tenants(
     """The application with its pool filled; what `index` says decides how it is searched."""
     keys = write(folder / "keys.json", *[entry(tenant, tenant) for tenant in TENANTS])
     retrieval = RetrievalSettings(encoder_threads=1, poll_interval_s=3600.0, min_score=-1.0)
-    config = config_of(store_uri=str(folder / "pool"), keys_file=keys, retrieval=retrieval, **settings)
+    config = config_of(
+        store_uri=str(folder / "pool"), keys_file=keys, retrieval=retrieval, publish_paths=True, **settings
+    )
     retriever = PlainRetriever(config, index=index)
     retriever._pools._background = lambda work: work()  # lists are trained by the time a publish is answered
     handles = [FakeHandle(retriever), FakeHandle(QuietWorker()), FakeHandle(StoreDeployment(config, put=lambda b: b))]
