@@ -12,8 +12,8 @@ import logging
 import os
 
 import ray
+import ray._raylet
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
-from ray._raylet import Config
 
 from deployments.errors import RayUnauthenticated
 
@@ -33,7 +33,8 @@ def use_token_mode() -> None:
             given,
         )
     os.environ[MODE_VARIABLE] = "token"
-    Config.initialize("")  # Ray 2.60 reads the variable once, when it is imported
+    config = getattr(ray._raylet, "Config")  # noqa: B009  Ray's own stub of the module lacks it
+    config.initialize("")  # Ray 2.60 reads the variable once, when it is imported
 
 
 def require_token_mode(*, allow_unauthenticated: bool) -> None:
