@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
-from dataclasses import dataclass
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from operator import itemgetter
 
 from lora_store.records import AdapterRecord
 from lora_store.snapshot import Snapshot
@@ -39,27 +44,68 @@ class Page:
     num_found: int
 
 
-def page(snapshot: Snapshot, tenant: str, request: PageRequest) -> Page:
-    """What `tenant` may use, as one page. A page begins after a name, so that none is missed as the pool changes."""
-    num_found = 0
-
-    def later() -> Iterator[tuple[str, AdapterRecord]]:
-        nonlocal num_found
-        for name, record in _matching(snapshot, tenant, request):
-            num_found += 1
-            if name > request.after:
-                yield name, record
-
-    first = heapq.nsmallest(request.limit + 1, later(), key=lambda row: row[0])
-    return Page(snapshot.generation, tuple(first[: request.limit]), len(first) > request.limit, num_found)
+Rows = list[tuple[str, AdapterRecord]]  # never changed once made
+_Question = tuple[str, PageRequest]
+_NO_FILTERS = PageRequest(limit=0)
+_SORTED_TOGETHER = 8192
+ROWS_OF_A_LIST = 64  # what a list takes beside its rows, in rows: callers choose the words of a search
 
 
-def _matching(snapshot: Snapshot, tenant: str, request: PageRequest) -> Iterator[tuple[str, AdapterRecord]]:
-    tags, part, words = set(request.tags), request.contains.lower(), request.words.casefold().split()
-    for record in snapshot.records.values():
-        if not record.is_visible_to(tenant) or request.owner not in (None, record.ref.tenant):
+class Listings:
+    """The lists of one generation, kept sorted by caller and filters while it is served. Safe to call from threads.
+
+    A caller's first page sorts what it may use; the pages after it, and the same question again, cost what they show.
+    The least recently used lists are dropped, so that all of them together take at most `max_rows` rows, or are one.
+    """
+
+    def __init__(self, snapshot: Snapshot, *, max_rows: int = 2_000_000) -> None:
+        self._snapshot, self._max_rows = snapshot, max_rows
+        self._lists: OrderedDict[_Question, Rows] = OrderedDict()
+        self._num_rows = 0
+        self._lock = threading.Lock()
+
+    def page(self, tenant: str, request: PageRequest) -> Page:
+        """Return one page of what `tenant` may use. It begins after a name, so none is missed as the pool changes."""
+        rows = self._rows(tenant, replace(request, limit=0, after=""))
+        start = bisect_right(rows, request.after, key=itemgetter(0))
+        shown = rows[start : start + request.limit]
+        return Page(self._snapshot.generation, tuple(shown), start + request.limit < len(rows), len(rows))
+
+    def _rows(self, tenant: str, filters: PageRequest) -> Rows:
+        """Return what `tenant` may use and passes `filters`, sorted by name. Two threads may both make the same one."""
+        question = (tenant, filters)
+        with self._lock:
+            if question in self._lists:
+                self._lists.move_to_end(question)
+                return self._lists[question]
+        if filters == _NO_FILTERS:
+            rows = _sorted_rows(self._snapshot.records.values(), tenant)
+        else:
+            rows = list(_matching(self._rows(tenant, _NO_FILTERS), filters))
+        with self._lock:
+            if question not in self._lists:
+                self._lists[question] = rows
+                self._num_rows += len(rows) + ROWS_OF_A_LIST
+            while self._num_rows > self._max_rows and len(self._lists) > 1:
+                _, dropped = self._lists.popitem(last=False)
+                self._num_rows -= len(dropped) + ROWS_OF_A_LIST
+        return rows
+
+
+def _sorted_rows(records: Iterable[AdapterRecord], tenant: str) -> Rows:
+    """Return what `tenant` may use under its names, sorted in blocks: one sort of a large pool would hold the GIL."""
+    named = ((record.ref.name_for(tenant), record) for record in records if record.is_visible_to(tenant))
+    blocks: list[Rows] = []
+    while block := list(islice(named, _SORTED_TOGETHER)):
+        blocks.append(sorted(block, key=itemgetter(0)))
+    return list(heapq.merge(*blocks, key=itemgetter(0)))
+
+
+def _matching(rows: Rows, filters: PageRequest) -> Iterator[tuple[str, AdapterRecord]]:
+    tags, part, words = set(filters.tags), filters.contains.lower(), filters.words.casefold().split()
+    for name, record in rows:
+        if filters.owner not in (None, record.ref.tenant):
             continue
-        name = record.ref.name_for(tenant)
         if tags <= set(record.tags) and part in name.lower() and _holds_all(words, (name, *record.tags)):
             yield name, record
 

@@ -13,6 +13,7 @@ from retriever_svc.differences import differences
 from retriever_svc.encoder import Encoder, Vectors
 from retriever_svc.index import AdapterIndex, Allowed, IndexSettings, Match
 from retriever_svc.inverted_lists import InvertedLists
+from retriever_svc.listing import Listings
 from retriever_svc.planning import resolve
 from retriever_svc.projection import MAX_POINTS, Plane, Point, PoolMap
 from retriever_svc.view_cache import ViewCache
@@ -29,6 +30,10 @@ class Pool:
     _floors: ViewCache[float] = field(default_factory=ViewCache)
     _maps: ViewCache[tuple[Plane, PoolMap]] = field(default_factory=ViewCache)
     _counts: ViewCache[int] = field(default_factory=ViewCache)
+    listings: Listings = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "listings", Listings(self.snapshot))
 
     @classmethod
     def of(

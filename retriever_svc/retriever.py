@@ -16,7 +16,7 @@ from retriever_svc.embedding import embed_groups
 from retriever_svc.encoder import Vectors
 from retriever_svc.errors import NoAdapterMatched, NothingToEmbed, StaleIndex
 from retriever_svc.index import Match
-from retriever_svc.listing import Page, PageRequest, page
+from retriever_svc.listing import Page, PageRequest
 from retriever_svc.live_pool import LivePool
 from retriever_svc.planning import named_plan, replayed_plan, resolve_version, routed_plan
 from retriever_svc.pool import Pool
@@ -129,7 +129,7 @@ class Retriever:
 
     def page(self, tenant: str, request: PageRequest, min_generation: int = 0) -> Page:
         """A page of what `tenant` may use. Raises: StaleIndex."""
-        return page(self._pool_at(min_generation).snapshot, tenant, request)
+        return self._pool_at(min_generation).listings.page(tenant, request)
 
     def versions(self, tenant: str, name: str, min_generation: int = 0) -> tuple[int, list[AdapterRecord]]:
         """(generation, the kept versions of what `tenant` means by `name` that it may see, the live one first).

@@ -19,7 +19,7 @@ from retriever_svc import (
     Route,
     RouteRequest,
 )
-from retriever_svc.listing import page
+from retriever_svc.listing import Listings
 from retriever_svc.planning import named_plan, replayed_plan
 from tests.deployments.adapter_records import ENCODER, POOL, adapter, given
 
@@ -56,7 +56,7 @@ class FakeRetriever:
         return replayed_plan(self._snapshot, tenant, strategy, pinned, generation)
 
     async def page(self, tenant: str, request: PageRequest, min_generation: int = 0) -> Page:
-        return page(self._snapshot, tenant, request)
+        return Listings(self._snapshot).page(tenant, request)
 
     async def load(self, tenant: str) -> tuple[int, int]:
         return 7, len(self._snapshot.visible_to(tenant))

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, ClassVar
 
 import pytest
 
 from lora_store.records import AdapterRecord
 from lora_store.snapshot import Snapshot
-from retriever_svc.listing import Page, PageRequest, page
+from retriever_svc.listing import ROWS_OF_A_LIST, Listings, Page, PageRequest
 from tests.retriever_svc.pool_fakes import record_of
 
 TAGS = [(), ("code",), ("code", "fast"), ("prose",)]
@@ -66,9 +69,9 @@ def matching_slowly(tenant: str, request: PageRequest) -> list[str]:
     ids=str,
 )
 def test_pages_hold_every_match_once_and_in_order(tenant: str, limit: int, filters: dict[str, object]) -> None:
-    snapshot, seen, after, has_more = snapshot_of(*RECORDS), [], "", True
+    listings, seen, after, has_more = Listings(snapshot_of(*RECORDS)), [], "", True
     while has_more:
-        found = page(snapshot, tenant, PageRequest(limit, after, **filters))  # type: ignore[arg-type]
+        found = listings.page(tenant, PageRequest(limit, after, **filters))  # type: ignore[arg-type]
         assert len(found.rows) == limit or not found.has_more
         assert found.num_found == len(matching_slowly(tenant, PageRequest(limit, **filters)))  # type: ignore[arg-type]
         seen += names(found)
@@ -78,15 +81,58 @@ def test_pages_hold_every_match_once_and_in_order(tenant: str, limit: int, filte
 
 def test_a_page_goes_on_after_a_name_that_is_gone() -> None:
     kept = [record for record in RECORDS if record.ref.name != "Alpha05"]
-    assert names(page(snapshot_of(*kept), "a", PageRequest(1, "Alpha05"))) == ["Alpha06"]
+    assert names(Listings(snapshot_of(*kept)).page("a", PageRequest(1, "Alpha05"))) == ["Alpha06"]
 
 
 def test_anothers_adapter_is_listed_by_its_owner_so_that_no_own_name_ever_hides_it() -> None:
     own = record_of("same", None, tenant="a", visibility="private")
     public = record_of("same", None, tenant="b")
     snapshot = snapshot_of(own, public)
-    assert names(page(snapshot, "a", PageRequest(9))) == ["b/same", "same"]
-    assert names(page(snapshot, "c", PageRequest(9))) == ["b/same"]
+    listings = Listings(snapshot)
+    assert names(listings.page("a", PageRequest(9))) == ["b/same", "same"]
+    assert names(listings.page("c", PageRequest(9))) == ["b/same"]
     for tenant in ("a", "c"):
-        for name, record in page(snapshot, tenant, PageRequest(9)).rows:
+        for name, record in listings.page(tenant, PageRequest(9)).rows:
             assert snapshot.resolve(tenant, name) == record
+
+
+class Touched(AdapterRecord):
+    """A record that counts how often one is looked at."""
+
+    __slots__ = ()
+    count: ClassVar[list[int]] = [0]
+
+    def __getattribute__(self, name: str) -> Any:
+        Touched.count[0] += 1
+        return super().__getattribute__(name)
+
+
+def touched_by(work: Callable[[], object]) -> int:
+    before = Touched.count[0]
+    work()
+    return Touched.count[0] - before
+
+
+def test_only_a_lists_first_page_looks_at_the_pools_records() -> None:
+    count = 20_000  # more than are sorted together
+    records = [record_of(f"a{n:05}", None, tenant=f"t{n % 3}", tags=("x",) if n % 2 else ()) for n in range(count)]
+    counted = [Touched(**{f.name: getattr(record, f.name) for f in fields(record)}) for record in records]
+    listings = Listings(snapshot_of(*counted))
+    for filters in ({}, {"tags": ("x",)}, {"words": "a0001"}):
+        first, after = PageRequest(100, **filters), PageRequest(100, "t1/a00010", **filters)  # type: ignore[arg-type]
+        assert touched_by(lambda first=first: listings.page("t0", first)) > count / 4
+        for request in (after, first):
+            assert touched_by(lambda request=request: listings.page("t0", request)) == 0
+    rows = listings.page("t0", PageRequest(count)).rows
+    assert [name for name, _ in rows] == sorted(name for name, _ in rows)
+    assert len(rows) == count
+
+
+def test_lists_together_have_a_bound() -> None:
+    max_rows = 3 * ROWS_OF_A_LIST + 30
+    listings = Listings(snapshot_of(*RECORDS), max_rows=max_rows)
+    for word in ("alpha", "beta", "code", "fast", "prose", "a", "b", "0", "1", "no such", "nor such"):
+        for tenant in ("a", "b", "nobody"):
+            listings.page(tenant, PageRequest(9, words=word))
+            taken = sum(len(rows) + ROWS_OF_A_LIST for rows in listings._lists.values())
+            assert listings._num_rows == taken <= max_rows
