@@ -57,7 +57,7 @@ from deployments.request_figures import ChangeFigures, RequestFigures
 from deployments.request_ids import RequestIds
 from deployments.request_record import RequestRecord
 from deployments.request_recorder import RequestRecorder
-from deployments.request_time import deadline_of, within
+from deployments.request_time import deadline_of, seconds_until, within
 from deployments.retries import repeated_stream
 from deployments.safe_headers import SafeHeaders
 from deployments.schemas import ChatCompletionRequest, CompletionRequest, RouteQuery
@@ -97,6 +97,7 @@ class Begun:
     meter: Meter
     held: ExitStack
     record: RequestRecord
+    deadline: float  # by this process's monotonic clock
 
 
 @serve.ingress(app)
@@ -204,8 +205,8 @@ class Ingress:
                 request_id=record.request_id,
             )
             jobs = jobs_of(answer.request_id, request, questions, plans, self._config.template)
-            jobs = [replace(job, tenant=caller.tenant, deadline=deadline) for job in jobs]
-            return Begun(answer, jobs, meter, stack.pop_all(), record)
+            jobs = [replace(job, tenant=caller.tenant) for job in jobs]
+            return Begun(answer, jobs, meter, stack.pop_all(), record, deadline)
 
     async def _whole(self, begun: Begun) -> JsonObject:
         parts: list[list[Delta]] = [[] for _ in begun.jobs]
@@ -234,16 +235,16 @@ class Ingress:
         return interleaved([repeated_stream(attempt, whole=whole) for attempt in attempts])
 
     def _attempt(self, begun: Begun, index: int) -> AsyncGenerator[Delta]:
-        return begun.record.watch(index, self._deltas(begun.jobs[index], begun.meter))
+        return begun.record.watch(index, self._deltas(begun.jobs[index], begun.meter, begun.deadline))
 
-    async def _deltas(self, job: Job, meter: Meter) -> AsyncGenerator[Delta]:
+    async def _deltas(self, job: Job, meter: Meter, deadline: float) -> AsyncGenerator[Delta]:
         """One Worker's deltas; leaving early cancels the job there. A repeat is metered in the place of the first."""
+        job = replace(job, time_left_s=seconds_until(deadline))
         response = direct(self._worker).options(stream=True).stream.remote(job)
-        assert job.deadline is not None
         try:
             async with aclosing(heard(aiter(response), self._silence_s)) as deltas:
                 while True:
-                    async with within(job.deadline + self._worker_grace_s):  # the Worker keeps it, unless it hangs
+                    async with within(deadline + self._worker_grace_s):  # the Worker keeps it, unless it hangs
                         delta = await anext(deltas, None)
                     if delta is None:
                         return

@@ -73,7 +73,7 @@ class Engine:
         base: BaseModel | None = None,
         executor: Executor | None = None,
         free_fill: float = 0.0,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
         build_kv_cache: Callable[[KvShape], KvCache] | None = None,
     ) -> None:
         if config.num_threads is not None:
@@ -93,7 +93,7 @@ class Engine:
         kernel, device = make_lora_kernel(config), torch.device(config.device)
         self._forward = ForwardPass(self.base, self.residency, self.kv_cache, context, kernel, device)
         check.run(self._forward, self.residency, self.kv_cache)
-        self.prepare = Preparer(self.base, self.max_len)
+        self.prepare = Preparer(self.base, self.max_len, clock)
         self._probe_row = self.prepare.of_tokens(Job("probe", ""), [0], lambda event: None)
         self._num_broken_steps = 0
         self._executor = executor or load_executor(config.load_threads)
@@ -109,7 +109,7 @@ class Engine:
         window = LoadWindow(config.host_cache_bytes, _WINDOW_BATCHES * config.max_batch_size)
         self._admission = Admission(self.loader, self.residency, self.kv_cache, window)
         self.running: list[Row] = []
-        self._clock, self._next_due = clock, math.inf
+        self.clock, self._next_due = clock, math.inf
         self._forgetting: set[str] = set()
         self.counters = Counters()
 
@@ -119,7 +119,7 @@ class Engine:
             raise EngineFull(f"{len(self.waiting)} requests already wait")
         if not row.keep_logits:  # a probe is nobody's traffic
             self.counters.count_request(row.weights_digests, self.residency, self.loader)
-        row.came_at = self._clock()
+        row.came_at = self.clock()
         row.start_by = row.came_at + self.config.max_wait_s
         self._next_due = min(self._next_due, row.start_by, row.deadline)
         self._admission.append(row)
@@ -192,7 +192,7 @@ class Engine:
     @property
     def seconds_to_due(self) -> float | None:
         """How long until a request may be overdue, at most an hour; None when none can be."""
-        return None if self._next_due == math.inf else min(max(self._next_due - self._clock(), 0.0), _LONGEST_SLEEP_S)
+        return None if self._next_due == math.inf else min(max(self._next_due - self.clock(), 0.0), _LONGEST_SLEEP_S)
 
     @property
     def has_work(self) -> bool:
@@ -226,7 +226,7 @@ class Engine:
 
     def _end_overdue(self) -> None:
         """End what is past its deadline, running or not, and what has waited too long to start."""
-        now = self._clock()
+        now = self.clock()
         if now < self._next_due:
             return
         self._end([(row, DeadlineExceeded(row.num_new_tokens)) for row in self.running if row.deadline <= now])
@@ -265,7 +265,7 @@ class Engine:
         for row, error in failed:
             self.send(row, error)
         if started:
-            now = self._clock()
+            now = self.clock()
             for row in started:
                 if row.num_new_tokens == 0:  # of its first start
                     row.queued_s = now - row.came_at

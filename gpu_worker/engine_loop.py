@@ -63,8 +63,9 @@ class EngineLoop:
 
     async def watched(self, job: Job, sign_every_s: float | None) -> AsyncGenerator[Delta | None]:
         """`stream`, with None first of all and wherever `sign_every_s` pass without text: a sign of life."""
+        arrived = self.engine.clock()
         yield None
-        [(row, events)] = await self._submit_all([job])
+        [(row, events)] = await self._submit_all([job], arrived=arrived)
         try:
             while True:
                 while (event := await _next_of(events, sign_every_s)) is None:
@@ -142,7 +143,9 @@ class EngineLoop:
                 raise EngineStopped("the engine has stopped")
             self._commands.put(command)
 
-    async def _submit_all(self, jobs: Sequence[Job], *, keep_logits: bool = False) -> list[tuple[Row, _Events]]:
+    async def _submit_all(
+        self, jobs: Sequence[Job], *, keep_logits: bool = False, arrived: float | None = None
+    ) -> list[tuple[Row, _Events]]:
         """Each job's row and what it is told; all are queued between the same two steps."""
         loop = asyncio.get_running_loop()
         told: list[_Events] = [asyncio.Queue() for _ in jobs]
@@ -151,7 +154,7 @@ class EngineLoop:
             def sink(event: Delta | Exception) -> None:
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-            return self.engine.prepare(job, sink, keep_logits=keep_logits)
+            return self.engine.prepare(job, sink, keep_logits=keep_logits, arrived=arrived)
 
         rows = await asyncio.to_thread(lambda: [prepare(*each) for each in zip(jobs, told, strict=True)])
         self.submit(rows)

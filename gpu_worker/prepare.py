@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
 
 from gpu_worker.base_model import BaseModel
 from gpu_worker.errors import PromptInvalid, PromptTooLong, SamplingInvalid
@@ -16,17 +17,23 @@ from gpu_worker.token_bytes import TokenBytes
 
 
 class Preparer:
-    """Safe to call from any thread."""
+    """Safe to call from any thread. `clock`: the engine's, by which deadlines are kept."""
 
-    def __init__(self, base: BaseModel, max_len: int) -> None:
-        self._base, self._max_len = base, max_len
+    def __init__(self, base: BaseModel, max_len: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._base, self._max_len, self._clock = base, max_len, clock
         self._spell = TokenBytes(base.backend_tokenizer)
         self._num_embeddings: int = base.model.get_input_embeddings().weight.shape[0]
 
-    def __call__(self, job: Job, sink: Sink, *, keep_logits: bool = False) -> Row:
-        """Render and tokenize the job's prompt. Raises: PromptInvalid, PromptTooLong, SamplingInvalid."""
+    def __call__(self, job: Job, sink: Sink, *, keep_logits: bool = False, arrived: float | None = None) -> Row:
+        """Render and tokenize the job's prompt. `arrived`: when the job came, by the engine's clock; None: now.
+
+        Raises: PromptInvalid, PromptTooLong, SamplingInvalid.
+        """
+        arrived = self._clock() if arrived is None else arrived
         self._require_ids("logit_bias", [token_id for token_id, _ in job.sampling.logit_bias])
-        return self.of_tokens(job, self._tokens(job), sink, keep_logits=keep_logits)
+        row = self.of_tokens(job, self._tokens(job), sink, keep_logits=keep_logits)
+        row.deadline = math.inf if job.time_left_s is None else arrived + job.time_left_s
+        return row
 
     def of_tokens(self, job: Job, tokens: list[int], sink: Sink, *, keep_logits: bool = False) -> Row:
         """Take these tokens in the place of the job's prompt. Raises: PromptTooLong, SamplingInvalid."""
@@ -45,7 +52,6 @@ class Preparer:
             spell=self._spell,
             keep_logits=keep_logits,
             tenant=job.tenant,
-            deadline=math.inf if job.deadline is None else job.deadline,
         )
 
     def _tokens(self, job: Job) -> list[int]:

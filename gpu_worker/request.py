@@ -97,7 +97,7 @@ class Job:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     template: str = "alpaca"  # how messages are rendered; a raw prompt is used as it is
     tenant: str = LOCAL_TENANT  # tenants take turns in the engine's queue
-    deadline: float | None = None  # seconds since the epoch: a worker may run on another machine
+    time_left_s: float | None = None  # as it is sent; no clock of one machine is compared with another's
 
 
 @dataclass(frozen=True, slots=True)

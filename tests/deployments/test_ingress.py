@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from deployments.request_record import RequestRecord
 from deployments.schemas import ChatCompletionRequest
 from gpu_worker.errors import EngineStopped, PromptTooLong, SamplingInvalid
 from gpu_worker.prompts import Message
-from gpu_worker.request import Delta, SamplingParams
+from gpu_worker.request import Delta, Job, SamplingParams
 from lora_store import BASE_PLAN
 from retriever_svc import Route, RouteRequest
 from tests.deployments.adapter_records import BASE, POOL
@@ -187,6 +188,11 @@ def test_a_stream_whose_worker_vanished_in_it_breaks_off() -> None:
     asyncio.run(run())
 
 
+def jobs_of(served: Served) -> list[Job]:
+    """Return the jobs that the Worker was sent, but for the time that was left of each."""
+    return [replace(job, time_left_s=None) for (job,) in served.worker.called("stream")]
+
+
 def test_a_whole_answer_outlives_two_workers_that_die_in_it() -> None:
     async def run() -> None:
         served = serve_plainly(worker=Dying((DEATH,), (*DELTAS[:2], DEATH), DELTAS))
@@ -195,7 +201,7 @@ def test_a_whole_answer_outlives_two_workers_that_die_in_it() -> None:
         answer = await served.ingress._whole(begun)
         assert answer["choices"][0]["message"]["content"] == "Hello"
         assert answer["usage"]["total_tokens"] == begun.meter.num_tokens == 8, "metered once"
-        jobs = [job for (job,) in served.worker.called("stream")]
+        jobs = jobs_of(served)
         assert jobs == jobs[:1] * 3 and answer["id"] == f"chatcmpl-{jobs[0].request_id}"
         assert len(served.retriever.called("route")) == 1
 
@@ -210,7 +216,7 @@ def test_a_stream_outlives_workers_that_die_before_its_first_token() -> None:
 def test_of_several_answers_only_the_one_that_lost_its_worker_begins_again() -> None:
     answer, served = generate(CHAT | {"n": 2}, worker=Dying(DELTAS, (DELTAS[0], DEATH), DELTAS))
     assert [choice["message"]["content"] for choice in answer["choices"]] == ["Hello", "Hello"]
-    first, second, again = [job for (job,) in served.worker.called("stream")]
+    first, second, again = jobs_of(served)
     assert first != second == again
 
 

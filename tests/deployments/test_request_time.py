@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from deployments.request_time import within
-from gpu_worker.errors import DeadlineExceeded
+from gpu_worker.errors import DeadlineExceeded, EngineStopped
 from gpu_worker.request import Delta, Job
 from retriever_svc import Route, RouteRequest
 from tests.deployments.app_fakes import Served, serve_plainly
@@ -49,9 +49,9 @@ def deadline_given(body: dict[str, Any], **settings: Any) -> float:
         await served.ingress.generate(CHAT | body)
         return served
 
-    deadline = asyncio.run(run()).job.deadline
-    assert deadline is not None
-    return deadline - time.time()
+    time_left_s = asyncio.run(run()).job.time_left_s
+    assert time_left_s is not None
+    return time_left_s
 
 
 def test_the_worker_is_told_the_clients_deadline_and_never_more_than_the_servers() -> None:
@@ -65,7 +65,8 @@ def test_over_http_time_counts_from_before_the_body() -> None:
     read_at: list[float] = []
 
     async def slow_body() -> AsyncIterator[bytes]:
-        read_at.append(time.time())
+        read_at.append(time.monotonic())
+        await asyncio.sleep(0.05)
         yield b'{"timeout_s": 20, "messages": [{"role": "user", "content": "Hi"}]}'
 
     async def question(client: Any, served: Served) -> Served:
@@ -74,8 +75,31 @@ def test_over_http_time_counts_from_before_the_body() -> None:
         assert response.status_code == 200
         return served
 
-    deadline = ask(question).job.deadline
-    assert deadline - 20 <= read_at[0]
+    assert ask(question).job.time_left_s <= 20 - 0.05
+
+
+class Failing(FakeWorker):
+    """Fails its first attempt after a while, and records the time left of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times_left: list[float | None] = []
+
+    async def stream(self, job: Job) -> AsyncIterator[Delta]:
+        self.times_left.append(job.time_left_s)
+        if len(self.times_left) == 1:
+            await asyncio.sleep(0.05)
+            raise EngineStopped("the engine has stopped")
+        for delta in DELTAS:
+            yield delta
+
+
+def test_a_repeat_is_sent_the_time_that_is_left_by_then() -> None:
+    worker = Failing()
+    assert post("/v1/chat/completions", CHAT | {"timeout_s": 20}, worker=worker).status_code == 200
+    first, second = worker.times_left
+    assert first is not None and second is not None
+    assert 19 < second <= first - 0.05 < 20
 
 
 @pytest.mark.parametrize("timeout_s", [0, -1, "soon", float("nan"), float("inf")])
@@ -120,12 +144,12 @@ def test_within_leaves_other_timeouts_as_they_are() -> None:
             raise TimeoutError("somebody else's")
 
     with pytest.raises(TimeoutError, match="somebody"):
-        asyncio.run(fail(time.time() + 100))
+        asyncio.run(fail(time.monotonic() + 100))
 
 
 def test_what_is_late_already_ends_where_it_would_wait() -> None:
     async def run() -> None:
-        async with within(time.time() - 1):
+        async with within(time.monotonic() - 1):
             await asyncio.Event().wait()
 
     with pytest.raises(DeadlineExceeded):

@@ -38,7 +38,7 @@ def make_engine(tiny_folders: Mapping[str, Path], tiny_base: Callable[..., BaseM
         base: BaseModel | None = None,
         executor: Executor | None = None,
         fetch: Fetch | None = None,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
         build_kv_cache: Callable[[KvShape], KvCache] | None = None,
         **changes: object,
     ) -> Engine:

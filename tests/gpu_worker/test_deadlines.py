@@ -45,7 +45,7 @@ def test_a_running_request_ends_at_its_deadline_and_the_others_go_on(
 ) -> None:
     clock = Clock()
     engine = make_engine({}, clock=clock)
-    late = ask(engine, replace(greedy("late", BASE_PLAN, "late", 100), deadline=1010.0))
+    late = ask(engine, replace(greedy("late", BASE_PLAN, "late", 100), time_left_s=10.0))
     staying_job = greedy("stays", BASE_PLAN, "stays", 12)
     staying = ask(engine, staying_job)
     for _ in range(4):
@@ -69,7 +69,7 @@ def test_a_waiting_request_ends_at_its_deadline(waits_for: str, make_engine: Mak
     if waits_for == "a row":
         ask(engine, greedy("busy", BASE_PLAN, "busy", 100))
     plan = BASE_PLAN if waits_for == "a row" else plan_of("selection", (weights, 1.0))
-    late = ask(engine, replace(greedy("late", plan, "late"), deadline=1010.0))
+    late = ask(engine, replace(greedy("late", plan, "late"), time_left_s=10.0))
     engine.step()
     assert engine.seconds_to_due == 10.0
     clock.now = 1011.0
@@ -80,10 +80,17 @@ def test_a_waiting_request_ends_at_its_deadline(waits_for: str, make_engine: Mak
 
 def test_a_deadline_that_is_past_when_the_request_comes_is_kept(make_engine: MakeEngine) -> None:
     engine = make_engine({}, clock=Clock())
-    late = ask(engine, replace(greedy("late"), deadline=999.0))
+    late = ask(engine, replace(greedy("late"), time_left_s=-1.0))
     assert not engine.step()
     assert isinstance(late.error, DeadlineExceeded)
     assert engine.num_steps == 0
+
+
+def test_the_time_left_counts_from_the_arrival_of_the_job(make_engine: MakeEngine) -> None:
+    engine = make_engine({}, clock=Clock())
+    job, sink = replace(greedy("x"), time_left_s=10.0), lambda event: None
+    assert engine.prepare(job, sink).deadline == 1010.0
+    assert engine.prepare(job, sink, arrived=995.0).deadline == 1005.0
 
 
 def test_a_request_that_cannot_start_is_refused_in_time_and_one_that_runs_may_go_on(make_engine: MakeEngine) -> None:
@@ -118,7 +125,7 @@ def test_every_delta_says_how_long_its_request_waited(make_engine: MakeEngine) -
 def test_the_next_to_be_late_is_found_after_each(make_engine: MakeEngine) -> None:
     clock = Clock()
     engine = make_engine({}, clock=clock, max_wait_s=50.0)
-    answers = [ask(engine, replace(greedy("x", BASE_PLAN, i, 100), deadline=1000.0 + 10 * i)) for i in (3, 1, 2)]
+    answers = [ask(engine, replace(greedy("x", BASE_PLAN, i, 100), time_left_s=10.0 * i)) for i in (3, 1, 2)]
     ended = []
     for _ in range(4):
         engine.step()
@@ -129,7 +136,7 @@ def test_the_next_to_be_late_is_found_after_each(make_engine: MakeEngine) -> Non
 
 def test_a_deadline_in_a_far_future_is_no_sleep_of_that_length(make_engine: MakeEngine) -> None:
     engine = make_engine({}, clock=Clock(), max_batch_size=1, max_wait_s=1e300)
-    ask(engine, replace(greedy("x"), deadline=1e300))
+    ask(engine, replace(greedy("x"), time_left_s=1e300))
     assert engine.seconds_to_due == 3600.0
     engine.run_until_idle()
 
@@ -160,7 +167,7 @@ def test_a_stream_ends_with_the_deadline_as_its_error(
         told: list[Delta] = []
         gate.permits.release()
         try:
-            async for delta in loop.stream(replace(greedy("x", num_new=100), deadline=1010.0)):
+            async for delta in loop.stream(replace(greedy("x", num_new=100), time_left_s=10.0)):
                 told.append(delta)
                 clock.now = 1010.0
                 gate.open()
@@ -185,6 +192,6 @@ def test_a_bound_on_waiting_is_above_zero(seconds: float, tiny_folders: Any) -> 
 
 def test_a_real_clock_is_used_where_none_is_given(tiny_folders: Any) -> None:
     engine = Engine(tiny_config(tiny_folders["llama"]), fetching({}.__getitem__, InlineExecutor()))
-    late = ask(engine, replace(greedy("x", num_new=100), deadline=1.0))
+    late = ask(engine, replace(greedy("x", num_new=100), time_left_s=-1.0))
     engine.run_until_idle()
     assert isinstance(late.error, DeadlineExceeded)

@@ -77,7 +77,7 @@ class World:
     num_faults: int = 0
 
     def alone(self, job: Job) -> Answer:
-        job = replace(job, request_id="lone", tenant="lone", deadline=None)
+        job = replace(job, request_id="lone", tenant="lone", time_left_s=None)
         if job not in self.lone_answers:
             [self.lone_answers[job]] = run_together(self.lone, [job])
         return self.lone_answers[job]
@@ -107,9 +107,10 @@ class EngineStates(RuleBasedStateMachine):
     ) -> None:
         num_new = max(1, round(share * (MAX_LEN - num_prompt_tokens)))
         sampling = SamplingParams(max_tokens=num_new, temperature=0 if seed is None else 1, seed=seed, ignore_eos=True)
-        deadline = None if seconds is None else self.now + seconds
         text = ("the quick brown fox " * 4)[: num_prompt_tokens - 1]
-        job = Job(str(self.world.num_joined), text, self.world.plans[plan], sampling, tenant=tenant, deadline=deadline)
+        job = Job(
+            str(self.world.num_joined), text, self.world.plans[plan], sampling, tenant=tenant, time_left_s=seconds
+        )
         try:
             self.answers.append((job, ask(self.engine, job)))
             self.world.num_joined += 1

@@ -251,7 +251,7 @@ def test_every_row_hears_of_a_device_that_is_lost(make_engine: MakeEngine) -> No
 def test_a_deadline_is_told_though_the_device_is_lost(make_engine: MakeEngine) -> None:
     now = [1000.0]
     engine, lose = losing(make_engine, clock=lambda: now[0])
-    answer = ask(engine, replace(greedy("x", num_new=100), deadline=1001.0))
+    answer = ask(engine, replace(greedy("x", num_new=100), time_left_s=1.0))
     engine.step()
     lose()
     now[0] = 1002.0

@@ -142,7 +142,7 @@ def test_one_that_ran_ends_at_its_deadline_all_the_same(make_engine: MakeEngine,
     clock, weights = Clock(), random_adapter(shapes, 1)
     engine = make_engine(by_digest(weights), kv_tokens=MAX_LEN, clock=clock)
     ask(engine, job_of(50, 60, 0))
-    late = ask(engine, job_of(50, 60, 1, plan_of("selection", (weights, 1.0)), deadline=1010.0))
+    late = ask(engine, job_of(50, 60, 1, plan_of("selection", (weights, 1.0)), time_left_s=10.0))
     until_preempted(engine)
     clock.now = 1010.0
     engine.step()
