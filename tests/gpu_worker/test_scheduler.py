@@ -57,11 +57,43 @@ def test_a_step(rows: list[Row], budget: int, expected: list[tuple[int, int, int
 
 def test_beside_decoding_rows_prompts_are_read_in_smaller_chunks() -> None:
     rows = [row_of(0, 20, 0), row_of(1, 9, 8), row_of(2, 9, 0)]
-    assert shown(rows, 16, chunk=4) == [(1, 0, 1, 8), (0, 1, 4, 0)]
-    assert shown(rows, 3, chunk=4) == [(1, 0, 1, 8), (0, 1, 2, 0)]
-    assert shown(rows[::2], 24, chunk=4) == [(0, 0, 20, 0), (2, 20, 4, 0)], "nobody decodes"
-    rows = [row_of(0, 3, 0), *rows[1:]]
-    assert shown(rows, 16, chunk=4) == [(1, 0, 1, 8), (0, 1, 3, 0), (2, 4, 1, 0)]
+    assert shown(rows, 16, chunk=4) == [(1, 0, 1, 8), (0, 1, 2, 0), (2, 3, 2, 0)]
+    assert shown(rows, 3, chunk=4) == [(1, 0, 1, 8), (0, 1, 1, 0), (2, 2, 1, 0)]
+    assert shown(rows, 2, chunk=4) == [(1, 0, 1, 8), (0, 1, 1, 0)]
+    assert shown(rows[::2], 24, chunk=4) == [(0, 0, 15, 0), (2, 15, 9, 0)], "nobody decodes"
+
+
+def steps_until_read(row: Row, rows: list[Row], *, arriving: int = 0) -> int:
+    """Steps until the row's prompt is read; `arriving` short prompts join in each of them."""
+    for count in range(1, 1000):
+        for _ in range(arriving):
+            rows.append(row_of(len(rows), 20, 0))
+        for each, segment in schedule(rows, 1024, 192):
+            each.num_computed += segment.num_tokens
+            if each.num_computed == len(each.tokens):
+                rows.remove(each)
+        if row not in rows:
+            return count
+    raise AssertionError("the prompt is never read")
+
+
+@pytest.mark.parametrize("num_ahead", [1, 5])
+def test_a_short_prompt_does_not_wait_for_the_long_ones_before_it(num_ahead: int) -> None:
+    decoding, short = row_of(0, 9, 8), row_of(99, 20, 0)
+    ahead = [row_of(1 + number, 8000, 0) for number in range(num_ahead)]
+    assert (99, 20) in [(s.row, s.num_tokens) for _, s in schedule([decoding, *ahead, short], 1024, 192)]
+    assert steps_until_read(short, [*ahead, short]) == 1
+
+
+@pytest.mark.parametrize("arriving", [1, 30, 60])
+def test_a_long_prompt_gets_on_however_many_short_ones_keep_coming(arriving: int) -> None:
+    long = row_of(0, 8000, 0)
+    assert steps_until_read(long, [long], arriving=arriving) <= 2 * 8000 / 1024 + 1
+
+
+def test_a_prompt_that_is_not_the_first_is_read_in_its_turn_at_the_latest() -> None:
+    first, second = row_of(0, 4000, 0), row_of(1, 4000, 0)
+    assert steps_until_read(second, [first, second], arriving=60) <= 2 * 8000 / 1024 + 2
 
 
 @given(st.data())
