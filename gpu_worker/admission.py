@@ -38,7 +38,7 @@ class Admission:
             self._has_weights(row)
 
     def put_back(self, row: Row) -> None:
-        """A row that ran waits before all others. Its adapters stay pinned: it needs nothing but KV to run on."""
+        """Let a row that ran wait before all others. Its adapters stay pinned: it needs nothing but KV to run on."""
         self.waiting.put_back(row)
 
     def remove(self, row: Row) -> None:
@@ -84,6 +84,9 @@ class Admission:
             return None
         return row if self._has_weights(row) else None
 
+        for row in self.waiting.returned:
+            if not self._is_full:
+                self._try_start(row)
     def _has_weights(self, row: Row) -> bool:
         """Whether all that the bank lacks of the row's adapters is loaded; what is not, is begun within the window."""
         missing = [digest for digest in row.adapter_set if digest not in self._residency]

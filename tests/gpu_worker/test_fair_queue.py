@@ -162,9 +162,23 @@ def test_rows_that_are_put_back_come_first_the_last_one_before_the_others() -> N
     assert [each.request_id for each in taken] == ["t/a0", "u/a0"]
     for each in reversed(taken):
         queue.put_back(each)
-        assert each in queue and queue.is_first(each) and next(queue.turns()) is each
+        assert each in queue and queue.returned[0] is each and next(queue.turns()) is each
+        assert queue.companions(each) == [each]
     assert len(queue) == 7 and len(set(queue)) == 7
     assert drain(queue) == ["t/a0", "u/a0", "v/c0", "t/b0", "u/a1", "t/a1", "t/b1"]
+
+
+def test_no_newcomer_comes_between_rows_that_were_put_back() -> None:
+    """Of one tenant too, whose turn is over with the first of them."""
+    first, second = row("a", "t", 1), row("b", "t", 2)
+    queue = queue_of(first, second)
+    for each in (first, second):
+        queue.take(each)
+    for each in (second, first):
+        queue.put_back(each)
+    queue.append(row("a", "u", 3))
+    queue.append(row("a", "t", 4))
+    assert drain(queue) == ["t/a1", "t/b2", "u/a3", "t/a4"]
 
 
 def test_one_that_is_put_back_when_its_tenant_waits_no_more_waits_alone() -> None:
@@ -173,3 +187,42 @@ def test_one_that_is_put_back_when_its_tenant_waits_no_more_waits_alone() -> Non
     queue.take(alone)
     queue.put_back(alone)
     assert list(queue) == [alone] and drain(queue) == ["local/a0"]
+
+
+def flooded(**counts: int) -> FairQueue:
+    """A queue in which tenants have so many rows, in turn."""
+    queue = FairQueue()
+    for number in range(max(counts.values())):
+        for tenant, count in counts.items():
+            if number < count:
+                queue.append(row("ab"[number % 2], tenant, number))
+    return queue
+
+
+@pytest.mark.parametrize(
+    ("counts", "tenant", "expected"),
+    [
+        ({"a": 8}, "a", None),  # it may use the whole queue, and no more
+        ({"a": 8}, "b", "a/b7"),
+        ({"a": 5, "b": 3}, "b", "a/a4"),
+        ({"a": 4, "b": 4}, "b", None),
+        ({"a": 4, "b": 4}, "a", None),
+        ({"a": 6, "b": 2}, "c", "a/b5"),
+        ({"a": 3, "b": 3, "c": 2}, "c", None),  # two of three would not be a fairer share
+        ({"a": 5, "b": 2, "c": 1}, "b", "a/a4"),
+        ({"a": 5, "b": 2, "c": 1}, "a", None),
+    ],
+    ids=str,
+)
+def test_a_tenant_below_its_share_takes_the_newest_place_of_the_largest(
+    counts: dict[str, int], tenant: str, expected: str | None
+) -> None:
+    found = flooded(**counts).row_in_place_of(tenant, 8)
+    assert (found and found.request_id) == expected
+
+
+def test_a_row_that_was_put_back_never_gives_its_place_away() -> None:
+    queue = queue_of(first := row("a", "t", 1))
+    queue.take(first)
+    queue.put_back(first)
+    assert queue.row_in_place_of("u", 1) is None

@@ -128,6 +128,24 @@ def test_rows_join_while_each_that_runs_can_take_one_page_more(make_engine: Make
     assert all(answer.is_finished for answer in (*growing, too_long))
 
 
+def test_rows_that_gave_up_their_kv_run_on_before_any_newcomer(make_engine: MakeEngine) -> None:
+    """Two of one tenant wait again; newcomers of another would fit beside the row that runs."""
+    engine = make_engine({}, kv_tokens=MAX_LEN, max_batch_size=4)
+    rows = [ask(engine, job_of(30, 60, i, tenant="t")) for i in range(3)]
+    while len(engine.waiting.returned) < 2:
+        engine.step()
+    returned = engine.waiting.returned
+    newcomers = [ask(engine, job_of(2, 20, 10 + i, tenant="u")) for i in range(6)]
+    while engine.waiting.returned:
+        engine.step()
+        started = [answer for answer in newcomers if answer.row.num_computed]
+        assert not started or not engine.waiting.returned, "a newcomer overtook a row that ran"
+    assert all(row.num_computed or row not in engine.running for row in returned)
+    engine.run_until_idle()
+    assert all(answer.is_finished for answer in (*rows, *newcomers))
+    assert_nothing_held(engine)
+
+
 def test_one_that_ran_is_not_refused_for_having_waited(make_engine: MakeEngine) -> None:
     clock = Clock()
     engine = make_engine({}, kv_tokens=MAX_LEN, clock=clock, max_wait_s=5.0)
