@@ -114,15 +114,28 @@ class Engine:
         self.counters = Counters()
 
     def submit(self, row: Row) -> None:
-        """Queue the row; what the bank lacks of its adapters starts loading, unless too many do. Raises: EngineFull."""
-        if len(self.waiting) >= self.config.max_waiting:
-            raise EngineFull(f"{len(self.waiting)} requests already wait")
+        """Queue the row; what the bank lacks of its adapters starts loading, unless too many do.
+
+        One tenant alone may take all of `max_waiting`; beside others each has an equal share. Raises: EngineFull.
+        """
+        self._make_room(row.tenant)
         if not row.keep_logits:  # a probe is nobody's traffic
             self.counters.count_request(row.weights_digests, self.residency, self.loader)
         row.came_at = self.clock()
         row.start_by = row.came_at + self.config.max_wait_s
         self._next_due = min(self._next_due, row.start_by, row.deadline)
         self._admission.append(row)
+
+    def _make_room(self, tenant: str) -> None:
+        """Refuse another tenant's row where the queue is full and `tenant` is below its share. Raises: EngineFull."""
+        if len(self.waiting) < self.config.max_waiting:
+            return
+        full = EngineFull(f"{self.config.max_waiting} requests already wait; try again later")
+        refused = self.waiting.row_in_place_of(tenant, self.config.max_waiting)
+        if refused is None:
+            raise full
+        self._admission.remove(refused)
+        self.send(refused, full)
 
     def preload(self, digests: Collection[str]) -> list[Future[FittedAdapter]]:
         """The loads of what the bank lacks, begun now."""
