@@ -30,20 +30,25 @@ class Admission:
         self._started: list[Row] = []
         self._failed: list[tuple[Row, Exception]] = []
         self._is_full = False  # no KV for the row whose turn it is
+        self._num_joined = 0  # rows that were appended, put back or removed
+        self._seen: tuple[int, ...] | None = None  # what was the case when no row could start; None: look again
 
     def append(self, row: Row) -> None:
         """Let the row wait; what the bank lacks of its adapters starts loading now, where the window has room."""
         self.waiting.append(row)
+        self._num_joined += 1
         if self.waiting.is_first(row):
             self._has_weights(row)
 
     def put_back(self, row: Row) -> None:
         """Let a row that ran wait before all others. Its adapters stay pinned: it needs nothing but KV to run on."""
         self.waiting.put_back(row)
+        self._num_joined += 1
 
     def remove(self, row: Row) -> None:
         """Let the row wait no longer."""
         self.waiting.remove(row)
+        self._num_joined += 1
         self._window.discard(row)
         if row.is_pinned:
             self._residency.unpin(row.weights_digests)
@@ -58,10 +63,30 @@ class Admission:
         return rows
 
     def admit(self) -> tuple[list[Row], list[tuple[Row, Exception]]]:
-        """The rows that run from now on, and those whose loads or plan failed. The caller settles the bank."""
+        """Return the rows that run from now on, and those whose loads or plan failed. The caller settles the bank.
+
+        Where nothing has changed since no row could start, none is looked at: thousands may wait.
+        """
         self._started, self._failed = [], []
+        num_ended = self._loader.num_ended  # loads end on other threads: those that do meanwhile are looked at next
+        if self._seen != self._state(num_ended):
+            self._walk()
+            waits_for_growth = self._is_full and self._kv_cache.num_free > 0  # of rows that need no more pages soon
+            is_settled = not (self._started or self._failed or waits_for_growth)
+            self._seen = self._state(num_ended) if is_settled else None
+        return self._started, self._failed
+
+    def _state(self, num_ended: int) -> tuple[int, ...]:
+        """Return numbers of which one rises whenever a row that could not start may be able to."""
+        return num_ended, self._residency.num_changes, self._kv_cache.num_freed, self._num_joined
+
+    def _walk(self) -> None:
+        """Start what can start, each in its turn; begin loads ahead where there is no KV."""
         self._is_full = self._kv_cache.num_free == 0
         self._window.refresh()
+        for row in self.waiting.returned:
+            if not self._is_full:
+                self._try_start(row)
         reserving = self._row_with_reservation()
         if reserving is not None and not self._is_full:
             self._try_start(reserving)
@@ -74,7 +99,6 @@ class Admission:
             elif reserving is None or row.is_pinned or not row.plan.adapters:
                 self._try_start(row)
                 reserving = self._row_with_reservation()
-        return self._started, self._failed
 
     def _row_with_reservation(self) -> Row | None:
         """None too while it waits for a load, which nobody behind it could speed up by waiting as well."""
@@ -84,9 +108,6 @@ class Admission:
             return None
         return row if self._has_weights(row) else None
 
-        for row in self.waiting.returned:
-            if not self._is_full:
-                self._try_start(row)
     def _has_weights(self, row: Row) -> bool:
         """Whether all that the bank lacks of the row's adapters is loaded; what is not, is begun within the window."""
         missing = [digest for digest in row.adapter_set if digest not in self._residency]

@@ -45,6 +45,7 @@ class KvCache(ABC):
         self.shape = shape
         self._free_rows = list(range(shape.num_rows))  # a heap: low rows first, so that rows lie close together
         self._free_pages = list(range(shape.num_pages))
+        self.num_freed = 0  # rows, since the start: while it stays the same, no room was gained
         self._pages: dict[int, list[int]] = {}  # by row, in the order of its tokens
         self._most_pages: dict[int, int] = {}  # by row, at its longest length
 
@@ -93,6 +94,7 @@ class KvCache(ABC):
         pages = self._pages.pop(row)
         del self._most_pages[row]
         self._wipe(row, pages)
+        self.num_freed += 1
         self._free_pages += pages
         heapq.heappush(self._free_rows, row)
 

@@ -36,6 +36,7 @@ class AdapterLoader:
         self._fetch, self._fit, self._executor = fetch, fit, executor
         self._budget_bytes, self._on_done = budget_bytes, on_done
         self._lock = threading.Lock()
+        self.num_ended = 0  # loads, since the start
         self._loads: OrderedDict[str, Future[FittedAdapter]] = OrderedDict()  # least recently used first
         self._bytes: dict[str, int] = {}  # of those that are loaded
 
@@ -94,12 +95,18 @@ class AdapterLoader:
             return
         self._keep(digest, fitted)
         future.set_result(fitted)
-        self._on_done()
+        self._end()
 
     def _fail(self, digest: str, future: Future[FittedAdapter], exc: Exception) -> None:
         with self._lock:
             del self._loads[digest]
         future.set_exception(_load_error(digest, exc))
+        self._end()
+
+    def _end(self) -> None:
+        """Count a load that has ended, once its future has."""
+        with self._lock:
+            self.num_ended += 1
         self._on_done()
 
     def _keep(self, digest: str, fitted: FittedAdapter) -> None:

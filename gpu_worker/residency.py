@@ -34,6 +34,7 @@ class Residency:
         self._pins: dict[str, int] = {}
         self._unwritten: dict[str, FittedAdapter] = {}  # have their rows, and are written where these are once settled
         self.active_rows = 0
+        self.num_changes = 0  # of what is pinned or resident, since the start
 
     def __contains__(self, digest: object) -> bool:
         """Whether the bank holds the adapter, pinned or not."""
@@ -76,10 +77,12 @@ class Residency:
             if digest not in self._pins:
                 self._rows[digest] = self._bring_in(missing[digest]) if digest in missing else self._rows.pop(digest)
             self._pins[digest] = self._pins.get(digest, 0) + 1
+        self.num_changes += 1
         return True
 
     def unpin(self, digests: Sequence[str]) -> None:
         """Drop one pin for each; an adapter without pins may be evicted."""
+        self.num_changes += 1
         for digest in digests:
             self._pins[digest] -= 1
             if self._pins[digest] == 0:
@@ -100,6 +103,7 @@ class Residency:
     def evict(self, digest: str) -> None:
         """The rows of a resident adapter without pins are free."""
         assert digest not in self._pins, "a running request reads these rows"
+        self.num_changes += 1
         rows = self._rows.pop(digest)
         self._unwritten.pop(digest, None)
         for row in rows:

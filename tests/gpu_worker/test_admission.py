@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from itertools import combinations
 
@@ -13,6 +13,7 @@ from gpu_worker.engine import Engine
 from gpu_worker.errors import AdapterLoadFailed
 from gpu_worker.load_window import MIN_ROWS
 from gpu_worker.request import Job, SamplingParams
+from gpu_worker.row import Row
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN, Plan
 from tests.gpu_worker.driving import (
@@ -239,3 +240,40 @@ def test_two_thousand_rows_that_cannot_start_cost_a_step_little(
         seconds.append(time.perf_counter() - began)
     assert engine.waiting and not engine.running
     assert min(seconds) * 1000 < 10 * count / 512
+
+
+def count_looks(engine: Engine) -> list[int]:
+    """Count, in the list's one number, the waiting rows that admission looks at from now on."""
+    looks, turns = [0], engine.waiting.turns
+
+    def counted() -> Iterator[Row]:
+        for row in turns():
+            looks[0] += 1
+            yield row
+
+    engine.waiting.turns = counted  # type: ignore[method-assign]
+    return looks
+
+
+def test_a_full_bank_is_not_tried_again_for_all_that_wait_until_something_changes(
+    make_engine: MakeEngine, shapes: Shapes, alone: Alone
+) -> None:
+    """Sixty adapter sets wait while one row holds the bank: a step looks at none of them."""
+    pool = [random_adapter(shapes, i, rank=4, modules=lambda name: "layers.0" in name) for i in range(61)]
+    engine = make_engine(by_digest(*pool), bank_rank_rows=4, max_batch_size=4)
+    running = ask(engine, job_of("t", only(pool[0]), "first", 30))
+    engine.step()
+    waiting = [ask(engine, job_of("t", only(weights), i, 1)) for i, weights in enumerate(pool[1:])]
+    engine.step()
+    looks = count_looks(engine)
+    for _ in range(20):
+        engine.step()
+    assert looks[0] <= 2 * len(waiting), "at most the walks that began loads"
+    before = looks[0]
+    base = ask(engine, job_of("base", BASE_PLAN, "base", 1))
+    engine.step()
+    assert base.is_finished and looks[0] > before, "what is new is looked at"
+    engine.run_until_idle()
+    assert all(answer.is_finished for answer in (running, *waiting))
+    assert_same(waiting[0], alone(job_of("t", only(pool[1]), 0, 1), by_digest(*pool)))
+    assert_nothing_held(engine)
