@@ -18,6 +18,7 @@ from deployments.batch_rows import answered
 from deployments.batch_run import BatchRun, store_of
 from deployments.local_handle import LocalHandle
 from deployments.weights_fetcher import WeightsFetcher
+from gpu_worker.cpu_count import with_threads
 from gpu_worker.engine import Engine
 from gpu_worker.engine_loop import EngineLoop
 from gpu_worker.errors import EngineStopped
@@ -37,7 +38,7 @@ class PartAnswerer:
     def __init__(self, run: BatchRun) -> None:
         config = run.settings.config
         max_waiting = (PARTS_AT_ONCE + 1) * run.settings.part_rows
-        worker = replace(config.worker_config(), max_waiting=max_waiting, max_wait_s=math.inf)
+        worker = replace(with_threads(config.worker_config()), max_waiting=max_waiting, max_wait_s=math.inf)
         executor = load_executor(worker.load_threads)
         cache = None if config.weights_cache is None else DiskCache(*config.weights_cache)
         self._fetcher = WeightsFetcher(LocalHandle(_StoredWeights(store_of(config))), executor, cache=cache)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -35,7 +34,7 @@ class WorkerSettings(_Settings):
 
     device: Literal["cpu", "cuda"] = "cpu"  # cuda: with `num_gpus` in worker_scaling
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    num_threads: int | None = Field(default=None, ge=1)  # None: the machine's cores
+    num_threads: int | None = Field(default=None, ge=1)  # None: the CPUs the worker's process may use
     lora_products: Literal["auto", "torch"] = "auto"  # auto: compiled where a C++ compiler is found, on the CPU
     bank_rank_rows: int = Field(default=256, ge=1)
     max_batch_size: int = Field(default=32, ge=1)
@@ -263,8 +262,9 @@ class AppConfig(_Settings):
 
     def worker_config(self) -> WorkerConfig:
         settings = self.worker.model_dump(exclude={"stream_interval_ms", "niceness", "wedged_after_s"})
-        settings["num_threads"] = settings["num_threads"] or os.cpu_count()
-        return WorkerConfig(base_model=self.base_model, cache_dir=self.cache_dir, **settings)
+        num_gpus = self.worker_scaling.num_gpus
+        share = num_gpus if 0 < num_gpus < 1 else 1.0  # Ray places as many such workers on one GPU as fit
+        return WorkerConfig(base_model=self.base_model, cache_dir=self.cache_dir, device_share=share, **settings)
 
 
 def load_config(path: Path | None, **changes: Any) -> AppConfig:

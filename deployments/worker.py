@@ -24,6 +24,7 @@ from deployments.weights_fetcher import WeightsFetcher
 from deployments.worker_figures import WorkerFigures
 from deployments.worker_scaling import ONGOING, WAITING_TOKENS
 from gpu_worker.config import WorkerConfig
+from gpu_worker.cpu_count import with_threads
 from gpu_worker.engine import Engine
 from gpu_worker.engine_loop import EngineLoop
 from gpu_worker.errors import EngineStopped
@@ -58,6 +59,7 @@ class WorkerDeployment:
         end_process: Callable[[int], object] = os._exit,
     ) -> None:
         join_serve_logs()
+        config = with_threads(config)
         require_token_mode(allow_unauthenticated=allow_unauthenticated_ray)
         self._figures = WorkerFigures(config.bank_rank_rows, kinds)
         self._asyncio_loop = asyncio.get_event_loop()

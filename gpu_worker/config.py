@@ -20,7 +20,7 @@ class WorkerConfig:
     cache_dir: Path = DEFAULT_CACHE_DIR
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Literal["cpu", "cuda"] = "cpu"
-    num_threads: int | None = None  # None: one per core
+    num_threads: int | None = None  # None: as torch has them; `with_threads` counts those this process may use
     lora_products: Literal["auto", "torch"] = "auto"  # auto: compiled at start where a C++ compiler is found
     bank_rank_rows: int = 256  # rank rows of adapters held on the device at once
     max_batch_size: int = 32  # rows generating at once
@@ -33,6 +33,7 @@ class WorkerConfig:
     max_waiting: int = 2048  # requests queued before the engine refuses
     max_wait_s: float = 90.0  # a request that has not started by then is refused; a load that hangs says so before
     host_cache_bytes: int = 1 << 30  # adapter weights kept in host memory
+    device_share: float = 1.0  # of the GPU's memory, where several workers are placed on one
     load_threads: int = 2  # they decode and check; no thread waits for a fetch
 
     @property
@@ -52,6 +53,8 @@ class WorkerConfig:
             )
         if self.max_chunk_tokens is not None and self.max_chunk_tokens < 1:
             raise WorkerConfigInvalid(f"max_chunk_tokens must be at least 1, got {self.max_chunk_tokens}")
+        if not 0 < self.device_share <= 1:
+            raise WorkerConfigInvalid(f"device_share must be above 0 and at most 1, got {self.device_share}")
         if self.device == "cuda" and self.dtype == "float32":
             raise WorkerConfigInvalid("dtype float32 is not served on cuda, whose attention takes bfloat16")
         if not self.max_wait_s > 0:

@@ -20,13 +20,22 @@ _NAMES = (  # of the limit, what is used of it, its statistics, and what in them
 )
 
 
-def free_bytes(device: torch.device) -> int:
-    """What a process may still take. Raises: WorkerConfigInvalid where torch finds no such device."""
+def free_bytes(device: torch.device, share: float = 1.0) -> int:
+    """Return what this process may still take, of a GPU at most its `share` of all of it.
+
+    Workers that share a GPU may plan at the same time, when all of it is free to each of them.
+    Raises: WorkerConfigInvalid where torch finds no such device.
+    """
     if device.type == "cpu":
         return min([_available_bytes(), *cgroup_bytes(_CGROUPS)])
     if not torch.cuda.is_available():
         raise WorkerConfigInvalid(f"device is {device.type}, and torch {torch.__version__} finds none")
-    return torch.cuda.mem_get_info(device)[0]
+    return share_of(*torch.cuda.mem_get_info(device), share)
+
+
+def share_of(num_free_bytes: int, num_bytes: int, share: float) -> int:
+    """Return what one of several processes may take of a device: its share of all bytes, if so many are free."""
+    return min(num_free_bytes, int(share * num_bytes))
 
 
 def cgroup_bytes(root: Path) -> list[int]:

@@ -389,7 +389,7 @@ class Engine:
 def _loaded(config: WorkerConfig, base: BaseModel | None) -> tuple[BaseModel, MemoryPlan]:
     """The base model on its device, and a plan that fits. Raises: BaseModelUnsupported, WorkerConfigInvalid."""
     device = torch.device(config.device)
-    num_free_bytes, limits = free_bytes(device), mapping_limits()  # before the weights are among what is taken
+    num_free_bytes, limits = free_bytes(device, config.device_share), mapping_limits()  # before the weights are taken
     base = base or load_base_model(config)
     plan = plan_memory(config, base, num_free_bytes, limits)
     logger.info("%s: %s", config.base_model, plan)

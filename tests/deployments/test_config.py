@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -153,8 +152,16 @@ def test_worker_settings_reach_the_engine_field_by_field() -> None:
     assert settings.keys() | {"stream_interval_ms", "niceness", "wedged_after_s"} == WorkerSettings.model_fields.keys()
 
 
-def test_the_engine_takes_every_core_where_nothing_is_said() -> None:
-    assert AppConfig().worker_config().num_threads == os.cpu_count()
+def test_threads_are_counted_on_the_workers_machine_where_none_are_set() -> None:
+    assert AppConfig().worker_config().num_threads is None
+
+
+@pytest.mark.parametrize(("num_gpus", "share"), [(0.5, 0.5), (0.25, 0.25), (1, 1.0), (2, 1.0)])
+def test_a_worker_plans_with_its_share_of_the_gpu(num_gpus: float, share: float) -> None:
+    scaling = ScalingSettings(num_gpus=num_gpus, max_ongoing_requests=2112)
+    config = AppConfig(worker=WorkerSettings(device="cuda"), worker_scaling=scaling)
+    assert config.worker_config().device_share == share
+    assert AppConfig().worker_config().device_share == 1.0
 
 
 def test_a_worker_that_could_not_start_is_refused_before_anything_starts() -> None:

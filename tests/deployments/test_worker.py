@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import nullcontext
@@ -67,6 +68,22 @@ class FakeStore:
         return [ref]
 
 
+def test_a_worker_counts_the_cpus_that_it_may_use_itself(
+    tiny_folders: Mapping[str, Path], request: pytest.FixtureRequest
+) -> None:
+    before, allowed = torch.get_num_threads(), os.sched_getaffinity(0)
+    request.addfinalizer(lambda: torch.set_num_threads(before))
+    request.addfinalizer(lambda: os.sched_setaffinity(0, allowed))
+
+    async def main() -> int | None:
+        worker = WorkerDeployment(tiny_config(tiny_folders["gemma3"]), 0.0, FakeHandle(FakeStore({})))
+        worker._loop.stop()
+        return worker._engine.config.num_threads
+
+    os.sched_setaffinity(0, {min(allowed)})
+    assert asyncio.run(main()) == 1
+
+
 @dataclass
 class Serving:
     """A worker, its store, and the weights that store has."""
@@ -107,7 +124,7 @@ def serve(tiny_folders: Mapping[str, Path], tiny_base: Callable[..., BaseModel])
             store = FakeStore(blobs)
             ends: list[int] = []
             worker = WorkerDeployment(
-                tiny_config(tiny_folders["gemma3"]),
+                tiny_config(tiny_folders["gemma3"], num_threads=torch.get_num_threads()),
                 0.0,
                 FakeHandle(store),
                 weights_cache,
@@ -136,7 +153,7 @@ def test_a_replica_that_cannot_compute_its_first_tokens_does_not_start(
 
     async def main() -> None:
         with pytest.raises(WarmUpFailed, match="the first steps failed"):
-            WorkerDeployment(tiny_config(tmp_path), 0.0, FakeHandle(FakeStore({})))
+            WorkerDeployment(tiny_config(tmp_path, num_threads=1), 0.0, FakeHandle(FakeStore({})))
 
     asyncio.run(main())
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from gpu_worker.device_memory import MappingLimit, cgroup_bytes, free_bytes, mapping_limits
+from gpu_worker.device_memory import MappingLimit, cgroup_bytes, free_bytes, mapping_limits, share_of
 
 
 def write(root: Path, files: dict[str, str]) -> None:
@@ -31,6 +31,14 @@ def test_no_limit_is_none(tmp_path: Path) -> None:
     assert cgroup_bytes(tmp_path) == []
     write(tmp_path, {"memory.max": "max"})
     assert cgroup_bytes(tmp_path) == []
+
+
+def test_workers_that_share_a_device_plan_with_no_more_than_it_has() -> None:
+    """All of it is free to each, where they plan at the same time; the last of several finds less than its share."""
+    assert share_of(80, 80, 1.0) == 80
+    assert share_of(80, 80, 0.5) + share_of(80, 80, 0.5) == 80
+    assert 3 * share_of(80, 80, 0.333) <= 80
+    assert share_of(30, 80, 0.5) == 30
 
 
 def test_this_machine_has_memory_left_and_no_more_than_it_has_at_all() -> None:
