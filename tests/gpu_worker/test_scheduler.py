@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpu_worker.request import SamplingParams
@@ -96,6 +96,7 @@ def test_a_prompt_that_is_not_the_first_is_read_in_its_turn_at_the_latest() -> N
     assert steps_until_read(second, [first, second], arriving=60) <= 2 * 8000 / 1024 + 2
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_no_long_prompt_stalls_a_decoding_row_and_segments_are_adjacent(data: st.DataObject) -> None:
     lengths = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=8))
