@@ -314,8 +314,7 @@ class Engine:
     def _end_failed(self, failed: Sequence[tuple[Row, Exception]], *, works: bool) -> None:
         """End the rows that could not be computed. Where nothing else was, a token of nobody's shows what is to blame.
 
-        A device that computes that token does work: the rows fail by themselves, wherever they run. Else other replicas
-        may answer them. Raises: EngineStopped.
+        If it is computed, the rows fail wherever they run; else other replicas may answer them. Raises: EngineStopped.
         """
         try:
             self._release([row for row, _ in failed])
