@@ -106,7 +106,7 @@ def publishing(catalogue: Catalogue, num_tries: int, share: PoolShare | None, fi
 
         began = time.perf_counter()
         generation = catalogue.commit(rule)
-        assert catalogue.snapshot().generation == generation
+        assert catalogue.snapshot().generation >= generation  # above it where the commit was followed by a fold
         seconds.append(time.perf_counter() - began)
     what = "publish, read" if share is None else "publish within a share, read"
     return Measured(what, num_live, num_live, tuple(seconds))
