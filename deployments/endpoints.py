@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import socket
 from collections.abc import Callable, Sequence
 from ipaddress import IPv4Address, IPv6Address
 
 from deployments.errors import SourceRefused, SourceUnavailable
 from lora_store.location import Endpoint, Location
+
+logger = logging.getLogger(__name__)
 
 Address = IPv4Address | IPv6Address
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
@@ -53,7 +56,8 @@ def checked(uri: str, location: Location, resolve: Resolve = resolve_by_system) 
         raise SourceUnavailable(uri, f"the address of {endpoint.host} is not to be had: {exc}") from exc
     for address in addresses:
         if not _is_allowed(_plain(address), private_too=endpoint.is_named):
-            raise SourceRefused(uri, f"leads to the address {address} by the name {endpoint.host}")
+            logger.warning("the source %s leads to the address %s by the name %s", uri, address, endpoint.host)
+            raise SourceRefused(uri, "leads to an address that this server does not read from")
     if not addresses:
         raise SourceUnavailable(uri, f"{endpoint.host} has no address")
     return location.at_address(str(addresses[0])) if _can_be_pinned(endpoint) else location

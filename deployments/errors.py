@@ -221,7 +221,10 @@ class SourceMissing(DeploymentsError):
 
 
 class SourceUnavailable(DeploymentsError):
-    """The source cannot be read now. Try again, or mend what its message names."""
+    """The source cannot be read now. Try again; the server's log says why.
+
+    The text is for the log: it may quote endpoints and paths. `client_message` quotes what the client sent.
+    """
 
     def __init__(self, source: str, cause: str) -> None:
         super().__init__(source, cause)
@@ -230,6 +233,10 @@ class SourceUnavailable(DeploymentsError):
 
     def __str__(self) -> str:
         return f"the source {self.source[:200]!r} cannot be read: {self.cause[:500]}"
+
+    @property
+    def client_message(self) -> str:
+        return f"the source {self.source[:200]!r} cannot be read now; try again later, or ask who runs the server"
 
 
 class BodyNotAllowed(DeploymentsError):

@@ -116,9 +116,18 @@ def describe(error: Exception) -> tuple[int, dict[str, Any]]:
     cause = _cause_of(error)
     for kind, status, type_, code in TABLE:
         if isinstance(cause, kind):
-            return status, error_object(_SAID.get(kind) or str(cause), type_, code, param=getattr(cause, "param", None))
+            return status, error_object(_message_of(cause, kind), type_, code, param=getattr(cause, "param", None))
     logger.error("an unforeseen error", exc_info=error)
     return 500, error_object("the server failed to answer this request", _SERVER, _UNFORESEEN)
+
+
+def _message_of(cause: Exception, kind: type[Exception]) -> str:
+    """What the client reads. Texts that may quote buckets, endpoints or paths are logged in place of it."""
+    safe: str | None = getattr(cause, "client_message", None)
+    if safe is not None:
+        logger.warning("answered with %r: %s", safe, cause)
+        return safe
+    return _SAID.get(kind) or str(cause)
 
 
 def code_of(error: Exception) -> str:

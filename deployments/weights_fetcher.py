@@ -36,7 +36,7 @@ class _DamagedOnTheWay(Exception):
 _TABLE: tuple[tuple[type[Exception], bool, str], ...] = (
     (AdapterNotFound, False, "the adapter was withdrawn"),
     (BlobCorrupted, False, "what is stored is damaged; the adapter must be published again"),
-    (StoreUnavailable, True, ""),  # says it in words of its own
+    (StoreUnavailable, True, StoreUnavailable.client_message),
     (_DamagedOnTheWay, True, "they arrived damaged"),
     (TimeoutError, True, "the adapter store did not answer in time"),
     (BackPressureError, True, "the adapter store has too much to do"),
@@ -158,5 +158,5 @@ def _judge(error: Exception) -> tuple[bool, str]:
     cause = error.cause if isinstance(error, RayTaskError) and isinstance(error.cause, Exception) else error
     for kind, passes, words in _TABLE:
         if isinstance(cause, kind):
-            return passes, words or str(cause)
+            return passes, words
     return False, "the adapter store failed"

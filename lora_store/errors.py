@@ -118,7 +118,12 @@ class GenerationGone(LoraStoreError):
 
 
 class StoreUnavailable(LoraStoreError):
-    """The store cannot be reached. Nothing is lost; retry later."""
+    """The store cannot be reached. Nothing is lost; retry later.
+
+    The text is for the log: it may quote buckets, endpoints and paths. `client_message` quotes nothing.
+    """
+
+    client_message = "the adapter store cannot be reached; nothing is lost, try again later"
 
     def __init__(self, cause: str) -> None:
         super().__init__(cause)

@@ -144,7 +144,7 @@ def test_an_encoder_that_a_replica_cannot_load_is_not_activated(others: list[Any
 def test_an_error_before_the_first_line_is_a_status(job: str, error: Exception, status: int) -> None:
     response = post(f"/v1/pool/{job}", BODIES[job], retriever=FakeRetriever(steps=[[error]]))
     assert response.status_code == status
-    assert error_of(response)["message"] == str(error)
+    assert error_of(response)["message"] == getattr(error, "client_message", str(error))
 
 
 @pytest.mark.parametrize("job", ["reindex", "doctor"])

@@ -63,7 +63,7 @@ def check(text: str, *addresses: str) -> Location:
 @pytest.mark.parametrize("text", [CLOUD, "gs://bucket/pool"])
 def test_a_clouds_own_name_leads_to_public_addresses_only(text: str, address: str) -> None:
     assert check(text, PUBLIC) == Location(text)
-    with pytest.raises(SourceRefused, match="leads to the address"):
+    with pytest.raises(SourceRefused, match="leads to an address"):
         check(text, address)
     with pytest.raises(SourceRefused):
         check(text, PUBLIC, address)
@@ -72,7 +72,7 @@ def test_a_clouds_own_name_leads_to_public_addresses_only(text: str, address: st
 @pytest.mark.parametrize("address", NEVER)
 @pytest.mark.parametrize("text", [HTTP, HTTPS])
 def test_a_name_the_prefix_gives_leads_to_no_loopback_and_no_metadata(text: str, address: str) -> None:
-    with pytest.raises(SourceRefused, match=r"minio\.pool"):
+    with pytest.raises(SourceRefused, match="leads to an address"):
         check(text, address)
     with pytest.raises(SourceRefused):
         check(text, PUBLIC, address)

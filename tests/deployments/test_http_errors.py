@@ -121,7 +121,8 @@ def test_an_error_maps_as_stated_from_here_and_from_a_replica(
         found, body = describe(raised)
         assert found == status
         param = getattr(error, "param", None)
-        assert body == {"error": {"message": str(error), "type": type_, "param": param, "code": code}}
+        message = getattr(error, "client_message", str(error))
+        assert body == {"error": {"message": message, "type": type_, "param": param, "code": code}}
         headers = error_response(raised).headers
         expected = str(math.ceil(getattr(error, "retry_after_s", 1))) if status in (429, 503) else None
         assert headers.get("retry-after") == expected

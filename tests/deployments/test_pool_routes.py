@@ -377,7 +377,7 @@ def test_a_store_that_is_down_is_a_503_that_says_so_and_reads_go_on(
     async def run(client: httpx.AsyncClient, served: Served) -> None:
         response = await client.request(method, path, **sent)
         assert (response.status_code, error_of(response)["code"]) == (503, "store_unavailable")
-        assert "connection refused" in error_of(response)["message"]
+        assert "connection refused" not in error_of(response)["message"]  # it is for the log
         assert response.headers["retry-after"] == "1"
         for read in ("/v1/loras", "/v1/loras/poet", "/v1/models", "/ready"):
             assert (await client.get(read)).status_code == 200

@@ -166,5 +166,5 @@ def test_an_unreachable_endpoint_is_named(tmp_path: Path) -> None:
 def test_a_name_that_leads_back_to_this_machine_is_not_followed(tmp_path: Path) -> None:
     """Another spelling of a loopback address, which only the resolver understands."""
     prefix = "s3://bucket/pool?endpoint_override=127.1:9&scheme=http&region=us-east-1"
-    with pytest.raises(SourceRefused, match=r"127\.0\.0\.1"):
+    with pytest.raises(SourceRefused, match="leads to an address that this server does not read from"):
         folder_of_source("s3://bucket/pool/poet", [prefix], tmp_path, MAX_BYTES)

@@ -1,0 +1,78 @@
+"""What a client reads of a store or a source that fails: nothing of where it is."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from deployments.errors import SourceUnavailable
+from deployments.http_errors import error_response
+from deployments.sources import folder_of_source
+from lora_store import LoraStore, LoraStoreError
+from tests.s3 import S3Endpoint
+
+
+@pytest.fixture
+def dead_endpoint() -> Iterator[tuple[S3Endpoint, str]]:
+    """An endpoint that is stopped, and the URI of a store that was there."""
+    endpoint = S3Endpoint()
+    uri = endpoint.uri(f"secret-folder/{uuid4().hex}")
+    LoraStore(uri, accepts_base=["tiny"])
+    endpoint.stop()
+    yield endpoint, uri
+
+
+def _failing(uri: str) -> Iterator[Callable[[], object]]:
+    yield lambda: LoraStore(uri, accepts_base=["tiny"])
+    yield lambda: LoraStore(uri, accepts_base=["tiny"]).load("0" * 64)
+
+
+def _secrets(uri: str) -> list[str]:
+    host = uri.partition("endpoint_override=")[2].partition("&")[0]
+    return ["s3://", "127.0.0.1", host.rpartition(":")[2], "secret-folder", "pool", "catalogue", "_delta_log"]
+
+
+def test_an_answer_about_a_failing_s3_store_says_nothing_of_where_it_is(
+    dead_endpoint: tuple[S3Endpoint, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    _, uri = dead_endpoint
+    num_failed = 0
+    for call in _failing(uri):
+        with pytest.raises(LoraStoreError) as caught:
+            call()
+        caplog.clear()
+        response = error_response(caught.value)
+        body = bytes(response.body).decode()
+        assert response.status_code == 503
+        assert "try again later" in body
+        assert not [secret for secret in _secrets(uri) if secret in body], body
+        assert any("127.0.0.1" in record.getMessage() for record in caplog.records)  # the operator reads it
+        num_failed += 1
+    assert num_failed == 2
+
+
+def test_an_answer_about_a_folder_that_fails_names_no_path(tmp_path: Path) -> None:
+    blocked = tmp_path / "secret-folder"
+    blocked.write_text("no folder")
+    with pytest.raises(LoraStoreError) as caught:
+        LoraStore(str(blocked / "pool"), accepts_base=["tiny"])
+    body = bytes(error_response(caught.value).body).decode()
+    assert "secret-folder" not in body and str(tmp_path) not in body
+
+
+def test_an_answer_about_a_failing_source_holds_what_the_client_sent_and_no_endpoint(
+    dead_endpoint: tuple[S3Endpoint, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, uri = dead_endpoint
+    caplog.set_level(logging.WARNING)
+    prefix = f"s3://pool/shared?{uri.partition('?')[2]}"
+    with pytest.raises(SourceUnavailable) as caught:
+        folder_of_source("s3://pool/shared/poet", [prefix], tmp_path, 1000)
+    body = bytes(error_response(caught.value).body).decode()
+    assert "s3://pool/shared/poet" in body
+    assert "127.0.0.1" not in body and "endpoint" not in body.lower()
+    assert any("127.0.0.1" in record.getMessage() for record in caplog.records)
