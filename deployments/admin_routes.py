@@ -18,7 +18,7 @@ router = APIRouter(route_class=http_errors.AnsweringRoute)
 
 @router.post("/v1/pool/verify", response_class=StreamingResponse, responses=LINES_ANSWERS)
 async def verify(_: JobRequest, caller: Administering, pool: OpenPool) -> StreamingResponse:
-    """Read every stored blob again and compare it with its digest; another tenant's adapter is told by its digest."""
+    """Read every blob of the caller's own and of public adapters again, and compare it with its digest."""
     return await _stream(pool_jobs.verify(pool, caller.tenant))
 
 

@@ -23,18 +23,17 @@ _MAX_ROUNDS = 5
 
 
 async def verify(pool: Pool, tenant: str) -> AsyncGenerator[JsonObject]:
-    """Re-hash every blob; a bad one is told at once and again in the result, by name to its own tenant only."""
+    """Hash again every blob of what the tenant sees. Report a bad one at once, and again in the result."""
     await pool.publisher.reach_store()
     problems: list[JsonObject] = []
     done = 0
-    async with aclosing(_streamed(pool.store, "verify")) as checks:
+    async with aclosing(_streamed(pool.store, "verify", tenant)) as checks:
         async for verified in checks:
             assert isinstance(verified, Verified)
             done, check = verified.done, verified.check
             line: JsonObject = {"done": done, "total": verified.total}
             if check.problem is not None:
-                adapter = str(check.ref) if check.ref.tenant == tenant else check.ref.digest
-                problems.append({"digest": check.digest, "adapter": adapter, "problem": check.problem})
+                problems.append({"digest": check.digest, "adapter": str(check.ref), "problem": check.problem})
                 line |= {"problem": problems[-1]}
             yield line
     yield {"result": {"num_blobs": done, "problems": problems}}

@@ -152,14 +152,14 @@ class StoreDeployment:
         """Remove all that nothing refers to and that is older than `retention_s`."""
         return await asyncio.to_thread(self._store.gc, retention_s)
 
-    async def verify(self) -> AsyncIterator[Verified]:
-        """Every referenced blob, read and hashed again."""
-        snapshot = await asyncio.to_thread(self._store.snapshot)
-        checks, total = iter(self._store.verify()), len(snapshot.referenced())
+    async def verify(self, tenant: str) -> AsyncIterator[Verified]:
+        """Read and hash again every blob of the versions that `tenant` sees: its own and the public ones."""
+        wanted = await asyncio.to_thread(self._store.to_verify, tenant)
+        checks, total = iter(self._store.verify(wanted)), len(wanted)
         done = 0
         while (check := await asyncio.to_thread(next, checks, None)) is not None:
             done += 1
-            yield Verified(done, max(done, total), check)
+            yield Verified(done, total, check)
 
     async def samples(self, digests: Sequence[str]) -> list[tuple[Sample, ...]]:
         """The samples of each digest, in order. Raises: AdapterNotFound, BlobCorrupted, StoreUnavailable."""

@@ -219,9 +219,13 @@ class LoraStore:
         """Remove all that nothing needs and that is older than `retention_s`: what crashes and rivals left."""
         return self._upkeep.gc(retention_s)
 
-    def verify(self) -> Iterator[BlobCheck]:
-        """Every blob that a kept version needs, read and hashed again."""
-        return self._upkeep.verify()
+    def to_verify(self, tenant: str | None = None) -> dict[str, AdapterRef]:
+        """Return the blobs that kept versions need, each with one that needs it; only those `tenant` sees, if given."""
+        return self._upkeep.to_verify(tenant)
+
+    def verify(self, wanted: Mapping[str, AdapterRef] | None = None) -> Iterator[BlobCheck]:
+        """Read and hash these blobs again; None: all that kept versions need."""
+        return self._upkeep.verify(self.to_verify() if wanted is None else wanted)
 
     def _held(self, record: AdapterRecord, prepare: Callable[[], tuple[Sample, ...]]) -> Staged:
         hold = self._holds.take(record.blobs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence, Set
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -65,12 +65,16 @@ class Upkeep:
         self._catalogue.tidy(now - timedelta(seconds=max(retention_s, TABLE_RETENTION_S)))
         return Collected(sum(file.is_whole for file in removed), sum(file.num_bytes for file in removed))
 
-    def verify(self) -> Iterator[BlobCheck]:
-        """Every blob that a kept version needs, read and hashed again."""
-        wanted = list(_first_owners(self._catalogue.snapshot()).items())
+    def to_verify(self, tenant: str | None = None) -> dict[str, AdapterRef]:
+        """Return the blobs that kept versions need, each with one that needs it; only those `tenant` sees, if given."""
+        return _first_owners(self._catalogue.snapshot(), tenant)
+
+    def verify(self, wanted: Mapping[str, AdapterRef]) -> Iterator[BlobCheck]:
+        """Read and hash each of these blobs again."""
+        pairs = list(wanted.items())
         with ThreadPoolExecutor(_NUM_READERS) as pool:
-            for start in range(0, len(wanted), _CHECKED_AHEAD):
-                checks = pool.map(self._check, wanted[start : start + _CHECKED_AHEAD])
+            for start in range(0, len(pairs), _CHECKED_AHEAD):
+                checks = pool.map(self._check, pairs[start : start + _CHECKED_AHEAD])
                 yield from (check for check in checks if check is not None)
 
     def _check(self, wanted: tuple[str, AdapterRef]) -> BlobCheck | None:
@@ -99,11 +103,12 @@ class Upkeep:
         return self._catalogue.snapshot().referenced()
 
 
-def _first_owners(snapshot: Snapshot) -> dict[str, AdapterRef]:
-    """The blobs that are needed, each with one adapter that needs it."""
+def _first_owners(snapshot: Snapshot, tenant: str | None) -> dict[str, AdapterRef]:
+    """The blobs that are needed, each with one adapter that needs it and that `tenant` sees; None sees all."""
     owners: dict[str, AdapterRef] = {}
     for key in snapshot.records:
         for record in snapshot.versions(key):
-            for digest in record.blobs:
-                owners.setdefault(digest, record.ref)
+            if tenant is None or record.is_visible_to(tenant):
+                for digest in record.blobs:
+                    owners.setdefault(digest, record.ref)
     return owners

@@ -159,7 +159,7 @@ class FakeStore:
         self._fail("gc")
         return Collected(3, 12)
 
-    async def verify(self) -> AsyncIterator[Verified]:
+    async def verify(self, tenant: str) -> AsyncIterator[Verified]:
         self._fail("verify")
         checks = [BlobCheck(digest_of("a"), POOL[0].ref, None), BlobCheck(digest_of("b"), POOL[1].ref, "is missing")]
         for number, check in enumerate(checks, start=1):

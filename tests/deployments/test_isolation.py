@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import logging
 import statistics
 import time
@@ -362,3 +363,17 @@ def naming_to_answer(name: str) -> Iterator[Request]:
     yield "POST", "/v1/route", {"prompt": "hi", "lora": {"adapters": [{"name": name}]}}
     yield "GET", f"/v1/models/{name}", {}
     yield "GET", f"/v1/loras/{name}", {}
+
+
+def test_verify_counts_only_what_the_caller_may_see(tmp_path: Path) -> None:
+    """Neither how many blobs others have, nor the digests of a damaged one of theirs."""
+
+    async def look(tenants: TwoTenants) -> None:
+        for tenant, other in itertools.permutations(TENANTS):
+            listed = (await tenants.ask(tenant, "GET", "/v1/loras", params={"limit": 1000})).json()
+            lines = (await tenants.ask(tenant, "POST", "/v1/pool/verify", json={})).text
+            result = json.loads(lines.splitlines()[-1])["result"]
+            assert result["num_blobs"] == 2 * listed["total"] - 1  # weights and samples; the public two share theirs
+            assert not tenants.secrets[other].search(lines)
+
+    run(tmp_path, look)

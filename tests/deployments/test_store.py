@@ -239,7 +239,7 @@ def test_verify_reads_every_blob_again(stores: Stores) -> None:
         [staged] = await stores.publish(FolderUpload(stores.adapter()))
         [path] = (stores.folder / "pool" / "blobs").rglob(staged.weights_digest)
         path.write_bytes(b"damaged")
-        found = [verified async for verified in stores.deployment.verify()]
+        found = [verified async for verified in stores.deployment.verify("local")]
         assert [(verified.done, verified.total) for verified in found] == [(1, 2), (2, 2)]
         problems = {verified.check.digest: verified.check.problem for verified in found}
         assert problems.keys() == set(staged.record.blobs)
@@ -251,7 +251,7 @@ def test_verify_reads_every_blob_again(stores: Stores) -> None:
 
 def test_an_empty_pool_verifies(stores: Stores) -> None:
     async def check() -> list[Any]:
-        return [verified async for verified in stores.deployment.verify()]
+        return [verified async for verified in stores.deployment.verify("local")]
 
     assert run(check()) == []
 

@@ -163,3 +163,20 @@ def look_ups(snapshot, name):
         snapshot.resolve("other", name)
     assert str(caught.value) == f"no adapter {name!r}"
     return records.num_gets, public.num_gets
+
+
+def test_verify_reads_what_a_tenant_sees_and_nothing_of_others(open_store, make_folder):
+    store = open_store()
+    cases = [("acme", "mine", "private"), ("globex", "hidden", "private"), ("globex", "shown", "public")]
+    staged = {
+        name: store.stage(make_folder(name, seed), tenant=tenant, visibility=visibility)
+        for seed, (tenant, name, visibility) in enumerate(cases)
+    }
+    store.commit(list(staged.values()), [embedding()] * 3, [1.0] * 3, "me")
+    blobs = {name: set(item.record.blobs) for name, item in staged.items()}
+    for tenant, names in {"acme": ("mine", "shown"), "globex": ("hidden", "shown"), "other": ("shown",)}.items():
+        wanted = store.to_verify(tenant)
+        assert set(wanted) == set().union(*(blobs[name] for name in names))
+        assert {ref.name for ref in wanted.values()} <= set(names)
+        assert {check.digest for check in store.verify(wanted)} == set(wanted)
+    assert len(store.to_verify()) == len(set().union(*blobs.values())) == len(list(store.verify()))
