@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -57,6 +58,7 @@ class StoreDeployment:
         self._store = LoraStore(config.store_uri, accepts_base=config.accepted_bases)
         # Of their own: a batch from a slow source must leave threads to the workers' fetches.
         self._stagers = ThreadPoolExecutor(_NUM_STAGERS, thread_name_prefix="stage")
+        self._store.check_writes(os.environ)
         self._objects: ObjectCache[Any] = ObjectCache(self._store.load, put, config.store_object_cache_bytes)
 
     async def stage(self, upload: FolderUpload, module_shapes: Shapes) -> Staged:

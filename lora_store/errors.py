@@ -10,6 +10,7 @@ LoraStoreError
 ├── PlanInvalid         a plan breaks a rule (weights, size, strategy)
 ├── VersionConflict     another writer committed first, again and again
 ├── GenerationGone      the state of that generation cannot be had any more
+├── ConditionalWritesMissing  two writers of this S3 endpoint could overwrite each other
 ├── StoreUnavailable    the disk or the endpoint under the store does not answer
 └── EncoderIncomplete   an encoder cannot be activated: live adapters have no embedding by it
 """
@@ -115,6 +116,22 @@ class GenerationGone(LoraStoreError):
 
     def __str__(self) -> str:
         return f"generation {self.generation} of the pool is not kept any more; the newest one is {self.newest}"
+
+
+class ConditionalWritesMissing(LoraStoreError):
+    """The S3 endpoint takes a write that must fail. Use one that honours If-None-Match, or a shared folder."""
+
+    def __init__(self, first: int, second: int) -> None:
+        super().__init__(first, second)
+        self.first = first
+        self.second = second
+
+    def __str__(self) -> str:
+        return (
+            "the S3 endpoint of store_uri ignores If-None-Match: it answered two conditional writes of one new object"
+            f" with {self.first} and {self.second}, where the second must be 412. Two writers could overwrite each"
+            " other's changes of the pool. Use an endpoint that honours conditional writes, or a folder"
+        )
 
 
 class StoreUnavailable(LoraStoreError):

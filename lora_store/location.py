@@ -58,6 +58,21 @@ class Location:
         return self._parts.scheme == "file"
 
     @property
+    def is_s3(self) -> bool:
+        return self._parts.scheme == "s3"
+
+    @property
+    def region(self) -> str:
+        """The region that requests to S3 are signed for."""
+        return self._parameters.get("region", "us-east-1")
+
+    @property
+    def filesystem_path(self) -> str:
+        """This place's path on its filesystem: for S3 and GCS the bucket, then the key."""
+        path = unquote(self._parts.path)
+        return path if self.is_local else f"{self._parts.netloc}{path}".rstrip("/")
+
+    @property
     def endpoint(self) -> Endpoint | None:
         """None for a folder."""
         if self.is_local:
@@ -66,8 +81,7 @@ class Location:
         named = urlsplit(f"//{self._parameters.get('endpoint_override', '')}")
         if named.hostname:
             return Endpoint(named.hostname, named.port or _PORTS[scheme], scheme, is_named=True)
-        region = self._parameters.get("region", "us-east-1")
-        host = f"s3.{region}.amazonaws.com" if self._parts.scheme == "s3" else "storage.googleapis.com"
+        host = f"s3.{self.region}.amazonaws.com" if self._parts.scheme == "s3" else "storage.googleapis.com"
         return Endpoint(host, _PORTS[scheme], scheme, is_named=False)
 
     def at_address(self, address: str) -> Location:
@@ -84,9 +98,9 @@ class Location:
 
     def filesystem(self) -> tuple[FileSystem, str]:
         """The filesystem, and this place's path on it."""
+        path = self.filesystem_path
         if self.is_local:
-            return LocalFileSystem(), unquote(self._parts.path)
-        path = f"{self._parts.netloc}{unquote(self._parts.path)}".rstrip("/")
+            return LocalFileSystem(), path
         if self._parts.scheme == "s3":
             return _s3_filesystem(self._parameters), path
         files, _ = FileSystem.from_uri(f"gs://{self._parts.netloc}/?retry_limit_seconds={REQUEST_TIMEOUT_S}")

@@ -14,6 +14,7 @@ from lora_store.admission import Label, Shapes, check_folder
 from lora_store.blobs import BlobStore
 from lora_store.bounded_files import Limits
 from lora_store.catalogue import Catalogue
+from lora_store.conditional_writes import check_conditional_writes
 from lora_store.errors import AdapterNotFound, StoreUnavailable
 from lora_store.events import Event
 from lora_store.holds import Holds
@@ -63,11 +64,15 @@ class LoraStore:
     ) -> None:
         self._accepts_base, self._limits = frozenset(accepts_base), limits
         self._now = now
-        location = Location(uri)
+        self._location = location = Location(uri)
         self._blobs = BlobStore(location.child("blobs"))
         self._holds = Holds(location, now, sleep)
         self._catalogue = Catalogue(location.child("catalogue"), sleep)
         self._upkeep = Upkeep(self._blobs, self._holds, self._catalogue, now)
+
+    def check_writes(self, environment: Mapping[str, str]) -> None:
+        """Check that two writers cannot overwrite each other. Raises: ConditionalWritesMissing."""
+        check_conditional_writes(self._location, environment)
 
     def stage(
         self,

@@ -93,6 +93,7 @@ NEVER_REACH_A_CLIENT = {
     "BaseModelUnsupported": "stops a Worker at its start",
     "WarmUpFailed": "stops a Worker at its start",
     "WorkerConfigInvalid": "stops the application's build",
+    "ConditionalWritesMissing": "stops the Store at its start",
     "GenerationGone": "ends an offline run",
     "TooFewSamples": "ends `train-retriever`, and no request",
     "TrainingUnavailable": "ends `train-retriever`, and no request",
