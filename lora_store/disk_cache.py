@@ -12,6 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from lora_store.files import make_private_folder
 from lora_store.weights_blob import digest_of
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ class DiskCache:
         if len(data) > self._quota_bytes or not _DIGEST.fullmatch(digest):
             return
         with self._logged(f"{digest} could not be kept"):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_private_folder(self.folder)
             with FileLock(self.folder / _LOCK, timeout=_LOCK_TIMEOUT_S, poll_interval=_LOCK_POLL_S):
                 if not path.exists():
                     self._make_room(len(data))
@@ -75,6 +76,7 @@ class DiskCache:
         """Write beside `path`, then rename: what is there under a digest is whole."""
         half_written = self.folder / _HALF_WRITTEN
         try:
+            half_written.touch(mode=0o600)
             half_written.write_bytes(data)
             self._touch(half_written)
             half_written.replace(path)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from pathlib import Path
 from uuid import uuid4
 
 import pyarrow as pa
@@ -26,7 +27,7 @@ from deltalake.transaction import AddAction, RemoveAction
 
 from lora_store.errors import StoreUnavailable
 from lora_store.events import SCHEMA
-from lora_store.files import Files, store_errors
+from lora_store.files import Files, make_private_folder, store_errors
 from lora_store.location import Location
 
 logger = logging.getLogger(__name__)
@@ -227,6 +228,9 @@ def _open(location: Location) -> DeltaTable:
         return DeltaTable(uri, storage_options=options)
     except TableNotFoundError:
         logger.info("creating the catalogue at %s", uri)
+    if location.is_local:  # deltalake writes with the process' umask: the folder keeps others out
+        make_private_folder(Path(uri))
+        make_private_folder(Path(uri, "_delta_log"))
     try:
         return DeltaTable.create(uri, schema=SCHEMA, mode="ignore", configuration=_PROPERTIES, storage_options=options)
     except DeltaError:

@@ -111,12 +111,12 @@ def _short(error: Exception) -> str:
 
 def _write_local(path: Path, data: bytes, *, durable: bool) -> None:
     if not path.parent.is_dir():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_private_folder(path.parent)
         _sync(path.parent.parent)
     temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
-        with open(temporary, "xb") as file:
-            file.write(data)
+        with open(temporary, "xb", opener=_private) as file:
+            file.writelines(pieces)
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
@@ -135,3 +135,14 @@ def _sync(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+def make_private_folder(folder: Path) -> None:
+    """Create the folder and what is missing above it, for the owner of this process only."""
+    for part in reversed([folder, *folder.parents]):
+        if not part.is_dir():
+            part.mkdir(mode=0o700, exist_ok=True)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+

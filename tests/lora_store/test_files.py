@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 import pickle
+import stat
 import time
 from datetime import UTC, datetime
 from uuid import uuid4
@@ -9,8 +11,10 @@ from uuid import uuid4
 import pytest
 from moto.s3.models import s3_backends
 
-from lora_store import Location, StoreUnavailable
+from lora_store import Location, LoraStore, StoreUnavailable
+from lora_store.disk_cache import DiskCache
 from lora_store.files import Files
+from tests.lora_store.builders import BASE, embedding
 from tests.s3 import S3Endpoint
 
 
@@ -92,3 +96,23 @@ def test_what_is_deleted_while_it_is_read_is_not_there(s3_endpoint):
     finally:
         s3_endpoint.on_request = lambda: None
     assert next(requests) > 2
+
+
+def test_on_a_local_disk_only_the_owner_reads_the_store(tmp_path, make_folder):
+    """Private samples lie there. The catalogue's files are deltalake's own, and behind closed folders."""
+    old = os.umask(0o022)
+    try:
+        store = LoraStore(str(tmp_path / "new" / "pool"), accepts_base=[BASE])
+        store.commit([store.stage(make_folder())], [embedding()], [1.0], "me")
+        store.stage(make_folder("held", seed=1))
+        cache = DiskCache(tmp_path / "cache" / "weights", 1000)
+        cache.put("a" * 64, b"weights")
+    finally:
+        os.umask(old)
+    tops = (tmp_path / "new", tmp_path / "cache")
+    below = [path for top in tops for path in (top, *top.rglob("*"))]
+    folders, files = [path for path in below if path.is_dir()], [path for path in below if path.is_file()]
+    assert len(folders) >= 9 and len(files) >= 7
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folders} == {0o700}
+    own = [path for path in files if "catalogue" not in path.parts and path.name != ".lock"]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in own} == {0o600}
