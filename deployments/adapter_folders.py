@@ -37,3 +37,8 @@ def open_plain(path: Path) -> BinaryIO:
 def adapter_files(folder: Path) -> list[Path]:
     """The files of the adapter in `folder` that are there."""
     return [folder / name for name in ADAPTER_FILES if (folder / name).is_file()]
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the bytes of the files of the adapter in `folder` that are there. Links count as themselves."""
+    return sum((folder / name).lstat().st_size for name in ADAPTER_FILES if (folder / name).is_file())

@@ -92,6 +92,8 @@ class AppConfig(_Settings):
     source_prefixes: dict[str, tuple[str, ...]] | tuple[str, ...] = ()
     max_upload_bytes: int = Field(default=512 << 20, ge=1)  # of one adapter's files, uploaded or copied from a source
     max_upload_total_bytes: int = Field(default=1 << 30, ge=1)  # of all uploads that one Ingress replica holds at once
+    # Of uploads and sources that one Store replica checks at once: others wait for a minute, then are a 503.
+    max_staging_bytes: int = Field(default=1 << 30, ge=1)
     max_body_total_bytes: int = Field(default=256 << 20, ge=4 << 20)  # of all other bodies it holds; one has 4 MiB
     max_in_flight: int = Field(default=1024, ge=1)  # requests one Ingress replica works on; above it answers 429
     max_request_s: float = Field(default=600, gt=0)  # the longest a request may take, whatever its `timeout_s`
@@ -150,6 +152,8 @@ class AppConfig(_Settings):
     def _bounds_fit_each_other(self) -> Self:
         if self.max_upload_total_bytes < self.max_upload_bytes + FORM_OVERHEAD_BYTES:
             raise ValueError(f"max_upload_total_bytes is below one upload: max_upload_bytes + {FORM_OVERHEAD_BYTES}")
+        if self.max_staging_bytes < self.max_upload_bytes:
+            raise ValueError(f"max_staging_bytes ({self.max_staging_bytes}) is below max_upload_bytes: set it higher")
         for scaling in (self.ingress_scaling, self.worker_scaling):
             if scaling.graceful_shutdown_timeout_s < self.max_request_s:
                 raise ValueError("graceful_shutdown_timeout_s of Ingress and Worker is at least max_request_s")

@@ -11,6 +11,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.background import Background
+from deployments.direct_calls import by_ray
 from deployments.examiner import Examined, Examiner, Outcome
 from deployments.published import (
     Change,
@@ -153,11 +154,12 @@ class Publisher:
         active = await self.reach_store()
         await self._waking.wait()
         module_shapes = await repeated(self._worker.module_shapes)
+        store = by_ray(self._store)  # large files go through Ray's object store, and are not copied where they arrive
         slots = asyncio.Semaphore(_STAGED_TOGETHER)  # the Store's other callers need room too
 
         async def stage(upload: FolderUpload) -> Staged:
             async with slots:
-                staged: Staged = await repeated(self._store.stage, upload, module_shapes)
+                staged: Staged = await repeated(store.stage, upload, module_shapes)
                 return staged
 
         staged = await asyncio.gather(*map(stage, uploads), return_exceptions=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -11,7 +11,7 @@ from typing import Self
 import pyarrow as pa
 from pyarrow.fs import FileInfo, FileSystem
 
-from deployments.adapter_folders import ADAPTER_FILES
+from deployments.adapter_folders import ADAPTER_FILES, folder_bytes
 from deployments.endpoints import checked
 from deployments.errors import SourceMissing, SourceRefused, SourceUnavailable
 from lora_store import AdapterRefused
@@ -64,18 +64,23 @@ class SourcePrefix:
             raise ValueError(f"source prefix {text!r} {exc}") from exc
 
 
-def folder_of_source(uri: str, prefixes: Sequence[str], work: Path, max_bytes: int) -> Path:
+def folder_of_source(
+    uri: str, prefixes: Sequence[str], work: Path, max_bytes: int, take: Callable[[int], object] = lambda _: None
+) -> Path:
     """The folder at `uri`: itself where it is on this machine, else a copy of its adapter's files below `work`.
 
+    `take` is called with the bytes of its files before they are copied or read, and may wait.
     Raises: SourceRefused, SourceMissing, SourceUnavailable; AdapterRefused above `max_bytes`.
     """
     place, prefix = _allowed(uri, prefixes)
     inner = place.parts[len(prefix.uri.parts) :]
     if place.scheme == "file":
-        return _local_folder(uri, Path("/", *prefix.uri.parts), inner)
+        folder = _local_folder(uri, Path("/", *prefix.uri.parts), inner)
+        take(folder_bytes(folder))
+        return folder
     try:
         files, root = checked(uri, prefix.location).filesystem()
-        return _copy(uri, files, "/".join((root, *inner)), work, max_bytes)
+        return _copy(uri, files, "/".join((root, *inner)), work, max_bytes, take)
     except (OSError, pa.ArrowException) as exc:
         raise SourceUnavailable(uri, str(exc)) from exc
 
@@ -103,11 +108,12 @@ def _local_folder(uri: str, prefix: Path, inner: Sequence[str]) -> Path:
     return folder
 
 
-def _copy(uri: str, files: FileSystem, root: str, work: Path, max_bytes: int) -> Path:
+def _copy(uri: str, files: FileSystem, root: str, work: Path, max_bytes: int, take: Callable[[int], object]) -> Path:
     infos: list[FileInfo] = files.get_file_info([f"{root}/{name}" for name in ADAPTER_FILES])
     found = [info for info in infos if info.is_file]
     if not found:
         raise SourceMissing(uri)
+    take(min(sum(info.size or 0 for info in found), max_bytes))
     left = max_bytes
     for info in found:
         with files.open_input_stream(info.path) as stream, (work / info.base_name).open("wb") as target:

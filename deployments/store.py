@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from deployments.byte_budget import ByteBudget
 from deployments.config import AppConfig
 from deployments.object_cache import Buffer, ObjectCache
 from deployments.ray_auth import require_token_mode
@@ -36,6 +37,7 @@ from lora_store import (
 
 Shapes = Mapping[str, tuple[int, int]]
 _NUM_STAGERS = 8
+_MAX_WAIT_S = 60.0  # of a stage, until there is room for its bytes
 _NO_VECTOR = np.empty(0, np.float32)
 
 
@@ -56,15 +58,17 @@ class StoreDeployment:
         require_token_mode(allow_unauthenticated=config.allow_unauthenticated_ray)
         self._config = config
         self._store = LoraStore(config.store_uri, accepts_base=config.accepted_bases)
+        self._store.check_writes(os.environ)
         # Of their own: a batch from a slow source must leave threads to the workers' fetches.
         self._stagers = ThreadPoolExecutor(_NUM_STAGERS, thread_name_prefix="stage")
-        self._store.check_writes(os.environ)
+        self._staging = ByteBudget(config.max_staging_bytes, _MAX_WAIT_S)
         self._objects: ObjectCache[Any] = ObjectCache(self._store.load, put, config.store_object_cache_bytes)
 
     async def stage(self, upload: FolderUpload, module_shapes: Shapes) -> Staged:
         """The checked adapter, its blobs stored and held until `commit` or `discard`.
 
-        Raises: AdapterRefused, with every reason; SourceRefused, SourceMissing, SourceUnavailable, StoreUnavailable.
+        Raises: AdapterRefused, with every reason; SourceRefused, SourceMissing, SourceUnavailable, StoreUnavailable;
+        UploadsBusy where its bytes and those of others had no room for a minute.
         """
         if upload.adapter_name in self._config.accepted_bases:
             raise AdapterRefused(upload.adapter_name, ["the name is the base model's"])
@@ -72,8 +76,9 @@ class StoreDeployment:
         return await loop.run_in_executor(self._stagers, self._stage, upload, module_shapes)
 
     def _stage(self, upload: FolderUpload, module_shapes: Shapes) -> Staged:
-        prefixes = self._config.source_prefixes_of(upload.tenant)
-        with folder_of(upload, prefixes, self._config.max_upload_bytes) as folder:
+        config = self._config
+        prefixes = config.source_prefixes_of(upload.tenant)
+        with folder_of(upload, prefixes, config.max_upload_bytes, self._staging) as folder:
             return self._store.stage(
                 folder,
                 module_shapes=module_shapes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 from fastapi import Request
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
@@ -9,12 +10,13 @@ from starlette.datastructures import UploadFile
 from deployments import http_errors
 from deployments.errors import RequestInvalid
 from deployments.pool_schemas import AdapterLabel
-from deployments.uploads import MAX_UPLOAD_FILES, FolderUpload, file_problems
+from deployments.uploads import MAX_UPLOAD_FILES, FileBytes, FolderUpload, file_problems
 from lora_store import AdapterRefused
 
 _MAX_FIELDS = 40  # name, template, visibility and at most 32 tags
 _MAX_FIELD_BYTES = 4096
 _FILES = "files"
+_ARRAY_BYTES = 1 << 20
 
 
 async def read_upload(http: Request) -> FolderUpload:
@@ -34,7 +36,7 @@ async def read_upload(http: Request) -> FolderUpload:
         names = [file.filename or "" for file in files]
         if problems := list(file_problems(names)):
             raise AdapterRefused(label.name or "", problems)
-        contents = {name: await file.read() for name, file in zip(names, files, strict=True)}
+        contents = {name: _as_sent(await file.read()) for name, file in zip(names, files, strict=True)}
     return FolderUpload(
         name=label.name,
         tags=tuple(label.tags),
@@ -42,6 +44,11 @@ async def read_upload(http: Request) -> FolderUpload:
         files=contents,
         visibility=label.visibility,
     )
+
+
+def _as_sent(data: bytes) -> FileBytes:
+    """A large file as an array over the same memory, which Ray hands over without a copy in the Store's process."""
+    return data if len(data) < _ARRAY_BYTES else np.frombuffer(data, np.uint8)
 
 
 def _label_of(fields: dict[str, list[str]]) -> AdapterLabel:

@@ -5,14 +5,20 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
+from deployments.adapter_folders import folder_bytes
+from deployments.byte_budget import ByteBudget
 from deployments.errors import SourceMissing
 from deployments.sources import folder_of_source
 from lora_store import LOCAL_TENANT, AdapterRefused, Visibility
 
+FileBytes = bytes | NDArray[np.uint8]  # an array travels by Ray's object store, and is not copied where it arrives
 MAX_UPLOAD_FILES = 64
 _MAX_NAME_BYTES = 255
 
@@ -26,7 +32,7 @@ class FolderUpload:
     tenant: str = LOCAL_TENANT
     tags: tuple[str, ...] = ()
     template: str | None = None
-    files: Mapping[str, bytes] | None = None
+    files: Mapping[str, FileBytes] | None = None
     source: str | None = None
     visibility: Visibility | None = None  # None: as its name has it, or for a new name `default_visibility`
     default_visibility: Visibility = "public"
@@ -50,27 +56,38 @@ class FolderUpload:
 
 
 @contextmanager
-def folder_of(upload: FolderUpload, prefixes: Sequence[str], max_bytes: int) -> Iterator[Path]:
-    """The upload as a folder, which is gone afterwards if it was made here.
+def folder_of(
+    upload: FolderUpload, prefixes: Sequence[str], max_bytes: int, budget: ByteBudget | None = None
+) -> Iterator[Path]:
+    """Yield the upload as a folder, which is removed afterwards if it was made here.
 
-    Raises: AdapterRefused, SourceRefused, SourceMissing, SourceUnavailable.
+    Its bytes count against `budget` before they are copied or read, until the block ends.
+    Raises: AdapterRefused, SourceRefused, SourceMissing, SourceUnavailable, UploadsBusy.
     """
-    if upload.path is not None:
-        if not os.path.isdir(upload.path):  # unlike Path.is_dir it never raises
-            raise SourceMissing(str(upload.path))
-        yield upload.path
-        return
-    with tempfile.TemporaryDirectory(prefix="loraretriever-upload-") as made:
+    with ExitStack() as stack:
+
+        def take(num_bytes: int) -> None:
+            if budget is not None:
+                stack.enter_context(budget.taken(num_bytes))
+
+        if upload.path is not None:
+            if not os.path.isdir(upload.path):  # unlike Path.is_dir it never raises
+                raise SourceMissing(str(upload.path))
+            take(folder_bytes(upload.path))
+            yield upload.path
+            return
+        made = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="loraretriever-upload-")))
         if upload.source is not None:
-            yield folder_of_source(upload.source, prefixes, Path(made), max_bytes)
+            yield folder_of_source(upload.source, prefixes, made, max_bytes, take)
             return
         assert upload.files is not None
         problems = [*file_problems(list(upload.files)), *_size_problems(upload.files, max_bytes)]
         if problems:
             raise AdapterRefused(upload.adapter_name[:100], problems)
+        take(sum(map(len, upload.files.values())))
         for name, data in upload.files.items():
-            (Path(made) / name).write_bytes(data)
-        yield Path(made)
+            (made / name).write_bytes(data if isinstance(data, bytes) else data.data)
+        yield made
 
 
 def file_problems(names: Sequence[str]) -> Iterator[str]:
@@ -93,7 +110,7 @@ def _is_plain(name: str) -> bool:
     return len(name.encode("utf-8", "replace")) <= _MAX_NAME_BYTES
 
 
-def _size_problems(files: Mapping[str, bytes], max_bytes: int) -> Iterator[str]:
+def _size_problems(files: Mapping[str, FileBytes], max_bytes: int) -> Iterator[str]:
     num_bytes = sum(map(len, files.values()))
     if num_bytes > max_bytes:
         yield f"its files have {num_bytes} bytes, at most {max_bytes}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -36,9 +36,13 @@ class BlobStore:
     def put(self, data: bytes) -> str:
         """The digest `data` can be read by from now on. A blob already there is kept; a corrupted one is replaced."""
         digest = digest_of(data)
-        if self._files.read(_name(digest)) != data:
-            self._files.write(_name(digest), data)
+        self.put_pieces(digest, lambda: [data])
         return digest
+
+    def put_pieces(self, digest: str, pieces: Callable[[], Iterable[bytes | memoryview]]) -> None:
+        """Like `put`, of bytes that hash to `digest` and are not held whole."""
+        if self._files.digest(_name(digest)) != digest:
+            self._files.write_pieces(_name(digest), pieces())
 
     def get(self, digest: str) -> bytes:
         """The bytes that hash to `digest`. Raises: AdapterNotFound; BlobCorrupted (publish the adapter again)."""

@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from safetensors import SafetensorError
-from safetensors.torch import load
+import torch
 from torch import Tensor
 
 from lora_store.errors import FileRefused
+from lora_store.safetensors_layout import PREFIX_BYTES, tensors_in
 
 ALLOWED_DTYPES = ("F32", "F16", "BF16")
-_PREFIX_BYTES = 8  # a safetensors file starts with the length of its header, a little-endian u64
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,25 +67,38 @@ def read_json(path: Path, max_bytes: int) -> dict[str, Any]:
 
 
 def read_tensors(path: Path, limits: Limits) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file by its key, after the header was bounded and checked by itself.
+    """Return every tensor of a safetensors file by its key, after the header was bounded and checked by itself.
+
+    They share one buffer as large as the file: nothing of it is copied.
 
     Raises: FileRefused, with every tensor whose dtype is not allowed.
     """
     with _open_regular(path, limits.max_weights_bytes) as file:
-        prefix = file.read(_PREFIX_BYTES)
+        prefix = file.read(PREFIX_BYTES)
         header_len = int.from_bytes(prefix, "little")
-        if len(prefix) < _PREFIX_BYTES or header_len > limits.max_header_bytes:
+        if len(prefix) < PREFIX_BYTES or header_len > limits.max_header_bytes:
             raise FileRefused(path.name, [f"claims a header of {header_len} bytes, at most {limits.max_header_bytes}"])
         header = file.read(header_len)
         problems = _header_problems(header, limits)
         if problems:
             raise FileRefused(path.name, problems)
-        data = prefix + header + file.read(limits.max_weights_bytes)
+        data = _read_rest(file, limits.max_weights_bytes)
+    entries = {key: entry for key, entry in parse_json_object(header).items() if key != "__metadata__"}
     try:
-        tensors: dict[str, Tensor] = load(data)
-        return tensors
-    except SafetensorError as exc:
+        return tensors_in(entries, data)
+    except ValueError as exc:
         raise FileRefused(path.name, [f"is not a valid safetensors file: {exc}"]) from exc
+
+
+def _read_rest(file: BinaryIO, max_bytes: int) -> Tensor:
+    """What is left of the file, as (N,) uint8, in memory of its own and without a second copy."""
+    num_bytes = min(os.fstat(file.fileno()).st_size - file.tell(), max_bytes)
+    data = torch.empty(max(num_bytes, 0), dtype=torch.uint8)
+    view = data.numpy().data
+    filled = 0
+    while filled < len(view) and (count := file.readinto(view[filled:])):  # type: ignore[attr-defined]
+        filled += count
+    return data[:filled]
 
 
 def _header_problems(header: bytes, limits: Limits) -> list[str]:

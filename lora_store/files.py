@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from lora_store.location import Location
 
 _NUM_THREADS = 16  # requests to an endpoint at once
 _CAUSE_CHARS = 100
+_PART_BYTES = 1 << 20
 _NOISE = re.compile(r"\x1b\[[0-9;]*m|↳")  # Delta's errors are trees in colours
 
 
@@ -56,15 +58,38 @@ class Files:
                         raise
                     return None  # deleted since it was opened, which pyarrow 26 tells as a broken stream
 
+    def digest(self, name: str) -> str | None:
+        """The sha256 of the object's bytes, read in parts; None where there is none."""
+        hashed = hashlib.sha256()
+        with store_errors():
+            try:
+                stream = self._files.open_input_stream(f"{self._root}/{name}")
+            except FileNotFoundError:
+                return None
+            with stream:
+                try:
+                    while part := stream.read(_PART_BYTES):
+                        hashed.update(part)
+                except OSError:
+                    if self.contains(name):
+                        raise
+                    return None  # deleted since it was opened
+        return hashed.hexdigest()
+
     def write(self, name: str, data: bytes, *, durable: bool = True) -> None:
         """Write or replace the object. `durable`: in a folder it outlasts a power failure, too."""
+        self.write_pieces(name, [data], durable=durable)
+
+    def write_pieces(self, name: str, pieces: Iterable[bytes | memoryview], *, durable: bool = True) -> None:
+        """Write or replace the object by the pieces in order."""
         path = f"{self._root}/{name}"
         with store_errors():
             if self._is_local:
-                _write_local(Path(path), data, durable=durable)
+                _write_local(Path(path), pieces, durable=durable)
             else:  # an object is seen only once it is complete
                 with self._files.open_output_stream(path) as stream:
-                    stream.write(data)
+                    for piece in pieces:
+                        stream.write(piece)
 
     def entries(self) -> list[StoredFile]:
         """Everything below this place, half-written files of a crash too."""
@@ -109,7 +134,7 @@ def _short(error: Exception) -> str:
     return cause if len(cause) <= 2 * _CAUSE_CHARS else f"{cause[:_CAUSE_CHARS]} … {cause[-_CAUSE_CHARS:]}"
 
 
-def _write_local(path: Path, data: bytes, *, durable: bool) -> None:
+def _write_local(path: Path, pieces: Iterable[bytes | memoryview], *, durable: bool) -> None:
     if not path.parent.is_dir():
         make_private_folder(path.parent)
         _sync(path.parent.parent)
@@ -128,13 +153,6 @@ def _write_local(path: Path, data: bytes, *, durable: bool) -> None:
         _sync(path.parent)
 
 
-def _sync(folder: Path) -> None:
-    """The folder's names outlast a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 def make_private_folder(folder: Path) -> None:
     """Create the folder and what is missing above it, for the owner of this process only."""
     for part in reversed([folder, *folder.parents]):
@@ -146,3 +164,10 @@ def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
+def _sync(folder: Path) -> None:
+    """The folder's names outlast a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -34,7 +34,7 @@ from lora_store.share import PoolShare
 from lora_store.snapshot import ActiveEncoder, Snapshot
 from lora_store.staging import Staged, staged_record
 from lora_store.upkeep import BlobCheck, Collected, Upkeep
-from lora_store.weights_blob import digest_of, encode_weights
+from lora_store.weights_blob import WeightsBlob, digest_of
 
 logger = logging.getLogger(__name__)
 
@@ -101,17 +101,18 @@ class LoraStore:
             module_shapes=module_shapes,
             limits=self._limits,
         )
-        weights_digest, weights = encode_weights(admitted.modules)
+        weights = WeightsBlob(admitted.modules)
+        weights_digest = weights.digest()
         samples = write_samples(admitted.samples) if admitted.samples else None
         record = staged_record(
             label,
             admitted,
             weights_digest=weights_digest,
             samples_digest=None if samples is None else digest_of(samples),
-            num_bytes=len(weights),
+            num_bytes=weights.num_bytes(),
             source=folder.name if source is None else source,
         )
-        staged = self._held(record, lambda: self._write(weights, samples, admitted.samples))
+        staged = self._held(record, lambda: self._write(weights_digest, weights, samples, admitted.samples))
         return replace(staged, keeps_visibility=keeps_visibility)
 
     def restage(self, record: AdapterRecord) -> Staged:
@@ -240,10 +241,12 @@ class LoraStore:
             self._end_quietly([hold])
             raise
 
-    def _write(self, weights: bytes, samples_file: bytes | None, samples: tuple[Sample, ...]) -> tuple[Sample, ...]:
-        for data in (weights, samples_file):
-            if data is not None:
-                self._blobs.put(data)
+    def _write(
+        self, digest: str, weights: WeightsBlob, samples_file: bytes | None, samples: tuple[Sample, ...]
+    ) -> tuple[Sample, ...]:
+        self._blobs.put_pieces(digest, weights.pieces)
+        if samples_file is not None:
+            self._blobs.put(samples_file)
         return samples
 
     def _find(self, record: AdapterRecord) -> tuple[Sample, ...]:

@@ -4,58 +4,78 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.torch import load, save
-from torch import Tensor
 
 from lora_store.adapter import AdapterWeights, ModuleWeights
 from lora_store.errors import BlobCorrupted
+from lora_store.safetensors_layout import PREFIX_BYTES, pieces_of, tensors_in
 
 _METADATA_KEY = "lora"  # a single one: safetensors writes several in no fixed order
 
 
-def digest_of(data: bytes) -> str:
+def digest_of(data: bytes | memoryview) -> str:
     """The name of a blob: sha256, lower-case hex."""
     return hashlib.sha256(data).hexdigest()
 
 
-def encode_weights(modules: Mapping[str, ModuleWeights]) -> tuple[str, bytes]:
-    """(weights digest, safetensors bytes).
+@dataclass(frozen=True, slots=True)
+class WeightsBlob:
+    """The canonical bytes of some modules, which are made piece by piece and never held whole."""
 
-    Tensors are `<module>.lora_a` and `<module>.lora_b` in their own dtype; the metadata has every module's scaling.
-    """
-    tensors = {}
-    for name, module in modules.items():
-        tensors[f"{name}.lora_a"] = _own_memory(module.lora_a)
-        tensors[f"{name}.lora_b"] = _own_memory(module.lora_b)
-    scaling = {name: float(module.scaling) for name, module in modules.items()}
-    data = save(tensors, metadata={_METADATA_KEY: json.dumps({"scaling": scaling}, sort_keys=True)})
+    modules: Mapping[str, ModuleWeights]
+
+    def pieces(self) -> Iterator[memoryview]:
+        """Yield the bytes in order: safetensors, with every module's scaling in the metadata.
+
+        Tensors are `<module>.lora_a` and `<module>.lora_b` in their own dtype.
+        """
+        tensors = {}
+        for name, module in self.modules.items():
+            tensors[f"{name}.lora_a"] = module.lora_a
+            tensors[f"{name}.lora_b"] = module.lora_b
+        scaling = {name: float(module.scaling) for name, module in self.modules.items()}
+        return pieces_of(tensors, {_METADATA_KEY: json.dumps({"scaling": scaling}, sort_keys=True)})
+
+    def num_bytes(self) -> int:
+        """Return how many bytes they are."""
+        return sum(len(piece) for piece in self.pieces())
+
+    def digest(self) -> str:
+        """Return the weights' digest."""
+        hashed = hashlib.sha256()
+        for piece in self.pieces():
+            hashed.update(piece)
+        return hashed.hexdigest()
+
+
+def encode_weights(modules: Mapping[str, ModuleWeights]) -> tuple[str, bytes]:
+    """Return (weights digest, canonical bytes)."""
+    data = b"".join(WeightsBlob(modules).pieces())
     return digest_of(data), data
 
 
 def decode_weights(digest: str, data: bytes | npt.NDArray[np.uint8]) -> AdapterWeights:
-    """The weights that `encode_weights` made `data` from, modules in sorted order, in memory of their own.
+    """Return the weights that `encode_weights` made `data` from, modules in sorted order, in memory of their own.
 
     Raises: BlobCorrupted when `data` does not hash to `digest`.
     """
-    data = data if isinstance(data, bytes) else data.tobytes()
-    found = digest_of(data)
+    view = memoryview(data) if isinstance(data, bytes) else data.data
+    found = digest_of(view)
     if found != digest:
         raise BlobCorrupted(digest, found)
-    header_len = int.from_bytes(data[:8], "little")
-    metadata = json.loads(data[8 : 8 + header_len])["__metadata__"]
-    tensors = load(data)
+    start = PREFIX_BYTES + int.from_bytes(view[:PREFIX_BYTES], "little")
+    entries = json.loads(bytes(view[PREFIX_BYTES:start]))
+    metadata = entries.pop("__metadata__")
+    own = torch.empty(len(view) - start, dtype=torch.uint8)
+    own.numpy().data[:] = view[start:]
+    tensors = tensors_in(entries, own)
     modules = {
         name: ModuleWeights(tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"], scaling)
         for name, scaling in sorted(json.loads(metadata[_METADATA_KEY])["scaling"].items())
     }
     return AdapterWeights(digest, modules)
-
-
-def _own_memory(tensor: Tensor) -> Tensor:
-    """A contiguous copy: safetensors refuses views and tensors that share storage."""
-    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)

@@ -251,3 +251,9 @@ def test_new_and_live_adapters_are_ready_at_the_new_generation() -> None:
     publishing = Publishing(adapter("bard", generation=3))
     assert [item.generation for item in live(publishing("bard", "poet"))] == [3, 8]
     assert publishing.retriever.called("catch_up") == [(8,)]
+
+
+def test_uploads_reach_the_store_through_rays_object_store() -> None:
+    publishing = Publishing()
+    publishing("poet")
+    assert publishing.store.by_reference == [True]

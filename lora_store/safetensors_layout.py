@@ -1,0 +1,79 @@
+"""The safetensors format without copies: tensors as views of one buffer, and a file as pieces to write.
+
+A file is the length of its header (u64, little-endian), the header (JSON), and the tensors' bytes without gaps.
+Source: https://github.com/huggingface/safetensors, "Format".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PREFIX_BYTES = 8
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}  # as files have them
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_PLACES = {dtype: place for place, dtype in enumerate(_NAMES)}
+_ALIGNMENT = 8
+
+
+def tensors_in(entries: Mapping[str, Any], data: Tensor) -> dict[str, Tensor]:
+    """Return each tensor of a header's `entries` as a view of `data`, the bytes behind the header.
+
+    Dims: data (N,) uint8. Raises: ValueError: a tensor is not what its entry says, or bytes are left over or missing.
+    """
+    found: dict[str, Tensor] = {}
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: _offsets_of(*item)):
+        begin, stop = _offsets_of(name, entry)
+        dtype, shape = _DTYPES.get(str(entry.get("dtype"))), entry.get("shape")
+        if dtype is None or not _is_shape(shape):
+            raise ValueError(f"tensor {name[:200]!r} has no valid dtype and shape")
+        if begin != end or stop - begin != math.prod(shape) * dtype.itemsize or stop > len(data):
+            raise ValueError(f"tensor {name[:200]!r} does not lie where its header says")
+        part = data[begin:stop]
+        part = part if begin % dtype.itemsize == 0 else part.clone()
+        found[name], end = part.view(dtype).reshape(shape), stop
+    if end != len(data):
+        raise ValueError(f"holds {len(data)} bytes of tensors, and its header tells of {end}")
+    return found
+
+
+def pieces_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[memoryview]:
+    """Yield the bytes that `safetensors.torch.save` gives for these, without a copy of a contiguous tensor.
+
+    `metadata` has one item: safetensors writes several in no fixed order.
+    """
+    order = sorted(tensors, key=lambda name: (_PLACES[tensors[name].dtype], name))
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in order:
+        begin, end = end, end + tensors[name].nbytes
+        shape = list(tensors[name].shape)
+        entries[name] = {"dtype": _NAMES[tensors[name].dtype], "shape": shape, "data_offsets": [begin, end]}
+    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % _ALIGNMENT)
+    yield memoryview(len(header).to_bytes(PREFIX_BYTES, "little") + header)
+    for name in order:
+        plain = tensors[name].detach().cpu().contiguous().flatten()
+        yield plain.view(torch.uint8).numpy().data
+
+
+def _offsets_of(name: str, entry: Any) -> tuple[int, int]:
+    match entry:
+        case {"data_offsets": [int(begin), int(end)]} if 0 <= begin <= end:
+            return begin, end
+    raise ValueError(f"tensor {name[:200]!r} has no valid data_offsets")
+
+
+def _is_shape(shape: object) -> bool:
+    return isinstance(shape, list) and all(type(size) is int and 0 <= size < 2**63 for size in shape)

@@ -1,0 +1,95 @@
+"""The format without copies, held against the safetensors library."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from lora_store.safetensors_layout import PREFIX_BYTES, pieces_of, tensors_in
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def _random_tensors(seed: int) -> dict[str, torch.Tensor]:
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    found = {}
+    for number in range(draw.randrange(1, 12)):
+        shape = [draw.randrange(0, 7) for _ in range(draw.randrange(1, 4))]
+        name = "".join(draw.choice("abcXYZ._-019") for _ in range(draw.randrange(1, 9)))
+        found[f"{name}{number}"] = torch.randn(shape).to(draw.choice(DTYPES))
+    return found
+
+
+def _read(data: bytes) -> dict[str, torch.Tensor]:
+    start = PREFIX_BYTES + int.from_bytes(data[:PREFIX_BYTES], "little")
+    entries = json.loads(data[PREFIX_BYTES:start])
+    entries.pop("__metadata__", None)
+    return tensors_in(
+        entries, torch.frombuffer(bytearray(data[start:]) or bytearray(1), dtype=torch.uint8)[: len(data) - start]
+    )
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_pieces_are_the_librarys_bytes_and_are_read_as_it_reads_them(seed: int) -> None:
+    tensors, metadata = _random_tensors(seed), {"lora": json.dumps({"scaling": {"a.b": 0.5 + seed, "c": 2e-30}})}
+    data = b"".join(pieces_of(tensors, metadata))
+    assert data == save(tensors, metadata=metadata)
+    wanted, found = load(data), _read(data)
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(found[name], tensor)
+
+
+def test_a_tensor_that_is_no_block_of_memory_is_written_as_one() -> None:
+    tensor = torch.arange(12.0).reshape(3, 4).T
+    assert b"".join(pieces_of({"x": tensor}, {"m": "v"})) == save({"x": tensor.contiguous()}, metadata={"m": "v"})
+
+
+def _file(entries: object, num_bytes: int) -> bytes:
+    header = json.dumps(entries).encode()
+    return len(header).to_bytes(PREFIX_BYTES, "little") + header + bytes(num_bytes)
+
+
+def _entry(dtype: str, shape: object, begin: object, end: object) -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+BROKEN = {
+    "gap": ({"a": _entry("F32", [1], 0, 4), "b": _entry("F32", [1], 8, 12)}, 12),
+    "overlap": ({"a": _entry("F32", [2], 0, 8), "b": _entry("F32", [1], 4, 8)}, 8),
+    "left over": ({"a": _entry("F32", [1], 0, 4)}, 8),
+    "cut off": ({"a": _entry("F32", [2], 0, 8)}, 4),
+    "too few for the shape": ({"a": _entry("F32", [3], 0, 8)}, 8),
+    "huge shape": ({"a": _entry("F32", [2**40, 2**40], 0, 8)}, 8),
+    "negative": ({"a": _entry("F32", [-1, -1], 0, 4)}, 4),
+    "begins below zero": ({"a": _entry("F32", [1], -4, 0)}, 4),
+    "ends before it begins": ({"a": _entry("F32", [1], 4, 0)}, 4),
+    "no shape": ({"a": {"dtype": "F32", "data_offsets": [0, 4]}}, 4),
+    "no offsets": ({"a": {"dtype": "F32", "shape": [1]}}, 4),
+    "offsets of text": ({"a": _entry("F32", [1], "0", "4")}, 4),
+    "a fraction": ({"a": _entry("F32", [1.0], 0, 4)}, 4),
+    "no entry": ({"a": [0, 4]}, 4),
+    "unknown dtype": ({"a": _entry("F3", [1], 0, 4)}, 4),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_the_library_refuses_is_refused(case: str) -> None:
+    data = _file(*BROKEN[case])
+    with pytest.raises(SafetensorError):
+        load(data)
+    with pytest.raises(ValueError, match=r"tensor|holds"):
+        _read(data)
+
+
+def test_numbers_that_do_not_begin_at_their_own_size_are_read() -> None:
+    data = _file({"a": _entry("F16", [1], 0, 2), "b": _entry("F32", [1], 2, 6)}, 6)
+    found = _read(data[:-4] + torch.tensor([2.5]).numpy().tobytes())
+    assert (found["a"].tolist(), found["b"].tolist()) == ([0.0], [2.5])
