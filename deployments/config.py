@@ -35,7 +35,7 @@ class WorkerSettings(_Settings):
     device: Literal["cpu", "cuda"] = "cpu"  # cuda: with `num_gpus` in worker_scaling
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     num_threads: int | None = Field(default=None, ge=1)  # None: the CPUs the worker's process may use
-    lora_products: Literal["auto", "torch"] = "auto"  # auto: compiled where a C++ compiler is found, on the CPU
+    lora_products: Literal["auto", "torch"] = "auto"  # auto: by the compiled kernel where there is one, on the CPU
     bank_rank_rows: int = Field(default=256, ge=1)
     max_batch_size: int = Field(default=32, ge=1)
     max_model_len: int = Field(default=2048, ge=1)

@@ -21,7 +21,7 @@ class WorkerConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Literal["cpu", "cuda"] = "cpu"
     num_threads: int | None = None  # None: as torch has them; `with_threads` counts those this process may use
-    lora_products: Literal["auto", "torch"] = "auto"  # auto: compiled at start where a C++ compiler is found
+    lora_products: Literal["auto", "torch"] = "auto"  # auto: by the compiled kernel where there is one
     bank_rank_rows: int = 256  # rank rows of adapters held on the device at once
     max_batch_size: int = 32  # rows generating at once
     max_model_len: int = 2048  # prompt plus new tokens of one row

@@ -1,76 +1,106 @@
-"""The C++ sources of this package: compiled once for this processor, and loaded as libraries of plain functions.
+"""Load the compiled kernels: those built ahead of time for this kind of processor, or compiled now for this very one.
 
-They take plain pointers, so that they are built in seconds without torch's headers. They run in torch's own pool of
-OpenMP threads: torch's libgomp is loaded under the same name before them.
+The kernels are optional: whatever goes wrong with one is logged as a warning, and torch does its work more slowly.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import logging
-import platform
-import shutil
-import subprocess
-import tempfile
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
+from threadpoolctl import threadpool_info
+
+from gpu_worker.build_kernels import prebuilt_path
+from gpu_worker.kernel_build import FOLDER, LIMIT_S, Compiler, KernelUnavailable, file_name, source_of
+from gpu_worker.kernel_variants import Processor, this_processor
 
 logger = logging.getLogger(__name__)
 
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
-_FOLDER = Path(__file__).parent
-_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared")
+PREBUILT = FOLDER / "prebuilt"
+_NATIVE = ("-march=native",)
+_LOCK_S = 4 * LIMIT_S  # another process compiles the same kernel
 
 
 def load_library(name: str, cache_dir: Path) -> ctypes.CDLL | None:
-    """`<name>.cpp`, compiled into `cache_dir` unless it is there; None where no compiler makes it, which is logged."""
-    compiler = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
-    if compiler is None:
-        logger.info("no C++ compiler: %s runs through torch, which takes longer", name)
+    """Return the library of `<name>.cpp`, compiled into `cache_dir` where it was not built ahead of time.
+
+    Return None where it cannot be had, which is logged: no compiler, a folder that cannot be used, a file that another
+    user could have written.
+    """
+    try:
+        share_openmp()
+        return _open(_find(name, cache_dir, this_processor()))
+    except (KernelUnavailable, OSError, Timeout) as exc:
+        logger.warning("the kernel %s is off, and torch does its work more slowly: %s", name, exc)
         return None
-    library = cache_dir / "native" / f"{name}-{_fingerprint(name, compiler)}.so"
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(library.with_suffix(".lock")):
-        if not library.exists() and not _compile(name, compiler, library):
-            return None
-    return ctypes.CDLL(str(library))
 
 
 def functions(library: ctypes.CDLL, name: str, *argtypes: type) -> dict[torch.dtype, Callable[..., None]]:
-    """`<name>_<suffix>` of every dtype; they return nothing."""
+    """Return `<name>_<suffix>` for every dtype; the functions return nothing."""
     found = {dtype: getattr(library, f"{name}_{suffix}") for dtype, suffix in SUFFIXES.items()}
     for function in found.values():
         function.argtypes, function.restype = argtypes, None
     return found
 
 
-def _compile(name: str, compiler: str, library: Path) -> bool:
-    """Compile beside `library` and move it into place, so that half of one is never found."""
-    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-        made = Path(scratch, library.name)
-        command = [compiler, *_FLAGS, str(_FOLDER / f"{name}.cpp"), "-o", str(made)]
-        run = subprocess.run(command, capture_output=True, text=True)
-        if run.returncode != 0:
-            logger.warning("%s could not make %s, which runs through torch: %s", compiler, made.name, run.stderr)
-            return False
-        made.rename(library)
-    return True
+def share_openmp() -> None:
+    """Let kernels find the OpenMP runtime that torch has loaded, which no other library may double.
+
+    Two runtimes would each keep threads of their own on the same cores. torch's file has a plain name in one wheel and
+    a hashed one in another, so a kernel linked with `libgomp.so.1` could bring the system's copy along. A kernel that
+    was compiled for a runtime of another kind (clang's, beside torch with GNU's) finds no functions and does not load.
+    Raises: KernelUnavailable where torch has no such runtime.
+    """
+    runtimes = [Path(found["filepath"]) for found in threadpool_info() if found["user_api"] == "openmp"]
+    package = Path(torch.__file__).resolve().parent
+    folders = (package, package.with_name("torch.libs"))
+    own = [path for path in runtimes if any(path.resolve().is_relative_to(folder) for folder in folders)]
+    if not own and len(runtimes) != 1:
+        raise KernelUnavailable(f"torch's OpenMP runtime is not to be told from others: {runtimes or 'none is loaded'}")
+    ctypes.CDLL(str((own or runtimes)[0]), mode=ctypes.RTLD_GLOBAL)
 
 
-def _fingerprint(name: str, compiler: str) -> str:
-    """Of all that the library depends on: the source, how it is compiled, and by what for which processor."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    sources = [path.read_text() for path in (_FOLDER / f"{name}.cpp", *sorted(_FOLDER.glob("*.h")))]
-    parts = (*sources, *_FLAGS, version, _processor())
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+def check_trusted(library: Path, user: int) -> None:
+    """Raise KernelUnavailable where anyone but `user` and root could have written the file or its folder."""
+    for path in (library.parent, library):
+        found = path.stat()
+        if found.st_uid not in (0, user):
+            raise KernelUnavailable(f"{path} belongs to user {found.st_uid}, and code of others is not loaded")
+        if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise KernelUnavailable(f"{path} can be written by other users; take that right away (chmod go-w)")
 
 
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    told = [line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))]
-    return "\n".join(sorted(set(told))) or platform.processor()
+def _find(name: str, cache_dir: Path, processor: Processor) -> Path:
+    """Return the library's file. Raises: KernelUnavailable, OSError, Timeout."""
+    if not os.environ.get("CXXFLAGS"):  # options of one's own ask for a build of one's own
+        for variant in processor.fitting():
+            if (library := prebuilt_path(PREBUILT, variant, name)).exists():
+                return library
+    compiler = Compiler.find()
+    parts = (*_NATIVE, *compiler.options, compiler.version(), processor.description)
+    library = _private(cache_dir / "native") / file_name(name, *parts)
+    with FileLock(library.with_suffix(".lock"), timeout=_LOCK_S):
+        if not library.exists():
+            compiler.compile(source_of(name), _NATIVE, library)
+    return library
+
+
+def _private(folder: Path) -> Path:
+    """Create the folder for this user alone, and take others' right to write from one that this user has made."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.stat()
+    if found.st_uid == os.geteuid() and found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        folder.chmod(0o700)
+    return folder
+
+
+def _open(library: Path) -> ctypes.CDLL:
+    check_trusted(library, os.geteuid())
+    return ctypes.CDLL(str(library))

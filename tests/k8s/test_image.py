@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import ast
 import importlib
+import itertools
 import json
+import os
+import platform
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 import tomllib
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from gpu_worker import native
+from gpu_worker.build_kernels import prebuilt_path
+from gpu_worker.kernel_build import kernel_names
+from gpu_worker.kernel_variants import VARIANTS
 from gpu_worker.packaged_model import PACKAGED_MODEL
 from k8s.image import lock
-from tests.k8s.image import BAKED_MODEL, IMAGE, ROOT, bases, copied, instructions, is_ignored
+from tests.k8s.image import BAKED_MODEL, IMAGE, ROOT, Instruction, bases, copied, instructions, is_ignored
 
 DOCKERFILE = (IMAGE / "Dockerfile").read_text()
 IGNORED = (IMAGE / "Dockerfile.dockerignore").read_text()
@@ -127,6 +136,44 @@ def pins(text: str) -> dict[str, str]:
     """Return the versions by package."""
     found = re.findall(r"^([A-Za-z0-9._-]+)==(\S+)", text, re.MULTILINE)
     return {canonicalize_name(name): version for name, version in found}
+
+
+def stage(name: str) -> list[Instruction]:
+    """Return the instructions of a build stage."""
+    found = instructions(DOCKERFILE)
+    begins = [place for place, each in enumerate(found) if each.keyword == "FROM"] + [len(found)]
+    [stages] = [found[b:e] for b, e in itertools.pairwise(begins) if found[b].rest.endswith(f" AS {name}")]
+    return stages
+
+
+def test_the_kernels_are_built_in_a_stage_of_their_own_and_packaged() -> None:
+    """The compiler stays there; the folder is the one that a start looks into, and part of the wheel."""
+    assert [i.rest for i in instructions(DOCKERFILE) if "g++" in i.rest] == [
+        i.rest for i in stage("kernels") if "apt-get install" in i.rest
+    ]
+    [copy] = [i.rest for i in instructions(DOCKERFILE) if i.rest.startswith("--from=kernels")]
+    _, built, target = copy.split()
+    assert f"RUN python -m gpu_worker.build_kernels --out {built}\n" in DOCKERFILE
+    assert ROOT / target == native.PREBUILT
+    order = [i.rest for i in instructions(DOCKERFILE)]
+    install = next(place for place, rest in enumerate(order) if "--no-build-isolation ." in rest)
+    assert order.index("gpu_worker gpu_worker") < order.index(copy) < install
+    assert "prebuilt/*/*.so" in PROJECT["tool"]["setuptools"]["package-data"]["gpu_worker"]
+    assert is_ignored("gpu_worker/prebuilt/x86-64-v3/fused.so", IGNORED), "libraries of the builder's own machine"
+
+
+def test_the_stages_command_builds_every_kernel_where_only_the_package_is(tmp_path: Path) -> None:
+    """As in the stage: the bare folder, a Python without packages, and the platform's compiler."""
+    if shutil.which("g++") is None:
+        (pytest.fail if os.environ.get("CI_REQUIRES_COMPILER") else pytest.skip)("no C++ compiler (package g++)")
+    [run] = [i.rest for i in stage("kernels") if "build_kernels" in i.rest]
+    python, *words = run.replace("/kernels", str(tmp_path / "kernels")).split()
+    shutil.copytree(ROOT / "gpu_worker", tmp_path / "gpu_worker", ignore=shutil.ignore_patterns("prebuilt", "*.pyc"))
+    assert python == "python"
+    subprocess.run([sys.executable, "-S", *words], cwd=tmp_path, check=True, timeout=300)
+    machines = [variant for variant in VARIANTS if variant.machine == platform.machine()]
+    expected = {prebuilt_path(tmp_path / "kernels", variant, name) for variant in machines for name in kernel_names()}
+    assert set((tmp_path / "kernels").glob("*/*")) == expected != set()
 
 
 def test_the_models_that_travel_in_packages_are_installed() -> None:

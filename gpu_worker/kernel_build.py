@@ -1,0 +1,88 @@
+"""Compile the C++ sources of this package into libraries of plain functions.
+
+They take plain pointers, so that they are built in seconds without torch's headers. They are linked with no OpenMP
+runtime: at load they find the one that torch has loaded, whatever its file is called (`native.py`).
+Imports nothing but the standard library: the image's build stage has no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+LIMIT_S = 120.0  # of one compiler call, which takes about a second
+_OPTIONS = ("-O3", "-std=c++17", "-fopenmp", "-fPIC", "-Wno-psabi")
+_COMPILERS = ("c++", "g++", "clang++")
+
+
+class KernelUnavailable(Exception):
+    """A compiled kernel cannot be had; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compiler:
+    """A C++ compiler: the words that call it, and options that are added to every call."""
+
+    command: tuple[str, ...]
+    options: tuple[str, ...] = ()
+
+    @classmethod
+    def find(cls, environment: Mapping[str, str] = os.environ) -> Compiler:
+        """Return `$CXX` with `$CXXFLAGS`, or the first compiler on the path. Raises: KernelUnavailable."""
+        options = tuple(shlex.split(environment.get("CXXFLAGS", "")))
+        chosen = shlex.split(environment.get("CXX", ""))
+        candidates = [chosen] if chosen else [[name] for name in _COMPILERS]
+        for name, *words in candidates:
+            if path := shutil.which(name, path=environment.get("PATH")):
+                return cls((path, *words), options)
+        names = " ".join(chosen) or ", ".join(_COMPILERS)
+        raise KernelUnavailable(f"no C++ compiler was found ({names}); install one (Debian package g++) or set CXX")
+
+    def version(self) -> str:
+        return self._run("--version")
+
+    def compile(self, source: Path, options: Sequence[str], library: Path, limit_s: float = LIMIT_S) -> None:
+        """Build `library` from `source`. It appears whole or not at all.
+
+        Raises: KernelUnavailable where the compiler fails or takes longer than `limit_s`.
+        """
+        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+            parts, made = Path(scratch, "parts.o"), Path(scratch, library.name)
+            self._run(*_OPTIONS, *options, "-c", str(source), "-o", str(parts), limit_s=limit_s)
+            self._run("-shared", str(parts), "-o", str(made), limit_s=limit_s)  # without -fopenmp: no runtime is linked
+            made.chmod(0o644)
+            made.rename(library)
+
+    def _run(self, *arguments: str, limit_s: float = LIMIT_S) -> str:
+        command = [*self.command, *self.options, *arguments]
+        try:
+            run = subprocess.run(command, capture_output=True, text=True, timeout=limit_s)
+        except subprocess.TimeoutExpired as exc:
+            raise KernelUnavailable(f"{self.command[0]} did not finish within {limit_s:g} s") from exc
+        if run.returncode != 0:
+            raise KernelUnavailable(f"{shlex.join(command)} failed: {run.stderr.strip()}")
+        return run.stdout
+
+
+def kernel_names() -> list[str]:
+    """Return the names of all kernels, one for each source."""
+    return sorted(path.stem for path in FOLDER.glob("*.cpp"))
+
+
+def source_of(name: str) -> Path:
+    return FOLDER / f"{name}.cpp"
+
+
+def file_name(name: str, *parts: str) -> str:
+    """Return a library's name, which tells apart all it depends on: its sources, its options and `parts`."""
+    sources = [path.read_text(encoding="utf-8") for path in (source_of(name), *sorted(FOLDER.glob("*.h")))]
+    digest = hashlib.sha256("\0".join((*sources, *_OPTIONS, *parts)).encode()).hexdigest()
+    return f"{name}-{digest[:16]}.so"

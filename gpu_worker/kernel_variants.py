@@ -1,0 +1,54 @@
+"""The processors that kernels are built for ahead of time, and how a start chooses among them.
+
+Imports nothing but the standard library: the image's build stage has no torch.
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+_CPUINFO = Path("/proc/cpuinfo")
+_V3 = frozenset({"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"})
+_V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One kind of processor. `needs`: flags of /proc/cpuinfo; `options`: what the compiler is told."""
+
+    name: str
+    machine: str  # as `platform.machine()` names it
+    needs: frozenset[str]
+    options: tuple[str, ...]
+
+
+VARIANTS = (  # the fastest first
+    Variant("x86-64-v4-bf16", "x86_64", _V4 | {"avx512_bf16"}, ("-march=x86-64-v4", "-mavx512bf16")),
+    Variant("x86-64-v3", "x86_64", _V3, ("-march=x86-64-v3",)),
+    Variant("aarch64", "aarch64", frozenset({"asimd"}), ("-march=armv8-a",)),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Processor:
+    """What a start knows of the processor it runs on."""
+
+    machine: str
+    flags: frozenset[str]
+    description: str  # tells processors apart for which native code differs
+
+    def fitting(self) -> list[Variant]:
+        """Return the variants that run here, the fastest first."""
+        return [variant for variant in VARIANTS if variant.machine == self.machine and variant.needs <= self.flags]
+
+
+def this_processor(cpuinfo: str | None = None, machine: str | None = None) -> Processor:
+    """Read the processor from the text of /proc/cpuinfo."""
+    if cpuinfo is None:
+        cpuinfo = _CPUINFO.read_text() if _CPUINFO.exists() else ""
+    lines = [line for line in cpuinfo.splitlines() if line.startswith(("model name", "flags", "Features", "CPU part"))]
+    listed = [line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))]
+    flags = frozenset.intersection(*map(frozenset, listed)) if listed else frozenset[str]()
+    return Processor(machine or platform.machine(), flags, "\n".join(sorted(set(lines))) or platform.processor())
