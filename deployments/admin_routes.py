@@ -31,7 +31,7 @@ async def doctor(_: JobRequest, caller: Administering, pool: OpenPool) -> Stream
 @router.post("/v1/pool/reindex", response_class=StreamingResponse, responses=LINES_ANSWERS)
 async def reindex(body: ReindexRequest, caller: Administering, pool: OpenPool, http: Request) -> StreamingResponse:
     """Embed the pool by another encoder beside the old index, then search by it from one generation on."""
-    pool.require_own_machine(http)
+    pool.require_encoder(body.encoder, http)
     return await _stream(pool_jobs.reindex(pool, body.encoder, actor=caller.key_id))
 
 

@@ -17,7 +17,7 @@ from gpu_worker.errors import WorkerConfigInvalid
 from gpu_worker.request import DEFAULT_MAX_TOKENS
 from lora_store import Visibility, is_valid_name
 from lora_store.location import Location
-from retriever_svc.encoder import DEFAULT_MODEL as DEFAULT_ENCODER
+from retriever_svc.encoder_files import DEFAULT_MODEL as DEFAULT_ENCODER
 
 FORM_OVERHEAD_BYTES = 1 << 20  # boundaries, headers and fields of an upload, beside its files
 EVERY_TENANT = "*"  # in source_prefixes
@@ -85,6 +85,7 @@ class AppConfig(_Settings):
     keys_file: Path | None = None  # who may ask and publish: deployments/key_ring.py; None: all are the local tenant
     keys_missing_grace_s: float = Field(default=300, ge=0)  # how long keys stay valid while keys_file is missing
     public_requires_approval: bool = False  # others' `auto` finds a public adapter once approved; True where keys are
+    encoders: tuple[str, ...] = ()  # those an admin's key may name in a reindex from another machine
     owner_names: bool = False  # others' public adapters are named as owner/name alone; True where keys are
     admins_approve_own: bool = False  # whether, with keys, an admin may approve adapters of its own tenant
     # s3://, gs:// or file:// URIs below which adapters may be published from: by tenant, "*" being every one. A list of

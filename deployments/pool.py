@@ -46,10 +46,17 @@ class Pool:
         if not (self.has_keys or self.config.allow_remote_publish or is_loopback(http)):
             raise PublishingOff("the pool is changed from the server's own machine, or with allow_remote_publish on")
 
-    def require_own_machine(self, http: Request) -> None:
-        """Raises: PublishingOff unless the client is on the server's machine. With keys, its key says what it may."""
-        if not (self.has_keys or is_loopback(http)):
-            raise PublishingOff("the encoder is chosen from the server's own machine")
+    def require_encoder(self, encoder: str, http: Request) -> None:
+        """Raises: PublishingOff unless the client is on the server's machine, or its key names a listed encoder.
+
+        Any other name would have every replica look into a folder of the server, or fetch a model of any size.
+        """
+        listed = encoder in (self.config.retrieval.encoder, *self.config.encoders)
+        if not (is_loopback(http) or (self.has_keys and listed)):
+            raise PublishingOff(
+                "encoder: on the server's own machine any may be named, elsewhere, with a key, one that the settings "
+                "list in `encoders`"
+            )
 
     @property
     def has_keys(self) -> bool:

@@ -15,7 +15,7 @@ from deployments.cli_http import err, out
 from deployments.config import load_config
 from lora_store import LoraStore, LoraStoreError
 from retriever_svc import RetrieverError, TooFewSamples, choose_tasks
-from retriever_svc.encoder import DEFAULT_MODEL
+from retriever_svc.encoder_files import DEFAULT_MODEL
 from retriever_svc.training import TrainingSettings, train_encoder
 
 

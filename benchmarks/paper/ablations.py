@@ -19,7 +19,7 @@ from benchmarks.paper.steps import write_parquet
 from benchmarks.paper.tasks import read_task_list
 from benchmarks.paper.workspace import DEFAULT_ROOT, Workspace
 from benchmarks.results_file import RESULTS
-from retriever_svc.encoder import DEFAULT_MODEL
+from retriever_svc.encoder_files import DEFAULT_MODEL
 
 ROWS = "paper_ablations.parquet"
 NUM_ADAPTERS = (1, 2, 3, 5, 8, 10, 15)

@@ -33,7 +33,7 @@ from examples.train_starter_pool import load_base
 from gpu_worker.base_model import model_source
 from lora_store import AdapterRef, AdapterWeights, ModuleWeights, Plan, PlannedAdapter
 from retriever_svc import Encoder, Retriever
-from retriever_svc.encoder import DEFAULT_MODEL
+from retriever_svc.encoder_files import DEFAULT_MODEL
 
 ROUTERS: dict[str, tuple[Sum, RouterKind]] = {
     "moe_top1": ("mixture", RouterKind(num_chosen=1)),

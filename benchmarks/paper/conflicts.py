@@ -33,7 +33,7 @@ from examples.bigbench_tasks import Item, TaskSpec
 from gpu_worker.base_model import model_source
 from lora_store import LOCAL_TENANT, Plan, Strategy
 from retriever_svc import Encoder, Retriever
-from retriever_svc.encoder import DEFAULT_MODEL
+from retriever_svc.encoder_files import DEFAULT_MODEL
 
 ROWS = "paper_conflicts.parquet"
 NUM_TASKS = 4

@@ -41,7 +41,7 @@ from gpu_worker.base_model import model_source
 from gpu_worker.prompts import alpaca_prompt
 from lora_store import AdapterWeights, Plan
 from retriever_svc import Encoder, choose_tasks
-from retriever_svc.encoder import DEFAULT_MODEL
+from retriever_svc.encoder_files import DEFAULT_MODEL
 from retriever_svc.training import RECORD_FILE
 
 ROWS = "paper_gate.parquet"

@@ -21,7 +21,7 @@ from benchmarks.paper.workspace import DEFAULT_ROOT, Workspace
 from benchmarks.results_file import RESULTS
 from lora_store import LoraStore
 from retriever_svc import Encoder
-from retriever_svc.encoder import DEFAULT_MODEL
+from retriever_svc.encoder_files import DEFAULT_MODEL
 
 
 @dataclass(frozen=True, slots=True)

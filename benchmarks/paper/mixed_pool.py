@@ -32,7 +32,7 @@ from examples.bigbench_tasks import TaskSpec
 from examples.lora_training import LINEAR_NAMES, Recipe
 from gpu_worker.base_model import model_source
 from retriever_svc import Encoder
-from retriever_svc.encoder import DEFAULT_MODEL
+from retriever_svc.encoder_files import DEFAULT_MODEL
 
 ROWS = "paper_mixed_pool.parquet"
 NUM_CLUSTERS, NUM_OF_CLUSTER = 3, 4

@@ -36,7 +36,7 @@ from gpu_worker.engine import Engine
 from gpu_worker.threads import load_executor
 from lora_store import Plan
 from retriever_svc import Encoder
-from retriever_svc.encoder import DEFAULT_MODEL
+from retriever_svc.encoder_files import DEFAULT_MODEL
 
 MAX_TOKENS = 20
 _PER_STARTER_TASK = 12

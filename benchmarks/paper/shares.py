@@ -22,7 +22,7 @@ from benchmarks.paper.steps import write_parquet
 from benchmarks.paper.workspace import DEFAULT_ROOT, Workspace
 from benchmarks.results_file import RESULTS
 from retriever_svc import Encoder
-from retriever_svc.encoder import DEFAULT_MODEL
+from retriever_svc.encoder_files import DEFAULT_MODEL
 
 ROWS = "paper_shares.parquet"
 METHODS: dict[str, Method] = {

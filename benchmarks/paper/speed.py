@@ -29,7 +29,7 @@ from gpu_worker.engine import Engine
 from gpu_worker.prompts import Message
 from gpu_worker.request import Job, SamplingParams
 from retriever_svc import Encoder, Retriever
-from retriever_svc.encoder import DEFAULT_MODEL
+from retriever_svc.encoder_files import DEFAULT_MODEL
 
 THROUGHPUT, LATENCY = "paper_throughput.parquet", "paper_latency.parquet"
 BATCHES = (1, 2, 4, 8, 16, 32)

@@ -16,6 +16,7 @@ from deployments.auth import BearerAuth, caller_of
 from deployments.callers import ROLES
 from deployments.errors import KeyRefused
 from gpu_worker.errors import DeadlineExceeded, EngineStopped
+from retriever_svc import ReindexStep
 from tests.deployments.adapter_records import POOL, adapter, pool_of
 from tests.deployments.all_routes import (
     OPEN_ROUTES,
@@ -324,6 +325,33 @@ def test_without_the_keys_file_requests_are_503_once_the_grace_period_is_over(tm
         assert (await client.get("/health")).status_code == 200
 
     ask(look, keys_file=path, keys_missing_grace_s=0, headers=bearer("all"))
+
+
+@pytest.mark.parametrize(
+    ("encoder", "host", "is_allowed"),
+    [
+        ("org/listed", "192.0.2.7", True),
+        ("all-MiniLM-L6-v2", "192.0.2.7", True),  # the settings' own
+        ("/srv/private", "192.0.2.7", False),
+        ("org/any-model", "192.0.2.7", False),
+        ("org/any-model", "127.0.0.1", True),
+    ],
+)
+def test_from_another_machine_an_admin_names_a_listed_encoder(
+    keys: Path, encoder: str, host: str, is_allowed: bool
+) -> None:
+    async def look(client: httpx.AsyncClient, served: Served) -> None:
+        response = await client.post("/v1/pool/reindex", json={"encoder": encoder})
+        if is_allowed:
+            assert response.status_code == 200, response.text
+            assert served.retriever.called("reindex") == [(encoder,)]
+        else:
+            assert (response.status_code, error_of(response)["code"]) == (403, "publishing_off")
+            assert encoder not in response.text
+            assert served.retriever.calls == served.store.calls == []
+
+    retriever = FakeRetriever(steps=[[ReindexStep(1, 1, {}, ())]])
+    ask(look, keys_file=keys, encoders=["org/listed"], host=host, headers=bearer("all"), retriever=retriever)
 
 
 def by_openai(

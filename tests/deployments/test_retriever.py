@@ -33,7 +33,7 @@ from lora_store.blobs import BlobStore
 from lora_store.location import Location
 from lora_store.sample_files import write_samples
 from retriever_svc import EncoderUnusable, PageRequest, RouteRequest, StaleIndex
-from retriever_svc.encoder import model_folder
+from retriever_svc.encoder_files import model_folder
 from tests.retriever_svc.pool_fakes import record_of
 
 SAMPLES = {

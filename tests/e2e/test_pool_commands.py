@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from retriever_svc.encoder import DEFAULT_MODEL, model_folder
+from retriever_svc.encoder_files import DEFAULT_MODEL, model_folder
 from tests.e2e.live import Live, eventually
 
 TOPICS = ("lighthouses", "volcanoes", "violins")

