@@ -2,33 +2,60 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Callable
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from deployments.callers import NOBODY, Caller
 from deployments.errors import ServerOverloaded
 from deployments.http_errors import error_response
 from deployments.http_io import path_of
 from deployments.request_time import mark_arrival
 
+WAITS_S = 10.0  # a client that was refused asks again after a second or more
 _ALWAYS_ANSWERED = ("/health", "/ready")
 
 
 class InFlight:
-    """How many requests this replica works on, each until the last byte of its answer."""
+    """How many requests this replica works on, each until the last byte of its answer.
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
+    A tenant that is alone may use every place. One that was refused while it held less than its share, the limit
+    divided by the tenants that are here or were refused, waits: for `WAITS_S` those that hold their share or more are
+    refused, so that the places that become free are there when it asks again.
+    """
+
+    def __init__(self, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limit, self._clock = limit, clock
+        self._counts: Counter[str] = Counter()
+        self._waits_until: dict[str, float] = {}
         self.count = 0
 
-    def enter(self) -> None:
+    def enter(self, tenant: str) -> None:
         """Raises: ServerOverloaded."""
+        now = self._clock()
+        self._waits_until = {other: until for other, until in self._waits_until.items() if until > now}
+        has_share = self._counts[tenant] >= self._share_with(tenant)
         if self.count >= self._limit:
+            if not has_share:
+                self._waits_until[tenant] = now + WAITS_S
             raise ServerOverloaded(self._limit)
+        if has_share and any(other != tenant for other in self._waits_until):
+            raise ServerOverloaded(self._limit)
+        self._waits_until.pop(tenant, None)
+        self._counts[tenant] += 1
         self.count += 1
 
-    def leave(self) -> None:
+    def leave(self, tenant: str) -> None:
+        self._counts[tenant] -= 1
+        if not self._counts[tenant]:
+            del self._counts[tenant]
         self.count -= 1
+
+    def _share_with(self, tenant: str) -> int:
+        here = {other for other, count in self._counts.items() if count} | self._waits_until.keys() | {tenant}
+        return max(1, self._limit // len(here))
 
 
 class InFlightLimit:
@@ -42,13 +69,19 @@ class InFlightLimit:
             await self._app(scope, receive, send)
             return
         mark_arrival()
-        in_flight = self._in_flight()
+        in_flight, tenant = self._in_flight(), _tenant_of(scope)
         try:
-            in_flight.enter()
+            in_flight.enter(tenant)
         except ServerOverloaded as refusal:
             await error_response(refusal)(scope, receive, send)
             return
         try:
             await self._app(scope, receive, send)
         finally:
-            in_flight.leave()
+            in_flight.leave(tenant)
+
+
+def _tenant_of(scope: Scope) -> str:
+    """Return the caller's tenant, NOBODY on the routes that ask for no key."""
+    caller = scope.get("state", {}).get("caller")
+    return caller.tenant if isinstance(caller, Caller) else NOBODY

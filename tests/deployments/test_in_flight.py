@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from deployments.errors import ServerOverloaded
-from deployments.in_flight import InFlight
+from deployments.in_flight import WAITS_S, InFlight
 from gpu_worker.request import Delta, Job
 from tests.deployments.adapter_records import BASE
 from tests.deployments.app_fakes import Served, http_of, serve_plainly
 from tests.deployments.asking import error_of
 from tests.deployments.fake_worker import DELTAS, FakeWorker
+from tests.deployments.key_files import bearer, entry, write
+from tests.deployments.test_token_bucket import Clock
 
 CHAT = {"model": BASE, "messages": [{"role": "user", "content": "Hi"}]}
 
@@ -127,9 +130,82 @@ def test_a_place_is_free_again_after_an_answer_an_error_and_a_client_that_left()
 
 def test_the_count_goes_no_higher_than_the_limit() -> None:
     in_flight = InFlight(1)
-    in_flight.enter()
+    in_flight.enter("a")
     with pytest.raises(ServerOverloaded):
-        in_flight.enter()
+        in_flight.enter("a")
     assert in_flight.count == 1
-    in_flight.leave()
-    in_flight.enter()
+    in_flight.leave("a")
+    in_flight.enter("a")
+
+
+def is_let_in(in_flight: InFlight, tenant: str) -> bool:
+    try:
+        in_flight.enter(tenant)
+    except ServerOverloaded:
+        return False
+    return True
+
+
+def test_a_tenant_that_is_alone_may_use_every_place() -> None:
+    in_flight = InFlight(10)
+    assert [is_let_in(in_flight, "a") for _ in range(12)] == [True] * 10 + [False] * 2
+
+
+def test_places_that_become_free_go_to_the_tenant_that_was_refused_up_to_its_share() -> None:
+    in_flight = InFlight(10, Clock())
+    assert all(is_let_in(in_flight, "flood") for _ in range(10))
+    for _ in range(5):
+        assert not is_let_in(in_flight, "late")
+        in_flight.leave("flood")
+        assert not is_let_in(in_flight, "flood")
+        assert is_let_in(in_flight, "late")
+    assert not is_let_in(in_flight, "late")  # both have their share
+    in_flight.leave("flood")
+    assert is_let_in(in_flight, "flood")
+
+
+def test_a_tenant_that_does_not_come_back_keeps_nobody_out() -> None:
+    clock = Clock()
+    in_flight = InFlight(2, clock)
+    assert is_let_in(in_flight, "a") and is_let_in(in_flight, "a") and not is_let_in(in_flight, "gone")
+    in_flight.leave("a")
+    assert not is_let_in(in_flight, "a")
+    clock.at += WAITS_S
+    assert is_let_in(in_flight, "a")
+
+
+def test_many_tenants_have_at_least_one_place_each() -> None:
+    in_flight = InFlight(3, Clock())
+    assert all(is_let_in(in_flight, "flood") for _ in range(3))
+    for number in range(5):
+        assert not is_let_in(in_flight, f"tenant {number}")
+    for number in range(3):
+        in_flight.leave("flood")
+        assert is_let_in(in_flight, f"tenant {number}")
+        assert not is_let_in(in_flight, f"tenant {number}")
+
+
+def test_the_share_is_of_the_keys_tenant_over_http(tmp_path: Path) -> None:
+    keys = write(tmp_path / "keys.json", *[entry(tenant, tenant) for tenant in ("flood", "late")])
+
+    async def run() -> list[int]:
+        worker = Held()
+        served = serve_plainly(worker=worker, max_in_flight=2, keys_file=keys)
+
+        async def post(tenant: str) -> int:
+            headers = bearer(tenant)
+            return (await client.post("/v1/chat/completions", json=CHAT, headers=headers)).status_code
+
+        async with http_of(served) as client:
+            held = [asyncio.create_task(post("flood")) for _ in range(2)]
+            await worker.has(2)
+            statuses = [await post("late")]
+            held[0].cancel()
+            await asyncio.wait([held[0]])
+            statuses.append(await post("flood"))
+            late = asyncio.create_task(post("late"))
+            await worker.has(3)
+            worker.let_go.set()
+            return [*statuses, await late, await held[1]]
+
+    assert asyncio.run(asyncio.wait_for(run(), 30)) == [429, 429, 200, 200]
