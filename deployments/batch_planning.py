@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -72,28 +73,31 @@ class LocalRetriever:
 
     def __init__(self, retriever: Retriever) -> None:
         self._retriever = retriever
-        self._asked: list[tuple[RouteRequest, asyncio.Future[Route]]] = []
+        self._asked: list[tuple[Sequence[RouteRequest], asyncio.Future[list[Route]]]] = []
 
-    async def route(self, request: RouteRequest) -> Route:
+    async def route(self, requests: Sequence[RouteRequest]) -> list[Route]:
         """Raises: NoAdapterMatched, StaleIndex."""
         loop = asyncio.get_running_loop()
         if not self._asked:
             loop.call_soon(self._answer)
-        answer: asyncio.Future[Route] = loop.create_future()
-        self._asked.append((request, answer))
+        answer: asyncio.Future[list[Route]] = loop.create_future()
+        self._asked.append((requests, answer))
         return await answer
 
     def _answer(self) -> None:
         asked, self._asked = self._asked, []
+        together = [request for requests, _ in asked for request in requests]
         try:
-            routes: Sequence[Route | Exception] = self._retriever.route([request for request, _ in asked])
+            routes: Iterator[Route | Exception] = iter(self._retriever.route(together))
         except Exception as exc:  # theirs, or they would wait for ever
-            routes = [exc] * len(asked)
-        for (_, answer), route in zip(asked, routes, strict=True):
-            if isinstance(route, Exception):
-                answer.set_exception(route)
+            routes = itertools.repeat(exc)
+        for requests, answer in asked:
+            own = list(itertools.islice(routes, len(requests)))
+            error = next((route for route in own if isinstance(route, Exception)), None)
+            if error is not None:
+                answer.set_exception(error)
             else:
-                answer.set_result(route)
+                answer.set_result([route for route in own if isinstance(route, Route)])
 
     async def plan_named(
         self, tenant: str, choices: Sequence[tuple[str, float]], strategy: Strategy, min_generation: int = 0

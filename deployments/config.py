@@ -61,8 +61,9 @@ class RetrievalSettings(_Settings):
     softmax_temperature: float = Field(default=0.05, gt=0)
     min_score: float | None = None  # None: calibrated, see retriever_svc/calibration.py
     fallback: Literal["base", "error"] = "base"
-    batch_size: int = Field(default=32, ge=1)
+    batch_size: int = Field(default=32, ge=1)  # texts, of about 2,048 tokens together at most
     batch_wait_s: float = Field(default=0.0, ge=0)  # what comes while a batch is encoded is the next one anyway
+    max_waiting: int = Field(default=4096, ge=256)  # texts before one replica's encoder; others' may take their places
     poll_interval_s: float = Field(default=3.0, gt=0)  # how late a replica sees a commit it was not told of
 
 
@@ -111,7 +112,8 @@ class AppConfig(_Settings):
     ingress_scaling: ScalingSettings = ScalingSettings(
         max_ongoing_requests=10_000, max_queued_requests=-1, target_ongoing_requests=500
     )
-    retriever_scaling: ScalingSettings = ScalingSettings(max_ongoing_requests=128, target_ongoing_requests=64)
+    # Many requests: those that wait for the encoder do so in the replica's own queue, where tenants take turns.
+    retriever_scaling: ScalingSettings = ScalingSettings(max_ongoing_requests=10_000, target_ongoing_requests=64)
     store_scaling: ScalingSettings = ScalingSettings(max_ongoing_requests=64)
     worker_scaling: ScalingSettings = ScalingSettings(num_cpus=1, max_ongoing_requests=2112, target_ongoing_requests=48)
     worker_target_waiting_tokens: int = Field(default=8192, ge=1)  # in one engine's queue; more ask for more workers

@@ -24,6 +24,7 @@ DeploymentsError
 ├── BodiesBusy         the bodies in memory leave no room for this one
 ├── UploadsBusy        the uploads in progress leave no room for this one
 ├── ServerOverloaded   this replica works on as many requests as it may
+├── EncoderBusy        more prompts wait for the encoder than it has room for
 ├── NotReady           the server is still starting
 ├── NoWorkerYet        all workers were scaled away, and none has started again in time
 ├── Poisoned           a third replica died while it worked on this request
@@ -282,6 +283,17 @@ class ServerOverloaded(DeploymentsError):
 
     def __str__(self) -> str:
         return f"the server works on {self.limit} requests already; try again later"
+
+
+class EncoderBusy(DeploymentsError):
+    """Ask again later, or for fewer prompts at once."""
+
+    def __init__(self, num_waiting: int) -> None:
+        super().__init__(num_waiting)
+        self.num_waiting = num_waiting
+
+    def __str__(self) -> str:
+        return f"{self.num_waiting} prompts wait for the encoder already; try again later, or name adapters yourself"
 
 
 class NotReady(DeploymentsError):

@@ -67,6 +67,7 @@ TABLE: tuple[tuple[type[Exception], int, str, str], ...] = (
     (api_errors.BodiesBusy, 503, _OVERLOADED, "bodies_busy"),
     (api_errors.UploadsBusy, 503, _OVERLOADED, "uploads_busy"),
     (api_errors.ServerOverloaded, 429, _OVERLOADED, "server_overloaded"),
+    (api_errors.EncoderBusy, 503, _OVERLOADED, "encoder_busy"),
     (api_errors.NotReady, 503, _OVERLOADED, "not_ready"),
     (api_errors.NoWorkerYet, 503, _OVERLOADED, "no_worker_yet"),
     (api_errors.Poisoned, 500, _SERVER, _POISONED),

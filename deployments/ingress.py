@@ -189,8 +189,7 @@ class Ingress:
             began = time.monotonic()
             with tracer.start_as_current_span("plan"):
                 async with within(deadline):
-                    planning = [self._planner.plan(question, caller.tenant) for question in questions]
-                    plans = await asyncio.gather(*planning)
+                    plans = await self._planner.plan_all(questions, caller.tenant)
             record.planned(plans, time.monotonic() - began)
             async with within(deadline):
                 await self._waking.wait()
@@ -282,8 +281,7 @@ class Ingress:
         texts = [text for prompt in body.prompt if (text := text_read(prompt, body.lora)) is not None]
         with self.door.running(caller, Work(len(body.prompt), num_read=encoder_tokens(texts))):
             async with within(deadline_of(None, self._config.max_request_s)):
-                routes = [self._planner.route(prompt, body.lora, caller.tenant) for prompt in body.prompt]
-                planned = await asyncio.gather(*routes)
+                planned = await self._planner.route_all(body.prompt, body.lora, caller.tenant)
         return {"object": "list", "data": [plan_object(item, caller.tenant, explain=True) for item in planned]}
 
     @app.get("/health", response_model=None, responses=HEALTH_ANSWERS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ray.serve.handle import DeploymentHandle
@@ -34,7 +36,32 @@ class Planner:
         self._config, self._retriever = config, retriever
 
     async def plan(self, question: Question, tenant: str) -> Planned:
-        """Raises: ModelNotFound, RequestInvalid, AdapterNotFound, NoAdapterMatched, PlanInvalid, PlanGone."""
+        """`plan_all` of one question."""
+        [planned] = await self.plan_all([question], tenant)
+        return planned
+
+    async def plan_all(self, questions: Sequence[Question], tenant: str) -> list[Planned]:
+        """Return one plan a question, in order. Questions that say the same of adapters share one call.
+
+        Raises: ModelNotFound, RequestInvalid, AdapterNotFound, NoAdapterMatched, PlanInvalid, PlanGone, StaleIndex,
+        EncoderBusy.
+        """
+        groups: dict[tuple[str, str | None, str], list[int]] = {}
+        said = {id(question.lora): question.lora.model_dump_json() for question in questions}
+        for place, question in enumerate(questions):
+            groups.setdefault((question.model, question.alias, said[id(question.lora)]), []).append(place)
+        alike = [[questions[place] for place in places] for places in groups.values()]
+        plans = await asyncio.gather(*[self._plan_alike(group, tenant) for group in alike])
+        found = {
+            place: plan
+            for places, own in zip(groups.values(), plans, strict=True)
+            for place, plan in zip(places, own, strict=True)
+        }
+        return [found[place] for place in range(len(questions))]
+
+    async def _plan_alike(self, questions: Sequence[Question], tenant: str) -> Sequence[Planned]:
+        """Plan questions of one model and the same options."""
+        question = questions[0]
         name = self._model_name(question.model)
         options = question.lora
         if question.alias is not None and name is None:
@@ -43,16 +70,16 @@ class Planner:
             field = question.alias or f"lora.{options.names_adapters}"
             raise RequestInvalid(f"{field} goes with model 'auto' only", field)
         if name == AUTO:
-            return await self.route(question.text, options, tenant)
+            return await self.route_all([item.text for item in questions], options, tenant)
         _refuse_retrieval(options)
         if name is None:
             if options.strategy is not None:
                 raise RequestInvalid("lora.strategy says how adapters are composed, and here is none", "lora.strategy")
-            return Planned(BASE_PLAN)
+            return [Planned(BASE_PLAN)] * len(questions)
         try:
             choices, strategy = [(name, 1.0)], options.strategy or "selection"
             plan = await repeated(self._retriever.plan_named, tenant, choices, strategy, options.min_generation)
-            return Planned(plan)
+            return [Planned(plan)] * len(questions)
         except AdapterNotFound as exc:  # through a handle it comes as a RayTaskError that is one, too
             raise ModelNotFound(question.model, exc.hint) from exc
 
@@ -63,19 +90,24 @@ class Planner:
         """
         return text_read(question.text, question.lora) if self._model_name(question.model) == AUTO else None
 
-    async def route(self, text: str, options: LoraOptions, tenant: str) -> Planned:
-        """The plan the client sends back, that of the adapters it names, or the Retriever's choice for `text`.
+    async def route_all(self, texts: Sequence[str], options: LoraOptions, tenant: str) -> Sequence[Planned]:
+        """Return a plan for each text: the one sent back, that of the named adapters, or the Retriever's choice.
 
-        Raises: RequestInvalid, AdapterNotFound, PlanInvalid, PlanGone, StaleIndex; NoAdapterMatched, where the fallback
-        is `error`.
+        Raises: RequestInvalid, AdapterNotFound, PlanInvalid, PlanGone, StaleIndex, EncoderBusy; NoAdapterMatched,
+        where the fallback is `error`.
         """
         if options.plan is not None:
-            return await self._replayed(options, options.plan, tenant)
+            return [await self._replayed(options, options.plan, tenant)] * len(texts)
         if options.adapters is not None:
             _refuse_retrieval(options)
-            return Planned(await self._named(options, tenant))
+            return [Planned(await self._named(options, tenant))] * len(texts)
+        requests = [self._request_of(text, options, tenant) for text in texts]
+        routes: list[Route] = await repeated(self._retriever.route, requests)
+        return [Planned(route.plan, route.candidates, route.abstained) for route in routes]
+
+    def _request_of(self, text: str, options: LoraOptions, tenant: str) -> RouteRequest:
         defaults = self._config.retrieval
-        request = RouteRequest(
+        return RouteRequest(
             text=(options.query or text)[:MAX_CHARS],
             tenant=tenant,
             strategy=options.strategy or defaults.strategy,
@@ -86,8 +118,6 @@ class Planner:
             tags=() if options.filter is None else tuple(options.filter.tags),
             min_generation=options.min_generation,
         )
-        route: Route = await repeated(self._retriever.route, request)
-        return Planned(route.plan, route.candidates, route.abstained)
 
     async def _replayed(self, options: LoraOptions, given: PlanGiven, tenant: str) -> Planned:
         """The plan as it was: nothing is retrieved, no default is read."""

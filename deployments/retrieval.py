@@ -10,7 +10,7 @@ from lora_store import Snapshot
 from lora_store.files import Files
 from lora_store.location import Location
 from retriever_svc import Encoder, IndexSettings, LivePool, Retriever, SavedIndexes
-from retriever_svc.retriever import Timed, untimed
+from retriever_svc.retriever import Timings
 
 
 def live_pool(config: AppConfig, snapshots: Callable[[], Snapshot], index: IndexSettings | None = None) -> LivePool:
@@ -25,12 +25,12 @@ def live_pool(config: AppConfig, snapshots: Callable[[], Snapshot], index: Index
     )
 
 
-def retriever_over(pools: LivePool, config: AppConfig, timed: Timed = untimed) -> Retriever:
+def retriever_over(pools: LivePool, config: AppConfig, timings: Timings | None = None) -> Retriever:
     settings = config.retrieval
     return Retriever(
         pools,
         min_score=settings.min_score,
         temperature=settings.softmax_temperature,
         owner_names=config.owner_names,
-        timed=timed,
+        timings=timings,
     )

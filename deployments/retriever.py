@@ -1,4 +1,4 @@
-"""The Retriever deployment: batches prompts into one encoder call and answers every read of the catalogue."""
+"""The Retriever deployment: encodes prompts in batches, tenant by tenant, and answers every read of the catalogue."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TypeVar
-
-from ray import serve
+from functools import partial
+from typing import Any, TypeVar
 
 from deployments.config import AppConfig
+from deployments.encoder_queue import EncoderQueue
 from deployments.figures import SERVE, Kinds, every_beat
 from deployments.ray_auth import require_token_mode
 from deployments.retrieval import live_pool, retriever_over
@@ -35,12 +35,15 @@ from retriever_svc import (
     RouteRequest,
     StaleIndex,
 )
-from retriever_svc.retriever import RouteAnswer
+from retriever_svc.retriever import Encoded
 
 logger = logging.getLogger(__name__)
 
 Step = TypeVar("Step")
+T = TypeVar("T")
 _NEIGHBOURS = 3
+_LOOKUP_THREADS = 4
+_SEARCH_THREADS = 4
 _CATCH_UP_S = 4.0  # below the publisher's own limit, so that each replica answers for itself
 
 
@@ -55,7 +58,10 @@ class Embedded:
 class RetrieverDeployment:
     """One encoder and one index, at the catalogue's newest generation before it is ready.
 
-    All work runs beside the event loop. What names a `min_generation` waits a little for it, then raises StaleIndex.
+    All work runs beside the event loop, each kind on threads of its own, so that none holds up another: look-ups by
+    name and lists; searches and maps; the encoder for prompts, which takes its texts from a queue where tenants take
+    turns; the encoder for publishes; the catalogue. What names a `min_generation` waits a little for it, then raises
+    StaleIndex.
     """
 
     def __init__(
@@ -72,10 +78,18 @@ class RetrieverDeployment:
         self._figures = RetrieverFigures(kinds)
         self._store = LoraStore(config.store_uri, accepts_base=config.accepted_bases)
         self._pools = live_pool(config, self._store.snapshot, index)
-        self._retriever = retriever_over(self._pools, config, timed=self._figures.timed)
-        self._route_batch.set_max_batch_size(settings.batch_size)
-        self._route_batch.set_batch_wait_timeout_s(settings.batch_wait_s)
-        self._bulk = ThreadPoolExecutor(1, thread_name_prefix="bulk")  # of publishes: routes keep their threads
+        self._retriever = retriever_over(self._pools, config, timings=self._figures)
+        self._lookups = ThreadPoolExecutor(_LOOKUP_THREADS, thread_name_prefix="lookup")
+        self._searches = ThreadPoolExecutor(_SEARCH_THREADS, thread_name_prefix="search")
+        self._encoding = ThreadPoolExecutor(1, thread_name_prefix="encode")  # two would only share the same cores
+        self._bulk = ThreadPoolExecutor(1, thread_name_prefix="bulk")
+        self._reading = ThreadPoolExecutor(1, thread_name_prefix="catalogue")
+        self._prompts = EncoderQueue(
+            self._encode,
+            batch_size=settings.batch_size,
+            max_waiting=settings.max_waiting,
+            wait_s=settings.batch_wait_s,
+        )
         self._pools.catch_up()  # with what was committed while the encoder and the index were made
         self._refreshing: asyncio.Task[int] | None = None
         self._read_at = time.monotonic()
@@ -83,50 +97,55 @@ class RetrieverDeployment:
         self._polling = loop.create_task(self._poll(settings.poll_interval_s, sleep))
         self._telling = loop.create_task(every_beat(self._tell))
 
-    async def route(self, request: RouteRequest) -> Route:
-        """The plan for one prompt, and its candidates. Raises: NoAdapterMatched, StaleIndex."""
-        await self._reach(request.min_generation)
-        answer: RouteAnswer = await self._route_batch(request)
-        self._figures.answered(answer)
-        if isinstance(answer, RetrieverError):
-            raise answer
-        return answer
+    async def route(self, requests: Sequence[RouteRequest]) -> list[Route]:
+        """Return the plan and candidates for each prompt of one client's request, all of the same tenant.
 
-    @serve.batch
-    async def _route_batch(self, requests: list[RouteRequest]) -> list[RouteAnswer]:
-        return await asyncio.to_thread(self._retriever.route, requests)
+        Raises: NoAdapterMatched for the first prompt that has none, EncoderBusy, StaleIndex.
+        """
+        if not requests:
+            return []
+        await self._reach(max(request.min_generation for request in requests))
+        encoded = await self._prompts.encoded(requests[0].tenant, [request.text for request in requests])
+        answers = await _on(self._searches, self._retriever.route_encoded, requests, encoded)
+        for answer in answers:
+            self._figures.answered(answer)
+        return [_given(answer) for answer in answers]
+
+    async def _encode(self, texts: Sequence[tuple[str, str]]) -> list[Encoded]:
+        return await _on(self._encoding, self._retriever.encode, texts)
 
     async def plan_named(
         self, tenant: str, choices: Sequence[tuple[str, float]], strategy: Strategy, min_generation: int = 0
     ) -> Plan:
         """The plan of adapters a client named. Raises: AdapterNotFound, PlanInvalid, StaleIndex."""
         await self._reach(min_generation)
-        return await asyncio.to_thread(self._retriever.plan_named, tenant, choices, strategy)
+        return await _on(self._lookups, self._retriever.plan_named, tenant, choices, strategy)
 
     async def replay(self, tenant: str, strategy: Strategy, pinned: Sequence[PinnedAdapter], generation: int) -> Plan:
         """The plan that was made at `generation`. Raises: PlanGone, PlanInvalid, StaleIndex."""
         await self._reach(generation)
-        return await asyncio.to_thread(self._retriever.replay, tenant, strategy, pinned, generation)
+        return await _on(self._lookups, self._retriever.replay, tenant, strategy, pinned, generation)
 
     async def page(self, tenant: str, request: PageRequest, min_generation: int = 0) -> Page:
         """A page of what the tenant may use; embeddings stay here. Raises: StaleIndex."""
         await self._reach(min_generation)
-        page = await asyncio.to_thread(self._retriever.page, tenant, request)
+        page = await _on(self._lookups, self._retriever.page, tenant, request)
         return replace(page, rows=tuple((name, _as_seen_by(tenant, record)) for name, record in page.rows))
 
     async def map(self, tenant: str, min_generation: int = 0) -> PoolMap:
         """The adapters the tenant may be routed to, on a plane. Raises: StaleIndex."""
         await self._reach(min_generation)
-        return await asyncio.to_thread(self._retriever.map, tenant)
+        return await _on(self._searches, self._retriever.map, tenant)
 
     async def place(self, tenant: str, text: str, names: Sequence[str], min_generation: int = 0) -> Place:
-        """Where a prompt and these adapters lie on that plane. Raises: StaleIndex."""
+        """Where a prompt and these adapters lie on that plane. Raises: EncoderBusy, StaleIndex."""
         await self._reach(min_generation)
-        return await asyncio.to_thread(self._retriever.place, tenant, text, names)
+        [encoded] = await self._prompts.encoded(tenant, [text])
+        return await _on(self._searches, self._retriever.place_encoded, tenant, encoded, names)
 
     async def load(self, tenant: str) -> tuple[int, int]:
         """(generation this replica serves, number of adapters the tenant may use)."""
-        return await asyncio.to_thread(self._retriever.count, tenant)
+        return await _on(self._lookups, self._retriever.count, tenant)
 
     async def record(self, tenant: str, name: str, min_generation: int = 0) -> tuple[int, list[AdapterRecord]]:
         """(generation, the kept versions of that adapter, the live one first, as the tenant may see them).
@@ -134,7 +153,7 @@ class RetrieverDeployment:
         Raises: AdapterNotFound, StaleIndex.
         """
         await self._reach(min_generation)
-        generation, versions = await asyncio.to_thread(self._retriever.versions, tenant, name)
+        generation, versions = await _on(self._lookups, self._retriever.versions, tenant, name)
         return generation, [_as_seen_by(tenant, record) for record in versions]
 
     async def embed(self, groups: Sequence[Sequence[Sample]], tenants: Sequence[str]) -> list[Embedded | None]:
@@ -142,7 +161,7 @@ class RetrieverDeployment:
 
         `tenants` runs along with `groups`.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._bulk, self._embed, groups, tenants)
+        return await _on(self._bulk, self._embed, groups, tenants)
 
     def _embed(self, groups: Sequence[Sequence[Sample]], tenants: Sequence[str]) -> list[Embedded | None]:
         embeddings = self._retriever.embed_groups(groups, tenants)
@@ -178,7 +197,7 @@ class RetrieverDeployment:
             yield step
 
     async def index_stats(self) -> IndexStats:
-        return await asyncio.to_thread(self._pools.stats)
+        return await _on(self._lookups, self._pools.stats)
 
     def check_health(self) -> None:
         if self._polling.done():
@@ -203,7 +222,7 @@ class RetrieverDeployment:
     async def _refresh(self) -> None:
         """One refresh at a time, whoever waits for it: a catalogue that hangs holds one thread, not all."""
         if self._refreshing is None or self._refreshing.done():
-            self._refreshing = asyncio.create_task(asyncio.to_thread(self._pools.catch_up))
+            self._refreshing = asyncio.create_task(_on(self._reading, self._pools.catch_up))
             self._refreshing.add_done_callback(self._refreshed)
         await asyncio.shield(self._refreshing)
 
@@ -231,6 +250,18 @@ class RetrieverDeployment:
                     logger.info("generation %d is served: the catalogue is read again", self._retriever.generation)
                 is_failing = False
             await sleep(interval_s)
+
+
+async def _on(threads: Executor, work: Callable[..., T], *args: Any) -> T:
+    """Run `work` on one of these threads."""
+    return await asyncio.get_running_loop().run_in_executor(threads, partial(work, *args))
+
+
+def _given(answer: Route | RetrieverError) -> Route:
+    """Raises: the answer, where it is an error."""
+    if isinstance(answer, RetrieverError):
+        raise answer
+    return answer
 
 
 def _as_seen_by(tenant: str, record: AdapterRecord) -> AdapterRecord:

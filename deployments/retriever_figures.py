@@ -16,7 +16,7 @@ _COSINES = (0.1, 0.2, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8
 
 
 class RetrieverFigures:
-    """A public adapter goes by its name, any other by its version digest. Called on the event loop, but for `timed`."""
+    """A public adapter goes by its name, any other by its version digest. Called on the event loop, but for times."""
 
     def __init__(self, kinds: Kinds = SERVE, recent: RecentChoices | None = None) -> None:
         self._recent, self._so_far = recent or RecentChoices(), ChosenSoFar()
@@ -29,7 +29,9 @@ class RetrieverFigures:
         self._encode_s = kinds.Histogram(
             "loraretriever_encode_seconds", "The encoder, of one batch of prompts", SHORT_SECONDS
         )
-        self._search_s = kinds.Histogram("loraretriever_search_seconds", "The search, of one batch", SHORT_SECONDS)
+        self._search_s = kinds.Histogram(
+            "loraretriever_search_seconds", "The search, for the prompts of one request", SHORT_SECONDS
+        )
         self._routes = kinds.Counter(
             "loraretriever_routes_total", "Prompts: chosen for, abstained (base model), refused (422)", ("outcome",)
         )
@@ -42,10 +44,13 @@ class RetrieverFigures:
             "loraretriever_always_shadowed_adapters", "Candidates of 20 prompts or more, and the best of none"
         )
 
-    def timed(self, encode_s: float, search_s: float) -> None:
-        """One batch of prompts took so long. Called on any thread."""
-        self._encode_s.observe(encode_s)
-        self._search_s.observe(search_s)
+    def encoded(self, seconds: float) -> None:
+        """One batch of prompts was in the encoder for so long. Called on any thread."""
+        self._encode_s.observe(seconds)
+
+    def searched(self, seconds: float) -> None:
+        """The search for the prompts of one request took so long. Called on any thread."""
+        self._search_s.observe(seconds)
 
     def answered(self, answer: RouteAnswer) -> None:
         """One prompt's answer."""

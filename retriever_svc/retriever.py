@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -26,12 +28,32 @@ from retriever_svc.route import Candidate, PinnedAdapter, Route, RouteRequest
 from retriever_svc.sample_source import SampleSource
 
 RouteAnswer = Route | NoAdapterMatched | StaleIndex
-Timed = Callable[[float, float], None]
-"""Takes the seconds that one batch of prompts spent in the encoder, and in the search after it. On any thread."""
 
 
-def untimed(encode_s: float, search_s: float) -> None:
-    """Nobody wants to know."""
+class Timings(Protocol):
+    """Takes how long each part of the work took, on any thread."""
+
+    def encoded(self, seconds: float) -> None: ...
+
+    def searched(self, seconds: float) -> None: ...
+
+
+class Untimed:
+    """The default: ignores timings."""
+
+    def encoded(self, seconds: float) -> None:
+        pass
+
+    def searched(self, seconds: float) -> None:
+        pass
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Encoded:
+    """A text's vector (D,), and the pool whose encoder made it: it is searched in that pool, whatever comes after."""
+
+    pool: Pool
+    vector: Vectors
 
 
 class Retriever:
@@ -50,10 +72,10 @@ class Retriever:
         min_score: float | None = None,
         temperature: float = 0.05,
         owner_names: bool = False,
-        timed: Timed = untimed,
+        timings: Timings | None = None,
     ) -> None:
-        self._pools, self._min_score, self._temperature, self._timed = pools, min_score, temperature, timed
-        self._owner_names = owner_names
+        self._pools, self._min_score, self._temperature = pools, min_score, temperature
+        self._owner_names, self._timings = owner_names, timings or Untimed()
 
     @property
     def generation(self) -> int:
@@ -64,24 +86,31 @@ class Retriever:
         """One answer per request, in order, from one encoder call and one generation; an error in its own place."""
         pool = self._pools.current
         generation = pool.snapshot.generation
-        rows = [row for row, request in enumerate(requests) if request.min_generation <= generation]
-        routed = dict(zip(rows, self._route(pool, [requests[row] for row in rows]), strict=True))
-        return [routed.get(row) or StaleIndex(r.min_generation, generation) for row, r in enumerate(requests)]
+        fresh = [request for request in requests if request.min_generation <= generation]
+        encoded = _encode(pool, [(request.tenant, request.text) for request in fresh], self._timings)
+        routed = iter(self.route_encoded(fresh, encoded))
+        return [
+            next(routed) if request.min_generation <= generation else StaleIndex(request.min_generation, generation)
+            for request in requests
+        ]
 
-    def _route(self, pool: Pool, requests: Sequence[RouteRequest]) -> list[Route | NoAdapterMatched]:
+    def encode(self, texts: Sequence[tuple[str, str]]) -> list[Encoded]:
+        """Encode (tenant, text) pairs by one call and in the pool of now."""
+        return _encode(self._pools.current, texts, self._timings)
+
+    def route_encoded(self, requests: Sequence[RouteRequest], encoded: Sequence[Encoded]) -> list[RouteAnswer]:
+        """Return one answer per request, in order; `encoded` runs along. An error is in its own place."""
         began = time.perf_counter()
-        owners = [request.tenant for request in requests]
-        vectors = pool.encoder.encode([request.text for request in requests], owners)
-        encoded = time.perf_counter()
-        rows_of: defaultdict[tuple[str, tuple[str, ...]], list[int]] = defaultdict(list)
-        for row, request in enumerate(requests):
-            rows_of[request.tenant, request.tags].append(row)
-        answers: dict[int, Route | NoAdapterMatched] = {}
-        for (tenant, tags), rows in rows_of.items():
+        rows_of: defaultdict[tuple[int, str, tuple[str, ...]], list[int]] = defaultdict(list)
+        for row, (request, item) in enumerate(zip(requests, encoded, strict=True)):
+            rows_of[id(item.pool), request.tenant, request.tags].append(row)
+        answers: dict[int, RouteAnswer] = {}
+        for (_, tenant, tags), rows in rows_of.items():
+            pool, vectors = encoded[rows[0]].pool, np.stack([encoded[row].vector for row in rows])
             top_k = max(requests[row].top_k for row in rows)
-            for row, matches in zip(rows, pool.nearest(vectors[rows], top_k, tenant, tags), strict=True):
+            for row, matches in zip(rows, pool.nearest(vectors, top_k, tenant, tags), strict=True):
                 answers[row] = self._decide(requests[row], matches[: requests[row].top_k], pool)
-        self._timed(encoded - began, time.perf_counter() - encoded)
+        self._timings.searched(time.perf_counter() - began)
         return [answers[row] for row in range(len(requests))]
 
     def _decide(self, request: RouteRequest, matches: list[Match], pool: Pool) -> Route | NoAdapterMatched:
@@ -174,16 +203,21 @@ class Retriever:
         return self._pools.current.map(tenant)[1]
 
     def place(self, tenant: str, text: str, names: Sequence[str]) -> Place:
-        """Where `text` lies on the map of `tenant`, and those of `names` that the tenant may see and that are embedded.
+        """`place_encoded` of a text that is encoded now."""
+        [encoded] = self.encode([(tenant, text)])
+        return self.place_encoded(tenant, encoded, names)
+
+    def place_encoded(self, tenant: str, encoded: Encoded, names: Sequence[str]) -> Place:
+        """Return where a text lies on the map of `tenant`, and those of `names` that it may see and are embedded.
 
         Versions are left aside: `name@digest` lies where the live `name` does.
         """
-        pool = self._pools.current
+        pool = encoded.pool
         plane, _ = pool.map(tenant)
         bare = [name.partition("@")[0] for name in names]
         records = [r for name in bare for r in pool.embedded(tenant, name, owner_names=self._owner_names)]
         vectors = [record.embedding.vector for record in records if record.embedding is not None]
-        [(x, y), *others] = plane.project(np.stack([*pool.encoder.encode([text], [tenant]), *vectors])).tolist()
+        [(x, y), *others] = plane.project(np.stack([encoded.vector, *vectors])).tolist()
         adapters = tuple(Point(record.ref, *at) for record, at in zip(records, others, strict=True))
         return Place(pool.snapshot.generation, Point(None, x, y), adapters)
 
@@ -199,3 +233,10 @@ class Retriever:
     def reindex(self, model: str, samples: SampleSource) -> Iterator[ReindexStep]:
         """Embeddings by the encoder of `model` for every adapter that has none yet. Raises: EncoderUnusable."""
         return reindex(self._pools.current.snapshot, self._pools.prepare_encoder(model), samples)
+
+
+def _encode(pool: Pool, texts: Sequence[tuple[str, str]], timings: Timings) -> list[Encoded]:
+    began = time.perf_counter()
+    vectors = pool.encoder.encode([text for _, text in texts], [tenant for tenant, _ in texts])
+    timings.encoded(time.perf_counter() - began)
+    return [Encoded(pool, vector) for vector in vectors]

@@ -37,9 +37,12 @@ class FakeRetriever:
     steps: list[list[ReindexStep | DoctorStep | Exception]] = field(default_factory=list)  # of each job, in turn
     prepared: Exception | str = "other-encoder"
 
-    async def route(self, request: RouteRequest) -> Route:
+    async def route(self, requests: Sequence[RouteRequest]) -> list[Route]:
         if self.failure is not None:
             raise self.failure
+        return [self._route_of(request) for request in requests]
+
+    def _route_of(self, request: RouteRequest) -> Route:
         scored = [(record, 0.5**place) for place, record in enumerate(self.held)]
         candidates = tuple(Candidate(record.ref, score) for record, score in scored)
         if self.abstains:

@@ -164,7 +164,7 @@ def test_the_guard_stands_where_the_application_is_mounted(keys: Path, prefix: s
 def test_without_keys_everybody_is_the_local_tenant(tmp_path: Path) -> None:
     async def look(client: httpx.AsyncClient, served: Served) -> None:
         assert (await client.post("/v1/chat/completions", json=CHAT)).status_code == 200
-        [(asked,)] = served.retriever.called("route")
+        [([asked],)] = served.retriever.called("route")
         assert asked.tenant == "local"
         await client.post("/v1/loras", json={"path": str(tmp_path / "mine")})
         [([staged], _, _, actor, _, share)] = served.store.called("commit")

@@ -17,8 +17,8 @@ from deployments.batch_run import BatchRun, BatchSettings, begin
 from deployments.config import AppConfig
 from deployments.errors import BatchRefused
 from gpu_worker.base_model import load_base_model
-from lora_store import LoraStore
-from retriever_svc import NoAdapterMatched, RouteRequest
+from lora_store import LoraStore, Plan
+from retriever_svc import NoAdapterMatched, Route, RouteRequest
 from tests.deployments.batching import BASE, TOPICS, prompts, publish, tiny_app, write_rows
 from tests.e2e.conftest import talkative
 from tests.tiny import linear_shapes, tiny_config
@@ -182,15 +182,20 @@ def test_prompts_of_one_part_share_a_call_of_the_encoder() -> None:
     class Counting:
         def route(self, requests: list[RouteRequest]) -> list[Any]:
             calls.append([request.text for request in requests])
-            return [NoAdapterMatched(0.1, 0.5) if r.text == "odd" else f"route of {r.text}" for r in requests]
+            return [
+                NoAdapterMatched(0.1, 0.5)
+                if r.text == "odd"
+                else Route(Plan("base", (), number), (), number, abstained=True)
+                for number, r in enumerate(requests)
+            ]
 
     async def main() -> list[Any]:
         retriever = LocalRetriever(Counting())  # type: ignore[arg-type]
-        asked = [retriever.route(RouteRequest(text)) for text in ("one", "odd", "two")]
+        asked = [retriever.route([RouteRequest(text)]) for text in ("one", "odd", "two")]
         together = await asyncio.gather(*asked, return_exceptions=True)
-        return [*together, await retriever.route(RouteRequest("later"))]
+        return [*together, await retriever.route([RouteRequest("later"), RouteRequest("last")])]
 
     one, odd, two, later = asyncio.run(main())
-    assert calls == [["one", "odd", "two"], ["later"]]
-    assert (one, two, later) == ("route of one", "route of two", "route of later")
+    assert calls == [["one", "odd", "two"], ["later", "last"]]
+    assert [[route.generation for route in routes] for routes in (one, two, later)] == [[0], [2], [0, 1]]
     assert isinstance(odd, NoAdapterMatched)

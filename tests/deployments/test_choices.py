@@ -79,7 +79,7 @@ def test_prompts_have_plans_and_choices_of_their_own() -> None:
 
     async def texts(client: httpx.AsyncClient, served: Served) -> list[str]:
         await client.post("/v1/completions", json=body)
-        return [request.text for (request,) in served.retriever.called("route")]
+        return [request.text for (requests,) in served.retriever.called("route") for request in requests]
 
     assert ask(texts) == ["a", "bb"]
 

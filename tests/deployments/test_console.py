@@ -63,7 +63,7 @@ def test_what_the_controls_say_is_what_is_asked(browsing: Browsing) -> None:
         await page.get_by_label("Prompt").press("x")
         await page.get_by_label("Prompt").press("Enter")
         await expect(page.locator("#answer")).to_have_text("Hello")
-        [[request]] = served.retriever.called("route")
+        [([request],)] = served.retriever.called("route")
         assert (request.text, request.strategy, request.top_k) == ("line\nx", "fusion", 5)
         assert (served.job.sampling.max_tokens, served.job.sampling.temperature) == (17, 0.5)
 

@@ -47,6 +47,7 @@ EXPECTED = [
     (api_errors.UploadsBusy(9), 503, OVERLOADED, "uploads_busy"),
     (api_errors.ServerOverloaded(9), 429, OVERLOADED, "server_overloaded"),
     (api_errors.BodiesBusy(9), 503, OVERLOADED, "bodies_busy"),
+    (api_errors.EncoderBusy(9), 503, OVERLOADED, "encoder_busy"),
     (api_errors.NotReady("wait"), 503, OVERLOADED, "not_ready"),
     (api_errors.NoWorkerYet(30), 503, OVERLOADED, "no_worker_yet"),
     (api_errors.Poisoned(3), 500, "server_error", "poisoned"),

@@ -81,7 +81,7 @@ def test_a_text_completion_sends_the_prompt_as_it_is() -> None:
 def test_adapters_are_found_by_the_last_user_message() -> None:
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
     _, served = generate({"messages": [*turns, {"role": "user", "content": "Rhyme."}, turns[1]]})
-    [(request,)] = served.retriever.called("route")
+    [([request],)] = served.retriever.called("route")
     assert request.text == "Rhyme."
 
 
@@ -232,11 +232,11 @@ def test_a_retriever_that_dies_is_asked_again() -> None:
     class Mortal(FakeRetriever):
         deaths = 2
 
-        async def route(self, request: RouteRequest) -> Route:
+        async def route(self, requests: Sequence[RouteRequest]) -> list[Route]:
             if self.deaths:
                 self.deaths -= 1
                 raise DEATH
-            return await super().route(request)
+            return await super().route(requests)
 
     answer, served = generate(CHAT, retriever=Mortal())
     assert answer["choices"][0]["message"]["content"] == "Hello"

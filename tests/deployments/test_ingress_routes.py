@@ -152,8 +152,8 @@ def test_route_tells_the_plan_of_each_prompt_and_generates_nothing() -> None:
         served = serve_plainly()
         async with http_of(served) as client:
             answer = (await client.post("/v1/route", json={"prompt": ["a", "b"], "lora": {"k": 2}})).json()
-        assert [request.text for (request,) in served.retriever.called("route")] == ["a", "b"]
-        assert [request.top_k for (request,) in served.retriever.called("route")] == [2, 2]
+        [(requests,)] = served.retriever.called("route")  # one call, however many prompts
+        assert [(request.text, request.top_k) for request in requests] == [("a", 2), ("b", 2)]
         assert [[c["name"] for c in plan["candidates"]] for plan in answer["data"]] == [["poet", "coder"]] * 2
         assert served.worker.called("stream") == []
 

@@ -77,7 +77,7 @@ def test_an_unknown_model_is_not_found_under_the_name_the_client_gave(model: str
 def test_what_a_request_leaves_unsaid_comes_from_the_config() -> None:
     handle = handle_of()
     plan(handle, strategy="fusion", k=5, weights="softmax", fallback="error", min_score=0.9)
-    [(request,)] = handle.called("route")
+    [([request],)] = handle.called("route")
     expected = RouteRequest("Rhyme", "local", "fusion", 5, "softmax", min_score=None, fallback="error")
     assert request == expected  # the config's floor is the Retriever's own, so that None asks for it
 
@@ -87,7 +87,7 @@ def test_what_a_request_says_wins_over_the_config() -> None:
     said = {"strategy": "selection", "k": 2, "weights": "uniform", "fallback": "base", "min_score": 0.0}
     said |= {"filter": {"tags": ["a", "b"]}, "min_generation": 9}
     plan(handle, lora=said, strategy="fusion", k=5, weights="softmax", fallback="error")
-    [(request,)] = handle.called("route")
+    [([request],)] = handle.called("route")
     assert request == RouteRequest("Rhyme", "local", "selection", 2, "uniform", 0.0, "base", ("a", "b"), 9)
 
 

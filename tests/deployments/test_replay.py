@@ -162,7 +162,7 @@ def test_adapters_are_found_by_another_text_where_one_is_given() -> None:
         await client.post("/v1/chat/completions", json=CHAT | {"lora": {"query": "a rhyme"}})
         await client.post("/v1/route", json={"prompt": ["a", "b"], "lora": {"query": "a rhyme"}})
         assert served.job.prompt[0].content == "Hi"
-        return [request.text for (request,) in served.retriever.called("route")]
+        return [request.text for (requests,) in served.retriever.called("route") for request in requests]
 
     assert ask(send) == ["a rhyme"] * 3
 

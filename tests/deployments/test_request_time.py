@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -36,7 +36,7 @@ class Silent(FakeWorker):
 
 
 class SilentRetriever(FakeRetriever):
-    async def route(self, request: RouteRequest) -> Route:
+    async def route(self, requests: Sequence[RouteRequest]) -> list[Route]:
         await asyncio.Event().wait()
         raise AssertionError
 

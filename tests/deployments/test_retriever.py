@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from deployments.config import AppConfig, RetrievalSettings
@@ -32,7 +33,7 @@ from lora_store import (
 from lora_store.blobs import BlobStore
 from lora_store.location import Location
 from lora_store.sample_files import write_samples
-from retriever_svc import EncoderUnusable, PageRequest, RouteRequest, StaleIndex
+from retriever_svc import EncoderUnusable, PageRequest, PinnedAdapter, RouteRequest, StaleIndex
 from retriever_svc.encoder_files import model_folder
 from tests.retriever_svc.pool_fakes import record_of
 
@@ -355,10 +356,78 @@ def test_the_doctor_streams_its_progress_and_ends_with_a_report(tmp_path: Path) 
     run(tmp_path, scenario)
 
 
+def test_names_and_lists_are_answered_while_every_call_of_the_encoder_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(here: Served) -> None:
+        [sums] = await here.embedded("sums")
+        await here.replica.catch_up(here.publish(sums))
+        entered, goes_on = threading.Event(), threading.Event()
+        encoder = here.pools.current.encoder
+        compute = encoder._compute
+
+        def hang(texts: list[str]) -> Any:
+            entered.set()
+            assert goes_on.wait(30)
+            return compute(texts)
+
+        monkeypatch.setattr(encoder, "_compute", hang)
+        routes = [here.replica.route([RouteRequest(f"Add {number}.")]) for number in range(40)]
+        places = [here.replica.place("local", f"Add {number}, please.", ["sums"]) for number in range(40)]
+        embeds = [here.replica.embed([[Sample(f"Sum {number}.")]], ["local"]) for number in range(40)]
+        waiting = [asyncio.ensure_future(call) for call in (*routes, *places, *embeds)]
+        assert await asyncio.to_thread(entered.wait, 20)
+        pinned = PinnedAdapter("sums", sums.ref.digest, 1.0)
+        async with asyncio.timeout(20):
+            assert (await here.replica.plan_named("local", [("sums", 1.0)], "selection")).generation == 1
+            assert (await here.replica.replay("local", "selection", [pinned], 1)).generation == 1
+            assert len((await here.replica.page("local", ALL)).rows) == 1
+            assert (await here.replica.record("local", "sums"))[0] == 1
+            assert (await here.replica.map("local")).num_adapters == 1
+            assert await here.replica.load("local") == (1, 1)
+            assert await here.replica.catch_up(here.publish(sums)) == 2
+        assert not any(call.done() for call in waiting)
+        goes_on.set()
+        assert len(await asyncio.gather(*waiting)) == 120
+
+    run(tmp_path, scenario)
+
+
+def test_a_tenants_prompt_does_not_wait_behind_anothers_sixty_large_requests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(here: Served) -> None:
+        await here.replica.catch_up(here.publish(*await here.embedded("sums")))
+        encoder = here.pools.current.encoder
+        batches: list[list[str]] = []
+
+        def quick(texts: list[str]) -> Any:
+            batches.append(texts)
+            return np.ones((len(texts), encoder.dim), np.float32)
+
+        monkeypatch.setattr(encoder, "_compute", quick)
+        large = [
+            asyncio.ensure_future(
+                here.replica.route([RouteRequest(f"{call} {n} " + "x" * 5000, tenant="flood") for n in range(60)])
+            )
+            for call in range(60)
+        ]
+        await asyncio.sleep(0)
+        before = len(batches)
+        [route] = await here.replica.route([RouteRequest("Add 2 and 3.", tenant="small")])
+        assert route.generation == 1
+        assert len(batches) - before <= 3, "the batch in progress, its own, and one that had begun by then"
+        assert sum(call.done() for call in large) < 10
+        for call in large:
+            call.cancel()
+
+    run(tmp_path, scenario)
+
+
 def test_a_prompt_that_names_a_generation_waits_for_no_batch_without_it(tmp_path: Path) -> None:
     async def scenario(here: Served) -> None:
         with pytest.raises(StaleIndex) as caught:
-            await here.replica.route(RouteRequest("Translate to German: the dog.", min_generation=2))
+            await here.replica.route([RouteRequest("Translate to German: the dog.", min_generation=2)])
         assert (caught.value.wanted, caught.value.found) == (2, 0)
 
     run(tmp_path, scenario)

@@ -69,7 +69,9 @@ def test_of_many_adapters_those_chosen_most_are_named() -> None:
     assert told[("a99",)] == 100 and ("a0",) not in told
 
 
-def test_a_batch_has_two_times() -> None:
+def test_the_encoder_and_the_search_have_times_of_their_own() -> None:
     kinds = FakeKinds()
-    RetrieverFigures(kinds).timed(0.2, 0.01)
+    figures = RetrieverFigures(kinds)
+    figures.encoded(0.2)
+    figures.searched(0.01)
     assert kinds["encode_seconds"].seen == {(): [0.2]} and kinds["search_seconds"].seen == {(): [0.01]}

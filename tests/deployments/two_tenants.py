@@ -6,7 +6,6 @@ its tenant's own word in it, and every version its digests.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -24,7 +23,7 @@ from deployments.ingress import Ingress
 from deployments.retriever import RetrieverDeployment
 from deployments.store import StoreDeployment
 from lora_store import AdapterRecord, ModuleWeights, Sample, write_peft_folder
-from retriever_svc import IndexSettings, RetrieverError, Route, RouteRequest
+from retriever_svc import IndexSettings
 from retriever_svc.encoder import Vectors
 from tests.deployments.adapter_records import BASE
 from tests.deployments.app_fakes import Served, config_of, http_of
@@ -37,16 +36,6 @@ TENANTS = tuple(WORDS)
 MODULE = "model.layers.0.mlp.up_proj"
 _TOPICS = {"acme": ("tax", "patent", "lease", "merger", "audit"), "globex": ("heart", "lung", "liver", "brain", "skin")}
 _TASKS = ("Summarise the %s case", "List risks of the %s file", "Translate the %s note", "Rate the %s report")
-
-
-class PlainRetriever(RetrieverDeployment):
-    """Without Serve's batching, which needs Serve."""
-
-    async def route(self, request: RouteRequest) -> Route:
-        [answer] = await asyncio.to_thread(self._retriever.route, [request])
-        if isinstance(answer, RetrieverError):
-            raise answer
-        return answer
 
 
 class QuietWorker(FakeWorker):
@@ -144,7 +133,7 @@ async def two_tenants(
     config = config_of(
         store_uri=str(folder / "pool"), keys_file=keys, retrieval=retrieval, publish_paths=True, **settings
     )
-    retriever = PlainRetriever(config, index=index)
+    retriever = RetrieverDeployment(config, index=index)
     retriever._pools._background = lambda work: work()  # lists are trained by the time a publish is answered
     handles = [FakeHandle(retriever), FakeHandle(QuietWorker()), FakeHandle(StoreDeployment(config, put=lambda b: b))]
     served = Served(Ingress.__bases__[0](config, *handles), *handles)

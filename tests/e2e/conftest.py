@@ -100,7 +100,7 @@ def live(
         ),
         store_scaling=ScalingSettings(max_ongoing_requests=64, health_check_period_s=1),
         retriever_scaling=ScalingSettings(
-            min_replicas=2, max_replicas=2, max_ongoing_requests=128, health_check_period_s=1
+            min_replicas=2, max_replicas=2, max_ongoing_requests=10_000, health_check_period_s=1
         ),
         worker_scaling=ScalingSettings(min_replicas=2, max_replicas=2, max_ongoing_requests=2112),
     )

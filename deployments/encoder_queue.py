@@ -1,0 +1,148 @@
+"""Texts that wait for the encoder: tenants take turns, and nobody fills the queue for everybody else."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from deployments.errors import EncoderBusy
+from retriever_svc.encoder import MAX_TOKENS
+
+T = TypeVar("T")
+TURN_TOKENS = 256  # of text that a tenant may put into a batch before the next one's turn: one text of full length
+BATCH_TOKENS = 8 * TURN_TOKENS  # of a batch: more would only make everybody else wait longer for the next one
+_CHARS_PER_TOKEN = 4
+
+
+@dataclass(eq=False)
+class _Asked(Generic[T]):
+    """One call: its texts that wait, the answers so far, and the future that its caller awaits."""
+
+    tenant: str
+    number: int
+    waiting: deque[tuple[int, str]]  # (place in the call, text)
+    answered: asyncio.Future[list[T]]
+    answers: dict[int, T] = field(default_factory=dict)
+    num_texts: int = 0
+
+
+class EncoderQueue(Generic[T]):
+    """Feeds one batch of texts after the other to `encode`. For one event loop.
+
+    A turn: a tenant's texts of about `TURN_TOKENS`, all of one call. Tenants take turns, and within a tenant its calls
+    do. So a short text waits for the batch in progress, and then for one turn of each other tenant at most.
+
+    Places: at most `max_waiting` texts wait. A call that finds no room takes the places of the newest calls of the
+    tenant that holds most, as long as that tenant still holds more than the caller's own would; otherwise it is
+    refused. A tenant that is alone may use every place.
+    """
+
+    def __init__(
+        self,
+        encode: Callable[[Sequence[tuple[str, str]]], Awaitable[Sequence[T]]],
+        *,
+        batch_size: int,
+        max_waiting: int,
+        wait_s: float = 0.0,
+    ) -> None:
+        """`encode` takes (tenant, text) pairs. `wait_s`: how long an idle encoder waits for further texts."""
+        self._encode, self._batch_size, self._max_waiting, self._wait_s = encode, batch_size, max_waiting, wait_s
+        self._tenants: dict[str, deque[_Asked[T]]] = {}  # in order of turn
+        self._num_waiting: dict[str, int] = {}
+        self._numbers = itertools.count()
+        self._feeding: asyncio.Task[None] | None = None
+
+    async def encoded(self, tenant: str, texts: Sequence[str]) -> list[T]:
+        """Return what `encode` gives for each text, in order. A caller that leaves takes its texts along.
+
+        Raises: EncoderBusy; what `encode` raises for a batch with one of these texts.
+        """
+        if not texts:
+            return []
+        self._make_room(tenant, len(texts))
+        future: asyncio.Future[list[T]] = asyncio.get_running_loop().create_future()
+        asked = _Asked(tenant, next(self._numbers), deque(enumerate(texts)), future, num_texts=len(texts))
+        self._tenants.setdefault(tenant, deque()).append(asked)
+        self._count(tenant, len(texts))
+        if self._feeding is None or self._feeding.done():
+            self._feeding = asyncio.create_task(self._feed())
+        try:
+            return await future
+        finally:
+            self._drop(asked)
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(self._num_waiting.values())
+
+    async def _feed(self) -> None:
+        await asyncio.sleep(self._wait_s)
+        while batch := self._next_batch():
+            try:
+                answers = await self._encode([(asked.tenant, text) for asked, _, text in batch])
+            except Exception as exc:
+                for asked in {id(asked): asked for asked, _, _ in batch}.values():
+                    self._fail(asked, exc)
+                continue
+            for (asked, place, _), answer in zip(batch, answers, strict=True):
+                asked.answers[place] = answer
+                if len(asked.answers) == asked.num_texts and not asked.answered.done():
+                    asked.answered.set_result([asked.answers[at] for at in range(asked.num_texts)])
+
+    def _next_batch(self) -> list[tuple[_Asked[T], int, str]]:
+        batch: list[tuple[_Asked[T], int, str]] = []
+        tokens = 0
+        while self._tenants and len(batch) < self._batch_size and tokens < BATCH_TOKENS:
+            tenant, calls = next(iter(self._tenants.items()))
+            asked, spent = calls.popleft(), 0
+            while asked.waiting and spent < TURN_TOKENS and len(batch) < self._batch_size:
+                place, text = asked.waiting.popleft()
+                batch.append((asked, place, text))
+                self._count(tenant, -1)
+                spent += _tokens_of(text)
+            tokens += spent
+            if asked.waiting:
+                calls.append(asked)
+            del self._tenants[tenant]
+            if calls:
+                self._tenants[tenant] = calls  # behind the others
+        return batch
+
+    def _make_room(self, tenant: str, num_texts: int) -> None:
+        """Raises: EncoderBusy."""
+        own = self._num_waiting.get(tenant, 0) + num_texts
+        while self.num_waiting + num_texts > self._max_waiting:
+            most = max(self._num_waiting, key=self._num_waiting.__getitem__, default=tenant)
+            if most == tenant or self._num_waiting[most] <= own:
+                raise EncoderBusy(self.num_waiting)
+            self._fail(max(self._tenants[most], key=lambda asked: asked.number), EncoderBusy(self.num_waiting))
+
+    def _fail(self, asked: _Asked[T], error: Exception) -> None:
+        self._drop(asked)
+        if not asked.answered.done():
+            asked.answered.set_exception(error)
+
+    def _drop(self, asked: _Asked[T]) -> None:
+        """Nothing of it waits any longer."""
+        calls = self._tenants.get(asked.tenant)
+        if calls is None or asked not in calls:
+            return
+        calls.remove(asked)
+        self._count(asked.tenant, -len(asked.waiting))
+        asked.waiting.clear()
+        if not calls:
+            del self._tenants[asked.tenant]
+
+    def _count(self, tenant: str, change: int) -> None:
+        self._num_waiting[tenant] = self._num_waiting.get(tenant, 0) + change
+        if not self._num_waiting[tenant]:
+            del self._num_waiting[tenant]
+
+
+def _tokens_of(text: str) -> int:
+    """About how long the encoder works on the text: never for nothing, and never on more than it reads."""
+    return 1 + min(len(text) // _CHARS_PER_TOKEN, MAX_TOKENS - 1)

@@ -1,0 +1,225 @@
+"""Texts before the encoder, with an encoder that works when the test lets it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+import pytest
+
+from deployments.encoder_queue import BATCH_TOKENS, TURN_TOKENS, EncoderQueue
+from deployments.errors import EncoderBusy
+
+LONG = "x" * 16_000  # as much as the encoder reads
+
+
+class Encoder:
+    """Answers each batch once it is let; `batches` are the (tenant, text) pairs it was given."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[tuple[str, str]]] = []
+        self.failure: Exception | None = None
+        self.goes_on = asyncio.Semaphore(0)
+
+    async def __call__(self, texts: Sequence[tuple[str, str]]) -> list[str]:
+        self.batches.append(list(texts))
+        await self.goes_on.acquire()
+        if self.failure is not None:
+            raise self.failure
+        return [f"{tenant}: {text[:8]}" for tenant, text in texts]
+
+    async def run(self, num_batches: int = 1) -> None:
+        """That many batches are answered, and whoever waited for them has gone on."""
+        for _ in range(num_batches):
+            self.goes_on.release()
+            await settle()
+
+
+async def settle() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+def run(scenario: Callable[[Encoder], Coroutine[Any, Any, None]]) -> None:
+    async def main() -> None:
+        await asyncio.wait_for(scenario(Encoder()), 30)
+
+    asyncio.run(main())
+
+
+def queue_of(encoder: Encoder, batch_size: int = 32, max_waiting: int = 4096) -> EncoderQueue[str]:
+    return EncoderQueue(encoder, batch_size=batch_size, max_waiting=max_waiting)
+
+
+def asking(queue: EncoderQueue[str], tenant: str, texts: Sequence[str]) -> asyncio.Task[list[str]]:
+    return asyncio.create_task(queue.encoded(tenant, texts))
+
+
+def test_answers_come_in_the_order_of_the_texts_over_several_batches() -> None:
+    async def scenario(encoder: Encoder) -> None:
+        queue = queue_of(encoder, batch_size=2)
+        asked = asking(queue, "a", ["1", "2", "3", "4", "5"])
+        await encoder.run(4)
+        assert await asked == ["a: 1", "a: 2", "a: 3", "a: 4", "a: 5"]
+        assert [len(batch) for batch in encoder.batches] == [2, 2, 1]
+        assert await queue.encoded("a", []) == []
+
+    run(scenario)
+
+
+def test_texts_that_come_together_are_one_batch() -> None:
+    async def scenario(encoder: Encoder) -> None:
+        queue = queue_of(encoder)
+        asked = [asking(queue, tenant, [tenant]) for tenant in "abc"]
+        await encoder.run()
+        assert [await task for task in asked] == [["a: a"], ["b: b"], ["c: c"]]
+        assert len(encoder.batches) == 1
+
+    run(scenario)
+
+
+def test_a_tenant_waits_for_the_batch_in_progress_and_not_for_anothers_queue() -> None:
+    async def scenario(encoder: Encoder) -> None:
+        queue = queue_of(encoder)
+        flood = [asking(queue, "flood", [LONG] * 60) for _ in range(60)]
+        await settle()
+        small = asking(queue, "small", ["Hi"])
+        await encoder.run(2)
+        assert await small == ["small: Hi"]
+        assert len(encoder.batches) <= 3
+        for task in flood:
+            task.cancel()
+
+    run(scenario)
+
+
+def test_the_requests_of_one_tenant_take_turns_too() -> None:
+    async def scenario(encoder: Encoder) -> None:
+        queue = queue_of(encoder)
+        large = asking(queue, "a", [LONG] * 256)
+        await settle()
+        small = asking(queue, "a", ["Hi"])
+        await encoder.run(2)
+        assert await small == ["a: Hi"]
+        large.cancel()
+
+    run(scenario)
+
+
+def test_each_tenant_has_its_part_of_every_batch() -> None:
+    async def scenario(encoder: Encoder) -> None:
+        queue = queue_of(encoder, batch_size=12)
+        tasks = [asking(queue, tenant, [f"{LONG}{n}" for n in range(100)]) for tenant in "abc"]
+        await encoder.run(5)
+        for batch in encoder.batches[1:]:
+            counts = [sum(tenant == name for tenant, _ in batch) for name in "abc"]
+            assert max(counts) - min(counts) <= 1, counts
+        for task in tasks:
+            task.cancel()
+
+    run(scenario)
+
+
+def test_a_batch_of_long_texts_is_short_and_one_of_short_texts_is_full() -> None:
+    async def scenario(encoder: Encoder) -> None:
+        queue = queue_of(encoder, batch_size=32)
+        tasks = [asking(queue, "a", [LONG] * 100), asking(queue, "b", ["Hi"] * 200)]
+        await encoder.run(1)
+        tasks[0].cancel()
+        await encoder.run(1)
+        first, _, last = encoder.batches
+        assert sum(text == LONG for _, text in first) <= BATCH_TOKENS // TURN_TOKENS
+        assert len(last) == 32
+        tasks[1].cancel()
+
+    run(scenario)
+
+
+def test_five_large_requests_leave_room_for_everybody_else() -> None:
+    async def scenario(encoder: Encoder) -> None:
+        queue = queue_of(encoder, max_waiting=1024)
+        large = [asking(queue, "flood", [LONG] * 256) for _ in range(5)]
+        await settle()
+        assert [task.done() for task in large] == [False] * 4 + [True]  # the fifth finds its own tenant's places taken
+        with pytest.raises(EncoderBusy):
+            await large[4]
+        small = [asking(queue, f"tenant {number}", ["Hi"]) for number in range(20)]
+        await encoder.run(6)
+        assert [await task for task in small] == [[f"tenant {number}: Hi"] for number in range(20)]
+        for task in large[:4]:
+            task.cancel()
+
+    run(scenario)
+
+
+def test_the_newest_request_of_the_tenant_that_holds_most_makes_room() -> None:
+    async def scenario(encoder: Encoder) -> None:
+        queue = queue_of(encoder, batch_size=1, max_waiting=10)
+        running = asking(queue, "x", ["running"])
+        await settle()
+        old, middle, new = asking(queue, "a", ["1"] * 3), asking(queue, "b", ["2"] * 3), asking(queue, "a", ["3"] * 4)
+        await settle()
+        assert queue.num_waiting == 10
+        comer = asking(queue, "c", ["4"] * 2)
+        await settle()
+        assert new.done() and isinstance(new.exception(), EncoderBusy)
+        assert not any(task.done() for task in (running, old, middle, comer))
+        assert queue.num_waiting == 8
+        late = asking(queue, "c", ["5"] * 3)  # c itself would hold most then
+        await settle()
+        assert isinstance(late.exception(), EncoderBusy)
+        await encoder.run(9)
+        assert [len(await task) for task in (running, old, middle, comer)] == [1, 3, 3, 2]
+        assert queue.num_waiting == 0
+
+    run(scenario)
+
+
+def test_a_tenant_that_is_alone_may_use_every_place_and_no_more() -> None:
+    async def scenario(encoder: Encoder) -> None:
+        queue = queue_of(encoder, batch_size=1, max_waiting=4)
+        asking(queue, "a", ["1"])
+        await settle()
+        full = asking(queue, "a", ["2"] * 4)
+        await settle()
+        with pytest.raises(EncoderBusy, match="4 prompts wait"):
+            await queue.encoded("a", ["3"])
+        await encoder.run(5)
+        assert len(await full) == 4
+
+    run(scenario)
+
+
+def test_texts_of_a_caller_that_left_are_not_encoded() -> None:
+    async def scenario(encoder: Encoder) -> None:
+        queue = queue_of(encoder, batch_size=1)
+        asking(queue, "a", ["1"])
+        await settle()
+        leaves, stays = asking(queue, "a", ["2", "3"]), asking(queue, "a", ["4"])
+        await settle()
+        leaves.cancel()
+        await encoder.run(3)
+        assert await stays == ["a: 4"]
+        assert [text for batch in encoder.batches for _, text in batch] == ["1", "4"]
+        assert queue.num_waiting == 0
+
+    run(scenario)
+
+
+def test_a_batch_that_fails_fails_its_requests_alone() -> None:
+    async def scenario(encoder: Encoder) -> None:
+        queue = queue_of(encoder, batch_size=2)
+        broken = asking(queue, "a", ["1", "2", "3"])
+        await settle()
+        other = asking(queue, "b", ["4"])
+        encoder.failure = MemoryError("no room")
+        await encoder.run()
+        encoder.failure = None
+        await encoder.run()
+        with pytest.raises(MemoryError):
+            await broken
+        assert await other == ["b: 4"]
+        assert queue.num_waiting == 0
+
+    run(scenario)
