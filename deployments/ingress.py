@@ -43,7 +43,7 @@ from deployments.host_guard import HostGuard
 from deployments.http_io import TextRequest, events, parse, refuse_stream_options
 from deployments.in_flight import InFlight, InFlightLimit
 from deployments.key_limits import Meter, Work
-from deployments.limits import check_limits, check_texts, encoder_tokens, work_of
+from deployments.limits import check_limits, check_texts, encoder_tokens, prompt_tokens, work_of
 from deployments.openai_answers import Answer
 from deployments.openai_jobs import interleaved, jobs_of
 from deployments.planner import Planner, text_read
@@ -67,6 +67,7 @@ from deployments.stats_reader import StatsReader
 from deployments.traces import tracer
 from deployments.upload_budget import UploadBudget
 from deployments.waking import Waking
+from gpu_worker.errors import PromptTooLong
 from gpu_worker.request import Completion, Delta, Job
 
 WORKER_GRACE_S = 5.0  # a step of the engine, and the way
@@ -249,6 +250,9 @@ class Ingress:
                         return
                     meter.saw(job.request_id, delta.num_prompt_tokens, delta.num_new_tokens)
                     yield delta
+        except PromptTooLong:
+            meter.refused(prompt_tokens(job.prompt))  # a Worker has tokenized it to know
+            raise
         finally:
             response.cancel()
 

@@ -44,13 +44,18 @@ class Meter:
     """The tokens one request has used so far, over all of its answers."""
 
     _used: dict[str, int] = field(default_factory=dict)
+    _refused: int = 0
 
     def saw(self, answer_id: str, num_prompt_tokens: int, num_new_tokens: int) -> None:
         self._used[answer_id] = num_prompt_tokens + num_new_tokens
 
+    def refused(self, num_tokens: int) -> None:
+        """Charge a prompt of about that many tokens that was read and refused: once, however many rows it has."""
+        self._refused = max(self._refused, num_tokens)
+
     @property
     def num_tokens(self) -> int:
-        return sum(self._used.values())
+        return self._refused + sum(self._used.values())
 
 
 @dataclass

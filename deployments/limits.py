@@ -33,6 +33,11 @@ def encoder_tokens(texts: Iterable[str]) -> int:
     return sum(math.ceil(min(len(text), MAX_CHARS) / CHARS_PER_TOKEN) for text in texts)
 
 
+def prompt_tokens(prompt: str | tuple[Message, ...]) -> int:
+    """Return about how many tokens a prompt has: a quarter of its characters, rounded up."""
+    return math.ceil(_num_chars(prompt) / CHARS_PER_TOKEN)
+
+
 def work_of(request: GenerationRequest, questions: Sequence[Question], texts_read: Iterable[str]) -> Work:
     """Return how much a request asks for whose adapters the encoder finds by `texts_read`."""
     return Work(

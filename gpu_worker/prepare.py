@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from gpu_worker.base_model import BaseModel
 from gpu_worker.errors import PromptInvalid, PromptTooLong, SamplingInvalid
+from gpu_worker.prompt_memo import PromptMemo
 from gpu_worker.prompts import render, template_stops
 from gpu_worker.request import DEFAULT_MAX_TOKENS, MAX_CHARS_PER_TOKEN, Job
 from gpu_worker.row import Row, Sink
@@ -22,6 +23,7 @@ class Preparer:
     def __init__(self, base: BaseModel, max_len: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._base, self._max_len, self._clock = base, max_len, clock
         self._spell = TokenBytes(base.backend_tokenizer)
+        self._memo = PromptMemo()
         self._num_embeddings: int = base.model.get_input_embeddings().weight.shape[0]
 
     def __call__(self, job: Job, sink: Sink, *, keep_logits: bool = False, arrived: float | None = None) -> Row:
@@ -31,7 +33,7 @@ class Preparer:
         """
         arrived = self._clock() if arrived is None else arrived
         self._require_ids("logit_bias", [token_id for token_id, _ in job.sampling.logit_bias])
-        row = self.of_tokens(job, self._tokens(job), sink, keep_logits=keep_logits)
+        row = self.of_tokens(job, list(self._memo.tokens(job, self._tokens)), sink, keep_logits=keep_logits)
         row.deadline = math.inf if job.time_left_s is None else arrived + job.time_left_s
         return row
 
@@ -54,7 +56,7 @@ class Preparer:
             tenant=job.tenant,
         )
 
-    def _tokens(self, job: Job) -> list[int]:
+    def _tokens(self, job: Job) -> Sequence[int]:
         is_raw = isinstance(job.prompt, str)
         text = job.prompt if isinstance(job.prompt, str) else render(job.prompt, job.template, self._base.tokenizer)
         if len(text) > self._max_len * MAX_CHARS_PER_TOKEN:
@@ -67,6 +69,8 @@ class Preparer:
         tokens: list[int] = self._base.tokenizer(text, add_special_tokens=with_bos).input_ids
         if not tokens:
             raise PromptInvalid("the prompt is empty")
+        if len(tokens) >= self._max_len:  # no answer has room, whatever was asked; the ids are not worth keeping
+            raise PromptTooLong(f"{len(tokens)} prompt tokens do not fit a context of {self._max_len}")
         self._require_embedded(tokens)
         return tokens
 

@@ -10,10 +10,13 @@ import httpx
 import pytest
 
 from deployments.config import WorkerSettings
+from gpu_worker.errors import PromptTooLong
 from retriever_svc.encoder import MAX_CHARS
+from tests.deployments.adapter_records import BASE
 from tests.deployments.app_fakes import Served
 from tests.deployments.asking import ask, error_of
 from tests.deployments.console_fakes import CountingWorker, MappedRetriever
+from tests.deployments.fake_worker import FakeWorker
 from tests.deployments.key_files import bearer, entry, write
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
@@ -162,3 +165,13 @@ def test_samples_of_a_publish_are_charged_to_its_key(tmp_path: Path, path: str, 
 
     response = ask(question, keys_file=keys, headers=bearer("k"))
     assert (response.status_code, error_of(response)["param"]) == (400, "samples")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_that_is_refused_for_its_length_is_charged_once(tmp_path: Path, stream: bool) -> None:
+    too_long = FakeWorker(events=(PromptTooLong("4000 prompt tokens do not fit a context of 2048"),))
+    body = {"prompt": "x" * 400, "model": BASE, "max_tokens": 1, "n": 4, "stream": stream}
+    refused = ("/v1/completions", body)
+    answers = asked(tmp_path, {"tokens_per_minute": 250}, refused, refused, refused, worker=too_long)
+    assert [answer.status_code for answer in answers] == [400, 400, 429]
+    assert error_of(answers[0])["code"] == "context_length_exceeded"
