@@ -275,11 +275,15 @@ class PromptPlace(BaseModel):
 
 
 class Stats(BaseModel):
-    """Sums over the replicas that answered. Counters rise until a replica is replaced."""
+    """Sums over the replicas that answered. Counters rise until a replica is replaced.
+
+    `tenant`: the caller's own rows and tokens; `workers`: everybody's, null where the caller's key is no admin's.
+    """
 
     object: Literal["stats"]
     read_at: float
     base_model: str
     defaults: dict[str, Any]
     pool: dict[str, Any]
-    workers: dict[str, Any]
+    tenant: dict[str, Any]
+    workers: dict[str, Any] | None

@@ -3,7 +3,6 @@
 `serve.ingress` pickles the routes as the class is made: all they use is imported before it, and no annotation is text.
 """
 
-import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence

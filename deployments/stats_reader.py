@@ -13,6 +13,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.answers import JsonObject
 from deployments.config import AppConfig
+from deployments.tenant_usage import Usage
 from gpu_worker.holdings import Holdings
 
 KEPT_S = 0.5
@@ -42,12 +43,15 @@ class StatsReader:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config, self._retriever, self._worker, self._clock = config, retriever, worker, clock
-        self._reading: asyncio.Task[tuple[float, Answers]] | None = None
+        self._reading: asyncio.Task[tuple[float, Answers, Answers]] | None = None
         self._began_s = 0.0
 
-    async def read(self, tenant: str) -> JsonObject:
-        """The figures, sums over the replicas that answered. Counters rise until a replica is replaced."""
-        (read_at, workers), retrievers = await asyncio.gather(
+    async def read(self, tenant: str, *, sees_all: bool = True) -> JsonObject:
+        """Return the figures, sums over the replicas that answered. Counters rise until a replica is replaced.
+
+        Without `sees_all` they are the tenant's own: what the workers do for everybody is left out.
+        """
+        (read_at, workers, usages), retrievers = await asyncio.gather(
             self._workers(), _ask_all(self._retriever, "load", tenant)
         )
         retrieval = self._config.retrieval
@@ -57,19 +61,22 @@ class StatsReader:
             "base_model": self._config.served_base_name,
             "defaults": {"strategy": retrieval.strategy, "k": retrieval.k},
             "pool": _pool_object(retrievers) | {"replicas": retrievers.counts},
-            "workers": self._workers_object(workers.given) | {"replicas": workers.counts},
+            "tenant": _usage_object([usage[tenant] for usage in usages.given if tenant in usage]),
+            "workers": self._workers_object(workers.given) | {"replicas": workers.counts} if sees_all else None,
         }
 
-    async def _workers(self) -> tuple[float, Answers]:
+    async def _workers(self) -> tuple[float, Answers, Answers]:
         is_fresh = self._reading is not None and (not self._reading.done() or self._clock() - self._began_s < KEPT_S)
         if self._reading is None or not is_fresh:
             self._began_s = self._clock()
             self._reading = asyncio.create_task(self._read_workers())
         return await asyncio.shield(self._reading)  # a client that leaves does not end the others' reading
 
-    async def _read_workers(self) -> tuple[float, Answers]:
-        answers = await _ask_all(self._worker, "load", may_be_none=self._config.workers_may_sleep)
-        return time.time(), answers
+    async def _read_workers(self) -> tuple[float, Answers, Answers]:
+        may_be_none = self._config.workers_may_sleep
+        asked = [_ask_all(self._worker, method, may_be_none=may_be_none) for method in ("load", "usage")]
+        answers, usages = await asyncio.gather(*asked)
+        return time.time(), answers, usages
 
     def _workers_object(self, holdings: Sequence[Holdings]) -> JsonObject:
         settings, counters = self._config.worker, [held.counters for held in holdings]
@@ -92,6 +99,15 @@ class StatsReader:
             "preemptions": sum(counted.num_preemptions for counted in counters),
             "kv_tokens_free": sum(held.free_kv_tokens for held in holdings),
         }
+
+
+def _usage_object(usages: Sequence[Usage]) -> JsonObject:
+    return {
+        "num_running": sum(usage.num_running for usage in usages),
+        "requests": sum(usage.num_requests for usage in usages),
+        "prompt_tokens": sum(usage.num_prompt_tokens for usage in usages),
+        "new_tokens": sum(usage.num_new_tokens for usage in usages),
+    }
 
 
 def _pool_object(retrievers: Answers) -> JsonObject:

@@ -23,5 +23,5 @@ def stats_reader() -> StatsReader:
 
 @router.get("/v1/stats", response_model=None, responses=STATS_ANSWERS)
 async def stats(reader: Annotated[StatsReader, Depends(stats_reader)], caller: AnyCaller) -> JsonObject:
-    """Requests, bank, caches and tokens over all worker replicas, and the pool as this caller sees it."""
-    return await reader.read(caller.tenant)
+    """Return what the caller's tenant has had, the pool as it sees it, and to an admin what all workers do."""
+    return await reader.read(caller.tenant, sees_all="admin" in caller.roles)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from deployments.ray_auth import require_token_mode
 from deployments.request_router import RESIDENT, short_digest
 from deployments.serve_logs import join_serve_logs
 from deployments.signs_of_life import SIGN_EVERY_S
+from deployments.tenant_usage import TenantUsage, Usage
 from deployments.traces import JobTrace
 from deployments.weights_fetcher import WeightsFetcher
 from deployments.worker_figures import WorkerFigures
@@ -62,6 +63,7 @@ class WorkerDeployment:
         config = with_threads(config)
         require_token_mode(allow_unauthenticated=allow_unauthenticated_ray)
         self._figures = WorkerFigures(config.bank_rank_rows, kinds)
+        self._usage = TenantUsage()
         self._asyncio_loop = asyncio.get_event_loop()
         self._cache = None if weights_cache is None else DiskCache(*weights_cache)
         compute_alone()
@@ -82,12 +84,14 @@ class WorkerDeployment:
         deltas, trace, began = self._loop.watched(job, SIGN_EVERY_S), JobTrace(job.request_id), time.monotonic()
         last: Delta | None = None
         try:
-            async for delta in deltas:
-                if delta is not None:
-                    if last is None:
-                        self._figures.waited(delta.queued_s)
-                    last = delta
-                yield delta
+            with self._usage.row(job.tenant) as row:
+                async for delta in deltas:
+                    if delta is not None:
+                        if last is None:
+                            self._figures.waited(delta.queued_s)
+                        last = delta
+                        row.saw(delta)
+                    yield delta
         except EngineStopped:
             self.check_health()  # an engine that has ended refuses fast, and would draw requests until the next check
             raise
@@ -122,6 +126,10 @@ class WorkerDeployment:
     async def load(self) -> Holdings:
         """`holdings` without a look at the disk: cheap enough to be asked every second."""
         return await self._loop.holdings()
+
+    async def usage(self) -> Mapping[str, Usage]:
+        """Return what each tenant has had of this replica."""
+        return self._usage.read()
 
     async def module_shapes(self) -> dict[str, tuple[int, int]]:
         """(out, in) of every module an adapter may target."""

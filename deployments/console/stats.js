@@ -25,7 +25,7 @@ export async function refresh() {
   try {
     const stats = await read("v1/stats", { quietly: true });
     show(stats);
-    const silent = stats.workers.replicas.silent + stats.pool.replicas.silent;
+    const silent = (stats.workers ? stats.workers.replicas.silent : 0) + stats.pool.replicas.silent;
     connection(silent ? `${silent} replica${silent > 1 ? "s" : ""} silent` : "live", silent ? "slow" : "good");
   } catch (error) {
     before = null;
@@ -40,10 +40,20 @@ function connection(text, state) {
   byId("connection").className = `connection ${state}`;
 }
 
-function show({ pool, workers, read_at, base_model, defaults }) {
+function show({ pool, tenant, workers, read_at, base_model, defaults }) {
   say("base-model", base_model);
   byId("k").placeholder = defaults.k;
   byId("strategy").options[0].text = `server's (${defaults.strategy})`;
+  if (workers) showWorkers(workers);
+  else say("figure-running", whole(tenant.num_running)); // the key is no admin's: what others do stays unknown
+  showRate((workers ?? tenant).new_tokens, read_at);
+  const lag = pool.generation !== null && pool.oldest_generation < pool.generation;
+  say("figure-generation", pool.generation === null ? "–" : `${whole(pool.generation)}${lag ? " (one behind)" : ""}`);
+  say("figure-adapters", pool.num_adapters === null ? "–" : whole(pool.num_adapters));
+  onGeneration(pool.generation);
+}
+
+function showWorkers(workers) {
   sayPart("figure-running", whole(workers.num_running), whole(workers.max_running));
   say("figure-waiting", whole(workers.num_waiting));
   sayPart("figure-bank", whole(workers.bank_rows_occupied), whole(workers.bank_rows));
@@ -51,11 +61,6 @@ function show({ pool, workers, read_at, base_model, defaults }) {
   sayPart("figure-host", bytes(workers.host_cache_bytes), bytes(workers.host_cache_max_bytes));
   fill("meter-host", workers.host_cache_bytes / workers.host_cache_max_bytes);
   showHits(workers);
-  showRate(workers.new_tokens, read_at);
-  const lag = pool.generation !== null && pool.oldest_generation < pool.generation;
-  say("figure-generation", pool.generation === null ? "–" : `${whole(pool.generation)}${lag ? " (one behind)" : ""}`);
-  say("figure-adapters", pool.num_adapters === null ? "–" : whole(pool.num_adapters));
-  onGeneration(pool.generation);
 }
 
 function showHits({ bank_hits, host_hits, fetches }) {

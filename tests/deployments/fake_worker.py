@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from deployments.tenant_usage import Usage
 from gpu_worker.request import Delta, Job
 from tests.deployments.adapter_records import digest_of, given
 
@@ -23,6 +24,7 @@ class FakeWorker:
     shifts: dict[str, float | Exception] = field(default_factory=dict)
     forgets: list[bool | Exception] = field(default_factory=list)
     failure: Exception | None = None  # what a probe raises
+    usages: Mapping[str, Usage] = field(default_factory=dict)
 
     async def stream(self, job: Job) -> AsyncIterator[Delta]:
         for event in self.events:
@@ -36,6 +38,9 @@ class FakeWorker:
 
     async def module_shapes(self) -> dict[str, tuple[int, int]]:
         return SHAPES
+
+    async def usage(self) -> Mapping[str, Usage]:
+        return self.usages
 
     async def forget(self, weights_digests: Collection[str]) -> bool:
         return given(self.forgets.pop(0)) if self.forgets else True

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from deployments.errors import ReplicaWedged
 from deployments.figures import SERVE
+from deployments.tenant_usage import Usage
 from deployments.worker import WorkerDeployment
 from gpu_worker.base_model import BaseModel
 from gpu_worker.errors import AdapterLoadFailed, EngineStopped, WarmUpFailed
@@ -156,6 +157,18 @@ def test_a_replica_that_cannot_compute_its_first_tokens_does_not_start(
             WorkerDeployment(tiny_config(tmp_path, num_threads=1), 0.0, FakeHandle(FakeStore({})))
 
     asyncio.run(main())
+
+
+def test_what_each_tenant_has_had_is_counted(serve: Callable[[Main], Any]) -> None:
+    async def main(serving: Serving) -> None:
+        jobs = [replace(serving.job(0, 4), tenant=tenant) for tenant in ("acme", "acme", "globex")]
+        await asyncio.gather(*map(serving.text, jobs))
+        usages = await serving.worker.usage()
+        num_prompt_tokens = usages["globex"].num_prompt_tokens
+        assert num_prompt_tokens > 0
+        assert usages == {"acme": Usage(0, 2, 2 * num_prompt_tokens, 8), "globex": Usage(0, 1, num_prompt_tokens, 4)}
+
+    serve(main)
 
 
 def test_a_request_streams_with_the_weights_its_plan_names(serve: Callable[[Main], Any]) -> None:

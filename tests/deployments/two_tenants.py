@@ -27,7 +27,7 @@ from retriever_svc import IndexSettings
 from retriever_svc.encoder import Vectors
 from tests.deployments.adapter_records import BASE
 from tests.deployments.app_fakes import Served, config_of, http_of
-from tests.deployments.fake_worker import FakeWorker
+from tests.deployments.console_fakes import CountingWorker
 from tests.deployments.key_files import bearer, entry, write
 from tests.fakes import FakeHandle
 
@@ -38,7 +38,7 @@ _TOPICS = {"acme": ("tax", "patent", "lease", "merger", "audit"), "globex": ("he
 _TASKS = ("Summarise the %s case", "List risks of the %s file", "Translate the %s note", "Rate the %s report")
 
 
-class QuietWorker(FakeWorker):
+class QuietWorker(CountingWorker):
     """Fits the small adapters of this file."""
 
     async def module_shapes(self) -> dict[str, tuple[int, int]]:
