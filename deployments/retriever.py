@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -44,6 +45,7 @@ T = TypeVar("T")
 _NEIGHBOURS = 3
 _LOOKUP_THREADS = 4
 _SEARCH_THREADS = 4
+_READ_EVERY_S = 0.5
 _CATCH_UP_S = 4.0  # below the publisher's own limit, so that each replica answers for itself
 
 
@@ -92,7 +94,7 @@ class RetrieverDeployment:
         )
         self._pools.catch_up()  # with what was committed while the encoder and the index were made
         self._refreshing: asyncio.Task[int] | None = None
-        self._read_at = time.monotonic()
+        self._read_at = self._began_reading_at = time.monotonic()
         loop = asyncio.get_event_loop()
         self._polling = loop.create_task(self._poll(settings.poll_interval_s, sleep))
         self._telling = loop.create_task(every_beat(self._tell))
@@ -104,7 +106,7 @@ class RetrieverDeployment:
         """
         if not requests:
             return []
-        await self._reach(max(request.min_generation for request in requests))
+        await self._reach_for(requests[0].tenant, max(request.min_generation for request in requests))
         encoded = await self._prompts.encoded(requests[0].tenant, [request.text for request in requests])
         answers = await _on(self._searches, self._retriever.route_encoded, requests, encoded)
         for answer in answers:
@@ -118,28 +120,28 @@ class RetrieverDeployment:
         self, tenant: str, choices: Sequence[tuple[str, float]], strategy: Strategy, min_generation: int = 0
     ) -> Plan:
         """The plan of adapters a client named. Raises: AdapterNotFound, PlanInvalid, StaleIndex."""
-        await self._reach(min_generation)
+        await self._reach_for(tenant, min_generation)
         return await _on(self._lookups, self._retriever.plan_named, tenant, choices, strategy)
 
     async def replay(self, tenant: str, strategy: Strategy, pinned: Sequence[PinnedAdapter], generation: int) -> Plan:
         """The plan that was made at `generation`. Raises: PlanGone, PlanInvalid, StaleIndex."""
-        await self._reach(generation)
+        await self._reach_for(tenant, generation)
         return await _on(self._lookups, self._retriever.replay, tenant, strategy, pinned, generation)
 
     async def page(self, tenant: str, request: PageRequest, min_generation: int = 0) -> Page:
         """A page of what the tenant may use; embeddings stay here. Raises: StaleIndex."""
-        await self._reach(min_generation)
+        await self._reach_for(tenant, min_generation)
         page = await _on(self._lookups, self._retriever.page, tenant, request)
         return replace(page, rows=tuple((name, _as_seen_by(tenant, record)) for name, record in page.rows))
 
     async def map(self, tenant: str, min_generation: int = 0) -> PoolMap:
         """The adapters the tenant may be routed to, on a plane. Raises: StaleIndex."""
-        await self._reach(min_generation)
+        await self._reach_for(tenant, min_generation)
         return await _on(self._searches, self._retriever.map, tenant)
 
     async def place(self, tenant: str, text: str, names: Sequence[str], min_generation: int = 0) -> Place:
         """Where a prompt and these adapters lie on that plane. Raises: EncoderBusy, StaleIndex."""
-        await self._reach(min_generation)
+        await self._reach_for(tenant, min_generation)
         [encoded] = await self._prompts.encoded(tenant, [text])
         return await _on(self._searches, self._retriever.place_encoded, tenant, encoded, names)
 
@@ -152,7 +154,7 @@ class RetrieverDeployment:
 
         Raises: AdapterNotFound, StaleIndex.
         """
-        await self._reach(min_generation)
+        await self._reach_for(tenant, min_generation)
         generation, versions = await _on(self._lookups, self._retriever.versions, tenant, name)
         return generation, [_as_seen_by(tenant, record) for record in versions]
 
@@ -208,20 +210,35 @@ class RetrieverDeployment:
 
     async def _reach(self, generation: int) -> int:
         """Serve `generation` or a later one, and return it; the catalogue is read only where it is not served yet."""
-        try:
-            async with asyncio.timeout(_CATCH_UP_S):
-                for _ in range(2):  # a refresh that is under way may have begun before the commit
-                    if self._retriever.generation < generation:
-                        await self._refresh()
-        except TimeoutError as exc:
-            raise StaleIndex(generation, self._retriever.generation) from exc
+        await self._catch_up_until(lambda: self._retriever.generation >= generation, 0.0)
         if self._retriever.generation < generation:
             raise StaleIndex(generation, self._retriever.generation)
         return self._retriever.generation
 
+    async def _reach_for(self, tenant: str, generation: int) -> None:
+        """Serve what the tenant was told of as `generation`.
+
+        Clients choose that number, so for them the catalogue is read every `_READ_EVERY_S` at most, however many ask.
+        """
+        await self._catch_up_until(lambda: self._retriever.generation_for(tenant) >= generation, _READ_EVERY_S)
+        if self._retriever.generation_for(tenant) < generation:
+            raise StaleIndex(generation, self._retriever.generation_for(tenant))
+
+    async def _catch_up_until(self, is_reached: Callable[[], bool], pause_s: float) -> None:
+        """Read the catalogue, twice at most: a read that is under way may have begun before the commit."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_CATCH_UP_S):
+                for _ in range(2):
+                    if is_reached():
+                        return
+                    await asyncio.sleep(self._began_reading_at + pause_s - time.monotonic())
+                    if not is_reached():
+                        await self._refresh()
+
     async def _refresh(self) -> None:
         """One refresh at a time, whoever waits for it: a catalogue that hangs holds one thread, not all."""
         if self._refreshing is None or self._refreshing.done():
+            self._began_reading_at = time.monotonic()
             self._refreshing = asyncio.create_task(_on(self._reading, self._pools.catch_up))
             self._refreshing.add_done_callback(self._refreshed)
         await asyncio.shield(self._refreshing)

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from lora_store.errors import GenerationGone, StoreUnavailable, VersionConflict
 from lora_store.event_table import COMPACT_EVERY, EventTable
-from lora_store.events import Event, events_of, fold_generation, fold_table_of, table_of
+from lora_store.events import Event, dated_events_of, fold_generation, fold_table_of, table_of
 from lora_store.history import History
 from lora_store.location import Location
 from lora_store.snapshot import Snapshot
@@ -74,7 +74,7 @@ class Catalogue:
             rows = table.rows_at(generation)
         if rows is None:
             raise GenerationGone(generation, newest.generation)
-        return Snapshot(0, {}).after(events_of(rows, after=0, until=generation), generation)
+        return Snapshot(0, {}).after_dated(dated_events_of(rows, after=0, until=generation), generation)
 
     def commit(self, events: Callable[[Snapshot], Sequence[Event]], commit_id: str | None = None) -> int:
         """Commit what `events` returns for the newest snapshot, all of it or nothing. Return its generation.
@@ -120,7 +120,7 @@ class Catalogue:
         seen = self._snapshot.generation
         rows, files = self._table.refresh(seen)
         if self._table.version != seen:
-            self._snapshot = self._snapshot.after(events_of(rows, after=seen), self._table.version)
+            self._snapshot = self._snapshot.after_dated(dated_events_of(rows, after=seen), self._table.version)
             self._history.saw(rows, after=seen)
         self._table.taken(files)  # not before the fold: what it cannot read must not be passed over
         self._history.folded(self._table.fold_generation)

@@ -89,7 +89,15 @@ class Keep:
     is_live: bool
 
 
-Event = Publish | Withdraw | Embed | ActivateEncoder | SetVisibility | Approve | Fold | Keep
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """The newest change that a tenant could see, as a Fold found it. `tenant` is "" for what everybody could see."""
+
+    tenant: str
+    generation: int
+
+
+Event = Publish | Withdraw | Embed | ActivateEncoder | SetVisibility | Approve | Fold | Keep | Shown
 
 SCHEMA = pa.schema(
     [
@@ -122,7 +130,8 @@ SCHEMA = pa.schema(
     ]
 )
 _FOLD, _LIVE, _OLDER, _PENDING, _COMMIT = "fold", "keep_live", "keep_older", "keep_pending", "keep_commit"
-_FOLD_ROWS = (_FOLD, _LIVE, _OLDER, _PENDING, _COMMIT)
+_SHOWN = "keep_shown"
+_FOLD_ROWS = (_FOLD, _LIVE, _OLDER, _PENDING, _COMMIT, _SHOWN)
 _ARRAYS = ("embedding", "own_scores")
 _COLUMNS = (
     *("weights_digest", "samples_digest", "visibility", "tags", "base_model", "ranks", "target_modules", "num_bytes"),
@@ -174,7 +183,12 @@ def commits_of(table: pa.Table) -> dict[str, int]:
 
 
 def events_of(table: pa.Table, after: int, until: int | None = None) -> Iterator[Event]:
-    """Yield the event of every row above generation `after`, up to `until` where given, in the order they happened.
+    """Yield the events of `dated_events_of` alone."""
+    return (event for _, event in dated_events_of(table, after, until))
+
+
+def dated_events_of(table: pa.Table, after: int, until: int | None = None) -> Iterator[tuple[int, Event]]:
+    """Yield (generation, event) of every row above generation `after`, up to `until` where given, as they happened.
 
     A fold above `after` stands for all events up to its generation. Arrays are views of the table's memory, not
     copies, and repeated values are one object: a large pool opens in seconds and takes little more than its embeddings
@@ -189,7 +203,8 @@ def events_of(table: pa.Table, after: int, until: int | None = None) -> Iterator
         columns = plain.take(indices)
         rows = zip(*(_values_of(name, columns[name]) for name in columns.column_names), strict=True)
         for index, row in zip(indices.to_pylist(), rows, strict=True):
-            yield _event_of(dict(zip(columns.column_names, row, strict=True)), vectors[index], scores[index])
+            values = dict(zip(columns.column_names, row, strict=True))
+            yield values["generation"], _event_of(values, vectors[index], scores[index])
 
 
 def _is_wanted(table: pa.Table, after: int, until: int | None) -> pa.ChunkedArray:
@@ -220,6 +235,8 @@ def _row_of(event: Event) -> dict[str, Any]:
             return _row_of(Publish(record)) | own | {"event": _LIVE if is_live else _OLDER}
         case Fold(model, identity):
             return {"event": _FOLD, "source": model, "encoder": identity}
+        case Shown(tenant, generation):
+            return {"event": _SHOWN, "tenant": tenant, "published_in": generation}
         case ActivateEncoder(model, identity, actor, at):
             return {
                 "event": "activate_encoder",
@@ -248,6 +265,8 @@ def _event_of(row: dict[str, Any], vector: NDArray[np.float32] | None, own_score
             return Keep(record, is_live=kind == _LIVE)
         case "fold":
             return Fold(row["source"], row["encoder"])
+        case "keep_shown":
+            return Shown(row["tenant"], row["published_in"])
         case "embed" | "keep_pending" if embedding is not None:
             return Embed(_ref_of(row), embedding)
         case "activate_encoder":

@@ -9,7 +9,18 @@ from typing import TypeVar
 
 from lora_store.adapter import AdapterRef
 from lora_store.errors import AdapterNotFound
-from lora_store.events import ActivateEncoder, Approve, Embed, Event, Fold, Keep, Publish, SetVisibility, Withdraw
+from lora_store.events import (
+    ActivateEncoder,
+    Approve,
+    Embed,
+    Event,
+    Fold,
+    Keep,
+    Publish,
+    SetVisibility,
+    Shown,
+    Withdraw,
+)
 from lora_store.persistent_map import MapEditor, PersistentMap
 from lora_store.records import AdapterRecord, Embedding, Visibility
 from lora_store.tallies import Tallies, TalliesEditor
@@ -17,6 +28,7 @@ from lora_store.tallies import Tallies, TalliesEditor
 K = TypeVar("K")
 V = TypeVar("V")
 Key = tuple[str, str]  # (tenant, name)
+EVERYBODY = ""  # no tenant has this name
 KEPT_VERSIONS = 3  # of a live name, the live one included: what `name@digest`, replay and rollback can reach
 
 
@@ -35,6 +47,9 @@ class Snapshot:
     `previous`: the older versions kept of a live name, newest first; a name with none has no entry. `encoder` is None
     until a reindex activated one. `pending`: embeddings by an encoder that is not active yet.
 
+    `shown`: the generation of the newest change that a tenant could see and others could not, and under EVERYBODY of
+    the newest change that all could see.
+
     The next generation shares the memory of this one: `after` costs what the events change, not what is live.
     """
 
@@ -43,14 +58,16 @@ class Snapshot:
     previous: Mapping[Key, tuple[AdapterRecord, ...]] = field(default_factory=dict)
     encoder: ActiveEncoder | None = None
     pending: Mapping[AdapterRef, Embedding] = field(default_factory=dict)
+    shown: Mapping[str, int] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("records", "previous", "pending"):
+        for name in ("records", "previous", "pending", "shown"):
             if not isinstance(getattr(self, name), PersistentMap):
                 object.__setattr__(self, name, PersistentMap(getattr(self, name)))
 
     def __reduce__(self) -> tuple[type[Snapshot], tuple[object, ...]]:
-        return Snapshot, (self.generation, self.records, self.previous, self.encoder, self.pending)  # no derived parts
+        parts = (self.records, self.previous, self.encoder, self.pending, self.shown)
+        return Snapshot, (self.generation, *parts)  # no derived parts
 
     @cached_property
     def public(self) -> Mapping[str, AdapterRecord]:
@@ -61,6 +78,16 @@ class Snapshot:
     def tallies(self) -> Tallies:
         """How often each blob is needed and how much each tenant holds. Counted once, then carried on by `after`."""
         return Tallies.of(map(self.versions, self.records))
+
+    def generation_for(self, tenant: str) -> int:
+        """Return the generation of the newest change that `tenant` can see: others' private changes do not move it.
+
+        Whoever waits for a generation it was told waits for this number to reach it. A state that was not read from a
+        catalogue does not know what changed when: there it is the state's own generation.
+        """
+        if not self.shown:
+            return self.generation
+        return max(self.shown.get(EVERYBODY, 0), self.shown.get(tenant, 0))
 
     def resolve(self, tenant: str, name: str) -> AdapterRecord:
         """The adapter `tenant` means by `name`: its own, else the public one; `owner/name` means the owner's alone.
@@ -91,6 +118,8 @@ class Snapshot:
         """Yield the events that make this state from nothing, in the order of its records."""
         encoder = self.encoder
         yield Fold(None, None) if encoder is None else Fold(encoder.model, encoder.identity)
+        if self.shown:
+            yield from (Shown(tenant, at) for tenant, at in {EVERYBODY: 0, **self.shown}.items())
         for key in self.records:
             for number, record in enumerate(self.versions(key)):
                 yield Keep(record, is_live=number == 0)
@@ -102,8 +131,13 @@ class Snapshot:
 
     def after(self, events: Iterable[Event], generation: int) -> Snapshot:
         """The state once `events` happened, as of `generation`."""
+        return self.after_dated(((generation, event) for event in events), generation)
+
+    def after_dated(self, events: Iterable[tuple[int, Event]], generation: int) -> Snapshot:
+        """Return the state once these events happened, each at its generation, as of `generation`."""
         state = _State.of(self)
-        for event in events:
+        for at, event in events:
+            state.show(event, at)
             state.apply(event)
         return state.freeze(generation)
 
@@ -116,6 +150,7 @@ class _State:
     previous: MapEditor[Key, tuple[AdapterRecord, ...]]
     pending: MapEditor[AdapterRef, Embedding]
     encoder: ActiveEncoder | None
+    shown: MapEditor[str, int]
     public: MapEditor[str, AdapterRecord] | None
     tallies: TalliesEditor | None
     before: dict[tuple[AdapterRef, int], AdapterRecord] = field(default_factory=dict)  # what a fold replaced
@@ -128,6 +163,7 @@ class _State:
             previous=_edit(snapshot.previous),
             pending=_edit(snapshot.pending),
             encoder=snapshot.encoder,
+            shown=_edit(snapshot.shown),
             public=None if public is None else _edit(public),
             tallies=None if tallies is None else tallies.edit(),
         )
@@ -135,12 +171,25 @@ class _State:
     def freeze(self, generation: int) -> Snapshot:
         """Return the snapshot, with what was carried on beside it."""
         records, previous, pending = self.records.freeze(), self.previous.freeze(), self.pending.freeze()
-        snapshot = Snapshot(generation, records, previous, self.encoder, pending)
+        snapshot = Snapshot(generation, records, previous, self.encoder, pending, self.shown.freeze())
         if self.public is not None:
             snapshot.__dict__["public"] = self.public.freeze()
         if self.tallies is not None:
             snapshot.__dict__["tallies"] = self.tallies.freeze()
         return snapshot
+
+    def show(self, event: Event, generation: int) -> None:
+        """Note who can see what the event is about to change. An embedding shows once its encoder is activated."""
+        match event:
+            case Publish(AdapterRecord(ref=ref)) | Withdraw(ref) | SetVisibility(ref) | Approve(ref):
+                live = self.records.get((ref.tenant, ref.name))
+                after = event.record.visibility if isinstance(event, Publish) else getattr(event, "visibility", None)
+                is_open = after == "public" or (live is not None and _is_public(live))
+                self.shown[EVERYBODY if is_open else ref.tenant] = generation
+            case ActivateEncoder() | Fold():  # folds of earlier versions do not say: then it may be any change
+                self.shown[EVERYBODY] = generation
+            case Shown(tenant, newest):
+                self.shown[tenant] = newest
 
     def apply(self, event: Event) -> None:
         match event:

@@ -131,7 +131,7 @@ class _Examination:
             for a, b in swapped | self.near
         ]
         return DoctorReport(
-            generation=self.pool.snapshot.generation,
+            generation=self.pool.snapshot.generation_for(self.tenant),
             top_k=self.top_k,
             adapters=tuple(self.findings),
             collisions=tuple(sorted(collisions, key=lambda c: (-c.cosine, str(c.first), str(c.second)))),

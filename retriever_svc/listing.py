@@ -69,7 +69,7 @@ class Listings:
         rows = self._rows(tenant, replace(request, limit=0, after=""))
         start = bisect_right(rows, request.after, key=itemgetter(0))
         shown = rows[start : start + request.limit]
-        return Page(self._snapshot.generation, tuple(shown), start + request.limit < len(rows), len(rows))
+        return Page(self._snapshot.generation_for(tenant), tuple(shown), start + request.limit < len(rows), len(rows))
 
     def _rows(self, tenant: str, filters: PageRequest) -> Rows:
         """Return what `tenant` may use and passes `filters`, sorted by name. Two threads may both make the same one."""

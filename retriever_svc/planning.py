@@ -44,7 +44,7 @@ def named_plan(
         PlannedAdapter(record.ref, record.weights_digest, weight)
         for record, (_, weight) in zip(records, choices, strict=True)
     )
-    return Plan(strategy, rows, snapshot.generation, _common_template(records))
+    return Plan(strategy, rows, snapshot.generation_for(tenant), _common_template(records))
 
 
 def replayed_plan(

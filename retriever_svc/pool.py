@@ -73,7 +73,7 @@ class Pool:
         plane = Plane.of(vectors)
         places = zip(records, plane.project(vectors).tolist(), strict=True)
         points = tuple(Point(record.ref, x, y) for record, (x, y) in places)
-        return plane, PoolMap(self.snapshot.generation, num, plane.shown_variance, points)
+        return plane, PoolMap(self.snapshot.generation_for(tenant), num, plane.shown_variance, points)
 
     def embedded(self, tenant: str, name: str, *, owner_names: bool = False) -> list[AdapterRecord]:
         """The live adapter `tenant` means by `name`, if there is one and the encoder embedded it."""

@@ -82,16 +82,20 @@ class Retriever:
         """The generation that is being served."""
         return self._pools.current.snapshot.generation
 
+    def generation_for(self, tenant: str) -> int:
+        """Return the newest generation that is served and that changed something `tenant` can see."""
+        return self._pools.current.snapshot.generation_for(tenant)
+
     def route(self, requests: Sequence[RouteRequest]) -> list[RouteAnswer]:
         """One answer per request, in order, from one encoder call and one generation; an error in its own place."""
         pool = self._pools.current
-        generation = pool.snapshot.generation
-        fresh = [request for request in requests if request.min_generation <= generation]
+        newest = {tenant: pool.snapshot.generation_for(tenant) for tenant in {request.tenant for request in requests}}
+        fresh = [request for request in requests if request.min_generation <= newest[request.tenant]]
         encoded = _encode(pool, [(request.tenant, request.text) for request in fresh], self._timings)
         routed = iter(self.route_encoded(fresh, encoded))
         return [
-            next(routed) if request.min_generation <= generation else StaleIndex(request.min_generation, generation)
-            for request in requests
+            next(routed) if r.min_generation <= newest[r.tenant] else StaleIndex(r.min_generation, newest[r.tenant])
+            for r in requests
         ]
 
     def encode(self, texts: Sequence[tuple[str, str]]) -> list[Encoded]:
@@ -114,7 +118,7 @@ class Retriever:
         return [answers[row] for row in range(len(requests))]
 
     def _decide(self, request: RouteRequest, matches: list[Match], pool: Pool) -> Route | NoAdapterMatched:
-        floor, generation = self._floor(request, pool), pool.snapshot.generation
+        floor, generation = self._floor(request, pool), pool.snapshot.generation_for(request.tenant)
         candidates = tuple(Candidate(match.record.ref, match.score) for match in matches)
         if matches and matches[0].score >= floor:
             plan = routed_plan(request, matches, generation, self._temperature)
@@ -139,7 +143,7 @@ class Retriever:
 
         Raises: AdapterNotFound: as `resolve`. PlanInvalid: no plan can hold these. StaleIndex.
         """
-        snapshot = self._pool_at(min_generation).snapshot
+        snapshot = self._pool_at(min_generation, tenant).snapshot
         return named_plan(snapshot, tenant, choices, strategy, owner_names=self._owner_names)
 
     def replay(self, tenant: str, strategy: Strategy, pinned: Sequence[PinnedAdapter], generation: int) -> Plan:
@@ -147,33 +151,37 @@ class Retriever:
 
         Raises: PlanGone, PlanInvalid; StaleIndex: this pool is older than the plan.
         """
-        return replayed_plan(self._pool_at(generation).snapshot, tenant, strategy, pinned, generation)
+        return replayed_plan(self._pool_at(generation, tenant).snapshot, tenant, strategy, pinned, generation)
 
     def resolve(self, tenant: str, name: str, min_generation: int = 0) -> AdapterRecord:
         """The version `tenant` means by `name` or `owner/name`, or by either with `@digest` (see `resolve_version`).
 
         Raises: AdapterNotFound: nothing live, nothing this tenant may see, no kept version of that digest. StaleIndex.
         """
-        return resolve_version(self._pool_at(min_generation).snapshot, tenant, name, owner_names=self._owner_names)
+        return resolve_version(
+            self._pool_at(min_generation, tenant).snapshot, tenant, name, owner_names=self._owner_names
+        )
 
     def page(self, tenant: str, request: PageRequest, min_generation: int = 0) -> Page:
         """A page of what `tenant` may use. Raises: StaleIndex."""
-        return self._pool_at(min_generation).listings.page(tenant, request)
+        return self._pool_at(min_generation, tenant).listings.page(tenant, request)
 
     def versions(self, tenant: str, name: str, min_generation: int = 0) -> tuple[int, list[AdapterRecord]]:
         """(generation, the kept versions of what `tenant` means by `name` that it may see, the live one first).
 
         Raises: AdapterNotFound, StaleIndex.
         """
-        snapshot = self._pool_at(min_generation).snapshot
+        snapshot = self._pool_at(min_generation, tenant).snapshot
         ref = resolve_version(snapshot, tenant, name, owner_names=self._owner_names).ref
         kept = snapshot.versions((ref.tenant, ref.name))
-        return snapshot.generation, [record for record in kept if record.is_visible_to(tenant)]
+        return snapshot.generation_for(tenant), [record for record in kept if record.is_visible_to(tenant)]
 
-    def _pool_at(self, min_generation: int) -> Pool:
+    def _pool_at(self, min_generation: int, tenant: str) -> Pool:
+        """Compare with what the tenant can see: otherwise asking would tell it how far others have got."""
         pool = self._pools.current
-        if pool.snapshot.generation < min_generation:
-            raise StaleIndex(min_generation, pool.snapshot.generation)
+        found = pool.snapshot.generation_for(tenant)
+        if found < min_generation:
+            raise StaleIndex(min_generation, found)
         return pool
 
     def embed(self, samples: Sequence[Sample]) -> Embedding:
@@ -219,12 +227,12 @@ class Retriever:
         vectors = [record.embedding.vector for record in records if record.embedding is not None]
         [(x, y), *others] = plane.project(np.stack([encoded.vector, *vectors])).tolist()
         adapters = tuple(Point(record.ref, *at) for record, at in zip(records, others, strict=True))
-        return Place(pool.snapshot.generation, Point(None, x, y), adapters)
+        return Place(pool.snapshot.generation_for(tenant), Point(None, x, y), adapters)
 
     def count(self, tenant: str) -> tuple[int, int]:
         """(generation, how many adapters `tenant` may use)."""
         pool = self._pools.current
-        return pool.snapshot.generation, pool.count(tenant)
+        return pool.snapshot.generation_for(tenant), pool.count(tenant)
 
     def doctor(self, tenant: str, samples: SampleSource, top_k: int = 3) -> Iterator[DoctorStep]:
         """How well the adapters `tenant` sees are found; the last step has the report (see `examine`)."""

@@ -244,6 +244,36 @@ def test_a_catalogue_that_hangs_is_waited_for_a_while_by_all_at_once(
     run(tmp_path, scenario)
 
 
+def test_a_generation_beyond_the_newest_reads_the_catalogue_now_and_then_however_many_ask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(here: Served) -> None:
+        calls, catch_up = [], here.pools.catch_up
+
+        def counted() -> int:
+            calls.append(None)
+            return int(catch_up())
+
+        monkeypatch.setattr(here.pools, "catch_up", counted)
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        for _ in range(2):
+            asked = [
+                *[here.replica.page("local", ALL, 2**62) for _ in range(100)],
+                *[here.replica.replay("local", "base", [], 2**62) for _ in range(100)],
+            ]
+            answers = await asyncio.gather(*asked, return_exceptions=True)
+            assert {type(answer) for answer in answers} == {StaleIndex}
+        assert 1 <= len(calls) <= (loop.time() - began) / 0.5 + 2
+        generation = here.publish(*await here.embedded("sums"))
+        assert (await here.replica.page("local", ALL, generation)).generation == generation  # waits for the next read
+        before = len(calls)
+        assert await here.replica.catch_up(here.publish(*await here.embedded("sums"))) == generation + 1
+        assert len(calls) == before + 1, "a publish does not wait"
+
+    run(tmp_path, scenario)
+
+
 def test_a_commit_nobody_told_of_is_seen_by_the_next_poll(tmp_path: Path) -> None:
     async def scenario(here: Served) -> None:
         here.publish(*await here.embedded("sums"))

@@ -1,0 +1,103 @@
+"""The generation that a tenant is told moves with what it can see, and with nothing else."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from lora_store import (
+    ActivateEncoder,
+    AdapterRecord,
+    Approve,
+    Catalogue,
+    Embed,
+    Publish,
+    SetVisibility,
+    Snapshot,
+    Withdraw,
+)
+from lora_store.location import Location
+from tests.lora_store.builders import embedding
+
+NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
+TENANTS = ("acme", "globex", "stranger")
+MakeRecord = Callable[..., AdapterRecord]
+
+
+def told(snapshot: Snapshot) -> list[int]:
+    return [snapshot.generation_for(tenant) for tenant in TENANTS]
+
+
+def test_private_changes_move_their_own_tenants_generation_alone(location: Location, make_record: MakeRecord) -> None:
+    catalogue = Catalogue(location)
+    private = make_record("plan", tenant="acme", visibility="private")
+    public = make_record("poet", tenant="globex", visibility="public")
+    steps: list[tuple[Any, list[int]]] = [
+        (Publish(public), [1, 1, 1]),
+        (Publish(private), [2, 1, 1]),
+        (Embed(private.ref, embedding(1.0, encoder="next")), [2, 1, 1]),
+        (Withdraw(private.ref, "me", NOON), [4, 1, 1]),
+        (Approve(public.ref, "boss", NOON), [5, 5, 5]),
+        (SetVisibility(public.ref, "private", "me", NOON), [6, 6, 6]),  # all see that it is gone
+        (Publish(make_record("poet", tenant="globex", visibility="private", digest="7" * 64)), [6, 7, 6]),
+        (SetVisibility(public.ref, "public", "me", NOON), [8, 8, 8]),
+        (ActivateEncoder("model", "next", "me", NOON), [9, 9, 9]),
+        (Withdraw(public.ref, "me", NOON), [10, 10, 10]),
+    ]
+    for number, (event, expected) in enumerate(steps, start=1):
+        assert catalogue.commit(lambda snapshot, event=event: [event]) == number
+        assert told(catalogue.snapshot()) == expected, event
+        assert told(Catalogue(location).snapshot()) == expected, event  # a replica that starts now
+
+
+def slow(events: list[tuple[int, Any]], tenant: str) -> int:
+    """Play all events and compare what the tenant sees before and after each."""
+    snapshot, newest = Snapshot(0, {}), 0
+    for generation, event in events:
+        after = snapshot.after([event], generation)
+        seen = [[(r, r.approved) for r in state.visible_to(tenant)] for state in (snapshot, after)]
+        newest = generation if seen[0] != seen[1] or _is_about_seen(event, after, tenant) else newest
+        snapshot = after
+    return newest
+
+
+def _is_about_seen(event: Any, after: Snapshot, tenant: str) -> bool:
+    """Whether the tenant sees what the event is about, also where it left that as it was."""
+    ref = event.record.ref if isinstance(event, Publish) else event.ref
+    record = after.records.get((ref.tenant, ref.name))
+    return record is not None and record.is_visible_to(tenant)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_it_is_the_same_by_events_by_folds_and_by_looking(
+    location: Location, make_record: MakeRecord, seed: int
+) -> None:
+    draw, events, readers = random.Random(seed), [], [Catalogue(location, min_tail=10), Catalogue(location)]
+    for number in range(1, 60):
+        tenant, name = draw.choice(TENANTS[:2]), f"n{draw.randrange(3)}"
+        snapshot = readers[0].snapshot()
+        record = snapshot.records.get((tenant, name))
+        visibility = draw.choice(["private", "private", "public"])
+        made = make_record(f"{name}", tenant=tenant, visibility=visibility, digest=f"{number:064x}")
+        event: Any = Publish(made)
+        if record is not None:
+            event = draw.choice(
+                [Publish(made), Withdraw(record.ref, "me", NOON), SetVisibility(record.ref, visibility, "me", NOON)]
+            )
+        generation = readers[0].commit(lambda snapshot, event=event: [event])
+        events.append((generation, event))
+        if draw.random() < 0.2:
+            readers[1].snapshot()  # it follows several generations at once
+        expected = [slow(events, tenant) for tenant in TENANTS]
+        assert told(readers[0].snapshot()) == expected
+        if number % 20 == 0:
+            assert told(Catalogue(location).snapshot()) == expected
+    assert told(readers[1].snapshot()) == expected
+
+
+def test_a_state_that_is_no_catalogues_has_its_own_generation() -> None:
+    assert told(Snapshot(7, {})) == [7, 7, 7]
