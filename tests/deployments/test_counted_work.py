@@ -163,7 +163,7 @@ def test_samples_of_a_publish_are_charged_to_its_key(tmp_path: Path, path: str, 
         assert not served.store.called("commit")
         return response
 
-    response = ask(question, keys_file=keys, headers=bearer("k"))
+    response = ask(question, keys_file=keys, headers=bearer("k"), publish_paths=True)
     assert (response.status_code, error_of(response)["param"]) == (400, "samples")
 
 
