@@ -17,7 +17,8 @@ from filelock import FileLock, Timeout
 from threadpoolctl import threadpool_info
 
 from gpu_worker.build_kernels import prebuilt_path
-from gpu_worker.kernel_build import FOLDER, LIMIT_S, Compiler, KernelUnavailable, file_name, source_of
+from gpu_worker.config import WorkerConfig
+from gpu_worker.kernel_build import FOLDER, LIMIT_S, Compiler, KernelUnavailable, file_name, kernel_names, source_of
 from gpu_worker.kernel_variants import Processor, this_processor
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,13 @@ def load_library(name: str, cache_dir: Path) -> ctypes.CDLL | None:
     except (KernelUnavailable, OSError, Timeout) as exc:
         logger.warning("the kernel %s is off, and torch does its work more slowly: %s", name, exc)
         return None
+
+
+def num_kernels_off(config: WorkerConfig) -> int:
+    """Return how many of the kernels a worker with these settings runs without; none are meant to run on a GPU."""
+    if config.device != "cpu":
+        return 0
+    return sum(load_library(name, config.cache_dir) is None for name in kernel_names())
 
 
 def functions(library: ctypes.CDLL, name: str, *argtypes: type) -> dict[torch.dtype, Callable[..., None]]:

@@ -15,12 +15,13 @@ from threadpoolctl import threadpool_info
 
 from gpu_worker import native
 from gpu_worker.build_kernels import prebuilt_path
+from gpu_worker.config import WorkerConfig
 from gpu_worker.engine import Engine
 from gpu_worker.fused import load_fused
-from gpu_worker.kernel_build import Compiler, KernelUnavailable, source_of
+from gpu_worker.kernel_build import Compiler, KernelUnavailable, kernel_names, source_of
 from gpu_worker.kernel_variants import VARIANTS, this_processor
 from gpu_worker.lora_kernel import LoraKernel, load_kernel
-from gpu_worker.native import check_trusted, load_library
+from gpu_worker.native import check_trusted, load_library, num_kernels_off
 from tests.gpu_worker.driving import greedy, run_together
 from tests.tiny import InlineExecutor, tiny_config
 
@@ -100,6 +101,12 @@ def test_a_cache_folder_that_cannot_be_used_costs_the_kernels_and_not_the_worker
     [answer] = run_together(engine, [greedy("hello")])
     assert len(answer.tokens) == 8
     assert "grouped_lora is off" in caplog.text
+
+
+def test_kernels_that_are_off_are_counted(tmp_path: Path, no_options: pytest.MonkeyPatch) -> None:
+    no_options.setenv("PATH", "")
+    assert num_kernels_off(WorkerConfig(cache_dir=tmp_path)) == len(kernel_names()) > 2
+    assert num_kernels_off(WorkerConfig(cache_dir=tmp_path, device="cuda")) == 0
 
 
 def test_a_library_that_cannot_be_loaded_costs_the_kernel_alone(
