@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export RAY_AUTH_MODE := token
 
-.PHONY: help setup serve demo test paper soak check lint types
+.PHONY: help setup serve demo test paper soak check lint types kernels sanitize
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -34,6 +34,19 @@ paper: $(READY) ## the paper's study on 48 adapters, resumed where it stopped; r
 
 soak: $(READY) ## run the tests that have full counts at those; reports in benchmarks/results/soak-*.json
 	$(BIN)/python -m pytest --scale full $(ARGS)
+
+kernels: $(READY) ## build the CPU kernels ahead of time, as the image does; a start then compiles nothing
+	$(BIN)/python -m gpu_worker.build_kernels --out gpu_worker/prebuilt
+
+# The preloaded libraries come with g++. Python and torch never free everything, so leaks are not looked for. Without
+# AVX-512, as g++ 12 aligns its vectors wrongly on a stack that it checks (GCC bug 110027).
+KERNEL_TESTS := $(addprefix tests/gpu_worker/test_,decode_attention.py attention_cpu.py fused.py grouped_mapping.py \
+	sampling.py logprobs.py penalties.py)
+sanitize: $(READY) ## run the kernels' tests with checks of addresses and undefined behaviour
+	CXX=g++ CXXFLAGS="-g -mno-avx512f -fsanitize=address,undefined -fno-sanitize-recover=all" CI_REQUIRES_COMPILER=1 \
+	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(for name in libasan.so libubsan.so libstdc++.so.6; \
+		do g++ -print-file-name=$$name; done | paste -sd:)" \
+	$(BIN)/python -m pytest $(KERNEL_TESTS)
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
