@@ -91,6 +91,9 @@ FIRING: dict[str, dict[str, str]] = {
     "LoraRetrieverWorkerWedged": {
         'ray_loraretriever_step_age_seconds{application="a",replica="r"}': "0+60x30",
     },
+    "LoraRetrieverKernelsOff": {
+        'ray_loraretriever_kernels_off{application="a",replica="r"}': "4x30",
+    },
     "LoraRetrieverReplicaRestarts": {
         'ray_serve_deployment_replica_starts_total{application="a",deployment="Worker"}': "0+1x30",
     },
@@ -123,6 +126,7 @@ QUIET = {
     'ray_loraretriever_requests_total{application="b",status="200"}': "0+60x40",
     'ray_loraretriever_requests_total{application="b",status="503"}': "0+1x40",
     'ray_loraretriever_step_age_seconds{application="b",replica="r"}': "1x40",
+    'ray_loraretriever_kernels_off{application="b",replica="r"}': "0x40",
     'ray_serve_deployment_replica_starts_total{application="b",deployment="Worker"}': "3x40",
     'ray_loraretriever_adapter_hits_total{application="b",level="bank"}': "0+20x40",
     'ray_loraretriever_adapter_hits_total{application="b",level="store"}': "0+10x40",
