@@ -30,7 +30,7 @@ from gpu_worker.engine import Engine
 from gpu_worker.engine_loop import EngineLoop
 from gpu_worker.errors import EngineStopped
 from gpu_worker.holdings import Holdings
-from gpu_worker.native import num_kernels_off
+from gpu_worker.native import num_missing_kernels
 from gpu_worker.probe import Prober
 from gpu_worker.request import Delta, Job
 from gpu_worker.threads import compute_alone, in_passing, load_executor
@@ -72,7 +72,7 @@ class WorkerDeployment:
         self._fetcher = WeightsFetcher(store, executor, cache=self._cache, told=self._figures)
         self._engine = in_passing(lambda: warmed_up(Engine(config, self._start_fetch, executor=executor)))
         self._loop = EngineLoop(self._engine, stream_interval_ms=stream_interval_ms, niceness=niceness)
-        self._num_kernels_off = num_kernels_off(config)
+        self._num_missing_kernels = num_missing_kernels(config)
         self._prober = Prober(self._loop)
         self._telling = self._asyncio_loop.create_task(every_beat(self._tell))
         self._wedged_after_s, self._end_process = wedged_after_s, end_process
@@ -163,7 +163,7 @@ class WorkerDeployment:
 
     async def _tell(self) -> None:
         self._figures.stepping(self._loop.seconds_busy())
-        self._figures.kernels_off(self._num_kernels_off)
+        self._figures.missing_kernels(self._num_missing_kernels)
         async with asyncio.timeout(BEAT_S):  # a step that hangs must not hide how long it does
             self._figures.hold(await self._loop.holdings())
 

@@ -48,7 +48,9 @@ class WorkerFigures:
         self._step_age = kinds.Gauge(
             "loraretriever_step_age_seconds", "How long the step or command in progress has run"
         )
-        self._kernels_off = kinds.Gauge("loraretriever_kernels_off", "Compiled CPU kernels that torch stands in for")
+        self._missing_kernels = kinds.Gauge(
+            "loraretriever_missing_kernels", "Compiled CPU kernels that torch stands in for"
+        )
         self._queue_s = kinds.Histogram("loraretriever_queue_seconds", "Wait in the engine's queue", SECONDS)
         self._load_s = kinds.Histogram(
             "loraretriever_cold_load_seconds", "Bringing weights to host memory, by source", SHORT_SECONDS, ("level",)
@@ -71,9 +73,9 @@ class WorkerFigures:
         """Report how long the engine's step or command in progress has run; 0 while it has nothing to do."""
         self._step_age.set(seconds)
 
-    def kernels_off(self, count: int) -> None:
+    def missing_kernels(self, count: int) -> None:
         """Report how many compiled kernels this worker runs without."""
-        self._kernels_off.set(count)
+        self._missing_kernels.set(count)
 
     def hold(self, held: Holdings) -> None:
         """Tell what the engine holds, and what it did since the last call."""

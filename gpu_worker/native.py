@@ -43,7 +43,7 @@ def load_library(name: str, cache_dir: Path) -> ctypes.CDLL | None:
         return None
 
 
-def num_kernels_off(config: WorkerConfig) -> int:
+def num_missing_kernels(config: WorkerConfig) -> int:
     """Return how many of the kernels a worker with these settings runs without; none are meant to run on a GPU."""
     if config.device != "cpu":
         return 0

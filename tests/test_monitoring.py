@@ -17,7 +17,7 @@ README = MONITORING.parents[1] / "README.md"
 _OURS = re.compile(r"ray_(loraretriever_\w+)")
 _SERVES = {"ray_serve_deployment_replica_starts_total", "ray_serve_deployment_replica_healthy"}
 _UNITS = re.compile(
-    r"_(total|seconds|bytes|rows|tokens|adapters|generation|choices|cosine)$"
+    r"_(total|seconds|bytes|rows|tokens|adapters|generation|choices|cosine|kernels)$"
 )  # `_total` counts what stands before it
 
 
@@ -92,7 +92,7 @@ FIRING: dict[str, dict[str, str]] = {
         'ray_loraretriever_step_age_seconds{application="a",replica="r"}': "0+60x30",
     },
     "LoraRetrieverKernelsOff": {
-        'ray_loraretriever_kernels_off{application="a",replica="r"}': "4x30",
+        'ray_loraretriever_missing_kernels{application="a",replica="r"}': "4x30",
     },
     "LoraRetrieverReplicaRestarts": {
         'ray_serve_deployment_replica_starts_total{application="a",deployment="Worker"}': "0+1x30",
@@ -126,7 +126,7 @@ QUIET = {
     'ray_loraretriever_requests_total{application="b",status="200"}': "0+60x40",
     'ray_loraretriever_requests_total{application="b",status="503"}': "0+1x40",
     'ray_loraretriever_step_age_seconds{application="b",replica="r"}': "1x40",
-    'ray_loraretriever_kernels_off{application="b",replica="r"}': "0x40",
+    'ray_loraretriever_missing_kernels{application="b",replica="r"}': "0x40",
     'ray_serve_deployment_replica_starts_total{application="b",deployment="Worker"}': "3x40",
     'ray_loraretriever_adapter_hits_total{application="b",level="bank"}': "0+20x40",
     'ray_loraretriever_adapter_hits_total{application="b",level="store"}': "0+10x40",

@@ -31,8 +31,8 @@ def test_gauges_say_what_is_held_now() -> None:
     figures = WorkerFigures(16, kinds)
     figures.hold(HELD)
     figures.stepping(0.25)
-    figures.kernels_off(2)
-    assert kinds["kernels_off"].last[()] == 2
+    figures.missing_kernels(2)
+    assert kinds["missing_kernels"].last[()] == 2
     single = ("running_rows", "waiting_rows", "host_cache_bytes", "kv_free_rows", "kv_tokens", "kv_free_tokens")
     assert [kinds[name].last[()] for name in single] == [3, 2, 500, 13, 70, 900]
     assert kinds["step_age_seconds"].last[()] == 0.25

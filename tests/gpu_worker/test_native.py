@@ -21,7 +21,7 @@ from gpu_worker.fused import load_fused
 from gpu_worker.kernel_build import Compiler, KernelUnavailable, kernel_names, source_of
 from gpu_worker.kernel_variants import VARIANTS, this_processor
 from gpu_worker.lora_kernel import LoraKernel, load_kernel
-from gpu_worker.native import check_trusted, load_library, num_kernels_off
+from gpu_worker.native import check_trusted, load_library, num_missing_kernels
 from tests.gpu_worker.driving import greedy, run_together
 from tests.tiny import InlineExecutor, tiny_config
 
@@ -105,8 +105,8 @@ def test_a_cache_folder_that_cannot_be_used_costs_the_kernels_and_not_the_worker
 
 def test_kernels_that_are_off_are_counted(tmp_path: Path, no_options: pytest.MonkeyPatch) -> None:
     no_options.setenv("PATH", "")
-    assert num_kernels_off(WorkerConfig(cache_dir=tmp_path)) == len(kernel_names()) > 2
-    assert num_kernels_off(WorkerConfig(cache_dir=tmp_path, device="cuda")) == 0
+    assert num_missing_kernels(WorkerConfig(cache_dir=tmp_path)) == len(kernel_names()) > 2
+    assert num_missing_kernels(WorkerConfig(cache_dir=tmp_path, device="cuda")) == 0
 
 
 def test_a_library_that_cannot_be_loaded_costs_the_kernel_alone(
