@@ -1,95 +1,134 @@
-"""Whether an S3 endpoint honours conditional writes, without which two writers could both take one generation."""
+"""Check that an S3 endpoint honours conditional writes: without them two writers could both take one generation."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from http.client import HTTPException
 from urllib.error import HTTPError
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 from urllib.request import Request, urlopen
 from uuid import uuid4
 
 from lora_store.errors import ConditionalWritesMissing
-from lora_store.files import store_errors
 from lora_store.location import REQUEST_TIMEOUT_S, Location
 
 logger = logging.getLogger(__name__)
 
 _EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
-_REFUSED = (409, 412)  # as S3 answers to a write whose condition does not hold
-_UNKNOWN_TO_IT = (400, 501)  # as endpoints answer that know no conditions
+_CONDITION = {"if-none-match": "*"}
+_REFUSED = (409, 412)  # as S3 answers a write whose condition does not hold
+_PERHAPS_UNKNOWN = (400, 501)  # of an endpoint without conditions; but 400 also of a wrong region or an expired token
 _FOLDER = "probes"
+_ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")  # in deltalake's order
+_REGION_VARIABLES = ("AWS_REGION", "AWS_DEFAULT_REGION")
+_DEFAULT_REGION = "us-east-1"
 
 
 def check_conditional_writes(store: Location, environment: Mapping[str, str]) -> None:
-    """Write one new object twice on the condition that it does not exist; the endpoint must refuse the second write.
+    """Write one new object twice on the condition that it does not exist, and require the second write to fail.
 
-    Nothing is asked for a folder, where the file system decides, nor for gs://, which always is Google's own endpoint.
-    An S3 endpoint is asked with the keys of `environment`; with credentials from elsewhere (a role) it is AWS, which
-    honours the condition. Raises: ConditionalWritesMissing; StoreUnavailable.
+    Send nothing for a folder, where the file system decides, or for gs://, which is always Google's own endpoint. Sign
+    S3 requests with the keys of `environment`. Credentials from elsewhere (a role) mean AWS, which honours the
+    condition. Take region and endpoint from `environment` where the URI names none, as deltalake and pyarrow do.
+    Log a warning where the answers prove nothing. Raises: ConditionalWritesMissing.
     """
     key_id, secret = environment.get("AWS_ACCESS_KEY_ID"), environment.get("AWS_SECRET_ACCESS_KEY")
     if not store.is_s3:
         return
     if not key_id or not secret:
-        logger.info("conditional writes are not probed: no AWS_ACCESS_KEY_ID in the environment")
+        logger.info("conditional writes are not checked: AWS_ACCESS_KEY_ID is not set")
         return
-    place = store.child(_FOLDER).child(uuid4().hex)
-    keys = _Keys(key_id, secret, environment.get("AWS_SESSION_TOKEN"))
+    region = store.region or _first(environment, _REGION_VARIABLES) or _DEFAULT_REGION
+    path = store.child(_FOLDER).child(uuid4().hex).filesystem_path
+    url = f"{_endpoint_url(store, region, environment)}/{quote(path, safe='/-._~')}"
     try:
-        first, second = [_status("PUT", place, keys, {"if-none-match": "*"}) for _ in range(2)]
+        _probe(url, _Signer(key_id, secret, environment.get("AWS_SESSION_TOKEN"), region))
+    except (OSError, HTTPException, ValueError) as exc:  # ValueError: a URL that is none, from the environment
+        logger.warning("conditional writes could not be checked at %s: %s", url, exc)
+
+
+def _probe(url: str, signer: _Signer) -> None:
+    """Write the object at `url`, judge the answers and delete it. Raises: as `_status`, ConditionalWritesMissing."""
+    try:
+        first, second = [_status("PUT", url, signer, _CONDITION) for _ in range(2)]
+        is_ignored = 200 <= first < 300 and 200 <= second < 300
+        is_unknown = first in _PERHAPS_UNKNOWN and 200 <= _status("PUT", url, signer) < 300
     finally:
-        _status("DELETE", place, keys, {})  # pyarrow's own deletion leaves a marker of the folder
-    if first in _UNKNOWN_TO_IT or 200 <= second < 300:
+        _delete(url, signer)
+    if is_ignored or is_unknown:
         raise ConditionalWritesMissing(first, second)
     if not 200 <= first < 300 or second not in _REFUSED:
-        logger.warning("conditional writes could not be probed: the endpoint answered %d and %d", first, second)
+        logger.warning("conditional writes could not be checked at %s: it answered %d and %d", url, first, second)
+
+
+def _delete(url: str, signer: _Signer) -> None:
+    """Delete the object, and log what goes wrong. (pyarrow's deletion would leave a marker of the folder.)"""
+    try:
+        status = _status("DELETE", url, signer)
+    except (OSError, HTTPException, ValueError) as exc:
+        logger.warning("the object of the check at %s could not be deleted: %s", url, exc)
+        return
+    if status >= 300 and status != 404:
+        logger.warning("the object of the check at %s could not be deleted: the answer was %d", url, status)
+
+
+def _first(environment: Mapping[str, str], names: Iterable[str]) -> str | None:
+    """Return the first variable that is set and not empty."""
+    return next((environment[name] for name in names if environment.get(name)), None)
+
+
+def _endpoint_url(store: Location, region: str, environment: Mapping[str, str]) -> str:
+    """Return the URL above all buckets: the URI's own, the environment's, or AWS's in that region."""
+    endpoint = store.endpoint
+    assert endpoint is not None
+    if endpoint.is_named:
+        host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
+        return f"{endpoint.scheme}://{host}:{endpoint.port}"
+    return (_first(environment, _ENDPOINT_VARIABLES) or f"https://s3.{region}.amazonaws.com").rstrip("/")
+
+
+def _status(method: str, url: str, signer: _Signer, conditions: Mapping[str, str] | None = None) -> int:
+    """Send a request without a body and return its HTTP status. Raises: OSError, HTTPException, ValueError."""
+    headers = signer.headers(method, url, conditions or {}, datetime.now(UTC))
+    request = Request(url, data=b"" if method == "PUT" else None, headers=headers, method=method)
+    try:
+        with urlopen(request, timeout=REQUEST_TIMEOUT_S) as response:
+            return int(response.status)
+    except HTTPError as exc:
+        return exc.code
 
 
 @dataclass(frozen=True, slots=True)
-class _Keys:
+class _Signer:
+    """Signs requests without a body. Source: AWS Signature Version 4, "Create a signed request"."""
+
     key_id: str
     secret: str
     token: str | None
+    region: str
 
-
-def _status(method: str, place: Location, keys: _Keys, conditions: Mapping[str, str]) -> int:
-    """The HTTP status of a request without a body on the object there."""
-    url, headers = _signed(method, place, keys, conditions, datetime.now(UTC))
-    request = Request(url, data=b"" if method == "PUT" else None, headers=headers, method=method)
-    with store_errors():
-        try:
-            with urlopen(request, timeout=REQUEST_TIMEOUT_S) as response:
-                return int(response.status)
-        except HTTPError as exc:
-            return exc.code
-
-
-def _signed(
-    method: str, place: Location, keys: _Keys, conditions: Mapping[str, str], now: datetime
-) -> tuple[str, dict[str, str]]:
-    """The URL and the headers, signed. Source: AWS Signature Version 4, "Create a signed request"."""
-    endpoint, region = place.endpoint, place.region
-    assert endpoint is not None
-    default_port = {"http": 80, "https": 443}[endpoint.scheme]
-    host = endpoint.host if endpoint.port == default_port else f"{endpoint.host}:{endpoint.port}"
-    path = "/" + quote(place.filesystem_path, safe="/-._~")
-    stamp = now.strftime("%Y%m%dT%H%M%SZ")
-    headers = {"host": host, "x-amz-content-sha256": _EMPTY_SHA256, "x-amz-date": stamp, **conditions}
-    if keys.token:
-        headers["x-amz-security-token"] = keys.token
-    names = ";".join(sorted(headers))
-    lines = "".join(f"{name}:{headers[name]}\n" for name in sorted(headers))
-    canonical = "\n".join([method, path, "", lines, names, _EMPTY_SHA256])
-    scope = f"{stamp[:8]}/{region}/s3/aws4_request"
-    to_sign = "\n".join(["AWS4-HMAC-SHA256", stamp, scope, hashlib.sha256(canonical.encode()).hexdigest()])
-    key = f"AWS4{keys.secret}".encode()
-    for part in scope.split("/"):
-        key = hmac.digest(key, part.encode(), "sha256")
-    signature = hmac.new(key, to_sign.encode(), "sha256").hexdigest()
-    credential = f"Credential={keys.key_id}/{scope}, SignedHeaders={names}, Signature={signature}"
-    return f"{endpoint.scheme}://{host}{path}", headers | {"Authorization": f"AWS4-HMAC-SHA256 {credential}"}
+    def headers(self, method: str, url: str, conditions: Mapping[str, str], now: datetime) -> dict[str, str]:
+        """Return all headers of the request. `url`: quoted, without a query."""
+        parts = urlsplit(url)
+        default_port = {"http": 80, "https": 443}.get(parts.scheme)
+        host = parts.netloc.removesuffix(f":{default_port}")  # as urllib sends it
+        stamp = now.strftime("%Y%m%dT%H%M%SZ")
+        headers = {"host": host, "x-amz-content-sha256": _EMPTY_SHA256, "x-amz-date": stamp, **conditions}
+        if self.token:
+            headers["x-amz-security-token"] = self.token
+        names = ";".join(sorted(headers))
+        lines = "".join(f"{name}:{headers[name]}\n" for name in sorted(headers))
+        canonical = "\n".join([method, parts.path, "", lines, names, _EMPTY_SHA256])
+        scope = f"{stamp[:8]}/{self.region}/s3/aws4_request"
+        to_sign = "\n".join(["AWS4-HMAC-SHA256", stamp, scope, hashlib.sha256(canonical.encode()).hexdigest()])
+        key = f"AWS4{self.secret}".encode()
+        for part in scope.split("/"):
+            key = hmac.digest(key, part.encode(), "sha256")
+        signature = hmac.new(key, to_sign.encode(), "sha256").hexdigest()
+        credential = f"Credential={self.key_id}/{scope}, SignedHeaders={names}, Signature={signature}"
+        return headers | {"Authorization": f"AWS4-HMAC-SHA256 {credential}"}

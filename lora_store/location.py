@@ -62,9 +62,9 @@ class Location:
         return self._parts.scheme == "s3"
 
     @property
-    def region(self) -> str:
-        """The region that requests to S3 are signed for."""
-        return self._parameters.get("region", "us-east-1")
+    def region(self) -> str | None:
+        """The region that the URI names; without one the environment does."""
+        return self._parameters.get("region")
 
     @property
     def filesystem_path(self) -> str:
@@ -81,7 +81,9 @@ class Location:
         named = urlsplit(f"//{self._parameters.get('endpoint_override', '')}")
         if named.hostname:
             return Endpoint(named.hostname, named.port or _PORTS[scheme], scheme, is_named=True)
-        host = f"s3.{self.region}.amazonaws.com" if self._parts.scheme == "s3" else "storage.googleapis.com"
+        host = (
+            f"s3.{self.region or 'us-east-1'}.amazonaws.com" if self._parts.scheme == "s3" else "storage.googleapis.com"
+        )
         return Endpoint(host, _PORTS[scheme], scheme, is_named=False)
 
     def at_address(self, address: str) -> Location:

@@ -1,39 +1,57 @@
-"""The probe at the start of a Store: an endpoint that ignores conditions is refused."""
+"""The check at the start of a Store: an endpoint that ignores conditions is refused."""
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import ClassVar
 from uuid import uuid4
 
 import pytest
 
-from lora_store import ConditionalWritesMissing, Location, StoreUnavailable
+from lora_store import ConditionalWritesMissing, Location
 from lora_store.conditional_writes import check_conditional_writes
 from lora_store.files import Files
 from tests.s3 import S3Endpoint
 
+KEYS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"}
 
-class Careless(BaseHTTPRequestHandler):
-    """An endpoint that stores whatever is put, in the class' `stored`, and answers `status`."""
 
-    stored: ClassVar[dict[str, bytes]]
-    status = 200
+class Endpoint(ThreadingHTTPServer):
+    """An endpoint that answers `conditional` to conditional writes and `plain` to others, and stores what it takes."""
+
+    conditional, plain = 200, 200
+    deletes = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.stored: dict[str, bytes] = {}
+        self.authorizations: list[str] = []
+
+    def uri(self, query: str = "&region=us-east-1") -> str:
+        return f"s3://pool/adapters?endpoint_override=127.0.0.1:{self.server_port}&scheme=http{query}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Endpoint
 
     def do_PUT(self) -> None:
-        self.stored[self.path] = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        self._answer(self.status)
-
-    def do_HEAD(self) -> None:
-        self._answer(200 if self.path in self.stored else 404)
+        self.server.authorizations.append(self.headers["Authorization"])
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        status = self.server.conditional if "If-None-Match" in self.headers else self.server.plain
+        if 200 <= status < 300:
+            self.server.stored[self.path] = body
+        self._answer(status)
 
     def do_DELETE(self) -> None:
-        self.stored.pop(self.path, None)
-        self._answer(204)
+        if self.server.deletes:
+            self.server.stored.pop(self.path, None)
+            self._answer(204)
+        else:
+            self.close_connection = True  # without an answer
 
     def _answer(self, status: int) -> None:
         self.send_response(status)
@@ -44,29 +62,75 @@ class Careless(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture(params=[200, 501])
-def careless(request: pytest.FixtureRequest) -> Iterator[tuple[Location, dict[str, bytes]]]:
-    class Handler(Careless):
-        stored: ClassVar[dict[str, bytes]] = {}
-        status = request.param
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    uri = f"s3://pool/adapters?endpoint_override=127.0.0.1:{server.server_port}&scheme=http&region=us-east-1"
-    yield Location(uri), Handler.stored
-    server.shutdown()
-    server.server_close()
-    thread.join()
+@pytest.fixture
+def endpoint() -> Iterator[Endpoint]:
+    with Endpoint() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
 
 
-def test_an_endpoint_that_ignores_the_condition_is_refused_and_cleaned_up(
-    careless: tuple[Location, dict[str, bytes]],
+@pytest.mark.parametrize(("conditional", "plain"), [(200, 200), (501, 200), (400, 200)])
+def test_an_endpoint_without_conditional_writes_is_refused_and_cleaned_up(
+    endpoint: Endpoint, conditional: int, plain: int
 ) -> None:
-    location, stored = careless
+    endpoint.conditional, endpoint.plain = conditional, plain
     with pytest.raises(ConditionalWritesMissing, match=r"ignores If-None-Match.*Use an endpoint that honours"):
-        check_conditional_writes(location, os.environ)
-    assert stored == {}
+        check_conditional_writes(Location(endpoint.uri()), os.environ)
+    assert endpoint.stored == {}
+
+
+@pytest.mark.parametrize("status", [400, 403, 501, 503])
+def test_an_endpoint_that_takes_no_write_at_all_proves_nothing(
+    status: int, endpoint: Endpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    """S3 answers 400 for a wrong region and for an expired token, too."""
+    endpoint.conditional = endpoint.plain = status
+    check_conditional_writes(Location(endpoint.uri()), os.environ)
+    [record] = caplog.records
+    assert record.levelno == logging.WARNING
+    assert f"could not be checked at http://127.0.0.1:{endpoint.server_port}/pool/" in record.getMessage()
+    assert f"it answered {status} and {status}" in record.getMessage()
+
+
+def test_a_deletion_that_fails_does_not_hide_the_verdict(endpoint: Endpoint, caplog: pytest.LogCaptureFixture) -> None:
+    endpoint.deletes = False
+    with pytest.raises(ConditionalWritesMissing):
+        check_conditional_writes(Location(endpoint.uri()), os.environ)
+    assert "could not be deleted" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("query", "variables", "region"),
+    [
+        ("", {"AWS_REGION": "eu-west-1", "AWS_DEFAULT_REGION": "eu-west-2"}, "eu-west-1"),
+        ("", {"AWS_DEFAULT_REGION": "eu-west-2"}, "eu-west-2"),
+        ("", {}, "us-east-1"),
+        ("&region=eu-north-1", {"AWS_REGION": "eu-west-1"}, "eu-north-1"),
+    ],
+)
+def test_requests_are_signed_for_the_region_of_the_uri_or_else_of_the_environment(
+    query: str, variables: dict[str, str], region: str, endpoint: Endpoint
+) -> None:
+    with pytest.raises(ConditionalWritesMissing):
+        check_conditional_writes(Location(endpoint.uri(query)), KEYS | variables)
+    assert len(endpoint.authorizations) == 2
+    assert all(f"/{region}/s3/aws4_request" in header for header in endpoint.authorizations)
+
+
+@pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"])
+def test_an_endpoint_of_the_environment_is_checked(name: str, endpoint: Endpoint) -> None:
+    environment = KEYS | {name: f"http://127.0.0.1:{endpoint.server_port}/"}
+    with pytest.raises(ConditionalWritesMissing):
+        check_conditional_writes(Location("s3://pool/adapters"), environment)
+    assert len(endpoint.authorizations) == 2
+
+
+def test_an_endpoint_of_the_environment_that_is_no_url_proves_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    check_conditional_writes(Location("s3://pool/adapters"), KEYS | {"AWS_ENDPOINT_URL": "127.0.0.1:9"})
+    assert "could not be checked at 127.0.0.1:9/pool/" in caplog.text
 
 
 def test_an_endpoint_that_honours_it_is_taken_and_cleaned_up(s3_endpoint: S3Endpoint) -> None:
@@ -92,9 +156,9 @@ def test_a_folder_is_asked_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_endpoint_that_is_away_is_unavailable() -> None:
+def test_an_endpoint_that_is_away_proves_nothing(caplog: pytest.LogCaptureFixture) -> None:
     endpoint = S3Endpoint()
     location = Location(endpoint.uri("stores/x"))
     endpoint.stop()
-    with pytest.raises(StoreUnavailable):
-        check_conditional_writes(location, os.environ)
+    check_conditional_writes(location, os.environ)
+    assert "could not be checked" in caplog.text and "refused" in caplog.text
