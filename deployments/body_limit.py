@@ -1,4 +1,4 @@
-"""Refuses bodies larger or slower than the server reads, or more than it holds at once, before they are in memory."""
+"""Refuse bodies that are larger or slower than the server reads, or more than it holds at once, as they are read."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.errors import BodiesBusy, BodyNotAllowed, BodyTooLarge, BodyTooSlow
 from deployments.http_errors import error_response
+from deployments.in_flight import tenant_of
+from deployments.json_body import KEEP_OF_BODY
+from deployments.shared_bytes import SharedBytes
 
 DEFAULT_MAX_BODY_BYTES = 4 << 20
 _PATIENCE_S = 30.0
@@ -20,29 +23,13 @@ _WITH_BODY = ("POST", "PUT", "PATCH")
 Refusal = BodiesBusy | BodyTooLarge | BodyTooSlow
 
 
-class BodyBudget:
-    """Bytes of bodies in memory, each until its request is answered: many that stall hold no more than this."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self.num_bytes = 0
-
-    def take(self, num_bytes: int) -> None:
-        """Raises: BodiesBusy."""
-        if self.num_bytes + num_bytes > self._max_bytes:
-            raise BodiesBusy(self._max_bytes)
-        self.num_bytes += num_bytes
-
-    def give(self, num_bytes: int) -> None:
-        self.num_bytes -= num_bytes
-
-
 class BodyLimit:
     """ASGI middleware: a request whose body passes what `limit_of` allows it is answered 413.
 
     One that has not come whole after `patience_s` and a second for each MiB it may have is answered 408: bodies that
-    trickle would hold their places for ever. One that finds no room in the budget is answered 503; uploads, which may
-    be larger than other bodies, have a budget of their own. A body on a method without one is refused at once:
+    trickle would hold their places for ever. One that finds no room in the budget is answered 503. A body counts there
+    until it is parsed, and then what was made of it counts until the answer ends. Uploads, which may be larger than
+    other bodies, have a budget of their own. A body on a method without one is refused at once:
     no route would read it, and until the answer Serve's proxy and the replica keep all that comes of it.
     """
 
@@ -50,7 +37,7 @@ class BodyLimit:
         self,
         app: ASGIApp,
         limit_of: Callable[[Scope], int],
-        budget: Callable[[], BodyBudget],
+        budget: Callable[[], SharedBytes],
         patience_s: float = _PATIENCE_S,
     ) -> None:
         self._app, self._limit_of, self._budget, self._patience_s = app, limit_of, budget, patience_s
@@ -64,8 +51,9 @@ class BodyLimit:
             await error_response(refusal)(scope, receive, send)
             return
         max_bytes = self._limit_of(scope)
-        budget = self._budget() if max_bytes <= DEFAULT_MAX_BODY_BYTES else BodyBudget(max_bytes)
-        body = _Body(receive, max_bytes, budget, self._patience_s)
+        budget = self._budget() if max_bytes <= DEFAULT_MAX_BODY_BYTES else SharedBytes(max_bytes)
+        body = _Body(receive, max_bytes, budget, tenant_of(scope), self._patience_s)
+        scope.setdefault("state", {})[KEEP_OF_BODY] = body.keep
         started = False
 
         async def answer(message: Message) -> None:
@@ -78,7 +66,7 @@ class BodyLimit:
             with contextlib.suppress(BodiesBusy, BodyTooLarge, BodyTooSlow):
                 await self._app(scope, body.read, answer)
         finally:
-            body.release()
+            body.keep(0)
         if body.refusal is not None and not started:
             await error_response(body.refusal)(scope, receive, send)
 
@@ -91,8 +79,8 @@ def _announces_body(scope: Scope) -> bool:
 class _Body:
     """The messages of one request, as long as its body keeps within the bounds."""
 
-    def __init__(self, receive: Receive, max_bytes: int, budget: BodyBudget, patience_s: float) -> None:
-        self._receive, self._max_bytes, self._budget = receive, max_bytes, budget
+    def __init__(self, receive: Receive, max_bytes: int, budget: SharedBytes, tenant: str, patience_s: float) -> None:
+        self._receive, self._max_bytes, self._budget, self._tenant = receive, max_bytes, budget, tenant
         self._seconds = patience_s + max_bytes / _SLOWEST_BYTES_PER_S
         self._until: float | None = asyncio.get_running_loop().time() + self._seconds  # None: it is read
         self._seen = self._held = 0
@@ -110,22 +98,20 @@ class _Body:
         self._seen += len(message.get("body", b""))
         if self._seen > self._max_bytes:
             raise self._refuse(BodyTooLarge(f"the body is larger than {self._max_bytes} bytes"))
-        self._hold(self._seen - self._held)
+        self._hold(len(message.get("body", b"")))
         if not message.get("more_body", False):
             self._until = None  # what is waited for now is that the client leaves
         return message
 
-    def release(self) -> None:
-        """The request is answered: nothing of its body is held any more."""
-        self._budget.give(self._held)
-        self._held = 0
+    def keep(self, num_bytes: int) -> None:
+        """Give back all that is held but `num_bytes`."""
+        num_bytes = min(num_bytes, self._held)
+        self._budget.give(self._tenant, self._held - num_bytes)
+        self._held = num_bytes
 
     def _hold(self, num_bytes: int) -> None:
-        try:
-            self._budget.take(num_bytes)
-        except BodiesBusy as refusal:
-            self.refusal = refusal
-            raise
+        if not self._budget.take(self._tenant, num_bytes):
+            raise self._refuse(BodiesBusy(self._budget.max_bytes))
         self._held += num_bytes
 
     def _refuse(self, refusal: Refusal) -> Refusal:

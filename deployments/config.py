@@ -96,7 +96,8 @@ class AppConfig(_Settings):
     max_upload_total_bytes: int = Field(default=1 << 30, ge=1)  # of all uploads that one Ingress replica holds at once
     # Of uploads and sources that one Store replica checks at once: others wait for a minute, then are a 503.
     max_staging_bytes: int = Field(default=1 << 30, ge=1)
-    max_body_total_bytes: int = Field(default=256 << 20, ge=4 << 20)  # of all other bodies it holds; one has 4 MiB
+    # Of all other bodies it holds; one has 4 MiB. With keys one tenant holds at most as much as then remains free.
+    max_body_total_bytes: int = Field(default=256 << 20, ge=4 << 20)
     max_in_flight: int = Field(default=1024, ge=1)  # requests one Ingress replica works on; above it answers 429
     max_request_s: float = Field(default=600, gt=0)  # the longest a request may take, whatever its `timeout_s`
     max_new_tokens: int = Field(default=8192, ge=DEFAULT_MAX_TOKENS)  # of one answer; the context bounds it too

@@ -69,7 +69,7 @@ class InFlightLimit:
             await self._app(scope, receive, send)
             return
         mark_arrival()
-        in_flight, tenant = self._in_flight(), _tenant_of(scope)
+        in_flight, tenant = self._in_flight(), tenant_of(scope)
         try:
             in_flight.enter(tenant)
         except ServerOverloaded as refusal:
@@ -81,7 +81,7 @@ class InFlightLimit:
             in_flight.leave(tenant)
 
 
-def _tenant_of(scope: Scope) -> str:
+def tenant_of(scope: Scope) -> str:
     """Return the caller's tenant, NOBODY on the routes that ask for no key."""
     caller = scope.get("state", {}).get("caller")
     return caller.tenant if isinstance(caller, Caller) else NOBODY

@@ -32,7 +32,7 @@ from deployments.answers import JsonObject, plan_object
 from deployments.api_docs import CHAT_ANSWERS, HEALTH_ANSWERS, READY_ANSWERS, ROUTE_ANSWERS, TEXT_ANSWERS, Api
 from deployments.auth import Asking, BearerAuth
 from deployments.background import Background
-from deployments.body_limit import BodyBudget, BodyLimit
+from deployments.body_limit import DEFAULT_MAX_BODY_BYTES, BodyLimit
 from deployments.callers import LOCAL_CALLER, Caller
 from deployments.config import AppConfig
 from deployments.direct_calls import direct, go_straight
@@ -61,6 +61,7 @@ from deployments.retries import repeated_stream
 from deployments.safe_headers import SafeHeaders
 from deployments.schemas import ChatCompletionRequest, CompletionRequest, RouteQuery
 from deployments.serve_logs import join_serve_logs
+from deployments.shared_bytes import SharedBytes
 from deployments.signs_of_life import SILENCE_S, heard
 from deployments.stats_reader import StatsReader
 from deployments.traces import tracer
@@ -141,7 +142,11 @@ class Ingress:
         self.pool = Pool(config, self.door, publisher, store, retriever, uploads, self.background)
         self.stats = StatsReader(config, retriever, worker)
         self.in_flight = InFlight(config.max_in_flight)
-        self.bodies = BodyBudget(config.max_body_total_bytes)
+        self.bodies = SharedBytes(
+            config.max_body_total_bytes,
+            always_bytes=DEFAULT_MAX_BODY_BYTES,
+            has_tenants=config.keys_file is not None,
+        )
         self.preload = Preload(
             config.preload, publisher, approves=config.keys_file is not None or config.public_requires_approval
         )

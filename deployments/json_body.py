@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from typing import Any
 
 from fastapi import Request
@@ -16,6 +17,7 @@ from fastapi import Request
 from deployments.errors import RequestInvalid
 
 MAX_JSON_VALUES = 16_384
+KEEP_OF_BODY = "keep_of_body"  # in a scope's state: a function that takes how many bytes of the body are still held
 # Possessive, and closed by the end of the text too: no character is looked at twice.
 _STRING = re.compile(r'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
 
@@ -51,15 +53,47 @@ def _num_marks(text: str) -> int:
     return 1 + text.count(",") + text.count("[") + text.count("{")
 
 
+def _text_bytes(value: Any) -> int:
+    """Return how much memory the texts of a parsed value take. The number of its values has a bound of its own."""
+    num_bytes, waiting = 0, [value]
+    while waiting:
+        match waiting.pop():
+            case str() as text:
+                num_bytes += sys.getsizeof(text)
+            case list() as items:
+                waiting += items
+            case dict() as pairs:
+                waiting += pairs.keys()
+                waiting += pairs.values()
+    return num_bytes
+
+
 class BoundedRequest(Request):
-    """A request whose `json` stays within the bounds. `refusal` keeps why it did not: FastAPI hides the reason."""
+    """A request whose `json` stays within the bounds. `refusal` keeps why it did not: FastAPI hides the reason.
+
+    The raw body is dropped once it is parsed: only its texts take memory until the answer ends.
+    """
 
     refusal: RequestInvalid | None = None
+    _raw = b""
+
+    async def body(self) -> bytes:
+        """Return b"" without a body, else a mark in its place: FastAPI keeps what it gets here until the answer."""
+        if not hasattr(self, "_body"):
+            self._raw = await super().body()
+            self._body = b"body" if self._raw else b""
+        return self._body
 
     async def json(self) -> Any:
         """Return the body's value. Raises: RequestInvalid."""
-        try:
-            return read_json(await self.body())
-        except RequestInvalid as exc:
-            self.refusal = exc
-            raise
+        if not hasattr(self, "_json"):
+            await self.body()
+            try:
+                self._json = read_json(self._raw)
+            except RequestInvalid as exc:
+                self.refusal = exc
+                raise
+            self._raw = b""
+            if (keep := self.scope.get("state", {}).get(KEEP_OF_BODY)) is not None:
+                keep(_text_bytes(self._json))
+        return self._json

@@ -10,7 +10,6 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from deployments.background import Background
-from deployments.body_limit import BodyBudget
 from deployments.callers import Caller
 from deployments.config import AppConfig
 from deployments.door import Door
@@ -20,6 +19,7 @@ from deployments.in_flight import InFlight
 from deployments.published import Charge
 from deployments.publisher import Publisher
 from deployments.request_figures import RequestFigures
+from deployments.shared_bytes import SharedBytes
 from deployments.upload_budget import UploadBudget
 from deployments.uploads import FolderUpload
 from lora_store import AdapterNotFound, AdapterRef, Key
@@ -95,9 +95,9 @@ def in_flight_here() -> InFlight:
     return in_flight
 
 
-def bodies_here() -> BodyBudget:
-    """What bodies may take in the replica that runs the route."""
-    bodies: BodyBudget = _ingress().bodies
+def bodies_here() -> SharedBytes:
+    """Return what bodies may take in the replica that runs the route."""
+    bodies: SharedBytes = _ingress().bodies
     return bodies
 
 

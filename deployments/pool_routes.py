@@ -35,7 +35,6 @@ from deployments.callers import Caller
 from deployments.config import FORM_OVERHEAD_BYTES
 from deployments.errors import RequestInvalid, VersionChanged
 from deployments.http_io import path_of
-from deployments.json_body import read_json
 from deployments.pool import Pool, open_pool, own_key, read_pool
 from deployments.pool_schemas import (
     MAX_TAG_CHARS,
@@ -108,7 +107,7 @@ async def publish(caller: Publishing, pool: OpenPool, http: Request) -> JSONResp
         return await _publish_files(pool, caller, http)
     if kind != "application/json":
         raise RequestInvalid(f"content-type must be application/json or multipart/form-data, got {kind[:100]!r}")
-    body = _parse(await http.body())
+    body = _parse(await http.json())
     if isinstance(body, AdapterSource):
         return await _publish_one(pool, caller, http, body.upload())
     uploads = [pool.upload_of(adapter.upload(), caller, http) for adapter in body.adapters]
@@ -201,9 +200,8 @@ async def _publish_one(pool: Pool, caller: Caller, http: Request, upload: Folder
     return JSONResponse(published_object(outcome), status_of(outcome))
 
 
-def _parse(body: bytes) -> AdapterSource | PublishBatch:
+def _parse(data: Any) -> AdapterSource | PublishBatch:
     """Raises: RequestInvalid."""
-    data: Any = read_json(body)
     try:
         if isinstance(data, dict) and "adapters" in data:
             return PublishBatch.model_validate(data)

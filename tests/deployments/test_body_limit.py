@@ -2,16 +2,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+import tracemalloc
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import httpx
 import pytest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.body_limit import BodyBudget, BodyLimit
+from deployments.body_limit import BodyLimit
+from deployments.shared_bytes import SharedBytes
 from tests.deployments.all_routes import example_path, mounted
 from tests.deployments.app_fakes import http_of, serve_plainly
 from tests.deployments.asking import error_of, request
+from tests.deployments.key_files import bearer, entry, write
+from tests.deployments.test_in_flight import CHAT, Held
 
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
@@ -25,8 +30,8 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-def limited(app: ASGIApp, *, budget: BodyBudget | None = None, patience_s: float = 30.0) -> BodyLimit:
-    room = budget or BodyBudget(1000)
+def limited(app: ASGIApp, *, budget: SharedBytes | None = None, patience_s: float = 30.0) -> BodyLimit:
+    room = budget or SharedBytes(1000)
     return BodyLimit(app, lambda scope: 8, lambda: room, patience_s)
 
 
@@ -145,7 +150,7 @@ def test_a_body_that_trickles_is_refused_and_one_that_is_read_may_wait() -> None
 
 
 def test_bodies_that_stall_hold_no_more_than_their_budget_and_give_it_back() -> None:
-    budget = BodyBudget(10)
+    budget = SharedBytes(10)
 
     async def run() -> list[int]:
         goes_on = asyncio.Event()
@@ -203,3 +208,81 @@ def test_a_body_where_there_is_none_is_refused_unread_on_every_route(method: str
 @pytest.mark.parametrize("headers", [{}, {"content-length": "0"}])
 def test_a_request_without_a_body_may_say_so(headers: dict[str, str]) -> None:
     assert request("GET", "/health", sent={"headers": headers}).status_code == 200
+
+
+MIB = 1 << 20
+
+
+async def padded(num_bytes: int) -> AsyncIterator[bytes]:
+    """A request whose JSON is mostly blanks, in two parts, so that the server joins them in memory of its own."""
+    yield json.dumps(CHAT | {"stream": True}).encode()
+    yield b" " * num_bytes
+
+
+async def post_json(client: httpx.AsyncClient, content: AsyncIterator[bytes], key: str = "") -> httpx.Response:
+    headers = {"content-type": "application/json"} | (bearer(key) if key else {})
+    return await client.post("/v1/chat/completions", content=content, headers=headers)
+
+
+def test_a_body_that_was_parsed_takes_no_room_and_no_memory_until_its_answer_ends() -> None:
+    async def run() -> None:
+        worker = Held()
+        served = serve_plainly(worker=worker, max_body_total_bytes=4 * MIB)
+        async with http_of(served) as client:
+            await served.ingress.preload.wait()
+            tracemalloc.start()
+            try:
+                running = []
+                for count in range(1, 7):
+                    running.append(asyncio.create_task(post_json(client, padded(3 * MIB))))
+                    await worker.has(count)
+                assert served.ingress.bodies.num_bytes < 10_000
+                assert tracemalloc.get_traced_memory()[0] < 6 * MIB
+            finally:
+                tracemalloc.stop()
+            worker.let_go.set()
+            assert [response.status_code for response in await asyncio.gather(*running)] == [200] * 6
+        assert served.ingress.bodies.num_bytes == 0
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
+def test_the_texts_of_a_body_count_until_its_answer_ends() -> None:
+    async def run() -> None:
+        worker = Held()
+        served = serve_plainly(worker=worker)
+        async with http_of(served) as client:
+            running = asyncio.create_task(client.post("/v1/completions", json={"prompt": "x" * 9000}))
+            await worker.has(1)
+            assert 9000 <= served.ingress.bodies.num_bytes < 10_000
+            worker.let_go.set()
+            assert (await running).status_code == 200
+        assert served.ingress.bodies.num_bytes == 0
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
+def test_bodies_of_one_tenant_leave_room_for_another(tmp_path: Path) -> None:
+    keys = write(tmp_path / "keys.json", entry("a", tenant="a"), entry("b", tenant="b"))
+
+    async def run() -> None:
+        served = serve_plainly(keys_file=keys, max_body_total_bytes=16 * MIB)
+        bodies = served.ingress.bodies
+        goes_on = asyncio.Event()
+
+        async def stalls() -> AsyncIterator[bytes]:
+            yield b" " * (4 * MIB - 1000)
+            await goes_on.wait()
+            yield json.dumps(CHAT).encode()
+
+        async with http_of(served) as client:
+            running = [asyncio.create_task(post_json(client, stalls(), "a")) for _ in range(2)]
+            while bodies.num_bytes < 7 * MIB:
+                await asyncio.sleep(0)
+            assert error_of(await post_json(client, padded(4 * MIB - 1000), "a"))["code"] == "bodies_busy"
+            assert (await post_json(client, padded(4 * MIB - 1000), "b")).status_code == 200
+            goes_on.set()
+            assert [response.status_code for response in await asyncio.gather(*running)] == [200, 200]
+        assert bodies.num_bytes == 0
+
+    asyncio.run(asyncio.wait_for(run(), 30))
