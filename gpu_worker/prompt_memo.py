@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import threading
 from collections import OrderedDict
@@ -13,17 +14,21 @@ from gpu_worker.request import Job
 
 MAX_PROMPTS = 64
 
+_Outcome = Sequence[int] | GpuWorkerError | None
+"""The token ids of a prompt or its refusal; None where tokenizing failed for another reason."""
+
 
 class PromptMemo:
     """Token ids, or the refusal, by tenant, template and prompt. Safe to call from any thread.
 
     The tenant is part of the key: a quick answer must not tell anybody what another tenant asked. Rows that come while
-    the first one tokenizes wait for it. Keys are digests, so no text stays in memory.
+    the first one tokenizes wait for it. Keys are digests and a refusal is kept without its traceback and its cause, so
+    no text stays in memory.
     """
 
     def __init__(self, max_prompts: int = MAX_PROMPTS) -> None:
         self._max_prompts = max_prompts
-        self._known: OrderedDict[bytes, Future[Sequence[int]]] = OrderedDict()
+        self._known: OrderedDict[bytes, Future[_Outcome]] = OrderedDict()
         self._lock = threading.Lock()
 
     def tokens(self, job: Job, tokenize: Callable[[Job], Sequence[int]]) -> Sequence[int]:
@@ -40,19 +45,36 @@ class PromptMemo:
                     self._known.popitem(last=False)
             else:
                 self._known.move_to_end(key)
-        if found is not None:
-            return found.result()
+        return self._made(key, made, job, tokenize) if found is None else _outcome(found.result(), job, tokenize)
+
+    def _made(
+        self, key: bytes, made: Future[_Outcome], job: Job, tokenize: Callable[[Job], Sequence[int]]
+    ) -> Sequence[int]:
+        """Tokenize the prompt and hand the outcome to the rows that wait for it. Raises: what `tokenize` raises."""
         try:
-            made.set_result(tokenize(job))
-        except Exception as exc:
-            made.set_exception(exc)
-            if not isinstance(exc, GpuWorkerError):
-                self._forget(key)
-        return made.result()
+            tokens = tokenize(job)
+        except GpuWorkerError as exc:
+            made.set_result(copy.copy(exc))  # the copy has no traceback: `exc` gets the frames of whoever raises it
+            raise
+        except BaseException:
+            self._forget(key)
+            made.set_result(None)
+            raise
+        made.set_result(tokens)
+        return tokens
 
     def _forget(self, key: bytes) -> None:
         with self._lock:
             self._known.pop(key, None)
+
+
+def _outcome(known: _Outcome, job: Job, tokenize: Callable[[Job], Sequence[int]]) -> Sequence[int]:
+    """Return the ids that an earlier call made. Raises: a new copy of the refusal, for a raise adds frames to it."""
+    if known is None:
+        return tokenize(job)
+    if isinstance(known, GpuWorkerError):
+        raise copy.copy(known)
+    return known
 
 
 def _key_of(job: Job) -> bytes:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import threading
+import traceback
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,7 +15,7 @@ from typing import Any
 import pytest
 
 from gpu_worker.base_model import BaseModel
-from gpu_worker.errors import PromptTooLong
+from gpu_worker.errors import GpuWorkerError, PromptInvalid, PromptTooLong, SamplingInvalid
 from gpu_worker.prepare import Preparer
 from gpu_worker.prompt_memo import PromptMemo
 from gpu_worker.prompts import Message
@@ -87,6 +91,71 @@ def test_a_refusal_is_remembered_and_an_accident_is_not() -> None:
             with pytest.raises(type(failure)):
                 memo.tokens(JOB, tokenize)
         assert len(tokenize.jobs) == num_calls
+
+
+class Marker:
+    """An object in a frame: it stays alive as long as a traceback holds the frame."""
+
+
+def refusals(
+    memo: PromptMemo, failure: GpuWorkerError, num_calls: int
+) -> tuple[list[str], list[weakref.ref[BaseException]], list[weakref.ref[Marker]]]:
+    """Ask for the same prompt again and again.
+
+    Return the formatted traceback of each refusal, references to the refusals, and to objects in the first frames.
+    """
+    texts, raised, markers = list[str](), list[weakref.ref[BaseException]](), list[weakref.ref[Marker]]()
+
+    def tokenize(job: Job) -> Sequence[int]:
+        marker = Marker()
+        markers.append(weakref.ref(marker))
+        try:
+            raise UnicodeError(job.prompt)
+        except UnicodeError as exc:
+            raise copy.copy(failure) from exc
+
+    for _ in range(num_calls):
+        with pytest.raises(type(failure)) as caught:
+            memo.tokens(JOB, tokenize)
+        assert caught.value.args == failure.args and vars(caught.value) == vars(failure)
+        assert str(caught.value) == str(failure)
+        texts.append("".join(traceback.format_exception(caught.value)))
+        raised.append(weakref.ref(caught.value))
+    return texts, raised, markers
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [PromptTooLong("too long"), PromptInvalid("not a prompt"), SamplingInvalid("too large", "top_p")],
+    ids=lambda failure: type(failure).__name__,
+)
+def test_a_remembered_refusal_does_not_grow_and_keeps_no_frames(failure: GpuWorkerError) -> None:
+    memo = PromptMemo()
+    texts, raised, markers = refusals(memo, failure, 50)
+    assert {len(text) for text in texts[2:]} == {len(texts[1])} and len(texts[1]) <= len(texts[0])
+    gc.collect()
+    assert [marker() for marker in markers] == [None], "tokenized once, and its frame is gone"
+    assert {error() for error in raised} == {None}, "nobody keeps an exception that was raised"
+
+
+def test_rows_that_waited_for_an_accident_tokenize_by_themselves() -> None:
+    memo, entered, goes_on, calls = PromptMemo(), threading.Event(), threading.Event(), list[Job]()
+
+    def tokenize(job: Job) -> Sequence[int]:
+        calls.append(job)
+        if len(calls) > 1:
+            return [7]
+        entered.set()
+        assert goes_on.wait(30)
+        raise MemoryError
+
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(memo.tokens, JOB, tokenize)
+        assert entered.wait(30)
+        second = threads.submit(memo.tokens, JOB, tokenize)
+        goes_on.set()
+        assert second.result() == [7]
+        assert isinstance(first.exception(), MemoryError)
 
 
 def test_the_prompt_that_came_least_recently_is_forgotten() -> None:
