@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 _REPLACEMENT = "\ufffd"  # what decoders make of bytes that are no character, or not yet one
 _MOST_UNFINISHED = 3  # ids: a character has at most four bytes
 _PROMPT_IDS = 8  # at least so many of the prompt's last ids are the first context
+_MOST_PROMPT_IDS = 1024  # at most so many, but for an unfinished character, where they have no text
 
 
 class Detokenizer:
@@ -74,11 +75,15 @@ class Detokenizer:
         return piece is None or (not self._decode([token_id]) and bool(self._tokenizer.decode([token_id], False)))
 
     def _end_of(self, prompt_ids: Sequence[int]) -> list[int]:
-        """Return the prompt's last ids: more where these have no text, or begin within a character."""
+        """Return the prompt's last ids: a few more where these have no text, or begin within a character.
+
+        The number of decoder calls does not depend on the prompt. A prompt may end with any number of silent ids and of
+        U+FFFD: so the search is bounded, and where it finds nothing better the ids begin where it began.
+        """
         count = _PROMPT_IDS
-        while count < len(prompt_ids):
-            text = self._decode(prompt_ids[-count:])
-            if text and not text.startswith(_REPLACEMENT):
-                break
-            count += 1 if text else count
+        while count < min(len(prompt_ids), _MOST_PROMPT_IDS) and not self._decode(prompt_ids[-count:]):
+            count *= 2
+        for longer in range(count, count + _MOST_UNFINISHED + 1):
+            if not self._decode(prompt_ids[-longer:]).startswith(_REPLACEMENT):
+                return list(prompt_ids[-longer:])
         return list(prompt_ids[-count:])

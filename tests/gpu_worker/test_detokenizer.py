@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import pytest
 from hypothesis import given, settings
@@ -145,3 +146,42 @@ def test_broken_bytes_are_not_held_for_ever() -> None:
     detokenizer = Detokenizer(LLAMA, PROMPT)
     pieces = [detokenizer.push(0xA9) for _ in range(50)]
     assert "".join(pieces) == "\ufffd" * 47 and detokenizer.finish() == "\ufffd" * 3
+
+
+class CountingTokenizer:
+    """A tokenizer that counts its decoder calls and the ids they read."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.num_calls = self.num_ids = 0
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        self.num_calls += 1
+        self.num_ids += len(ids)
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "prompt"),
+    [
+        (LLAMA, ids_of("\ufffd") * 2000),
+        (LLAMA, [0xA9] * 2000),
+        (BYTE_LEVEL, BYTE_LEVEL.encode("\ufffd" * 2000).ids),
+        (BYTE_LEVEL, BYTE_LEVEL.encode("é").ids[:1] * 2000),
+        (LLAMA, [BOS] * 20_000),
+        (LLAMA, [*ids_of("\ufffd") * 2000, *[BOS] * 20_000]),
+    ],
+    ids=[
+        "U+FFFD",
+        "broken bytes",
+        "U+FFFD in bytes",
+        "bytes that begin a character",
+        "special",
+        "special behind U+FFFD",
+    ],
+)
+def test_the_end_of_any_prompt_is_found_in_a_few_decoder_calls(tokenizer: Tokenizer, prompt: list[int]) -> None:
+    counting = CountingTokenizer(tokenizer)
+    Detokenizer(cast(Tokenizer, counting), prompt)
+    assert counting.num_calls <= 16 and counting.num_ids <= 10_000
