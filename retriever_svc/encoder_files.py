@@ -54,7 +54,7 @@ def model_files(folder: Path, model: str) -> list[Path]:
     Raises: EncoderUnusable.
     """
     if not any((folder / name).is_file() for name in _MARKERS):
-        raise EncoderUnusable(model, f"it is no sentence-transformers model: it has neither {' nor '.join(_MARKERS)}")
+        raise EncoderUnusable(model, f"not a sentence-transformers model: it has neither {' nor '.join(_MARKERS)}")
     files: list[Path] = []
     num_entries = 0
     for place, folders, names in os.walk(folder):
@@ -62,7 +62,7 @@ def model_files(folder: Path, model: str) -> list[Path]:
         folders[:] = [] if depth == _MAX_DEPTH else [name for name in folders if not name.startswith(".")]
         num_entries += len(folders) + len(names)
         if num_entries > _MAX_ENTRIES:
-            raise EncoderUnusable(model, f"it is no sentence-transformers model: it has over {_MAX_ENTRIES} files")
+            raise EncoderUnusable(model, f"not a sentence-transformers model: it has over {_MAX_ENTRIES} files")
         files += [Path(place, name) for name in names if not name.startswith(".")]
     return files
 

@@ -95,4 +95,6 @@ def test_a_missing_file_an_empty_store_and_no_source_at_all_are_told(tmp_path: P
     assert "No such file" in words(run("train-retriever", out, "--samples", tmp_path / "none").stderr)
     assert "no samples to train on" in words(run("train-retriever", out, "--store", tmp_path / "none").stderr)
     assert "either --store or --samples" in words(run("train-retriever", out).stderr)
-    assert "no safetensors" in words(run("train-retriever", out, "--samples", samples, "--encoder", tmp_path).stderr)
+    assert "neither modules.json nor config.json" in words(
+        run("train-retriever", out, "--samples", samples, "--encoder", tmp_path).stderr
+    )

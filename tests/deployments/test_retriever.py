@@ -233,7 +233,7 @@ def test_a_catalogue_that_hangs_is_waited_for_a_while_by_all_at_once(
             return 0
 
         monkeypatch.setattr(here.pools, "catch_up", catch_up)
-        monkeypatch.setattr("deployments.retriever._CATCH_UP_S", 0.01)
+        monkeypatch.setattr("deployments.retriever._CATCH_UP_S", 1.0)
         waiting = [here.replica.catch_up(1), here.replica.page("local", ALL, 1), here.replica.record("local", "x", 1)]
         answers = await asyncio.gather(*waiting, return_exceptions=True)
         assert [type(answer) for answer in answers] == [StaleIndex] * 3

@@ -61,7 +61,7 @@ def test_a_folder_that_is_no_model_is_not_looked_into(tmp_path: Path, monkeypatc
     with pytest.raises(EncoderUnusable) as caught:
         model_folder(tmp_path)
     assert "private-customer" not in str(caught.value)
-    assert "no sentence-transformers model" in str(caught.value)
+    assert "not a sentence-transformers model" in str(caught.value)
 
 
 def test_a_folder_of_more_files_or_levels_than_a_model_has_is_left(model: Path) -> None:
