@@ -239,9 +239,10 @@ class Ingress:
         return interleaved([repeated_stream(attempt, whole=whole) for attempt in attempts])
 
     def _attempt(self, begun: Begun, index: int) -> AsyncGenerator[Delta]:
-        return begun.record.watch(index, self._deltas(begun.jobs[index], begun.meter, begun.deadline))
+        question = index // begun.answer.num_choices
+        return begun.record.watch(index, self._deltas(begun.jobs[index], question, begun.meter, begun.deadline))
 
-    async def _deltas(self, job: Job, meter: Meter, deadline: float) -> AsyncGenerator[Delta]:
+    async def _deltas(self, job: Job, question: int, meter: Meter, deadline: float) -> AsyncGenerator[Delta]:
         """One Worker's deltas; leaving early cancels the job there. A repeat is metered in the place of the first."""
         job = replace(job, time_left_s=seconds_until(deadline))
         response = direct(self._worker).options(stream=True).stream.remote(job)
@@ -252,7 +253,7 @@ class Ingress:
                         delta = await anext(deltas, None)
                     if delta is None:
                         return
-                    meter.saw(job.request_id, delta.num_prompt_tokens, delta.num_new_tokens)
+                    meter.saw(job.request_id, question, delta.num_prompt_tokens, delta.num_new_tokens)
                     yield delta
         except PromptTooLong:
             meter.refused(prompt_tokens(job.prompt))  # a Worker has tokenized it to know

@@ -29,7 +29,7 @@ class Work:
     """How much a request asks for. The fields name what an error message should point at."""
 
     num_rows: int = 1  # prompts × n
-    num_tokens: int = 0  # of prompts, and the most new ones: settled by what was used
+    num_tokens: int = 0  # of prompts, once each, and the most new ones: settled by what was used
     num_read: int = 0  # by the encoder: charged once the request is let in, whatever becomes of it
     rows_field: str = "prompt"
     tokens_field: str = "prompt"
@@ -43,11 +43,14 @@ class Work:
 class Meter:
     """The tokens one request has used so far, over all of its answers."""
 
-    _used: dict[str, int] = field(default_factory=dict)
+    _prompts: dict[int, int] = field(default_factory=dict)  # by question
+    _new: dict[str, int] = field(default_factory=dict)  # by answer
     _refused: int = 0
 
-    def saw(self, answer_id: str, num_prompt_tokens: int, num_new_tokens: int) -> None:
-        self._used[answer_id] = num_prompt_tokens + num_new_tokens
+    def saw(self, answer_id: str, question: int, num_prompt_tokens: int, num_new_tokens: int) -> None:
+        """Charge an answer's new tokens so far, and once for all answers to a question its prompt."""
+        self._prompts[question] = num_prompt_tokens
+        self._new[answer_id] = num_new_tokens
 
     def refused(self, num_tokens: int) -> None:
         """Charge a prompt of about that many tokens that was read and refused: once, however many rows it has."""
@@ -55,7 +58,7 @@ class Meter:
 
     @property
     def num_tokens(self) -> int:
-        return self._refused + sum(self._used.values())
+        return self._refused + sum(self._prompts.values()) + sum(self._new.values())
 
 
 @dataclass

@@ -175,3 +175,12 @@ def test_a_prompt_that_is_refused_for_its_length_is_charged_once(tmp_path: Path,
     answers = asked(tmp_path, {"tokens_per_minute": 250}, refused, refused, refused, worker=too_long)
     assert [answer.status_code for answer in answers] == [400, 400, 429]
     assert error_of(answers[0])["code"] == "context_length_exceeded"
+
+
+def test_a_key_is_charged_what_the_answers_usage_says(tmp_path: Path) -> None:
+    body = {"prompt": ["Hi", "Ho"], "model": BASE, "max_tokens": 3, "n": 4}
+    asks = ("/v1/completions", body)
+    answers = asked(tmp_path, {"tokens_per_minute": 61}, asks, asks, asks)  # 27 reserved, 34 used
+    assert [answer.status_code for answer in answers] == [200, 200, 429]
+    usage = answers[0].json()["usage"]
+    assert usage["total_tokens"] == 2 * 5 + 8 * 3

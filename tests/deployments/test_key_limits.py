@@ -96,7 +96,7 @@ def test_more_rows_than_the_key_may_ever_have_are_refused_by_the_field_that_asks
 def test_what_the_encoder_reads_is_charged_whatever_becomes_of_the_request() -> None:
     limiter, asks = Limiter(1, clock=Clock()), caller(tokens_per_minute=100)
     with pytest.raises(KeyError), limiter.running(asks, Work(num_tokens=60, num_read=40)) as meter:
-        meter.saw("one", 5, 5)
+        meter.saw("one", 0, 5, 5)
         raise KeyError
     refused(limiter, asks, Work(num_tokens=51))
     limiter.charge(asks, 50, "files")
@@ -111,11 +111,22 @@ def test_tokens_are_reserved_and_then_settled_by_what_was_used() -> None:
     with limiter.running(asks, Work(num_tokens=80)) as meter:
         error = refused(limiter, asks, Work(num_tokens=30))
         assert error.retry_after_s == pytest.approx(6)
-        meter.saw("one", 5, 1)
-        meter.saw("one", 5, 10)  # so far, and not on top
-        meter.saw("two", 5, 10)
+        meter.saw("one", 0, 5, 1)
+        meter.saw("one", 0, 5, 10)  # so far, and not on top
+        meter.saw("two", 1, 5, 10)
     refused(limiter, asks, Work(num_tokens=71))
     with limiter.running(asks, Work(num_tokens=70)):
+        pass
+
+
+def test_a_prompt_is_charged_once_however_many_answers_it_has() -> None:
+    limiter, asks = Limiter(1, clock=Clock()), caller(tokens_per_minute=100)
+    with limiter.running(asks, Work(16, num_tokens=20 + 16 * 2)) as meter:
+        for answer in range(16):
+            meter.saw(str(answer), 0, 20, 2)
+        assert meter.num_tokens == 52
+    refused(limiter, asks, Work(num_tokens=49))
+    with limiter.running(asks, Work(num_tokens=48)):
         pass
 
 
@@ -170,7 +181,7 @@ def test_many_keys_do_not_give_a_used_up_one_its_rate_back() -> None:
     used_up = caller("used up", requests_per_minute=1, tokens_per_minute=100)
     limiter.count_request(used_up)
     with limiter.running(used_up, Work(num_tokens=100)) as meter:
-        meter.saw("one", 50, 50)
+        meter.saw("one", 0, 50, 50)
     for number in range(1000):
         limiter.count_request(caller(f"k{number}", requests_per_minute=5))
     limited(lambda: limiter.count_request(used_up))
