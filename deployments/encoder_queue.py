@@ -7,7 +7,7 @@ import itertools
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 from deployments.errors import EncoderBusy
 from retriever_svc.encoder import MAX_TOKENS
@@ -30,6 +30,9 @@ class _Asked(Generic[T]):
     num_texts: int = 0
 
 
+_Waiting: TypeAlias = tuple[_Asked[T], int, str]  # (call, place in the call, text)
+
+
 class EncoderQueue(Generic[T]):
     """Feeds one batch of texts after the other to `encode`. For one event loop.
 
@@ -39,6 +42,8 @@ class EncoderQueue(Generic[T]):
     Places: at most `max_waiting` texts wait. A call that finds no room takes the places of the newest calls of the
     tenant that holds most, as long as that tenant still holds more than the caller's own would; otherwise it is
     refused. A tenant that is alone may use every place.
+
+    A batch that fails is encoded again by tenant, then by text. A text that fails alone fails its call.
     """
 
     def __init__(
@@ -59,7 +64,7 @@ class EncoderQueue(Generic[T]):
     async def encoded(self, tenant: str, texts: Sequence[str]) -> list[T]:
         """Return what `encode` gives for each text, in order. A caller that leaves takes its texts along.
 
-        Raises: EncoderBusy; what `encode` raises for a batch with one of these texts.
+        Raises: EncoderBusy; what `encode` raises for one of these texts alone.
         """
         if not texts:
             return []
@@ -82,19 +87,29 @@ class EncoderQueue(Generic[T]):
     async def _feed(self) -> None:
         await asyncio.sleep(self._wait_s)
         while batch := self._next_batch():
-            try:
-                answers = await self._encode([(asked.tenant, text) for asked, _, text in batch])
-            except Exception as exc:
-                for asked in {id(asked): asked for asked, _, _ in batch}.values():
-                    self._fail(asked, exc)
-                continue
-            for (asked, place, _), answer in zip(batch, answers, strict=True):
+            await self._answer(batch)
+
+    async def _answer(self, batch: Sequence[_Waiting[T]]) -> None:
+        """Encode a batch, and one that fails again in parts, so that only a text that fails alone fails its call."""
+        try:
+            answers = await self._encode([(asked.tenant, text) for asked, _, text in batch])
+            answered = list(zip(batch, answers, strict=True))
+        except Exception as exc:
+            parts = _parts(batch)
+            if not parts:
+                self._fail(batch[0][0], exc)
+        else:
+            parts = []
+            for (asked, place, _), answer in answered:
                 asked.answers[place] = answer
                 if len(asked.answers) == asked.num_texts and not asked.answered.done():
                     asked.answered.set_result([asked.answers[at] for at in range(asked.num_texts)])
+        for part in parts:
+            if still_wanted := [item for item in part if not item[0].answered.done()]:
+                await self._answer(still_wanted)
 
-    def _next_batch(self) -> list[tuple[_Asked[T], int, str]]:
-        batch: list[tuple[_Asked[T], int, str]] = []
+    def _next_batch(self) -> list[_Waiting[T]]:
+        batch: list[_Waiting[T]] = []
         tokens = 0
         while self._tenants and len(batch) < self._batch_size and tokens < BATCH_TOKENS:
             tenant, calls = next(iter(self._tenants.items()))
@@ -141,6 +156,16 @@ class EncoderQueue(Generic[T]):
         self._num_waiting[tenant] = self._num_waiting.get(tenant, 0) + change
         if not self._num_waiting[tenant]:
             del self._num_waiting[tenant]
+
+
+def _parts(batch: Sequence[_Waiting[T]]) -> list[list[_Waiting[T]]]:
+    """Split a batch by tenant, that of one tenant by text; a single text has no parts."""
+    parts: dict[str, list[_Waiting[T]]] = {}
+    for item in batch:
+        parts.setdefault(item[0].tenant, []).append(item)
+    if len(parts) > 1:
+        return list(parts.values())
+    return [[item] for item in batch] if len(batch) > 1 else []
 
 
 def _tokens_of(text: str) -> int:

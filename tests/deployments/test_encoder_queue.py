@@ -19,14 +19,14 @@ class Encoder:
 
     def __init__(self) -> None:
         self.batches: list[list[tuple[str, str]]] = []
-        self.failure: Exception | None = None
+        self.fails_on: str | None = None  # a part of a text
         self.goes_on = asyncio.Semaphore(0)
 
     async def __call__(self, texts: Sequence[tuple[str, str]]) -> list[str]:
         self.batches.append(list(texts))
         await self.goes_on.acquire()
-        if self.failure is not None:
-            raise self.failure
+        if self.fails_on is not None and any(self.fails_on in text for _, text in texts):
+            raise ValueError(f"{self.fails_on} cannot be encoded")
         return [f"{tenant}: {text[:8]}" for tenant, text in texts]
 
     async def run(self, num_batches: int = 1) -> None:
@@ -207,19 +207,65 @@ def test_texts_of_a_caller_that_left_are_not_encoded() -> None:
     run(scenario)
 
 
-def test_a_batch_that_fails_fails_its_requests_alone() -> None:
+def test_a_text_that_fails_fails_its_own_call_and_no_other_of_its_batch() -> None:
     async def scenario(encoder: Encoder) -> None:
-        queue = queue_of(encoder, batch_size=2)
-        broken = asking(queue, "a", ["1", "2", "3"])
-        await settle()
-        other = asking(queue, "b", ["4"])
-        encoder.failure = MemoryError("no room")
-        await encoder.run()
-        encoder.failure = None
-        await encoder.run()
-        with pytest.raises(MemoryError):
+        encoder.fails_on = "bad"
+        queue = queue_of(encoder)
+        broken = asking(queue, "a", ["1", "bad", "2", "3"])
+        own, others = asking(queue, "a", ["4", "5"]), [asking(queue, tenant, [tenant, "6"]) for tenant in "bc"]
+        await encoder.run(20)
+        assert len(encoder.batches[0]) == 10  # all of them together
+        with pytest.raises(ValueError, match="bad"):
             await broken
-        assert await other == ["b: 4"]
+        assert await own == ["a: 4", "a: 5"]
+        assert [await task for task in others] == [["b: b", "b: 6"], ["c: c", "c: 6"]]
+        after = [text for batch in encoder.batches[1:] for _, text in batch]
+        assert after.count("6") == 2 and after.count("2") == 1  # other tenants' once; none of a call that has failed
         assert queue.num_waiting == 0
+
+    run(scenario)
+
+
+def test_an_encoder_that_is_broken_is_asked_about_one_text_of_each_call_and_used_again() -> None:
+    async def scenario(encoder: Encoder) -> None:
+        encoder.fails_on = ""
+        queue = queue_of(encoder)
+        broken = [asking(queue, tenant, ["x"] * 10) for tenant in "aab"]
+        await encoder.run(20)
+        assert [type(task.exception()) for task in broken] == [ValueError] * 3
+        assert len(encoder.batches) == 1 + 2 + 3
+        encoder.fails_on = None
+        asked = asking(queue, "a", ["y"])
+        await encoder.run()
+        assert await asked == ["a: y"]
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_an_encoder_that_gives_a_wrong_number_of_rows_fails_the_call_and_nobody_hangs(change: int) -> None:
+    async def scenario(_: Encoder) -> None:
+        async def wrong(texts: Sequence[tuple[str, str]]) -> list[str]:
+            return ["row"] * (len(texts) + change)
+
+        queue = EncoderQueue[str](wrong, batch_size=32, max_waiting=4096)
+        async with asyncio.timeout(10):
+            found = await asyncio.gather(*(queue.encoded(name, ["1", "2"]) for name in "ab"), return_exceptions=True)
+        assert [type(answer) for answer in found] == [ValueError] * 2
+        assert queue.num_waiting == 0
+
+    run(scenario)
+
+
+def test_a_caller_that_left_is_not_encoded_again() -> None:
+    async def scenario(encoder: Encoder) -> None:
+        encoder.fails_on = "bad"
+        queue = queue_of(encoder)
+        leaves, stays = asking(queue, "a", ["1", "bad"]), asking(queue, "b", ["2"])
+        await settle()
+        leaves.cancel()
+        await encoder.run(9)
+        assert await stays == ["b: 2"]
+        assert encoder.batches[1:] == [[("b", "2")]]
 
     run(scenario)
