@@ -6,10 +6,10 @@ compared with the others. The floor is a low quantile of the votes, so a few odd
 Who votes on a tenant's floor:
 
 - every adapter of its own, and every public one an admin approved, once each;
-- where those are fewer than `MIN_TRUSTED_VOTES`, each other tenant once, by the mean of what its public adapters vote.
+- where none of those votes, each other tenant once, by the mean of what its public adapters vote.
 
-So what another tenant publishes without approval moves a floor not at all, or by one vote. An adapter of fewer than
-`MIN_SCORES` samples has no vote: its samples say nothing about how near prompts of its task come.
+So what another tenant publishes without approval does not move a floor that has a trusted vote. An adapter of fewer
+than `MIN_SCORES` samples has no vote: its samples say nothing about how near prompts of its task come.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 NO_FLOOR = -1.0  # the least a cosine can be: nothing is below it
 NO_VOTE = float("nan")
 MIN_SCORES = 5
-MIN_TRUSTED_VOTES = 5
 _VOTE_SHARE = 0.01  # of an adapter's own samples score below its vote
 _FLOOR_SHARE = 0.2  # of the votes lie below the floor
 Votes = NDArray[np.float64]
@@ -64,9 +63,9 @@ def floor_of(trusted: Votes, others: Votes | None = None) -> float:
     """Return the score below which a fifth of the votes fall; NO_FLOOR without any. NO_VOTE entries are left out.
 
     `trusted` (T,): votes of the caller's own and of approved adapters. `others` (O,): one vote per other tenant, which
-    counts only where the trusted votes are few.
+    counts only where there is no trusted vote.
     """
     votes = trusted[np.isfinite(trusted)]
-    if others is not None and len(votes) < MIN_TRUSTED_VOTES:
-        votes = np.concatenate([votes, others[np.isfinite(others)]])
+    if others is not None and not len(votes):
+        votes = others[np.isfinite(others)]
     return float(np.quantile(votes, _FLOOR_SHARE)) if len(votes) else NO_FLOOR

@@ -8,7 +8,6 @@ import pytest
 from retriever_svc import calibrate_floor
 from retriever_svc.calibration import (
     MIN_SCORES,
-    MIN_TRUSTED_VOTES,
     NO_FLOOR,
     NO_VOTE,
     floor_of,
@@ -74,13 +73,16 @@ def test_scores_a_hair_beyond_one_count_as_one() -> None:
     assert vote_of(np.full(9, -1.0000001, np.float32)) == -1.0
 
 
-def test_other_tenants_vote_only_where_trusted_votes_are_few() -> None:
+@pytest.mark.parametrize("num_trusted", [1, 2, 4, 5, 50])
+@pytest.mark.parametrize("stranger", [-1.0, 0.0, 1.0])
+def test_other_tenants_do_not_move_a_floor_that_has_a_trusted_vote(num_trusted: int, stranger: float) -> None:
+    trusted = np.append(np.linspace(0.6, 0.8, num_trusted), NO_VOTE)
+    assert floor_of(trusted, np.full(9, stranger)) == floor_of(trusted) >= 0.6
+
+
+@pytest.mark.parametrize("trusted", [np.empty(0), np.full(3, NO_VOTE)])
+def test_other_tenants_vote_where_there_is_no_trusted_vote(trusted: np.ndarray) -> None:
     others = np.asarray([-1.0, 1.0, NO_VOTE])
-    enough = np.linspace(0.4, 0.8, MIN_TRUSTED_VOTES)
-    assert floor_of(enough, others) == floor_of(enough) == pytest.approx(np.quantile(enough, 0.2))
-    few = enough[:-1]
-    assert floor_of(few, others) == pytest.approx(np.quantile([*few, -1.0, 1.0], 0.2))
-    assert floor_of(np.append(few, NO_VOTE), others) == floor_of(few, others)
-    assert floor_of(np.empty(0), others) == pytest.approx(np.quantile([-1.0, 1.0], 0.2))
-    assert floor_of(np.asarray([NO_VOTE]), np.asarray([NO_VOTE])) == NO_FLOOR
+    assert floor_of(trusted, others) == pytest.approx(np.quantile([-1.0, 1.0], 0.2))
+    assert floor_of(trusted, np.asarray([NO_VOTE])) == NO_FLOOR
     assert math.isnan(NO_VOTE)

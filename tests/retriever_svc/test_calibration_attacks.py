@@ -132,15 +132,17 @@ def test_another_tenants_adapters_do_not_move_abstention(asker: str, num_adapter
     world.shares([*attackers, *honest], asker).assert_near(before)  # whoever was first
 
 
-@pytest.mark.parametrize("num_samples", [2, 20])
-def test_a_tenant_of_one_adapter_is_not_moved_by_how_many_another_tenant_publishes(num_samples: int) -> None:
+@pytest.mark.parametrize("attack", ATTACKS.values(), ids=list(ATTACKS))
+@pytest.mark.parametrize("num_own", [1, 2, 4])
+def test_a_tenant_of_few_adapters_abstains_as_without_an_attacker(num_own: int, attack: Groups) -> None:
     world = vector_world(12)
     names = list(world.honest)
-    own = world.records({names[0]: world.honest[names[0]]}, STRANGER, approved=False)
-    others = world.records({name: world.honest[name] for name in names[1:]}, HONEST, approved=False)
-    attackers = [world.records(unlike(n, num_samples, _unlike_vector), ATTACKER, approved=False) for n in (1, 13)]
-    few, many = (world.shares([*own, *others, *attack], STRANGER) for attack in attackers)
-    many.assert_near(few)
+    own = world.records({name: world.honest[name] for name in names[:num_own]}, STRANGER, approved=False)
+    others = world.records({name: world.honest[name] for name in names[num_own:]}, HONEST, approved=False)
+    before = world.shares([*own, *others], STRANGER)
+    assert 0 < before.in_task < 1, before  # so that it can move in both directions
+    attackers = world.records(attack, ATTACKER, approved=False)
+    world.shares([*own, *others, *attackers], STRANGER).assert_near(before)
 
 
 @pytest.mark.parametrize("num_adapters, num_bad", [(12, 2), (120, 13)])
