@@ -86,7 +86,7 @@ class AppConfig(_Settings):
     keys_file: Path | None = None  # who may ask and publish: deployments/key_ring.py; None: all are the local tenant
     keys_missing_grace_s: float = Field(default=300, ge=0)  # how long keys stay valid while keys_file is missing
     public_requires_approval: bool = False  # others' `auto` finds a public adapter once approved; True where keys are
-    encoders: tuple[str, ...] = ()  # those an admin's key may name in a reindex from another machine
+    encoders: tuple[str, ...] = ()  # with keys a reindex may name these and retrieval.encoder, from any machine
     owner_names: bool = False  # others' public adapters are named as owner/name alone; True where keys are
     admins_approve_own: bool = False  # whether, with keys, an admin may approve adapters of its own tenant
     # s3://, gs:// or file:// URIs below which adapters may be published from: by tenant, "*" being every one. A list of

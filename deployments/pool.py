@@ -47,16 +47,18 @@ class Pool:
             raise PublishingOff("the pool is changed from the server's own machine, or with allow_remote_publish on")
 
     def require_encoder(self, encoder: str, http: Request) -> None:
-        """Raises: PublishingOff unless the client is on the server's machine, or its key names a listed encoder.
+        """Raises: PublishingOff unless, with keys, the settings list the encoder; without, the client is on loopback.
 
-        Any other name would have every replica look into a folder of the server, or fetch a model of any size.
+        Any other name would have every replica look into a folder of the server, or fetch a model of any size. With
+        keys a loopback client need not be the operator: `kubectl port-forward` and proxies on the machine are others.
         """
-        listed = encoder in (self.config.retrieval.encoder, *self.config.encoders)
-        if not (is_loopback(http) or (self.has_keys and listed)):
-            raise PublishingOff(
-                "encoder: on the server's own machine any may be named, elsewhere, with a key, one that the settings "
-                "list in `encoders`"
-            )
+        if self.has_keys:
+            if encoder not in (self.config.retrieval.encoder, *self.config.encoders):
+                raise PublishingOff(
+                    "encoder: with keys it must be one that the settings list in `encoders`; add it there"
+                )
+        elif not is_loopback(http):
+            raise PublishingOff("encoder: without keys, reindex from the server's own machine")
 
     @property
     def has_keys(self) -> bool:

@@ -45,7 +45,7 @@ BODIES = {
     "/v1/loras/x": {"visibility": "public"},
     "/v1/load_lora_adapter": {"lora_name": "x", "lora_path": "/x"},
     "/v1/unload_lora_adapter": {"lora_name": "x"},
-    "/v1/pool/reindex": {"encoder": "x"},
+    "/v1/pool/reindex": {"encoder": "all-MiniLM-L6-v2"},
     "/v1/pool/map": {"prompt": "Hi"},
 }
 
@@ -334,10 +334,13 @@ def test_without_the_keys_file_requests_are_503_once_the_grace_period_is_over(tm
         ("all-MiniLM-L6-v2", "192.0.2.7", True),  # the settings' own
         ("/srv/private", "192.0.2.7", False),
         ("org/any-model", "192.0.2.7", False),
-        ("org/any-model", "127.0.0.1", True),
+        ("org/listed", "127.0.0.1", True),
+        ("all-MiniLM-L6-v2", "127.0.0.1", True),
+        ("/srv/private", "127.0.0.1", False),  # of a port forward or a proxy on the machine, for all the server knows
+        ("org/any-model", "127.0.0.1", False),
     ],
 )
-def test_from_another_machine_an_admin_names_a_listed_encoder(
+def test_an_admins_key_reindexes_with_a_listed_encoder_only(
     keys: Path, encoder: str, host: str, is_allowed: bool
 ) -> None:
     async def look(client: httpx.AsyncClient, served: Served) -> None:
