@@ -34,6 +34,7 @@ def build(folder: Path, machine: str, compiler: Compiler) -> list[Path]:
         for name in kernel_names():
             library = prebuilt_path(folder, variant, name)
             library.parent.mkdir(parents=True, exist_ok=True)
+            library.parent.chmod(0o755)  # whatever the umask: no library is loaded from a folder that others can write
             compiler.compile(source_of(name), variant.options, library)
             built.append(library)
     return built

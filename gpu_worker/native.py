@@ -9,7 +9,7 @@ import ctypes
 import logging
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -30,14 +30,15 @@ _LOCK_S = 4 * LIMIT_S  # another process compiles the same kernel
 
 
 def load_library(name: str, cache_dir: Path) -> ctypes.CDLL | None:
-    """Return the library of `<name>.cpp`, compiled into `cache_dir` where it was not built ahead of time.
+    """Return the library of `<name>.cpp`: the first prebuilt one that loads here, or one compiled into `cache_dir`.
 
-    Return None where it cannot be had, which is logged: no compiler, a folder that cannot be used, a file that another
-    user could have written.
+    Log a warning for every file that is refused, as one that another user could have written. Return None, after a
+    warning, where nothing is left to load: no compiler, or a folder that cannot be used.
     """
     try:
         share_openmp()
-        return _open(_find(name, cache_dir, this_processor()))
+        processor = this_processor()
+        return _first_that_loads(name, _prebuilt(name, processor)) or _open(_compiled(name, cache_dir, processor))
     except (KernelUnavailable, OSError, Timeout) as exc:
         logger.warning("the kernel %s is off, and torch does its work more slowly: %s", name, exc)
         return None
@@ -85,12 +86,26 @@ def check_trusted(library: Path, user: int) -> None:
             raise KernelUnavailable(f"{path} can be written by other users; take that right away (chmod go-w)")
 
 
-def _find(name: str, cache_dir: Path, processor: Processor) -> Path:
-    """Return the library's file. Raises: KernelUnavailable, OSError, Timeout."""
-    if not os.environ.get("CXXFLAGS"):  # options of one's own ask for a build of one's own
-        for variant in processor.fitting():
-            if (library := prebuilt_path(PREBUILT, variant, name)).exists():
-                return library
+def _prebuilt(name: str, processor: Processor) -> list[Path]:
+    """Return the existing libraries that were built ahead of time for such a processor, the fastest first."""
+    if os.environ.get("CXXFLAGS"):  # options of one's own ask for a build of one's own
+        return []
+    paths = (prebuilt_path(PREBUILT, variant, name) for variant in processor.fitting())
+    return [path for path in paths if path.exists()]
+
+
+def _first_that_loads(name: str, libraries: Iterable[Path]) -> ctypes.CDLL | None:
+    """Return the first library that loads, and log a warning for each one before it."""
+    for library in libraries:
+        try:
+            return _open(library)
+        except (KernelUnavailable, OSError) as exc:
+            logger.warning("the kernel %s is not loaded from %s: %s", name, library, exc)
+    return None
+
+
+def _compiled(name: str, cache_dir: Path, processor: Processor) -> Path:
+    """Return the library compiled for this very processor. Raises: KernelUnavailable, OSError, Timeout."""
     compiler = Compiler.find()
     parts = (*_NATIVE, *compiler.options, compiler.version(), processor.description)
     library = _private(cache_dir / "native") / file_name(name, *parts)

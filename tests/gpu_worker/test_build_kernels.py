@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from gpu_worker.build_kernels import build, main, prebuilt_path
 from gpu_worker.kernel_build import FOLDER, Compiler, KernelUnavailable, file_name, kernel_names
 from gpu_worker.kernel_variants import VARIANTS
 from gpu_worker.lora_kernel import LoraKernel
+from gpu_worker.native import check_trusted
 
 HERE = [variant for variant in VARIANTS if variant.machine == platform.machine()]
 
@@ -29,13 +31,19 @@ def test_the_image_has_a_variant_of_every_kind_that_is_promised() -> None:
 def test_what_is_built_is_what_a_start_looks_for(
     tmp_path: Path, lora_kernel: LoraKernel, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["--out", str(tmp_path)]) == 0
+    before = os.umask(0o002)
+    try:
+        assert main(["--out", str(tmp_path)]) == 0
+    finally:
+        os.umask(before)
     expected = [prebuilt_path(tmp_path, variant, name) for variant in HERE for name in kernel_names()]
     assert sorted(tmp_path.glob("*/*")) == sorted(expected)
     assert capsys.readouterr().out.split() == [str(path.relative_to(tmp_path)) for path in expected]
     for library in expected:
         assert library.read_bytes()[:4] == b"\x7fELF"
         assert library.stat().st_mode & 0o777 == 0o644, "another user runs the image"
+        assert library.parent.stat().st_mode & 0o777 == 0o755, "whatever the umask"
+        check_trusted(library, os.geteuid())
 
 
 def test_the_build_needs_nothing_but_the_standard_library(tmp_path: Path) -> None:

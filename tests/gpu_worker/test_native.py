@@ -176,6 +176,30 @@ def test_a_kernel_built_ahead_of_time_is_taken_and_nothing_is_compiled(
     assert {variant.machine for variant in fitting} <= {variant.machine for variant in VARIANTS}
 
 
+@pytest.mark.parametrize("fault", ["can be written by other users", "file too short"])
+def test_a_refused_prebuilt_kernel_is_logged_and_the_kernel_is_compiled(
+    fault: str,
+    tmp_path: Path,
+    no_options: pytest.MonkeyPatch,
+    lora_kernel: LoraKernel,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    refused = [prebuilt_path(tmp_path / "prebuilt", variant, "fused") for variant in this_processor().fitting()]
+    if not refused:
+        pytest.skip("no variant is for this processor")
+    for library in refused:
+        library.parent.mkdir(parents=True)
+        library.touch(mode=0o644)
+        library.parent.chmod(0o755 if fault == "file too short" else 0o775)
+    no_options.setattr(native, "PREBUILT", tmp_path / "prebuilt")
+    assert load_library("fused", tmp_path / "cache") is not None
+    assert len(libraries(tmp_path / "cache")) == 1
+    assert len(caplog.records) == len(refused)
+    for record, library in zip(caplog.records, refused, strict=True):
+        assert record.levelno == logging.WARNING
+        assert f"fused is not loaded from {library}: " in record.getMessage() and fault in record.getMessage()
+
+
 def test_kernels_bring_no_openmp_runtime_of_their_own(tmp_path: Path, lora_kernel: LoraKernel) -> None:
     """In a process of its own: this one may have others by now."""
     code = f"""
