@@ -88,6 +88,7 @@ RAYS_OWN = [
 NEVER_REACH_A_CLIENT = {
     "ReplicaWedged": "answers Serve's health check",
     "BatchRefused": "ends a command, and no request",
+    "ProxyUnsafe": "stops the application's build",
     "RayUnauthenticated": "stops the application's build, or a replica at its start",
     "FileRefused": "becomes a reason of AdapterRefused",
     "NothingToEmbed": "the Retriever embeds no group without samples",
