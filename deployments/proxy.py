@@ -9,7 +9,10 @@ Serve (2.60) calls `bound_headers` in every proxy process before it listens, and
   A connection that has had an answer may stay idle as long as Serve's `keep_alive_timeout_s` says.
 - Connections of one address: each is an open file, of which a process has a limited number. When an address has too
   many, its connection that has waited longest for a head is closed for the new one, so that slow clients cannot shut
-  out others of the same address. Where all of them have requests in progress, the new one is refused.
+  out others of the same address. Where all of them have requests in progress, the new one is refused. A connection
+  counts until its file is closed.
+- Unread answers: asyncio keeps a closed connection open until its client has read everything. `BoundedProtocol` aborts
+  a connection whose client reads nothing of an unsent answer for 60 s.
 - Traces: Serve lets the `traceparent` header of a client decide whether a request is traced, before any key is looked
   at. The header is taken away, and the server's sampling ratio decides.
 """
@@ -103,6 +106,7 @@ class BoundedProtocol(H11Protocol):
     book: AddressBook
     _address: str | None = None  # None: not counted
     _deadline: asyncio.TimerHandle | None = None
+    _reading: asyncio.TimerHandle | None = None  # runs while a part of an answer is unsent
     _has_begun = False  # whether a part of the next head has come
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -126,26 +130,30 @@ class BoundedProtocol(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        self._await_reading()
         if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
             self._await_head(with_deadline=bool(self.conn.trailing_data[0]))
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._await_reading()
+
     def handle_websocket_upgrade(self, event: h11.Request) -> None:
         """Forget the connection: another protocol takes it, and the application has no websockets to keep it by."""
-        self._head_is_here()
-        self._leave()
+        self._forget()
         super().handle_websocket_upgrade(event)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._head_is_here()
-        self._leave()
+        self._forget()
         super().connection_lost(exc)
 
     def give_way(self) -> None:
-        """Close this connection, which waits for a head, for a newer one of the same address."""
-        has_begun = self._has_begun
+        """Abort this connection, which waits for a head, for a newer one of the same address.
+
+        Do not wait for its client to read: the file must be free for the newer connection.
+        """
         self._head_is_here()
-        self._leave()
-        self._close(*_TOO_MANY, answers=has_begun)
+        self.transport.abort()
 
     def _await_head(self, *, with_deadline: bool) -> None:
         """Start the time of a head, if it has one. What has come of the head does not start it anew."""
@@ -166,9 +174,30 @@ class BoundedProtocol(H11Protocol):
     def _head_is_late(self) -> None:
         has_begun = self._has_begun
         self._head_is_here()
-        self._close(*_LATE, answers=has_begun)
+        if self.transport.get_write_buffer_size():  # the client has not read its earlier answers
+            self.transport.abort()
+        else:
+            self._close(*_LATE, answers=has_begun)
 
-    def _leave(self) -> None:
+    def _await_reading(self) -> None:
+        """Start the time in which the client must read a part of what is unsent, if anything is."""
+        unsent = self.transport.get_write_buffer_size()
+        if unsent and self._reading is None:
+            self._reading = self.loop.call_later(self.limits.unread_timeout_s, self._check_reading, unsent)
+
+    def _check_reading(self, unsent: int) -> None:
+        self._reading = None
+        if self.transport.get_write_buffer_size() == unsent:
+            self.transport.abort()
+        else:
+            self._await_reading()
+
+    def _forget(self) -> None:
+        """Stop every timer, and count the connection no longer."""
+        self._head_is_here()
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
         if self._address is not None:
             self.book.leave(self._address)
             self._address = None
@@ -180,6 +209,7 @@ class BoundedProtocol(H11Protocol):
             head = f"HTTP/1.1 {status} {reason}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
             self.transport.write(f"{head}connection: close\r\n\r\n{body}".encode())
         self.transport.close()
+        self._await_reading()
 
 
 def protocol_within(given: ProxyLimits) -> type[BoundedProtocol]:

@@ -21,6 +21,7 @@ class ProxyLimits:
     """What one proxy process accepts of clients."""
 
     head_timeout_s: float = 10.0  # from the first moment a head could come until it is whole
+    unread_timeout_s: float = 60.0  # how long a client may read nothing of an answer that waits for it
     connections_per_address: int | None = _MAX_CONNECTIONS  # None: no bound, for a proxy behind one other proxy
     trusts_traceparent: bool = False  # whether clients decide what is traced
 

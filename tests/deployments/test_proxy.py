@@ -86,12 +86,12 @@ def test_what_stands_beside_a_body_is_refused_before_it_ends(pieces: tuple[bytes
 
 
 @asynccontextmanager
-async def server_of(limits: ProxyLimits, **settings: Any) -> AsyncIterator[tuple[int, AddressBook]]:
+async def server_of(limits: ProxyLimits, app: Any = hello, **settings: Any) -> AsyncIterator[tuple[int, AddressBook]]:
     """A server within these limits: its port, and its book of connections."""
     protocol = protocol_within(limits)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        config = uvicorn.Config(hello, log_level="critical", lifespan="off", http=protocol, backlog=1024, **settings)
+        config = uvicorn.Config(app, log_level="critical", lifespan="off", http=protocol, backlog=1024, **settings)
         server = uvicorn.Server(config)
         serving = asyncio.create_task(server.serve([listener]))
         while not server.started:
