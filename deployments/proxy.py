@@ -6,7 +6,9 @@ Serve (2.60) calls `bound_headers` in every proxy process before it listens, and
   pieces of one header however long it grows, at a cost that grows with its square: one client without a key could hold
   the proxy until the controller takes it for dead. h11 refuses more than 16 KiB, trailers included.
 - Time of heads: uvicorn waits for the rest of a head as long as the client likes. `BoundedProtocol` closes after 10 s.
-  A connection that has had an answer may stay idle as long as Serve's `keep_alive_timeout_s` says.
+  A request may be answered before its body ends: then the rest of it and the next head have 10 s together, so that the
+  client can finish sending and read the answer. A connection that has had an answer may otherwise stay idle as long as
+  Serve's `keep_alive_timeout_s` says.
 - Connections of one address: each is an open file, of which a process has a limited number. When an address has too
   many, its connection that has waited longest for a head is closed for the new one, so that slow clients cannot shut
   out others of the same address. Where all of them have requests in progress, the new one is refused. A connection
@@ -122,17 +124,18 @@ class BoundedProtocol(H11Protocol):
         if self.transport.is_closing():
             return
         super().data_received(data)
-        if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
+        if not self._waits_for_head or self.transport.is_closing():
             self._head_is_here()
         else:
-            self._has_begun = True
+            self._has_begun = self.conn.their_state is h11.IDLE and bool(self.conn.trailing_data[0])
             self._await_head(with_deadline=True)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._await_reading()
-        if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
-            self._await_head(with_deadline=bool(self.conn.trailing_data[0]))
+        if self._waits_for_head and not self.transport.is_closing():
+            rest_of_body = self.conn.their_state is h11.SEND_BODY
+            self._await_head(with_deadline=rest_of_body or bool(self.conn.trailing_data[0]))
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -154,6 +157,12 @@ class BoundedProtocol(H11Protocol):
         """
         self._head_is_here()
         self.transport.abort()
+
+    @property
+    def _waits_for_head(self) -> bool:
+        """Whether no request is in progress. Of one that was answered early, the rest of its body may still come."""
+        is_answered_early = self.conn.our_state is h11.DONE and self.conn.their_state is h11.SEND_BODY
+        return is_answered_early or self.conn.their_state is h11.IDLE
 
     def _await_head(self, *, with_deadline: bool) -> None:
         """Start the time of a head, if it has one. What has come of the head does not start it anew."""

@@ -100,3 +100,77 @@ def test_a_client_that_reads_slowly_has_its_whole_answer() -> None:
             return num_bytes
 
     assert asyncio.run(asyncio.wait_for(run(), 30)) > len(LARGE)
+
+
+POST = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\nx"
+
+
+async def refuse(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 401, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"no"})
+
+
+async def answered_early(port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    reader, writer = await connect(port)
+    writer.write(POST)
+    assert (await reader.readuntil(b"\r\n\r\nno")).startswith(b"HTTP/1.1 401")
+    return reader, writer
+
+
+@pytest.mark.parametrize("bound", [3, None], ids=["bound", "no bound"])
+@pytest.mark.parametrize("more", [b"", b"y"], ids=["silent", "trickling"])
+def test_a_body_that_goes_on_after_the_answer_has_a_deadline(bound: int | None, more: bytes) -> None:
+    async def run() -> None:
+        limits = ProxyLimits(head_timeout_s=0.4, connections_per_address=bound)
+        async with server_of(limits, refuse, timeout_keep_alive=60) as (port, book):
+            _, writer = await answered_early(port)
+            while book.num_connections:
+                writer.write(more)
+                await asyncio.sleep(0.05)
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+
+
+def test_a_connection_that_was_answered_early_makes_room_for_another() -> None:
+    async def run() -> None:
+        limits = ProxyLimits(head_timeout_s=60, connections_per_address=3)
+        async with server_of(limits, refuse, timeout_keep_alive=60) as (port, book):
+            clients = []  # a reader that nobody keeps closes its connection
+            for _ in range(6):
+                clients.append(await answered_early(port))
+                clients[-1][1].write(b"y")
+                await asyncio.sleep(0.05)
+            assert book.num_connections == 3
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+
+
+def test_a_client_that_sends_its_whole_body_reads_the_early_answer_and_asks_again() -> None:
+    async def run() -> bytes:
+        async with server_of(ProxyLimits(head_timeout_s=5), refuse, timeout_keep_alive=60) as (port, _):
+            reader, writer = await connect(port)
+            writer.write(POST)
+            await asyncio.sleep(0.1)
+            writer.write(b"x" * 999_999)
+            await writer.drain()
+            writer.write(GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+            return await reader.read()
+
+    assert asyncio.run(asyncio.wait_for(run(), 10)).count(b"HTTP/1.1 401") == 2
+
+
+def test_a_request_in_progress_behind_another_has_no_deadline_for_its_body() -> None:
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive()).get("more_body"):
+            pass
+        await refuse(scope, receive, send)
+
+    async def run() -> bytes:
+        async with server_of(ProxyLimits(head_timeout_s=0.1), slow, timeout_keep_alive=60) as (port, _):
+            reader, writer = await connect(port)
+            writer.write(GET + POST)
+            await asyncio.sleep(0.5)
+            writer.write(b"x" * 999_999)
+            return await reader.readuntil(b"no") + await reader.readuntil(b"no")
+
+    assert asyncio.run(asyncio.wait_for(run(), 10)).count(b"HTTP/1.1 401") == 2
