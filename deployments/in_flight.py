@@ -24,6 +24,9 @@ class InFlight:
     A tenant that is alone may use every place. One that was refused while it held less than its share, the limit
     divided by the tenants that are here or were refused, waits: for `WAITS_S` those that hold their share or more are
     refused, so that the places that become free are there when it asks again.
+
+    Requests without a caller take places too, but NOBODY has no share: it never waits, makes no tenant's share smaller,
+    and is refused while any tenant waits.
     """
 
     def __init__(self, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -36,7 +39,7 @@ class InFlight:
         """Raises: ServerOverloaded."""
         now = self._clock()
         self._waits_until = {other: until for other, until in self._waits_until.items() if until > now}
-        has_share = self._counts[tenant] >= self._share_with(tenant)
+        has_share = tenant == NOBODY or self._counts[tenant] >= self._share_with(tenant)
         if self.count >= self._limit:
             if not has_share:
                 self._waits_until[tenant] = now + WAITS_S
@@ -55,7 +58,7 @@ class InFlight:
 
     def _share_with(self, tenant: str) -> int:
         here = {other for other, count in self._counts.items() if count} | self._waits_until.keys() | {tenant}
-        return max(1, self._limit // len(here))
+        return max(1, self._limit // len(here - {NOBODY}))
 
 
 class InFlightLimit:

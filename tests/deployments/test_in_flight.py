@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from deployments.callers import NOBODY
 from deployments.errors import ServerOverloaded
 from deployments.in_flight import WAITS_S, InFlight
 from gpu_worker.request import Delta, Job
@@ -162,6 +163,27 @@ def test_places_that_become_free_go_to_the_tenant_that_was_refused_up_to_its_sha
     assert not is_let_in(in_flight, "late")  # both have their share
     in_flight.leave("flood")
     assert is_let_in(in_flight, "flood")
+
+
+def test_requests_without_a_caller_take_no_place_of_a_tenant_that_is_alone() -> None:
+    in_flight = InFlight(10, Clock())
+    assert all(is_let_in(in_flight, "a") for _ in range(10))
+    assert not is_let_in(in_flight, NOBODY)
+    in_flight.leave("a")
+    assert is_let_in(in_flight, "a")
+
+
+def test_requests_without_a_caller_do_not_count_in_the_share_and_give_way_to_who_waits() -> None:
+    in_flight = InFlight(10, Clock())
+    assert all(is_let_in(in_flight, "a") for _ in range(8))
+    assert is_let_in(in_flight, NOBODY) and is_let_in(in_flight, NOBODY)
+    assert not is_let_in(in_flight, "late")
+    for _ in range(5):
+        in_flight.leave("a")
+    in_flight.leave(NOBODY)
+    assert not is_let_in(in_flight, NOBODY)
+    assert [is_let_in(in_flight, "a") for _ in range(3)] == [True, True, False]
+    assert is_let_in(in_flight, "late")
 
 
 def test_a_tenant_that_does_not_come_back_keeps_nobody_out() -> None:
