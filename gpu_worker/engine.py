@@ -15,10 +15,10 @@ from torch import Tensor
 
 from gpu_worker.admission import Admission
 from gpu_worker.bank import LoraBank
-from gpu_worker.base_model import BaseModel, load_base_model
+from gpu_worker.base_model import BaseModel
 from gpu_worker.config import WorkerConfig
 from gpu_worker.counters import Counters
-from gpu_worker.device_memory import free_bytes, mapping_limits
+from gpu_worker.device_check import NOTHING_COMPUTED, DeviceCheck
 from gpu_worker.device_parts import fuse_where_compiled, make_kv_cache, make_lora_kernel
 from gpu_worker.errors import (
     DeadlineExceeded,
@@ -38,11 +38,11 @@ from gpu_worker.kv_cache import KvCache, KvShape
 from gpu_worker.load_window import LoadWindow
 from gpu_worker.loader import AdapterLoader, Fetch
 from gpu_worker.logprobs import Scored
-from gpu_worker.memory_plan import MemoryPlan, plan_memory
+from gpu_worker.memory_plan import load_planned
 from gpu_worker.model_check import ModelCheck
 from gpu_worker.next_tokens import Chosen, choose
 from gpu_worker.prepare import Preparer
-from gpu_worker.request import Delta, Job
+from gpu_worker.request import Delta
 from gpu_worker.residency import Residency
 from gpu_worker.row import Row
 from gpu_worker.sampling import Sampler
@@ -54,8 +54,6 @@ from gpu_worker.threads import load_executor
 logger = logging.getLogger(__name__)
 
 _LONGEST_SLEEP_S = 3600.0  # what waits on a lock cannot be told any number of seconds
-_MAX_BROKEN_STEPS = 3  # one may be a neighbour's peak of memory on a shared device; three in a row are the device's own
-_NOTHING_COMPUTED = "the worker's device computes nothing"
 _WINDOW_BATCHES = 2  # how far ahead of their turn requests have their weights loaded
 
 
@@ -79,7 +77,7 @@ class Engine:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         self.config = config
-        self.base, self.memory = _loaded(config, base)
+        self.base, self.memory = load_planned(config, base)
         self.max_len = self.memory.kv.max_len
         context = StepContext()
         linears = target_linears(self.base.model, self.base.model.get_output_embeddings())
@@ -94,8 +92,9 @@ class Engine:
         self._forward = ForwardPass(self.base, self.residency, self.kv_cache, context, kernel, device)
         check.run(self._forward, self.residency, self.kv_cache)
         self.prepare = Preparer(self.base, self.max_len, clock)
-        self._probe_row = self.prepare.of_tokens(Job("probe", ""), [0], lambda event: None)
-        self._num_broken_steps = 0
+        self._device_check = DeviceCheck(
+            self._forward, self._attempt, self.prepare, self.bank, self.residency, self.kv_cache
+        )
         self._executor = executor or load_executor(config.load_threads)
         self.loaded = threading.Event()
         self.on_loaded: Callable[[], None] = self.loaded.set
@@ -216,7 +215,7 @@ class Engine:
         """Admit what can run, compute one packed step, sample. Return whether anything ran: else all wait for loads.
 
         `max_tokens`: of this step, where it is to be smaller than `max_step_tokens`.
-        Raises: EngineStopped, where the device computes nothing any more.
+        Raises: EngineStopped, where the device computes no requests any more.
         """
         self._end_overdue()
         self._grow()
@@ -288,16 +287,20 @@ class Engine:
     def _compute(self, max_tokens: int) -> None:
         """Compute what is scheduled, apart where it raises, and hand out the tokens.
 
-        Raises: EngineStopped, after `_MAX_BROKEN_STEPS` steps in a row in which the device computed nothing.
+        Raises: EngineStopped, after three steps in a row for which the device is to blame.
         """
         scheduled = schedule(self.running, max_tokens, self.config.chunk_tokens)
-        outcome = compute_apart(scheduled, lambda part: choose(part, self._forward(part), self._sampler))
+        outcome = compute_apart(scheduled, self._attempt)
         for part, chosen in outcome.computed:
             self._hand_out(part, chosen)
         if outcome.computed:
-            self._num_broken_steps = 0
+            self._device_check.reset()
         if outcome.failed:
-            self._end_failed(outcome.failed, works=bool(outcome.computed))
+            num_tokens = max(segment.num_tokens for _, segment in scheduled)
+            self._end_failed(outcome.failed, num_tokens, works=bool(outcome.computed))
+
+    def _attempt(self, part: Sequence[Scheduled]) -> Chosen:
+        return choose(part, self._forward(part), self._sampler)
 
     def _hand_out(self, part: Sequence[Scheduled], chosen: Chosen) -> None:
         """Give each row of a part that was computed its token, and its client the text."""
@@ -311,22 +314,21 @@ class Engine:
         texts = [(row, event) for row, event in made if event is not None and not _is_last(event)]
         self._release([row for row, event in texts if not self.send(row, event)])
 
-    def _end_failed(self, failed: Sequence[tuple[Row, Exception]], *, works: bool) -> None:
-        """End the rows that could not be computed. Where nothing else was, a token of nobody's shows what is to blame.
+    def _end_failed(self, failed: Sequence[tuple[Row, Exception]], num_tokens: int, *, works: bool) -> None:
+        """End the rows that could not be computed. `works`: whether others were; else the device is checked.
 
-        If it is computed, the rows fail wherever they run; else other replicas may answer them. Raises: EngineStopped.
+        A device that works leaves the rows to blame, wherever they run; else other replicas may answer them.
+        num_tokens: of the step's longest segment. Raises: EngineStopped.
         """
         try:
             self._release([row for row, _ in failed])
-            works = works or self._forward.can_compute(self._probe_row)
+            works = works or self._device_check.works(num_tokens)
         finally:  # a device that is lost frees nothing any more: whoever waits for these rows hears of it all the same
             for row, cause in failed:
-                error = RequestFailed(row.request_id) if works else EngineStopped(_NOTHING_COMPUTED)
+                error = RequestFailed(row.request_id) if works else EngineStopped(NOTHING_COMPUTED)
                 error.__cause__ = cause
                 self.send(row, error)
-        self._num_broken_steps = 0 if works else self._num_broken_steps + 1
-        if self._num_broken_steps == _MAX_BROKEN_STEPS:
-            raise EngineStopped(f"{_NOTHING_COMPUTED}, {_MAX_BROKEN_STEPS} steps in a row")
+        self._device_check.require()
 
     def _take(self, row: Row, token: int | None, scored: Scored | None, logits: Tensor) -> Delta | Exception | None:
         """Hand the row its token; what its client is to be told."""
@@ -383,17 +385,6 @@ class Engine:
             if digest in self.residency:
                 self.residency.evict(digest)
         self._forgetting &= used
-
-
-def _loaded(config: WorkerConfig, base: BaseModel | None) -> tuple[BaseModel, MemoryPlan]:
-    """The base model on its device, and a plan that fits. Raises: BaseModelUnsupported, WorkerConfigInvalid."""
-    device = torch.device(config.device)
-    num_free_bytes, limits = free_bytes(device, config.device_share), mapping_limits()  # before the weights are taken
-    base = base or load_base_model(config)
-    plan = plan_memory(config, base, num_free_bytes, limits)
-    logger.info("%s: %s", config.base_model, plan)
-    base.model.to(device)
-    return base, plan
 
 
 def _is_last(event: Delta | Exception) -> bool:

@@ -26,8 +26,9 @@ class Outcome(Generic[Result]):
 def compute_apart(scheduled: Sequence[Scheduled], compute: Callable[[Sequence[Scheduled]], Result]) -> Outcome[Result]:
     """Compute the step as a whole; where that raises, compute its halves, and so on down to single rows.
 
-    A row has failed once it raised in an attempt of its own that follows another failed one: a lone row gets two. One
-    bad row among n costs about 2 · log2(n) attempts more, and n bad ones 2n. `compute` must be repeatable.
+    A row has failed once it raised in an attempt of its own that follows another failed one, and again with the first
+    half of its tokens, where it has several: a shorter prompt chunk takes less memory. One bad row among n costs about
+    2 · log2(n) + 1 attempts more, and n bad ones 3n. `compute` must be repeatable.
     """
     outcome: Outcome[Result] = Outcome()
     _compute(scheduled, compute, outcome, is_retry=False)
@@ -40,6 +41,7 @@ def _compute(
     outcome: Outcome[Result],
     *,
     is_retry: bool,
+    is_halved: bool = False,
 ) -> None:
     try:
         outcome.computed.append((part, compute(part)))
@@ -48,7 +50,12 @@ def _compute(
         logger.warning("computing %d rows failed: %s", len(part), _ids(part), exc_info=True)
         error = exc.with_traceback(None)  # its frames would keep the attempt's tensors, where memory may be short
     if is_retry and len(part) == 1:
-        outcome.failed.append((part[0][0], error))
+        [(row, segment)] = part
+        if is_halved or segment.num_tokens == 1:
+            outcome.failed.append((row, error))
+        else:
+            half = replace(segment, num_tokens=segment.num_tokens // 2)
+            _compute([(row, half)], compute, outcome, is_retry=True, is_halved=True)
         return
     middle = len(part) // 2
     for piece in (part[:middle], part[middle:]):

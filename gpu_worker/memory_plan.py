@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from gpu_worker.base_model import BaseModel
+from gpu_worker.base_model import BaseModel, load_base_model
 from gpu_worker.config import WorkerConfig
-from gpu_worker.device_memory import MappingLimit
+from gpu_worker.device_memory import MappingLimit, free_bytes, mapping_limits
 from gpu_worker.errors import WorkerConfigInvalid
 from gpu_worker.inject import target_linears
 from gpu_worker.kv_cache import KvShape
 from gpu_worker.kv_regions import region_bytes
+
+logger = logging.getLogger(__name__)
 
 PAGE_TOKENS = {"cpu": 16, "cuda": 256}  # flash attention 2 reads pages of 256, or a multiple
 _SPARE = 0.05  # of what is free: an allocator's gaps, and whoever else lives there
@@ -131,3 +134,17 @@ def _weights_bytes(base: BaseModel, device: str) -> int:
 
 def _mib(num_bytes: int) -> str:
     return f"{num_bytes / (1 << 20):,.0f} MiB"
+
+
+def load_planned(config: WorkerConfig, base: BaseModel | None) -> tuple[BaseModel, MemoryPlan]:
+    """Return the base model, on its device, and a plan that fits. `base`: one that is loaded already.
+
+    Raises: BaseModelUnsupported, WorkerConfigInvalid.
+    """
+    device = torch.device(config.device)
+    num_free_bytes, limits = free_bytes(device, config.device_share), mapping_limits()  # before the weights are taken
+    base = base or load_base_model(config)
+    plan = plan_memory(config, base, num_free_bytes, limits)
+    logger.info("%s: %s", config.base_model, plan)
+    base.model.to(device)
+    return base, plan

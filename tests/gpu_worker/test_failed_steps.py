@@ -16,6 +16,7 @@ from gpu_worker.engine_loop import EngineLoop
 from gpu_worker.errors import DeadlineExceeded, EngineStopped, RequestFailed
 from gpu_worker.kv_cache import KvShape
 from gpu_worker.kv_regions import KvRegions
+from gpu_worker.lora_linear import LoraLinear
 from gpu_worker.request import Job, SamplingParams
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN
@@ -148,15 +149,75 @@ def test_only_the_rows_a_step_fails_on_end(
     assert_nothing_held(engine)
 
 
-def test_requests_that_fail_alone_never_end_the_engine(make_engine: MakeEngine, alone: Callable[..., Answer]) -> None:
+@pytest.mark.parametrize("marked", ["one of its tokens", "its prompt as a whole"])
+def test_requests_that_fail_alone_never_end_the_engine(
+    marked: str, make_engine: MakeEngine, alone: Callable[..., Answer]
+) -> None:
     engine = make_engine({})
-    faults_of(engine).bad_token = bad_id(engine)
+    faults = faults_of(engine)
+    [bos] = engine.base.tokenizer("", add_special_tokens=True).input_ids
+    faults.bad_token = bos if marked == "its prompt as a whole" else bad_id(engine)
+    before = engine.holdings()
     for number in range(10):
         [bad] = run_together(engine, [greedy(BAD, request_id=number)])
         assert isinstance(bad.error, RequestFailed)
+    assert replace(engine.holdings(), counters=before.counters) == before
+    faults.bad_token = None
     [base] = run_together(engine, [BASE_JOB])
     assert_same(base, alone(BASE_JOB, {}))
     assert_nothing_held(engine)
+
+
+def break_adapters(engine: Engine) -> None:
+    """Let every pass that composes adapters raise."""
+    linear = next(module for module in engine.base.model.modules() if isinstance(module, LoraLinear))
+
+    def check(module: nn.Module, args: object) -> None:
+        if isinstance(module, LoraLinear) and module._step.composition is not None:
+            raise OutOfMemory("no kernel for adapters")
+
+    linear.register_forward_pre_hook(check)
+
+
+def break_chunks(engine: Engine) -> None:
+    """Let every pass over more than three tokens raise."""
+
+    def check(module: nn.Module, args: object, kwargs: dict[str, torch.Tensor]) -> None:
+        if kwargs["input_ids"].shape[1] > 3:
+            raise OutOfMemory("no memory for a chunk")
+
+    engine.base.model.register_forward_pre_hook(check, with_kwargs=True)
+
+
+@pytest.mark.parametrize("breaks", [break_adapters, break_chunks])
+def test_a_device_that_computes_single_tokens_only_ends_the_engine_after_three_requests(
+    breaks: Callable[[Engine], None], make_engine: MakeEngine, pool: list[AdapterWeights]
+) -> None:
+    engine = make_engine(by_digest(*pool))
+    breaks(engine)
+    plan = plan_of("mixture", (pool[0], 0.5), (pool[1], 0.5))
+    answers = []
+    for number in range(3):
+        answers.append(ask(engine, greedy("a prompt of many tokens", plan, number)))
+        if number < 2:
+            engine.run_until_idle()
+    with pytest.raises(EngineStopped, match="not even the engine's own, after 3 failed steps"):
+        engine.step()
+    assert [type(answer.error) for answer in answers] == [RequestFailed, RequestFailed, EngineStopped]
+    assert_nothing_held(engine)
+
+
+def test_failed_steps_count_anew_once_a_request_is_computed(
+    make_engine: MakeEngine, pool: list[AdapterWeights]
+) -> None:
+    engine = make_engine(by_digest(*pool))
+    break_adapters(engine)
+    for number in range(6):
+        [bad] = run_together(engine, [greedy("adapted", plan_of("selection", (pool[0], 1.0)), number)])
+        assert isinstance(bad.error, RequestFailed)
+        if number % 2 == 1:
+            [base] = run_together(engine, [replace(BASE_JOB, request_id=f"base-{number}")])
+            assert base.is_finished
 
 
 def test_a_device_that_computes_nothing_ends_the_engine_after_three_steps(make_engine: MakeEngine) -> None:
@@ -166,7 +227,7 @@ def test_a_device_that_computes_nothing_ends_the_engine_after_three_steps(make_e
     answers = [ask(engine, greedy("x", request_id=number)) for number in range(16)]
     engine.step()
     engine.step()
-    assert faults.num_seen <= 2 * (2 * 4 + 1)
+    assert faults.num_seen <= 2 * (3 * 4 + 1)
     assert [type(answer.error) for answer in answers] == [EngineStopped] * 8 + [type(None)] * 8
     with pytest.raises(EngineStopped, match="3 steps in a row"):
         engine.step()
@@ -186,7 +247,7 @@ def test_a_device_that_recovers_is_given_three_steps_again(
     faults = faults_of(engine)
     for number in range(6):
         if number % 2 == 0:
-            faults.num_passes = 3  # two attempts and the check of the device
+            faults.num_passes = 4  # two attempts, one with half the tokens, and the check of the device
         [answer] = run_together(engine, [replace(BASE_JOB, request_id=str(number))])
         if number % 2 == 0:
             assert isinstance(answer.error, EngineStopped)

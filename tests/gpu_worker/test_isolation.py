@@ -71,8 +71,8 @@ def test_only_bad_rows_fail_and_all_others_are_computed_once(
                 segment.context_len,
             )
     depth = math.ceil(math.log2(num_rows)) + 1
-    assert len(attempts) <= max(1 + 2 * len(bad) * depth, 1)
-    assert len(attempts) <= 2 * num_rows
+    assert len(attempts) <= 1 + len(bad) * (2 * depth + 1)
+    assert len(attempts) <= 3 * num_rows
 
 
 def test_a_lone_row_is_computed_once_more_before_it_fails(step_of: Callable[[int], list[Scheduled]]) -> None:
@@ -87,3 +87,26 @@ def test_a_lone_row_is_computed_once_more_before_it_fails(step_of: Callable[[int
     outcome = compute_apart(step_of(1), compute)
     assert [result for _, result in outcome.computed] == [1]
     assert (outcome.failed, failures) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "most_tokens", "tried", "computed"),
+    [(9, 9, [9], [9]), (9, 4, [9, 9, 4], [4]), (2, 1, [2, 2, 1], [1]), (9, 3, [9, 9, 4], []), (1, 0, [1, 1], [])],
+)
+def test_a_lone_prompt_chunk_is_halved_once_before_its_row_fails(
+    num_tokens: int, most_tokens: int, tried: list[int], computed: list[int], make_engine: Callable[..., Engine]
+) -> None:
+    row = make_engine({}).prepare(greedy("x"), lambda event: None)
+    attempts: list[int] = []
+
+    def compute(part: Sequence[Scheduled]) -> None:
+        [(_, segment)] = part
+        assert (segment.row, segment.start, segment.context_len) == (3, 0, 5), "the first tokens of the segment"
+        attempts.append(segment.num_tokens)
+        if segment.num_tokens > most_tokens:
+            raise BadRow
+
+    outcome = compute_apart([(row, Segment(3, 0, num_tokens, 5))], compute)
+    assert attempts == tried
+    assert [segment.num_tokens for part, _ in outcome.computed for _, segment in part] == computed
+    assert [failed for failed, _ in outcome.failed] == ([] if computed else [row])
