@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 from deployments.config import AppConfig
 from deployments.encoder_queue import EncoderQueue
@@ -21,6 +22,7 @@ from deployments.retriever_figures import RetrieverFigures
 from deployments.serve_logs import join_serve_logs
 from lora_store import AdapterRecord, Embedding, LoraStore, LoraStoreError, Plan, Sample, Strategy
 from retriever_svc import (
+    BulkEncoding,
     Candidate,
     DoctorStep,
     IndexSettings,
@@ -35,6 +37,7 @@ from retriever_svc import (
     Route,
     RouteRequest,
     StaleIndex,
+    embeddings_of,
 )
 from retriever_svc.retriever import Encoded
 
@@ -85,6 +88,8 @@ class RetrieverDeployment:
         self._searches = ThreadPoolExecutor(_SEARCH_THREADS, thread_name_prefix="search")
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="encode")  # two would only share the same cores
         self._bulk = ThreadPoolExecutor(1, thread_name_prefix="bulk")
+        # One chunk of each tenant at most waits for the thread, so they take turns.
+        self._bulk_turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._reading = ThreadPoolExecutor(1, thread_name_prefix="catalogue")
         self._prompts = EncoderQueue(
             self._encode,
@@ -161,15 +166,22 @@ class RetrieverDeployment:
     async def embed(self, groups: Sequence[Sequence[Sample]], tenants: Sequence[str]) -> list[Embedded | None]:
         """One embedding per group of samples, with the neighbours its tenant sees now; None where there is no sample.
 
-        `tenants` runs along with `groups`.
+        `tenants` runs along with `groups`. Samples are encoded in small chunks, and between two of them prompts have
+        their turn, and then each other tenant that publishes. A call of several tenants takes the first one's turns.
         """
-        return await _on(self._bulk, self._embed, groups, tenants)
+        encoding = await _on(self._bulk, self._retriever.encoding_of, groups, tenants)
+        turn = self._bulk_turns.setdefault(next(iter(tenants), ""), asyncio.Lock())
+        for chunk in encoding.chunks:
+            async with turn:
+                await _on(self._bulk, encoding.encode, chunk)
+        return await _on(self._bulk, self._embedded, encoding, groups, tenants)
 
-    def _embed(self, groups: Sequence[Sequence[Sample]], tenants: Sequence[str]) -> list[Embedded | None]:
-        embeddings = self._retriever.embed_groups(groups, tenants)
+    def _embedded(
+        self, encoding: BulkEncoding, groups: Sequence[Sequence[Sample]], tenants: Sequence[str]
+    ) -> list[Embedded | None]:
         return [
             None if e is None else Embedded(e, self._retriever.neighbours(e, _NEIGHBOURS, tenant))
-            for e, tenant in zip(embeddings, tenants, strict=True)
+            for e, tenant in zip(embeddings_of(encoding, groups), tenants, strict=True)
         ]
 
     async def catch_up(self, generation: int) -> int:

@@ -1,8 +1,9 @@
 """Retrieval: the encoder, the adapter index, and the Retriever that turns prompts into plans."""
 
+from retriever_svc.bulk import BulkEncoding
 from retriever_svc.calibration import calibrate_floor
 from retriever_svc.doctor import AdapterFinding, Collision, DoctorReport, DoctorStep
-from retriever_svc.embedding import embed_groups
+from retriever_svc.embedding import embed_groups, embeddings_of
 from retriever_svc.encoder import Encoder
 from retriever_svc.errors import (
     EncoderExists,
@@ -31,6 +32,7 @@ __all__ = [
     "AdapterFinding",
     "AdapterIndex",
     "Allowed",
+    "BulkEncoding",
     "Candidate",
     "Collision",
     "DoctorReport",
@@ -66,4 +68,5 @@ __all__ = [
     "calibrate_floor",
     "choose_tasks",
     "embed_groups",
+    "embeddings_of",
 ]

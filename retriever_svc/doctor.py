@@ -10,6 +10,7 @@ import numpy as np
 
 from lora_store.adapter import AdapterRef, Sample
 from lora_store.records import AdapterRecord
+from retriever_svc.bulk import BulkEncoding
 from retriever_svc.index import Allowed
 from retriever_svc.pool import Pool
 from retriever_svc.sample_source import SampleSource, read_samples
@@ -107,7 +108,7 @@ class _Examination:
             self.unreadable.append(record.ref)
             return
         texts = [sample.input for sample in samples]
-        vectors = self.pool.encoder.encode(texts, [self.tenant] * len(texts))
+        vectors = BulkEncoding(self.pool.encoder, texts, [self.tenant] * len(texts)).encode_all()
         found = [[m.record.ref for m in row] for row in self.pool.index.search(vectors, self.top_k, self.allowed)]
         firsts = Counter(refs[0] for refs in found)
         self.chosen.update(ref for refs in found for ref in refs)

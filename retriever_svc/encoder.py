@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from retriever_svc.encoder_files import DEFAULT_MODEL, identity_files, model_folder
 from retriever_svc.errors import EncoderUnusable
 from retriever_svc.fair_lock import FairLock
-from retriever_svc.vector_cache import VectorCache
+from retriever_svc.vector_cache import OwnedText, VectorCache
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -24,7 +24,9 @@ INSTRUCTION = "Represent the sentence for similar task retrieval: "
 MAX_TOKENS = 256  # read of a text, the instruction included
 _CHARS_PER_TOKEN = 64  # bounds the tokenizer's work on a text of any length
 MAX_CHARS = MAX_TOKENS * _CHARS_PER_TOKEN  # read of a text
-_CHUNK_TEXTS = 32  # the model is free for another caller after this many
+CHUNK_TOKENS = 1024  # of one forward pass, padding included
+_BYTES_PER_TOKEN = 3  # of text, at most: of a character of Chinese; English has 4 to 5
+_FIXED_TOKENS = 12  # of every text: the instruction and the special ones
 
 
 def load_model(model: str | Path, max_tokens: int = MAX_TOKENS) -> SentenceTransformer:
@@ -85,29 +87,47 @@ class Encoder:
         """Return unit rows of E(instruction ⊕ text), in order: (N, D) float32; (0, D) for no texts.
 
         `owners` runs along with `texts`: each text is looked up in, and kept in, its owner's part of the cache alone.
-        Without owners every text is computed, and none is kept.
+        Without owners every text is computed, and none is kept. Other callers wait until the whole call is done:
+        many texts are given in chunks, by `BulkEncoding`.
         """
         readable = [text[: self._max_chars].encode("utf-8", "replace").decode() for text in texts]
         keys = list(zip([""] * len(readable) if owners is None else owners, readable, strict=True))
         known = {} if owners is None else self._cache.get(keys)
-        missing = sorted((key for key in dict.fromkeys(keys) if key not in known), key=lambda key: len(key[1]))
-        for start in range(0, len(missing), _CHUNK_TEXTS):
-            chunk = missing[start : start + _CHUNK_TEXTS]
-            known.update(zip(chunk, self._compute([text for _, text in chunk]), strict=True))
+        missing = [key for key in dict.fromkeys(keys) if key not in known]
+        if missing:
+            with self._model_turn:
+                for chunk in chunks_of(missing):
+                    known.update(zip(chunk, self._compute([text for _, text in chunk]), strict=True))
         if owners is not None:
             self._cache.put({key: known[key] for key in missing})
         return np.stack([known[key] for key in keys]) if keys else np.empty((0, self.dim), np.float32)
 
     def _compute(self, texts: list[str]) -> Vectors:
-        with self._model_turn:
-            rows: Vectors = self._model.encode(
-                texts,
-                prompt=self._instruction,
-                batch_size=len(texts),
-                normalize_embeddings=True,
-                show_progress_bar=False,
-            )
+        rows: Vectors = self._model.encode(
+            texts,
+            prompt=self._instruction,
+            batch_size=len(texts),
+            normalize_embeddings=True,
+            show_progress_bar=False,
+        )
         return rows
+
+
+def chunks_of(keys: Iterable[OwnedText]) -> Iterator[list[OwnedText]]:
+    """Yield the texts in chunks of about `CHUNK_TOKENS`, padding included: shortest first, so that little is padded."""
+    chunk: list[OwnedText] = []
+    for num_tokens, key in sorted(((_about_tokens(key[1]), key) for key in keys), key=lambda pair: pair[0]):
+        if chunk and (len(chunk) + 1) * num_tokens > CHUNK_TOKENS:
+            yield chunk
+            chunk = []
+        chunk.append(key)
+    if chunk:
+        yield chunk
+
+
+def _about_tokens(text: str) -> int:
+    num_bytes = len(text[:MAX_CHARS].encode("utf-8", "replace"))
+    return min(MAX_TOKENS, _FIXED_TOKENS + num_bytes // _BYTES_PER_TOKEN)
 
 
 def unit_rows(vectors: Vectors) -> Vectors:

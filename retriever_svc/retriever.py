@@ -13,8 +13,9 @@ import numpy as np
 from lora_store.adapter import Sample
 from lora_store.plan import Plan, Strategy
 from lora_store.records import AdapterRecord, Embedding
+from retriever_svc.bulk import BulkEncoding
 from retriever_svc.doctor import DoctorStep, examine
-from retriever_svc.embedding import embed_groups
+from retriever_svc.embedding import embed_groups, encoding_of
 from retriever_svc.encoder import Vectors
 from retriever_svc.errors import NoAdapterMatched, NothingToEmbed, StaleIndex
 from retriever_svc.index import Match
@@ -196,6 +197,10 @@ class Retriever:
     ) -> list[Embedding | None]:
         """Return one embedding per adapter's samples, None where there is no sample; `tenants` as in `embed_groups`."""
         return embed_groups(self._pools.current.encoder, groups, tenants)
+
+    def encoding_of(self, groups: Sequence[Sequence[Sample]], tenants: Sequence[str]) -> BulkEncoding:
+        """Return the samples of all groups, to be encoded chunk by chunk by the encoder of now."""
+        return encoding_of(self._pools.current.encoder, groups, tenants)
 
     def neighbours(self, embedding: Embedding, num_wanted: int, tenant: str) -> tuple[Candidate, ...]:
         """What `auto` may choose for `tenant` that lies nearest, best first; none when another encoder is in force."""

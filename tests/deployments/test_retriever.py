@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +34,7 @@ from lora_store.blobs import BlobStore
 from lora_store.location import Location
 from lora_store.sample_files import write_samples
 from retriever_svc import EncoderUnusable, PageRequest, PinnedAdapter, RouteRequest, StaleIndex
+from retriever_svc.encoder import CHUNK_TOKENS, MAX_TOKENS
 from retriever_svc.encoder_files import model_folder
 from tests.retriever_svc.pool_fakes import record_of
 
@@ -429,13 +430,13 @@ def test_a_tenants_prompt_does_not_wait_behind_anothers_sixty_large_requests(
     async def scenario(here: Served) -> None:
         await here.replica.catch_up(here.publish(*await here.embedded("sums")))
         encoder = here.pools.current.encoder
-        batches: list[list[str]] = []
+        batches: list[Sequence[str]] = []
 
-        def quick(texts: list[str]) -> Any:
+        def quick(texts: Sequence[str], owners: Sequence[str]) -> Any:
             batches.append(texts)
             return np.ones((len(texts), encoder.dim), np.float32)
 
-        monkeypatch.setattr(encoder, "_compute", quick)
+        monkeypatch.setattr(encoder, "encode", quick)
         large = [
             asyncio.ensure_future(
                 here.replica.route([RouteRequest(f"{call} {n} " + "x" * 5000, tenant="flood") for n in range(60)])
@@ -450,6 +451,81 @@ def test_a_tenants_prompt_does_not_wait_behind_anothers_sixty_large_requests(
         assert sum(call.done() for call in large) < 10
         for call in large:
             call.cancel()
+
+    run(tmp_path, scenario)
+
+
+class Gate:
+    """Lets the encoder's passes begin when the test says so, and keeps their texts."""
+
+    def __init__(self, encoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.passes: list[list[str]] = []
+        self._entered, self._goes_on = threading.Event(), threading.Event()
+        self._encoder = encoder
+        monkeypatch.setattr(encoder, "_compute", self._compute)
+
+    def _compute(self, texts: list[str]) -> Any:
+        self.passes.append(texts)
+        self._entered.set()
+        assert self._goes_on.wait(30)
+        return np.ones((len(texts), self._encoder.dim), np.float32)
+
+    async def entered(self) -> None:
+        assert await asyncio.to_thread(self._entered.wait, 20)
+
+    async def somebody_waits(self) -> None:
+        while not self._encoder._model_turn._turns:
+            await asyncio.sleep(0.01)
+
+    def open(self) -> None:
+        self._goes_on.set()
+
+    def places(self, part: str) -> list[int]:
+        """The numbers of the passes with such a text."""
+        return [number for number, texts in enumerate(self.passes) if any(part in text for text in texts)]
+
+
+def long_texts(name: str, count: int) -> list[str]:
+    return [f"{name} {number} " + "x" * 5000 for number in range(count)]
+
+
+def test_a_prompts_batch_waits_for_one_small_chunk_of_a_publish(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(here: Served) -> None:
+        await here.replica.catch_up(here.publish(*await here.embedded("sums")))
+        gate = Gate(here.pools.current.encoder, monkeypatch)
+        publish = asyncio.ensure_future(here.replica.embed([list(map(Sample, long_texts("sample", 64)))], ["flood"]))
+        await gate.entered()
+        prompts = [RouteRequest(text, tenant="small") for text in long_texts("prompt", 6)]
+        route = asyncio.ensure_future(here.replica.route(prompts))
+        await gate.somebody_waits()
+        gate.open()
+        assert len(await route) == 6
+        [embedded] = await publish
+        assert embedded is not None and len(embedded.embedding.own_scores) == 64
+        assert gate.places("prompt") == [1, 2], "after the chunk in progress, and nothing in between"
+        assert max(map(len, gate.passes)) * MAX_TOKENS <= CHUNK_TOKENS
+        assert sum(map(len, gate.passes)) == 70
+
+    run(tmp_path, scenario)
+
+
+def test_tenants_that_publish_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(here: Served) -> None:
+        gate = Gate(here.pools.current.encoder, monkeypatch)
+        flood = [
+            asyncio.ensure_future(here.replica.embed([list(map(Sample, long_texts(f"flood {call}", 16)))], ["flood"]))
+            for call in range(20)
+        ]
+        await gate.entered()
+        small = asyncio.ensure_future(here.replica.embed([list(map(Sample, long_texts("small", 8)))], ["small"]))
+        await asyncio.sleep(0)
+        gate.open()
+        await asyncio.gather(small, *flood)
+        first, second = gate.places("small")
+        assert first <= 2 and second <= 4, "one chunk of the other tenant between two of its own"
+        assert len(gate.passes) == 20 * 4 + 2
 
     run(tmp_path, scenario)
 

@@ -34,7 +34,19 @@ def test_own_scores_leave_each_sample_out() -> None:
     np.testing.assert_allclose(embedding.own_scores, leave_one_out_scores(np.asarray([*TABLE.values()])), atol=1e-6)
 
 
-def test_all_groups_are_encoded_by_one_call_and_one_without_samples_has_no_embedding() -> None:
+def test_many_samples_are_encoded_in_chunks_and_each_text_of_an_owner_once() -> None:
+    table = {f"{number} {'x' * 2000}": (float(number), 1.0) for number in range(9)}
+    encoder = FakeEncoder(table)
+    groups = [samples(*table), samples(*reversed(table)), samples(*table)]
+    first, second, _ = embed_groups(encoder, groups, ["a", "a", "b"])
+    assert first is not None and second is not None
+    assert [len(batch) for batch in encoder.batches] == [4, 4, 4, 4, 2]
+    np.testing.assert_allclose(first.vector, second.vector, atol=1e-6)
+    np.testing.assert_allclose(first.own_scores, second.own_scores[::-1], atol=1e-6)
+    np.testing.assert_allclose(first.vector, np.asarray([4.0, 1.0]) / np.hypot(4, 1), atol=1e-6)
+
+
+def test_few_samples_of_all_groups_are_encoded_by_one_call_and_one_without_samples_has_no_embedding() -> None:
     encoder = FakeEncoder(TABLE)
     first, none, last = embed_groups(encoder, [samples("x", "z"), [], samples("y")])
     assert encoder.batches == [["x", "z", "y"]]

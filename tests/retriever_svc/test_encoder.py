@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from retriever_svc.encoder import INSTRUCTION, Encoder, Vectors, unit_rows
+from retriever_svc.encoder import CHUNK_TOKENS, INSTRUCTION, MAX_TOKENS, Encoder, Vectors, chunks_of, unit_rows
 from retriever_svc.encoder_files import model_folder
 from retriever_svc.errors import EncoderUnusable
 
@@ -61,6 +61,24 @@ def test_a_batch_equals_its_texts_one_by_one(encoder: Encoder) -> None:
 def test_rows_are_what_sentence_transformers_makes_of_instruction_and_text(encoder: Encoder) -> None:
     direct = encoder._model.encode([INSTRUCTION + text for text in TEXTS[:4]], normalize_embeddings=True)
     np.testing.assert_allclose(encoder.encode(TEXTS[:4]), direct, atol=1e-5)
+
+
+def test_a_chunk_is_about_as_long_as_it_says_padding_included(encoder: Encoder) -> None:
+    texts = [*(["Add two and three, please. " * n for n in range(60)]), *(["漢字 " * n for n in range(1, 60)]), "", "ü"]
+    keys = [("me", text) for text in texts]
+    chunks = list(chunks_of(keys))
+    assert sorted(key for chunk in chunks for key in chunk) == sorted(keys)
+    assert len(chunks) > 10
+    lengths = [len(ids) for ids in encoder._model.tokenizer([INSTRUCTION + text for text in texts])["input_ids"]]
+    num_tokens = dict(zip(keys, lengths, strict=True))
+    for chunk in chunks:
+        assert len(chunk) * min(MAX_TOKENS, max(num_tokens[key] for key in chunk)) <= CHUNK_TOKENS
+
+
+def test_no_chunk_is_empty_and_one_text_is_one_chunk() -> None:
+    assert list(chunks_of([])) == []
+    assert list(chunks_of([("me", "x" * 10**6)])) == [[("me", "x" * 10**6)]]
+    assert list(chunks_of([("me", "\ud800")])) == [[("me", "\ud800")]]
 
 
 def test_the_instruction_changes_vectors_and_identity(encoder: Encoder) -> None:

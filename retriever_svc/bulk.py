@@ -1,0 +1,45 @@
+"""Encode many texts in small chunks, so that prompts wait for one chunk at most."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from retriever_svc.encoder import Encoder, Vectors, chunks_of
+from retriever_svc.vector_cache import OwnedText
+
+
+class BulkEncoding:
+    """Texts that are encoded chunk by chunk. The encoder is free for other callers between two chunks.
+
+    `owners` runs along with `texts` as in `Encoder.encode`. Each text of an owner is encoded once.
+    `chunks`: what `encode` is called with, shortest texts first.
+    """
+
+    def __init__(self, encoder: Encoder, texts: Sequence[str], owners: Sequence[str] | None = None) -> None:
+        self._encoder, self._has_owners = encoder, owners is not None
+        self._keys = list(zip([""] * len(texts) if owners is None else owners, texts, strict=True))
+        self.chunks = list(chunks_of(dict.fromkeys(self._keys)))
+        self._rows: dict[OwnedText, Vectors] = {}
+
+    @property
+    def identity(self) -> str:
+        """The encoder's."""
+        return self._encoder.identity
+
+    def encode(self, chunk: Sequence[OwnedText]) -> None:
+        """Encode one of `chunks` and keep its vectors."""
+        owners = [owner for owner, _ in chunk] if self._has_owners else None
+        self._rows.update(zip(chunk, self._encoder.encode([text for _, text in chunk], owners), strict=True))
+
+    def vectors(self) -> Vectors:
+        """Return the row of each text, in order: (N, D) float32, after every chunk was encoded."""
+        rows = [self._rows[key] for key in self._keys]
+        return np.stack(rows) if rows else np.empty((0, self._encoder.dim), np.float32)
+
+    def encode_all(self) -> Vectors:
+        """Encode every chunk and return the row of each text, in order: (N, D) float32."""
+        for chunk in self.chunks:
+            self.encode(chunk)
+        return self.vectors()
