@@ -15,6 +15,7 @@ from fastapi import Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.telemetry import TelemetryConfig
 from ray import serve
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from deployments import (
@@ -67,10 +68,12 @@ from deployments.stats_reader import StatsReader
 from deployments.traces import tracer
 from deployments.upload_budget import UploadBudget
 from deployments.waking import Waking
-from gpu_worker.errors import PromptTooLong
+from gpu_worker.errors import AdapterLoadFailed, EngineFull, WaitedTooLong
 from gpu_worker.request import Completion, Delta, Job
 
 WORKER_GRACE_S = 5.0  # a step of the engine, and the way
+# The server's own reasons not to start a job: its prompt is not charged.
+NO_ROOM = (EngineFull, WaitedTooLong, AdapterLoadFailed, BackPressureError, DeploymentUnavailableError)
 STREAM_HEADERS = {"X-Accel-Buffering": "no"}
 
 # Serve traces every call already; FastAPI would hang its own spans beside them.
@@ -245,6 +248,7 @@ class Ingress:
     async def _deltas(self, job: Job, question: int, meter: Meter, deadline: float) -> AsyncGenerator[Delta]:
         """One Worker's deltas; leaving early cancels the job there. A repeat is metered in the place of the first."""
         job = replace(job, time_left_s=seconds_until(deadline))
+        meter.sent(job.request_id, question, prompt_tokens(job.prompt))
         response = direct(self._worker).options(stream=True).stream.remote(job)
         try:
             async with aclosing(heard(aiter(response), self._silence_s)) as deltas:
@@ -255,8 +259,8 @@ class Ingress:
                         return
                     meter.saw(job.request_id, question, delta.num_prompt_tokens, delta.num_new_tokens)
                     yield delta
-        except PromptTooLong:
-            meter.refused(prompt_tokens(job.prompt))  # a Worker has tokenized it to know
+        except NO_ROOM:
+            meter.not_started(job.request_id)
             raise
         finally:
             response.cancel()

@@ -43,22 +43,30 @@ class Work:
 class Meter:
     """The tokens one request has used so far, over all of its answers."""
 
+    _sent: dict[str, tuple[int, int]] = field(default_factory=dict)  # by answer: (question, estimate of its prompt)
     _prompts: dict[int, int] = field(default_factory=dict)  # by question
     _new: dict[str, int] = field(default_factory=dict)  # by answer
-    _refused: int = 0
+
+    def sent(self, answer_id: str, question: int, num_prompt_tokens: int) -> None:
+        """Charge a prompt of about that many tokens, once for all answers to a question, as a Worker gets it.
+
+        It stays charged where the request ends before its first token: by then the Worker may have computed it.
+        """
+        self._sent[answer_id] = (question, num_prompt_tokens)
+
+    def not_started(self, answer_id: str) -> None:
+        """Take back what `sent` charged for an answer: the server had no room for it."""
+        self._sent.pop(answer_id, None)
 
     def saw(self, answer_id: str, question: int, num_prompt_tokens: int, num_new_tokens: int) -> None:
-        """Charge an answer's new tokens so far, and once for all answers to a question its prompt."""
+        """Charge an answer's new tokens so far, and in place of the estimate the prompt's real tokens."""
         self._prompts[question] = num_prompt_tokens
         self._new[answer_id] = num_new_tokens
 
-    def refused(self, num_tokens: int) -> None:
-        """Charge a prompt of about that many tokens that was read and refused: once, however many rows it has."""
-        self._refused = max(self._refused, num_tokens)
-
     @property
     def num_tokens(self) -> int:
-        return self._refused + sum(self._prompts.values()) + sum(self._new.values())
+        prompts = dict(self._sent.values()) | self._prompts
+        return sum(prompts.values()) + sum(self._new.values())
 
 
 @dataclass

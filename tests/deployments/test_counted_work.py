@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from deployments.config import WorkerSettings
-from gpu_worker.errors import PromptTooLong
+from gpu_worker.errors import DeadlineExceeded, EngineFull, PromptTooLong
 from retriever_svc.encoder import MAX_CHARS
 from tests.deployments.adapter_records import BASE
 from tests.deployments.app_fakes import Served
@@ -184,3 +184,14 @@ def test_a_key_is_charged_what_the_answers_usage_says(tmp_path: Path) -> None:
     assert [answer.status_code for answer in answers] == [200, 200, 429]
     usage = answers[0].json()["usage"]
     assert usage["total_tokens"] == 2 * 5 + 8 * 3
+
+
+@pytest.mark.parametrize(
+    ("error", "statuses"), [(DeadlineExceeded(0), [504, 504, 429]), (EngineFull("full"), [503, 503, 503])]
+)
+def test_a_request_that_ends_before_its_first_token_is_charged_its_prompt(
+    tmp_path: Path, error: Exception, statuses: list[int]
+) -> None:
+    asks = ("/v1/completions", {"prompt": "x" * 400, "model": BASE, "max_tokens": 1})
+    answers = asked(tmp_path, {"tokens_per_minute": 250}, asks, asks, asks, worker=FakeWorker(events=(error,)))
+    assert [answer.status_code for answer in answers] == statuses

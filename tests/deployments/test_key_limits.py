@@ -130,6 +130,24 @@ def test_a_prompt_is_charged_once_however_many_answers_it_has() -> None:
         pass
 
 
+def test_a_prompt_that_was_sent_is_charged_without_a_token_unless_there_was_no_room() -> None:
+    limiter, asks = Limiter(1, clock=Clock()), caller(tokens_per_minute=100)
+    with pytest.raises(TimeoutError), limiter.running(asks, Work(2, num_tokens=90)) as meter:
+        meter.sent("one", 0, 30)
+        meter.sent("two", 0, 30)
+        meter.not_started("two")
+        raise TimeoutError
+    refused(limiter, asks, Work(num_tokens=71))
+    with pytest.raises(KeyError), limiter.running(asks, Work(num_tokens=70)) as meter:
+        meter.sent("one", 0, 70)
+        meter.not_started("one")
+        raise KeyError
+    with limiter.running(asks, Work(num_tokens=70)) as meter:
+        meter.sent("one", 0, 30)
+        meter.saw("one", 0, 20, 5)
+        assert meter.num_tokens == 25
+
+
 def test_a_request_larger_than_the_limit_is_told_so_instead_of_waiting_for_ever() -> None:
     limiter = Limiter(1)
     with pytest.raises(RequestInvalid) as caught, limiter.running(caller(tokens_per_minute=100), Work(num_tokens=101)):
