@@ -20,7 +20,7 @@ class KeyLimits(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     requests_per_minute: int | None = Field(default=None, ge=1)
-    # Of prompts and answers, and a quarter of the characters that the encoder reads.
+    # Of prompts and answers, and of what the encoder reads.
     tokens_per_minute: int | None = Field(default=None, ge=1)
     concurrent_requests: int | None = Field(default=None, ge=1)  # rows at once: prompts × n over all requests
     max_adapters: int | None = Field(default=None, ge=0)

@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeAlias, TypeVar
 
 from deployments.errors import EncoderBusy
-from retriever_svc.encoder import MAX_TOKENS
+from retriever_svc.encoder import MAX_TOKENS, tokens_read
 
 T = TypeVar("T")
-TURN_TOKENS = 256  # of text that a tenant may put into a batch before the next one's turn: one text of full length
+TURN_TOKENS = MAX_TOKENS  # of text that a tenant may put into a batch before the next one's turn: one full text
 BATCH_TOKENS = 8 * TURN_TOKENS  # of a batch: more would only make everybody else wait longer for the next one
-_CHARS_PER_TOKEN = 4
 
 
 @dataclass(eq=False)
@@ -118,7 +117,7 @@ class EncoderQueue(Generic[T]):
                 place, text = asked.waiting.popleft()
                 batch.append((asked, place, text))
                 self._count(tenant, -1)
-                spent += _tokens_of(text)
+                spent += tokens_read(text)
             tokens += spent
             if asked.waiting:
                 calls.append(asked)
@@ -166,8 +165,3 @@ def _parts(batch: Sequence[_Waiting[T]]) -> list[list[_Waiting[T]]]:
     if len(parts) > 1:
         return list(parts.values())
     return [[item] for item in batch] if len(batch) > 1 else []
-
-
-def _tokens_of(text: str) -> int:
-    """About how long the encoder works on the text: never for nothing, and never on more than it reads."""
-    return 1 + min(len(text) // _CHARS_PER_TOKEN, MAX_TOKENS - 1)

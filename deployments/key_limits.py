@@ -1,7 +1,7 @@
 """What each key has used: requests, tokens, and rows in progress, as this Ingress replica sees it.
 
 Work is counted and not requests: a row is one prompt times one of its `n` answers, and tokens are those of prompts
-and answers and a quarter of the characters that the encoder reads.
+and answers, and about those that the encoder reads.
 
 Replicas do not talk about it. Each gives out its part, 1 / replicas of a rate and ceil(limit / replicas) of the rows
 at once, so a limit holds approximately: less than it passes where a key's requests fall unevenly on the replicas, and
@@ -170,9 +170,8 @@ def _require_rows(caller: Caller, account: _Account, work: Work) -> None:
 def _reserve(caller: Caller, bucket: TokenBucket, num_tokens: int, field: str) -> None:
     if num_tokens > bucket.per_minute:
         raise RequestInvalid(
-            f"{field}: the request may use {num_tokens} tokens (of prompts, of answers, and a quarter of the characters"
-            f" that the encoder reads), and the key may use {int(bucket.per_minute)} per minute: send less text, or ask"
-            " for fewer new tokens",
+            f"{field}: the request may use {num_tokens} tokens (of prompts, of answers, and of what the encoder reads),"
+            f" and the key may use {int(bucket.per_minute)} per minute: send less text, or ask for fewer new tokens",
             field,
         )
     if (wait_s := bucket.take(num_tokens)) > 0:

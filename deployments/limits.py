@@ -12,7 +12,7 @@ from deployments.schemas import CHARS_PER_TOKEN, GenerationRequest, Question
 from gpu_worker.errors import PromptTooLong
 from gpu_worker.prompts import Message
 from gpu_worker.request import MAX_CHARS_PER_TOKEN
-from retriever_svc.encoder import MAX_CHARS
+from retriever_svc.encoder import tokens_read
 
 
 def check_limits(request: GenerationRequest, questions: Sequence[Question], config: AppConfig) -> None:
@@ -29,8 +29,8 @@ def check_texts(texts: Iterable[str], config: AppConfig) -> None:
 
 
 def encoder_tokens(texts: Iterable[str]) -> int:
-    """Return what a key is charged for the texts the encoder reads: a quarter of their characters, each rounded up."""
-    return sum(math.ceil(min(len(text), MAX_CHARS) / CHARS_PER_TOKEN) for text in texts)
+    """Return about how many tokens of the texts the encoder reads, which is what a key is charged for them."""
+    return sum(map(tokens_read, texts))
 
 
 def prompt_tokens(prompt: str | tuple[Message, ...]) -> int:

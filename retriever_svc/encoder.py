@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,6 +43,12 @@ def load_model(model: str | Path, max_tokens: int = MAX_TOKENS) -> SentenceTrans
         raise EncoderUnusable(str(model), str(exc)) from exc
     network.max_seq_length = min(max_tokens, network.max_seq_length or max_tokens)
     return network
+
+
+def tokens_read(text: str) -> int:
+    """Estimate how many tokens the encoder reads of `text`: one for each 3 bytes of UTF-8, from 1 to MAX_TOKENS."""
+    num_bytes = len(text[: _BYTES_PER_TOKEN * MAX_TOKENS].encode("utf-8", "replace"))
+    return min(max(1, math.ceil(num_bytes / _BYTES_PER_TOKEN)), MAX_TOKENS)
 
 
 def _identity(folder: Path, settings: str) -> str:
@@ -126,8 +133,7 @@ def chunks_of(keys: Iterable[OwnedText]) -> Iterator[list[OwnedText]]:
 
 
 def _about_tokens(text: str) -> int:
-    num_bytes = len(text[:MAX_CHARS].encode("utf-8", "replace"))
-    return min(MAX_TOKENS, _FIXED_TOKENS + num_bytes // _BYTES_PER_TOKEN)
+    return min(MAX_TOKENS, _FIXED_TOKENS + tokens_read(text))
 
 
 def unit_rows(vectors: Vectors) -> Vectors:

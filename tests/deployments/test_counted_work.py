@@ -11,7 +11,7 @@ import pytest
 
 from deployments.config import WorkerSettings
 from gpu_worker.errors import DeadlineExceeded, EngineFull, PromptTooLong
-from retriever_svc.encoder import MAX_CHARS
+from retriever_svc.encoder import MAX_TOKENS
 from tests.deployments.adapter_records import BASE
 from tests.deployments.app_fakes import Served
 from tests.deployments.asking import ask, error_of
@@ -62,17 +62,17 @@ def test_more_text_than_the_key_may_use_never_reaches_the_encoder(
     assert "may use 10 per minute" in error_of(response)["message"]
 
 
-def test_what_the_encoder_reads_is_a_quarter_of_the_characters_of_each_text(tmp_path: Path) -> None:
+def test_what_the_encoder_reads_is_a_third_of_the_bytes_of_each_text(tmp_path: Path) -> None:
     limits = {"tokens_per_minute": 10}
-    route = ("/v1/route", {"prompt": ["x" * 4, "x" * 5, "x"]})  # 1 + 2 + 1
-    place = ("/v1/pool/map", {"prompt": "x" * 17})  # 5
-    last = ("/v1/route", {"prompt": "xxxxx"})  # 2, and 1 is left
+    route = ("/v1/route", {"prompt": ["x" * 3, "語x", "x"]})  # 1 + 2 + 1
+    place = ("/v1/pool/map", {"prompt": "x" * 13})  # 5
+    last = ("/v1/route", {"prompt": "xxxx"})  # 2, and 1 is left
     assert [a.status_code for a in asked(tmp_path, limits, route, place, last)] == [200, 200, 429]
 
 
 def test_no_more_is_charged_than_the_encoder_reads(tmp_path: Path) -> None:
-    limits = {"tokens_per_minute": MAX_CHARS // 4}
-    route = ("/v1/route", {"prompt": "x" * (2 * MAX_CHARS)})
+    limits = {"tokens_per_minute": MAX_TOKENS}
+    route = ("/v1/route", {"prompt": "x" * (8 * MAX_TOKENS)})
     assert [a.status_code for a in asked(tmp_path, limits, route, route)] == [200, 429]
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from deployments.encoder_queue import BATCH_TOKENS, TURN_TOKENS, EncoderQueue
 from deployments.errors import EncoderBusy
+from retriever_svc.encoder import tokens_read
 
 LONG = "x" * 16_000  # as much as the encoder reads
 
@@ -132,6 +133,25 @@ def test_a_batch_of_long_texts_is_short_and_one_of_short_texts_is_full() -> None
         assert sum(text == LONG for _, text in first) <= BATCH_TOKENS // TURN_TOKENS
         assert len(last) == 32
         tasks[1].cancel()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("text", "num_tokens"),
+    [("", 1), ("abc", 1), ("abcd", 2), ("語" * 255, 255), ("語" * 256, 256), (LONG, 256), ("\ud800", 1)],
+)
+def test_a_text_counts_as_what_the_encoder_reads_of_it(text: str, num_tokens: int) -> None:
+    assert tokens_read(text) == num_tokens
+
+
+def test_a_turn_takes_one_full_text_whatever_its_script() -> None:
+    async def scenario(encoder: Encoder) -> None:
+        queue = queue_of(encoder, batch_size=32)
+        task = asking(queue, "a", ["語" * 256] * 100)
+        await encoder.run(1)
+        assert len(encoder.batches[0]) == BATCH_TOKENS // TURN_TOKENS
+        task.cancel()
 
     run(scenario)
 
