@@ -93,7 +93,9 @@ class AppConfig(_Settings):
     # them means every tenant, and is refused with keys, which other tenants have.
     source_prefixes: dict[str, tuple[str, ...]] | tuple[str, ...] = ()
     max_upload_bytes: int = Field(default=512 << 20, ge=1)  # of one adapter's files, uploaded or copied from a source
-    max_upload_total_bytes: int = Field(default=1 << 30, ge=1)  # of all uploads that one Ingress replica holds at once
+    # Of all uploads that one Ingress replica holds at once. With keys a tenant beyond `max_upload_bytes` holds at most
+    # as much as then remains free.
+    max_upload_total_bytes: int = Field(default=1 << 30, ge=1)
     # Of uploads and sources that one Store replica checks at once: others wait for a minute, then are a 503.
     max_staging_bytes: int = Field(default=1 << 30, ge=1)
     # Of all other bodies it holds; one has 4 MiB. With keys one tenant holds at most as much as then remains free.

@@ -35,7 +35,7 @@ from deployments.auth import Asking, BearerAuth
 from deployments.background import Background
 from deployments.body_limit import DEFAULT_MAX_BODY_BYTES, BodyLimit
 from deployments.callers import LOCAL_CALLER, Caller
-from deployments.config import AppConfig
+from deployments.config import FORM_OVERHEAD_BYTES, AppConfig
 from deployments.direct_calls import direct, go_straight
 from deployments.door import Door
 from deployments.figures import SERVE, Kinds
@@ -141,14 +141,15 @@ class Ingress:
             waking=self._waking,
             figures=ChangeFigures(kinds),
         )
-        uploads = UploadBudget(config.max_upload_total_bytes)
+        has_tenants, one_upload = config.keys_file is not None, config.max_upload_bytes + FORM_OVERHEAD_BYTES
+        uploads = UploadBudget(config.max_upload_total_bytes, always_bytes=one_upload, has_tenants=has_tenants)
         self.pool = Pool(config, self.door, publisher, store, retriever, uploads, self.background)
         self.stats = StatsReader(config, retriever, worker)
         self.in_flight = InFlight(config.max_in_flight)
         self.bodies = SharedBytes(
             config.max_body_total_bytes,
             always_bytes=DEFAULT_MAX_BODY_BYTES,
-            has_tenants=config.keys_file is not None,
+            has_tenants=has_tenants,
         )
         self.preload = Preload(
             config.preload, publisher, approves=config.keys_file is not None or config.public_requires_approval

@@ -181,7 +181,7 @@ def max_body_bytes(scope: Scope) -> int:
 async def _publish_files(pool: Pool, caller: Caller, http: Request) -> JSONResponse:
     """What was uploaded counts against the budget until it is published, also where the client has left by then."""
     with ExitStack() as stack:
-        counted = stack.enter_context(pool.uploads.reading(http))
+        counted = stack.enter_context(pool.uploads.reading(http, caller.tenant))
         upload = await read_upload(counted)
         held = stack.pop_all()
 

@@ -12,7 +12,7 @@ from fastapi import Request
 from starlette.types import Message
 
 from deployments.config import FORM_OVERHEAD_BYTES
-from deployments.errors import UploadsBusy
+from deployments.errors import BodyTooSlow, UploadsBusy
 from deployments.upload_budget import UploadBudget
 from deployments.uploads import FolderUpload
 from lora_store import Staged
@@ -38,7 +38,7 @@ def read(budget: UploadBudget, http: Request, count: int) -> int:
     """What the budget held while so many pieces of the request were read."""
 
     async def run() -> int:
-        with budget.reading(http) as counted:
+        with budget.reading(http, "a") as counted:
             for _ in range(count):
                 await counted.receive()
             return budget.num_bytes
@@ -72,8 +72,53 @@ def test_more_than_was_announced_counts_too() -> None:
 @pytest.mark.parametrize("announced", ["-5", "five", "²", "9" * 400])
 def test_a_length_that_is_none_announces_nothing(announced: str) -> None:
     http = Request({"type": "http", "headers": [(b"content-length", announced.encode("latin-1", "replace"))]})
-    with UploadBudget(10).reading(http):
+    with UploadBudget(10).reading(http, "a"):
         pass
+
+
+def test_uploads_of_one_tenant_leave_room_for_another() -> None:
+    budget = UploadBudget(1000, always_bytes=500, has_tenants=True)
+    with budget.reading(request_of(announced=500), "a"):
+        with pytest.raises(UploadsBusy), budget.reading(request_of(announced=400), "a"):
+            pass
+        with budget.reading(request_of(announced=500), "b"):
+            assert budget.num_bytes == 1000
+    assert budget.num_bytes == 0
+
+
+@pytest.mark.parametrize("sent", [0, 1, (640 << 10) - 1])
+def test_an_upload_that_sends_less_than_its_least_rate_is_refused_and_gives_its_room_back(sent: int) -> None:
+    messages = [{"type": "http.request", "body": b"x" * sent, "more_body": True}]
+
+    async def receive() -> Message:
+        if not messages:
+            await asyncio.Event().wait()
+        return messages.pop(0)
+
+    async def run() -> None:
+        budget = UploadBudget(1 << 20, window_s=0.02)
+        http = Request({"type": "http", "headers": [(b"content-length", b"1000000")]}, receive)
+        with pytest.raises(BodyTooSlow, match=r"640 KiB in 0\.02 s"), budget.reading(http, "a") as counted:
+            while True:
+                await counted.receive()
+        assert budget.num_bytes == 0
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+
+
+def test_an_upload_that_keeps_its_rate_may_take_longer_than_one_window() -> None:
+    async def receive() -> Message:
+        await asyncio.sleep(0.2)
+        return {"type": "http.request", "body": b"x" * (640 << 10), "more_body": True}
+
+    async def run() -> None:
+        with UploadBudget(10 << 20, window_s=0.5).reading(
+            Request({"type": "http", "headers": []}, receive), "a"
+        ) as http:
+            for _ in range(4):
+                assert (await http.receive())["more_body"]
+
+    asyncio.run(asyncio.wait_for(run(), 10))
 
 
 class HeldStore(FakeStore):
