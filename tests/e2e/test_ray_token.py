@@ -18,6 +18,7 @@ import pytest
 
 from deployments.private_files import sessions_folder
 from tests.cluster.scaling_app import serving, settings_of
+from tests.e2e.live import eventually
 
 # One method of each gRPC server of Ray and Serve.
 METHODS = (
@@ -71,6 +72,11 @@ def listening(server: psutil.Process) -> dict[int, str]:
     return found
 
 
+def without_grpc(ports: Iterable[int]) -> list[int]:
+    """Return the ports where no gRPC server listens."""
+    return [port for port in ports if statuses(port) == {grpc.StatusCode.UNAVAILABLE}]
+
+
 def statuses(port: int) -> set[grpc.StatusCode]:
     """Return what calls without a token are answered; UNAVAILABLE where no gRPC server listens."""
     codes = set()
@@ -97,9 +103,11 @@ def test_a_server_started_with_the_token_off_asks_for_it_on_every_port_and_write
     (folder / ".ray" / "auth_token").write_text("ab" * 32)
     (folder / ".ray" / "auth_token").chmod(0o644)
     with serving(folder, settings, environment(folder, "disabled")) as (_, server):
-        ports = listening(psutil.Process(server.pid))
+        process = psutil.Process(server.pid)
+        eventually(lambda: len(without_grpc(listening(process))) == 3, within_s=60)  # metrics come after the replicas
+        ports = listening(process)
         answered = {port: statuses(port) for port in ports}
-        metrics = [port for port, codes in answered.items() if codes == {grpc.StatusCode.UNAVAILABLE}]
+        metrics = without_grpc(ports)
         guarded = {port: codes for port, codes in answered.items() if port not in metrics}
         assert all(codes == REFUSED for codes in guarded.values()), {ports[port]: answered[port] for port in guarded}
         assert sum(ports[port].startswith("ray::ServeReplica") for port in guarded) == 8  # two for each deployment
