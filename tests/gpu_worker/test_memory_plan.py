@@ -38,7 +38,7 @@ def plan(tiny_base: Callable[..., BaseModel], tiny_folders: Mapping[str, Path]) 
 def test_the_parts_are_what_the_engine_then_takes(
     plan: Callable[..., MemoryPlan], make_engine: Callable[..., Engine], caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.INFO, logger="gpu_worker.engine"):
+    with caplog.at_level(logging.INFO, logger="gpu_worker.memory_plan"):
         engine = make_engine({}, "llama", kv_tokens=320)
     planned = plan(GIB, kv_tokens=320)
     assert planned.bank_bytes == engine.memory.bank_bytes == engine.bank.num_bytes
