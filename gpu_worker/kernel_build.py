@@ -46,9 +46,6 @@ class Compiler:
         names = " ".join(chosen) or ", ".join(_COMPILERS)
         raise KernelUnavailable(f"no C++ compiler was found ({names}); install one (Debian package g++) or set CXX")
 
-    def version(self) -> str:
-        return self._run("--version")
-
     def compile(self, source: Path, options: Sequence[str], library: Path, limit_s: float = LIMIT_S) -> None:
         """Build `library` from `source`. It appears whole or not at all.
 
@@ -61,7 +58,7 @@ class Compiler:
             made.chmod(0o644)
             made.rename(library)
 
-    def _run(self, *arguments: str, limit_s: float = LIMIT_S) -> str:
+    def _run(self, *arguments: str, limit_s: float) -> None:
         command = [*self.command, *self.options, *arguments]
         try:
             run = subprocess.run(command, capture_output=True, text=True, timeout=limit_s)
@@ -69,7 +66,6 @@ class Compiler:
             raise KernelUnavailable(f"{self.command[0]} did not finish within {limit_s:g} s") from exc
         if run.returncode != 0:
             raise KernelUnavailable(f"{shlex.join(command)} failed: {run.stderr.strip()}")
-        return run.stdout
 
 
 def kernel_names() -> list[str]:

@@ -9,7 +9,7 @@ import ctypes
 import logging
 import os
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -30,15 +30,21 @@ _LOCK_S = 4 * LIMIT_S  # another process compiles the same kernel
 
 
 def load_library(name: str, cache_dir: Path) -> ctypes.CDLL | None:
-    """Return the library of `<name>.cpp`: the first prebuilt one that loads here, or one compiled into `cache_dir`.
+    """Return the library of `<name>.cpp`: the first existing one that loads here, or one compiled into `cache_dir`.
 
-    Log a warning for every file that is refused, as one that another user could have written. Return None, after a
-    warning, where nothing is left to load: no compiler, or a folder that cannot be used.
+    A library that exists needs neither a compiler nor a folder that can be written. Log a warning for every file that
+    is refused, as one that another user could have written. Return None, after a warning, where nothing is left to
+    load: no compiler, or a folder that cannot be used.
     """
     try:
         share_openmp()
         processor = this_processor()
-        return _first_that_loads(name, _prebuilt(name, processor)) or _open(_compiled(name, cache_dir, processor))
+        compiled = cache_dir / "native" / _compiled_name(name, processor, os.environ)
+        existing = [path for path in (*_prebuilt(name, processor), compiled) if path.exists()]
+        if found := _first_that_loads(name, existing):
+            return found
+        _compile(name, compiled, replace=compiled in existing)
+        return _open(compiled)
     except (KernelUnavailable, OSError, Timeout) as exc:
         logger.warning("the kernel %s is off, and torch does its work more slowly: %s", name, exc)
         return None
@@ -87,11 +93,10 @@ def check_trusted(library: Path, user: int) -> None:
 
 
 def _prebuilt(name: str, processor: Processor) -> list[Path]:
-    """Return the existing libraries that were built ahead of time for such a processor, the fastest first."""
+    """Return where libraries built ahead of time for such a processor would be, the fastest first."""
     if os.environ.get("CXXFLAGS"):  # options of one's own ask for a build of one's own
         return []
-    paths = (prebuilt_path(PREBUILT, variant, name) for variant in processor.fitting())
-    return [path for path in paths if path.exists()]
+    return [prebuilt_path(PREBUILT, variant, name) for variant in processor.fitting()]
 
 
 def _first_that_loads(name: str, libraries: Iterable[Path]) -> ctypes.CDLL | None:
@@ -104,24 +109,34 @@ def _first_that_loads(name: str, libraries: Iterable[Path]) -> ctypes.CDLL | Non
     return None
 
 
-def _compiled(name: str, cache_dir: Path, processor: Processor) -> Path:
-    """Return the library compiled for this very processor. Raises: KernelUnavailable, OSError, Timeout."""
+def _compiled_name(name: str, processor: Processor, environment: Mapping[str, str]) -> str:
+    """Return the file name of the library compiled for this very processor with this choice of compiler and options.
+
+    No version of the compiler is part of it: the file can be found where there is no compiler, and a newer compiler
+    makes the same functions of the same sources.
+    """
+    chosen = [f"{variable}={environment.get(variable, '')}" for variable in ("CXX", "CXXFLAGS")]
+    return file_name(name, *_NATIVE, *chosen, processor.description)
+
+
+def _compile(name: str, library: Path, *, replace: bool) -> None:
+    """Compile the library, unless another process did meanwhile. `replace`: the file there is refused.
+
+    Raises: KernelUnavailable, OSError, Timeout.
+    """
     compiler = Compiler.find()
-    parts = (*_NATIVE, *compiler.options, compiler.version(), processor.description)
-    library = _private(cache_dir / "native") / file_name(name, *parts)
+    _private(library.parent)
     with FileLock(library.with_suffix(".lock"), timeout=_LOCK_S):
-        if not library.exists():
+        if replace or not library.exists():
             compiler.compile(source_of(name), _NATIVE, library)
-    return library
 
 
-def _private(folder: Path) -> Path:
+def _private(folder: Path) -> None:
     """Create the folder for this user alone, and take others' right to write from one that this user has made."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = folder.stat()
     if found.st_uid == os.geteuid() and found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         folder.chmod(0o700)
-    return folder
 
 
 def _open(library: Path) -> ctypes.CDLL:

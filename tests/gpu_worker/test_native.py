@@ -54,6 +54,32 @@ def test_a_kernel_is_compiled_once(tmp_path: Path, lora_kernel: LoraKernel) -> N
     assert [(path, path.stat().st_mtime_ns) for path in libraries(tmp_path)] == [(library, made)]
 
 
+def test_a_compiled_kernel_needs_no_compiler_and_no_writable_folder(
+    tmp_path: Path, no_options: pytest.MonkeyPatch, lora_kernel: LoraKernel, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert load_kernel(tmp_path) is not None
+    [library] = libraries(tmp_path)
+    library.with_suffix(".lock").unlink(missing_ok=True)
+    library.parent.chmod(0o555)
+    no_options.setenv("PATH", "")
+    try:
+        assert load_kernel(tmp_path) is not None
+    finally:
+        library.parent.chmod(0o755)
+    assert list(library.parent.iterdir()) == [library], "no lock was taken"
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("variable", ["CXX", "CXXFLAGS"])
+def test_another_choice_of_compiler_or_options_compiles_anew(
+    variable: str, tmp_path: Path, no_options: pytest.MonkeyPatch, lora_kernel: LoraKernel
+) -> None:
+    assert load_kernel(tmp_path) is not None
+    no_options.setenv(variable, {"CXX": Compiler.find().command[0], "CXXFLAGS": "-g"}[variable])
+    assert load_kernel(tmp_path) is not None
+    assert len(libraries(tmp_path)) == 2
+
+
 def test_without_a_compiler_there_is_none(
     tmp_path: Path, no_options: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -67,7 +93,7 @@ def test_without_a_compiler_there_is_none(
 def test_a_compiler_that_fails_is_logged_and_leaves_nothing(
     tmp_path: Path, no_options: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    script(tmp_path / "c++", 'test "$1" = --version && exit 0; echo "unknown option" >&2; exit 1')
+    script(tmp_path / "c++", 'echo "unknown option" >&2; exit 1')
     no_options.setenv("PATH", str(tmp_path))
     assert load_kernel(tmp_path / "cache") is None
     assert "unknown option" in caplog.text
@@ -113,7 +139,7 @@ def test_a_library_that_cannot_be_loaded_costs_the_kernel_alone(
     tmp_path: Path, no_options: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As on a file system that is mounted without the right to execute."""
-    script(tmp_path / "c++", 'for last; do :; done; test "$1" = --version || echo "not a library" > "$last"')
+    script(tmp_path / "c++", 'for last; do :; done; echo "not a library" > "$last"')
     no_options.setenv("CXX", str(tmp_path / "c++"))
     assert load_fused(tmp_path) is None
     assert len(libraries(tmp_path)) == 1
@@ -130,14 +156,25 @@ def test_a_folder_is_made_for_this_user_alone(tmp_path: Path, lora_kernel: LoraK
 
 
 @pytest.mark.parametrize("mode", [0o664, 0o646], ids=oct)
-def test_a_library_that_others_can_write_is_not_loaded(
-    mode: int, tmp_path: Path, lora_kernel: LoraKernel, caplog: pytest.LogCaptureFixture
+def test_a_library_that_others_can_write_is_not_loaded_but_compiled_again(
+    mode: int,
+    tmp_path: Path,
+    no_options: pytest.MonkeyPatch,
+    lora_kernel: LoraKernel,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     load_kernel(tmp_path)
     [library] = libraries(tmp_path)
+    library.unlink()  # the loaded file stays as it is
+    library.write_bytes(b"code of another user")
     library.chmod(mode)
-    assert load_kernel(tmp_path) is None
-    assert "can be written by other users" in caplog.text
+    with no_options.context() as without_compiler:
+        without_compiler.setenv("PATH", "")
+        assert load_kernel(tmp_path) is None
+    assert "can be written by other users" in caplog.text and "no C++ compiler" in caplog.text
+    assert load_kernel(tmp_path) is not None
+    assert libraries(tmp_path) == [library]
+    assert library.stat().st_mode & 0o777 == 0o644 and library.read_bytes()[:4] == b"\x7fELF"
 
 
 def test_a_folder_that_others_can_write_is_not_trusted(tmp_path: Path) -> None:
