@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -55,3 +56,15 @@ def test_more_values_are_refused_unread(text: str) -> None:
 def test_what_is_no_json_is_refused_with_the_place(body: bytes, says: str) -> None:
     with pytest.raises(RequestInvalid, match=says):
         read_json(body)
+
+
+@pytest.mark.parametrize(
+    "piece", ['"",', '[,"",', ",\\\\", '"\\\\",'], ids=["strings", "marks", "backslashes", "escapes"]
+)
+def test_large_bodies_are_counted_within_little_time(piece: str) -> None:
+    """Thirty times what the server accepts, so that the bound is generous where the machine is slow."""
+    body = (piece * (32 * (4 << 20) // len(piece))).encode()
+    before = time.process_time()
+    with pytest.raises(RequestInvalid, match=f"more than {MAX_JSON_VALUES} JSON values"):
+        read_json(body)
+    assert time.process_time() - before < 3
