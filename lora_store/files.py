@@ -92,9 +92,13 @@ class Files:
                         stream.write(piece)
 
     def entries(self) -> list[StoredFile]:
-        """Everything below this place, half-written files of a crash too."""
+        """Return everything below this place, half-written files of a crash too."""
+        below = FileSelector(self._root, recursive=True, allow_not_found=True)
         with store_errors():
-            found = self._files.get_file_info(FileSelector(self._root, recursive=True, allow_not_found=True))
+            try:
+                found = self._files.get_file_info(below)
+            except FileNotFoundError:  # pyarrow 26, where another process makes the folder while it looks
+                found = self._files.get_file_info(below)
         prefix_len = len(self._root) + 1
         return [StoredFile(info.path[prefix_len:], info.size, info.mtime) for info in found if info.is_file]
 

@@ -31,6 +31,31 @@ def test_what_was_written_is_read(files):
     assert files.contains("a/b") and not files.contains("a/c")
 
 
+class MadeWhileLooking:
+    """A location whose file system fails the first listing, as pyarrow does where a folder is made while it looks."""
+
+    def __init__(self, location):
+        self.is_local = location.is_local
+        self._files, self._root = location.filesystem()
+        self.num_listings = 0
+
+    def filesystem(self):
+        return self, self._root
+
+    def get_file_info(self, below):
+        self.num_listings += 1
+        if self.num_listings == 1:
+            raise FileNotFoundError(2, "Cannot list directory")
+        return self._files.get_file_info(below)
+
+
+def test_a_folder_that_is_made_while_it_is_listed_is_listed_again(location):
+    Files(location).write("a", b"one")
+    made = MadeWhileLooking(location)
+    assert [entry.name for entry in Files(made).entries()] == ["a"]
+    assert made.num_listings == 2
+
+
 def test_entries_are_everything_below(files):
     before = datetime.now(UTC)
     assert files.entries() == []

@@ -98,7 +98,7 @@ def test_private_adapters_of_others_have_no_vote_on_the_floor() -> None:
         record_of("theirs", EAST, tenant="b", visibility="private", own_scores=scores["theirs"]),
         record_of("foreign", EAST, encoder="another", own_scores=[-1.0] * 50),
     )
-    for tenant, seen in [("a", ("public", "mine")), ("b", ("public", "theirs")), ("c", ("public",))]:
+    for tenant, seen in [("a", ("mine",)), ("b", ("public", "theirs")), ("c", ("public",))]:
         assert pool.floor(tenant) == pytest.approx(calibrate_floor([groups[name] for name in seen]), abs=1e-9)
     empty = pool_of(record_of("single", EAST))
     assert empty.floor("a") == NO_FLOOR
