@@ -17,7 +17,7 @@ _MEANING = {
     404: "there is no such model, adapter or version for this caller",
     409: "`plan_gone`: the plan cannot be replayed, a version it pins is not kept any more",
     413: "the body is larger than the server reads",
-    421: "the Host of the request is no name of this server",
+    421: "The Host header is not a name of this server",
     422: "no adapter matched and the caller wanted no fallback, or adapters drive the model out of range",
     408: "the body came too slowly",
     429: "too many requests of this caller; `Retry-After` tells when to come back",

@@ -12,7 +12,7 @@ DeploymentsError
 ├── VersionNotKept     the adapter has no kept version of that digest
 ├── VersionChanged     another version is live than the one the request names
 ├── AdapterExists      the name is taken and the request does not say that it may be replaced
-├── HostRefused        `Host` is no name that this server answers to
+├── HostRefused        the Host header is not a name of this server
 ├── OriginRefused      a page of another origin asks
 ├── PublishingOff      this door does not publish
 ├── SourceRefused      the URI is not one that adapters may be published from

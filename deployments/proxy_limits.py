@@ -49,7 +49,7 @@ def _by_file_limit() -> int:
 
 
 def require_own_proxy(environment: Mapping[str, str], *, has_keys: bool) -> None:
-    """Check that clients can be told from this machine's own, where no keys do it.
+    """Check that a server without keys can tell remote clients from local ones.
 
     With its HAProxy in front, Serve (2.60) listens on all interfaces, every client's connection comes from loopback,
     and no header says otherwise: everybody could change the pool. Raises: ProxyUnsafe.
