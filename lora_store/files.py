@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import TypeVar
 from uuid import uuid4
 
 import pyarrow as pa
@@ -20,6 +21,7 @@ from pyarrow.fs import FileSelector
 from lora_store.errors import StoreUnavailable
 from lora_store.location import Location
 
+Result = TypeVar("Result")
 _NUM_THREADS = 16  # requests to an endpoint at once
 _CAUSE_CHARS = 100
 _PART_BYTES = 1 << 20
@@ -44,23 +46,15 @@ class Files:
             self._files, self._root = location.filesystem()
 
     def read(self, name: str) -> bytes | None:
-        """The object's bytes, None where there is none."""
-        with store_errors():
-            try:
-                stream = self._files.open_input_stream(f"{self._root}/{name}")
-            except FileNotFoundError:
-                return None
-            with stream:
-                try:
-                    return bytes(stream.read())
-                except OSError:
-                    if self.contains(name):
-                        raise
-                    return None  # deleted since it was opened, which pyarrow 26 tells as a broken stream
+        """Return the object's bytes, or None if there is no such object."""
+        return self._consume(name, lambda stream: bytes(stream.read()))
 
     def digest(self, name: str) -> str | None:
-        """The sha256 of the object's bytes, read in parts; None where there is none."""
-        hashed = hashlib.sha256()
+        """Return the sha256 of the object's bytes, read in parts, or None if there is no such object."""
+        return self._consume(name, _sha256)
+
+    def _consume(self, name: str, consume: Callable[[pa.NativeFile], Result]) -> Result | None:
+        """Return what `consume` makes of the object's open stream, or None if there is no such object."""
         with store_errors():
             try:
                 stream = self._files.open_input_stream(f"{self._root}/{name}")
@@ -68,13 +62,11 @@ class Files:
                 return None
             with stream:
                 try:
-                    while part := stream.read(_PART_BYTES):
-                        hashed.update(part)
+                    return consume(stream)
                 except OSError:
                     if self.contains(name):
                         raise
-                    return None  # deleted since it was opened
-        return hashed.hexdigest()
+                    return None  # deleted after it was opened; pyarrow 26 reports a broken stream
 
     def write(self, name: str, data: bytes, *, durable: bool = True) -> None:
         """Write or replace the object. `durable`: in a folder it outlasts a power failure, too."""
@@ -130,6 +122,13 @@ def store_errors() -> Iterator[None]:
         yield
     except (OSError, DeltaError, pa.ArrowException) as exc:
         raise StoreUnavailable(_short(exc)) from exc
+
+
+def _sha256(stream: pa.NativeFile) -> str:
+    hashed = hashlib.sha256()
+    while part := stream.read(_PART_BYTES):
+        hashed.update(part)
+    return hashed.hexdigest()
 
 
 def _short(error: Exception) -> str:
