@@ -30,7 +30,7 @@ def linked_files(folder: Path) -> list[Path]:
 
 
 def open_plain(path: Path) -> BinaryIO:
-    """Open a file that is no symbolic link, also where it has become one a moment ago. Raises: OSError."""
+    """Open a file without following a symbolic link in its place. Raises: OSError."""
     return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW))
 
 

@@ -277,7 +277,7 @@ class PromptPlace(BaseModel):
 class Stats(BaseModel):
     """Sums over the replicas that answered. Counters rise until a replica is replaced.
 
-    `tenant`: the caller's own rows and tokens; `workers`: everybody's, null where the caller's key is no admin's.
+    `tenant`: the caller's own rows and tokens; `workers`: those of all tenants, null unless the caller is an admin.
     """
 
     object: Literal["stats"]

@@ -1,4 +1,4 @@
-"""Texts that wait for the encoder: tenants take turns, and nobody fills the queue for everybody else."""
+"""Queue texts for the encoder: tenants take turns, and one tenant cannot fill the queue."""
 
 from __future__ import annotations
 

@@ -29,8 +29,8 @@ DeploymentsError
 ├── NoWorkerYet        all workers were scaled away, and none has started again in time
 ├── Poisoned           a third replica died while it worked on this request
 ├── ReplicaWedged      a health check found the engine hanging; Serve replaces the replica
-├── RayUnauthenticated Ray would run code for whoever reaches one of its ports
-├── ProxyUnsafe        Ray's proxy would make every client a local one, and there are no keys
+├── RayUnauthenticated Ray would run code for any client of its ports
+├── ProxyUnsafe        Ray's HAProxy hides the clients' addresses, and no keys are set
 └── BatchRefused       an offline run cannot begin, or cannot go on, as it was asked for
 """
 

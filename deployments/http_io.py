@@ -100,10 +100,10 @@ def path_of(scope: Scope) -> str:
 
 
 def is_loopback(http: Request) -> bool:
-    """Return whether the client is on this machine and is no reverse proxy and no page of another site.
+    """Return whether the client is on this machine, and is neither a reverse proxy nor a page of another site.
 
-    A proxy on this machine connects from loopback, whoever its client is; any header that only proxies add gives it
-    away. A browser lets any page post a form to any address, this machine's included; its `Origin` header says so.
+    A proxy on this machine connects from loopback for any client; it is recognised by the headers that only proxies
+    add. A browser lets any page post a form to any address, this machine's included; its `Origin` header says so.
     """
     if any(name in PROXY_HEADERS or name.startswith("x-forwarded-") for name in http.headers):
         return False

@@ -23,8 +23,8 @@ class KeyFile:
     """The keys of `path`, as of the moment a key is looked up: a `stat` tells whether the file is another one by now.
 
     A broken file leaves the keys as they were and is logged once. So does one that is missing or cannot be read, for
-    `missing_grace_s`; after that no key is valid until the file is back. Replace the file by a rename, and no reader
-    ever sees half of it.
+    `missing_grace_s`; after that no key is valid until the file is back. Replace the file by a rename, so that
+    no reader sees half of it.
     """
 
     def __init__(

@@ -37,7 +37,7 @@ class Removed:
 
 
 Charge = Callable[[int], None]
-"""Charges tokens that the encoder is about to read to whoever publishes. Raises: RateLimited, RequestInvalid."""
+"""Charge the publishing key for tokens that the encoder is about to read. Raises: RateLimited, RequestInvalid."""
 
 
 def free_of_charge(num_tokens: int) -> None:

@@ -48,7 +48,7 @@ class Readiness:
             return {"status": found["status"]}
         refused: dict[str, str] = {}
         for path, reason in found["refused"].items():
-            name = Path(path).name  # where the server keeps its folders is nobody's business
+            name = Path(path).name  # clients must not learn the server's paths
             reason = reason.replace(path, name)
             refused[name] = f"{refused[name]}; {reason}" if name in refused else reason
         return found | {"refused": refused}
@@ -87,6 +87,6 @@ class Readiness:
 
 
 def _retrieve(task: asyncio.Task[tuple[int, int]]) -> None:
-    """Take the error of an answer that nobody waits for any more: asyncio logs it otherwise."""
+    """Retrieve the error of an abandoned answer, which asyncio would log otherwise."""
     if not task.cancelled():
         task.exception()

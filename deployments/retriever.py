@@ -145,7 +145,7 @@ class RetrieverDeployment:
         return await _on(self._searches, self._retriever.map, tenant)
 
     async def place(self, tenant: str, text: str, names: Sequence[str], min_generation: int = 0) -> Place:
-        """Where a prompt and these adapters lie on that plane. Raises: EncoderBusy, StaleIndex."""
+        """Return where a prompt and these adapters are on that plane. Raises: EncoderBusy, StaleIndex."""
         await self._reach_for(tenant, min_generation)
         [encoded] = await self._prompts.encoded(tenant, [text])
         return await _on(self._searches, self._retriever.place_encoded, tenant, encoded, names)
@@ -228,7 +228,7 @@ class RetrieverDeployment:
         return self._retriever.generation
 
     async def _reach_for(self, tenant: str, generation: int) -> None:
-        """Serve what the tenant was told of as `generation`.
+        """Catch up with `generation`, as answers reported it to this tenant.
 
         Clients choose that number, so for them the catalogue is read every `_READ_EVERY_S` at most, however many ask.
         """

@@ -9,7 +9,7 @@ _NOT_KEPT = ("application/json", "application/x-ndjson", "text/event-stream", "t
 
 
 class SafeHeaders:
-    """ASGI middleware: no answer is taken for another type than it says, and no answer about the pool is kept.
+    """ASGI middleware: forbid browsers to guess the type of an answer, and caches to keep answers about the pool.
 
     Answers hold prompts' texts and what one key may see; a cache in between or a browser must not keep them. Files of
     the console say themselves how long they may be kept.

@@ -31,7 +31,7 @@ class TenantUsage:
 
     @contextmanager
     def row(self, tenant: str) -> Iterator[Row]:
-        """Count a row while it runs; tell it each delta."""
+        """Count a row while it runs. Pass each of its deltas to the returned counter."""
         usage = self._usages.setdefault(tenant, Usage())
         self._usages.move_to_end(tenant)
         if len(self._usages) > self._max_tenants:

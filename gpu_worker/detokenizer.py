@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
-_REPLACEMENT = "\ufffd"  # what decoders make of bytes that are no character, or not yet one
+_REPLACEMENT = "\ufffd"  # what decoders return for invalid or unfinished characters
 _MOST_UNFINISHED = 3  # ids: a character has at most four bytes
 _PROMPT_IDS = 8  # at least so many of the prompt's last ids are the first context
 _MOST_PROMPT_IDS = 1024  # at most so many, but for an unfinished character, where they have no text
@@ -42,7 +42,7 @@ class Detokenizer:
         return ""
 
     def finish(self) -> str:
-        """Return the text of what is pending, with U+FFFD for bytes that are no character."""
+        """Return the text of what is pending, with U+FFFD for invalid bytes."""
         return self._release(len(self._pending), self._text_of(self._pending))
 
     def _broken(self, text: str) -> str:
@@ -63,7 +63,7 @@ class Detokenizer:
         text = self._decode(self._context + ids)
         if text.startswith(self._context_text):
             return text[len(self._context_text) :]
-        return self._decode(ids)  # broken bytes that change what was before them, and are no words with spaces
+        return self._decode(ids)  # invalid bytes that changed the text before them: no space is at stake
 
     def _decode(self, ids: Sequence[int]) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True)

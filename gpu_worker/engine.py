@@ -179,7 +179,7 @@ class Engine:
         return self.residency.resident.union(*[row.weights_digests for row in self.waiting])
 
     def fail_all(self, error: Exception) -> None:
-        """End every request with `error`. Raises: what freeing raises on a device that is lost; all have heard then."""
+        """End every request with `error`. Raises: what freeing raises on a lost device, after all events were sent."""
         waiting = list(self.waiting)
         try:
             self._end([(row, error) for row in self.running])
@@ -323,7 +323,7 @@ class Engine:
         try:
             self._release([row for row, _ in failed])
             works = works or self._device_check.works(num_tokens)
-        finally:  # a device that is lost frees nothing any more: whoever waits for these rows hears of it all the same
+        finally:  # freeing may raise on a lost device; the clients get their error all the same
             for row, cause in failed:
                 error = RequestFailed(row.request_id) if works else EngineStopped(NOTHING_COMPUTED)
                 error.__cause__ = cause

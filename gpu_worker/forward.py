@@ -74,9 +74,9 @@ class ForwardPass:
         return logits
 
     def can_compute(self, row: Row) -> bool:
-        """Compute the first token of a row that is nobody's request; return whether that went well.
+        """Compute the first token of a row that belongs to no request; return whether it succeeded.
 
-        Needs a free row and a free page of the cache. Raises: what freeing them again raises on a device that is lost.
+        Needs a free row and a free page of the cache. Raises: what freeing them raises on a lost device.
         """
         probe_row = self._kv_cache.allocate(1, 1)
         try:

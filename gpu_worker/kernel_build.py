@@ -78,7 +78,7 @@ def source_of(name: str) -> Path:
 
 
 def file_name(name: str, *parts: str) -> str:
-    """Return a library's name, which tells apart all it depends on: its sources, its options and `parts`."""
+    """Return a library's name: it contains a digest of its sources, its options and `parts`."""
     sources = [path.read_text(encoding="utf-8") for path in (source_of(name), *sorted(FOLDER.glob("*.h")))]
     digest = hashlib.sha256("\0".join((*sources, *_OPTIONS, *parts)).encode()).hexdigest()
     return f"{name}-{digest[:16]}.so"

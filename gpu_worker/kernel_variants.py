@@ -16,7 +16,7 @@ _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One kind of processor. `needs`: flags of /proc/cpuinfo; `options`: what the compiler is told."""
+    """One kind of processor. `needs`: flags of /proc/cpuinfo; `options`: of the compiler."""
 
     name: str
     machine: str  # as `platform.machine()` names it
@@ -37,7 +37,7 @@ class Processor:
 
     machine: str
     flags: frozenset[str]
-    description: str  # tells processors apart for which native code differs
+    description: str  # differs between processors that need different native code
 
     def fitting(self) -> list[Variant]:
         """Return the variants that run here, the fastest first."""

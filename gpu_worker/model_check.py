@@ -1,7 +1,7 @@
 """Evidence at start that the packed engine computes what the model's own implementation in transformers computes.
 
-No list of families tells which models can be served: a new one may attend twice in a layer, carry a state from token
-to token or bypass the layers that adapters change. So short prompts are run through the untouched model with
+A list of families cannot say which models can be served: a new one may attend twice in a layer, carry a state from
+token to token or bypass the layers that adapters change. So short prompts are run through the untouched model with
 transformers' eager attention, and through the engine: prompt chunks, decode tokens, several rows at once, with and
 without an adapter. Where the logits differ the model is refused.
 """

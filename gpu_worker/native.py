@@ -78,7 +78,7 @@ def share_openmp() -> None:
     folders = (package, package.with_name("torch.libs"))
     own = [path for path in runtimes if any(path.resolve().is_relative_to(folder) for folder in folders)]
     if not own and len(runtimes) != 1:
-        raise KernelUnavailable(f"torch's OpenMP runtime is not to be told from others: {runtimes or 'none is loaded'}")
+        raise KernelUnavailable(f"torch's OpenMP runtime cannot be identified among: {runtimes or 'none is loaded'}")
     ctypes.CDLL(str((own or runtimes)[0]), mode=ctypes.RTLD_GLOBAL)
 
 

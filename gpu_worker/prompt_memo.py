@@ -21,7 +21,7 @@ _Outcome = Sequence[int] | GpuWorkerError | None
 class PromptMemo:
     """Token ids, or the refusal, by tenant, template and prompt. Safe to call from any thread.
 
-    The tenant is part of the key: a quick answer must not tell anybody what another tenant asked. Rows that come while
+    The tenant is part of the key: a fast answer must not reveal another tenant's prompts. Rows that come while
     the first one tokenizes wait for it. Keys are digests and a refusal is kept without its traceback and its cause, so
     no text stays in memory.
     """
@@ -54,7 +54,7 @@ class PromptMemo:
         try:
             tokens = tokenize(job)
         except GpuWorkerError as exc:
-            made.set_result(copy.copy(exc))  # the copy has no traceback: `exc` gets the frames of whoever raises it
+            made.set_result(copy.copy(exc))  # a copy without traceback: raising adds frames to `exc`
             raise
         except BaseException:
             self._forget(key)

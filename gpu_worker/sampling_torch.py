@@ -18,7 +18,7 @@ from gpu_worker.argmax import argmax
 from gpu_worker.transfer import to_device
 
 _BLOCK = 512  # ids whose masses are added up before the block of the drawn one is searched
-_PEAK_BLOCK = 64  # ids whose largest logit stands for them in the search for the largest of all
+_PEAK_BLOCK = 64  # ids per block in the search for the largest logits
 _FEW = 1024  # top_k up to which that search is worth its while; above, a row is sorted
 _SHORT_LIST = 1024  # ids that hold top_p of the mass as a rule; looked at first where reading a number is free
 _ROWS_AT_ONCE = {True: 4, False: 32}  # by `on_host`: bounds the memory of float32 copies; a CPU has them in its cache

@@ -196,7 +196,7 @@ class EventTable:
         return not lacking
 
     def _written(self, rows: pa.Table, generation: int) -> AddAction:
-        """A new data file with these rows, which is no part of the table yet."""
+        """Write a data file with these rows. It is not part of the table until it is committed."""
         sink = pa.BufferOutputStream()
         pq.write_table(rows, sink, compression="zstd", use_dictionary=False, write_statistics=False)
         data = sink.getvalue()

@@ -190,7 +190,7 @@ def events_of(table: pa.Table, after: int, until: int | None = None) -> Iterator
 def dated_events_of(table: pa.Table, after: int, until: int | None = None) -> Iterator[tuple[int, Event]]:
     """Yield (generation, event) of every row above generation `after`, up to `until` where given, as they happened.
 
-    A fold above `after` stands for all events up to its generation. Arrays are views of the table's memory, not
+    A fold above `after` replaces all events up to its generation. Arrays are views of the table's memory, not
     copies, and repeated values are one object: a large pool opens in seconds and takes little more than its embeddings
     do.
     """

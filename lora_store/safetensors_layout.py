@@ -39,12 +39,12 @@ def tensors_in(entries: Mapping[str, Any], data: Tensor) -> dict[str, Tensor]:
         if dtype is None or not _is_shape(shape):
             raise ValueError(f"tensor {name[:200]!r} has no valid dtype and shape")
         if begin != end or stop - begin != math.prod(shape) * dtype.itemsize or stop > len(data):
-            raise ValueError(f"tensor {name[:200]!r} does not lie where its header says")
+            raise ValueError(f"tensor {name[:200]!r} is not at the offset that its header gives")
         part = data[begin:stop]
         part = part if begin % dtype.itemsize == 0 else part.clone()
         found[name], end = part.view(dtype).reshape(shape), stop
     if end != len(data):
-        raise ValueError(f"holds {len(data)} bytes of tensors, and its header tells of {end}")
+        raise ValueError(f"holds {len(data)} bytes of tensors, but its header declares {end}")
     return found
 
 

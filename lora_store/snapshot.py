@@ -82,7 +82,7 @@ class Snapshot:
     def generation_for(self, tenant: str) -> int:
         """Return the generation of the newest change that `tenant` can see: others' private changes do not move it.
 
-        Whoever waits for a generation it was told waits for this number to reach it. A state that was not read from a
+        A client that waits for a generation waits for this number to reach it. A state that was not read from a
         catalogue does not know what changed when: there it is the state's own generation.
         """
         if not self.shown:

@@ -19,8 +19,8 @@ def differences(
     """(names whose record is gone or another by now, records that are new).
 
     A later generation keeps the earlier one's records, as objects and in their order. So the two are walked side by
-    side, which costs a tenth of looking every name up; what stands elsewhere counts as gone and as new. Two maps that
-    share their memory are compared only where they differ.
+    side, which costs a tenth of looking every name up; a name at another place counts as removed and as added. Two
+    maps that share their memory are compared only where they differ.
     """
     if isinstance(old, PersistentMap) and isinstance(new, PersistentMap):
         keys = new.changed_since(old)

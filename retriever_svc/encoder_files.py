@@ -73,7 +73,7 @@ def _named_model(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
     except (OSError, ValueError) as exc:
-        raise EncoderUnusable(name, f"it is no folder, and not to be had from the model hub: {exc}") from exc
+        raise EncoderUnusable(name, f"not a local folder, and the model hub has no such model: {exc}") from exc
 
 
 def _packaged_folder() -> Path | None:

@@ -178,7 +178,7 @@ class Retriever:
         return snapshot.generation_for(tenant), [record for record in kept if record.is_visible_to(tenant)]
 
     def _pool_at(self, min_generation: int, tenant: str) -> Pool:
-        """Compare with what the tenant can see: otherwise asking would tell it how far others have got."""
+        """Compare with what the tenant can see, so that asking reveals nothing about other tenants' changes."""
         pool = self._pools.current
         found = pool.snapshot.generation_for(tenant)
         if found < min_generation:

@@ -17,9 +17,9 @@ MAX_OWNERS = 32
 class VectorCache:
     """Vectors by owner and text. Each owner has `max_entries` of its own, the least recently used dropped first.
 
-    One owner's texts neither answer another owner's questions nor push its entries out, so nobody can tell from a
-    quick answer what somebody else asked. Memory is bounded by `max_owners`: the owner that asked least recently
-    loses all its entries. Keys are digests, so no text stays in memory.
+    One owner's texts neither answer another owner's questions nor push its entries out, so a fast
+    answer reveals nothing about another owner's texts. Memory is bounded by `max_owners`: the owner that asked least
+    recently loses all its entries. Keys are digests, so no text stays in memory.
     """
 
     def __init__(self, max_entries: int, max_owners: int = MAX_OWNERS) -> None:

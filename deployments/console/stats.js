@@ -45,7 +45,7 @@ function show({ pool, tenant, workers, read_at, base_model, defaults }) {
   byId("k").placeholder = defaults.k;
   byId("strategy").options[0].text = `server's (${defaults.strategy})`;
   if (workers) showWorkers(workers);
-  else say("figure-running", whole(tenant.num_running)); // the key is no admin's: what others do stays unknown
+  else say("figure-running", whole(tenant.num_running)); // without the role admin the server reports this tenant's figures only
   showRate((workers ?? tenant).new_tokens, read_at);
   const lag = pool.generation !== null && pool.oldest_generation < pool.generation;
   say("figure-generation", pool.generation === null ? "–" : `${whole(pool.generation)}${lag ? " (one behind)" : ""}`);

@@ -10,7 +10,7 @@ from fastapi.routing import APIRoute, iter_route_contexts
 
 from deployments.ingress import app
 
-# The role each route below /v1/ asks for; None: any valid key. A new route must be added here, by whoever adds it.
+# The role each route below /v1/ asks for; None: any valid key. Add each new route here.
 ROLES_OF: dict[tuple[str, str], str | None] = {
     ("GET", "/v1/models"): None,
     ("GET", "/v1/models/{model:path}"): None,
