@@ -27,3 +27,8 @@ def write(path: Path, *entries: dict[str, Any]) -> Path:
 
 def bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
+
+
+def keys_of_all_roles(folder: Path) -> Path:
+    """Write one key for everything, and one for each role alone."""
+    return write(folder / "keys.json", entry("all"), *[entry(role, roles=[role]) for role in ROLES])

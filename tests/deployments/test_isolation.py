@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import logging
 import statistics
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +17,14 @@ import pytest
 from deployments.retriever_figures import RetrieverFigures
 from deployments.uploads import FolderUpload
 from retriever_svc import IndexSettings, RouteRequest
-from tests.deployments.asking import error_of
 from tests.deployments.figure_fakes import FakeKinds
-from tests.deployments.two_tenants import TENANTS, WORDS, TwoTenants, plans_of, two_tenants
+from tests.deployments.isolation import Request, answer_to, run
+from tests.deployments.two_tenants import TENANTS, WORDS, TwoTenants, plans_of
 from tests.soak import Scale
 
 EXACT = IndexSettings()
 BY_LISTS = IndexSettings(exact_rows=0, side_rows=0, num_probes=1)
 NUM_PRIVATE = 50
-
-
-def run(
-    folder: Path, scenario: Callable[[TwoTenants], Coroutine[Any, Any, None]], num_private: int = 3, **options: Any
-) -> None:
-    async def main() -> None:
-        async with two_tenants(folder, num_private, **options) as tenants:
-            await scenario(tenants)
-
-    asyncio.run(main())
-
-
-Request = tuple[str, str, dict[str, Any]]  # method, path, JSON body
 
 
 def searching(prompt: str) -> Iterator[Request]:
@@ -87,11 +73,6 @@ def naming(name: str, owner: str) -> Iterator[Request]:
         yield "POST", "/v1/unload_lora_adapter", {"lora_name": form}
         if "@" not in form:
             yield "POST", f"/v1/loras/{form}/approve", {"digest": "0" * 64}
-
-
-async def answer_to(tenants: TwoTenants, tenant: str, request: Request) -> httpx.Response:
-    method, path, body = request
-    return await tenants.ask(tenant, method, path, **({"json": body} if method in ("POST", "PATCH") else {}))
 
 
 @pytest.mark.parametrize("index", [EXACT, BY_LISTS], ids=["exact", "lists"])
@@ -331,117 +312,5 @@ def test_what_another_tenant_asked_or_published_makes_no_difference_to_the_encod
                     for _ in range(2):
                         assert (await answer_to(tenants, mine, request_of(text))).status_code == 200
                     assert computed == [text], request_of(text)[1]  # once, by its own tenant
-
-    run(tmp_path, look)
-
-
-def test_a_withdrawn_name_means_no_other_tenants_adapter(tmp_path: Path) -> None:
-    """Nor does a misspelt one: clients of the name would get weights that a stranger chose."""
-
-    async def look(tenants: TwoTenants) -> None:
-        acme, globex = TENANTS
-        texts = ["Sing of the sea."]
-        assert (await tenants.publish(acme, [tenants.folder("poet", 300, texts)])).status_code == 201
-        squat = await tenants.publish(globex, [tenants.folder("poet", 301, [*texts, "More."])], visibility="public")
-        assert squat.status_code == 201
-        assert (await tenants.ask(acme, "DELETE", "/v1/loras/poet")).status_code == 200
-        for request in naming_to_answer("poet"):
-            response = await answer_to(tenants, acme, request)
-            assert response.status_code == 404, (request, response.text)
-            assert "did you mean 'globex/poet'?" in response.json()["error"]["message"]
-        for request in naming_to_answer("globex/poet"):
-            assert (await answer_to(tenants, acme, request)).status_code == 200, request
-        for request in naming_to_answer("poet"):
-            assert (await answer_to(tenants, globex, request)).status_code == 200, request
-
-    run(tmp_path, look)
-
-
-async def generations_told(tenants: TwoTenants, tenant: str) -> list[Any]:
-    """Every generation that the routes tell this tenant."""
-    name = f"open-{tenant}"
-    route = await tenants.ask(tenant, "POST", "/v1/route", json={"prompt": "hi", "lora": {"explain": True}})
-    named = {"prompt": "hi", "lora": {"adapters": [{"name": name}]}}
-    doctor = await tenants.ask(tenant, "POST", "/v1/pool/doctor", json={})
-    answers = {
-        path: (await tenants.ask(tenant, "GET", path)).json()
-        for path in ("/v1/loras", "/v1/pool/map", "/v1/stats", f"/v1/loras/{name}")
-    }
-    stale = await tenants.ask(tenant, "GET", "/v1/loras", params={"min_generation": 10**9})
-    assert stale.status_code == 503
-    return [
-        route.json()["data"][0]["generation"],
-        (await tenants.ask(tenant, "POST", "/v1/route", json=named)).json()["data"][0]["generation"],
-        (await tenants.ask(tenant, "POST", "/v1/pool/map", json={"prompt": "hi"})).json()["generation"],
-        json.loads(doctor.text.splitlines()[-1])["result"]["generation"],
-        answers["/v1/loras"]["generation"],
-        answers["/v1/pool/map"]["generation"],
-        answers["/v1/stats"]["pool"]["generation"],
-        answers["/v1/stats"]["pool"]["oldest_generation"],
-        answers[f"/v1/loras/{name}"]["catalogue_generation"],
-        error_of(stale)["message"],
-    ]
-
-
-def test_no_generation_moves_with_anothers_private_changes(tmp_path: Path) -> None:
-    async def look(tenants: TwoTenants) -> None:
-        mine, other = TENANTS
-        before = await generations_told(tenants, mine)
-        [newest] = set(before[:-1])
-        for number in range(2):
-            folder = tenants.folder(f"more-{number}", 400 + number, ["A secret task."])
-            assert (await tenants.publish(other, [folder])).status_code == 201
-            assert await generations_told(tenants, mine) == before
-        assert (await tenants.ask(other, "DELETE", "/v1/loras/more-0")).status_code == 200
-        assert await generations_told(tenants, mine) == before
-        for path in ("/v1/loras", "/v1/pool/map"):  # nor can it be found out by asking for one
-            later = await tenants.ask(mine, "GET", path, params={"min_generation": newest + 1})
-            assert later.status_code == 503
-            assert (await tenants.ask(mine, "GET", path, params={"min_generation": newest})).status_code == 200
-
-    run(tmp_path, look)
-
-
-def naming_to_answer(name: str) -> Iterator[Request]:
-    """All that is answered by the adapter of this name."""
-    yield "POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}], "model": name}
-    yield "POST", "/v1/completions", {"prompt": "hi", "model": f"tiny-base:{name}"}
-    yield "POST", "/v1/route", {"prompt": "hi", "lora": {"adapters": [{"name": name}]}}
-    yield "GET", f"/v1/models/{name}", {}
-    yield "GET", f"/v1/loras/{name}", {}
-
-
-def test_verify_counts_only_what_the_caller_may_see(tmp_path: Path) -> None:
-    """Neither how many blobs others have, nor the digests of a damaged one of theirs."""
-
-    async def look(tenants: TwoTenants) -> None:
-        for tenant, other in itertools.permutations(TENANTS):
-            listed = (await tenants.ask(tenant, "GET", "/v1/loras", params={"limit": 1000})).json()
-            lines = (await tenants.ask(tenant, "POST", "/v1/pool/verify", json={})).text
-            result = json.loads(lines.splitlines()[-1])["result"]
-            assert result["num_blobs"] == 2 * listed["total"] - 1  # weights and samples; the public two share theirs
-            assert not tenants.secrets[other].search(lines)
-
-    run(tmp_path, look)
-
-
-def test_whoever_changes_the_pool_reads_its_own_change(tmp_path: Path) -> None:
-    async def look(tenants: TwoTenants) -> None:
-        mine, other = TENANTS
-        for number, visibility in enumerate(("private", "public", "private")):
-            noise = tenants.folder(f"noise-{number}", 500 + number, ["Noise."])
-            assert (await tenants.publish(other, [noise])).status_code == 201
-            folder = tenants.folder("own", 600 + number, [f"Version {number}."])
-            published = (await tenants.publish(mine, [folder], visibility=visibility)).json()["data"][0]
-            listed = await tenants.ask(
-                mine, "GET", "/v1/loras", params={"min_generation": published["generation"], "search": "own"}
-            )
-            assert listed.status_code == 200
-            assert listed.json()["generation"] >= published["generation"]
-            assert published["digest"] in [row["digest"] for row in listed.json()["data"]]
-        gone = (await tenants.ask(mine, "DELETE", "/v1/loras/own")).json()
-        listed = await tenants.ask(mine, "GET", "/v1/loras", params={"min_generation": gone["generation"]})
-        assert "own" not in [row["id"] for row in listed.json()["data"]]
-        assert listed.json()["generation"] == gone["generation"]
 
     run(tmp_path, look)

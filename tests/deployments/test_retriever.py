@@ -7,107 +7,24 @@ import json
 import logging
 import shutil
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Coroutine
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from deployments.config import AppConfig, RetrievalSettings
-from deployments.retriever import RetrieverDeployment
 from lora_store import (
     ActivateEncoder,
     AdapterNotFound,
-    AdapterRecord,
-    Catalogue,
     Embed,
-    Embedding,
     Event,
-    Publish,
-    Sample,
     StoreUnavailable,
 )
-from lora_store.blobs import BlobStore
-from lora_store.location import Location
-from lora_store.sample_files import write_samples
-from retriever_svc import EncoderUnusable, PageRequest, PinnedAdapter, RouteRequest, StaleIndex
-from retriever_svc.encoder import CHUNK_TOKENS, MAX_TOKENS
+from retriever_svc import EncoderUnusable, StaleIndex
 from retriever_svc.encoder_files import model_folder
+from tests.deployments.served_retriever import ALL, SAMPLES, Served, run
 from tests.retriever_svc.pool_fakes import record_of
-
-SAMPLES = {
-    "german": [Sample("Translate to German: good morning."), Sample("How do you say cheese in German?")],
-    "sums": [Sample("What is 3 + 4?"), Sample("Add 12 and 30.")],
-}
-ALL = PageRequest(100)
-
-
-class Ticks:
-    """A sleep that ends when the test says so, once the task that slept before has done its work."""
-
-    def __init__(self) -> None:
-        self.intervals_s: list[float] = []
-        self._asleep, self._wake = asyncio.Event(), asyncio.Event()
-
-    async def sleep(self, seconds: float) -> None:
-        self.intervals_s.append(seconds)
-        self._asleep.set()
-        await self._wake.wait()
-        self._wake.clear()
-
-    async def tick(self) -> None:
-        """One interval passes, and what it brought is done."""
-        await self._asleep.wait()
-        self._asleep.clear()
-        self._wake.set()
-        await self._asleep.wait()
-
-
-class Served:
-    """A replica, the catalogue it reads, and its clock."""
-
-    def __init__(self, folder: Path) -> None:
-        self.uri, self.ticks = str(folder), Ticks()
-        self.catalogue = Catalogue(Location(self.uri).child("catalogue"))
-        config = AppConfig(store_uri=self.uri, retrieval=RetrievalSettings(encoder_threads=1, poll_interval_s=7.0))
-        self.replica = RetrieverDeployment(config, sleep=self.ticks.sleep)
-
-    def publish(self, *records: AdapterRecord) -> int:
-        events: list[Event] = [Publish(record) for record in records]
-        return self.catalogue.commit(lambda snapshot: events)
-
-    async def embedded(self, *names: str) -> list[AdapterRecord]:
-        """Records as a publish would commit them, their samples in the store."""
-        found = await self.replica.embed([SAMPLES[name] for name in names], ["local"] * len(names))
-        return [self._record(name, item.embedding) for name, item in zip(names, found, strict=True) if item is not None]
-
-    def _record(self, name: str, embedding: Embedding) -> AdapterRecord:
-        digest = BlobStore(Location(self.uri).child("blobs")).put(write_samples(SAMPLES[name]))
-        return replace(record_of(name, None), samples_digest=digest, num_samples=2, embedding=embedding)
-
-    @property
-    def pools(self) -> Any:
-        return self.replica._pools
-
-
-@asynccontextmanager
-async def served(folder: Path) -> AsyncIterator[Served]:
-    started = Served(folder)
-    try:
-        yield started
-    finally:
-        started.replica._polling.cancel()
-
-
-def run(folder: Path, scenario: Callable[[Served], Coroutine[Any, Any, None]]) -> None:
-    async def main() -> None:
-        async with served(folder) as started:
-            await asyncio.wait_for(scenario(started), 60)
-
-    asyncio.run(main())
 
 
 def test_a_replica_is_at_the_newest_generation_before_it_is_ready(tmp_path: Path) -> None:
@@ -383,157 +300,5 @@ def test_the_doctor_streams_its_progress_and_ends_with_a_report(tmp_path: Path) 
         report = steps[-1].report
         assert report is not None
         assert (report.share_first, report.generation, len(report.adapters)) == (1.0, 1, 2)
-
-    run(tmp_path, scenario)
-
-
-def test_names_and_lists_are_answered_while_every_call_of_the_encoder_hangs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def scenario(here: Served) -> None:
-        [sums] = await here.embedded("sums")
-        await here.replica.catch_up(here.publish(sums))
-        entered, goes_on = threading.Event(), threading.Event()
-        encoder = here.pools.current.encoder
-        compute = encoder._compute
-
-        def hang(texts: list[str]) -> Any:
-            entered.set()
-            assert goes_on.wait(30)
-            return compute(texts)
-
-        monkeypatch.setattr(encoder, "_compute", hang)
-        routes = [here.replica.route([RouteRequest(f"Add {number}.")]) for number in range(40)]
-        places = [here.replica.place("local", f"Add {number}, please.", ["sums"]) for number in range(40)]
-        embeds = [here.replica.embed([[Sample(f"Sum {number}.")]], ["local"]) for number in range(40)]
-        waiting = [asyncio.ensure_future(call) for call in (*routes, *places, *embeds)]
-        assert await asyncio.to_thread(entered.wait, 20)
-        pinned = PinnedAdapter("sums", sums.ref.digest, 1.0)
-        async with asyncio.timeout(20):
-            assert (await here.replica.plan_named("local", [("sums", 1.0)], "selection")).generation == 1
-            assert (await here.replica.replay("local", "selection", [pinned], 1)).generation == 1
-            assert len((await here.replica.page("local", ALL)).rows) == 1
-            assert (await here.replica.record("local", "sums"))[0] == 1
-            assert (await here.replica.map("local")).num_adapters == 1
-            assert await here.replica.load("local") == (1, 1)
-            assert await here.replica.catch_up(here.publish(sums)) == 2
-        assert not any(call.done() for call in waiting)
-        goes_on.set()
-        assert len(await asyncio.gather(*waiting)) == 120
-
-    run(tmp_path, scenario)
-
-
-def test_a_tenants_prompt_does_not_wait_behind_anothers_sixty_large_requests(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def scenario(here: Served) -> None:
-        await here.replica.catch_up(here.publish(*await here.embedded("sums")))
-        encoder = here.pools.current.encoder
-        batches: list[Sequence[str]] = []
-
-        def quick(texts: Sequence[str], owners: Sequence[str]) -> Any:
-            batches.append(texts)
-            return np.ones((len(texts), encoder.dim), np.float32)
-
-        monkeypatch.setattr(encoder, "encode", quick)
-        large = [
-            asyncio.ensure_future(
-                here.replica.route([RouteRequest(f"{call} {n} " + "x" * 5000, tenant="flood") for n in range(60)])
-            )
-            for call in range(60)
-        ]
-        await asyncio.sleep(0)
-        before = len(batches)
-        [route] = await here.replica.route([RouteRequest("Add 2 and 3.", tenant="small")])
-        assert route.generation == 1
-        assert len(batches) - before <= 3, "the batch in progress, its own, and one that had begun by then"
-        assert sum(call.done() for call in large) < 10
-        for call in large:
-            call.cancel()
-
-    run(tmp_path, scenario)
-
-
-class Gate:
-    """Lets the encoder's passes begin when the test says so, and keeps their texts."""
-
-    def __init__(self, encoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.passes: list[list[str]] = []
-        self._entered, self._goes_on = threading.Event(), threading.Event()
-        self._encoder = encoder
-        monkeypatch.setattr(encoder, "_compute", self._compute)
-
-    def _compute(self, texts: list[str]) -> Any:
-        self.passes.append(texts)
-        self._entered.set()
-        assert self._goes_on.wait(30)
-        return np.ones((len(texts), self._encoder.dim), np.float32)
-
-    async def entered(self) -> None:
-        assert await asyncio.to_thread(self._entered.wait, 20)
-
-    async def somebody_waits(self) -> None:
-        while not self._encoder._model_turn._turns:
-            await asyncio.sleep(0.01)
-
-    def open(self) -> None:
-        self._goes_on.set()
-
-    def places(self, part: str) -> list[int]:
-        """The numbers of the passes with such a text."""
-        return [number for number, texts in enumerate(self.passes) if any(part in text for text in texts)]
-
-
-def long_texts(name: str, count: int) -> list[str]:
-    return [f"{name} {number} " + "x" * 5000 for number in range(count)]
-
-
-def test_a_prompts_batch_waits_for_one_small_chunk_of_a_publish(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def scenario(here: Served) -> None:
-        await here.replica.catch_up(here.publish(*await here.embedded("sums")))
-        gate = Gate(here.pools.current.encoder, monkeypatch)
-        publish = asyncio.ensure_future(here.replica.embed([list(map(Sample, long_texts("sample", 64)))], ["flood"]))
-        await gate.entered()
-        prompts = [RouteRequest(text, tenant="small") for text in long_texts("prompt", 6)]
-        route = asyncio.ensure_future(here.replica.route(prompts))
-        await gate.somebody_waits()
-        gate.open()
-        assert len(await route) == 6
-        [embedded] = await publish
-        assert embedded is not None and len(embedded.embedding.own_scores) == 64
-        assert gate.places("prompt") == [1, 2], "after the chunk in progress, and nothing in between"
-        assert max(map(len, gate.passes)) * MAX_TOKENS <= CHUNK_TOKENS
-        assert sum(map(len, gate.passes)) == 70
-
-    run(tmp_path, scenario)
-
-
-def test_tenants_that_publish_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def scenario(here: Served) -> None:
-        gate = Gate(here.pools.current.encoder, monkeypatch)
-        flood = [
-            asyncio.ensure_future(here.replica.embed([list(map(Sample, long_texts(f"flood {call}", 16)))], ["flood"]))
-            for call in range(20)
-        ]
-        await gate.entered()
-        small = asyncio.ensure_future(here.replica.embed([list(map(Sample, long_texts("small", 8)))], ["small"]))
-        await asyncio.sleep(0)
-        gate.open()
-        await asyncio.gather(small, *flood)
-        first, second = gate.places("small")
-        assert first <= 2 and second <= 4, "one chunk of the other tenant between two of its own"
-        assert len(gate.passes) == 20 * 4 + 2
-
-    run(tmp_path, scenario)
-
-
-def test_a_prompt_that_names_a_generation_waits_for_no_batch_without_it(tmp_path: Path) -> None:
-    async def scenario(here: Served) -> None:
-        with pytest.raises(StaleIndex) as caught:
-            await here.replica.route([RouteRequest("Translate to German: the dog.", min_generation=2)])
-        assert (caught.value.wanted, caught.value.found) == (2, 0)
 
     run(tmp_path, scenario)

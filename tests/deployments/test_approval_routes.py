@@ -1,0 +1,134 @@
+"""What the role `admin` may approve and reindex, over the routes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from retriever_svc import ReindexStep
+from tests.deployments.adapter_records import POOL, adapter, pool_of
+from tests.deployments.app_fakes import Served
+from tests.deployments.asking import ask, error_of, post
+from tests.deployments.fake_retriever import FakeRetriever
+from tests.deployments.fake_store import FakeStore
+from tests.deployments.key_files import bearer, keys_of_all_roles
+
+LIVE = POOL[0].ref.digest
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    return keys_of_all_roles(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "status", "code"),
+    [
+        ("poet", {"digest": LIVE}, 200, None),
+        ("poet", {}, 400, "invalid_request"),
+        ("poet", {"digest": None}, 400, "invalid_request"),
+        ("poet", {"digest": LIVE[:32]}, 400, "invalid_request"),
+        ("poet", {"digest": LIVE.upper()}, 400, "invalid_request"),
+        ("poet", {"digest": LIVE[:-1] + ("0" if LIVE[-1] != "0" else "1")}, 409, "version_changed"),
+        (f"poet@{LIVE}", {"digest": LIVE}, 400, "invalid_request"),
+        ("nobody", {"digest": LIVE}, 404, "model_not_found"),
+    ],
+)
+def test_an_admin_approves_the_whole_digest_it_looked_at(
+    keys: Path, name: str, body: Any, status: int, code: str | None
+) -> None:
+    async def look(client: httpx.AsyncClient, served: Served) -> None:
+        response = await client.post(f"/v1/loras/{name}/approve", json=body)
+        assert (response.status_code, code and error_of(response)["code"]) == (status, code), response.text
+        approved = [([POOL[0].ref], "id-all")] if status == 200 else []
+        assert served.store.called("approve") == approved
+
+    ask(look, keys_file=keys, headers=bearer("all"))
+
+
+def test_an_update_after_the_look_is_not_approved(keys: Path) -> None:
+    """The error names the version that is live by now, so that it can be looked at."""
+    changed = adapter("poet", version="changed")
+
+    async def look(client: httpx.AsyncClient, served: Served) -> None:
+        seen = (await client.get("/v1/loras/poet")).json()["digest"]
+        served.retriever._replicas[0].held = (changed,)
+        response = await client.post("/v1/loras/poet/approve", json={"digest": seen})
+        assert (response.status_code, error_of(response)["param"]) == (409, "digest")
+        assert changed.ref.digest in error_of(response)["message"]
+        assert served.store.called("approve") == []
+
+    ask(look, keys_file=keys, headers=bearer("all"))
+
+
+def test_a_private_adapter_is_not_approved(keys: Path) -> None:
+    mine = adapter("mine", tenant="acme", visibility="private")
+
+    async def look(client: httpx.AsyncClient, served: Served) -> None:
+        served.retriever._replicas[0].held = (mine,)
+        response = await client.post("/v1/loras/mine/approve", json={"digest": mine.ref.digest})
+        assert (response.status_code, error_of(response)["param"]) == (400, "name")
+
+    ask(look, keys_file=keys, headers=bearer("all"))
+
+
+@pytest.mark.parametrize(
+    ("owner", "settings", "status"),
+    [
+        ("acme", {}, 403),
+        ("acme", {"public_requires_approval": False}, 403),
+        ("acme", {"admins_approve_own": True}, 200),
+        ("globex", {}, 200),
+    ],
+)
+def test_an_admin_does_not_approve_for_its_own_tenant(keys: Path, owner: str, settings: Any, status: int) -> None:
+    record = adapter("poet", tenant=owner)
+
+    async def look(client: httpx.AsyncClient, served: Served) -> None:
+        served.retriever._replicas[0].held = (record,)
+        response = await client.post(f"/v1/loras/{owner}/poet/approve", json={"digest": record.ref.digest})
+        assert response.status_code == status, response.text
+        assert served.store.called("approve") == ([([record.ref], "id-all")] if status == 200 else [])
+        if status == 403:
+            assert error_of(response)["code"] == "own_approval"
+            assert "admins_approve_own" in error_of(response)["message"]
+
+    ask(look, keys_file=keys, headers=bearer("all"), store=FakeStore(pool_of(record)), **settings)
+
+
+def test_without_keys_whoever_may_change_the_pool_may_approve() -> None:
+    response = post("/v1/loras/poet/approve", {"digest": LIVE})
+    assert (response.status_code, response.json()["approved"]) == (200, True)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "host", "is_allowed"),
+    [
+        ("org/listed", "192.0.2.7", True),
+        ("all-MiniLM-L6-v2", "192.0.2.7", True),  # the settings' own
+        ("/srv/private", "192.0.2.7", False),
+        ("org/any-model", "192.0.2.7", False),
+        ("org/listed", "127.0.0.1", True),
+        ("all-MiniLM-L6-v2", "127.0.0.1", True),
+        ("/srv/private", "127.0.0.1", False),  # of a port forward or a proxy on the machine, for all the server knows
+        ("org/any-model", "127.0.0.1", False),
+    ],
+)
+def test_an_admins_key_reindexes_with_a_listed_encoder_only(
+    keys: Path, encoder: str, host: str, is_allowed: bool
+) -> None:
+    async def look(client: httpx.AsyncClient, served: Served) -> None:
+        response = await client.post("/v1/pool/reindex", json={"encoder": encoder})
+        if is_allowed:
+            assert response.status_code == 200, response.text
+            assert served.retriever.called("reindex") == [(encoder,)]
+        else:
+            assert (response.status_code, error_of(response)["code"]) == (403, "publishing_off")
+            assert encoder not in response.text
+            assert served.retriever.calls == served.store.calls == []
+
+    retriever = FakeRetriever(steps=[[ReindexStep(1, 1, {}, ())]])
+    ask(look, keys_file=keys, encoders=["org/listed"], host=host, headers=bearer("all"), retriever=retriever)
