@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
+from uuid import uuid4
 
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
@@ -182,7 +183,7 @@ class Publisher:
         await self.reach_store()
         kept = await repeated(self._store.versions, [(tenant, name) for name in names])
         try:
-            withdrawn: Withdrawn = await self._store.withdraw.remote(tenant, names, actor)
+            withdrawn: Withdrawn = await repeated(self._store.withdraw, tenant, names, actor, uuid4().hex)
             ready, behind = await self.catch_up(withdrawn.generation)
         finally:  # an error may come although they are gone; what is still needed is not freed
             self._releaser.release([record for versions in kept.values() for record in versions])
@@ -225,13 +226,15 @@ class Publisher:
         """(generation at which all that is new is live, 0 without any; the outcomes, a name that is taken refused)."""
         while new := list(dict.fromkeys(outcome for outcome in outcomes if isinstance(outcome, Examined))):
             try:
-                generation: int = await self._store.commit.remote(
+                generation: int = await repeated(
+                    self._store.commit,
                     [item.staged for item in new],
                     [None if item.embedded is None else item.embedded.embedding for item in new],
                     [item.shift for item in new],
                     change.actor,
                     change.standing,
                     change.share,
+                    uuid4().hex,  # a replica that died in the middle may have committed
                 )
             except AdapterRefused as exc:  # one public name belongs to another tenant: the others go on without it
                 refused = [item for item in new if item.staged.ref.name == exc.name]

@@ -103,21 +103,29 @@ class StoreDeployment:
         actor: str,
         standing: Standing = "any",
         share: PoolShare | None = None,
+        commit_id: str | None = None,
     ) -> int:
-        """The generation at which all of `staged` is live; `standing` is what the versions must be just before.
+        """Make all of `staged` live, and return the generation; `standing` is what the versions must be just before.
 
+        A repeated call under the same `commit_id` returns the generation of the first.
         Raises: PublicNameTaken; PoolShareExceeded; AdapterNotFound for what should be kept; VersionConflict,
         StoreUnavailable.
         """
-        return await asyncio.to_thread(self._store.commit, staged, embeddings, probe_shifts, actor, standing, share)
+        return await asyncio.to_thread(
+            self._store.commit, staged, embeddings, probe_shifts, actor, standing, share, commit_id
+        )
 
     async def discard(self, staged: Sequence[Staged]) -> None:
         """These will not be committed: what only they needed is gone."""
         await asyncio.to_thread(self._store.discard, staged)
 
-    async def withdraw(self, tenant: str, names: Sequence[str], actor: str) -> Withdrawn:
-        """All of `names` are gone at one generation, or none. Raises: AdapterNotFound, StoreUnavailable."""
-        return await asyncio.to_thread(self._store.withdraw, tenant, names, actor)
+    async def withdraw(self, tenant: str, names: Sequence[str], actor: str, commit_id: str | None = None) -> Withdrawn:
+        """Withdraw all of `names` at one generation, or none.
+
+        A repeated call under the same `commit_id` returns the generation of the first.
+        Raises: AdapterNotFound, StoreUnavailable.
+        """
+        return await asyncio.to_thread(self._store.withdraw, tenant, names, actor, commit_id)
 
     async def set_visibility(self, tenant: str, name: str, visibility: Visibility, actor: str) -> int:
         """The generation at which the name is so. Raises: AdapterNotFound, PublicNameTaken, StoreUnavailable."""

@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Withdrawn:
-    """The generation from which the names are gone, and every version that went with them."""
+    """The generation from which the names are gone, and every version that this call withdrew."""
 
     generation: int
     records: tuple[AdapterRecord, ...]
@@ -132,13 +132,15 @@ class LoraStore:
         actor: str,
         standing: Standing = "any",
         share: PoolShare | None = None,
+        commit_id: str | None = None,
     ) -> int:
-        """The generation at which all of `staged` is live; `embeddings` and `probe_shifts` run along with it.
+        """Make all of `staged` live, and return the generation; `embeddings` and `probe_shifts` run along with it.
 
         What is live already, the same in digest, visibility and encoder, is not written again. On success the holds
         have ended; after an error they stand, for another try or `discard`.
         `standing`: what the versions must be in the newest state; "live" needs no hold, and changes no visibility.
         `share`: what their tenant may hold at most, judged on the newest state.
+        `commit_id`: a repeated call under the same id commits nothing, and returns the generation of the first.
         Raises: PublicNameTaken; PoolShareExceeded; VersionConflict; AdapterNotFound when it was staged so long ago that
         its hold died and its blobs went, or is not kept although it should be.
         """
@@ -151,7 +153,7 @@ class LoraStore:
         renewed = [self.restage(item.record) for item in held if not self._holds.is_safe(item.hold)]
         keeping = {(i.ref.tenant, i.ref.name) for i in staged if i.keeps_visibility or standing == "live"}
         generation = self._catalogue.commit(
-            lambda snapshot: publish_events(snapshot, records, standing, keeping=keeping, share=share)
+            lambda snapshot: publish_events(snapshot, records, standing, keeping=keeping, share=share), commit_id
         )
         self._end_quietly([item.hold for item in (*staged, *renewed)])
         return generation
@@ -161,9 +163,10 @@ class LoraStore:
         self._holds.end([item.hold for item in staged])
         self.sweep([digest for item in staged for digest in item.record.blobs])
 
-    def withdraw(self, tenant: str, names: Sequence[str], actor: str) -> Withdrawn:
-        """All of `names` are gone with all their versions, or none. Their blobs stay until they are swept.
+    def withdraw(self, tenant: str, names: Sequence[str], actor: str, commit_id: str | None = None) -> Withdrawn:
+        """Withdraw all of `names` with all their versions, or none. Their blobs stay until they are swept.
 
+        `commit_id`: a repeated call under the same id withdraws nothing, and returns the generation of the first.
         Raises: AdapterNotFound for a name that is not live, VersionConflict.
         """
         keys, at = [(tenant, name) for name in names], self._now()
@@ -174,7 +177,7 @@ class LoraStore:
             gone[:] = [record for key in dict.fromkeys(keys) for record in snapshot.versions(key)]
             return wanted
 
-        generation = self._catalogue.commit(events)
+        generation = self._catalogue.commit(events, commit_id)
         return Withdrawn(generation, tuple(gone))
 
     def set_visibility(self, tenant: str, name: str, visibility: Visibility, actor: str) -> int:

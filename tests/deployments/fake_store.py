@@ -6,6 +6,8 @@ import itertools
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from ray.exceptions import RayActorError
+
 from deployments.errors import SourceMissing
 from deployments.store import Verified
 from deployments.uploads import FolderUpload
@@ -37,16 +39,19 @@ class FakeStore:
     `gone…` not there, `taken…` another tenant's. Its first tag makes it another version.
 
     `failing`: exceptions by method name, each raised as often as its number says.
+    `dying`: methods after which the replica dies, so that their answers are lost, each as often as its number says.
     """
 
     live: dict[Key, tuple[AdapterRecord, ...]] = field(default_factory=dict)
     failing: dict[str, tuple[Exception, int]] = field(default_factory=dict)
+    dying: dict[str, int] = field(default_factory=dict)
     generation: int = 7
     held: list[Staged] = field(default_factory=list)  # staged, and neither committed nor discarded
     swept: list[str] = field(default_factory=list)
     encoder: str | None = None  # the identity of the one a reindex activated
     incomplete: list[EncoderIncomplete] = field(default_factory=list)  # what activations raise, in turn
     _holds: Iterator[int] = field(default_factory=itertools.count)
+    _commits: dict[str, int] = field(default_factory=dict)  # generations by commit id
 
     async def stage(self, upload: FolderUpload, module_shapes: object) -> Staged:
         self._fail("stage")
@@ -73,8 +78,11 @@ class FakeStore:
         actor: str,
         standing: Standing = "any",
         share: PoolShare | None = None,
+        commit_id: str | None = None,
     ) -> int:
         self._fail("commit")
+        if commit_id in self._commits:
+            return self._commits[commit_id]
         if standing == "kept" and any(item.ref not in self._kept(item.ref) for item in staged):
             raise AdapterNotFound(staged[0].ref.name)
         for item in staged:
@@ -89,7 +97,7 @@ class FakeStore:
             self.live[key_of(record)] = (record, *older)[:KEPT_VERSIONS]
         holds = {item.hold for item in staged}
         self.held = [item for item in self.held if item.hold not in holds]
-        return self.generation
+        return self._committed("commit", commit_id)
 
     async def discard(self, staged: Sequence[Staged]) -> None:
         self._fail("discard")
@@ -97,13 +105,16 @@ class FakeStore:
         assert holds <= {item.hold for item in self.held}
         self.held = [item for item in self.held if item.hold not in holds]
 
-    async def withdraw(self, tenant: str, names: Sequence[str], actor: str) -> Withdrawn:
+    async def withdraw(self, tenant: str, names: Sequence[str], actor: str, commit_id: str | None = None) -> Withdrawn:
         self._fail("withdraw")
+        if commit_id in self._commits:
+            return Withdrawn(self._commits[commit_id], ())
         for name in names:
             if (tenant, name) not in self.live:
                 raise AdapterNotFound(name)
         self.generation += 1
-        return Withdrawn(self.generation, tuple(old for name in names for old in self.live.pop((tenant, name))))
+        records = tuple(old for name in names for old in self.live.pop((tenant, name)))
+        return Withdrawn(self._committed("withdraw", commit_id), records)
 
     async def set_visibility(self, tenant: str, name: str, visibility: Visibility, actor: str) -> int:
         self._fail("set_visibility")
@@ -177,6 +188,15 @@ class FakeStore:
         staged = Staged(record, samples, f"hold-{next(self._holds)}")
         self.held.append(staged)
         return staged
+
+    def _committed(self, method: str, commit_id: str | None) -> int:
+        """Remember the call by its id, and return the generation. Raises: RayActorError where its replica dies."""
+        if commit_id is not None:
+            self._commits[commit_id] = self.generation
+        if self.dying.get(method, 0) > 0:
+            self.dying[method] -= 1
+            raise RayActorError()
+        return self.generation
 
     def _fail(self, method: str) -> None:
         if method in self.failing:

@@ -36,9 +36,13 @@ class Publishing:
     """A Publisher over fakes, and its handles. A call is over when its background work is."""
 
     def __init__(
-        self, *live: AdapterRecord, retriever: FakeHandle | None = None, failing: dict[str, Any] | None = None
+        self,
+        *live: AdapterRecord,
+        retriever: FakeHandle | None = None,
+        failing: dict[str, Any] | None = None,
+        dying: dict[str, int] | None = None,
     ) -> None:
-        self.pool = FakeStore(pool_of(*live), dict(failing or {}))
+        self.pool = FakeStore(pool_of(*live), dict(failing or {}), dict(dying or {}))
         self.store = FakeHandle(self.pool)
         self.retriever = retriever or FakeHandle(FakeRetriever())
         self.worker = FakeHandle(FakeWorker(shifts=SHIFTS))

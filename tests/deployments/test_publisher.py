@@ -128,7 +128,7 @@ def test_one_folder_given_twice_is_published_once() -> None:
 )
 @pytest.mark.parametrize("method", ["versions", "commit"])
 def test_a_store_that_fails_in_the_middle_leaves_nothing(method: str, error: Exception) -> None:
-    num_failures = 3 if (method, type(error)) == ("versions", RayActorError) else 1  # a read is made again, twice
+    num_failures = 3 if isinstance(error, RayActorError) else 1  # a call whose replica died is repeated twice
     publishing = Publishing(failing={method: (error, num_failures)})
     with pytest.raises(Poisoned if num_failures == 3 else type(error)):
         publishing("poet", "bare")
@@ -159,14 +159,31 @@ def test_a_store_without_a_replica_is_told_in_time(change: str, monkeypatch: pyt
     assert [call.name for call in publishing.store.calls] == ["active_encoder"]
 
 
-def test_a_store_that_dies_is_asked_again_but_for_what_it_may_have_committed() -> None:
+def test_a_store_that_dies_is_asked_again() -> None:
     death = (RayActorError(), 1)
-    publishing = Publishing(failing={"active_encoder": death, "versions": death, "stage": death})
+    publishing = Publishing(failing=dict.fromkeys(("active_encoder", "versions", "stage", "commit"), death))
     assert len(live(publishing("poet", "bare"))) == 2
-    publishing = Publishing(failing={"commit": death})
-    with pytest.raises(RayActorError):
-        publishing("poet")
-    assert len(publishing.store.called("commit")) == 1
+
+
+def test_a_publish_whose_store_dies_after_the_commit_happens_once() -> None:
+    publishing = Publishing(dying={"commit": 1})
+    [published] = live(publishing("poet"))
+    assert published.generation == publishing.pool.generation == 8
+    first, second = [call[-1] for call in publishing.store.called("commit")]
+    assert first == second
+
+
+def test_a_withdrawal_whose_store_dies_after_the_commit_happens_once() -> None:
+    publishing = Publishing(adapter("poet"), dying={"withdraw": 1})
+    assert publishing.withdraw("poet").generation == publishing.pool.generation == 8
+    assert publishing.pool.live == {}
+
+
+def test_changes_of_the_pool_have_ids_of_their_own() -> None:
+    publishing = Publishing(dying={"commit": 1})
+    assert [len(live(publishing(name))) for name in ("poet", "bard")] == [1, 1]
+    assert publishing.pool.generation == 9
+    assert len({call[-1] for call in publishing.store.called("commit")}) == 2
 
 
 def test_a_store_that_fails_at_one_stage_costs_that_adapter_only() -> None:

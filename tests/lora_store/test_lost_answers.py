@@ -91,6 +91,18 @@ def test_a_call_that_is_repeated_under_its_id_happens_once(location, make_record
     assert first.commit(_publish(make_record("new")), uuid4().hex) == first.snapshot().generation
 
 
+def test_a_change_of_the_store_that_is_repeated_under_its_id_happens_once(location, make_folder):
+    """Also by another process, whose holds are others."""
+    first, second = (LoraStore(location.uri, accepts_base=[BASE]) for _ in range(2))
+    staged, published, gone = first.stage(make_folder()), uuid4().hex, uuid4().hex
+    for store in (first, second):
+        assert store.commit([staged], [embedding()], [1.0], "me", commit_id=published) == 1
+    withdrawn = [store.withdraw("local", ["poet"], "me", gone) for store in (first, second)]
+    assert [(each.generation, len(each.records)) for each in withdrawn] == [(2, 1), (2, 0)]
+    with pytest.raises(AdapterNotFound):
+        second.withdraw("local", ["poet"], "me", uuid4().hex)
+
+
 @pytest.mark.parametrize("times", [1, 3])
 def test_an_endpoint_that_loses_answers_to_commits(s3_endpoint, make_folder, times):
     """The PUT of the log's next version lands, its answer is an error, and its repetition meets its own effect."""
