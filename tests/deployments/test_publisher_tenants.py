@@ -39,7 +39,7 @@ def test_a_publish_beyond_the_tenants_share_leaves_nothing() -> None:
     upload = FolderUpload(Path("folders", "poet"))
     with pytest.raises(PoolShareExceeded):
         publishing.run(lambda publisher: publisher.publish([upload], "tester", share))
-    [(*_, committed_share)] = publishing.store.called("commit")
+    [(*_, committed_share, _)] = publishing.store.called("commit")
     assert committed_share == share
     assert (publishing.pool.held, publishing.live_digests) == ([], {})
 

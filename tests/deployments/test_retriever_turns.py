@@ -79,8 +79,8 @@ def test_a_tenants_prompt_does_not_wait_behind_anothers_sixty_large_requests(
         before = len(batches)
         [route] = await here.replica.route([RouteRequest("Add 2 and 3.", tenant="small")])
         assert route.generation == 1
-        assert len(batches) - before <= 3, "the batch in progress, its own, and one that had begun by then"
-        assert sum(call.done() for call in large) < 10
+        [own] = [number for number, texts in enumerate(batches) if "Add 2 and 3." in texts]
+        assert own - before <= 2, "at most the batch in progress, and one that had begun by then, come first"
         for call in large:
             call.cancel()
 
