@@ -5,34 +5,36 @@ from collections.abc import AsyncGenerator
 from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 
-from deployments import http_errors, pool_jobs
+from deployments import pool_jobs
 from deployments.answers import JsonObject
 from deployments.api_docs import GC_ANSWERS, LINES_ANSWERS
 from deployments.auth import Administering
+from deployments.error_responses import AnsweringRoute
 from deployments.http_io import json_lines
 from deployments.pool_routes import OpenPool
 from deployments.pool_schemas import GcRequest, JobRequest, ReindexRequest
 
-router = APIRouter(route_class=http_errors.AnsweringRoute)
+router = APIRouter(route_class=AnsweringRoute)
 
 
 @router.post("/v1/pool/verify", response_class=StreamingResponse, responses=LINES_ANSWERS)
 async def verify(_: JobRequest, caller: Administering, pool: OpenPool) -> StreamingResponse:
     """Read every blob of the caller's own and of public adapters again, and compare it with its digest."""
-    return await _stream(pool_jobs.verify(pool, caller.tenant))
+    return await _stream(pool_jobs.verify(pool.publisher, pool.store, caller.tenant))
 
 
 @router.post("/v1/pool/doctor", response_class=StreamingResponse, responses=LINES_ANSWERS)
 async def doctor(_: JobRequest, caller: Administering, pool: OpenPool) -> StreamingResponse:
     """How the adapters the caller's tenant finds are found by their own samples: collisions, shadows, never chosen."""
-    return await _stream(pool_jobs.doctor(pool, caller.tenant))
+    return await _stream(pool_jobs.doctor(pool.retriever, caller.tenant))
 
 
 @router.post("/v1/pool/reindex", response_class=StreamingResponse, responses=LINES_ANSWERS)
 async def reindex(body: ReindexRequest, caller: Administering, pool: OpenPool, http: Request) -> StreamingResponse:
     """Embed the pool by another encoder beside the old index, then search by it from one generation on."""
     pool.require_encoder(body.encoder, http)
-    return await _stream(pool_jobs.reindex(pool, body.encoder, actor=caller.key_id))
+    lines = pool_jobs.reindex(pool.publisher, pool.store, pool.retriever, body.encoder, actor=caller.key_id)
+    return await _stream(lines)
 
 
 @router.post("/v1/pool/gc", response_model=None, responses=GC_ANSWERS)

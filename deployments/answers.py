@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from deployments import http_errors
-from deployments.planner import Planned
-from deployments.published import Published, Removed, Settled
+from deployments.change_results import Published, Removed, Settled
+from deployments.planned import Planned
 from lora_store import AdapterRecord, AdapterRef
 from retriever_svc import Candidate, DoctorReport
 

@@ -10,8 +10,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deployments.callers import Caller
 from deployments.door import Door
+from deployments.error_responses import error_response
 from deployments.errors import KeyRefused
-from deployments.http_errors import error_response
 from deployments.http_io import path_of
 
 _GUARDED = "/v1/"  # the others tell nothing of the pool: health, the description of the API, the console's page

@@ -12,8 +12,8 @@ import pyarrow as pa
 from deployments import http_errors
 from deployments.answers import JsonObject, plan_object
 from deployments.errors import BatchRefused, RequestInvalid
-from deployments.http_io import TextRequest, parse
-from deployments.planner import Planned
+from deployments.parsing import TextRequest, parse
+from deployments.planned import Planned
 from gpu_worker.request import Completion, Job
 
 _PROMPTS = ("prompt", "messages")

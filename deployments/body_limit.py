@@ -9,8 +9,8 @@ from collections.abc import Callable
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deployments.error_responses import error_response
 from deployments.errors import BodiesBusy, BodyNotAllowed, BodyTooLarge, BodyTooSlow
-from deployments.http_errors import error_response
 from deployments.in_flight import tenant_of
 from deployments.json_body import KEEP_OF_BODY
 from deployments.shared_bytes import SharedBytes

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from deployments.scaling_settings import ScalingSettings
-from deployments.sources import SourcePrefix
+from deployments.source_prefixes import SourcePrefix
 from gpu_worker.config import DEFAULT_CACHE_DIR, WorkerConfig
 from gpu_worker.errors import WorkerConfigInvalid
 from gpu_worker.request import DEFAULT_MAX_TOKENS

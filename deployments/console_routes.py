@@ -14,7 +14,7 @@ from types import MappingProxyType
 from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import Response
 
-from deployments import http_errors
+from deployments.error_responses import AnsweringRoute
 
 _FOLDER = Path(__file__).parent / "console"
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -31,7 +31,7 @@ _HEADERS = {
     "X-Frame-Options": "DENY",
 }
 
-router = APIRouter(route_class=http_errors.AnsweringRoute, include_in_schema=False)
+router = APIRouter(route_class=AnsweringRoute, include_in_schema=False)
 
 
 @dataclass(frozen=True, slots=True)

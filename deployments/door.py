@@ -9,7 +9,8 @@ from deployments.callers import LOCAL_CALLER, Caller
 from deployments.config import AppConfig
 from deployments.errors import KeyRefused
 from deployments.key_file import KeyFile
-from deployments.key_limits import Limiter, Meter, Work
+from deployments.key_limits import Limiter, Meter
+from deployments.requested_work import Work
 
 _SCHEME = "bearer"
 

@@ -10,8 +10,8 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.limits import encoder_tokens
 from deployments.retries import repeated
-from deployments.retriever import Embedded
 from lora_store import AdapterRecord, AdapterRef, AdapterRefused, Staged
+from retriever_svc.embedded import Embedded
 
 EXAMINED_TOGETHER = 32  # adapters embedded by one call and probed at once
 _BATCHES_AT_ONCE = 2  # two replicas of a deployment have work then, and one embeds while the other probes

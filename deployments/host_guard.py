@@ -15,10 +15,10 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from deployments.client_address import is_loopback_address
 from deployments.config import AppConfig
+from deployments.error_responses import error_response
 from deployments.errors import HostRefused, OriginRefused
-from deployments.http_errors import error_response
-from deployments.http_io import is_loopback_address
 
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/?#@\[\]\\]+)(?::[0-9]{1,5})?")
 _MAX_SHOWN_CHARS = 100

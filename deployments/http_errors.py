@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from fastapi.routing import APIRoute
 from pydantic import ValidationError
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-from starlette.exceptions import HTTPException
-from starlette.responses import Response
 
 from deployments import errors as api_errors
 from deployments.errors import RequestInvalid, Unsupported
-from deployments.json_body import BoundedRequest
 from deployments.openai_fields import UNSUPPORTED
-from deployments.request_record import note_refusal
 from gpu_worker import errors as worker_errors
 from lora_store import errors as store_errors
 from retriever_svc import errors as retriever_errors
@@ -143,9 +136,13 @@ def error_object(message: str, type_: str, code: str, *, param: str | None = Non
     return {"error": {name: text and text.encode(errors="backslashreplace").decode() for name, text in told.items()}}
 
 
-def error_response(error: Exception) -> JSONResponse:
-    status, body = describe(error)
-    note_refusal(body["error"]["code"])
+def http_error_object(status: int, detail: str) -> dict[str, Any]:
+    """Return the error object of a status that the framework answers with."""
+    return error_object(detail, _MISSING if status == 404 else _INVALID, "http_error")
+
+
+def response_headers(error: Exception, status: int, code: str) -> dict[str, str]:
+    """Return the headers that tell a client how to go on."""
     headers = {}
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
@@ -153,9 +150,9 @@ def error_response(error: Exception) -> JSONResponse:
         headers["x-should-retry"] = "false"
     if status in (429, 503):
         headers["Retry-After"] = str(max(1, math.ceil(getattr(_cause_of(error), "retry_after_s", 1))))
-    if body["error"]["code"] in (_POISONED, _FAILED):
+    if code in (_POISONED, _FAILED):
         headers["x-should-retry"] = "false"  # OpenAI's clients repeat every other 500
-    return JSONResponse(body, status, headers=headers)
+    return headers
 
 
 def _cause_of(error: Exception) -> Exception:
@@ -185,44 +182,3 @@ def _path_of(problem: Mapping[str, Any], *, skip: bool) -> str:
         path = [part for part in path if part not in _KINDS and "[" not in str(part)]
     below = problem.get("ctx", {}).get("param")
     return ".".join(str(part) for part in [*path, *([below] if below else [])])[:_MAX_PARAM_CHARS]
-
-
-class AnsweringRoute(APIRoute):
-    """A route whose errors are answers. Further out, Starlette would raise them again and Serve log each as a crash,
-    and Serve 2.60 answers its own BackPressureError and DeploymentUnavailableError in plain text."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-
-        async def answering(request: Request) -> Response:
-            bounded = BoundedRequest(request.scope, request.receive)
-            try:
-                return await handle(bounded)
-            except (RequestValidationError, HTTPException):
-                if bounded.refusal is not None:
-                    return error_response(bounded.refusal)
-                raise
-            except Exception as exc:
-                return error_response(exc)
-
-        return answering
-
-
-def install(app: FastAPI) -> None:
-    """Every error of every route leaves in the API's own shape."""
-    app.router.route_class = AnsweringRoute
-
-    @app.exception_handler(RequestValidationError)
-    async def on_invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        return error_response(validation_error(error))
-
-    @app.exception_handler(HTTPException)
-    async def on_http(_: Request, error: HTTPException) -> JSONResponse:
-        type_ = _MISSING if error.status_code == 404 else _INVALID
-        body = error_object(str(error.detail), type_, "http_error")
-        note_refusal("http_error")
-        return JSONResponse(body, error.status_code, headers=error.headers)
-
-    @app.exception_handler(Exception)
-    async def on_any(_: Request, error: Exception) -> JSONResponse:
-        return error_response(error)

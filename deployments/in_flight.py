@@ -9,8 +9,8 @@ from collections.abc import Callable
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deployments.callers import NOBODY, Caller
+from deployments.error_responses import error_response
 from deployments.errors import ServerOverloaded
-from deployments.http_errors import error_response
 from deployments.http_io import path_of
 from deployments.request_time import mark_arrival
 

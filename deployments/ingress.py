@@ -21,7 +21,6 @@ from ray.serve.handle import DeploymentHandle
 from deployments import (
     admin_routes,
     console_routes,
-    http_errors,
     map_routes,
     models_routes,
     pool_routes,
@@ -38,14 +37,16 @@ from deployments.callers import LOCAL_CALLER, Caller
 from deployments.config import FORM_OVERHEAD_BYTES, AppConfig
 from deployments.direct_calls import direct, go_straight
 from deployments.door import Door
+from deployments.error_responses import install
 from deployments.figures import SERVE, Kinds
 from deployments.host_guard import HostGuard
-from deployments.http_io import TextRequest, events, parse, refuse_stream_options
+from deployments.http_io import events, refuse_stream_options
 from deployments.in_flight import InFlight, InFlightLimit
-from deployments.key_limits import Meter, Work
+from deployments.key_limits import Meter
 from deployments.limits import check_limits, check_texts, encoder_tokens, prompt_tokens, work_of
 from deployments.openai_answers import Answer
 from deployments.openai_jobs import interleaved, jobs_of
+from deployments.parsing import TextRequest, parse
 from deployments.planner import Planner, text_read
 from deployments.pool import Pool, bodies_here, config_here, in_flight_here, request_figures_here
 from deployments.preload import Preload
@@ -58,6 +59,7 @@ from deployments.request_ids import RequestIds
 from deployments.request_record import RequestRecord
 from deployments.request_recorder import RequestRecorder
 from deployments.request_time import deadline_of, seconds_until, within
+from deployments.requested_work import Work
 from deployments.retries import repeated_stream
 from deployments.safe_headers import SafeHeaders
 from deployments.schemas import ChatCompletionRequest, CompletionRequest, RouteQuery
@@ -80,7 +82,7 @@ STREAM_HEADERS = {"X-Accel-Buffering": "no"}
 TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
 
 app = Api(title="LoraRetriever", docs_url=None, redoc_url=None, telemetry=TELEMETRY)
-http_errors.install(app)
+install(app)
 app.add_middleware(BodyLimit, limit_of=pool_routes.max_body_bytes, budget=bodies_here)
 app.add_middleware(InFlightLimit, in_flight=in_flight_here)
 app.add_middleware(BearerAuth)  # the last ones added are asked first

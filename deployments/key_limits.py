@@ -18,25 +18,11 @@ from dataclasses import dataclass, field
 
 from deployments.callers import Caller, KeyLimits
 from deployments.errors import RateLimited, RequestInvalid
+from deployments.requested_work import Work
 from deployments.token_bucket import TokenBucket
 
 _BUSY_RETRY_S = 1.0
 _SWEEP_ABOVE = 1024  # accounts: keys come and go with their file
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """How much a request asks for. The fields name what an error message should point at."""
-
-    num_rows: int = 1  # prompts × n
-    num_tokens: int = 0  # of prompts, once each, and the most new ones: settled by what was used
-    num_read: int = 0  # by the encoder: charged once the request is let in, whatever becomes of it
-    rows_field: str = "prompt"
-    tokens_field: str = "prompt"
-
-    @property
-    def reserved(self) -> int:
-        return self.num_tokens + self.num_read
 
 
 @dataclass

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from deployments.config import AppConfig
 from deployments.errors import RequestInvalid
-from deployments.key_limits import Work
+from deployments.requested_work import Work
 from deployments.schemas import CHARS_PER_TOKEN, GenerationRequest, Question
 from gpu_worker.errors import PromptTooLong
 from gpu_worker.prompts import Message

@@ -5,21 +5,21 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Query
 from pydantic import Field
 
-from deployments import http_errors
 from deployments.answers import JsonObject
 from deployments.api_docs import MAP_ANSWERS, PLACE_ANSWERS
 from deployments.api_request import MAX_TEXT_CHARS, ApiRequest
 from deployments.auth import AnyCaller, Asking
-from deployments.key_limits import Work
+from deployments.error_responses import AnsweringRoute
 from deployments.limits import check_texts, encoder_tokens
 from deployments.pool import Pool, read_pool
 from deployments.request_time import deadline_of, within
+from deployments.requested_work import Work
 from deployments.retries import repeated
 from lora_store import MAX_PLAN_ADAPTERS
 from retriever_svc import Place, Point, PoolMap
 from retriever_svc.encoder import MAX_CHARS
 
-router = APIRouter(route_class=http_errors.AnsweringRoute)
+router = APIRouter(route_class=AnsweringRoute)
 AnyPool = Annotated[Pool, Depends(read_pool)]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 

@@ -5,11 +5,11 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 from pydantic import Field
 
-from deployments import http_errors
 from deployments.answers import JsonObject, list_object
 from deployments.api_docs import MODEL_ANSWERS, MODELS_ANSWERS
 from deployments.api_request import ApiRequest
 from deployments.auth import AnyCaller
+from deployments.error_responses import AnsweringRoute
 from deployments.errors import ModelNotFound
 from deployments.planner import AUTO
 from deployments.pool_routes import MAX_PAGE, AnyPool
@@ -18,7 +18,7 @@ from deployments.retries import repeated
 from lora_store import AdapterNotFound, AdapterRecord
 from retriever_svc import PageRequest
 
-router = APIRouter(route_class=http_errors.AnsweringRoute)
+router = APIRouter(route_class=AnsweringRoute)
 _OWNER = "loraretriever"
 
 

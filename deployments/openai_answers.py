@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from deployments.answers import JsonObject, plan_object
 from deployments.openai_logprobs import chat_logprobs, text_logprobs
-from deployments.planner import Planned
+from deployments.planned import Planned
 from gpu_worker.request import Completion, Delta, TokenLogprob
 from lora_store import LOCAL_TENANT, MAX_PLAN_ADAPTERS
 

@@ -8,7 +8,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import TypeVar
 
-from deployments.planner import Planned
+from deployments.planned import Planned
 from deployments.schemas import GenerationRequest, Question
 from gpu_worker.request import Job
 

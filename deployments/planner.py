@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from ray.serve.handle import DeploymentHandle
 
 from deployments.config import AppConfig
 from deployments.errors import ModelNotFound, RequestInvalid
 from deployments.lora_options import LoraOptions, PlanGiven
+from deployments.planned import Planned
 from deployments.retries import repeated
 from deployments.schemas import Question
 from lora_store import BASE_PLAN, AdapterNotFound, Plan, Strategy
-from retriever_svc import Candidate, Route, RouteRequest
+from retriever_svc import Route, RouteRequest
 from retriever_svc.encoder import MAX_CHARS
 
 AUTO = "auto"
-
-
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """A plan, and what it was chosen from where the server chose."""
-
-    plan: Plan
-    candidates: tuple[Candidate, ...] = ()
-    abstained: bool = False
 
 
 class Planner:

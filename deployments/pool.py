@@ -11,17 +11,17 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.background import Background
 from deployments.callers import Caller
+from deployments.client_address import is_loopback
 from deployments.config import AppConfig
 from deployments.door import Door
 from deployments.errors import OwnApproval, PublishingOff
-from deployments.http_io import is_loopback
+from deployments.folder_upload import FolderUpload
 from deployments.in_flight import InFlight
 from deployments.published import Charge
 from deployments.publisher import Publisher
 from deployments.request_figures import RequestFigures
 from deployments.shared_bytes import SharedBytes
 from deployments.upload_budget import UploadBudget
-from deployments.uploads import FolderUpload
 from lora_store import AdapterNotFound, AdapterRef, Key
 
 

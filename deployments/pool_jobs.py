@@ -11,9 +11,9 @@ from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.answers import JsonObject, doctor_object
-from deployments.pool import Pool
-from deployments.store import Verified
+from deployments.publisher import Publisher
 from lora_store import AdapterRef, EncoderIncomplete
+from lora_store.upkeep import Verified
 from retriever_svc import DoctorStep, EncoderUnusable, ReindexStep
 
 logger = logging.getLogger(__name__)
@@ -22,12 +22,12 @@ _LOAD_ENCODER_TIMEOUT_S = 600.0  # a model may come from the hub first
 _MAX_ROUNDS = 5
 
 
-async def verify(pool: Pool, tenant: str) -> AsyncGenerator[JsonObject]:
+async def verify(publisher: Publisher, store: DeploymentHandle, tenant: str) -> AsyncGenerator[JsonObject]:
     """Hash again every blob of what the tenant sees. Report a bad one at once, and again in the result."""
-    await pool.publisher.reach_store()
+    await publisher.reach_store()
     problems: list[JsonObject] = []
     done = 0
-    async with aclosing(_streamed(pool.store, "verify", tenant)) as checks:
+    async with aclosing(_streamed(store, "verify", tenant)) as checks:
         async for verified in checks:
             assert isinstance(verified, Verified)
             done, check = verified.done, verified.check
@@ -39,9 +39,9 @@ async def verify(pool: Pool, tenant: str) -> AsyncGenerator[JsonObject]:
     yield {"result": {"num_blobs": done, "problems": problems}}
 
 
-async def doctor(pool: Pool, tenant: str) -> AsyncGenerator[JsonObject]:
+async def doctor(retriever: DeploymentHandle, tenant: str) -> AsyncGenerator[JsonObject]:
     """Ask by every adapter's own samples, and report how they are found."""
-    async with aclosing(_streamed(pool.retriever, "doctor", tenant)) as steps:
+    async with aclosing(_streamed(retriever, "doctor", tenant)) as steps:
         async for step in steps:
             assert isinstance(step, DoctorStep)
             yield {"done": step.num_done, "total": step.num_total}
@@ -49,30 +49,32 @@ async def doctor(pool: Pool, tenant: str) -> AsyncGenerator[JsonObject]:
                 yield {"result": doctor_object(step.report, tenant)}
 
 
-async def reindex(pool: Pool, model: str, actor: str) -> AsyncGenerator[JsonObject]:
+async def reindex(
+    publisher: Publisher, store: DeploymentHandle, retriever: DeploymentHandle, model: str, actor: str
+) -> AsyncGenerator[JsonObject]:
     """Embed the pool by the encoder of `model`, then search by it on every replica from one generation on.
 
     What is published meanwhile is embedded in a further round. Raises: EncoderUnusable, EncoderIncomplete.
     """
-    await pool.publisher.reach_store()
+    await publisher.reach_store()
     for round_number in range(1, _MAX_ROUNDS + 1):
         unreadable: list[AdapterRef] = []
-        async with aclosing(_streamed(pool.retriever, "reindex", model)) as steps:
+        async with aclosing(_streamed(retriever, "reindex", model)) as steps:
             async for step in steps:
                 assert isinstance(step, ReindexStep)
                 unreadable += step.unreadable
                 if step.embeddings:
-                    await pool.store.add_embeddings.remote(step.embeddings)
+                    await store.add_embeddings.remote(step.embeddings)
                 yield {"done": step.num_done, "total": step.num_total}
-        identity = await _prepare_everywhere(pool.retriever, model)
+        identity = await _prepare_everywhere(retriever, model)
         try:
-            generation: int = await pool.store.activate_encoder.remote(model, identity, actor)
+            generation: int = await store.activate_encoder.remote(model, identity, actor)
         except EncoderIncomplete as exc:
             logger.info("%d adapters came while the pool was embedded", len(exc.missing))
             if round_number == _MAX_ROUNDS or set(exc.missing) <= set(unreadable):  # no further round embeds these
                 raise
             continue
-        ready, behind = await pool.publisher.catch_up(generation)
+        ready, behind = await publisher.catch_up(generation)
         replicas = {"ready": ready, "behind": behind}
         yield {"result": {"encoder": model, "identity": identity, "generation": generation, "replicas": replicas}}
         return

@@ -33,7 +33,9 @@ from deployments.auth import Administering, AnyCaller, Publishing
 from deployments.body_limit import DEFAULT_MAX_BODY_BYTES
 from deployments.callers import Caller
 from deployments.config import FORM_OVERHEAD_BYTES
+from deployments.error_responses import AnsweringRoute
 from deployments.errors import RequestInvalid, VersionChanged
+from deployments.folder_upload import MAX_UPLOAD_FILES, FolderUpload
 from deployments.http_io import path_of
 from deployments.pool import Pool, open_pool, own_key, read_pool
 from deployments.pool_schemas import (
@@ -47,11 +49,10 @@ from deployments.pool_schemas import (
 )
 from deployments.retries import repeated
 from deployments.upload_form import read_upload
-from deployments.uploads import MAX_UPLOAD_FILES, FolderUpload
 from lora_store import VISIBILITIES
 from retriever_svc import Page, PageRequest
 
-router = APIRouter(route_class=http_errors.AnsweringRoute)
+router = APIRouter(route_class=AnsweringRoute)
 AnyPool = Annotated[Pool, Depends(read_pool)]
 OpenPool = Annotated[Pool, Depends(open_pool)]
 MAX_PAGE = 1000

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from deployments.api_request import ApiRequest
-from deployments.uploads import FolderUpload
+from deployments.folder_upload import FolderUpload
 from lora_store import Visibility
 
 MAX_BATCH = 256

@@ -10,8 +10,8 @@ from pathlib import Path
 from deployments import http_errors
 from deployments.adapter_folders import adapter_folders
 from deployments.errors import NotReady
+from deployments.folder_upload import FolderUpload
 from deployments.publisher import Publisher
-from deployments.uploads import FolderUpload
 
 logger = logging.getLogger(__name__)
 

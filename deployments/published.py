@@ -5,35 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from deployments.change_results import Published
 from deployments.errors import VersionNotKept
 from deployments.examiner import Examined, Outcome
 from lora_store import AdapterRecord, AdapterRef, Key, PoolShare, Staged, Standing
-from retriever_svc import Candidate
 
 _MIN_DIGEST_CHARS = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Published:
-    """One adapter that is live. `ready` Retriever replicas route to it already, `behind` ones do not yet."""
-
-    ref: AdapterRef
-    generation: int
-    ready: int
-    behind: int
-    found_by_auto: bool  # False: it came without samples, and only its name reaches it
-    probe_shift: float | None
-    neighbours: tuple[Candidate, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Removed:
-    """Adapters that are gone. `behind` Retriever replicas may still route to them."""
-
-    names: tuple[str, ...]
-    generation: int
-    ready: int
-    behind: int
 
 
 Charge = Callable[[int], None]
@@ -56,15 +33,6 @@ class Change:
     share: PoolShare | None = None
     standing: Standing = "any"
     charge: Charge = free_of_charge
-
-
-@dataclass(frozen=True, slots=True)
-class Settled:
-    """A change that is committed. `behind` Retriever replicas do not know it yet."""
-
-    generation: int
-    ready: int
-    behind: int
 
 
 def live_already(

@@ -12,23 +12,14 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.background import Background
+from deployments.change_results import Published, Removed, Settled
 from deployments.direct_calls import by_ray
 from deployments.examiner import Examined, Examiner, Outcome
-from deployments.published import (
-    Change,
-    Charge,
-    Published,
-    Removed,
-    Settled,
-    free_of_charge,
-    kept_version,
-    live_already,
-    published_of,
-)
+from deployments.folder_upload import FolderUpload
+from deployments.published import Change, Charge, free_of_charge, kept_version, live_already, published_of
 from deployments.releaser import Releaser
 from deployments.request_figures import ChangeFigures
 from deployments.retries import repeated
-from deployments.uploads import FolderUpload
 from deployments.waking import Waking
 from lora_store import (
     AdapterNotFound,

@@ -8,7 +8,7 @@ from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-from deployments.planner import Planned
+from deployments.planned import Planned
 from gpu_worker.request import Delta
 
 _DIGEST_CHARS = 12

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
@@ -20,10 +20,9 @@ from deployments.ray_auth import require_token_mode
 from deployments.retrieval import live_pool, retriever_over
 from deployments.retriever_figures import RetrieverFigures
 from deployments.serve_logs import join_serve_logs
-from lora_store import AdapterRecord, Embedding, LoraStore, LoraStoreError, Plan, Sample, Strategy
+from lora_store import AdapterRecord, LoraStore, LoraStoreError, Plan, Sample, Strategy
 from retriever_svc import (
     BulkEncoding,
-    Candidate,
     DoctorStep,
     IndexSettings,
     IndexStats,
@@ -39,6 +38,7 @@ from retriever_svc import (
     StaleIndex,
     embeddings_of,
 )
+from retriever_svc.embedded import Embedded
 from retriever_svc.retriever import Encoded
 
 logger = logging.getLogger(__name__)
@@ -50,14 +50,6 @@ _LOOKUP_THREADS = 4
 _SEARCH_THREADS = 4
 _READ_EVERY_S = 0.5
 _CATCH_UP_S = 4.0  # below the publisher's own limit, so that each replica answers for itself
-
-
-@dataclass(frozen=True, slots=True)
-class Embedded:
-    """An adapter's embedding, and the adapters it lies nearest to."""
-
-    embedding: Embedding
-    neighbours: tuple[Candidate, ...]
 
 
 class RetrieverDeployment:

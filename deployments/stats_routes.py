@@ -5,13 +5,13 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends
 from ray import serve
 
-from deployments import http_errors
 from deployments.answers import JsonObject
 from deployments.api_docs import STATS_ANSWERS
 from deployments.auth import AnyCaller
+from deployments.error_responses import AnsweringRoute
 from deployments.stats_reader import StatsReader
 
-router = APIRouter(route_class=http_errors.AnsweringRoute)
+router = APIRouter(route_class=AnsweringRoute)
 
 
 def stats_reader() -> StatsReader:

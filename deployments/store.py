@@ -6,7 +6,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,15 +14,15 @@ import ray
 
 from deployments.byte_budget import ByteBudget
 from deployments.config import AppConfig
+from deployments.folder_upload import FolderUpload
 from deployments.object_cache import Buffer, ObjectCache
 from deployments.ray_auth import require_token_mode
 from deployments.serve_logs import join_serve_logs
-from deployments.uploads import FolderUpload, folder_of
+from deployments.uploads import folder_of
 from lora_store import (
     AdapterRecord,
     AdapterRef,
     AdapterRefused,
-    BlobCheck,
     Collected,
     Embedding,
     Key,
@@ -34,20 +34,12 @@ from lora_store import (
     Visibility,
     Withdrawn,
 )
+from lora_store.upkeep import Verified
 
 Shapes = Mapping[str, tuple[int, int]]
 _NUM_STAGERS = 8
 _MAX_WAIT_S = 60.0  # of a stage, until there is room for its bytes
 _NO_VECTOR = np.empty(0, np.float32)
-
-
-@dataclass(frozen=True, slots=True)
-class Verified:
-    """One blob that was re-hashed, the `done`-th of `total`."""
-
-    done: int
-    total: int
-    check: BlobCheck
 
 
 class StoreDeployment:

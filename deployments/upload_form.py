@@ -9,8 +9,9 @@ from starlette.datastructures import UploadFile
 
 from deployments import http_errors
 from deployments.errors import RequestInvalid
+from deployments.folder_upload import MAX_UPLOAD_FILES, FileBytes, FolderUpload
 from deployments.pool_schemas import AdapterLabel
-from deployments.uploads import MAX_UPLOAD_FILES, FileBytes, FolderUpload, file_problems
+from deployments.uploads import file_problems
 from lora_store import AdapterRefused
 
 _MAX_FIELDS = 40  # name, template, visibility and at most 32 tags

@@ -3,10 +3,10 @@
 from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse
 
-from deployments import http_errors
 from deployments.api_docs import LOAD_ANSWERS, UNLOAD_ANSWERS
 from deployments.auth import Publishing
 from deployments.callers import Caller
+from deployments.error_responses import AnsweringRoute
 from deployments.errors import AdapterExists
 from deployments.pool import Pool, own_key
 from deployments.pool_routes import OpenPool
@@ -14,7 +14,7 @@ from deployments.pool_schemas import LoadAdapterRequest, UnloadAdapterRequest
 from deployments.retries import repeated
 from lora_store import AdapterNotFound
 
-router = APIRouter(route_class=http_errors.AnsweringRoute, default_response_class=PlainTextResponse)
+router = APIRouter(route_class=AnsweringRoute, default_response_class=PlainTextResponse)
 
 
 @router.post("/v1/load_lora_adapter", responses=LOAD_ANSWERS)

@@ -37,6 +37,15 @@ class BlobCheck:
     problem: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """One blob that was re-hashed, the `done`-th of `total`."""
+
+    done: int
+    total: int
+    check: BlobCheck
+
+
 class Upkeep:
     """The work on a store's blobs as a whole. Raises: StoreUnavailable."""
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from deployments.retriever import Embedded
 from lora_store import AdapterRecord, Embedding, Plan, PlannedAdapter, Sample, Snapshot, Strategy
 from retriever_svc import (
     Candidate,
@@ -19,6 +18,7 @@ from retriever_svc import (
     Route,
     RouteRequest,
 )
+from retriever_svc.embedded import Embedded
 from retriever_svc.listing import Listings
 from retriever_svc.planning import named_plan, replayed_plan
 from tests.deployments.adapter_records import ENCODER, POOL, adapter, given

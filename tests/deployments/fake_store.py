@@ -9,8 +9,7 @@ from dataclasses import dataclass, field, replace
 from ray.exceptions import RayActorError
 
 from deployments.errors import SourceMissing
-from deployments.store import Verified
-from deployments.uploads import FolderUpload
+from deployments.folder_upload import FolderUpload
 from lora_store import (
     KEPT_VERSIONS,
     AdapterNotFound,
@@ -30,6 +29,7 @@ from lora_store import (
     Visibility,
     Withdrawn,
 )
+from lora_store.upkeep import Verified
 from tests.deployments.adapter_records import POOL, adapter, digest_of, key_of
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from deployments.background import Background
-from deployments.published import Published, Removed
+from deployments.change_results import Published, Removed
+from deployments.folder_upload import FolderUpload
 from deployments.publisher import Publisher
 from deployments.releaser import Releaser
-from deployments.uploads import FolderUpload
 from deployments.waking import Waking
 from gpu_worker.errors import AdapterUnfit
 from lora_store import (

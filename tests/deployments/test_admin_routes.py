@@ -122,7 +122,9 @@ def test_an_encoder_that_a_replica_cannot_load_is_not_activated(others: list[Any
         replicas = [FakeRetriever(steps=[[step(1, 1, POET)]]), *[FakeRetriever(prepared=other) for other in others]]
         served = serve_plainly(retrievers=replicas)
         try:
-            return [line async for line in pool_jobs.reindex(served.ingress.pool, "other", "tester")]
+            pool = served.ingress.pool
+            lines = pool_jobs.reindex(pool.publisher, pool.store, pool.retriever, "other", "tester")
+            return [line async for line in lines]
         finally:
             assert (served.store.called("activate_encoder") == []) is (code is not None)
 
@@ -159,7 +161,7 @@ def test_an_error_after_the_first_line_is_the_last_line(job: str) -> None:
 def test_leaving_a_job_ends_the_work_of_its_replica() -> None:
     async def run() -> None:
         served = serve_plainly()
-        lines = pool_jobs.verify(served.ingress.pool, "local")
+        lines = pool_jobs.verify(served.ingress.pool.publisher, served.ingress.pool.store, "local")
         await anext(lines)
         response = served.store.responses[-1]
         assert response.num_cancels == 0

@@ -14,8 +14,8 @@ from deployments.answers import (
     removed_object,
     versions_object,
 )
-from deployments.planner import Planned
-from deployments.published import Published, Removed
+from deployments.change_results import Published, Removed
+from deployments.planned import Planned
 from lora_store import BASE_PLAN, AdapterRefused, Plan, PlannedAdapter
 from retriever_svc import AdapterFinding, Candidate, Collision, DoctorReport
 from tests.deployments.adapter_records import POOL, adapter

@@ -8,7 +8,7 @@ import pytest
 
 from deployments.batch_rows import ANSWER, Asked, answered, bodies_of, check_columns, request_of
 from deployments.errors import BatchRefused, RequestInvalid
-from deployments.planner import Planned
+from deployments.planned import Planned
 from deployments.schemas import ChatCompletionRequest, CompletionRequest
 from gpu_worker.errors import PromptTooLong
 from gpu_worker.request import Completion, Job

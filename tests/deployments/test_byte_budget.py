@@ -11,8 +11,9 @@ import pytest
 
 from deployments.byte_budget import ByteBudget
 from deployments.errors import UploadsBusy
+from deployments.folder_upload import FolderUpload
 from deployments.http_errors import describe
-from deployments.uploads import FolderUpload, folder_of
+from deployments.uploads import folder_of
 
 
 def test_eight_stagers_never_take_more_than_all_of_it() -> None:

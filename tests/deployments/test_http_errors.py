@@ -15,7 +15,8 @@ import gpu_worker
 import lora_store
 import retriever_svc
 from deployments import errors as api_errors
-from deployments.http_errors import TABLE, describe, error_response
+from deployments.error_responses import error_response
+from deployments.http_errors import TABLE, describe
 from gpu_worker import errors as worker_errors
 from lora_store import errors as store_errors
 from retriever_svc import errors as retriever_errors

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 from fastapi import Request
 
+from deployments.client_address import PROXY_HEADERS, is_loopback
 from deployments.errors import RequestInvalid
-from deployments.http_io import PROXY_HEADERS, events, is_loopback, json_lines, parse
+from deployments.http_io import events, json_lines
+from deployments.parsing import parse
 from deployments.schemas import ChatCompletionRequest, CompletionRequest
 from gpu_worker.errors import EngineStopped
 

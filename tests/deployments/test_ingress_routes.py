@@ -11,8 +11,8 @@ import httpx
 import pytest
 
 from deployments.body_limit import DEFAULT_MAX_BODY_BYTES
+from deployments.folder_upload import FolderUpload
 from deployments.readiness import MAX_WAITING
-from deployments.uploads import FolderUpload
 from gpu_worker.errors import EngineFull, EngineStopped
 from lora_store import Staged, VersionConflict
 from retriever_svc import NoAdapterMatched

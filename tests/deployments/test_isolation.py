@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
+from deployments.folder_upload import FolderUpload
 from deployments.retriever_figures import RetrieverFigures
-from deployments.uploads import FolderUpload
 from retriever_svc import IndexSettings, RouteRequest
 from tests.deployments.figure_fakes import FakeKinds
 from tests.deployments.isolation import Request, answer_to, run

@@ -8,7 +8,8 @@ import pytest
 
 from deployments.callers import LOCAL_CALLER, Caller, KeyLimits
 from deployments.errors import RateLimited, RequestInvalid
-from deployments.key_limits import Limiter, Work
+from deployments.key_limits import Limiter
+from deployments.requested_work import Work
 from tests.deployments.test_token_bucket import Clock
 
 

@@ -9,7 +9,7 @@ from openai.types import Completion as TextCompletion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from deployments.openai_answers import Answer
-from deployments.planner import Planned
+from deployments.planned import Planned
 from gpu_worker.request import Completion, Delta, TokenLogprob
 from lora_store import BASE_PLAN, Plan, PlannedAdapter
 from tests.deployments.test_answers import CANDIDATES, CODER, EXPLAINED, LORA, PLAN, POET

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from deployments.errors import Unsupported
-from deployments.http_io import parse
 from deployments.openai_fields import OF_CHAT, OF_COMPLETIONS
+from deployments.parsing import parse
 from tests.deployments.asking import error_of, post
 
 USER = {"role": "user", "content": "Hi"}

@@ -7,7 +7,7 @@ from contextlib import aclosing
 import pytest
 
 from deployments.openai_jobs import interleaved, jobs_of, seed_of
-from deployments.planner import Planned
+from deployments.planned import Planned
 from deployments.schemas import CompletionRequest
 from lora_store import BASE_PLAN, Plan, PlannedAdapter
 from tests.deployments.adapter_records import POOL

@@ -8,7 +8,8 @@ import pytest
 from deployments.config import RetrievalSettings
 from deployments.errors import ModelNotFound, RequestInvalid
 from deployments.http_errors import describe
-from deployments.planner import Planned, Planner
+from deployments.planned import Planned
+from deployments.planner import Planner
 from deployments.schemas import ChatCompletionRequest
 from lora_store import BASE_PLAN, PlanInvalid
 from retriever_svc import NoAdapterMatched, RouteRequest

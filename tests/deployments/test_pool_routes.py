@@ -9,8 +9,8 @@ import pytest
 
 from deployments.body_limit import DEFAULT_MAX_BODY_BYTES
 from deployments.config import FORM_OVERHEAD_BYTES
+from deployments.folder_upload import MAX_UPLOAD_FILES, FolderUpload
 from deployments.pool_schemas import MAX_BATCH
-from deployments.uploads import MAX_UPLOAD_FILES, FolderUpload
 from lora_store import StoreUnavailable
 from retriever_svc import DoctorStep, StaleIndex
 from tests.deployments.adapter_records import adapter, pool_of

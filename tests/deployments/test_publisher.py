@@ -10,12 +10,12 @@ from ray.exceptions import RayActorError
 
 from deployments import publisher
 from deployments.background import Background
+from deployments.change_results import Published
 from deployments.errors import Poisoned, SourceMissing
 from deployments.examiner import EXAMINED_TOGETHER
-from deployments.published import Published
+from deployments.folder_upload import FolderUpload
 from deployments.publisher import CATCH_UP_TIMEOUT_S, Publisher
 from deployments.releaser import Releaser
-from deployments.uploads import FolderUpload
 from deployments.waking import Waking
 from gpu_worker.errors import AdapterUnfit
 from lora_store import (

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import pytest
 
+from deployments.change_results import Removed
 from deployments.errors import VersionNotKept
-from deployments.published import Removed
 from lora_store import (
     AdapterNotFound,
     Embedding,

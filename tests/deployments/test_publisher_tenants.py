@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from deployments.change_results import Published, Settled
 from deployments.errors import RateLimited
-from deployments.published import Published, Settled
-from deployments.uploads import FolderUpload
+from deployments.folder_upload import FolderUpload
 from lora_store import AdapterNotFound, PoolShare, PoolShareExceeded, Visibility
 from tests.deployments.adapter_records import adapter
 from tests.deployments.test_publisher import POET, Publishing

@@ -9,8 +9,8 @@ from uuid import uuid4
 
 import pytest
 
+from deployments.error_responses import error_response
 from deployments.errors import SourceUnavailable
-from deployments.http_errors import error_response
 from deployments.sources import folder_of_source
 from lora_store import LoraStore, LoraStoreError
 from tests.s3 import S3Endpoint

@@ -7,7 +7,8 @@ import pytest
 from deployments.adapter_folders import ADAPTER_FILES
 from deployments.errors import SourceMissing, SourceRefused, SourceUnavailable
 from deployments.server import free_port
-from deployments.sources import SourcePrefix, SourceUri, folder_of_source
+from deployments.source_prefixes import SourcePrefix, SourceUri
+from deployments.sources import folder_of_source
 from lora_store import AdapterRefused, Location
 from tests.s3 import S3Endpoint
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from deployments.errors import SourceMissing, SourceRefused
+from deployments.folder_upload import FolderUpload
 from deployments.object_cache import Buffer
 from deployments.store import StoreDeployment
-from deployments.uploads import FolderUpload
 from lora_store import (
     AdapterNotFound,
     AdapterRefused,

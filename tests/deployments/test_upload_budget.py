@@ -13,8 +13,8 @@ from starlette.types import Message
 
 from deployments.config import FORM_OVERHEAD_BYTES
 from deployments.errors import BodyTooSlow, UploadsBusy
+from deployments.folder_upload import FolderUpload
 from deployments.upload_budget import UploadBudget
-from deployments.uploads import FolderUpload
 from lora_store import Staged
 from tests.deployments.adapter_records import POOL, pool_of
 from tests.deployments.app_fakes import Served, http_of, serve_plainly

@@ -8,7 +8,8 @@ import pytest
 
 from deployments.adapter_folders import ADAPTER_FILES, adapter_files, adapter_folders
 from deployments.errors import SourceMissing, SourceRefused
-from deployments.uploads import MAX_UPLOAD_FILES, FolderUpload, folder_of
+from deployments.folder_upload import MAX_UPLOAD_FILES, FolderUpload
+from deployments.uploads import folder_of
 from lora_store import AdapterRefused
 from lora_store.peft_config import CONFIG_FILE
 from lora_store.peft_files import PICKLE_FILE, WEIGHTS_FILE

@@ -5,7 +5,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from deployments.uploads import FolderUpload
+from deployments.folder_upload import FolderUpload
 from retriever_svc import StaleIndex
 from tests.deployments.app_fakes import Served
 from tests.deployments.asking import ask, error_of, post

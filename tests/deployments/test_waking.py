@@ -12,8 +12,8 @@ import pytest
 from ray.exceptions import RayActorError
 
 from deployments.errors import NoWorkerYet
+from deployments.folder_upload import FolderUpload
 from deployments.scaling_settings import ScalingSettings
-from deployments.uploads import FolderUpload
 from deployments.waking import KEPT_S, Waking
 from tests.deployments.adapter_records import BASE, POOL, adapter, pool_of
 from tests.deployments.app_fakes import Served
