@@ -29,12 +29,12 @@ from rich.table import Table
 
 from benchmarks.engine_cases import RANK, random_modules
 from benchmarks.results_file import machine, write_part
-from deployments.config import AppConfig, ScalingSettings, WorkerSettings
+from deployments.config.app import AppConfig, ScalingSettings, WorkerSettings
 from deployments.store import StoreDeployment
 from deployments.worker import WorkerDeployment
-from gpu_worker.holdings import Holdings
-from gpu_worker.packaged_model import PACKAGED_MODEL, packaged_folder
-from gpu_worker.request import Job, SamplingParams
+from gpu_worker.engine.engine_status import EngineStatus
+from gpu_worker.model.packaged_model import PACKAGED_MODEL, packaged_folder
+from gpu_worker.request.request import Job, SamplingParams
 from lora_store import AdapterRef, LoraStore, Plan, PlannedAdapter, write_peft_folder
 from tests.tiny import FAMILIES, byte_tokenizer
 
@@ -46,7 +46,7 @@ console = Console(width=110)
 class CountedWorker(WorkerDeployment):
     """A worker that says which replica its numbers are of."""
 
-    async def counted(self) -> tuple[str, Holdings]:
+    async def counted(self) -> tuple[str, EngineStatus]:
         return serve.get_replica_context().replica_id.unique_id, await self.load()
 
 
@@ -111,7 +111,7 @@ async def first_token_s(worker: DeploymentHandle, job: Job) -> float:
     return waited
 
 
-async def counted(worker: DeploymentHandle) -> dict[str, Holdings]:
+async def counted(worker: DeploymentHandle) -> dict[str, EngineStatus]:
     return dict(await worker.broadcast("counted").results_async(timeout_s=30))
 
 

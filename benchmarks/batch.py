@@ -19,13 +19,13 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.results_file import machine, write_part
-from deployments.batch_answering import PARTS_AT_ONCE
-from deployments.batch_dataset import answer_parts, cluster
-from deployments.batch_planning import PartPlanner
-from deployments.batch_run import BatchRun, BatchSettings, begin, store_of
-from gpu_worker.base_model import load_base_model
-from gpu_worker.engine import Engine
-from gpu_worker.request import Job
+from deployments.batch.answering import PARTS_AT_ONCE
+from deployments.batch.dataset import answer_parts, cluster
+from deployments.batch.planning import PartPlanner
+from deployments.batch.run import BatchRun, BatchSettings, begin, store_of
+from gpu_worker.engine.engine import Engine
+from gpu_worker.model.base_model import load_base_model
+from gpu_worker.request.request import Job
 from lora_store import AdapterWeights, decode_weights
 from tests.deployments.batching import TOPICS, prompts, publish, tiny_app, write_rows
 from tests.gpu_worker.driving import fetching

@@ -18,14 +18,14 @@ import typer
 
 from benchmarks.engine_cases import Quick, console, shown, table_of
 from benchmarks.results_file import write_results
-from lora_store import AdapterRecord, AdapterRef, Catalogue, Embedding, Event, Location, PoolShare, Publish, Snapshot
+from lora_store import AdapterRecord, AdapterRef, Catalogue, Embedding, Event, Location, Publish, Snapshot, TenantQuota
 from lora_store.rules import publish_events
 
 NUM_EVENTS, NUM_NAMES = 1_000_000, 1_000
 NUM_LARGE = 100_000
 _BATCH = 1_000  # events a commit
 _DIM, _NUM_SAMPLES = 384, 20
-_SHARE = PoolShare(max_adapters=10**9, max_bytes=10**15)  # checked, and never exceeded
+_SHARE = TenantQuota(max_adapters=10**9, max_bytes=10**15)  # checked, and never exceeded
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ def opening(location: Location, num_tries: int, num_events: int) -> Measured:
     return Measured("open", num_live, num_events, tuple(seconds))
 
 
-def publishing(catalogue: Catalogue, num_tries: int, share: PoolShare | None, first_version: int) -> Measured:
+def publishing(catalogue: Catalogue, num_tries: int, share: TenantQuota | None, first_version: int) -> Measured:
     """Publish a new version of one name at a time, and read the state that it leaves."""
     records, num_live, seconds = Records(), len(catalogue.snapshot().records), []
     for number in range(num_tries):

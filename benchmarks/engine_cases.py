@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from benchmarks.results_file import machine
-from gpu_worker.base_model import model_source
 from gpu_worker.config import WorkerConfig
-from gpu_worker.engine import Engine
-from gpu_worker.request import Job, SamplingParams
-from gpu_worker.threads import in_passing
+from gpu_worker.device.openmp import run_on_short_lived_thread
+from gpu_worker.engine.engine import Engine
+from gpu_worker.model.base_model import model_source
+from gpu_worker.request.request import Job, SamplingParams
 from lora_store import BASE_PLAN, AdapterRef, AdapterWeights, ModuleWeights, Plan, PlannedAdapter, Strategy
 
 RANK, NUM_ROWS, NUM_NEW = 8, 32, 64
@@ -100,7 +100,7 @@ class Loaded:
             return future
 
         self.config = WorkerConfig(bank_rank_rows=RANK * num_adapters, max_batch_size=NUM_ROWS, **settings)
-        self.engine = in_passing(lambda: Engine(self.config, fetch))
+        self.engine = run_on_short_lived_thread(lambda: Engine(self.config, fetch))
         self.prompts = Prompts(self.engine.base.tokenizer)
         adapters |= adapters_of(num_adapters, self.engine.bank.shapes)
 

@@ -39,11 +39,11 @@ from benchmarks.engine_cases import (
     table_of,
 )
 from benchmarks.results_file import write_results
-from deployments.config import AppConfig
-from deployments.private_files import sessions_folder
-from deployments.server import Server
-from gpu_worker.engine_loop import EngineLoop
-from gpu_worker.request import Job
+from deployments.auth.private_files import sessions_folder
+from deployments.cli.local_server import Server
+from deployments.config.app import AppConfig
+from gpu_worker.engine.engine_thread import EngineThread
+from gpu_worker.request.request import Job
 from lora_store import Plan, Sample, Strategy, write_peft_folder
 
 NUM_ADAPTERS, NUM_SAMPLES = 8, 20
@@ -74,7 +74,7 @@ class Bench:
         self.prompts, self._url, self._client = loaded.prompts, url, client
         worker = config.worker
         self._request_id = ""  # the last one sent
-        self._loop = EngineLoop(loaded.engine, stream_interval_ms=worker.stream_interval_ms, niceness=worker.niceness)
+        self._loop = EngineThread(loaded.engine, stream_interval_ms=worker.stream_interval_ms, niceness=worker.niceness)
         self._ways: dict[str, Ask] = {
             ENGINE_ONE: self._engine("selection"),
             HTTP_ONE: lambda row, prompt, num_new: self._post(prompt, num_new, model=f"adapter-{row % NUM_ADAPTERS}"),

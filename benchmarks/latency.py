@@ -22,8 +22,8 @@ from benchmarks import plots
 from benchmarks.engine_cases import RANK, Prompts, Quick, console, rounds_within, sampling, shown, table_of
 from benchmarks.results_file import write_results
 from benchmarks.stored_pool import StoredPool
-from gpu_worker.engine_loop import EngineLoop
-from gpu_worker.request import Job
+from gpu_worker.engine.engine_thread import EngineThread
+from gpu_worker.request.request import Job
 from lora_store import Plan
 
 NUM_RUNNING, NUM_STEPS = 24, 128  # rows whose gaps are measured, and tokens of each
@@ -40,7 +40,7 @@ class Bench:
 
     def __init__(self, pool: StoredPool) -> None:
         self._pool = pool
-        self._loop = EngineLoop(pool.engine, stream_interval_ms=0)
+        self._loop = EngineThread(pool.engine, stream_interval_ms=0)
         self._prompts = Prompts(pool.engine.base.tokenizer)
         self._numbers = itertools.count()
         self._cold = itertools.cycle(range(NUM_HOT, NUM_HOT + NUM_COLD))

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from gpu_worker.bank import ModuleBank
-from gpu_worker.dense_mapping import DenseMapping
-from gpu_worker.engine import Engine
-from gpu_worker.lora_linear import LoraLinear
+from gpu_worker.bank.bank import ModuleBank
+from gpu_worker.engine.engine import Engine
+from gpu_worker.lora.dense_mapping import DenseMapping
+from gpu_worker.lora.lora_linear import LoraLinear
 
 
 class LiteralMixture:

@@ -40,8 +40,8 @@ from benchmarks.engine_cases import (
 )
 from benchmarks.results_file import write_results
 from benchmarks.vllm_process import Vllm
-from gpu_worker.base_model import model_source
 from gpu_worker.config import WorkerConfig
+from gpu_worker.model.base_model import model_source
 from lora_store import Strategy, write_peft_folder
 
 NUM_ADAPTERS = 8

@@ -19,8 +19,8 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 
 from benchmarks.results_file import machine, write_results
-from deployments.config import AppConfig, ScalingSettings, WorkerSettings
-from deployments.server import Server
+from deployments.cli.local_server import Server
+from deployments.config.app import AppConfig, ScalingSettings, WorkerSettings
 
 POOL = Path(__file__).parents[1] / "examples" / "starter_pool"
 WEIGHTS, CONFIG, SAMPLES = "adapter_model.safetensors", "adapter_config.json", "lora_samples.jsonl"

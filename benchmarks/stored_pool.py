@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.engine_cases import RANK, Shapes, console, plan_of, random_modules
-from deployments.weights_fetcher import WeightsFetcher
+from deployments.weights.fetcher import WeightsFetcher
 from gpu_worker.config import WorkerConfig
-from gpu_worker.engine import Engine
-from gpu_worker.threads import in_passing, load_executor
+from gpu_worker.device.openmp import load_executor, run_on_short_lived_thread
+from gpu_worker.engine.engine import Engine
 from lora_store import AdapterRef, AdapterWeights, LoraStore, Plan, Strategy, write_peft_folder
 
 _BATCH = 64  # adapters a commit
@@ -57,7 +57,7 @@ class StoredPool:
         self._fetcher = WeightsFetcher(handle, executor)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fetches", daemon=True)
-        self.engine = in_passing(lambda: Engine(self.config, self._fetch, executor=executor))
+        self.engine = run_on_short_lived_thread(lambda: Engine(self.config, self._fetch, executor=executor))
         self.adapters: list[tuple[AdapterRef, str]] = []
 
     def __enter__(self) -> Self:

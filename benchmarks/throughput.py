@@ -35,8 +35,8 @@ from benchmarks.engine_cases import (
 )
 from benchmarks.literal_einsum import literal_mixture
 from benchmarks.results_file import write_results
-from gpu_worker.mapping import composition
-from gpu_worker.step_context import Composition
+from gpu_worker.lora.mapping import composition
+from gpu_worker.step.step_context import Composition
 from lora_store import Strategy
 
 NUM_ADAPTERS, WARM_TOKENS = 96, 4
@@ -146,7 +146,7 @@ def every_second_step_base() -> Iterator[None]:
     def by_turn(*args: Any) -> Composition | None:
         return composition(*args) if next(numbers) % 2 == 0 else None
 
-    with patch("gpu_worker.forward.composition", by_turn):
+    with patch("gpu_worker.engine.forward.composition", by_turn):
         yield
 
 

@@ -8,10 +8,10 @@ import os
 from ray import serve
 from ray.serve import Application
 
-from deployments.config import AppConfig
+from deployments.auth.ray_token import require_token_mode
+from deployments.calls.proxy_limits import require_own_proxy
+from deployments.config.app import AppConfig
 from deployments.ingress import Ingress
-from deployments.proxy_limits import require_own_proxy
-from deployments.ray_auth import require_token_mode
 from deployments.retriever import RetrieverDeployment
 from deployments.store import StoreDeployment
 from deployments.worker import WorkerDeployment

@@ -311,7 +311,7 @@ class NoWorkerYet(DeploymentsError):
         return f"no worker has started within {self.waited_s:.0f} s; one is on its way, try again later"
 
 
-class Poisoned(DeploymentsError):
+class PoisonRequest(DeploymentsError):
     """Do not ask this again: it seems to be the request that replicas die of."""
 
     def __init__(self, num_deaths: int) -> None:

@@ -18,60 +18,52 @@ from ray import serve
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from deployments import (
-    admin_routes,
-    console_routes,
-    map_routes,
-    models_routes,
-    pool_routes,
-    request_record,
-    stats_routes,
-    vllm_routes,
-)
-from deployments.answers import JsonObject, plan_object
-from deployments.api_docs import CHAT_ANSWERS, HEALTH_ANSWERS, READY_ANSWERS, ROUTE_ANSWERS, TEXT_ANSWERS, Api
-from deployments.auth import Asking, BearerAuth
-from deployments.background import Background
-from deployments.body_limit import DEFAULT_MAX_BODY_BYTES, BodyLimit
-from deployments.callers import LOCAL_CALLER, Caller
-from deployments.config import FORM_OVERHEAD_BYTES, AppConfig
-from deployments.direct_calls import direct, go_straight
-from deployments.door import Door
-from deployments.error_responses import install
-from deployments.figures import SERVE, Kinds
-from deployments.host_guard import HostGuard
-from deployments.http_io import events, refuse_stream_options
-from deployments.in_flight import InFlight, InFlightLimit
-from deployments.key_limits import Meter
-from deployments.limits import check_limits, check_texts, encoder_tokens, prompt_tokens, work_of
-from deployments.openai_answers import Answer
-from deployments.openai_jobs import interleaved, jobs_of
-from deployments.parsing import TextRequest, parse
-from deployments.planner import Planner, text_read
-from deployments.pool import Pool, bodies_here, config_here, in_flight_here, request_figures_here
-from deployments.preload import Preload
-from deployments.publisher import Publisher
-from deployments.ray_auth import require_token_mode
-from deployments.readiness import Readiness
-from deployments.releaser import Releaser
-from deployments.request_figures import ChangeFigures, RequestFigures
-from deployments.request_ids import RequestIds
-from deployments.request_record import RequestRecord
-from deployments.request_recorder import RequestRecorder
-from deployments.request_time import deadline_of, seconds_until, within
-from deployments.requested_work import Work
-from deployments.retries import repeated_stream
-from deployments.safe_headers import SafeHeaders
-from deployments.schemas import ChatCompletionRequest, CompletionRequest, RouteQuery
-from deployments.serve_logs import join_serve_logs
-from deployments.shared_bytes import SharedBytes
-from deployments.signs_of_life import SILENCE_S, heard
-from deployments.stats_reader import StatsReader
-from deployments.traces import tracer
-from deployments.upload_budget import UploadBudget
-from deployments.waking import Waking
+from deployments.api.completion_responses import Answer
+from deployments.api.completions import ChatCompletionRequest, CompletionRequest, RouteQuery
+from deployments.api.parsing import TextRequest, parse
+from deployments.api.requested_work import Work
+from deployments.api.responses import JsonObject, plan_object
+from deployments.auth.authenticator import Authenticator
+from deployments.auth.caller import LOCAL_CALLER, Caller
+from deployments.auth.quotas import TokenUsage
+from deployments.auth.ray_token import require_token_mode
+from deployments.calls.background_tasks import Background
+from deployments.calls.deadlines import deadline_of, seconds_until, within
+from deployments.calls.heartbeat import SILENCE_S, drop_heartbeats
+from deployments.calls.retries import retry_stream
+from deployments.calls.transport import bypass_http_proxy, direct
+from deployments.config.app import FORM_OVERHEAD_BYTES, AppConfig
+from deployments.generation.jobs import interleaved, jobs_of
+from deployments.generation.planner import Planner, text_read
+from deployments.generation.request_limits import check_limits, check_texts, encoder_tokens, prompt_tokens, work_of
+from deployments.http.api import CHAT_ANSWERS, HEALTH_ANSWERS, READY_ANSWERS, ROUTE_ANSWERS, TEXT_ANSWERS, Api
+from deployments.http.dependencies import Pool, bodies_here, config_here, in_flight_here, request_figures_here
+from deployments.http.error_responses import install
+from deployments.http.middleware.access_log import RequestRecorder
+from deployments.http.middleware.bearer_auth import Asking, BearerAuth
+from deployments.http.middleware.body_limit import DEFAULT_MAX_BODY_BYTES, BodyLimit
+from deployments.http.middleware.concurrency_limit import InFlight, InFlightLimit
+from deployments.http.middleware.host_guard import HostGuard
+from deployments.http.middleware.request_id import RequestIds
+from deployments.http.middleware.safe_headers import SafeHeaders
+from deployments.http.readiness import Readiness
+from deployments.http.routes import adapters, console, maintenance, models, pool_map, stats, vllm
+from deployments.http.shared_bytes import SharedBytes
+from deployments.http.streaming import events, refuse_stream_options
+from deployments.http.upload_budget import UploadBudget
+from deployments.observability import request_record
+from deployments.observability.cluster_stats import StatsReader
+from deployments.observability.logs import join_serve_logs
+from deployments.observability.metrics import SERVE, MetricFactory
+from deployments.observability.request_metrics import ChangeFigures, RequestMetrics
+from deployments.observability.request_record import RequestRecord
+from deployments.observability.tracing import tracer
+from deployments.publishing.preload import Preload
+from deployments.publishing.publisher import Publisher
+from deployments.publishing.reclaimer import Reclaimer
+from deployments.scaling.scale_from_zero import WorkerGate
 from gpu_worker.errors import AdapterLoadFailed, EngineFull, WaitedTooLong
-from gpu_worker.request import Completion, Delta, Job
+from gpu_worker.request.request import Completion, Delta, Job
 
 WORKER_GRACE_S = 5.0  # a step of the engine, and the way
 # The server's own reasons not to start a job: its prompt is not charged.
@@ -83,14 +75,14 @@ TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
 
 app = Api(title="LoraRetriever", docs_url=None, redoc_url=None, telemetry=TELEMETRY)
 install(app)
-app.add_middleware(BodyLimit, limit_of=pool_routes.max_body_bytes, budget=bodies_here)
+app.add_middleware(BodyLimit, limit_of=adapters.max_body_bytes, budget=bodies_here)
 app.add_middleware(InFlightLimit, in_flight=in_flight_here)
 app.add_middleware(BearerAuth)  # the last ones added are asked first
 app.add_middleware(HostGuard, config=config_here)
 app.add_middleware(RequestRecorder, figures=request_figures_here)
 app.add_middleware(RequestIds)
 app.add_middleware(SafeHeaders)
-for routes in (models_routes, pool_routes, vllm_routes, admin_routes, map_routes, stats_routes, console_routes):
+for routes in (models, adapters, vllm, maintenance, pool_map, stats, console):
     app.include_router(routes.router)
 
 
@@ -100,7 +92,7 @@ class Begun:
 
     answer: Answer
     jobs: Sequence[Job]
-    meter: Meter
+    meter: TokenUsage
     held: ExitStack
     record: RequestRecord
     deadline: float  # by this process's monotonic clock
@@ -119,21 +111,21 @@ class Ingress:
         *,
         worker_grace_s: float = WORKER_GRACE_S,
         silence_s: float = SILENCE_S,
-        kinds: Kinds = SERVE,
+        kinds: MetricFactory = SERVE,
     ) -> None:
         join_serve_logs()
         require_token_mode(allow_unauthenticated=config.allow_unauthenticated_ray)
-        go_straight()
-        self.requests = RequestFigures(kinds)
+        bypass_http_proxy()
+        self.requests = RequestMetrics(kinds)
         self._config, self._worker_grace_s = config, worker_grace_s
         self._retriever, self._worker = retriever, worker
         self._silence_s = silence_s
-        self._waking = Waking(worker, config.wake_timeout_s if config.workers_may_sleep else None)
-        self.door = Door(config)
+        self._waking = WorkerGate(worker, config.wake_timeout_s if config.workers_may_sleep else None)
+        self.door = Authenticator(config)
         self._planner = Planner(config, retriever)
         self.background = Background()
         longest_request_s = config.worker_scaling.graceful_shutdown_timeout_s
-        releaser = Releaser(store, worker, self.background, longest_request_s=longest_request_s)
+        releaser = Reclaimer(store, worker, self.background, longest_request_s=longest_request_s)
         publisher = Publisher(
             store,
             retriever,
@@ -242,19 +234,19 @@ class Ingress:
 
     def _rows(self, begun: Begun, *, whole: bool) -> AsyncGenerator[tuple[int, Delta]]:
         attempts = [partial(self._attempt, begun, index) for index in range(len(begun.jobs))]
-        return interleaved([repeated_stream(attempt, whole=whole) for attempt in attempts])
+        return interleaved([retry_stream(attempt, whole=whole) for attempt in attempts])
 
     def _attempt(self, begun: Begun, index: int) -> AsyncGenerator[Delta]:
         question = index // begun.answer.num_choices
         return begun.record.watch(index, self._deltas(begun.jobs[index], question, begun.meter, begun.deadline))
 
-    async def _deltas(self, job: Job, question: int, meter: Meter, deadline: float) -> AsyncGenerator[Delta]:
+    async def _deltas(self, job: Job, question: int, meter: TokenUsage, deadline: float) -> AsyncGenerator[Delta]:
         """One Worker's deltas; leaving early cancels the job there. A repeat is metered in the place of the first."""
         job = replace(job, time_left_s=seconds_until(deadline))
         meter.sent(job.request_id, question, prompt_tokens(job.prompt))
         response = direct(self._worker).options(stream=True).stream.remote(job)
         try:
-            async with aclosing(heard(aiter(response), self._silence_s)) as deltas:
+            async with aclosing(drop_heartbeats(aiter(response), self._silence_s)) as deltas:
                 while True:
                     async with within(deadline + self._worker_grace_s):  # the Worker keeps it, unless it hangs
                         delta = await anext(deltas, None)

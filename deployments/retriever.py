@@ -13,13 +13,13 @@ from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
-from deployments.config import AppConfig
+from deployments.auth.ray_token import require_token_mode
+from deployments.config.app import AppConfig
 from deployments.encoder_queue import EncoderQueue
-from deployments.figures import SERVE, Kinds, every_beat
-from deployments.ray_auth import require_token_mode
-from deployments.retrieval import live_pool, retriever_over
-from deployments.retriever_figures import RetrieverFigures
-from deployments.serve_logs import join_serve_logs
+from deployments.observability.logs import join_serve_logs
+from deployments.observability.metrics import SERVE, MetricFactory, report_periodically
+from deployments.observability.retriever_metrics import RetrieverMetrics
+from deployments.retriever_factory import live_pool, retriever_over
 from lora_store import AdapterRecord, LoraStore, LoraStoreError, Plan, Sample, Strategy
 from retriever_svc import (
     BulkEncoding,
@@ -67,12 +67,12 @@ class RetrieverDeployment:
         *,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         index: IndexSettings | None = None,
-        kinds: Kinds = SERVE,
+        kinds: MetricFactory = SERVE,
     ) -> None:
         join_serve_logs()
         require_token_mode(allow_unauthenticated=config.allow_unauthenticated_ray)
         settings = config.retrieval
-        self._figures = RetrieverFigures(kinds)
+        self._figures = RetrieverMetrics(kinds)
         self._store = LoraStore(config.store_uri, accepts_base=config.accepted_bases)
         self._pools = live_pool(config, self._store.snapshot, index)
         self._retriever = retriever_over(self._pools, config, timings=self._figures)
@@ -94,7 +94,7 @@ class RetrieverDeployment:
         self._read_at = self._began_reading_at = time.monotonic()
         loop = asyncio.get_event_loop()
         self._polling = loop.create_task(self._poll(settings.poll_interval_s, sleep))
-        self._telling = loop.create_task(every_beat(self._tell))
+        self._telling = loop.create_task(report_periodically(self._tell))
 
     async def route(self, requests: Sequence[RouteRequest]) -> list[Route]:
         """Return the plan and candidates for each prompt of one client's request, all of the same tenant.

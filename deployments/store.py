@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import ray
 
-from deployments.byte_budget import ByteBudget
-from deployments.config import AppConfig
-from deployments.folder_upload import FolderUpload
-from deployments.object_cache import Buffer, ObjectCache
-from deployments.ray_auth import require_token_mode
-from deployments.serve_logs import join_serve_logs
-from deployments.uploads import folder_of
+from deployments.api.publish_item import PublishItem
+from deployments.auth.ray_token import require_token_mode
+from deployments.config.app import AppConfig
+from deployments.observability.logs import join_serve_logs
+from deployments.publishing.byte_budget import ByteBudget
+from deployments.publishing.source_folders import folder_of
+from deployments.weights.object_store_cache import Buffer, ObjectCache
 from lora_store import (
     AdapterRecord,
     AdapterRef,
@@ -27,14 +27,14 @@ from lora_store import (
     Embedding,
     Key,
     LoraStore,
-    PoolShare,
+    Precondition,
     Sample,
     Staged,
-    Standing,
+    TenantQuota,
     Visibility,
     Withdrawn,
 )
-from lora_store.upkeep import Verified
+from lora_store.garbage_collection import Verified
 
 Shapes = Mapping[str, tuple[int, int]]
 _NUM_STAGERS = 8
@@ -56,7 +56,7 @@ class StoreDeployment:
         self._staging = ByteBudget(config.max_staging_bytes, _MAX_WAIT_S)
         self._objects: ObjectCache[Any] = ObjectCache(self._store.load, put, config.store_object_cache_bytes)
 
-    async def stage(self, upload: FolderUpload, module_shapes: Shapes) -> Staged:
+    async def stage(self, upload: PublishItem, module_shapes: Shapes) -> Staged:
         """The checked adapter, its blobs stored and held until `commit` or `discard`.
 
         Raises: AdapterRefused, with every reason; SourceRefused, SourceMissing, SourceUnavailable, StoreUnavailable;
@@ -67,7 +67,7 @@ class StoreDeployment:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._stagers, self._stage, upload, module_shapes)
 
-    def _stage(self, upload: FolderUpload, module_shapes: Shapes) -> Staged:
+    def _stage(self, upload: PublishItem, module_shapes: Shapes) -> Staged:
         config = self._config
         prefixes = config.source_prefixes_of(upload.tenant)
         with folder_of(upload, prefixes, config.max_upload_bytes, self._staging) as folder:
@@ -93,18 +93,18 @@ class StoreDeployment:
         embeddings: Sequence[Embedding | None],
         probe_shifts: Sequence[float | None],
         actor: str,
-        standing: Standing = "any",
-        share: PoolShare | None = None,
+        precondition: Precondition = "any",
+        share: TenantQuota | None = None,
         commit_id: str | None = None,
     ) -> int:
         """Make all of `staged` live, and return the generation; `standing` is what the versions must be just before.
 
         A repeated call under the same `commit_id` returns the generation of the first.
-        Raises: PublicNameTaken; PoolShareExceeded; AdapterNotFound for what should be kept; VersionConflict,
+        Raises: PublicNameTaken; QuotaExceeded; AdapterNotFound for what should be kept; VersionConflict,
         StoreUnavailable.
         """
         return await asyncio.to_thread(
-            self._store.commit, staged, embeddings, probe_shifts, actor, standing, share, commit_id
+            self._store.commit, staged, embeddings, probe_shifts, actor, precondition, share, commit_id
         )
 
     async def discard(self, staged: Sequence[Staged]) -> None:

@@ -13,28 +13,28 @@ from pathlib import Path
 
 from ray.serve.handle import DeploymentHandle
 
+from deployments.auth.ray_token import require_token_mode
+from deployments.calls.heartbeat import SIGN_EVERY_S
 from deployments.errors import ReplicaWedged
-from deployments.figures import BEAT_S, SERVE, Kinds, every_beat
-from deployments.ray_auth import require_token_mode
-from deployments.request_router import RESIDENT, short_digest
-from deployments.serve_logs import join_serve_logs
-from deployments.signs_of_life import SIGN_EVERY_S
-from deployments.tenant_usage import TenantUsage, Usage
-from deployments.traces import JobTrace
-from deployments.weights_fetcher import WeightsFetcher
-from deployments.worker_figures import WorkerFigures
-from deployments.worker_scaling import ONGOING, WAITING_TOKENS
+from deployments.observability.logs import join_serve_logs
+from deployments.observability.metrics import REPORT_INTERVAL_S, SERVE, MetricFactory, report_periodically
+from deployments.observability.tenant_usage import TenantUsage, Usage
+from deployments.observability.tracing import JobTrace
+from deployments.observability.worker_metrics import WorkerMetrics
+from deployments.scaling.adapter_affinity_router import RESIDENT, short_digest
+from deployments.scaling.autoscaling_policy import ONGOING, WAITING_TOKENS
+from deployments.weights.fetcher import WeightsFetcher
 from gpu_worker.config import WorkerConfig
-from gpu_worker.cpu_count import with_threads
-from gpu_worker.engine import Engine
-from gpu_worker.engine_loop import EngineLoop
+from gpu_worker.device.cpu_count import with_threads
+from gpu_worker.device.openmp import load_executor, run_on_short_lived_thread, use_one_thread
+from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.engine_status import EngineStatus
+from gpu_worker.engine.engine_thread import EngineThread
+from gpu_worker.engine.probe import Prober
+from gpu_worker.engine.warm_up import warmed_up
 from gpu_worker.errors import EngineStopped
-from gpu_worker.holdings import Holdings
-from gpu_worker.native import num_missing_kernels
-from gpu_worker.probe import Prober
-from gpu_worker.request import Delta, Job
-from gpu_worker.threads import compute_alone, in_passing, load_executor
-from gpu_worker.warm_up import warmed_up
+from gpu_worker.native.kernel_loading import num_missing_kernels
+from gpu_worker.request.request import Delta, Job
 from lora_store import AdapterWeights
 from lora_store.disk_cache import DiskCache
 
@@ -57,24 +57,26 @@ class WorkerDeployment:
         wedged_after_s: float = 120.0,
         *,
         allow_unauthenticated_ray: bool = False,
-        kinds: Kinds = SERVE,
+        kinds: MetricFactory = SERVE,
         end_process: Callable[[int], object] = os._exit,
     ) -> None:
         join_serve_logs()
         config = with_threads(config)
         require_token_mode(allow_unauthenticated=allow_unauthenticated_ray)
-        self._figures = WorkerFigures(config.bank_rank_rows, kinds)
+        self._figures = WorkerMetrics(config.bank_rank_rows, kinds)
         self._usage = TenantUsage()
         self._asyncio_loop = asyncio.get_event_loop()
         self._cache = None if weights_cache is None else DiskCache(*weights_cache)
-        compute_alone()
+        use_one_thread()
         executor = load_executor(config.load_threads)
         self._fetcher = WeightsFetcher(store, executor, cache=self._cache, told=self._figures)
-        self._engine = in_passing(lambda: warmed_up(Engine(config, self._start_fetch, executor=executor)))
-        self._loop = EngineLoop(self._engine, stream_interval_ms=stream_interval_ms, niceness=niceness)
+        self._engine = run_on_short_lived_thread(
+            lambda: warmed_up(Engine(config, self._start_fetch, executor=executor))
+        )
+        self._loop = EngineThread(self._engine, stream_interval_ms=stream_interval_ms, niceness=niceness)
         self._num_missing_kernels = num_missing_kernels(config)
         self._prober = Prober(self._loop)
-        self._telling = self._asyncio_loop.create_task(every_beat(self._tell))
+        self._telling = self._asyncio_loop.create_task(report_periodically(self._tell))
         self._wedged_after_s, self._end_process = wedged_after_s, end_process
 
     async def stream(self, job: Job) -> AsyncIterator[Delta | None]:
@@ -120,12 +122,12 @@ class WorkerDeployment:
             await asyncio.to_thread(self._cache.discard, weights_digests)
         return is_gone
 
-    async def holdings(self) -> Holdings:
+    async def holdings(self) -> EngineStatus:
         """What this replica holds now, in numbers."""
         disk_cache_bytes = 0 if self._cache is None else await asyncio.to_thread(self._cache.measure)
         return replace(await self._loop.holdings(), disk_cache_bytes=disk_cache_bytes)
 
-    async def load(self) -> Holdings:
+    async def load(self) -> EngineStatus:
         """`holdings` without a look at the disk: cheap enough to be asked every second."""
         return await self._loop.holdings()
 
@@ -164,7 +166,7 @@ class WorkerDeployment:
     async def _tell(self) -> None:
         self._figures.stepping(self._loop.seconds_busy())
         self._figures.missing_kernels(self._num_missing_kernels)
-        async with asyncio.timeout(BEAT_S):  # a step that hangs must not hide how long it does
+        async with asyncio.timeout(REPORT_INTERVAL_S):  # a step that hangs must not hide how long it does
             self._figures.hold(await self._loop.holdings())
 
     def _start_fetch(self, weights_digest: str) -> Future[AdapterWeights]:
@@ -172,7 +174,7 @@ class WorkerDeployment:
         return asyncio.run_coroutine_threadsafe(self._fetcher.fetch(weights_digest), self._asyncio_loop)
 
 
-def _why_wedged(loop: EngineLoop, busy_s: float) -> str:
+def _why_wedged(loop: EngineThread, busy_s: float) -> str:
     if loop.is_alive:
         return f"a step or command of the engine has run for {busy_s:.0f} s"
     return f"the engine's thread has ended: {loop.failure or 'it was stopped'}"

@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.results_file import write_results
-from deployments.config import load_config
-from deployments.server import Server
+from deployments.cli.local_server import Server
+from deployments.config.app import load_config
 
 EXAMPLES = Path(__file__).parent
 _MAX_TOKENS = 20

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from examples.bigbench_tasks import Item
-from gpu_worker.prompts import alpaca_prompt
+from gpu_worker.request.prompts import alpaca_prompt
 
 NO_LABEL = -100
 _JUDGED_STEPS = 10

@@ -1,7 +1,6 @@
 """The adapter store: identities, plans, PEFT files, admission, the durable catalogue and its blobs."""
 
 from lora_store.adapter import LOCAL_TENANT, AdapterRef, AdapterWeights, ModuleWeights, Sample, is_valid_name
-from lora_store.admission import TEMPLATES, Admitted, Label, check_folder
 from lora_store.blobs import BlobStore
 from lora_store.bounded_files import Limits
 from lora_store.catalogue import Catalogue
@@ -15,23 +14,24 @@ from lora_store.errors import (
     GenerationGone,
     LoraStoreError,
     PlanInvalid,
-    PoolShareExceeded,
     PublicNameTaken,
+    QuotaExceeded,
     StoreUnavailable,
     VersionConflict,
 )
 from lora_store.events import ActivateEncoder, Approve, Embed, Event, Publish, SetVisibility, Withdraw
+from lora_store.garbage_collection import BlobCheck, Collected
 from lora_store.location import Location
 from lora_store.peft_config import PeftConfig
 from lora_store.peft_files import PeftFolder, read_peft_folder, write_peft_folder
 from lora_store.plan import BASE_PLAN, MAX_PLAN_ADAPTERS, STRATEGIES, Plan, PlannedAdapter, Strategy
+from lora_store.quota import TenantQuota
 from lora_store.records import VISIBILITIES, AdapterRecord, Embedding, Visibility
-from lora_store.rules import Standing
-from lora_store.share import PoolShare
+from lora_store.rules import Precondition
 from lora_store.snapshot import KEPT_VERSIONS, ActiveEncoder, Key, Snapshot
 from lora_store.staging import Staged
 from lora_store.store import LoraStore, Withdrawn
-from lora_store.upkeep import BlobCheck, Collected
+from lora_store.validation import TEMPLATES, Admitted, Label, check_folder
 from lora_store.weights_blob import decode_weights, digest_of, encode_weights
 
 __all__ = [
@@ -75,17 +75,17 @@ __all__ = [
     "Plan",
     "PlanInvalid",
     "PlannedAdapter",
-    "PoolShare",
-    "PoolShareExceeded",
+    "Precondition",
     "PublicNameTaken",
     "Publish",
+    "QuotaExceeded",
     "Sample",
     "SetVisibility",
     "Snapshot",
     "Staged",
-    "Standing",
     "StoreUnavailable",
     "Strategy",
+    "TenantQuota",
     "VersionConflict",
     "Visibility",
     "Withdraw",

@@ -105,7 +105,7 @@ class Catalogue:
             return known
         raise VersionConflict(self._max_attempts)
 
-    def tidy(self, before: datetime) -> None:
+    def vacuum(self, before: datetime) -> None:
         """Remove what the table does not need, as far as it was written before then.
 
         Events that were overtaken are folded away first: no embedding of a version that is not kept is left.
@@ -113,7 +113,7 @@ class Catalogue:
         with self._tending:
             if self._history.num_events:
                 self._fold()
-            self._open_table(self._location).tidy(before)
+            self._open_table(self._location).vacuum(before)
 
     def _refreshed(self) -> Snapshot:
         """The newest state. To be called under the lock of the readers."""

@@ -3,7 +3,7 @@
 LoraStoreError
 ├── AdapterRefused      the folder is not an adapter this server takes; `reasons` lists every problem found
 │   └── PublicNameTaken the public name belongs to another tenant
-├── PoolShareExceeded   the tenant would hold more than its share of the pool
+├── QuotaExceeded   the tenant would hold more than its share of the pool
 ├── AdapterNotFound     no live adapter has that name, or no blob has that digest
 ├── FileRefused         one file of a folder cannot be read safely, or is not what its name says
 ├── BlobCorrupted       stored bytes no longer match their digest
@@ -42,7 +42,7 @@ class PublicNameTaken(AdapterRefused):
     """Another tenant's public adapter has the name. Keep yours private, or publish it under another name."""
 
 
-class PoolShareExceeded(LoraStoreError):
+class QuotaExceeded(LoraStoreError):
     """The tenant's part of the pool is full. Withdraw adapters, or ask for a larger share."""
 
     def __init__(self, what: str, wanted: int, limit: int) -> None:

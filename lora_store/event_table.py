@@ -164,7 +164,7 @@ class EventTable:
         except StoreUnavailable as exc:  # what was committed stands either way
             logger.warning("compaction left to a later commit: %s", exc.cause)
 
-    def tidy(self, before: datetime) -> None:
+    def vacuum(self, before: datetime) -> None:
         """Of what was written before then, only the log and the data files of the newest version are there.
 
         A process that slept for longer between writing a data file and committing it would commit what is gone.

@@ -10,30 +10,30 @@ from typing import Literal
 from lora_store.adapter import AdapterRef
 from lora_store.errors import AdapterNotFound, EncoderIncomplete, PublicNameTaken
 from lora_store.events import ActivateEncoder, Approve, Embed, Event, Publish, SetVisibility, Withdraw
+from lora_store.quota import TenantQuota, check_share
 from lora_store.records import AdapterRecord, Embedding, Visibility
-from lora_store.share import PoolShare, check_share
 from lora_store.snapshot import ActiveEncoder, Key, Snapshot
 
-Standing = Literal["any", "live", "kept"]
+Precondition = Literal["any", "live", "kept"]
 """What versions must be to be published: anything; live still, or they are left out; kept, or it is an error."""
 
 
 def publish_events(
     snapshot: Snapshot,
     records: Sequence[AdapterRecord],
-    standing: Standing = "any",
+    precondition: Precondition = "any",
     *,
     keeping: Collection[Key] = (),
-    share: PoolShare | None = None,
+    share: TenantQuota | None = None,
 ) -> list[Event]:
     """Publish events for what is not live yet, each record checked against those before it too.
 
     `keeping`: names whose live version's visibility the new one takes over. `share`: what each tenant may hold.
-    Raises: PublicNameTaken; PoolShareExceeded; AdapterNotFound for what should be kept.
+    Raises: PublicNameTaken; QuotaExceeded; AdapterNotFound for what should be kept.
     """
-    if standing == "live":
+    if precondition == "live":
         records = [record for record in records if _kept(snapshot, record)[:1] == [record.ref]]
-    for record in records if standing == "kept" else ():
+    for record in records if precondition == "kept" else ():
         if record.ref not in _kept(snapshot, record):
             raise AdapterNotFound(f"{record.ref.name}@{record.ref.digest[:12]}")
     live: dict[Key, AdapterRecord] = {}

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from lora_store.adapter import AdapterRef, Sample
-from lora_store.admission import Admitted, Label
 from lora_store.records import AdapterRecord
+from lora_store.validation import Admitted, Label
 from lora_store.weights_blob import digest_of
 
 

@@ -10,18 +10,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from lora_store.adapter import LOCAL_TENANT, AdapterRef, Sample
-from lora_store.admission import Label, Shapes, check_folder
 from lora_store.blobs import BlobStore
 from lora_store.bounded_files import Limits
 from lora_store.catalogue import Catalogue
 from lora_store.conditional_writes import check_conditional_writes
 from lora_store.errors import AdapterNotFound, StoreUnavailable
 from lora_store.events import Event
-from lora_store.holds import Holds
+from lora_store.garbage_collection import BlobCheck, Collected, GarbageCollector
+from lora_store.leases import Leases
 from lora_store.location import Location
+from lora_store.quota import TenantQuota
 from lora_store.records import AdapterRecord, Embedding, Visibility
 from lora_store.rules import (
-    Standing,
+    Precondition,
     activate_events,
     approve_events,
     embed_events,
@@ -30,10 +31,9 @@ from lora_store.rules import (
     withdraw_events,
 )
 from lora_store.sample_files import parse_samples, write_samples
-from lora_store.share import PoolShare
 from lora_store.snapshot import ActiveEncoder, Snapshot
 from lora_store.staging import Staged, staged_record
-from lora_store.upkeep import BlobCheck, Collected, Upkeep
+from lora_store.validation import Label, Shapes, check_folder
 from lora_store.weights_blob import WeightsBlob, digest_of
 
 logger = logging.getLogger(__name__)
@@ -66,9 +66,9 @@ class LoraStore:
         self._now = now
         self._location = location = Location(uri)
         self._blobs = BlobStore(location.child("blobs"))
-        self._holds = Holds(location, now, sleep)
+        self._holds = Leases(location, now, sleep)
         self._catalogue = Catalogue(location.child("catalogue"), sleep)
-        self._upkeep = Upkeep(self._blobs, self._holds, self._catalogue, now)
+        self._upkeep = GarbageCollector(self._blobs, self._holds, self._catalogue, now)
 
     def check_writes(self, environment: Mapping[str, str]) -> None:
         """Check that two writers cannot overwrite each other. Raises: ConditionalWritesMissing."""
@@ -130,8 +130,8 @@ class LoraStore:
         embeddings: Sequence[Embedding | None],
         probe_shifts: Sequence[float | None],
         actor: str,
-        standing: Standing = "any",
-        share: PoolShare | None = None,
+        precondition: Precondition = "any",
+        share: TenantQuota | None = None,
         commit_id: str | None = None,
     ) -> int:
         """Make all of `staged` live, and return the generation; `embeddings` and `probe_shifts` run along with it.
@@ -141,7 +141,7 @@ class LoraStore:
         `standing`: what the versions must be in the newest state; "live" needs no hold, and changes no visibility.
         `share`: what their tenant may hold at most, judged on the newest state.
         `commit_id`: a repeated call under the same id commits nothing, and returns the generation of the first.
-        Raises: PublicNameTaken; PoolShareExceeded; VersionConflict; AdapterNotFound when it was staged so long ago that
+        Raises: PublicNameTaken; QuotaExceeded; VersionConflict; AdapterNotFound when it was staged so long ago that
         its hold died and its blobs went, or is not kept although it should be.
         """
         created_at = self._now()
@@ -149,11 +149,11 @@ class LoraStore:
             replace(item.record, embedding=embedding, probe_shift=shift, actor=actor, created_at=created_at)
             for item, embedding, shift in zip(staged, embeddings, probe_shifts, strict=True)
         ]
-        held = () if standing == "live" else staged
+        held = () if precondition == "live" else staged
         renewed = [self.restage(item.record) for item in held if not self._holds.is_safe(item.hold)]
-        keeping = {(i.ref.tenant, i.ref.name) for i in staged if i.keeps_visibility or standing == "live"}
+        keeping = {(i.ref.tenant, i.ref.name) for i in staged if i.keeps_visibility or precondition == "live"}
         generation = self._catalogue.commit(
-            lambda snapshot: publish_events(snapshot, records, standing, keeping=keeping, share=share), commit_id
+            lambda snapshot: publish_events(snapshot, records, precondition, keeping=keeping, share=share), commit_id
         )
         self._end_quietly([item.hold for item in (*staged, *renewed)])
         return generation

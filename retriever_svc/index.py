@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from lora_store.records import AdapterRecord
 from lora_store.snapshot import Key
+from retriever_svc.adapter_table import AdapterTable, Mask, Positions
 from retriever_svc.calibration import Votes
 from retriever_svc.encoder import Vectors
 from retriever_svc.inner_products import best_rows
 from retriever_svc.inverted_lists import InvertedLists, ListedPart
-from retriever_svc.table import AdapterTable, Mask, Positions
 
 _FLOAT32_ERROR = 1e-5  # of a score that was summed in float32
 _TIE_ROOM = 8

@@ -10,9 +10,9 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from retriever_svc.adapter_table import Mask, Positions
 from retriever_svc.encoder import Vectors
 from retriever_svc.inner_products import best_rows
-from retriever_svc.table import Mask, Positions
 
 _POINTS_PER_LIST = 64  # k-means learns from this many
 _ROUNDS = 8  # of k-means

@@ -11,7 +11,7 @@ from lora_store.errors import StoreUnavailable
 from lora_store.snapshot import Snapshot
 from retriever_svc.encoder import Encoder
 from retriever_svc.encoder_files import DEFAULT_MODEL
-from retriever_svc.encoders import Encoders, LoadEncoder
+from retriever_svc.encoder_registry import Encoders, LoadEncoder
 from retriever_svc.errors import StaleIndex
 from retriever_svc.index import AdapterIndex, IndexSettings
 from retriever_svc.inverted_lists import InvertedLists

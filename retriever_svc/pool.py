@@ -9,14 +9,14 @@ from lora_store.errors import AdapterNotFound
 from lora_store.records import AdapterRecord
 from lora_store.snapshot import Snapshot
 from retriever_svc.calibration import floor_of
-from retriever_svc.differences import differences
 from retriever_svc.encoder import Encoder, Vectors
 from retriever_svc.index import AdapterIndex, Allowed, IndexSettings, Match
 from retriever_svc.inverted_lists import InvertedLists
 from retriever_svc.listing import Listings
+from retriever_svc.per_caller_cache import ViewCache
 from retriever_svc.planning import resolve
 from retriever_svc.projection import MAX_POINTS, Plane, Point, PoolMap
-from retriever_svc.view_cache import ViewCache
+from retriever_svc.snapshot_diff import differences
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpu_worker.base_model import BaseModel, load_base_model
+from gpu_worker.model.base_model import BaseModel, load_base_model
 from tests.browsing import browsing  # noqa: F401  a fixture
 from tests.prometheus import promtool  # noqa: F401  a fixture
 from tests.s3 import aws_credentials, s3_endpoint  # noqa: F401  fixtures

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,9 +35,15 @@ class Scale:
         self.measured[what] = round(value, 2)
 
 
+def _area(path: Path) -> str:
+    """Return the folder of `tests` that has the file, in whichever room of it."""
+    parts = path.parts
+    return parts[len(parts) - parts[::-1].index("tests")]
+
+
 @dataclass
 class SoakReport:
-    """One check a test: its counts, outcome and seconds, by the folder its file lies in."""
+    """One check a test: its counts, outcome and seconds, by the folder of `tests` that has its file."""
 
     checks: defaultdict[str, dict[str, dict[str, Any]]] = field(default_factory=lambda: defaultdict(dict))
 
@@ -44,7 +51,7 @@ class SoakReport:
         check = {"outcome": report.outcome, "seconds": round(report.duration, 1), "counts": dict(scale.counts)}
         if scale.measured:
             check["measured"] = dict(scale.measured)
-        self.checks[item.path.parent.name][item.name] = check
+        self.checks[_area(item.path)][item.name] = check
 
     def write(self) -> list[str]:
         """What was checked now takes the place of what was written of it before; other checks stay."""

@@ -1,11 +1,14 @@
-"""The import rule, checked over the syntax trees: lora_store <- retriever_svc, gpu_worker <- deployments."""
+"""The import rule, checked over the syntax trees: lora_store <- retriever_svc, gpu_worker <- deployments.
+
+Inside `deployments` and `gpu_worker` rooms import rooms of lower floors only, so that none of them forms a ring.
+"""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,31 @@ MAY_IMPORT = {
     "deployments": PACKAGES,
 }
 EDGE_ONLY = {"ray", "fastapi", "pydantic", "starlette"}
+# A room is a folder, or a module beside them. Rooms of one floor do not import each other.
+FLOORS: dict[str, list[set[str]]] = {
+    "deployments": [
+        {"errors"},
+        {"api", "calls", "scaling"},
+        {"config", "weights"},
+        {"auth", "generation", "observability", "encoder_queue", "retriever_factory"},
+        {"publishing"},
+        {"http"},
+        {"ingress", "retriever", "store", "worker", "batch"},
+        {"app"},
+        {"cli"},
+    ],
+    "gpu_worker": [
+        {"errors"},
+        {"config"},
+        {"device", "native", "request", "text"},
+        {"bank", "sampling"},
+        {"step"},
+        {"attention"},
+        {"model"},
+        {"lora"},
+        {"engine"},
+    ],
+}
 NEVER = {"pickle", "dill", "shelve", "marshal"}
 
 
@@ -46,6 +74,41 @@ def test_packages_import_in_one_direction(package: str) -> None:
                 assert imported not in EDGE_ONLY, f"{place} imports {imported}"
             assert imported not in NEVER, f"{place} imports {imported}"
             assert imported not in {"tests", "benchmarks", "examples"}, f"{place} imports {imported}"
+
+
+def room_of(parts: Sequence[str]) -> str:
+    """Return the room of `package.room.module` or of a file's path parts."""
+    return parts[1].removesuffix(".py")
+
+
+def room_imports(package: str, path: Path) -> Iterator[tuple[int, str]]:
+    """(line, room) of every import of the same package, also of `from package import module`."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.module == package:
+            modules = [f"{package}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            modules = [node.module]
+        for module in modules:
+            parts = module.split(".")
+            if parts[0] == package and len(parts) > 1:
+                yield node.lineno, room_of(parts)
+
+
+@pytest.mark.parametrize("package", sorted(FLOORS))
+def test_rooms_import_downwards_only(package: str) -> None:
+    floor_of = {room: floor for floor, rooms in enumerate(FLOORS[package]) for room in rooms}
+    paths = [path for path in sorted((ROOT / package).rglob("*.py")) if path != ROOT / package / "__init__.py"]
+    rooms = {room_of(path.relative_to(ROOT).parts) for path in paths}
+    assert rooms == set(floor_of), "every room has a floor"
+    seen = set()
+    for path in paths:
+        room = room_of(path.relative_to(ROOT).parts)
+        for line, imported in room_imports(package, path):
+            seen.add((room, imported))
+            is_below = imported == room or floor_of[imported] < floor_of[room]
+            assert is_below, f"{path.relative_to(ROOT)}:{line} imports {imported}, which is not below {room}"
+    assert len(seen) > len(rooms)
 
 
 @pytest.mark.parametrize("package", sorted(PACKAGES))

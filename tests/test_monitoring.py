@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from deployments.request_figures import ChangeFigures, RequestFigures
-from deployments.retriever_figures import RetrieverFigures
-from deployments.worker_figures import WorkerFigures
+from deployments.observability.request_metrics import ChangeFigures, RequestMetrics
+from deployments.observability.retriever_metrics import RetrieverMetrics
+from deployments.observability.worker_metrics import WorkerMetrics
 from tests.deployments.figure_fakes import FakeKinds
 from tests.prometheus import MONITORING, Promtool, dashboard_queries, rules
 
@@ -24,9 +24,9 @@ _UNITS = re.compile(
 def told() -> FakeKinds:
     """Every metric of every deployment."""
     kinds = FakeKinds()
-    for figures in (RequestFigures, ChangeFigures, RetrieverFigures):
+    for figures in (RequestMetrics, ChangeFigures, RetrieverMetrics):
         figures(kinds)
-    WorkerFigures(16, kinds)
+    WorkerMetrics(16, kinds)
     return kinds
 
 

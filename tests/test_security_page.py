@@ -6,8 +6,8 @@ import re
 import tomllib
 from pathlib import Path
 
-from deployments.callers import ROLES
-from deployments.config import AppConfig
+from deployments.auth.caller import ROLES
+from deployments.config.app import AppConfig
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "SECURITY.md").read_text()

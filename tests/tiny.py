@@ -24,9 +24,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from gpu_worker.base_model import BaseModel
 from gpu_worker.config import WorkerConfig
-from gpu_worker.inject import target_linears
+from gpu_worker.lora.inject import target_linears
+from gpu_worker.model.base_model import BaseModel
 from lora_store.adapter import AdapterRef, AdapterWeights, ModuleWeights
 from lora_store.plan import Plan, PlannedAdapter, Strategy
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from rich.console import Console
 
 from examples.bigbench_tasks import Item
-from gpu_worker.engine import Engine
-from gpu_worker.prompts import Message
-from gpu_worker.request import Delta, Job, SamplingParams
-from gpu_worker.row import Row
+from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.row import Row
+from gpu_worker.request.prompts import Message
+from gpu_worker.request.request import Delta, Job, SamplingParams
 from lora_store import AdapterWeights, Plan
 
 _CHUNK = 192  # rows kept together: what an interruption may cost

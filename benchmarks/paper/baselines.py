@@ -30,7 +30,7 @@ from benchmarks.results_file import RESULTS
 from examples.bigbench_tasks import Item, task_rng
 from examples.lora_training import AnswerLoss, Example, Padded, Recipe, tokenize
 from examples.train_starter_pool import load_base
-from gpu_worker.base_model import model_source
+from gpu_worker.model.base_model import model_source
 from lora_store import AdapterRef, AdapterWeights, ModuleWeights, Plan, PlannedAdapter
 from retriever_svc import Encoder, Retriever
 from retriever_svc.encoder_files import DEFAULT_MODEL

@@ -30,7 +30,7 @@ from benchmarks.paper.train_pool import in_turns, recipe_of, train_on
 from benchmarks.paper.workspace import DEFAULT_ROOT, Workspace
 from benchmarks.results_file import RESULTS
 from examples.bigbench_tasks import Item, TaskSpec
-from gpu_worker.base_model import model_source
+from gpu_worker.model.base_model import model_source
 from lora_store import LOCAL_TENANT, Plan, Strategy
 from retriever_svc import Encoder, Retriever
 from retriever_svc.encoder_files import DEFAULT_MODEL

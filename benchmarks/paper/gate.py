@@ -37,8 +37,8 @@ from benchmarks.paper.workspace import DEFAULT_ROOT, Workspace
 from benchmarks.results_file import RESULTS
 from examples.lora_training import AnswerLoss, Recipe, tokenize
 from examples.train_starter_pool import load_base
-from gpu_worker.base_model import model_source
-from gpu_worker.prompts import alpaca_prompt
+from gpu_worker.model.base_model import model_source
+from gpu_worker.request.prompts import alpaca_prompt
 from lora_store import AdapterWeights, Plan
 from retriever_svc import Encoder, choose_tasks
 from retriever_svc.encoder_files import DEFAULT_MODEL

@@ -13,7 +13,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, Llama
 
 from benchmarks.paper.markdown import table
 from benchmarks.results_file import RESULTS
-from gpu_worker.inject import target_linears
+from gpu_worker.lora.inject import target_linears
 from lora_store import AdapterRefused, check_folder
 
 BASE = "small"

@@ -30,7 +30,7 @@ from benchmarks.paper.workspace import DEFAULT_ROOT, Workspace
 from benchmarks.results_file import RESULTS
 from examples.bigbench_tasks import TaskSpec
 from examples.lora_training import LINEAR_NAMES, Recipe
-from gpu_worker.base_model import model_source
+from gpu_worker.model.base_model import model_source
 from retriever_svc import Encoder
 from retriever_svc.encoder_files import DEFAULT_MODEL
 

@@ -28,12 +28,12 @@ from benchmarks.paper.study import load_study, worker_config
 from benchmarks.paper.tasks import NUM_TEST, read_task_list
 from benchmarks.paper.workspace import DEFAULT_ROOT, Workspace
 from benchmarks.results_file import RESULTS, write_part
-from deployments.config import AppConfig, RetrievalSettings, WorkerSettings
-from deployments.server import Server
+from deployments.cli.local_server import Server
+from deployments.config.app import AppConfig, RetrievalSettings, WorkerSettings
 from examples.bigbench_tasks import Item
 from examples.demo import EXAMPLES, read_questions
-from gpu_worker.engine import Engine
-from gpu_worker.threads import load_executor
+from gpu_worker.device.openmp import load_executor
+from gpu_worker.engine.engine import Engine
 from lora_store import Plan
 from retriever_svc import Encoder
 from retriever_svc.encoder_files import DEFAULT_MODEL

@@ -25,9 +25,9 @@ from benchmarks.paper.runs import Bench, Method, pool_retriever
 from benchmarks.paper.steps import Step, key_of, run_steps, write_parquet
 from benchmarks.paper.workspace import DEFAULT_ROOT, Workspace
 from benchmarks.results_file import RESULTS, machine
-from gpu_worker.engine import Engine
-from gpu_worker.prompts import Message
-from gpu_worker.request import Job, SamplingParams
+from gpu_worker.engine.engine import Engine
+from gpu_worker.request.prompts import Message
+from gpu_worker.request.request import Job, SamplingParams
 from retriever_svc import Encoder, Retriever
 from retriever_svc.encoder_files import DEFAULT_MODEL
 

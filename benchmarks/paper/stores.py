@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpu_worker.bank import LoraBank
+from gpu_worker.bank.bank import LoraBank
 from lora_store import AdapterWeights, LoraStore, decode_weights
 from retriever_svc import Encoder, LivePool, Retriever, embed_groups
 

@@ -13,11 +13,11 @@ from benchmarks.paper.stores import fetch_from, open_store, publish
 from benchmarks.paper.tasks import Parts, load_parts
 from benchmarks.paper.workspace import Workspace
 from examples.bigbench_tasks import Item, TaskSpec, task_rng
-from gpu_worker.bank import LoraBank
-from gpu_worker.base_model import model_source
+from gpu_worker.bank.bank import LoraBank
 from gpu_worker.config import WorkerConfig
-from gpu_worker.engine import Engine
-from gpu_worker.threads import load_executor
+from gpu_worker.device.openmp import load_executor
+from gpu_worker.engine.engine import Engine
+from gpu_worker.model.base_model import model_source
 from lora_store import AdapterNotFound, AdapterWeights, LoraStore
 
 RANK = 6

@@ -27,8 +27,8 @@ from benchmarks.paper.workspace import DEFAULT_ROOT, Workspace
 from examples.bigbench_tasks import TaskSpec
 from examples.lora_training import Recipe, batches, tokenize, train_adapter
 from examples.train_starter_pool import load_base, save_adapter, write_items
-from gpu_worker.base_model import model_source
 from gpu_worker.config import WorkerConfig
+from gpu_worker.model.base_model import model_source
 
 PAPER_RECIPE = Recipe(scales=(1.0,), batch_tokens=256, learnt_loss=0.05)
 _STEPS = {"acc": 80, "em": 50, "rouge_l": 50}  # what to answer takes longer to learn than how

@@ -14,7 +14,7 @@ from benchmarks.paper.packing import Packed
 from benchmarks.paper.ramole import Chosen, GatedLinear, GatedModel, GateRecipe, train_gates
 from examples.bigbench_tasks import Item
 from examples.lora_training import AnswerLoss, Example, FrozenLinear, Recipe, freeze_linears, tokenize
-from gpu_worker.base_model import BaseModel
+from gpu_worker.model.base_model import BaseModel
 from lora_store import AdapterWeights
 from tests.tiny import linear_shapes, random_adapter
 

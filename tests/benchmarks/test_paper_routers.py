@@ -14,10 +14,10 @@ from benchmarks.paper.experts import ExpertModel, Sum
 from benchmarks.paper.routers import Router, RouterKind, search_weights, train_router
 from examples.bigbench_tasks import Item
 from examples.lora_training import AnswerLoss, Example, FrozenLinear, Padded, Recipe, freeze_linears, tokenize
-from gpu_worker.base_model import BaseModel
-from gpu_worker.engine import Engine
-from gpu_worker.prompts import alpaca_prompt
-from gpu_worker.request import Delta, Job, SamplingParams
+from gpu_worker.engine.engine import Engine
+from gpu_worker.model.base_model import BaseModel
+from gpu_worker.request.prompts import alpaca_prompt
+from gpu_worker.request.request import Delta, Job, SamplingParams
 from lora_store import AdapterWeights, Plan
 from tests.tiny import assert_equal_logits, linear_shapes, plan_of, random_adapter, tiny_config
 
@@ -69,7 +69,7 @@ def served_logits(folder: Path, adapters: list[AdapterWeights], plan: Plan, text
         engine = Engine(tiny_config(folder, max_model_len=256), lambda digest: executor.submit(by_digest.get, digest))
         told: list[Delta | Exception] = []
         job = Job("0", text, plan, SamplingParams(max_tokens=1, temperature=0))
-        engine.submit(engine.prepare(job, told.append, keep_logits=True))
+        engine.submit(engine.prepare(job, told.append, capture_first_logits=True))
         engine.run_until_idle()
     assert isinstance(told[-1], Delta) and told[-1].first_logits is not None
     return told[-1].first_logits

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from gpu_worker.base_model import load_base_model
+from gpu_worker.model.base_model import load_base_model
 from lora_store import Sample, write_peft_folder
 from tests.cluster.load import Ask, Load
 from tests.cluster.machines import Machines, own_ray

@@ -17,10 +17,10 @@ import pytest
 from ray import serve
 
 from benchmarks.results_file import write_part
-from deployments.errors import Poisoned
-from deployments.retries import repeated_stream
+from deployments.calls.retries import retry_stream
+from deployments.errors import PoisonRequest
 from deployments.worker import WorkerDeployment
-from gpu_worker.request import Delta, Job, SamplingParams
+from gpu_worker.request.request import Delta, Job, SamplingParams
 from tests.cluster.conftest import MAX_TOKENS, TOPICS, Running, asks
 from tests.cluster.load import LETTERS, SAMPLING, Load, Outcome
 from tests.e2e.live import eventually
@@ -204,7 +204,7 @@ def test_a_worker_whose_step_hangs_is_replaced_and_its_request_begins_again(
                 yield delta
 
     async def text() -> str:
-        return "".join([delta.text async for delta in repeated_stream(attempt, whole=False)])
+        return "".join([delta.text async for delta in retry_stream(attempt, whole=False)])
 
     try:
         expected = asyncio.run(text())
@@ -212,7 +212,7 @@ def test_a_worker_whose_step_hangs_is_replaced_and_its_request_begins_again(
         for hang in hangs:
             hang.touch()
         if num_hangs == 3:
-            with pytest.raises(Poisoned):
+            with pytest.raises(PoisonRequest):
                 asyncio.run(text())
         assert asyncio.run(text()) == expected
         assert not any(hang.exists() for hang in hangs)

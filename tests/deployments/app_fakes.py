@@ -12,10 +12,10 @@ import httpx
 import pytest
 from ray import serve
 
-from deployments.config import AppConfig, WorkerSettings
-from deployments.figures import SERVE
+from deployments.config.app import AppConfig, WorkerSettings
 from deployments.ingress import Ingress, app
-from gpu_worker.request import Job
+from deployments.observability.metrics import SERVE
+from gpu_worker.request.request import Job
 from tests.deployments.adapter_records import BASE, POOL, pool_of
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_store import FakeStore

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deployments.config import AppConfig, RetrievalSettings, WorkerSettings
+from deployments.config.app import AppConfig, RetrievalSettings, WorkerSettings
 from lora_store import LoraStore, Sample, write_peft_folder
 from retriever_svc import Encoder, embed_groups
 from tests.tiny import random_adapter

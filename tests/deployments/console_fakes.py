@@ -7,14 +7,14 @@ import math
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
-from gpu_worker.counters import Counters
-from gpu_worker.holdings import Holdings
-from gpu_worker.request import Delta, Job
+from gpu_worker.engine.counters import Counters
+from gpu_worker.engine.engine_status import EngineStatus
+from gpu_worker.request.request import Delta, Job
 from retriever_svc import Place, Point, PoolMap
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_worker import FakeWorker
 
-HOLDINGS = Holdings(
+HOLDINGS = EngineStatus(
     resident=frozenset({"a", "b"}),
     occupied_rows=16,
     active_rows=8,
@@ -57,11 +57,11 @@ class MappedRetriever(FakeRetriever):
 class CountingWorker(FakeWorker):
     """Holds what `holdings` says; every answer stops after its first delta until `goes_on` is set."""
 
-    holdings: Holdings | Exception = HOLDINGS
+    holdings: EngineStatus | Exception = HOLDINGS
     goes_on: asyncio.Event | None = None
     num_asked: int = field(default=0, init=False)
 
-    async def load(self) -> Holdings:
+    async def load(self) -> EngineStatus:
         self.num_asked += 1
         if isinstance(self.holdings, Exception):
             raise self.holdings

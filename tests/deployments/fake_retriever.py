@@ -8,16 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lora_store import AdapterRecord, Embedding, Plan, PlannedAdapter, Sample, Snapshot, Strategy
-from retriever_svc import (
-    Candidate,
-    DoctorStep,
-    Page,
-    PageRequest,
-    PinnedAdapter,
-    ReindexStep,
-    Route,
-    RouteRequest,
-)
+from retriever_svc import Candidate, DoctorStep, Page, PageRequest, PinnedAdapter, ReindexStep, Route, RouteRequest
 from retriever_svc.embedded import Embedded
 from retriever_svc.listing import Listings
 from retriever_svc.planning import named_plan, replayed_plan

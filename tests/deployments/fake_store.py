@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 
 from ray.exceptions import RayActorError
 
+from deployments.api.publish_item import PublishItem
 from deployments.errors import SourceMissing
-from deployments.folder_upload import FolderUpload
 from lora_store import (
     KEPT_VERSIONS,
     AdapterNotFound,
@@ -21,15 +21,15 @@ from lora_store import (
     Embedding,
     EncoderIncomplete,
     Key,
-    PoolShare,
+    Precondition,
     PublicNameTaken,
     Sample,
     Staged,
-    Standing,
+    TenantQuota,
     Visibility,
     Withdrawn,
 )
-from lora_store.upkeep import Verified
+from lora_store.garbage_collection import Verified
 from tests.deployments.adapter_records import POOL, adapter, digest_of, key_of
 
 
@@ -53,7 +53,7 @@ class FakeStore:
     _holds: Iterator[int] = field(default_factory=itertools.count)
     _commits: dict[str, int] = field(default_factory=dict)  # generations by commit id
 
-    async def stage(self, upload: FolderUpload, module_shapes: object) -> Staged:
+    async def stage(self, upload: PublishItem, module_shapes: object) -> Staged:
         self._fail("stage")
         name = upload.adapter_name
         if name.startswith("bad"):
@@ -76,21 +76,21 @@ class FakeStore:
         embeddings: Sequence[Embedding | None],
         shifts: Sequence[float | None],
         actor: str,
-        standing: Standing = "any",
-        share: PoolShare | None = None,
+        precondition: Precondition = "any",
+        share: TenantQuota | None = None,
         commit_id: str | None = None,
     ) -> int:
         self._fail("commit")
         if commit_id in self._commits:
             return self._commits[commit_id]
-        if standing == "kept" and any(item.ref not in self._kept(item.ref) for item in staged):
+        if precondition == "kept" and any(item.ref not in self._kept(item.ref) for item in staged):
             raise AdapterNotFound(staged[0].ref.name)
         for item in staged:
             if item.ref.name.startswith("taken"):
                 raise PublicNameTaken(item.ref.name, ["the public name belongs to another tenant"])
         self.generation += 1
         for item, embedding in zip(staged, embeddings, strict=True):
-            if standing == "live" and self._kept(item.ref)[:1] != [item.ref]:
+            if precondition == "live" and self._kept(item.ref)[:1] != [item.ref]:
                 continue
             record = replace(item.record, generation=self.generation, embedding=embedding, actor=actor)
             older = [old for old in self.live.get(key_of(record), ()) if old.ref != record.ref]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from deployments.tenant_usage import Usage
-from gpu_worker.request import Delta, Job
+from deployments.observability.tenant_usage import Usage
+from gpu_worker.request.request import Delta, Job
 from tests.deployments.adapter_records import digest_of, given
 
 DELTAS = (Delta("Hel", 5, 1), Delta("lo", 5, 2), Delta("", 5, 3, "stop"))

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deployments.callers import ROLES
-from deployments.key_ring import hash_of
+from deployments.auth.api_keys import hash_of
+from deployments.auth.caller import ROLES
 
 
 def entry(key: str, tenant: str = "acme", roles: Sequence[str] = ROLES, **more: Any) -> dict[str, Any]:

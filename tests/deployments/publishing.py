@@ -7,17 +7,14 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from deployments.background import Background
-from deployments.change_results import Published, Removed
-from deployments.folder_upload import FolderUpload
-from deployments.publisher import Publisher
-from deployments.releaser import Releaser
-from deployments.waking import Waking
+from deployments.api.change_results import Published, Removed
+from deployments.api.publish_item import PublishItem
+from deployments.calls.background_tasks import Background
+from deployments.publishing.publisher import Publisher
+from deployments.publishing.reclaimer import Reclaimer
+from deployments.scaling.scale_from_zero import WorkerGate
 from gpu_worker.errors import AdapterUnfit
-from lora_store import (
-    LOCAL_TENANT,
-    AdapterRecord,
-)
+from lora_store import LOCAL_TENANT, AdapterRecord
 from tests.deployments.adapter_records import pool_of
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_store import FakeStore
@@ -49,7 +46,7 @@ class Publishing:
 
     def __call__(self, *names: str, version: str = "") -> list[Published | Exception]:
         tags = (version,) if version else ()
-        uploads = [FolderUpload(Path("folders", name), tags=tags) for name in names]
+        uploads = [PublishItem(Path("folders", name), tags=tags) for name in names]
         outcomes: list[Published | Exception] = self.run(lambda publisher: publisher.publish(uploads, "tester"))
         return outcomes
 
@@ -64,8 +61,8 @@ class Publishing:
     def run(self, change: Callable[[Publisher], Awaitable[Any]]) -> Any:
         async def run() -> Any:
             background = Background()
-            releaser = Releaser(self.store, self.worker, background, longest_request_s=1, sleep=_in_no_time)
-            handles, waking = (self.store, self.retriever, self.worker), Waking(self.worker, None)
+            releaser = Reclaimer(self.store, self.worker, background, longest_request_s=1, sleep=_in_no_time)
+            handles, waking = (self.store, self.retriever, self.worker), WorkerGate(self.worker, None)
             publishes = Publisher(*handles, background=background, releaser=releaser, waking=waking)
             try:
                 return await change(publishes)

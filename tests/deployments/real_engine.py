@@ -15,10 +15,10 @@ from typing import Any
 import httpx
 import torch
 
-from gpu_worker.engine import Engine
-from gpu_worker.engine_loop import EngineLoop
-from gpu_worker.request import Delta, Job
-from gpu_worker.row import Row
+from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.engine_thread import EngineThread
+from gpu_worker.engine.row import Row
+from gpu_worker.request.request import Delta, Job
 from tests.deployments.adapter_records import POOL, pool_of
 from tests.deployments.app_fakes import Served, http_of, serve_plainly
 from tests.deployments.fake_store import FakeStore
@@ -36,7 +36,7 @@ GOOD: tuple[tuple[str, dict[str, Any]], ...] = (
 class EngineWorker(FakeWorker):
     """Streams from an engine; all else is the fake's."""
 
-    def __init__(self, loop: EngineLoop) -> None:
+    def __init__(self, loop: EngineThread) -> None:
         super().__init__()
         self._loop = loop
 
@@ -47,13 +47,13 @@ class EngineWorker(FakeWorker):
 
 
 @dataclass
-class Door:
+class Authenticator:
     """The routes, what answers behind them, and the event loop that all requests share."""
 
     runner: asyncio.Runner
     served: Served
     client: httpx.AsyncClient
-    engine: EngineLoop
+    engine: EngineThread
     quiet: list[str] = field(default_factory=list)  # what the good requests answer when nothing else happens
 
     async def ask_good(self) -> list[str]:
@@ -87,7 +87,7 @@ class Door:
 
 
 @contextmanager
-def open_door(tiny_base: Any, folder: Path, **settings: Any) -> Iterator[Door]:
+def open_door(tiny_base: Any, folder: Path, **settings: Any) -> Iterator[Authenticator]:
     """A door that has answered the good requests once."""
     base = tiny_base("gemma3")
     with torch.no_grad():
@@ -100,14 +100,14 @@ def open_door(tiny_base: Any, folder: Path, **settings: Any) -> Iterator[Door]:
     }
     config = tiny_config(folder, max_model_len=320)
     engine = Engine(config, fetching(held.__getitem__, InlineExecutor()), base=base, executor=InlineExecutor())
-    loop = EngineLoop(engine, stream_interval_ms=0)
+    loop = EngineThread(engine, stream_interval_ms=0)
     with asyncio.Runner() as runner:
         runner.get_loop().set_default_executor(_full_executor())
         served = runner.run(_serve(loop, settings))
         http = http_of(served)
         client = runner.run(http.__aenter__())
         try:
-            door = Door(runner, served, client, loop)
+            door = Authenticator(runner, served, client, loop)
             door.quiet = runner.run(door.ask_good())
             yield door
         finally:
@@ -115,7 +115,7 @@ def open_door(tiny_base: Any, folder: Path, **settings: Any) -> Iterator[Door]:
             loop.stop()
 
 
-async def _serve(loop: EngineLoop, settings: dict[str, Any]) -> Served:
+async def _serve(loop: EngineThread, settings: dict[str, Any]) -> Served:
     served = serve_plainly(worker=EngineWorker(loop), store=FakeStore(pool_of(*POOL)), **settings)
     await served.ingress.preload.wait()
     return served

@@ -13,7 +13,7 @@ from typing import Any
 from click.testing import Result
 from typer.testing import CliRunner
 
-from deployments.cli import cli
+from deployments.cli.main import cli
 
 Answer = tuple[int, Any]  # status; JSON body, or the body's text, or what makes one of the JSON that was sent
 

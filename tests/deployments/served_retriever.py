@@ -9,16 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from deployments.config import AppConfig, RetrievalSettings
+from deployments.config.app import AppConfig, RetrievalSettings
 from deployments.retriever import RetrieverDeployment
-from lora_store import (
-    AdapterRecord,
-    Catalogue,
-    Embedding,
-    Event,
-    Publish,
-    Sample,
-)
+from lora_store import AdapterRecord, Catalogue, Embedding, Event, Publish, Sample
 from lora_store.blobs import BlobStore
 from lora_store.location import Location
 from lora_store.sample_files import write_samples

@@ -11,12 +11,12 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from deployments.batch_answering import PartAnswerer
-from deployments.batch_planning import LocalRetriever, PartPlanner
-from deployments.batch_run import BatchRun, BatchSettings, begin
-from deployments.config import AppConfig
+from deployments.batch.answering import PartAnswerer
+from deployments.batch.planning import LocalRetriever, PartPlanner
+from deployments.batch.run import BatchRun, BatchSettings, begin
+from deployments.config.app import AppConfig
 from deployments.errors import BatchRefused
-from gpu_worker.base_model import load_base_model
+from gpu_worker.model.base_model import load_base_model
 from lora_store import LoraStore, Plan
 from retriever_svc import NoAdapterMatched, Route, RouteRequest
 from tests.deployments.batching import BASE, TOPICS, prompts, publish, tiny_app, write_rows

@@ -11,7 +11,7 @@ import pytest
 from playwright.async_api import Page, Request, Route, expect
 
 from gpu_worker.errors import EngineFull, EngineStopped
-from gpu_worker.request import Delta
+from gpu_worker.request.request import Delta
 from lora_store import AdapterRecord
 from tests.browsing import Browsing, drop_folder
 from tests.deployments.adapter_records import adapter

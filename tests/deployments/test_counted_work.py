@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from deployments.config import WorkerSettings
+from deployments.config.app import WorkerSettings
 from gpu_worker.errors import DeadlineExceeded, EngineFull, PromptTooLong
 from retriever_svc.encoder import MAX_TOKENS
 from tests.deployments.adapter_records import BASE

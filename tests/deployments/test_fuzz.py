@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gpu_worker.base_model import BaseModel
-from tests.deployments.real_engine import Door, open_door
+from gpu_worker.model.base_model import BaseModel
+from tests.deployments.real_engine import Authenticator, open_door
 from tests.soak import Scale
 
 PATIENCE_S = 20  # only a failing test waits this long
@@ -170,7 +170,7 @@ async def _pieces(content: bytes) -> AsyncIterator[bytes]:
     yield content[half:]
 
 
-async def _send(door: Door, request: Malformed) -> None:
+async def _send(door: Authenticator, request: Malformed) -> None:
     content = _pieces(request.content) if request.in_pieces else request.content
     sending = asyncio.create_task(
         door.client.request(request.method, request.path, content=content, headers=request.headers)
@@ -191,7 +191,7 @@ async def _send(door: Door, request: Malformed) -> None:
         assert "internal_error" not in response.text
 
 
-async def _send_beside_good_ones(door: Door, request: Malformed) -> None:
+async def _send_beside_good_ones(door: Authenticator, request: Malformed) -> None:
     _, texts = await asyncio.wait_for(asyncio.gather(_send(door, request), door.ask_good()), PATIENCE_S)
     assert texts == door.quiet
 
@@ -202,7 +202,7 @@ def door(tiny_base: Callable[..., BaseModel], tiny_folders: Mapping[str, Path]) 
         yield opened
 
 
-def test_malformed_requests_break_nothing_and_leave_nothing(scale: Scale, door: Door) -> None:
+def test_malformed_requests_break_nothing_and_leave_nothing(scale: Scale, door: Authenticator) -> None:
     before = door.held()
 
     @settings(
@@ -221,7 +221,7 @@ def test_malformed_requests_break_nothing_and_leave_nothing(scale: Scale, door: 
     assert door.runner.run(door.ask_good()) == door.quiet
 
 
-def test_clients_that_leave_at_any_moment_leave_nothing(scale: Scale, door: Door) -> None:
+def test_clients_that_leave_at_any_moment_leave_nothing(scale: Scale, door: Authenticator) -> None:
     """Good requests, whole and streamed, broken off after each number of turns of the event loop."""
     before = door.held()
     count = scale.pick("clients that leave", small=30, full=300)

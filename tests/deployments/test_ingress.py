@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
-from deployments.callers import LOCAL_CALLER
-from deployments.errors import ModelNotFound, Poisoned, RequestInvalid
-from deployments.request_record import RequestRecord
-from deployments.schemas import ChatCompletionRequest
+from deployments.api.completions import ChatCompletionRequest
+from deployments.auth.caller import LOCAL_CALLER
+from deployments.errors import ModelNotFound, PoisonRequest, RequestInvalid
+from deployments.observability.request_record import RequestRecord
 from gpu_worker.errors import EngineStopped, PromptTooLong, SamplingInvalid
-from gpu_worker.prompts import Message
-from gpu_worker.request import Delta, Job, SamplingParams
+from gpu_worker.request.prompts import Message
+from gpu_worker.request.request import Delta, Job, SamplingParams
 from lora_store import BASE_PLAN
 from retriever_svc import Route, RouteRequest
 from tests.deployments.adapter_records import BASE, POOL
@@ -223,7 +223,7 @@ def test_of_several_answers_only_the_one_that_lost_its_worker_begins_again() -> 
 @pytest.mark.parametrize("call", [generate, stream])
 def test_a_request_that_workers_die_of_kills_three_and_no_more(call: Callable[..., Any]) -> None:
     worker = Dying(*[(DEATH,)] * 9)
-    with pytest.raises(Poisoned):
+    with pytest.raises(PoisonRequest):
         call(CHAT, worker=worker)
     assert len(worker._attempts) == 9 - 3
 

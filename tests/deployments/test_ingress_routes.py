@@ -10,9 +10,9 @@ from typing import Any
 import httpx
 import pytest
 
-from deployments.body_limit import DEFAULT_MAX_BODY_BYTES
-from deployments.folder_upload import FolderUpload
-from deployments.readiness import MAX_WAITING
+from deployments.api.publish_item import PublishItem
+from deployments.http.middleware.body_limit import DEFAULT_MAX_BODY_BYTES
+from deployments.http.readiness import MAX_WAITING
 from gpu_worker.errors import EngineFull, EngineStopped
 from lora_store import Staged, VersionConflict
 from retriever_svc import NoAdapterMatched
@@ -176,7 +176,7 @@ class SlowStore(FakeStore):
         super().__init__()
         self.gate = asyncio.Event()
 
-    async def stage(self, upload: FolderUpload, module_shapes: object) -> Staged:
+    async def stage(self, upload: PublishItem, module_shapes: object) -> Staged:
         await self.gate.wait()
         return await super().stage(upload, module_shapes)
 

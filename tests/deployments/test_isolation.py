@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
-from deployments.folder_upload import FolderUpload
-from deployments.retriever_figures import RetrieverFigures
+from deployments.api.publish_item import PublishItem
+from deployments.observability.retriever_metrics import RetrieverMetrics
 from retriever_svc import IndexSettings, RouteRequest
 from tests.deployments.figure_fakes import FakeKinds
 from tests.deployments.isolation import Request, answer_to, run
@@ -237,7 +237,7 @@ def test_a_share_of_the_pool_is_judged_over_all_publishes_of_a_tenant(tmp_path: 
         uploads = [tenants.folder(f"more-{n}", 200 + n, ["More."]) for n in range(6)]
         publish = tenants.served.ingress.pool.publisher.publish
         outcomes = await asyncio.gather(
-            *[publish([FolderUpload(path, tenant=mine)], "me", share) for path in uploads], return_exceptions=True
+            *[publish([PublishItem(path, tenant=mine)], "me", share) for path in uploads], return_exceptions=True
         )
         assert sum(isinstance(outcome, Exception) for outcome in outcomes) == 4
         snapshot = tenants.store._store.snapshot()
@@ -276,7 +276,7 @@ def test_figures_name_public_adapters_only(tmp_path: Path) -> None:
     async def look(tenants: TwoTenants) -> None:
         kinds = FakeKinds()
         retriever: Any = tenants.served.retriever._replicas[0]
-        retriever._figures = RetrieverFigures(kinds)
+        retriever._figures = RetrieverMetrics(kinds)
         for mine, other in itertools.permutations(TENANTS):
             for prompt in (*tenants.prompts[mine], *tenants.prompts[other], "Say hello"):
                 for answer in await asyncio.to_thread(retriever._retriever.route, [RouteRequest(prompt, mine)]):

@@ -14,13 +14,7 @@ from typing import Any
 
 import pytest
 
-from lora_store import (
-    ActivateEncoder,
-    AdapterNotFound,
-    Embed,
-    Event,
-    StoreUnavailable,
-)
+from lora_store import ActivateEncoder, AdapterNotFound, Embed, Event, StoreUnavailable
 from retriever_svc import EncoderUnusable, StaleIndex
 from retriever_svc.encoder_files import model_folder
 from tests.deployments.served_retriever import ALL, SAMPLES, Served, run

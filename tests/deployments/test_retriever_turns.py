@@ -11,9 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_store import (
-    Sample,
-)
+from lora_store import Sample
 from retriever_svc import PinnedAdapter, RouteRequest, StaleIndex
 from retriever_svc.encoder import CHUNK_TOKENS, MAX_TOKENS
 from tests.deployments.served_retriever import ALL, Served, run

@@ -9,9 +9,9 @@ from uuid import uuid4
 
 import pytest
 
-from deployments.error_responses import error_response
 from deployments.errors import SourceUnavailable
-from deployments.sources import folder_of_source
+from deployments.http.error_responses import error_response
+from deployments.publishing.remote_sources import folder_of_source
 from lora_store import LoraStore, LoraStoreError
 from tests.s3 import S3Endpoint
 

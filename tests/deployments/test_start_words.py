@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from deployments.config import AppConfig
-from deployments.local_commands import other_ports, run_server, who_may
+from deployments.cli.run_server import other_ports, run_server, who_may
+from deployments.config.app import AppConfig
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from deployments.api.publish_item import PublishItem
 from deployments.errors import SourceMissing, SourceRefused
-from deployments.folder_upload import FolderUpload
-from deployments.object_cache import Buffer
 from deployments.store import StoreDeployment
+from deployments.weights.object_store_cache import Buffer
 from lora_store import (
     AdapterNotFound,
     AdapterRefused,
@@ -55,10 +55,10 @@ class Stores:
         write_peft_folder(path, {"model.layers.0.mlp.up_proj": weights}, base_model=BASE, samples=texts)
         return path
 
-    async def stage(self, upload: FolderUpload) -> Staged:
+    async def stage(self, upload: PublishItem) -> Staged:
         return await self.deployment.stage(upload, SHAPES)
 
-    async def publish(self, *uploads: FolderUpload, encoder: str = "enc") -> list[Staged]:
+    async def publish(self, *uploads: PublishItem, encoder: str = "enc") -> list[Staged]:
         staged = [await self.stage(upload) for upload in uploads]
         embeddings = [Embedding(encoder, UNIT, UNIT) if item.samples else None for item in staged]
         await self.deployment.commit(staged, embeddings, [0.5] * len(staged), "tester")
@@ -86,9 +86,9 @@ def files_of(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("name", [BASE, f"somewhere/{BASE}"])
 def test_no_adapter_takes_the_base_models_name(stores: Stores, name: str) -> None:
     for upload in (
-        FolderUpload(Path("x"), name),
-        FolderUpload(Path("somewhere", BASE)),
-        FolderUpload(source=f"s3://{name}"),
+        PublishItem(Path("x"), name),
+        PublishItem(Path("somewhere", BASE)),
+        PublishItem(source=f"s3://{name}"),
     ):
         with pytest.raises(AdapterRefused, match="the name is the base model's"):
             run(stores.stage(upload))
@@ -97,57 +97,57 @@ def test_no_adapter_takes_the_base_models_name(stores: Stores, name: str) -> Non
 @pytest.mark.parametrize(
     "upload_of",
     [
-        lambda folder: FolderUpload(folder, "poet"),
-        lambda folder: FolderUpload(files=files_of(folder), name="poet"),
-        lambda folder: FolderUpload(source=f"file://{folder}", name="poet"),
+        lambda folder: PublishItem(folder, "poet"),
+        lambda folder: PublishItem(files=files_of(folder), name="poet"),
+        lambda folder: PublishItem(source=f"file://{folder}", name="poet"),
     ],
     ids=["path", "files", "source"],
 )
-def test_a_version_is_the_same_however_it_came(tmp_path: Path, upload_of: Callable[[Path], FolderUpload]) -> None:
+def test_a_version_is_the_same_however_it_came(tmp_path: Path, upload_of: Callable[[Path], PublishItem]) -> None:
     stores = Stores(tmp_path, source_prefixes=(f"file://{tmp_path}",))
     folder = stores.adapter("elsewhere")
     upload = upload_of(folder)
-    staged, expected = run(stores.stage(upload)), run(stores.stage(FolderUpload(folder, "poet")))
+    staged, expected = run(stores.stage(upload)), run(stores.stage(PublishItem(folder, "poet")))
     assert (staged.ref, staged.samples) == (expected.ref, (Sample("Rhyme."), Sample("Sing.")))
     assert staged.record.source == upload.origin
 
 
 def test_a_tenant_publishes_from_below_its_own_prefixes_alone(tmp_path: Path) -> None:
     stores = Stores(tmp_path, source_prefixes={"acme": (f"file://{tmp_path}",)})
-    upload = FolderUpload(source=f"file://{stores.adapter('elsewhere')}", name="poet", tenant="acme")
+    upload = PublishItem(source=f"file://{stores.adapter('elsewhere')}", name="poet", tenant="acme")
     assert run(stores.stage(upload)).ref.tenant == "acme"
     with pytest.raises(SourceRefused):
         run(stores.stage(replace(upload, tenant="globex")))
 
 
 def test_tags_and_template_are_kept(stores: Stores) -> None:
-    staged = run(stores.stage(FolderUpload(stores.adapter(), tags=("b", "a"), template="chat")))
+    staged = run(stores.stage(PublishItem(stores.adapter(), tags=("b", "a"), template="chat")))
     assert (staged.record.tags, staged.record.template) == (("a", "b"), "chat")
 
 
 def test_what_is_not_there_or_not_allowed_is_told(stores: Stores) -> None:
     with pytest.raises(SourceMissing):
-        run(stores.stage(FolderUpload(stores.folder / "nowhere")))
+        run(stores.stage(PublishItem(stores.folder / "nowhere")))
     with pytest.raises(SourceRefused):
-        run(stores.stage(FolderUpload(source=f"file://{stores.adapter()}")))
+        run(stores.stage(PublishItem(source=f"file://{stores.adapter()}")))
 
 
 def test_a_large_upload_is_refused(tmp_path: Path) -> None:
     stores = Stores(tmp_path, max_upload_bytes=100)
     with pytest.raises(AdapterRefused, match="at most 100"):
-        run(stores.stage(FolderUpload(files=files_of(stores.adapter()), name="poet")))
+        run(stores.stage(PublishItem(files=files_of(stores.adapter()), name="poet")))
 
 
 def test_a_bad_upload_leaves_nothing(stores: Stores) -> None:
     files = files_of(stores.adapter()) | {"adapter_model.bin": b"pickle"}
     with pytest.raises(AdapterRefused, match="pickle"):
-        run(stores.stage(FolderUpload(files=files, name="poet")))
+        run(stores.stage(PublishItem(files=files, name="poet")))
     assert stores.stored == set()
 
 
 def test_what_is_discarded_leaves_nothing(stores: Stores) -> None:
     async def check() -> None:
-        staged = await stores.stage(FolderUpload(stores.adapter()))
+        staged = await stores.stage(PublishItem(stores.adapter()))
         assert stores.stored == set(staged.record.blobs)
         await stores.deployment.discard([staged])
         assert stores.stored == set()
@@ -157,7 +157,7 @@ def test_what_is_discarded_leaves_nothing(stores: Stores) -> None:
 
 def test_versions_are_told_live_one_first_and_without_their_embeddings(stores: Stores) -> None:
     async def check() -> None:
-        first, second = [(await stores.publish(FolderUpload(stores.adapter(seed=seed))))[0] for seed in (1, 2)]
+        first, second = [(await stores.publish(PublishItem(stores.adapter(seed=seed))))[0] for seed in (1, 2)]
         versions = await stores.deployment.versions([POET, ("local", "nobody")])
         assert [record.ref for record in versions[POET]] == [second.ref, first.ref]
         for record in versions[POET]:
@@ -170,7 +170,7 @@ def test_versions_are_told_live_one_first_and_without_their_embeddings(stores: S
 
 def test_a_withdrawn_adapters_blobs_are_unreferenced_and_swept(stores: Stores) -> None:
     async def check() -> None:
-        poet, bard = await stores.publish(FolderUpload(stores.adapter()), FolderUpload(stores.adapter("bard", 1)))
+        poet, bard = await stores.publish(PublishItem(stores.adapter()), PublishItem(stores.adapter("bard", 1)))
         blobs = [*poet.record.blobs, *bard.record.blobs]
         assert await stores.deployment.unreferenced(blobs) == []
         withdrawn = await stores.deployment.withdraw("local", ["poet"], "tester")
@@ -187,7 +187,7 @@ def test_a_withdrawn_adapters_blobs_are_unreferenced_and_swept(stores: Stores) -
 
 def test_a_kept_version_is_staged_again(stores: Stores) -> None:
     async def check() -> None:
-        first, _ = [(await stores.publish(FolderUpload(stores.adapter(seed=seed))))[0] for seed in (1, 2)]
+        first, _ = [(await stores.publish(PublishItem(stores.adapter(seed=seed))))[0] for seed in (1, 2)]
         kept = (await stores.deployment.versions([POET]))[POET][1]
         staged = await stores.deployment.restage(kept)
         assert (staged.ref, staged.samples) == (first.ref, first.samples)
@@ -199,7 +199,7 @@ def test_a_kept_version_is_staged_again(stores: Stores) -> None:
 
 def test_weights_travel_as_one_reference_that_is_kept_until_it_is_released(stores: Stores) -> None:
     async def check() -> None:
-        [staged] = await stores.publish(FolderUpload(stores.adapter()))
+        [staged] = await stores.publish(PublishItem(stores.adapter()))
         [ref] = await stores.deployment.fetch(staged.weights_digest)
         assert decode_weights(staged.weights_digest, ref).weights_digest == staged.weights_digest
         await stores.deployment.fetch(staged.weights_digest)
@@ -216,7 +216,7 @@ def test_weights_travel_as_one_reference_that_is_kept_until_it_is_released(store
 def test_no_weights_are_kept_where_there_is_no_budget(tmp_path: Path) -> None:
     async def check() -> None:
         stores = Stores(tmp_path, store_object_cache_bytes=0)
-        [staged] = await stores.publish(FolderUpload(stores.adapter()))
+        [staged] = await stores.publish(PublishItem(stores.adapter()))
         for _ in range(2):
             await stores.deployment.fetch(staged.weights_digest)
         assert len(stores.put) == 2
@@ -226,7 +226,7 @@ def test_no_weights_are_kept_where_there_is_no_budget(tmp_path: Path) -> None:
 
 def test_samples_come_in_the_order_asked(stores: Stores) -> None:
     async def check() -> None:
-        [staged] = await stores.publish(FolderUpload(stores.adapter()))
+        [staged] = await stores.publish(PublishItem(stores.adapter()))
         digest = staged.record.samples_digest
         assert digest is not None
         assert await stores.deployment.samples([digest, digest]) == [staged.samples] * 2
@@ -236,7 +236,7 @@ def test_samples_come_in_the_order_asked(stores: Stores) -> None:
 
 def test_verify_reads_every_blob_again(stores: Stores) -> None:
     async def check() -> None:
-        [staged] = await stores.publish(FolderUpload(stores.adapter()))
+        [staged] = await stores.publish(PublishItem(stores.adapter()))
         [path] = (stores.folder / "pool" / "blobs").rglob(staged.weights_digest)
         path.write_bytes(b"damaged")
         found = [verified async for verified in stores.deployment.verify("local")]
@@ -258,7 +258,7 @@ def test_an_empty_pool_verifies(stores: Stores) -> None:
 
 def test_gc_removes_what_nothing_refers_to(stores: Stores) -> None:
     async def check() -> None:
-        [staged] = await stores.publish(FolderUpload(stores.adapter()))
+        [staged] = await stores.publish(PublishItem(stores.adapter()))
         stray = stores.folder / "pool" / "blobs" / "ff" / ("f" * 64)
         stray.parent.mkdir(exist_ok=True)
         stray.write_bytes(b"stray")
@@ -273,7 +273,7 @@ def test_gc_removes_what_nothing_refers_to(stores: Stores) -> None:
 def test_an_encoder_is_activated_once_all_are_embedded_by_it(stores: Stores) -> None:
     async def check() -> None:
         poet, _ = await stores.publish(
-            FolderUpload(stores.adapter()), FolderUpload(stores.adapter("bare", 1, samples=False))
+            PublishItem(stores.adapter()), PublishItem(stores.adapter("bare", 1, samples=False))
         )
         store = stores.deployment
         assert await store.active_encoder() is None

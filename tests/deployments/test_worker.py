@@ -18,14 +18,14 @@ import torch
 from numpy.typing import NDArray
 
 from deployments.errors import ReplicaWedged
-from deployments.figures import SERVE
-from deployments.tenant_usage import Usage
+from deployments.observability.metrics import SERVE
+from deployments.observability.tenant_usage import Usage
 from deployments.worker import WorkerDeployment
-from gpu_worker.base_model import BaseModel
+from gpu_worker.device.openmp import run_on_short_lived_thread
+from gpu_worker.engine.row import Row
 from gpu_worker.errors import AdapterLoadFailed, EngineStopped, WarmUpFailed
-from gpu_worker.request import Job
-from gpu_worker.row import Row
-from gpu_worker.threads import in_passing
+from gpu_worker.model.base_model import BaseModel
+from gpu_worker.request.request import Job
 from lora_store import AdapterNotFound, AdapterWeights, encode_weights
 from tests.deployments.figure_fakes import FakeKinds
 from tests.fakes import FakeHandle
@@ -189,7 +189,7 @@ def test_only_the_engine_of_a_worker_has_a_team_of_threads(serve: Callable[[Main
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        in_passing(lambda: serve(main))
+        run_on_short_lived_thread(lambda: serve(main))
     finally:
         torch.set_num_threads(before)
 

@@ -18,7 +18,7 @@ import httpx
 import pytest
 import torch
 
-from deployments.config import RetrievalSettings
+from deployments.config.app import RetrievalSettings
 from deployments.ingress import Ingress
 from deployments.retriever import RetrieverDeployment
 from deployments.store import StoreDeployment

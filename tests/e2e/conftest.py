@@ -15,10 +15,10 @@ from ray import serve
 from ray.serve._private.constants import DEFAULT_TRACING_EXPORTER_IMPORT_PATH
 
 from deployments.app import build_app
-from deployments.config import AppConfig, RetrievalSettings, ScalingSettings, WorkerSettings
-from deployments.proxy_limits import TRACEPARENT_VARIABLE
-from deployments.server import Server
-from gpu_worker.base_model import load_base_model
+from deployments.calls.proxy_limits import TRACEPARENT_VARIABLE
+from deployments.cli.local_server import Server
+from deployments.config.app import AppConfig, RetrievalSettings, ScalingSettings, WorkerSettings
+from gpu_worker.model.base_model import load_base_model
 from tests.e2e.live import APP, BASE, Live, eventually
 from tests.s3 import S3Endpoint
 from tests.tiny import linear_shapes, tiny_config

@@ -16,7 +16,7 @@ from pyarrow.fs import FileSelector
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from deployments.config import AppConfig
+from deployments.config.app import AppConfig
 from lora_store import Sample, write_peft_folder
 from lora_store.location import Location
 from tests.s3 import S3Endpoint

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import ray
 
-from deployments.private_files import sessions_folder
+from deployments.auth.private_files import sessions_folder
 from tests.e2e.live import APP, Live, completion, eventually, eventually_equal
 from tests.prometheus import Promtool, Scrape, dashboard_queries, series_in
 

@@ -12,8 +12,8 @@ import pytest
 from ray import serve
 
 from deployments.app import build_app
-from deployments.config import AppConfig, RetrievalSettings, WorkerSettings
-from gpu_worker.base_model import load_base_model
+from deployments.config.app import AppConfig, RetrievalSettings, WorkerSettings
+from gpu_worker.model.base_model import load_base_model
 from lora_store import Sample, write_peft_folder
 from tests.deployments.key_files import bearer, entry, write
 from tests.e2e.live import BASE, completion, eventually

@@ -16,7 +16,7 @@ import httpx
 import psutil
 import pytest
 
-from deployments.private_files import sessions_folder
+from deployments.auth.private_files import sessions_folder
 from tests.cluster.scaling_app import serving, settings_of
 
 # One method of each gRPC server of Ray and Serve.
@@ -39,7 +39,7 @@ DEPLOY = """
 import sys, ray
 from ray import serve
 from deployments.app import build_app
-from deployments.config import AppConfig
+from deployments.config.app import AppConfig
 ray.init(sys.argv[1], log_to_driver=False)
 try:
     serve.run(build_app(AppConfig(store_uri=sys.argv[2])), name="open", route_prefix=None)

@@ -14,7 +14,7 @@ import openai
 import pytest
 import ray
 
-from deployments.config import AppConfig
+from deployments.config.app import AppConfig
 from tests.e2e.conftest import POOL, Heldout
 
 BASE = "gemma-3-270m"

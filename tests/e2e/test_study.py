@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.paper.served import METHODS, cases_of, evaluated, report, served, starter
-from deployments.config import AppConfig
+from deployments.config.app import AppConfig
 
 
 def test_server_and_evaluation_agree_on_plans_and_texts(url: str, config: AppConfig, tmp_path: Path) -> None:

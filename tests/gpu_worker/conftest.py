@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from gpu_worker.base_model import BaseModel
-from gpu_worker.engine import Engine
-from gpu_worker.engine_loop import EngineLoop
-from gpu_worker.kv_cache import KvCache, KvShape
-from gpu_worker.loader import Fetch
-from gpu_worker.lora_kernel import LoraKernel, load_kernel
-from gpu_worker.request import Job
+from gpu_worker.attention.kv_cache import KvCache, KvShape
+from gpu_worker.bank.loader import Fetch
+from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.engine_thread import EngineThread
+from gpu_worker.lora.lora_kernel import LoraKernel, load_kernel
+from gpu_worker.model.base_model import BaseModel
+from gpu_worker.request.request import Job
 from lora_store.adapter import AdapterWeights
 from tests.gpu_worker.driving import Answer, Gate, always_says, compiled, fetching, run_together
 from tests.tiny import InlineExecutor, linear_shapes, tiny_config
@@ -77,12 +77,12 @@ def alone(make_engine: Callable[..., Engine]) -> Callable[[Job, Mapping[str, Ada
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[[Engine], EngineLoop]]:
+def start() -> Iterator[Callable[[Engine], EngineThread]]:
     """Loops that are stopped when the test ends."""
-    loops: list[EngineLoop] = []
+    loops: list[EngineThread] = []
 
-    def make(engine: Engine, *, stream_interval_ms: float = 0.0) -> EngineLoop:
-        loops.append(EngineLoop(engine, stream_interval_ms=stream_interval_ms))
+    def make(engine: Engine, *, stream_interval_ms: float = 0.0) -> EngineThread:
+        loops.append(EngineThread(engine, stream_interval_ms=stream_interval_ms))
         return loops[-1]
 
     yield make
@@ -92,7 +92,7 @@ def start() -> Iterator[Callable[[Engine], EngineLoop]]:
 
 
 @pytest.fixture
-def gate_of(start: Callable[..., EngineLoop]) -> Iterator[Callable[[Engine], Gate]]:
+def gate_of(start: Callable[..., EngineThread]) -> Iterator[Callable[[Engine], Gate]]:
     """Gates that are open by the time the loops stop. Behind one, every token is a letter: each step has its delta."""
     gates: list[Gate] = []
 

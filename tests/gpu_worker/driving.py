@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from gpu_worker.attention.kv_cache import KvShape
+from gpu_worker.attention.kv_regions import KvRegions
+from gpu_worker.bank.loader import Fetch
 from gpu_worker.config import DEFAULT_CACHE_DIR
-from gpu_worker.engine import Engine
-from gpu_worker.kv_cache import KvShape
-from gpu_worker.kv_regions import KvRegions
-from gpu_worker.loader import Fetch
-from gpu_worker.request import Delta, Job, SamplingParams
-from gpu_worker.row import Row
+from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.row import Row
+from gpu_worker.request.request import Delta, Job, SamplingParams
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN, Plan
 from tests.tiny import assert_equal_logits
@@ -154,7 +154,7 @@ BASE_JOB = greedy("the base model alone", BASE_PLAN, "base")
 def ask(engine: Engine, job: Job) -> Answer:
     """Submit the job; the answer fills up as the engine steps."""
     events: list[Delta | Exception] = []
-    row = engine.prepare(job, events.append, keep_logits=True)
+    row = engine.prepare(job, events.append, capture_first_logits=True)
     engine.submit(row)
     return Answer(row, events)
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from gpu_worker.engine import Engine
-from gpu_worker.engine_loop import EngineLoop
+from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.engine_thread import EngineThread
 from gpu_worker.errors import DeadlineExceeded, WaitedTooLong, WorkerConfigInvalid
-from gpu_worker.request import Delta
+from gpu_worker.request.request import Delta
 from lora_store.plan import BASE_PLAN
 from tests.gpu_worker.driving import (
     Answer,
@@ -142,7 +142,7 @@ def test_a_deadline_in_a_far_future_is_no_sleep_of_that_length(make_engine: Make
 
 
 def test_an_idle_loop_wakes_for_a_deadline(
-    make_engine: MakeEngine, shapes: Shapes, start: Callable[..., EngineLoop]
+    make_engine: MakeEngine, shapes: Shapes, start: Callable[..., EngineThread]
 ) -> None:
     """Nothing runs and nothing else comes: the request waits for a load that never ends."""
     weights, executor = random_adapter(shapes, 1), HeldExecutor()
@@ -156,7 +156,7 @@ def test_an_idle_loop_wakes_for_a_deadline(
 
 
 def test_a_stream_ends_with_the_deadline_as_its_error(
-    make_engine: MakeEngine, gate_of: Callable[[Engine], Gate], start: Callable[..., EngineLoop]
+    make_engine: MakeEngine, gate_of: Callable[[Engine], Gate], start: Callable[..., EngineThread]
 ) -> None:
     clock = Clock()
     engine = make_engine({}, clock=clock)

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from gpu_worker.engine import Engine
-from gpu_worker.engine_loop import EngineLoop
+from gpu_worker.attention.kv_cache import KvShape
+from gpu_worker.attention.kv_regions import KvRegions
+from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.engine_thread import EngineThread
 from gpu_worker.errors import DeadlineExceeded, EngineStopped, RequestFailed
-from gpu_worker.kv_cache import KvShape
-from gpu_worker.kv_regions import KvRegions
-from gpu_worker.lora_linear import LoraLinear
-from gpu_worker.request import Job, SamplingParams
+from gpu_worker.lora.lora_linear import LoraLinear
+from gpu_worker.request.request import Job, SamplingParams
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN
 from tests.gpu_worker.driving import (
@@ -31,7 +31,7 @@ from tests.gpu_worker.driving import (
     run,
     run_together,
 )
-from tests.gpu_worker.test_engine_isolation import hostile_adapter
+from tests.gpu_worker.engine.test_engine_isolation import hostile_adapter
 from tests.tiny import plan_of, random_adapter
 
 MakeEngine = Callable[..., Engine]
@@ -322,7 +322,7 @@ def test_a_deadline_is_told_though_the_device_is_lost(make_engine: MakeEngine) -
 
 
 def test_the_thread_of_a_lost_device_ends_and_all_its_streams_hear_of_it(
-    make_engine: MakeEngine, start: Callable[..., EngineLoop]
+    make_engine: MakeEngine, start: Callable[..., EngineThread]
 ) -> None:
     executor = ThreadPoolExecutor(1)
     engine, lose = losing(make_engine, max_batch_size=2, executor=executor)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gpu_worker.base_model import load_base_model
-from gpu_worker.engine import Engine
+from gpu_worker.engine.engine import Engine
 from gpu_worker.errors import BaseModelUnsupported
+from gpu_worker.model.base_model import load_base_model
 from tests.gpu_worker.driving import greedy, run_together
 from tests.gpu_worker.families import EQUAL, REFUSED, save
 from tests.soak import Scale

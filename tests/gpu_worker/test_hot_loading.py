@@ -8,9 +8,9 @@ from concurrent.futures import Future
 
 import pytest
 
-from gpu_worker.engine import Engine
+from gpu_worker.engine.engine import Engine
 from gpu_worker.errors import AdapterLoadFailed
-from gpu_worker.request import Delta, Job
+from gpu_worker.request.request import Delta, Job
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import Plan
 from tests.gpu_worker.driving import (

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gpu_worker.engine import Engine
+from gpu_worker.engine.engine import Engine
 from lora_store.adapter import AdapterWeights
 from lora_store.peft_files import read_peft_folder, write_peft_folder
 from tests.gpu_worker.driving import by_digest, greedy, run_together

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from gpu_worker.engine import Engine
+from gpu_worker.engine.engine import Engine
 from gpu_worker.errors import DeadlineExceeded, EngineStopped
-from gpu_worker.request import Delta, Job, SamplingParams
+from gpu_worker.request.request import Delta, Job, SamplingParams
 from lora_store.plan import BASE_PLAN, Plan
 from tests.gpu_worker.driving import Answer, ask, assert_nothing_held, assert_same, by_digest, greedy, run_together
 from tests.tiny import plan_of, random_adapter

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
-from gpu_worker.engine import Engine
+from gpu_worker.engine.engine import Engine
 from gpu_worker.errors import EngineFull
-from gpu_worker.request import Job, SamplingParams
+from gpu_worker.request.request import Job, SamplingParams
 from tests.gpu_worker.driving import Answer, ask, assert_nothing_held
 
 MakeEngine = Callable[..., Engine]

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from deployments.config import AppConfig
+from deployments.config.app import AppConfig
 
 Document = dict[str, Any]
 _UNITS = {"m": 1e-3, "": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from deployments.config import AppConfig, ScalingSettings
+from deployments.config.app import AppConfig, ScalingSettings
 from tests.k8s.manifests import Document, Manifests, Pod
 
 

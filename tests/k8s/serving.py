@@ -12,10 +12,10 @@ import ray
 from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
-from deployments.config import AppConfig, ScalingSettings
-from deployments.proxy import CALLBACK, CALLBACK_VARIABLE
-from deployments.proxy_limits import CONNECTIONS_VARIABLE
-from deployments.server import APP_NAME
+from deployments.calls.h11_proxy import CALLBACK, CALLBACK_VARIABLE
+from deployments.calls.proxy_limits import CONNECTIONS_VARIABLE
+from deployments.cli.local_server import APP_NAME
+from deployments.config.app import AppConfig, ScalingSettings
 from lora_store.location import Location
 from tests.k8s import placement
 from tests.k8s.image import BAKED_MODEL

@@ -20,11 +20,11 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from gpu_worker import native
-from gpu_worker.build_kernels import prebuilt_path
-from gpu_worker.kernel_build import kernel_names
-from gpu_worker.kernel_variants import VARIANTS
-from gpu_worker.packaged_model import PACKAGED_MODEL
+from gpu_worker.model.packaged_model import PACKAGED_MODEL
+from gpu_worker.native import kernel_loading
+from gpu_worker.native.build_kernels import prebuilt_path
+from gpu_worker.native.kernel_build import kernel_names
+from gpu_worker.native.kernel_variants import VARIANTS
 from k8s.image import lock
 from tests.k8s.image import BAKED_MODEL, IMAGE, ROOT, Instruction, bases, copied, instructions, is_ignored
 
@@ -153,13 +153,14 @@ def test_the_kernels_are_built_in_a_stage_of_their_own_and_packaged() -> None:
     ]
     [copy] = [i.rest for i in instructions(DOCKERFILE) if i.rest.startswith("--from=kernels")]
     _, built, target = copy.split()
-    assert f"RUN python -m gpu_worker.build_kernels --out {built}\n" in DOCKERFILE
-    assert ROOT / target == native.PREBUILT
+    assert f"RUN python -m gpu_worker.native.build_kernels --out {built}\n" in DOCKERFILE
+    assert ROOT / target == kernel_loading.PREBUILT
     order = [i.rest for i in instructions(DOCKERFILE)]
     install = next(place for place, rest in enumerate(order) if "--no-build-isolation ." in rest)
     assert order.index("gpu_worker gpu_worker") < order.index(copy) < install
-    assert "prebuilt/*/*.so" in PROJECT["tool"]["setuptools"]["package-data"]["gpu_worker"]
-    assert is_ignored("gpu_worker/prebuilt/x86-64-v3/fused.so", IGNORED), "libraries of the builder's own machine"
+    assert "native/prebuilt/*/*.so" in PROJECT["tool"]["setuptools"]["package-data"]["gpu_worker"]
+    library = "gpu_worker/native/prebuilt/x86-64-v3/fused.so"
+    assert is_ignored(library, IGNORED), "libraries of the builder's own machine"
 
 
 def test_the_stages_command_builds_every_kernel_where_only_the_package_is(tmp_path: Path) -> None:

@@ -11,15 +11,7 @@ from uuid import uuid4
 import pytest
 import torch
 
-from lora_store import (
-    AdapterRecord,
-    AdapterRef,
-    Location,
-    LoraStore,
-    ModuleWeights,
-    Sample,
-    write_peft_folder,
-)
+from lora_store import AdapterRecord, AdapterRef, Location, LoraStore, ModuleWeights, Sample, write_peft_folder
 from lora_store.files import Files
 from tests.lora_store.builders import BASE, SHAPES, FakeClock, embedding
 

@@ -140,7 +140,7 @@ def test_a_killed_fold_leaves_the_pool_whole(
         assert dict(found.records) in expected
         assert catalogue.snapshot() == found  # for a replica that follows, too
         if number % 3 == 2:
-            catalogue.tidy(datetime.now(UTC) + _LATER)
+            catalogue.vacuum(datetime.now(UTC) + _LATER)
             assert idle.snapshot().records == catalogue.snapshot().records == Catalogue(location).snapshot().records
     assert num_killed >= num_points // 2
 

@@ -71,7 +71,7 @@ def test_a_reader_whose_files_are_vacuumed_under_it_reads_the_compacted_ones(loc
     assert writer.append(rows("a4", 4), 4)
 
     def vacuum():
-        writer.tidy(before=LATER)
+        writer.vacuum(before=LATER)
 
     late.rival = vacuum
     found = _refreshed(late)
@@ -94,7 +94,7 @@ def test_tidy_leaves_one_data_file_and_every_row(location, rows):
     files.write("part-lost-to-a-rival.parquet", b"rows")
     files.write("part-killed#1", b"half")
     files.write("_delta_log/_tmp", b"half")
-    table.tidy(before=LATER)
+    table.vacuum(before=LATER)
     names = {file.name for file in files.entries()}
     assert len([name for name in names if not name.startswith("_delta_log/")]) == 1
     assert "_delta_log/_tmp" not in names
@@ -104,13 +104,13 @@ def test_tidy_leaves_one_data_file_and_every_row(location, rows):
 
 def test_tidy_twice_keeps_the_one_data_file(location, rows):
     table = _filled(location, rows, 2)
-    table.tidy(before=LATER)
-    table.tidy(before=LATER)
+    table.vacuum(before=LATER)
+    table.vacuum(before=LATER)
     assert _names(_refreshed(EventTable(location))) == ["a1", "a2"]
 
 
 def test_what_is_younger_stays_for_the_rival_who_has_yet_to_commit_it(location, rows):
     table, files = _filled(location, rows, 2), Files(location)
     files.write("part-new.parquet", b"rows")
-    table.tidy(before=datetime.now(UTC) - timedelta(hours=1))
+    table.vacuum(before=datetime.now(UTC) - timedelta(hours=1))
     assert files.contains("part-new.parquet")

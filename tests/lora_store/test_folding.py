@@ -130,7 +130,7 @@ def test_opening_reads_what_is_live_and_no_withdrawn_embedding(location, make_re
     assert len(catalogue.snapshot().records) == 3
     events = _read(location).filter(pc.is_valid(_read(location)["name"]))
     assert events.num_rows < 50  # of 420
-    catalogue.tidy(LATER)
+    catalogue.vacuum(LATER)
     rows = _read(location)
     assert [value[0] for value in rows["embedding"].to_pylist() if value is not None] == [1.0] * 9
     data = [file.name for file in Files(location).entries() if file.name.endswith("zstd.parquet")]
@@ -145,7 +145,7 @@ def test_a_replica_that_idled_over_folds_and_clean_ups_catches_up(location, hist
     history(writer, 20, seed=1, start=4)
     fresh.snapshot()
     unchanged = {id(record) for record in fresh.snapshot().records.values()}
-    writer.tidy(LATER)
+    writer.vacuum(LATER)
     history(writer, 2, seed=2, start=24)
     _check_equal(idle.snapshot(), writer.snapshot())
     _check_equal(fresh.snapshot(), writer.snapshot())
@@ -162,7 +162,7 @@ def test_what_a_fold_left_alone_is_the_same_object_for_a_stale_replica(location,
     before = idle.snapshot().records
     for number in range(12):
         writer.commit(lambda snapshot, number=number: [Publish(make_record("b", digest=f"{number:064x}"))])
-    writer.tidy(LATER)
+    writer.vacuum(LATER)
     after = idle.snapshot().records
     assert after == writer.snapshot().records
     assert all(after["local", f"a{number}"] is before["local", f"a{number}"] for number in range(4))
@@ -186,7 +186,7 @@ def test_every_generation_can_be_had_after_folds_until_a_clean_up(location, hist
     reopened = Catalogue(location)
     for snapshot in seen:
         _check_equal(reopened.snapshot_at(snapshot.generation), snapshot)
-    catalogue.tidy(LATER)
+    catalogue.vacuum(LATER)
     newest = catalogue.snapshot().generation
     with pytest.raises(GenerationGone, match=f"generation {seen[0].generation} .* newest one is {newest}"):
         reopened.snapshot_at(seen[0].generation)
@@ -203,7 +203,7 @@ def test_a_catalogue_of_an_earlier_version_opens_and_is_folded(location, make_re
     old, idle = Catalogue(location).snapshot(), Catalogue(location)
     assert sorted(len(old.versions(key)) for key in old.records) == [2, 3, 3]
     tidied = Catalogue(location)
-    tidied.tidy(LATER)
+    tidied.vacuum(LATER)
     _check_equal(Catalogue(location).snapshot(), Snapshot(tidied.snapshot().generation, old.records, old.previous))
     writer = Catalogue(location, min_tail=3)
     for number in range(5):
@@ -241,7 +241,7 @@ def test_writers_that_fold_at_the_same_time_lose_nothing(location, make_record):
     wanted = {("local", f"w{who}-{number}") for who in range(3) for number in range(12) if number % 3}
     reopened = Catalogue(location)
     assert set(reopened.snapshot().records) == wanted
-    reopened.tidy(LATER)
+    reopened.vacuum(LATER)
     assert set(Catalogue(location).snapshot().records) == wanted
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from lora_store import AdapterNotFound, BlobCorrupted, EncoderIncomplete, Withdraw, Withdrawn
 from lora_store.files import Files
-from lora_store.holds import HOLD_S
+from lora_store.leases import HOLD_S
 from lora_store.rules import withdraw_events
 from tests.lora_store.builders import embedding
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from lora_store import ActivateEncoder, Approve, Embed, PoolShare, Publish, SetVisibility, Snapshot, Withdraw
+from lora_store import ActivateEncoder, Approve, Embed, Publish, SetVisibility, Snapshot, TenantQuota, Withdraw
 from lora_store.rules import publish_events
 from tests.lora_store.builders import embedding
 
@@ -137,9 +137,9 @@ def test_a_publish_into_a_large_pool_copies_no_part_of_it(make_record):
     records = [make_record(f"n{number}", "acme", weights_digest=f"w{number}") for number in range(20_000)]
     snapshot = Snapshot(1, {(record.ref.tenant, record.ref.name): record for record in records})
     new = make_record("new", "acme", weights_digest="new")
-    publish_events(snapshot, [new], share=PoolShare(10**6, 10**9))  # counts once
+    publish_events(snapshot, [new], share=TenantQuota(10**6, 10**9))  # counts once
     tracemalloc.start()
-    events = publish_events(snapshot, [new], share=PoolShare(10**6, 10**9))
+    events = publish_events(snapshot, [new], share=TenantQuota(10**6, 10**9))
     after = snapshot.after(events, 2)
     assert (after.public["new"], after.tallies.held["acme"].num_adapters) == (new, 20_001)
     peak = tracemalloc.get_traced_memory()[1]

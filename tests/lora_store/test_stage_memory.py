@@ -17,7 +17,7 @@ _MEASURE = """
 import sys, threading, time
 from pathlib import Path
 import numpy as np
-from deployments.uploads import FolderUpload, folder_of
+from deployments.publishing.source_folders import PublishItem, folder_of
 from lora_store import LoraStore
 
 def anonymous():
@@ -28,7 +28,7 @@ def anonymous():
 def stage(folder, name):
     # An upload reaches the Store as arrays in shared memory, which a mapped file stands for.
     files = {path.name: np.memmap(path, np.uint8, "r") for path in Path(folder).iterdir()}
-    with folder_of(FolderUpload(name=name, files=files), (), 1 << 30) as made:
+    with folder_of(PublishItem(name=name, files=files), (), 1 << 30) as made:
         store.stage(made, name=name)
 
 store = LoraStore(sys.argv[1], accepts_base=["tiny-base"])

@@ -17,7 +17,7 @@ from lora_store import (
     decode_weights,
 )
 from lora_store.files import Files
-from lora_store.holds import Holds
+from lora_store.leases import Leases
 from tests.lora_store.builders import BASE, embedding
 from tests.s3 import S3Endpoint
 
@@ -224,7 +224,7 @@ def test_a_store_whose_endpoint_stops_says_so_and_goes_on_where_it_was(make_fold
 
 
 def test_a_commit_stands_although_its_holds_cannot_be_ended(open_store, make_folder, stored):
-    class Stuck(Holds):
+    class Stuck(Leases):
         def end(self, holds):
             raise StoreUnavailable("the endpoint stopped")
 

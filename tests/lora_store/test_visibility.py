@@ -17,9 +17,9 @@ def store(open_store):
 def publish(store, make_folder):
     """Publish one version; its ref."""
 
-    def run(name="poet", seed=0, standing="any", **label):
+    def run(name="poet", seed=0, precondition="any", **label):
         staged = store.stage(make_folder(name, seed), **label)
-        store.commit([staged], [embedding()], [1.0], "me", standing)
+        store.commit([staged], [embedding()], [1.0], "me", precondition)
         return staged.ref
 
     return run
@@ -78,7 +78,7 @@ def test_a_new_name_takes_the_visibility_it_was_staged_with(publish, store):
 def test_embedding_anew_does_not_undo_a_change_of_visibility(store, publish):
     publish(visibility="public")
     store.set_visibility("local", "poet", "private", "me")
-    publish(visibility="public", standing="live")
+    publish(visibility="public", precondition="live")
     assert seen(store, "other") == []
 
 

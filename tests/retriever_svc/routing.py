@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 from lora_store.records import AdapterRecord
-from retriever_svc import (
-    Retriever,
-    Route,
-    RouteRequest,
-)
+from retriever_svc import Retriever, Route, RouteRequest
 from tests.retriever_svc.pool_fakes import FakeEncoder, Source, live_pool, record_of
 
 EAST, NORTH, NORTHEAST = (1.0, 0.0), (0.0, 1.0), (0.6, 0.8)

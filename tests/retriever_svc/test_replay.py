@@ -97,18 +97,18 @@ def test_a_tampered_plan_is_invalid(strategy: Strategy, records: list[AdapterRec
         replay(strategy, *records, weight=weight)
 
 
-class Standing:
+class Precondition:
     """What a Retriever asks its pools."""
 
     @property
-    def current(self) -> Standing:
+    def current(self) -> Precondition:
         return self
 
     snapshot = POOL
 
 
 def test_a_plan_of_a_later_generation_waits_for_it() -> None:
-    retriever = Retriever(Standing())  # type: ignore[arg-type]
+    retriever = Retriever(Precondition())  # type: ignore[arg-type]
     assert retriever.replay("a", "selection", pinned(OLD), 9).adapters[0].ref == OLD.ref
     with pytest.raises(StaleIndex):
         retriever.replay("a", "selection", pinned(OLD), 10)

@@ -16,15 +16,7 @@ from lora_store.events import Publish
 from lora_store.location import Location
 from lora_store.plan import Plan
 from lora_store.records import AdapterRecord
-from retriever_svc import (
-    NoAdapterMatched,
-    Page,
-    PageRequest,
-    Retriever,
-    Route,
-    RouteRequest,
-    StaleIndex,
-)
+from retriever_svc import NoAdapterMatched, Page, PageRequest, Retriever, Route, RouteRequest, StaleIndex
 from tests.retriever_svc.pool_fakes import FakeEncoder, Source, embedding_of, live_pool, names, record_of
 from tests.retriever_svc.routing import EAST, NORTH, NORTHEAST, POOL, TABLE, retriever_of, route_one
 

@@ -23,8 +23,8 @@ from benchmarks.paper.tasks import TaskList, load_parts, read_task_list
 from benchmarks.paper.workspace import DEFAULT_ROOT, Workspace, fetch_archive
 from benchmarks.results_file import RESULTS
 from examples.bigbench_tasks import TaskSpec, read_task_files
-from gpu_worker.base_model import model_source
 from gpu_worker.config import WorkerConfig
+from gpu_worker.model.base_model import model_source
 
 KINDS = ("ranks", "draws", "samples", "bases", "growth", "latency")
 

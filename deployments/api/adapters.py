@@ -1,0 +1,115 @@
+"""Request models of the routes that change the pool."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from deployments.api.base import ApiRequest
+from deployments.api.publish_item import PublishItem
+from lora_store import Visibility
+
+MAX_BATCH = 256
+MAX_TAGS = 32
+MAX_TAG_CHARS = 256
+Tag = Annotated[str, Field(max_length=MAX_TAG_CHARS)]  # the Store says which ones it takes
+Name = Annotated[str, Field(min_length=1, max_length=129)]  # `name`, or `tenant/name`
+
+
+class AdapterLabel(ApiRequest):
+    """What a publisher may say of an adapter beside its files."""
+
+    name: str | None = Field(default=None, max_length=64)
+    tags: list[Tag] = Field(fail_fast=True, default=[], max_length=MAX_TAGS)
+    template: Literal["alpaca", "chat"] | None = None
+    visibility: Visibility | None = None  # None: as the name has it; of a new name the server's default
+
+
+class AdapterSource(AdapterLabel):
+    """One adapter to publish: a folder of the server's own file system, or a URI below an allowed prefix."""
+
+    path: str | None = Field(default=None, min_length=1, max_length=4096)
+    source: str | None = Field(default=None, min_length=1, max_length=4096)
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.path is None) == (self.source is None):
+            raise ValueError("exactly one of `path` and `source` says where the adapter is")
+        return self
+
+    def upload(self) -> PublishItem:
+        path = None if self.path is None else Path(self.path)
+        return PublishItem(
+            path,
+            self.name,
+            tags=tuple(self.tags),
+            template=self.template,
+            source=self.source,
+            visibility=self.visibility,
+        )
+
+
+class PublishBatch(ApiRequest):
+    """`POST /v1/loras`: many adapters in one commit."""
+
+    adapters: Annotated[list[AdapterSource], Field(fail_fast=True, min_length=1, max_length=MAX_BATCH)]
+
+
+class RollbackRequest(ApiRequest):
+    """`POST /v1/loras/{name}/rollback`: to the version before, or to the kept one whose digest begins like this."""
+
+    digest: str | None = Field(default=None, min_length=8, max_length=64)
+
+
+class VisibilityRequest(ApiRequest):
+    """`PATCH /v1/loras/{name}`: who may name the adapter and find it."""
+
+    visibility: Visibility
+
+
+class ApproveRequest(ApiRequest):
+    """`POST /v1/loras/{name}/approve`: the live version, which must be the one that was looked at.
+
+    The digest is the whole one: a publisher could search for another version whose digest begins alike.
+    """
+
+    digest: str = Field(pattern=r"^[0-9a-f]{64}$", description="the whole `digest` that GET /v1/loras/{name} shows")
+
+
+class LoadAdapterRequest(ApiRequest):
+    """vLLM's `POST /v1/load_lora_adapter`. `lora_path`: a folder of the server, or a URI below an allowed prefix."""
+
+    lora_name: str = Field(min_length=1, max_length=64)
+    lora_path: str = Field(min_length=1, max_length=4096)
+    load_inplace: bool = False
+    is_3d_lora_weight: Literal[False] = False  # of fused expert layers, which no adapter here has
+
+    def upload(self) -> PublishItem:
+        if "://" in self.lora_path:
+            return PublishItem(name=self.lora_name, source=self.lora_path)
+        return PublishItem(Path(self.lora_path), self.lora_name)
+
+
+class UnloadAdapterRequest(ApiRequest):
+    """vLLM's `POST /v1/unload_lora_adapter`."""
+
+    lora_name: Name
+    lora_int_id: int | None = None  # vLLM's own number for the adapter, which its clients send along
+
+
+class JobRequest(ApiRequest):
+    """`POST /v1/pool/verify` and `/v1/pool/doctor`: an empty object, so that no page's plain form starts one."""
+
+
+class GcRequest(ApiRequest):
+    """`POST /v1/pool/gc`"""
+
+    retention_s: float = Field(default=86_400, ge=0, le=10 * 365 * 86_400)
+
+
+class ReindexRequest(ApiRequest):
+    """`POST /v1/pool/reindex`: a sentence-transformers model, as `retrieval.encoder` names it."""
+
+    encoder: str = Field(min_length=1, max_length=4096)

@@ -1,0 +1,308 @@
+"""Request models of the routes that answer prompts, in the shape of the OpenAI API."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from deployments.api.base import MAX_LABEL_CHARS, MAX_TEXT_CHARS, ApiRequest, at_most, problem
+from deployments.api.lora_options import AdapterName, LoraOptions, MergedAdapters, options_of_path
+from deployments.api.unsupported_fields import (
+    OF_CHAT,
+    OF_COMPLETIONS,
+    OF_MESSAGES,
+    PARTS,
+    ROLES,
+    unsupported,
+    without_unsupported,
+)
+from gpu_worker.request.prompts import Message
+from gpu_worker.request.request import (
+    DEFAULT_MAX_TOKENS,
+    MAX_BIASED_IDS,
+    MAX_LOGPROBS,
+    MAX_STOP_CHARS,
+    MAX_STOPS,
+    SamplingParams,
+)
+
+MAX_CHOICES = 16
+MAX_PROMPTS = 128
+MAX_ROWS = 128  # answers to one request: prompts × n
+MAX_MESSAGES = 1024
+MAX_PARTS = 256  # of one message
+MAX_QUERIES = 256  # prompts of one /v1/route
+MAX_METADATA = 16
+CHARS_PER_TOKEN = 4  # of English, about: real usage settles what a request is charged
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One prompt of a request and what is asked of its adapters. `text`: what they are found by.
+
+    `alias`: the field of another server's API that named adapters, beside which `model` may be the base model.
+    """
+
+    prompt: str | tuple[Message, ...]
+    text: str
+    model: str
+    lora: LoraOptions
+    alias: str | None = None
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _as_prompts(value: Any) -> Any:
+    if isinstance(value, list) and any(isinstance(item, int | list) for item in value[: MAX_PROMPTS + 1]):
+        raise unsupported("", "token ids as a prompt")
+    return _as_list(value)
+
+
+def _as_parts(value: Any) -> Any:
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+Text = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
+Label = Annotated[str, Field(max_length=MAX_LABEL_CHARS)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+StopList = Annotated[list[StopString], Field(max_length=MAX_STOPS)]
+StopStrings = Annotated[
+    list[StopString],
+    Field(fail_fast=True, max_length=MAX_STOPS),
+    BeforeValidator(_as_list, json_schema_input_type=StopString | StopList),
+]
+Paths = Annotated[list[AdapterName | None], Field(fail_fast=True, max_length=MAX_PROMPTS)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+LogitBias = Annotated[dict[int, Bias], Field(max_length=MAX_BIASED_IDS), BeforeValidator(at_most(MAX_BIASED_IDS))]
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+    Field(max_length=MAX_METADATA),
+    BeforeValidator(at_most(MAX_METADATA)),
+]
+
+
+class StreamOptions(ApiRequest):
+    include_usage: bool = False
+
+
+class GenerationRequest(ApiRequest):
+    """What chat and text completions have in common."""
+
+    not_served: ClassVar[dict[str, tuple[Any, ...]]]
+
+    model: str = Field(default="auto", min_length=1, max_length=256)
+    lora: LoraOptions = LoraOptions()
+    merged_adapters: MergedAdapters | None = None
+    lora_path: AdapterName | Paths | None = None
+    max_tokens: int | None = Field(default=None, ge=1)
+    min_tokens: int = Field(default=0, ge=0)
+    temperature: float = Field(default=1.0, ge=0, le=2)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=-1, lt=2**31)
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=100)
+    logit_bias: LogitBias = Field(default={})
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    stop: StopStrings = Field(default=[])
+    stop_token_ids: Annotated[list[int], Field(fail_fast=True, max_length=64)] | None = None
+    ignore_eos: bool = False
+    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # from arrival; the server's cap holds
+    # Of no effect on an answer, and taken as they come.
+    user: Label | None = None
+    metadata: Metadata | None = None
+    safety_identifier: Label | None = None
+    prompt_cache_key: Label | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _supported(cls, data: Any) -> Any:
+        return without_unsupported(data, cls.not_served)
+
+    @model_validator(mode="after")
+    def _one_way_to_name_adapters(self) -> Self:
+        aliases = [name for name in ("merged_adapters", "lora_path") if getattr(self, name) is not None]
+        ways = [*aliases, *([f"lora.{self.lora.names_adapters}"] if self.lora.names_adapters else [])]
+        if len(ways) > 1:
+            raise problem(ways[0], f"{ways[1]} names the adapters too")
+        if aliases and self.lora.strategy is not None:
+            raise problem("lora.strategy", f"{aliases[0]} has a strategy of its own")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def sampling(self) -> SamplingParams:
+        """Raises: SamplingInvalid."""
+        return SamplingParams(
+            max_tokens=self.token_limit,
+            min_tokens=self.min_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=max(self.top_k, 0),  # vLLM's clients say -1 for all ids
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            logit_bias=tuple(sorted(self.logit_bias.items())),
+            logprobs=self.num_logprobs,
+            seed=self.seed,
+            stop=tuple(self.stop),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=self.ignore_eos,
+        )
+
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        raise NotImplementedError
+
+    @property
+    def most_tokens(self) -> int:
+        """What the request may use, as far as is known before it is tokenized."""
+        prompts = [question.prompt for question in self.questions()]
+        num_chars = sum(len(p) if isinstance(p, str) else sum(len(turn.content) for turn in p) for p in prompts)
+        new_tokens = DEFAULT_MAX_TOKENS if self.token_limit is None else self.token_limit
+        return num_chars // CHARS_PER_TOKEN + len(prompts) * (1 + self.n * new_tokens)
+
+    def questions(self) -> list[Question]:
+        """One question a prompt, in order."""
+        raise NotImplementedError
+
+    def _question(self, place: int, prompt: str | tuple[Message, ...], text: str) -> Question:
+        if self.merged_adapters is not None:
+            options = self.merged_adapters.options(self.lora)
+            return Question(prompt, text, self.model, options, "merged_adapters")
+        if self.lora_path is not None:
+            path = self.lora_path if isinstance(self.lora_path, str) else self.lora_path[place]
+            return Question(prompt, text, self.model, options_of_path(path, self.lora), "lora_path")
+        return Question(prompt, text, self.model, self.lora)
+
+    def _check_paths(self, num_prompts: int) -> None:
+        if isinstance(self.lora_path, list) and len(self.lora_path) != num_prompts:
+            raise problem("lora_path", f"holds {len(self.lora_path)} names for {num_prompts} prompts")
+
+
+class TextPart(ApiRequest):
+    type: Literal["text"]
+    text: Text
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_alone(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("type") in PARTS:
+            raise unsupported("", f"parts of type {data['type']!r}")
+        return data
+
+
+Parts = Annotated[list[TextPart], Field(max_length=MAX_PARTS)]
+
+
+class ChatMessage(ApiRequest):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[
+        list[TextPart],
+        Field(fail_fast=True, max_length=MAX_PARTS),
+        BeforeValidator(_as_parts, json_schema_input_type=Text | Parts),
+    ]
+    name: Label | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _supported(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("role") in ROLES:
+            raise unsupported("role", f"messages of role {data['role']!r}")
+        return without_unsupported(data, OF_MESSAGES)
+
+    def message(self) -> Message:
+        text = "".join(part.text for part in self.content)
+        return Message("system" if self.role == "developer" else self.role, text)
+
+
+class ChatCompletionRequest(GenerationRequest):
+    """`POST /v1/chat/completions`"""
+
+    not_served: ClassVar[dict[str, tuple[Any, ...]]] = OF_CHAT
+
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    parallel_tool_calls: bool | None = None  # of tools, of which there are none
+
+    @model_validator(mode="after")
+    def _checked(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise problem("top_logprobs", "goes with logprobs: true only")
+        self._check_paths(1)
+        return self
+
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def questions(self) -> list[Question]:
+        """The one conversation; its adapters are found by the last user message."""
+        turns = tuple(message.message() for message in self.messages)
+        text = next((turn.content for turn in reversed(turns) if turn.role == "user"), turns[-1].content)
+        return [self._question(0, turns, text)]
+
+
+Prompt = Annotated[str, Field(min_length=1, max_length=MAX_TEXT_CHARS)]
+Prompts = Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS)]
+Queries = Annotated[list[Text], Field(min_length=1, max_length=MAX_QUERIES)]
+
+
+class CompletionRequest(GenerationRequest):
+    """`POST /v1/completions`"""
+
+    not_served: ClassVar[dict[str, tuple[Any, ...]]] = OF_COMPLETIONS
+
+    prompt: Annotated[
+        list[Prompt],
+        Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS),
+        BeforeValidator(_as_prompts, json_schema_input_type=Prompt | Prompts),
+    ]
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+
+    @model_validator(mode="after")
+    def _checked(self) -> Self:
+        rows = len(self.prompt) * self.n
+        if rows > MAX_ROWS:
+            raise problem("n", f"with {len(self.prompt)} prompts makes {rows} answers, at most {MAX_ROWS} are given")
+        self._check_paths(len(self.prompt))
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    def questions(self) -> list[Question]:
+        return [self._question(place, prompt, prompt) for place, prompt in enumerate(self.prompt)]
+
+
+class RouteQuery(ApiRequest):
+    """`POST /v1/route`: which adapters would answer these prompts. Nothing is generated."""
+
+    prompt: Annotated[
+        list[Text],
+        Field(fail_fast=True, min_length=1, max_length=MAX_QUERIES),
+        BeforeValidator(_as_list, json_schema_input_type=Text | Queries),
+    ]
+    lora: LoraOptions = LoraOptions()

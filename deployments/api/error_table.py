@@ -1,0 +1,184 @@
+"""The one table from error class to HTTP status, and the error object of the OpenAI API."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+from deployments import errors as api_errors
+from deployments.api.unsupported_fields import UNSUPPORTED
+from deployments.errors import RequestInvalid, Unsupported
+from gpu_worker import errors as worker_errors
+from lora_store import errors as store_errors
+from retriever_svc import errors as retriever_errors
+
+logger = logging.getLogger(__name__)
+
+_INVALID, _FORBIDDEN, _LIMITED, _MISSING, _OVERLOADED, _LATE, _SERVER = (
+    "invalid_request_error",
+    "permission_error",
+    "rate_limit_error",
+    "not_found_error",
+    "overloaded_error",
+    "timeout_error",
+    "server_error",
+)
+_POISONED, _FAILED = "poisoned", "request_failed"
+_KINDS = ("str", "constrained-str", "int", "float", "bool")  # what pydantic puts into the path of a union's member
+_MAX_PARAM_CHARS = 300
+_UNFORESEEN = "internal_error"
+# (error class, HTTP status, type, code); the first that fits is taken
+TABLE: tuple[tuple[type[Exception], int, str, str], ...] = (
+    (api_errors.RequestInvalid, 400, _INVALID, "invalid_request"),
+    (api_errors.Unsupported, 400, _INVALID, "unsupported"),
+    (api_errors.KeyRefused, 401, _INVALID, "invalid_api_key"),
+    (api_errors.KeysUnavailable, 503, _OVERLOADED, "keys_unavailable"),
+    (api_errors.RoleMissing, 403, _FORBIDDEN, "role_missing"),
+    (api_errors.OwnApproval, 403, _FORBIDDEN, "own_approval"),
+    (api_errors.RateLimited, 429, _LIMITED, "rate_limit_exceeded"),
+    (api_errors.ModelNotFound, 404, _MISSING, "model_not_found"),
+    (store_errors.AdapterNotFound, 404, _MISSING, "model_not_found"),
+    (api_errors.VersionNotKept, 404, _MISSING, "version_not_found"),
+    (api_errors.VersionChanged, 409, _INVALID, "version_changed"),
+    (api_errors.AdapterExists, 400, _INVALID, "adapter_exists"),
+    (api_errors.HostRefused, 421, _INVALID, "host_not_allowed"),
+    (api_errors.OriginRefused, 403, _FORBIDDEN, "origin_not_allowed"),
+    (api_errors.PublishingOff, 403, _FORBIDDEN, "publishing_off"),
+    (api_errors.SourceRefused, 403, _FORBIDDEN, "source_not_allowed"),
+    (api_errors.SourceMissing, 404, _MISSING, "source_not_found"),
+    (api_errors.SourceUnavailable, 503, _OVERLOADED, "source_unavailable"),
+    (api_errors.BodyNotAllowed, 400, _INVALID, "body_not_allowed"),
+    (api_errors.BodyTooLarge, 413, _INVALID, "body_too_large"),
+    (api_errors.BodyTooSlow, 408, _INVALID, "body_too_slow"),
+    (api_errors.BodiesBusy, 503, _OVERLOADED, "bodies_busy"),
+    (api_errors.UploadsBusy, 503, _OVERLOADED, "uploads_busy"),
+    (api_errors.ServerOverloaded, 429, _OVERLOADED, "server_overloaded"),
+    (api_errors.EncoderBusy, 503, _OVERLOADED, "encoder_busy"),
+    (api_errors.NotReady, 503, _OVERLOADED, "not_ready"),
+    (api_errors.NoWorkerYet, 503, _OVERLOADED, "no_worker_yet"),
+    (api_errors.PoisonRequest, 500, _SERVER, _POISONED),
+    (store_errors.PublicNameTaken, 409, _INVALID, "name_taken"),
+    (store_errors.QuotaExceeded, 403, _FORBIDDEN, "pool_share_exceeded"),
+    (store_errors.AdapterRefused, 400, _INVALID, "adapter_refused"),
+    (store_errors.PlanInvalid, 400, _INVALID, "plan_invalid"),
+    (store_errors.VersionConflict, 503, _OVERLOADED, "version_conflict"),
+    (store_errors.StoreUnavailable, 503, _OVERLOADED, "store_unavailable"),
+    (store_errors.EncoderIncomplete, 503, _OVERLOADED, "encoder_incomplete"),
+    (store_errors.BlobCorrupted, 500, _SERVER, "blob_corrupted"),
+    (retriever_errors.EncoderUnusable, 400, _INVALID, "encoder_unusable"),
+    (retriever_errors.RouteInvalid, 400, _INVALID, "invalid_request"),
+    (retriever_errors.NoAdapterMatched, 422, _INVALID, "no_adapter_matched"),
+    (retriever_errors.PlanGone, 409, _INVALID, "plan_gone"),
+    (retriever_errors.StaleIndex, 503, _OVERLOADED, "stale_index"),
+    (worker_errors.SamplingInvalid, 400, _INVALID, "invalid_request"),
+    (worker_errors.PromptInvalid, 400, _INVALID, "invalid_prompt"),
+    (worker_errors.PromptTooLong, 400, _INVALID, "context_length_exceeded"),
+    (worker_errors.PlanTooLarge, 400, _INVALID, "plan_too_large"),
+    (worker_errors.AdapterUnfit, 400, _INVALID, "adapter_unfit"),
+    (worker_errors.LogitsNotFinite, 422, _INVALID, "logits_not_finite"),
+    (worker_errors.RequestFailed, 500, _SERVER, _FAILED),
+    (worker_errors.AdapterLoadFailed, 503, _OVERLOADED, "adapter_load_failed"),
+    (worker_errors.DeadlineExceeded, 504, _LATE, "deadline_exceeded"),
+    (worker_errors.WaitedTooLong, 503, _OVERLOADED, "waited_too_long"),
+    (worker_errors.EngineFull, 503, _OVERLOADED, "engine_full"),
+    (worker_errors.EngineStopped, 503, _OVERLOADED, "engine_stopped"),
+    (BackPressureError, 503, _OVERLOADED, "overloaded"),
+    (DeploymentUnavailableError, 503, _OVERLOADED, "unavailable"),
+    (RayActorError, 503, _OVERLOADED, "replica_died"),
+    (ObjectLostError, 503, _OVERLOADED, "replica_died"),
+    (TimeoutError, 503, _OVERLOADED, "timeout"),
+)
+# What Ray says itself names actors, nodes and queues.
+_SAID: dict[type[Exception], str] = {
+    BackPressureError: "too many requests wait; try again later",
+    DeploymentUnavailableError: "a part of the server is not available; try again later",
+    TimeoutError: "a part of the server did not answer in time; try again later",
+    RayActorError: "the replica that worked on this request has died; try again",
+    ObjectLostError: "what answered this request was lost with its replica; try again",
+}
+
+
+def describe(error: Exception) -> tuple[int, dict[str, Any]]:
+    """(HTTP status, the API's error object). What no row names is a 500 that says nothing of its inside."""
+    cause = _cause_of(error)
+    for kind, status, type_, code in TABLE:
+        if isinstance(cause, kind):
+            return status, error_object(_message_of(cause, kind), type_, code, param=getattr(cause, "param", None))
+    logger.error("an unforeseen error", exc_info=error)
+    return 500, error_object("the server failed to answer this request", _SERVER, _UNFORESEEN)
+
+
+def _message_of(cause: Exception, kind: type[Exception]) -> str:
+    """What the client reads. Texts that may quote buckets, endpoints or paths are logged in place of it."""
+    safe: str | None = getattr(cause, "client_message", None)
+    if safe is not None:
+        logger.warning("answered with %r: %s", safe, cause)
+        return safe
+    return _SAID.get(kind) or str(cause)
+
+
+def code_of(error: Exception) -> str:
+    """The code that `describe` gives."""
+    cause = _cause_of(error)
+    return next((code for kind, _, _, code in TABLE if isinstance(cause, kind)), _UNFORESEEN)
+
+
+def error_object(message: str, type_: str, code: str, *, param: str | None = None) -> dict[str, Any]:
+    """What a client sent may hold halves of surrogate pairs, which no answer can be written with."""
+    told = {"message": message, "type": type_, "param": param, "code": code}
+    return {"error": {name: text and text.encode(errors="backslashreplace").decode() for name, text in told.items()}}
+
+
+def http_error_object(status: int, detail: str) -> dict[str, Any]:
+    """Return the error object of a status that the framework answers with."""
+    return error_object(detail, _MISSING if status == 404 else _INVALID, "http_error")
+
+
+def response_headers(error: Exception, status: int, code: str) -> dict[str, str]:
+    """Return the headers that tell a client how to go on."""
+    headers = {}
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    if status in (409, 504):  # the openai client asks twice more otherwise, for the same answer or the same time
+        headers["x-should-retry"] = "false"
+    if status in (429, 503):
+        headers["Retry-After"] = str(max(1, math.ceil(getattr(_cause_of(error), "retry_after_s", 1))))
+    if code in (_POISONED, _FAILED):
+        headers["x-should-retry"] = "false"  # OpenAI's clients repeat every other 500
+    return headers
+
+
+def _cause_of(error: Exception) -> Exception:
+    return error.cause if isinstance(error, RayTaskError) and isinstance(error.cause, Exception) else error
+
+
+def validation_error(error: RequestValidationError | ValidationError) -> RequestInvalid | Unsupported:
+    """The first problem of a malformed request, by the path of its field; what is not supported before all others."""
+    problems = error.errors()
+    first = next((item for item in problems if item["type"] == UNSUPPORTED), problems[0])
+    param = _path_of(first, skip=isinstance(error, RequestValidationError))
+    if first["type"] == UNSUPPORTED:
+        return Unsupported(param, first["ctx"]["what"])
+    suffix = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return RequestInvalid(f"{param}: {first['msg']}{suffix}" if param else f"{first['msg']}{suffix}", param or None)
+
+
+def _path_of(problem: Mapping[str, Any], *, skip: bool) -> str:
+    """The field as the client sent it: pydantic's path without what it calls the kinds of a union.
+
+    `skip` the first part: FastAPI says there whether the field was in the body, the query or the path.
+    """
+    if problem["type"] == "json_invalid":
+        return ""  # its path is a place in the text
+    path = list(problem["loc"][1:] if skip else problem["loc"])
+    if path and problem["type"] != "extra_forbidden":
+        path = [part for part in path if part not in _KINDS and "[" not in str(part)]
+    below = problem.get("ctx", {}).get("param")
+    return ".".join(str(part) for part in [*path, *([below] if below else [])])[:_MAX_PARAM_CHARS]

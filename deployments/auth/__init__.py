@@ -1,0 +1,1 @@
+"""API keys, callers, quotas and the tokens of the Ray cluster."""

@@ -1,0 +1,131 @@
+"""Keys at rest: who each of them is, found by the hash of what a client presents."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import secrets
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from deployments.auth.caller import Caller, KeyLimits, Role
+from lora_store import is_valid_name
+
+_KEY_PREFIX = "lr-"
+_KEY_BYTES = 32
+_MAX_KEY_CHARS = 512  # longer ones are not hashed
+_NOBODY = bytes(32)
+
+
+def _name(value: str) -> str:
+    if not is_valid_name(value):
+        raise ValueError("must be 1 to 64 letters, digits, dots, dashes and underscores, and not 'auto'")
+    return value
+
+
+class KeyEntry(BaseModel):
+    """One key. Plain sha256 is the right hash here, since a key is 256 random bits.
+
+    Salt and slow hashes protect secrets that can be guessed, and nobody searches 2^256; a slow hash of every request
+    would let anyone keep the server busy with wrong keys.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: Annotated[str, AfterValidator(_name)]
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    tenant: Annotated[str, AfterValidator(_name)]
+    roles: tuple[Role, ...] = Field(min_length=1)
+    limits: KeyLimits = KeyLimits()
+
+    def caller(self) -> Caller:
+        return Caller(self.tenant, frozenset(self.roles), self.id, self.limits)
+
+
+_ENTRIES = TypeAdapter(list[KeyEntry])
+
+
+def new_key() -> str:
+    """A key nobody has: 256 random bits."""
+    return _KEY_PREFIX + secrets.token_urlsafe(_KEY_BYTES)
+
+
+def hash_of(key: str) -> str:
+    """The key as its file has it."""
+    return _digest_of(key).hex()
+
+
+def parse_entries(text: str) -> list[KeyEntry]:
+    """The entries of a keys file, a YAML or JSON list. Raises: ValueError, which quotes no part of the file."""
+    entries = _validated(_loaded(text))
+    for what in ("id", "sha256"):
+        refuse_repeats(what, [getattr(entry, what) for entry in entries])
+    return entries
+
+
+def refuse_repeats(what: str, values: Sequence[str]) -> None:
+    """Raise ValueError where two entries have the same value, naming their places. Linear: files grow long."""
+    first: dict[str, int] = {}
+    for place, value in enumerate(values):
+        if (earlier := first.setdefault(value, place)) != place:
+            raise ValueError(f"entries {earlier} and {place} have the same {what}")
+
+
+class KeyRing:
+    """The keys of one state of the file.
+
+    What is presented is hashed, and the hash looked up under a secret of this process, so that the time a look-up takes
+    tells nothing of the hashes that are there; found or not, one constant-time comparison decides.
+    """
+
+    def __init__(self, entries: Sequence[KeyEntry]) -> None:
+        self._pepper = secrets.token_bytes(32)
+        self._callers = {
+            self._place(bytes.fromhex(entry.sha256)): (bytes.fromhex(entry.sha256), entry.caller()) for entry in entries
+        }
+
+    def __len__(self) -> int:
+        return len(self._callers)
+
+    def find(self, key: str) -> Caller | None:
+        """Whose key it is."""
+        digest = _digest_of(key[:_MAX_KEY_CHARS])
+        stored, caller = self._callers.get(self._place(digest), (_NOBODY, None))
+        return caller if hmac.compare_digest(stored, digest) else None
+
+    def _place(self, digest: bytes) -> bytes:
+        return hashlib.blake2b(digest, key=self._pepper, digest_size=32).digest()
+
+
+def _digest_of(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def _loaded(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return _loaded_yaml(text)
+
+
+def _loaded_yaml(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as exc:
+        mark = getattr(exc, "problem_mark", None)
+        raise ValueError("it is no YAML" + ("" if mark is None else f": see line {mark.line + 1}")) from exc
+
+
+def _validated(data: Any) -> list[KeyEntry]:
+    if not isinstance(data, list):
+        raise ValueError("it must hold a list of keys")
+    try:
+        return _ENTRIES.validate_python(data)
+    except ValidationError as exc:
+        first = exc.errors(include_input=False, include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(f"entry {place}: {first['msg']}") from exc

@@ -1,0 +1,96 @@
+"""The keys file, followed as it changes: edited, replaced, or swapped as Kubernetes swaps a mounted secret."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from deployments.auth.api_keys import KeyRing, parse_entries
+from deployments.auth.caller import Caller
+from deployments.errors import KeysUnavailable
+
+logger = logging.getLogger(__name__)
+
+_SETTLE_S = 2.0  # a file this young may change again without any new time or size
+_State = tuple[int, int, int, int, int]
+
+
+class KeyFile:
+    """The keys of `path`, as of the moment a key is looked up: a `stat` tells whether the file is another one by now.
+
+    A broken file leaves the keys as they were and is logged once. So does one that is missing or cannot be read, for
+    `missing_grace_s`; after that no key is valid until the file is back. Replace the file by a rename, so that
+    no reader sees half of it.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        missing_grace_s: float = math.inf,
+        now: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Raises: ValueError, OSError: a server does not start on a file it cannot use."""
+        self._path, self._now, self._monotonic = path, now, monotonic
+        self._missing_grace_s = missing_grace_s
+        self._missing_since: float | None = None
+        self._last_error = ""
+        self._state: _State | None = self._state_now()
+        self._content = path.read_bytes()
+        self._ring = self._ring_of(self._content)
+
+    def find(self, key: str) -> Caller | None:
+        """Return whose key it is by now. Raises: KeysUnavailable: the file is missing for too long."""
+        self._refresh()
+        if self._missing_since is not None and self._monotonic() - self._missing_since >= self._missing_grace_s:
+            raise KeysUnavailable("the server's keys file is missing or cannot be read; try again later")
+        return self._ring.find(key)
+
+    def _refresh(self) -> None:
+        try:
+            state = self._state_now()  # before the content: a change between the two is seen next time
+            if state == self._state and not self._may_have_changed(state):
+                return
+            content = self._path.read_bytes()
+            self._missing_since = None
+            if (state, content) == (self._state, self._content):
+                return
+            self._state, self._content = state, content
+            self._ring = self._ring_of(content)
+        except (OSError, ValueError) as exc:
+            self._fail(exc)
+            return
+        self._last_error = ""
+        logger.info("%s is read again: %d keys", self._path, len(self._ring))
+
+    def _fail(self, error: Exception) -> None:
+        if isinstance(error, OSError):
+            self._state = None  # what comes back is read, even if it is the file of before
+            self._missing_since = self._monotonic() if self._missing_since is None else self._missing_since
+        if str(error) != self._last_error:
+            logger.error("the keys stay as they were: %s%s", error, self._until(error))
+        self._last_error = str(error)
+
+    def _until(self, error: Exception) -> str:
+        if not isinstance(error, OSError) or math.isinf(self._missing_grace_s):
+            return ""
+        return f"; unless the file is back within {self._missing_grace_s:.0f} s, no key is valid"
+
+    def _may_have_changed(self, state: _State) -> bool:
+        written_at = state[3] / 1e9
+        return 0 <= self._now() - written_at < _SETTLE_S
+
+    def _state_now(self) -> _State:
+        found = os.stat(self._path)  # follows links: a secret's `..data` leads to another folder after a swap
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+    def _ring_of(self, content: bytes) -> KeyRing:
+        try:
+            return KeyRing(parse_entries(content.decode("utf-8")))
+        except ValueError as exc:
+            raise ValueError(f"{self._path} cannot be used: {exc}") from exc

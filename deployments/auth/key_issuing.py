@@ -1,0 +1,72 @@
+"""New keys, and the keys file they are added to."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from deployments.auth.api_keys import KeyEntry, hash_of, new_key, parse_entries
+
+
+def make_key(
+    tenant: str, roles: Sequence[str], limits: Mapping[str, int | None], id: str | None
+) -> tuple[str, dict[str, Any]]:
+    """(a new key, its entry for a keys file). Raises: ValueError, naming the field."""
+    key = new_key()
+    entry: dict[str, Any] = {
+        "id": id or f"{tenant}-{secrets.token_hex(4)}",
+        "sha256": hash_of(key),
+        "tenant": tenant,
+        "roles": list(roles),
+    }
+    if given := {name: value for name, value in limits.items() if value is not None}:
+        entry["limits"] = given
+    try:
+        KeyEntry.model_validate(entry)
+    except ValidationError as exc:
+        first = exc.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from exc
+    return key, entry
+
+
+def add_entry(file: Path, entry: Mapping[str, Any]) -> None:
+    """The entry stands behind those of the file, which is otherwise as it was and never there by half.
+
+    Raises: ValueError, OSError.
+    """
+    old = file.read_text(encoding="utf-8") if file.exists() else ""
+    text = with_entry(old, entry)
+    target = file.resolve()  # a link stays a link
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=target.parent, delete=False) as made:
+        made.write(text)
+    os.chmod(made.name, target.stat().st_mode & 0o777 if target.exists() else 0o600)
+    os.replace(made.name, target)
+
+
+def with_entry(text: str, entry: Mapping[str, Any]) -> str:
+    """The keys file `text` with one more entry; comments stay where it is a YAML list. Raises: ValueError."""
+    if not text.strip():
+        return block_of(entry)
+    num_old = len(parse_entries(text))
+    appended = text.rstrip("\n") + "\n" + block_of(entry)
+    try:
+        if len(parse_entries(appended)) == num_old + 1:
+            return appended
+    except ValueError:  # it is JSON, or a YAML list in one line
+        pass
+    rewritten = json.dumps([*yaml.safe_load(text), dict(entry)], indent=1) + "\n"
+    parse_entries(rewritten)
+    return rewritten
+
+
+def block_of(entry: Mapping[str, Any]) -> str:
+    """The entry as an item of a YAML list."""
+    return str(yaml.safe_dump([dict(entry)], sort_keys=False))

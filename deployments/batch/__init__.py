@@ -1,0 +1,1 @@
+"""Offline answering of files with Ray Data."""

@@ -1,0 +1,107 @@
+"""The second stage of an offline run: the answers of a part, written."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Awaitable, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deployments.batch.output import BatchOutput
+from deployments.batch.planning import PlannedPart
+from deployments.batch.rows import answered
+from deployments.batch.run import BatchRun, store_of
+from deployments.calls.local_handle import LocalHandle
+from deployments.weights.fetcher import WeightsFetcher
+from gpu_worker.device.cpu_count import with_threads
+from gpu_worker.device.openmp import load_executor, run_on_short_lived_thread
+from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.engine_thread import EngineThread
+from gpu_worker.engine.offline import generate_all
+from gpu_worker.errors import EngineStopped
+from gpu_worker.request.request import Completion, Job
+from lora_store import AdapterWeights, LoraStore
+from lora_store.disk_cache import DiskCache
+
+PARTS_AT_ONCE = 2  # while the last rows of one end, the next one keeps the batch full
+_MAX_TRIES = 2  # after the first: memory on a shared device may have been short for a moment
+
+
+class PartAnswerer:
+    """One engine on one device, its weights from the store. Nothing here is too late: rows wait as long as it takes."""
+
+    def __init__(self, run: BatchRun) -> None:
+        config = run.settings.config
+        max_waiting = (PARTS_AT_ONCE + 1) * run.settings.part_rows
+        worker = replace(with_threads(config.worker_config()), max_waiting=max_waiting, max_wait_s=math.inf)
+        executor = load_executor(worker.load_threads)
+        cache = None if config.weights_cache is None else DiskCache(*config.weights_cache)
+        self._fetcher = WeightsFetcher(LocalHandle(_StoredWeights(store_of(config))), executor, cache=cache)
+        engine = run_on_short_lived_thread(lambda: Engine(worker, self._start_fetch, executor=executor))
+        self.engine = EngineThread(engine)
+        self._output = BatchOutput(run.settings.output_uri)
+        self._turn = asyncio.Lock()
+        self._asyncio_loop: asyncio.AbstractEventLoop | None = None  # Ray Data starts it after this
+
+    async def __call__(self, row: dict[str, Any]) -> dict[str, int]:
+        """How Ray Data calls it, with several parts at once."""
+        return await self.answer(row["planned"])
+
+    async def answer(self, planned: PlannedPart) -> dict[str, int]:
+        """The part is written; how many rows it has, and of what kind. Raises: EngineStopped, StoreUnavailable."""
+        self._asyncio_loop = asyncio.get_running_loop()
+        jobs = [asked.job for asked in planned.asked if asked.job is not None]
+        answers = iter(await self._complete(jobs))
+        outcomes = [None if asked.job is None else next(answers) for asked in planned.asked]
+        part = answered(planned.rows, planned.asked, outcomes)
+        await asyncio.to_thread(self._output.write, planned.part.number, part)
+        return {"num_rows": part.num_rows, "num_errors": part.num_rows - part["error"].null_count}
+
+    def close(self) -> None:
+        self.engine.stop()
+
+    async def _complete(self, jobs: Sequence[Job]) -> list[Completion | Exception]:
+        """Answer all at once, then once more those that met a moment in which the device computed nothing."""
+        outcomes = await generate_all(self.engine, jobs)
+        return [
+            await self._again(job) if isinstance(outcome, EngineStopped) else outcome
+            for job, outcome in zip(jobs, outcomes, strict=True)
+        ]
+
+    async def _again(self, job: Job) -> Completion | Exception:
+        """Return the row's answer, one such row after the other.
+
+        Raises: EngineStopped, where the engine has ended and answers no row any more.
+        """
+        async with self._turn:
+            for _ in range(_MAX_TRIES):
+                [outcome] = await generate_all(self.engine, [job])
+                if not isinstance(outcome, EngineStopped):
+                    break
+            return outcome
+
+    def _start_fetch(self, weights_digest: str) -> Future[AdapterWeights]:
+        """Called on the engine's thread, for rows that came by the event loop."""
+        assert self._asyncio_loop is not None
+        return asyncio.run_coroutine_threadsafe(self._fetcher.fetch(weights_digest), self._asyncio_loop)
+
+
+class _StoredWeights:
+    """The Store deployment's `fetch`, read from the store without a replica between."""
+
+    def __init__(self, store: LoraStore) -> None:
+        self._store = store
+
+    async def fetch(self, weights_digest: str) -> list[Awaitable[NDArray[np.uint8]]]:
+        """Raises: AdapterNotFound, BlobCorrupted, StoreUnavailable."""
+        data = await asyncio.to_thread(self._store.load, weights_digest)
+        return [_given(np.frombuffer(data, np.uint8))]
+
+
+async def _given(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return data

@@ -1,0 +1,75 @@
+"""An offline run on Ray Data: a row is a part, which one actor plans and another answers and writes."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+
+import ray
+from ray.data import ActorPoolStrategy, DataContext
+
+from deployments.batch.answering import PARTS_AT_ONCE, PartAnswerer
+from deployments.batch.planning import PartPlanner
+from deployments.batch.run import BatchRun
+from deployments.config.app import AppConfig
+
+
+@contextmanager
+def cluster(config: AppConfig, address: str | None, concurrency: int) -> Iterator[None]:
+    """The cluster at `address`, or one on this machine for as long as the run takes."""
+    if address is None:
+        each = config.worker_scaling.num_cpus + config.retriever_scaling.num_cpus
+        num_cpus = max(math.ceil(concurrency * each) + 1, os.cpu_count() or 1)
+        ray.init(
+            address="local",  # never another cluster that happens to run here
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            _node_ip_address="127.0.0.1",
+        )
+    else:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def answer_parts(run: BatchRun, concurrency: int) -> Iterator[dict[str, int]]:
+    """What `PartAnswerer` tells of each part that is left, as they end: `concurrency` engines work on them."""
+    _be_quiet()
+    config = run.settings.config
+    parts = ray.data.from_items([asdict(part) for part in run.parts], override_num_blocks=len(run.parts))
+    planned = parts.map(
+        PartPlanner,
+        fn_constructor_args=(run,),
+        compute=ActorPoolStrategy(min_size=1, max_size=concurrency),
+        num_cpus=config.retriever_scaling.num_cpus,
+    )
+    answered = planned.map(
+        PartAnswerer,
+        fn_constructor_args=(run,),
+        compute=ActorPoolStrategy(
+            size=concurrency,
+            max_concurrent_calls_per_actor=PARTS_AT_ONCE,
+            max_tasks_in_flight_per_actor=PARTS_AT_ONCE + 1,
+        ),
+        num_cpus=config.worker_scaling.num_cpus,
+        num_gpus=config.worker_scaling.num_gpus,
+    )
+    for table in answered.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        yield from table.to_pylist()
+
+
+def _be_quiet() -> None:
+    """The command shows its own progress."""
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that there are no bars

@@ -1,0 +1,110 @@
+"""The first stage of an offline run: a part's rows, each with its plan."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+
+from deployments.api import error_table
+from deployments.batch.input import PartReader
+from deployments.batch.rows import Asked, bodies_of, request_of
+from deployments.batch.run import BatchRun, Part, store_of
+from deployments.calls.local_handle import LocalHandle
+from deployments.generation.jobs import jobs_of
+from deployments.generation.planner import Planner
+from deployments.generation.request_limits import check_limits
+from deployments.retriever_factory import live_pool, retriever_over
+from lora_store import Plan, Strategy
+from retriever_svc import PinnedAdapter, Retriever, Route, RouteRequest
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedPart:
+    """`asked` runs along with the rows."""
+
+    part: Part
+    rows: pa.Table
+    asked: tuple[Asked, ...]
+
+
+class PartPlanner:
+    """A Retriever over the pool as it was when the run began, and the server's Planner before it."""
+
+    def __init__(self, run: BatchRun) -> None:
+        config = run.settings.config
+        snapshot = store_of(config).snapshot_at(run.generation)
+        retriever = LocalRetriever(retriever_over(live_pool(config, lambda: snapshot), config))
+        self._planner = Planner(config, LocalHandle(retriever))
+        self._reader = PartReader(run.source)
+        self._settings = run.settings
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, PlannedPart]:
+        """How Ray Data calls it."""
+        return {"planned": asyncio.run(self.plan(Part(**row)))}
+
+    async def plan(self, part: Part) -> PlannedPart:
+        rows = self._reader.read(part.start, part.stop)
+        bodies = bodies_of(rows, self._settings.defaults)
+        asked = await asyncio.gather(*[self._ask(part.start + place, body) for place, body in enumerate(bodies)])
+        return PlannedPart(part, rows, tuple(asked))
+
+    async def _ask(self, number: int, body: dict[str, Any]) -> Asked:
+        """What the Ingress does with the same body, up to the engine; an error is this row's alone."""
+        config, tenant = self._settings.config, self._settings.tenant
+        try:
+            request = request_of(body)
+            questions = request.questions()
+            request.sampling()
+            check_limits(request, questions, config)
+            planned = await self._planner.plan(questions[0], tenant)
+            [job] = jobs_of(f"row-{number}", request, questions, [planned], config.template)
+        except Exception as exc:
+            return Asked(error=error_table.describe(exc)[1]["error"])
+        return Asked(planned, replace(job, tenant=tenant))
+
+
+class LocalRetriever:
+    """What the Planner asks of a Retriever. Prompts that come in one turn of the event loop share its encoder calls."""
+
+    def __init__(self, retriever: Retriever) -> None:
+        self._retriever = retriever
+        self._asked: list[tuple[Sequence[RouteRequest], asyncio.Future[list[Route]]]] = []
+
+    async def route(self, requests: Sequence[RouteRequest]) -> list[Route]:
+        """Raises: NoAdapterMatched, StaleIndex."""
+        loop = asyncio.get_running_loop()
+        if not self._asked:
+            loop.call_soon(self._answer)
+        answer: asyncio.Future[list[Route]] = loop.create_future()
+        self._asked.append((requests, answer))
+        return await answer
+
+    def _answer(self) -> None:
+        asked, self._asked = self._asked, []
+        together = [request for requests, _ in asked for request in requests]
+        try:
+            routes: Iterator[Route | Exception] = iter(self._retriever.route(together))
+        except Exception as exc:  # theirs, or they would wait for ever
+            routes = itertools.repeat(exc)
+        for requests, answer in asked:
+            own = list(itertools.islice(routes, len(requests)))
+            error = next((route for route in own if isinstance(route, Exception)), None)
+            if error is not None:
+                answer.set_exception(error)
+            else:
+                answer.set_result([route for route in own if isinstance(route, Route)])
+
+    async def plan_named(
+        self, tenant: str, choices: Sequence[tuple[str, float]], strategy: Strategy, min_generation: int = 0
+    ) -> Plan:
+        """Raises: AdapterNotFound, PlanInvalid, StaleIndex."""
+        return self._retriever.plan_named(tenant, choices, strategy, min_generation)
+
+    async def replay(self, tenant: str, strategy: Strategy, pinned: Sequence[PinnedAdapter], generation: int) -> Plan:
+        """Raises: PlanGone, PlanInvalid, StaleIndex."""
+        return self._retriever.replay(tenant, strategy, pinned, generation)

@@ -1,0 +1,103 @@
+"""What a row of an offline run asks, in the words of the HTTP API, and what becomes of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from deployments.api import error_table
+from deployments.api.parsing import TextRequest, parse
+from deployments.api.planned import Planned
+from deployments.api.responses import JsonObject, plan_object
+from deployments.errors import BatchRefused, RequestInvalid
+from gpu_worker.request.request import Completion, Job
+
+_PROMPTS = ("prompt", "messages")
+_JSON = ("messages", "lora")
+FIELDS = ("model", "max_tokens", "temperature", "seed", "lora")  # beside the prompt: as in a request's body
+_ADAPTER = pa.struct(
+    [("name", pa.string()), ("digest", pa.string()), ("weight", pa.float64()), ("score", pa.float64())]
+)
+_ERROR = pa.struct([("code", pa.string()), ("message", pa.string()), ("param", pa.string())])
+_OF_COMPLETION = ("text", "finish_reason", "num_prompt_tokens", "num_new_tokens")
+ANSWER = pa.schema(
+    [
+        pa.field("text", pa.string()),
+        pa.field("finish_reason", pa.string()),
+        pa.field("adapters", pa.list_(_ADAPTER)),
+        pa.field("strategy", pa.string()),
+        pa.field("num_prompt_tokens", pa.int64()),
+        pa.field("num_new_tokens", pa.int64()),
+        pa.field("error", _ERROR),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A row that was planned: the engine's job, or why there is none."""
+
+    planned: Planned | None = None
+    job: Job | None = None
+    error: JsonObject | None = None
+
+
+def check_columns(schema: pa.Schema) -> None:
+    """Raises: BatchRefused: there is no prompt, or no room for an answer."""
+    if not any(name in schema.names for name in _PROMPTS):
+        raise BatchRefused(f"the input has neither a column 'prompt' nor 'messages', only {', '.join(schema.names)}")
+    for name in ANSWER.names:
+        if name in schema.names:
+            raise BatchRefused(f"the input has a column {name!r}, which is one of the answer's: rename it")
+
+
+def bodies_of(table: pa.Table, defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Each row as the body of a request; what it leaves null is `defaults`', else the server's."""
+    asking = table.select([name for name in table.column_names if name in (*_PROMPTS, *FIELDS)])
+    return [
+        {**defaults, **{name: value for name, value in row.items() if value is not None}} for row in asking.to_pylist()
+    ]
+
+
+def request_of(body: Mapping[str, Any]) -> TextRequest:
+    """The request that a row is. Raises: RequestInvalid, Unsupported."""
+    if sum(name in body for name in _PROMPTS) != 1:
+        raise RequestInvalid("a row has a prompt or messages, one of them", "prompt")
+    if not isinstance(body.get("prompt", ""), str):
+        raise RequestInvalid("prompt: a row has one text", "prompt")
+    return parse({name: _decoded(name, value) if name in _JSON else value for name, value in body.items()})
+
+
+def _decoded(name: str, value: Any) -> Any:
+    """A struct or list as it is, a text as the JSON it holds."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as exc:
+        raise RequestInvalid(f"{name}: no JSON: {exc}", name) from exc
+
+
+def answered(table: pa.Table, asked: Sequence[Asked], outcomes: Sequence[Completion | Exception | None]) -> pa.Table:
+    """The input's columns and those of the answers. `outcomes`: the engine's, None where it was not asked."""
+    rows = [_answer(*each) for each in zip(asked, outcomes, strict=True)]
+    columns = pa.Table.from_pylist(rows, ANSWER)
+    for name in ANSWER.names:
+        table = table.append_column(ANSWER.field(name), columns[name])
+    return table
+
+
+def _answer(asked: Asked, outcome: Completion | Exception | None) -> JsonObject:
+    told: JsonObject = {"error": asked.error}
+    if asked.planned is not None and asked.job is not None:
+        plan = plan_object(asked.planned, asked.job.tenant, explain=False)
+        told |= {"adapters": plan["adapters"], "strategy": plan["strategy"]}
+    if isinstance(outcome, Exception):
+        told["error"] = error_table.describe(outcome)[1]["error"]
+    elif outcome is not None:
+        told |= {field: getattr(outcome, field) for field in _OF_COMPLETION}
+    return told

@@ -1,0 +1,98 @@
+"""What one offline run is: its input, its settings, its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from deployments.batch.input import BatchInput, scan
+from deployments.batch.output import BatchOutput, Manifest
+from deployments.batch.rows import check_columns
+from deployments.config.app import AppConfig
+from deployments.errors import BatchRefused
+from lora_store import LOCAL_TENANT, GenerationGone, LoraStore
+
+# What the answers depend on. The rest, such as threads and batch sizes, may change between a run and its continuation.
+_OF_APP = (
+    *("base_model", "base_model_name", "store_uri", "template", "max_new_tokens"),
+    *("public_requires_approval", "owner_names"),
+)
+_OF_RETRIEVAL = ("encoder", "strategy", "k", "weights", "softmax_temperature", "min_score", "fallback")
+_OF_WORKER = ("dtype", "max_model_len", "bank_rank_rows")
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSettings:
+    """`defaults`: fields of a request for rows that leave them open. `tenant`: whose adapters, beside the public."""
+
+    config: AppConfig
+    input_uri: str
+    output_uri: str
+    part_rows: int = 256
+    tenant: str = LOCAL_TENANT
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows `start` to `stop` of the input."""
+
+    number: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRun:
+    """A run that has begun: all its parts are answered from the pool of one generation."""
+
+    settings: BatchSettings
+    source: BatchInput
+    generation: int
+    num_adapters: int
+    parts: tuple[Part, ...]
+    num_done: int
+
+    @property
+    def num_rows_left(self) -> int:
+        return sum(part.stop - part.start for part in self.parts)
+
+
+def begin(settings: BatchSettings) -> BatchRun:
+    """The run, new or continued, and the parts that are not there yet. Raises: BatchRefused, StoreUnavailable."""
+    source = scan(settings.input_uri)
+    check_columns(source.schema)
+    store = store_of(settings.config)
+    newest = store.snapshot().generation
+    output = BatchOutput(settings.output_uri)
+    manifest = output.begin(Manifest(generation=newest, input=_described(source), settings=_deciding(settings)))
+    if manifest.generation > newest:
+        raise BatchRefused(f"the run began at generation {manifest.generation}, and the store is at {newest}")
+    starts = range(0, source.num_rows, settings.part_rows)
+    parts = [Part(n, start, min(start + settings.part_rows, source.num_rows)) for n, start in enumerate(starts)]
+    done = output.done()
+    left = tuple(part for part in parts if part.number not in done)
+    try:
+        num_adapters = len(store.snapshot_at(manifest.generation).records)
+    except GenerationGone as exc:
+        raise BatchRefused(f"the run cannot go on: {exc}; begin a new one in another output folder") from exc
+    return BatchRun(settings, source, manifest.generation, num_adapters, left, len(parts) - len(left))
+
+
+def store_of(config: AppConfig) -> LoraStore:
+    return LoraStore(config.store_uri, accepts_base=config.accepted_bases)
+
+
+def _described(source: BatchInput) -> dict[str, Any]:
+    names = [file.path.rpartition("/")[2] for file in source.files]
+    return {name: file.sha256 for name, file in zip(names, source.files, strict=True)}
+
+
+def _deciding(settings: BatchSettings) -> dict[str, Any]:
+    config = settings.config.model_dump(mode="json")
+    deciding: dict[str, Any] = {name: config[name] for name in _OF_APP}
+    deciding["retrieval"] = {name: config["retrieval"][name] for name in _OF_RETRIEVAL}
+    deciding["worker"] = {name: config["worker"][name] for name in _OF_WORKER}
+    deciding["defaults"] = dict(settings.defaults)
+    return deciding | {"tenant": settings.tenant, "part_rows": settings.part_rows}

@@ -1,0 +1,1 @@
+"""Calls between deployments: transport, retries, heartbeats and deadlines."""

@@ -1,0 +1,159 @@
+"""Runs the application on this machine: a local Ray, Serve, and the way to stop both."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+import ray
+from ray import serve
+from ray.serve.config import HTTPOptions
+
+from deployments.app import build_app
+from deployments.auth.private_files import keep_files_private, make_private, sessions_folder
+from deployments.auth.ray_token import use_token_mode
+from deployments.calls.h11_proxy import CALLBACK, CALLBACK_VARIABLE
+from deployments.calls.transport import bypass_http_proxy
+from deployments.config.app import AppConfig
+from gpu_worker.model.packaged_model import PACKAGED_MODEL, packaged_folder
+
+APP_NAME = "loraretriever"
+# The proxy calls the Ingress by gRPC: on one machine, where no replica vanishes without its connections.
+_PROXY_BY_GRPC = {"RAY_SERVE_PROXY_USE_GRPC": "1"}
+_POLL_S = 0.25
+_STARTED_TIMEOUT_S = 60.0
+
+
+class ServerFailed(Exception):
+    """The application did not become ready."""
+
+
+class Server:
+    """A context: leaving it stops everything it started."""
+
+    def __init__(
+        self,
+        config: AppConfig,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        num_cpus: int | None = None,
+        metrics_port: int | None = None,
+    ) -> None:
+        """`num_cpus`: logical CPUs to place replicas on; None = what the configuration's replicas need at most.
+
+        `metrics_port`: where this machine's figures are told; None = any free one.
+        """
+        self._config, self._host = _answering_to(config, host), host
+        self._num_cpus = num_cpus or max(config.num_logical_cpus, os.cpu_count() or 1)
+        self._port, self._metrics_port = port or free_port(host), metrics_port
+
+    @property
+    def url(self) -> str:
+        return f"http://{f'[{self._host}]' if ':' in self._host else self._host}:{self._port}"
+
+    def prepare(self, report: Callable[[str], None]) -> None:
+        """Have the packaged base model converted before any replica asks for it."""
+        if self._config.base_model == PACKAGED_MODEL:
+            report("checking the base model (converted once, about a minute)")
+            packaged_folder(self._config.cache_dir)
+        report("starting Ray and the deployments")
+
+    def start(self) -> str:
+        """Start Ray and the application. Return its URL, which answers once `/ready` does.
+
+        Ray asks for a token, whatever RAY_AUTH_MODE says, unless `allow_unauthenticated_ray` is set. The process and
+        all that it starts write files that only their owner can read. Other drivers of this user find the token in
+        `~/.ray/auth_token`.
+        """
+        check_free(self._host, self._port)
+        keep_files_private(Path.home())
+        sessions = sessions_folder(os.environ, os.geteuid())
+        make_private(sessions.parent, os.geteuid())
+        if not self._config.allow_unauthenticated_ray:
+            use_token_mode()
+        os.environ.update({CALLBACK_VARIABLE: CALLBACK, **_PROXY_BY_GRPC})  # what Ray starts inherits it
+        bypass_http_proxy()
+        ray.init(
+            "local",  # whatever RAY_ADDRESS says
+            num_cpus=self._num_cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            _node_ip_address="127.0.0.1",
+            _temp_dir=str(sessions),
+            _metrics_export_port=self._metrics_port,
+        )
+        serve.start(http_options=HTTPOptions(host=self._host, port=self._port))
+        serve.run(build_app(self._config), name=APP_NAME, route_prefix="/", logging_config={"enable_access_log": False})
+        return self.url
+
+    def wait_ready(self, *, timeout_s: float) -> dict[str, Any]:
+        """What `/ready` says once it says 200. Raises: ServerFailed after `timeout_s`, with what it said last."""
+        deadline = time.monotonic() + timeout_s
+        last = "no answer"
+        while time.monotonic() < deadline:
+            try:
+                response = httpx.get(f"{self.url}/ready", timeout=30)
+            except httpx.TransportError as exc:
+                last = str(exc)
+            else:
+                if response.status_code == 200:
+                    answer: dict[str, Any] = response.json()
+                    return answer
+                last = response.text
+            time.sleep(_POLL_S)
+        raise ServerFailed(f"not ready after {timeout_s:.0f} s: {last}")
+
+    def started(self) -> dict[str, Any]:
+        """Return what `/ready` says, for the operator: with keys too, and with the paths of refused folders."""
+        answer: dict[str, Any] = serve.get_app_handle(APP_NAME).started.remote().result(timeout_s=_STARTED_TIMEOUT_S)
+        return answer
+
+    def wait_for_interrupt(self) -> None:
+        """Return at SIGINT or SIGTERM."""
+        stop = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
+        stop.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if ray.is_initialized():
+            serve.shutdown()
+            ray.shutdown()
+
+
+def _answering_to(config: AppConfig, host: str) -> AppConfig:
+    """Return the settings with the name that the server listens at among the allowed ones, where that matters."""
+    if ":" in host or (config.keys_file is not None and not config.allowed_hosts):
+        return config
+    return config.model_copy(update={"allowed_hosts": (*config.allowed_hosts, host.lower())})
+
+
+def free_port(host: str) -> int:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def check_free(host: str, port: int) -> None:
+    """Raises: ServerFailed when another program listens there, before anything is started."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as exc:
+            raise ServerFailed(f"cannot listen on {host}:{port}: {exc.strerror}") from exc

@@ -1,0 +1,155 @@
+"""Whether the engine makes of an adapter what PEFT makes of it: first-token logits in float32, for every strategy."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from gpu_worker.config import WorkerConfig
+from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.row import Row
+from gpu_worker.model.base_model import model_source
+from gpu_worker.request.request import Delta, Job, SamplingParams
+from lora_store import (
+    AdapterRef,
+    AdapterWeights,
+    ModuleWeights,
+    Plan,
+    PlannedAdapter,
+    Strategy,
+    read_peft_folder,
+    write_peft_folder,
+)
+
+TOLERANCE = 1e-3  # of a logit; sums in another order differ by less
+PROMPT = "The parrot says that the weather in the harbour is"
+_HALF = 0.5
+_MAX_LEN = 256
+
+
+def parity_with_peft(folder: Path, config: WorkerConfig) -> dict[str, float]:
+    """The largest difference of any logit between this engine and PEFT, by strategy.
+
+    `mixture` and `fusion` are over the adapter and a disturbed copy of it that has one rank more, half and half.
+    PEFT's side: the adapter itself; its `cat` combination; an adapter merged by hand, (Σ m A, Σ m B) padded with zeros.
+    """
+    adapter = read_peft_folder(folder).modules
+    other = _disturbed(adapter)
+    plans = {
+        "selection": _plan("selection", adapter=1.0),
+        "mixture": _plan("mixture", adapter=_HALF, other=_HALF),
+        "fusion": _plan("fusion", adapter=_HALF, other=_HALF),
+    }
+    tokens, found = _engine_logits(config, {"adapter": adapter, "other": other}, plans)
+    expected = _peft_logits(config, folder, other, _fused(adapter, other), tokens)
+    return {strategy: float((found[strategy] - expected[strategy]).abs().max()) for strategy in plans}
+
+
+def _disturbed(modules: Mapping[str, ModuleWeights]) -> dict[str, ModuleWeights]:
+    """Every tensor with noise of a tenth of its size, and one more rank of noise alone."""
+    random = torch.Generator().manual_seed(0)
+
+    def disturb(tensor: Tensor, rank_dim: int) -> Tensor:
+        size = 0.1 * float(tensor.float().std(correction=0))
+        more = torch.zeros_like(tensor.narrow(rank_dim, 0, 1))
+        wider = torch.cat((tensor, more), rank_dim).float()
+        return wider + size * torch.randn(wider.shape, generator=random)
+
+    return {
+        name: ModuleWeights(disturb(module.lora_a, 0), disturb(module.lora_b, 1), module.scaling)
+        for name, module in modules.items()
+    }
+
+
+def _fused(*adapters: Mapping[str, ModuleWeights]) -> dict[str, ModuleWeights]:
+    """A = Σ m A_s and B = Σ m · scaling_s · B_s, narrower ones padded with zeros: the average of the parameters."""
+    fused = {}
+    for name in adapters[0]:
+        modules = [adapter[name] for adapter in adapters]
+        rank = max(module.rank for module in modules)
+        a, b = (torch.zeros(shape) for shape in ((rank, modules[0].lora_a.shape[1]), (len(modules[0].lora_b), rank)))
+        for module in modules:
+            a[: module.rank] += _HALF * module.lora_a.float()
+            b[:, : module.rank] += _HALF * module.scaling * module.lora_b.float()
+        fused[name] = ModuleWeights(a, b, 1.0)
+    return fused
+
+
+def _plan(strategy: Strategy, **weights: float) -> Plan:
+    rows = [PlannedAdapter(AdapterRef("local", name, name), name, weight) for name, weight in weights.items()]
+    return Plan(strategy, tuple(rows))
+
+
+def _engine_logits(
+    config: WorkerConfig, adapters: Mapping[str, Mapping[str, ModuleWeights]], plans: Mapping[str, Plan]
+) -> tuple[list[int], dict[str, Tensor]]:
+    """(the prompt's tokens, the logits after it by strategy), all in one batch."""
+    pool = {name: AdapterWeights(name, dict(modules)) for name, modules in adapters.items()}
+    config = replace(
+        config,
+        device="cpu",
+        dtype="float32",
+        kv_tokens=None,
+        max_model_len=_MAX_LEN,
+        max_batch_size=len(plans),
+        bank_rank_rows=sum(weights.max_rank for weights in pool.values()),
+    )
+    engine = Engine(config, lambda name: _done(pool[name]))
+    events: dict[str, list[Delta | Exception]] = {strategy: [] for strategy in plans}
+    sampling = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
+    rows = {}
+    for strategy, plan in plans.items():
+        rows[strategy] = engine.prepare(
+            Job(strategy, PROMPT, plan, sampling), events[strategy].append, capture_first_logits=True
+        )
+        engine.submit(rows[strategy])
+    engine.run_until_idle()
+    engine.close()
+    for event in (event for heard in events.values() for event in heard if isinstance(event, Exception)):
+        raise event
+    row = next(iter(rows.values()))
+    return row.tokens[: row.num_prompt_tokens], {strategy: _logits_of(row) for strategy, row in rows.items()}
+
+
+def _done(weights: AdapterWeights) -> Future[AdapterWeights]:
+    future: Future[AdapterWeights] = Future()
+    future.set_result(weights)
+    return future
+
+
+def _logits_of(row: Row) -> Tensor:
+    assert row.first_logits is not None
+    return row.first_logits
+
+
+def _peft_logits(
+    config: WorkerConfig,
+    folder: Path,
+    other: Mapping[str, ModuleWeights],
+    fused: Mapping[str, ModuleWeights],
+    tokens: Sequence[int],
+) -> dict[str, Tensor]:
+    """The same by PEFT, over transformers' own attention."""
+    base = AutoModelForCausalLM.from_pretrained(model_source(config), dtype=torch.float32, attn_implementation="eager")
+    with tempfile.TemporaryDirectory() as made:
+        # The copy comes first: PEFT scales a concatenation by 1 only where its first adapter is not rank-stabilised.
+        for name, modules in (("other", other), ("fusion", fused)):
+            write_peft_folder(Path(made) / name, modules, base_model=config.base_model)
+        model = PeftModel.from_pretrained(base, str(Path(made) / "other"), adapter_name="other").eval()
+        model.load_adapter(str(Path(made) / "fusion"), adapter_name="fusion")
+        model.load_adapter(str(folder), adapter_name="selection")
+    model.add_weighted_adapter(["other", "selection"], [_HALF, _HALF], "mixture", combination_type="cat")
+    logits = {}
+    for strategy in ("selection", "mixture", "fusion"):
+        model.set_adapter(strategy)
+        with torch.inference_mode():
+            logits[strategy] = model(input_ids=torch.tensor([tokens])).logits[0, -1].float()
+    return logits

@@ -1,0 +1,134 @@
+"""`loraretriever publish`: many folders in few requests, and again what the server could not do just then."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+from rich.progress import track
+
+from deployments.cli.client import DEFAULT_URL, Url, client_of, err, has_key, is_this_machine, message_of, out
+from deployments.publishing.adapter_folders import adapter_files, adapter_folders, linked_files, open_plain
+
+commands = typer.Typer()
+_BATCH = 64
+_REQUESTS_AT_ONCE = 2
+_PAUSES_S = (1.0, 2.0, 4.0)
+_TRY_AGAIN = 503
+Answered = tuple[Path, dict[str, Any]]  # a folder, and what the server says of it: a status, and an error or the rest
+
+
+@dataclass(frozen=True, slots=True)
+class Publishing:
+    """Publishes folders through one client. `fields`: name, tags, template and visibility, where they were given."""
+
+    client: httpx.Client
+    fields: dict[str, Any]
+    sleep: Callable[[float], None] = time.sleep
+
+    def by_path(self, folders: Sequence[Path]) -> Iterator[Answered]:
+        """The server reads the folders itself, many in one commit, and has the next request before it is done."""
+        batches = [folders[start : start + _BATCH] for start in range(0, len(folders), _BATCH)]
+        pool = ThreadPoolExecutor(_REQUESTS_AT_ONCE)
+        try:
+            for answered in pool.map(lambda batch: list(self._until_done(batch, self._post_paths)), batches):
+                yield from answered
+        finally:
+            pool.shutdown(cancel_futures=True)  # an interrupted command sends no more
+
+    def by_upload(self, folders: Sequence[Path]) -> Iterator[Answered]:
+        """The folders' files are sent, one folder a request."""
+        for folder in folders:
+            yield from self._until_done([folder], self._post_files)
+
+    def _until_done(
+        self, folders: Sequence[Path], post: Callable[[Sequence[Path]], Sequence[dict[str, Any]]]
+    ) -> Iterator[Answered]:
+        """Every folder's last answer: those the server has no time for are sent again, after a pause."""
+        for pause_s in (*_PAUSES_S, None):
+            answered = list(zip(folders, post(folders), strict=True))
+            again = [folder for folder, answer in answered if answer["status"] == _TRY_AGAIN and pause_s is not None]
+            yield from ((folder, answer) for folder, answer in answered if folder not in again)
+            if not again or pause_s is None:
+                return
+            self.sleep(pause_s)
+            folders = again
+
+    def _post_paths(self, folders: Sequence[Path]) -> list[dict[str, Any]]:
+        adapters = [{"path": str(folder.resolve()), **self.fields} for folder in folders]
+        response = self.client.post("/v1/loras", json={"adapters": adapters})
+        if response.is_error:
+            return [_refusal(response)] * len(folders)
+        answers: list[dict[str, Any]] = response.json()["data"]
+        return answers
+
+    def _post_files(self, folders: Sequence[Path]) -> list[dict[str, Any]]:
+        [folder] = folders
+        if links := linked_files(folder):
+            return [{"status": 400, "error": {"message": _link_message(links[0])}}]
+        paths = adapter_files(folder)
+        if not paths:
+            return [{"status": 404, "error": {"message": "there is no adapter"}}]
+        with ExitStack() as opened:
+            files = [("files", (path.name, opened.enter_context(open_plain(path)))) for path in paths]
+            data = {"name": folder.resolve().name, **self.fields}
+            response = self.client.post("/v1/loras", files=files, data=data)
+        return [_refusal(response) if response.is_error else {"status": response.status_code, **response.json()}]
+
+
+@commands.command()
+def publish(
+    folders: Annotated[list[Path], typer.Argument(help="adapter folders, or folders that hold adapter folders")],
+    name: Annotated[str | None, typer.Option(help="its name, for one adapter; else its folder's")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="a tag that requests may filter by; may be repeated")] = None,
+    template: Annotated[str | None, typer.Option(help="the prompt template: alpaca or chat")] = None,
+    public: Annotated[bool | None, typer.Option("--public/--private", help="who may find it; else as it is")] = None,
+    upload: Annotated[bool, typer.Option(help="send the files also to a server on this machine")] = False,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Publish adapters to a running server."""
+    found = {folder: adapter_folders(folder) or [folder] for folder in folders}
+    adapters = [adapter for group in found.values() for adapter in group]
+    if name is not None and len(adapters) != 1:
+        raise typer.BadParameter(f"one name does not go with {len(adapters)} adapters", param_hint="--name")
+    visibility = None if public is None else "public" if public else "private"
+    given = {"name": name, "tags": tag, "template": template, "visibility": visibility}
+    with client_of(url) as client:
+        publishing = Publishing(client, {key: value for key, value in given.items() if value})
+        # A server with keys takes no paths, unless it is set to.
+        by_path = is_this_machine(url) and not upload and not has_key()
+        send = publishing.by_path if by_path else publishing.by_upload
+        failed = _report(send(adapters), len(adapters))
+    if failed:
+        raise typer.Exit(1)
+
+
+def _report(answers: Iterable[Answered], total: int) -> int:
+    """Say of each folder what became of it; how many failed."""
+    failed = 0
+    for folder, answer in track(answers, "publishing", total, console=err, transient=True, disable=total == 1):
+        if "error" in answer:
+            failed += 1
+            err.print(f"{folder}: {answer['error']['message']}", style="red", markup=False, soft_wrap=True)
+            continue
+        notes = [] if answer["found_by_auto"] else ["no samples: by name only"]
+        if behind := answer["replicas"]["behind"]:
+            notes.append(f"{behind} replicas do not have it yet")
+        note = f" ({'; '.join(notes)})" if notes else ""
+        out.print(f"{answer['name']} is live at generation {answer['generation']}{note}", markup=False)
+    return failed
+
+
+def _link_message(link: Path) -> str:
+    return f"{link.name} is a symbolic link and may lead to any file of this machine: replace it by a copy of the file"
+
+
+def _refusal(response: httpx.Response) -> dict[str, Any]:
+    return {"status": response.status_code, "error": {"message": message_of(response)}}

@@ -1,0 +1,1 @@
+"""From a request to the plans and jobs that answer it."""

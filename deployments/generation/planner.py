@@ -1,0 +1,155 @@
+"""From what a request says to the plan that answers it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ray.serve.handle import DeploymentHandle
+
+from deployments.api.completions import Question
+from deployments.api.lora_options import LoraOptions, PlanGiven
+from deployments.api.planned import Planned
+from deployments.calls.retries import retry_on_replica_death
+from deployments.config.app import AppConfig
+from deployments.errors import ModelNotFound, RequestInvalid
+from lora_store import BASE_PLAN, AdapterNotFound, Plan, Strategy
+from retriever_svc import Route, RouteRequest
+from retriever_svc.encoder import MAX_CHARS
+
+AUTO = "auto"
+
+
+class Planner:
+    """`model` is read in this order: auto, the base's name, `base:adapter`, then an adapter's name."""
+
+    def __init__(self, config: AppConfig, retriever: DeploymentHandle) -> None:
+        self._config, self._retriever = config, retriever
+
+    async def plan(self, question: Question, tenant: str) -> Planned:
+        """`plan_all` of one question."""
+        [planned] = await self.plan_all([question], tenant)
+        return planned
+
+    async def plan_all(self, questions: Sequence[Question], tenant: str) -> list[Planned]:
+        """Return one plan a question, in order. Questions that say the same of adapters share one call.
+
+        Raises: ModelNotFound, RequestInvalid, AdapterNotFound, NoAdapterMatched, PlanInvalid, PlanGone, StaleIndex,
+        EncoderBusy.
+        """
+        groups: dict[tuple[str, str | None, str], list[int]] = {}
+        said = {id(question.lora): question.lora.model_dump_json() for question in questions}
+        for place, question in enumerate(questions):
+            groups.setdefault((question.model, question.alias, said[id(question.lora)]), []).append(place)
+        alike = [[questions[place] for place in places] for places in groups.values()]
+        plans = await asyncio.gather(*[self._plan_alike(group, tenant) for group in alike])
+        found = {
+            place: plan
+            for places, own in zip(groups.values(), plans, strict=True)
+            for place, plan in zip(places, own, strict=True)
+        }
+        return [found[place] for place in range(len(questions))]
+
+    async def _plan_alike(self, questions: Sequence[Question], tenant: str) -> Sequence[Planned]:
+        """Plan questions of one model and the same options."""
+        question = questions[0]
+        name = self._model_name(question.model)
+        options = question.lora
+        if question.alias is not None and name is None:
+            name = AUTO  # other servers want the base's name beside the adapters
+        if options.names_adapters is not None and name != AUTO:
+            field = question.alias or f"lora.{options.names_adapters}"
+            raise RequestInvalid(f"{field} goes with model 'auto' only", field)
+        if name == AUTO:
+            return await self.route_all([item.text for item in questions], options, tenant)
+        _refuse_retrieval(options)
+        if name is None:
+            if options.strategy is not None:
+                raise RequestInvalid("lora.strategy says how adapters are composed, and here is none", "lora.strategy")
+            return [Planned(BASE_PLAN)] * len(questions)
+        try:
+            choices, strategy = [(name, 1.0)], options.strategy or "selection"
+            plan_named, generation = self._retriever.plan_named, options.min_generation
+            plan = await retry_on_replica_death(plan_named, tenant, choices, strategy, generation)
+            return [Planned(plan)] * len(questions)
+        except AdapterNotFound as exc:  # through a handle it comes as a RayTaskError that is one, too
+            raise ModelNotFound(question.model, exc.hint) from exc
+
+    def text_read(self, question: Question) -> str | None:
+        """Return the text by which the encoder finds the question's adapters, None where they are named.
+
+        Raises: ModelNotFound.
+        """
+        return text_read(question.text, question.lora) if self._model_name(question.model) == AUTO else None
+
+    async def route_all(self, texts: Sequence[str], options: LoraOptions, tenant: str) -> Sequence[Planned]:
+        """Return a plan for each text: the one sent back, that of the named adapters, or the Retriever's choice.
+
+        Raises: RequestInvalid, AdapterNotFound, PlanInvalid, PlanGone, StaleIndex, EncoderBusy; NoAdapterMatched,
+        where the fallback is `error`.
+        """
+        if options.plan is not None:
+            return [await self._replayed(options, options.plan, tenant)] * len(texts)
+        if options.adapters is not None:
+            _refuse_retrieval(options)
+            return [Planned(await self._named(options, tenant))] * len(texts)
+        requests = [self._request_of(text, options, tenant) for text in texts]
+        routes: list[Route] = await retry_on_replica_death(self._retriever.route, requests)
+        return [Planned(route.plan, route.candidates, route.abstained) for route in routes]
+
+    def _request_of(self, text: str, options: LoraOptions, tenant: str) -> RouteRequest:
+        defaults = self._config.retrieval
+        return RouteRequest(
+            text=(options.query or text)[:MAX_CHARS],
+            tenant=tenant,
+            strategy=options.strategy or defaults.strategy,
+            top_k=options.k or defaults.k,
+            weighting=options.weights or defaults.weights,
+            min_score=options.min_score,
+            fallback=options.fallback or defaults.fallback,
+            tags=() if options.filter is None else tuple(options.filter.tags),
+            min_generation=options.min_generation,
+        )
+
+    async def _replayed(self, options: LoraOptions, given: PlanGiven, tenant: str) -> Planned:
+        """The plan as it was: nothing is retrieved, no default is read."""
+        _refuse_retrieval(options)
+        for field in ("strategy", "adapters"):
+            if getattr(options, field) is not None:
+                raise RequestInvalid(f"lora.{field} is said by lora.plan already", f"lora.{field}")
+        pinned = [row.pinned() for row in given.adapters]
+        generation = max(given.generation, options.min_generation)
+        plan: Plan = await retry_on_replica_death(self._retriever.replay, tenant, given.strategy, pinned, generation)
+        return Planned(replace(plan, generation=given.generation), abstained=given.abstained)
+
+    async def _named(self, options: LoraOptions, tenant: str) -> Plan:
+        assert options.adapters is not None
+        choices = [(choice.name, choice.weight) for choice in options.adapters]
+        strategy: Strategy = options.strategy or ("selection" if len(choices) == 1 else self._config.retrieval.strategy)
+        plan_named, generation = self._retriever.plan_named, options.min_generation
+        plan: Plan = await retry_on_replica_death(plan_named, tenant, choices, strategy, generation)
+        return plan
+
+    def _model_name(self, model: str) -> str | None:
+        """`auto`, an adapter's name, or None for the base model alone. Raises: ModelNotFound."""
+        base = self._config.served_base_name
+        if model == base:
+            return None
+        head, colon, tail = model.partition(":")
+        if not colon:
+            return model
+        if head != base or not tail:
+            raise ModelNotFound(model)
+        return tail
+
+
+def text_read(text: str, options: LoraOptions) -> str | None:
+    """Return what the encoder reads to find adapters for `text`, None where the options name them."""
+    return (options.query or text) if options.names_adapters is None else None
+
+
+def _refuse_retrieval(options: LoraOptions) -> None:
+    """Raises: RequestInvalid for the first option that only retrieval reads."""
+    for field in options.of_retrieval:
+        raise RequestInvalid(f"lora.{field} says how adapters are retrieved, and here they are named", f"lora.{field}")

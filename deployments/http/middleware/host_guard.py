@@ -1,0 +1,91 @@
+"""Check which name and which page a request comes by, so that a browser cannot be made to speak for its user.
+
+DNS rebinding: a page of `evil.example` changes its own name's address to this server's, and may then read every answer,
+since to the browser it is one origin. The request still carries `Host: evil.example`. An address in `Host` is safe: no
+one can make a browser take a name for it.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Callable, Collection
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from deployments.config.app import AppConfig
+from deployments.errors import HostRefused, OriginRefused
+from deployments.http.client_address import is_loopback_address
+from deployments.http.error_responses import error_response
+
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/?#@\[\]\\]+)(?::[0-9]{1,5})?")
+_MAX_SHOWN_CHARS = 100
+
+
+class HostGuard:
+    """ASGI middleware: answer 421 to a `Host` that is not this server's, 403 to a page of another origin.
+
+    With keys both are left to them: a page cannot send a key that it does not have, nor any `Authorization` header to
+    another origin. There the list of hosts applies only where the setting `allowed_hosts` gives one.
+    """
+
+    def __init__(self, app: ASGIApp, config: Callable[[], AppConfig]) -> None:
+        self._app, self._config = app, config
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            try:
+                check(Headers(scope=scope), self._config())
+            except (HostRefused, OriginRefused) as refusal:
+                await error_response(refusal)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def check(headers: Headers, config: AppConfig) -> None:
+    """Raises: HostRefused, OriginRefused."""
+    has_keys = config.keys_file is not None
+    if has_keys and not config.allowed_hosts:
+        return
+    hosts = headers.getlist("host")
+    host = host_of(hosts[0]) if len(hosts) == 1 else None
+    if host is None or not _is_ours(host, config.allowed_hosts):
+        raise HostRefused(", ".join(hosts)[:_MAX_SHOWN_CHARS])
+    origin = headers.get("origin")
+    if origin is not None and not has_keys and not _is_own_page(origin, host, config.allowed_hosts):
+        raise OriginRefused(origin[:_MAX_SHOWN_CHARS])
+
+
+def host_of(header: str) -> str | None:
+    """Return the host in a `Host` header, in lower case, without port, brackets and trailing dot; None: it has none."""
+    found = _HOST.fullmatch(header.strip())
+    if found is None:
+        return None
+    host = found[1].strip("[]").lower()
+    return host.removesuffix(".") or None
+
+
+def _is_ours(host: str, allowed: Collection[str]) -> bool:
+    return host == "localhost" or host in allowed or _is_address(host)
+
+
+def _is_own_page(origin: str, host: str, allowed: Collection[str]) -> bool:
+    """Whether the page of this `Origin` is the console, or one that a program of this machine serves."""
+    try:
+        page = urlsplit(origin).hostname
+    except ValueError:  # as of `http://[evil`
+        return False
+    if page is None:
+        return False
+    page = page.removesuffix(".")
+    return page in ("localhost", host) or page in allowed or is_loopback_address(page)
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,92 @@
+"""Answer whether the server is ready, to anybody and at a bounded cost: `/ready` asks for no key."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ray.serve.handle import DeploymentHandle
+
+from deployments.api.responses import JsonObject
+from deployments.auth.caller import ANONYMOUS_TENANT, LOCAL_CALLER
+from deployments.calls.retries import retry_on_replica_death
+from deployments.errors import NotReady
+from deployments.publishing.preload import Preload
+from deployments.scaling.scale_from_zero import WorkerGate
+
+READY_WAIT_S = 5.0
+KEPT_S = 0.5  # however many ask, Retriever and Worker are asked once in this time
+MAX_WAITING = 256  # who asks while an answer is made, or does not come
+
+
+class Readiness:
+    """Whether Retriever and Worker answer and the preload is published. To be made in an event loop."""
+
+    def __init__(
+        self,
+        preload: Preload,
+        waking: WorkerGate,
+        retriever: DeploymentHandle,
+        worker: DeploymentHandle,
+        *,
+        has_keys: bool,
+        wait_s: float = READY_WAIT_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._preload, self._waking, self._retriever, self._worker = preload, waking, retriever, worker
+        self._has_keys, self._wait_s, self._clock = has_keys, wait_s, clock
+        self._asking: asyncio.Task[tuple[int, int]] | None = None
+        self._began_s = 0.0
+        self._num_waiting = 0
+
+    async def public(self) -> JsonObject:
+        """Return what anybody may know. With keys that is the status alone. Raises: NotReady."""
+        found = await self.details()
+        if self._has_keys:
+            return {"status": found["status"]}
+        refused: dict[str, str] = {}
+        for path, reason in found["refused"].items():
+            name = Path(path).name  # clients must not learn the server's paths
+            reason = reason.replace(path, name)
+            refused[name] = f"{refused[name]}; {reason}" if name in refused else reason
+        return found | {"refused": refused}
+
+    async def details(self) -> JsonObject:
+        """Return what the operator may know: refused folders by their paths. Raises: NotReady."""
+        refused = self._preload.refused()
+        if self._num_waiting >= MAX_WAITING:
+            raise NotReady(f"{MAX_WAITING} clients wait for this answer already; ask again later")
+        self._num_waiting += 1
+        try:
+            generation, num_adapters = await asyncio.shield(self._asked())  # others wait for it too
+        finally:
+            self._num_waiting -= 1
+        return {"status": "ready", "generation": generation, "num_adapters": num_adapters, "refused": refused}
+
+    def _asked(self) -> asyncio.Task[tuple[int, int]]:
+        is_fresh = self._asking is not None and (not self._asking.done() or self._clock() - self._began_s < KEPT_S)
+        if self._asking is None or not is_fresh:
+            self._began_s = self._clock()
+            self._asking = asyncio.create_task(self._ask())
+            self._asking.add_done_callback(_retrieve)
+        return self._asking
+
+    async def _ask(self) -> tuple[int, int]:
+        """Raises: NotReady, and what a replica that just died leaves behind."""
+        tenant = ANONYMOUS_TENANT if self._has_keys else LOCAL_CALLER.tenant  # private adapters are not counted
+        try:
+            async with asyncio.timeout(self._wait_s):
+                if not await self._waking.can_scale_to_zero():  # asking would wake one
+                    await retry_on_replica_death(self._worker.module_shapes)
+                loaded: tuple[int, int] = await retry_on_replica_death(self._retriever.load, tenant)
+                return loaded
+        except TimeoutError as exc:
+            raise NotReady(f"the Retriever or the Worker did not answer within {self._wait_s:g} s") from exc
+
+
+def _retrieve(task: asyncio.Task[tuple[int, int]]) -> None:
+    """Retrieve the error of an abandoned answer, which asyncio would log otherwise."""
+    if not task.cancelled():
+        task.exception()

@@ -1,0 +1,85 @@
+"""`/v1/models`: what a request may name as its model. No annotation is text: FastAPI reads them."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+from pydantic import Field
+
+from deployments.api.adapters import Tag
+from deployments.api.base import ApiRequest
+from deployments.api.responses import JsonObject, list_object
+from deployments.calls.retries import retry_on_replica_death
+from deployments.errors import ModelNotFound
+from deployments.generation.planner import AUTO
+from deployments.http.api import MODEL_ANSWERS, MODELS_ANSWERS
+from deployments.http.error_responses import AnsweringRoute
+from deployments.http.middleware.bearer_auth import AnyCaller
+from deployments.http.routes.adapters import MAX_PAGE, AnyPool
+from lora_store import AdapterNotFound, AdapterRecord
+from retriever_svc import PageRequest
+
+router = APIRouter(route_class=AnsweringRoute)
+_OWNER = "loraretriever"
+
+
+class ModelQuery(ApiRequest):
+    """One page of the list: names in order, `auto` and the base model first."""
+
+    limit: int = Field(default=MAX_PAGE, ge=1, le=MAX_PAGE)
+    after: str = Field(default="", max_length=256, description="the last id of the page before")
+    owner: str | None = Field(default=None, max_length=64, description="adapters of this tenant alone")
+    tag: list[Tag] = Field(fail_fast=True, default=[], max_length=32, description="adapters that carry all of these")
+    name: str = Field(default="", max_length=256, description="ids with this in them, in any case")
+
+
+@router.get("/v1/models", response_model=None, responses=MODELS_ANSWERS)
+async def models(query: Annotated[ModelQuery, Query()], pool: AnyPool, caller: AnyCaller) -> JsonObject:
+    """`auto`, the base model, then every adapter the caller may name. With `has_more`, go on `after` the `last_id`."""
+    base = pool.config.served_base_name
+    own = _own_cards(base, query)
+    wanted = PageRequest(
+        limit=max(query.limit - len(own), 0),
+        after="" if query.after in (AUTO, base) else query.after,
+        owner=query.owner,
+        tags=tuple(query.tag),
+        contains=query.name,
+    )
+    page = await retry_on_replica_death(pool.retriever.page, caller.tenant, wanted)
+    cards = own[: query.limit] + [card_of(name, base, record, caller.tenant) for name, record in page.rows]
+    return list_object(cards, has_more=page.has_more or len(own) > query.limit)
+
+
+@router.get("/v1/models/{model:path}", response_model=None, responses=MODEL_ANSWERS)
+async def model(model: str, pool: AnyPool, caller: AnyCaller) -> JsonObject:
+    """The card of one model, by any name a request may use for it."""
+    base = pool.config.served_base_name
+    name = model.removeprefix(f"{base}:")
+    if model == base or name == AUTO:
+        return special_card(model, base)
+    try:
+        _, versions = await retry_on_replica_death(pool.retriever.record, caller.tenant, name)
+    except AdapterNotFound as exc:  # what a replica raises is one too
+        raise ModelNotFound(model, exc.hint) from exc
+    return card_of(model, base, versions[0], caller.tenant)
+
+
+def special_card(name: str, base: str) -> JsonObject:
+    return _card(name, 0, _OWNER, name, None if name == base else base)
+
+
+def card_of(name: str, base: str, record: AdapterRecord, tenant: str) -> JsonObject:
+    """`root` is where an own adapter came from; where another tenant's came from is not told."""
+    root = record.source if record.ref.tenant == tenant else name
+    return _card(name, int(record.created_at.timestamp()), record.ref.tenant, root, base)
+
+
+def _own_cards(base: str, query: ModelQuery) -> list[JsonObject]:
+    """`auto` and the base model, as far as they belong to the page: no filter for adapters fits them."""
+    if query.owner is not None or query.tag:
+        return []
+    names = {"": [AUTO, base], AUTO: [base]}.get(query.after, [])
+    return [special_card(name, base) for name in names if query.name.lower() in name.lower()]
+
+
+def _card(name: str, created: int, owner: str, root: str, parent: str | None) -> JsonObject:
+    return {"id": name, "object": "model", "created": created, "owned_by": owner, "root": root, "parent": parent}

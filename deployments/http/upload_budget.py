@@ -1,0 +1,94 @@
+"""One budget over all uploads that an Ingress replica holds at once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from fastapi import Request
+from starlette.types import Message
+
+from deployments.errors import BodyTooSlow, UploadsBusy
+from deployments.http.shared_bytes import SharedBytes
+
+_MAX_DIGITS = 18
+# An upload holds room for all that it announces, so one that sends nothing must end soon. 64 KiB/s on average is
+# less than a slow line sends, and ten seconds forgive a pause.
+_WINDOW_S = 10.0
+_BYTES_PER_WINDOW = 640 << 10
+
+
+class UploadBudget:
+    """Bytes of uploads in memory, each from its first byte until it is published or refused.
+
+    What a request announces is taken at once: an upload that cannot be held is refused before it is read.
+    """
+
+    def __init__(
+        self, max_bytes: int, *, always_bytes: int = 0, has_tenants: bool = False, window_s: float = _WINDOW_S
+    ) -> None:
+        """`always_bytes`, `has_tenants`: as of SharedBytes. `window_s`: how long 640 KiB of an upload may take."""
+        self._shared = SharedBytes(max_bytes, always_bytes=always_bytes, has_tenants=has_tenants)
+        self._window_s = window_s
+
+    @property
+    def num_bytes(self) -> int:
+        return self._shared.num_bytes
+
+    @contextmanager
+    def reading(self, http: Request, tenant: str) -> Iterator[Request]:
+        """Yield the request, its body counted until the block ends. Raises: UploadsBusy, BodyTooSlow, as it is read."""
+        taken, seen = 0, 0
+        pace = _Pace(self._window_s)
+
+        def take(num_bytes: int) -> None:
+            nonlocal taken
+            if not self._shared.take(tenant, num_bytes - taken):
+                raise UploadsBusy(self._shared.max_bytes)
+            taken = num_bytes
+
+        async def receive() -> Message:
+            nonlocal seen
+            message = await pace.next_of(http)
+            seen += len(message.get("body", b""))
+            take(max(taken, seen))
+            return message
+
+        try:
+            take(_announced(http))
+            yield Request(http.scope, receive)
+        finally:
+            self._shared.give(tenant, taken)
+
+
+class _Pace:
+    """Refuses an upload of which less than `_BYTES_PER_WINDOW` come within `window_s`."""
+
+    def __init__(self, window_s: float) -> None:
+        self._window_s, self._num_bytes = window_s, 0
+        self._until: float | None = None  # by the event loop's clock, from the first read on
+
+    async def next_of(self, http: Request) -> Message:
+        """Raises: BodyTooSlow."""
+        clock = asyncio.get_running_loop().time
+        if self._until is None:
+            self._until = clock() + self._window_s
+        try:
+            async with asyncio.timeout_at(self._until) as limit:
+                message = await http.receive()
+        except TimeoutError as exc:
+            if not limit.expired():
+                raise
+            least = f"{_BYTES_PER_WINDOW >> 10} KiB in {self._window_s:g} s"
+            raise BodyTooSlow(f"the upload sent less than {least}; send it faster") from exc
+        self._num_bytes += len(message.get("body", b""))
+        if self._num_bytes >= _BYTES_PER_WINDOW:
+            self._num_bytes, self._until = 0, clock() + self._window_s
+        return message
+
+
+def _announced(http: Request) -> int:
+    """0 of a body that comes in pieces of its own."""
+    length = http.headers.get("content-length", "")
+    return int(length) if length.isdecimal() and len(length) <= _MAX_DIGITS else 0

@@ -1,0 +1,1 @@
+"""Publish, withdraw and maintain adapters."""

@@ -1,0 +1,76 @@
+"""The adapters a server begins with."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from deployments.api import error_table
+from deployments.api.publish_item import PublishItem
+from deployments.errors import NotReady
+from deployments.publishing.adapter_folders import adapter_folders
+from deployments.publishing.publisher import Publisher
+
+logger = logging.getLogger(__name__)
+
+_BATCH = 32
+_ACTOR = "preload"
+
+
+class Preload:
+    """Publishes the folders whose names are not live, beside everything else. To be made in an event loop."""
+
+    def __init__(self, paths: Sequence[Path], publisher: Publisher, *, approves: bool = False) -> None:
+        """`approves`: what it publishes is the operator's own choice, which is approval enough."""
+        self._paths, self._publisher, self._approves = paths, publisher, approves
+        self._task = asyncio.get_event_loop().create_task(self._publish())
+
+    def refused(self) -> dict[str, str]:
+        """Once it is done: the folders that were refused, with the reason.
+
+        Raises: NotReady before that, and after a failure as a whole, which starts it again.
+        """
+        if not self._task.done():
+            raise NotReady("the server is still starting")
+        if (error := self._task.exception()) is not None:
+            logger.error("publishing the preload failed and is tried again", exc_info=error)
+            self._task = asyncio.get_running_loop().create_task(self._publish())
+            raise NotReady("publishing the preload failed and is tried again")
+        return self._task.result()
+
+    async def wait(self) -> None:
+        """Return once it is done, well or not."""
+        await asyncio.wait([self._task])
+
+    def cancel(self) -> None:
+        if not self._task.get_loop().is_closed():
+            self._task.cancel()
+
+    async def _publish(self) -> dict[str, str]:
+        refused = {}
+        folders = [folder for path in self._paths for folder in adapter_folders(path)]
+        for start in range(0, len(folders), _BATCH):
+            batch = [PublishItem(folder) for folder in folders[start : start + _BATCH]]
+            lacking = await self._publisher.lacking(batch)  # what was updated or rolled back since stays as it is
+            outcomes = await self._publisher.publish(lacking, actor=_ACTOR) if lacking else []
+            if self._approves:
+                await self._approve(batch)
+            for upload, outcome in zip(lacking, outcomes, strict=True):
+                if isinstance(outcome, Exception):
+                    logger.error("%s was not published: %s", upload.path, outcome)
+                    _, body = error_table.describe(outcome)
+                    refused[str(upload.path)] = body["error"]["message"]
+        return refused
+
+    async def _approve(self, batch: Sequence[PublishItem]) -> None:
+        """Approve the live versions that a preload published, now or before approval was asked for."""
+        live = await self._publisher.live(batch)
+        waiting = [
+            record.ref
+            for record in live.values()
+            if record.actor == _ACTOR and record.visibility == "public" and not record.approved
+        ]
+        if waiting:
+            await self._publisher.approve(waiting, actor=_ACTOR)

@@ -1,0 +1,79 @@
+"""What is published: a folder of the server, uploaded files, or a source URI; and the folder each becomes."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from deployments.api.publish_item import MAX_UPLOAD_FILES, FileBytes, PublishItem
+from deployments.errors import SourceMissing
+from deployments.publishing.adapter_folders import folder_bytes
+from deployments.publishing.byte_budget import ByteBudget
+from deployments.publishing.remote_sources import folder_of_source
+from lora_store import AdapterRefused
+
+_MAX_NAME_BYTES = 255
+
+
+@contextmanager
+def folder_of(
+    upload: PublishItem, prefixes: Sequence[str], max_bytes: int, budget: ByteBudget | None = None
+) -> Iterator[Path]:
+    """Yield the upload as a folder, which is removed afterwards if it was made here.
+
+    Its bytes count against `budget` before they are copied or read, until the block ends.
+    Raises: AdapterRefused, SourceRefused, SourceMissing, SourceUnavailable, UploadsBusy.
+    """
+    with ExitStack() as stack:
+
+        def take(num_bytes: int) -> None:
+            if budget is not None:
+                stack.enter_context(budget.taken(num_bytes))
+
+        if upload.path is not None:
+            if not os.path.isdir(upload.path):  # unlike Path.is_dir it never raises
+                raise SourceMissing(str(upload.path))
+            take(folder_bytes(upload.path))
+            yield upload.path
+            return
+        made = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="loraretriever-upload-")))
+        if upload.source is not None:
+            yield folder_of_source(upload.source, prefixes, made, max_bytes, take)
+            return
+        assert upload.files is not None
+        problems = [*file_problems(list(upload.files)), *_size_problems(upload.files, max_bytes)]
+        if problems:
+            raise AdapterRefused(upload.adapter_name[:100], problems)
+        take(sum(map(len, upload.files.values())))
+        for name, data in upload.files.items():
+            (made / name).write_bytes(data if isinstance(data, bytes) else data.data)
+        yield made
+
+
+def file_problems(names: Sequence[str]) -> Iterator[str]:
+    """What is wrong with the names of uploaded files: each must be a file's name and no path."""
+    if not names:
+        yield "it has no files"
+    if len(names) > MAX_UPLOAD_FILES:
+        yield f"it has {len(names)} files, at most {MAX_UPLOAD_FILES}"
+        return
+    for name in dict.fromkeys(names):
+        if names.count(name) > 1:
+            yield f"the file {name[:100]!r} comes {names.count(name)} times"
+        if not _is_plain(name):
+            yield f"the file name {name[:100]!r} must be a plain name: no path, no control characters"
+
+
+def _is_plain(name: str) -> bool:
+    if name in ("", ".", "..") or "/" in name or "\\" in name or not name.isprintable():
+        return False
+    return len(name.encode("utf-8", "replace")) <= _MAX_NAME_BYTES
+
+
+def _size_problems(files: Mapping[str, FileBytes], max_bytes: int) -> Iterator[str]:
+    num_bytes = sum(map(len, files.values()))
+    if num_bytes > max_bytes:
+        yield f"its files have {num_bytes} bytes, at most {max_bytes}"

@@ -1,0 +1,92 @@
+"""Where the host of a source may lead: no name may bring the server to itself or into its own network by surprise."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import socket
+from collections.abc import Callable, Sequence
+from ipaddress import IPv4Address, IPv6Address
+
+from deployments.errors import SourceRefused, SourceUnavailable
+from lora_store.location import Endpoint, Location
+
+logger = logging.getLogger(__name__)
+
+Address = IPv4Address | IPv6Address
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_TEREDO = ipaddress.ip_network("2001::/32")  # each names a server and a client behind it: none is a store
+_SITE_LOCAL = ipaddress.ip_network("fec0::/10")  # deprecated by RFC 3879; Python counts them among the private ones
+# Services of clouds that hand out credentials, at addresses that are neither link-local nor reserved.
+_METADATA = frozenset(
+    map(
+        ipaddress.ip_address,
+        (
+            "fd00:ec2::254",  # AWS
+            "168.63.129.16",  # Azure, a public address
+            "192.0.0.192",  # Oracle Cloud
+            "100.100.100.200",  # Alibaba Cloud
+        ),
+    )
+)
+Resolve = Callable[[str, int], Sequence[str]]
+
+
+def resolve_by_system(host: str, port: int) -> Sequence[str]:
+    """The host's addresses. Raises: OSError."""
+    return [str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+
+
+def pin_public_address(uri: str, location: Location, resolve: Resolve = resolve_by_system) -> Location:
+    """The location, to be read as long as its host's addresses are what they are now.
+
+    An address the prefix gives itself, or `localhost`, is what its operator wants. A name it gives may be private, but
+    neither loopback nor link-local, where clouds keep their metadata. Where it gives none, addresses must be public.
+
+    Over http the checked address takes the name's place, so that it cannot change in between. Over https pyarrow looks
+    the name up once more: whoever changes it meanwhile lacks its certificate, so nothing is asked or read there.
+    Raises: SourceRefused, SourceUnavailable.
+    """
+    endpoint = location.endpoint
+    if endpoint is None or (endpoint.is_named and _is_own_choice(endpoint.host)):
+        return location
+    try:
+        addresses = [ipaddress.ip_address(text.partition("%")[0]) for text in resolve(endpoint.host, endpoint.port)]
+    except OSError as exc:
+        raise SourceUnavailable(uri, f"the address of {endpoint.host} is not to be had: {exc}") from exc
+    for address in addresses:
+        if not _is_allowed(_plain(address), private_too=endpoint.is_named):
+            logger.warning("the source %s leads to the address %s by the name %s", uri, address, endpoint.host)
+            raise SourceRefused(uri, "leads to an address that this server does not read from")
+    if not addresses:
+        raise SourceUnavailable(uri, f"{endpoint.host} has no address")
+    return location.at_address(str(addresses[0])) if _can_be_pinned(endpoint) else location
+
+
+def _is_own_choice(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return host.lower().rstrip(".") == "localhost"
+    return True
+
+
+def _is_allowed(address: Address, *, private_too: bool) -> bool:
+    if address.is_multicast or address.is_loopback or address.is_link_local or address.is_unspecified:
+        return False
+    if address.is_reserved or address in _METADATA or address in _TEREDO or address in _SITE_LOCAL:
+        return False
+    return address.is_global or (private_too and address.is_private)
+
+
+def _plain(address: Address) -> Address:
+    """An IPv4 address that is written as IPv6 is what it stands for."""
+    if isinstance(address, IPv4Address):
+        return address
+    if address in _NAT64:
+        return IPv4Address(int(address) & 0xFFFFFFFF)
+    return address.ipv4_mapped or address.sixtofour or address
+
+
+def _can_be_pinned(endpoint: Endpoint) -> bool:
+    return endpoint.is_named and endpoint.scheme == "http"

@@ -1,0 +1,104 @@
+"""What is found out about staged adapters before they are committed: where they lie, and that they change the base."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ray.serve.handle import DeploymentHandle
+
+from deployments.calls.retries import retry_on_replica_death
+from deployments.generation.request_limits import encoder_tokens
+from lora_store import AdapterRecord, AdapterRef, AdapterRefused, Staged
+from retriever_svc.embedded import Embedded
+
+VALIDATED_TOGETHER = 32  # adapters embedded by one call and probed at once
+_BATCHES_AT_ONCE = 2  # two replicas of a deployment have work then, and one embeds while the other probes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ValidatedAdapter:
+    """A staged adapter that may be committed."""
+
+    staged: Staged
+    embedded: Embedded | None
+    shift: float
+
+    @property
+    def encoder(self) -> str | None:
+        return None if self.embedded is None else self.embedded.embedding.encoder
+
+
+Outcome = ValidatedAdapter | AdapterRecord | BaseException  # new and good, live already, or refused
+
+
+class AdapterValidator:
+    """Embeds by the Retriever and probes on a Worker, both at the same time."""
+
+    def __init__(self, retriever: DeploymentHandle, worker: DeploymentHandle) -> None:
+        self._retriever, self._worker = retriever, worker
+
+    async def examine(
+        self,
+        staged: Sequence[Staged | BaseException],
+        live: Mapping[AdapterRef, AdapterRecord],
+        charge: Callable[[int], None],
+    ) -> list[Outcome]:
+        """One outcome per item, in order; equal versions share theirs. What is live is not examined again.
+
+        `charge` takes the tokens that the encoder is about to read. Raises: what it raises, and what the Retriever says
+        of a batch as a whole.
+        """
+        new = list({item.ref: item for item in staged if isinstance(item, Staged) and item.ref not in live}.values())
+        charge(encoder_tokens(sample.input for item in new for sample in item.samples))
+        slots = asyncio.Semaphore(_BATCHES_AT_ONCE)
+        batches = [new[start : start + VALIDATED_TOGETHER] for start in range(0, len(new), VALIDATED_TOGETHER)]
+        examined = await asyncio.gather(*[self._examine_in(slots, batch) for batch in batches], return_exceptions=True)
+        outcomes: list[Outcome] = []
+        for answer in examined:  # none is under way any more when the whole fails
+            if isinstance(answer, BaseException):
+                raise answer
+            outcomes += answer
+        known = dict(live) | {item.ref: outcome for item, outcome in zip(new, outcomes, strict=True)}
+        return [known[item.ref] if isinstance(item, Staged) else item for item in staged]
+
+    async def embed_again(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
+        """The outcomes with what was embedded once embedded by the encoder of now."""
+        old = [item for item in outcomes if isinstance(item, ValidatedAdapter) and item.embedded is not None]
+        embedded = await self._embed([item.staged for item in old])
+        anew = {id(item): replace(item, embedded=e) for item, e in zip(old, embedded, strict=True)}
+        return [anew.get(id(outcome), outcome) for outcome in outcomes]
+
+    async def _examine_in(self, slots: asyncio.Semaphore, batch: Sequence[Staged]) -> list[Outcome]:
+        async with slots:
+            return await self._examine_batch(batch)
+
+    async def _examine_batch(self, batch: Sequence[Staged]) -> list[Outcome]:
+        probing = asyncio.gather(self._probe(batch))
+        embedded = await self._embed(batch)
+        [shifts] = await probing
+        triples = zip(batch, embedded, shifts, strict=True)
+        return [_outcome(item, embedding, shift) for item, embedding, shift in triples]
+
+    async def _embed(self, batch: Sequence[Staged]) -> list[Embedded | None]:
+        samples, tenants = [item.samples for item in batch], [item.ref.tenant for item in batch]
+        embedded: list[Embedded | None] = await retry_on_replica_death(self._retriever.embed, samples, tenants)
+        return embedded
+
+    async def _probe(self, batch: Sequence[Staged]) -> list[float | Exception]:
+        """A Worker that fails as a whole fails for each of the batch: it may be another's turn next time."""
+        try:
+            digests = [staged.weights_digest for staged in batch]
+            shifts: list[float | Exception] = await retry_on_replica_death(self._worker.probe_many, digests)
+        except Exception as exc:
+            return [exc] * len(batch)
+        return shifts
+
+
+def _outcome(staged: Staged, embedded: Embedded | None, shift: float | Exception) -> Outcome:
+    if isinstance(shift, Exception):
+        return shift
+    if shift == 0.0:
+        return AdapterRefused(staged.ref.name, ["it does not change what the base model says"])
+    return ValidatedAdapter(staged, embedded, shift)

@@ -1,0 +1,36 @@
+"""What retrieves, set up from the application's configuration: for the server and for offline runs alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from deployments.config.app import AppConfig
+from lora_store import Snapshot
+from lora_store.files import Files
+from lora_store.location import Location
+from retriever_svc import Encoder, IndexSettings, LivePool, Retriever, SavedIndexes
+from retriever_svc.retriever import Timings
+
+
+def live_pool(config: AppConfig, snapshots: Callable[[], Snapshot], index: IndexSettings | None = None) -> LivePool:
+    """The pool that `snapshots` tells of, embedded by the encoder in force. Raises: EncoderUnusable."""
+    settings = config.retrieval
+    return LivePool(
+        lambda model: Encoder(model, num_threads=settings.encoder_threads),
+        snapshots,
+        model=settings.encoder,
+        settings=replace(index or IndexSettings(), requires_approval=config.public_requires_approval),
+        saved=SavedIndexes(Files(Location(config.store_uri).child("index"))),
+    )
+
+
+def retriever_over(pools: LivePool, config: AppConfig, timings: Timings | None = None) -> Retriever:
+    settings = config.retrieval
+    return Retriever(
+        pools,
+        min_score=settings.min_score,
+        temperature=settings.softmax_temperature,
+        owner_names=config.owner_names,
+        timings=timings,
+    )

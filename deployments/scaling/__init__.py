@@ -1,0 +1,1 @@
+"""Autoscaling and request routing policies of Ray Serve."""

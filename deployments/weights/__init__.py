@@ -1,0 +1,1 @@
+"""Adapter weights on their way from the Store to a Worker."""

@@ -1,0 +1,116 @@
+"""`decode_attention.cpp`, called with torch's tensors."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gpu_worker.native.kernel_loading import functions, load_library
+from gpu_worker.step.attention_plan import Segment
+
+
+class _Cache(ctypes.Structure):
+    _fields_ = (
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("row_stride", c_int64),
+        ("head_stride", c_int64),
+        ("num_heads", c_int64),
+        ("head_dim", c_int64),
+    )
+
+
+class _Heads(ctypes.Structure):
+    _fields_ = (("data", c_void_p), ("head_stride", c_int64), ("token_stride", c_int64))
+
+
+class _Decodes(ctypes.Structure):
+    _fields_ = (
+        ("tokens", c_void_p),
+        ("rows", c_void_p),
+        ("lengths", c_void_p),
+        ("num", c_int64),
+        ("num_query_heads", c_int64),
+        ("window", c_int64),
+        ("scaling", c_float),
+        ("num_threads", c_int32),
+    )
+
+
+class Decodes:
+    """The single-token segments of a step. Dims: G segments; tokens, rows, lengths (G,)."""
+
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        self.tokens = torch.tensor([segment.start for segment in segments], dtype=torch.long)
+        self.rows = torch.tensor([segment.row for segment in segments], dtype=torch.long)
+        self.lengths = torch.tensor([segment.total_len for segment in segments], dtype=torch.long)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+class DecodeKernel:
+    """The compiled attention. Dims: N tokens, H heads of keys, Q of queries, D head size, R rows, T tokens of a row.
+
+    Regions are (R, H, T, D), keys and values laid out alike, T and D adjacent; float32 or bfloat16.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._write = functions(library, "write_kv", *[c_void_p] * 4, c_int64, c_void_p, c_int32)
+        self._attend = functions(library, "attend", *[c_void_p] * 4)
+
+    def write(self, key: Tensor, value: Tensor, rows: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Copy key and value (H, N, D) into the regions, each token at its place in `rows` and `positions` (N,)."""
+        expected = keys.shape[1], len(rows), keys.shape[3]
+        assert key.shape == value.shape == expected, f"keys {tuple(key.shape)} where the regions take {expected}"
+        cache, heads = _cache(keys, values), (_heads(key), _heads(value))
+        places = rows.data_ptr(), positions.data_ptr(), len(rows)
+        pointers = [ctypes.addressof(part) for part in heads]
+        self._write[keys.dtype](*pointers, *places, ctypes.addressof(cache), torch.get_num_threads())
+
+    def attend(
+        self,
+        decodes: Decodes,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        output: Tensor,
+        *,
+        scaling: float,
+        sliding_window: int | None,
+    ) -> None:
+        """Write to output (N, Q, D) what each token of `decodes`, of query (Q, N, D), attends to in its row."""
+        num_heads, head_dim = keys.shape[1], keys.shape[3]
+        assert query.shape[0] % num_heads == 0 and query.shape[2] == head_dim, f"queries {tuple(query.shape)}"
+        assert output.shape == (query.shape[1], query.shape[0], head_dim), f"an output {tuple(output.shape)}"
+        asked = _Decodes(
+            *(part.data_ptr() for part in (decodes.tokens, decodes.rows, decodes.lengths)),
+            len(decodes),
+            query.shape[0],
+            sliding_window or 0,
+            scaling,
+            torch.get_num_threads(),
+        )
+        parts = asked, _heads(query), _cache(keys, values)
+        self._attend[query.dtype](*(ctypes.addressof(part) for part in parts), output.data_ptr())
+
+
+def load_decode_kernel(cache_dir: Path) -> DecodeKernel | None:
+    """The kernel, compiled into `cache_dir` unless it is there; None where no compiler makes it."""
+    library = load_library("decode_attention", cache_dir)
+    return None if library is None else DecodeKernel(library)
+
+
+def _heads(x: Tensor) -> _Heads:
+    assert x.stride(-1) == 1, "the kernel reads heads of adjacent values"
+    return _Heads(x.data_ptr(), x.stride(0), x.stride(1))
+
+
+def _cache(keys: Tensor, values: Tensor) -> _Cache:
+    assert keys.stride() == values.stride(), "the kernel reads values as it reads keys"
+    return _Cache(keys.data_ptr(), values.data_ptr(), keys.stride(0), keys.stride(1), keys.shape[1], keys.shape[3])

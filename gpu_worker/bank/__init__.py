@@ -1,0 +1,1 @@
+"""The adapter bank and what is resident in it."""

@@ -1,0 +1,151 @@
+"""Which adapters are in the bank, and where. Active adapters form the prefix of its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from gpu_worker.bank.device_layout import DeviceAdapter
+from gpu_worker.errors import PlanTooLarge
+
+
+class RowStore(Protocol):
+    """What residency moves rows in: the LoraBank, or a list in a test."""
+
+    @property
+    def num_rows(self) -> int: ...
+    def write(self, rows: Sequence[int], adapter: DeviceAdapter) -> None: ...
+    def move(self, rows: Sequence[int], to: Sequence[int]) -> None: ...
+    def swap(self, rows: Sequence[int], others: Sequence[int]) -> None: ...
+    def free(self, rows: Sequence[int]) -> None: ...
+    def set_active(self, num_rows: int) -> None: ...
+
+
+class Residency:
+    """Once settled, rank rows [0, active_rows) belong to pinned adapters; the rest are free or of adapters to evict.
+
+    An adapter takes as many rows as its widest module has ranks; they need not be adjacent.
+    """
+
+    def __init__(self, bank: RowStore) -> None:
+        self._bank = bank
+        self._rows: dict[str, list[int]] = {}  # rank index -> bank row; insertion order = least recently used first
+        self._owner: list[tuple[str, int] | None] = [None] * bank.num_rows
+        self._pins: dict[str, int] = {}
+        self._unwritten: dict[str, DeviceAdapter] = {}  # have their rows, and are written where these are once settled
+        self.active_rows = 0
+        self.num_changes = 0  # of what is pinned or resident, since the start
+
+    def __contains__(self, digest: object) -> bool:
+        """Whether the bank holds the adapter, pinned or not."""
+        return digest in self._rows
+
+    @property
+    def resident(self) -> frozenset[str]:
+        """Weights digests of every adapter in the bank."""
+        return frozenset(self._rows)
+
+    @property
+    def num_pins(self) -> int:
+        return sum(self._pins.values())
+
+    @property
+    def occupied_rows(self) -> int:
+        return len(self._owner) - self._owner.count(None)
+
+    def rows(self, digest: str) -> list[int]:
+        """Bank rows of a resident adapter, by rank index."""
+        return self._rows[digest]
+
+    def rank_indices(self) -> list[int]:
+        """The rank index each active row holds."""
+        return [owner[1] for owner in self._owner[: self.active_rows] if owner is not None]
+
+    def try_pin(self, digests: Sequence[str], loaded: Mapping[str, DeviceAdapter]) -> bool:
+        """Bring all adapters into the bank and pin them, or none: False when pinned rows leave too little room.
+
+        `loaded` has those that are not resident. Raises: PlanTooLarge when they could never fit.
+        """
+        missing = {digest: loaded[digest] for digest in digests if digest not in self._rows}
+        num_missing = sum(adapter.max_rank for adapter in missing.values())
+        needed = num_missing + sum(len(self._rows[digest]) for digest in digests if digest not in missing)
+        if needed > self._bank.num_rows:
+            raise PlanTooLarge(f"the plan's adapters take {needed} rank rows, the bank has {self._bank.num_rows}")
+        if not self._make_room(num_missing, digests):
+            return False
+        for digest in digests:
+            if digest not in self._pins:
+                self._rows[digest] = self._bring_in(missing[digest]) if digest in missing else self._rows.pop(digest)
+            self._pins[digest] = self._pins.get(digest, 0) + 1
+        self.num_changes += 1
+        return True
+
+    def unpin(self, digests: Sequence[str]) -> None:
+        """Drop one pin for each; an adapter without pins may be evicted."""
+        self.num_changes += 1
+        for digest in digests:
+            self._pins[digest] -= 1
+            if self._pins[digest] == 0:
+                del self._pins[digest]
+                self._rows[digest] = self._rows.pop(digest)  # most recently used
+
+    def settle(self) -> None:
+        """Make the pinned adapters' rows the prefix, by as few swaps as it takes, once for all that came and went."""
+        pinned = [row for digest in self._pins for row in self._rows[digest]]
+        self.active_rows = len(pinned)
+        holes = sorted(set(range(len(pinned))).difference(pinned))
+        self._swap(sorted(row for row in pinned if row >= len(pinned)), holes)
+        for digest, adapter in self._unwritten.items():
+            self._bank.write(self._rows[digest], adapter)
+        self._unwritten.clear()
+        self._bank.set_active(self.active_rows)
+
+    def evict(self, digest: str) -> None:
+        """The rows of a resident adapter without pins are free."""
+        assert digest not in self._pins, "a running request reads these rows"
+        self.num_changes += 1
+        rows = self._rows.pop(digest)
+        self._unwritten.pop(digest, None)
+        for row in rows:
+            self._owner[row] = None
+        self._bank.free(rows)
+
+    def _make_room(self, num_missing: int, wanted: Sequence[str]) -> bool:
+        free = self._owner.count(None)
+        evictable = [digest for digest in self._rows if digest not in self._pins and digest not in wanted]
+        if num_missing > free + sum(len(self._rows[digest]) for digest in evictable):
+            return False
+        for digest in evictable:
+            if free >= num_missing:
+                break
+            free += len(self._rows[digest])
+            self.evict(digest)
+        return True
+
+    def _bring_in(self, adapter: DeviceAdapter) -> list[int]:
+        """The first free rows are the adapter's."""
+        rows = [row for row, owner in enumerate(self._owner) if owner is None][: adapter.max_rank]
+        self._unwritten[adapter.weights_digest] = adapter
+        for index, row in enumerate(rows):
+            self._owner[row] = (adapter.weights_digest, index)
+        return rows
+
+    def _swap(self, rows: Sequence[int], others: Sequence[int]) -> None:
+        """Exchange what is in `rows` and in `others`; what is not written yet has nothing to bring along."""
+        pairs = list(zip(rows, others, strict=True))
+        written = [pair for pair in pairs if not self._is_unwritten(pair[0])]
+        unwritten = [pair for pair in pairs if self._is_unwritten(pair[0])]
+        if written:
+            self._bank.swap([row for row, _ in written], [other for _, other in written])
+        if unwritten:
+            self._bank.move([other for _, other in unwritten], [row for row, _ in unwritten])
+        for row, other in pairs:
+            self._owner[row], self._owner[other] = self._owner[other], self._owner[row]
+            for position in (row, other):
+                owner = self._owner[position]
+                if owner is not None:
+                    self._rows[owner[0]][owner[1]] = position
+
+    def _is_unwritten(self, row: int) -> bool:
+        owner = self._owner[row]
+        return owner is not None and owner[0] in self._unwritten

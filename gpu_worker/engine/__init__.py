@@ -1,0 +1,1 @@
+"""The engine: scheduling, steps and rows."""

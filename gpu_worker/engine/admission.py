@@ -1,0 +1,159 @@
+"""From waiting to running: in turn, and only with all adapters in the bank."""
+
+from __future__ import annotations
+
+import math
+
+from gpu_worker.attention.kv_cache import KvCache
+from gpu_worker.bank.loader import AdapterLoader
+from gpu_worker.bank.residency import Residency
+from gpu_worker.engine.fair_queue import FairQueue
+from gpu_worker.engine.prefetch_window import PrefetchWindow
+from gpu_worker.engine.row import Row
+
+_MAX_PASSES = 50
+
+
+class Admission:
+    """The waiting rows. Those that are next have their weights loaded ahead, within `window`.
+
+    A row takes all its adapters into the bank or none, and waits without blocking the others. One that was passed
+    over `_MAX_PASSES` times reserves the bank: until it runs nobody else gets adapters. A row that has its adapters and
+    whose tokens do not fit the KV cache holds up all behind it. It waits for rows that run, and those wait for nothing:
+    so nobody waits in a circle.
+    """
+
+    def __init__(self, loader: AdapterLoader, residency: Residency, kv_cache: KvCache, window: PrefetchWindow) -> None:
+        self._loader, self._residency, self._kv_cache, self._window = loader, residency, kv_cache, window
+        self.waiting = FairQueue()
+        self._reserving: Row | None = None
+        self._started: list[Row] = []
+        self._failed: list[tuple[Row, Exception]] = []
+        self._is_full = False  # no KV for the row whose turn it is
+        self._num_joined = 0  # rows that were appended, put back or removed
+        self._seen: tuple[int, ...] | None = None  # what was the case when no row could start; None: look again
+
+    def append(self, row: Row) -> None:
+        """Let the row wait; what the bank lacks of its adapters starts loading now, where the window has room."""
+        self.waiting.append(row)
+        self._num_joined += 1
+        if self.waiting.is_first(row):
+            self._has_weights(row)
+
+    def put_back(self, row: Row) -> None:
+        """Let a row that ran wait before all others. Its adapters stay pinned: it needs nothing but KV to run on."""
+        self.waiting.put_back(row)
+        self._num_joined += 1
+
+    def remove(self, row: Row) -> None:
+        """Let the row wait no longer."""
+        self.waiting.remove(row)
+        self._num_joined += 1
+        self._window.discard(row)
+        if row.is_pinned:
+            self._residency.unpin(row.weights_digests)
+            self._residency.settle()
+            row.is_pinned = False
+
+    def clear(self) -> list[Row]:
+        """The rows that waited; none does any more."""
+        rows = list(self.waiting)
+        for row in rows:
+            self.remove(row)
+        return rows
+
+    def admit(self) -> tuple[list[Row], list[tuple[Row, Exception]]]:
+        """Return the rows that run from now on, and those whose loads or plan failed. The caller settles the bank.
+
+        Where nothing has changed since no row could start, none is looked at: thousands may wait.
+        """
+        self._started, self._failed = [], []
+        num_ended = self._loader.num_ended  # loads end on other threads: those that do meanwhile are looked at next
+        if self._seen != self._state(num_ended):
+            self._walk()
+            waits_for_growth = self._is_full and self._kv_cache.num_free > 0  # of rows that need no more pages soon
+            is_settled = not (self._started or self._failed or waits_for_growth)
+            self._seen = self._state(num_ended) if is_settled else None
+        return self._started, self._failed
+
+    def _state(self, num_ended: int) -> tuple[int, ...]:
+        """Return numbers of which one rises whenever a row that could not start may be able to."""
+        return num_ended, self._residency.num_changes, self._kv_cache.num_freed, self._num_joined
+
+    def _walk(self) -> None:
+        """Start what can start, each in its turn; begin loads ahead where there is no KV."""
+        self._is_full = self._kv_cache.num_free == 0
+        self._window.refresh()
+        for row in self.waiting.returned:
+            if not self._is_full:
+                self._try_start(row)
+        reserving = self._row_with_reservation()
+        if reserving is not None and not self._is_full:
+            self._try_start(reserving)
+            reserving = self._row_with_reservation()
+        for row in self.waiting.turns():
+            if self._is_full:
+                if not self._window.has_room:
+                    break
+                self._has_weights(row)
+            elif reserving is None or row.is_pinned or not row.plan.adapters:
+                self._try_start(row)
+                reserving = self._row_with_reservation()
+
+    def _row_with_reservation(self) -> Row | None:
+        """None too while it waits for a load, which nobody behind it could speed up by waiting as well."""
+        row = self._reserving
+        if row is None or row not in self.waiting:
+            self._reserving = None
+            return None
+        return row if self._has_weights(row) else None
+
+    def _has_weights(self, row: Row) -> bool:
+        """Whether all that the bank lacks of the row's adapters is loaded; what is not, is begun within the window."""
+        missing = [digest for digest in row.adapter_set if digest not in self._residency]
+        unasked = [digest for digest in missing if digest not in row.loads]
+        if unasked:
+            if row not in self._window and not self._window.has_room:
+                return False
+            for digest in unasked:
+                row.loads[digest] = self._loader.load(digest)
+            self._window.add(row)
+        return all(row.loads[digest].done() for digest in missing)
+
+    def _try_start(self, row: Row) -> None:
+        """Start the row, or let it fail, or let it wait on."""
+        if not self._has_weights(row):
+            return
+        try:
+            self._pin(row)
+        except Exception as exc:  # of its loads or its plan: also of those who wait for the same, and nobody else's
+            self._fail(row, exc)
+            return
+        if not row.is_pinned:
+            row.num_passes += 1
+            if row.num_passes > _MAX_PASSES and self._row_with_reservation() is None:
+                self._reserving = row
+        elif self._kv_cache.fits(len(row.tokens)):
+            self._start(row)
+        else:
+            self._is_full = True
+
+    def _start(self, row: Row) -> None:
+        self.waiting.take(row)
+        self._window.discard(row)  # the bank holds them now
+        row.kv_row = self._kv_cache.allocate(len(row.tokens), row.longest_len)
+        row.start_by = math.inf
+        self._started.append(row)
+        self._is_full = self._kv_cache.num_free == 0
+
+    def _pin(self, row: Row) -> None:
+        """Bring the row's adapters into the bank, where there is room. Raises: what is wrong with its loads or plan."""
+        if not row.is_pinned:
+            missing = [digest for digest in row.adapter_set if digest not in self._residency]
+            loaded = {digest: row.loads[digest].result() for digest in missing}
+            row.is_pinned = self._residency.try_pin(row.weights_digests, loaded)
+
+    def _fail(self, row: Row, error: Exception) -> None:
+        for companion in self.waiting.companions(row):
+            self.remove(companion)
+            self._failed.append((companion, error))

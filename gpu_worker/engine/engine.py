@@ -1,0 +1,391 @@
+"""The generation loop: admit, compute one packed step, sample, hand out text."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Executor, Future
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from gpu_worker.attention.kv_cache import KvCache, KvShape
+from gpu_worker.bank.bank import LoraBank
+from gpu_worker.bank.device_layout import DeviceAdapter
+from gpu_worker.bank.loader import AdapterLoader, Fetch
+from gpu_worker.bank.residency import Residency
+from gpu_worker.config import WorkerConfig
+from gpu_worker.device.openmp import load_executor
+from gpu_worker.engine.admission import Admission
+from gpu_worker.engine.counters import Counters
+from gpu_worker.engine.device_check import NOTHING_COMPUTED, DeviceCheck
+from gpu_worker.engine.device_parts import fuse_where_compiled, make_kv_cache, make_lora_kernel
+from gpu_worker.engine.engine_status import EngineStatus
+from gpu_worker.engine.fair_queue import FairQueue
+from gpu_worker.engine.forward import ForwardPass
+from gpu_worker.engine.isolation import compute_apart
+from gpu_worker.engine.memory_plan import load_planned
+from gpu_worker.engine.model_check import ModelCheck
+from gpu_worker.engine.next_tokens import Chosen, choose
+from gpu_worker.engine.prefetch_window import PrefetchWindow
+from gpu_worker.engine.preprocess import RequestPreprocessor
+from gpu_worker.engine.row import Row
+from gpu_worker.engine.scheduler import Scheduled, schedule
+from gpu_worker.errors import (
+    DeadlineExceeded,
+    EngineFull,
+    EngineStopped,
+    LogitsNotFinite,
+    RequestFailed,
+    WaitedTooLong,
+)
+from gpu_worker.lora.inject import inject, target_linears
+from gpu_worker.model.base_model import BaseModel
+from gpu_worker.request.request import Delta
+from gpu_worker.sampling.logprobs import Scored
+from gpu_worker.sampling.sampling import Sampler
+from gpu_worker.sampling.sampling_kernel import load_sampling_kernel
+from gpu_worker.step.step_context import StepContext
+
+logger = logging.getLogger(__name__)
+
+_LONGEST_SLEEP_S = 3600.0  # what waits on a lock cannot be told any number of seconds
+_WINDOW_BATCHES = 2  # how far ahead of their turn requests have their weights loaded
+
+
+class Engine:
+    """One base model and its bank, stepped by one thread.
+
+    `prepare` may be called from any thread; everything else only from the one that steps.
+    """
+
+    def __init__(
+        self,
+        config: WorkerConfig,
+        fetch: Fetch,
+        *,
+        base: BaseModel | None = None,
+        executor: Executor | None = None,
+        free_fill: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+        build_kv_cache: Callable[[KvShape], KvCache] | None = None,
+    ) -> None:
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        self.config = config
+        self.base, self.memory = load_planned(config, base)
+        self.max_len = self.memory.kv.max_len
+        context = StepContext()
+        linears = target_linears(self.base.model, self.base.model.get_output_embeddings())
+        check = ModelCheck(self.base, linears, self.max_len, config.bank_rank_rows)
+        fuse_where_compiled(self.base.model, config)
+        self.bank = LoraBank(linears, config.bank_rank_rows, free_fill=free_fill)
+        inject(self.base.model, self.bank, context)
+        self._sampler = Sampler(load_sampling_kernel(config.cache_dir) if config.device == "cpu" else None)
+        self.residency = Residency(self.bank)
+        self.kv_cache = (build_kv_cache or partial(make_kv_cache, config))(self.memory.kv)
+        kernel, device = make_lora_kernel(config), torch.device(config.device)
+        self._forward = ForwardPass(self.base, self.residency, self.kv_cache, context, kernel, device)
+        check.run(self._forward, self.residency, self.kv_cache)
+        self.prepare = RequestPreprocessor(self.base, self.max_len, clock)
+        self._device_check = DeviceCheck(
+            self._forward, self._attempt, self.prepare, self.bank, self.residency, self.kv_cache
+        )
+        self._executor = executor or load_executor(config.load_threads)
+        self.loaded = threading.Event()
+        self.on_loaded: Callable[[], None] = self.loaded.set
+        self.loader = AdapterLoader(
+            fetch,
+            fit=self.bank.fit,
+            executor=self._executor,
+            budget_bytes=config.host_cache_bytes,
+            on_done=lambda: self.on_loaded(),
+        )
+        window = PrefetchWindow(config.host_cache_bytes, _WINDOW_BATCHES * config.max_batch_size)
+        self._admission = Admission(self.loader, self.residency, self.kv_cache, window)
+        self.running: list[Row] = []
+        self.clock, self._next_due = clock, math.inf
+        self._forgetting: set[str] = set()
+        self.counters = Counters()
+
+    def submit(self, row: Row) -> None:
+        """Queue the row; what the bank lacks of its adapters starts loading, unless too many do.
+
+        One tenant alone may take all of `max_waiting`; beside others each has an equal share. Raises: EngineFull.
+        """
+        self._make_room(row.tenant)
+        if not row.capture_first_logits:  # a probe is nobody's traffic
+            self.counters.count_request(row.weights_digests, self.residency, self.loader)
+        row.arrived_at = self.clock()
+        row.start_by = row.arrived_at + self.config.max_wait_s
+        self._next_due = min(self._next_due, row.start_by, row.deadline)
+        self._admission.append(row)
+
+    def _make_room(self, tenant: str) -> None:
+        """Refuse another tenant's row where the queue is full and `tenant` is below its share. Raises: EngineFull."""
+        if len(self.waiting) < self.config.max_waiting:
+            return
+        full = EngineFull(f"{self.config.max_waiting} requests already wait; try again later")
+        refused = self.waiting.row_in_place_of(tenant, self.config.max_waiting)
+        if refused is None:
+            raise full
+        self._admission.remove(refused)
+        self.send(refused, full)
+
+    def preload(self, digests: Collection[str]) -> list[Future[DeviceAdapter]]:
+        """The loads of what the bank lacks, begun now."""
+        return [self.loader.load(digest) for digest in digests if digest not in self.residency]
+
+    def cancel(self, row: Row) -> None:
+        """Drop the request, wherever it is; its KV row, pins and queue place are free for the next step."""
+        if row in self.running:
+            self._release([row])
+        elif row in self.waiting:
+            self._admission.remove(row)
+        self._drop_forgotten()
+
+    def forget(self, digests: Collection[str]) -> bool:
+        """Whether nothing is left of these weights, in the bank or in host memory.
+
+        What a request uses or loads goes when the last such request or load ends, one that came after this call
+        included. Asked for again once they are gone, the weights are fetched again.
+        """
+        self._forgetting.update(digests)
+        self._drop_forgotten()
+        return self._forgetting.isdisjoint(digests)
+
+    def holdings(self) -> EngineStatus:
+        return EngineStatus(
+            resident=self.residency.resident,
+            occupied_rows=self.residency.occupied_rows,
+            active_rows=self.residency.active_rows,
+            num_running=len(self.running),
+            num_waiting=len(self.waiting),
+            waiting_tokens=sum(row.num_prompt_tokens + row.max_new_tokens for row in self.waiting),
+            free_kv_rows=self.kv_cache.num_free,
+            free_kv_tokens=self.kv_cache.num_free_tokens,
+            kv_tokens=sum(row.num_computed for row in self.running),
+            host_cache_bytes=self.loader.cached_bytes,
+            num_forgetting=len(self._forgetting),
+            counters=self.counters.copy(),
+        )
+
+    def expected(self) -> frozenset[str]:
+        """Weights digests in the bank, and those that it will hold for requests that wait."""
+        return self.residency.resident.union(*[row.weights_digests for row in self.waiting])
+
+    def fail_all(self, error: Exception) -> None:
+        """End every request with `error`. Raises: what freeing raises on a lost device, after all events were sent."""
+        waiting = list(self.waiting)
+        try:
+            self._end([(row, error) for row in self.running])
+            self._admission.clear()
+        finally:
+            for row in waiting:
+                self.send(row, error)
+        self._drop_forgotten()
+
+    def close(self) -> None:
+        """Start no more loads."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def waiting(self) -> FairQueue:
+        return self._admission.waiting
+
+    @property
+    def num_steps(self) -> int:
+        return self.counters.num_steps
+
+    @property
+    def seconds_to_due(self) -> float | None:
+        """How long until a request may be overdue, at most an hour; None when none can be."""
+        return None if self._next_due == math.inf else min(max(self._next_due - self.clock(), 0.0), _LONGEST_SLEEP_S)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    @torch.inference_mode()
+    def step(self, *, max_tokens: int | None = None) -> bool:
+        """Admit what can run, compute one packed step, sample. Return whether anything ran: else all wait for loads.
+
+        `max_tokens`: of this step, where it is to be smaller than `max_step_tokens`.
+        Raises: EngineStopped, where the device computes no requests any more.
+        """
+        self._end_overdue()
+        self._grow()
+        self._admit()
+        has_run = bool(self.running)
+        if has_run:
+            began = time.perf_counter()
+            self._compute(max_tokens or self.config.max_step_tokens)
+            self.counters.num_steps += 1
+            self.counters.step_s += time.perf_counter() - began
+        self._drop_forgotten()
+        return has_run
+
+    def run_until_idle(self) -> None:
+        """Step until every request has ended: how code without a thread of its own drives the engine."""
+        while self.has_work:
+            self.loaded.clear()
+            if not self.step() and self.waiting:
+                self.loaded.wait(self.seconds_to_due)
+
+    def _end_overdue(self) -> None:
+        """End what is past its deadline, running or not, and what has waited too long to start."""
+        now = self.clock()
+        if now < self._next_due:
+            return
+        self._end([(row, DeadlineExceeded(row.num_new_tokens)) for row in self.running if row.deadline <= now])
+        for row in [row for row in self.waiting if row.deadline <= now or row.start_by <= now]:
+            is_past = row.deadline <= now
+            error = DeadlineExceeded(row.num_new_tokens) if is_past else WaitedTooLong(self.config.max_wait_s)
+            try:
+                self._admission.remove(row)
+            finally:
+                self.send(row, error)
+        due = [row.deadline for row in self.running] + [min(row.deadline, row.start_by) for row in self.waiting]
+        self._next_due = min(due, default=math.inf)
+
+    def _grow(self) -> None:
+        """Every running row has KV for its tokens; where that is too little, those that joined last wait again.
+
+        The one that joined first is never among them, as one row alone always fits: so every row ends some time.
+        """
+        index = 0
+        while index < len(self.running):
+            row = self.running[index]
+            if self.kv_cache.grow(row.kv_row, len(row.tokens)):
+                index += 1
+            else:
+                self._preempt(self.running.pop())
+
+    def _preempt(self, row: Row) -> None:
+        """Free the row's KV. It keeps its tokens, and computes them again as one prompt when its turn comes."""
+        kv_row, row.kv_row, row.num_computed = row.kv_row, -1, 0
+        self._admission.put_back(row)
+        self.counters.num_preemptions += 1
+        self.kv_cache.free(kv_row)
+
+    def _admit(self) -> None:
+        started, failed = self._admission.admit()
+        for row, error in failed:
+            self.send(row, error)
+        if started:
+            now = self.clock()
+            for row in started:
+                if row.num_new_tokens == 0:  # of its first start
+                    row.queued_s = now - row.arrived_at
+            self.running += started
+            self.residency.settle()
+
+    def _compute(self, max_tokens: int) -> None:
+        """Compute what is scheduled, apart where it raises, and hand out the tokens.
+
+        Raises: EngineStopped, after three steps in a row for which the device is to blame.
+        """
+        scheduled = schedule(self.running, max_tokens, self.config.chunk_tokens)
+        outcome = compute_apart(scheduled, self._attempt)
+        for part, chosen in outcome.computed:
+            self._hand_out(part, chosen)
+        if outcome.computed:
+            self._device_check.reset()
+        if outcome.failed:
+            num_tokens = max(segment.num_tokens for _, segment in scheduled)
+            self._end_failed(outcome.failed, num_tokens, works=bool(outcome.computed))
+
+    def _attempt(self, part: Sequence[Scheduled]) -> Chosen:
+        return choose(part, self._forward(part), self._sampler)
+
+    def _hand_out(self, part: Sequence[Scheduled], chosen: Chosen) -> None:
+        """Give each row of a part that was computed its token, and its client the text."""
+        for row, segment in part:
+            row.num_computed += segment.num_tokens
+        self.counters.num_new_tokens += len(chosen.rows)
+        self.counters.num_prompt_tokens += sum(row.num_prompt_tokens for row in chosen.rows if row.num_new_tokens == 0)
+        taken = zip(chosen.rows, chosen.tokens, chosen.scores, chosen.logits, strict=True)
+        made = [(row, self._take(row, token, scored, row_logits)) for row, token, scored, row_logits in taken]
+        self._end([(row, event) for row, event in made if event is not None and _is_last(event)])
+        texts = [(row, event) for row, event in made if event is not None and not _is_last(event)]
+        self._release([row for row, event in texts if not self.send(row, event)])
+
+    def _end_failed(self, failed: Sequence[tuple[Row, Exception]], num_tokens: int, *, works: bool) -> None:
+        """End the rows that could not be computed. `works`: whether others were; else the device is checked.
+
+        A device that works leaves the rows to blame, wherever they run; else other replicas may answer them.
+        num_tokens: of the step's longest segment. Raises: EngineStopped.
+        """
+        try:
+            self._release([row for row, _ in failed])
+            works = works or self._device_check.works(num_tokens)
+        finally:  # freeing may raise on a lost device; the clients get their error all the same
+            for row, cause in failed:
+                error = RequestFailed(row.request_id) if works else EngineStopped(NOTHING_COMPUTED)
+                error.__cause__ = cause
+                self.send(row, error)
+        self._device_check.require()
+
+    def _take(self, row: Row, token: int | None, scored: Scored | None, logits: Tensor) -> Delta | Exception | None:
+        """Hand the row its token; what its client is to be told."""
+        if token is None:
+            return LogitsNotFinite(f"the plan of request {row.request_id} drives the logits out of range")
+        if row.capture_first_logits and row.first_logits is None:
+            row.first_logits = logits.to("cpu", torch.float32, copy=True)
+        try:
+            return row.take(token, scored)
+        except Exception:
+            logger.exception("token %d of request %s could not be decoded", token, row.request_id)
+            return RequestFailed(row.request_id)
+
+    def send(self, row: Row, event: Delta | Exception) -> bool:
+        """Whether the request's client took the event; one that is gone costs nobody else."""
+        try:
+            row.sink(event)
+        except Exception:
+            logger.warning("the client of request %s is gone", row.request_id, exc_info=True)
+            return False
+        return True
+
+    def _end(self, ended: Sequence[tuple[Row, Delta | Exception]]) -> None:
+        """Free what these running rows hold, then send each its last event, also where freeing raises."""
+        try:
+            self._release([row for row, _ in ended])
+        finally:
+            for row, event in ended:
+                self.send(row, event)
+
+    def _release(self, rows: Sequence[Row]) -> None:
+        """Free all that these running rows hold; the KV of a step that failed half-way is wiped too.
+
+        Raises: what wiping raises on a device that is lost. The rows have left the batch even so.
+        """
+        if not rows:
+            return
+        for row in rows:
+            self.running.remove(row)
+        for row in rows:
+            self.kv_cache.free(row.kv_row)
+            row.is_pinned = False
+        self.residency.unpin([digest for row in rows for digest in row.weights_digests])
+        self.residency.settle()
+
+    def _drop_forgotten(self) -> None:
+        """Free the weights that are to be forgotten and that nobody uses or loads any more."""
+        if not self._forgetting:
+            return
+        used = {digest for row in (*self.running, *self.waiting) for digest in row.weights_digests}
+        used |= self.loader.loading
+        for digest in self._forgetting - used:
+            self.loader.discard(digest)
+            if digest in self.residency:
+                self.residency.evict(digest)
+        self._forgetting &= used
+
+
+def _is_last(event: Delta | Exception) -> bool:
+    return isinstance(event, Exception) or event.finish_reason is not None

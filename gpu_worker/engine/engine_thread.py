@@ -1,0 +1,286 @@
+"""Runs an Engine on a thread of its own and lets asyncio callers stream from it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import aclosing, contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import TypeVar
+
+from torch import Tensor
+
+from gpu_worker.device.openmp import thread_team_releaser
+from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.engine_status import EngineStatus
+from gpu_worker.engine.row import Row
+from gpu_worker.errors import EngineStopped
+from gpu_worker.request.request import Completion, Delta, Job
+
+logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+_Events = asyncio.Queue[Delta | Exception]
+
+
+class EngineThread:
+    """The engine's thread. Commands reach it through a queue and run between steps.
+
+    Build the engine with `run_on_short_lived_thread`.
+
+    `niceness`: of that thread alone, so that whoever answers requests on the same cores comes before it.
+    """
+
+    def __init__(self, engine: Engine, *, stream_interval_ms: float = 25.0, niceness: int = 0) -> None:
+        self.engine = engine
+        self._niceness = niceness
+        self._interval_s = stream_interval_ms / 1000
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # between the last command and the end of the thread
+        self._is_closed = False
+        self._stopping = False
+        self._busy_since: float | None = None
+        self.failure: Exception | None = None  # what ended the thread, where that was not `stop`
+        self._end_team = thread_team_releaser()
+        engine.on_loaded = lambda: self._commands.put(_nothing)
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    async def stream(self, job: Job) -> AsyncGenerator[Delta]:
+        """Yield text as it is made: the first piece at once, then what came in each interval, together.
+
+        Leaving the iterator early cancels the request. Raises: what the engine says of this job alone.
+        """
+        async with aclosing(self.watched(job, None)) as deltas:
+            async for delta in deltas:
+                if delta is not None:
+                    yield delta
+
+    async def watched(self, job: Job, sign_every_s: float | None) -> AsyncGenerator[Delta | None]:
+        """`stream`, with None first of all and wherever `sign_every_s` pass without text: a sign of life."""
+        arrived = self.engine.clock()
+        yield None
+        [(row, events)] = await self._submit_all([job], arrived=arrived)
+        try:
+            while True:
+                while (event := await _next_of(events, sign_every_s)) is None:
+                    yield None
+                delta = _merged(event, events)
+                yield delta
+                if delta.finish_reason is not None:
+                    return
+                await asyncio.sleep(self._interval_s)
+        finally:
+            self._commands.put(lambda: self.engine.cancel(row))
+
+    async def complete(self, job: Job) -> tuple[Completion, Delta]:
+        """The whole answer, and its last delta."""
+        parts = [delta async for delta in self.stream(job)]
+        return Completion.joined(parts), parts[-1]
+
+    def submit(self, rows: Sequence[Row]) -> None:
+        """Queue prepared rows, all between the same two steps. Raises: EngineStopped."""
+        self._command(lambda: self._submit(rows))
+
+    def cancel(self, rows: Sequence[Row]) -> None:
+        """Whatever of these has not ended is dropped before the next step."""
+        for row in rows:
+            self._commands.put(partial(self.engine.cancel, row))
+
+    async def first_logits(self, jobs: Sequence[Job]) -> list[Tensor | Exception]:
+        """(V,) float32 after each job's prompt, or what the engine says of it; the jobs enter the queue together.
+
+        Raises: what cannot be asked at all, such as PromptTooLong, EngineStopped.
+        """
+        asked = await self._submit_all(jobs, capture_first_logits=True)
+        try:
+            return [await _first_logits(events) for _, events in asked]
+        finally:
+            self.cancel([row for row, _ in asked])
+
+    async def preload(self, digests: Collection[str]) -> None:
+        """Return when these weights are at hand, as far as they can be had. Raises: EngineStopped."""
+        loads = await self._ask(lambda: self.engine.preload(digests))
+        await asyncio.gather(*[asyncio.wrap_future(load) for load in loads], return_exceptions=True)
+
+    async def forget(self, digests: Collection[str]) -> bool:
+        """See `Engine.forget`. Raises: EngineStopped."""
+        return await self._ask(lambda: self.engine.forget(digests))
+
+    async def holdings(self) -> EngineStatus:
+        """What the engine holds between two steps. Raises: EngineStopped."""
+        return await self._ask(self.engine.holdings)
+
+    async def expected(self) -> frozenset[str]:
+        """See `Engine.expected`. Raises: EngineStopped."""
+        return await self._ask(self.engine.expected)
+
+    def seconds_busy(self) -> float:
+        """Return how long the step or command in progress has run; 0 while the thread sleeps. Large when it hangs."""
+        since = self._busy_since
+        return 0.0 if since is None else time.monotonic() - since
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread still steps. Once it does not, every request ends with EngineStopped."""
+        return self._thread.is_alive() and not self._is_closed
+
+    def stop(self) -> None:
+        """End every request with EngineStopped and the thread with it."""
+        self._stopping = True
+        self._commands.put(_nothing)
+        self._thread.join()
+
+    def _command(self, command: Callable[[], None]) -> None:
+        """Raises: EngineStopped when nobody would run it any more."""
+        with self._lock:
+            if self._is_closed:
+                raise EngineStopped("the engine has stopped")
+            self._commands.put(command)
+
+    async def _submit_all(
+        self, jobs: Sequence[Job], *, capture_first_logits: bool = False, arrived: float | None = None
+    ) -> list[tuple[Row, _Events]]:
+        """Each job's row and what it is told; all are queued between the same two steps."""
+        loop = asyncio.get_running_loop()
+        told: list[_Events] = [asyncio.Queue() for _ in jobs]
+
+        def prepare(job: Job, events: _Events) -> Row:
+            def sink(event: Delta | Exception) -> None:
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+            return self.engine.prepare(job, sink, capture_first_logits=capture_first_logits, arrived=arrived)
+
+        rows = await asyncio.to_thread(lambda: [prepare(*each) for each in zip(jobs, told, strict=True)])
+        self.submit(rows)
+        return list(zip(rows, told, strict=True))
+
+    async def _ask(self, question: Callable[[], _T]) -> _T:
+        """The engine's answer, between two steps. Raises: EngineStopped, and what the engine says."""
+        answer: Future[_T] = Future()
+
+        def give() -> None:
+            if not answer.set_running_or_notify_cancel():
+                return  # whoever asked has left
+            try:
+                answer.set_result(question())
+            except Exception as exc:
+                answer.set_exception(exc)
+
+        self._command(give)
+        return await asyncio.wrap_future(answer)
+
+    def _submit(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            try:
+                self.engine.submit(row)
+            except Exception as exc:
+                self.engine.send(row, exc)
+
+    def _run(self) -> None:
+        os.nice(self._niceness)  # Linux: of the calling thread and those it starts
+        try:
+            self._step_until_stopped()
+        except Exception as exc:
+            logger.exception("the engine's thread ends")
+            self.failure = exc
+        with self._lock:
+            self._is_closed = True
+        with self._busy():
+            self._end_all()
+
+    def _step_until_stopped(self) -> None:
+        idle = True
+        while not self._stopping:
+            self._run_commands(wait=idle)
+            with self._busy():
+                idle = not self.engine.step()
+
+    def _run_commands(self, *, wait: bool) -> None:
+        """Run what is queued; when idle, sleep until something is or a request is due. A finished load puts one too."""
+        if wait:
+            if self._commands.empty():
+                self._end_team()
+            try:
+                command = self._commands.get(timeout=self.engine.seconds_to_due)
+            except queue.Empty:
+                return
+            with self._busy():
+                command()
+        while not self._commands.empty():
+            with self._busy():
+                self._commands.get()()
+
+    def _end_all(self) -> None:
+        """Run the commands that are left, for some submit requests; then end every request and the loads.
+
+        On a device that is lost each of these may raise: the ones behind it are done all the same.
+        """
+        end_requests = partial(self.engine.fail_all, EngineStopped("the engine has stopped"))
+        commands: list[Callable[[], None]] = [*self._queued(), end_requests, self.engine.close]
+        for command in commands:
+            try:
+                command()
+            except Exception:
+                logger.exception("the engine that ends could not free what it held")
+
+    def _queued(self) -> Iterator[Callable[[], None]]:
+        while not self._commands.empty():
+            yield self._commands.get()
+
+    @contextmanager
+    def _busy(self) -> Iterator[None]:
+        """Let `seconds_busy` count the block."""
+        self._busy_since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._busy_since = None
+
+
+def _nothing() -> None:
+    """A command whose only use is to wake the engine's thread."""
+
+
+async def _first_logits(events: _Events) -> Tensor | Exception:
+    while True:
+        event = await events.get()
+        if isinstance(event, Exception):
+            return event
+        if event.first_logits is not None:
+            return event.first_logits
+
+
+async def _next_of(events: _Events, within_s: float | None) -> Delta | Exception | None:
+    """None where nothing came in time. An event that comes at that moment stays in the queue."""
+    try:
+        async with asyncio.timeout(within_s):
+            return await events.get()
+    except TimeoutError:
+        return None
+
+
+def _merged(first: Delta | Exception, events: _Events) -> Delta:
+    """`first` with everything queued after it, as one delta. Raises: the exception among them."""
+    merged = first
+    while not isinstance(merged, Exception):
+        if events.empty():
+            return merged
+        event = events.get_nowait()
+        if isinstance(event, Exception):
+            merged = event
+        else:
+            merged = replace(
+                event,
+                text=merged.text + event.text,
+                first_logits=merged.first_logits if event.first_logits is None else event.first_logits,
+                logprobs=merged.logprobs + event.logprobs,
+            )
+    raise merged

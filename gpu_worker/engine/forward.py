@@ -1,0 +1,89 @@
+"""The forward pass of one packed step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gpu_worker.attention.kv_cache import KvCache
+from gpu_worker.bank.residency import Residency
+from gpu_worker.device.transfer import to_device
+from gpu_worker.engine.row import Row
+from gpu_worker.engine.scheduler import Scheduled
+from gpu_worker.lora.lora_kernel import LoraKernel
+from gpu_worker.lora.mapping import composition
+from gpu_worker.model.base_model import BaseModel
+from gpu_worker.step.attention_plan import Segment
+from gpu_worker.step.step_context import StepContext
+from lora_store.plan import Plan
+
+logger = logging.getLogger(__name__)
+
+
+class ForwardPass:
+    """Run the base model, with each row's adapters, over the tokens that a step computes.
+
+    Keys and values go to the cache at the segments' positions. Nothing else changes: the same segments can be computed
+    again, whole or in part, after a pass that raised.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        residency: Residency,
+        kv_cache: KvCache,
+        context: StepContext,
+        kernel: LoraKernel | None,
+        device: torch.device,
+    ) -> None:
+        self._base, self._residency, self._kv_cache = base, residency, kv_cache
+        self._context, self._kernel, self._device = context, kernel, device
+
+    def __call__(self, scheduled: Sequence[Scheduled]) -> Tensor:
+        """Return logits (rows whose last token was computed, V), float32 or the model's dtype.
+
+        A step of prompt chunks alone has no such row: `logits_to_keep` is empty, and the head multiplies nothing.
+        """
+        tokens = [token for row, s in scheduled for token in row.tokens[s.context_len : s.total_len]]
+        last = [s.end - 1 for row, s in scheduled if s.total_len == len(row.tokens)]
+        return self.logits([row.plan for row, _ in scheduled], [segment for _, segment in scheduled], tokens, last)
+
+    def logits(
+        self, plans: Sequence[Plan], segments: Sequence[Segment], tokens: Sequence[int], kept: Sequence[int]
+    ) -> Tensor:
+        """Compute one step and return the logits (K, V), float32 or the model's dtype. K may be 0.
+
+        Dims: B segments, which cover the step in order, each with its plan; N tokens (ids) of the step; K `kept`
+        places in it. Every adapter of the plans is active, and the segments' rows hold KV for their tokens.
+        """
+        num_tokens = [segment.num_tokens for segment in segments]
+        lora = composition(plans, num_tokens, self._residency, self._base.dtype, self._kernel, self._device)
+        attention = self._kv_cache.attention(segments)
+        self._context.fill(lora, attention)
+        output = self._base.model(
+            input_ids=to_device(torch.tensor(tokens), self._device)[None],
+            position_ids=attention.token_positions[None],
+            logits_to_keep=to_device(torch.tensor(kept, dtype=torch.long), self._device),
+            use_cache=False,
+            step=self._context,
+        )
+        logits: Tensor = output.logits[0]
+        return logits
+
+    def can_compute(self, row: Row) -> bool:
+        """Compute the first token of a row that belongs to no request; return whether it succeeded.
+
+        Needs a free row and a free page of the cache. Raises: what freeing them raises on a lost device.
+        """
+        probe_row = self._kv_cache.allocate(1, 1)
+        try:
+            logits = self([(row, Segment(probe_row, 0, 1, 0))])
+            return bool(logits.isfinite().all())
+        except Exception:
+            logger.exception("the device cannot compute a single token of the base model")
+            return False
+        finally:
+            self._kv_cache.free(probe_row)

@@ -1,0 +1,315 @@
+"""Evidence at start that the packed engine computes what the model's own implementation in transformers computes.
+
+A list of families cannot say which models can be served: a new one may attend twice in a layer, carry a state from
+token to token or bypass the layers that adapters change. So short prompts are run through the untouched model with
+transformers' eager attention, and through the engine: prompt chunks, decode tokens, several rows at once, with and
+without an adapter. Where the logits differ the model is refused.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gpu_worker.attention.kv_cache import KvCache
+from gpu_worker.attention.packed_attention import ATTENTION_NAME
+from gpu_worker.bank.device_layout import DeviceAdapter, DeviceModule
+from gpu_worker.bank.residency import Residency
+from gpu_worker.engine.forward import ForwardPass
+from gpu_worker.errors import BaseModelUnsupported
+from gpu_worker.model.base_model import BaseModel
+from gpu_worker.step.attention_plan import Segment
+from lora_store.adapter import AdapterRef
+from lora_store.plan import BASE_PLAN, Plan, PlannedAdapter
+
+logger = logging.getLogger(__name__)
+
+_Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]
+
+_TEXTS = (
+    "The capital of France is Paris, and the capital of",
+    "Once upon a time there was a small red fox that lived",
+    "In 1969 two people walked on the moon for the first time",
+    "Water boils at 100 degrees, but high in the mountains it",
+)
+_MOST_TOKENS = 8  # of one prompt
+_RANK = 4
+_ADAPTER_SHARE = 0.05  # of the spread of the weights it changes: a fifth of the default model's largest logit
+_DIGEST = "model-check"
+_FLOAT32_BOUND = 1e-4  # of the logits, or of the largest where that is above 1
+_HALF_BOUND = 0.05  # of the largest logit
+_HALF_SHARE = 0.5  # of the tokens may be beyond it: an engine that computes something else misses nearly all
+_MOST_HALF_SHARE = 0.9  # of the tokens without an adapter, however unsteady the model is
+_JITTER = 2**-8  # of a value, as large as its last bit in bfloat16
+_DECODE_STEPS = 3
+_PLAIN, _ADAPTED = "without an adapter", "with an adapter"  # the rows of one plan, as a refusal names them
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One row of the comparison. `expected` (T, V): the eager logits after each of its tokens."""
+
+    name: str
+    tokens: list[int]
+    plan: Plan
+    expected: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Difference:
+    """How far the logits after some tokens of a row are from the eager ones. `beyond` (T,): more than is equal."""
+
+    beyond: Tensor
+    furthest: float
+    largest: float
+
+    @classmethod
+    def of(cls, found: Tensor, expected: Tensor) -> _Difference:
+        """found and expected (T, V): float32 or a half precision, both the same."""
+        is_exact = expected.dtype == torch.float32
+        found, expected = found.float(), expected.float()
+        difference, largest = (found - expected).abs().amax(-1), expected.abs().amax(-1)
+        bound = _FLOAT32_BOUND * largest.clamp(min=1) if is_exact else _HALF_BOUND * largest
+        beyond = ~(difference <= bound)  # NaN is beyond too
+        return cls(beyond, float(difference.max()), float(largest.max()))
+
+
+@dataclass(frozen=True, slots=True)
+class _EagerLogits:
+    """The eager model's logits (P, T, V), and those that it gives with other roundings."""
+
+    logits: Tensor
+    jittered: Tensor
+
+    @property
+    def allowed(self) -> float:
+        """The share of an engine's tokens that may differ from the eager ones."""
+        if self.logits.dtype == torch.float32:
+            return 0.0
+        return _HALF_SHARE + 2 * float(_Difference.of(self.jittered, self.logits).beyond.float().mean())
+
+
+class ModelCheck:
+    """The eager model's logits, taken before the engine replaces any of its modules.
+
+    Raises: BaseModelUnsupported where the eager model cannot be run.
+    """
+
+    def __init__(self, base: BaseModel, linears: Mapping[str, nn.Linear], max_len: int, max_rank: int) -> None:
+        began = time.perf_counter()
+        self._base = base
+        self._adapter = _adapter(linears, min(_RANK, max_rank))
+        prompts = _prompts(base, min(_MOST_TOKENS, max_len))
+        try:
+            plain, adapted = self._eager_logits(prompts, linears)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as exc:
+            raise self._unsupported(f"transformers' own model fails on a short prompt ({exc})") from exc
+        if not plain.logits.isfinite().all():
+            raise self._unsupported("the logits of transformers' own model are not finite")
+        if not _Difference.of(adapted.logits, plain.logits).beyond.any():
+            raise self._unsupported("an adapter of its linear layers does not change its logits")
+        self._rows = _rows(prompts.tolist(), plain.logits, adapted.logits)
+        self._allowed = {_PLAIN: min(plain.allowed, _MOST_HALF_SHARE), _ADAPTED: adapted.allowed}
+        self._differences: defaultdict[tuple[str, str], list[_Difference]] = defaultdict(list)
+        self._eager_s = time.perf_counter() - began
+
+    @torch.inference_mode()
+    def run(self, forward: ForwardPass, residency: Residency, kv_cache: KvCache) -> None:
+        """Compare the forward pass, whose bank and cache are empty, and leave them so.
+
+        Raises: BaseModelUnsupported with the first difference that is more than the project's definition of equal.
+        """
+        began = time.perf_counter()
+        residency.try_pin([_DIGEST], {_DIGEST: self._adapter})
+        residency.settle()
+        waiting = list(self._rows)
+        while waiting:
+            waiting = self._run_some(forward, kv_cache, waiting)
+        residency.unpin([_DIGEST])
+        residency.settle()
+        residency.evict(_DIGEST)
+        self._judge()
+        seconds = self._eager_s + time.perf_counter() - began
+        logger.info("the engine computes this model as transformers does; the check took %.2f s", seconds)
+
+    @torch.inference_mode()
+    def _eager_logits(self, prompts: Tensor, linears: Mapping[str, nn.Linear]) -> tuple[_EagerLogits, _EagerLogits]:
+        """prompts (P, T) -> logits (P, T, V) without the adapter and with it."""
+        positions = torch.arange(prompts.shape[1], device=prompts.device)[None].expand_as(prompts)
+
+        def logits() -> Tensor:
+            found: Tensor = self._base.model(input_ids=prompts, position_ids=positions, use_cache=False).logits
+            return found
+
+        def with_roundings() -> _EagerLogits:
+            found = logits()
+            if found.dtype == torch.float32:
+                return _EagerLogits(found, found)
+            with _hooked(linears, _jittering()):
+                return _EagerLogits(found, logits())
+
+        with _eager(self._base):
+            plain = with_roundings()
+            with _hooked(linears, _adding(self._adapter)):
+                return plain, with_roundings()
+
+    def _run_some(self, forward: ForwardPass, kv_cache: KvCache, waiting: list[_Row]) -> list[_Row]:
+        """Run as many rows at once as the cache takes: a chunk of the first, the other prompts, then decode tokens.
+
+        Return those that are left.
+        """
+        rows: list[_Row] = []
+        places: list[int] = []
+        for row in waiting:
+            if places and not kv_cache.fits(len(row.tokens)):
+                break
+            rows.append(row)
+            places.append(kv_cache.allocate(len(row.tokens), len(row.tokens)))
+        lengths = [len(row.tokens) for row in rows]
+        done = [0] * len(rows)
+        for what, ends in _steps(lengths):
+            self._step(forward, what, list(zip(rows, places, done, ends, strict=True)))
+            done = ends
+        for place in places:
+            kv_cache.free(place)
+        return waiting[len(rows) :]
+
+    def _step(self, forward: ForwardPass, what: str, parts: Sequence[tuple[_Row, int, int, int]]) -> None:
+        """Run one step over the tokens [done, end) of each part's row, and compare every token's logits."""
+        segments: list[Segment] = []
+        start = 0
+        parts = [part for part in parts if part[3] > part[2]]
+        for _, place, done, end in parts:
+            segments.append(Segment(place, start, end - done, done))
+            start += end - done
+        if not segments:
+            return
+        tokens = [token for row, _, done, end in parts for token in row.tokens[done:end]]
+        try:
+            found = forward.logits([row.plan for row, *_ in parts], segments, tokens, range(start))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as exc:
+            raise self._unsupported(f"a step of {what} failed ({exc})") from exc
+        for (row, _, done, end), segment in zip(parts, segments, strict=True):
+            difference = _Difference.of(found[segment.start : segment.end], row.expected[done:end])
+            self._differences[what, row.name].append(difference)
+
+    def _judge(self) -> None:
+        """Raise BaseModelUnsupported for the first kind of tokens whose logits are not equal.
+
+        In float32 every token has to be. In bfloat16 rounding decides ties, as between two experts, and what follows in
+        the row differs too: more tokens may differ, the more differ in transformers' own model when rounded otherwise.
+        """
+        if self._allowed[_ADAPTED] >= 1:
+            logger.warning(
+                "rounding alone changes this model's logits: what its adapters add can only be checked in float32"
+            )
+        for (what, name), differences in self._differences.items():
+            beyond = torch.cat([difference.beyond for difference in differences])
+            if float(beyond.float().mean()) > self._allowed[name]:
+                furthest = max(differences, key=lambda difference: difference.furthest)
+                raise self._unsupported(
+                    f"for {what} {name} its logits differ from transformers' own by up to {furthest.furthest:.3g},"
+                    f" where the largest is {furthest.largest:.3g}"
+                )
+
+    def _unsupported(self, reason: str) -> BaseModelUnsupported:
+        return BaseModelUnsupported(f"{self._base.model.config.model_type} cannot be served by this engine: {reason}")
+
+
+def _prompts(base: BaseModel, most_tokens: int) -> Tensor:
+    """Return prompts of equal length (P, T); ids that the embedding lacks are mapped to others."""
+    num_ids = base.model.get_input_embeddings().weight.shape[0]
+    ids = [[token % num_ids for token in base.tokenizer(text).input_ids] for text in _TEXTS]
+    length = min(most_tokens, *map(len, ids))
+    return torch.tensor([tokens[:length] for tokens in ids], device=base.model.device)
+
+
+def _rows(prompts: Sequence[list[int]], plain: Tensor, adapted: Tensor) -> list[_Row]:
+    """Return every prompt without and with the adapter, in turn; every other prompt is shorter."""
+    plan = Plan("selection", (PlannedAdapter(AdapterRef("check", "check", _DIGEST), _DIGEST, 1.0),))
+    rows = []
+    for index, tokens in enumerate(prompts):
+        length = max(1, len(tokens) - 2 * (index % 2))
+        rows.append(_Row(_PLAIN, tokens[:length], BASE_PLAN, plain[index]))
+        rows.append(_Row(_ADAPTED, tokens[:length], plan, adapted[index]))
+    return rows
+
+
+def _adapter(linears: Mapping[str, nn.Linear], rank: int) -> DeviceAdapter:
+    """Make a random adapter of every linear layer, whose effect is well above the bound and rounding is not."""
+    generator = torch.Generator().manual_seed(0)
+    modules = {}
+    for name, linear in linears.items():
+        weight = linear.weight.detach()
+        spread = _ADAPTER_SHARE * float(weight[:64].float().std()) / rank**0.5  # of a and bt's products
+        a = torch.randn(rank, linear.in_features, generator=generator)
+        bt = torch.randn(rank, linear.out_features, generator=generator) * spread
+        modules[name] = DeviceModule(a.to(weight.dtype), bt.to(weight.dtype))
+    return DeviceAdapter(_DIGEST, modules)
+
+
+@contextmanager
+def _eager(base: BaseModel) -> Iterator[None]:
+    """Run the model with transformers' eager attention for a while."""
+    base.model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        base.model.set_attn_implementation(ATTENTION_NAME)
+
+
+@contextmanager
+def _hooked(linears: Mapping[str, nn.Linear], hook_of: Callable[[str], _Hook]) -> Iterator[None]:
+    """Change the outputs of the linear layers for a while."""
+    handles = [linear.register_forward_hook(hook_of(name)) for name, linear in linears.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _adding(adapter: DeviceAdapter) -> Callable[[str], _Hook]:
+    """Return hooks that add the adapter to its modules."""
+
+    def hook_of(name: str) -> _Hook:
+        module = adapter.modules[name]
+        return lambda _, inputs, output: (
+            output + (inputs[0] @ module.a.to(output.device).T) @ module.bt.to(output.device)
+        )
+
+    return hook_of
+
+
+def _jittering() -> Callable[[str], _Hook]:
+    """Return hooks that change every value by about as much as rounding does."""
+    generator = torch.Generator().manual_seed(0)
+
+    def jitter(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        noise = torch.randn(output.shape, generator=generator).to(output)
+        return output * (1 + _JITTER * noise)
+
+    return lambda name: jitter
+
+
+def _steps(lengths: Sequence[int]) -> Iterator[tuple[str, list[int]]]:
+    """What each step computes, and how many tokens of each row are done after it.
+
+    A chunk of the first row's prompt, the rest of all prompts, then tokens one by one.
+    """
+    prompts = [max(length - _DECODE_STEPS, 0) for length in lengths]
+    yield "prompts", [prompts[0] // 2, *[0] * (len(lengths) - 1)]
+    yield "prompts", prompts
+    for step in range(1, _DECODE_STEPS + 1):
+        yield "decode tokens", [min(done + step, length) for done, length in zip(prompts, lengths, strict=True)]

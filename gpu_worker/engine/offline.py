@@ -1,0 +1,61 @@
+"""Whole answers to many jobs at once, where nobody reads along while they are made."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import Future
+
+from gpu_worker.engine.engine_thread import EngineThread
+from gpu_worker.engine.row import Row
+from gpu_worker.request.request import Completion, Delta, Job
+
+
+class _WholeAnswer:
+    """The sink of one request: its future ends when the request does."""
+
+    def __init__(self) -> None:
+        self.future: Future[Completion] = Future()
+        self._deltas: list[Delta] = []
+
+    def __call__(self, event: Delta | Exception) -> None:
+        if isinstance(event, Exception):
+            self.future.set_exception(event)
+            return
+        self._deltas.append(event)
+        if event.finish_reason is not None:
+            self.future.set_result(Completion.joined(self._deltas))
+
+
+async def generate_all(loop: EngineThread, jobs: Sequence[Job]) -> list[Completion | Exception]:
+    """Each job's answer, or what the engine says of it, in order; they enter the queue together.
+
+    Leaving early cancels what has not ended. Raises: EngineStopped.
+    """
+    answers = [_WholeAnswer() for _ in jobs]
+    rows = await asyncio.to_thread(_prepared, loop, jobs, answers)
+    loop.submit(rows)
+    try:
+        waiting = [asyncio.wrap_future(answer.future) for answer in answers]
+        ended = await asyncio.gather(*waiting, return_exceptions=True)
+    except asyncio.CancelledError:
+        loop.cancel(rows)
+        raise
+    return [_none_but_errors(outcome) for outcome in ended]
+
+
+def _prepared(loop: EngineThread, jobs: Sequence[Job], answers: Sequence[_WholeAnswer]) -> list[Row]:
+    """The rows of those jobs that can be asked; the others have their answer."""
+    rows: list[Row] = []
+    for job, answer in zip(jobs, answers, strict=True):
+        try:
+            rows.append(loop.engine.prepare(job, answer))
+        except Exception as exc:
+            answer(exc)
+    return rows
+
+
+def _none_but_errors(outcome: Completion | BaseException) -> Completion | Exception:
+    if isinstance(outcome, Completion | Exception):
+        return outcome
+    raise outcome

@@ -1,0 +1,105 @@
+"""Turn a job into the row that the engine runs: render, tokenize and check it."""
+
+from __future__ import annotations
+
+import math
+import secrets
+import time
+from collections.abc import Callable, Collection, Sequence
+
+from gpu_worker.engine.row import Row, Sink
+from gpu_worker.errors import PromptInvalid, PromptTooLong, SamplingInvalid
+from gpu_worker.model.base_model import BaseModel
+from gpu_worker.request.prompt_memo import PromptMemo
+from gpu_worker.request.prompts import render, template_stops
+from gpu_worker.request.request import DEFAULT_MAX_TOKENS, MAX_CHARS_PER_TOKEN, Job
+from gpu_worker.text.text_stream import TextStream
+from gpu_worker.text.token_bytes import TokenBytes
+
+
+class RequestPreprocessor:
+    """Safe to call from any thread. `clock`: the engine's, by which deadlines are kept."""
+
+    def __init__(self, base: BaseModel, max_len: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._base, self._max_len, self._clock = base, max_len, clock
+        self._spell = TokenBytes(base.backend_tokenizer)
+        self._memo = PromptMemo()
+        self._num_embeddings: int = base.model.get_input_embeddings().weight.shape[0]
+
+    def __call__(
+        self, job: Job, sink: Sink, *, capture_first_logits: bool = False, arrived: float | None = None
+    ) -> Row:
+        """Render and tokenize the job's prompt. `arrived`: when the job came, by the engine's clock; None: now.
+
+        Raises: PromptInvalid, PromptTooLong, SamplingInvalid.
+        """
+        arrived = self._clock() if arrived is None else arrived
+        self._require_ids("logit_bias", [token_id for token_id, _ in job.sampling.logit_bias])
+        tokens = list(self._memo.tokens(job, self._tokens))
+        row = self.of_tokens(job, tokens, sink, capture_first_logits=capture_first_logits)
+        row.deadline = math.inf if job.time_left_s is None else arrived + job.time_left_s
+        return row
+
+    def of_tokens(self, job: Job, tokens: list[int], sink: Sink, *, capture_first_logits: bool = False) -> Row:
+        """Take these tokens in the place of the job's prompt. Raises: PromptTooLong, SamplingInvalid."""
+        stops = job.sampling.stop if isinstance(job.prompt, str) else job.sampling.stop + template_stops(job.template)
+        return Row(
+            request_id=job.request_id,
+            plan=job.plan,
+            sampling=job.sampling,
+            tokens=tokens,
+            num_prompt_tokens=len(tokens),
+            max_new_tokens=self._max_new_tokens(len(tokens), job.sampling.max_tokens),
+            end_ids=self._end_ids(job),
+            seed=secrets.randbits(63) if job.sampling.seed is None else job.sampling.seed,
+            text=TextStream(self._base.backend_tokenizer, stops, tokens),
+            sink=sink,
+            spell=self._spell,
+            capture_first_logits=capture_first_logits,
+            tenant=job.tenant,
+        )
+
+    def _tokens(self, job: Job) -> Sequence[int]:
+        is_raw = isinstance(job.prompt, str)
+        text = job.prompt if isinstance(job.prompt, str) else render(job.prompt, job.template, self._base.tokenizer)
+        if len(text) > self._max_len * MAX_CHARS_PER_TOKEN:
+            raise PromptTooLong(f"a prompt of {len(text)} characters does not fit a context of {self._max_len} tokens")
+        try:
+            text.encode()
+        except UnicodeEncodeError as exc:
+            raise PromptInvalid("the prompt holds half of a surrogate pair") from exc
+        with_bos = is_raw or job.template != "chat"  # a chat template writes its own
+        tokens: list[int] = self._base.tokenizer(text, add_special_tokens=with_bos).input_ids
+        if not tokens:
+            raise PromptInvalid("the prompt is empty")
+        if len(tokens) >= self._max_len:  # no answer has room, whatever was asked; the ids are not worth keeping
+            raise PromptTooLong(f"{len(tokens)} prompt tokens do not fit a context of {self._max_len}")
+        self._require_embedded(tokens)
+        return tokens
+
+    def _require_embedded(self, tokens: Sequence[int]) -> None:
+        """Refuse ids that the embedding has no row for: tokenizers of text-only models may hold image tokens."""
+        largest = max(tokens)
+        if largest >= self._num_embeddings:
+            token = self._base.tokenizer.convert_ids_to_tokens(largest)
+            raise PromptInvalid(
+                f"the prompt contains the token {token!r} (id {largest}), which this model cannot read: it knows only"
+                f" the ids 0 to {self._num_embeddings - 1}. Remove the token from the prompt"
+            )
+
+    def _max_new_tokens(self, num_prompt_tokens: int, wanted: int | None) -> int:
+        room = self._max_len - num_prompt_tokens
+        if room < 1 or (wanted is not None and wanted > room):
+            asked = "" if wanted is None else f" and {wanted} new ones"
+            raise PromptTooLong(f"{num_prompt_tokens} prompt tokens{asked} do not fit a context of {self._max_len}")
+        return min(room, DEFAULT_MAX_TOKENS) if wanted is None else wanted
+
+    def _end_ids(self, job: Job) -> frozenset[int]:
+        ids = frozenset(job.sampling.stop_token_ids)
+        self._require_ids("stop_token_ids", ids)
+        return ids if job.sampling.ignore_eos else ids | self._base.eos_token_ids
+
+    def _require_ids(self, name: str, ids: Collection[int]) -> None:
+        for token_id in ids:
+            if not 0 <= token_id < self._base.vocab_size:
+                raise SamplingInvalid(f"{name} holds {token_id}, the vocabulary {self._base.vocab_size} ids", name)

@@ -1,0 +1,58 @@
+"""Does an adapter do anything? Base against adapter logits on a fixed prompt."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gpu_worker.engine.engine_thread import EngineThread
+from gpu_worker.request.request import Job, SamplingParams
+from lora_store.adapter import AdapterRef
+from lora_store.plan import BASE_PLAN, Plan, PlannedAdapter
+
+PROMPT = "Hello"  # two tokens: a thousand adapters are asked it when a pool is published
+_TENANT = "probe:"  # no tenant has this name: a publish of a thousand takes its turn among them
+# A row's logits differ by this share of the largest with the company it runs in: rounding, no adapter's doing.
+_NOISE = {torch.float32: 1e-5, torch.bfloat16: 0.03}
+
+
+class Prober:
+    """Probes many adapters in one step. The base model's logits are computed once, by the first probe."""
+
+    def __init__(self, loop: EngineThread) -> None:
+        self._loop = loop
+        self._base: Tensor | None = None
+        self._numbers = itertools.count()
+
+    async def shifts(self, weights_digests: Sequence[str]) -> list[float | Exception]:
+        """For each adapter max|adapter - base| / max|base| over the logits after the prompt, or why there is none.
+
+        0.0 when the shift drowns in rounding. Raises: what the engine says of the base model's own run.
+        """
+        if self._base is None:
+            [base] = await self._loop.first_logits([self._job(BASE_PLAN)])
+            if isinstance(base, Exception):
+                raise base
+            self._base = base
+        await self._loop.preload(weights_digests)  # a step takes hardly longer for many rows: let there be one
+        plans = [_plan_of(digest) for digest in weights_digests]
+        adapted = await self._loop.first_logits([self._job(plan) for plan in plans])
+        noise = _NOISE[self._loop.engine.base.dtype]
+        shifts = [logits if isinstance(logits, Exception) else _shift(self._base, logits) for logits in adapted]
+        return [0.0 if isinstance(shift, float) and shift <= noise else shift for shift in shifts]
+
+    def _job(self, plan: Plan) -> Job:
+        sampling = SamplingParams(max_tokens=1, temperature=0)
+        return Job(f"probe-{next(self._numbers)}", PROMPT, plan, sampling, tenant=_TENANT)
+
+
+def _shift(base: Tensor, adapted: Tensor) -> float:
+    return float((adapted - base).abs().max() / base.abs().max())
+
+
+def _plan_of(weights_digest: str) -> Plan:
+    adapter = PlannedAdapter(AdapterRef("probe", "probe", weights_digest), weights_digest, 1.0)
+    return Plan("selection", (adapter,))

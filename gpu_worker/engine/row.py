@@ -1,0 +1,107 @@
+"""One request inside the engine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import torch
+
+from gpu_worker.bank.device_layout import DeviceAdapter
+from gpu_worker.request.request import Delta, FinishReason, SamplingParams, TokenLogprob
+from gpu_worker.sampling.draw import Draw
+from gpu_worker.sampling.logprobs import Scored
+from gpu_worker.text.text_stream import TextStream
+from gpu_worker.text.token_bytes import TokenBytes
+from lora_store.adapter import LOCAL_TENANT
+from lora_store.plan import Plan
+
+Sink = Callable[[Delta | Exception], None]
+"""Takes a request's deltas, the last with a finish reason, or one exception. Called on the engine's thread."""
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """A request from submission to its last token. `tokens` is the prompt and what came after it."""
+
+    request_id: str
+    plan: Plan
+    sampling: SamplingParams
+    tokens: list[int]
+    num_prompt_tokens: int
+    max_new_tokens: int
+    end_ids: frozenset[int]  # ids that end the answer
+    seed: int
+    text: TextStream
+    sink: Sink
+    spell: TokenBytes
+    capture_first_logits: bool = False
+    tenant: str = LOCAL_TENANT
+    deadline: float = math.inf  # by the engine's clock
+    start_by: float = math.inf
+    arrived_at: float = 0.0
+    queued_s: float = 0.0  # from there to its first step
+    adapter_set: tuple[str, ...] = field(init=False)  # weights digests of the plan's adapters, sorted
+    loads: dict[str, Future[DeviceAdapter]] = field(default_factory=dict)  # of adapters that were not in the bank
+    kv_row: int = -1
+    is_pinned: bool = False  # the bank keeps its adapters: while it runs, and where it waits to run on
+    num_computed: int = 0  # tokens whose keys and values are in the cache
+    num_passes: int = 0  # times others were let into the bank before it
+    first_logits: torch.Tensor | None = None
+    pending_logprobs: list[TokenLogprob] = field(default_factory=list)  # of tokens since the last delta
+
+    def __post_init__(self) -> None:
+        self.adapter_set = tuple(sorted(self.weights_digests))
+
+    @property
+    def num_new_tokens(self) -> int:
+        return len(self.tokens) - self.num_prompt_tokens
+
+    @property
+    def longest_len(self) -> int:
+        return self.num_prompt_tokens + self.max_new_tokens
+
+    @property
+    def weights_digests(self) -> list[str]:
+        return [adapter.weights_digest for adapter in self.plan.adapters]
+
+    def draw(self) -> Draw:
+        """How the next token is chosen."""
+        forbidden = tuple(self.end_ids) if self.num_new_tokens < self.sampling.min_tokens else ()
+        return Draw(self.sampling, self.seed, len(self.tokens), forbidden, self.tokens, self.num_prompt_tokens)
+
+    def take(self, token: int, scored: Scored | None = None) -> Delta | None:
+        """Append a token; the text it releases, with the finish reason when it was the last one."""
+        if scored is not None and token not in self.end_ids:
+            self.pending_logprobs.append(self._logprob(token, scored))
+        self.tokens.append(token)
+        reason: FinishReason | None = None
+        text = ""
+        if token in self.end_ids:
+            reason = "stop"
+        else:
+            text = self.text.push(token, may_stop=self.num_new_tokens >= self.sampling.min_tokens)
+            if self.text.stopped:
+                reason = "stop"
+            elif self.num_new_tokens >= self.max_new_tokens:
+                reason = "length"
+        if reason is not None and not self.text.stopped:
+            text += self.text.finish()
+        if not text and reason is None:
+            return None
+        logprobs = self._told() if self.pending_logprobs else ()
+        return Delta(
+            text, self.num_prompt_tokens, self.num_new_tokens, reason, self.first_logits, logprobs, self.queued_s
+        )
+
+    def _logprob(self, token: int, scored: Scored) -> TokenLogprob:
+        top = tuple((self.spell(token_id), logprob) for token_id, logprob in scored.top)
+        return TokenLogprob(self.spell(token), scored.logprob, top, self.text.num_chars)
+
+    def _told(self) -> tuple[TokenLogprob, ...]:
+        """What is untold, but for tokens that a stop string cut off whole."""
+        told, self.pending_logprobs = self.pending_logprobs, []
+        end = self.text.num_released if self.text.stopped else self.text.num_chars + 1
+        return tuple(entry for entry in told if entry.text_offset < end)

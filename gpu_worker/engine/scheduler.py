@@ -1,0 +1,52 @@
+"""Choose the tokens of the next step: one of every row that decodes, then prompt chunks as far as they fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gpu_worker.engine.row import Row
+from gpu_worker.step.attention_plan import Segment
+
+Scheduled = tuple[Row, Segment]
+"""A row and the tokens of it that a step computes."""
+
+
+def schedule(rows: Sequence[Row], max_step_tokens: int, max_chunk_tokens: int) -> list[Scheduled]:
+    """Return the rows that a step computes, decoding ones first, each with its segment.
+
+    Every decoding row takes part, and beside one prompts get `max_chunk_tokens` at most: no long prompt stalls it.
+    """
+    decoding = sorted(
+        (row for row in rows if _remaining(row) == 1), key=lambda row: row.kv_row
+    )  # as the cache has them
+    prefilling = [row for row in rows if _remaining(row) > 1]
+    budget = min(max_step_tokens, len(decoding) + max_chunk_tokens) if decoding else max_step_tokens
+    shares = _shares([_remaining(row) for row in prefilling], budget - len(decoding))
+    scheduled: list[Scheduled] = []
+    start = 0
+    for row, num_tokens in zip((*decoding, *prefilling), (*[1] * len(decoding), *shares), strict=True):
+        if num_tokens:
+            scheduled.append((row, Segment(row.kv_row, start, num_tokens, row.num_computed)))
+            start += num_tokens
+    return scheduled
+
+
+def _shares(remaining: Sequence[int], budget: int) -> list[int]:
+    """Divide the tokens of a step among prompts, given what is left of each, in the order they joined the batch.
+
+    The first has half of them to itself, so it always gets on. The other half goes to the shortest of the others, so
+    they need not wait for it. What one half does not use is the other's.
+    """
+    shares = [0] * len(remaining)
+    if not remaining:
+        return shares
+    left = budget - min(remaining[0], budget - budget // 2)
+    for place in sorted(range(1, len(remaining)), key=lambda place: remaining[place]):
+        shares[place] = min(remaining[place], left)
+        left -= shares[place]
+    shares[0] = min(remaining[0], budget - sum(shares))
+    return shares
+
+
+def _remaining(row: Row) -> int:
+    return len(row.tokens) - row.num_computed

@@ -1,0 +1,1 @@
+"""A step's LoRA products, and the layers that add them."""

@@ -1,0 +1,71 @@
+"""The mapping matrix of one step as a matrix: two products over all active rank rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gpu_worker.bank.bank import InputBank, ModuleBank
+from gpu_worker.bank.residency import Residency
+from gpu_worker.device.transfer import to_device
+from lora_store.plan import Plan
+
+
+class DenseMapping:
+    """The mapping matrix, expanded to tokens. Dims: N tokens, P active rank rows, R widest adapter's rank.
+
+    weights (P, 1, N): m_bs of the token's row at every rank row of adapter s, 0 elsewhere.
+    by_rank (P, R): 1 where a rank row holds rank index r of its adapter.
+    fusion (N,): tokens whose plan is a fusion; None when no token's is.
+    """
+
+    def __init__(self, weights: Tensor, by_rank: Tensor, fusion: Tensor | None) -> None:
+        self._weights, self._absent = weights, weights == 0
+        self._by_rank, self._fusion = by_rank, fusion
+        self._last: tuple[Tensor, InputBank, Tensor] | None = None  # the input composed last, by what, and into what
+
+    def add(self, x: Tensor, y: Tensor, bank: ModuleBank) -> None:
+        y.flatten(0, -2).addmm_(self._composed(x, bank.inputs)[:, bank.index].T, bank.bt)
+
+    def _composed(self, x: Tensor, bank: InputBank) -> Tensor:
+        """compose(A · x) for all M modules of `bank`: (..., N, I) -> (P, M, N); once for modules called in turn."""
+        if self._last is None or self._last[0] is not x or self._last[1] is not bank:
+            h = (bank.a @ x.flatten(0, -2).T).view(-1, bank.num_modules, x.shape[-2])
+            self._last = x, bank, self._compose(h)
+        return self._last[2]
+
+    def _compose(self, h: Tensor) -> Tensor:
+        """The step between the two LoRA products: (P, M, N) -> (P, M, N). `h` is changed in place.
+
+        mixture, selection:  h_s <- m_bs h_s
+        fusion:              u = sum_s m_bs h_s by rank index;  h_s <- m_bs u
+        Values of adapters that are not in a token's plan are dropped, not multiplied by zero: an adapter
+        that overflows can spoil only its own rows.
+        Source: LoraRetriever (ACL Findings 2024), section 4.3, contracted at rank level.
+        """
+        mixed = h.mul_(self._weights).masked_fill_(self._absent, 0)
+        if self._fusion is None:
+            return mixed
+        summed = mixed.masked_fill(~self._fusion, 0).flatten(1)
+        u = self._by_rank @ (self._by_rank.T @ summed)  # (P, M · N), by way of (R, M · N)
+        fused = u.view_as(mixed).mul_(self._weights).masked_fill_(self._absent, 0)
+        return torch.where(self._fusion, fused, mixed)
+
+
+def dense_mapping(
+    plans: Sequence[Plan], num_tokens: Sequence[int], residency: Residency, dtype: torch.dtype, device: torch.device
+) -> DenseMapping:
+    """The mapping of rows with these plans, row b standing for `num_tokens[b]` adjacent tokens."""
+    rows = torch.zeros(len(plans), residency.active_rows)
+    for b, plan in enumerate(plans):
+        for adapter in plan.adapters:
+            rows[b, residency.rows(adapter.weights_digest)] = adapter.weight
+    rank_of = torch.tensor(residency.rank_indices())
+    by_rank = torch.nn.functional.one_hot(rank_of, int(rank_of.max()) + 1).to(dtype)
+    repeats = torch.tensor(num_tokens)
+    weights = rows.repeat_interleave(repeats, dim=0).T.to(dtype).contiguous()[:, None]
+    is_fusion = torch.tensor([plan.strategy == "fusion" for plan in plans])
+    fusion = to_device(is_fusion.repeat_interleave(repeats), device) if bool(is_fusion.any()) else None
+    return DenseMapping(to_device(weights, device), to_device(by_rank, device), fusion)

@@ -1,0 +1,88 @@
+"""The mapping matrix of one step as a list: the tokens of each adapter, and the adapter's rows read once for them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gpu_worker.bank.bank import InputBank, ModuleBank
+from gpu_worker.bank.residency import Residency
+from gpu_worker.lora.lora_kernel import LoraKernel, Pairs
+from lora_store.plan import Plan
+
+
+class GroupedMapping:
+    """The pairs of a token and one of its adapters, for the kernel; what no plan names is never read.
+
+    h of a pair holds its adapter's rank values: m_bs (x · A_s), or for a fusion m_bs u, in float32.
+    """
+
+    def __init__(self, kernel: LoraKernel, pairs: Pairs) -> None:
+        self._kernel, self._pairs = kernel, pairs
+        self._last: tuple[Tensor, InputBank] | None = None  # the input composed last, and by what
+        self._h = torch.empty(0)
+
+    def add(self, x: Tensor, y: Tensor, bank: ModuleBank) -> None:
+        inputs = bank.inputs
+        if self._last is not None and self._last[0] is x and self._last[1] is inputs:
+            self._kernel.add(self._pairs, self._h, bank, y, x=None)
+            return
+        if self._h.numel() < (num_values := inputs.num_modules * self._pairs.h_len):
+            self._h = torch.empty(num_values)
+        self._last = x, inputs
+        self._kernel.add(self._pairs, self._h, bank, y, x=x)
+
+
+@dataclass(slots=True)
+class _Tokens:
+    """One adapter's tokens, as slots, and how much each takes of it."""
+
+    slots: list[NDArray[np.int32]]
+    weights: list[NDArray[np.float32]]
+
+
+def grouped_mapping(
+    plans: Sequence[Plan], num_tokens: Sequence[int], residency: Residency, kernel: LoraKernel
+) -> GroupedMapping:
+    """The mapping of rows with these plans, row b standing for `num_tokens[b]` adjacent tokens."""
+    starts = np.cumsum([0, *num_tokens], dtype=np.int32)
+    slot_tokens, is_fusion = [], []
+    of_adapter: defaultdict[str, _Tokens] = defaultdict(lambda: _Tokens([], []))
+    num_slots = 0
+    for b, plan in enumerate(plans):
+        adapters = [adapter for adapter in plan.adapters if adapter.weight != 0]
+        if not adapters:
+            continue
+        slots = np.arange(num_slots, num_slots + num_tokens[b], dtype=np.int32)
+        num_slots += num_tokens[b]
+        slot_tokens.append(np.arange(starts[b], starts[b + 1], dtype=np.int32))
+        is_fusion.append(np.full(num_tokens[b], plan.strategy == "fusion", dtype=np.uint8))
+        for adapter in adapters:
+            tokens = of_adapter[adapter.weights_digest]
+            tokens.slots.append(slots)
+            tokens.weights.append(np.full(num_tokens[b], adapter.weight, dtype=np.float32))
+    pairs = Pairs.of(
+        slot_tokens=_joined(slot_tokens, np.int32),
+        fusion=_joined(is_fusion, np.uint8),
+        slots=[np.concatenate(tokens.slots) for tokens in of_adapter.values()],
+        weights=_joined([part for tokens in of_adapter.values() for part in tokens.weights], np.float32),
+        rank_rows=[residency.rows(digest) for digest in of_adapter],
+        num_threads=torch.get_num_threads(),
+    )
+    return GroupedMapping(kernel, pairs)
+
+
+def num_pair_values(plans: Sequence[Plan], num_tokens: Sequence[int], residency: Residency) -> int:
+    """Rank rows read for the tokens of a step, each for each of its tokens: what the grouped products cost."""
+    ranks = [sum(len(residency.rows(adapter.weights_digest)) for adapter in plan.adapters) for plan in plans]
+    return sum(rank * tokens for rank, tokens in zip(ranks, num_tokens, strict=True))
+
+
+def _joined(parts: Sequence[NDArray[np.generic]], dtype: type) -> NDArray[np.generic]:
+    return np.concatenate(parts) if parts else np.zeros(0, dtype)

@@ -1,0 +1,39 @@
+"""Swaps the base model's linear layers for LoraLinear."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from gpu_worker.bank.bank import LoraBank
+from gpu_worker.errors import BaseModelUnsupported
+from gpu_worker.lora.lora_linear import LoraLinear
+from gpu_worker.model.packed_linear import packed
+from gpu_worker.step.step_context import StepContext
+
+
+def target_linears(model: nn.Module, output_head: nn.Module | None) -> dict[str, nn.Linear]:
+    """Return every linear layer an adapter may target, by module path: all but the output head.
+
+    A subclass that computes something else, as Phi-3.5-MoE's router does, is not one of them.
+    """
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and module is not output_head
+    }
+    if not linears:
+        raise BaseModelUnsupported("the base model has no linear layer that an adapter could target")
+    return linears
+
+
+def inject(model: PreTrainedModel, bank: LoraBank, step: StepContext) -> None:
+    """Replace every module of `bank` in `model`, in place; base weights are packed where that pays."""
+    for name, module_bank in bank.modules.items():
+        parent_name, _, leaf = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        linear = getattr(parent, leaf)
+        setattr(parent, leaf, LoraLinear(packed(linear), module_bank, step))
+    head = model.get_output_embeddings()
+    if isinstance(head, nn.Linear):
+        model.set_output_embeddings(packed(head))

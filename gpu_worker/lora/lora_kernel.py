@@ -1,0 +1,105 @@
+"""`grouped_lora.cpp`, called with torch's tensors."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import c_int32, c_int64, c_void_p
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gpu_worker.bank.bank import ModuleBank
+from gpu_worker.native.kernel_loading import functions, load_library
+
+
+class Pairs(ctypes.Structure):
+    """`Pairs` of the source. `values_of` keeps alive what it points to; `h_len`: values of h for one module."""
+
+    _fields_ = (
+        ("num_adapters", c_int32),
+        ("num_slots", c_int32),
+        ("h_len", c_int64),
+        ("slot_tokens", c_void_p),
+        ("pair_starts", c_void_p),
+        ("pair_slots", c_void_p),
+        ("pair_weights", c_void_p),
+        ("rank_starts", c_void_p),
+        ("rank_rows", c_void_p),
+        ("h_starts", c_void_p),
+        ("fusion", c_void_p),
+        ("max_rank", c_int32),
+        ("num_threads", c_int32),
+    )
+    h_len: int
+    values_of: dict[str, NDArray[np.generic]]
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        slot_tokens: NDArray[np.generic],
+        fusion: NDArray[np.generic],
+        slots: Sequence[NDArray[np.int32]],
+        weights: NDArray[np.generic],
+        rank_rows: Sequence[Sequence[int]],
+        num_threads: int,
+    ) -> Pairs:
+        """`slots` and `rank_rows` by adapter; `weights` of all pairs, adapter by adapter."""
+        counts = np.array([len(of_adapter) for of_adapter in slots], dtype=np.int64)
+        ranks = np.array([len(rows) for rows in rank_rows], dtype=np.int64)
+        h_starts = _starts(counts * ranks)
+        values: dict[str, NDArray[np.generic]] = {
+            "slot_tokens": slot_tokens,
+            "pair_starts": _starts(counts).astype(np.int32),
+            "pair_slots": np.concatenate(slots) if slots else np.zeros(0, np.int32),
+            "pair_weights": weights,
+            "rank_starts": _starts(ranks).astype(np.int32),
+            "rank_rows": np.array([row for rows in rank_rows for row in rows], dtype=np.int32),
+            "h_starts": h_starts,
+        }
+        if fusion.any():
+            values["fusion"] = fusion
+        pairs = cls(num_adapters=len(slots), num_slots=len(slot_tokens), h_len=int(h_starts[-1]))
+        pairs.max_rank, pairs.num_threads = int(ranks.max(initial=0)), num_threads
+        for name, array in values.items():
+            setattr(pairs, name, array.ctypes.data)
+        pairs.values_of = values
+        return pairs
+
+
+class _Inputs(ctypes.Structure):
+    _fields_ = (("x", c_void_p), ("width", c_int64), ("a", c_void_p), ("num_modules", c_int64))
+
+
+class LoraKernel:
+    """The compiled products. Tensors are contiguous, on the CPU, all of one dtype: float32 or bfloat16."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        types = c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p
+        self._add = functions(library, "add", *types)
+
+    def add(self, pairs: Pairs, h: Tensor, bank: ModuleBank, y: Tensor, *, x: Tensor | None) -> None:
+        """y (..., N, O) += h · B of one module, in place; before that, given x, h becomes compose(A · x) of all
+        modules that read x (..., N, I). h (M, h_len) float32."""
+        assert y.is_contiguous(), "the kernel writes rows of O adjacent values"
+        inputs = None
+        if x is not None:
+            x = x.contiguous()
+            inputs = ctypes.byref(_Inputs(x.data_ptr(), x.shape[-1], bank.inputs.a.data_ptr(), bank.inputs.num_modules))
+        bt = bank.bt
+        self._add[y.dtype](
+            ctypes.byref(pairs), inputs, h.data_ptr(), bank.index, bt.data_ptr(), bt.shape[1], y.data_ptr()
+        )
+
+
+def load_kernel(cache_dir: Path) -> LoraKernel | None:
+    """The kernel, compiled into `cache_dir` unless it is there; None where no compiler makes it, which is logged."""
+    library = load_library("grouped_lora", cache_dir)
+    return None if library is None else LoraKernel(library)
+
+
+def _starts(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])

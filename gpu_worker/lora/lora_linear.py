@@ -1,0 +1,28 @@
+"""Linear layers that add the adapters of each token's plan."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from gpu_worker.bank.bank import ModuleBank
+from gpu_worker.step.step_context import StepContext
+
+
+class LoraLinear(nn.Module):
+    """A base linear layer plus, for each token, what its plan makes of the adapters in the bank.
+
+    y[n] = base(x[n]) + compose(x[n] @ bank.a.T) @ bank.bt, scaling already folded into bt; without a plan, the base.
+    Dims: N tokens, I in, O out, P active rank rows. bank.a (P, I), bank.bt (P, O): views of the active prefix.
+    Source: LoraRetriever (ACL Findings 2024), section 4.3, contracted at rank level.
+    """
+
+    def __init__(self, base: nn.Module, bank: ModuleBank, step: StepContext) -> None:
+        super().__init__()
+        self.base, self._bank, self._step = base, bank, step
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., N, I) -> (..., N, O)
+        y: Tensor = self.base(x)
+        composition = self._step.composition
+        if composition is not None and self._bank.is_used:
+            composition.add(x, y, self._bank)
+        return y

@@ -1,0 +1,40 @@
+"""Chooses how a step's LoRA arithmetic is done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from gpu_worker.bank.residency import Residency
+from gpu_worker.lora.dense_mapping import dense_mapping
+from gpu_worker.lora.grouped_mapping import grouped_mapping, num_pair_values
+from gpu_worker.lora.lora_kernel import LoraKernel
+from gpu_worker.step.step_context import Composition
+from lora_store.plan import Plan
+
+# Measured: benchmarks/README.md, "Dense or grouped".
+_VALUE_COST = 3.0  # one rank row for one of its tokens, in units of one rank row for one token of the dense product
+_DENSE_OVERHEAD = 2000  # of the dense products, whatever their size, in the same units
+
+
+def composition(
+    plans: Sequence[Plan],
+    num_tokens: Sequence[int],
+    residency: Residency,
+    dtype: torch.dtype,
+    kernel: LoraKernel | None,
+    device: torch.device,
+) -> Composition | None:
+    """The LoRA arithmetic for rows with these plans, row b standing for `num_tokens[b]` adjacent tokens.
+
+    Every adapter of every plan must be active in `residency`. None when all plans are the base model.
+    The dense products cost tokens · active rank rows; the kernel's, by adapter, only what the plans name.
+    """
+    if all(plan.strategy == "base" for plan in plans):
+        return None
+    if kernel is not None:
+        dense_cost = _DENSE_OVERHEAD + sum(num_tokens) * residency.active_rows
+        if _VALUE_COST * num_pair_values(plans, num_tokens, residency) <= dense_cost:
+            return grouped_mapping(plans, num_tokens, residency, kernel)
+    return dense_mapping(plans, num_tokens, residency, dtype, device)

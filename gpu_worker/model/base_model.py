@@ -1,0 +1,135 @@
+"""Find, check and load the base model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from gpu_worker.attention.packed_attention import ATTENTION_NAME, register
+from gpu_worker.config import WorkerConfig
+from gpu_worker.errors import BaseModelUnsupported
+from gpu_worker.model.packaged_model import PACKAGED_MODEL, packaged_folder
+from gpu_worker.model.rope import pin_longrope
+
+_ATTENTION_SINKS = ("gpt_oss",)
+_LARGEST_CUDA_HEAD = 256  # of flash attention 2
+_NEEDED = (
+    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "vocab_size"),
+    "max_position_embeddings",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """A loaded model with what the engine needs to know of it."""
+
+    model: PreTrainedModel
+    tokenizer: Any  # a transformers tokenizer, with a `tokenizers` back end
+    eos_token_ids: frozenset[int]
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    max_position: int
+    vocab_size: int
+    dtype: torch.dtype
+
+    @property
+    def backend_tokenizer(self) -> Tokenizer:
+        backend: Tokenizer = self.tokenizer.backend_tokenizer
+        return backend
+
+
+def model_source(config: WorkerConfig) -> str:
+    """What transformers loads: the packaged model's cache folder, or the configured id or folder."""
+    if config.base_model == PACKAGED_MODEL:
+        return str(packaged_folder(config.cache_dir))
+    return config.base_model
+
+
+def load_base_model(config: WorkerConfig) -> BaseModel:
+    """The base model in host memory, checked. Raises: BaseModelUnsupported, naming what is missing."""
+    source = model_source(config)
+    hf_config = AutoConfig.from_pretrained(source)
+    _check_config(hf_config)
+    head_dim = _setting(hf_config, "head_dim") or hf_config.hidden_size // hf_config.num_attention_heads
+    if config.device == "cuda" and (head_dim > _LARGEST_CUDA_HEAD or head_dim % 8):
+        raise BaseModelUnsupported(
+            f"{hf_config.model_type} has heads of {head_dim}; attention on cuda takes multiples of 8 up to"
+            f" {_LARGEST_CUDA_HEAD}"
+        )
+    register()
+    dtype = resolve_dtype(config.dtype, config.device)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=ATTENTION_NAME)
+    if not model._supports_attention_backend:
+        raise BaseModelUnsupported(f"{type(model).__name__} does not support transformers' attention interface")
+    pin_longrope(model, min(config.max_model_len, hf_config.max_position_embeddings))
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    if not tokenizer.is_fast:
+        raise BaseModelUnsupported("the base model needs a fast tokenizer (tokenizer.json)")
+    return BaseModel(
+        model=model.eval(),
+        tokenizer=tokenizer,
+        eos_token_ids=_eos_token_ids(model, tokenizer),
+        num_layers=hf_config.num_hidden_layers,
+        num_kv_heads=hf_config.num_key_value_heads,
+        head_dim=head_dim,
+        max_position=hf_config.max_position_embeddings,
+        vocab_size=hf_config.vocab_size,
+        dtype=dtype,
+    )
+
+
+def resolve_dtype(name: str, device: str = "cpu") -> torch.dtype:
+    """`auto` is bfloat16 on a GPU and where the processor multiplies it in hardware, else float32."""
+    if name == "auto" and device == "cuda":
+        name = "bfloat16"
+    if name == "auto":
+        capabilities = torch.cpu.get_capabilities()
+        name = "bfloat16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "float32"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def _check_config(config: Any) -> None:
+    problems = []
+    if _setting(config, "quantization_config") is not None:
+        problems.append("quantised weights")
+    if _setting(config, "is_encoder_decoder"):
+        problems.append("an encoder-decoder architecture")
+    for field in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if _setting(config, field) is not None:
+            problems.append(f"soft-capping ({field})")
+    if _setting(config, "kv_lora_rank") is not None:
+        problems.append("multi-head latent attention")
+    if _setting(config, "use_bidirectional_attention"):
+        problems.append("bidirectional attention")
+    layers = set(_setting(config, "layer_types") or ())
+    if other := sorted(map(str, layers - {"full_attention", "sliding_attention"})):
+        problems.append(f"layers of other kinds ({', '.join(other)})")
+    if config.model_type in _ATTENTION_SINKS:
+        problems.append("attention sinks")
+    problems += [f"a config without {name}" for name in _NEEDED if not isinstance(_setting(config, name), int)]
+    if problems:
+        raise BaseModelUnsupported(f"{config.model_type} has {', '.join(problems)}, which this engine does not serve")
+
+
+def _setting(config: Any, name: str) -> Any:
+    """Return a setting of the model's config, None where it has none.
+
+    Raises: BaseModelUnsupported where the config refuses to give one value, as those do whose layers are not alike.
+    """
+    try:
+        return getattr(config, name, None)
+    except Exception as exc:  # transformers' own error for this is a RuntimeError of an inner module
+        raise BaseModelUnsupported(
+            f"{config.model_type} has no single {name} for all its layers, which this engine needs"
+        ) from exc
+
+
+def _eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    declared = model.generation_config.eos_token_id
+    ids = declared if isinstance(declared, list) else [declared]
+    return frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)

@@ -1,0 +1,60 @@
+"""Build all kernels for every processor of this machine's kind: `python -m gpu_worker.native.build_kernels --out DIR`.
+
+The image's build stage runs it; DIR becomes `gpu_worker/native/prebuilt` of the package. It needs a C++ compiler and
+nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from gpu_worker.native.kernel_build import Compiler, KernelUnavailable, file_name, kernel_names, source_of
+from gpu_worker.native.kernel_variants import VARIANTS, Variant
+
+
+def prebuilt_path(folder: Path, variant: Variant, name: str) -> Path:
+    """Return where the library of a kernel for a variant is kept below `folder`."""
+    return folder / variant.name / file_name(name, *variant.options)
+
+
+def build(folder: Path, machine: str, compiler: Compiler) -> list[Path]:
+    """Build every kernel for every variant of `machine` and return the libraries.
+
+    Raises: KernelUnavailable where the compiler fails, or no variant is of this machine.
+    """
+    variants = [variant for variant in VARIANTS if variant.machine == machine]
+    if not variants:
+        known = ", ".join(sorted({variant.machine for variant in VARIANTS}))
+        raise KernelUnavailable(f"no kernels are built ahead of time for {machine}, only for {known}")
+    built = []
+    for variant in variants:
+        for name in kernel_names():
+            library = prebuilt_path(folder, variant, name)
+            library.parent.mkdir(parents=True, exist_ok=True)
+            library.parent.chmod(0o755)  # whatever the umask: no library is loaded from a folder that others can write
+            compiler.compile(source_of(name), variant.options, library)
+            built.append(library)
+    return built
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    summary = __doc__.splitlines()[0]
+    parser = argparse.ArgumentParser(prog="python -m gpu_worker.native.build_kernels", description=summary)
+    parser.add_argument("--out", type=Path, required=True, help="the folder to build into, created if missing")
+    out: Path = parser.parse_args(arguments).out
+    try:
+        built = build(out, platform.machine(), Compiler.find())
+    except KernelUnavailable as exc:
+        print(exc, file=sys.stderr)
+        return 1
+    for library in built:
+        print(library.relative_to(out))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Requests, prompts and their validation."""

@@ -1,0 +1,88 @@
+"""Keeps the token ids of the prompts that came last, so that the `n` rows of one prompt tokenize it once."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+
+from gpu_worker.errors import GpuWorkerError
+from gpu_worker.request.request import Job
+
+MAX_PROMPTS = 64
+
+_Outcome = Sequence[int] | GpuWorkerError | None
+"""The token ids of a prompt or its refusal; None where tokenizing failed for another reason."""
+
+
+class PromptMemo:
+    """Token ids, or the refusal, by tenant, template and prompt. Safe to call from any thread.
+
+    The tenant is part of the key: a fast answer must not reveal another tenant's prompts. Rows that come while
+    the first one tokenizes wait for it. Keys are digests and a refusal is kept without its traceback and its cause, so
+    no text stays in memory.
+    """
+
+    def __init__(self, max_prompts: int = MAX_PROMPTS) -> None:
+        self._max_prompts = max_prompts
+        self._known: OrderedDict[bytes, Future[_Outcome]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def tokens(self, job: Job, tokenize: Callable[[Job], Sequence[int]]) -> Sequence[int]:
+        """Return what `tokenize` gives for the job's prompt, from an earlier call where there is one.
+
+        Raises: what `tokenize` raises; a GpuWorkerError is remembered as well.
+        """
+        key = _key_of(job)
+        with self._lock:
+            found = self._known.get(key)
+            if found is None:
+                made = self._known[key] = Future()
+                if len(self._known) > self._max_prompts:
+                    self._known.popitem(last=False)
+            else:
+                self._known.move_to_end(key)
+        return self._made(key, made, job, tokenize) if found is None else _outcome(found.result(), job, tokenize)
+
+    def _made(
+        self, key: bytes, made: Future[_Outcome], job: Job, tokenize: Callable[[Job], Sequence[int]]
+    ) -> Sequence[int]:
+        """Tokenize the prompt and hand the outcome to the rows that wait for it. Raises: what `tokenize` raises."""
+        try:
+            tokens = tokenize(job)
+        except GpuWorkerError as exc:
+            made.set_result(copy.copy(exc))  # a copy without traceback: raising adds frames to `exc`
+            raise
+        except BaseException:
+            self._forget(key)
+            made.set_result(None)
+            raise
+        made.set_result(tokens)
+        return tokens
+
+    def _forget(self, key: bytes) -> None:
+        with self._lock:
+            self._known.pop(key, None)
+
+
+def _outcome(known: _Outcome, job: Job, tokenize: Callable[[Job], Sequence[int]]) -> Sequence[int]:
+    """Return the ids that an earlier call made. Raises: a new copy of the refusal, for a raise adds frames to it."""
+    if known is None:
+        return tokenize(job)
+    if isinstance(known, GpuWorkerError):
+        raise copy.copy(known)
+    return known
+
+
+def _key_of(job: Job) -> bytes:
+    parts = [job.tenant, job.template, job.prompt] if isinstance(job.prompt, str) else [job.tenant, job.template]
+    if not isinstance(job.prompt, str):
+        parts += [text for message in job.prompt for text in (message.role, message.content)]
+    digest = hashlib.sha256(b"text" if isinstance(job.prompt, str) else b"messages")
+    for part in parts:
+        data = part.encode(errors="surrogatepass")
+        digest.update(len(data).to_bytes(8, "big") + data)
+    return digest.digest()

@@ -1,0 +1,146 @@
+"""What goes into the engine and what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from gpu_worker.errors import SamplingInvalid
+from gpu_worker.request.prompts import Message
+from lora_store.adapter import LOCAL_TENANT
+from lora_store.plan import BASE_PLAN, Plan
+
+FinishReason = Literal["stop", "length"]
+DEFAULT_MAX_TOKENS = 256
+MAX_CHARS_PER_TOKEN = 64  # a longer text cannot fit, and is not worth tokenizing
+MAX_STOPS = 16
+MAX_STOP_CHARS = 256
+MAX_LOGPROBS = 20
+MAX_BIASED_IDS = 300
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How new tokens are chosen. Raises: SamplingInvalid, naming the parameter."""
+
+    max_tokens: int | None = None  # None: DEFAULT_MAX_TOKENS, or what the context has room for
+    min_tokens: int = 0
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all ids
+    min_p: float = 0.0  # ids below this share of the likeliest one's probability are not drawn
+    presence_penalty: float = 0.0  # off the logit of what was generated
+    frequency_penalty: float = 0.0  # off the logit, for each time it was generated
+    repetition_penalty: float = 1.0  # logits of ids in prompt or answer: positive ones are divided, others multiplied
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (id, what is added to its logit)
+    logprobs: int | None = None  # how many of the likeliest ids to tell beside each token; None: tell nothing
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        limit = DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+        self._require("max_tokens", limit >= 1, "be at least 1")
+        self._require("min_tokens", 0 <= self.min_tokens <= limit, f"be between 0 and max_tokens ({limit})")
+        self._require("temperature", 0 <= self.temperature <= 100, "be between 0 and 100")
+        self._require("top_p", 0 < self.top_p <= 1, "be above 0 and at most 1")
+        self._require("top_k", self.top_k >= 0, "be 0 (all) or more")
+        self._require("min_p", 0 <= self.min_p <= 1, "be between 0 and 1")
+        told = self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS
+        self._require("logprobs", told, f"be between 0 and {MAX_LOGPROBS}")
+        self._require("seed", self.seed is None or 0 <= self.seed < 2**63, "be between 0 and 2**63 - 1")
+        self._check_penalties()
+        self._check_stops()
+
+    def _check_penalties(self) -> None:
+        for name in ("presence_penalty", "frequency_penalty"):
+            self._require(name, -2 <= getattr(self, name) <= 2, "be between -2 and 2")
+        self._require("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "be between 0.01 and 100")
+        if len(self.logit_bias) > MAX_BIASED_IDS:
+            message = f"logit_bias must hold at most {MAX_BIASED_IDS} ids, got {len(self.logit_bias)}"
+            raise SamplingInvalid(message, "logit_bias")
+        for token_id, bias in self.logit_bias:
+            if not -100 <= bias <= 100:
+                message = f"logit_bias of {token_id} must be between -100 and 100, got {bias}"
+                raise SamplingInvalid(message, "logit_bias")
+
+    def _check_stops(self) -> None:
+        if len(self.stop) > MAX_STOPS:
+            raise SamplingInvalid(f"at most {MAX_STOPS} stop strings, got {len(self.stop)}", "stop")
+        for stop in self.stop:
+            if not 0 < len(stop) <= MAX_STOP_CHARS:
+                message = f"a stop string has 1 to {MAX_STOP_CHARS} characters, got {len(stop)}"
+                raise SamplingInvalid(message, "stop")
+
+    def _require(self, name: str, holds: bool, rule: str) -> None:
+        if not holds:
+            raise SamplingInvalid(f"{name} must {rule}, got {getattr(self, name)}", name)
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """Whether logits are changed by what came before, or by a bias."""
+        changes = self.presence_penalty or self.frequency_penalty or self.logit_bias
+        return bool(changes) or self.repetition_penalty != 1
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One request as a worker gets it: messages to render, or a raw prompt, and the plan that answers it."""
+
+    request_id: str
+    prompt: str | tuple[Message, ...]
+    plan: Plan = BASE_PLAN
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    template: str = "alpaca"  # how messages are rendered; a raw prompt is used as it is
+    tenant: str = LOCAL_TENANT  # tenants take turns in the engine's queue
+    time_left_s: float | None = None  # as it is sent; no clock of one machine is compared with another's
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One token of an answer and the likeliest ids in its place, best first. Tokens are bytes: some are half a letter.
+
+    Log probabilities are the model's own, before temperature, penalties and bias.
+    """
+
+    token: bytes
+    logprob: float
+    top: tuple[tuple[bytes, float], ...]
+    text_offset: int  # characters of the answer before it
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New text of one request. The last one carries the finish reason."""
+
+    text: str
+    num_prompt_tokens: int
+    num_new_tokens: int  # so far, this delta included
+    finish_reason: FinishReason | None = None
+    first_logits: torch.Tensor | None = None  # (V,) float32 after the prompt, where a probe asked for it
+    logprobs: tuple[TokenLogprob, ...] = ()  # of the tokens since the last delta, where they were asked for
+    queued_s: float = 0.0  # how long the request waited in the engine's queue
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished answer."""
+
+    text: str
+    num_prompt_tokens: int
+    num_new_tokens: int
+    finish_reason: FinishReason
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+    @staticmethod
+    def joined(deltas: Sequence[Delta]) -> Completion:
+        """The answer that came as these deltas, the last of which ended it."""
+        last = deltas[-1]
+        assert last.finish_reason is not None
+        text = "".join(delta.text for delta in deltas)
+        logprobs = tuple(entry for delta in deltas for entry in delta.logprobs)
+        return Completion(text, last.num_prompt_tokens, last.num_new_tokens, last.finish_reason, logprobs)

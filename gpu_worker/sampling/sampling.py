@@ -1,0 +1,116 @@
+"""The next token of every row of a step, by its logits, seed, position and settings, never by its neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gpu_worker.sampling import sampling_torch
+from gpu_worker.sampling.draw import Draw, table_of
+from gpu_worker.sampling.logprobs import Scored
+from gpu_worker.sampling.penalties import adjust
+from gpu_worker.sampling.sampling_kernel import WANTED, SamplingKernel
+
+_LEAST_COPIED = 4  # rows copied at once where logits change: small copies are made in memory that is at hand
+
+
+class Sampler:
+    """Chooses and scores the tokens of all rows at once. It keeps nothing from one call to the next.
+
+    `kernel`: the compiled passes, for logits in host memory; without it torch computes the same.
+    """
+
+    def __init__(self, kernel: SamplingKernel | None = None) -> None:
+        self._kernel = kernel
+
+    def __call__(self, logits: Tensor, draws: Sequence[Draw]) -> tuple[list[int | None], list[Scored | None]]:
+        """Return each row's token, and its score where the request asks for log probabilities.
+
+        Both are None where the row's logits hold NaN or +inf, or nothing but -inf.
+        Dims: logits (B, V), one draw each; they are left as they are. Log probabilities are those of these logits,
+        before temperature, penalties and bias.
+        """
+        if not draws:
+            return [], []
+        table = table_of(draws, logits.shape[1])
+        changed = [row for row, draw in enumerate(draws) if draw.changes_logits]
+        wanted = [row for row, draw in enumerate(draws) if draw.params.logprobs is not None]
+        if self._kernel is not None and self._kernel.serves(logits):
+            tokens, scores = _by_kernel(self._kernel, logits, draws, table, changed, wanted)
+        else:
+            tokens, scores = _by_torch(logits, draws, table, changed, wanted)
+        is_sound = [token >= 0 for token in tokens]
+        chosen = [token if sound else None for token, sound in zip(tokens, is_sound, strict=True)]
+        return chosen, [scores.get(row) if sound else None for row, sound in enumerate(is_sound)]
+
+
+def _by_kernel(
+    kernel: SamplingKernel,
+    logits: Tensor,
+    draws: Sequence[Draw],
+    table: NDArray[np.void],
+    changed: list[int],
+    wanted: list[int],
+) -> tuple[list[int], dict[int, Scored]]:
+    tokens = np.empty(len(draws), np.int64)
+    kept = np.delete(np.arange(len(draws)), changed)
+    tokens[kept] = kernel.choose(logits, table[kept])
+    at_once = max(_LEAST_COPIED, torch.get_num_threads())
+    for rows in (changed[start : start + at_once] for start in range(0, len(changed), at_once)):
+        own = table[rows]
+        own["row"] = range(len(rows))
+        tokens[rows] = kernel.choose(_adjusted(logits, draws, rows), own)
+    sound = [row for row in wanted if tokens[row] >= 0]
+    if not sound:
+        return tokens.tolist(), {}
+    asked = np.zeros(len(sound), WANTED)
+    asked["row"], asked["token"], asked["count"] = sound, tokens[sound], _counts(logits, draws, sound)
+    results = (part.tolist() for part in kernel.score(logits, asked))
+    return tokens.tolist(), {
+        row: Scored.of(logprob, ids[:count], top[:count])
+        for row, count, logprob, ids, top in zip(sound, asked["count"].tolist(), *results, strict=True)
+    }
+
+
+def _by_torch(
+    logits: Tensor, draws: Sequence[Draw], table: NDArray[np.void], changed: list[int], wanted: list[int]
+) -> tuple[list[int], dict[int, Scored]]:
+    """All that comes back from the device comes in one copy."""
+    on_host = logits.device.type == "cpu"
+    tokens = sampling_torch.choose(_with_adjusted(logits, draws, changed), table, on_host=on_host)
+    results, counts = tokens.double(), _counts(logits, draws, wanted)
+    width = max(counts, default=0)
+    if wanted:
+        scores = sampling_torch.score(logits, tokens, wanted, width, on_host=on_host)
+        results = torch.cat([results, scores.flatten()])
+    numbers = results.cpu().numpy()  # float64 holds ids exactly
+    found = numbers[len(draws) :].reshape(len(wanted), 1 + 2 * width).tolist()
+    return numbers[: len(draws)].astype(np.int64).tolist(), {
+        row: Scored.of(numbers[0], numbers[1 : 1 + count], numbers[1 + width : 1 + width + count])
+        for row, count, numbers in zip(wanted, counts, found, strict=True)
+    }
+
+
+def _counts(logits: Tensor, draws: Sequence[Draw], rows: Sequence[int]) -> list[int]:
+    """Return how many of the likeliest ids each of these rows lists."""
+    return [min(draws[row].params.logprobs or 0, logits.shape[1]) for row in rows]
+
+
+def _adjusted(logits: Tensor, draws: Sequence[Draw], rows: list[int]) -> Tensor:
+    """Return a float32 copy of these rows of the host, adjusted: a penalty is smaller than bfloat16's steps."""
+    copy = logits.index_select(0, torch.tensor(rows)).to(torch.float32)
+    adjust(copy, [draws[row] for row in rows])
+    return copy
+
+
+def _with_adjusted(logits: Tensor, draws: Sequence[Draw], rows: list[int]) -> Tensor:
+    """Return all rows, where some change in a copy."""
+    if not rows:
+        return logits
+    copy = logits.to(torch.float32, copy=True)
+    adjust(copy, draws)
+    return copy

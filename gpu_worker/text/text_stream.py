@@ -1,0 +1,67 @@
+"""Turns a row's token ids into text as they come, and finds its stop strings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer
+
+from gpu_worker.text.detokenizer import Detokenizer
+
+
+class TextStream:
+    """Text that can no longer change is released; what might begin a stop string is held back.
+
+    The text is what the answer's ids add to the text of `prompt_ids`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], prompt_ids: Sequence[int] = ()) -> None:
+        self._detokenizer = Detokenizer(tokenizer, prompt_ids)
+        self._stops = tuple(stops)
+        self._held = ""
+        self.num_released = 0  # characters
+        self.stopped = False
+
+    @property
+    def num_chars(self) -> int:
+        """Characters so far, with those that are held back."""
+        return self.num_released + len(self._held)
+
+    def push(self, token_id: int, *, may_stop: bool = True) -> str:
+        """Return the text this token releases. After a stop string, `stopped` is true and nothing more comes.
+
+        Text pushed while `may_stop` is false (before min_tokens) is not searched.
+        """
+        piece = self._detokenizer.push(token_id)
+        if self.stopped or not piece:
+            return ""
+        self._held += piece
+        if not may_stop:
+            return self._release(len(self._held))
+        found = [index for stop in self._stops if (index := self._held.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            released = self._release(min(found))
+            self._held = ""
+            return released
+        return self._release(len(self._held) - self._longest_stop_prefix())
+
+    def finish(self) -> str:
+        """Return what was held back, once no more tokens come. Bytes of an unfinished character become U+FFFD."""
+        if not self.stopped:
+            self._held += self._detokenizer.finish()
+        return self._release(len(self._held))
+
+    def _release(self, count: int) -> str:
+        released, self._held = self._held[:count], self._held[count:]
+        self.num_released += count
+        return released
+
+    def _longest_stop_prefix(self) -> int:
+        """Return the number of characters at the end of the held text that might be the start of a stop string."""
+        longest = max((len(stop) for stop in self._stops), default=1) - 1
+        for length in range(min(longest, len(self._held)), 0, -1):
+            tail = self._held[-length:]
+            if any(stop.startswith(tail) for stop in self._stops):
+                return length
+        return 0

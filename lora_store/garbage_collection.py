@@ -1,0 +1,123 @@
+"""What keeps a store clean and sure: sweeping blobs, collecting what crashes left, re-hashing what is needed."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from lora_store.adapter import AdapterRef
+from lora_store.blobs import BlobFile, BlobStore
+from lora_store.catalogue import Catalogue
+from lora_store.errors import AdapterNotFound, BlobCorrupted
+from lora_store.leases import Leases
+from lora_store.snapshot import Snapshot
+
+_NUM_READERS = 8
+_CHECKED_AHEAD = 64
+TABLE_RETENTION_S = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """What a gc removed."""
+
+    num_blobs: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlobCheck:
+    """One blob of one adapter that needs it. `problem` is None for a sound one."""
+
+    digest: str
+    ref: AdapterRef
+    problem: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """One blob that was re-hashed, the `done`-th of `total`."""
+
+    done: int
+    total: int
+    check: BlobCheck
+
+
+class GarbageCollector:
+    """The work on a store's blobs as a whole. Raises: StoreUnavailable."""
+
+    def __init__(self, blobs: BlobStore, holds: Leases, catalogue: Catalogue, now: Callable[[], datetime]) -> None:
+        self._blobs, self._holds, self._catalogue, self._now = blobs, holds, catalogue, now
+
+    def sweep(self, digests: Collection[str]) -> list[str]:
+        """Remove those blobs that no kept version refers to and no publish holds; what was removed."""
+        removed: list[str] = []
+        wanted = list(dict.fromkeys(digests))
+        self._holds.sweep(wanted, self._referenced, lambda free: removed.extend(self._blobs.delete(free)))
+        return removed
+
+    def gc(self, retention_s: float) -> Collected:
+        """Remove all that nothing needs and that is older than `retention_s`: what crashes and rivals left.
+
+        The table's own files are kept for an hour at least: a rival may have written one that it has yet to commit.
+        """
+        now = self._now()
+        self._holds.drop_dead()
+        old = [file for file in self._blobs.files() if file.written_at <= now - timedelta(seconds=retention_s)]
+        needed = self._referenced()
+        whole = [file for file in old if file.is_whole and file.digest not in needed]
+        removed = self._remove(whole, self._referenced)
+        removed += self._remove([file for file in old if not file.is_whole], frozenset)  # no record names these
+        self._catalogue.vacuum(now - timedelta(seconds=max(retention_s, TABLE_RETENTION_S)))
+        return Collected(sum(file.is_whole for file in removed), sum(file.num_bytes for file in removed))
+
+    def to_verify(self, tenant: str | None = None) -> dict[str, AdapterRef]:
+        """Return the blobs that kept versions need, each with one that needs it; only those `tenant` sees, if given."""
+        return _first_owners(self._catalogue.snapshot(), tenant)
+
+    def verify(self, wanted: Mapping[str, AdapterRef]) -> Iterator[BlobCheck]:
+        """Read and hash each of these blobs again."""
+        pairs = list(wanted.items())
+        with ThreadPoolExecutor(_NUM_READERS) as pool:
+            for start in range(0, len(pairs), _CHECKED_AHEAD):
+                checks = pool.map(self._check, pairs[start : start + _CHECKED_AHEAD])
+                yield from (check for check in checks if check is not None)
+
+    def _check(self, wanted: tuple[str, AdapterRef]) -> BlobCheck | None:
+        digest, ref = wanted
+        try:
+            self._blobs.get(digest)
+        except AdapterNotFound:
+            missing = BlobCheck(digest, ref, "is missing")
+            return missing if digest in self._referenced() else None  # withdrawn meanwhile
+        except BlobCorrupted as exc:
+            return BlobCheck(digest, ref, str(exc))
+        return BlobCheck(digest, ref, None)
+
+    def _remove(self, files: Sequence[BlobFile], referenced: Callable[[], Collection[str]]) -> list[BlobFile]:
+        by_digest = defaultdict(list)
+        for file in files:
+            by_digest[file.digest].append(file)
+
+        def delete(free: Sequence[str]) -> None:
+            self._blobs.delete_files([file for digest in free for file in by_digest[digest]])
+
+        free = self._holds.sweep(list(by_digest), referenced, delete)
+        return [file for digest in free for file in by_digest[digest]]
+
+    def _referenced(self) -> Set[str]:
+        return self._catalogue.snapshot().referenced()
+
+
+def _first_owners(snapshot: Snapshot, tenant: str | None) -> dict[str, AdapterRef]:
+    """The blobs that are needed, each with one adapter that needs it and that `tenant` sees; None sees all."""
+    owners: dict[str, AdapterRef] = {}
+    for key in snapshot.records:
+        for record in snapshot.versions(key):
+            if tenant is None or record.is_visible_to(tenant):
+                for digest in record.blobs:
+                    owners.setdefault(digest, record.ref)
+    return owners

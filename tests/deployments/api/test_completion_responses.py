@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any, Literal
+
+import pytest
+from openai.types import Completion as TextCompletion
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+
+from deployments.api.completion_responses import Answer
+from deployments.api.planned import Planned
+from gpu_worker.request.request import Completion, Delta, TokenLogprob
+from lora_store import BASE_PLAN, Plan, PlannedAdapter
+from tests.deployments.api.test_responses import CANDIDATES, CODER, EXPLAINED, LORA, PLAN, POET
+
+USAGE = {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8}
+IDENTITY = {"created": 1000, "model": "auto"}
+HALF = TokenLogprob(b"\xc3", -0.5, ((b"\xc3", -0.5), (b"\xe2", -1.5)), 0)
+REST = TokenLogprob(b"\xa9", -0.25, ((b" a", -0.125),), 0)
+BASE = Planned(Plan("base", generation=9))
+
+
+def answer(kind: Literal["chat", "text"] = "chat", **fields: Any) -> Answer:
+    plans = fields.pop("plans", [Planned(PLAN, CANDIDATES)])
+    return Answer(kind, "auto", plans, request_id="r1", created=1000, **fields)
+
+
+def choice(finish_reason: str | None, index: int = 0, **fields: Any) -> dict[str, Any]:
+    return {"index": index, "finish_reason": finish_reason, "logprobs": None, **fields}
+
+
+def test_a_whole_chat_answer_has_the_openai_shape() -> None:
+    whole = answer().whole([Completion("Hello", 5, 3, "length")])
+    message = {"role": "assistant", "content": "Hello"}
+    assert whole == IDENTITY | {
+        "id": "chatcmpl-r1",
+        "object": "chat.completion",
+        "choices": [choice("length", message=message)],
+        "usage": USAGE,
+        "lora": LORA,
+    }
+    ChatCompletion.model_validate(whole)
+
+
+def test_a_whole_text_answer_has_the_openai_shape() -> None:
+    whole = answer("text").whole([Completion("Hello", 5, 3, "stop")])
+    assert whole == IDENTITY | {
+        "id": "cmpl-r1",
+        "object": "text_completion",
+        "choices": [choice("stop", text="Hello")],
+        "usage": USAGE,
+        "lora": LORA,
+    }
+    TextCompletion.model_validate(whole)
+
+
+def test_chat_chunks_open_with_role_and_plan_and_end_with_the_reason() -> None:
+    one = answer()
+    parts = [one.opening(), one.chunk(0, Delta("Hel", 5, 1)), one.chunk(0, Delta("lo", 5, 3, "stop"))]
+    identity = IDENTITY | {"id": "chatcmpl-r1", "object": "chat.completion.chunk"}
+    assert parts == [
+        identity | {"choices": [choice(None, delta={"role": "assistant", "content": ""})], "lora": LORA},
+        identity | {"choices": [choice(None, delta={"content": "Hel"})]},
+        identity | {"choices": [choice("stop", delta={"content": "lo"})]},
+    ]
+    usage = one.usage_chunk([Delta("lo", 5, 3, "stop")])
+    assert usage == identity | {"choices": [], "usage": USAGE}
+    for part in (*parts, usage):
+        ChatCompletionChunk.model_validate(part)
+
+
+def test_text_chunks_have_the_shape_of_their_own_kind() -> None:
+    one = answer("text")
+    identity = IDENTITY | {"id": "cmpl-r1", "object": "text_completion"}
+    assert one.opening() == identity | {"choices": [choice(None, text="")], "lora": LORA}
+    assert one.chunk(0, Delta("lo", 5, 3, "length")) == identity | {"choices": [choice("length", text="lo")]}
+
+
+@pytest.mark.parametrize("explain", [False, True])
+def test_candidates_and_generation_are_told_where_asked(explain: bool) -> None:
+    expected = EXPLAINED if explain else LORA
+    one = answer(explain=explain)
+    assert one.opening()["lora"] == one.whole([Completion("", 5, 0, "stop")])["lora"] == expected
+
+
+def test_two_answers_differ_in_their_ids() -> None:
+    one, other = (Answer("chat", "auto", [Planned(BASE_PLAN)]) for _ in range(2))
+    assert one.opening()["id"] != other.opening()["id"]
+    assert one.opening()["id"] == one.chunk(0, Delta("", 1, 1))["id"]
+
+
+def test_several_prompts_tell_the_plan_of_each_choice_and_count_each_prompt_once() -> None:
+    both = answer("text", plans=[Planned(PLAN, CANDIDATES), BASE], num_choices=2)
+    ends = [Completion(text, 5 if index < 2 else 7, 3, "stop") for index, text in enumerate("abcd")]
+    whole = both.whole(ends)
+    assert [c["index"] for c in whole["choices"]] == [0, 1, 2, 3]
+    assert [c["text"] for c in whole["choices"]] == list("abcd")
+    assert [c["lora"]["strategy"] for c in whole["choices"]] == ["selection", "selection", "base", "base"]
+    assert "lora" not in whole
+    usage = {"prompt_tokens": 12, "completion_tokens": 12, "total_tokens": 24}
+    assert whole["usage"] == usage
+    assert both.usage_chunk([Delta("", end.num_prompt_tokens, 3, "stop") for end in ends])["usage"] == usage
+    opening = both.opening()
+    assert [c["lora"]["strategy"] for c in opening["choices"]] == ["selection", "selection", "base", "base"]
+    assert "lora" not in opening
+    assert both.chunk(3, Delta("x", 7, 1))["choices"] == [choice(None, 3, text="x")]
+
+
+def test_chat_logprobs_are_objects_with_the_exact_bytes() -> None:
+    whole = answer(tells_logprobs=True).whole([Completion("é", 5, 2, "stop", (HALF, REST))])
+    entries = whole["choices"][0]["logprobs"]["content"]
+    assert entries == [
+        {
+            "token": "\ufffd",
+            "logprob": -0.5,
+            "bytes": [0xC3],
+            "top_logprobs": [
+                {"token": "\ufffd", "logprob": -0.5, "bytes": [0xC3]},
+                {"token": "\ufffd", "logprob": -1.5, "bytes": [0xE2]},
+            ],
+        },
+        {
+            "token": "\ufffd",
+            "logprob": -0.25,
+            "bytes": [0xA9],
+            "top_logprobs": [{"token": " a", "logprob": -0.125, "bytes": [32, 97]}],
+        },
+    ]
+    ChatCompletion.model_validate(whole)
+
+
+def test_text_logprobs_are_parallel_lists_with_the_token_in_its_own_alternatives() -> None:
+    plain = TokenLogprob(b"b", -2.0, (), 1)
+    whole = answer("text", tells_logprobs=True).whole([Completion("éb", 5, 3, "stop", (HALF, REST, plain))])
+    assert whole["choices"][0]["logprobs"] == {
+        "tokens": ["bytes:\\xc3", "bytes:\\xa9", "b"],
+        "token_logprobs": [-0.5, -0.25, -2.0],
+        "top_logprobs": [{"bytes:\\xc3": -0.5, "bytes:\\xe2": -1.5}, {" a": -0.125, "bytes:\\xa9": -0.25}, {"b": -2.0}],
+        "text_offset": [0, 0, 1],
+    }
+    TextCompletion.model_validate(whole)
+
+
+def test_a_chunk_tells_the_logprobs_of_its_own_tokens() -> None:
+    one = answer(tells_logprobs=True)
+    told = one.chunk(0, Delta("é", 5, 2, logprobs=(HALF, REST)))
+    assert [entry["logprob"] for entry in told["choices"][0]["logprobs"]["content"]] == [-0.5, -0.25]
+    ChatCompletionChunk.model_validate(told)
+    assert one.chunk(0, Delta("", 5, 3, "stop"))["choices"][0]["logprobs"] is None
+
+
+def test_an_empty_answer_still_has_its_logprobs() -> None:
+    whole = answer(tells_logprobs=True).whole([Completion("", 5, 1, "stop")])
+    assert whole["choices"][0]["logprobs"] == {"content": [], "refusal": None}
+
+
+def test_headers_tell_the_plan_in_short() -> None:
+    rows = (PlannedAdapter(POET.ref, "w1", 0.5, 0.75), PlannedAdapter(CODER.ref, "w2", 1 / 3))
+    short = answer(plans=[Planned(Plan("mixture", rows, 7))]).headers()
+    assert short == {
+        "x-lora-strategy": "mixture",
+        "x-lora-adapters": f"poet@{POET.ref.digest[:12]};weight=0.5, coder@{CODER.ref.digest[:12]};weight=0.333333",
+        "x-lora-generation": "7",
+    }
+
+
+def test_headers_of_several_prompts_name_every_adapter_once_and_stay_short() -> None:
+    refs = [replace(POET.ref, name=f"a{number}") for number in range(20)]
+    plans = [Planned(Plan("selection", (PlannedAdapter(ref, ref.name, 1.0),), 7)) for ref in refs]
+    short = answer("text", plans=[*plans[:2], plans[0], BASE]).headers()
+    assert short["x-lora-strategy"] == "selection, base"
+    assert [part.partition("@")[0] for part in short["x-lora-adapters"].split(", ")] == ["a0", "a1"]
+    assert short["x-lora-generation"] == "9"
+    assert answer("text", plans=plans).headers()["x-lora-adapters"].endswith(", ...")
+
+
+def test_headers_are_safe_whatever_a_name_holds() -> None:
+    ref = replace(POET.ref, name="a\r\nset-cookie: x, é")
+    plan = Plan("selection", (PlannedAdapter(ref, "w", 1.0),), 7)
+    value = answer(plans=[Planned(plan)]).headers()["x-lora-adapters"]
+    assert value.isascii() and value.isprintable() and "," not in value
+    json.dumps(value)

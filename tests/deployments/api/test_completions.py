@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from deployments.api.adapters import GcRequest, LoadAdapterRequest, PublishBatch, RollbackRequest, UnloadAdapterRequest
+from deployments.api.completions import ChatCompletionRequest, CompletionRequest, RouteQuery
+from deployments.api.error_table import validation_error
+from deployments.errors import RequestInvalid
+from gpu_worker.errors import SamplingInvalid
+from gpu_worker.request.prompts import Message
+from gpu_worker.request.request import SamplingParams
+
+USER = {"role": "user", "content": "Hi"}
+SAMPLING = {
+    "max_tokens": 9,
+    "min_tokens": 2,
+    "temperature": 0.25,
+    "top_p": 0.5,
+    "top_k": 4,
+    "min_p": 0.125,
+    "presence_penalty": 0.5,
+    "frequency_penalty": -0.5,
+    "repetition_penalty": 1.25,
+    "seed": 11,
+    "stop": ("a", "b"),
+    "stop_token_ids": (1, 2),
+    "ignore_eos": True,
+}
+
+
+def chat(**fields: Any) -> ChatCompletionRequest:
+    return ChatCompletionRequest.model_validate({"messages": [USER], **fields})
+
+
+def completion(**fields: Any) -> CompletionRequest:
+    return CompletionRequest.model_validate({"prompt": "Hi", **fields})
+
+
+def text_of(request: ChatCompletionRequest | CompletionRequest) -> str:
+    [question] = request.questions()
+    return question.text
+
+
+def refusal(kind: Any, body: dict[str, Any]) -> RequestInvalid:
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate(body)
+    return validation_error(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "param"),
+    [
+        (ChatCompletionRequest, {"messages": [USER], "tempreature": 1}, "tempreature"),
+        (ChatCompletionRequest, {"messages": [USER], "lora": {"adapter": "x"}}, "lora.adapter"),
+        (ChatCompletionRequest, {"messages": [USER], "lora": {"adapters": [{"nam": 1}]}}, "lora.adapters.0.name"),
+        (
+            ChatCompletionRequest,
+            {"messages": [USER], "lora": {"adapters": [{"name": "a", "scale": 1}]}},
+            "lora.adapters.0.scale",
+        ),
+        (ChatCompletionRequest, {"messages": [USER], "stream_options": {"usage": True}}, "stream_options.usage"),
+        (ChatCompletionRequest, {"messages": [USER | {"tool": 1}]}, "messages.0.tool"),
+        (CompletionRequest, {"prompt": "Hi", "messages": []}, "messages"),
+        (RouteQuery, {"prompt": "Hi", "model": "auto"}, "model"),
+        (ChatCompletionRequest, {"messages": [USER], "lora": {"filter": {"tag": "a"}}}, "lora.filter.tags"),
+        (PublishBatch, {"adapters": [{"path": "/a", "force": True}]}, "adapters.0.force"),
+        (RollbackRequest, {"version": "a"}, "version"),
+        (LoadAdapterRequest, {"lora_name": "a", "lora_path": "/a", "pinned": True}, "pinned"),
+        (LoadAdapterRequest, {"lora_name": "a", "lora_path": "/a", "is_3d_lora_weight": True}, "is_3d_lora_weight"),
+        (UnloadAdapterRequest, {"name": "a"}, "lora_name"),
+        (GcRequest, {"retention": 1}, "retention"),
+        (GcRequest, {"retention_s": -1}, "retention_s"),
+    ],
+)
+def test_an_unknown_key_is_refused_by_its_path(kind: Any, body: dict[str, Any], param: str) -> None:
+    error = refusal(kind, body)
+    assert error.param == param
+    assert str(error).startswith(param)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"n": 0}, "n"),
+        ({"n": 17}, "n"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"presence_penalty": 2.5}, "presence_penalty"),
+        ({"frequency_penalty": -2.5}, "frequency_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5"),
+        ({"logit_bias": {"five": 1}}, "logit_bias.five"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"stop": [1]}, "stop.0"),
+        ({"stop": {}}, "stop"),
+        ({"temperature": 2.5}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"seed": -1}, "seed"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+        ({"lora": {"k": 17}}, "lora.k"),
+        ({"lora": {"strategy": "base"}}, "lora.strategy"),
+        ({"lora": {"min_score": float("nan")}}, "lora.min_score"),
+        ({"lora": {"adapters": []}}, "lora.adapters"),
+        ({"lora": {"filter": {"tags": []}}}, "lora.filter.tags"),
+        ({"lora": {"filter": {"tags": [""]}}}, "lora.filter.tags.0"),
+        ({"lora": {"min_generation": -1}}, "lora.min_generation"),
+        ({"lora": {"adapters": [{"name": "a", "weight": 4.5}]}}, "lora.adapters.0.weight"),
+        ({"lora": {"adapters": [{"name": "a", "weight": float("nan")}]}}, "lora.adapters.0.weight"),
+    ],
+)
+def test_a_value_out_of_its_range_is_refused_by_its_path(fields: dict[str, Any], param: str) -> None:
+    assert refusal(ChatCompletionRequest, {"messages": [USER], **fields}).param == param
+
+
+def test_sampling_is_carried_over_field_by_field() -> None:
+    bias = {"logit_bias": {"7": -100, "3": 2.5}}
+    expected = SAMPLING | {"logit_bias": ((3, 2.5), (7, -100.0)), "logprobs": 4}
+    assert asdict(chat(**SAMPLING, **bias, logprobs=True, top_logprobs=4).sampling()) == expected
+    assert asdict(completion(**SAMPLING, **bias, logprobs=4).sampling()) == expected
+    assert SamplingParams.__dataclass_fields__.keys() == expected.keys()
+
+
+def test_unsaid_sampling_is_the_engines_own_default() -> None:
+    assert chat().sampling() == SamplingParams()
+
+
+def test_one_stop_string_is_a_list_of_one() -> None:
+    assert chat(stop="END").sampling().stop == ("END",)
+
+
+def test_top_k_minus_one_means_all() -> None:
+    assert chat(top_k=-1).sampling().top_k == 0
+
+
+def test_max_completion_tokens_wins_over_the_older_name() -> None:
+    assert chat(max_completion_tokens=5).sampling().max_tokens == 5
+    assert chat(max_tokens=9, max_completion_tokens=5).sampling().max_tokens == 5
+
+
+def test_what_fields_alone_cannot_tell_is_refused_as_sampling() -> None:
+    with pytest.raises(SamplingInvalid, match="min_tokens"):
+        chat(max_tokens=1, min_tokens=2).sampling()
+
+
+def test_retrieval_reads_the_last_user_message() -> None:
+    turns = [USER, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Rhyme."}]
+    assert text_of(chat(messages=[*turns, {"role": "assistant", "content": "Well,"}])) == "Rhyme."
+    assert text_of(chat(messages=[{"role": "system", "content": "Be brief."}])) == "Be brief."
+    assert text_of(completion(prompt="Once")) == "Once"
+
+
+def test_developer_is_system_and_parts_are_joined() -> None:
+    parts = [{"type": "text", "text": "One "}, {"type": "text", "text": "two"}]
+    turns = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": parts, "name": "Ann"}]
+    [question] = chat(messages=turns).questions()
+    assert question.prompt == (Message("system", "Be brief."), Message("user", "One two"))
+
+
+def test_usage_is_included_where_it_was_asked_for() -> None:
+    assert not chat(stream=True).include_usage
+    assert not chat(stream=True, stream_options={}).include_usage
+    assert chat(stream=True, stream_options={"include_usage": True}).include_usage
+
+
+def test_null_counts_as_unset_at_every_level() -> None:
+    dumped = {"role": "assistant", "content": "Hello", "refusal": None, "tool_calls": None}
+    request = ChatCompletionRequest.model_validate(
+        {"messages": [USER, dumped], "temperature": None, "n": None, "stream": None, "lora": {"k": None}}
+    )
+    assert request == ChatCompletionRequest.model_validate(
+        {"messages": [USER, {"role": "assistant", "content": "Hello"}]}
+    )

@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import importlib
+import math
+import pkgutil
+from collections.abc import Iterator
+
+import pytest
+from ray.exceptions import ActorDiedError, ObjectLostError, RayActorError, RayTaskError
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+import deployments
+import gpu_worker
+import lora_store
+import retriever_svc
+from deployments import errors as api_errors
+from deployments.api.error_table import TABLE, describe
+from deployments.http.error_responses import error_response
+from gpu_worker import errors as worker_errors
+from lora_store import errors as store_errors
+from retriever_svc import errors as retriever_errors
+from tests.fakes import as_ray_raises
+
+INVALID, OVERLOADED = "invalid_request_error", "overloaded_error"
+EXPECTED = [
+    (api_errors.RequestInvalid("lora: no", "lora"), 400, INVALID, "invalid_request"),
+    (api_errors.Unsupported("tools", "it"), 400, INVALID, "unsupported"),
+    (api_errors.KeyRefused("no key"), 401, INVALID, "invalid_api_key"),
+    (api_errors.RoleMissing("key-1", "admin"), 403, "permission_error", "role_missing"),
+    (api_errors.KeysUnavailable("gone"), 503, "overloaded_error", "keys_unavailable"),
+    (api_errors.OwnApproval("x", "acme"), 403, "permission_error", "own_approval"),
+    (api_errors.RateLimited("9 requests per minute", 2.0), 429, "rate_limit_error", "rate_limit_exceeded"),
+    (api_errors.ModelNotFound("x"), 404, "not_found_error", "model_not_found"),
+    (store_errors.AdapterNotFound("x"), 404, "not_found_error", "model_not_found"),
+    (api_errors.VersionNotKept("x", "a" * 8, ["b" * 64]), 404, "not_found_error", "version_not_found"),
+    (api_errors.VersionChanged("x", "a" * 64, "b" * 64), 409, INVALID, "version_changed"),
+    (api_errors.AdapterExists("x"), 400, INVALID, "adapter_exists"),
+    (api_errors.HostRefused("evil.example"), 421, INVALID, "host_not_allowed"),
+    (api_errors.OriginRefused("https://evil.example"), 403, "permission_error", "origin_not_allowed"),
+    (api_errors.PublishingOff("off"), 403, "permission_error", "publishing_off"),
+    (api_errors.SourceRefused("s3://b/x", "is not allowed"), 403, "permission_error", "source_not_allowed"),
+    (api_errors.SourceMissing("s3://b/x"), 404, "not_found_error", "source_not_found"),
+    (api_errors.SourceUnavailable("s3://b/x", "refused"), 503, OVERLOADED, "source_unavailable"),
+    (api_errors.BodyNotAllowed("GET takes no body"), 400, INVALID, "body_not_allowed"),
+    (api_errors.BodyTooLarge("large"), 413, INVALID, "body_too_large"),
+    (api_errors.BodyTooSlow("slow"), 408, INVALID, "body_too_slow"),
+    (api_errors.UploadsBusy(9), 503, OVERLOADED, "uploads_busy"),
+    (api_errors.ServerOverloaded(9), 429, OVERLOADED, "server_overloaded"),
+    (api_errors.BodiesBusy(9), 503, OVERLOADED, "bodies_busy"),
+    (api_errors.EncoderBusy(9), 503, OVERLOADED, "encoder_busy"),
+    (api_errors.NotReady("wait"), 503, OVERLOADED, "not_ready"),
+    (api_errors.NoWorkerYet(30), 503, OVERLOADED, "no_worker_yet"),
+    (api_errors.PoisonRequest(3), 500, "server_error", "poisoned"),
+    (store_errors.PublicNameTaken("x", ["it is taken"]), 409, INVALID, "name_taken"),
+    (store_errors.QuotaExceeded("adapters", 4, 3), 403, "permission_error", "pool_share_exceeded"),
+    (store_errors.AdapterRefused("x", ["a", "b"]), 400, INVALID, "adapter_refused"),
+    (store_errors.PlanInvalid("plan"), 400, INVALID, "plan_invalid"),
+    (store_errors.VersionConflict(3), 503, OVERLOADED, "version_conflict"),
+    (store_errors.StoreUnavailable("connection refused"), 503, OVERLOADED, "store_unavailable"),
+    (store_errors.EncoderIncomplete([]), 503, OVERLOADED, "encoder_incomplete"),
+    (store_errors.BlobCorrupted("d", "e"), 500, "server_error", "blob_corrupted"),
+    (retriever_errors.EncoderUnusable("m", "no weights"), 400, INVALID, "encoder_unusable"),
+    (retriever_errors.RouteInvalid("k"), 400, INVALID, "invalid_request"),
+    (retriever_errors.NoAdapterMatched(0.1, 0.2), 422, INVALID, "no_adapter_matched"),
+    (retriever_errors.PlanGone("x", "d"), 409, INVALID, "plan_gone"),
+    (retriever_errors.StaleIndex(2, 1), 503, OVERLOADED, "stale_index"),
+    (worker_errors.SamplingInvalid("top_p"), 400, INVALID, "invalid_request"),
+    (worker_errors.PromptInvalid("prompt"), 400, INVALID, "invalid_prompt"),
+    (worker_errors.PromptTooLong("long"), 400, INVALID, "context_length_exceeded"),
+    (worker_errors.PlanTooLarge("rows"), 400, INVALID, "plan_too_large"),
+    (worker_errors.AdapterUnfit("fit"), 400, INVALID, "adapter_unfit"),
+    (worker_errors.LogitsNotFinite("inf"), 422, INVALID, "logits_not_finite"),
+    (worker_errors.RequestFailed("r-1"), 500, "server_error", "request_failed"),
+    (worker_errors.AdapterLoadFailed("load"), 503, OVERLOADED, "adapter_load_failed"),
+    (worker_errors.DeadlineExceeded(3), 504, "timeout_error", "deadline_exceeded"),
+    (worker_errors.WaitedTooLong(60), 503, OVERLOADED, "waited_too_long"),
+    (worker_errors.EngineFull("full"), 503, OVERLOADED, "engine_full"),
+    (worker_errors.EngineStopped("stopped"), 503, OVERLOADED, "engine_stopped"),
+]
+RAYS_OWN = [
+    (BackPressureError(4, 3), 503, OVERLOADED, "overloaded"),
+    (DeploymentUnavailableError(DeploymentID("Worker", "inner")), 503, OVERLOADED, "unavailable"),
+    (RayActorError(), 503, OVERLOADED, "replica_died"),
+    (ActorDiedError(), 503, OVERLOADED, "replica_died"),
+    (ObjectLostError("0" * 56, None, ""), 503, OVERLOADED, "replica_died"),
+    (TimeoutError(), 503, OVERLOADED, "timeout"),
+]
+NEVER_REACH_A_CLIENT = {
+    "ReplicaWedged": "answers Serve's health check",
+    "BatchRefused": "ends a command, and no request",
+    "ProxyUnsafe": "stops the application's build",
+    "RayUnauthenticated": "stops the application's build, or a replica at its start",
+    "FileRefused": "becomes a reason of AdapterRefused",
+    "NothingToEmbed": "the Retriever embeds no group without samples",
+    "BaseModelUnsupported": "stops a Worker at its start",
+    "WarmUpFailed": "stops a Worker at its start",
+    "WorkerConfigInvalid": "stops the application's build",
+    "ConditionalWritesMissing": "stops the Store at its start",
+    "GenerationGone": "ends an offline run",
+    "TooFewSamples": "ends `train-retriever`, and no request",
+    "TrainingUnavailable": "ends `train-retriever`, and no request",
+    "EncoderExists": "ends `train-retriever`, and no request",
+}
+
+
+def subclasses(kind: type[Exception]) -> Iterator[type[Exception]]:
+    for child in kind.__subclasses__():
+        if not issubclass(child, RayTaskError):  # Ray makes such pairs of a cause and itself as it raises
+            yield child
+            yield from subclasses(child)
+
+
+def code_of(error: Exception) -> str:
+    code: str = describe(error)[1]["error"]["code"]
+    return code
+
+
+@pytest.mark.parametrize(("error", "status", "type_", "code"), EXPECTED, ids=lambda value: type(value).__name__)
+def test_an_error_maps_as_stated_from_here_and_from_a_replica(
+    error: Exception, status: int, type_: str, code: str
+) -> None:
+    lone = RayTaskError("method", "Traceback", error, "replica", 1, "127.0.0.1")
+    for raised in (error, as_ray_raises(error), lone):
+        found, body = describe(raised)
+        assert found == status
+        param = getattr(error, "param", None)
+        message = getattr(error, "client_message", str(error))
+        assert body == {"error": {"message": message, "type": type_, "param": param, "code": code}}
+        headers = error_response(raised).headers
+        expected = str(math.ceil(getattr(error, "retry_after_s", 1))) if status in (429, 503) else None
+        assert headers.get("retry-after") == expected
+        is_final = status in (409, 504) or code in ("poisoned", "request_failed")
+        assert headers.get("x-should-retry") == ("false" if is_final else None)
+        assert headers.get("www-authenticate") == {401: "Bearer"}.get(status)
+
+
+@pytest.mark.parametrize(("error", "status", "type_", "code"), RAYS_OWN, ids=lambda value: type(value).__name__)
+def test_what_ray_raises_maps_as_stated_and_names_no_inside(
+    error: Exception, status: int, type_: str, code: str
+) -> None:
+    found, body = describe(error)
+    assert (found, body["error"]["type"], body["error"]["code"]) == (status, type_, code)
+    message = body["error"]["message"].lower()
+    assert message
+    assert not [word for word in ("actor", "deployment", "inner", "num_queued", "node") if word in message]
+
+
+def test_every_row_of_the_table_is_tried_and_reachable() -> None:
+    rows = [kind for kind, *_ in TABLE]
+    assert set(rows) == {type(error) for error, *_ in EXPECTED + RAYS_OWN} - {ActorDiedError}
+    for place, kind in enumerate(rows):
+        assert not issubclass(kind, tuple(rows[:place])), f"{kind.__name__} stands below a row that takes it"
+
+
+def test_every_error_that_can_reach_a_client_has_a_row() -> None:
+    for package in (deployments, gpu_worker, lora_store, retriever_svc):
+        for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+            importlib.import_module(module.name)
+    roots = (
+        api_errors.DeploymentsError,
+        worker_errors.GpuWorkerError,
+        store_errors.LoraStoreError,
+        retriever_errors.RetrieverError,
+    )
+    found = {kind.__name__: kind for root in roots for kind in subclasses(root)}
+    assert len(found) > len(EXPECTED)
+    rows = tuple(kind for kind, *_ in TABLE)
+    without = {name for name, kind in found.items() if not issubclass(kind, rows)}
+    assert without == NEVER_REACH_A_CLIENT.keys()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("secret"), as_ray_raises(KeyError("secret"))])
+def test_an_unforeseen_error_is_logged_and_says_nothing_of_its_inside(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    status, body = describe(error)
+    assert status == 500
+    assert body["error"] == {
+        "message": "the server failed to answer this request",
+        "type": "server_error",
+        "param": None,
+        "code": "internal_error",
+    }
+    [record] = caplog.records
+    assert record.levelname == "ERROR"
+    assert record.exc_info is not None
+    assert record.exc_info[1] is error
+
+
+def test_the_first_row_that_fits_is_taken_for_a_subclass() -> None:
+    class Narrower(store_errors.AdapterRefused):
+        """A refusal that a later version might add."""
+
+    assert code_of(Narrower("x", ["a"])) == "adapter_refused"

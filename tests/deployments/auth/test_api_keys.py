@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, ClassVar
+
+import pytest
+import yaml
+
+from deployments.auth.api_keys import KeyRing, hash_of, new_key, parse_entries, refuse_repeats
+from deployments.auth.caller import Caller, KeyLimits
+from deployments.errors import RoleMissing
+from tests.deployments.key_files import entry
+
+
+def test_a_key_is_its_entrys_caller_and_nothing_else_is() -> None:
+    ring = KeyRing(parse_entries(json.dumps([entry("one", roles=["infer"]), entry("two", "other")])))
+    assert ring.find("one") == Caller("acme", frozenset({"infer"}), "id-one")
+    assert ring.find("two") == Caller("other", frozenset({"infer", "publish", "admin"}), "id-two")
+    for wrong in ("", "ones", "On", hash_of("one"), "one\udcff", "x" * 100_000):
+        assert ring.find(wrong) is None
+
+
+def test_what_no_hash_is_never_matches() -> None:
+    assert KeyRing([]).find("") is None
+    assert len(KeyRing([])) == 0
+
+
+def test_keys_are_new_random_and_kept_as_their_hash_only() -> None:
+    keys = {new_key() for _ in range(100)}
+    assert len(keys) == 100
+    assert {len(key) for key in keys} == {46}  # 32 random bytes behind a prefix
+    key = keys.pop()
+    assert hash_of(key) == hashlib.sha256(key.encode()).hexdigest()
+    assert key not in str(KeyRing(parse_entries(json.dumps([entry("x") | {"sha256": hash_of(key)}]))).__dict__)
+
+
+@pytest.mark.parametrize("dump", [json.dumps, yaml.safe_dump])
+def test_yaml_and_json_say_the_same(dump: Any) -> None:
+    given = [entry("one", limits={"requests_per_minute": 60, "max_adapters": 5})]
+    [found] = parse_entries(dump(given))
+    assert found.caller().limits == KeyLimits(requests_per_minute=60, max_adapters=5)
+
+
+GOOD = entry("secret")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "list"),
+        ("keys: []", "list"),
+        ("- id: [", "line 1"),
+        (json.dumps([GOOD | {"roles": ["root"]}]), "entry 0.roles.0"),
+        (json.dumps([GOOD | {"roles": []}]), "entry 0.roles"),
+        (json.dumps([GOOD | {"tenant": "a/b"}]), "entry 0.tenant"),
+        (json.dumps([GOOD | {"tenant": "auto"}]), "entry 0.tenant"),
+        (json.dumps([GOOD | {"sha256": "secret"}]), "entry 0.sha256"),
+        (json.dumps([GOOD | {"key": "secret"}]), "entry 0.key"),
+        (json.dumps([GOOD | {"limits": {"rpm": 1}}]), "entry 0.limits.rpm"),
+        (json.dumps([GOOD | {"limits": {"requests_per_minute": 0}}]), "entry 0.limits.requests_per_minute"),
+        (json.dumps([GOOD, GOOD | {"sha256": "0" * 64}]), "same id"),
+        (json.dumps([GOOD, GOOD | {"id": "other"}]), "same sha256"),
+    ],
+)
+def test_a_bad_file_is_refused_by_its_place_and_quotes_no_secret(text: str, says: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        parse_entries(text)
+    assert says in str(caught.value)
+    assert "secret" not in str(caught.value)
+    assert GOOD["sha256"] not in str(caught.value)
+
+
+def test_roles_do_not_include_one_another() -> None:
+    admin = Caller("acme", frozenset({"admin"}), "boss")
+    admin.require("admin")
+    for role in ("infer", "publish"):
+        with pytest.raises(RoleMissing, match=role):
+            admin.require(role)  # type: ignore[arg-type]
+
+
+class Counted(str):
+    """A string that counts how often it is compared."""
+
+    __slots__ = ()
+    comparisons: ClassVar[list[int]] = [0]
+
+    def __eq__(self, other: object) -> bool:
+        Counted.comparisons[0] += 1
+        return str.__eq__(self, other)
+
+    __hash__ = str.__hash__
+
+
+def test_a_long_file_is_searched_for_repeats_in_linear_time() -> None:
+    count = 20_000
+    values = [Counted(f"id-{number}") for number in range(count)]
+    refuse_repeats("id", values)
+    assert Counted.comparisons[0] < 3 * count  # equal hashes only; every pair would be 200,000,000
+    with pytest.raises(ValueError, match="entries 7 and 20000 have the same id"):
+        refuse_repeats("id", [*values, Counted("id-7")])

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import pytest
+
+from deployments.auth.key_file import KeyFile
+from deployments.errors import KeysUnavailable
+from tests.deployments.key_files import entry, write
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "keys.json"
+
+
+def known(keys: KeyFile, *names: str) -> list[str]:
+    return [name for name in names if keys.find(name) is not None]
+
+
+def test_a_replaced_file_holds_from_the_next_request_on(path: Path) -> None:
+    keys = KeyFile(write(path, entry("a")))
+    assert known(keys, "a", "b") == ["a"]
+    write(path, entry("a"), entry("b"))
+    assert known(keys, "a", "b") == ["a", "b"]
+    write(path, entry("b"))
+    assert known(keys, "a", "b") == ["b"]
+    write(path)  # no keys: nobody
+    assert known(keys, "a", "b") == []
+
+
+def test_an_edit_in_place_of_equal_size_and_time_is_seen(path: Path) -> None:
+    keys = KeyFile(write(path, entry("a")))
+    seen = path.stat()
+    path.write_text(path.read_text().replace(entry("a")["sha256"], entry("b")["sha256"]))
+    os.utime(path, ns=(seen.st_atime_ns, seen.st_mtime_ns))
+    assert known(keys, "a", "b") == ["b"]
+
+
+def test_a_file_that_has_settled_is_not_read_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = KeyFile(write(path, entry("a")), now=lambda: path.stat().st_mtime + 60)
+    monkeypatch.setattr(Path, "read_bytes", lambda self: pytest.fail("read"))
+    assert known(keys, "a") == ["a"]
+
+
+def test_a_kubernetes_secret_is_followed_through_its_swaps(tmp_path: Path) -> None:
+    """keys.json -> ..data/keys.json, ..data -> the newest folder; the link is replaced and the old folder goes."""
+
+    def swap(name: str, *entries: dict[str, object]) -> None:
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "keys.json", *entries)
+        os.symlink(name, tmp_path / "..data_tmp")
+        os.replace(tmp_path / "..data_tmp", tmp_path / "..data")
+
+    swap("..1", entry("a"))
+    os.symlink("..data/keys.json", tmp_path / "keys.json")
+    keys = KeyFile(tmp_path / "keys.json")
+    swap("..2", entry("a"), entry("b"))
+    (tmp_path / "..1" / "keys.json").unlink()
+    assert known(keys, "a", "b") == ["a", "b"]
+
+
+@pytest.mark.parametrize("broken", ["", "- id: [", '[{"id": "x"}]', "missing"])
+def test_a_broken_file_leaves_the_keys_and_is_logged_once(
+    path: Path, broken: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = KeyFile(write(path, entry("a")))
+    for _ in range(2):  # each time it breaks is news
+        caplog.clear()
+        path.unlink() if broken == "missing" else path.write_text(broken)
+        with caplog.at_level(logging.INFO):
+            assert [known(keys, "a") for _ in range(3)] == [["a"]] * 3
+        assert len([record for record in caplog.records if record.levelno == logging.ERROR]) == 1
+        assert str(path) in caplog.text
+        write(path, entry("a"))
+        assert known(keys, "a") == ["a"]
+    write(path, entry("b"))
+    assert known(keys, "a", "b") == ["b"]
+
+
+@pytest.mark.parametrize(("content", "error"), [(None, OSError), ("[", ValueError), ("{}", ValueError)])
+def test_a_server_does_not_start_on_a_file_it_cannot_use(
+    path: Path, content: str | None, error: type[Exception]
+) -> None:
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(error, match=r"keys\.json"):
+        KeyFile(path)
+
+
+class Clock:
+    """A monotonic clock that a test moves."""
+
+    def __init__(self) -> None:
+        self.seconds = 1000.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+def test_a_file_that_is_missing_for_longer_than_the_grace_period_lets_nobody_in(path: Path) -> None:
+    clock = Clock()
+    keys = KeyFile(write(path, entry("a")), missing_grace_s=300, monotonic=clock)
+    clock.seconds += 10_000
+    assert known(keys, "a") == ["a"]  # the period begins when the file is found missing
+    path.unlink()
+    assert known(keys, "a") == ["a"]
+    clock.seconds += 299
+    assert known(keys, "a", "b") == ["a"]
+    clock.seconds += 1
+    for key in ("a", "b"):  # whether a key was valid shows no more
+        with pytest.raises(KeysUnavailable):
+            keys.find(key)
+    write(path, entry("b"))
+    assert known(keys, "a", "b") == ["b"]
+    path.unlink()
+    clock.seconds += 299
+    assert known(keys, "a", "b") == ["b"]  # another period
+
+
+def test_a_broken_file_is_not_missing(path: Path) -> None:
+    clock = Clock()
+    keys = KeyFile(write(path, entry("a")), missing_grace_s=0, monotonic=clock)
+    path.write_text("[")
+    assert known(keys, "a") == ["a"]
+    clock.seconds += 10_000
+    assert known(keys, "a") == ["a"]
+    path.unlink()
+    with pytest.raises(KeysUnavailable):
+        keys.find("a")

@@ -1,0 +1,78 @@
+"""The application is built in Ray's token mode only: each case in a process of its own, as the mode is read once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deployments.errors import RayUnauthenticated
+
+BUILD = """
+import logging, sys
+logging.basicConfig()
+from deployments.app import build_app
+from deployments.config.app import AppConfig
+from ray._private.authentication.authentication_utils import is_token_auth_enabled
+
+build_app(AppConfig(store_uri=sys.argv[1], allow_unauthenticated_ray=sys.argv[2] == "allow"))
+print("built", is_token_auth_enabled())
+"""
+SWITCH_ON = """
+import logging, os
+logging.basicConfig()
+from ray._private.authentication.authentication_utils import is_token_auth_enabled
+from deployments.auth.ray_token import use_token_mode
+
+print("before", is_token_auth_enabled())
+use_token_mode()
+print("after", is_token_auth_enabled(), os.environ["RAY_AUTH_MODE"])
+"""
+
+
+def python(script: str, mode: str | None, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
+    environment |= {} if mode is None else {"RAY_AUTH_MODE": mode}
+    command = [sys.executable, "-c", script, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_application_is_not_built_where_ray_asks_for_no_token(tmp_path: Path) -> None:
+    run = python(BUILD, "disabled", str(tmp_path), "refuse")
+    assert run.returncode != 0
+    assert "built" not in run.stdout
+    assert "RayUnauthenticated: " in run.stderr
+    for part in ("RAY_AUTH_MODE is 'disabled'", "Set RAY_AUTH_MODE=token", "allow_unauthenticated_ray: true"):
+        assert part in run.stderr
+
+
+@pytest.mark.parametrize("mode", ["token", None], ids=["token", "not set"])
+def test_the_application_is_built_in_token_mode(mode: str | None, tmp_path: Path) -> None:
+    """Where the environment says nothing the builder switches it on: `serve run` builds before it connects."""
+    run = python(BUILD, mode, str(tmp_path), "refuse")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["built", "True"]
+
+
+def test_a_setting_named_for_its_danger_allows_it_with_a_warning(tmp_path: Path) -> None:
+    run = python(BUILD, "disabled", str(tmp_path), "allow")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["built", "False"]
+    assert "WARNING:deployments.auth.ray_token:Ray asks for no token" in run.stderr
+
+
+def test_the_server_overrules_an_environment_that_switches_the_token_off() -> None:
+    run = python(SWITCH_ON, "disabled")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["before", "False", "after", "True", "token"]
+    assert "RAY_AUTH_MODE=disabled is ignored" in run.stderr
+
+
+@pytest.mark.parametrize(("mode", "given"), [(None, "RAY_AUTH_MODE is not set"), ("off", "RAY_AUTH_MODE is 'off'")])
+def test_the_refusal_says_what_was_given_and_what_to_do(mode: str | None, given: str) -> None:
+    message = str(RayUnauthenticated(mode))
+    assert given in message
+    assert "ray get-auth-token --generate" in message

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pytest
+
+from deployments.batch.output import BatchOutput, Manifest
+from deployments.errors import BatchRefused
+
+
+def manifest(generation: int = 3, **changes: Any) -> Manifest:
+    settings = {"template": "alpaca", "retrieval": {"k": 3, "weights": "softmax"}, "part_rows": 4} | changes
+    return Manifest(generation=generation, input={"in.parquet": "abc"}, settings=settings)
+
+
+def test_a_continued_run_keeps_the_generation_it_began_with(tmp_path: Path) -> None:
+    assert BatchOutput(str(tmp_path)).begin(manifest(3)).generation == 3
+    assert BatchOutput(str(tmp_path)).begin(manifest(9)) == manifest(3)
+
+
+def test_parts_that_are_there_are_known_and_make_one_dataset(tmp_path: Path) -> None:
+    output = BatchOutput(str(tmp_path / "out"))
+    output.begin(manifest())
+    assert output.done() == set()
+    output.write(2, pa.table({"n": [3, 4]}))
+    output.write(0, pa.table({"n": [1, 2]}))
+    assert output.done() == {0, 2}
+    assert ds.dataset(tmp_path / "out").to_table()["n"].to_pylist() == [1, 2, 3, 4]
+
+
+def test_what_a_crash_left_half_written_is_no_part_and_goes(tmp_path: Path) -> None:
+    output = BatchOutput(str(tmp_path))
+    output.begin(manifest())
+    half = tmp_path / ".part-000001.parquet.0123"
+    half.write_bytes(b"half")
+    assert output.done() == set()
+    output.begin(manifest())
+    assert not half.exists()
+
+
+def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
+    output = BatchOutput(str(tmp_path))
+    output.begin(manifest())
+    with pytest.raises(BatchRefused) as caught:
+        output.begin(manifest(retrieval={"k": 5, "weights": "softmax"}, part_rows=8))
+    assert str(caught.value).endswith("other settings: retrieval.k was 3, is 5; part_rows was 4, is 8")
+    assert output.begin(manifest()) == manifest()
+
+
+def test_another_input_is_refused(tmp_path: Path) -> None:
+    output = BatchOutput(str(tmp_path))
+    output.begin(manifest())
+    with pytest.raises(BatchRefused, match=r"input is not the one .*: in.parquet was 'abc', is 'abd'"):
+        output.begin(manifest().model_copy(update={"input": {"in.parquet": "abd"}}))
+
+
+def test_a_folder_that_holds_something_else_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(BatchRefused, match="holds something"):
+        BatchOutput(str(tmp_path)).begin(manifest())
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+    (tmp_path / "_manifest.json").write_text('{"version": 2}')
+    with pytest.raises(BatchRefused, match="no manifest of this version"):
+        BatchOutput(str(tmp_path)).begin(manifest())

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from deployments.api.completions import ChatCompletionRequest, CompletionRequest
+from deployments.api.planned import Planned
+from deployments.batch.rows import ANSWER, Asked, answered, bodies_of, check_columns, request_of
+from deployments.errors import BatchRefused, RequestInvalid
+from gpu_worker.errors import PromptTooLong
+from gpu_worker.request.request import Completion, Job
+from lora_store import AdapterRef, Plan, PlannedAdapter
+
+
+def test_a_row_is_the_body_of_a_request() -> None:
+    table = pa.table(
+        {
+            "id": [1, 2],
+            "prompt": ["Rhyme", "Count"],
+            "model": [None, "poet"],
+            "seed": pa.array([7, None], pa.int64()),
+            "lora": ['{"k": 2}', None],
+            "user": ["not", "asked"],
+        }
+    )
+    first, second = bodies_of(table, {"model": "auto", "max_tokens": 9})
+    assert first == {"model": "auto", "max_tokens": 9, "prompt": "Rhyme", "seed": 7, "lora": '{"k": 2}'}
+    assert second == {"model": "poet", "max_tokens": 9, "prompt": "Count"}
+    request = request_of(first)
+    assert isinstance(request, CompletionRequest)
+    assert (request.prompt, request.seed, request.max_tokens, request.lora.k) == (["Rhyme"], 7, 9, 2)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_messages_and_lora_may_be_nested_or_json(as_json: bool) -> None:
+    messages = [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "Rhyme"}]
+    row: dict[str, Any] = {"messages": messages, "lora": {"k": 2, "strategy": None}}
+    if as_json:
+        row = {name: json.dumps(value) for name, value in row.items()}
+    [body] = bodies_of(pa.Table.from_pylist([row]), {})
+    request = request_of(body)
+    assert isinstance(request, ChatCompletionRequest)
+    [question] = request.questions()
+    assert (question.text, question.lora.k, len(question.prompt)) == ("Rhyme", 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "prompt"),
+        ({"prompt": "a", "messages": []}, "prompt"),
+        ({"prompt": ["a", "b"]}, "prompt"),
+        ({"prompt": 5}, "prompt"),
+        ({"prompt": ""}, "prompt.0"),
+        ({"prompt": "a", "lora": "{k: 2}"}, "lora"),
+        ({"prompt": "a", "lora": '{"strategey": "fusion"}'}, "lora.strategey"),
+        ({"messages": "no json"}, "messages"),
+        ({"prompt": "a", "temperature": 3.0}, "temperature"),
+        ({"prompt": "a", "max_tokens": 0}, "max_tokens"),
+    ],
+)
+def test_a_row_that_no_request_could_be_is_refused(body: dict[str, Any], param: str) -> None:
+    with pytest.raises(RequestInvalid) as caught:
+        request_of(body)
+    assert caught.value.param == param
+
+
+def test_an_input_without_prompts_or_with_a_column_of_the_answer_is_refused() -> None:
+    check_columns(pa.schema([("messages", pa.string()), ("id", pa.int64())]))
+    with pytest.raises(BatchRefused, match="neither a column 'prompt' nor 'messages', only question"):
+        check_columns(pa.schema([("question", pa.string())]))
+    with pytest.raises(BatchRefused, match=r"'error'.*rename"):
+        check_columns(pa.schema([("prompt", pa.string()), ("error", pa.string())]))
+
+
+def test_answers_stand_beside_their_rows_and_errors_in_place_of_answers() -> None:
+    ref = AdapterRef("local", "poet", "d" * 64)
+    planned = Planned(Plan("selection", (PlannedAdapter(ref, "w" * 64, 1.0, 0.5),)))
+    job = Job("row-0", "Rhyme")
+    refused = {"message": "no", "type": "t", "param": "lora", "code": "invalid_request"}
+    asked = [Asked(planned, job), Asked(error=refused), Asked(planned, job)]
+    outcomes = [Completion("text", 3, 2, "stop"), None, PromptTooLong("too long")]
+    table = answered(pa.table({"id": [1, 2, 3]}), asked, outcomes)
+    assert table.schema.names == ["id", *ANSWER.names]
+    first, second, third = table.to_pylist()
+    told = [{"name": "poet", "digest": "d" * 64, "weight": 1.0, "score": 0.5}]
+    assert first == {
+        "id": 1,
+        "text": "text",
+        "finish_reason": "stop",
+        "adapters": told,
+        "strategy": "selection",
+        "num_prompt_tokens": 3,
+        "num_new_tokens": 2,
+        "error": None,
+    }
+    assert second["error"] == {"code": "invalid_request", "message": "no", "param": "lora"}
+    assert second["text"] is second["adapters"] is None
+    assert third["error"] == {"code": "context_length_exceeded", "message": "too long", "param": None}
+    assert (third["text"], third["adapters"]) == (None, told)

@@ -1,0 +1,299 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import resource
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+from uvicorn.config import HTTP_PROTOCOLS
+
+from deployments.app import build_app
+from deployments.calls import h11_proxy
+from deployments.calls.h11_proxy import (
+    CALLBACK,
+    AddressBook,
+    WithoutTraceparent,
+    address_of,
+    bound_headers,
+    protocol_within,
+)
+from deployments.calls.proxy_limits import CONNECTIONS_VARIABLE, HA_PROXY_VARIABLE, TRACEPARENT_VARIABLE, ProxyLimits
+from deployments.errors import ProxyUnsafe
+from tests.deployments.app_fakes import config_of
+from tests.deployments.key_files import entry, write
+
+GOOD = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+
+
+@pytest.fixture(autouse=True)
+def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setitem(HTTP_PROTOCOLS, "auto", HTTP_PROTOCOLS["auto"])
+    [middleware] = bound_headers()
+    assert str(middleware.cls) == str(WithoutTraceparent)
+    yield
+
+
+async def hello(scope: Any, receive: Any, send: Any) -> None:
+    while (await receive()).get("more_body"):
+        pass
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"5")]})
+    await send({"type": "http.response.body", "body": b"hello"})
+
+
+async def answer_to(*pieces: bytes) -> bytes:
+    """What a server that is configured as Serve configures it says to these bytes."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(hello, log_level="critical", lifespan="off"))
+        serving = asyncio.create_task(server.serve([listener]))
+        while not server.started:
+            await asyncio.sleep(0)
+        try:
+            reader, writer = await asyncio.open_connection(*listener.getsockname())
+            writer.writelines(pieces)
+            return await asyncio.wait_for(reader.read(), 20)
+        finally:
+            server.should_exit = server.force_exit = True
+            await serving
+
+
+def test_the_callback_is_found_by_its_path() -> None:
+    module, _, name = CALLBACK.partition(":")
+    assert module == h11_proxy.__name__
+    assert getattr(h11_proxy, name) is bound_headers
+
+
+def test_a_request_of_common_size_is_answered() -> None:
+    answer = asyncio.run(answer_to(GOOD, b"X-A: ", b"a" * 8000, b"\r\n\r\n"))
+    assert answer.startswith(b"HTTP/1.1 200")
+
+
+CHUNKED = b"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        (GOOD, b"X-A: ", b"a" * 20_000),
+        (GOOD, b"".join(b"X-%d: a\r\n" % number for number in range(3000))),
+        (b"GET /", b"a" * 20_000),
+        (CHUNKED, b"1\r\na\r\n0\r\nX-A: ", b"a" * 20_000),
+    ],
+    ids=["a header", "many headers", "an address", "a trailer"],
+)
+def test_what_stands_beside_a_body_is_refused_before_it_ends(pieces: tuple[bytes, ...]) -> None:
+    """None of these ends: without a bound, the server waits for more."""
+    assert asyncio.run(answer_to(*pieces)).startswith(b"HTTP/1.1 400")
+
+
+@asynccontextmanager
+async def server_of(limits: ProxyLimits, app: Any = hello, **settings: Any) -> AsyncIterator[tuple[int, AddressBook]]:
+    """A server within these limits: its port, and its book of connections."""
+    protocol = protocol_within(limits)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        config = uvicorn.Config(app, log_level="critical", lifespan="off", http=protocol, backlog=1024, **settings)
+        server = uvicorn.Server(config)
+        serving = asyncio.create_task(server.serve([listener]))
+        while not server.started:
+            await asyncio.sleep(0)
+        try:
+            yield listener.getsockname()[1], protocol.book
+        finally:
+            server.should_exit = server.force_exit = True
+            await serving
+
+
+async def connect(port: int, address: str = "127.0.0.1") -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    return await asyncio.open_connection("127.0.0.1", port, local_addr=(address, 0))
+
+
+async def until_closed(reader: asyncio.StreamReader) -> bytes:
+    """What came until the server closed."""
+    return await asyncio.wait_for(reader.read(), 20)
+
+
+def code_of(answer: bytes) -> str:
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert b"application/json" in head
+    code: str = json.loads(body)["error"]["code"]
+    return code
+
+
+@pytest.mark.parametrize("start", [b"G", b"GET / HTTP/1.1\r\nHost: x\r\n"])
+def test_a_head_that_does_not_come_whole_in_time_is_refused_also_where_it_trickles(start: bytes) -> None:
+    async def run() -> bytes:
+        async with server_of(ProxyLimits(head_timeout_s=0.3)) as (port, book):
+            reader, writer = await connect(port)
+            writer.write(start)
+
+            async def trickle() -> None:
+                while True:
+                    await asyncio.sleep(0.05)
+                    writer.write(b"X: y\r\n" if start.endswith(b"x\r\n") else b"")
+
+            trickling = asyncio.create_task(trickle())
+            answer = await until_closed(reader)
+            trickling.cancel()
+            assert book.num_connections == 0
+            return answer
+
+    answer = asyncio.run(run())
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert code_of(answer) == "head_too_slow"
+
+
+def test_a_connection_without_a_byte_is_closed_without_a_word() -> None:
+    async def run() -> bytes:
+        async with server_of(ProxyLimits(head_timeout_s=0.1)) as (port, _):
+            reader, _ = await connect(port)
+            return await until_closed(reader)
+
+    assert asyncio.run(run()) == b""
+
+
+def test_a_connection_that_was_answered_may_idle_and_its_next_head_has_a_deadline_again() -> None:
+    async def run() -> tuple[bytes, bytes]:
+        async with server_of(ProxyLimits(head_timeout_s=0.2), timeout_keep_alive=30) as (port, _):
+            reader, writer = await connect(port)
+            for pause_s in (0.0, 0.5):
+                await asyncio.sleep(pause_s)
+                writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+                answer = await asyncio.wait_for(reader.readuntil(b"hello"), 20)
+            writer.write(b"GET / HT")
+            return answer, await until_closed(reader)
+
+    answer, late = asyncio.run(run())
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert code_of(late) == "head_too_slow"
+
+
+def test_a_half_head_behind_a_whole_request_has_a_deadline_too() -> None:
+    async def run() -> bytes:
+        async with server_of(ProxyLimits(head_timeout_s=0.2), timeout_keep_alive=30) as (port, _):
+            reader, writer = await connect(port)
+            writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\nGET / HT")
+            return await until_closed(reader)
+
+    answer = asyncio.run(run())
+    assert answer.startswith(b"HTTP/1.1 200") and b"hello" in answer
+
+
+def test_a_body_may_take_longer_than_a_head() -> None:
+    async def run() -> bytes:
+        async with server_of(ProxyLimits(head_timeout_s=0.1)) as (port, _):
+            reader, writer = await connect(port)
+            writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 2\r\n\r\na")
+            await asyncio.sleep(0.4)
+            writer.write(b"b")
+            return await until_closed(reader)
+
+    assert asyncio.run(run()).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.2"], ids=["of the same address", "of another"])
+def test_half_open_connections_do_not_keep_a_request_from_its_answer(address: str) -> None:
+    """The process may open few files, and the slow ones ask for far more. Their deadline is not what helps here."""
+
+    async def run() -> list[bytes]:
+        async with server_of(ProxyLimits(head_timeout_s=60, connections_per_address=20)) as (port, book):
+            slow = []
+            for _ in range(200):
+                slow.append(await connect(port))
+                slow[-1][1].write(b"GET / HTTP/1.1\r\nX-A: ")
+                await asyncio.sleep(0)
+            answers = []
+            for _ in range(3):
+                reader, writer = await connect(port, address)
+                writer.write(GOOD + b"\r\n")
+                answers.append(await until_closed(reader))
+            assert book.num_connections <= 20
+            for _, writer in slow:
+                writer.close()
+            return answers
+
+    for answer in asyncio.run(run()):
+        assert answer.startswith(b"HTTP/1.1 200"), answer
+
+
+def test_where_all_connections_of_an_address_work_one_more_is_refused_and_others_are_served() -> None:
+    async def run() -> None:
+        async with server_of(ProxyLimits(connections_per_address=3)) as (port, book):
+            busy = [await connect(port) for _ in range(3)]
+            for _, writer in busy:
+                writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 1\r\n\r\n")
+            while book.num_connections < 3 or book._waiting:
+                await asyncio.sleep(0.01)
+            reader, _ = await connect(port)
+            answer = await until_closed(reader)
+            assert answer.startswith(b"HTTP/1.1 429") and code_of(answer) == "too_many_connections"
+            reader, writer = await connect(port, "127.0.0.3")
+            writer.write(GOOD + b"\r\n")
+            assert (await until_closed(reader)).startswith(b"HTTP/1.1 200")
+            for reader, writer in busy:
+                writer.write(b"x")
+                assert (await until_closed(reader)).startswith(b"HTTP/1.1 200")
+            while book.num_connections:
+                await asyncio.sleep(0.01)
+            reader, writer = await connect(port)
+            writer.write(GOOD + b"\r\n")
+            assert (await until_closed(reader)).startswith(b"HTTP/1.1 200")
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
+@pytest.mark.parametrize(
+    ("client", "address"),
+    [
+        (("192.0.2.7", 1), "192.0.2.7"),
+        (("::ffff:192.0.2.7", 1), "192.0.2.7"),
+        (("2001:db8:1:2:3:4:5:6", 1), "2001:db8:1:2::/64"),
+        (("fe80::1%eth0", 1), "fe80::/64"),
+        (("somewhere", 1), "somewhere"),
+        (None, ""),
+    ],
+)
+def test_connections_are_counted_by_customer(client: tuple[str, int] | None, address: str) -> None:
+    assert address_of(client) == address
+
+
+def test_the_limits_are_read_from_the_environment() -> None:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    default = ProxyLimits.from_environment({})
+    assert default.head_timeout_s == 10 and not default.trusts_traceparent
+    assert default.connections_per_address == min(1024, soft // 4) or soft == resource.RLIM_INFINITY
+    given = ProxyLimits.from_environment({CONNECTIONS_VARIABLE: "7", TRACEPARENT_VARIABLE: "1"})
+    assert (given.connections_per_address, given.trusts_traceparent) == (7, True)
+    assert ProxyLimits.from_environment({CONNECTIONS_VARIABLE: "0"}).connections_per_address is None
+    for name, value in ((CONNECTIONS_VARIABLE, "-1"), (CONNECTIONS_VARIABLE, "x"), (TRACEPARENT_VARIABLE, "yes")):
+        with pytest.raises(ValueError, match=name):
+            ProxyLimits.from_environment({name: value})
+
+
+def test_rays_haproxy_is_refused_where_there_are_no_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(HA_PROXY_VARIABLE, "1")
+    with pytest.raises(ProxyUnsafe, match="set keys_file"):
+        build_app(config_of())
+    keys = write(tmp_path / "keys.json", entry("k"))
+    build_app(config_of(keys_file=keys))
+    monkeypatch.setenv(HA_PROXY_VARIABLE, "0")
+    build_app(config_of())
+
+
+def test_a_client_does_not_decide_what_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(scope["headers"])
+
+    headers = [(b"host", b"x"), (b"traceparent", b"00-" + b"a" * 32 + b"-bbbbbbbbbbbbbbbb-01"), (b"Tracestate", b"a=b")]
+    asyncio.run(WithoutTraceparent(app)({"type": "http", "headers": headers}, None, None))  # type: ignore[arg-type]
+    assert seen == [[(b"host", b"x")]] and len(headers) == 3
+    monkeypatch.setenv(TRACEPARENT_VARIABLE, "1")
+    assert bound_headers() == []

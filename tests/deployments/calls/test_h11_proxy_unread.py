@@ -1,0 +1,176 @@
+"""Clients that do not read their answers, or whose requests are answered before their bodies end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from deployments.calls.proxy_limits import ProxyLimits
+from tests.deployments.calls.test_h11_proxy import connect, server_of
+
+GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+LARGE = b"x" * (16 << 20)  # more than the kernel takes for a client that does not read
+
+
+async def large(scope: Any, receive: Any, send: Any) -> None:
+    headers = [(b"content-length", str(len(LARGE)).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": LARGE})
+
+
+async def in_pieces(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    for at in range(0, len(LARGE), 1 << 20):
+        await send({"type": "http.response.body", "body": LARGE[at : at + (1 << 20)], "more_body": True})
+    await send({"type": "http.response.body"})
+
+
+def num_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def unread(port: int, request: bytes) -> socket.socket:
+    """Send a request from a socket whose answer nobody reads."""
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    client.connect(("127.0.0.1", port))
+    client.sendall(request)
+    return client
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    while not is_so():
+        await asyncio.sleep(0.01)
+
+
+def test_clients_that_do_not_read_hold_no_more_connections_than_the_bound() -> None:
+    async def run() -> None:
+        limits = ProxyLimits(head_timeout_s=60, connections_per_address=3)
+        async with server_of(limits, large, timeout_keep_alive=60) as (port, book):
+            before, clients = num_files(), []
+            for _ in range(9):
+                clients.append(unread(port, GET))
+                await asyncio.sleep(0.1)
+            assert num_files() - before - len(clients) == book.num_connections == 3
+            for client in clients:
+                client.close()
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
+@pytest.mark.parametrize("bound", [3, None], ids=["bound", "no bound"])
+@pytest.mark.parametrize(
+    ("app", "request_"),
+    [
+        (large, GET),
+        (large, GET + b"GET"),
+        (large, GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")),
+        (in_pieces, GET),
+    ],
+    ids=["idle", "a late head behind it", "the last answer", "an answer in pieces"],
+)
+def test_a_client_that_does_not_read_is_cut_off(app: Any, request_: bytes, bound: int | None) -> None:
+    async def run() -> None:
+        limits = ProxyLimits(head_timeout_s=0.3, unread_timeout_s=0.3, connections_per_address=bound)
+        async with server_of(limits, app, timeout_keep_alive=1) as (port, book):
+            before, client = num_files(), unread(port, request_)
+            await until(lambda: book.num_connections == 1)
+            await until(lambda: book.num_connections == 0)
+            await until(lambda: num_files() == before + 1)
+            client.close()
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
+def test_a_client_that_reads_slowly_has_its_whole_answer() -> None:
+    async def run() -> int:
+        limits = ProxyLimits(unread_timeout_s=0.4)
+        async with server_of(limits, large, timeout_keep_alive=1) as (port, _):
+            reader, writer = await connect(port)
+            writer.write(GET)
+            num_bytes = 0
+            while piece := await reader.read(1 << 20):
+                num_bytes += len(piece)
+                await asyncio.sleep(0.02)
+            return num_bytes
+
+    assert asyncio.run(asyncio.wait_for(run(), 30)) > len(LARGE)
+
+
+POST = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\nx"
+
+
+async def refuse(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 401, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"no"})
+
+
+async def answered_early(port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    reader, writer = await connect(port)
+    writer.write(POST)
+    assert (await reader.readuntil(b"\r\n\r\nno")).startswith(b"HTTP/1.1 401")
+    return reader, writer
+
+
+@pytest.mark.parametrize("bound", [3, None], ids=["bound", "no bound"])
+@pytest.mark.parametrize("more", [b"", b"y"], ids=["silent", "trickling"])
+def test_a_body_that_goes_on_after_the_answer_has_a_deadline(bound: int | None, more: bytes) -> None:
+    async def run() -> None:
+        limits = ProxyLimits(head_timeout_s=0.4, connections_per_address=bound)
+        async with server_of(limits, refuse, timeout_keep_alive=60) as (port, book):
+            _, writer = await answered_early(port)
+            while book.num_connections:
+                writer.write(more)
+                await asyncio.sleep(0.05)
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+
+
+def test_a_connection_that_was_answered_early_makes_room_for_another() -> None:
+    async def run() -> None:
+        limits = ProxyLimits(head_timeout_s=60, connections_per_address=3)
+        async with server_of(limits, refuse, timeout_keep_alive=60) as (port, book):
+            clients = []  # a reader that nobody keeps closes its connection
+            for _ in range(6):
+                clients.append(await answered_early(port))
+                clients[-1][1].write(b"y")
+                await asyncio.sleep(0.05)
+            assert book.num_connections == 3
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+
+
+def test_a_client_that_sends_its_whole_body_reads_the_early_answer_and_asks_again() -> None:
+    async def run() -> bytes:
+        async with server_of(ProxyLimits(head_timeout_s=5), refuse, timeout_keep_alive=60) as (port, _):
+            reader, writer = await connect(port)
+            writer.write(POST)
+            await asyncio.sleep(0.1)
+            writer.write(b"x" * 999_999)
+            await writer.drain()
+            writer.write(GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+            return await reader.read()
+
+    assert asyncio.run(asyncio.wait_for(run(), 10)).count(b"HTTP/1.1 401") == 2
+
+
+def test_a_request_in_progress_behind_another_has_no_deadline_for_its_body() -> None:
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive()).get("more_body"):
+            pass
+        await refuse(scope, receive, send)
+
+    async def run() -> bytes:
+        async with server_of(ProxyLimits(head_timeout_s=0.1), slow, timeout_keep_alive=60) as (port, _):
+            reader, writer = await connect(port)
+            writer.write(GET + POST)
+            await asyncio.sleep(0.5)
+            writer.write(b"x" * 999_999)
+            return await reader.readuntil(b"no") + await reader.readuntil(b"no")
+
+    assert asyncio.run(asyncio.wait_for(run(), 10)).count(b"HTTP/1.1 401") == 2

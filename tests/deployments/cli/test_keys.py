@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deployments.auth.api_keys import KeyRing, hash_of, parse_entries
+from deployments.auth.caller import Caller, KeyLimits
+from tests.deployments.key_files import entry
+from tests.deployments.scripted import run, scripted, words
+
+
+def new(*options: object) -> Any:
+    return run("keys", "new", "--tenant", "acme", "--role", "infer", *options)
+
+
+def test_a_key_is_shown_once_beside_the_entry_that_knows_it() -> None:
+    result = new("--role", "publish", "--id", "ci", "--requests-per-minute", "60", "--max-adapters", "0")
+    *block, key = result.stdout.splitlines()
+    assert key not in "\n".join(block)
+    limits = KeyLimits(requests_per_minute=60, max_adapters=0)
+    expected = Caller("acme", frozenset({"infer", "publish"}), "ci", limits)
+    assert KeyRing(parse_entries("\n".join(block))).find(key) == expected
+
+
+def test_a_key_is_added_to_a_file_that_only_its_owner_reads(tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    keys = [new("--file", file).stdout.strip() for _ in range(2)]
+    entries = parse_entries(file.read_text())
+    assert [found.sha256 for found in entries] == [hash_of(key) for key in keys]
+    assert len({found.id for found in entries}) == 2
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    "dump", [json.dumps, yaml.safe_dump, lambda data: yaml.safe_dump(data, default_flow_style=True)]
+)
+def test_what_the_file_holds_stays(tmp_path: Path, dump: Any) -> None:
+    file = tmp_path / "keys"
+    file.write_text(dump([entry("old", limits={"max_bytes": 9})]))
+    file.chmod(0o640)
+    key = new("--file", file).stdout.strip()
+    ring = KeyRing(parse_entries(file.read_text()))
+    old = ring.find("old")
+    assert old is not None and old.limits.max_bytes == 9
+    assert ring.find(key) is not None
+    assert stat.S_IMODE(file.stat().st_mode) == 0o640
+
+
+def test_comments_of_a_yaml_list_stay_and_a_link_stays_a_link(tmp_path: Path) -> None:
+    target, file = tmp_path / "real.yaml", tmp_path / "keys.yaml"
+    target.write_text("# ours\n" + yaml.safe_dump([entry("old")]))
+    file.symlink_to(target)
+    new("--file", file)
+    assert file.is_symlink()
+    assert target.read_text().startswith("# ours\n")
+    assert len(parse_entries(target.read_text())) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [(("--role", "root"), "roles.1"), (("--id", "a/b"), "id"), (("--requests-per-minute", "0"), "requests_per_minute")],
+)
+def test_a_bad_key_is_refused_before_anything_is_written(tmp_path: Path, options: Any, says: str) -> None:
+    result = new("--file", tmp_path / "keys.yaml", *options)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert says in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "says"), [("keys: 1", "a list"), (json.dumps([entry("x", id="twice")]), "same id")]
+)
+def test_a_file_that_cannot_take_the_key_is_left_alone(tmp_path: Path, content: str, says: str) -> None:
+    file = tmp_path / "keys.yaml"
+    file.write_text(content)
+    result = new("--file", file, "--id", "twice")
+    assert (result.exit_code, file.read_text()) == (1, content)
+    assert says in words(result.stderr)
+
+
+@pytest.mark.parametrize(("given", "sent"), [(("--key", "k1"), "Bearer k1"), ((), None)])
+def test_a_key_given_before_the_command_goes_with_every_request(
+    given: tuple[str, ...], sent: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LORARETRIEVER_KEY", raising=False)
+    with scripted((200, {"generation": 4, "data": [], "has_more": False})) as server:
+        run(*given, "list", "--url", server.url)
+        assert server.authorizations == [sent]
+
+
+def test_the_key_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORARETRIEVER_KEY", "k2")
+    with scripted((200, {"generation": 4, "data": [], "has_more": False})) as server:
+        run("list", "--url", server.url)
+        assert server.authorizations == ["Bearer k2"]
+
+
+def test_a_visibility_is_changed() -> None:
+    with scripted((200, {"name": "poet", "visibility": "public", "generation": 5})) as server:
+        result = run("visibility", "poet", "public", "--url", server.url)
+    assert (server.asked, server.sent) == ([("PATCH", "/v1/loras/poet")], [{"visibility": "public"}])
+    assert "poet is public at generation 5" in words(result.stdout)
+
+
+SHOWN = {
+    "id": "acme/poet",
+    "digest": "d" * 64,
+    "visibility": "public",
+    "num_samples": 20,
+    "tags": ["fun"],
+    "created_at": "2026-01-02",
+}
+APPROVED = {"name": "poet", "digest": "d" * 64, "generation": 5}
+APPROVAL = ("POST", "/v1/loras/acme%2Fpoet/approve")
+
+
+def test_the_version_whose_digest_is_given_is_approved() -> None:
+    with scripted((200, APPROVED)) as server:
+        result = run("approve", "acme/poet", "--digest", "d" * 64, "--url", server.url)
+    assert (server.asked, server.sent) == ([APPROVAL], [{"digest": "d" * 64}])
+    assert f"poet {'d' * 12} is approved at generation 5" in words(result.stdout)
+
+
+@pytest.mark.parametrize(("said", "is_approved"), [("y\n", True), ("n\n", False), ("", False)])
+def test_without_a_digest_the_version_that_was_shown_is_approved_once_confirmed(said: str, is_approved: bool) -> None:
+    with scripted((200, SHOWN), (200, APPROVED)) as server:
+        result = run("approve", "acme/poet", "--url", server.url, input=said)
+    assert "d" * 64 in words(result.stdout)
+    assert server.asked == [("GET", "/v1/loras/acme%2Fpoet"), *([APPROVAL] if is_approved else [])]
+    assert server.sent[1:] == ([{"digest": "d" * 64}] if is_approved else [])
+    assert (result.exit_code == 0) == is_approved

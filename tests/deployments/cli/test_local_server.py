@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+from deployments.cli.local_server import Server, ServerFailed, check_free, free_port
+from tests.deployments.app_fakes import config_of
+
+
+@contextmanager
+def listener(host: str = "127.0.0.1") -> Iterator[int]:
+    """A port another program listens on."""
+    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as server:
+        yield server.getsockname()[1]
+
+
+class Ready(BaseHTTPRequestHandler):
+    """Answers with the server's next status, `/ready` as a body."""
+
+    statuses: list[int]
+
+    def do_GET(self) -> None:
+        status = self.statuses.pop(0) if len(self.statuses) > 1 else self.statuses[0]
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps({"path": self.path, "status": status}).encode())
+
+    def log_message(self, *_: object) -> None:
+        """Keeps the tests' output clean."""
+
+
+@contextmanager
+def ready_server(*statuses: int) -> Iterator[Server]:
+    handler = type("Handler", (Ready,), {"statuses": list(statuses)})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
+        thread = Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield Server(config_of(), port=http.server_address[1])
+        http.shutdown()
+        thread.join()
+
+
+def test_a_free_port_is_free() -> None:
+    port = free_port("127.0.0.1")
+    assert 0 < port < 65536
+    check_free("127.0.0.1", port)
+
+
+def test_a_port_in_use_is_named() -> None:
+    with listener() as port, pytest.raises(ServerFailed, match=f"127.0.0.1:{port}: Address already in use"):
+        check_free("127.0.0.1", port)
+
+
+def test_an_address_of_no_interface_is_named() -> None:
+    with pytest.raises(ServerFailed, match=r"192\.0\.2\.1:0"):
+        check_free("192.0.2.1", 0)
+
+
+def test_a_port_in_use_stops_the_start_before_ray_is_asked() -> None:
+    with listener() as port, Server(config_of(), port=port) as server, pytest.raises(ServerFailed, match="in use"):
+        server.start()
+
+
+def test_port_zero_takes_a_free_one_and_the_url_tells_it() -> None:
+    server = Server(config_of(), port=0)
+    host, _, port = server.url.removeprefix("http://").partition(":")
+    assert host == "127.0.0.1"
+    check_free(host, int(port))
+
+
+def test_an_ipv6_address_stands_in_brackets() -> None:
+    assert Server(config_of(), host="::1", port=8000).url == "http://[::1]:8000"
+
+
+def test_only_the_packaged_model_is_prepared(tmp_path: Path) -> None:
+    told: list[str] = []
+    Server(config_of(cache_dir=tmp_path / "cache"), port=1).prepare(told.append)
+    assert told == ["starting Ray and the deployments"]
+    assert not (tmp_path / "cache").exists()
+
+
+def test_ready_is_waited_for() -> None:
+    with ready_server(503, 200) as server:
+        assert server.wait_ready(timeout_s=20) == {"path": "/ready", "status": 200}
+
+
+def test_what_was_said_last_is_told_when_ready_never_comes() -> None:
+    with ready_server(503) as server, pytest.raises(ServerFailed, match=r"not ready after 0 s.*503"):
+        server.wait_ready(timeout_s=0.3)
+
+
+def test_no_answer_at_all_is_told() -> None:
+    server = Server(config_of(), port=free_port("127.0.0.1"))
+    with pytest.raises(ServerFailed, match="not ready after 0 s"):
+        server.wait_ready(timeout_s=0.1)

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from deployments.cli import peft_parity
+from deployments.cli.peft_parity import TOLERANCE, parity_with_peft
+from lora_store import ModuleWeights
+from tests.tiny import tiny_config
+
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+CONFIGS: dict[str, dict[str, Any]] = {
+    "plain": {"r": 4, "lora_alpha": 8},
+    "rank-stabilised": {"r": 4, "lora_alpha": 8, "use_rslora": True},
+    "patterns": {"r": 2, "lora_alpha": 4, "rank_pattern": {"q_proj": 3}, "alpha_pattern": {"up_proj": 9}},
+}
+
+
+def trained(model: Path, folder: Path, **settings: Any) -> Path:
+    """An adapter of the model that PEFT made, its lora_B random instead of zero."""
+    torch.manual_seed(1)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules=ALL_LINEAR, **settings))
+    for key, parameter in adapted.named_parameters():
+        if "lora_" in key:
+            torch.nn.init.normal_(parameter, std=0.15)
+    adapted.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("settings", CONFIGS.values(), ids=CONFIGS)
+def test_every_strategy_says_what_peft_says(
+    settings: dict[str, Any], tiny_folders: Mapping[str, Path], tmp_path: Path
+) -> None:
+    model = tiny_folders["gemma3"]
+    differences = parity_with_peft(
+        trained(model, tmp_path / "adapter", **settings), tiny_config(model, dtype="bfloat16")
+    )
+    assert list(differences) == ["selection", "mixture", "fusion"]
+    assert max(differences.values()) < TOLERANCE / 10
+
+
+def test_a_scaling_that_is_not_pefts_shows_in_every_strategy(
+    tiny_folders: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the engine read lora_alpha / rank otherwise than PEFT does, by a tenth."""
+    model = tiny_folders["llama"]
+    folder = trained(model, tmp_path / "adapter", r=4, lora_alpha=8)
+    read = peft_parity.read_peft_folder
+
+    class Misread:
+        def __init__(self, path: Path) -> None:
+            self.modules = {
+                name: ModuleWeights(module.lora_a, module.lora_b, module.scaling * 1.1)
+                for name, module in read(path).modules.items()
+            }
+
+    monkeypatch.setattr(peft_parity, "read_peft_folder", Misread)  # the one place where both sides part
+    differences = parity_with_peft(folder, tiny_config(model))
+    assert differences["selection"] > TOLERANCE
+    assert differences["mixture"] > TOLERANCE

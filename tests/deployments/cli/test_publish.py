@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from deployments.cli.client import is_this_machine
+from deployments.cli.publish import Publishing
+from deployments.publishing.adapter_folders import open_plain
+from tests.deployments.scripted import refusal, run, scripted, words
+
+
+def answer(name: str, **changes: Any) -> dict[str, Any]:
+    plain = {"status": 201, "name": name, "generation": 4, "found_by_auto": True}
+    return plain | {"replicas": {"ready": 1, "behind": 0}} | changes
+
+
+def refused(status: int, message: str) -> dict[str, Any]:
+    return {"status": status, **refusal(message)}
+
+
+def batch(*answers: dict[str, Any]) -> dict[str, Any]:
+    return {"object": "list", "data": list(answers)}
+
+
+def adapters(folder: Path, *names: str) -> list[Path]:
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        (folder / name / "adapter_config.json").write_text(f"config of {name}")
+        (folder / name / "optimizer.pt").write_text("large")
+    return [folder / name for name in names]
+
+
+def test_whole_paths_are_sent_and_the_generation_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    [poet] = adapters(tmp_path, "poet")
+    monkeypatch.chdir(tmp_path)
+    with scripted((201, batch(answer("poet", found_by_auto=False)))) as server:
+        result = run("publish", "poet", "--url", server.url)
+    assert result.exit_code == 0
+    assert (server.asked, server.sent) == ([("POST", "/v1/loras")], [{"adapters": [{"path": str(poet)}]}])
+    assert words(result.stdout) == "poet is live at generation 4 (no samples: by name only)"
+
+
+def test_what_was_said_of_the_adapter_goes_along(tmp_path: Path) -> None:
+    [poet] = adapters(tmp_path, "poet")
+    said = ("--name", "bard", "--tag", "fun", "--tag", "short", "--template", "chat")
+    with scripted((201, batch(answer("bard")))) as server:
+        run("publish", poet, *said, "--url", server.url)
+    expected = {"path": str(poet), "name": "bard", "tags": ["fun", "short"], "template": "chat"}
+    assert server.sent == [{"adapters": [expected]}]
+
+
+@pytest.mark.parametrize(
+    ("said", "sent"), [((), {}), (("--public",), {"visibility": "public"}), (("--private",), {"visibility": "private"})]
+)
+def test_who_may_find_it_is_said_where_the_publisher_says_it(
+    tmp_path: Path, said: tuple[str, ...], sent: dict[str, str]
+) -> None:
+    [poet] = adapters(tmp_path, "poet")
+    with scripted((201, batch(answer("poet")))) as server:
+        run("publish", poet, *said, "--url", server.url)
+    assert server.sent == [{"adapters": [{"path": str(poet)} | sent]}]
+
+
+def test_a_folder_of_adapters_means_all_of_them_in_few_requests(tmp_path: Path) -> None:
+    folders = adapters(tmp_path, *[f"a{number:03}" for number in range(70)])
+    names = [folder.name for folder in folders]
+    with scripted((201, lambda sent: batch(*[answer(Path(a["path"]).name) for a in sent["adapters"]]))) as server:
+        result = run("publish", tmp_path, "--url", server.url)
+    assert result.exit_code == 0
+    assert sorted(len(body["adapters"]) for body in server.sent) == [6, 64]
+    assert [line.split()[0] for line in result.stdout.splitlines()] == names
+
+
+def test_each_failure_is_told_by_its_folder_and_the_others_go_on(tmp_path: Path) -> None:
+    folders = adapters(tmp_path, "bad", "poet", "worse")
+    rows = refused(400, "it is bad"), answer("poet", replicas={"ready": 1, "behind": 2}), refused(404, "it is gone")
+    with scripted((207, batch(*rows))) as server:
+        result = run("publish", *folders, "--url", server.url)
+    assert result.exit_code == 1
+    assert "poet is live at generation 4 (2 replicas do not have it yet)" in words(result.stdout)
+    assert [
+        f"{folder}: {said}" in words(result.stderr)
+        for folder, said in zip(folders[::2], ("it is bad", "it is gone"), strict=True)
+    ] == [True] * 2
+
+
+def test_a_server_that_refuses_the_request_refuses_every_folder(tmp_path: Path) -> None:
+    folders = adapters(tmp_path, "one", "two")
+    with scripted((403, refusal("publishing is off"))) as server:
+        result = run("publish", *folders, "--url", server.url)
+    assert (result.exit_code, len(server.asked)) == (1, 1)
+    assert words(result.stderr).count("publishing is off") == 2
+
+
+def test_one_name_goes_with_one_adapter(tmp_path: Path) -> None:
+    adapters(tmp_path, "one", "two")
+    with scripted((500, {})) as server:
+        result = run("publish", tmp_path, "--name", "bard", "--url", server.url)
+    assert (result.exit_code, server.asked) == (2, [])
+    assert "one name does not go with 2 adapters" in words(result.stderr)
+
+
+class Pauses:
+    """Publishing against a scripted server; `waits` are its pauses."""
+
+    def __init__(self, url: str, **fields: Any) -> None:
+        self.waits: list[float] = []
+        self.client = httpx.Client(base_url=url)
+        self.publishing = Publishing(self.client, fields, sleep=self.waits.append)
+
+
+def test_what_the_server_has_no_time_for_is_sent_again_alone(tmp_path: Path) -> None:
+    one, two, three = adapters(tmp_path, "one", "two", "three")
+    busy = refused(503, "the store is down")
+    first = batch(answer("one"), busy, busy)
+    with scripted(
+        (207, first), (503, refusal("overloaded")), (207, batch(answer("two"), refused(400, "bad")))
+    ) as server:
+        pauses = Pauses(server.url)
+        answers = list(pauses.publishing.by_path([one, two, three]))
+        pauses.client.close()
+    assert [(folder, row["status"]) for folder, row in answers] == [(one, 201), (two, 201), (three, 400)]
+    assert [len(body["adapters"]) for body in server.sent] == [3, 2, 2]
+    assert pauses.waits == [1.0, 2.0]
+
+
+def test_a_server_that_never_has_time_is_given_up(tmp_path: Path) -> None:
+    [one] = adapters(tmp_path, "one")
+    with scripted((207, batch(refused(503, "the store is down")))) as server:
+        pauses = Pauses(server.url)
+        [(folder, row)] = pauses.publishing.by_path([one])
+        pauses.client.close()
+    assert (folder, row["error"]["message"]) == (one, "the store is down")
+    assert (len(server.asked), pauses.waits) == (4, [1.0, 2.0, 4.0])
+
+
+def test_uploads_send_the_adapters_files_one_folder_a_request(tmp_path: Path) -> None:
+    folders = adapters(tmp_path, "poet", "bard")
+    (tmp_path / "poet" / "lora_samples.jsonl").write_text("samples of poet")
+    reply = {key: value for key, value in answer("x").items() if key != "status"}
+    with scripted((201, reply)) as server:
+        result = run("publish", *folders, "--upload", "--tag", "fun", "--url", server.url)
+    assert result.exit_code == 0
+    assert all(kind.startswith("multipart/form-data; boundary=") for kind in server.content_types)
+    first, second = server.bodies
+    for part in (
+        b'name="name"\r\n\r\npoet',
+        b'name="tags"\r\n\r\nfun',
+        b'filename="adapter_config.json"',
+        b"config of poet",
+        b"samples of poet",
+    ):
+        assert part in first
+    assert b"large" not in first
+    assert b"config of bard" in second
+
+
+def test_an_upload_is_sent_again_too(tmp_path: Path) -> None:
+    [one] = adapters(tmp_path, "one")
+    with scripted((503, refusal("overloaded")), (202, answer("one"))) as server:
+        pauses = Pauses(server.url, name="singer")
+        [(_, row)] = pauses.publishing.by_upload([one])
+        pauses.client.close()
+    assert (row["name"], pauses.waits) == ("one", [1.0])
+    assert [b"config of one" in body and b"singer" in body for body in server.bodies] == [True, True]
+
+
+def test_a_folder_without_an_adapter_is_told_and_not_sent(tmp_path: Path) -> None:
+    with scripted((500, {})) as server:
+        result = run("publish", tmp_path, "--upload", "--url", server.url)
+    assert (result.exit_code, server.asked) == (1, [])
+    assert f"{tmp_path}: there is no adapter" in words(result.stderr)
+
+
+@pytest.mark.parametrize(
+    ("url", "kind"),
+    [
+        ("http://127.0.0.1:8000", "application/json"),
+        ("http://localhost:8000/live", "application/json"),
+        ("http://[::1]:8000", "application/json"),
+        ("http://10.0.0.1:8000", "multipart/form-data"),
+        ("https://pool.example", "multipart/form-data"),
+    ],
+)
+def test_only_a_server_of_this_machine_is_sent_paths(url: str, kind: str, tmp_path: Path) -> None:
+    [one] = adapters(tmp_path, "one")
+    assert is_this_machine(url) is (kind == "application/json")
+    seen: list[str] = []
+
+    def reply(request: httpx.Request) -> httpx.Response:
+        seen.append(request.headers["content-type"].partition(";")[0])
+        row = answer("one")
+        return httpx.Response(201, json=row if kind != "application/json" else batch(row))
+
+    with httpx.Client(base_url=url, transport=httpx.MockTransport(reply)) as client:
+        publishing = Publishing(client, {})
+        send = publishing.by_path if is_this_machine(url) else publishing.by_upload
+        assert [row["name"] for _, row in send([one])] == ["one"]
+    assert seen == [kind]
+
+
+def test_a_link_is_not_followed_and_nothing_is_sent(tmp_path: Path) -> None:
+    """A folder from elsewhere may hold a link to any file that its publisher can read."""
+    [poet, plain] = adapters(tmp_path, "poet", "plain")
+    (tmp_path / "secret.txt").write_text("a secret")
+    (poet / "description.txt").symlink_to("../secret.txt")
+    with scripted((201, answer("plain"))) as server:
+        result = run("publish", poet, plain, "--upload", "--url", server.url)
+    assert result.exit_code == 1
+    assert "description.txt is a symbolic link" in words(result.stderr)
+    assert server.asked == [("POST", "/v1/loras")]
+    assert b"a secret" not in b"".join(server.bodies)
+
+
+def test_a_file_that_becomes_a_link_is_not_opened(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text("text")
+    (tmp_path / "link").symlink_to("plain")
+    with open_plain(tmp_path / "plain") as file:
+        assert file.read() == b"text"
+    with pytest.raises(OSError, match="symbolic links"):
+        open_plain(tmp_path / "link")
+
+
+def test_with_a_key_files_are_sent_to_a_server_on_this_machine_too(tmp_path: Path) -> None:
+    [poet] = adapters(tmp_path, "poet")
+    with scripted((201, answer("poet"))) as server:
+        result = run("--key", "lr-x", "publish", poet, "--url", server.url)
+    assert result.exit_code == 0, result.stderr
+    assert server.content_types[0].startswith("multipart/form-data")
+    assert b"config of poet" in server.bodies[0]

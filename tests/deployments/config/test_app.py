@@ -1,0 +1,310 @@
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from ray import serve
+
+from deployments.config.app import AppConfig, ScalingSettings, WorkerSettings, load_config
+from deployments.scaling.adapter_affinity_router import AdapterAffinityRouter
+from deployments.scaling.autoscaling_policy import WorkerScaling
+from gpu_worker.errors import WorkerConfigInvalid
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"basemodel": "x"}, "basemodel"),
+        ({"worker": {"bank_rows": 1}}, "worker.bank_rows"),
+        ({"retrieval": {"top_k": 1}}, "retrieval.top_k"),
+        ({"store_scaling": {"replicas": 1}}, "store_scaling.replicas"),
+        ({"worker": {"bank_rank_rows": 0}}, "worker.bank_rank_rows"),
+        ({"worker": {"dtype": "int4"}}, "worker.dtype"),
+        ({"retrieval": {"k": 17}}, "retrieval.k"),
+        ({"retrieval": {"weights": "heavy"}}, "retrieval.weights"),
+        ({"template": "jinja"}, "template"),
+        ({"worker_scaling": {"min_replicas": -1}}, "worker_scaling.min_replicas"),
+        ({"worker_scaling": {"resources": {"GPU": 1}}}, "worker_scaling.resources"),
+        ({"worker_scaling": {"resources": {"l4": 0}}}, "worker_scaling.resources"),
+        ({"worker_scaling": {"metrics_interval_s": 5, "look_back_s": 5}}, "worker_scaling"),
+        ({"worker_scaling": {"initial_replicas": 2}}, "worker_scaling"),
+        ({"wake_timeout_s": 0}, "wake_timeout_s"),
+        ({"base_model_name": "a/b"}, "base_model_name"),
+        ({"base_model_name": "a:b"}, "base_model_name"),
+    ],
+)
+def test_a_bad_setting_is_refused_by_its_key(settings: dict[str, Any], key: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        AppConfig.model_validate(settings)
+    [problem] = caught.value.errors()
+    assert ".".join(map(str, problem["loc"])) == key
+
+
+@pytest.mark.parametrize("settings", [{"base_model_name": "auto"}, {"base_model": "org/my:model"}, {"base_model": "/"}])
+def test_the_served_base_name_can_be_told_from_auto_and_from_adapters(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        AppConfig.model_validate(settings)
+
+
+def test_more_replicas_at_least_than_at_most_are_refused() -> None:
+    with pytest.raises(ValidationError):
+        ScalingSettings(min_replicas=3, max_replicas=2)
+
+
+@pytest.mark.parametrize(
+    ("base_model", "name", "served"),
+    [
+        ("gemma-3-270m", "", "gemma-3-270m"),
+        ("google/gemma-3-270m-it", "", "gemma-3-270m-it"),
+        ("/models/tiny/", "", "tiny"),
+        ("/models/tiny", "mine", "mine"),
+    ],
+)
+def test_the_base_is_served_under_its_last_path_part_or_its_given_name(base_model: str, name: str, served: str) -> None:
+    config = AppConfig(base_model=base_model, base_model_name=name, accepts_base=("other",))
+    assert config.served_base_name == served
+    assert config.accepted_bases == {base_model, served, "other"}
+
+
+def test_relative_folders_are_resolved_where_the_application_is_built() -> None:
+    config = AppConfig(store_uri="pool", preload=("adapters", "/abs"))
+    assert config.store_uri == str(Path.cwd() / "pool")
+    assert config.preload == (Path.cwd() / "adapters", Path("/abs"))
+
+
+@pytest.mark.parametrize(
+    "uri", ["s3://bucket/pool", "s3://bucket/pool?endpoint_override=127.0.0.1:9000&scheme=http&region=x", "gs://b/pool"]
+)
+def test_a_remote_store_is_kept_as_it_was_written_and_cached_on_disk(uri: str) -> None:
+    config = AppConfig(store_uri=uri, cache_dir=Path("/c"), disk_cache_bytes=7)
+    assert config.store_uri == uri
+    assert config.weights_cache == (Path("/c/weights"), 7)
+    assert AppConfig(store_uri=uri, disk_cache_bytes=0).weights_cache is None
+
+
+@pytest.mark.parametrize("uri", ["pool", "/data/pool", "file:///data/pool"])
+def test_a_store_in_a_folder_needs_no_disk_cache(uri: str) -> None:
+    assert AppConfig(store_uri=uri).weights_cache is None
+
+
+@pytest.mark.parametrize("uri", ["ftp://host/pool", "s3://key:secret@bucket/pool", "s3://bucket/pool?anonymous=true"])
+def test_a_store_that_cannot_be_opened_stops_the_start(uri: str) -> None:
+    with pytest.raises(ValidationError, match="store"):
+        AppConfig(store_uri=uri)
+
+
+def test_sources_are_allowed_below_prefixes_that_can_be_compared() -> None:
+    prefixes = ("s3://bucket/adapters?endpoint_override=127.0.0.1:9000&scheme=http", "file:///data/adapters")
+    assert AppConfig(source_prefixes=prefixes).source_prefixes == prefixes
+    for bad in ("/data", "s3://bucket/../x", "http://host/x", "s3://key:secret@bucket", "s3://bucket?anonymous=true"):
+        with pytest.raises(ValidationError) as caught:
+            AppConfig(source_prefixes=("s3://bucket", bad))
+        assert repr(bad) in str(caught.value)
+
+
+def test_source_prefixes_are_a_tenants_own_or_say_that_they_are_everybodys() -> None:
+    by_tenant = {"acme": ("s3://acme",), "globex": ("s3://globex/a", "gs://globex"), "*": ("s3://open",)}
+    config = AppConfig(source_prefixes=by_tenant, keys_file=Path("keys.json"))
+    assert config.source_prefixes_of("acme") == ("s3://acme", "s3://open")
+    assert config.source_prefixes_of("globex") == ("s3://globex/a", "gs://globex", "s3://open")
+    assert config.source_prefixes_of("initech") == ("s3://open",)
+    assert AppConfig(source_prefixes={"acme": ["s3://acme"]}).source_prefixes_of("globex") == ()
+    assert AppConfig(source_prefixes=["s3://bucket"]).source_prefixes_of("local") == ("s3://bucket",)
+    for bad in ({"acme": ["/data"]}, {"a/b": ["s3://x"]}, {"": ["s3://x"]}):
+        with pytest.raises(ValidationError, match=r"data|neither a tenant"):
+            AppConfig(source_prefixes=bad)
+
+
+def test_with_keys_a_list_of_source_prefixes_is_refused_with_the_remedy() -> None:
+    with pytest.raises(ValidationError, match=r"source_prefixes.*by tenant.*'\*'"):
+        AppConfig(source_prefixes=["s3://bucket"], keys_file=Path("keys.json"))
+    assert AppConfig(source_prefixes=[], keys_file=Path("keys.json")).source_prefixes_of("acme") == ()
+
+
+def test_others_than_this_machine_change_nothing_unless_that_is_switched_on() -> None:
+    assert AppConfig().allow_remote_publish is False
+    assert AppConfig().source_prefixes == ()
+
+
+def test_worker_settings_reach_the_engine_field_by_field() -> None:
+    settings = {
+        "device": "cpu",
+        "dtype": "bfloat16",
+        "num_threads": 3,
+        "lora_products": "torch",
+        "bank_rank_rows": 11,
+        "max_batch_size": 12,
+        "max_model_len": 13,
+        "kv_tokens": 130,
+        "max_step_tokens": 14,
+        "max_chunk_tokens": 13,
+        "max_waiting": 15,
+        "max_wait_s": 17.5,
+        "host_cache_bytes": 16,
+    }
+    config = AppConfig(base_model="a/b", cache_dir=Path("/c"), worker=WorkerSettings(**settings))
+    worker = asdict(config.worker_config())
+    assert {key: worker[key] for key in settings} == settings
+    assert (worker["base_model"], worker["cache_dir"]) == ("a/b", Path("/c"))
+    assert settings.keys() | {"stream_interval_ms", "niceness", "wedged_after_s"} == WorkerSettings.model_fields.keys()
+
+
+def test_threads_are_counted_on_the_workers_machine_where_none_are_set() -> None:
+    assert AppConfig().worker_config().num_threads is None
+
+
+@pytest.mark.parametrize(("num_gpus", "share"), [(0.5, 0.5), (0.25, 0.25), (1, 1.0), (2, 1.0)])
+def test_a_worker_plans_with_its_share_of_the_gpu(num_gpus: float, share: float) -> None:
+    scaling = ScalingSettings(num_gpus=num_gpus, max_ongoing_requests=2112)
+    config = AppConfig(worker=WorkerSettings(device="cuda"), worker_scaling=scaling)
+    assert config.worker_config().device_share == share
+    assert AppConfig().worker_config().device_share == 1.0
+
+
+def test_a_worker_that_could_not_start_is_refused_before_anything_starts() -> None:
+    with pytest.raises((ValidationError, WorkerConfigInvalid)):
+        AppConfig(worker=WorkerSettings(max_batch_size=8, max_step_tokens=4)).worker_config()
+
+
+def test_kv_for_less_than_one_row_is_refused_before_anything_starts() -> None:
+    with pytest.raises(ValidationError, match="kv_tokens"):
+        AppConfig(worker=WorkerSettings(max_model_len=100, kv_tokens=99))
+
+
+@pytest.mark.parametrize(("device", "num_gpus"), [("cuda", 0), ("cpu", 1), ("cpu", 0.5)])
+def test_a_worker_on_a_gpu_says_so_in_its_settings_and_its_placement(device: str, num_gpus: float) -> None:
+    with pytest.raises(ValidationError, match="num_gpus"):
+        AppConfig(worker={"device": device}, worker_scaling={"num_gpus": num_gpus})
+
+
+def test_a_worker_on_a_gpu_is_given_one() -> None:
+    config = AppConfig(worker={"device": "cuda"}, worker_scaling={"num_gpus": 1, "max_ongoing_requests": 2112})
+    assert config.worker_config().device == "cuda"
+    assert config.worker_scaling.options()["ray_actor_options"]["num_gpus"] == 1
+
+
+def test_equal_replica_counts_are_fixed() -> None:
+    fixed = ScalingSettings(
+        min_replicas=2, max_replicas=2, num_cpus=0.5, num_gpus=1, resources={"l4": 1}, max_ongoing_requests=7
+    )
+    assert fixed.options() == {
+        "num_replicas": 2,
+        "max_ongoing_requests": 7,
+        "max_queued_requests": 1024,
+        "health_check_period_s": 10,
+        "graceful_shutdown_timeout_s": 600,
+        "ray_actor_options": {"num_cpus": 0.5, "num_gpus": 1, "resources": {"l4": 1}},
+    }
+
+
+@pytest.mark.parametrize("name", ["ingress_scaling", "retriever_scaling", "store_scaling", "worker_scaling"])
+def test_serve_takes_the_scaling_of_every_deployment(name: str) -> None:
+    settings = {
+        "min_replicas": 1,
+        "max_replicas": 3,
+        "initial_replicas": 2,
+        "target_ongoing_requests": 9,
+        "upscale_delay_s": 4,
+        "downscale_delay_s": 40,
+        "look_back_s": 20,
+        "metrics_interval_s": 10,
+    }
+    scaling = AppConfig.model_validate({name: settings})
+    options = scaling.worker_options() if name == "worker_scaling" else getattr(scaling, name).options()
+    assert "num_replicas" not in options
+    taken = serve.deployment(AppConfig, **options)._deployment_config.autoscaling_config
+    assert (taken.min_replicas, taken.initial_replicas, taken.max_replicas) == (1, 2, 3)
+    assert (taken.upscale_delay_s, taken.downscale_delay_s, taken.target_ongoing_requests) == (4, 40, 9)
+    assert (taken.look_back_period_s, taken.metrics_interval_s) == (20, 10)
+    assert taken.policy.is_default_policy_function() == (name != "worker_scaling")
+
+
+def test_workers_scale_by_their_own_policy_and_are_chosen_by_what_they_hold() -> None:
+    scaling = ScalingSettings(min_replicas=0, max_replicas=2)
+    config = AppConfig(worker_scaling=scaling, worker_target_waiting_tokens=77)
+    taken = serve.deployment(AppConfig, **config.worker_options())._deployment_config
+    assert taken.autoscaling_config.policy.policy_kwargs == {"target_waiting_tokens": 77}
+    assert taken.autoscaling_config.policy.get_policy().__name__ == WorkerScaling.__name__
+    assert taken.request_router_config.get_request_router_class().__name__ == AdapterAffinityRouter.__name__
+    assert taken.request_router_config.request_routing_stats_period_s == 1
+
+
+@pytest.mark.parametrize(("least", "initial", "started"), [(0, None, 1), (0, 0, 0), (2, None, None), (0, 3, 3)])
+def test_what_may_scale_to_zero_is_tried_first_and_else_serve_keeps_what_runs(
+    least: int, initial: int | None, started: int | None
+) -> None:
+    scaling = ScalingSettings(min_replicas=least, max_replicas=3, initial_replicas=initial)
+    assert scaling.options()["autoscaling_config"].get("initial_replicas") == started
+
+
+def test_only_workers_may_scale_to_zero() -> None:
+    none = ScalingSettings(min_replicas=0)
+    assert AppConfig(worker_scaling=none).workers_may_sleep and not AppConfig().workers_may_sleep
+    for name in ("ingress_scaling", "retriever_scaling", "store_scaling"):
+        with pytest.raises(ValidationError, match=name):
+            AppConfig.model_validate({name: none})
+
+
+@pytest.mark.parametrize("name", ["ingress_scaling", "worker_scaling"])
+def test_a_replica_that_goes_has_time_for_the_longest_request(name: str) -> None:
+    settings = {name: {"graceful_shutdown_timeout_s": 99}}
+    assert AppConfig.model_validate(settings | {"max_request_s": 99}).max_request_s == 99
+    with pytest.raises(ValidationError, match="graceful_shutdown_timeout_s"):
+        AppConfig.model_validate(settings | {"max_request_s": 100})
+
+
+def test_the_worker_deployment_holds_what_its_engine_holds() -> None:
+    config = AppConfig()
+    assert config.worker_scaling.max_ongoing_requests >= config.worker.max_batch_size + config.worker.max_waiting
+
+
+def test_changes_win_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("template: chat\nretrieval: {k: 5}\npreload: [/a]\n")
+    config = load_config(file, preload=["/b"])
+    assert (config.template, config.retrieval.k, config.preload) == ("chat", 5, (Path("/b"),))
+
+
+def test_an_empty_file_and_no_file_are_the_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("# nothing\n")
+    assert load_config(file) == load_config(None) == AppConfig()
+
+
+def test_a_keys_file_is_named_from_where_the_server_starts_and_its_links_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "real.json").write_text("[]")
+    (tmp_path / "keys.json").symlink_to("real.json")
+    monkeypatch.chdir(tmp_path)
+    assert AppConfig(keys_file=Path("keys.json")).keys_file == tmp_path / "keys.json"
+
+
+def test_with_keys_a_new_adapter_is_private_unless_its_publisher_says_otherwise() -> None:
+    assert AppConfig().default_visibility == "public"
+    assert AppConfig(keys_file=Path("keys.json")).default_visibility == "private"
+
+
+def test_with_keys_public_adapters_wait_for_approval_unless_the_operator_says_otherwise(tmp_path: Path) -> None:
+    assert not AppConfig().public_requires_approval
+    assert AppConfig(keys_file=Path("keys.json")).public_requires_approval
+    assert not AppConfig(keys_file=Path("keys.json"), public_requires_approval=False).public_requires_approval
+    assert AppConfig(public_requires_approval=True).public_requires_approval
+    (tmp_path / "settings.yaml").write_text("keys_file: keys.yaml\n")
+    assert load_config(tmp_path / "settings.yaml").public_requires_approval
+
+
+def test_with_keys_others_adapters_are_named_with_their_owner_unless_the_operator_says_otherwise() -> None:
+    assert not AppConfig().owner_names
+    assert AppConfig(keys_file=Path("keys.json")).owner_names
+    assert not AppConfig(keys_file=Path("keys.json"), owner_names=False).owner_names
+
+
+def test_with_keys_paths_of_the_server_are_published_only_where_that_is_set() -> None:
+    assert AppConfig().may_publish_paths
+    assert not AppConfig(keys_file=Path("/keys")).may_publish_paths
+    assert AppConfig(keys_file=Path("/keys"), publish_paths=True).may_publish_paths
+    assert not AppConfig(publish_paths=False).may_publish_paths

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from deployments.api.completions import ChatCompletionRequest
+from deployments.api.error_table import describe
+from deployments.api.planned import Planned
+from deployments.config.app import RetrievalSettings
+from deployments.errors import ModelNotFound, RequestInvalid
+from deployments.generation.planner import Planner
+from lora_store import BASE_PLAN, PlanInvalid
+from retriever_svc import NoAdapterMatched, RouteRequest
+from tests.deployments.adapter_records import BASE, POOL, adapter
+from tests.deployments.app_fakes import config_of
+from tests.deployments.fake_retriever import FakeRetriever
+from tests.fakes import FakeHandle
+
+
+def plan(handle: FakeHandle, model: str = "auto", lora: dict[str, Any] | None = None, **retrieval: Any) -> Planned:
+    body = {"messages": [{"role": "user", "content": "Rhyme"}], "model": model, "lora": lora or {}}
+    planner = Planner(config_of(retrieval=RetrievalSettings(**retrieval)), handle)
+    [question] = ChatCompletionRequest.model_validate(body).questions()
+    return asyncio.run(planner.plan(question, "local"))
+
+
+def handle_of(*extra: str) -> FakeHandle:
+    return FakeHandle(FakeRetriever((*POOL, *[adapter(name) for name in extra])))
+
+
+def names(planned: Planned) -> list[str]:
+    return [row.ref.name for row in planned.plan.adapters]
+
+
+@pytest.mark.parametrize("model", ["auto", f"{BASE}:auto"])
+def test_auto_asks_the_retriever(model: str) -> None:
+    handle = handle_of()
+    planned = plan(handle, model)
+    assert [call.name for call in handle.calls] == ["route"]
+    assert names(planned) == ["poet", "coder"]
+    assert [candidate.ref.name for candidate in planned.candidates] == ["poet", "coder"]
+
+
+def test_the_bases_name_alone_is_the_base_and_asks_nobody() -> None:
+    handle = handle_of(BASE)
+    assert plan(handle, BASE) == Planned(BASE_PLAN)
+    assert handle.calls == []
+
+
+@pytest.mark.parametrize("model", ["poet", f"{BASE}:poet", "local/poet", f"{BASE}:local/poet"])
+def test_an_adapters_name_is_one_adapter_of_weight_one(model: str) -> None:
+    planned = plan(handle_of(), model)
+    assert planned.plan.strategy == "selection"
+    assert [(row.ref.name, row.weight, row.score) for row in planned.plan.adapters] == [("poet", 1.0, None)]
+    assert planned.candidates == ()
+
+
+def test_auto_comes_before_an_adapter_of_that_name() -> None:
+    assert names(plan(handle_of("auto"), "auto")) == ["poet", "coder", "auto"]
+
+
+@pytest.mark.parametrize("model", ["nobody", f"{BASE}:nobody", f"{BASE}:", "other:poet", "auto:poet", ":poet", "a/b"])
+def test_an_unknown_model_is_not_found_under_the_name_the_client_gave(model: str) -> None:
+    with pytest.raises(ModelNotFound) as caught:
+        plan(handle_of(), model)
+    status, body = describe(caught.value)
+    assert status == 404
+    assert body["error"] == {
+        "message": f"the model {model!r} does not exist",
+        "type": "not_found_error",
+        "param": "model",
+        "code": "model_not_found",
+    }
+
+
+def test_what_a_request_leaves_unsaid_comes_from_the_config() -> None:
+    handle = handle_of()
+    plan(handle, strategy="fusion", k=5, weights="softmax", fallback="error", min_score=0.9)
+    [([request],)] = handle.called("route")
+    expected = RouteRequest("Rhyme", "local", "fusion", 5, "softmax", min_score=None, fallback="error")
+    assert request == expected  # the config's floor is the Retriever's own, so that None asks for it
+
+
+def test_what_a_request_says_wins_over_the_config() -> None:
+    handle = handle_of()
+    said = {"strategy": "selection", "k": 2, "weights": "uniform", "fallback": "base", "min_score": 0.0}
+    said |= {"filter": {"tags": ["a", "b"]}, "min_generation": 9}
+    plan(handle, lora=said, strategy="fusion", k=5, weights="softmax", fallback="error")
+    [([request],)] = handle.called("route")
+    assert request == RouteRequest("Rhyme", "local", "selection", 2, "uniform", 0.0, "base", ("a", "b"), 9)
+
+
+@pytest.mark.parametrize(
+    ("model", "lora", "choices"),
+    [("poet", {}, [("poet", 1.0)]), ("auto", {"adapters": [{"name": "poet", "weight": 0.5}]}, [("poet", 0.5)])],
+)
+def test_a_named_plan_carries_the_fence(model: str, lora: dict[str, Any], choices: list[tuple[str, float]]) -> None:
+    handle = handle_of()
+    plan(handle, model, lora | {"min_generation": 9})
+    assert handle.called("plan_named") == [("local", choices, "selection", 9)]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("k", 3), ("weights", "uniform"), ("min_score", 0.5), ("fallback", "base"), ("filter", {"tags": ["a"]})],
+)
+@pytest.mark.parametrize("model", ["auto", "poet", BASE, f"{BASE}:poet"])
+def test_what_only_retrieval_reads_is_refused_where_adapters_are_named(model: str, field: str, value: Any) -> None:
+    named = {"adapters": [{"name": "poet"}]} if model == "auto" else {}
+    handle = handle_of()
+    with pytest.raises(RequestInvalid, match=f"lora.{field}") as caught:
+        plan(handle, model, named | {field: value})
+    assert caught.value.param == f"lora.{field}"
+    assert handle.calls == []
+
+
+@pytest.mark.parametrize("strategy", ["selection", "mixture", "fusion"])
+def test_a_named_model_is_composed_as_the_request_says(strategy: str) -> None:
+    planned = plan(handle_of(), "poet", {"strategy": strategy})
+    assert (planned.plan.strategy, names(planned)) == (strategy, ["poet"])
+
+
+def test_the_base_alone_is_not_composed() -> None:
+    handle = handle_of()
+    with pytest.raises(RequestInvalid) as caught:
+        plan(handle, BASE, {"strategy": "mixture"})
+    assert caught.value.param == "lora.strategy"
+    assert handle.calls == []
+
+
+def test_named_adapters_are_planned_with_their_weights_and_without_retrieval() -> None:
+    handle = handle_of()
+    adapters = [{"name": "coder", "weight": -0.5}, {"name": "poet"}]
+    planned = plan(handle, lora={"adapters": adapters, "strategy": "fusion"})
+    assert planned.plan.strategy == "fusion"
+    assert [(row.ref.name, row.weight) for row in planned.plan.adapters] == [("coder", -0.5), ("poet", 1.0)]
+    assert handle.called("route") == []
+
+
+@pytest.mark.parametrize(("count", "strategy"), [(1, "selection"), (2, "fusion")])
+def test_named_adapters_take_the_configs_strategy_unless_there_is_one(count: int, strategy: str) -> None:
+    adapters = [{"name": "poet"}, {"name": "coder"}][:count]
+    assert plan(handle_of(), lora={"adapters": adapters}, strategy="fusion").plan.strategy == strategy
+
+
+@pytest.mark.parametrize("model", [BASE, "poet", f"{BASE}:poet"])
+def test_named_adapters_go_with_auto_only(model: str) -> None:
+    handle = handle_of()
+    with pytest.raises(RequestInvalid, match="auto") as caught:
+        plan(handle, model, {"adapters": [{"name": "poet"}]})
+    assert caught.value.param == "lora.adapters"
+    assert handle.calls == []
+
+
+def test_an_unknown_named_adapter_is_not_found() -> None:
+    with pytest.raises(Exception, match="nobody") as caught:
+        plan(handle_of(), lora={"adapters": [{"name": "nobody"}]})
+    status, body = describe(caught.value)
+    assert (status, body["error"]["code"], body["error"]["message"]) == (404, "model_not_found", "no adapter 'nobody'")
+
+
+def test_an_impossible_plan_keeps_its_own_error() -> None:
+    with pytest.raises(PlanInvalid):
+        plan(handle_of(), lora={"adapters": [{"name": "poet"}, {"name": "poet"}]})
+    twins = FakeHandle(FakeRetriever(failure=NoAdapterMatched(0.1, 0.5)))
+    with pytest.raises(NoAdapterMatched):
+        plan(twins)
+
+
+def test_an_abstention_is_said() -> None:
+    planned = plan(FakeHandle(FakeRetriever(abstains=True)))
+    assert planned.abstained
+    assert planned.plan.strategy == "base"
+    assert len(planned.candidates) == 2

@@ -1,0 +1,99 @@
+"""What a request asks for is bounded before any work is done for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from deployments.config.app import AppConfig, WorkerSettings
+from tests.deployments.adapter_records import BASE
+from tests.deployments.app_fakes import Served
+from tests.deployments.asking import ask, error_of, post
+
+
+def refused(path: str, body: dict[str, Any], **settings: Any) -> tuple[int, dict[str, Any]]:
+    """The answer's status and error; neither Retriever nor Worker was asked."""
+
+    async def question(client: Any, served: Served) -> Any:
+        before = len(served.retriever.calls), len(served.worker.calls)
+        response = await client.post(path, json=body)
+        assert (len(served.retriever.calls), len(served.worker.calls)) == before
+        return response
+
+    response = ask(question, **settings)
+    return response.status_code, error_of(response)
+
+
+def chat(*contents: str, **fields: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": content} for content in contents], **fields}
+
+
+@pytest.mark.parametrize("model", ["auto", BASE, "poet"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_that_cannot_fit_asks_nobody(model: str, stream: bool) -> None:
+    extra = {"model": model, "stream": stream}
+    for path, body in [
+        ("/v1/completions", {"prompt": "x" * 641, **extra}),
+        ("/v1/chat/completions", chat("x" * 400, "x" * 241, **extra)),
+    ]:
+        status, error = refused(path, body, engine=WorkerSettings(max_model_len=10))
+        assert (status, error["code"]) == (400, "context_length_exceeded")
+        assert "641" in error["message"] and "10 tokens" in error["message"]
+
+
+def test_more_new_tokens_than_the_server_gives_are_refused() -> None:
+    for field in ("max_tokens", "max_completion_tokens"):
+        status, error = refused("/v1/chat/completions", chat("Hi", **{field: 301}), max_new_tokens=300)
+        assert (status, error["param"]) == (400, "max_tokens")
+        assert "at most 300" in error["message"]
+        assert post("/v1/chat/completions", chat("Hi", **{field: 300}), max_new_tokens=300).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_tokens": 2**70},
+        {"min_tokens": 2**70},
+        {"top_k": 2**70},
+        {"seed": 2**63},
+        {"stop": ["x"] * 17},
+        {"stop": "x" * 257},
+        {"stop": ""},
+        {"stop_token_ids": [1] * 65},
+        {"lora": {"k": 17}},
+        {"lora": {"adapters": [{"name": "poet"}] * 17}},
+        {"lora": {"filter": {"tags": ["x"] * 33}}},
+        {"lora": {"filter": {"tags": ["x" * 65]}}},
+        {"lora": {"min_generation": 2**63}},
+        {"timeout_s": 0},
+        {"n": 2**70},
+        {"model": "x" * 257},
+    ],
+    ids=str,
+)
+def test_every_count_has_a_bound(fields: dict[str, Any]) -> None:
+    status, error = refused("/v1/chat/completions", chat("Hi", **fields))
+    assert (status, error["type"]) == (400, "invalid_request_error")
+
+
+def test_so_has_the_number_of_messages_and_of_prompts() -> None:
+    assert refused("/v1/chat/completions", chat(*["x"] * 1025))[0] == 400
+    assert refused("/v1/route", {"prompt": ["x"] * 257})[0] == 400
+    assert refused("/v1/loras", {"path": "/x", "tags": ["x"] * 33})[0] == 400
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_new_tokens": 255},
+        {"max_in_flight": 0},
+        {"max_request_s": 0},
+        {"max_request_s": 601},
+        {"max_upload_total_bytes": 10, "max_upload_bytes": 10},
+    ],
+    ids=str,
+)
+def test_bounds_that_contradict_each_other_stop_the_start(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"max_"):
+        AppConfig(**settings)

@@ -1,0 +1,391 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from deployments.api.adapters import MAX_BATCH
+from deployments.api.publish_item import MAX_UPLOAD_FILES, PublishItem
+from deployments.config.app import FORM_OVERHEAD_BYTES
+from deployments.http.middleware.body_limit import DEFAULT_MAX_BODY_BYTES
+from lora_store import StoreUnavailable
+from retriever_svc import DoctorStep, StaleIndex
+from tests.deployments.adapter_records import adapter, pool_of
+from tests.deployments.app_fakes import Served
+from tests.deployments.asking import ask, error_of, get, post, request
+from tests.deployments.fake_retriever import FakeRetriever
+from tests.deployments.fake_store import FakeStore
+
+FILES = [("files", ("adapter_config.json", b"{}")), ("files", ("adapter_model.safetensors", b"weights"))]
+LATE = FakeRetriever(caught_up=StaleIndex(8, 7))
+
+
+def staged_by(question: Callable[[httpx.AsyncClient], Any], **options: Any) -> tuple[httpx.Response, list[PublishItem]]:
+    """The answer, and what the Store was given to stage."""
+
+    async def run(client: httpx.AsyncClient, served: Served) -> tuple[httpx.Response, list[PublishItem]]:
+        response = await question(client)
+        return response, [upload for upload, _ in served.store.called("stage")]
+
+    outcome: tuple[httpx.Response, list[PublishItem]] = ask(run, **options)
+    return outcome
+
+
+def upload(files: Any = FILES, **data: Any) -> dict[str, Any]:
+    return {"files": files, "data": {"name": "singer", **data}}
+
+
+def test_the_pool_is_listed_with_its_generation() -> None:
+    listed = get("/v1/loras").json()
+    assert listed["generation"] == 7
+    assert [row["name"] for row in listed["data"]] == ["coder", "poet"]
+    assert "embedding" not in listed["data"][0]
+
+
+@pytest.mark.parametrize("search", ["", "task-1 even"])
+@pytest.mark.parametrize("limit", [1, 7, 24, 25, 26])
+def test_the_pool_is_paged_as_the_models_are(limit: int, search: str) -> None:
+    held = [adapter(f"task-{number:02}", version="even" if number % 2 == 0 else "odd") for number in range(25)]
+    expected = [
+        record.ref.name
+        for record in held
+        if not search or record.ref.name in ("task-10", "task-12", "task-14", "task-16", "task-18")
+    ]
+
+    async def walk(client: httpx.AsyncClient, served: Served) -> list[str]:
+        seen: list[str] = []
+        has_more = True
+        while has_more:
+            query = {"limit": limit, "search": search, "after": seen[-1] if seen else ""}
+            page = (await client.get("/v1/loras", params=query)).json()
+            assert page["total"] == len(expected)
+            assert len(page["data"]) == limit or not page["has_more"]
+            seen += [row["id"] for row in page["data"]]
+            assert (page["first_id"], page["last_id"]) == (page["data"][0]["id"], seen[-1])
+            has_more = page["has_more"]
+        return seen
+
+    assert ask(walk, retriever=FakeRetriever(held)) == expected
+
+
+@pytest.mark.parametrize(("query", "param"), [("limit=0", "limit"), ("limit=1001", "limit")])
+def test_a_page_of_the_pool_is_bounded(query: str, param: str) -> None:
+    response = get(f"/v1/loras?{query}")
+    assert (response.status_code, error_of(response)["param"]) == (400, param)
+
+
+@pytest.mark.parametrize("name", ["poet", "local/poet"])
+def test_one_adapter_is_shown_with_the_versions_that_are_kept(name: str) -> None:
+    shown = get(f"/v1/loras/{name}").json()
+    assert (shown["name"], shown["digest"]) == ("poet", adapter("poet").ref.digest)
+    assert shown["weights_digest"] == adapter("poet").weights_digest
+    assert [(row["digest"], row["state"]) for row in shown["versions"]] == [
+        (adapter("poet").ref.digest, "live"),
+        (adapter("poet", version="older").ref.digest, "kept"),
+    ]
+
+
+@pytest.mark.parametrize("name", ["nobody", "other/poet", "local/nobody", "a/b/c"])
+@pytest.mark.parametrize(("method", "suffix"), [("GET", ""), ("DELETE", ""), ("POST", "/rollback")])
+def test_an_unknown_adapter_is_not_found(method: str, suffix: str, name: str) -> None:
+    response = request(method, f"/v1/loras/{name}{suffix}", sent={"json": {}} if suffix else {})
+    assert (response.status_code, error_of(response)["code"]) == (404, "model_not_found")
+    assert name.rpartition("/")[2] in error_of(response)["message"]
+
+
+def test_a_publish_is_201_and_carries_what_the_client_said() -> None:
+    body = {"path": "/folders/x", "name": "singer", "tags": ["fun"], "template": "chat"}
+    response, [upload] = staged_by(lambda client: client.post("/v1/loras", json=body))
+    assert response.status_code == 201
+    assert (response.json()["name"], response.json()["generation"]) == ("singer", 8)
+    assert upload == PublishItem(Path("/folders/x"), "singer", tags=("fun",), template="chat")
+
+
+def test_a_source_is_published_by_its_uri() -> None:
+    response, [upload] = staged_by(lambda client: client.post("/v1/loras", json={"source": "s3://bucket/pool/bard"}))
+    assert (response.status_code, response.json()["name"]) == (201, "bard")
+    assert upload == PublishItem(source="s3://bucket/pool/bard")
+
+
+def test_uploaded_files_are_published_as_they_came() -> None:
+    fields = upload(tags=["fun", "short"], template="chat")
+    response, [staged] = staged_by(lambda client: client.post("/v1/loras", **fields))
+    assert (response.status_code, response.json()["name"]) == (201, "singer")
+    files = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"}
+    assert staged == PublishItem(name="singer", tags=("fun", "short"), template="chat", files=files)
+
+
+def test_a_publish_that_a_replica_has_not_seen_is_202() -> None:
+    response = post("/v1/loras", {"path": "/folders/singer"}, retriever=LATE)
+    assert response.status_code == 202
+    assert response.json()["replicas"] == {"ready": 0, "behind": 1}
+
+
+def test_a_batch_is_one_commit_and_answers_each_adapter_as_alone() -> None:
+    async def run(client: httpx.AsyncClient, served: Served) -> None:
+        adapters = [{"path": "/a/one"}, {"source": "s3://b/bad"}, {"path": "/a/gone"}, {"path": "/a/x", "name": "two"}]
+        response = await client.post("/v1/loras", json={"adapters": adapters})
+        assert response.status_code == 207
+        rows = response.json()["data"]
+        assert [row["status"] for row in rows] == [201, 400, 404, 201]
+        assert [row.get("name") for row in rows] == ["one", None, None, "two"]
+        assert [row["error"]["code"] for row in rows if "error" in row] == ["adapter_refused", "source_not_found"]
+        assert len(served.store.called("commit")) == 1
+
+    ask(run)
+
+
+@pytest.mark.parametrize(("retriever", "status"), [(FakeRetriever(), 201), (LATE, 202)])
+def test_a_batch_that_is_all_good_is_answered_like_one(retriever: FakeRetriever, status: int) -> None:
+    response = post("/v1/loras", {"adapters": [{"path": "/a/one"}, {"path": "/a/two"}]}, retriever=retriever)
+    assert response.status_code == status
+    assert [row["status"] for row in response.json()["data"]] == [status] * 2
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, None),
+        ({"path": "/a", "source": "s3://b/a"}, None),
+        ({"path": ""}, "path"),
+        ({"path": "/a", "force": True}, "force"),
+        ({"path": "/a", "template": "jinja"}, "template"),
+        ({"path": "/a", "tags": "fun"}, "tags"),
+        ({"adapters": []}, "adapters"),
+        ({"adapters": [{"path": "/a"}] * (MAX_BATCH + 1)}, "adapters"),
+        ({"adapters": [{"path": "/a"}, {"name": "x"}]}, "adapters.1"),
+        ({"adapters": [{"path": "/a"}], "path": "/b"}, "path"),
+        ([], None),
+        ("text", None),
+    ],
+)
+def test_a_malformed_publish_is_refused_by_its_field_and_nothing_is_staged(body: Any, param: str | None) -> None:
+    response, staged = staged_by(lambda client: client.post("/v1/loras", json=body))
+    assert (response.status_code, error_of(response)["code"], staged) == (400, "invalid_request", [])
+    assert error_of(response)["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "said"),
+    [
+        (b"{", "application/json", "not valid JSON"),
+        (b'{"path": "\xff"}', "application/json", "not utf-8 text"),
+        (b"[" * 100_000, "application/json", "more than 16384 JSON values"),
+        (b"[" * 10_000, "application/json", "nested too deeply"),
+        (b"path=/a", "application/x-www-form-urlencoded", "content-type"),
+        (b'{"path": "/a"}', "text/plain", "content-type"),
+        (b"", "", "content-type"),
+        (b"x", "multipart/form-data", "boundary"),
+    ],
+)
+def test_a_body_that_cannot_be_read_is_a_bad_request(content: bytes, kind: str, said: str) -> None:
+    response = request("POST", "/v1/loras", sent={"content": content, "headers": {"content-type": kind}})
+    assert response.status_code == 400
+    assert said in error_of(response)["message"]
+
+
+@pytest.mark.parametrize(
+    ("files", "data", "code", "said"),
+    [
+        (FILES, {"name": None}, "invalid_request", "name"),
+        (FILES, {"name": ["a", "b"]}, "invalid_request", "name: comes 2 times"),
+        (FILES, {"owner": "me"}, "invalid_request", "owner"),
+        (FILES, {"template": "jinja"}, "invalid_request", "template"),
+        ([("weights", FILES[0][1])], {}, "invalid_request", "weights"),
+        ([("files", (None, b"no file"))], {}, "invalid_request", "files"),
+        ([*FILES, FILES[0]], {}, "adapter_refused", "'adapter_config.json' comes 2 times"),
+        ([("files", ("../adapter_config.json", b"{}"))], {}, "adapter_refused", "'../adapter_config.json'"),
+        ([("files", ("poet/adapter_config.json", b"{}"))], {}, "adapter_refused", "'poet/adapter_config.json'"),
+        (FILES, {"name": "bad"}, "adapter_refused", "it is bad"),
+        ([("files", (f"f{n}", b"")) for n in range(MAX_UPLOAD_FILES + 1)], {}, "http_error", "Too many files"),
+        (FILES, {"tags": [str(n) for n in range(50)]}, "http_error", "Too many fields"),
+        (FILES, {"name": "x" * 5000}, "http_error", "maximum size"),
+    ],
+)
+def test_a_bad_upload_is_refused_by_what_is_wrong(files: Any, data: dict[str, Any], code: str, said: str) -> None:
+    fields = {key: value for key, value in {"name": "singer", **data}.items() if value is not None}
+    response = request("POST", "/v1/loras", sent={"files": files, "data": fields})
+    assert (response.status_code, error_of(response)["code"]) == (400, code)
+    assert said in error_of(response)["message"]
+
+
+@pytest.mark.parametrize("kind", ["multipart/form-data", "Multipart/Form-Data"])
+@pytest.mark.parametrize(("too_many", "status"), [(0, 201), (1, 413)])
+def test_an_upload_may_be_as_large_as_configured(too_many: int, status: int, kind: str) -> None:
+    async def run(client: httpx.AsyncClient, served: Served) -> httpx.Response:
+        boundary = "b" * 20
+        head = f'--{boundary}\r\ncontent-disposition: form-data; name="name"\r\n\r\nsinger\r\n--{boundary}\r\n'
+        head += 'content-disposition: form-data; name="files"; filename="adapter_config.json"\r\n\r\n'
+        tail = f"\r\n--{boundary}--\r\n"
+        limit = served.ingress.pool.config.max_upload_bytes + FORM_OVERHEAD_BYTES
+        filler = b"x" * (limit + too_many - len(head) - len(tail))
+        content = head.encode() + filler + tail.encode()
+        assert len(content) > DEFAULT_MAX_BODY_BYTES
+        return await client.post("/v1/loras", content=content, headers={"content-type": f"{kind}; boundary={boundary}"})
+
+    response = ask(run, max_upload_bytes=DEFAULT_MAX_BODY_BYTES)
+    assert response.status_code == status
+    if status == 413:
+        assert error_of(response)["code"] == "body_too_large"
+
+
+FORM = "multipart/form-data; boundary=b"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "kind"),
+    [
+        ("POST", "/v1/loras", "application/json"),
+        ("POST", "/v1/completions", FORM),
+        ("PATCH", "/v1/loras/x/v1/loras", FORM),
+        ("POST", "/v1/loras/x/v1/loras/rollback", FORM),
+        ("POST", "/v1/loras/v1/loras/approve", FORM),
+    ],
+)
+def test_every_other_body_is_small(method: str, path: str, kind: str) -> None:
+    """Also one whose path ends as an upload's does: its route reads it whole, and before it looks at roles."""
+    content = b" " * (DEFAULT_MAX_BODY_BYTES + 1)
+    response = request(method, path, sent={"content": content, "headers": {"content-type": kind}})
+    assert (response.status_code, error_of(response)["code"]) == (413, "body_too_large")
+
+
+CHANGES = [
+    ("POST", "/v1/loras", {"json": {"path": "/folders/x"}}),
+    ("POST", "/v1/loras", {"json": {"source": "s3://bucket/x"}}),
+    ("POST", "/v1/loras", {"json": {"adapters": [{"source": "s3://bucket/x"}]}}),
+    ("POST", "/v1/loras", upload()),
+    ("DELETE", "/v1/loras/poet", {}),
+    ("POST", "/v1/loras/poet/rollback", {"json": {}}),
+    ("POST", "/v1/load_lora_adapter", {"json": {"lora_name": "x", "lora_path": "/folders/x"}}),
+    ("POST", "/v1/load_lora_adapter", {"json": {"lora_name": "x", "lora_path": "s3://bucket/x"}}),
+    ("POST", "/v1/unload_lora_adapter", {"json": {"lora_name": "poet"}}),
+    ("POST", "/v1/pool/verify", {"json": {}}),
+    ("POST", "/v1/pool/gc", {"json": {}}),
+    ("POST", "/v1/pool/doctor", {"json": {}}),
+    ("POST", "/v1/pool/reindex", {"json": {"encoder": "other"}}),
+]
+OUTSIDE = [
+    {"host": "10.0.0.1"},
+    {"headers": {"x-forwarded-for": "192.0.2.7"}},
+    {"headers": {"origin": "https://evil.example"}},
+    {"headers": {"origin": "null"}},
+]
+
+
+@pytest.mark.parametrize("outside", OUTSIDE, ids=str)
+@pytest.mark.parametrize(("method", "path", "sent"), CHANGES)
+def test_only_this_machine_changes_the_pool(
+    method: str, path: str, sent: dict[str, Any], outside: dict[str, Any]
+) -> None:
+    async def run(client: httpx.AsyncClient, served: Served) -> None:
+        response = await client.request(method, path, **sent)
+        code = "origin_not_allowed" if "origin" in str(outside) else "publishing_off"
+        assert (response.status_code, error_of(response)["code"]) == (403, code)
+        assert served.store.calls == []
+
+    ask(run, **outside)
+
+
+@pytest.mark.parametrize("outside", OUTSIDE[:2], ids=str)
+@pytest.mark.parametrize(("method", "path", "sent"), CHANGES)
+def test_others_change_it_too_where_that_is_switched_on_but_name_no_folder_of_the_server(
+    method: str, path: str, sent: dict[str, Any], outside: dict[str, Any]
+) -> None:
+    names_a_folder = "/folders/x" in str(sent) or path.endswith("reindex")
+    versions = adapter("poet", version="2"), adapter("poet", version="1")
+    response = request(
+        method,
+        path,
+        sent=sent,
+        allow_remote_publish=True,
+        store=FakeStore(pool_of(*versions)),
+        retriever=FakeRetriever(steps=[[DoctorStep(0, 0)] if path.endswith("doctor") else []]),
+        **outside,
+    )
+    assert (response.status_code == 403) is names_a_folder
+    assert names_a_folder or response.status_code in (200, 201)
+
+
+def test_folders_of_the_server_are_published_where_that_is_on() -> None:
+    for body in ({"path": "/folders/x"}, {"adapters": [{"source": "s3://b/x"}, {"path": "/folders/x"}]}):
+        response, staged = staged_by(lambda client, body=body: client.post("/v1/loras", json=body), publish_paths=False)
+        assert (response.status_code, error_of(response)["code"], staged) == (403, "publishing_off", [])
+    assert request("POST", "/v1/loras", sent=upload(), publish_paths=False).status_code == 201
+
+
+def test_a_page_of_this_machine_may_change_the_pool() -> None:
+    for origin in ("http://127.0.0.1:8000", "http://localhost:3000", "http://[::1]:8000"):
+        assert request("POST", "/v1/loras", sent=upload(), headers={"origin": origin}).status_code == 201
+
+
+@pytest.mark.parametrize(("retriever", "status"), [(FakeRetriever(), 200), (LATE, 202)])
+def test_a_withdrawal_says_which_replicas_know_it(retriever: FakeRetriever, status: int) -> None:
+    response = request("DELETE", "/v1/loras/local/poet", retriever=retriever)
+    assert response.status_code == status
+    behind = status - 200 >> 1
+    assert response.json() == {
+        "names": ["poet"],
+        "deleted": True,
+        "generation": 8,
+        "replicas": {"ready": 1 - behind, "behind": behind},
+    }
+
+
+@pytest.mark.parametrize("digest", [None, adapter("poet", version="1").ref.digest[:12]])
+def test_a_rollback_publishes_a_kept_version(digest: str | None) -> None:
+    store = FakeStore(pool_of(adapter("poet", version="2"), adapter("poet", version="1")))
+    response = post("/v1/loras/poet/rollback", {} if digest is None else {"digest": digest}, store=store)
+    assert response.status_code == 201
+    assert response.json()["digest"] == adapter("poet", version="1").ref.digest
+
+
+def test_a_version_that_is_not_kept_is_404_and_those_kept_are_named() -> None:
+    response = post("/v1/loras/poet/rollback", {"digest": "f" * 8})
+    assert (response.status_code, error_of(response)["code"]) == (404, "version_not_found")
+    assert adapter("poet").ref.digest[:12] in error_of(response)["message"]
+
+
+def test_a_short_digest_is_refused() -> None:
+    response = post("/v1/loras/poet/rollback", {"digest": "abc"})
+    assert (response.status_code, error_of(response)["param"]) == (400, "digest")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "sent", "failing"),
+    [
+        ("POST", "/v1/loras", {"json": {"path": "/folders/x"}}, "active_encoder"),
+        ("POST", "/v1/loras", {"json": {"path": "/folders/x"}}, "stage"),
+        ("POST", "/v1/loras", {"json": {"path": "/folders/x"}}, "commit"),
+        ("POST", "/v1/loras", upload(), "stage"),
+        ("DELETE", "/v1/loras/poet", {}, "withdraw"),
+        ("POST", "/v1/loras/poet/rollback", {"json": {}}, "versions"),
+        ("POST", "/v1/load_lora_adapter", {"json": {"lora_name": "x", "lora_path": "/x"}}, "versions"),
+        ("POST", "/v1/pool/reindex", {"json": {"encoder": "other"}}, "active_encoder"),
+        ("POST", "/v1/unload_lora_adapter", {"json": {"lora_name": "poet"}}, "withdraw"),
+        ("POST", "/v1/pool/gc", {"json": {}}, "gc"),
+        ("POST", "/v1/pool/verify", {"json": {}}, "verify"),
+    ],
+)
+def test_a_store_that_is_down_is_a_503_that_says_so_and_reads_go_on(
+    method: str, path: str, sent: dict[str, Any], failing: str
+) -> None:
+    async def run(client: httpx.AsyncClient, served: Served) -> None:
+        response = await client.request(method, path, **sent)
+        assert (response.status_code, error_of(response)["code"]) == (503, "store_unavailable")
+        assert "connection refused" not in error_of(response)["message"]  # it is for the log
+        assert response.headers["retry-after"] == "1"
+        for read in ("/v1/loras", "/v1/loras/poet", "/v1/models", "/ready"):
+            assert (await client.get(read)).status_code == 200
+
+    ask(run, store=FakeStore(failing={failing: (StoreUnavailable("connection refused"), 9)}))
+
+
+def test_a_batch_while_the_store_is_down_says_so_of_each() -> None:
+    store = FakeStore(failing={"stage": (StoreUnavailable("down"), 9)})
+    response = post("/v1/loras", {"adapters": [{"path": "/a/one"}, {"path": "/a/two"}]}, store=store)
+    assert response.status_code == 207
+    rows = response.json()["data"]
+    assert [(row["status"], row["error"]["code"]) for row in rows] == [(503, "store_unavailable")] * 2

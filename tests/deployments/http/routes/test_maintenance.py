@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from ray.exceptions import RayActorError
+
+from deployments.publishing import maintenance
+from lora_store import AdapterRef, Embedding, EncoderIncomplete, StoreUnavailable
+from retriever_svc import DoctorReport, DoctorStep, EncoderUnusable, ReindexStep
+from tests.deployments.adapter_records import POOL, digest_of
+from tests.deployments.app_fakes import Served, serve_plainly
+from tests.deployments.asking import ask, error_of, post
+from tests.deployments.fake_retriever import FakeRetriever
+from tests.deployments.fake_store import FakeStore
+
+POET, CODER = (record.ref for record in POOL)
+BODIES: dict[str, dict[str, Any]] = {"verify": {}, "doctor": {}, "reindex": {"encoder": "other"}, "gc": {}}
+
+
+def lines_of(response: httpx.Response) -> list[dict[str, Any]]:
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"].startswith("application/x-ndjson")
+    return [json.loads(line) for line in response.text.splitlines()]
+
+
+def step(done: int, total: int, *refs: AdapterRef, unreadable: tuple[AdapterRef, ...] = ()) -> ReindexStep:
+    vector = np.array([1.0, 0.0], np.float32)
+    return ReindexStep(done, total, {ref: Embedding("other-encoder", vector, vector) for ref in refs}, unreadable)
+
+
+def test_verify_tells_each_blob_and_every_bad_one() -> None:
+    first, second, last = lines_of(post("/v1/pool/verify", {}))
+    problem = {"digest": digest_of("b"), "adapter": str(CODER), "problem": "is missing"}
+    assert (first, second) == ({"done": 1, "total": 2}, {"done": 2, "total": 2, "problem": problem})
+    assert last == {"result": {"num_blobs": 2, "problems": [problem]}}
+
+
+@pytest.mark.parametrize(("body", "retention_s"), [({}, 86_400), ({"retention_s": 0}, 0)])
+def test_gc_tells_what_it_removed(body: dict[str, Any], retention_s: float) -> None:
+    async def run(client: httpx.AsyncClient, served: Served) -> None:
+        response = await client.post("/v1/pool/gc", json=body)
+        assert (response.status_code, response.json()) == (200, {"num_blobs": 3, "num_bytes": 12})
+        assert served.store.called("gc") == [(retention_s,)]
+
+    ask(run)
+
+
+def test_the_doctor_reports_at_the_end() -> None:
+    report = DoctorReport(7, 3, (), (), (POET,), ())
+    steps = [DoctorStep(1, 2), DoctorStep(2, 2), DoctorStep(2, 2, report)]
+    *progress, last = lines_of(post("/v1/pool/doctor", {}, retriever=FakeRetriever(steps=[steps])))
+    assert progress == [{"done": 1, "total": 2}, {"done": 2, "total": 2}, {"done": 2, "total": 2}]
+    assert (last["result"]["generation"], last["result"]["never_chosen"]) == (7, ["poet"])
+
+
+def test_a_reindex_embeds_prepares_every_replica_then_swaps_and_waits_for_all() -> None:
+    async def run(client: httpx.AsyncClient, served: Served) -> None:
+        response = await client.post("/v1/pool/reindex", json={"encoder": "other"})
+        *progress, last = lines_of(response)
+        assert progress == [{"done": 1, "total": 2}, {"done": 2, "total": 2}]
+        assert last["result"] == {
+            "encoder": "other",
+            "identity": "other-encoder",
+            "generation": 10,
+            "replicas": {"ready": 1, "behind": 0},
+        }
+        calls = sorted(served.store.calls + served.retriever.calls, key=lambda call: call.number)
+        assert [call.name for call in calls] == [
+            "active_encoder",
+            "reindex",
+            "add_embeddings",
+            "add_embeddings",
+            "prepare_encoder",
+            "activate_encoder",
+            "catch_up",
+        ]
+        assert served.store.called("activate_encoder") == [("other", "other-encoder", "local")]
+
+    ask(run, retriever=FakeRetriever(steps=[[step(1, 2, POET), step(2, 2, CODER)]]))
+
+
+def test_what_was_published_meanwhile_is_embedded_in_another_round() -> None:
+    retriever = FakeRetriever(steps=[[step(1, 1, POET)], [step(1, 1, CODER)]])
+    store = FakeStore(incomplete=[EncoderIncomplete([CODER])])
+    *progress, last = lines_of(post("/v1/pool/reindex", {"encoder": "other"}, retriever=retriever, store=store))
+    assert (progress, retriever.steps) == ([{"done": 1, "total": 1}] * 2, [])
+    assert last["result"]["generation"] == 10
+
+
+def test_an_adapter_that_can_never_be_embedded_ends_the_reindex_and_the_old_encoder_stays() -> None:
+    retriever = FakeRetriever(steps=[[step(2, 2, POET, unreadable=(CODER,))], []])
+    store = FakeStore(incomplete=[EncoderIncomplete([CODER])])
+    *_, last = lines_of(post("/v1/pool/reindex", {"encoder": "other"}, retriever=retriever, store=store))
+    assert last["error"]["code"] == "encoder_incomplete"
+    assert (store.encoder, len(retriever.steps)) == (None, 1)
+
+
+def test_a_pool_that_keeps_growing_ends_the_reindex_in_time() -> None:
+    retriever = FakeRetriever(steps=[[step(1, 1, POET)] for _ in range(99)])
+    store = FakeStore(incomplete=[EncoderIncomplete([CODER]) for _ in range(99)])
+    *progress, last = lines_of(post("/v1/pool/reindex", {"encoder": "other"}, retriever=retriever, store=store))
+    assert last["error"]["code"] == "encoder_incomplete"
+    assert "1 live adapters" in last["error"]["message"]
+    assert 1 < len(progress) < 10
+
+
+@pytest.mark.parametrize(
+    ("others", "code"),
+    [
+        ([EncoderUnusable("other", "no such folder")], "encoder_unusable"),
+        (["another-identity"], "encoder_unusable"),
+        ([RayActorError()], None),
+    ],
+)
+def test_an_encoder_that_a_replica_cannot_load_is_not_activated(others: list[Any], code: str | None) -> None:
+    async def run() -> list[dict[str, Any]]:
+        replicas = [FakeRetriever(steps=[[step(1, 1, POET)]]), *[FakeRetriever(prepared=other) for other in others]]
+        served = serve_plainly(retrievers=replicas)
+        try:
+            pool = served.ingress.pool
+            lines = maintenance.reindex(pool.publisher, pool.store, pool.retriever, "other", "tester")
+            return [line async for line in lines]
+        finally:
+            assert (served.store.called("activate_encoder") == []) is (code is not None)
+
+    if code is None:
+        assert "result" in asyncio.run(run())[-1]
+    else:
+        with pytest.raises(EncoderUnusable):
+            asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("job", "error", "status"),
+    [
+        ("reindex", EncoderUnusable("other", "no such folder"), 400),
+        ("reindex", StoreUnavailable("down"), 503),
+        ("doctor", StoreUnavailable("down"), 503),
+    ],
+)
+def test_an_error_before_the_first_line_is_a_status(job: str, error: Exception, status: int) -> None:
+    response = post(f"/v1/pool/{job}", BODIES[job], retriever=FakeRetriever(steps=[[error]]))
+    assert response.status_code == status
+    assert error_of(response)["message"] == getattr(error, "client_message", str(error))
+
+
+@pytest.mark.parametrize("job", ["reindex", "doctor"])
+def test_an_error_after_the_first_line_is_the_last_line(job: str) -> None:
+    first: Any = step(1, 2, POET) if job == "reindex" else DoctorStep(1, 2)
+    retriever = FakeRetriever(steps=[[first, StoreUnavailable("down")]])
+    opening, last = lines_of(post(f"/v1/pool/{job}", BODIES[job], retriever=retriever))
+    assert opening == {"done": 1, "total": 2}
+    assert last["error"]["code"] == "store_unavailable"
+
+
+def test_leaving_a_job_ends_the_work_of_its_replica() -> None:
+    async def run() -> None:
+        served = serve_plainly()
+        lines = maintenance.verify(served.ingress.pool.publisher, served.ingress.pool.store, "local")
+        await anext(lines)
+        response = served.store.responses[-1]
+        assert response.num_cancels == 0
+        await lines.aclose()
+        assert response.num_cancels == 1
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("job", BODIES)
+def test_a_job_needs_its_json_object(job: str) -> None:
+    response = post(f"/v1/pool/{job}", {"surprise": 1} | BODIES[job])
+    assert (response.status_code, error_of(response)["param"]) == (400, "surprise")
+    assert post(f"/v1/pool/{job}", None).status_code == 400

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from deployments.http.routes.pool_map import point_object
+from lora_store import AdapterRef
+from retriever_svc import Point
+from tests.deployments.adapter_records import digest_of
+from tests.deployments.asking import ask, error_of, get, post
+from tests.deployments.console_fakes import MappedRetriever
+
+
+def test_the_map_has_every_adapter_s_place() -> None:
+    drawn = get("/v1/pool/map", retriever=MappedRetriever()).json()
+    assert (drawn["object"], drawn["generation"], drawn["num_adapters"]) == ("pool_map", 7, 2)
+    assert drawn["shown_variance"] == 0.625
+    assert [(point["name"], round(point["x"], 6)) for point in drawn["points"]] == [("poet", 1.0), ("coder", -1.0)]
+
+
+def test_a_prompt_lies_among_the_adapters_asked_for() -> None:
+    body = {"prompt": "a verse", "adapters": ["coder", "nobody"]}
+    place = post("/v1/pool/map", body, retriever=MappedRetriever()).json()
+    assert place["prompt"] == {"x": 0.0, "y": 0.0}
+    assert [point["name"] for point in place["adapters"]] == ["coder"]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": "a", "adapters": ["x"] * 17}, "adapters"),
+        ({"prompt": "a", "adapters": [""]}, "adapters.0"),
+        ({"prompt": "a", "min_generation": -1}, "min_generation"),
+        ({"prompt": "a", "names": []}, "names"),
+    ],
+)
+def test_a_malformed_question_names_its_field(body: dict[str, Any], param: str) -> None:
+    response = post("/v1/pool/map", body, retriever=MappedRetriever())
+    assert response.status_code == 400
+    assert error_of(response)["param"] == param
+
+
+def test_the_generation_asked_for_reaches_the_retriever() -> None:
+    async def question(client: Any, served: Any) -> list[tuple[Any, ...]]:
+        await client.get("/v1/pool/map", params={"min_generation": 5})
+        await client.post("/v1/pool/map", json={"prompt": "a", "min_generation": 6})
+        return [*served.retriever.called("map"), *served.retriever.called("place")]
+
+    assert ask(question, retriever=MappedRetriever()) == [("local", 5), ("local", "a", [], 6)]
+
+
+def test_another_tenant_s_public_adapter_has_its_full_name() -> None:
+    point = Point(AdapterRef("them", "poet", digest_of("x")), 1.0, 2.0)
+    assert point_object(point, "us") == {"name": "them/poet", "x": 1.0, "y": 2.0}
+    assert point_object(point, "them")["name"] == "poet"

@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import pytest
+
+from deployments.observability.metrics import REPORT_INTERVAL_S, report_periodically
+
+
+def test_figures_that_fail_are_told_again_at_the_next_beat(caplog: pytest.LogCaptureFixture) -> None:
+    """One line says that they fail, however long they do."""
+    outcomes: list[Exception | None] = [None, OSError("away"), OSError("away"), None, OSError("again")]
+    slept: list[float] = []
+
+    async def show() -> None:
+        outcome = outcomes.pop(0)
+        if outcome is not None:
+            raise outcome
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if not outcomes:
+            raise asyncio.CancelledError
+
+    with caplog.at_level(logging.WARNING), pytest.raises(asyncio.CancelledError):
+        asyncio.run(report_periodically(show, sleep))
+    assert slept == [REPORT_INTERVAL_S] * 5
+    assert [record.getMessage() for record in caplog.records] == [
+        "figures are not told: away",
+        "figures are not told: again",
+    ]

@@ -1,0 +1,174 @@
+"""What an Ingress tells and logs of requests, whatever becomes of them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from deployments.api.error_table import TABLE
+from deployments.errors import RequestInvalid
+from gpu_worker.errors import EngineFull
+from gpu_worker.request.request import Delta
+from tests.deployments.app_fakes import POOL, FakeRetriever, FakeWorker, Served, serve_plainly
+from tests.deployments.asking import ask
+from tests.deployments.figure_fakes import FakeKinds
+
+SECRET = "the-secret-prompt"
+CHAT = {"messages": [{"role": "user", "content": SECRET}]}
+CHAT_ROUTE = "/v1/chat/completions"
+DIGESTS = [record.ref.digest[:12] for record in POOL]
+BROKEN = [Delta("a", 5, 1), EngineFull("full")]
+
+
+def told(
+    question: Callable[[httpx.AsyncClient, Served], Awaitable[Any]], caplog: pytest.LogCaptureFixture, **options: Any
+) -> tuple[FakeKinds, list[logging.LogRecord]]:
+    """The figures, and the lines of requests; no line of any kind may hold the prompt."""
+    kinds = FakeKinds()
+    with caplog.at_level(logging.DEBUG):
+        ask(question, kinds=kinds, **options)
+    assert SECRET not in caplog.text and not any(SECRET in str(vars(record)) for record in caplog.records)
+    return kinds, [record for record in caplog.records if record.name == "deployments.observability.request_metrics"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answered_request(stream: bool, caplog: pytest.LogCaptureFixture) -> None:
+    worker = FakeWorker([Delta("Hel", 5, 1, queued_s=0.25), Delta("lo", 5, 3, "stop", queued_s=0.25)])
+
+    async def send(client: httpx.AsyncClient, served: Served) -> None:
+        await client.post(CHAT_ROUTE, json=CHAT | {"stream": stream}, headers={"x-request-id": "mine-1"})
+        assert served.job.request_id == "mine-1"
+
+    kinds, [line] = told(send, caplog, worker=worker)
+    assert kinds["requests_total"].counts == {(CHAT_ROUTE, "200", "mixture"): 1}
+    assert kinds["refusals_total"].counts == {}
+    for name in ("request_seconds", "first_token_seconds", "inter_token_seconds"):
+        [value] = kinds[name].seen[("mixture",)]
+        assert value > 0
+    assert len(kinds["plan_seconds"].seen[()]) == 1
+    fields = vars(line)
+    assert [fields[name] for name in ("request_id", "endpoint", "method", "status", "strategy", "adapters")] == [
+        "mine-1",
+        CHAT_ROUTE,
+        "POST",
+        200,
+        "mixture",
+        DIGESTS,
+    ]
+    assert (fields["prompt_tokens"], fields["new_tokens"], fields["queued_s"]) == (5, 3, 0.25)
+    assert 0 <= fields["plan_s"] <= fields["first_token_s"] <= fields["total_s"]
+    assert "request_id=mine-1" in line.getMessage() and "code=" not in line.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("body", "options", "status", "code"),
+    [
+        (CHAT | {"model": "nobody"}, {}, "404", "model_not_found"),
+        (CHAT | {"temperature": -1}, {}, "400", "invalid_request"),
+        ({"messages": SECRET}, {}, "400", "invalid_request"),
+        (CHAT | {SECRET: 1}, {}, "400", "invalid_request"),
+        (CHAT, {"worker": FakeWorker([EngineFull("full")])}, "503", "engine_full"),
+        (CHAT, {"worker": FakeWorker(BROKEN)}, "503", "engine_full"),
+        (CHAT | {"stream": True}, {"worker": FakeWorker(BROKEN)}, "200", "engine_full"),
+        (CHAT, {"worker": FakeWorker([RuntimeError("what")])}, "500", "internal_error"),
+        (CHAT, {"max_in_flight": 1, "in_flight": 1}, "429", "server_overloaded"),
+    ],
+    ids=["unknown model", "value", "type", "key", "full", "broken", "broken stream", "unforeseen", "overload"],
+)
+def test_a_refused_request_counts_by_its_code(
+    body: Any, options: dict[str, Any], status: str, code: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = dict(options)
+    in_flight = options.pop("in_flight", 0)
+
+    async def send(client: httpx.AsyncClient, served: Served) -> None:
+        served.ingress.in_flight.count = in_flight
+        assert (await client.post(CHAT_ROUTE, json=body)).status_code == int(status)
+
+    kinds, [line] = told(send, caplog, **options)
+    [(labels, count)] = kinds["requests_total"].counts.items()
+    assert (labels[1], count) == (status, 1)
+    assert kinds["refusals_total"].counts == {(code,): 1}
+    assert vars(line)["code"] == code
+
+
+def test_labels_are_bounded_whatever_is_asked(caplog: pytest.LogCaptureFixture) -> None:
+    paths = ["/nowhere", "/v1/models/a", "/v1/models/b", "/v1/loras/x/y", "/v1/loras/a", "/a%0Ab", "/health", "/ready"]
+
+    async def send(client: httpx.AsyncClient, served: Served) -> None:
+        for path in paths:
+            for _ in range(2):
+                await client.get(path)
+
+    kinds, lines = told(send, caplog)
+    counted = kinds["requests_total"].counts
+    assert {labels[0] for labels in counted} == {"none", "/v1/models/{model:path}", "/v1/loras/{name:path}"}
+    assert sum(counted.values()) == len(lines) == 2 * (len(paths) - 2), "probes are not told"
+    assert {code for (code,) in kinds["refusals_total"].counts} <= {row[3] for row in TABLE} | {"http_error"}
+
+
+def test_an_id_that_is_not_plain_is_replaced(caplog: pytest.LogCaptureFixture) -> None:
+    async def send(client: httpx.AsyncClient, served: Served) -> None:
+        for given in ("a b", "x" * 65, "é", ""):
+            await client.post(CHAT_ROUTE, json=CHAT, headers={"x-request-id": given.encode()})
+            assert len(served.worker.called("stream")[-1][0].request_id) == 32
+
+    told(send, caplog)
+
+
+def test_an_abstention_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    async def send(client: httpx.AsyncClient, served: Served) -> None:
+        await client.post(CHAT_ROUTE, json=CHAT)
+
+    kinds, [line] = told(send, caplog, retriever=FakeRetriever(abstains=True))
+    assert kinds["requests_total"].counts == {(CHAT_ROUTE, "200", "base"): 1}
+    assert vars(line)["abstained"] is True and vars(line)["adapters"] == []
+
+
+def test_a_caller_through_a_handle_is_told_too(caplog: pytest.LogCaptureFixture) -> None:
+    kinds = FakeKinds()
+
+    async def main() -> None:
+        served = serve_plainly(kinds=kinds)
+        await served.ingress.generate(CHAT)
+        async for _ in served.ingress.stream(CHAT):
+            pass
+        with pytest.raises(RequestInvalid):
+            await served.ingress.generate({"messages": SECRET})
+
+    with caplog.at_level(logging.INFO):
+        asyncio.run(main())
+    assert kinds["requests_total"].counts == {
+        ("generate", "200", "mixture"): 1,
+        ("stream", "200", "mixture"): 1,
+        ("generate", "400", "none"): 1,
+    }
+    assert kinds["refusals_total"].counts == {("invalid_request",): 1}
+    assert SECRET not in caplog.text
+
+
+def test_changes_of_the_pool_count_one_by_one(caplog: pytest.LogCaptureFixture, tmp_path: Any) -> None:
+    folders = [tmp_path / name for name in ("fine", "bad", "taken", "fine-too")]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text("{}")
+
+    async def send(client: httpx.AsyncClient, served: Served) -> None:
+        body = {"adapters": [{"path": str(folder)} for folder in folders]}
+        assert (await client.post("/v1/loras", json=body)).status_code == 207
+        assert (await client.delete("/v1/loras/poet")).status_code == 200
+        assert (await client.delete("/v1/loras/poet")).status_code == 404
+
+    kinds, _ = told(send, caplog)
+    assert kinds["pool_changes_total"].counts == {
+        ("publish", "ok"): 2,
+        ("publish", "adapter_refused"): 1,
+        ("publish", "name_taken"): 1,
+        ("withdraw", "ok"): 1,
+        ("withdraw", "model_not_found"): 1,
+    }

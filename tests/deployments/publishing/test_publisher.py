@@ -1,0 +1,271 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.exceptions import RayActorError
+
+from deployments.api.change_results import Published
+from deployments.api.publish_item import PublishItem
+from deployments.calls.background_tasks import Background
+from deployments.errors import PoisonRequest, SourceMissing
+from deployments.publishing import publisher
+from deployments.publishing.publisher import CATCH_UP_TIMEOUT_S, Publisher
+from deployments.publishing.reclaimer import Reclaimer
+from deployments.publishing.validator import VALIDATED_TOGETHER
+from deployments.scaling.scale_from_zero import WorkerGate
+from gpu_worker.errors import AdapterUnfit
+from lora_store import AdapterRefused, Sample, StoreUnavailable, VersionConflict
+from retriever_svc import StaleIndex
+from tests.deployments.adapter_records import ENCODER, adapter, pool_of
+from tests.deployments.fake_retriever import FakeRetriever
+from tests.deployments.fake_store import FakeStore
+from tests.deployments.fake_worker import SHAPES
+from tests.deployments.publishing import POET, Publishing, live
+from tests.fakes import FakeHandle
+
+
+def test_results_come_in_the_order_of_the_uploads_and_a_refusal_hurts_no_other() -> None:
+    outcomes = Publishing()("bad-1", "poet", "mute", "gone", "wrong", "bare", "taken", "bad-2")
+    kinds = [
+        AdapterRefused,
+        Published,
+        AdapterRefused,
+        SourceMissing,
+        AdapterUnfit,
+        Published,
+        AdapterRefused,
+        AdapterRefused,
+    ]
+    assert [isinstance(outcome, kind) for outcome, kind in zip(outcomes, kinds, strict=True)] == [True] * len(kinds)
+    assert [published.ref.name for published in live(outcomes)] == ["poet", "bare"]
+    refusals = [outcome for outcome in outcomes if isinstance(outcome, AdapterRefused)]
+    assert [refused.name for refused in refusals] == ["bad-1", "mute", "taken", "bad-2"]
+
+
+def test_all_that_is_good_is_live_by_one_commit() -> None:
+    publishing = Publishing()
+    outcomes = publishing("bad", "poet", "mute", "bare")
+    [(staged, embeddings, shifts, actor, *_)] = publishing.store.called("commit")
+    assert [item.ref.name for item in staged] == ["poet", "bare"]
+    assert [None if embedding is None else embedding.encoder for embedding in embeddings] == [ENCODER, None]
+    assert (shifts, actor) == ([0.5, 0.25], "tester")
+    assert [(p.generation, p.probe_shift, p.found_by_auto) for p in live(outcomes)] == [
+        (8, 0.5, True),
+        (8, 0.25, False),
+    ]
+    assert [len(published.neighbours) for published in live(outcomes)] == [1, 0]
+
+
+def test_many_are_embedded_in_batches_and_live_by_one_commit() -> None:
+    publishing = Publishing()
+    names = [f"a{number:03}" for number in range(2 * VALIDATED_TOGETHER + 1)]
+    assert [published.ref.name for published in live(publishing(*names))] == names
+    assert [len(groups) for groups, _ in publishing.retriever.called("embed")] == [32, 32, 1]
+    assert [len(staged) for staged, *_ in publishing.store.called("commit")] == [len(names)]
+
+
+def test_each_step_sees_what_the_step_before_let_through() -> None:
+    publishing = Publishing()
+    publishing("bad", "poet", "bare")
+    assert [given for _, given in publishing.store.called("stage")] == [SHAPES] * 3
+    assert publishing.retriever.called("embed") == [([(Sample("one"), Sample("two")), ()], ["local", "local"])]
+    probed = [adapter(name).weights_digest for name in ("poet", "bare")]
+    assert publishing.worker.called("probe_many") == [(probed,)]
+
+
+def test_an_adapter_that_changes_nothing_is_refused() -> None:
+    [outcome] = Publishing()("mute")
+    assert isinstance(outcome, AdapterRefused)
+    assert outcome.name == "mute"
+    assert "does not change" in str(outcome)
+
+
+@pytest.mark.parametrize("names", [("bad",), ("mute", "wrong"), ("taken",), ()])
+def test_nothing_is_visible_or_kept_when_nothing_is_good(names: tuple[str, ...]) -> None:
+    publishing = Publishing()
+    assert live(publishing(*names)) == []
+    assert (publishing.pool.live, publishing.pool.held) == ({}, [])
+    assert publishing.retriever.called("catch_up") == []
+
+
+def test_a_taken_name_is_refused_and_the_others_go_on_without_it() -> None:
+    publishing = Publishing()
+    outcomes = publishing("poet", "taken", "bard")
+    assert [published.ref.name for published in live(outcomes)] == ["poet", "bard"]
+    assert [[item.ref.name for item in staged] for staged, *_ in publishing.store.called("commit")] == [
+        ["poet", "taken", "bard"],
+        ["poet", "bard"],
+    ]
+    assert publishing.pool.held == []
+
+
+def test_what_was_refused_late_is_let_go_of_everywhere() -> None:
+    publishing = Publishing()
+    publishing("poet", "mute")
+    assert [[item.ref.name for item in staged] for (staged,) in publishing.store.called("discard")] == [["mute"]]
+    assert publishing.worker.called("forget") == [([adapter("mute").weights_digest],)] * 2
+    assert publishing.pool.swept == sorted(adapter("mute").blobs)
+
+
+def test_one_folder_given_twice_is_published_once() -> None:
+    publishing = Publishing()
+    assert [published.generation for published in live(publishing("poet", "poet"))] == [8, 8]
+    assert [len(staged) for staged, *_ in publishing.store.called("commit")] == [1]
+    assert publishing.pool.held == []
+
+
+@pytest.mark.parametrize(
+    "error", [StoreUnavailable("down"), VersionConflict(3), RayActorError()], ids=lambda error: type(error).__name__
+)
+@pytest.mark.parametrize("method", ["versions", "commit"])
+def test_a_store_that_fails_in_the_middle_leaves_nothing(method: str, error: Exception) -> None:
+    num_failures = 3 if isinstance(error, RayActorError) else 1  # a call whose replica died is repeated twice
+    publishing = Publishing(failing={method: (error, num_failures)})
+    with pytest.raises(PoisonRequest if num_failures == 3 else type(error)):
+        publishing("poet", "bare")
+    is_unsure = method == "commit" and not isinstance(error, VersionConflict)  # it may be live: the holds must stand
+    assert (publishing.pool.live, len(publishing.pool.held)) == ({}, 2 if is_unsure else 0)
+    assert publishing.pool.swept == ([] if is_unsure else publishing.pool.swept)
+    assert publishing.retriever.called("catch_up") == []
+    assert len(live(publishing("poet", "bare"))) == 2, "a retry succeeds"
+
+
+@pytest.mark.parametrize("change", ["publish", "rollback", "withdraw"])
+def test_a_store_without_a_replica_is_told_in_time(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Absent(FakeStore):
+        async def active_encoder(self) -> str | None:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+    monkeypatch.setattr(publisher, "_STORE_WAIT_S", 0.01)
+    publishing = Publishing()
+    publishing.store = FakeHandle(Absent(pool_of(adapter("poet"))))
+    changes: dict[str, Callable[[], Any]] = {
+        "publish": lambda: publishing("bard"),
+        "rollback": publishing.rollback,
+        "withdraw": lambda: publishing.withdraw("poet"),
+    }
+    with pytest.raises(StoreUnavailable, match="none of its replicas answered"):
+        changes[change]()
+    assert [call.name for call in publishing.store.calls] == ["active_encoder"]
+
+
+def test_a_store_that_dies_is_asked_again() -> None:
+    death = (RayActorError(), 1)
+    publishing = Publishing(failing=dict.fromkeys(("active_encoder", "versions", "stage", "commit"), death))
+    assert len(live(publishing("poet", "bare"))) == 2
+
+
+def test_a_publish_whose_store_dies_after_the_commit_happens_once() -> None:
+    publishing = Publishing(dying={"commit": 1})
+    [published] = live(publishing("poet"))
+    assert published.generation == publishing.pool.generation == 8
+    first, second = [call[-1] for call in publishing.store.called("commit")]
+    assert first == second
+
+
+def test_a_withdrawal_whose_store_dies_after_the_commit_happens_once() -> None:
+    publishing = Publishing(adapter("poet"), dying={"withdraw": 1})
+    assert publishing.withdraw("poet").generation == publishing.pool.generation == 8
+    assert publishing.pool.live == {}
+
+
+def test_changes_of_the_pool_have_ids_of_their_own() -> None:
+    publishing = Publishing(dying={"commit": 1})
+    assert [len(live(publishing(name))) for name in ("poet", "bard")] == [1, 1]
+    assert publishing.pool.generation == 9
+    assert len({call[-1] for call in publishing.store.called("commit")}) == 2
+
+
+def test_a_store_that_fails_at_one_stage_costs_that_adapter_only() -> None:
+    outcomes = Publishing(failing={"stage": (StoreUnavailable("down"), 1)})("poet", "bard")
+    assert [type(outcome) for outcome in outcomes if isinstance(outcome, StoreUnavailable)] != []
+    assert [published.ref.name for published in live(outcomes)] == ["bard"]
+
+
+def test_a_retriever_that_cannot_embed_leaves_nothing() -> None:
+    publishing = Publishing(retriever=FakeHandle(FakeRetriever(unfit=RayActorError())))
+    with pytest.raises(PoisonRequest):
+        publishing("poet", "bard")
+    assert (publishing.pool.live, publishing.pool.held) == ({}, [])
+    assert publishing.store.called("commit") == []
+
+
+def test_a_store_that_is_gone_for_good_is_logged_and_left_to_gc(caplog: pytest.LogCaptureFixture) -> None:
+    down = (StoreUnavailable("down"), 9)
+    publishing = Publishing(
+        failing={"versions": down, "discard": down, "unreferenced": (StoreUnavailable("down"), 999)}
+    )
+    with pytest.raises(StoreUnavailable):
+        publishing("poet")
+    assert publishing.pool.live == {}
+    assert (caplog.records[0].levelname, caplog.records[-1].levelname) == ("WARNING", "ERROR")
+
+
+def test_a_client_that_leaves_does_not_break_off_its_publish() -> None:
+    async def run() -> dict[Any, Any]:
+        publishing, background = Publishing(), Background()
+        releaser = Reclaimer(publishing.store, publishing.worker, background, longest_request_s=1)
+        handles = (publishing.store, publishing.retriever, publishing.worker)
+        waking = WorkerGate(publishing.worker, None)
+        publishes = Publisher(*handles, background=background, releaser=releaser, waking=waking)
+        client = asyncio.create_task(publishes.publish([PublishItem(Path("poet"))], "tester"))
+        await asyncio.sleep(0)
+        client.cancel()
+        await asyncio.wait([client])
+        assert publishing.pool.live == {}, "it was over before the client left"
+        await background.idle()
+        assert publishing.pool.held == []
+        return publishing.pool.live
+
+    assert list(asyncio.run(run())) == [POET]
+
+
+def test_replicas_that_do_not_catch_up_are_counted_as_behind() -> None:
+    late = FakeRetriever(caught_up=StaleIndex(8, 7))
+    retriever = FakeHandle(FakeRetriever(), late, FakeRetriever())
+    [published] = live(Publishing(retriever=retriever)("poet"))
+    assert (published.ready, published.behind) == (2, 1)
+    assert retriever.called("catch_up") == [(8,)]
+    assert retriever.timeouts_s == [CATCH_UP_TIMEOUT_S]
+
+
+def test_a_replica_that_stays_silent_leaves_the_commit_standing() -> None:
+    [published] = live(Publishing(retriever=FakeHandle(FakeRetriever(), num_silent=1))("poet"))
+    assert published.generation == 8
+    assert published.behind >= 1
+
+
+def test_what_is_live_already_is_neither_probed_nor_committed_again() -> None:
+    publishing = Publishing(adapter("poet", generation=3))
+    [published] = live(publishing("poet"))
+    assert (published.ref.name, published.generation, published.ready) == ("poet", 3, 1)
+    assert publishing.worker.called("probe_many") == []
+    assert publishing.store.called("commit") == []
+    assert publishing.retriever.called("catch_up") == [(3,)]
+    assert (publishing.pool.held, publishing.pool.swept) == ([], [])
+
+
+def test_what_is_live_but_embedded_by_an_older_encoder_is_published_again() -> None:
+    publishing = Publishing(adapter("poet"), adapter("bare", samples=False))
+    publishing.pool.encoder = "new-encoder"
+    publishing.retriever = FakeHandle(FakeRetriever(encoder="new-encoder"))
+    assert [published.generation for published in live(publishing("poet", "bare"))] == [8, 1]
+    [(_, [embedding], *_)] = publishing.store.called("commit")
+    assert embedding.encoder == "new-encoder"
+
+
+def test_new_and_live_adapters_are_ready_at_the_new_generation() -> None:
+    publishing = Publishing(adapter("bard", generation=3))
+    assert [item.generation for item in live(publishing("bard", "poet"))] == [3, 8]
+    assert publishing.retriever.called("catch_up") == [(8,)]
+
+
+def test_uploads_reach_the_store_through_rays_object_store() -> None:
+    publishing = Publishing()
+    publishing("poet")
+    assert publishing.store.by_reference == [True]

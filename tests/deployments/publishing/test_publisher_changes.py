@@ -1,0 +1,161 @@
+"""What the Publisher does to a pool that is not empty: reindexes, updates, rollbacks, withdrawals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from deployments.api.change_results import Removed
+from deployments.errors import VersionNotKept
+from lora_store import AdapterNotFound, Embedding, Sample, Staged, StoreUnavailable
+from retriever_svc import StaleIndex
+from tests.deployments.adapter_records import ENCODER, adapter
+from tests.deployments.fake_retriever import FakeRetriever
+from tests.deployments.fake_store import FakeStore
+from tests.deployments.fake_worker import FakeWorker
+from tests.deployments.publishing import Publishing, live
+from tests.fakes import FakeHandle
+
+
+class Reindexed(FakeStore):
+    """A reindex activates another encoder right before the first commit."""
+
+    async def commit(self, staged: Sequence[Staged], embeddings: Sequence[Embedding | None], *more: object) -> int:
+        if self.encoder is None:
+            self.encoder = "new-encoder"
+        return await super().commit(staged, embeddings, *more)
+
+
+class Swapping(FakeRetriever):
+    """Embeds by the new encoder once it has caught up."""
+
+    async def catch_up(self, generation: int) -> int:
+        self.encoder = "new-encoder"
+        return await super().catch_up(generation)
+
+
+def test_a_publish_that_a_reindex_overtakes_is_found_by_the_new_encoder() -> None:
+    publishing = Publishing(retriever=FakeHandle(Swapping()))
+    publishing.pool = Reindexed()
+    publishing.store = FakeHandle(publishing.pool)
+    assert [published.generation for published in live(publishing("poet", "bare"))] == [9, 9]
+    encoders = [[e and e.encoder for e in embeddings] for _, embeddings, *_ in publishing.store.called("commit")]
+    assert encoders == [[ENCODER, None], ["new-encoder", None]]
+    assert publishing.retriever.called("catch_up") == [(8,), (9,)]
+    assert publishing.pool.held == []
+
+
+def test_an_update_that_comes_while_a_reindex_is_followed_is_not_undone() -> None:
+    class Updated(Reindexed):
+        async def active_encoder(self) -> str | None:
+            if self.live:  # after the first commit another publisher updates the name
+                self.live["local", "poet"] = (adapter("poet", version="theirs"), *self.live["local", "poet"])
+            return await super().active_encoder()
+
+    publishing = Publishing(retriever=FakeHandle(Swapping()))
+    publishing.pool = Updated()
+    publishing.store = FakeHandle(publishing.pool)
+    publishing("poet")
+    assert publishing.live_digests["poet"][0] == adapter("poet", version="theirs").ref.digest
+
+
+def test_a_withdrawal_during_a_rollback_is_not_undone() -> None:
+    class Withdrawn(FakeWorker):
+        async def probe_many(self, weights_digests: Sequence[str]) -> list[float | Exception]:
+            publishing.pool.live.clear()
+            return await super().probe_many(weights_digests)
+
+    publishing = Publishing(adapter("poet", version="2"), adapter("poet", version="1"))
+    publishing.worker = FakeHandle(Withdrawn())
+    with pytest.raises(AdapterNotFound):
+        publishing.rollback()
+    assert (publishing.pool.live, publishing.pool.held) == ({}, [])
+
+
+def test_an_encoder_that_never_stays_ends_the_publish_all_the_same() -> None:
+    publishing = Publishing()
+    publishing.pool = Reindexed()
+    publishing.store = FakeHandle(publishing.pool)
+    assert len(live(publishing("poet"))) == 1
+    assert len(publishing.store.called("commit")) == 4
+
+
+def test_an_update_frees_what_falls_out_of_the_kept_versions() -> None:
+    publishing = Publishing()
+    for version in ("1", "2", "3"):
+        publishing("poet", version=version)
+    assert publishing.pool.swept == []
+    publishing("poet", version="4")
+    oldest = adapter("poet", version="1")
+    assert publishing.worker.called("forget") == [([oldest.weights_digest],)] * 2
+    assert publishing.pool.swept == [oldest.weights_digest], "all versions share their samples"
+    assert len(publishing.live_digests["poet"]) == 3
+
+
+def test_a_rollback_is_a_publish_of_the_version_before() -> None:
+    publishing = Publishing(adapter("poet", version="2"), adapter("poet", version="1"))
+    published = publishing.rollback()
+    assert (published.ref, published.generation) == (adapter("poet", version="1").ref, 8)
+    assert publishing.live_digests["poet"] == [adapter("poet", version=version).ref.digest for version in "12"]
+    assert publishing.retriever.called("embed") == [([(Sample("one"), Sample("two"))], ["local"])]
+    assert publishing.worker.called("probe_many") == [([adapter("poet", version="1").weights_digest],)]
+    assert publishing.retriever.called("catch_up") == [(8,)]
+    assert publishing.pool.held == []
+    publishing.rollback()
+    assert publishing.live_digests["poet"] == [adapter("poet", version=version).ref.digest for version in "21"]
+
+
+def test_a_rollback_reaches_every_kept_version_by_its_digest() -> None:
+    versions = [adapter("poet", version=version) for version in "321"]
+    publishing = Publishing(*versions)
+    assert publishing.rollback(versions[2].ref.digest[:8]).ref == versions[2].ref
+    again = publishing.rollback(versions[2].ref.digest)
+    assert again.ref == versions[2].ref, "the live one stays"
+    assert len(publishing.store.called("commit")) == 1
+
+
+@pytest.mark.parametrize("digest", [None, "f" * 64, adapter("poet").ref.digest[:7], ""])
+def test_a_version_that_is_not_kept_is_not_found_and_those_that_are_are_named(digest: str | None) -> None:
+    publishing = Publishing(adapter("poet"))
+    with pytest.raises(VersionNotKept) as caught:
+        publishing.rollback(digest)
+    assert adapter("poet").ref.digest[:12] in str(caught.value)
+    with pytest.raises(AdapterNotFound):
+        publishing.rollback(digest, name="nobody")
+    assert publishing.store.called("restage") == []
+
+
+def test_a_rollback_that_fails_leaves_the_live_version() -> None:
+    versions = adapter("poet", version="2"), adapter("poet", version="1")
+    publishing = Publishing(*versions, failing={"commit": (StoreUnavailable("down"), 1)})
+    with pytest.raises(StoreUnavailable):
+        publishing.rollback()
+    assert publishing.live_digests["poet"] == [record.ref.digest for record in versions]
+    assert (len(publishing.pool.held), publishing.pool.swept) == (1, []), "it may be live: its hold stands"
+
+
+def test_a_withdrawn_adapter_is_gone_with_all_its_versions_and_what_they_held() -> None:
+    versions = adapter("poet", version="2"), adapter("poet", version="1")
+    publishing = Publishing(*versions, adapter("bard"))
+    removed = publishing.withdraw("poet")
+    assert removed == Removed(("poet",), 8, 1, 0)
+    assert list(publishing.live_digests) == ["bard"]
+    [(*withdrawn, _)] = publishing.store.called("withdraw")
+    assert withdrawn == ["local", ("poet",), "tester"]
+    assert publishing.retriever.called("catch_up") == [(8,)]
+    assert publishing.pool.swept == sorted({digest for record in versions for digest in record.blobs})
+
+
+def test_an_unknown_name_withdraws_nothing() -> None:
+    publishing = Publishing(adapter("poet"))
+    with pytest.raises(AdapterNotFound):
+        publishing.withdraw("poet", "nobody")
+    assert list(publishing.live_digests) == ["poet"]
+    assert publishing.retriever.called("catch_up") == []
+
+
+def test_a_withdrawal_counts_the_replicas_that_still_route_there() -> None:
+    late = FakeHandle(FakeRetriever(), FakeRetriever(caught_up=StaleIndex(8, 7)))
+    removed = Publishing(adapter("poet"), retriever=late).withdraw("poet")
+    assert (removed.ready, removed.behind) == (1, 1)

@@ -1,0 +1,93 @@
+"""What a publisher says of who may find its adapters, and what its tenant may hold."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deployments.api.change_results import Published, Settled
+from deployments.api.publish_item import PublishItem
+from deployments.errors import RateLimited
+from lora_store import AdapterNotFound, QuotaExceeded, TenantQuota, Visibility
+from tests.deployments.adapter_records import adapter
+from tests.deployments.publishing.test_publisher import POET, Publishing
+
+
+def publish(publishing: Publishing, **said: Any) -> Published:
+    upload = PublishItem(Path("folders", "poet"), **said)
+    [outcome] = publishing.run(lambda publisher: publisher.publish([upload], "tester"))
+    assert isinstance(outcome, Published)
+    return outcome
+
+
+@pytest.mark.parametrize(
+    ("said", "is_published"), [(None, False), ("public", False), ("private", True)]
+)  # the live one is public
+def test_what_is_live_is_published_again_only_to_be_seen_otherwise(said: Visibility | None, is_published: bool) -> None:
+    publishing = Publishing(adapter("poet"))
+    publish(publishing, visibility=said)
+    assert bool(publishing.store.called("commit")) is is_published
+    assert publishing.pool.live[POET][0].visibility == (said or "public")
+
+
+def test_a_publish_beyond_the_tenants_share_leaves_nothing() -> None:
+    share = TenantQuota(max_adapters=1)
+    publishing = Publishing(failing={"commit": (QuotaExceeded("adapters", 2, 1), 1)})
+    upload = PublishItem(Path("folders", "poet"))
+    with pytest.raises(QuotaExceeded):
+        publishing.run(lambda publisher: publisher.publish([upload], "tester", share))
+    [(*_, committed_share, _)] = publishing.store.called("commit")
+    assert committed_share == share
+    assert (publishing.pool.held, publishing.live_digests) == ([], {})
+
+
+def test_samples_are_charged_before_the_encoder_reads_them() -> None:
+    publishing = Publishing()
+    uploads, charged = [PublishItem(Path("folders", name)) for name in ("poet", "coder")], []
+
+    def charge(num_tokens: int) -> None:
+        charged.append((num_tokens, len(publishing.retriever.called("embed"))))
+
+    publishing.run(lambda publisher: publisher.publish(uploads, "tester", None, charge))
+    [(groups, _)] = publishing.retriever.called("embed")
+    num_tokens = sum(-(-len(sample.input) // 4) for group in groups for sample in group)
+    assert (charged, num_tokens > 0) == ([(num_tokens, 0)], True)
+
+
+@pytest.mark.parametrize("change", ["publish", "rollback"])
+def test_samples_that_the_key_may_not_use_are_not_read_and_nothing_is_kept(change: str) -> None:
+    publishing = Publishing(adapter("poet", version="new"), adapter("poet", version="old"))
+    before = dict(publishing.pool.live)
+
+    def charge(num_tokens: int) -> None:
+        raise RateLimited("10 tokens per minute", 6.0)
+
+    with pytest.raises(RateLimited):
+        if change == "publish":
+            uploads = [PublishItem(Path("folders", "coder"))]
+            publishing.run(lambda publisher: publisher.publish(uploads, "tester", None, charge))
+        else:
+            publishing.run(lambda publisher: publisher.rollback(POET, None, "tester", charge))
+    assert not publishing.retriever.called("embed")
+    assert (publishing.pool.held, dict(publishing.pool.live)) == ([], before)
+
+
+def test_a_visibility_holds_once_every_replica_knows_it() -> None:
+    publishing = Publishing(adapter("poet"))
+    settled = publishing.run(lambda publisher: publisher.set_visibility(POET, "private", "tester"))
+    assert settled == Settled(8, 1, 0)
+    assert publishing.store.called("set_visibility") == [(*POET, "private", "tester")]
+    assert publishing.retriever.called("catch_up") == [(8,)]
+    with pytest.raises(AdapterNotFound):
+        publishing.run(lambda publisher: publisher.set_visibility(("other", "poet"), "private", "tester"))
+
+
+def test_an_approval_holds_once_every_replica_knows_it() -> None:
+    poet = adapter("poet")
+    publishing = Publishing(poet)
+    assert publishing.run(lambda publisher: publisher.approve([poet.ref], "boss")) == Settled(8, 1, 0)
+    assert publishing.pool.live[POET] == (replace(poet, approved=True),)
+    assert publishing.retriever.called("catch_up") == [(8,)]

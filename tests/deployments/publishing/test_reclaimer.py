@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from ray.exceptions import RayActorError
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import DeploymentUnavailableError
+
+from deployments.calls.background_tasks import Background
+from deployments.publishing.reclaimer import Reclaimer
+from lora_store import AdapterRecord, StoreUnavailable
+from tests.deployments.adapter_records import POOL, adapter, pool_of
+from tests.deployments.fake_store import FakeStore
+from tests.deployments.fake_worker import FakeWorker
+from tests.fakes import FakeHandle
+
+OLD = adapter("old")
+
+
+class Releasing:
+    """A Releaser over fakes; `pauses` are the waits between its questions."""
+
+    def __init__(
+        self, *workers: FakeWorker, store: FakeStore | None = None, num_stores: int = 1, **worker: Any
+    ) -> None:
+        self.fake_store = store or FakeStore(pool_of(*POOL))
+        self.store = FakeHandle(*[self.fake_store] * num_stores)
+        self.worker = FakeHandle(*workers, **worker)
+        self.pauses: list[float] = []
+
+    def __call__(self, *records: AdapterRecord, longest_request_s: float = 600) -> None:
+        async def run() -> None:
+            background = Background()
+            releaser = Reclaimer(
+                self.store, self.worker, background, longest_request_s=longest_request_s, sleep=self._pause
+            )
+            releaser.release(records)
+            await background.idle()
+
+        asyncio.run(run())
+
+    async def _pause(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+
+    @property
+    def steps(self) -> list[str]:
+        return [call.name for call in sorted(self.store.calls + self.worker.calls, key=lambda call: call.number)]
+
+
+def test_what_nothing_refers_to_is_forgotten_then_swept_then_released() -> None:
+    releasing = Releasing(FakeWorker())
+    releasing(OLD)
+    assert releasing.steps == ["unreferenced", "forget", "sweep", "release", "forget"]
+    assert releasing.worker.called("forget") == [([OLD.weights_digest],)] * 2
+    assert releasing.fake_store.swept == sorted(OLD.blobs)
+    assert releasing.store.called("release") == [(sorted(OLD.blobs),)]
+
+
+def test_what_another_adapter_still_needs_stays() -> None:
+    releasing = Releasing(FakeWorker())
+    releasing(OLD, POOL[0])
+    assert releasing.worker.called("forget") == [([OLD.weights_digest],)] * 2
+    assert releasing.fake_store.swept == sorted(OLD.blobs)
+    nothing = Releasing(FakeWorker())
+    nothing(POOL[0])
+    nothing()
+    assert nothing.steps == ["unreferenced"]
+
+
+def test_nothing_is_swept_before_every_worker_has_let_go() -> None:
+    releasing = Releasing(FakeWorker(forgets=[False, True]), FakeWorker(forgets=[True, False, True]))
+    releasing(OLD)
+    assert releasing.steps == ["unreferenced", "forget", "forget", "forget", "sweep", "release", "forget"]
+    assert len(releasing.pauses) == 2
+
+
+def test_a_worker_that_died_holds_nothing() -> None:
+    releasing = Releasing(FakeWorker(forgets=[RayActorError()]), FakeWorker())
+    releasing(OLD)
+    assert releasing.steps == ["unreferenced", "forget", "sweep", "release", "forget"]
+
+
+@pytest.mark.parametrize("answer", [False, RuntimeError("broken"), DeploymentUnavailableError(DeploymentID("W", "a"))])
+def test_a_worker_that_never_lets_go_is_waited_for_as_long_as_a_request_may_run(
+    answer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    releasing = Releasing(FakeWorker(forgets=[answer] * 1000))
+    releasing(OLD, longest_request_s=20)
+    assert sum(releasing.pauses) == 20
+    assert releasing.fake_store.swept == sorted(OLD.blobs)
+    assert any("still holds" in record.getMessage() for record in caplog.records)
+
+
+def test_workers_that_were_scaled_away_hold_nothing() -> None:
+    releasing = Releasing()
+    releasing(OLD)
+    assert releasing.steps == ["unreferenced", "forget", "sweep", "release", "forget"]
+    assert releasing.pauses == []
+
+
+def test_a_store_that_does_not_run_is_asked_again() -> None:
+    releasing = Releasing(FakeWorker(), num_stores=2)
+    releasing.store.broadcast = FakeHandle().broadcast  # type: ignore[method-assign]
+    releasing(OLD, longest_request_s=1)
+    assert len(releasing.pauses) == 2
+
+
+def test_a_silent_worker_is_asked_again() -> None:
+    releasing = Releasing(FakeWorker(), num_silent=1)
+    releasing(OLD, longest_request_s=1)
+    assert releasing.steps == ["unreferenced", "forget", "forget", "sweep", "release", "forget"]
+    assert None not in releasing.worker.timeouts_s
+
+
+def test_every_store_replica_drops_its_references() -> None:
+    releasing = Releasing(FakeWorker(), num_stores=3)
+    releasing(OLD)
+    assert releasing.steps.count("release") == 1
+    assert releasing.store.timeouts_s != []
+
+
+@pytest.mark.parametrize("method", ["unreferenced", "sweep"])
+def test_a_store_that_is_down_is_asked_again_until_the_blobs_are_gone(
+    method: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    releasing = Releasing(store=FakeStore(failing={method: (StoreUnavailable("down"), 1)}))
+    releasing(OLD)
+    assert releasing.fake_store.swept == sorted(OLD.blobs)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert len(releasing.pauses) == 1
+
+
+def test_a_store_that_stays_down_leaves_the_blobs_to_gc(caplog: pytest.LogCaptureFixture) -> None:
+    releasing = Releasing(store=FakeStore(failing={"unreferenced": (StoreUnavailable("down"), 1000)}))
+    releasing(OLD, longest_request_s=5)
+    assert releasing.fake_store.swept == []
+    assert caplog.records[-1].levelname == "ERROR"

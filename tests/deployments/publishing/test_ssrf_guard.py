@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from deployments.errors import SourceRefused, SourceUnavailable
+from deployments.publishing import ssrf_guard
+from deployments.publishing.ssrf_guard import pin_public_address
+from lora_store.location import Location
+
+PUBLIC = "93.184.216.34"
+CLOUD = "s3://bucket/pool?region=eu-west-1"
+HTTP = "s3://bucket/pool?endpoint_override=minio.pool:9000&scheme=http"
+HTTPS = "s3://bucket/pool?endpoint_override=minio.pool:9000"
+INNER = ["10.1.2.3", "192.168.0.9", "172.16.0.1", "fd12::1"]
+NEVER = [
+    "127.0.0.1",
+    "127.9.9.9",
+    "::1",
+    "0.0.0.0",
+    "::",
+    "169.254.169.254",
+    "fe80::1",
+    "fe80::1%eth0",
+    "fd00:ec2::254",
+    "100.100.100.200",
+    "224.0.0.1",
+    "::ffff:127.0.0.1",
+    "::ffff:169.254.169.254",
+    "::ffff:0.0.0.0",
+    "64:ff9b::a9fe:a9fe",
+    "2002:7f00:1::",
+    "255.255.255.255",
+    "168.63.129.16",
+    "::ffff:168.63.129.16",
+    "64:ff9b::a83f:8110",
+    "192.0.0.192",
+    "fec0::1",
+    "feff:ffff::1",
+    "2001:0:a9fe:a9fe::1",
+    "2001::1",
+]
+
+
+def resolving(*addresses: str) -> tuple[Callable[[str, int], Sequence[str]], list[tuple[str, int]]]:
+    asked: list[tuple[str, int]] = []
+
+    def resolve(host: str, port: int) -> Sequence[str]:
+        asked.append((host, port))
+        return addresses
+
+    return resolve, asked
+
+
+def check(text: str, *addresses: str) -> Location:
+    return pin_public_address("s3://bucket/pool/poet", Location(text), resolving(*addresses)[0])
+
+
+@pytest.mark.parametrize("address", [*NEVER, *INNER])
+@pytest.mark.parametrize("text", [CLOUD, "gs://bucket/pool"])
+def test_a_clouds_own_name_leads_to_public_addresses_only(text: str, address: str) -> None:
+    assert check(text, PUBLIC) == Location(text)
+    with pytest.raises(SourceRefused, match="leads to an address"):
+        check(text, address)
+    with pytest.raises(SourceRefused):
+        check(text, PUBLIC, address)
+
+
+@pytest.mark.parametrize("address", NEVER)
+@pytest.mark.parametrize("text", [HTTP, HTTPS])
+def test_a_name_the_prefix_gives_leads_to_no_loopback_and_no_metadata(text: str, address: str) -> None:
+    with pytest.raises(SourceRefused, match="leads to an address"):
+        check(text, address)
+    with pytest.raises(SourceRefused):
+        check(text, PUBLIC, address)
+
+
+@pytest.mark.parametrize("address", [PUBLIC, *INNER])
+def test_it_may_lead_into_the_operators_network_and_over_http_is_asked_at_the_address_that_was_checked(
+    address: str,
+) -> None:
+    assert check(HTTPS, address) == Location(HTTPS), "its certificate names it"
+    endpoint = check(HTTP, address, "10.9.9.9").endpoint
+    assert endpoint is not None
+    assert (endpoint.host, endpoint.port, endpoint.scheme) == (address, 9000, "http")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:9000", "[::1]:9000", "169.254.169.254", "localhost:9000", "LOCALHOST"])
+def test_an_address_the_prefix_gives_itself_is_what_its_operator_wants(host: str) -> None:
+    resolve, asked = resolving()
+    location = Location(f"s3://bucket/pool?endpoint_override={host}&scheme=http")
+    assert pin_public_address("s3://bucket/pool/x", location, resolve) is location
+    assert not asked
+
+
+@pytest.mark.parametrize("host", ["0x7f.1", "2130706433", "127.1"])
+def test_another_way_to_write_an_address_is_a_name(host: str) -> None:
+    with pytest.raises(SourceRefused):
+        check(f"s3://bucket/pool?endpoint_override={host}:9000&scheme=http", "127.0.0.1")
+
+
+def test_the_host_that_is_asked_for_is_the_one_that_is_checked() -> None:
+    for text, expected in [
+        (CLOUD, ("s3.eu-west-1.amazonaws.com", 443)),
+        ("s3://bucket/pool", ("s3.us-east-1.amazonaws.com", 443)),
+        ("gs://bucket/pool", ("storage.googleapis.com", 443)),
+        (HTTP, ("minio.pool", 9000)),
+        ("s3://bucket?endpoint_override=minio.pool&scheme=http", ("minio.pool", 80)),
+    ]:
+        resolve, asked = resolving(PUBLIC)
+        pin_public_address("s3://bucket/x", Location(text), resolve)
+        assert asked == [expected]
+
+
+def test_a_folder_has_no_address(tmp_path: Path) -> None:
+    resolve, asked = resolving()
+    assert pin_public_address("file:///x", Location(str(tmp_path)), resolve) == Location(str(tmp_path))
+    assert not asked
+
+
+def test_a_name_without_an_address_is_an_unavailable_source() -> None:
+    def failing(host: str, port: int) -> Sequence[str]:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    with pytest.raises(SourceUnavailable, match=r"minio\.pool"):
+        pin_public_address("s3://bucket/pool/poet", Location(HTTP), failing)
+    with pytest.raises(SourceUnavailable):
+        check(HTTP)
+
+
+def test_the_system_resolves_names() -> None:
+    assert "127.0.0.1" in ssrf_guard.resolve_by_system("127.0.0.1", 80)

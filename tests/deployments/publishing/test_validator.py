@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from ray.exceptions import RayActorError
+
+from deployments.errors import PoisonRequest
+from deployments.publishing.changes import free_of_charge
+from deployments.publishing.validator import VALIDATED_TOGETHER, AdapterValidator, Outcome, ValidatedAdapter
+from lora_store import AdapterRecord, AdapterRef, AdapterRefused, Staged
+from tests.deployments.adapter_records import adapter
+from tests.deployments.fake_retriever import FakeRetriever
+from tests.deployments.fake_worker import FakeWorker
+from tests.fakes import FakeHandle
+
+
+def staged(name: str) -> Staged:
+    return Staged(adapter(name), (), "hold")
+
+
+def examine(
+    *items: Staged | BaseException,
+    live: dict[AdapterRef, AdapterRecord] | None = None,
+    worker: FakeWorker | None = None,
+    **retriever: Any,
+) -> tuple[list[Outcome], FakeHandle]:
+    handle = FakeHandle(worker or FakeWorker())
+    examiner = AdapterValidator(FakeHandle(FakeRetriever(**retriever)), handle)
+    return asyncio.run(examiner.examine(items, live or {}, free_of_charge)), handle
+
+
+def test_outcomes_come_in_order_and_refusals_stay_in_their_place() -> None:
+    refused = AdapterRefused("x", ["it is bad"])
+    known = adapter("known")
+    items = (staged("one"), refused, Staged(known, (), "hold"), staged("mute"))
+    worker = FakeWorker(shifts={"mute": 0.0, "one": 0.25})
+    (first, second, third, fourth), _ = examine(*items, live={known.ref: known}, worker=worker)
+    assert isinstance(first, ValidatedAdapter)
+    assert (first.staged, first.shift) == (items[0], 0.25)
+    assert (second, third) == (refused, known)
+    assert isinstance(fourth, AdapterRefused)
+
+
+def test_equal_versions_are_examined_once_and_batches_are_bounded() -> None:
+    items = [staged(f"a{number}") for number in range(VALIDATED_TOGETHER + 1)]
+    outcomes, worker = examine(*items, items[0])
+    assert outcomes[0] is outcomes[-1]
+    assert [len(digests) for (digests,) in worker.called("probe_many")] == [VALIDATED_TOGETHER, 1]
+
+
+def test_a_second_batch_is_examined_while_the_first_one_is() -> None:
+    class Waiting(FakeWorker):
+        """Answers one call when it has got two."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.has_two = asyncio.Barrier(2)
+
+        async def probe_many(self, weights_digests: list[str]) -> list[float | Exception]:
+            async with asyncio.timeout(10):  # reached only where the second call never comes
+                await self.has_two.wait()
+            return await super().probe_many(weights_digests)
+
+    items = [staged(f"a{number}") for number in range(2 * VALIDATED_TOGETHER)]
+    outcomes, _ = examine(*items, worker=Waiting())
+    assert [outcome.staged for outcome in outcomes if isinstance(outcome, ValidatedAdapter)] == items
+
+
+def test_workers_that_die_are_each_adapters_error() -> None:
+    outcomes, _ = examine(staged("one"), staged("two"), worker=FakeWorker(failure=RayActorError()))
+    assert [type(outcome) for outcome in outcomes] == [PoisonRequest, PoisonRequest]
+
+
+def test_retrievers_that_die_are_the_whole_batches_error() -> None:
+    with pytest.raises(PoisonRequest):
+        examine(staged("one"), unfit=RayActorError())

@@ -1,0 +1,261 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from ray.serve._private.common import DeploymentHandleSource, DeploymentID, RequestMetadata
+from ray.serve.request_router import PendingRequest, ReplicaID
+
+from deployments.scaling.adapter_affinity_router import AdapterAffinityRouter, short_digest
+from gpu_worker.request.request import Job
+from lora_store import AdapterRef, Plan, PlannedAdapter
+from tests.deployments.adapter_records import digest_of
+
+DEPLOYMENT = DeploymentID("Worker", "app")
+
+
+def digests(names: str) -> list[str]:
+    return [short_digest(digest_of(name)) for name in names]
+
+
+@dataclass
+class FakeReplica:
+    """A replica as the router sees it: its id, what it says it holds, and the length of its queue."""
+
+    name: str
+    queue_len: int = 0
+    holds: str = ""  # an adapter a letter
+    max_ongoing_requests: int = 100
+    replica_id: ReplicaID = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.replica_id = ReplicaID(self.name, DEPLOYMENT)
+
+    @property
+    def routing_stats(self) -> Mapping[str, Any]:
+        return {"resident": digests(self.holds)} if self.holds else {}
+
+    async def get_queue_len(self, *, deadline_s: float) -> int:
+        return self.queue_len
+
+
+class Routing:
+    """The router over fake replicas, and its clock."""
+
+    def __init__(self, *replicas: FakeReplica) -> None:
+        self.now_s, self.replicas = 100.0, replicas
+        self._router = AdapterAffinityRouter(
+            DEPLOYMENT,
+            DeploymentHandleSource.REPLICA,
+            use_replica_queue_len_cache=True,
+            get_curr_time_s=lambda: self.now_s,
+        )
+        self._router.initialize_state()
+        self.update(*replicas)
+
+    def update(self, *replicas: FakeReplica) -> None:
+        self.replicas = replicas
+        self._router.update_replicas(replicas)
+        for replica in replicas:
+            self._router.on_new_queue_len_info(replica.replica_id, replica.queue_len)
+
+    async def ranks(self, *args: object) -> list[set[str]]:
+        """The names in each rank, empty ones left out."""
+        ranks = await self._router.choose_replicas(self.replicas, request_of(*args))
+        return [{replica.name for replica in rank} for rank in ranks if rank]
+
+    async def chosen(self, *args: object) -> str:
+        """The replica that a request is given by Ray's own choice among the ranks."""
+        return (await self.given(request_of(*args))).name
+
+    async def given(self, request: PendingRequest) -> FakeReplica:
+        replica: FakeReplica = await asyncio.wait_for(self._router._choose_replica_for_request(request), 5)
+        return replica
+
+    def sent(self, job: Job, name: str) -> None:
+        [replica] = [replica for replica in self.replicas if replica.name == name]
+        self._router.on_request_routed(request_of(job), replica.replica_id, None)
+
+
+def request_of(*args: object) -> PendingRequest:
+    number = str(object.__hash__(object()))
+    return PendingRequest(args=list(args), kwargs={}, metadata=RequestMetadata(number, number))
+
+
+def job(adapters: str) -> Job:
+    """A mixture of adapters, each a letter, the first the best."""
+    rows = tuple(PlannedAdapter(AdapterRef("t", name, digest_of(name)), digest_of(name), 1.0) for name in adapters)
+    return Job("x", "prompt", Plan("mixture" if rows else "base", rows))
+
+
+def run(main: Any) -> Any:
+    return asyncio.run(asyncio.wait_for(main, 20))
+
+
+def test_all_resident_before_most_before_rest() -> None:
+    async def main() -> None:
+        routing = Routing(FakeReplica("all", 1, "abcz"), FakeReplica("most", 1, "abz"), FakeReplica("one", 1, "c"))
+        assert await routing.ranks(job("abc")) == [{"all"}, {"most"}, {"one"}]
+        assert await routing.ranks(job("cz")) == [{"all"}, {"most", "one"}]
+
+    run(main())
+
+
+def test_calls_of_one_http_request_are_all_sent() -> None:
+    async def main() -> None:
+        routing = Routing(FakeReplica("only"))
+        calls = [PendingRequest([job(name)], {}, RequestMetadata("http-1", "http-1")) for name in "abc"]
+        chosen = await asyncio.gather(*[routing.given(call) for call in calls])
+        assert [replica.name for replica in chosen] == ["only"] * 3
+
+    run(main())
+
+
+def test_the_shortest_queue_is_taken_within_a_rank() -> None:
+    async def main() -> None:
+        routing = Routing(FakeReplica("long", 6, "a"), FakeReplica("short", 5, "a"), FakeReplica("none", 4))
+        assert await routing.chosen(job("a")) == "short"
+
+    run(main())
+
+
+@pytest.mark.parametrize(("queue_len", "is_taken"), [(25, True), (30, True), (31, False), (99, False)])
+def test_a_queue_well_above_the_others_draws_nothing(queue_len: int, is_taken: bool) -> None:
+    async def main() -> None:
+        # mean (q + 3 · 20) / 4, longest 1.25 · mean + 2: at 30 it is 30.1, at 31 it is 30.4
+        others = [FakeReplica(name, 20, "b" if name == "x" else "") for name in "xyz"]
+        routing = Routing(FakeReplica("busy", queue_len, "ab"), *others)
+        assert ((await routing.ranks(job("ab")))[0] == {"busy"}) is is_taken
+        assert ((await routing.ranks(job("ab")))[-1] == {"busy"}) is not is_taken
+        assert await routing.chosen(job("ab")) == ("busy" if is_taken else "x")
+
+    run(main())
+
+
+def test_a_full_replica_is_passed_over_for_the_next_rank() -> None:
+    async def main() -> None:
+        full = FakeReplica("full", 3, "a", max_ongoing_requests=3)
+        assert await Routing(full, FakeReplica("free", 3)).chosen(job("a")) == "free"
+
+    run(main())
+
+
+def test_one_that_waits_for_a_full_replica_does_so_with_pauses() -> None:
+    async def main() -> None:
+        replica = FakeReplica("full", 3, "a", max_ongoing_requests=3)
+        routing = Routing(replica)
+        request = request_of(job("a"))
+        await routing._router.choose_replicas(routing.replicas, request)
+        assert request.routing_context.should_backoff
+
+    run(main())
+
+
+def test_what_was_sent_counts_until_the_replica_has_had_time_to_say_so() -> None:
+    async def main() -> None:
+        routing = Routing(*[FakeReplica(name) for name in "wxyz"])
+        for name in "zyxw":
+            routing.sent(job("ab"), name)
+            routing.now_s += 0.5
+        assert await routing.ranks(job("ab")) == [set("wxyz")]
+        routing.now_s += 1.5
+        assert await routing.ranks(job("a")) == [set("wx"), set("yz")]
+        routing.sent(job("c"), "w")
+        routing.now_s += 1.4
+        assert set((await routing.ranks(job("a")))[0]) != {"w"}
+        assert (await routing.ranks(job("c")))[0] == {"w"}
+
+    run(main())
+
+
+def test_sent_again_it_counts_from_the_last_time() -> None:
+    async def main() -> None:
+        routing = Routing(*[FakeReplica(name) for name in "wxyz"])
+        routing.sent(job("a"), "w")
+        routing.now_s += 2
+        routing.sent(job("b"), "w")
+        routing.sent(job("a"), "w")
+        routing.now_s += 2
+        assert (await routing.ranks(job("a")))[0] == (await routing.ranks(job("b")))[0] == {"w"}
+
+    run(main())
+
+
+def test_what_has_had_its_time_is_not_kept() -> None:
+    async def main() -> None:
+        routing = Routing(FakeReplica("x"))
+        for name in "abac":
+            routing.sent(job(name), "x")
+            routing.now_s += 1.5
+        [kept] = routing._router._expected.values()
+        assert set(kept) == set(digests("ac"))  # the first a's time and b's are over, the second a's is not
+
+    run(main())
+
+
+def test_what_was_sent_to_a_replica_goes_with_it() -> None:
+    async def main() -> None:
+        first, second = FakeReplica("x"), FakeReplica("y")
+        routing = Routing(first, second)
+        routing.sent(job("a"), "x")
+        routing.update(second)
+        routing.update(first, second)
+        assert await routing.ranks(job("a")) == [{"x", "y"}]
+
+    run(main())
+
+
+def test_a_replicas_own_word_is_followed_as_it_changes() -> None:
+    async def main() -> None:
+        replica = FakeReplica("x", holds="a")
+        routing = Routing(replica, *[FakeReplica(name) for name in "wyz"])
+        assert (await routing.ranks(job("a")))[0] == {"x"}
+        replica.holds = "b"
+        routing.update(*routing.replicas)
+        assert (await routing.ranks(job("b")))[0] == {"x"}
+        assert len((await routing.ranks(job("a")))[0]) == 2
+
+    run(main())
+
+
+def test_what_is_held_nowhere_has_two_homes_that_every_router_knows() -> None:
+    async def main() -> None:
+        replicas = [FakeReplica(name) for name in "uvwxyz"]
+        one, other = Routing(*replicas), Routing(*reversed(replicas))
+        homes = {name: frozenset((await one.ranks(job(name)))[0]) for name in "abcdefghijklmnopqrst"}
+        assert all(len(home) == 2 for home in homes.values()) and len(set(homes.values())) > 5
+        assert set().union(*homes.values()) == set("uvwxyz")
+        for name, home in homes.items():
+            assert (await other.ranks(job(name)))[0] == (await other.ranks(job(name + "xyz")))[0] == home
+        fewer = Routing(*replicas[1:])
+        for name, home in homes.items():
+            assert home - {"u"} <= (await fewer.ranks(job(name)))[0]  # only what was u's has a new home
+
+    run(main())
+
+
+@pytest.mark.parametrize("args", [(), ("digest",), (job(""),)])
+def test_calls_without_adapters_go_to_the_shortest_queue(args: Sequence[object]) -> None:
+    async def main() -> None:
+        routing = Routing(FakeReplica("x", 9, "a"), FakeReplica("y", 1), FakeReplica("z", 2, "b"))
+        assert await routing.ranks(*args) == [{"x", "y", "z"}]
+        assert await routing.chosen(*args) == "y"
+
+    run(main())
+
+
+def test_equal_replicas_take_turns_by_chance() -> None:
+    async def main() -> None:
+        routing = Routing(*[FakeReplica(name) for name in "wxyz"])
+        orders = {
+            tuple(replica.name for replica in ranks[0])
+            for ranks in [
+                await routing._router.choose_replicas(routing.replicas, request_of(job(""))) for _ in range(200)
+            ]
+        }
+        assert {order[0] for order in orders} == set("wxyz")
+
+    run(main())

@@ -1,0 +1,256 @@
+"""How a worker gets weights from a Store that fails, stalls, dies half-way, or answers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, ObjectLostError, OwnerDiedError, RayActorError
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+from deployments.weights.fetcher import RetryPolicy, WeightsFetcher
+from gpu_worker.errors import AdapterLoadFailed
+from lora_store import AdapterNotFound, AdapterWeights, BlobCorrupted, ModuleWeights, StoreUnavailable, encode_weights
+from lora_store.disk_cache import DiskCache
+from tests.fakes import FakeHandle
+
+DIGEST, DATA = encode_weights({"m": ModuleWeights(torch.ones(2, 3), torch.ones(4, 2), 0.5)})
+DAMAGED = DATA[:-1] + b"x"
+
+
+@dataclass
+class Ref:
+    """An object reference: it gives a read-only buffer, or raises what became of the object."""
+
+    outcome: bytes | Exception
+
+    def __await__(self) -> Generator[Any, None, np.ndarray[Any, Any]]:
+        return self._get().__await__()
+
+    async def _get(self) -> np.ndarray[Any, Any]:
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return np.frombuffer(self.outcome, dtype=np.uint8)
+
+
+@dataclass
+class Store:
+    """Gives one scripted outcome a call, then good references: an exception is raised, an event waited for first."""
+
+    script: list[Ref | Exception | asyncio.Event] = field(default_factory=list)
+
+    async def fetch(self, digest: str) -> list[Ref]:
+        outcome = self.script.pop(0) if self.script else Ref(DATA)
+        if isinstance(outcome, Exception):
+            raise outcome
+        if isinstance(outcome, asyncio.Event):
+            await outcome.wait()
+            return [Ref(DATA)]
+        return [outcome]
+
+
+@dataclass
+class Clock:
+    """Time that only pauses move."""
+
+    now_s: float = 0.0
+    pauses: list[float] = field(default_factory=list)
+
+    def __call__(self) -> float:
+        return self.now_s
+
+    async def sleep(self, seconds: float) -> None:
+        self.now_s += seconds
+        self.pauses.append(seconds)
+
+
+class Fetching:
+    """A fetcher over a scripted store, with no luck in its pauses."""
+
+    def __init__(
+        self,
+        *script: Ref | Exception | asyncio.Event,
+        policy: RetryPolicy | None = None,
+        cache: DiskCache | None = None,
+    ) -> None:
+        self.store = FakeHandle(Store(list(script)))
+        self.clock = Clock()
+        self._executor = ThreadPoolExecutor(1)
+        self.fetcher = WeightsFetcher(
+            self.store,
+            self._executor,
+            policy=policy,
+            cache=cache,
+            clock=self.clock,
+            sleep=self.clock.sleep,
+            draw=lambda: 0.0,
+        )
+
+    def run(self, main: Awaitable[Any] | None = None) -> Any:
+        async def within(main: Awaitable[Any]) -> Any:
+            return await asyncio.wait_for(main, 10)
+
+        with self._executor:
+            return asyncio.run(within(main or self.fetcher.fetch(DIGEST)))
+
+    @property
+    def num_calls(self) -> int:
+        return len(self.store.called("fetch"))
+
+
+def assert_good(weights: AdapterWeights) -> None:
+    assert weights.weights_digest == DIGEST
+    assert weights.modules["m"].scaling == 0.5 and bool((weights.modules["m"].lora_b == 1).all())
+
+
+def test_weights_come_by_a_reference_in_a_list() -> None:
+    fetching = Fetching()
+    assert_good(fetching.run())
+    assert fetching.store.called("fetch") == [(DIGEST,)] and fetching.clock.pauses == []
+    assert fetching.store.by_reference == [True], "gRPC would keep the object of a reference for ever"
+
+
+PASSING = {
+    "the adapter store cannot be reached; nothing is lost, try again later": StoreUnavailable("connection refused"),
+    "the adapter store did not answer in time": TimeoutError(),
+    "the adapter store has too much to do": BackPressureError(num_queued_requests=9, max_queued_requests=8),
+    "the adapter store is not running": DeploymentUnavailableError(DeploymentID("Store")),
+    "the adapter store's replica has died": RayActorError(),
+    "its replica is not there": ActorUnavailableError("the actor is unavailable", b"\x01" * 16),
+    "the replica died between fetch and get": Ref(OwnerDiedError("ab" * 28, "", "")),
+    "they were lost on the way": Ref(ObjectLostError("ab" * 28, "", "")),
+    "get gave up": Ref(GetTimeoutError("get timed out")),
+    "they arrived damaged": Ref(DAMAGED),
+}
+
+
+@pytest.mark.parametrize("failure", PASSING.values(), ids=PASSING.keys())
+def test_what_passes_is_asked_again(failure: Ref | Exception) -> None:
+    fetching = Fetching(failure)
+    assert_good(fetching.run())
+    assert fetching.num_calls == 2 and fetching.clock.pauses == [0.1]
+
+
+@pytest.mark.parametrize("words", [words for words in PASSING if words.startswith(("the adapter store", "they"))])
+def test_what_does_not_pass_in_five_tries_is_told_in_plain_words(words: str) -> None:
+    fetching = Fetching(*[PASSING[words]] * 9)
+    with pytest.raises(AdapterLoadFailed) as caught:
+        fetching.run()
+    assert str(caught.value) == f"the weights {DIGEST[:12]} could not be loaded: {words}"
+    assert fetching.num_calls == 5 and fetching.clock.pauses == [0.1, 0.2, 0.4, 0.8]
+
+
+LASTING = {
+    "the adapter was withdrawn": AdapterNotFound(DIGEST),
+    "what is stored is damaged; the adapter must be published again": BlobCorrupted(DIGEST, "f" * 64),
+    "the adapter store failed": KeyError("a mistake in the store"),
+}
+
+
+@pytest.mark.parametrize("words", LASTING)
+def test_what_lasts_is_told_at_once(words: str) -> None:
+    fetching = Fetching(LASTING[words])
+    with pytest.raises(AdapterLoadFailed) as caught:
+        fetching.run()
+    assert str(caught.value) == f"the weights {DIGEST[:12]} could not be loaded: {words}"
+    assert fetching.num_calls == 1
+
+
+def test_different_failures_are_survived_one_after_the_other() -> None:
+    fetching = Fetching(*list(PASSING.values())[:4])
+    assert_good(fetching.run())
+    assert fetching.num_calls == 5
+
+
+def test_no_try_begins_after_the_deadline_and_the_last_cause_is_told() -> None:
+    """The third pause would end at 0.7 s."""
+    fetching = Fetching(*[StoreUnavailable("no route")] * 9, policy=RetryPolicy(total_timeout_s=0.6))
+    with pytest.raises(AdapterLoadFailed, match="the adapter store cannot be reached"):
+        fetching.run()
+    assert fetching.num_calls == 3 and fetching.clock.pauses == [0.1, 0.2]
+
+
+def test_a_try_that_hangs_ends_and_the_next_may_succeed() -> None:
+    fetching = Fetching(asyncio.Event(), policy=RetryPolicy(try_timeout_s=0.2))
+    assert_good(fetching.run())
+    assert fetching.num_calls >= 2
+
+
+def test_pauses_double_up_to_the_longest_and_luck_takes_up_to_half() -> None:
+    policy = RetryPolicy()
+    waits = [policy.wait_s(num_tries, 0.0) for num_tries in range(1, 8)]
+    assert waits == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0])
+    assert policy.wait_s(3, 0.5) == pytest.approx(0.3)
+    assert policy.wait_s(50, 0.999) > 1.0
+
+
+def test_who_leaves_ends_its_fetch() -> None:
+    fetching = Fetching(asyncio.Event())
+
+    async def main() -> None:
+        task = asyncio.create_task(fetching.fetcher.fetch(DIGEST))
+        while fetching.num_calls == 0:
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    fetching.run(main())
+    assert fetching.num_calls == 1
+
+
+def test_any_number_of_stalled_fetches_leave_the_others_alone() -> None:
+    """One thread; twenty stall."""
+    heal = asyncio.Event()
+    fetching = Fetching(*[heal] * 20)
+
+    async def main() -> None:
+        stalled = [asyncio.create_task(fetching.fetcher.fetch(DIGEST)) for _ in range(20)]
+        while fetching.num_calls < 20:
+            await asyncio.sleep(0)
+        assert_good(await fetching.fetcher.fetch(DIGEST))
+        assert not any(task.done() for task in stalled)
+        heal.set()
+        for weights in await asyncio.gather(*stalled):
+            assert_good(weights)
+
+    fetching.run(main())
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> DiskCache:
+    return DiskCache(tmp_path / "weights", 10**6)
+
+
+def test_what_was_fetched_once_comes_from_the_disk(cache: DiskCache) -> None:
+    assert_good(Fetching(cache=cache).run())
+    down = Fetching(*[StoreUnavailable("no route")] * 9, cache=cache)
+    assert_good(down.run())
+    assert down.num_calls == 0
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [lambda cache: (cache.folder / DIGEST).write_bytes(DAMAGED), lambda cache: cache.discard([DIGEST])],
+    ids=["damaged", "evicted"],
+)
+def test_what_the_disk_lacks_is_fetched_and_kept_again(spoil: Callable[[DiskCache], object], cache: DiskCache) -> None:
+    assert_good(Fetching(cache=cache).run())
+    spoil(cache)
+    again = Fetching(cache=cache)
+    assert_good(again.run())
+    assert again.num_calls == 1 and cache.get(DIGEST) == DATA
+
+
+def test_what_arrives_damaged_is_not_kept(cache: DiskCache) -> None:
+    with pytest.raises(AdapterLoadFailed):
+        Fetching(*[Ref(DAMAGED)] * 9, cache=cache).run()
+    assert cache.measure() == 0

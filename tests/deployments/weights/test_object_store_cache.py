@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from deployments.weights.object_store_cache import Buffer, ObjectCache
+from lora_store import StoreUnavailable
+
+BLOBS = {name: bytes([place]) * 10 for place, name in enumerate("abcd")} | {"large": bytes(30)}
+
+
+class Loads:
+    """A cache over `BLOBS` that counts what it loads; a reference is the tuple of what was put."""
+
+    def __init__(self, budget_bytes: int, load: Callable[[str], bytes] | None = None) -> None:
+        self.loaded: list[str] = []
+        self.put: list[Buffer] = []
+        self._load = load or BLOBS.__getitem__
+        self.cache: ObjectCache[tuple[int, ...]] = ObjectCache(self._count, self._put, budget_bytes)
+
+    def _count(self, digest: str) -> bytes:
+        self.loaded.append(digest)
+        return self._load(digest)
+
+    def _put(self, buffer: Buffer) -> tuple[int, ...]:
+        self.put.append(buffer)
+        return tuple(buffer.tolist())
+
+
+def get(loads: Loads, *digests: str) -> None:
+    async def run() -> None:
+        for digest in digests:
+            assert await loads.cache.get(digest) == tuple(BLOBS[digest])
+
+    asyncio.run(run())
+
+
+def test_a_kept_buffer_is_put_once_and_is_read_only_bytes() -> None:
+    loads = Loads(100)
+    get(loads, "a", "b", "a")
+    assert loads.loaded == ["a", "b"]
+    assert [(buffer.dtype, buffer.flags.writeable) for buffer in loads.put] == [(np.uint8, False)] * 2
+
+
+def test_the_least_recently_used_goes_above_the_budget() -> None:
+    loads = Loads(20)
+    get(loads, "a", "b", "a", "c")
+    assert loads.cache.num_bytes == 20
+    get(loads, "a", "c")
+    assert loads.loaded == ["a", "b", "c"]
+    get(loads, "b")
+    assert loads.loaded[3:] == ["b"]
+
+
+@pytest.mark.parametrize("budget_bytes", [0, 9])
+def test_what_is_larger_than_the_budget_is_handed_out_and_not_kept(budget_bytes: int) -> None:
+    loads = Loads(budget_bytes)
+    get(loads, "a", "a")
+    assert (loads.loaded, loads.cache.num_bytes) == (["a", "a"], 0)
+
+
+def test_what_is_larger_than_the_budget_costs_no_other_its_place() -> None:
+    loads = Loads(20)
+    get(loads, "a", "b", "large", "a", "b")
+    assert loads.loaded == ["a", "b", "large"]
+
+
+def test_callers_at_the_same_time_share_one_load_and_one_that_leaves_does_not_end_it() -> None:
+    gate = threading.Event()
+
+    def load(digest: str) -> bytes:
+        assert gate.wait(10)
+        return BLOBS[digest]
+
+    async def run() -> None:
+        loads = Loads(100, load)
+        callers = [asyncio.create_task(loads.cache.get("a")) for _ in range(3)]
+        await asyncio.sleep(0)
+        callers[0].cancel()
+        await asyncio.wait([callers[0]])
+        gate.set()
+        assert await asyncio.gather(*callers[1:]) == [tuple(BLOBS["a"])] * 2
+        assert loads.loaded == ["a"]
+
+    asyncio.run(run())
+
+
+def test_a_failed_load_is_everyones_error_and_the_next_call_tries_again() -> None:
+    failures = [StoreUnavailable("down")]
+
+    def load(digest: str) -> bytes:
+        if failures:
+            raise failures.pop()
+        return BLOBS[digest]
+
+    async def run() -> None:
+        loads = Loads(100, load)
+        first = await asyncio.gather(loads.cache.get("a"), loads.cache.get("a"), return_exceptions=True)
+        assert [type(outcome) for outcome in first] == [StoreUnavailable] * 2
+        assert await loads.cache.get("a") == tuple(BLOBS["a"])
+
+    asyncio.run(run())
+
+
+def test_released_buffers_are_loaded_again() -> None:
+    loads = Loads(100)
+    get(loads, "a", "b")
+    loads.cache.release(["a", "unknown"])
+    assert loads.cache.num_bytes == 10
+    get(loads, "a", "b")
+    assert loads.loaded == ["a", "b", "a"]
+
+
+def test_what_is_released_while_it_loads_is_not_kept() -> None:
+    gate = threading.Event()
+
+    def load(digest: str) -> bytes:
+        assert gate.wait(10)
+        return BLOBS[digest]
+
+    async def run() -> None:
+        loads = Loads(100, load)
+        caller = asyncio.create_task(loads.cache.get("a"))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        loads.cache.release(["a"])
+        gate.set()
+        assert await caller == tuple(BLOBS["a"])
+        assert loads.cache.num_bytes == 0
+
+    asyncio.run(run())

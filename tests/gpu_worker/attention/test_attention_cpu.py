@@ -1,0 +1,201 @@
+"""Packed attention over regions against a slow loop: one token, one head at a time."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from gpu_worker.attention.decode_attention import DecodeKernel, load_decode_kernel
+from gpu_worker.attention.kv_regions import KvRegions
+from gpu_worker.step.attention_plan import Segment
+from tests.gpu_worker.driving import compiled, kv_shape
+
+NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, MAX_LEN, NUM_ROWS = 4, 2, 8, 200, 6
+SCALING = 0.3
+
+
+def new_cache(
+    max_len: int = MAX_LEN,
+    kernel: DecodeKernel | None = None,
+    head_dim: int = HEAD_DIM,
+    dtype: torch.dtype = torch.float32,
+) -> KvRegions:
+    return KvRegions(
+        kv_shape(
+            num_layers=1,
+            num_heads=NUM_KV_HEADS,
+            head_dim=head_dim,
+            dtype=dtype,
+            num_rows=NUM_ROWS,
+            max_len=max_len,
+            num_tokens=NUM_ROWS * max_len,
+        ),
+        kernel,
+    )
+
+
+@pytest.fixture(params=["torch", "compiled"])
+def kernel(request: pytest.FixtureRequest) -> DecodeKernel | None:
+    return None if request.param == "torch" else compiled(load_decode_kernel)
+
+
+def layout(*rows: tuple[int, int, int]) -> list[Segment]:
+    """Segments one after another, given (row, new tokens, tokens before)."""
+    segments, start = [], 0
+    for row, num_tokens, context_len in rows:
+        segments.append(Segment(row, start, num_tokens, context_len))
+        start += num_tokens
+    return segments
+
+
+LAYOUTS = {
+    "one prompt": layout((0, 7, 0)),
+    "one token": layout((3, 1, 0)),
+    "a chunk": layout((1, 5, 20)),
+    "adjacent decodes": layout((1, 1, 30), (2, 1, 5), (3, 1, 63)),
+    "decodes of unlike lengths": layout((5, 1, 3), (0, 1, 64), (2, 1, 150), (4, 1, 199)),
+    "decodes in no order": layout((4, 1, 9), (0, 1, 12), (2, 1, 10)),
+    "all kinds": layout((5, 1, 70), (1, 1, 11), (2, 1, 12), (0, 30, 0), (4, 9, 25), (3, 1, 0)),
+}
+
+
+def slow_attention(
+    query: Tensor, history: dict[int, tuple[Tensor, Tensor]], segments: list[Segment], window: int | None
+) -> Tensor:
+    """history[row] = keys, values (H, T, D) of everything the row holds after this step. -> (N, Q, D)"""
+    output = torch.zeros(query.shape[1], NUM_HEADS, HEAD_DIM)
+    for segment in segments:
+        keys, values = history[segment.row]
+        for i in range(segment.num_tokens):
+            position = segment.context_len + i
+            first = 0 if window is None else max(0, position - window + 1)
+            for head in range(NUM_HEADS):
+                shared = head // (NUM_HEADS // NUM_KV_HEADS)
+                seen = keys[shared, first : position + 1]
+                weights = (seen @ query[head, segment.start + i] * SCALING).softmax(dim=0)
+                output[segment.start + i, head] = weights @ values[shared, first : position + 1]
+    return output
+
+
+@pytest.mark.parametrize("window", [None, 12, 1, 500])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_packed_attention_equals_the_slow_loop(name: str, window: int | None, kernel: DecodeKernel | None) -> None:
+    torch.manual_seed(0)
+    segments, cache = LAYOUTS[name], new_cache(kernel=kernel)
+    num_tokens = segments[-1].end
+    query = torch.randn(NUM_HEADS, num_tokens, HEAD_DIM)
+    key, value = (torch.randn(NUM_KV_HEADS, num_tokens, HEAD_DIM) for _ in range(2))
+    history = {}
+    for segment in segments:
+        keys, values = (torch.randn(NUM_KV_HEADS, segment.total_len, HEAD_DIM) for _ in range(2))
+        keys[:, segment.context_len :] = key[:, segment.start : segment.end]
+        values[:, segment.context_len :] = value[:, segment.start : segment.end]
+        cache.keys[0][segment.row, :, : segment.context_len] = keys[:, : segment.context_len]
+        cache.values[0][segment.row, :, : segment.context_len] = values[:, : segment.context_len]
+        history[segment.row] = (keys, values)
+    found = cache.attention(segments).attend(0, query, key, value, scaling=SCALING, sliding_window=window)
+    torch.testing.assert_close(found, slow_attention(query, history, segments, window), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_token_has_its_row_and_position(name: str) -> None:
+    segments = LAYOUTS[name]
+    plan = new_cache().attention(segments)
+    expected = [(s.row, s.context_len + i) for s in segments for i in range(s.num_tokens)]
+    assert list(zip(plan.token_rows.tolist(), plan.token_positions.tolist(), strict=True)) == expected
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_segment_is_attended_once_and_decodes_read_enough(name: str) -> None:
+    segments = LAYOUTS[name]
+    plan = new_cache().attention(segments)
+    covered = [token for segment in plan.prefill for token in range(segment.start, segment.end)]
+    for group in plan.decode:
+        covered += torch.arange(segments[-1].end)[group.tokens].tolist()
+        assert group.read_len == int(group.lengths.max())
+    assert sorted(covered) == list(range(segments[-1].end))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "groups"),
+    [
+        ({0: 50, 1: 90, 2: 20}, [slice(0, 3)]),
+        ({0: 50, 2: 50, 3: 50}, [slice(0, 1), slice(2, 4)]),
+        ({0: 50, 1: 50, 2: 2000}, [slice(0, 2), slice(2, 3)]),
+        ({0: 2000, 1: 50, 2: 2000}, [slice(0, 1), slice(1, 2), slice(2, 3)]),
+        ({0: 2000, 1: 1000, 2: 900}, [slice(0, 2), slice(2, 3)]),
+    ],
+    ids=["like lengths", "a hole", "a long one", "a short one", "no longer worth it"],
+)
+def test_a_group_ends_where_reading_on_costs_more_than_another_one(
+    lengths: dict[int, int], groups: list[slice]
+) -> None:
+    plan = new_cache(2048).attention(layout(*[(row, 1, length - 1) for row, length in lengths.items()]))
+    assert [group.rows for group in plan.decode] == groups
+
+
+def test_adjacent_rows_are_read_as_a_view() -> None:
+    plan = new_cache().attention(layout((3, 1, 5), (1, 1, 6), (2, 1, 7)))
+    [group] = plan.decode
+    assert group.rows == slice(1, 4)
+    assert isinstance(group.tokens, Tensor)
+    assert group.tokens.tolist() == [1, 2, 0], "tokens follow the rows' order"
+    assert group.lengths.tolist() == [7, 8, 6]
+
+
+def test_a_row_that_is_not_finite_does_not_reach_the_others(kernel: DecodeKernel | None) -> None:
+    segments, cache = layout((0, 1, 4), (1, 1, 4), (2, 6, 0)), new_cache(kernel=kernel)
+    cache.keys[0][0, :, :4] = math.nan
+    cache.values[0][0, :, :4] = math.inf
+    query = torch.randn(NUM_HEADS, 8, HEAD_DIM)
+    key, value = (torch.randn(NUM_KV_HEADS, 8, HEAD_DIM) for _ in range(2))
+    found = cache.attention(segments).attend(0, query, key, value, scaling=SCALING, sliding_window=None)
+    assert not found[0].isfinite().all()
+    assert found[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("num_heads", [2, 8, 10], ids="{} query heads".format)
+@pytest.mark.parametrize("head_dim", [40, 256])
+def test_bfloat16_and_any_strides(num_heads: int, head_dim: int, kernel: DecodeKernel | None) -> None:
+    """Heads lie as a model's projections leave them: token by token."""
+    torch.manual_seed(0)
+    segments = layout((4, 1, 9), (0, 1, 150), (2, 1, 10), (5, 3, 0))
+    caches = [
+        new_cache(kernel=of, head_dim=head_dim, dtype=dtype)
+        for of, dtype in ((kernel, torch.bfloat16), (None, torch.float32))
+    ]
+    query = torch.randn(6, num_heads, head_dim).bfloat16().transpose(0, 1)
+    key, value = (torch.randn(6, NUM_KV_HEADS, head_dim).bfloat16().transpose(0, 1) for _ in range(2))
+    for of_layer in ("keys", "values"):
+        before = torch.randn(NUM_ROWS, NUM_KV_HEADS, MAX_LEN, head_dim).bfloat16()
+        for cache in caches:
+            getattr(cache, of_layer)[0][:] = before
+    found, exact = (
+        cache.attention(segments).attend(
+            0, *(x.to(dtype) for x in (query, key, value)), scaling=0.1, sliding_window=100
+        )
+        for cache, dtype in zip(caches, (torch.bfloat16, torch.float32), strict=True)
+    )
+    torch.testing.assert_close(found.float(), exact, atol=0.02, rtol=0.02)
+    for of_layer in ("keys", "values"):
+        assert torch.equal(*(getattr(cache, of_layer)[0].bfloat16() for cache in caches))
+
+
+def test_compiled_a_token_is_attended_alike_alone_and_among_others() -> None:
+    torch.manual_seed(0)
+    cache = new_cache(kernel=compiled(load_decode_kernel))
+    for of_layer in (cache.keys, cache.values):
+        of_layer[0].normal_()
+    query = torch.randn(NUM_HEADS, 3, HEAD_DIM)
+    key, value = (torch.randn(NUM_KV_HEADS, 3, HEAD_DIM) for _ in range(2))
+
+    def attended(tokens: list[int]) -> Tensor:
+        segments = layout(*[((4, 1, 9), (0, 1, 150), (2, 1, 10))[token] for token in tokens])
+        parts = (x[:, tokens] for x in (query, key, value))
+        return cache.attention(segments).attend(0, *parts, scaling=SCALING, sliding_window=None)
+
+    together = attended([0, 1, 2])
+    assert torch.equal(torch.cat([attended([token]) for token in range(3)]), together)

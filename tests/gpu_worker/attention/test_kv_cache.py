@@ -1,0 +1,105 @@
+"""Rows and pages: who may join, who may grow, and what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpu_worker.attention.kv_cache import KvCache, KvShape
+from gpu_worker.attention.kv_pages import KvPages
+from gpu_worker.attention.kv_regions import KvRegions
+from gpu_worker.step.attention_plan import Segment
+from tests.gpu_worker.driving import kv_shape
+
+Build = Callable[[KvShape], KvCache]
+BUILDS: list[Build] = [KvRegions, lambda shape: KvPages(shape, torch.device("cpu"))]
+either = pytest.mark.parametrize("build", BUILDS, ids=["regions", "pages"])
+
+
+@either
+def test_the_lowest_free_row_is_given_out(build: Build) -> None:
+    cache = build(kv_shape())
+    assert [cache.allocate(1, 1) for _ in range(3)] == [0, 1, 2]
+    assert cache.num_free == 0
+    cache.free(0)
+    cache.free(2)
+    assert [cache.allocate(1, 1), cache.allocate(1, 1)] == [0, 2]
+
+
+@either
+def test_a_row_takes_whole_pages_as_its_tokens_come(build: Build) -> None:
+    cache = build(kv_shape(num_tokens=40, page_tokens=4, max_len=20))
+    row = cache.allocate(5, 20)
+    free = [cache.num_free_tokens]
+    for num_tokens in range(6, 14):
+        assert cache.grow(row, num_tokens)
+        free.append(cache.num_free_tokens)
+    assert free == [32, 32, 32, 32, 28, 28, 28, 28, 24]
+    cache.free(row)
+    assert cache.num_free_tokens == 40
+
+
+@either
+def test_a_row_that_cannot_grow_keeps_what_it_has(build: Build) -> None:
+    cache = build(kv_shape(num_tokens=16, page_tokens=4, max_len=16))
+    first, second = cache.allocate(8, 16), cache.allocate(4, 16)
+    assert cache.grow(first, 12)
+    assert not cache.grow(second, 5) and cache.num_free_tokens == 0
+    cache.free(first)
+    assert cache.grow(second, 16)
+
+
+@either
+def test_who_joins_leaves_a_page_for_each_row_that_still_grows(build: Build) -> None:
+    cache = build(kv_shape(num_tokens=24, page_tokens=4, max_len=16))
+    cache.allocate(8, 16)
+    cache.allocate(4, 4)  # as long as it gets
+    assert cache.fits(8) and not cache.fits(9)
+    assert cache.grow(0, 16)
+    assert cache.fits(4) and not cache.fits(5), "nobody grows any more"
+    cache.allocate(4, 4)
+    assert not cache.fits(0), "no row is free"
+
+
+@either
+def test_any_row_fits_an_empty_cache(build: Build) -> None:
+    cache = build(kv_shape(num_tokens=10, page_tokens=4, max_len=10))
+    assert cache.fits(10)
+    row = cache.allocate(10, 10)
+    assert cache.num_free_tokens == 0
+    cache.free(row)
+    assert cache.fits(10)
+
+
+@either
+def test_its_size_is_what_its_pages_take(build: Build) -> None:
+    assert build(kv_shape(num_tokens=7, page_tokens=4)).num_bytes == 8 * (2 * 2 * 2 * 4 * 4)
+
+
+@given(st.data())
+def test_pages_are_held_once_and_all_come_back(data: st.DataObject) -> None:
+    shape = kv_shape(num_tokens=60, page_tokens=4, max_len=40, num_rows=6)
+    cache = KvPages(shape, torch.device("cpu"))
+    lengths: dict[int, int] = {}
+    for _ in range(data.draw(st.integers(1, 40))):
+        kind = data.draw(st.sampled_from(["join", "grow", "leave"]))
+        if kind == "join" and cache.fits(length := data.draw(st.integers(1, 40))):
+            lengths[cache.allocate(length, data.draw(st.integers(length, 40)))] = length
+        elif kind == "grow" and lengths:
+            row = data.draw(st.sampled_from(sorted(lengths)))
+            lengths[row] += cache.grow(row, lengths[row] + 1) if lengths[row] < 40 else 0
+        elif lengths:
+            cache.free(row := data.draw(st.sampled_from(sorted(lengths))))
+            del lengths[row]
+        held = sum(shape.pages_of(length) for length in lengths.values())
+        assert cache.num_free_tokens == (shape.num_pages - held) * 4
+        assert cache.num_free == 6 - len(lengths)
+        if lengths:
+            segments = [Segment(row, n, 1, length - 1) for n, (row, length) in enumerate(lengths.items())]
+            tables = zip(cache.attention(segments).block_table.tolist(), lengths.values(), strict=True)
+            pages = [page for table, length in tables for page in table[: shape.pages_of(length)]]
+            assert len(set(pages)) == len(pages), "no page is of two rows"

@@ -1,0 +1,126 @@
+"""The attention function that transformers calls, whatever the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gpu_worker.attention import packed_attention
+from gpu_worker.attention.kv_cache import KvCache
+from gpu_worker.attention.kv_pages import KvPages
+from gpu_worker.attention.kv_regions import KvRegions
+from gpu_worker.errors import BaseModelUnsupported
+from gpu_worker.step.attention_plan import AttentionPlan, Segment
+from gpu_worker.step.step_context import StepContext
+from tests.gpu_worker.driving import kv_shape
+from tests.gpu_worker.varlen import slow_varlen_attn
+
+
+@dataclass
+class Noting(AttentionPlan):
+    """Return the values, and note the arguments."""
+
+    asked: list[tuple[int, float, int | None]] = field(default_factory=list)
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, sliding_window: int | None
+    ) -> Tensor:
+        self.asked.append((layer, scaling, sliding_window))
+        return value.transpose(0, 1)
+
+
+VALUE = torch.randn(1, 2, 5, 4)
+
+
+def layer(index: int = 3, *, is_causal: bool = True) -> nn.Module:
+    module = nn.Module()
+    module.layer_idx, module.is_causal = index, is_causal  # type: ignore[assignment]
+    return module
+
+
+def filled(plan: AttentionPlan | None = None) -> StepContext:
+    step = StepContext()
+    step.fill(None, plan or Noting())
+    return step
+
+
+def test_the_steps_plan_is_asked_for_the_modules_layer() -> None:
+    plan = Noting()
+    step = filled(plan)
+    attended, weights = packed_attention(layer(3), VALUE, VALUE, VALUE, None, step=step, scaling=0.5, sliding_window=7)
+    assert plan.asked == [(3, 0.5, 7)]
+    assert weights is None
+    torch.testing.assert_close(attended, VALUE.transpose(1, 2))
+
+
+def test_arguments_that_ask_for_nothing_are_accepted() -> None:
+    nothing = {"dropout": 0.0, "position_ids": torch.arange(5), "s_aux": None, "use_cache": False, "is_causal": True}
+    packed_attention(layer(), VALUE, VALUE, VALUE, None, step=filled(), scaling=1.0, **nothing)
+
+
+@pytest.mark.parametrize(
+    ("extra", "reason"),
+    [
+        ({"s_aux": torch.zeros(4)}, "s_aux"),
+        ({"softcap": 50.0}, "softcap"),
+        ({"block_indices": torch.zeros(1, dtype=torch.long)}, "block_indices"),
+        ({"dropout": 0.1}, "dropout"),
+        ({"is_causal": False}, "not causal"),
+    ],
+)
+def test_arguments_that_would_be_dropped_are_refused_by_name(extra: dict[str, object], reason: str) -> None:
+    with pytest.raises(BaseModelUnsupported, match=reason):
+        packed_attention(layer(), VALUE, VALUE, VALUE, None, step=filled(), scaling=1.0, **extra)
+
+
+def test_a_mask_of_the_models_own_is_refused() -> None:
+    with pytest.raises(BaseModelUnsupported, match="mask of its own"):
+        packed_attention(layer(), VALUE, VALUE, VALUE, torch.zeros(5, 5), step=filled(), scaling=1.0)
+
+
+def test_a_layer_that_is_not_causal_is_refused() -> None:
+    with pytest.raises(BaseModelUnsupported, match="not causal"):
+        packed_attention(layer(is_causal=False), VALUE, VALUE, VALUE, None, step=filled(), scaling=1.0)
+
+
+def test_a_model_that_does_not_pass_the_step_on_is_refused() -> None:
+    with pytest.raises(BaseModelUnsupported, match="keyword arguments"):
+        packed_attention(layer(), VALUE, VALUE, VALUE, None, scaling=1.0)
+
+
+def test_a_layer_may_attend_once_a_step() -> None:
+    step = filled()
+    for index in (0, 1):
+        packed_attention(layer(index), VALUE, VALUE, VALUE, None, step=step, scaling=1.0)
+    with pytest.raises(BaseModelUnsupported, match="more than once in layer 1"):
+        packed_attention(layer(1), VALUE, VALUE, VALUE, None, step=step, scaling=1.0)
+    step.fill(None, Noting())
+    packed_attention(layer(1), VALUE, VALUE, VALUE, None, step=step, scaling=1.0)
+
+
+@pytest.mark.parametrize("over", ["regions", "pages"])
+@pytest.mark.parametrize(
+    ("query", "key", "value"),
+    [
+        ((4, 3, 4), (1, 3, 4), (1, 3, 4)),  # would be stored in both heads
+        ((4, 3, 4), (4, 3, 4), (4, 3, 4)),
+        ((4, 3, 4), (2, 3, 1), (2, 3, 1)),
+        ((4, 3, 4), (2, 3, 4), (2, 3, 1)),
+        ((3, 3, 4), (2, 3, 4), (2, 3, 4)),
+        ((4, 3, 8), (2, 3, 4), (2, 3, 4)),
+    ],
+    ids=str,
+)
+def test_heads_that_are_not_the_caches_are_refused(
+    over: str, query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...]
+) -> None:
+    shape = kv_shape()
+    cache: KvCache = KvRegions(shape) if over == "regions" else KvPages(shape, torch.device("cpu"), slow_varlen_attn)
+    row = cache.allocate(3, 5)
+    plan = cache.attention([Segment(row, 0, 3, 0)])
+    parts = (torch.ones(query), torch.ones(key), torch.ones(value))
+    with pytest.raises(BaseModelUnsupported, match="key"):
+        plan.attend(0, *parts, scaling=1.0, sliding_window=None)

@@ -1,0 +1,75 @@
+"""Adapter weights as the bank holds them, compared with the formula applied module by module."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gpu_worker.bank.device_layout import fit
+from gpu_worker.errors import AdapterUnfit
+from lora_store.adapter import AdapterWeights, ModuleWeights
+
+SHAPES = {"x": (6, 4), "y": (6, 4), "z": (3, 8)}  # (out, in)
+
+
+def module(name: str, rank: int, *, scaling: float = 0.5, dtype: torch.dtype = torch.float32) -> ModuleWeights:
+    num_out, num_in = SHAPES[name]
+    generator = torch.Generator().manual_seed(rank)
+    a, b = torch.randn(rank, num_in, generator=generator), torch.randn(num_out, rank, generator=generator)
+    return ModuleWeights(a.to(dtype), b.to(dtype), scaling)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_module_is_cast_transposed_and_scaled_as_alone(dtype: torch.dtype) -> None:
+    """Modules of one shape with other scalings, ranks and dtypes."""
+    mixes = [
+        {"x": module("x", 2), "y": module("y", 2, scaling=3.0), "z": module("z", 1)},
+        {"x": module("x", 2), "y": module("y", 5)},
+        {"x": module("x", 2, dtype=torch.float16), "y": module("y", 2, dtype=torch.bfloat16), "z": module("z", 2)},
+        {"z": module("z", 7)},
+    ]
+    for modules in mixes:
+        fitted = fit(AdapterWeights("d", modules), SHAPES, dtype)
+        assert fitted.weights_digest == "d" and fitted.modules.keys() == modules.keys()
+        assert fitted.max_rank == max(m.rank for m in modules.values())
+        for name, given in modules.items():
+            found = fitted.modules[name]
+            torch.testing.assert_close(found.a, given.lora_a.to(dtype), atol=0, rtol=0)
+            torch.testing.assert_close(found.bt, (given.lora_b.float() * given.scaling).T.to(dtype), atol=0, rtol=0)
+            assert found.rank == given.rank
+        elements = sum(m.lora_a.numel() + m.lora_b.numel() for m in modules.values())
+        assert fitted.num_bytes == elements * dtype.itemsize
+
+
+def spoiled(name: str, **changes: float) -> ModuleWeights:
+    """One value of lora_a or lora_b set, or the scaling."""
+    good = module(name, 2)
+    a, b = good.lora_a.clone(), good.lora_b.clone()
+    a[1, 2], b[2, 1] = changes.get("a", 1.0), changes.get("b", 1.0)
+    return ModuleWeights(a, b, changes.get("scaling", 1.0))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"a": float("nan")}, {"a": float("-inf")}, {"b": float("nan")}, {"b": float("inf")}, {"b": 1e38, "scaling": 1e3}],
+    ids=str,
+)
+def test_a_module_that_is_not_finite_once_scaled_is_refused_by_name(changes: dict[str, float]) -> None:
+    weights = AdapterWeights("d", {"x": module("x", 2), "y": spoiled("y", **changes), "z": module("z", 2)})
+    with pytest.raises(AdapterUnfit, match="y is not finite") as caught:
+        fit(weights, SHAPES, torch.float32)
+    assert "x is" not in str(caught.value) and "z is" not in str(caught.value)
+
+
+def test_the_largest_values_that_the_dtype_holds_are_taken() -> None:
+    weights = AdapterWeights("d", {"x": spoiled("x", a=3e38, b=-3e38)})
+    assert fit(weights, SHAPES, torch.bfloat16).modules["x"].a.isfinite().all()
+
+
+def test_every_problem_is_named_at_once() -> None:
+    modules = {"x": module("z", 2), "y": module("y", 2), "nowhere": module("x", 2)}
+    with pytest.raises(AdapterUnfit) as caught:
+        fit(AdapterWeights("d", modules), SHAPES, torch.float32)
+    said = str(caught.value)
+    assert "x is made for (out, in) (3, 8), the base model has (6, 4)" in said and "no module 'nowhere'" in said
+    assert "y" not in said.replace("nowhere", "").split()

@@ -1,0 +1,105 @@
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpu_worker.device.openmp import load_executor, run_on_short_lived_thread, thread_team_releaser, use_one_thread
+from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.engine_thread import EngineThread
+from tests.gpu_worker.driving import by_digest, run
+
+MANY = 1 << 20  # values: torch shares work on so many among its threads
+
+
+def computing_threads() -> int:
+    """The threads of this process, right after the caller has made torch share work among as many as it may."""
+    torch.ones(MANY).neg()
+    return num_threads()
+
+
+def num_threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+def settled(expected: int) -> bool:
+    """Whether so many threads are left soon: they are joined a moment before the system has ended them."""
+    deadline = time.monotonic() + 10
+    while num_threads() != expected and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return num_threads() == expected
+
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted through /proc")
+
+
+@pytest.fixture
+def two_threads(request: pytest.FixtureRequest) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    request.addfinalizer(lambda: torch.set_num_threads(before))
+
+
+def test_what_is_made_in_passing_leaves_no_thread(two_threads: None) -> None:
+    before = computing_threads()  # this thread's own team included
+    inside = run_on_short_lived_thread(computing_threads)
+    assert inside == before + 2, "it has a thread and a team of two, its own included, while it runs"
+    assert settled(before)
+
+
+def test_what_is_made_in_passing_is_returned_and_its_error_raised() -> None:
+    assert run_on_short_lived_thread(lambda: "made") == "made"
+    with pytest.raises(ZeroDivisionError):
+        run_on_short_lived_thread(lambda: 1 / 0)
+
+
+def test_loads_compute_alone_and_others_as_before(two_threads: None) -> None:
+    before = computing_threads()
+    with load_executor(1) as executor:
+        assert executor.submit(computing_threads).result() == before + 1
+        assert executor.submit(torch.get_num_threads).result() == 1
+    assert torch.get_num_threads() == 2
+
+
+def test_a_thread_that_computes_alone_changes_no_other(two_threads: None) -> None:
+    def alone() -> int:
+        use_one_thread()
+        return torch.get_num_threads()
+
+    assert run_on_short_lived_thread(alone) == 1
+    assert torch.get_num_threads() == 2
+    assert run_on_short_lived_thread(torch.get_num_threads) == 2
+
+
+def test_a_team_that_ended_is_made_anew(two_threads: None) -> None:
+    """As often as it ends: those that are gone are not counted among the threads there are."""
+
+    def rounds() -> list[tuple[int, int]]:
+        end_team, found = thread_team_releaser(), []
+        for _ in range(3):
+            with_team = computing_threads()
+            end_team()
+            found.append((with_team - alone, num_threads() - alone))
+        return found
+
+    with ThreadPoolExecutor(1) as executor:
+        alone = executor.submit(num_threads).result()
+        assert executor.submit(rounds).result() == [(1, 0)] * 3
+
+
+def test_an_engine_that_waits_keeps_no_team(
+    two_threads: None,
+    make_engine: Callable[..., Engine],
+    start: Callable[..., EngineThread],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = make_engine(by_digest())
+    loop = start(engine)
+    monkeypatch.setattr(engine, "holdings", computing_threads)  # on the engine's thread
+    before = num_threads()
+    for _ in range(3):
+        assert run(loop.holdings()) == before + 1
+        assert settled(before)

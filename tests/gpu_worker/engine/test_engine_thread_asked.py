@@ -1,0 +1,68 @@
+"""What the engine's thread is asked between two steps: to forget, and what it holds."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.engine_thread import EngineThread
+from gpu_worker.errors import EngineStopped
+from tests.gpu_worker.driving import Gate, by_digest, greedy, run
+from tests.tiny import plan_of, random_adapter
+
+MakeEngine = Callable[..., Engine]
+Shapes = dict[str, tuple[int, int]]
+
+
+def test_weights_are_forgotten_from_beside_the_engines_thread(
+    make_engine: MakeEngine, shapes: Shapes, gate_of: Callable[[Engine], Gate], start: Callable[..., EngineThread]
+) -> None:
+    weights = random_adapter(shapes, 1)
+    engine = make_engine(by_digest(weights))
+    gate = gate_of(engine)
+    loop = start(engine)
+
+    async def main() -> None:
+        empty = await loop.holdings()
+        task = asyncio.create_task(loop.complete(greedy("x", plan_of("selection", (weights, 1.0)), num_new=20)))
+        await asyncio.to_thread(gate.wait_for_step)
+        forgetting = asyncio.create_task(loop.forget([weights.weights_digest]))
+        await asyncio.sleep(0)  # it is queued behind the step in progress
+        gate.open()
+        assert await forgetting is False
+        assert (await task)[0].num_new_tokens == 20
+        assert await loop.forget([weights.weights_digest]) is True
+        assert await loop.holdings() == empty
+
+    run(main())
+
+
+def test_who_asks_and_leaves_does_not_end_the_engine(
+    make_engine: MakeEngine, gate_of: Callable[[Engine], Gate], start: Callable[..., EngineThread]
+) -> None:
+    engine = make_engine({})
+    gate = gate_of(engine)
+    loop = start(engine)
+
+    async def main() -> None:
+        task = asyncio.create_task(loop.complete(greedy("x")))
+        await asyncio.to_thread(gate.wait_for_step)
+        leaving = [asyncio.create_task(loop.forget(["a"])), asyncio.create_task(loop.holdings())]
+        await asyncio.sleep(0)
+        for asker in leaving:
+            asker.cancel()
+        gate.open()
+        assert (await task)[0].num_new_tokens == 8
+        assert (await loop.holdings()).num_running == 0
+
+    run(main())
+
+
+def test_a_stopped_loop_forgets_nothing_more(make_engine: MakeEngine, start: Callable[..., EngineThread]) -> None:
+    loop = start(make_engine({}))
+    loop.stop()
+    with pytest.raises(EngineStopped):
+        run(loop.forget(["a"]))

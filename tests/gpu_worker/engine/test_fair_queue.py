@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from gpu_worker.engine.fair_queue import FairQueue
+from gpu_worker.engine.row import Row
+from gpu_worker.request.request import Delta, SamplingParams
+from gpu_worker.text.text_stream import TextStream
+from gpu_worker.text.token_bytes import TokenBytes
+from lora_store.adapter import AdapterRef
+from lora_store.plan import BASE_PLAN, Plan, PlannedAdapter
+from tests.tiny import byte_tokenizer
+
+_TOKENIZER = byte_tokenizer().backend_tokenizer
+
+
+def nobody(_: Delta | Exception) -> None:
+    """A client that listens to nothing."""
+
+
+def row(adapters: str, tenant: str = "local", number: int = 0) -> Row:
+    """A row whose adapters have one letter each as their digest."""
+    planned = tuple(PlannedAdapter(AdapterRef(tenant, letter, letter), letter, 1.0) for letter in adapters)
+    return Row(
+        request_id=f"{tenant}/{adapters}{number}",
+        plan=Plan("mixture", planned) if planned else BASE_PLAN,
+        sampling=SamplingParams(),
+        tokens=[1],
+        num_prompt_tokens=1,
+        max_new_tokens=1,
+        end_ids=frozenset(),
+        seed=0,
+        text=TextStream(_TOKENIZER, ()),
+        spell=TokenBytes(_TOKENIZER),
+        sink=nobody,
+        tenant=tenant,
+    )
+
+
+def queue_of(*rows: Row) -> FairQueue:
+    queue = FairQueue()
+    for each in rows:
+        queue.append(each)
+    return queue
+
+
+def drain(queue: FairQueue, blocked: str = "") -> list[str]:
+    """The ids in the order they are taken, one a pass, past those whose adapters are `blocked`."""
+    order = []
+    while True:
+        free = [each for each in queue.turns() if not set(each.adapter_set) & set(blocked)]
+        if not free:
+            return order
+        queue.take(free[0])
+        order.append(free[0].request_id)
+
+
+def rows(adapters: str, tenant: str, count: int) -> list[Row]:
+    return [row(adapters, tenant, number) for number in range(count)]
+
+
+def test_rows_of_one_adapter_set_go_as_they_came() -> None:
+    assert drain(queue_of(*rows("a", "t", 3))) == ["t/a0", "t/a1", "t/a2"]
+
+
+def test_the_order_in_which_a_plan_names_its_adapters_makes_no_other_set() -> None:
+    queue = queue_of(row("ab"), row("ba"))
+    assert [each.request_id for each in queue.turns()] == ["local/ab0"]
+
+
+def test_adapter_sets_of_a_tenant_take_turns() -> None:
+    queue = queue_of(*rows("a", "t", 3), *rows("", "t", 1), *rows("ab", "t", 2))
+    assert drain(queue) == ["t/a0", "t/0", "t/ab0", "t/a1", "t/ab1", "t/a2"]
+
+
+def test_tenants_take_turns_however_many_adapters_one_of_them_uses() -> None:
+    flood = [row(letter, "many") for letter in "abcd"]
+    queue = queue_of(*flood, row("a", "few", 0), row("a", "few", 1))
+    assert drain(queue) == ["many/a0", "few/a0", "many/b0", "few/a1", "many/c0", "many/d0"]
+
+
+def test_one_pass_that_takes_all_it_is_shown_keeps_the_same_order() -> None:
+    def filled() -> FairQueue:
+        return queue_of(*rows("a", "t", 3), *rows("b", "t", 2), *rows("a", "u", 2), *rows("", "v", 1))
+
+    queue, order = filled(), []
+    for each in queue.turns():
+        queue.take(each)
+        order.append(each.request_id)
+    assert order == drain(filled()) and not queue
+
+
+def test_a_set_that_cannot_start_costs_its_tenant_no_turn() -> None:
+    queue = queue_of(row("x", "t"), *rows("a", "t", 3), *rows("a", "u", 3))
+    assert drain(queue, blocked="x") == ["t/a0", "u/a0", "t/a1", "u/a1", "t/a2", "u/a2"]
+    assert [each.request_id for each in queue] == ["t/x0"]
+
+
+def test_a_set_that_was_passed_over_is_first_once_it_can_start() -> None:
+    queue = queue_of(row("x", "t"), *rows("a", "t", 3))
+    for each in queue.turns():
+        if each.adapter_set == ("a",):
+            queue.take(each)
+            break
+    assert next(queue.turns()).request_id == "t/x0"
+
+
+def test_a_row_that_leaves_in_the_middle_of_a_pass_is_not_shown() -> None:
+    first, second = row("a"), row("b")
+    queue = queue_of(first, second)
+    turns = queue.turns()
+    assert next(turns) is first
+    queue.remove(second)
+    assert list(turns) == []
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_it_holds_what_was_put_in_and_not_taken_out(seed: int) -> None:
+    rng, queue, held = random.Random(seed), FairQueue(), list[Row]()
+    for number in range(300):
+        if held and rng.random() < 0.45:
+            gone = held.pop(rng.randrange(len(held)))
+            (queue.take if rng.random() < 0.5 else queue.remove)(gone)
+            assert gone not in queue
+        else:
+            held.append(row(rng.choice(["", "a", "ab", "b"]), rng.choice("tuv"), number))
+            queue.append(held[-1])
+        assert len(queue) == len(held) and set(queue) == set(held)
+        firsts = {(each.tenant, each.adapter_set): each for each in reversed(held)}
+        assert set(queue.turns()) == set(firsts.values())
+        assert all(queue.is_first(each) for each in firsts.values())
+        assert sum(queue.is_first(each) for each in held) == len(firsts)
+
+
+def test_a_row_waits_for_at_most_tenants_times_sets_of_its_own() -> None:
+    """Others keep coming for what was just served."""
+    rng, queue = random.Random(1), FairQueue()
+    tenants, letters = "tuvw", "abcde"
+    for tenant in tenants:
+        for letter in letters:
+            queue.append(row(letter, tenant))
+    late = row("z", "t", 99)
+    queue.append(late)
+    for taken in range(len(tenants) * (len(letters) + 1)):
+        chosen = next(queue.turns())
+        queue.take(chosen)
+        if chosen is late:
+            assert taken > 0
+            return
+        queue.append(row(chosen.adapter_set[0], chosen.tenant, rng.randrange(1000)))
+    raise AssertionError("the late row was not served in time")
+
+
+def test_rows_that_are_put_back_come_first_the_last_one_before_the_others() -> None:
+    queue = queue_of(*rows("a", "t", 2), *rows("b", "t", 2), *rows("a", "u", 2), row("c", "v"))
+    taken = []
+    for _ in range(2):
+        taken.append(next(queue.turns()))
+        queue.take(taken[-1])
+    assert [each.request_id for each in taken] == ["t/a0", "u/a0"]
+    for each in reversed(taken):
+        queue.put_back(each)
+        assert each in queue and queue.returned[0] is each and next(queue.turns()) is each
+        assert queue.companions(each) == [each]
+    assert len(queue) == 7 and len(set(queue)) == 7
+    assert drain(queue) == ["t/a0", "u/a0", "v/c0", "t/b0", "u/a1", "t/a1", "t/b1"]
+
+
+def test_no_newcomer_comes_between_rows_that_were_put_back() -> None:
+    """Of one tenant too, whose turn is over with the first of them."""
+    first, second = row("a", "t", 1), row("b", "t", 2)
+    queue = queue_of(first, second)
+    for each in (first, second):
+        queue.take(each)
+    for each in (second, first):
+        queue.put_back(each)
+    queue.append(row("a", "u", 3))
+    queue.append(row("a", "t", 4))
+    assert drain(queue) == ["t/a1", "t/b2", "u/a3", "t/a4"]
+
+
+def test_one_that_is_put_back_when_its_tenant_waits_no_more_waits_alone() -> None:
+    alone = row("a")
+    queue = queue_of(alone)
+    queue.take(alone)
+    queue.put_back(alone)
+    assert list(queue) == [alone] and drain(queue) == ["local/a0"]
+
+
+def flooded(**counts: int) -> FairQueue:
+    """A queue in which tenants have so many rows, in turn."""
+    queue = FairQueue()
+    for number in range(max(counts.values())):
+        for tenant, count in counts.items():
+            if number < count:
+                queue.append(row("ab"[number % 2], tenant, number))
+    return queue
+
+
+@pytest.mark.parametrize(
+    ("counts", "tenant", "expected"),
+    [
+        ({"a": 8}, "a", None),  # it may use the whole queue, and no more
+        ({"a": 8}, "b", "a/b7"),
+        ({"a": 5, "b": 3}, "b", "a/a4"),
+        ({"a": 4, "b": 4}, "b", None),
+        ({"a": 4, "b": 4}, "a", None),
+        ({"a": 6, "b": 2}, "c", "a/b5"),
+        ({"a": 3, "b": 3, "c": 2}, "c", None),  # two of three would not be a fairer share
+        ({"a": 5, "b": 2, "c": 1}, "b", "a/a4"),
+        ({"a": 5, "b": 2, "c": 1}, "a", None),
+    ],
+    ids=str,
+)
+def test_a_tenant_below_its_share_takes_the_newest_place_of_the_largest(
+    counts: dict[str, int], tenant: str, expected: str | None
+) -> None:
+    found = flooded(**counts).row_in_place_of(tenant, 8)
+    assert (found and found.request_id) == expected
+
+
+def test_a_row_that_was_put_back_never_gives_its_place_away() -> None:
+    queue = queue_of(first := row("a", "t", 1))
+    queue.take(first)
+    queue.put_back(first)
+    assert queue.row_in_place_of("u", 1) is None

@@ -1,0 +1,149 @@
+"""What is planned is what is taken, and what does not fit stops the start with the sum."""
+
+from __future__ import annotations
+
+import logging
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpu_worker.attention.kv_regions import region_bytes
+from gpu_worker.config import WorkerConfig
+from gpu_worker.device.device_memory import MappingLimit
+from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.memory_plan import MemoryPlan, plan_memory
+from gpu_worker.errors import WorkerConfigInvalid
+from gpu_worker.model.base_model import BaseModel, load_base_model
+from tests.tiny import tiny_config
+
+GIB = 1 << 30
+TOKEN_BYTES = 3 * 2 * 2 * 8 * 4  # layers, keys and values, heads, head size, float32
+
+
+@pytest.fixture
+def plan(tiny_base: Callable[..., BaseModel], tiny_folders: Mapping[str, Path]) -> Callable[..., MemoryPlan]:
+    base = tiny_base("llama")
+
+    def make(free_bytes: int, *limits: MappingLimit, **changes: object) -> MemoryPlan:
+        return plan_memory(tiny_config(tiny_folders["llama"], **changes), base, free_bytes, limits)
+
+    return make
+
+
+def test_the_parts_are_what_the_engine_then_takes(
+    plan: Callable[..., MemoryPlan], make_engine: Callable[..., Engine], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="gpu_worker.engine.memory_plan"):
+        engine = make_engine({}, "llama", kv_tokens=320)
+    planned = plan(GIB, kv_tokens=320)
+    assert planned.bank_bytes == engine.memory.bank_bytes == engine.bank.num_bytes
+    assert planned.kv_bytes == engine.memory.kv_bytes == engine.kv_cache.num_bytes == 320 * TOKEN_BYTES
+    assert planned.weights_bytes == sum(parameter.nbytes for parameter in engine.base.model.parameters())
+    assert str(engine.memory) in caplog.text
+    assert planned.total_bytes == sum(
+        (planned.weights_bytes, planned.bank_bytes, planned.headroom_bytes, planned.kv_bytes)
+    )
+
+
+def test_every_row_may_grow_to_its_longest_where_there_is_room(plan: Callable[..., MemoryPlan]) -> None:
+    assert plan(GIB).kv.num_tokens == 8 * 160
+    assert plan(GIB, max_model_len=150).kv.num_tokens == 8 * 160, "whole pages"
+    assert plan(GIB, max_model_len=5000).kv.num_tokens == 8 * 512, "the model's own bound"
+    assert plan(GIB, kv_tokens=200).kv.num_tokens == 208
+    assert plan(GIB, kv_tokens=1_000_000).kv.num_tokens == 8 * 160, "no more than rows can use"
+
+
+def test_less_room_is_less_kv_and_too_little_stops_with_the_sum(plan: Callable[..., MemoryPlan]) -> None:
+    ample = plan(GIB)
+    fixed = ample.total_bytes - ample.kv_bytes - int(0.05 * GIB)
+    for num_tokens in (1024, 160):
+        found = plan(int((fixed + num_tokens * TOKEN_BYTES) / 0.95) + 2)
+        assert found.kv.num_tokens == num_tokens and found.total_bytes <= found.free_bytes
+    with pytest.raises(WorkerConfigInvalid, match=r"KV of 160 tokens .* = .* MiB of .* MiB free on cpu"):
+        plan(int((fixed + 159 * TOKEN_BYTES) / 0.95))
+
+
+def test_regions_that_may_not_be_mapped_stop_the_start_with_the_sum(plan: Callable[..., MemoryPlan]) -> None:
+    """The budget of tokens fits; what does not is the address space of all rows at their longest."""
+    found = plan(GIB, kv_tokens=160)
+    needed = found.total_bytes - found.kv_bytes + 8 * region_bytes(found.kv)
+    assert needed > found.total_bytes
+    assert plan(GIB, MappingLimit("RLIMIT_AS", needed), kv_tokens=160) == found
+    message = (
+        r"KV regions of 8 rows × 160 tokens \d+ MiB = \d+ MiB of \d+ MiB that RLIMIT_AS leaves; lower max_batch_size"
+    )
+    for limits in ([("RLIMIT_AS", needed - 1)], [("RLIMIT_DATA", needed), ("RLIMIT_AS", needed - 1)]):
+        with pytest.raises(WorkerConfigInvalid, match=message):
+            plan(GIB, *[MappingLimit(*limit) for limit in limits], kv_tokens=160)
+
+
+def test_a_worker_in_a_process_with_too_little_address_space_is_refused_by_name(
+    tiny_folders: Mapping[str, Path], tmp_path: Path
+) -> None:
+    """In a process of its own, because the bound holds for all of it."""
+    script = f"""
+import resource
+from pathlib import Path
+from gpu_worker.config import WorkerConfig
+from gpu_worker.engine.engine import Engine
+from gpu_worker.errors import WorkerConfigInvalid
+from tests.tiny import tiny_config
+
+resource.setrlimit(resource.RLIMIT_AS, (64 << 30, resource.RLIM_INFINITY))
+config = tiny_config(Path({str(tiny_folders["llama"])!r}), max_model_len=512, max_batch_size=500_000,
+                     max_step_tokens=500_000, bank_rank_rows=8, kv_tokens=512)
+try:
+    Engine(config, lambda digest: None)
+except WorkerConfigInvalid as exc:
+    print(exc)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert "that RLIMIT_AS leaves" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"), [({"kv_tokens": 160 * 8}, "KV"), ({"bank_rank_rows": 100_000}, "bank"), ({}, "weights")]
+)
+def test_a_setting_that_cannot_fit_is_among_the_terms(
+    changes: dict[str, object], part: str, plan: Callable[..., MemoryPlan]
+) -> None:
+    needed = plan(GIB, **changes)
+    with pytest.raises(WorkerConfigInvalid) as caught:
+        plan((needed.total_bytes - needed.headroom_bytes) // 2, **changes)
+    terms = re.findall(r"([\d,]+) MiB", str(caught.value))
+    assert part in str(caught.value) and len(terms) == 6
+
+
+def test_the_output_head_in_bfloat16_counts_beside_the_embedding_it_is_one_with(
+    tiny_folders: Mapping[str, Path],
+) -> None:
+    """gemma3 ties them; the CPU lays the head out anew."""
+    config = tiny_config(tiny_folders["gemma3"], dtype="bfloat16")
+    base = load_base_model(config)
+    embedding = base.model.get_input_embeddings().weight
+    assert base.model.get_output_embeddings().weight is embedding
+    num_bytes = sum(parameter.nbytes for parameter in base.model.parameters())
+    assert plan_memory(config, base, GIB).weights_bytes == num_bytes + embedding.nbytes
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"kv_tokens": 159}, "kv_tokens"), ({"device": "cuda", "dtype": "float32"}, "float32")],
+)
+def test_a_config_that_could_never_run_is_refused(
+    changes: dict[str, object], named: str, tiny_folders: Mapping[str, Path]
+) -> None:
+    with pytest.raises(WorkerConfigInvalid, match=named):
+        tiny_config(tiny_folders["llama"], **changes)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+def test_a_device_that_is_not_there_stops_the_start() -> None:
+    with pytest.raises(WorkerConfigInvalid, match="cuda"):
+        Engine(WorkerConfig(device="cuda"), lambda digest: pytest.fail("nothing is fetched"))

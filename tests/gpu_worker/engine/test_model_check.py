@@ -1,0 +1,111 @@
+"""The comparison with transformers' own model at start: what it refuses, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from gpu_worker.attention.attention_cpu import RegionAttention
+from gpu_worker.attention.kv_cache import KvShape
+from gpu_worker.attention.kv_regions import KvRegions
+from gpu_worker.engine.engine import Engine
+from gpu_worker.errors import BaseModelUnsupported
+from gpu_worker.model.base_model import BaseModel, load_base_model
+from gpu_worker.step.attention_plan import Segment
+from tests.gpu_worker.driving import assert_nothing_held
+from tests.gpu_worker.families import EQUAL, save
+from tests.tiny import tiny_config
+
+
+class Shortsighted(KvRegions):
+    """Attention whose decode tokens do not see the token before them."""
+
+    def attention(self, segments: Sequence[Segment]) -> RegionAttention:
+        for segment in segments:
+            if segment.num_tokens == 1 and segment.context_len > 0:
+                for values in self.values:
+                    values[segment.row, :, segment.context_len - 1] = 0
+        return super().attention(segments)
+
+
+class Leaking(KvRegions):
+    """Attention in which the rows of a step see the first row's tokens in the place of their own."""
+
+    def attention(self, segments: Sequence[Segment]) -> RegionAttention:
+        first = segments[0].row
+        return super().attention([replace(segment, row=first) for segment in segments])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["gemma", "qwen3_moe", "granitemoe"])
+@pytest.mark.parametrize(
+    ("cache", "where"), [(Shortsighted, "decode tokens"), (Leaking, "prompts")], ids=["decode", "rows"]
+)
+def test_attention_that_computes_something_else_is_refused(
+    cache: Callable[[KvShape], KvRegions],
+    where: str,
+    family: str,
+    dtype: str,
+    make_engine: Callable[..., Engine],
+    tmp_path: Path,
+) -> None:
+    """Also where rounding alone makes experts of random weights tie, and most tokens differ with an adapter."""
+    base = load_base_model(tiny_config(save(tmp_path, family, EQUAL[family]), dtype=dtype))
+    with pytest.raises(BaseModelUnsupported, match=f"{family} cannot be served .* for {where} with"):
+        make_engine({}, base=base, dtype=dtype, build_kv_cache=cache)
+
+
+def test_a_layer_that_no_adapter_reaches_is_refused(
+    make_engine: Callable[..., Engine], tiny_base: Callable[..., BaseModel]
+) -> None:
+    """It multiplies with the layer's weight itself, so that the engine's own layer is never called."""
+    base = tiny_base("llama")
+    mlp = base.model.model.layers[1].mlp
+    mlp.forward = lambda x: torch.nn.functional.linear(x @ mlp.up_proj.weight.T, mlp.down_proj.weight)
+    with pytest.raises(BaseModelUnsupported, match=r"llama cannot be served .*weight"):
+        make_engine({}, "llama", base=base)
+
+
+def test_a_model_that_looks_at_the_kind_of_its_layers_is_refused(
+    make_engine: Callable[..., Engine], tiny_base: Callable[..., BaseModel]
+) -> None:
+    """Once the engine has replaced them it computes something else."""
+    base = tiny_base("llama")
+    attention = base.model.model.layers[1].self_attn
+    attention.register_forward_hook(
+        lambda *call: (call[-1][0] * (1 if type(attention.q_proj) is nn.Linear else 2), None)
+    )
+    with pytest.raises(BaseModelUnsupported, match=r"llama cannot be served .*logits differ"):
+        make_engine({}, "llama", base=base)
+
+
+@pytest.mark.parametrize(("value", "reason"), [(torch.nan, "not finite"), (0.0, "does not change its logits")])
+def test_weights_that_show_nothing_are_refused(
+    value: float, reason: str, make_engine: Callable[..., Engine], tiny_base: Callable[..., BaseModel]
+) -> None:
+    base = tiny_base("llama")
+    with torch.no_grad():
+        base.model.get_output_embeddings().weight.fill_(value)
+    with pytest.raises(BaseModelUnsupported, match=reason):
+        make_engine({}, "llama", base=base)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"max_batch_size": 1}, {"max_batch_size": 3, "kv_tokens": 160}, {"bank_rank_rows": 1}, {"max_model_len": 2}],
+    ids=str,
+)
+def test_the_check_fits_any_worker_and_leaves_nothing_behind(
+    changes: dict[str, object], make_engine: Callable[..., Engine]
+) -> None:
+    engine = make_engine({}, **changes)
+    assert_nothing_held(engine)
+    assert engine.residency.resident == frozenset()
+    assert engine.residency.occupied_rows == 0
+    assert engine.counters.num_steps == 0
+    assert engine.base.model.config._attn_implementation == "loraretriever"

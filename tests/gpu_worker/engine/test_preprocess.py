@@ -1,0 +1,54 @@
+"""From a job to a row: what is refused before it can reach a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from gpu_worker.engine.engine import Engine
+from gpu_worker.errors import PromptInvalid
+from gpu_worker.model.base_model import BaseModel
+from gpu_worker.request.prompts import Message
+from gpu_worker.request.request import Job
+from tests.gpu_worker.driving import BASE_JOB, Answer, ask, assert_same, greedy
+from tests.tiny import VOCABULARY, byte_tokenizer
+
+LAST, BEYOND = "<last>", "<image_soft_token>"  # the last id that the embedding has, and the first that it lacks
+
+
+@pytest.fixture
+def wide_base(tiny_base: Callable[..., BaseModel]) -> BaseModel:
+    """A tiny model whose tokenizer has one id more than the embedding has rows, as published ones do."""
+    tokenizer = byte_tokenizer()
+    spare = [f"<spare{i}>" for i in range(VOCABULARY - len(tokenizer) - 1)]
+    tokenizer.add_tokens([*spare, LAST, BEYOND], special_tokens=True)
+    assert tokenizer.convert_tokens_to_ids([LAST, BEYOND]) == [VOCABULARY - 1, VOCABULARY]
+    return replace(tiny_base(), tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize(
+    "prompt", [f"look at {BEYOND}, please", (Message("user", f"look at {BEYOND}"),)], ids=["raw", "messages"]
+)
+def test_a_token_beyond_the_embedding_is_refused_by_name_and_hurts_nobody(
+    prompt: str | tuple[Message, ...],
+    wide_base: BaseModel,
+    make_engine: Callable[..., Engine],
+    alone: Callable[..., Answer],
+) -> None:
+    engine = make_engine({}, base=wide_base)
+    base = ask(engine, BASE_JOB)
+    engine.step()
+    with pytest.raises(PromptInvalid, match=rf"'{BEYOND}' \(id {VOCABULARY}\).*only the ids 0 to {VOCABULARY - 1}"):
+        ask(engine, Job("bad", prompt))
+    engine.run_until_idle()
+    assert_same(base, alone(BASE_JOB, {}))
+
+
+def test_the_last_token_of_the_embedding_is_accepted(wide_base: BaseModel, make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine({}, base=wide_base)
+    answer = ask(engine, greedy(f"look at {LAST}"))
+    engine.run_until_idle()
+    assert answer.row.tokens[answer.row.num_prompt_tokens - 1] == VOCABULARY - 1
+    assert len(answer.tokens) == 8

@@ -1,0 +1,152 @@
+"""Which base models are served, and which are refused by name."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
+
+from gpu_worker.attention.packed_attention import ATTENTION_NAME
+from gpu_worker.config import WorkerConfig
+from gpu_worker.errors import BaseModelUnsupported
+from gpu_worker.model.base_model import BaseModel, load_base_model, model_source, resolve_dtype
+from gpu_worker.model.packaged_model import PACKAGED_MODEL
+from tests.tiny import FAMILIES, byte_tokenizer, tiny_config
+
+
+def folder_with(tmp_path: Path, source: Path, **changes: object) -> Path:
+    """A folder that holds `source`'s config with these changes, and nothing to load: it is refused before."""
+    config = AutoConfig.from_pretrained(source)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    config.save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "quantised"),
+        ({"is_encoder_decoder": True}, "encoder-decoder"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ({"kv_lora_rank": 64}, "latent attention"),
+        ({"use_bidirectional_attention": True}, "bidirectional"),
+    ],
+)
+def test_an_unsupported_config_is_refused_by_name(
+    changes: dict[str, object], reason: str, tmp_path: Path, tiny_folders: Mapping[str, Path]
+) -> None:
+    folder = folder_with(tmp_path, tiny_folders["gemma3"], **changes)
+    with pytest.raises(BaseModelUnsupported, match=f"gemma3_text has .*{reason}"):
+        load_base_model(tiny_config(folder))
+
+
+def test_all_problems_are_named_at_once(tmp_path: Path, tiny_folders: Mapping[str, Path]) -> None:
+    folder = folder_with(tmp_path, tiny_folders["gemma3"], kv_lora_rank=64, is_encoder_decoder=True)
+    with pytest.raises(BaseModelUnsupported, match=r"encoder-decoder.*latent attention"):
+        load_base_model(tiny_config(folder))
+
+
+@pytest.mark.parametrize("head_dim", [12, 264])
+def test_heads_that_attention_on_cuda_does_not_take_are_refused_there(
+    head_dim: int, tmp_path: Path, tiny_folders: Mapping[str, Path]
+) -> None:
+    folder = folder_with(tmp_path, tiny_folders["gemma3"], head_dim=head_dim)
+    with pytest.raises(BaseModelUnsupported, match=f"heads of {head_dim}"):
+        load_base_model(tiny_config(folder, device="cuda", dtype="bfloat16"))
+
+
+def test_a_model_without_grouped_heads_in_its_config_is_refused(tmp_path: Path) -> None:
+    GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(BaseModelUnsupported, match="num_key_value_heads"):
+        load_base_model(tiny_config(tmp_path))
+
+
+def test_a_config_whose_layers_are_not_alike_is_refused(tmp_path: Path) -> None:
+    """Its layers have heads of two sizes; transformers raises an error where one size is asked for."""
+    AutoConfig.for_model("gemma4_text").save_pretrained(tmp_path)
+    with pytest.raises(BaseModelUnsupported, match="gemma4_text has no single head_dim"):
+        load_base_model(tiny_config(tmp_path))
+
+
+@pytest.mark.parametrize("model_type", ["llava", "bloom"])
+def test_every_number_that_a_config_lacks_is_named(model_type: str, tmp_path: Path) -> None:
+    """Models of several parts keep such numbers one level down; older families call them otherwise."""
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    with pytest.raises(BaseModelUnsupported, match=f"{model_type} has .*num_key_value_heads.*max_position"):
+        load_base_model(tiny_config(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [
+        ("gpt_oss", {}),
+        ("llama4_text", {}),
+        ("lfm2", {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2}),
+        ("minimax", {}),
+        ("granitemoehybrid", {}),
+        ("qwen3_next", {}),
+    ],
+)
+def test_layers_that_are_not_plain_attention_are_refused_before_anything_is_loaded(
+    model_type: str, settings: dict[str, object], tmp_path: Path
+) -> None:
+    """Recurrent and convolutional layers would carry state from one packed row to the next; sinks would be dropped."""
+    AutoConfig.for_model(model_type, **settings).save_pretrained(tmp_path)
+    with pytest.raises(BaseModelUnsupported, match=model_type):
+        load_base_model(tiny_config(tmp_path))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_the_engine_needs_to_know_is_read_from_the_model(family: str, tiny_base: Callable[..., BaseModel]) -> None:
+    base = tiny_base(family)
+    assert (base.num_layers, base.num_kv_heads, base.head_dim, base.max_position) == (3, 2, 8, 512)
+    assert base.eos_token_ids == {257}
+    assert base.dtype == torch.float32
+    assert base.model.config._attn_implementation == ATTENTION_NAME
+    assert not base.model.training
+    assert base.backend_tokenizer.token_to_id("<bos>") == 256
+
+
+def test_every_declared_end_ends_an_answer(tmp_path: Path, tiny_folders: Mapping[str, Path]) -> None:
+    base = load_base_model(tiny_config(tiny_folders["llama"]))
+    base.model.generation_config.eos_token_id = [257, 250]
+    base.model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    assert load_base_model(tiny_config(tmp_path)).eos_token_ids == {257, 250}
+
+
+def test_the_dtype_is_the_configured_one(tiny_folders: Mapping[str, Path]) -> None:
+    base = load_base_model(tiny_config(tiny_folders["llama"], dtype="bfloat16"))
+    assert base.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in base.model.parameters()} == {torch.bfloat16}
+
+
+def test_names_of_dtypes() -> None:
+    assert resolve_dtype("float32") == torch.float32
+    assert resolve_dtype("bfloat16") == torch.bfloat16
+    assert resolve_dtype("auto", "cuda") == torch.bfloat16
+    fast = torch.cpu.get_capabilities()
+    has_bfloat16 = bool(fast.get("avx512_bf16") or fast.get("amx_bf16"))
+    assert resolve_dtype("auto") == (torch.bfloat16 if has_bfloat16 else torch.float32)
+
+
+def test_a_folder_or_an_id_is_loaded_as_it_is_called() -> None:
+    assert model_source(tiny_config(Path("/models/mine"))) == "/models/mine"
+    assert model_source(tiny_config(Path("google/gemma-3-270m"))) == "google/gemma-3-270m"
+
+
+def test_a_whole_conversion_in_the_cache_is_used_as_it_is(tmp_path: Path) -> None:
+    folder = tmp_path / PACKAGED_MODEL
+    folder.mkdir()
+    (folder / "model.safetensors").write_text("weights")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    (folder / "SHA256SUMS").write_text(f"{digest}  model.safetensors\n")
+    assert model_source(WorkerConfig(cache_dir=tmp_path)) == str(folder)
+    assert (folder / "model.safetensors").read_text() == "weights"

@@ -1,0 +1,139 @@
+"""The fused passes against the model families' own modules, value by value."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from gpu_worker.model.base_model import BaseModel
+from gpu_worker.model.fused import FusedKernel, fuse, load_fused
+from tests.gpu_worker.driving import compiled
+
+DTYPES = [torch.float32, torch.bfloat16]
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.fixture(scope="module")
+def kernel() -> FusedKernel:
+    return compiled(load_fused)
+
+
+def draw(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return (3 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
+
+
+def assert_same(found: Tensor, expected: Tensor, atol: float = 3e-6) -> None:
+    """Equal but for float32's order of sums, which moves a rounding to bfloat16 now and then.
+
+    `atol`: torch's tanh form of gelu ends in -0 where the fused one goes on to smaller numbers.
+    """
+    assert found.dtype == expected.dtype
+    is_half = found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, rtol=8e-3 if is_half else 1e-5, atol=atol)
+    moved = ~torch.isclose(found, expected, rtol=1e-5, atol=atol)
+    assert moved.float().mean() < 0.01
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [640, 256, 33, 7])
+@pytest.mark.parametrize("family", [Gemma3RMSNorm, LlamaRMSNorm])
+def test_norms_are_those_of_their_family(
+    family: type[nn.Module], width: int, dtype: torch.dtype, kernel: FusedKernel
+) -> None:
+    model = nn.Module()
+    model.norm = family(width, eps=1e-6).to(dtype)
+    model.norm.weight.data = draw(width, dtype=dtype, seed=1)
+    own = model.norm
+    fuse(model, kernel)
+    assert type(model.norm).__name__ == "FusedRmsNorm"
+    for x in (
+        draw(1, 70, width, dtype=dtype),
+        draw(1, 3, 4, width, dtype=dtype).transpose(1, 2),
+        torch.zeros(2, width, dtype=dtype),
+    ):
+        assert_same(model.norm(x), own(x))
+    gaps = draw(5, 2 * width, dtype=dtype)[:, :width]
+    assert_same(model.norm(gaps), own(gaps))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 70, 2048), (3, 5)])
+@pytest.mark.parametrize(
+    ("is_silu", "activation"),
+    [(True, nn.functional.silu), (False, lambda x: gelu(x, approximate="tanh"))],
+    ids=["silu", "gelu"],
+)
+def test_gated_activations_are_torchs(
+    is_silu: bool,
+    activation: Callable[[Tensor], Tensor],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    kernel: FusedKernel,
+) -> None:
+    gate, up = draw(*shape, dtype=dtype), draw(*shape, dtype=dtype, seed=1)
+    assert_same(kernel.gated(gate, up, is_silu=is_silu), activation(gate) * up)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("is_silu", [True, False])
+def test_what_is_out_of_range_stays_so(is_silu: bool, dtype: torch.dtype, kernel: FusedKernel) -> None:
+    gate = torch.tensor([-INF, -1e30, -100.0, -30.0, 0.0, 30.0, 1e30, INF, NAN], dtype=dtype)
+    activation = nn.functional.silu if is_silu else lambda x: gelu(x, approximate="tanh")
+    found, expected = kernel.gated(gate, torch.ones_like(gate), is_silu=is_silu), activation(gate)
+    torch.testing.assert_close(found[1:], expected[1:], equal_nan=True)
+    assert found.isfinite().tolist() == [False, *[True] * 6, False, False]
+    assert not kernel.rms_norm(gate, torch.ones(9), 1e-6, rounds_first=False).isfinite().any()
+
+
+def test_a_bad_row_is_alone(kernel: FusedKernel) -> None:
+    x = draw(3, 640, dtype=torch.bfloat16)
+    x[1] = NAN
+    y = kernel.rms_norm(x, torch.ones(640), 1e-6, rounds_first=True)
+    assert y.isfinite().all(dim=1).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llama"])
+def test_every_norm_and_mlp_of_a_model_is_fused(
+    family: str, tiny_base: Callable[..., BaseModel], kernel: FusedKernel
+) -> None:
+    model = tiny_base(family).model
+    before = Counter(type(module).__name__ for module in model.modules())
+    ids = torch.arange(40)[None] % model.config.vocab_size
+    with torch.inference_mode():
+        model.set_attn_implementation("sdpa")
+        expected = model(ids).logits
+        fuse(model, kernel)
+        assert_same(model(ids).logits, expected, atol=1e-4)
+    after = Counter(type(module).__name__ for module in model.modules())
+    assert after["FusedMlp"] == model.config.num_hidden_layers
+    assert after["FusedRmsNorm"] == sum(count for name, count in before.items() if name.endswith("RMSNorm")) > 0
+
+
+def test_other_formulas_stay_as_they_are(kernel: FusedKernel) -> None:
+    class CentredRMSNorm(LlamaRMSNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x - x.mean(-1, keepdim=True))
+
+    class Mlp(nn.Module):
+        def __init__(self, act_fn: nn.Module) -> None:
+            super().__init__()
+            self.gate_proj, self.up_proj, self.down_proj = nn.Linear(8, 32), nn.Linear(8, 32), nn.Linear(32, 8)
+            self.act_fn = act_fn
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+    class Capped(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).clamp(-0.1, 0.1)
+
+    model = nn.ModuleList([CentredRMSNorm(64), Mlp(nn.GELU()), Mlp(nn.ReLU()), Capped(nn.SiLU()), Mlp(nn.SiLU())])
+    fuse(model, kernel)
+    assert [type(module).__name__ for module in model] == ["CentredRMSNorm", "Mlp", "Mlp", "Capped", "FusedMlp"]

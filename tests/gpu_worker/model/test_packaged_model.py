@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpu_worker.errors import BaseModelUnsupported
+from gpu_worker.model import packaged_model
+
+
+def test_the_packaged_weights_are_joined_without_importing_their_packages(tmp_path: Path) -> None:
+    """And they are the known ones: joining compares their hash."""
+    code = (
+        "import sys; from pathlib import Path; from gpu_worker.model.packaged_model import _assemble; "
+        "_assemble(Path(sys.argv[1])); "
+        "assert not [name for name in sys.modules if name.startswith('gemma3_270m')]"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "model.gguf")], check=True, timeout=300)
+    assert (tmp_path / "model.gguf").stat().st_size > 100_000_000
+
+
+def test_other_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packaged_model, "_PARTS", packaged_model._PARTS[:1])
+    with pytest.raises(BaseModelUnsupported, match="hash to"):
+        packaged_model._assemble(tmp_path / "model.gguf")
+
+
+def test_a_package_that_is_not_installed_is_named_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packaged_model, "_PARTS", (("no-such-package", "file"),))
+    with pytest.raises(BaseModelUnsupported, match=r"loraretriever\[local\]"):
+        packaged_model._assemble(tmp_path / "model.gguf")

@@ -1,0 +1,99 @@
+"""Embeddings that depend on the length of the sequence: one set of factors, whatever runs beside a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from gpu_worker.engine.engine import Engine
+from gpu_worker.errors import BaseModelUnsupported
+from gpu_worker.model.base_model import load_base_model
+from gpu_worker.model.rope import pin_longrope
+from tests.gpu_worker.driving import greedy, run_together
+from tests.tiny import SHAPE, byte_tokenizer, tiny_config
+
+ORIGINAL_LEN = 64
+SHORT, LONG = [1.0, 1.1, 1.2, 1.3], [4.0, 7.0, 9.0, 12.0]
+FAMILIES: dict[str, dict[str, float]] = {"phi3": {}, "phimoe": {"short_mscale": 1.1, "long_mscale": 1.4}}
+
+
+def save(folder: Path, family: str, *, short: list[float] = SHORT, long: list[float] = LONG, **scales: float) -> Path:
+    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": ORIGINAL_LEN}
+    rope |= {"short_factor": short, "long_factor": long, **(FAMILIES[family] | scales)}
+    torch.manual_seed(0)
+    lengths = {"original_max_position_embeddings": ORIGINAL_LEN}  # of Phi-3: it overrides the one in `rope`
+    config = AutoConfig.for_model(family, **SHAPE, rope_parameters=rope, **lengths)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def engine_over(folder: Path, make_engine: Callable[..., Engine], max_model_len: int) -> Engine:
+    base = load_base_model(tiny_config(folder, max_model_len=max_model_len))
+    return make_engine({}, base=base, max_model_len=max_model_len)
+
+
+def continuation(folder: Path, prompt: str, num_new: int) -> list[int]:
+    """The greedy tokens of transformers' own model, without a cache."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    tokens = AutoTokenizer.from_pretrained(folder)(prompt).input_ids
+    with torch.inference_mode():
+        for _ in range(num_new):
+            tokens.append(int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
+    return tokens[-num_new:]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_long_neighbour_does_not_change_an_answer(
+    family: str, tmp_path: Path, make_engine: Callable[..., Engine]
+) -> None:
+    save(tmp_path, family)
+    short, long = greedy("a short prompt", num_new=20), greedy("x" * 100, num_new=20)
+    [alone] = run_together(engine_over(tmp_path, make_engine, 160), [short])
+    beside, _ = run_together(engine_over(tmp_path, make_engine, 160), [short, long])
+    assert beside.tokens == alone.tokens
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("max_model_len", "is_long"), [(ORIGINAL_LEN, False), (ORIGINAL_LEN + 1, True), (160, True)])
+def test_the_longest_row_decides_for_all_which_factors_are_used(
+    family: str, max_model_len: int, is_long: bool, tmp_path: Path, make_engine: Callable[..., Engine]
+) -> None:
+    chosen = LONG if is_long else SHORT
+    scales = FAMILIES[family]
+    scale = scales and dict.fromkeys(scales, scales["long_mscale" if is_long else "short_mscale"])
+    # transformers takes the short factors of this family at every length: only the scale follows the length
+    short = SHORT if family == "phimoe" else chosen
+    expected = save(tmp_path / "expected", family, short=short, long=chosen, **scale)
+    [answer] = run_together(
+        engine_over(save(tmp_path / "own", family), make_engine, max_model_len), [greedy("q" * 20, num_new=30)]
+    )
+    assert answer.tokens == continuation(expected, "q" * 20, 30)
+
+
+def test_a_row_that_outgrows_the_original_length_keeps_its_factors(
+    tmp_path: Path, make_engine: Callable[..., Engine]
+) -> None:
+    expected = save(tmp_path / "expected", "phi3", short=LONG)
+    engine = engine_over(save(tmp_path / "own", "phi3"), make_engine, 160)
+    prompt = "z" * (ORIGINAL_LEN - 10)
+    [answer] = run_together(engine, [greedy(prompt, num_new=30)])
+    assert answer.tokens == continuation(expected, prompt, 30)
+
+
+def test_factors_that_differ_between_kinds_of_layers_are_refused() -> None:
+    model = torch.nn.Module()
+    model.rope_type = {"full_attention": "longrope", "sliding_attention": "default"}  # type: ignore[assignment]
+    with pytest.raises(BaseModelUnsupported, match="longrope"):
+        pin_longrope(model, 100)
+
+
+def test_other_embeddings_are_left_alone() -> None:
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SHAPE))
+    before = model.model.rotary_emb.inv_freq.clone()
+    pin_longrope(model, 500)
+    assert torch.equal(model.model.rotary_emb.inv_freq, before)

@@ -1,0 +1,74 @@
+"""Building kernels ahead of time: what is built is what a start looks for."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpu_worker.lora.lora_kernel import LoraKernel
+from gpu_worker.native.build_kernels import build, main, prebuilt_path
+from gpu_worker.native.kernel_build import FOLDER, Compiler, KernelUnavailable, file_name, kernel_names
+from gpu_worker.native.kernel_loading import check_trusted
+from gpu_worker.native.kernel_variants import VARIANTS
+
+HERE = [variant for variant in VARIANTS if variant.machine == platform.machine()]
+
+
+def test_every_source_is_a_kernel() -> None:
+    assert kernel_names() == sorted(path.stem for path in FOLDER.iterdir() if path.suffix == ".cpp")
+    assert {"decode_attention", "fused", "grouped_lora"} <= set(kernel_names())
+
+
+def test_the_image_has_a_variant_of_every_kind_that_is_promised() -> None:
+    assert [variant.name for variant in VARIANTS] == ["x86-64-v4-bf16", "x86-64-v3", "aarch64"]
+
+
+def test_what_is_built_is_what_a_start_looks_for(
+    tmp_path: Path, lora_kernel: LoraKernel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = os.umask(0o002)
+    try:
+        assert main(["--out", str(tmp_path)]) == 0
+    finally:
+        os.umask(before)
+    expected = [prebuilt_path(tmp_path, variant, name) for variant in HERE for name in kernel_names()]
+    assert sorted(tmp_path.glob("*/*")) == sorted(expected)
+    assert capsys.readouterr().out.split() == [str(path.relative_to(tmp_path)) for path in expected]
+    for library in expected:
+        assert library.read_bytes()[:4] == b"\x7fELF"
+        assert library.stat().st_mode & 0o777 == 0o644, "another user runs the image"
+        assert library.parent.stat().st_mode & 0o777 == 0o755, "whatever the umask"
+        check_trusted(library, os.geteuid())
+
+
+def test_the_build_needs_nothing_but_the_standard_library(tmp_path: Path) -> None:
+    """The image's build stage has no packages installed."""
+    listed = "[m for m in ('torch', 'numpy', 'filelock') if m in sys.modules]"
+    code = f"import sys, gpu_worker.native.build_kernels; print({listed})"
+    run = subprocess.run(
+        [sys.executable, "-S", "-c", code], cwd=FOLDER.parent, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == "[]"
+
+
+def test_a_machine_without_variants_is_told_so(tmp_path: Path) -> None:
+    with pytest.raises(KernelUnavailable, match="riscv64, only for aarch64, x86_64"):
+        build(tmp_path, "riscv64", Compiler(("c++",)))
+
+
+def test_without_a_compiler_the_command_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CXX", "nonesuch")
+    assert main(["--out", str(tmp_path)]) == 1
+    assert "nonesuch" in capsys.readouterr().err
+
+
+def test_a_library_is_named_after_all_it_is_made_of() -> None:
+    names = {file_name("fused", *variant.options) for variant in VARIANTS} | {file_name("grouped_lora")}
+    assert len(names) == len(VARIANTS) + 1

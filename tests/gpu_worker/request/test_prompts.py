@@ -1,0 +1,70 @@
+"""What the model is given to continue."""
+
+from __future__ import annotations
+
+import pytest
+
+from gpu_worker.errors import PromptInvalid
+from gpu_worker.request.prompts import (
+    ALPACA_PREAMBLE,
+    ALPACA_STOP,
+    Message,
+    alpaca_prompt,
+    render,
+    render_alpaca,
+    template_stops,
+)
+from tests.tiny import byte_tokenizer
+
+CHAT = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}" + (
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+TURNS = [Message("system", "Be brief."), Message("user", "Hi"), Message("assistant", "Hello"), Message("user", "Bye")]
+
+
+def test_one_instruction_is_the_alpaca_prompt() -> None:
+    expected = f"{ALPACA_PREAMBLE}\n\n### Instruction:\nAdd 1 and 2.\n\n### Response:\n"
+    assert alpaca_prompt("Add 1 and 2.") == expected
+    assert render([Message("user", "Add 1 and 2.")], "alpaca", byte_tokenizer()) == expected
+
+
+def test_alpaca_turns_follow_the_system_text_and_end_where_the_answer_begins() -> None:
+    assert render_alpaca(TURNS) == "\n\n".join(
+        [
+            ALPACA_PREAMBLE,
+            "Be brief.",
+            "### Instruction:\nHi",
+            "### Response:\nHello",
+            "### Instruction:\nBye",
+            "### Response:\n",
+        ]
+    )
+
+
+def test_chat_is_the_tokenizers_own_template() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHAT
+    assert render(TURNS, "chat", tokenizer) == "<bos>[system]Be brief.[user]Hi[assistant]Hello[user]Bye[assistant]"
+
+
+def test_chat_without_a_template_is_refused() -> None:
+    with pytest.raises(PromptInvalid, match="no chat template"):
+        render(TURNS, "chat", byte_tokenizer())
+
+
+def test_a_conversation_the_chat_template_refuses_is_invalid() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(PromptInvalid, match="roles must alternate"):
+        render(TURNS, "chat", tokenizer)
+
+
+@pytest.mark.parametrize("name", ["", "Alpaca", "{{ 1 }}"])
+def test_an_unknown_template_is_refused_by_name(name: str) -> None:
+    with pytest.raises(PromptInvalid, match="'alpaca' or 'chat'"):
+        render(TURNS, name, byte_tokenizer())
+
+
+def test_alpaca_stops_at_the_next_instruction() -> None:
+    assert template_stops("alpaca") == (ALPACA_STOP,)
+    assert template_stops("chat") == ()

@@ -1,0 +1,113 @@
+"""What a request may ask for."""
+
+from __future__ import annotations
+
+import math
+import pickle
+
+import pytest
+
+from gpu_worker import errors
+from gpu_worker.config import WorkerConfig
+from gpu_worker.errors import GpuWorkerError, SamplingInvalid, WorkerConfigInvalid
+from gpu_worker.request.request import (
+    DEFAULT_MAX_TOKENS,
+    MAX_BIASED_IDS,
+    MAX_LOGPROBS,
+    MAX_STOP_CHARS,
+    MAX_STOPS,
+    Job,
+    SamplingParams,
+)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "value"),
+    [
+        ("max_tokens", 0),
+        ("max_tokens", -1),
+        ("min_tokens", -1),
+        ("min_tokens", DEFAULT_MAX_TOKENS + 1),
+        ("temperature", -0.1),
+        ("temperature", 101),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("top_p", 0),
+        ("top_p", 1.01),
+        ("top_p", math.nan),
+        ("top_k", -1),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", math.nan),
+        ("repetition_penalty", 0),
+        ("logit_bias", ((1, 101.0),)),
+        ("logit_bias", ((1, 1.0),) * (MAX_BIASED_IDS + 1)),
+        ("logprobs", MAX_LOGPROBS + 1),
+        ("logprobs", -1),
+        ("seed", -1),
+        ("seed", 2**63),
+        ("stop", ("x",) * (MAX_STOPS + 1)),
+        ("stop", ("",)),
+        ("stop", ("x" * (MAX_STOP_CHARS + 1),)),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(parameter: str, value: object) -> None:
+    with pytest.raises(SamplingInvalid, match=parameter if parameter != "stop" else "stop string") as caught:
+        SamplingParams(**{parameter: value})  # type: ignore[arg-type]
+    assert caught.value.param == parameter
+
+
+def test_min_tokens_must_fit_max_tokens() -> None:
+    assert SamplingParams(max_tokens=3, min_tokens=3).min_tokens == 3
+    with pytest.raises(SamplingInvalid, match=r"min_tokens must be between 0 and max_tokens \(3\), got 4"):
+        SamplingParams(max_tokens=3, min_tokens=4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"temperature": 0},
+        {"temperature": 100},
+        {"top_p": 1},
+        {"min_p": 1},
+        {"presence_penalty": -2, "frequency_penalty": 2, "repetition_penalty": 0.01},
+        {"logit_bias": ((0, -100.0), (1, 100.0)), "logprobs": MAX_LOGPROBS},
+        {"seed": 0},
+        {"seed": 2**63 - 1},
+        {"stop": ("x" * MAX_STOP_CHARS,) * MAX_STOPS},
+    ],
+)
+def test_the_edges_are_allowed(changes: dict[str, object]) -> None:
+    SamplingParams(**changes)  # type: ignore[arg-type]
+
+
+def test_a_job_survives_pickling() -> None:
+    job = Job("1", "text", sampling=SamplingParams(stop=("a",), seed=3))
+    assert pickle.loads(pickle.dumps(job)) == job
+
+
+@pytest.mark.parametrize(
+    "name", sorted(name for name, kind in vars(errors).items() if isinstance(kind, type) and name[0].isupper())
+)
+def test_errors_survive_pickling_and_stand_in_the_tree(name: str) -> None:
+    error = getattr(errors, name)("what was wanted, what was got")
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is type(error) and copy.args == error.args
+    assert isinstance(error, GpuWorkerError)
+    assert name in (errors.__doc__ or "")
+
+
+@pytest.mark.parametrize("field", ["bank_rank_rows", "max_batch_size", "max_model_len", "max_waiting", "load_threads"])
+def test_a_setting_below_one_stops_start_up(field: str) -> None:
+    with pytest.raises(WorkerConfigInvalid, match=field):
+        WorkerConfig(**{field: 0})  # type: ignore[arg-type]
+
+
+def test_a_step_must_hold_every_decoding_row() -> None:
+    with pytest.raises(WorkerConfigInvalid, match="max_step_tokens"):
+        WorkerConfig(max_batch_size=64, max_step_tokens=63)
+    with pytest.raises(WorkerConfigInvalid, match="max_chunk_tokens"):
+        WorkerConfig(max_chunk_tokens=0)
+    assert WorkerConfig(device="cpu").chunk_tokens == 192
+    assert WorkerConfig(device="cuda", max_step_tokens=4096).chunk_tokens == 4096

@@ -1,0 +1,171 @@
+"""Log probabilities against a slow loop, alone and in company, and which tokens they are told of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.engine_thread import EngineThread
+from gpu_worker.engine.row import Row
+from gpu_worker.errors import SamplingInvalid
+from gpu_worker.request.request import Delta, Job, SamplingParams, TokenLogprob
+from gpu_worker.sampling.draw import Draw
+from gpu_worker.sampling.logprobs import Scored
+from gpu_worker.sampling.sampling import Sampler
+from gpu_worker.sampling.sampling_kernel import load_sampling_kernel
+from gpu_worker.text.text_stream import TextStream
+from gpu_worker.text.token_bytes import TokenBytes
+from lora_store.plan import BASE_PLAN
+from tests.gpu_worker.driving import Answer, compiled, run, run_together
+from tests.gpu_worker.slow_sampling import scored_slowly
+from tests.tiny import byte_tokenizer, plan_of, random_adapter
+
+MakeEngine = Callable[..., Engine]
+BYTES = byte_tokenizer().backend_tokenizer
+
+
+def logits_of(seed: int, size: int = 12) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+@pytest.fixture(params=["kernel", "torch"])
+def sampler(request: pytest.FixtureRequest) -> Sampler:
+    return Sampler(compiled(load_sampling_kernel) if request.param == "kernel" else None)
+
+
+def scores_of(sampler: Sampler, logits: Tensor, wanted: list[int | None]) -> list[Scored | None]:
+    """Of the likeliest token of each row."""
+    return sampler(logits, [Draw(SamplingParams(temperature=0, logprobs=count), 0, 0) for count in wanted])[1]
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 12, 20])
+def test_scores_are_the_log_softmax_of_the_models_own_logits(count: int, sampler: Sampler) -> None:
+    logits = torch.stack([logits_of(seed) for seed in range(4)])
+    params = SamplingParams(logprobs=count, temperature=3.0, presence_penalty=2.0, logit_bias=((2, 4.0),))
+    draws = [Draw(params, seed, 9, (), [1, 2, 3], 1) for seed in range(4)]
+    tokens, scores = sampler(logits, draws)
+    for row, (token, scored) in enumerate(zip(tokens, scores, strict=True)):
+        assert scored is not None and token is not None
+        logprob, top = scored_slowly(logits[row], token, count)
+        assert scored.logprob == pytest.approx(logprob, abs=1e-5)
+        assert [i for i, _ in scored.top] == [i for i, _ in top]
+        assert [value for _, value in scored.top] == pytest.approx([value for _, value in top], abs=1e-5)
+
+
+def test_only_rows_that_ask_and_have_a_token_are_scored(sampler: Sampler) -> None:
+    logits = torch.stack([logits_of(seed) for seed in range(3)])
+    logits[1] = math.nan
+    assert [item is None for item in scores_of(sampler, logits, [None, 3, 3])] == [True, True, False]
+
+
+def test_equal_logits_are_listed_by_id(sampler: Sampler) -> None:
+    logits = torch.zeros(1, 3000)
+    logits[0, [2900, 5, 700]] = 1.0
+    [scored] = scores_of(sampler, logits, [5])
+    assert scored is not None and [token for token, _ in scored.top] == [5, 700, 2900, 0, 1]
+
+
+def test_what_is_impossible_still_has_a_number(sampler: Sampler) -> None:
+    [scored] = scores_of(sampler, torch.tensor([[0.0, -math.inf]]), [2])
+    assert scored is not None and scored.top == ((0, 0.0), (1, -9999.0))
+
+
+def told(answer: Answer) -> list[TokenLogprob]:
+    return [entry for event in answer.events if isinstance(event, Delta) for entry in event.logprobs]
+
+
+def test_a_batch_tells_what_each_row_tells_alone(make_engine: MakeEngine, shapes: dict[str, tuple[int, int]]) -> None:
+    adapter = random_adapter(shapes, 1)
+    pool = {adapter.weights_digest: adapter}
+    jobs = [
+        Job(
+            str(number),
+            "one " * (number + 1),
+            plan_of("mixture", (adapter, 0.5)) if number % 2 else BASE_PLAN,
+            SamplingParams(max_tokens=6, seed=number, logprobs=wanted, ignore_eos=True, presence_penalty=number / 4),
+        )
+        for number, wanted in enumerate([None, 0, 3, 20, None])
+    ]
+    together = run_together(make_engine(pool), jobs)
+    for job, answer in zip(jobs, together, strict=True):
+        [alone] = run_together(make_engine(pool), [job])
+        assert answer.tokens == alone.tokens
+        entries, expected = told(answer), told(alone)
+        wanted = job.sampling.logprobs
+        assert len(entries) == (0 if wanted is None else len(answer.tokens))
+        for entry, other, token in zip(entries, expected, answer.tokens, strict=bool(entries)):
+            assert (entry.token, entry.text_offset) == (other.token, other.text_offset)
+            assert entry.token == TokenBytes(BYTES)(token)
+            assert entry.logprob == pytest.approx(other.logprob, abs=1e-4)
+            assert len(entry.top) == wanted
+            assert [value for _, value in entry.top] == pytest.approx([v for _, v in other.top], abs=1e-4)
+
+
+def row_of(*, stops: tuple[str, ...] = (), end_ids: frozenset[int] = frozenset({257}), max_new: int = 20) -> Row:
+    return Row(
+        request_id="1",
+        plan=BASE_PLAN,
+        sampling=SamplingParams(max_tokens=max_new, logprobs=0),
+        tokens=[256],
+        num_prompt_tokens=1,
+        max_new_tokens=max_new,
+        end_ids=end_ids,
+        seed=0,
+        text=TextStream(BYTES, stops),
+        sink=lambda event: None,
+        spell=TokenBytes(BYTES),
+    )
+
+
+def taken(row: Row, text: str, *, end: int | None = None) -> list[Delta]:
+    """The deltas of these bytes, one token each, and of the id that ends them."""
+    tokens = BYTES.encode(text, add_special_tokens=False).ids + ([] if end is None else [end])
+    deltas = []
+    for token in tokens:
+        delta = row.take(token, Scored(-1.0, ()))
+        deltas += [] if delta is None else [delta]
+        if delta is not None and delta.finish_reason:
+            break
+    return deltas
+
+
+def test_tokens_join_to_the_text_and_say_where_they_begin() -> None:
+    deltas = taken(row_of(), "né🙂", end=257)
+    entries = [entry for delta in deltas for entry in delta.logprobs]
+    assert b"".join(entry.token for entry in entries).decode() == "né🙂" == "".join(delta.text for delta in deltas)
+    assert [entry.text_offset for entry in entries] == [0, 1, 1, 2, 2, 2, 2]
+    assert [len(delta.logprobs) for delta in deltas] == [1, 2, 4, 0], "each is told with the text it completes"
+
+
+def test_what_a_stop_string_cuts_off_is_not_told() -> None:
+    deltas = taken(row_of(stops=("##",)), "a#b##c")
+    assert "".join(delta.text for delta in deltas) == "a#b"
+    assert b"".join(entry.token for delta in deltas for entry in delta.logprobs) == b"a#b"
+
+
+def test_what_was_held_back_is_told_when_the_answer_ends() -> None:
+    deltas = taken(row_of(stops=("##",), max_new=2), "a#")
+    assert deltas[-1].finish_reason == "length"
+    assert b"".join(entry.token for delta in deltas for entry in delta.logprobs) == b"a#"
+
+
+def test_deltas_sent_together_tell_of_all_their_tokens(
+    make_engine: MakeEngine, start: Callable[..., EngineThread]
+) -> None:
+    job = Job("1", "x", BASE_PLAN, SamplingParams(max_tokens=20, temperature=0, logprobs=1, ignore_eos=True))
+    [answer] = run_together(make_engine({}), [job])
+    loop = start(make_engine({}), stream_interval_ms=20.0)
+    completion, _ = run(loop.complete(job))
+    assert [entry.token for entry in completion.logprobs] == [entry.token for entry in told(answer)]
+    assert len(completion.logprobs) == 20
+
+
+def test_a_bias_for_what_is_no_id_is_refused(make_engine: MakeEngine) -> None:
+    prepare = make_engine({}).prepare
+    with pytest.raises(SamplingInvalid, match="logit_bias holds 300"):
+        prepare(Job("1", "x", sampling=SamplingParams(logit_bias=((300, 1.0),))), lambda event: None)

@@ -1,0 +1,206 @@
+"""Sweeping, collecting and re-hashing the blobs of a store. Races with a publish are in test_holds."""
+
+from __future__ import annotations
+
+import threading
+from datetime import UTC, datetime
+
+import pytest
+
+from lora_store import AdapterNotFound, BlobStore, Collected, Location, LoraStore, StoreUnavailable
+from lora_store.files import Files
+from lora_store.leases import HOLD_S
+from tests.lora_store.builders import BASE, embedding
+
+
+@pytest.fixture
+def store(open_store):
+    return open_store()
+
+
+@pytest.fixture
+def publish(store, make_folder):
+    def run(name="poet", seed=0):
+        staged = store.stage(make_folder(name, seed, inputs=(f"{name} {seed}",)))
+        store.commit([staged], [embedding()], [1.0], "me")
+        return staged
+
+    return run
+
+
+@pytest.fixture
+def blob_names(stored):
+    """The digests of all that is stored whole."""
+    return lambda: {name.partition("/")[2] for name in stored("blobs")}
+
+
+def test_after_a_withdrawal_a_sweep_removes_its_blobs(store, publish, blob_names):
+    stays, goes = publish("stays", seed=1), publish()
+    before = blob_names()
+    gone = store.withdraw("local", ["poet"], "me")
+    assert blob_names() == before
+    digests = [digest for record in gone.records for digest in record.blobs]
+    assert store.sweep(digests) == list(goes.record.blobs)
+    assert blob_names() == set(stays.record.blobs)
+    assert store.sweep(digests) == []
+    with pytest.raises(AdapterNotFound):
+        store.load(goes.weights_digest)
+
+
+def test_what_any_kept_version_needs_is_never_swept(store, publish, make_folder):
+    first, second = publish(seed=0), publish(seed=1)
+    staged = store.stage(make_folder("copy", seed=2), tenant="them")
+    everything = {digest for item in (first, second, staged) for digest in item.record.blobs}
+    assert store.sweep(everything) == []
+    assert store.load(first.weights_digest)
+
+
+def test_weights_another_tenant_shares_stay(store, make_folder):
+    ours, theirs = (store.stage(make_folder(), tenant=tenant, visibility="private") for tenant in ("us", "them"))
+    store.commit([ours, theirs], [embedding()] * 2, [1.0] * 2, "me")
+    store.withdraw("us", ["poet"], "me")
+    assert store.sweep(ours.record.blobs) == []
+    store.withdraw("them", ["poet"], "me")
+    assert sorted(store.sweep(ours.record.blobs)) == sorted(ours.record.blobs)
+
+
+def test_a_version_pushed_out_of_the_kept_three_can_be_swept(store, publish):
+    staged = [publish(seed=seed) for seed in range(4)]
+    digests = [digest for item in staged for digest in item.record.blobs]
+    assert store.sweep(digests) == list(staged[0].record.blobs)
+
+
+@pytest.mark.parametrize("digest", ["", "..", "../catalogue/_delta_log", "0" * 63, "A" * 64])
+def test_what_is_no_digest_is_not_swept(store, publish, stored, digest):
+    publish()
+    before = stored("catalogue")
+    assert store.sweep([digest]) == []
+    assert stored("catalogue") == before
+
+
+def test_discard_ends_the_hold_and_leaves_what_others_need(store, publish, make_folder, stored, blob_names):
+    live = publish()
+    again = store.stage(make_folder("poet", 0, inputs=("poet 0",)), tags=["new"])
+    alone = store.stage(make_folder("alone", seed=9))
+    store.discard([again, alone])
+    assert (stored("holds"), stored("sweeps")) == ({}, {})
+    assert blob_names() == set(live.record.blobs)
+
+
+def test_a_stage_that_fails_holds_nothing(open_store, store_uri, make_folder, stored):
+    class FullDisk(BlobStore):
+        def put(self, data):
+            raise StoreUnavailable("No space left on device")
+
+    store = open_store()
+    store._blobs = FullDisk(Location(store_uri))
+    with pytest.raises(StoreUnavailable):
+        store.stage(make_folder())
+    assert stored("holds") == {}
+
+
+def test_gc_removes_what_crashes_left_and_nothing_else(store, publish, make_folder, clock, stored, location):
+    live = publish()
+    lost = store.stage(make_folder("lost", seed=1))  # its process dies here
+    half = f"{live.weights_digest[:2]}/.{live.weights_digest}.0123456789"
+    Files(location.child("blobs")).write(half, b"half")
+    Files(location.child("sweeps")).write(f"{int(clock.at.timestamp() * 1000)}.dead", b"")
+    early = store.gc(0)
+    assert early.num_blobs == 0  # its hold lives
+    clock.sleep(HOLD_S)
+    lost_bytes = sum(size for name, size in stored("blobs").items() if name.partition("/")[2] in lost.record.blobs)
+    late = store.gc(0)
+    assert (late.num_blobs, early.num_bytes + late.num_bytes) == (2, lost_bytes + len(b"half"))
+    assert {name.partition("/")[2] for name in stored("blobs")} == set(live.record.blobs)
+    assert (stored("holds"), stored("sweeps")) == ({}, {})
+    assert store.gc(0) == Collected(0, 0)
+    assert [check.problem for check in store.verify()] == [None, None]
+
+
+def test_gc_keeps_what_is_younger_than_its_retention(store, publish, clock, blob_names):
+    publish()
+    store.withdraw("local", ["poet"], "me")
+    assert store.gc(3600) == Collected(0, 0)
+    assert len(blob_names()) == 2
+    clock.sleep(3700)
+    assert store.gc(3600).num_blobs == 2
+    assert blob_names() == set()
+
+
+def test_gc_leaves_a_half_written_blob_that_is_held(store, make_folder, stored, location):
+    staged = store.stage(make_folder())
+    half = f"{staged.weights_digest[:2]}/.{staged.weights_digest}.0123456789"
+    Files(location.child("blobs")).write(half, b"half")
+    store.gc(0)
+    assert half in stored("blobs")
+
+
+def test_gc_shrinks_the_catalogue_to_one_data_file(store, publish, clock, stored, open_store):
+    for seed in range(5):
+        publish(seed=seed)
+    before = store.snapshot()
+    clock.sleep(2 * 3600)
+    store.gc(0)
+    assert len([name for name in stored("catalogue") if not name.startswith("_delta_log/")]) == 1
+    for snapshot in (store.snapshot(), open_store().snapshot()):
+        assert (dict(snapshot.records), dict(snapshot.previous)) == (dict(before.records), dict(before.previous))
+
+
+def test_verify_reads_every_needed_blob_once(store, publish):
+    first, second = publish(seed=0), publish(seed=1)
+    gone = publish("gone", seed=2)
+    store.withdraw("local", ["gone"], "me")
+    checks = list(store.verify())
+    assert sorted(check.digest for check in checks) == sorted([*first.record.blobs, *second.record.blobs])
+    assert {check.ref for check in checks} == {first.ref, second.ref}
+    assert {check.problem for check in checks} == {None}
+    assert gone.weights_digest not in {check.digest for check in checks}
+
+
+def test_verify_names_what_is_damaged_or_missing(store, publish, location):
+    staged, blobs = publish(), Files(location.child("blobs"))
+    weights, samples = staged.record.blobs
+    blobs.write(f"{weights[:2]}/{weights}", b"other")
+    blobs.delete([f"{samples[:2]}/{samples}"])
+    problems = {check.digest: check.problem for check in store.verify()}
+    assert problems[samples] == "is missing"
+    assert problems[weights].startswith(f"blob {weights} is corrupted")
+
+
+def test_verify_does_not_miss_what_is_withdrawn_meanwhile(store, open_store, publish, location):
+    rival = open_store()
+    one_at_a_time = threading.Lock()  # verify reads with several threads
+
+    class RivalFirst(BlobStore):
+        def get(self, digest):
+            with one_at_a_time:
+                if ("local", "a") in rival.snapshot().records:
+                    gone = rival.withdraw("local", ["a"], "rival").records[0]
+                    assert len(rival.sweep(gone.blobs)) == 2
+            return super().get(digest)
+
+    staged = publish("a", seed=0)
+    store._upkeep._blobs = RivalFirst(location.child("blobs"))
+    assert staged.ref not in {check.ref for check in store.verify()}
+    assert dict(rival.snapshot().records) == {}
+
+
+def test_gc_leaves_a_data_file_that_a_rival_has_yet_to_commit(store, publish, clock, location):
+    publish()
+    Files(location.child("catalogue")).write("part-uncommitted.parquet", b"rows")
+    clock.sleep(1800)
+    store.gc(0)
+    assert Files(location.child("catalogue")).contains("part-uncommitted.parquet")
+    clock.sleep(2 * 3600)
+    store.gc(0)
+    assert not Files(location.child("catalogue")).contains("part-uncommitted.parquet")
+
+
+def test_real_time_is_the_default(store_uri, make_folder):
+    store = LoraStore(store_uri, accepts_base=[BASE])
+    staged = store.stage(make_folder())
+    store.commit([staged], [embedding()], [1.0], "me")
+    age = datetime.now(UTC) - store.snapshot().records["local", "poet"].created_at
+    assert 0 <= age.total_seconds() < 60
+    store.withdraw("local", ["poet"], "me")
+    assert store.gc(0).num_blobs == 2

@@ -1,0 +1,82 @@
+"""What one tenant may hold of the pool."""
+
+from __future__ import annotations
+
+import pytest
+
+from lora_store import QuotaExceeded, Snapshot, TenantQuota
+from lora_store.quota import Held, held_by
+from lora_store.rules import publish_events
+from tests.lora_store.builders import embedding
+
+
+@pytest.fixture
+def records(make_record):
+    """Adapters of 100 bytes each, a tenant's live ones by name."""
+
+    def make(*names, tenant="acme", **changes):
+        return [
+            make_record(
+                name, tenant, f"{number}{name}" * 9, weights_digest=f"w {name}", visibility="private", **changes
+            )
+            for number, name in enumerate(names)
+        ]
+
+    return make
+
+
+def live(*records):
+    return Snapshot(1, {(record.ref.tenant, record.ref.name): record for record in records})
+
+
+def test_a_tenant_holds_its_names_and_the_weights_of_all_kept_versions(records, make_record):
+    [a, b] = records("a", "b")
+    older = make_record("a", "acme", "f" * 64, weights_digest="w older", num_bytes=7)
+    same = make_record("a", "acme", "e" * 64, weights_digest="w b")
+    others = records("a", tenant="other")
+    snapshot = Snapshot(1, dict(live(a, b, *others).records), {("acme", "a"): (older, same)})
+    assert held_by(snapshot, "acme") == Held(2, 207)
+    assert held_by(snapshot, "nobody") == Held(0, 0)
+
+
+@pytest.mark.parametrize(
+    ("share", "fits"),
+    [
+        (TenantQuota(), True),
+        (TenantQuota(max_adapters=3), True),
+        (TenantQuota(max_adapters=2), False),
+        (TenantQuota(max_bytes=300), True),
+        (TenantQuota(max_bytes=299), False),
+    ],
+)
+def test_a_publish_beyond_the_share_is_refused_whole(records, share, fits):
+    snapshot, new = live(*records("a"), *records("x", "y", "z", tenant="other")), records("b", "c")
+    if fits:
+        assert len(publish_events(snapshot, new, share=share)) == 2
+        return
+    with pytest.raises(QuotaExceeded) as caught:
+        publish_events(snapshot, new, share=share)
+    assert caught.value.wanted > caught.value.limit
+
+
+def test_a_tenant_above_a_share_that_was_cut_may_still_replace_what_it_has(records, make_record):
+    snapshot = live(*records("a", "b"))
+    newer = make_record("a", "acme", "e" * 64, weights_digest="w a", visibility="private")
+    share = TenantQuota(max_adapters=1, max_bytes=50)
+    assert len(publish_events(snapshot, [newer], share=share)) == 1
+    with pytest.raises(QuotaExceeded):
+        publish_events(snapshot, records("c"), share=share)
+
+
+def test_what_is_live_already_takes_no_more_of_the_share(records):
+    assert publish_events(live(*records("a")), records("a"), share=TenantQuota(0, 0)) == []
+
+
+def test_a_rival_that_comes_first_cannot_make_both_fit(open_store, make_folder):
+    """The share is judged on what the rival left, not on what was there when the publish began."""
+    ours, rival, share = open_store(), open_store(), TenantQuota(max_adapters=1)
+    staged = [store.stage(make_folder(f"a{n}", n), tenant="acme") for n, store in enumerate((ours, rival))]
+    rival.commit([staged[1]], [embedding()], [1.0], "me", "any", share)
+    with pytest.raises(QuotaExceeded):
+        ours.commit([staged[0]], [embedding()], [1.0], "me", "any", share)
+    assert [name for _, name in ours.snapshot().records] == ["a1"]

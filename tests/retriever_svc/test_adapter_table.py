@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lora_store.records import AdapterRecord
+from retriever_svc.adapter_table import AdapterTable
+from retriever_svc.calibration import vote_of
+from tests.retriever_svc.pool_fakes import record_of
+
+
+def records_of(count: int) -> list[AdapterRecord]:
+    """Every third is private, owners and tags repeat, some have no own scores."""
+    rng = np.random.default_rng(count)
+    return [
+        record_of(
+            f"a{n}",
+            rng.standard_normal(4) * 10,
+            tenant=f"t{n % 4}",
+            visibility="private" if n % 3 == 0 else "public",
+            tags=tuple(f"tag{k}" for k in range(3) if n % (k + 2) == 0),
+            own_scores=rng.uniform(-1, 1, n % 9),
+            approved=n % 5 == 0,
+        )
+        for n in range(count)
+    ]
+
+
+def filled(records: list[AdapterRecord], *, step: int, requires_approval: bool = False) -> AdapterTable:
+    table = AdapterTable(4, requires_approval=requires_approval)
+    for start in range(0, len(records), step):
+        table.append(records[start : start + step])
+    return table
+
+
+@pytest.mark.parametrize("step", [1, 7, 1000])
+def test_masks_equal_a_slow_loop_however_rows_came(step: int) -> None:
+    records = records_of(100)
+    table = filled(records, step=step)
+    for count in (0, 1, 50, 100):
+        head = records[:count]
+        for tenant in ("t0", "t3", "stranger"):
+            assert table.visible(tenant, count).tolist() == [record.is_visible_to(tenant) for record in head]
+        for tags in ([], ["tag0"], ["tag1", "tag2"], ["unknown"], ["tag0", "unknown"]):
+            assert table.tagged(tags, count).tolist() == [set(tags) <= set(record.tags) for record in head]
+
+
+@pytest.mark.parametrize("step", [1, 7, 1000])
+@pytest.mark.parametrize("requires_approval", [False, True])
+def test_votes_for_a_tenant_equal_a_slow_loop(step: int, requires_approval: bool) -> None:
+    records = records_of(100)
+    table = filled(records, step=step, requires_approval=requires_approval)
+    alive = np.random.default_rng(0).random(100) < 0.7
+    for count in (0, 1, 50, 100):
+        for tenant in ("t0", "t3", "stranger"):
+            trusted, others = table.votes_for(tenant, alive[:count])
+            expected: dict[str, list[float]] = {}
+            for record, lives in zip(records[:count], alive, strict=False):
+                is_own = record.ref.tenant == tenant
+                is_found = is_own or record.is_open(requires_approval=requires_approval)
+                if lives and is_found and record.embedding and len(record.embedding.own_scores) >= 5:
+                    voter = "trusted" if is_own or record.approved else record.ref.tenant
+                    expected.setdefault(voter, []).append(vote_of(record.embedding.own_scores))
+            np.testing.assert_allclose(trusted, expected.pop("trusted", []))
+            np.testing.assert_allclose(sorted(others), sorted(map(np.mean, expected.values())))
+
+
+def test_vectors_are_unit_rows_in_order_and_names_know_their_newest_position() -> None:
+    records = records_of(9000)  # more than one block
+    table = AdapterTable(4, num_rows=9000)
+    table.append(records)
+    table.append([record_of("a5", [0, 0, 0, 2], tenant="t1")])
+    expected = np.stack([r.embedding.vector / np.linalg.norm(r.embedding.vector) for r in records if r.embedding])
+    np.testing.assert_allclose(table.vectors.view()[:9000], expected, atol=1e-6)
+    assert table.records[8999] is records[8999]
+    assert table.positions["t1", "a5"] == 9000
+    assert table.positions["t2", "a6"] == 6
+    assert len(table) == 9001
+
+
+def test_only_what_has_an_embedding_has_a_position() -> None:
+    with pytest.raises(AssertionError):
+        AdapterTable(4).append([record_of("bare", None)])
