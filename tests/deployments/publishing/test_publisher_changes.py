@@ -14,7 +14,7 @@ from tests.deployments.adapter_records import ENCODER, adapter
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_store import FakeStore
 from tests.deployments.fake_worker import FakeWorker
-from tests.deployments.publishing import Publishing, live
+from tests.deployments.fake_publishing import Publishing, live
 from tests.fakes import FakeHandle
 
 
