@@ -32,7 +32,7 @@ paper: $(READY) ## the paper's study on 48 adapters, resumed where it stopped; r
 	$(BIN)/python -m pip install --progress-bar off -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks.paper all
 
-soak: $(READY) ## run the tests that have full counts at those; reports in benchmarks/results/soak-*.json
+soak: $(READY) ## run the tests that have full counts at those; reports in benchmarks/results/soak/
 	$(BIN)/python -m pytest --scale full $(ARGS)
 
 kernels: $(READY) ## build the CPU kernels ahead of time, as the image does; a start then compiles nothing

@@ -250,7 +250,7 @@ def main(
     seconds: Annotated[float, typer.Option(help="of each of the four loads, after a quarter of it")] = 32,
     adapters: Annotated[int, typer.Option(help="adapters whose first answer is timed")] = 32,
 ) -> None:
-    """Figures of one part of results/cluster.json."""
+    """Figures of one part of results/cluster/results.json."""
     ray.init(num_cpus=16, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
     try:
         serve.start(http_options={"location": "NoServer"})

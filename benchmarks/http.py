@@ -230,7 +230,7 @@ def main(
     if quick:
         return
     write_results("http", figures=figures_of(found, single), table=text, runs=[*found, *single])
-    plots.bars("http", medians, f"tokens/s, {NUM_ROWS} streams")
+    plots.bars("http/plot", medians, f"tokens/s, {NUM_ROWS} streams")
 
 
 async def run(

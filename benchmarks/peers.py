@@ -209,7 +209,7 @@ def main(
     write_results("peers", figures=figures, table=table, runs=[versions, *found, *base_found])
     medians = {name: statistics.median(round_[name] for round_ in found) for name in found[0]}
     medians |= {VLLM_BASE: statistics.median(round_[VLLM_BASE] for round_ in base_found)} if base_found else {}
-    plots.bars("peers", medians, f"tokens/s, {NUM_ROWS} rows")
+    plots.bars("peers/plot", medians, f"tokens/s, {NUM_ROWS} rows")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Plots beside the tables, where the optional extra `bench` is installed."""
+"""Draw plots of the results. Without the optional extra `bench` nothing is drawn."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from benchmarks.results_file import RESULTS
 
@@ -13,7 +14,7 @@ except ImportError:  # the optional extra `bench` is not installed
 
 
 def bars(name: str, values: Mapping[str, float], label: str) -> None:
-    """`results/<name>.svg`: a bar for each value, the first one on top."""
+    """Draw a bar for each value, the first one on top, into `results/<name>.svg`."""
     if pyplot is None:
         return
     figure, axes = pyplot.subplots(figsize=(7, 0.6 + 0.35 * len(values)), layout="constrained")
@@ -22,14 +23,13 @@ def bars(name: str, values: Mapping[str, float], label: str) -> None:
     axes.margins(x=0.1)
     axes.invert_yaxis()
     axes.set_xlabel(label)
-    figure.savefig(RESULTS / f"{name}.svg")
-    pyplot.close(figure)
+    _save(figure, name)
 
 
 def lines(
     name: str, curves: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str, *, log_x: bool = True
 ) -> None:
-    """`results/<name>.svg`: each curve through its points (x, y); the x that were measured are the ticks."""
+    """Draw each curve through its points (x, y) into `results/<name>.svg`; the measured x are the ticks."""
     if pyplot is None:
         return
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
@@ -44,5 +44,11 @@ def lines(
     axes.set_ylim(bottom=0)
     axes.grid(visible=True, which="major", alpha=0.3)
     axes.legend()
-    figure.savefig(RESULTS / f"{name}.svg")
+    _save(figure, name)
+
+
+def _save(figure: Any, name: str) -> None:
+    path = RESULTS / f"{name}.svg"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
     pyplot.close(figure)

@@ -145,7 +145,7 @@ def main(
     runs = [{"published": size, **asdict(measured)} for round_ in found for size, measured in round_.items()]
     write_results("pool_growth", figures=figures, table=table, runs=runs)
     speeds = {f"{size:,} published": statistics.median(r[size].tokens_s for r in found) for size in pools}
-    plots.bars("pool_growth", speeds, "tokens/s, one adapter a row, a bank for 32")
+    plots.bars("pool_growth/plot", speeds, "tokens/s, one adapter a row, a bank for 32")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.results_file import RESULTS, write_results
+from benchmarks.starter_pool import HELD_OUT, POOL
 from lora_store.adapter import LOCAL_TENANT, AdapterRef
 from lora_store.catalogue import Catalogue
 from lora_store.events import Publish
@@ -38,7 +39,6 @@ try:
 except ImportError:  # the optional extra `bench` is not installed
     pyplot = None
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 SIBLING_COSINE = 0.86  # two adapters around one sample: as near as the starter pool's two nearest tasks
 QUERY_COSINE = 0.99  # of a query to the held-out prompt it was made of
 OWN_SCORES = 20  # per adapter
@@ -76,8 +76,8 @@ class Data:
         encoder = Encoder()
         return cls(
             encoder,
-            encoder.encode(_texts(sorted(EXAMPLES.glob("starter_pool/*/lora_samples.jsonl")))),
-            encoder.encode(_texts(sorted(EXAMPLES.glob("starter_heldout/*.jsonl")))),
+            encoder.encode(_texts(sorted(POOL.glob("*/lora_samples.jsonl")))),
+            encoder.encode(_texts(sorted(HELD_OUT.glob("*.jsonl")))),
         )
 
     def records(self, count: int, sibling_cosine: float) -> list[AdapterRecord]:
@@ -333,7 +333,7 @@ def main(
     largest: Annotated[int, typer.Option(help="exponent of the largest pool")] = 6,
     sibling_cosine: Annotated[float, typer.Option(help="how near adapters of one kind lie")] = SIBLING_COSINE,
 ) -> None:
-    """Measure, print the tables, and write benchmarks/results/pool_scale.* unless `--quick`."""
+    """Measure, print the tables, and write benchmarks/results/pool_scale/ unless `--quick`."""
     data = Data.load()
     sizes = [10**exponent for exponent in range(2, (4 if quick else largest) + 1)]
     rows = []
@@ -348,7 +348,7 @@ def main(
         return
     write_results("pool_scale", figures=figures_of(rows, startup), table=captured.get(), runs=[*rows, startup])
     if pyplot is not None:
-        plot(rows, RESULTS / "pool_scale.svg")
+        plot(rows, RESULTS / "pool_scale" / "plot.svg")
 
 
 if __name__ == "__main__":

@@ -19,10 +19,10 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 
 from benchmarks.results_file import machine, write_results
+from benchmarks.starter_pool import POOL
 from deployments.cli.local_server import Server
 from deployments.config.app import AppConfig, ScalingSettings, WorkerSettings
 
-POOL = Path(__file__).parents[1] / "examples" / "starter_pool"
 WEIGHTS, CONFIG, SAMPLES = "adapter_model.safetensors", "adapter_config.json", "lora_samples.jsonl"
 _SUBJECTS = ("lighthouses", "beekeeping", "glaciers", "typewriters", "orchids", "trams", "comets", "violins")
 console = Console(width=100)

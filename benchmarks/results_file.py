@@ -1,4 +1,4 @@
-"""Where a measurement is kept: one JSON file beside its table, with all that is needed to read it later."""
+"""Write the results of a study to its own folder: the figures with their circumstances, and a table."""
 
 from __future__ import annotations
 
@@ -17,21 +17,24 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
-def write_results(name: str, *, figures: Mapping[str, float], table: str, runs: Sequence[Mapping[str, Any]]) -> Path:
-    """`results/<name>.json` and `<name>.txt` are written. `figures`: name -> number; `runs`: the rows behind them."""
-    return _write(name, _circumstances() | {"figures": dict(figures), "runs": list(runs)}, [table])
+def write_results(study: str, *, figures: Mapping[str, float], table: str, runs: Sequence[Mapping[str, Any]]) -> Path:
+    """Write `results.json` and `table.txt` in `results/<study>/` and return the path of the JSON file.
+
+    `figures`: name -> number; `runs`: the raw rows behind the figures.
+    """
+    return _write(study, _circumstances() | {"figures": dict(figures), "runs": list(runs)}, [table])
 
 
 def write_part(
-    name: str, part: str, *, figures: Mapping[str, float], table: str, runs: Sequence[Mapping[str, Any]]
+    study: str, part: str, *, figures: Mapping[str, float], table: str, runs: Sequence[Mapping[str, Any]]
 ) -> Path:
-    """Like `write_results`, where several scripts share a file: what the other parts wrote stays.
+    """Write one part of a study that several scripts share, and keep the other parts.
 
-    `figures` of the file are those of all parts; its `runs` hold an entry a part, each with its own circumstances,
-    figures and rows. What stands at its head is the last writer's. Raises: ValueError when another part has a figure
-    of that name.
+    The file's `figures` are those of all parts. Its `runs` have one entry for each part with the circumstances, figures
+    and rows of that part. The circumstances at the top level are those of the last writer.
+    Raises: ValueError if another part has a figure of the same name.
     """
-    path = RESULTS / f"{name}.json"
+    path = RESULTS / study / "results.json"
     entries = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []
     now = _circumstances()
     entry = {"part": part} | now | {"figures": dict(figures), "table": table.rstrip().split("\n"), "rows": list(runs)}
@@ -39,9 +42,9 @@ def write_part(
     together: dict[str, float] = {}
     for item in entries:
         if taken := together.keys() & item["figures"].keys():
-            raise ValueError(f"{item['part']} and another part of {name} both write {', '.join(sorted(taken))}")
+            raise ValueError(f"{item['part']} and another part of {study} both write {', '.join(sorted(taken))}")
         together |= item["figures"]
-    return _write(name, now | {"figures": together, "runs": entries}, ["\n".join(item["table"]) for item in entries])
+    return _write(study, now | {"figures": together, "runs": entries}, ["\n".join(item["table"]) for item in entries])
 
 
 def _circumstances() -> dict[str, str]:
@@ -53,23 +56,24 @@ def _circumstances() -> dict[str, str]:
     }
 
 
-def _write(name: str, content: Mapping[str, Any], tables: Sequence[str]) -> Path:
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.txt").write_text("\n\n".join(table.rstrip() for table in tables) + "\n", encoding="utf-8")
-    path = RESULTS / f"{name}.json"
+def _write(study: str, content: Mapping[str, Any], tables: Sequence[str]) -> Path:
+    folder = RESULTS / study
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "table.txt").write_text("\n\n".join(table.rstrip() for table in tables) + "\n", encoding="utf-8")
+    path = folder / "results.json"
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
 
 
 def machine() -> str:
-    """Processor, cores, memory, torch: what a figure depends on."""
+    """Describe what a figure depends on: processor, cores, memory, torch."""
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     capability = torch.backends.cpu.get_cpu_capability()
     return f"{_processor()}, {os.cpu_count()} cores, {memory_gib:.0f} GiB, {capability}, torch {torch.__version__}"
 
 
 def commit() -> str:
-    """The checked-out commit, with `+` when files differ from it."""
+    """Return the checked-out commit, followed by `+` if files differ from it."""
     run = subprocess.run(
         ["git", "describe", "--always", "--dirty=+", "--abbrev=12"], capture_output=True, text=True, cwd=RESULTS.parent
     )

@@ -189,7 +189,7 @@ def plot(medians: Mapping[str, float]) -> None:
         alike = [case for case in greedy if (case.strategy, case.literal) == (strategy, literal)]
         label = "mixture of 3, literal einsum" if literal else "mixture of 3" if strategy == "mixture" else strategy
         curves[label] = [(float(case.num_rows), medians[case.name]) for case in alike]
-    plots.lines("throughput", curves, "rows generating at once (up to 8 adapters active)", "tokens/s")
+    plots.lines("throughput/plot", curves, "rows generating at once (up to 8 adapters active)", "tokens/s")
 
 
 def main(

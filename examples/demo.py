@@ -1,9 +1,8 @@
-"""Starts the server, asks the starter pool's held-out prompts at once under every strategy, prints who was right."""
+"""Start the server, ask all held-out prompts of the starter pool under every strategy, and print who was right."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -17,10 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.results_file import write_results
+from benchmarks.starter_pool import HELD_OUT, POOL, HeldOutPrompt, read_prompts
 from deployments.cli.local_server import Server
 from deployments.config.app import load_config
 
-EXAMPLES = Path(__file__).parent
 _MAX_TOKENS = 20
 COMPOSITIONS: dict[str, dict[str, str]] = {
     "auto": {},  # the server's defaults
@@ -34,19 +33,10 @@ _READY_TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
-    """One held-out prompt of one task."""
-
-    task: str
-    input: str
-    output: str
-
-
-@dataclass(frozen=True, slots=True)
 class Reply:
-    """What the server made of a question. `lora` is the answer's account of its adapters."""
+    """An answer of the server. `lora`: the field of the response that describes the adapters."""
 
-    question: Question
+    question: HeldOutPrompt
     text: str
     lora: Mapping[str, Any]
     seconds: float
@@ -61,21 +51,12 @@ class Reply:
 
 
 def normalised(text: str) -> str:
-    """The first line, up to case and outer blanks: what exact match compares."""
+    """Return the first line in lower case without outer blanks, for an exact match."""
     return text.strip().partition("\n")[0].strip().lower()
 
 
-def read_questions(folder: Path, per_task: int) -> list[Question]:
-    """The first `per_task` held-out prompts of every task, tasks taken in turn so that neighbours differ."""
-    by_task = []
-    for path in sorted(folder.glob("*.jsonl")):
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:per_task]]
-        by_task.append([Question(path.stem, row["input"], row["output"]) for row in rows])
-    return [question for turn in zip(*by_task, strict=True) for question in turn]
-
-
-def settings_of(name: str, question: Question, base: str) -> dict[str, Any]:
-    """The request fields that make up one column of the comparison."""
+def settings_of(name: str, question: HeldOutPrompt, base: str) -> dict[str, Any]:
+    """Return the request fields for one column of the comparison."""
     if name == "own":
         return {"model": question.task}
     if name == "base":
@@ -83,10 +64,10 @@ def settings_of(name: str, question: Question, base: str) -> dict[str, Any]:
     return {"model": "auto", "extra_body": {"lora": {"explain": True, **COMPOSITIONS[name]}}}
 
 
-async def ask_all(client: AsyncOpenAI, name: str, questions: Sequence[Question], base: str) -> list[Reply]:
-    """Every question at once, greedily answered."""
+async def ask_all(client: AsyncOpenAI, name: str, questions: Sequence[HeldOutPrompt], base: str) -> list[Reply]:
+    """Send all questions at once with greedy decoding."""
 
-    async def ask(question: Question) -> Reply:
+    async def ask(question: HeldOutPrompt) -> Reply:
         started = time.perf_counter()
         answer = await client.chat.completions.create(
             messages=[{"role": "user", "content": question.input}],
@@ -137,11 +118,11 @@ def main(
     per_task: Annotated[int, typer.Option(help="held-out prompts of each task")] = 12,
     config: Annotated[Path | None, typer.Option(help="YAML file of server settings")] = None,
 ) -> None:
-    """Run the comparison and write benchmarks/results/demo.json."""
+    """Run the comparison and write benchmarks/results/demo/results.json."""
     out = Console(width=160)
-    questions = read_questions(EXAMPLES / "starter_heldout", per_task)
+    questions = read_prompts(HELD_OUT, per_task)
     with tempfile.TemporaryDirectory() as scratch:
-        settings = load_config(config, store_uri=f"{scratch}/pool", preload=[EXAMPLES / "starter_pool"])
+        settings = load_config(config, store_uri=f"{scratch}/pool", preload=[POOL])
         with Server(settings, port=0) as server:
             server.prepare(out.print)
             url = server.start()
@@ -153,7 +134,7 @@ def main(
     report(out, by_name)
 
 
-async def compare(url: str, questions: Sequence[Question], base: str) -> dict[str, list[Reply]]:
+async def compare(url: str, questions: Sequence[HeldOutPrompt], base: str) -> dict[str, list[Reply]]:
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=600, max_retries=0) as client:
         return {name: await ask_all(client, name, questions, base) for name in SETTINGS}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,14 +12,20 @@ import torch
 import typer
 from peft import PeftModel
 from rich.progress import Progress
-from safetensors.torch import load_file, save
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-from examples.bigbench_tasks import Item, Split, TaskSpec, majority_percent, make_split, read_specs, read_task_files
-from examples.evaluation import percent_right
-from examples.lora_training import Recipe, freeze_linears, tokenize, train_adapter
+from benchmarks.training.adapter_files import load_base, save_adapter, write_items
+from benchmarks.training.bigbench_tasks import (
+    Split,
+    TaskSpec,
+    majority_percent,
+    make_split,
+    read_specs,
+    read_task_files,
+)
+from benchmarks.training.greedy_evaluation import percent_right
+from benchmarks.training.lora_training import Recipe, tokenize, train_adapter
 
-BASE_NAME = "gemma-3-270m"
 NUM_SAMPLES = 20
 NUM_HELDOUT = 12
 TASK_LIST = Path(__file__).with_name("starter_tasks.yaml")
@@ -43,33 +49,6 @@ class Output:
     def append_scores(self, scores: Mapping[str, str | float]) -> None:
         with self.scores.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"task": self._task, **scores}) + "\n")
-
-
-def load_base(folder: Path) -> Any:
-    """The base model in float32, its linear layers multiplying in bfloat16."""
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
-    freeze_linears(base)
-    return base
-
-
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """A stock PEFT folder in bfloat16 that names the base model but no path of this machine."""
-    for config in model.peft_config.values():
-        config.base_model_name_or_path = BASE_NAME
-        config.target_modules = sorted(config.target_modules)  # a set: its order would differ from run to run
-    model.save_pretrained(folder, save_embedding_layers=False)  # "auto" would ask the model hub
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-    weights = folder / "adapter_model.safetensors"
-    tensors = {name: tensor.bfloat16() for name, tensor in load_file(weights).items()}
-    weights.write_bytes(save(tensors, metadata={"format": "pt"}))
-
-
-def write_items(path: Path, items: Iterable[Item], labels: Sequence[str] = ()) -> None:
-    """One JSON object a line: input, the first accepted answer, and the label set where there is one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    extra = {"labels": list(labels)} if labels else {}
-    rows = [json.dumps({"input": i.input, "output": i.answers[0], **extra}, ensure_ascii=False) for i in items]
-    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
 def train_task(model: Any, tokenizer: Any, spec: TaskSpec, split: Split, output: Output, progress: Progress) -> Any:

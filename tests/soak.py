@@ -55,12 +55,13 @@ class SoakReport:
 
     def write(self) -> list[str]:
         """What was checked now takes the place of what was written of it before; other checks stay."""
-        RESULTS.mkdir(exist_ok=True)
+        folder = RESULTS / "soak"
+        folder.mkdir(parents=True, exist_ok=True)
         written = []
         head = {"machine": machine(), "command": "make soak"}
         now = {"commit": commit(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
         for area, checks in self.checks.items():
-            path = RESULTS / f"soak-{area}.json"
+            path = folder / f"{area}.json"
             before = json.loads(path.read_text(encoding="utf-8"))["checks"] if path.exists() else {}
             found = before | {name: check | now for name, check in checks.items()}
             path.write_text(json.dumps({**head, "checks": found}, indent=1) + "\n", encoding="utf-8")

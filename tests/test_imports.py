@@ -1,6 +1,6 @@
 """The import rule, checked over the syntax trees: lora_store <- retriever_svc, gpu_worker <- deployments.
 
-Inside `deployments` and `gpu_worker` rooms import rooms of lower floors only, so that none of them forms a ring.
+Inside `deployments`, `gpu_worker` and `benchmarks.paper` rooms import rooms of lower floors only: none forms a ring.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -46,6 +46,14 @@ FLOORS: dict[str, list[set[str]]] = {
         {"lora"},
         {"engine"},
     ],
+    "benchmarks.paper": [
+        {"common"},
+        {"answering", "training"},
+        {"pool"},
+        {"retrieval"},
+        {"stages"},
+        {"__main__"},
+    ],
 }
 NEVER = {"pickle", "dill", "shelve", "marshal"}
 
@@ -76,39 +84,48 @@ def test_packages_import_in_one_direction(package: str) -> None:
             assert imported not in {"tests", "benchmarks", "examples"}, f"{place} imports {imported}"
 
 
-def room_of(parts: Sequence[str]) -> str:
-    """Return the room of `package.room.module` or of a file's path parts."""
-    return parts[1].removesuffix(".py")
+def imported_modules(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield (line, dotted name) of every import; for `from a import b` both `a` and `a.b`, which may be a module."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            yield node.lineno, node.module
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
 
 
 def room_imports(package: str, path: Path) -> Iterator[tuple[int, str]]:
-    """(line, room) of every import of the same package, also of `from package import module`."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom) and node.module == package:
-            modules = [f"{package}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module is not None:
-            modules = [node.module]
-        for module in modules:
-            parts = module.split(".")
-            if parts[0] == package and len(parts) > 1:
-                yield node.lineno, room_of(parts)
+    """Yield (line, room) of every import of the same package."""
+    for line, module in imported_modules(path):
+        if module.startswith(f"{package}."):
+            yield line, module.removeprefix(f"{package}.").split(".")[0]
 
 
 @pytest.mark.parametrize("package", sorted(FLOORS))
 def test_rooms_import_downwards_only(package: str) -> None:
     floor_of = {room: floor for floor, rooms in enumerate(FLOORS[package]) for room in rooms}
-    paths = [path for path in sorted((ROOT / package).rglob("*.py")) if path != ROOT / package / "__init__.py"]
-    rooms = {room_of(path.relative_to(ROOT).parts) for path in paths}
+    folder = ROOT / package.replace(".", "/")
+    paths = [path for path in sorted(folder.rglob("*.py")) if path != folder / "__init__.py"]
+    rooms = {path.relative_to(folder).parts[0].removesuffix(".py") for path in paths}
     assert rooms == set(floor_of), "every room has a floor"
     seen = set()
     for path in paths:
-        room = room_of(path.relative_to(ROOT).parts)
+        room = path.relative_to(folder).parts[0].removesuffix(".py")
         for line, imported in room_imports(package, path):
             seen.add((room, imported))
             is_below = imported == room or floor_of[imported] < floor_of[room]
             assert is_below, f"{path.relative_to(ROOT)}:{line} imports {imported}, which is not below {room}"
     assert len(seen) > len(rooms)
+
+
+def test_benchmarks_import_neither_examples_nor_a_command_of_another_package() -> None:
+    paths = sorted((ROOT / "benchmarks").rglob("*.py"))
+    assert len(paths) > 50
+    for path in paths:
+        for line, module in imported_modules(path):
+            place = f"{path.relative_to(ROOT)}:{line} imports {module}"
+            assert module.split(".")[0] != "examples", place
+            assert "__main__" not in module.split("."), place
 
 
 @pytest.mark.parametrize("package", sorted(PACKAGES))

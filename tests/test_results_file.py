@@ -19,7 +19,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def read(folder: Path, name: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
+    content: dict[str, Any] = json.loads((folder / name / "results.json").read_text())
     return content
 
 
@@ -29,7 +29,7 @@ def test_one_scripts_file_is_written_anew(folder: Path) -> None:
     content = read(folder, "one")
     assert (content["figures"], content["runs"]) == ({"a": 3}, [{"x": 4}])
     assert content.keys() == {"machine", "commit", "command", "date", "figures", "runs"}
-    assert (folder / "one.txt").read_text() == "new\n"
+    assert (folder / "one" / "table.txt").read_text() == "new\n"
 
 
 def test_parts_of_a_file_stay_when_another_is_written(folder: Path) -> None:
@@ -43,7 +43,7 @@ def test_parts_of_a_file_stay_when_another_is_written(folder: Path) -> None:
         ("second", {"b": 4}, [{"x": 5}]),
     ]
     assert {"machine", "commit", "command", "date"} <= content["runs"][0].keys() & content.keys()
-    assert (folder / "all.txt").read_text() == "one\n\ntwo again\nof two lines\n"
+    assert (folder / "all" / "table.txt").read_text() == "one\n\ntwo again\nof two lines\n"
 
 
 def test_a_figure_belongs_to_one_part(folder: Path) -> None:

@@ -23,9 +23,9 @@ def report_of(name: str, outcome: str, requests: int) -> list[str]:
 
 def test_a_check_that_runs_again_takes_its_own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(soak, "RESULTS", tmp_path)
-    assert report_of("test_a", "passed", 10) == report_of("test_b", "failed", 20) == ["soak-door.json"]
+    assert report_of("test_a", "passed", 10) == report_of("test_b", "failed", 20) == ["door.json"]
     report_of("test_b", "passed", 30)
-    checks = json.loads((tmp_path / "soak-door.json").read_text())["checks"]
+    checks = json.loads((tmp_path / "soak" / "door.json").read_text())["checks"]
     seen = {name: (check["outcome"], check["counts"]["requests"], check["seconds"]) for name, check in checks.items()}
     assert seen == {"test_a": ("passed", 10, 1.3), "test_b": ("passed", 30, 1.3)}
     assert all(check["commit"] and check["date"] for check in checks.values())

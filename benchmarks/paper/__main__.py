@@ -1,4 +1,4 @@
-"""The whole study, stage by stage: `python -m benchmarks.paper all`. What is done is not done again."""
+"""Run the paper's study stage by stage: `python -m benchmarks.paper all`. Completed steps are not repeated."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from benchmarks.paper.choose import (
+from benchmarks.paper.common.tasks import read_task_list
+from benchmarks.paper.common.workspace import Workspace
+from benchmarks.paper.pool.choose import (
     POOL_FILE,
     choose_pool,
     empty_places,
@@ -22,12 +24,10 @@ from benchmarks.paper.choose import (
     read_verdicts,
     write_pool,
 )
-from benchmarks.paper.retrieval.cells import BEST
-from benchmarks.paper.tasks import read_task_list
-from benchmarks.paper.workspace import Workspace
+from benchmarks.paper.retrieval.experiments import BEST
 
 Run = Callable[[str, Sequence[str]], None]
-"""Runs one module of this package to its end with these arguments."""
+"""Run one stage with these arguments until it ends."""
 _TRAINED = ("--encoder", str(Workspace().encoders / BEST))
 _SWAPS = (False, False, False, True, True)  # whether a place may go to another cluster, round by round
 cli = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
@@ -36,17 +36,25 @@ out = Console(width=120)
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A module of this package; `minutes` of one free core, where nothing of it is kept."""
+    """One stage of the study. `minutes`: of one free core, if none of its steps is complete.
+
+    `room`: the folder of this package that holds the stage's module.
+    """
 
     name: str
     minutes: int
     arguments: tuple[str, ...] = ()
+    room: str = "stages"
+
+    @property
+    def module(self) -> str:
+        return ".".join(filter(None, ("benchmarks.paper", self.room, self.name)))
 
 
 STAGES = (
-    Stage("train_pool", 35),
-    Stage("choose", 10),
-    Stage("retrieval", 60, ("run",)),
+    Stage("train_pool", 35, room="pool"),
+    Stage("choose", 10, room="pool"),
+    Stage("retrieval", 60, ("run",), room=""),
     Stage("main_table", 60, _TRAINED),
     Stage("ablations", 120, _TRAINED),
     Stage("baselines", 60, _TRAINED),
@@ -64,16 +72,16 @@ STAGES = (
 
 @cli.command("all")
 def run_all(only: Annotated[list[str] | None, typer.Option(help="this stage only; may be given again")] = None) -> None:
-    """Train the pool, measure retrieval and answers, write the report; told first is how long that takes."""
+    """Train the pool, measure retrieval and answers, and write the report. The first line estimates the duration."""
     run_stages([stage for stage in STAGES if not only or stage.name in only], run_stage, out)
 
 
 def run_stages(stages: Sequence[Stage], run: Run, out: Console, pool_file: Path = POOL_FILE) -> None:
-    """Each in turn. A pool whose last round of swaps is over is not chosen again."""
+    """Run the stages in turn. Skip `choose` if the last round of swaps is complete."""
     stages = [stage for stage in stages if stage.name != "choose" or not _is_fixed(pool_file)]
     total = sum(stage.minutes for stage in stages)
     names = ", ".join(stage.name for stage in stages)
-    out.print(f"stages: {names}; from nothing about {total} minutes of one free core, less what is kept")
+    out.print(f"stages: {names}; about {total} minutes of one free core, less what an earlier run has completed")
     for stage in stages:
         began = time.monotonic()
         if stage.name == "choose":
@@ -85,14 +93,14 @@ def run_stages(stages: Sequence[Stage], run: Run, out: Console, pool_file: Path 
 
 @cli.command()
 def choose() -> None:
-    """Judge what is trained and fix the pool; what does not beat guessing is swapped for a spare."""
+    """Judge the trained adapters and fix the pool. A spare replaces an adapter that does not beat guessing."""
     choose_with(run_stage, POOL_FILE)
 
 
 def choose_with(run: Run, pool_file: Path) -> None:
-    """`run` judges and trains; what it judged is in `pool_file`, with the rounds of swaps that are over.
+    """Judge and train by `run`; keep the verdicts and the number of completed rounds of swaps in `pool_file`.
 
-    Interrupted, it goes on with the round it was in, so that the pool is the same.
+    After an interruption a new run continues in the same round, so it chooses the same pool.
     """
     listed = read_task_list()
     if _is_fixed(pool_file) or not pool_file.exists():
@@ -101,7 +109,7 @@ def choose_with(run: Run, pool_file: Path) -> None:
         verdicts = read_verdicts(pool_file)
         spares = next_spares(listed, verdicts, any_cluster=any_cluster)
         if spares:
-            out.print(f"{len(empty_places(listed, verdicts))} places are empty; trained for them: {', '.join(spares)}")
+            out.print(f"{len(empty_places(listed, verdicts))} places are empty; training {', '.join(spares)} for them")
             run("train_pool", [word for name in spares for word in ("--only", name)])
             run("choose", [])
             verdicts = read_verdicts(pool_file)
@@ -113,8 +121,9 @@ def _is_fixed(pool_file: Path) -> bool:
 
 
 def run_stage(name: str, arguments: Sequence[str]) -> None:
-    """A process of its own: its memory is free afterwards. Raises: CalledProcessError; run again to go on."""
-    subprocess.run([sys.executable, "-m", f"benchmarks.paper.{name}", *arguments], check=True)
+    """Run the stage in a process of its own, which frees its memory. Raises: CalledProcessError; a new run resumes."""
+    [stage] = [stage for stage in STAGES if stage.name == name]
+    subprocess.run([sys.executable, "-m", stage.module, *arguments], check=True)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.paper.answers import Asker
-from benchmarks.paper.main_table import Loaded
-from benchmarks.paper.runs import Bench, pool_retriever
-from benchmarks.paper.study import Study, Weights, load_asker, load_study
-from benchmarks.paper.train_pool import train_all
-from benchmarks.paper.workspace import Workspace
+from benchmarks.paper.answering.answers import Asker
+from benchmarks.paper.answering.runs import Bench, pool_retriever
+from benchmarks.paper.answering.study import Study, Weights, load_asker, load_study
+from benchmarks.paper.common.workspace import Workspace
+from benchmarks.paper.pool.train_pool import train_all
+from benchmarks.paper.stages.main_table import Loaded
 from gpu_worker.config import WorkerConfig
 from lora_store import LoraStore
 from retriever_svc import Encoder

@@ -1,18 +1,42 @@
-"""Every measurement can still be started: what it imports is there."""
+"""Every module of the benchmarks and the examples imports, and every command among them prints its help."""
 
 from __future__ import annotations
 
 import importlib
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 ELSEWHERE = {"benchmarks.vllm_peer"}  # runs in vLLM's own environment
-FILES = [path for path in (ROOT / "benchmarks").rglob("*.py") if path.name != "__main__.py"]
-MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES} - ELSEWHERE
+PATHS = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for folder in ("benchmarks", "examples")
+    for path in (ROOT / folder).rglob("*.py")
+}
+MODULES = sorted(PATHS.keys() - ELSEWHERE)
+COMMANDS = [name for name in MODULES if '\nif __name__ == "__main__":' in PATHS[name].read_text(encoding="utf-8")]
 
 
-@pytest.mark.parametrize("name", sorted(MODULES))
-def test_a_measurement_imports(name: str) -> None:
+def test_the_commands_are_found() -> None:
+    assert {"benchmarks.throughput", "benchmarks.paper.__main__", "examples.demo"} <= set(COMMANDS)
+    assert len(COMMANDS) > 20
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if not name.endswith("__main__")])
+def test_a_module_imports_and_says_what_it_is_for(name: str) -> None:
     assert importlib.import_module(name).__doc__
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_prints_its_help(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    monkeypatch.delitem(sys.modules, name, raising=False)  # runpy warns of a module that is imported already
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_module(name, run_name="__main__")
+    assert exit_.value.code == 0
+    assert "Usage" in capsys.readouterr().out

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
-from examples.bigbench_tasks import TaskSpec
-from examples.lora_training import Recipe
+from benchmarks.training.bigbench_tasks import TaskSpec
+from benchmarks.training.lora_training import Recipe
 
 SPECS = [
     TaskSpec(name, f"bigbench/benchmark_tasks/{name}/task.json", cluster, "{x}", metric)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.paper.served import METHODS, cases_of, evaluated, report, served, starter
+from benchmarks.paper.stages.served import METHODS, cases_of, evaluated, report, served, starter
 from deployments.config.app import AppConfig
 
 

@@ -7,17 +7,17 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from benchmarks.paper.retrieval.cells import Cells
+from benchmarks.paper.common.resumable import Step
+from benchmarks.paper.retrieval.experiments import Experiments
 from benchmarks.paper.retrieval.ranking import embedded
 from benchmarks.paper.retrieval.study import UNTRAINED, Draw, Task
-from benchmarks.paper.steps import Step
 from retriever_svc import Encoder
 
 
-def draws_step(cells: Cells) -> Step:
-    study, path = cells.study, cells.rows / "draws.parquet"
+def draws_step(experiments: Experiments) -> Step:
+    study, path = experiments.study, experiments.rows / "draws.parquet"
     cost = sum(len(task.samples) for task in study.tasks)
-    return Step("draws", path, cost, lambda: draw_rows(cells.encoder(UNTRAINED), study.tasks, study.draws()))
+    return Step("draws", path, cost, lambda: draw_rows(experiments.encoder(UNTRAINED), study.tasks, study.draws()))
 
 
 def draw_rows(untrained: Encoder, tasks: Sequence[Task], draws: Sequence[Draw]) -> pa.Table:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from benchmarks.paper.intervals import Interval, bootstrap
+from benchmarks.paper.common.intervals import Interval, bootstrap
 from benchmarks.paper.retrieval.ranking import COSINE
 from benchmarks.paper.retrieval.study import SHARES, UNTRAINED
 
@@ -17,10 +17,8 @@ class Rankings:
     """Every encoder's places of the test queries. Dims: E encoders, T tasks, Q queries."""
 
     def __init__(self, folder: Path) -> None:
-        ranks = pd.read_parquet(folder / "paper_retrieval_ranks.parquet").astype(
-            {"encoder": str, "score": str, "task": str}
-        )
-        self.draws = pd.read_parquet(folder / "paper_retrieval_draws.parquet")
+        ranks = pd.read_parquet(folder / "retrieval_ranks.parquet").astype({"encoder": str, "score": str, "task": str})
+        self.draws = pd.read_parquet(folder / "retrieval_draws.parquet")
         self.tasks = sorted(ranks["task"].unique())
         rows = ranks[ranks["part"] == "test"].sort_values(["task", "query"])
         self._rows = {key: own for key, own in rows.groupby(["encoder", "score"])}

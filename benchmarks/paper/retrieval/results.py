@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks import plots
-from benchmarks.paper.markdown import plot
+from benchmarks.paper.common.markdown import plot
 from benchmarks.paper.retrieval import tables
 from benchmarks.paper.retrieval.ranking import COSINE, PRODUCT, SCORES
 from benchmarks.paper.retrieval.rankings import Rankings
@@ -21,7 +21,7 @@ _EXTRAS = {
     "latency": ("Latency, one query at a time", tables.latency),
     "bases": ("Two base models in one index", tables.bases),
 }
-_PLOTS = {"growth": [plot("paper_retrieval_growth", "own adapter found, by the number of adapters")]}
+_PLOTS = {"growth": [plot("retrieval_growth", "own adapter found, by the number of adapters")]}
 _MAIN = f"{100 * MAIN_SHARE:.0f} %"
 
 
@@ -57,7 +57,7 @@ def section_of(folder: Path, rankings: Rankings) -> str:
     parts = [
         "## Retrieval\n",
         READING.read_text(encoding="utf-8"),
-        plot("paper_retrieval_shares", "own adapter found, by the share of tasks trained on"),
+        plot("retrieval_shares", "own adapter found, by the share of tasks trained on"),
         "### Accuracy by cosine, percent\n",
         tables.accuracy(rankings, COSINE),
         "### Accuracy by the un-normalised inner product, percent\n",
@@ -71,7 +71,7 @@ def section_of(folder: Path, rankings: Rankings) -> str:
     ]
     missing = rankings.missing()
     for kind, (heading, write) in _EXTRAS.items():
-        if (folder / f"paper_retrieval_{kind}.parquet").exists():
+        if (folder / f"retrieval_{kind}.parquet").exists():
             parts += [f"### {heading}\n", *_PLOTS.get(kind, []), write(folder)]
         else:
             missing.append(kind)
@@ -88,8 +88,8 @@ def _plot(folder: Path, rankings: Rankings) -> None:
         for score in SCORES
         for depth in (1, 3)
     }
-    plots.lines("paper_retrieval_shares", curves, "tasks trained on, %", "own adapter found, %", log_x=False)
-    grown_rows = folder / "paper_retrieval_growth.parquet"
+    plots.lines("paper/retrieval_shares", curves, "tasks trained on, %", "own adapter found, %", log_x=False)
+    grown_rows = folder / "retrieval_growth.parquet"
     if not grown_rows.exists():
         return
     found = pd.read_parquet(grown_rows)
@@ -101,4 +101,4 @@ def _plot(folder: Path, rankings: Rankings) -> None:
         for name, own in means.groupby("encoder", sort=False)
         for column in ("top1", "top3")
     }
-    plots.lines("paper_retrieval_growth", grown, "adapters in the pool", "own adapter found, %", log_x=False)
+    plots.lines("paper/retrieval_growth", grown, "adapters in the pool", "own adapter found, %", log_x=False)

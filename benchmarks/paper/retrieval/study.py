@@ -7,8 +7,8 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.paper.tasks import Parts, TaskList
-from examples.bigbench_tasks import TaskSpec
+from benchmarks.paper.common.tasks import Parts, TaskList
+from benchmarks.training.bigbench_tasks import TaskSpec
 from retriever_svc import choose_tasks
 
 UNTRAINED = "untrained"

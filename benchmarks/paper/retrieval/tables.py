@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from benchmarks.paper.intervals import Interval
-from benchmarks.paper.markdown import percent, table
+from benchmarks.paper.common.intervals import Interval
+from benchmarks.paper.common.markdown import percent, table
 from benchmarks.paper.retrieval.ranking import DEPTHS, SCORES
 from benchmarks.paper.retrieval.rankings import Rankings
 from benchmarks.paper.retrieval.samples import DESCRIPTION
@@ -109,7 +109,7 @@ def _spearman(one: pd.Series, other: pd.Series) -> float:
 
 def samples(folder: Path) -> str:
     """Hits by the number of samples an adapter is embedded by, with the range over draws of the samples."""
-    found = _untrained_first(folder / "paper_retrieval_samples.parquet")
+    found = _untrained_first(folder / "retrieval_samples.parquet")
     rows = []
     for (name, number), own in found.groupby(["encoder", "num_samples"], sort=False):
         label = "description" if number == DESCRIPTION else str(number)
@@ -119,7 +119,7 @@ def samples(folder: Path) -> str:
 
 def growth(folder: Path) -> str:
     """Hits while the pool grows, with the range over orders, and the memory of the index."""
-    found = _untrained_first(folder / "paper_retrieval_growth.parquet")
+    found = _untrained_first(folder / "retrieval_growth.parquet")
     rows = []
     for (name, size), own in found.groupby(["encoder", "size"], sort=False):
         hits = [_with_range(own[column]) for column in ("top1", "top3", "top8", "first_top1", "first_top3")]
@@ -131,7 +131,7 @@ def growth(folder: Path) -> str:
 
 def latency(folder: Path) -> str:
     """Medians by the size of the pool."""
-    found = pd.read_parquet(folder / "paper_retrieval_latency.parquet")
+    found = pd.read_parquet(folder / "retrieval_latency.parquet")
     measured = zip(found["size"], found["encode_ms"], found["search_ms"], strict=True)
     rows = [[str(size), f"{encode_ms:.1f}", f"{search_ms:.3f}"] for size, encode_ms, search_ms in measured]
     return table(["adapters", "encoder, ms", "search, ms"], rows)
@@ -139,7 +139,7 @@ def latency(folder: Path) -> str:
 
 def bases(folder: Path) -> str:
     """One index over two base models, with and without a filter by base; both bases' requests together."""
-    found = _untrained_first(folder / "paper_retrieval_bases.parquet")
+    found = _untrained_first(folder / "retrieval_bases.parquet")
     columns = ("own_top1", "own_top3", "task_top1", "usable")
     rows = [
         [_encoder(str(name)), str(pool), "yes" if filtered else "no", *[percent(own[c].mean()) for c in columns]]

@@ -1,0 +1,110 @@
+"""The server's engine, asked offline: greedy answers to questions under plans, each computed once and kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks.training.bigbench_tasks import Item
+from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.row import Row
+from gpu_worker.request.prompts import Message
+from gpu_worker.request.request import Delta, Job, SamplingParams
+from lora_store import AdapterWeights, Plan
+
+_CHUNK = 192  # rows kept together: what an interruption may cost
+Fetch = Callable[[str], AdapterWeights]
+"""Weights digest -> its weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One item of one task; `number` is its place in its part, `max_tokens` the task's longest answer and its end."""
+
+    task: str
+    part: str
+    number: int
+    item: Item
+    max_tokens: int
+
+
+Asked = tuple[Question, Plan]
+
+
+class Asker:
+    """Answers (question, plan) pairs through an Engine; equal ones cost nothing, in later runs too."""
+
+    def __init__(self, engine: Engine, kept: Path) -> None:
+        """`kept`: the file of all answers so far, one JSON object a line. It grows, chunk by chunk."""
+        self.engine, self._kept = engine, kept
+        self._known = {row["key"]: row["text"] for row in _lines(kept)}
+
+    def answers(self, asked: Sequence[Asked], out: Console, name: str) -> list[str]:
+        """The text to each, in order. Told to `out`: how many are new, how long they take, and how far it is."""
+        keys = [self._key(question, plan) for question, plan in asked]
+        missing = {key: pair for key, pair in zip(keys, asked, strict=True) if key not in self._known}
+        new, began = list(missing.items()), time.monotonic()
+        for start in range(0, len(new), _CHUNK):
+            self._compute(dict(new[start : start + _CHUNK]))
+            done, spent = min(start + _CHUNK, len(new)), time.monotonic() - began
+            rest = spent / done * (len(new) - done)
+            out.print(f"{name}: {done} of {len(new)} new answers, {spent:.0f} s, about {rest:.0f} s left", markup=False)
+        return [self._known[key] for key in keys]
+
+    def num_new(self, asked: Sequence[Asked]) -> int:
+        """How many different ones of these are not known yet."""
+        return len({self._key(*pair) for pair in asked} - self._known.keys())
+
+    def _key(self, question: Question, plan: Plan) -> str:
+        parts = [[adapter.weights_digest, round(adapter.weight, 6)] for adapter in plan.adapters]
+        strategy = "selection" if [weight for _, weight in parts] == [1.0] else plan.strategy
+        what = [strategy, parts, question.item.input, question.max_tokens, str(self.engine.base.dtype)]
+        return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24]
+
+    def _compute(self, pairs: Mapping[str, Asked]) -> None:
+        told: dict[str, str] = {}
+        failures: list[Exception] = []
+        for key, (question, plan) in pairs.items():
+            self.engine.submit(self._row(key, question, plan, told, failures))
+        self.engine.run_until_idle()
+        if failures:
+            raise failures[0]  # before anything of the chunk is kept
+        self._kept.parent.mkdir(parents=True, exist_ok=True)
+        with self._kept.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"key": key, "text": told[key]}, ensure_ascii=False) + "\n" for key in pairs)
+        self._known |= told
+
+    def _row(self, key: str, question: Question, plan: Plan, told: dict[str, str], failures: list[Exception]) -> Row:
+        told[key] = ""
+
+        def take(event: Delta | Exception) -> None:
+            if isinstance(event, Exception):
+                failures.append(event)
+            else:
+                told[key] += event.text
+
+        sampling = SamplingParams(max_tokens=question.max_tokens, temperature=0)
+        job = Job(key, (Message("user", question.item.input),), replace(plan, template=None), sampling)
+        return self.engine.prepare(job, take)
+
+
+def _lines(path: Path) -> Iterator[dict[str, str]]:
+    """The whole lines of `path`: the last may be cut off."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    for line in text.split("\n")[:-1]:
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            continue
+
+
+def loading(fetch: Fetch, executor: ThreadPoolExecutor) -> Callable[[str], Future[AdapterWeights]]:
+    """`fetch` as the engine calls it: without waiting."""
+    return lambda digest: executor.submit(fetch, digest)

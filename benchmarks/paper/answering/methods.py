@@ -1,0 +1,98 @@
+"""The paper's ways to answer, as plans of the server: what each makes of a question."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from benchmarks.paper.answering.answers import Question
+from lora_store import BASE_PLAN, LOCAL_TENANT, Plan, Sample
+from retriever_svc import Retriever, Route, RouteRequest
+from retriever_svc.index import Match
+from retriever_svc.planning import routed_plan
+from retriever_svc.route import RoutedStrategy, Weighting
+
+TEMPERATURE = 0.05  # of the softmax weighting: the server's default
+_NO_FLOOR = -1.0  # the paper never abstains
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """Retrieval and composition. `masks_own` is the paper's OOD: a question's own adapter cannot be chosen."""
+
+    strategy: RoutedStrategy
+    top_k: int = 3
+    weighting: Weighting = "uniform"
+    masks_own: bool = False
+
+    def plans(self, retriever: Retriever, questions: Sequence[Question]) -> list[Plan]:
+        routes = retriever.route([self._request(question) for question in questions])
+        return [self._plan(retriever, pair[0], pair[1]) for pair in zip(questions, routes, strict=True)]
+
+    def _request(self, question: Question) -> RouteRequest:
+        """One more than wanted where one may be left out, as in the paper's released code."""
+        top_k = self.top_k + self.masks_own
+        strategy: RoutedStrategy = "mixture" if self.masks_own else self.strategy
+        return RouteRequest(
+            question.item.input, strategy=strategy, top_k=top_k, weighting=self.weighting, min_score=_NO_FLOOR
+        )
+
+    def _plan(self, retriever: Retriever, question: Question, route: object) -> Plan:
+        assert isinstance(route, Route), route
+        if not self.masks_own:
+            return route.plan
+        left = [candidate for candidate in route.candidates if candidate.ref.name != question.task][: self.top_k]
+        matches = [Match(retriever.resolve(LOCAL_TENANT, c.ref.name), c.score) for c in left]
+        request = RouteRequest(question.item.input, strategy=self.strategy, weighting=self.weighting)
+        return routed_plan(request, matches, route.generation, TEMPERATURE)
+
+
+class Perfect:
+    """Each question's own adapter."""
+
+    def plans(self, retriever: Retriever, questions: Sequence[Question]) -> list[Plan]:
+        return [retriever.plan_named(LOCAL_TENANT, [(q.task, 1.0)], "selection") for q in questions]
+
+
+class First:
+    """For every question the own adapter of the first: a batch of one adapter."""
+
+    def plans(self, retriever: Retriever, questions: Sequence[Question]) -> list[Plan]:
+        return Perfect().plans(retriever, questions[:1]) * len(questions)
+
+
+class Base:
+    """No adapter."""
+
+    def plans(self, retriever: Retriever, questions: Sequence[Question]) -> list[Plan]:
+        return [BASE_PLAN] * len(questions)
+
+
+class AdapterSoup:
+    """One set of adapters for the whole stream: those nearest to its mean, their parameters averaged.
+
+    Source: LoraRetriever (ACL Findings 2024), appendix F. The stream is what `plans` is given: it sees inputs of the
+    questions themselves, no answers.
+    """
+
+    def __init__(self, top_k: int = 3) -> None:
+        self._top_k = top_k
+
+    def plans(self, retriever: Retriever, questions: Sequence[Question]) -> list[Plan]:
+        samples = [Sample(question.item.input) for question in questions]
+        nearest = retriever.neighbours(retriever.embed(samples), self._top_k, LOCAL_TENANT)
+        choices = [(candidate.ref.name, 1 / len(nearest)) for candidate in nearest]
+        return [retriever.plan_named(LOCAL_TENANT, choices, "fusion")] * len(questions)
+
+
+MAIN: dict[str, Perfect | Base | Routed | AdapterSoup] = {
+    "perfect": Perfect(),
+    "base": Base(),
+    "selection_iid": Routed("selection", top_k=1),
+    "mixture_iid": Routed("mixture"),
+    "mixture_ood": Routed("mixture", masks_own=True),
+    "selection_ood": Routed("selection", top_k=1, masks_own=True),
+    "fusion_iid": Routed("fusion"),
+    "fusion_ood": Routed("fusion", masks_own=True),
+    "adaptersoup": AdapterSoup(),
+}

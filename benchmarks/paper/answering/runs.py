@@ -1,0 +1,105 @@
+"""Named runs over the pool: every method's plans, their answers and scores, as raw rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import pyarrow as pa
+from rich.console import Console
+
+from benchmarks.paper.answering.answers import Asker, Question
+from benchmarks.paper.answering.stores import open_store, publish, retriever_over
+from benchmarks.paper.answering.study import Study
+from benchmarks.paper.common.resumable import write_parquet
+from benchmarks.paper.common.scoring import majority_scores, score
+from lora_store import Plan
+from retriever_svc import Encoder, Retriever
+
+
+class Method(Protocol):
+    """What answers each question: one plan each, in order."""
+
+    def plans(self, retriever: Retriever, questions: Sequence[Question]) -> list[Plan]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """Asks the pool's test questions. `retriever` is the server's, over the pool as published."""
+
+    study: Study
+    asker: Asker
+    retriever: Retriever
+    out: Console
+
+    def run(self, name: str, method: Method, per_task: int, part: str = "test") -> pa.Table:
+        """One row a question of `part`: run, task, number, strategy, adapters and weights, score."""
+        questions = self.study.questions(part, per_task)
+        plans = method.plans(self.retriever, questions)
+        texts = self.asker.answers(list(zip(questions, plans, strict=True)), self.out, name)
+        return rows_of(name, questions, plans, self._scores(questions, texts))
+
+    def majority(self, per_task: int) -> pa.Table:
+        """The same for the better guess, which asks nothing."""
+        questions = self.study.questions("test", per_task)
+        parts, specs = self.study.parts, self.study.specs
+        by_task = {name: majority_scores(specs[name], parts[name].train, parts[name].test[:per_task]) for name in specs}
+        no_plans = [Plan("base")] * len(questions)
+        return rows_of("majority", questions, no_plans, [by_task[q.task][q.number] for q in questions])
+
+    def _scores(self, questions: Sequence[Question], texts: Sequence[str]) -> list[float]:
+        return [score(self.study.specs[q.task], q.item, text) for q, text in zip(questions, texts, strict=True)]
+
+
+def rows_of(name: str, questions: Sequence[Question], plans: Sequence[Plan], scores: Sequence[float]) -> pa.Table:
+    """No text: the tasks' texts are not this project's to redistribute."""
+    rows = [
+        {
+            "run": name,
+            "task": question.task,
+            "number": question.number,
+            "strategy": plan.strategy,
+            "adapters": [adapter.ref.name for adapter in plan.adapters],
+            "weights": [round(adapter.weight, 4) for adapter in plan.adapters],
+            "score": round(value, 4),
+        }
+        for question, plan, value in zip(questions, plans, scores, strict=True)
+    ]
+    return pa.Table.from_pylist(rows, schema=_SCHEMA)
+
+
+_SCHEMA = pa.schema(
+    {
+        "run": pa.string(),
+        "task": pa.string(),
+        "number": pa.int16(),
+        "strategy": pa.string(),
+        "adapters": pa.list_(pa.string()),
+        "weights": pa.list_(pa.float32()),
+        "score": pa.float32(),
+    }
+)
+
+
+def run_all(bench: Bench, methods: Mapping[str, Method], per_task: int, folder: Path) -> pa.Table:
+    """The rows of every method; each is kept in `folder` as it ends, so that what is done can be read meanwhile."""
+    tables = []
+    for name, method in methods.items():
+        tables.append(bench.run(name, method, per_task))
+        write_parquet(folder / f"{name}.parquet", tables[-1])
+    return pa.concat_tables(tables)
+
+
+def pool_retriever(study: Study, asker: Asker, encoder: Encoder, name: str = "pool") -> Retriever:
+    """The server's Retriever over the store `name` of exactly the study's adapters, as published with this encoder."""
+    uri = study.workspace.store_uri(f"{name}-{encoder.identity}")
+    store = open_store(uri)
+    live = {task for _, task in store.snapshot().records}
+    lacking = [study.workspace.adapters / task for task in study.specs if task not in live]
+    if lacking:
+        publish(store, lacking, encoder, asker.engine.bank)
+    if gone := sorted(live - study.specs.keys()):
+        store.withdraw("local", gone, actor="study")
+    return retriever_over(store, encoder)

@@ -1,0 +1,111 @@
+"""What every run of answers needs, loaded once: the tasks' parts, the engine, the kept answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from benchmarks.paper.answering.answers import Asker, Question, loading
+from benchmarks.paper.answering.stores import fetch_from, open_store, publish
+from benchmarks.paper.common.tasks import Parts, load_parts
+from benchmarks.paper.common.workspace import Workspace
+from benchmarks.training.bigbench_tasks import Item, TaskSpec, task_rng
+from gpu_worker.bank.bank import LoraBank
+from gpu_worker.config import WorkerConfig
+from gpu_worker.device.openmp import load_executor
+from gpu_worker.engine.engine import Engine
+from gpu_worker.model.base_model import model_source
+from lora_store import AdapterNotFound, AdapterWeights, LoraStore
+
+RANK = 6
+_WAIT_S = 1e6  # nobody waits for these answers
+
+
+def worker_config(num_adapters: int, **changes: Any) -> WorkerConfig:
+    """A worker whose bank holds all adapters of the pool."""
+    settings: dict[str, Any] = {"bank_rank_rows": RANK * num_adapters, "max_model_len": 512, "max_wait_s": _WAIT_S}
+    return WorkerConfig(**settings | changes)
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """`specs` are the tasks that are asked, by name."""
+
+    workspace: Workspace
+    specs: dict[str, TaskSpec]
+    parts: dict[str, Parts]
+    tokenizer: Any
+
+    def questions(self, part: str, per_task: int) -> list[Question]:
+        """The first `per_task` items of every task's part, mixed."""
+        longest = {name: self._max_tokens(name) for name in self.specs}
+        found = [
+            Question(name, part, number, item, longest[name])
+            for name in self.specs
+            for number, item in enumerate(getattr(self.parts[name], part)[:per_task])
+        ]
+        task_rng(f"order of {part}").shuffle(found)
+        return found
+
+    def _max_tokens(self, name: str) -> int:
+        """The longest answer in training and the token that ends it: no answer is cut by what the test holds."""
+        texts = [item.answers[0] for item in self.parts[name].train]
+        return max(map(len, self.tokenizer(texts, add_special_tokens=False)["input_ids"])) + 1
+
+
+def load_study(specs: Sequence[TaskSpec], workspace: Workspace, config: WorkerConfig) -> Study:
+    tokenizer = AutoTokenizer.from_pretrained(model_source(config))
+    return Study(workspace, {spec.name: spec for spec in specs}, load_parts(specs, workspace, tokenizer), tokenizer)
+
+
+class Weights:
+    """Where the engine's weights come from: made ones by their digest, all others from the store of candidates."""
+
+    def __init__(self, store: LoraStore) -> None:
+        self._store, self.made = store, dict[str, AdapterWeights]()
+
+    def __call__(self, digest: str) -> AdapterWeights:
+        return self.made[digest] if digest in self.made else fetch_from(self._store, digest)
+
+
+def load_asker(workspace: Workspace, config: WorkerConfig, names: Sequence[str]) -> tuple[Asker, LoraStore, Weights]:
+    """An engine whose adapters lie in the store of candidates, where all of `names` are published, found by name."""
+    store = open_store(workspace.store_uri("candidates"))
+    weights = Weights(store)
+    executor = load_executor(config.load_threads)
+    engine = Engine(config, loading(weights, executor), executor=executor)
+    publish_lacking(store, workspace, names, engine.bank)
+    return Asker(engine, workspace.root / "answers.jsonl"), store, weights
+
+
+def publish_lacking(store: LoraStore, workspace: Workspace, names: Sequence[str], bank: LoraBank) -> None:
+    """All of `names` are live in `store`, found by name."""
+    lacking = [workspace.adapters / name for name in names if not _is_live(store, name)]
+    if lacking:
+        publish(store, lacking, None, bank)
+
+
+def _is_live(store: LoraStore, name: str) -> bool:
+    try:
+        store.snapshot().resolve("local", name)
+    except AdapterNotFound:
+        return False
+    return True
+
+
+Scores = dict[str, list[float]]
+"""By task, one score a question."""
+
+
+def scores_by_task(
+    questions: Sequence[Question], texts: Sequence[str], rate: Callable[[str, Item, str], float]
+) -> Scores:
+    """`rate(task, item, text)` of every answer, in the order of the questions' numbers."""
+    rows = sorted((q.task, q.number, rate(q.task, q.item, text)) for q, text in zip(questions, texts, strict=True))
+    scores: Scores = {}
+    for task, _, value in rows:
+        scores.setdefault(task, []).append(value)
+    return scores

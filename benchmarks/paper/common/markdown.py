@@ -1,0 +1,20 @@
+"""Tables of the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def plot(name: str, words: str) -> str:
+    """The plot `name` of results/, as the report shows it."""
+    return f"![{words}](../results/paper/{name}.svg)\n"

@@ -1,0 +1,121 @@
+"""The study's tasks: the list, the bare rendering, and four disjoint parts of each task by a fixed seed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.paper.common.workspace import Workspace, fetch_archive
+from benchmarks.training.bigbench_tasks import Item, TaskSpec, Tokenizer, read_task_files, render, short_items, task_rng
+
+TASK_LIST = Path(__file__).with_name("tasks.yaml")
+NUM_TEST, NUM_CHOICE, NUM_SAMPLES, MAX_TRAIN = 50, 50, 20, 800
+_READ = 2 * (NUM_TEST + NUM_CHOICE + NUM_SAMPLES + MAX_TRAIN)  # inputs looked at before the long ones are left out
+_BARE, _BARE_OPTIONS = "{x}", "{x}\nOPTIONS:\n{o}"
+
+
+@dataclass(frozen=True, slots=True)
+class TaskList:
+    """The tasks as listed, and those that may take the place of one or let the pool grow."""
+
+    tasks: tuple[TaskSpec, ...]
+    spares: tuple[TaskSpec, ...]
+
+    @property
+    def by_name(self) -> dict[str, TaskSpec]:
+        return {spec.name: spec for spec in (*self.tasks, *self.spares)}
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A task's examples, no input in two parts.
+
+    `train` for the adapter, `samples` for its embedding and the encoder's training, `choice` for every decision,
+    `test` for the figures alone.
+    """
+
+    train: tuple[Item, ...]
+    samples: tuple[Item, ...]
+    choice: tuple[Item, ...]
+    test: tuple[Item, ...]
+
+
+def read_task_list(path: Path = TASK_LIST) -> TaskList:
+    """The list of `path`, in its own order."""
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    tasks, spares = (tuple(_spec(row) for row in content[key]) for key in ("tasks", "spares"))
+    return TaskList(tasks, spares)
+
+
+def _spec(row: Mapping[str, Any]) -> TaskSpec:
+    rest = {key: value for key, value in row.items() if key not in ("path", "shows_options", "labels")}
+    return TaskSpec(
+        path=f"bigbench/benchmark_tasks/{row['path']}/task.json",
+        template=_BARE_OPTIONS if row.get("shows_options") else _BARE,
+        labels=tuple(row.get("labels", ())),
+        **rest,
+    )
+
+
+def make_parts(spec: TaskSpec, examples: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> Parts:
+    """The task's fixed parts: shuffled by its name, one example an input, long ones left out.
+
+    Inputs are the same when they differ in case, blanks or the order of options alone. Small tasks keep fewer examples
+    for `choice`, so that two thirds of what test and samples leave are for training.
+    """
+    rng = task_rng(spec.name)
+    pairs = [(_key(example), render(spec, example, rng)) for example in examples]
+    rng.shuffle(pairs)
+    first: dict[str, Item] = {}
+    for key, item in pairs:
+        first.setdefault(key, item)
+    short = short_items(spec, list(first.values())[:_READ], tokenizer)
+    num_choice = min(NUM_CHOICE, max(0, len(short) - NUM_TEST - NUM_SAMPLES) // 3)
+    ends = [NUM_TEST, NUM_TEST + num_choice, NUM_TEST + num_choice + NUM_SAMPLES]
+    test, choice, samples = short[: ends[0]], short[ends[0] : ends[1]], short[ends[1] : ends[2]]
+    train = short[ends[2] : ends[2] + MAX_TRAIN]
+    return Parts(tuple(train), tuple(samples), tuple(choice), tuple(test))
+
+
+def _key(example: Mapping[str, Any]) -> str:
+    return " ".join(example["input"].split()).casefold()
+
+
+def load_parts(specs: Sequence[TaskSpec], workspace: Workspace, tokenizer: Tokenizer) -> dict[str, Parts]:
+    """Each task's parts, by name: from the workspace, or made of the source distribution and kept there."""
+    places = {spec.name: _place(workspace, spec) for spec in specs}
+    missing = [spec for spec in specs if not places[spec.name].exists()]
+    if missing:
+        files = read_task_files(fetch_archive(workspace), [spec.path for spec in missing])
+        for spec in missing:
+            _write(places[spec.name], make_parts(spec, files[spec.path]["examples"], tokenizer))
+    return {name: _read(path) for name, path in places.items()}
+
+
+def _place(workspace: Workspace, spec: TaskSpec) -> Path:
+    """Named after the line of the list too: a changed line is split anew."""
+    digest = hashlib.sha256(repr(spec).encode()).hexdigest()[:8]
+    return workspace.splits / f"{spec.name}-{digest}.json"
+
+
+def _write(path: Path, parts: Parts) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(f".{os.getpid()}")  # processes that train side by side may all make it
+    scratch.write_text(json.dumps(asdict(parts), ensure_ascii=False), encoding="utf-8")
+    scratch.rename(path)
+
+
+def _read(path: Path) -> Parts:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return Parts(**{field.name: tuple(_item(row) for row in content[field.name]) for field in fields(Parts)})
+
+
+def _item(row: Mapping[str, Any]) -> Item:
+    return Item(row["input"], tuple(row["answers"]), row["num_options"])

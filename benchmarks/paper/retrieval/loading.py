@@ -1,0 +1,27 @@
+"""The retrieval experiments over the study's pool, as the command and other stages load them."""
+
+from __future__ import annotations
+
+from transformers import AutoTokenizer
+
+from benchmarks.paper.common.tasks import TaskList, load_parts, read_task_list
+from benchmarks.paper.common.workspace import Workspace
+from benchmarks.paper.pool.choose import POOL_FILE, read_pool
+from benchmarks.paper.retrieval.experiments import Experiments
+from benchmarks.paper.retrieval.study import study_of
+from benchmarks.training.bigbench_tasks import TaskSpec
+from gpu_worker.config import WorkerConfig
+from gpu_worker.model.base_model import model_source
+
+
+def load_experiments(workspace: Workspace) -> Experiments:
+    """Return the experiments over the fixed pool, or over the whole task list while no pool is fixed."""
+    listed = read_task_list()
+    tokenizer = AutoTokenizer.from_pretrained(model_source(WorkerConfig()))
+    parts = load_parts((*listed.tasks, *listed.spares), workspace, tokenizer)
+    return Experiments(study_of(listed, pool_specs(listed), parts), workspace)
+
+
+def pool_specs(listed: TaskList) -> tuple[TaskSpec, ...]:
+    """Return the tasks of the fixed pool, or all tasks of the list while no pool is fixed."""
+    return tuple(listed.by_name[name] for name in read_pool()) if POOL_FILE.exists() else listed.tasks

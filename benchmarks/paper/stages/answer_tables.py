@@ -1,0 +1,177 @@
+"""Tables and headline figures of answer quality, from the raw rows of the runs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from benchmarks.paper.common.expert_draws import hub_tasks, one_a_cluster
+from benchmarks.paper.common.intervals import Interval, bootstrap, bootstrap_tasks
+from benchmarks.paper.common.markdown import percent, table
+from benchmarks.paper.common.tasks import read_task_list
+from benchmarks.paper.pool.choose import read_pool
+from benchmarks.results_file import write_part
+
+ROWS, BASELINES = "answers.parquet", "baselines.parquet"
+_ROUTED = ("moe_top1", "moe_top3", "moe_soft", "smear")
+_OTHERS = (*_ROUTED, "adaptersoup", "lorahub")
+COMPARED = [
+    ("perfect", "base"),
+    ("perfect", "majority"),
+    ("mixture_iid", "selection_iid"),
+    ("mixture_iid", "fusion_iid"),
+    ("mixture_ood", "selection_ood"),
+    ("mixture_ood", "fusion_ood"),
+    *[(f"{way}_{pool}", name) for pool in ("iid", "ood") for way in ("selection", "mixture") for name in _OTHERS],
+]
+
+
+class Answers:
+    """Scores of every run, by task. `clusters`: task -> its cluster."""
+
+    def __init__(self, rows: pd.DataFrame, clusters: Mapping[str, str]) -> None:
+        self._clusters = dict(clusters)
+        self._scores = {
+            str(run): own.pivot(index="task", columns="number", values="score") for run, own in rows.groupby("run")
+        }
+        self.runs = list(dict.fromkeys(rows["run"]))
+
+    @property
+    def clusters(self) -> list[str]:
+        present = set(self._scores[self.runs[0]].index)
+        return list(dict.fromkeys(cluster for task, cluster in self._clusters.items() if task in present))
+
+    def scores(self, run: str, cluster: str | None = None) -> pd.DataFrame:
+        """(tasks, questions), shares of 1."""
+        scores = self._scores[run]
+        return scores if cluster is None else scores[[self._clusters[task] == cluster for task in scores.index]]
+
+    def interval(self, run: str, cluster: str | None = None) -> Interval:
+        """Every task weighs the same."""
+        return bootstrap(self.scores(run, cluster).to_numpy()[np.newaxis])
+
+    def difference(self, one: str, other: str) -> Interval:
+        """Of two runs on the same questions."""
+        return bootstrap((self.scores(one) - self.scores(other)).to_numpy()[np.newaxis])
+
+    def difference_of_tasks(self, one: str, other: str) -> Interval:
+        """The same, its bounds for other tasks like these."""
+        return bootstrap_tasks((self.scores(one) - self.scores(other)).to_numpy())
+
+    def of_task(self, task: str, one: str, other: str) -> Interval:
+        """The difference on one task's questions."""
+        return bootstrap((self.scores(one) - self.scores(other)).loc[[task]].to_numpy()[np.newaxis])
+
+
+def main_table(answers: Answers) -> str:
+    """Runs are columns; a cluster's cell is its mean, the last rows have the interval of all tasks."""
+    rows = [
+        [f"{cluster} ({len(answers.scores(answers.runs[0], cluster))})"]
+        + [percent(answers.interval(run, cluster).mean) for run in answers.runs]
+        for cluster in answers.clusters
+    ]
+    whole = [answers.interval(run) for run in answers.runs]
+    rows.append(["**all tasks**", *[f"**{percent(found.mean)}**" for found in whole]])
+    rows.append(["95 % interval", *[f"{percent(found.low)} to {percent(found.high)}" for found in whole]])
+    return table(["cluster (tasks)", *[run.replace("_", " ") for run in answers.runs]], rows)
+
+
+def cluster_intervals(answers: Answers) -> str:
+    """Every cluster's interval in every run."""
+    rows = [
+        [cluster, *[answers.interval(run, cluster).in_percent() for run in answers.runs]]
+        for cluster in answers.clusters
+    ]
+    return table(["cluster", *[run.replace("_", " ") for run in answers.runs]], rows)
+
+
+def differences(answers: Answers, pairs: Sequence[tuple[str, str]] = COMPARED) -> str:
+    """Points between two runs, paired by question."""
+    rows = [
+        [
+            f"{one} − {other}".replace("_", " "),
+            answers.difference(one, other).in_percent(),
+            answers.difference_of_tasks(one, other).bounds_in_percent(),
+            _ahead(answers, one, other),
+        ]
+        for one, other in pairs
+        if {one, other} <= set(answers.runs)
+    ]
+    header = ["difference", "points (95 % interval)", "other tasks like these", "tasks with more / less"]
+    return table(header, rows)
+
+
+def _ahead(answers: Answers, one: str, other: str) -> str:
+    means = (answers.scores(one) - answers.scores(other)).mean(axis=1)
+    return f"{(means > 0).sum()} / {(means < 0).sum()}"
+
+
+def own_adapters(answers: Answers) -> str:
+    """Each task's own adapter beside the base model and guessing."""
+    rows = [
+        [task, *[percent(answers.scores(run).loc[task].mean()) for run in ("perfect", "base", "majority")]]
+        + [answers.of_task(task, "perfect", run).in_percent() for run in ("base", "majority")]
+        for task in answers.scores("perfect").index
+    ]
+    return table(["task", "own adapter", "base", "guesses", "own − base", "own − guesses"], rows)
+
+
+def without_own(rows: pd.DataFrame, held: Mapping[str, Collection[str]]) -> str:
+    """What is out of distribution for both sides: each run beside the tasks whose adapter is not among those it holds.
+
+    `held`: run -> tasks.
+    """
+    lines = []
+    for run in (run for run in held if run in set(rows["run"])):
+        answers = Answers(rows[~rows["task"].isin(held[run])], {})
+        line = [run.replace("_", " "), str(len(answers.scores(run))), answers.interval(run).in_percent()]
+        for way in ("selection_ood", "mixture_ood"):
+            line.append(answers.difference(way, run).in_percent())
+            line.append(answers.difference_of_tasks(way, run).bounds_in_percent())
+        lines.append(line)
+    others = "other tasks like these"
+    return table(["run", "tasks", "score", "selection ood −", others, "mixture ood −", others], lines)
+
+
+def figures(answers: Answers) -> dict[str, float]:
+    """`score_<method>_iid` or `_ood`, with bounds; what masks nothing is in distribution."""
+    found: dict[str, float] = {}
+    for run in answers.runs:
+        name = f"score_{run}" if run.endswith(("_iid", "_ood")) else f"score_{run}_iid"
+        interval = answers.interval(run)
+        found |= {name: interval.mean, f"{name}_lo": interval.low, f"{name}_hi": interval.high}
+    return {name: round(value, 4) for name, value in found.items()}
+
+
+def write_tables(folder: Path, encoder: str) -> None:
+    """`folder` has the rows, of the baselines where they were run; the report's section and the figures are written."""
+    found = [pd.read_parquet(folder / name) for name in (ROWS, BASELINES) if (folder / name).exists()]
+    rows, listed = pd.concat(found), read_task_list().by_name
+    answers = Answers(rows, {name: spec.cluster for name, spec in listed.items()})
+    pool = [listed[name] for name in read_pool()]
+    held = dict.fromkeys(_ROUTED, one_a_cluster(pool)) | {"lorahub": hub_tasks(pool)}
+    num_rows = answers.scores(answers.runs[0]).shape
+    parts = [
+        "## Answers\n",
+        f"{num_rows[0]} tasks, {num_rows[1]} test questions each, greedy, encoder: {encoder}. In percent: exact",
+        "match, ROUGE-L for free text. `iid`: every adapter can be chosen, `ood`: the question's own is masked.\n",
+        "MoE and SMEAR: a router over the adapters of one task a cluster, which reads the encoder's vector of the",
+        "prompt once (the paper's reads every layer's input), 120 steps of 8 on the samples of all tasks. LoRAHub: one",
+        "set of weights for 20 adapters, the best of 20 that a (1+1) evolution strategy tried on 192 samples.",
+        "AdapterSoup: the three nearest to the mean of the questions' vectors.\n",
+        main_table(answers),
+        "Intervals resample the questions of each task, those of `other tasks like these` the tasks as well.\n",
+        differences(answers),
+        "### Where the question's own adapter is not among the baseline's either\n",
+        without_own(rows, held),
+        "### Intervals by cluster\n",
+        cluster_intervals(answers),
+        "### Own adapters, task by task\n",
+        own_adapters(answers),
+    ]
+    section = "\n".join(parts)
+    (folder / "answers.md").write_text(section, encoding="utf-8")
+    write_part("paper", "answers", figures=figures(answers), table=section, runs=[])

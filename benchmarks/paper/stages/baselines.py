@@ -1,0 +1,202 @@
+"""The paper's trained baselines on the pool: `python -m benchmarks.paper.stages.baselines`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from benchmarks.paper.answering.answers import Question
+from benchmarks.paper.answering.runs import Method, run_all
+from benchmarks.paper.answering.stores import fetch_from
+from benchmarks.paper.common.expert_draws import hub_tasks, one_a_cluster
+from benchmarks.paper.common.options import EncoderName, PerTask, Root
+from benchmarks.paper.common.resumable import key_of, write_parquet
+from benchmarks.paper.common.tasks import NUM_TEST
+from benchmarks.paper.common.workspace import DEFAULT_ROOT, PAPER_RESULTS, Workspace
+from benchmarks.paper.stages.answer_tables import BASELINES, write_tables
+from benchmarks.paper.stages.main_table import Loaded, load_bench
+from benchmarks.paper.training.experts import ExpertModel, Sum
+from benchmarks.paper.training.routers import Router, RouterKind, search_weights, train_router
+from benchmarks.training.adapter_files import load_base
+from benchmarks.training.bigbench_tasks import Item, task_rng
+from benchmarks.training.lora_training import AnswerLoss, Example, Padded, Recipe, tokenize
+from gpu_worker.model.base_model import model_source
+from lora_store import AdapterRef, AdapterWeights, ModuleWeights, Plan, PlannedAdapter
+from retriever_svc import Encoder, Retriever
+from retriever_svc.encoder_files import DEFAULT_MODEL
+
+ROUTERS: dict[str, tuple[Sum, RouterKind]] = {
+    "moe_top1": ("mixture", RouterKind(num_chosen=1)),
+    "moe_top3": ("mixture", RouterKind(num_chosen=3)),
+    "moe_soft": ("mixture", RouterKind()),
+    "smear": ("fusion", RouterKind()),
+}
+HUB_SAMPLES, HUB_STEPS = 192, 20
+_NOTHING = 1e-4  # weights below it are left out of a plan
+
+
+@dataclass(frozen=True, slots=True)
+class Expert:
+    """One adapter of the pool."""
+
+    ref: AdapterRef
+    weights: AdapterWeights
+
+
+class Routers:
+    """Trained on the samples of every task; what is trained is kept in `folder`, named by what it was made of."""
+
+    def __init__(self, base: Any, items: Sequence[Item], encoder: Encoder, tokenizer: Any, folder: Path) -> None:
+        self._base, self._encoder, self._folder = base, encoder, folder
+        self._examples: list[Example] = tokenize(items, tokenizer)
+        self._vectors = torch.from_numpy(encoder.encode([item.input for item in items]))
+        self._loss_of = AnswerLoss(base.model.embed_tokens.weight, self._examples, Recipe())
+
+    def router(self, name: str, how: Sum, kind: RouterKind, experts: Sequence[Expert], out: Console) -> Router:
+        path = self._kept(name, experts, self._encoder.identity, kind)
+        router = Router(self._encoder.dim, len(experts), kind)
+        if path.exists():
+            router.load_state_dict(load_file(path))
+            return router
+        model = ExpertModel(self._base, [expert.weights for expert in experts], how)
+        losses: list[float] = []
+
+        def tell(loss: float) -> None:
+            losses.append(loss)
+            if len(losses) % 20 == 0:
+                out.print(f"{name}: {len(losses)} of {kind.num_steps} steps, loss {sum(losses[-20:]) / 20:.3f}")
+
+        router = train_router(model, self._examples, self._vectors, self._loss_of, len(experts), kind, tell)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        save_file(router.state_dict(), path)
+        return router
+
+    def hub_weights(
+        self, experts: Sequence[Expert], out: Console, num_steps: int = HUB_STEPS, num_samples: int = HUB_SAMPLES
+    ) -> Tensor:
+        """LoRAHub's one weight an adapter (P,), searched on `num_samples` examples drawn of all tasks."""
+        path = self._kept("lorahub", experts, num_steps, num_samples)
+        if not path.exists():
+            model = ExpertModel(self._base, [expert.weights for expert in experts], "fusion")
+            chosen = task_rng("lorahub").sample(self._examples, min(num_samples, len(self._examples)))
+            loss_of = _loss_on(model, chosen, self._loss_of, out)
+            weights, _ = search_weights(loss_of, len(experts), num_steps)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            save_file({"weights": weights}, path)
+        return load_file(path)["weights"]
+
+    def _kept(self, name: str, experts: Sequence[Expert], *made_of: object) -> Path:
+        digests = [expert.weights.weights_digest for expert in experts]
+        return self._folder / f"{name}-{key_of(digests, *made_of)}.safetensors"
+
+
+def _loss_on(
+    model: ExpertModel, examples: Sequence[Example], loss_of: AnswerLoss, out: Console
+) -> Callable[[Tensor], float]:
+    rows = sorted(examples, key=lambda example: len(example.ids))
+    batches = [Padded().batch(rows[start : start + 8]) for start in range(0, len(rows), 8)]
+
+    @torch.no_grad()
+    def loss(weights: Tensor) -> float:
+        found = [float(model.loss(batch, weights.expand(len(batch.ids), -1), loss_of)) for batch in batches]
+        out.print(f"lorahub: loss {sum(found) / len(found):.3f}")
+        return sum(found) / len(found)
+
+    return loss
+
+
+class Weighed:
+    """Each question's experts as a router weighs them."""
+
+    def __init__(self, router: Router, experts: Sequence[Expert], how: Sum, encoder: Encoder) -> None:
+        self._router, self._experts, self._how, self._encoder = router, experts, how, encoder
+
+    @torch.no_grad()
+    def plans(self, retriever: Retriever, questions: Sequence[Question]) -> list[Plan]:
+        vectors = torch.from_numpy(self._encoder.encode([question.item.input for question in questions]))
+        return [self._plan(row) for row in self._router(vectors).tolist()]
+
+    def _plan(self, weights: Sequence[float]) -> Plan:
+        chosen = [pair for pair in zip(self._experts, weights, strict=True) if abs(pair[1]) > _NOTHING]
+        return Plan(
+            self._how,
+            tuple(PlannedAdapter(expert.ref, expert.weights.weights_digest, weight) for expert, weight in chosen),
+        )
+
+
+class One:
+    """The same made adapter for every question."""
+
+    def __init__(self, weights: AdapterWeights, name: str) -> None:
+        ref = AdapterRef("local", name, weights.weights_digest)
+        self._plan = Plan("selection", (PlannedAdapter(ref, weights.weights_digest, 1.0),))
+
+    def plans(self, retriever: Retriever, questions: Sequence[Question]) -> list[Plan]:
+        return [self._plan] * len(questions)
+
+
+def merged(experts: Sequence[Expert], weights: Tensor) -> AdapterWeights:
+    """(Σ w_i s_i B_i)(Σ w_i A_i) as one adapter of scaling 1: more adapters than a plan holds."""
+    modules = {}
+    for name in experts[0].weights.modules:
+        parts = [expert.weights.modules[name] for expert in experts]
+        lora_a = sum(w * part.lora_a.float() for w, part in zip(weights.tolist(), parts, strict=True))
+        lora_b = sum(w * part.scaling * part.lora_b.float() for w, part in zip(weights.tolist(), parts, strict=True))
+        assert isinstance(lora_a, Tensor) and isinstance(lora_b, Tensor)
+        modules[name] = ModuleWeights(lora_a, lora_b, 1.0)
+    named = [(expert.ref.digest, round(weight, 6)) for expert, weight in zip(experts, weights.tolist(), strict=True)]
+    return AdapterWeights(hashlib.sha256(repr(named).encode()).hexdigest(), modules)
+
+
+def trained_baselines(
+    loaded: Loaded,
+    reader: Encoder,
+    kinds: Mapping[str, tuple[Sum, RouterKind]] = ROUTERS,
+    num_hub_steps: int = HUB_STEPS,
+) -> dict[str, Method]:
+    """Every trained baseline over the pool; what is not trained yet is trained now, and kept."""
+    bench, snapshot = loaded.bench, loaded.store.snapshot()
+    study, out = bench.study, bench.out
+
+    def expert(name: str) -> Expert:
+        record = snapshot.resolve("local", name)
+        return Expert(record.ref, fetch_from(loaded.store, record.weights_digest))
+
+    items = [item for name in study.specs for item in study.parts[name].samples]
+    base = load_base(Path(model_source(bench.asker.engine.config)))
+    routers = Routers(base, items, reader, study.tokenizer, study.workspace.root / "routers")
+    experts = [expert(name) for name in one_a_cluster(list(study.specs.values()))]
+    methods: dict[str, Method] = {
+        name: Weighed(routers.router(name, how, kind, experts, out), experts, how, reader)
+        for name, (how, kind) in kinds.items()
+    }
+    drawn = [expert(name) for name in hub_tasks(list(study.specs.values()))]
+    hub = merged(drawn, routers.hub_weights(drawn, out, num_hub_steps))
+    loaded.weights.made[hub.weights_digest] = hub
+    return methods | {"lorahub": One(hub, "lorahub")}
+
+
+def main(
+    per_task: PerTask = NUM_TEST,
+    encoder: EncoderName = DEFAULT_MODEL,
+    root: Root = DEFAULT_ROOT,
+) -> None:
+    """Train the routers and LoRAHub's weights, answer under each, and write the rows beside those of the main table."""
+    workspace, out = Workspace(root), Console(width=120)
+    loaded = load_bench(workspace, encoder, out)
+    methods = trained_baselines(loaded, Encoder(encoder))
+    write_parquet(PAPER_RESULTS / BASELINES, run_all(loaded.bench, methods, per_task, workspace.rows / "answers"))
+    write_tables(PAPER_RESULTS, Path(encoder).name)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,214 @@
+"""RAMoLE's learned gate beside uniform and softmax weights, offline: `python -m benchmarks.paper.stages.gate`.
+
+One torch model answers under all three, so that nothing but the weights differs. The gate learns the tasks that the
+encoder was trained on, 40 % of all, as in the paper.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import typer
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from benchmarks.paper.answering.answers import Question
+from benchmarks.paper.answering.methods import Routed
+from benchmarks.paper.answering.runs import Bench, rows_of
+from benchmarks.paper.answering.stores import fetch_from
+from benchmarks.paper.common.markdown import table
+from benchmarks.paper.common.options import EncoderName, PerTask, Root
+from benchmarks.paper.common.resumable import Step, key_of, run_steps, write_parquet
+from benchmarks.paper.common.scoring import score
+from benchmarks.paper.common.workspace import DEFAULT_ROOT, PAPER_RESULTS, Workspace
+from benchmarks.paper.stages.answer_tables import Answers
+from benchmarks.paper.stages.main_table import Loaded, load_bench
+from benchmarks.paper.training.packing import Packed
+from benchmarks.paper.training.ramole import GatedModel, GateRecipe, train_gates
+from benchmarks.training.adapter_files import load_base
+from benchmarks.training.lora_training import AnswerLoss, Recipe, tokenize
+from gpu_worker.model.base_model import model_source
+from gpu_worker.request.prompts import alpaca_prompt
+from lora_store import AdapterWeights, Plan
+from retriever_svc import Encoder, choose_tasks
+from retriever_svc.encoder_files import DEFAULT_MODEL
+from retriever_svc.training import RECORD_FILE
+
+ROWS = "gate.parquet"
+WAYS, POOLS = ("uniform", "softmax", "gate"), {"iid": False, "ood": True}
+SHARE = 0.4  # of the tasks, which the gate is trained on
+_EXAMPLES_A_TASK = 40
+_BATCH = 24
+_ANSWER_S = 0.2  # two idle cores, short answers: what an estimate starts from
+
+
+class Gates:
+    """The pool's adapters in a torch model, whose gates learn the tasks `learnt`."""
+
+    def __init__(self, base: Any, adapters: dict[str, AdapterWeights], tokenizer: Any, learnt: Sequence[str]) -> None:
+        self._base, self._adapters, self._tokenizer, self.learnt = base, adapters, tokenizer, learnt
+
+    def key(self, recipe: GateRecipe) -> str:
+        """Of what the trained gates are made of."""
+        return key_of(recipe, [(name, self._adapters[name].weights_digest) for name in self.learnt])
+
+    def trained(self, bench: Bench, recipe: GateRecipe) -> GatedModel:
+        """With all adapters, and gates trained on the learnt tasks' adapters alone, once."""
+        kept = bench.study.workspace.root / "routers" / f"gates-{self.key(recipe)}.safetensors"
+        if not kept.exists():
+            self._train(bench, kept, recipe)
+        model = GatedModel(self._base, list(self._adapters.values()))
+        model.load_gates(load_file(kept))
+        return model
+
+    def _train(self, bench: Bench, kept: Path, recipe: GateRecipe) -> None:
+        items = [item for name in self.learnt for item in bench.study.parts[name].train[:_EXAMPLES_A_TASK]]
+        examples = tokenize(items, self._tokenizer)
+        model = GatedModel(self._base, [self._adapters[name] for name in self.learnt])
+        losses: list[float] = []
+
+        def tell(loss: float) -> None:
+            losses.append(loss)
+            if len(losses) % 10 == 0:
+                mean = sum(losses[-10:]) / 10
+                bench.out.print(f"gate: {len(losses)} of {recipe.num_steps} steps, loss {mean:.3f}", markup=False)
+
+        loss_of = AnswerLoss(self._base.model.embed_tokens.weight, examples, Recipe())
+        train_gates(model, examples, loss_of, Packed(examples, self._base.config), recipe, tell)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: value.detach() for name, value in model.gates().items()}, kept)
+
+    def answers(self, model: GatedModel, questions: Sequence[Question], plans: Sequence[Plan], way: str) -> list[str]:
+        """Greedy texts, in order. `gate` weighs a plan's adapters by token; else they weigh what the plan says."""
+        order = sorted(range(len(questions)), key=lambda row: questions[row].max_tokens)
+        texts: dict[int, str] = {}
+        for start in range(0, len(order), _BATCH):
+            rows = order[start : start + _BATCH]
+            weights = self._weights([plans[row] for row in rows])
+            model.chosen.allowed, model.chosen.fixed = weights > 0, None if way == "gate" else weights
+            texts |= zip(rows, self._generate(model, [questions[row] for row in rows]), strict=True)
+        return [texts[row] for row in range(len(questions))]
+
+    def _weights(self, plans: Sequence[Plan]) -> Tensor:
+        """(B, P)."""
+        place = {name: number for number, name in enumerate(self._adapters)}
+        weights = torch.zeros(len(plans), len(place))
+        for row, plan in enumerate(plans):
+            for adapter in plan.adapters:
+                weights[row, place[adapter.ref.name]] = adapter.weight
+        return weights
+
+    @torch.inference_mode()
+    def _generate(self, model: GatedModel, questions: Sequence[Question]) -> list[str]:
+        prompts = [alpaca_prompt(question.item.input) for question in questions]
+        inputs = self._tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+        longest = max(question.max_tokens for question in questions)
+        ids = model.model.generate(**inputs, max_new_tokens=longest, do_sample=False, top_k=None, top_p=None)
+        new = ids[:, inputs["input_ids"].shape[1] :]
+        cut = [row[: question.max_tokens] for row, question in zip(new, questions, strict=True)]
+        return self._tokenizer.batch_decode(cut, skip_special_tokens=True)
+
+
+def steps_of(bench: Bench, gates: Gates, model: GatedModel, per_task: int, key: str) -> list[Step]:
+    """A step for each way of weighing, in and out of distribution; rows are kept below `key`."""
+    folder = bench.study.workspace.rows / "gate" / key
+    cost = float(per_task * len(bench.study.specs))
+
+    def rows(name: str, way: str, masked: bool) -> pa.Table:
+        questions = bench.study.questions("test", per_task)
+        weighting = "softmax" if way == "softmax" else "uniform"
+        plans = Routed("mixture", weighting=weighting, masks_own=masked).plans(bench.retriever, questions)
+        texts = gates.answers(model, questions, plans, way)
+        specs = bench.study.specs
+        scores = [score(specs[q.task], q.item, text) for q, text in zip(questions, texts, strict=True)]
+        return rows_of(name, questions, plans, scores)
+
+    return [
+        Step(
+            f"{way}_{pool}",
+            folder / f"{way}_{pool}-{per_task}.parquet",
+            cost,
+            lambda way=way, pool=pool, masked=masked: rows(f"{way}_{pool}", way, masked),
+        )
+        for pool, masked in POOLS.items()
+        for way in WAYS
+    ]
+
+
+def section(rows: pd.DataFrame, learnt: Sequence[str]) -> str:
+    """Of the report."""
+    answers = Answers(rows, {})
+    num_tasks, num_questions = answers.scores(answers.runs[0]).shape
+    is_learnt = rows["task"].isin(learnt)
+    parts = {
+        "all": answers,
+        f"{len(learnt)} the gate learnt": Answers(rows[is_learnt], {}),
+        f"{num_tasks - len(learnt)} it did not": Answers(rows[~is_learnt], {}),
+    }
+    lines = [
+        [pool, label]
+        + [own.interval(f"{way}_{pool}").in_percent() for way in WAYS]
+        + [own.difference(f"gate_{pool}", f"{way}_{pool}").in_percent() for way in WAYS[:2]]
+        for pool in POOLS
+        for label, own in parts.items()
+    ]
+    words = (
+        f"Mixtures of three in one torch model, {num_tasks} tasks, {num_questions} questions each. RAMoLE's gate learnt"
+        " the tasks that the encoder learnt too, with their adapters alone; percent and points with 95 % intervals.\n"
+    )
+    header = ["", "tasks", *WAYS, *[f"gate − {way}" for way in WAYS[:2]]]
+    return "\n".join(["## A learned gate\n", words, table(header, lines)])
+
+
+def learnt_by(encoder: str, names: Sequence[str]) -> list[str]:
+    """The tasks of `names` that the encoder in this folder was trained on; a share of them where it is not trained."""
+    record = Path(encoder) / RECORD_FILE
+    if not record.exists():
+        return choose_tasks(names, SHARE, 0)
+    trained = json.loads(record.read_text(encoding="utf-8"))["num_texts_of_task"]
+    return [name for name in names if name in trained]
+
+
+def adapters_of(loaded: Loaded) -> dict[str, AdapterWeights]:
+    """The pool's, by task."""
+    snapshot = loaded.store.snapshot()
+    return {
+        name: fetch_from(loaded.store, snapshot.resolve("local", name).weights_digest)
+        for name in loaded.bench.study.specs
+    }
+
+
+def measure(loaded: Loaded, encoder: Encoder, gates: Gates, folder: Path, per_task: int, recipe: GateRecipe) -> None:
+    """Rows and section are in `folder`; gates that are trained and answers that are known stay."""
+    bench = loaded.bench
+    steps = steps_of(bench, gates, gates.trained(bench, recipe), per_task, f"{encoder.identity}-{gates.key(recipe)}")
+    run_steps(steps, _ANSWER_S, bench.out)
+    write_parquet(folder / ROWS, pa.concat_tables([pq.read_table(step.path) for step in steps]))
+    (folder / "gate.md").write_text(section(pd.read_parquet(folder / ROWS), gates.learnt), encoding="utf-8")
+
+
+def main(
+    per_task: PerTask = 10,
+    encoder: EncoderName = DEFAULT_MODEL,
+    root: Root = DEFAULT_ROOT,
+) -> None:
+    """Train the gate, answer under every way of weighing, write rows and the report's section."""
+    loaded = load_bench(Workspace(root), encoder, Console(width=120))
+    source = Path(model_source(loaded.bench.asker.engine.config))
+    base, tokenizer = load_base(source), AutoTokenizer.from_pretrained(source)
+    learnt = learnt_by(encoder, list(loaded.bench.study.specs))
+    gates = Gates(base, adapters_of(loaded), tokenizer, learnt)
+    measure(loaded, Encoder(encoder), gates, PAPER_RESULTS, per_task, GateRecipe())
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,58 @@
+"""The paper's main table: `python -m benchmarks.paper.stages.main_table`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import typer
+from rich.console import Console
+
+from benchmarks.paper.answering.methods import MAIN
+from benchmarks.paper.answering.runs import Bench, pool_retriever, run_all
+from benchmarks.paper.answering.study import Weights, load_asker, load_study, worker_config
+from benchmarks.paper.common.options import EncoderName, PerTask, Root
+from benchmarks.paper.common.resumable import write_parquet
+from benchmarks.paper.common.tasks import NUM_TEST, read_task_list
+from benchmarks.paper.common.workspace import DEFAULT_ROOT, PAPER_RESULTS, Workspace
+from benchmarks.paper.pool.choose import read_pool
+from benchmarks.paper.stages.answer_tables import ROWS, write_tables
+from lora_store import LoraStore
+from retriever_svc import Encoder
+from retriever_svc.encoder_files import DEFAULT_MODEL
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The fixed pool behind the server's engine and Retriever, and where the engine's weights come from."""
+
+    bench: Bench
+    store: LoraStore
+    weights: Weights
+
+
+def load_bench(workspace: Workspace, encoder: str, out: Console) -> Loaded:
+    listed, names = read_task_list().by_name, read_pool()
+    config = worker_config(len(names))
+    study = load_study([listed[name] for name in names], workspace, config)
+    asker, store, weights = load_asker(workspace, config, names)
+    return Loaded(Bench(study, asker, pool_retriever(study, asker, Encoder(encoder)), out), store, weights)
+
+
+def main(
+    per_task: PerTask = NUM_TEST,
+    encoder: EncoderName = DEFAULT_MODEL,
+    root: Root = DEFAULT_ROOT,
+) -> None:
+    """Answer the test questions under every method, then write rows, tables and figures; known answers are kept."""
+    workspace = Workspace(root)
+    bench = load_bench(workspace, encoder, Console(width=120)).bench
+    rows = run_all(bench, MAIN, per_task, workspace.rows / "answers")
+    rows = pa.concat_tables([rows, bench.majority(per_task)])
+    write_parquet(PAPER_RESULTS / ROWS, rows)
+    write_tables(PAPER_RESULTS, Path(encoder).name)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,74 @@
+"""The share of tasks an encoder was trained on against the answers: `python -m benchmarks.paper.stages.shares`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import pandas as pd
+import pyarrow as pa
+import typer
+from rich.console import Console
+
+from benchmarks.paper.answering.methods import Routed
+from benchmarks.paper.answering.runs import Bench, Method, pool_retriever, run_all
+from benchmarks.paper.common.markdown import table
+from benchmarks.paper.common.options import PerTask, Root
+from benchmarks.paper.common.resumable import write_parquet
+from benchmarks.paper.common.workspace import DEFAULT_ROOT, PAPER_RESULTS, Workspace
+from benchmarks.paper.retrieval.loading import load_experiments
+from benchmarks.paper.retrieval.study import UNTRAINED
+from benchmarks.paper.stages.answer_tables import Answers
+from benchmarks.paper.stages.main_table import load_bench
+from retriever_svc import Encoder
+from retriever_svc.encoder_files import DEFAULT_MODEL
+
+ROWS = "shares.parquet"
+METHODS: dict[str, Method] = {
+    f"{strategy}_{pool}": Routed(strategy, top_k, masks_own=masked)
+    for strategy, top_k in (("selection", 1), ("mixture", 3))
+    for pool, masked in (("iid", False), ("ood", True))
+}
+
+
+def share_rows(bench: Bench, encoders: Mapping[str, Encoder], per_task: int) -> pa.Table:
+    """Every method under every encoder; runs are named `<encoder> <method>`."""
+    tables = []
+    for label, encoder in encoders.items():
+        own = replace(bench, retriever=pool_retriever(bench.study, bench.asker, encoder))
+        methods = {f"{label} {name}": method for name, method in METHODS.items()}
+        tables.append(run_all(own, methods, per_task, bench.study.workspace.rows / "shares"))
+    return pa.concat_tables(tables)
+
+
+def section(rows: pd.DataFrame) -> str:
+    """Of the report."""
+    answers = Answers(rows, {})
+    labels = dict.fromkeys(run.rpartition(" ")[0] for run in answers.runs)
+    lines = [[label, *[answers.interval(f"{label} {name}").in_percent() for name in METHODS]] for label in labels]
+    count = answers.scores(answers.runs[0]).shape[1]
+    words = (
+        f"{count} questions a task; percent with 95 % intervals. One encoder a share, of the first draw of tasks; the"
+        " main table's is the best of three draws.\n"
+    )
+    header = ["encoder trained on", *[name.replace("_", " ") for name in METHODS]]
+    return "\n".join(["## The encoder's training and the answers\n", words, table(header, lines)])
+
+
+def main(
+    per_task: PerTask = 20,
+    root: Root = DEFAULT_ROOT,
+) -> None:
+    """Answer under the encoders of the retrieval study's first seed, write rows and the report's section."""
+    workspace = Workspace(root)
+    bench, experiments = load_bench(workspace, DEFAULT_MODEL, Console(width=120)).bench, load_experiments(workspace)
+    study = experiments.study
+    draws = [draw for draw in study.draws() if draw.seed == study.seeds[0] and not draw.whole_clusters]
+    named = {f"{draw.share:.0%}": draw.name for draw in sorted(draws, key=lambda draw: draw.share)}
+    encoders = {label: experiments.encoder(name) for label, name in {"nothing": UNTRAINED, **named}.items()}
+    write_parquet(PAPER_RESULTS / ROWS, share_rows(bench, encoders, per_task))
+    (PAPER_RESULTS / "shares.md").write_text(section(pd.read_parquet(PAPER_RESULTS / ROWS)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)

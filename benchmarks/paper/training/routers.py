@@ -1,0 +1,108 @@
+"""The paper's trained baselines: a router over one adapter a cluster (MoE, SMEAR), and LoRAHub's one set of weights."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.paper.training.experts import ExpertModel
+from benchmarks.training.lora_training import AnswerLoss, Example, Padded
+
+_BATCH = 8
+
+
+@dataclass(frozen=True, slots=True)
+class RouterKind:
+    """`num_chosen` None weighs all experts (soft, SMEAR); else the best few, found with Gumbel noise in training."""
+
+    num_chosen: int | None = None
+    temperature: float = 1.0
+    learning_rate: float = 0.02
+    num_steps: int = 120
+    seed: int = 0
+
+
+class Router(nn.Module):
+    """R(x) = softmax(W_g e(x)), e(x) the encoder's unit vector of the prompt.
+
+    The paper's router reads each layer's input; this one reads the prompt once, so that its weights make a plan the
+    server can run. Source: LoraRetriever (ACL Findings 2024), appendix F.
+    """
+
+    def __init__(self, dim: int, num_experts: int, kind: RouterKind) -> None:
+        super().__init__()
+        self._kind = kind
+        self.gate = nn.Linear(dim, num_experts, bias=False)
+        nn.init.zeros_(self.gate.weight)
+
+    def forward(self, vectors: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Weights (B, P), rows of sum 1, of prompts (B, D). With a generator, noise as in training."""
+        logits = self.gate(vectors)
+        if self._kind.num_chosen is None:
+            return F.softmax(logits, dim=-1)
+        if generator is not None:
+            uniform = torch.rand(logits.shape, generator=generator).clamp(1e-9, 1 - 1e-9)
+            logits = (F.log_softmax(logits, dim=-1) - (-uniform.log()).log()) / self._kind.temperature
+        soft = F.softmax(logits, dim=-1)
+        chosen = soft.topk(min(self._kind.num_chosen, soft.shape[-1]), dim=-1).indices
+        kept = soft * torch.zeros_like(soft).scatter(-1, chosen, 1.0)
+        sparse = kept / kept.sum(dim=-1, keepdim=True)
+        return (
+            sparse.detach() + soft - soft.detach()
+        )  # the gradient is the soft one's: one chosen expert alone has none
+
+
+def train_router(
+    model: ExpertModel,
+    examples: Sequence[Example],
+    vectors: Tensor,
+    loss_of: AnswerLoss,
+    num_experts: int,
+    kind: RouterKind,
+    on_step: Callable[[float], None],
+) -> Router:
+    """The router after `num_steps` batches of `examples`, whose prompts have `vectors` (N, D). Nothing else learns."""
+    router = Router(vectors.shape[1], num_experts, kind)
+    optimizer = torch.optim.Adam(router.parameters(), lr=kind.learning_rate)
+    noise = torch.Generator().manual_seed(kind.seed)
+    for _, rows in zip(range(kind.num_steps), _shuffled(len(examples), kind.seed), strict=False):
+        weights = router(vectors[rows], noise)
+        loss = model.loss(Padded().batch([examples[row] for row in rows]), weights, loss_of)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        on_step(loss.item())
+    return router
+
+
+def _shuffled(count: int, seed: int) -> Iterator[list[int]]:
+    draw = random.Random(seed)
+    while True:
+        order = draw.sample(range(count), count)
+        yield from (order[start : start + _BATCH] for start in range(0, count - _BATCH + 1, _BATCH))
+
+
+def search_weights(
+    loss_of: Callable[[Tensor], float], num_adapters: int, num_steps: int, seed: int = 0, bound: float = 1.5
+) -> tuple[Tensor, float]:
+    """(weights, their loss): the best of `num_steps` found without gradients, by a (1 + 1) evolution strategy.
+
+    Steps grow by 1.5 after a success and shrink by 1.5^(1/4) after a failure. |w| <= `bound`, and 0.05 times the mean
+    |w| is added to the loss, as in LoRAHub, whose optimiser is another.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    best = torch.full((num_adapters,), 1 / num_adapters)
+    lowest, step = loss_of(best) + 0.05 * float(best.abs().mean()), 0.2
+    for _ in range(num_steps - 1):
+        tried = (best + step * torch.randn(num_adapters, generator=draw)).clamp(-bound, bound)
+        value = loss_of(tried) + 0.05 * float(tried.abs().mean())
+        if value < lowest:
+            best, lowest, step = tried, value, step * 1.5
+        else:
+            step /= 1.5**0.25
+    return best, lowest

@@ -1,0 +1,117 @@
+"""Tables and figures are what the rows say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from benchmarks.paper.stages.ablations import methods_of, numbers_table, weights_table
+from benchmarks.paper.stages.answer_tables import Answers, differences, figures, main_table, own_adapters, without_own
+from benchmarks.paper.stages.report import SECTIONS, report_of
+
+CLUSTERS = {"a": "first", "b": "first", "c": "second"}
+
+
+@pytest.fixture
+def answers() -> Answers:
+    """40 questions a task: `perfect` is right on all of a and b and half of c; `mixture_ood` on a quarter of all."""
+    shares = {
+        "perfect": {"a": 1, "b": 1, "c": 2},
+        "mixture_ood": {"a": 4, "b": 4, "c": 4},
+        "base": {"a": 99} | {"b": 99, "c": 99},
+    }
+    rows = [
+        {"run": run, "task": task, "number": number, "score": float(number % every == every - 1)}
+        for run, tasks in shares.items()
+        for task, every in tasks.items()
+        for number in range(40)
+    ]
+    return Answers(pd.DataFrame(rows).sample(frac=1, random_state=0), CLUSTERS)
+
+
+def test_every_task_weighs_the_same_and_intervals_are_of_the_questions(answers: Answers) -> None:
+    whole = answers.interval("perfect")
+    assert whole.mean == pytest.approx((1 + 1 + 0.5) / 3)
+    half = 1.96 * np.sqrt(0.25 / 40) / 3  # a and b do not vary
+    assert whole.high - whole.mean == pytest.approx(half, rel=0.25) and whole.mean - whole.low == pytest.approx(
+        half, rel=0.25
+    )
+    assert answers.interval("perfect", "first") == (1, 1, 1)
+
+
+def test_a_difference_is_paired_by_question(answers: Answers) -> None:
+    found = answers.difference("perfect", "mixture_ood")
+    assert found.mean == pytest.approx((0.75 + 0.75 + 0.25) / 3)
+    assert "| 3 / 0 |" in differences(answers, [("perfect", "mixture_ood")])
+    assert "| 0 / 3 |" in differences(answers, [("mixture_ood", "perfect")])
+    assert "perfect − base | 83.3" in differences(answers, [("perfect", "base"), ("perfect", "absent")])
+
+
+def test_a_baseline_is_also_compared_where_it_has_no_adapter_of_the_task() -> None:
+    """It is right where its own adapters are, a and b, and nowhere else."""
+    shares = {"moe_soft": {"a": 1, "b": 1, "c": 0}, "mixture_ood": {"a": 0, "b": 0, "c": 1}}
+    rows = [
+        {"run": run, "task": task, "number": number, "score": float(right)}
+        for run, tasks in (shares | {"selection_ood": dict.fromkeys("abc", 0)}).items()
+        for task, right in tasks.items()
+        for number in range(3)
+    ]
+    [line] = without_own(pd.DataFrame(rows), {"moe_soft": ["a", "b"], "smear": ["a", "b"]}).splitlines()[2:3]
+    cells = [cell.split(" ")[0] for cell in line.strip("| ").split(" | ")]
+    assert cells == ["moe", "1", "0.0", "0.0", "0.0", "100.0", "100.0"]
+
+
+def test_every_task_has_its_own_adapter_beside_base_and_guesses() -> None:
+    shares = {"perfect": 1.0, "base": 0.25, "majority": 0.5}
+    rows = [
+        {"run": run, "task": task, "number": number, "score": share}
+        for run, share in shares.items()
+        for task in "ab"
+        for number in range(3)
+    ]
+    lines = own_adapters(Answers(pd.DataFrame(rows), {})).splitlines()[2:]
+    cells = "100.0 | 25.0 | 50.0 | 75.0 (75.0 to 75.0) | 50.0 (50.0 to 50.0)"
+    assert lines == [f"| a | {cells} |", f"| b | {cells} |"]
+
+
+def test_the_table_has_a_row_a_cluster_and_all_tasks_last(answers: Answers) -> None:
+    lines = main_table(answers).splitlines()
+    assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == [
+        "first (2)",
+        "second (1)",
+        "**all tasks**",
+        "95 % interval",
+    ]
+    column = answers.runs.index("perfect") + 1
+    assert [line.strip("| ").split(" | ")[column] for line in lines[2:5]] == ["100.0", "50.0", "**83.3**"]
+
+
+def test_figures_are_shares_of_one_with_bounds(answers: Answers) -> None:
+    found = figures(answers)
+    assert set(found) == {
+        f"score_{run}{end}" for run in ("perfect_iid", "mixture_ood", "base_iid") for end in ("", "_lo", "_hi")
+    }
+    assert found["score_mixture_ood"] == 0.25 and found["score_mixture_ood_lo"] < 0.25 < found["score_mixture_ood_hi"]
+
+
+def test_the_report_says_what_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "answers.md").write_text("## Answers\n\nall right\n")
+    report = report_of(tmp_path, "# Report\n")
+    assert report.startswith("# Report\n\n## Answers\n\nall right\n")
+    missing = [name.removesuffix(".md") for name in SECTIONS if name != "answers.md"]
+    assert report.endswith(f"Not measured yet: {', '.join(missing)}.\n")
+
+
+def test_the_ablation_has_a_row_a_number_and_compares_the_weights() -> None:
+    rows = [
+        {"run": run, "task": task, "number": number, "score": float(number % 2)}
+        for run in methods_of((1, 3))
+        for task in "ab"
+        for number in range(4)
+    ]
+    answers = Answers(pd.DataFrame(rows), {"a": "m", "b": "m"})
+    assert [line.split(" | ")[0] for line in numbers_table(answers, (1, 3)).splitlines()[2:]] == ["| 1", "| 3"]
+    assert "softmax iid − mixture k3 iid | 0.0 (0.0 to 0.0)" in weights_table(answers)

@@ -1,0 +1,121 @@
+"""`all` runs every stage in order, goes on after a failure, and swaps what is not kept."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import typer
+from rich.console import Console
+
+from benchmarks.paper.__main__ import STAGES, Stage, run_stages
+from benchmarks.paper.common.tasks import read_task_list
+from benchmarks.paper.pool.choose import Verdict, choose_pool, read_pool, read_rounds, write_pool
+from benchmarks.paper.stages.report import SECTIONS
+
+
+class Modules:
+    """Notes what runs. What is trained is kept but for `failing`, whose adapters do not beat guessing."""
+
+    def __init__(self, pool_file: Path, failing: set[str]) -> None:
+        self.ran: list[str] = []
+        self._pool_file, self._failing, self.broken, self.num_left = pool_file, failing, "", 1000
+        self.trained = [spec.name for spec in read_task_list().tasks]
+
+    def __call__(self, name: str, arguments: Sequence[str]) -> None:
+        if name == self.broken:
+            raise RuntimeError(name)
+        if self.num_left == 0:
+            raise KeyboardInterrupt
+        self.num_left -= 1
+        self.ran.append(name)
+        if name == "train_pool":
+            self.trained += [word for word in arguments if word != "--only" and word not in self.trained]
+        if name == "choose":
+            listed = read_task_list()
+            cluster = {task: spec.cluster for task, spec in listed.by_name.items()}
+            verdicts = {
+                task: Verdict(task, cluster[task], 0.9, 0.1, -0.1 if task in self._failing else 0.5)
+                for task in self.trained
+            }
+            pool = choose_pool(listed, verdicts)
+            write_pool(self._pool_file, pool, verdicts.values(), read_rounds(self._pool_file))
+
+
+@pytest.fixture
+def pool_file(tmp_path: Path) -> Path:
+    return tmp_path / "pool.json"
+
+
+def test_every_stage_runs_once_in_order_and_a_fixed_pool_is_kept(pool_file: Path) -> None:
+    modules = Modules(pool_file, failing=set())
+    run_stages(STAGES, modules, Console(quiet=True), pool_file)
+    assert modules.ran == [stage.name for stage in STAGES]
+    run_stages(STAGES, modules, Console(quiet=True), pool_file)
+    assert modules.ran.count("choose") == 1 and modules.ran.count("report") == 2
+
+
+def test_a_task_that_fails_is_swapped_for_a_trained_spare_of_its_cluster(pool_file: Path) -> None:
+    modules = Modules(pool_file, failing={"senti_hotels"})
+    run_stages(STAGES[:2], modules, Console(quiet=True), pool_file)
+    assert modules.ran == ["train_pool", "choose", "train_pool", "choose"]
+    pool, listed = read_pool(pool_file), read_task_list()
+    [spare] = set(pool) - {spec.name for spec in listed.tasks}
+    assert "senti_hotels" not in pool and listed.by_name[spare].cluster == "sentiment" and len(pool) == 48
+
+
+@pytest.mark.parametrize("num_done", range(1, 8))
+def test_a_choice_that_was_interrupted_goes_on_to_the_same_pool(pool_file: Path, tmp_path: Path, num_done: int) -> None:
+    failing = {spec.name for spec in read_task_list().by_name.values() if spec.cluster in ("sentiment", "logic")}
+    whole = Modules(pool_file, failing)
+    run_stages(STAGES[:2], whole, Console(quiet=True), pool_file)
+    cut = tmp_path / "cut.json"
+    modules = Modules(cut, failing)
+    modules.num_left = num_done
+    with pytest.raises(KeyboardInterrupt):
+        run_stages(STAGES[:2], modules, Console(quiet=True), cut)
+    modules.num_left = len(whole.ran)
+    run_stages(STAGES[:2], modules, Console(quiet=True), cut)
+    assert cut.read_text() == pool_file.read_text()
+    assert len(set(modules.trained)) == len(set(whole.trained)) > len(read_task_list().tasks)
+
+
+def test_what_failed_is_tried_again_by_the_next_run(pool_file: Path) -> None:
+    modules = Modules(pool_file, failing=set())
+    modules.broken = "retrieval"
+    with pytest.raises(RuntimeError):
+        run_stages(STAGES, modules, Console(quiet=True), pool_file)
+    assert modules.ran == ["train_pool", "choose"]
+    modules.broken = ""
+    run_stages(STAGES, modules, Console(quiet=True), pool_file)
+    assert modules.ran[2:] == [stage.name for stage in STAGES if stage.name != "choose"]
+
+
+def test_the_time_it_takes_is_told_first(pool_file: Path) -> None:
+    out = Console(record=True, width=300)
+    run_stages(STAGES, Modules(pool_file, failing=set()), out, pool_file)
+    assert f"about {sum(stage.minutes for stage in STAGES)} minutes" in out.export_text().splitlines()[0]
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_a_stage_takes_the_arguments_it_is_given(stage: Stage) -> None:
+    module = importlib.import_module(stage.module)
+    if hasattr(module, "main"):
+        app = typer.Typer()
+        app.command()(module.main)
+        options = {option for parameter in typer.main.get_command(app).params for option in parameter.opts}
+        assert {word for word in stage.arguments if word.startswith("--")} <= options
+        assert not any(p.default is inspect.Parameter.empty for p in inspect.signature(module.main).parameters.values())
+    else:
+        importlib.import_module(f"{stage.module}.__main__")
+
+
+def test_every_section_of_the_report_is_written_by_a_module() -> None:
+    folder = Path(inspect.getfile(run_stages)).parent
+    sources = [path.read_text() for path in folder.rglob("*.py") if path.name != "report.py"]
+    for name in SECTIONS:
+        of_a_pool = f'"{name.rpartition("_")[0]}_{{pool}}.md"'
+        assert any(f'"{name}"' in source or of_a_pool in source for source in sources), name

@@ -1,0 +1,133 @@
+"""The trained baselines' sums are the server's, and what is to be learnt is learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.paper.training.experts import ExpertModel, Sum
+from benchmarks.paper.training.routers import Router, RouterKind, search_weights, train_router
+from benchmarks.training.bigbench_tasks import Item
+from benchmarks.training.lora_training import (
+    AnswerLoss,
+    Example,
+    FrozenLinear,
+    Padded,
+    Recipe,
+    freeze_linears,
+    tokenize,
+)
+from gpu_worker.engine.engine import Engine
+from gpu_worker.model.base_model import BaseModel
+from gpu_worker.request.prompts import alpaca_prompt
+from gpu_worker.request.request import Delta, Job, SamplingParams
+from lora_store import AdapterWeights, Plan
+from tests.tiny import assert_equal_logits, linear_shapes, plan_of, random_adapter, tiny_config
+
+WEIGHTS = (0.7, 0.2, -0.4)
+
+
+@pytest.fixture
+def adapters(tiny_base: Callable[..., BaseModel]) -> list[AdapterWeights]:
+    shapes = linear_shapes(tiny_base())
+    return [random_adapter(shapes, seed, rank=3, modules=lambda name: "layers.0" not in name) for seed in range(3)]
+
+
+@pytest.fixture
+def frozen(tiny_folders: Mapping[str, Path]) -> torch.nn.Module:
+    """Its frozen products in float32, so that they can be compared."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_folders["gemma3"], dtype=torch.float32).requires_grad_(False)
+    freeze_linears(model)
+    plain = AutoModelForCausalLM.from_pretrained(tiny_folders["gemma3"], dtype=torch.float32)
+    for name, module in model.named_modules():
+        if isinstance(module, FrozenLinear):
+            module.weight = plain.get_submodule(name).weight.requires_grad_(False)
+            module.forward = lambda x, w=module.weight: torch.nn.functional.linear(x, w)
+    return model
+
+
+@pytest.fixture
+def examples(tiny_folders: Mapping[str, Path]) -> list[Example]:
+    items = [Item(f"say {n}", (f"{n}",)) for n in range(16)]
+    return tokenize(items, AutoTokenizer.from_pretrained(tiny_folders["gemma3"]))
+
+
+@pytest.mark.parametrize("how", ["mixture", "fusion"])
+def test_the_sums_are_the_servers(
+    how: Sum, frozen: torch.nn.Module, adapters: list[AdapterWeights], tiny_folders: Mapping[str, Path]
+) -> None:
+    text = alpaca_prompt("count to three")
+    ids = AutoTokenizer.from_pretrained(tiny_folders["gemma3"])([text], return_tensors="pt")["input_ids"]
+    model = ExpertModel(frozen, adapters, how)
+    model.gates.weights = torch.tensor([WEIGHTS])
+    found = frozen(input_ids=ids).logits[0, -1]
+    plan = plan_of(how, *zip(adapters, WEIGHTS, strict=True))
+    assert_equal_logits(found.detach(), served_logits(tiny_folders["gemma3"], adapters, plan, text))
+
+
+def served_logits(folder: Path, adapters: list[AdapterWeights], plan: Plan, text: str) -> torch.Tensor:
+    """(V,) after the prompt, from the server's engine."""
+    by_digest = {weights.weights_digest: weights for weights in adapters}
+    with ThreadPoolExecutor(1) as executor:
+        engine = Engine(tiny_config(folder, max_model_len=256), lambda digest: executor.submit(by_digest.get, digest))
+        told: list[Delta | Exception] = []
+        job = Job("0", text, plan, SamplingParams(max_tokens=1, temperature=0))
+        engine.submit(engine.prepare(job, told.append, capture_first_logits=True))
+        engine.run_until_idle()
+    assert isinstance(told[-1], Delta) and told[-1].first_logits is not None
+    return told[-1].first_logits
+
+
+@pytest.mark.parametrize(("num_chosen", "count"), [(1, 1), (3, 3), (None, 5)])
+def test_a_router_weighs_as_many_experts_as_it_chooses(num_chosen: int | None, count: int) -> None:
+    router = Router(4, 5, RouterKind(num_chosen))
+    torch.nn.init.normal_(router.gate.weight)
+    weights = router(torch.randn(7, 4), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(weights.sum(dim=-1), torch.ones(7))
+    assert ((weights.abs() > 1e-6).sum(dim=-1) == count).all()
+
+
+def test_the_gradient_is_the_same_however_many_are_chosen() -> None:
+    """That of all experts' weights: one chosen expert alone, whose weight is always 1, has none."""
+    torch.manual_seed(0)
+    weight, vectors, worth = torch.randn(5, 4), torch.randn(7, 4), torch.randn(7, 5)
+    gradients = []
+    for num_chosen in (1, 3, 5):
+        router = Router(4, 5, RouterKind(num_chosen))
+        router.gate.weight.data = weight.clone()
+        (router(vectors, torch.Generator().manual_seed(0)) * worth).sum().backward()
+        gradients.append(router.gate.weight.grad)
+    for gradient in gradients[:2]:
+        torch.testing.assert_close(gradient, gradients[2])
+
+
+def test_a_router_learns_which_expert_helps(
+    frozen: torch.nn.Module, adapters: list[AdapterWeights], examples: list[Example]
+) -> None:
+    """Of two copies of one adapter, one turned against the answers; prompts of either kind have vectors apart."""
+    recipe = Recipe(vocabulary_len=300)
+    loss_of = AnswerLoss(frozen.model.embed_tokens.weight, examples, recipe)
+    model = ExpertModel(frozen, adapters, "mixture")
+    losses = []
+    for expert in range(3):
+        alone = torch.zeros(16, 3)
+        alone[:, expert] = 1
+        losses.append(model.loss(Padded().batch(examples), alone, loss_of).item())
+    kind = RouterKind(learning_rate=0.3, num_steps=40)
+    router = train_router(model, examples, torch.ones(16, 1), loss_of, 3, kind, lambda _: None)
+    learnt = model.loss(Padded().batch(examples), router(torch.ones(16, 1)), loss_of).item()
+    uniform = model.loss(Padded().batch(examples), torch.full((16, 3), 1 / 3), loss_of).item()
+    assert learnt < uniform - 0.01 and learnt < min(losses) + 0.1
+
+
+def test_weights_are_found_without_gradients_and_stay_bounded() -> None:
+    target = torch.tensor([1.4, -0.5, 0.0, 0.8])
+    best, lowest = search_weights(lambda w: float((w - target).square().sum()), 4, num_steps=300)
+    assert (best - target).abs().max() < 0.2 and lowest < 0.15
+    far, _ = search_weights(lambda w: float((w - 9).square().sum()), 2, num_steps=200)
+    assert far.abs().max() <= 1.5
