@@ -21,10 +21,10 @@ from gpu_worker.errors import AdapterUnfit
 from lora_store import AdapterRefused, Sample, StoreUnavailable, VersionConflict
 from retriever_svc import StaleIndex
 from tests.deployments.adapter_records import ENCODER, adapter, pool_of
+from tests.deployments.fake_publishing import POET, Publishing, live
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_store import FakeStore
 from tests.deployments.fake_worker import SHAPES
-from tests.deployments.fake_publishing import POET, Publishing, live
 from tests.fakes import FakeHandle
 
 

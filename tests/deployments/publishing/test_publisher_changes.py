@@ -11,10 +11,10 @@ from deployments.errors import VersionNotKept
 from lora_store import AdapterNotFound, Embedding, Sample, Staged, StoreUnavailable
 from retriever_svc import StaleIndex
 from tests.deployments.adapter_records import ENCODER, adapter
+from tests.deployments.fake_publishing import Publishing, live
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_store import FakeStore
 from tests.deployments.fake_worker import FakeWorker
-from tests.deployments.fake_publishing import Publishing, live
 from tests.fakes import FakeHandle
 
 
