@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,6 @@ from numpy.typing import NDArray
 
 from retriever_svc.encoder_files import DEFAULT_MODEL, identity_files, model_folder
 from retriever_svc.errors import EncoderUnusable
-from retriever_svc.fair_lock import FairLock
 from retriever_svc.vector_cache import OwnedText, VectorCache
 
 if TYPE_CHECKING:
@@ -86,7 +86,8 @@ class Encoder:
         self._instruction = instruction
         self._max_chars = max_tokens * _CHARS_PER_TOKEN
         self._cache = VectorCache(max_cached_texts)
-        self._model_turn = FairLock()  # two forward passes at once would only share the same cores
+        # One thread: concurrent forward passes would only share the same cores. Its queue serves callers in order.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="encoder")
         self.identity: str = _identity(folder, f"{instruction}\0{self._model.max_seq_length}")
         self.dim: int = self._model.get_embedding_dimension()
 
@@ -102,12 +103,17 @@ class Encoder:
         known = {} if owners is None else self._cache.get(keys)
         missing = [key for key in dict.fromkeys(keys) if key not in known]
         if missing:
-            with self._model_turn:
-                for chunk in chunks_of(missing):
-                    known.update(zip(chunk, self._compute([text for _, text in chunk]), strict=True))
+            known.update(self._thread.submit(self._encode_chunks, missing).result())
         if owners is not None:
             self._cache.put({key: known[key] for key in missing})
         return np.stack([known[key] for key in keys]) if keys else np.empty((0, self.dim), np.float32)
+
+    def _encode_chunks(self, keys: Iterable[OwnedText]) -> dict[OwnedText, Vectors]:
+        """Return the row (D,) of each text. Runs on the encoder's thread."""
+        rows: dict[OwnedText, Vectors] = {}
+        for chunk in chunks_of(keys):
+            rows.update(zip(chunk, self._compute([text for _, text in chunk]), strict=True))
+        return rows
 
     def _compute(self, texts: list[str]) -> Vectors:
         rows: Vectors = self._model.encode(

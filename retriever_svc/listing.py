@@ -5,12 +5,12 @@ from __future__ import annotations
 import heapq
 import threading
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from operator import itemgetter
 
+from lora_store.lru_cache import LruCache
 from lora_store.records import AdapterRecord
 from lora_store.snapshot import Snapshot
 
@@ -45,7 +45,7 @@ class Page:
 
 
 Rows = list[tuple[str, AdapterRecord]]  # never changed once made
-_Question = tuple[str, PageRequest]
+_Query = tuple[str, PageRequest]
 _NO_FILTERS = PageRequest(limit=0)
 _SORTED_TOGETHER = 8192
 ROWS_OF_A_LIST = 64  # what a list takes beside its rows, in rows: callers choose the words of a search
@@ -59,9 +59,8 @@ class Listings:
     """
 
     def __init__(self, snapshot: Snapshot, *, max_rows: int = 2_000_000) -> None:
-        self._snapshot, self._max_rows = snapshot, max_rows
-        self._lists: OrderedDict[_Question, Rows] = OrderedDict()
-        self._num_rows = 0
+        self._snapshot = snapshot
+        self._lists: LruCache[_Query, Rows] = LruCache(max_rows, _size_of, keeps_newest=True)
         self._lock = threading.Lock()
 
     def page(self, tenant: str, request: PageRequest) -> Page:
@@ -73,23 +72,22 @@ class Listings:
 
     def _rows(self, tenant: str, filters: PageRequest) -> Rows:
         """Return what `tenant` may use and passes `filters`, sorted by name. Two threads may both make the same one."""
-        question = (tenant, filters)
+        query = (tenant, filters)
         with self._lock:
-            if question in self._lists:
-                self._lists.move_to_end(question)
-                return self._lists[question]
+            cached = self._lists.get(query)
+        if cached is not None:
+            return cached
         if filters == _NO_FILTERS:
             rows = _sorted_rows(self._snapshot.records.values(), tenant)
         else:
             rows = list(_matching(self._rows(tenant, _NO_FILTERS), filters))
         with self._lock:
-            if question not in self._lists:
-                self._lists[question] = rows
-                self._num_rows += len(rows) + ROWS_OF_A_LIST
-            while self._num_rows > self._max_rows and len(self._lists) > 1:
-                _, dropped = self._lists.popitem(last=False)
-                self._num_rows -= len(dropped) + ROWS_OF_A_LIST
+            self._lists.put(query, rows)
         return rows
+
+
+def _size_of(rows: Rows) -> int:
+    return len(rows) + ROWS_OF_A_LIST
 
 
 def _sorted_rows(records: Iterable[AdapterRecord], tenant: str) -> Rows:

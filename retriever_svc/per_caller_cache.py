@@ -1,31 +1,31 @@
-"""What was computed for a caller, kept while its generation is served."""
+"""A cache of values computed for each caller, valid for one generation."""
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from lora_store.lru_cache import LruCache
+
 Value = TypeVar("Value")
-_MAX_VIEWS = 256  # callers choose the keys, so their number has a bound
+_MAX_VALUES = 256  # callers choose the keys, so their number must be bounded
 
 
-class ViewCache(Generic[Value]):
-    """Values by caller, the least recently used dropped first. Two threads may both compute one: it is the same."""
+class PerCallerCache(Generic[Value]):
+    """Values by caller. Two threads may compute the same value at once; both results are equal."""
 
     def __init__(self) -> None:
-        self._views: OrderedDict[tuple[str, ...], Value] = OrderedDict()
+        self._values: LruCache[tuple[str, ...], Value] = LruCache(_MAX_VALUES)
         self._lock = threading.Lock()
 
     def get(self, key: tuple[str, ...], compute: Callable[[], Value]) -> Value:
+        """Return the cached value of `key`, or compute and cache it."""
         with self._lock:
-            if key in self._views:
-                self._views.move_to_end(key)
-                return self._views[key]
+            cached = self._values.get(key)
+        if cached is not None:
+            return cached
         value = compute()
         with self._lock:
-            self._views[key] = value
-            if len(self._views) > _MAX_VIEWS:
-                self._views.popitem(last=False)
+            self._values.put(key, value)
         return value

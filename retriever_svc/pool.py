@@ -13,7 +13,7 @@ from retriever_svc.encoder import Encoder, Vectors
 from retriever_svc.index import AdapterIndex, Allowed, IndexSettings, Match
 from retriever_svc.inverted_lists import InvertedLists
 from retriever_svc.listing import Listings
-from retriever_svc.per_caller_cache import ViewCache
+from retriever_svc.per_caller_cache import PerCallerCache
 from retriever_svc.planning import resolve
 from retriever_svc.projection import MAX_POINTS, Plane, Point, PoolMap
 from retriever_svc.snapshot_diff import differences
@@ -26,10 +26,10 @@ class Pool:
     snapshot: Snapshot
     encoder: Encoder
     index: AdapterIndex
-    _allowed: ViewCache[Allowed] = field(default_factory=ViewCache)
-    _floors: ViewCache[float] = field(default_factory=ViewCache)
-    _maps: ViewCache[tuple[Plane, PoolMap]] = field(default_factory=ViewCache)
-    _counts: ViewCache[int] = field(default_factory=ViewCache)
+    _allowed: PerCallerCache[Allowed] = field(default_factory=PerCallerCache)
+    _floors: PerCallerCache[float] = field(default_factory=PerCallerCache)
+    _maps: PerCallerCache[tuple[Plane, PoolMap]] = field(default_factory=PerCallerCache)
+    _counts: PerCallerCache[int] = field(default_factory=PerCallerCache)
     listings: Listings = field(init=False)
 
     def __post_init__(self) -> None:

@@ -104,7 +104,7 @@ class Gate:
         assert await asyncio.to_thread(self._entered.wait, 20)
 
     async def somebody_waits(self) -> None:
-        while not self._encoder._model_turn._turns:
+        while not self._encoder._thread._work_queue.qsize():
             await asyncio.sleep(0.01)
 
     def open(self) -> None:

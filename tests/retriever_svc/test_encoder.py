@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -119,6 +121,73 @@ def test_threads_share_an_encoder(encoder: Encoder) -> None:
     with ThreadPoolExecutor(6) as pool:
         for rows, alone in zip(pool.map(small.encode, batches, owners), expected, strict=True):
             np.testing.assert_allclose(rows, alone, atol=1e-5)
+
+
+def test_callers_are_served_in_the_order_they_came(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caller that comes back at once does not overtake the callers that wait."""
+    entered, go_on = threading.Event(), threading.Event()
+    order: list[str] = []
+
+    def compute(texts: list[str]) -> Vectors:
+        order.extend(texts)
+        entered.set()
+        assert go_on.wait(30)
+        return np.ones((len(texts), encoder.dim), np.float32)
+
+    monkeypatch.setattr(encoder, "_compute", compute)
+    with ThreadPoolExecutor(4) as callers:
+        first = callers.submit(encoder.encode, ["first"])
+        assert entered.wait(30)
+        waiting = []
+        for number, text in enumerate("abc", start=1):
+            waiting.append(callers.submit(encoder.encode, [text]))
+            _wait_for_queue(encoder, number)
+        go_on.set()
+        first.result()
+        encoder.encode(["again"])
+        for future in waiting:
+            future.result()
+    assert order == ["first", "a", "b", "c", "again"]
+
+
+def _wait_for_queue(encoder: Encoder, length: int) -> None:
+    until = time.monotonic() + 30
+    while encoder._thread._work_queue.qsize() < length:
+        assert time.monotonic() < until
+        time.sleep(0.001)
+
+
+def test_one_thread_runs_the_model_for_all_callers(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: set[int] = set()
+    num_running = most = 0
+
+    def compute(texts: list[str]) -> Vectors:
+        nonlocal num_running, most
+        threads.add(threading.get_ident())
+        num_running += 1
+        most = max(most, num_running)
+        time.sleep(0)  # lets another thread run
+        num_running -= 1
+        return np.ones((len(texts), encoder.dim), np.float32)
+
+    monkeypatch.setattr(encoder, "_compute", compute)
+    with ThreadPoolExecutor(4) as callers:
+        rows = list(callers.map(encoder.encode, [[str(number)] for number in range(200)]))
+    assert (len(rows), len(threads), most) == (200, 1, 1)
+
+
+def test_an_error_of_the_model_reaches_its_caller_alone(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    compute = encoder._compute
+
+    def fail(texts: list[str]) -> Vectors:
+        if "bad" in texts:
+            raise ZeroDivisionError
+        return compute(texts)
+
+    monkeypatch.setattr(encoder, "_compute", fail)
+    with pytest.raises(ZeroDivisionError):
+        encoder.encode(["bad"])
+    assert encoder.encode(["good"]).shape == (1, encoder.dim)
 
 
 @pytest.fixture

@@ -62,6 +62,15 @@ def test_no_owner_pushes_out_anothers_texts() -> None:
     }
 
 
+def test_a_look_up_keeps_its_owner() -> None:
+    cache = VectorCache(2, max_owners=2)
+    for owner in "ab":
+        cache.put({(owner, "text"): row(0)})
+    cache.get([("a", "text")])
+    cache.put({("c", "text"): row(0)})
+    assert set(cache.get([(owner, "text") for owner in "abc"])) == {("a", "text"), ("c", "text")}
+
+
 def test_the_owner_that_asked_least_recently_is_dropped_with_all_it_has() -> None:
     cache = VectorCache(2, max_owners=2)
     for owner in ("a", "b", "a", "c"):

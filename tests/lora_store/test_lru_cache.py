@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_store.lru_cache import LruCache
+
+
+def test_the_least_recently_used_value_is_evicted_first() -> None:
+    cache: LruCache[str, int] = LruCache(2)
+    cache.put("a", 1)
+    cache.put("b", 2)
+    assert cache.get("a") == 1
+    cache.put("c", 3)
+    assert (list(cache.keys()), cache.get("b"), cache.total) == (["a", "c"], None, 2)
+
+
+def test_a_value_put_again_replaces_the_old_one_and_its_size() -> None:
+    cache: LruCache[str, str] = LruCache(10, len)
+    cache.put("a", "four")
+    cache.put("b", "four")
+    cache.put("a", "six...")
+    assert (list(cache.keys()), cache.get("a"), cache.total) == (["b", "a"], "six...", 10)
+
+
+@pytest.mark.parametrize(("keeps_newest", "kept"), [(False, ["small"]), (True, ["large"])])
+def test_a_value_larger_than_the_cache_is_kept_only_on_request(keeps_newest: bool, kept: list[str]) -> None:
+    cache: LruCache[str, str] = LruCache(3, len, keeps_newest=keeps_newest)
+    cache.put("small", "abc")
+    cache.put("large", "abcd")
+    assert list(cache.keys()) == kept
+    assert cache.total == sum(len(cache.get(key) or "") for key in kept)
+
+
+def test_a_removed_value_no_longer_counts() -> None:
+    cache: LruCache[str, str] = LruCache(3, len)
+    cache.put("a", "abc")
+    assert (cache.pop("a"), cache.pop("a"), cache.total, len(cache)) == ("abc", None, 0, 0)
+
+
+def test_a_value_is_measured_once() -> None:
+    measured: list[str] = []
+
+    def measure(value: str) -> int:
+        measured.append(value)
+        return 1
+
+    cache: LruCache[int, str] = LruCache(2, measure)
+    for number in range(5):
+        cache.put(number, str(number))
+        cache.get(number)
+    assert measured == list("01234")
+
+
+@given(st.lists(st.tuples(st.sampled_from(["get", "put", "pop"]), st.integers(0, 4), st.integers(0, 6))))
+def test_it_does_what_a_list_does_slowly(steps: list[tuple[str, int, int]]) -> None:
+    cache: LruCache[int, int] = LruCache(10, int)
+    slow: list[tuple[int, int]] = []  # (key, value), least recently used first; a value is its own size
+    for step, key, value in steps:
+        old = [item for item in slow if item[0] == key]
+        rest = [item for item in slow if item[0] != key]
+        act: Callable[[int], int | None] = cache.get if step == "get" else cache.pop
+        if step == "put":
+            cache.put(key, value)
+            slow = [*rest, (key, value)]
+            while sum(size for _, size in slow) > 10:
+                del slow[0]
+        else:
+            assert act(key) == (old[0][1] if old else None)
+            slow = [*rest, *old] if step == "get" else rest
+        assert list(cache.keys()) == [item[0] for item in slow]
+        assert cache.total == sum(size for _, size in slow)
