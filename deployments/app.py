@@ -34,7 +34,7 @@ def build_app(args: AppConfig) -> Application:
         store_handle,
         args.weights_cache,
         engine.niceness,
-        engine.wedged_after_s,
+        engine.step_timeout_s,
         allow_unauthenticated_ray=args.allow_unauthenticated_ray,
     )
     return ingress.bind(args, retriever.bind(args), worker_handle, store_handle)

@@ -1,37 +1,37 @@
 """Errors of the API itself.
 
 DeploymentsError
-├── RequestInvalid     the request breaks a rule; `param` names the field
-├── Unsupported        the request asks for a part of the OpenAI API that this server does not have
-├── KeyRefused         no key came, or one that is none of this server's
-├── KeysUnavailable    the keys file is missing for longer than the server may go on without it
-├── RoleMissing        the key may not do this
-├── OwnApproval        an admin approves an adapter of its own tenant
-├── RateLimited        the key has used what it may for now
-├── ModelNotFound      `model` names nothing this caller may use
-├── VersionNotKept     the adapter has no kept version of that digest
-├── VersionChanged     another version is live than the one the request names
-├── AdapterExists      the name is taken and the request does not say that it may be replaced
-├── HostRefused        the Host header is not a name of this server
-├── OriginRefused      a page of another origin asks
-├── PublishingOff      this door does not publish
-├── SourceRefused      the URI is not one that adapters may be published from
-├── SourceMissing      there is nothing to publish at that place
-├── SourceUnavailable  the source does not answer
-├── BodyNotAllowed     the method has no body, and one came
-├── BodyTooLarge       the body is larger than the server reads
-├── BodyTooSlow        the body did not come in time
-├── BodiesBusy         the bodies in memory leave no room for this one
-├── UploadsBusy        the uploads in progress leave no room for this one
-├── ServerOverloaded   this replica works on as many requests as it may
-├── EncoderBusy        more prompts wait for the encoder than it has room for
-├── NotReady           the server is still starting
-├── NoWorkerYet        all workers were scaled away, and none has started again in time
-├── Poisoned           a third replica died while it worked on this request
-├── ReplicaWedged      a health check found the engine hanging; Serve replaces the replica
-├── RayUnauthenticated Ray would run code for any client of its ports
-├── ProxyUnsafe        Ray's HAProxy hides the clients' addresses, and no keys are set
-└── BatchRefused       an offline run cannot begin, or cannot go on, as it was asked for
+├── RequestInvalid      the request breaks a rule; `param` names the field
+├── Unsupported         the request uses a part of the OpenAI API that this server does not serve
+├── KeyRefused          the request has no API key, or an unknown one
+├── KeysUnavailable     the keys file has been missing for too long
+├── RoleMissing         the key does not have the role that this operation needs
+├── SelfApproval        an admin approves an adapter of its own tenant
+├── RateLimited         the key has used up a rate limit
+├── ModelNotFound       `model` is not a model that this caller may use
+├── VersionNotKept      the server keeps no version of the adapter with that digest
+├── VersionChanged      the live version is not the one that the request names
+├── AdapterExists       the name is taken and the request does not allow replacing it
+├── HostRefused         the Host header is not a name of this server
+├── OriginRefused       the request comes from a web page of another origin
+├── PublishingDisabled  this server does not accept changes from this client
+├── SourceRefused       adapters must not be published from this URI
+├── SourceMissing       the source has no adapter
+├── SourceUnavailable   the source cannot be read at the moment
+├── BodyNotAllowed      the method does not take a body
+├── BodyTooLarge        the body is larger than the limit
+├── BodyTooSlow         the body did not arrive in time
+├── BodyMemoryFull      the memory for request bodies is used up
+├── UploadMemoryFull    the memory for uploads is used up
+├── ServerOverloaded    this replica is at its limit of concurrent requests
+├── EncoderBusy         too many prompts wait for the encoder
+├── NotReady            the server is still starting
+├── WorkerStarting      all workers were scaled to zero and none has started in time
+├── PoisonRequest       a third replica died while it worked on this request
+├── ReplicaStuck        a health check found the engine stuck; Serve replaces the replica
+├── RayUnauthenticated  Ray runs without authentication
+├── ProxyUnsafe         Ray's HAProxy hides client addresses, and no keys are set
+└── BatchRefused        an offline run cannot start or resume
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from collections.abc import Sequence
 
 
 class DeploymentsError(Exception):
-    """Base class of what the API itself refuses."""
+    """Base class of the errors of the API itself."""
 
 
 class RequestInvalid(DeploymentsError):
-    """Mend the request."""
+    """Correct the request."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message, param)
@@ -56,7 +56,7 @@ class RequestInvalid(DeploymentsError):
 
 
 class Unsupported(DeploymentsError):
-    """Leave this field out. `what` tells which use of it is not supported."""
+    """Leave this field out. `what`: the unsupported use of it."""
 
     def __init__(self, param: str, what: str) -> None:
         super().__init__(param, what)
@@ -64,7 +64,7 @@ class Unsupported(DeploymentsError):
         self.what = what
 
     def __str__(self) -> str:
-        return f"{self.param}: this server does not support {self.what}"
+        return f"{self.param}: this server does not support {self.what} yet; leave it out"
 
 
 class KeyRefused(DeploymentsError):
@@ -72,11 +72,11 @@ class KeyRefused(DeploymentsError):
 
 
 class KeysUnavailable(DeploymentsError):
-    """Ask again once the operator has put the keys file back."""
+    """Retry once the operator has restored the keys file."""
 
 
 class RoleMissing(DeploymentsError):
-    """Use a key with this role."""
+    """Use a key that has this role."""
 
     def __init__(self, key_id: str, role: str) -> None:
         super().__init__(key_id, role)
@@ -84,10 +84,10 @@ class RoleMissing(DeploymentsError):
         self.role = role
 
     def __str__(self) -> str:
-        return f"the key {self.key_id!r} has no role {self.role!r}"
+        return f"this operation needs the role {self.role!r}, which the key {self.key_id!r} does not have"
 
 
-class OwnApproval(DeploymentsError):
+class SelfApproval(DeploymentsError):
     """Have another tenant's admin approve it."""
 
     def __init__(self, name: str, tenant: str) -> None:
@@ -98,12 +98,12 @@ class OwnApproval(DeploymentsError):
     def __str__(self) -> str:
         return (
             f"the adapter {self.name!r} belongs to the key's own tenant {self.tenant!r}: "
-            "have an admin of another tenant approve it, or set admins_approve_own on the server"
+            "ask an admin of another tenant to approve it, or set allow_self_approval on the server"
         )
 
 
 class RateLimited(DeploymentsError):
-    """Try again after `retry_after_s`."""
+    """Retry after `retry_after_s`."""
 
     def __init__(self, limit: str, retry_after_s: float) -> None:
         super().__init__(limit, retry_after_s)
@@ -111,11 +111,11 @@ class RateLimited(DeploymentsError):
         self.retry_after_s = retry_after_s
 
     def __str__(self) -> str:
-        return f"the key may use {self.limit}; try again in {self.retry_after_s:.1f} s"
+        return f"the key's limit of {self.limit} is exceeded; retry in {self.retry_after_s:.1f} s"
 
 
 class ModelNotFound(DeploymentsError):
-    """`model` is neither `auto`, the base model, nor an adapter this caller may use. `hint`: a name it may mean."""
+    """Use `auto`, the base model, or an adapter that the caller may use. `hint`: a similar name."""
 
     param = "model"
 
@@ -125,7 +125,8 @@ class ModelNotFound(DeploymentsError):
         self.hint = hint
 
     def __str__(self) -> str:
-        return f"the model {self.model!r} does not exist" + (f"; did you mean {self.hint!r}?" if self.hint else "")
+        hint = f"; did you mean {self.hint!r}?" if self.hint else "; GET /v1/models lists what there is"
+        return f"no model or adapter {self.model!r}{hint}"
 
 
 class VersionNotKept(DeploymentsError):
@@ -139,11 +140,11 @@ class VersionNotKept(DeploymentsError):
 
     def __str__(self) -> str:
         wanted = "older version" if self.wanted is None else f"version {self.wanted!r}"
-        return f"adapter {self.name!r} has no {wanted}; kept are {', '.join(digest[:12] for digest in self.kept)}"
+        return f"adapter {self.name!r} has no {wanted}; it has {', '.join(digest[:12] for digest in self.kept)}"
 
 
 class VersionChanged(DeploymentsError):
-    """Look at the live version, then name its digest."""
+    """Review the live version, then send its digest."""
 
     param = "digest"
 
@@ -156,12 +157,12 @@ class VersionChanged(DeploymentsError):
     def __str__(self) -> str:
         return (
             f"digest: {self.wanted!r} is not the live version of adapter {self.name!r}; "
-            f"look at {self.live!r}, then approve that digest"
+            f"review {self.live!r}, then approve that digest"
         )
 
 
 class AdapterExists(DeploymentsError):
-    """Unload it first, or say `load_inplace`."""
+    """Unload it first, or set `load_inplace`."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -172,34 +173,34 @@ class AdapterExists(DeploymentsError):
 
 
 class HostRefused(DeploymentsError):
-    """Use an address or a known name of the server."""
+    """Use an IP address or a known name of the server."""
 
     def __init__(self, host: str) -> None:
         super().__init__(host)
         self.host = host
 
     def __str__(self) -> str:
-        given = f"the Host {self.host!r}" if self.host else "a request without one Host"
-        return f"this server does not answer to {given}: use localhost, an IP address, or a name of allowed_hosts"
+        given = f"the Host header {self.host!r} is" if self.host else "a missing or repeated Host header is"
+        return f"{given} not allowed: use localhost, an IP address, or a name listed in allowed_hosts"
 
 
 class OriginRefused(DeploymentsError):
-    """Ask from a page of the server's own."""
+    """Send the request from a page of this server."""
 
     def __init__(self, origin: str) -> None:
         super().__init__(origin)
         self.origin = origin
 
     def __str__(self) -> str:
-        return f"pages of {self.origin!r} may not ask this server: its own and those of this machine may"
+        return f"web pages of {self.origin!r} must not call this server; only its own and those of this machine may"
 
 
-class PublishingOff(DeploymentsError):
-    """Publish from the server's own machine, or switch publishing on."""
+class PublishingDisabled(DeploymentsError):
+    """Publish from the server's machine, or allow remote publishing."""
 
 
 class SourceRefused(DeploymentsError):
-    """Publish from a place below one of the tenant's `source_prefixes`."""
+    """Publish from a URI below one of the tenant's `source_prefixes`."""
 
     def __init__(self, source: str, reason: str) -> None:
         super().__init__(source, reason)
@@ -211,20 +212,20 @@ class SourceRefused(DeploymentsError):
 
 
 class SourceMissing(DeploymentsError):
-    """Say where the adapter's folder is."""
+    """Give the folder of the adapter."""
 
     def __init__(self, place: str) -> None:
         super().__init__(place)
         self.place = place
 
     def __str__(self) -> str:
-        return f"there is no adapter at {self.place[:200]!r}"
+        return f"no adapter at {self.place[:200]!r}: give a folder that contains adapter_config.json"
 
 
 class SourceUnavailable(DeploymentsError):
-    """The source cannot be read now. Try again; the server's log says why.
+    """Retry later. The server's log has the cause.
 
-    The text is for the log: it may quote endpoints and paths. `client_message` quotes what the client sent.
+    The text is for the log, because it may quote endpoints and paths. `client_message` quotes the client only.
     """
 
     def __init__(self, source: str, cause: str) -> None:
@@ -237,7 +238,7 @@ class SourceUnavailable(DeploymentsError):
 
     @property
     def client_message(self) -> str:
-        return f"the source {self.source[:200]!r} cannot be read now; try again later, or ask who runs the server"
+        return f"the source {self.source[:200]!r} cannot be read; retry later, or ask the operator of the server"
 
 
 class BodyNotAllowed(DeploymentsError):
@@ -245,89 +246,89 @@ class BodyNotAllowed(DeploymentsError):
 
 
 class BodyTooLarge(DeploymentsError):
-    """Send less."""
+    """Send a smaller body."""
 
 
 class BodyTooSlow(DeploymentsError):
-    """Send it in less time."""
+    """Send the body faster."""
 
 
-class BodiesBusy(DeploymentsError):
-    """Ask again once others are answered."""
-
-    def __init__(self, max_bytes: int) -> None:
-        super().__init__(max_bytes)
-        self.max_bytes = max_bytes
-
-    def __str__(self) -> str:
-        return f"this body and those of other requests have more than {self.max_bytes} bytes; try again later"
-
-
-class UploadsBusy(DeploymentsError):
-    """Upload again once others have ended."""
+class BodyMemoryFull(DeploymentsError):
+    """Retry once other requests have ended."""
 
     def __init__(self, max_bytes: int) -> None:
         super().__init__(max_bytes)
         self.max_bytes = max_bytes
 
     def __str__(self) -> str:
-        return f"this upload and those in progress have more than {self.max_bytes} bytes; try again later"
+        return f"request bodies in memory would exceed {self.max_bytes} bytes; retry later"
+
+
+class UploadMemoryFull(DeploymentsError):
+    """Retry once other uploads have ended."""
+
+    def __init__(self, max_bytes: int) -> None:
+        super().__init__(max_bytes)
+        self.max_bytes = max_bytes
+
+    def __str__(self) -> str:
+        return f"uploads in progress would exceed {self.max_bytes} bytes; retry later"
 
 
 class ServerOverloaded(DeploymentsError):
-    """Ask again later."""
+    """Retry later."""
 
     def __init__(self, limit: int) -> None:
         super().__init__(limit)
         self.limit = limit
 
     def __str__(self) -> str:
-        return f"the server works on {self.limit} requests already; try again later"
+        return f"the server is at its limit of {self.limit} concurrent requests; retry later"
 
 
 class EncoderBusy(DeploymentsError):
-    """Ask again later, or for fewer prompts at once."""
+    """Retry later, or send fewer prompts at once."""
 
     def __init__(self, num_waiting: int) -> None:
         super().__init__(num_waiting)
         self.num_waiting = num_waiting
 
     def __str__(self) -> str:
-        return f"{self.num_waiting} prompts wait for the encoder already; try again later, or name adapters yourself"
+        return f"{self.num_waiting} prompts already wait for the encoder; retry later, or name adapters in the request"
 
 
 class NotReady(DeploymentsError):
     """Wait until `/ready` answers 200."""
 
 
-class NoWorkerYet(DeploymentsError):
-    """Ask again: a worker is starting."""
+class WorkerStarting(DeploymentsError):
+    """Retry later: a worker is starting."""
 
     def __init__(self, waited_s: float) -> None:
         super().__init__(waited_s)
         self.waited_s = waited_s
 
     def __str__(self) -> str:
-        return f"no worker has started within {self.waited_s:.0f} s; one is on its way, try again later"
+        return f"a worker is still starting after {self.waited_s:.0f} s; retry later"
 
 
 class PoisonRequest(DeploymentsError):
-    """Do not ask this again: it seems to be the request that replicas die of."""
+    """Do not retry: this request seems to kill the replicas that work on it."""
 
     def __init__(self, num_deaths: int) -> None:
         super().__init__(num_deaths)
         self.num_deaths = num_deaths
 
     def __str__(self) -> str:
-        return f"{self.num_deaths} replicas died, one after the other, while they worked on this request"
+        return f"{self.num_deaths} replicas died in turn while they worked on this request; do not send it again"
 
 
-class ReplicaWedged(DeploymentsError):
-    """The engine's thread hangs or has ended; Serve replaces the replica."""
+class ReplicaStuck(DeploymentsError):
+    """The engine's thread is stuck or has ended; Serve replaces the replica."""
 
 
 class RayUnauthenticated(DeploymentsError):
-    """Switch Ray's token mode on, or allow it to be off. `mode`: what RAY_AUTH_MODE says, None where it is not set."""
+    """Switch on Ray's token mode, or allow Ray without it. `mode`: the value of RAY_AUTH_MODE, if set."""
 
     def __init__(self, mode: str | None) -> None:
         super().__init__(mode)
@@ -336,10 +337,10 @@ class RayUnauthenticated(DeploymentsError):
     def __str__(self) -> str:
         given = "is not set" if self.mode is None else f"is {self.mode!r}"
         return (
-            f"Ray runs without token authentication here (RAY_AUTH_MODE {given}): whoever reaches one of its ports "
-            "could run code as this server. Set RAY_AUTH_MODE=token for `ray start` on every node and for this program "
-            "and create the token once with `ray get-auth-token --generate`. On a network that nobody else can reach, "
-            "allow_unauthenticated_ray: true in the settings starts the application without it"
+            f"Ray runs without token authentication (RAY_AUTH_MODE {given}): anyone who reaches one of its ports could "
+            "run code as this server. Set RAY_AUTH_MODE=token for `ray start` on every node and for this program, and "
+            "create the token once with `ray get-auth-token --generate`. On an isolated network, set "
+            "allow_unauthenticated_ray: true in the settings to start without it"
         )
 
 
@@ -352,10 +353,10 @@ class ProxyUnsafe(DeploymentsError):
 
     def __str__(self) -> str:
         return (
-            f"{self.variable}=1 makes every client look as if it were on this machine, and without keys such clients "
-            f"may change the pool: set keys_file in the settings, or unset {self.variable}"
+            f"{self.variable}=1 makes every client appear local, and without keys local clients may change the pool: "
+            f"set keys_file in the settings, or unset {self.variable}"
         )
 
 
 class BatchRefused(DeploymentsError):
-    """Mend the input or the settings, or choose another output folder: nothing was done."""
+    """Correct the input or the settings, or choose another output folder. Nothing was written."""

@@ -55,7 +55,7 @@ from deployments.observability import request_record
 from deployments.observability.cluster_stats import StatsReader
 from deployments.observability.logs import join_serve_logs
 from deployments.observability.metrics import SERVE, MetricFactory
-from deployments.observability.request_metrics import ChangeFigures, RequestMetrics
+from deployments.observability.request_metrics import ChangeMetrics, RequestMetrics
 from deployments.observability.request_record import RequestRecord
 from deployments.observability.tracing import tracer
 from deployments.publishing.preload import Preload
@@ -120,7 +120,7 @@ class Ingress:
         self._config, self._worker_grace_s = config, worker_grace_s
         self._retriever, self._worker = retriever, worker
         self._silence_s = silence_s
-        self._waking = WorkerGate(worker, config.wake_timeout_s if config.workers_may_sleep else None)
+        self._waking = WorkerGate(worker, config.scale_from_zero_timeout_s if config.workers_scale_to_zero else None)
         self.door = Authenticator(config)
         self._planner = Planner(config, retriever)
         self.background = Background()
@@ -133,13 +133,13 @@ class Ingress:
             background=self.background,
             releaser=releaser,
             waking=self._waking,
-            figures=ChangeFigures(kinds),
+            metrics=ChangeMetrics(kinds),
         )
         has_tenants, one_upload = config.keys_file is not None, config.max_upload_bytes + FORM_OVERHEAD_BYTES
         uploads = UploadBudget(config.max_upload_total_bytes, always_bytes=one_upload, has_tenants=has_tenants)
         self.pool = Pool(config, self.door, publisher, store, retriever, uploads, self.background)
         self.stats = StatsReader(config, retriever, worker)
-        self.in_flight = InFlight(config.max_in_flight)
+        self.in_flight = InFlight(config.max_concurrent_requests)
         self.bodies = SharedBytes(
             config.max_body_total_bytes,
             always_bytes=DEFAULT_MAX_BODY_BYTES,
@@ -161,7 +161,7 @@ class Ingress:
 
         Who calls through a Ray handle is trusted, and says for whom: roles are the routes' matter.
         """
-        with self.requests.called(RequestRecord(uuid.uuid4().hex, "generate")) as record:
+        with self.requests.record_call(RequestRecord(uuid.uuid4().hex, "generate")) as record:
             request = parse(request)
             refuse_stream_options(request)
             return await self._whole(await self._begin(request, caller, record))
@@ -170,7 +170,7 @@ class Ingress:
         self, request: TextRequest | Mapping[str, Any], caller: Caller = LOCAL_CALLER
     ) -> AsyncGenerator[JsonObject]:
         """The answer's chunks, as the HTTP route streams them: the plan first, then text as it is made."""
-        with self.requests.called(RequestRecord(uuid.uuid4().hex, "stream")) as record:
+        with self.requests.record_call(RequestRecord(uuid.uuid4().hex, "stream")) as record:
             request = parse(request)
             begun = await self._begin(request, caller, record)
             async with aclosing(self._chunks(begun, request.include_usage)) as chunks:

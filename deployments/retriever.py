@@ -72,10 +72,10 @@ class RetrieverDeployment:
         join_serve_logs()
         require_token_mode(allow_unauthenticated=config.allow_unauthenticated_ray)
         settings = config.retrieval
-        self._figures = RetrieverMetrics(kinds)
+        self._metrics = RetrieverMetrics(kinds)
         self._store = LoraStore(config.store_uri, accepts_base=config.accepted_bases)
         self._pools = live_pool(config, self._store.snapshot, index)
-        self._retriever = retriever_over(self._pools, config, timings=self._figures)
+        self._retriever = retriever_over(self._pools, config, timings=self._metrics)
         self._lookups = ThreadPoolExecutor(_LOOKUP_THREADS, thread_name_prefix="lookup")
         self._searches = ThreadPoolExecutor(_SEARCH_THREADS, thread_name_prefix="search")
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="encode")  # two would only share the same cores
@@ -107,7 +107,7 @@ class RetrieverDeployment:
         encoded = await self._prompts.encoded(requests[0].tenant, [request.text for request in requests])
         answers = await _on(self._searches, self._retriever.route_encoded, requests, encoded)
         for answer in answers:
-            self._figures.answered(answer)
+            self._metrics.record_route(answer)
         return [_given(answer) for answer in answers]
 
     async def _encode(self, texts: Sequence[tuple[str, str]]) -> list[Encoded]:
@@ -254,7 +254,7 @@ class RetrieverDeployment:
 
     async def _tell(self) -> None:
         pool = self._pools.current
-        self._figures.tell(pool.snapshot, pool.index.num_live, time.monotonic() - self._read_at)
+        self._metrics.report(pool.snapshot, pool.index.num_live, time.monotonic() - self._read_at)
 
     async def _poll(self, interval_s: float, sleep: Callable[[float], Awaitable[None]]) -> None:
         """The safety net under the publisher's broadcast. What fails is logged once, until it works again."""

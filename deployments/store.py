@@ -60,7 +60,7 @@ class StoreDeployment:
         """The checked adapter, its blobs stored and held until `commit` or `discard`.
 
         Raises: AdapterRefused, with every reason; SourceRefused, SourceMissing, SourceUnavailable, StoreUnavailable;
-        UploadsBusy where its bytes and those of others had no room for a minute.
+        UploadMemoryFull where its bytes and those of others had no room for a minute.
         """
         if upload.adapter_name in self._config.accepted_bases:
             raise AdapterRefused(upload.adapter_name, ["the name is the base model's"])

@@ -15,7 +15,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.auth.ray_token import require_token_mode
 from deployments.calls.heartbeat import SIGN_EVERY_S
-from deployments.errors import ReplicaWedged
+from deployments.errors import ReplicaStuck
 from deployments.observability.logs import join_serve_logs
 from deployments.observability.metrics import REPORT_INTERVAL_S, SERVE, MetricFactory, report_periodically
 from deployments.observability.tenant_usage import TenantUsage, Usage
@@ -54,7 +54,7 @@ class WorkerDeployment:
         store: DeploymentHandle,
         weights_cache: tuple[Path, int] | None = None,
         niceness: int = 0,
-        wedged_after_s: float = 120.0,
+        step_timeout_s: float = 120.0,
         *,
         allow_unauthenticated_ray: bool = False,
         kinds: MetricFactory = SERVE,
@@ -63,13 +63,13 @@ class WorkerDeployment:
         join_serve_logs()
         config = with_threads(config)
         require_token_mode(allow_unauthenticated=allow_unauthenticated_ray)
-        self._figures = WorkerMetrics(config.bank_rank_rows, kinds)
+        self._metrics = WorkerMetrics(config.bank_rank_rows, kinds)
         self._usage = TenantUsage()
         self._asyncio_loop = asyncio.get_event_loop()
         self._cache = None if weights_cache is None else DiskCache(*weights_cache)
         use_one_thread()
         executor = load_executor(config.load_threads)
-        self._fetcher = WeightsFetcher(store, executor, cache=self._cache, told=self._figures)
+        self._fetcher = WeightsFetcher(store, executor, cache=self._cache, told=self._metrics)
         self._engine = run_on_short_lived_thread(
             lambda: warmed_up(Engine(config, self._start_fetch, executor=executor))
         )
@@ -77,7 +77,7 @@ class WorkerDeployment:
         self._num_missing_kernels = num_missing_kernels(config)
         self._prober = Prober(self._loop)
         self._telling = self._asyncio_loop.create_task(report_periodically(self._tell))
-        self._wedged_after_s, self._end_process = wedged_after_s, end_process
+        self._step_timeout_s, self._end_process = step_timeout_s, end_process
 
     async def stream(self, job: Job) -> AsyncIterator[Delta | None]:
         """Yield text as it is made, the first piece at once, then every `stream_interval_ms`; None is a sign of life.
@@ -92,9 +92,9 @@ class WorkerDeployment:
                 async for delta in deltas:
                     if delta is not None:
                         if last is None:
-                            self._figures.waited(delta.queued_s)
+                            self._metrics.waited(delta.queued_s)
                         last = delta
-                        row.saw(delta)
+                        row.count(delta)
                     yield delta
         except EngineStopped:
             self.check_health()  # an engine that has ended refuses fast, and would draw requests until the next check
@@ -153,21 +153,21 @@ class WorkerDeployment:
 
         Its requests then begin again on other replicas. To raise would not do: Serve 2.60 waits first until the
         replica's streams have ended, which they never would, and its successor may need the device that this process
-        holds. Raises: ReplicaWedged.
+        holds. Raises: ReplicaStuck.
         """
         busy_s = self._loop.seconds_busy()
-        if self._loop.is_alive and busy_s <= self._wedged_after_s:
+        if self._loop.is_alive and busy_s <= self._step_timeout_s:
             return
-        wedged = ReplicaWedged(_why_wedged(self._loop, busy_s))
+        wedged = ReplicaStuck(_why_wedged(self._loop, busy_s))
         logger.critical("this replica's process ends: %s", wedged)
         self._end_process(1)
         raise wedged
 
     async def _tell(self) -> None:
-        self._figures.stepping(self._loop.seconds_busy())
-        self._figures.missing_kernels(self._num_missing_kernels)
+        self._metrics.report_step_age(self._loop.seconds_busy())
+        self._metrics.report_missing_kernels(self._num_missing_kernels)
         async with asyncio.timeout(REPORT_INTERVAL_S):  # a step that hangs must not hide how long it does
-            self._figures.hold(await self._loop.holdings())
+            self._metrics.report_status(await self._loop.holdings())
 
     def _start_fetch(self, weights_digest: str) -> Future[AdapterWeights]:
         """Called on the engine's thread; the handle belongs to the replica's event loop."""

@@ -7,24 +7,24 @@ from typing import Any
 
 import pytest
 
-from deployments.observability.request_metrics import ChangeFigures, RequestMetrics
+from deployments.observability.request_metrics import ChangeMetrics, RequestMetrics
 from deployments.observability.retriever_metrics import RetrieverMetrics
 from deployments.observability.worker_metrics import WorkerMetrics
-from tests.deployments.figure_fakes import FakeKinds
+from tests.deployments.metric_fakes import FakeMetrics
 from tests.prometheus import MONITORING, Promtool, dashboard_queries, rules
 
 README = MONITORING.parents[1] / "README.md"
 _OURS = re.compile(r"ray_(loraretriever_\w+)")
 _SERVES = {"ray_serve_deployment_replica_starts_total", "ray_serve_deployment_replica_healthy"}
 _UNITS = re.compile(
-    r"_(total|seconds|bytes|rows|tokens|adapters|generation|choices|cosine|kernels)$"
+    r"_(total|seconds|bytes|rows|tokens|adapters|generation|plans|cosine|kernels)$"
 )  # `_total` counts what stands before it
 
 
-def told() -> FakeKinds:
+def told() -> FakeMetrics:
     """Every metric of every deployment."""
-    kinds = FakeKinds()
-    for figures in (RequestMetrics, ChangeFigures, RetrieverMetrics):
+    kinds = FakeMetrics()
+    for figures in (RequestMetrics, ChangeMetrics, RetrieverMetrics):
         figures(kinds)
     WorkerMetrics(16, kinds)
     return kinds
@@ -51,7 +51,9 @@ def test_what_is_asked_for_is_told() -> None:
 
 def test_the_dashboard_shows_every_metric() -> None:
     asked = {name.removesuffix("_bucket") for _, expr in dashboard_queries() for name in _OURS.findall(expr)}
-    assert set(told().metrics) - asked == {"loraretriever_jobs_total"}, "requests are shown as the clients see them"
+    assert set(told().metrics) - asked == {"loraretriever_engine_requests_total"}, (
+        "requests are shown as the clients see them"
+    )
 
 
 def test_the_readme_lists_every_metric() -> None:

@@ -30,7 +30,7 @@ _INVALID, _FORBIDDEN, _LIMITED, _MISSING, _OVERLOADED, _LATE, _SERVER = (
     "timeout_error",
     "server_error",
 )
-_POISONED, _FAILED = "poisoned", "request_failed"
+_POISON, _FAILED = "poison_request", "request_failed"
 _KINDS = ("str", "constrained-str", "int", "float", "bool")  # what pydantic puts into the path of a union's member
 _MAX_PARAM_CHARS = 300
 _UNFORESEEN = "internal_error"
@@ -41,7 +41,7 @@ TABLE: tuple[tuple[type[Exception], int, str, str], ...] = (
     (api_errors.KeyRefused, 401, _INVALID, "invalid_api_key"),
     (api_errors.KeysUnavailable, 503, _OVERLOADED, "keys_unavailable"),
     (api_errors.RoleMissing, 403, _FORBIDDEN, "role_missing"),
-    (api_errors.OwnApproval, 403, _FORBIDDEN, "own_approval"),
+    (api_errors.SelfApproval, 403, _FORBIDDEN, "self_approval"),
     (api_errors.RateLimited, 429, _LIMITED, "rate_limit_exceeded"),
     (api_errors.ModelNotFound, 404, _MISSING, "model_not_found"),
     (store_errors.AdapterNotFound, 404, _MISSING, "model_not_found"),
@@ -50,22 +50,22 @@ TABLE: tuple[tuple[type[Exception], int, str, str], ...] = (
     (api_errors.AdapterExists, 400, _INVALID, "adapter_exists"),
     (api_errors.HostRefused, 421, _INVALID, "host_not_allowed"),
     (api_errors.OriginRefused, 403, _FORBIDDEN, "origin_not_allowed"),
-    (api_errors.PublishingOff, 403, _FORBIDDEN, "publishing_off"),
+    (api_errors.PublishingDisabled, 403, _FORBIDDEN, "publishing_disabled"),
     (api_errors.SourceRefused, 403, _FORBIDDEN, "source_not_allowed"),
     (api_errors.SourceMissing, 404, _MISSING, "source_not_found"),
     (api_errors.SourceUnavailable, 503, _OVERLOADED, "source_unavailable"),
     (api_errors.BodyNotAllowed, 400, _INVALID, "body_not_allowed"),
     (api_errors.BodyTooLarge, 413, _INVALID, "body_too_large"),
     (api_errors.BodyTooSlow, 408, _INVALID, "body_too_slow"),
-    (api_errors.BodiesBusy, 503, _OVERLOADED, "bodies_busy"),
-    (api_errors.UploadsBusy, 503, _OVERLOADED, "uploads_busy"),
+    (api_errors.BodyMemoryFull, 503, _OVERLOADED, "body_memory_full"),
+    (api_errors.UploadMemoryFull, 503, _OVERLOADED, "upload_memory_full"),
     (api_errors.ServerOverloaded, 429, _OVERLOADED, "server_overloaded"),
     (api_errors.EncoderBusy, 503, _OVERLOADED, "encoder_busy"),
     (api_errors.NotReady, 503, _OVERLOADED, "not_ready"),
-    (api_errors.NoWorkerYet, 503, _OVERLOADED, "no_worker_yet"),
-    (api_errors.PoisonRequest, 500, _SERVER, _POISONED),
+    (api_errors.WorkerStarting, 503, _OVERLOADED, "worker_starting"),
+    (api_errors.PoisonRequest, 500, _SERVER, _POISON),
     (store_errors.PublicNameTaken, 409, _INVALID, "name_taken"),
-    (store_errors.QuotaExceeded, 403, _FORBIDDEN, "pool_share_exceeded"),
+    (store_errors.QuotaExceeded, 403, _FORBIDDEN, "quota_exceeded"),
     (store_errors.AdapterRefused, 400, _INVALID, "adapter_refused"),
     (store_errors.PlanInvalid, 400, _INVALID, "plan_invalid"),
     (store_errors.VersionConflict, 503, _OVERLOADED, "version_conflict"),
@@ -81,12 +81,12 @@ TABLE: tuple[tuple[type[Exception], int, str, str], ...] = (
     (worker_errors.PromptInvalid, 400, _INVALID, "invalid_prompt"),
     (worker_errors.PromptTooLong, 400, _INVALID, "context_length_exceeded"),
     (worker_errors.PlanTooLarge, 400, _INVALID, "plan_too_large"),
-    (worker_errors.AdapterUnfit, 400, _INVALID, "adapter_unfit"),
+    (worker_errors.AdapterUnfit, 400, _INVALID, "adapter_incompatible"),
     (worker_errors.LogitsNotFinite, 422, _INVALID, "logits_not_finite"),
     (worker_errors.RequestFailed, 500, _SERVER, _FAILED),
     (worker_errors.AdapterLoadFailed, 503, _OVERLOADED, "adapter_load_failed"),
     (worker_errors.DeadlineExceeded, 504, _LATE, "deadline_exceeded"),
-    (worker_errors.WaitedTooLong, 503, _OVERLOADED, "waited_too_long"),
+    (worker_errors.WaitedTooLong, 503, _OVERLOADED, "queue_timeout"),
     (worker_errors.EngineFull, 503, _OVERLOADED, "engine_full"),
     (worker_errors.EngineStopped, 503, _OVERLOADED, "engine_stopped"),
     (BackPressureError, 503, _OVERLOADED, "overloaded"),
@@ -150,7 +150,7 @@ def response_headers(error: Exception, status: int, code: str) -> dict[str, str]
         headers["x-should-retry"] = "false"
     if status in (429, 503):
         headers["Retry-After"] = str(max(1, math.ceil(getattr(_cause_of(error), "retry_after_s", 1))))
-    if code in (_POISONED, _FAILED):
+    if code in (_POISON, _FAILED):
         headers["x-should-retry"] = "false"  # OpenAI's clients repeat every other 500
     return headers
 

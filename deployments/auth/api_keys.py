@@ -1,4 +1,4 @@
-"""Keys at rest: who each of them is, found by the hash of what a client presents."""
+"""Stored keys: find the caller of a key by its hash."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lora_store import is_valid_name
 _KEY_PREFIX = "lr-"
 _KEY_BYTES = 32
 _MAX_KEY_CHARS = 512  # longer ones are not hashed
-_NOBODY = bytes(32)
+_NO_DIGEST = bytes(32)
 
 
 def _name(value: str) -> str:
@@ -28,9 +28,9 @@ def _name(value: str) -> str:
 
 
 class KeyEntry(BaseModel):
-    """One key. Plain sha256 is the right hash here, since a key is 256 random bits.
+    """One key of the keys file. Plain sha256 is the right hash, because a key is 256 random bits.
 
-    Salt and slow hashes protect secrets that can be guessed, and nobody searches 2^256; a slow hash of every request
+    Salts and slow hashes protect secrets that can be guessed; 2^256 keys cannot be searched. A slow hash per request
     would let anyone keep the server busy with wrong keys.
     """
 
@@ -50,36 +50,36 @@ _ENTRIES = TypeAdapter(list[KeyEntry])
 
 
 def new_key() -> str:
-    """A key nobody has: 256 random bits."""
+    """Return a new key of 256 random bits."""
     return _KEY_PREFIX + secrets.token_urlsafe(_KEY_BYTES)
 
 
 def hash_of(key: str) -> str:
-    """The key as its file has it."""
+    """Return the hash under which the keys file stores `key`."""
     return _digest_of(key).hex()
 
 
 def parse_entries(text: str) -> list[KeyEntry]:
-    """The entries of a keys file, a YAML or JSON list. Raises: ValueError, which quotes no part of the file."""
+    """Parse a keys file, a YAML or JSON list. Raises: ValueError, which quotes no part of the file."""
     entries = _validated(_loaded(text))
-    for what in ("id", "sha256"):
-        refuse_repeats(what, [getattr(entry, what) for entry in entries])
+    for field in ("id", "sha256"):
+        require_unique(field, [getattr(entry, field) for entry in entries])
     return entries
 
 
-def refuse_repeats(what: str, values: Sequence[str]) -> None:
-    """Raise ValueError where two entries have the same value, naming their places. Linear: files grow long."""
+def require_unique(field: str, values: Sequence[str]) -> None:
+    """Check that no two values are equal, in linear time. Raises: ValueError, naming both entries."""
     first: dict[str, int] = {}
     for place, value in enumerate(values):
         if (earlier := first.setdefault(value, place)) != place:
-            raise ValueError(f"entries {earlier} and {place} have the same {what}")
+            raise ValueError(f"entries {earlier} and {place} have the same {field}")
 
 
-class KeyRing:
-    """The keys of one state of the file.
+class KeySet:
+    """The keys of one version of the file.
 
-    What is presented is hashed, and the hash looked up under a secret of this process, so that the time a look-up takes
-    tells nothing of the hashes that are there; found or not, one constant-time comparison decides.
+    A presented key is hashed, and the hash is looked up under a secret of this process, so that lookup times reveal
+    nothing about the stored hashes. One constant-time comparison decides, whether or not an entry was found.
     """
 
     def __init__(self, entries: Sequence[KeyEntry]) -> None:
@@ -92,9 +92,9 @@ class KeyRing:
         return len(self._callers)
 
     def find(self, key: str) -> Caller | None:
-        """Whose key it is."""
+        """Return the caller that owns `key`, or None."""
         digest = _digest_of(key[:_MAX_KEY_CHARS])
-        stored, caller = self._callers.get(self._place(digest), (_NOBODY, None))
+        stored, caller = self._callers.get(self._place(digest), (_NO_DIGEST, None))
         return caller if hmac.compare_digest(stored, digest) else None
 
     def _place(self, digest: bytes) -> bytes:
@@ -117,12 +117,12 @@ def _loaded_yaml(text: str) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError as exc:
         mark = getattr(exc, "problem_mark", None)
-        raise ValueError("it is no YAML" + ("" if mark is None else f": see line {mark.line + 1}")) from exc
+        raise ValueError("it is not valid YAML" + ("" if mark is None else f": see line {mark.line + 1}")) from exc
 
 
 def _validated(data: Any) -> list[KeyEntry]:
     if not isinstance(data, list):
-        raise ValueError("it must hold a list of keys")
+        raise ValueError("it must be a list of keys")
     try:
         return _ENTRIES.validate_python(data)
     except ValidationError as exc:

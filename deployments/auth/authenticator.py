@@ -1,4 +1,4 @@
-"""Where requests come in: who asks, and whether there is room for it."""
+"""Authenticate requests and apply the limits of their keys."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ _SCHEME = "bearer"
 
 
 class Authenticator:
-    """One for each Ingress replica. Without a keys file everybody is the local caller.
+    """Maps `Authorization` headers to callers. Each Ingress replica has one.
 
+    Without a keys file every request belongs to the local caller.
     Raises: ValueError, OSError: the keys file cannot be used.
     """
 
@@ -27,25 +28,25 @@ class Authenticator:
         )
         self._limiter = limiter or Limiter(config.ingress_scaling.max_replicas)
 
-    def enter(self, authorization: str | None) -> Caller:
-        """Who makes one more request with this `Authorization` header. Raises: KeyRefused, RateLimited."""
+    def authenticate(self, authorization: str | None) -> Caller:
+        """Return the caller of a request and count the request. Raises: KeyRefused, RateLimited."""
         if self._keys is None:
             return LOCAL_CALLER
         scheme, _, key = (authorization or "").strip().partition(" ")
         if scheme.lower() != _SCHEME or not key:
-            raise KeyRefused("this server takes a key, as `Authorization: Bearer KEY`")
+            raise KeyRefused("this server requires an API key: send `Authorization: Bearer KEY`")
         caller = self._keys.find(key.strip())
         if caller is None:
-            raise KeyRefused("the key is not one of this server's")
+            raise KeyRefused("the API key is not valid on this server")
         self._limiter.count_request(caller)
         return caller
 
     @contextmanager
     def running(self, caller: Caller, work: Work) -> Iterator[TokenUsage]:
-        """Count a request that generates, routes or places prompts. Raises: RateLimited, RequestInvalid."""
-        with self._limiter.running(caller, work) as meter:
-            yield meter
+        """Reserve quota for a request that generates, routes or places prompts. Raises: RateLimited, RequestInvalid."""
+        with self._limiter.running(caller, work) as usage:
+            yield usage
 
     def charge(self, caller: Caller, num_read: int, field: str) -> None:
-        """Charge what the encoder is about to read for a publish. Raises: RateLimited, RequestInvalid."""
+        """Charge the tokens that the encoder reads for a publish. Raises: RateLimited, RequestInvalid."""
         self._limiter.charge(caller, num_read, field)

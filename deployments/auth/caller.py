@@ -1,4 +1,4 @@
-"""Who asks: a tenant, what its key may do, and how much of it."""
+"""The authenticated caller: its tenant, the roles of its key, and its limits."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ ROLES: tuple[Role, ...] = get_args(Role)
 
 
 class KeyLimits(BaseModel):
-    """What one key may use; None = any amount. The share of the pool is what its tenant may hold after its publish."""
+    """Limits of one key; None means unlimited. `max_adapters` and `max_bytes` apply to the tenant's whole pool."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     requests_per_minute: int | None = Field(default=None, ge=1)
-    # Of prompts and answers, and of what the encoder reads.
+    # counts prompts, answers, and text that the encoder reads
     tokens_per_minute: int | None = Field(default=None, ge=1)
-    concurrent_requests: int | None = Field(default=None, ge=1)  # rows at once: prompts × n over all requests
+    concurrent_requests: int | None = Field(default=None, ge=1)  # rows in progress: prompts × n over all requests
     max_adapters: int | None = Field(default=None, ge=0)
-    max_bytes: int | None = Field(default=None, ge=0)  # of weights, kept older versions included
+    max_bytes: int | None = Field(default=None, ge=0)  # of weights, including older versions
 
     @property
-    def pool_share(self) -> TenantQuota | None:
+    def tenant_quota(self) -> TenantQuota | None:
         if self.max_adapters is None and self.max_bytes is None:
             return None
         return TenantQuota(self.max_adapters, self.max_bytes)
@@ -38,7 +38,7 @@ _NO_LIMITS = KeyLimits()
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """`roles` do not include one another. `key_id` stands in the catalogue as the actor of what was changed."""
+    """An authenticated client. No role implies another. The catalogue records `key_id` as the author of changes."""
 
     tenant: str
     roles: frozenset[Role]
@@ -46,11 +46,11 @@ class Caller:
     limits: KeyLimits = _NO_LIMITS
 
     def require(self, role: Role) -> None:
-        """Raises: RoleMissing."""
+        """Check that the caller has `role`. Raises: RoleMissing."""
         if role not in self.roles:
             raise RoleMissing(self.key_id, role)
 
 
-ANONYMOUS_TENANT = ""  # no tenant has this name: it sees what is public
+ANONYMOUS_TENANT = ""  # no tenant has this name; it sees public adapters only
 LOCAL_CALLER = Caller(LOCAL_TENANT, frozenset(ROLES), "local")
-"""Whoever asks where there are no keys, and who calls through a Ray handle and names nobody else."""
+"""The caller where no keys are set, and the default caller of Ray handles."""

@@ -1,4 +1,4 @@
-"""The keys file, followed as it changes: edited, replaced, or swapped as Kubernetes swaps a mounted secret."""
+"""Read the keys file again when it changes: edited, replaced, or swapped as Kubernetes swaps a mounted secret."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from deployments.auth.api_keys import KeyRing, parse_entries
+from deployments.auth.api_keys import KeySet, parse_entries
 from deployments.auth.caller import Caller
 from deployments.errors import KeysUnavailable
 
 logger = logging.getLogger(__name__)
 
-_SETTLE_S = 2.0  # a file this young may change again without any new time or size
+_SETTLE_S = 2.0  # a file this young may change again with the same time and size
 _State = tuple[int, int, int, int, int]
 
 
 class KeyFile:
-    """The keys of `path`, as of the moment a key is looked up: a `stat` tells whether the file is another one by now.
+    """The keys in `path`. Each lookup calls `stat` and reads the file again if it has changed.
 
-    A broken file leaves the keys as they were and is logged once. So does one that is missing or cannot be read, for
-    `missing_grace_s`; after that no key is valid until the file is back. Replace the file by a rename, so that
-    no reader sees half of it.
+    If the file is invalid, the previous keys stay valid and the error is logged once. If it is missing or unreadable,
+    they stay valid for `missing_grace_s`; after that no key is valid until the file is back. Replace the file by a
+    rename, so that no reader sees half of it.
     """
 
     def __init__(
@@ -35,21 +35,21 @@ class KeyFile:
         now: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Raises: ValueError, OSError: a server does not start on a file it cannot use."""
+        """Read the file. Raises: ValueError, OSError: the file cannot be used, so the server must not start."""
         self._path, self._now, self._monotonic = path, now, monotonic
         self._missing_grace_s = missing_grace_s
         self._missing_since: float | None = None
         self._last_error = ""
         self._state: _State | None = self._state_now()
         self._content = path.read_bytes()
-        self._ring = self._ring_of(self._content)
+        self._key_set = self._parse(self._content)
 
     def find(self, key: str) -> Caller | None:
-        """Return whose key it is by now. Raises: KeysUnavailable: the file is missing for too long."""
+        """Return the caller that owns `key`, or None. Raises: KeysUnavailable: the file is missing for too long."""
         self._refresh()
         if self._missing_since is not None and self._monotonic() - self._missing_since >= self._missing_grace_s:
-            raise KeysUnavailable("the server's keys file is missing or cannot be read; try again later")
-        return self._ring.find(key)
+            raise KeysUnavailable("the server's keys file is missing or unreadable; retry later")
+        return self._key_set.find(key)
 
     def _refresh(self) -> None:
         try:
@@ -61,25 +61,25 @@ class KeyFile:
             if (state, content) == (self._state, self._content):
                 return
             self._state, self._content = state, content
-            self._ring = self._ring_of(content)
+            self._key_set = self._parse(content)
         except (OSError, ValueError) as exc:
             self._fail(exc)
             return
         self._last_error = ""
-        logger.info("%s is read again: %d keys", self._path, len(self._ring))
+        logger.info("reloaded %s: %d keys", self._path, len(self._key_set))
 
     def _fail(self, error: Exception) -> None:
         if isinstance(error, OSError):
-            self._state = None  # what comes back is read, even if it is the file of before
+            self._state = None  # read the file when it is back, even if it is unchanged
             self._missing_since = self._monotonic() if self._missing_since is None else self._missing_since
         if str(error) != self._last_error:
-            logger.error("the keys stay as they were: %s%s", error, self._until(error))
+            logger.error("cannot reload the keys, keeping the previous ones: %s%s", error, self._until(error))
         self._last_error = str(error)
 
     def _until(self, error: Exception) -> str:
         if not isinstance(error, OSError) or math.isinf(self._missing_grace_s):
             return ""
-        return f"; unless the file is back within {self._missing_grace_s:.0f} s, no key is valid"
+        return f"; they expire {self._missing_grace_s:.0f} s after the file went missing"
 
     def _may_have_changed(self, state: _State) -> bool:
         written_at = state[3] / 1e9
@@ -89,8 +89,8 @@ class KeyFile:
         found = os.stat(self._path)  # follows links: a secret's `..data` leads to another folder after a swap
         return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
-    def _ring_of(self, content: bytes) -> KeyRing:
+    def _parse(self, content: bytes) -> KeySet:
         try:
-            return KeyRing(parse_entries(content.decode("utf-8")))
+            return KeySet(parse_entries(content.decode("utf-8")))
         except ValueError as exc:
             raise ValueError(f"{self._path} cannot be used: {exc}") from exc

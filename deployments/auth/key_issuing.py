@@ -1,4 +1,4 @@
-"""New keys, and the keys file they are added to."""
+"""Create keys and add them to a keys file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from deployments.auth.api_keys import KeyEntry, hash_of, new_key, parse_entries
 def make_key(
     tenant: str, roles: Sequence[str], limits: Mapping[str, int | None], id: str | None
 ) -> tuple[str, dict[str, Any]]:
-    """(a new key, its entry for a keys file). Raises: ValueError, naming the field."""
+    """Return a new key and its entry for a keys file. Raises: ValueError, naming the field."""
     key = new_key()
     entry: dict[str, Any] = {
         "id": id or f"{tenant}-{secrets.token_hex(4)}",
@@ -38,10 +38,7 @@ def make_key(
 
 
 def add_entry(file: Path, entry: Mapping[str, Any]) -> None:
-    """The entry stands behind those of the file, which is otherwise as it was and never there by half.
-
-    Raises: ValueError, OSError.
-    """
+    """Append `entry` to the keys file. The file is replaced atomically. Raises: ValueError, OSError."""
     old = file.read_text(encoding="utf-8") if file.exists() else ""
     text = with_entry(old, entry)
     target = file.resolve()  # a link stays a link
@@ -52,7 +49,7 @@ def add_entry(file: Path, entry: Mapping[str, Any]) -> None:
 
 
 def with_entry(text: str, entry: Mapping[str, Any]) -> str:
-    """The keys file `text` with one more entry; comments stay where it is a YAML list. Raises: ValueError."""
+    """Return the keys file `text` with `entry` added. Comments of a YAML list are kept. Raises: ValueError."""
     if not text.strip():
         return block_of(entry)
     num_old = len(parse_entries(text))
@@ -60,7 +57,7 @@ def with_entry(text: str, entry: Mapping[str, Any]) -> str:
     try:
         if len(parse_entries(appended)) == num_old + 1:
             return appended
-    except ValueError:  # it is JSON, or a YAML list in one line
+    except ValueError:  # JSON, or a YAML list on one line
         pass
     rewritten = json.dumps([*yaml.safe_load(text), dict(entry)], indent=1) + "\n"
     parse_entries(rewritten)
@@ -68,5 +65,5 @@ def with_entry(text: str, entry: Mapping[str, Any]) -> str:
 
 
 def block_of(entry: Mapping[str, Any]) -> str:
-    """The entry as an item of a YAML list."""
+    """Return `entry` as an item of a YAML list."""
     return str(yaml.safe_dump([dict(entry)], sort_keys=False))

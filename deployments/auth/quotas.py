@@ -1,11 +1,11 @@
-"""What each key has used: requests, tokens, and rows in progress, as this Ingress replica sees it.
+"""Quotas of keys: requests, tokens, and rows in progress, as counted by one Ingress replica.
 
-Work is counted and not requests: a row is one prompt times one of its `n` answers, and tokens are those of prompts
-and answers, and about those that the encoder reads.
+A row is one prompt times one of its `n` answers. Tokens are those of prompts and answers, plus an estimate of those
+that the encoder reads.
 
-Replicas do not talk about it. Each gives out its part, 1 / replicas of a rate and ceil(limit / replicas) of the rows
-at once, so a limit holds approximately: less than it passes where a key's requests fall unevenly on the replicas, and
-up to replicas - 1 more rows may run at once.
+Replicas do not share counts. Each grants 1 / replicas of a rate and ceil(limit / replicas) of the concurrent rows, so
+limits are approximate: a key gets less than its limit if its requests spread unevenly, and up to replicas - 1 more rows
+may run at once.
 """
 
 from __future__ import annotations
@@ -18,34 +18,73 @@ from dataclasses import dataclass, field
 
 from deployments.api.requested_work import Work
 from deployments.auth.caller import Caller, KeyLimits
-from deployments.auth.token_bucket import TokenBucket
 from deployments.errors import RateLimited, RequestInvalid
 
 _BUSY_RETRY_S = 1.0
-_SWEEP_ABOVE = 1024  # accounts: keys come and go with their file
+_SWEEP_ABOVE = 1024  # accounts; keys come and go with the keys file
+
+
+class TokenBucket:
+    """A rate limit that refills evenly to `per_minute` and starts full. Its level may become negative.
+
+    level(t) = min(per_minute, level(s) + (t - s) · per_minute / 60)
+    """
+
+    def __init__(self, per_minute: float, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """Start full. `clock` returns seconds and is monotonic."""
+        self.per_minute = per_minute
+        self._clock = clock
+        self._level, self._at = per_minute, clock()
+
+    def take(self, amount: float) -> float:
+        """Take `amount` and return 0, or take nothing and return the seconds until it is available.
+
+        `amount` must not exceed `per_minute`: larger amounts are never available.
+        """
+        self._refill()
+        if self._level >= amount:
+            self._level -= amount
+            return 0.0
+        return (amount - self._level) * 60 / self.per_minute
+
+    def settle(self, taken: float, used: float) -> None:
+        """Replace an estimate that was `taken` by the amount really `used`."""
+        self._refill()
+        self._level = min(self.per_minute, self._level + taken - used)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a new bucket would grant the same."""
+        self._refill()
+        return self._level >= self.per_minute
+
+    def _refill(self) -> None:
+        now = self._clock()
+        self._level = min(self.per_minute, self._level + (now - self._at) * self.per_minute / 60)
+        self._at = now
 
 
 @dataclass
 class TokenUsage:
-    """The tokens one request has used so far, over all of its answers."""
+    """Tokens used by one request so far, over all of its answers."""
 
     _sent: dict[str, tuple[int, int]] = field(default_factory=dict)  # by answer: (question, estimate of its prompt)
     _prompts: dict[int, int] = field(default_factory=dict)  # by question
     _new: dict[str, int] = field(default_factory=dict)  # by answer
 
     def sent(self, answer_id: str, question: int, num_prompt_tokens: int) -> None:
-        """Charge a prompt of about that many tokens, once for all answers to a question, as a Worker gets it.
+        """Charge the estimated tokens of a prompt that was sent to a Worker, once for all answers to it.
 
-        It stays charged where the request ends before its first token: by then the Worker may have computed it.
+        The charge stays if the request ends before its first token, because the Worker may have computed the prompt.
         """
         self._sent[answer_id] = (question, num_prompt_tokens)
 
     def not_started(self, answer_id: str) -> None:
-        """Take back what `sent` charged for an answer: the server had no room for it."""
+        """Undo the charge of `sent` for an answer that the server had no room for."""
         self._sent.pop(answer_id, None)
 
     def saw(self, answer_id: str, question: int, num_prompt_tokens: int, num_new_tokens: int) -> None:
-        """Charge an answer's new tokens so far, and in place of the estimate the prompt's real tokens."""
+        """Set an answer's new tokens so far, and replace the prompt's estimate by its real token count."""
         self._prompts[question] = num_prompt_tokens
         self._new[answer_id] = num_new_tokens
 
@@ -65,18 +104,18 @@ class _Account:
 
     @property
     def is_forgettable(self) -> bool:
-        """Whether a new account would grant exactly the same."""
+        """Whether a new account would grant the same."""
         buckets = (self.requests, self.tokens)
         return self.num_running == 0 and all(bucket is None or bucket.is_full for bucket in buckets)
 
     def adopt(self, other: _Account) -> None:
-        """Take over the limits and rates of `other`; what runs goes on running."""
+        """Take over the limits and rates of `other`, but keep the count of running rows."""
         self.limits, self.requests, self.tokens = other.limits, other.requests, other.tokens
         self.max_running = other.max_running
 
 
 class Limiter:
-    """The limits of all keys, on one event loop. Limits that change hold at once, with full rates."""
+    """Enforces the limits of all keys on one event loop. Changed limits apply at once and start with full buckets."""
 
     def __init__(
         self, num_replicas: int, *, clock: Callable[[], float] = time.monotonic, sweep_above: int = _SWEEP_ABOVE
@@ -86,32 +125,32 @@ class Limiter:
         self._sweep_above = self._next_sweep = sweep_above
 
     def count_request(self, caller: Caller) -> None:
-        """Raises: RateLimited: the key has made as many as it may."""
+        """Count one request. Raises: RateLimited: the key is above its request rate."""
         bucket = self._account(caller).requests
         if bucket is not None and (wait_s := bucket.take(1)) > 0:
             raise RateLimited(f"{caller.limits.requests_per_minute} requests per minute", wait_s)
 
     @contextmanager
     def running(self, caller: Caller, work: Work) -> Iterator[TokenUsage]:
-        """Hold the rows and tokens of `work` while the request runs, then charge what it read and what it used.
+        """Reserve the rows and tokens of `work` while the request runs, then charge the tokens it used.
 
-        Raises: RateLimited; RequestInvalid: the request alone is more than the key may use.
+        Raises: RateLimited; RequestInvalid: the request alone exceeds the key's limits.
         """
-        account, meter = self._account(caller), TokenUsage()
+        account, usage = self._account(caller), TokenUsage()
         _require_rows(caller, account, work)
-        bucket = account.tokens  # the key's limits may change meanwhile
+        bucket = account.tokens  # the key's limits may change before it is settled
         if bucket is not None:
             _reserve(caller, bucket, work.reserved, work.tokens_field)
         account.num_running += work.num_rows
         try:
-            yield meter
+            yield usage
         finally:
             account.num_running -= work.num_rows
             if bucket is not None:
-                bucket.settle(work.reserved, work.num_read + meter.num_tokens)
+                bucket.settle(work.reserved, work.num_read + usage.num_tokens)
 
     def charge(self, caller: Caller, num_read: int, field: str) -> None:
-        """Charge what the encoder is about to read. Raises: as `running` does."""
+        """Charge tokens that the encoder is about to read. Raises: RateLimited, RequestInvalid."""
         bucket = self._account(caller).tokens
         if bucket is not None:
             _reserve(caller, bucket, num_read, field)
@@ -120,12 +159,12 @@ class Limiter:
         account = self._accounts.get(caller.key_id)
         if account is None:
             self._sweep()
-            account = self._accounts[caller.key_id] = self._opened(caller.limits)
+            account = self._accounts[caller.key_id] = self._open(caller.limits)
         elif account.limits != caller.limits:
-            account.adopt(self._opened(caller.limits))
+            account.adopt(self._open(caller.limits))
         return account
 
-    def _opened(self, limits: KeyLimits) -> _Account:
+    def _open(self, limits: KeyLimits) -> _Account:
         def bucket(per_minute: int | None) -> TokenBucket | None:
             if per_minute is None:
                 return None
@@ -136,7 +175,7 @@ class Limiter:
         return _Account(limits, bucket(limits.requests_per_minute), bucket(limits.tokens_per_minute), max_running)
 
     def _sweep(self) -> None:
-        """Forget the accounts that hold nothing, each time their number has doubled: O(1) a new account."""
+        """Forget idle accounts each time their number has doubled. Amortised cost: O(1) per new account."""
         if len(self._accounts) >= self._next_sweep:
             self._accounts = {key: account for key, account in self._accounts.items() if not account.is_forgettable}
             self._next_sweep = max(self._sweep_above, 2 * len(self._accounts))
@@ -145,19 +184,19 @@ class Limiter:
 def _require_rows(caller: Caller, account: _Account, work: Work) -> None:
     if work.num_rows > account.max_running:
         raise RequestInvalid(
-            f"{work.rows_field}: the request has {work.num_rows} rows (prompts × n), and the key may have"
+            f"{work.rows_field}: the request has {work.num_rows} rows (prompts × n); the key allows"
             f" {account.max_running:.0f} at once: send fewer prompts or a smaller n",
             work.rows_field,
         )
     if account.num_running + work.num_rows > account.max_running:
-        raise RateLimited(f"{caller.limits.concurrent_requests} rows (prompts × n) at once", _BUSY_RETRY_S)
+        raise RateLimited(f"{caller.limits.concurrent_requests} concurrent rows (prompts × n)", _BUSY_RETRY_S)
 
 
 def _reserve(caller: Caller, bucket: TokenBucket, num_tokens: int, field: str) -> None:
     if num_tokens > bucket.per_minute:
         raise RequestInvalid(
-            f"{field}: the request may use {num_tokens} tokens (of prompts, of answers, and of what the encoder reads),"
-            f" and the key may use {int(bucket.per_minute)} per minute: send less text, or ask for fewer new tokens",
+            f"{field}: the request may use {num_tokens} tokens (prompts, answers, and text that the encoder reads);"
+            f" the key allows {int(bucket.per_minute)} per minute: send less text, or lower max_tokens",
             field,
         )
     if (wait_s := bucket.take(num_tokens)) > 0:

@@ -1,9 +1,9 @@
 """Ray's token authentication: switch it on, and refuse to run without it.
 
-Every Ray process and every Serve replica listens for gRPC on all interfaces, and unpickles what it receives. In token
-mode Ray refuses callers that do not send the cluster's token; without it, whoever reaches a port runs code as this
-server. The mode is a property of each process, read from RAY_AUTH_MODE, so it is checked where the application is built
-and again in every replica: a driver in token mode can connect to a cluster that asks for no token.
+Every Ray process and every Serve replica listens for gRPC on all interfaces and unpickles what it receives. In token
+mode Ray rejects callers that do not send the cluster's token; without it, anyone who reaches a port can run code as
+this server. Each process reads the mode from RAY_AUTH_MODE. It is checked where the application is built and again in
+every replica, because a driver in token mode can connect to a cluster without authentication.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def use_token_mode() -> None:
     given = os.environ.get(MODE_VARIABLE)
     if given is not None and given.lower() != "token":
         logger.warning(
-            "%s=%s is ignored: this server starts Ray in token mode. To start it without, set "
+            "%s=%s is ignored: this server starts Ray in token mode. To start Ray without it, set "
             "allow_unauthenticated_ray: true in the settings",
             MODE_VARIABLE,
             given,
@@ -51,4 +51,4 @@ def require_token_mode(*, allow_unauthenticated: bool) -> None:
         return
     if not allow_unauthenticated:
         raise RayUnauthenticated(os.environ.get(MODE_VARIABLE))
-    logger.warning("Ray asks for no token: whoever reaches one of its ports runs code as this server")
+    logger.warning("Ray runs without token authentication: anyone who reaches its ports can run code as this server")

@@ -1,4 +1,4 @@
-"""The application's configuration: the only code that reads YAML or environment variables."""
+"""The settings of the application, read from YAML."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from deployments.config.settings_errors import SettingsInvalid, refuse_renamed, settings_error
 from deployments.config.source_prefixes import SourcePrefix
 from deployments.scaling.settings import ScalingSettings
 from gpu_worker.config import DEFAULT_CACHE_DIR, WorkerConfig
@@ -19,9 +20,9 @@ from lora_store import Visibility, is_valid_name
 from lora_store.location import Location
 from retriever_svc.encoder_files import DEFAULT_MODEL as DEFAULT_ENCODER
 
-FORM_OVERHEAD_BYTES = 1 << 20  # boundaries, headers and fields of an upload, beside its files
+FORM_OVERHEAD_BYTES = 1 << 20  # boundaries, headers and form fields of an upload
 EVERY_TENANT = "*"  # in source_prefixes
-_ROUTING_STATS_PERIOD_S = 1.0  # how often each worker is asked what it holds
+_ROUTING_STATS_PERIOD_S = 1.0  # how often Serve asks each worker for its adapters and load
 _NAME = r"^[A-Za-z0-9._-]{1,64}$"
 
 
@@ -30,102 +31,116 @@ class _Settings(BaseModel):
 
 
 class WorkerSettings(_Settings):
-    """The engine of one worker replica; see `gpu_worker.config.WorkerConfig`."""
+    """Settings of the engine of one worker replica; see `gpu_worker.config.WorkerConfig`."""
 
-    device: Literal["cpu", "cuda"] = "cpu"  # cuda: with `num_gpus` in worker_scaling
+    device: Literal["cpu", "cuda"] = "cpu"  # cuda needs `num_gpus` in worker_scaling
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     num_threads: int | None = Field(default=None, ge=1)  # None: the CPUs the worker's process may use
-    lora_products: Literal["auto", "torch"] = "auto"  # auto: by the compiled kernel where there is one, on the CPU
+    lora_products: Literal["auto", "torch"] = "auto"  # auto: the compiled CPU kernel where available
     bank_rank_rows: int = Field(default=256, ge=1)
     max_batch_size: int = Field(default=32, ge=1)
     max_model_len: int = Field(default=2048, ge=1)
-    kv_tokens: int | None = Field(default=None, ge=1)  # None: every row at its longest, or what the device has room for
+    kv_tokens: int | None = Field(
+        default=None, ge=1
+    )  # None: max_batch_size × max_model_len, or what fits on the device
     max_step_tokens: int = Field(default=1024, ge=1)
-    max_chunk_tokens: int | None = Field(default=None, ge=1)  # of prompts beside decoding rows; None: 192 on the CPU
+    max_chunk_tokens: int | None = Field(
+        default=None, ge=1
+    )  # prompt tokens in a step that also decodes; None: 192 on CPU
     max_waiting: int = Field(default=2048, ge=1)
     max_wait_s: float = Field(default=90, gt=0)
     host_cache_bytes: int = Field(default=1 << 30, ge=0)
     stream_interval_ms: float = Field(default=25, ge=0)
-    wedged_after_s: float = Field(default=120, gt=0)  # a step that takes longer hangs: the replica is replaced
-    niceness: int = Field(default=5, ge=0, le=19)  # of the engine's thread: on shared cores the door comes first
+    step_timeout_s: float = Field(default=120, gt=0)  # a longer step counts as stuck: Serve replaces the replica
+    niceness: int = Field(
+        default=5, ge=0, le=19
+    )  # of the engine thread, so that HTTP handling gets priority on shared cores
 
 
 class RetrievalSettings(_Settings):
-    """Defaults of `model: auto`; a request's `lora` object overrides them."""
+    """Defaults for `model: auto`. The `lora` object of a request overrides them."""
 
     encoder: str = DEFAULT_ENCODER
     encoder_threads: int | None = Field(default=None, ge=1)
     strategy: Literal["selection", "mixture", "fusion"] = "mixture"
     k: int = Field(default=3, ge=1, le=16)
-    weights: Literal["uniform", "softmax"] = "softmax"  # uniform lost half the right answers: benchmarks/README.md
+    weights: Literal["uniform", "softmax"] = "softmax"  # uniform halved accuracy: benchmarks/README.md
     softmax_temperature: float = Field(default=0.05, gt=0)
-    min_score: float | None = None  # None: calibrated, see retriever_svc/calibration.py
+    min_score: float | None = None  # None: calibrated from the samples of the pool
     fallback: Literal["base", "error"] = "base"
-    batch_size: int = Field(default=32, ge=1)  # texts, of about 2,048 tokens together at most
-    batch_wait_s: float = Field(default=0.0, ge=0)  # what comes while a batch is encoded is the next one anyway
-    max_waiting: int = Field(default=4096, ge=256)  # texts before one replica's encoder; others' may take their places
-    poll_interval_s: float = Field(default=3.0, gt=0)  # how late a replica sees a commit it was not told of
+    batch_size: int = Field(default=32, ge=1)  # texts; at most about 2,048 tokens together
+    batch_wait_s: float = Field(default=0.0, ge=0)  # texts that arrive during a batch form the next one anyway
+    max_waiting: int = Field(
+        default=4096, ge=256
+    )  # texts in the queue of one replica's encoder, shared fairly by tenants
+    poll_interval_s: float = Field(default=3.0, gt=0)  # how late a replica sees a commit that it was not notified of
 
 
 class AppConfig(_Settings):
-    """Everything `build_app` needs. Unknown keys and bad values stop start-up."""
+    """All settings of the application. Unknown names and invalid values stop the start."""
 
     base_model: str = "gemma-3-270m"  # the packaged default, a Hugging Face id, or a local folder
-    base_model_name: str = Field(default="", pattern=r"^$|" + _NAME)  # as clients name it; default: last path part
-    accepts_base: tuple[str, ...] = ()  # other names of this base that an adapter's config may carry
+    base_model_name: str = Field(
+        default="", pattern=r"^$|" + _NAME
+    )  # the name that clients use; default: the last path part
+    accepts_base: tuple[str, ...] = ()  # other base_model_name_or_path values that adapters may have
     store_uri: str = "loraretriever-pool"
     cache_dir: Path = DEFAULT_CACHE_DIR
     template: Literal["alpaca", "chat"] = "alpaca"
-    # Whether loopback clients may publish folders of the server's file system. None: where there are no keys. With keys
-    # a key that may publish need not be its operator's, and `kubectl port-forward` is a loopback client.
+    # Whether loopback clients may publish folders of the server's file system. None: only without keys. With keys, the
+    # owner of a publishing key need not be the operator, and `kubectl port-forward` makes clients appear local.
     publish_paths: bool | None = None
-    # Names that requests may carry in `Host`, without port: a reverse proxy's, this machine's. Loopback names and IP
-    # addresses always may. With keys an empty list means any name.
+    # Names allowed in the `Host` header, without port, such as the name of a reverse proxy. Loopback names and IP
+    # addresses are always allowed. With keys, an empty list allows any name.
     allowed_hosts: tuple[str, ...] = ()
-    allow_remote_publish: bool = False  # whether, without keys, clients of other machines may change the pool
-    keys_file: Path | None = None  # callers by their API keys; None: everybody is the local tenant
+    allow_remote_publish: bool = False  # without keys: whether other machines may change the pool
+    keys_file: Path | None = None  # API keys; None: every client is the local tenant
     keys_missing_grace_s: float = Field(default=300, ge=0)  # how long keys stay valid while keys_file is missing
-    public_requires_approval: bool = False  # others' `auto` finds a public adapter once approved; True where keys are
-    encoders: tuple[str, ...] = ()  # with keys a reindex may name these and retrieval.encoder, from any machine
-    owner_names: bool = False  # others' public adapters are named as owner/name alone; True where keys are
-    admins_approve_own: bool = False  # whether, with keys, an admin may approve adapters of its own tenant
-    # s3://, gs:// or file:// URIs below which adapters may be published from: by tenant, "*" being every one. A list of
-    # them means every tenant, and is refused with keys, which other tenants have.
+    public_requires_approval: bool = False  # for other tenants' `auto`; default with keys: true
+    encoders: tuple[str, ...] = ()  # with keys: encoders that a reindex may name, beside retrieval.encoder
+    owner_names: bool = False  # other tenants' adapters are owner/name only; default with keys: true
+    allow_self_approval: bool = False  # with keys: whether admins may approve their own tenant's adapters
+    # s3://, gs:// or file:// prefixes of URIs that adapters may be published from, by tenant; "*" means every tenant. A
+    # plain list applies to every tenant and is refused with keys.
     source_prefixes: dict[str, tuple[str, ...]] | tuple[str, ...] = ()
-    max_upload_bytes: int = Field(default=512 << 20, ge=1)  # of one adapter's files, uploaded or copied from a source
-    # Of all uploads that one Ingress replica holds at once. With keys a tenant beyond `max_upload_bytes` holds at most
-    # as much as then remains free.
+    max_upload_bytes: int = Field(default=512 << 20, ge=1)  # files of one adapter, uploaded or copied from a source
+    # All uploads in one Ingress replica at once. With keys, a tenant above `max_upload_bytes` may use at most as
+    # much as remains free.
     max_upload_total_bytes: int = Field(default=1 << 30, ge=1)
-    # Of uploads and sources that one Store replica checks at once: others wait for a minute, then are a 503.
+    # Uploads and sources that one Store replica validates at once. Others wait up to a minute, then get a 503.
     max_staging_bytes: int = Field(default=1 << 30, ge=1)
-    # Of all other bodies it holds; one has 4 MiB. With keys one tenant holds at most as much as then remains free.
+    # All other bodies in one Ingress replica; one body has at most 4 MiB. With keys, a tenant may use at most as
+    # much as remains free.
     max_body_total_bytes: int = Field(default=256 << 20, ge=4 << 20)
-    max_in_flight: int = Field(default=1024, ge=1)  # requests one Ingress replica works on; above it answers 429
-    max_request_s: float = Field(default=600, gt=0)  # the longest a request may take, whatever its `timeout_s`
-    max_new_tokens: int = Field(default=8192, ge=DEFAULT_MAX_TOKENS)  # of one answer; the context bounds it too
-    store_object_cache_bytes: int = Field(default=256 << 20, ge=0)  # weights kept in Ray's object store for workers
-    disk_cache_bytes: int = Field(default=4 << 30, ge=0)  # a worker's copy of a remote store's weights
-    # Start although Ray asks for no token: whoever reaches one of its ports can then run code as this server.
+    max_concurrent_requests: int = Field(
+        default=1024, ge=1
+    )  # requests in one Ingress replica; above it the answer is 429
+    max_request_s: float = Field(default=600, gt=0)  # upper bound of `timeout_s`
+    max_new_tokens: int = Field(default=8192, ge=DEFAULT_MAX_TOKENS)  # of one answer, within max_model_len
+    store_object_cache_bytes: int = Field(default=256 << 20, ge=0)  # weights in Ray's object store
+    disk_cache_bytes: int = Field(default=4 << 30, ge=0)  # local copy of the weights of a remote store
+    # Start without Ray's token authentication: anyone who reaches one of Ray's ports can then run code as this server.
     allow_unauthenticated_ray: bool = False
-    preload: tuple[
-        Path, ...
-    ] = ()  # adapter folders, or folders of them: names that are not live are published at start
+    # Adapter folders, or folders of adapter folders. The start publishes those whose names are not live yet.
+    preload: tuple[Path, ...] = ()
     worker: WorkerSettings = WorkerSettings()
     retrieval: RetrievalSettings = RetrievalSettings()
     ingress_scaling: ScalingSettings = ScalingSettings(
         max_ongoing_requests=10_000, max_queued_requests=-1, target_ongoing_requests=500
     )
-    # Many requests: those that wait for the encoder do so in the replica's own queue, where tenants take turns.
+    # High limits: prompts wait in the replica's own queue, which is fair to tenants.
     retriever_scaling: ScalingSettings = ScalingSettings(max_ongoing_requests=10_000, target_ongoing_requests=64)
     store_scaling: ScalingSettings = ScalingSettings(max_ongoing_requests=64)
     worker_scaling: ScalingSettings = ScalingSettings(num_cpus=1, max_ongoing_requests=2112, target_ongoing_requests=48)
-    worker_target_waiting_tokens: int = Field(default=8192, ge=1)  # in one engine's queue; more ask for more workers
-    wake_timeout_s: float = Field(default=120, gt=0)  # how long a request is held where no worker runs
+    worker_target_waiting_tokens: int = Field(default=8192, ge=1)  # per engine; above it Serve adds workers
+    scale_from_zero_timeout_s: float = Field(default=120, gt=0)  # how long requests wait for the first worker
 
     @model_validator(mode="before")
     @classmethod
-    def _keys_change_defaults(cls, settings: Any) -> Any:
-        """With keys there are other tenants, whose `auto` or whose withdrawn names a publisher could draw to itself."""
+    def _check_names_and_set_defaults(cls, settings: Any) -> Any:
+        """Refuse old names. With keys, protect tenants: a publisher could attract the `auto` requests of others."""
+        if isinstance(settings, dict):
+            refuse_renamed(settings)
         if isinstance(settings, dict) and settings.get("keys_file") is not None:
             return {"public_requires_approval": True, "owner_names": True} | settings
         return settings
@@ -134,7 +149,9 @@ class AppConfig(_Settings):
     def _base_has_a_name(self) -> Self:
         name = self.served_base_name
         if name == "auto" or not re.fullmatch(_NAME, name):
-            raise ValueError(f"{name!r} cannot be asked for as a model; set base_model_name")
+            raise ValueError(
+                f"base_model_name: {name!r} cannot be the name of a model: use 1 to 64 of A-Za-z0-9._- except 'auto'"
+            )
         return self
 
     @model_validator(mode="after")
@@ -142,7 +159,7 @@ class AppConfig(_Settings):
         try:
             self.worker_config()
         except WorkerConfigInvalid as exc:
-            raise ValueError(str(exc)) from exc
+            raise ValueError(f"worker: {exc}") from exc
         return self
 
     @model_validator(mode="after")
@@ -150,32 +167,43 @@ class AppConfig(_Settings):
         device, num_gpus = self.worker.device, self.worker_scaling.num_gpus
         if (device == "cuda") != (num_gpus > 0):
             raise ValueError(
-                f"worker.device is {device} and worker_scaling.num_gpus {num_gpus:g}: set both, or neither"
+                f"worker.device is {device} but worker_scaling.num_gpus is {num_gpus:g}: "
+                "cuda needs num_gpus above 0, and cpu needs 0"
             )
         return self
 
     @model_validator(mode="after")
     def _bounds_fit_each_other(self) -> Self:
         if self.max_upload_total_bytes < self.max_upload_bytes + FORM_OVERHEAD_BYTES:
-            raise ValueError(f"max_upload_total_bytes is below one upload: max_upload_bytes + {FORM_OVERHEAD_BYTES}")
+            least = self.max_upload_bytes + FORM_OVERHEAD_BYTES
+            raise ValueError(
+                f"max_upload_total_bytes must be at least max_upload_bytes + {FORM_OVERHEAD_BYTES} = {least}, "
+                f"got {self.max_upload_total_bytes}"
+            )
         if self.max_staging_bytes < self.max_upload_bytes:
-            raise ValueError(f"max_staging_bytes ({self.max_staging_bytes}) is below max_upload_bytes: set it higher")
-        for scaling in (self.ingress_scaling, self.worker_scaling):
+            raise ValueError(
+                f"max_staging_bytes must be at least max_upload_bytes = {self.max_upload_bytes}, "
+                f"got {self.max_staging_bytes}"
+            )
+        for name, scaling in (("ingress_scaling", self.ingress_scaling), ("worker_scaling", self.worker_scaling)):
             if scaling.graceful_shutdown_timeout_s < self.max_request_s:
-                raise ValueError("graceful_shutdown_timeout_s of Ingress and Worker is at least max_request_s")
+                raise ValueError(
+                    f"{name}.graceful_shutdown_timeout_s must be at least max_request_s = {self.max_request_s:g}, "
+                    f"got {scaling.graceful_shutdown_timeout_s:g}"
+                )
         return self
 
     @model_validator(mode="after")
-    def _only_workers_sleep(self) -> Self:
+    def _only_workers_scale_to_zero(self) -> Self:
         for name in ("ingress_scaling", "retriever_scaling", "store_scaling"):
             if getattr(self, name).min_replicas == 0:
-                raise ValueError(f"{name}: min_replicas is at least 1; only workers may scale to zero")
+                raise ValueError(f"{name}.min_replicas must be at least 1, got 0: only workers may scale to zero")
         return self
 
     @field_validator("store_uri")
     @classmethod
     def _absolute(cls, uri: str) -> str:
-        """Replicas run in folders of their own, so a relative path is resolved where the application is built."""
+        """Resolve a relative path here, because replicas run in other folders."""
         return Location(uri if "://" in uri else str(Path(uri).expanduser().resolve())).uri
 
     @field_validator("source_prefixes")
@@ -186,7 +214,7 @@ class AppConfig(_Settings):
         by_tenant = prefixes if isinstance(prefixes, dict) else {EVERY_TENANT: prefixes}
         for tenant, allowed in by_tenant.items():
             if tenant != EVERY_TENANT and not is_valid_name(tenant):
-                raise ValueError(f"{tenant!r} is neither a tenant's name nor {EVERY_TENANT!r}")
+                raise ValueError(f"{tenant!r} is neither the name of a tenant nor {EVERY_TENANT!r}")
             for prefix in allowed:
                 SourcePrefix.parse(prefix)
         return prefixes
@@ -195,8 +223,8 @@ class AppConfig(_Settings):
     def _prefixes_name_their_tenants(self) -> Self:
         if self.keys_file is not None and self.source_prefixes and not isinstance(self.source_prefixes, dict):
             raise ValueError(
-                "source_prefixes is a list, which would let every tenant read below them; with keys_file, give them by "
-                f"tenant, as {{acme: [...]}}, or as {{'{EVERY_TENANT}': [...]}} where all may"
+                "source_prefixes: a list would let every tenant read below these prefixes. With keys_file, give them "
+                f"by tenant, as {{acme: [...]}}, or as {{'{EVERY_TENANT}': [...]}} for all tenants"
             )
         return self
 
@@ -205,13 +233,13 @@ class AppConfig(_Settings):
     def _plain_names(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
         for host in hosts:
             if not re.fullmatch(r"[A-Za-z0-9._-]{1,253}", host):
-                raise ValueError(f"{host!r} must be a host's name alone, without scheme, port and wildcards")
+                raise ValueError(f"{host!r} must be a host name without scheme, port and wildcards")
         return tuple(host.lower().removesuffix(".") for host in hosts)
 
     @field_validator("keys_file")
     @classmethod
     def _absolute_file(cls, path: Path | None) -> Path | None:
-        """Links stay: what they lead to changes when Kubernetes swaps a secret."""
+        """Keep symbolic links: Kubernetes swaps a secret by changing the link."""
         return None if path is None else path.expanduser().absolute()
 
     @field_validator("preload")
@@ -225,11 +253,11 @@ class AppConfig(_Settings):
 
     @property
     def default_visibility(self) -> Visibility:
-        """Of a new name whose publisher says nothing: with keys there are others who could see it."""
+        """The visibility of a new adapter whose publisher sets none."""
         return "public" if self.keys_file is None else "private"
 
     def source_prefixes_of(self, tenant: str) -> tuple[str, ...]:
-        """Return the URIs below which `tenant` may publish from."""
+        """Return the URI prefixes that `tenant` may publish from."""
         if not isinstance(self.source_prefixes, dict):
             return self.source_prefixes
         return (*self.source_prefixes.get(tenant, ()), *self.source_prefixes.get(EVERY_TENANT, ()))
@@ -240,22 +268,22 @@ class AppConfig(_Settings):
 
     @property
     def accepted_bases(self) -> frozenset[str]:
-        """Every `base_model_name_or_path` an adapter may carry."""
+        """Every `base_model_name_or_path` that an adapter may have."""
         return frozenset({self.base_model, self.served_base_name, *self.accepts_base})
 
     @property
     def weights_cache(self) -> tuple[Path, int] | None:
-        """(folder, quota in bytes) of a worker's disk cache, where the store is not a folder itself."""
+        """The folder and the size in bytes of a worker's disk cache; None where the store is a local folder."""
         if self.disk_cache_bytes == 0 or Location(self.store_uri).is_local:
             return None
         return self.cache_dir / "weights", self.disk_cache_bytes
 
     @property
-    def workers_may_sleep(self) -> bool:
+    def workers_scale_to_zero(self) -> bool:
         return self.worker_scaling.min_replicas == 0
 
     def worker_options(self) -> dict[str, Any]:
-        """The keywords of the Worker's `Deployment.options`: its own policy, and a router that knows what it holds."""
+        """Return the keywords of the Worker's `Deployment.options`, with its autoscaling policy and request router."""
         policy_kwargs = {"target_waiting_tokens": self.worker_target_waiting_tokens}
         policy = {
             "policy_function": "deployments.scaling.autoscaling_policy:WorkerScaling",
@@ -269,23 +297,39 @@ class AppConfig(_Settings):
 
     @property
     def num_logical_cpus(self) -> int:
-        """What all replicas together ask for at most. Logical: two real cores hold many."""
+        """Logical CPUs of all replicas at their maximum. They may exceed the real cores."""
         scalings = (self.ingress_scaling, self.retriever_scaling, self.store_scaling, self.worker_scaling)
-        return math.ceil(sum(scaling.max_replicas * scaling.num_cpus for scaling in scalings)) + 1  # 1: Serve's own
+        return math.ceil(sum(scaling.max_replicas * scaling.num_cpus for scaling in scalings)) + 1  # 1 for Serve itself
 
     def worker_config(self) -> WorkerConfig:
-        settings = self.worker.model_dump(exclude={"stream_interval_ms", "niceness", "wedged_after_s"})
+        settings = self.worker.model_dump(exclude={"stream_interval_ms", "niceness", "step_timeout_s"})
         num_gpus = self.worker_scaling.num_gpus
         share = num_gpus if 0 < num_gpus < 1 else 1.0  # Ray places as many such workers on one GPU as fit
         return WorkerConfig(base_model=self.base_model, cache_dir=self.cache_dir, device_share=share, **settings)
 
 
 def load_config(path: Path | None, **changes: Any) -> AppConfig:
-    """The YAML file's settings with `changes` over them. Raises: ValueError, naming the key or the line."""
+    """Return the settings of the YAML file, overridden by `changes`.
+
+    Raises: SettingsInvalid, a ValueError with one line for each mistake; OSError.
+    """
+    settings = {} if path is None else _read_yaml(path)
     try:
-        settings = (yaml.safe_load(path.read_text()) if path is not None else None) or {}
+        return AppConfig.model_validate(settings | changes)
+    except ValidationError as exc:
+        raise settings_error(path, AppConfig, exc) from exc
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as exc:
+        raise SettingsInvalid(f"{path}: no such file") from exc
     except yaml.YAMLError as exc:
-        raise ValueError(f"{path} is no YAML: {exc}") from exc
+        raise SettingsInvalid(f"{path}: invalid YAML: {exc}") from exc
+    if settings is None:
+        return {}
     if not isinstance(settings, dict):
-        raise ValueError(f"{path} must hold settings by name, got a {type(settings).__name__}")
-    return AppConfig.model_validate(settings | changes)
+        kind = "a list" if isinstance(settings, list) else f"{settings!r}"
+        raise SettingsInvalid(f"{path}: must contain `name: value` lines, got {kind}")
+    return settings

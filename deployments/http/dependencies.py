@@ -14,7 +14,7 @@ from deployments.auth.authenticator import Authenticator
 from deployments.auth.caller import Caller
 from deployments.calls.background_tasks import Background
 from deployments.config.app import AppConfig
-from deployments.errors import OwnApproval, PublishingOff
+from deployments.errors import PublishingDisabled, SelfApproval
 from deployments.http.client_address import is_loopback
 from deployments.http.middleware.concurrency_limit import InFlight
 from deployments.http.shared_bytes import SharedBytes
@@ -42,42 +42,44 @@ class Pool:
         return lambda num_tokens: self.door.charge(caller, num_tokens, "samples")
 
     def require_change(self, http: Request) -> None:
-        """Raises: PublishingOff unless this client may change the pool. With keys, its key says so."""
+        """Raises: PublishingDisabled unless this client may change the pool. With keys, its key says so."""
         if not (self.has_keys or self.config.allow_remote_publish or is_loopback(http)):
-            raise PublishingOff("the pool is changed from the server's own machine, or with allow_remote_publish on")
+            raise PublishingDisabled(
+                "the pool is changed from the server's own machine, or with allow_remote_publish on"
+            )
 
     def require_encoder(self, encoder: str, http: Request) -> None:
-        """Raises: PublishingOff unless, with keys, the settings list the encoder; without, the client is on loopback.
+        """Raises: PublishingDisabled unless the settings list the encoder or, without keys, the client is local.
 
         Any other name would have every replica look into a folder of the server, or fetch a model of any size. With
         keys a loopback client need not be the operator: `kubectl port-forward` and proxies on the machine are others.
         """
         if self.has_keys:
             if encoder not in (self.config.retrieval.encoder, *self.config.encoders):
-                raise PublishingOff(
+                raise PublishingDisabled(
                     "encoder: with keys it must be one that the settings list in `encoders`; add it there"
                 )
         elif not is_loopback(http):
-            raise PublishingOff("encoder: without keys, reindex from the server's own machine")
+            raise PublishingDisabled("encoder: without keys, reindex from the server's own machine")
 
     @property
     def has_keys(self) -> bool:
         return self.config.keys_file is not None
 
     def require_approver(self, ref: AdapterRef, caller: Caller) -> None:
-        """Raises: OwnApproval where an admin would decide what its own tenant gives to others, unless that is set."""
-        if self.has_keys and ref.tenant == caller.tenant and not self.config.admins_approve_own:
-            raise OwnApproval(ref.name, ref.tenant)
+        """Raises: SelfApproval where an admin would decide what its own tenant gives to others, unless that is set."""
+        if self.has_keys and ref.tenant == caller.tenant and not self.config.allow_self_approval:
+            raise SelfApproval(ref.name, ref.tenant)
 
     def upload_of(self, upload: PublishItem, caller: Caller, http: Request) -> PublishItem:
-        """What the caller wants to publish, as its tenant's. Raises: PublishingOff."""
+        """What the caller wants to publish, as its tenant's. Raises: PublishingDisabled."""
         self.require_path(upload, http)
         return replace(upload, tenant=caller.tenant, default_visibility=self.config.default_visibility)
 
     def require_path(self, upload: PublishItem, http: Request) -> None:
-        """Raises: PublishingOff when `upload` is a folder of the server and this client may not name those."""
+        """Raises: PublishingDisabled when `upload` is a folder of the server and this client may not name those."""
         if upload.path is not None and not (self.config.may_publish_paths and is_loopback(http)):
-            raise PublishingOff("folders are published from the server's own machine, with publish_paths on")
+            raise PublishingDisabled("folders are published from the server's own machine, with publish_paths on")
 
 
 def read_pool() -> Pool:
@@ -114,7 +116,7 @@ def _ingress() -> Any:
 
 
 def open_pool(http: Request) -> Pool:
-    """The pool, for a client that may change it. Raises: PublishingOff."""
+    """The pool, for a client that may change it. Raises: PublishingDisabled."""
     pool = read_pool()
     pool.require_change(http)
     return pool

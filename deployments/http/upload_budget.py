@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from fastapi import Request
 from starlette.types import Message
 
-from deployments.errors import BodyTooSlow, UploadsBusy
+from deployments.errors import BodyTooSlow, UploadMemoryFull
 from deployments.http.shared_bytes import SharedBytes
 
 _MAX_DIGITS = 18
@@ -38,14 +38,14 @@ class UploadBudget:
 
     @contextmanager
     def reading(self, http: Request, tenant: str) -> Iterator[Request]:
-        """Yield the request, its body counted until the block ends. Raises: UploadsBusy, BodyTooSlow, as it is read."""
+        """Yield the request and count its body. Raises while it is read: UploadMemoryFull, BodyTooSlow."""
         taken, seen = 0, 0
         pace = _Pace(self._window_s)
 
         def take(num_bytes: int) -> None:
             nonlocal taken
             if not self._shared.take(tenant, num_bytes - taken):
-                raise UploadsBusy(self._shared.max_bytes)
+                raise UploadMemoryFull(self._shared.max_bytes)
             taken = num_bytes
 
         async def receive() -> Message:

@@ -1,4 +1,4 @@
-"""Which adapters a Retriever replica chooses lately, which it never does, and which never come first."""
+"""Which adapters a Retriever replica chose recently, never chose, or never ranked first."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Callable, Collection, Sequence
 from lora_store import AdapterRef
 
 _WINDOW_S = 1800.0
-_MIN_TIMES_SEEN = 20  # before one that never came first is called shadowed
+_MIN_TIMES_SEEN = 20  # before an adapter that never came first counts as shadowed
 
 
-class RecentChoices:
-    """How often each adapter was chosen in this window of time and the one before: the last half hour to an hour."""
+class RecentPlans:
+    """Counts of how often each adapter was chosen in the current and the previous window: 30 to 60 minutes."""
 
     def __init__(self, window_s: float = _WINDOW_S, clock: Callable[[], float] = time.monotonic) -> None:
         self._window_s, self._clock = window_s, clock
@@ -22,17 +22,18 @@ class RecentChoices:
         self._before: Counter[AdapterRef] = Counter()
 
     def add(self, refs: Sequence[AdapterRef]) -> None:
-        self._turn()
+        """Count the adapters of one plan."""
+        self._rotate()
         self._now.update(refs)
 
     def largest(self, num_wanted: int) -> tuple[list[tuple[AdapterRef, int]], int]:
-        """(the adapters chosen most often, with their counts; how often all others were chosen)."""
-        self._turn()
+        """Return the most frequent adapters with their counts, and the total count of all others."""
+        self._rotate()
         both = self._now + self._before
         most = both.most_common(num_wanted)
         return most, both.total() - sum(count for _, count in most)
 
-    def _turn(self) -> None:
+    def _rotate(self) -> None:
         passed = self._clock() - self._began
         if passed < self._window_s:
             return
@@ -42,32 +43,32 @@ class RecentChoices:
 
 
 class RoutingTotals:
-    """What became of every adapter since this replica started; what is no longer live is forgotten."""
+    """Outcomes of all live adapters since this replica started."""
 
     def __init__(self) -> None:
         self._chosen: set[AdapterRef] = set()
         self._times_seen: Counter[AdapterRef] = Counter()
         self._came_first: set[AdapterRef] = set()
 
-    def saw(self, candidates: Sequence[AdapterRef], chosen: Collection[AdapterRef]) -> None:
-        """One prompt's candidates, best first, and those of its plan."""
+    def add(self, candidates: Sequence[AdapterRef], chosen: Collection[AdapterRef]) -> None:
+        """Count one prompt: its candidates, best first, and the adapters of its plan."""
         self._chosen.update(chosen)
         self._times_seen.update(candidates)
         self._came_first.update(candidates[:1])
 
-    def keep(self, is_live: Callable[[AdapterRef], bool]) -> None:
-        """Forget all others."""
+    def retain(self, is_live: Callable[[AdapterRef], bool]) -> None:
+        """Forget all adapters that are not live."""
         self._chosen = set(filter(is_live, self._chosen))
         self._came_first = set(filter(is_live, self._came_first))
         self._times_seen = Counter({ref: times for ref, times in self._times_seen.items() if is_live(ref)})
 
     @property
     def num_chosen(self) -> int:
-        """Adapters that were in at least one plan."""
+        """Adapters in at least one plan."""
         return len(self._chosen)
 
     @property
     def num_shadowed(self) -> int:
-        """Adapters that were often among the candidates, each time behind another."""
+        """Adapters that were often candidates but never ranked first."""
         seen = self._times_seen.items()
         return sum(times >= _MIN_TIMES_SEEN and ref not in self._came_first for ref, times in seen)

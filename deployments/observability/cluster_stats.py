@@ -1,4 +1,4 @@
-"""What all replicas hold and do at this moment, in one small object."""
+"""The current state of all replicas in one small object."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _TIMEOUT_S = 3.0  # a worker answers between two steps
 
 
 @dataclass(frozen=True, slots=True)
-class Answers:
-    """What the replicas of a deployment said. Where Ray 2.60 gives up on them all, one counts as silent."""
+class ReplicaAnswers:
+    """Answers of the replicas of a deployment. If Ray 2.60 gives up on all of them, one counts as silent."""
 
     given: Sequence[Any]
     num_silent: int
@@ -33,7 +33,7 @@ class Answers:
 
 
 class StatsReader:
-    """Every worker is asked once per `KEPT_S`, however many clients look."""
+    """Reads the stats of all replicas, at most once per `KEPT_S` whatever the number of clients."""
 
     def __init__(
         self,
@@ -43,16 +43,16 @@ class StatsReader:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config, self._retriever, self._worker, self._clock = config, retriever, worker, clock
-        self._reading: asyncio.Task[tuple[float, Answers, Answers]] | None = None
+        self._reading: asyncio.Task[tuple[float, ReplicaAnswers, ReplicaAnswers]] | None = None
         self._began_s = 0.0
 
     async def read(self, tenant: str, *, sees_all: bool = True) -> JsonObject:
-        """Return the figures, sums over the replicas that answered. Counters rise until a replica is replaced.
+        """Return sums over the replicas that answered. Counters rise until a replica is replaced.
 
-        Without `sees_all` they are the tenant's own: what the workers do for everybody is left out.
+        Without `sees_all` the answer covers only the tenant's own requests.
         """
         (read_at, workers, usages), retrievers = await asyncio.gather(
-            self._workers(), _ask_all(self._retriever, "load", tenant)
+            self._workers(), _broadcast(self._retriever, "load", tenant)
         )
         retrieval = self._config.retrieval
         return {
@@ -65,39 +65,39 @@ class StatsReader:
             "workers": self._workers_object(workers.given) | {"replicas": workers.counts} if sees_all else None,
         }
 
-    async def _workers(self) -> tuple[float, Answers, Answers]:
+    async def _workers(self) -> tuple[float, ReplicaAnswers, ReplicaAnswers]:
         is_fresh = self._reading is not None and (not self._reading.done() or self._clock() - self._began_s < KEPT_S)
         if self._reading is None or not is_fresh:
             self._began_s = self._clock()
             self._reading = asyncio.create_task(self._read_workers())
-        return await asyncio.shield(self._reading)  # a client that leaves does not end the others' reading
+        return await asyncio.shield(self._reading)  # a client that disconnects must not cancel the read of others
 
-    async def _read_workers(self) -> tuple[float, Answers, Answers]:
-        may_be_none = self._config.workers_may_sleep
-        asked = [_ask_all(self._worker, method, may_be_none=may_be_none) for method in ("load", "usage")]
-        answers, usages = await asyncio.gather(*asked)
+    async def _read_workers(self) -> tuple[float, ReplicaAnswers, ReplicaAnswers]:
+        may_be_none = self._config.workers_scale_to_zero
+        reads = [_broadcast(self._worker, method, may_be_none=may_be_none) for method in ("load", "usage")]
+        answers, usages = await asyncio.gather(*reads)
         return time.time(), answers, usages
 
-    def _workers_object(self, holdings: Sequence[EngineStatus]) -> JsonObject:
-        settings, counters = self._config.worker, [held.counters for held in holdings]
+    def _workers_object(self, statuses: Sequence[EngineStatus]) -> JsonObject:
+        settings, counters = self._config.worker, [status.counters for status in statuses]
         return {
-            "num_running": sum(held.num_running for held in holdings),
-            "max_running": settings.max_batch_size * len(holdings),
-            "num_waiting": sum(held.num_waiting for held in holdings),
-            "bank_rows": settings.bank_rank_rows * len(holdings),
-            "bank_rows_occupied": sum(held.occupied_rows for held in holdings),
-            "bank_rows_active": sum(held.active_rows for held in holdings),
-            "bank_adapters": sum(len(held.resident) for held in holdings),
-            "host_cache_bytes": sum(held.host_cache_bytes for held in holdings),
-            "host_cache_max_bytes": settings.host_cache_bytes * len(holdings),
-            "requests": sum(counted.num_requests for counted in counters),
-            "prompt_tokens": sum(counted.num_prompt_tokens for counted in counters),
-            "new_tokens": sum(counted.num_new_tokens for counted in counters),
-            "bank_hits": sum(counted.num_bank_hits for counted in counters),
-            "host_hits": sum(counted.num_host_hits for counted in counters),
-            "fetches": sum(counted.num_fetches for counted in counters),
-            "preemptions": sum(counted.num_preemptions for counted in counters),
-            "kv_tokens_free": sum(held.free_kv_tokens for held in holdings),
+            "num_running": sum(status.num_running for status in statuses),
+            "max_running": settings.max_batch_size * len(statuses),
+            "num_waiting": sum(status.num_waiting for status in statuses),
+            "bank_rows": settings.bank_rank_rows * len(statuses),
+            "bank_rows_occupied": sum(status.occupied_rows for status in statuses),
+            "bank_rows_active": sum(status.active_rows for status in statuses),
+            "bank_adapters": sum(len(status.resident) for status in statuses),
+            "host_cache_bytes": sum(status.host_cache_bytes for status in statuses),
+            "host_cache_max_bytes": settings.host_cache_bytes * len(statuses),
+            "requests": sum(counter.num_requests for counter in counters),
+            "prompt_tokens": sum(counter.num_prompt_tokens for counter in counters),
+            "new_tokens": sum(counter.num_new_tokens for counter in counters),
+            "bank_hits": sum(counter.num_bank_hits for counter in counters),
+            "host_hits": sum(counter.num_host_hits for counter in counters),
+            "fetches": sum(counter.num_fetches for counter in counters),
+            "preemptions": sum(counter.num_preemptions for counter in counters),
+            "kv_tokens_free": sum(status.free_kv_tokens for status in statuses),
         }
 
 
@@ -110,20 +110,20 @@ def _usage_object(usages: Sequence[Usage]) -> JsonObject:
     }
 
 
-def _pool_object(retrievers: Answers) -> JsonObject:
-    """The newest generation any replica serves, what it has, and the oldest one; nulls where none answered."""
+def _pool_object(retrievers: ReplicaAnswers) -> JsonObject:
+    """Describe the newest generation in service and the oldest one; null where no replica answered."""
     if not retrievers.given:
         return {"generation": None, "oldest_generation": None, "num_adapters": None}
     generation, num_adapters = max(retrievers.given)
     return {"generation": generation, "oldest_generation": min(retrievers.given)[0], "num_adapters": num_adapters}
 
 
-async def _ask_all(handle: DeploymentHandle, method: str, *args: str, may_be_none: bool = False) -> Answers:
+async def _broadcast(handle: DeploymentHandle, method: str, *args: str, may_be_none: bool = False) -> ReplicaAnswers:
     try:
         results = await handle.broadcast(method, *args).results_async(timeout_s=_TIMEOUT_S, return_exceptions=True)
     except DeploymentUnavailableError:  # no replica runs
-        return Answers((), 0 if may_be_none else 1)
+        return ReplicaAnswers((), 0 if may_be_none else 1)
     except TimeoutError:
-        return Answers((), 1)
+        return ReplicaAnswers((), 1)
     given = [result for result in results if not isinstance(result, BaseException)]
-    return Answers(given, len(results) - len(given))
+    return ReplicaAnswers(given, len(results) - len(given))

@@ -1,4 +1,4 @@
-"""What the project logs goes into Serve's own log files: as text, or as JSON where Serve's `logging_config` says so."""
+"""Send the project's logs to Serve's log files, as text or as JSON according to Serve's `logging_config`."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from ray.serve.exceptions import RayServeException
 _PACKAGES = ("deployments", "gpu_worker", "lora_store", "retriever_svc")
 
 
-class _ToServe(logging.Handler):
-    """Serve's logger adds the replica's name and, in JSON, the id of the request that its handles carry along."""
+class _ServeLogHandler(logging.Handler):
+    """Passes records to Serve's logger, which adds the replica's name and, in JSON, the request id."""
 
     def emit(self, record: logging.LogRecord) -> None:
         logging.getLogger("ray.serve").handle(record)
 
 
 def join_serve_logs() -> None:
-    """Called as a replica starts. Outside of one, logging stays as it is."""
+    """Redirect the project's loggers to Serve. Do nothing outside a replica."""
     if not _is_replica():
         return
     for package in _PACKAGES:
         logger = logging.getLogger(package)
         logger.setLevel(logging.getLogger("ray.serve").level)
-        logger.handlers = [_ToServe()]
+        logger.handlers = [_ServeLogHandler()]
         logger.propagate = False
 
 

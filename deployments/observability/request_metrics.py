@@ -1,4 +1,4 @@
-"""An Ingress replica's figures of requests and of changes of the pool, and one line of the log for each request."""
+"""Metrics of requests and of pool changes in an Ingress replica, and one log line per request."""
 
 from __future__ import annotations
 
@@ -17,30 +17,32 @@ T = TypeVar("T")
 
 
 class RequestMetrics:
-    """Each request is told once, when it has ended."""
+    """Records each request once, when it has ended."""
 
-    def __init__(self, kinds: MetricFactory = SERVE) -> None:
-        self._requests = kinds.Counter(
+    def __init__(self, factory: MetricFactory = SERVE) -> None:
+        self._requests = factory.Counter(
             "loraretriever_requests_total",
-            "Requests by route, HTTP status (499: the client left) and strategy",
+            "Requests by route, HTTP status (499: client closed the connection) and strategy",
             ("route", "status", "strategy"),
         )
-        self._refusals = kinds.Counter("loraretriever_refusals_total", "Errors by the API's code", ("code",))
+        self._refusals = factory.Counter("loraretriever_errors_total", "Errors by code", ("code",))
         by_strategy = ("strategy",)
-        self._total_s = kinds.Histogram(
-            "loraretriever_request_seconds", "From arrival to the last token", SECONDS, by_strategy
+        self._total_s = factory.Histogram(
+            "loraretriever_request_seconds", "Time from arrival to the last token", SECONDS, by_strategy
         )
-        self._first_s = kinds.Histogram(
-            "loraretriever_first_token_seconds", "From arrival to the first token", SECONDS, by_strategy
+        self._first_s = factory.Histogram(
+            "loraretriever_first_token_seconds", "Time from arrival to the first token", SECONDS, by_strategy
         )
-        self._token_s = kinds.Histogram(
-            "loraretriever_inter_token_seconds", "Between two tokens, the mean of an answer", SHORT_SECONDS, by_strategy
+        self._token_s = factory.Histogram(
+            "loraretriever_inter_token_seconds", "Mean time between two tokens of an answer", SHORT_SECONDS, by_strategy
         )
-        self._plan_s = kinds.Histogram("loraretriever_plan_seconds", "From prompts to plans", SHORT_SECONDS)
+        self._plan_s = factory.Histogram(
+            "loraretriever_plan_seconds", "Time to retrieve adapters and plan", SHORT_SECONDS
+        )
 
     @contextmanager
-    def called(self, record: RequestRecord) -> Iterator[RequestRecord]:
-        """A request that came through a Ray handle is answered within."""
+    def record_call(self, record: RequestRecord) -> Iterator[RequestRecord]:
+        """Record a request of a Ray handle that is answered in the context."""
         try:
             yield record
             record.status = 200
@@ -49,9 +51,10 @@ class RequestMetrics:
             record.code = body["error"]["code"]
             raise
         finally:
-            self.ended(record)
+            self.record_request(record)
 
-    def ended(self, record: RequestRecord) -> None:
+    def record_request(self, record: RequestRecord) -> None:
+        """Record a request that has ended."""
         total_s = time.monotonic() - record.began
         labels = {"route": record.route, "status": str(record.status), "strategy": record.strategy}
         self._requests.inc(1, labels)
@@ -73,16 +76,18 @@ class RequestMetrics:
                 self._token_s.observe(row.token_s, by_strategy)
 
 
-class ChangeFigures:
-    """Changes of the pool: of many adapters at once, each is one."""
+class ChangeMetrics:
+    """Counts changes of the pool, one for each adapter."""
 
-    def __init__(self, kinds: MetricFactory = SERVE) -> None:
-        self._changes = kinds.Counter(
-            "loraretriever_pool_changes_total", "Changes of the pool: `ok`, or the API's code", ("change", "outcome")
+    def __init__(self, factory: MetricFactory = SERVE) -> None:
+        self._changes = factory.Counter(
+            "loraretriever_pool_changes_total",
+            "Changes of the pool by outcome: `ok` or an error code",
+            ("change", "outcome"),
         )
 
-    async def counted(self, change: str, work: Coroutine[Any, Any, T]) -> T:
-        """What `work` gives; a list of it may hold errors."""
+    async def count(self, change: str, work: Coroutine[Any, Any, T]) -> T:
+        """Run `work`, count its outcome, and return its result. Errors in a list are counted one by one."""
         try:
             result = await work
         except Exception as exc:
@@ -98,8 +103,8 @@ class ChangeFigures:
 
 
 def _log(record: RequestRecord, total_s: float) -> None:
-    """The same in words and, for JSON, in fields."""
-    told = {
+    """Log the record as text and, for JSON logs, as fields."""
+    fields = {
         "request_id": record.request_id,
         "method": record.method,
         "endpoint": record.route,
@@ -115,8 +120,8 @@ def _log(record: RequestRecord, total_s: float) -> None:
         "first_token_s": _rounded(record.first_token_s),
         "total_s": _rounded(total_s),
     }
-    words = " ".join(f"{name}={value}" for name, value in told.items() if value not in (None, "", "none", [], False))
-    logger.info("request %s", words, extra=told)
+    text = " ".join(f"{name}={value}" for name, value in fields.items() if value not in (None, "", "none", [], False))
+    logger.info("request %s", text, extra=fields)
 
 
 def _rounded(seconds: float | None) -> float | None:

@@ -1,4 +1,4 @@
-"""What each tenant has had of one Worker: what it may know of the load, where others' is not for it to see."""
+"""Usage of one Worker by tenant. A tenant sees its own usage, never that of others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MAX_TENANTS = 4096  # tenants come and go with the keys file
 
 @dataclass(slots=True)
 class Usage:
-    """Counts of one tenant's rows. All but `num_running` only rise."""
+    """Counts of one tenant's rows. All but `num_running` are monotonic."""
 
     num_running: int = 0  # in the engine or in its queue
     num_requests: int = 0
@@ -23,7 +23,7 @@ class Usage:
 
 
 class TenantUsage:
-    """Usage by tenant, on one event loop. Of too many tenants the one that asked least recently is forgotten."""
+    """Usage by tenant, on one event loop. Above `max_tenants` the least recently active tenant is forgotten."""
 
     def __init__(self, max_tenants: int = _MAX_TENANTS) -> None:
         self._max_tenants = max_tenants
@@ -44,19 +44,20 @@ class TenantUsage:
             usage.num_running -= 1
 
     def read(self) -> Mapping[str, Usage]:
-        """Return the counts as they are now."""
+        """Return a copy of the counts."""
         return {tenant: replace(usage) for tenant, usage in self._usages.items()}
 
 
 @dataclass(slots=True)
 class Row:
-    """The tokens of one row that are counted so far."""
+    """Counts the tokens of one row."""
 
     usage: Usage
     num_prompt_tokens: int = 0
     num_new_tokens: int = 0
 
-    def saw(self, delta: Delta) -> None:
+    def count(self, delta: Delta) -> None:
+        """Add the tokens since the last delta."""
         self.usage.num_prompt_tokens += delta.num_prompt_tokens - self.num_prompt_tokens
         self.usage.num_new_tokens += delta.num_new_tokens - self.num_new_tokens
         self.num_prompt_tokens, self.num_new_tokens = delta.num_prompt_tokens, delta.num_new_tokens

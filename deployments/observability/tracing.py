@@ -1,7 +1,7 @@
-"""Spans over the way of a request, where Serve's tracing is on; without it each of these does nothing.
+"""Trace spans of requests. Without Serve's tracing they do nothing.
 
-Serve itself makes a span of every call through a handle, and carries the context along. Named here is what it cannot
-see: planning, the wait in the engine's queue, and generating.
+Serve creates a span for every handle call and propagates the context. This module adds what Serve cannot see: planning,
+the time in the engine's queue, and generation.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ tracer = trace.get_tracer("loraretriever")
 
 
 def otlp() -> list[SpanProcessor]:
-    """For Serve's `exporter_import_path`: spans go to a collector, as the OTEL_EXPORTER_OTLP_* variables say.
+    """Export spans to the collector of the OTEL_EXPORTER_OTLP_* variables; for Serve's `exporter_import_path`.
 
     Needs the optional extra `trace`.
     """
-    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter  # the extra
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter  # in the extra `trace`
 
     return [BatchSpanProcessor(OTLPSpanExporter())]
 
 
 class JobTrace:
-    """A job's two spans, made when it has ended: a stream's steps may run in other contexts than its start."""
+    """The two spans of a job, created when it ends, because the steps of a stream may run in other contexts."""
 
     def __init__(self, request_id: str) -> None:
         self._request_id, self._context, self._began_ns = request_id, context.get_current(), time.time_ns()
 
     def end(self, last: Delta | None) -> None:
-        """`last`: the latest delta; None when the job ended without any."""
+        """Create the spans. `last`: the latest delta, None if the job had none."""
         now_ns = time.time_ns()
         started_ns = now_ns if last is None else min(self._began_ns + int(last.queued_s * 1e9), now_ns)
         self._span("worker.queue", self._began_ns).end(started_ns)

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from deployments.errors import UploadsBusy
+from deployments.errors import UploadMemoryFull
 
 
 class ByteBudget:
@@ -25,14 +25,14 @@ class ByteBudget:
     def taken(self, num_bytes: int) -> Iterator[None]:
         """Hold so many bytes until the block ends; more than all of them count as all.
 
-        Raises: UploadsBusy when they have not become free within the time to wait.
+        Raises: UploadMemoryFull when they have not become free within the time to wait.
         """
         num_bytes, ticket = min(num_bytes, self._max_bytes), object()
         with self._changed:
             self._waiting.append(ticket)
             try:
                 if not self._changed.wait_for(lambda: self._may_take(ticket, num_bytes), self._wait_s):
-                    raise UploadsBusy(self._max_bytes)
+                    raise UploadMemoryFull(self._max_bytes)
                 self.num_taken += num_bytes
                 self.most_taken = max(self.most_taken, self.num_taken)
             finally:

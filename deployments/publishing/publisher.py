@@ -16,7 +16,7 @@ from deployments.api.publish_item import PublishItem
 from deployments.calls.background_tasks import Background
 from deployments.calls.retries import retry_on_replica_death
 from deployments.calls.transport import over_object_store
-from deployments.observability.request_metrics import ChangeFigures
+from deployments.observability.request_metrics import ChangeMetrics
 from deployments.publishing.changes import Change, Charge, free_of_charge, kept_version, live_already, published_of
 from deployments.publishing.reclaimer import Reclaimer
 from deployments.publishing.validator import AdapterValidator, Outcome, ValidatedAdapter
@@ -57,11 +57,11 @@ class Publisher:
         background: Background,
         releaser: Reclaimer,
         waking: WorkerGate,
-        figures: ChangeFigures | None = None,
+        metrics: ChangeMetrics | None = None,
     ) -> None:
         self._store, self._retriever, self._worker, self._waking = store, retriever, worker, waking
         self._examiner = AdapterValidator(retriever, worker)
-        self._background, self._releaser, self._figures = background, releaser, figures or ChangeFigures()
+        self._background, self._releaser, self._metrics = background, releaser, metrics or ChangeMetrics()
 
     async def publish(
         self,
@@ -73,7 +73,7 @@ class Publisher:
         """Publish all that can be, in one commit; what cannot has its error in its place. What is live stays as it is.
 
         Raises: what the Retriever or the Store says of the batch as a whole, QuotaExceeded where it is more than
-        the tenant's `share`, NoWorkerYet, what `charge` raises; then nothing of it is visible or kept.
+        the tenant's `share`, WorkerStarting, what `charge` raises; then nothing of it is visible or kept.
         """
         return await self._run("publish", self._publish(uploads, Change(actor, share, charge=charge)))
 
@@ -135,7 +135,7 @@ class Publisher:
         return ready, len(results) - ready
 
     async def _run(self, change: str, work: Coroutine[Any, Any, T]) -> T:
-        return await self._background.run(self._figures.counted(change, work))
+        return await self._background.run(self._metrics.count(change, work))
 
     async def _settled(self, method: str, *args: Any) -> Settled:
         await self.reach_store()

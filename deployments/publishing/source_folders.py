@@ -25,7 +25,7 @@ def folder_of(
     """Yield the upload as a folder, which is removed afterwards if it was made here.
 
     Its bytes count against `budget` before they are copied or read, until the block ends.
-    Raises: AdapterRefused, SourceRefused, SourceMissing, SourceUnavailable, UploadsBusy.
+    Raises: AdapterRefused, SourceRefused, SourceMissing, SourceUnavailable, UploadMemoryFull.
     """
     with ExitStack() as stack:
 

@@ -10,7 +10,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ServeStatus
 
-from deployments.errors import NoWorkerYet
+from deployments.errors import WorkerStarting
 
 KEPT_S = 1.0  # for so long after a worker answered nobody asks: it goes only after `downscale_delay_s` without requests
 _WITHIN_REACH = ("HEALTHY", "UPSCALING", "DOWNSCALING")  # UPDATING is the first start, or an upgrade
@@ -35,7 +35,7 @@ class WorkerGate:
         self._answered_at: float | None = None
 
     async def wait(self) -> None:
-        """Return when a worker runs. Raises: NoWorkerYet, and what a worker that just died leaves behind."""
+        """Return when a worker runs. Raises: WorkerStarting, and what a worker that just died leaves behind."""
         if self._timeout_s is None:
             return
         if self._answered_at is not None and self._clock() - self._answered_at < KEPT_S:
@@ -48,7 +48,7 @@ class WorkerGate:
                 await asyncio.shield(self._call)
         except TimeoutError as exc:
             if limit.expired():
-                raise NoWorkerYet(self._timeout_s) from exc
+                raise WorkerStarting(self._timeout_s) from exc
             raise
 
     async def can_scale_to_zero(self) -> bool:

@@ -80,7 +80,7 @@ def test_a_private_adapter_is_not_approved(keys: Path) -> None:
     [
         ("acme", {}, 403),
         ("acme", {"public_requires_approval": False}, 403),
-        ("acme", {"admins_approve_own": True}, 200),
+        ("acme", {"allow_self_approval": True}, 200),
         ("globex", {}, 200),
     ],
 )
@@ -93,8 +93,8 @@ def test_an_admin_does_not_approve_for_its_own_tenant(keys: Path, owner: str, se
         assert response.status_code == status, response.text
         assert served.store.called("approve") == ([([record.ref], "id-all")] if status == 200 else [])
         if status == 403:
-            assert error_of(response)["code"] == "own_approval"
-            assert "admins_approve_own" in error_of(response)["message"]
+            assert error_of(response)["code"] == "self_approval"
+            assert "allow_self_approval" in error_of(response)["message"]
 
     ask(look, keys_file=keys, headers=bearer("all"), store=FakeStore(pool_of(record)), **settings)
 
@@ -126,7 +126,7 @@ def test_an_admins_key_reindexes_with_a_listed_encoder_only(
             assert response.status_code == 200, response.text
             assert served.retriever.called("reindex") == [(encoder,)]
         else:
-            assert (response.status_code, error_of(response)["code"]) == (403, "publishing_off")
+            assert (response.status_code, error_of(response)["code"]) == (403, "publishing_disabled")
             assert encoder not in response.text
             assert served.retriever.calls == served.store.calls == []
 

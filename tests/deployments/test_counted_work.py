@@ -59,7 +59,7 @@ def test_more_text_than_the_key_may_use_never_reaches_the_encoder(
 
     response = ask(question, retriever=MappedRetriever(), keys_file=keys, headers=bearer("k"))
     assert response.status_code == 400
-    assert "may use 10 per minute" in error_of(response)["message"]
+    assert "the key allows 10 per minute" in error_of(response)["message"]
 
 
 def test_what_the_encoder_reads_is_a_third_of_the_bytes_of_each_text(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_a_request_of_more_rows_than_the_key_may_have_is_refused(
     [response] = asked(tmp_path, {"concurrent_requests": 2}, (path, body))
     assert response.status_code == 400
     error = error_of(response)
-    assert (error["param"], "may have 2 at once" in error["message"]) == (param, True)
+    assert (error["param"], "the key allows 2 at once" in error["message"]) == (param, True)
 
 
 def test_rows_of_all_requests_count_together(tmp_path: Path) -> None:

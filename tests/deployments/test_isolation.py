@@ -17,8 +17,8 @@ import pytest
 from deployments.api.publish_item import PublishItem
 from deployments.observability.retriever_metrics import RetrieverMetrics
 from retriever_svc import IndexSettings, RouteRequest
-from tests.deployments.figure_fakes import FakeKinds
 from tests.deployments.isolation import Request, answer_to, run
+from tests.deployments.metric_fakes import FakeMetrics
 from tests.deployments.two_tenants import TENANTS, WORDS, TwoTenants, plans_of
 from tests.soak import Scale
 
@@ -232,8 +232,8 @@ def test_a_share_of_the_pool_is_judged_over_all_publishes_of_a_tenant(tmp_path: 
     async def look(tenants: TwoTenants) -> None:
         mine = TENANTS[0]
         door = tenants.served.ingress.door
-        caller = door.enter(f"Bearer {mine}")
-        share = caller.limits.model_copy(update={"max_adapters": 6}).pool_share  # it has 4
+        caller = door.authenticate(f"Bearer {mine}")
+        share = caller.limits.model_copy(update={"max_adapters": 6}).tenant_quota  # it has 4
         uploads = [tenants.folder(f"more-{n}", 200 + n, ["More."]) for n in range(6)]
         publish = tenants.served.ingress.pool.publisher.publish
         outcomes = await asyncio.gather(
@@ -274,13 +274,13 @@ def test_a_name_of_another_takes_no_longer_than_an_unknown_one(tmp_path: Path, s
 
 def test_figures_name_public_adapters_only(tmp_path: Path) -> None:
     async def look(tenants: TwoTenants) -> None:
-        kinds = FakeKinds()
+        kinds = FakeMetrics()
         retriever: Any = tenants.served.retriever._replicas[0]
-        retriever._figures = RetrieverMetrics(kinds)
+        retriever._metrics = RetrieverMetrics(kinds)
         for mine, other in itertools.permutations(TENANTS):
             for prompt in (*tenants.prompts[mine], *tenants.prompts[other], "Say hello"):
                 for answer in await asyncio.to_thread(retriever._retriever.route, [RouteRequest(prompt, mine)]):
-                    retriever._figures.answered(answer)
+                    retriever._metrics.record_route(answer)
         await retriever._tell()
         told = {label for metric in kinds.metrics.values() for labels in metric.last for label in labels}
         assert {f"open-{tenant}" for tenant in TENANTS} <= told

@@ -17,7 +17,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from deployments.errors import ReplicaWedged
+from deployments.errors import ReplicaStuck
 from deployments.observability.metrics import SERVE
 from deployments.observability.tenant_usage import Usage
 from deployments.worker import WorkerDeployment
@@ -27,7 +27,7 @@ from gpu_worker.errors import AdapterLoadFailed, EngineStopped, WarmUpFailed
 from gpu_worker.model.base_model import BaseModel
 from gpu_worker.request.request import Job
 from lora_store import AdapterNotFound, AdapterWeights, encode_weights
-from tests.deployments.figure_fakes import FakeKinds
+from tests.deployments.metric_fakes import FakeMetrics
 from tests.fakes import FakeHandle
 from tests.gpu_worker.driving import greedy
 from tests.tiny import linear_shapes, plan_of, random_adapter, tiny_config
@@ -113,7 +113,7 @@ def serve(tiny_folders: Mapping[str, Path], tiny_base: Callable[..., BaseModel])
         main: Main,
         *,
         weights_cache: tuple[Path, int] | None = None,
-        wedged_after_s: float = 120.0,
+        step_timeout_s: float = 120.0,
         kinds: Any = SERVE,
     ) -> Any:
         async def within() -> Any:
@@ -129,7 +129,7 @@ def serve(tiny_folders: Mapping[str, Path], tiny_base: Callable[..., BaseModel])
                 0.0,
                 FakeHandle(store),
                 weights_cache,
-                wedged_after_s=wedged_after_s,
+                step_timeout_s=step_timeout_s,
                 kinds=kinds,
                 end_process=ends.append,
             )
@@ -195,7 +195,7 @@ def test_only_the_engine_of_a_worker_has_a_team_of_threads(serve: Callable[[Main
 
 
 def test_a_worker_tells_what_its_jobs_did(serve: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
-    kinds = FakeKinds()
+    kinds = FakeMetrics()
 
     async def main(serving: Serving) -> None:
         missing = greedy("x", plan_of("selection", (AdapterWeights("f" * 64, {}), 1.0)), "missing")
@@ -340,7 +340,7 @@ def test_a_replica_whose_engine_has_ended_is_not_healthy(serve: Callable[[Main],
         serving.worker.check_health()
         assert serving.ends == []
         serving.worker._loop.stop()
-        with pytest.raises(ReplicaWedged):
+        with pytest.raises(ReplicaStuck):
             serving.worker.check_health()
         assert serving.ends == [1]
 
@@ -353,7 +353,7 @@ def test_a_request_that_an_ended_engine_refuses_ends_the_process_at_once(serve: 
         model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("no kernel for this device")))
         errors = [await failure_of(serving, number) for number in range(4)]
         assert [type(error) for error in errors[:2]] == [EngineStopped] * 2
-        assert isinstance(errors[3], ReplicaWedged) and "computes nothing" in str(errors[3])
+        assert isinstance(errors[3], ReplicaStuck) and "computes nothing" in str(errors[3])
         assert serving.ends and set(serving.ends) == {1}
 
     async def failure_of(serving: Serving, number: int) -> Exception | None:
@@ -366,9 +366,9 @@ def test_a_request_that_an_ended_engine_refuses_ends_the_process_at_once(serve: 
     serve(main)
 
 
-@pytest.mark.parametrize(("wedged_after_s", "ends"), [(1e-6, [1]), (3600.0, [])])
+@pytest.mark.parametrize(("step_timeout_s", "ends"), [(1e-6, [1]), (3600.0, [])])
 def test_a_step_that_takes_too_long_ends_the_process(
-    serve: Callable[..., Any], wedged_after_s: float, ends: list[int]
+    serve: Callable[..., Any], step_timeout_s: float, ends: list[int]
 ) -> None:
     may_end, has_begun = threading.Event(), threading.Event()
 
@@ -380,10 +380,10 @@ def test_a_step_that_takes_too_long_ends_the_process(
         serving.worker._engine.base.model.register_forward_pre_hook(hang)
         text = asyncio.create_task(serving.text(serving.job(0)))
         assert await asyncio.to_thread(has_begun.wait, 20)
-        with pytest.raises(ReplicaWedged, match="a step or command of the engine has run") if ends else nullcontext():
+        with pytest.raises(ReplicaStuck, match="a step or command of the engine has run") if ends else nullcontext():
             serving.worker.check_health()
         assert serving.ends == ends
         may_end.set()
         assert await text
 
-    serve(main, wedged_after_s=wedged_after_s)
+    serve(main, step_timeout_s=step_timeout_s)

@@ -93,7 +93,7 @@ def live(
         base_model_name=BASE,
         store_uri=s3_endpoint.uri("live"),
         disk_cache_bytes=0,
-        max_in_flight=32,
+        max_concurrent_requests=32,
         retrieval=RetrievalSettings(poll_interval_s=1.0),
         worker=WorkerSettings(
             dtype="float32", num_threads=1, bank_rank_rows=32, max_model_len=512, max_batch_size=16, host_cache_bytes=0

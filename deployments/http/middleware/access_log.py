@@ -43,4 +43,4 @@ class RequestRecorder:
             raise
         finally:
             record.route = getattr(scope.get("route"), "path", _NOT_MATCHED)
-            self._figures().ended(record)
+            self._figures().record_request(record)

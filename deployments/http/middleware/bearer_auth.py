@@ -30,7 +30,7 @@ class BearerAuth:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and path_of(scope).startswith(_GUARDED):
             try:
-                caller = _door().enter(Headers(scope=scope).get("authorization"))
+                caller = _door().authenticate(Headers(scope=scope).get("authorization"))
             except Exception as exc:
                 await error_response(exc)(scope, receive, send)
                 return

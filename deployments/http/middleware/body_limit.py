@@ -9,7 +9,7 @@ from collections.abc import Callable
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.errors import BodiesBusy, BodyNotAllowed, BodyTooLarge, BodyTooSlow
+from deployments.errors import BodyMemoryFull, BodyNotAllowed, BodyTooLarge, BodyTooSlow
 from deployments.http.error_responses import error_response
 from deployments.http.json_body import KEEP_OF_BODY
 from deployments.http.middleware.concurrency_limit import tenant_of
@@ -20,7 +20,7 @@ _PATIENCE_S = 30.0
 _SLOWEST_BYTES_PER_S = 1 << 20
 _WITH_BODY = ("POST", "PUT", "PATCH")
 
-Refusal = BodiesBusy | BodyTooLarge | BodyTooSlow
+Refusal = BodyMemoryFull | BodyTooLarge | BodyTooSlow
 
 
 class BodyLimit:
@@ -63,7 +63,7 @@ class BodyLimit:
                 await send(message)
 
         try:
-            with contextlib.suppress(BodiesBusy, BodyTooLarge, BodyTooSlow):
+            with contextlib.suppress(BodyMemoryFull, BodyTooLarge, BodyTooSlow):
                 await self._app(scope, body.read, answer)
         finally:
             body.keep(0)
@@ -87,7 +87,7 @@ class _Body:
         self.refusal: Refusal | None = None
 
     async def read(self) -> Message:
-        """Raises: BodiesBusy, BodyTooLarge, BodyTooSlow."""
+        """Raises: BodyMemoryFull, BodyTooLarge, BodyTooSlow."""
         try:
             async with asyncio.timeout_at(self._until) as limit:
                 message = await self._receive()
@@ -111,7 +111,7 @@ class _Body:
 
     def _hold(self, num_bytes: int) -> None:
         if not self._budget.take(self._tenant, num_bytes):
-            raise self._refuse(BodiesBusy(self._budget.max_bytes))
+            raise self._refuse(BodyMemoryFull(self._budget.max_bytes))
         self._held += num_bytes
 
     def _refuse(self, refusal: Refusal) -> Refusal:

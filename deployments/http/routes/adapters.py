@@ -112,7 +112,7 @@ async def publish(caller: Publishing, pool: OpenPool, http: Request) -> JSONResp
     if isinstance(body, AdapterSource):
         return await _publish_one(pool, caller, http, body.upload())
     uploads = [pool.upload_of(adapter.upload(), caller, http) for adapter in body.adapters]
-    outcomes = await pool.publisher.publish(uploads, caller.key_id, caller.limits.pool_share, pool.charge_to(caller))
+    outcomes = await pool.publisher.publish(uploads, caller.key_id, caller.limits.tenant_quota, pool.charge_to(caller))
     answer = batch_object(outcomes)
     failed = any(isinstance(outcome, Exception) for outcome in outcomes)
     return JSONResponse(answer, 207 if failed else max(item["status"] for item in answer["data"]))
@@ -195,7 +195,7 @@ async def _publish_files(pool: Pool, caller: Caller, http: Request) -> JSONRespo
 
 async def _publish_one(pool: Pool, caller: Caller, http: Request, upload: PublishItem) -> JSONResponse:
     uploads = [pool.upload_of(upload, caller, http)]
-    [outcome] = await pool.publisher.publish(uploads, caller.key_id, caller.limits.pool_share, pool.charge_to(caller))
+    [outcome] = await pool.publisher.publish(uploads, caller.key_id, caller.limits.tenant_quota, pool.charge_to(caller))
     if isinstance(outcome, Exception):
         raise outcome
     return JSONResponse(published_object(outcome), status_of(outcome))

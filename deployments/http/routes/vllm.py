@@ -25,7 +25,9 @@ async def load_lora_adapter(
     upload = pool.upload_of(body.upload(), caller, http)
     if not body.load_inplace and await _is_live(pool, caller, body.lora_name):
         raise AdapterExists(body.lora_name)
-    [outcome] = await pool.publisher.publish([upload], caller.key_id, caller.limits.pool_share, pool.charge_to(caller))
+    [outcome] = await pool.publisher.publish(
+        [upload], caller.key_id, caller.limits.tenant_quota, pool.charge_to(caller)
+    )
     if isinstance(outcome, Exception):
         raise outcome
     text = f"Success: LoRA adapter '{body.lora_name}' added successfully"

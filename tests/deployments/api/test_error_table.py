@@ -29,7 +29,7 @@ EXPECTED = [
     (api_errors.KeyRefused("no key"), 401, INVALID, "invalid_api_key"),
     (api_errors.RoleMissing("key-1", "admin"), 403, "permission_error", "role_missing"),
     (api_errors.KeysUnavailable("gone"), 503, "overloaded_error", "keys_unavailable"),
-    (api_errors.OwnApproval("x", "acme"), 403, "permission_error", "own_approval"),
+    (api_errors.SelfApproval("x", "acme"), 403, "permission_error", "self_approval"),
     (api_errors.RateLimited("9 requests per minute", 2.0), 429, "rate_limit_error", "rate_limit_exceeded"),
     (api_errors.ModelNotFound("x"), 404, "not_found_error", "model_not_found"),
     (store_errors.AdapterNotFound("x"), 404, "not_found_error", "model_not_found"),
@@ -38,22 +38,22 @@ EXPECTED = [
     (api_errors.AdapterExists("x"), 400, INVALID, "adapter_exists"),
     (api_errors.HostRefused("evil.example"), 421, INVALID, "host_not_allowed"),
     (api_errors.OriginRefused("https://evil.example"), 403, "permission_error", "origin_not_allowed"),
-    (api_errors.PublishingOff("off"), 403, "permission_error", "publishing_off"),
+    (api_errors.PublishingDisabled("off"), 403, "permission_error", "publishing_disabled"),
     (api_errors.SourceRefused("s3://b/x", "is not allowed"), 403, "permission_error", "source_not_allowed"),
     (api_errors.SourceMissing("s3://b/x"), 404, "not_found_error", "source_not_found"),
     (api_errors.SourceUnavailable("s3://b/x", "refused"), 503, OVERLOADED, "source_unavailable"),
     (api_errors.BodyNotAllowed("GET takes no body"), 400, INVALID, "body_not_allowed"),
     (api_errors.BodyTooLarge("large"), 413, INVALID, "body_too_large"),
     (api_errors.BodyTooSlow("slow"), 408, INVALID, "body_too_slow"),
-    (api_errors.UploadsBusy(9), 503, OVERLOADED, "uploads_busy"),
+    (api_errors.UploadMemoryFull(9), 503, OVERLOADED, "upload_memory_full"),
     (api_errors.ServerOverloaded(9), 429, OVERLOADED, "server_overloaded"),
-    (api_errors.BodiesBusy(9), 503, OVERLOADED, "bodies_busy"),
+    (api_errors.BodyMemoryFull(9), 503, OVERLOADED, "body_memory_full"),
     (api_errors.EncoderBusy(9), 503, OVERLOADED, "encoder_busy"),
     (api_errors.NotReady("wait"), 503, OVERLOADED, "not_ready"),
-    (api_errors.NoWorkerYet(30), 503, OVERLOADED, "no_worker_yet"),
-    (api_errors.PoisonRequest(3), 500, "server_error", "poisoned"),
+    (api_errors.WorkerStarting(30), 503, OVERLOADED, "worker_starting"),
+    (api_errors.PoisonRequest(3), 500, "server_error", "poison_request"),
     (store_errors.PublicNameTaken("x", ["it is taken"]), 409, INVALID, "name_taken"),
-    (store_errors.QuotaExceeded("adapters", 4, 3), 403, "permission_error", "pool_share_exceeded"),
+    (store_errors.QuotaExceeded("adapters", 4, 3), 403, "permission_error", "quota_exceeded"),
     (store_errors.AdapterRefused("x", ["a", "b"]), 400, INVALID, "adapter_refused"),
     (store_errors.PlanInvalid("plan"), 400, INVALID, "plan_invalid"),
     (store_errors.VersionConflict(3), 503, OVERLOADED, "version_conflict"),
@@ -69,12 +69,12 @@ EXPECTED = [
     (worker_errors.PromptInvalid("prompt"), 400, INVALID, "invalid_prompt"),
     (worker_errors.PromptTooLong("long"), 400, INVALID, "context_length_exceeded"),
     (worker_errors.PlanTooLarge("rows"), 400, INVALID, "plan_too_large"),
-    (worker_errors.AdapterUnfit("fit"), 400, INVALID, "adapter_unfit"),
+    (worker_errors.AdapterUnfit("fit"), 400, INVALID, "adapter_incompatible"),
     (worker_errors.LogitsNotFinite("inf"), 422, INVALID, "logits_not_finite"),
     (worker_errors.RequestFailed("r-1"), 500, "server_error", "request_failed"),
     (worker_errors.AdapterLoadFailed("load"), 503, OVERLOADED, "adapter_load_failed"),
     (worker_errors.DeadlineExceeded(3), 504, "timeout_error", "deadline_exceeded"),
-    (worker_errors.WaitedTooLong(60), 503, OVERLOADED, "waited_too_long"),
+    (worker_errors.WaitedTooLong(60), 503, OVERLOADED, "queue_timeout"),
     (worker_errors.EngineFull("full"), 503, OVERLOADED, "engine_full"),
     (worker_errors.EngineStopped("stopped"), 503, OVERLOADED, "engine_stopped"),
 ]
@@ -87,7 +87,7 @@ RAYS_OWN = [
     (TimeoutError(), 503, OVERLOADED, "timeout"),
 ]
 NEVER_REACH_A_CLIENT = {
-    "ReplicaWedged": "answers Serve's health check",
+    "ReplicaStuck": "answers Serve's health check",
     "BatchRefused": "ends a command, and no request",
     "ProxyUnsafe": "stops the application's build",
     "RayUnauthenticated": "stops the application's build, or a replica at its start",
@@ -130,7 +130,7 @@ def test_an_error_maps_as_stated_from_here_and_from_a_replica(
         headers = error_response(raised).headers
         expected = str(math.ceil(getattr(error, "retry_after_s", 1))) if status in (429, 503) else None
         assert headers.get("retry-after") == expected
-        is_final = status in (409, 504) or code in ("poisoned", "request_failed")
+        is_final = status in (409, 504) or code in ("poison_request", "request_failed")
         assert headers.get("x-should-retry") == ("false" if is_final else None)
         assert headers.get("www-authenticate") == {401: "Bearer"}.get(status)
 

@@ -7,14 +7,14 @@ from typing import Any, ClassVar
 import pytest
 import yaml
 
-from deployments.auth.api_keys import KeyRing, hash_of, new_key, parse_entries, refuse_repeats
+from deployments.auth.api_keys import KeySet, hash_of, new_key, parse_entries, require_unique
 from deployments.auth.caller import Caller, KeyLimits
 from deployments.errors import RoleMissing
 from tests.deployments.key_files import entry
 
 
 def test_a_key_is_its_entrys_caller_and_nothing_else_is() -> None:
-    ring = KeyRing(parse_entries(json.dumps([entry("one", roles=["infer"]), entry("two", "other")])))
+    ring = KeySet(parse_entries(json.dumps([entry("one", roles=["infer"]), entry("two", "other")])))
     assert ring.find("one") == Caller("acme", frozenset({"infer"}), "id-one")
     assert ring.find("two") == Caller("other", frozenset({"infer", "publish", "admin"}), "id-two")
     for wrong in ("", "ones", "On", hash_of("one"), "one\udcff", "x" * 100_000):
@@ -22,8 +22,8 @@ def test_a_key_is_its_entrys_caller_and_nothing_else_is() -> None:
 
 
 def test_what_no_hash_is_never_matches() -> None:
-    assert KeyRing([]).find("") is None
-    assert len(KeyRing([])) == 0
+    assert KeySet([]).find("") is None
+    assert len(KeySet([])) == 0
 
 
 def test_keys_are_new_random_and_kept_as_their_hash_only() -> None:
@@ -32,7 +32,7 @@ def test_keys_are_new_random_and_kept_as_their_hash_only() -> None:
     assert {len(key) for key in keys} == {46}  # 32 random bytes behind a prefix
     key = keys.pop()
     assert hash_of(key) == hashlib.sha256(key.encode()).hexdigest()
-    assert key not in str(KeyRing(parse_entries(json.dumps([entry("x") | {"sha256": hash_of(key)}]))).__dict__)
+    assert key not in str(KeySet(parse_entries(json.dumps([entry("x") | {"sha256": hash_of(key)}]))).__dict__)
 
 
 @pytest.mark.parametrize("dump", [json.dumps, yaml.safe_dump])
@@ -95,7 +95,7 @@ class Counted(str):
 def test_a_long_file_is_searched_for_repeats_in_linear_time() -> None:
     count = 20_000
     values = [Counted(f"id-{number}") for number in range(count)]
-    refuse_repeats("id", values)
+    require_unique("id", values)
     assert Counted.comparisons[0] < 3 * count  # equal hashes only; every pair would be 200,000,000
     with pytest.raises(ValueError, match="entries 7 and 20000 have the same id"):
-        refuse_repeats("id", [*values, Counted("id-7")])
+        require_unique("id", [*values, Counted("id-7")])

@@ -83,7 +83,7 @@ def test_a_link_is_refused_with_the_remedy(tmp_path: Path) -> None:
     """Another user could have put it there, to lead the sessions elsewhere."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(FolderNotPrivate, match=r"is a link.*RAY_TMPDIR"):
+    with pytest.raises(FolderNotPrivate, match=r"is a symbolic link.*RAY_TMPDIR"):
         make_private(tmp_path / "link", ME)
 
 

@@ -8,9 +8,9 @@ import pytest
 
 from deployments.api.requested_work import Work
 from deployments.auth.caller import LOCAL_CALLER, Caller, KeyLimits
-from deployments.auth.quotas import Limiter
+from deployments.auth.quotas import Limiter, TokenBucket
 from deployments.errors import RateLimited, RequestInvalid
-from tests.deployments.auth.test_token_bucket import Clock
+from tests.deployments.clocks import Clock
 
 
 def caller(key_id: str = "key", **limits: int) -> Caller:
@@ -33,7 +33,10 @@ def test_requests_beyond_the_minutes_are_refused_until_there_is_room() -> None:
     limiter.count_request(asks)
     limiter.count_request(asks)
     error = limited(lambda: limiter.count_request(asks))
-    assert (error.retry_after_s, str(error)) == (30, "the key may use 2 requests per minute; try again in 30.0 s")
+    assert (error.retry_after_s, str(error)) == (
+        30,
+        "the key's limit of 2 requests per minute is exceeded; retry in 30.0 s",
+    )
     clock.at += 30
     limiter.count_request(asks)
 
@@ -77,7 +80,7 @@ def test_a_request_counts_as_many_times_as_it_has_rows() -> None:
     limiter, asks = Limiter(1), caller(concurrent_requests=8)
     with limiter.running(asks, Work(5)), limiter.running(asks, Work(3)):
         error = refused(limiter, asks, Work(1))
-        assert str(error) == "the key may use 8 rows (prompts × n) at once; try again in 1.0 s"
+        assert str(error) == "the key's limit of 8 concurrent rows (prompts × n) is exceeded; retry in 1.0 s"
     with limiter.running(asks, Work(5)):
         refused(limiter, asks, Work(4))
         with limiter.running(asks, Work(3)):
@@ -91,7 +94,7 @@ def test_more_rows_than_the_key_may_ever_have_are_refused_by_the_field_that_asks
             pass
         assert caught.value.param == work.rows_field
         assert str(caught.value).startswith(f"{work.rows_field}: the request has 5 rows (prompts × n)")
-        assert "may have 4 at once" in str(caught.value)
+        assert "the key allows 4 at once" in str(caught.value)
 
 
 def test_what_the_encoder_reads_is_charged_whatever_becomes_of_the_request() -> None:
@@ -205,3 +208,59 @@ def test_many_keys_do_not_give_a_used_up_one_its_rate_back() -> None:
         limiter.count_request(caller(f"k{number}", requests_per_minute=5))
     limited(lambda: limiter.count_request(used_up))
     refused(limiter, used_up, Work(num_tokens=1))
+
+
+def bucket_of(per_minute: float) -> tuple[TokenBucket, Clock]:
+    clock = Clock()
+    return TokenBucket(per_minute, clock=clock), clock
+
+
+def test_a_full_bucket_gives_a_minutes_worth_at_once_and_then_says_when_there_is_more() -> None:
+    bucket, clock = bucket_of(60)
+    assert [bucket.take(1) for _ in range(60)] == [0.0] * 60
+    assert bucket.take(2) == pytest.approx(2)
+    clock.at += 1.5
+    assert bucket.take(2) == pytest.approx(0.5)
+    clock.at += 0.5
+    assert bucket.take(2) == 0
+
+
+def test_what_is_refused_is_not_taken() -> None:
+    bucket, _clock = bucket_of(60)
+    bucket.take(59)
+    for _ in range(5):
+        assert bucket.take(2) == pytest.approx(1)
+    assert bucket.take(1) == 0
+
+
+def test_no_more_than_a_minutes_worth_is_saved_up() -> None:
+    bucket, clock = bucket_of(60)
+    clock.at += 3600
+    assert bucket.take(60) == 0
+    assert bucket.take(1) > 0
+
+
+@pytest.mark.parametrize(("used", "wait_s"), [(10, 0), (40, 30), (70, 60)])
+def test_what_was_used_is_what_counts_and_too_much_is_owed(used: int, wait_s: float) -> None:
+    bucket, _ = bucket_of(60)
+    assert bucket.take(40) == 0
+    bucket.settle(40, used)
+    assert bucket.take(50) == pytest.approx(max(0, wait_s))
+
+
+def test_nothing_comes_back_beyond_the_bucket() -> None:
+    bucket, clock = bucket_of(60)
+    bucket.take(40)
+    clock.at += 60
+    bucket.settle(40, 0)
+    assert (bucket.take(60), bucket.take(1) > 0) == (0, True)
+
+
+def test_a_bucket_is_full_once_nothing_is_left_to_refill() -> None:
+    bucket, clock = bucket_of(60)
+    assert bucket.is_full
+    bucket.take(2)
+    clock.at += 1.5
+    assert not bucket.is_full
+    clock.at += 0.5
+    assert bucket.is_full

@@ -61,7 +61,7 @@ def test_a_setting_named_for_its_danger_allows_it_with_a_warning(tmp_path: Path)
     run = python(BUILD, "disabled", str(tmp_path), "allow")
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == ["built", "False"]
-    assert "WARNING:deployments.auth.ray_token:Ray asks for no token" in run.stderr
+    assert "WARNING:deployments.auth.ray_token:Ray runs without token authentication" in run.stderr
 
 
 def test_the_server_overrules_an_environment_that_switches_the_token_off() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from deployments.auth.api_keys import KeyRing, hash_of, parse_entries
+from deployments.auth.api_keys import KeySet, hash_of, parse_entries
 from deployments.auth.caller import Caller, KeyLimits
 from tests.deployments.key_files import entry
 from tests.deployments.scripted import run, scripted, words
@@ -24,7 +24,7 @@ def test_a_key_is_shown_once_beside_the_entry_that_knows_it() -> None:
     assert key not in "\n".join(block)
     limits = KeyLimits(requests_per_minute=60, max_adapters=0)
     expected = Caller("acme", frozenset({"infer", "publish"}), "ci", limits)
-    assert KeyRing(parse_entries("\n".join(block))).find(key) == expected
+    assert KeySet(parse_entries("\n".join(block))).find(key) == expected
 
 
 def test_a_key_is_added_to_a_file_that_only_its_owner_reads(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_what_the_file_holds_stays(tmp_path: Path, dump: Any) -> None:
     file.write_text(dump([entry("old", limits={"max_bytes": 9})]))
     file.chmod(0o640)
     key = new("--file", file).stdout.strip()
-    ring = KeyRing(parse_entries(file.read_text()))
+    ring = KeySet(parse_entries(file.read_text()))
     old = ring.find("old")
     assert old is not None and old.limits.max_bytes == 9
     assert ring.find(key) is not None

@@ -31,7 +31,7 @@ from gpu_worker.errors import WorkerConfigInvalid
         ({"worker_scaling": {"resources": {"l4": 0}}}, "worker_scaling.resources"),
         ({"worker_scaling": {"metrics_interval_s": 5, "look_back_s": 5}}, "worker_scaling"),
         ({"worker_scaling": {"initial_replicas": 2}}, "worker_scaling"),
-        ({"wake_timeout_s": 0}, "wake_timeout_s"),
+        ({"scale_from_zero_timeout_s": 0}, "scale_from_zero_timeout_s"),
         ({"base_model_name": "a/b"}, "base_model_name"),
         ({"base_model_name": "a:b"}, "base_model_name"),
     ],
@@ -114,7 +114,7 @@ def test_source_prefixes_are_a_tenants_own_or_say_that_they_are_everybodys() -> 
     assert AppConfig(source_prefixes={"acme": ["s3://acme"]}).source_prefixes_of("globex") == ()
     assert AppConfig(source_prefixes=["s3://bucket"]).source_prefixes_of("local") == ("s3://bucket",)
     for bad in ({"acme": ["/data"]}, {"a/b": ["s3://x"]}, {"": ["s3://x"]}):
-        with pytest.raises(ValidationError, match=r"data|neither a tenant"):
+        with pytest.raises(ValidationError, match=r"data|neither the name of a tenant"):
             AppConfig(source_prefixes=bad)
 
 
@@ -149,7 +149,7 @@ def test_worker_settings_reach_the_engine_field_by_field() -> None:
     worker = asdict(config.worker_config())
     assert {key: worker[key] for key in settings} == settings
     assert (worker["base_model"], worker["cache_dir"]) == ("a/b", Path("/c"))
-    assert settings.keys() | {"stream_interval_ms", "niceness", "wedged_after_s"} == WorkerSettings.model_fields.keys()
+    assert settings.keys() | {"stream_interval_ms", "niceness", "step_timeout_s"} == WorkerSettings.model_fields.keys()
 
 
 def test_threads_are_counted_on_the_workers_machine_where_none_are_set() -> None:
@@ -242,7 +242,7 @@ def test_what_may_scale_to_zero_is_tried_first_and_else_serve_keeps_what_runs(
 
 def test_only_workers_may_scale_to_zero() -> None:
     none = ScalingSettings(min_replicas=0)
-    assert AppConfig(worker_scaling=none).workers_may_sleep and not AppConfig().workers_may_sleep
+    assert AppConfig(worker_scaling=none).workers_scale_to_zero and not AppConfig().workers_scale_to_zero
     for name in ("ingress_scaling", "retriever_scaling", "store_scaling"):
         with pytest.raises(ValidationError, match=name):
             AppConfig.model_validate({name: none})

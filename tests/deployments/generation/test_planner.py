@@ -68,7 +68,7 @@ def test_an_unknown_model_is_not_found_under_the_name_the_client_gave(model: str
     status, body = describe(caught.value)
     assert status == 404
     assert body["error"] == {
-        "message": f"the model {model!r} does not exist",
+        "message": f"no model or adapter {model!r}; GET /v1/models lists what there is",
         "type": "not_found_error",
         "param": "model",
         "code": "model_not_found",

@@ -87,7 +87,7 @@ def test_so_has_the_number_of_messages_and_of_prompts() -> None:
     "settings",
     [
         {"max_new_tokens": 255},
-        {"max_in_flight": 0},
+        {"max_concurrent_requests": 0},
         {"max_request_s": 0},
         {"max_request_s": 601},
         {"max_upload_total_bytes": 10, "max_upload_bytes": 10},

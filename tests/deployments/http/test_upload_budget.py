@@ -13,7 +13,7 @@ from starlette.types import Message
 
 from deployments.api.publish_item import PublishItem
 from deployments.config.app import FORM_OVERHEAD_BYTES
-from deployments.errors import BodyTooSlow, UploadsBusy
+from deployments.errors import BodyTooSlow, UploadMemoryFull
 from deployments.http.upload_budget import UploadBudget
 from lora_store import Staged
 from tests.deployments.adapter_records import POOL, pool_of
@@ -50,7 +50,7 @@ def test_what_is_announced_counts_at_once_and_nothing_afterwards() -> None:
     budget = UploadBudget(10)
     assert read(budget, request_of(announced=10), 0) == 10
     assert budget.num_bytes == 0
-    with pytest.raises(UploadsBusy, match="10 bytes"):
+    with pytest.raises(UploadMemoryFull, match="10 bytes"):
         read(budget, request_of(announced=11), 0)
     assert budget.num_bytes == 0
 
@@ -58,7 +58,7 @@ def test_what_is_announced_counts_at_once_and_nothing_afterwards() -> None:
 def test_what_is_not_announced_counts_as_it_comes() -> None:
     budget = UploadBudget(10)
     assert read(budget, request_of(b"1234", b"567", b"890"), 2) == 7
-    with pytest.raises(UploadsBusy):
+    with pytest.raises(UploadMemoryFull):
         read(budget, request_of(b"123456", b"78901"), 2)
     assert budget.num_bytes == 0
 
@@ -79,7 +79,7 @@ def test_a_length_that_is_none_announces_nothing(announced: str) -> None:
 def test_uploads_of_one_tenant_leave_room_for_another() -> None:
     budget = UploadBudget(1000, always_bytes=500, has_tenants=True)
     with budget.reading(request_of(announced=500), "a"):
-        with pytest.raises(UploadsBusy), budget.reading(request_of(announced=400), "a"):
+        with pytest.raises(UploadMemoryFull), budget.reading(request_of(announced=400), "a"):
             pass
         with budget.reading(request_of(announced=500), "b"):
             assert budget.num_bytes == 1000
@@ -157,7 +157,7 @@ async def one_in_progress(leaves: bool) -> None:
             headers={"content-type": "multipart/form-data; boundary=b", "content-length": str(ONE + 501 - held)},
         )
         assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
-        assert error_of(refused)["code"] == "uploads_busy"
+        assert error_of(refused)["code"] == "upload_memory_full"
         store.let_go.set()
         await served.ingress.background.idle()
         if not leaves:

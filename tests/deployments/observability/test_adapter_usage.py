@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from deployments.observability.adapter_usage import RecentChoices, RoutingTotals
+from deployments.observability.adapter_usage import RecentPlans, RoutingTotals
 from lora_store import AdapterRef
 
 A, B, C = (AdapterRef("local", name, name * 64) for name in "abc")
@@ -14,7 +14,7 @@ class Clock:
 
 
 def test_the_largest_are_named_and_the_rest_is_a_sum() -> None:
-    recent = RecentChoices(clock=Clock())
+    recent = RecentPlans(clock=Clock())
     for refs in ([A], [A, B], [A, B, C]):
         recent.add(refs)
     assert recent.largest(2) == ([(A, 3), (B, 2)], 1)
@@ -23,7 +23,7 @@ def test_the_largest_are_named_and_the_rest_is_a_sum() -> None:
 
 def test_what_was_chosen_two_windows_ago_is_gone() -> None:
     clock = Clock()
-    recent = RecentChoices(window_s=10, clock=clock)
+    recent = RecentPlans(window_s=10, clock=clock)
     recent.add([A])
     clock.now = 10
     recent.add([B])
@@ -35,19 +35,19 @@ def test_what_was_chosen_two_windows_ago_is_gone() -> None:
 
 
 def test_who_was_chosen_and_who_always_stands_behind_another() -> None:
-    so_far = RoutingTotals()
+    totals = RoutingTotals()
     for _ in range(19):
-        so_far.saw([A, B], [A])
-    assert (so_far.num_chosen, so_far.num_shadowed) == (1, 0), "B was seen too rarely to say"
-    so_far.saw([A, B], [A, B])
-    assert (so_far.num_chosen, so_far.num_shadowed) == (2, 1)
-    so_far.saw([B, A], [])
-    assert so_far.num_shadowed == 0, "it came first once"
+        totals.add([A, B], [A])
+    assert (totals.num_chosen, totals.num_shadowed) == (1, 0), "B was seen too rarely to say"
+    totals.add([A, B], [A, B])
+    assert (totals.num_chosen, totals.num_shadowed) == (2, 1)
+    totals.add([B, A], [])
+    assert totals.num_shadowed == 0, "it came first once"
 
 
 def test_what_is_no_longer_live_is_forgotten() -> None:
-    so_far = RoutingTotals()
+    totals = RoutingTotals()
     for _ in range(20):
-        so_far.saw([A, B], [A, B])
-    so_far.keep(lambda ref: ref == A)
-    assert (so_far.num_chosen, so_far.num_shadowed) == (1, 0)
+        totals.add([A, B], [A, B])
+    totals.retain(lambda ref: ref == A)
+    assert (totals.num_chosen, totals.num_shadowed) == (1, 0)

@@ -27,6 +27,6 @@ def test_figures_that_fail_are_told_again_at_the_next_beat(caplog: pytest.LogCap
         asyncio.run(report_periodically(show, sleep))
     assert slept == [REPORT_INTERVAL_S] * 5
     assert [record.getMessage() for record in caplog.records] == [
-        "figures are not told: away",
-        "figures are not told: again",
+        "cannot report metrics: away",
+        "cannot report metrics: again",
     ]

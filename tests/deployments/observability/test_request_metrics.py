@@ -16,7 +16,7 @@ from gpu_worker.errors import EngineFull
 from gpu_worker.request.request import Delta
 from tests.deployments.app_fakes import POOL, FakeRetriever, FakeWorker, Served, serve_plainly
 from tests.deployments.asking import ask
-from tests.deployments.figure_fakes import FakeKinds
+from tests.deployments.metric_fakes import FakeMetrics
 
 SECRET = "the-secret-prompt"
 CHAT = {"messages": [{"role": "user", "content": SECRET}]}
@@ -27,9 +27,9 @@ BROKEN = [Delta("a", 5, 1), EngineFull("full")]
 
 def told(
     question: Callable[[httpx.AsyncClient, Served], Awaitable[Any]], caplog: pytest.LogCaptureFixture, **options: Any
-) -> tuple[FakeKinds, list[logging.LogRecord]]:
+) -> tuple[FakeMetrics, list[logging.LogRecord]]:
     """The figures, and the lines of requests; no line of any kind may hold the prompt."""
-    kinds = FakeKinds()
+    kinds = FakeMetrics()
     with caplog.at_level(logging.DEBUG):
         ask(question, kinds=kinds, **options)
     assert SECRET not in caplog.text and not any(SECRET in str(vars(record)) for record in caplog.records)
@@ -46,7 +46,7 @@ def test_an_answered_request(stream: bool, caplog: pytest.LogCaptureFixture) -> 
 
     kinds, [line] = told(send, caplog, worker=worker)
     assert kinds["requests_total"].counts == {(CHAT_ROUTE, "200", "mixture"): 1}
-    assert kinds["refusals_total"].counts == {}
+    assert kinds["errors_total"].counts == {}
     for name in ("request_seconds", "first_token_seconds", "inter_token_seconds"):
         [value] = kinds[name].seen[("mixture",)]
         assert value > 0
@@ -76,7 +76,7 @@ def test_an_answered_request(stream: bool, caplog: pytest.LogCaptureFixture) -> 
         (CHAT, {"worker": FakeWorker(BROKEN)}, "503", "engine_full"),
         (CHAT | {"stream": True}, {"worker": FakeWorker(BROKEN)}, "200", "engine_full"),
         (CHAT, {"worker": FakeWorker([RuntimeError("what")])}, "500", "internal_error"),
-        (CHAT, {"max_in_flight": 1, "in_flight": 1}, "429", "server_overloaded"),
+        (CHAT, {"max_concurrent_requests": 1, "in_flight": 1}, "429", "server_overloaded"),
     ],
     ids=["unknown model", "value", "type", "key", "full", "broken", "broken stream", "unforeseen", "overload"],
 )
@@ -93,7 +93,7 @@ def test_a_refused_request_counts_by_its_code(
     kinds, [line] = told(send, caplog, **options)
     [(labels, count)] = kinds["requests_total"].counts.items()
     assert (labels[1], count) == (status, 1)
-    assert kinds["refusals_total"].counts == {(code,): 1}
+    assert kinds["errors_total"].counts == {(code,): 1}
     assert vars(line)["code"] == code
 
 
@@ -109,7 +109,7 @@ def test_labels_are_bounded_whatever_is_asked(caplog: pytest.LogCaptureFixture) 
     counted = kinds["requests_total"].counts
     assert {labels[0] for labels in counted} == {"none", "/v1/models/{model:path}", "/v1/loras/{name:path}"}
     assert sum(counted.values()) == len(lines) == 2 * (len(paths) - 2), "probes are not told"
-    assert {code for (code,) in kinds["refusals_total"].counts} <= {row[3] for row in TABLE} | {"http_error"}
+    assert {code for (code,) in kinds["errors_total"].counts} <= {row[3] for row in TABLE} | {"http_error"}
 
 
 def test_an_id_that_is_not_plain_is_replaced(caplog: pytest.LogCaptureFixture) -> None:
@@ -131,7 +131,7 @@ def test_an_abstention_is_told(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_a_caller_through_a_handle_is_told_too(caplog: pytest.LogCaptureFixture) -> None:
-    kinds = FakeKinds()
+    kinds = FakeMetrics()
 
     async def main() -> None:
         served = serve_plainly(kinds=kinds)
@@ -148,7 +148,7 @@ def test_a_caller_through_a_handle_is_told_too(caplog: pytest.LogCaptureFixture)
         ("stream", "200", "mixture"): 1,
         ("generate", "400", "none"): 1,
     }
-    assert kinds["refusals_total"].counts == {("invalid_request",): 1}
+    assert kinds["errors_total"].counts == {("invalid_request",): 1}
     assert SECRET not in caplog.text
 
 

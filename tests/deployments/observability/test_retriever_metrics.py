@@ -6,7 +6,7 @@ from deployments.observability.retriever_metrics import MAX_NAMED, RetrieverMetr
 from lora_store import AdapterRecord, Plan, PlannedAdapter, Snapshot
 from retriever_svc import Candidate, NoAdapterMatched, Route, StaleIndex
 from tests.deployments.adapter_records import adapter
-from tests.deployments.figure_fakes import FakeKinds
+from tests.deployments.metric_fakes import FakeMetrics
 
 PUBLIC, PRIVATE = adapter("poet"), adapter("secret-plans", tenant="acme", visibility="private")
 
@@ -22,8 +22,8 @@ def route(*records: AdapterRecord, score: float = 0.8, abstained: bool = False) 
 
 
 def test_prompts_count_by_what_became_of_them() -> None:
-    kinds = FakeKinds()
-    figures = RetrieverMetrics(kinds)
+    kinds = FakeMetrics()
+    metrics = RetrieverMetrics(kinds)
     for answer in (
         route(PUBLIC),
         route(PUBLIC, score=0.1, abstained=True),
@@ -31,47 +31,47 @@ def test_prompts_count_by_what_became_of_them() -> None:
         NoAdapterMatched(None, 0.4),
         StaleIndex(9, 7),
     ):
-        figures.answered(answer)
+        metrics.record_route(answer)
     assert kinds["routes_total"].counts == {("chosen",): 1, ("abstained",): 1, ("refused",): 2}
     assert kinds["best_score_cosine"].seen == {(): [0.8, 0.1, 0.2]}
 
 
 def test_gauges_say_what_is_served_and_who_is_never_chosen() -> None:
-    kinds = FakeKinds()
-    figures = RetrieverMetrics(kinds)
-    figures.answered(route(PUBLIC))
-    figures.tell(snapshot(PUBLIC, PRIVATE), num_routable=5, read_age_s=1.5)
+    kinds = FakeMetrics()
+    metrics = RetrieverMetrics(kinds)
+    metrics.record_route(route(PUBLIC))
+    metrics.report(snapshot(PUBLIC, PRIVATE), num_routable=5, read_age_s=1.5)
     names = ("catalogue_generation", "catalogue_adapters", "catalogue_read_age_seconds", "never_chosen_adapters")
     assert [kinds[name].last[()] for name in names] == [7, 2, 1.5, 4]
-    figures.tell(snapshot(PRIVATE, generation=8), num_routable=4, read_age_s=0.0)
+    metrics.report(snapshot(PRIVATE, generation=8), num_routable=4, read_age_s=0.0)
     assert kinds["never_chosen_adapters"].last[()] == 4, "what was withdrawn is not counted as chosen"
 
 
 def test_a_private_adapter_goes_by_its_digest_also_when_it_was_public_before() -> None:
     for became in (PRIVATE, replace(PRIVATE, visibility="public")):
-        kinds = FakeKinds()
-        figures = RetrieverMetrics(kinds)
-        figures.answered(route(PUBLIC, became))
-        figures.tell(snapshot(PUBLIC, PRIVATE), 2, 0.0)
-        assert kinds["recent_choices"].last == {("poet",): 1, (PRIVATE.ref.digest[:12],): 1, ("(other)",): 0}
+        kinds = FakeMetrics()
+        metrics = RetrieverMetrics(kinds)
+        metrics.record_route(route(PUBLIC, became))
+        metrics.report(snapshot(PUBLIC, PRIVATE), 2, 0.0)
+        assert kinds["recent_adapter_plans"].last == {("poet",): 1, (PRIVATE.ref.digest[:12],): 1, ("(other)",): 0}
 
 
 def test_of_many_adapters_those_chosen_most_are_named() -> None:
-    kinds = FakeKinds()
-    figures = RetrieverMetrics(kinds)
+    kinds = FakeMetrics()
+    metrics = RetrieverMetrics(kinds)
     pool = [adapter(f"a{number}") for number in range(100)]
     for number, record in enumerate(pool):
         for _ in range(number + 1):
-            figures.answered(route(record))
-    figures.tell(snapshot(*pool), 100, 0.0)
-    told = kinds["recent_choices"].last
+            metrics.record_route(route(record))
+    metrics.report(snapshot(*pool), 100, 0.0)
+    told = kinds["recent_adapter_plans"].last
     assert len(told) == MAX_NAMED + 1 and sum(told.values()) == 5050
     assert told[("a99",)] == 100 and ("a0",) not in told
 
 
 def test_the_encoder_and_the_search_have_times_of_their_own() -> None:
-    kinds = FakeKinds()
-    figures = RetrieverMetrics(kinds)
-    figures.encoded(0.2)
-    figures.searched(0.01)
+    kinds = FakeMetrics()
+    metrics = RetrieverMetrics(kinds)
+    metrics.encoded(0.2)
+    metrics.searched(0.01)
     assert kinds["encode_seconds"].seen == {(): [0.2]} and kinds["search_seconds"].seen == {(): [0.01]}

@@ -9,9 +9,9 @@ from gpu_worker.request.request import Delta
 def test_tokens_count_as_they_come_and_a_row_runs_until_its_end() -> None:
     usages = TenantUsage()
     with usages.row("acme") as first, usages.row("acme") as second, usages.row("globex"):
-        first.saw(Delta("a", 5, 1))
-        first.saw(Delta("b", 5, 3))
-        second.saw(Delta("c", 7, 2))
+        first.count(Delta("a", 5, 1))
+        first.count(Delta("b", 5, 3))
+        second.count(Delta("c", 7, 2))
         assert usages.read() == {"acme": Usage(2, 2, 12, 5), "globex": Usage(1, 1, 0, 0)}
     assert usages.read() == {"acme": Usage(0, 2, 12, 5), "globex": Usage(0, 1, 0, 0)}
 

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 
-from deployments.observability.worker_metrics import COUNTED, WorkerMetrics
+from deployments.observability.worker_metrics import COUNTER_METRICS, WorkerMetrics
 from gpu_worker.engine.counters import Counters
 from gpu_worker.engine.engine_status import EngineStatus
-from tests.deployments.figure_fakes import FakeKinds
+from tests.deployments.metric_fakes import FakeMetrics
 
 HELD = EngineStatus(
     resident=frozenset({"a" * 64, "b" * 64}),
@@ -23,15 +23,15 @@ HELD = EngineStatus(
 
 
 def test_every_counter_of_the_engine_is_told_or_left_out_on_purpose() -> None:
-    assert set(COUNTED) == {field.name for field in fields(Counters)}
+    assert set(COUNTER_METRICS) == {field.name for field in fields(Counters)}
 
 
 def test_gauges_say_what_is_held_now() -> None:
-    kinds = FakeKinds()
-    figures = WorkerMetrics(16, kinds)
-    figures.hold(HELD)
-    figures.stepping(0.25)
-    figures.missing_kernels(2)
+    kinds = FakeMetrics()
+    metrics = WorkerMetrics(16, kinds)
+    metrics.report_status(HELD)
+    metrics.report_step_age(0.25)
+    metrics.report_missing_kernels(2)
     assert kinds["missing_kernels"].last[()] == 2
     single = ("running_rows", "waiting_rows", "host_cache_bytes", "kv_free_rows", "kv_tokens", "kv_free_tokens")
     assert [kinds[name].last[()] for name in single] == [3, 2, 500, 13, 70, 900]
@@ -41,33 +41,33 @@ def test_gauges_say_what_is_held_now() -> None:
 
 
 def test_counters_rise_by_what_the_engine_did_since_the_last_look() -> None:
-    kinds = FakeKinds()
-    figures = WorkerMetrics(16, kinds)
-    figures.hold(HELD)
-    figures.hold(HELD)
-    figures.hold(replace(HELD, counters=replace(HELD.counters, num_new_tokens=130, step_s=2.0, num_fetches=1)))
+    kinds = FakeMetrics()
+    metrics = WorkerMetrics(16, kinds)
+    metrics.report_status(HELD)
+    metrics.report_status(HELD)
+    metrics.report_status(replace(HELD, counters=replace(HELD.counters, num_new_tokens=130, step_s=2.0, num_fetches=1)))
     assert kinds["new_tokens_total"].counts == {(): 130}
     assert kinds["step_seconds_total"].counts == {(): 2.0}
-    assert kinds["jobs_total"].counts == {(): 5}
+    assert kinds["engine_requests_total"].counts == {(): 5}
     assert kinds["prompt_tokens_total"].counts == {}, "Ray refuses to add nothing"
     assert kinds["adapter_hits_total"].counts == {("bank",): 4, ("host",): 1}
 
 
 def test_a_fetch_counts_where_the_weights_came_from() -> None:
-    kinds = FakeKinds()
-    figures = WorkerMetrics(16, kinds)
-    figures.loaded("disk", 0.1)
-    figures.loaded("store", 0.7)
-    figures.loaded("store", 0.9)
-    figures.load_failed()
+    kinds = FakeMetrics()
+    metrics = WorkerMetrics(16, kinds)
+    metrics.loaded("disk", 0.1)
+    metrics.loaded("store", 0.7)
+    metrics.loaded("store", 0.9)
+    metrics.load_failed()
     assert kinds["adapter_hits_total"].counts == {("disk",): 1, ("store",): 2}
     assert kinds["cold_load_seconds"].seen == {("disk",): [0.1], ("store",): [0.7, 0.9]}
     assert kinds["cold_load_failures_total"].counts == {(): 1}
 
 
 def test_of_many_adapters_some_are_named_and_all_are_counted() -> None:
-    kinds = FakeKinds()
+    kinds = FakeMetrics()
     many = frozenset(f"{number:064x}"[::-1] for number in range(300))
-    WorkerMetrics(16, kinds).hold(replace(HELD, resident=many))
+    WorkerMetrics(16, kinds).report_status(replace(HELD, resident=many))
     told = kinds["resident_adapters"].last
     assert len(told) == 65 and sum(told.values()) == 300

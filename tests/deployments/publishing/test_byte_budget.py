@@ -11,7 +11,7 @@ import pytest
 
 from deployments.api.error_table import describe
 from deployments.api.publish_item import PublishItem
-from deployments.errors import UploadsBusy
+from deployments.errors import UploadMemoryFull
 from deployments.publishing.byte_budget import ByteBudget
 from deployments.publishing.source_folders import folder_of
 
@@ -39,7 +39,7 @@ def test_eight_stagers_never_take_more_than_all_of_it() -> None:
 def test_what_finds_no_room_in_time_is_a_503_that_says_how_much_there_is() -> None:
     budget = ByteBudget(100, 0.01)
     with budget.taken(80):
-        with pytest.raises(UploadsBusy) as caught, budget.taken(21):
+        with pytest.raises(UploadMemoryFull) as caught, budget.taken(21):
             pass
         with budget.taken(20):
             pass
@@ -99,7 +99,7 @@ def test_uploads_folders_and_sources_count_until_they_are_staged(tmp_path: Path)
     for upload, num_bytes in cases.values():
         with folder_of(upload, prefixes, 1000, budget):
             assert budget.num_taken == num_bytes
-            with pytest.raises(UploadsBusy), folder_of(upload, prefixes, 1000, budget):
+            with pytest.raises(UploadMemoryFull), folder_of(upload, prefixes, 1000, budget):
                 pass
         assert budget.num_taken == 0
     assert len(cases) == 3

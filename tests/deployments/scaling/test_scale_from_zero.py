@@ -12,7 +12,7 @@ import pytest
 from ray.exceptions import RayActorError
 
 from deployments.api.publish_item import PublishItem
-from deployments.errors import NoWorkerYet
+from deployments.errors import WorkerStarting
 from deployments.scaling.scale_from_zero import KEPT_S, WorkerGate
 from deployments.scaling.settings import ScalingSettings
 from tests.deployments.adapter_records import BASE, POOL, adapter, pool_of
@@ -71,7 +71,7 @@ def test_the_call_that_wakes_goes_on_when_those_who_wait_have_left() -> None:
     async def main() -> None:
         held = Held(timeout_s=0.01)
         for _ in range(3):
-            with pytest.raises(NoWorkerYet):
+            with pytest.raises(WorkerStarting):
                 await held.waking.wait()
         leaving = asyncio.create_task(held.waking.wait())
         await asyncio.sleep(0)
@@ -147,12 +147,12 @@ def completion(worker: Sleeper, model: str, **settings: Any) -> tuple[httpx.Resp
     return answer
 
 
-ASLEEP = {"worker_scaling": ScalingSettings(min_replicas=0), "wake_timeout_s": 0.01}
+ASLEEP = {"worker_scaling": ScalingSettings(min_replicas=0), "scale_from_zero_timeout_s": 0.01}
 
 
 def test_a_request_that_no_worker_comes_for_is_told_to_try_again() -> None:
     response, served = completion(Sleeper(), BASE, **ASLEEP)
-    assert (response.status_code, error_of(response)["code"]) == (503, "no_worker_yet")
+    assert (response.status_code, error_of(response)["code"]) == (503, "worker_starting")
     assert response.headers["retry-after"] == "1"
     assert served.worker.called("stream") == []
 
@@ -174,9 +174,9 @@ def test_a_request_is_answered_by_the_worker_it_woke() -> None:
 def test_a_publish_that_no_worker_comes_for_leaves_nothing() -> None:
     async def question(_: httpx.AsyncClient, served: Served) -> list[str]:
         publisher = served.ingress.pool.publisher
-        with pytest.raises(NoWorkerYet):
+        with pytest.raises(WorkerStarting):
             await publisher.publish([PublishItem(Path("new"))], "tester")
-        with pytest.raises(NoWorkerYet):
+        with pytest.raises(WorkerStarting):
             await publisher.rollback(("local", "poet"), None, "tester")
         return [call.name for call in served.store.calls]
 

@@ -195,12 +195,12 @@ def test_a_key_publishes_for_its_tenant_privately_unless_it_says_so(tmp_path: Pa
 
 def test_folders_of_the_server_are_published_from_its_own_machine_only(keys: Path) -> None:
     response = post("/v1/loras", {"path": "/x"}, keys_file=keys, host="192.0.2.7", headers=bearer("all"))
-    assert (response.status_code, error_of(response)["code"]) == (403, "publishing_off")
+    assert (response.status_code, error_of(response)["code"]) == (403, "publishing_disabled")
 
 
 def test_with_keys_no_folder_of_the_server_is_published_unless_that_is_set(keys: Path) -> None:
     response = post("/v1/loras", {"path": "/x"}, keys_file=keys, headers=bearer("all"))
-    assert (response.status_code, error_of(response)["code"]) == (403, "publishing_off")
+    assert (response.status_code, error_of(response)["code"]) == (403, "publishing_disabled")
     assert (
         post("/v1/loras", {"path": "/x"}, keys_file=keys, publish_paths=True, headers=bearer("all")).status_code == 201
     )
@@ -307,7 +307,7 @@ def test_a_running_stream_counts_until_its_client_leaves(tmp_path: Path) -> None
     keys = write(tmp_path / "keys.json", entry("k", limits={"concurrent_requests": 1}))
 
     async def look(client: httpx.AsyncClient, served: Served) -> None:
-        caller = served.ingress.door.enter("Bearer k")
+        caller = served.ingress.door.authenticate("Bearer k")
         chunks = served.ingress.stream(CHAT, caller)
         await anext(chunks)
         for path, body in (("/v1/chat/completions", CHAT), ("/v1/route", {"prompt": "hi"})):

@@ -166,7 +166,7 @@ def test_bodies_that_stall_hold_no_more_than_their_budget_and_give_it_back() -> 
             while budget.num_bytes < 6:
                 await asyncio.sleep(0)
             busy = await client.post("/", content=b"12345")
-            assert busy.json()["error"]["code"] == "bodies_busy"
+            assert busy.json()["error"]["code"] == "body_memory_full"
             small = await client.post("/", content=b"1234")
             goes_on.set()
             return [busy.status_code, small.status_code, (await first).status_code]
@@ -279,7 +279,7 @@ def test_bodies_of_one_tenant_leave_room_for_another(tmp_path: Path) -> None:
             running = [asyncio.create_task(post_json(client, stalls(), "a")) for _ in range(2)]
             while bodies.num_bytes < 7 * MIB:
                 await asyncio.sleep(0)
-            assert error_of(await post_json(client, padded(4 * MIB - 1000), "a"))["code"] == "bodies_busy"
+            assert error_of(await post_json(client, padded(4 * MIB - 1000), "a"))["code"] == "body_memory_full"
             assert (await post_json(client, padded(4 * MIB - 1000), "b")).status_code == 200
             goes_on.set()
             assert [response.status_code for response in await asyncio.gather(*running)] == [200, 200]

@@ -17,7 +17,7 @@ from gpu_worker.request.request import Delta, Job
 from tests.deployments.adapter_records import BASE
 from tests.deployments.app_fakes import Served, http_of, serve_plainly
 from tests.deployments.asking import error_of
-from tests.deployments.auth.test_token_bucket import Clock
+from tests.deployments.clocks import Clock
 from tests.deployments.fake_worker import DELTAS, FakeWorker
 from tests.deployments.key_files import bearer, entry, write
 
@@ -53,7 +53,7 @@ def with_two_held(
 
     async def run() -> Any:
         worker = Held()
-        served = serve_plainly(worker=worker, max_in_flight=2)
+        served = serve_plainly(worker=worker, max_concurrent_requests=2)
         async with http_of(served) as client:
             held = [asyncio.create_task(client.post("/v1/chat/completions", json=body or CHAT)) for _ in range(2)]
             await worker.has(2)
@@ -76,7 +76,7 @@ def test_above_the_limit_a_request_is_refused_and_told_to_come_again(streamed: b
     assert response.headers["retry-after"] == "1"
     error = error_of(response)
     assert (error["type"], error["code"]) == ("overloaded_error", "server_overloaded")
-    assert "2 requests" in error["message"]
+    assert "2 concurrent requests" in error["message"]
 
 
 def test_of_what_is_refused_not_even_the_body_is_read() -> None:
@@ -113,7 +113,7 @@ def test_what_only_ends_like_a_probe_is_none(path: str) -> None:
 def test_a_place_is_free_again_after_an_answer_an_error_and_a_client_that_left() -> None:
     async def run() -> None:
         worker = Held()
-        served = serve_plainly(worker=worker, max_in_flight=1)
+        served = serve_plainly(worker=worker, max_concurrent_requests=1)
         async with http_of(served) as client:
             leaving = asyncio.create_task(client.post("/v1/chat/completions", json=CHAT))
             await worker.has(1)
@@ -212,7 +212,7 @@ def test_the_share_is_of_the_keys_tenant_over_http(tmp_path: Path) -> None:
 
     async def run() -> list[int]:
         worker = Held()
-        served = serve_plainly(worker=worker, max_in_flight=2, keys_file=keys)
+        served = serve_plainly(worker=worker, max_concurrent_requests=2, keys_file=keys)
 
         async def post(tenant: str) -> int:
             headers = bearer(tenant)

@@ -282,7 +282,7 @@ def test_only_this_machine_changes_the_pool(
 ) -> None:
     async def run(client: httpx.AsyncClient, served: Served) -> None:
         response = await client.request(method, path, **sent)
-        code = "origin_not_allowed" if "origin" in str(outside) else "publishing_off"
+        code = "origin_not_allowed" if "origin" in str(outside) else "publishing_disabled"
         assert (response.status_code, error_of(response)["code"]) == (403, code)
         assert served.store.calls == []
 
@@ -312,7 +312,7 @@ def test_others_change_it_too_where_that_is_switched_on_but_name_no_folder_of_th
 def test_folders_of_the_server_are_published_where_that_is_on() -> None:
     for body in ({"path": "/folders/x"}, {"adapters": [{"source": "s3://b/x"}, {"path": "/folders/x"}]}):
         response, staged = staged_by(lambda client, body=body: client.post("/v1/loras", json=body), publish_paths=False)
-        assert (response.status_code, error_of(response)["code"], staged) == (403, "publishing_off", [])
+        assert (response.status_code, error_of(response)["code"], staged) == (403, "publishing_disabled", [])
     assert request("POST", "/v1/loras", sent=upload(), publish_paths=False).status_code == 201
 
 

@@ -38,7 +38,7 @@ class FakeMetric:
         return tuple(tags[key] for key in self.keys)
 
 
-class FakeKinds:
+class FakeMetrics:
     """Counter, Gauge and Histogram, as Serve's module has them."""
 
     def __init__(self) -> None:

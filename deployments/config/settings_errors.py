@@ -1,0 +1,55 @@
+"""Error messages for settings: one line for each mistake, with the name of the file and of the setting."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from deployments.field_problems import describe_problem, field_names
+
+RENAMED_SETTINGS: Mapping[str, str] = {
+    "admins_approve_own": "allow_self_approval",
+    "max_in_flight": "max_concurrent_requests",
+    "wake_timeout_s": "scale_from_zero_timeout_s",
+    "worker.wedged_after_s": "worker.step_timeout_s",
+}
+"""Settings of earlier versions, by their old names. Old names are refused."""
+
+
+class SettingsInvalid(ValueError):
+    """The settings cannot be used. The message has one line for each mistake."""
+
+
+def refuse_renamed(settings: Mapping[str, Any]) -> None:
+    """Raise ValueError where `settings` has names of earlier versions, naming each new one."""
+    found = [f"{old}: renamed to {new}" for old, new in RENAMED_SETTINGS.items() if _has(settings, old.split("."))]
+    if found:
+        raise ValueError("\n".join(found))
+
+
+def settings_error(file: Path | None, model: type[BaseModel], error: ValidationError) -> SettingsInvalid:
+    """Describe `error` in lines such as `settings.yaml: worker.max_batch: unknown; did you mean 'max_batch_size'?`."""
+    source = "settings" if file is None else str(file)
+    lines: dict[str, str] = {}  # by setting: the branches of a union repeat themselves
+    for problem in error.errors(include_url=False):
+        path = _setting_of(problem["loc"])
+        text = describe_problem(problem, field_names(model, problem["loc"]))
+        for number, line in enumerate(text.splitlines()):
+            lines.setdefault(f"{path}#{number}", f"{source}: {path}: {line}" if path else f"{source}: {line}")
+    return SettingsInvalid("\n".join(lines.values()))
+
+
+def _setting_of(place: tuple[str | int, ...]) -> str:
+    """Return the path of a setting without the names that pydantic gives to the branches of a union."""
+    return ".".join(str(part) for part in place if not (isinstance(part, str) and "[" in part))
+
+
+def _has(settings: Any, path: list[str]) -> bool:
+    for part in path:
+        if not isinstance(settings, Mapping) or part not in settings:
+            return False
+        settings = settings[part]
+    return True

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from deployments.config.app import AppConfig, load_config
+from deployments.config.settings_errors import RENAMED_SETTINGS, SettingsInvalid
+from deployments.field_problems import field_names
+
+
+def message_for(folder: Path, text: str) -> str:
+    file = folder / "settings.yaml"
+    file.write_text(text)
+    with pytest.raises(SettingsInvalid) as caught:
+        load_config(file)
+    return str(caught.value).replace(str(file), "settings.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("worker: {max_batch: 8}", "settings.yaml: worker.max_batch: unknown; did you mean 'max_batch_size'?"),
+        ("basemodel: x", "settings.yaml: basemodel: unknown; did you mean 'base_model'?"),
+        ("zzzz: 1", "settings.yaml: zzzz: unknown"),
+        ("retrieval: {k: 17}", "settings.yaml: retrieval.k: must be at most 16, got 17"),
+        ("worker: {max_wait_s: 0}", "settings.yaml: worker.max_wait_s: must be above 0, got 0"),
+        ("template: jinja", "settings.yaml: template: must be 'alpaca' or 'chat', got 'jinja'"),
+        ("max_upload_bytes: many", "settings.yaml: max_upload_bytes: must be a whole number, got 'many'"),
+        ("worker: 3", "settings.yaml: worker: must be an object with named fields, got 3"),
+        ("source_prefixes: 3", "settings.yaml: source_prefixes: must be an object with named fields, got 3"),
+        (
+            "max_staging_bytes: 5",
+            "settings.yaml: max_staging_bytes must be at least max_upload_bytes = 536870912, got 5",
+        ),
+        ("- a\n- b", "settings.yaml: must contain `name: value` lines, got a list"),
+    ],
+)
+def test_a_mistake_is_one_line_with_file_setting_and_remedy(tmp_path: Path, text: str, line: str) -> None:
+    assert message_for(tmp_path, text) == line
+
+
+def test_every_mistake_has_a_line_and_none_names_a_class_or_a_website(tmp_path: Path) -> None:
+    message = message_for(tmp_path, "worker: {max_batch: 8, dtype: int4}\nretrieval: {k: 0}\n")
+    assert message.count("\n") == 2
+    assert not any(word in message for word in ("AppConfig", "http", "pydantic", "input_value"))
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsInvalid, match=r"nofile\.yaml: no such file$"):
+        load_config(tmp_path / "nofile.yaml")
+
+
+@pytest.mark.parametrize(("old", "new"), sorted(RENAMED_SETTINGS.items()))
+def test_a_start_with_an_old_name_says_the_new_one(tmp_path: Path, old: str, new: str) -> None:
+    group, _, name = old.rpartition(".")
+    text = f"{group}: {{{name}: 1}}" if group else f"{name}: 1"
+    assert message_for(tmp_path, text) == f"settings.yaml: {old}: renamed to {new}"
+    group, _, name = new.rpartition(".")
+    assert name in field_names(AppConfig, [*([group] if group else []), name])
+
+
+def test_serve_run_says_the_new_name_too() -> None:
+    with pytest.raises(ValidationError, match="max_in_flight: renamed to max_concurrent_requests"):
+        AppConfig.model_validate({"max_in_flight": 5})
