@@ -58,7 +58,7 @@ def test_nothing_else_reaches_the_builder() -> None:
 def test_all_that_the_package_is_made_of_is_copied() -> None:
     project = PROJECT["project"]
     needed = {
-        *PROJECT["tool"]["setuptools"]["packages"],
+        *(pattern.rstrip("*") for pattern in PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]),
         project["readme"],
         *project["license-files"],
         "pyproject.toml",

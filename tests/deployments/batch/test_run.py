@@ -25,6 +25,6 @@ def test_a_run_whose_generation_was_collected_is_refused_with_the_remedy(tmp_pat
     assert begin(settings).generation == 1
     catalogue.commit(lambda _: [Publish(adapter("poet", version="2"))])
     assert (begin(settings).generation, begin(settings).num_adapters) == (1, 1)
-    catalogue.tidy(datetime.now(UTC) + timedelta(days=1))
+    catalogue.vacuum(datetime.now(UTC) + timedelta(days=1))
     with pytest.raises(BatchRefused, match=r"generation 1 of the pool is not kept .* in another output folder"):
         begin(settings)

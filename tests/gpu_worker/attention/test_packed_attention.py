@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gpu_worker.attention import packed_attention
+from gpu_worker.attention.packed_attention import packed_attention
 from gpu_worker.attention.kv_cache import KvCache
 from gpu_worker.attention.kv_pages import KvPages
 from gpu_worker.attention.kv_regions import KvRegions
