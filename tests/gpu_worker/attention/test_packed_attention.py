@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gpu_worker.attention.packed_attention import packed_attention
 from gpu_worker.attention.kv_cache import KvCache
 from gpu_worker.attention.kv_pages import KvPages
 from gpu_worker.attention.kv_regions import KvRegions
+from gpu_worker.attention.packed_attention import packed_attention
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.step.attention_plan import AttentionPlan, Segment
 from gpu_worker.step.step_context import StepContext
