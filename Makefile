@@ -24,9 +24,11 @@ serve: $(READY) ## start the server with the starter pool on http://127.0.0.1:80
 demo: $(READY) ## answer the starter pool's held-out prompts with every strategy, print the table, stop
 	$(BIN)/python -m examples.demo $(ARGS)
 
-test: $(READY) ## run every test: two at a time, then those that share one running application
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not e2e"
+# Coverage is printed and not a gate.
+test: $(READY) ## run every test: two at a time, then those that share one running application; print the coverage
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not e2e" --cov --cov-report=
 	$(BIN)/python -m pytest -m e2e
+	$(BIN)/python -m coverage report
 
 paper: $(READY) ## the paper's study on 48 adapters, resumed where it stopped; report in benchmarks/paper/REPORT.md
 	$(BIN)/python -m pip install --progress-bar off -c constraints.txt -e '.[bench]'
