@@ -1,0 +1,132 @@
+"""Measures of the source files, from their syntax trees. Any checkout can be measured: nothing is imported."""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+PACKAGES = ("lora_store", "retriever_svc", "gpu_worker", "deployments")
+SMALL_LINES = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Median, 90th percentile and maximum."""
+
+    median: int
+    p90: int
+    largest: int
+
+    def __str__(self) -> str:
+        return f"{self.median} / {self.p90} / {self.largest}"
+
+
+@dataclass(frozen=True, slots=True)
+class SourceMeasures:
+    """What the syntax trees of one checkout say."""
+
+    folders: dict[str, int]  # of deployments: number of modules directly inside
+    largest_importer: str
+    largest_imports: int
+    num_any: int
+    num_small_files: int
+    functions: Spread
+    tests_without_source: tuple[str, ...]
+    sources_without_test: tuple[str, ...]
+    num_sources: int
+
+
+def measure(root: Path) -> SourceMeasures:
+    """Measure the checkout at `root`. Raises: ValueError for a folder that is not one."""
+    deployments = _modules(root, ("deployments",))
+    trees = {path: ast.parse(path.read_text()) for path in _modules(root, PACKAGES)}
+    if not trees:
+        raise ValueError(f"{root}: no source files of this project")
+    imports = {path: len(_imported_modules(root, trees[path], "deployments")) for path in deployments}
+    busiest = max(imports, key=lambda path: imports[path])
+    return SourceMeasures(
+        folders=dict(sorted(Counter(str(path.parent.relative_to(root)) for path in deployments).items())),
+        largest_importer=str(busiest.relative_to(root)),
+        largest_imports=imports[busiest],
+        num_any=sum(_num_any(trees[path]) for path in deployments),
+        num_small_files=sum(len(path.read_text().splitlines()) < SMALL_LINES for path in deployments),
+        functions=_spread([size for tree in trees.values() for size in _function_sizes(tree)]),
+        tests_without_source=tuple(_tests_without_source(root)),
+        sources_without_test=tuple(_sources_without_test(root)),
+        num_sources=len(trees),
+    )
+
+
+def _modules(root: Path, packages: Sequence[str]) -> list[Path]:
+    """Return every module of the packages, without `__init__.py`."""
+    paths = (path for package in packages for path in (root / package).rglob("*.py"))
+    return sorted(path for path in paths if path.name != "__init__.py")
+
+
+def _imported_modules(root: Path, tree: ast.Module, package: str) -> set[str]:
+    """Return the modules of `package` that the tree imports, `from package.room import module` among them."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    own = {name for name in names if name.split(".")[0] == package}
+    return {name for name in own if (root / Path(*name.split("."))).with_suffix(".py").is_file()}
+
+
+def _num_any(tree: ast.Module) -> int:
+    """Count the uses of `Any`, its imports among them."""
+    nodes = list(ast.walk(tree))
+    return sum(isinstance(node, ast.Name) and node.id == "Any" for node in nodes) + sum(
+        isinstance(node, ast.alias) and node.name == "Any" for node in nodes
+    )
+
+
+def _function_sizes(tree: ast.Module) -> Iterator[int]:
+    """Yield the lines of each function, its decorators not counted."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            yield node.end_lineno - node.lineno + 1
+
+
+def _spread(sizes: Sequence[int]) -> Spread:
+    ordered = sorted(sizes)
+    return Spread(ordered[len(ordered) // 2], ordered[len(ordered) * 9 // 10], ordered[-1])
+
+
+def _test_names(root: Path, package: str) -> dict[str, Path]:
+    return {path.stem.removeprefix("test_"): path for path in (root / "tests" / package).rglob("test_*.py")}
+
+
+def _covers(test: str, source: str) -> bool:
+    """Return whether a test of this name is found by the source's name: the same, or followed by an aspect."""
+    return test == source or test.startswith(f"{source}_")
+
+
+def _sources_without_test(root: Path) -> Iterator[str]:
+    """Yield the modules that define a function and that no test of their package is named after."""
+    for package in PACKAGES:
+        tests = _test_names(root, package)
+        for path in _modules(root, (package,)):
+            names = {path.stem, f"{path.parent.name}_{path.stem}"}
+            if not any(_covers(test, name) for test in tests for name in names) and _has_code(path):
+                yield str(path.relative_to(root))
+
+
+def _has_code(path: Path) -> bool:
+    nodes = ast.walk(ast.parse(path.read_text()))
+    return any(isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) for node in nodes)
+
+
+def _tests_without_source(root: Path) -> Iterator[str]:
+    """Yield the tests of the packages that are named after no module of their package."""
+    for package in PACKAGES:
+        sources = {path.stem for path in _modules(root, (package,))}
+        for name, path in sorted(_test_names(root, package).items()):
+            if not any(_covers(name, source) for source in sources):
+                yield str(path.relative_to(root))

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.house import sources
+from benchmarks.house.sources import Spread, measure
+
+_FILES = {
+    "deployments/__init__.py": "from typing import Any\n",
+    "deployments/app.py": "import deployments.errors\nfrom deployments.room import tool\nfrom typing import Any\n"
+    "def build(x: Any) -> Any:\n    return x\n",
+    "deployments/errors.py": "class Error(Exception): pass\n" + "\n" * 60,
+    "deployments/room/tool.py": "from deployments.errors import Error\ndef use() -> None:\n    pass\n\n\n",
+    "lora_store/blobs.py": "def get() -> int:\n    return 1\n",
+    "lora_store/names.py": "def name() -> str:\n    return ''\n",
+    "tests/deployments/test_app.py": "",
+    "tests/deployments/room/test_tool_at_scale.py": "",
+    "tests/deployments/test_fuzz.py": "",
+    "tests/lora_store/test_blobs.py": "",
+}
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    for name, text in _FILES.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def test_a_small_checkout_is_measured_as_by_hand(checkout: Path) -> None:
+    found = measure(checkout)
+    assert found.num_sources == 5
+    assert found.folders == {"deployments": 2, "deployments/room": 1}
+    assert (found.largest_importer, found.largest_imports) == ("deployments/app.py", 2)
+    assert found.num_any == 3  # one import and two annotations; `__init__.py` is not measured
+    assert found.num_small_files == 2
+    assert found.functions == Spread(2, 2, 2)
+
+
+def test_tests_belong_to_the_source_they_are_named_after(checkout: Path) -> None:
+    found = measure(checkout)
+    assert found.tests_without_source == ("tests/deployments/test_fuzz.py",)
+    assert found.sources_without_test == ("lora_store/names.py",)  # errors.py defines no function
+
+
+def test_a_folder_without_sources_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no source files"):
+        measure(tmp_path)
+
+
+def test_this_checkout_keeps_its_bounds() -> None:
+    found = measure(Path(sources.__file__).parents[2])
+    assert found.num_sources > 200
+    assert max(found.folders.values()) <= 16
