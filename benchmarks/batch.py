@@ -28,7 +28,7 @@ from gpu_worker.model.base_model import load_base_model
 from gpu_worker.request.request import Job
 from lora_store import AdapterWeights, decode_weights
 from tests.deployments.batching import TOPICS, prompts, publish, tiny_app, write_rows
-from tests.gpu_worker.driving import fetching
+from tests.gpu_worker.engine_driver import fetching
 from tests.tiny import FAMILIES, InlineExecutor, byte_tokenizer, linear_shapes, tiny_config
 
 console = Console(width=100)

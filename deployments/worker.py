@@ -31,7 +31,7 @@ from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.engine_status import EngineStatus
 from gpu_worker.engine.engine_thread import EngineThread
 from gpu_worker.engine.probe import Prober
-from gpu_worker.engine.warm_up import warmed_up
+from gpu_worker.engine.warm_up import warm_up
 from gpu_worker.errors import EngineStopped
 from gpu_worker.native.kernel_loading import num_missing_kernels
 from gpu_worker.request.request import Delta, Job
@@ -70,9 +70,7 @@ class WorkerDeployment:
         use_one_thread()
         executor = load_executor(config.load_threads)
         self._fetcher = WeightsFetcher(store, executor, cache=self._cache, told=self._metrics)
-        self._engine = run_on_short_lived_thread(
-            lambda: warmed_up(Engine(config, self._start_fetch, executor=executor))
-        )
+        self._engine = run_on_short_lived_thread(lambda: warm_up(Engine(config, self._start_fetch, executor=executor)))
         self._loop = EngineThread(self._engine, stream_interval_ms=stream_interval_ms, niceness=niceness)
         self._num_missing_kernels = num_missing_kernels(config)
         self._prober = Prober(self._loop)
@@ -85,7 +83,11 @@ class WorkerDeployment:
         A client that leaves frees its row, KV and pins at the next step.
         Raises: PromptInvalid, PromptTooLong, PlanTooLarge, AdapterLoadFailed and the like, for this job only.
         """
-        deltas, trace, began = self._loop.watched(job, SIGN_EVERY_S), JobTrace(job.request_id), time.monotonic()
+        deltas, trace, began = (
+            self._loop.stream_with_heartbeats(job, SIGN_EVERY_S),
+            JobTrace(job.request_id),
+            time.monotonic(),
+        )
         last: Delta | None = None
         try:
             with self._usage.row(job.tenant) as row:
@@ -125,11 +127,11 @@ class WorkerDeployment:
     async def holdings(self) -> EngineStatus:
         """What this replica holds now, in numbers."""
         disk_cache_bytes = 0 if self._cache is None else await asyncio.to_thread(self._cache.measure)
-        return replace(await self._loop.holdings(), disk_cache_bytes=disk_cache_bytes)
+        return replace(await self._loop.status(), disk_cache_bytes=disk_cache_bytes)
 
     async def load(self) -> EngineStatus:
         """`holdings` without a look at the disk: cheap enough to be asked every second."""
-        return await self._loop.holdings()
+        return await self._loop.status()
 
     async def usage(self) -> Mapping[str, Usage]:
         """Return what each tenant has had of this replica."""
@@ -145,7 +147,7 @@ class WorkerDeployment:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What `WorkerScaling` decides by."""
-        held = await self._loop.holdings()
+        held = await self._loop.status()
         return {ONGOING: held.num_running + held.num_waiting, WAITING_TOKENS: held.waiting_tokens}
 
     def check_health(self) -> None:
@@ -167,7 +169,7 @@ class WorkerDeployment:
         self._metrics.report_step_age(self._loop.seconds_busy())
         self._metrics.report_missing_kernels(self._num_missing_kernels)
         async with asyncio.timeout(REPORT_INTERVAL_S):  # a step that hangs must not hide how long it does
-            self._metrics.report_status(await self._loop.holdings())
+            self._metrics.report_status(await self._loop.status())
 
     def _start_fetch(self, weights_digest: str) -> Future[AdapterWeights]:
         """Called on the engine's thread; the handle belongs to the replica's event loop."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from gpu_worker.bank.device_layout import DeviceAdapter, DeviceModule, fit
+from gpu_worker.bank.device_layout import DeviceAdapter, DeviceModule, to_device_layout
 from lora_store.adapter import AdapterWeights
 
 _SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -92,9 +92,9 @@ class LoraBank:
     def num_bytes(self) -> int:
         return sum(store.nbytes for store in self._stores)
 
-    def fit(self, weights: AdapterWeights) -> DeviceAdapter:
+    def to_device_layout(self, weights: AdapterWeights) -> DeviceAdapter:
         """The weights as `write` takes them. Raises: AdapterUnfit, naming every module that does not fit."""
-        return fit(weights, self._shapes, self._dtype, pin=self._device.type == "cuda")
+        return to_device_layout(weights, self._shapes, self._dtype, pin=self._device.type == "cuda")
 
     def write(self, rows: Sequence[int], adapter: DeviceAdapter) -> None:
         """Replace every value of `rows`: by the adapter's, by zeros past a module's rank and where it has no module."""

@@ -42,7 +42,7 @@ class DeviceAdapter:
         return sum(module.a.nbytes + module.bt.nbytes for module in self.modules.values())
 
 
-def fit(
+def to_device_layout(
     weights: AdapterWeights, shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype, *, pin: bool = False
 ) -> DeviceAdapter:
     """The weights for a base model whose modules have these (out, in) shapes; pinned, they reach a GPU without a wait.
@@ -58,8 +58,8 @@ def fit(
     for names in _alike(weights.modules):
         a, bt = _folded([weights.modules[name] for name in names], dtype)
         # The bank's rows are read, times zero, by every row of a step: one that is not finite spoils them all.
-        wild = _wild(names, a, bt)
-        problems += [f"{name} is not finite in the base model's precision, its scaling included" for name in wild]
+        non_finite = _non_finite(names, a, bt)
+        problems += [f"{name} is not finite in the base model's precision, its scaling included" for name in non_finite]
         if pin:
             a, bt = a.pin_memory(), bt.pin_memory()
         modules |= {name: DeviceModule(a[m], bt[m]) for m, name in enumerate(names)}
@@ -85,7 +85,7 @@ def _folded(modules: Sequence[ModuleWeights], dtype: torch.dtype) -> tuple[Tenso
     return a, torch.empty(folded.shape, dtype=dtype).copy_(folded)
 
 
-def _wild(names: Sequence[str], a: Tensor, bt: Tensor) -> list[str]:
+def _non_finite(names: Sequence[str], a: Tensor, bt: Tensor) -> list[str]:
     """Which of the modules are not finite throughout. a (M, R, I), bt (M, R, O)."""
     if (a.sum() + bt.sum()).isfinite():  # a fifth of the time; huge values may lead to a closer look
         return []

@@ -21,19 +21,19 @@ Fetch = Callable[[str], "Future[AdapterWeights]"]
 class AdapterLoader:
     """One fetch a digest at a time, however many requests wait for it; after a failed one the next request retries.
 
-    `fit` runs on the executor: its threads work, they never wait for a fetch.
+    `to_device_layout` runs on the executor: its threads work, they never wait for a fetch.
     """
 
     def __init__(
         self,
         fetch: Fetch,
         *,
-        fit: Callable[[AdapterWeights], DeviceAdapter],
+        to_device_layout: Callable[[AdapterWeights], DeviceAdapter],
         executor: Executor,
         budget_bytes: int,
         on_done: Callable[[], None],
     ) -> None:
-        self._fetch, self._fit, self._executor = fetch, fit, executor
+        self._fetch, self._to_device_layout, self._executor = fetch, to_device_layout, executor
         self._budget_bytes, self._on_done = budget_bytes, on_done
         self._lock = threading.Lock()
         self.num_ended = 0  # loads, since the start
@@ -55,7 +55,7 @@ class AdapterLoader:
             future.set_running_or_notify_cancel()  # many share it: nobody who leaves may cancel it
             self._loads[digest] = future
         try:
-            self._fetch(digest).add_done_callback(lambda fetched: self._submit_fit(digest, fetched, future))
+            self._fetch(digest).add_done_callback(lambda fetched: self._submit_conversion(digest, fetched, future))
         except Exception as exc:
             self._fail(digest, future, exc)
         return future
@@ -77,7 +77,7 @@ class AdapterLoader:
         with self._lock:
             return sum(self._bytes.values())
 
-    def _submit_fit(self, digest: str, fetched: Future[AdapterWeights], future: Future[DeviceAdapter]) -> None:
+    def _submit_conversion(self, digest: str, fetched: Future[AdapterWeights], future: Future[DeviceAdapter]) -> None:
         """Called on the thread that fetches, which has other fetches to attend to."""
         try:
             self._executor.submit(self._finish, digest, fetched, future)
@@ -89,12 +89,12 @@ class AdapterLoader:
             weights = fetched.result()
             if weights.weights_digest != digest:
                 raise AdapterLoadFailed(f"asked for the weights {digest[:12]}, got {weights.weights_digest[:12]}")
-            fitted = self._fit(weights)
+            adapter = self._to_device_layout(weights)
         except Exception as exc:
             self._fail(digest, future, exc)
             return
-        self._keep(digest, fitted)
-        future.set_result(fitted)
+        self._keep(digest, adapter)
+        future.set_result(adapter)
         self._end()
 
     def _fail(self, digest: str, future: Future[DeviceAdapter], exc: Exception) -> None:
@@ -109,9 +109,9 @@ class AdapterLoader:
             self.num_ended += 1
         self._on_done()
 
-    def _keep(self, digest: str, fitted: DeviceAdapter) -> None:
+    def _keep(self, digest: str, adapter: DeviceAdapter) -> None:
         with self._lock:
-            self._bytes[digest] = fitted.num_bytes
+            self._bytes[digest] = adapter.num_bytes
             for oldest in [loaded for loaded in self._loads if loaded in self._bytes and loaded != digest]:
                 if sum(self._bytes.values()) <= self._budget_bytes:
                     break

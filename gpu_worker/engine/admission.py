@@ -40,9 +40,9 @@ class Admission:
         if self.waiting.is_first(row):
             self._has_weights(row)
 
-    def put_back(self, row: Row) -> None:
+    def requeue(self, row: Row) -> None:
         """Let a row that ran wait before all others. Its adapters stay pinned: it needs nothing but KV to run on."""
-        self.waiting.put_back(row)
+        self.waiting.requeue(row)
         self._num_joined += 1
 
     def remove(self, row: Row) -> None:
@@ -84,7 +84,7 @@ class Admission:
         """Start what can start, each in its turn; begin loads ahead where there is no KV."""
         self._is_full = self._kv_cache.num_free == 0
         self._window.refresh()
-        for row in self.waiting.returned:
+        for row in self.waiting.requeued:
             if not self._is_full:
                 self._try_start(row)
         reserving = self._row_with_reservation()
@@ -139,7 +139,7 @@ class Admission:
             self._is_full = True
 
     def _start(self, row: Row) -> None:
-        self.waiting.take(row)
+        self.waiting.dequeue(row)
         self._window.discard(row)  # the bank holds them now
         row.kv_row = self._kv_cache.allocate(len(row.tokens), row.longest_len)
         row.start_by = math.inf
@@ -154,6 +154,6 @@ class Admission:
             row.is_pinned = self._residency.try_pin(row.weights_digests, loaded)
 
     def _fail(self, row: Row, error: Exception) -> None:
-        for companion in self.waiting.companions(row):
+        for companion in self.waiting.same_adapters(row):
             self.remove(companion)
             self._failed.append((companion, error))

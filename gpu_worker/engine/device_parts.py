@@ -10,8 +10,8 @@ from gpu_worker.attention.kv_cache import KvCache, KvShape
 from gpu_worker.attention.kv_pages import KvPages
 from gpu_worker.attention.kv_regions import KvRegions
 from gpu_worker.config import WorkerConfig
-from gpu_worker.lora.lora_kernel import LoraKernel, load_kernel
-from gpu_worker.model.fused import fuse, load_fused
+from gpu_worker.lora.lora_kernel import LoraKernel, load_lora_kernel
+from gpu_worker.model.fused import fuse, load_fused_kernel
 
 
 def make_kv_cache(config: WorkerConfig, shape: KvShape) -> KvCache:
@@ -24,11 +24,11 @@ def make_kv_cache(config: WorkerConfig, shape: KvShape) -> KvCache:
 def make_lora_kernel(config: WorkerConfig) -> LoraKernel | None:
     """Return the compiled LoRA products; None where they run through torch."""
     is_native = config.device == "cpu" and config.lora_products == "auto"
-    return load_kernel(config.cache_dir) if is_native else None
+    return load_lora_kernel(config.cache_dir) if is_native else None
 
 
 def fuse_where_compiled(model: nn.Module, config: WorkerConfig) -> None:
     """Compute the model's small operations in one pass each: on the CPU, with the compiled kernel."""
-    kernel = load_fused(config.cache_dir) if config.device == "cpu" else None
+    kernel = load_fused_kernel(config.cache_dir) if config.device == "cpu" else None
     if kernel is not None:
         fuse(model, kernel)

@@ -27,7 +27,7 @@ from gpu_worker.engine.device_parts import fuse_where_compiled, make_kv_cache, m
 from gpu_worker.engine.engine_status import EngineStatus
 from gpu_worker.engine.fair_queue import FairQueue
 from gpu_worker.engine.forward import ForwardPass
-from gpu_worker.engine.isolation import compute_apart
+from gpu_worker.engine.isolation import compute_isolated
 from gpu_worker.engine.memory_plan import load_planned
 from gpu_worker.engine.model_check import ModelCheck
 from gpu_worker.engine.next_tokens import Chosen, choose
@@ -100,7 +100,7 @@ class Engine:
         self.on_loaded: Callable[[], None] = self.loaded.set
         self.loader = AdapterLoader(
             fetch,
-            fit=self.bank.fit,
+            to_device_layout=self.bank.to_device_layout,
             executor=self._executor,
             budget_bytes=config.host_cache_bytes,
             on_done=lambda: self.on_loaded(),
@@ -130,7 +130,7 @@ class Engine:
         if len(self.waiting) < self.config.max_waiting:
             return
         full = EngineFull(f"{self.config.max_waiting} requests already wait; try again later")
-        refused = self.waiting.row_in_place_of(tenant, self.config.max_waiting)
+        refused = self.waiting.row_to_displace(tenant, self.config.max_waiting)
         if refused is None:
             raise full
         self._admission.remove(refused)
@@ -158,7 +158,7 @@ class Engine:
         self._drop_forgotten()
         return self._forgetting.isdisjoint(digests)
 
-    def holdings(self) -> EngineStatus:
+    def status(self) -> EngineStatus:
         return EngineStatus(
             resident=self.residency.resident,
             occupied_rows=self.residency.occupied_rows,
@@ -268,7 +268,7 @@ class Engine:
     def _preempt(self, row: Row) -> None:
         """Free the row's KV. It keeps its tokens, and computes them again as one prompt when its turn comes."""
         kv_row, row.kv_row, row.num_computed = row.kv_row, -1, 0
-        self._admission.put_back(row)
+        self._admission.requeue(row)
         self.counters.num_preemptions += 1
         self.kv_cache.free(kv_row)
 
@@ -290,9 +290,9 @@ class Engine:
         Raises: EngineStopped, after three steps in a row for which the device is to blame.
         """
         scheduled = schedule(self.running, max_tokens, self.config.chunk_tokens)
-        outcome = compute_apart(scheduled, self._attempt)
+        outcome = compute_isolated(scheduled, self._attempt)
         for part, chosen in outcome.computed:
-            self._hand_out(part, chosen)
+            self._deliver(part, chosen)
         if outcome.computed:
             self._device_check.reset()
         if outcome.failed:
@@ -302,14 +302,14 @@ class Engine:
     def _attempt(self, part: Sequence[Scheduled]) -> Chosen:
         return choose(part, self._forward(part), self._sampler)
 
-    def _hand_out(self, part: Sequence[Scheduled], chosen: Chosen) -> None:
+    def _deliver(self, part: Sequence[Scheduled], chosen: Chosen) -> None:
         """Give each row of a part that was computed its token, and its client the text."""
         for row, segment in part:
             row.num_computed += segment.num_tokens
         self.counters.num_new_tokens += len(chosen.rows)
         self.counters.num_prompt_tokens += sum(row.num_prompt_tokens for row in chosen.rows if row.num_new_tokens == 0)
         taken = zip(chosen.rows, chosen.tokens, chosen.scores, chosen.logits, strict=True)
-        made = [(row, self._take(row, token, scored, row_logits)) for row, token, scored, row_logits in taken]
+        made = [(row, self._append_token(row, token, scored, row_logits)) for row, token, scored, row_logits in taken]
         self._end([(row, event) for row, event in made if event is not None and _is_last(event)])
         texts = [(row, event) for row, event in made if event is not None and not _is_last(event)]
         self._release([row for row, event in texts if not self.send(row, event)])
@@ -330,14 +330,16 @@ class Engine:
                 self.send(row, error)
         self._device_check.require()
 
-    def _take(self, row: Row, token: int | None, scored: Scored | None, logits: Tensor) -> Delta | Exception | None:
+    def _append_token(
+        self, row: Row, token: int | None, scored: Scored | None, logits: Tensor
+    ) -> Delta | Exception | None:
         """Hand the row its token; what its client is to be told."""
         if token is None:
             return LogitsNotFinite(f"the plan of request {row.request_id} drives the logits out of range")
         if row.capture_first_logits and row.first_logits is None:
             row.first_logits = logits.to("cpu", torch.float32, copy=True)
         try:
-            return row.take(token, scored)
+            return row.append_token(token, scored)
         except Exception:
             logger.exception("token %d of request %s could not be decoded", token, row.request_id)
             return RequestFailed(row.request_id)

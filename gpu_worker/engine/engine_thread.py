@@ -49,7 +49,7 @@ class EngineThread:
         self._busy_since: float | None = None
         self.failure: Exception | None = None  # what ended the thread, where that was not `stop`
         self._end_team = thread_team_releaser()
-        engine.on_loaded = lambda: self._commands.put(_nothing)
+        engine.on_loaded = lambda: self._commands.put(_no_op)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -58,19 +58,21 @@ class EngineThread:
 
         Leaving the iterator early cancels the request. Raises: what the engine says of this job alone.
         """
-        async with aclosing(self.watched(job, None)) as deltas:
+        async with aclosing(self.stream_with_heartbeats(job, None)) as deltas:
             async for delta in deltas:
                 if delta is not None:
                     yield delta
 
-    async def watched(self, job: Job, sign_every_s: float | None) -> AsyncGenerator[Delta | None]:
-        """`stream`, with None first of all and wherever `sign_every_s` pass without text: a sign of life."""
+    async def stream_with_heartbeats(
+        self, job: Job, heartbeat_interval_s: float | None
+    ) -> AsyncGenerator[Delta | None]:
+        """`stream`, with None first of all and wherever `heartbeat_interval_s` pass without text: a sign of life."""
         arrived = self.engine.clock()
         yield None
         [(row, events)] = await self._submit_all([job], arrived=arrived)
         try:
             while True:
-                while (event := await _next_of(events, sign_every_s)) is None:
+                while (event := await _next_of(events, heartbeat_interval_s)) is None:
                     yield None
                 delta = _merged(event, events)
                 yield delta
@@ -107,20 +109,20 @@ class EngineThread:
 
     async def preload(self, digests: Collection[str]) -> None:
         """Return when these weights are at hand, as far as they can be had. Raises: EngineStopped."""
-        loads = await self._ask(lambda: self.engine.preload(digests))
+        loads = await self._run_on_engine(lambda: self.engine.preload(digests))
         await asyncio.gather(*[asyncio.wrap_future(load) for load in loads], return_exceptions=True)
 
     async def forget(self, digests: Collection[str]) -> bool:
         """See `Engine.forget`. Raises: EngineStopped."""
-        return await self._ask(lambda: self.engine.forget(digests))
+        return await self._run_on_engine(lambda: self.engine.forget(digests))
 
-    async def holdings(self) -> EngineStatus:
+    async def status(self) -> EngineStatus:
         """What the engine holds between two steps. Raises: EngineStopped."""
-        return await self._ask(self.engine.holdings)
+        return await self._run_on_engine(self.engine.status)
 
     async def expected(self) -> frozenset[str]:
         """See `Engine.expected`. Raises: EngineStopped."""
-        return await self._ask(self.engine.expected)
+        return await self._run_on_engine(self.engine.expected)
 
     def seconds_busy(self) -> float:
         """Return how long the step or command in progress has run; 0 while the thread sleeps. Large when it hangs."""
@@ -135,7 +137,7 @@ class EngineThread:
     def stop(self) -> None:
         """End every request with EngineStopped and the thread with it."""
         self._stopping = True
-        self._commands.put(_nothing)
+        self._commands.put(_no_op)
         self._thread.join()
 
     def _command(self, command: Callable[[], None]) -> None:
@@ -148,9 +150,9 @@ class EngineThread:
     async def _submit_all(
         self, jobs: Sequence[Job], *, capture_first_logits: bool = False, arrived: float | None = None
     ) -> list[tuple[Row, _Events]]:
-        """Each job's row and what it is told; all are queued between the same two steps."""
+        """Each job's row and what it is queues; all are queued between the same two steps."""
         loop = asyncio.get_running_loop()
-        told: list[_Events] = [asyncio.Queue() for _ in jobs]
+        queues: list[_Events] = [asyncio.Queue() for _ in jobs]
 
         def prepare(job: Job, events: _Events) -> Row:
             def sink(event: Delta | Exception) -> None:
@@ -158,11 +160,11 @@ class EngineThread:
 
             return self.engine.prepare(job, sink, capture_first_logits=capture_first_logits, arrived=arrived)
 
-        rows = await asyncio.to_thread(lambda: [prepare(*each) for each in zip(jobs, told, strict=True)])
+        rows = await asyncio.to_thread(lambda: [prepare(*each) for each in zip(jobs, queues, strict=True)])
         self.submit(rows)
-        return list(zip(rows, told, strict=True))
+        return list(zip(rows, queues, strict=True))
 
-    async def _ask(self, question: Callable[[], _T]) -> _T:
+    async def _run_on_engine(self, question: Callable[[], _T]) -> _T:
         """The engine's answer, between two steps. Raises: EngineStopped, and what the engine says."""
         answer: Future[_T] = Future()
 
@@ -245,7 +247,7 @@ class EngineThread:
             self._busy_since = None
 
 
-def _nothing() -> None:
+def _no_op() -> None:
     """A command whose only use is to wake the engine's thread."""
 
 

@@ -22,26 +22,26 @@ class FairQueue:
 
     def __init__(self) -> None:
         self._tenants: dict[str, _Sets] = {}  # in order of turn
-        self._returned: dict[Row, None] = {}  # the last one put back is the last
+        self._requeued: dict[Row, None] = {}  # the last one put back is the last
         self._by_tenant: dict[str, dict[Row, None]] = {}  # as they came, without the returned ones
         self._len = 0  # without the returned ones
 
     def __len__(self) -> int:
-        return self._len + len(self._returned)
+        return self._len + len(self._requeued)
 
     def __iter__(self) -> Iterator[Row]:
-        yield from self.returned
+        yield from self.requeued
         yield from (row for sets in self._tenants.values() for rows in sets.values() for row in rows)
 
     def __contains__(self, row: Row) -> bool:
-        return row in self._returned or row in self._tenants.get(row.tenant, {}).get(row.adapter_set, {})
+        return row in self._requeued or row in self._tenants.get(row.tenant, {}).get(row.adapter_set, {})
 
     @property
-    def returned(self) -> list[Row]:
+    def requeued(self) -> list[Row]:
         """The rows that were put back, in the order in which they go on: the last one put back first."""
-        return list(reversed(self._returned))
+        return list(reversed(self._requeued))
 
-    def row_in_place_of(self, tenant: str, max_rows: int) -> Row | None:
+    def row_to_displace(self, tenant: str, max_rows: int) -> Row | None:
         """Return the row that gives its place in a queue of `max_rows` to a new one of `tenant`; None: none has to.
 
         A tenant that holds less than an equal share of the places takes one from the tenant that holds most: that of
@@ -63,14 +63,14 @@ class FairQueue:
         """Whether no row before it waits for the same adapters on behalf of the same tenant."""
         return next(iter(self._tenants[row.tenant][row.adapter_set])) is row
 
-    def companions(self, row: Row) -> list[Row]:
+    def same_adapters(self, row: Row) -> list[Row]:
         """The row and, where it was not put back, all that wait for the same adapters on behalf of its tenant."""
-        return [row] if row in self._returned else list(self._tenants[row.tenant][row.adapter_set])
+        return [row] if row in self._requeued else list(self._tenants[row.tenant][row.adapter_set])
 
     def remove(self, row: Row) -> None:
         """The row waits no longer; turns stay as they are."""
-        if row in self._returned:
-            del self._returned[row]
+        if row in self._requeued:
+            del self._requeued[row]
             return
         sets = self._tenants[row.tenant]
         rows = sets[row.adapter_set]
@@ -85,19 +85,19 @@ class FairQueue:
         if not of_tenant:
             del self._by_tenant[row.tenant]
 
-    def take(self, row: Row) -> None:
+    def dequeue(self, row: Row) -> None:
         """Remove the row; its tenant and its adapter set have had their turn, unless it was put back: it had its."""
-        was_returned = row in self._returned
+        was_requeued = row in self._requeued
         self.remove(row)
         sets = self._tenants.get(row.tenant)
-        if sets is not None and not was_returned:
+        if sets is not None and not was_requeued:
             self._tenants[row.tenant] = self._tenants.pop(row.tenant)
             if row.adapter_set in sets:
                 sets[row.adapter_set] = sets.pop(row.adapter_set)
 
-    def put_back(self, row: Row) -> None:
+    def requeue(self, row: Row) -> None:
         """Let a row that was taken wait again, before all others."""
-        self._returned[row] = None
+        self._requeued[row] = None
 
     def turns(self) -> Iterator[Row]:
         """Yield the returned rows, then the first row of each set, in turn.
@@ -105,7 +105,7 @@ class FairQueue:
         The next one of a set follows where the first left the queue meanwhile.
         A tenant's turn lasts until one of its rows is taken: sets that cannot start cost it nothing.
         """
-        yield from self.returned
+        yield from self.requeued
         pending = {tenant: deque(sets) for tenant, sets in self._tenants.items()}
         while pending:
             for tenant, sets in list(pending.items()):

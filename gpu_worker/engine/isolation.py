@@ -23,7 +23,9 @@ class Outcome(Generic[Result]):
     failed: list[tuple[Row, Exception]] = field(default_factory=list)
 
 
-def compute_apart(scheduled: Sequence[Scheduled], compute: Callable[[Sequence[Scheduled]], Result]) -> Outcome[Result]:
+def compute_isolated(
+    scheduled: Sequence[Scheduled], compute: Callable[[Sequence[Scheduled]], Result]
+) -> Outcome[Result]:
     """Compute the step as a whole; where that raises, compute its halves, and so on down to single rows.
 
     A row has failed once it raised in an attempt of its own that follows another failed one, and again with the first

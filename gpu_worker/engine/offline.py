@@ -11,7 +11,7 @@ from gpu_worker.engine.row import Row
 from gpu_worker.request.request import Completion, Delta, Job
 
 
-class _WholeAnswer:
+class _CompletionSink:
     """The sink of one request: its future ends when the request does."""
 
     def __init__(self) -> None:
@@ -27,29 +27,29 @@ class _WholeAnswer:
             self.future.set_result(Completion.joined(self._deltas))
 
 
-async def generate_all(loop: EngineThread, jobs: Sequence[Job]) -> list[Completion | Exception]:
+async def generate_all(engine_thread: EngineThread, jobs: Sequence[Job]) -> list[Completion | Exception]:
     """Each job's answer, or what the engine says of it, in order; they enter the queue together.
 
     Leaving early cancels what has not ended. Raises: EngineStopped.
     """
-    answers = [_WholeAnswer() for _ in jobs]
-    rows = await asyncio.to_thread(_prepared, loop, jobs, answers)
-    loop.submit(rows)
+    answers = [_CompletionSink() for _ in jobs]
+    rows = await asyncio.to_thread(_prepared, engine_thread, jobs, answers)
+    engine_thread.submit(rows)
     try:
         waiting = [asyncio.wrap_future(answer.future) for answer in answers]
         ended = await asyncio.gather(*waiting, return_exceptions=True)
     except asyncio.CancelledError:
-        loop.cancel(rows)
+        engine_thread.cancel(rows)
         raise
     return [_none_but_errors(outcome) for outcome in ended]
 
 
-def _prepared(loop: EngineThread, jobs: Sequence[Job], answers: Sequence[_WholeAnswer]) -> list[Row]:
+def _prepared(engine_thread: EngineThread, jobs: Sequence[Job], answers: Sequence[_CompletionSink]) -> list[Row]:
     """The rows of those jobs that can be asked; the others have their answer."""
     rows: list[Row] = []
     for job, answer in zip(jobs, answers, strict=True):
         try:
-            rows.append(loop.engine.prepare(job, answer))
+            rows.append(engine_thread.engine.prepare(job, answer))
         except Exception as exc:
             answer(exc)
     return rows

@@ -13,7 +13,7 @@ from gpu_worker.model.base_model import BaseModel
 from gpu_worker.request.prompt_memo import PromptMemo
 from gpu_worker.request.prompts import render, template_stops
 from gpu_worker.request.request import DEFAULT_MAX_TOKENS, MAX_CHARS_PER_TOKEN, Job
-from gpu_worker.text.text_stream import TextStream
+from gpu_worker.text.incremental_detokenizer import IncrementalDetokenizer
 from gpu_worker.text.token_bytes import TokenBytes
 
 
@@ -22,7 +22,7 @@ class RequestPreprocessor:
 
     def __init__(self, base: BaseModel, max_len: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._base, self._max_len, self._clock = base, max_len, clock
-        self._spell = TokenBytes(base.backend_tokenizer)
+        self._token_bytes = TokenBytes(base.backend_tokenizer)
         self._memo = PromptMemo()
         self._num_embeddings: int = base.model.get_input_embeddings().weight.shape[0]
 
@@ -52,9 +52,9 @@ class RequestPreprocessor:
             max_new_tokens=self._max_new_tokens(len(tokens), job.sampling.max_tokens),
             end_ids=self._end_ids(job),
             seed=secrets.randbits(63) if job.sampling.seed is None else job.sampling.seed,
-            text=TextStream(self._base.backend_tokenizer, stops, tokens),
+            detokenizer=IncrementalDetokenizer(self._base.backend_tokenizer, stops, tokens),
             sink=sink,
-            spell=self._spell,
+            token_bytes=self._token_bytes,
             capture_first_logits=capture_first_logits,
             tenant=job.tenant,
         )

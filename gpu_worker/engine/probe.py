@@ -22,8 +22,8 @@ _NOISE = {torch.float32: 1e-5, torch.bfloat16: 0.03}
 class Prober:
     """Probes many adapters in one step. The base model's logits are computed once, by the first probe."""
 
-    def __init__(self, loop: EngineThread) -> None:
-        self._loop = loop
+    def __init__(self, engine_thread: EngineThread) -> None:
+        self._engine_thread = engine_thread
         self._base: Tensor | None = None
         self._numbers = itertools.count()
 
@@ -33,14 +33,14 @@ class Prober:
         0.0 when the shift drowns in rounding. Raises: what the engine says of the base model's own run.
         """
         if self._base is None:
-            [base] = await self._loop.first_logits([self._job(BASE_PLAN)])
+            [base] = await self._engine_thread.first_logits([self._job(BASE_PLAN)])
             if isinstance(base, Exception):
                 raise base
             self._base = base
-        await self._loop.preload(weights_digests)  # a step takes hardly longer for many rows: let there be one
+        await self._engine_thread.preload(weights_digests)  # a step takes hardly longer for many rows: let there be one
         plans = [_plan_of(digest) for digest in weights_digests]
-        adapted = await self._loop.first_logits([self._job(plan) for plan in plans])
-        noise = _NOISE[self._loop.engine.base.dtype]
+        adapted = await self._engine_thread.first_logits([self._job(plan) for plan in plans])
+        noise = _NOISE[self._engine_thread.engine.base.dtype]
         shifts = [logits if isinstance(logits, Exception) else _shift(self._base, logits) for logits in adapted]
         return [0.0 if isinstance(shift, float) and shift <= noise else shift for shift in shifts]
 

@@ -13,7 +13,7 @@ from gpu_worker.bank.device_layout import DeviceAdapter
 from gpu_worker.request.request import Delta, FinishReason, SamplingParams, TokenLogprob
 from gpu_worker.sampling.draw import Draw
 from gpu_worker.sampling.logprobs import Scored
-from gpu_worker.text.text_stream import TextStream
+from gpu_worker.text.incremental_detokenizer import IncrementalDetokenizer
 from gpu_worker.text.token_bytes import TokenBytes
 from lora_store.adapter import LOCAL_TENANT
 from lora_store.plan import Plan
@@ -34,9 +34,9 @@ class Row:
     max_new_tokens: int
     end_ids: frozenset[int]  # ids that end the answer
     seed: int
-    text: TextStream
+    detokenizer: IncrementalDetokenizer
     sink: Sink
-    spell: TokenBytes
+    token_bytes: TokenBytes
     capture_first_logits: bool = False
     tenant: str = LOCAL_TENANT
     deadline: float = math.inf  # by the engine's clock
@@ -72,7 +72,7 @@ class Row:
         forbidden = tuple(self.end_ids) if self.num_new_tokens < self.sampling.min_tokens else ()
         return Draw(self.sampling, self.seed, len(self.tokens), forbidden, self.tokens, self.num_prompt_tokens)
 
-    def take(self, token: int, scored: Scored | None = None) -> Delta | None:
+    def append_token(self, token: int, scored: Scored | None = None) -> Delta | None:
         """Append a token; the text it releases, with the finish reason when it was the last one."""
         if scored is not None and token not in self.end_ids:
             self.pending_logprobs.append(self._logprob(token, scored))
@@ -82,26 +82,26 @@ class Row:
         if token in self.end_ids:
             reason = "stop"
         else:
-            text = self.text.push(token, may_stop=self.num_new_tokens >= self.sampling.min_tokens)
-            if self.text.stopped:
+            text = self.detokenizer.push(token, may_stop=self.num_new_tokens >= self.sampling.min_tokens)
+            if self.detokenizer.stopped:
                 reason = "stop"
             elif self.num_new_tokens >= self.max_new_tokens:
                 reason = "length"
-        if reason is not None and not self.text.stopped:
-            text += self.text.finish()
+        if reason is not None and not self.detokenizer.stopped:
+            text += self.detokenizer.finish()
         if not text and reason is None:
             return None
-        logprobs = self._told() if self.pending_logprobs else ()
+        logprobs = self._released_logprobs() if self.pending_logprobs else ()
         return Delta(
             text, self.num_prompt_tokens, self.num_new_tokens, reason, self.first_logits, logprobs, self.queued_s
         )
 
     def _logprob(self, token: int, scored: Scored) -> TokenLogprob:
-        top = tuple((self.spell(token_id), logprob) for token_id, logprob in scored.top)
-        return TokenLogprob(self.spell(token), scored.logprob, top, self.text.num_chars)
+        top = tuple((self.token_bytes(token_id), logprob) for token_id, logprob in scored.top)
+        return TokenLogprob(self.token_bytes(token), scored.logprob, top, self.detokenizer.num_chars)
 
-    def _told(self) -> tuple[TokenLogprob, ...]:
+    def _released_logprobs(self) -> tuple[TokenLogprob, ...]:
         """What is untold, but for tokens that a stop string cut off whole."""
-        told, self.pending_logprobs = self.pending_logprobs, []
-        end = self.text.num_released if self.text.stopped else self.text.num_chars + 1
-        return tuple(entry for entry in told if entry.text_offset < end)
+        pending, self.pending_logprobs = self.pending_logprobs, []
+        end = self.detokenizer.num_released if self.detokenizer.stopped else self.detokenizer.num_chars + 1
+        return tuple(entry for entry in pending if entry.text_offset < end)

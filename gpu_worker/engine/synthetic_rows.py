@@ -39,7 +39,7 @@ def synthetic_adapter(bank: LoraBank) -> DeviceAdapter:
         name: ModuleWeights(torch.full((1, num_in), 1e-3), torch.full((num_out, 1), 1e-3), 1.0)
         for name, (num_out, num_in) in bank.shapes.items()
     }
-    return bank.fit(AdapterWeights(DIGEST, modules))
+    return bank.to_device_layout(AdapterWeights(DIGEST, modules))
 
 
 def without_adapter(rows: Sequence[Row]) -> list[Row]:

@@ -15,7 +15,7 @@ _MAX_STEP_TOKENS = 5  # so that the prompts are read in chunks
 _MAX_STEPS = 100  # it takes about ten
 
 
-def warmed_up(engine: Engine) -> Engine:
+def warm_up(engine: Engine) -> Engine:
     """Return the engine once it has computed prompt chunks and decode steps, without and with an adapter.
 
     The tokens are chosen greedily and drawn, and the adapter is a synthetic one. So the device also loads its kernels

@@ -95,7 +95,7 @@ class LoraKernel:
         )
 
 
-def load_kernel(cache_dir: Path) -> LoraKernel | None:
+def load_lora_kernel(cache_dir: Path) -> LoraKernel | None:
     """The kernel, compiled into `cache_dir` unless it is there; None where no compiler makes it, which is logged."""
     library = load_library("grouped_lora", cache_dir)
     return None if library is None else LoraKernel(library)

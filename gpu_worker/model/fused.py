@@ -70,7 +70,7 @@ class FusedMlp(nn.Module):
         return y
 
 
-def load_fused(cache_dir: Path) -> FusedKernel | None:
+def load_fused_kernel(cache_dir: Path) -> FusedKernel | None:
     """The passes, compiled into `cache_dir` unless they are there; None where no compiler makes them."""
     library = load_library("fused", cache_dir)
     return None if library is None else FusedKernel(library)

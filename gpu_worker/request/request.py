@@ -50,8 +50,8 @@ class SamplingParams:
         self._require("top_p", 0 < self.top_p <= 1, "be above 0 and at most 1")
         self._require("top_k", self.top_k >= 0, "be 0 (all) or more")
         self._require("min_p", 0 <= self.min_p <= 1, "be between 0 and 1")
-        told = self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS
-        self._require("logprobs", told, f"be between 0 and {MAX_LOGPROBS}")
+        is_valid = self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS
+        self._require("logprobs", is_valid, f"be between 0 and {MAX_LOGPROBS}")
         self._require("seed", self.seed is None or 0 <= self.seed < 2**63, "be between 0 and 2**63 - 1")
         self._check_penalties()
         self._check_stops()

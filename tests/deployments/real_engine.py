@@ -23,7 +23,7 @@ from tests.deployments.adapter_records import POOL, pool_of
 from tests.deployments.app_fakes import Served, http_of, serve_plainly
 from tests.deployments.fake_store import FakeStore
 from tests.deployments.fake_worker import FakeWorker
-from tests.gpu_worker.driving import fetching
+from tests.gpu_worker.engine_driver import fetching
 from tests.tiny import InlineExecutor, linear_shapes, random_adapter, tiny_config
 
 _THREADS = 4
@@ -70,7 +70,7 @@ class Authenticator:
 
     async def _held(self) -> dict[str, Any]:
         await self.served.ingress.background.idle()
-        while (holdings := await self.engine.holdings()).num_running + holdings.num_waiting:
+        while (holdings := await self.engine.status()).num_running + holdings.num_waiting:
             await asyncio.sleep(0.001)
         gc.collect()
         engine = self.engine.engine

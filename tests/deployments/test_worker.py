@@ -29,7 +29,7 @@ from gpu_worker.request.request import Job
 from lora_store import AdapterNotFound, AdapterWeights, encode_weights
 from tests.deployments.metric_fakes import FakeMetrics
 from tests.fakes import FakeHandle
-from tests.gpu_worker.driving import greedy
+from tests.gpu_worker.engine_driver import greedy
 from tests.tiny import linear_shapes, plan_of, random_adapter, tiny_config
 
 RANK = 4
@@ -184,7 +184,7 @@ def test_only_the_engine_of_a_worker_has_a_team_of_threads(serve: Callable[[Main
     async def main(serving: Serving) -> None:
         await serving.text(serving.job(0))
         assert torch.get_num_threads() == 1
-        assert await serving.worker._loop._ask(torch.get_num_threads) == 2
+        assert await serving.worker._loop._run_on_engine(torch.get_num_threads) == 2
 
     before = torch.get_num_threads()
     torch.set_num_threads(2)

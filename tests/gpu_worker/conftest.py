@@ -13,18 +13,18 @@ from gpu_worker.attention.kv_cache import KvCache, KvShape
 from gpu_worker.bank.loader import Fetch
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.engine_thread import EngineThread
-from gpu_worker.lora.lora_kernel import LoraKernel, load_kernel
+from gpu_worker.lora.lora_kernel import LoraKernel, load_lora_kernel
 from gpu_worker.model.base_model import BaseModel
 from gpu_worker.request.request import Job
 from lora_store.adapter import AdapterWeights
-from tests.gpu_worker.driving import Answer, Gate, always_says, compiled, fetching, run_together
+from tests.gpu_worker.engine_driver import Answer, Gate, always_says, compiled, fetching, run_together
 from tests.tiny import InlineExecutor, linear_shapes, tiny_config
 
 
 @pytest.fixture(scope="session")
 def lora_kernel() -> LoraKernel:
     """The compiled LoRA products."""
-    return compiled(load_kernel)
+    return compiled(load_lora_kernel)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from gpu_worker.engine.engine_thread import EngineThread
 from gpu_worker.errors import DeadlineExceeded, WaitedTooLong, WorkerConfigInvalid
 from gpu_worker.request.request import Delta
 from lora_store.plan import BASE_PLAN
-from tests.gpu_worker.driving import (
+from tests.gpu_worker.engine_driver import (
     Answer,
     Gate,
     HeldExecutor,

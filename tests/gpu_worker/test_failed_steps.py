@@ -20,7 +20,8 @@ from gpu_worker.lora.lora_linear import LoraLinear
 from gpu_worker.request.request import Job, SamplingParams
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN
-from tests.gpu_worker.driving import (
+from tests.gpu_worker.engine.test_engine_isolation import hostile_adapter
+from tests.gpu_worker.engine_driver import (
     BASE_JOB,
     Answer,
     ask,
@@ -31,7 +32,6 @@ from tests.gpu_worker.driving import (
     run,
     run_together,
 )
-from tests.gpu_worker.engine.test_engine_isolation import hostile_adapter
 from tests.tiny import plan_of, random_adapter
 
 MakeEngine = Callable[..., Engine]
@@ -157,11 +157,11 @@ def test_requests_that_fail_alone_never_end_the_engine(
     faults = faults_of(engine)
     [bos] = engine.base.tokenizer("", add_special_tokens=True).input_ids
     faults.bad_token = bos if marked == "its prompt as a whole" else bad_id(engine)
-    before = engine.holdings()
+    before = engine.status()
     for number in range(10):
         [bad] = run_together(engine, [greedy(BAD, request_id=number)])
         assert isinstance(bad.error, RequestFailed)
-    assert replace(engine.holdings(), counters=before.counters) == before
+    assert replace(engine.status(), counters=before.counters) == before
     faults.bad_token = None
     [base] = run_together(engine, [BASE_JOB])
     assert_same(base, alone(BASE_JOB, {}))

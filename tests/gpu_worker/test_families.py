@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gpu_worker.engine.engine import Engine
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model.base_model import load_base_model
-from tests.gpu_worker.driving import greedy, run_together
+from tests.gpu_worker.engine_driver import greedy, run_together
 from tests.gpu_worker.families import EQUAL, REFUSED, save
 from tests.soak import Scale
 from tests.tiny import tiny_config

@@ -13,7 +13,7 @@ from gpu_worker.errors import AdapterLoadFailed
 from gpu_worker.request.request import Delta, Job
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import Plan
-from tests.gpu_worker.driving import (
+from tests.gpu_worker.engine_driver import (
     BASE_JOB,
     Answer,
     HeldExecutor,
@@ -167,15 +167,15 @@ def test_a_row_that_was_passed_over_reserves_nothing_while_its_weights_load(
 def test_forgetting_idle_weights_frees_them_at_once(make_engine: MakeEngine, shapes: Shapes) -> None:
     gone, kept = random_adapter(shapes, 1, rank=3), random_adapter(shapes, 2, rank=5)
     engine = make_engine(by_digest(gone, kept))
-    empty = engine.holdings()
+    empty = engine.status()
     run_together(engine, [greedy("x", only(weights)) for weights in (gone, kept)])
-    full = engine.holdings()
+    full = engine.status()
     assert (len(full.resident), full.occupied_rows) == (2, 8)
     assert engine.forget([gone.weights_digest, "never seen"])
     assert engine.residency.resident == {kept.weights_digest}
-    assert 0 < engine.holdings().host_cache_bytes < full.host_cache_bytes
+    assert 0 < engine.status().host_cache_bytes < full.host_cache_bytes
     assert engine.forget([kept.weights_digest])
-    assert engine.holdings() == empty
+    assert engine.status() == empty
 
 
 def test_forgotten_weights_stay_exactly_until_their_last_request_ends(
@@ -185,17 +185,17 @@ def test_forgotten_weights_stay_exactly_until_their_last_request_ends(
     weights = random_adapter(shapes, 1)
     pool = Pool(weights)
     engine = make_engine(pool, max_batch_size=1)
-    empty = engine.holdings()
+    empty = engine.status()
     running_job, waiting_job = (greedy(name, only(weights), name, num_new=6) for name in ("runs", "waits"))
     running, waiting = ask(engine, running_job), ask(engine, waiting_job)
     steps(engine, 3)
     assert not engine.forget([weights.weights_digest])
-    assert engine.holdings().num_forgetting == 1
+    assert engine.status().num_forgetting == 1
     while not running.is_finished:
         engine.step()
     assert not engine.forget([weights.weights_digest]), "the other still needs it"
     engine.run_until_idle()
-    assert engine.holdings() == empty
+    assert engine.status() == empty
     assert engine.forget([weights.weights_digest])
     assert_same(running, alone(running_job, pool.weights))
     assert_same(waiting, alone(waiting_job, pool.weights))
@@ -207,14 +207,14 @@ def test_a_request_that_waits_for_its_load_keeps_what_is_forgotten_meanwhile(
 ) -> None:
     weights, executor = random_adapter(shapes, 1), HeldExecutor()
     engine = make_engine(by_digest(weights), executor=executor)
-    empty = engine.holdings()
+    empty = engine.status()
     job = greedy("loads", only(weights), "loads")
     answer = ask(engine, job)
     assert not engine.forget([weights.weights_digest])
     executor.release()
     engine.run_until_idle()
     assert_same(answer, alone(job, by_digest(weights)))
-    assert engine.holdings() == empty
+    assert engine.status() == empty
 
 
 def test_a_load_that_nobody_waits_for_any_more_is_forgotten_when_it_ends(
@@ -227,7 +227,7 @@ def test_a_load_that_nobody_waits_for_any_more_is_forgotten_when_it_ends(
     assert not engine.forget([weights.weights_digest])
     executor.release()
     engine.step()  # a finished load wakes the engine
-    assert engine.holdings().host_cache_bytes == 0
+    assert engine.status().host_cache_bytes == 0
     assert engine.forget([weights.weights_digest])
 
 
@@ -246,12 +246,12 @@ def test_the_last_request_takes_forgotten_weights_with_it_however_it_ends(
 ) -> None:
     weights = random_adapter(shapes, 1)
     engine = make_engine(by_digest(weights))
-    empty = engine.holdings()
+    empty = engine.status()
     answer = ask(engine, greedy("x", only(weights), num_new=50))
     steps(engine, num_steps)
     assert not engine.forget([weights.weights_digest])
     end(engine, answer)
-    assert engine.holdings() == empty
+    assert engine.status() == empty
 
 
 def test_forgotten_weights_are_fetched_again_once_they_are_gone(
@@ -267,9 +267,9 @@ def test_forgotten_weights_are_fetched_again_once_they_are_gone(
     engine.forget([weights.weights_digest])
     second = ask(engine, job)
     engine.run_until_idle()
-    assert pool.fetched[weights.weights_digest] == 1 and not engine.holdings().resident
+    assert pool.fetched[weights.weights_digest] == 1 and not engine.status().resident
     third, fourth = run_together(engine, [job, job])
-    assert pool.fetched[weights.weights_digest] == 2 and len(engine.holdings().resident) == 1
+    assert pool.fetched[weights.weights_digest] == 2 and len(engine.status().resident) == 1
     for answer in (first, second, third, fourth):
         assert_same(answer, alone(job, pool.weights))
 
@@ -278,7 +278,7 @@ def test_a_hundred_cycles_of_load_use_and_forget_end_where_they_began(make_engin
     """Every other forget comes while the request runs; each cycle has new weights of another rank."""
     cycles = [random_adapter(shapes, i, rank=1 + i % 7, modules=lambda name: "layers.0" in name) for i in range(100)]
     engine = make_engine(by_digest(*cycles))
-    empty = engine.holdings()
+    empty = engine.status()
     for number, weights in enumerate(cycles):
         answer = ask(engine, greedy("cycle", only(weights), number, num_new=3))
         if number % 2:
@@ -287,7 +287,7 @@ def test_a_hundred_cycles_of_load_use_and_forget_end_where_they_began(make_engin
         engine.run_until_idle()
         assert answer.is_finished
         assert engine.forget([weights.weights_digest])
-        assert engine.holdings() == empty
+        assert engine.status() == empty
     assert_nothing_held(engine)
     engine.bank.set_active(engine.bank.num_rows)
     assert all(bank.a.isnan().all() and bank.bt.isnan().all() for bank in engine.bank.modules.values())

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gpu_worker.engine.engine import Engine
 from lora_store.adapter import AdapterWeights
 from lora_store.peft_files import read_peft_folder, write_peft_folder
-from tests.gpu_worker.driving import by_digest, greedy, run_together
+from tests.gpu_worker.engine_driver import by_digest, greedy, run_together
 from tests.tiny import assert_equal_logits, plan_of
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -11,7 +11,15 @@ from gpu_worker.engine.engine import Engine
 from gpu_worker.errors import DeadlineExceeded, EngineStopped
 from gpu_worker.request.request import Delta, Job, SamplingParams
 from lora_store.plan import BASE_PLAN, Plan
-from tests.gpu_worker.driving import Answer, ask, assert_nothing_held, assert_same, by_digest, greedy, run_together
+from tests.gpu_worker.engine_driver import (
+    Answer,
+    ask,
+    assert_nothing_held,
+    assert_same,
+    by_digest,
+    greedy,
+    run_together,
+)
 from tests.tiny import plan_of, random_adapter
 
 MakeEngine = Callable[..., Engine]
@@ -132,14 +140,14 @@ def test_rows_that_gave_up_their_kv_run_on_before_any_newcomer(make_engine: Make
     """Two of one tenant wait again; newcomers of another would fit beside the row that runs."""
     engine = make_engine({}, kv_tokens=MAX_LEN, max_batch_size=4)
     rows = [ask(engine, job_of(30, 60, i, tenant="t")) for i in range(3)]
-    while len(engine.waiting.returned) < 2:
+    while len(engine.waiting.requeued) < 2:
         engine.step()
-    returned = engine.waiting.returned
+    returned = engine.waiting.requeued
     newcomers = [ask(engine, job_of(2, 20, 10 + i, tenant="u")) for i in range(6)]
-    while engine.waiting.returned:
+    while engine.waiting.requeued:
         engine.step()
         started = [answer for answer in newcomers if answer.row.num_computed]
-        assert not started or not engine.waiting.returned, "a newcomer overtook a row that ran"
+        assert not started or not engine.waiting.requeued, "a newcomer overtook a row that ran"
     assert all(row.num_computed or row not in engine.running for row in returned)
     engine.run_until_idle()
     assert all(answer.is_finished for answer in (*rows, *newcomers))

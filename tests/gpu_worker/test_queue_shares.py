@@ -10,7 +10,7 @@ import pytest
 from gpu_worker.engine.engine import Engine
 from gpu_worker.errors import EngineFull
 from gpu_worker.request.request import Job, SamplingParams
-from tests.gpu_worker.driving import Answer, ask, assert_nothing_held
+from tests.gpu_worker.engine_driver import Answer, ask, assert_nothing_held
 
 MakeEngine = Callable[..., Engine]
 PLACES = 12

@@ -11,7 +11,7 @@ from torch import Tensor
 from gpu_worker.attention.decode_attention import DecodeKernel, load_decode_kernel
 from gpu_worker.attention.kv_regions import KvRegions
 from gpu_worker.step.attention_plan import Segment
-from tests.gpu_worker.driving import compiled, kv_shape
+from tests.gpu_worker.engine_driver import compiled, kv_shape
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, MAX_LEN, NUM_ROWS = 4, 2, 8, 200, 6
 SCALING = 0.3

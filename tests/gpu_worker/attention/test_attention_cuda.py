@@ -21,8 +21,8 @@ from gpu_worker.request.request import Job
 from gpu_worker.step.attention_plan import Segment
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN
-from tests.gpu_worker.driving import assert_same, by_digest, greedy, kv_shape, run_together
-from tests.gpu_worker.varlen import slow_varlen_attn
+from tests.gpu_worker.engine_driver import assert_same, by_digest, greedy, kv_shape, run_together
+from tests.gpu_worker.slow_varlen_attention import slow_varlen_attn
 from tests.tiny import assert_equal_logits, linear_shapes, plan_of, random_adapter, tiny_config
 
 CPU = torch.device("cpu")

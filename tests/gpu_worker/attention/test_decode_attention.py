@@ -7,7 +7,7 @@ import torch
 
 from gpu_worker.attention.decode_attention import DecodeKernel, Decodes, load_decode_kernel
 from gpu_worker.step.attention_plan import Segment
-from tests.gpu_worker.driving import compiled
+from tests.gpu_worker.engine_driver import compiled
 
 ROWS, HEADS, TOKENS, DIM = 2, 4, 5, 8
 

@@ -13,7 +13,7 @@ from gpu_worker.attention.kv_cache import KvCache, KvShape
 from gpu_worker.attention.kv_pages import KvPages
 from gpu_worker.attention.kv_regions import KvRegions
 from gpu_worker.step.attention_plan import Segment
-from tests.gpu_worker.driving import kv_shape
+from tests.gpu_worker.engine_driver import kv_shape
 
 Build = Callable[[KvShape], KvCache]
 BUILDS: list[Build] = [KvRegions, lambda shape: KvPages(shape, torch.device("cpu"))]

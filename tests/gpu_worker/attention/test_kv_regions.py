@@ -8,7 +8,7 @@ import torch
 
 from gpu_worker.attention.kv_regions import KvRegions, region_bytes
 from gpu_worker.step.attention_plan import Segment
-from tests.gpu_worker.driving import kv_shape
+from tests.gpu_worker.engine_driver import kv_shape
 
 
 def test_tokens_are_written_to_their_row_and_position_only() -> None:

@@ -15,8 +15,8 @@ from gpu_worker.attention.packed_attention import packed_attention
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.step.attention_plan import AttentionPlan, Segment
 from gpu_worker.step.step_context import StepContext
-from tests.gpu_worker.driving import kv_shape
-from tests.gpu_worker.varlen import slow_varlen_attn
+from tests.gpu_worker.engine_driver import kv_shape
+from tests.gpu_worker.slow_varlen_attention import slow_varlen_attn
 
 
 @dataclass

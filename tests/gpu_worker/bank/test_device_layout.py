@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gpu_worker.bank.device_layout import fit
+from gpu_worker.bank.device_layout import to_device_layout
 from gpu_worker.errors import AdapterUnfit
 from lora_store.adapter import AdapterWeights, ModuleWeights
 
@@ -29,16 +29,16 @@ def test_every_module_is_cast_transposed_and_scaled_as_alone(dtype: torch.dtype)
         {"z": module("z", 7)},
     ]
     for modules in mixes:
-        fitted = fit(AdapterWeights("d", modules), SHAPES, dtype)
-        assert fitted.weights_digest == "d" and fitted.modules.keys() == modules.keys()
-        assert fitted.max_rank == max(m.rank for m in modules.values())
+        adapter = to_device_layout(AdapterWeights("d", modules), SHAPES, dtype)
+        assert adapter.weights_digest == "d" and adapter.modules.keys() == modules.keys()
+        assert adapter.max_rank == max(m.rank for m in modules.values())
         for name, given in modules.items():
-            found = fitted.modules[name]
+            found = adapter.modules[name]
             torch.testing.assert_close(found.a, given.lora_a.to(dtype), atol=0, rtol=0)
             torch.testing.assert_close(found.bt, (given.lora_b.float() * given.scaling).T.to(dtype), atol=0, rtol=0)
             assert found.rank == given.rank
         elements = sum(m.lora_a.numel() + m.lora_b.numel() for m in modules.values())
-        assert fitted.num_bytes == elements * dtype.itemsize
+        assert adapter.num_bytes == elements * dtype.itemsize
 
 
 def spoiled(name: str, **changes: float) -> ModuleWeights:
@@ -57,19 +57,19 @@ def spoiled(name: str, **changes: float) -> ModuleWeights:
 def test_a_module_that_is_not_finite_once_scaled_is_refused_by_name(changes: dict[str, float]) -> None:
     weights = AdapterWeights("d", {"x": module("x", 2), "y": spoiled("y", **changes), "z": module("z", 2)})
     with pytest.raises(AdapterUnfit, match="y is not finite") as caught:
-        fit(weights, SHAPES, torch.float32)
+        to_device_layout(weights, SHAPES, torch.float32)
     assert "x is" not in str(caught.value) and "z is" not in str(caught.value)
 
 
 def test_the_largest_values_that_the_dtype_holds_are_taken() -> None:
     weights = AdapterWeights("d", {"x": spoiled("x", a=3e38, b=-3e38)})
-    assert fit(weights, SHAPES, torch.bfloat16).modules["x"].a.isfinite().all()
+    assert to_device_layout(weights, SHAPES, torch.bfloat16).modules["x"].a.isfinite().all()
 
 
 def test_every_problem_is_named_at_once() -> None:
     modules = {"x": module("z", 2), "y": module("y", 2), "nowhere": module("x", 2)}
     with pytest.raises(AdapterUnfit) as caught:
-        fit(AdapterWeights("d", modules), SHAPES, torch.float32)
+        to_device_layout(AdapterWeights("d", modules), SHAPES, torch.float32)
     said = str(caught.value)
     assert "x is made for (out, in) (3, 8), the base model has (6, 4)" in said and "no module 'nowhere'" in said
     assert "y" not in said.replace("nowhere", "").split()

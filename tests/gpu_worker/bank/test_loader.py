@@ -11,7 +11,7 @@ from gpu_worker.bank.device_layout import DeviceAdapter, DeviceModule
 from gpu_worker.bank.loader import AdapterLoader
 from gpu_worker.errors import AdapterLoadFailed, AdapterUnfit
 from lora_store.adapter import AdapterWeights
-from tests.gpu_worker.driving import HeldExecutor
+from tests.gpu_worker.engine_driver import HeldExecutor
 from tests.tiny import InlineExecutor
 
 WEIGHTS_BYTES = 2 * 4 * 8 * 4  # a and bt, rank 4, 8 wide, float32
@@ -37,7 +37,7 @@ class Store:
         return fetched
 
 
-def fit(weights: AdapterWeights) -> DeviceAdapter:
+def to_device_layout(weights: AdapterWeights) -> DeviceAdapter:
     return DeviceAdapter(weights.weights_digest, {"m": DeviceModule(torch.zeros(4, 8), torch.zeros(4, 8))})
 
 
@@ -45,12 +45,16 @@ def loader_of(
     store: Store,
     *,
     executor: Executor | None = None,
-    fit: Callable[[AdapterWeights], DeviceAdapter] = fit,
+    to_device_layout: Callable[[AdapterWeights], DeviceAdapter] = to_device_layout,
     on_done: Callable[[], None] = lambda: None,
     budget_bytes: int = 1 << 20,
 ) -> AdapterLoader:
     return AdapterLoader(
-        store.fetch, fit=fit, executor=executor or InlineExecutor(), budget_bytes=budget_bytes, on_done=on_done
+        store.fetch,
+        to_device_layout=to_device_layout,
+        executor=executor or InlineExecutor(),
+        budget_bytes=budget_bytes,
+        on_done=on_done,
     )
 
 
@@ -58,7 +62,7 @@ def test_many_requests_share_one_fetch() -> None:
     store, executor = Store(), HeldExecutor()
     loader = loader_of(store, executor=executor)
     futures = [loader.load("a") for _ in range(5)]
-    assert not futures[0].done(), "fitting happens on the executor"
+    assert not futures[0].done(), "the conversion happens on the executor"
     executor.release()
     assert {id(future.result(0)) for future in futures} == {id(loader.load("a").result(0))}
     assert store.fetched == ["a"]
@@ -82,7 +86,7 @@ def test_an_unfit_adapter_keeps_its_own_error_and_is_not_cached() -> None:
     def refuse(weights: AdapterWeights) -> DeviceAdapter:
         raise AdapterUnfit("the base model has no module 'm'")
 
-    loader = loader_of(Store(), fit=refuse)
+    loader = loader_of(Store(), to_device_layout=refuse)
     assert isinstance(loader.load("a").exception(0), AdapterUnfit)
     assert loader.cached_bytes == 0
 
@@ -156,7 +160,11 @@ def test_a_fetch_that_cannot_begin_fails_its_load_alone() -> None:
 
     woken: list[str] = []
     loader = AdapterLoader(
-        fetch, fit=fit, executor=InlineExecutor(), budget_bytes=1, on_done=lambda: woken.append("woken")
+        fetch,
+        to_device_layout=to_device_layout,
+        executor=InlineExecutor(),
+        budget_bytes=1,
+        on_done=lambda: woken.append("woken"),
     )
     assert isinstance(loader.load("a").exception(0), AdapterLoadFailed)
     assert loader.loading == frozenset() and woken == ["woken"]

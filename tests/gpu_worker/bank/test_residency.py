@@ -231,7 +231,7 @@ def test_rows_of_the_real_bank_move_with_their_adapter_and_are_cleared_when_it_g
     residency = Residency(bank)
     random = partial(torch.randn, generator=torch.Generator().manual_seed(0))
     weights = [AdapterWeights(str(i), {"m": ModuleWeights(random(2, 3), random(2, 2), 0.5)}) for i in range(3)]
-    pool = [bank.fit(each) for each in weights]
+    pool = [bank.to_device_layout(each) for each in weights]
     assert try_pin(residency, pool[0]) and try_pin(residency, pool[1])
     unpin(residency, "0")  # moves behind the active prefix
     module = bank.modules["m"]
@@ -253,7 +253,7 @@ def test_an_adapter_that_makes_way_for_a_new_one_is_used_again_as_it_was() -> No
     bank = LoraBank({"m": torch.nn.Linear(3, 2)}, 4, free_fill=float("nan"))
     residency = Residency(bank)
     weights = [AdapterWeights(str(i), {"m": ModuleWeights(torch.rand(2, 3), torch.rand(2, 2), 1.0)}) for i in range(2)]
-    pool = [bank.fit(each) for each in weights]
+    pool = [bank.to_device_layout(each) for each in weights]
     assert try_pin(residency, pool[0])
     unpin(residency, "0")
     assert try_pin(residency, pool[1])

@@ -10,7 +10,7 @@ import torch
 from gpu_worker.device.openmp import load_executor, run_on_short_lived_thread, thread_team_releaser, use_one_thread
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.engine_thread import EngineThread
-from tests.gpu_worker.driving import by_digest, run
+from tests.gpu_worker.engine_driver import by_digest, run
 
 MANY = 1 << 20  # values: torch shares work on so many among its threads
 
@@ -98,8 +98,8 @@ def test_an_engine_that_waits_keeps_no_team(
 ) -> None:
     engine = make_engine(by_digest())
     loop = start(engine)
-    monkeypatch.setattr(engine, "holdings", computing_threads)  # on the engine's thread
+    monkeypatch.setattr(engine, "status", computing_threads)  # on the engine's thread
     before = num_threads()
     for _ in range(3):
-        assert run(loop.holdings()) == before + 1
+        assert run(loop.status()) == before + 1
         assert settled(before)

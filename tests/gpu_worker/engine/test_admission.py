@@ -16,7 +16,7 @@ from gpu_worker.errors import AdapterLoadFailed
 from gpu_worker.request.request import Job, SamplingParams
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN, Plan
-from tests.gpu_worker.driving import (
+from tests.gpu_worker.engine_driver import (
     Answer,
     HeldExecutor,
     ask,

@@ -6,7 +6,7 @@ from gpu_worker.engine.counters import Counters
 from gpu_worker.engine.engine import Engine
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN, Plan
-from tests.gpu_worker.driving import by_digest, greedy
+from tests.gpu_worker.engine_driver import by_digest, greedy
 from tests.tiny import plan_of, random_adapter
 
 MakeEngine = Callable[..., Engine]
@@ -37,7 +37,7 @@ def test_an_engine_counts_requests_tokens_and_where_adapters_were(make_engine: M
         prompts.append(row.num_prompt_tokens)
         engine.submit(row)
         engine.run_until_idle()
-    counters = engine.holdings().counters
+    counters = engine.status().counters
     assert (counters.num_requests, counters.num_prompt_tokens) == (4, sum(prompts))
     assert (counters.num_bank_hits, counters.num_host_hits, counters.num_fetches) == (1, 0, 2)
     assert counters.num_new_tokens == 12
@@ -51,7 +51,7 @@ def test_weights_that_left_the_bank_are_found_in_host_memory(make_engine: MakeEn
         engine.submit(engine.prepare(greedy("job", only(weights), num_new=1), lambda event: None))
         engine.run_until_idle()
         engine.residency.evict(weights.weights_digest)
-    counters = engine.holdings().counters
+    counters = engine.status().counters
     assert (counters.num_bank_hits, counters.num_host_hits, counters.num_fetches) == (0, 1, 1)
 
 
@@ -59,12 +59,12 @@ def test_what_is_held_names_the_tokens_in_the_cache(make_engine: MakeEngine) -> 
     engine = make_engine({})
     row = engine.prepare(greedy("job", num_new=3), lambda event: None)
     engine.submit(row)
-    assert engine.holdings().kv_tokens == 0
+    assert engine.status().kv_tokens == 0
     engine.step()
     engine.step()
-    assert engine.holdings().kv_tokens == row.num_prompt_tokens + 1
+    assert engine.status().kv_tokens == row.num_prompt_tokens + 1
     engine.run_until_idle()
-    assert engine.holdings().kv_tokens == 0
+    assert engine.status().kv_tokens == 0
 
 
 def test_a_probe_is_no_request(make_engine: MakeEngine, shapes: Shapes) -> None:
@@ -74,7 +74,7 @@ def test_a_probe_is_no_request(make_engine: MakeEngine, shapes: Shapes) -> None:
         engine.prepare(greedy("probe", only(weights), num_new=1), lambda event: None, capture_first_logits=True)
     )
     engine.run_until_idle()
-    counters = engine.holdings().counters
+    counters = engine.status().counters
     assert (counters.num_requests, counters.num_fetches) == (0, 0)
 
 

@@ -26,7 +26,7 @@ from gpu_worker.request.prompts import ALPACA_STOP, Message
 from gpu_worker.request.request import DEFAULT_MAX_TOKENS, Delta, Job, SamplingParams
 from lora_store.adapter import AdapterWeights, ModuleWeights
 from lora_store.plan import BASE_PLAN
-from tests.gpu_worker.driving import (
+from tests.gpu_worker.engine_driver import (
     BASE_JOB,
     Answer,
     HeldExecutor,
@@ -220,8 +220,8 @@ def test_messages_are_rendered_and_stop_where_the_template_ends(make_engine: Mak
     text = engine.base.tokenizer.decode(row.tokens, skip_special_tokens=True)
     assert text.endswith("### Instruction:\nHi\n\n### Response:\n")
     for token in engine.base.tokenizer(f"yes{ALPACA_STOP}", add_special_tokens=False).input_ids:
-        row.text.push(token)
-    assert row.text.stopped
+        row.detokenizer.push(token)
+    assert row.detokenizer.stopped
 
 
 def test_a_chat_prompt_begins_with_one_bos(tiny_base: Callable[..., BaseModel], make_engine: MakeEngine) -> None:

@@ -19,7 +19,7 @@ from gpu_worker.errors import (
 from gpu_worker.request.request import Delta, Job, SamplingParams
 from lora_store.adapter import AdapterWeights, ModuleWeights
 from lora_store.plan import BASE_PLAN, Plan
-from tests.gpu_worker.driving import (
+from tests.gpu_worker.engine_driver import (
     BASE_JOB,
     Answer,
     BrokenSink,

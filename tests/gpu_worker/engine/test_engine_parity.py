@@ -23,7 +23,7 @@ from gpu_worker.step.attention_plan import Segment
 from gpu_worker.step.step_context import Composition, StepContext
 from lora_store.adapter import AdapterWeights, ModuleWeights
 from lora_store.plan import BASE_PLAN, Plan
-from tests.gpu_worker.driving import ask, greedy, kv_shape, run_together
+from tests.gpu_worker.engine_driver import ask, greedy, kv_shape, run_together
 from tests.tiny import FAMILIES, assert_equal_logits, linear_shapes, plan_of, random_adapter, tiny_config
 
 PROMPTS = ["a", "the quick brown fox", "0123456789" * 6, "x y", "lorem ipsum dolor sit amet " * 3]
@@ -223,7 +223,7 @@ def test_lora_linear_equals_the_papers_einsum(strategy: str, popularity: str, by
     }[popularity]
     plans = [plan_of(strategy, *[(pool[s], 1 / len(row)) for s in row]) for row in chosen]  # type: ignore[arg-type]
     used = sorted({s for row in chosen for s in row})
-    assert residency.try_pin([str(s) for s in used], {str(s): bank.fit(pool[s]) for s in used})
+    assert residency.try_pin([str(s) for s in used], {str(s): bank.to_device_layout(pool[s]) for s in used})
     residency.settle()
     mapping = torch.zeros(num_rows, num_adapters)
     for b, row in enumerate(chosen):

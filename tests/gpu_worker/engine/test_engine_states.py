@@ -19,7 +19,7 @@ from gpu_worker.model.base_model import BaseModel
 from gpu_worker.request.request import Job, SamplingParams
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN, Plan
-from tests.gpu_worker.driving import Answer, ask, assert_nothing_held, assert_same, by_digest, run_together
+from tests.gpu_worker.engine_driver import Answer, ask, assert_nothing_held, assert_same, by_digest, run_together
 from tests.soak import Scale
 from tests.tiny import linear_shapes, plan_of, random_adapter
 
@@ -160,7 +160,7 @@ class EngineStates(RuleBasedStateMachine):
     @invariant()
     def check(self) -> None:
         running, waiting = self.engine.running, list(self.engine.waiting)
-        held = self.engine.holdings()
+        held = self.engine.status()
         assert len({id(row) for row in (*running, *waiting)}) == held.num_running + held.num_waiting
         assert held.free_kv_rows + len(running) == BATCH == len({row.kv_row for row in running}) + held.free_kv_rows
         pages_of, total = self.engine.memory.kv.pages_of, self.engine.memory.kv.num_tokens
@@ -187,7 +187,7 @@ class EngineStates(RuleBasedStateMachine):
         assert_nothing_held(self.engine)
         self.store.end(self.store.num_pending, well=True)
         assert self.engine.forget([weights.weights_digest for weights in self.world.pool])
-        held = self.engine.holdings()
+        held = self.engine.status()
         assert (held.resident, held.occupied_rows, held.host_cache_bytes, held.num_forgetting) == (frozenset(), 0, 0, 0)
         stayed = [(job, answer) for job, answer in self.answers if id(answer.row) not in self.cancelled]
         assert all(is_over(answer) for _, answer in stayed), "everybody who stayed was told how it ended"

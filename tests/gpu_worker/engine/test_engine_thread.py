@@ -18,7 +18,7 @@ from gpu_worker.errors import AdapterLoadFailed, EngineFull, EngineStopped, Prom
 from gpu_worker.request.request import Delta, Job, SamplingParams
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN, Plan
-from tests.gpu_worker.driving import PATIENCE_S, Gate, assert_nothing_held, by_digest, greedy, run, run_together
+from tests.gpu_worker.engine_driver import PATIENCE_S, Gate, assert_nothing_held, by_digest, greedy, run, run_together
 from tests.tiny import plan_of, random_adapter
 
 MakeEngine = Callable[..., Engine]
@@ -101,11 +101,11 @@ def test_a_watched_stream_gives_signs_of_life_while_there_is_no_text(
     job = greedy("watched", BASE_PLAN, "watched", num_new=5)
 
     async def main() -> None:
-        async with aclosing(loop.watched(job, 0.01)) as stream:
+        async with aclosing(loop.stream_with_heartbeats(job, 0.01)) as stream:
             assert [await anext(stream) for _ in range(4)] == [None] * 4
             gate.open()
             deltas = [delta async for delta in stream if delta is not None]
-        async with aclosing(loop.watched(job, 100.0)) as again:
+        async with aclosing(loop.stream_with_heartbeats(job, 100.0)) as again:
             first, *others = [delta async for delta in again]
         assert first is None and "".join(d.text for d in others if d) == "".join(d.text for d in deltas) != ""
         assert None not in others
@@ -352,7 +352,7 @@ def test_a_loop_in_a_long_command_is_wedged(make_engine: MakeEngine, start: Call
 
     async def main() -> None:
         for _ in range(2):  # the first wakes the thread, the second is found behind it
-            asked = asyncio.create_task(loop._ask(hang))
+            asked = asyncio.create_task(loop._run_on_engine(hang))
             await asyncio.to_thread(has_begun.wait, PATIENCE_S)
             earlier = loop.seconds_busy()
             assert loop.seconds_busy() > earlier > 0.0

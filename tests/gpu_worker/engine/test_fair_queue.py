@@ -7,7 +7,7 @@ import pytest
 from gpu_worker.engine.fair_queue import FairQueue
 from gpu_worker.engine.row import Row
 from gpu_worker.request.request import Delta, SamplingParams
-from gpu_worker.text.text_stream import TextStream
+from gpu_worker.text.incremental_detokenizer import IncrementalDetokenizer
 from gpu_worker.text.token_bytes import TokenBytes
 from lora_store.adapter import AdapterRef
 from lora_store.plan import BASE_PLAN, Plan, PlannedAdapter
@@ -32,8 +32,8 @@ def row(adapters: str, tenant: str = "local", number: int = 0) -> Row:
         max_new_tokens=1,
         end_ids=frozenset(),
         seed=0,
-        text=TextStream(_TOKENIZER, ()),
-        spell=TokenBytes(_TOKENIZER),
+        detokenizer=IncrementalDetokenizer(_TOKENIZER, ()),
+        token_bytes=TokenBytes(_TOKENIZER),
         sink=nobody,
         tenant=tenant,
     )
@@ -53,7 +53,7 @@ def drain(queue: FairQueue, blocked: str = "") -> list[str]:
         free = [each for each in queue.turns() if not set(each.adapter_set) & set(blocked)]
         if not free:
             return order
-        queue.take(free[0])
+        queue.dequeue(free[0])
         order.append(free[0].request_id)
 
 
@@ -87,7 +87,7 @@ def test_one_pass_that_takes_all_it_is_shown_keeps_the_same_order() -> None:
 
     queue, order = filled(), []
     for each in queue.turns():
-        queue.take(each)
+        queue.dequeue(each)
         order.append(each.request_id)
     assert order == drain(filled()) and not queue
 
@@ -102,7 +102,7 @@ def test_a_set_that_was_passed_over_is_first_once_it_can_start() -> None:
     queue = queue_of(row("x", "t"), *rows("a", "t", 3))
     for each in queue.turns():
         if each.adapter_set == ("a",):
-            queue.take(each)
+            queue.dequeue(each)
             break
     assert next(queue.turns()).request_id == "t/x0"
 
@@ -122,7 +122,7 @@ def test_it_holds_what_was_put_in_and_not_taken_out(seed: int) -> None:
     for number in range(300):
         if held and rng.random() < 0.45:
             gone = held.pop(rng.randrange(len(held)))
-            (queue.take if rng.random() < 0.5 else queue.remove)(gone)
+            (queue.dequeue if rng.random() < 0.5 else queue.remove)(gone)
             assert gone not in queue
         else:
             held.append(row(rng.choice(["", "a", "ab", "b"]), rng.choice("tuv"), number))
@@ -145,7 +145,7 @@ def test_a_row_waits_for_at_most_tenants_times_sets_of_its_own() -> None:
     queue.append(late)
     for taken in range(len(tenants) * (len(letters) + 1)):
         chosen = next(queue.turns())
-        queue.take(chosen)
+        queue.dequeue(chosen)
         if chosen is late:
             assert taken > 0
             return
@@ -158,12 +158,12 @@ def test_rows_that_are_put_back_come_first_the_last_one_before_the_others() -> N
     taken = []
     for _ in range(2):
         taken.append(next(queue.turns()))
-        queue.take(taken[-1])
+        queue.dequeue(taken[-1])
     assert [each.request_id for each in taken] == ["t/a0", "u/a0"]
     for each in reversed(taken):
-        queue.put_back(each)
-        assert each in queue and queue.returned[0] is each and next(queue.turns()) is each
-        assert queue.companions(each) == [each]
+        queue.requeue(each)
+        assert each in queue and queue.requeued[0] is each and next(queue.turns()) is each
+        assert queue.same_adapters(each) == [each]
     assert len(queue) == 7 and len(set(queue)) == 7
     assert drain(queue) == ["t/a0", "u/a0", "v/c0", "t/b0", "u/a1", "t/a1", "t/b1"]
 
@@ -173,9 +173,9 @@ def test_no_newcomer_comes_between_rows_that_were_put_back() -> None:
     first, second = row("a", "t", 1), row("b", "t", 2)
     queue = queue_of(first, second)
     for each in (first, second):
-        queue.take(each)
+        queue.dequeue(each)
     for each in (second, first):
-        queue.put_back(each)
+        queue.requeue(each)
     queue.append(row("a", "u", 3))
     queue.append(row("a", "t", 4))
     assert drain(queue) == ["t/a1", "t/b2", "u/a3", "t/a4"]
@@ -184,8 +184,8 @@ def test_no_newcomer_comes_between_rows_that_were_put_back() -> None:
 def test_one_that_is_put_back_when_its_tenant_waits_no_more_waits_alone() -> None:
     alone = row("a")
     queue = queue_of(alone)
-    queue.take(alone)
-    queue.put_back(alone)
+    queue.dequeue(alone)
+    queue.requeue(alone)
     assert list(queue) == [alone] and drain(queue) == ["local/a0"]
 
 
@@ -217,12 +217,12 @@ def flooded(**counts: int) -> FairQueue:
 def test_a_tenant_below_its_share_takes_the_newest_place_of_the_largest(
     counts: dict[str, int], tenant: str, expected: str | None
 ) -> None:
-    found = flooded(**counts).row_in_place_of(tenant, 8)
+    found = flooded(**counts).row_to_displace(tenant, 8)
     assert (found and found.request_id) == expected
 
 
 def test_a_row_that_was_put_back_never_gives_its_place_away() -> None:
     queue = queue_of(first := row("a", "t", 1))
-    queue.take(first)
-    queue.put_back(first)
-    assert queue.row_in_place_of("u", 1) is None
+    queue.dequeue(first)
+    queue.requeue(first)
+    assert queue.row_to_displace("u", 1) is None

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from gpu_worker.engine.engine import Engine
-from gpu_worker.engine.isolation import compute_apart
+from gpu_worker.engine.isolation import compute_isolated
 from gpu_worker.engine.row import Row
 from gpu_worker.engine.scheduler import Scheduled
 from gpu_worker.step.attention_plan import Segment
-from tests.gpu_worker.driving import greedy
+from tests.gpu_worker.engine_driver import greedy
 
 
 class BadRow(Exception):
@@ -56,7 +56,7 @@ def test_only_bad_rows_fail_and_all_others_are_computed_once(
             raise BadRow
         return [row for row, _ in part]
 
-    outcome = compute_apart(scheduled, compute)
+    outcome = compute_isolated(scheduled, compute)
     assert {row.request_id for row, _ in outcome.failed} == {row.request_id for row in bad}
     assert all(isinstance(error, BadRow) and error.__traceback__ is None for _, error in outcome.failed)
     computed = [row for part, rows in outcome.computed for row, _ in part if row in rows]
@@ -84,7 +84,7 @@ def test_a_lone_row_is_computed_once_more_before_it_fails(step_of: Callable[[int
             raise failure
         return len(part)
 
-    outcome = compute_apart(step_of(1), compute)
+    outcome = compute_isolated(step_of(1), compute)
     assert [result for _, result in outcome.computed] == [1]
     assert (outcome.failed, failures) == ([], [])
 
@@ -106,7 +106,7 @@ def test_a_lone_prompt_chunk_is_halved_once_before_its_row_fails(
         if segment.num_tokens > most_tokens:
             raise BadRow
 
-    outcome = compute_apart([(row, Segment(3, 0, num_tokens, 5))], compute)
+    outcome = compute_isolated([(row, Segment(3, 0, num_tokens, 5))], compute)
     assert attempts == tried
     assert [segment.num_tokens for part, _ in outcome.computed for _, segment in part] == computed
     assert [failed for failed, _ in outcome.failed] == ([] if computed else [row])

@@ -17,7 +17,7 @@ from gpu_worker.engine.engine import Engine
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model.base_model import BaseModel, load_base_model
 from gpu_worker.step.attention_plan import Segment
-from tests.gpu_worker.driving import assert_nothing_held
+from tests.gpu_worker.engine_driver import assert_nothing_held
 from tests.gpu_worker.families import EQUAL, save
 from tests.tiny import tiny_config
 

@@ -12,7 +12,7 @@ from gpu_worker.errors import PromptInvalid
 from gpu_worker.model.base_model import BaseModel
 from gpu_worker.request.prompts import Message
 from gpu_worker.request.request import Job
-from tests.gpu_worker.driving import BASE_JOB, Answer, ask, assert_same, greedy
+from tests.gpu_worker.engine_driver import BASE_JOB, Answer, ask, assert_same, greedy
 from tests.tiny import VOCABULARY, byte_tokenizer
 
 LAST, BEYOND = "<last>", "<image_soft_token>"  # the last id that the embedding has, and the first that it lacks

@@ -19,7 +19,7 @@ from gpu_worker.engine.probe import Prober
 from gpu_worker.errors import AdapterLoadFailed, AdapterUnfit, EngineStopped, PlanTooLarge
 from lora_store.adapter import AdapterWeights, ModuleWeights
 from lora_store.plan import BASE_PLAN, Plan
-from tests.gpu_worker.driving import PATIENCE_S, assert_nothing_held, by_digest, greedy, run, run_together
+from tests.gpu_worker.engine_driver import PATIENCE_S, assert_nothing_held, by_digest, greedy, run, run_together
 from tests.tiny import plan_of, random_adapter
 
 MakeEngine = Callable[..., Engine]
@@ -94,7 +94,7 @@ def test_a_batch_takes_one_step_and_the_base_model_one_more_the_first_time(
         for batch, num_steps in ((digests[:6], 2), (digests[2:], 3), (["missing", *digests], 4)):
             shifts = await prober.shifts(batch)
             assert all(isinstance(shift, float) and shift > 0.0 for shift in shifts[-5:])
-            assert (await loop.holdings()).num_running == 0
+            assert (await loop.status()).num_running == 0
             assert loop.engine.num_steps == num_steps
 
     with ThreadPoolExecutor(1) as executor:
@@ -115,7 +115,7 @@ def test_who_leaves_a_probe_takes_no_load_from_the_others(
         leaving = asyncio.create_task(prober.shifts([weights.weights_digest]))
         while not loop.engine.loader.loading:
             await asyncio.sleep(0)
-        await loop.holdings()  # asked after the load: by now the probe waits for it
+        await loop.status()  # asked after the load: by now the probe waits for it
         job = greedy("x", plan_of("selection", (weights, 1.0)))
         staying = asyncio.create_task(loop.complete(job))
         leaving.cancel()

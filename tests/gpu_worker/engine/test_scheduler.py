@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from gpu_worker.engine.row import Row
 from gpu_worker.engine.scheduler import schedule
 from gpu_worker.request.request import SamplingParams
-from gpu_worker.text.text_stream import TextStream
+from gpu_worker.text.incremental_detokenizer import IncrementalDetokenizer
 from gpu_worker.text.token_bytes import TokenBytes
 from lora_store.plan import BASE_PLAN
 from tests.tiny import byte_tokenizer
@@ -27,9 +27,9 @@ def row_of(kv_row: int, num_tokens: int, num_computed: int) -> Row:
         max_new_tokens=1,
         end_ids=frozenset(),
         seed=0,
-        text=TextStream(TOKENIZER, ()),
+        detokenizer=IncrementalDetokenizer(TOKENIZER, ()),
         sink=lambda event: None,
-        spell=TokenBytes(byte_tokenizer().backend_tokenizer),
+        token_bytes=TokenBytes(byte_tokenizer().backend_tokenizer),
         kv_row=kv_row,
         num_computed=num_computed,
     )

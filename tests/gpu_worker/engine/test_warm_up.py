@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from gpu_worker.engine.engine import Engine
-from gpu_worker.engine.warm_up import warmed_up
+from gpu_worker.engine.warm_up import warm_up
 from gpu_worker.errors import LogitsNotFinite, WarmUpFailed
 from gpu_worker.lora.lora_linear import LoraLinear
-from tests.gpu_worker.driving import BASE_JOB, Answer, assert_nothing_held, assert_same, run_together
+from tests.gpu_worker.engine_driver import BASE_JOB, Answer, assert_nothing_held, assert_same, run_together
 from tests.tiny import FAMILIES
 
 MakeEngine = Callable[..., Engine]
@@ -41,9 +41,9 @@ def test_it_computes_chunks_and_decode_steps_with_an_adapter_and_leaves_nothing(
     family: str, changes: dict[str, object], make_engine: MakeEngine
 ) -> None:
     engine = make_engine({}, family, **changes)
-    before, passes = engine.holdings(), passes_of(engine)
-    warmed_up(engine)
-    assert engine.holdings() == before
+    before, passes = engine.status(), passes_of(engine)
+    warm_up(engine)
+    assert engine.status() == before
     assert (engine.counters.num_steps, engine.counters.num_new_tokens, engine.counters.num_requests) == (0, 0, 0)
     assert_nothing_held(engine)
     assert max(one.num_rows for one in passes) >= 1, "an adapter was composed"
@@ -78,7 +78,7 @@ def passes_of(engine: Engine) -> list[Pass]:
 
 
 def test_a_warm_engine_answers_as_a_fresh_one(make_engine: MakeEngine, alone: Callable[..., Answer]) -> None:
-    [answer] = run_together(warmed_up(make_engine({})), [BASE_JOB])
+    [answer] = run_together(warm_up(make_engine({})), [BASE_JOB])
     assert_same(answer, alone(BASE_JOB, {}))
 
 
@@ -110,7 +110,7 @@ def test_an_engine_that_cannot_compute_them_is_refused_with_the_cause(
     engine = make_engine({})
     breaks(engine)
     with pytest.raises(WarmUpFailed, match="no kernel image") as caught:
-        warmed_up(engine)
+        warm_up(engine)
     assert isinstance(caught.value.__cause__, NoKernel)
 
 
@@ -119,5 +119,5 @@ def test_a_model_whose_logits_are_not_finite_is_refused(make_engine: MakeEngine)
     with torch.no_grad():
         engine.base.model.get_output_embeddings().weight.fill_(torch.nan)
     with pytest.raises(WarmUpFailed) as caught:
-        warmed_up(engine)
+        warm_up(engine)
     assert isinstance(caught.value.__cause__, LogitsNotFinite)

@@ -71,7 +71,7 @@ def settled(pool: list[AdapterWeights], num_in: int, widths: dict[str, int], dty
     bank = LoraBank(linears, sum(weights.max_rank for weights in pool) + 5, free_fill=float("nan"))
     residency = Residency(bank)
     digests = [weights.weights_digest for weights in pool]
-    assert residency.try_pin(digests, {weights.weights_digest: bank.fit(weights) for weights in pool})
+    assert residency.try_pin(digests, {weights.weights_digest: bank.to_device_layout(weights) for weights in pool})
     residency.settle()
     return residency
 

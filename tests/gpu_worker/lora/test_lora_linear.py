@@ -18,7 +18,7 @@ from gpu_worker.step.attention_plan import Segment
 from gpu_worker.step.step_context import StepContext
 from lora_store.adapter import AdapterRef, AdapterWeights, ModuleWeights
 from lora_store.plan import Plan, PlannedAdapter
-from tests.gpu_worker.driving import kv_shape
+from tests.gpu_worker.engine_driver import kv_shape
 
 NUM_ROWS = 8
 LINEARS = {"up": nn.Linear(3, 5), "gate": nn.Linear(3, 5), "down": nn.Linear(5, 3), "square": nn.Linear(3, 3)}
@@ -61,7 +61,7 @@ def assert_free(bank: LoraBank, rows: list[int]) -> None:
 def test_an_adapter_fills_its_rows_and_no_others(rows: list[int], ranks: dict[str, int]) -> None:
     bank = LoraBank(LINEARS, NUM_ROWS, free_fill=float("nan"))
     weights = weights_of(1, ranks)
-    bank.write(rows, bank.fit(weights))
+    bank.write(rows, bank.to_device_layout(weights))
     assert_holds(bank, rows, weights)
     others = [row for row in range(NUM_ROWS) if row not in rows]
     assert_free(bank, others)
@@ -73,8 +73,8 @@ def test_an_adapter_fills_its_rows_and_no_others(rows: list[int], ranks: dict[st
 def test_swapped_rows_change_places_in_every_module(rows: list[int], others: list[int]) -> None:
     bank = LoraBank(LINEARS, NUM_ROWS, free_fill=float("nan"))
     first, second = weights_of(1, dict.fromkeys(LINEARS, 2)), weights_of(2, {"up": 2, "down": 1})
-    bank.write(rows, bank.fit(first))
-    bank.write(others, bank.fit(second))
+    bank.write(rows, bank.to_device_layout(first))
+    bank.write(others, bank.to_device_layout(second))
     bank.swap(rows, others)
     assert_holds(bank, others, first)
     assert_holds(bank, rows, second)
@@ -97,8 +97,8 @@ def test_modules_of_one_parent_that_read_one_input_share_a_product() -> None:
 
 def test_a_module_is_used_while_an_active_adapter_has_it() -> None:
     bank = LoraBank(LINEARS, NUM_ROWS)
-    bank.write([0, 1], bank.fit(weights_of(1, {"up": 2, "down": 1})))
-    bank.write([2], bank.fit(weights_of(2, {"gate": 1})))
+    bank.write([0, 1], bank.to_device_layout(weights_of(1, {"up": 2, "down": 1})))
+    bank.write([2], bank.to_device_layout(weights_of(2, {"gate": 1})))
 
     def used(num_active: int) -> set[str]:
         bank.set_active(num_active)
@@ -123,7 +123,7 @@ def test_modules_that_share_a_product_get_their_own_part_of_it(
         {name: ModuleWeights(torch.randn(2, 3), torch.randn(w.out_features, 2), 0.5) for name, w in linears.items()},
     )
     residency = Residency(bank)
-    assert residency.try_pin(["1"], {"1": bank.fit(weights)})
+    assert residency.try_pin(["1"], {"1": bank.to_device_layout(weights)})
     residency.settle()
     step = StepContext()
     plan = Plan("selection", (PlannedAdapter(AdapterRef("t", "n", "1"), "1", 1.0),))

@@ -13,8 +13,8 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from gpu_worker.model.base_model import BaseModel
-from gpu_worker.model.fused import FusedKernel, fuse, load_fused
-from tests.gpu_worker.driving import compiled
+from gpu_worker.model.fused import FusedKernel, fuse, load_fused_kernel
+from tests.gpu_worker.engine_driver import compiled
 
 DTYPES = [torch.float32, torch.bfloat16]
 INF, NAN = float("inf"), float("nan")
@@ -22,7 +22,7 @@ INF, NAN = float("inf"), float("nan")
 
 @pytest.fixture(scope="module")
 def kernel() -> FusedKernel:
-    return compiled(load_fused)
+    return compiled(load_fused_kernel)
 
 
 def draw(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:

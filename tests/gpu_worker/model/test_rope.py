@@ -13,7 +13,7 @@ from gpu_worker.engine.engine import Engine
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model.base_model import load_base_model
 from gpu_worker.model.rope import pin_longrope
-from tests.gpu_worker.driving import greedy, run_together
+from tests.gpu_worker.engine_driver import greedy, run_together
 from tests.tiny import SHAPE, byte_tokenizer, tiny_config
 
 ORIGINAL_LEN = 64

@@ -51,7 +51,7 @@ def test_the_build_needs_nothing_but_the_standard_library(tmp_path: Path) -> Non
     listed = "[m for m in ('torch', 'numpy', 'filelock') if m in sys.modules]"
     code = f"import sys, gpu_worker.native.build_kernels; print({listed})"
     run = subprocess.run(
-        [sys.executable, "-S", "-c", code], cwd=FOLDER.parent, capture_output=True, text=True, check=True
+        [sys.executable, "-S", "-c", code], cwd=FOLDER.parents[1], capture_output=True, text=True, check=True
     )
     assert run.stdout.strip() == "[]"
 

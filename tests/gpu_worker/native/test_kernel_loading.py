@@ -15,14 +15,14 @@ from threadpoolctl import threadpool_info
 
 from gpu_worker.config import WorkerConfig
 from gpu_worker.engine.engine import Engine
-from gpu_worker.lora.lora_kernel import LoraKernel, load_kernel
-from gpu_worker.model.fused import load_fused
+from gpu_worker.lora.lora_kernel import LoraKernel, load_lora_kernel
+from gpu_worker.model.fused import load_fused_kernel
 from gpu_worker.native import kernel_loading
 from gpu_worker.native.build_kernels import prebuilt_path
 from gpu_worker.native.kernel_build import Compiler, KernelUnavailable, kernel_names, source_of
 from gpu_worker.native.kernel_loading import check_trusted, load_library, num_missing_kernels
 from gpu_worker.native.kernel_variants import VARIANTS, this_processor
-from tests.gpu_worker.driving import greedy, run_together
+from tests.gpu_worker.engine_driver import greedy, run_together
 from tests.tiny import InlineExecutor, tiny_config
 
 ME = os.geteuid()
@@ -47,23 +47,23 @@ def libraries(cache: Path) -> list[Path]:
 
 
 def test_a_kernel_is_compiled_once(tmp_path: Path, lora_kernel: LoraKernel) -> None:
-    assert load_kernel(tmp_path) is not None
+    assert load_lora_kernel(tmp_path) is not None
     [library] = libraries(tmp_path)
     made = library.stat().st_mtime_ns
-    assert load_kernel(tmp_path) is not None
+    assert load_lora_kernel(tmp_path) is not None
     assert [(path, path.stat().st_mtime_ns) for path in libraries(tmp_path)] == [(library, made)]
 
 
 def test_a_compiled_kernel_needs_no_compiler_and_no_writable_folder(
     tmp_path: Path, no_options: pytest.MonkeyPatch, lora_kernel: LoraKernel, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert load_kernel(tmp_path) is not None
+    assert load_lora_kernel(tmp_path) is not None
     [library] = libraries(tmp_path)
     library.with_suffix(".lock").unlink(missing_ok=True)
     library.parent.chmod(0o555)
     no_options.setenv("PATH", "")
     try:
-        assert load_kernel(tmp_path) is not None
+        assert load_lora_kernel(tmp_path) is not None
     finally:
         library.parent.chmod(0o755)
     assert list(library.parent.iterdir()) == [library], "no lock was taken"
@@ -74,9 +74,9 @@ def test_a_compiled_kernel_needs_no_compiler_and_no_writable_folder(
 def test_another_choice_of_compiler_or_options_compiles_anew(
     variable: str, tmp_path: Path, no_options: pytest.MonkeyPatch, lora_kernel: LoraKernel
 ) -> None:
-    assert load_kernel(tmp_path) is not None
+    assert load_lora_kernel(tmp_path) is not None
     no_options.setenv(variable, {"CXX": Compiler.find().command[0], "CXXFLAGS": "-g"}[variable])
-    assert load_kernel(tmp_path) is not None
+    assert load_lora_kernel(tmp_path) is not None
     assert len(libraries(tmp_path)) == 2
 
 
@@ -84,7 +84,7 @@ def test_without_a_compiler_there_is_none(
     tmp_path: Path, no_options: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     no_options.setenv("PATH", str(tmp_path))
-    assert load_kernel(tmp_path / "cache") is None
+    assert load_lora_kernel(tmp_path / "cache") is None
     [record] = caplog.records
     assert record.levelno == logging.WARNING
     assert "grouped_lora is off" in record.getMessage() and "no C++ compiler" in record.getMessage()
@@ -95,7 +95,7 @@ def test_a_compiler_that_fails_is_logged_and_leaves_nothing(
 ) -> None:
     script(tmp_path / "c++", 'echo "unknown option" >&2; exit 1')
     no_options.setenv("PATH", str(tmp_path))
-    assert load_kernel(tmp_path / "cache") is None
+    assert load_lora_kernel(tmp_path / "cache") is None
     assert "unknown option" in caplog.text
     assert libraries(tmp_path / "cache") == []
 
@@ -141,17 +141,17 @@ def test_a_library_that_cannot_be_loaded_costs_the_kernel_alone(
     """As on a file system that is mounted without the right to execute."""
     script(tmp_path / "c++", 'for last; do :; done; echo "not a library" > "$last"')
     no_options.setenv("CXX", str(tmp_path / "c++"))
-    assert load_fused(tmp_path) is None
+    assert load_fused_kernel(tmp_path) is None
     assert len(libraries(tmp_path)) == 1
     assert "fused is off" in caplog.text
 
 
 def test_a_folder_is_made_for_this_user_alone(tmp_path: Path, lora_kernel: LoraKernel) -> None:
-    load_kernel(tmp_path / "new")
+    load_lora_kernel(tmp_path / "new")
     assert (tmp_path / "new" / "native").stat().st_mode & 0o777 == 0o700
     (tmp_path / "shared" / "native").mkdir(parents=True)
     (tmp_path / "shared" / "native").chmod(0o777)
-    assert load_kernel(tmp_path / "shared") is not None
+    assert load_lora_kernel(tmp_path / "shared") is not None
     assert (tmp_path / "shared" / "native").stat().st_mode & 0o777 == 0o700
 
 
@@ -163,16 +163,16 @@ def test_a_library_that_others_can_write_is_not_loaded_but_compiled_again(
     lora_kernel: LoraKernel,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    load_kernel(tmp_path)
+    load_lora_kernel(tmp_path)
     [library] = libraries(tmp_path)
     library.unlink()  # the loaded file stays as it is
     library.write_bytes(b"code of another user")
     library.chmod(mode)
     with no_options.context() as without_compiler:
         without_compiler.setenv("PATH", "")
-        assert load_kernel(tmp_path) is None
+        assert load_lora_kernel(tmp_path) is None
     assert "can be written by other users" in caplog.text and "no C++ compiler" in caplog.text
-    assert load_kernel(tmp_path) is not None
+    assert load_lora_kernel(tmp_path) is not None
     assert libraries(tmp_path) == [library]
     assert library.stat().st_mode & 0o777 == 0o644 and library.read_bytes()[:4] == b"\x7fELF"
 
@@ -243,11 +243,11 @@ def test_kernels_bring_no_openmp_runtime_of_their_own(tmp_path: Path, lora_kerne
 import torch
 from pathlib import Path
 from threadpoolctl import threadpool_info
-from gpu_worker.lora.lora_kernel import load_kernel
+from gpu_worker.lora.lora_kernel import load_lora_kernel
 def runtimes():
     return sorted(found["filepath"] for found in threadpool_info() if found["user_api"] == "openmp")
 before = runtimes()
-assert load_kernel(Path({str(tmp_path)!r})) is not None
+assert load_lora_kernel(Path({str(tmp_path)!r})) is not None
 assert runtimes() == before != [], (before, runtimes())
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -18,10 +18,10 @@ from gpu_worker.sampling.draw import Draw
 from gpu_worker.sampling.logprobs import Scored
 from gpu_worker.sampling.sampling import Sampler
 from gpu_worker.sampling.sampling_kernel import load_sampling_kernel
-from gpu_worker.text.text_stream import TextStream
+from gpu_worker.text.incremental_detokenizer import IncrementalDetokenizer
 from gpu_worker.text.token_bytes import TokenBytes
 from lora_store.plan import BASE_PLAN
-from tests.gpu_worker.driving import Answer, compiled, run, run_together
+from tests.gpu_worker.engine_driver import Answer, compiled, run, run_together
 from tests.gpu_worker.slow_sampling import scored_slowly
 from tests.tiny import byte_tokenizer, plan_of, random_adapter
 
@@ -116,9 +116,9 @@ def row_of(*, stops: tuple[str, ...] = (), end_ids: frozenset[int] = frozenset({
         max_new_tokens=max_new,
         end_ids=end_ids,
         seed=0,
-        text=TextStream(BYTES, stops),
+        detokenizer=IncrementalDetokenizer(BYTES, stops),
         sink=lambda event: None,
-        spell=TokenBytes(BYTES),
+        token_bytes=TokenBytes(BYTES),
     )
 
 
@@ -127,7 +127,7 @@ def taken(row: Row, text: str, *, end: int | None = None) -> list[Delta]:
     tokens = BYTES.encode(text, add_special_tokens=False).ids + ([] if end is None else [end])
     deltas = []
     for token in tokens:
-        delta = row.take(token, Scored(-1.0, ()))
+        delta = row.append_token(token, Scored(-1.0, ()))
         deltas += [] if delta is None else [delta]
         if delta is not None and delta.finish_reason:
             break

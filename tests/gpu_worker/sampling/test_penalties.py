@@ -11,7 +11,7 @@ from gpu_worker.sampling.draw import Draw
 from gpu_worker.sampling.penalties import adjust
 from gpu_worker.sampling.sampling import Sampler
 from gpu_worker.sampling.sampling_kernel import load_sampling_kernel
-from tests.gpu_worker.driving import compiled
+from tests.gpu_worker.engine_driver import compiled
 from tests.gpu_worker.slow_sampling import adjusted_slowly
 
 PROMPT, MADE = [3, 3, 5, 7], [1, 3, 1, 1]

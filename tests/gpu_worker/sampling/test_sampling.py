@@ -18,7 +18,7 @@ from gpu_worker.sampling import sampling_torch
 from gpu_worker.sampling.draw import Draw, table_of
 from gpu_worker.sampling.sampling import Sampler
 from gpu_worker.sampling.sampling_kernel import load_sampling_kernel
-from tests.gpu_worker.driving import compiled
+from tests.gpu_worker.engine_driver import compiled
 from tests.gpu_worker.slow_sampling import kept_slowly, scored_slowly, tokens_slowly
 from tests.soak import Scale
 

@@ -11,12 +11,14 @@ from tests.tiny import byte_tokenizer
 
 def test_every_byte_of_a_byte_level_vocabulary_is_itself() -> None:
     tokenizer = byte_tokenizer().backend_tokenizer
-    spell = TokenBytes(tokenizer)
-    alphabet = {character: spell(tokenizer.token_to_id(character)) for character in pre_tokenizers.ByteLevel.alphabet()}
+    token_bytes = TokenBytes(tokenizer)
+    alphabet = {
+        character: token_bytes(tokenizer.token_to_id(character)) for character in pre_tokenizers.ByteLevel.alphabet()
+    }
     assert sorted(alphabet.values()) == [bytes([byte]) for byte in range(256)]
     for text in ("plain", " space\n", "né🙂漢", "\x00\x7f\xad"):
         ids = tokenizer.encode(text, add_special_tokens=False).ids
-        assert b"".join(map(spell, ids)).decode() == text
+        assert b"".join(map(token_bytes, ids)).decode() == text
 
 
 def test_pieces_of_a_sentencepiece_vocabulary_are_their_text() -> None:
@@ -25,9 +27,9 @@ def test_pieces_of_a_sentencepiece_vocabulary_are_their_text() -> None:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.add_special_tokens([AddedToken("<end>", special=True)])
-    spell = TokenBytes(tokenizer)
-    assert [spell(i) for i in (0xE4, 256, 257, 258, 259)] == [b"\xe4", b" ", b"a", b" the", "é".encode()]
-    assert spell(tokenizer.token_to_id("<end>")) == b"<end>"
+    token_bytes = TokenBytes(tokenizer)
+    assert [token_bytes(i) for i in (0xE4, 256, 257, 258, 259)] == [b"\xe4", b" ", b"a", b" the", "é".encode()]
+    assert token_bytes(tokenizer.token_to_id("<end>")) == b"<end>"
 
 
 @pytest.mark.parametrize("token_id", [259, 299, 10**6])

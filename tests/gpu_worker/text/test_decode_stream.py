@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
-from gpu_worker.text.detokenizer import Detokenizer
+from gpu_worker.text.decode_stream import DecodeStream
 from gpu_worker.text.token_bytes import TokenBytes
 from tests.tiny import byte_tokenizer
 
@@ -49,7 +49,7 @@ def ids_of(*pieces: str, tokenizer: Tokenizer = LLAMA) -> list[int]:
 
 def streamed(tokenizer: Tokenizer, prompt: Sequence[int], answer: Sequence[int]) -> list[str]:
     """What each id gives, then the end."""
-    detokenizer = Detokenizer(tokenizer, prompt)
+    detokenizer = DecodeStream(tokenizer, prompt)
     return [*[detokenizer.push(token) for token in answer], detokenizer.finish()]
 
 
@@ -116,8 +116,8 @@ def test_the_pieces_join_to_the_text_of_all_ids(
 @settings(max_examples=500, deadline=None)
 @given(answer=st.lists(st.sampled_from([0x41, 0xA9, 0xC3, 0xE6, 0xBC, 0xA2, 0xF0, 0x9F, 0x99, 0x82]), max_size=14))
 def test_any_bytes_of_a_byte_level_vocabulary_join_to_the_text_of_all(answer: list[int]) -> None:
-    spell = TokenBytes(BYTE_LEVEL)
-    id_of = {spell(token): token for token in range(256)}
+    token_bytes = TokenBytes(BYTE_LEVEL)
+    id_of = {token_bytes(token): token for token in range(256)}
     ids = [id_of[bytes([byte])] for byte in answer]
     prompt = BYTE_LEVEL.encode("go").ids
     assert "".join(streamed(BYTE_LEVEL, prompt, ids)) == bytes(answer).decode(errors="replace")
@@ -143,7 +143,7 @@ def test_a_character_appears_with_its_last_byte_behind_a_prompt_of_bytes() -> No
 
 
 def test_broken_bytes_are_not_held_for_ever() -> None:
-    detokenizer = Detokenizer(LLAMA, PROMPT)
+    detokenizer = DecodeStream(LLAMA, PROMPT)
     pieces = [detokenizer.push(0xA9) for _ in range(50)]
     assert "".join(pieces) == "\ufffd" * 47 and detokenizer.finish() == "\ufffd" * 3
 
@@ -183,5 +183,5 @@ class CountingTokenizer:
 )
 def test_the_end_of_any_prompt_is_found_in_a_few_decoder_calls(tokenizer: Tokenizer, prompt: list[int]) -> None:
     counting = CountingTokenizer(tokenizer)
-    Detokenizer(cast(Tokenizer, counting), prompt)
+    DecodeStream(cast(Tokenizer, counting), prompt)
     assert counting.num_calls <= 16 and counting.num_ids <= 10_000

@@ -20,7 +20,7 @@ _PROMPT_IDS = 8  # at least so many of the prompt's last ids are the first conte
 _MOST_PROMPT_IDS = 1024  # at most so many, but for an unfinished character, where they have no text
 
 
-class Detokenizer:
+class DecodeStream:
     """The text of one answer, behind its prompt. Special tokens have none."""
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:

@@ -10,7 +10,7 @@ import pytest
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.engine_thread import EngineThread
 from gpu_worker.errors import EngineStopped
-from tests.gpu_worker.driving import Gate, by_digest, greedy, run
+from tests.gpu_worker.engine_driver import Gate, by_digest, greedy, run
 from tests.tiny import plan_of, random_adapter
 
 MakeEngine = Callable[..., Engine]
@@ -26,7 +26,7 @@ def test_weights_are_forgotten_from_beside_the_engines_thread(
     loop = start(engine)
 
     async def main() -> None:
-        empty = await loop.holdings()
+        empty = await loop.status()
         task = asyncio.create_task(loop.complete(greedy("x", plan_of("selection", (weights, 1.0)), num_new=20)))
         await asyncio.to_thread(gate.wait_for_step)
         forgetting = asyncio.create_task(loop.forget([weights.weights_digest]))
@@ -35,7 +35,7 @@ def test_weights_are_forgotten_from_beside_the_engines_thread(
         assert await forgetting is False
         assert (await task)[0].num_new_tokens == 20
         assert await loop.forget([weights.weights_digest]) is True
-        assert await loop.holdings() == empty
+        assert await loop.status() == empty
 
     run(main())
 
@@ -50,13 +50,13 @@ def test_who_asks_and_leaves_does_not_end_the_engine(
     async def main() -> None:
         task = asyncio.create_task(loop.complete(greedy("x")))
         await asyncio.to_thread(gate.wait_for_step)
-        leaving = [asyncio.create_task(loop.forget(["a"])), asyncio.create_task(loop.holdings())]
+        leaving = [asyncio.create_task(loop.forget(["a"])), asyncio.create_task(loop.status())]
         await asyncio.sleep(0)
         for asker in leaving:
             asker.cancel()
         gate.open()
         assert (await task)[0].num_new_tokens == 8
-        assert (await loop.holdings()).num_running == 0
+        assert (await loop.status()).num_running == 0
 
     run(main())
 

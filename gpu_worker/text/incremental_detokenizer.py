@@ -6,17 +6,17 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
-from gpu_worker.text.detokenizer import Detokenizer
+from gpu_worker.text.decode_stream import DecodeStream
 
 
-class TextStream:
+class IncrementalDetokenizer:
     """Text that can no longer change is released; what might begin a stop string is held back.
 
     The text is what the answer's ids add to the text of `prompt_ids`.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], prompt_ids: Sequence[int] = ()) -> None:
-        self._detokenizer = Detokenizer(tokenizer, prompt_ids)
+        self._detokenizer = DecodeStream(tokenizer, prompt_ids)
         self._stops = tuple(stops)
         self._held = ""
         self.num_released = 0  # characters

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
-from gpu_worker.text.text_stream import TextStream
+from gpu_worker.text.incremental_detokenizer import IncrementalDetokenizer
 from tests.tiny import byte_tokenizer
 
 BYTES: Tokenizer = byte_tokenizer().backend_tokenizer
@@ -23,7 +23,7 @@ def tokens_of(text: str) -> list[int]:
 
 def deltas(tokens: Sequence[int], stops: Sequence[str], tokenizer: Tokenizer = BYTES) -> tuple[list[str], bool]:
     """What each token releases, then the end; and whether a stop string ended it."""
-    stream = TextStream(tokenizer, stops)
+    stream = IncrementalDetokenizer(tokenizer, stops)
     pieces = []
     for token in tokens:
         pieces.append(stream.push(token))
@@ -52,7 +52,7 @@ def test_deltas_join_to_the_text_cut_at_the_earliest_stop(text: str, stops: list
 @settings(max_examples=300, deadline=None)
 @given(text=st.text(ALPHABET, max_size=24), stops=st.lists(st.text(ALPHABET, min_size=1, max_size=4), max_size=3))
 def test_only_what_may_begin_a_stop_is_held_back(text: str, stops: list[str]) -> None:
-    stream, released, seen = TextStream(BYTES, stops), "", ""
+    stream, released, seen = IncrementalDetokenizer(BYTES, stops), "", ""
     for character in text:
         for token in tokens_of(character):
             released += stream.push(token)
@@ -89,7 +89,7 @@ def test_an_unfinished_character_at_the_end_is_shown_as_such() -> None:
 
 
 def test_nothing_follows_a_stop_string_not_even_unfinished_bytes() -> None:
-    stream = TextStream(BYTES, ["#"])
+    stream = IncrementalDetokenizer(BYTES, ["#"])
     assert [stream.push(token) for token in tokens_of("a#🙂")[:-1]] == ["a", "", "", "", ""]
     assert stream.stopped and stream.finish() == ""
 
@@ -99,7 +99,7 @@ def test_special_tokens_have_no_text() -> None:
 
 
 def test_stops_before_min_tokens_are_shown_and_later_ones_end_it() -> None:
-    stream = TextStream(BYTES, ["#"])
+    stream = IncrementalDetokenizer(BYTES, ["#"])
     early = [stream.push(token, may_stop=False) for token in tokens_of("a#")]
     assert early == ["a", "#"] and not stream.stopped
     late = [stream.push(token) for token in tokens_of("b#")]
