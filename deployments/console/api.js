@@ -1,4 +1,4 @@
-// The server's routes, with the key a person gave. Addresses are relative: the page may stand below any prefix.
+// Calls the server with the user's API key. URLs are relative, because the page may be served below any prefix.
 
 const KEY = "loraretriever-key";
 
@@ -9,7 +9,7 @@ export function setKey(key) {
   else sessionStorage.removeItem(KEY);
 }
 
-/** An answer that is no success; its message is the server's own. */
+/** An unsuccessful response, with the message of the server. */
 export class ApiError extends Error {
   constructor(status, message, param) {
     super(param && !message.includes(param) ? `${param}: ${message}` : message);
@@ -19,7 +19,7 @@ export class ApiError extends Error {
 
 const headers = () => (currentKey() ? { Authorization: `Bearer ${currentKey()}` } : {});
 
-/** The response, once its status is a success. `quietly`: a missing key is not asked for. Throws ApiError. */
+/** Returns a successful response. `quietly`: do not ask for a missing key. Throws ApiError. */
 export async function send(method, path, { body, signal, quietly = false } = {}) {
   const json = body === undefined ? {} : { "Content-Type": "application/json" };
   let response;
@@ -27,7 +27,7 @@ export async function send(method, path, { body, signal, quietly = false } = {})
     response = await fetch(path, { method, signal, headers: { ...headers(), ...json }, body: body && JSON.stringify(body) });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new ApiError(0, "the server does not answer");
+    throw new ApiError(0, "the server does not respond");
   }
   if (!response.ok) throw refused(response.status, await response.text(), quietly);
   return response;
@@ -36,7 +36,7 @@ export async function send(method, path, { body, signal, quietly = false } = {})
 export const read = async (path, options) => (await send("GET", path, options)).json();
 export const post = async (path, body, options) => (await send("POST", path, { ...options, body })).json();
 
-/** The JSON objects of a stream of server-sent events. Throws ApiError for the error that ends one. */
+/** Yields the JSON objects of server-sent events. Throws ApiError for an error event or a broken stream. */
 export async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "", isDone = false;
@@ -54,17 +54,17 @@ export async function* events(response) {
       yield event;
     }
   }
-  if (!isDone) throw new ApiError(0, "the connection broke before the answer ended");
+  if (!isDone) throw new ApiError(0, "the connection was lost before the answer ended");
 }
 
-/** Sends a form; `onProgress` gets the share that has left, 0 to 1. Throws ApiError. */
+/** Sends a form. `onProgress` gets the share that was sent, 0 to 1. Throws ApiError. */
 export function upload(path, form, onProgress) {
   return new Promise((resolve, reject) => {
-    const request = new XMLHttpRequest(); // fetch does not tell how much of a body has left
+    const request = new XMLHttpRequest(); // fetch does not report upload progress
     request.open("POST", path);
     for (const [name, value] of Object.entries(headers())) request.setRequestHeader(name, value);
     request.upload.onprogress = (event) => onProgress(event.lengthComputable ? event.loaded / event.total : 0);
-    request.onerror = () => reject(new ApiError(0, "the connection broke during the upload"));
+    request.onerror = () => reject(new ApiError(0, "the connection was lost during the upload"));
     request.onload = () => {
       if (request.status >= 200 && request.status < 300) resolve(JSON.parse(request.responseText));
       else reject(refused(request.status, request.responseText, false));
@@ -78,9 +78,9 @@ function refused(status, text, quietly) {
   try {
     error = JSON.parse(text).error ?? {};
   } catch {
-    // a proxy's page, say: its status is all there is to tell
+    // not JSON, such as an error page of a proxy: report the status
   }
-  const message = typeof error.message === "string" ? error.message : `the server answered ${status}`;
+  const message = typeof error.message === "string" ? error.message : `the server answered with status ${status}`;
   if (status === 401 && !quietly) document.dispatchEvent(new CustomEvent("key-wanted", { detail: message }));
   return new ApiError(status, message, typeof error.param === "string" ? error.param : "");
 }

@@ -1,4 +1,4 @@
-// A prompt, the adapters chosen for it, and the answer as it comes.
+// Sends a prompt, shows the chosen adapters, and streams the answer.
 
 import { ApiError, events, read, send } from "./api.js";
 import { byId, element, say, sayOrHide, soon, whole } from "./dom.js";
@@ -7,8 +7,8 @@ const NUM_EARLIER = 5;
 let running = null; // the request's AbortController
 let onPlan = () => {};
 
-export function start(told) {
-  onPlan = told.onPlan;
+export function start(callbacks) {
+  onPlan = callbacks.onPlan;
   byId("ask-form").addEventListener("submit", (event) => { event.preventDefault(); ask(); });
   byId("stop-button").addEventListener("click", () => running?.abort());
   byId("prompt").addEventListener("keydown", (event) => {
@@ -17,21 +17,21 @@ export function start(told) {
       byId("ask-form").requestSubmit();
     }
   });
-  byId("model").addEventListener("input", adapt);
+  byId("model").addEventListener("input", updateOptions);
   byId("model").addEventListener("input", soon(suggest));
-  adapt();
+  updateOptions();
   suggest();
 }
 
-/** The next prompt is answered by this adapter alone. */
+/** Selects this adapter for the next prompt. */
 export function useModel(name) {
   byId("model").value = name;
-  adapt();
+  updateOptions();
   byId("prompt").focus();
 }
 
-/** A model that is named leaves nothing to retrieve. */
-function adapt() {
+/** Disables the retrieval options unless the model is `auto`. */
+function updateOptions() {
   const isAuto = byId("model").value.trim() === "auto";
   byId("strategy").disabled = byId("k").disabled = !isAuto;
 }
@@ -44,7 +44,7 @@ async function suggest() {
     const names = ["auto", byId("base-model").textContent, ...found.data.map((adapter) => adapter.id)];
     byId("models").replaceChildren(...names.filter(Boolean).map((name) => element("option", { value: name })));
   } catch {
-    // suggestions are a comfort: the model may be typed
+    // suggestions are optional: the user can type the model
   }
 }
 
@@ -73,16 +73,16 @@ async function ask() {
   byId("answer").setAttribute("aria-busy", "true");
   byId("stop-button").disabled = false;
   sayOrHide("answer-error", "");
-  say("answer-figures", "choosing adapters…");
+  say("answer-metrics", "choosing adapters…");
   showPlan(null);
   const timing = { began: performance.now(), first: 0, last: 0, usage: null, reason: "" };
   try {
     const response = await send("POST", "v1/chat/completions", { body: body(prompt), signal: mine.signal });
     for await (const event of events(response)) {
       if (mine !== running) return;
-      take(event, text, timing, prompt);
+      showEvent(event, text, timing, prompt);
     }
-    say("answer-figures", summary(timing));
+    say("answer-metrics", summary(timing));
   } catch (error) {
     if (mine === running) fail(error, timing);
   } finally {
@@ -94,11 +94,11 @@ async function ask() {
   }
 }
 
-function take(event, text, timing, prompt) {
+function showEvent(event, text, timing, prompt) {
   if (event.lora) {
     showPlan(event.lora);
     remember(prompt, event.lora);
-    say("answer-figures", "waiting for the first token…");
+    say("answer-metrics", "waiting for the first token…");
     onPlan(prompt, event.lora);
   }
   if (event.usage) timing.usage = event.usage;
@@ -109,21 +109,21 @@ function take(event, text, timing, prompt) {
   timing.last = performance.now();
   if (!timing.first) {
     timing.first = timing.last;
-    say("answer-figures", `first token after ${Math.round(timing.first - timing.began)} ms`);
+    say("answer-metrics", `first token after ${Math.round(timing.first - timing.began)} ms`);
   }
   const box = byId("answer");
-  const follows = box.scrollHeight - box.scrollTop - box.clientHeight < 20; // not where a person scrolled back
+  const follows = box.scrollHeight - box.scrollTop - box.clientHeight < 20; // unless the user has scrolled back
   text.appendData(choice.delta.content ?? "");
   if (follows) box.scrollTop = box.scrollHeight;
 }
 
 function fail(error, timing) {
   if (error.name === "AbortError") {
-    say("answer-figures", [...summaryParts(timing), "stopped"].join(" · "));
+    say("answer-metrics", [...summaryParts(timing), "stopped"].join(" · "));
     return;
   }
-  say("answer-figures", "");
-  sayOrHide("answer-error", error instanceof ApiError ? error.message : `the answer could not be read: ${error.message}`);
+  say("answer-metrics", "");
+  sayOrHide("answer-error", error instanceof ApiError ? error.message : `cannot read the answer: ${error.message}`);
 }
 
 function summaryParts({ began, first, last, usage }) {
@@ -135,12 +135,12 @@ function summaryParts({ began, first, last, usage }) {
 }
 
 function summary(timing) {
-  const end = timing.reason === "length" ? ["ended at its token limit"] : [];
-  const nothing = byId("answer").textContent ? [] : ["the model said nothing"];
+  const end = timing.reason === "length" ? ["stopped at the token limit"] : [];
+  const nothing = byId("answer").textContent ? [] : ["the model generated no text"];
   return [...summaryParts(timing), ...end, ...nothing].join(" · ");
 }
 
-/** Keeps the prompt at hand while the page is open; the newest comes first. */
+/** Adds the prompt to the list of earlier prompts, newest first. */
 function remember(prompt, plan) {
   const list = byId("earlier-list");
   for (const item of [...list.children]) {
@@ -170,10 +170,10 @@ function showPlan(plan) {
 function planNote(plan) {
   if (plan.abstained) {
     const best = plan.candidates?.[0];
-    const why = best ? `The nearest, ${best.name}, scores ${best.score.toFixed(3)}.` : "The pool has none to choose.";
-    return `No adapter fits this prompt, so the base model answers alone. ${why}`;
+    const why = best ? `The best candidate, ${best.name}, scores ${best.score.toFixed(3)}.` : "The pool has no candidates.";
+    return `No adapter fits this prompt, so the base model answers. ${why}`;
   }
-  return plan.adapters.length ? "" : "The base model answers alone, as was asked.";
+  return plan.adapters.length ? "" : "The base model answers, as requested.";
 }
 
 function planRow(adapter, place) {

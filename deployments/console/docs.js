@@ -1,4 +1,4 @@
-// Shows the OpenAPI document of this server. Whatever the document says becomes text, never markup.
+// Shows the OpenAPI document of this server. Its content becomes text, never markup.
 
 import { read } from "./api.js";
 import { byId, element, sayOrHide } from "./dom.js";
@@ -12,7 +12,7 @@ const BOUNDS = [
 
 let schemas = {};
 
-/** The schema behind a reference, with its name. */
+/** Returns the schema behind a reference, and its name. */
 function resolved(schema) {
   let name = "";
   while (schema.$ref) {
@@ -32,7 +32,7 @@ function typeOf(given) {
   return schema.format ? `${schema.type} (${schema.format})` : schema.type ?? "anything";
 }
 
-/** The objects a schema is made of, through lists and choices. */
+/** Returns the object schemas inside a schema, through lists and unions. */
 function objectsIn(given) {
   const { schema } = resolved(given);
   if (schema.properties) return [schema];
@@ -54,7 +54,7 @@ function field(name, schema, isRequired) {
   const objects = objectsIn(schema);
   if (!objects.length) return element("li", {}, ...head);
   const details = element("details", {}, element("summary", {}, ...head));
-  // An object is drawn when it is opened: a document may refer to itself.
+  // Draw an object when it is opened, because schemas may be recursive.
   details.addEventListener("toggle", () => {
     if (details.open && details.children.length === 1) details.append(...objects.map(fields));
   });
@@ -80,19 +80,19 @@ function parameters(given) {
   return [element("h3", {}, "Parameters"), element("ul", { class: "fields" }, ...items)];
 }
 
-function answers(given) {
+function responses(given) {
   const items = Object.entries(given).map(([status, answer]) =>
     element("li", {}, element("code", {}, status), " ", answer.description ?? "", ...content("", answer.content)));
-  return [element("h3", {}, "Answers"), element("ul", { class: "fields" }, ...items)];
+  return [element("h3", {}, "Responses"), element("ul", { class: "fields" }, ...items)];
 }
 
 function operation(path, method, given) {
-  const key = given.security ? element("small", {}, " · a key, where the server has keys") : null;
+  const key = given.security ? element("small", {}, " · needs an API key if the server has keys") : null;
   const head = element("summary", {}, element("span", { class: "method" }, method.toUpperCase()), element("code", {}, path), key);
   const details = element("details", {}, head, element("p", {}, given.description ?? given.summary ?? ""));
   details.append(...parameters(given.parameters));
   if (given.requestBody) details.append(element("h3", {}, "Body"), ...content("", given.requestBody.content));
-  details.append(...answers(given.responses));
+  details.append(...responses(given.responses));
   return element("section", { "data-words": `${method} ${path} ${given.description ?? ""}`.toLowerCase() }, details);
 }
 
@@ -112,7 +112,7 @@ async function show() {
     byId("operations").replaceChildren(...sections);
     sayOrHide("docs-note", "");
   } catch (error) {
-    sayOrHide("docs-note", `The description of the API could not be read: ${error.message}`);
+    sayOrHide("docs-note", `Cannot read the API description: ${error.message}`);
   }
 }
 

@@ -1,8 +1,8 @@
-// Small helpers over the page. Text of the server only ever becomes text nodes and attribute values.
+// DOM helpers. Text from the server becomes text nodes and attribute values only.
 
 export const byId = (id) => document.getElementById(id);
 
-/** An element with attributes, listeners (`onclick: f`) and children; strings become text. */
+/** Creates an element with attributes, listeners (`onclick: f`) and children. Strings become text. */
 export function element(tag, attributes = {}, ...children) {
   return filled(document.createElement(tag), attributes, children);
 }
@@ -22,10 +22,10 @@ function filled(node, attributes, children) {
 
 export function say(id, text) {
   const node = byId(id);
-  if (node.textContent !== text) node.textContent = text; // unchanged text is not read out again
+  if (node.textContent !== text) node.textContent = text; // screen readers read changes only
 }
 
-/** Shows the text where it is not empty. */
+/** Sets the text, and hides the element if the text is empty. */
 export function sayOrHide(id, text) {
   say(id, text);
   byId(id).hidden = !text;
@@ -49,13 +49,13 @@ export function ago(time, now = Date.now()) {
   return "just now";
 }
 
-/** Calls `work` once things have been quiet for a moment. */
+/** Debounces `work`: calls it after `ms` without another call. */
 export function soon(work, ms = 200) {
   let timer = 0;
   return () => { clearTimeout(timer); timer = setTimeout(work, ms); };
 }
 
-/** Whether the person confirmed. */
+/** Asks for confirmation. Resolves to whether the user confirmed. */
 export function confirmed(title, text, yes) {
   const dialog = byId("confirm-dialog");
   say("confirm-title", title);

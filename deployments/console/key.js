@@ -1,9 +1,9 @@
-// The dialog that asks for the key.
+// The dialog for the API key.
 
 import { currentKey, setKey } from "./api.js";
 import { byId, say } from "./dom.js";
 
-/** `onChange` is called when there is another key. */
+/** Connects the dialog. Calls `onChange` when the key changes. */
 export function start(onChange) {
   const dialog = byId("key-dialog");
   byId("key-button").addEventListener("click", () => open(""));
@@ -22,7 +22,7 @@ export function start(onChange) {
 
 function open(note) {
   const dialog = byId("key-dialog");
-  say("key-note", note || (currentKey() ? "A key is in use." : "No key is in use."));
+  say("key-note", note || (currentKey() ? "A key is set." : "No key is set."));
   if (dialog.open) return;
   dialog.returnValue = "";
   dialog.showModal();
@@ -30,6 +30,6 @@ function open(note) {
 }
 
 function mark() {
-  say("key-button", currentKey() ? "Key ✓" : "Key");
-  byId("key-button").setAttribute("aria-label", currentKey() ? "Key: one is in use" : "Key: none is in use");
+  say("key-button", currentKey() ? "API key ✓" : "API key");
+  byId("key-button").setAttribute("aria-label", currentKey() ? "API key: set" : "API key: not set");
 }

@@ -1,19 +1,19 @@
-// Puts names beside points so that none covers another, or a point.
+// Places labels next to points so that they cover neither each other nor a point.
 
 import { shape } from "./dom.js";
 
-const CHAR_WIDTH = 6.3; // of the map's font, on average and a little more
+const CHAR_WIDTH = 6.3; // average character of the map's font, plus a margin
 const HEIGHT = 14;
 
 export class Labels {
-  /** `points`: circles {x, y, r} that no name may cover. */
+  /** `points`: circles {x, y, r} that no label may cover. */
   constructor(width, height, points) {
     this.width = width;
     this.height = height;
     this.taken = points.map(({ x, y, r }) => ({ left: x - r, right: x + r, top: y - r, bottom: y + r }));
   }
 
-  /** A text beside (x, y), or null where no side is free; `always` takes the side where it covers least. */
+  /** Returns a label next to (x, y), or null if no side is free. `always`: use the side with the least overlap. */
   put(text, x, y, distance, { always, kind }) {
     const length = text.length * CHAR_WIDTH, half = HEIGHT / 2;
     const right = x + distance, left = x - distance - length, middle = x - length / 2;
@@ -29,7 +29,7 @@ export class Labels {
     return shape("text", { class: kind, x: box.left, y: box.top + HEIGHT - 3.5 }, text);
   }
 
-  /** The area of what is there already that the box would cover. */
+  /** Returns the area of existing labels and points that the box would cover. */
   covered(box) {
     return this.taken.reduce((sum, other) => sum + overlap(box, other), 0);
   }

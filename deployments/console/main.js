@@ -1,4 +1,4 @@
-// Brings the parts of the page together.
+// Connects the parts of the page.
 
 import * as ask from "./ask.js";
 import { byId } from "./dom.js";
@@ -8,9 +8,9 @@ import * as pool from "./pool.js";
 import * as publish from "./publish.js";
 import * as stats from "./stats.js";
 
-let generation = 0; // the newest that is shown
+let generation = 0; // the newest generation shown
 
-/** Shows the pool as of `wanted`, or a later generation. */
+/** Reloads the pool at generation `wanted` or later. */
 function follow(wanted) {
   if (wanted === null || wanted <= generation) return;
   generation = wanted;
@@ -18,13 +18,13 @@ function follow(wanted) {
   pool.load(wanted);
 }
 
-/** Shows the pool whatever its generation is. */
+/** Reloads the pool at any generation. */
 function showAll() {
   map.load(0);
   pool.load(0);
 }
 
-/** What is shown already needs no second look. */
+/** Notes that this generation is shown, so that it is not loaded again. */
 function seen(shown) {
   generation = Math.max(generation, shown);
 }

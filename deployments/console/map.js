@@ -1,4 +1,4 @@
-// The pool as a picture: adapters by what their samples are about, the last prompt among them.
+// Draws the adapters as points by the similarity of their samples, with the last prompt among them.
 
 import { post, read } from "./api.js";
 import { byId, percent, say, shape, whole } from "./dom.js";
@@ -9,14 +9,14 @@ const MAX_LABELS = 60;
 const MAX_STRETCH = 2;
 let drawn = { generation: 0, num_adapters: 0, shown_variance: 0, points: [] };
 let prompt = null; // {x, y} of the last prompt
-let asked = null; // its text and the names chosen for it
+let asked = null; // its text and the names of its adapters
 let chosen = []; // the adapters that answered it, best first
 let current = null; // the name under the pointer or the arrow keys
 let numLoads = 0;
 let onChoose = () => {};
 
-export function start(told) {
-  onChoose = told.onChoose;
+export function start(callbacks) {
+  onChoose = callbacks.onChoose;
   const map = byId("map");
   new ResizeObserver(draw).observe(map);
   map.addEventListener("pointermove", (event) => pick(nearest(event)));
@@ -26,14 +26,14 @@ export function start(told) {
   map.addEventListener("keydown", step);
 }
 
-/** Draws the pool as of `generation`, or a later one. */
+/** Draws the pool at `generation` or later. */
 export async function load(generation) {
   const number = ++numLoads;
   try {
     const found = await read(`v1/pool/map?min_generation=${generation}`);
     if (number !== numLoads) return;
     drawn = found;
-    if (asked) await findPlace();
+    if (asked) await locatePrompt();
     note("");
     draw();
   } catch (error) {
@@ -41,14 +41,14 @@ export async function load(generation) {
   }
 }
 
-/** Marks where the prompt lies, and the adapters chosen for it; `follow` hears of a newer generation. */
+/** Marks the prompt and its adapters. Calls `follow` if the server has a newer generation. */
 export async function place(text, names, follow) {
   asked = { text, names };
   prompt = null;
   chosen = [];
   draw();
   try {
-    const generation = await findPlace();
+    const generation = await locatePrompt();
     draw();
     if (generation > drawn.generation) follow(generation);
   } catch (error) {
@@ -56,8 +56,8 @@ export async function place(text, names, follow) {
   }
 }
 
-/** Axes are those of a generation: after a change of the pool the place is another. */
-async function findPlace() {
+/** Locates the prompt. The axes depend on the generation, so this runs again after a change of the pool. */
+async function locatePrompt() {
   const mine = asked;
   const body = { prompt: mine.text, adapters: mine.names, min_generation: drawn.generation };
   const found = await post("v1/pool/map", body, { quietly: true });
@@ -71,10 +71,10 @@ async function findPlace() {
 function note(problem) {
   const { num_adapters, points, shown_variance } = drawn;
   const some = points.length < num_adapters ? `${whole(points.length)} of ${whole(num_adapters)} adapters` : `${whole(num_adapters)} adapters`;
-  say("map-note", problem || (num_adapters ? `${some}; shows ${percent(shown_variance)} of their variance` : "no adapters to find yet"));
+  say("map-note", problem || (num_adapters ? `${some}; the map shows ${percent(shown_variance)} of their variance` : "no adapters yet"));
 }
 
-/** Every adapter to draw, the chosen ones last and so on top. */
+/** Returns every adapter to draw, the chosen ones last so that they are on top. */
 function spots() {
   const names = new Set(chosen.map((adapter) => adapter.name));
   const others = drawn.points.filter((point) => !names.has(point.name)).map((point) => ({ ...point, rank: -1 }));
@@ -82,7 +82,7 @@ function spots() {
   return [...others, ...top.reverse()];
 }
 
-/** From the plane to pixels. Neither axis is stretched by more than `MAX_STRETCH` against the other. */
+/** Returns a map from coordinates to pixels. No axis is stretched by more than `MAX_STRETCH` against the other. */
 function scale() {
   const { width, height } = byId("map").getBoundingClientRect();
   const all = [...spots(), ...(prompt ? [prompt] : [])];
@@ -133,7 +133,7 @@ function star({ px, py }) {
   return shape("polygon", { class: "prompt", points: corners.join(" ") });
 }
 
-/** Names where there is room: the one looked at, the prompt, the chosen, then the others. */
+/** Places labels where there is room: the current adapter, the prompt, the chosen adapters, then the others. */
 function labels(all, mark, width, height) {
   const taken = new Labels(width, height, all.map((spot) => ({ x: spot.px, y: spot.py, r: spot.rank >= 0 ? 8 : 3 })));
   const isCurrent = (spot) => spot.name === current;
@@ -176,5 +176,5 @@ function step(event) {
   const next = event.key in ends ? ends[event.key] : (start + steps[event.key] + names.length) % names.length;
   pick({ name: names[next] });
   const rank = chosen.findIndex((adapter) => adapter.name === names[next]);
-  say("map-spoken", rank >= 0 ? `${names[next]}, chosen, number ${rank + 1}` : names[next]);
+  say("map-spoken", rank >= 0 ? `${names[next]}, chosen, rank ${rank + 1}` : names[next]);
 }

@@ -1,23 +1,23 @@
-// The table of the pool: search, pages, roll back, withdraw.
+// The table of adapters: search, paging, roll back, withdraw.
 
 import { post, read, send } from "./api.js";
 import { ago, byId, bytes, confirmed, element, say, sayOrHide, soon, whole } from "./dom.js";
 
 const PAGE = 15;
-let before = []; // the last id of each page before the one that is shown
-let lastId = null; // of the page that is shown
+let before = []; // the last id of each previous page
+let lastId = null; // of the current page
 let generation = 0;
 let numLoads = 0;
-let told = { onAsk: () => {}, onChange: () => {}, onShown: () => {} };
+let handlers = { onAsk: () => {}, onChange: () => {}, onShown: () => {} };
 
 export function start(callbacks) {
-  told = callbacks;
+  handlers = callbacks;
   byId("search").addEventListener("input", soon(() => { before = []; load(); }));
   byId("page-back").addEventListener("click", () => { before.pop(); load(); });
   byId("page-on").addEventListener("click", () => { before.push(lastId); load(); });
 }
 
-/** Shows the adapters with these words in their name or tags. */
+/** Searches for adapters with these words in their name or tags. */
 export function search(words) {
   byId("search").value = words;
   before = [];
@@ -25,17 +25,17 @@ export function search(words) {
   byId("search").scrollIntoView({ block: "nearest" });
 }
 
-/** Shows the page as of `wanted`, or a later generation. */
+/** Shows the page at generation `wanted` or later. */
 export async function load(wanted = 0) {
   generation = Math.max(generation, wanted);
   const number = ++numLoads;
   const query = { limit: PAGE, search: byId("search").value.trim(), after: before.at(-1) ?? "", min_generation: generation };
   try {
     const page = await read(`v1/loras?${new URLSearchParams(query)}`);
-    if (number !== numLoads) return; // a later one is under way
+    if (number !== numLoads) return; // a newer load has started
     if (!page.data.length && before.length) { before.pop(); load(); return; }
     show(page);
-    told.onShown(page.generation);
+    handlers.onShown(page.generation);
     sayOrHide("pool-error", "");
   } catch (error) {
     if (number === numLoads) sayOrHide("pool-error", error.message);
@@ -55,11 +55,11 @@ function row(adapter) {
   const number = (text, more = "") => element("td", { class: `number ${more}` }, text);
   const button = (text, title, onclick) =>
     element("button", { type: "button", "aria-label": `${text} ${adapter.id}`, title, onclick }, text);
-  const changes = adapter.id !== adapter.name ? [] : [ // another tenant's is that tenant's to change
-    button("Roll back", "The version before becomes the live one", () => rollback(adapter.id)),
-    button("Withdraw", "Gone for the next request", () => withdraw(adapter.id)),
+  const changes = adapter.id !== adapter.name ? [] : [ // only its own tenant may change an adapter
+    button("Roll back", "Make the previous version live again", () => rollback(adapter.id)),
+    button("Withdraw", "Remove from the pool", () => withdraw(adapter.id)),
   ];
-  const note = adapter.found_by_auto ? null : element("span", { class: "tag plain", title: "It has no samples" }, "by name only");
+  const note = adapter.found_by_auto ? null : element("span", { class: "tag plain", title: "Without samples, auto cannot find it" }, "by name only");
   return element(
     "tr",
     {},
@@ -79,7 +79,7 @@ function row(adapter) {
     element(
       "td",
       { class: "actions" },
-      button("Ask", "The next prompt goes to this adapter", () => told.onAsk(adapter.id)),
+      button("Ask", "Use this adapter for the next prompt", () => handlers.onAsk(adapter.id)),
       ...changes,
     ),
   );
@@ -91,21 +91,21 @@ async function rollback(name) {
   try {
     const [, older] = (await read(path)).versions;
     if (!older) { sayOrHide("pool-error", `${name} has no older version`); return; }
-    const text = `Version ${older.digest.slice(0, 12)}, published ${ago(older.created_at)}, answers from the next request on. The one that is live now is kept.`;
+    const text = `Version ${older.digest.slice(0, 12)}, published ${ago(older.created_at)}, becomes live for the next request. The current version is kept.`;
     if (!(await confirmed(`Roll back ${name}?`, text, "Roll back"))) return;
-    told.onChange((await post(`${path}/rollback`, { digest: older.digest })).generation);
+    handlers.onChange((await post(`${path}/rollback`, { digest: older.digest })).generation);
   } catch (error) {
     sayOrHide("pool-error", error.message);
   }
 }
 
 async function withdraw(name) {
-  const text = "It is gone for the next request, with all its versions. Requests that run now end as they began.";
+  const text = "This removes the adapter and all its versions. Running requests finish unchanged.";
   if (!(await confirmed(`Withdraw ${name}?`, text, "Withdraw"))) return;
   sayOrHide("pool-error", "");
   try {
     const response = await send("DELETE", `v1/loras/${encodeURIComponent(name)}`);
-    told.onChange((await response.json()).generation);
+    handlers.onChange((await response.json()).generation);
   } catch (error) {
     sayOrHide("pool-error", error.message);
   }

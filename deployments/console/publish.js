@@ -1,4 +1,4 @@
-// Folders that are dropped or chosen, published one after the other.
+// Publishes dropped or chosen folders one by one.
 
 import { read, upload } from "./api.js";
 import { byId, bytes, confirmed, element, percent, whole } from "./dom.js";
@@ -8,30 +8,30 @@ const MAX_DEPTH = 3; // folders of folders of adapters
 let onChange = () => {};
 let queue = Promise.resolve();
 
-export function start(told) {
-  onChange = told.onChange;
+export function start(callbacks) {
+  onChange = callbacks.onChange;
   const drop = byId("drop");
   for (const name of ["dragenter", "dragover"]) {
     document.addEventListener(name, (event) => { event.preventDefault(); drop.classList.add("over"); });
   }
   document.addEventListener("dragleave", (event) => { if (!event.relatedTarget) drop.classList.remove("over"); });
-  document.addEventListener("drop", (event) => { event.preventDefault(); drop.classList.remove("over"); take(event.dataTransfer); });
+  document.addEventListener("drop", (event) => { event.preventDefault(); drop.classList.remove("over"); publishDropped(event.dataTransfer); });
   byId("folder").addEventListener("change", (event) => {
     const folders = grouped([...event.target.files]);
     event.target.value = "";
     if (folders.length) folders.forEach(enqueue);
-    else refuse("the folder", "it has no files");
+    else refuse("the folder", "the folder is empty");
   });
 }
 
-async function take(transfer) {
-  const entries = [...transfer.items].map((item) => item.webkitGetAsEntry()).filter(Boolean); // gone after this turn
+async function publishDropped(transfer) {
+  const entries = [...transfer.items].map((item) => item.webkitGetAsEntry()).filter(Boolean); // only readable during this event
   const folders = (await Promise.all(entries.filter((entry) => entry.isDirectory).map((entry) => walked(entry, 0)))).flat();
   if (folders.length) folders.forEach(enqueue);
-  else refuse(entries[0]?.name ?? "what was dropped", "drop the adapter's folder itself: its name becomes the adapter's");
+  else refuse(entries[0]?.name ?? "dropped item", "drop the folder of the adapter; its name becomes the name of the adapter");
 }
 
-/** The adapter folders in a directory: itself, or those below it. */
+/** Returns the adapter folders in a directory: itself or those below it. */
 async function walked(directory, depth) {
   const entries = await allEntries(directory);
   const files = entries.filter((entry) => entry.isFile && !entry.name.startsWith("."));
@@ -55,7 +55,7 @@ async function allEntries(directory) {
   }
 }
 
-/** The same for a chosen folder, whose files come with their paths. */
+/** Returns the adapter folders of a chosen folder, whose files have relative paths. */
 function grouped(files) {
   const folders = new Map();
   for (const file of files.filter((candidate) => !candidate.webkitRelativePath.split("/").some((part) => part.startsWith(".")))) {
@@ -93,21 +93,21 @@ function listed(name, note) {
 
 async function publish(folder, tags, row) {
   if (await isLive(folder.name)) {
-    const text = "It becomes the live version; the one before stays reachable by its digest.";
-    if (!(await confirmed(`Publish a new version of ${folder.name}?`, text, "Publish"))) { row.end("left as it was", ""); return; }
+    const text = "The new version becomes live. The previous version is kept.";
+    if (!(await confirmed(`Publish a new version of ${folder.name}?`, text, "Publish"))) { row.end("not published", ""); return; }
   }
   const form = new FormData();
   form.append("name", folder.name);
   for (const tag of tags) form.append("tags", tag);
   for (const file of folder.files) form.append("files", file, file.name);
   const made = await upload("v1/loras", form, (share) => {
-    row.say(share < 1 ? `uploading, ${percent(share)}` : "checking and publishing…", share);
+    row.say(share < 1 ? `uploading, ${percent(share)}` : "validating and publishing…", share);
   });
   row.end(outcome(made), "good");
   onChange(made.generation);
 }
 
-/** Whether an own adapter has this name; another tenant's is not replaced. */
+/** Returns whether the caller's tenant has an adapter of this name. */
 async function isLive(name) {
   try {
     return (await read(`v1/loras/${encodeURIComponent(name)}`)).id === name;
@@ -119,8 +119,8 @@ async function isLive(name) {
 
 function outcome({ generation, replicas, found_by_auto, neighbours }) {
   const parts = [`live at generation ${whole(generation)}`];
-  if (replicas.behind) parts.push("one replica is still behind");
-  if (!found_by_auto) parts.push("it has no samples, so only its name reaches it");
-  else if (neighbours.length) parts.push(`nearest is ${neighbours[0].name} at ${neighbours[0].score.toFixed(2)}`);
+  if (replicas.behind) parts.push("some replicas are not up to date yet");
+  if (!found_by_auto) parts.push("without samples it is used by name only");
+  else if (neighbours.length) parts.push(`most similar: ${neighbours[0].name} (${neighbours[0].score.toFixed(2)})`);
   return parts.join("; ");
 }

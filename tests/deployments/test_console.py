@@ -39,11 +39,11 @@ def test_an_answer_streams_beside_the_adapters_that_make_it(browsing: Browsing) 
         await expect(page.locator("#plan li .name")).to_have_text(["poet", "coder"])
         await expect(page.locator("#plan li").first).to_contain_text("score 1.000")
         await expect(page.locator("#plan li").first).to_contain_text("weight 0.50")
-        await expect(page.locator("#answer-figures")).to_contain_text("first token after")
+        await expect(page.locator("#answer-metrics")).to_contain_text("first token after")
         goes_on.set()
         await expect(page.locator("#answer")).to_have_text("Hello")
-        await expect(page.locator("#answer-figures")).to_contain_text("3 tokens · prompt 5")
-        await expect(page.locator("#answer-figures")).to_contain_text("tokens/s")
+        await expect(page.locator("#answer-metrics")).to_contain_text("3 tokens · prompt 5")
+        await expect(page.locator("#answer-metrics")).to_contain_text("tokens/s")
         await expect(page.locator("#map .spot.chosen")).to_have_count(2)
         await expect(page.locator("#map .prompt")).to_have_count(1)
         await expect(page.get_by_role("button", name="Stop")).to_be_disabled()
@@ -80,7 +80,7 @@ def test_a_named_model_leaves_nothing_to_retrieve(browsing: Browsing) -> None:
         assert served.retriever.called("route") == []
         await page.get_by_label("Model").fill("tiny-base")
         await ask(page)
-        await expect(page.locator("#plan-note")).to_have_text("The base model answers alone, as was asked.")
+        await expect(page.locator("#plan-note")).to_have_text("The base model answers, as requested.")
 
     look(browsing, question)
 
@@ -90,7 +90,7 @@ def test_stop_ends_the_answer_here_and_in_the_worker(browsing: Browsing) -> None
         await ask(page)
         await expect(page.locator("#answer")).to_have_text("Hel")
         await page.get_by_role("button", name="Stop").click()
-        await expect(page.locator("#answer-figures")).to_contain_text("stopped")
+        await expect(page.locator("#answer-metrics")).to_contain_text("stopped")
         await expect(page.locator("#answer")).to_have_text("Hel")
         [response] = [r for r in served.worker.responses if hasattr(r.answer, "__aiter__")]
         async with asyncio.timeout(10):
@@ -108,7 +108,7 @@ def test_a_second_prompt_takes_the_place_of_the_first(browsing: Browsing) -> Non
         await expect(page.locator("#answer")).to_have_text("Hel")
         await ask(page, "second")
         goes_on.set()
-        await expect(page.locator("#answer-figures")).to_contain_text("3 tokens")
+        await expect(page.locator("#answer-metrics")).to_contain_text("3 tokens")
         await expect(page.locator("#answer")).to_have_text("Hello")
         await page.get_by_role("button", name="first").click()
         await expect(page.get_by_label("Prompt")).to_have_value("first")
@@ -173,7 +173,7 @@ def test_a_large_pool_is_searched_and_paged(browsing: Browsing) -> None:
         await page.get_by_role("button", name="Next page").click()
         await expect(page.locator("#pool-count")).to_have_text("31–40 of 40")
         await expect(page.get_by_role("button", name="Next page")).to_be_disabled()
-        await page.get_by_role("button", name="Page before").click()
+        await page.get_by_role("button", name="Previous page").click()
         await expect(page.locator("#pool-count")).to_have_text("16–30 of 40")
         await expect(page.locator("#pool-rows .name").first).to_have_text("task-15")
         await page.get_by_label("Search").fill("task-3")
@@ -202,7 +202,7 @@ def test_a_key_is_asked_for_once_and_sent_with_every_request(browsing: Browsing,
         await page.route("**/v1/**", guard)
         await page.reload()
         await expect(page.locator("#key-note")).to_have_text("this server asks for a key")
-        await page.get_by_label("Bearer key").fill("of good news")
+        await page.get_by_label("API key", exact=True).fill("of good news")
         await page.get_by_role("button", name="Use", exact=True).click()
         await expect(page.locator("#pool-count")).to_have_text("1–2 of 2")
         await ask(page)
@@ -219,20 +219,20 @@ def test_a_key_is_asked_for_once_and_sent_with_every_request(browsing: Browsing,
     look(browsing, question)
 
 
-def test_the_figures_are_live(browsing: Browsing) -> None:
+def test_the_metrics_are_live(browsing: Browsing) -> None:
     worker = CountingWorker()
 
     async def question(page: Page, served: Served) -> None:
-        await expect(page.locator("#figure-running")).to_have_text("3 of 32")
-        await expect(page.locator("#figure-waiting")).to_have_text("2")
-        await expect(page.locator("#figure-bank")).to_have_text("16 of 256")
-        await expect(page.locator("#figure-hits")).to_have_text("bank 60 % · host 30 % · fetched 10 %")
-        await expect(page.locator("#figure-generation")).to_have_text("7")
+        await expect(page.locator("#metric-running")).to_have_text("3 of 32")
+        await expect(page.locator("#metric-waiting")).to_have_text("2")
+        await expect(page.locator("#metric-bank")).to_have_text("16 of 256")
+        await expect(page.locator("#metric-hits")).to_have_text("bank 60 % · host 30 % · fetched 10 %")
+        await expect(page.locator("#metric-generation")).to_have_text("7")
         await expect(page.locator("#connection")).to_have_text("live")
         counters = replace(worker.holdings.counters, num_new_tokens=500)  # type: ignore[union-attr]
         worker.holdings = replace(worker.holdings, num_running=4, counters=counters)  # type: ignore[type-var]
-        await expect(page.locator("#figure-running")).to_have_text("4 of 32")
-        await expect(page.locator("#figure-rate")).not_to_have_text("0.0")
+        await expect(page.locator("#metric-running")).to_have_text("4 of 32")
+        await expect(page.locator("#metric-rate")).not_to_have_text("0.0")
 
     look(browsing, question, worker=worker)
 
@@ -265,7 +265,7 @@ def test_nothing_stands_beside_the_screen(browsing: Browsing, width: str) -> Non
     async def question(page: Page, served: Served) -> None:
         await ask(page, "w" * 200)
         await expect(page.locator("#plan li")).to_have_count(2)
-        await expect(page.locator("#answer-figures")).to_contain_text("tokens")
+        await expect(page.locator("#answer-metrics")).to_contain_text("tokens")
         inside, outside = await page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
         assert inside <= outside
 

@@ -74,12 +74,12 @@ def test_folders_are_published_one_after_the_other(browsing: Browsing, tmp_path:
     folders = [folder_of(tmp_path / "many", name) for name in ("verse", "bad-one")]
 
     async def question(page: Page, served: Served) -> None:
-        await page.get_by_label("Tags for what is published next").fill("one, two")
+        await page.get_by_label("Tags for the next uploads").fill("one, two")
         if how == "drop":
             await drop_folder(page, folders[0].parent)
         else:
             await page.locator("#folder").set_input_files(folders[0].parent)
-        await expect(page.locator("#uploads .good .state")).to_contain_text("live at generation 8; nearest is poet")
+        await expect(page.locator("#uploads .good .state")).to_contain_text("live at generation 8; most similar: poet")
         await expect(page.locator("#uploads .bad .state")).to_contain_text("it is bad")
         uploads = {args[0].name: args[0] for args in served.store.called("stage")}
         assert uploads.keys() == {"verse", "bad-one"}
@@ -96,7 +96,7 @@ def test_a_live_name_is_replaced_only_when_that_is_meant(browsing: Browsing, tmp
         await drop_folder(page, folder)
         await expect(page.locator("#confirm-title")).to_have_text("Publish a new version of poet?")
         await page.locator("#confirm-dialog").get_by_role("button", name="Cancel").click()
-        await expect(page.locator("#uploads .state")).to_have_text("left as it was")
+        await expect(page.locator("#uploads .state")).to_have_text("not published")
         assert served.store.called("stage") == []
         await drop_folder(page, folder)
         await page.locator("#confirm-yes").click()

@@ -51,6 +51,6 @@ def test_a_document_that_cannot_be_read_is_said(browsing: Browsing) -> None:
             "**/openapi.json", lambda route: route.fulfill(status=503, json={"error": {"message": "away"}})
         )
         await page.goto(page.url + "docs")
-        await expect(page.locator("#docs-note")).to_contain_text("could not be read: away")
+        await expect(page.locator("#docs-note")).to_contain_text("Cannot read the API description: away")
 
     look(browsing, question)

@@ -34,7 +34,7 @@ async def ask(page: Page, prompt: str) -> None:
     await page.get_by_label("Prompt").fill(prompt)
     await page.get_by_label("Tokens", exact=True).fill("16")
     await page.get_by_role("button", name="Ask", exact=True).click()
-    await expect(page.locator("#answer-figures")).to_contain_text("tokens/s", timeout=SLOW_MS)
+    await expect(page.locator("#answer-metrics")).to_contain_text("tokens/s", timeout=SLOW_MS)
 
 
 def test_a_person_asks_publishes_and_withdraws(url: str, browsing: Browsing, tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_a_person_asks_publishes_and_withdraws(url: str, browsing: Browsing, tmp
             await expect(page.locator("#answer")).to_contain_text("not")
             await expect(page.locator("#map .prompt")).to_have_count(1)
             await expect(page.locator("#map .spot.chosen")).to_have_count(3)
-            await expect(page.locator("#figure-hits")).to_have_text(
+            await expect(page.locator("#metric-hits")).to_have_text(
                 re.compile(r"bank \d+ % · host \d+ % · fetched \d+ %")
             )
 
@@ -75,7 +75,7 @@ def test_the_console_works_below_a_prefix_and_over_several_replicas(live: Live, 
     async def visit() -> None:
         async with browsing.page(f"{live.url}/") as page:
             await expect(page.locator("#connection")).to_have_text("live", timeout=SLOW_MS)
-            await expect(page.locator("#figure-running")).to_have_text("0 of 32")  # two workers of 16 rows
+            await expect(page.locator("#metric-running")).to_have_text("0 of 32")  # two workers of 16 rows
             await page.get_by_label("Model").fill("tiny")
             await ask(page, "The sea is")
 
