@@ -1,4 +1,4 @@
-"""How the commands talk to the server, and to who typed them."""
+"""The HTTP client of the commands, and their output."""
 
 from __future__ import annotations
 
@@ -17,19 +17,26 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 out = Console()
 err = Console(stderr=True)
 
-Url = Annotated[str, typer.Option("--url", help="the server to talk to")]
 DEFAULT_URL = "http://127.0.0.1:8000"
+URL_VARIABLE = "LORARETRIEVER_URL"
+KEY_VARIABLE = "LORARETRIEVER_KEY"
 _ANSWER_TIMEOUT_S = 300.0
 
 
-KEY_VARIABLE = "LORARETRIEVER_KEY"
-Key = Annotated[str | None, typer.Option("--key", envvar=KEY_VARIABLE, help="the key to ask and publish with")]
-_key: ContextVar[str | None] = ContextVar("key", default=None)  # given once, before the command's name
+def server_url(given: str) -> str:
+    """Return the address of the server: without `/v1` and a final slash, and with a scheme."""
+    url = given.strip().rstrip("/").removesuffix("/v1").rstrip("/")
+    return url if "://" in url else f"http://{url}"
+
+
+Url = Annotated[str, typer.Option("--url", envvar=URL_VARIABLE, callback=server_url, help="address of the server")]
+Key = Annotated[str | None, typer.Option("--key", envvar=KEY_VARIABLE, help="API key; give it before the command")]
+_key: ContextVar[str | None] = ContextVar("key", default=None)  # set once, before the command runs
 
 
 @contextmanager
 def client_of(url: str, timeout_s: float | None = _ANSWER_TIMEOUT_S) -> Iterator[httpx.Client]:
-    """A client of the server; when it cannot be reached, the command ends and says so."""
+    """Yield an HTTP client. If the server cannot be reached, print why and exit."""
     try:
         with httpx.Client(base_url=url, timeout=timeout_s, headers=_authorization()) as client:
             yield client
@@ -40,12 +47,12 @@ def client_of(url: str, timeout_s: float | None = _ANSWER_TIMEOUT_S) -> Iterator
 
 
 def use_key(key: str | None) -> None:
-    """The requests of this command carry this key."""
+    """Send this key with the requests of this command."""
     _key.set(key)
 
 
 def has_key() -> bool:
-    """Return whether the requests of this command carry a key."""
+    """Return whether this command sends a key."""
     return _key.get() is not None
 
 
@@ -55,7 +62,7 @@ def _authorization() -> dict[str, str]:
 
 
 def call(url: str, method: str, path: str, **request: Any) -> dict[str, Any]:
-    """The server's JSON answer; a refusal ends the command with the server's words."""
+    """Return the JSON answer of the server. On an error, print the server's message and exit."""
     with client_of(url) as client:
         response = client.request(method, path, **request)
         check(response)
@@ -63,13 +70,13 @@ def call(url: str, method: str, path: str, **request: Any) -> dict[str, Any]:
         return answer
 
 
-def follow(url: str, path: str, body: dict[str, Any], what: str) -> dict[str, Any]:
-    """The result of a POST that answers with progress, one JSON object a line; an error ends the command."""
+def follow(url: str, path: str, body: dict[str, Any], title: str) -> dict[str, Any]:
+    """Send a POST that streams its progress as JSON lines, and return the result. On an error, print it and exit."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with client_of(url, timeout_s=None) as client, client.stream("POST", path, json=body) as response:
         check(response)
         with Progress(*columns, console=err, transient=True) as progress:
-            task = progress.add_task(what, total=None)
+            task = progress.add_task(title, total=None)
             for line in map(json.loads, response.iter_lines()):
                 if "error" in line:
                     fail(line["error"]["message"])
@@ -77,31 +84,38 @@ def follow(url: str, path: str, body: dict[str, Any], what: str) -> dict[str, An
                     result: dict[str, Any] = line["result"]
                     return result
                 progress.update(task, completed=line["done"], total=line["total"])
-    fail("the server broke off before it was done")
+    fail("the server closed the connection before it was done; run the command again")
 
 
 def check(response: httpx.Response) -> None:
+    """Exit with the message of the server if the response is an error."""
     if response.is_error:
         response.read()
         fail(message_of(response))
 
 
 def message_of(response: httpx.Response) -> str:
-    """What the server says of a refused request."""
+    """Return the message of an error response."""
     try:
         message: str = response.json()["error"]["message"]
     except (ValueError, KeyError, TypeError):
-        return f"the server answered {response.status_code}"
+        return f"the server answered with status {response.status_code}"
     return message
 
 
+def show_error(message: str) -> None:
+    """Print an error to stderr."""
+    err.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+
+
 def fail(message: str) -> NoReturn:
-    err.print(message, style="red", markup=False, soft_wrap=True)
+    """Print an error and exit with code 1."""
+    show_error(message)
     raise typer.Exit(1)
 
 
 def is_this_machine(url: str) -> bool:
-    """Whether the server shares this machine's files, as far as its address tells."""
+    """Return whether the address is on this machine, so that the server can read its files."""
     host = httpx.URL(url).host
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback

@@ -1,4 +1,4 @@
-"""`loraretriever keys`: keys for a server's keys file. Works on the file, not over HTTP."""
+"""`loraretriever keys`: create API keys in a keys file, without a server."""
 
 from __future__ import annotations
 
@@ -9,23 +9,25 @@ import typer
 
 from deployments.cli.client import err, fail, out
 
-commands = typer.Typer(no_args_is_help=True, help="Make keys for a server's keys file.")
+commands = typer.Typer(no_args_is_help=True, help="Create API keys for a server's keys file.")
 Limit = Annotated[int | None, typer.Option(min=0)]
 
 
 @commands.command()
 def new(
-    tenant: Annotated[str, typer.Option(help="whose key it is")],
-    role: Annotated[list[str], typer.Option(help="infer, publish or admin; may be repeated")],
-    id: Annotated[str | None, typer.Option(help="how logs and the catalogue call it; else made up")] = None,
-    file: Annotated[Path | None, typer.Option(help="the keys file it is added to; else its entry is printed")] = None,
+    tenant: Annotated[str, typer.Option(help="tenant of the key")],
+    role: Annotated[list[str], typer.Option(help="infer, publish or admin; repeatable")],
+    id: Annotated[
+        str | None, typer.Option(help="id of the key in logs and in the catalogue; default: generated")
+    ] = None,
+    file: Annotated[Path | None, typer.Option(help="keys file to add the key to; default: print its entry")] = None,
     requests_per_minute: Limit = None,
     tokens_per_minute: Limit = None,
     concurrent_requests: Limit = None,
     max_adapters: Limit = None,
     max_bytes: Limit = None,
 ) -> None:
-    """Make a key and print it, this once: only its hash is kept. A running server takes the file's change at once."""
+    """Create a key and print it once; the file keeps only its hash. A running server reloads the file."""
     limits = {
         "requests_per_minute": requests_per_minute,
         "tokens_per_minute": tokens_per_minute,
@@ -33,7 +35,7 @@ def new(
         "max_adapters": max_adapters,
         "max_bytes": max_bytes,
     }
-    from deployments.auth.key_issuing import add_entry, block_of, make_key  # pydantic and the rest: as in `serve`
+    from deployments.auth.key_issuing import add_entry, block_of, make_key  # imports pydantic
 
     try:
         key, entry = make_key(tenant, role, limits, id)
@@ -42,8 +44,8 @@ def new(
     except (OSError, ValueError) as exc:
         fail(str(exc) if file is None else f"{file}: {exc}")
     if file is None:
-        err.print("the entry for the keys file, then the key, which is not shown again:", style="dim")
+        err.print("entry for the keys file, then the key, which is not shown again:", style="dim")
         out.print(block_of(entry), end="", markup=False, highlight=False, soft_wrap=True)
     else:
-        err.print(f"{entry['id']} is in {file}; the key, which is not shown again:", style="dim", markup=False)
+        err.print(f"added {entry['id']} to {file}; the key, which is not shown again:", style="dim", markup=False)
     out.print(key, markup=False, highlight=False, soft_wrap=True)

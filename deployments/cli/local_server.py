@@ -1,7 +1,8 @@
-"""Runs the application on this machine: a local Ray, Serve, and the way to stop both."""
+"""Run the application on this machine: start and stop a local Ray with Serve."""
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -26,18 +27,18 @@ from deployments.config.app import AppConfig
 from gpu_worker.model.packaged_model import PACKAGED_MODEL, packaged_folder
 
 APP_NAME = "loraretriever"
-# The proxy calls the Ingress by gRPC: on one machine, where no replica vanishes without its connections.
+# The proxy calls the Ingress over gRPC: on one machine, connections break when a replica dies.
 _PROXY_BY_GRPC = {"RAY_SERVE_PROXY_USE_GRPC": "1"}
 _POLL_S = 0.25
 _STARTED_TIMEOUT_S = 60.0
 
 
 class ServerFailed(Exception):
-    """The application did not become ready."""
+    """The application could not start."""
 
 
 class Server:
-    """A context: leaving it stops everything it started."""
+    """A local server. Leaving its context stops everything that it started."""
 
     def __init__(
         self,
@@ -48,11 +49,12 @@ class Server:
         num_cpus: int | None = None,
         metrics_port: int | None = None,
     ) -> None:
-        """`num_cpus`: logical CPUs to place replicas on; None = what the configuration's replicas need at most.
+        """Prepare a server.
 
-        `metrics_port`: where this machine's figures are told; None = any free one.
+        `num_cpus`: logical CPUs for replicas; None = as many as the settings may need.
+        `metrics_port`: port of the Prometheus metrics; None = any free port.
         """
-        self._config, self._host = _answering_to(config, host), host
+        self._config, self._host = _allowing_host(config, host), host
         self._num_cpus = num_cpus or max(config.num_logical_cpus, os.cpu_count() or 1)
         self._port, self._metrics_port = port or free_port(host), metrics_port
 
@@ -61,18 +63,18 @@ class Server:
         return f"http://{f'[{self._host}]' if ':' in self._host else self._host}:{self._port}"
 
     def prepare(self, report: Callable[[str], None]) -> None:
-        """Have the packaged base model converted before any replica asks for it."""
+        """Convert the packaged base model before a replica needs it."""
         if self._config.base_model == PACKAGED_MODEL:
-            report("checking the base model (converted once, about a minute)")
+            report("checking the base model (the first start converts it, which takes about a minute)")
             packaged_folder(self._config.cache_dir)
         report("starting Ray and the deployments")
 
     def start(self) -> str:
-        """Start Ray and the application. Return its URL, which answers once `/ready` does.
+        """Start Ray and the application. Return its URL; `wait_ready` waits until it answers.
 
-        Ray asks for a token, whatever RAY_AUTH_MODE says, unless `allow_unauthenticated_ray` is set. The process and
-        all that it starts write files that only their owner can read. Other drivers of this user find the token in
-        `~/.ray/auth_token`.
+        Ray uses token authentication, whatever RAY_AUTH_MODE says, unless `allow_unauthenticated_ray` is set. Other
+        drivers of this user find the token in `~/.ray/auth_token`. The process and its children create files that only
+        their owner can read.
         """
         check_free(self._host, self._port)
         keep_files_private(Path.home())
@@ -80,10 +82,10 @@ class Server:
         make_private(sessions.parent, os.geteuid())
         if not self._config.allow_unauthenticated_ray:
             use_token_mode()
-        os.environ.update({CALLBACK_VARIABLE: CALLBACK, **_PROXY_BY_GRPC})  # what Ray starts inherits it
+        os.environ.update({CALLBACK_VARIABLE: CALLBACK, **_PROXY_BY_GRPC})  # inherited by Ray's processes
         bypass_http_proxy()
         ray.init(
-            "local",  # whatever RAY_ADDRESS says
+            "local",  # ignores RAY_ADDRESS
             num_cpus=self._num_cpus,
             include_dashboard=False,
             log_to_driver=False,
@@ -96,7 +98,7 @@ class Server:
         return self.url
 
     def wait_ready(self, *, timeout_s: float) -> dict[str, Any]:
-        """What `/ready` says once it says 200. Raises: ServerFailed after `timeout_s`, with what it said last."""
+        """Wait for a 200 from `/ready` and return its body. Raises: ServerFailed after `timeout_s`."""
         deadline = time.monotonic() + timeout_s
         last = "no answer"
         while time.monotonic() < deadline:
@@ -110,15 +112,15 @@ class Server:
                     return answer
                 last = response.text
             time.sleep(_POLL_S)
-        raise ServerFailed(f"not ready after {timeout_s:.0f} s: {last}")
+        raise ServerFailed(f"not ready after {timeout_s:.0f} s; last answer: {last}")
 
     def started(self) -> dict[str, Any]:
-        """Return what `/ready` says, for the operator: with keys too, and with the paths of refused folders."""
+        """Return the state of the start in full, with the paths of refused folders."""
         answer: dict[str, Any] = serve.get_app_handle(APP_NAME).started.remote().result(timeout_s=_STARTED_TIMEOUT_S)
         return answer
 
     def wait_for_interrupt(self) -> None:
-        """Return at SIGINT or SIGTERM."""
+        """Block until SIGINT or SIGTERM."""
         stop = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
@@ -135,14 +137,15 @@ class Server:
             ray.shutdown()
 
 
-def _answering_to(config: AppConfig, host: str) -> AppConfig:
-    """Return the settings with the name that the server listens at among the allowed ones, where that matters."""
+def _allowing_host(config: AppConfig, host: str) -> AppConfig:
+    """Return the settings with `host` added to `allowed_hosts` where the Host header is checked."""
     if ":" in host or (config.keys_file is not None and not config.allowed_hosts):
         return config
     return config.model_copy(update={"allowed_hosts": (*config.allowed_hosts, host.lower())})
 
 
 def free_port(host: str) -> int:
+    """Return a free port of `host`."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.bind((host, 0))
         port: int = probe.getsockname()[1]
@@ -150,10 +153,13 @@ def free_port(host: str) -> int:
 
 
 def check_free(host: str, port: int) -> None:
-    """Raises: ServerFailed when another program listens there, before anything is started."""
+    """Check that the port is free. Raises: ServerFailed."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as exc:
-            raise ServerFailed(f"cannot listen on {host}:{port}: {exc.strerror}") from exc
+            hint = ""
+            if exc.errno == errno.EADDRINUSE:
+                hint = "; is a server already running? --port 0 uses a free port"
+            raise ServerFailed(f"cannot listen on {host}:{port}: {exc.strerror}{hint}") from exc

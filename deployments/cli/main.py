@@ -1,7 +1,8 @@
-"""`loraretriever`: start the server, and talk to it over HTTP."""
+"""Serve one base model with many LoRA adapters: start the server, and call it over HTTP."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,44 +14,58 @@ from deployments.cli import batch, keys, pool, publish, routing, training
 from deployments.cli.client import DEFAULT_URL, Key, Url, call, client_of, err, fail, out, use_key
 from deployments.cli.client import check as check_answer
 
-cli = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+cli = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 for group in (publish, pool, routing, batch, training):
     cli.add_typer(group.commands)
 cli.add_typer(keys.commands, name="keys")
 
 
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        out.print(f"loraretriever {importlib.metadata.version('loraretriever')}", highlight=False)
+        raise typer.Exit()
+
+
+Version = Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")]
+Prompt = Annotated[list[str], typer.Argument(metavar="PROMPT...", help="the prompt; several words are joined")]
+
+
 @cli.callback()
-def options(key: Key = None) -> None:
-    """What goes before every command."""
+def options(key: Key = None, version: Version = False) -> None:
+    """Serve one base model with many LoRA adapters: start the server, and call it over HTTP."""
     use_key(key)
 
 
 @cli.command()
 def serve(
-    config: Annotated[Path | None, typer.Option(help="YAML file of settings; see deployments/config/app.py")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings")] = None,
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="port to listen on; 0 takes a free one")] = 8000,
-    preload: Annotated[list[Path] | None, typer.Option(help="adapter folders published before the start ends")] = None,
-    metrics_port: Annotated[int | None, typer.Option(help="port of the figures, for Prometheus; any free one")] = None,
+    port: Annotated[int, typer.Option(help="port to listen on; 0 uses a free port")] = 8000,
+    preload: Annotated[
+        list[Path] | None, typer.Option(help="adapter folders to publish during the start; repeatable")
+    ] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(help="port of the Prometheus metrics; default: a free port")
+    ] = None,
 ) -> None:
-    """Start the whole application on this machine and serve until interrupted."""
-    from deployments.cli.run_server import run_server  # Ray and torch take seconds to import: only where they are used
+    """Start the server on this machine and run it until interrupted."""
+    from deployments.cli.run_server import run_server  # Ray and torch take seconds to import
 
     _exit_with(run_server(config, preload or [], host, port, metrics_port))
 
 
 @cli.command()
 def ask(
-    prompt: str,
+    prompt: Prompt,
     model: Annotated[str, typer.Option(help="auto, the base model, or an adapter")] = "auto",
-    temperature: float = 0.0,
-    max_tokens: int = 256,
+    temperature: Annotated[float, typer.Option(help="0 always picks the most likely token")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(help="upper bound of the answer's tokens")] = 256,
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Print the answer to one prompt as it comes, and the adapters that gave it."""
+    """Stream the answer to a prompt, then print the adapters that gave it."""
     body = {
         "model": model,
-        "messages": [{"role": "user", "content": prompt}],
+        "messages": [{"role": "user", "content": " ".join(prompt)}],
         "temperature": temperature,
         "max_tokens": max_tokens,
         "stream": True,
@@ -72,9 +87,9 @@ def ask(
 
 
 @cli.command()
-def route(prompt: str, url: Url = DEFAULT_URL) -> None:
-    """Show which adapters would answer, without generating."""
-    plan = call(url, "POST", "/v1/route", json={"prompt": prompt})["data"][0]
+def route(prompt: Prompt, url: Url = DEFAULT_URL) -> None:
+    """Show which adapters would answer a prompt, without generating."""
+    plan = call(url, "POST", "/v1/route", json={"prompt": " ".join(prompt)})["data"][0]
     weights = {adapter["name"]: adapter["weight"] for adapter in plan["adapters"]}
     table = Table("adapter", "score", "weight", title=f"strategy {plan['strategy']}, generation {plan['generation']}")
     for candidate in plan["candidates"]:
@@ -85,11 +100,11 @@ def route(prompt: str, url: Url = DEFAULT_URL) -> None:
 
 @cli.command()
 def check(
-    folder: Path,
+    folder: Annotated[Path, typer.Argument(help="the adapter folder")],
     config: Annotated[Path | None, typer.Option(help="YAML file of settings")] = None,
-    parity: Annotated[bool, typer.Option(help="compare with PEFT: the logits of each strategy")] = False,
+    parity: Annotated[bool, typer.Option(help="compare the logits of each strategy with those of PEFT")] = False,
 ) -> None:
-    """Check an adapter folder as the server would, without a server. What needs the model is checked at publish."""
+    """Check an adapter folder without a server. Publishing also checks what needs the base model."""
     from deployments.cli.run_server import check_adapter  # as in `serve`
 
     _exit_with(check_adapter(folder, config, parity))

@@ -1,4 +1,4 @@
-"""Whether the engine makes of an adapter what PEFT makes of it: first-token logits in float32, for every strategy."""
+"""Compare the first-token logits of the engine with those of PEFT, in float32 and for every strategy."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from lora_store import (
     write_peft_folder,
 )
 
-TOLERANCE = 1e-3  # of a logit; sums in another order differ by less
+TOLERANCE = 1e-3  # of a logit; other summation orders differ by less
 PROMPT = "The parrot says that the weather in the harbour is"
 _HALF = 0.5
 _MAX_LEN = 256
 
 
 def parity_with_peft(folder: Path, config: WorkerConfig) -> dict[str, float]:
-    """The largest difference of any logit between this engine and PEFT, by strategy.
+    """Return the largest logit difference between this engine and PEFT, by strategy.
 
-    `mixture` and `fusion` are over the adapter and a disturbed copy of it that has one rank more, half and half.
-    PEFT's side: the adapter itself; its `cat` combination; an adapter merged by hand, (Σ m A, Σ m B) padded with zeros.
+    `mixture` and `fusion` combine the adapter and a noisy copy of it, which has one more rank, with equal weights.
+    PEFT computes the adapter itself, its `cat` combination, and the merged adapter (Σ m A, Σ m B) padded with zeros.
     """
     adapter = read_peft_folder(folder).modules
-    other = _disturbed(adapter)
+    other = _noisy(adapter)
     plans = {
         "selection": _plan("selection", adapter=1.0),
         "mixture": _plan("mixture", adapter=_HALF, other=_HALF),
@@ -53,24 +53,24 @@ def parity_with_peft(folder: Path, config: WorkerConfig) -> dict[str, float]:
     return {strategy: float((found[strategy] - expected[strategy]).abs().max()) for strategy in plans}
 
 
-def _disturbed(modules: Mapping[str, ModuleWeights]) -> dict[str, ModuleWeights]:
-    """Every tensor with noise of a tenth of its size, and one more rank of noise alone."""
+def _noisy(modules: Mapping[str, ModuleWeights]) -> dict[str, ModuleWeights]:
+    """Return the modules with noise of a tenth of their standard deviation, and one more rank of noise."""
     random = torch.Generator().manual_seed(0)
 
-    def disturb(tensor: Tensor, rank_dim: int) -> Tensor:
+    def add_noise(tensor: Tensor, rank_dim: int) -> Tensor:
         size = 0.1 * float(tensor.float().std(correction=0))
         more = torch.zeros_like(tensor.narrow(rank_dim, 0, 1))
         wider = torch.cat((tensor, more), rank_dim).float()
         return wider + size * torch.randn(wider.shape, generator=random)
 
     return {
-        name: ModuleWeights(disturb(module.lora_a, 0), disturb(module.lora_b, 1), module.scaling)
+        name: ModuleWeights(add_noise(module.lora_a, 0), add_noise(module.lora_b, 1), module.scaling)
         for name, module in modules.items()
     }
 
 
 def _fused(*adapters: Mapping[str, ModuleWeights]) -> dict[str, ModuleWeights]:
-    """A = Σ m A_s and B = Σ m · scaling_s · B_s, narrower ones padded with zeros: the average of the parameters."""
+    """Average the parameters: A = Σ m A_s and B = Σ m · scaling_s · B_s, padded with zeros to the largest rank."""
     fused = {}
     for name in adapters[0]:
         modules = [adapter[name] for adapter in adapters]
@@ -91,7 +91,7 @@ def _plan(strategy: Strategy, **weights: float) -> Plan:
 def _engine_logits(
     config: WorkerConfig, adapters: Mapping[str, Mapping[str, ModuleWeights]], plans: Mapping[str, Plan]
 ) -> tuple[list[int], dict[str, Tensor]]:
-    """(the prompt's tokens, the logits after it by strategy), all in one batch."""
+    """Return the prompt's tokens and the logits after it by strategy, computed in one batch."""
     pool = {name: AdapterWeights(name, dict(modules)) for name, modules in adapters.items()}
     config = replace(
         config,
@@ -113,8 +113,8 @@ def _engine_logits(
         engine.submit(rows[strategy])
     engine.run_until_idle()
     engine.close()
-    for event in (event for heard in events.values() for event in heard if isinstance(event, Exception)):
-        raise event
+    for error in (event for row_events in events.values() for event in row_events if isinstance(event, Exception)):
+        raise error
     row = next(iter(rows.values()))
     return row.tokens[: row.num_prompt_tokens], {strategy: _logits_of(row) for strategy, row in rows.items()}
 
@@ -137,14 +137,14 @@ def _peft_logits(
     fused: Mapping[str, ModuleWeights],
     tokens: Sequence[int],
 ) -> dict[str, Tensor]:
-    """The same by PEFT, over transformers' own attention."""
+    """Return the logits by strategy, computed by PEFT and transformers."""
     base = AutoModelForCausalLM.from_pretrained(model_source(config), dtype=torch.float32, attn_implementation="eager")
-    with tempfile.TemporaryDirectory() as made:
-        # The copy comes first: PEFT scales a concatenation by 1 only where its first adapter is not rank-stabilised.
+    with tempfile.TemporaryDirectory() as folder_of_copies:
+        # The copy must be first: PEFT scales a concatenation by 1 only if its first adapter is not rank-stabilised.
         for name, modules in (("other", other), ("fusion", fused)):
-            write_peft_folder(Path(made) / name, modules, base_model=config.base_model)
-        model = PeftModel.from_pretrained(base, str(Path(made) / "other"), adapter_name="other").eval()
-        model.load_adapter(str(Path(made) / "fusion"), adapter_name="fusion")
+            write_peft_folder(Path(folder_of_copies) / name, modules, base_model=config.base_model)
+        model = PeftModel.from_pretrained(base, str(Path(folder_of_copies) / "other"), adapter_name="other").eval()
+        model.load_adapter(str(Path(folder_of_copies) / "fusion"), adapter_name="fusion")
         model.load_adapter(str(folder), adapter_name="selection")
     model.add_weighted_adapter(["other", "selection"], [_HALF, _HALF], "mixture", combination_type="cat")
     logits = {}

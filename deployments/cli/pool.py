@@ -1,4 +1,4 @@
-"""The commands that show the pool and change it."""
+"""The commands that show and change the pool."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from urllib.parse import quote
 import typer
 from rich.table import Table
 
-from deployments.cli.client import DEFAULT_URL, Url, call, client_of, err, follow, message_of, out
+from deployments.cli.client import DEFAULT_URL, Url, call, client_of, follow, message_of, out, show_error
 
 commands = typer.Typer()
-Name = Annotated[str, typer.Argument(help="an adapter's name")]
+Name = Annotated[str, typer.Argument(help="name of the adapter")]
 
 
 @commands.command("list")
 def list_adapters(url: Url = DEFAULT_URL) -> None:
-    """List the pool."""
+    """List the adapters of the pool."""
     rows: list[dict[str, Any]] = []
     answer: dict[str, Any] = {"has_more": True, "last_id": ""}
     while answer["has_more"]:
@@ -32,7 +32,7 @@ def list_adapters(url: Url = DEFAULT_URL) -> None:
 
 @commands.command()
 def show(name: Name, url: Url = DEFAULT_URL) -> None:
-    """Show one adapter and the versions of it that are kept."""
+    """Show an adapter and its versions."""
     answer = call(url, "GET", f"/v1/loras/{quote(name, safe='')}")
     versions = Table("digest", "state", "generation", "published", "by", "source")
     for row in answer.pop("versions"):
@@ -47,18 +47,18 @@ def show(name: Name, url: Url = DEFAULT_URL) -> None:
 
 @commands.command()
 def withdraw(
-    names: Annotated[list[str], typer.Argument(help="adapters to take out of the pool")], url: Url = DEFAULT_URL
+    names: Annotated[list[str], typer.Argument(help="adapters to remove from the pool")], url: Url = DEFAULT_URL
 ) -> None:
-    """Take adapters out of the pool, with all their versions."""
+    """Remove adapters with all their versions from the pool."""
     failed = 0
     with client_of(url) as client:
         for name in names:
             response = client.delete(f"/v1/loras/{quote(name, safe='')}")
             if response.is_error:
                 failed += 1
-                err.print(f"{name}: {message_of(response)}", style="red", markup=False, soft_wrap=True)
+                show_error(f"{name}: {message_of(response)}")
             else:
-                out.print(f"{name} is gone at generation {response.json()['generation']}", markup=False)
+                out.print(f"{name} was withdrawn at generation {response.json()['generation']}", markup=False)
     if failed:
         raise typer.Exit(1)
 
@@ -66,12 +66,16 @@ def withdraw(
 @commands.command()
 def rollback(
     name: Name,
-    to: Annotated[str | None, typer.Option(help="beginning of a kept version's digest; else the one before")] = None,
+    to: Annotated[
+        str | None, typer.Option(help="digest of a kept version, or its beginning; default: the previous version")
+    ] = None,
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Publish a kept version of an adapter again."""
+    """Make an earlier version of an adapter live again."""
     answer = call(url, "POST", f"/v1/loras/{quote(name, safe='')}/rollback", json={} if to is None else {"digest": to})
-    out.print(f"{answer['name']} is {answer['digest'][:12]} again at generation {answer['generation']}", markup=False)
+    out.print(
+        f"{answer['name']} is back at {answer['digest'][:12]} since generation {answer['generation']}", markup=False
+    )
 
 
 @commands.command()
@@ -80,7 +84,7 @@ def visibility(
     wanted: Annotated[str, typer.Argument(help="public or private", metavar="VISIBILITY")],
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Say who may name an adapter and find it: all tenants, or its own alone."""
+    """Set whether all tenants may use an adapter, or only its own."""
     answer = call(url, "PATCH", f"/v1/loras/{quote(name, safe='')}", json={"visibility": wanted})
     out.print(f"{answer['name']} is {answer['visibility']} at generation {answer['generation']}", markup=False)
 
@@ -88,10 +92,10 @@ def visibility(
 @commands.command()
 def approve(
     name: Name,
-    digest: Annotated[str | None, typer.Option(help="the whole digest of the version you looked at")] = None,
+    digest: Annotated[str | None, typer.Option(help="full digest of the version that you have reviewed")] = None,
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Let `auto` choose a public adapter's live version for every tenant. Without --digest, show it and ask."""
+    """Let `auto` choose the live version of a public adapter for every tenant. Without --digest, ask first."""
     path = f"/v1/loras/{quote(name, safe='')}"
     if digest is None:
         digest = _confirmed(call(url, "GET", path))
@@ -102,7 +106,7 @@ def approve(
 
 
 def _confirmed(shown: dict[str, Any]) -> str:
-    """Return the digest of the live version once the user has agreed to approve it; else end the command."""
+    """Show the live version and ask for confirmation. Return its digest, or exit."""
     for field in ("id", "digest", "visibility", "num_samples", "tags", "created_at"):
         out.print(f"{field}: {shown[field]}", markup=False, highlight=False, soft_wrap=True)
     typer.confirm("Approve this version for every tenant?", abort=True)
@@ -112,10 +116,10 @@ def _confirmed(shown: dict[str, Any]) -> str:
 
 @commands.command()
 def verify(url: Url = DEFAULT_URL) -> None:
-    """Read every stored blob again and compare it with its digest."""
+    """Compare every stored blob with its digest."""
     result = follow(url, "/v1/pool/verify", {}, "verifying")
     for problem in result["problems"]:
-        err.print(f"{problem['adapter']}: {problem['problem']}", style="red", markup=False, soft_wrap=True)
+        show_error(f"{problem['adapter']}: {problem['problem']}")
     out.print(f"{result['num_blobs']} blobs, {len(result['problems'])} bad")
     if result["problems"]:
         raise typer.Exit(1)
@@ -123,21 +127,21 @@ def verify(url: Url = DEFAULT_URL) -> None:
 
 @commands.command()
 def gc(
-    retention: Annotated[float, typer.Option(help="seconds: what was written later is left alone")] = 86_400,
+    retention: Annotated[float, typer.Option(help="seconds; blobs written more recently are kept")] = 86_400,
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Remove what nothing in the pool refers to any more."""
+    """Delete stored blobs that no version refers to."""
     answer = call(url, "POST", "/v1/pool/gc", json={"retention_s": retention})
     out.print(f"removed {answer['num_blobs']} blobs, {answer['num_bytes']} bytes")
 
 
 @commands.command()
 def reindex(
-    encoder: Annotated[str, typer.Option(help="a sentence-transformers model: a folder, or a hub id")],
+    encoder: Annotated[str, typer.Option(help="sentence-transformers model: a folder or a hub id")],
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Embed the pool with another encoder beside the old index, then search by it."""
+    """Embed the pool with another encoder, then switch to it. The old index serves until then."""
     result = follow(url, "/v1/pool/reindex", {"encoder": encoder}, "embedding")
     behind = result["replicas"]["behind"]
-    note = f" ({behind} replicas do not have it yet)" if behind else ""
-    out.print(f"the pool is searched by {encoder} since generation {result['generation']}{note}", markup=False)
+    note = f" ({behind} replicas are not up to date yet)" if behind else ""
+    out.print(f"the pool uses {encoder} since generation {result['generation']}{note}", markup=False)

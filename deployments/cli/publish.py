@@ -1,4 +1,4 @@
-"""`loraretriever publish`: many folders in few requests, and again what the server could not do just then."""
+"""`loraretriever publish`: send many folders in few requests, and retry those that the server had no room for."""
 
 from __future__ import annotations
 
@@ -14,47 +14,57 @@ import httpx
 import typer
 from rich.progress import track
 
-from deployments.cli.client import DEFAULT_URL, Url, client_of, err, has_key, is_this_machine, message_of, out
+from deployments.cli.client import (
+    DEFAULT_URL,
+    Url,
+    client_of,
+    err,
+    has_key,
+    is_this_machine,
+    message_of,
+    out,
+    show_error,
+)
 from deployments.publishing.adapter_folders import adapter_files, adapter_folders, linked_files, open_plain
 
 commands = typer.Typer()
 _BATCH = 64
 _REQUESTS_AT_ONCE = 2
 _PAUSES_S = (1.0, 2.0, 4.0)
-_TRY_AGAIN = 503
-Answered = tuple[Path, dict[str, Any]]  # a folder, and what the server says of it: a status, and an error or the rest
+_UNAVAILABLE = 503
+Answered = tuple[Path, dict[str, Any]]  # a folder, and the status with the error or the result
 
 
 @dataclass(frozen=True, slots=True)
-class Publishing:
-    """Publishes folders through one client. `fields`: name, tags, template and visibility, where they were given."""
+class FolderPublisher:
+    """Publishes folders through one client. `fields`: the name, tags, template and visibility that were given."""
 
     client: httpx.Client
     fields: dict[str, Any]
     sleep: Callable[[float], None] = time.sleep
 
     def by_path(self, folders: Sequence[Path]) -> Iterator[Answered]:
-        """The server reads the folders itself, many in one commit, and has the next request before it is done."""
+        """Let the server read the folders, many per commit, with up to two requests at once."""
         batches = [folders[start : start + _BATCH] for start in range(0, len(folders), _BATCH)]
         pool = ThreadPoolExecutor(_REQUESTS_AT_ONCE)
         try:
             for answered in pool.map(lambda batch: list(self._until_done(batch, self._post_paths)), batches):
                 yield from answered
         finally:
-            pool.shutdown(cancel_futures=True)  # an interrupted command sends no more
+            pool.shutdown(cancel_futures=True)  # an interrupted command stops sending
 
     def by_upload(self, folders: Sequence[Path]) -> Iterator[Answered]:
-        """The folders' files are sent, one folder a request."""
+        """Send the files of the folders, one folder per request."""
         for folder in folders:
             yield from self._until_done([folder], self._post_files)
 
     def _until_done(
         self, folders: Sequence[Path], post: Callable[[Sequence[Path]], Sequence[dict[str, Any]]]
     ) -> Iterator[Answered]:
-        """Every folder's last answer: those the server has no time for are sent again, after a pause."""
+        """Yield the last answer for every folder. Folders that got a 503 are sent again after a pause."""
         for pause_s in (*_PAUSES_S, None):
             answered = list(zip(folders, post(folders), strict=True))
-            again = [folder for folder, answer in answered if answer["status"] == _TRY_AGAIN and pause_s is not None]
+            again = [folder for folder, answer in answered if answer["status"] == _UNAVAILABLE and pause_s is not None]
             yield from ((folder, answer) for folder, answer in answered if folder not in again)
             if not again or pause_s is None:
                 return
@@ -75,7 +85,9 @@ class Publishing:
             return [{"status": 400, "error": {"message": _link_message(links[0])}}]
         paths = adapter_files(folder)
         if not paths:
-            return [{"status": 404, "error": {"message": "there is no adapter"}}]
+            return [
+                {"status": 404, "error": {"message": "no adapter here: a folder with adapter_config.json is needed"}}
+            ]
         with ExitStack() as opened:
             files = [("files", (path.name, opened.enter_context(open_plain(path)))) for path in paths]
             data = {"name": folder.resolve().name, **self.fields}
@@ -85,49 +97,58 @@ class Publishing:
 
 @commands.command()
 def publish(
-    folders: Annotated[list[Path], typer.Argument(help="adapter folders, or folders that hold adapter folders")],
-    name: Annotated[str | None, typer.Option(help="its name, for one adapter; else its folder's")] = None,
-    tag: Annotated[list[str] | None, typer.Option(help="a tag that requests may filter by; may be repeated")] = None,
-    template: Annotated[str | None, typer.Option(help="the prompt template: alpaca or chat")] = None,
-    public: Annotated[bool | None, typer.Option("--public/--private", help="who may find it; else as it is")] = None,
-    upload: Annotated[bool, typer.Option(help="send the files also to a server on this machine")] = False,
+    folders: Annotated[list[Path], typer.Argument(help="adapter folders, or folders of adapter folders")],
+    name: Annotated[str | None, typer.Option(help="name of the adapter; default: name of its folder")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="tag for filtering; repeatable")] = None,
+    template: Annotated[str | None, typer.Option(help="prompt template: alpaca or chat")] = None,
+    public: Annotated[
+        bool | None, typer.Option("--public/--private", help="whether all tenants may use it; default: unchanged")
+    ] = None,
+    upload: Annotated[bool, typer.Option(help="upload the files even if the server is on this machine")] = False,
     url: Url = DEFAULT_URL,
 ) -> None:
     """Publish adapters to a running server."""
     found = {folder: adapter_folders(folder) or [folder] for folder in folders}
     adapters = [adapter for group in found.values() for adapter in group]
     if name is not None and len(adapters) != 1:
-        raise typer.BadParameter(f"one name does not go with {len(adapters)} adapters", param_hint="--name")
+        raise typer.BadParameter(f"one name cannot be used for {len(adapters)} adapters", param_hint="--name")
     visibility = None if public is None else "public" if public else "private"
     given = {"name": name, "tags": tag, "template": template, "visibility": visibility}
     with client_of(url) as client:
-        publishing = Publishing(client, {key: value for key, value in given.items() if value})
-        # A server with keys takes no paths, unless it is set to.
+        publisher = FolderPublisher(client, {key: value for key, value in given.items() if value})
+        # A server with keys does not read local paths by default.
         by_path = is_this_machine(url) and not upload and not has_key()
-        send = publishing.by_path if by_path else publishing.by_upload
+        send = publisher.by_path if by_path else publisher.by_upload
         failed = _report(send(adapters), len(adapters))
     if failed:
         raise typer.Exit(1)
 
 
 def _report(answers: Iterable[Answered], total: int) -> int:
-    """Say of each folder what became of it; how many failed."""
+    """Print the outcome for each folder. Return the number of failures."""
     failed = 0
     for folder, answer in track(answers, "publishing", total, console=err, transient=True, disable=total == 1):
         if "error" in answer:
             failed += 1
-            err.print(f"{folder}: {answer['error']['message']}", style="red", markup=False, soft_wrap=True)
+            show_error(_named(folder, answer["error"]["message"]))
             continue
-        notes = [] if answer["found_by_auto"] else ["no samples: by name only"]
+        notes = [] if answer["found_by_auto"] else ["by name only: add lora_samples.jsonl or description.txt for auto"]
         if behind := answer["replicas"]["behind"]:
-            notes.append(f"{behind} replicas do not have it yet")
+            notes.append(f"{behind} replicas are not up to date yet")
         note = f" ({'; '.join(notes)})" if notes else ""
         out.print(f"{answer['name']} is live at generation {answer['generation']}{note}", markup=False)
+    if total > 1 and failed:
+        err.print(f"{total - failed} live, {failed} refused", highlight=False)
     return failed
 
 
+def _named(folder: Path, message: str) -> str:
+    """Return the message with the folder in front, unless it names the adapter already."""
+    return message if f"adapter {folder.resolve().name!r}" in message else f"{folder}: {message}"
+
+
 def _link_message(link: Path) -> str:
-    return f"{link.name} is a symbolic link and may lead to any file of this machine: replace it by a copy of the file"
+    return f"{link.name} is a symbolic link, which could point to any file: replace it by a copy of the file"
 
 
 def _refusal(response: httpx.Response) -> dict[str, Any]:

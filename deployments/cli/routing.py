@@ -1,4 +1,4 @@
-"""The commands that judge how well adapters are found."""
+"""The commands that measure routing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BATCH = 32
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """A prompt, and the adapters that would be right for it."""
+    """A prompt with its correct adapters."""
 
     prompt: str
     adapters: frozenset[str]
@@ -30,10 +30,12 @@ class Labelled:
 
 @commands.command("eval-routing")
 def eval_routing(
-    file: Annotated[Path, typer.Argument(help='lines {"input" or "prompt": text, "adapter": name or list of names}')],
+    file: Annotated[
+        Path, typer.Argument(help='JSON lines {"input" or "prompt": text, "adapter": name or list of names}')
+    ],
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Measure how often the right adapter is among the first 1, 3, 5 and 8 found, and how often none is."""
+    """Measure how often a correct adapter is among the best 1, 3, 5 and 8 candidates, and how often `auto` abstains."""
     rows = read_labelled(file)
     hits, num_abstained = dict.fromkeys(_RANKS, 0), 0
     with client_of(url) as client:
@@ -50,30 +52,32 @@ def eval_routing(
 
 
 def read_labelled(file: Path) -> list[Labelled]:
-    """The file's rows; a line that is none ends the command and is named."""
+    """Read the rows of the file. Print the first invalid line and exit if there is one."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        fail(f"{file}: no such file")
     except (OSError, UnicodeDecodeError) as exc:
         fail(f"{file}: {exc}")
     rows = [_labelled(line, f"{file}:{number}") for number, line in enumerate(lines, start=1) if line.strip()]
-    return rows or fail(f"{file} holds no prompts")
+    return rows or fail(f"{file}: contains no prompts")
 
 
 def _labelled(line: str, place: str) -> Labelled:
     try:
         raw = json.loads(line)
     except ValueError as exc:
-        fail(f"{place} is no JSON: {exc}")
+        fail(f"{place}: invalid JSON: {exc}")
     prompt = (raw.get("input") or raw.get("prompt")) if isinstance(raw, dict) else None
     adapters = raw.get("adapter") if isinstance(raw, dict) else None
     names = [adapters] if isinstance(adapters, str) else adapters
     if not isinstance(prompt, str) or not isinstance(names, list) or not names:
-        fail(f'{place} must be {{"input" or "prompt": text, "adapter": name or list of names}}')
+        fail(f'{place}: must be {{"input" or "prompt": text, "adapter": name or list of names}}')
     return Labelled(prompt, frozenset(map(str, names)))
 
 
 def _plans(client: httpx.Client, rows: Sequence[Labelled]) -> Iterator[tuple[Labelled, dict[str, Any]]]:
-    """Every row with the server's plan for it."""
+    """Yield every row with the plan of the server."""
     for start in range(0, len(rows), _BATCH):
         batch = rows[start : start + _BATCH]
         body = {"prompt": [row.prompt for row in batch], "lora": {"k": max(_RANKS), "explain": True}}
@@ -84,10 +88,10 @@ def _plans(client: httpx.Client, rows: Sequence[Labelled]) -> Iterator[tuple[Lab
 
 @commands.command()
 def doctor(url: Url = DEFAULT_URL) -> None:
-    """Ask by every adapter's own samples, and say which adapters are hard to find or stand in each other's way."""
-    report = follow(url, "/v1/pool/doctor", {}, "asking")
+    """Route the samples of every adapter, and report adapters that are hard to find or collide."""
+    report = follow(url, "/v1/pool/doctor", {}, "routing")
     k = report["k"]
-    shares = f"its own adapter first {report['first_share']:.1%}, among the first {k} {report['found_share']:.1%}"
+    shares = f"own adapter first {report['first_share']:.1%}, among the best {k} {report['found_share']:.1%}"
     out.print(f"{report['num_adapters']} adapters, {report['num_samples']} samples: {shares}")
     for row in report["collisions"]:
         first, second = row["adapters"]
@@ -96,7 +100,7 @@ def doctor(url: Url = DEFAULT_URL) -> None:
             f"collision: {first} and {second}, cosine {row['cosine']:.3f}, {swapped} samples swapped", markup=False
         )
     for row in report["always_shadowed"]:
-        out.print(f"always shadowed: {row['name']}, by {row['by']}", markup=False)
-    for what, key in (("never chosen", "never_chosen"), ("samples unreadable", "unreadable")):
+        out.print(f"never first: {row['name']}, behind {row['by']}", markup=False)
+    for title, key in (("never chosen", "never_chosen"), ("unreadable samples", "unreadable")):
         for name in report[key]:
-            out.print(f"{what}: {name}", markup=False)
+            out.print(f"{title}: {name}", markup=False)

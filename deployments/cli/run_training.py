@@ -1,4 +1,4 @@
-"""What `loraretriever train-retriever` does, once the command line is read."""
+"""Run `loraretriever train-retriever`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from deployments.cli.client import err, out
+from deployments.cli.client import err, out, show_error
 from deployments.config.app import load_config
 from lora_store import LoraStore, LoraStoreError
 from retriever_svc import RetrieverError, TooFewSamples, choose_tasks
@@ -20,8 +20,8 @@ from retriever_svc.training import TrainingSettings, train_encoder
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """The command line. One of `store` and `samples` is None."""
+class TrainingJob:
+    """The command line. Either `store` or `samples` is None."""
 
     target: Path
     store: str | None
@@ -33,34 +33,34 @@ class Wanted:
     epochs: int
 
 
-def run_training(wanted: Wanted) -> int:
-    """The exit code."""
+def run_training(job: TrainingJob) -> int:
+    """Train the encoder. Return the exit code."""
     try:
-        texts = _wanted_texts(wanted)
+        texts = _texts_of(job)
         started = time.monotonic()
-        _train(wanted, texts)
+        _train(job, texts)
     except (RetrieverError, LoraStoreError, ValueError, OSError) as exc:
-        err.print(str(exc), style="red", markup=False, soft_wrap=True)
+        show_error(str(exc))
         return 1
     took_s = time.monotonic() - started
-    out.print(f"{wanted.target} was trained on {len(texts)} tasks in {took_s:.0f} s", markup=False, soft_wrap=True)
+    out.print(f"trained {job.target} on {len(texts)} tasks in {took_s:.0f} s", markup=False, soft_wrap=True)
     return 0
 
 
-def _wanted_texts(wanted: Wanted) -> dict[str, list[str]]:
-    """Raises: TooFewSamples: nothing to draw from. ValueError, naming the file's line."""
-    if wanted.samples is not None:
-        texts, source = read_texts(wanted.samples), str(wanted.samples)
+def _texts_of(job: TrainingJob) -> dict[str, list[str]]:
+    """Return the texts to train on, by task. Raises: TooFewSamples; ValueError, naming the line of the file."""
+    if job.samples is not None:
+        texts, source = read_texts(job.samples), str(job.samples)
     else:
-        source = load_config(None, store_uri=wanted.store).store_uri
-        texts = stored_texts(source, wanted.tenant)
+        source = load_config(None, store_uri=job.store).store_uri
+        texts = stored_texts(source, job.tenant)
     if not texts:
         raise TooFewSamples(f"{source} has no samples to train on")
-    return {task: texts[task] for task in choose_tasks(list(texts), wanted.share, wanted.seed)}
+    return {task: texts[task] for task in choose_tasks(list(texts), job.share, job.seed)}
 
 
 def stored_texts(store_uri: str, tenant: str) -> dict[str, list[str]]:
-    """The sample texts of each adapter that `tenant` may name, by the name it has for that tenant."""
+    """Return the samples of each adapter that `tenant` can use, by the adapter's name for that tenant."""
     store = LoraStore(store_uri, accepts_base=())
     records = [record for record in store.snapshot().records.values() if record.is_visible_to(tenant)]
     return {
@@ -71,7 +71,7 @@ def stored_texts(store_uri: str, tenant: str) -> dict[str, list[str]]:
 
 
 def read_texts(file: Path) -> dict[str, list[str]]:
-    """The file's texts by task. Raises: OSError; ValueError naming the first line that is none."""
+    """Return the texts of the file by task. Raises: OSError; ValueError, naming the first invalid line."""
     texts: defaultdict[str, list[str]] = defaultdict(list)
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
         if line.strip():
@@ -84,23 +84,23 @@ def _read_line(line: str, place: str) -> tuple[str, str]:
     try:
         raw = json.loads(line)
     except ValueError as exc:
-        raise ValueError(f"{place} is no JSON: {exc}") from exc
+        raise ValueError(f"{place}: invalid JSON: {exc}") from exc
     task, text = (raw.get("task"), raw.get("text")) if isinstance(raw, dict) else (None, None)
     if not isinstance(task, str) or not isinstance(text, str) or not task or not text.strip():
-        raise ValueError(f'{place} must be {{"task": name, "text": text}}')
+        raise ValueError(f'{place}: must be {{"task": name, "text": text}}')
     return task, text
 
 
-def _train(wanted: Wanted, texts: Mapping[str, Sequence[str]]) -> None:
-    settings = TrainingSettings(num_epochs=wanted.epochs, seed=wanted.seed)
+def _train(job: TrainingJob, texts: Mapping[str, Sequence[str]]) -> None:
+    settings = TrainingSettings(num_epochs=job.epochs, seed=job.seed)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True) as shown:
-        bar = shown.add_task(f"training on {len(texts)} tasks", total=None)
+    with Progress(*columns, console=err, transient=True) as progress:
+        bar = progress.add_task(f"training on {len(texts)} tasks", total=None)
         train_encoder(
             texts,
-            wanted.target,
-            model=wanted.encoder or DEFAULT_MODEL,
+            job.target,
+            model=job.encoder or DEFAULT_MODEL,
             settings=settings,
-            about={"share": wanted.share},
-            progress=lambda done, total: shown.update(bar, completed=done, total=total),
+            about={"share": job.share},
+            progress=lambda done, total: progress.update(bar, completed=done, total=total),
         )

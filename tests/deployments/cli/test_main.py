@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from deployments.cli import run_server
+from deployments.cli.client import server_url
 from deployments.cli.local_server import free_port
 from lora_store import ModuleWeights, Sample, write_peft_folder
 from tests.deployments.adapter_records import BASE
@@ -63,7 +65,57 @@ def test_every_reason_against_a_bad_folder_is_told(folder: Path, config: Path) -
 def test_a_missing_folder_is_refused(tmp_path: Path, config: Path) -> None:
     result = run("check", tmp_path / "nowhere", "--config", config)
     assert result.exit_code == 1
-    assert "refused" in result.stderr
+    assert words(result.stderr).endswith("nowhere: no such folder")
+
+
+def test_a_file_or_a_folder_of_adapters_is_refused_with_the_folder_to_give(folder: Path, config: Path) -> None:
+    result = run("check", folder / "adapter_config.json", "--config", config)
+    assert "is a file; give the folder that contains it" in words(result.stderr)
+    result = run("check", folder.parent, "--config", config)
+    assert words(result.stderr).endswith("adapter_config.json is missing; found adapters in poet")
+
+
+@pytest.mark.parametrize(
+    ("count", "hint"),
+    [(0, "auto cannot find it"), (1, "1 sample, fit"), (2, "more reliably with 20"), (20, "to publish")],
+)
+def test_check_says_how_well_auto_will_find_the_adapter(folder: Path, config: Path, count: int, hint: str) -> None:
+    lines = [json.dumps({"input": f"Verse {number}."}) for number in range(count)]
+    (folder / "lora_samples.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    if not count:
+        (folder / "lora_samples.jsonl").unlink()
+    result = run("check", folder, "--config", config)
+    assert result.exit_code == 0, result.stderr
+    assert hint in words(result.stdout)
+
+
+def test_the_version_is_printed() -> None:
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, f"loraretriever {importlib.metadata.version('loraretriever')}\n")
+
+
+def test_shells_get_completion() -> None:
+    assert "--install-completion" in run("--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("given", "url"),
+    [
+        ("127.0.0.1:8000", "http://127.0.0.1:8000"),
+        ("http://127.0.0.1:8000/v1", "http://127.0.0.1:8000"),
+        ("https://host/v1/", "https://host"),
+        ("https://host/prefix/", "https://host/prefix"),
+    ],
+)
+def test_a_url_needs_no_scheme_and_may_end_in_v1(given: str, url: str) -> None:
+    assert server_url(given) == url
+
+
+def test_the_url_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    with scripted((404, {"error": {"message": "no such model"}})) as server:
+        monkeypatch.setenv("LORARETRIEVER_URL", server.url.removeprefix("http://") + "/v1")
+        run("ask", "Hi")
+    assert server.asked == [("POST", "/v1/chat/completions")]
 
 
 @pytest.mark.parametrize(
@@ -95,6 +147,7 @@ def test_serve_says_that_its_port_is_in_use(config: Path) -> None:
         result = run("serve", "--config", config, "--port", port)
     assert result.exit_code == 1
     assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in words(result.stderr)
+    assert "--port 0 uses a free port" in words(result.stderr)
 
 
 def test_serve_names_a_preloaded_folder_that_holds_no_adapter(config: Path, tmp_path: Path) -> None:
@@ -131,7 +184,7 @@ def test_ask_prints_the_text_as_it_comes_and_the_adapters() -> None:
     lora = {"strategy": "mixture", "adapters": [{"name": "poet", "weight": 0.5}, {"name": "coder", "weight": 0.5}]}
     body = events_of(delta("", lora=lora), delta("Hel"), delta("lo [b]"), {"choices": []})
     with scripted((200, body)) as server:
-        result = run("ask", "Hi", "--url", server.url, "--model", "poet", "--max-tokens", 7)
+        result = run("ask", "Hi", "there", "--url", server.url, "--model", "poet", "--max-tokens", 7)
     assert server.asked == [("POST", "/v1/chat/completions")]
     assert result.exit_code == 0
     assert result.stdout == "Hello [b]\n"
@@ -139,7 +192,7 @@ def test_ask_prints_the_text_as_it_comes_and_the_adapters() -> None:
     assert [(s["model"], s["max_tokens"], s["temperature"], s["stream"]) for s in server.sent] == [
         ("poet", 7, 0.0, True)
     ]
-    assert server.sent[0]["messages"] == [{"role": "user", "content": "Hi"}]
+    assert server.sent[0]["messages"] == [{"role": "user", "content": "Hi there"}]
 
 
 def test_ask_fails_with_the_streams_error() -> None:
@@ -153,7 +206,7 @@ def test_ask_fails_with_the_streams_error() -> None:
 
 @pytest.mark.parametrize(
     ("body", "said"),
-    [({"error": {"message": "no such model"}}, "no such model"), ("<html>", "the server answered 404")],
+    [({"error": {"message": "no such model"}}, "no such model"), ("<html>", "the server answered with status 404")],
 )
 def test_a_refusal_is_told_in_the_servers_words(body: Any, said: str) -> None:
     with scripted((404, body)) as server:

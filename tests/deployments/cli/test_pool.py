@@ -49,7 +49,7 @@ def test_withdraw_goes_on_after_a_refusal_and_fails_at_the_end() -> None:
     assert result.exit_code == 1
     assert server.asked == [("DELETE", "/v1/loras/nobody"), ("DELETE", "/v1/loras/poet")]
     assert "nobody: no adapter 'nobody'" in words(result.stderr)
-    assert "poet is gone at generation 5" in words(result.stdout)
+    assert "poet was withdrawn at generation 5" in words(result.stdout)
 
 
 def test_names_cannot_leave_their_place_in_the_path() -> None:
@@ -63,7 +63,7 @@ def test_rollback_names_the_version_that_is_live_again(options: tuple[str, ...],
     with scripted((201, {"name": "poet", "digest": "d" * 64, "generation": 9})) as server:
         result = run("rollback", "poet", *options, "--url", server.url)
     assert (server.asked, server.sent) == ([("POST", "/v1/loras/poet/rollback")], [body])
-    assert f"poet is {'d' * 12} again at generation 9" in words(result.stdout)
+    assert f"poet is back at {'d' * 12} since generation 9" in words(result.stdout)
 
 
 def test_verify_tells_how_many_blobs_are_sound() -> None:
@@ -91,13 +91,13 @@ def test_gc_tells_what_it_removed(options: tuple[str, ...], seconds: float) -> N
     assert "removed 3 blobs, 12 bytes" in words(result.stdout)
 
 
-@pytest.mark.parametrize(("behind", "note"), [(0, ""), (2, " (2 replicas do not have it yet)")])
-def test_reindex_tells_from_when_the_pool_is_searched_anew(behind: int, note: str) -> None:
+@pytest.mark.parametrize(("behind", "note"), [(0, ""), (2, " (2 replicas are not up to date yet)")])
+def test_reindex_prints_since_when_the_pool_uses_the_encoder(behind: int, note: str) -> None:
     result_line = {"result": {"encoder": "other", "generation": 9, "replicas": {"ready": 1, "behind": behind}}}
     with scripted((200, lines({"done": 2, "total": 2}, result_line))) as server:
         result = run("reindex", "--encoder", "other", "--url", server.url)
     assert (server.asked, server.sent) == ([("POST", "/v1/pool/reindex")], [{"encoder": "other"}])
-    assert words(result.stdout) == f"the pool is searched by other since generation 9{note}"
+    assert words(result.stdout) == f"the pool uses other since generation 9{note}"
 
 
 @pytest.mark.parametrize("command", [("verify",), ("reindex", "--encoder", "other"), ("doctor",)])
@@ -106,7 +106,7 @@ def test_reindex_tells_from_when_the_pool_is_searched_anew(behind: int, note: st
     [
         (503, refusal("the store is down"), "the store is down"),
         (200, lines({"done": 1, "total": 2}, refusal("it went down")), "it went down"),
-        (200, lines({"done": 1, "total": 2}), "broke off"),
+        (200, lines({"done": 1, "total": 2}), "closed the connection"),
     ],
 )
 def test_a_job_that_fails_says_why(command: tuple[str, ...], status: int, body: Any, said: str) -> None:

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from deployments.cli.client import is_this_machine
-from deployments.cli.publish import Publishing
+from deployments.cli.publish import FolderPublisher
 from deployments.publishing.adapter_folders import open_plain
 from tests.deployments.scripted import refusal, run, scripted, words
 
@@ -33,14 +33,17 @@ def adapters(folder: Path, *names: str) -> list[Path]:
     return [folder / name for name in names]
 
 
-def test_whole_paths_are_sent_and_the_generation_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_absolute_paths_are_sent_and_the_generation_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [poet] = adapters(tmp_path, "poet")
     monkeypatch.chdir(tmp_path)
     with scripted((201, batch(answer("poet", found_by_auto=False)))) as server:
         result = run("publish", "poet", "--url", server.url)
     assert result.exit_code == 0
     assert (server.asked, server.sent) == ([("POST", "/v1/loras")], [{"adapters": [{"path": str(poet)}]}])
-    assert words(result.stdout) == "poet is live at generation 4 (no samples: by name only)"
+    assert (
+        words(result.stdout)
+        == "poet is live at generation 4 (by name only: add lora_samples.jsonl or description.txt for auto)"
+    )
 
 
 def test_what_was_said_of_the_adapter_goes_along(tmp_path: Path) -> None:
@@ -74,17 +77,25 @@ def test_a_folder_of_adapters_means_all_of_them_in_few_requests(tmp_path: Path) 
     assert [line.split()[0] for line in result.stdout.splitlines()] == names
 
 
-def test_each_failure_is_told_by_its_folder_and_the_others_go_on(tmp_path: Path) -> None:
+def test_each_failure_names_its_folder_and_the_others_go_on(tmp_path: Path) -> None:
     folders = adapters(tmp_path, "bad", "poet", "worse")
     rows = refused(400, "it is bad"), answer("poet", replicas={"ready": 1, "behind": 2}), refused(404, "it is gone")
     with scripted((207, batch(*rows))) as server:
         result = run("publish", *folders, "--url", server.url)
     assert result.exit_code == 1
-    assert "poet is live at generation 4 (2 replicas do not have it yet)" in words(result.stdout)
+    assert "poet is live at generation 4 (2 replicas are not up to date yet)" in words(result.stdout)
     assert [
         f"{folder}: {said}" in words(result.stderr)
         for folder, said in zip(folders[::2], ("it is bad", "it is gone"), strict=True)
     ] == [True] * 2
+    assert "1 live, 2 refused" in words(result.stderr)
+
+
+def test_a_refusal_that_names_the_adapter_does_not_repeat_its_folder(tmp_path: Path) -> None:
+    [poet] = adapters(tmp_path, "poet")
+    with scripted((207, batch(refused(400, "adapter 'poet' refused: it is bad")))) as server:
+        result = run("publish", poet, "--url", server.url)
+    assert words(result.stderr) == "adapter 'poet' refused: it is bad"
 
 
 def test_a_server_that_refuses_the_request_refuses_every_folder(tmp_path: Path) -> None:
@@ -100,7 +111,7 @@ def test_one_name_goes_with_one_adapter(tmp_path: Path) -> None:
     with scripted((500, {})) as server:
         result = run("publish", tmp_path, "--name", "bard", "--url", server.url)
     assert (result.exit_code, server.asked) == (2, [])
-    assert "one name does not go with 2 adapters" in words(result.stderr)
+    assert "one name cannot be used for 2 adapters" in words(result.stderr)
 
 
 class Pauses:
@@ -109,7 +120,7 @@ class Pauses:
     def __init__(self, url: str, **fields: Any) -> None:
         self.waits: list[float] = []
         self.client = httpx.Client(base_url=url)
-        self.publishing = Publishing(self.client, fields, sleep=self.waits.append)
+        self.publishing = FolderPublisher(self.client, fields, sleep=self.waits.append)
 
 
 def test_what_the_server_has_no_time_for_is_sent_again_alone(tmp_path: Path) -> None:
@@ -172,7 +183,7 @@ def test_a_folder_without_an_adapter_is_told_and_not_sent(tmp_path: Path) -> Non
     with scripted((500, {})) as server:
         result = run("publish", tmp_path, "--upload", "--url", server.url)
     assert (result.exit_code, server.asked) == (1, [])
-    assert f"{tmp_path}: there is no adapter" in words(result.stderr)
+    assert f"{tmp_path}: no adapter here" in words(result.stderr)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +207,7 @@ def test_only_a_server_of_this_machine_is_sent_paths(url: str, kind: str, tmp_pa
         return httpx.Response(201, json=row if kind != "application/json" else batch(row))
 
     with httpx.Client(base_url=url, transport=httpx.MockTransport(reply)) as client:
-        publishing = Publishing(client, {})
+        publishing = FolderPublisher(client, {})
         send = publishing.by_path if is_this_machine(url) else publishing.by_upload
         assert [row["name"] for _, row in send([one])] == ["one"]
     assert seen == [kind]

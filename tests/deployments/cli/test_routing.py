@@ -59,13 +59,13 @@ def test_prompts_are_routed_in_batches(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        (["{"], "prompts.jsonl:1 is no JSON"),
-        ([{"input": "a", "adapter": "poet"}, {"input": "a"}], "prompts.jsonl:2 must be"),
-        ([{"adapter": "poet"}], "prompts.jsonl:1 must be"),
-        ([{"input": "", "adapter": "poet"}], "prompts.jsonl:1 must be"),
-        ([{"input": "a", "adapter": []}], "prompts.jsonl:1 must be"),
-        ([[]], "prompts.jsonl:1 must be"),
-        ([], "holds no prompts"),
+        (["{"], "prompts.jsonl:1: invalid JSON"),
+        ([{"input": "a", "adapter": "poet"}, {"input": "a"}], "prompts.jsonl:2: must be"),
+        ([{"adapter": "poet"}], "prompts.jsonl:1: must be"),
+        ([{"input": "", "adapter": "poet"}], "prompts.jsonl:1: must be"),
+        ([{"input": "a", "adapter": []}], "prompts.jsonl:1: must be"),
+        ([[]], "prompts.jsonl:1: must be"),
+        ([], "contains no prompts"),
     ],
 )
 def test_a_line_that_is_no_labelled_prompt_is_named(rows: list[Any], said: str, tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_a_line_that_is_no_labelled_prompt_is_named(rows: list[Any], said: str, 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     result = run("eval-routing", tmp_path / "nowhere.jsonl")
     assert result.exit_code == 1
-    assert "nowhere.jsonl" in words(result.stderr)
+    assert "nowhere.jsonl: no such file" in words(result.stderr)
 
 
 def test_a_refused_route_ends_the_evaluation(tmp_path: Path) -> None:
@@ -105,10 +105,10 @@ def test_the_doctor_names_who_is_hard_to_find() -> None:
     assert (result.exit_code, server.asked, server.sent) == (0, [("POST", "/v1/pool/doctor")], [{}])
     said = words(result.stdout)
     for part in (
-        "4 adapters, 80 samples: its own adapter first 75.0%, among the first 3 90.0%",
+        "4 adapters, 80 samples: own adapter first 75.0%, among the best 3 90.0%",
         "collision: poet and bard, cosine 0.970, 4 and 1 samples swapped",
-        "always shadowed: bard, by poet",
+        "never first: bard, behind poet",
         "never chosen: mute",
-        "samples unreadable: torn",
+        "unreadable samples: torn",
     ):
         assert part in said

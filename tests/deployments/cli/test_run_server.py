@@ -1,4 +1,4 @@
-"""What a start says of who may ask and publish."""
+"""The lines that a start prints about access and ports."""
 
 from __future__ import annotations
 
@@ -8,30 +8,34 @@ from typing import Any
 import pytest
 import yaml
 
-from deployments.cli.run_server import other_ports, run_server, who_may
+from deployments.cli.run_server import access_note, ports_note, run_server
 from deployments.config.app import AppConfig
 
 
 @pytest.mark.parametrize(
     ("settings", "host", "says"),
     [
-        ({}, "127.0.0.1", "HTTP on loopback only, no keys: whoever is on this machine may ask and publish"),
-        ({}, "::1", "HTTP on loopback only, no keys: whoever is on this machine may ask and publish"),
-        ({}, "0.0.0.0", "no keys: whoever reaches 0.0.0.0 may ask, only this machine may publish"),
-        ({"allow_remote_publish": True}, "0.0.0.0", "no keys: whoever reaches 0.0.0.0 may ask and publish"),
-        ({"keys_file": "/k.yaml"}, "0.0.0.0", "keys from /k.yaml: nobody asks or publishes without one"),
-        ({"keys_file": "/k.yaml"}, "127.0.0.1", "keys from /k.yaml: nobody asks or publishes without one"),
+        ({}, "127.0.0.1", "HTTP on loopback only, no keys: any local process may send requests and publish"),
+        ({}, "::1", "HTTP on loopback only, no keys: any local process may send requests and publish"),
+        ({}, "0.0.0.0", "no keys: anyone who reaches 0.0.0.0 may send requests; only this machine may publish"),
+        (
+            {"allow_remote_publish": True},
+            "0.0.0.0",
+            "no keys: anyone who reaches 0.0.0.0 may send requests and publish",
+        ),
+        ({"keys_file": "/k.yaml"}, "0.0.0.0", "keys from /k.yaml: every request needs one"),
+        ({"keys_file": "/k.yaml"}, "127.0.0.1", "keys from /k.yaml: every request needs one"),
     ],
 )
 def test_the_start_says_who_may_do_what(settings: dict[str, Any], host: str, says: str) -> None:
-    assert who_may(AppConfig(**settings), host) == says
+    assert access_note(AppConfig(**settings), host) == says
 
 
 def test_the_start_says_which_other_ports_listen_and_what_guards_them() -> None:
-    says = other_ports(AppConfig())
+    says = ports_note(AppConfig())
     assert says.startswith("Ray also listens on all interfaces")
-    assert "guarded by Ray's token in ~/.ray/auth_token" in says and "metrics, guarded by nothing" in says
-    says = other_ports(AppConfig(allow_unauthenticated_ray=True))
+    assert "protected by Ray's token in ~/.ray/auth_token" in says and "metrics without protection" in says
+    says = ports_note(AppConfig(allow_unauthenticated_ray=True))
     assert "run code as this server" in says and "auth_token" not in says
 
 

@@ -50,7 +50,7 @@ def test_an_encoder_is_trained_on_a_file(samples: Path, tiny: Path, tmp_path: Pa
     options = ("--samples", samples, "--encoder", tiny, "--epochs", 1, "--share", 0.5, "--seed", 4)
     result = run("train-retriever", target, *options)
     assert result.exit_code == 0, result.stderr
-    assert "was trained on 2 tasks" in words(result.stdout)
+    assert "on 2 tasks in" in words(result.stdout)
     record = record_of(target)
     assert record["num_texts_of_task"] == {"cake": 3, "goat": 3}
     assert (record["share"], record["seed"], record["num_epochs"]) == (0.5, 4, 1)
@@ -76,9 +76,9 @@ def test_an_encoder_is_trained_on_what_a_tenant_of_a_store_may_see(tiny: Path, t
     [
         ("", "has no samples to train on"),
         ('{"task": "a", "text": "x"}\n', "different texts of each task are wanted; fewer are of a"),
-        ('{"task": "a", "text": "x"}\n[]\n', ':2 must be {"task": name, "text": text}'),
-        ('{"task": "a", "text": " "}\n', ":1 must be"),
-        ("no json\n", ":1 is no JSON"),
+        ('{"task": "a", "text": "x"}\n[]\n', ':2: must be {"task": name, "text": text}'),
+        ('{"task": "a", "text": " "}\n', ":1: must be"),
+        ("no json\n", ":1: invalid JSON"),
     ],
 )
 def test_a_bad_file_is_refused_with_the_place(lines: str, complaint: str, tmp_path: Path) -> None:
