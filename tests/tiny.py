@@ -26,7 +26,7 @@ from transformers import (
 
 from gpu_worker.config import WorkerConfig
 from gpu_worker.lora.inject import target_linears
-from gpu_worker.model.base_model import BaseModel
+from gpu_worker.model.base_model import BaseModel, load_base_model
 from lora_store.adapter import AdapterRef, AdapterWeights, ModuleWeights
 from lora_store.plan import Plan, PlannedAdapter, Strategy
 
@@ -143,3 +143,13 @@ def assert_equal_logits(found: Tensor, expected: Tensor) -> None:
     else:
         bound = 0.05 * float(expected.float().abs().max())
         torch.testing.assert_close(found.float(), expected.float(), atol=bound, rtol=0)
+
+
+def save_talkative(model: Path, target: Path) -> Path:
+    """Save the tiny model so that it never chooses a token without text. A greedy random model may do only that."""
+    base = load_base_model(tiny_config(model))
+    with torch.no_grad():
+        base.model.get_input_embeddings().weight[256:] = 0  # tied to the head: their logits are 0, never the largest
+    base.model.save_pretrained(target)
+    base.tokenizer.save_pretrained(target)
+    return target

@@ -13,6 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import typer
+
 import deployments
 from benchmarks.house.recorder import Recorder, Walk
 from benchmarks.house.sources import SMALL_LINES, measure
@@ -32,6 +34,7 @@ after it, with an aspect added or not. Small files have fewer than {SMALL_LINES}
 
 
 def main() -> None:
+    """Measure this checkout, print the tables and write them to benchmarks/results/house."""
     logging.disable(logging.WARNING)
     before: Measures = json.loads((RESULTS / f"{BEFORE}.json").read_text())
     now = {"sources": asdict(measure(ROOT)), "walks": traced_walks()}
@@ -88,4 +91,4 @@ def comparison(before: Measures, now: Measures) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

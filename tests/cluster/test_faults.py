@@ -21,8 +21,8 @@ from deployments.calls.retries import retry_stream
 from deployments.errors import PoisonRequest
 from deployments.worker import WorkerDeployment
 from gpu_worker.request.request import Delta, Job, SamplingParams
-from tests.cluster.conftest import MAX_TOKENS, TOPICS, Running, asks
 from tests.cluster.load import LETTERS, SAMPLING, Load, Outcome
+from tests.cluster.running import MAX_TOKENS, TOPICS, Running, asks
 from tests.e2e.live import eventually
 from tests.soak import Scale
 from tests.tiny import tiny_config

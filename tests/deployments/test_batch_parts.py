@@ -20,8 +20,7 @@ from gpu_worker.model.base_model import load_base_model
 from lora_store import LoraStore, Plan
 from retriever_svc import NoAdapterMatched, Route, RouteRequest
 from tests.deployments.batching import BASE, TOPICS, prompts, publish, tiny_app, write_rows
-from tests.e2e.conftest import talkative
-from tests.tiny import linear_shapes, tiny_config
+from tests.tiny import linear_shapes, save_talkative, tiny_config
 
 DEFAULTS = {"max_tokens": 6, "temperature": 0}
 POISON = "~"  # one byte, one token
@@ -46,7 +45,7 @@ class Place:
 
 @pytest.fixture(scope="module")
 def model(tiny_folders: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return talkative(tiny_folders["gemma3"], tmp_path_factory.mktemp("talkative"))
+    return save_talkative(tiny_folders["gemma3"], tmp_path_factory.mktemp("talkative"))
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import openai
 import pytest
-import torch
 from ray import serve
 from ray.serve._private.constants import DEFAULT_TRACING_EXPORTER_IMPORT_PATH
 
@@ -20,21 +18,11 @@ from deployments.cli.local_server import Server
 from deployments.config.app import AppConfig, RetrievalSettings, ScalingSettings, WorkerSettings
 from gpu_worker.model.base_model import load_base_model
 from tests.e2e.live import APP, BASE, Live, eventually
+from tests.e2e.starter_pool import EXAMPLES, POOL, Heldout
 from tests.s3 import S3Endpoint
-from tests.tiny import linear_shapes, tiny_config
+from tests.tiny import linear_shapes, save_talkative, tiny_config
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-POOL = EXAMPLES / "starter_pool"
 READY_TIMEOUT_S = 300.0
-
-
-@dataclass(frozen=True, slots=True)
-class Heldout:
-    """One held-out prompt of a starter task."""
-
-    task: str
-    input: str
-    output: str
 
 
 @pytest.fixture(scope="session")
@@ -87,7 +75,7 @@ def live(
     url: str, s3_endpoint: S3Endpoint, tiny_folders: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Live]:
     """A second application beside the first: tiny, replicated, on S3, without a cache that would hide the store."""
-    model = talkative(tiny_folders["gemma3"], tmp_path_factory.mktemp("talkative"))
+    model = save_talkative(tiny_folders["gemma3"], tmp_path_factory.mktemp("talkative"))
     config = AppConfig(
         base_model=str(model),
         base_model_name=BASE,
@@ -111,13 +99,3 @@ def live(
     eventually(lambda: running.call("GET", "/ready").status_code == 200, within_s=READY_TIMEOUT_S)
     yield running
     serve.delete(APP)
-
-
-def talkative(model: Path, target: Path) -> Path:
-    """The tiny model, never choosing a token without text: a greedy random model may say nothing else."""
-    base = load_base_model(tiny_config(model))
-    with torch.no_grad():
-        base.model.get_input_embeddings().weight[256:] = 0  # tied to the head: their logits are 0, never the largest
-    base.model.save_pretrained(target)
-    base.tokenizer.save_pretrained(target)
-    return target

@@ -11,8 +11,8 @@ import pytest
 from playwright.async_api import Page, expect
 
 from tests.browsing import Browsing, drop_folder
-from tests.e2e.conftest import POOL
 from tests.e2e.live import Live
+from tests.e2e.starter_pool import POOL
 
 pytestmark = pytest.mark.browser
 

@@ -10,8 +10,8 @@ import httpx
 import openai
 import pytest
 
-from tests.e2e.conftest import POOL, Heldout
 from tests.e2e.live import Live, completion
+from tests.e2e.starter_pool import POOL, Heldout
 
 BASE = "gemma-3-270m"
 COUNTING = {"model": BASE, "prompt": "One, two, three, four,", "max_tokens": 8, "temperature": 0}

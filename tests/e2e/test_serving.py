@@ -15,7 +15,7 @@ import pytest
 import ray
 
 from deployments.config.app import AppConfig
-from tests.e2e.conftest import POOL, Heldout
+from tests.e2e.starter_pool import POOL, Heldout
 
 BASE = "gemma-3-270m"
 HELDOUT = POOL.parent / "starter_heldout"

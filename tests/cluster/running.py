@@ -1,0 +1,35 @@
+"""The application on several nodes as a test sees it, and the requests that tests send to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.cluster.load import Ask, Load
+from tests.cluster.machines import Machines
+
+TOPICS = ("whales", "glaciers", "violins", "beetles", "volcanoes", "bread")
+MAX_TOKENS = 160
+
+
+@dataclass(frozen=True)
+class Running:
+    """The nodes, and what each request is answered while nothing dies."""
+
+    machines: Machines
+    model: Path
+    expected: Mapping[tuple[str, str], str]
+
+    def load(self, *, max_retries: int = 0) -> Load:
+        return Load(self.machines.url, self.expected, max_retries)
+
+
+def asks(count: int, *, num_streamed: int = 0) -> list[Ask]:
+    """Base, adapters by their names and by the Retriever's choice, in turn; streamed ones spread evenly."""
+    names = ["tiny", *TOPICS]
+    kinds = [(name, f"The sea, the {name} and") for name in names]
+    kinds += [("auto", f"Tell me about {topic}, please.") for topic in TOPICS]
+    total = count + num_streamed
+    streamed = {number * total // num_streamed for number in range(num_streamed)}
+    return [Ask(*kinds[number % len(kinds)], MAX_TOKENS, number in streamed) for number in range(total)]
