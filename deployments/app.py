@@ -24,7 +24,7 @@ def build_app(args: AppConfig) -> Application:
     store = serve.deployment(StoreDeployment, name="Store", **args.store_scaling.options())
     worker = serve.deployment(WorkerDeployment, name="Worker", **args.worker_options())
     retriever = serve.deployment(RetrieverDeployment, name="Retriever", **args.retriever_scaling.options())
-    ingress = serve.deployment(Ingress, name="Ingress", **args.ingress_scaling.options())
+    ingress = serve.deployment(serve.ingress()(Ingress), name="Ingress", **args.ingress_scaling.options())
 
     store_handle = store.bind(args)
     engine = args.worker

@@ -11,15 +11,13 @@ from collections.abc import AsyncIterator, Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import pytest
 import uvicorn
 from playwright.async_api import Browser, ConsoleMessage, Page, async_playwright
-from ray import serve
 
-from deployments.ingress import app
+from deployments.http.api import build_api
 from tests.deployments.app_fakes import Served
 
 T = TypeVar("T")
@@ -92,11 +90,10 @@ def browsing() -> Iterator[Browsing]:
 
 @asynccontextmanager
 async def address_of(served: Served) -> AsyncIterator[str]:
-    """The address of an Ingress over fakes, on loopback. Its routes get it from Serve's replica context."""
-    with socket.socket() as listener, pytest.MonkeyPatch.context() as patch:
+    """Serve an Ingress over fakes on loopback, and yield its address."""
+    with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        patch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(servable_object=served.ingress))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+        server = uvicorn.Server(uvicorn.Config(build_api(served.services), log_level="warning", lifespan="off"))
         serving = asyncio.create_task(server.serve([listener]))
         try:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
@@ -104,7 +101,7 @@ async def address_of(served: Served) -> AsyncIterator[str]:
             server.should_exit = True
             server.force_exit = True
             await serving
-            await served.ingress.background.idle()
+            await served.services.background.idle()
 
 
 async def drop_folder(page: Page, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""When the request in hand came, and until when it may take."""
+"""Deadlines of requests, by this process's monotonic clock."""
 
 from __future__ import annotations
 
@@ -6,22 +6,13 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from contextvars import ContextVar
 
 from gpu_worker.errors import DeadlineExceeded
 
-_arrived: ContextVar[float] = ContextVar("arrived")  # of an HTTP request, before its body was read
 
-
-def mark_arrival() -> None:
-    """The request this task works on came now."""
-    _arrived.set(time.monotonic())
-
-
-def deadline_of(timeout_s: float | None, max_request_s: float) -> float:
-    """Return arrival plus what the client allows, at most what the server does, by this process's monotonic clock."""
-    allowed_s = max_request_s if timeout_s is None else min(timeout_s, max_request_s)
-    return _arrived.get(time.monotonic()) + allowed_s
+def deadline_of(arrived_at: float, timeout_s: float | None, max_request_s: float) -> float:
+    """Return the arrival plus the time that the client allows, at most the time that the server allows."""
+    return arrived_at + (max_request_s if timeout_s is None else min(timeout_s, max_request_s))
 
 
 def seconds_until(deadline: float) -> float:

@@ -29,7 +29,7 @@ async def retry_on_replica_death(method: Any, *args: Any) -> Any:
 
     Raises: Poisoned, after a third replica died of it; and what the method raises.
     """
-    failures = _AttemptCounter()
+    failures = AttemptCounter()
     while True:
         try:
             return await method.remote(*args)
@@ -42,7 +42,7 @@ async def retry_stream(begin: Callable[[], AsyncGenerator[T]], *, whole: bool) -
 
     Raises: Poisoned, after a third replica died of it; and what the stream raises.
     """
-    failures, has_left = _AttemptCounter(), False
+    failures, has_left = AttemptCounter(), False
     kept: list[T] = []
     while True:
         kept.clear()
@@ -63,7 +63,7 @@ async def retry_stream(begin: Callable[[], AsyncGenerator[T]], *, whole: bool) -
         yield item
 
 
-class _AttemptCounter:
+class AttemptCounter:
     """How often one call's replica failed it."""
 
     def __init__(self) -> None:

@@ -1,10 +1,9 @@
-"""From a request and its plans to the rows of the engine that answer it, and their answers together."""
+"""Make the jobs of a request, and merge the streams of their answers."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
 from dataclasses import replace
 from typing import TypeVar
 
@@ -20,7 +19,7 @@ _SEEDS = 2**63
 def jobs_of(
     request_id: str, request: GenerationRequest, questions: Sequence[Question], plans: Sequence[Planned], template: str
 ) -> list[Job]:
-    """One job a choice: `n` to each prompt, in order. `template` is the one where a plan names none.
+    """Return one job per choice: `n` for each prompt, in order. `template` applies where a plan names none.
 
     Raises: SamplingInvalid.
     """
@@ -35,17 +34,16 @@ def jobs_of(
 
 
 def seed_of(seed: int, choice: int) -> int:
-    """The seed of a prompt's `choice`: the first has the client's own, as if it had been asked for alone."""
+    """Return the seed of a prompt's `choice`. The first gets the client's own, as if it had been requested alone."""
     return (seed + choice * _SEED_STEP) % _SEEDS
 
 
-async def interleaved(streams: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[tuple[int, T]]:
-    """(place of the stream, item) as items come. An error of one stream ends all; leaving closes all."""
-    if len(streams) == 1:
-        async with aclosing(streams[0]) as only:
-            async for item in only:
-                yield 0, item
-        return
+def merge(streams: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[T]:
+    """Return one stream of the items of all, as they arrive. An error of one stream ends all; leaving closes all."""
+    return streams[0] if len(streams) == 1 else _merged(streams)
+
+
+async def _merged(streams: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[T]:
     waiting = {_next_of(stream): place for place, stream in enumerate(streams)}
     try:
         while waiting:
@@ -53,7 +51,7 @@ async def interleaved(streams: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[tu
             for task in sorted(done, key=waiting.__getitem__):
                 place = waiting.pop(task)
                 for item in task.result():
-                    yield place, item
+                    yield item
                     waiting[_next_of(streams[place])] = place
     finally:
         for task in waiting:
@@ -63,7 +61,7 @@ async def interleaved(streams: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[tu
 
 
 def _next_of(stream: AsyncGenerator[T]) -> asyncio.Task[tuple[T, ...]]:
-    """The stream's next item, or nothing at its end."""
+    """Start a task for the stream's next item. It returns an empty tuple at the end."""
 
     async def step() -> tuple[T, ...]:
         try:

@@ -28,6 +28,12 @@ def check_texts(texts: Iterable[str], config: AppConfig) -> None:
     _check_chars(max(map(len, texts)), config)
 
 
+def refuse_stream_options(request: GenerationRequest) -> None:
+    """Reject `stream_options` on a request that is not streamed. Raises: RequestInvalid."""
+    if request.stream_options is not None:
+        raise RequestInvalid("stream_options applies to streams only; set stream: true or remove it", "stream_options")
+
+
 def encoder_tokens(texts: Iterable[str]) -> int:
     """Return about how many tokens of the texts the encoder reads, which is what a key is charged for them."""
     return sum(map(tokens_read, texts))

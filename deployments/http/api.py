@@ -1,107 +1,51 @@
-"""The OpenAPI document: what each route answers, errors included. A test compares it with what they do answer."""
+"""Build the HTTP application: routes, middleware and error handling over the services of one replica."""
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
-from fastapi import FastAPI
+from fastapi.telemetry import TelemetryConfig
+from starlette.middleware import Middleware
 
-from deployments.api import schemas as objects
+from deployments.http.dependencies import Services
+from deployments.http.error_responses import install_error_handlers
+from deployments.http.middleware.bearer_auth import BearerAuth
+from deployments.http.middleware.body_limit import BodyLimit
+from deployments.http.middleware.concurrency_limit import ConcurrencyLimit
+from deployments.http.middleware.host_guard import HostGuard
+from deployments.http.middleware.request_context import RequestContextMiddleware
+from deployments.http.middleware.safe_headers import SafeHeaders
+from deployments.http.openapi import Api
+from deployments.http.routes import adapters, completions, console, health, maintenance, models, pool_map, stats, vllm
 
-Answers = dict[int | str, dict[str, Any]]
-
-_MEANING = {
-    400: "the request breaks a rule; `param` names the field, `code` `unsupported` what this server does not have",
-    401: "no key, or one that is not known",
-    403: "this client may not do this",
-    404: "there is no such model, adapter or version for this caller",
-    409: "`plan_gone`: the plan cannot be replayed, a version it pins is not kept any more",
-    413: "the body is larger than the server reads",
-    421: "The Host header is not a name of this server",
-    422: "no adapter matched and the caller wanted no fallback, or adapters drive the model out of range",
-    408: "the body came too slowly",
-    429: "too many requests of this caller; `Retry-After` tells when to come back",
-    500: "the server failed",
-    503: "a part of the server is overloaded, starting or away; `Retry-After` tells when to come back",
-    504: "the request's time, `timeout_s` or the server's own limit, was over",
-}
-_ERROR = {"$ref": "#/components/schemas/ErrorAnswer"}  # a `model` would take the media type of the route's successes
-_EVENT = {
-    "type": "object",
-    "description": "one event of the stream: a chunk as JSON, the error that broke it off, or `[DONE]`",
-    "properties": {"data": {"type": "string"}},
-    "required": ["data"],
-}
-_ANYWHERE = (401, 403, 408, 413, 421, 429, 500, 503)
+# Serve traces every call already: FastAPI's own spans would duplicate its spans.
+_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
+_ROUTES = (completions, models, adapters, vllm, maintenance, pool_map, stats, health, console)
 
 
-def answers(*refusals: int, **successes: Any) -> Answers:
-    """What a route answers: `s201=Model`, and these refusals beside those that any route may give."""
-    told: Answers = {int(status[1:]): {"model": model} for status, model in successes.items()}
-    for status in sorted({*refusals, *_ANYWHERE}):
-        told[status] = {"content": {"application/json": {"schema": _ERROR}}, "description": _MEANING[status]}
-    return told
+def build_api(services: Services) -> Api:
+    """Return the application over these services. An application belongs to one replica, as its services do."""
+    app = Api(
+        title="LoraRetriever",
+        docs_url=None,
+        redoc_url=None,
+        telemetry=_TELEMETRY,
+        middleware=middleware_of(services),
+    )
+    app.state.services = services
+    install_error_handlers(app)
+    for routes in _ROUTES:
+        app.include_router(routes.router)
+    return app
 
 
-def _also_events(told: Answers) -> Answers:
-    """The same as server-sent events, where the request has `stream`."""
-    told[200]["content"] = {"text/event-stream": {"schema": _EVENT}}
-    told[200]["description"] = "the answer, or its chunks as server-sent events up to `data: [DONE]`"
-    return told
-
-
-def _of_kind(told: Answers, media_type: str, *statuses: int) -> Answers:
-    """These successes as text of that kind."""
-    for status in statuses:
-        told[status] = {"content": {media_type: {"schema": {"type": "string"}}}, "description": "done"}
-    return told
-
-
-CHAT_ANSWERS = _also_events(answers(400, 404, 409, 422, 504, s200=objects.ChatAnswer))
-TEXT_ANSWERS = _also_events(answers(400, 404, 409, 422, 504, s200=objects.TextAnswer))
-ROUTE_ANSWERS = answers(400, 404, 409, 422, 504, s200=objects.RouteAnswer)
-MODELS_ANSWERS = answers(400, s200=objects.ModelList)
-MODEL_ANSWERS = answers(404, s200=objects.ModelCard)
-LORAS_ANSWERS = answers(400, s200=objects.AdapterList)
-LORA_ANSWERS = answers(404, s200=objects.AdapterShown)
-PUBLISH_ANSWERS = answers(
-    400,
-    404,
-    409,
-    422,
-    s201=objects.PublishedAdapter | objects.BatchAnswer,
-    s202=objects.PublishedAdapter | objects.BatchAnswer,
-    s207=objects.BatchAnswer,
-)
-WITHDRAW_ANSWERS = answers(404, s200=objects.RemovedAdapters, s202=objects.RemovedAdapters)
-ROLLBACK_ANSWERS = answers(400, 404, 409, 422, s201=objects.PublishedAdapter, s202=objects.PublishedAdapter)
-VISIBILITY_ANSWERS = answers(400, 404, 409, s200=objects.SettledAdapter, s202=objects.SettledAdapter)
-APPROVE_ANSWERS = answers(400, 404, 409, s200=objects.SettledAdapter, s202=objects.SettledAdapter)
-MAP_ANSWERS = answers(400, s200=objects.PoolPicture)
-PLACE_ANSWERS = answers(400, 504, s200=objects.PromptPlace)
-STATS_ANSWERS = answers(s200=objects.Stats)
-LOAD_ANSWERS = _of_kind(answers(400, 404, 409, 422), "text/plain", 200, 202)
-UNLOAD_ANSWERS = _of_kind(answers(400, 404), "text/plain", 200, 202)
-LINES_ANSWERS = _of_kind(answers(400), "application/x-ndjson", 200)
-GC_ANSWERS = answers(400, s200=objects.CollectedBlobs)
-HEALTH_ANSWERS: Answers = {200: {"model": objects.Health}}
-READY_ANSWERS = answers(s200=objects.Ready)
-
-
-class Api(FastAPI):
-    """FastAPI, without the 422 it documents for every route: a malformed request is answered 400 here."""
-
-    def openapi(self) -> dict[str, Any]:
-        if self.openapi_schema is None:
-            document = super().openapi()
-            for operation in [operation for path in document["paths"].values() for operation in path.values()]:
-                if "HTTPValidationError" in str(operation["responses"].get("422")):
-                    del operation["responses"]["422"]
-            schemas = document.setdefault("components", {}).setdefault("schemas", {})
-            for name in ("HTTPValidationError", "ValidationError"):
-                schemas.pop(name, None)
-            for error in (objects.ErrorAnswer, objects.ErrorObject):
-                schemas[error.__name__] = error.model_json_schema(ref_template="#/components/schemas/{model}")
-                schemas[error.__name__].pop("$defs", None)
-        assert self.openapi_schema is not None
-        return self.openapi_schema
+def middleware_of(services: Services) -> list[Middleware]:
+    """Return the middleware in the order in which a request passes it. No other place decides this order."""
+    return [
+        Middleware(RequestContextMiddleware, metrics=services.metrics),  # outermost: every answer has an id
+        Middleware(SafeHeaders),
+        Middleware(HostGuard, config=services.config),  # before a key is read
+        Middleware(BearerAuth, authenticator=services.authenticator),
+        Middleware(ConcurrencyLimit, in_flight=services.in_flight),  # counts by tenant, so it needs the caller
+        Middleware(BodyLimit, limit_of=partial(adapters.max_body_bytes, services.config), budget=services.bodies),
+    ]

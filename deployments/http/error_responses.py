@@ -1,4 +1,4 @@
-"""Every error of every route as an answer in the API's own shape."""
+"""Answer every error of every route in the shape of the OpenAI API."""
 
 from __future__ import annotations
 
@@ -11,21 +11,37 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from deployments.api.error_table import describe, http_error_object, response_headers, validation_error
 from deployments.http.json_body import BoundedRequest
-from deployments.observability.request_record import note_refusal
+from deployments.http.middleware.request_context import context_of
 
 
-def error_response(error: Exception) -> JSONResponse:
+class ErrorResponse(JSONResponse):
+    """An error object as a response. Its code goes into the request's context when it is sent."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        context_of(scope).code = self.code
+        await super().__call__(scope, receive, send)
+
+    def __init__(self, body: dict[str, Any], status: int, headers: dict[str, str] | None = None) -> None:
+        super().__init__(body, status, headers)
+        self.code: str = body["error"]["code"]
+
+
+def error_response(error: Exception) -> ErrorResponse:
+    """Return the response to a request that failed with `error`."""
     status, body = describe(error)
-    note_refusal(body["error"]["code"])
-    return JSONResponse(body, status, headers=response_headers(error, status, body["error"]["code"]))
+    return ErrorResponse(body, status, response_headers(error, status, body["error"]["code"]))
 
 
 class AnsweringRoute(APIRoute):
-    """A route whose errors are answers. Further out, Starlette would raise them again and Serve log each as a crash,
-    and Serve 2.60 answers its own BackPressureError and DeploymentUnavailableError in plain text."""
+    """A route that turns its errors into responses.
+
+    Errors that leave the route would be raised again by Starlette and logged by Serve as crashes, and Serve 2.60
+    answers its own BackPressureError and DeploymentUnavailableError in plain text.
+    """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -44,20 +60,18 @@ class AnsweringRoute(APIRoute):
         return answering
 
 
-def install(app: FastAPI) -> None:
-    """Every error of every route leaves in the API's own shape."""
-    app.router.route_class = AnsweringRoute
+def install_error_handlers(app: FastAPI) -> None:
+    """Make `app` answer the framework's own errors in the same shape."""
 
     @app.exception_handler(RequestValidationError)
-    async def on_invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def on_invalid(_: Request, error: RequestValidationError) -> ErrorResponse:
         return error_response(validation_error(error))
 
     @app.exception_handler(HTTPException)
-    async def on_http(_: Request, error: HTTPException) -> JSONResponse:
+    async def on_http(_: Request, error: HTTPException) -> ErrorResponse:
         body = http_error_object(error.status_code, str(error.detail))
-        note_refusal("http_error")
-        return JSONResponse(body, error.status_code, headers=error.headers)
+        return ErrorResponse(body, error.status_code, dict(error.headers or {}))
 
     @app.exception_handler(Exception)
-    async def on_any(_: Request, error: Exception) -> JSONResponse:
+    async def on_any(_: Request, error: Exception) -> ErrorResponse:
         return error_response(error)

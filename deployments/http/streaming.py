@@ -1,55 +1,70 @@
-"""What comes in and goes out of the routes, apart from what they do."""
+"""Write streamed answers: server-sent events, or one JSON object per line."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator
+import time
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
-from starlette.types import Scope
+from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
 from deployments.api import error_table
-from deployments.api.parsing import TextRequest
 from deployments.api.responses import JsonObject
-from deployments.errors import RequestInvalid
-from deployments.observability.request_record import note_refusal
+from deployments.observability.request_context import RequestContext
+
+KEEP_ALIVE_S = 10.0  # proxies close a connection that is silent for 30 s or more
+_DONE = format_sse_event(data_str="[DONE]")
 
 
-def refuse_stream_options(request: TextRequest) -> None:
-    """Of a request that is answered whole. Raises: RequestInvalid."""
-    if request.stream_options is not None:
-        raise RequestInvalid("stream_options goes with stream: true only", "stream_options")
+async def events(
+    opening: JsonObject | None,
+    chunks: AsyncGenerator[JsonObject | None],
+    context: RequestContext,
+    *,
+    keep_alive_s: float = KEEP_ALIVE_S,
+    clock: Callable[[], float] = time.monotonic,
+) -> AsyncGenerator[bytes]:
+    """Yield `opening` and the chunks as server-sent events. An error becomes the last event. Leaving closes `chunks`.
 
-
-async def events(opening: JsonObject, chunks: AsyncGenerator[JsonObject]) -> AsyncGenerator[str]:
-    """The chunks as server-sent events; an error after the first token is the last event. Leaving closes `chunks`."""
+    A chunk of None is a heartbeat of the source: it becomes a comment if the stream was silent for `keep_alive_s`.
+    """
     try:
         async with aclosing(chunks):
-            yield f"data: {json.dumps(opening)}\n\n"
+            yield _event(opening)
+            sent_at = clock()
             async for chunk in chunks:
-                yield f"data: {json.dumps(chunk)}\n\n"
+                if chunk is not None:
+                    yield _event(chunk)
+                elif clock() - sent_at >= keep_alive_s:
+                    yield KEEPALIVE_COMMENT
+                else:
+                    continue
+                sent_at = clock()
     except Exception as exc:
-        _, body = error_table.describe(exc)
-        note_refusal(body["error"]["code"])
-        yield f"data: {json.dumps(body)}\n\n"
+        yield _event(_error_object(exc, context))
         return
-    yield "data: [DONE]\n\n"
+    yield _DONE
 
 
-async def json_lines(opening: JsonObject, lines: AsyncGenerator[JsonObject]) -> AsyncGenerator[str]:
-    """One JSON object a line; an error after the first one is the last line. Leaving closes `lines`."""
+async def json_lines(
+    opening: JsonObject, lines: AsyncGenerator[JsonObject], context: RequestContext
+) -> AsyncGenerator[str]:
+    """Yield `opening` and the lines as one JSON object each. An error becomes the last line. Leaving closes `lines`."""
     try:
         async with aclosing(lines):
             yield f"{json.dumps(opening)}\n"
             async for line in lines:
                 yield f"{json.dumps(line)}\n"
     except Exception as exc:
-        _, body = error_table.describe(exc)
-        note_refusal(body["error"]["code"])
-        yield f"{json.dumps(body)}\n"
+        yield f"{json.dumps(_error_object(exc, context))}\n"
 
 
-def path_of(scope: Scope) -> str:
-    """The path as routes are matched: below where the application is mounted."""
-    path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", ""))
+def _event(chunk: JsonObject | None) -> bytes:
+    return format_sse_event(data_str=json.dumps(chunk))
+
+
+def _error_object(error: Exception, context: RequestContext) -> JsonObject:
+    _, body = error_table.describe(error)
+    context.code = body["error"]["code"]
+    return body

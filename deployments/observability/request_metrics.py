@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from deployments.api import error_table
 from deployments.observability.metrics import SECONDS, SERVE, SHORT_SECONDS, MetricFactory
-from deployments.observability.request_record import RequestRecord
+from deployments.observability.request_context import RequestContext
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -41,7 +41,7 @@ class RequestMetrics:
         )
 
     @contextmanager
-    def record_call(self, record: RequestRecord) -> Iterator[RequestRecord]:
+    def record_call(self, record: RequestContext) -> Iterator[RequestContext]:
         """Record a request of a Ray handle that is answered in the context."""
         try:
             yield record
@@ -53,9 +53,9 @@ class RequestMetrics:
         finally:
             self.record_request(record)
 
-    def record_request(self, record: RequestRecord) -> None:
+    def record_request(self, record: RequestContext) -> None:
         """Record a request that has ended."""
-        total_s = time.monotonic() - record.began
+        total_s = time.monotonic() - record.arrived_at
         labels = {"route": record.route, "status": str(record.status), "strategy": record.strategy}
         self._requests.inc(1, labels)
         if record.code:
@@ -66,7 +66,7 @@ class RequestMetrics:
             self._observe_times(record, total_s)
         _log(record, total_s)
 
-    def _observe_times(self, record: RequestRecord, total_s: float) -> None:
+    def _observe_times(self, record: RequestContext, total_s: float) -> None:
         by_strategy = {"strategy": record.strategy}
         assert record.first_token_s is not None
         self._total_s.observe(total_s, by_strategy)
@@ -102,7 +102,7 @@ class ChangeMetrics:
         self._changes.inc(1, {"change": change, "outcome": code})
 
 
-def _log(record: RequestRecord, total_s: float) -> None:
+def _log(record: RequestContext, total_s: float) -> None:
     """Log the record as text and, for JSON logs, as fields."""
     fields = {
         "request_id": record.request_id,

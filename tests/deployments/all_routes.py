@@ -8,7 +8,9 @@ from typing import Any
 from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute, iter_route_contexts
 
-from deployments.ingress import app
+from tests.deployments.app_fakes import app_over_fakes
+
+APP = app_over_fakes()
 
 # The role each route below /v1/ asks for; None: any valid key. Add each new route here.
 ROLES_OF: dict[tuple[str, str], str | None] = {
@@ -44,7 +46,7 @@ OPEN_ROUTES = {
 def mounted() -> dict[tuple[str, str], Any]:
     """Return each mounted route by method and path. FastAPI keeps those of included routers below `app.routes`."""
     found: dict[tuple[str, str], Any] = {}
-    for context in iter_route_contexts(app.routes):
+    for context in iter_route_contexts(APP.routes):
         route: Any = context
         for method in route.methods:
             assert (method, route.path) not in found, "two routes for one method and path"
@@ -66,7 +68,7 @@ def dependencies(dependant: Dependant) -> Iterator[Any]:
 
 def documented() -> set[tuple[str, str]]:
     """Return the operations of the OpenAPI document, with path parameters as the document writes them."""
-    paths = app.openapi()["paths"]
+    paths = APP.openapi()["paths"]
     return {(method.upper(), path) for path, operations in paths.items() for method in operations}
 
 

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
-import pytest
-from ray import serve
+from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from deployments.config.app import AppConfig, WorkerSettings
-from deployments.ingress import Ingress, app
+from deployments.generation.row_stream import StreamLimits
+from deployments.http.api import build_api
+from deployments.http.dependencies import Services
+from deployments.http.middleware.request_context import RequestContextMiddleware
+from deployments.ingress import Ingress
 from deployments.observability.metrics import SERVE
+from deployments.observability.request_metrics import RequestMetrics
 from gpu_worker.request.request import Job
 from tests.deployments.adapter_records import BASE, POOL, pool_of
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_store import FakeStore
 from tests.deployments.fake_worker import FakeWorker
+from tests.deployments.metric_fakes import FakeMetrics
 from tests.fakes import FakeHandle
 
 
@@ -27,10 +33,14 @@ from tests.fakes import FakeHandle
 class Served:
     """An Ingress and the handles it was given."""
 
-    ingress: Any
+    ingress: Ingress
     retriever: FakeHandle
     worker: FakeHandle
     store: FakeHandle
+
+    @property
+    def services(self) -> Services:
+        return self.ingress.services
 
     @property
     def job(self) -> Job:
@@ -54,10 +64,11 @@ def serve_plainly(
     engine: WorkerSettings | None = None,
     worker_grace_s: float = 5.0,
     silence_s: float = 30.0,
+    keep_alive_s: float = 10.0,
     kinds: Any = SERVE,
     **settings: Any,
 ) -> Served:
-    """The Ingress as its replica holds it, but for Serve's wrapper. To be called in a running event loop.
+    """Return an Ingress as its replica holds it, without Serve's wrapper. Call this in a running event loop.
 
     `engine`: what the config says of the Worker's; `kinds`: of metrics.
     """
@@ -67,7 +78,11 @@ def serve_plainly(
         FakeHandle(store or FakeStore(pool_of(*POOL))),
     ]
     config = config_of(worker=engine or WorkerSettings(), **settings)
-    ingress = Ingress.__bases__[0](config, *handles, worker_grace_s=worker_grace_s, silence_s=silence_s, kinds=kinds)
+    limits = StreamLimits(silence_s, worker_grace_s)
+    retriever_handle, worker_handle, store_handle = handles
+    ingress = Ingress(
+        config, retriever_handle, worker_handle, store_handle, limits=limits, keep_alive_s=keep_alive_s, kinds=kinds
+    )
     return Served(ingress, *handles)
 
 
@@ -75,9 +90,24 @@ def serve_plainly(
 async def http_of(
     served: Served, *, host: str = "127.0.0.1", raise_app_exceptions: bool = False, headers: Mapping[str, str] = {}
 ) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of the routes. They get their Ingress from Serve's replica context, which takes no other injection."""
+    """Yield a client of the application over the services of `served`."""
+    app = build_api(served.services)
     transport = httpx.ASGITransport(app, raise_app_exceptions=raise_app_exceptions, client=(host, 50000))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(servable_object=served.ingress))
-        async with httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers) as client:
-            yield client
+    async with httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers) as client:
+        yield client
+
+
+def with_context(app: ASGIApp) -> ASGIApp:
+    """Return `app` below the middleware that gives every request its context."""
+    return RequestContextMiddleware(app, RequestMetrics(FakeMetrics()))
+
+
+def app_over_fakes() -> FastAPI:
+    """Return an application to read routes and the description from. Its event loop has ended: it answers nothing."""
+
+    async def build() -> FastAPI:
+        served = serve_plainly()
+        await served.services.preload.wait()
+        return build_api(served.services)
+
+    return asyncio.run(build())

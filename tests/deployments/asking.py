@@ -22,10 +22,10 @@ def ask(
 
     async def run() -> Any:
         served = serve_plainly(**options)
-        await served.ingress.preload.wait()
+        await served.services.preload.wait()
         async with http_of(served, host=host, headers=headers or {}) as client:
             answer = await question(client, served)
-        await served.ingress.background.idle()
+        await served.services.background.idle()
         return answer
 
     return asyncio.run(run())

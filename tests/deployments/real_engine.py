@@ -69,7 +69,7 @@ class Authenticator:
         return self.runner.run(self._held())
 
     async def _held(self) -> dict[str, Any]:
-        await self.served.ingress.background.idle()
+        await self.served.services.background.idle()
         while (holdings := await self.engine.status()).num_running + holdings.num_waiting:
             await asyncio.sleep(0.001)
         gc.collect()
@@ -80,9 +80,9 @@ class Authenticator:
             "rows": sum(type(thing) is Row for thing in gc.get_objects()),
             "tasks": len(asyncio.all_tasks()),
             "threads": threading.active_count(),
-            "in flight": self.served.ingress.in_flight.count,
-            "bodies": self.served.ingress.bodies.num_bytes,
-            "uploads": self.served.ingress.pool.uploads.num_bytes,
+            "in flight": self.served.services.in_flight.count,
+            "bodies": self.served.services.bodies.num_bytes,
+            "uploads": self.served.services.uploads.num_bytes,
         }
 
 
@@ -117,7 +117,7 @@ def open_door(tiny_base: Any, folder: Path, **settings: Any) -> Iterator[Authent
 
 async def _serve(loop: EngineThread, settings: dict[str, Any]) -> Served:
     served = serve_plainly(worker=EngineWorker(loop), store=FakeStore(pool_of(*POOL)), **settings)
-    await served.ingress.preload.wait()
+    await served.services.preload.wait()
     return served
 
 

@@ -7,8 +7,8 @@ import re
 import pytest
 from playwright.async_api import Page, Request, expect
 
-from deployments.ingress import app
 from tests.browsing import Browsing
+from tests.deployments.all_routes import APP
 from tests.deployments.app_fakes import Served
 from tests.deployments.looking import look
 
@@ -23,7 +23,7 @@ def test_every_operation_is_shown_with_its_fields_and_nothing_is_asked_elsewhere
         page.on("request", lambda request: asked.append(_site(request)))
         await page.get_by_role("link", name="API").click()
         await expect(page).to_have_url(re.compile(r"/docs$"))
-        count = sum(len(operations) for operations in app.openapi()["paths"].values())
+        count = sum(len(operations) for operations in APP.openapi()["paths"].values())
         await expect(page.locator("#operations section")).to_have_count(count)
         await expect(page.locator("#docs-note")).to_be_hidden()
         chat = page.locator("#operations section", has_text="/v1/chat/completions")

@@ -11,7 +11,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 from deployments.api.completions import ChatCompletionRequest
 from deployments.auth.caller import LOCAL_CALLER
 from deployments.errors import ModelNotFound, PoisonRequest, RequestInvalid
-from deployments.observability.request_record import RequestRecord
+from deployments.observability.request_context import RequestContext
 from gpu_worker.errors import EngineStopped, PromptTooLong, SamplingInvalid
 from gpu_worker.request.prompts import Message
 from gpu_worker.request.request import Delta, Job, SamplingParams
@@ -196,11 +196,11 @@ def jobs_of(served: Served) -> list[Job]:
 def test_a_whole_answer_outlives_two_workers_that_die_in_it() -> None:
     async def run() -> None:
         served = serve_plainly(worker=Dying((DEATH,), (*DELTAS[:2], DEATH), DELTAS))
-        record = RequestRecord("r1", "/v1/chat/completions")
-        begun = await served.ingress._begin(ChatCompletionRequest.model_validate(CHAT), LOCAL_CALLER, record)
-        answer = await served.ingress._whole(begun)
+        context, completions = RequestContext("r1", "/v1/chat/completions"), served.services.completions
+        started = await completions.start(ChatCompletionRequest.model_validate(CHAT), LOCAL_CALLER, context)
+        answer = await completions.collect(started)
         assert answer["choices"][0]["message"]["content"] == "Hello"
-        assert answer["usage"]["total_tokens"] == begun.meter.num_tokens == 8, "metered once"
+        assert answer["usage"]["total_tokens"] == started.usage.num_tokens == 8, "metered once"
         jobs = jobs_of(served)
         assert jobs == jobs[:1] * 3 and answer["id"] == f"chatcmpl-{jobs[0].request_id}"
         assert len(served.retriever.called("route")) == 1

@@ -190,7 +190,7 @@ def test_health_is_told_while_ready_waits_for_the_preload(tmp_path: Path) -> Non
             waiting = await client.get("/ready")
             assert (waiting.status_code, error_of(waiting)["code"]) == (503, "not_ready")
             store.gate.set()
-            await served.ingress.preload.wait()
+            await served.services.preload.wait()
             assert (await client.get("/ready")).status_code == 200
 
     asyncio.run(run())
@@ -206,7 +206,7 @@ class Silent(FakeWorker):
 
 def test_ready_does_not_wait_for_ever() -> None:
     async def run(client: httpx.AsyncClient, served: Served) -> httpx.Response:
-        served.ingress.readiness._wait_s = 0.01
+        served.services.readiness._wait_s = 0.01
         return await client.get("/ready")
 
     response = ask(run, worker=Silent())
@@ -217,7 +217,7 @@ def test_ready_does_not_wait_for_ever() -> None:
 def test_ready_asks_once_in_half_a_second_however_many_ask_it() -> None:
     async def run(client: httpx.AsyncClient, served: Served) -> None:
         now_s = 100.0
-        served.ingress.readiness._clock = lambda: now_s
+        served.services.readiness._clock = lambda: now_s
         for step_s, num_asked in ((0.0, 1), (0.4, 1), (0.2, 2)):
             now_s += step_s
             answers = await asyncio.gather(*[client.get("/ready") for _ in range(20)])
@@ -230,7 +230,7 @@ def test_ready_asks_once_in_half_a_second_however_many_ask_it() -> None:
 def test_a_bounded_number_waits_for_ready() -> None:
     async def run(client: httpx.AsyncClient, served: Served) -> None:
         waiting = [asyncio.create_task(client.get("/ready")) for _ in range(MAX_WAITING)]
-        while served.ingress.readiness._num_waiting < MAX_WAITING:
+        while served.services.readiness._num_waiting < MAX_WAITING:
             await asyncio.sleep(0)
         response = await client.get("/ready")
         assert (response.status_code, error_of(response)["code"]) == (503, "not_ready")
@@ -238,7 +238,7 @@ def test_a_bounded_number_waits_for_ready() -> None:
         for task in waiting:
             task.cancel()
         await asyncio.wait(waiting)
-        assert served.ingress.readiness._num_waiting == 0
+        assert served.services.readiness._num_waiting == 0
 
     ask(run, worker=Silent())
 
@@ -272,7 +272,7 @@ def test_a_preload_that_fails_as_a_whole_is_tried_again_when_ready_is_asked(tmp_
         statuses = []
         for _ in range(2):
             statuses.append((await client.get("/ready")).status_code)
-            await served.ingress.preload.wait()
+            await served.services.preload.wait()
         return statuses
 
     store = FakeStore(failing={"commit": (VersionConflict(3), 1)})
@@ -283,7 +283,7 @@ def test_a_preload_that_fails_as_a_whole_is_tried_again_when_ready_is_asked(tmp_
 def test_the_preload_is_published_in_batches_of_one_commit_each(tmp_path: Path) -> None:
     async def run() -> Served:
         served = serve_plainly(preload=preload_of(tmp_path, *[f"a{number:02}" for number in range(33)]))
-        await served.ingress.preload.wait()
+        await served.services.preload.wait()
         return served
 
     served = asyncio.run(run())
@@ -315,7 +315,7 @@ def test_what_the_operator_preloads_is_approved_where_there_are_other_tenants(
 
     async def run() -> Served:
         served = serve_plainly(preload=preload_of(tmp_path, "a", "b"), **settings)
-        await served.ingress.preload.wait()
+        await served.services.preload.wait()
         return served
 
     assert approved_at_start(asyncio.run(run())) == ([("a", "preload"), ("b", "preload")] if is_approved else [])
@@ -331,7 +331,7 @@ def test_what_was_preloaded_before_approval_was_asked_for_is_approved_at_the_nex
 
     async def run() -> Served:
         served = serve_plainly(store=store, preload=folders, public_requires_approval=True)
-        await served.ingress.preload.wait()
+        await served.services.preload.wait()
         return served
 
     assert approved_at_start(asyncio.run(run())) == [("a", "preload")]

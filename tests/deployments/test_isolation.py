@@ -214,7 +214,7 @@ def test_equal_bytes_of_two_tenants_answer_on_when_one_withdraws(tmp_path: Path)
         for tenant in TENANTS:
             assert (await tenants.publish(tenant, [same])).status_code == 201
         assert (await tenants.ask(TENANTS[0], "DELETE", "/v1/loras/same")).status_code == 200
-        await tenants.served.ingress.background.idle()  # whatever is freed is freed
+        await tenants.served.services.background.idle()  # whatever is freed is freed
         gone = await tenants.ask(TENANTS[0], "POST", "/v1/completions", json={"prompt": "hi", "model": "same"})
         still = await tenants.ask(TENANTS[1], "POST", "/v1/completions", json={"prompt": "hi", "model": "same"})
         assert (gone.status_code, still.status_code) == (404, 200)
@@ -231,11 +231,11 @@ def test_equal_bytes_of_two_tenants_answer_on_when_one_withdraws(tmp_path: Path)
 def test_a_share_of_the_pool_is_judged_over_all_publishes_of_a_tenant(tmp_path: Path) -> None:
     async def look(tenants: TwoTenants) -> None:
         mine = TENANTS[0]
-        door = tenants.served.ingress.door
+        door = tenants.served.services.authenticator
         caller = door.authenticate(f"Bearer {mine}")
         share = caller.limits.model_copy(update={"max_adapters": 6}).tenant_quota  # it has 4
         uploads = [tenants.folder(f"more-{n}", 200 + n, ["More."]) for n in range(6)]
-        publish = tenants.served.ingress.pool.publisher.publish
+        publish = tenants.served.services.publisher.publish
         outcomes = await asyncio.gather(
             *[publish([PublishItem(path, tenant=mine)], "me", share) for path in uploads], return_exceptions=True
         )

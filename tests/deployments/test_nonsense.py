@@ -15,8 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from deployments.ingress import app
-from tests.deployments.all_routes import example_path
+from tests.deployments.all_routes import APP, example_path
 from tests.deployments.app_fakes import http_of, serve_plainly
 from tests.deployments.asking import error_of
 from tests.deployments.console_fakes import CountingWorker, MappedRetriever
@@ -27,7 +26,7 @@ MAX_BLOCKED_S = 0.5
 MAX_MEMORY_BYTES = 100 << 20
 MAX_MESSAGE_CHARS = 1000
 QUERY_BYTES = 15_000  # the proxy refuses more
-DOCUMENT = app.openapi()
+DOCUMENT = APP.openapi()
 
 
 @dataclass(frozen=True)
@@ -131,12 +130,12 @@ def send_all(requests: list[Nonsense], scale: Scale) -> dict[str, int]:
         served, statuses = serve_plainly(worker=CountingWorker(), retriever=MappedRetriever()), {}
         blocked_s = peak_bytes = 0.0
         async with http_of(served) as client:
-            await served.ingress.preload.wait()
+            await served.services.preload.wait()
             for nonsense in requests:
                 response, watched = await send(client, nonsense)
                 statuses[nonsense.label] = response.status_code
                 blocked_s, peak_bytes = max(blocked_s, watched.blocked_s), max(peak_bytes, watched.peak_bytes)
-        assert served.ingress.bodies.num_bytes == 0
+        assert served.services.bodies.num_bytes == 0
         scale.record("event loop blocked at most, s", blocked_s)
         scale.record("more memory at most, MiB", peak_bytes / (1 << 20))
         return statuses

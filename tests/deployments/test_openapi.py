@@ -17,8 +17,8 @@ from hypothesis.errors import Unsatisfiable
 from schemathesis import Case, GenerationMode
 from schemathesis.checks import CHECKS
 
-from deployments.ingress import app
 from retriever_svc import DoctorReport, DoctorStep, ReindexStep
+from tests.deployments.all_routes import APP
 from tests.deployments.app_fakes import http_of, serve_plainly
 from tests.deployments.asking import get
 from tests.deployments.console_fakes import CountingWorker, MappedRetriever
@@ -26,7 +26,7 @@ from tests.deployments.fake_worker import DELTAS
 from tests.soak import Scale
 
 URL = "http://test"
-DOCUMENT = app.openapi()
+DOCUMENT = APP.openapi()
 SCHEMA = schemathesis.openapi.from_dict(DOCUMENT)
 OPERATIONS = {operation.ok().label: operation.ok() for operation in SCHEMA.get_all_operations()}
 OF_ANSWERS = CHECKS.get_by_names(["status_code_conformance", "content_type_conformance", "response_schema_conformance"])

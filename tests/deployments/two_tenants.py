@@ -135,14 +135,15 @@ async def two_tenants(
     )
     retriever = RetrieverDeployment(config, index=index)
     retriever._pools._background = lambda work: work()  # lists are trained by the time a publish is answered
-    handles = [FakeHandle(retriever), FakeHandle(QuietWorker()), FakeHandle(StoreDeployment(config, put=lambda b: b))]
-    served = Served(Ingress.__bases__[0](config, *handles), *handles)
+    asked, worker = FakeHandle(retriever), FakeHandle(QuietWorker())
+    store = FakeHandle(StoreDeployment(config, put=lambda b: b))
+    served = Served(Ingress(config, asked, worker, store), asked, worker, store)
     try:
         async with http_of(served) as client:
             made = TwoTenants(served, client, folder)
             await made.fill(num_private)
             yield made
-        await served.ingress.background.idle()
+        await served.services.background.idle()
     finally:
         retriever._polling.cancel()
 

@@ -1,4 +1,4 @@
-"""Refuse bodies that are larger or slower than the server reads, or more than it holds at once, as they are read."""
+"""Refuse bodies that are too large or too slow, or that exceed the memory shared by all bodies, while they are read."""
 
 from __future__ import annotations
 
@@ -24,20 +24,22 @@ Refusal = BodyMemoryFull | BodyTooLarge | BodyTooSlow
 
 
 class BodyLimit:
-    """ASGI middleware: a request whose body passes what `limit_of` allows it is answered 413.
+    """ASGI middleware: bound the size, the duration and the memory of request bodies.
 
-    One that has not come whole after `patience_s` and a second for each MiB it may have is answered 408: bodies that
-    trickle would hold their places for ever. One that finds no room in the budget is answered 503. A body counts there
-    until it is parsed, and then what was made of it counts until the answer ends. Uploads, which may be larger than
-    other bodies, have a budget of their own. A body on a method without one is refused at once:
-    no route would read it, and until the answer Serve's proxy and the replica keep all that comes of it.
+    - 413: the body is larger than `limit_of` allows for this request.
+    - 408: the body is incomplete after `patience_s` plus one second for each MiB it may have. A slow body would
+      otherwise hold its place for ever.
+    - 503: the budget has no room. A body counts there until it is parsed; its parsed texts count until the answer ends.
+      Uploads may be larger than other bodies and have their own budget.
+    - 400: the method takes no body. No route would read it, and Serve's proxy and the replica would keep all of it in
+      memory until the answer.
     """
 
     def __init__(
         self,
         app: ASGIApp,
         limit_of: Callable[[Scope], int],
-        budget: Callable[[], SharedBytes],
+        budget: SharedBytes,
         patience_s: float = _PATIENCE_S,
     ) -> None:
         self._app, self._limit_of, self._budget, self._patience_s = app, limit_of, budget, patience_s
@@ -51,7 +53,7 @@ class BodyLimit:
             await error_response(refusal)(scope, receive, send)
             return
         max_bytes = self._limit_of(scope)
-        budget = self._budget() if max_bytes <= DEFAULT_MAX_BODY_BYTES else SharedBytes(max_bytes)
+        budget = self._budget if max_bytes <= DEFAULT_MAX_BODY_BYTES else SharedBytes(max_bytes)
         body = _Body(receive, max_bytes, budget, tenant_of(scope), self._patience_s)
         scope.setdefault("state", {})[KEEP_OF_BODY] = body.keep
         started = False
@@ -77,12 +79,12 @@ def _announces_body(scope: Scope) -> bool:
 
 
 class _Body:
-    """The messages of one request, as long as its body keeps within the bounds."""
+    """Reads the messages of one request, as long as its body stays within the bounds."""
 
     def __init__(self, receive: Receive, max_bytes: int, budget: SharedBytes, tenant: str, patience_s: float) -> None:
         self._receive, self._max_bytes, self._budget, self._tenant = receive, max_bytes, budget, tenant
         self._seconds = patience_s + max_bytes / _SLOWEST_BYTES_PER_S
-        self._until: float | None = asyncio.get_running_loop().time() + self._seconds  # None: it is read
+        self._until: float | None = asyncio.get_running_loop().time() + self._seconds  # None: the body is complete
         self._seen = self._held = 0
         self.refusal: Refusal | None = None
 
@@ -100,11 +102,11 @@ class _Body:
             raise self._refuse(BodyTooLarge(f"the body is larger than {self._max_bytes} bytes"))
         self._hold(len(message.get("body", b"")))
         if not message.get("more_body", False):
-            self._until = None  # what is waited for now is that the client leaves
+            self._until = None  # the next message says that the client disconnected
         return message
 
     def keep(self, num_bytes: int) -> None:
-        """Give back all that is held but `num_bytes`."""
+        """Release all held bytes except `num_bytes`."""
         num_bytes = min(num_bytes, self._held)
         self._budget.give(self._tenant, self._held - num_bytes)
         self._held = num_bytes

@@ -1,4 +1,4 @@
-"""An Ingress replica counts the requests it works on, and refuses at once what comes above its limit."""
+"""Limit how many requests an Ingress replica works on, fairly between tenants."""
 
 from __future__ import annotations
 
@@ -8,25 +8,24 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from deployments.auth.caller import ANONYMOUS_TENANT, Caller
-from deployments.calls.deadlines import mark_arrival
+from deployments.auth.caller import ANONYMOUS_TENANT
 from deployments.errors import ServerOverloaded
 from deployments.http.error_responses import error_response
-from deployments.http.streaming import path_of
+from deployments.http.middleware.request_context import context_of, path_of
 
-WAITS_S = 10.0  # a client that was refused asks again after a second or more
+WAITS_S = 10.0  # a refused client retries after a second or more
 _ALWAYS_ANSWERED = ("/health", "/ready")
 
 
 class InFlight:
-    """How many requests this replica works on, each until the last byte of its answer.
+    """Counts the requests of one replica, each until the last byte of its answer.
 
-    A tenant that is alone may use every place. One that was refused while it held less than its share, the limit
-    divided by the tenants that are here or were refused, waits: for `WAITS_S` those that hold their share or more are
-    refused, so that the places that become free are there when it asks again.
+    A tenant that is alone may use every place. A tenant's share is the limit divided by the number of tenants that run
+    requests or were refused. A tenant that was refused below its share waits: for `WAITS_S`, tenants at or above their
+    share are refused, so that a free place is left when it retries.
 
-    Requests without a caller take places too, but NOBODY has no share: it never waits, makes no tenant's share smaller,
-    and is refused while any tenant waits.
+    Requests without a caller take places too, but the anonymous tenant has no share: it never waits, makes no other
+    share smaller, and is refused while any tenant waits.
     """
 
     def __init__(self, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -61,30 +60,29 @@ class InFlight:
         return max(1, self._limit // len(here - {ANONYMOUS_TENANT}))
 
 
-class InFlightLimit:
-    """ASGI middleware, the outermost: of what it refuses not even the body is read."""
+class ConcurrencyLimit:
+    """ASGI middleware: refuse requests above the limit before their body is read. Probes are always answered."""
 
-    def __init__(self, app: ASGIApp, in_flight: Callable[[], InFlight]) -> None:
+    def __init__(self, app: ASGIApp, in_flight: InFlight) -> None:
         self._app, self._in_flight = app, in_flight
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or path_of(scope) in _ALWAYS_ANSWERED:
             await self._app(scope, receive, send)
             return
-        mark_arrival()
-        in_flight, tenant = self._in_flight(), tenant_of(scope)
+        tenant = tenant_of(scope)
         try:
-            in_flight.enter(tenant)
+            self._in_flight.enter(tenant)
         except ServerOverloaded as refusal:
             await error_response(refusal)(scope, receive, send)
             return
         try:
             await self._app(scope, receive, send)
         finally:
-            in_flight.leave(tenant)
+            self._in_flight.leave(tenant)
 
 
 def tenant_of(scope: Scope) -> str:
-    """Return the caller's tenant, NOBODY on the routes that ask for no key."""
-    caller = scope.get("state", {}).get("caller")
-    return caller.tenant if isinstance(caller, Caller) else ANONYMOUS_TENANT
+    """Return the caller's tenant; the anonymous one on routes that need no key."""
+    caller = context_of(scope).caller
+    return ANONYMOUS_TENANT if caller is None else caller.tenant

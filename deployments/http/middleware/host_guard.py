@@ -1,15 +1,15 @@
-"""Check which name and which page a request comes by, so that a browser cannot be made to speak for its user.
+"""Check the `Host` and `Origin` of a request, so that no web page can misuse a browser to reach this server.
 
-DNS rebinding: a page of `evil.example` changes its own name's address to this server's, and may then read every answer,
-since to the browser it is one origin. The request still carries `Host: evil.example`. An address in `Host` is safe: no
-one can make a browser take a name for it.
+DNS rebinding: a page of `evil.example` changes the address of its own name to this server's. The browser then sees one
+origin and lets the page read every answer, but the request still carries `Host: evil.example`. An IP address in `Host`
+is safe: no page can make a browser use a name for it.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -27,17 +27,17 @@ _MAX_SHOWN_CHARS = 100
 class HostGuard:
     """ASGI middleware: answer 421 to a `Host` that is not this server's, 403 to a page of another origin.
 
-    With keys both are left to them: a page cannot send a key that it does not have, nor any `Authorization` header to
-    another origin. There the list of hosts applies only where the setting `allowed_hosts` gives one.
+    With keys neither check is needed: a page cannot send a key that it does not have, nor an `Authorization` header to
+    another origin. There the host is checked only if the setting `allowed_hosts` lists any.
     """
 
-    def __init__(self, app: ASGIApp, config: Callable[[], AppConfig]) -> None:
+    def __init__(self, app: ASGIApp, config: AppConfig) -> None:
         self._app, self._config = app, config
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             try:
-                check(Headers(scope=scope), self._config())
+                check(Headers(scope=scope), self._config)
             except (HostRefused, OriginRefused) as refusal:
                 await error_response(refusal)(scope, receive, send)
                 return
@@ -59,7 +59,7 @@ def check(headers: Headers, config: AppConfig) -> None:
 
 
 def host_of(header: str) -> str | None:
-    """Return the host in a `Host` header, in lower case, without port, brackets and trailing dot; None: it has none."""
+    """Return the host of a `Host` header in lower case, without port, brackets and trailing dot; None without one."""
     found = _HOST.fullmatch(header.strip())
     if found is None:
         return None
@@ -72,7 +72,7 @@ def _is_ours(host: str, allowed: Collection[str]) -> bool:
 
 
 def _is_own_page(origin: str, host: str, allowed: Collection[str]) -> bool:
-    """Whether the page of this `Origin` is the console, or one that a program of this machine serves."""
+    """Return whether the page of this `Origin` is the console, or a page served from this machine."""
     try:
         page = urlsplit(origin).hostname
     except ValueError:  # as of `http://[evil`

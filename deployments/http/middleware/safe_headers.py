@@ -1,4 +1,4 @@
-"""Headers that keep browsers and caches from doing with an answer what it is not meant for."""
+"""Add headers that forbid browsers and caches to misuse answers."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _NOT_KEPT = ("application/json", "application/x-ndjson", "text/event-stream", "t
 
 
 class SafeHeaders:
-    """ASGI middleware: forbid browsers to guess the type of an answer, and caches to keep answers about the pool.
+    """ASGI middleware: forbid browsers to guess the type of an answer, and caches to store answers of the API.
 
-    Answers hold prompts' texts and what one key may see; a cache in between or a browser must not keep them. Files of
-    the console say themselves how long they may be kept.
+    Answers contain texts of prompts and data that only one key may see: neither a shared cache nor a browser may store
+    them. Files of the console set their own cache headers.
     """
 
     def __init__(self, app: ASGIApp) -> None:

@@ -1,9 +1,12 @@
-"""`/v1/loras`: what is in the pool, and how it changes. No annotation is text: FastAPI reads them."""
+"""`/v1/loras`: list, show, publish, withdraw and change adapters."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.types import Scope
@@ -18,6 +21,7 @@ from deployments.api.adapters import (
     RollbackRequest,
     VisibilityRequest,
 )
+from deployments.api.change_results import Published
 from deployments.api.publish_item import MAX_UPLOAD_FILES, PublishItem
 from deployments.api.responses import (
     JsonObject,
@@ -32,9 +36,13 @@ from deployments.api.responses import (
 )
 from deployments.auth.caller import Caller
 from deployments.calls.retries import retry_on_replica_death
-from deployments.config.app import FORM_OVERHEAD_BYTES
+from deployments.config.app import FORM_OVERHEAD_BYTES, AppConfig
 from deployments.errors import RequestInvalid, VersionChanged
-from deployments.http.api import (
+from deployments.http.dependencies import AdminCaller, AnyCaller, AnyServices, PublishCaller, Services
+from deployments.http.error_responses import AnsweringRoute
+from deployments.http.middleware.body_limit import DEFAULT_MAX_BODY_BYTES
+from deployments.http.middleware.request_context import path_of
+from deployments.http.openapi import (
     APPROVE_ANSWERS,
     LORA_ANSWERS,
     LORAS_ANSWERS,
@@ -43,18 +51,13 @@ from deployments.http.api import (
     VISIBILITY_ANSWERS,
     WITHDRAW_ANSWERS,
 )
-from deployments.http.dependencies import Pool, open_pool, own_key, read_pool
-from deployments.http.error_responses import AnsweringRoute
-from deployments.http.middleware.bearer_auth import Administering, AnyCaller, Publishing
-from deployments.http.middleware.body_limit import DEFAULT_MAX_BODY_BYTES
-from deployments.http.streaming import path_of
+from deployments.http.permissions import MAY_CHANGE, item_of, own_key, require_approver
 from deployments.http.upload_form import read_upload
+from deployments.publishing.changes import Charge
 from lora_store import VISIBILITIES
 from retriever_svc import Page, PageRequest
 
 router = APIRouter(route_class=AnsweringRoute)
-AnyPool = Annotated[Pool, Depends(read_pool)]
-OpenPool = Annotated[Pool, Depends(open_pool)]
 MAX_PAGE = 1000
 _LORAS = "/v1/loras"
 
@@ -77,16 +80,16 @@ _BODY = {"multipart/form-data": {"schema": _FORM}, "application/json": {"schema"
 
 @router.get(_LORAS, response_model=None, responses=LORAS_ANSWERS)
 async def loras(
-    pool: AnyPool,
+    services: AnyServices,
     caller: AnyCaller,
     search: Annotated[str, Query(max_length=256)] = "",
     after: Annotated[str, Query(max_length=256, description="the last id of the page before")] = "",
     limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = MAX_PAGE,
     min_generation: Annotated[int, Query(ge=0, lt=2**63)] = 0,
 ) -> JsonObject:
-    """A page of what the caller may use in whose name or tags every word of `search` stands, and how many there are."""
+    """Return a page of the adapters that the caller may use and that match all words of `search`, and their number."""
     wanted = PageRequest(limit, after, words=search)
-    page: Page = await retry_on_replica_death(pool.retriever.page, caller.tenant, wanted, min_generation)
+    page: Page = await retry_on_replica_death(services.retriever.page, caller.tenant, wanted, min_generation)
     data = [lora_object(record, caller.tenant) for _, record in page.rows]
     counted = {"generation": page.generation, "total": page.num_found}
     return counted | list_object(data, has_more=page.has_more)
@@ -96,106 +99,123 @@ async def loras(
     _LORAS,
     status_code=201,
     responses=PUBLISH_ANSWERS,
+    dependencies=[MAY_CHANGE],
     openapi_extra={"requestBody": {"required": True, "content": _BODY}},
 )
-async def publish(caller: Publishing, pool: OpenPool, http: Request) -> JSONResponse:
+async def publish(caller: PublishCaller, services: AnyServices, http: Request) -> JSONResponse:
     """Publish uploaded files, a server folder, a source URI, or a batch of the latter two in one commit.
 
-    201 when every Retriever replica routes to it, 202 when one is still behind, 207 when a part of a batch failed.
+    201 when every Retriever replica routes to it, 202 while one is behind, 207 when a part of a batch failed.
     """
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
-        return await _publish_files(pool, caller, http)
+        return await _publish_files(services, caller, http)
     if kind != "application/json":
         raise RequestInvalid(f"content-type must be application/json or multipart/form-data, got {kind[:100]!r}")
     body = _parse(await http.json())
     if isinstance(body, AdapterSource):
-        return await _publish_one(pool, caller, http, body.upload())
-    uploads = [pool.upload_of(adapter.upload(), caller, http) for adapter in body.adapters]
-    outcomes = await pool.publisher.publish(uploads, caller.key_id, caller.limits.tenant_quota, pool.charge_to(caller))
+        return await _publish_one(services, caller, http, body.upload())
+    items = [item_of(services, adapter.upload(), caller, http) for adapter in body.adapters]
+    outcomes = await publish_items(services, caller, items)
     answer = batch_object(outcomes)
     failed = any(isinstance(outcome, Exception) for outcome in outcomes)
     return JSONResponse(answer, 207 if failed else max(item["status"] for item in answer["data"]))
 
 
 @router.get("/v1/loras/{name:path}", response_model=None, responses=LORA_ANSWERS)
-async def show(name: str, pool: AnyPool, caller: AnyCaller) -> JsonObject:
-    """One adapter, and the versions of it that are kept, the live one first."""
-    generation, versions = await retry_on_replica_death(pool.retriever.record, caller.tenant, name)
+async def show(name: str, services: AnyServices, caller: AnyCaller) -> JsonObject:
+    """Return one adapter and its kept versions, the live one first."""
+    generation, versions = await retry_on_replica_death(services.retriever.record, caller.tenant, name)
     return lora_object(versions[0], caller.tenant) | {
         "versions": versions_object(versions),
         "catalogue_generation": generation,
     }
 
 
-@router.delete("/v1/loras/{name:path}", responses=WITHDRAW_ANSWERS)
-async def withdraw(name: str, caller: Publishing, pool: OpenPool) -> JSONResponse:
-    """Take the adapter and all its versions out of the pool; running requests end as they began."""
+@router.delete("/v1/loras/{name:path}", responses=WITHDRAW_ANSWERS, dependencies=[MAY_CHANGE])
+async def withdraw(name: str, caller: PublishCaller, services: AnyServices) -> JSONResponse:
+    """Remove the adapter and all its versions from the pool. Running requests finish with the version they use."""
     tenant, bare = own_key(name, caller)
-    removed = await pool.publisher.withdraw(tenant, [bare], caller.key_id)
+    removed = await services.publisher.withdraw(tenant, [bare], caller.key_id)
     return JSONResponse(removed_object(removed), 202 if removed.behind else 200)
 
 
-@router.post("/v1/loras/{name:path}/rollback", status_code=201, responses=ROLLBACK_ANSWERS)
-async def rollback(name: str, body: RollbackRequest, caller: Publishing, pool: OpenPool) -> JSONResponse:
-    """Publish a kept version again: the one before the live one, or the one the digest names."""
-    charge = pool.charge_to(caller)
-    published = await pool.publisher.rollback(own_key(name, caller), body.digest, caller.key_id, charge)
+@router.post("/v1/loras/{name:path}/rollback", status_code=201, responses=ROLLBACK_ANSWERS, dependencies=[MAY_CHANGE])
+async def rollback(name: str, body: RollbackRequest, caller: PublishCaller, services: AnyServices) -> JSONResponse:
+    """Publish a kept version again: the one before the live one, or the one that `digest` names."""
+    charge = charge_to(services, caller)
+    published = await services.publisher.rollback(own_key(name, caller), body.digest, caller.key_id, charge)
     return JSONResponse(published_object(published), status_of(published))
 
 
-@router.patch("/v1/loras/{name:path}", response_model=None, responses=VISIBILITY_ANSWERS)
-async def set_visibility(name: str, body: VisibilityRequest, caller: Publishing, pool: OpenPool) -> JSONResponse:
-    """Make an adapter public, which claims its bare name (409 where another tenant has it), or private."""
+@router.patch("/v1/loras/{name:path}", response_model=None, responses=VISIBILITY_ANSWERS, dependencies=[MAY_CHANGE])
+async def set_visibility(
+    name: str, body: VisibilityRequest, caller: PublishCaller, services: AnyServices
+) -> JSONResponse:
+    """Make an adapter private, or public. A public one claims its bare name: 409 if another tenant has it."""
     key = own_key(name, caller)
-    settled = await pool.publisher.set_visibility(key, body.visibility, caller.key_id)
+    settled = await services.publisher.set_visibility(key, body.visibility, caller.key_id)
     answer = {"name": key[1], "visibility": body.visibility} | settled_object(settled)
     return JSONResponse(answer, 202 if settled.behind else 200)
 
 
-@router.post("/v1/loras/{name:path}/approve", response_model=None, responses=APPROVE_ANSWERS)
-async def approve(name: str, body: ApproveRequest, caller: Administering, pool: OpenPool) -> JSONResponse:
-    """Let `auto` choose this version of a public adapter for every tenant. 409 where another version is live by now."""
+@router.post("/v1/loras/{name:path}/approve", response_model=None, responses=APPROVE_ANSWERS, dependencies=[MAY_CHANGE])
+async def approve(name: str, body: ApproveRequest, caller: AdminCaller, services: AnyServices) -> JSONResponse:
+    """Let `auto` choose this version of a public adapter for every tenant. 409 if another version is live by now."""
     if "@" in name:
-        raise RequestInvalid("name: the live version is approved; `digest` says which one that must be", "name")
-    _, versions = await retry_on_replica_death(pool.retriever.record, caller.tenant, name)
+        raise RequestInvalid(
+            "name: give it without a version; `digest` names the version, which must be the live one", "name"
+        )
+    _, versions = await retry_on_replica_death(services.retriever.record, caller.tenant, name)
     record = versions[0]
     if record.ref.digest != body.digest:
         raise VersionChanged(name, body.digest, record.ref.digest)
     if record.visibility != "public":
-        raise RequestInvalid("name: only a public adapter is approved", "name")
-    pool.require_approver(record.ref, caller)
-    settled = await pool.publisher.approve([record.ref], caller.key_id)
+        raise RequestInvalid("name: only a public adapter can be approved; make it public first", "name")
+    require_approver(services, record.ref, caller)
+    settled = await services.publisher.approve([record.ref], caller.key_id)
     answer = {"name": record.ref.name, "digest": record.ref.digest, "approved": True} | settled_object(settled)
     return JSONResponse(answer, 202 if settled.behind else 200)
 
 
-def max_body_bytes(scope: Scope) -> int:
-    """Uploads may be as large as the configuration says, every other body is small."""
+def max_body_bytes(config: AppConfig, scope: Scope) -> int:
+    """Return the size limit of this request's body: the setting for uploads, a small one for all other bodies."""
     kind = dict(scope["headers"]).get(b"content-type", b"")
     is_form = kind.lower().startswith(b"multipart/form-data")
     if is_form and scope["method"] == "POST" and path_of(scope) == _LORAS:
-        return read_pool().config.max_upload_bytes + FORM_OVERHEAD_BYTES
+        return config.max_upload_bytes + FORM_OVERHEAD_BYTES
     return DEFAULT_MAX_BODY_BYTES
 
 
-async def _publish_files(pool: Pool, caller: Caller, http: Request) -> JSONResponse:
-    """What was uploaded counts against the budget until it is published, also where the client has left by then."""
+def charge_to(services: Services, caller: Caller) -> Charge:
+    """Return a function that charges the caller's key for the samples that the encoder reads during a publish."""
+    return lambda num_tokens: services.authenticator.charge(caller, num_tokens, "samples")
+
+
+async def publish_items(
+    services: Services, caller: Caller, items: Sequence[PublishItem]
+) -> Sequence[Published | Exception]:
+    """Publish `items` in one commit, within the quota of the caller's tenant. Return one outcome per item."""
+    charge = charge_to(services, caller)
+    return await services.publisher.publish(items, caller.key_id, caller.limits.tenant_quota, charge)
+
+
+async def _publish_files(services: Services, caller: Caller, http: Request) -> JSONResponse:
+    """Publish an upload. It counts against the budget until it is published, even if the client has left by then."""
     with ExitStack() as stack:
-        counted = stack.enter_context(pool.uploads.reading(http, caller.tenant))
+        counted = stack.enter_context(services.uploads.reading(http, caller.tenant))
         upload = await read_upload(counted)
         held = stack.pop_all()
 
     async def publish_held() -> JSONResponse:
         with held:
-            return await _publish_one(pool, caller, http, upload)
+            return await _publish_one(services, caller, http, upload)
 
-    return await pool.background.run(publish_held())
+    return await services.background.run(publish_held())
 
 
-async def _publish_one(pool: Pool, caller: Caller, http: Request, upload: PublishItem) -> JSONResponse:
-    uploads = [pool.upload_of(upload, caller, http)]
-    [outcome] = await pool.publisher.publish(uploads, caller.key_id, caller.limits.tenant_quota, pool.charge_to(caller))
+async def _publish_one(services: Services, caller: Caller, http: Request, item: PublishItem) -> JSONResponse:
+    [outcome] = await publish_items(services, caller, [item_of(services, item, caller, http)])
     if isinstance(outcome, Exception):
         raise outcome
     return JSONResponse(published_object(outcome), status_of(outcome))

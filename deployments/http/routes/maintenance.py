@@ -1,4 +1,6 @@
-"""`/v1/pool`: work on the pool as a whole. No annotation is text: FastAPI reads them."""
+"""`/v1/pool`: verify, examine, reindex and clean up the whole pool."""
+
+from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 
@@ -7,45 +9,48 @@ from fastapi.responses import StreamingResponse
 
 from deployments.api.adapters import GcRequest, JobRequest, ReindexRequest
 from deployments.api.responses import JsonObject
-from deployments.http.api import GC_ANSWERS, LINES_ANSWERS
+from deployments.http.dependencies import AdminCaller, AnyContext, AnyServices
 from deployments.http.error_responses import AnsweringRoute
-from deployments.http.middleware.bearer_auth import Administering
-from deployments.http.routes.adapters import OpenPool
+from deployments.http.openapi import GC_ANSWERS, LINES_ANSWERS
+from deployments.http.permissions import MAY_CHANGE, require_encoder
 from deployments.http.streaming import json_lines
+from deployments.observability.request_context import RequestContext
 from deployments.publishing import maintenance
 
-router = APIRouter(route_class=AnsweringRoute)
+router = APIRouter(route_class=AnsweringRoute, dependencies=[MAY_CHANGE])
 
 
 @router.post("/v1/pool/verify", response_class=StreamingResponse, responses=LINES_ANSWERS)
-async def verify(_: JobRequest, caller: Administering, pool: OpenPool) -> StreamingResponse:
+async def verify(_: JobRequest, caller: AdminCaller, services: AnyServices, context: AnyContext) -> StreamingResponse:
     """Read every blob of the caller's own and of public adapters again, and compare it with its digest."""
-    return await _stream(maintenance.verify(pool.publisher, pool.store, caller.tenant))
+    return await _stream(maintenance.verify(services.publisher, services.store, caller.tenant), context)
 
 
 @router.post("/v1/pool/doctor", response_class=StreamingResponse, responses=LINES_ANSWERS)
-async def doctor(_: JobRequest, caller: Administering, pool: OpenPool) -> StreamingResponse:
-    """How the adapters the caller's tenant finds are found by their own samples: collisions, shadows, never chosen."""
-    return await _stream(maintenance.doctor(pool.retriever, caller.tenant))
+async def doctor(_: JobRequest, caller: AdminCaller, services: AnyServices, context: AnyContext) -> StreamingResponse:
+    """Route the samples of the tenant's adapters: report collisions, shadowed and never chosen adapters."""
+    return await _stream(maintenance.doctor(services.retriever, caller.tenant), context)
 
 
 @router.post("/v1/pool/reindex", response_class=StreamingResponse, responses=LINES_ANSWERS)
-async def reindex(body: ReindexRequest, caller: Administering, pool: OpenPool, http: Request) -> StreamingResponse:
-    """Embed the pool by another encoder beside the old index, then search by it from one generation on."""
-    pool.require_encoder(body.encoder, http)
-    lines = maintenance.reindex(pool.publisher, pool.store, pool.retriever, body.encoder, actor=caller.key_id)
-    return await _stream(lines)
+async def reindex(
+    body: ReindexRequest, caller: AdminCaller, services: AnyServices, context: AnyContext, http: Request
+) -> StreamingResponse:
+    """Embed the pool with another encoder while the old index serves, then switch to it at one generation."""
+    require_encoder(services, body.encoder, http)
+    publisher, store, retriever = services.publisher, services.store, services.retriever
+    return await _stream(maintenance.reindex(publisher, store, retriever, body.encoder, actor=caller.key_id), context)
 
 
 @router.post("/v1/pool/gc", response_model=None, responses=GC_ANSWERS)
-async def gc(body: GcRequest, _: Administering, pool: OpenPool) -> JsonObject:
-    """Remove what nothing refers to and was written longer ago than the retention."""
-    await pool.publisher.reach_store()
-    collected = await pool.store.gc.remote(body.retention_s)
+async def gc(body: GcRequest, _: AdminCaller, services: AnyServices) -> JsonObject:
+    """Remove objects that nothing refers to and that are older than the retention."""
+    await services.publisher.reach_store()
+    collected = await services.store.gc.remote(body.retention_s)
     return {"num_blobs": collected.num_blobs, "num_bytes": collected.num_bytes}
 
 
-async def _stream(lines: AsyncGenerator[JsonObject]) -> StreamingResponse:
-    """The lines as they come. An error before the first one is an error, and not a stream."""
+async def _stream(lines: AsyncGenerator[JsonObject], context: RequestContext) -> StreamingResponse:
+    """Stream the lines as they arrive. An error before the first line becomes a status."""
     opening = await anext(lines)
-    return StreamingResponse(json_lines(opening, lines), media_type="application/x-ndjson")
+    return StreamingResponse(json_lines(opening, lines, context), media_type="application/x-ndjson")

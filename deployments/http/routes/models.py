@@ -1,4 +1,6 @@
-"""`/v1/models`: what a request may name as its model. No annotation is text: FastAPI reads them."""
+"""`/v1/models`: the names that a request may use as its model."""
+
+from __future__ import annotations
 
 from typing import Annotated
 
@@ -11,10 +13,10 @@ from deployments.api.responses import JsonObject, list_object
 from deployments.calls.retries import retry_on_replica_death
 from deployments.errors import ModelNotFound
 from deployments.generation.planner import AUTO
-from deployments.http.api import MODEL_ANSWERS, MODELS_ANSWERS
+from deployments.http.dependencies import AnyCaller, AnyServices
 from deployments.http.error_responses import AnsweringRoute
-from deployments.http.middleware.bearer_auth import AnyCaller
-from deployments.http.routes.adapters import MAX_PAGE, AnyPool
+from deployments.http.openapi import MODEL_ANSWERS, MODELS_ANSWERS
+from deployments.http.routes.adapters import MAX_PAGE
 from lora_store import AdapterNotFound, AdapterRecord
 from retriever_svc import PageRequest
 
@@ -23,7 +25,7 @@ _OWNER = "loraretriever"
 
 
 class ModelQuery(ApiRequest):
-    """One page of the list: names in order, `auto` and the base model first."""
+    """The query of one page of the list: names in order, `auto` and the base model first."""
 
     limit: int = Field(default=MAX_PAGE, ge=1, le=MAX_PAGE)
     after: str = Field(default="", max_length=256, description="the last id of the page before")
@@ -33,9 +35,9 @@ class ModelQuery(ApiRequest):
 
 
 @router.get("/v1/models", response_model=None, responses=MODELS_ANSWERS)
-async def models(query: Annotated[ModelQuery, Query()], pool: AnyPool, caller: AnyCaller) -> JsonObject:
-    """`auto`, the base model, then every adapter the caller may name. With `has_more`, go on `after` the `last_id`."""
-    base = pool.config.served_base_name
+async def models(query: Annotated[ModelQuery, Query()], services: AnyServices, caller: AnyCaller) -> JsonObject:
+    """List `auto`, the base model, then every adapter the caller may name. If `has_more`, go on `after` `last_id`."""
+    base = services.config.served_base_name
     own = _own_cards(base, query)
     wanted = PageRequest(
         limit=max(query.limit - len(own), 0),
@@ -44,21 +46,21 @@ async def models(query: Annotated[ModelQuery, Query()], pool: AnyPool, caller: A
         tags=tuple(query.tag),
         contains=query.name,
     )
-    page = await retry_on_replica_death(pool.retriever.page, caller.tenant, wanted)
+    page = await retry_on_replica_death(services.retriever.page, caller.tenant, wanted)
     cards = own[: query.limit] + [card_of(name, base, record, caller.tenant) for name, record in page.rows]
     return list_object(cards, has_more=page.has_more or len(own) > query.limit)
 
 
 @router.get("/v1/models/{model:path}", response_model=None, responses=MODEL_ANSWERS)
-async def model(model: str, pool: AnyPool, caller: AnyCaller) -> JsonObject:
-    """The card of one model, by any name a request may use for it."""
-    base = pool.config.served_base_name
+async def model(model: str, services: AnyServices, caller: AnyCaller) -> JsonObject:
+    """Return the card of one model, by any name that a request may use for it."""
+    base = services.config.served_base_name
     name = model.removeprefix(f"{base}:")
     if model == base or name == AUTO:
         return special_card(model, base)
     try:
-        _, versions = await retry_on_replica_death(pool.retriever.record, caller.tenant, name)
-    except AdapterNotFound as exc:  # what a replica raises is one too
+        _, versions = await retry_on_replica_death(services.retriever.record, caller.tenant, name)
+    except AdapterNotFound as exc:  # a RayTaskError of it is one, too
         raise ModelNotFound(model, exc.hint) from exc
     return card_of(model, base, versions[0], caller.tenant)
 
@@ -68,13 +70,13 @@ def special_card(name: str, base: str) -> JsonObject:
 
 
 def card_of(name: str, base: str, record: AdapterRecord, tenant: str) -> JsonObject:
-    """`root` is where an own adapter came from; where another tenant's came from is not told."""
+    """Return the card of an adapter. `root` is the source of the tenant's own; the source of others stays private."""
     root = record.source if record.ref.tenant == tenant else name
     return _card(name, int(record.created_at.timestamp()), record.ref.tenant, root, base)
 
 
 def _own_cards(base: str, query: ModelQuery) -> list[JsonObject]:
-    """`auto` and the base model, as far as they belong to the page: no filter for adapters fits them."""
+    """Return the cards of `auto` and the base model if they belong to the page. Filters for adapters exclude them."""
     if query.owner is not None or query.tag:
         return []
     names = {"": [AUTO, base], AUTO: [base]}.get(query.after, [])

@@ -1,8 +1,10 @@
-"""`/v1/pool/map`: the pool as a picture, and a prompt's place in it. No annotation is text: FastAPI reads them."""
+"""`/v1/pool/map`: the pool as points of a plane, and the position of a prompt among them."""
+
+from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Query
+from fastapi import APIRouter, Query
 from pydantic import Field
 
 from deployments.api.base import MAX_TEXT_CHARS, ApiRequest
@@ -11,21 +13,19 @@ from deployments.api.responses import JsonObject
 from deployments.calls.deadlines import deadline_of, within
 from deployments.calls.retries import retry_on_replica_death
 from deployments.generation.request_limits import check_texts, encoder_tokens
-from deployments.http.api import MAP_ANSWERS, PLACE_ANSWERS
-from deployments.http.dependencies import Pool, read_pool
+from deployments.http.dependencies import AnyCaller, AnyContext, AnyServices, InferCaller
 from deployments.http.error_responses import AnsweringRoute
-from deployments.http.middleware.bearer_auth import AnyCaller, Asking
+from deployments.http.openapi import MAP_ANSWERS, PLACE_ANSWERS
 from lora_store import MAX_PLAN_ADAPTERS
 from retriever_svc import Place, Point, PoolMap
 from retriever_svc.encoder import MAX_CHARS
 
 router = APIRouter(route_class=AnsweringRoute)
-AnyPool = Annotated[Pool, Depends(read_pool)]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class PlaceQuery(ApiRequest):
-    """`POST /v1/pool/map`. A body, since addresses end in logs and prompts must not."""
+    """`POST /v1/pool/map`. It takes a body because addresses end up in logs, where prompts must not be."""
 
     prompt: str = Field(min_length=1, max_length=MAX_TEXT_CHARS)
     adapters: list[Name] = Field(fail_fast=True, default=[], max_length=MAX_PLAN_ADAPTERS)
@@ -34,10 +34,10 @@ class PlaceQuery(ApiRequest):
 
 @router.get("/v1/pool/map", response_model=None, responses=MAP_ANSWERS)
 async def pool_map(
-    pool: AnyPool, caller: AnyCaller, min_generation: Annotated[int, Query(ge=0, lt=2**63)] = 0
+    services: AnyServices, caller: AnyCaller, min_generation: Annotated[int, Query(ge=0, lt=2**63)] = 0
 ) -> JsonObject:
-    """The adapters that `auto` may choose, at most 2,000 of them, on the plane in which they differ most."""
-    drawn: PoolMap = await retry_on_replica_death(pool.retriever.map, caller.tenant, min_generation)
+    """Return the adapters that `auto` may choose, at most 2,000, on the plane in which they differ most."""
+    drawn: PoolMap = await retry_on_replica_death(services.retriever.map, caller.tenant, min_generation)
     return {
         "object": "pool_map",
         "generation": drawn.generation,
@@ -48,13 +48,13 @@ async def pool_map(
 
 
 @router.post("/v1/pool/map", response_model=None, responses=PLACE_ANSWERS)
-async def place(body: PlaceQuery, pool: AnyPool, caller: Asking) -> JsonObject:
-    """Where a prompt lies on that map, and where these adapters do: a large map does not show all."""
-    check_texts([body.prompt], pool.config)
-    with pool.door.running(caller, Work(num_read=encoder_tokens([body.prompt]))):
-        async with within(deadline_of(None, pool.config.max_request_s)):
+async def place(body: PlaceQuery, services: AnyServices, caller: InferCaller, context: AnyContext) -> JsonObject:
+    """Return the position of a prompt on that map, and of these adapters: a large map does not show all."""
+    check_texts([body.prompt], services.config)
+    with services.authenticator.running(caller, Work(num_read=encoder_tokens([body.prompt]))):
+        async with within(deadline_of(context.arrived_at, None, services.config.max_request_s)):
             asked = (caller.tenant, body.prompt[:MAX_CHARS], body.adapters, body.min_generation)
-            found: Place = await retry_on_replica_death(pool.retriever.place, *asked)
+            found: Place = await retry_on_replica_death(services.retriever.place, *asked)
     return {
         "object": "pool_place",
         "generation": found.generation,
@@ -64,6 +64,6 @@ async def place(body: PlaceQuery, pool: AnyPool, caller: Asking) -> JsonObject:
 
 
 def point_object(point: Point, tenant: str) -> JsonObject:
-    """An adapter on the map, under the name `tenant` asks for it by."""
+    """Return an adapter on the map, under the name that `tenant` uses for it."""
     assert point.ref is not None
     return {"name": point.ref.name_for(tenant), "x": point.x, "y": point.y}

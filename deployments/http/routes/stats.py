@@ -1,27 +1,18 @@
-"""`GET /v1/stats`: live figures. No annotation is text: FastAPI reads them."""
+"""`GET /v1/stats`: live metrics of the whole application in one object."""
 
-from typing import Annotated, Any
+from __future__ import annotations
 
-from fastapi import APIRouter, Depends
-from ray import serve
+from fastapi import APIRouter
 
 from deployments.api.responses import JsonObject
-from deployments.http.api import STATS_ANSWERS
+from deployments.http.dependencies import AnyCaller, AnyServices
 from deployments.http.error_responses import AnsweringRoute
-from deployments.http.middleware.bearer_auth import AnyCaller
-from deployments.observability.cluster_stats import StatsReader
+from deployments.http.openapi import STATS_ANSWERS
 
 router = APIRouter(route_class=AnsweringRoute)
 
 
-def stats_reader() -> StatsReader:
-    """That of the replica that runs the route."""
-    ingress: Any = serve.get_replica_context().servable_object
-    reader: StatsReader = ingress.stats
-    return reader
-
-
 @router.get("/v1/stats", response_model=None, responses=STATS_ANSWERS)
-async def stats(reader: Annotated[StatsReader, Depends(stats_reader)], caller: AnyCaller) -> JsonObject:
-    """Return what the caller's tenant has had, the pool as it sees it, and to an admin what all workers do."""
-    return await reader.read(caller.tenant, sees_all="admin" in caller.roles)
+async def stats(services: AnyServices, caller: AnyCaller) -> JsonObject:
+    """Return the usage of the caller's tenant, the pool as it sees it, and, for an admin, the load of all workers."""
+    return await services.stats.read(caller.tenant, sees_all="admin" in caller.roles)

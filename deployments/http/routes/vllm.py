@@ -1,4 +1,6 @@
-"""vLLM's two calls for adapters, as its clients make them. No annotation is text: FastAPI reads them."""
+"""vLLM's two calls that load and unload adapters, for its clients."""
+
+from __future__ import annotations
 
 from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse
@@ -7,46 +9,46 @@ from deployments.api.adapters import LoadAdapterRequest, UnloadAdapterRequest
 from deployments.auth.caller import Caller
 from deployments.calls.retries import retry_on_replica_death
 from deployments.errors import AdapterExists
-from deployments.http.api import LOAD_ANSWERS, UNLOAD_ANSWERS
-from deployments.http.dependencies import Pool, own_key
+from deployments.http.dependencies import AnyServices, PublishCaller, Services
 from deployments.http.error_responses import AnsweringRoute
-from deployments.http.middleware.bearer_auth import Publishing
-from deployments.http.routes.adapters import OpenPool
+from deployments.http.openapi import LOAD_ANSWERS, UNLOAD_ANSWERS
+from deployments.http.permissions import MAY_CHANGE, item_of, own_key
+from deployments.http.routes.adapters import publish_items
 from lora_store import AdapterNotFound
 
 router = APIRouter(route_class=AnsweringRoute, default_response_class=PlainTextResponse)
 
 
-@router.post("/v1/load_lora_adapter", responses=LOAD_ANSWERS)
+@router.post("/v1/load_lora_adapter", responses=LOAD_ANSWERS, dependencies=[MAY_CHANGE])
 async def load_lora_adapter(
-    body: LoadAdapterRequest, caller: Publishing, pool: OpenPool, http: Request
+    body: LoadAdapterRequest, caller: PublishCaller, services: AnyServices, http: Request
 ) -> PlainTextResponse:
-    """Publish a server folder or a source URI; 400 when the name is taken, unless `load_inplace` is set."""
-    upload = pool.upload_of(body.upload(), caller, http)
-    if not body.load_inplace and await _is_live(pool, caller, body.lora_name):
+    """Publish a server folder or a source URI. 400 if the name is taken, unless `load_inplace` is set."""
+    item = item_of(services, body.upload(), caller, http)
+    if not body.load_inplace and await _is_live(services, caller, body.lora_name):
         raise AdapterExists(body.lora_name)
-    [outcome] = await pool.publisher.publish(
-        [upload], caller.key_id, caller.limits.tenant_quota, pool.charge_to(caller)
-    )
+    [outcome] = await publish_items(services, caller, [item])
     if isinstance(outcome, Exception):
         raise outcome
     text = f"Success: LoRA adapter '{body.lora_name}' added successfully"
     return PlainTextResponse(text, 202 if outcome.behind else 200)
 
 
-@router.post("/v1/unload_lora_adapter", responses=UNLOAD_ANSWERS)
-async def unload_lora_adapter(body: UnloadAdapterRequest, caller: Publishing, pool: OpenPool) -> PlainTextResponse:
-    """Withdraw the adapter; 404 when there is none."""
+@router.post("/v1/unload_lora_adapter", responses=UNLOAD_ANSWERS, dependencies=[MAY_CHANGE])
+async def unload_lora_adapter(
+    body: UnloadAdapterRequest, caller: PublishCaller, services: AnyServices
+) -> PlainTextResponse:
+    """Withdraw the adapter. 404 if there is none."""
     tenant, name = own_key(body.lora_name, caller)
-    removed = await pool.publisher.withdraw(tenant, [name], caller.key_id)
+    removed = await services.publisher.withdraw(tenant, [name], caller.key_id)
     text = f"Success: LoRA adapter '{body.lora_name}' removed successfully"
     return PlainTextResponse(text, 202 if removed.behind else 200)
 
 
-async def _is_live(pool: Pool, caller: Caller, name: str) -> bool:
-    """Whether the caller's own tenant has one of that name: another's public one is not in its way."""
+async def _is_live(services: Services, caller: Caller, name: str) -> bool:
+    """Return whether the caller's own tenant has the name. Another tenant's public adapter does not block it."""
     try:
-        await retry_on_replica_death(pool.retriever.record, caller.tenant, f"{caller.tenant}/{name}")
+        await retry_on_replica_death(services.retriever.record, caller.tenant, f"{caller.tenant}/{name}")
     except AdapterNotFound:
         return False
     return True

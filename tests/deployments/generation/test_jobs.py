@@ -3,12 +3,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from typing import Any
 
 import pytest
 
 from deployments.api.completions import CompletionRequest
 from deployments.api.planned import Planned
-from deployments.generation.jobs import interleaved, jobs_of, seed_of
+from deployments.generation.jobs import jobs_of, merge, seed_of
 from lora_store import BASE_PLAN, Plan, PlannedAdapter
 from tests.deployments.adapter_records import POOL
 
@@ -47,7 +48,7 @@ class Stream:
         self.items, self.is_closed = items, False
         self.gate = asyncio.Event()
 
-    async def run(self) -> AsyncGenerator[object]:
+    async def run(self) -> AsyncGenerator[Any]:
         try:
             for item in self.items:
                 await self.gate.wait()
@@ -61,12 +62,12 @@ class Stream:
 @pytest.mark.parametrize("counts", [[3], [2, 0, 3], [0, 0], [1, 1, 1, 1]])
 def test_every_item_comes_once_in_the_order_of_its_stream(counts: list[int]) -> None:
     async def main() -> None:
-        streams = [Stream([f"{place}{number}" for number in range(count)]) for place, count in enumerate(counts)]
+        streams = [Stream([(place, number) for number in range(count)]) for place, count in enumerate(counts)]
         for stream in streams:
             stream.gate.set()
         seen: list[list[object]] = [[] for _ in streams]
-        async for place, item in interleaved([stream.run() for stream in streams]):
-            seen[place].append(item)
+        async for place, item in merge([stream.run() for stream in streams]):
+            seen[place].append((place, item))
         assert seen == [list(stream.items) for stream in streams]
         assert all(stream.is_closed for stream in streams)
 
@@ -77,10 +78,10 @@ def test_a_slow_stream_holds_nobody_up() -> None:
     async def main() -> None:
         slow, fast = Stream(["s"]), Stream(["f1", "f2"])
         fast.gate.set()
-        async with aclosing(interleaved([slow.run(), fast.run()])) as items:
-            assert [await anext(items) for _ in range(2)] == [(1, "f1"), (1, "f2")]
+        async with aclosing(merge([slow.run(), fast.run()])) as items:
+            assert [await anext(items) for _ in range(2)] == ["f1", "f2"]
             slow.gate.set()
-            assert await anext(items) == (0, "s")
+            assert await anext(items) == "s"
 
     asyncio.run(main())
 
@@ -90,7 +91,7 @@ def test_an_error_of_one_ends_all() -> None:
         waiting, broken = Stream(["never"]), Stream([ValueError("broken")])
         broken.gate.set()
         with pytest.raises(ValueError, match="broken"):
-            async for _ in interleaved([waiting.run(), broken.run()]):
+            async for _ in merge([waiting.run(), broken.run()]):
                 raise AssertionError
         assert waiting.is_closed
 
@@ -105,7 +106,7 @@ def test_leaving_closes_every_stream(way: str) -> None:
         streams[1].gate.set()
 
         async def consume() -> None:
-            async with aclosing(interleaved([stream.run() for stream in streams])) as items:
+            async with aclosing(merge([stream.run() for stream in streams])) as items:
                 await anext(items)
                 if way == "cancel":
                     task.cancel()

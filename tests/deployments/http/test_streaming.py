@@ -13,8 +13,10 @@ from deployments.api.parsing import parse
 from deployments.errors import RequestInvalid
 from deployments.http.client_address import PROXY_HEADERS, is_loopback
 from deployments.http.streaming import events, json_lines
+from deployments.observability.request_context import RequestContext
 from gpu_worker.errors import EngineStopped
 
+CONTEXT = RequestContext("r", "none")
 USER = {"role": "user", "content": "Hi"}
 
 
@@ -40,7 +42,7 @@ def events_of(*chunks: dict[str, Any] | Exception) -> list[str]:
             yield chunk
 
     async def collect() -> list[str]:
-        return [event async for event in events({"n": 0}, source())]
+        return [event.decode() async for event in events({"n": 0}, source(), CONTEXT)]
 
     return asyncio.run(collect())
 
@@ -62,6 +64,29 @@ def test_an_error_in_the_middle_is_the_last_event() -> None:
     assert (error["code"], error["message"]) == ("engine_stopped", "it stopped")
 
 
+@pytest.mark.parametrize(("keep_alive_s", "num_comments"), [(3.0, 2), (6.0, 1), (7.0, 0)])
+def test_a_silent_stream_is_kept_alive_by_comments(keep_alive_s: float, num_comments: int) -> None:
+    now = 0.0
+
+    async def source() -> AsyncIterator[dict[str, Any] | None]:
+        nonlocal now
+        for _ in range(6):
+            now += 1.0
+            yield None
+        yield {"n": 1}
+        now += 1.0
+        yield None
+
+    async def collect() -> list[bytes]:
+        found = events({"n": 0}, source(), CONTEXT, keep_alive_s=keep_alive_s, clock=lambda: now)  # type: ignore[arg-type]
+        return [event async for event in found]
+
+    comment = b": ping\n\n"
+    opening, *between, last, done = asyncio.run(collect())
+    assert between == [comment] * num_comments
+    assert [opening, last, done] == [b'data: {"n": 0}\n\n', b'data: {"n": 1}\n\n', b"data: [DONE]\n\n"]
+
+
 def test_leaving_the_events_leaves_the_chunks_at_once() -> None:
     left = []
 
@@ -74,7 +99,7 @@ def test_leaving_the_events_leaves_the_chunks_at_once() -> None:
 
     async def leave() -> None:
         chunks = source()
-        stream = events({"n": 0}, chunks)
+        stream = events({"n": 0}, chunks, CONTEXT)
         await anext(stream)
         await anext(stream)
         await stream.aclose()
@@ -91,7 +116,7 @@ def lines_of(*lines: dict[str, Any] | Exception) -> list[str]:
             yield line
 
     async def collect() -> list[str]:
-        return [line async for line in json_lines({"done": 0}, source())]
+        return [line async for line in json_lines({"done": 0}, source(), CONTEXT)]
 
     return asyncio.run(collect())
 

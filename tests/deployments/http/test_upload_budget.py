@@ -141,7 +141,7 @@ async def one_in_progress(leaves: bool) -> None:
     store = HeldStore(pool_of(*POOL))
     store.let_go, store.staging = asyncio.Event(), asyncio.Event()
     served: Served = serve_plainly(store=store, max_upload_bytes=100, max_upload_total_bytes=ONE + 500)
-    budget = served.ingress.pool.uploads
+    budget = served.services.uploads
     async with http_of(served) as client:
         first = asyncio.create_task(upload(client, 90))
         await store.staging.wait()
@@ -159,7 +159,7 @@ async def one_in_progress(leaves: bool) -> None:
         assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
         assert error_of(refused)["code"] == "upload_memory_full"
         store.let_go.set()
-        await served.ingress.background.idle()
+        await served.services.background.idle()
         if not leaves:
             assert (await first).status_code == 201
         assert budget.num_bytes == 0

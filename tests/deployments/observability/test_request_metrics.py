@@ -87,7 +87,7 @@ def test_a_refused_request_counts_by_its_code(
     in_flight = options.pop("in_flight", 0)
 
     async def send(client: httpx.AsyncClient, served: Served) -> None:
-        served.ingress.in_flight.count = in_flight
+        served.services.in_flight.count = in_flight
         assert (await client.post(CHAT_ROUTE, json=body)).status_code == int(status)
 
     kinds, [line] = told(send, caplog, **options)

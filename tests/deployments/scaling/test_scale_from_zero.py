@@ -173,7 +173,7 @@ def test_a_request_is_answered_by_the_worker_it_woke() -> None:
 
 def test_a_publish_that_no_worker_comes_for_leaves_nothing() -> None:
     async def question(_: httpx.AsyncClient, served: Served) -> list[str]:
-        publisher = served.ingress.pool.publisher
+        publisher = served.services.publisher
         with pytest.raises(WorkerStarting):
             await publisher.publish([PublishItem(Path("new"))], "tester")
         with pytest.raises(WorkerStarting):

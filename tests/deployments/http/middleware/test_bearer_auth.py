@@ -14,7 +14,9 @@ from starlette.requests import Request
 
 from deployments.auth.caller import ROLES
 from deployments.errors import KeyRefused
-from deployments.http.middleware.bearer_auth import BearerAuth, caller_of
+from deployments.http.dependencies import caller_of
+from deployments.http.middleware.bearer_auth import BearerAuth
+from deployments.observability.request_context import RequestContext
 from gpu_worker.errors import DeadlineExceeded, EngineStopped
 from tests.deployments.adapter_records import POOL, adapter
 from tests.deployments.all_routes import (
@@ -26,7 +28,7 @@ from tests.deployments.all_routes import (
     guarded,
     mounted,
 )
-from tests.deployments.app_fakes import Served, http_of, serve_plainly
+from tests.deployments.app_fakes import Served, http_of, serve_plainly, with_context
 from tests.deployments.asking import ask, error_of, get, post, request
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_store import FakeStore
@@ -135,7 +137,7 @@ def test_a_role_opens_its_routes_and_no_other(keys: Path, method: str, path: str
 
 def test_a_route_that_is_reached_past_the_guard_has_no_caller() -> None:
     with pytest.raises(KeyRefused):
-        caller_of(Request({"type": "http", "state": {}, "headers": []}))
+        caller_of(Request({"type": "http", "state": {"context": RequestContext("r", "none")}, "headers": []}))
 
 
 @pytest.mark.parametrize("prefix", ["", "/live"])
@@ -150,10 +152,11 @@ def test_the_guard_stands_where_the_application_is_mounted(keys: Path, prefix: s
         async def send(message: Any) -> None:
             statuses.append(message.get("status", -1))
 
+        guarded_app = with_context(BearerAuth(inner, served.services.authenticator))
         async with http_of(served):
             for path in ("/v1/models", "/health"):
-                scope = {"type": "http", "path": prefix + path, "root_path": prefix, "headers": []}
-                await BearerAuth(inner)(scope, None, send)  # type: ignore[arg-type]
+                scope = {"type": "http", "method": "GET", "path": prefix + path, "root_path": prefix, "headers": []}
+                await guarded_app(scope, None, send)  # type: ignore[arg-type]
         return statuses
 
     assert asyncio.run(run()) == [401, -1, 0]
@@ -307,7 +310,7 @@ def test_a_running_stream_counts_until_its_client_leaves(tmp_path: Path) -> None
     keys = write(tmp_path / "keys.json", entry("k", limits={"concurrent_requests": 1}))
 
     async def look(client: httpx.AsyncClient, served: Served) -> None:
-        caller = served.ingress.door.authenticate("Bearer k")
+        caller = served.services.authenticator.authenticate("Bearer k")
         chunks = served.ingress.stream(CHAT, caller)
         await anext(chunks)
         for path, body in (("/v1/chat/completions", CHAT), ("/v1/route", {"prompt": "hi"})):

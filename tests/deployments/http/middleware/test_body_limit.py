@@ -13,10 +13,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deployments.http.middleware.body_limit import BodyLimit
 from deployments.http.shared_bytes import SharedBytes
 from tests.deployments.all_routes import example_path, mounted
-from tests.deployments.app_fakes import http_of, serve_plainly
+from tests.deployments.app_fakes import http_of, serve_plainly, with_context
 from tests.deployments.asking import error_of, request
 from tests.deployments.http.middleware.test_concurrency_limit import CHAT, Held
 from tests.deployments.key_files import bearer, entry, write
+
+SCOPE = {"type": "http", "method": "POST", "path": "/", "headers": []}
 
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
@@ -30,9 +32,9 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-def limited(app: ASGIApp, *, budget: SharedBytes | None = None, patience_s: float = 30.0) -> BodyLimit:
+def limited(app: ASGIApp, *, budget: SharedBytes | None = None, patience_s: float = 30.0) -> ASGIApp:
     room = budget or SharedBytes(1000)
-    return BodyLimit(app, lambda scope: 8, lambda: room, patience_s)
+    return with_context(BodyLimit(app, lambda scope: 8, room, patience_s))
 
 
 def post(content: bytes | AsyncIterator[bytes]) -> httpx.Response:
@@ -77,7 +79,7 @@ def test_reading_stops_at_the_limit() -> None:
         async def send(message: Message) -> None:
             sent.append(message)
 
-        await limited(echo)({"type": "http", "headers": []}, long, send)
+        await limited(echo)(SCOPE | {}, long, send)
         return sent
 
     assert asyncio.run(run())[0]["status"] == 413
@@ -97,7 +99,7 @@ def test_a_request_whose_client_is_gone_is_not_answered() -> None:
         async def send(message: Message) -> None:
             sent.append(message)
 
-        await limited(silent)({"type": "http", "headers": []}, gone, send)
+        await limited(silent)(SCOPE | {}, gone, send)
         return sent
 
     assert asyncio.run(run()) == []
@@ -128,7 +130,7 @@ def test_a_body_that_trickles_is_refused_and_one_that_is_read_may_wait() -> None
             sent.append(message)
 
         limit = limited(app, patience_s=0.02)
-        await asyncio.wait_for(limit({"type": "http", "headers": []}, receive, send), 5)
+        await asyncio.wait_for(limit(SCOPE | {}, receive, send), 5)
         return sent
 
     start, body = asyncio.run(run(trickle, echo))
@@ -229,20 +231,20 @@ def test_a_body_that_was_parsed_takes_no_room_and_no_memory_until_its_answer_end
         worker = Held()
         served = serve_plainly(worker=worker, max_body_total_bytes=4 * MIB)
         async with http_of(served) as client:
-            await served.ingress.preload.wait()
+            await served.services.preload.wait()
             tracemalloc.start()
             try:
                 running = []
                 for count in range(1, 7):
                     running.append(asyncio.create_task(post_json(client, padded(3 * MIB))))
                     await worker.has(count)
-                assert served.ingress.bodies.num_bytes < 10_000
+                assert served.services.bodies.num_bytes < 10_000
                 assert tracemalloc.get_traced_memory()[0] < 6 * MIB
             finally:
                 tracemalloc.stop()
             worker.let_go.set()
             assert [response.status_code for response in await asyncio.gather(*running)] == [200] * 6
-        assert served.ingress.bodies.num_bytes == 0
+        assert served.services.bodies.num_bytes == 0
 
     asyncio.run(asyncio.wait_for(run(), 30))
 
@@ -254,10 +256,10 @@ def test_the_texts_of_a_body_count_until_its_answer_ends() -> None:
         async with http_of(served) as client:
             running = asyncio.create_task(client.post("/v1/completions", json={"prompt": "x" * 9000}))
             await worker.has(1)
-            assert 9000 <= served.ingress.bodies.num_bytes < 10_000
+            assert 9000 <= served.services.bodies.num_bytes < 10_000
             worker.let_go.set()
             assert (await running).status_code == 200
-        assert served.ingress.bodies.num_bytes == 0
+        assert served.services.bodies.num_bytes == 0
 
     asyncio.run(asyncio.wait_for(run(), 30))
 
@@ -267,7 +269,7 @@ def test_bodies_of_one_tenant_leave_room_for_another(tmp_path: Path) -> None:
 
     async def run() -> None:
         served = serve_plainly(keys_file=keys, max_body_total_bytes=16 * MIB)
-        bodies = served.ingress.bodies
+        bodies = served.services.bodies
         goes_on = asyncio.Event()
 
         async def stalls() -> AsyncIterator[bytes]:

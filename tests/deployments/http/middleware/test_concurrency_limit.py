@@ -60,7 +60,7 @@ def with_two_held(
             answer = await question(client, served)
             worker.let_go.set()
             assert [response.status_code for response in await asyncio.gather(*held)] == [200, 200]
-        assert served.ingress.in_flight.count == 0
+        assert served.services.in_flight.count == 0
         return answer
 
     return asyncio.run(asyncio.wait_for(run(), 10))
@@ -96,7 +96,7 @@ def test_of_what_is_refused_not_even_the_body_is_read() -> None:
 @pytest.mark.parametrize("path", ["/health", "/ready"])
 def test_a_probe_is_answered_however_much_there_is_to_do(path: str) -> None:
     async def question(client: httpx.AsyncClient, served: Served) -> httpx.Response:
-        await served.ingress.preload.wait()
+        await served.services.preload.wait()
         return await client.get(path)
 
     assert with_two_held(question).status_code == 200
@@ -117,14 +117,14 @@ def test_a_place_is_free_again_after_an_answer_an_error_and_a_client_that_left()
         async with http_of(served) as client:
             leaving = asyncio.create_task(client.post("/v1/chat/completions", json=CHAT))
             await worker.has(1)
-            assert served.ingress.in_flight.count == 1
+            assert served.services.in_flight.count == 1
             leaving.cancel()
             await asyncio.wait([leaving])
-            assert served.ingress.in_flight.count == 0
+            assert served.services.in_flight.count == 0
             worker.let_go.set()
             for body, status in [(CHAT, 200), ({}, 400), (CHAT | {"model": "nobody"}, 404), (CHAT, 200)]:
                 assert (await client.post("/v1/chat/completions", json=body)).status_code == status
-        assert served.ingress.in_flight.count == 0
+        assert served.services.in_flight.count == 0
 
     asyncio.run(run())
 

@@ -220,7 +220,7 @@ def test_an_upload_may_be_as_large_as_configured(too_many: int, status: int, kin
         head = f'--{boundary}\r\ncontent-disposition: form-data; name="name"\r\n\r\nsinger\r\n--{boundary}\r\n'
         head += 'content-disposition: form-data; name="files"; filename="adapter_config.json"\r\n\r\n'
         tail = f"\r\n--{boundary}--\r\n"
-        limit = served.ingress.pool.config.max_upload_bytes + FORM_OVERHEAD_BYTES
+        limit = served.services.config.max_upload_bytes + FORM_OVERHEAD_BYTES
         filler = b"x" * (limit + too_many - len(head) - len(tail))
         content = head.encode() + filler + tail.encode()
         assert len(content) > DEFAULT_MAX_BODY_BYTES

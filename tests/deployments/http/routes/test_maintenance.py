@@ -122,7 +122,7 @@ def test_an_encoder_that_a_replica_cannot_load_is_not_activated(others: list[Any
         replicas = [FakeRetriever(steps=[[step(1, 1, POET)]]), *[FakeRetriever(prepared=other) for other in others]]
         served = serve_plainly(retrievers=replicas)
         try:
-            pool = served.ingress.pool
+            pool = served.services
             lines = maintenance.reindex(pool.publisher, pool.store, pool.retriever, "other", "tester")
             return [line async for line in lines]
         finally:
@@ -161,7 +161,7 @@ def test_an_error_after_the_first_line_is_the_last_line(job: str) -> None:
 def test_leaving_a_job_ends_the_work_of_its_replica() -> None:
     async def run() -> None:
         served = serve_plainly()
-        lines = maintenance.verify(served.ingress.pool.publisher, served.ingress.pool.store, "local")
+        lines = maintenance.verify(served.services.publisher, served.services.store, "local")
         await anext(lines)
         response = served.store.responses[-1]
         assert response.num_cancels == 0
