@@ -106,6 +106,13 @@ def run_installed(installed: tuple[Path, Path], folder: Path, *arguments: object
     return done.stdout
 
 
+def test_the_installed_command_prints_the_version_of_the_wheel(
+    wheel: Path, installed: tuple[Path, Path], tmp_path: Path
+) -> None:
+    printed = run_installed(installed, tmp_path, installed[0] / "bin" / "loraretriever", "--version")
+    assert wheel.name.split("-")[1] in printed.split()
+
+
 def test_the_installed_command_lists_its_subcommands(installed: tuple[Path, Path], tmp_path: Path) -> None:
     script = installed[0] / "bin" / "loraretriever"
     help_text = run_installed(installed, tmp_path, script, "--help")
