@@ -246,15 +246,16 @@ template <class E>
 void score(const E* logits, int64_t size, const Wanted& wanted, double* logprob, int64_t* top_ids,
            double* top_logprobs) {
   const Row<E> row(logits, size);
-  const double rest = row.largest() + std::log(total_of(masses_of_blocks(row, {row.largest(), 1, kLeastExponent})));
-  *logprob = row.value(wanted.token) - rest;
+  const double largest = row.largest();
+  const double mass = std::log(total_of(masses_of_blocks(row, {row.largest(), 1, kLeastExponent})));
+  *logprob = row.value(wanted.token) - largest - mass;  // the mass added to a huge logit would be lost
   const int64_t count = std::min(wanted.count, size);
   if (count == 0) return;
   std::vector<Candidate> candidates = row.reaching(row.bound_of(count));
   std::partial_sort(candidates.begin(), candidates.begin() + count, candidates.end(), ranks_before);
   for (int64_t i = 0; i < count; ++i) {
     top_ids[i] = candidates[i].id;
-    top_logprobs[i] = candidates[i].logit - rest;
+    top_logprobs[i] = candidates[i].logit - largest - mass;
   }
 }
 

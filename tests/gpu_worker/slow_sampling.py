@@ -87,6 +87,7 @@ def scored_slowly(logits: Tensor, token: int, count: int) -> tuple[float, list[t
     """The token's log probability, and (id, log probability) of the likeliest ids; -9999 where it is -inf."""
     values = logits.double().tolist()
     best = max(values)
-    total = best + math.log(math.fsum(math.exp(value - best) for value in values))
+    mass = math.log(math.fsum(math.exp(value - best) for value in values))  # added to a huge `best` it would be lost
     ranked = sorted(range(len(values)), key=lambda i: (-values[i], i))[:count]
-    return max(values[token] - total, -9999.0), [(i, max(values[i] - total, -9999.0)) for i in ranked]
+    scores = [max(value - best - mass, -9999.0) for value in values]
+    return scores[token], [(i, scores[i]) for i in ranked]

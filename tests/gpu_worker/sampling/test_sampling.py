@@ -211,6 +211,16 @@ def test_greedy_takes_the_first_of_equal_logits(sampler: Sampler) -> None:
     assert tokens_of(sampler, logits, draws) == [17, 0]
 
 
+def test_huge_equal_logits_share_their_probability(sampler: Sampler) -> None:
+    logits = torch.tensor([[3e30, 2e30, 3e30]])
+    draw = Draw(SamplingParams(logprobs=2), 1, 1)
+    [token], [scored] = sampler(logits, [draw])
+    assert token is not None and scored is not None
+    half = pytest.approx(math.log(0.5))
+    assert (scored.logprob, scored.top) == (half, ((0, half), (2, half)))
+    assert scored_slowly(logits[0], token, 2) == (half, [(0, half), (2, half)])
+
+
 def test_forbidden_ids_are_not_drawn(sampler: Sampler) -> None:
     logits = torch.zeros(2, 4)
     logits[:, 1] = 50.0
