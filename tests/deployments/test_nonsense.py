@@ -96,9 +96,9 @@ class Watched:
             self.peak_bytes = memory_bytes("VmHWM") - before
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _other_objects_left_alone() -> Iterator[None]:
-    """Keep the collector away from what all other tests have made: a replica has not a tenth of it."""
+    """Freeze what the tests of other files have made, once: a replica has not a tenth of it, and to collect is slow."""
     gc.collect()
     gc.freeze()
     yield
