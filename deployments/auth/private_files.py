@@ -1,6 +1,6 @@
 """Hide the server's files from other users of the machine: Ray's token, sessions, logs, the pool, caches.
 
-Whoever reads the token can run code as this server.
+Anyone who reads the token can run code as this server.
 """
 
 from __future__ import annotations

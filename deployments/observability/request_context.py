@@ -15,7 +15,7 @@ _DIGEST_CHARS = 12
 
 @dataclass(slots=True)
 class RowTimes:
-    """When the text of one row arrived, by the request's clock, and how many tokens there were by then."""
+    """When the text of one row arrived, by the request's clock, with the token counts."""
 
     first_at: float
     first_tokens: int
