@@ -1,4 +1,4 @@
-"""Requests of every kind, asked by some clients at once while things die, and what became of each."""
+"""Concurrent requests of every kind while replicas die, and their outcomes."""
 
 from __future__ import annotations
 

@@ -127,14 +127,14 @@ class Machines:
         self._cluster.remove_node(node, allow_graceful=False)
 
     def _kill_replicas(self, node_id: str | None) -> None:
-        """Those on this node, or all."""
+        """Return the replicas on this node, or all replicas."""
         replicas = [replica for name in self._sizes for replica in self.replicas(name)]
         for replica in replicas:
             if node_id in (None, replica.node_id):
                 replica.kill()
 
     def on_all(self, deployment: str, method: str, *args: Any) -> list[Any]:
-        """What every replica of a deployment answers."""
+        """Return the answers of all replicas of a deployment."""
 
         async def ask() -> list[Any]:
             handle = serve.get_deployment_handle(deployment, APP)

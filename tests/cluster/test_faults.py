@@ -1,4 +1,4 @@
-"""What clients see while replicas and nodes are killed under them. At full counts the figures are kept."""
+"""Requests of clients while replicas and nodes are killed. At full counts the numbers are stored."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ STREAMING = 6  # enough that every worker has one
 
 @dataclass
 class Figures:
-    """What the tests of this file saw, one row a load."""
+    """The results of this file's tests, one row for each load."""
 
     values: dict[str, float] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)

@@ -81,7 +81,7 @@ class Live:
         return serve.get_deployment_handle(deployment, APP)
 
     def on_all(self, deployment: str, method: str, *args: Any) -> list[Any]:
-        """What every replica of a deployment answers."""
+        """Return the answers of all replicas of a deployment."""
 
         async def ask() -> list[Any]:
             answers: list[Any] = await self.handle(deployment).broadcast(method, *args).results_async(timeout_s=30)

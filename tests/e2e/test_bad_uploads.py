@@ -1,4 +1,4 @@
-"""Every kind of bad upload over HTTP: refused by its cause, nothing stored, nobody hurt."""
+"""Every kind of bad upload over HTTP is refused with its cause, stores nothing, and disturbs no other request."""
 
 from __future__ import annotations
 

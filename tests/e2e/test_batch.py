@@ -1,4 +1,4 @@
-"""`loraretriever batch` on the running cluster, over the store of a server that is asked the same."""
+"""`loraretriever batch` on the running cluster, compared with the answers of a server over the same store."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def written(folder: Path) -> dict[str, int]:
 
 
 def of_server(live: Live, row: dict[str, Any]) -> dict[str, Any]:
-    """What a server says to the request that a row is, in a row's words."""
+    """Send a row as a request to the server, and return the answer as a row."""
     said = {name: value for name, value in row.items() if value is not None}
     body = {**DEFAULTS, **said, **({"lora": json.loads(said["lora"])} if "lora" in said else {})}
     answer = live.call("POST", "/v1/completions", json=body).json()

@@ -21,7 +21,7 @@ TOPICS = ("lighthouses", "volcanoes", "violins")
 
 
 def run(live: Live, *words: str, code: int = 0) -> str:
-    """What a command prints, on a wide terminal; it must end with `code`."""
+    """Run a command on a wide terminal, check its exit code, and return its output."""
     command = [str(Path(sys.executable).with_name("loraretriever")), *words, "--url", live.url]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, check=False, env=os.environ | {"COLUMNS": "200"}

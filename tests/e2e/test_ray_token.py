@@ -1,4 +1,4 @@
-"""What strangers get from the ports of a running server, and from a cluster that asks for no token."""
+"""Access without a token to the ports of a running server, and to a cluster without authentication."""
 
 from __future__ import annotations
 

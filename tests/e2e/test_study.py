@@ -1,4 +1,4 @@
-"""What the paper's study measures in process is what the server answers."""
+"""The server gives the same answers as the paper's study measures in process."""
 
 from __future__ import annotations
 

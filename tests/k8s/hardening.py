@@ -1,4 +1,4 @@
-"""What runs, as whom, with which rights."""
+"""Checks of users and privileges of containers."""
 
 from __future__ import annotations
 

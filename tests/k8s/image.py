@@ -32,7 +32,7 @@ def bases(text: str) -> list[str]:
 
 
 def copied(text: str) -> list[str]:
-    """What the Dockerfile copies from the build's context."""
+    """Return the paths that the Dockerfile copies from the build context."""
     copies = [instruction.rest.split() for instruction in instructions(text) if instruction.keyword == "COPY"]
     return [source for parts in copies if not parts[0].startswith("--from") for source in parts[:-1]]
 

@@ -1,4 +1,4 @@
-"""What the network policies let in and out."""
+"""Checks of the network policies: allowed traffic in and out."""
 
 from __future__ import annotations
 

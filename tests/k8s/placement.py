@@ -12,7 +12,7 @@ from tests.k8s.manifests import Document, Manifests, Pod
 
 @dataclass(slots=True)
 class Room:
-    """What a pod has left."""
+    """Free resources of a pod."""
 
     left: dict[str, float]
 

@@ -1,4 +1,4 @@
-"""What `kubectl kustomize` makes of k8s/: the overlays, and the mixtures a reader may put together."""
+"""Render k8s/ with `kubectl kustomize`: the overlays, and the mixtures a reader may put together."""
 
 from __future__ import annotations
 

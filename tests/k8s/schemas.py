@@ -25,7 +25,7 @@ OWN_SCHEMAS = {
 
 
 def problems(manifests: Manifests) -> Iterator[str]:
-    """What a schema refuses, unknown keys first of all."""
+    """Return the violations of a schema, unknown keys first."""
     for document in manifests.documents:
         own = OWN_SCHEMAS.get(document["kind"])
         found = _kubernetes_problems(document) if own is None else schema_problems(document, own)

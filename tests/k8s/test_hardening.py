@@ -1,4 +1,4 @@
-"""What is found of rights and images."""
+"""Mistakes in privileges and images are found."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is found of policies that let too much in or out, or too little."""
+"""Policies that allow too much or too little are found."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is found of replicas and pods that do not fit each other."""
+"""Replicas that do not fit their pods are found."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is found of names, labels and ports that lead nowhere."""
+"""Names, labels and ports without a target are found."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the schemas find: keys and types, in each kind of document."""
+"""Wrong keys and types are found in each kind of document."""
 
 from __future__ import annotations
 

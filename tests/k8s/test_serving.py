@@ -1,4 +1,4 @@
-"""What is found of settings that the code or the pods do not bear out."""
+"""Settings that contradict the code or the pods are found."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a running application tells: metrics as Ray exports them, logs, and spans."""
+"""Metrics as Ray exports them, logs and spans of a running application."""
 
 from __future__ import annotations
 
