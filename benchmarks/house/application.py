@@ -63,18 +63,18 @@ def published_app(folder: Path) -> AppConfig:
 
 
 @asynccontextmanager
-async def served_app(config: AppConfig) -> AsyncIterator[tuple[Any, httpx.AsyncClient]]:
+async def served_app(config: AppConfig) -> AsyncIterator[tuple[Ingress, httpx.AsyncClient]]:
     """Yield (the Ingress, a client of its routes) over real deployments."""
     store = FakeHandle(StoreDeployment(config, put=_Reference))
     replica = RetrieverDeployment(config)
     worker = WorkerDeployment(config.worker_config(), 0.0, store, allow_unauthenticated_ray=True)
     handles = FakeHandle(replica), FakeHandle(worker), store
-    ingress: Any = Ingress.__bases__[0](config, *handles)
-    await ingress.preload.wait()
+    ingress = Ingress(config, *handles)
+    await ingress.services.preload.wait()
     try:
         async with http_of(Served(ingress, *handles)) as client:
             yield ingress, client
-            await ingress.background.idle()
+            await ingress.services.background.idle()
     finally:
         worker._loop.stop()
         for task in asyncio.all_tasks() - {asyncio.current_task()}:

@@ -56,7 +56,7 @@ async def _application_walks(recorder: Recorder, folder: Path, config: AppConfig
         for name in ("first", "second"):
             with recorder.recording():
                 response = await client.post("/v1/loras", files=_upload(folder / "new"), data={"name": name})
-                await ingress.background.idle()
+                await ingress.services.background.idle()
             assert response.status_code == 201, response.text
         walks["publish, HTTP upload"] = recorder.walk
         for _ in range(2):
