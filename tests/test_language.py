@@ -47,6 +47,9 @@ COVERED = (
     "deployments/console",
     "deployments/errors.py",
     "deployments/field_problems.py",
+    "deployments/generation",
+    "deployments/http",
+    "deployments/ingress.py",
     "deployments/observability",
     "k8s",
 )

@@ -19,7 +19,7 @@ Name = Annotated[str, Field(min_length=1, max_length=129)]  # `name`, or `tenant
 
 
 class AdapterLabel(ApiRequest):
-    """What a publisher may say of an adapter beside its files."""
+    """The description of an adapter that its publisher may send with the files."""
 
     name: str | None = Field(default=None, max_length=64)
     tags: list[Tag] = Field(fail_fast=True, default=[], max_length=MAX_TAGS)

@@ -1,4 +1,4 @@
-"""What all request models have in common."""
+"""The base of all request models."""
 
 from __future__ import annotations
 
@@ -48,5 +48,5 @@ def at_most(max_items: int) -> Callable[[Any], Any]:
 
 
 def problem(param: str, message: str) -> PydanticCustomError:
-    """What a validator of a whole model raises: `param` is the field of it that is wrong."""
+    """Return the error that a validator of a whole model raises. `param` is the wrong field."""
     return PydanticCustomError("invalid", "{reason}", {"param": param, "reason": message})

@@ -90,7 +90,7 @@ class StreamOptions(ApiRequest):
 
 
 class GenerationRequest(ApiRequest):
-    """What chat and text completions have in common."""
+    """The fields that chat and text completions share."""
 
     not_served: ClassVar[dict[str, tuple[Any, ...]]]
 
@@ -171,7 +171,7 @@ class GenerationRequest(ApiRequest):
 
     @property
     def most_tokens(self) -> int:
-        """What the request may use, as far as is known before it is tokenized."""
+        """The largest number of tokens that the request may use, estimated before it is tokenized."""
         prompts = [question.prompt for question in self.questions()]
         num_chars = sum(len(p) if isinstance(p, str) else sum(len(turn.content) for turn in p) for p in prompts)
         new_tokens = DEFAULT_MAX_TOKENS if self.token_limit is None else self.token_limit

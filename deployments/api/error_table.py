@@ -116,7 +116,7 @@ def describe(error: Exception) -> tuple[int, dict[str, Any]]:
 
 
 def _message_of(cause: Exception, kind: type[Exception]) -> str:
-    """What the client reads. Texts that may quote buckets, endpoints or paths are logged in place of it."""
+    """Return the message for the client. Texts that may quote buckets, endpoints or paths are logged instead."""
     safe: str | None = getattr(cause, "client_message", None)
     if safe is not None:
         logger.warning("answered with %r: %s", safe, cause)
@@ -125,15 +125,15 @@ def _message_of(cause: Exception, kind: type[Exception]) -> str:
 
 
 def code_of(error: Exception) -> str:
-    """The code that `describe` gives."""
+    """Return the code that `describe` gives."""
     cause = _cause_of(error)
     return next((code for kind, _, _, code in TABLE if isinstance(cause, kind)), _UNFORESEEN)
 
 
 def error_object(message: str, type_: str, code: str, *, param: str | None = None) -> dict[str, Any]:
-    """What a client sent may hold halves of surrogate pairs, which no answer can be written with."""
-    told = {"message": message, "type": type_, "param": param, "code": code}
-    return {"error": {name: text and text.encode(errors="backslashreplace").decode() for name, text in told.items()}}
+    """Return the error object. Halves of surrogate pairs, which a message may quote, are escaped: JSON has none."""
+    fields = {"message": message, "type": type_, "param": param, "code": code}
+    return {"error": {name: text and text.encode(errors="backslashreplace").decode() for name, text in fields.items()}}
 
 
 def http_error_object(status: int, detail: str) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def http_error_object(status: int, detail: str) -> dict[str, Any]:
 
 
 def response_headers(error: Exception, status: int, code: str) -> dict[str, str]:
-    """Return the headers that tell a client how to go on."""
+    """Return the headers that say whether and when a client should retry."""
     headers = {}
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"

@@ -1,4 +1,4 @@
-"""What a request may say about adapters, in this API's words and in those of other servers."""
+"""The options of a request about adapters, in this API's words and in those of other servers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class LoraFilter(ApiRequest):
 
 
 class PlanRow(ApiRequest):
-    """One adapter of a plan, as an answer told it."""
+    """One adapter of a plan that is sent back, as an answer reported it."""
 
     name: AdapterName
     digest: str = Field(pattern=r"^[0-9a-f]{64}$")
@@ -52,7 +52,7 @@ class PlanGiven(ApiRequest):
 
 
 class LoraOptions(ApiRequest):
-    """What a request may say about adapters; unset fields take the server's defaults."""
+    """The options of a request about adapters. Unset fields use the server's defaults."""
 
     strategy: Literal["selection", "mixture", "fusion"] | None = None
     k: int | None = Field(default=None, ge=1, le=MAX_ADAPTERS)
@@ -99,7 +99,7 @@ class MergedAdapters(ApiRequest):
         return self
 
     def options(self, asked: LoraOptions) -> LoraOptions:
-        """The same in this API's words, beside what the request says of the rest."""
+        """Return these options in this API's words, combined with the other options of the request."""
         weights = self.weights or [1.0] * len(self.ids)
         choices = [AdapterChoice(name=name, weight=weight) for name, weight in zip(self.ids, weights, strict=True)]
         return asked.model_copy(update={"adapters": choices, "strategy": "fusion"})

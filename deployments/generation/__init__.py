@@ -1,1 +1,1 @@
-"""From a request to the plans and jobs that answer it."""
+"""Plan requests, make jobs of them, and put their answers together."""

@@ -1,4 +1,4 @@
-"""What a request may ask for at most, checked before any work is done for it, and how much work it asks for."""
+"""Check the limits of a request before any work is done for it, and estimate its work."""
 
 from __future__ import annotations
 

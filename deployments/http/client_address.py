@@ -1,4 +1,4 @@
-"""Whether a request comes from this machine."""
+"""Decide whether a request comes from this machine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from fastapi import Request
 
-# Headers that proxies, load balancers and content delivery networks add, beside all that begin with x-forwarded-.
+# Headers that proxies, load balancers and content delivery networks add, in addition to all x-forwarded- headers.
 PROXY_HEADERS = frozenset(
     {
         "forwarded",
@@ -58,7 +58,7 @@ def _is_local_page(origin: str) -> bool:
 
 
 def is_loopback_address(host: str) -> bool:
-    """Return whether `host` is an address of this machine's loopback interface. A name is none."""
+    """Return whether `host` is an address of this machine's loopback interface. A name is not."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:  # a name; of a client, a Unix socket or a proxy that gives one

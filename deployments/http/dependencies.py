@@ -1,4 +1,4 @@
-"""What routes receive: the services of the replica, the request's context, and the authenticated caller."""
+"""Inject the services of the replica, the request's context and the authenticated caller into routes."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Parse JSON bodies within a bound on their size in memory.
 
-A body of 4 MiB holds up to two million values, which take hundreds of megabytes and many seconds once each has become
-an object, and again once each has become an error. The largest request that the API accepts has far fewer, so values
-are counted in the text, before any of them is made.
+A body of 4 MiB holds up to two million values. Parsing them takes hundreds of megabytes and many seconds, and so does
+reporting an error for each. The largest request that the API accepts has far fewer values, so they are counted in the
+text before it is parsed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MAX_QUOTES = 4 * MAX_JSON_VALUES  # two for each value and for each key
 def read_json(body: bytes) -> Any:
     """Return the value that `body` holds.
 
-    Raises: RequestInvalid: it is no JSON, or holds more than MAX_JSON_VALUES values and keys, or is nested too deeply.
+    Raises: RequestInvalid if it is not JSON, has more than MAX_JSON_VALUES values and keys, or is nested too deeply.
     """
     try:
         text = body.decode(json.detect_encoding(body))

@@ -20,9 +20,9 @@ _MEANING = {
     421: "The Host header is not a name of this server",
     422: "no adapter matched and the caller wanted no fallback, or adapters drive the model out of range",
     408: "the body came too slowly",
-    429: "too many requests of this caller; `Retry-After` tells when to come back",
+    429: "too many requests of this caller; `Retry-After` says when to retry",
     500: "the server failed",
-    503: "a part of the server is overloaded, starting or away; `Retry-After` tells when to come back",
+    503: "a part of the server is overloaded, starting or away; `Retry-After` says when to retry",
     504: "the request's time, `timeout_s` or the server's own limit, was over",
 }
 _ERROR = {"$ref": "#/components/schemas/ErrorAnswer"}  # a `model` would take the media type of the route's successes
@@ -36,25 +36,25 @@ _ANYWHERE = (401, 403, 408, 413, 421, 429, 500, 503)
 
 
 def answers(*refusals: int, **successes: Any) -> Answers:
-    """What a route answers: `s201=Model`, and these refusals beside those that any route may give."""
-    told: Answers = {int(status[1:]): {"model": model} for status, model in successes.items()}
+    """Return the responses of a route: successes as `s201=Type`, these refusals, and those that any route may give."""
+    responses: Answers = {int(status[1:]): {"model": model} for status, model in successes.items()}
     for status in sorted({*refusals, *_ANYWHERE}):
-        told[status] = {"content": {"application/json": {"schema": _ERROR}}, "description": _MEANING[status]}
-    return told
+        responses[status] = {"content": {"application/json": {"schema": _ERROR}}, "description": _MEANING[status]}
+    return responses
 
 
-def _also_events(told: Answers) -> Answers:
-    """The same as server-sent events, where the request has `stream`."""
-    told[200]["content"] = {"text/event-stream": {"schema": _EVENT}}
-    told[200]["description"] = "the answer, or its chunks as server-sent events up to `data: [DONE]`"
-    return told
+def _also_events(responses: Answers) -> Answers:
+    """Add server-sent events as a second form of the success, for requests with `stream`."""
+    responses[200]["content"] = {"text/event-stream": {"schema": _EVENT}}
+    responses[200]["description"] = "the answer, or its chunks as server-sent events up to `data: [DONE]`"
+    return responses
 
 
-def _of_kind(told: Answers, media_type: str, *statuses: int) -> Answers:
-    """These successes as text of that kind."""
+def _of_kind(responses: Answers, media_type: str, *statuses: int) -> Answers:
+    """Describe these successes as text of that media type."""
     for status in statuses:
-        told[status] = {"content": {media_type: {"schema": {"type": "string"}}}, "description": "done"}
-    return told
+        responses[status] = {"content": {media_type: {"schema": {"type": "string"}}}, "description": "done"}
+    return responses
 
 
 CHAT_ANSWERS = _also_events(answers(400, 404, 409, 422, 504, s200=objects.ChatAnswer))

@@ -1,4 +1,4 @@
-"""Answer whether the server is ready, to anybody and at a bounded cost: `/ready` asks for no key."""
+"""Answer whether the server is ready, at a bounded cost: `/ready` needs no key."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from deployments.publishing.preload import Preload
 from deployments.scaling.scale_from_zero import WorkerGate
 
 READY_WAIT_S = 5.0
-KEPT_S = 0.5  # however many ask, Retriever and Worker are asked once in this time
-MAX_WAITING = 256  # who asks while an answer is made, or does not come
+KEPT_S = 0.5  # Retriever and Worker are called once in this time, however many clients call /ready
+MAX_WAITING = 256  # clients that wait for one answer
 
 
 class Readiness:
-    """Whether Retriever and Worker answer and the preload is published. To be made in an event loop."""
+    """Checks that Retriever and Worker answer and that the preload is published. Create it in an event loop."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class Readiness:
         self._num_waiting = 0
 
     async def public(self) -> JsonObject:
-        """Return what anybody may know. With keys that is the status alone. Raises: NotReady."""
+        """Return the public answer: with keys, the status alone. Raises: NotReady."""
         found = await self.details()
         if self._has_keys:
             return {"status": found["status"]}
@@ -54,13 +54,13 @@ class Readiness:
         return found | {"refused": refused}
 
     async def details(self) -> JsonObject:
-        """Return what the operator may know: refused folders by their paths. Raises: NotReady."""
+        """Return the answer for the operator, with the paths of refused folders. Raises: NotReady."""
         refused = self._preload.refused()
         if self._num_waiting >= MAX_WAITING:
             raise NotReady(f"{MAX_WAITING} clients wait for this answer already; ask again later")
         self._num_waiting += 1
         try:
-            generation, num_adapters = await asyncio.shield(self._asked())  # others wait for it too
+            generation, num_adapters = await asyncio.shield(self._asked())  # other clients wait for the same task
         finally:
             self._num_waiting -= 1
         return {"status": "ready", "generation": generation, "num_adapters": num_adapters, "refused": refused}
@@ -74,7 +74,7 @@ class Readiness:
         return self._asking
 
     async def _ask(self) -> tuple[int, int]:
-        """Raises: NotReady, and what a replica that just died leaves behind."""
+        """Call both deployments. Raises: NotReady; RayActorError if replicas keep dying."""
         tenant = ANONYMOUS_TENANT if self._has_keys else LOCAL_CALLER.tenant  # private adapters are not counted
         try:
             async with asyncio.timeout(self._wait_s):

@@ -1,4 +1,4 @@
-"""Bytes in memory that tenants share, so that no tenant can take all of them."""
+"""Share a budget of memory between tenants, so that no tenant can take all of it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections import Counter
 
 
 class SharedBytes:
-    """At most `max_bytes` at once, and of one tenant at most as many as then remain free.
+    """Grants at most `max_bytes` at once, and to one tenant at most as many as remain free.
 
-    So one tenant alone holds a half, two hold a third each, and there is always room for the next one. A tenant that
-    holds no more than `always_bytes` is refused only when the whole is full. `has_tenants=False`: everybody is the
-    same tenant, which may use the whole.
+    One tenant alone may hold a half, two a third each, and there is always room for another. A tenant that holds at
+    most `always_bytes` is refused only if the budget is full. `has_tenants=False`: all requests belong to one tenant,
+    which may use the whole budget.
     """
 
     def __init__(self, max_bytes: int, *, always_bytes: int = 0, has_tenants: bool = False) -> None:
@@ -20,7 +20,7 @@ class SharedBytes:
         self.num_bytes = 0
 
     def take(self, tenant: str, num_bytes: int) -> bool:
-        """Return whether the bytes were free for this tenant; they are its own then."""
+        """Take the bytes for this tenant. Return False, and take nothing, if they are not free for it."""
         free, own = self.max_bytes - self.num_bytes - num_bytes, self._held[tenant] + num_bytes
         if free < 0 or (self._has_tenants and num_bytes > 0 and own > max(free, self._always_bytes)):
             return False
@@ -29,7 +29,7 @@ class SharedBytes:
         return True
 
     def give(self, tenant: str, num_bytes: int) -> None:
-        """Return bytes that the tenant took."""
+        """Give back bytes that the tenant took."""
         self.num_bytes -= num_bytes
         self._held[tenant] -= num_bytes
         if not self._held[tenant]:

@@ -1,4 +1,4 @@
-"""One budget over all uploads that an Ingress replica holds at once."""
+"""Bound the memory and the duration of all uploads of an Ingress replica."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from deployments.errors import BodyTooSlow, UploadMemoryFull
 from deployments.http.shared_bytes import SharedBytes
 
 _MAX_DIGITS = 18
-# An upload holds room for all that it announces, so one that sends nothing must end soon. 64 KiB/s on average is
-# less than a slow line sends, and ten seconds forgive a pause.
+# An upload reserves all bytes that it announces, so a stalled one must end soon. 64 KiB/s on average is less than a
+# slow line sends, and a window of ten seconds tolerates a pause.
 _WINDOW_S = 10.0
 _BYTES_PER_WINDOW = 640 << 10
 
 
 class UploadBudget:
-    """Bytes of uploads in memory, each from its first byte until it is published or refused.
+    """Counts the bytes of uploads in memory, each from its first byte until it is published or refused.
 
-    What a request announces is taken at once: an upload that cannot be held is refused before it is read.
+    The announced length is taken at once: an upload without room is refused before it is read.
     """
 
     def __init__(
         self, max_bytes: int, *, always_bytes: int = 0, has_tenants: bool = False, window_s: float = _WINDOW_S
     ) -> None:
-        """`always_bytes`, `has_tenants`: as of SharedBytes. `window_s`: how long 640 KiB of an upload may take."""
+        """`always_bytes`, `has_tenants`: see SharedBytes. `window_s`: the longest time for 640 KiB of an upload."""
         self._shared = SharedBytes(max_bytes, always_bytes=always_bytes, has_tenants=has_tenants)
         self._window_s = window_s
 
@@ -63,7 +63,7 @@ class UploadBudget:
 
 
 class _Pace:
-    """Refuses an upload of which less than `_BYTES_PER_WINDOW` come within `window_s`."""
+    """Refuses an upload that sends less than `_BYTES_PER_WINDOW` within `window_s`."""
 
     def __init__(self, window_s: float) -> None:
         self._window_s, self._num_bytes = window_s, 0
@@ -89,6 +89,6 @@ class _Pace:
 
 
 def _announced(http: Request) -> int:
-    """0 of a body that comes in pieces of its own."""
+    """Return the announced length; 0 for a chunked body (no Content-Length)."""
     length = http.headers.get("content-length", "")
     return int(length) if length.isdecimal() and len(length) <= _MAX_DIGITS else 0

@@ -1,4 +1,4 @@
-"""Reads a multipart upload: the adapter's files, and what its publisher says of it."""
+"""Read a multipart upload: the files of an adapter, and the fields that describe it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ARRAY_BYTES = 1 << 20
 
 
 async def read_upload(http: Request) -> PublishItem:
-    """The upload. Files are spooled to disk as they come and read once. Raises: RequestInvalid, AdapterRefused."""
+    """Return the upload. Files are spooled to disk on arrival and read once. Raises: RequestInvalid, AdapterRefused."""
     form = http.form(max_files=MAX_UPLOAD_FILES, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES)
     async with form as parts:
         files: list[UploadFile] = []
@@ -48,12 +48,12 @@ async def read_upload(http: Request) -> PublishItem:
 
 
 def _as_sent(data: bytes) -> FileBytes:
-    """A large file as an array over the same memory, which Ray hands over without a copy in the Store's process."""
+    """Return a large file as an array over the same memory: Ray passes arrays on without a copy in the Store."""
     return data if len(data) < _ARRAY_BYTES else np.frombuffer(data, np.uint8)
 
 
 def _label_of(fields: dict[str, list[str]]) -> AdapterLabel:
-    """Raises: RequestInvalid: an unknown field, one that comes twice, or no name."""
+    """Return the description. Raises: RequestInvalid for an unknown field, a repeated field, or a missing name."""
     for key, values in fields.items():
         if len(values) > 1 and key != "tags":
             raise RequestInvalid(f"{key[:100]}: comes {len(values)} times", key)

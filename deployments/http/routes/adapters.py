@@ -201,7 +201,7 @@ async def publish_items(
 
 
 async def _publish_files(services: Services, caller: Caller, http: Request) -> JSONResponse:
-    """Publish an upload. It counts against the budget until it is published, even if the client has left by then."""
+    """Publish an upload. It counts against the budget until it is published, even if the client has left before."""
     with ExitStack() as stack:
         counted = stack.enter_context(services.uploads.reading(http, caller.tenant))
         upload = await read_upload(counted)

@@ -1,4 +1,4 @@
-"""`/`: the console, `/docs`: the description of the API, and the files of both. They hold no data and ask for no key.
+"""`/`: the console, `/docs`: the description of the API, and the files of both. They contain no data and need no key.
 
 FastAPI's own `/docs` loads a script of another site, which could read the key that the console keeps in its tab. This
 page is ours, under the console's policy.
@@ -36,7 +36,7 @@ router = APIRouter(route_class=AnsweringRoute, include_in_schema=False)
 
 @dataclass(frozen=True, slots=True)
 class ConsoleFile:
-    """A file of the page, as it is sent."""
+    """A file of the console, as it is sent. The ETag is the digest of its content: it is the same on every replica."""
 
     content: bytes
     media_type: str
@@ -45,7 +45,7 @@ class ConsoleFile:
 
 @cache
 def console_files() -> Mapping[str, ConsoleFile]:
-    """Every file of the page by name."""
+    """Return every file of the console by name."""
     files = {}
     for path in _FOLDER.iterdir():
         if path.suffix in _TYPES:
@@ -57,24 +57,24 @@ def console_files() -> Mapping[str, ConsoleFile]:
 
 @router.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
 async def page(http: Request) -> Response:
-    """The console."""
+    """Return the console."""
     return _sent("index.html", http)
 
 
 @router.api_route("/docs", methods=["GET", "HEAD"], include_in_schema=False)
 async def docs(http: Request) -> Response:
-    """The description of the API, drawn from `/openapi.json`."""
+    """Return the page that shows `/openapi.json`."""
     return _sent("docs.html", http)
 
 
 @router.api_route("/console/{name}", methods=["GET", "HEAD"], include_in_schema=False)
 async def file(name: str, http: Request) -> Response:
-    """A file the console stands on."""
+    """Return a file that the pages use."""
     return _sent(name, http)
 
 
 def _sent(name: str, http: Request) -> Response:
-    """The file, or 304 where the client has it. Raises: HTTPException (404)."""
+    """Return the file, or 304 if the client has it. Raises: HTTPException (404)."""
     found = console_files().get(name)
     if found is None:
         raise HTTPException(404, f"the console has no file {name[:100]!r}")
