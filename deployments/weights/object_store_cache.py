@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+from lora_store.lru_cache import LruCache
 
 Buffer = NDArray[np.uint8]
 Ref = TypeVar("Ref")
@@ -21,19 +22,18 @@ class ObjectCache(Generic[Ref]):
     """
 
     def __init__(self, load: Callable[[str], bytes], put: Callable[[Buffer], Ref], budget_bytes: int) -> None:
-        self._load, self._put, self._budget_bytes = load, put, budget_bytes
-        self._kept: OrderedDict[str, tuple[Ref, int]] = OrderedDict()  # least recently used first
+        self._load, self._put = load, put
+        self._kept: LruCache[str, tuple[Ref, int]] = LruCache(budget_bytes, lambda kept: kept[1])
         self._loading: dict[str, asyncio.Task[Ref]] = {}
 
     @property
     def num_bytes(self) -> int:
-        return sum(num_bytes for _, num_bytes in self._kept.values())
+        return self._kept.total
 
     async def get(self, digest: str) -> Ref:
         """The reference, kept or new. Raises: what `load` raises; the next call tries again."""
-        if digest in self._kept:
-            self._kept.move_to_end(digest)
-            return self._kept[digest][0]
+        if (kept := self._kept.get(digest)) is not None:
+            return kept[0]
         if digest not in self._loading:
             self._loading[digest] = asyncio.create_task(self._fill(digest))
         return await asyncio.shield(self._loading[digest])  # a caller that leaves does not end the others' load
@@ -41,7 +41,7 @@ class ObjectCache(Generic[Ref]):
     def release(self, digests: Iterable[str]) -> None:
         """Keep nothing of these, also not what is being loaded now."""
         for digest in digests:
-            self._kept.pop(digest, None)
+            self._kept.pop(digest)
             self._loading.pop(digest, None)
 
     async def _fill(self, digest: str) -> Ref:
@@ -49,7 +49,7 @@ class ObjectCache(Generic[Ref]):
         try:
             ref, num_bytes = await asyncio.to_thread(self._put_loaded, digest)
             if self._loading.get(digest) is task:
-                self._keep(digest, ref, num_bytes)
+                self._kept.put(digest, (ref, num_bytes))
             return ref
         finally:
             if self._loading.get(digest) is task:
@@ -58,10 +58,3 @@ class ObjectCache(Generic[Ref]):
     def _put_loaded(self, digest: str) -> tuple[Ref, int]:
         buffer = np.frombuffer(self._load(digest), dtype=np.uint8)
         return self._put(buffer), buffer.nbytes
-
-    def _keep(self, digest: str, ref: Ref, num_bytes: int) -> None:
-        if num_bytes > self._budget_bytes:
-            return
-        self._kept[digest] = ref, num_bytes
-        while self.num_bytes > self._budget_bytes:
-            self._kept.popitem(last=False)
