@@ -1,4 +1,4 @@
-"""Adapters by position: what all generations of an index share, and what a caller's part of it is computed from."""
+"""Columns of adapter data by position, shared by all generations of an index."""
 
 from __future__ import annotations
 
@@ -9,34 +9,35 @@ from numpy.typing import NDArray
 
 from lora_store.records import AdapterRecord
 from lora_store.snapshot import Key
-from retriever_svc.append_only_array import GrowingArray
+from retriever_svc.append_only_array import AppendOnlyArray
 from retriever_svc.calibration import Votes, vote_of
 from retriever_svc.encoder import unit_rows
 
 Mask = NDArray[np.bool_]
 Positions = NDArray[np.int64]
-_BLOCK_ROWS = 8192  # bounds what an append holds twice
+_BLOCK_ROWS = 8192  # limits the temporary memory of an append
 
 
 class AdapterTable:
-    """One row per adapter version, at a position that never changes. One writer; readers look below their own count.
+    """One row per adapter version, at a position that never changes.
 
-    `positions`, for the writer alone: where each name's newest version stands.
+    There is one writer. Readers use only the rows below their own count. `positions`, for the writer only, maps each
+    name to the position of its newest version.
     """
 
     def __init__(self, dim: int, num_rows: int = 0, *, requires_approval: bool = False) -> None:
-        """Empty, with room for `num_rows` of `dim` dimensions."""
+        """Create an empty table with room for `num_rows` rows of `dim` dimensions."""
         self.dim = dim
         self._requires_approval = requires_approval
         self.records: list[AdapterRecord] = []
         self.positions: dict[Key, int] = {}
-        self.vectors = GrowingArray(np.float32, (dim,), num_rows=num_rows)  # unit rows
-        self.open = GrowingArray(np.bool_, num_rows=num_rows)  # found by every tenant
-        self._owners = GrowingArray(np.int32, num_rows=num_rows)
+        self.vectors = AppendOnlyArray(np.float32, (dim,), num_rows=num_rows)  # unit rows
+        self.open = AppendOnlyArray(np.bool_, num_rows=num_rows)  # every tenant may find it
+        self._owners = AppendOnlyArray(np.int32, num_rows=num_rows)
         self._owner_codes: dict[str, int] = {}
-        self._approved = GrowingArray(np.bool_, num_rows=num_rows)
-        self._votes = GrowingArray(np.float64, num_rows=num_rows)  # on the score floor; NaN for none
-        self._tagged: dict[str, GrowingArray] = {}
+        self._approved = AppendOnlyArray(np.bool_, num_rows=num_rows)
+        self._votes = AppendOnlyArray(np.float64, num_rows=num_rows)  # votes on the score floor; NaN for no vote
+        self._tagged: dict[str, AppendOnlyArray] = {}
 
     def __len__(self) -> int:
         return len(self._owners)
@@ -47,13 +48,13 @@ class AdapterTable:
         return sum(column.num_bytes for column in columns)
 
     def append(self, records: Sequence[AdapterRecord]) -> None:
-        """`records`, each with an embedding of `dim` dimensions and any length but zero, take the next positions."""
+        """Add records at the next positions. Each needs a non-zero embedding of `dim` dimensions."""
         for start in range(0, len(records), _BLOCK_ROWS):
             self._append_block(records[start : start + _BLOCK_ROWS])
 
     def _append_block(self, records: Sequence[AdapterRecord]) -> None:
         embeddings = [record.embedding for record in records if record.embedding is not None]
-        assert len(embeddings) == len(records), "only what has an embedding has a position"
+        assert len(embeddings) == len(records), "every record in the table has an embedding"
         first = len(self)
         self.records.extend(records)
         self.vectors.append(unit_rows(np.stack([embedding.vector for embedding in embeddings])))
@@ -71,17 +72,17 @@ class AdapterTable:
             for tag in record.tags:
                 by_tag.setdefault(tag, []).append(position)
         for tag, positions in by_tag.items():
-            self._tagged.setdefault(tag, GrowingArray(np.int64)).append(np.asarray(positions))
+            self._tagged.setdefault(tag, AppendOnlyArray(np.int64)).append(np.asarray(positions))
 
     def visible(self, tenant: str, count: int) -> Mask:
-        """Which of the first `count` rows `tenant` may find: its own and the open ones."""
+        """Return a mask of the first `count` rows: those that `tenant` may find (its own and the open ones)."""
         owners = self._owners.view()[:count]
         own: Mask = owners == self._owner_codes.get(tenant, -1)
         own |= self.open.view()[:count]
         return own
 
     def tagged(self, tags: Collection[str], count: int) -> Mask:
-        """Which of the first `count` rows carry all of `tags`."""
+        """Return a mask of the first `count` rows: those that have all of `tags`."""
         mask = np.ones(count, np.bool_)
         for tag in tags:
             column = self._tagged.get(tag)
@@ -93,10 +94,10 @@ class AdapterTable:
         return mask
 
     def votes_for(self, tenant: str, alive: Mask) -> tuple[Votes, Votes]:
-        """Return the votes on the score floor of `tenant` (see `calibration`), of the `alive` rows that it may find.
+        """Return the votes on the score floor of `tenant` (see `calibration`) by the `alive` rows that it may find.
 
-        The first (T,) are of its own and of approved adapters, one each. The second (O,) are one for each tenant with
-        other public adapters: the mean of their votes.
+        The first array (T,) has one vote for each of its own and of the approved adapters. The second (O,) has one for
+        each other tenant: the mean vote of that tenant's other public adapters.
         """
         count = len(alive)
         owners, votes = self._owners.view()[:count], self._votes.view()[:count]

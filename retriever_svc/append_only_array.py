@@ -1,4 +1,4 @@
-"""Arrays that only ever grow, so that every generation of an index can share them."""
+"""Append-only arrays, which all generations of an index can share."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from numpy.typing import DTypeLike, NDArray
 _SPARE_ROWS = 1024
 
 
-class GrowingArray:
-    """Rows that are appended and never changed. One writer; readers keep the views they took, whatever is added.
+class AppendOnlyArray:
+    """Rows that are appended and never changed. There is one writer; the views of readers stay valid.
 
-    It outgrows its memory by a quarter each time, so that a row is copied a bounded number of times.
+    The capacity grows by a quarter at a time, so each row is copied a bounded number of times.
     """
 
     def __init__(self, dtype: DTypeLike, row_shape: tuple[int, ...] = (), *, num_rows: int = 0) -> None:
-        """Empty, with room for `num_rows` and some more."""
+        """Create an empty array with room for at least `num_rows`."""
         self._rows: NDArray[Any] = np.empty((_capacity(num_rows), *row_shape), dtype)
         self._num_rows = 0
 
@@ -29,17 +29,18 @@ class GrowingArray:
         return self._rows.nbytes
 
     def append(self, rows: NDArray[Any]) -> None:
+        """Append the rows."""
         end = self._num_rows + len(rows)
         if end > len(self._rows):
             grown = np.empty((_capacity(end), *self._rows.shape[1:]), self._rows.dtype)
             grown[: self._num_rows] = self._rows[: self._num_rows]
             self._rows = grown
         self._rows[self._num_rows : end] = rows
-        self._num_rows = end  # last: a reader in another thread never sees a row that is not written yet
+        self._num_rows = end  # set last, so that readers in other threads see only complete rows
 
     def view(self) -> NDArray[Any]:
-        """All rows appended so far."""
-        num_rows = self._num_rows  # first: the array may be replaced by a longer one, never by a shorter
+        """Return all rows appended so far."""
+        num_rows = self._num_rows  # read first: the array may only be replaced by a longer one
         return self._rows[:num_rows]
 
 

@@ -1,4 +1,4 @@
-"""Encode many texts in small chunks, so that prompts wait for one chunk at most."""
+"""Encode many texts in small chunks, so that a prompt waits for one chunk at most."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from retriever_svc.vector_cache import OwnedText
 
 
 class BulkEncoding:
-    """Texts that are encoded chunk by chunk. The encoder is free for other callers between two chunks.
+    """Encodes texts chunk by chunk. The encoder serves other callers between two chunks.
 
-    `owners` runs along with `texts` as in `Encoder.encode`. Each text of an owner is encoded once.
-    `chunks`: what `encode` is called with, shortest texts first.
+    `owners` has one entry per text, as in `Encoder.encode`. Each text of an owner is encoded once.
+    `chunks`: the arguments for `encode`, shortest texts first.
     """
 
     def __init__(self, encoder: Encoder, texts: Sequence[str], owners: Sequence[str] | None = None) -> None:
@@ -25,16 +25,16 @@ class BulkEncoding:
 
     @property
     def identity(self) -> str:
-        """The encoder's."""
+        """The encoder's identity."""
         return self._encoder.identity
 
     def encode(self, chunk: Sequence[OwnedText]) -> None:
-        """Encode one of `chunks` and keep its vectors."""
+        """Encode one of `chunks` and store its vectors."""
         owners = [owner for owner, _ in chunk] if self._has_owners else None
         self._rows.update(zip(chunk, self._encoder.encode([text for _, text in chunk], owners), strict=True))
 
     def vectors(self) -> Vectors:
-        """Return the row of each text, in order: (N, D) float32, after every chunk was encoded."""
+        """Return the row of each text, in order: (N, D) float32. Every chunk must have been encoded."""
         rows = [self._rows[key] for key in self._keys]
         return np.stack(rows) if rows else np.empty((0, self._encoder.dim), np.float32)
 

@@ -1,4 +1,4 @@
-"""How well a pool's adapters are found: each is asked for by its own samples."""
+"""Examine how well a pool's adapters are retrieved, using each adapter's own samples as queries."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from retriever_svc.index import Allowed
 from retriever_svc.pool import Pool
 from retriever_svc.sample_source import SampleSource, read_samples
 
-_NEAR = 0.95  # two adapters of one task, trained on different samples of it, lie about so near
+_NEAR = 0.95  # the typical cosine of two adapters of one task that were trained on different samples
 _NUM_NEIGHBOURS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterFinding:
-    """How an adapter's own samples find it. `shadowed_by`: no sample puts it first, and most put this one there."""
+    """How well an adapter's own samples retrieve it.
+
+    `shadowed_by`: set if no sample ranks the adapter first; the adapter that most samples rank first instead.
+    """
 
     ref: AdapterRef
     num_samples: int
@@ -32,20 +35,21 @@ class AdapterFinding:
 
 @dataclass(frozen=True, slots=True)
 class Collision:
-    """Two adapters that lie nearly at one place, or of which each has samples that put the other first."""
+    """Two adapters with nearly equal embeddings, or which each have samples that rank the other first."""
 
     first: AdapterRef
     second: AdapterRef
     cosine: float
-    num_of_first: int  # samples of `first` that put `second` first
+    num_of_first: int  # samples of `first` that rank `second` first
     num_of_second: int
 
 
 @dataclass(frozen=True, slots=True)
 class DoctorReport:
-    """`never_chosen` are among the top_k of no sample of the pool; the samples of `unreadable` could not be asked.
+    """The result of an examination.
 
-    An adapter's samples are part of its embedding, so shares are better than those of prompts it never saw.
+    `never_chosen`: adapters in the top_k of no sample of the pool. `unreadable`: adapters whose samples could not be
+    read. Samples contribute to their adapter's embedding, so the shares are higher than for unseen prompts.
     """
 
     generation: int
@@ -57,22 +61,23 @@ class DoctorReport:
 
     @property
     def share_first(self) -> float:
-        """Of all samples, those that put their own adapter first."""
+        """The share of all samples that rank their own adapter first."""
         return sum(a.num_first for a in self.adapters) / max(1, sum(a.num_samples for a in self.adapters))
 
     @property
     def share_found(self) -> float:
-        """Of all samples, those that find their own adapter among the top_k."""
+        """The share of all samples that have their own adapter in the top_k."""
         return sum(a.num_found for a in self.adapters) / max(1, sum(a.num_samples for a in self.adapters))
 
     @property
     def always_shadowed(self) -> tuple[AdapterFinding, ...]:
+        """The adapters that none of their own samples rank first."""
         return tuple(adapter for adapter in self.adapters if adapter.shadowed_by is not None)
 
 
 @dataclass(frozen=True, slots=True)
 class DoctorStep:
-    """`num_done` of `num_total` adapters are examined; the last step has the report."""
+    """Progress: `num_done` of `num_total` adapters are examined. The last step has the report."""
 
     num_done: int
     num_total: int
@@ -80,18 +85,20 @@ class DoctorStep:
 
 
 def examine(pool: Pool, tenant: str, samples: SampleSource, top_k: int = 3) -> Iterator[DoctorStep]:
-    """Ask by every sample of what `auto` may choose for `tenant`, a step for each adapter, and report on the whole."""
+    """Query with every sample of the adapters that `auto` may choose for `tenant`. Yield a step per adapter."""
     examination = _Examination(pool, tenant, pool.allowed(tenant), top_k)
     embedded = [record for record in pool.snapshot.visible_to(tenant) if record.encoder == pool.encoder.identity]
-    records = [record for record in embedded if pool.index.offers(record, tenant)]
+    records = [record for record in embedded if pool.index.may_find(record, tenant)]
     for number, record in enumerate(records, start=1):
-        examination.ask_by(record, read_samples(samples, record))
+        examination.add(record, read_samples(samples, record))
         yield DoctorStep(number, len(records))
     yield DoctorStep(len(records), len(records), examination.report(records))
 
 
 @dataclass
 class _Examination:
+    """Collects the findings of one examination."""
+
     pool: Pool
     tenant: str
     allowed: Allowed
@@ -99,11 +106,12 @@ class _Examination:
     findings: list[AdapterFinding] = field(default_factory=list)
     unreadable: list[AdapterRef] = field(default_factory=list)
     chosen: set[AdapterRef] = field(default_factory=set)
-    firsts: Counter[tuple[AdapterRef, AdapterRef]] = field(default_factory=Counter)  # (whose sample, put first)
+    firsts: Counter[tuple[AdapterRef, AdapterRef]] = field(default_factory=Counter)  # (owner of sample, ranked first)
     near: set[tuple[AdapterRef, AdapterRef]] = field(default_factory=set)
 
-    def ask_by(self, record: AdapterRecord, samples: Sequence[Sample] | None) -> None:
-        self._look_around(record)
+    def add(self, record: AdapterRecord, samples: Sequence[Sample] | None) -> None:
+        """Query with the adapter's samples and record the findings. `samples`: None if they cannot be read."""
+        self._find_near(record)
         if samples is None:
             self.unreadable.append(record.ref)
             return
@@ -117,7 +125,7 @@ class _Examination:
         shadow = firsts.most_common(1)[0][0] if found and not firsts[record.ref] else None
         self.findings.append(AdapterFinding(record.ref, len(found), firsts[record.ref], num_found, shadow))
 
-    def _look_around(self, record: AdapterRecord) -> None:
+    def _find_near(self, record: AdapterRecord) -> None:
         assert record.embedding is not None
         [matches] = self.pool.index.search(record.embedding.vector[np.newaxis], _NUM_NEIGHBOURS, self.allowed)
         for match in matches:
@@ -125,6 +133,7 @@ class _Examination:
                 self.near.add(_pair(record.ref, match.record.ref))
 
     def report(self, records: Sequence[AdapterRecord]) -> DoctorReport:
+        """Return the report on these records, all of which were added."""
         swapped = {_pair(a, b) for a, b in self.firsts if a != b and (b, a) in self.firsts}
         vectors = {record.ref: record.embedding.vector for record in records if record.embedding is not None}
         collisions = [

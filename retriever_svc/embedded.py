@@ -1,4 +1,4 @@
-"""An embedding and what lies near it."""
+"""An embedding and its nearest adapters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from retriever_svc.route import Candidate
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """An adapter's embedding, and the adapters it lies nearest to."""
+    """An adapter's embedding, and the adapters nearest to it."""
 
     embedding: Embedding
     neighbours: tuple[Candidate, ...]

@@ -1,4 +1,4 @@
-"""Samples to the embedding of their adapter."""
+"""Compute the embedding of an adapter from its samples."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from retriever_svc.encoder import Encoder, unit_rows
 def embed_groups(
     encoder: Encoder, groups: Sequence[Sequence[Sample]], tenants: Sequence[str] | None = None
 ) -> list[Embedding | None]:
-    """Return one embedding per adapter's samples, None where there is no sample; all texts are encoded together.
+    """Return one embedding per group of samples, None for an empty group. Encode all texts together.
 
-    `tenants` runs along with `groups`: whose part of the encoder's cache the samples use. Without it they use none.
+    `tenants` has one entry per group: the owner of the part of the encoder's cache to use. Without it no cache is used.
     """
     encoding = encoding_of(encoder, groups, tenants)
     encoding.encode_all()
@@ -26,7 +26,7 @@ def embed_groups(
 def encoding_of(
     encoder: Encoder, groups: Sequence[Sequence[Sample]], tenants: Sequence[str] | None = None
 ) -> BulkEncoding:
-    """Return the samples of all groups, in order, to be encoded chunk by chunk; `tenants` as in `embed_groups`."""
+    """Return a chunk-by-chunk encoding of the samples of all groups, in order; `tenants` as in `embed_groups`."""
     texts = [sample.input for samples in groups for sample in samples]
     owners = None
     if tenants is not None:
@@ -35,9 +35,10 @@ def encoding_of(
 
 
 def embeddings_of(encoding: BulkEncoding, groups: Sequence[Sequence[Sample]]) -> list[Embedding | None]:
-    """Return one embedding per group, None where there is no sample, once `encoding_of` the groups is encoded.
+    """Return one embedding per group, None for an empty group. `encoding` of the same groups must be complete.
 
-    E(adapter) = mean over its samples of E(instruction ⊕ sample), scaled to length 1: its products are cosines then.
+    E(adapter) = mean over its samples of E(instruction ⊕ sample), scaled to length 1, so that inner products are
+    cosines.
     Source: LoraRetriever (ACL Findings 2024), section 4.1.
     """
     rows = encoding.vectors()

@@ -1,4 +1,4 @@
-"""Texts to unit vectors."""
+"""Encode texts as unit vectors."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 
 Vectors = NDArray[np.float32]
 INSTRUCTION = "Represent the sentence for similar task retrieval: "
-MAX_TOKENS = 256  # read of a text, the instruction included
-_CHARS_PER_TOKEN = 64  # bounds the tokenizer's work on a text of any length
-MAX_CHARS = MAX_TOKENS * _CHARS_PER_TOKEN  # read of a text
-CHUNK_TOKENS = 1024  # of one forward pass, padding included
-_BYTES_PER_TOKEN = 3  # of text, at most: of a character of Chinese; English has 4 to 5
-_FIXED_TOKENS = 12  # of every text: the instruction and the special ones
+MAX_TOKENS = 256  # read from each text, including the instruction
+_CHARS_PER_TOKEN = 64  # limits the tokenizer's work on long texts
+MAX_CHARS = MAX_TOKENS * _CHARS_PER_TOKEN  # read from each text
+CHUNK_TOKENS = 1024  # per forward pass, including padding
+_BYTES_PER_TOKEN = 3  # low estimate: one Chinese character; English has 4 to 5
+_FIXED_TOKENS = 12  # per text: the instruction and the special tokens
 
 
 def load_model(model: str | Path, max_tokens: int = MAX_TOKENS) -> SentenceTransformer:
-    """The model in float32 on the CPU, reading up to `max_tokens` of a text. Raises: EncoderUnusable."""
-    from sentence_transformers import SentenceTransformer  # takes seconds, which only those with a model should wait
+    """Load the model in float32 on the CPU, to read up to `max_tokens` of a text. Raises: EncoderUnusable."""
+    from sentence_transformers import SentenceTransformer  # imported here, since it takes seconds
 
     folder = model_folder(model)
     try:
@@ -62,11 +62,11 @@ def _identity(folder: Path, settings: str) -> str:
 
 
 class Encoder:
-    """A sentence-transformers model with the paper's instruction before every text. Safe to call from several threads.
+    """A sentence-transformers model that puts the paper's instruction before every text. Safe to call from any thread.
 
-    Texts are read up to `max_tokens`, the instruction included, and 64 characters per token; what is not Unicode
-    (lone surrogates) reads as "?". `num_threads` sets torch's thread count for the whole process.
-    `max_cached_texts`: vectors kept for each owner of texts.
+    It reads up to `max_tokens` of a text, including the instruction, and 64 characters per token. Invalid Unicode (lone
+    surrogates) reads as "?". `num_threads` sets torch's thread count for the whole process.
+    `max_cached_texts`: the number of cached vectors for each owner of texts.
     Source: LoraRetriever (ACL Findings 2024), section 4.1.
     """
 
@@ -94,9 +94,8 @@ class Encoder:
     def encode(self, texts: Sequence[str], owners: Sequence[str] | None = None) -> Vectors:
         """Return unit rows of E(instruction ⊕ text), in order: (N, D) float32; (0, D) for no texts.
 
-        `owners` runs along with `texts`: each text is looked up in, and kept in, its owner's part of the cache alone.
-        Without owners every text is computed, and none is kept. Other callers wait until the whole call is done:
-        many texts are given in chunks, by `BulkEncoding`.
+        `owners` has one entry per text: only this owner's part of the cache is read and filled. Without owners the
+        cache is not used. Other callers wait until the whole call is done, so use `BulkEncoding` for many texts.
         """
         readable = [text[: self._max_chars].encode("utf-8", "replace").decode() for text in texts]
         keys = list(zip([""] * len(readable) if owners is None else owners, readable, strict=True))
@@ -127,7 +126,7 @@ class Encoder:
 
 
 def chunks_of(keys: Iterable[OwnedText]) -> Iterator[list[OwnedText]]:
-    """Yield the texts in chunks of about `CHUNK_TOKENS`, padding included: shortest first, so that little is padded."""
+    """Yield the texts in chunks of about `CHUNK_TOKENS` with padding, shortest texts first to keep padding short."""
     chunk: list[OwnedText] = []
     for num_tokens, key in sorted(((_about_tokens(key[1]), key) for key in keys), key=lambda pair: pair[0]):
         if chunk and (len(chunk) + 1) * num_tokens > CHUNK_TOKENS:
@@ -143,7 +142,7 @@ def _about_tokens(text: str) -> int:
 
 
 def unit_rows(vectors: Vectors) -> Vectors:
-    """Every row scaled to length 1; a row of zeros stays as it is."""
+    """Return every row scaled to length 1. Rows of zeros stay zero."""
     lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
     rows: Vectors = vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
     return rows

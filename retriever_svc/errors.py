@@ -1,15 +1,15 @@
 """Errors of the retriever.
 
 RetrieverError
-├── EncoderUnusable     the encoder model cannot be loaded, or is not the one the pool was embedded by
-├── NothingToEmbed      an adapter without samples has no embedding; it is reachable by name only
+├── EncoderUnusable     the encoder cannot be loaded, or is not the one that made the pool's embeddings
+├── NothingToEmbed      the adapter has no samples, so it has no embedding and is reachable by name only
 ├── RouteInvalid        a route request breaks a rule
-├── PlanGone            a plan to be replayed holds a version that is not kept any more
-├── TooFewSamples       an encoder cannot be trained on these
+├── PlanGone            a plan to be replayed contains a version that is no longer kept
+├── TooFewSamples       there are too few samples to train an encoder
 ├── TrainingUnavailable the packages that train an encoder are not installed
-├── EncoderExists       something is where the trained encoder should go
+├── EncoderExists       the target folder of a training exists already
 ├── NoAdapterMatched    the best adapter scores below the floor and the caller wanted no base model
-└── StaleIndex          this replica has not seen the wanted generation yet; retry later
+└── StaleIndex          this replica has not reached the wanted generation yet; retry later
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from collections.abc import Sequence
 
 
 class RetrieverError(Exception):
-    """Base class of everything `retriever_svc` raises on purpose."""
+    """Base class of the errors of `retriever_svc`."""
 
 
 class EncoderUnusable(RetrieverError):
-    """No encoder could be made of this model. Give a folder with safetensors weights, or a model hub id."""
+    """The model cannot be used as encoder. Give a folder with safetensors weights, or a model hub id."""
 
     def __init__(self, model: str, reason: str) -> None:
         super().__init__(model, reason)
@@ -38,11 +38,11 @@ class NothingToEmbed(RetrieverError):
 
 
 class RouteInvalid(RetrieverError):
-    """Mend the request."""
+    """The request has a value out of range. Correct the request."""
 
 
 class PlanGone(RetrieverError):
-    """This plan cannot be replayed: one of its versions is gone, or never was this caller's to see. Plan anew."""
+    """The plan cannot be replayed: a version of it is not kept, or not visible to the caller. Request a new plan."""
 
     param = "lora.plan"
 
@@ -52,15 +52,16 @@ class PlanGone(RetrieverError):
         self.digest = digest
 
     def __str__(self) -> str:
-        return f"the plan cannot be replayed: version {self.digest[:12]!r} of adapter {self.name[:200]!r} is not kept"
+        version = f"version {self.digest[:12]!r} of adapter {self.name[:200]!r}"
+        return f"the plan cannot be replayed: {version} is no longer kept; request a new plan"
 
 
 class TooFewSamples(RetrieverError):
-    """Give more adapters, or more samples of those named."""
+    """Training needs more adapters, or more samples of the named ones."""
 
 
 class TrainingUnavailable(RetrieverError):
-    """Install the optional extra `train`."""
+    """Training needs packages that are not installed. Install the optional extra `train`."""
 
     def __init__(self, packages: Sequence[str]) -> None:
         super().__init__(packages)
@@ -71,18 +72,18 @@ class TrainingUnavailable(RetrieverError):
 
 
 class EncoderExists(RetrieverError):
-    """Choose another folder, or remove what is there."""
+    """The target of a training exists. Choose another folder, or delete it."""
 
     def __init__(self, folder: str) -> None:
         super().__init__(folder)
         self.folder = folder
 
     def __str__(self) -> str:
-        return f"{self.folder} is there already, and an encoder is never overwritten"
+        return f"{self.folder} exists already: choose another folder, or delete it"
 
 
 class NoAdapterMatched(RetrieverError):
-    """No adapter fits this prompt well enough. `best_score` is None where there is none to choose from."""
+    """No adapter scores high enough for this prompt. `best_score` is None if there was no candidate."""
 
     def __init__(self, best_score: float | None, floor: float) -> None:
         super().__init__(best_score, floor)
@@ -91,12 +92,12 @@ class NoAdapterMatched(RetrieverError):
 
     def __str__(self) -> str:
         if self.best_score is None:
-            return "no adapter matched: there is none to choose from"
-        return f"no adapter matched: the best scores {self.best_score:.3f}, wanted at least {self.floor:.3f}"
+            return "no adapter matched: there are no candidates for this request"
+        return f"no adapter matched: the best scores {self.best_score:.3f}, below the floor {self.floor:.3f}"
 
 
 class StaleIndex(RetrieverError):
-    """The catalogue this replica reads does not have the wanted generation yet. Retry later."""
+    """This replica does not serve the wanted generation yet. Retry later."""
 
     def __init__(self, wanted: int, found: int) -> None:
         super().__init__(wanted, found)
@@ -104,4 +105,4 @@ class StaleIndex(RetrieverError):
         self.found = found
 
     def __str__(self) -> str:
-        return f"generation {self.wanted} wanted, this replica is at {self.found}"
+        return f"generation {self.wanted} is not served yet: this replica is at {self.found}; retry later"

@@ -1,4 +1,4 @@
-"""The one exact scan everything is searched by: a query against chosen rows of a matrix, read where they lie."""
+"""The exact scan behind all searches: one query against chosen rows of a matrix, without copying them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from retriever_svc.encoder import Vectors
 def best_rows(
     query: Vectors, matrix: Vectors, rows: NDArray[np.int64], num_wanted: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """(scores, rows) of the `num_wanted` of `rows` with the greatest inner product, best first.
+    """Return (scores, rows) for the `num_wanted` of `rows` with the largest inner products, best first.
 
-    `query` (D,), `matrix` (P, D), both contiguous float32; 0 < num_wanted ≤ len(rows). Nothing is copied, and one
-    query is read by one thread: a second would gain little and, on a busy machine, wait for a core.
+    `query` (D,), `matrix` (P, D), both contiguous float32; 0 < num_wanted ≤ len(rows). One thread reads one query: a
+    second thread would gain little and, on a busy machine, would wait for a core.
     """
     scores, found = np.empty(num_wanted, np.float32), np.empty(num_wanted, np.int64)
     faiss.knn_inner_products_by_idx(  # type: ignore[attr-defined]  # FAISS 1.15's stubs lack it

@@ -1,4 +1,4 @@
-"""The pool in lists around learned centres, so that a search reads the nearest lists only."""
+"""Inverted lists: vectors grouped around learned centres, so that a search reads only the nearest groups."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from retriever_svc.adapter_table import Mask, Positions
 from retriever_svc.encoder import Vectors
 from retriever_svc.inner_products import best_rows
 
-_POINTS_PER_LIST = 64  # k-means learns from this many
-_ROUNDS = 8  # of k-means
+_POINTS_PER_LIST = 64  # training points of k-means
+_ROUNDS = 8  # iterations of k-means
 _ADD_ROWS = 65_536
 
 
 @dataclass(frozen=True, slots=True)
 class ListedPart:
-    """What of the lists one caller may see."""
+    """The part of the inverted lists visible to one caller."""
 
-    bits: NDArray[np.uint8]  # one per slot, the lowest bit first
-    lists: NDArray[np.int64]  # those with anything to see
-    sizes: NDArray[np.int64]  # by list: how much there is to see
+    bits: NDArray[np.uint8]  # one bit per slot, lowest bit first: visible or not
+    lists: NDArray[np.int64]  # the lists with visible slots
+    sizes: NDArray[np.int64]  # the number of visible slots by list
 
 
 class InvertedLists:
-    """8-bit codes of unit vectors, each in the list of its nearest centre. Never changed once trained.
+    """8-bit codes of unit vectors, each in the list of its nearest centre. Immutable once trained.
 
-    A code lies at a slot, which the saved form knows; `positions` says where in the index each slot's vector stands,
-    -1 for one that is gone. Dims: S slots, L lists, D dimensions.
+    Each code has a slot, which is part of the saved form. `positions` (S,) maps slots to positions in the index, -1 for
+    adapters that are gone. Dims: S slots, L lists, D dimensions.
     """
 
     def __init__(self, index: Any, positions: Positions) -> None:
-        """`index`: a trained faiss.IndexIVFScalarQuantizer; FAISS's stubs lack half of what it has."""
+        """Wrap a trained faiss.IndexIVFScalarQuantizer (`Any`, since FAISS's stubs are incomplete)."""
         self._index, self.positions = index, positions
         self._present = positions[positions >= 0]
         quantizer: Any = faiss.downcast_index(index.quantizer)
         self._centres = faiss.vector_to_array(quantizer.codes).view(np.float32).reshape(index.nlist, index.d).copy()
-        steps = faiss.vector_to_array(index.sq.trained)[index.d :] / 255  # by dimension: lower ends, then widths
+        steps = faiss.vector_to_array(index.sq.trained)[index.d :] / 255  # `trained`: minima, then widths, by dimension
         self.code_error = float(4 * steps.max() / 12**0.5)  # four standard deviations of a unit query's score
         self._list_of = np.empty(index.ntotal, np.int32)  # by slot
         for number, slots in _slots_by_list(index):
@@ -49,8 +49,8 @@ class InvertedLists:
 
     @classmethod
     def train(cls, vectors: Vectors) -> Self:
-        """Lists over all of `vectors` (P, D), slot i for row i. Runs on one thread, to leave requests the others."""
-        faiss.omp_set_num_threads(1)  # of this thread's own calls
+        """Train lists over `vectors` (P, D); slot i is row i. Use one thread, to leave the other cores to requests."""
+        faiss.omp_set_num_threads(1)  # applies to calls of this thread
         num_lists = min(int(2 * len(vectors) ** 0.5), len(vectors))
         kind, metric = faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
         centres = faiss.IndexFlatIP(vectors.shape[1])
@@ -64,10 +64,11 @@ class InvertedLists:
 
     @classmethod
     def from_bytes(cls, data: NDArray[np.uint8], positions: Positions) -> Self:
-        """What `to_bytes` wrote. FAISS does not check what it reads: only for bytes that are known to be whole."""
+        """Return the lists that `to_bytes` wrote. FAISS does not validate its input, so the bytes must be intact."""
         return cls(faiss.deserialize_index(data), positions)
 
     def to_bytes(self) -> NDArray[np.uint8]:
+        """Return the lists in FAISS's format, without `positions`."""
         data: NDArray[np.uint8] = faiss.serialize_index(self._index)
         return data
 
@@ -77,17 +78,17 @@ class InvertedLists:
 
     @property
     def num_bytes(self) -> int:
-        codes = self._index.ntotal * (self._index.code_size + 8)  # with each its slot number
+        codes = self._index.ntotal * (self._index.code_size + 8)  # 8: the slot number of each code
         return int(codes) + self._centres.nbytes + self._list_of.nbytes + self.positions.nbytes
 
     def part_of(self, allowed: Mask) -> ListedPart:
-        """Those of the `allowed` positions that are in a list."""
+        """Return the part of the lists with the `allowed` positions."""
         seen = allowed[self.positions] & (self.positions >= 0)
         sizes = np.bincount(self._list_of[seen], minlength=len(self._centres))
         return ListedPart(np.packbits(seen, bitorder="little"), np.flatnonzero(sizes), sizes)
 
     def unlisted(self, allowed: Mask) -> Positions:
-        """Those of the `allowed` positions that are in no list."""
+        """Return those of the `allowed` positions that are in no list."""
         rest = allowed.copy()
         rest[self._present] = False
         return np.flatnonzero(rest)
@@ -95,16 +96,16 @@ class InvertedLists:
     def best(
         self, query: Vectors, num_wanted: int, part: ListedPart, num_probes: int
     ) -> tuple[NDArray[np.float32], Positions]:
-        """(scores, positions) by the codes, best first, from the nearest lists that hold something to see.
+        """Return (scores, positions) by the codes, best first, from the nearest lists with visible slots.
 
-        At least `num_probes` lists are read, and so many that `num_wanted` are found, or all there is. Scores are
-        within `code_error` of the exact ones.
+        Read at least `num_probes` lists, and enough to find `num_wanted`, if there are so many. Scores are within
+        `code_error` of the exact ones.
         """
         if len(part.lists) == 0:
             return np.empty(0, np.float32), np.empty(0, np.int64)
         lists = self._nearest_lists(query, num_wanted, part, num_probes)
         scores, slots = np.empty((1, num_wanted), np.float32), np.empty((1, num_wanted), np.int64)
-        distances = np.zeros(len(lists), np.float32)  # to the centres: not used by these codes
+        distances = np.zeros(len(lists), np.float32)  # to the centres; unused by this quantizer
         selector = faiss.IDSelectorBitmap(len(part.bits), faiss.swig_ptr(part.bits))
         self._index.search_preassigned_c(
             1,

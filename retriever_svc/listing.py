@@ -1,4 +1,4 @@
-"""The pool as a list that a caller reads page by page."""
+"""Lists of the pool's adapters, which callers read page by page."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from lora_store.snapshot import Snapshot
 
 @dataclass(frozen=True, slots=True)
 class PageRequest:
-    """The first `limit` adapters whose names come after `after` and that pass every filter.
+    """Asks for the first `limit` adapters whose names sort after `after` and that pass every filter.
 
-    `owner`: of this tenant alone. `tags`: that carry all of these. `contains`: with this in their name, in any case.
-    `words`: each of which stands in the name or a tag, in any case. Names are those the caller asks by.
+    `owner`: only this tenant's. `tags`: must have all of these. `contains`: part of the name, ignoring case. `words`:
+    each must be in the name or a tag, ignoring case. Names are those that the caller uses (`name` or `owner/name`).
     """
 
     limit: int
@@ -33,9 +33,9 @@ class PageRequest:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Adapters under the names the caller asks for them by, sorted by name; `has_more` come after the last.
+    """Adapters with the names that the caller uses, sorted by name. `has_more`: more adapters follow the last one.
 
-    `num_found` pass the filters, those before and after this page included.
+    `num_found`: how many adapters pass the filters in total, on this and all other pages.
     """
 
     generation: int
@@ -44,18 +44,19 @@ class Page:
     num_found: int
 
 
-Rows = list[tuple[str, AdapterRecord]]  # never changed once made
+Rows = list[tuple[str, AdapterRecord]]  # never changed once created
 _Query = tuple[str, PageRequest]
 _NO_FILTERS = PageRequest(limit=0)
 _SORTED_TOGETHER = 8192
-ROWS_OF_A_LIST = 64  # what a list takes beside its rows, in rows: callers choose the words of a search
+ROWS_OF_A_LIST = 64  # the overhead of a list in rows: callers choose the filters, so empty lists must count too
 
 
 class Listings:
-    """The lists of one generation, kept sorted by caller and filters while it is served. Safe to call from threads.
+    """The sorted lists of one generation, cached by caller and filters. Safe to call from any thread.
 
-    A caller's first page sorts what it may use; the pages after it, and the same question again, cost what they show.
-    The least recently used lists are dropped, so that all of them together take at most `max_rows` rows, or are one.
+    The first page of a query sorts the caller's adapters; further pages, and the same query again, cost only the rows
+    returned. The least recently used lists are evicted, so that all lists together have at most `max_rows` rows, or
+    only one list is left.
     """
 
     def __init__(self, snapshot: Snapshot, *, max_rows: int = 2_000_000) -> None:
@@ -64,14 +65,14 @@ class Listings:
         self._lock = threading.Lock()
 
     def page(self, tenant: str, request: PageRequest) -> Page:
-        """Return one page of what `tenant` may use. It begins after a name, so none is missed as the pool changes."""
+        """Return one page of what `tenant` may use. It starts after a name, so a changing pool skips no adapter."""
         rows = self._rows(tenant, replace(request, limit=0, after=""))
         start = bisect_right(rows, request.after, key=itemgetter(0))
         shown = rows[start : start + request.limit]
         return Page(self._snapshot.generation_for(tenant), tuple(shown), start + request.limit < len(rows), len(rows))
 
     def _rows(self, tenant: str, filters: PageRequest) -> Rows:
-        """Return what `tenant` may use and passes `filters`, sorted by name. Two threads may both make the same one."""
+        """Return what `tenant` may use and passes `filters`, by name. Two threads may compute the same list."""
         query = (tenant, filters)
         with self._lock:
             cached = self._lists.get(query)
@@ -91,7 +92,7 @@ def _size_of(rows: Rows) -> int:
 
 
 def _sorted_rows(records: Iterable[AdapterRecord], tenant: str) -> Rows:
-    """Return what `tenant` may use under its names, sorted in blocks: one sort of a large pool would hold the GIL."""
+    """Return what `tenant` may use, by name. Sort in blocks, since one sort of a large pool would hold the GIL."""
     named = ((record.ref.name_for(tenant), record) for record in records if record.is_visible_to(tenant))
     blocks: list[Rows] = []
     while block := list(islice(named, _SORTED_TOGETHER)):
@@ -104,10 +105,10 @@ def _matching(rows: Rows, filters: PageRequest) -> Iterator[tuple[str, AdapterRe
     for name, record in rows:
         if filters.owner not in (None, record.ref.tenant):
             continue
-        if tags <= set(record.tags) and part in name.lower() and _holds_all(words, (name, *record.tags)):
+        if tags <= set(record.tags) and part in name.lower() and _has_all(words, (name, *record.tags)):
             yield name, record
 
 
-def _holds_all(words: list[str], texts: tuple[str, ...]) -> bool:
+def _has_all(words: list[str], texts: tuple[str, ...]) -> bool:
     text = "\n".join(texts).casefold() if words else ""
     return all(word in text for word in words)

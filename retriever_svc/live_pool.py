@@ -1,4 +1,4 @@
-"""The pool as it changes: which generation is served, by which encoder, and the index work done beside requests."""
+"""The pool that is served: its current generation and encoder, and index maintenance in the background."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lora_store.errors import StoreUnavailable
 from lora_store.snapshot import Snapshot
 from retriever_svc.encoder import Encoder
 from retriever_svc.encoder_files import DEFAULT_MODEL
-from retriever_svc.encoder_registry import Encoders, LoadEncoder
+from retriever_svc.encoder_registry import EncoderRegistry, LoadEncoder
 from retriever_svc.errors import StaleIndex
 from retriever_svc.index import AdapterIndex, IndexSettings
 from retriever_svc.inverted_lists import InvertedLists
@@ -23,26 +23,27 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class IndexStats:
-    """What one replica's index holds."""
+    """Numbers about one replica's index."""
 
     generation: int
     encoder: str
     num_live: int
-    num_positions: int  # the dead ones included
-    num_unlisted: int  # searched one by one: all, or what came since the lists were trained
+    num_positions: int  # including dead ones
+    num_unlisted: int  # searched exactly: all rows, or those newer than the lists
     has_lists: bool
     num_bytes: int
 
 
 def in_thread(work: Callable[[], None]) -> None:
+    """Run `work` on a new daemon thread."""
     threading.Thread(target=work, name="index-rebuild", daemon=True).start()
 
 
 class LivePool:
-    """One Pool after the other, each replaced whole: no read waits for a refresh, none sees two generations.
+    """Serves one Pool at a time and replaces it as a whole. No read waits for a refresh or mixes two generations.
 
-    A new generation costs what changed in it. Lists are trained, and dead positions given back, by `background` work
-    on the side; where `saved` is given, trained lists are kept there and found again at start.
+    The cost of a new generation depends on its changes. `background` runs the training of lists and the removal of dead
+    positions. With `saved`, trained lists are stored and loaded again at start.
     """
 
     def __init__(
@@ -55,14 +56,14 @@ class LivePool:
         saved: SavedIndexes | None = None,
         background: Callable[[Callable[[], None]], None] = in_thread,
     ) -> None:
-        """`model` is the encoder's until the catalogue names another. Raises: EncoderUnusable."""
-        self._encoders = Encoders(load_encoder, model)
+        """Build the first pool. `model` is used until the catalogue names another. Raises: EncoderUnusable."""
+        self._encoders = EncoderRegistry(load_encoder, model)
         self._snapshots, self._settings = snapshots, settings or IndexSettings()
         self._saved, self._background = saved, background
         self._lock = threading.Lock()
         self._is_rebuilding = False
         snapshot = snapshots()
-        self._pool = self._built(snapshot, self._encoders.in_force(snapshot.encoder))
+        self._pool = self._built(snapshot, self._encoders.encoder_of(snapshot.encoder))
         self._rebuild_where_wanted()
 
     @property
@@ -71,10 +72,10 @@ class LivePool:
         return self._pool
 
     def catch_up(self, generation: int = 0) -> int:
-        """Serve the catalogue's newest generation, at least `generation`, and return it. Reads go on meanwhile.
+        """Serve the catalogue's newest generation, at least `generation`, and return it. Reads continue meanwhile.
 
-        Raises: StaleIndex: the catalogue has not got there; what is newest is served, and the caller may try again.
-        EncoderUnusable: the newest generation's encoder cannot be had; the one before is served on.
+        Raises: StaleIndex if the catalogue is older; its newest generation is served then, and the caller may retry.
+        EncoderUnusable if the newest generation's encoder cannot be loaded; the previous generation stays in service.
         """
         with self._lock:
             snapshot = self._snapshots()
@@ -87,10 +88,11 @@ class LivePool:
         return served
 
     def prepare_encoder(self, model: str) -> Encoder:
-        """The encoder of `model`, ready for the generation that activates it. Raises: EncoderUnusable."""
+        """Load the encoder of `model` for the generation that activates it. Raises: EncoderUnusable."""
         return self._encoders.prepare(model)
 
     def stats(self) -> IndexStats:
+        """Return numbers about the index."""
         pool = self._pool
         index = pool.index
         return IndexStats(
@@ -104,16 +106,16 @@ class LivePool:
         )
 
     def _next(self, snapshot: Snapshot) -> Pool:
-        encoder = self._encoders.in_force(snapshot.encoder)
+        encoder = self._encoders.encoder_of(snapshot.encoder)
         if encoder is not self._pool.encoder:
-            logger.info("encoder %s takes over at generation %d", encoder.identity, snapshot.generation)
+            logger.info("switching to encoder %s at generation %d", encoder.identity, snapshot.generation)
             return self._built(snapshot, encoder)
         try:
             pool = self._pool.after(snapshot)
-        except Exception:  # what it shares with the pool before may be half changed
-            logger.exception("generation %d is built anew", snapshot.generation)
+        except Exception:  # the table shared with the previous pool may be half changed
+            logger.exception("cannot update the index to generation %d; building a new one", snapshot.generation)
             return self._built(snapshot, encoder)
-        if pool.index.wants_rebuild and not pool.index.wants_lists:  # so few that it is done at once
+        if pool.index.wants_rebuild and not pool.index.wants_lists:  # small enough to do at once
             return pool.rebuilt(pool.index.compacted(), pool)
         return pool
 
@@ -121,7 +123,7 @@ class LivePool:
         return Pool.of(snapshot, encoder, self._settings, self._saved_lists(snapshot, encoder))
 
     def _saved_lists(self, snapshot: Snapshot, encoder: Encoder) -> InvertedLists | None:
-        """The lists another replica trained, over the positions a pool built now will have."""
+        """Return lists that another replica trained, mapped to the positions of a pool built now."""
         records = routable(snapshot, encoder.identity)
         if self._saved is None or len(records) <= self._settings.exact_rows:
             return None
@@ -131,10 +133,10 @@ class LivePool:
             if saved is None:
                 return None
             lists = saved.restored([position_of.get(ref, -1) for ref in saved.refs])
-        except Exception:  # out of reach, or written by a FAISS or Arrow that this one does not read
-            logger.warning("saved indexes cannot be used, so one is trained", exc_info=True)
+        except Exception:  # not reachable, or written by an incompatible version of FAISS or Arrow
+            logger.warning("cannot use the saved index; training a new one", exc_info=True)
             return None
-        logger.info("lists of %d adapters are loaded as of generation %d", len(saved.refs), saved.generation)
+        logger.info("loaded the index of %d adapters, saved at generation %d", len(saved.refs), saved.generation)
         return lists
 
     def _rebuild_where_wanted(self) -> None:
@@ -145,7 +147,7 @@ class LivePool:
         self._background(self._rebuild)
 
     def _rebuild(self) -> None:
-        """An index without dead positions, and with lists where it is large, takes over with what came meanwhile."""
+        """Build an index without dead positions, with lists if it is large; apply newer changes and switch to it."""
         try:
             pool = self._pool
             index = pool.index.compacted()
@@ -167,4 +169,4 @@ class LivePool:
         try:
             self._saved.save(SavedLists(pool.snapshot.generation, pool.encoder.identity, refs, data))
         except StoreUnavailable:
-            logger.warning("the trained index cannot be saved; the next replica trains its own", exc_info=True)
+            logger.warning("cannot save the trained index; the next replica will train its own", exc_info=True)

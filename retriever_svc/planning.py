@@ -1,9 +1,10 @@
-"""How matches, or the names a client chose, become a Plan."""
+"""Make a Plan from matches, or from the names that a client chose."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 
 from lora_store.errors import AdapterNotFound
 from lora_store.plan import Plan, PlannedAdapter, Strategy
@@ -17,7 +18,7 @@ _MIN_DIGEST_CHARS = 8
 
 
 def routed_plan(request: RouteRequest, matches: Sequence[Match], generation: int, temperature: float) -> Plan:
-    """The plan of the best match (`selection`), or of all of them. `matches` come best first, at least one."""
+    """Return the plan of the best match (`selection`) or of all of them. `matches`: at least one, best first."""
     planned = matches[:1] if request.strategy == "selection" else matches
     weights = _weights([match.score for match in planned], request.weighting, temperature)
     rows = tuple(
@@ -35,9 +36,9 @@ def named_plan(
     *,
     owner_names: bool = False,
 ) -> Plan:
-    """The plan of what `tenant` means by each name, weights as given.
+    """Return the plan of the adapters that `tenant` names, with weights as given.
 
-    Raises: AdapterNotFound: as `resolve_version`. PlanInvalid: no plan can hold these.
+    Raises: AdapterNotFound, as `resolve_version` does; PlanInvalid if these adapters cannot form a plan.
     """
     records = [resolve_version(snapshot, tenant, name, owner_names=owner_names) for name, _ in choices]
     rows = tuple(
@@ -50,9 +51,9 @@ def named_plan(
 def replayed_plan(
     snapshot: Snapshot, tenant: str, strategy: Strategy, pinned: Sequence[PinnedAdapter], generation: int
 ) -> Plan:
-    """The plan that was made at `generation`, from exactly the versions it pinned.
+    """Return the plan that was made at `generation`, with exactly the versions that it pinned.
 
-    Raises: PlanGone: a version is not kept, or not visible to `tenant`. PlanInvalid: no plan can hold these.
+    Raises: PlanGone if a version is not kept or not visible to `tenant`; PlanInvalid if these cannot form a plan.
     """
     records = [_kept_version(snapshot, tenant, item) for item in pinned]
     rows = tuple(
@@ -63,7 +64,7 @@ def replayed_plan(
 
 
 def _kept_version(snapshot: Snapshot, tenant: str, pinned: PinnedAdapter) -> AdapterRecord:
-    """Of the caller's own adapter of that name, or of the public one: the plan may be older than either."""
+    """Return the pinned version of the caller's own adapter, or of the public one if the plan is older than the own."""
     owner, slash, bare = pinned.name.rpartition("/")
     public = snapshot.public.get(pinned.name)
     keys = [(owner, bare)] if slash else [(tenant, pinned.name)]
@@ -75,24 +76,33 @@ def _kept_version(snapshot: Snapshot, tenant: str, pinned: PinnedAdapter) -> Ada
 
 
 def resolve(snapshot: Snapshot, tenant: str, name: str, *, owner_names: bool) -> AdapterRecord:
-    """Return the live adapter `tenant` means by `name`: with `owner_names` a bare name is its own adapter's alone.
+    """Return the live adapter that `tenant` means by `name`. With `owner_names` a bare name means its own adapter only.
 
-    Raises: AdapterNotFound, with the name of another tenant's public adapter as a hint.
+    Raises: AdapterNotFound, with the name of a visible adapter as a hint if one is similar.
     """
-    if not owner_names or "/" in name:
-        return snapshot.resolve(tenant, name)
     try:
-        return snapshot.resolve(tenant, f"{tenant}/{name}")
+        return _resolve_exactly(snapshot, tenant, name, owner_names=owner_names)
     except AdapterNotFound as exc:
-        public = snapshot.public.get(name)
-        raise AdapterNotFound(name, "" if public is None else public.ref.name_for(tenant)) from exc
+        raise AdapterNotFound(name, _similar_name(snapshot, tenant, name)) from exc
+
+
+def _resolve_exactly(snapshot: Snapshot, tenant: str, name: str, *, owner_names: bool) -> AdapterRecord:
+    return snapshot.resolve(tenant, f"{tenant}/{name}" if owner_names and "/" not in name else name)
+
+
+def _similar_name(snapshot: Snapshot, tenant: str, name: str) -> str:
+    """Return the name of a visible adapter that differs in its owner, in case or in - and _ only, or ""."""
+    for spelling in dict.fromkeys((name, name.replace("-", "_"), name.replace("_", "-"), name.lower())):
+        with suppress(AdapterNotFound):
+            return snapshot.resolve(tenant, spelling).ref.name_for(tenant)
+    return ""
 
 
 def resolve_version(snapshot: Snapshot, tenant: str, wanted: str, *, owner_names: bool = False) -> AdapterRecord:
-    """The version `tenant` means by `name` or `owner/name`: the live one, or the kept one whose digest follows an `@`.
+    """Return the version that `tenant` means by `name` or `owner/name`, optionally followed by `@digest`.
 
-    A digest may be cut short to 8 characters or more.
-    Raises: AdapterNotFound: nothing live, nothing this tenant may see, or no kept version of that digest.
+    Without a digest this is the live version, with one a kept version. A digest may be shortened to 8 characters.
+    Raises: AdapterNotFound if the adapter is not live or not visible to this tenant, or if the version is not kept.
     """
     name, at, digest = wanted.partition("@")
     try:
@@ -103,13 +113,13 @@ def resolve_version(snapshot: Snapshot, tenant: str, wanted: str, *, owner_names
         return live
     for record in snapshot.versions((live.ref.tenant, live.ref.name)):
         matches = len(digest) >= _MIN_DIGEST_CHARS and record.ref.digest.startswith(digest)
-        if matches and record.is_visible_to(tenant):  # it may have been private then
+        if matches and record.is_visible_to(tenant):  # an older version may be private
             return record
     raise AdapterNotFound(wanted)
 
 
 def _weights(scores: Sequence[float], weighting: Weighting, temperature: float) -> list[float]:
-    """`uniform`: w_i = 1/n. `softmax`: w_i = exp(s_i / T) / Σ_j exp(s_j / T). Scores come best first."""
+    """Return the weights for scores s, best first: `uniform` 1/n, `softmax` w_i = exp(s_i / T) / Σ_j exp(s_j / T)."""
     if weighting == "uniform":
         return [1 / len(scores)] * len(scores)
     parts = [math.exp((score - scores[0]) / temperature) for score in scores]

@@ -1,4 +1,4 @@
-"""What one generation of the catalogue offers to each caller."""
+"""The adapters of one generation, and the part of them that each caller may use."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from retriever_svc.listing import Listings
 from retriever_svc.per_caller_cache import PerCallerCache
 from retriever_svc.planning import resolve
 from retriever_svc.projection import MAX_POINTS, Plane, Point, PoolMap
-from retriever_svc.snapshot_diff import differences
+from retriever_svc.snapshot_diff import diff_records
 
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """One generation, never changed: snapshot, the encoder it is searched by, the index of what that one embedded."""
+    """One generation: its snapshot, encoder, and index of the adapters that this encoder embedded. Immutable."""
 
     snapshot: Snapshot
     encoder: Encoder
@@ -39,33 +39,33 @@ class Pool:
     def of(
         cls, snapshot: Snapshot, encoder: Encoder, settings: IndexSettings, lists: InvertedLists | None = None
     ) -> Pool:
-        """`lists` were made for the positions `routable` gives."""
+        """Build a pool. `lists` must be for the positions in the order of `routable`."""
         index = AdapterIndex.of(routable(snapshot, encoder.identity), encoder.dim, settings, lists)
         return cls(snapshot, encoder, index)
 
     def after(self, snapshot: Snapshot) -> Pool:
-        """The pool of a later generation with the same encoder. For one thread, and on the newest pool."""
+        """Return the pool of a later generation with the same encoder. Call it from one thread on the newest pool."""
         return Pool(snapshot, self.encoder, self._index_after(self.index, snapshot))
 
     def rebuilt(self, index: AdapterIndex, newest: Pool) -> Pool:
-        """`newest` on `index`, which was made of this pool's adapters while `newest` came."""
+        """Return `newest` with a new index: `index` holds this pool's adapters, so apply the changes since."""
         return Pool(newest.snapshot, newest.encoder, self._index_after(index, newest.snapshot))
 
     def _index_after(self, index: AdapterIndex, snapshot: Snapshot) -> AdapterIndex:
-        gone, new = differences(self.snapshot.records, snapshot.records)
+        gone, new = diff_records(self.snapshot.records, snapshot.records)
         return index.after(gone, [record for record in new if record.encoder == self.encoder.identity])
 
     def allowed(self, tenant: str, tags: Sequence[str] = ()) -> Allowed:
-        """What a request of `tenant` that asks for `tags` may be routed to."""
+        """Return the adapters to which a request of `tenant` with these tags may be routed."""
         wanted = tuple(sorted(set(tags)))
         return self._allowed.get((tenant, *wanted), lambda: self.index.allowed(tenant, wanted))
 
     def floor(self, tenant: str) -> float:
-        """Return the score floor of `tenant`: no private adapter of others shows in it, and tags do not move it."""
+        """Return the score floor of `tenant`. Other tenants' private adapters do not affect it, nor do tags."""
         return self._floors.get((tenant,), lambda: floor_of(*self.index.votes(tenant)))
 
     def map(self, tenant: str) -> tuple[Plane, PoolMap]:
-        """The plane of what `tenant` may be routed to, and what lies on it: nothing of others moves an axis."""
+        """Return the plane and the map of the adapters of `tenant`. Adapters it cannot see do not affect the axes."""
         return self._maps.get((tenant,), lambda: self._drawn(tenant))
 
     def _drawn(self, tenant: str) -> tuple[Plane, PoolMap]:
@@ -76,7 +76,7 @@ class Pool:
         return plane, PoolMap(self.snapshot.generation_for(tenant), num, plane.shown_variance, points)
 
     def embedded(self, tenant: str, name: str, *, owner_names: bool = False) -> list[AdapterRecord]:
-        """The live adapter `tenant` means by `name`, if there is one and the encoder embedded it."""
+        """Return the live adapter that `tenant` means by `name` if the encoder embedded it, else an empty list."""
         try:
             record = resolve(self.snapshot, tenant, name, owner_names=owner_names)
         except AdapterNotFound:
@@ -84,13 +84,13 @@ class Pool:
         return [record] if record.encoder == self.encoder.identity else []
 
     def count(self, tenant: str) -> int:
-        """How many adapters `tenant` may use, those included that only their name reaches."""
+        """Return how many adapters `tenant` may use, including those that are reachable by name only."""
         return self._counts.get((tenant,), lambda: sum(r.is_visible_to(tenant) for r in self.snapshot.records.values()))
 
     def nearest(self, vectors: Vectors, top_k: int, tenant: str, tags: Sequence[str] = ()) -> list[list[Match]]:
-        """The best `top_k` adapters per query that `tenant` may see, of distinct weights, or all of them if fewer.
+        """Return the best `top_k` adapters per query among those that `tenant` may see, or all of them if fewer.
 
-        Of adapters with equal weights the best scored stands: a plan cannot hold the same weights twice.
+        Of adapters with equal weights return only the best, since a plan cannot contain the same weights twice.
         """
         allowed, width = self.allowed(tenant, tags), top_k
         while True:
@@ -102,7 +102,7 @@ class Pool:
 
 
 def routable(snapshot: Snapshot, encoder: str) -> list[AdapterRecord]:
-    """All that the encoder of this identity embedded; the others are reachable by name only."""
+    """Return the adapters that this encoder embedded. The others are reachable by name only."""
     return [record for record in snapshot.records.values() if record.encoder == encoder]
 
 

@@ -1,4 +1,4 @@
-"""The pool as a picture: adapter embeddings on the plane in which they differ most."""
+"""The pool as a map: adapter embeddings projected on the plane in which they differ most."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lora_store.adapter import AdapterRef
 from retriever_svc.encoder import Vectors
 
 MAX_POINTS = 2_000
-_NEGLIGIBLE = 1e-9  # of a variance: what float32 leaves of equal vectors
+_NEGLIGIBLE = 1e-9  # variance of equal vectors due to float32 rounding
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """Where an adapter lies on the plane; or a prompt, which has no `ref`."""
+    """The coordinates of an adapter on the plane, or of a prompt, which has no `ref`."""
 
     ref: AdapterRef | None
     x: float
@@ -26,17 +26,17 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class PoolMap:
-    """The adapters one caller may be routed to, or `MAX_POINTS` of them, as of one generation."""
+    """The adapters to which one caller may be routed, or `MAX_POINTS` of them, at one generation."""
 
     generation: int
     num_adapters: int
-    shown_variance: float  # share of the embeddings' variance that the plane keeps, 0..1
+    shown_variance: float  # the share of the embeddings' variance that the plane keeps, 0..1
     points: tuple[Point, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a prompt and some adapters lie on the map of that generation."""
+    """The coordinates of a prompt and some adapters on the map of that generation."""
 
     generation: int
     prompt: Point
@@ -47,8 +47,8 @@ class Place:
 class Plane:
     """The two principal axes of a set of vectors: p = (v − mean) · axesᵀ. Dims: axes (2, D), mean (D,).
 
-    An axis along which nothing varies is zero. The largest component of an axis is positive, so that a pool which
-    hardly changes is not seen mirrored in the next generation.
+    An axis without variance is zero. The largest component of each axis is positive, so that small changes of the pool
+    do not mirror the map.
     """
 
     mean: NDArray[np.float64]
@@ -57,7 +57,7 @@ class Plane:
 
     @classmethod
     def of(cls, vectors: Vectors) -> Self:
-        """`vectors` (N, D), any number of them."""
+        """Return the plane of `vectors` (N, D), N ≥ 0."""
         dim = vectors.shape[1]
         if len(vectors) == 0:
             return cls(np.zeros(dim), np.zeros((2, dim)), 0.0)
@@ -72,13 +72,13 @@ class Plane:
         return cls(mean, _upright(axes), shown)
 
     def project(self, vectors: Vectors) -> NDArray[np.float64]:
-        """(N, D) -> (N, 2)"""
+        """Project (N, D) vectors to (N, 2) coordinates."""
         points: NDArray[np.float64] = (vectors - self.mean) @ self.axes.T
         return points
 
 
 def _upright(axes: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Each axis turned so that its largest component is positive; two rows, also where there is one dimension."""
+    """Flip each axis so that its largest component is positive. Return two rows, even for one dimension."""
     largest = np.take_along_axis(axes, np.abs(axes).argmax(axis=1)[:, np.newaxis], axis=1)
     upright = np.zeros((2, axes.shape[1]))
     upright[: len(axes)] = np.where(largest < 0, -axes, axes)

@@ -1,4 +1,4 @@
-"""Embeds a pool by another encoder, beside the index that is served."""
+"""Embed a pool with another encoder while the current index stays in service."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BATCH = 32
 
 @dataclass(frozen=True, slots=True)
 class ReindexStep:
-    """Embeddings to be stored. `num_done` of `num_total` adapters are behind this step; `unreadable` got none."""
+    """Embeddings to store, after `num_done` of `num_total` adapters. `unreadable`: adapters without any."""
 
     num_done: int
     num_total: int
@@ -26,7 +26,7 @@ class ReindexStep:
 
 
 def reindex(snapshot: Snapshot, encoder: Encoder, samples: SampleSource) -> Iterator[ReindexStep]:
-    """A step for every few live adapters that `encoder` has not embedded; what the snapshot holds is not done again."""
+    """Embed the live adapters that `encoder` has not embedded yet. Yield a step for each batch."""
     lacking = [record for record in snapshot.records.values() if _lacks(record, snapshot, encoder.identity)]
     for start in range(0, len(lacking), _BATCH):
         batch = lacking[start : start + _BATCH]

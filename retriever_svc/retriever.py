@@ -1,4 +1,4 @@
-"""Prompts to Plans."""
+"""The Retriever: turn prompts into Plans, and answer reads of the pool."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ RouteAnswer = Route | NoAdapterMatched | StaleIndex
 
 
 class Timings(Protocol):
-    """Takes how long each part of the work took, on any thread."""
+    """Receives the duration of each part of the work, on any thread."""
 
     def encoded(self, seconds: float) -> None: ...
 
     def searched(self, seconds: float) -> None: ...
 
 
-class Untimed:
+class NoTimings:
     """The default: ignores timings."""
 
     def encoded(self, seconds: float) -> None:
@@ -51,19 +51,19 @@ class Untimed:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
-    """A text's vector (D,), and the pool whose encoder made it: it is searched in that pool, whatever comes after."""
+    """A text's vector (D,) and the pool whose encoder made it. The search uses that pool even if a newer one exists."""
 
     pool: Pool
     vector: Vectors
 
 
 class Retriever:
-    """Answers every read from the pool that is served as it begins.
+    """Answers every read from the pool that is in service when the read begins.
 
-    `min_score` is the floor of requests that name none; without it the caller's own and approved adapters vote on the
-    floor (see `calibration`). `temperature` divides scores in the `softmax` weighting. With
-    `owner_names` another tenant's public adapter is found by `owner/name` alone. What names a
-    `min_generation` raises StaleIndex where this pool is older: catch up, then ask again.
+    `min_score` is the floor of requests without their own; if it is None, the floor is calibrated (see `calibration`).
+    `temperature` divides the scores in the `softmax` weighting. With `owner_names`, another tenant's public adapter can
+    only be named as `owner/name`. Methods with a `min_generation` raise StaleIndex if this pool is older; then call
+    `LivePool.catch_up` and retry.
     """
 
     def __init__(
@@ -76,19 +76,19 @@ class Retriever:
         timings: Timings | None = None,
     ) -> None:
         self._pools, self._min_score, self._temperature = pools, min_score, temperature
-        self._owner_names, self._timings = owner_names, timings or Untimed()
+        self._owner_names, self._timings = owner_names, timings or NoTimings()
 
     @property
     def generation(self) -> int:
-        """The generation that is being served."""
+        """The generation in service."""
         return self._pools.current.snapshot.generation
 
     def generation_for(self, tenant: str) -> int:
-        """Return the newest generation that is served and that changed something `tenant` can see."""
+        """Return the newest generation in service that changed something `tenant` can see."""
         return self._pools.current.snapshot.generation_for(tenant)
 
     def route(self, requests: Sequence[RouteRequest]) -> list[RouteAnswer]:
-        """One answer per request, in order, from one encoder call and one generation; an error in its own place."""
+        """Return one answer per request, in order, from one encoder call and one generation. Errors are returned."""
         pool = self._pools.current
         newest = {tenant: pool.snapshot.generation_for(tenant) for tenant in {request.tenant for request in requests}}
         fresh = [request for request in requests if request.min_generation <= newest[request.tenant]]
@@ -100,11 +100,11 @@ class Retriever:
         ]
 
     def encode(self, texts: Sequence[tuple[str, str]]) -> list[Encoded]:
-        """Encode (tenant, text) pairs by one call and in the pool of now."""
+        """Encode (tenant, text) pairs with one call, for the pool in service."""
         return _encode(self._pools.current, texts, self._timings)
 
     def route_encoded(self, requests: Sequence[RouteRequest], encoded: Sequence[Encoded]) -> list[RouteAnswer]:
-        """Return one answer per request, in order; `encoded` runs along. An error is in its own place."""
+        """Return one answer per request, in order. `encoded` has one entry per request. Errors are returned."""
         began = time.perf_counter()
         rows_of: defaultdict[tuple[int, str, tuple[str, ...]], list[int]] = defaultdict(list)
         for row, (request, item) in enumerate(zip(requests, encoded, strict=True)):
@@ -140,35 +140,35 @@ class Retriever:
         strategy: Strategy = "mixture",
         min_generation: int = 0,
     ) -> Plan:
-        """The plan of the adapters a client chose, (name, weight) each, weights as given. No encoder call.
+        """Return the plan of the (name, weight) pairs that a client chose. Make no encoder call.
 
-        Raises: AdapterNotFound: as `resolve`. PlanInvalid: no plan can hold these. StaleIndex.
+        Raises: AdapterNotFound, as `resolve` does; PlanInvalid if these adapters cannot form a plan; StaleIndex.
         """
         snapshot = self._pool_at(min_generation, tenant).snapshot
         return named_plan(snapshot, tenant, choices, strategy, owner_names=self._owner_names)
 
     def replay(self, tenant: str, strategy: Strategy, pinned: Sequence[PinnedAdapter], generation: int) -> Plan:
-        """The plan that was made at `generation`, from exactly the versions it pinned. No encoder call.
+        """Return the plan that was made at `generation`, with exactly the versions it pinned. Make no encoder call.
 
-        Raises: PlanGone, PlanInvalid; StaleIndex: this pool is older than the plan.
+        Raises: PlanGone, PlanInvalid; StaleIndex if this pool is older than the plan.
         """
         return replayed_plan(self._pool_at(generation, tenant).snapshot, tenant, strategy, pinned, generation)
 
     def resolve(self, tenant: str, name: str, min_generation: int = 0) -> AdapterRecord:
-        """The version `tenant` means by `name` or `owner/name`, or by either with `@digest` (see `resolve_version`).
+        """Return the version that `tenant` means by `name` or `owner/name`, optionally with `@digest`.
 
-        Raises: AdapterNotFound: nothing live, nothing this tenant may see, no kept version of that digest. StaleIndex.
+        Raises: AdapterNotFound, as `resolve_version` does; StaleIndex.
         """
         return resolve_version(
             self._pool_at(min_generation, tenant).snapshot, tenant, name, owner_names=self._owner_names
         )
 
     def page(self, tenant: str, request: PageRequest, min_generation: int = 0) -> Page:
-        """A page of what `tenant` may use. Raises: StaleIndex."""
+        """Return a page of the adapters that `tenant` may use. Raises: StaleIndex."""
         return self._pool_at(min_generation, tenant).listings.page(tenant, request)
 
     def versions(self, tenant: str, name: str, min_generation: int = 0) -> tuple[int, list[AdapterRecord]]:
-        """(generation, the kept versions of what `tenant` means by `name` that it may see, the live one first).
+        """Return (generation, the kept versions that `tenant` may see of the adapter it names, the live one first).
 
         Raises: AdapterNotFound, StaleIndex.
         """
@@ -178,7 +178,10 @@ class Retriever:
         return snapshot.generation_for(tenant), [record for record in kept if record.is_visible_to(tenant)]
 
     def _pool_at(self, min_generation: int, tenant: str) -> Pool:
-        """Compare with what the tenant can see, so that asking reveals nothing about other tenants' changes."""
+        """Return the pool in service. Compare with what the tenant can see, to reveal nothing about other tenants.
+
+        Raises: StaleIndex.
+        """
         pool = self._pools.current
         found = pool.snapshot.generation_for(tenant)
         if found < min_generation:
@@ -186,24 +189,24 @@ class Retriever:
         return pool
 
     def embed(self, samples: Sequence[Sample]) -> Embedding:
-        """The embedding an adapter with these samples gets. Raises: NothingToEmbed: there is no sample."""
+        """Return the embedding of an adapter with these samples. Raises: NothingToEmbed if there is no sample."""
         [embedding] = self.embed_groups([samples])
         if embedding is None:
-            raise NothingToEmbed("an adapter is embedded by its samples, and this one has none")
+            raise NothingToEmbed("the adapter has no samples, so it cannot be embedded: add samples or a description")
         return embedding
 
     def embed_groups(
         self, groups: Sequence[Sequence[Sample]], tenants: Sequence[str] | None = None
     ) -> list[Embedding | None]:
-        """Return one embedding per adapter's samples, None where there is no sample; `tenants` as in `embed_groups`."""
+        """Return one embedding per group of samples, None for an empty group; `tenants` as in `embed_groups`."""
         return embed_groups(self._pools.current.encoder, groups, tenants)
 
     def encoding_of(self, groups: Sequence[Sequence[Sample]], tenants: Sequence[str]) -> BulkEncoding:
-        """Return the samples of all groups, to be encoded chunk by chunk by the encoder of now."""
+        """Return a chunk-by-chunk encoding of the samples of all groups, by the encoder in service."""
         return encoding_of(self._pools.current.encoder, groups, tenants)
 
     def neighbours(self, embedding: Embedding, num_wanted: int, tenant: str) -> tuple[Candidate, ...]:
-        """What `auto` may choose for `tenant` that lies nearest, best first; none when another encoder is in force."""
+        """Return the nearest adapters that `auto` may choose for `tenant`, best first; none for another encoder."""
         pool = self._pools.current
         if embedding.encoder != pool.encoder.identity:
             return ()
@@ -212,18 +215,18 @@ class Retriever:
         return tuple(Candidate(match.record.ref, match.score) for match in matches)
 
     def map(self, tenant: str) -> PoolMap:
-        """The adapters `tenant` may be routed to, on the plane in which they differ most."""
+        """Return the map of the adapters to which `tenant` may be routed."""
         return self._pools.current.map(tenant)[1]
 
     def place(self, tenant: str, text: str, names: Sequence[str]) -> Place:
-        """`place_encoded` of a text that is encoded now."""
+        """Encode a text and return its place, as `place_encoded` does."""
         [encoded] = self.encode([(tenant, text)])
         return self.place_encoded(tenant, encoded, names)
 
     def place_encoded(self, tenant: str, encoded: Encoded, names: Sequence[str]) -> Place:
-        """Return where a text lies on the map of `tenant`, and those of `names` that it may see and are embedded.
+        """Return the place of a text on the map of `tenant`, and of those of `names` that are visible and embedded.
 
-        Versions are left aside: `name@digest` lies where the live `name` does.
+        Ignore versions: `name@digest` has the place of the live `name`.
         """
         pool = encoded.pool
         plane, _ = pool.map(tenant)
@@ -235,16 +238,16 @@ class Retriever:
         return Place(pool.snapshot.generation_for(tenant), Point(None, x, y), adapters)
 
     def count(self, tenant: str) -> tuple[int, int]:
-        """(generation, how many adapters `tenant` may use)."""
+        """Return (generation, how many adapters `tenant` may use)."""
         pool = self._pools.current
         return pool.snapshot.generation_for(tenant), pool.count(tenant)
 
     def doctor(self, tenant: str, samples: SampleSource, top_k: int = 3) -> Iterator[DoctorStep]:
-        """How well the adapters `tenant` sees are found; the last step has the report (see `examine`)."""
+        """Examine how well the adapters of `tenant` are retrieved; the last step has the report (see `examine`)."""
         return examine(self._pools.current, tenant, samples, top_k)
 
     def reindex(self, model: str, samples: SampleSource) -> Iterator[ReindexStep]:
-        """Embeddings by the encoder of `model` for every adapter that has none yet. Raises: EncoderUnusable."""
+        """Embed every adapter that has no embedding by the encoder of `model` yet. Raises: EncoderUnusable."""
         return reindex(self._pools.current.snapshot, self._pools.prepare_encoder(model), samples)
 
 

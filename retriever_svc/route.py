@@ -1,4 +1,4 @@
-"""What is asked of the Retriever and what it answers."""
+"""The Retriever's requests and answers."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Fallback = Literal["base", "error"]
 
 @dataclass(frozen=True, slots=True)
 class RouteRequest:
-    """One prompt to find adapters for, among those that carry all of `tags`.
+    """One prompt, to be routed to adapters that have all of `tags`.
 
-    `min_score` None means the Retriever's own floor. A pool older than `min_generation` does not answer it.
-    Raises: RouteInvalid: a value is out of its range.
+    `min_score`: None means the Retriever's own floor. A pool older than `min_generation` answers with StaleIndex.
+    Raises: RouteInvalid if a value is out of range.
     """
 
     text: str
@@ -38,9 +38,9 @@ class RouteRequest:
         _check_choice("weighting", self.weighting, get_args(Weighting))
         _check_choice("fallback", self.fallback, get_args(Fallback))
         if not 1 <= self.top_k <= MAX_PLAN_ADAPTERS:
-            raise RouteInvalid(f"top_k must be within 1 and {MAX_PLAN_ADAPTERS}, got {self.top_k}")
+            raise RouteInvalid(f"top_k must be from 1 to {MAX_PLAN_ADAPTERS}, got {self.top_k}")
         if self.min_score is not None and not math.isfinite(self.min_score):
-            raise RouteInvalid(f"min_score must be finite, got {self.min_score}")
+            raise RouteInvalid(f"min_score must be a finite number, got {self.min_score}")
 
 
 def _check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
@@ -50,7 +50,7 @@ def _check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """An adapter that was considered, with its cosine to the prompt."""
+    """An adapter considered for a prompt, with its cosine to the prompt."""
 
     ref: AdapterRef
     score: float
@@ -58,7 +58,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """The plan for one prompt and the candidates it was made from, best first. Abstained means a base plan."""
+    """The plan for one prompt, and its candidates, best first. `abstained`: the plan is the base model's."""
 
     plan: Plan
     candidates: tuple[Candidate, ...]

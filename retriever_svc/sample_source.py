@@ -1,4 +1,4 @@
-"""Where an adapter's samples come from, when they are needed again."""
+"""Read the stored samples of an adapter."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ SampleSource = Callable[[AdapterRecord], Sequence[Sample]]
 
 
 def read_samples(source: SampleSource, record: AdapterRecord) -> Sequence[Sample] | None:
-    """The samples, or None and a line in the log for what was withdrawn meanwhile or is damaged."""
+    """Return the samples, or log a warning and return None if they are damaged or were withdrawn meanwhile."""
     try:
         return source(record)
     except (AdapterNotFound, BlobCorrupted) as exc:
-        logger.warning("the samples of version %s cannot be read: %s", record.ref.digest, exc)
+        logger.warning("cannot read the samples of version %s: %s", record.ref.digest, exc)
         return None

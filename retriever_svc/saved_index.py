@@ -1,4 +1,4 @@
-"""Trained lists kept beside the catalogue, so that a new replica need not train them."""
+"""Store trained lists next to the catalogue, so that a new replica need not train its own."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"(\d{20})-([0-9a-f]{64})\.lists-v1")
 _HALF_WRITTEN = re.compile(r"\.\d{20}-.*")
-_ABANDONED = timedelta(hours=1)  # no save takes so long: the replica was killed
+_ABANDONED = timedelta(hours=1)  # longer than any save takes: the replica was killed
 _NUM_KEPT = 2
 _SCHEMA = pa.schema([pa.field(name, pa.string(), nullable=False) for name in ("tenant", "name", "digest")])
 
 
 @dataclass(frozen=True, slots=True)
 class SavedLists:
-    """Lists as of `generation`; `refs` name the version at each slot."""
+    """Lists trained at `generation`. `refs` has the version at each slot."""
 
     generation: int
     encoder: str
@@ -36,12 +36,12 @@ class SavedLists:
     data: NDArray[np.uint8]  # for InvertedLists.from_bytes
 
     def restored(self, positions: Sequence[int]) -> InvertedLists:
-        """The lists, with each slot's position, -1 for what is gone."""
+        """Return the lists with a position for each slot, -1 for adapters that are gone."""
         return InvertedLists.from_bytes(self.data, np.asarray(positions, np.int64))
 
 
 class SavedIndexes:
-    """The files of one place, each named by its generation and digest: replicas that save at once write two files.
+    """The saved lists of one location. Files are named by generation and digest, so concurrent saves do not collide.
 
     Raises: StoreUnavailable.
     """
@@ -50,7 +50,7 @@ class SavedIndexes:
         self._files, self._now = files, now
 
     def newest(self, encoder: str) -> SavedLists | None:
-        """The newest lists over vectors of this encoder whose file is whole."""
+        """Return the newest intact lists over vectors of this encoder, or None."""
         for name in self._names():
             saved = self._read(name)
             if saved is not None and saved.encoder == encoder:
@@ -58,33 +58,33 @@ class SavedIndexes:
         return None
 
     def save(self, saved: SavedLists) -> None:
-        """Write the file, and remove all but the newest."""
+        """Write the lists and delete old files."""
         data = _to_bytes(saved)
         self._files.write(f"{saved.generation:020d}-{hashlib.sha256(data).hexdigest()}.lists-v1", data)
-        self._tidy()
+        self._delete_old()
 
-    def _tidy(self) -> None:
+    def _delete_old(self) -> None:
         half_written = [file for file in self._files.entries() if _HALF_WRITTEN.fullmatch(file.name)]
         abandoned = [file.name for file in half_written if file.written_at < self._now() - _ABANDONED]
         self._files.delete([*self._names()[_NUM_KEPT:], *abandoned])
 
     def _names(self) -> list[str]:
-        """Newest first."""
+        """Return the names of the files, newest first."""
         return sorted((file.name for file in self._files.entries() if _NAME.fullmatch(file.name)), reverse=True)
 
     def _read(self, name: str) -> SavedLists | None:
-        """None for a file that was removed meanwhile, or is damaged: FAISS would crash on what is not whole."""
+        """Read a file. Return None if it was deleted meanwhile or is damaged: FAISS would crash on damaged bytes."""
         data = self._files.read(name)
         if data is None:
             return None
         if hashlib.sha256(data).hexdigest() not in name:
-            logger.warning("the saved index %s is damaged and is passed over", name)
+            logger.warning("ignoring the saved index %s, which is damaged", name)
             return None
         return _from_bytes(data)
 
 
 def _to_bytes(saved: SavedLists) -> bytes:
-    """An Arrow stream of the refs, then the lists as FAISS writes them."""
+    """Return an Arrow stream of the refs, followed by the lists in FAISS's format."""
     about = {b"generation": str(saved.generation).encode(), b"encoder": saved.encoder.encode()}
     schema = _SCHEMA.with_metadata(about)
     columns = [[getattr(ref, field.name) for ref in saved.refs] for field in schema]

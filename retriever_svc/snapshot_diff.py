@@ -1,4 +1,4 @@
-"""What changed between two generations of a catalogue."""
+"""The changes between two generations of a catalogue."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from lora_store.persistent_map import PersistentMap
 from lora_store.records import AdapterRecord
 from lora_store.snapshot import Key
 
-_BLOCK = 4096  # another thread may run after so many
+_BLOCK = 4096  # records compared at a time; other threads may run in between
 
 
-def differences(
+def diff_records(
     old: Mapping[Key, AdapterRecord], new: Mapping[Key, AdapterRecord]
 ) -> tuple[list[Key], list[AdapterRecord]]:
-    """(names whose record is gone or another by now, records that are new).
+    """Return (names whose record was removed or replaced, records that are new).
 
-    A later generation keeps the earlier one's records, as objects and in their order. So the two are walked side by
-    side, which costs a tenth of looking every name up; a name at another place counts as removed and as added. Two
-    maps that share their memory are compared only where they differ.
+    A later generation keeps the objects and the order of the earlier one, so walk both side by side: this costs a tenth
+    of looking up every name. A name that moved counts as removed and added. Compare maps that share memory only where
+    they differ.
     """
     if isinstance(old, PersistentMap) and isinstance(new, PersistentMap):
         keys = new.changed_since(old)
@@ -46,7 +46,7 @@ def differences(
 
 
 def _num_same(before: Sequence[AdapterRecord], i: int, after: Sequence[AdapterRecord], j: int) -> int:
-    """How many records are the same objects from `before[i]` and `after[j]` on."""
+    """Return the number of identical objects in a row, starting at `before[i]` and `after[j]`."""
     total = 0
     while True:
         ours, theirs = before[i + total : i + total + _BLOCK], after[j + total : j + total + _BLOCK]

@@ -1,4 +1,4 @@
-"""What the encoder is trained on: pairs of texts of one task, batches of pairs of different tasks."""
+"""Training data for the encoder: pairs of texts of one task, in batches of pairs of different tasks."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ MIN_TEXTS = 2  # a text's positive is another one
 
 
 def training_texts(texts: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """Each task's texts, once each and in their order. Raises: TooFewSamples: a task, or all of it, has no pair."""
+    """Return the distinct texts of each task, in order. Raises: TooFewSamples if there are too few for pairs."""
     distinct = {task: list(dict.fromkeys(own)) for task, own in texts.items()}
     if short := sorted(task for task, own in distinct.items() if len(own) < MIN_TEXTS):
-        raise TooFewSamples(f"{MIN_TEXTS} different texts of each task are wanted; fewer are of {', '.join(short)}")
+        raise TooFewSamples(f"each task needs at least {MIN_TEXTS} distinct texts; too few for: {', '.join(short)}")
     if len(distinct) < MIN_TASKS:
-        raise TooFewSamples(f"{MIN_TASKS} tasks are wanted, got {len(distinct)}")
+        raise TooFewSamples(f"training needs at least {MIN_TASKS} tasks, got {len(distinct)}")
     return distinct
 
 
 def choose_tasks(names: Sequence[str], share: float, seed: int) -> list[str]:
-    """`share` (0..1) of `names`, rounded, drawn by `seed` whatever the order of `names`; sorted."""
+    """Draw `share` (0..1) of `names`, rounded, and sort them. The draw depends on `seed`, not on the order of names."""
     return sorted(random.Random(seed).sample(sorted(names), round(share * len(names))))
 
 
 def batches_of(texts: Mapping[str, Sequence[str]], num_epochs: int, max_pairs: int, seed: int) -> list[list[Pair]]:
-    """The batches of a training, in order: every text is an anchor once an epoch, beside one pair of each other task.
+    """Return the batches of a training, in order. Each text is an anchor once per epoch.
 
-    Its positive is drawn anew from its task's other texts. More tasks than `max_pairs` are spread evenly over batches;
-    what is left of the largest tasks alone has no negatives, and is left out. `texts` as `training_texts` gives them.
+    A batch has one pair per task; more tasks than `max_pairs` are spread evenly over several batches. The positive is
+    drawn each time from the task's other texts. Drop batches of fewer than `MIN_TASKS` pairs, which have no negatives.
+    `texts`: as returned by `training_texts`.
     """
     rng = random.Random(seed)
     batches = []

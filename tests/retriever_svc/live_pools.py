@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
+from lora_store.files import Files
+from lora_store.location import Location
 from lora_store.records import AdapterRecord
-from retriever_svc import IndexSettings, LivePool
+from retriever_svc import IndexSettings, LivePool, SavedIndexes
 from retriever_svc.encoder import unit_rows
 from tests.retriever_svc.pool_fakes import FakeEncoder, record_of
 
@@ -30,3 +34,7 @@ def assert_finds_exactly(pools: LivePool, records: list[AdapterRecord]) -> None:
     assert {record.ref for record in index.records} == {record.ref for record in records}
     for record in records[:: max(1, len(records) // 10)]:
         assert names_found(pools, record, 1) == [record.ref.name]
+
+
+def saved_in(folder: Path) -> SavedIndexes:
+    return SavedIndexes(Files(Location(str(folder)).child("index")))

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from retriever_svc.append_only_array import GrowingArray
+from retriever_svc.append_only_array import AppendOnlyArray
 
 
 def test_views_keep_their_rows_while_the_array_outgrows_its_memory() -> None:
-    array = GrowingArray(np.float32, (3,))
+    array = AppendOnlyArray(np.float32, (3,))
     rows = np.random.default_rng(0).random((5000, 3), np.float32)
     views = [(0, array.view())]
     for start in range(0, 5000, 250):
@@ -18,7 +18,7 @@ def test_views_keep_their_rows_while_the_array_outgrows_its_memory() -> None:
 
 
 def test_appending_within_its_room_copies_nothing() -> None:
-    array = GrowingArray(np.int64, num_rows=100)
+    array = AppendOnlyArray(np.int64, num_rows=100)
     array.append(np.arange(100))
     before = array.view()
     array.append(np.arange(5))
@@ -26,7 +26,7 @@ def test_appending_within_its_room_copies_nothing() -> None:
 
 
 def test_a_row_is_copied_a_bounded_number_of_times() -> None:
-    array, addresses = GrowingArray(np.int64), set()
+    array, addresses = AppendOnlyArray(np.int64), set()
     for _ in range(100):
         array.append(np.zeros(1000, np.int64))
         addresses.add((array.num_bytes, array.view().ctypes.data))

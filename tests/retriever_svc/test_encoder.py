@@ -235,14 +235,14 @@ def test_a_row_of_zeros_stays_as_it_is() -> None:
     np.testing.assert_array_equal(unit_rows(np.asarray([[0, 0], [3, 4]], np.float32)), [[0, 0], np.float32([0.6, 0.8])])
 
 
-def test_a_folder_that_is_no_model_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_model_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(EncoderUnusable, match="cannot be used"):
         Encoder(tmp_path)
 
 
-def test_what_is_neither_folder_nor_hub_id_is_refused_by_name() -> None:
+def test_a_model_that_is_neither_folder_nor_hub_id_is_refused_by_name() -> None:
     with pytest.raises(EncoderUnusable, match="no/such/folder"):
         Encoder("no/such/folder")
 

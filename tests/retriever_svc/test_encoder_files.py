@@ -53,7 +53,7 @@ def test_a_module_that_comes_as_a_pickle_only_is_refused_by_its_file(model: Path
         model_folder(model)
 
 
-def test_a_folder_that_is_no_model_is_not_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_is_not_a_model_is_not_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "private-customer").mkdir()
     (tmp_path / "private-customer" / "pytorch_model.bin").write_bytes(b"a secret")
     monkeypatch.setattr(os, "walk", lambda place: pytest.fail(f"{place} is walked"))
@@ -72,7 +72,7 @@ def test_a_folder_of_more_files_or_levels_than_a_model_has_is_left(model: Path) 
     assert model_folder(model) == model
     for number in range(2000):
         (model / "a" / f"{number}.json").touch()
-    with pytest.raises(EncoderUnusable, match="over 2000 files"):
+    with pytest.raises(EncoderUnusable, match="more than 2000 files"):
         model_folder(model)
 
 

@@ -304,7 +304,7 @@ def test_nothing_to_find_is_an_empty_list() -> None:
 
 
 @pytest.mark.parametrize("settings", [EXACT, LISTS], ids=["exact", "lists"])
-def test_a_query_that_is_no_number_finds_nothing_and_hurts_no_neighbour(settings: IndexSettings) -> None:
+def test_a_query_with_nan_finds_nothing_and_does_not_affect_others(settings: IndexSettings) -> None:
     index = index_of(random_rows(np.random.default_rng(0), 100), settings)
     queries = random_rows(np.random.default_rng(1), 3)
     queries[1, 5] = np.nan

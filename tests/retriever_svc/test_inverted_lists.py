@@ -100,7 +100,7 @@ def test_saved_lists_answer_as_the_trained_ones_at_the_positions_they_are_given(
         assert allowed[positions].all()
 
 
-def test_what_is_in_no_list_is_told_apart() -> None:
+def test_positions_in_no_list_are_returned_as_unlisted() -> None:
     positions = np.asarray([5, -1, 3, *range(10, 3007)])
     lists = InvertedLists.from_bytes(LISTS.to_bytes(), positions)
     mask = np.ones(3010, np.bool_)

@@ -8,20 +8,14 @@ import numpy as np
 import pytest
 
 from lora_store.errors import StoreUnavailable
-from lora_store.files import Files
-from lora_store.location import Location
 from lora_store.snapshot import Snapshot
-from retriever_svc import IndexSettings, SavedIndexes, StaleIndex
+from retriever_svc import IndexSettings, StaleIndex
 from retriever_svc.inverted_lists import InvertedLists
 from retriever_svc.live_pool import in_thread
-from tests.retriever_svc.live_pools import DIM, ENCODER, TINY, assert_finds_exactly, names_found, records_of
+from tests.retriever_svc.live_pools import DIM, ENCODER, TINY, assert_finds_exactly, names_found, records_of, saved_in
 from tests.retriever_svc.pool_fakes import FakeEncoder, Later, Source, live_pool, record_of, snapshot_of
 
 DIAGONAL = np.full(DIM, DIM**-0.5, np.float32)
-
-
-def saved_in(folder: Path) -> SavedIndexes:
-    return SavedIndexes(Files(Location(str(folder)).child("index")))
 
 
 def test_start_and_catching_up_call_no_encoder() -> None:
@@ -140,7 +134,7 @@ def test_small_pools_give_dead_positions_back_at_once() -> None:
     assert_finds_exactly(pools, records)
 
 
-def test_lists_are_trained_beside_requests_one_training_at_a_time() -> None:
+def test_lists_are_trained_during_requests_one_training_at_a_time() -> None:
     later, records = Later(), records_of(60)
     source = Source(*records[:30])
     pools = live_pool(ENCODER, source, settings=TINY, background=later)
@@ -186,7 +180,7 @@ def test_what_is_committed_while_lists_are_trained_is_neither_lost_nor_kept(monk
     assert_finds_exactly(pools, records[10:])
 
 
-def test_a_large_pool_gives_dead_positions_back_beside_requests() -> None:
+def test_a_large_pool_removes_dead_positions_during_requests() -> None:
     later, records = Later(), records_of(100)
     source = Source(*records)
     pools = live_pool(ENCODER, source, settings=TINY, background=later)
@@ -287,5 +281,5 @@ def test_a_place_that_cannot_be_reached_costs_a_training_and_no_more(
     pools = live_pool(ENCODER, Source(*records), settings=TINY, background=later, saved=saved_in(tmp_path))
     later.run()
     assert pools.stats().has_lists
-    assert "cannot be saved" in caplog.text
+    assert "cannot save the trained index" in caplog.text
     assert_finds_exactly(pools, records)

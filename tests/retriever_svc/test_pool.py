@@ -104,7 +104,7 @@ def test_private_adapters_of_others_have_no_vote_on_the_floor() -> None:
     assert empty.floor("a") == NO_FLOOR
 
 
-def test_an_index_rebuilt_beside_requests_has_what_came_meanwhile() -> None:
+def test_an_index_rebuilt_during_requests_has_newer_changes() -> None:
     records = [record_of(f"a{n}", EAST) for n in range(5)]
     pool = pool_of(*records)
     index = pool.index.compacted()

@@ -1,4 +1,4 @@
-"""The map over a pool: who is on it, where a prompt lies, what another generation changes."""
+"""The map of a pool: its points, the place of a prompt, and the effect of another generation."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_what_is_private_moves_nothing_on_another_s_map() -> None:
     assert with_it.place("local", "go east", []) == without.place("local", "go east", [])
 
 
-def test_a_prompt_lies_where_the_adapter_of_its_embedding_does() -> None:
+def test_a_prompt_has_the_place_of_an_adapter_with_the_same_embedding() -> None:
     retriever = retriever_of(*PUBLIC)
     place = retriever.place("local", "go north", ["west", "north", "nobody"])
     on_map = {point.ref.name: (point.x, point.y) for point in retriever.map("local").points if point.ref is not None}

@@ -83,7 +83,7 @@ def test_only_a_best_score_below_the_floor_abstains(nudge: int, abstains: bool) 
     assert [c.ref.name for c in route.candidates] == ["n", "e"]  # the second lies below every floor here
 
 
-def test_below_the_floor_the_error_stands_in_its_own_place() -> None:
+def test_below_the_floor_the_error_is_returned_in_its_own_place() -> None:
     retriever = retriever_of(*POOL, min_score=0.9)
     asked = [RouteRequest("east"), RouteRequest("west", fallback="error"), RouteRequest("west"), RouteRequest("north")]
     first, error, base, last = retriever.route(asked)

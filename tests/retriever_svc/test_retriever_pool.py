@@ -107,7 +107,7 @@ def test_the_floor_follows_the_pool_and_encodes_no_sample() -> None:
     assert encoder.batches == [["west"]]
 
 
-def test_a_given_floor_stands_whatever_the_samples_say() -> None:
+def test_a_configured_floor_wins_over_the_samples() -> None:
     assert not route_one(retriever_of(sampled("e"), min_score=0.2)).abstained
     [error] = retriever_of(sampled("e"), min_score=0.99).route([RouteRequest("north", fallback="error")])
     assert isinstance(error, NoAdapterMatched)

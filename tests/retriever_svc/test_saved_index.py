@@ -121,7 +121,7 @@ def test_a_file_that_goes_while_it_is_looked_for_is_none(tmp_path: Path) -> None
     assert indexes._read(path.name) is None
 
 
-def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_a_location_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     (tmp_path / "index").write_text("a file where the folder should be")
     with pytest.raises(StoreUnavailable):
         indexes_in(tmp_path).save(lists_of(1))

@@ -6,7 +6,7 @@ import pytest
 
 from lora_store.records import AdapterRecord
 from lora_store.snapshot import Key
-from retriever_svc.snapshot_diff import differences
+from retriever_svc.snapshot_diff import diff_records
 from tests.retriever_svc.pool_fakes import record_of
 
 Records = dict[Key, AdapterRecord]
@@ -40,7 +40,7 @@ def test_any_changes_are_found_and_nothing_else(count: int, seed: int) -> None:
                 new.pop(key, None)
                 new[key] = record_of(key[1], None, version=f"{step}")
         changed.add(key)
-    gone, came = differences(old, new)
+    gone, came = diff_records(old, new)
     assert applied(old, gone, came) == new
     assert {*gone, *(("local", record.ref.name) for record in came)} <= changed
 
@@ -48,20 +48,20 @@ def test_any_changes_are_found_and_nothing_else(count: int, seed: int) -> None:
 def test_a_change_of_the_record_alone_is_found() -> None:
     old = pool(5)
     again = record_of("a2", None)  # equal, and another object: its embedding may be another
-    assert differences(old, old | {("local", "a2"): again}) == ([("local", "a2")], [again])
+    assert diff_records(old, old | {("local", "a2"): again}) == ([("local", "a2")], [again])
 
 
 @pytest.mark.parametrize("count", [3, 5000])
 def test_another_order_is_gone_and_new_where_it_differs(count: int) -> None:
     old = pool(count)
     new = dict(sorted(old.items(), key=lambda item: item[0], reverse=True))
-    gone, came = differences(old, new)
+    gone, came = diff_records(old, new)
     assert applied(old, gone, came) == new
     moved = dict([*list(old.items())[1:], next(iter(old.items()))])
-    assert differences(old, moved) == ([("local", "a0")], [old["local", "a0"]])
+    assert diff_records(old, moved) == ([("local", "a0")], [old["local", "a0"]])
 
 
 def test_all_gone_and_all_new() -> None:
     old = pool(3)
-    assert differences(old, {}) == (list(old), [])
-    assert differences({}, old) == ([], list(old.values()))
+    assert diff_records(old, {}) == (list(old), [])
+    assert diff_records({}, old) == ([], list(old.values()))

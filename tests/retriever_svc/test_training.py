@@ -30,7 +30,7 @@ def trained(tiny: Path) -> Path:
 
 
 def hit_share(folder: Path) -> float:
-    """How often a text no training saw lies nearest to its own topic's mean."""
+    """Return how often an unseen text is nearest to the mean of its own topic."""
     encoder = Encoder(folder)
     means = np.stack([encoder.encode(own).mean(axis=0) for own in TEXTS.values()])
     means /= np.linalg.norm(means, axis=1, keepdims=True)
@@ -39,7 +39,7 @@ def hit_share(folder: Path) -> float:
     return float(np.mean(hits))
 
 
-def test_a_trained_encoder_tells_the_tasks_of_new_texts_apart(tiny: Path, trained: Path) -> None:
+def test_a_trained_encoder_distinguishes_the_tasks_of_new_texts(tiny: Path, trained: Path) -> None:
     assert hit_share(trained) > hit_share(tiny) + 0.1
 
 
@@ -66,7 +66,7 @@ def test_every_text_is_trained_with_the_instruction(
     assert all(len(names) == len(TEXTS) for names in topics)  # one text of each topic in a batch
 
 
-def test_the_folder_holds_no_pickle_and_tells_what_made_it(tiny: Path, trained: Path) -> None:
+def test_the_folder_has_no_pickle_and_records_its_training(tiny: Path, trained: Path) -> None:
     files = {path.name for path in trained.rglob("*") if path.is_file()}
     assert "model.safetensors" in files
     assert {path.suffix for path in trained.rglob("*") if path.is_file()} == {".safetensors", ".json"}
@@ -101,7 +101,7 @@ def test_bfloat16_products_train_it_too(tiny: Path) -> None:
     assert hit_share(trained) > hit_share(tiny) + 0.1
 
 
-def test_progress_is_told_step_by_step(tiny: Path, tmp_path: Path) -> None:
+def test_progress_is_reported_step_by_step(tiny: Path, tmp_path: Path) -> None:
     steps: list[tuple[int, int]] = []
     settings = TrainingSettings(num_epochs=2)
     train_encoder(TEXTS, tmp_path / "out", model=tiny, settings=settings, progress=lambda *step: steps.append(step))
@@ -109,7 +109,7 @@ def test_progress_is_told_step_by_step(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_an_encoder_is_never_overwritten(tiny: Path, trained: Path) -> None:
-    with pytest.raises(EncoderExists, match="trained is there already"):
+    with pytest.raises(EncoderExists, match="trained exists already"):
         train_encoder(TEXTS, trained, model=tiny)
 
 
@@ -122,7 +122,7 @@ def test_what_ends_in_the_midst_leaves_nothing(tiny: Path, tmp_path: Path) -> No
     assert list((tmp_path / "new").iterdir()) == []
 
 
-def test_an_encoder_that_came_meanwhile_stands(tiny: Path, tmp_path: Path) -> None:
+def test_an_encoder_created_meanwhile_is_not_overwritten(tiny: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
 
     def rival(done: int, total: int) -> None:
@@ -135,7 +135,7 @@ def test_an_encoder_that_came_meanwhile_stands(tiny: Path, tmp_path: Path) -> No
 
 
 def test_too_few_samples_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:
-    with pytest.raises(TooFewSamples, match="fewer are of boat"):
+    with pytest.raises(TooFewSamples, match="too few for: boat"):
         train_encoder({**TEXTS, "boat": ["the same", "the same"]}, tmp_path / "out", model="no such model")
 
 

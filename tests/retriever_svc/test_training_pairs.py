@@ -19,7 +19,7 @@ def task_of(pair: Pair) -> str:
     return anchor.partition(":")[0]
 
 
-def test_every_text_is_an_anchor_once_an_epoch_beside_one_pair_of_each_other_task() -> None:
+def test_every_text_is_an_anchor_once_per_epoch_with_one_pair_of_each_other_task() -> None:
     texts = numbered(a=5, b=5, c=5)
     batches = batches_of(texts, num_epochs=3, max_pairs=64, seed=0)
     assert len(batches) == 15
@@ -61,9 +61,9 @@ def test_equal_texts_of_a_task_count_once() -> None:
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        ({}, "2 tasks are wanted, got 0"),
-        ({"a": ["x", "y"]}, "2 tasks are wanted, got 1"),
-        ({"a": ["x", "y"], "c": ["z"], "b": ["z", "z"]}, "fewer are of b, c"),
+        ({}, "at least 2 tasks, got 0"),
+        ({"a": ["x", "y"]}, "at least 2 tasks, got 1"),
+        ({"a": ["x", "y"], "c": ["z"], "b": ["z", "z"]}, "too few for: b, c"),
     ],
 )
 def test_what_has_no_pair_or_no_negative_is_refused(texts: dict[str, list[str]], message: str) -> None:

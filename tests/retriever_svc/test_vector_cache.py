@@ -35,7 +35,7 @@ def test_a_cache_of_none_keeps_none() -> None:
     assert cache.get(mine("a")) == {}
 
 
-def test_what_is_kept_does_not_follow_its_batch() -> None:
+def test_a_cached_vector_does_not_follow_its_batch() -> None:
     cache, batch = VectorCache(2), np.ones((2, 3), np.float32)
     cache.put({("me", "a"): batch[0]})
     batch[:] = 7

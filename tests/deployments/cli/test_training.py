@@ -75,7 +75,7 @@ def test_an_encoder_is_trained_on_what_a_tenant_of_a_store_may_see(tiny: Path, t
     ("lines", "complaint"),
     [
         ("", "has no samples to train on"),
-        ('{"task": "a", "text": "x"}\n', "different texts of each task are wanted; fewer are of a"),
+        ('{"task": "a", "text": "x"}\n', "each task needs at least 2 distinct texts; too few for: a"),
         ('{"task": "a", "text": "x"}\n[]\n', ':2: must be {"task": name, "text": text}'),
         ('{"task": "a", "text": " "}\n', ":1: must be"),
         ("no json\n", ":1: invalid JSON"),

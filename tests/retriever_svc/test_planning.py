@@ -1,17 +1,18 @@
-"""Plans that come back: exactly as they were, or not at all."""
+"""Plans that are replayed exactly or not at all, and the names in them."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
-from lora_store.errors import PlanInvalid
+from lora_store.errors import AdapterNotFound, PlanInvalid
 from lora_store.plan import Plan, Strategy
 from lora_store.records import AdapterRecord
 from lora_store.snapshot import Snapshot
 from retriever_svc import PinnedAdapter, PlanGone, Retriever, StaleIndex
-from retriever_svc.planning import named_plan, replayed_plan
+from retriever_svc.planning import named_plan, replayed_plan, resolve
 from tests.retriever_svc.pool_fakes import record_of
 
 NEW, OLD, GONE = (record_of("n", None, tenant="a", version=version, template="chat") for version in ("3", "2", "1"))
@@ -53,11 +54,12 @@ def test_a_base_plan_comes_back() -> None:
     [("a", GONE), ("a", SECRET), ("a", record_of("never", None)), ("b", record_of("s", None, version="other"))],
     ids=["swept", "of another", "unknown", "tampered"],
 )
-def test_what_is_gone_or_never_was_the_callers_is_gone_in_the_same_words(tenant: str, record: AdapterRecord) -> None:
+def test_missing_and_invisible_versions_give_the_same_message(tenant: str, record: AdapterRecord) -> None:
     with pytest.raises(PlanGone) as caught:
         replay("selection", record, tenant=tenant)
     digest, name = record.ref.digest, record.ref.name
-    said = f"the plan cannot be replayed: version {digest[:12]!r} of adapter {name!r} is not kept"
+    version = f"version {digest[:12]!r} of adapter {name!r}"
+    said = f"the plan cannot be replayed: {version} is no longer kept; request a new plan"
     assert str(caught.value) == said
 
 
@@ -112,3 +114,27 @@ def test_a_plan_of_a_later_generation_waits_for_it() -> None:
     assert retriever.replay("a", "selection", pinned(OLD), 9).adapters[0].ref == OLD.ref
     with pytest.raises(StaleIndex):
         retriever.replay("a", "selection", pinned(OLD), 10)
+
+
+@pytest.mark.parametrize(
+    ("tenant", "name", "hint"),
+    [
+        ("acme", "date-format", "date_format"),
+        ("acme", "Date_Format", "date_format"),
+        ("globex", "date-format", "acme/date_format"),
+        ("globex", "acme/date-format", "acme/date_format"),
+        ("acme", "my_secret", ""),
+        ("globex", "my-secret", "my_secret"),
+        ("acme", "date", ""),
+    ],
+)
+@pytest.mark.parametrize("owner_names", [False, True])
+def test_an_unknown_name_suggests_a_visible_one_that_differs_in_spelling(
+    tenant: str, name: str, hint: str, owner_names: bool
+) -> None:
+    shown, secret = record_of("date_format", None, tenant="acme"), record_of("my_secret", None, tenant="globex")
+    secret = replace(secret, visibility="private")
+    snapshot = Snapshot(1, {(r.ref.tenant, r.ref.name): r for r in (shown, secret)})
+    with pytest.raises(AdapterNotFound) as caught:
+        resolve(snapshot, tenant, name, owner_names=owner_names)
+    assert (caught.value.wanted, caught.value.hint) == (name, hint)
