@@ -1,48 +1,48 @@
 """Errors of the worker.
 
 GpuWorkerError
-├── BaseModelUnsupported   the base model cannot be served by this engine; raised at start
-├── WorkerConfigInvalid    a setting that no engine could start with; raised at start
-├── PromptInvalid          this prompt cannot be rendered
-├── PromptTooLong          prompt plus new tokens do not fit `max_model_len`
-├── SamplingInvalid        a sampling parameter is out of its range
-├── PlanTooLarge           the plan's adapters need more rank rows than the whole bank has
-├── AdapterUnfit           an adapter's tensors do not fit the base model
-├── AdapterLoadFailed      the weights could not be fetched; only the requests that need them fail
-├── LogitsNotFinite        this plan drives the logits out of range; only its own request fails
-├── RequestFailed          this request raises in every step it takes part in; do not retry it
-├── DeadlineExceeded       the request's own deadline has passed; it holds nothing any more
+├── BaseModelUnsupported   the engine does not support the base model; raised at start
+├── WorkerConfigInvalid    a setting is out of range; raised at start
+├── PromptInvalid          the prompt cannot be rendered or tokenized
+├── PromptTooLong          prompt and new tokens exceed `max_model_len`
+├── SamplingInvalid        a sampling parameter is out of range
+├── PlanTooLarge           the plan's adapters need more rank rows than the bank has
+├── AdapterUnfit           the adapter's tensors do not match the base model
+├── AdapterLoadFailed      the weights could not be fetched; only requests that need them fail
+├── LogitsNotFinite        the plan produces non-finite logits; only its own request fails
+├── RequestFailed          the request fails in every step; do not retry it
+├── DeadlineExceeded       the request's deadline has passed; its resources are free
 ├── WaitedTooLong          the request did not start within `max_wait_s`; retry later
-├── EngineFull             more requests wait than `max_waiting`; retry later
+├── EngineFull             the queue has `max_waiting` requests; retry later
 ├── WarmUpFailed           the engine could not compute its first tokens; raised at start
-└── EngineStopped          the engine has stopped or its device computes nothing; retry on another replica
+└── EngineStopped          the engine has stopped or its device is broken; retry on another replica
 """
 
 from __future__ import annotations
 
 
 class GpuWorkerError(Exception):
-    """Base class of everything `gpu_worker` raises on purpose."""
+    """Base class of the errors that `gpu_worker` raises."""
 
 
 class BaseModelUnsupported(GpuWorkerError):
-    """The base model needs something this engine does not have."""
+    """The engine does not support the base model."""
 
 
 class WorkerConfigInvalid(GpuWorkerError):
-    """A worker setting is out of its range."""
+    """A worker setting is out of range."""
 
 
 class PromptInvalid(GpuWorkerError):
-    """The messages cannot be rendered."""
+    """The prompt cannot be rendered or tokenized."""
 
 
 class PromptTooLong(GpuWorkerError):
-    """Shorten the prompt or ask for fewer new tokens."""
+    """Prompt and new tokens exceed the context. Shorten the prompt or request fewer tokens."""
 
 
 class SamplingInvalid(GpuWorkerError):
-    """A sampling parameter is out of its range; `param` names it."""
+    """A sampling parameter is out of range; `param` names it."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message, param)
@@ -54,11 +54,11 @@ class SamplingInvalid(GpuWorkerError):
 
 
 class PlanTooLarge(GpuWorkerError):
-    """Ask for fewer adapters."""
+    """The adapters of the plan exceed the bank. Use fewer adapters."""
 
 
 class AdapterUnfit(GpuWorkerError):
-    """The adapter was made for another base model."""
+    """The adapter's tensors do not match the base model."""
 
 
 class AdapterLoadFailed(GpuWorkerError):
@@ -66,11 +66,11 @@ class AdapterLoadFailed(GpuWorkerError):
 
 
 class LogitsNotFinite(GpuWorkerError):
-    """The plan's adapters drive the model out of range. Use smaller weights or other adapters."""
+    """The plan produces non-finite logits. Use smaller weights or other adapters."""
 
 
 class RequestFailed(GpuWorkerError):
-    """The request raises in every step it takes part in, beside others and alone. Change it; a retry fails again."""
+    """The request fails in every step, in a batch and alone. Change it; a retry would fail again."""
 
     def __init__(self, request_id: str) -> None:
         super().__init__(request_id)
@@ -78,13 +78,13 @@ class RequestFailed(GpuWorkerError):
 
     def __str__(self) -> str:
         return (
-            "the model failed to compute this request, also by itself, and it is not retried; change the request, or"
-            f" look for {self.request_id} in the worker's log"
+            "the model failed to compute this request, also without other requests; a retry would fail again. Change"
+            f" the request, or search the worker's log for {self.request_id}"
         )
 
 
 class DeadlineExceeded(GpuWorkerError):
-    """Ask for less, or allow more time."""
+    """The request's deadline has passed. Request fewer tokens or allow more time."""
 
     param = "timeout_s"
 
@@ -93,27 +93,27 @@ class DeadlineExceeded(GpuWorkerError):
         self.num_new_tokens = num_new_tokens
 
     def __str__(self) -> str:
-        return f"the request's time was over after {self.num_new_tokens} new tokens"
+        return f"timeout_s was reached after {self.num_new_tokens} new tokens; request fewer tokens or raise timeout_s"
 
 
 class WaitedTooLong(GpuWorkerError):
-    """The server has too much to do. Retry later."""
+    """The request did not start in time because the server is overloaded. Retry later."""
 
     def __init__(self, max_wait_s: float) -> None:
         super().__init__(max_wait_s)
         self.max_wait_s = max_wait_s
 
     def __str__(self) -> str:
-        return f"the request waited {self.max_wait_s:g} s and could not start; try again later"
+        return f"the request waited {self.max_wait_s:g} s in the queue without starting; retry later"
 
 
 class EngineFull(GpuWorkerError):
-    """Too many requests wait. Retry later."""
+    """The queue is full. Retry later."""
 
 
 class WarmUpFailed(GpuWorkerError):
-    """The engine could not compute its first tokens on this device. The cause says what is missing."""
+    """The engine could not compute its first tokens on this device. The cause names the reason."""
 
 
 class EngineStopped(GpuWorkerError):
-    """This engine has ended, or its device computes nothing. Retry on another replica."""
+    """The engine has stopped, or its device is broken. Retry on another replica."""

@@ -1,4 +1,4 @@
-"""Attention on the CPU over one region a row: prefill chunks one by one, decode tokens all at once."""
+"""Attention on the CPU. Each row has its own region; prefill chunks run one by one, decode tokens together."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch.nn.functional import scaled_dot_product_attention
 from gpu_worker.attention.decode_attention import DecodeKernel, Decodes
 from gpu_worker.step.attention_plan import AttentionPlan, Segment, check_heads
 
-_GROUP_COST_TOKENS = 1024  # a group takes as long as this many more tokens of one row, measured: benchmarks/README.md
+_GROUP_COST_TOKENS = 1024  # fixed cost of a group, in tokens read; measured: benchmarks/README.md
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeGroup:
-    """Single-token segments of adjacent rows, read together. Dims: G rows, T tokens read of each. lengths (G,)."""
+    """Single-token segments of adjacent rows, read as one view. Dims: G rows, T tokens read per row. lengths (G,)."""
 
-    tokens: slice | Tensor  # (G,) where they are not adjacent in the step
-    rows: slice  # never gathered: a view, not a copy
+    tokens: slice | Tensor  # a tensor (G,) if they are not adjacent in the step
+    rows: slice  # a slice, so that keys and values are views and not copies
     lengths: Tensor
     read_len: int
-    _masks: dict[int | None, Tensor] = field(default_factory=dict)  # by window: all layers of a step share them
+    _masks: dict[int | None, Tensor] = field(default_factory=dict)  # window -> bias, shared by all layers of a step
 
     def bias(self, sliding_window: int | None, dtype: torch.dtype) -> Tensor:
-        """(G, 1, 1, T): 0, and -inf where a token must not see: past its row's length, or out of the window."""
+        """Return (G, 1, 1, T): 0 for visible positions, -inf past the row's length and outside the window."""
         if sliding_window not in self._masks:
             positions = torch.arange(self.read_len)
             hidden = positions >= self.lengths[:, None]
@@ -39,15 +39,15 @@ class DecodeGroup:
 
 @dataclass(frozen=True, slots=True)
 class RegionAttention(AttentionPlan):
-    """A step over regions. keys, values: of each layer (rows, H, T, D); token_rows, token_positions (N,)."""
+    """One step over regions. keys, values: (rows, H, T, D) per layer; token_rows, token_positions (N,)."""
 
     keys: Sequence[Tensor]
     values: Sequence[Tensor]
     token_rows: Tensor
     token_positions: Tensor
     prefill: tuple[Segment, ...]
-    decode: tuple[DecodeGroup, ...]  # through torch
-    compiled: tuple[DecodeKernel, Decodes] | None  # or all of them at once
+    decode: tuple[DecodeGroup, ...]  # computed by torch
+    compiled: tuple[DecodeKernel, Decodes] | None  # or all decode tokens by the compiled kernel
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, sliding_window: int | None
@@ -78,7 +78,7 @@ class RegionAttention(AttentionPlan):
 def region_attention(
     keys: Sequence[Tensor], values: Sequence[Tensor], segments: Sequence[Segment], kernel: DecodeKernel | None
 ) -> RegionAttention:
-    """The plan for `segments`, which cover a step's tokens in order."""
+    """Return the plan for `segments`, which cover the step's tokens in order."""
     counts = torch.tensor([segment.num_tokens for segment in segments])
     rows = torch.tensor([segment.row for segment in segments]).repeat_interleave(counts)
     positions = torch.cat([torch.arange(segment.context_len, segment.total_len) for segment in segments])
@@ -93,7 +93,7 @@ def region_attention(
 def _prefill(
     keys: Tensor, values: Tensor, segment: Segment, query: Tensor, scaling: float, sliding_window: int | None
 ) -> Tensor:
-    """One chunk against everything its row holds. query (Q, n, D) -> (n, Q, D)"""
+    """Attend one chunk to all tokens of its row. query (Q, n, D) -> (n, Q, D)."""
     end = segment.total_len
     first = 0 if sliding_window is None else max(0, segment.context_len + 1 - sliding_window)
     whole = segment.context_len == 0 and (sliding_window is None or end <= sliding_window)
@@ -110,7 +110,7 @@ def _prefill(
 
 
 def _visible(segment: Segment, first: int, sliding_window: int | None) -> Tensor:
-    """(n, T) bool: position j is visible to position i when i - window < j <= i."""
+    """Return (n, T) bool: position j is visible to position i if i - window < j <= i."""
     positions = torch.arange(segment.context_len, segment.total_len)[:, None]
     seen = torch.arange(first, segment.total_len)
     visible = seen <= positions
@@ -122,7 +122,7 @@ def _visible(segment: Segment, first: int, sliding_window: int | None) -> Tensor
 def _decode(
     keys: Tensor, values: Tensor, group: DecodeGroup, query: Tensor, scaling: float, sliding_window: int | None
 ) -> Tensor:
-    """One new token a row; grouped query heads share their keys without repeating them. query (Q, G, D) -> (G, Q, D)"""
+    """Attend one new token per row. query (Q, G, D) -> (G, Q, D). Grouped query heads share their keys by reshaping."""
     read_keys = keys[group.rows, :, : group.read_len]  # (G, H, T, D)
     read_values = values[group.rows, :, : group.read_len]
     num_rows, num_heads, _, head_dim = read_keys.shape
@@ -133,7 +133,7 @@ def _decode(
 
 
 def _groups(segments: Sequence[Segment]) -> Iterator[DecodeGroup]:
-    """Runs of adjacent rows. A run goes on while what it reads past its rows' lengths costs less than a new group."""
+    """Yield runs of adjacent rows. A run ends where padding to its longest row would cost more than a new group."""
     run: list[Segment] = []
     for segment in sorted(segments, key=lambda segment: segment.row):
         if run and not _belongs(segment, run):

@@ -1,4 +1,4 @@
-"""Attention on a GPU over pages, by torch's varlen_attn: every row of a step in one call a layer."""
+"""Attention on a GPU over pages. torch's varlen_attn computes all rows of a step in one call per layer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gpu_worker.step.attention_plan import AttentionPlan, Segment, check_heads
 
 
 class VarlenAttention(Protocol):
-    """What is asked of `torch.nn.attention.varlen.varlen_attn` (torch 2.13)."""
+    """The signature of `torch.nn.attention.varlen.varlen_attn` (torch 2.13) as far as it is used here."""
 
     def __call__(
         self,
@@ -37,11 +37,11 @@ class VarlenAttention(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PagedAttention(AttentionPlan):
-    """A step over pages. Dims: N tokens, B segments, W pages of the longest row, P page tokens.
+    """One step over pages. Dims: N tokens, B segments, W pages of the longest row, P tokens per page.
 
-    store (layers, 2, pages, P, H, D); token_positions, slots (N,): a token's key lies in page slot // P at slot % P.
-    query_starts, key_starts (B + 1,), lengths (B,), block_table (B, W): int32, as varlen_attn takes them. Flash
-    attention 2 wants `key_starts` beside the block table and reads nothing by it.
+    store (layers, 2, pages, P, H, D); token_positions, slots (N,): a key is in page slot // P at index slot % P.
+    query_starts, key_starts (B + 1,), lengths (B,), block_table (B, W): int32, as varlen_attn expects. Flash attention
+    2 requires `key_starts` together with the block table but does not use it.
     """
 
     store: Tensor
@@ -71,23 +71,23 @@ class PagedAttention(AttentionPlan):
             self.longest_query,
             self.longest_key,
             scale=scaling,
-            window_size=(-1 if sliding_window is None else sliding_window - 1, 0),  # how far back, itself not counted
+            window_size=(-1 if sliding_window is None else sliding_window - 1, 0),  # number of earlier tokens
             enable_gqa=query.shape[0] != key.shape[0],
             seqused_k=self.lengths,
             block_table=self.block_table,
         )
-        assert isinstance(attended, Tensor), "nothing beside the output is asked for"
+        assert isinstance(attended, Tensor), "varlen_attn returns a tuple only on request"
         return attended
 
 
 def paged_attention(
     store: Tensor, tables: Sequence[Sequence[int]], segments: Sequence[Segment], varlen_attn: VarlenAttention
 ) -> PagedAttention:
-    """The plan for `segments`, which cover a step's tokens in order; tables: the pages of each one's row."""
+    """Return the plan for `segments`, which cover the step's tokens in order. `tables`: page ids per segment's row."""
     page_tokens = store.shape[3]
     counts = torch.tensor([segment.num_tokens for segment in segments])
     lengths = torch.tensor([segment.total_len for segment in segments])
-    table = pad_sequence([torch.tensor(pages) for pages in tables], batch_first=True)  # (B, W); what pads is never read
+    table = pad_sequence([torch.tensor(pages) for pages in tables], batch_first=True)  # (B, W); padding is never read
     positions = torch.cat([torch.arange(segment.context_len, segment.total_len) for segment in segments])
     places = torch.arange(len(segments)).repeat_interleave(counts)
     slots = table[places, positions // page_tokens] * page_tokens + positions % page_tokens
@@ -106,5 +106,5 @@ def paged_attention(
 
 
 def _starts(counts: Tensor) -> Tensor:
-    """(B,) -> (B + 1,) int32: where each begins, and the end."""
+    """Return the start of each segment and the end: (B,) -> (B + 1,) int32."""
     return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()

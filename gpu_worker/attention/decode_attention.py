@@ -1,4 +1,4 @@
-"""`decode_attention.cpp`, called with torch's tensors."""
+"""Call `decode_attention.cpp` with torch tensors."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ class Decodes:
 
 
 class DecodeKernel:
-    """The compiled attention. Dims: N tokens, H heads of keys, Q of queries, D head size, R rows, T tokens of a row.
+    """The compiled attention. Dims: N tokens, H key heads, Q query heads, D head size, R rows, T tokens per row.
 
-    Regions are (R, H, T, D), keys and values laid out alike, T and D adjacent; float32 or bfloat16.
+    Regions are (R, H, T, D), float32 or bfloat16. Keys and values have equal strides, and T and D are contiguous.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -65,9 +65,9 @@ class DecodeKernel:
         self._attend = functions(library, "attend", *[c_void_p] * 4)
 
     def write(self, key: Tensor, value: Tensor, rows: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Copy key and value (H, N, D) into the regions, each token at its place in `rows` and `positions` (N,)."""
+        """Copy key and value (H, N, D) into the regions, each token to its entry of `rows` and `positions` (N,)."""
         expected = keys.shape[1], len(rows), keys.shape[3]
-        assert key.shape == value.shape == expected, f"keys {tuple(key.shape)} where the regions take {expected}"
+        assert key.shape == value.shape == expected, f"keys have shape {tuple(key.shape)}, expected {expected}"
         cache, heads = _cache(keys, values), (_heads(key), _heads(value))
         places = rows.data_ptr(), positions.data_ptr(), len(rows)
         pointers = [ctypes.addressof(part) for part in heads]
@@ -84,11 +84,11 @@ class DecodeKernel:
         scaling: float,
         sliding_window: int | None,
     ) -> None:
-        """Write to output (N, Q, D) what each token of `decodes`, of query (Q, N, D), attends to in its row."""
+        """Attend each token of `decodes` to its row. Reads query (Q, N, D), writes output (N, Q, D)."""
         num_heads, head_dim = keys.shape[1], keys.shape[3]
-        assert query.shape[0] % num_heads == 0 and query.shape[2] == head_dim, f"queries {tuple(query.shape)}"
-        assert output.shape == (query.shape[1], query.shape[0], head_dim), f"an output {tuple(output.shape)}"
-        asked = _Decodes(
+        assert query.shape[0] % num_heads == 0 and query.shape[2] == head_dim, f"query has shape {tuple(query.shape)}"
+        assert output.shape == (query.shape[1], query.shape[0], head_dim), f"output has shape {tuple(output.shape)}"
+        arguments = _Decodes(
             *(part.data_ptr() for part in (decodes.tokens, decodes.rows, decodes.lengths)),
             len(decodes),
             query.shape[0],
@@ -96,21 +96,21 @@ class DecodeKernel:
             scaling,
             torch.get_num_threads(),
         )
-        parts = asked, _heads(query), _cache(keys, values)
+        parts = arguments, _heads(query), _cache(keys, values)
         self._attend[query.dtype](*(ctypes.addressof(part) for part in parts), output.data_ptr())
 
 
 def load_decode_kernel(cache_dir: Path) -> DecodeKernel | None:
-    """The kernel, compiled into `cache_dir` unless it is there; None where no compiler makes it."""
+    """Load the kernel, compiling it into `cache_dir` if needed. Return None, after a warning, if that fails."""
     library = load_library("decode_attention", cache_dir)
     return None if library is None else DecodeKernel(library)
 
 
 def _heads(x: Tensor) -> _Heads:
-    assert x.stride(-1) == 1, "the kernel reads heads of adjacent values"
+    assert x.stride(-1) == 1, "the last dim must be contiguous"
     return _Heads(x.data_ptr(), x.stride(0), x.stride(1))
 
 
 def _cache(keys: Tensor, values: Tensor) -> _Cache:
-    assert keys.stride() == values.stride(), "the kernel reads values as it reads keys"
+    assert keys.stride() == values.stride(), "keys and values must have equal strides"
     return _Cache(keys.data_ptr(), values.data_ptr(), keys.stride(0), keys.stride(1), keys.shape[1], keys.shape[3])

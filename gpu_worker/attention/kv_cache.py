@@ -1,4 +1,4 @@
-"""Rows of running requests and the pages of keys and values they hold, within a stated budget."""
+"""Allocate rows and pages of keys and values to running requests, within a budget."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from gpu_worker.step.attention_plan import AttentionPlan, Segment
 
 @dataclass(frozen=True, slots=True)
 class KvShape:
-    """How many tokens' keys and values are kept, of what size, for at most how many rows."""
+    """The size of a cache: layers, heads, dtype, rows and tokens."""
 
     num_layers: int
     num_heads: int
     head_dim: int
     dtype: torch.dtype
     num_rows: int
-    max_len: int  # tokens of one row
-    num_tokens: int  # of all rows together
+    max_len: int  # tokens per row
+    num_tokens: int  # of all rows together, the budget
     page_tokens: int
 
     @property
@@ -34,24 +34,24 @@ class KvShape:
         return self.pages_of(self.num_tokens)
 
     def pages_of(self, num_tokens: int) -> int:
-        """Pages that hold so many tokens of one row."""
+        """Return the number of pages that `num_tokens` tokens of one row need."""
         return -(-num_tokens // self.page_tokens)
 
 
 class KvCache(ABC):
-    """Who holds which row and pages. A row that has joined grows page by page, up to its own longest length."""
+    """The allocator of rows and pages. An allocated row grows page by page up to its longest length."""
 
     def __init__(self, shape: KvShape) -> None:
         self.shape = shape
-        self._free_rows = list(range(shape.num_rows))  # a heap: low rows first, so that rows lie close together
+        self._free_rows = list(range(shape.num_rows))  # a heap: low rows first, so that used rows stay adjacent
         self._free_pages = list(range(shape.num_pages))
-        self.num_freed = 0  # rows, since the start: while it stays the same, no room was gained
-        self._pages: dict[int, list[int]] = {}  # by row, in the order of its tokens
-        self._most_pages: dict[int, int] = {}  # by row, at its longest length
+        self.num_freed = 0  # rows freed since the start; unchanged means that no capacity was gained
+        self._pages: dict[int, list[int]] = {}  # row -> page ids, in token order
+        self._most_pages: dict[int, int] = {}  # row -> pages at its longest length
 
     @property
     def num_free(self) -> int:
-        """Rows that may join."""
+        """Return the number of rows that can be allocated."""
         return len(self._free_rows)
 
     @property
@@ -60,27 +60,27 @@ class KvCache(ABC):
 
     @property
     def num_bytes(self) -> int:
-        """What the whole budget takes."""
+        """Return the size of the whole budget."""
         return self.shape.num_pages * self.shape.page_tokens * self.shape.token_bytes
 
     def fits(self, num_tokens: int) -> bool:
-        """Whether a row of so many tokens may join now and every row that still grows could have one page more.
+        """Return whether a row of `num_tokens` can be allocated with one spare page left for every growing row.
 
-        Without that page the rows would grow at the cost of the one that has just joined.
+        Without the spare pages the growing rows would soon preempt the new one.
         """
         num_growing = sum(len(pages) < self._most_pages[row] for row, pages in self._pages.items())
         return bool(self._free_rows) and self.shape.pages_of(num_tokens) + num_growing <= len(self._free_pages)
 
     def allocate(self, num_tokens: int, longest_len: int) -> int:
-        """The row, which now holds pages for `num_tokens`. Only for what `fits`."""
+        """Allocate a row with pages for `num_tokens` and return it. The caller has checked `fits`."""
         row = heapq.heappop(self._free_rows)
         self._pages[row], self._most_pages[row] = [], self.shape.pages_of(longest_len)
         is_grown = self.grow(row, num_tokens)
-        assert is_grown, "whoever joins fits"
+        assert is_grown, "callers check fits() first"
         return row
 
     def grow(self, row: int, num_tokens: int) -> bool:
-        """Whether the row holds pages for `num_tokens`; False where too few are free, and nothing has changed."""
+        """Give the row pages for `num_tokens`. Return False, and change nothing, if too few pages are free."""
         pages = self._pages[row]
         num_missing = self.shape.pages_of(num_tokens) - len(pages)
         if num_missing > len(self._free_pages):
@@ -90,7 +90,7 @@ class KvCache(ABC):
         return True
 
     def free(self, row: int) -> None:
-        """The row and its pages are free, and wiped: not even NaN reaches whoever comes next."""
+        """Free the row and zero its pages, so that NaN values cannot reach the next owner."""
         pages = self._pages.pop(row)
         del self._most_pages[row]
         self._wipe(row, pages)
@@ -100,8 +100,8 @@ class KvCache(ABC):
 
     @abstractmethod
     def attention(self, segments: Sequence[Segment]) -> AttentionPlan:
-        """The plan for `segments`, which cover a step's tokens in order; their rows hold pages for them."""
+        """Return the plan for `segments`, which cover the step's tokens in order. Their rows have pages for them."""
 
     @abstractmethod
     def _wipe(self, row: int, pages: Sequence[int]) -> None:
-        """Zero what the row has written."""
+        """Zero the keys and values of the row."""

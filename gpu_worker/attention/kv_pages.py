@@ -1,4 +1,4 @@
-"""Keys and values on a GPU: pages anywhere in one pool, found through block tables."""
+"""Keys and values on a GPU: one pool of pages, addressed through block tables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gpu_worker.step.attention_plan import Segment
 
 
 class KvPages(KvCache):
-    """`attend`: the attention over pages, torch's own where none is given."""
+    """A paged cache on a GPU. `attend`: the attention function over pages."""
 
     def __init__(self, shape: KvShape, device: torch.device, attend: VarlenAttention = varlen_attn) -> None:
         super().__init__(shape)

@@ -1,4 +1,4 @@
-"""Keys and values in host memory: a region a row, read as a view. Its pages are the operating system's as well."""
+"""Keys and values in host memory: one region per row, read as a view. The kernel allocates memory on first write."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gpu_worker.attention.decode_attention import DecodeKernel
 from gpu_worker.attention.kv_cache import KvCache, KvShape
 from gpu_worker.step.attention_plan import Segment
 
-_MAP_NORESERVE = 0x4000  # of Linux; the mmap module has no name for it
+_MAP_NORESERVE = 0x4000  # Linux; the mmap module does not define it
 
 
 def region_bytes(shape: KvShape) -> int:
@@ -21,15 +21,15 @@ def region_bytes(shape: KvShape) -> int:
 
 
 class KvRegions(KvCache):
-    """A region for each row, which could hold `max_len` tokens; memory is taken only where tokens have been written.
+    """A cache with a region of `max_len` tokens for each row.
 
-    So the budget counts tokens, and what rows may hold together is less than their regions would. The regions are
-    address space that Linux does not charge: by default it refuses a mapping larger than the machine's memory.
-    Dims of `keys` and `values`, one tensor a layer: (rows, heads, tokens, head size).
+    Linux allocates memory only for tokens that have been written, so the regions together may exceed the budget of
+    tokens. They are mapped without reservation, because Linux by default refuses mappings larger than its memory.
+    Dims of `keys` and `values`, one tensor per layer: (rows, heads, tokens, head size).
     """
 
     def __init__(self, shape: KvShape, kernel: DecodeKernel | None = None) -> None:
-        """`kernel`: what decode tokens are attended by; without it through torch."""
+        """Map the regions. `kernel`: computes decode tokens; without it torch does."""
         super().__init__(shape)
         self._kernel = kernel
         num_values = shape.max_len * shape.token_bytes // shape.dtype.itemsize
@@ -44,5 +44,5 @@ class KvRegions(KvCache):
         return region_attention(self.keys, self.values, segments, self._kernel)
 
     def _wipe(self, row: int, pages: Sequence[int]) -> None:
-        """Linux gives the memory back, and zeros to whoever reads there again."""
+        """Return the memory to Linux. Later reads of the region give zeros."""
         self._memory.madvise(mmap.MADV_DONTNEED, row * self._row_bytes, self._row_bytes)

@@ -1,6 +1,6 @@
-"""Attention of a packed step, registered with transformers under a name of its own.
+"""The attention function of packed steps, registered with transformers under its own name.
 
-transformers builds no mask for a name it does not know: causality, windows and lengths come from the step's plan.
+transformers builds no mask for unknown names, so causality, windows and lengths come from the step's plan.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.step.step_context import StepContext
 
 ATTENTION_NAME = "loraretriever"
-_IGNORED = frozenset({"position_ids", "is_causal"})  # the plan knows the positions, and is always causal
+_IGNORED = frozenset({"position_ids", "is_causal"})  # the plan has the positions and is always causal
 
 
 def packed_attention(
@@ -29,17 +29,19 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attend with the step's `AttentionPlan`. query (1, Q, N, D), key and value (1, H, N, D) -> (1, N, Q, D).
 
-    Raises: BaseModelUnsupported where the model asks for more than causal attention over the step's rows: a mask of
-    its own, attention sinks, a soft-cap, any other argument, or a second attention in the same layer.
+    Raises: BaseModelUnsupported if the model needs more than causal attention over the step's rows: its own mask,
+    attention sinks, a soft-cap, any other argument, or a second call in the same layer.
     """
     if step is None:
-        raise BaseModelUnsupported("the model does not pass keyword arguments on to its attention layers")
+        raise BaseModelUnsupported("the model does not pass keyword arguments to its attention layers")
     if attention_mask is not None:
-        raise BaseModelUnsupported("the model brings an attention mask of its own, which packed rows cannot apply")
+        raise BaseModelUnsupported("the model passes its own attention mask, which packed rows cannot apply")
     if not getattr(module, "is_causal", True) or others.get("is_causal") is False:
-        raise BaseModelUnsupported("the model asks for attention that is not causal")
+        raise BaseModelUnsupported("the model uses attention that is not causal")
     if unknown := sorted(name for name, value in others.items() if name not in _IGNORED and not _is_off(value)):
-        raise BaseModelUnsupported(f"the model's attention needs {', '.join(unknown)}, which this engine does not have")
+        raise BaseModelUnsupported(
+            f"the model's attention uses {', '.join(unknown)}, which this engine does not support"
+        )
     layer = module.layer_idx
     assert isinstance(layer, int)
     attention = step.attention_of(layer)
@@ -48,10 +50,10 @@ def packed_attention(
 
 
 def register() -> None:
-    """Make the function known to transformers; models select it by `ATTENTION_NAME`."""
+    """Register the function with transformers. Models select it by `ATTENTION_NAME`."""
     AttentionInterface.register(ATTENTION_NAME, packed_attention)
 
 
 def _is_off(value: object) -> bool:
-    """Return whether an argument asks for nothing: None, False, or a rate of zero."""
+    """Return whether an argument has no effect: None, False, or a rate of zero."""
     return value is None or (isinstance(value, bool | int | float) and not value)

@@ -1,4 +1,4 @@
-"""The adapters on the device, as rows of one bank per module."""
+"""Adapter weights on the device, stored as rows of one bank per module."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class InputBank:
-    """The A parts of M modules that read one input. Dims: C bank rows, P active rows, I in.
+    """The A matrices of M modules that read the same input. Dims: C bank rows, P active rows, I in.
 
-    `a` (P · M, I) is a view of the active prefix: rank row p of module m is its row p · M + m.
+    `a` (P · M, I) is a view of the active prefix. Its row p · M + m is rank row p of module m.
     """
 
     def __init__(self, a: Tensor, num_modules: int) -> None:
@@ -34,9 +34,9 @@ class InputBank:
 
 
 class ModuleBank:
-    """One module's adapters: its place among those that read its input, and its B parts. Dims: P active rows, O out.
+    """The bank of one module: its index within its InputBank, and its B matrices. Dims: P active rows, O out.
 
-    `bt` (P, O) is a view of the active prefix; scaling is folded in. `is_used`: an active adapter has this module.
+    `bt` (P, O) is a view of the active prefix and includes the scaling. `is_used`: an active adapter has this module.
     """
 
     def __init__(self, inputs: InputBank, index: int, bt: Tensor) -> None:
@@ -46,7 +46,7 @@ class ModuleBank:
 
     @property
     def a(self) -> Tensor:
-        """(P, I), a view."""
+        """Return (P, I), a view."""
         return self.inputs.a[self.index :: self.inputs.num_modules]
 
     def set_active(self, num_rows: int, *, is_used: bool) -> None:
@@ -58,10 +58,10 @@ class ModuleBank:
 
 
 class LoraBank:
-    """All modules' banks, moved together, so that a rank row means the same adapter in every module.
+    """The banks of all modules. A rank row belongs to the same adapter in every module, so rows move together.
 
-    What has one width lies in one tensor (banks, C, width): moving a row takes a few operations, not two a module.
-    `free_fill` is what free rows hold. Free rows are never read: filling them with NaN proves it.
+    Banks of the same width share one tensor (banks, C, width): moving a row takes a few operations instead of two per
+    module. `free_fill`: the value of free rows. They are never read; tests fill them with NaN to prove it.
     """
 
     def __init__(self, linears: Mapping[str, nn.Linear], num_rows: int, *, free_fill: float = 0.0) -> None:
@@ -80,12 +80,14 @@ class LoraBank:
             for names, inputs in zip(groups, self._inputs, strict=True)
             for index, name in enumerate(names)
         }
-        self._has_module = torch.zeros(len(self.modules), num_rows, dtype=torch.bool)  # whose rows hold more than zeros
+        self._has_module = torch.zeros(
+            len(self.modules), num_rows, dtype=torch.bool
+        )  # True where an adapter has the module
         self._place = {name: place for place, name in enumerate(self.modules)}
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of every module an adapter may target."""
+        """Return (out, in) of every module an adapter may target."""
         return dict(self._shapes)
 
     @property
@@ -93,11 +95,11 @@ class LoraBank:
         return sum(store.nbytes for store in self._stores)
 
     def to_device_layout(self, weights: AdapterWeights) -> DeviceAdapter:
-        """The weights as `write` takes them. Raises: AdapterUnfit, naming every module that does not fit."""
+        """Convert the weights for `write`. Raises: AdapterUnfit, which names every unsuitable module."""
         return to_device_layout(weights, self._shapes, self._dtype, pin=self._device.type == "cuda")
 
     def write(self, rows: Sequence[int], adapter: DeviceAdapter) -> None:
-        """Replace every value of `rows`: by the adapter's, by zeros past a module's rank and where it has no module."""
+        """Overwrite `rows` with the adapter, and with zeros beyond a module's rank and for modules that it lacks."""
         self._fill(rows, 0.0)
         places: defaultdict[int, list[int]] = defaultdict(list)
         index_of = {rank: _index(rows[:rank]) for rank in {module.rank for module in adapter.modules.values()}}
@@ -108,12 +110,13 @@ class LoraBank:
             self._has_module[torch.tensor(of_rank)[:, None], torch.tensor(rows[:rank])] = True
 
     def move(self, rows: Sequence[int], to: Sequence[int]) -> None:
-        """`to` is what `rows` were. These are to be written before they are read again."""
+        """Move `rows` to `to`. The source rows keep stale values and must be overwritten before the next read."""
         for source, target in _runs(rows, to):
             for store in (*self._stores, self._has_module):
                 store[:, target] = store[:, source]
 
     def swap(self, rows: Sequence[int], others: Sequence[int]) -> None:
+        """Exchange the contents of `rows` and `others`."""
         for run, other in _runs(rows, others):
             for store in (*self._stores, self._has_module):
                 held = store[:, run].clone()
@@ -121,10 +124,11 @@ class LoraBank:
                 store[:, other] = held
 
     def free(self, rows: Sequence[int]) -> None:
+        """Fill `rows` with the value of free rows."""
         self._fill(rows, self._free_fill)
 
     def set_active(self, num_rows: int) -> None:
-        """The first `num_rows` rows are what the next steps read."""
+        """Let the next steps read the first `num_rows` rows."""
         used = self._has_module[:, :num_rows].any(dim=1).tolist()
         for inputs in self._inputs:
             inputs.set_active(num_rows)
@@ -132,7 +136,7 @@ class LoraBank:
             bank.set_active(num_rows, is_used=is_used)
 
     def _allocate(self, widths: Mapping[str, int]) -> dict[str, Tensor]:
-        """(C, width) for each name, filled; those of one width share a store."""
+        """Return a filled (C, width) view for each name. Views of the same width share a store."""
         views: dict[str, Tensor] = {}
         for width in sorted(set(widths.values())):
             names = [name for name in widths if widths[name] == width]
@@ -150,7 +154,7 @@ class LoraBank:
 
 
 def _sharing_inputs(shapes: Mapping[str, tuple[int, int]]) -> list[list[str]]:
-    """The modules in groups that read the same input. Dims of `shapes`: (out, in)."""
+    """Group the modules that read the same input. `shapes`: (out, in) per module."""
     groups: defaultdict[object, list[str]] = defaultdict(list)
     for name, (_, width) in shapes.items():
         parent, _, leaf = name.rpartition(".")
@@ -160,7 +164,7 @@ def _sharing_inputs(shapes: Mapping[str, tuple[int, int]]) -> list[list[str]]:
 
 
 def _runs(rows: Sequence[int], others: Sequence[int]) -> Iterator[tuple[slice, slice]]:
-    """Slices of `rows` and `others`, which are paired, where both are adjacent: several times as fast as indices."""
+    """Yield paired slices of `rows` and `others`. Slices are several times as fast as index tensors."""
     start = 0
     for end in range(1, len(rows) + 1):
         if end < len(rows) and rows[end] == rows[end - 1] + 1 and others[end] == others[end - 1] + 1:
@@ -170,7 +174,7 @@ def _runs(rows: Sequence[int], others: Sequence[int]) -> Iterator[tuple[slice, s
 
 
 def _index(rows: Sequence[int]) -> slice | Tensor:
-    """A slice where the rows are adjacent: it writes several times as fast."""
+    """Return a slice for adjacent rows, which is several times as fast as an index tensor."""
     if list(rows) == list(range(rows[0], rows[0] + len(rows))):
         return slice(rows[0], rows[0] + len(rows))
     return torch.tensor(rows)

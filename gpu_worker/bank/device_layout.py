@@ -1,4 +1,4 @@
-"""An adapter's weights as the bank holds them: checked, in its precision, scaling folded in."""
+"""Convert an adapter's weights to the bank's layout: check them, fold in the scaling, cast to the bank's dtype."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lora_store.adapter import AdapterWeights, ModuleWeights
 
 @dataclass(frozen=True, slots=True)
 class DeviceModule:
-    """One module's pair. Dims: R rank, I in, O out. `a` (R, I); `bt` (R, O), lora_b transposed, scaling folded in."""
+    """One module. Dims: R rank, I in, O out. `a` (R, I); `bt` (R, O) is lora_b transposed and scaled."""
 
     a: Tensor
     bt: Tensor
@@ -27,14 +27,14 @@ class DeviceModule:
 
 @dataclass(frozen=True, slots=True)
 class DeviceAdapter:
-    """What a bank takes in without another look. It is made on a loading thread: the engine's only copies it."""
+    """A checked adapter, ready to be copied into the bank. Loading threads make it; the engine's thread copies it."""
 
     weights_digest: str
     modules: dict[str, DeviceModule]
 
     @property
     def max_rank(self) -> int:
-        """Rank rows this adapter takes in a bank: the widest of its modules."""
+        """Return the number of bank rows the adapter needs: the rank of its widest module."""
         return max(module.rank for module in self.modules.values())
 
     @property
@@ -45,9 +45,10 @@ class DeviceAdapter:
 def to_device_layout(
     weights: AdapterWeights, shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype, *, pin: bool = False
 ) -> DeviceAdapter:
-    """The weights for a base model whose modules have these (out, in) shapes; pinned, they reach a GPU without a wait.
+    """Convert the weights for a base model whose modules have these (out, in) shapes.
 
-    Raises: AdapterUnfit, naming every module that does not fit.
+    `pin`: use pinned memory, which a GPU copies asynchronously.
+    Raises: AdapterUnfit, which names every unsuitable module.
     """
     problems = [text for name, module in weights.modules.items() if (text := _shape_problem(name, module, shapes))]
     if not weights.modules:
@@ -57,9 +58,9 @@ def to_device_layout(
     modules: dict[str, DeviceModule] = {}
     for names in _alike(weights.modules):
         a, bt = _folded([weights.modules[name] for name in names], dtype)
-        # The bank's rows are read, times zero, by every row of a step: one that is not finite spoils them all.
+        # Every row of a step multiplies all active bank rows, some by zero: one non-finite value would spoil them all.
         non_finite = _non_finite(names, a, bt)
-        problems += [f"{name} is not finite in the base model's precision, its scaling included" for name in non_finite]
+        problems += [f"{name} has non-finite values in the base model's precision after scaling" for name in non_finite]
         if pin:
             a, bt = a.pin_memory(), bt.pin_memory()
         modules |= {name: DeviceModule(a[m], bt[m]) for m, name in enumerate(names)}
@@ -69,7 +70,7 @@ def to_device_layout(
 
 
 def _alike(modules: Mapping[str, ModuleWeights]) -> Iterable[list[str]]:
-    """Names by shape and dtype. What is alike is worked on together: a thousand small operations hold up the engine."""
+    """Group the modules by shape and dtype. Batched work avoids a thousand small operations, which delay the engine."""
     names: defaultdict[object, list[str]] = defaultdict(list)
     for name, module in modules.items():
         kind = (module.lora_a.shape, module.lora_b.shape, module.lora_a.dtype, module.lora_b.dtype)
@@ -78,7 +79,7 @@ def _alike(modules: Mapping[str, ModuleWeights]) -> Iterable[list[str]]:
 
 
 def _folded(modules: Sequence[ModuleWeights], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """a (M, R, I) and bt (M, R, O) of M modules that are alike."""
+    """Return a (M, R, I) and bt (M, R, O) of M modules of equal shape and dtype."""
     scaling = torch.tensor([module.scaling for module in modules])[:, None, None]
     folded = (torch.stack([module.lora_b for module in modules]).float() * scaling).mT
     a = torch.stack([module.lora_a for module in modules]).to(dtype)
@@ -86,15 +87,15 @@ def _folded(modules: Sequence[ModuleWeights], dtype: torch.dtype) -> tuple[Tenso
 
 
 def _non_finite(names: Sequence[str], a: Tensor, bt: Tensor) -> list[str]:
-    """Which of the modules are not finite throughout. a (M, R, I), bt (M, R, O)."""
-    if (a.sum() + bt.sum()).isfinite():  # a fifth of the time; huge values may lead to a closer look
+    """Return the modules that have non-finite values. a (M, R, I), bt (M, R, O)."""
+    if (a.sum() + bt.sum()).isfinite():  # five times as fast; an overflow of the sum only leads to the exact check
         return []
     finite = (_largest(a).isfinite() & _largest(bt).isfinite()).tolist()
     return [name for name, is_finite in zip(names, finite, strict=True) if not is_finite]
 
 
 def _largest(tensor: Tensor) -> Tensor:
-    """(M, R, X) -> (M,): the largest magnitude, NaN where there is one."""
+    """Return the largest magnitude, or NaN if there is one: (M, R, X) -> (M,)."""
     return tensor.abs().amax(dim=(1, 2))
 
 
@@ -103,7 +104,7 @@ def _shape_problem(name: str, module: ModuleWeights, shapes: Mapping[str, tuple[
         return f"the base model has no module {name!r}"
     shape = (module.lora_b.shape[0], module.lora_a.shape[1])
     if shape != shapes[name]:
-        return f"{name} is made for (out, in) {shape}, the base model has {shapes[name]}"
+        return f"{name} has shape (out, in) {shape}, the base model has {shapes[name]}"
     if not 1 <= module.lora_a.shape[0] == module.lora_b.shape[1]:
-        return f"{name} has ranks {module.lora_a.shape[0]} and {module.lora_b.shape[1]}"
+        return f"{name} has rank {module.lora_a.shape[0]} in lora_A but {module.lora_b.shape[1]} in lora_B"
     return None

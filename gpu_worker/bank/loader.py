@@ -1,4 +1,4 @@
-"""Adapter weights in host memory: fetched once, kept within a byte budget."""
+"""Fetch adapter weights into host memory and cache them within a byte budget."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lora_store.adapter import AdapterWeights
 logger = logging.getLogger(__name__)
 
 Fetch = Callable[[str], "Future[AdapterWeights]"]
-"""Weights digest -> its weights, now or later, or whatever went wrong. Must not block: others would wait with it."""
+"""Weights digest -> future of the weights. Must not block, because other fetches would wait."""
 
 
 class AdapterLoader:
-    """One fetch a digest at a time, however many requests wait for it; after a failed one the next request retries.
+    """A cache of converted adapters. Requests for the same digest share one fetch; a failed fetch is not cached.
 
-    `to_device_layout` runs on the executor: its threads work, they never wait for a fetch.
+    `to_device_layout` runs on the executor, whose threads never wait for a fetch.
     """
 
     def __init__(
@@ -36,23 +36,23 @@ class AdapterLoader:
         self._fetch, self._to_device_layout, self._executor = fetch, to_device_layout, executor
         self._budget_bytes, self._on_done = budget_bytes, on_done
         self._lock = threading.Lock()
-        self.num_ended = 0  # loads, since the start
+        self.num_ended = 0  # loads that have ended since the start
         self._loads: OrderedDict[str, Future[DeviceAdapter]] = OrderedDict()  # least recently used first
-        self._bytes: dict[str, int] = {}  # of those that are loaded
+        self._bytes: dict[str, int] = {}  # digest -> size, for completed loads
 
     def __contains__(self, digest: object) -> bool:
-        """Whether the weights are in host memory, or on their way there."""
+        """Return whether the weights are cached or being loaded."""
         with self._lock:
             return digest in self._loads
 
     def load(self, digest: str) -> Future[DeviceAdapter]:
-        """The weights, now or later. The future fails with AdapterLoadFailed or AdapterUnfit."""
+        """Return a future of the weights, which may fail with AdapterLoadFailed or AdapterUnfit."""
         with self._lock:
             if digest in self._loads:
                 self._loads.move_to_end(digest)
                 return self._loads[digest]
             future: Future[DeviceAdapter] = Future()
-            future.set_running_or_notify_cancel()  # many share it: nobody who leaves may cancel it
+            future.set_running_or_notify_cancel()  # shared: a caller that leaves must not cancel it
             self._loads[digest] = future
         try:
             self._fetch(digest).add_done_callback(lambda fetched: self._submit_conversion(digest, fetched, future))
@@ -61,14 +61,14 @@ class AdapterLoader:
         return future
 
     def discard(self, digest: str) -> None:
-        """Loaded weights are kept no longer; a load in progress goes on."""
+        """Drop cached weights. A load in progress continues."""
         with self._lock:
             if self._bytes.pop(digest, None) is not None:
                 del self._loads[digest]
 
     @property
     def loading(self) -> frozenset[str]:
-        """Digests of the loads in progress."""
+        """Return the digests of the loads in progress."""
         with self._lock:
             return frozenset(self._loads.keys() - self._bytes.keys())
 
@@ -78,7 +78,7 @@ class AdapterLoader:
             return sum(self._bytes.values())
 
     def _submit_conversion(self, digest: str, fetched: Future[AdapterWeights], future: Future[DeviceAdapter]) -> None:
-        """Called on the thread that fetches, which has other fetches to attend to."""
+        """Hand the conversion to the executor. Runs on the fetching thread, which must not be blocked."""
         try:
             self._executor.submit(self._finish, digest, fetched, future)
         except RuntimeError as exc:  # the executor has shut down
@@ -88,7 +88,9 @@ class AdapterLoader:
         try:
             weights = fetched.result()
             if weights.weights_digest != digest:
-                raise AdapterLoadFailed(f"asked for the weights {digest[:12]}, got {weights.weights_digest[:12]}")
+                raise AdapterLoadFailed(
+                    f"requested the weights {digest[:12]} but received {weights.weights_digest[:12]}"
+                )
             adapter = self._to_device_layout(weights)
         except Exception as exc:
             self._fail(digest, future, exc)
@@ -104,7 +106,7 @@ class AdapterLoader:
         self._end()
 
     def _end(self) -> None:
-        """Count a load that has ended, once its future has."""
+        """Count a load that has ended. Call it after the future is set."""
         with self._lock:
             self.num_ended += 1
         self._on_done()
@@ -121,7 +123,7 @@ class AdapterLoader:
 def _load_error(digest: str, exc: Exception) -> Exception:
     if isinstance(exc, AdapterUnfit | AdapterLoadFailed):
         return exc
-    logger.warning("the weights %s could not be fetched", digest, exc_info=exc)
-    error = AdapterLoadFailed(f"the weights {digest[:12]} could not be fetched; try again later")
+    logger.warning("cannot fetch the weights %s", digest, exc_info=exc)
+    error = AdapterLoadFailed(f"cannot fetch the weights {digest[:12]}; retry later")
     error.__cause__ = exc
     return error

@@ -1,4 +1,4 @@
-"""Which adapters are in the bank, and where. Active adapters form the prefix of its rows."""
+"""Track which bank rows belong to which adapter. Pinned adapters occupy the prefix of the rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gpu_worker.errors import PlanTooLarge
 
 
 class RowStore(Protocol):
-    """What residency moves rows in: the LoraBank, or a list in a test."""
+    """The storage whose rows Residency assigns: the LoraBank, or a list in tests."""
 
     @property
     def num_rows(self) -> int: ...
@@ -22,27 +22,28 @@ class RowStore(Protocol):
 
 
 class Residency:
-    """Once settled, rank rows [0, active_rows) belong to pinned adapters; the rest are free or of adapters to evict.
+    """The assignment of bank rows. After `settle`, rows [0, active_rows) belong to pinned adapters.
 
-    An adapter takes as many rows as its widest module has ranks; they need not be adjacent.
+    The other rows are free or belong to adapters that may be evicted. An adapter needs as many rows as the rank of its
+    widest module; they need not be adjacent.
     """
 
     def __init__(self, bank: RowStore) -> None:
         self._bank = bank
-        self._rows: dict[str, list[int]] = {}  # rank index -> bank row; insertion order = least recently used first
+        self._rows: dict[str, list[int]] = {}  # digest -> bank row per rank index; least recently used first
         self._owner: list[tuple[str, int] | None] = [None] * bank.num_rows
         self._pins: dict[str, int] = {}
-        self._unwritten: dict[str, DeviceAdapter] = {}  # have their rows, and are written where these are once settled
+        self._unwritten: dict[str, DeviceAdapter] = {}  # have rows assigned and are written by `settle`
         self.active_rows = 0
-        self.num_changes = 0  # of what is pinned or resident, since the start
+        self.num_changes = 0  # changes of pins or residents since the start
 
     def __contains__(self, digest: object) -> bool:
-        """Whether the bank holds the adapter, pinned or not."""
+        """Return whether the adapter is resident, pinned or not."""
         return digest in self._rows
 
     @property
     def resident(self) -> frozenset[str]:
-        """Weights digests of every adapter in the bank."""
+        """Return the weights digests of all adapters in the bank."""
         return frozenset(self._rows)
 
     @property
@@ -54,23 +55,25 @@ class Residency:
         return len(self._owner) - self._owner.count(None)
 
     def rows(self, digest: str) -> list[int]:
-        """Bank rows of a resident adapter, by rank index."""
+        """Return the bank rows of a resident adapter, by rank index."""
         return self._rows[digest]
 
     def rank_indices(self) -> list[int]:
-        """The rank index each active row holds."""
+        """Return the rank index of each active row."""
         return [owner[1] for owner in self._owner[: self.active_rows] if owner is not None]
 
     def try_pin(self, digests: Sequence[str], loaded: Mapping[str, DeviceAdapter]) -> bool:
-        """Bring all adapters into the bank and pin them, or none: False when pinned rows leave too little room.
+        """Bring all adapters into the bank and pin them. Return False, and change nothing, if there is no room.
 
-        `loaded` has those that are not resident. Raises: PlanTooLarge when they could never fit.
+        `loaded`: the adapters that are not resident. Raises: PlanTooLarge if they exceed the whole bank.
         """
         missing = {digest: loaded[digest] for digest in digests if digest not in self._rows}
         num_missing = sum(adapter.max_rank for adapter in missing.values())
         needed = num_missing + sum(len(self._rows[digest]) for digest in digests if digest not in missing)
         if needed > self._bank.num_rows:
-            raise PlanTooLarge(f"the plan's adapters take {needed} rank rows, the bank has {self._bank.num_rows}")
+            raise PlanTooLarge(
+                f"the plan's adapters need {needed} rank rows, the bank has {self._bank.num_rows}; use fewer adapters"
+            )
         if not self._make_room(num_missing, digests):
             return False
         for digest in digests:
@@ -81,7 +84,7 @@ class Residency:
         return True
 
     def unpin(self, digests: Sequence[str]) -> None:
-        """Drop one pin for each; an adapter without pins may be evicted."""
+        """Drop one pin of each adapter. Adapters without pins may be evicted."""
         self.num_changes += 1
         for digest in digests:
             self._pins[digest] -= 1
@@ -90,7 +93,7 @@ class Residency:
                 self._rows[digest] = self._rows.pop(digest)  # most recently used
 
     def settle(self) -> None:
-        """Make the pinned adapters' rows the prefix, by as few swaps as it takes, once for all that came and went."""
+        """Swap rows so that pinned adapters form the prefix, then write new adapters. Call once after all changes."""
         pinned = [row for digest in self._pins for row in self._rows[digest]]
         self.active_rows = len(pinned)
         holes = sorted(set(range(len(pinned))).difference(pinned))
@@ -101,8 +104,8 @@ class Residency:
         self._bank.set_active(self.active_rows)
 
     def evict(self, digest: str) -> None:
-        """The rows of a resident adapter without pins are free."""
-        assert digest not in self._pins, "a running request reads these rows"
+        """Free the rows of a resident adapter without pins."""
+        assert digest not in self._pins, "a pinned adapter cannot be evicted"
         self.num_changes += 1
         rows = self._rows.pop(digest)
         self._unwritten.pop(digest, None)
@@ -123,7 +126,7 @@ class Residency:
         return True
 
     def _bring_in(self, adapter: DeviceAdapter) -> list[int]:
-        """The first free rows are the adapter's."""
+        """Assign the first free rows to the adapter and return them."""
         rows = [row for row, owner in enumerate(self._owner) if owner is None][: adapter.max_rank]
         self._unwritten[adapter.weights_digest] = adapter
         for index, row in enumerate(rows):
@@ -131,7 +134,7 @@ class Residency:
         return rows
 
     def _swap(self, rows: Sequence[int], others: Sequence[int]) -> None:
-        """Exchange what is in `rows` and in `others`; what is not written yet has nothing to bring along."""
+        """Exchange `rows` and `others`. Rows that are not written yet are only reassigned."""
         pairs = list(zip(rows, others, strict=True))
         written = [pair for pair in pairs if not self._is_unwritten(pair[0])]
         unwritten = [pair for pair in pairs if self._is_unwritten(pair[0])]

@@ -1,4 +1,4 @@
-"""How many CPUs this process may use: of the machine it runs on, not of the one that built the application."""
+"""Count the CPUs this process may use, on the machine where it runs."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from pathlib import Path
 
 from gpu_worker.config import WorkerConfig
 
-_CGROUPS = Path("/sys/fs/cgroup")  # of this process, as a container sees them
+_CGROUPS = Path("/sys/fs/cgroup")  # of this process, as seen inside a container
 
 
 def with_threads(config: WorkerConfig) -> WorkerConfig:
-    """Return the config with a number of threads: its own, else one for each CPU this process may use."""
+    """Return the config with `num_threads` set: its own value, or one thread for each usable CPU."""
     return replace(config, num_threads=config.num_threads or usable_cpus())
 
 
 def usable_cpus() -> int:
-    """Return the CPUs of this process's affinity, at most as many whole ones as its container's quota allows."""
+    """Return the CPUs in this process's affinity mask, limited by the whole CPUs of the container's quota."""
     return max(1, min([len(os.sched_getaffinity(0)), *(int(quota) for quota in cgroup_quotas(_CGROUPS))]))
 
 
 def cgroup_quotas(root: Path) -> list[float]:
-    """Return each quota below `root` in CPUs: time that may be used by time that passes. None where there is none.
+    """Return each quota below `root` in CPUs (CPU time per wall time). Without a quota the list is empty.
 
-    A share of a CPU counts for no thread: a team waits for its slowest, and one that is throttled is that.
+    Callers round down: a throttled thread would delay its whole OpenMP team.
     """
     quotas = []
     for limit, period in (*_version_2(root), *_version_1(root)):

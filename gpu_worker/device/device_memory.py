@@ -1,4 +1,4 @@
-"""How much memory a device has left for this process."""
+"""Measure the memory that a device has left for this process."""
 
 from __future__ import annotations
 
@@ -12,34 +12,36 @@ import torch
 from gpu_worker.errors import WorkerConfigInvalid
 
 _PROC = Path("/proc")
-_STRICT = 2  # vm.overcommit_memory: every mapping is charged, MAP_NORESERVE or not
-_CGROUPS = Path("/sys/fs/cgroup")  # of this process, as a container sees them
-_NAMES = (  # of the limit, what is used of it, its statistics, and what in them is cached files; version 2, then 1
+_STRICT = 2  # vm.overcommit_memory: Linux charges every mapping, also with MAP_NORESERVE
+_CGROUPS = Path("/sys/fs/cgroup")  # of this process, as seen inside a container
+_NAMES = (  # files of limit, usage and statistics, and the key of cached files; cgroup version 2, then 1
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
 )
 
 
 def free_bytes(device: torch.device, share: float = 1.0) -> int:
-    """Return what this process may still take, of a GPU at most its `share` of all of it.
+    """Return the free bytes for this process; on a GPU at most `share` of its total memory.
 
-    Workers that share a GPU may plan at the same time, when all of it is free to each of them.
-    Raises: WorkerConfigInvalid where torch finds no such device.
+    The share matters because workers of one GPU may plan at the same time and each sees all memory as free.
+    Raises: WorkerConfigInvalid if torch finds no such device.
     """
     if device.type == "cpu":
         return min([_available_bytes(), *cgroup_bytes(_CGROUPS)])
     if not torch.cuda.is_available():
-        raise WorkerConfigInvalid(f"device is {device.type}, and torch {torch.__version__} finds none")
+        raise WorkerConfigInvalid(
+            f"device is '{device.type}' but torch {torch.__version__} finds none; use 'cpu' or install torch for CUDA"
+        )
     return share_of(*torch.cuda.mem_get_info(device), share)
 
 
 def share_of(num_free_bytes: int, num_bytes: int, share: float) -> int:
-    """Return what one of several processes may take of a device: its share of all bytes, if so many are free."""
+    """Return the smaller of the free bytes and the process's share of all bytes."""
     return min(num_free_bytes, int(share * num_bytes))
 
 
 def cgroup_bytes(root: Path) -> list[int]:
-    """What each limit below `root` leaves. Cached files are given up before anybody is refused memory."""
+    """Return the bytes left under each limit below `root`. Cached files count as free: Linux reclaims them first."""
     left = []
     for limit, usage, stat, inactive in _NAMES:
         if (root / limit).exists() and (root / limit).read_text().strip() != "max":
@@ -50,7 +52,7 @@ def cgroup_bytes(root: Path) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class MappingLimit:
-    """A bound on what this process may map, whether or not it is ever written to."""
+    """A limit on this process's mappings, which counts memory that is never written too."""
 
     name: str
     free_bytes: int
@@ -59,7 +61,7 @@ class MappingLimit:
 def mapping_limits(
     proc: Path = _PROC, limits_of: Callable[[int], Sequence[int]] = resource.getrlimit
 ) -> list[MappingLimit]:
-    """Return the bounds that are in force: of the process (RLIMIT_AS, RLIMIT_DATA) and of strict overcommit."""
+    """Return the limits in force: of the process (RLIMIT_AS, RLIMIT_DATA) and of strict overcommit."""
     used = _sizes(proc / "self/status")
     found = []
     for name, kind, size in (
@@ -76,11 +78,11 @@ def mapping_limits(
 
 
 def _available_bytes() -> int:
-    """Linux's own estimate of what may be taken without swapping."""
+    """Return Linux's estimate of the memory available without swapping."""
     return _sizes(_PROC / "meminfo")["MemAvailable"]
 
 
 def _sizes(path: Path) -> dict[str, int]:
-    """Return the entries of a file of /proc that are sizes in KiB, in bytes."""
+    """Return the sizes in a file of /proc, converted from KiB to bytes."""
     lines = (line.partition(":") for line in path.read_text().splitlines())
     return {name: int(value.split()[0]) << 10 for name, _, value in lines if value.endswith(" kB")}

@@ -1,8 +1,8 @@
-"""Threads beside the engine's. None of them keeps a team of OpenMP threads, for the engine's own must be the only one.
+"""Keep the engine's OpenMP team the only one in the process.
 
-libgomp counts the threads of all teams of a process. As soon as they outnumber the cores, threads that wait for their
-next task no longer spin, they sleep: the engine's team then wakes at each of a step's thousand small tasks, and a
-decode step takes a fifth longer.
+libgomp counts the threads of all teams in a process. If they outnumber the cores, waiting threads sleep instead of
+spinning. The engine's team would then wake up at each of a step's thousand small tasks, and a decode step would take a
+fifth longer.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ _OMP_PAUSE_SOFT = 1
 
 
 def use_one_thread() -> None:
-    """What the calling thread has torch compute from now on, it computes by itself; MKL's products are not meant."""
-    torch.get_num_threads()  # torch sets a thread's number when it is first asked: not later than here
+    """Let torch use only the calling thread for the work it submits from now on. Does not affect MKL's products."""
+    torch.get_num_threads()  # torch initialises the setting on first use, which must come before the limit
     threadpool_limits(1, user_api="openmp")
 
 
 def load_executor(num_threads: int) -> ThreadPoolExecutor:
-    """For the loads of adapters: threads that compute alone."""
+    """Return an executor for adapter loads whose threads use no OpenMP team."""
     return ThreadPoolExecutor(num_threads, thread_name_prefix="adapter-load", initializer=use_one_thread)
 
 
 def run_on_short_lived_thread(make: Callable[[], _T]) -> _T:
-    """What `make` returns or raises, on a thread that ends with it, as its team of OpenMP threads does."""
+    """Run `make` on a short-lived thread, so that the OpenMP team it starts ends with it."""
     with ThreadPoolExecutor(1) as executor:
         return executor.submit(make).result()
 
 
 def thread_team_releaser() -> Callable[[], None]:
-    """Ends the calling thread's team of libgomp threads; its next work for several starts another, in a tenth of a ms.
+    """Return a function that ends the calling thread's libgomp team. The next parallel work starts a new one in 0.1 ms.
 
-    A team that has nothing to do spins on its cores for a while, in which those who bring the next work want them.
+    An idle team spins on its cores for a while and so delays the threads that submit the next work.
     """
     libraries = [ctypes.CDLL(found["filepath"]) for found in threadpool_info() if found["prefix"] == "libgomp"]
 

@@ -1,4 +1,4 @@
-"""Small tensors of a step on their way to the device."""
+"""Copy the small tensors of a step to the device."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from torch import Tensor
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`; through pinned memory to a GPU, so that the host does not wait for the copy."""
+    """Return the tensor on `device`. Copies to a GPU use pinned memory, so the host does not wait."""
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""From waiting to running: in turn, and only with all adapters in the bank."""
+"""Move requests from the queue to the running batch, in turn and only with all adapters in the bank."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _MAX_PASSES = 50
 
 
 class Admission:
-    """The waiting rows. Those that are next have their weights loaded ahead, within `window`.
+    """The waiting rows. The weights of the next ones are prefetched within `window`.
 
-    A row takes all its adapters into the bank or none, and waits without blocking the others. One that was passed
-    over `_MAX_PASSES` times reserves the bank: until it runs nobody else gets adapters. A row that has its adapters and
-    whose tokens do not fit the KV cache holds up all behind it. It waits for rows that run, and those wait for nothing:
-    so nobody waits in a circle.
+    A row brings all its adapters into the bank or none, and does not block others while it waits. A row that was passed
+    over `_MAX_PASSES` times reserves the bank: until it runs, no other row brings in adapters. A row that has its
+    adapters but does not fit the KV cache blocks all rows behind it. It waits only for running rows, which wait for
+    nothing, so there is no deadlock.
     """
 
     def __init__(self, loader: AdapterLoader, residency: Residency, kv_cache: KvCache, window: PrefetchWindow) -> None:
@@ -29,24 +29,24 @@ class Admission:
         self._reserving: Row | None = None
         self._started: list[Row] = []
         self._failed: list[tuple[Row, Exception]] = []
-        self._is_full = False  # no KV for the row whose turn it is
-        self._num_joined = 0  # rows that were appended, put back or removed
-        self._seen: tuple[int, ...] | None = None  # what was the case when no row could start; None: look again
+        self._is_full = False  # the KV cache has no room for the next row
+        self._num_joined = 0  # rows appended, requeued or removed
+        self._seen: tuple[int, ...] | None = None  # state when no row could start; None: search again
 
     def append(self, row: Row) -> None:
-        """Let the row wait; what the bank lacks of its adapters starts loading now, where the window has room."""
+        """Queue the row. If the window has room, start loading its missing adapters."""
         self.waiting.append(row)
         self._num_joined += 1
         if self.waiting.is_first(row):
             self._has_weights(row)
 
     def requeue(self, row: Row) -> None:
-        """Let a row that ran wait before all others. Its adapters stay pinned: it needs nothing but KV to run on."""
+        """Requeue a preempted row before all others. Its adapters stay pinned, so it needs only KV."""
         self.waiting.requeue(row)
         self._num_joined += 1
 
     def remove(self, row: Row) -> None:
-        """Let the row wait no longer."""
+        """Remove the row from the queue and release its pins."""
         self.waiting.remove(row)
         self._num_joined += 1
         self._window.discard(row)
@@ -56,32 +56,34 @@ class Admission:
             row.is_pinned = False
 
     def clear(self) -> list[Row]:
-        """The rows that waited; none does any more."""
+        """Remove all rows from the queue and return them."""
         rows = list(self.waiting)
         for row in rows:
             self.remove(row)
         return rows
 
     def admit(self) -> tuple[list[Row], list[tuple[Row, Exception]]]:
-        """Return the rows that run from now on, and those whose loads or plan failed. The caller settles the bank.
+        """Return the rows that start now, and those whose loads or plan failed. The caller settles the bank.
 
-        Where nothing has changed since no row could start, none is looked at: thousands may wait.
+        If nothing has changed since no row could start, skip the search, because thousands of rows may wait.
         """
         self._started, self._failed = [], []
-        num_ended = self._loader.num_ended  # loads end on other threads: those that do meanwhile are looked at next
+        num_ended = self._loader.num_ended  # loads end on other threads; later ones count for the next call
         if self._seen != self._state(num_ended):
             self._walk()
-            waits_for_growth = self._is_full and self._kv_cache.num_free > 0  # of rows that need no more pages soon
+            waits_for_growth = (
+                self._is_full and self._kv_cache.num_free > 0
+            )  # a growing row may soon need no spare page
             is_settled = not (self._started or self._failed or waits_for_growth)
             self._seen = self._state(num_ended) if is_settled else None
         return self._started, self._failed
 
     def _state(self, num_ended: int) -> tuple[int, ...]:
-        """Return numbers of which one rises whenever a row that could not start may be able to."""
+        """Return counters of which one rises whenever a waiting row may become able to start."""
         return num_ended, self._residency.num_changes, self._kv_cache.num_freed, self._num_joined
 
     def _walk(self) -> None:
-        """Start what can start, each in its turn; begin loads ahead where there is no KV."""
+        """Start rows in turn while there is KV, then begin prefetches."""
         self._is_full = self._kv_cache.num_free == 0
         self._window.refresh()
         for row in self.waiting.requeued:
@@ -101,7 +103,7 @@ class Admission:
                 reserving = self._row_with_reservation()
 
     def _row_with_reservation(self) -> Row | None:
-        """None too while it waits for a load, which nobody behind it could speed up by waiting as well."""
+        """Return the row that reserves the bank, or None. While it waits for a load it reserves nothing."""
         row = self._reserving
         if row is None or row not in self.waiting:
             self._reserving = None
@@ -109,24 +111,24 @@ class Admission:
         return row if self._has_weights(row) else None
 
     def _has_weights(self, row: Row) -> bool:
-        """Whether all that the bank lacks of the row's adapters is loaded; what is not, is begun within the window."""
+        """Return whether all missing adapters of the row are loaded. Start the other loads within the window."""
         missing = [digest for digest in row.adapter_set if digest not in self._residency]
-        unasked = [digest for digest in missing if digest not in row.loads]
-        if unasked:
+        unrequested = [digest for digest in missing if digest not in row.loads]
+        if unrequested:
             if row not in self._window and not self._window.has_room:
                 return False
-            for digest in unasked:
+            for digest in unrequested:
                 row.loads[digest] = self._loader.load(digest)
             self._window.add(row)
         return all(row.loads[digest].done() for digest in missing)
 
     def _try_start(self, row: Row) -> None:
-        """Start the row, or let it fail, or let it wait on."""
+        """Start the row, fail it, or let it wait."""
         if not self._has_weights(row):
             return
         try:
             self._pin(row)
-        except Exception as exc:  # of its loads or its plan: also of those who wait for the same, and nobody else's
+        except Exception as exc:  # a failed load or plan concerns all rows with the same adapters
             self._fail(row, exc)
             return
         if not row.is_pinned:
@@ -140,14 +142,14 @@ class Admission:
 
     def _start(self, row: Row) -> None:
         self.waiting.dequeue(row)
-        self._window.discard(row)  # the bank holds them now
+        self._window.discard(row)  # its weights are in the bank now
         row.kv_row = self._kv_cache.allocate(len(row.tokens), row.longest_len)
         row.start_by = math.inf
         self._started.append(row)
         self._is_full = self._kv_cache.num_free == 0
 
     def _pin(self, row: Row) -> None:
-        """Bring the row's adapters into the bank, where there is room. Raises: what is wrong with its loads or plan."""
+        """Bring the row's adapters into the bank if there is room. Raises: the error of its loads or plan."""
         if not row.is_pinned:
             missing = [digest for digest in row.adapter_set if digest not in self._residency]
             loaded = {digest: row.loads[digest].result() for digest in missing}

@@ -1,4 +1,4 @@
-"""What an engine has done since it started."""
+"""Counters of an engine since its start."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 
 @dataclass(slots=True)
 class Counters:
-    """Only ever rises: rates are differences of two readings. Kept by the thread that steps.
+    """Monotonic counters, updated by the engine's thread. Rates are differences of two readings.
 
-    Every adapter of every request counts once, as the request comes: it was in the bank, or in host memory (or on its
-    way there for another request), or had to be fetched. Probes of what is published are no requests.
+    Each adapter of a request counts once, at submission: as a bank hit, as a host hit (cached or being loaded), or as a
+    fetch. Probes of published adapters are not counted as requests.
     """
 
     num_requests: int = 0
@@ -20,11 +20,12 @@ class Counters:
     num_bank_hits: int = 0
     num_host_hits: int = 0
     num_fetches: int = 0
-    num_preemptions: int = 0  # a row gave its KV back to others, and computes it again
+    num_preemptions: int = 0  # rows that gave up their KV and recompute it
     num_steps: int = 0
-    step_s: float = 0.0  # in those steps, together
+    step_s: float = 0.0  # total time of the steps
 
     def count_request(self, digests: Collection[str], bank: Container[str], host: Container[str]) -> None:
+        """Count a request with these adapters."""
         self.num_requests += 1
         for digest in digests:
             if digest in bank:
@@ -35,5 +36,5 @@ class Counters:
                 self.num_fetches += 1
 
     def copy(self) -> Counters:
-        """These numbers as they are now."""
+        """Return a copy of the current values."""
         return replace(self)

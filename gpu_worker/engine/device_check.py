@@ -1,4 +1,4 @@
-"""Tell a broken device from requests that cannot be computed."""
+"""Distinguish a broken device from requests that cannot be computed."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from gpu_worker.step.attention_plan import Segment
 
 logger = logging.getLogger(__name__)
 
-NOTHING_COMPUTED = "the worker's device computes nothing"
-_NO_REQUESTS = "the worker's device computes no requests, not even the engine's own"
-_MAX_STEPS = 3  # one may be a neighbour's peak of memory on a shared device; three in a row are the device's own
+NOTHING_COMPUTED = "the worker's device fails to compute a single token"
+_NO_REQUESTS = "the worker's device fails to compute the engine's own requests"
+_MAX_STEPS = 3  # one may be another process's memory peak; three in a row mean a broken device
 
 
 class DeviceCheck:
-    """Counts the steps in which no request was computed, and computes the engine's own requests in their place.
+    """A check that runs the engine's own requests after steps in which no request was computed.
 
-    After each such step a single token of the base model is computed. After three in a row it is a prompt chunk as long
-    as the one that failed and a decode token, without and with an adapter: where only single tokens are computed,
-    every request would be blamed for ever. `compute`: what the engine does with a step.
+    After each such step it computes a single token of the base model. After three in a row it computes a prompt chunk
+    of the failed length and a decode token, without and with an adapter: if the device computes only single tokens,
+    requests must not be blamed for ever. `compute`: computes one step, as the engine does.
     """
 
     def __init__(
@@ -46,51 +46,51 @@ class DeviceCheck:
         self._forward, self._compute, self._prepare = forward, compute, prepare
         self._bank, self._residency, self._kv_cache = bank, residency, kv_cache
         self._token_row = prepare.of_tokens(Job("probe", ""), [0], lambda event: None)
-        self._num_failed = 0  # steps in a row without a computed request
-        self._num_broken = 0  # steps in a row without even the single token
+        self._num_failed = 0  # consecutive steps without a computed request
+        self._num_broken = 0  # consecutive steps in which the single token failed too
         self._failure: str | None = None
 
     def reset(self) -> None:
-        """Start counting anew: a request was computed."""
+        """Reset the counts after a computed request."""
         self._num_failed = self._num_broken = 0
 
     def works(self, num_tokens: int) -> bool:
-        """Return whether the requests of the step that failed are to blame, and not the device.
+        """Return whether the device works, so that the requests of the failed step are to blame.
 
-        num_tokens: of the longest segment of that step, whose rows hold nothing any more.
-        Raises: what freeing raises on a device that is lost.
+        num_tokens: tokens of that step's longest segment. Its rows have been freed.
+        Raises: errors of freeing memory on a lost device.
         """
         self._num_failed += 1
         if not self._forward.can_compute(self._token_row):
             self._num_broken += 1
             if self._num_broken == _MAX_STEPS:
-                self._failure = f"{NOTHING_COMPUTED}, {_MAX_STEPS} steps in a row"
+                self._failure = f"{NOTHING_COMPUTED}, in {_MAX_STEPS} consecutive steps"
             return False
         self._num_broken = 0
         if self._num_failed < _MAX_STEPS:
             return True
         self._num_failed = 0
         if not self._computes_requests(num_tokens):
-            self._failure = f"{_NO_REQUESTS}, after {_MAX_STEPS} failed steps in a row"
+            self._failure = f"{_NO_REQUESTS}, after {_MAX_STEPS} consecutive failed steps"
             return False
         return True
 
     def require(self) -> None:
-        """Raises: EngineStopped, where the device is to blame for three steps in a row."""
+        """Raise EngineStopped if the device has failed three steps in a row."""
         if self._failure is not None:
             raise EngineStopped(self._failure)
 
     def _computes_requests(self, num_tokens: int) -> bool:
         num_prompt = min(num_tokens, self._kv_cache.shape.max_len - 1, self._kv_cache.num_free_tokens - 1)
         if num_prompt < 1:
-            return True  # there is no room for more than the single token
+            return True  # no room for more than the single token
         rows = synthetic_rows(self._prepare, num_prompt, 1, lambda event: None)
         kv_row = self._kv_cache.allocate(num_prompt + 1, num_prompt + 1)
         try:
             with self._pinned_adapter() as is_pinned:
                 return all([self._computes(row, kv_row) for row in (rows if is_pinned else without_adapter(rows))])
         except Exception:
-            logger.exception("the device cannot compute requests of the engine's own")
+            logger.exception("the device cannot compute the engine's own requests")
             return False
         finally:
             self._kv_cache.free(kv_row)
@@ -105,7 +105,7 @@ class DeviceCheck:
 
     @contextmanager
     def _pinned_adapter(self) -> Iterator[bool]:
-        """Keep the synthetic adapter in the bank for the block; yield False where pinned ones leave it no room."""
+        """Keep the synthetic adapter in the bank for the block. Yield False if pinned adapters leave no room."""
         if not self._residency.try_pin([DIGEST], {DIGEST: synthetic_adapter(self._bank)}):
             yield False
             return

@@ -1,4 +1,4 @@
-"""The parts of an engine that depend on its device: the cache of keys and values, and compiled kernels on the CPU."""
+"""Build the parts of an engine that depend on its device: the KV cache, and compiled kernels on the CPU."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from gpu_worker.model.fused import fuse, load_fused_kernel
 
 
 def make_kv_cache(config: WorkerConfig, shape: KvShape) -> KvCache:
-    """Return pages on a GPU; on the CPU regions, which are read by the compiled kernel where there is one."""
+    """Return a cache of pages on a GPU, or of regions on the CPU, with the compiled kernel if available."""
     if config.device != "cpu":
         return KvPages(shape, torch.device(config.device))
     return KvRegions(shape, load_decode_kernel(config.cache_dir))
 
 
 def make_lora_kernel(config: WorkerConfig) -> LoraKernel | None:
-    """Return the compiled LoRA products; None where they run through torch."""
+    """Return the compiled LoRA products, or None if torch computes them."""
     is_native = config.device == "cpu" and config.lora_products == "auto"
     return load_lora_kernel(config.cache_dir) if is_native else None
 
 
 def fuse_where_compiled(model: nn.Module, config: WorkerConfig) -> None:
-    """Compute the model's small operations in one pass each: on the CPU, with the compiled kernel."""
+    """Fuse the model's small operations on the CPU, if the compiled kernel is available."""
     kernel = load_fused_kernel(config.cache_dir) if config.device == "cpu" else None
     if kernel is not None:
         fuse(model, kernel)

@@ -1,4 +1,4 @@
-"""The generation loop: admit, compute one packed step, sample, hand out text."""
+"""The generation loop: admit requests, compute one packed step, sample, deliver text."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ from gpu_worker.step.step_context import StepContext
 
 logger = logging.getLogger(__name__)
 
-_LONGEST_SLEEP_S = 3600.0  # what waits on a lock cannot be told any number of seconds
-_WINDOW_BATCHES = 2  # how far ahead of their turn requests have their weights loaded
+_LONGEST_SLEEP_S = 3600.0  # locks do not accept arbitrarily long timeouts
+_WINDOW_BATCHES = 2  # batches of requests whose weights are prefetched
 
 
 class Engine:
-    """One base model and its bank, stepped by one thread.
+    """One base model and its bank, driven by one thread.
 
-    `prepare` may be called from any thread; everything else only from the one that steps.
+    `prepare` may be called from any thread, all other methods only from the thread that steps.
     """
 
     def __init__(
@@ -113,12 +113,12 @@ class Engine:
         self.counters = Counters()
 
     def submit(self, row: Row) -> None:
-        """Queue the row; what the bank lacks of its adapters starts loading, unless too many do.
+        """Queue the row. Its missing adapters start loading if the prefetch window has room.
 
-        One tenant alone may take all of `max_waiting`; beside others each has an equal share. Raises: EngineFull.
+        A single tenant may use all of `max_waiting`; several tenants have equal shares. Raises: EngineFull.
         """
         self._make_room(row.tenant)
-        if not row.capture_first_logits:  # a probe is nobody's traffic
+        if not row.capture_first_logits:  # probes are not traffic
             self.counters.count_request(row.weights_digests, self.residency, self.loader)
         row.arrived_at = self.clock()
         row.start_by = row.arrived_at + self.config.max_wait_s
@@ -126,10 +126,10 @@ class Engine:
         self._admission.append(row)
 
     def _make_room(self, tenant: str) -> None:
-        """Refuse another tenant's row where the queue is full and `tenant` is below its share. Raises: EngineFull."""
+        """Drop another tenant's row if the queue is full and `tenant` is below its share. Raises: EngineFull."""
         if len(self.waiting) < self.config.max_waiting:
             return
-        full = EngineFull(f"{self.config.max_waiting} requests already wait; try again later")
+        full = EngineFull(f"the queue is full ({self.config.max_waiting} requests); retry later")
         refused = self.waiting.row_to_displace(tenant, self.config.max_waiting)
         if refused is None:
             raise full
@@ -137,11 +137,11 @@ class Engine:
         self.send(refused, full)
 
     def preload(self, digests: Collection[str]) -> list[Future[DeviceAdapter]]:
-        """The loads of what the bank lacks, begun now."""
+        """Start loading the adapters that are not in the bank, and return the loads."""
         return [self.loader.load(digest) for digest in digests if digest not in self.residency]
 
     def cancel(self, row: Row) -> None:
-        """Drop the request, wherever it is; its KV row, pins and queue place are free for the next step."""
+        """Cancel the request, running or waiting. Its KV, pins and queue place are free for the next step."""
         if row in self.running:
             self._release([row])
         elif row in self.waiting:
@@ -149,16 +149,17 @@ class Engine:
         self._drop_forgotten()
 
     def forget(self, digests: Collection[str]) -> bool:
-        """Whether nothing is left of these weights, in the bank or in host memory.
+        """Drop these weights from bank and host memory. Return whether they are all gone.
 
-        What a request uses or loads goes when the last such request or load ends, one that came after this call
-        included. Asked for again once they are gone, the weights are fetched again.
+        Weights in use are dropped when the last request or load that uses them ends, even if it came after this call.
+        A later request fetches the weights again.
         """
         self._forgetting.update(digests)
         self._drop_forgotten()
         return self._forgetting.isdisjoint(digests)
 
     def status(self) -> EngineStatus:
+        """Return the current state."""
         return EngineStatus(
             resident=self.residency.resident,
             occupied_rows=self.residency.occupied_rows,
@@ -175,11 +176,11 @@ class Engine:
         )
 
     def expected(self) -> frozenset[str]:
-        """Weights digests in the bank, and those that it will hold for requests that wait."""
+        """Return the weights digests in the bank and those that waiting requests will bring in."""
         return self.residency.resident.union(*[row.weights_digests for row in self.waiting])
 
     def fail_all(self, error: Exception) -> None:
-        """End every request with `error`. Raises: what freeing raises on a lost device, after all events were sent."""
+        """End every request with `error`. Raises: errors of freeing on a lost device, after sending all events."""
         waiting = list(self.waiting)
         try:
             self._end([(row, error) for row in self.running])
@@ -203,7 +204,7 @@ class Engine:
 
     @property
     def seconds_to_due(self) -> float | None:
-        """How long until a request may be overdue, at most an hour; None when none can be."""
+        """Return the seconds until a request may be overdue, at most an hour; None if no request has a deadline."""
         return None if self._next_due == math.inf else min(max(self._next_due - self.clock(), 0.0), _LONGEST_SLEEP_S)
 
     @property
@@ -212,10 +213,10 @@ class Engine:
 
     @torch.inference_mode()
     def step(self, *, max_tokens: int | None = None) -> bool:
-        """Admit what can run, compute one packed step, sample. Return whether anything ran: else all wait for loads.
+        """Admit requests, compute one packed step and sample. Return whether a row ran; otherwise all wait for loads.
 
-        `max_tokens`: of this step, where it is to be smaller than `max_step_tokens`.
-        Raises: EngineStopped, where the device computes no requests any more.
+        `max_tokens`: limit of this step, if lower than `max_step_tokens`.
+        Raises: EngineStopped if the device is broken.
         """
         self._end_overdue()
         self._grow()
@@ -230,14 +231,14 @@ class Engine:
         return has_run
 
     def run_until_idle(self) -> None:
-        """Step until every request has ended: how code without a thread of its own drives the engine."""
+        """Step until every request has ended. For callers without an EngineThread."""
         while self.has_work:
             self.loaded.clear()
             if not self.step() and self.waiting:
                 self.loaded.wait(self.seconds_to_due)
 
     def _end_overdue(self) -> None:
-        """End what is past its deadline, running or not, and what has waited too long to start."""
+        """End requests past their deadline, and those that have waited too long to start."""
         now = self.clock()
         if now < self._next_due:
             return
@@ -253,9 +254,9 @@ class Engine:
         self._next_due = min(due, default=math.inf)
 
     def _grow(self) -> None:
-        """Every running row has KV for its tokens; where that is too little, those that joined last wait again.
+        """Give every running row KV for its tokens. If there is not enough, preempt the rows that joined last.
 
-        The one that joined first is never among them, as one row alone always fits: so every row ends some time.
+        The row that joined first is never preempted, because one row always fits. So every row ends eventually.
         """
         index = 0
         while index < len(self.running):
@@ -266,7 +267,7 @@ class Engine:
                 self._preempt(self.running.pop())
 
     def _preempt(self, row: Row) -> None:
-        """Free the row's KV. It keeps its tokens, and computes them again as one prompt when its turn comes."""
+        """Free the row's KV and requeue it. It keeps its tokens and recomputes them as one prompt."""
         kv_row, row.kv_row, row.num_computed = row.kv_row, -1, 0
         self._admission.requeue(row)
         self.counters.num_preemptions += 1
@@ -279,15 +280,15 @@ class Engine:
         if started:
             now = self.clock()
             for row in started:
-                if row.num_new_tokens == 0:  # of its first start
+                if row.num_new_tokens == 0:  # its first start
                     row.queued_s = now - row.arrived_at
             self.running += started
             self.residency.settle()
 
     def _compute(self, max_tokens: int) -> None:
-        """Compute what is scheduled, apart where it raises, and hand out the tokens.
+        """Compute the scheduled tokens, isolating rows that fail, and deliver the new tokens.
 
-        Raises: EngineStopped, after three steps in a row for which the device is to blame.
+        Raises: EngineStopped after three consecutive steps that fail because of the device.
         """
         scheduled = schedule(self.running, max_tokens, self.config.chunk_tokens)
         outcome = compute_isolated(scheduled, self._attempt)
@@ -303,7 +304,7 @@ class Engine:
         return choose(part, self._forward(part), self._sampler)
 
     def _deliver(self, part: Sequence[Scheduled], chosen: Chosen) -> None:
-        """Give each row of a part that was computed its token, and its client the text."""
+        """Append the new token of each computed row, and send its text to the client."""
         for row, segment in part:
             row.num_computed += segment.num_tokens
         self.counters.num_new_tokens += len(chosen.rows)
@@ -315,15 +316,15 @@ class Engine:
         self._release([row for row, event in texts if not self.send(row, event)])
 
     def _end_failed(self, failed: Sequence[tuple[Row, Exception]], num_tokens: int, *, works: bool) -> None:
-        """End the rows that could not be computed. `works`: whether others were; else the device is checked.
+        """End the rows that could not be computed. `works`: other rows were computed; otherwise check the device.
 
-        A device that works leaves the rows to blame, wherever they run; else other replicas may answer them.
-        num_tokens: of the step's longest segment. Raises: EngineStopped.
+        If the device works, the rows are to blame and must not be retried. Otherwise other replicas may answer them.
+        num_tokens: tokens of the step's longest segment. Raises: EngineStopped.
         """
         try:
             self._release([row for row, _ in failed])
             works = works or self._device_check.works(num_tokens)
-        finally:  # freeing may raise on a lost device; the clients get their error all the same
+        finally:  # freeing may raise on a lost device; clients must still get their error
             for row, cause in failed:
                 error = RequestFailed(row.request_id) if works else EngineStopped(NOTHING_COMPUTED)
                 error.__cause__ = cause
@@ -333,19 +334,21 @@ class Engine:
     def _append_token(
         self, row: Row, token: int | None, scored: Scored | None, logits: Tensor
     ) -> Delta | Exception | None:
-        """Hand the row its token; what its client is to be told."""
+        """Append the token to the row and return the event for its client."""
         if token is None:
-            return LogitsNotFinite(f"the plan of request {row.request_id} drives the logits out of range")
+            return LogitsNotFinite(
+                f"request {row.request_id} produced non-finite logits; use smaller adapter weights or other adapters"
+            )
         if row.capture_first_logits and row.first_logits is None:
             row.first_logits = logits.to("cpu", torch.float32, copy=True)
         try:
             return row.append_token(token, scored)
         except Exception:
-            logger.exception("token %d of request %s could not be decoded", token, row.request_id)
+            logger.exception("cannot decode token %d of request %s", token, row.request_id)
             return RequestFailed(row.request_id)
 
     def send(self, row: Row, event: Delta | Exception) -> bool:
-        """Whether the request's client took the event; one that is gone costs nobody else."""
+        """Send the event to the request's client. Return False, after a warning, if the client is gone."""
         try:
             row.sink(event)
         except Exception:
@@ -354,7 +357,7 @@ class Engine:
         return True
 
     def _end(self, ended: Sequence[tuple[Row, Delta | Exception]]) -> None:
-        """Free what these running rows hold, then send each its last event, also where freeing raises."""
+        """Free the resources of these running rows, then send their last events, even if freeing raises."""
         try:
             self._release([row for row, _ in ended])
         finally:
@@ -362,9 +365,9 @@ class Engine:
                 self.send(row, event)
 
     def _release(self, rows: Sequence[Row]) -> None:
-        """Free all that these running rows hold; the KV of a step that failed half-way is wiped too.
+        """Remove these rows from the batch and free their KV and pins, also after a failed step.
 
-        Raises: what wiping raises on a device that is lost. The rows have left the batch even so.
+        Raises: errors of zeroing memory on a lost device. The rows have left the batch even then.
         """
         if not rows:
             return
@@ -377,7 +380,7 @@ class Engine:
         self.residency.settle()
 
     def _drop_forgotten(self) -> None:
-        """Free the weights that are to be forgotten and that nobody uses or loads any more."""
+        """Drop the weights to forget that are no longer used or being loaded."""
         if not self._forgetting:
             return
         used = {digest for row in (*self.running, *self.waiting) for digest in row.weights_digests}

@@ -1,4 +1,4 @@
-"""What an engine holds at a moment."""
+"""A snapshot of an engine's state."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from gpu_worker.engine.counters import Counters
 
 @dataclass(frozen=True, slots=True)
 class EngineStatus:
-    """All of it returns to where it was once requests have ended and what they used is forgotten."""
+    """The state of an engine. Every field but `counters` returns to its idle value once all requests have ended."""
 
-    resident: frozenset[str]  # weights digests in the bank
-    occupied_rows: int  # bank rows that hold them
+    resident: frozenset[str]  # weights digests of the adapters in the bank
+    occupied_rows: int  # bank rows they occupy
     active_rows: int  # bank rows that running requests read
     num_running: int
     num_waiting: int
     free_kv_rows: int
     free_kv_tokens: int
-    kv_tokens: int  # whose keys and values running requests hold
+    kv_tokens: int  # tokens of running requests in the KV cache
     host_cache_bytes: int
-    num_forgetting: int  # weights that go when the last request that uses them ends
-    waiting_tokens: int = 0  # prompts of the requests that wait, and the most that they may generate
-    disk_cache_bytes: int = 0  # of the whole machine: its workers share one
-    counters: Counters = field(default_factory=Counters, compare=False)  # these alone do not return
+    num_forgetting: int  # weights to drop when their last request ends
+    waiting_tokens: int = 0  # prompt tokens and maximum new tokens of waiting requests
+    disk_cache_bytes: int = 0  # of the machine; its workers share one cache
+    counters: Counters = field(default_factory=Counters, compare=False)  # monotonic

@@ -1,4 +1,4 @@
-"""Runs an Engine on a thread of its own and lets asyncio callers stream from it."""
+"""Run an Engine on its own thread and stream from it with asyncio."""
 
 from __future__ import annotations
 
@@ -31,11 +31,10 @@ _Events = asyncio.Queue[Delta | Exception]
 
 
 class EngineThread:
-    """The engine's thread. Commands reach it through a queue and run between steps.
+    """The thread that steps an engine. Commands reach it through a queue and run between steps.
 
     Build the engine with `run_on_short_lived_thread`.
-
-    `niceness`: of that thread alone, so that whoever answers requests on the same cores comes before it.
+    `niceness`: nice value of this thread only, so that request handling on the same cores has priority.
     """
 
     def __init__(self, engine: Engine, *, stream_interval_ms: float = 25.0, niceness: int = 0) -> None:
@@ -43,20 +42,20 @@ class EngineThread:
         self._niceness = niceness
         self._interval_s = stream_interval_ms / 1000
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._lock = threading.Lock()  # between the last command and the end of the thread
+        self._lock = threading.Lock()  # orders the last command before the end of the thread
         self._is_closed = False
         self._stopping = False
         self._busy_since: float | None = None
-        self.failure: Exception | None = None  # what ended the thread, where that was not `stop`
+        self.failure: Exception | None = None  # the error that ended the thread, if any
         self._end_team = thread_team_releaser()
         engine.on_loaded = lambda: self._commands.put(_no_op)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     async def stream(self, job: Job) -> AsyncGenerator[Delta]:
-        """Yield text as it is made: the first piece at once, then what came in each interval, together.
+        """Yield the first text at once, then one delta per interval.
 
-        Leaving the iterator early cancels the request. Raises: what the engine says of this job alone.
+        Leaving the iterator early cancels the request. Raises: the engine's error for this job.
         """
         async with aclosing(self.stream_with_heartbeats(job, None)) as deltas:
             async for delta in deltas:
@@ -66,7 +65,7 @@ class EngineThread:
     async def stream_with_heartbeats(
         self, job: Job, heartbeat_interval_s: float | None
     ) -> AsyncGenerator[Delta | None]:
-        """`stream`, with None first of all and wherever `heartbeat_interval_s` pass without text: a sign of life."""
+        """Like `stream`, but yield None as a heartbeat: first of all, and after `heartbeat_interval_s` without text."""
         arrived = self.engine.clock()
         yield None
         [(row, events)] = await self._submit_all([job], arrived=arrived)
@@ -83,32 +82,32 @@ class EngineThread:
             self._commands.put(lambda: self.engine.cancel(row))
 
     async def complete(self, job: Job) -> tuple[Completion, Delta]:
-        """The whole answer, and its last delta."""
+        """Return the whole answer and its last delta."""
         parts = [delta async for delta in self.stream(job)]
         return Completion.joined(parts), parts[-1]
 
     def submit(self, rows: Sequence[Row]) -> None:
-        """Queue prepared rows, all between the same two steps. Raises: EngineStopped."""
+        """Queue prepared rows between the same two steps. Raises: EngineStopped."""
         self._command(lambda: self._submit(rows))
 
     def cancel(self, rows: Sequence[Row]) -> None:
-        """Whatever of these has not ended is dropped before the next step."""
+        """Cancel those of the rows that have not ended, before the next step."""
         for row in rows:
             self._commands.put(partial(self.engine.cancel, row))
 
     async def first_logits(self, jobs: Sequence[Job]) -> list[Tensor | Exception]:
-        """(V,) float32 after each job's prompt, or what the engine says of it; the jobs enter the queue together.
+        """Return the logits (V,) float32 after each job's prompt, or its error. Queue all jobs together.
 
-        Raises: what cannot be asked at all, such as PromptTooLong, EngineStopped.
+        Raises: errors of preparing the jobs, such as PromptTooLong, and EngineStopped.
         """
-        asked = await self._submit_all(jobs, capture_first_logits=True)
+        submitted = await self._submit_all(jobs, capture_first_logits=True)
         try:
-            return [await _first_logits(events) for _, events in asked]
+            return [await _first_logits(events) for _, events in submitted]
         finally:
-            self.cancel([row for row, _ in asked])
+            self.cancel([row for row, _ in submitted])
 
     async def preload(self, digests: Collection[str]) -> None:
-        """Return when these weights are at hand, as far as they can be had. Raises: EngineStopped."""
+        """Load these weights and return when all loads have ended, also failed ones. Raises: EngineStopped."""
         loads = await self._run_on_engine(lambda: self.engine.preload(digests))
         await asyncio.gather(*[asyncio.wrap_future(load) for load in loads], return_exceptions=True)
 
@@ -117,7 +116,7 @@ class EngineThread:
         return await self._run_on_engine(lambda: self.engine.forget(digests))
 
     async def status(self) -> EngineStatus:
-        """What the engine holds between two steps. Raises: EngineStopped."""
+        """Return the engine's state between two steps. Raises: EngineStopped."""
         return await self._run_on_engine(self.engine.status)
 
     async def expected(self) -> frozenset[str]:
@@ -125,23 +124,23 @@ class EngineThread:
         return await self._run_on_engine(self.engine.expected)
 
     def seconds_busy(self) -> float:
-        """Return how long the step or command in progress has run; 0 while the thread sleeps. Large when it hangs."""
+        """Return the duration of the step or command in progress, 0 while idle. A large value means that it hangs."""
         since = self._busy_since
         return 0.0 if since is None else time.monotonic() - since
 
     @property
     def is_alive(self) -> bool:
-        """Whether the thread still steps. Once it does not, every request ends with EngineStopped."""
+        """Return whether the thread still steps. After it has ended, every request fails with EngineStopped."""
         return self._thread.is_alive() and not self._is_closed
 
     def stop(self) -> None:
-        """End every request with EngineStopped and the thread with it."""
+        """End every request with EngineStopped, and end the thread."""
         self._stopping = True
         self._commands.put(_no_op)
         self._thread.join()
 
     def _command(self, command: Callable[[], None]) -> None:
-        """Raises: EngineStopped when nobody would run it any more."""
+        """Queue a command for the engine's thread. Raises: EngineStopped if the thread has ended."""
         with self._lock:
             if self._is_closed:
                 raise EngineStopped("the engine has stopped")
@@ -150,7 +149,7 @@ class EngineThread:
     async def _submit_all(
         self, jobs: Sequence[Job], *, capture_first_logits: bool = False, arrived: float | None = None
     ) -> list[tuple[Row, _Events]]:
-        """Each job's row and what it is queues; all are queued between the same two steps."""
+        """Queue all jobs between the same two steps. Return each job's row and its queue of events."""
         loop = asyncio.get_running_loop()
         queues: list[_Events] = [asyncio.Queue() for _ in jobs]
 
@@ -164,20 +163,20 @@ class EngineThread:
         self.submit(rows)
         return list(zip(rows, queues, strict=True))
 
-    async def _run_on_engine(self, question: Callable[[], _T]) -> _T:
-        """The engine's answer, between two steps. Raises: EngineStopped, and what the engine says."""
-        answer: Future[_T] = Future()
+    async def _run_on_engine(self, call: Callable[[], _T]) -> _T:
+        """Run `call` on the engine's thread between two steps and return its result. Raises: EngineStopped."""
+        result: Future[_T] = Future()
 
-        def give() -> None:
-            if not answer.set_running_or_notify_cancel():
-                return  # whoever asked has left
+        def run() -> None:
+            if not result.set_running_or_notify_cancel():
+                return  # the caller has left
             try:
-                answer.set_result(question())
+                result.set_result(call())
             except Exception as exc:
-                answer.set_exception(exc)
+                result.set_exception(exc)
 
-        self._command(give)
-        return await asyncio.wrap_future(answer)
+        self._command(run)
+        return await asyncio.wrap_future(result)
 
     def _submit(self, rows: Sequence[Row]) -> None:
         for row in rows:
@@ -187,11 +186,11 @@ class EngineThread:
                 self.engine.send(row, exc)
 
     def _run(self) -> None:
-        os.nice(self._niceness)  # Linux: of the calling thread and those it starts
+        os.nice(self._niceness)  # Linux: applies to this thread and those it starts
         try:
             self._step_until_stopped()
         except Exception as exc:
-            logger.exception("the engine's thread ends")
+            logger.exception("the engine's thread ends because of an error")
             self.failure = exc
         with self._lock:
             self._is_closed = True
@@ -206,7 +205,7 @@ class EngineThread:
                 idle = not self.engine.step()
 
     def _run_commands(self, *, wait: bool) -> None:
-        """Run what is queued; when idle, sleep until something is or a request is due. A finished load puts one too."""
+        """Run the queued commands. If idle, sleep until a command (also of a finished load) or a deadline."""
         if wait:
             if self._commands.empty():
                 self._end_team()
@@ -221,9 +220,9 @@ class EngineThread:
                 self._commands.get()()
 
     def _end_all(self) -> None:
-        """Run the commands that are left, for some submit requests; then end every request and the loads.
+        """Run the remaining commands, some of which submit requests; then end all requests and loads.
 
-        On a device that is lost each of these may raise: the ones behind it are done all the same.
+        Each of these may raise on a lost device; the others still run.
         """
         end_requests = partial(self.engine.fail_all, EngineStopped("the engine has stopped"))
         commands: list[Callable[[], None]] = [*self._queued(), end_requests, self.engine.close]
@@ -231,7 +230,7 @@ class EngineThread:
             try:
                 command()
             except Exception:
-                logger.exception("the engine that ends could not free what it held")
+                logger.exception("cannot free the resources of the stopping engine")
 
     def _queued(self) -> Iterator[Callable[[], None]]:
         while not self._commands.empty():
@@ -239,7 +238,7 @@ class EngineThread:
 
     @contextmanager
     def _busy(self) -> Iterator[None]:
-        """Let `seconds_busy` count the block."""
+        """Count the block in `seconds_busy`."""
         self._busy_since = time.monotonic()
         try:
             yield
@@ -248,7 +247,7 @@ class EngineThread:
 
 
 def _no_op() -> None:
-    """A command whose only use is to wake the engine's thread."""
+    """Do nothing: a command that only wakes up the engine's thread."""
 
 
 async def _first_logits(events: _Events) -> Tensor | Exception:
@@ -261,7 +260,7 @@ async def _first_logits(events: _Events) -> Tensor | Exception:
 
 
 async def _next_of(events: _Events, within_s: float | None) -> Delta | Exception | None:
-    """None where nothing came in time. An event that comes at that moment stays in the queue."""
+    """Return the next event, or None on timeout. An event that arrives at the timeout stays in the queue."""
     try:
         async with asyncio.timeout(within_s):
             return await events.get()
@@ -270,7 +269,7 @@ async def _next_of(events: _Events, within_s: float | None) -> Delta | Exception
 
 
 def _merged(first: Delta | Exception, events: _Events) -> Delta:
-    """`first` with everything queued after it, as one delta. Raises: the exception among them."""
+    """Merge `first` with all queued deltas. Raises: the exception among them."""
     merged = first
     while not isinstance(merged, Exception):
         if events.empty():

@@ -1,4 +1,4 @@
-"""Waiting requests, each in its turn: nobody who floods the queue holds up anyone else for long."""
+"""A queue that shares turns among tenants, so that a flood from one tenant does not delay the others."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from collections.abc import Iterator
 
 from gpu_worker.engine.row import Row
 
-_Sets = dict[tuple[str, ...], dict[Row, None]]  # rows of each adapter set as they came, sets in order of turn
+_Sets = dict[tuple[str, ...], dict[Row, None]]  # rows of each adapter set in order of arrival, sets in order of turn
 
 
 class FairQueue:
-    """Tenants take turns, within a tenant its adapter sets, and within a set the rows go as they came.
+    """Tenants take turns, then the adapter sets of a tenant, then the rows of a set in order of arrival.
 
-    A tenant or set whose row is taken goes behind the others; one that is passed over keeps its place. So the first
-    row of a set starts after at most (tenants that wait) × (sets of its own tenant that wait) rows have been taken, not
-    counting those that were put back.
+    When a row is dequeued, its tenant and set go behind the others; those passed over keep their place. So the first
+    row of a set starts after at most (waiting tenants) × (waiting sets of its tenant) dequeued rows, not counting
+    requeued ones.
 
-    Rows that were put back wait apart, before all others: a newcomer never overtakes one of them.
+    Requeued rows wait separately, before all others: a new row never overtakes them.
     """
 
     def __init__(self) -> None:
         self._tenants: dict[str, _Sets] = {}  # in order of turn
-        self._requeued: dict[Row, None] = {}  # the last one put back is the last
-        self._by_tenant: dict[str, dict[Row, None]] = {}  # as they came, without the returned ones
-        self._len = 0  # without the returned ones
+        self._requeued: dict[Row, None] = {}  # the most recently requeued row is last
+        self._by_tenant: dict[str, dict[Row, None]] = {}  # in order of arrival, without requeued rows
+        self._len = 0  # without requeued rows
 
     def __len__(self) -> int:
         return self._len + len(self._requeued)
@@ -38,14 +38,14 @@ class FairQueue:
 
     @property
     def requeued(self) -> list[Row]:
-        """The rows that were put back, in the order in which they go on: the last one put back first."""
+        """Return the requeued rows in their order of turn: the most recently requeued first."""
         return list(reversed(self._requeued))
 
     def row_to_displace(self, tenant: str, max_rows: int) -> Row | None:
-        """Return the row that gives its place in a queue of `max_rows` to a new one of `tenant`; None: none has to.
+        """Return the row that a new row of `tenant` displaces in a full queue of `max_rows`, or None.
 
-        A tenant that holds less than an equal share of the places takes one from the tenant that holds most: that of
-        its newest row. Rows that were put back keep theirs.
+        A tenant with less than an equal share of the places displaces the newest row of the tenant with the most.
+        Requeued rows keep their places.
         """
         num_own = len(self._by_tenant.get(tenant, {}))
         num_tenants = len(self._by_tenant.keys() | {tenant})
@@ -55,20 +55,21 @@ class FairQueue:
         return next(reversed(largest))
 
     def append(self, row: Row) -> None:
+        """Add a new row."""
         self._tenants.setdefault(row.tenant, {}).setdefault(row.adapter_set, {})[row] = None
         self._by_tenant.setdefault(row.tenant, {})[row] = None
         self._len += 1
 
     def is_first(self, row: Row) -> bool:
-        """Whether no row before it waits for the same adapters on behalf of the same tenant."""
+        """Return whether the row is the first of its tenant with its adapters."""
         return next(iter(self._tenants[row.tenant][row.adapter_set])) is row
 
     def same_adapters(self, row: Row) -> list[Row]:
-        """The row and, where it was not put back, all that wait for the same adapters on behalf of its tenant."""
+        """Return the row and, unless it was requeued, all rows of its tenant with the same adapters."""
         return [row] if row in self._requeued else list(self._tenants[row.tenant][row.adapter_set])
 
     def remove(self, row: Row) -> None:
-        """The row waits no longer; turns stay as they are."""
+        """Remove the row without changing the order of turns."""
         if row in self._requeued:
             del self._requeued[row]
             return
@@ -86,7 +87,7 @@ class FairQueue:
             del self._by_tenant[row.tenant]
 
     def dequeue(self, row: Row) -> None:
-        """Remove the row; its tenant and its adapter set have had their turn, unless it was put back: it had its."""
+        """Remove the row and end the turn of its tenant and adapter set. A requeued row had its turn before."""
         was_requeued = row in self._requeued
         self.remove(row)
         sets = self._tenants.get(row.tenant)
@@ -96,14 +97,14 @@ class FairQueue:
                 sets[row.adapter_set] = sets.pop(row.adapter_set)
 
     def requeue(self, row: Row) -> None:
-        """Let a row that was taken wait again, before all others."""
+        """Add a dequeued row again, before all others."""
         self._requeued[row] = None
 
     def turns(self) -> Iterator[Row]:
-        """Yield the returned rows, then the first row of each set, in turn.
+        """Yield the requeued rows, then the first row of each set, in turn.
 
-        The next one of a set follows where the first left the queue meanwhile.
-        A tenant's turn lasts until one of its rows is taken: sets that cannot start cost it nothing.
+        If that row leaves the queue meanwhile, the next row of its set follows later.
+        A tenant's turn lasts until one of its rows is dequeued, so sets that cannot start do not cost it its turn.
         """
         yield from self.requeued
         pending = {tenant: deque(sets) for tenant, sets in self._tenants.items()}

@@ -24,10 +24,10 @@ logger = logging.getLogger(__name__)
 
 
 class ForwardPass:
-    """Run the base model, with each row's adapters, over the tokens that a step computes.
+    """The forward pass of the base model with each row's adapters over the tokens of one step.
 
-    Keys and values go to the cache at the segments' positions. Nothing else changes: the same segments can be computed
-    again, whole or in part, after a pass that raised.
+    Keys and values are written to the cache at the segments' positions. Nothing else changes, so the same segments can
+    be computed again, whole or in part, after a pass that raised.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class ForwardPass:
     def __call__(self, scheduled: Sequence[Scheduled]) -> Tensor:
         """Return logits (rows whose last token was computed, V), float32 or the model's dtype.
 
-        A step of prompt chunks alone has no such row: `logits_to_keep` is empty, and the head multiplies nothing.
+        A step of incomplete prompt chunks has no such row: `logits_to_keep` is empty and the head computes nothing.
         """
         tokens = [token for row, s in scheduled for token in row.tokens[s.context_len : s.total_len]]
         last = [s.end - 1 for row, s in scheduled if s.total_len == len(row.tokens)]
@@ -56,8 +56,8 @@ class ForwardPass:
     ) -> Tensor:
         """Compute one step and return the logits (K, V), float32 or the model's dtype. K may be 0.
 
-        Dims: B segments, which cover the step in order, each with its plan; N tokens (ids) of the step; K `kept`
-        places in it. Every adapter of the plans is active, and the segments' rows hold KV for their tokens.
+        Dims: B segments, which cover the step in order, each with its plan; N token ids; K `kept` positions of them.
+        Every adapter of the plans must be active, and the segments' rows must have KV for their tokens.
         """
         num_tokens = [segment.num_tokens for segment in segments]
         lora = composition(plans, num_tokens, self._residency, self._base.dtype, self._kernel, self._device)
@@ -76,7 +76,7 @@ class ForwardPass:
     def can_compute(self, row: Row) -> bool:
         """Compute the first token of a row that belongs to no request; return whether it succeeded.
 
-        Needs a free row and a free page of the cache. Raises: what freeing them raises on a lost device.
+        Needs a free row and a free page of the cache. Raises: errors of freeing them on a lost device.
         """
         probe_row = self._kv_cache.allocate(1, 1)
         try:

@@ -1,4 +1,4 @@
-"""Find the rows that a step fails on, so that only they end."""
+"""Find the rows that make a step fail, so that only they end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class Outcome(Generic[Result]):
-    """The parts of a step that were computed, each with its result, and the rows that no attempt could compute."""
+    """The computed parts of a step with their results, and the rows that failed in every attempt."""
 
     computed: list[tuple[Sequence[Scheduled], Result]] = field(default_factory=list)
     failed: list[tuple[Row, Exception]] = field(default_factory=list)
@@ -26,11 +26,11 @@ class Outcome(Generic[Result]):
 def compute_isolated(
     scheduled: Sequence[Scheduled], compute: Callable[[Sequence[Scheduled]], Result]
 ) -> Outcome[Result]:
-    """Compute the step as a whole; where that raises, compute its halves, and so on down to single rows.
+    """Compute the step as a whole. If that raises, compute its halves, and so on down to single rows.
 
-    A row has failed once it raised in an attempt of its own that follows another failed one, and again with the first
-    half of its tokens, where it has several: a shorter prompt chunk takes less memory. One bad row among n costs about
-    2 · log2(n) + 1 attempts more, and n bad ones 3n. `compute` must be repeatable.
+    A single row is retried with the first half of its tokens, because a shorter prompt chunk needs less memory. It has
+    failed if it raises alone, after an earlier failure, and again with half of its tokens (if it has several). One bad
+    row among n costs about 2 · log2(n) + 1 extra attempts, n bad rows 3n. `compute` must be repeatable.
     """
     outcome: Outcome[Result] = Outcome()
     _compute(scheduled, compute, outcome, is_retry=False)
@@ -50,7 +50,7 @@ def _compute(
         return
     except Exception as exc:
         logger.warning("computing %d rows failed: %s", len(part), _ids(part), exc_info=True)
-        error = exc.with_traceback(None)  # its frames would keep the attempt's tensors, where memory may be short
+        error = exc.with_traceback(None)  # frames would keep the attempt's tensors alive
     if is_retry and len(part) == 1:
         [(row, segment)] = part
         if is_halved or segment.num_tokens == 1:
@@ -66,7 +66,7 @@ def _compute(
 
 
 def _restarted(part: Sequence[Scheduled]) -> list[Scheduled]:
-    """Lay the segments out anew, from token 0 of a step of their own."""
+    """Move the segments to a step of their own, starting at token 0."""
     start, laid_out = 0, list[Scheduled]()
     for row, segment in part:
         laid_out.append((row, replace(segment, start=start)))

@@ -1,4 +1,4 @@
-"""What a worker puts into its device's memory, planned before anything is put there."""
+"""Plan the device memory of a worker before it is allocated."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from gpu_worker.model.base_model import BaseModel, load_base_model
 logger = logging.getLogger(__name__)
 
 PAGE_TOKENS = {"cpu": 16, "cuda": 256}  # flash attention 2 reads pages of 256, or a multiple
-_SPARE = 0.05  # of what is free: an allocator's gaps, and whoever else lives there
-_LOGITS_COPIES = 4  # float32, while a token of each row is chosen
-_HIDDEN_COPIES = 8  # of a step's tokens, as wide as the widest layer, in float32
+_SPARE = 0.05  # share of free memory reserved for allocator fragmentation and other processes
+_LOGITS_COPIES = 4  # float32 copies of the logits during sampling
+_HIDDEN_COPIES = 8  # float32 copies of a step's hidden states, as wide as the widest layer
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Bytes of the device: what was free when the worker came, and what becomes of it."""
+    """The bytes that were free on the device at start, and their use."""
 
     device: str
     free_bytes: int
@@ -45,7 +45,7 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         return (
-            f"weights {_mib(self.weights_bytes)} + bank {_mib(self.bank_bytes)} + head-room {_mib(self.headroom_bytes)}"
+            f"weights {_mib(self.weights_bytes)} + bank {_mib(self.bank_bytes)} + headroom {_mib(self.headroom_bytes)}"
             f" + KV of {self.kv.num_pages * self.kv.page_tokens} tokens {_mib(self.kv_bytes)}"
             f" = {_mib(self.total_bytes)} of {_mib(self.free_bytes)} free on {self.device}"
         )
@@ -54,10 +54,10 @@ class MemoryPlan:
 def plan_memory(
     config: WorkerConfig, base: BaseModel, num_free_bytes: int, limits: Sequence[MappingLimit] = ()
 ) -> MemoryPlan:
-    """The plan, with the KV the config states; where it states none, of all rows at their longest or what fits.
+    """Plan the memory with the configured KV; by default with KV for all rows at their longest, or what fits.
 
-    `limits`: what the process may map, as it was when `num_free_bytes` were free.
-    Raises: WorkerConfigInvalid with the sum, where it does not fit, or leaves less KV than one row may need.
+    `limits`: limits of the process's mappings, measured together with `num_free_bytes`.
+    Raises: WorkerConfigInvalid, with the sum, if the plan does not fit or leaves too little KV for one row.
     """
     linears = target_linears(base.model, base.model.get_output_embeddings()).values()
     num_weights = sum(linear.in_features + linear.out_features for linear in linears)
@@ -75,7 +75,7 @@ def plan_memory(
     plan = replace(plan, kv=_with_budget(config, plan))
     if plan.total_bytes > num_free_bytes:
         raise WorkerConfigInvalid(
-            f"the worker does not fit its device: {plan}; lower kv_tokens, bank_rank_rows, max_batch_size,"
+            f"the worker needs more memory than is free: {plan}; lower kv_tokens, bank_rank_rows, max_batch_size,"
             " max_step_tokens or max_model_len"
         )
     if config.device == "cpu":
@@ -84,17 +84,17 @@ def plan_memory(
 
 
 def _require_mappable(plan: MemoryPlan, limits: Sequence[MappingLimit]) -> None:
-    """Refuse a plan whose address space does not fit: on the CPU every row has a region for its longest length.
+    """Check the address space: on the CPU every row has a region for its longest length.
 
-    Raises: WorkerConfigInvalid with the sum.
+    Raises: WorkerConfigInvalid, with the sum, if a limit is exceeded.
     """
     regions_bytes = plan.kv.num_rows * region_bytes(plan.kv)
     num_bytes = plan.total_bytes - plan.kv_bytes + regions_bytes
     for limit in limits:
         if num_bytes > limit.free_bytes:
             raise WorkerConfigInvalid(
-                f"the worker does not fit its address space: weights {_mib(plan.weights_bytes)} + bank"
-                f" {_mib(plan.bank_bytes)} + head-room {_mib(plan.headroom_bytes)} + KV regions of {plan.kv.num_rows}"
+                f"the worker needs more address space than allowed: weights {_mib(plan.weights_bytes)} + bank"
+                f" {_mib(plan.bank_bytes)} + headroom {_mib(plan.headroom_bytes)} + KV regions of {plan.kv.num_rows}"
                 f" rows × {plan.kv.max_len} tokens {_mib(regions_bytes)} = {_mib(num_bytes)} of"
                 f" {_mib(limit.free_bytes)} that {limit.name} leaves; lower max_batch_size or max_model_len,"
                 f" or raise that limit"
@@ -116,7 +116,7 @@ def _one_row(config: WorkerConfig, base: BaseModel) -> KvShape:
 
 
 def _with_budget(config: WorkerConfig, plan: MemoryPlan) -> KvShape:
-    """The stated budget; else what fits beside the rest of `plan`, which holds one row. No more than rows can use."""
+    """Return the configured budget, or else one row plus all spare memory of `plan`; at most what the rows can use."""
     page_bytes = plan.kv.page_tokens * plan.kv.token_bytes
     pages_of_row = plan.kv.num_pages
     num_spare_pages = max(plan.free_bytes - plan.total_bytes, 0) // page_bytes
@@ -126,7 +126,7 @@ def _with_budget(config: WorkerConfig, plan: MemoryPlan) -> KvShape:
 
 
 def _weights_bytes(base: BaseModel, device: str) -> int:
-    """On the CPU the output head in bfloat16 is laid out anew, apart from the embedding that it may be one with."""
+    """Return the bytes of the weights. On the CPU a bfloat16 output head is packed, so it is a second copy."""
     is_one = device != "cpu" or base.dtype != torch.bfloat16
     named = base.model.named_parameters(remove_duplicate=is_one)
     return sum(parameter.nbytes for _, parameter in named)
@@ -137,12 +137,15 @@ def _mib(num_bytes: int) -> str:
 
 
 def load_planned(config: WorkerConfig, base: BaseModel | None) -> tuple[BaseModel, MemoryPlan]:
-    """Return the base model, on its device, and a plan that fits. `base`: one that is loaded already.
+    """Load the base model onto its device and plan the memory. `base`: use this model, which is loaded already.
 
     Raises: BaseModelUnsupported, WorkerConfigInvalid.
     """
     device = torch.device(config.device)
-    num_free_bytes, limits = free_bytes(device, config.device_share), mapping_limits()  # before the weights are taken
+    num_free_bytes, limits = (
+        free_bytes(device, config.device_share),
+        mapping_limits(),
+    )  # measured before the weights are loaded
     base = base or load_base_model(config)
     plan = plan_memory(config, base, num_free_bytes, limits)
     logger.info("%s: %s", config.base_model, plan)

@@ -1,9 +1,9 @@
-"""Evidence at start that the packed engine computes what the model's own implementation in transformers computes.
+"""Check at start that the packed engine computes the same logits as the model's own code in transformers.
 
-A list of families cannot say which models can be served: a new one may attend twice in a layer, carry a state from
-token to token or bypass the layers that adapters change. So short prompts are run through the untouched model with
-transformers' eager attention, and through the engine: prompt chunks, decode tokens, several rows at once, with and
-without an adapter. Where the logits differ the model is refused.
+A list of model families is not enough: a new model may attend twice in a layer, carry state from token to token, or
+bypass the layers that adapters change. So short prompts are run through the unmodified model with transformers' eager
+attention, and through the engine: prompt chunks, decode tokens, several rows at once, with and without an adapter. If
+the logits differ, the model is refused.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ _TEXTS = (
     "In 1969 two people walked on the moon for the first time",
     "Water boils at 100 degrees, but high in the mountains it",
 )
-_MOST_TOKENS = 8  # of one prompt
+_MOST_TOKENS = 8  # per prompt
 _RANK = 4
-_ADAPTER_SHARE = 0.05  # of the spread of the weights it changes: a fifth of the default model's largest logit
+_ADAPTER_SHARE = 0.05  # of the weights' standard deviation; shifts logits by a fifth of the largest
 _DIGEST = "model-check"
-_FLOAT32_BOUND = 1e-4  # of the logits, or of the largest where that is above 1
-_HALF_BOUND = 0.05  # of the largest logit
-_HALF_SHARE = 0.5  # of the tokens may be beyond it: an engine that computes something else misses nearly all
-_MOST_HALF_SHARE = 0.9  # of the tokens without an adapter, however unsteady the model is
-_JITTER = 2**-8  # of a value, as large as its last bit in bfloat16
+_FLOAT32_BOUND = 1e-4  # maximum difference, relative to the largest logit if that is above 1
+_HALF_BOUND = 0.05  # maximum difference, relative to the largest logit
+_HALF_SHARE = 0.5  # share of tokens that may exceed it; a wrong engine exceeds it for nearly all
+_MOST_HALF_SHARE = 0.9  # upper limit of that share without an adapter, however unstable the model is
+_JITTER = 2**-8  # relative size of the last bit in bfloat16
 _DECODE_STEPS = 3
-_PLAIN, _ADAPTED = "without an adapter", "with an adapter"  # the rows of one plan, as a refusal names them
+_PLAIN, _ADAPTED = "without an adapter", "with an adapter"  # names of the rows in error messages
 
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """One row of the comparison. `expected` (T, V): the eager logits after each of its tokens."""
+    """One row of the comparison. `expected` (T, V): the eager logits after each token."""
 
     name: str
     tokens: list[int]
@@ -64,7 +64,7 @@ class _Row:
 
 @dataclass(frozen=True, slots=True)
 class _Difference:
-    """How far the logits after some tokens of a row are from the eager ones. `beyond` (T,): more than is equal."""
+    """The difference of a row's logits from the eager ones. `beyond` (T,): tokens that exceed the bound."""
 
     beyond: Tensor
     furthest: float
@@ -72,7 +72,7 @@ class _Difference:
 
     @classmethod
     def of(cls, found: Tensor, expected: Tensor) -> _Difference:
-        """found and expected (T, V): float32 or a half precision, both the same."""
+        """Compare found and expected (T, V), which have the same dtype: float32 or a half precision."""
         is_exact = expected.dtype == torch.float32
         found, expected = found.float(), expected.float()
         difference, largest = (found - expected).abs().amax(-1), expected.abs().amax(-1)
@@ -83,23 +83,23 @@ class _Difference:
 
 @dataclass(frozen=True, slots=True)
 class _EagerLogits:
-    """The eager model's logits (P, T, V), and those that it gives with other roundings."""
+    """The eager model's logits (P, T, V), and its logits with different rounding."""
 
     logits: Tensor
     jittered: Tensor
 
     @property
     def allowed(self) -> float:
-        """The share of an engine's tokens that may differ from the eager ones."""
+        """Return the share of the engine's tokens that may differ from the eager ones."""
         if self.logits.dtype == torch.float32:
             return 0.0
         return _HALF_SHARE + 2 * float(_Difference.of(self.jittered, self.logits).beyond.float().mean())
 
 
 class ModelCheck:
-    """The eager model's logits, taken before the engine replaces any of its modules.
+    """The check. It computes the eager logits before the engine replaces any module of the model.
 
-    Raises: BaseModelUnsupported where the eager model cannot be run.
+    Raises: BaseModelUnsupported if the eager model cannot be run.
     """
 
     def __init__(self, base: BaseModel, linears: Mapping[str, nn.Linear], max_len: int, max_rank: int) -> None:
@@ -116,7 +116,7 @@ class ModelCheck:
         if not plain.logits.isfinite().all():
             raise self._unsupported("the logits of transformers' own model are not finite")
         if not _Difference.of(adapted.logits, plain.logits).beyond.any():
-            raise self._unsupported("an adapter of its linear layers does not change its logits")
+            raise self._unsupported("an adapter on its linear layers does not change its logits")
         self._rows = _rows(prompts.tolist(), plain.logits, adapted.logits)
         self._allowed = {_PLAIN: min(plain.allowed, _MOST_HALF_SHARE), _ADAPTED: adapted.allowed}
         self._differences: defaultdict[tuple[str, str], list[_Difference]] = defaultdict(list)
@@ -124,9 +124,9 @@ class ModelCheck:
 
     @torch.inference_mode()
     def run(self, forward: ForwardPass, residency: Residency, kv_cache: KvCache) -> None:
-        """Compare the forward pass, whose bank and cache are empty, and leave them so.
+        """Compare the forward pass with the eager logits. Bank and cache are empty before and after.
 
-        Raises: BaseModelUnsupported with the first difference that is more than the project's definition of equal.
+        Raises: BaseModelUnsupported with the first difference that exceeds the bound.
         """
         began = time.perf_counter()
         residency.try_pin([_DIGEST], {_DIGEST: self._adapter})
@@ -139,11 +139,11 @@ class ModelCheck:
         residency.evict(_DIGEST)
         self._judge()
         seconds = self._eager_s + time.perf_counter() - began
-        logger.info("the engine computes this model as transformers does; the check took %.2f s", seconds)
+        logger.info("the engine's logits agree with transformers; the check took %.2f s", seconds)
 
     @torch.inference_mode()
     def _eager_logits(self, prompts: Tensor, linears: Mapping[str, nn.Linear]) -> tuple[_EagerLogits, _EagerLogits]:
-        """prompts (P, T) -> logits (P, T, V) without the adapter and with it."""
+        """Return the logits (P, T, V) of prompts (P, T), without and with the adapter."""
         positions = torch.arange(prompts.shape[1], device=prompts.device)[None].expand_as(prompts)
 
         def logits() -> Tensor:
@@ -163,9 +163,9 @@ class ModelCheck:
                 return plain, with_roundings()
 
     def _run_some(self, forward: ForwardPass, kv_cache: KvCache, waiting: list[_Row]) -> list[_Row]:
-        """Run as many rows at once as the cache takes: a chunk of the first, the other prompts, then decode tokens.
+        """Run as many rows as fit the cache: a chunk of the first prompt, the other prompts, then decode tokens.
 
-        Return those that are left.
+        Return the remaining rows.
         """
         rows: list[_Row] = []
         places: list[int] = []
@@ -184,7 +184,7 @@ class ModelCheck:
         return waiting[len(rows) :]
 
     def _step(self, forward: ForwardPass, what: str, parts: Sequence[tuple[_Row, int, int, int]]) -> None:
-        """Run one step over the tokens [done, end) of each part's row, and compare every token's logits."""
+        """Run one step over the tokens [done, end) of each row and compare the logits of every token."""
         segments: list[Segment] = []
         start = 0
         parts = [part for part in parts if part[3] > part[2]]
@@ -205,30 +205,31 @@ class ModelCheck:
             self._differences[what, row.name].append(difference)
 
     def _judge(self) -> None:
-        """Raise BaseModelUnsupported for the first kind of tokens whose logits are not equal.
+        """Raise BaseModelUnsupported for the first kind of tokens whose logits differ.
 
-        In float32 every token has to be. In bfloat16 rounding decides ties, as between two experts, and what follows in
-        the row differs too: more tokens may differ, the more differ in transformers' own model when rounded otherwise.
+        In float32 every token must agree. In bfloat16 rounding decides ties, for example between two experts, and then
+        later tokens of the row differ too. So the allowed share grows with the share of tokens that differ in
+        transformers' own model under different rounding.
         """
         if self._allowed[_ADAPTED] >= 1:
             logger.warning(
-                "rounding alone changes this model's logits: what its adapters add can only be checked in float32"
+                "rounding alone changes this model's logits, so the effect of adapters can only be checked in float32"
             )
         for (what, name), differences in self._differences.items():
             beyond = torch.cat([difference.beyond for difference in differences])
             if float(beyond.float().mean()) > self._allowed[name]:
                 furthest = max(differences, key=lambda difference: difference.furthest)
                 raise self._unsupported(
-                    f"for {what} {name} its logits differ from transformers' own by up to {furthest.furthest:.3g},"
-                    f" where the largest is {furthest.largest:.3g}"
+                    f"for {what} {name} its logits differ from transformers' by up to {furthest.furthest:.3g}"
+                    f" (largest logit: {furthest.largest:.3g})"
                 )
 
     def _unsupported(self, reason: str) -> BaseModelUnsupported:
-        return BaseModelUnsupported(f"{self._base.model.config.model_type} cannot be served by this engine: {reason}")
+        return BaseModelUnsupported(f"this engine does not support {self._base.model.config.model_type}: {reason}")
 
 
 def _prompts(base: BaseModel, most_tokens: int) -> Tensor:
-    """Return prompts of equal length (P, T); ids that the embedding lacks are mapped to others."""
+    """Return prompts of equal length (P, T). Ids outside the embedding are mapped to valid ones."""
     num_ids = base.model.get_input_embeddings().weight.shape[0]
     ids = [[token % num_ids for token in base.tokenizer(text).input_ids] for text in _TEXTS]
     length = min(most_tokens, *map(len, ids))
@@ -236,7 +237,7 @@ def _prompts(base: BaseModel, most_tokens: int) -> Tensor:
 
 
 def _rows(prompts: Sequence[list[int]], plain: Tensor, adapted: Tensor) -> list[_Row]:
-    """Return every prompt without and with the adapter, in turn; every other prompt is shorter."""
+    """Return each prompt as a row without and a row with the adapter. Every other prompt is shortened."""
     plan = Plan("selection", (PlannedAdapter(AdapterRef("check", "check", _DIGEST), _DIGEST, 1.0),))
     rows = []
     for index, tokens in enumerate(prompts):
@@ -247,12 +248,12 @@ def _rows(prompts: Sequence[list[int]], plain: Tensor, adapted: Tensor) -> list[
 
 
 def _adapter(linears: Mapping[str, nn.Linear], rank: int) -> DeviceAdapter:
-    """Make a random adapter of every linear layer, whose effect is well above the bound and rounding is not."""
+    """Make a random adapter for every linear layer, whose effect exceeds the bound while its rounding does not."""
     generator = torch.Generator().manual_seed(0)
     modules = {}
     for name, linear in linears.items():
         weight = linear.weight.detach()
-        spread = _ADAPTER_SHARE * float(weight[:64].float().std()) / rank**0.5  # of a and bt's products
+        spread = _ADAPTER_SHARE * float(weight[:64].float().std()) / rank**0.5  # of the products of a and bt
         a = torch.randn(rank, linear.in_features, generator=generator)
         bt = torch.randn(rank, linear.out_features, generator=generator) * spread
         modules[name] = DeviceModule(a.to(weight.dtype), bt.to(weight.dtype))
@@ -261,7 +262,7 @@ def _adapter(linears: Mapping[str, nn.Linear], rank: int) -> DeviceAdapter:
 
 @contextmanager
 def _eager(base: BaseModel) -> Iterator[None]:
-    """Run the model with transformers' eager attention for a while."""
+    """Use transformers' eager attention within the block."""
     base.model.set_attn_implementation("eager")
     try:
         yield
@@ -271,7 +272,7 @@ def _eager(base: BaseModel) -> Iterator[None]:
 
 @contextmanager
 def _hooked(linears: Mapping[str, nn.Linear], hook_of: Callable[[str], _Hook]) -> Iterator[None]:
-    """Change the outputs of the linear layers for a while."""
+    """Change the outputs of the linear layers within the block."""
     handles = [linear.register_forward_hook(hook_of(name)) for name, linear in linears.items()]
     try:
         yield
@@ -281,7 +282,7 @@ def _hooked(linears: Mapping[str, nn.Linear], hook_of: Callable[[str], _Hook]) -
 
 
 def _adding(adapter: DeviceAdapter) -> Callable[[str], _Hook]:
-    """Return hooks that add the adapter to its modules."""
+    """Return hooks that add the adapter to the outputs of its modules."""
 
     def hook_of(name: str) -> _Hook:
         module = adapter.modules[name]
@@ -293,7 +294,7 @@ def _adding(adapter: DeviceAdapter) -> Callable[[str], _Hook]:
 
 
 def _jittering() -> Callable[[str], _Hook]:
-    """Return hooks that change every value by about as much as rounding does."""
+    """Return hooks that change every value by about one rounding error."""
     generator = torch.Generator().manual_seed(0)
 
     def jitter(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -304,9 +305,9 @@ def _jittering() -> Callable[[str], _Hook]:
 
 
 def _steps(lengths: Sequence[int]) -> Iterator[tuple[str, list[int]]]:
-    """What each step computes, and how many tokens of each row are done after it.
+    """Yield the kind of each step, and the number of computed tokens of each row after it.
 
-    A chunk of the first row's prompt, the rest of all prompts, then tokens one by one.
+    The steps: a chunk of the first row's prompt, the rest of all prompts, then single tokens.
     """
     prompts = [max(length - _DECODE_STEPS, 0) for length in lengths]
     yield "prompts", [prompts[0] // 2, *[0] * (len(lengths) - 1)]

@@ -1,4 +1,4 @@
-"""The next token of every row whose logits a forward pass computed."""
+"""Choose the next token of every row that has logits."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from gpu_worker.sampling.sampling import Sampler
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """The rows whose last token was computed, and for each its logits, its next token and that token's score."""
+    """The rows whose last token was computed, with logits, next token and score for each."""
 
     rows: list[Row]
     logits: Tensor  # (rows, V)
-    tokens: list[int | None]  # None: the row's logits are not finite
-    scores: list[Scored | None]  # None: not asked for
+    tokens: list[int | None]  # None: the logits are not finite
+    scores: list[Scored | None]  # None: not requested
 
 
 def choose(part: Sequence[Scheduled], logits: Tensor, sampler: Sampler) -> Chosen:
-    """Choose the next token of each row that has logits, and score it where the request asks for it.
+    """Choose the next token of each row that has logits, and score it if the request wants log probabilities.
 
-    Dims: logits (rows whose last token `part` computes, V).
+    Dims: logits (rows of `part` whose last token was computed, V).
     """
     rows = [row for row, segment in part if segment.total_len == len(row.tokens)]
     tokens, scores = sampler(logits, [row.draw() for row in rows])

@@ -1,4 +1,4 @@
-"""Whole answers to many jobs at once, where nobody reads along while they are made."""
+"""Generate whole answers for many jobs, without streaming."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gpu_worker.request.request import Completion, Delta, Job
 
 
 class _CompletionSink:
-    """The sink of one request: its future ends when the request does."""
+    """The sink of one request. Its future is set when the request ends."""
 
     def __init__(self) -> None:
         self.future: Future[Completion] = Future()
@@ -28,9 +28,9 @@ class _CompletionSink:
 
 
 async def generate_all(engine_thread: EngineThread, jobs: Sequence[Job]) -> list[Completion | Exception]:
-    """Each job's answer, or what the engine says of it, in order; they enter the queue together.
+    """Return each job's answer or error, in order. The jobs enter the queue together.
 
-    Leaving early cancels what has not ended. Raises: EngineStopped.
+    Cancelling the call cancels all unfinished jobs. Raises: EngineStopped.
     """
     answers = [_CompletionSink() for _ in jobs]
     rows = await asyncio.to_thread(_prepared, engine_thread, jobs, answers)
@@ -45,7 +45,7 @@ async def generate_all(engine_thread: EngineThread, jobs: Sequence[Job]) -> list
 
 
 def _prepared(engine_thread: EngineThread, jobs: Sequence[Job], answers: Sequence[_CompletionSink]) -> list[Row]:
-    """The rows of those jobs that can be asked; the others have their answer."""
+    """Prepare the jobs and return their rows. Jobs that cannot be prepared get their error as the answer."""
     rows: list[Row] = []
     for job, answer in zip(jobs, answers, strict=True):
         try:

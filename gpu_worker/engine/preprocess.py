@@ -1,4 +1,4 @@
-"""Turn a job into the row that the engine runs: render, tokenize and check it."""
+"""Convert a job to a row of the engine: render, tokenize and validate it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gpu_worker.text.token_bytes import TokenBytes
 
 
 class RequestPreprocessor:
-    """Safe to call from any thread. `clock`: the engine's, by which deadlines are kept."""
+    """The thread-safe preprocessor of an engine. `clock`: the engine's clock, which deadlines refer to."""
 
     def __init__(self, base: BaseModel, max_len: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._base, self._max_len, self._clock = base, max_len, clock
@@ -29,7 +29,7 @@ class RequestPreprocessor:
     def __call__(
         self, job: Job, sink: Sink, *, capture_first_logits: bool = False, arrived: float | None = None
     ) -> Row:
-        """Render and tokenize the job's prompt. `arrived`: when the job came, by the engine's clock; None: now.
+        """Render and tokenize the job's prompt. `arrived`: arrival time by the engine's clock; None: now.
 
         Raises: PromptInvalid, PromptTooLong, SamplingInvalid.
         """
@@ -41,7 +41,7 @@ class RequestPreprocessor:
         return row
 
     def of_tokens(self, job: Job, tokens: list[int], sink: Sink, *, capture_first_logits: bool = False) -> Row:
-        """Take these tokens in the place of the job's prompt. Raises: PromptTooLong, SamplingInvalid."""
+        """Make a row with these tokens instead of the job's prompt. Raises: PromptTooLong, SamplingInvalid."""
         stops = job.sampling.stop if isinstance(job.prompt, str) else job.sampling.stop + template_stops(job.template)
         return Row(
             request_id=job.request_id,
@@ -63,35 +63,38 @@ class RequestPreprocessor:
         is_raw = isinstance(job.prompt, str)
         text = job.prompt if isinstance(job.prompt, str) else render(job.prompt, job.template, self._base.tokenizer)
         if len(text) > self._max_len * MAX_CHARS_PER_TOKEN:
-            raise PromptTooLong(f"a prompt of {len(text)} characters does not fit a context of {self._max_len} tokens")
+            raise PromptTooLong(
+                f"a prompt of {len(text)} characters exceeds the context of {self._max_len} tokens; shorten it"
+            )
         try:
             text.encode()
         except UnicodeEncodeError as exc:
-            raise PromptInvalid("the prompt holds half of a surrogate pair") from exc
-        with_bos = is_raw or job.template != "chat"  # a chat template writes its own
+            raise PromptInvalid(
+                "the prompt contains an unpaired surrogate, which is not valid Unicode; remove it"
+            ) from exc
+        with_bos = is_raw or job.template != "chat"  # a chat template adds its own
         tokens: list[int] = self._base.tokenizer(text, add_special_tokens=with_bos).input_ids
         if not tokens:
-            raise PromptInvalid("the prompt is empty")
-        if len(tokens) >= self._max_len:  # no answer has room, whatever was asked; the ids are not worth keeping
-            raise PromptTooLong(f"{len(tokens)} prompt tokens do not fit a context of {self._max_len}")
+            raise PromptInvalid("the prompt has no tokens; send a prompt that is not empty")
+        if len(tokens) >= self._max_len:  # no room for an answer; the ids are not cached
+            raise PromptTooLong(_too_long(len(tokens), None, self._max_len))
         self._require_embedded(tokens)
         return tokens
 
     def _require_embedded(self, tokens: Sequence[int]) -> None:
-        """Refuse ids that the embedding has no row for: tokenizers of text-only models may hold image tokens."""
+        """Refuse ids outside the embedding: tokenizers of text-only models may have image tokens."""
         largest = max(tokens)
         if largest >= self._num_embeddings:
             token = self._base.tokenizer.convert_ids_to_tokens(largest)
             raise PromptInvalid(
-                f"the prompt contains the token {token!r} (id {largest}), which this model cannot read: it knows only"
-                f" the ids 0 to {self._num_embeddings - 1}. Remove the token from the prompt"
+                f"the prompt contains the token {token!r} (id {largest}), which this model does not support (ids 0 to"
+                f" {self._num_embeddings - 1}); remove it"
             )
 
     def _max_new_tokens(self, num_prompt_tokens: int, wanted: int | None) -> int:
         room = self._max_len - num_prompt_tokens
         if room < 1 or (wanted is not None and wanted > room):
-            asked = "" if wanted is None else f" and {wanted} new ones"
-            raise PromptTooLong(f"{num_prompt_tokens} prompt tokens{asked} do not fit a context of {self._max_len}")
+            raise PromptTooLong(_too_long(num_prompt_tokens, wanted, self._max_len))
         return min(room, DEFAULT_MAX_TOKENS) if wanted is None else wanted
 
     def _end_ids(self, job: Job) -> frozenset[int]:
@@ -102,4 +105,14 @@ class RequestPreprocessor:
     def _require_ids(self, name: str, ids: Collection[int]) -> None:
         for token_id in ids:
             if not 0 <= token_id < self._base.vocab_size:
-                raise SamplingInvalid(f"{name} holds {token_id}, the vocabulary {self._base.vocab_size} ids", name)
+                raise SamplingInvalid(
+                    f"{name} must have ids from 0 to {self._base.vocab_size - 1}, got {token_id}", name
+                )
+
+
+def _too_long(num_prompt_tokens: int, num_new_tokens: int | None, max_len: int) -> str:
+    new = "" if num_new_tokens is None else f" plus max_tokens {num_new_tokens}"
+    return (
+        f"{num_prompt_tokens} prompt tokens{new} exceed the context of {max_len} tokens; shorten the prompt or lower"
+        " max_tokens"
+    )

@@ -1,4 +1,4 @@
-"""Does an adapter do anything? Base against adapter logits on a fixed prompt."""
+"""Measure the effect of adapters: compare base and adapter logits on a fixed prompt."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from gpu_worker.request.request import Job, SamplingParams
 from lora_store.adapter import AdapterRef
 from lora_store.plan import BASE_PLAN, Plan, PlannedAdapter
 
-PROMPT = "Hello"  # two tokens: a thousand adapters are asked it when a pool is published
-_TENANT = "probe:"  # no tenant has this name: a publish of a thousand takes its turn among them
-# A row's logits differ by this share of the largest with the company it runs in: rounding, no adapter's doing.
+PROMPT = "Hello"  # two tokens, because a publish may probe a thousand adapters
+_TENANT = "probe:"  # not a valid tenant name; probes take turns with tenants
+# Rounding in different batches changes logits by up to this share of the largest.
 _NOISE = {torch.float32: 1e-5, torch.bfloat16: 0.03}
 
 
 class Prober:
-    """Probes many adapters in one step. The base model's logits are computed once, by the first probe."""
+    """Probes many adapters in one step. The first probe also computes the base model's logits."""
 
     def __init__(self, engine_thread: EngineThread) -> None:
         self._engine_thread = engine_thread
@@ -28,16 +28,16 @@ class Prober:
         self._numbers = itertools.count()
 
     async def shifts(self, weights_digests: Sequence[str]) -> list[float | Exception]:
-        """For each adapter max|adapter - base| / max|base| over the logits after the prompt, or why there is none.
+        """Return max|adapter - base| / max|base| over the logits after the prompt for each adapter, or its error.
 
-        0.0 when the shift drowns in rounding. Raises: what the engine says of the base model's own run.
+        A shift within rounding is 0.0. Raises: the engine's error for the base model.
         """
         if self._base is None:
             [base] = await self._engine_thread.first_logits([self._job(BASE_PLAN)])
             if isinstance(base, Exception):
                 raise base
             self._base = base
-        await self._engine_thread.preload(weights_digests)  # a step takes hardly longer for many rows: let there be one
+        await self._engine_thread.preload(weights_digests)  # load all first, so that one step computes all rows
         plans = [_plan_of(digest) for digest in weights_digests]
         adapted = await self._engine_thread.first_logits([self._job(plan) for plan in plans])
         noise = _NOISE[self._engine_thread.engine.base.dtype]

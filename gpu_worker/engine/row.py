@@ -1,4 +1,4 @@
-"""One request inside the engine."""
+"""A request inside the engine."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from lora_store.adapter import LOCAL_TENANT
 from lora_store.plan import Plan
 
 Sink = Callable[[Delta | Exception], None]
-"""Takes a request's deltas, the last with a finish reason, or one exception. Called on the engine's thread."""
+"""Receives a request's deltas, the last with a finish reason, or an exception. Runs on the engine's thread."""
 
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """A request from submission to its last token. `tokens` is the prompt and what came after it."""
+    """A request from submission to its last token. `tokens`: the prompt and the new tokens."""
 
     request_id: str
     plan: Plan
@@ -42,15 +42,17 @@ class Row:
     deadline: float = math.inf  # by the engine's clock
     start_by: float = math.inf
     arrived_at: float = 0.0
-    queued_s: float = 0.0  # from there to its first step
+    queued_s: float = 0.0  # from arrival to its first step
     adapter_set: tuple[str, ...] = field(init=False)  # weights digests of the plan's adapters, sorted
-    loads: dict[str, Future[DeviceAdapter]] = field(default_factory=dict)  # of adapters that were not in the bank
+    loads: dict[str, Future[DeviceAdapter]] = field(
+        default_factory=dict
+    )  # digest -> load, for adapters that were not in the bank
     kv_row: int = -1
-    is_pinned: bool = False  # the bank keeps its adapters: while it runs, and where it waits to run on
-    num_computed: int = 0  # tokens whose keys and values are in the cache
-    num_passes: int = 0  # times others were let into the bank before it
+    is_pinned: bool = False  # its adapters are pinned: while it runs or is preempted
+    num_computed: int = 0  # tokens in the KV cache
+    num_passes: int = 0  # times that other rows entered the bank before it
     first_logits: torch.Tensor | None = None
-    pending_logprobs: list[TokenLogprob] = field(default_factory=list)  # of tokens since the last delta
+    pending_logprobs: list[TokenLogprob] = field(default_factory=list)  # since the last delta
 
     def __post_init__(self) -> None:
         self.adapter_set = tuple(sorted(self.weights_digests))
@@ -68,12 +70,12 @@ class Row:
         return [adapter.weights_digest for adapter in self.plan.adapters]
 
     def draw(self) -> Draw:
-        """How the next token is chosen."""
+        """Return the inputs for choosing the next token."""
         forbidden = tuple(self.end_ids) if self.num_new_tokens < self.sampling.min_tokens else ()
         return Draw(self.sampling, self.seed, len(self.tokens), forbidden, self.tokens, self.num_prompt_tokens)
 
     def append_token(self, token: int, scored: Scored | None = None) -> Delta | None:
-        """Append a token; the text it releases, with the finish reason when it was the last one."""
+        """Append a token. Return the released text, with the finish reason after the last token, or None."""
         if scored is not None and token not in self.end_ids:
             self.pending_logprobs.append(self._logprob(token, scored))
         self.tokens.append(token)
@@ -101,7 +103,7 @@ class Row:
         return TokenLogprob(self.token_bytes(token), scored.logprob, top, self.detokenizer.num_chars)
 
     def _released_logprobs(self) -> tuple[TokenLogprob, ...]:
-        """What is untold, but for tokens that a stop string cut off whole."""
+        """Return the pending log probabilities, except for tokens that a stop string removed completely."""
         pending, self.pending_logprobs = self.pending_logprobs, []
         end = self.detokenizer.num_released if self.detokenizer.stopped else self.detokenizer.num_chars + 1
         return tuple(entry for entry in pending if entry.text_offset < end)

@@ -1,4 +1,4 @@
-"""Choose the tokens of the next step: one of every row that decodes, then prompt chunks as far as they fit."""
+"""Choose the tokens of the next step: one for every decoding row, then prompt chunks while they fit."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from gpu_worker.engine.row import Row
 from gpu_worker.step.attention_plan import Segment
 
 Scheduled = tuple[Row, Segment]
-"""A row and the tokens of it that a step computes."""
+"""A row and the segment of its tokens that a step computes."""
 
 
 def schedule(rows: Sequence[Row], max_step_tokens: int, max_chunk_tokens: int) -> list[Scheduled]:
-    """Return the rows that a step computes, decoding ones first, each with its segment.
+    """Return the rows of the next step with their segments, decoding rows first.
 
-    Every decoding row takes part, and beside one prompts get `max_chunk_tokens` at most: no long prompt stalls it.
+    Every decoding row takes part. With decoding rows, prompts get at most `max_chunk_tokens`, so that a long prompt
+    does not stall them.
     """
-    decoding = sorted(
-        (row for row in rows if _remaining(row) == 1), key=lambda row: row.kv_row
-    )  # as the cache has them
+    decoding = sorted((row for row in rows if _remaining(row) == 1), key=lambda row: row.kv_row)  # the cache's order
     prefilling = [row for row in rows if _remaining(row) > 1]
     budget = min(max_step_tokens, len(decoding) + max_chunk_tokens) if decoding else max_step_tokens
     shares = _shares([_remaining(row) for row in prefilling], budget - len(decoding))
@@ -32,10 +31,10 @@ def schedule(rows: Sequence[Row], max_step_tokens: int, max_chunk_tokens: int) -
 
 
 def _shares(remaining: Sequence[int], budget: int) -> list[int]:
-    """Divide the tokens of a step among prompts, given what is left of each, in the order they joined the batch.
+    """Divide the tokens of a step among prompts, given their remaining tokens in the order of joining the batch.
 
-    The first has half of them to itself, so it always gets on. The other half goes to the shortest of the others, so
-    they need not wait for it. What one half does not use is the other's.
+    The first prompt gets half of the tokens, so it always progresses. The other half goes to the shortest of the other
+    prompts, so they do not wait for a long one. Unused tokens of one half go to the other.
     """
     shares = [0] * len(remaining)
     if not remaining:

@@ -1,4 +1,4 @@
-"""Requests of the engine's own, with a synthetic adapter: they show whether its device computes what requests need."""
+"""Make the engine's own requests, with a synthetic adapter, to test whether its device computes correctly."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from gpu_worker.request.request import Job, SamplingParams
 from lora_store.adapter import AdapterRef, AdapterWeights, ModuleWeights
 from lora_store.plan import BASE_PLAN, Plan, PlannedAdapter, Strategy
 
-DIGEST = "synthetic"  # no adapter has it: digests are hexadecimal
+DIGEST = "synthetic"  # not a valid digest: digests are hexadecimal
 NUM_ROWS = 3
-_NUM_TOKEN_IDS = 8  # ids 0 to 7, which every vocabulary has
+_NUM_TOKEN_IDS = 8  # ids 0 to 7 exist in every vocabulary
 _GREEDY = SamplingParams(temperature=0, ignore_eos=True)
 _DRAWN = SamplingParams(top_p=0.9, top_k=20, logprobs=1, presence_penalty=0.5, seed=0, ignore_eos=True)
 
 
 def synthetic_rows(prepare: RequestPreprocessor, num_prompt_tokens: int, num_new_tokens: int, sink: Sink) -> list[Row]:
-    """Make one row without and two with the synthetic adapter; tokens are chosen greedily and drawn."""
+    """Make one row without and two with the synthetic adapter; one row samples, the others are greedy."""
 
     def row(plan: Plan, sampling: SamplingParams) -> Row:
         job = Job(DIGEST, "", plan, replace(sampling, max_tokens=num_new_tokens))
@@ -34,7 +34,7 @@ def synthetic_rows(prepare: RequestPreprocessor, num_prompt_tokens: int, num_new
 
 
 def synthetic_adapter(bank: LoraBank) -> DeviceAdapter:
-    """Make an adapter of rank 1 for every module of the bank, so small that it drives nothing out of range."""
+    """Make an adapter of rank 1 for every module of the bank, with weights too small to overflow."""
     modules = {
         name: ModuleWeights(torch.full((1, num_in), 1e-3), torch.full((num_out, 1), 1e-3), 1.0)
         for name, (num_out, num_in) in bank.shapes.items()
@@ -43,7 +43,7 @@ def synthetic_adapter(bank: LoraBank) -> DeviceAdapter:
 
 
 def without_adapter(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows that need no adapter."""
+    """Return the rows without an adapter."""
     return [row for row in rows if not row.plan.adapters]
 
 

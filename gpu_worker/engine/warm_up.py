@@ -1,4 +1,4 @@
-"""Real steps before the first request: an engine that cannot compute them must not report ready."""
+"""Run real steps before the first request, so that a broken engine does not report ready."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from gpu_worker.errors import WarmUpFailed
 from gpu_worker.request.request import Delta
 
 _NUM_PROMPT_TOKENS, _NUM_NEW_TOKENS = 8, 3
-_MAX_STEP_TOKENS = 5  # so that the prompts are read in chunks
-_MAX_STEPS = 100  # it takes about ten
+_MAX_STEP_TOKENS = 5  # splits the prompts into chunks
+_MAX_STEPS = 100  # about ten are needed
 
 
 def warm_up(engine: Engine) -> Engine:
-    """Return the engine once it has computed prompt chunks and decode steps, without and with an adapter.
+    """Compute prompt chunks and decode steps, without and with a synthetic adapter, and return the engine.
 
-    The tokens are chosen greedily and drawn, and the adapter is a synthetic one. So the device also loads its kernels
-    before the first request needs them. Nothing of it is left: no KV, no adapter, no count.
+    Tokens are chosen greedily and by sampling. This also loads the device's kernels before the first request.
+    Afterwards the engine is unchanged: no KV, adapter or count remains.
     Raises: WarmUpFailed, with the first error as its cause.
     """
     counters = engine.counters.copy()
@@ -43,15 +43,15 @@ def warm_up(engine: Engine) -> Engine:
 
 
 def _check(events: list[Delta | Exception]) -> None:
-    """Raises: WarmUpFailed."""
+    """Raise WarmUpFailed if an event is an error."""
     for event in events:
         if isinstance(event, Exception):
             cause = event.__cause__ or event
-            raise WarmUpFailed(f"the first steps failed: {cause}") from cause
+            raise WarmUpFailed(f"the first steps of the engine failed: {cause}") from cause
 
 
 def _check_ends(events: list[Delta | Exception]) -> None:
-    """Raises: WarmUpFailed."""
+    """Raise WarmUpFailed unless all rows have ended."""
     num_ended = sum(isinstance(event, Delta) and event.finish_reason is not None for event in events)
     if num_ended != NUM_ROWS:
-        raise WarmUpFailed(f"the first {_MAX_STEPS} steps ended {num_ended} of {NUM_ROWS} answers")
+        raise WarmUpFailed(f"after {_MAX_STEPS} steps only {num_ended} of {NUM_ROWS} answers were complete")

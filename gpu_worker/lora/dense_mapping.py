@@ -1,4 +1,4 @@
-"""The mapping matrix of one step as a matrix: two products over all active rank rows."""
+"""Compose adapters with two dense products over all active rank rows."""
 
 from __future__ import annotations
 
@@ -14,35 +14,37 @@ from lora_store.plan import Plan
 
 
 class DenseMapping:
-    """The mapping matrix, expanded to tokens. Dims: N tokens, P active rank rows, R widest adapter's rank.
+    """The mapping matrix, expanded to tokens. Dims: N tokens, P active rank rows, R rank of the widest adapter.
 
     weights (P, 1, N): m_bs of the token's row at every rank row of adapter s, 0 elsewhere.
     by_rank (P, R): 1 where a rank row holds rank index r of its adapter.
-    fusion (N,): tokens whose plan is a fusion; None when no token's is.
+    fusion (N,): True for tokens whose plan is a fusion; None if no plan is.
     """
 
     def __init__(self, weights: Tensor, by_rank: Tensor, fusion: Tensor | None) -> None:
         self._weights, self._absent = weights, weights == 0
         self._by_rank, self._fusion = by_rank, fusion
-        self._last: tuple[Tensor, InputBank, Tensor] | None = None  # the input composed last, by what, and into what
+        self._last: tuple[Tensor, InputBank, Tensor] | None = (
+            None  # cache: last input, its bank, and the composed values
+        )
 
     def add(self, x: Tensor, y: Tensor, bank: ModuleBank) -> None:
         y.flatten(0, -2).addmm_(self._composed(x, bank.inputs)[:, bank.index].T, bank.bt)
 
     def _composed(self, x: Tensor, bank: InputBank) -> Tensor:
-        """compose(A · x) for all M modules of `bank`: (..., N, I) -> (P, M, N); once for modules called in turn."""
+        """Return compose(A · x) for all M modules of `bank`: (..., N, I) -> (P, M, N). Computed once per input."""
         if self._last is None or self._last[0] is not x or self._last[1] is not bank:
             h = (bank.a @ x.flatten(0, -2).T).view(-1, bank.num_modules, x.shape[-2])
             self._last = x, bank, self._compose(h)
         return self._last[2]
 
     def _compose(self, h: Tensor) -> Tensor:
-        """The step between the two LoRA products: (P, M, N) -> (P, M, N). `h` is changed in place.
+        """Mix rank values between the two LoRA products: (P, M, N) -> (P, M, N). Changes `h` in place.
 
         mixture, selection:  h_s <- m_bs h_s
         fusion:              u = sum_s m_bs h_s by rank index;  h_s <- m_bs u
-        Values of adapters that are not in a token's plan are dropped, not multiplied by zero: an adapter
-        that overflows can spoil only its own rows.
+        Values of adapters outside a token's plan are dropped, not multiplied by zero: an adapter that overflows
+        affects only its own rows.
         Source: LoraRetriever (ACL Findings 2024), section 4.3, contracted at rank level.
         """
         mixed = h.mul_(self._weights).masked_fill_(self._absent, 0)
@@ -57,7 +59,7 @@ class DenseMapping:
 def dense_mapping(
     plans: Sequence[Plan], num_tokens: Sequence[int], residency: Residency, dtype: torch.dtype, device: torch.device
 ) -> DenseMapping:
-    """The mapping of rows with these plans, row b standing for `num_tokens[b]` adjacent tokens."""
+    """Return the mapping for rows with these plans, where row b has `num_tokens[b]` adjacent tokens."""
     rows = torch.zeros(len(plans), residency.active_rows)
     for b, plan in enumerate(plans):
         for adapter in plan.adapters:

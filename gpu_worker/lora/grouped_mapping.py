@@ -1,4 +1,4 @@
-"""The mapping matrix of one step as a list: the tokens of each adapter, and the adapter's rows read once for them."""
+"""Compose adapters one by one: list the tokens of each adapter, so that its rows are read once for all of them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from lora_store.plan import Plan
 
 
 class GroupedMapping:
-    """The pairs of a token and one of its adapters, for the kernel; what no plan names is never read.
+    """The (token, adapter) pairs of a step, for the compiled kernel. Rows of other adapters are never read.
 
-    h of a pair holds its adapter's rank values: m_bs (x · A_s), or for a fusion m_bs u, in float32.
+    h of a pair: the rank values of its adapter in float32, m_bs (x · A_s), or m_bs u for a fusion.
     """
 
     def __init__(self, kernel: LoraKernel, pairs: Pairs) -> None:
         self._kernel, self._pairs = kernel, pairs
-        self._last: tuple[Tensor, InputBank] | None = None  # the input composed last, and by what
+        self._last: tuple[Tensor, InputBank] | None = None  # cache: last input and its bank
         self._h = torch.empty(0)
 
     def add(self, x: Tensor, y: Tensor, bank: ModuleBank) -> None:
@@ -41,7 +41,7 @@ class GroupedMapping:
 
 @dataclass(slots=True)
 class _Tokens:
-    """One adapter's tokens, as slots, and how much each takes of it."""
+    """The tokens of one adapter, as slots, and the adapter's weight for each."""
 
     slots: list[NDArray[np.int32]]
     weights: list[NDArray[np.float32]]
@@ -50,7 +50,7 @@ class _Tokens:
 def grouped_mapping(
     plans: Sequence[Plan], num_tokens: Sequence[int], residency: Residency, kernel: LoraKernel
 ) -> GroupedMapping:
-    """The mapping of rows with these plans, row b standing for `num_tokens[b]` adjacent tokens."""
+    """Return the mapping for rows with these plans, where row b has `num_tokens[b]` adjacent tokens."""
     starts = np.cumsum([0, *num_tokens], dtype=np.int32)
     slot_tokens, is_fusion = [], []
     of_adapter: defaultdict[str, _Tokens] = defaultdict(lambda: _Tokens([], []))
@@ -79,7 +79,7 @@ def grouped_mapping(
 
 
 def num_pair_values(plans: Sequence[Plan], num_tokens: Sequence[int], residency: Residency) -> int:
-    """Rank rows read for the tokens of a step, each for each of its tokens: what the grouped products cost."""
+    """Return the cost of the grouped products: the sum over tokens of the rank rows in their plans."""
     ranks = [sum(len(residency.rows(adapter.weights_digest)) for adapter in plan.adapters) for plan in plans]
     return sum(rank * tokens for rank, tokens in zip(ranks, num_tokens, strict=True))
 

@@ -1,4 +1,4 @@
-"""Swaps the base model's linear layers for LoraLinear."""
+"""Replace the base model's linear layers by LoraLinear."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from gpu_worker.step.step_context import StepContext
 
 
 def target_linears(model: nn.Module, output_head: nn.Module | None) -> dict[str, nn.Linear]:
-    """Return every linear layer an adapter may target, by module path: all but the output head.
+    """Return every linear layer an adapter may target, by module path: all except the output head.
 
-    A subclass that computes something else, as Phi-3.5-MoE's router does, is not one of them.
+    Subclasses with their own `forward`, such as Phi-3.5-MoE's router, are excluded.
+    Raises: BaseModelUnsupported if there is none.
     """
     linears = {
         name: module
@@ -28,7 +29,7 @@ def target_linears(model: nn.Module, output_head: nn.Module | None) -> dict[str,
 
 
 def inject(model: PreTrainedModel, bank: LoraBank, step: StepContext) -> None:
-    """Replace every module of `bank` in `model`, in place; base weights are packed where that pays."""
+    """Replace every module of `bank` in `model`, in place. Pack the base weights where that is faster."""
     for name, module_bank in bank.modules.items():
         parent_name, _, leaf = name.rpartition(".")
         parent = model.get_submodule(parent_name)

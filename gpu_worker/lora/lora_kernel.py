@@ -1,4 +1,4 @@
-"""`grouped_lora.cpp`, called with torch's tensors."""
+"""Call `grouped_lora.cpp` with torch tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gpu_worker.native.kernel_loading import functions, load_library
 
 
 class Pairs(ctypes.Structure):
-    """`Pairs` of the source. `values_of` keeps alive what it points to; `h_len`: values of h for one module."""
+    """The struct `Pairs` of the source. `values_of` owns the arrays; `h_len`: values of h per module."""
 
     _fields_ = (
         ("num_adapters", c_int32),
@@ -47,7 +47,7 @@ class Pairs(ctypes.Structure):
         rank_rows: Sequence[Sequence[int]],
         num_threads: int,
     ) -> Pairs:
-        """`slots` and `rank_rows` by adapter; `weights` of all pairs, adapter by adapter."""
+        """Make the struct. `slots`, `rank_rows`: one entry per adapter; `weights`: of all pairs, in adapter order."""
         counts = np.array([len(of_adapter) for of_adapter in slots], dtype=np.int64)
         ranks = np.array([len(rows) for rows in rank_rows], dtype=np.int64)
         h_starts = _starts(counts * ranks)
@@ -82,9 +82,11 @@ class LoraKernel:
         self._add = functions(library, "add", *types)
 
     def add(self, pairs: Pairs, h: Tensor, bank: ModuleBank, y: Tensor, *, x: Tensor | None) -> None:
-        """y (..., N, O) += h · B of one module, in place; before that, given x, h becomes compose(A · x) of all
-        modules that read x (..., N, I). h (M, h_len) float32."""
-        assert y.is_contiguous(), "the kernel writes rows of O adjacent values"
+        """Add h · B of one module to y (..., N, O), in place. h (M, h_len) is float32.
+
+        Given x (..., N, I), first set h to compose(A · x) for all modules that read x.
+        """
+        assert y.is_contiguous(), "y must be contiguous"
         inputs = None
         if x is not None:
             x = x.contiguous()
@@ -96,7 +98,7 @@ class LoraKernel:
 
 
 def load_lora_kernel(cache_dir: Path) -> LoraKernel | None:
-    """The kernel, compiled into `cache_dir` unless it is there; None where no compiler makes it, which is logged."""
+    """Load the kernel, compiling it into `cache_dir` if needed. Return None, after a warning, if that fails."""
     library = load_library("grouped_lora", cache_dir)
     return None if library is None else LoraKernel(library)
 

@@ -1,4 +1,4 @@
-"""Linear layers that add the adapters of each token's plan."""
+"""A linear layer that adds the adapters of each token's plan."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from gpu_worker.step.step_context import StepContext
 
 
 class LoraLinear(nn.Module):
-    """A base linear layer plus, for each token, what its plan makes of the adapters in the bank.
+    """A base linear layer plus, for each token, the composed adapters of its plan.
 
-    y[n] = base(x[n]) + compose(x[n] @ bank.a.T) @ bank.bt, scaling already folded into bt; without a plan, the base.
-    Dims: N tokens, I in, O out, P active rank rows. bank.a (P, I), bank.bt (P, O): views of the active prefix.
+    y[n] = base(x[n]) + compose(x[n] @ bank.a.T) @ bank.bt; bt includes the scaling. Without a plan y[n] = base(x[n]).
+    Dims: N tokens, I in, O out, P active rank rows. bank.a (P, I) and bank.bt (P, O) are views of the active prefix.
     Source: LoraRetriever (ACL Findings 2024), section 4.3, contracted at rank level.
     """
 

@@ -1,4 +1,4 @@
-"""Chooses how a step's LoRA arithmetic is done."""
+"""Choose the cheaper way to compute a step's LoRA products."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from gpu_worker.step.step_context import Composition
 from lora_store.plan import Plan
 
 # Measured: benchmarks/README.md, "Dense or grouped".
-_VALUE_COST = 3.0  # one rank row for one of its tokens, in units of one rank row for one token of the dense product
-_DENSE_OVERHEAD = 2000  # of the dense products, whatever their size, in the same units
+_VALUE_COST = 3.0  # grouped cost of one rank row for one token, relative to the dense cost
+_DENSE_OVERHEAD = 2000  # fixed cost of the dense products, in the same units
 
 
 def composition(
@@ -26,10 +26,10 @@ def composition(
     kernel: LoraKernel | None,
     device: torch.device,
 ) -> Composition | None:
-    """The LoRA arithmetic for rows with these plans, row b standing for `num_tokens[b]` adjacent tokens.
+    """Return the composition for rows with these plans, where row b has `num_tokens[b]` adjacent tokens.
 
-    Every adapter of every plan must be active in `residency`. None when all plans are the base model.
-    The dense products cost tokens · active rank rows; the kernel's, by adapter, only what the plans name.
+    Every adapter of every plan must be active in `residency`. Return None if all plans are the base model.
+    The dense products cost tokens · active rank rows; the grouped ones depend only on the adapters in the plans.
     """
     if all(plan.strategy == "base" for plan in plans):
         return None

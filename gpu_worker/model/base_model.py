@@ -1,4 +1,4 @@
-"""Find, check and load the base model."""
+"""Locate, check and load the base model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gpu_worker.model.packaged_model import PACKAGED_MODEL, packaged_folder
 from gpu_worker.model.rope import pin_longrope
 
 _ATTENTION_SINKS = ("gpt_oss",)
-_LARGEST_CUDA_HEAD = 256  # of flash attention 2
+_LARGEST_CUDA_HEAD = 256  # limit of flash attention 2
 _NEEDED = (
     *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "vocab_size"),
     "max_position_embeddings",
@@ -25,10 +25,10 @@ _NEEDED = (
 
 @dataclass(frozen=True, slots=True)
 class BaseModel:
-    """A loaded model with what the engine needs to know of it."""
+    """A loaded base model and the properties that the engine needs."""
 
     model: PreTrainedModel
-    tokenizer: Any  # a transformers tokenizer, with a `tokenizers` back end
+    tokenizer: Any  # a transformers tokenizer with a `tokenizers` back end
     eos_token_ids: frozenset[int]
     num_layers: int
     num_kv_heads: int
@@ -44,21 +44,21 @@ class BaseModel:
 
 
 def model_source(config: WorkerConfig) -> str:
-    """What transformers loads: the packaged model's cache folder, or the configured id or folder."""
+    """Return the argument for transformers: the packaged model's cache folder, or the configured id or folder."""
     if config.base_model == PACKAGED_MODEL:
         return str(packaged_folder(config.cache_dir))
     return config.base_model
 
 
 def load_base_model(config: WorkerConfig) -> BaseModel:
-    """The base model in host memory, checked. Raises: BaseModelUnsupported, naming what is missing."""
+    """Load the base model into host memory and check it. Raises: BaseModelUnsupported with the reason."""
     source = model_source(config)
     hf_config = AutoConfig.from_pretrained(source)
     _check_config(hf_config)
     head_dim = _setting(hf_config, "head_dim") or hf_config.hidden_size // hf_config.num_attention_heads
     if config.device == "cuda" and (head_dim > _LARGEST_CUDA_HEAD or head_dim % 8):
         raise BaseModelUnsupported(
-            f"{hf_config.model_type} has heads of {head_dim}; attention on cuda takes multiples of 8 up to"
+            f"{hf_config.model_type} has a head size of {head_dim}; attention on cuda supports multiples of 8 up to"
             f" {_LARGEST_CUDA_HEAD}"
         )
     register()
@@ -84,7 +84,7 @@ def load_base_model(config: WorkerConfig) -> BaseModel:
 
 
 def resolve_dtype(name: str, device: str = "cpu") -> torch.dtype:
-    """`auto` is bfloat16 on a GPU and where the processor multiplies it in hardware, else float32."""
+    """Resolve `auto`: bfloat16 on a GPU and on CPUs with bfloat16 products in hardware, else float32."""
     if name == "auto" and device == "cuda":
         name = "bfloat16"
     if name == "auto":
@@ -113,17 +113,17 @@ def _check_config(config: Any) -> None:
         problems.append("attention sinks")
     problems += [f"a config without {name}" for name in _NEEDED if not isinstance(_setting(config, name), int)]
     if problems:
-        raise BaseModelUnsupported(f"{config.model_type} has {', '.join(problems)}, which this engine does not serve")
+        raise BaseModelUnsupported(f"{config.model_type} has {', '.join(problems)}, which this engine does not support")
 
 
 def _setting(config: Any, name: str) -> Any:
-    """Return a setting of the model's config, None where it has none.
+    """Return a setting of the model's config, or None if it is absent.
 
-    Raises: BaseModelUnsupported where the config refuses to give one value, as those do whose layers are not alike.
+    Raises: BaseModelUnsupported if the config has no single value because its layers differ.
     """
     try:
         return getattr(config, name, None)
-    except Exception as exc:  # transformers' own error for this is a RuntimeError of an inner module
+    except Exception as exc:  # transformers raises a RuntimeError from an inner module
         raise BaseModelUnsupported(
             f"{config.model_type} has no single {name} for all its layers, which this engine needs"
         ) from exc

@@ -1,6 +1,6 @@
-"""`fused.cpp` in the place of the model's own normalisation and gated MLP: one pass each instead of ten and three.
+"""Replace the model's normalisation and gated MLP by `fused.cpp`: one pass instead of ten and three operations.
 
-A decode step of Gemma-3-270M makes 109 normalisations of few values: what they cost is torch's way to each operation.
+A decode step of Gemma-3-270M has 109 small normalisations, whose cost is the overhead of torch's operations.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class FusedKernel:
         self._gated = functions(library, "gated", c_void_p, c_void_p, c_int64, c_int32, c_void_p, c_int32)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, rounds_first: bool) -> Tensor:
-        """x / sqrt(mean(x²) + eps) · weight over the last dim. x (..., W), weight (W,) float32.
+        """Return x / sqrt(mean(x²) + eps) · weight over the last dim. x (..., W), weight (W,) float32.
 
-        `rounds_first`: the quotient is rounded to x's dtype before the product, as Llama's is.
+        `rounds_first`: round the quotient to x's dtype before the product, as Llama does.
         """
         x = x if _is_dense(x) else x.contiguous()
         y = torch.empty_like(x)
@@ -39,7 +39,7 @@ class FusedKernel:
         return y
 
     def gated(self, gate: Tensor, up: Tensor, *, is_silu: bool) -> Tensor:
-        """silu(gate) · up, or gelu(gate) · up in its tanh form. Same shapes and dtype, contiguous."""
+        """Return silu(gate) · up, or gelu(gate) · up in the tanh form. Equal shapes and dtypes, contiguous."""
         y = torch.empty_like(gate)
         pointers = gate.data_ptr(), up.data_ptr()
         self._gated[gate.dtype](*pointers, gate.numel(), is_silu, y.data_ptr(), torch.get_num_threads())
@@ -47,7 +47,7 @@ class FusedKernel:
 
 
 class FusedRmsNorm(nn.Module):
-    """A model's RMSNorm with `weight` (W,) float32 as it is multiplied with."""
+    """An RMSNorm. `weight` (W,) float32 is the final factor: for Gemma 1 + its parameter."""
 
     def __init__(self, kernel: FusedKernel, weight: Tensor, eps: float, rounds_first: bool) -> None:
         super().__init__()
@@ -71,16 +71,16 @@ class FusedMlp(nn.Module):
 
 
 def load_fused_kernel(cache_dir: Path) -> FusedKernel | None:
-    """The passes, compiled into `cache_dir` unless they are there; None where no compiler makes them."""
+    """Load the kernel, compiling it into `cache_dir` if needed. Return None, after a warning, if that fails."""
     library = load_library("fused", cache_dir)
     return None if library is None else FusedKernel(library)
 
 
 @torch.inference_mode()
 def fuse(model: nn.Module, kernel: FusedKernel) -> None:
-    """Replace, in place, every normalisation and MLP of `model` for which the passes compute what it computes.
+    """Replace, in place, every normalisation and MLP of `model` that the kernel computes with the same result.
 
-    That is found out by asking both: a model family's own variant of either stays as it is.
+    Both are run on random input and compared, so other variants of a model family stay as they are.
     """
     for name, module in list(model.named_modules()):
         fused = _fused_norm(module, kernel) or _fused_mlp(module, kernel)
@@ -111,20 +111,22 @@ def _fused_mlp(module: Any, kernel: FusedKernel) -> nn.Module | None:
     for is_silu in (False, True):
         fused = FusedMlp(kernel, module, is_silu)
         same_values = _agree(kernel.gated(gate, up, is_silu=is_silu), activation(gate) * up)
-        if same_values and _agree(fused(x), module(x), most_unequal=1.0):  # one rounding more or less: all sums differ
+        if same_values and _agree(
+            fused(x), module(x), most_unequal=1.0
+        ):  # a different rounding changes all sums slightly
             return fused
     return None
 
 
 def _probe(width: int, dtype: torch.dtype, *, count: int = 0) -> Tensor:
-    """(N, W), or `count` of them, of all magnitudes an activation has."""
+    """Return random input (N, W), or `count` of them, with the magnitudes of activations."""
     generator = torch.Generator().manual_seed(0)
     shape = (count, _PROBE_ROWS, width) if count else (_PROBE_ROWS, width)
     return (4 * torch.randn(shape, generator=generator)).to(dtype)
 
 
 def _agree(fused: Tensor, own: Tensor, *, most_unequal: float = 0.01) -> bool:
-    """Whether they are equal but for roundings: of a small share of the values, each by one unit or so."""
+    """Return whether both are equal up to rounding, which may change a small share of the values by about one unit."""
     fused, own = fused.float(), own.float()
     unequal = ~torch.isclose(fused, own, rtol=1e-5, atol=1e-6)
     is_close = torch.allclose(fused, own, rtol=0.01, atol=0.01 * float(own.abs().mean()))
@@ -132,5 +134,5 @@ def _agree(fused: Tensor, own: Tensor, *, most_unequal: float = 0.01) -> bool:
 
 
 def _is_dense(x: Tensor) -> bool:
-    """Whether x is rows of adjacent values one after the other, as (..., W) or as heads of the tokens, transposed."""
+    """Return whether x is contiguous in memory as (..., W), or as (tokens, heads) transposed to heads first."""
     return x.is_contiguous() or (x.dim() == 4 and x.transpose(1, 2).is_contiguous())

@@ -1,6 +1,6 @@
-"""The embedded default: Gemma-3-270M out of a Python package, converted once into a cache folder.
+"""Convert the packaged default model, Gemma-3-270M, once into a cache folder.
 
-The package holds 4-bit GGUF parts. They are dequantised to bfloat16 safetensors beside the tokenizer, then reused.
+The Python packages contain a 4-bit GGUF file in parts. It is dequantised to bfloat16 safetensors, which are reused.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ _CHECKSUMS = "SHA256SUMS"
 
 
 def packaged_folder(cache_dir: Path) -> Path:
-    """A folder transformers loads the packaged model from, its checksums verified.
+    """Return the folder with the converted model, after verifying its checksums.
 
-    The first call converts it (about a minute); processes that start together convert it once.
+    The first call converts the model, which takes about a minute. A lock lets concurrent processes convert it once.
+    Raises: BaseModelUnsupported if the Python packages are missing or damaged.
     """
     folder = cache_dir / PACKAGED_MODEL
     cache_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(cache_dir / f".{PACKAGED_MODEL}.lock"):
         if folder.exists() and not _is_whole(folder):
-            logger.warning("the cached model in %s fails its checksums; converting it again", folder)
+            logger.warning("the checksums of the cached model in %s do not match; converting it again", folder)
             shutil.rmtree(folder)
         if not folder.exists():
             _convert_into(folder)
@@ -46,7 +47,7 @@ def packaged_folder(cache_dir: Path) -> Path:
 
 
 def _convert_into(folder: Path) -> None:
-    """Convert beside `folder` and move it into place, so that a half conversion is never found."""
+    """Convert in a temporary folder and rename it, so that `folder` is never incomplete."""
     logger.info("converting %s into %s, once; this takes about a minute", PACKAGED_MODEL, folder)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{PACKAGED_MODEL}-") as scratch:
         gguf, target = Path(scratch, "model.gguf"), Path(scratch, "converted")
@@ -58,12 +59,12 @@ def _convert_into(folder: Path) -> None:
 
 
 def _assemble(gguf: Path) -> None:
-    """Join the parts. They are read as files: what their packages would run at import is another's code."""
+    """Join the parts. Read them as files: importing their packages would run third-party code."""
     try:
         parts = [importlib.metadata.distribution(package).locate_file(file) for package, file in _PARTS]
     except importlib.metadata.PackageNotFoundError as exc:
         raise BaseModelUnsupported(
-            f"base model {PACKAGED_MODEL!r} comes from a Python package that is not installed: "
+            f"base model {PACKAGED_MODEL!r} needs a Python package that is not installed; run "
             "pip install 'loraretriever[local]'"
         ) from exc
     with gguf.open("wb") as out:
@@ -71,11 +72,13 @@ def _assemble(gguf: Path) -> None:
             with Path(str(part)).open("rb") as source:
                 shutil.copyfileobj(source, out)
     if (found := _sha256(gguf)) != _GGUF_SHA256:
-        raise BaseModelUnsupported(f"the packaged weights of {PACKAGED_MODEL} hash to {found}, not to {_GGUF_SHA256}")
+        raise BaseModelUnsupported(
+            f"the packaged weights of {PACKAGED_MODEL} have SHA-256 {found}, not {_GGUF_SHA256}; reinstall them"
+        )
 
 
 def _convert(gguf: Path, target: Path) -> None:
-    """transformers calls a model read from GGUF quantised and will not save it, so the tensors move to a plain one."""
+    """Save the GGUF model as safetensors, by way of a plain model: transformers does not save one read from GGUF."""
     read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     config = read.config

@@ -1,18 +1,18 @@
-"""Base weights in the layout the processor multiplies, laid out once instead of at every step."""
+"""Pack base weights once into the layout that the processor multiplies, instead of at every step."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-_STEP_ROWS = 32  # oneDNN picks the layout by the number of rows it expects; any number may come
+_STEP_ROWS = 32  # oneDNN chooses the layout for this number of rows; other numbers work too
 
 
 class PackedLinear(nn.Module):
-    """A linear layer without its plain weight: `forward` gives what `nn.functional.linear` gives, bit for bit.
+    """A linear layer with a packed weight. `forward` equals `nn.functional.linear` bit for bit.
 
-    torch 2.13 lays a bfloat16 weight out anew at each product: a decode step of 32 rows spends a third of its time
-    on it. The operators are those TorchInductor freezes a model with.
+    torch 2.13 packs a bfloat16 weight again at each product, which takes a third of a decode step of 32 rows. The
+    operators are those that TorchInductor uses to freeze a model.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -27,7 +27,7 @@ class PackedLinear(nn.Module):
 
 
 def packed(linear: nn.Linear) -> nn.Module:
-    """The layer with its weight packed, where that is known to pay; else the layer itself."""
+    """Return the layer with a packed weight if that is known to be faster, else the layer itself."""
     weight = linear.weight
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
         return linear

@@ -1,4 +1,4 @@
-"""Rotary embeddings whose frequencies depend on the length of the sequence, made constant."""
+"""Fix the frequencies of rotary embeddings that depend on the length of the sequence."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ _LONGROPE = "longrope"
 
 
 def pin_longrope(model: nn.Module, max_len: int) -> None:
-    """Give every `longrope` embedding of `model` one set of factors: short where no row outgrows the original length.
+    """Give every `longrope` embedding one set of factors: short if `max_len` is within the original length, else long.
 
-    transformers chooses the short or the long factors by the largest position of a forward pass. A pass here holds
-    rows of many requests, so one long row would change the answers of all others, and a row that grows beyond the
-    original length would read keys that were rotated by the other set.
-    `max_len`: tokens of the longest row. Raises: BaseModelUnsupported for layouts that this function does not know.
-    Source: LongRoPE (ICML 2024), section 3.3; one set for all lengths, as vLLM does it.
+    transformers chooses the short or the long factors by the largest position in a forward pass. Here a pass has rows
+    of many requests, so one long row would change all other answers, and a row that grows beyond the original length
+    would read keys rotated with the other factors.
+    `max_len`: tokens of the longest row. Raises: BaseModelUnsupported for unknown layouts.
+    Source: LongRoPE (ICML 2024), section 3.3; one set for all lengths, like vLLM.
     """
     for module in model.modules():
         if getattr(module, "rope_type", None) == _LONGROPE:
             _pin(module, max_len)
         elif _is_longrope_by_layer(module):
-            raise BaseModelUnsupported("longrope embeddings that differ between kinds of layers are not served")
+            raise BaseModelUnsupported("longrope embeddings that differ between kinds of layers are not supported")
 
 
 def _pin(module: Any, max_len: int) -> None:
-    """Store the chosen set in the places of both."""
+    """Store the chosen factors in both places."""
     parameters = module.config.rope_parameters
     original_len = parameters["original_max_position_embeddings"]
     is_long = max_len > original_len
@@ -37,7 +37,7 @@ def _pin(module: Any, max_len: int) -> None:
     inv_freq, _ = ROPE_INIT_FUNCTIONS[_LONGROPE](module.config, module.inv_freq.device, seq_len=seq_len)
     module.inv_freq.copy_(inv_freq)
     module.original_inv_freq = module.long_inv_freq = inv_freq
-    if "short_mscale" in parameters:  # Phi-3.5-MoE scales cosine and sine by length too
+    if "short_mscale" in parameters:  # Phi-3.5-MoE also scales cosine and sine by length
         scale = parameters["long_mscale" if is_long else "short_mscale"]
         parameters["short_mscale"] = parameters["long_mscale"] = scale
 

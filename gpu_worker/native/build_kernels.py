@@ -1,7 +1,6 @@
-"""Build all kernels for every processor of this machine's kind: `python -m gpu_worker.native.build_kernels --out DIR`.
+"""Build all kernels for every variant of this machine: `python -m gpu_worker.native.build_kernels --out DIR`.
 
-The image's build stage runs it; DIR becomes `gpu_worker/native/prebuilt` of the package. It needs a C++ compiler and
-nothing else.
+The image's build stage runs this command and copies DIR to `gpu_worker/native/prebuilt`. It needs only a C++ compiler.
 """
 
 from __future__ import annotations
@@ -17,25 +16,25 @@ from gpu_worker.native.kernel_variants import VARIANTS, Variant
 
 
 def prebuilt_path(folder: Path, variant: Variant, name: str) -> Path:
-    """Return where the library of a kernel for a variant is kept below `folder`."""
+    """Return the path below `folder` of a kernel's library for a variant."""
     return folder / variant.name / file_name(name, *variant.options)
 
 
 def build(folder: Path, machine: str, compiler: Compiler) -> list[Path]:
     """Build every kernel for every variant of `machine` and return the libraries.
 
-    Raises: KernelUnavailable where the compiler fails, or no variant is of this machine.
+    Raises: KernelUnavailable if the compiler fails or no variant matches the machine.
     """
     variants = [variant for variant in VARIANTS if variant.machine == machine]
     if not variants:
         known = ", ".join(sorted({variant.machine for variant in VARIANTS}))
-        raise KernelUnavailable(f"no kernels are built ahead of time for {machine}, only for {known}")
+        raise KernelUnavailable(f"no prebuilt kernels for machine '{machine}'; supported: {known}")
     built = []
     for variant in variants:
         for name in kernel_names():
             library = prebuilt_path(folder, variant, name)
             library.parent.mkdir(parents=True, exist_ok=True)
-            library.parent.chmod(0o755)  # whatever the umask: no library is loaded from a folder that others can write
+            library.parent.chmod(0o755)  # independent of the umask: libraries in folders writable by others are refused
             compiler.compile(source_of(name), variant.options, library)
             built.append(library)
     return built

@@ -1,4 +1,4 @@
-// Keys and values written to their regions, and attention of single tokens over them: each row reads what it holds.
+// Write keys and values to their regions, and compute the attention of single tokens over them.
 //
 // Dims: N tokens of a step, R rows, H heads of keys, Q of queries, T tokens of a row, D head size.
 #include <algorithm>
@@ -9,20 +9,20 @@
 
 #include "vectors.h"
 
-extern "C" struct Cache {  // one layer's keys, and values of the same strides (in values, not bytes)
+extern "C" struct Cache {  // keys and values of one layer, with equal strides in elements
   void* keys;
   void* values;
   int64_t row_stride, head_stride, num_heads, head_dim;
 };
 
-extern "C" struct Heads {  // (heads, N, D), D adjacent
+extern "C" struct Heads {  // (heads, N, D), D contiguous
   const void* data;
   int64_t head_stride, token_stride;
 };
 
-extern "C" struct Decodes {  // single tokens: their place in the step, their row, and what it holds with them
+extern "C" struct Decodes {  // single tokens: index in the step, row, and length of the row including the token
   const int64_t *tokens, *rows, *lengths;
-  int64_t num, num_query_heads, window;  // window 0: all
+  int64_t num, num_query_heads, window;  // window 0: no window
   float scaling;
   int32_t num_threads;
 };
@@ -65,7 +65,7 @@ void gather(const float* const* weights, const E* values, int64_t num, int64_t d
     }
 }
 
-// scores <- e^(scale (score - the largest)); their sum
+// Replaces scores by e^(scale (score - largest)) and returns their sum.
 float exponentials(float* scores, int64_t num, float scale) {
   float highest = scores[0], total = 0;
   for (int64_t t = 1; t < num; ++t) highest = std::max(highest, scores[t]);
@@ -76,7 +76,7 @@ float exponentials(float* scores, int64_t num, float scale) {
   return total;
 }
 
-// one token's query heads g, ... g + G, which share a head of keys
+// Query heads g to g + G - 1 of one token, which share a key head.
 template <int G, class E>
 void attend_heads(const E* q, int64_t q_stride, const E* keys, const E* values, int64_t num, int64_t dim, float scale,
                   E* out, std::vector<float>& scratch) {
@@ -130,7 +130,7 @@ void attend(const Decodes& d, const Heads& query, const Cache& cache, E* out) {
 
 extern "C" {
 
-// keys and values (H, N, D) to their tokens' rows (N,) and positions (N,)
+// Copies keys and values (H, N, D) to rows (N,) and positions (N,).
 void write_kv_bf16(const Heads* key, const Heads* value, const int64_t* rows, const int64_t* positions, int64_t num,
                    const Cache* cache, int32_t num_threads) {
   write<bf16>(*key, rows, positions, num, *cache, cache->keys, num_threads);
@@ -143,7 +143,7 @@ void write_kv_f32(const Heads* key, const Heads* value, const int64_t* rows, con
   write<float>(*value, rows, positions, num, *cache, cache->values, num_threads);
 }
 
-// out (N, Q, D) at the decodes' tokens <- softmax(scaling query . keys) values
+// Sets out (N, Q, D) at the tokens of `decodes` to softmax(scaling query . keys) values.
 void attend_bf16(const Decodes* decodes, const Heads* query, const Cache* cache, void* out) {
   attend(*decodes, *query, *cache, static_cast<bf16*>(out));
 }

@@ -1,6 +1,6 @@
-// Passes over activations that torch makes operation by operation, each made at once: normalisation, gated activation.
+// Fused passes over activations: normalisation and gated activation, which torch computes in several operations.
 //
-// Dims: N rows of `width` adjacent values. All arithmetic is float32; what torch rounds in between is rounded here too.
+// Dims: N rows of `width` contiguous values. Arithmetic is float32; intermediate values that torch rounds are rounded.
 #include <cmath>
 #include <cstdint>
 
@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr int64_t kAlone = 32 * 1024;  // values that one thread is done with before others have begun
+constexpr int64_t kAlone = 32 * 1024;  // up to so many values one thread is faster than a team
 
 template <class E>
 f32x16 rounded(f32x16 v) {
@@ -17,7 +17,7 @@ f32x16 rounded(f32x16 v) {
   return load(values);
 }
 
-// y = x / sqrt(mean(x^2) + eps), times weight; `rounds_first`: rounded to E before that product
+// y = x / sqrt(mean(x^2) + eps) * weight; `rounds_first`: round the quotient to E before the product
 template <class E>
 void rms_norm_row(const E* x, const float* weight, int64_t width, float eps, bool rounds_first, E* y) {
   f32x16 squares = {};
@@ -61,7 +61,7 @@ void gated(const E* gate, const E* up, int64_t num_values, bool is_silu, E* y, i
 
 extern "C" {
 
-// y (N, width) <- x / rms(x) * weight. weight (width,) float32.
+// Sets y (N, width) to x / rms(x) * weight. weight (width,) is float32.
 void rms_norm_bf16(const void* x, const float* weight, int64_t num_rows, int64_t width, float eps, int32_t rounds_first,
                    void* y, int32_t num_threads) {
   rms_norm(static_cast<const bf16*>(x), weight, num_rows, width, eps, rounds_first, static_cast<bf16*>(y), num_threads);
@@ -73,7 +73,7 @@ void rms_norm_f32(const void* x, const float* weight, int64_t num_rows, int64_t 
            num_threads);
 }
 
-// y <- activation(gate) * up, value by value
+// Sets y to activation(gate) * up, elementwise.
 void gated_bf16(const void* gate, const void* up, int64_t num_values, int32_t is_silu, void* y, int32_t num_threads) {
   gated(static_cast<const bf16*>(gate), static_cast<const bf16*>(up), num_values, is_silu, static_cast<bf16*>(y),
         num_threads);

@@ -1,7 +1,7 @@
-// The two LoRA products of a step, adapter by adapter: each adapter's rows are read once, for the tokens that have it.
+// The two LoRA products of a step, adapter by adapter: each adapter's rows are read once for all tokens that use it.
 //
-// Dims: N tokens, S adapters, I in, O out, M modules that read one input. A pair is one token with one of its adapters.
-// Values of adapters that a token's plan lacks are never read for it.
+// Dims: N tokens, S adapters, I in, O out, M modules that read one input. A pair is a token and one of its adapters.
+// Adapters outside a token's plan are never read for it.
 #include <algorithm>
 #include <cstdint>
 #include <vector>
@@ -14,26 +14,26 @@
 
 namespace {
 
-constexpr int64_t kBlock = 2 * kLanes;     // columns of y added to at once
-constexpr int64_t kHeldValues = 8 * 1024;  // of y that one task holds in float32: they stay in its core's cache
+constexpr int64_t kBlock = 2 * kLanes;     // columns of y per block
+constexpr int64_t kHeldValues = 8 * 1024;  // float32 values of y per task, which fit the core's cache
 
 }  // namespace
 
 extern "C" struct Pairs {
-  int32_t num_adapters, num_slots;  // a slot is a token that has adapters
-  int64_t h_len;                    // values of h for one module: a pair has as many as its adapter's rank
-  const int32_t* slot_tokens;       // (slots,) the token of a slot
+  int32_t num_adapters, num_slots;  // a slot is a token with adapters
+  int64_t h_len;                    // values of h per module: a pair has as many as its adapter's rank
+  const int32_t* slot_tokens;       // (slots,) token of each slot
   const int32_t* pair_starts;       // (S + 1,) pairs of adapter s
   const int32_t* pair_slots;        // (pairs,)
   const float* pair_weights;        // (pairs,) m_bs
   const int32_t* rank_starts;       // (S + 1,) rank rows of adapter s, by rank index
-  const int32_t* rank_rows;         // bank row of each
+  const int32_t* rank_rows;         // bank row of each rank row
   const int64_t* h_starts;          // (S + 1,)
   const uint8_t* fusion;            // (slots,) or null
   int32_t max_rank, num_threads;
 };
 
-extern "C" struct Inputs {  // what M modules read, and their A parts
+extern "C" struct Inputs {  // the input of M modules, and their A matrices
   const void* x;  // (N, I)
   int64_t width;  // I
   const void* a;  // rank row p of module m is row p M + m of (., I)
@@ -43,7 +43,7 @@ extern "C" struct Inputs {  // what M modules read, and their A parts
 namespace {
 
 #ifdef __AVX512BF16__
-// 32 products at once, two a lane
+// 32 products at once, two per lane
 template <int T, int R>
 void dots(const bf16* const* x, const bf16* const* a, int64_t width, float out[T][R]) {
   __m512 acc[T][R] = {};
@@ -77,7 +77,7 @@ void dots(const E* const* x, const E* const* a, int64_t width, float out[T][R]) 
     for (int r = 0; r < R; ++r) out[t][r] = sum(acc[t][r]);
 }
 
-// h of one adapter in one module: m_bs (x . A_s)
+// Computes h of one adapter in one module: m_bs (x . A_s).
 template <class E>
 void shrink_adapter(const Pairs& p, int s, const E* x, int64_t width, const E* a, int64_t stride, float* h) {
   constexpr int T = 4, R = 4;
@@ -104,7 +104,7 @@ void shrink_adapter(const Pairs& p, int s, const E* x, int64_t width, const E* a
   }
 }
 
-// fusion: u = sum_s m_bs h_s by rank index; h_s <- m_bs u. h holds m_bs h_s already.
+// Fusion: u = sum_s m_bs h_s by rank index; h_s <- m_bs u. On entry h is m_bs h_s.
 void fuse(const Pairs& p, float* h) {
   std::vector<float> u(int64_t(p.num_slots) * p.max_rank);
   for (const bool is_second : {false, true})
@@ -126,7 +126,7 @@ void fuse(const Pairs& p, float* h) {
     }
 }
 
-// Called by every thread of a team. h (M, h_len) is whole when it returns.
+// Called by every thread of a team. h (M, h_len) is complete on return.
 template <class E>
 void shrink(const Pairs& p, const Inputs& in, float* h) {
   const E* x = static_cast<const E*>(in.x);
@@ -141,7 +141,7 @@ void shrink(const Pairs& p, const Inputs& in, float* h) {
   for (int m = 0; m < in.num_modules; ++m) fuse(p, h + m * p.h_len);
 }
 
-// acc[t] += sum_r h[t][r] bt[r] over `left` columns. acc is padded to whole blocks.
+// Adds sum_r h[t][r] bt[r] to acc[t] over `left` columns. acc is padded to whole blocks.
 template <int T, class E>
 void add_rows(float* const* acc, const float* const* h, int rank, const int32_t* rows, const E* bt, int64_t stride,
               int64_t left) {
@@ -163,8 +163,8 @@ void add_to(E* y, const float* acc, int64_t left) {
 }
 
 #ifdef __AVX512BF16__
-// Two rank rows at once, h rounded to bf16. Within a block acc lies as the interleaved rows do: columns 0-3, 8-11, 16-19,
-// 24-27, then the others; add_to puts them in order.
+// Two rank rows at once, with h rounded to bf16. Within a block acc has the order of the interleaved rows: columns 0-3,
+// 8-11, 16-19, 24-27, then the others; add_to restores the order.
 template <int T>
 void add_rows(float* const* acc, const float* const* h, int rank, const int32_t* rows, const bf16* bt, int64_t stride,
               int64_t left) {
@@ -219,7 +219,7 @@ void add_to(bf16* y, const float* acc, int64_t left) {
 }
 #endif
 
-// y[:, first : first + width] of all slots, by way of acc (slots, width); width is a number of blocks
+// Adds to y[:, first : first + width] of all slots, through acc (slots, width); width is a multiple of kBlock.
 template <class E>
 void expand_columns(const Pairs& p, const float* h, const E* bt, int64_t stride, int64_t first, int64_t width, E* y,
                     std::vector<float>& acc) {
@@ -272,7 +272,7 @@ void add(const Pairs& p, const Inputs* in, float* h, int64_t module, const void*
 
 extern "C" {
 
-// y (N, O) += h B of one module, bt (., O). Given `in`, h (M, h_len) float32 <- compose(A x) first.
+// Adds h B of one module to y (N, O); bt (., O). Given `in`, first sets h (M, h_len) float32 to compose(A x).
 void add_bf16(const Pairs* p, const Inputs* in, float* h, int64_t module, const void* bt, int64_t num_out, void* y) {
   add<bf16>(*p, in, h, module, bt, num_out, y);
 }

@@ -1,8 +1,8 @@
 """Compile the C++ sources of this package into libraries of plain functions.
 
-They take plain pointers, so that they are built in seconds without torch's headers. They are linked with no OpenMP
-runtime: at load they find the one that torch has loaded, whatever its file is called (`native.py`).
-Imports nothing but the standard library: the image's build stage has no torch.
+The functions take plain pointers, so they build in seconds without torch's headers. They link no OpenMP runtime: at
+load they resolve to the one that torch has loaded (`kernel_loading.py`).
+Imports only the standard library, because the image's build stage has no torch.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-LIMIT_S = 120.0  # of one compiler call, which takes about a second
+LIMIT_S = 120.0  # timeout of one compiler call, which takes about a second
 _OPTIONS = ("-O3", "-std=c++17", "-fopenmp", "-fPIC", "-Wno-psabi")
 _COMPILERS = ("c++", "g++", "clang++")
 
 
 class KernelUnavailable(Exception):
-    """A compiled kernel cannot be had; the message says why."""
+    """A compiled kernel is not available; the message gives the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Compiler:
-    """A C++ compiler: the words that call it, and options that are added to every call."""
+    """A C++ compiler: its command line, and the options added to every call."""
 
     command: tuple[str, ...]
     options: tuple[str, ...] = ()
@@ -44,17 +44,19 @@ class Compiler:
             if path := shutil.which(name, path=environment.get("PATH")):
                 return cls((path, *words), options)
         names = " ".join(chosen) or ", ".join(_COMPILERS)
-        raise KernelUnavailable(f"no C++ compiler was found ({names}); install one (Debian package g++) or set CXX")
+        raise KernelUnavailable(f"no C++ compiler found ({names}); install one (Debian package g++) or set CXX")
 
     def compile(self, source: Path, options: Sequence[str], library: Path, limit_s: float = LIMIT_S) -> None:
-        """Build `library` from `source`. It appears whole or not at all.
+        """Build `library` from `source` atomically.
 
-        Raises: KernelUnavailable where the compiler fails or takes longer than `limit_s`.
+        Raises: KernelUnavailable if the compiler fails or takes longer than `limit_s`.
         """
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
             parts, made = Path(scratch, "parts.o"), Path(scratch, library.name)
             self._run(*_OPTIONS, *options, "-c", str(source), "-o", str(parts), limit_s=limit_s)
-            self._run("-shared", str(parts), "-o", str(made), limit_s=limit_s)  # without -fopenmp: no runtime is linked
+            self._run(
+                "-shared", str(parts), "-o", str(made), limit_s=limit_s
+            )  # without -fopenmp, so no runtime is linked
             made.chmod(0o644)
             made.rename(library)
 
@@ -69,7 +71,7 @@ class Compiler:
 
 
 def kernel_names() -> list[str]:
-    """Return the names of all kernels, one for each source."""
+    """Return the names of all kernels, one per source file."""
     return sorted(path.stem for path in FOLDER.glob("*.cpp"))
 
 
@@ -78,7 +80,7 @@ def source_of(name: str) -> Path:
 
 
 def file_name(name: str, *parts: str) -> str:
-    """Return a library's name: it contains a digest of its sources, its options and `parts`."""
+    """Return the library's file name, which has a digest of its sources, its options and `parts`."""
     sources = [path.read_text(encoding="utf-8") for path in (source_of(name), *sorted(FOLDER.glob("*.h")))]
     digest = hashlib.sha256("\0".join((*sources, *_OPTIONS, *parts)).encode()).hexdigest()
     return f"{name}-{digest[:16]}.so"

@@ -1,6 +1,6 @@
-"""Load the compiled kernels: those built ahead of time for this kind of processor, or compiled now for this very one.
+"""Load the compiled kernels: a prebuilt library for this kind of processor, or one compiled for this processor.
 
-The kernels are optional: whatever goes wrong with one is logged as a warning, and torch does its work more slowly.
+The kernels are optional. If one fails to load, a warning is logged and torch computes the same more slowly.
 """
 
 from __future__ import annotations
@@ -34,15 +34,14 @@ logger = logging.getLogger(__name__)
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 PREBUILT = FOLDER / "prebuilt"
 _NATIVE = ("-march=native",)
-_LOCK_S = 4 * LIMIT_S  # another process compiles the same kernel
+_LOCK_S = 4 * LIMIT_S  # wait for another process that compiles the same kernel
 
 
 def load_library(name: str, cache_dir: Path) -> ctypes.CDLL | None:
-    """Return the library of `<name>.cpp`: the first existing one that loads here, or one compiled into `cache_dir`.
+    """Return the library of `<name>.cpp`: the first existing one that loads, or a new one compiled into `cache_dir`.
 
-    A library that exists needs neither a compiler nor a folder that can be written. Log a warning for every file that
-    is refused, as one that another user could have written. Return None, after a warning, where nothing is left to
-    load: no compiler, or a folder that cannot be used.
+    An existing library needs neither a compiler nor a writable folder. Log a warning for every refused file, for
+    example one that another user could have written. Return None, after a warning, if no library can be loaded.
     """
     try:
         share_openmp()
@@ -54,19 +53,19 @@ def load_library(name: str, cache_dir: Path) -> ctypes.CDLL | None:
         _compile(name, compiled, replace=compiled in existing)
         return _open(compiled)
     except (KernelUnavailable, OSError, Timeout) as exc:
-        logger.warning("the kernel %s is off, and torch does its work more slowly: %s", name, exc)
+        logger.warning("kernel %s is disabled, torch computes it more slowly: %s", name, exc)
         return None
 
 
 def num_missing_kernels(config: WorkerConfig) -> int:
-    """Return how many of the kernels a worker with these settings runs without; none are meant to run on a GPU."""
+    """Return the number of CPU kernels that are not available. A GPU worker needs none."""
     if config.device != "cpu":
         return 0
     return sum(load_library(name, config.cache_dir) is None for name in kernel_names())
 
 
 def functions(library: ctypes.CDLL, name: str, *argtypes: type) -> dict[torch.dtype, Callable[..., None]]:
-    """Return `<name>_<suffix>` for every dtype; the functions return nothing."""
+    """Return the functions `<name>_<suffix>` by dtype. They return nothing."""
     found = {dtype: getattr(library, f"{name}_{suffix}") for dtype, suffix in SUFFIXES.items()}
     for function in found.values():
         function.argtypes, function.restype = argtypes, None
@@ -74,61 +73,63 @@ def functions(library: ctypes.CDLL, name: str, *argtypes: type) -> dict[torch.dt
 
 
 def share_openmp() -> None:
-    """Let kernels find the OpenMP runtime that torch has loaded, which no other library may double.
+    """Make torch's OpenMP runtime visible to the kernels, so that the process has only one.
 
-    Two runtimes would each keep threads of their own on the same cores. torch's file has a plain name in one wheel and
-    a hashed one in another, so a kernel linked with `libgomp.so.1` could bring the system's copy along. A kernel that
-    was compiled for a runtime of another kind (clang's, beside torch with GNU's) finds no functions and does not load.
-    Raises: KernelUnavailable where torch has no such runtime.
+    Two runtimes would run two thread teams on the same cores. The name of torch's file differs between wheels, so a
+    kernel linked with `libgomp.so.1` could load the system's copy too. A kernel compiled for another runtime (clang's
+    with a torch that uses GNU's) finds no functions and fails to load.
+    Raises: KernelUnavailable if torch's runtime cannot be identified.
     """
     runtimes = [Path(found["filepath"]) for found in threadpool_info() if found["user_api"] == "openmp"]
     package = Path(torch.__file__).resolve().parent
     folders = (package, package.with_name("torch.libs"))
     own = [path for path in runtimes if any(path.resolve().is_relative_to(folder) for folder in folders)]
     if not own and len(runtimes) != 1:
-        raise KernelUnavailable(f"torch's OpenMP runtime cannot be identified among: {runtimes or 'none is loaded'}")
+        raise KernelUnavailable(f"cannot identify torch's OpenMP runtime among the loaded ones: {runtimes or 'none'}")
     ctypes.CDLL(str((own or runtimes)[0]), mode=ctypes.RTLD_GLOBAL)
 
 
 def check_trusted(library: Path, user: int) -> None:
-    """Raise KernelUnavailable where anyone but `user` and root could have written the file or its folder."""
+    """Raise KernelUnavailable if anyone except `user` and root could have written the file or its folder."""
     for path in (library.parent, library):
         found = path.stat()
         if found.st_uid not in (0, user):
-            raise KernelUnavailable(f"{path} belongs to user {found.st_uid}, and code of others is not loaded")
+            raise KernelUnavailable(
+                f"{path} is owned by user {found.st_uid}; only code of this user and of root is loaded"
+            )
         if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise KernelUnavailable(f"{path} can be written by other users; take that right away (chmod go-w)")
+            raise KernelUnavailable(f"{path} is writable by other users; run chmod go-w on it")
 
 
 def _prebuilt(name: str, processor: Processor) -> list[Path]:
-    """Return where libraries built ahead of time for such a processor would be, the fastest first."""
-    if os.environ.get("CXXFLAGS"):  # options of one's own ask for a build of one's own
+    """Return the paths of prebuilt libraries that fit the processor, the fastest first. They may not exist."""
+    if os.environ.get("CXXFLAGS"):  # the user's options require a new build
         return []
     return [prebuilt_path(PREBUILT, variant, name) for variant in processor.fitting()]
 
 
 def _first_that_loads(name: str, libraries: Iterable[Path]) -> ctypes.CDLL | None:
-    """Return the first library that loads, and log a warning for each one before it."""
+    """Return the first library that loads. Log a warning for each one that does not."""
     for library in libraries:
         try:
             return _open(library)
         except (KernelUnavailable, OSError) as exc:
-            logger.warning("the kernel %s is not loaded from %s: %s", name, library, exc)
+            logger.warning("cannot load kernel %s from %s: %s", name, library, exc)
     return None
 
 
 def _compiled_name(name: str, processor: Processor, environment: Mapping[str, str]) -> str:
-    """Return the file name of the library compiled for this very processor with this choice of compiler and options.
+    """Return the file name of the library for this processor, compiler choice and options.
 
-    No version of the compiler is part of it: the file can be found where there is no compiler, and a newer compiler
-    makes the same functions of the same sources.
+    The name does not include the compiler's version, so the file is found on machines without a compiler. A newer
+    compiler makes the same functions from the same sources.
     """
     chosen = [f"{variable}={environment.get(variable, '')}" for variable in ("CXX", "CXXFLAGS")]
     return file_name(name, *_NATIVE, *chosen, processor.description)
 
 
 def _compile(name: str, library: Path, *, replace: bool) -> None:
-    """Compile the library, unless another process did meanwhile. `replace`: the file there is refused.
+    """Compile the library unless another process has done so. `replace`: the existing file was refused.
 
     Raises: KernelUnavailable, OSError, Timeout.
     """
@@ -140,7 +141,7 @@ def _compile(name: str, library: Path, *, replace: bool) -> None:
 
 
 def _private(folder: Path) -> None:
-    """Create the folder for this user alone, and take others' right to write from one that this user has made."""
+    """Create the folder for this user only. Remove write access of others from an existing folder of this user."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = folder.stat()
     if found.st_uid == os.geteuid() and found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):

@@ -1,6 +1,6 @@
-"""The processors that kernels are built for ahead of time, and how a start chooses among them.
+"""The processor variants of prebuilt kernels, and the choice among them at start.
 
-Imports nothing but the standard library: the image's build stage has no torch.
+Imports only the standard library, because the image's build stage has no torch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One kind of processor. `needs`: flags of /proc/cpuinfo; `options`: of the compiler."""
+    """One kind of processor. `needs`: required flags of /proc/cpuinfo; `options`: compiler options."""
 
     name: str
     machine: str  # as `platform.machine()` names it
@@ -33,19 +33,19 @@ VARIANTS = (  # the fastest first
 
 @dataclass(frozen=True, slots=True)
 class Processor:
-    """What a start knows of the processor it runs on."""
+    """The processor of this machine."""
 
     machine: str
     flags: frozenset[str]
-    description: str  # differs between processors that need different native code
+    description: str  # differs for processors that need different native code
 
     def fitting(self) -> list[Variant]:
-        """Return the variants that run here, the fastest first."""
+        """Return the variants that this processor can run, the fastest first."""
         return [variant for variant in VARIANTS if variant.machine == self.machine and variant.needs <= self.flags]
 
 
 def this_processor(cpuinfo: str | None = None, machine: str | None = None) -> Processor:
-    """Read the processor from the text of /proc/cpuinfo."""
+    """Parse the text of /proc/cpuinfo. `cpuinfo`, `machine`: None reads them from this machine."""
     if cpuinfo is None:
         cpuinfo = _CPUINFO.read_text() if _CPUINFO.exists() else ""
     lines = [line for line in cpuinfo.splitlines() if line.startswith(("model name", "flags", "Features", "CPU part"))]

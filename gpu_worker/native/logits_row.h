@@ -1,8 +1,8 @@
-// Rows of logits: their largest, the ids that reach a bound, and masses e^((logit - largest) / temperature).
+// A row of logits: its largest, the ids that reach a bound, and masses e^((logit - largest) / temperature).
 //
-// A row has V adjacent logits of type E. It is read in blocks of kBlock ids. Lane l of a block's vectors is a "column"
-// of kBlock / kLanes ids, and the row's peaks are the largest logits of its columns. Whatever is among the k largest
-// logits is at least as large as the k-th largest peak, so only columns that reach it are searched.
+// A row has V contiguous logits of type E, read in blocks of kBlock ids. A lane of a block's vectors is a "column"
+// of kBlock / kLanes ids, and the peaks are the largest logits of the columns. Each of the k largest logits is at least
+// as large as the k-th largest peak, so only columns whose peak reaches it are searched.
 #pragma once
 
 #include <algorithm>
@@ -18,9 +18,9 @@
 namespace {
 
 constexpr int64_t kBlock = 2048;
-constexpr int kChains = 4;             // independent accumulators, so that one addition need not wait for the last
+constexpr int kChains = 4;             // independent accumulators, so that operations do not wait for each other
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kLeastExponent = -87;  // e^x below it is counted as 0
+constexpr float kLeastExponent = -87;  // e^x below it counts as 0
 
 using i32x16 = int32_t __attribute__((vector_size(64)));
 using u64x8 = uint64_t __attribute__((vector_size(64)));
@@ -35,7 +35,7 @@ bool ranks_before(const Candidate& a, const Candidate& b) {
 }
 
 template <class E>
-f32x16 load_or(const E* p, int64_t n, float rest) {  // lanes past n hold `rest`
+f32x16 load_or(const E* p, int64_t n, float rest) {  // lanes from n on are set to `rest`
   f32x16 v = load_part(p, n);
   for (int64_t lane = std::max<int64_t>(n, 0); lane < kLanes; ++lane) v[lane] = rest;
   return v;
@@ -56,7 +56,7 @@ inline double sum_exactly(f32x16 v) {
   return total;
 }
 
-// One row, and the largest of its logits.
+// One row and its largest logit.
 template <class E>
 class Row {
  public:
@@ -79,9 +79,9 @@ class Row {
   const E* logits() const { return logits_; }
   int64_t size() const { return size_; }
   float largest() const { return largest_; }
-  bool is_sound() const { return is_sound_; }  // no NaN, no +inf, and not -inf only
+  bool is_sound() const { return is_sound_; }  // no NaN, no +inf, and not only -inf
 
-  // A logit that at least `count` ids reach; -inf where there are fewer columns than `count`.
+  // Returns a logit that at least `count` ids reach; -inf if there are fewer than `count` columns.
   float bound_of(int64_t count) const {
     if (count > static_cast<int64_t>(peaks_.size())) return -kInfinity;
     if (count == 1) return largest_;
@@ -90,7 +90,7 @@ class Row {
     return peaks[count - 1];
   }
 
-  // All ids whose logit is `bound` or more, in no order.
+  // Returns all ids with a logit >= `bound`, unordered.
   std::vector<Candidate> reaching(float bound) const {
     std::vector<Candidate> found;
     for (size_t column = 0; column < peaks_.size(); ++column) {
@@ -142,26 +142,26 @@ class Row {
   bool is_sound_ = false;
 };
 
-// What turns a row's logits into masses.
+// The conversion of a row's logits to masses.
 struct Scale {
   float largest, inverse_temperature, least_exponent;
 
   f32x16 exponents(f32x16 logits) const { return (logits - largest) * inverse_temperature; }
 
-  f32x16 masses(f32x16 logits) const {  // 0 below the least exponent, NaN included
+  f32x16 masses(f32x16 logits) const {  // 0 below the least exponent and for NaN
     const f32x16 exponent = exponents(logits);
     return exponent >= least_exponent ? exp(exponent) : f32x16{};
   }
 };
 
 template <class E, class Take>
-void for_each_vector(const Row<E>& row, int64_t start, int64_t end, Take take) {  // take(first id, how many, logits)
+void for_each_vector(const Row<E>& row, int64_t start, int64_t end, Take take) {  // take(first id, count, logits)
   int64_t id = start;
   for (; id + kLanes <= end; id += kLanes) take(id, kLanes, load(row.logits() + id));
   if (id < end) take(id, static_cast<int>(end - id), load_or(row.logits() + id, end - id, -kInfinity));
 }
 
-// Mass of every block.
+// Returns the mass of every block.
 template <class E>
 std::vector<double> masses_of_blocks(const Row<E>& row, const Scale& scale) {
   std::vector<double> found;

@@ -1,16 +1,16 @@
-// Chooses the next token of rows of logits, and scores tokens, in a few passes over the vocabulary.
+// Choose the next tokens of rows of logits, and score tokens, in a few passes over the vocabulary.
 //
-// Ids are ranked by logit, the largest first, equal ones by id. An id is drawn where the cumulative mass first exceeds
-// the row's uniform number times all of it: in the order of ids, or in the order of ranks where top_k or top_p cuts.
+// Ids are ranked by descending logit, then by id. The drawn id is the first whose cumulative mass exceeds the row's
+// uniform number times the total: in id order, or in rank order if top_k or top_p applies.
 #include <utility>
 
 #include "logits_row.h"
 
 namespace {
 
-constexpr int64_t kFewCandidates = 64;  // sorted at once
-constexpr int64_t kFew = 1024;          // top_k whose candidates are collected; more are counted
-constexpr int64_t kFewInShare = 8192;   // the same of top_p's
+constexpr int64_t kFewCandidates = 64;  // sort at most so many at once
+constexpr int64_t kFew = 1024;          // largest top_k whose candidates are collected; larger ones use Ranking
+constexpr int64_t kFewInShare = 8192;   // the same for top_p
 
 struct Draw {
   int64_t row, top_k;  // top_k 0: all ids
@@ -22,7 +22,7 @@ struct Wanted {
   int64_t row, token, count;
 };
 
-// The first id whose cumulative mass, in the order of ids, exceeds `threshold`.
+// Returns the first id whose cumulative mass, in id order, exceeds `threshold`.
 template <class E>
 int64_t draw_by_id(const Row<E>& row, const Scale& scale, double uniform) {
   const std::vector<double> masses = masses_of_blocks(row, scale);
@@ -33,7 +33,7 @@ int64_t draw_by_id(const Row<E>& row, const Scale& scale, double uniform) {
     if (masses[block] > 0) last = block;
     held += masses[block];
   }
-  if (block == masses.size()) block = last;  // rounding: the last id that has any mass
+  if (block == masses.size()) block = last;  // rounding: use the last block with mass
   const int64_t end = std::min<int64_t>((block + 1) * kBlock, row.size());
   int64_t found = 0;
   for (int64_t start = block * kBlock; start < end; start += kLanes) {
@@ -48,8 +48,8 @@ int64_t draw_by_id(const Row<E>& row, const Scale& scale, double uniform) {
   return found;
 }
 
-// Reorders [begin, end) as far as needed, and returns the first place in the order of ranks up to which `held` and the
-// mass reach `target`, or exceed it where `is_strict`. `held` grows by the mass up to and with that place.
+// Partially sorts [begin, end). Returns the first place, in rank order, where `held` plus the cumulative mass reaches
+// `target` (exceeds it if `is_strict`). Adds the mass up to and including that place to `held`.
 Place reach(Place begin, Place end, double target, bool is_strict, double& held) {
   const Place first = begin;
   const auto is_reached = [&](double mass) { return is_strict ? mass > target : mass >= target; };
@@ -69,12 +69,12 @@ Place reach(Place begin, Place end, double target, bool is_strict, double& held)
     held += begin->mass;
     if (is_reached(held)) return begin;
   }
-  for (--begin; begin != first && begin->mass == 0; --begin) {  // rounding: the last one that has any mass
+  for (--begin; begin != first && begin->mass == 0; --begin) {  // rounding: use the last place with mass
   }
   return begin;
 }
 
-// The ids of a row, ranked: counted and weighed by how far below the largest logit they are.
+// A histogram of a row's ids and masses by their distance from the largest logit.
 template <class E>
 class Ranking {
  public:
@@ -91,7 +91,7 @@ class Ranking {
 
   double total() const { return total_of(masses_); }
 
-  // Mass of the first `count` ids.
+  // Returns the mass of the first `count` ids in rank order.
   double mass_of_first(int64_t count) const {
     double held = 0;
     for (int bin = 0; bin < kBins - 1; count -= counts_[bin++]) {
@@ -103,10 +103,10 @@ class Ranking {
       std::nth_element(candidates.begin(), candidates.begin() + count - 1, candidates.end(), ranks_before);
       return held + mass_of(candidates.begin(), candidates.begin() + count);
     }
-    return total();  // the last bin's masses are too small to change it
+    return total();  // the masses of the last bin are negligible
   }
 
-  // The first id up to which the mass reaches `target` (exceeds it where `is_strict`), and the mass up to and with it.
+  // Returns the first id where the cumulative mass reaches `target` (exceeds it if `is_strict`), and that mass.
   std::pair<int64_t, double> reach(double target, bool is_strict) const {
     double held = 0;
     int bin = 0, last = 0;
@@ -124,7 +124,7 @@ class Ranking {
 
  private:
   static constexpr int kBins = 1024;
-  static constexpr float kBinsPerUnit = 16;  // of exponents; the last bin begins at -64, where a mass is nothing
+  static constexpr float kBinsPerUnit = 16;  // of exponents; the last bin begins at -64, where masses are negligible
 
   i32x16 bins_of(f32x16 logits) const {
     const f32x16 place = scale_.exponents(logits) * -kBinsPerUnit;
@@ -159,7 +159,7 @@ int64_t draw_by_counting(const Row<E>& row, const Scale& scale, const Draw& draw
   return ranking.reach(draw.uniform * kept, true).first;
 }
 
-// The drawn one of candidates that hold the top_p share of `total`; they may be more than that.
+// Draws from candidates that have at least the top_p share of `total`.
 int64_t draw_among(std::vector<Candidate>& candidates, const Draw& draw, double total) {
   const Place begin = candidates.begin(), end = candidates.end();
   double kept = mass_of(begin, end), held = 0;
@@ -170,7 +170,7 @@ int64_t draw_among(std::vector<Candidate>& candidates, const Draw& draw, double 
   return reach(begin, end, draw.uniform * kept, true, held = 0)->id;
 }
 
-// For a top_k so small that few columns hold its ids.
+// Draws with a small top_k, whose ids are in few columns.
 template <class E>
 int64_t draw_from_few(const Row<E>& row, const Scale& scale, const Draw& draw) {
   std::vector<Candidate> candidates = row.reaching(row.bound_of(draw.top_k));
@@ -182,7 +182,7 @@ int64_t draw_from_few(const Row<E>& row, const Scale& scale, const Draw& draw) {
   return draw_among(candidates, draw, mass_of(candidates.begin(), candidates.end()));
 }
 
-// Mass and number of the ids at or above each of a few exponents, and the mass of all ids.
+// The mass and number of ids at or above each of a few exponents, and the total mass.
 struct Levels {
   static constexpr int kCount = 8;
   static constexpr float kExponents[kCount] = {-1, -2, -3, -4.5, -6, -8, -10, -13};
@@ -191,7 +191,7 @@ struct Levels {
 
   template <class E>
   Levels(const Row<E>& row, const Scale& scale) {
-    for (int64_t start = 0; start < row.size(); start += kBlock) {  // a block at a time: float sums stay short
+    for (int64_t start = 0; start < row.size(); start += kBlock) {  // by block, so that float sums stay short
       f32x16 all = {}, sums[kCount] = {};
       i32x16 numbers[kCount] = {};
       for_each_vector(row, start, std::min(start + kBlock, row.size()), [&](int64_t, int, f32x16 logits) {
@@ -212,14 +212,14 @@ struct Levels {
   }
 };
 
-// For top_p without top_k: from the ids above the first level that holds enough, where these are few.
+// Draws with top_p and without top_k: from the ids above the first sufficient level if they are few.
 template <class E>
 int64_t draw_from_share(const Row<E>& row, const Scale& scale, const Draw& draw) {
   const Levels levels(row, scale);
-  int level = 0;  // a little more than top_p: sums in another order differ a little
+  int level = 0;  // slightly more than top_p, because sums in another order differ
   while (level < Levels::kCount && levels.masses[level] < draw.top_p * levels.total * (1 + 1e-4)) ++level;
   if (level == Levels::kCount || levels.counts[level] > kFewInShare) return draw_by_counting(row, scale, draw);
-  const float margin = 1e-3f;  // of exponents, for the rounding of this bound
+  const float margin = 1e-3f;  // of exponents, for rounding of the bound
   const float bound = row.largest() + (Levels::kExponents[level] - margin) / scale.inverse_temperature;
   std::vector<Candidate> candidates = row.reaching(bound);
   weigh(candidates, scale);
@@ -271,7 +271,7 @@ void score_all(const E* logits, int64_t size, const Wanted* wanted, int64_t num_
 
 extern "C" {
 
-// tokens (num_draws,) <- the id each draw chooses in its row of logits (B, V); -1 where the row is not sound
+// Sets tokens (num_draws,) to the id that each draw chooses in its row of logits (B, V), or -1 for an unsound row.
 void choose_bf16(const void* logits, int64_t size, const void* draws, int64_t num_draws, int64_t* tokens,
                  int32_t num_threads) {
   choose_all(static_cast<const bf16*>(logits), size, static_cast<const Draw*>(draws), num_draws, tokens, num_threads);
@@ -282,7 +282,7 @@ void choose_f32(const void* logits, int64_t size, const void* draws, int64_t num
   choose_all(static_cast<const float*>(logits), size, static_cast<const Draw*>(draws), num_draws, tokens, num_threads);
 }
 
-// logprobs (num_wanted,), top_ids and top_logprobs (num_wanted, width) <- of each wanted token in its sound row
+// Sets logprobs (num_wanted,), top_ids and top_logprobs (num_wanted, width) for each wanted token in its sound row.
 void score_bf16(const void* logits, int64_t size, const void* wanted, int64_t num_wanted, int64_t width,
                 double* logprobs, int64_t* top_ids, double* top_logprobs, int32_t num_threads) {
   score_all(static_cast<const bf16*>(logits), size, static_cast<const Wanted*>(wanted), num_wanted, width, logprobs,

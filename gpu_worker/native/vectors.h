@@ -1,4 +1,4 @@
-// Sixteen float32 values at once, read from and written to float32 or bfloat16.
+// Vectors of sixteen float32 values, loaded from and stored to float32 or bfloat16.
 #pragma once
 
 #include <cstdint>
@@ -30,7 +30,7 @@ inline f32x16 load(const bf16* p) {
 
 inline void store(float* p, f32x16 v) { std::memcpy(p, &v, sizeof v); }
 
-inline void store(bf16* p, f32x16 v) {  // to the nearest, ties to even; NaN stays NaN
+inline void store(bf16* p, f32x16 v) {  // rounds to nearest, ties to even; NaN stays NaN
   const u32x16 bits = (u32x16)v;
   const u32x16 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const u32x16 is_nan = (u32x16)(v != v);
@@ -39,7 +39,7 @@ inline void store(bf16* p, f32x16 v) {  // to the nearest, ties to even; NaN sta
 }
 
 template <class T>
-inline f32x16 load_part(const T* p, int64_t n) {  // lanes past n are 0
+inline f32x16 load_part(const T* p, int64_t n) {  // lanes from n on are 0
   if (n >= kLanes) return load(p);
   T part[kLanes] = {};
   if (n > 0) std::memcpy(part, p, n * sizeof(T));
@@ -60,7 +60,7 @@ inline float sum(f32x16 v) {
   return total;
 }
 
-// e^v to about 2 units in the last place: 2^n times a Taylor polynomial of the rest, which lies within ln 2 / 2
+// e^v within about 2 units in the last place: 2^n times a Taylor polynomial of the rest, which is within ln 2 / 2
 inline f32x16 exp(f32x16 v) {
   const f32x16 highest = f32x16{} + 88, lowest = f32x16{} - 87;
   v = v > highest ? highest : v < lowest ? lowest : v;  // NaN stays NaN

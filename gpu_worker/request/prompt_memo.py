@@ -1,4 +1,4 @@
-"""Keeps the token ids of the prompts that came last, so that the `n` rows of one prompt tokenize it once."""
+"""Cache the token ids of recent prompts, so that the `n` rows of one request tokenize its prompt once."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from gpu_worker.request.request import Job
 MAX_PROMPTS = 64
 
 _Outcome = Sequence[int] | GpuWorkerError | None
-"""The token ids of a prompt or its refusal; None where tokenizing failed for another reason."""
+"""The token ids of a prompt, or its error; None if tokenizing failed for another reason."""
 
 
 class PromptMemo:
-    """Token ids, or the refusal, by tenant, template and prompt. Safe to call from any thread.
+    """A thread-safe cache of token ids, or errors, by tenant, template and prompt.
 
-    The tenant is part of the key: a fast answer must not reveal another tenant's prompts. Rows that come while
-    the first one tokenizes wait for it. Keys are digests and a refusal is kept without its traceback and its cause, so
-    no text stays in memory.
+    The tenant is part of the key, because a fast answer would reveal another tenant's prompts. Concurrent rows wait for
+    the first one to tokenize. Keys are digests, and errors are stored without traceback and cause, so no prompt text
+    stays in memory.
     """
 
     def __init__(self, max_prompts: int = MAX_PROMPTS) -> None:
@@ -32,9 +32,9 @@ class PromptMemo:
         self._lock = threading.Lock()
 
     def tokens(self, job: Job, tokenize: Callable[[Job], Sequence[int]]) -> Sequence[int]:
-        """Return what `tokenize` gives for the job's prompt, from an earlier call where there is one.
+        """Return the result of `tokenize` for the job's prompt, from the cache if possible.
 
-        Raises: what `tokenize` raises; a GpuWorkerError is remembered as well.
+        Raises: what `tokenize` raises. A GpuWorkerError is cached too.
         """
         key = _key_of(job)
         with self._lock:
@@ -50,11 +50,11 @@ class PromptMemo:
     def _made(
         self, key: bytes, made: Future[_Outcome], job: Job, tokenize: Callable[[Job], Sequence[int]]
     ) -> Sequence[int]:
-        """Tokenize the prompt and hand the outcome to the rows that wait for it. Raises: what `tokenize` raises."""
+        """Tokenize the prompt and pass the outcome to the waiting rows. Raises: what `tokenize` raises."""
         try:
             tokens = tokenize(job)
         except GpuWorkerError as exc:
-            made.set_result(copy.copy(exc))  # a copy without traceback: raising adds frames to `exc`
+            made.set_result(copy.copy(exc))  # a copy, because raising adds frames to `exc`
             raise
         except BaseException:
             self._forget(key)
@@ -69,7 +69,7 @@ class PromptMemo:
 
 
 def _outcome(known: _Outcome, job: Job, tokenize: Callable[[Job], Sequence[int]]) -> Sequence[int]:
-    """Return the ids that an earlier call made. Raises: a new copy of the refusal, for a raise adds frames to it."""
+    """Return the cached ids. Raises: a new copy of the cached error, because raising adds frames to it."""
     if known is None:
         return tokenize(job)
     if isinstance(known, GpuWorkerError):

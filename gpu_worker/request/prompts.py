@@ -1,4 +1,4 @@
-"""Prompt templates. They belong to the server: an adapter may only name one, and no uploaded template ever runs."""
+"""Prompt templates. The server defines them: adapters can only name one, and uploaded templates never run."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class ChatTokenizer(Protocol):
 
 
 def alpaca_prompt(instruction: str) -> str:
-    """The Alpaca prompt of a single instruction: the form the paper's adapters and the starter pool are trained on."""
+    """Return the Alpaca prompt of one instruction. The paper's adapters and the starter pool are trained on it."""
     return render_alpaca([Message("user", instruction)])
 
 
 def render_alpaca(messages: Sequence[Message]) -> str:
-    """Preamble, system text, then Instruction / Response pairs, ending where the model's answer begins."""
+    """Render preamble, system text and Instruction / Response pairs. The prompt ends where the answer begins."""
     parts = [ALPACA_PREAMBLE]
     parts += [m.content for m in messages if m.role == "system"]
     for message in messages:
@@ -53,18 +53,20 @@ def render_alpaca(messages: Sequence[Message]) -> str:
 
 
 def render_chat(messages: Sequence[Message], tokenizer: ChatTokenizer) -> str:
-    """The tokenizer's own chat template. Raises: PromptInvalid where the base model has none, or it refuses."""
+    """Render with the tokenizer's chat template. Raises: PromptInvalid if there is none or it rejects the messages."""
     if not tokenizer.chat_template:
-        raise PromptInvalid("template 'chat' was asked for, but the base model's tokenizer has no chat template")
+        raise PromptInvalid(
+            "template 'chat' needs a chat template, but the base model's tokenizer has none; use template 'alpaca'"
+        )
     conversation = [{"role": m.role, "content": m.content} for m in messages]
     try:
         return tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
     except TemplateError as exc:
-        raise PromptInvalid(f"the base model's chat template refuses these messages: {exc}") from exc
+        raise PromptInvalid(f"the base model's chat template rejects the messages: {exc}") from exc
 
 
 def render(messages: Sequence[Message], template: str, tokenizer: ChatTokenizer) -> str:
-    """`messages` as the text the model continues. Raises: PromptInvalid for an unknown template."""
+    """Render `messages` to the text that the model continues. Raises: PromptInvalid for an unknown template."""
     if template == "alpaca":
         return render_alpaca(messages)
     if template == "chat":
@@ -73,5 +75,5 @@ def render(messages: Sequence[Message], template: str, tokenizer: ChatTokenizer)
 
 
 def template_stops(template: str) -> tuple[str, ...]:
-    """Stop strings a template adds to the client's own."""
+    """Return the stop strings that the template adds to the client's."""
     return (ALPACA_STOP,) if template == "alpaca" else ()

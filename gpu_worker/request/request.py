@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out."""
+"""The requests and answers of the engine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lora_store.plan import BASE_PLAN, Plan
 
 FinishReason = Literal["stop", "length"]
 DEFAULT_MAX_TOKENS = 256
-MAX_CHARS_PER_TOKEN = 64  # a longer text cannot fit, and is not worth tokenizing
+MAX_CHARS_PER_TOKEN = 64  # a longer text cannot fit, so it is not tokenized
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_LOGPROBS = 20
@@ -24,19 +24,19 @@ MAX_BIASED_IDS = 300
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How new tokens are chosen. Raises: SamplingInvalid, naming the parameter."""
+    """The sampling parameters of a request. Raises: SamplingInvalid, which names the parameter."""
 
-    max_tokens: int | None = None  # None: DEFAULT_MAX_TOKENS, or what the context has room for
+    max_tokens: int | None = None  # None: DEFAULT_MAX_TOKENS, or the rest of the context if smaller
     min_tokens: int = 0
     temperature: float = 1.0  # 0 is greedy
     top_p: float = 1.0
     top_k: int = 0  # 0: all ids
-    min_p: float = 0.0  # ids below this share of the likeliest one's probability are not drawn
-    presence_penalty: float = 0.0  # off the logit of what was generated
-    frequency_penalty: float = 0.0  # off the logit, for each time it was generated
-    repetition_penalty: float = 1.0  # logits of ids in prompt or answer: positive ones are divided, others multiplied
-    logit_bias: tuple[tuple[int, float], ...] = ()  # (id, what is added to its logit)
-    logprobs: int | None = None  # how many of the likeliest ids to tell beside each token; None: tell nothing
+    min_p: float = 0.0  # minimum probability of an id, relative to the likeliest one
+    presence_penalty: float = 0.0  # subtracted from logits of generated ids
+    frequency_penalty: float = 0.0  # subtracted from the logit for each time an id was generated
+    repetition_penalty: float = 1.0  # divides positive logits of ids in prompt or answer, multiplies others
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (id, value added to its logit)
+    logprobs: int | None = None  # number of likeliest ids to report per token; None: report no log probabilities
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
@@ -61,19 +61,19 @@ class SamplingParams:
             self._require(name, -2 <= getattr(self, name) <= 2, "be between -2 and 2")
         self._require("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "be between 0.01 and 100")
         if len(self.logit_bias) > MAX_BIASED_IDS:
-            message = f"logit_bias must hold at most {MAX_BIASED_IDS} ids, got {len(self.logit_bias)}"
+            message = f"logit_bias must have at most {MAX_BIASED_IDS} ids, got {len(self.logit_bias)}"
             raise SamplingInvalid(message, "logit_bias")
         for token_id, bias in self.logit_bias:
             if not -100 <= bias <= 100:
-                message = f"logit_bias of {token_id} must be between -100 and 100, got {bias}"
+                message = f"logit_bias of id {token_id} must be between -100 and 100, got {bias}"
                 raise SamplingInvalid(message, "logit_bias")
 
     def _check_stops(self) -> None:
         if len(self.stop) > MAX_STOPS:
-            raise SamplingInvalid(f"at most {MAX_STOPS} stop strings, got {len(self.stop)}", "stop")
+            raise SamplingInvalid(f"stop must have at most {MAX_STOPS} strings, got {len(self.stop)}", "stop")
         for stop in self.stop:
             if not 0 < len(stop) <= MAX_STOP_CHARS:
-                message = f"a stop string has 1 to {MAX_STOP_CHARS} characters, got {len(stop)}"
+                message = f"each string of stop must have 1 to {MAX_STOP_CHARS} characters, got {len(stop)}"
                 raise SamplingInvalid(message, "stop")
 
     def _require(self, name: str, holds: bool, rule: str) -> None:
@@ -82,35 +82,36 @@ class SamplingParams:
 
     @property
     def adjusts_logits(self) -> bool:
-        """Whether logits are changed by what came before, or by a bias."""
+        """Return whether penalties or a bias change the logits."""
         changes = self.presence_penalty or self.frequency_penalty or self.logit_bias
         return bool(changes) or self.repetition_penalty != 1
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One request as a worker gets it: messages to render, or a raw prompt, and the plan that answers it."""
+    """One request of a worker: messages or a raw prompt, and the plan of adapters."""
 
     request_id: str
     prompt: str | tuple[Message, ...]
     plan: Plan = BASE_PLAN
     sampling: SamplingParams = field(default_factory=SamplingParams)
-    template: str = "alpaca"  # how messages are rendered; a raw prompt is used as it is
+    template: str = "alpaca"  # for messages; a raw prompt is used unchanged
     tenant: str = LOCAL_TENANT  # tenants take turns in the engine's queue
-    time_left_s: float | None = None  # as it is sent; no clock of one machine is compared with another's
+    time_left_s: float | None = None  # when it is sent; a duration, as clocks of machines differ
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """One token of an answer and the likeliest ids in its place, best first. Tokens are bytes: some are half a letter.
+    """One token of an answer and the likeliest alternatives, best first.
 
-    Log probabilities are the model's own, before temperature, penalties and bias.
+    Tokens are bytes, because some are part of a character. Log probabilities are those of the model, before
+    temperature, penalties and bias.
     """
 
     token: bytes
     logprob: float
     top: tuple[tuple[bytes, float], ...]
-    text_offset: int  # characters of the answer before it
+    text_offset: int  # characters of the answer before this token
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,11 +120,11 @@ class Delta:
 
     text: str
     num_prompt_tokens: int
-    num_new_tokens: int  # so far, this delta included
+    num_new_tokens: int  # so far, including this delta
     finish_reason: FinishReason | None = None
-    first_logits: torch.Tensor | None = None  # (V,) float32 after the prompt, where a probe asked for it
-    logprobs: tuple[TokenLogprob, ...] = ()  # of the tokens since the last delta, where they were asked for
-    queued_s: float = 0.0  # how long the request waited in the engine's queue
+    first_logits: torch.Tensor | None = None  # (V,) float32 after the prompt, if requested by a probe
+    logprobs: tuple[TokenLogprob, ...] = ()  # of the tokens since the last delta, if requested
+    queued_s: float = 0.0  # time in the engine's queue
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +139,7 @@ class Completion:
 
     @staticmethod
     def joined(deltas: Sequence[Delta]) -> Completion:
-        """The answer that came as these deltas, the last of which ended it."""
+        """Join the deltas of a finished answer."""
         last = deltas[-1]
         assert last.finish_reason is not None
         text = "".join(delta.text for delta in deltas)

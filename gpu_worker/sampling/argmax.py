@@ -1,4 +1,4 @@
-"""The best id of every row of logits, and whether the row is sound, without a floating-point pass over them."""
+"""Find the best id of every row of logits and whether the row is sound, using integer comparisons."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _BLOCK = 256
 def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Return each row's first id with the largest logit, and whether the row is sound.
 
-    A sound row holds neither NaN nor +inf, and not only -inf. On a GPU nothing waits for the results.
+    A sound row has neither NaN nor +inf, and not only -inf. On a GPU the call does not wait for the results.
     Dims: logits (B, V), where B may be 0; (B,) int64 and (B,) bool.
 
-    Floating-point numbers that are not negative are in the order of their bits, negative ones in the opposite order.
-    torch 2.13 compares integers many times as fast: 32 rows of 262,144 bfloat16 take 1.1 ms instead of 7.
+    Non-negative floats have the order of their bits, negative ones the reverse. torch 2.13 compares integers much
+    faster: 32 rows of 262,144 bfloat16 take 1.1 ms instead of 7.
     """
     integers = _INTEGERS.get(logits.dtype)
     if not len(logits) or integers is None or logits.shape[1] % _BLOCK or logits.device.type != "cpu":
@@ -24,16 +24,16 @@ def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     bits = logits.contiguous().view(integers)
     ids, largest = _first_largest(bits)
     negative, zero = largest < 0, largest == 0
-    if bool(negative.any()):  # rows of negative numbers only
+    if bool(negative.any()):  # rows that have negative numbers only
         ids[negative], _ = _first_largest(bits[negative].bitwise_not_())
-    if bool(zero.any()):  # the zeros of both signs are equal, their bits are not
+    if bool(zero.any()):  # +0 and -0 are equal but their bits differ
         ids[zero] = logits[zero].max(dim=-1).indices
     is_possible = logits.gather(1, ids[:, None]).squeeze(1) > -torch.inf
     return ids, _is_sound(bits, integers) & is_possible
 
 
 def _first_largest(integers: Tensor) -> tuple[Tensor, Tensor]:
-    """(B,) where each row's largest is first found, and (B,) what it is."""
+    """Return the first position (B,) of each row's largest value, and the value (B,)."""
     blocks = integers.view(len(integers), -1, _BLOCK)
     largest, block = blocks.amax(dim=-1).max(dim=-1)
     rows = torch.arange(len(integers))
@@ -41,7 +41,7 @@ def _first_largest(integers: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _is_sound(bits: Tensor, integers: torch.dtype) -> Tensor:
-    """(B,) bool: no NaN of either sign and no +inf among the numbers with these bits."""
+    """Return (B,) bool: no NaN of either sign and no +inf among the numbers with these bits."""
     infinity = 0x7F80 if integers == torch.int16 else 0x7F800000
     limit = torch.iinfo(integers)
     negative_nan = (bits ^ limit.min).amax(dim=-1) > infinity  # with the sign flipped
@@ -49,5 +49,5 @@ def _is_sound(bits: Tensor, integers: torch.dtype) -> Tensor:
 
 
 def _plain(logits: Tensor) -> tuple[Tensor, Tensor]:
-    best = logits.max(dim=-1)  # NaN anywhere in a row makes its maximum NaN
+    best = logits.max(dim=-1)  # a NaN in a row makes its maximum NaN
     return best.indices, best.values.isfinite()

@@ -1,4 +1,4 @@
-"""What a row's next token is chosen with, and the same of a whole step as one table."""
+"""The inputs for choosing a row's next token, and a table of them for a whole step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from gpu_worker.request.request import SamplingParams
 from gpu_worker.sampling.philox import uniforms
 
-GREEDY_BELOW = 1e-5  # temperatures at which the best id holds all of the mass
+GREEDY_BELOW = 1e-5  # temperature at which the best id has all of the mass
 
 TABLE = np.dtype(
     [
@@ -24,14 +24,15 @@ TABLE = np.dtype(
         ("log_min_p", np.float32),
     ]
 )
-"""One row of logits each. `sampling.cpp` reads it as its `Draw`; greedy rows have top_k 1."""
+"""One entry per row of logits. `sampling.cpp` reads it as its struct `Draw`; greedy rows have top_k 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """What one row's next token is chosen with. `forbidden`: ids that may not come yet (ends, before min_tokens).
+    """The inputs for choosing one row's next token.
 
-    `tokens` are the row's, read where a penalty needs them; the answer begins at `num_prompt_tokens`.
+    `forbidden`: ids that must not be chosen yet (end tokens before min_tokens). `tokens`: all tokens of the row, which
+    penalties read; the answer begins at `num_prompt_tokens`.
     """
 
     params: SamplingParams
@@ -43,7 +44,7 @@ class Draw:
 
     @property
     def changes_logits(self) -> bool:
-        """Whether penalties, a bias or forbidden ids change the row's logits before the choice."""
+        """Return whether penalties, a bias or forbidden ids change the row's logits."""
         return bool(self.forbidden) or self.params.adjusts_logits
 
     @property

@@ -1,11 +1,11 @@
-"""Log probabilities of chosen tokens, for the rows that ask for them."""
+"""Log probabilities of chosen tokens, for rows that request them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-_LEAST = -9999.0  # for what is impossible: JSON has no infinity
+_LEAST = -9999.0  # replaces -inf, which JSON cannot represent
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +17,6 @@ class Scored:
 
     @classmethod
     def of(cls, logprob: float, ids: Iterable[float], logprobs: Iterable[float]) -> Scored:
-        """Return the score of these numbers, with -9999 in place of -inf."""
+        """Make the score, replacing -inf by -9999."""
         top = tuple((int(i), max(value, _LEAST)) for i, value in zip(ids, logprobs, strict=True))
         return cls(max(logprob, _LEAST), top)

@@ -1,4 +1,4 @@
-"""What requests change in their logits before tokens are chosen: biases by id, penalties, ids that may not come yet."""
+"""Apply biases, penalties and forbidden ids to logits before tokens are chosen."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ _Entries = tuple[NDArray[np.int64], NDArray[np.float64]]
 
 
 def adjust(logits: Tensor, draws: Sequence[Draw]) -> None:
-    """Change the logits of all rows in place: the bias first, then the penalties, in vLLM's order, then forbid ids.
+    """Change the logits of all rows in place: first the bias, then the penalties in vLLM's order, then forbidden ids.
 
-    With c_i how often id i was generated: l_i += bias_i; l_i = l_i / r where l_i > 0, else l_i · r, for every id in
-    prompt or answer; l_i -= c_i · frequency + [c_i > 0] · presence; l_i = -inf where i is forbidden.
-    Dims: logits (B, V) float32, one draw each.
+    With c_i the number of times id i was generated: l_i += bias_i; l_i = l_i / r if l_i > 0, else l_i · r, for every id
+    in prompt or answer; l_i -= c_i · frequency + [c_i > 0] · presence; l_i = -inf if i is forbidden.
+    Dims: logits (B, V) float32, one draw per row.
     """
     for places, values in _gathered(logits, draws, _bias):
         logits.index_put_(places, values, accumulate=True)
     for places, penalty in _gathered(logits, draws, _seen):
-        held = logits[places]  # an id that is there twice is written twice, with one value
+        held = logits[places]  # a repeated id is written repeatedly with the same value
         logits.index_put_(places, torch.where(held > 0, held / penalty, held * penalty))
     for places, values in _gathered(logits, draws, _generated):
         logits.index_put_(places, values, accumulate=True)
     for places, values in _gathered(logits, draws, _forbidden):
         held = logits[places]
-        logits.index_put_(places, torch.where(held < torch.inf, values, held))  # the row stays unsound if it is
+        logits.index_put_(places, torch.where(held < torch.inf, values, held))  # an unsound row stays unsound
 
 
 def _gathered(
     logits: Tensor, draws: Sequence[Draw], entries_of: Callable[[Draw], _Entries | None]
 ) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
-    """Yield ((rows, ids), values) of all draws that have entries, on the device; nothing where none has."""
+    """Yield ((rows, ids), values) of all draws with entries, on the device. Yield nothing if there are none."""
     found = [(row, entries) for row, draw in enumerate(draws) if (entries := entries_of(draw)) is not None]
     if not found:
         return

@@ -1,6 +1,6 @@
-"""Random numbers keyed by (seed, position): a row draws the same ones in every batch, step and process.
+"""Random numbers keyed by (seed, position), so that a row draws the same ones in every batch, step and process.
 
-They are those of `numpy.random.Philox`, computed for all rows at once: a generator object for each costs 20 µs.
+The numbers equal those of `numpy.random.Philox`, computed for all rows at once; a generator object per row costs 20 µs.
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011), section 4.3: Philox4x64 with 10 rounds.
 """
 
@@ -20,12 +20,15 @@ _Words = NDArray[np.uint64]
 
 
 def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float64]:
-    """Return (N,) numbers in [0, 1): the first that `Philox(key=seed, counter=[0, 0, 0, position])` gives.
+    """Return (N,) numbers in [0, 1): the first number of `Philox(key=seed, counter=[0, 0, 0, position])`.
 
     Seeds and positions are integers from 0 to 2**63 - 1.
     """
     count = len(seeds)
-    counter = [np.ones(count, np.uint64), np.zeros(count, np.uint64)]  # numpy counts one up before its first block
+    counter = [
+        np.ones(count, np.uint64),
+        np.zeros(count, np.uint64),
+    ]  # numpy increments the counter before the first block
     counter += [np.zeros(count, np.uint64), np.array(positions, dtype=np.uint64)]
     key = [np.array(seeds, dtype=np.uint64), np.zeros(count, np.uint64)]
     for _ in range(_ROUNDS):
@@ -37,7 +40,7 @@ def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float
 
 
 def _product(words: _Words, factor: np.uint64) -> tuple[_Words, _Words]:
-    """Return the (high, low) 64 bits of each 128-bit product, made of products of 32-bit halves."""
+    """Return the (high, low) 64 bits of each 128-bit product, computed from 32-bit halves."""
     high, low = words >> _HALF, words & _LOW
     factor_high, factor_low = factor >> _HALF, factor & _LOW
     low_low, high_low = low * factor_low, high * factor_low

@@ -1,4 +1,4 @@
-"""The next token of every row of a step, by its logits, seed, position and settings, never by its neighbours."""
+"""Choose the next token of every row by its own logits, seed, position and settings, independent of the batch."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from gpu_worker.sampling.logprobs import Scored
 from gpu_worker.sampling.penalties import adjust
 from gpu_worker.sampling.sampling_kernel import WANTED, SamplingKernel
 
-_LEAST_COPIED = 4  # rows copied at once where logits change: small copies are made in memory that is at hand
+_LEAST_COPIED = 4  # rows copied per pass if logits change; small copies reuse memory
 
 
 class Sampler:
-    """Chooses and scores the tokens of all rows at once. It keeps nothing from one call to the next.
+    """A stateless sampler that chooses and scores the tokens of all rows at once.
 
-    `kernel`: the compiled passes, for logits in host memory; without it torch computes the same.
+    `kernel`: the compiled sampler, for logits in host memory. Without it torch computes the same.
     """
 
     def __init__(self, kernel: SamplingKernel | None = None) -> None:
         self._kernel = kernel
 
     def __call__(self, logits: Tensor, draws: Sequence[Draw]) -> tuple[list[int | None], list[Scored | None]]:
-        """Return each row's token, and its score where the request asks for log probabilities.
+        """Return each row's token, and its score if the request wants log probabilities.
 
-        Both are None where the row's logits hold NaN or +inf, or nothing but -inf.
-        Dims: logits (B, V), one draw each; they are left as they are. Log probabilities are those of these logits,
+        Both are None if the row's logits contain NaN or +inf, or only -inf.
+        Dims: logits (B, V), one draw per row. The logits do not change. Log probabilities are those of these logits,
         before temperature, penalties and bias.
         """
         if not draws:
@@ -79,7 +79,7 @@ def _by_kernel(
 def _by_torch(
     logits: Tensor, draws: Sequence[Draw], table: NDArray[np.void], changed: list[int], wanted: list[int]
 ) -> tuple[list[int], dict[int, Scored]]:
-    """All that comes back from the device comes in one copy."""
+    """Choose and score with torch. All results leave the device in one copy."""
     on_host = logits.device.type == "cpu"
     tokens = sampling_torch.choose(_with_adjusted(logits, draws, changed), table, on_host=on_host)
     results, counts = tokens.double(), _counts(logits, draws, wanted)
@@ -96,19 +96,19 @@ def _by_torch(
 
 
 def _counts(logits: Tensor, draws: Sequence[Draw], rows: Sequence[int]) -> list[int]:
-    """Return how many of the likeliest ids each of these rows lists."""
+    """Return the number of likeliest ids to report for each of these rows."""
     return [min(draws[row].params.logprobs or 0, logits.shape[1]) for row in rows]
 
 
 def _adjusted(logits: Tensor, draws: Sequence[Draw], rows: list[int]) -> Tensor:
-    """Return a float32 copy of these rows of the host, adjusted: a penalty is smaller than bfloat16's steps."""
+    """Return an adjusted float32 copy of these rows. Penalties can be smaller than bfloat16's resolution."""
     copy = logits.index_select(0, torch.tensor(rows)).to(torch.float32)
     adjust(copy, [draws[row] for row in rows])
     return copy
 
 
 def _with_adjusted(logits: Tensor, draws: Sequence[Draw], rows: list[int]) -> Tensor:
-    """Return all rows, where some change in a copy."""
+    """Return all rows; if some change, an adjusted copy."""
     if not rows:
         return logits
     copy = logits.to(torch.float32, copy=True)

@@ -1,4 +1,4 @@
-"""`sampling.cpp`, called with torch's tensors."""
+"""Call `sampling.cpp` with torch tensors."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from gpu_worker.native.kernel_loading import SUFFIXES, functions, load_library
 from gpu_worker.sampling.draw import TABLE
 
 WANTED = np.dtype([("row", np.int64), ("token", np.int64), ("count", np.int64)])
-"""A token to score in a row of logits, and how many of the likeliest ids to list: `Wanted` of the source."""
+"""A token to score in a row of logits, and the number of likeliest ids to report: the source's struct `Wanted`."""
 
 
 class SamplingKernel:
-    """The compiled choice and scoring of tokens. Logits are on the CPU, contiguous, float32 or bfloat16."""
+    """The compiled sampler. Logits are on the CPU, contiguous, float32 or bfloat16."""
 
     def __init__(self, library: CDLL) -> None:
         self._choose = functions(library, "choose", c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int32)
@@ -26,12 +26,12 @@ class SamplingKernel:
         self._score = functions(library, "score", *pointers, c_int32)
 
     def serves(self, logits: Tensor) -> bool:
-        """Return whether the kernel reads these logits."""
+        """Return whether the kernel supports these logits."""
         return logits.device.type == "cpu" and logits.dtype in SUFFIXES and logits.is_contiguous()
 
     def choose(self, logits: Tensor, table: NDArray[np.void]) -> NDArray[np.int64]:
-        """Return the id each entry of the table (`TABLE`) chooses in its row of logits (B, V); -1 in an unsound row."""
-        assert table.dtype == TABLE, "the source reads the table as its own struct"
+        """Return the chosen id for each entry of the table (`TABLE`) in logits (B, V); -1 for an unsound row."""
+        assert table.dtype == TABLE, "the dtype must match the struct of the source"
         table, tokens = np.ascontiguousarray(table), np.empty(len(table), np.int64)
         pointers = logits.data_ptr(), logits.shape[1], table.ctypes.data, len(table), tokens.ctypes.data
         self._choose[logits.dtype](*pointers, torch.get_num_threads())
@@ -44,7 +44,7 @@ class SamplingKernel:
 
         Dims: logits (B, V), wanted (N,) of `WANTED`; results (N,), (N, K), (N, K) with K the largest count.
         """
-        assert wanted.dtype == WANTED, "the source reads the table as its own struct"
+        assert wanted.dtype == WANTED, "the dtype must match the struct of the source"
         count, width = len(wanted), int(wanted["count"].max(initial=0))
         logprobs, ids, top = np.empty(count), np.empty((count, width), np.int64), np.empty((count, width))
         results = logprobs.ctypes.data, ids.ctypes.data, top.ctypes.data
@@ -54,6 +54,6 @@ class SamplingKernel:
 
 
 def load_sampling_kernel(cache_dir: Path) -> SamplingKernel | None:
-    """Load the kernel, compiled into `cache_dir` unless it is there; None where no compiler makes it."""
+    """Load the kernel, compiling it into `cache_dir` if needed. Return None, after a warning, if that fails."""
     library = load_library("sampling", cache_dir)
     return None if library is None else SamplingKernel(library)

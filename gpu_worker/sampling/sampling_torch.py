@@ -1,7 +1,7 @@
-"""The choice and scoring of tokens by torch's operations on all rows at once: for GPUs, and without the kernel.
+"""Choose and score tokens of all rows with torch operations: on GPUs, and on CPUs without the kernel.
 
-Nothing here waits for a device. Ids are ranked by logit, the largest first, equal ones by id.
-Dims: B rows of a step, R of them at a time, V ids of the vocabulary.
+No call here waits for the device. Ids are ranked by descending logit, then by id.
+Dims: B rows of a step, R rows per chunk, V ids of the vocabulary.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from torch.nn.functional import pad
 from gpu_worker.device.transfer import to_device
 from gpu_worker.sampling.argmax import argmax
 
-_BLOCK = 512  # ids whose masses are added up before the block of the drawn one is searched
-_PEAK_BLOCK = 64  # ids per block in the search for the largest logits
-_FEW = 1024  # top_k up to which that search is worth its while; above, a row is sorted
-_SHORT_LIST = 1024  # ids that hold top_p of the mass as a rule; looked at first where reading a number is free
-_ROWS_AT_ONCE = {True: 4, False: 32}  # by `on_host`: bounds the memory of float32 copies; a CPU has them in its cache
+_BLOCK = 512  # ids per block of the cumulative sums
+_PEAK_BLOCK = 64  # ids per block when searching the largest logits
+_FEW = 1024  # larger top_k: sort the row instead
+_SHORT_LIST = 1024  # ids that usually have top_p of the mass; tried first on the CPU
+_ROWS_AT_ONCE = {True: 4, False: 32}  # by `on_host`; bounds float32 copies, which fit a CPU's cache
 _ROWS_SORTED_AT_ONCE = {True: 1, False: 8}
 _ID_BITS = 32
-_ROUNDING = 1e-6  # of sums of float32 masses in another order
+_ROUNDING = 1e-6  # relative error of float32 sums in another order
 
 
 def choose(logits: Tensor, table: NDArray[np.void], *, on_host: bool) -> Tensor:
-    """Return (B,) the id that each entry of the table (`draw.TABLE`, one a row) chooses; -1 in an unsound row.
+    """Return the chosen id (B,) for each entry of the table (`draw.TABLE`, one per row); -1 for an unsound row.
 
-    `on_host`: numbers may be read on the way, because no device has to finish first. The result is the same.
+    `on_host`: values may be read in between, because no device has to finish first. The result is the same.
     """
     best, is_sound = argmax(logits)
     tokens = best.clone()
@@ -51,9 +51,9 @@ def choose(logits: Tensor, table: NDArray[np.void], *, on_host: bool) -> Tensor:
 
 
 def score(logits: Tensor, tokens: Tensor, rows: list[int], count: int, *, on_host: bool) -> Tensor:
-    """Return (R, 1 + 2 · count) float64: of each row the token's log probability, then the likeliest ids, then theirs.
+    """Return (R, 1 + 2 · count) float64: the token's log probability, the likeliest ids, their log probabilities.
 
-    Dims: tokens (B,), where -1 gives a row that means nothing; `rows` (R,) are those to score; count <= V.
+    Dims: tokens (B,); a token of -1 gives a meaningless row. `rows` (R,): the rows to score; count <= V.
     """
     index = to_device(torch.tensor(rows), logits.device)
     chosen = tokens[index].clamp(min=0)[:, None]
@@ -63,7 +63,7 @@ def score(logits: Tensor, tokens: Tensor, rows: list[int], count: int, *, on_hos
         part = slice(start, start + rows_at_once)
         own = logits.index_select(0, index[part]).float()
         _, ids = largest(own, count)
-        shifted = own - own.amax(dim=-1, keepdim=True)  # exact where it matters: near the largest
+        shifted = own - own.amax(dim=-1, keepdim=True)  # exact near the largest logit
         asked = shifted.gather(1, torch.cat([chosen[part], ids], dim=1)) - shifted.logsumexp(dim=-1, keepdim=True)
         parts.append(torch.cat([asked[:, :1].double(), ids.double(), asked[:, 1:].double()], dim=1))
     return torch.cat(parts)
@@ -72,8 +72,8 @@ def score(logits: Tensor, tokens: Tensor, rows: list[int], count: int, *, on_hos
 def largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the `count` largest logits of each row and their ids, ranked. Dims: logits (R, V) float32, count <= V.
 
-    The `count` blocks with the largest peaks, the first ones among equals, hold them all: whatever ranks before a
-    block's peak is in a block that ranks before it. So only those are searched.
+    The `count` blocks with the largest peaks (ties: the first blocks) contain them all, because every id that ranks
+    before a block's peak is in a block that ranks before it. Only these blocks are searched.
     """
     blocks = _in_blocks(logits, _PEAK_BLOCK, -torch.inf)
     ids = torch.arange(blocks.shape[1] * _PEAK_BLOCK, device=logits.device).view(1, -1, _PEAK_BLOCK)
@@ -83,15 +83,15 @@ def largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
         blocks, ids = blocks.gather(1, order), ids.expand(len(blocks), -1, -1).gather(1, order)
     keys = (_ordered(blocks).long() << _ID_BITS) | ((1 << _ID_BITS) - 1 - ids)
     found = (1 << _ID_BITS) - 1 - (keys.flatten(1).topk(count).values & ((1 << _ID_BITS) - 1))
-    found = found.clamp(max=logits.shape[1] - 1)  # the filler's ids, which only a negative NaN ranks behind
+    found = found.clamp(max=logits.shape[1] - 1)  # ids of padding, which only a negative NaN ranks after
     return logits.gather(1, found), found
 
 
 class _Chunk:
-    """Some rows of a step, in float32, with what they draw."""
+    """Some rows of a step in float32, with their draws."""
 
     def __init__(self, logits: Tensor, best: Tensor, table: NDArray[np.void]) -> None:
-        """`best` (B,): the id of each row's largest logit."""
+        """Copy the rows. `best` (B,): the id of each row's largest logit."""
         names = "row", "top_k", "uniform", "top_p", "inverse_temperature", "log_min_p"
         columns = np.stack([table[name].astype(np.float64) for name in names])  # one copy to the device
         row, top_k, uniform, top_p, scale, log_min_p = to_device(torch.from_numpy(columns), logits.device)[..., None]
@@ -102,7 +102,7 @@ class _Chunk:
         self._scale, self._log_min_p = scale.float(), log_min_p.float()
 
     def drawn_by_id(self) -> Tensor:
-        """Return (R,) the first id whose cumulative mass, in the order of ids, exceeds the uniform share of all."""
+        """Return (R,): in id order, the first id whose cumulative mass exceeds the uniform number times the total."""
         masses = _in_blocks(self._masses(self.logits), _BLOCK, 0.0)  # (R, blocks, _BLOCK)
         sums = masses.sum(dim=-1).double().cumsum(dim=-1)
         threshold = self._uniform * sums[:, -1:]
@@ -113,17 +113,17 @@ class _Chunk:
         return self._possible(block * _BLOCK + place)
 
     def held_by(self, values: Tensor) -> Tensor | None:
-        """Return (R, 1) the mass of all ids, or None where these largest ones (R, K) are too few to draw from."""
+        """Return the total mass (R, 1), or None if these largest values (R, K) are not enough to draw from."""
         total = self._masses(self.logits).sum(dim=-1, keepdim=True, dtype=torch.float64)
         masses = self._masses(values).sum(dim=-1, keepdim=True, dtype=torch.float64)
         is_enough = (self._top_k == 0) & (masses >= self._top_p * total * (1 + _ROUNDING))
         return total if bool(is_enough.all()) else None
 
     def drawn_by_rank(self, values: Tensor, ids: Tensor, total: Tensor | None = None) -> Tensor:
-        """Return (R,) the same, in the order of ranks, of the top_k ids and then the fewest that hold top_p of theirs.
+        """Return (R,): the same in rank order, over the top_k ids, cut to the fewest that have top_p of their mass.
 
-        Dims: values and ids (R, K), ranked; K is no less than any top_k. `total` (R, 1): the mass of all ids, where
-        there are more than K, and no top_k.
+        Dims: values and ids (R, K), ranked, K >= every top_k. `total` (R, 1): the mass of all ids, if there are more
+        than K and no top_k applies.
         """
         masses = self._masses(values).double()
         rank = torch.arange(values.shape[1], device=ids.device)
@@ -143,18 +143,20 @@ class _Chunk:
         return exponents.exp().masked_fill_(exponents < self._log_min_p, 0.0)
 
     def _possible(self, ids: Tensor) -> Tensor:
-        """Return the ids (R, 1) as (R,), the best in place of one without any mass: rounding at the end of a row."""
+        """Return the ids (R, 1) as (R,). Replace ids without mass, which rounding can select, by the best id."""
         ids = ids.clamp(max=self.logits.shape[1] - 1)
         return torch.where(self._masses(self.logits.gather(1, ids)) > 0, ids, self._best).squeeze(1)
 
 
 def _ranked(chunk: _Chunk, on_host: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return logits and ids, ranked, to draw from: all, or a short list that is enough and the mass of all."""
+    """Return ranked logits and ids: of all ids, or a sufficient short list with the total mass."""
     if on_host and chunk.logits.shape[1] > _SHORT_LIST:
         values, ids = largest(chunk.logits, _SHORT_LIST)
         if (total := chunk.held_by(values)) is not None:
             return values, ids, total
-    return *(chunk.logits + 0.0).sort(dim=-1, descending=True, stable=True), None  # + 0.0: no -0, which sorts apart
+    return *(chunk.logits + 0.0).sort(
+        dim=-1, descending=True, stable=True
+    ), None  # + 0.0 turns -0 into +0, which would sort differently
 
 
 def _chunks(is_chosen: NDArray[np.bool_], size: int) -> Iterator[NDArray[np.int64]]:
@@ -167,11 +169,11 @@ def _put(tokens: Tensor, rows: NDArray[np.int64], chosen: Tensor) -> None:
 
 
 def _in_blocks(x: Tensor, size: int, filler: float) -> Tensor:
-    """Return x (R, V) as (R, blocks, size), the last block filled up."""
+    """Return x (R, V) as (R, blocks, size), with the last block padded."""
     return pad(x, (0, -x.shape[1] % size), value=filler).view(len(x), -1, size)
 
 
 def _ordered(x: Tensor) -> Tensor:
-    """Return int32 in the order of the float32 x, both zeros alike."""
+    """Return int32 values with the order of the float32 x; -0 and +0 are equal."""
     bits = (x + 0.0).view(torch.int32)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)

@@ -1,4 +1,4 @@
-"""What a forward pass reads beside its tensors."""
+"""The state of a forward pass that is not passed as a tensor."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from gpu_worker.step.attention_plan import AttentionPlan
 
 
 class Composition(Protocol):
-    """The LoRA arithmetic of one step: `DenseMapping` or `GroupedMapping`, which say the same."""
+    """The LoRA products of one step: `DenseMapping` or `GroupedMapping`, with equal results."""
 
     def add(self, x: Tensor, y: Tensor, bank: ModuleBank) -> None:
-        """y[n] += compose(x[n] @ bank.a.T) @ bank.bt, in place. Dims: x (..., N, I), y (..., N, O)."""
+        """Add y[n] += compose(x[n] @ bank.a.T) @ bank.bt, in place. Dims: x (..., N, I), y (..., N, O)."""
 
 
 class StepContext:
-    """The one mutable object a forward pass reads: each token's adapters and where its keys and values are kept.
+    """The only mutable object that a forward pass reads: the step's composition and its attention plan.
 
     The engine fills it before each forward pass; `LoraLinear` and the attention function read it.
     """
 
     def __init__(self) -> None:
-        self.composition: Composition | None = None  # None: no token of the step has an adapter
+        self.composition: Composition | None = None  # None if no token of the step has an adapter
         self._attention: AttentionPlan | None = None
         self._attended: set[int] = set()
 
     def fill(self, composition: Composition | None, attention: AttentionPlan) -> None:
-        """Set up the next forward pass."""
+        """Prepare the next forward pass."""
         self.composition, self._attention = composition, attention
         self._attended.clear()
 
     def attention_of(self, layer: int) -> AttentionPlan:
-        """Return the step's attention, once for each layer.
+        """Return the step's attention plan, once per layer.
 
-        Raises: BaseModelUnsupported at a layer's second call, which would overwrite the keys and values of its first.
+        Raises: BaseModelUnsupported at a layer's second call, which would overwrite the first call's keys and values.
         """
         assert self._attention is not None, "the step context was not filled"
         if layer in self._attended:

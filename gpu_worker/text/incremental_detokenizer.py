@@ -1,4 +1,4 @@
-"""Turns a row's token ids into text as they come, and finds its stop strings."""
+"""Convert token ids to text incrementally, and find stop strings."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from gpu_worker.text.decode_stream import DecodeStream
 
 
 class IncrementalDetokenizer:
-    """Text that can no longer change is released; what might begin a stop string is held back.
+    """The text of one answer. Final text is released; text that might begin a stop string is held back.
 
-    The text is what the answer's ids add to the text of `prompt_ids`.
+    The text of the answer is what its ids add to the text of `prompt_ids`.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], prompt_ids: Sequence[int] = ()) -> None:
-        self._detokenizer = DecodeStream(tokenizer, prompt_ids)
+        self._decoder = DecodeStream(tokenizer, prompt_ids)
         self._stops = tuple(stops)
         self._held = ""
         self.num_released = 0  # characters
@@ -24,15 +24,15 @@ class IncrementalDetokenizer:
 
     @property
     def num_chars(self) -> int:
-        """Characters so far, with those that are held back."""
+        """Return the number of characters so far, including held-back ones."""
         return self.num_released + len(self._held)
 
     def push(self, token_id: int, *, may_stop: bool = True) -> str:
-        """Return the text this token releases. After a stop string, `stopped` is true and nothing more comes.
+        """Return the text that this token releases. After a stop string, `stopped` is true and no more text follows.
 
-        Text pushed while `may_stop` is false (before min_tokens) is not searched.
+        Text pushed while `may_stop` is false (before min_tokens) is not searched for stop strings.
         """
-        piece = self._detokenizer.push(token_id)
+        piece = self._decoder.push(token_id)
         if self.stopped or not piece:
             return ""
         self._held += piece
@@ -47,9 +47,9 @@ class IncrementalDetokenizer:
         return self._release(len(self._held) - self._longest_stop_prefix())
 
     def finish(self) -> str:
-        """Return what was held back, once no more tokens come. Bytes of an unfinished character become U+FFFD."""
+        """Return the held-back text after the last token. Bytes of an incomplete character become U+FFFD."""
         if not self.stopped:
-            self._held += self._detokenizer.finish()
+            self._held += self._decoder.finish()
         return self._release(len(self._held))
 
     def _release(self, count: int) -> str:
@@ -58,7 +58,7 @@ class IncrementalDetokenizer:
         return released
 
     def _longest_stop_prefix(self) -> int:
-        """Return the number of characters at the end of the held text that might be the start of a stop string."""
+        """Return the number of characters at the end of the held text that might begin a stop string."""
         longest = max((len(stop) for stop in self._stops), default=1) - 1
         for length in range(min(longest, len(self._held)), 0, -1):
             tail = self._held[-length:]

@@ -1,4 +1,4 @@
-"""The bytes a single token stands for. Text alone cannot tell: many tokens are a part of a character."""
+"""Return the bytes of single tokens. Text is not enough, because many tokens are part of a character."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import re
 from tokenizers import Tokenizer
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
-_SPACE = "\u2581"  # sentencepiece's sign for a space
+_SPACE = "\u2581"  # sentencepiece's symbol for a space
 
 
 class TokenBytes:
-    """Reads the two kinds of vocabulary in use: byte-level, and sentencepiece's with a token for each byte."""
+    """Bytes by token id, for byte-level vocabularies and for sentencepiece vocabularies with byte tokens."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -19,7 +19,7 @@ class TokenBytes:
         self._added = {token_id: token.content for token_id, token in tokenizer.get_added_tokens_decoder().items()}
 
     def __call__(self, token_id: int) -> bytes:
-        """b"" for an id that is padding of the model's output and no token."""
+        """Return the token's bytes, or b"" for an id that only pads the model's output."""
         if token_id in self._added:
             content: str = self._added[token_id]
             return content.encode()
@@ -32,9 +32,9 @@ class TokenBytes:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The character that stands for each byte in a byte-level vocabulary, as GPT-2 set it.
+    """Return the byte of each character in GPT-2's byte-level alphabet.
 
-    Printable bytes of Latin-1 stand for themselves; the others take the characters from 256 on, in order.
+    Printable Latin-1 bytes map to themselves; the others map to the characters from 256 on, in order.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]

@@ -153,7 +153,7 @@ def test_a_replica_that_cannot_compute_its_first_tokens_does_not_start(
     base.tokenizer.save_pretrained(tmp_path)
 
     async def main() -> None:
-        with pytest.raises(WarmUpFailed, match="the first steps failed"):
+        with pytest.raises(WarmUpFailed, match="the first steps of the engine failed"):
             WorkerDeployment(tiny_config(tmp_path, num_threads=1), 0.0, FakeHandle(FakeStore({})))
 
     asyncio.run(main())
@@ -353,7 +353,7 @@ def test_a_request_that_an_ended_engine_refuses_ends_the_process_at_once(serve: 
         model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("no kernel for this device")))
         errors = [await failure_of(serving, number) for number in range(4)]
         assert [type(error) for error in errors[:2]] == [EngineStopped] * 2
-        assert isinstance(errors[3], ReplicaStuck) and "computes nothing" in str(errors[3])
+        assert isinstance(errors[3], ReplicaStuck) and "compute a single token" in str(errors[3])
         assert serving.ends and set(serving.ends) == {1}
 
     async def failure_of(serving: Serving, number: int) -> Exception | None:

@@ -66,7 +66,7 @@ REFUSED: dict[str, tuple[Settings, str]] = {
     "jetmoe": ({}, "keys"),
     "nemotron": ({}, "keyword arguments"),
     "granite_swa": ({}, "s_aux"),
-    "doge": ({}, "mask of its own"),
+    "doge": ({}, "its own attention mask"),
     "gemma4_text": ({}, "no single head_dim"),
     "mimo_v2_flash": ({}, "keys"),
     "gpt_neox": ({}, "keys"),

@@ -201,7 +201,7 @@ def test_a_device_that_computes_single_tokens_only_ends_the_engine_after_three_r
         answers.append(ask(engine, greedy("a prompt of many tokens", plan, number)))
         if number < 2:
             engine.run_until_idle()
-    with pytest.raises(EngineStopped, match="not even the engine's own, after 3 failed steps"):
+    with pytest.raises(EngineStopped, match="the engine's own requests, after 3 consecutive failed steps"):
         engine.step()
     assert [type(answer.error) for answer in answers] == [RequestFailed, RequestFailed, EngineStopped]
     assert_nothing_held(engine)
@@ -229,7 +229,7 @@ def test_a_device_that_computes_nothing_ends_the_engine_after_three_steps(make_e
     engine.step()
     assert faults.num_seen <= 2 * (3 * 4 + 1)
     assert [type(answer.error) for answer in answers] == [EngineStopped] * 8 + [type(None)] * 8
-    with pytest.raises(EngineStopped, match="3 steps in a row"):
+    with pytest.raises(EngineStopped, match="3 consecutive steps"):
         engine.step()
     assert [type(answer.error) for answer in answers] == [EngineStopped] * 12 + [type(None)] * 4
     assert_nothing_held_but_waiting(engine)

@@ -33,7 +33,7 @@ def waiting_by_tenant(engine: Engine) -> Counter[str]:
 def test_one_tenant_alone_may_use_the_whole_queue_and_is_refused_beyond_it(make_engine: MakeEngine) -> None:
     engine = make_engine({}, max_waiting=PLACES)
     answers = fill(engine, "a", PLACES)
-    with pytest.raises(EngineFull, match="12 requests already wait"):
+    with pytest.raises(EngineFull, match=r"queue is full \(12 requests\)"):
         ask(engine, job_of("a", 99))
     engine.run_until_idle()
     assert all(answer.is_finished for answer in answers)

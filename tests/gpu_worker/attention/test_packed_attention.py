@@ -77,7 +77,7 @@ def test_arguments_that_would_be_dropped_are_refused_by_name(extra: dict[str, ob
 
 
 def test_a_mask_of_the_models_own_is_refused() -> None:
-    with pytest.raises(BaseModelUnsupported, match="mask of its own"):
+    with pytest.raises(BaseModelUnsupported, match="its own attention mask"):
         packed_attention(layer(), VALUE, VALUE, VALUE, torch.zeros(5, 5), step=filled(), scaling=1.0)
 
 

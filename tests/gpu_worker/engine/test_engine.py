@@ -203,7 +203,7 @@ def test_an_empty_prompt_is_invalid(tiny_base: Callable[..., BaseModel], make_en
     tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")  # no <bos>
     engine = make_engine({}, base=replace(tiny_base(), tokenizer=tokenizer))
-    with pytest.raises(PromptInvalid, match="empty"):
+    with pytest.raises(PromptInvalid, match="no tokens"):
         engine.prepare(Job("1", ""), lambda event: None)
 
 

@@ -56,7 +56,7 @@ def test_attention_that_computes_something_else_is_refused(
 ) -> None:
     """Also where rounding alone makes experts of random weights tie, and most tokens differ with an adapter."""
     base = load_base_model(tiny_config(save(tmp_path, family, EQUAL[family]), dtype=dtype))
-    with pytest.raises(BaseModelUnsupported, match=f"{family} cannot be served .* for {where} with"):
+    with pytest.raises(BaseModelUnsupported, match=f"does not support {family}: .*for {where} with"):
         make_engine({}, base=base, dtype=dtype, build_kv_cache=cache)
 
 
@@ -67,7 +67,7 @@ def test_a_layer_that_no_adapter_reaches_is_refused(
     base = tiny_base("llama")
     mlp = base.model.model.layers[1].mlp
     mlp.forward = lambda x: torch.nn.functional.linear(x @ mlp.up_proj.weight.T, mlp.down_proj.weight)
-    with pytest.raises(BaseModelUnsupported, match=r"llama cannot be served .*weight"):
+    with pytest.raises(BaseModelUnsupported, match=r"does not support llama: .*weight"):
         make_engine({}, "llama", base=base)
 
 
@@ -80,7 +80,7 @@ def test_a_model_that_looks_at_the_kind_of_its_layers_is_refused(
     attention.register_forward_hook(
         lambda *call: (call[-1][0] * (1 if type(attention.q_proj) is nn.Linear else 2), None)
     )
-    with pytest.raises(BaseModelUnsupported, match=r"llama cannot be served .*logits differ"):
+    with pytest.raises(BaseModelUnsupported, match=r"does not support llama: .*logits differ"):
         make_engine({}, "llama", base=base)
 
 

@@ -57,7 +57,7 @@ def test_heads_that_attention_on_cuda_does_not_take_are_refused_there(
     head_dim: int, tmp_path: Path, tiny_folders: Mapping[str, Path]
 ) -> None:
     folder = folder_with(tmp_path, tiny_folders["gemma3"], head_dim=head_dim)
-    with pytest.raises(BaseModelUnsupported, match=f"heads of {head_dim}"):
+    with pytest.raises(BaseModelUnsupported, match=f"head size of {head_dim}"):
         load_base_model(tiny_config(folder, device="cuda", dtype="bfloat16"))
 
 

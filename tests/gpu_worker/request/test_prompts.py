@@ -48,7 +48,7 @@ def test_chat_is_the_tokenizers_own_template() -> None:
 
 
 def test_chat_without_a_template_is_refused() -> None:
-    with pytest.raises(PromptInvalid, match="no chat template"):
+    with pytest.raises(PromptInvalid, match="needs a chat template"):
         render(TURNS, "chat", byte_tokenizer())
 
 
