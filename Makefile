@@ -40,6 +40,7 @@ soak: $(READY) ## run the tests that have full counts at those; reports in bench
 kernels: $(READY) ## build the CPU kernels ahead of time, as the image does; a start then compiles nothing
 	$(BIN)/python -m gpu_worker.native.build_kernels --out gpu_worker/native/prebuilt
 
+# `-s` because a finding ends the process, and its report would be lost with what pytest captured.
 # The preloaded libraries come with g++. Python and torch never free everything, so leaks are not looked for. Without
 # AVX-512, as g++ 12 aligns its vectors wrongly on a stack that it checks (GCC bug 110027).
 KERNEL_TESTS := $(addprefix tests/gpu_worker/,attention/test_decode_attention.py attention/test_attention_cpu.py \
@@ -48,7 +49,7 @@ sanitize: $(READY) ## run the kernels' tests with checks of addresses and undefi
 	CXX=g++ CXXFLAGS="-g -mno-avx512f -fsanitize=address,undefined -fno-sanitize-recover=all" CI_REQUIRES_COMPILER=1 \
 	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(for name in libasan.so libubsan.so libstdc++.so.6; \
 		do g++ -print-file-name=$$name; done | paste -sd:)" \
-	$(BIN)/python -m pytest $(KERNEL_TESTS)
+	$(BIN)/python -m pytest -s $(KERNEL_TESTS)
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
