@@ -10,8 +10,9 @@ from typing import Any
 from fastapi import FastAPI
 from ray.serve.handle import DeploymentHandle
 
+from deployments.api.completion_responses import ChatAnswer, TextAnswer
 from deployments.api.parsing import TextRequest, parse
-from deployments.api.responses import JsonObject
+from deployments.api.responses import JsonObject, Ready
 from deployments.auth.authenticator import Authenticator
 from deployments.auth.caller import LOCAL_CALLER, Caller
 from deployments.auth.ray_token import require_token_mode
@@ -72,7 +73,9 @@ class Ingress:
             self.services.preload.cancel()
             self.services.background.cancel()
 
-    async def generate(self, request: TextRequest | Mapping[str, Any], caller: Caller = LOCAL_CALLER) -> JsonObject:
+    async def generate(
+        self, request: TextRequest | Mapping[str, Any], caller: Caller = LOCAL_CALLER
+    ) -> ChatAnswer | TextAnswer:
         """Return the whole answer, like the HTTP route. A mapping is parsed like the route's JSON body.
 
         Callers of a Ray handle are trusted and name the tenant they call for; roles apply to HTTP routes only.
@@ -95,7 +98,7 @@ class Ingress:
                     if chunk is not None:
                         yield chunk
 
-    async def started(self) -> JsonObject:
+    async def started(self) -> Ready:
         """Return the answer of `/ready` for the operator: with the paths of preloaded folders that were refused."""
         return await self.services.readiness.details()
 

@@ -1,4 +1,4 @@
-"""Answers to prompts, in the shape of the OpenAI API, with one `lora` object that says who answered."""
+"""Answers to prompts in the shape of the OpenAI API, with a `lora` object that names the adapters that answered."""
 
 from __future__ import annotations
 
@@ -6,24 +6,97 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NotRequired
 from urllib.parse import quote
 
-from deployments.api.logprobs import chat_logprobs, text_logprobs
+from typing_extensions import TypedDict
+
 from deployments.api.planned import Planned
-from deployments.api.responses import JsonObject, plan_object
-from gpu_worker.request.request import Completion, Delta, TokenLogprob
+from deployments.api.responses import JsonObject, PlanObject, plan_object
+from gpu_worker.request.request import Completion, Delta, FinishReason, TokenLogprob
 from lora_store import LOCAL_TENANT, MAX_PLAN_ADAPTERS
 
 _DIGEST_CHARS = 12
 
 
+class Usage(TypedDict):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Alternative(TypedDict):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatToken(Alternative):
+    top_logprobs: list[Alternative]
+
+
+class ChatLogprobs(TypedDict):
+    content: list[ChatToken]
+    refusal: None
+
+
+class TextLogprobs(TypedDict):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class AnswerMessage(TypedDict):
+    role: Literal["assistant"]
+    content: str
+
+
+class ChatChoice(TypedDict):
+    index: int
+    finish_reason: FinishReason
+    message: AnswerMessage
+    logprobs: ChatLogprobs | None
+
+
+class TextChoice(TypedDict):
+    """`lora`: the plan of this choice's prompt, if the request has several prompts."""
+
+    index: int
+    finish_reason: FinishReason
+    text: str
+    logprobs: TextLogprobs | None
+    lora: NotRequired[PlanObject]
+
+
+class ChatAnswer(TypedDict):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    lora: PlanObject
+
+
+class TextAnswer(TypedDict):
+    """`lora`: the plan, if the request has one prompt."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage
+    lora: NotRequired[PlanObject]
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What all parts of one answer share. Choices come prompt by prompt, `num_choices` to each.
+    """Builds the whole answer or the chunks of one request. Choices are ordered by prompt, `num_choices` for each.
 
-    With several prompts every choice carries the `lora` object of its own prompt; with one the answer does.
-    Adapters are told by the names `tenant`, who asked, calls them by.
+    With several prompts every choice has the `lora` object of its own prompt; with one prompt the answer has it.
+    Adapters have the names that `tenant`, the caller's, uses for them.
     """
 
     kind: Literal["chat", "text"]
@@ -32,39 +105,78 @@ class Answer:
     tenant: str = LOCAL_TENANT
     explain: bool = False
     num_choices: int = 1
-    tells_logprobs: bool = False
+    has_logprobs: bool = False
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def whole(self, completions: Sequence[Completion]) -> JsonObject:
-        choices = []
-        for index, completion in enumerate(completions):
-            choice = self._choice(index, completion.finish_reason, completion.logprobs if self.tells_logprobs else None)
-            if self.kind == "chat":
-                choice["message"] = {"role": "assistant", "content": completion.text}
-            else:
-                choice["text"] = completion.text
-            choices.append(choice | self._own_lora(index))
-        return self._object(choices, chunk=False) | {"usage": self._usage(completions)} | self._lora()
+    def whole(self, completions: Sequence[Completion]) -> ChatAnswer | TextAnswer:
+        """Return the whole answer."""
+        return self._chat_answer(completions) if self.kind == "chat" else self._text_answer(completions)
+
+    def _chat_answer(self, completions: Sequence[Completion]) -> ChatAnswer:
+        choices: list[ChatChoice] = [
+            {
+                "index": index,
+                "finish_reason": completion.finish_reason,
+                "message": {"role": "assistant", "content": completion.text},
+                "logprobs": chat_logprobs(completion.logprobs) if self.has_logprobs else None,
+            }
+            for index, completion in enumerate(completions)
+        ]
+        return {
+            "id": f"chatcmpl-{self.request_id}",
+            "object": "chat.completion",
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+            "usage": self._usage(completions),
+            "lora": self._plan_of(0),
+        }
+
+    def _text_answer(self, completions: Sequence[Completion]) -> TextAnswer:
+        choices: list[TextChoice] = [
+            {
+                "index": index,
+                "finish_reason": completion.finish_reason,
+                "text": completion.text,
+                "logprobs": text_logprobs(completion.logprobs) if self.has_logprobs else None,
+            }
+            for index, completion in enumerate(completions)
+        ]
+        answer: TextAnswer = {
+            "id": f"cmpl-{self.request_id}",
+            "object": "text_completion",
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+            "usage": self._usage(completions),
+        }
+        if len(self.plans) == 1:
+            answer["lora"] = self._plan_of(0)
+        else:
+            for choice in choices:
+                choice["lora"] = self._plan_of(choice["index"])
+        return answer
 
     def opening(self) -> JsonObject:
-        """The first chunk of a stream: the role of every choice, and the plans before any text."""
+        """Return the first chunk of a stream: the role of every choice, and the plans before any text."""
         begun: JsonObject = {"delta": {"role": "assistant", "content": ""}} if self.kind == "chat" else {"text": ""}
         indices = range(len(self.plans) * self.num_choices)
         choices = [self._choice(index, None, None) | begun | self._own_lora(index) for index in indices]
-        return self._object(choices, chunk=True) | self._lora()
+        return self._chunk(choices) | ({"lora": self._plan_of(0)} if len(self.plans) == 1 else {})
 
     def chunk(self, index: int, delta: Delta) -> JsonObject:
+        """Return the chunk for a delta of one choice."""
         choice = self._choice(index, delta.finish_reason, delta.logprobs or None)
         choice |= {"delta": {"content": delta.text}} if self.kind == "chat" else {"text": delta.text}
-        return self._object([choice], chunk=True)
+        return self._chunk([choice])
 
     def usage_chunk(self, lasts: Sequence[Delta]) -> JsonObject:
-        """`lasts`: the last delta of every choice, in order."""
-        return self._object([], chunk=True) | {"usage": self._usage(lasts)}
+        """Return the last chunk of a stream. `lasts`: the last delta of every choice, in order."""
+        return self._chunk([]) | {"usage": self._usage(lasts)}
 
     def headers(self) -> dict[str, str]:
-        """The plans in short, for who reads no body; of several prompts, every adapter once."""
+        """Return the plans as short headers, for clients that ignore the body. They list every adapter once."""
         strategies = dict.fromkeys(planned.plan.strategy for planned in self.plans)
         rows = list(dict.fromkeys(self._adapters_in_short()))
         more = ["..."] if len(rows) > MAX_PLAN_ADAPTERS else []
@@ -75,7 +187,7 @@ class Answer:
         }
 
     def _adapters_in_short(self) -> Iterator[str]:
-        """`name@digest;weight=0.5`, with the weight where there is one prompt."""
+        """Yield `name@digest;weight=0.5`; the weight only if there is one prompt."""
         for planned in self.plans:
             for row in planned.plan.adapters:
                 weight = f";weight={row.weight:.6g}" if len(self.plans) == 1 else ""
@@ -83,26 +195,56 @@ class Answer:
 
     def _choice(self, index: int, reason: str | None, logprobs: Sequence[TokenLogprob] | None) -> JsonObject:
         shape = chat_logprobs if self.kind == "chat" else text_logprobs
-        told = None if logprobs is None else shape(logprobs)
-        return {"index": index, "finish_reason": reason, "logprobs": told}
+        return {"index": index, "finish_reason": reason, "logprobs": None if logprobs is None else shape(logprobs)}
 
-    def _object(self, choices: list[JsonObject], *, chunk: bool) -> JsonObject:
-        prefix, kind = ("chatcmpl", "chat.completion") if self.kind == "chat" else ("cmpl", "text_completion")
-        if chunk and self.kind == "chat":
-            kind = "chat.completion.chunk"
+    def _chunk(self, choices: list[JsonObject]) -> JsonObject:
+        prefix, kind = ("chatcmpl", "chat.completion.chunk") if self.kind == "chat" else ("cmpl", "text_completion")
         identity = {"id": f"{prefix}-{self.request_id}", "object": kind, "created": self.created, "model": self.model}
         return identity | {"choices": choices}
 
-    def _lora(self) -> JsonObject:
-        return {"lora": plan_object(self.plans[0], self.tenant, explain=self.explain)} if len(self.plans) == 1 else {}
+    def _plan_of(self, index: int) -> PlanObject:
+        """Return the plan of the choice's prompt."""
+        return plan_object(self.plans[index // self.num_choices], self.tenant, explain=self.explain)
 
     def _own_lora(self, index: int) -> JsonObject:
-        if len(self.plans) == 1:
-            return {}
-        return {"lora": plan_object(self.plans[index // self.num_choices], self.tenant, explain=self.explain)}
+        return {} if len(self.plans) == 1 else {"lora": self._plan_of(index)}
 
-    def _usage(self, ends: Sequence[Completion] | Sequence[Delta]) -> JsonObject:
-        """A prompt counts once however many answers it has, as OpenAI counts."""
+    def _usage(self, ends: Sequence[Completion] | Sequence[Delta]) -> Usage:
+        """Count tokens as OpenAI does: a prompt counts once, however many answers it has."""
         num_prompt = sum(end.num_prompt_tokens for end in ends[:: self.num_choices])
         num_new = sum(end.num_new_tokens for end in ends)
         return {"prompt_tokens": num_prompt, "completion_tokens": num_new, "total_tokens": num_prompt + num_new}
+
+
+def chat_logprobs(entries: Sequence[TokenLogprob]) -> ChatLogprobs:
+    """Return one object per token. The text of a partial character is U+FFFD; its bytes are exact."""
+    content: list[ChatToken] = [
+        {**_entry(entry.token, entry.logprob), "top_logprobs": [_entry(*alternative) for alternative in entry.top]}
+        for entry in entries
+    ]
+    return {"content": content, "refusal": None}
+
+
+def text_logprobs(entries: Sequence[TokenLogprob]) -> TextLogprobs:
+    """Return parallel lists. A token is always in its own `top_logprobs`, as an additional one if necessary."""
+    return {
+        "tokens": [_name(entry.token) for entry in entries],
+        "token_logprobs": [entry.logprob for entry in entries],
+        "top_logprobs": [
+            {_name(token): logprob for token, logprob in (*entry.top, (entry.token, entry.logprob))}
+            for entry in entries
+        ],
+        "text_offset": [entry.text_offset for entry in entries],
+    }
+
+
+def _entry(token: bytes, logprob: float) -> Alternative:
+    return {"token": token.decode(errors="replace"), "logprob": logprob, "bytes": list(token)}
+
+
+def _name(token: bytes) -> str:
+    """Return the token as text, or `bytes:\\xe4` for a partial character: these are keys and must differ."""
+    try:
+        return token.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)

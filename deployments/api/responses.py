@@ -1,48 +1,234 @@
-"""Response objects: plans, and what is told of the pool."""
+"""Response objects of the API: each type is built here, and FastAPI documents the routes with the same type."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, NotRequired
 
-from deployments.api import error_table
-from deployments.api.change_results import Published, Removed, Settled
+from typing_extensions import TypedDict
+
 from deployments.api.planned import Planned
-from lora_store import AdapterRecord, AdapterRef
-from retriever_svc import Candidate, DoctorReport
+from lora_store import AdapterRecord, AdapterRef, Strategy
+from retriever_svc import Candidate, DoctorReport, Place, Point, PoolMap
 
 JsonObject = dict[str, Any]
 
 
-def list_object(data: Sequence[JsonObject], *, has_more: bool) -> JsonObject:
-    """One page of a list, as the OpenAI API has it: go on `after` the `last_id` while there is more."""
-    ids = [item["id"] for item in data]
-    edges = {"first_id": ids[0] if ids else None, "last_id": ids[-1] if ids else None}
-    return {"object": "list", "data": data, **edges, "has_more": has_more}
+class ErrorObject(TypedDict):
+    message: str
+    type: str
+    param: str | None
+    code: str
 
 
-def plan_object(planned: Planned, tenant: str, *, explain: bool) -> JsonObject:
-    """Strategy and adapters always; every candidate and its score where the client asked.
+class ErrorAnswer(TypedDict):
+    """Every error of every route."""
 
-    Adapters are told by the names `tenant` asks for them by.
+    error: ErrorObject
+
+
+class PlannedRow(TypedDict):
+    name: str
+    digest: str
+    weight: float
+    score: float | None
+
+
+class CandidateRow(TypedDict):
+    name: str
+    digest: str
+    score: float
+
+
+class PlanObject(TypedDict):
+    """The adapters that answered. Sent back as `lora.plan`, it is replayed.
+
+    `generation` and `candidates` are included if `lora.explain` asks for them, and by `/v1/route`.
+    """
+
+    strategy: Strategy
+    adapters: list[PlannedRow]
+    abstained: bool
+    generation: NotRequired[int]
+    candidates: NotRequired[list[CandidateRow]]
+
+
+class RouteAnswer(TypedDict):
+    object: Literal["list"]
+    data: list[PlanObject]
+
+
+class ModelCard(TypedDict):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    parent: str | None
+
+
+class ModelList(TypedDict):
+    """One page of a list, as in the OpenAI API: go on `after` the `last_id` while there is more."""
+
+    object: Literal["list"]
+    data: list[ModelCard]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class Adapter(TypedDict):
+    """`id`: the name that the caller uses for it: `name`, or `tenant/name` for another tenant's adapter."""
+
+    id: str
+    name: str
+    tenant: str
+    digest: str
+    weights_digest: str
+    visibility: str
+    approved: bool
+    tags: list[str]
+    base_model: str
+    ranks: list[int]
+    target_modules: list[str]
+    num_bytes: int
+    num_samples: int
+    template: str | None
+    found_by_auto: bool
+    probe_shift: float | None
+    source: str
+    created_at: str
+    generation: int
+
+
+class AdapterList(TypedDict):
+    object: Literal["list"]
+    generation: int
+    total: int
+    data: list[Adapter]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class AdapterVersion(TypedDict):
+    digest: str
+    state: Literal["live", "kept"]
+    generation: int
+    created_at: str
+    source: str
+    actor: str
+
+
+class AdapterShown(Adapter):
+    """`versions`: the kept versions of the name, the live one first."""
+
+    versions: list[AdapterVersion]
+    catalogue_generation: int
+
+
+class CollectedBlobs(TypedDict):
+    num_blobs: int
+    num_bytes: int
+
+
+class Health(TypedDict):
+    status: Literal["ok"]
+
+
+class Ready(TypedDict):
+    """With keys the status alone. `refused`: preloaded adapters that were not published, with the reason."""
+
+    status: Literal["ready"]
+    generation: NotRequired[int]
+    num_adapters: NotRequired[int]
+    refused: NotRequired[dict[str, str]]
+
+
+class PlanePoint(TypedDict):
+    x: float
+    y: float
+
+
+class MapPoint(TypedDict):
+    name: str
+    x: float
+    y: float
+
+
+class PoolPicture(TypedDict):
+    object: Literal["pool_map"]
+    generation: int
+    num_adapters: int
+    shown_variance: float
+    points: list[MapPoint]
+
+
+class PromptPlace(TypedDict):
+    object: Literal["pool_place"]
+    generation: int
+    prompt: PlanePoint
+    adapters: list[MapPoint]
+
+
+class Stats(TypedDict):
+    """Sums over the replicas that answered. Counters rise until a replica is replaced.
+
+    `tenant`: the caller's own rows and tokens; `workers`: those of all tenants, null unless the caller is an admin.
+    """
+
+    object: Literal["stats"]
+    read_at: float
+    base_model: str
+    defaults: dict[str, Any]
+    pool: dict[str, Any]
+    tenant: dict[str, Any]
+    workers: dict[str, Any] | None
+
+
+def plan_object(planned: Planned, tenant: str, *, explain: bool) -> PlanObject:
+    """Return strategy and adapters; with `explain` also the generation, every candidate and its score.
+
+    Adapters have the names that `tenant` uses for them.
     """
     plan = planned.plan
-    adapters = [
+    adapters: list[PlannedRow] = [
         {"name": row.ref.name_for(tenant), "digest": row.ref.digest, "weight": row.weight, "score": row.score}
         for row in plan.adapters
     ]
-    report: JsonObject = {"strategy": plan.strategy, "adapters": adapters, "abstained": planned.abstained}
+    report: PlanObject = {"strategy": plan.strategy, "adapters": adapters, "abstained": planned.abstained}
     if explain:
-        report |= {"generation": plan.generation, "candidates": candidate_objects(planned.candidates, tenant)}
+        report["generation"] = plan.generation
+        report["candidates"] = candidate_rows(planned.candidates, tenant)
     return report
 
 
-def candidate_objects(candidates: Sequence[Candidate], tenant: str) -> list[JsonObject]:
+def candidate_rows(candidates: Sequence[Candidate], tenant: str) -> list[CandidateRow]:
     return [{"name": c.ref.name_for(tenant), "digest": c.ref.digest, "score": c.score} for c in candidates]
 
 
-def lora_object(record: AdapterRecord, tenant: str) -> JsonObject:
-    """One adapter of the pool. `id`: the name `tenant` asks for it by."""
+def model_list(cards: list[ModelCard], *, has_more: bool) -> ModelList:
+    first_id, last_id = (cards[0]["id"], cards[-1]["id"]) if cards else (None, None)
+    return {"object": "list", "data": cards, "first_id": first_id, "last_id": last_id, "has_more": has_more}
+
+
+def adapter_list(
+    records: Sequence[AdapterRecord], tenant: str, *, generation: int, total: int, has_more: bool
+) -> AdapterList:
+    data = [lora_object(record, tenant) for record in records]
+    return {
+        "object": "list",
+        "generation": generation,
+        "total": total,
+        "data": data,
+        "first_id": data[0]["id"] if data else None,
+        "last_id": data[-1]["id"] if data else None,
+        "has_more": has_more,
+    }
+
+
+def lora_object(record: AdapterRecord, tenant: str) -> Adapter:
+    """Return one adapter of the pool. `id` is the name that `tenant` uses for it."""
     return {
         "id": record.ref.name_for(tenant),
         "name": record.ref.name,
@@ -66,8 +252,17 @@ def lora_object(record: AdapterRecord, tenant: str) -> JsonObject:
     }
 
 
-def versions_object(versions: Sequence[AdapterRecord]) -> list[JsonObject]:
-    """The kept versions of one name, the live one first."""
+def shown_object(versions: Sequence[AdapterRecord], tenant: str, generation: int) -> AdapterShown:
+    """Return the live version of an adapter, with all kept versions."""
+    return {
+        **lora_object(versions[0], tenant),
+        "versions": versions_object(versions),
+        "catalogue_generation": generation,
+    }
+
+
+def versions_object(versions: Sequence[AdapterRecord]) -> list[AdapterVersion]:
+    """Return the kept versions of one name, the live one first."""
     return [
         {
             "digest": record.ref.digest,
@@ -81,50 +276,33 @@ def versions_object(versions: Sequence[AdapterRecord]) -> list[JsonObject]:
     ]
 
 
-def published_object(published: Published) -> JsonObject:
+def map_object(drawn: PoolMap, tenant: str) -> PoolPicture:
     return {
-        "name": published.ref.name,
-        "digest": published.ref.digest,
-        "generation": published.generation,
-        "replicas": {"ready": published.ready, "behind": published.behind},
-        "found_by_auto": published.found_by_auto,
-        "probe_shift": published.probe_shift,
-        "neighbours": candidate_objects(published.neighbours, published.ref.tenant),
+        "object": "pool_map",
+        "generation": drawn.generation,
+        "num_adapters": drawn.num_adapters,
+        "shown_variance": drawn.shown_variance,
+        "points": [point_object(point, tenant) for point in drawn.points],
     }
 
 
-def status_of(published: Published) -> int:
-    """201, or 202 while a Retriever replica does not route to it yet."""
-    return 202 if published.behind else 201
-
-
-def batch_object(outcomes: Sequence[Published | Exception]) -> JsonObject:
-    """One object per adapter of a batch, in order: as it would be answered alone, with its status."""
-    data: list[JsonObject] = []
-    for outcome in outcomes:
-        if isinstance(outcome, Exception):
-            status, body = error_table.describe(outcome)
-            data.append({"status": status} | body)
-        else:
-            data.append({"status": status_of(outcome)} | published_object(outcome))
-    return {"object": "list", "data": data}
-
-
-def settled_object(settled: Settled) -> JsonObject:
-    return {"generation": settled.generation, "replicas": {"ready": settled.ready, "behind": settled.behind}}
-
-
-def removed_object(removed: Removed) -> JsonObject:
+def place_object(found: Place, tenant: str) -> PromptPlace:
     return {
-        "names": list(removed.names),
-        "deleted": True,
-        "generation": removed.generation,
-        "replicas": {"ready": removed.ready, "behind": removed.behind},
+        "object": "pool_place",
+        "generation": found.generation,
+        "prompt": {"x": found.prompt.x, "y": found.prompt.y},
+        "adapters": [point_object(point, tenant) for point in found.adapters],
     }
+
+
+def point_object(point: Point, tenant: str) -> MapPoint:
+    """Return an adapter on the map, under the name that `tenant` uses for it."""
+    assert point.ref is not None
+    return {"name": point.ref.name_for(tenant), "x": point.x, "y": point.y}
 
 
 def doctor_object(report: DoctorReport, tenant: str) -> JsonObject:
-    """How an adapter's own samples find it. Their shares are better than those of prompts it never saw."""
+    """Return how an adapter's own samples find it. Their shares are better than those of unseen prompts."""
 
     def name(ref: AdapterRef) -> str:
         return ref.name_for(tenant)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from ray.serve.handle import DeploymentHandle
 
-from deployments.api.completion_responses import Answer
+from deployments.api.completion_responses import Answer, ChatAnswer, TextAnswer
 from deployments.api.completions import ChatCompletionRequest, Question
 from deployments.api.parsing import TextRequest
 from deployments.api.planned import Planned
@@ -84,7 +84,7 @@ class CompletionService:
             ]
             return StartedCompletion(answer, rows, usage, stack.pop_all())
 
-    async def collect(self, started: StartedCompletion) -> JsonObject:
+    async def collect(self, started: StartedCompletion) -> ChatAnswer | TextAnswer:
         """Return the whole answer."""
         with started.held:
             tasks = [asyncio.create_task(row.collect()) for row in started.rows]
@@ -135,6 +135,6 @@ def _answer_to(request: TextRequest, plans: Sequence[Planned], caller: Caller, c
         caller.tenant,
         request.lora.explain,
         num_choices=request.n,
-        tells_logprobs=request.num_logprobs is not None,
+        has_logprobs=request.num_logprobs is not None,
         request_id=context.request_id,
     )

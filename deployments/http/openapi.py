@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import FastAPI
+from pydantic import TypeAdapter
 
-from deployments.api import schemas as objects
+from deployments.api import change_responses as changes
+from deployments.api import responses as objects
+from deployments.api.completion_responses import ChatAnswer, TextAnswer
 
 Answers = dict[int | str, dict[str, Any]]
 
@@ -57,8 +60,8 @@ def _of_kind(responses: Answers, media_type: str, *statuses: int) -> Answers:
     return responses
 
 
-CHAT_ANSWERS = _also_events(answers(400, 404, 409, 422, 504, s200=objects.ChatAnswer))
-TEXT_ANSWERS = _also_events(answers(400, 404, 409, 422, 504, s200=objects.TextAnswer))
+CHAT_ANSWERS = _also_events(answers(400, 404, 409, 422, 504, s200=ChatAnswer))
+TEXT_ANSWERS = _also_events(answers(400, 404, 409, 422, 504, s200=TextAnswer))
 ROUTE_ANSWERS = answers(400, 404, 409, 422, 504, s200=objects.RouteAnswer)
 MODELS_ANSWERS = answers(400, s200=objects.ModelList)
 MODEL_ANSWERS = answers(404, s200=objects.ModelCard)
@@ -69,14 +72,14 @@ PUBLISH_ANSWERS = answers(
     404,
     409,
     422,
-    s201=objects.PublishedAdapter | objects.BatchAnswer,
-    s202=objects.PublishedAdapter | objects.BatchAnswer,
-    s207=objects.BatchAnswer,
+    s201=changes.PublishedAdapter | changes.BatchAnswer,
+    s202=changes.PublishedAdapter | changes.BatchAnswer,
+    s207=changes.BatchAnswer,
 )
-WITHDRAW_ANSWERS = answers(404, s200=objects.RemovedAdapters, s202=objects.RemovedAdapters)
-ROLLBACK_ANSWERS = answers(400, 404, 409, 422, s201=objects.PublishedAdapter, s202=objects.PublishedAdapter)
-VISIBILITY_ANSWERS = answers(400, 404, 409, s200=objects.SettledAdapter, s202=objects.SettledAdapter)
-APPROVE_ANSWERS = answers(400, 404, 409, s200=objects.SettledAdapter, s202=objects.SettledAdapter)
+WITHDRAW_ANSWERS = answers(404, s200=changes.RemovedAdapters, s202=changes.RemovedAdapters)
+ROLLBACK_ANSWERS = answers(400, 404, 409, 422, s201=changes.PublishedAdapter, s202=changes.PublishedAdapter)
+VISIBILITY_ANSWERS = answers(400, 404, 409, s200=changes.SettledAdapter, s202=changes.SettledAdapter)
+APPROVE_ANSWERS = answers(400, 404, 409, s200=changes.SettledAdapter, s202=changes.SettledAdapter)
 MAP_ANSWERS = answers(400, s200=objects.PoolPicture)
 PLACE_ANSWERS = answers(400, 504, s200=objects.PromptPlace)
 STATS_ANSWERS = answers(s200=objects.Stats)
@@ -101,7 +104,8 @@ class Api(FastAPI):
             for name in ("HTTPValidationError", "ValidationError"):
                 schemas.pop(name, None)
             for error in (objects.ErrorAnswer, objects.ErrorObject):
-                schemas[error.__name__] = error.model_json_schema(ref_template="#/components/schemas/{model}")
+                schema = TypeAdapter(error).json_schema(ref_template="#/components/schemas/{model}")
+                schemas[error.__name__] = schema
                 schemas[error.__name__].pop("$defs", None)
         assert self.openapi_schema is not None
         return self.openapi_schema

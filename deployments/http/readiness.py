@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ray.serve.handle import DeploymentHandle
 
-from deployments.api.responses import JsonObject
+from deployments.api.responses import Ready
 from deployments.auth.caller import ANONYMOUS_TENANT, LOCAL_CALLER
 from deployments.calls.retries import retry_on_replica_death
 from deployments.errors import NotReady
@@ -41,7 +41,7 @@ class Readiness:
         self._began_s = 0.0
         self._num_waiting = 0
 
-    async def public(self) -> JsonObject:
+    async def public(self) -> Ready:
         """Return the public answer: with keys, the status alone. Raises: NotReady."""
         found = await self.details()
         if self._has_keys:
@@ -51,9 +51,9 @@ class Readiness:
             name = Path(path).name  # clients must not learn the server's paths
             reason = reason.replace(path, name)
             refused[name] = f"{refused[name]}; {reason}" if name in refused else reason
-        return found | {"refused": refused}
+        return {**found, "refused": refused}
 
-    async def details(self) -> JsonObject:
+    async def details(self) -> Ready:
         """Return the answer for the operator, with the paths of refused folders. Raises: NotReady."""
         refused = self._preload.refused()
         if self._num_waiting >= MAX_WAITING:

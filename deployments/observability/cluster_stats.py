@@ -11,7 +11,7 @@ from typing import Any
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from deployments.api.responses import JsonObject
+from deployments.api.responses import JsonObject, Stats
 from deployments.config.app import AppConfig
 from deployments.observability.tenant_usage import Usage
 from gpu_worker.engine.engine_status import EngineStatus
@@ -46,7 +46,7 @@ class StatsReader:
         self._reading: asyncio.Task[tuple[float, ReplicaAnswers, ReplicaAnswers]] | None = None
         self._began_s = 0.0
 
-    async def read(self, tenant: str, *, sees_all: bool = True) -> JsonObject:
+    async def read(self, tenant: str, *, sees_all: bool = True) -> Stats:
         """Return sums over the replicas that answered. Counters rise until a replica is replaced.
 
         Without `sees_all` the answer covers only the tenant's own requests.

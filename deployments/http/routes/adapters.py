@@ -21,19 +21,17 @@ from deployments.api.adapters import (
     RollbackRequest,
     VisibilityRequest,
 )
-from deployments.api.change_results import Published
-from deployments.api.publish_item import MAX_UPLOAD_FILES, PublishItem
-from deployments.api.responses import (
-    JsonObject,
+from deployments.api.change_responses import (
+    approval_object,
     batch_object,
-    list_object,
-    lora_object,
     published_object,
     removed_object,
-    settled_object,
     status_of,
-    versions_object,
+    visibility_object,
 )
+from deployments.api.change_results import Published
+from deployments.api.publish_item import MAX_UPLOAD_FILES, PublishItem
+from deployments.api.responses import AdapterList, AdapterShown, adapter_list, shown_object
 from deployments.auth.caller import Caller
 from deployments.calls.retries import retry_on_replica_death
 from deployments.config.app import FORM_OVERHEAD_BYTES, AppConfig
@@ -86,13 +84,13 @@ async def loras(
     after: Annotated[str, Query(max_length=256, description="the last id of the page before")] = "",
     limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = MAX_PAGE,
     min_generation: Annotated[int, Query(ge=0, lt=2**63)] = 0,
-) -> JsonObject:
+) -> AdapterList:
     """Return a page of the adapters that the caller may use and that match all words of `search`, and their number."""
     wanted = PageRequest(limit, after, words=search)
     page: Page = await retry_on_replica_death(services.retriever.page, caller.tenant, wanted, min_generation)
-    data = [lora_object(record, caller.tenant) for _, record in page.rows]
+    records = [record for _, record in page.rows]
     counted = {"generation": page.generation, "total": page.num_found}
-    return counted | list_object(data, has_more=page.has_more)
+    return adapter_list(records, caller.tenant, **counted, has_more=page.has_more)
 
 
 @router.post(
@@ -123,13 +121,10 @@ async def publish(caller: PublishCaller, services: AnyServices, http: Request) -
 
 
 @router.get("/v1/loras/{name:path}", response_model=None, responses=LORA_ANSWERS)
-async def show(name: str, services: AnyServices, caller: AnyCaller) -> JsonObject:
+async def show(name: str, services: AnyServices, caller: AnyCaller) -> AdapterShown:
     """Return one adapter and its kept versions, the live one first."""
     generation, versions = await retry_on_replica_death(services.retriever.record, caller.tenant, name)
-    return lora_object(versions[0], caller.tenant) | {
-        "versions": versions_object(versions),
-        "catalogue_generation": generation,
-    }
+    return shown_object(versions, caller.tenant, generation)
 
 
 @router.delete("/v1/loras/{name:path}", responses=WITHDRAW_ANSWERS, dependencies=[MAY_CHANGE])
@@ -155,7 +150,7 @@ async def set_visibility(
     """Make an adapter private, or public. A public one claims its bare name: 409 if another tenant has it."""
     key = own_key(name, caller)
     settled = await services.publisher.set_visibility(key, body.visibility, caller.key_id)
-    answer = {"name": key[1], "visibility": body.visibility} | settled_object(settled)
+    answer = visibility_object(key[1], body.visibility, settled)
     return JSONResponse(answer, 202 if settled.behind else 200)
 
 
@@ -174,7 +169,7 @@ async def approve(name: str, body: ApproveRequest, caller: AdminCaller, services
         raise RequestInvalid("name: only a public adapter can be approved; make it public first", "name")
     require_approver(services, record.ref, caller)
     settled = await services.publisher.approve([record.ref], caller.key_id)
-    answer = {"name": record.ref.name, "digest": record.ref.digest, "approved": True} | settled_object(settled)
+    answer = approval_object(record.ref, settled)
     return JSONResponse(answer, 202 if settled.behind else 200)
 
 

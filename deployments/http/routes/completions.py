@@ -8,7 +8,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from deployments.api.completions import ChatCompletionRequest, CompletionRequest, RouteQuery
 from deployments.api.parsing import TextRequest
 from deployments.api.requested_work import Work
-from deployments.api.responses import JsonObject, plan_object
+from deployments.api.responses import RouteAnswer, plan_object
 from deployments.auth.caller import Caller
 from deployments.calls.deadlines import deadline_of, within
 from deployments.generation.planner import text_read
@@ -40,7 +40,7 @@ async def completions(
 
 
 @router.post("/v1/route", response_model=None, responses=ROUTE_ANSWERS)
-async def route(body: RouteQuery, caller: InferCaller, services: AnyServices, context: AnyContext) -> JsonObject:
+async def route(body: RouteQuery, caller: InferCaller, services: AnyServices, context: AnyContext) -> RouteAnswer:
     """Return the plans for these prompts, with candidates, without generating. Each can be sent as `lora.plan`."""
     config = services.config
     check_texts(body.prompt, config)

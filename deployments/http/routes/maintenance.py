@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 
 from deployments.api.adapters import GcRequest, JobRequest, ReindexRequest
-from deployments.api.responses import JsonObject
+from deployments.api.responses import CollectedBlobs, JsonObject
 from deployments.http.dependencies import AdminCaller, AnyContext, AnyServices
 from deployments.http.error_responses import AnsweringRoute
 from deployments.http.openapi import GC_ANSWERS, LINES_ANSWERS
@@ -43,7 +43,7 @@ async def reindex(
 
 
 @router.post("/v1/pool/gc", response_model=None, responses=GC_ANSWERS)
-async def gc(body: GcRequest, _: AdminCaller, services: AnyServices) -> JsonObject:
+async def gc(body: GcRequest, _: AdminCaller, services: AnyServices) -> CollectedBlobs:
     """Remove objects that nothing refers to and that are older than the retention."""
     await services.publisher.reach_store()
     collected = await services.store.gc.remote(body.retention_s)

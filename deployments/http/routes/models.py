@@ -9,7 +9,7 @@ from pydantic import Field
 
 from deployments.api.adapters import Tag
 from deployments.api.base import ApiRequest
-from deployments.api.responses import JsonObject, list_object
+from deployments.api.responses import ModelCard, ModelList, model_list
 from deployments.calls.retries import retry_on_replica_death
 from deployments.errors import ModelNotFound
 from deployments.generation.planner import AUTO
@@ -35,7 +35,7 @@ class ModelQuery(ApiRequest):
 
 
 @router.get("/v1/models", response_model=None, responses=MODELS_ANSWERS)
-async def models(query: Annotated[ModelQuery, Query()], services: AnyServices, caller: AnyCaller) -> JsonObject:
+async def models(query: Annotated[ModelQuery, Query()], services: AnyServices, caller: AnyCaller) -> ModelList:
     """List `auto`, the base model, then every adapter the caller may name. If `has_more`, go on `after` `last_id`."""
     base = services.config.served_base_name
     own = _own_cards(base, query)
@@ -48,11 +48,11 @@ async def models(query: Annotated[ModelQuery, Query()], services: AnyServices, c
     )
     page = await retry_on_replica_death(services.retriever.page, caller.tenant, wanted)
     cards = own[: query.limit] + [card_of(name, base, record, caller.tenant) for name, record in page.rows]
-    return list_object(cards, has_more=page.has_more or len(own) > query.limit)
+    return model_list(cards, has_more=page.has_more or len(own) > query.limit)
 
 
 @router.get("/v1/models/{model:path}", response_model=None, responses=MODEL_ANSWERS)
-async def model(model: str, services: AnyServices, caller: AnyCaller) -> JsonObject:
+async def model(model: str, services: AnyServices, caller: AnyCaller) -> ModelCard:
     """Return the card of one model, by any name that a request may use for it."""
     base = services.config.served_base_name
     name = model.removeprefix(f"{base}:")
@@ -65,17 +65,17 @@ async def model(model: str, services: AnyServices, caller: AnyCaller) -> JsonObj
     return card_of(model, base, versions[0], caller.tenant)
 
 
-def special_card(name: str, base: str) -> JsonObject:
+def special_card(name: str, base: str) -> ModelCard:
     return _card(name, 0, _OWNER, name, None if name == base else base)
 
 
-def card_of(name: str, base: str, record: AdapterRecord, tenant: str) -> JsonObject:
+def card_of(name: str, base: str, record: AdapterRecord, tenant: str) -> ModelCard:
     """Return the card of an adapter. `root` is the source of the tenant's own; the source of others stays private."""
     root = record.source if record.ref.tenant == tenant else name
     return _card(name, int(record.created_at.timestamp()), record.ref.tenant, root, base)
 
 
-def _own_cards(base: str, query: ModelQuery) -> list[JsonObject]:
+def _own_cards(base: str, query: ModelQuery) -> list[ModelCard]:
     """Return the cards of `auto` and the base model if they belong to the page. Filters for adapters exclude them."""
     if query.owner is not None or query.tag:
         return []
@@ -83,5 +83,5 @@ def _own_cards(base: str, query: ModelQuery) -> list[JsonObject]:
     return [special_card(name, base) for name in names if query.name.lower() in name.lower()]
 
 
-def _card(name: str, created: int, owner: str, root: str, parent: str | None) -> JsonObject:
+def _card(name: str, created: int, owner: str, root: str, parent: str | None) -> ModelCard:
     return {"id": name, "object": "model", "created": created, "owned_by": owner, "root": root, "parent": parent}

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from deployments.api.base import MAX_TEXT_CHARS, ApiRequest
 from deployments.api.requested_work import Work
-from deployments.api.responses import JsonObject
+from deployments.api.responses import PoolPicture, PromptPlace, map_object, place_object
 from deployments.calls.deadlines import deadline_of, within
 from deployments.calls.retries import retry_on_replica_death
 from deployments.generation.request_limits import check_texts, encoder_tokens
@@ -17,7 +17,7 @@ from deployments.http.dependencies import AnyCaller, AnyContext, AnyServices, In
 from deployments.http.error_responses import AnsweringRoute
 from deployments.http.openapi import MAP_ANSWERS, PLACE_ANSWERS
 from lora_store import MAX_PLAN_ADAPTERS
-from retriever_svc import Place, Point, PoolMap
+from retriever_svc import Place, PoolMap
 from retriever_svc.encoder import MAX_CHARS
 
 router = APIRouter(route_class=AnsweringRoute)
@@ -35,35 +35,18 @@ class PlaceQuery(ApiRequest):
 @router.get("/v1/pool/map", response_model=None, responses=MAP_ANSWERS)
 async def pool_map(
     services: AnyServices, caller: AnyCaller, min_generation: Annotated[int, Query(ge=0, lt=2**63)] = 0
-) -> JsonObject:
+) -> PoolPicture:
     """Return the adapters that `auto` may choose, at most 2,000, on the plane in which they differ most."""
     drawn: PoolMap = await retry_on_replica_death(services.retriever.map, caller.tenant, min_generation)
-    return {
-        "object": "pool_map",
-        "generation": drawn.generation,
-        "num_adapters": drawn.num_adapters,
-        "shown_variance": drawn.shown_variance,
-        "points": [point_object(point, caller.tenant) for point in drawn.points],
-    }
+    return map_object(drawn, caller.tenant)
 
 
 @router.post("/v1/pool/map", response_model=None, responses=PLACE_ANSWERS)
-async def place(body: PlaceQuery, services: AnyServices, caller: InferCaller, context: AnyContext) -> JsonObject:
+async def place(body: PlaceQuery, services: AnyServices, caller: InferCaller, context: AnyContext) -> PromptPlace:
     """Return the position of a prompt on that map, and of these adapters: a large map does not show all."""
     check_texts([body.prompt], services.config)
     with services.authenticator.running(caller, Work(num_read=encoder_tokens([body.prompt]))):
         async with within(deadline_of(context.arrived_at, None, services.config.max_request_s)):
             asked = (caller.tenant, body.prompt[:MAX_CHARS], body.adapters, body.min_generation)
             found: Place = await retry_on_replica_death(services.retriever.place, *asked)
-    return {
-        "object": "pool_place",
-        "generation": found.generation,
-        "prompt": {"x": found.prompt.x, "y": found.prompt.y},
-        "adapters": [point_object(point, caller.tenant) for point in found.adapters],
-    }
-
-
-def point_object(point: Point, tenant: str) -> JsonObject:
-    """Return an adapter on the map, under the name that `tenant` uses for it."""
-    assert point.ref is not None
-    return {"name": point.ref.name_for(tenant), "x": point.x, "y": point.y}
+    return place_object(found, caller.tenant)

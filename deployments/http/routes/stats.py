@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from deployments.api.responses import JsonObject
+from deployments.api.responses import Stats
 from deployments.http.dependencies import AnyCaller, AnyServices
 from deployments.http.error_responses import AnsweringRoute
 from deployments.http.openapi import STATS_ANSWERS
@@ -13,6 +13,6 @@ router = APIRouter(route_class=AnsweringRoute)
 
 
 @router.get("/v1/stats", response_model=None, responses=STATS_ANSWERS)
-async def stats(services: AnyServices, caller: AnyCaller) -> JsonObject:
+async def stats(services: AnyServices, caller: AnyCaller) -> Stats:
     """Return the usage of the caller's tenant, the pool as it sees it, and, for an admin, the load of all workers."""
     return await services.stats.read(caller.tenant, sees_all="admin" in caller.roles)

@@ -108,7 +108,7 @@ def test_several_prompts_tell_the_plan_of_each_choice_and_count_each_prompt_once
 
 
 def test_chat_logprobs_are_objects_with_the_exact_bytes() -> None:
-    whole = answer(tells_logprobs=True).whole([Completion("é", 5, 2, "stop", (HALF, REST))])
+    whole = answer(has_logprobs=True).whole([Completion("é", 5, 2, "stop", (HALF, REST))])
     entries = whole["choices"][0]["logprobs"]["content"]
     assert entries == [
         {
@@ -132,7 +132,7 @@ def test_chat_logprobs_are_objects_with_the_exact_bytes() -> None:
 
 def test_text_logprobs_are_parallel_lists_with_the_token_in_its_own_alternatives() -> None:
     plain = TokenLogprob(b"b", -2.0, (), 1)
-    whole = answer("text", tells_logprobs=True).whole([Completion("éb", 5, 3, "stop", (HALF, REST, plain))])
+    whole = answer("text", has_logprobs=True).whole([Completion("éb", 5, 3, "stop", (HALF, REST, plain))])
     assert whole["choices"][0]["logprobs"] == {
         "tokens": ["bytes:\\xc3", "bytes:\\xa9", "b"],
         "token_logprobs": [-0.5, -0.25, -2.0],
@@ -143,7 +143,7 @@ def test_text_logprobs_are_parallel_lists_with_the_token_in_its_own_alternatives
 
 
 def test_a_chunk_tells_the_logprobs_of_its_own_tokens() -> None:
-    one = answer(tells_logprobs=True)
+    one = answer(has_logprobs=True)
     told = one.chunk(0, Delta("é", 5, 2, logprobs=(HALF, REST)))
     assert [entry["logprob"] for entry in told["choices"][0]["logprobs"]["content"]] == [-0.5, -0.25]
     ChatCompletionChunk.model_validate(told)
@@ -151,7 +151,7 @@ def test_a_chunk_tells_the_logprobs_of_its_own_tokens() -> None:
 
 
 def test_an_empty_answer_still_has_its_logprobs() -> None:
-    whole = answer(tells_logprobs=True).whole([Completion("", 5, 1, "stop")])
+    whole = answer(has_logprobs=True).whole([Completion("", 5, 1, "stop")])
     assert whole["choices"][0]["logprobs"] == {"content": [], "refusal": None}
 
 
