@@ -17,7 +17,10 @@ from deployments.auth.authenticator import Authenticator
 from deployments.auth.caller import LOCAL_CALLER, Caller
 from deployments.auth.ray_token import require_token_mode
 from deployments.calls.background_tasks import Background
+from deployments.calls.retriever_client import RetrieverClient, ServeRetriever
+from deployments.calls.store_client import ServeStore, StoreClient
 from deployments.calls.transport import bypass_http_proxy
+from deployments.calls.worker_client import ServeWorker, WorkerClient
 from deployments.config.app import FORM_OVERHEAD_BYTES, AppConfig
 from deployments.generation.completions import CompletionService
 from deployments.generation.planner import Planner
@@ -62,7 +65,12 @@ class Ingress:
         join_serve_logs()
         require_token_mode(allow_unauthenticated=config.allow_unauthenticated_ray)
         bypass_http_proxy()
-        self.services = _build_services(config, retriever, worker, store, limits, keep_alive_s, kinds)
+        clients = (
+            ServeRetriever(retriever),
+            ServeWorker(worker, heartbeat_timeout_s=limits.silence_s),
+            ServeStore(store),
+        )
+        self.services = _build_services(config, *clients, limits, keep_alive_s, kinds)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_api(self.services)
@@ -105,9 +113,9 @@ class Ingress:
 
 def _build_services(
     config: AppConfig,
-    retriever: DeploymentHandle,
-    worker: DeploymentHandle,
-    store: DeploymentHandle,
+    retriever: RetrieverClient,
+    worker: WorkerClient,
+    store: StoreClient,
     limits: StreamLimits,
     keep_alive_s: float,
     kinds: MetricFactory,
@@ -118,7 +126,7 @@ def _build_services(
     reclaimer = Reclaimer(store, worker, background, longest_request_s=longest_request_s)
     changes = ChangeMetrics(kinds)
     publisher = Publisher(
-        store, retriever, worker, background=background, releaser=reclaimer, waking=gate, metrics=changes
+        store, retriever, worker, background=background, reclaimer=reclaimer, gate=gate, metrics=changes
     )
     authenticator, planner = Authenticator(config), Planner(config, retriever)
     preload = Preload(config.preload, publisher, approves=has_keys or config.public_requires_approval)

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import ray
 
 from deployments.api.publish_item import PublishItem
 from deployments.auth.ray_token import require_token_mode
+from deployments.calls.store_client import Buffer, Shapes
 from deployments.config.app import AppConfig
 from deployments.observability.logs import join_serve_logs
 from deployments.publishing.byte_budget import ByteBudget
 from deployments.publishing.source_folders import folder_of
-from deployments.weights.object_store_cache import Buffer, ObjectCache
+from deployments.weights.object_store_cache import ObjectCache
 from lora_store import (
     AdapterRecord,
     AdapterRef,
@@ -36,7 +36,6 @@ from lora_store import (
 )
 from lora_store.garbage_collection import Verified
 
-Shapes = Mapping[str, tuple[int, int]]
 _NUM_STAGERS = 8
 _MAX_WAIT_S = 60.0  # of a stage, until there is room for its bytes
 _NO_VECTOR = np.empty(0, np.float32)
@@ -45,7 +44,7 @@ _NO_VECTOR = np.empty(0, np.float32)
 class StoreDeployment:
     """Answers writes and blobs; reads are the Retriever's. File work runs beside the event loop."""
 
-    def __init__(self, config: AppConfig, put: Callable[[Buffer], Any] = ray.put) -> None:
+    def __init__(self, config: AppConfig, put: Callable[[Buffer], Awaitable[Buffer]] = ray.put) -> None:
         join_serve_logs()
         require_token_mode(allow_unauthenticated=config.allow_unauthenticated_ray)
         self._config = config
@@ -54,7 +53,9 @@ class StoreDeployment:
         # Of their own: a batch from a slow source must leave threads to the workers' fetches.
         self._stagers = ThreadPoolExecutor(_NUM_STAGERS, thread_name_prefix="stage")
         self._staging = ByteBudget(config.max_staging_bytes, _MAX_WAIT_S)
-        self._objects: ObjectCache[Any] = ObjectCache(self._store.load, put, config.store_object_cache_bytes)
+        self._objects: ObjectCache[Awaitable[Buffer]] = ObjectCache(
+            self._store.load, put, config.store_object_cache_bytes
+        )
 
     async def stage(self, upload: PublishItem, module_shapes: Shapes) -> Staged:
         """The checked adapter, its blobs stored and held until `commit` or `discard`.
@@ -94,7 +95,7 @@ class StoreDeployment:
         probe_shifts: Sequence[float | None],
         actor: str,
         precondition: Precondition = "any",
-        share: TenantQuota | None = None,
+        quota: TenantQuota | None = None,
         commit_id: str | None = None,
     ) -> int:
         """Make all of `staged` live, and return the generation; `standing` is what the versions must be just before.
@@ -104,7 +105,7 @@ class StoreDeployment:
         StoreUnavailable.
         """
         return await asyncio.to_thread(
-            self._store.commit, staged, embeddings, probe_shifts, actor, precondition, share, commit_id
+            self._store.commit, staged, embeddings, probe_shifts, actor, precondition, quota, commit_id
         )
 
     async def discard(self, staged: Sequence[Staged]) -> None:
@@ -134,6 +135,10 @@ class StoreDeployment:
     async def activate_encoder(self, model: str, identity: str, actor: str) -> int:
         """The generation from which the pool is searched by this encoder. Raises: EncoderIncomplete."""
         return await asyncio.to_thread(self._store.activate_encoder, model, identity, actor)
+
+    async def ping(self) -> None:
+        """Check that the catalogue can be read. Raises: StoreUnavailable."""
+        await asyncio.to_thread(self._store.snapshot)
 
     async def active_encoder(self) -> str | None:
         """The identity of the encoder that a reindex chose; None while it is the configuration's."""
@@ -172,12 +177,13 @@ class StoreDeployment:
         """The samples of each digest, in order. Raises: AdapterNotFound, BlobCorrupted, StoreUnavailable."""
         return await asyncio.to_thread(lambda: [self._store.samples(digest) for digest in digests])
 
-    async def fetch(self, weights_digest: str) -> list[Any]:
-        """[reference to the weights' canonical bytes, verified, in Ray's object store, which this replica owns].
+    async def fetch(self, digest: str) -> list[Awaitable[Buffer]]:
+        """Return a reference to the verified canonical bytes in Ray's object store, which this replica owns.
 
-        In a list: Ray would resolve a bare one on the way. Raises: AdapterNotFound, BlobCorrupted, StoreUnavailable.
+        The reference is in a list because Ray would resolve a bare one. Raises: AdapterNotFound, BlobCorrupted,
+        StoreUnavailable.
         """
-        return [await self._objects.get(weights_digest)]
+        return [await self._objects.get(digest)]
 
     async def release(self, digests: Collection[str]) -> bool:
         """Keep no reference to these."""

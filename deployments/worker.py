@@ -14,11 +14,13 @@ from pathlib import Path
 from ray.serve.handle import DeploymentHandle
 
 from deployments.auth.ray_token import require_token_mode
-from deployments.calls.heartbeat import SIGN_EVERY_S
+from deployments.calls.heartbeat import HEARTBEAT_INTERVAL_S
+from deployments.calls.store_client import ServeStore
+from deployments.calls.worker_client import Usage
 from deployments.errors import ReplicaStuck
 from deployments.observability.logs import join_serve_logs
 from deployments.observability.metrics import REPORT_INTERVAL_S, SERVE, MetricFactory, report_periodically
-from deployments.observability.tenant_usage import TenantUsage, Usage
+from deployments.observability.tenant_usage import TenantUsage
 from deployments.observability.tracing import JobTrace
 from deployments.observability.worker_metrics import WorkerMetrics
 from deployments.scaling.adapter_affinity_router import RESIDENT, short_digest
@@ -69,7 +71,7 @@ class WorkerDeployment:
         self._cache = None if weights_cache is None else DiskCache(*weights_cache)
         use_one_thread()
         executor = load_executor(config.load_threads)
-        self._fetcher = WeightsFetcher(store, executor, cache=self._cache, told=self._metrics)
+        self._fetcher = WeightsFetcher(ServeStore(store), executor, cache=self._cache, observer=self._metrics)
         self._engine = run_on_short_lived_thread(lambda: warm_up(Engine(config, self._start_fetch, executor=executor)))
         self._loop = EngineThread(self._engine, stream_interval_ms=stream_interval_ms, niceness=niceness)
         self._num_missing_kernels = num_missing_kernels(config)
@@ -83,11 +85,8 @@ class WorkerDeployment:
         A client that leaves frees its row, KV and pins at the next step.
         Raises: PromptInvalid, PromptTooLong, PlanTooLarge, AdapterLoadFailed and the like, for this job only.
         """
-        deltas, trace, began = (
-            self._loop.stream_with_heartbeats(job, SIGN_EVERY_S),
-            JobTrace(job.request_id),
-            time.monotonic(),
-        )
+        deltas = self._loop.stream_with_heartbeats(job, HEARTBEAT_INTERVAL_S)
+        trace, began = JobTrace(job.request_id), time.monotonic()
         last: Delta | None = None
         try:
             with self._usage.row(job.tenant) as row:

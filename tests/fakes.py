@@ -21,6 +21,7 @@ class Call:
 
     name: str
     args: tuple[Any, ...]
+    by_reference: bool | None = field(default=None, compare=False)  # the transport that was asked for
     number: int = field(default_factory=lambda: next(_numbers), compare=False)
 
 
@@ -79,7 +80,6 @@ class FakeHandle:
         self.calls: list[Call] = []
         self.responses: list[FakeResponse] = []
         self.timeouts_s: list[float | None] = []
-        self.by_reference: list[bool] = []  # what was asked of the way, each time it was
         self._replicas, self._num_silent = replicas, num_silent
 
     def __getattr__(self, name: str) -> FakeMethod:
@@ -88,12 +88,10 @@ class FakeHandle:
         return FakeMethod(self, name)
 
     def options(self, *, stream: bool = False, _by_reference: bool | None = None) -> Any:
-        if _by_reference is not None:
-            self.by_reference.append(_by_reference)
-        return _Options(self, stream) if stream else self
+        return _Options(self, stream, _by_reference)
 
-    def call(self, name: str, args: tuple[Any, ...], *, stream: bool) -> FakeResponse:
-        self.calls.append(Call(name, args))
+    def call(self, name: str, args: tuple[Any, ...], *, stream: bool, by_reference: bool | None) -> FakeResponse:
+        self.calls.append(Call(name, args, by_reference))
         answer = getattr(self._replicas[0], name)(*args)
         assert hasattr(answer, "__aiter__") == stream, f"{name} and stream={stream} do not go together"
         self.responses.append(FakeResponse(answer))
@@ -116,19 +114,23 @@ class FakeMethod:
     handle: FakeHandle
     name: str
     stream: bool = False
+    by_reference: bool | None = None
 
     def remote(self, *args: Any) -> FakeResponse:
-        return self.handle.call(self.name, args, stream=self.stream)
+        return self.handle.call(self.name, args, stream=self.stream, by_reference=self.by_reference)
 
 
 class _Options:
-    """`handle.options(stream=…)`. The underscores leave every public name to the target's methods."""
+    """`handle.options(…)`. The underscores leave every public name but `options` to the target's methods."""
 
-    def __init__(self, handle: FakeHandle, stream: bool) -> None:
-        self._handle, self._stream = handle, stream
+    def __init__(self, handle: FakeHandle, stream: bool, by_reference: bool | None) -> None:
+        self._handle, self._stream, self._by_reference = handle, stream, by_reference
+
+    def options(self, *, stream: bool = False) -> _Options:
+        return _Options(self._handle, stream, self._by_reference)
 
     def __getattr__(self, name: str) -> FakeMethod:
-        return FakeMethod(self._handle, name, self._stream)
+        return FakeMethod(self._handle, name, self._stream, self._by_reference)
 
 
 def as_ray_raises(error: Exception) -> Exception:

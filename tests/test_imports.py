@@ -26,7 +26,9 @@ EDGE_ONLY = {"ray", "fastapi", "pydantic", "starlette"}
 FLOORS: dict[str, list[set[str]]] = {
     "deployments": [
         {"errors", "field_problems"},
-        {"api", "calls", "scaling"},
+        {"api"},
+        {"calls"},
+        {"scaling"},
         {"config", "weights"},
         {"auth", "encoder_queue", "retriever_factory"},
         {"observability"},

@@ -1,22 +1,21 @@
-"""The second stage of an offline run: the answers of a part, written."""
+"""The second stage of a batch run: answer the rows of a part, and write the answers."""
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from deployments.batch.output import BatchOutput
 from deployments.batch.planning import PlannedPart
 from deployments.batch.rows import answered
 from deployments.batch.run import BatchRun, store_of
-from deployments.calls.local_handle import LocalHandle
+from deployments.calls.store_client import Buffer, WeightsSource
 from deployments.weights.fetcher import WeightsFetcher
 from gpu_worker.device.cpu_count import with_threads
 from gpu_worker.device.openmp import load_executor, run_on_short_lived_thread
@@ -33,7 +32,7 @@ _MAX_TRIES = 2  # after the first: memory on a shared device may have been short
 
 
 class PartAnswerer:
-    """One engine on one device, its weights from the store. Nothing here is too late: rows wait as long as it takes."""
+    """One engine on one device that reads weights from the store. Rows have no deadline."""
 
     def __init__(self, run: BatchRun) -> None:
         config = run.settings.config
@@ -41,7 +40,7 @@ class PartAnswerer:
         worker = replace(with_threads(config.worker_config()), max_waiting=max_waiting, max_wait_s=math.inf)
         executor = load_executor(worker.load_threads)
         cache = None if config.weights_cache is None else DiskCache(*config.weights_cache)
-        self._fetcher = WeightsFetcher(LocalHandle(_StoredWeights(store_of(config))), executor, cache=cache)
+        self._fetcher = WeightsFetcher(StoredWeights(store_of(config)), executor, cache=cache)
         engine = run_on_short_lived_thread(lambda: Engine(worker, self._start_fetch, executor=executor))
         self.engine = EngineThread(engine)
         self._output = BatchOutput(run.settings.output_uri)
@@ -49,11 +48,11 @@ class PartAnswerer:
         self._asyncio_loop: asyncio.AbstractEventLoop | None = None  # Ray Data starts it after this
 
     async def __call__(self, row: dict[str, Any]) -> dict[str, int]:
-        """How Ray Data calls it, with several parts at once."""
+        """Answer the part in `row`. Ray Data calls this with several parts at once."""
         return await self.answer(row["planned"])
 
     async def answer(self, planned: PlannedPart) -> dict[str, int]:
-        """The part is written; how many rows it has, and of what kind. Raises: EngineStopped, StoreUnavailable."""
+        """Answer and write one part. Return its numbers of rows and errors. Raises: EngineStopped, StoreUnavailable."""
         self._asyncio_loop = asyncio.get_running_loop()
         jobs = [asked.job for asked in planned.asked if asked.job is not None]
         answers = iter(await self._complete(jobs))
@@ -66,7 +65,7 @@ class PartAnswerer:
         self.engine.stop()
 
     async def _complete(self, jobs: Sequence[Job]) -> list[Completion | Exception]:
-        """Answer all at once, then once more those that met a moment in which the device computed nothing."""
+        """Answer all at once, then once more those whose engine step failed."""
         outcomes = await generate_all(self.engine, jobs)
         return [
             await self._again(job) if isinstance(outcome, EngineStopped) else outcome
@@ -74,9 +73,9 @@ class PartAnswerer:
         ]
 
     async def _again(self, job: Job) -> Completion | Exception:
-        """Return the row's answer, one such row after the other.
+        """Return the row's answer, trying one such row at a time.
 
-        Raises: EngineStopped, where the engine has ended and answers no row any more.
+        Raises: EngineStopped if the engine has ended and answers no row any more.
         """
         async with self._turn:
             for _ in range(_MAX_TRIES):
@@ -86,22 +85,17 @@ class PartAnswerer:
             return outcome
 
     def _start_fetch(self, weights_digest: str) -> Future[AdapterWeights]:
-        """Called on the engine's thread, for rows that came by the event loop."""
+        """Start a fetch on the event loop. The engine's thread calls this."""
         assert self._asyncio_loop is not None
         return asyncio.run_coroutine_threadsafe(self._fetcher.fetch(weights_digest), self._asyncio_loop)
 
 
-class _StoredWeights:
-    """The Store deployment's `fetch`, read from the store without a replica between."""
+class StoredWeights(WeightsSource):
+    """Reads weights from the store without a Store replica."""
 
     def __init__(self, store: LoraStore) -> None:
         self._store = store
 
-    async def fetch(self, weights_digest: str) -> list[Awaitable[NDArray[np.uint8]]]:
-        """Raises: AdapterNotFound, BlobCorrupted, StoreUnavailable."""
-        data = await asyncio.to_thread(self._store.load, weights_digest)
-        return [_given(np.frombuffer(data, np.uint8))]
-
-
-async def _given(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    return data
+    async def fetch(self, digest: str) -> Buffer:
+        """Return the verified bytes. Raises: AdapterNotFound, BlobCorrupted, StoreUnavailable."""
+        return np.frombuffer(await asyncio.to_thread(self._store.load, digest), np.uint8)

@@ -1,4 +1,4 @@
-"""The first stage of an offline run: a part's rows, each with its plan."""
+"""The first stage of a batch run: plan every row of a part."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from deployments.api import error_table
 from deployments.batch.input import PartReader
 from deployments.batch.rows import Asked, bodies_of, request_of
 from deployments.batch.run import BatchRun, Part, store_of
-from deployments.calls.local_handle import LocalHandle
+from deployments.calls.retriever_client import RoutingClient
 from deployments.generation.jobs import jobs_of
 from deployments.generation.planner import Planner
 from deployments.generation.request_limits import check_limits
@@ -25,7 +25,7 @@ from retriever_svc import PinnedAdapter, Retriever, Route, RouteRequest
 
 @dataclass(frozen=True, slots=True)
 class PlannedPart:
-    """`asked` runs along with the rows."""
+    """A part with its rows; `asked` has one entry per row."""
 
     part: Part
     rows: pa.Table
@@ -33,28 +33,29 @@ class PlannedPart:
 
 
 class PartPlanner:
-    """A Retriever over the pool as it was when the run began, and the server's Planner before it."""
+    """The server's Planner over a Retriever that serves the generation of the run."""
 
     def __init__(self, run: BatchRun) -> None:
         config = run.settings.config
         snapshot = store_of(config).snapshot_at(run.generation)
-        retriever = LocalRetriever(retriever_over(live_pool(config, lambda: snapshot), config))
-        self._planner = Planner(config, LocalHandle(retriever))
+        retriever = retriever_over(live_pool(config, lambda: snapshot), config)
+        self._planner = Planner(config, BatchRouting(retriever))
         self._reader = PartReader(run.source)
         self._settings = run.settings
 
     def __call__(self, row: dict[str, Any]) -> dict[str, PlannedPart]:
-        """How Ray Data calls it."""
+        """Plan the part in `row`. Ray Data calls this."""
         return {"planned": asyncio.run(self.plan(Part(**row)))}
 
     async def plan(self, part: Part) -> PlannedPart:
+        """Read and plan the rows of one part. A row's error is that row's alone."""
         rows = self._reader.read(part.start, part.stop)
         bodies = bodies_of(rows, self._settings.defaults)
         asked = await asyncio.gather(*[self._ask(part.start + place, body) for place, body in enumerate(bodies)])
         return PlannedPart(part, rows, tuple(asked))
 
     async def _ask(self, number: int, body: dict[str, Any]) -> Asked:
-        """What the Ingress does with the same body, up to the engine; an error is this row's alone."""
+        """Plan one row as the Ingress plans the same body. An error becomes the row's error."""
         config, tenant = self._settings.config, self._settings.tenant
         try:
             request = request_of(body)
@@ -68,15 +69,15 @@ class PartPlanner:
         return Asked(planned, replace(job, tenant=tenant))
 
 
-class LocalRetriever:
-    """What the Planner asks of a Retriever. Prompts that come in one turn of the event loop share its encoder calls."""
+class BatchRouting(RoutingClient):
+    """Routes by a Retriever of this process. Prompts of one turn of the event loop share a call of the encoder."""
 
     def __init__(self, retriever: Retriever) -> None:
         self._retriever = retriever
         self._asked: list[tuple[Sequence[RouteRequest], asyncio.Future[list[Route]]]] = []
 
     async def route(self, requests: Sequence[RouteRequest]) -> list[Route]:
-        """Raises: NoAdapterMatched, StaleIndex."""
+        """Return the routes. Raises: NoAdapterMatched, StaleIndex."""
         loop = asyncio.get_running_loop()
         if not self._asked:
             loop.call_soon(self._answer)
@@ -89,7 +90,7 @@ class LocalRetriever:
         together = [request for requests, _ in asked for request in requests]
         try:
             routes: Iterator[Route | Exception] = iter(self._retriever.route(together))
-        except Exception as exc:  # theirs, or they would wait for ever
+        except Exception as exc:  # every waiter gets it, or would wait for ever
             routes = itertools.repeat(exc)
         for requests, answer in asked:
             own = list(itertools.islice(routes, len(requests)))
@@ -102,9 +103,9 @@ class LocalRetriever:
     async def plan_named(
         self, tenant: str, choices: Sequence[tuple[str, float]], strategy: Strategy, min_generation: int = 0
     ) -> Plan:
-        """Raises: AdapterNotFound, PlanInvalid, StaleIndex."""
+        """Return the plan of named adapters. Raises: AdapterNotFound, PlanInvalid, StaleIndex."""
         return self._retriever.plan_named(tenant, choices, strategy, min_generation)
 
     async def replay(self, tenant: str, strategy: Strategy, pinned: Sequence[PinnedAdapter], generation: int) -> Plan:
-        """Raises: PlanGone, PlanInvalid, StaleIndex."""
+        """Return the plan made at `generation`. Raises: PlanGone, PlanInvalid, StaleIndex."""
         return self._retriever.replay(tenant, strategy, pinned, generation)

@@ -1,6 +1,6 @@
-"""Which way a handle's calls take. Serve 2.60 has two: Ray's tasks, and gRPC from replica to replica.
+"""Choose the transport of a handle's calls. Serve 2.60 has two: Ray's tasks, and gRPC from replica to replica.
 
-The default is decided by the environment of whatever process builds the application, so each handle says its own.
+The environment of the process that builds the application decides the default, so each call names its own transport.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from ray.serve.handle import DeploymentHandle
 
 
 def bypass_http_proxy() -> None:
-    """No way between replicas that this process or one it starts opens goes through what `http_proxy` names.
+    """Keep gRPC connections of this process and its children away from the proxy that `http_proxy` names.
 
-    Python's gRPC would go there, Ray's own does not. `grpc_proxy` is heeded before it, empty too.
+    Python's gRPC would use that proxy, Ray's own does not. gRPC reads `grpc_proxy` first, even if it is empty.
     """
     os.environ.setdefault("grpc_proxy", "")
 
 
-def direct(handle: DeploymentHandle) -> DeploymentHandle:
-    """By gRPC: for streams of tokens that send signs of life. benchmarks/README.md says what that saves."""
+def over_grpc(handle: DeploymentHandle) -> DeploymentHandle:
+    """Use gRPC: for streams of tokens with heartbeats. benchmarks/README.md states what that saves."""
     return handle.options(_by_reference=False)
 
 
 def over_object_store(handle: DeploymentHandle) -> DeploymentHandle:
-    """By Ray's tasks: for answers that hold object references, whose objects gRPC would keep for ever."""
+    """Use Ray's tasks: for large arguments, and for answers with object references, which gRPC would never free."""
     return handle.options(_by_reference=True)

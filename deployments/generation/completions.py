@@ -8,8 +8,6 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, replace
 
-from ray.serve.handle import DeploymentHandle
-
 from deployments.api.completion_responses import Answer, ChatAnswer, TextAnswer
 from deployments.api.completions import ChatCompletionRequest, Question
 from deployments.api.parsing import TextRequest
@@ -19,6 +17,7 @@ from deployments.auth.authenticator import Authenticator
 from deployments.auth.caller import Caller
 from deployments.auth.quotas import TokenUsage
 from deployments.calls.deadlines import deadline_of, within
+from deployments.calls.worker_client import WorkerClient
 from deployments.config.app import AppConfig
 from deployments.generation.jobs import jobs_of, merge
 from deployments.generation.planner import Planner
@@ -49,7 +48,7 @@ class CompletionService:
         authenticator: Authenticator,
         planner: Planner,
         gate: WorkerGate,
-        worker: DeploymentHandle,
+        worker: WorkerClient,
         limits: StreamLimits,
     ) -> None:
         self._config, self._authenticator, self._planner = config, authenticator, planner
@@ -66,7 +65,7 @@ class CompletionService:
             usage = stack.enter_context(self._authenticator.running(caller, work_of(request, questions, texts)))
             plans = await self._plan(questions, caller, context, deadline)
             async with within(deadline):
-                await self._gate.wait()
+                await self._gate.ready()
             answer = _answer_to(request, plans, caller, context)
             jobs = jobs_of(answer.request_id, request, questions, plans, self._config.template)
             rows = [

@@ -1,4 +1,4 @@
-"""From what a request says to the plan that answers it."""
+"""Turn the options of a request into the plan that answers it."""
 
 from __future__ import annotations
 
@@ -6,42 +6,40 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ray.serve.handle import DeploymentHandle
-
 from deployments.api.completions import Question
 from deployments.api.lora_options import LoraOptions, PlanGiven
 from deployments.api.planned import Planned
-from deployments.calls.retries import retry_on_replica_death
+from deployments.calls.retriever_client import RoutingClient
 from deployments.config.app import AppConfig
 from deployments.errors import ModelNotFound, RequestInvalid
 from lora_store import BASE_PLAN, AdapterNotFound, Plan, Strategy
-from retriever_svc import Route, RouteRequest
+from retriever_svc import RouteRequest
 from retriever_svc.encoder import MAX_CHARS
 
 AUTO = "auto"
 
 
 class Planner:
-    """`model` is read in this order: auto, the base's name, `base:adapter`, then an adapter's name."""
+    """Plans questions. `model` is read in this order: auto, the base's name, `base:adapter`, an adapter's name."""
 
-    def __init__(self, config: AppConfig, retriever: DeploymentHandle) -> None:
+    def __init__(self, config: AppConfig, retriever: RoutingClient) -> None:
         self._config, self._retriever = config, retriever
 
     async def plan(self, question: Question, tenant: str) -> Planned:
-        """`plan_all` of one question."""
+        """Return the plan of one question. Raises: the errors of `plan_all`."""
         [planned] = await self.plan_all([question], tenant)
         return planned
 
     async def plan_all(self, questions: Sequence[Question], tenant: str) -> list[Planned]:
-        """Return one plan a question, in order. Questions that say the same of adapters share one call.
+        """Return one plan per question, in order. Questions with the same model and options share one call.
 
         Raises: ModelNotFound, RequestInvalid, AdapterNotFound, NoAdapterMatched, PlanInvalid, PlanGone, StaleIndex,
         EncoderBusy.
         """
         groups: dict[tuple[str, str | None, str], list[int]] = {}
-        said = {id(question.lora): question.lora.model_dump_json() for question in questions}
+        options = {id(question.lora): question.lora.model_dump_json() for question in questions}
         for place, question in enumerate(questions):
-            groups.setdefault((question.model, question.alias, said[id(question.lora)]), []).append(place)
+            groups.setdefault((question.model, question.alias, options[id(question.lora)]), []).append(place)
         alike = [[questions[place] for place in places] for places in groups.values()]
         plans = await asyncio.gather(*[self._plan_alike(group, tenant) for group in alike])
         found = {
@@ -57,23 +55,24 @@ class Planner:
         name = self._model_name(question.model)
         options = question.lora
         if question.alias is not None and name is None:
-            name = AUTO  # other servers want the base's name beside the adapters
+            name = AUTO  # other servers expect the base's name together with adapters
         if options.names_adapters is not None and name != AUTO:
             field = question.alias or f"lora.{options.names_adapters}"
-            raise RequestInvalid(f"{field} goes with model 'auto' only", field)
+            raise RequestInvalid(f"{field} requires model 'auto'", field)
         if name == AUTO:
             return await self.route_all([item.text for item in questions], options, tenant)
         _refuse_retrieval(options)
         if name is None:
             if options.strategy is not None:
-                raise RequestInvalid("lora.strategy says how adapters are composed, and here is none", "lora.strategy")
+                raise RequestInvalid(
+                    "lora.strategy requires at least one adapter, but `model` is the base model", "lora.strategy"
+                )
             return [Planned(BASE_PLAN)] * len(questions)
         try:
             choices, strategy = [(name, 1.0)], options.strategy or "selection"
-            plan_named, generation = self._retriever.plan_named, options.min_generation
-            plan = await retry_on_replica_death(plan_named, tenant, choices, strategy, generation)
+            plan = await self._retriever.plan_named(tenant, choices, strategy, options.min_generation)
             return [Planned(plan)] * len(questions)
-        except AdapterNotFound as exc:  # through a handle it comes as a RayTaskError that is one, too
+        except AdapterNotFound as exc:  # from Serve it is a RayTaskError too
             raise ModelNotFound(question.model, exc.hint) from exc
 
     def text_read(self, question: Question) -> str | None:
@@ -84,7 +83,7 @@ class Planner:
         return text_read(question.text, question.lora) if self._model_name(question.model) == AUTO else None
 
     async def route_all(self, texts: Sequence[str], options: LoraOptions, tenant: str) -> Sequence[Planned]:
-        """Return a plan for each text: the one sent back, that of the named adapters, or the Retriever's choice.
+        """Return a plan for each text: the plan sent back, a plan of the named adapters, or the Retriever's choice.
 
         Raises: RequestInvalid, AdapterNotFound, PlanInvalid, PlanGone, StaleIndex, EncoderBusy; NoAdapterMatched,
         where the fallback is `error`.
@@ -95,7 +94,7 @@ class Planner:
             _refuse_retrieval(options)
             return [Planned(await self._named(options, tenant))] * len(texts)
         requests = [self._request_of(text, options, tenant) for text in texts]
-        routes: list[Route] = await retry_on_replica_death(self._retriever.route, requests)
+        routes = await self._retriever.route(requests)
         return [Planned(route.plan, route.candidates, route.abstained) for route in routes]
 
     def _request_of(self, text: str, options: LoraOptions, tenant: str) -> RouteRequest:
@@ -113,26 +112,26 @@ class Planner:
         )
 
     async def _replayed(self, options: LoraOptions, given: PlanGiven, tenant: str) -> Planned:
-        """The plan as it was: nothing is retrieved, no default is read."""
+        """Return the plan that the client sends back. Nothing is retrieved, and no default applies."""
         _refuse_retrieval(options)
         for field in ("strategy", "adapters"):
             if getattr(options, field) is not None:
-                raise RequestInvalid(f"lora.{field} is said by lora.plan already", f"lora.{field}")
+                raise RequestInvalid(
+                    f"lora.{field} cannot be combined with lora.plan, which sets it already", f"lora.{field}"
+                )
         pinned = [row.pinned() for row in given.adapters]
         generation = max(given.generation, options.min_generation)
-        plan: Plan = await retry_on_replica_death(self._retriever.replay, tenant, given.strategy, pinned, generation)
+        plan = await self._retriever.replay(tenant, given.strategy, pinned, generation)
         return Planned(replace(plan, generation=given.generation), abstained=given.abstained)
 
     async def _named(self, options: LoraOptions, tenant: str) -> Plan:
         assert options.adapters is not None
         choices = [(choice.name, choice.weight) for choice in options.adapters]
         strategy: Strategy = options.strategy or ("selection" if len(choices) == 1 else self._config.retrieval.strategy)
-        plan_named, generation = self._retriever.plan_named, options.min_generation
-        plan: Plan = await retry_on_replica_death(plan_named, tenant, choices, strategy, generation)
-        return plan
+        return await self._retriever.plan_named(tenant, choices, strategy, options.min_generation)
 
     def _model_name(self, model: str) -> str | None:
-        """`auto`, an adapter's name, or None for the base model alone. Raises: ModelNotFound."""
+        """Return `auto`, an adapter's name, or None for the base model alone. Raises: ModelNotFound."""
         base = self._config.served_base_name
         if model == base:
             return None
@@ -150,6 +149,7 @@ def text_read(text: str, options: LoraOptions) -> str | None:
 
 
 def _refuse_retrieval(options: LoraOptions) -> None:
-    """Raises: RequestInvalid for the first option that only retrieval reads."""
+    """Reject options that only retrieval reads. Raises: RequestInvalid."""
     for field in options.of_retrieval:
-        raise RequestInvalid(f"lora.{field} says how adapters are retrieved, and here they are named", f"lora.{field}")
+        message = f"lora.{field} applies to retrieval only; this request names its adapters"
+        raise RequestInvalid(message, f"lora.{field}")

@@ -7,11 +7,12 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from ray.serve.handle import DeploymentHandle
 
 from deployments.auth.authenticator import Authenticator
 from deployments.auth.caller import Caller, Role
 from deployments.calls.background_tasks import Background
+from deployments.calls.retriever_client import RetrieverClient
+from deployments.calls.store_client import StoreClient
 from deployments.config.app import AppConfig
 from deployments.errors import KeyRefused
 from deployments.generation.completions import CompletionService
@@ -38,8 +39,8 @@ class Services:
     planner: Planner
     completions: CompletionService
     publisher: Publisher
-    store: DeploymentHandle
-    retriever: DeploymentHandle
+    store: StoreClient
+    retriever: RetrieverClient
     readiness: Readiness
     stats: StatsReader
     metrics: RequestMetrics

@@ -7,11 +7,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ray.serve.handle import DeploymentHandle
-
 from deployments.api.responses import Ready
 from deployments.auth.caller import ANONYMOUS_TENANT, LOCAL_CALLER
-from deployments.calls.retries import retry_on_replica_death
+from deployments.calls.retriever_client import RetrieverClient
+from deployments.calls.worker_client import WorkerClient
 from deployments.errors import NotReady
 from deployments.publishing.preload import Preload
 from deployments.scaling.scale_from_zero import WorkerGate
@@ -27,15 +26,15 @@ class Readiness:
     def __init__(
         self,
         preload: Preload,
-        waking: WorkerGate,
-        retriever: DeploymentHandle,
-        worker: DeploymentHandle,
+        gate: WorkerGate,
+        retriever: RetrieverClient,
+        worker: WorkerClient,
         *,
         has_keys: bool,
         wait_s: float = READY_WAIT_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._preload, self._waking, self._retriever, self._worker = preload, waking, retriever, worker
+        self._preload, self._gate, self._retriever, self._worker = preload, gate, retriever, worker
         self._has_keys, self._wait_s, self._clock = has_keys, wait_s, clock
         self._asking: asyncio.Task[tuple[int, int]] | None = None
         self._began_s = 0.0
@@ -78,10 +77,9 @@ class Readiness:
         tenant = ANONYMOUS_TENANT if self._has_keys else LOCAL_CALLER.tenant  # private adapters are not counted
         try:
             async with asyncio.timeout(self._wait_s):
-                if not await self._waking.can_scale_to_zero():  # asking would wake one
-                    await retry_on_replica_death(self._worker.module_shapes)
-                loaded: tuple[int, int] = await retry_on_replica_death(self._retriever.load, tenant)
-                return loaded
+                if not await self._gate.is_scaled_to_zero():  # asking would start one
+                    await self._worker.module_shapes()
+                return await self._retriever.load(tenant)
         except TimeoutError as exc:
             raise NotReady(f"the Retriever or the Worker did not answer within {self._wait_s:g} s") from exc
 

@@ -4,32 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Generic, TypeVar
 
 from ray.serve.exceptions import DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle
 
 from deployments.api.responses import JsonObject, Stats
+from deployments.calls.retriever_client import RetrieverClient
+from deployments.calls.worker_client import Usage, WorkerClient
 from deployments.config.app import AppConfig
-from deployments.observability.tenant_usage import Usage
 from gpu_worker.engine.engine_status import EngineStatus
 
 KEPT_S = 0.5
 _TIMEOUT_S = 3.0  # a worker answers between two steps
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, slots=True)
-class ReplicaAnswers:
+class ReplicaAnswers(Generic[T]):
     """Answers of the replicas of a deployment. If Ray 2.60 gives up on all of them, one counts as silent."""
 
-    given: Sequence[Any]
+    given: Sequence[T]
     num_silent: int
 
     @property
     def counts(self) -> JsonObject:
         return {"answered": len(self.given), "silent": self.num_silent}
+
+
+_Workers = tuple[float, ReplicaAnswers[EngineStatus], ReplicaAnswers[Mapping[str, Usage]]]
 
 
 class StatsReader:
@@ -38,12 +44,12 @@ class StatsReader:
     def __init__(
         self,
         config: AppConfig,
-        retriever: DeploymentHandle,
-        worker: DeploymentHandle,
+        retriever: RetrieverClient,
+        worker: WorkerClient,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config, self._retriever, self._worker, self._clock = config, retriever, worker, clock
-        self._reading: asyncio.Task[tuple[float, ReplicaAnswers, ReplicaAnswers]] | None = None
+        self._reading: asyncio.Task[_Workers] | None = None
         self._began_s = 0.0
 
     async def read(self, tenant: str, *, sees_all: bool = True) -> Stats:
@@ -52,7 +58,7 @@ class StatsReader:
         Without `sees_all` the answer covers only the tenant's own requests.
         """
         (read_at, workers, usages), retrievers = await asyncio.gather(
-            self._workers(), _broadcast(self._retriever, "load", tenant)
+            self._workers(), _broadcast(partial(self._retriever.broadcast_load, tenant, _TIMEOUT_S))
         )
         retrieval = self._config.retrieval
         return {
@@ -65,17 +71,19 @@ class StatsReader:
             "workers": self._workers_object(workers.given) | {"replicas": workers.counts} if sees_all else None,
         }
 
-    async def _workers(self) -> tuple[float, ReplicaAnswers, ReplicaAnswers]:
+    async def _workers(self) -> _Workers:
         is_fresh = self._reading is not None and (not self._reading.done() or self._clock() - self._began_s < KEPT_S)
         if self._reading is None or not is_fresh:
             self._began_s = self._clock()
             self._reading = asyncio.create_task(self._read_workers())
         return await asyncio.shield(self._reading)  # a client that disconnects must not cancel the read of others
 
-    async def _read_workers(self) -> tuple[float, ReplicaAnswers, ReplicaAnswers]:
+    async def _read_workers(self) -> _Workers:
         may_be_none = self._config.workers_scale_to_zero
-        reads = [_broadcast(self._worker, method, may_be_none=may_be_none) for method in ("load", "usage")]
-        answers, usages = await asyncio.gather(*reads)
+        answers, usages = await asyncio.gather(
+            _broadcast(partial(self._worker.broadcast_load, _TIMEOUT_S), may_be_none=may_be_none),
+            _broadcast(partial(self._worker.broadcast_usage, _TIMEOUT_S), may_be_none=may_be_none),
+        )
         return time.time(), answers, usages
 
     def _workers_object(self, statuses: Sequence[EngineStatus]) -> JsonObject:
@@ -110,7 +118,7 @@ def _usage_object(usages: Sequence[Usage]) -> JsonObject:
     }
 
 
-def _pool_object(retrievers: ReplicaAnswers) -> JsonObject:
+def _pool_object(retrievers: ReplicaAnswers[tuple[int, int]]) -> JsonObject:
     """Describe the newest generation in service and the oldest one; null where no replica answered."""
     if not retrievers.given:
         return {"generation": None, "oldest_generation": None, "num_adapters": None}
@@ -118,9 +126,11 @@ def _pool_object(retrievers: ReplicaAnswers) -> JsonObject:
     return {"generation": generation, "oldest_generation": min(retrievers.given)[0], "num_adapters": num_adapters}
 
 
-async def _broadcast(handle: DeploymentHandle, method: str, *args: str, may_be_none: bool = False) -> ReplicaAnswers:
+async def _broadcast(
+    broadcast: Callable[[], Awaitable[Sequence[T | BaseException]]], *, may_be_none: bool = False
+) -> ReplicaAnswers[T]:
     try:
-        results = await handle.broadcast(method, *args).results_async(timeout_s=_TIMEOUT_S, return_exceptions=True)
+        results = await broadcast()
     except DeploymentUnavailableError:  # no replica runs
         return ReplicaAnswers((), 0 if may_be_none else 1)
     except TimeoutError:

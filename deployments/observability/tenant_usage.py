@@ -7,19 +7,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+from deployments.calls.worker_client import Usage
 from gpu_worker.request.request import Delta
 
 _MAX_TENANTS = 4096  # tenants come and go with the keys file
-
-
-@dataclass(slots=True)
-class Usage:
-    """Counts of one tenant's rows. All but `num_running` are monotonic."""
-
-    num_running: int = 0  # in the engine or in its queue
-    num_requests: int = 0
-    num_prompt_tokens: int = 0
-    num_new_tokens: int = 0
 
 
 class TenantUsage:

@@ -1,4 +1,4 @@
-"""What became of adapters that were to be published, rolled back or withdrawn."""
+"""The bounds and the results of one change of the pool."""
 
 from __future__ import annotations
 
@@ -12,25 +12,24 @@ from lora_store import AdapterRecord, AdapterRef, Key, Precondition, Staged, Ten
 
 _MIN_DIGEST_CHARS = 8
 
-
 Charge = Callable[[int], None]
 """Charge the publishing key for tokens that the encoder is about to read. Raises: RateLimited, RequestInvalid."""
 
 
 def free_of_charge(num_tokens: int) -> None:
-    """Let the encoder read as much as it has to."""
+    """Charge nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
     """Who changes the pool, and within what bounds.
 
-    `share`: what its tenant may hold; `standing`: what the versions must be just before; `charge`: takes what the
-    encoder reads of the samples.
+    `quota`: the tenant's; `precondition`: what must hold of the versions just before the commit; `charge`: receives
+    the number of tokens that the encoder is about to read.
     """
 
     actor: str
-    share: TenantQuota | None = None
+    quota: TenantQuota | None = None
     precondition: Precondition = "any"
     charge: Charge = free_of_charge
 
@@ -38,8 +37,8 @@ class Change:
 def live_already(
     staged: Sequence[Staged], older: Mapping[Key, tuple[AdapterRecord, ...]], active: str | None
 ) -> dict[AdapterRef, AdapterRecord]:
-    """The live versions that need no publish: the encoder in force embedded them, and their visibility is as wanted."""
-    live = {kept[0].ref: kept[0] for kept in older.values() if is_found(kept[0], active)}
+    """Return the live versions that need no publish: embedded by the active encoder, visibility as requested."""
+    live = {kept[0].ref: kept[0] for kept in older.values() if is_embedded(kept[0], active)}
     for item in staged:
         record = live.get(item.ref)
         if record is not None and not item.keeps_visibility and record.visibility != item.record.visibility:
@@ -47,13 +46,13 @@ def live_already(
     return live
 
 
-def is_found(record: AdapterRecord, active: str | None) -> bool:
-    """Whether the encoder in force embedded it, or there is nothing to embed."""
+def is_embedded(record: AdapterRecord, active: str | None) -> bool:
+    """Return whether the active encoder embedded it, or there is nothing to embed."""
     return record.samples_digest is None or active in (None, record.encoder)
 
 
 def kept_version(kept: Sequence[AdapterRecord], digest: str | None) -> AdapterRecord:
-    """The version to go back to; `kept` comes newest first. Raises: VersionNotKept."""
+    """Return the version to roll back to; `kept` is sorted newest first. Raises: VersionNotKept."""
     if digest is None:
         matching = kept[1:2]
     else:
@@ -65,6 +64,7 @@ def kept_version(kept: Sequence[AdapterRecord], digest: str | None) -> AdapterRe
 
 
 def published_of(outcome: Outcome, generation: int, ready: int, behind: int) -> Published | Exception:
+    """Return the result of one upload at this generation."""
     if isinstance(outcome, ValidatedAdapter):
         found = outcome.embedded is not None
         neighbours = outcome.embedded.neighbours if outcome.embedded is not None else ()

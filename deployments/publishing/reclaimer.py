@@ -1,16 +1,17 @@
-"""Frees what a withdrawal or an update left without a name: bank rows, caches, object store, blobs."""
+"""Free what a withdrawal or an update left unreferenced: bank rows, caches, objects in Ray's store, blobs."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle
 
 from deployments.calls.background_tasks import Background
+from deployments.calls.store_client import StoreClient
+from deployments.calls.worker_client import WorkerClient
 from lora_store import AdapterRecord, StoreUnavailable
 
 logger = logging.getLogger(__name__)
@@ -19,14 +20,16 @@ _BROADCAST_TIMEOUT_S = 10.0
 _ROUND_S = 0.5
 _PAUSE_S = 5.0  # after a part of the server failed
 
+Broadcast = Callable[[Collection[str], float], Awaitable[Sequence[bool | BaseException]]]
+
 
 class Reclaimer:
-    """Waits until no Worker needs the weights any more, then removes them. What a crash cuts short is `gc`'s work."""
+    """Waits until no Worker needs the weights any more, then removes them. A crash leaves the rest to `gc`."""
 
     def __init__(
         self,
-        store: DeploymentHandle,
-        worker: DeploymentHandle,
+        store: StoreClient,
+        worker: WorkerClient,
         background: Background,
         *,
         longest_request_s: float,
@@ -36,55 +39,65 @@ class Reclaimer:
         self._max_rounds = max(1, int(longest_request_s / _ROUND_S))
         self._sleep = sleep
 
-    def release(self, records: Iterable[AdapterRecord]) -> None:
-        """Free in the background what of these no kept version refers to."""
+    def reclaim(self, records: Iterable[AdapterRecord]) -> None:
+        """Free in the background the blobs of these that no kept version refers to."""
         weights = sorted({record.weights_digest for record in records})
         blobs = sorted({digest for record in records for digest in record.blobs})
         if blobs:
-            self._background.start(self._release(weights, blobs), f"freeing {len(blobs)} blobs")
+            self._background.start(self._reclaim(weights, blobs), f"freeing {len(blobs)} blobs")
 
-    async def _release(self, weights: Sequence[str], blobs: Sequence[str]) -> None:
+    async def _reclaim(self, weights: Sequence[str], blobs: Sequence[str]) -> None:
         for _ in range(self._max_rounds):
             try:
-                await self._release_once(weights, blobs)
+                await self._reclaim_once(weights, blobs)
                 return
             except (StoreUnavailable, RayActorError, DeploymentUnavailableError) as exc:
-                logger.warning("freeing %d blobs is tried again: %s", len(blobs), exc)
+                logger.warning("freeing %d blobs failed and is tried again: %s", len(blobs), exc)
                 await self._sleep(_PAUSE_S)
         logger.error("%d blobs are left to gc", len(blobs))
 
-    async def _release_once(self, weights: Sequence[str], blobs: Sequence[str]) -> None:
-        orphans = await self._store.unreferenced.remote(blobs)
+    async def _reclaim_once(self, weights: Sequence[str], blobs: Sequence[str]) -> None:
+        orphans = await self._store.unreferenced(blobs)
         if not orphans:
             return
         orphaned = [digest for digest in weights if digest in orphans]
-        await self._until_true(self._worker, "forget", orphaned)
-        removed = await self._store.sweep.remote(orphans)  # looks again: they may have been published meanwhile
-        await self._until_true(self._store, "release", orphans)
-        await self._all_say_true(self._worker, "forget", orphaned)  # what a request planned before loaded until now
+        await self._until_done("forget", self._forget_everywhere, orphaned)
+        removed = await self._store.sweep(orphans)  # looks again: they may have been published meanwhile
+        await self._until_done("release", self._release_everywhere, orphans)
+        await self._forget_everywhere(orphaned)  # requests planned before may have loaded them until now
         logger.info("removed %d of %d blobs that nothing refers to", len(removed), len(orphans))
 
-    async def _until_true(self, handle: DeploymentHandle, method: str, digests: Sequence[str]) -> None:
+    async def _until_done(
+        self, what: str, step: Callable[[Sequence[str]], Awaitable[bool]], digests: Sequence[str]
+    ) -> None:
         for _ in range(self._max_rounds):
-            if await self._all_say_true(handle, method, digests):
+            if await step(digests):
                 return
             await self._sleep(_ROUND_S)
-        logger.warning("a replica still holds some of %d digests that are removed", len(digests))
+        logger.warning("%s: a replica still holds some of %d digests that are removed", what, len(digests))
 
-    async def _all_say_true(self, handle: DeploymentHandle, method: str, digests: Sequence[str]) -> bool:
-        """Whether every replica says so; one that has died holds nothing."""
-        response = handle.broadcast(method, digests)
-        try:
-            answers = await response.results_async(timeout_s=_BROADCAST_TIMEOUT_S, return_exceptions=True)
-        except DeploymentUnavailableError as exc:
-            if handle is self._worker:
-                return True  # none runs: scaled to zero, or all have died
-            logger.warning("%s is asked again: %s", method, exc)
-            return False
-        except TimeoutError as exc:
-            logger.warning("%s is asked again: %s", method, exc)
-            return False
-        for answer in answers:
-            if isinstance(answer, Exception) and not isinstance(answer, RayActorError):
-                logger.warning("a replica could not %s", method, exc_info=answer)
-        return all(answer is True or isinstance(answer, RayActorError) for answer in answers)
+    async def _forget_everywhere(self, digests: Sequence[str]) -> bool:
+        """Return whether no Worker holds any of these. Without a Worker none does."""
+        return await _all_true("forget", self._worker.broadcast_forget, digests, without_replica=True)
+
+    async def _release_everywhere(self, digests: Sequence[str]) -> bool:
+        """Return whether no Store replica keeps any of these in Ray's object store."""
+        return await _all_true("release", self._store.broadcast_release, digests, without_replica=False)
+
+
+async def _all_true(what: str, broadcast: Broadcast, digests: Sequence[str], *, without_replica: bool) -> bool:
+    """Return whether every replica answers True. A replica that died holds nothing and counts as True."""
+    try:
+        answers = await broadcast(digests, _BROADCAST_TIMEOUT_S)
+    except DeploymentUnavailableError as exc:
+        if without_replica:
+            return True  # scaled to zero, or all have died
+        logger.warning("%s is asked again: %s", what, exc)
+        return False
+    except TimeoutError as exc:
+        logger.warning("%s is asked again: %s", what, exc)
+        return False
+    for answer in answers:
+        if isinstance(answer, Exception) and not isinstance(answer, RayActorError):
+            logger.warning("a replica could not %s", what, exc_info=answer)
+    return all(answer is True or isinstance(answer, RayActorError) for answer in answers)

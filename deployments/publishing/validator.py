@@ -1,4 +1,4 @@
-"""What is found out about staged adapters before they are committed: where they lie, and that they change the base."""
+"""Validate staged adapters before they are committed: embed their samples, and probe that they change the base."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ray.serve.handle import DeploymentHandle
-
-from deployments.calls.retries import retry_on_replica_death
+from deployments.calls.retriever_client import RetrieverClient
+from deployments.calls.worker_client import WorkerClient
 from deployments.generation.request_limits import encoder_tokens
 from lora_store import AdapterRecord, AdapterRef, AdapterRefused, Staged
 from retriever_svc.embedded import Embedded
@@ -36,27 +35,27 @@ Outcome = ValidatedAdapter | AdapterRecord | BaseException  # new and good, live
 class AdapterValidator:
     """Embeds by the Retriever and probes on a Worker, both at the same time."""
 
-    def __init__(self, retriever: DeploymentHandle, worker: DeploymentHandle) -> None:
+    def __init__(self, retriever: RetrieverClient, worker: WorkerClient) -> None:
         self._retriever, self._worker = retriever, worker
 
-    async def examine(
+    async def validate(
         self,
         staged: Sequence[Staged | BaseException],
         live: Mapping[AdapterRef, AdapterRecord],
         charge: Callable[[int], None],
     ) -> list[Outcome]:
-        """One outcome per item, in order; equal versions share theirs. What is live is not examined again.
+        """Return one outcome per item, in order. Equal versions share one; live versions are not validated again.
 
-        `charge` takes the tokens that the encoder is about to read. Raises: what it raises, and what the Retriever says
-        of a batch as a whole.
+        `charge` receives the number of tokens that the encoder is about to read. Raises: the error of `charge`, and an
+        error of the Retriever for a whole batch.
         """
         new = list({item.ref: item for item in staged if isinstance(item, Staged) and item.ref not in live}.values())
         charge(encoder_tokens(sample.input for item in new for sample in item.samples))
         slots = asyncio.Semaphore(_BATCHES_AT_ONCE)
         batches = [new[start : start + VALIDATED_TOGETHER] for start in range(0, len(new), VALIDATED_TOGETHER)]
-        examined = await asyncio.gather(*[self._examine_in(slots, batch) for batch in batches], return_exceptions=True)
+        answers = await asyncio.gather(*[self._validate_in(slots, batch) for batch in batches], return_exceptions=True)
         outcomes: list[Outcome] = []
-        for answer in examined:  # none is under way any more when the whole fails
+        for answer in answers:  # every batch has ended before one fails the whole
             if isinstance(answer, BaseException):
                 raise answer
             outcomes += answer
@@ -64,17 +63,17 @@ class AdapterValidator:
         return [known[item.ref] if isinstance(item, Staged) else item for item in staged]
 
     async def embed_again(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
-        """The outcomes with what was embedded once embedded by the encoder of now."""
+        """Return the outcomes, their embeddings made again by the active encoder."""
         old = [item for item in outcomes if isinstance(item, ValidatedAdapter) and item.embedded is not None]
         embedded = await self._embed([item.staged for item in old])
         anew = {id(item): replace(item, embedded=e) for item, e in zip(old, embedded, strict=True)}
         return [anew.get(id(outcome), outcome) for outcome in outcomes]
 
-    async def _examine_in(self, slots: asyncio.Semaphore, batch: Sequence[Staged]) -> list[Outcome]:
+    async def _validate_in(self, slots: asyncio.Semaphore, batch: Sequence[Staged]) -> list[Outcome]:
         async with slots:
-            return await self._examine_batch(batch)
+            return await self._validate_batch(batch)
 
-    async def _examine_batch(self, batch: Sequence[Staged]) -> list[Outcome]:
+    async def _validate_batch(self, batch: Sequence[Staged]) -> list[Outcome]:
         probing = asyncio.gather(self._probe(batch))
         embedded = await self._embed(batch)
         [shifts] = await probing
@@ -83,22 +82,19 @@ class AdapterValidator:
 
     async def _embed(self, batch: Sequence[Staged]) -> list[Embedded | None]:
         samples, tenants = [item.samples for item in batch], [item.ref.tenant for item in batch]
-        embedded: list[Embedded | None] = await retry_on_replica_death(self._retriever.embed, samples, tenants)
-        return embedded
+        return await self._retriever.embed(samples, tenants)
 
     async def _probe(self, batch: Sequence[Staged]) -> list[float | Exception]:
-        """A Worker that fails as a whole fails for each of the batch: it may be another's turn next time."""
+        """Return each shift or error. If the whole call fails, its error is that of each adapter."""
         try:
-            digests = [staged.weights_digest for staged in batch]
-            shifts: list[float | Exception] = await retry_on_replica_death(self._worker.probe_many, digests)
+            return await self._worker.probe_many([staged.weights_digest for staged in batch])
         except Exception as exc:
             return [exc] * len(batch)
-        return shifts
 
 
 def _outcome(staged: Staged, embedded: Embedded | None, shift: float | Exception) -> Outcome:
     if isinstance(shift, Exception):
         return shift
     if shift == 0.0:
-        return AdapterRefused(staged.ref.name, ["it does not change what the base model says"])
+        return AdapterRefused(staged.ref.name, ["it does not change the output of the base model"])
     return ValidatedAdapter(staged, embedded, shift)

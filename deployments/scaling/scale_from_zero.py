@@ -1,4 +1,4 @@
-"""What a request waits for where workers may scale to zero."""
+"""Hold requests until a worker runs, where workers may scale to zero."""
 
 from __future__ import annotations
 
@@ -6,65 +6,63 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from ray import serve
-from ray.serve.handle import DeploymentHandle
-from ray.serve.schema import ServeStatus
-
+from deployments.calls.store_client import Shapes
+from deployments.calls.worker_client import WorkerClient
 from deployments.errors import WorkerStarting
 
-KEPT_S = 1.0  # for so long after a worker answered nobody asks: it goes only after `downscale_delay_s` without requests
-_WITHIN_REACH = ("HEALTHY", "UPSCALING", "DOWNSCALING")  # UPDATING is the first start, or an upgrade
+# After an answer no worker is asked for this long: Serve removes one only after `downscale_delay_s` without requests.
+KEPT_S = 1.0
 
 
 class WorkerGate:
-    """Holds requests until a worker runs. With `timeout_s` None workers never sleep, and nothing is held.
+    """Holds requests until a worker runs. With `timeout_s` None workers never scale to zero, and nothing is held.
 
-    The call that wakes stays in Serve's queue when those who wait have left: the next request finds a worker.
+    The call that starts a worker stays in Serve's queue when its waiters have left, so the next request finds a worker.
     """
 
     def __init__(
-        self,
-        worker: DeploymentHandle,
-        timeout_s: float | None,
-        *,
-        clock: Callable[[], float] = time.monotonic,
-        status: Callable[[], ServeStatus] = serve.status,
+        self, worker: WorkerClient, timeout_s: float | None, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._worker, self._timeout_s, self._clock, self._status = worker, timeout_s, clock, status
-        self._call: asyncio.Task[None] | None = None
-        self._answered_at: float | None = None
+        self._worker, self._timeout_s, self._clock = worker, timeout_s, clock
+        self._call: asyncio.Task[Shapes] | None = None
+        self._last: tuple[float, Shapes] | None = None  # when a worker answered, and what
 
-    async def wait(self) -> None:
-        """Return when a worker runs. Raises: WorkerStarting, and what a worker that just died leaves behind."""
+    async def ready(self) -> None:
+        """Return when a worker runs. Raises: WorkerStarting; the error of a worker that just died."""
+        if self._timeout_s is not None:
+            await self._ask(self._timeout_s)
+
+    async def module_shapes(self) -> Shapes:
+        """Return the module shapes when a worker runs. Raises: WorkerStarting; the error of a worker that just died."""
         if self._timeout_s is None:
-            return
-        if self._answered_at is not None and self._clock() - self._answered_at < KEPT_S:
-            return
+            return await self._worker.module_shapes()
+        return await self._ask(self._timeout_s)
+
+    async def is_scaled_to_zero(self) -> bool:
+        """Return whether no worker runs because none is needed: the next request starts one."""
+        return self._timeout_s is not None and await self._worker.is_scaled_to_zero()
+
+    async def _ask(self, timeout_s: float) -> Shapes:
+        if self._last is not None and self._clock() - self._last[0] < KEPT_S:
+            return self._last[1]
         if self._call is None or self._call.done():
-            self._call = asyncio.create_task(self._ask())
+            self._call = asyncio.create_task(self._wait_for_replica())
             self._call.add_done_callback(_retrieve)
         try:
-            async with asyncio.timeout(self._timeout_s) as limit:
-                await asyncio.shield(self._call)
+            async with asyncio.timeout(timeout_s) as limit:
+                return await asyncio.shield(self._call)
         except TimeoutError as exc:
             if limit.expired():
-                raise WorkerStarting(self._timeout_s) from exc
+                raise WorkerStarting(timeout_s) from exc
             raise
 
-    async def can_scale_to_zero(self) -> bool:
-        """Whether no worker runs and that is as it should be: the next request starts one, or one is on its way."""
-        if self._timeout_s is None:
-            return False
-        status = await asyncio.to_thread(self._status)
-        worker = status.applications[self._worker.app_name].deployments[self._worker.deployment_name]
-        return worker.replica_states.get("RUNNING", 0) == 0 and worker.status in _WITHIN_REACH
-
-    async def _ask(self) -> None:
-        await self._worker.module_shapes.remote()
-        self._answered_at = self._clock()
+    async def _wait_for_replica(self) -> Shapes:
+        shapes = await self._worker.wait_for_replica()
+        self._last = self._clock(), shapes
+        return shapes
 
 
-def _retrieve(call: asyncio.Task[None]) -> None:
-    """Its waiters may all have left: an error is not news to the event loop."""
+def _retrieve(call: asyncio.Task[Shapes]) -> None:
+    """Retrieve the error of a call whose waiters have left, which asyncio would log otherwise."""
     if not call.cancelled():
         call.exception()

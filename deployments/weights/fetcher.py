@@ -1,4 +1,4 @@
-"""Brings an adapter's weights to a worker: from its machine's disk cache, else from the Store."""
+"""Fetch an adapter's weights for a worker: from its machine's disk cache, else from the Store."""
 
 from __future__ import annotations
 
@@ -11,13 +11,10 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
 from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle
 
-from deployments.calls.transport import over_object_store
+from deployments.calls.store_client import Buffer, WeightsSource
 from gpu_worker.errors import AdapterLoadFailed
 from lora_store import AdapterNotFound, AdapterWeights, BlobCorrupted, StoreUnavailable, decode_weights
 from lora_store.disk_cache import DiskCache
@@ -28,84 +25,85 @@ _Given = TypeVar("_Given")
 _Made = TypeVar("_Made")
 
 
-class _DamagedOnTheWay(Exception):
-    """The Store's replica verified these bytes; what arrived hashes to something else."""
+class _DamagedInTransit(Exception):
+    """The bytes that arrived have another hash than those that the Store's replica verified."""
 
 
-# (error class, whether it passes, what the client is told); the first that fits. What Ray says itself names its inside.
-_TABLE: tuple[tuple[type[Exception], bool, str], ...] = (
+# (error class, whether a retry may help, message for the client); the first match counts. Ray's own messages would show
+# internals.
+_ERRORS: tuple[tuple[type[Exception], bool, str], ...] = (
     (AdapterNotFound, False, "the adapter was withdrawn"),
-    (BlobCorrupted, False, "what is stored is damaged; the adapter must be published again"),
+    (BlobCorrupted, False, "the stored file is damaged; publish the adapter again"),
     (StoreUnavailable, True, StoreUnavailable.client_message),
-    (_DamagedOnTheWay, True, "they arrived damaged"),
+    (_DamagedInTransit, True, "they were damaged in transit"),
     (TimeoutError, True, "the adapter store did not answer in time"),
-    (BackPressureError, True, "the adapter store has too much to do"),
+    (BackPressureError, True, "the adapter store is overloaded"),
     (DeploymentUnavailableError, True, "the adapter store is not running"),
     (RayActorError, True, "the adapter store's replica has died"),
-    (ObjectLostError, True, "they were lost on the way"),  # they die with the replica that put them there
-    (RayError, True, "the adapter store could not be asked"),
+    (ObjectLostError, True, "they were lost in transit"),  # they die with the replica that put them there
+    (RayError, True, "the call to the adapter store failed"),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How often, and for how long, one fetch asks."""
+    """How often, and for how long, one fetch is tried."""
 
     max_tries: int = 5
     first_wait_s: float = 0.1
     longest_wait_s: float = 2.0
-    try_timeout_s: float = 30.0  # longer than the Store takes to call a hanging endpoint unavailable
+    try_timeout_s: float = 30.0  # longer than the Store takes to report a hanging endpoint
     total_timeout_s: float = 60.0
 
     def wait_s(self, num_tries: int, draw: float) -> float:
-        """min(longest, first · 2^(num_tries - 1)), of which `draw` in [0, 1) takes away up to a half.
+        """Return min(longest, first · 2^(num_tries - 1)), reduced by up to a half by `draw` in [0, 1).
 
-        Workers that lost the same replica do not all come back at once.
+        The jitter keeps workers that lost the same replica from retrying at the same moment.
         """
         return min(self.longest_wait_s, self.first_wait_s * 2.0 ** (num_tries - 1)) * (1 - draw / 2)
 
 
-class Told(Protocol):
-    """Hears where weights came from and how long it took, or that they could not be had."""
+class LoadObserver(Protocol):
+    """Receives where weights came from and how long it took, or that they could not be loaded."""
 
     def loaded(self, level: str, seconds: float) -> None: ...
     def load_failed(self) -> None: ...
 
 
 class WeightsFetcher:
-    """Any number of fetches wait on the caller's event loop; hashing, decoding and the disk take threads."""
+    """Fetches on the caller's event loop, any number at once. Hashing, decoding and disk reads run on threads."""
 
     def __init__(
         self,
-        store: DeploymentHandle,
+        store: WeightsSource,
         executor: Executor,
         *,
         cache: DiskCache | None = None,
-        told: Told | None = None,
+        observer: LoadObserver | None = None,
         policy: RetryPolicy | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         draw: Callable[[], float] = random.random,
     ) -> None:
-        self._store, self._executor, self._cache, self._told = store, executor, cache, told
+        self._store, self._executor, self._cache, self._observer = store, executor, cache, observer
         self._policy = policy or RetryPolicy()
         self._clock, self._sleep, self._draw = clock, sleep, draw
 
     async def fetch(self, digest: str) -> AdapterWeights:
-        """Raises: AdapterLoadFailed, which says why in a client's words."""
+        """Return the weights. Raises: AdapterLoadFailed, with a message for the client."""
         began = self._clock()
         try:
-            level, weights = await self._found(digest)
+            level, weights = await self._load(digest)
         except AdapterLoadFailed:
-            if self._told is not None:
-                self._told.load_failed()
+            if self._observer is not None:
+                self._observer.load_failed()
             raise
-        if self._told is not None:
-            self._told.loaded(level, self._clock() - began)
+        if self._observer is not None:
+            self._observer.loaded(level, self._clock() - began)
         return weights
 
-    async def _found(self, digest: str) -> tuple[str, AdapterWeights]:
-        """Where they were, and the weights. Raises: AdapterLoadFailed."""
+    async def _load(self, digest: str) -> tuple[str, AdapterWeights]:
+        """Return ("disk" or "store", the weights). Raises: AdapterLoadFailed."""
         if self._cache is not None:
             cached = await self._on_thread(_read_cached, digest, self._cache)
             if cached is not None:
@@ -119,29 +117,28 @@ class WeightsFetcher:
             num_tries += 1
             try:
                 async with asyncio.timeout(min(self._policy.try_timeout_s, deadline - self._clock())):
-                    return await self._ask(digest)
+                    return await self._fetch_once(digest)
             except Exception as exc:
                 wait_s = self._policy.wait_s(num_tries, self._draw())
                 is_last = num_tries == self._policy.max_tries or self._clock() + wait_s >= deadline
-                passes, words = _judge(exc)
-                if is_last or not passes:
+                may_help, message = _judge(exc)
+                if is_last or not may_help:
                     logger.warning("gave up on the weights %s at try %d", digest, num_tries, exc_info=exc)
-                    raise AdapterLoadFailed(f"the weights {digest[:12]} could not be loaded: {words}") from exc
-                logger.info("try %d for the weights %s failed: %s", num_tries, digest, words)
+                    raise AdapterLoadFailed(f"the weights {digest[:12]} could not be loaded: {message}") from exc
+                logger.info("try %d for the weights %s failed: %s", num_tries, digest, message)
             await self._sleep(wait_s)
 
-    async def _ask(self, digest: str) -> AdapterWeights:
-        [ref] = await over_object_store(self._store).fetch.remote(digest)
-        data: NDArray[np.uint8] = await ref
+    async def _fetch_once(self, digest: str) -> AdapterWeights:
+        data = await self._store.fetch(digest)
         try:
             return await self._on_thread(self._decode, digest, data)
         except BlobCorrupted as exc:
-            raise _DamagedOnTheWay(digest) from exc
+            raise _DamagedInTransit(digest) from exc
 
     async def _on_thread(self, work: Callable[[str, _Given], _Made], digest: str, given: _Given) -> _Made:
         return await asyncio.get_running_loop().run_in_executor(self._executor, work, digest, given)
 
-    def _decode(self, digest: str, data: NDArray[np.uint8]) -> AdapterWeights:
+    def _decode(self, digest: str, data: Buffer) -> AdapterWeights:
         weights = decode_weights(digest, data)
         if self._cache is not None:
             self._cache.put(digest, data.data)
@@ -154,9 +151,9 @@ def _read_cached(digest: str, cache: DiskCache) -> AdapterWeights | None:
 
 
 def _judge(error: Exception) -> tuple[bool, str]:
-    """(whether asking again may help, what the client is told)."""
+    """Return (whether a retry may help, the message for the client)."""
     cause = error.cause if isinstance(error, RayTaskError) and isinstance(error.cause, Exception) else error
-    for kind, passes, words in _TABLE:
+    for kind, may_help, message in _ERRORS:
         if isinstance(cause, kind):
-            return passes, words
+            return may_help, message
     return False, "the adapter store failed"

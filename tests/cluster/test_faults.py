@@ -17,7 +17,7 @@ import pytest
 from ray import serve
 
 from benchmarks.results_file import write_part
-from deployments.calls.retries import retry_stream
+from deployments.calls.retries import retry_on_replica_death
 from deployments.errors import PoisonRequest
 from deployments.worker import WorkerDeployment
 from gpu_worker.request.request import Delta, Job, SamplingParams
@@ -198,13 +198,12 @@ def test_a_worker_whose_step_hangs_is_replaced_and_its_request_begins_again(
     sampling = SamplingParams(max_tokens=MAX_TOKENS // 2, seed=11, logit_bias=letters, ignore_eos=True)
     job = Job("hanging", "The sea", sampling=sampling)
 
-    async def attempt() -> AsyncGenerator[Delta]:
-        async for delta in handle.options(stream=True).stream.remote(job):
-            if delta is not None:
-                yield delta
+    async def attempt() -> str:
+        deltas = [delta async for delta in handle.options(stream=True).stream.remote(job)]
+        return "".join(delta.text for delta in deltas if delta is not None)
 
     async def text() -> str:
-        return "".join([delta.text async for delta in retry_stream(attempt, whole=False)])
+        return await retry_on_replica_death(attempt)
 
     try:
         expected = asyncio.run(text())

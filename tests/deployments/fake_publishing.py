@@ -10,6 +10,9 @@ from typing import Any
 from deployments.api.change_results import Published, Removed
 from deployments.api.publish_item import PublishItem
 from deployments.calls.background_tasks import Background
+from deployments.calls.retriever_client import ServeRetriever
+from deployments.calls.store_client import WAIT_S, ServeStore
+from deployments.calls.worker_client import ServeWorker
 from deployments.publishing.publisher import Publisher
 from deployments.publishing.reclaimer import Reclaimer
 from deployments.scaling.scale_from_zero import WorkerGate
@@ -38,11 +41,13 @@ class Publishing:
         retriever: FakeHandle | None = None,
         failing: dict[str, Any] | None = None,
         dying: dict[str, int] | None = None,
+        store_wait_s: float = WAIT_S,
     ) -> None:
         self.pool = FakeStore(pool_of(*live), dict(failing or {}), dict(dying or {}))
         self.store = FakeHandle(self.pool)
         self.retriever = retriever or FakeHandle(FakeRetriever())
         self.worker = FakeHandle(FakeWorker(shifts=SHIFTS))
+        self._store_wait_s = store_wait_s
 
     def __call__(self, *names: str, version: str = "") -> list[Published | Exception]:
         tags = (version,) if version else ()
@@ -61,15 +66,19 @@ class Publishing:
     def run(self, change: Callable[[Publisher], Awaitable[Any]]) -> Any:
         async def run() -> Any:
             background = Background()
-            releaser = Reclaimer(self.store, self.worker, background, longest_request_s=1, sleep=_in_no_time)
-            handles, waking = (self.store, self.retriever, self.worker), WorkerGate(self.worker, None)
-            publishes = Publisher(*handles, background=background, releaser=releaser, waking=waking)
             try:
-                return await change(publishes)
+                return await change(self.publisher(background))
             finally:
                 await background.idle()
 
         return asyncio.run(run())
+
+    def publisher(self, background: Background) -> Publisher:
+        store, worker = ServeStore(self.store, wait_s=self._store_wait_s), ServeWorker(self.worker)
+        reclaimer = Reclaimer(store, worker, background, longest_request_s=1, sleep=_in_no_time)
+        gate = WorkerGate(worker, None)
+        clients = store, ServeRetriever(self.retriever), worker
+        return Publisher(*clients, background=background, reclaimer=reclaimer, gate=gate)
 
     @property
     def live_digests(self) -> dict[str, list[str]]:

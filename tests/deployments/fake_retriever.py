@@ -8,7 +8,18 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lora_store import AdapterRecord, Embedding, Plan, PlannedAdapter, Sample, Snapshot, Strategy
-from retriever_svc import Candidate, DoctorStep, Page, PageRequest, PinnedAdapter, ReindexStep, Route, RouteRequest
+from retriever_svc import (
+    Candidate,
+    DoctorStep,
+    Page,
+    PageRequest,
+    PinnedAdapter,
+    Place,
+    PoolMap,
+    ReindexStep,
+    Route,
+    RouteRequest,
+)
 from retriever_svc.embedded import Embedded
 from retriever_svc.listing import Listings
 from retriever_svc.planning import named_plan, replayed_plan
@@ -55,9 +66,15 @@ class FakeRetriever:
     async def load(self, tenant: str) -> tuple[int, int]:
         return 7, len(self._snapshot.visible_to(tenant))
 
-    async def record(self, tenant: str, name: str) -> tuple[int, list[AdapterRecord]]:
+    async def record(self, tenant: str, name: str, min_generation: int = 0) -> tuple[int, list[AdapterRecord]]:
         record = self._snapshot.resolve(tenant, name)
         return 7, [record, adapter(record.ref.name, version="older", generation=0)]
+
+    async def map(self, tenant: str, min_generation: int = 0) -> PoolMap:
+        raise NotImplementedError
+
+    async def place(self, tenant: str, text: str, names: Sequence[str], min_generation: int = 0) -> Place:
+        raise NotImplementedError
 
     async def embed(self, groups: Sequence[Sequence[Sample]], tenants: Sequence[str]) -> list[Embedded | None]:
         assert len(groups) == len(tenants)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ray.exceptions import RayActorError
 
 from deployments.api.publish_item import PublishItem
+from deployments.calls.store_client import Buffer, Shapes
 from deployments.errors import SourceMissing
 from lora_store import (
     KEPT_VERSIONS,
@@ -53,7 +54,7 @@ class FakeStore:
     _holds: Iterator[int] = field(default_factory=itertools.count)
     _commits: dict[str, int] = field(default_factory=dict)  # generations by commit id
 
-    async def stage(self, upload: PublishItem, module_shapes: object) -> Staged:
+    async def stage(self, upload: PublishItem, module_shapes: Shapes) -> Staged:
         self._fail("stage")
         name = upload.adapter_name
         if name.startswith("bad"):
@@ -74,10 +75,10 @@ class FakeStore:
         self,
         staged: Sequence[Staged],
         embeddings: Sequence[Embedding | None],
-        shifts: Sequence[float | None],
+        probe_shifts: Sequence[float | None],
         actor: str,
         precondition: Precondition = "any",
-        share: TenantQuota | None = None,
+        quota: TenantQuota | None = None,
         commit_id: str | None = None,
     ) -> int:
         self._fail("commit")
@@ -145,6 +146,9 @@ class FakeStore:
         self.generation += 1
         return self.generation
 
+    async def ping(self) -> None:
+        self._fail("ping")
+
     async def active_encoder(self) -> str | None:
         self._fail("active_encoder")
         return self.encoder
@@ -163,6 +167,9 @@ class FakeStore:
         self.swept += digests
         return list(digests)
 
+    async def fetch(self, digest: str) -> list[Awaitable[Buffer]]:
+        raise NotImplementedError
+
     async def release(self, digests: Collection[str]) -> bool:
         return True
 
@@ -175,10 +182,6 @@ class FakeStore:
         checks = [BlobCheck(digest_of("a"), POOL[0].ref, None), BlobCheck(digest_of("b"), POOL[1].ref, "is missing")]
         for number, check in enumerate(checks, start=1):
             yield Verified(number, len(checks), check)
-
-    async def samples(self, digests: Sequence[str]) -> list[tuple[Sample, ...]]:
-        self._fail("samples")
-        return [(Sample("one"), Sample("two")) for _ in digests]
 
     def _kept(self, ref: AdapterRef) -> list[AdapterRef]:
         return [record.ref for record in self.live.get((ref.tenant, ref.name), ())]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from deployments.observability.tenant_usage import Usage
+from deployments.calls.worker_client import Usage
+from gpu_worker.engine.engine_status import EngineStatus
 from gpu_worker.request.request import Delta, Job
 from tests.deployments.adapter_records import digest_of, given
 
@@ -38,6 +39,9 @@ class FakeWorker:
 
     async def module_shapes(self) -> dict[str, tuple[int, int]]:
         return SHAPES
+
+    async def load(self) -> EngineStatus:
+        raise NotImplementedError
 
     async def usage(self) -> Mapping[str, Usage]:
         return self.usages

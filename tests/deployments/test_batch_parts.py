@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from deployments.batch.answering import PartAnswerer
-from deployments.batch.planning import LocalRetriever, PartPlanner
+from deployments.batch.planning import BatchRouting, PartPlanner
 from deployments.batch.run import BatchRun, BatchSettings, begin
 from deployments.config.app import AppConfig
 from deployments.errors import BatchRefused
@@ -189,7 +189,7 @@ def test_prompts_of_one_part_share_a_call_of_the_encoder() -> None:
             ]
 
     async def main() -> list[Any]:
-        retriever = LocalRetriever(Counting())  # type: ignore[arg-type]
+        retriever = BatchRouting(Counting())  # type: ignore[arg-type]
         asked = [retriever.route([RouteRequest(text)]) for text in ("one", "odd", "two")]
         together = await asyncio.gather(*asked, return_exceptions=True)
         return [*together, await retriever.route([RouteRequest("later"), RouteRequest("last")])]

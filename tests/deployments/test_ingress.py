@@ -173,7 +173,7 @@ def test_a_worker_that_vanished_without_a_word_counts_as_dead(num_said: int) -> 
         answer = await asyncio.wait_for(served.ingress.generate(CHAT), 5)
         assert answer["choices"][0]["message"]["content"] == "Hello"
         assert [response.num_cancels for response in served.worker.responses] == [1, 1]
-        assert served.worker.by_reference == [False, False], "tokens go by gRPC"
+        assert [call.by_reference for call in served.worker.calls] == [False, False], "tokens go over gRPC"
 
     asyncio.run(run())
 

@@ -17,9 +17,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from deployments.calls.worker_client import Usage
 from deployments.errors import ReplicaStuck
 from deployments.observability.metrics import SERVE
-from deployments.observability.tenant_usage import Usage
 from deployments.worker import WorkerDeployment
 from gpu_worker.device.openmp import run_on_short_lived_thread
 from gpu_worker.engine.row import Row

@@ -14,6 +14,7 @@ import pytest
 import ray
 from ray.serve.handle import DeploymentHandle
 
+from deployments.calls.store_client import ServeStore
 from deployments.weights.fetcher import RetryPolicy, WeightsFetcher
 from lora_store import encode_weights
 from tests.e2e.live import Live, completion, eventually, eventually_equal, settled, stream_texts
@@ -202,7 +203,7 @@ def test_a_store_replica_that_dies_between_fetch_and_get_costs_nothing(live: Liv
     digest = live.call("GET", "/v1/loras/anchor").json()["weights_digest"]
     store = _DyingStore(live)
     with ThreadPoolExecutor(1) as executor:
-        weights = asyncio.run(WeightsFetcher(cast(DeploymentHandle, store), executor).fetch(digest))
+        weights = asyncio.run(WeightsFetcher(ServeStore(cast(DeploymentHandle, store)), executor).fetch(digest))
     assert encode_weights(weights.modules)[0] == digest
     # On one machine the object may outlive its owner: then one try is enough. tests/deployments has the other errors.
     assert 1 <= store.num_asked <= RetryPolicy().max_tries

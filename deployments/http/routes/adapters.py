@@ -33,7 +33,6 @@ from deployments.api.change_results import Published
 from deployments.api.publish_item import MAX_UPLOAD_FILES, PublishItem
 from deployments.api.responses import AdapterList, AdapterShown, adapter_list, shown_object
 from deployments.auth.caller import Caller
-from deployments.calls.retries import retry_on_replica_death
 from deployments.config.app import FORM_OVERHEAD_BYTES, AppConfig
 from deployments.errors import RequestInvalid, VersionChanged
 from deployments.http.dependencies import AdminCaller, AnyCaller, AnyServices, PublishCaller, Services
@@ -53,7 +52,7 @@ from deployments.http.permissions import MAY_CHANGE, item_of, own_key, require_a
 from deployments.http.upload_form import read_upload
 from deployments.publishing.changes import Charge
 from lora_store import VISIBILITIES
-from retriever_svc import Page, PageRequest
+from retriever_svc import PageRequest
 
 router = APIRouter(route_class=AnsweringRoute)
 MAX_PAGE = 1000
@@ -87,7 +86,7 @@ async def loras(
 ) -> AdapterList:
     """Return a page of the adapters that the caller may use and that match all words of `search`, and their number."""
     wanted = PageRequest(limit, after, words=search)
-    page: Page = await retry_on_replica_death(services.retriever.page, caller.tenant, wanted, min_generation)
+    page = await services.retriever.page(caller.tenant, wanted, min_generation)
     records = [record for _, record in page.rows]
     counted = {"generation": page.generation, "total": page.num_found}
     return adapter_list(records, caller.tenant, **counted, has_more=page.has_more)
@@ -123,7 +122,7 @@ async def publish(caller: PublishCaller, services: AnyServices, http: Request) -
 @router.get("/v1/loras/{name:path}", response_model=None, responses=LORA_ANSWERS)
 async def show(name: str, services: AnyServices, caller: AnyCaller) -> AdapterShown:
     """Return one adapter and its kept versions, the live one first."""
-    generation, versions = await retry_on_replica_death(services.retriever.record, caller.tenant, name)
+    generation, versions = await services.retriever.record(caller.tenant, name)
     return shown_object(versions, caller.tenant, generation)
 
 
@@ -161,7 +160,7 @@ async def approve(name: str, body: ApproveRequest, caller: AdminCaller, services
         raise RequestInvalid(
             "name: give it without a version; `digest` names the version, which must be the live one", "name"
         )
-    _, versions = await retry_on_replica_death(services.retriever.record, caller.tenant, name)
+    _, versions = await services.retriever.record(caller.tenant, name)
     record = versions[0]
     if record.ref.digest != body.digest:
         raise VersionChanged(name, body.digest, record.ref.digest)

@@ -23,7 +23,7 @@ router = APIRouter(route_class=AnsweringRoute, dependencies=[MAY_CHANGE])
 @router.post("/v1/pool/verify", response_class=StreamingResponse, responses=LINES_ANSWERS)
 async def verify(_: JobRequest, caller: AdminCaller, services: AnyServices, context: AnyContext) -> StreamingResponse:
     """Read every blob of the caller's own and of public adapters again, and compare it with its digest."""
-    return await _stream(maintenance.verify(services.publisher, services.store, caller.tenant), context)
+    return await _stream(maintenance.verify(services.store, caller.tenant), context)
 
 
 @router.post("/v1/pool/doctor", response_class=StreamingResponse, responses=LINES_ANSWERS)
@@ -45,8 +45,8 @@ async def reindex(
 @router.post("/v1/pool/gc", response_model=None, responses=GC_ANSWERS)
 async def gc(body: GcRequest, _: AdminCaller, services: AnyServices) -> CollectedBlobs:
     """Remove objects that nothing refers to and that are older than the retention."""
-    await services.publisher.reach_store()
-    collected = await services.store.gc.remote(body.retention_s)
+    await services.store.check_available()
+    collected = await services.store.gc(body.retention_s)
     return {"num_blobs": collected.num_blobs, "num_bytes": collected.num_bytes}
 
 

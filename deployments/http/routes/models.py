@@ -10,7 +10,6 @@ from pydantic import Field
 from deployments.api.adapters import Tag
 from deployments.api.base import ApiRequest
 from deployments.api.responses import ModelCard, ModelList, model_list
-from deployments.calls.retries import retry_on_replica_death
 from deployments.errors import ModelNotFound
 from deployments.generation.planner import AUTO
 from deployments.http.dependencies import AnyCaller, AnyServices
@@ -46,7 +45,7 @@ async def models(query: Annotated[ModelQuery, Query()], services: AnyServices, c
         tags=tuple(query.tag),
         contains=query.name,
     )
-    page = await retry_on_replica_death(services.retriever.page, caller.tenant, wanted)
+    page = await services.retriever.page(caller.tenant, wanted)
     cards = own[: query.limit] + [card_of(name, base, record, caller.tenant) for name, record in page.rows]
     return model_list(cards, has_more=page.has_more or len(own) > query.limit)
 
@@ -59,7 +58,7 @@ async def model(model: str, services: AnyServices, caller: AnyCaller) -> ModelCa
     if model == base or name == AUTO:
         return special_card(model, base)
     try:
-        _, versions = await retry_on_replica_death(services.retriever.record, caller.tenant, name)
+        _, versions = await services.retriever.record(caller.tenant, name)
     except AdapterNotFound as exc:  # a RayTaskError of it is one, too
         raise ModelNotFound(model, exc.hint) from exc
     return card_of(model, base, versions[0], caller.tenant)

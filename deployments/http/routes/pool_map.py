@@ -11,13 +11,11 @@ from deployments.api.base import MAX_TEXT_CHARS, ApiRequest
 from deployments.api.requested_work import Work
 from deployments.api.responses import PoolPicture, PromptPlace, map_object, place_object
 from deployments.calls.deadlines import deadline_of, within
-from deployments.calls.retries import retry_on_replica_death
 from deployments.generation.request_limits import check_texts, encoder_tokens
 from deployments.http.dependencies import AnyCaller, AnyContext, AnyServices, InferCaller
 from deployments.http.error_responses import AnsweringRoute
 from deployments.http.openapi import MAP_ANSWERS, PLACE_ANSWERS
 from lora_store import MAX_PLAN_ADAPTERS
-from retriever_svc import Place, PoolMap
 from retriever_svc.encoder import MAX_CHARS
 
 router = APIRouter(route_class=AnsweringRoute)
@@ -37,7 +35,7 @@ async def pool_map(
     services: AnyServices, caller: AnyCaller, min_generation: Annotated[int, Query(ge=0, lt=2**63)] = 0
 ) -> PoolPicture:
     """Return the adapters that `auto` may choose, at most 2,000, on the plane in which they differ most."""
-    drawn: PoolMap = await retry_on_replica_death(services.retriever.map, caller.tenant, min_generation)
+    drawn = await services.retriever.map(caller.tenant, min_generation)
     return map_object(drawn, caller.tenant)
 
 
@@ -48,5 +46,5 @@ async def place(body: PlaceQuery, services: AnyServices, caller: InferCaller, co
     with services.authenticator.running(caller, Work(num_read=encoder_tokens([body.prompt]))):
         async with within(deadline_of(context.arrived_at, None, services.config.max_request_s)):
             asked = (caller.tenant, body.prompt[:MAX_CHARS], body.adapters, body.min_generation)
-            found: Place = await retry_on_replica_death(services.retriever.place, *asked)
+            found = await services.retriever.place(*asked)
     return place_object(found, caller.tenant)

@@ -7,7 +7,6 @@ from fastapi.responses import PlainTextResponse
 
 from deployments.api.adapters import LoadAdapterRequest, UnloadAdapterRequest
 from deployments.auth.caller import Caller
-from deployments.calls.retries import retry_on_replica_death
 from deployments.errors import AdapterExists
 from deployments.http.dependencies import AnyServices, PublishCaller, Services
 from deployments.http.error_responses import AnsweringRoute
@@ -48,7 +47,7 @@ async def unload_lora_adapter(
 async def _is_live(services: Services, caller: Caller, name: str) -> bool:
     """Return whether the caller's own tenant has the name. Another tenant's public adapter does not block it."""
     try:
-        await retry_on_replica_death(services.retriever.record, caller.tenant, f"{caller.tenant}/{name}")
+        await services.retriever.record(caller.tenant, f"{caller.tenant}/{name}")
     except AdapterNotFound:
         return False
     return True

@@ -1,4 +1,4 @@
-"""A stream that falls silent, and what is not silence."""
+"""A stream that falls silent, and what does not count as silence."""
 
 from __future__ import annotations
 
@@ -10,39 +10,49 @@ import pytest
 from grpc.aio import AioRpcError, Metadata
 from ray.exceptions import ActorUnavailableError
 
-from deployments.calls.heartbeat import drop_heartbeats
+from deployments.calls.heartbeat import HeartbeatStream, StreamEnd
+from gpu_worker.errors import DeadlineExceeded
+from tests.fakes import FakeResponse
+from tests.virtual_time import run_in_virtual_time
 
-SILENCE_S = 0.1
+TIMEOUT_S = 30.0
 
 
-async def all_of(items: AsyncIterator[str | None], silence_s: float = SILENCE_S) -> list[str]:
-    return [item async for item in drop_heartbeats(items, silence_s)]
+def stream_of(items: AsyncIterator[str | None]) -> HeartbeatStream[str]:
+    return HeartbeatStream(FakeResponse(items), TIMEOUT_S, asyncio.get_running_loop().time)
 
 
-def test_signs_of_life_are_not_handed_on() -> None:
+async def all_of(items: AsyncIterator[str | None], deadline: float = 1e6) -> list[str | None]:
+    stream, got = stream_of(items), list[str | None]()
+    while not isinstance(item := await stream.next(deadline), StreamEnd):
+        got.append(item)
+    return got
+
+
+def test_heartbeats_come_as_none() -> None:
     async def items() -> AsyncIterator[str | None]:
         for item in (None, "a", None, None, "b", None):
             yield item
 
-    assert asyncio.run(all_of(items())) == ["a", "b"]
+    assert run_in_virtual_time(all_of(items())) == [None, "a", None, None, "b", None]
 
 
-def test_signs_of_life_are_enough() -> None:
+def test_heartbeats_keep_a_stream_alive() -> None:
     async def items() -> AsyncIterator[str | None]:
         for _ in range(4):
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(0.9 * TIMEOUT_S)
             yield None
         yield "late"
 
-    assert asyncio.run(all_of(items(), 1.0)) == ["late"]
+    assert run_in_virtual_time(all_of(items())) == [None] * 4 + ["late"]
 
 
-def test_the_first_may_take_as_long_as_it_takes() -> None:
+def test_the_first_item_has_no_time_limit() -> None:
     async def items() -> AsyncIterator[str | None]:
-        await asyncio.sleep(2 * SILENCE_S)
+        await asyncio.sleep(100 * TIMEOUT_S)
         yield "first"
 
-    assert asyncio.run(all_of(items())) == ["first"]
+    assert run_in_virtual_time(all_of(items())) == ["first"]
 
 
 @pytest.mark.parametrize("said", [(None,), ("a",), (None, "a", None)])
@@ -50,10 +60,11 @@ def test_silence_after_the_first_is_a_death(said: tuple[str | None, ...]) -> Non
     async def items() -> AsyncIterator[str | None]:
         for item in said:
             yield item
-        await asyncio.Event().wait()
+        await asyncio.sleep(1.1 * TIMEOUT_S)
+        yield "too late"
 
-    with pytest.raises(ActorUnavailableError, match="no sign of life for"):
-        asyncio.run(asyncio.wait_for(all_of(items()), 5))
+    with pytest.raises(ActorUnavailableError, match="no heartbeat for 30 s"):
+        run_in_virtual_time(all_of(items()))
 
 
 BROKEN_OFF = [
@@ -70,7 +81,7 @@ def test_a_call_that_was_broken_off_is_a_death(error: BaseException) -> None:
         raise error
 
     with pytest.raises(ActorUnavailableError):
-        asyncio.run(all_of(items()))
+        run_in_virtual_time(all_of(items()))
 
 
 def test_a_caller_that_is_cancelled_is_no_death() -> None:
@@ -79,13 +90,13 @@ def test_a_caller_that_is_cancelled_is_no_death() -> None:
         await asyncio.Event().wait()
 
     async def main() -> None:
-        task = asyncio.create_task(all_of(items(), 20.0))
+        task = asyncio.create_task(all_of(items()))
         await asyncio.sleep(0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
 
-    asyncio.run(main())
+    run_in_virtual_time(main())
 
 
 def test_another_timeout_is_no_silence() -> None:
@@ -94,4 +105,28 @@ def test_another_timeout_is_no_silence() -> None:
         raise TimeoutError("its own")
 
     with pytest.raises(TimeoutError, match="its own"):
-        asyncio.run(all_of(items()))
+        run_in_virtual_time(all_of(items()))
+
+
+def test_the_deadline_ends_a_stream_that_is_alive() -> None:
+    async def items() -> AsyncIterator[str | None]:
+        while True:
+            await asyncio.sleep(0.9 * TIMEOUT_S)
+            yield None
+
+    with pytest.raises(DeadlineExceeded):
+        run_in_virtual_time(all_of(items(), deadline=100 * TIMEOUT_S))
+
+
+def test_cancelling_a_stream_cancels_the_call() -> None:
+    async def items() -> AsyncIterator[str | None]:
+        yield "a"
+        yield "b"
+
+    async def main() -> None:
+        response = FakeResponse(items())
+        stream: HeartbeatStream[str] = HeartbeatStream(response, TIMEOUT_S)
+        stream.cancel()
+        assert response.num_cancels == 1
+
+    run_in_virtual_time(main())

@@ -9,16 +9,8 @@ from collections.abc import Iterator
 import grpc
 import pytest
 
-from deployments.calls.transport import bypass_http_proxy, direct, over_object_store
+from deployments.calls.transport import bypass_http_proxy
 from deployments.cli.local_server import free_port
-from tests.fakes import FakeHandle
-
-
-def test_a_handle_is_told_its_way() -> None:
-    handle = FakeHandle()
-    direct(handle)
-    over_object_store(handle)
-    assert handle.by_reference == [False, True]
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import pytest
 from deployments.api.completions import ChatCompletionRequest
 from deployments.api.error_table import describe
 from deployments.api.planned import Planned
+from deployments.calls.retriever_client import ServeRetriever
 from deployments.config.app import RetrievalSettings
 from deployments.errors import ModelNotFound, RequestInvalid
 from deployments.generation.planner import Planner
@@ -21,7 +22,7 @@ from tests.fakes import FakeHandle
 
 def plan(handle: FakeHandle, model: str = "auto", lora: dict[str, Any] | None = None, **retrieval: Any) -> Planned:
     body = {"messages": [{"role": "user", "content": "Rhyme"}], "model": model, "lora": lora or {}}
-    planner = Planner(config_of(retrieval=RetrievalSettings(**retrieval)), handle)
+    planner = Planner(config_of(retrieval=RetrievalSettings(**retrieval)), ServeRetriever(handle))
     [question] = ChatCompletionRequest.model_validate(body).questions()
     return asyncio.run(planner.plan(question, "local"))
 

@@ -17,6 +17,7 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from deployments.auth.quotas import TokenUsage
+from deployments.calls.worker_client import ServeWorker
 from deployments.errors import PoisonRequest
 from deployments.generation.row_stream import NO_ROOM, RowStream, StreamLimits
 from deployments.observability.request_context import RequestContext
@@ -95,7 +96,7 @@ def case_of(*script: Sequence[Any], silence_s: float = 30.0, time_s: float = 60.
     worker, usage = Scripted(script), TokenUsage()
     handle, context = FakeHandle(worker), RequestContext("r", "none")
     row = RowStream(
-        handle,  # type: ignore[arg-type]
+        ServeWorker(handle, heartbeat_timeout_s=silence_s),
         Job("r-3", "x" * 12),
         index=3,
         question=1,

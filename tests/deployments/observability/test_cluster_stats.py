@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from deployments.calls.retriever_client import ServeRetriever
+from deployments.calls.worker_client import ServeWorker
 from deployments.observability.cluster_stats import KEPT_S, StatsReader
 from deployments.scaling.settings import ScalingSettings
 from gpu_worker.errors import EngineStopped
@@ -36,7 +38,8 @@ def reader_of(
     **settings: Any,
 ) -> StatsReader:
     handle = FakeHandle(*workers, num_silent=num_silent)
-    return StatsReader(config_of(**settings), FakeHandle(*retrievers), handle, clock or FakeClock())
+    clients = ServeRetriever(FakeHandle(*retrievers)), ServeWorker(handle)
+    return StatsReader(config_of(**settings), *clients, clock or FakeClock())
 
 
 def test_figures_are_sums_over_the_workers() -> None:
@@ -77,7 +80,8 @@ def test_the_pool_is_as_the_newest_replica_has_it_and_the_oldest_is_named() -> N
 
 def test_the_pool_is_the_caller_s() -> None:
     handle = FakeHandle(FakeRetriever())
-    asyncio.run(StatsReader(config_of(), handle, FakeHandle(CountingWorker())).read("them"))
+    worker = ServeWorker(FakeHandle(CountingWorker()))
+    asyncio.run(StatsReader(config_of(), ServeRetriever(handle), worker).read("them"))
     assert handle.called("load") == [("them",)]
 
 

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from deployments.observability.tenant_usage import TenantUsage, Usage
+from deployments.calls.worker_client import Usage
+from deployments.observability.tenant_usage import TenantUsage
 from gpu_worker.request.request import Delta
 
 

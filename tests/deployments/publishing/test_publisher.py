@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,10 @@ from deployments.api.change_results import Published
 from deployments.api.publish_item import PublishItem
 from deployments.calls.background_tasks import Background
 from deployments.errors import PoisonRequest, SourceMissing
-from deployments.publishing import publisher
-from deployments.publishing.publisher import CATCH_UP_TIMEOUT_S, Publisher
-from deployments.publishing.reclaimer import Reclaimer
+from deployments.publishing.publisher import CATCH_UP_TIMEOUT_S
 from deployments.publishing.validator import VALIDATED_TOGETHER
-from deployments.scaling.scale_from_zero import WorkerGate
 from gpu_worker.errors import AdapterUnfit
-from lora_store import AdapterRefused, Sample, StoreUnavailable, VersionConflict
+from lora_store import AdapterRecord, AdapterRefused, Key, Sample, StoreUnavailable, VersionConflict
 from retriever_svc import StaleIndex
 from tests.deployments.adapter_records import ENCODER, adapter, pool_of
 from tests.deployments.fake_publishing import POET, Publishing, live
@@ -134,24 +131,32 @@ def test_a_store_that_fails_in_the_middle_leaves_nothing(method: str, error: Exc
     assert len(live(publishing("poet", "bare"))) == 2, "a retry succeeds"
 
 
-@pytest.mark.parametrize("change", ["publish", "rollback", "withdraw"])
-def test_a_store_without_a_replica_is_told_in_time(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("change", ["publish", "rollback", "withdraw", "set_visibility"])
+def test_a_store_without_a_replica_ends_the_change_in_time(change: str) -> None:
     class Absent(FakeStore):
+        async def ping(self) -> None:
+            await asyncio.Event().wait()
+
         async def active_encoder(self) -> str | None:
             await asyncio.Event().wait()
             raise AssertionError
 
-    monkeypatch.setattr(publisher, "_STORE_WAIT_S", 0.01)
-    publishing = Publishing()
+        async def versions(self, keys: Collection[Key]) -> dict[Key, tuple[AdapterRecord, ...]]:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+    publishing = Publishing(store_wait_s=0.01)
     publishing.store = FakeHandle(Absent(pool_of(adapter("poet"))))
     changes: dict[str, Callable[[], Any]] = {
         "publish": lambda: publishing("bard"),
         "rollback": publishing.rollback,
         "withdraw": lambda: publishing.withdraw("poet"),
+        "set_visibility": lambda: publishing.run(lambda publisher: publisher.set_visibility(POET, "private", "tester")),
     }
-    with pytest.raises(StoreUnavailable, match="none of its replicas answered"):
+    with pytest.raises(StoreUnavailable, match="no replica answered"):
         changes[change]()
-    assert [call.name for call in publishing.store.calls] == ["active_encoder"]
+    reads = {"withdraw": "versions", "set_visibility": "ping"}
+    assert [call.name for call in publishing.store.calls] == [reads.get(change, "active_encoder")]
 
 
 def test_a_store_that_dies_is_asked_again() -> None:
@@ -209,11 +214,7 @@ def test_a_store_that_is_gone_for_good_is_logged_and_left_to_gc(caplog: pytest.L
 def test_a_client_that_leaves_does_not_break_off_its_publish() -> None:
     async def run() -> dict[Any, Any]:
         publishing, background = Publishing(), Background()
-        releaser = Reclaimer(publishing.store, publishing.worker, background, longest_request_s=1)
-        handles = (publishing.store, publishing.retriever, publishing.worker)
-        waking = WorkerGate(publishing.worker, None)
-        publishes = Publisher(*handles, background=background, releaser=releaser, waking=waking)
-        client = asyncio.create_task(publishes.publish([PublishItem(Path("poet"))], "tester"))
+        client = asyncio.create_task(publishing.publisher(background).publish([PublishItem(Path("poet"))], "tester"))
         await asyncio.sleep(0)
         client.cancel()
         await asyncio.wait([client])
@@ -268,4 +269,5 @@ def test_new_and_live_adapters_are_ready_at_the_new_generation() -> None:
 def test_uploads_reach_the_store_through_rays_object_store() -> None:
     publishing = Publishing()
     publishing("poet")
-    assert publishing.store.by_reference == [True]
+    by_object_store = {call.name for call in publishing.store.calls if call.by_reference}
+    assert by_object_store == {"stage"}

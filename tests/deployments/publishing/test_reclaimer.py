@@ -9,6 +9,8 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from deployments.calls.background_tasks import Background
+from deployments.calls.store_client import ServeStore
+from deployments.calls.worker_client import ServeWorker
 from deployments.publishing.reclaimer import Reclaimer
 from lora_store import AdapterRecord, StoreUnavailable
 from tests.deployments.adapter_records import POOL, adapter, pool_of
@@ -19,8 +21,8 @@ from tests.fakes import FakeHandle
 OLD = adapter("old")
 
 
-class Releasing:
-    """A Releaser over fakes; `pauses` are the waits between its questions."""
+class Reclaiming:
+    """A Reclaimer over fakes; `pauses` are the waits between its questions."""
 
     def __init__(
         self, *workers: FakeWorker, store: FakeStore | None = None, num_stores: int = 1, **worker: Any
@@ -33,10 +35,9 @@ class Releasing:
     def __call__(self, *records: AdapterRecord, longest_request_s: float = 600) -> None:
         async def run() -> None:
             background = Background()
-            releaser = Reclaimer(
-                self.store, self.worker, background, longest_request_s=longest_request_s, sleep=self._pause
-            )
-            releaser.release(records)
+            clients = ServeStore(self.store), ServeWorker(self.worker)
+            reclaimer = Reclaimer(*clients, background, longest_request_s=longest_request_s, sleep=self._pause)
+            reclaimer.reclaim(records)
             await background.idle()
 
         asyncio.run(run())
@@ -50,90 +51,90 @@ class Releasing:
 
 
 def test_what_nothing_refers_to_is_forgotten_then_swept_then_released() -> None:
-    releasing = Releasing(FakeWorker())
-    releasing(OLD)
-    assert releasing.steps == ["unreferenced", "forget", "sweep", "release", "forget"]
-    assert releasing.worker.called("forget") == [([OLD.weights_digest],)] * 2
-    assert releasing.fake_store.swept == sorted(OLD.blobs)
-    assert releasing.store.called("release") == [(sorted(OLD.blobs),)]
+    reclaiming = Reclaiming(FakeWorker())
+    reclaiming(OLD)
+    assert reclaiming.steps == ["unreferenced", "forget", "sweep", "release", "forget"]
+    assert reclaiming.worker.called("forget") == [([OLD.weights_digest],)] * 2
+    assert reclaiming.fake_store.swept == sorted(OLD.blobs)
+    assert reclaiming.store.called("release") == [(sorted(OLD.blobs),)]
 
 
 def test_what_another_adapter_still_needs_stays() -> None:
-    releasing = Releasing(FakeWorker())
-    releasing(OLD, POOL[0])
-    assert releasing.worker.called("forget") == [([OLD.weights_digest],)] * 2
-    assert releasing.fake_store.swept == sorted(OLD.blobs)
-    nothing = Releasing(FakeWorker())
+    reclaiming = Reclaiming(FakeWorker())
+    reclaiming(OLD, POOL[0])
+    assert reclaiming.worker.called("forget") == [([OLD.weights_digest],)] * 2
+    assert reclaiming.fake_store.swept == sorted(OLD.blobs)
+    nothing = Reclaiming(FakeWorker())
     nothing(POOL[0])
     nothing()
     assert nothing.steps == ["unreferenced"]
 
 
 def test_nothing_is_swept_before_every_worker_has_let_go() -> None:
-    releasing = Releasing(FakeWorker(forgets=[False, True]), FakeWorker(forgets=[True, False, True]))
-    releasing(OLD)
-    assert releasing.steps == ["unreferenced", "forget", "forget", "forget", "sweep", "release", "forget"]
-    assert len(releasing.pauses) == 2
+    reclaiming = Reclaiming(FakeWorker(forgets=[False, True]), FakeWorker(forgets=[True, False, True]))
+    reclaiming(OLD)
+    assert reclaiming.steps == ["unreferenced", "forget", "forget", "forget", "sweep", "release", "forget"]
+    assert len(reclaiming.pauses) == 2
 
 
 def test_a_worker_that_died_holds_nothing() -> None:
-    releasing = Releasing(FakeWorker(forgets=[RayActorError()]), FakeWorker())
-    releasing(OLD)
-    assert releasing.steps == ["unreferenced", "forget", "sweep", "release", "forget"]
+    reclaiming = Reclaiming(FakeWorker(forgets=[RayActorError()]), FakeWorker())
+    reclaiming(OLD)
+    assert reclaiming.steps == ["unreferenced", "forget", "sweep", "release", "forget"]
 
 
 @pytest.mark.parametrize("answer", [False, RuntimeError("broken"), DeploymentUnavailableError(DeploymentID("W", "a"))])
 def test_a_worker_that_never_lets_go_is_waited_for_as_long_as_a_request_may_run(
     answer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    releasing = Releasing(FakeWorker(forgets=[answer] * 1000))
-    releasing(OLD, longest_request_s=20)
-    assert sum(releasing.pauses) == 20
-    assert releasing.fake_store.swept == sorted(OLD.blobs)
+    reclaiming = Reclaiming(FakeWorker(forgets=[answer] * 1000))
+    reclaiming(OLD, longest_request_s=20)
+    assert sum(reclaiming.pauses) == 20
+    assert reclaiming.fake_store.swept == sorted(OLD.blobs)
     assert any("still holds" in record.getMessage() for record in caplog.records)
 
 
 def test_workers_that_were_scaled_away_hold_nothing() -> None:
-    releasing = Releasing()
-    releasing(OLD)
-    assert releasing.steps == ["unreferenced", "forget", "sweep", "release", "forget"]
-    assert releasing.pauses == []
+    reclaiming = Reclaiming()
+    reclaiming(OLD)
+    assert reclaiming.steps == ["unreferenced", "forget", "sweep", "release", "forget"]
+    assert reclaiming.pauses == []
 
 
 def test_a_store_that_does_not_run_is_asked_again() -> None:
-    releasing = Releasing(FakeWorker(), num_stores=2)
-    releasing.store.broadcast = FakeHandle().broadcast  # type: ignore[method-assign]
-    releasing(OLD, longest_request_s=1)
-    assert len(releasing.pauses) == 2
+    reclaiming = Reclaiming(FakeWorker(), num_stores=2)
+    reclaiming.store.broadcast = FakeHandle().broadcast  # type: ignore[method-assign]
+    reclaiming(OLD, longest_request_s=1)
+    assert len(reclaiming.pauses) == 2
 
 
 def test_a_silent_worker_is_asked_again() -> None:
-    releasing = Releasing(FakeWorker(), num_silent=1)
-    releasing(OLD, longest_request_s=1)
-    assert releasing.steps == ["unreferenced", "forget", "forget", "sweep", "release", "forget"]
-    assert None not in releasing.worker.timeouts_s
+    reclaiming = Reclaiming(FakeWorker(), num_silent=1)
+    reclaiming(OLD, longest_request_s=1)
+    assert reclaiming.steps == ["unreferenced", "forget", "forget", "sweep", "release", "forget"]
+    assert None not in reclaiming.worker.timeouts_s
 
 
 def test_every_store_replica_drops_its_references() -> None:
-    releasing = Releasing(FakeWorker(), num_stores=3)
-    releasing(OLD)
-    assert releasing.steps.count("release") == 1
-    assert releasing.store.timeouts_s != []
+    reclaiming = Reclaiming(FakeWorker(), num_stores=3)
+    reclaiming(OLD)
+    assert reclaiming.steps.count("release") == 1
+    assert reclaiming.store.timeouts_s != []
 
 
 @pytest.mark.parametrize("method", ["unreferenced", "sweep"])
 def test_a_store_that_is_down_is_asked_again_until_the_blobs_are_gone(
     method: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    releasing = Releasing(store=FakeStore(failing={method: (StoreUnavailable("down"), 1)}))
-    releasing(OLD)
-    assert releasing.fake_store.swept == sorted(OLD.blobs)
+    reclaiming = Reclaiming(store=FakeStore(failing={method: (StoreUnavailable("down"), 1)}))
+    reclaiming(OLD)
+    assert reclaiming.fake_store.swept == sorted(OLD.blobs)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert len(releasing.pauses) == 1
+    assert len(reclaiming.pauses) == 1
 
 
 def test_a_store_that_stays_down_leaves_the_blobs_to_gc(caplog: pytest.LogCaptureFixture) -> None:
-    releasing = Releasing(store=FakeStore(failing={"unreferenced": (StoreUnavailable("down"), 1000)}))
-    releasing(OLD, longest_request_s=5)
-    assert releasing.fake_store.swept == []
+    reclaiming = Reclaiming(store=FakeStore(failing={"unreferenced": (StoreUnavailable("down"), 1000)}))
+    reclaiming(OLD, longest_request_s=5)
+    assert reclaiming.fake_store.swept == []
     assert caplog.records[-1].levelname == "ERROR"

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError
 
+from deployments.calls.retriever_client import ServeRetriever
+from deployments.calls.worker_client import ServeWorker
 from deployments.errors import PoisonRequest
 from deployments.publishing.changes import free_of_charge
 from deployments.publishing.validator import VALIDATED_TOGETHER, AdapterValidator, Outcome, ValidatedAdapter
@@ -20,15 +22,15 @@ def staged(name: str) -> Staged:
     return Staged(adapter(name), (), "hold")
 
 
-def examine(
+def validate(
     *items: Staged | BaseException,
     live: dict[AdapterRef, AdapterRecord] | None = None,
     worker: FakeWorker | None = None,
     **retriever: Any,
 ) -> tuple[list[Outcome], FakeHandle]:
     handle = FakeHandle(worker or FakeWorker())
-    examiner = AdapterValidator(FakeHandle(FakeRetriever(**retriever)), handle)
-    return asyncio.run(examiner.examine(items, live or {}, free_of_charge)), handle
+    validator = AdapterValidator(ServeRetriever(FakeHandle(FakeRetriever(**retriever))), ServeWorker(handle))
+    return asyncio.run(validator.validate(items, live or {}, free_of_charge)), handle
 
 
 def test_outcomes_come_in_order_and_refusals_stay_in_their_place() -> None:
@@ -36,21 +38,21 @@ def test_outcomes_come_in_order_and_refusals_stay_in_their_place() -> None:
     known = adapter("known")
     items = (staged("one"), refused, Staged(known, (), "hold"), staged("mute"))
     worker = FakeWorker(shifts={"mute": 0.0, "one": 0.25})
-    (first, second, third, fourth), _ = examine(*items, live={known.ref: known}, worker=worker)
+    (first, second, third, fourth), _ = validate(*items, live={known.ref: known}, worker=worker)
     assert isinstance(first, ValidatedAdapter)
     assert (first.staged, first.shift) == (items[0], 0.25)
     assert (second, third) == (refused, known)
     assert isinstance(fourth, AdapterRefused)
 
 
-def test_equal_versions_are_examined_once_and_batches_are_bounded() -> None:
+def test_equal_versions_are_validated_once_and_batches_are_bounded() -> None:
     items = [staged(f"a{number}") for number in range(VALIDATED_TOGETHER + 1)]
-    outcomes, worker = examine(*items, items[0])
+    outcomes, worker = validate(*items, items[0])
     assert outcomes[0] is outcomes[-1]
     assert [len(digests) for (digests,) in worker.called("probe_many")] == [VALIDATED_TOGETHER, 1]
 
 
-def test_a_second_batch_is_examined_while_the_first_one_is() -> None:
+def test_a_second_batch_is_validated_while_the_first_one_is() -> None:
     class Waiting(FakeWorker):
         """Answers one call when it has got two."""
 
@@ -64,15 +66,15 @@ def test_a_second_batch_is_examined_while_the_first_one_is() -> None:
             return await super().probe_many(weights_digests)
 
     items = [staged(f"a{number}") for number in range(2 * VALIDATED_TOGETHER)]
-    outcomes, _ = examine(*items, worker=Waiting())
+    outcomes, _ = validate(*items, worker=Waiting())
     assert [outcome.staged for outcome in outcomes if isinstance(outcome, ValidatedAdapter)] == items
 
 
 def test_workers_that_die_are_each_adapters_error() -> None:
-    outcomes, _ = examine(staged("one"), staged("two"), worker=FakeWorker(failure=RayActorError()))
+    outcomes, _ = validate(staged("one"), staged("two"), worker=FakeWorker(failure=RayActorError()))
     assert [type(outcome) for outcome in outcomes] == [PoisonRequest, PoisonRequest]
 
 
 def test_retrievers_that_die_are_the_whole_batches_error() -> None:
     with pytest.raises(PoisonRequest):
-        examine(staged("one"), unfit=RayActorError())
+        validate(staged("one"), unfit=RayActorError())

@@ -12,6 +12,7 @@ import pytest
 from ray.exceptions import RayActorError
 
 from deployments.api.publish_item import PublishItem
+from deployments.calls.worker_client import ServeWorker
 from deployments.errors import WorkerStarting
 from deployments.scaling.scale_from_zero import KEPT_S, WorkerGate
 from deployments.scaling.settings import ScalingSettings
@@ -38,12 +39,12 @@ class Sleeper(FakeWorker):
 
 
 class Held:
-    """A Waking over one sleeper; `now_s` is its clock."""
+    """A WorkerGate over one sleeper; `now_s` is its clock."""
 
     def __init__(self, *errors: Exception, timeout_s: float | None = 5.0) -> None:
         self.now_s, self.worker = 0.0, Sleeper(errors=list(errors))
         self.handle = FakeHandle(self.worker)
-        self.waking = WorkerGate(self.handle, timeout_s, clock=lambda: self.now_s)
+        self.gate = WorkerGate(ServeWorker(self.handle), timeout_s, clock=lambda: self.now_s)
 
     @property
     def num_calls(self) -> int:
@@ -57,7 +58,7 @@ def run(main: Coroutine[Any, Any, None]) -> None:
 def test_who_waits_goes_on_together_when_a_worker_answers() -> None:
     async def main() -> None:
         held = Held()
-        waiting = [asyncio.create_task(held.waking.wait()) for _ in range(5)]
+        waiting = [asyncio.create_task(held.gate.ready()) for _ in range(5)]
         await asyncio.wait(waiting, timeout=0.01)
         assert not any(task.done() for task in waiting)
         held.worker.awake.set()
@@ -72,14 +73,14 @@ def test_the_call_that_wakes_goes_on_when_those_who_wait_have_left() -> None:
         held = Held(timeout_s=0.01)
         for _ in range(3):
             with pytest.raises(WorkerStarting):
-                await held.waking.wait()
-        leaving = asyncio.create_task(held.waking.wait())
+                await held.gate.ready()
+        leaving = asyncio.create_task(held.gate.ready())
         await asyncio.sleep(0)
         leaving.cancel()
         await asyncio.wait([leaving])
         assert held.num_calls == 1 and held.handle.responses[0].num_cancels == 0
         held.worker.awake.set()
-        await held.waking.wait()
+        await held.gate.ready()
         assert held.num_calls == 1
 
     run(main())
@@ -91,7 +92,7 @@ def test_a_worker_that_answered_is_not_asked_again_for_a_while() -> None:
         held.worker.awake.set()
         for now_s, num_calls in ((0, 1), (KEPT_S * 0.9, 1), (KEPT_S * 1.1, 2), (KEPT_S * 2, 2)):
             held.now_s = now_s
-            await held.waking.wait()
+            await held.gate.ready()
             assert held.num_calls == num_calls
 
     run(main())
@@ -102,8 +103,8 @@ def test_a_worker_that_dies_as_it_answers_is_told_and_another_is_woken() -> None
         held = Held(RayActorError())
         held.worker.awake.set()
         with pytest.raises(RayActorError):
-            await held.waking.wait()
-        await held.waking.wait()
+            await held.gate.ready()
+        await held.gate.ready()
         assert held.num_calls == 2
 
     run(main())
@@ -112,8 +113,8 @@ def test_a_worker_that_dies_as_it_answers_is_told_and_another_is_woken() -> None
 def test_where_workers_never_sleep_nobody_is_asked() -> None:
     async def main() -> None:
         held = Held(timeout_s=None)
-        await held.waking.wait()
-        assert not await held.waking.can_scale_to_zero()
+        await held.gate.ready()
+        assert not await held.gate.is_scaled_to_zero()
         assert held.num_calls == 0
 
     run(main())
@@ -135,8 +136,8 @@ def test_workers_sleep_where_none_runs_and_none_has_failed(status: str, states: 
     worker = SimpleNamespace(status=status, replica_states=states)
     overview = SimpleNamespace(applications={"app": SimpleNamespace(deployments={"Worker": worker})})
     handle: Any = SimpleNamespace(app_name="app", deployment_name="Worker")
-    waking = WorkerGate(handle, 1.0, status=lambda: overview)  # type: ignore[arg-type, return-value]
-    assert asyncio.run(waking.can_scale_to_zero()) is sleeps
+    gate = WorkerGate(ServeWorker(handle, status=lambda: overview), 1.0)  # type: ignore[arg-type, return-value]
+    assert asyncio.run(gate.is_scaled_to_zero()) is sleeps
 
 
 def completion(worker: Sleeper, model: str, **settings: Any) -> tuple[httpx.Response, Served]:

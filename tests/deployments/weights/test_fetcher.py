@@ -16,6 +16,7 @@ from ray.exceptions import ActorUnavailableError, GetTimeoutError, ObjectLostErr
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
+from deployments.calls.store_client import ServeStore
 from deployments.weights.fetcher import RetryPolicy, WeightsFetcher
 from gpu_worker.errors import AdapterLoadFailed
 from lora_store import AdapterNotFound, AdapterWeights, BlobCorrupted, ModuleWeights, StoreUnavailable, encode_weights
@@ -85,7 +86,7 @@ class Fetching:
         self.clock = Clock()
         self._executor = ThreadPoolExecutor(1)
         self.fetcher = WeightsFetcher(
-            self.store,
+            ServeStore(self.store),
             self._executor,
             policy=policy,
             cache=cache,
@@ -115,20 +116,22 @@ def test_weights_come_by_a_reference_in_a_list() -> None:
     fetching = Fetching()
     assert_good(fetching.run())
     assert fetching.store.called("fetch") == [(DIGEST,)] and fetching.clock.pauses == []
-    assert fetching.store.by_reference == [True], "gRPC would keep the object of a reference for ever"
+    assert [call.by_reference for call in fetching.store.calls] == [True], (
+        "gRPC would keep the object of a reference for ever"
+    )
 
 
 PASSING = {
     "the adapter store cannot be reached; nothing is lost, try again later": StoreUnavailable("connection refused"),
     "the adapter store did not answer in time": TimeoutError(),
-    "the adapter store has too much to do": BackPressureError(num_queued_requests=9, max_queued_requests=8),
+    "the adapter store is overloaded": BackPressureError(num_queued_requests=9, max_queued_requests=8),
     "the adapter store is not running": DeploymentUnavailableError(DeploymentID("Store")),
     "the adapter store's replica has died": RayActorError(),
     "its replica is not there": ActorUnavailableError("the actor is unavailable", b"\x01" * 16),
     "the replica died between fetch and get": Ref(OwnerDiedError("ab" * 28, "", "")),
-    "they were lost on the way": Ref(ObjectLostError("ab" * 28, "", "")),
+    "they were lost in transit": Ref(ObjectLostError("ab" * 28, "", "")),
     "get gave up": Ref(GetTimeoutError("get timed out")),
-    "they arrived damaged": Ref(DAMAGED),
+    "they were damaged in transit": Ref(DAMAGED),
 }
 
 
@@ -150,7 +153,7 @@ def test_what_does_not_pass_in_five_tries_is_told_in_plain_words(words: str) -> 
 
 LASTING = {
     "the adapter was withdrawn": AdapterNotFound(DIGEST),
-    "what is stored is damaged; the adapter must be published again": BlobCorrupted(DIGEST, "f" * 64),
+    "the stored file is damaged; publish the adapter again": BlobCorrupted(DIGEST, "f" * 64),
     "the adapter store failed": KeyError("a mistake in the store"),
 }
 

@@ -363,7 +363,7 @@ def test_a_short_digest_is_refused() -> None:
         ("DELETE", "/v1/loras/poet", {}, "withdraw"),
         ("POST", "/v1/loras/poet/rollback", {"json": {}}, "versions"),
         ("POST", "/v1/load_lora_adapter", {"json": {"lora_name": "x", "lora_path": "/x"}}, "versions"),
-        ("POST", "/v1/pool/reindex", {"json": {"encoder": "other"}}, "active_encoder"),
+        ("POST", "/v1/pool/reindex", {"json": {"encoder": "other"}}, "ping"),
         ("POST", "/v1/unload_lora_adapter", {"json": {"lora_name": "poet"}}, "withdraw"),
         ("POST", "/v1/pool/gc", {"json": {}}, "gc"),
         ("POST", "/v1/pool/verify", {"json": {}}, "verify"),

@@ -71,7 +71,7 @@ def test_a_reindex_embeds_prepares_every_replica_then_swaps_and_waits_for_all() 
         }
         calls = sorted(served.store.calls + served.retriever.calls, key=lambda call: call.number)
         assert [call.name for call in calls] == [
-            "active_encoder",
+            "ping",
             "reindex",
             "add_embeddings",
             "add_embeddings",
@@ -161,7 +161,7 @@ def test_an_error_after_the_first_line_is_the_last_line(job: str) -> None:
 def test_leaving_a_job_ends_the_work_of_its_replica() -> None:
     async def run() -> None:
         served = serve_plainly()
-        lines = maintenance.verify(served.services.publisher, served.services.store, "local")
+        lines = maintenance.verify(served.services.store, "local")
         await anext(lines)
         response = served.store.responses[-1]
         assert response.num_cancels == 0

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from deployments.auth.caller import ROLES
-from deployments.observability.tenant_usage import Usage
+from deployments.calls.worker_client import Usage
 from tests.deployments.adapter_records import BASE
 from tests.deployments.asking import get
 from tests.deployments.console_fakes import CountingWorker, MappedRetriever
