@@ -102,7 +102,7 @@ def publishing(catalogue: Catalogue, num_tries: int, share: TenantQuota | None, 
         record = records(number, first_version + number)
 
         def rule(snapshot: Snapshot, record: AdapterRecord = record) -> Sequence[Event]:
-            return publish_events(snapshot, [record], share=share)
+            return publish_events(snapshot, [record], quota=share)
 
         began = time.perf_counter()
         generation = catalogue.commit(rule)

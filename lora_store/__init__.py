@@ -1,4 +1,4 @@
-"""The adapter store: identities, plans, PEFT files, admission, the durable catalogue and its blobs."""
+"""The adapter store: identities, plans, PEFT files, validation, the durable catalogue and its blobs."""
 
 from lora_store.adapter import LOCAL_TENANT, AdapterRef, AdapterWeights, ModuleWeights, Sample, is_valid_name
 from lora_store.blobs import BlobStore
@@ -31,7 +31,7 @@ from lora_store.rules import Precondition
 from lora_store.snapshot import KEPT_VERSIONS, ActiveEncoder, Key, Snapshot
 from lora_store.staging import Staged
 from lora_store.store import LoraStore, Withdrawn
-from lora_store.validation import TEMPLATES, Admitted, Label, check_folder
+from lora_store.validation import TEMPLATES, CheckedFolder, Label, check_folder
 from lora_store.weights_blob import decode_weights, digest_of, encode_weights
 
 __all__ = [
@@ -49,12 +49,12 @@ __all__ = [
     "AdapterRef",
     "AdapterRefused",
     "AdapterWeights",
-    "Admitted",
     "Approve",
     "BlobCheck",
     "BlobCorrupted",
     "BlobStore",
     "Catalogue",
+    "CheckedFolder",
     "Collected",
     "ConditionalWritesMissing",
     "Embed",

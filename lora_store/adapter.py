@@ -1,4 +1,4 @@
-"""What an adapter is: its identity, its shape, and its tensors."""
+"""The identity of an adapter, its tensors and its samples."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _RESERVED = frozenset({"auto", ".", ".."})
 
 
 def is_valid_name(name: str) -> bool:
-    """Whether `name` may name an adapter or a tenant. Names are ids, never paths."""
+    """Return whether `name` is allowed for an adapter, a tenant or a tag. Names are ids, never paths."""
     return _NAME.fullmatch(name) is not None and name not in _RESERVED
 
 
@@ -29,7 +29,10 @@ class AdapterRef:
         return f"{self.tenant}/{self.name}@{self.digest[:12]}"
 
     def name_for(self, tenant: str) -> str:
-        """What `tenant` is told to call it by: its own is `name`, another's `owner/name`, which no own name hides."""
+        """Return the name that `tenant` uses: `name` for its own adapter, `owner/name` for another tenant's.
+
+        A tenant's own adapter of the same name never hides `owner/name`.
+        """
         return self.name if self.tenant == tenant else f"{self.tenant}/{self.name}"
 
 
@@ -48,20 +51,20 @@ class ModuleWeights:
 
 @dataclass(frozen=True, slots=True)
 class AdapterWeights:
-    """The tensors of one adapter, by the base model's module path, such as `model.layers.3.mlp.up_proj`."""
+    """The tensors of one adapter, keyed by the base model's module path, such as `model.layers.3.mlp.up_proj`."""
 
     weights_digest: str
     modules: dict[str, ModuleWeights]
 
     @property
     def max_rank(self) -> int:
-        """Rank rows this adapter takes in a bank: the widest of its modules."""
+        """The number of rank rows this adapter needs in a bank: the largest rank of its modules."""
         return max(module.rank for module in self.modules.values())
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One training input an adapter is found by, with its answer where the publisher gave one."""
+    """One example input, used to retrieve the adapter, with its answer if the publisher gave one."""
 
     input: str
     output: str | None = None

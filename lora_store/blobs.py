@@ -13,7 +13,7 @@ from lora_store.location import Location
 from lora_store.weights_blob import digest_of
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_NAME = re.compile(r"[0-9a-f]{2}/(\.?)([0-9a-f]{64})(?:\.[0-9a-f]+)?")  # a dot comes before what is being written
+_NAME = re.compile(r"[0-9a-f]{2}/(\.?)([0-9a-f]{64})(?:\.[0-9a-f]+)?")  # a leading dot marks a write in progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,24 +28,27 @@ class BlobFile:
 
 
 class BlobStore:
-    """Blobs in `location`, each named by its sha256 and whole under that name. Raises: StoreUnavailable."""
+    """Blobs in `location`, each named by its sha256. A blob appears under its name once it is complete.
+
+    Raises: StoreUnavailable.
+    """
 
     def __init__(self, location: Location) -> None:
         self._files = Files(location)
 
     def put(self, data: bytes) -> str:
-        """The digest `data` can be read by from now on. A blob already there is kept; a corrupted one is replaced."""
+        """Store `data` and return its digest. Keep an existing blob; replace a corrupted one."""
         digest = digest_of(data)
         self.put_pieces(digest, lambda: [data])
         return digest
 
     def put_pieces(self, digest: str, pieces: Callable[[], Iterable[bytes | memoryview]]) -> None:
-        """Like `put`, of bytes that hash to `digest` and are not held whole."""
+        """Store bytes that hash to `digest`, as `put` does, without holding all of them in memory."""
         if self._files.digest(_name(digest)) != digest:
             self._files.write_pieces(_name(digest), pieces())
 
     def get(self, digest: str) -> bytes:
-        """The bytes that hash to `digest`. Raises: AdapterNotFound; BlobCorrupted (publish the adapter again)."""
+        """Return the bytes that hash to `digest`. Raises: AdapterNotFound, BlobCorrupted."""
         data = self._files.read(_name(digest)) if _DIGEST.fullmatch(digest) else None
         if data is None:
             raise AdapterNotFound(digest)
@@ -58,12 +61,12 @@ class BlobStore:
         return self._files.contains(_name(digest))
 
     def delete(self, digests: Collection[str]) -> list[str]:
-        """None of these is there any more; those that were."""
+        """Delete these blobs. Return the digests that existed."""
         names = [_name(digest) for digest in digests if _DIGEST.fullmatch(digest)]
         return [name.rpartition("/")[2] for name in self._files.delete(names)]
 
     def files(self) -> list[BlobFile]:
-        """All that is stored, what a crash left half-written too."""
+        """Return every stored file, including files that a crash left half-written."""
         found = []
         for file in self._files.entries():
             if match := _NAME.fullmatch(file.name):
@@ -71,7 +74,7 @@ class BlobStore:
         return found
 
     def delete_files(self, files: Collection[BlobFile]) -> None:
-        """None of these is there any more."""
+        """Delete these files."""
         self._files.delete([file.name for file in files])
 
 

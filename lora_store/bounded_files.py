@@ -1,4 +1,4 @@
-"""Reads a stranger's files: never through a link, never more bytes than a bound, and JSON without surprises."""
+"""Read untrusted files: never follow a link, never read more bytes than a limit, reject ambiguous JSON."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from lora_store.errors import FileRefused
 from lora_store.safetensors_layout import PREFIX_BYTES, tensors_in
 
 ALLOWED_DTYPES = ("F32", "F16", "BF16")
+_WEIGHTS_REMEDY = ": float32 weights saved as bfloat16 take half as much"
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much of a folder is read at most, and the ranks a worker can hold."""
+    """Limits on what is read of an uploaded folder, and on the ranks that a worker supports."""
 
     max_files: int = 1000
     max_config_bytes: int = 1 << 20
@@ -38,28 +39,32 @@ class Limits:
 
     @property
     def max_samples_bytes(self) -> int:
-        return self.max_samples * (self.max_sample_bytes + 2)  # + 2: the line's end
+        """The largest allowed size of a samples file."""
+        return self.max_samples * (self.max_sample_bytes + 2)  # + 2: the line ending
 
 
 def read_bytes(path: Path, max_bytes: int) -> bytes:
-    """The whole file. Raises: FileRefused when it is missing, a link, no regular file, or larger than `max_bytes`."""
+    """Return the file's content.
+
+    Raises: FileRefused when the file is missing, a link, not a regular file, or larger than `max_bytes`.
+    """
     with _open_regular(path, max_bytes) as file:
         return file.read(max_bytes)
 
 
 def parse_json_object(data: bytes | str) -> dict[str, Any]:
-    """A JSON object. Raises: ValueError when it is not one, nests too deep, or names a key twice."""
+    """Parse a JSON object. Raises: ValueError when it is not an object, nests too deep, or repeats a key."""
     try:
         value = json.loads(data, object_pairs_hook=_unique_pairs)
     except RecursionError as exc:
-        raise ValueError("nests too deep") from exc
+        raise ValueError("it nests too deep") from exc
     if not isinstance(value, dict):
-        raise ValueError(f"must be a JSON object, got {type(value).__name__}")
+        raise ValueError(f"it must be a JSON object, got {type(value).__name__}")
     return value
 
 
 def read_json(path: Path, max_bytes: int) -> dict[str, Any]:
-    """The file's JSON object. Raises: FileRefused."""
+    """Return the file's JSON object. Raises: FileRefused."""
     try:
         return parse_json_object(read_bytes(path, max_bytes))
     except ValueError as exc:
@@ -67,17 +72,16 @@ def read_json(path: Path, max_bytes: int) -> dict[str, Any]:
 
 
 def read_tensors(path: Path, limits: Limits) -> dict[str, Tensor]:
-    """Return every tensor of a safetensors file by its key, after the header was bounded and checked by itself.
+    """Return every tensor of a safetensors file by its key. Check the header before reading the data.
 
-    They share one buffer as large as the file: nothing of it is copied.
-
-    Raises: FileRefused, with every tensor whose dtype is not allowed.
+    The tensors share one buffer of the file's size; nothing is copied.
+    Raises: FileRefused, which lists every tensor whose dtype is not allowed.
     """
-    with _open_regular(path, limits.max_weights_bytes) as file:
+    with _open_regular(path, limits.max_weights_bytes, _WEIGHTS_REMEDY) as file:
         prefix = file.read(PREFIX_BYTES)
         header_len = int.from_bytes(prefix, "little")
         if len(prefix) < PREFIX_BYTES or header_len > limits.max_header_bytes:
-            raise FileRefused(path.name, [f"claims a header of {header_len} bytes, at most {limits.max_header_bytes}"])
+            raise FileRefused(path.name, [f"has a header of {header_len} bytes, at most {limits.max_header_bytes}"])
         header = file.read(header_len)
         problems = _header_problems(header, limits)
         if problems:
@@ -91,7 +95,7 @@ def read_tensors(path: Path, limits: Limits) -> dict[str, Tensor]:
 
 
 def _read_rest(file: BinaryIO, max_bytes: int) -> Tensor:
-    """What is left of the file, as (N,) uint8, in memory of its own and without a second copy."""
+    """Read the rest of the file into a new (N,) uint8 tensor, without a second copy."""
     num_bytes = min(os.fstat(file.fileno()).st_size - file.tell(), max_bytes)
     data = torch.empty(max(num_bytes, 0), dtype=torch.uint8)
     view = data.numpy().data
@@ -108,7 +112,7 @@ def _header_problems(header: bytes, limits: Limits) -> list[str]:
         return [f"has a broken header: {exc}"]
     entries.pop("__metadata__", None)
     if len(entries) > limits.max_tensors:
-        return [f"holds {len(entries)} tensors, at most {limits.max_tensors}"]
+        return [f"has {len(entries)} tensors, at most {limits.max_tensors}"]
     dtypes = {key: entry["dtype"] if _has_text(entry, "dtype") else "none" for key, entry in entries.items()}
     return [
         f"tensor {key[:200]!r} has dtype {dtype[:20]}, must be one of {', '.join(ALLOWED_DTYPES)}"
@@ -122,9 +126,10 @@ def _has_text(entry: object, key: str) -> bool:
 
 
 @contextmanager
-def _open_regular(path: Path, max_bytes: int) -> Iterator[BinaryIO]:
+def _open_regular(path: Path, max_bytes: int, remedy: str = "") -> Iterator[BinaryIO]:
+    """Open a regular file of at most `max_bytes`. `remedy` is appended to the message about a larger one."""
     try:
-        # Non-blocking, so that a named pipe is refused below and not waited for.
+        # Non-blocking: opening a named pipe would wait for a writer; it is refused below instead.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError as exc:
         raise FileRefused(path.name, ["is missing"]) from exc
@@ -136,16 +141,20 @@ def _open_regular(path: Path, max_bytes: int) -> Iterator[BinaryIO]:
         if not stat.S_ISREG(status.st_mode):
             raise FileRefused(path.name, ["is not a regular file"])
         if status.st_size > max_bytes:
-            raise FileRefused(path.name, [f"has {status.st_size} bytes, at most {max_bytes}"])
+            raise FileRefused(path.name, [f"has {_size(status.st_size)}, at most {_size(max_bytes)}{remedy}"])
         with open(descriptor, "rb", closefd=False) as file:
             yield file
     finally:
         os.close(descriptor)
 
 
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes} bytes" if num_bytes < 1 << 20 else f"{num_bytes} bytes ({num_bytes / (1 << 20):.0f} MiB)"
+
+
 def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         twice = [key[:100] for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-        raise ValueError(f"duplicate keys {twice[:3]}")
+        raise ValueError(f"it repeats the keys {twice[:3]}")
     return found

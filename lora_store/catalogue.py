@@ -1,4 +1,4 @@
-"""The durable catalogue: a table of append-only events, and the snapshot they fold into."""
+"""The durable catalogue: a table of append-only events, and the snapshot that results from them."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ from lora_store.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
 
-_MAX_ATTEMPTS = 200  # of eight writers that never rest, each comes first about one time in eight
-_MIN_TAIL = 4096  # events since a fold, which take a quarter of a second to read
-_FOLD_ROWS = 10_000  # of one data file
+_MAX_ATTEMPTS = 200  # with eight busy writers, each wins about one attempt in eight
+_MIN_TAIL = 4096  # events since a fold; reading so many takes a quarter of a second
+_FOLD_ROWS = 10_000  # per data file
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.1
 
 
 class Catalogue:
-    """The table in `location`, created when absent. Safe to share between threads and processes.
+    """The table in `location`, created if absent. Safe to share between threads and processes.
 
-    Delta takes two stale appends, so the rule a writer checked could be broken by a rival. Here each commit is tried
-    at one version only and refused when a rival took it; the writer then sees the rival's events and checks again.
+    Delta accepts two concurrent appends, so a rival could break the rule that a writer checked. Each commit is
+    therefore tried at one version only and fails if a rival took that version; the writer then reads the rival's events
+    and checks its rule again.
 
-    Opening costs what is live, not what ever happened: once there are more events than live names, and more than
-    `min_tail`, the writer that comes past that replaces them by a fold, which is the state they led to.
-    Raises: StoreUnavailable.
+    The cost of opening depends on the number of live adapters, not on the length of the history: when there are more
+    events than live names, and more than `min_tail`, the next writer replaces the events by a fold, which holds the
+    resulting state. Raises: StoreUnavailable.
     """
 
     def __init__(
@@ -48,22 +49,22 @@ class Catalogue:
     ) -> None:
         self._sleep, self._max_attempts, self._min_tail = sleep, max_attempts, min_tail
         self._open_table = open_table
-        self._reading, self._writing, self._tending = threading.Lock(), threading.RLock(), threading.Lock()
+        self._reading, self._writing, self._maintaining = threading.Lock(), threading.RLock(), threading.Lock()
         self._location, self._table = location, open_table(location)
-        self._appends: EventTable | None = None  # of its own: no reader waits for a write
+        self._appends: EventTable | None = None  # a second table object, so that no reader waits for a write
         self._snapshot = Snapshot(0, {})
         self._history = History()
         self.snapshot()
 
     def snapshot(self) -> Snapshot:
-        """Return the newest state; the same object while nothing was committed."""
+        """Return the newest state. Return the same object until something is committed."""
         with self._reading:
             return self._refreshed()
 
     def snapshot_at(self, generation: int) -> Snapshot:
-        """Return the state as of `generation`, which is not above the newest; an older one is folded anew.
+        """Return the state as of `generation`, which must not exceed the newest; replay the events for an older one.
 
-        Raises: GenerationGone when neither the events since nor the files of that time are there any more.
+        Raises: GenerationGone when the events up to that generation are no longer stored.
         """
         newest = self.snapshot()
         if generation == newest.generation:
@@ -77,17 +78,17 @@ class Catalogue:
         return Snapshot(0, {}).after_dated(dated_events_of(rows, after=0, until=generation), generation)
 
     def commit(self, events: Callable[[Snapshot], Sequence[Event]], commit_id: str | None = None) -> int:
-        """Commit what `events` returns for the newest snapshot, all of it or nothing. Return its generation.
+        """Commit the events that `events` returns for the newest snapshot, all or none. Return their generation.
 
-        `events` checks the caller's rule and may raise; it is asked again each time a rival commits first, so it must
-        not have effects of its own. An empty sequence commits nothing and gives the current generation.
-        `commit_id`: a call whose id was committed before gives that generation, and `events` is not asked. So a commit
-        whose answer was lost is not taken for a rival's, and a caller may repeat a call that broke off.
-        Raises: VersionConflict when rivals came first every time (retry later).
+        `events` checks the caller's rule and may raise. It is called again each time a rival commits first, so it must
+        have no side effects. If it returns nothing, nothing is committed and the current generation is returned.
+        `commit_id` makes a call idempotent: if a commit with this id exists, return its generation without calling
+        `events`. A commit whose answer was lost is thus not mistaken for a rival's, and a caller may repeat a failed
+        call. Raises: VersionConflict when a rival won every attempt (retry later).
         """
         commit_id = commit_id or uuid4().hex
         for attempt in range(self._max_attempts):
-            with self._writing:  # threads of one process take turns, so that rivals are other processes only
+            with self._writing:  # threads of one process take turns, so only other processes are rivals
                 snapshot, known = self._newest(commit_id)
                 if known is not None:
                     return known
@@ -97,7 +98,7 @@ class Catalogue:
                 generation = snapshot.generation + 1
                 is_ours = self._append(table_of(wanted, generation, commit_id), generation, commit_id)
             if is_ours:
-                self._tend(generation, len(wanted))
+                self._maintain(generation, len(wanted))
                 return generation
             self._sleep(random.uniform(0, min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**attempt)))
         _, known = self._newest(commit_id)
@@ -106,49 +107,49 @@ class Catalogue:
         raise VersionConflict(self._max_attempts)
 
     def vacuum(self, before: datetime) -> None:
-        """Remove what the table does not need, as far as it was written before then.
+        """Delete files that the table no longer needs and that were written before this time.
 
-        Events that were overtaken are folded away first: no embedding of a version that is not kept is left.
+        Fold first, so that no embedding of a version that is no longer kept remains.
         """
-        with self._tending:
+        with self._maintaining:
             if self._history.num_events:
                 self._fold()
             self._open_table(self._location).vacuum(before)
 
     def _refreshed(self) -> Snapshot:
-        """The newest state. To be called under the lock of the readers."""
+        """Return the newest state. The caller holds `_reading`."""
         seen = self._snapshot.generation
         rows, files = self._table.refresh(seen)
         if self._table.version != seen:
             self._snapshot = self._snapshot.after_dated(dated_events_of(rows, after=seen), self._table.version)
-            self._history.saw(rows, after=seen)
-        self._table.taken(files)  # not before the fold: what it cannot read must not be passed over
-        self._history.folded(self._table.fold_generation)
+            self._history.add(rows, after=seen)
+        self._table.mark_read(files)  # only now: rows that could not be applied must be read again
+        self._history.forget_until(self._table.fold_generation)
         return self._snapshot
 
     def _newest(self, commit_id: str) -> tuple[Snapshot, int | None]:
-        """The newest state, and the generation of the commit where it is part of that."""
+        """Return the newest state, and the generation of this commit if it is part of that state."""
         with self._reading:
             return self._refreshed(), self._history.commits.get(commit_id)
 
     def _append(self, rows: pa.Table, generation: int, commit_id: str) -> bool:
-        """Whether the rows are that generation. Where no answer came, the table says whether they are."""
+        """Append the rows as `generation` and return whether it worked; if no answer came, look it up in the table."""
         if self._appends is None:
             self._appends = self._open_table(self._location)
         try:
             if self._appends.version != generation - 1:
-                self._appends.follow()
+                self._appends.update()
             return self._appends.append(rows, generation)
         except StoreUnavailable:
             _, known = self._newest(commit_id)
             if known is None:
                 raise
-            logger.warning("the answer to the commit of generation %d was lost; it is there", generation)
+            logger.warning("generation %d is committed, although the store's answer was lost", generation)
             return known == generation
 
-    def _tend(self, generation: int, num_new: int) -> None:
-        """Keep the table small, one thread at a time and beside readers and writers. What fails is left to later."""
-        if not self._tending.acquire(blocking=False):
+    def _maintain(self, generation: int, num_new: int) -> None:
+        """Fold or compact the table if it has grown. Block no reader or writer; leave a failure to a later commit."""
+        if not self._maintaining.acquire(blocking=False):
             return
         try:
             if self._history.num_events + num_new > max(self._min_tail, len(self._snapshot.records)):
@@ -156,12 +157,12 @@ class Catalogue:
             elif generation % COMPACT_EVERY == 0:
                 self._open_table(self._location).compact()
         except StoreUnavailable as exc:
-            logger.warning("folding the catalogue is left to a later commit: %s", exc.cause)
+            logger.warning("cannot fold the catalogue now; a later commit will: %s", exc.cause)
         finally:
-            self._tending.release()
+            self._maintaining.release()
 
     def _fold(self) -> None:
-        """Replace all events so far by what they left."""
+        """Replace all events so far by the state that they led to."""
         with self._reading:
             snapshot, covered, commits = self._refreshed(), self._table.read_files, dict(self._history.commits)
         events, table = list(snapshot.folded()), self._open_table(self._location)

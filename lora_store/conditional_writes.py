@@ -1,4 +1,4 @@
-"""Check that an S3 endpoint honours conditional writes: without them two writers could both take one generation."""
+"""Check that an S3 endpoint honours conditional writes. Without them two writers could commit the same generation."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 
 _EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 _CONDITION = {"if-none-match": "*"}
-_REFUSED = (409, 412)  # as S3 answers a write whose condition does not hold
-_PERHAPS_UNKNOWN = (400, 501)  # of an endpoint without conditions; but 400 also of a wrong region or an expired token
+_REFUSED = (409, 412)  # S3's answers to a write whose condition is false
+_PERHAPS_UNKNOWN = (400, 501)  # from an endpoint without conditions; 400 also means a wrong region or an expired token
 _FOLDER = "probes"
 _ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")  # in deltalake's order
 _REGION_VARIABLES = ("AWS_REGION", "AWS_DEFAULT_REGION")
@@ -32,28 +32,28 @@ _DEFAULT_REGION = "us-east-1"
 def check_conditional_writes(store: Location, environment: Mapping[str, str]) -> None:
     """Write one new object twice on the condition that it does not exist, and require the second write to fail.
 
-    Send nothing for a folder, where the file system decides, or for gs://, which is always Google's own endpoint. Sign
-    S3 requests with the keys of `environment`. Credentials from elsewhere (a role) mean AWS, which honours the
-    condition. Take region and endpoint from `environment` where the URI names none, as deltalake and pyarrow do.
-    Log a warning where the answers prove nothing. Raises: ConditionalWritesMissing.
+    Skip folders (the file system guarantees it) and gs:// (always Google's own endpoint). Sign S3 requests with the
+    keys of `environment`; skip the check without keys, since credentials from a role mean AWS, which honours the
+    condition. Like deltalake and pyarrow, take region and endpoint from `environment` if the URI names none.
+    Log a warning if the answers prove nothing. Raises: ConditionalWritesMissing.
     """
     key_id, secret = environment.get("AWS_ACCESS_KEY_ID"), environment.get("AWS_SECRET_ACCESS_KEY")
     if not store.is_s3:
         return
     if not key_id or not secret:
-        logger.info("conditional writes are not checked: AWS_ACCESS_KEY_ID is not set")
+        logger.info("skipped the check for conditional writes: AWS_ACCESS_KEY_ID or AWS_SECRET_ACCESS_KEY is not set")
         return
     region = store.region or _first(environment, _REGION_VARIABLES) or _DEFAULT_REGION
     path = store.child(_FOLDER).child(uuid4().hex).filesystem_path
     url = f"{_endpoint_url(store, region, environment)}/{quote(path, safe='/-._~')}"
     try:
         _probe(url, _Signer(key_id, secret, environment.get("AWS_SESSION_TOKEN"), region))
-    except (OSError, HTTPException, ValueError) as exc:  # ValueError: a URL that is none, from the environment
+    except (OSError, HTTPException, ValueError) as exc:  # ValueError: the environment names an invalid URL
         logger.warning("conditional writes could not be checked at %s: %s", url, exc)
 
 
 def _probe(url: str, signer: _Signer) -> None:
-    """Write the object at `url`, judge the answers and delete it. Raises: as `_status`, ConditionalWritesMissing."""
+    """Write the object at `url`, check the answers and delete it. Raises: as `_status`, ConditionalWritesMissing."""
     try:
         first, second = [_status("PUT", url, signer, _CONDITION) for _ in range(2)]
         is_ignored = 200 <= first < 300 and 200 <= second < 300
@@ -63,18 +63,18 @@ def _probe(url: str, signer: _Signer) -> None:
     if is_ignored or is_unknown:
         raise ConditionalWritesMissing(first, second)
     if not 200 <= first < 300 or second not in _REFUSED:
-        logger.warning("conditional writes could not be checked at %s: it answered %d and %d", url, first, second)
+        logger.warning("conditional writes could not be checked at %s: the status was %d, then %d", url, first, second)
 
 
 def _delete(url: str, signer: _Signer) -> None:
-    """Delete the object, and log what goes wrong. (pyarrow's deletion would leave a marker of the folder.)"""
+    """Delete the object and log a failure. (pyarrow's deletion would leave a folder marker.)"""
     try:
         status = _status("DELETE", url, signer)
     except (OSError, HTTPException, ValueError) as exc:
-        logger.warning("the object of the check at %s could not be deleted: %s", url, exc)
+        logger.warning("the probe object %s could not be deleted: %s", url, exc)
         return
     if status >= 300 and status != 404:
-        logger.warning("the object of the check at %s could not be deleted: the answer was %d", url, status)
+        logger.warning("the probe object %s could not be deleted: the status was %d", url, status)
 
 
 def _first(environment: Mapping[str, str], names: Iterable[str]) -> str | None:
@@ -83,7 +83,7 @@ def _first(environment: Mapping[str, str], names: Iterable[str]) -> str | None:
 
 
 def _endpoint_url(store: Location, region: str, environment: Mapping[str, str]) -> str:
-    """Return the URL above all buckets: the URI's own, the environment's, or AWS's in that region."""
+    """Return the endpoint's URL: from the URI, from the environment, or AWS's own in that region."""
     endpoint = store.endpoint
     assert endpoint is not None
     if endpoint.is_named:
@@ -105,7 +105,7 @@ def _status(method: str, url: str, signer: _Signer, conditions: Mapping[str, str
 
 @dataclass(frozen=True, slots=True)
 class _Signer:
-    """Signs requests without a body. Source: AWS Signature Version 4, "Create a signed request"."""
+    """Signs requests that have no body. Source: AWS Signature Version 4, "Create a signed request"."""
 
     key_id: str
     secret: str
@@ -113,10 +113,10 @@ class _Signer:
     region: str
 
     def headers(self, method: str, url: str, conditions: Mapping[str, str], now: datetime) -> dict[str, str]:
-        """Return all headers of the request. `url`: quoted, without a query."""
+        """Return all headers of the request. `url` must be quoted and have no query."""
         parts = urlsplit(url)
         default_port = {"http": 80, "https": 443}.get(parts.scheme)
-        host = parts.netloc.removesuffix(f":{default_port}")  # as urllib sends it
+        host = parts.netloc.removesuffix(f":{default_port}")  # urllib sends it like this
         stamp = now.strftime("%Y%m%dT%H%M%SZ")
         headers = {"host": host, "x-amz-content-sha256": _EMPTY_SHA256, "x-amz-date": stamp, **conditions}
         if self.token:

@@ -1,4 +1,4 @@
-"""Blobs by digest on a local disk, shared by the processes of one machine and kept within a quota."""
+"""A cache of blobs on a local disk, keyed by digest, shared by the processes of one machine, limited by a quota."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ logger = logging.getLogger(__name__)
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _LOCK, _HALF_WRITTEN = ".lock", ".half-written"
-_LOCK_TIMEOUT_S, _LOCK_POLL_S = 5.0, 0.005  # it is held while one blob is written
+_LOCK_TIMEOUT_S, _LOCK_POLL_S = 5.0, 0.005  # the lock is held while one blob is written
 
 
 class DiskCache:
-    """Files named by their digest, checked whenever they are read; the least recently used make room for new ones.
+    """Files named by their digest and verified on each read. The least recently used are evicted first.
 
-    A full, read-only or missing disk costs the cache, never a request: it is logged, and counts as a miss.
+    A full, read-only or missing disk never fails a request: the error is logged and counts as a cache miss.
     """
 
     def __init__(self, folder: Path, quota_bytes: int, *, now_ns: Callable[[], int] = time.time_ns) -> None:
         self.folder, self._quota_bytes, self._now_ns = folder, quota_bytes, now_ns
 
     def get(self, digest: str) -> bytes | None:
-        """The bytes that hash to `digest`. A file that does no longer is removed."""
+        """Return the bytes that hash to `digest`, or None. Delete a file whose content no longer matches."""
         path = self._path(digest)
         with self._logged(f"{digest} could not be read"), suppress(FileNotFoundError):
             data = path.read_bytes()
             if digest_of(data) == digest:
                 self._touch(path)
                 return data
-            logger.warning("the cached blob %s is damaged and goes", digest)
+            logger.warning("the cached blob %s is damaged; deleting it", digest)
             path.unlink()
         return None
 
     def put(self, digest: str, data: bytes | memoryview) -> None:
-        """Keep `data`, which hashes to `digest`, unless it alone is larger than the quota."""
+        """Cache `data`, which hashes to `digest`, unless it alone is larger than the quota."""
         path = self._path(digest)
         if len(data) > self._quota_bytes or not _DIGEST.fullmatch(digest):
             return
-        with self._logged(f"{digest} could not be kept"):
+        with self._logged(f"{digest} could not be written"):
             make_private_folder(self.folder)
             with FileLock(self.folder / _LOCK, timeout=_LOCK_TIMEOUT_S, poll_interval=_LOCK_POLL_S):
                 if not path.exists():
@@ -56,24 +56,24 @@ class DiskCache:
                     self._write(path, data)
 
     def discard(self, digests: Collection[str]) -> None:
-        """None of them is kept any more."""
-        with self._logged("some blobs could not be discarded"):
+        """Delete these blobs from the cache."""
+        with self._logged("some blobs could not be deleted"):
             for digest in digests:
                 self._path(digest).unlink(missing_ok=True)
 
     def measure(self) -> int:
-        """Bytes of all that is kept."""
+        """Return the total size of the cached blobs in bytes."""
         num_bytes = 0
-        with self._logged("its size is unknown"):
+        with self._logged("its size could not be measured"):
             num_bytes = sum(size for _, size, _ in self._files())
         return num_bytes
 
     def _path(self, digest: str) -> Path:
-        """What is no digest, and might be a path elsewhere, has a file that never exists."""
+        """Return the blob's path. A malformed digest could name another path, so it gets one that never exists."""
         return self.folder / (digest if _DIGEST.fullmatch(digest) else ".no-digest")
 
     def _write(self, path: Path, data: bytes | memoryview) -> None:
-        """Write beside `path`, then rename: what is there under a digest is whole."""
+        """Write a temporary file, then rename it, so that a file named by a digest is always complete."""
         half_written = self.folder / _HALF_WRITTEN
         try:
             half_written.touch(mode=0o600)
@@ -84,13 +84,13 @@ class DiskCache:
             half_written.unlink(missing_ok=True)
 
     def _touch(self, path: Path) -> None:
-        """Used now. Another process, which reads these times, may have evicted the file."""
+        """Set the file's time of last use to now. Another process may have evicted the file meanwhile."""
         now_ns = self._now_ns()
-        with self._logged(f"the use of {path.name} is not noted"), suppress(FileNotFoundError):
+        with self._logged(f"the last use of {path.name} could not be recorded"), suppress(FileNotFoundError):
             os.utime(path, ns=(now_ns, now_ns))
 
     def _make_room(self, num_bytes: int) -> None:
-        """Called under the lock: a half-written file that is there has lost its writer."""
+        """Evict files until `num_bytes` fit. The caller holds the lock, so any half-written file is abandoned."""
         (self.folder / _HALF_WRITTEN).unlink(missing_ok=True)
         files = sorted(self._files())
         too_many = sum(size for _, size, _ in files) + num_bytes - self._quota_bytes
@@ -101,7 +101,7 @@ class DiskCache:
             too_many -= size
 
     def _files(self) -> Iterator[tuple[int, int, Path]]:
-        """(last used, size, path) of every blob."""
+        """Yield (last used, size, path) of every blob."""
         with suppress(FileNotFoundError), os.scandir(self.folder) as entries:
             for entry in entries:
                 if _DIGEST.fullmatch(entry.name):
@@ -111,7 +111,8 @@ class DiskCache:
 
     @contextmanager
     def _logged(self, what: str) -> Iterator[None]:
+        """Log an OSError and continue. A lock timeout is an OSError too."""
         try:
             yield
-        except OSError as exc:  # a lock that is not free in time is one, too
-            logger.warning("the disk cache %s goes on, but %s: %s", self.folder, what, exc)
+        except OSError as exc:
+            logger.warning("disk cache %s: %s: %s", self.folder, what, exc)

@@ -1,17 +1,17 @@
 """Errors of the adapter store.
 
 LoraStoreError
-├── AdapterRefused      the folder is not an adapter this server takes; `reasons` lists every problem found
+├── AdapterRefused      the folder is not an adapter that this server accepts; `reasons` lists every problem found
 │   └── PublicNameTaken the public name belongs to another tenant
-├── QuotaExceeded   the tenant would hold more than its share of the pool
+├── QuotaExceeded       the publish would exceed the tenant's quota
 ├── AdapterNotFound     no live adapter has that name, or no blob has that digest
-├── FileRefused         one file of a folder cannot be read safely, or is not what its name says
+├── FileRefused         one file of a folder cannot be read safely or has invalid content
 ├── BlobCorrupted       stored bytes no longer match their digest
 ├── PlanInvalid         a plan breaks a rule (weights, size, strategy)
-├── VersionConflict     another writer committed first, again and again
-├── GenerationGone      the state of that generation cannot be had any more
+├── VersionConflict     another writer committed first at every attempt
+├── GenerationGone      the state of that generation is no longer stored
 ├── ConditionalWritesMissing  two writers of this S3 endpoint could overwrite each other
-├── StoreUnavailable    the disk or the endpoint under the store does not answer
+├── StoreUnavailable    the store's disk or endpoint does not answer
 └── EncoderIncomplete   an encoder cannot be activated: live adapters have no embedding by it
 """
 
@@ -23,11 +23,11 @@ from lora_store.adapter import AdapterRef
 
 
 class LoraStoreError(Exception):
-    """Base class of everything `lora_store` raises on purpose."""
+    """Base class of the errors of `lora_store`."""
 
 
 class AdapterRefused(LoraStoreError):
-    """The folder cannot be stored. Mend every reason and publish again."""
+    """The folder cannot be stored. Fix every reason and publish again."""
 
     def __init__(self, name: str, reasons: Sequence[str]) -> None:
         super().__init__(name, tuple(reasons))
@@ -39,11 +39,11 @@ class AdapterRefused(LoraStoreError):
 
 
 class PublicNameTaken(AdapterRefused):
-    """Another tenant's public adapter has the name. Keep yours private, or publish it under another name."""
+    """Another tenant's public adapter has the name. Publish under another name, or keep the adapter private."""
 
 
 class QuotaExceeded(LoraStoreError):
-    """The tenant's part of the pool is full. Withdraw adapters, or ask for a larger share."""
+    """The tenant's quota is used up. Withdraw adapters, or ask for a larger quota."""
 
     def __init__(self, what: str, wanted: int, limit: int) -> None:
         super().__init__(what, wanted, limit)
@@ -52,11 +52,14 @@ class QuotaExceeded(LoraStoreError):
         self.limit = limit
 
     def __str__(self) -> str:
-        return f"the tenant's share of the pool is {self.limit} {self.what}, and this would make it {self.wanted}"
+        return (
+            f"quota exceeded: the tenant may have {self.limit} {self.what}, and this publish would make it"
+            f" {self.wanted}; withdraw adapters first, or ask for a larger quota"
+        )
 
 
 class FileRefused(LoraStoreError):
-    """One file of a folder cannot be used. Mend every problem of that file."""
+    """One file of a folder cannot be used. Fix every problem of that file."""
 
     def __init__(self, file: str, problems: Sequence[str]) -> None:
         super().__init__(file, tuple(problems))
@@ -68,7 +71,7 @@ class FileRefused(LoraStoreError):
 
 
 class AdapterNotFound(LoraStoreError):
-    """Nothing live answers to this name or digest. `hint`: the name it may be asked for by, "" where there is none."""
+    """No live adapter has this name, or no blob has this digest. `hint`: the name that was probably meant, or ""."""
 
     def __init__(self, wanted: str, hint: str = "") -> None:
         super().__init__(wanted, hint)
@@ -80,7 +83,7 @@ class AdapterNotFound(LoraStoreError):
 
 
 class BlobCorrupted(LoraStoreError):
-    """A stored blob hashes to something else than its name. Publish the adapter again."""
+    """A stored blob does not hash to its name. Publish the adapter again."""
 
     def __init__(self, digest: str, found: str) -> None:
         super().__init__(digest, found)
@@ -88,7 +91,7 @@ class BlobCorrupted(LoraStoreError):
         self.found = found
 
     def __str__(self) -> str:
-        return f"blob {self.digest} is corrupted: its bytes hash to {self.found}"
+        return f"blob {self.digest} is corrupted: its bytes hash to {self.found}; publish the adapter again"
 
 
 class PlanInvalid(LoraStoreError):
@@ -96,18 +99,18 @@ class PlanInvalid(LoraStoreError):
 
 
 class VersionConflict(LoraStoreError):
-    """Other writers kept committing first. Retry later."""
+    """Other writers committed first at every attempt. Retry later."""
 
     def __init__(self, attempts: int) -> None:
         super().__init__(attempts)
         self.attempts = attempts
 
     def __str__(self) -> str:
-        return f"another writer committed first, {self.attempts} times in a row"
+        return f"another writer committed first, {self.attempts} times in a row; retry later"
 
 
 class GenerationGone(LoraStoreError):
-    """The events since that generation were folded, and its files removed. Begin again at the newest one."""
+    """The events up to that generation were folded and their files deleted. Use the newest generation."""
 
     def __init__(self, generation: int, newest: int) -> None:
         super().__init__(generation, newest)
@@ -115,11 +118,11 @@ class GenerationGone(LoraStoreError):
         self.newest = newest
 
     def __str__(self) -> str:
-        return f"generation {self.generation} of the pool is not kept any more; the newest one is {self.newest}"
+        return f"generation {self.generation} of the pool is no longer stored; the newest is {self.newest}"
 
 
 class ConditionalWritesMissing(LoraStoreError):
-    """The S3 endpoint takes a write that must fail. Use one that honours If-None-Match, or a shared folder."""
+    """The S3 endpoint accepts a write that must fail. Use one that honours If-None-Match, or a shared folder."""
 
     def __init__(self, first: int, second: int) -> None:
         super().__init__(first, second)
@@ -128,8 +131,8 @@ class ConditionalWritesMissing(LoraStoreError):
 
     def __str__(self) -> str:
         return (
-            "the S3 endpoint of store_uri ignores If-None-Match: it answered two conditional writes of one new object"
-            f" with {self.first} and {self.second}, where the second must be 412. Two writers could overwrite each"
+            "store_uri: the S3 endpoint ignores If-None-Match: it answered two conditional writes of one new object"
+            f" with {self.first} and {self.second}, but the second must be 412. Two writers could overwrite each"
             " other's changes of the pool. Use an endpoint that honours conditional writes, or a folder"
         )
 
@@ -137,7 +140,7 @@ class ConditionalWritesMissing(LoraStoreError):
 class StoreUnavailable(LoraStoreError):
     """The store cannot be reached. Nothing is lost; retry later.
 
-    The text is for the log: it may quote buckets, endpoints and paths. `client_message` quotes nothing.
+    The text is for the log: it may contain buckets, endpoints and paths. `client_message` contains none of them.
     """
 
     client_message = "the adapter store cannot be reached; nothing is lost, try again later"
@@ -158,5 +161,5 @@ class EncoderIncomplete(LoraStoreError):
         self.missing = tuple(missing)
 
     def __str__(self) -> str:
-        some = ", ".join(ref.digest[:12] for ref in self.missing[:3])  # their names are for their tenants only
-        return f"{len(self.missing)} live adapters have no embedding by this encoder: {some}"
+        some = ", ".join(ref.digest[:12] for ref in self.missing[:3])  # names are visible to their tenants only
+        return f"{len(self.missing)} live adapters have no embedding by this encoder, such as {some}; embed them first"

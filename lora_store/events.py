@@ -1,4 +1,4 @@
-"""What happens to the pool, and how it is written as rows of the catalogue's table."""
+"""The events that change the pool, and their form as rows of the catalogue's table."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from lora_store.records import AdapterRecord, Embedding, Visibility
 
 @dataclass(frozen=True, slots=True)
 class Publish:
-    """The record's version becomes the live one of its name. The commit that writes it sets its generation."""
+    """A version becomes the live one of its name. The commit that writes the event sets its generation."""
 
     record: AdapterRecord
 
 
 @dataclass(frozen=True, slots=True)
 class Withdraw:
-    """The name and all its versions are gone. `ref` is the version that was live."""
+    """A name and all its versions are withdrawn. `ref` is the version that was live."""
 
     ref: AdapterRef
     actor: str
@@ -34,7 +34,7 @@ class Withdraw:
 
 @dataclass(frozen=True, slots=True)
 class Embed:
-    """The version has an embedding by an encoder that may be activated later."""
+    """A version gets an embedding by an encoder that may be activated later."""
 
     ref: AdapterRef
     embedding: Embedding
@@ -42,7 +42,7 @@ class Embed:
 
 @dataclass(frozen=True, slots=True)
 class ActivateEncoder:
-    """From now on the pool is searched by this encoder's embeddings."""
+    """From this event on, searches use this encoder's embeddings."""
 
     model: str
     identity: str
@@ -52,8 +52,11 @@ class ActivateEncoder:
 
 @dataclass(frozen=True, slots=True)
 class SetVisibility:
-    """The live version has this visibility. What becomes private takes the older versions along, what becomes public
-    does not: nobody looked at those."""
+    """The live version of a name gets this visibility.
+
+    Making a name private makes its older versions private too. Making it public does not publish older versions, since
+    nobody reviewed them.
+    """
 
     ref: AdapterRef
     visibility: Visibility
@@ -63,7 +66,7 @@ class SetVisibility:
 
 @dataclass(frozen=True, slots=True)
 class Approve:
-    """An admin looked at this version: `auto` may choose it for every tenant while it is public."""
+    """An admin approved this version: `auto` may choose it for every tenant while it is public."""
 
     ref: AdapterRef
     actor: str
@@ -72,9 +75,9 @@ class Approve:
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """The state begins anew: the Keep and Embed rows of the same generation hold all that was left of earlier events.
+    """The state restarts: the Keep and Embed rows of the same generation hold the result of all earlier events.
 
-    Which encoder was active, if one was.
+    `model` and `identity` are those of the active encoder, None if there is none.
     """
 
     model: str | None
@@ -83,21 +86,21 @@ class Fold:
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """A kept version as a Fold found it: the live one of its name, then the older ones, newest first."""
+    """One kept version, part of a Fold: first the live one of its name, then the older ones, newest first."""
 
     record: AdapterRecord
     is_live: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
-    """The newest change that a tenant could see, as a Fold found it. `tenant` is "" for what everybody could see."""
+class VisibleChange:
+    """The newest change that a tenant can see, part of a Fold. `tenant` is "" for changes that everybody can see."""
 
     tenant: str
     generation: int
 
 
-Event = Publish | Withdraw | Embed | ActivateEncoder | SetVisibility | Approve | Fold | Keep | Shown
+Event = Publish | Withdraw | Embed | ActivateEncoder | SetVisibility | Approve | Fold | Keep | VisibleChange
 
 SCHEMA = pa.schema(
     [
@@ -121,17 +124,17 @@ SCHEMA = pa.schema(
         pa.field("embedding", pa.list_(pa.float32())),
         pa.field("own_scores", pa.list_(pa.float32())),
         pa.field("probe_shift", pa.float64()),
-        pa.field("source", pa.string()),  # of a publish, or the model of an activated encoder
+        pa.field("source", pa.string()),  # where a publish came from, or the model of an activated encoder
         pa.field("actor", pa.string()),
         pa.field("created_at", pa.timestamp("us", tz="UTC")),
-        pa.field("commit_id", pa.string()),  # of every row since this column exists
-        pa.field("published_in", pa.int64()),  # rows of a fold: the generation that this is from
+        pa.field("commit_id", pa.string()),  # null in rows that are older than this column
+        pa.field("published_in", pa.int64()),  # rows of a fold: the original generation
         pa.field("approved", pa.bool_()),  # rows of a fold
     ]
 )
 _FOLD, _LIVE, _OLDER, _PENDING, _COMMIT = "fold", "keep_live", "keep_older", "keep_pending", "keep_commit"
-_SHOWN = "keep_shown"
-_FOLD_ROWS = (_FOLD, _LIVE, _OLDER, _PENDING, _COMMIT, _SHOWN)
+_VISIBLE = "keep_shown"
+_FOLD_ROWS = (_FOLD, _LIVE, _OLDER, _PENDING, _COMMIT, _VISIBLE)
 _ARRAYS = ("embedding", "own_scores")
 _COLUMNS = (
     *("weights_digest", "samples_digest", "visibility", "tags", "base_model", "ranks", "target_modules", "num_bytes"),
@@ -150,7 +153,7 @@ def table_of(events: Sequence[Event], generation: int, commit_id: str | None = N
 
 
 def fold_table_of(events: Sequence[Event], generation: int, commits: Mapping[str, int], first_row: int = 0) -> pa.Table:
-    """Return rows of a fold as of `generation`. Commits are remembered by id, with the generation of each."""
+    """Return rows of a fold as of `generation`. `commits` maps commit ids to generations; the fold remembers them."""
     rows = [_row_of(event) for event in events]
     rows = [row | {"event": _PENDING} if row["event"] == "embed" else row for row in rows]
     rows += [{"event": _COMMIT, "commit_id": commit, "published_in": at} for commit, at in commits.items()]
@@ -159,13 +162,13 @@ def fold_table_of(events: Sequence[Event], generation: int, commits: Mapping[str
 
 
 def fold_generation(table: pa.Table) -> int:
-    """Return the generation of the newest fold among the rows, 0 without one."""
+    """Return the generation of the newest fold among the rows, or 0."""
     newest: int | None = pc.max(table["generation"].filter(pc.equal(table["event"], _FOLD))).as_py()
     return newest or 0
 
 
 def event_counts(table: pa.Table, after: int) -> dict[int, int]:
-    """Return the number of events by generation, above generation `after` and not part of a fold."""
+    """Count the events of each generation above `after`, without the rows of folds."""
     is_event = pc.invert(pc.is_in(table["event"], pa.array(_FOLD_ROWS)))
     generations = table["generation"].filter(pc.and_(is_event, pc.greater(table["generation"], after)))
     return {pair["values"]: pair["counts"] for pair in pc.value_counts(generations).to_pylist()}
@@ -183,16 +186,15 @@ def commits_of(table: pa.Table) -> dict[str, int]:
 
 
 def events_of(table: pa.Table, after: int, until: int | None = None) -> Iterator[Event]:
-    """Yield the events of `dated_events_of` alone."""
+    """Yield the events of `dated_events_of` without their generations."""
     return (event for _, event in dated_events_of(table, after, until))
 
 
 def dated_events_of(table: pa.Table, after: int, until: int | None = None) -> Iterator[tuple[int, Event]]:
-    """Yield (generation, event) of every row above generation `after`, up to `until` where given, as they happened.
+    """Yield (generation, event) of every row above generation `after`, up to `until` if given, in order.
 
-    A fold above `after` replaces all events up to its generation. Arrays are views of the table's memory, not
-    copies, and repeated values are one object: a large pool opens in seconds and takes little more than its embeddings
-    do.
+    A fold above `after` replaces all events up to its generation. Arrays are views of the table's memory and repeated
+    values share one object, so a large pool opens in seconds and needs little more memory than its embeddings.
     """
     order = pc.sort_indices(table, [("generation", "ascending"), ("row", "ascending")])
     order = order.filter(_is_wanted(table, after, until).take(order))
@@ -208,7 +210,7 @@ def dated_events_of(table: pa.Table, after: int, until: int | None = None) -> It
 
 
 def _is_wanted(table: pa.Table, after: int, until: int | None) -> pa.ChunkedArray:
-    """Whether each row counts: those of the newest fold where it is above `after`, and all events after both."""
+    """Return a mask of the rows to replay: the newest fold if it is above `after`, and all events after both."""
     generations, fold = table["generation"], fold_generation(table)
     is_of_fold = pc.and_(pc.equal(generations, fold), pc.is_in(table["event"], pa.array(_FOLD_ROWS)))
     is_of_fold = pc.and_(is_of_fold, pc.and_(pc.not_equal(table["event"], _COMMIT), fold > after))
@@ -235,8 +237,8 @@ def _row_of(event: Event) -> dict[str, Any]:
             return _row_of(Publish(record)) | own | {"event": _LIVE if is_live else _OLDER}
         case Fold(model, identity):
             return {"event": _FOLD, "source": model, "encoder": identity}
-        case Shown(tenant, generation):
-            return {"event": _SHOWN, "tenant": tenant, "published_in": generation}
+        case VisibleChange(tenant, generation):
+            return {"event": _VISIBLE, "tenant": tenant, "published_in": generation}
         case ActivateEncoder(model, identity, actor, at):
             return {
                 "event": "activate_encoder",
@@ -266,12 +268,12 @@ def _event_of(row: dict[str, Any], vector: NDArray[np.float32] | None, own_score
         case "fold":
             return Fold(row["source"], row["encoder"])
         case "keep_shown":
-            return Shown(row["tenant"], row["published_in"])
+            return VisibleChange(row["tenant"], row["published_in"])
         case "embed" | "keep_pending" if embedding is not None:
             return Embed(_ref_of(row), embedding)
         case "activate_encoder":
             return ActivateEncoder(row["source"], row["encoder"], row["actor"], row["created_at"])
-    raise ValueError(f"the catalogue holds an event {row['event']!r} that this version does not know")
+    raise ValueError(f"the catalogue contains an unknown event {row['event']!r}: a newer version wrote it; upgrade")
 
 
 def _record_of(
@@ -296,7 +298,7 @@ def _embedding_row(embedding: Embedding | None) -> dict[str, Any]:
 
 
 def _arrays_of(column: pa.ChunkedArray) -> list[NDArray[np.float32] | None]:
-    """One float32 view per row, None for a null."""
+    """Return one float32 view per row, None for a null."""
     views: list[NDArray[np.float32] | None] = []
     for lists in column.chunks:
         values, offsets = lists.values.to_numpy(), lists.offsets.to_pylist()
@@ -306,7 +308,7 @@ def _arrays_of(column: pa.ChunkedArray) -> list[NDArray[np.float32] | None]:
 
 
 def _values_of(name: str, column: pa.ChunkedArray) -> list[Any]:
-    """The column's values; in the columns that repeat themselves, equal ones are one object."""
+    """Return the column's values. In columns with many repeated values, equal values share one object."""
     if name in _LISTS:
         shared: dict[tuple[Any, ...], tuple[Any, ...]] = {}
         lists = (None if value is None else tuple(value) for value in column.to_pylist())

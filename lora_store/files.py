@@ -1,4 +1,4 @@
-"""Whole objects by name, on a folder, S3 or GCS."""
+"""Objects by name in a folder, on S3 or on GCS."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ Result = TypeVar("Result")
 _NUM_THREADS = 16  # requests to an endpoint at once
 _CAUSE_CHARS = 100
 _PART_BYTES = 1 << 20
-_NOISE = re.compile(r"\x1b\[[0-9;]*m|↳")  # Delta's errors are trees in colours
+_DECORATION = re.compile(r"\x1b\[[0-9;]*m|↳")  # Delta prints errors as coloured trees
 
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """One object. `name` is its path below the place it was listed from."""
+    """One object. `name` is its path below the location that was listed."""
 
     name: str
     num_bytes: int
@@ -38,7 +38,7 @@ class StoredFile:
 
 
 class Files:
-    """The objects below one place: each is there as it was written, or not at all. Raises: StoreUnavailable."""
+    """The objects below one location. An object is complete or absent, never partial. Raises: StoreUnavailable."""
 
     def __init__(self, location: Location) -> None:
         self._is_local = location.is_local
@@ -66,45 +66,45 @@ class Files:
                 except OSError:
                     if self.contains(name):
                         raise
-                    return None  # deleted after it was opened; pyarrow 26 reports a broken stream
+                    return None  # deleted after it was opened: pyarrow 26 reports a broken stream
 
     def write(self, name: str, data: bytes, *, durable: bool = True) -> None:
-        """Write or replace the object. `durable`: in a folder it outlasts a power failure, too."""
+        """Write or replace the object. With `durable`, an object in a folder survives a power failure."""
         self.write_pieces(name, [data], durable=durable)
 
     def write_pieces(self, name: str, pieces: Iterable[bytes | memoryview], *, durable: bool = True) -> None:
-        """Write or replace the object by the pieces in order."""
+        """Write or replace the object with these pieces, in order."""
         path = f"{self._root}/{name}"
         with store_errors():
             if self._is_local:
                 _write_local(Path(path), pieces, durable=durable)
-            else:  # an object is seen only once it is complete
+            else:  # an object becomes visible once it is complete
                 with self._files.open_output_stream(path) as stream:
                     for piece in pieces:
                         stream.write(piece)
 
     def entries(self) -> list[StoredFile]:
-        """Return everything below this place, half-written files of a crash too."""
+        """Return every file below this location, including files that a crash left half-written."""
         below = FileSelector(self._root, recursive=True, allow_not_found=True)
         with store_errors():
             try:
                 found = self._files.get_file_info(below)
-            except FileNotFoundError:  # pyarrow 26, where another process makes the folder while it looks
+            except FileNotFoundError:  # pyarrow 26, if another process creates the folder during the listing
                 found = self._files.get_file_info(below)
         prefix_len = len(self._root) + 1
         return [StoredFile(info.path[prefix_len:], info.size, info.mtime) for info in found if info.is_file]
 
     def contains(self, name: str) -> bool:
-        """Whether the object is there."""
+        """Return whether the object exists."""
         with store_errors():
             return bool(self._files.get_file_info(f"{self._root}/{name}").is_file)
 
     def delete(self, names: Collection[str]) -> list[str]:
-        """None of these is there any more; those that were."""
+        """Delete these objects. Return the names that existed."""
         if len(names) < 2:
             return [name for name in names if self._delete(name)]
         with ThreadPoolExecutor(min(_NUM_THREADS, len(names))) as pool:
-            return [name for name, was_there in zip(names, pool.map(self._delete, names), strict=True) if was_there]
+            return [name for name, existed in zip(names, pool.map(self._delete, names), strict=True) if existed]
 
     def _delete(self, name: str) -> bool:
         with store_errors():
@@ -117,7 +117,7 @@ class Files:
 
 @contextmanager
 def store_errors() -> Iterator[None]:
-    """What the disk or the endpoint raises within is a StoreUnavailable that names it shortly."""
+    """Turn errors of the disk or the endpoint into StoreUnavailable with a short cause."""
     try:
         yield
     except (OSError, DeltaError, pa.ArrowException) as exc:
@@ -132,8 +132,8 @@ def _sha256(stream: pa.NativeFile) -> str:
 
 
 def _short(error: Exception) -> str:
-    cause = " ".join(_NOISE.sub(" ", str(error)).split()) or type(error).__name__
-    # What was tried stands first, what came of it last.
+    cause = " ".join(_DECORATION.sub(" ", str(error)).split()) or type(error).__name__
+    # The beginning names the attempt, the end names its outcome.
     return cause if len(cause) <= 2 * _CAUSE_CHARS else f"{cause[:_CAUSE_CHARS]} … {cause[-_CAUSE_CHARS:]}"
 
 
@@ -157,7 +157,7 @@ def _write_local(path: Path, pieces: Iterable[bytes | memoryview], *, durable: b
 
 
 def make_private_folder(folder: Path) -> None:
-    """Create the folder and what is missing above it, for the owner of this process only."""
+    """Create the folder and its missing parents, accessible only to this process's user."""
     for part in reversed([folder, *folder.parents]):
         if not part.is_dir():
             part.mkdir(mode=0o700, exist_ok=True)
@@ -168,7 +168,7 @@ def _private(path: str, flags: int) -> int:
 
 
 def _sync(folder: Path) -> None:
-    """The folder's names outlast a power failure."""
+    """Flush the folder's entries to disk, so that they survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

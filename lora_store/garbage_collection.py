@@ -1,4 +1,4 @@
-"""What keeps a store clean and sure: sweeping blobs, collecting what crashes left, re-hashing what is needed."""
+"""Maintenance of a store: sweep unused blobs, collect the remains of crashes, verify the blobs in use."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lora_store.leases import Leases
 from lora_store.snapshot import Snapshot
 
 _NUM_READERS = 8
-_CHECKED_AHEAD = 64
+_CHECKED_TOGETHER = 64
 TABLE_RETENTION_S = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """What a gc removed."""
+    """The blobs that a garbage collection deleted."""
 
     num_blobs: int
     num_bytes: int
@@ -30,7 +30,7 @@ class Collected:
 
 @dataclass(frozen=True, slots=True)
 class BlobCheck:
-    """One blob of one adapter that needs it. `problem` is None for a sound one."""
+    """The result of verifying one blob, with one adapter that uses it. `problem` is None if the blob is intact."""
 
     digest: str
     ref: AdapterRef
@@ -39,7 +39,7 @@ class BlobCheck:
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """One blob that was re-hashed, the `done`-th of `total`."""
+    """Progress of a verification: `done` of `total` blobs were hashed, the last one with this result."""
 
     done: int
     total: int
@@ -47,43 +47,43 @@ class Verified:
 
 
 class GarbageCollector:
-    """The work on a store's blobs as a whole. Raises: StoreUnavailable."""
+    """Deletes and verifies the blobs of a store. Raises: StoreUnavailable."""
 
-    def __init__(self, blobs: BlobStore, holds: Leases, catalogue: Catalogue, now: Callable[[], datetime]) -> None:
-        self._blobs, self._holds, self._catalogue, self._now = blobs, holds, catalogue, now
+    def __init__(self, blobs: BlobStore, leases: Leases, catalogue: Catalogue, now: Callable[[], datetime]) -> None:
+        self._blobs, self._leases, self._catalogue, self._now = blobs, leases, catalogue, now
 
     def sweep(self, digests: Collection[str]) -> list[str]:
-        """Remove those blobs that no kept version refers to and no publish holds; what was removed."""
+        """Delete those blobs that no kept version uses and no publish has leased. Return the digests deleted."""
         removed: list[str] = []
         wanted = list(dict.fromkeys(digests))
-        self._holds.sweep(wanted, self._referenced, lambda free: removed.extend(self._blobs.delete(free)))
+        self._leases.sweep(wanted, self._referenced, lambda free: removed.extend(self._blobs.delete(free)))
         return removed
 
     def gc(self, retention_s: float) -> Collected:
-        """Remove all that nothing needs and that is older than `retention_s`: what crashes and rivals left.
+        """Delete unused blobs and files older than `retention_s`, as crashes and rival writers leave them.
 
-        The table's own files are kept for an hour at least: a rival may have written one that it has yet to commit.
+        Keep the table's own files for at least an hour: a rival may have written one that it has not committed yet.
         """
         now = self._now()
-        self._holds.drop_dead()
+        self._leases.delete_expired()
         old = [file for file in self._blobs.files() if file.written_at <= now - timedelta(seconds=retention_s)]
         needed = self._referenced()
         whole = [file for file in old if file.is_whole and file.digest not in needed]
         removed = self._remove(whole, self._referenced)
-        removed += self._remove([file for file in old if not file.is_whole], frozenset)  # no record names these
+        removed += self._remove([file for file in old if not file.is_whole], frozenset)  # no record uses these
         self._catalogue.vacuum(now - timedelta(seconds=max(retention_s, TABLE_RETENTION_S)))
         return Collected(sum(file.is_whole for file in removed), sum(file.num_bytes for file in removed))
 
     def to_verify(self, tenant: str | None = None) -> dict[str, AdapterRef]:
-        """Return the blobs that kept versions need, each with one that needs it; only those `tenant` sees, if given."""
+        """Return the blobs that kept versions use, each with one such version; only those `tenant` sees, if given."""
         return _first_owners(self._catalogue.snapshot(), tenant)
 
     def verify(self, wanted: Mapping[str, AdapterRef]) -> Iterator[BlobCheck]:
-        """Read and hash each of these blobs again."""
+        """Read and hash each of these blobs. Yield one result per blob."""
         pairs = list(wanted.items())
         with ThreadPoolExecutor(_NUM_READERS) as pool:
-            for start in range(0, len(pairs), _CHECKED_AHEAD):
-                checks = pool.map(self._check, pairs[start : start + _CHECKED_AHEAD])
+            for start in range(0, len(pairs), _CHECKED_TOGETHER):
+                checks = pool.map(self._check, pairs[start : start + _CHECKED_TOGETHER])
                 yield from (check for check in checks if check is not None)
 
     def _check(self, wanted: tuple[str, AdapterRef]) -> BlobCheck | None:
@@ -105,7 +105,7 @@ class GarbageCollector:
         def delete(free: Sequence[str]) -> None:
             self._blobs.delete_files([file for digest in free for file in by_digest[digest]])
 
-        free = self._holds.sweep(list(by_digest), referenced, delete)
+        free = self._leases.sweep(list(by_digest), referenced, delete)
         return [file for digest in free for file in by_digest[digest]]
 
     def _referenced(self) -> Set[str]:
@@ -113,7 +113,7 @@ class GarbageCollector:
 
 
 def _first_owners(snapshot: Snapshot, tenant: str | None) -> dict[str, AdapterRef]:
-    """The blobs that are needed, each with one adapter that needs it and that `tenant` sees; None sees all."""
+    """Return the blobs in use, each with one adapter that uses it and that `tenant` sees; None sees all."""
     owners: dict[str, AdapterRef] = {}
     for key in snapshot.records:
         for record in snapshot.versions(key):

@@ -1,4 +1,4 @@
-"""Where a store lies: one URI, read as a pyarrow filesystem and as a Delta table."""
+"""The location of a store: one URI, opened as a pyarrow filesystem and as a Delta table."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 from pyarrow.fs import AwsStandardS3RetryStrategy, FileSystem, LocalFileSystem, S3FileSystem
 
 CONNECT_TIMEOUT_S = 2
-REQUEST_TIMEOUT_S = 10  # pyarrow: without a byte; Delta: of a whole request, whose data come in pieces
-MAX_ATTEMPTS = 3  # a dead endpoint is told within a second, one that hangs within half a minute
+REQUEST_TIMEOUT_S = 10  # pyarrow: time without a byte; Delta: time of a whole request, which transfers one piece
+MAX_ATTEMPTS = 3  # a dead endpoint is reported within a second, one that hangs within half a minute
 
 _PORTS = {"http": 80, "https": 443}
 _S3_PARAMETERS = frozenset({"endpoint_override", "scheme", "region"})
@@ -19,7 +19,7 @@ _S3_PARAMETERS = frozenset({"endpoint_override", "scheme", "region"})
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """The server that is asked for a bucket. `is_named`: by the URI itself, else it is the cloud's own."""
+    """The server of a bucket. `is_named`: the URI names it; otherwise it is the cloud provider's own."""
 
     host: str
     port: int
@@ -29,9 +29,9 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class Location:
-    """A folder, `file:///…`, `s3://bucket/…` or `gs://bucket/…`. Credentials come from the environment.
+    """A folder, `file:///…`, `s3://bucket/…` or `gs://bucket/…`. Credentials are read from the environment.
 
-    S3 takes pyarrow's query parameters `endpoint_override` (host:port), `scheme` (http or https) and `region`.
+    S3 URIs accept pyarrow's query parameters `endpoint_override` (host:port), `scheme` (http or https) and `region`.
     Raises: ValueError for any other URI.
     """
 
@@ -41,16 +41,17 @@ class Location:
         allowed = {"file": frozenset[str](), "s3": _S3_PARAMETERS, "gs": frozenset[str]()}
         scheme = self._parts.scheme
         if scheme not in allowed:
-            raise ValueError(f"a store is a folder, s3:// or gs://, got {self.uri!r}")
+            raise ValueError(f"a store must be a folder, s3://… or gs://…, got {self.uri!r}")
         if unknown := sorted(self._parameters.keys() - allowed[scheme]):
-            raise ValueError(f"parameter {unknown[0]!r} of a {scheme}:// store is not known")
+            known = ", ".join(sorted(allowed[scheme])) or "none"
+            raise ValueError(f"unknown parameter {unknown[0]!r} of a {scheme}:// store; allowed: {known}")
         if self._parameters.get("scheme", "https") not in _PORTS:
-            raise ValueError(f"scheme is http or https, got {self._parameters['scheme']!r}")
+            raise ValueError(f"scheme must be http or https, got {self._parameters['scheme']!r}")
         if any(mark in self._parameters.get("endpoint_override", "") for mark in "/@?#\\"):
-            raise ValueError(f"endpoint_override is host:port, got {self._parameters['endpoint_override']!r}")
+            raise ValueError(f"endpoint_override must be host:port, got {self._parameters['endpoint_override']!r}")
         if scheme != "file" and ("@" in self._parts.netloc or not self._parts.netloc):
             raise ValueError(
-                f"a {scheme}:// store names its bucket and no credentials, which come from the environment"
+                f"a {scheme}:// store must name its bucket and no credentials: set those in the environment"
             )
 
     @property
@@ -63,18 +64,18 @@ class Location:
 
     @property
     def region(self) -> str | None:
-        """The region that the URI names; without one the environment does."""
+        """The region in the URI, or None: then the environment decides."""
         return self._parameters.get("region")
 
     @property
     def filesystem_path(self) -> str:
-        """This place's path on its filesystem: for S3 and GCS the bucket, then the key."""
+        """The path on the filesystem; for S3 and GCS the bucket, then the key."""
         path = unquote(self._parts.path)
         return path if self.is_local else f"{self._parts.netloc}{path}".rstrip("/")
 
     @property
     def endpoint(self) -> Endpoint | None:
-        """None for a folder."""
+        """The server of the bucket, None for a folder."""
         if self.is_local:
             return None
         scheme = self._parameters.get("scheme", "https")
@@ -87,19 +88,19 @@ class Location:
         return Endpoint(host, _PORTS[scheme], scheme, is_named=False)
 
     def at_address(self, address: str) -> Location:
-        """The same place, its endpoint's name replaced by one of its addresses."""
+        """Return this location with the endpoint's host replaced by one of its addresses."""
         assert self.endpoint is not None and self.endpoint.is_named
         host = f"[{address}]" if ":" in address else address
         query = urlencode(self._parameters | {"endpoint_override": f"{host}:{self.endpoint.port}"})
         return Location(self._parts._replace(query=query).geturl())
 
     def child(self, name: str) -> Location:
-        """The place called `name` below this one."""
+        """Return the location `name` below this one."""
         parts = self._parts._replace(path=f"{self._parts.path.rstrip('/')}/{name}")
         return Location(parts.geturl())
 
     def filesystem(self) -> tuple[FileSystem, str]:
-        """The filesystem, and this place's path on it."""
+        """Return the filesystem and the path on it."""
         path = self.filesystem_path
         if self.is_local:
             return LocalFileSystem(), path
@@ -110,12 +111,12 @@ class Location:
 
     @property
     def delta_uri(self) -> str:
-        """What `deltalake` calls this place."""
+        """The location as `deltalake` writes it."""
         return unquote(self._parts.path) if self.is_local else self._parts._replace(query="").geturl()
 
     @property
     def storage_options(self) -> dict[str, str]:
-        """What `deltalake` needs beside `delta_uri`."""
+        """The options that `deltalake` needs in addition to `delta_uri`."""
         if self.is_local:
             return {}
         options = {
@@ -148,6 +149,6 @@ def _s3_filesystem(parameters: dict[str, str]) -> S3FileSystem:
         connect_timeout=CONNECT_TIMEOUT_S,
         request_timeout=REQUEST_TIMEOUT_S,
         retry_strategy=AwsStandardS3RetryStrategy(max_attempts=MAX_ATTEMPTS),
-        allow_delayed_open=True,  # a small object is one request, not three
+        allow_delayed_open=True,  # write a small object with one request instead of three
         background_writes=False,
     )

@@ -1,4 +1,4 @@
-"""PEFT's `adapter_config.json`: rank and scaling per module, and everything in it that is more than plain LoRA."""
+"""Read PEFT's `adapter_config.json`: rank and scaling per module, and every setting beyond plain LoRA."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lora_store.peft_patterns import PatternTable, pattern_problems
 
 CONFIG_FILE = "adapter_config.json"
 
-_DEFAULT_RANK = 8  # LoraConfig's own, for a config that leaves it out
+_DEFAULT_RANK = 8  # LoraConfig's own default, for a config without the key
 _DEFAULT_ALPHA = 8
 _MAX_ALPHA = 10**9
 
-# What a config may set beyond rank and scaling without changing what the adapter computes.
+# Settings beyond rank and scaling that do not change what the adapter computes.
 _HARMLESS = frozenset(
     {
         *("task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "lora_dropout", "runtime_config"),
@@ -43,13 +43,13 @@ _VARIANTS = {
     "alora_invocation_tokens": "activated LoRA",
     "use_qalora": "QALoRA",
 }
-# These start by rewriting the base model's weights, so the adapter alone is not what was trained.
+# These initialisations rewrite the base model's weights, so the adapter alone does not hold all of the training.
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True, slots=True)
 class PeftConfig:
-    """What an `adapter_config.json` says. `unsupported` names everything it asks beyond plain LoRA."""
+    """The parsed `adapter_config.json`. `unsupported` lists every setting that asks for more than plain LoRA."""
 
     base_model: str | None
     rank: int
@@ -63,13 +63,13 @@ class PeftConfig:
         return int(self.rank_pattern.get(module, self.rank))
 
     def scaling_of(self, module: str, rank: int) -> float:
-        """lora_alpha / rank, or lora_alpha / sqrt(rank) for rsLoRA."""
+        """Return lora_alpha / rank, or lora_alpha / sqrt(rank) for rsLoRA."""
         alpha = self.alpha_pattern.get(module, self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
 def read_config(folder: Path, limits: Limits) -> PeftConfig:
-    """The parsed config. Raises: FileRefused, with every setting of a wrong type."""
+    """Parse the config. Raises: FileRefused, which lists every setting of a wrong type."""
     raw = read_json(folder / CONFIG_FILE, limits.max_config_bytes)
     tables = {key: raw.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
     problems = _type_problems(raw) + _table_problems(tables, limits)
@@ -101,8 +101,8 @@ def _type_problems(raw: Mapping[str, Any]) -> list[str]:
 def _table_problems(tables: Mapping[str, Any], limits: Limits) -> list[str]:
     problems = []
     for key, wanted, is_value in (
-        ("rank_pattern", "whole", _is_rank),
-        ("alpha_pattern", "bounded non-zero", _is_alpha),
+        ("rank_pattern", "a whole number above 0", _is_rank),
+        ("alpha_pattern", f"a number other than 0, at most {_MAX_ALPHA}", _is_alpha),
     ):
         table = tables[key]
         if not isinstance(table, dict):
@@ -110,7 +110,7 @@ def _table_problems(tables: Mapping[str, Any], limits: Limits) -> list[str]:
             continue
         problems += [f"{key} {problem}" for problem in pattern_problems(table, limits.max_patterns)]
         bad = [pattern for pattern, value in table.items() if not is_value(value)]
-        problems += [f"{key} of {pattern[:100]!r} must be a {wanted} number" for pattern in bad]
+        problems += [f"{key} of {pattern[:100]!r} must be {wanted}, got {_short(table[pattern])}" for pattern in bad]
     return problems
 
 
@@ -123,13 +123,18 @@ def _unsupported(raw: Mapping[str, Any]) -> list[str]:
     init = raw.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
         found.append(
-            f"init_lora_weights {_short(init)} changes the base model: convert the adapter to plain LoRA first"
+            f"init_lora_weights {_short(init)} changes the base model's weights: convert the adapter to plain LoRA"
         )
     for key, value in raw.items():
         if value and key in _VARIANTS:
-            found.append(f"{key} ({_VARIANTS[key]}) is not served")
+            found.append(
+                f"{key} ({_VARIANTS[key]}) is not supported: retrain without it, or merge it into the base model"
+            )
         elif value and key not in _HARMLESS | _READ:
-            found.append(f"setting {_short(key)} is not known, so it is not served")
+            found.append(
+                f"{CONFIG_FILE} sets {_short(key)}, which this version does not know: upgrade the server, or remove the"
+                " setting if it does not change the adapter"
+            )
     return found
 
 

@@ -1,4 +1,4 @@
-"""PEFT's folders, read and written. PEFT's own names appear here and in `peft_config` only."""
+"""Read and write PEFT's adapter folders. PEFT's own names appear only here and in `peft_config`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _KEY = re.compile(r"base_model\.model\.([A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*)\.lo
 
 @dataclass(frozen=True, slots=True)
 class PeftFolder:
-    """A folder as it was read. `tensors` has every tensor by the file's own key, paired or not."""
+    """The content of an adapter folder. `tensors` has every tensor by the file's own key, paired or not."""
 
     config: PeftConfig
     tensors: dict[str, Tensor]
@@ -38,14 +38,14 @@ class PeftFolder:
 
     @property
     def modules(self) -> dict[str, ModuleWeights]:
-        """The complete LoRA pairs, by module path."""
+        """The complete LoRA pairs by module path."""
         return pair_modules(self.config, pairs_of(self.tensors))
 
 
 def read_peft_folder(folder: Path, limits: Limits | None = None) -> PeftFolder:
-    """The folder's files, parsed. Whether it may be stored is `admission`'s to say.
+    """Parse the folder's files. `validation` decides whether the adapter may be stored.
 
-    Raises: AdapterRefused, with what is wrong in the first file that cannot be read.
+    Raises: AdapterRefused, which lists the problems of the first file that cannot be read.
     """
     limits = limits or Limits()
     try:
@@ -65,10 +65,10 @@ def write_peft_folder(
     description: str | None = None,
     task_type: str | None = "CAUSAL_LM",
 ) -> None:
-    """`folder` is a stock PEFT folder that `PeftModel.from_pretrained` opens.
+    """Write a standard PEFT folder that `PeftModel.from_pretrained` can open.
 
-    The commonest rank and lora_alpha become the defaults, every other module gets a pattern of its own.
-    Scalings come back to within one rounding.
+    The most common rank and lora_alpha become the defaults; every other module gets its own pattern. Reading the folder
+    returns the scalings to within one rounding.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = _config_of(weights) | {"base_model_name_or_path": base_model, "task_type": task_type}
@@ -85,13 +85,13 @@ def write_peft_folder(
 
 
 def split_key(key: str) -> tuple[str, Side] | None:
-    """(module path, side) of a LoRA tensor's key, None for any other key."""
+    """Return (module path, side) for the key of a LoRA tensor, None for any other key."""
     match = _KEY.fullmatch(key)
     return (match[1], _SIDES[match[2]]) if match else None
 
 
 def pairs_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[Side, Tensor]]:
-    """The LoRA tensors by module path and side, modules sorted; other tensors are left out."""
+    """Return the LoRA tensors by module path and side, sorted by module. Ignore other tensors."""
     pairs: dict[str, dict[Side, Tensor]] = {}
     for key in sorted(tensors):
         if split := split_key(key):
@@ -100,7 +100,7 @@ def pairs_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[Side, Tensor]]:
 
 
 def pair_modules(config: PeftConfig, pairs: Mapping[str, dict[Side, Tensor]]) -> dict[str, ModuleWeights]:
-    """The modules that have both sides, with the scaling `config` gives each."""
+    """Return the modules that have both sides, each with its scaling from `config`."""
     return {
         name: ModuleWeights(pair["lora_a"], pair["lora_b"], config.scaling_of(name, pair["lora_a"].shape[0]))
         for name, pair in pairs.items()
@@ -110,7 +110,7 @@ def pair_modules(config: PeftConfig, pairs: Mapping[str, dict[Side, Tensor]]) ->
 
 def _config_of(weights: Mapping[str, ModuleWeights]) -> dict[str, Any]:
     ranks = {name: module.rank for name, module in weights.items()}
-    alphas = {name: _tidy(module.scaling * module.rank) for name, module in weights.items()}
+    alphas = {name: _int_if_whole(module.scaling * module.rank) for name, module in weights.items()}
     rank, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
     return {
         "peft_type": "LORA",
@@ -127,5 +127,5 @@ def _exactly(module: str) -> str:
     return "^" + module.replace(".", r"\.")
 
 
-def _tidy(alpha: float) -> float:
+def _int_if_whole(alpha: float) -> float:
     return int(alpha) if float(alpha).is_integer() else alpha  # PEFT's own configs write 16, not 16.0

@@ -1,4 +1,4 @@
-"""An immutable mapping whose changed copies share its memory."""
+"""An immutable mapping. Changed copies share most of its memory."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _MIN_LAYER = 64
 class PersistentMap(Mapping[K, V]):
     """A mapping that never changes and iterates in insertion order, as a dict does.
 
-    `edit` makes a changed copy. The copy shares one large dict with the original and holds what differs in two small
-    ones. They are merged into a new large dict when they hold more than 2 · √n keys, so a change of one key costs
-    O(√n) on average for a map of n keys.
+    `edit` makes a changed copy. The copy shares one large dict with the original and stores the differences in two
+    small ones. When these have more than 2 · √n keys, all three are merged into a new large dict. Changing one key of a
+    map of n keys therefore costs O(√n) on average.
     """
 
     __slots__ = ("_added", "_base", "_changed", "_len")
@@ -35,8 +35,8 @@ class PersistentMap(Mapping[K, V]):
 
     def _set(self, base: dict[K, V], changed: dict[K, V], added: dict[K, V]) -> None:
         self._base = base
-        self._changed = changed  # keys of `_base` that have another value now, or none (_GONE)
-        self._added = added  # keys inserted since, which come last
+        self._changed = changed  # keys of `_base` with a new value, or with _GONE if they were removed
+        self._added = added  # keys inserted since; they come last
         self._len = len(base) + len(added) - sum(value is _GONE for value in changed.values())
 
     def __getitem__(self, key: K) -> V:
@@ -47,7 +47,7 @@ class PersistentMap(Mapping[K, V]):
         return found
 
     def get(self, key: K, default: Any = None) -> Any:
-        """Return the value of `key`, or `default` without one."""
+        """Return the value of `key`, or `default`."""
         value = self._get(key)
         return default if value is _GONE else value
 
@@ -78,11 +78,11 @@ class PersistentMap(Mapping[K, V]):
         return _Values(self)
 
     def edit(self) -> MapEditor[K, V]:
-        """Return an editor that starts from this map and leaves it as it is."""
+        """Return an editor for a changed copy of this map."""
         return MapEditor(self._base, dict(self._changed), dict(self._added))
 
     def changed_since(self, older: PersistentMap[K, V]) -> list[K] | None:
-        """Return keys among which are all whose value differs from `older`; None where that takes a full comparison."""
+        """Return a superset of the keys whose value differs from `older`, or None if that takes a full comparison."""
         if self._base is not older._base:
             return None
         return list(dict.fromkeys(chain(older._changed, older._added, self._changed, self._added)))
@@ -127,7 +127,7 @@ class _Values(ValuesView[V]):
 
 
 class MapEditor(Mapping[K, V]):
-    """A changed copy of a PersistentMap in the making. Not to be used after `freeze`."""
+    """Builds a changed copy of a PersistentMap. Do not use it after `freeze`."""
 
     __slots__ = ("_added", "_base", "_changed")
 
@@ -142,7 +142,7 @@ class MapEditor(Mapping[K, V]):
         return found
 
     def get(self, key: K, default: Any = None) -> Any:
-        """Return the value of `key`, or `default` without one."""
+        """Return the value of `key`, or `default`."""
         if key in self._added:
             return self._added[key]
         value = self._changed[key] if key in self._changed else self._base.get(key, _GONE)
@@ -162,7 +162,7 @@ class MapEditor(Mapping[K, V]):
         (self._changed if is_in_place else self._added)[key] = value
 
     def pop(self, key: K, default: Any = None) -> Any:
-        """Remove `key` and return its value; return `default` where it is absent."""
+        """Remove `key` and return its value, or return `default` if it is absent."""
         if key in self._added:
             return self._added.pop(key)
         value = self.get(key, _GONE)

@@ -1,4 +1,4 @@
-"""A Plan says which adapters answer one prompt, how much of each, and how they are composed."""
+"""The Plan for one prompt: which adapters answer it, their weights, and how they are composed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_ABS_WEIGHT = 4.0
 
 @dataclass(frozen=True, slots=True)
 class PlannedAdapter:
-    """One row of a plan. `weights_digest` keys bank entries and caches; `score` is None where a client chose."""
+    """One adapter of a plan. Banks and caches use `weights_digest` as key. `score` is None if a client chose."""
 
     ref: AdapterRef
     weights_digest: str
@@ -27,29 +27,32 @@ class PlannedAdapter:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Data that fully determines a composition: pinned versions, weights used as given, the generation it is of."""
+    """A composition, fully determined: pinned versions, their weights (used as given), and the pool's generation."""
 
     strategy: Strategy
     adapters: tuple[PlannedAdapter, ...] = ()
     generation: int = 0
-    template: str | None = None  # the prompt template all its adapters name, None for the server's default
+    template: str | None = None  # the prompt template that all its adapters name, None for the server's default
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
             raise PlanInvalid(f"strategy must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}")
         count = len(self.adapters)
         if count > MAX_PLAN_ADAPTERS:
-            raise PlanInvalid(f"a plan holds at most {MAX_PLAN_ADAPTERS} adapters, got {count}")
-        if (self.strategy == "base") != (count == 0):
-            raise PlanInvalid(f"strategy {self.strategy!r} does not go with {count} adapters")
+            raise PlanInvalid(f"a plan may have at most {MAX_PLAN_ADAPTERS} adapters, got {count}")
+        if self.strategy == "base" and count:
+            raise PlanInvalid(f"strategy 'base' takes no adapters, got {count}")
+        if self.strategy != "base" and not count:
+            raise PlanInvalid(f"strategy {self.strategy!r} needs at least one adapter, got none")
         if self.strategy == "selection" and count != 1:
-            raise PlanInvalid(f"selection takes exactly one adapter, got {count}")
+            raise PlanInvalid(f"strategy 'selection' takes exactly one adapter, got {count}")
         digests = [adapter.weights_digest for adapter in self.adapters]
         if len(set(digests)) != count:
-            raise PlanInvalid("a plan names the same adapter twice")
+            raise PlanInvalid("a plan must not contain the same adapter weights twice")
         for adapter in self.adapters:
             if not math.isfinite(adapter.weight) or abs(adapter.weight) > MAX_ABS_WEIGHT:
-                raise PlanInvalid(f"weight of {adapter.ref.name!r} must be finite and within ±{MAX_ABS_WEIGHT}")
+                limits = f"must be finite and within ±{MAX_ABS_WEIGHT}, got {adapter.weight}"
+                raise PlanInvalid(f"the weight of {adapter.ref.name!r} {limits}")
 
 
 BASE_PLAN = Plan(strategy="base")

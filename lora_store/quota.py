@@ -1,4 +1,4 @@
-"""How much of the pool one tenant may hold, judged on the newest state just before each commit."""
+"""The quota of a tenant, checked against the newest state just before each commit."""
 
 from __future__ import annotations
 
@@ -8,33 +8,34 @@ from dataclasses import dataclass
 from lora_store.errors import QuotaExceeded
 from lora_store.records import AdapterRecord
 from lora_store.snapshot import Snapshot
-from lora_store.tallies import Held
+from lora_store.tallies import TenantUsage
 
 
 @dataclass(frozen=True, slots=True)
 class TenantQuota:
-    """What a tenant may hold at most; None = any number. Bytes are of weights, equal ones counted once."""
+    """The most that a tenant may have in the pool; None = unlimited. Equal weights count once towards `max_bytes`."""
 
     max_adapters: int | None = None
     max_bytes: int | None = None
 
 
-def check_share(snapshot: Snapshot, published: Sequence[AdapterRecord], share: TenantQuota) -> None:
-    """Raises: QuotaExceeded where `published` makes a tenant hold more than `share`, and more than it did before.
+def check_quota(snapshot: Snapshot, published: Sequence[AdapterRecord], quota: TenantQuota) -> None:
+    """Check that no tenant exceeds its quota by publishing these records.
 
-    So a tenant whose share was cut may still replace what it has.
+    A tenant above a reduced quota may still replace its adapters, as long as its usage does not grow.
+    Raises: QuotaExceeded.
     """
-    held = {record.ref.tenant: held_by(snapshot, record.ref.tenant) for record in published}  # before `after` needs it
+    before = {record.ref.tenant: usage_of(snapshot, record.ref.tenant) for record in published}  # counts once, for both
     after = snapshot.after_publishing(published)
-    for tenant, before in held.items():
-        now = held_by(after, tenant)
-        _check("adapters", before.num_adapters, now.num_adapters, share.max_adapters)
-        _check("bytes of weights", before.num_bytes, now.num_bytes, share.max_bytes)
+    for tenant, old in before.items():
+        new = usage_of(after, tenant)
+        _check("adapters", old.num_adapters, new.num_adapters, quota.max_adapters)
+        _check("bytes of weights", old.num_bytes, new.num_bytes, quota.max_bytes)
 
 
-def held_by(snapshot: Snapshot, tenant: str) -> Held:
-    """Return what `tenant` holds at this generation."""
-    return snapshot.tallies.held.get(tenant) or Held()
+def usage_of(snapshot: Snapshot, tenant: str) -> TenantUsage:
+    """Return the usage of `tenant` at this generation."""
+    return snapshot.tallies.usage.get(tenant) or TenantUsage()
 
 
 def _check(what: str, before: int, after: int, limit: int | None) -> None:

@@ -1,4 +1,4 @@
-"""One version of one adapter, as the catalogue knows it."""
+"""The catalogue's record of one version of one adapter."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ VISIBILITIES: tuple[str, ...] = get_args(Visibility)
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """Where an adapter lies in one encoder's space. Dims: D dimensions, S samples (0 for fewer than two).
+    """An adapter's vector in one encoder's space. Dims: D dimensions, S samples (0 for fewer than two).
 
-    Two are equal when one encoder made them: the arrays follow from it and from the samples.
+    Embeddings compare equal if the same encoder made them: encoder and samples determine the arrays.
     """
 
     encoder: str  # the encoder's identity
@@ -29,7 +29,7 @@ class Embedding:
 
 @dataclass(frozen=True, slots=True)
 class AdapterRecord:
-    """One version of one adapter. `embedding` is None for what `auto` cannot find."""
+    """One version of one adapter. `embedding` is None if the adapter has no samples; then `auto` cannot find it."""
 
     ref: AdapterRef
     weights_digest: str
@@ -48,22 +48,22 @@ class AdapterRecord:
     actor: str
     created_at: datetime  # UTC
     generation: int
-    approved: bool = False  # by an admin: this version, not the name
+    approved: bool = False  # an admin approved this version (not the name)
 
     @property
     def encoder(self) -> str | None:
-        """The identity of the encoder that embedded it."""
+        """The identity of the encoder that made the embedding."""
         return None if self.embedding is None else self.embedding.encoder
 
     @property
     def blobs(self) -> tuple[str, ...]:
-        """The digests of what is stored for it."""
+        """The digests of its stored blobs."""
         return (self.weights_digest,) if self.samples_digest is None else (self.weights_digest, self.samples_digest)
 
     def is_visible_to(self, tenant: str) -> bool:
-        """Whether `tenant` may name it, and sees it in lists."""
+        """Return whether `tenant` may use it by name and see it in lists."""
         return self.visibility == "public" or self.ref.tenant == tenant
 
     def is_open(self, *, requires_approval: bool) -> bool:
-        """Whether `auto` may choose it for every tenant. For its own tenant `auto` always may."""
+        """Return whether `auto` may choose it for every tenant. Its own tenant's `auto` always may."""
         return self.visibility == "public" and (self.approved or not requires_approval)

@@ -1,4 +1,4 @@
-"""What a writer may add to the catalogue: each rule gives the events that a wish means on one snapshot."""
+"""The rules for writers of the catalogue. Each checks a request against one snapshot and returns the events for it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Literal
 from lora_store.adapter import AdapterRef
 from lora_store.errors import AdapterNotFound, EncoderIncomplete, PublicNameTaken
 from lora_store.events import ActivateEncoder, Approve, Embed, Event, Publish, SetVisibility, Withdraw
-from lora_store.quota import TenantQuota, check_share
+from lora_store.quota import TenantQuota, check_quota
 from lora_store.records import AdapterRecord, Embedding, Visibility
 from lora_store.snapshot import ActiveEncoder, Key, Snapshot
 
 Precondition = Literal["any", "live", "kept"]
-"""What versions must be to be published: anything; live still, or they are left out; kept, or it is an error."""
+"""The condition for publishing a version: none; "live": skip versions that are not live; "kept": fail for versions
+that are not kept."""
 
 
 def publish_events(
@@ -24,12 +25,12 @@ def publish_events(
     precondition: Precondition = "any",
     *,
     keeping: Collection[Key] = (),
-    share: TenantQuota | None = None,
+    quota: TenantQuota | None = None,
 ) -> list[Event]:
-    """Publish events for what is not live yet, each record checked against those before it too.
+    """Return publish events for the records that are not live yet. Check each record against earlier ones as well.
 
-    `keeping`: names whose live version's visibility the new one takes over. `share`: what each tenant may hold.
-    Raises: PublicNameTaken; QuotaExceeded; AdapterNotFound for what should be kept.
+    `keeping`: names whose new version takes over the live version's visibility. `quota`: applies to each tenant.
+    Raises: PublicNameTaken; QuotaExceeded; AdapterNotFound for a version that must be kept and is not.
     """
     if precondition == "live":
         records = [record for record in records if _kept(snapshot, record)[:1] == [record.ref]]
@@ -50,29 +51,32 @@ def publish_events(
         if current is None or _essence(current) != _essence(record):
             live[key] = record
             events.append(Publish(record))
-    if share is not None:
-        check_share(snapshot, [event.record for event in events if isinstance(event, Publish)], share)
+    if quota is not None:
+        check_quota(snapshot, [event.record for event in events if isinstance(event, Publish)], quota)
     return events
 
 
 def _owner(snapshot: Snapshot, name: str, claimant: str) -> str:
-    """The tenant whose public adapter has the bare name; `claimant` where there is none."""
+    """Return the tenant whose public adapter has this bare name, or `claimant` if no adapter has it."""
     public = snapshot.public.get(name)
     return claimant if public is None else public.ref.tenant
 
 
 def _check_claim(name: str, claimant: str, owner: str) -> None:
     if owner != claimant:
-        raise PublicNameTaken(name, [f"the public name {name!r} belongs to another tenant"])
+        raise PublicNameTaken(
+            name,
+            [f"the public name {name!r} belongs to another tenant: choose another name, or publish it as private"],
+        )
 
 
 def _kept(snapshot: Snapshot, record: AdapterRecord) -> list[AdapterRef]:
-    """The kept versions of the record's name, the live one first."""
+    """Return the kept versions of the record's name, the live one first."""
     return [version.ref for version in snapshot.versions((record.ref.tenant, record.ref.name))]
 
 
 def withdraw_events(snapshot: Snapshot, keys: Iterable[Key], actor: str, at: datetime) -> list[Event]:
-    """One event per name. Raises: AdapterNotFound for the first name that is not live."""
+    """Return one event per name. Raises: AdapterNotFound for the first name that is not live."""
     events: list[Event] = []
     for key in dict.fromkeys(keys):
         if key not in snapshot.records:
@@ -82,7 +86,7 @@ def withdraw_events(snapshot: Snapshot, keys: Iterable[Key], actor: str, at: dat
 
 
 def visibility_events(snapshot: Snapshot, key: Key, visibility: Visibility, actor: str, at: datetime) -> list[Event]:
-    """The one event, unless it is so already. Raises: AdapterNotFound, PublicNameTaken."""
+    """Return the event; nothing if the name has this visibility already. Raises: AdapterNotFound, PublicNameTaken."""
     record = snapshot.records.get(key)
     if record is None:
         raise AdapterNotFound(key[1])
@@ -95,9 +99,9 @@ def visibility_events(snapshot: Snapshot, key: Key, visibility: Visibility, acto
 
 
 def approve_events(snapshot: Snapshot, refs: Iterable[AdapterRef], actor: str, at: datetime) -> list[Event]:
-    """One event per version that is not approved yet.
+    """Return one event per version that is not approved yet.
 
-    Raises: AdapterNotFound for one that is not live or not public: what was looked at is not what others would get.
+    Raises: AdapterNotFound for a version that is not live or not public: the admin reviewed something else.
     """
     events: list[Event] = []
     for ref in dict.fromkeys(refs):
@@ -110,7 +114,7 @@ def approve_events(snapshot: Snapshot, refs: Iterable[AdapterRef], actor: str, a
 
 
 def embed_events(snapshot: Snapshot, embeddings: Mapping[AdapterRef, Embedding]) -> list[Event]:
-    """Embed events for what is live and not embedded by that encoder yet."""
+    """Return embed events for the versions that are live and not embedded by that encoder yet."""
     return [
         Embed(ref, embedding)
         for ref, embedding in embeddings.items()
@@ -121,9 +125,9 @@ def embed_events(snapshot: Snapshot, embeddings: Mapping[AdapterRef, Embedding])
 
 
 def activate_events(snapshot: Snapshot, encoder: ActiveEncoder, actor: str, at: datetime) -> list[Event]:
-    """The one event, unless the encoder is active already.
+    """Return the event, or nothing if the encoder is active already.
 
-    Raises: EncoderIncomplete when an adapter with samples has no embedding by it.
+    Raises: EncoderIncomplete if an adapter with samples has no embedding by this encoder.
     """
     if snapshot.encoder == encoder:
         return []
@@ -143,4 +147,5 @@ def _is_embedded(snapshot: Snapshot, record: AdapterRecord, identity: str) -> bo
 
 
 def _essence(record: AdapterRecord) -> tuple[str, str, str | None]:
+    """Return the fields whose change makes a publish necessary."""
     return record.ref.digest, record.visibility, record.encoder

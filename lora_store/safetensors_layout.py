@@ -1,6 +1,6 @@
-"""The safetensors format without copies: tensors as views of one buffer, and a file as pieces to write.
+"""Read and write the safetensors format without copies: tensors are views of one buffer, a file is a list of pieces.
 
-A file is the length of its header (u64, little-endian), the header (JSON), and the tensors' bytes without gaps.
+A file consists of the header's length (u64, little-endian), the header (JSON), and the tensors' bytes without gaps.
 Source: https://github.com/huggingface/safetensors, "Format".
 """
 
@@ -20,16 +20,16 @@ _DTYPES = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
     "F16": torch.float16,
-}  # as files have them
+}  # in the order in which files store them
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_PLACES = {dtype: place for place, dtype in enumerate(_NAMES)}
+_RANKS = {dtype: rank for rank, dtype in enumerate(_NAMES)}
 _ALIGNMENT = 8
 
 
 def tensors_in(entries: Mapping[str, Any], data: Tensor) -> dict[str, Tensor]:
-    """Return each tensor of a header's `entries` as a view of `data`, the bytes behind the header.
+    """Return each tensor of a header's `entries` as a view of `data`, the bytes after the header.
 
-    Dims: data (N,) uint8. Raises: ValueError: a tensor is not what its entry says, or bytes are left over or missing.
+    Dims: data (N,) uint8. Raises: ValueError if a tensor contradicts its entry, or if bytes are missing or left over.
     """
     found: dict[str, Tensor] = {}
     end = 0
@@ -39,21 +39,21 @@ def tensors_in(entries: Mapping[str, Any], data: Tensor) -> dict[str, Tensor]:
         if dtype is None or not _is_shape(shape):
             raise ValueError(f"tensor {name[:200]!r} has no valid dtype and shape")
         if begin != end or stop - begin != math.prod(shape) * dtype.itemsize or stop > len(data):
-            raise ValueError(f"tensor {name[:200]!r} is not at the offset that its header gives")
+            raise ValueError(f"tensor {name[:200]!r} does not match the offsets in the header")
         part = data[begin:stop]
         part = part if begin % dtype.itemsize == 0 else part.clone()
         found[name], end = part.view(dtype).reshape(shape), stop
     if end != len(data):
-        raise ValueError(f"holds {len(data)} bytes of tensors, but its header declares {end}")
+        raise ValueError(f"it has {len(data)} bytes of tensors, but its header declares {end}")
     return found
 
 
 def pieces_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[memoryview]:
-    """Yield the bytes that `safetensors.torch.save` gives for these, without a copy of a contiguous tensor.
+    """Yield the bytes that `safetensors.torch.save` writes for these, without copying contiguous tensors.
 
-    `metadata` has one item: safetensors writes several in no fixed order.
+    `metadata` must have one item: safetensors writes several in no fixed order.
     """
-    order = sorted(tensors, key=lambda name: (_PLACES[tensors[name].dtype], name))
+    order = sorted(tensors, key=lambda name: (_RANKS[tensors[name].dtype], name))
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name in order:

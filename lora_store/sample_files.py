@@ -1,10 +1,10 @@
-"""What an adapter is found by: `lora_samples.jsonl`, or `description.txt`."""
+"""The files that make an adapter retrievable: `lora_samples.jsonl`, or `description.txt`."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from os.path import lexists  # a dangling link is there too, to be refused when read
+from os.path import lexists  # sees dangling links too, which are refused when read
 from pathlib import Path
 
 from lora_store.adapter import Sample
@@ -13,15 +13,19 @@ from lora_store.errors import FileRefused
 
 SAMPLES_FILE = "lora_samples.jsonl"
 DESCRIPTION_FILE = "description.txt"
+_MISNAMED_INPUTS = ("prompt", "instruction", "text", "question")
 
 
 def read_samples(folder: Path, limits: Limits) -> tuple[Sample, ...]:
-    """The samples file's lines, () without one. Raises: FileRefused, with every bad line."""
+    """Return the samples of the samples file, () if there is none. Raises: FileRefused, which lists every bad line."""
     if not lexists(folder / SAMPLES_FILE):
         return ()
     lines = read_bytes(folder / SAMPLES_FILE, limits.max_samples_bytes).removesuffix(b"\n").split(b"\n")
     if len(lines) > limits.max_samples:
-        raise FileRefused(SAMPLES_FILE, [f"has {len(lines)} lines, at most {limits.max_samples}"])
+        raise FileRefused(
+            SAMPLES_FILE,
+            [f"has {len(lines)} lines, at most {limits.max_samples}: keep that many, spread over the whole file"],
+        )
     samples, problems = [], []
     for number, line in enumerate(lines, start=1):
         try:
@@ -34,7 +38,7 @@ def read_samples(folder: Path, limits: Limits) -> tuple[Sample, ...]:
 
 
 def read_description(folder: Path, limits: Limits) -> str | None:
-    """The description without surrounding space, None without one. Raises: FileRefused."""
+    """Return the description without surrounding space, None if there is none. Raises: FileRefused."""
     if not lexists(folder / DESCRIPTION_FILE):
         return None
     try:
@@ -42,35 +46,37 @@ def read_description(folder: Path, limits: Limits) -> str | None:
     except UnicodeDecodeError as exc:
         raise FileRefused(DESCRIPTION_FILE, ["is not UTF-8"]) from exc
     if not text:
-        raise FileRefused(DESCRIPTION_FILE, ["is empty"])
+        raise FileRefused(DESCRIPTION_FILE, ["is empty: write one sentence, or remove the file"])
     return text
 
 
 def write_samples(samples: Sequence[Sample]) -> bytes:
-    """The samples as the lines `read_samples` reads; equal samples give equal bytes."""
+    """Return the samples in the form that `read_samples` reads. Equal samples give equal bytes."""
     lines = [{"input": s.input} | ({} if s.output is None else {"output": s.output}) for s in samples]
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
 
 
 def parse_samples(data: bytes) -> tuple[Sample, ...]:
-    """The samples `write_samples` wrote."""
+    """Return the samples from the bytes that `write_samples` returned."""
     return tuple(_parse_sample(line, len(line)) for line in data.removesuffix(b"\n").split(b"\n"))
 
 
 def _parse_sample(line: bytes, max_bytes: int) -> Sample:
     if len(line) > max_bytes:
-        raise ValueError(f"has {len(line)} bytes, at most {max_bytes}")
+        raise ValueError(f"has {len(line)} bytes, at most {max_bytes}: shorten the sample")
     try:
         raw = parse_json_object(line)
     except ValueError as exc:
-        raise ValueError(f"is not a JSON object: {exc}") from exc
+        raise ValueError(f"is not valid JSON: {exc}") from exc
     text, output = raw.get("input"), raw.get("output")
+    if "input" not in raw and (misnamed := next((key for key in _MISNAMED_INPUTS if key in raw), None)):
+        raise ValueError(f'has "{misnamed}" but no "input": rename "{misnamed}" to "input"')
     if not isinstance(text, str) or not text.strip():
-        raise ValueError("needs a text `input`")
+        raise ValueError('needs an "input" that is a string and not blank')
     if not isinstance(output, str | None):
-        raise ValueError("has an `output` that is not text")
+        raise ValueError('has an "output" that is not a string')
     try:
         f"{text}{output}".encode()
     except UnicodeEncodeError as exc:
-        raise ValueError("holds half of a surrogate pair") from exc
+        raise ValueError("contains half of a surrogate pair, which is not valid Unicode") from exc
     return Sample(text, output)

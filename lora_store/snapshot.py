@@ -1,4 +1,4 @@
-"""The state of the pool at one generation: what all events up to it fold into."""
+"""The state of the pool at one generation, the result of all events up to it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lora_store.events import (
     Keep,
     Publish,
     SetVisibility,
-    Shown,
+    VisibleChange,
     Withdraw,
 )
 from lora_store.persistent_map import MapEditor, PersistentMap
@@ -29,12 +29,12 @@ K = TypeVar("K")
 V = TypeVar("V")
 Key = tuple[str, str]  # (tenant, name)
 EVERYBODY = ""  # no tenant has this name
-KEPT_VERSIONS = 3  # of a live name, the live one included: what `name@digest`, replay and rollback can reach
+KEPT_VERSIONS = 3  # per live name, including the live one; `name@digest`, replay and rollback can use these
 
 
 @dataclass(frozen=True, slots=True)
 class ActiveEncoder:
-    """The encoder a reindex chose: what to load it from, and the identity its embeddings carry."""
+    """The encoder that a reindex activated: the model to load, and the identity stored with its embeddings."""
 
     model: str
     identity: str
@@ -42,15 +42,15 @@ class ActiveEncoder:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Every live adapter by (tenant, name), as of one generation. Never changes.
+    """Every live adapter by (tenant, name), as of one generation. Immutable.
 
-    `previous`: the older versions kept of a live name, newest first; a name with none has no entry. `encoder` is None
-    until a reindex activated one. `pending`: embeddings by an encoder that is not active yet.
+    `previous`: the older kept versions of a live name, newest first; names without any have no entry. `encoder`: None
+    until a reindex activates one. `pending`: embeddings by an encoder that is not active yet.
 
-    `shown`: the generation of the newest change that a tenant could see and others could not, and under EVERYBODY of
-    the newest change that all could see.
+    `visible_changes`: by tenant, the generation of the newest change that only this tenant could see; under EVERYBODY,
+    that of the newest change that all tenants could see.
 
-    The next generation shares the memory of this one: `after` costs what the events change, not what is live.
+    Generations share memory: the cost of `after` depends on what the events change, not on the number of adapters.
     """
 
     generation: int
@@ -58,41 +58,42 @@ class Snapshot:
     previous: Mapping[Key, tuple[AdapterRecord, ...]] = field(default_factory=dict)
     encoder: ActiveEncoder | None = None
     pending: Mapping[AdapterRef, Embedding] = field(default_factory=dict)
-    shown: Mapping[str, int] = field(default_factory=dict, compare=False)
+    visible_changes: Mapping[str, int] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("records", "previous", "pending", "shown"):
+        for name in ("records", "previous", "pending", "visible_changes"):
             if not isinstance(getattr(self, name), PersistentMap):
                 object.__setattr__(self, name, PersistentMap(getattr(self, name)))
 
     def __reduce__(self) -> tuple[type[Snapshot], tuple[object, ...]]:
-        parts = (self.records, self.previous, self.encoder, self.pending, self.shown)
+        parts = (self.records, self.previous, self.encoder, self.pending, self.visible_changes)
         return Snapshot, (self.generation, *parts)  # no derived parts
 
     @cached_property
     def public(self) -> Mapping[str, AdapterRecord]:
-        """The public adapters by bare name: a bare name has one owner."""
+        """The public adapters by bare name. Each bare name has one owner."""
         return PersistentMap({record.ref.name: record for record in self.records.values() if _is_public(record)})
 
     @cached_property
     def tallies(self) -> Tallies:
-        """How often each blob is needed and how much each tenant holds. Counted once, then carried on by `after`."""
+        """The use counts of blobs and the usage of tenants. Counted once; `after` then updates them."""
         return Tallies.of(map(self.versions, self.records))
 
     def generation_for(self, tenant: str) -> int:
-        """Return the generation of the newest change that `tenant` can see: others' private changes do not move it.
+        """Return the generation of the newest change that `tenant` can see. Other tenants' private changes don't count.
 
-        A client that waits for a generation waits for this number to reach it. A state that was not read from a
-        catalogue does not know what changed when: there it is the state's own generation.
+        Clients wait until this number reaches the generation that they want. A snapshot that was not read from a
+        catalogue does not know when things changed, so it returns its own generation.
         """
-        if not self.shown:
+        if not self.visible_changes:
             return self.generation
-        return max(self.shown.get(EVERYBODY, 0), self.shown.get(tenant, 0))
+        return max(self.visible_changes.get(EVERYBODY, 0), self.visible_changes.get(tenant, 0))
 
     def resolve(self, tenant: str, name: str) -> AdapterRecord:
-        """The adapter `tenant` means by `name`: its own, else the public one; `owner/name` means the owner's alone.
+        """Return the adapter that `tenant` means by `name`: its own, or else the public one of that name.
 
-        Raises: AdapterNotFound, also for what exists but `tenant` may not see, after the same work.
+        `owner/name` means the owner's adapter only. Raises: AdapterNotFound. An adapter that exists but is not visible
+        to `tenant` gives the same error after the same work as one that does not exist.
         """
         owner, slash, bare = name.rpartition("/")
         found = self.records.get((owner, bare) if slash else (tenant, name))
@@ -103,57 +104,57 @@ class Snapshot:
         return found
 
     def versions(self, key: Key) -> tuple[AdapterRecord, ...]:
-        """The kept versions of a live name, the live one first; () for a name that is not live."""
+        """Return the kept versions of a live name, the live one first; () for a name that is not live."""
         return (self.records[key], *self.previous.get(key, ())) if key in self.records else ()
 
     def visible_to(self, tenant: str) -> list[AdapterRecord]:
-        """What `tenant` may use, sorted by owner and name."""
+        """Return the adapters that `tenant` may use, sorted by owner and name."""
         return [record for _, record in sorted(self.records.items()) if record.is_visible_to(tenant)]
 
     def referenced(self) -> Set[str]:
-        """The digests of every blob that a kept version needs."""
+        """Return the digests of all blobs that kept versions use."""
         return self.tallies.blobs.keys()
 
     def folded(self) -> Iterator[Event]:
-        """Yield the events that make this state from nothing, in the order of its records."""
+        """Yield events that lead from an empty state to this one, in the order of its records."""
         encoder = self.encoder
         yield Fold(None, None) if encoder is None else Fold(encoder.model, encoder.identity)
-        if self.shown:
-            yield from (Shown(tenant, at) for tenant, at in {EVERYBODY: 0, **self.shown}.items())
+        if self.visible_changes:
+            yield from (VisibleChange(tenant, at) for tenant, at in {EVERYBODY: 0, **self.visible_changes}.items())
         for key in self.records:
             for number, record in enumerate(self.versions(key)):
                 yield Keep(record, is_live=number == 0)
         yield from (Embed(ref, embedding) for ref, embedding in self.pending.items())
 
     def after_publishing(self, records: Iterable[AdapterRecord]) -> Snapshot:
-        """The state of the next generation if `records` alone were published."""
+        """Return the next generation if exactly these records were published."""
         return self.after(map(Publish, records), self.generation + 1)
 
     def after(self, events: Iterable[Event], generation: int) -> Snapshot:
-        """The state once `events` happened, as of `generation`."""
+        """Return the state after these events, as of `generation`."""
         return self.after_dated(((generation, event) for event in events), generation)
 
     def after_dated(self, events: Iterable[tuple[int, Event]], generation: int) -> Snapshot:
-        """Return the state once these events happened, each at its generation, as of `generation`."""
+        """Return the state after these events, given with their generations, as of `generation`."""
         state = _State.of(self)
         for at, event in events:
-            state.show(event, at)
+            state.note_visibility(event, at)
             state.apply(event)
         return state.freeze(generation)
 
 
 @dataclass(slots=True)
 class _State:
-    """A Snapshot in the making. `public` and `tallies` are None where the snapshot before never needed them."""
+    """Builds the next Snapshot. `public` and `tallies` are None if the previous snapshot never computed them."""
 
     records: MapEditor[Key, AdapterRecord]
     previous: MapEditor[Key, tuple[AdapterRecord, ...]]
     pending: MapEditor[AdapterRef, Embedding]
     encoder: ActiveEncoder | None
-    shown: MapEditor[str, int]
+    visible_changes: MapEditor[str, int]
     public: MapEditor[str, AdapterRecord] | None
     tallies: TalliesEditor | None
-    before: dict[tuple[AdapterRef, int], AdapterRecord] = field(default_factory=dict)  # what a fold replaced
+    replaced: dict[tuple[AdapterRef, int], AdapterRecord] = field(default_factory=dict)  # the records before a fold
 
     @classmethod
     def of(cls, snapshot: Snapshot) -> _State:
@@ -163,35 +164,36 @@ class _State:
             previous=_edit(snapshot.previous),
             pending=_edit(snapshot.pending),
             encoder=snapshot.encoder,
-            shown=_edit(snapshot.shown),
+            visible_changes=_edit(snapshot.visible_changes),
             public=None if public is None else _edit(public),
             tallies=None if tallies is None else tallies.edit(),
         )
 
     def freeze(self, generation: int) -> Snapshot:
-        """Return the snapshot, with what was carried on beside it."""
+        """Return the finished snapshot, including the updated cached properties."""
         records, previous, pending = self.records.freeze(), self.previous.freeze(), self.pending.freeze()
-        snapshot = Snapshot(generation, records, previous, self.encoder, pending, self.shown.freeze())
+        snapshot = Snapshot(generation, records, previous, self.encoder, pending, self.visible_changes.freeze())
         if self.public is not None:
             snapshot.__dict__["public"] = self.public.freeze()
         if self.tallies is not None:
             snapshot.__dict__["tallies"] = self.tallies.freeze()
         return snapshot
 
-    def show(self, event: Event, generation: int) -> None:
-        """Note who can see what the event is about to change. An embedding shows once its encoder is activated."""
+    def note_visibility(self, event: Event, generation: int) -> None:
+        """Record who can see the event's change. An embedding becomes visible when its encoder is activated."""
         match event:
             case Publish(AdapterRecord(ref=ref)) | Withdraw(ref) | SetVisibility(ref) | Approve(ref):
                 live = self.records.get((ref.tenant, ref.name))
                 after = event.record.visibility if isinstance(event, Publish) else getattr(event, "visibility", None)
                 is_open = after == "public" or (live is not None and _is_public(live))
-                self.shown[EVERYBODY if is_open else ref.tenant] = generation
-            case ActivateEncoder() | Fold():  # folds of earlier versions do not say: then it may be any change
-                self.shown[EVERYBODY] = generation
-            case Shown(tenant, newest):
-                self.shown[tenant] = newest
+                self.visible_changes[EVERYBODY if is_open else ref.tenant] = generation
+            case ActivateEncoder() | Fold():  # a fold written by an earlier version has no VisibleChange rows
+                self.visible_changes[EVERYBODY] = generation
+            case VisibleChange(tenant, newest):
+                self.visible_changes[tenant] = newest
 
     def apply(self, event: Event) -> None:
+        """Change the state as the event says."""
         match event:
             case Publish(record):
                 self._publish(record)
@@ -207,7 +209,7 @@ class _State:
             case ActivateEncoder(model, identity):
                 self._activate(ActiveEncoder(model, identity))
             case Fold(model, identity):
-                self._begin_anew(None if model is None or identity is None else ActiveEncoder(model, identity))
+                self._reset(None if model is None or identity is None else ActiveEncoder(model, identity))
             case Keep(record, is_live):
                 self._restore(record, is_live=is_live)
 
@@ -247,17 +249,17 @@ class _State:
                 self._keep((ref.tenant, ref.name), (replace(live, embedding=embedding), *older))
         self.encoder, self.pending = encoder, PersistentMap[AdapterRef, Embedding]().edit()
 
-    def _begin_anew(self, encoder: ActiveEncoder | None) -> None:
+    def _reset(self, encoder: ActiveEncoder | None) -> None:
         versions = [record for key in self.records for record in self._versions(key)]
-        self.before = {(record.ref, record.generation): record for record in versions}
+        self.replaced = {(record.ref, record.generation): record for record in versions}
         self.records = PersistentMap[Key, AdapterRecord]().edit()
         self.previous = PersistentMap[Key, tuple[AdapterRecord, ...]]().edit()
         self.pending = PersistentMap[AdapterRef, Embedding]().edit()
         self.encoder, self.public, self.tallies = encoder, None, None
 
     def _restore(self, record: AdapterRecord, *, is_live: bool) -> None:
-        """Keep what a fold kept, as the same object where it did not change: then no index has to change either."""
-        known = self.before.get((record.ref, record.generation))
+        """Restore a version from a fold. Reuse the existing object if it is equal, so that no index has to change."""
+        known = self.replaced.get((record.ref, record.generation))
         record = known if known is not None and known == record else record
         key = (record.ref.tenant, record.ref.name)
         if is_live:
@@ -266,7 +268,7 @@ class _State:
             self.previous[key] = (*self.previous.get(key, ()), record)
 
     def _keep(self, key: Key, versions: tuple[AdapterRecord, ...]) -> None:
-        """Keep these versions of the name, the live one first; none: the name is not live."""
+        """Set the kept versions of a name, the live one first; () withdraws the name."""
         before = self._versions(key)
         if self.tallies is not None:
             self.tallies.replace(before, versions)
@@ -294,7 +296,7 @@ class _State:
 
 
 def _edit(mapping: Mapping[K, V]) -> MapEditor[K, V]:
-    assert isinstance(mapping, PersistentMap)  # __post_init__ sees to it
+    assert isinstance(mapping, PersistentMap)  # ensured by __post_init__
     return mapping.edit()
 
 

@@ -1,4 +1,4 @@
-"""The store: stage checks a folder and writes its blobs, commit makes many versions visible in one step."""
+"""The adapter store. `stage` validates a folder and writes its blobs; `commit` makes many versions visible at once."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Withdrawn:
-    """The generation from which the names are gone, and every version that this call withdrew."""
+    """The result of a withdrawal: the generation without the names, and every version that was withdrawn."""
 
     generation: int
     records: tuple[AdapterRecord, ...]
 
 
 class LoraStore:
-    """Adapters under one URI: blobs by digest, and the catalogue of what is live. Versions never change.
+    """The adapters under one URI: blobs by digest, and the catalogue of live adapters. Versions never change.
 
-    Every method may raise StoreUnavailable: nothing is lost, retry later.
+    Every method may raise StoreUnavailable; then nothing is lost, and the caller may retry later.
     """
 
     def __init__(
@@ -66,9 +66,9 @@ class LoraStore:
         self._now = now
         self._location = location = Location(uri)
         self._blobs = BlobStore(location.child("blobs"))
-        self._holds = Leases(location, now, sleep)
+        self._leases = Leases(location, now, sleep)
         self._catalogue = Catalogue(location.child("catalogue"), sleep)
-        self._upkeep = GarbageCollector(self._blobs, self._holds, self._catalogue, now)
+        self._collector = GarbageCollector(self._blobs, self._leases, self._catalogue, now)
 
     def check_writes(self, environment: Mapping[str, str]) -> None:
         """Check that two writers cannot overwrite each other. Raises: ConditionalWritesMissing."""
@@ -87,42 +87,42 @@ class LoraStore:
         source: str | None = None,
         module_shapes: Shapes | None = None,
     ) -> Staged:
-        """The folder's version, checked, its blobs written and held until `commit` or `discard`.
+        """Validate the folder, write its blobs, and lease them until `commit` or `discard`.
 
-        Name and source default to the folder's name. `module_shapes`: (out, in) of each linear layer an adapter may
-        change; None = not checked. `keeps_visibility`: `visibility` is for a new name only, an update stays as the live
-        version is. Raises: AdapterRefused with every reason; then nothing was written.
+        `name` and `source` default to the folder's name. `module_shapes`: (out, in) of each linear layer that an
+        adapter may change; None skips this check. `keeps_visibility`: `visibility` applies to a new name only, and an
+        update keeps the live version's. Raises: AdapterRefused with every reason; nothing is written then.
         """
         label = Label(folder.name if name is None else name, tenant, tuple(sorted(set(tags))), template, visibility)
-        admitted = check_folder(
+        checked = check_folder(
             folder,
             label,
             accepts_base=self._accepts_base,
             module_shapes=module_shapes,
             limits=self._limits,
         )
-        weights = WeightsBlob(admitted.modules)
+        weights = WeightsBlob(checked.modules)
         weights_digest = weights.digest()
-        samples = write_samples(admitted.samples) if admitted.samples else None
+        samples = write_samples(checked.samples) if checked.samples else None
         record = staged_record(
             label,
-            admitted,
+            checked,
             weights_digest=weights_digest,
             samples_digest=None if samples is None else digest_of(samples),
             num_bytes=weights.num_bytes(),
             source=folder.name if source is None else source,
         )
-        staged = self._held(record, lambda: self._write(weights_digest, weights, samples, admitted.samples))
+        staged = self._stage_leased(record, lambda: self._write(weights_digest, weights, samples, checked.samples))
         return replace(staged, keeps_visibility=keeps_visibility)
 
     def restage(self, record: AdapterRecord) -> Staged:
-        """A version the catalogue keeps as if it were staged again: held, its blobs there, its samples read.
+        """Stage a version that the catalogue keeps: lease its blobs, check that they exist, and read its samples.
 
-        Its name keeps the visibility it has when it is committed, whatever the version had.
-        Raises: AdapterNotFound when its blobs are gone; BlobCorrupted.
+        The commit keeps the name's current visibility, whatever the visibility of this version was.
+        Raises: AdapterNotFound if its blobs were deleted; BlobCorrupted.
         """
         bare = replace(record, embedding=None, probe_shift=None, actor="", generation=0, approved=False)
-        return replace(self._held(bare, lambda: self._find(record)), keeps_visibility=True)
+        return replace(self._stage_leased(bare, lambda: self._find(record)), keeps_visibility=True)
 
     def commit(
         self,
@@ -131,43 +131,43 @@ class LoraStore:
         probe_shifts: Sequence[float | None],
         actor: str,
         precondition: Precondition = "any",
-        share: TenantQuota | None = None,
+        quota: TenantQuota | None = None,
         commit_id: str | None = None,
     ) -> int:
-        """Make all of `staged` live, and return the generation; `embeddings` and `probe_shifts` run along with it.
+        """Make all of `staged` live and return the generation. `embeddings` and `probe_shifts` have one entry per item.
 
-        What is live already, the same in digest, visibility and encoder, is not written again. On success the holds
-        have ended; after an error they stand, for another try or `discard`.
-        `standing`: what the versions must be in the newest state; "live" needs no hold, and changes no visibility.
-        `share`: what their tenant may hold at most, judged on the newest state.
-        `commit_id`: a repeated call under the same id commits nothing, and returns the generation of the first.
-        Raises: PublicNameTaken; QuotaExceeded; VersionConflict; AdapterNotFound when it was staged so long ago that
-        its hold died and its blobs went, or is not kept although it should be.
+        Skip versions that are live with the same digest, visibility and encoder. On success release the leases; after
+        an error they remain, for another attempt or `discard`.
+        `precondition`: what the versions must be in the newest state; "live" needs no lease and keeps the visibility.
+        `quota`: the limit for their tenant, checked against the newest state.
+        `commit_id`: a repeated call with the same id commits nothing and returns the generation of the first call.
+        Raises: PublicNameTaken; QuotaExceeded; VersionConflict; AdapterNotFound if a version was staged so long ago
+        that its lease expired and its blobs were deleted, or if it is not kept although `precondition` requires it.
         """
         created_at = self._now()
         records = [
             replace(item.record, embedding=embedding, probe_shift=shift, actor=actor, created_at=created_at)
             for item, embedding, shift in zip(staged, embeddings, probe_shifts, strict=True)
         ]
-        held = () if precondition == "live" else staged
-        renewed = [self.restage(item.record) for item in held if not self._holds.is_safe(item.hold)]
+        leased = () if precondition == "live" else staged
+        renewed = [self.restage(item.record) for item in leased if not self._leases.is_safe(item.lease)]
         keeping = {(i.ref.tenant, i.ref.name) for i in staged if i.keeps_visibility or precondition == "live"}
         generation = self._catalogue.commit(
-            lambda snapshot: publish_events(snapshot, records, precondition, keeping=keeping, share=share), commit_id
+            lambda snapshot: publish_events(snapshot, records, precondition, keeping=keeping, quota=quota), commit_id
         )
-        self._end_quietly([item.hold for item in (*staged, *renewed)])
+        self._try_to_release([item.lease for item in (*staged, *renewed)])
         return generation
 
     def discard(self, staged: Sequence[Staged]) -> None:
-        """These will not be committed: their holds have ended, and the blobs nothing else needs are gone."""
-        self._holds.end([item.hold for item in staged])
+        """Give up these staged versions: release their leases and delete the blobs that nothing else uses."""
+        self._leases.release([item.lease for item in staged])
         self.sweep([digest for item in staged for digest in item.record.blobs])
 
     def withdraw(self, tenant: str, names: Sequence[str], actor: str, commit_id: str | None = None) -> Withdrawn:
-        """Withdraw all of `names` with all their versions, or none. Their blobs stay until they are swept.
+        """Withdraw all of `names` with all their versions, or none. Their blobs remain until a sweep.
 
-        `commit_id`: a repeated call under the same id withdraws nothing, and returns the generation of the first.
-        Raises: AdapterNotFound for a name that is not live, VersionConflict.
+        `commit_id`: a repeated call with the same id withdraws nothing and returns the generation of the first call.
+        Raises: AdapterNotFound for a name that is not live; VersionConflict.
         """
         keys, at = [(tenant, name) for name in names], self._now()
         gone: list[AdapterRecord] = []
@@ -181,67 +181,69 @@ class LoraStore:
         return Withdrawn(generation, tuple(gone))
 
     def set_visibility(self, tenant: str, name: str, visibility: Visibility, actor: str) -> int:
-        """The generation at which the name is so. Raises: AdapterNotFound, PublicNameTaken, VersionConflict."""
+        """Set the visibility and return the generation. Raises: AdapterNotFound, PublicNameTaken, VersionConflict."""
         at = self._now()
         return self._catalogue.commit(lambda snap: visibility_events(snap, (tenant, name), visibility, actor, at))
 
     def approve(self, refs: Sequence[AdapterRef], actor: str) -> int:
-        """The generation from which `auto` may choose these public versions for every tenant.
+        """Let `auto` choose these public versions for every tenant, and return the generation.
 
-        Raises: AdapterNotFound for one that is not the live version, or not public; VersionConflict.
+        Raises: AdapterNotFound for a version that is not live or not public; VersionConflict.
         """
         at = self._now()
         return self._catalogue.commit(lambda snapshot: approve_events(snapshot, refs, actor, at))
 
     def add_embeddings(self, embeddings: Mapping[AdapterRef, Embedding]) -> int:
-        """The generation at which what is still live of these has its embedding, for an encoder to be activated."""
+        """Add embeddings by an encoder that is to be activated, and return the generation. Skip versions not live."""
         return self._catalogue.commit(lambda snapshot: embed_events(snapshot, embeddings))
 
     def activate_encoder(self, model: str, identity: str, actor: str) -> int:
-        """The generation from which the pool is searched by this encoder's embeddings.
+        """Search by this encoder's embeddings from now on, and return the generation.
 
-        Raises: EncoderIncomplete when a live adapter with samples has no embedding by it.
+        Raises: EncoderIncomplete if a live adapter with samples has no embedding by this encoder.
         """
         encoder, at = ActiveEncoder(model, identity), self._now()
         return self._catalogue.commit(lambda snapshot: activate_events(snapshot, encoder, actor, at))
 
     def load(self, weights_digest: str) -> bytes:
-        """The weights' canonical bytes, for `decode_weights`. Raises: AdapterNotFound, BlobCorrupted."""
+        """Return the weights' canonical bytes, for `decode_weights`. Raises: AdapterNotFound, BlobCorrupted."""
         return self._blobs.get(weights_digest)
 
     def samples(self, samples_digest: str) -> tuple[Sample, ...]:
-        """Raises: AdapterNotFound, BlobCorrupted."""
+        """Return the samples. Raises: AdapterNotFound, BlobCorrupted."""
         return parse_samples(self._blobs.get(samples_digest))
 
     def snapshot(self) -> Snapshot:
+        """Return the newest state of the pool."""
         return self._catalogue.snapshot()
 
     def snapshot_at(self, generation: int) -> Snapshot:
-        """The pool as it was at `generation`; blobs of what went since may be gone."""
+        """Return the state at `generation`. Blobs of adapters withdrawn since may be gone. Raises: GenerationGone."""
         return self._catalogue.snapshot_at(generation)
 
     def sweep(self, digests: Collection[str]) -> list[str]:
-        """Remove those blobs that no kept version refers to and no publish holds; what was removed."""
-        return self._upkeep.sweep(digests)
+        """Delete those blobs that no kept version uses and no publish has leased. Return the digests deleted."""
+        return self._collector.sweep(digests)
 
     def gc(self, retention_s: float) -> Collected:
-        """Remove all that nothing needs and that is older than `retention_s`: what crashes and rivals left."""
-        return self._upkeep.gc(retention_s)
+        """Delete unused blobs and files older than `retention_s`, as crashes and rival writers leave them."""
+        return self._collector.gc(retention_s)
 
     def to_verify(self, tenant: str | None = None) -> dict[str, AdapterRef]:
-        """Return the blobs that kept versions need, each with one that needs it; only those `tenant` sees, if given."""
-        return self._upkeep.to_verify(tenant)
+        """Return the blobs that kept versions use, each with one such version; only those `tenant` sees, if given."""
+        return self._collector.to_verify(tenant)
 
     def verify(self, wanted: Mapping[str, AdapterRef] | None = None) -> Iterator[BlobCheck]:
-        """Read and hash these blobs again; None: all that kept versions need."""
-        return self._upkeep.verify(self.to_verify() if wanted is None else wanted)
+        """Read and hash these blobs, or all that kept versions use. Yield one result per blob."""
+        return self._collector.verify(self.to_verify() if wanted is None else wanted)
 
-    def _held(self, record: AdapterRecord, prepare: Callable[[], tuple[Sample, ...]]) -> Staged:
-        hold = self._holds.take(record.blobs)
+    def _stage_leased(self, record: AdapterRecord, prepare: Callable[[], tuple[Sample, ...]]) -> Staged:
+        """Lease the record's blobs, then call `prepare`. Release the lease if that fails."""
+        lease = self._leases.acquire(record.blobs)
         try:
-            return Staged(record, prepare(), hold)
+            return Staged(record, prepare(), lease)
         except BaseException:
-            self._end_quietly([hold])
+            self._try_to_release([lease])
             raise
 
     def _write(
@@ -257,9 +259,9 @@ class LoraStore:
             raise AdapterNotFound(str(record.ref))
         return self.samples(record.samples_digest) if record.samples_digest is not None else ()
 
-    def _end_quietly(self, holds: Collection[str]) -> None:
-        """Hold nothing any more; what cannot be removed now dies by itself."""
+    def _try_to_release(self, leases: Collection[str]) -> None:
+        """Release the leases. Those that cannot be deleted now expire by themselves."""
         try:
-            self._holds.end(holds)
+            self._leases.release(leases)
         except StoreUnavailable as exc:
-            logger.warning("%d holds are left to gc: %s", len(holds), exc.cause)
+            logger.warning("cannot release %d leases; they expire by themselves: %s", len(leases), exc.cause)

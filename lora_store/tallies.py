@@ -1,4 +1,4 @@
-"""How often each blob is needed and how much each tenant holds, kept up to date event by event."""
+"""Use counts of blobs and the usage of each tenant, updated event by event."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """What a tenant holds: live names, and bytes of weights of all kept versions, equal weights counted once."""
+class TenantUsage:
+    """A tenant's live names, and the bytes of weights of all its kept versions. Equal weights count once."""
 
     num_adapters: int = 0
     num_bytes: int = 0
@@ -24,12 +24,13 @@ class Held:
 class Tallies:
     """Counts over all kept versions of one generation.
 
-    `blobs`: kept versions that need each digest. `weights`: the same for (tenant, weights digest). `held`: by tenant.
+    `blobs`: number of kept versions that use each digest. `weights`: the same by (tenant, weights digest). `usage`: by
+    tenant.
     """
 
     blobs: PersistentMap[str, int]
     weights: PersistentMap[tuple[str, str], int]
-    held: PersistentMap[str, Held]
+    usage: PersistentMap[str, TenantUsage]
 
     @classmethod
     def of(cls, kept: Iterable[tuple[AdapterRecord, ...]]) -> Tallies:
@@ -40,30 +41,30 @@ class Tallies:
         return editor.freeze()
 
     def edit(self) -> TalliesEditor:
-        """Return an editor that starts from these counts and leaves them as they are."""
-        return TalliesEditor(self.blobs.edit(), self.weights.edit(), self.held.edit())
+        """Return an editor for a changed copy of these counts."""
+        return TalliesEditor(self.blobs.edit(), self.weights.edit(), self.usage.edit())
 
 
 @dataclass(frozen=True, slots=True)
 class TalliesEditor:
-    """Changed counts in the making. Not to be used after `freeze`."""
+    """Builds a changed copy of Tallies. Do not use it after `freeze`."""
 
     blobs: MapEditor[str, int]
     weights: MapEditor[tuple[str, str], int]
-    held: MapEditor[str, Held]
+    usage: MapEditor[str, TenantUsage]
 
     def replace(self, old: tuple[AdapterRecord, ...], new: tuple[AdapterRecord, ...]) -> None:
-        """Count the kept versions `new` of one name in the place of `old`; () where the name is not live."""
+        """Replace the kept versions of one name, `old` by `new`; () means that the name is not live."""
         for record in new:
             self._count(record, 1)
         for record in old:
             self._count(record, -1)
         if bool(new) != bool(old):
-            self._hold((new or old)[0].ref.tenant, num_adapters=1 if new else -1)
+            self._add_usage((new or old)[0].ref.tenant, num_adapters=1 if new else -1)
 
     def freeze(self) -> Tallies:
         """Return the counts with all changes so far."""
-        return Tallies(self.blobs.freeze(), self.weights.freeze(), self.held.freeze())
+        return Tallies(self.blobs.freeze(), self.weights.freeze(), self.usage.freeze())
 
     def _count(self, record: AdapterRecord, change: int) -> None:
         for digest in record.blobs:
@@ -71,19 +72,19 @@ class TalliesEditor:
         tenant = record.ref.tenant
         before, after = _add(self.weights, (tenant, record.weights_digest), change)
         if not before or not after:
-            self._hold(tenant, num_bytes=change * record.num_bytes)
+            self._add_usage(tenant, num_bytes=change * record.num_bytes)
 
-    def _hold(self, tenant: str, *, num_adapters: int = 0, num_bytes: int = 0) -> None:
-        held: Held = self.held.get(tenant, Held())
-        now = Held(held.num_adapters + num_adapters, held.num_bytes + num_bytes)
-        if now == Held():
-            self.held.pop(tenant)
+    def _add_usage(self, tenant: str, *, num_adapters: int = 0, num_bytes: int = 0) -> None:
+        before: TenantUsage = self.usage.get(tenant, TenantUsage())
+        after = TenantUsage(before.num_adapters + num_adapters, before.num_bytes + num_bytes)
+        if after == TenantUsage():
+            self.usage.pop(tenant)
         else:
-            self.held[tenant] = now
+            self.usage[tenant] = after
 
 
 def _add(counts: MapEditor[T, int], key: T, change: int) -> tuple[int, int]:
-    """Change one count, without keeping zeros. Return the count before and after."""
+    """Change one count and drop it if it becomes zero. Return the count before and after."""
     before: int = counts.get(key, 0)
     after = before + change
     if after:

@@ -1,4 +1,4 @@
-"""The canonical bytes of an adapter's weights: equal weights and scaling give equal bytes, whatever their folder."""
+"""The canonical bytes of an adapter's weights. Equal weights and scalings give equal bytes, whatever their folder."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from lora_store.adapter import AdapterWeights, ModuleWeights
 from lora_store.errors import BlobCorrupted
 from lora_store.safetensors_layout import PREFIX_BYTES, pieces_of, tensors_in
 
-_METADATA_KEY = "lora"  # a single one: safetensors writes several in no fixed order
+_METADATA_KEY = "lora"  # one key only: safetensors writes several in no fixed order
 
 
 def digest_of(data: bytes | memoryview) -> str:
-    """The name of a blob: sha256, lower-case hex."""
+    """Return the name of a blob: its sha256 in lower-case hex."""
     return hashlib.sha256(data).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class WeightsBlob:
-    """The canonical bytes of some modules, which are made piece by piece and never held whole."""
+    """The canonical bytes of some modules, produced piece by piece and never all in memory."""
 
     modules: Mapping[str, ModuleWeights]
 
     def pieces(self) -> Iterator[memoryview]:
-        """Yield the bytes in order: safetensors, with every module's scaling in the metadata.
+        """Yield the bytes in order: a safetensors file with every module's scaling in its metadata.
 
-        Tensors are `<module>.lora_a` and `<module>.lora_b` in their own dtype.
+        Its tensors are `<module>.lora_a` and `<module>.lora_b`, each in its own dtype.
         """
         tensors = {}
         for name, module in self.modules.items():
@@ -42,7 +42,7 @@ class WeightsBlob:
         return pieces_of(tensors, {_METADATA_KEY: json.dumps({"scaling": scaling}, sort_keys=True)})
 
     def num_bytes(self) -> int:
-        """Return how many bytes they are."""
+        """Return the number of bytes."""
         return sum(len(piece) for piece in self.pieces())
 
     def digest(self) -> str:
@@ -60,9 +60,9 @@ def encode_weights(modules: Mapping[str, ModuleWeights]) -> tuple[str, bytes]:
 
 
 def decode_weights(digest: str, data: bytes | npt.NDArray[np.uint8]) -> AdapterWeights:
-    """Return the weights that `encode_weights` made `data` from, modules in sorted order, in memory of their own.
+    """Return the weights that `encode_weights` encoded, modules sorted, copied to new memory.
 
-    Raises: BlobCorrupted when `data` does not hash to `digest`.
+    Raises: BlobCorrupted if `data` does not hash to `digest`.
     """
     view = memoryview(data) if isinstance(data, bytes) else data.data
     found = digest_of(view)

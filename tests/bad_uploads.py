@@ -180,7 +180,7 @@ _FILES = {
     "pickle": BadFolder(
         write("adapter_model.bin", _PICKLE), "adapter_model.bin is a pickle, which runs code when read"
     ),
-    "pickle by another name": BadFolder(write(WEIGHTS, _PICKLE), "adapter_model.safetensors: claims a header of"),
+    "pickle by another name": BadFolder(write(WEIGHTS, _PICKLE), "adapter_model.safetensors: has a header of"),
     "link to weights": BadFolder(_link_weights, "'adapter_model.safetensors' is a symbolic link", travels=False),
     "dangling link": BadFolder(_dangling_samples, "'lora_samples.jsonl' is a symbolic link", travels=False),
     "unread link": BadFolder(
@@ -193,19 +193,21 @@ _FILES = {
     "folder for samples": BadFolder(_folder_for(SAMPLES), "lora_samples.jsonl: is not a regular file", travels=False),
     "many files": BadFolder(_many_files, "more than 1000 files", travels=False),
     "large weights": BadFolder(
-        _sparse(WEIGHTS, (1 << 29) + 1), "has 536870913 bytes, at most 536870912", travels=False
+        _sparse(WEIGHTS, (1 << 29) + 1),
+        "has 536870913 bytes (512 MiB), at most 536870912 bytes (512 MiB): float32 weights saved as bfloat16 take half",
+        travels=False,
     ),
     "large config": BadFolder(_sparse(CONFIG, (1 << 20) + 1), "adapter_config.json: has 1048577 bytes"),
 }
 
 _WEIGHTS_FILE = {
-    "header bomb": BadFolder(header(b"{}", claimed=1 << 62), f"claims a header of {1 << 62} bytes, at most 4194304"),
+    "header bomb": BadFolder(header(b"{}", claimed=1 << 62), f"has a header of {1 << 62} bytes, at most 4194304"),
     "header past the end": BadFolder(header(b"{}", claimed=1 << 20), "adapter_model.safetensors: has a broken header"),
-    "empty weights": BadFolder(write(WEIGHTS, b""), "claims a header of 0 bytes"),
+    "empty weights": BadFolder(write(WEIGHTS, b""), "has a header of 0 bytes"),
     "truncated weights": BadFolder(_cut, "adapter_model.safetensors: is not a valid safetensors file"),
     "trailing bytes": BadFolder(_lengthen, "adapter_model.safetensors: is not a valid safetensors file"),
-    "nested header": BadFolder(header(b'{"a":' + b"[" * 100_000), "has a broken header: nests too deep"),
-    "duplicate tensors": BadFolder(header(b'{"k": %b, "k": %b}' % (_ONE, _ONE)), "duplicate keys ['k']"),
+    "nested header": BadFolder(header(b'{"a":' + b"[" * 100_000), "has a broken header: it nests too deep"),
+    "duplicate tensors": BadFolder(header(b'{"k": %b, "k": %b}' % (_ONE, _ONE)), "repeats the keys ['k']"),
     "overlapping tensors": BadFolder(header(_entries(a=(0, 12), b=(4, 16))), "is not a valid safetensors file"),
     "tensors with a gap": BadFolder(header(_entries(a=(0, 4), b=(8, 16))), "is not a valid safetensors file"),
     "offsets backwards": BadFolder(header(_entries(a=(16, 0))), "is not a valid safetensors file"),
@@ -219,22 +221,22 @@ _WEIGHTS_FILE = {
     ),
     "header is a list": BadFolder(header(b"[]"), "must be a JSON object, got list"),
     "header is no text": BadFolder(header(b"\xff\xfe{}"), "adapter_model.safetensors: has a broken header"),
-    "no tensors": BadFolder(write(WEIGHTS, save({})), "holds no tensors"),
+    "no tensors": BadFolder(write(WEIGHTS, save({})), "has no tensors"),
 }
 
 _CONFIG_FILE = {
     "invalid json": BadFolder(write(CONFIG, b"{"), "adapter_config.json: is not valid JSON"),
-    "nested json": BadFolder(write(CONFIG, b"[" * 100_000), "is not valid JSON: nests too deep"),
-    "duplicate setting": BadFolder(write(CONFIG, b'{"r": 1, "r": 2}'), "duplicate keys ['r']"),
+    "nested json": BadFolder(write(CONFIG, b"[" * 100_000), "is not valid JSON: it nests too deep"),
+    "duplicate setting": BadFolder(write(CONFIG, b'{"r": 1, "r": 2}'), "repeats the keys ['r']"),
     "config is a list": BadFolder(write(CONFIG, b"[]"), "must be a JSON object, got list"),
     "not utf-8": BadFolder(write(CONFIG, b"\xff\xfe{}"), "adapter_config.json: is not valid JSON"),
-    "other base": BadFolder(config(base_model_name_or_path="other"), "base model 'other' is not accepted here"),
-    "no base": BadFolder(config(base_model_name_or_path=None), "base model 'None' is not accepted here"),
+    "other base": BadFolder(config(base_model_name_or_path="other"), "the adapter names 'other' as its base model"),
+    "no base": BadFolder(config(base_model_name_or_path=None), "adapter_config.json names no base model"),
     "base of wrong type": BadFolder(
         config(base_model_name_or_path=["tiny-base"]), "base_model_name_or_path must be a string"
     ),
     "other method": BadFolder(config(peft_type="IA3"), "peft_type must be 'LORA', got 'IA3'"),
-    "dora": BadFolder(config(use_dora=True), "use_dora (DoRA) is not served"),
+    "dora": BadFolder(config(use_dora=True), "use_dora (DoRA) is not supported: retrain without it, or merge"),
     "saved modules": BadFolder(config(modules_to_save=["lm_head"]), "modules_to_save (fully trained modules)"),
     "bias": BadFolder(config(bias="all"), "bias must be 'none', got 'all'"),
     "lora bias": BadFolder(config(lora_bias=True), "lora_bias (LoRA biases)"),
@@ -244,7 +246,7 @@ _CONFIG_FILE = {
     "activated lora": BadFolder(config(alora_invocation_tokens=[1]), "alora_invocation_tokens (activated LoRA)"),
     "qalora": BadFolder(config(use_qalora=True), "use_qalora (QALoRA)"),
     "pissa": BadFolder(config(init_lora_weights="pissa_niter_4"), "init_lora_weights 'pissa_niter_4' changes the base"),
-    "unknown setting": BadFolder(config(use_quantum=True), "setting 'use_quantum' is not known"),
+    "unknown setting": BadFolder(config(use_quantum=True), "sets 'use_quantum', which this version does not know"),
     "rank of text": BadFolder(config(r="8"), "r must be a whole number above 0, got '8'"),
     "rank true": BadFolder(config(r=True), "r must be a whole number above 0"),
     "alpha nan": BadFolder(config(lora_alpha=float("nan")), "lora_alpha must be a number other than 0"),
@@ -270,7 +272,7 @@ _TENSORS = {
     "rank 257": BadFolder(resize(lambda r, i, o: ((257, i), (o, 257))), "has rank 257, must be 1 to 256"),
     "rank 0": BadFolder(resize(lambda r, i, o: ((0, i), (o, 0))), "has rank 0, must be 1 to 256"),
     "rank not the config's": BadFolder(
-        resize(lambda r, i, o: ((r + 1, i), (o, r + 1))), "adapter_config.json gives it"
+        resize(lambda r, i, o: ((r + 1, i), (o, r + 1))), "but adapter_config.json gives it"
     ),
     "only a": BadFolder(
         tensors(lambda found, module: found.pop(f"{module}.lora_B.weight")), "has lora_A but no lora_B"
@@ -278,15 +280,15 @@ _TENSORS = {
     "only b": BadFolder(
         tensors(lambda found, module: found.pop(f"{module}.lora_A.weight")), "has lora_B but no lora_A"
     ),
-    "sides do not fit": BadFolder(resize(lambda r, i, o: ((r, i), (o, r - 1))), "which do not fit each other"),
-    "sides swapped": BadFolder(resize(lambda r, i, o: ((o, r), (r, i))), "which do not fit each other"),
-    "three dims": BadFolder(resize(lambda r, i, o: ((r, i, 1), (o, r))), "which do not fit each other"),
+    "sides do not fit": BadFolder(resize(lambda r, i, o: ((r, i), (o, r - 1))), "their shapes must be (rank, in) and"),
+    "sides swapped": BadFolder(resize(lambda r, i, o: ((o, r), (r, i))), "their shapes must be (rank, in) and"),
+    "three dims": BadFolder(resize(lambda r, i, o: ((r, i, 1), (o, r))), "their shapes must be (rank, in) and"),
     "no dims": BadFolder(resize(lambda r, i, o: ((), ())), "lora_A () and lora_B ()"),
     "in of another base": BadFolder(resize(lambda r, i, o: ((r, i - 1), (o, r))), "the base model's layer maps"),
     "out of another base": BadFolder(resize(lambda r, i, o: ((r, i), (o + 1, r))), "the base model's layer maps"),
-    "nan": BadFolder(fill("A", torch.nan), "lora_A.weight' holds NaN or infinity"),
-    "infinity": BadFolder(fill("B", -torch.inf), "lora_B.weight' holds NaN or infinity"),
-    "bfloat16 nan": BadFolder(fill("A", torch.nan, torch.bfloat16), "lora_A.weight' holds NaN or infinity"),
+    "nan": BadFolder(fill("A", torch.nan), "lora_A.weight' contains NaN or infinity"),
+    "infinity": BadFolder(fill("B", -torch.inf), "lora_B.weight' contains NaN or infinity"),
+    "bfloat16 nan": BadFolder(fill("A", torch.nan, torch.bfloat16), "lora_A.weight' contains NaN or infinity"),
     "overflow": BadFolder(
         _both(config(lora_alpha=10**6, alpha_pattern={}), fill("B", 3e38, torch.float32)),
         "overflows its dtype once scaled",
@@ -298,34 +300,35 @@ _TENSORS = {
         add("base_model.model.model.layers.9.x.lora_A.weight", torch.ones(4, 6)), "'model.layers.9.x'"
     ),
     "nothing matched": BadFolder(
-        rename("layers.", "blocks."), "is no linear layer of the base model that can be adapted"
+        rename("layers.", "blocks."), "is not a linear layer of the base model that can be adapted"
     ),
-    "keys without prefix": BadFolder(rename("base_model.model.", ""), "is no LoRA tensor of a linear layer"),
-    "keys of another library": BadFolder(rename(".lora_A.", ".lora_down."), "is no LoRA tensor of a linear layer"),
-    "unknown key": BadFolder(add("model.layers.0.extra", torch.ones(2)), "'model.layers.0.extra' is no LoRA tensor"),
+    "keys without prefix": BadFolder(rename("base_model.model.", ""), "is not a LoRA tensor of a linear layer"),
+    "keys of another library": BadFolder(rename(".lora_A.", ".lora_down."), "is not a LoRA tensor of a linear layer"),
+    "unknown key": BadFolder(add("model.layers.0.extra", torch.ones(2)), "'model.layers.0.extra' is not a LoRA tensor"),
     "key with adapter name": BadFolder(
-        add("{module}.lora_A.default.weight", torch.ones(4, 6)), ".lora_A.default.weight' is no LoRA tensor"
+        add("{module}.lora_A.default.weight", torch.ones(4, 6)), ".lora_A.default.weight' is not a LoRA tensor"
     ),
     "key with dots": BadFolder(
         add("base_model.model...lora_A.weight", torch.ones(4, 6)),
-        "'base_model.model...lora_A.weight' is no LoRA tensor",
+        "'base_model.model...lora_A.weight' is not a LoRA tensor",
     ),
 }
 
 _SAMPLE_FILES = {
-    "samples of text": BadFolder(samples(b"Write a poem."), "lora_samples.jsonl: line 1 is not a JSON object"),
-    "binary samples": BadFolder(write(SAMPLES, bytes(range(256))), "lora_samples.jsonl: line 1 is not a JSON object"),
-    "empty samples": BadFolder(write(SAMPLES, b""), "lora_samples.jsonl: line 1 is not a JSON object"),
-    "nested sample": BadFolder(samples(b'{"input": ' + b"[" * 8000), "line 1 is not a JSON object: nests too deep"),
-    "sample is a list": BadFolder(samples(b'{"input": "x"}', b'["x"]'), "line 2 is not a JSON object: must be a JSON"),
-    "sample without input": BadFolder(samples(b'{"text": "x"}'), "line 1 needs a text `input`"),
-    "sample of space": BadFolder(samples(b'{"input": " "}'), "line 1 needs a text `input`"),
-    "number as input": BadFolder(samples(b'{"input": 1}'), "line 1 needs a text `input`"),
-    "number as output": BadFolder(samples(b'{"input": "x", "output": 1}'), "line 1 has an `output` that is not text"),
-    "half a surrogate": BadFolder(samples(b'{"input": "\\ud800"}'), "line 1 holds half of a surrogate pair"),
+    "samples of text": BadFolder(samples(b"Write a poem."), "lora_samples.jsonl: line 1 is not valid JSON"),
+    "binary samples": BadFolder(write(SAMPLES, bytes(range(256))), "lora_samples.jsonl: line 1 is not valid JSON"),
+    "empty samples": BadFolder(write(SAMPLES, b""), "lora_samples.jsonl: line 1 is not valid JSON"),
+    "nested sample": BadFolder(samples(b'{"input": ' + b"[" * 8000), "line 1 is not valid JSON: it nests too deep"),
+    "sample is a list": BadFolder(samples(b'{"input": "x"}', b'["x"]'), "line 2 is not valid JSON: it must be a JSON"),
+    "sample with text": BadFolder(samples(b'{"text": "x"}'), 'line 1 has "text" but no "input": rename "text" to "inp'),
+    "sample without input": BadFolder(samples(b'{"other": "x"}'), 'line 1 needs an "input" that is a string'),
+    "sample of space": BadFolder(samples(b'{"input": " "}'), 'line 1 needs an "input" that is a string and not blank'),
+    "number as input": BadFolder(samples(b'{"input": 1}'), 'line 1 needs an "input" that is a string'),
+    "number as output": BadFolder(samples(b'{"input": "x", "output": 1}'), 'line 1 has an "output" that is not a'),
+    "half a surrogate": BadFolder(samples(b'{"input": "\\ud800"}'), "line 1 contains half of a surrogate pair"),
     "201 samples": BadFolder(samples(*[b'{"input": "x"}'] * 201), "has 201 lines, at most 200"),
     "long sample": BadFolder(samples(b'{"input": "%b"}' % (b"x" * 8192)), "line 1 has 8205 bytes, at most 8192"),
-    "long samples file": BadFolder(_sparse(SAMPLES, 1 << 21), "lora_samples.jsonl: has 2097152 bytes"),
+    "long samples file": BadFolder(_sparse(SAMPLES, 1 << 21), "lora_samples.jsonl: has 2097152 bytes (2 MiB)"),
     "empty description": BadFolder(write("description.txt", b" \n"), "description.txt: is empty"),
     "binary description": BadFolder(write("description.txt", b"\xff"), "description.txt: is not UTF-8"),
     "long description": BadFolder(
@@ -343,7 +346,7 @@ BAD_LABELS: dict[str, BadLabel] = {
     **{f"name {name!r}": BadLabel({"name": name}, f"name {name!r} must be 1 to 64 of") for name in _BAD_NAMES},
     "tenant with a slash": BadLabel({"tenant": "../them"}, "tenant '../them' must be"),
     "tag with a space": BadLabel({"tags": ["fine", "not fine"]}, "tag 'not fine' must be"),
-    "33 tags": BadLabel({"tags": [f"t{number}" for number in range(33)]}, "has 33 tags, at most 32"),
+    "33 tags": BadLabel({"tags": [f"t{number}" for number in range(33)]}, "tags: at most 32, got 33"),
     "template of its own": BadLabel({"template": "{{ x }}"}, "template must be one of alpaca, chat, got '{{ x }}'"),
     "unknown visibility": BadLabel({"visibility": "secret"}, "visibility must be one of public, private, got 'secret'"),
 }

@@ -15,7 +15,7 @@ from deployments.cli.peft_parity import TOLERANCE, parity_with_peft
 from deployments.config.app import AppConfig, load_config
 from deployments.errors import ProxyUnsafe
 from deployments.publishing.adapter_folders import adapter_folders
-from lora_store import AdapterRefused, Admitted, check_folder
+from lora_store import AdapterRefused, CheckedFolder, check_folder
 
 _READY_TIMEOUT_S = 600.0
 _ENOUGH_SAMPLES = 20  # more improve routing little
@@ -69,7 +69,7 @@ def _folder_problem(folder: Path) -> str | None:
     return f"{folder}: no adapter here, adapter_config.json is missing{hint}"
 
 
-def _summary(admitted: Admitted) -> str:
+def _summary(admitted: CheckedFolder) -> str:
     num_samples = len(admitted.samples)
     parts = [f"{len(admitted.modules)} modules", f"{num_samples} {'sample' if num_samples == 1 else 'samples'}"]
     hint = ""

@@ -51,7 +51,7 @@ class FakeStore:
     swept: list[str] = field(default_factory=list)
     encoder: str | None = None  # the identity of the one a reindex activated
     incomplete: list[EncoderIncomplete] = field(default_factory=list)  # what activations raise, in turn
-    _holds: Iterator[int] = field(default_factory=itertools.count)
+    _leases: Iterator[int] = field(default_factory=itertools.count)
     _commits: dict[str, int] = field(default_factory=dict)  # generations by commit id
 
     async def stage(self, upload: PublishItem, module_shapes: Shapes) -> Staged:
@@ -96,15 +96,15 @@ class FakeStore:
             record = replace(item.record, generation=self.generation, embedding=embedding, actor=actor)
             older = [old for old in self.live.get(key_of(record), ()) if old.ref != record.ref]
             self.live[key_of(record)] = (record, *older)[:KEPT_VERSIONS]
-        holds = {item.hold for item in staged}
-        self.held = [item for item in self.held if item.hold not in holds]
+        leases = {item.lease for item in staged}
+        self.held = [item for item in self.held if item.lease not in leases]
         return self._committed("commit", commit_id)
 
     async def discard(self, staged: Sequence[Staged]) -> None:
         self._fail("discard")
-        holds = {item.hold for item in staged}
-        assert holds <= {item.hold for item in self.held}
-        self.held = [item for item in self.held if item.hold not in holds]
+        leases = {item.lease for item in staged}
+        assert leases <= {item.lease for item in self.held}
+        self.held = [item for item in self.held if item.lease not in leases]
 
     async def withdraw(self, tenant: str, names: Sequence[str], actor: str, commit_id: str | None = None) -> Withdrawn:
         self._fail("withdraw")
@@ -188,7 +188,7 @@ class FakeStore:
 
     def _hold(self, record: AdapterRecord) -> Staged:
         samples = (Sample("one"), Sample("two")) if record.samples_digest else ()
-        staged = Staged(record, samples, f"hold-{next(self._holds)}")
+        staged = Staged(record, samples, f"lease-{next(self._leases)}")
         self.held.append(staged)
         return staged
 

@@ -1,15 +1,24 @@
-"""What the tests of the store build their cases from."""
+"""Builders and types shared by the tests of the store."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import numpy as np
 
-from lora_store import Embedding
+from lora_store import AdapterRecord, Embedding, LoraStore, ModuleWeights
+
+MakeFolder = Callable[..., Path]
+MakeRecord = Callable[..., AdapterRecord]
+MakeWeights = Callable[..., dict[str, ModuleWeights]]
+OpenStore = Callable[[], LoraStore]
+Stored = Callable[[str], dict[str, int]]
 
 BASE = "tiny-base"
+NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
 SHAPES = {
     "model.layers.0.self_attn.q_proj": (8, 6),
     "model.layers.0.mlp.up_proj": (12, 6),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -13,7 +13,17 @@ import torch
 
 from lora_store import AdapterRecord, AdapterRef, Location, LoraStore, ModuleWeights, Sample, write_peft_folder
 from lora_store.files import Files
-from tests.lora_store.builders import BASE, SHAPES, FakeClock, embedding
+from tests.lora_store.builders import (
+    BASE,
+    SHAPES,
+    FakeClock,
+    MakeFolder,
+    MakeRecord,
+    MakeWeights,
+    OpenStore,
+    Stored,
+    embedding,
+)
 
 
 @pytest.fixture
@@ -22,7 +32,7 @@ def module_shapes() -> dict[str, tuple[int, int]]:
 
 
 @pytest.fixture
-def make_weights() -> Callable[..., dict[str, ModuleWeights]]:
+def make_weights() -> MakeWeights:
     def make(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, ModuleWeights]:
         random = torch.Generator().manual_seed(seed)
         ranks = dict(zip(SHAPES, (4, 2, 4), strict=True))
@@ -39,7 +49,7 @@ def make_weights() -> Callable[..., dict[str, ModuleWeights]]:
 
 
 @pytest.fixture
-def make_folder(tmp_path: Path, make_weights: Callable[..., dict[str, ModuleWeights]]) -> Callable[..., Path]:
+def make_folder(tmp_path: Path, make_weights: MakeWeights) -> MakeFolder:
     def make(name: str = "poet", seed: int = 0, inputs: tuple[str, ...] = ("Write a poem.", "Rhyme this.")) -> Path:
         folder = tmp_path / f"folders-{seed}" / name
         samples = [Sample(text) for text in inputs]
@@ -74,12 +84,12 @@ def clock() -> FakeClock:
 
 
 @pytest.fixture
-def open_store(store_uri: str, clock: FakeClock) -> Callable[[], LoraStore]:
+def open_store(store_uri: str, clock: FakeClock) -> OpenStore:
     return lambda: LoraStore(store_uri, accepts_base=[BASE], now=clock.now, sleep=clock.sleep)
 
 
 @pytest.fixture
-def stored(location: Location) -> Callable[[str], dict[str, int]]:
+def stored(location: Location) -> Stored:
     """Bytes of every file below one part of the store, by its path there."""
 
     def list_files(part: str) -> dict[str, int]:
@@ -89,7 +99,7 @@ def stored(location: Location) -> Callable[[str], dict[str, int]]:
 
 
 @pytest.fixture
-def make_record() -> Callable[..., AdapterRecord]:
+def make_record() -> MakeRecord:
     plain = AdapterRecord(
         ref=AdapterRef("local", "poet", "d" * 64),
         weights_digest="a" * 64,
@@ -110,7 +120,7 @@ def make_record() -> Callable[..., AdapterRecord]:
         generation=0,
     )
 
-    def make(name: str = "poet", tenant: str = "local", digest: str = "d" * 64, **changes: object) -> AdapterRecord:
+    def make(name: str = "poet", tenant: str = "local", digest: str = "d" * 64, **changes: Any) -> AdapterRecord:
         return replace(plain, ref=AdapterRef(tenant, name, digest), **changes)
 
     return make

@@ -1,4 +1,4 @@
-"""What a publishing process does, for the tests that start some, race them and kill them."""
+"""Publishing processes, for tests that start, race and kill them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PROCESSES.set_forkserver_preload(["tests.lora_store.publishing"])  # a process s
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What one process did at one generation. `digest` is None for a withdrawal."""
+    """The change that one process made at one generation. `digest` is None for a withdrawal."""
 
     name: str
     digest: str | None
@@ -35,13 +35,13 @@ def publish(store: LoraStore, folder: Path, name: str) -> Done:
 
 
 def publish_all(uri: str, work: Sequence[tuple[Path, str]]) -> list[Done]:
-    """Publish each (folder, name) in a commit of its own."""
+    """Publish each (folder, name) in its own commit."""
     store = LoraStore(uri, accepts_base=[BASE])
     return [publish(store, folder, name) for folder, name in work]
 
 
 def withdraw_all(uri: str, names: Sequence[str]) -> list[Done]:
-    """Withdraw each name, one commit each; what is not live at that moment is left out."""
+    """Withdraw each name in its own commit. Skip names that are not live."""
     store, done = LoraStore(uri, accepts_base=[BASE]), []
     for name in names:
         try:
@@ -52,7 +52,7 @@ def withdraw_all(uri: str, names: Sequence[str]) -> list[Done]:
 
 
 def publish_watched(uri: str, folder: Path, name: str, channel: Connection, die_at: int | None) -> None:
-    """Open the store, wait to be told, publish, and tell how many files were touched on the way.
+    """Open the store, wait for a message, publish, and send the number of files that were touched.
 
     `die_at`: kill this process when it touches that file, before it does.
     """

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from lora_store import AdapterRefused, Location, LoraStore
 from lora_store.files import Files
 from tests.bad_uploads import BAD_FOLDERS, BAD_LABELS
-from tests.lora_store.builders import BASE
+from tests.lora_store.builders import BASE, MakeFolder
 
 
 @pytest.fixture(scope="module", params=["folder", "s3"])
-def location(request, tmp_path_factory):
+def location(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Location:
     """One store for all of them: none may leave a trace in it."""
     if request.param == "folder":
         return Location(str(tmp_path_factory.mktemp("refusing") / "store"))
@@ -17,18 +19,24 @@ def location(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def store(location):
+def store(location: Location) -> LoraStore:
     return LoraStore(location.uri, accepts_base=[BASE])
 
 
 @pytest.fixture
-def everything(location):
+def everything(location: Location) -> Callable[[], list[tuple[str, int]]]:
     """All files of the store."""
     return lambda: sorted((file.name, file.num_bytes) for file in Files(location).entries())
 
 
 @pytest.mark.parametrize("kind", BAD_FOLDERS)
-def test_a_bad_folder_is_refused_by_name_and_nothing_is_stored(store, everything, make_folder, module_shapes, kind):
+def test_a_bad_folder_is_refused_by_name_and_nothing_is_stored(
+    store: LoraStore,
+    everything: Callable[[], list[tuple[str, int]]],
+    make_folder: MakeFolder,
+    module_shapes: dict[str, tuple[int, int]],
+    kind: str,
+) -> None:
     bad, folder, before = BAD_FOLDERS[kind], make_folder(), everything()
     bad.spoil(folder)
     with pytest.raises(AdapterRefused) as caught:
@@ -40,7 +48,9 @@ def test_a_bad_folder_is_refused_by_name_and_nothing_is_stored(store, everything
 
 
 @pytest.mark.parametrize("kind", BAD_LABELS)
-def test_a_bad_label_is_refused_by_name_and_nothing_is_stored(store, everything, make_folder, kind):
+def test_a_bad_label_is_refused_by_name_and_nothing_is_stored(
+    store: LoraStore, everything: Callable[[], list[tuple[str, int]]], make_folder: MakeFolder, kind: str
+) -> None:
     bad, before = BAD_LABELS[kind], everything()
     with pytest.raises(AdapterRefused) as caught:
         store.stage(make_folder(), **bad.label)
@@ -51,11 +61,13 @@ def test_a_bad_label_is_refused_by_name_and_nothing_is_stored(store, everything,
     assert store.snapshot().generation == 0
 
 
-def test_the_folder_that_is_spoilt_is_good(store, make_folder, module_shapes):
+def test_the_folder_is_valid_before_it_is_damaged(
+    store: LoraStore, make_folder: MakeFolder, module_shapes: dict[str, tuple[int, int]]
+) -> None:
     staged = store.stage(make_folder(), module_shapes=module_shapes)
     assert staged.samples
     store.discard([staged])
 
 
-def test_there_are_at_least_forty_kinds_that_travel_over_http():
+def test_there_are_at_least_forty_kinds_that_travel_over_http() -> None:
     assert sum(bad.travels for bad in BAD_FOLDERS.values()) >= 40

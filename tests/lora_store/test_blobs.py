@@ -14,7 +14,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
-def test_what_was_put_is_got_by_its_sha256(tmp_path, scheme):
+def test_a_blob_is_read_by_its_sha256(tmp_path: Path, scheme: str) -> None:
     blobs = BlobStore(Location(f"{scheme}{tmp_path}/blobs"))
     digest = blobs.put(b"abc")
     assert digest == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
@@ -22,12 +22,12 @@ def test_what_was_put_is_got_by_its_sha256(tmp_path, scheme):
     assert digest in blobs
 
 
-def test_another_object_reads_it(tmp_path):
+def test_another_object_reads_it(tmp_path: Path) -> None:
     digest = BlobStore(Location(str(tmp_path))).put(b"abc")
     assert BlobStore(Location(str(tmp_path))).get(digest) == b"abc"
 
 
-def test_putting_twice_leaves_one_untouched_file(tmp_path):
+def test_putting_twice_leaves_one_untouched_file(tmp_path: Path) -> None:
     blobs = BlobStore(Location(str(tmp_path)))
     blobs.put(b"abc")
     [file] = _files(tmp_path)
@@ -38,7 +38,7 @@ def test_putting_twice_leaves_one_untouched_file(tmp_path):
 
 
 @pytest.mark.parametrize("damaged", [b"abd", b"", b"abcd"])
-def test_a_corrupted_blob_raises_and_putting_it_again_mends_it(tmp_path, damaged):
+def test_a_corrupted_blob_raises_and_putting_it_again_mends_it(tmp_path: Path, damaged: bytes) -> None:
     blobs = BlobStore(Location(str(tmp_path)))
     digest = blobs.put(b"abc")
     _files(tmp_path)[0].write_bytes(damaged)
@@ -51,7 +51,7 @@ def test_a_corrupted_blob_raises_and_putting_it_again_mends_it(tmp_path, damaged
 
 
 @pytest.mark.parametrize("digest", ["0" * 64, "", "short", "../../secret", "a/" * 32, "A" * 64])
-def test_an_unknown_or_malformed_digest_is_not_found(tmp_path, digest):
+def test_an_unknown_or_malformed_digest_is_not_found(tmp_path: Path, digest: str) -> None:
     (tmp_path / "secret").write_bytes(b"secret")
     root = tmp_path / "one" / "two" / "blobs"
     root.mkdir(parents=True)
@@ -59,7 +59,7 @@ def test_an_unknown_or_malformed_digest_is_not_found(tmp_path, digest):
         BlobStore(Location(str(root))).get(digest)
 
 
-def test_a_write_that_fails_leaves_no_file_behind(tmp_path):
+def test_a_write_that_fails_leaves_no_file_behind(tmp_path: Path) -> None:
     blobs = BlobStore(Location(str(tmp_path)))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # as on a disk that fills up

@@ -3,30 +3,41 @@ from __future__ import annotations
 import pickle
 import re
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from uuid import uuid4
 
 import pytest
 from deltalake import DeltaTable
 
-from lora_store import AdapterNotFound, AdapterRefused, Catalogue, Location, Publish, StoreUnavailable, VersionConflict
+from lora_store import (
+    AdapterNotFound,
+    AdapterRecord,
+    AdapterRefused,
+    Catalogue,
+    Event,
+    Location,
+    Publish,
+    StoreUnavailable,
+    VersionConflict,
+)
 from lora_store.event_table import EventTable
 from lora_store.files import Files
 from lora_store.snapshot import Snapshot
-from tests.lora_store.builders import embedding
+from tests.lora_store.builders import MakeRecord, embedding
 from tests.s3 import S3Endpoint
 
 
-def _publish(*records):
+def _publish(*records: AdapterRecord) -> Callable[[Snapshot], list[Event]]:
     return lambda snapshot: [Publish(record) for record in records]
 
 
-def test_a_new_catalogue_is_empty_at_generation_zero(location):
+def test_a_new_catalogue_is_empty_at_generation_zero(location: Location) -> None:
     snapshot = Catalogue(location).snapshot()
     assert (snapshot.generation, dict(snapshot.records)) == (0, {})
 
 
-def test_a_record_comes_back_as_it_was_committed(location, make_record):
+def test_a_record_comes_back_as_it_was_committed(location: Location, make_record: MakeRecord) -> None:
     catalogue = Catalogue(location)
     full = make_record()
     bare = make_record("bare", template=None, embedding=None, probe_shift=None, tags=(), ranks=())
@@ -36,7 +47,7 @@ def test_a_record_comes_back_as_it_was_committed(location, make_record):
     assert records["local", "bare"] == replace(bare, generation=1)
 
 
-def test_reopening_gives_the_same_snapshot(location, make_record):
+def test_reopening_gives_the_same_snapshot(location: Location, make_record: MakeRecord) -> None:
     catalogue = Catalogue(location)
     for number in range(5):
         catalogue.commit(_publish(make_record(f"a{number}"), make_record("poet", digest=f"{number}" * 64)))
@@ -45,7 +56,7 @@ def test_reopening_gives_the_same_snapshot(location, make_record):
     assert len(catalogue.snapshot().records) == 6
 
 
-def test_every_generation_can_be_seen_again_after_a_compaction(location, make_record):
+def test_every_generation_can_be_seen_again_after_a_compaction(location: Location, make_record: MakeRecord) -> None:
     catalogue, seen = Catalogue(location), []
     for number in range(4):
         catalogue.commit(_publish(make_record("poet", digest=f"{number}" * 64), make_record(f"a{number}")))
@@ -59,7 +70,7 @@ def test_every_generation_can_be_seen_again_after_a_compaction(location, make_re
     assert reopened.snapshot_at(newest.generation) is newest
 
 
-def test_nothing_new_is_the_same_object(location, make_record):
+def test_nothing_new_is_the_same_object(location: Location, make_record: MakeRecord) -> None:
     catalogue = Catalogue(location)
     before = catalogue.snapshot()
     assert catalogue.snapshot() is before
@@ -70,21 +81,23 @@ def test_nothing_new_is_the_same_object(location, make_record):
     assert dict(before.records) == {}
 
 
-def test_a_snapshot_cannot_be_changed(location, make_record):
+def test_a_snapshot_cannot_be_changed(location: Location, make_record: MakeRecord) -> None:
     catalogue = Catalogue(location)
     catalogue.commit(_publish(make_record()))
     with pytest.raises(TypeError):
         catalogue.snapshot().records["local", "x"] = make_record("x")
 
 
-def test_no_events_commit_nothing(location, make_record):
+def test_no_events_commit_nothing(location: Location, make_record: MakeRecord) -> None:
     catalogue = Catalogue(location)
     catalogue.commit(_publish(make_record()))
     assert catalogue.commit(_publish()) == 1
     assert catalogue.snapshot().generation == 1
 
 
-def test_rows_of_one_commit_share_its_generation_and_the_last_of_a_name_wins(location, make_record):
+def test_rows_of_one_commit_share_its_generation_and_the_last_of_a_name_wins(
+    location: Location, make_record: MakeRecord
+) -> None:
     catalogue = Catalogue(location)
     versions = [make_record(digest=f"{number:064}") for number in range(50)]
     assert catalogue.commit(_publish(*versions)) == 1
@@ -93,12 +106,14 @@ def test_rows_of_one_commit_share_its_generation_and_the_last_of_a_name_wins(loc
 
 
 @pytest.mark.parametrize("same_object", [False, True], ids=["another process", "another thread"])
-def test_a_stale_writer_is_asked_again_and_nothing_is_lost(location, make_record, same_object):
+def test_a_stale_writer_is_asked_again_and_nothing_is_lost(
+    location: Location, make_record: MakeRecord, same_object: bool
+) -> None:
     catalogue = Catalogue(location)
     rival = catalogue if same_object else Catalogue(location)
     seen = []
 
-    def events(snapshot):
+    def events(snapshot: Snapshot) -> list[Event]:
         seen.append(sorted(name for _, name in snapshot.records))
         if len(seen) <= 2:
             rival.commit(_publish(make_record(f"rival{len(seen)}")))
@@ -110,11 +125,13 @@ def test_a_stale_writer_is_asked_again_and_nothing_is_lost(location, make_record
     assert generations == {"rival1": 1, "rival2": 2, "ours": 3}
 
 
-def test_the_rule_holds_against_a_rival_who_commits_between_check_and_write(location, make_record):
+def test_the_rule_holds_against_a_rival_who_commits_between_check_and_write(
+    location: Location, make_record: MakeRecord
+) -> None:
     catalogue, rival = Catalogue(location), Catalogue(location)
     asked = []
 
-    def claim(snapshot):
+    def claim(snapshot: Snapshot) -> list[Event]:
         if "poet" in snapshot.public:
             raise AdapterRefused("poet", ["taken"])
         asked.append(snapshot.generation)
@@ -127,11 +144,11 @@ def test_the_rule_holds_against_a_rival_who_commits_between_check_and_write(loca
     assert list(Catalogue(location).snapshot().records) == [("rival", "poet")]
 
 
-def test_a_writer_who_always_comes_second_gives_up_by_name(location, make_record):
+def test_a_writer_who_always_comes_second_gives_up_by_name(location: Location, make_record: MakeRecord) -> None:
     pauses = []
     catalogue, rival = Catalogue(location, pauses.append, max_attempts=10), Catalogue(location)
 
-    def events(snapshot):
+    def events(snapshot: Snapshot) -> list[Event]:
         rival.commit(_publish(make_record(f"r{snapshot.generation}")))
         return [Publish(make_record("ours"))]
 
@@ -143,8 +160,8 @@ def test_a_writer_who_always_comes_second_gives_up_by_name(location, make_record
     assert max(pauses) <= 1 and len(set(pauses)) == len(pauses)  # spread, so that rivals part
 
 
-def test_an_error_of_the_rule_commits_nothing(location, make_record):
-    def refuse(snapshot):
+def test_an_error_of_the_rule_commits_nothing(location: Location, make_record: MakeRecord) -> None:
+    def refuse(snapshot: Snapshot) -> list[Event]:
         raise AdapterRefused("poet", ["no"])
 
     catalogue = Catalogue(location)
@@ -153,7 +170,7 @@ def test_an_error_of_the_rule_commits_nothing(location, make_record):
     assert catalogue.commit(_publish(make_record())) == 1
 
 
-def test_a_refresh_does_not_open_files_it_has_read(location, make_record):
+def test_a_refresh_does_not_open_files_it_has_read(location: Location, make_record: MakeRecord) -> None:
     catalogue, rival = Catalogue(location), Catalogue(location)
     catalogue.commit(_publish(make_record("old")))
     assert rival.snapshot() == catalogue.snapshot()
@@ -163,7 +180,7 @@ def test_a_refresh_does_not_open_files_it_has_read(location, make_record):
     assert sorted(name for _, name in catalogue.snapshot().records) == ["new", "old"]
 
 
-def test_compaction_keeps_every_record_its_order_and_late_readers(folder_uri, make_record):
+def test_compaction_keeps_every_record_its_order_and_late_readers(folder_uri: str, make_record: MakeRecord) -> None:
     location = Location(folder_uri)
     writer, late = Catalogue(location), Catalogue(location)
     for number in range(103):
@@ -179,7 +196,9 @@ def test_compaction_keeps_every_record_its_order_and_late_readers(folder_uri, ma
     assert max(generations) == 104  # one version of the table was the compaction
 
 
-def test_rows_a_late_compaction_rewrites_do_not_bring_old_versions_back(location, make_record):
+def test_rows_a_late_compaction_rewrites_do_not_bring_old_versions_back(
+    location: Location, make_record: MakeRecord
+) -> None:
     catalogue = Catalogue(location)
     catalogue.commit(_publish(make_record("poet", digest="1" * 64)))
     catalogue.commit(_publish(make_record("other")))
@@ -192,7 +211,7 @@ def test_rows_a_late_compaction_rewrites_do_not_bring_old_versions_back(location
 
 
 @pytest.mark.parametrize("number", range(2))
-def test_a_snapshot_travels_and_stays_unchangeable(location, make_record, number):
+def test_a_snapshot_travels_and_stays_unchangeable(location: Location, make_record: MakeRecord, number: int) -> None:
     catalogue = Catalogue(location)
     catalogue.commit(_publish(*(make_record(f"a{n}") for n in range(number))))
     travelled = pickle.loads(pickle.dumps(catalogue.snapshot()))
@@ -215,7 +234,9 @@ def test_a_snapshot_travels_and_stays_unchangeable(location, make_record, number
         ("us", "a/b/c", None),
     ],
 )
-def test_a_name_means_ones_own_adapter_then_the_public_one(location, make_record, tenant, name, owner):
+def test_a_name_means_ones_own_adapter_then_the_public_one(
+    location: Location, make_record: MakeRecord, tenant: str, name: str, owner: str
+) -> None:
     catalogue = Catalogue(location)
     catalogue.commit(_publish(make_record("poet", "us"), make_record("secret", "them", visibility="private")))
     if owner is None:
@@ -225,14 +246,14 @@ def test_a_name_means_ones_own_adapter_then_the_public_one(location, make_record
         assert catalogue.snapshot().resolve(tenant, name).ref.tenant == owner
 
 
-def test_ones_own_private_adapter_hides_a_public_one_of_that_name(location, make_record):
+def test_ones_own_private_adapter_hides_a_public_one_of_that_name(location: Location, make_record: MakeRecord) -> None:
     catalogue = Catalogue(location)
     catalogue.commit(_publish(make_record("poet", "us"), make_record("poet", "them", visibility="private")))
     assert catalogue.snapshot().resolve("them", "poet").ref.tenant == "them"
     assert catalogue.snapshot().resolve("others", "poet").ref.tenant == "us"
 
 
-def test_a_tenant_sees_its_own_and_what_is_public(location, make_record):
+def test_a_tenant_sees_its_own_and_what_is_public(location: Location, make_record: MakeRecord) -> None:
     catalogue = Catalogue(location)
     catalogue.commit(_publish(make_record("b", "us"), make_record("a", "them", visibility="private")))
     snapshot = catalogue.snapshot()
@@ -240,7 +261,7 @@ def test_a_tenant_sees_its_own_and_what_is_public(location, make_record):
     assert [str(record.ref.name) for record in snapshot.visible_to("them")] == ["a", "b"]
 
 
-def test_arrays_come_back_as_they_were_committed(location, make_record):
+def test_arrays_come_back_as_they_were_committed(location: Location, make_record: MakeRecord) -> None:
     catalogue = Catalogue(location)
     records = [
         make_record("two", embedding=embedding(0.5, -0.25)),
@@ -258,7 +279,7 @@ def test_arrays_come_back_as_they_were_committed(location, make_record):
         assert (read["two"].encoder, read["three"].encoder) == ("enc", "other")
 
 
-def test_the_log_grows_by_less_than_2_kb_an_event(location, make_record):
+def test_the_log_grows_by_less_than_2_kb_an_event(location: Location, make_record: MakeRecord) -> None:
     catalogue, log = Catalogue(location), Files(location.child("_delta_log"))
     before = sum(file.num_bytes for file in log.entries())
     for number in range(10):
@@ -267,7 +288,7 @@ def test_the_log_grows_by_less_than_2_kb_an_event(location, make_record):
     assert 0 < grown / 10 < 2048
 
 
-def test_a_dead_endpoint_is_told_and_the_catalogue_heals(make_record):
+def test_a_dead_endpoint_is_reported_and_the_catalogue_recovers(make_record: MakeRecord) -> None:
     endpoint = S3Endpoint()
     location = Location(endpoint.uri(f"stores/{uuid4().hex}"))
     catalogue = Catalogue(location)

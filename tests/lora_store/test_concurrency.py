@@ -8,7 +8,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 import pytest
 
 from lora_store import AdapterNotFound, LoraStore, decode_weights
-from tests.lora_store.builders import BASE, embedding
+from tests.lora_store.builders import BASE, MakeFolder, OpenStore, Stored, embedding
 from tests.lora_store.publishing import PROCESSES, Done, publish, publish_all, withdraw_all
 from tests.soak import Scale
 
@@ -47,7 +47,13 @@ def _all(futures: list[Future[list[Done]]]) -> list[Done]:
     return [item for future in futures for item in future.result()]
 
 
-def test_publishers_of_different_names_all_succeed(store_uri, make_folder, in_processes, stored, scale: Scale):
+def test_publishers_of_different_names_all_succeed(
+    store_uri: str,
+    make_folder: MakeFolder,
+    in_processes: Callable[..., Future[list[Done]]],
+    stored: Stored,
+    scale: Scale,
+) -> None:
     each = scale.pick("adapters of each publisher", small=2, full=25)
     jobs = [
         [(make_folder(f"a{who}-{number}", who * each + number), f"a{who}-{number}") for number in range(each)]
@@ -59,7 +65,13 @@ def test_publishers_of_different_names_all_succeed(store_uri, make_folder, in_pr
     assert stored("holds") == {}
 
 
-def test_publishers_of_one_name_end_in_a_serial_order(store_uri, make_folder, in_processes, stored, scale: Scale):
+def test_publishers_of_one_name_end_in_a_serial_order(
+    store_uri: str,
+    make_folder: MakeFolder,
+    in_processes: Callable[..., Future[list[Done]]],
+    stored: Stored,
+    scale: Scale,
+) -> None:
     each = scale.pick("versions of each publisher", small=2, full=25)
     jobs = [
         [(make_folder(f"v{who}-{number}", who * each + number), "poet") for number in range(each)]
@@ -71,7 +83,9 @@ def test_publishers_of_one_name_end_in_a_serial_order(store_uri, make_folder, in
     assert stored("holds") == {}
 
 
-def test_withdrawals_racing_updates_end_in_a_serial_order(store_uri, make_folder, in_processes, scale: Scale):
+def test_withdrawals_racing_updates_end_in_a_serial_order(
+    store_uri: str, make_folder: MakeFolder, in_processes: Callable[..., Future[list[Done]]], scale: Scale
+) -> None:
     each = scale.pick("updates of each publisher", small=3, full=50)
     jobs = [
         [(make_folder(f"v{who}-{number}", who * each + number), "poet") for number in range(each)] for who in range(3)
@@ -82,7 +96,9 @@ def test_withdrawals_racing_updates_end_in_a_serial_order(store_uri, make_folder
 
 
 @pytest.mark.parametrize("update_first", [True, False])
-def test_a_withdraw_and_an_update_in_either_order(open_store, make_folder, update_first):
+def test_a_withdraw_and_an_update_in_either_order(
+    open_store: OpenStore, make_folder: MakeFolder, update_first: bool
+) -> None:
     ours, rival = open_store(), open_store()
     first = publish(ours, make_folder("poet", 0), "poet")
     staged = ours.stage(make_folder("poet", 1))
@@ -100,7 +116,9 @@ def test_a_withdraw_and_an_update_in_either_order(open_store, make_folder, updat
     assert ours.load(staged.weights_digest)
 
 
-def test_sweeps_and_collections_never_take_what_is_being_published(store_uri, make_folder, scale: Scale):
+def test_sweeps_and_collections_never_take_what_is_being_published(
+    store_uri: str, make_folder: MakeFolder, scale: Scale
+) -> None:
     """Publishers of the same weights withdraw and publish them again, while others sweep just these all the time."""
     rounds = scale.pick("rounds of each publisher", small=3, full=60)
     folder = make_folder()
@@ -132,7 +150,9 @@ def test_sweeps_and_collections_never_take_what_is_being_published(store_uri, ma
     assert [check.problem for check in store.verify()] == [None, None]
 
 
-def test_threads_of_one_store_publish_side_by_side(open_store, store_uri, make_folder, stored, scale: Scale):
+def test_threads_of_one_store_publish_side_by_side(
+    open_store: OpenStore, store_uri: str, make_folder: MakeFolder, stored: Stored, scale: Scale
+) -> None:
     number = scale.pick("adapters", small=16, full=200 if store_uri.startswith("s3://") else 1000)
     store, folders = open_store(), [make_folder(f"a{index}", index) for index in range(number)]
     with ThreadPoolExecutor(32) as threads:

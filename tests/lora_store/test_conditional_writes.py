@@ -92,7 +92,7 @@ def test_an_endpoint_that_takes_no_write_at_all_proves_nothing(
     [record] = caplog.records
     assert record.levelno == logging.WARNING
     assert f"could not be checked at http://127.0.0.1:{endpoint.server_port}/pool/" in record.getMessage()
-    assert f"it answered {status} and {status}" in record.getMessage()
+    assert f"the status was {status}, then {status}" in record.getMessage()
 
 
 def test_a_deletion_that_fails_does_not_hide_the_verdict(endpoint: Endpoint, caplog: pytest.LogCaptureFixture) -> None:
@@ -128,7 +128,7 @@ def test_an_endpoint_of_the_environment_is_checked(name: str, endpoint: Endpoint
     assert len(endpoint.authorizations) == 2
 
 
-def test_an_endpoint_of_the_environment_that_is_no_url_proves_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_invalid_endpoint_url_in_the_environment_proves_nothing(caplog: pytest.LogCaptureFixture) -> None:
     check_conditional_writes(Location("s3://pool/adapters"), KEYS | {"AWS_ENDPOINT_URL": "127.0.0.1:9"})
     assert "could not be checked at 127.0.0.1:9/pool/" in caplog.text
 

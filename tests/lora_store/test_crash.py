@@ -22,7 +22,7 @@ from tests.lora_store.publishing import PROCESSES, fold_watched, publish, publis
 from tests.s3 import S3Endpoint
 from tests.soak import Scale
 
-_LATER = timedelta(hours=2)  # holds of the dead are dead by then
+_LATER = timedelta(hours=2)  # leases of crashed processes have expired by then
 _LOG_FILE = re.compile(r"_delta_log/(\d{20}\.json|\d{20}\.checkpoint\.parquet|_last_checkpoint)")
 
 
@@ -80,7 +80,7 @@ class Victim:
 
 
 def _received(channel: Connection) -> int | None:
-    """What the process told, None if it died first."""
+    """Return the message of the process, None if it died first."""
     try:
         told: int = channel.recv()
         return told

@@ -97,7 +97,7 @@ def test_what_is_discarded_is_gone_and_what_is_not_there_does_not_matter(cache: 
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "", ".", ".lock", "A" * 64, "a" * 63, "a" * 64 + "\n"])
-def test_what_is_no_digest_reaches_no_file(name: str, cache: DiskCache, tmp_path: Path) -> None:
+def test_a_malformed_digest_reaches_no_file(name: str, cache: DiskCache, tmp_path: Path) -> None:
     (tmp_path / "outside").write_bytes(b"secret")
     cache.put(*blob(1))
     cache.put(name, b"secret")
@@ -147,7 +147,7 @@ def put_on_a_full_disk(folder: Path) -> None:
     logging.getLogger("lora_store.disk_cache").addHandler(handler)
     cache = DiskCache(folder, 300)
     cache.put(*blob(1))
-    assert len(said) == 1 and "could not be kept" in said[0] and "too large" in said[0]
+    assert len(said) == 1 and "could not be written" in said[0] and "too large" in said[0]
     assert cache.get(blob(1)[0]) is None
     assert cache.get(blob(0)[0]) == blob(0)[1]
 
@@ -167,7 +167,7 @@ def test_a_folder_that_cannot_be_used_costs_the_cache_alone(tmp_path: Path, capl
     cache.discard([digest])
     assert cache.measure() == 0
     assert {record.levelno for record in caplog.records} == {logging.WARNING}
-    assert any("could not be kept" in record.getMessage() for record in caplog.records)
+    assert any("could not be written" in record.getMessage() for record in caplog.records)
 
 
 def use_at_random(folder: Path, seed: int) -> None:

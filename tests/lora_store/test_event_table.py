@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
+import pyarrow as pa
 import pytest
 
-from lora_store import Publish, StoreUnavailable
+from lora_store import Location, Publish, StoreUnavailable
 from lora_store.event_table import EventTable
 from lora_store.events import table_of
 from lora_store.files import Files
+from tests.lora_store.builders import MakeRecord
 
 LATER = datetime.now(UTC) + timedelta(days=1)
 
@@ -17,7 +20,7 @@ class RivalFirst(EventTable):
 
     rival = None
 
-    def _data_files(self):
+    def _data_files(self) -> set[str]:
         names = super()._data_files()
         if self.rival is not None:
             rival, self.rival = self.rival, None
@@ -25,23 +28,26 @@ class RivalFirst(EventTable):
         return names
 
 
+Rows = Callable[[str, int], pa.Table]
+
+
 @pytest.fixture
-def rows(make_record):
+def rows(make_record: MakeRecord) -> Rows:
     return lambda name, generation: table_of([Publish(make_record(name))], generation)
 
 
-def _refreshed(table):
+def _refreshed(table: EventTable) -> pa.Table:
     """The new rows, folded in."""
     rows, files = table.refresh()
-    table.taken(files)
+    table.mark_read(files)
     return rows
 
 
-def _names(table):
+def _names(table: pa.Table) -> list[str]:
     return sorted(table["name"].to_pylist())
 
 
-def _filled(location, rows, number):
+def _filled(location: Location, rows: Rows, number: int) -> EventTable:
     table = EventTable(location)
     _refreshed(table)
     for version in range(1, number + 1):
@@ -49,7 +55,7 @@ def _filled(location, rows, number):
     return table
 
 
-def test_each_file_is_given_out_once(location, rows):
+def test_each_file_is_given_out_once(location: Location, rows: Rows) -> None:
     table = _filled(location, rows, 2)
     assert _names(_refreshed(table)) == ["a1", "a2"]
     assert _refreshed(table).num_rows == 0
@@ -57,7 +63,7 @@ def test_each_file_is_given_out_once(location, rows):
     assert (_names(_refreshed(table)), table.version) == (["a3"], 3)
 
 
-def test_an_append_at_a_version_that_is_taken_changes_nothing(location, rows):
+def test_an_append_at_a_version_that_is_taken_changes_nothing(location: Location, rows: Rows) -> None:
     table, rival = EventTable(location), EventTable(location)
     assert rival.append(rows("rival", 1), 1)
     assert not table.append(rows("ours", 1), 1)
@@ -65,12 +71,12 @@ def test_an_append_at_a_version_that_is_taken_changes_nothing(location, rows):
     assert not table.append(rows("ours", 1), 1)
 
 
-def test_a_reader_whose_files_are_vacuumed_under_it_reads_the_compacted_ones(location, rows):
+def test_a_reader_whose_files_are_vacuumed_under_it_reads_the_compacted_ones(location: Location, rows: Rows) -> None:
     writer, late, new = _filled(location, rows, 3), RivalFirst(location), RivalFirst(location)
     _refreshed(late)
     assert writer.append(rows("a4", 4), 4)
 
-    def vacuum():
+    def vacuum() -> None:
         writer.vacuum(before=LATER)
 
     late.rival = vacuum
@@ -81,7 +87,7 @@ def test_a_reader_whose_files_are_vacuumed_under_it_reads_the_compacted_ones(loc
     assert _names(_refreshed(new)) == ["a1", "a2", "a3", "a4", "a5"]
 
 
-def test_data_files_that_are_gone_are_told(location, rows):
+def test_missing_data_files_are_reported(location: Location, rows: Rows) -> None:
     table = _filled(location, rows, 1)
     files = Files(location)
     files.delete([file.name for file in files.entries() if file.name.endswith("zstd.parquet")])
@@ -89,7 +95,7 @@ def test_data_files_that_are_gone_are_told(location, rows):
         _refreshed(table)
 
 
-def test_tidy_leaves_one_data_file_and_every_row(location, rows):
+def test_vacuum_leaves_one_data_file_and_every_row(location: Location, rows: Rows) -> None:
     table, files = _filled(location, rows, 5), Files(location)
     files.write("part-lost-to-a-rival.parquet", b"rows")
     files.write("part-killed#1", b"half")
@@ -102,14 +108,14 @@ def test_tidy_leaves_one_data_file_and_every_row(location, rows):
     assert _names(_refreshed(EventTable(location))) == [f"a{number}" for number in range(1, 6)]
 
 
-def test_tidy_twice_keeps_the_one_data_file(location, rows):
+def test_vacuum_twice_keeps_the_one_data_file(location: Location, rows: Rows) -> None:
     table = _filled(location, rows, 2)
     table.vacuum(before=LATER)
     table.vacuum(before=LATER)
     assert _names(_refreshed(EventTable(location))) == ["a1", "a2"]
 
 
-def test_what_is_younger_stays_for_the_rival_who_has_yet_to_commit_it(location, rows):
+def test_what_is_younger_stays_for_the_rival_who_has_yet_to_commit_it(location: Location, rows: Rows) -> None:
     table, files = _filled(location, rows, 2), Files(location)
     files.write("part-new.parquet", b"rows")
     table.vacuum(before=datetime.now(UTC) - timedelta(hours=1))

@@ -6,6 +6,8 @@ import pickle
 import stat
 import time
 from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -14,16 +16,16 @@ from moto.s3.models import s3_backends
 from lora_store import Location, LoraStore, StoreUnavailable
 from lora_store.disk_cache import DiskCache
 from lora_store.files import Files
-from tests.lora_store.builders import BASE, embedding
+from tests.lora_store.builders import BASE, MakeFolder, embedding
 from tests.s3 import S3Endpoint
 
 
 @pytest.fixture
-def files(location):
+def files(location: Location) -> Files:
     return Files(location)
 
 
-def test_what_was_written_is_read(files):
+def test_an_object_is_read_as_it_was_written(files: Files) -> None:
     files.write("a/b", b"one")
     files.write("a/b", b"two")
     files.write("empty", b"", durable=False)
@@ -34,29 +36,29 @@ def test_what_was_written_is_read(files):
 class MadeWhileLooking:
     """A location whose file system fails the first listing, as pyarrow does where a folder is made while it looks."""
 
-    def __init__(self, location):
+    def __init__(self, location: Location) -> None:
         self.is_local = location.is_local
         self._files, self._root = location.filesystem()
         self.num_listings = 0
 
-    def filesystem(self):
+    def filesystem(self) -> tuple[Any, str]:
         return self, self._root
 
-    def get_file_info(self, below):
+    def get_file_info(self, below: Any) -> Any:
         self.num_listings += 1
         if self.num_listings == 1:
             raise FileNotFoundError(2, "Cannot list directory")
         return self._files.get_file_info(below)
 
 
-def test_a_folder_that_is_made_while_it_is_listed_is_listed_again(location):
+def test_a_folder_that_is_made_while_it_is_listed_is_listed_again(location: Location) -> None:
     Files(location).write("a", b"one")
     made = MadeWhileLooking(location)
     assert [entry.name for entry in Files(made).entries()] == ["a"]
     assert made.num_listings == 2
 
 
-def test_entries_are_everything_below(files):
+def test_entries_are_everything_below(files: Files) -> None:
     before = datetime.now(UTC)
     assert files.entries() == []
     files.write("a/b", b"one")
@@ -66,7 +68,7 @@ def test_entries_are_everything_below(files):
 
 
 @pytest.mark.parametrize("number", [0, 1, 2, 40])
-def test_delete_tells_what_was_there(files, number):
+def test_delete_returns_the_names_that_existed(files: Files, number: int) -> None:
     names = [f"f/{index}" for index in range(number)]
     for name in names[::2]:
         files.write(name, b"x", durable=False)
@@ -75,7 +77,7 @@ def test_delete_tells_what_was_there(files, number):
     assert files.entries() == []
 
 
-def test_a_stopped_endpoint_is_told_in_seconds_and_comes_back_with_its_data():
+def test_a_stopped_endpoint_is_reported_in_seconds_and_restarts_with_its_data() -> None:
     endpoint = S3Endpoint()
     files = Files(Location(endpoint.uri("stopped")))
     files.write("a", b"one")
@@ -96,7 +98,7 @@ def test_a_stopped_endpoint_is_told_in_seconds_and_comes_back_with_its_data():
     endpoint.stop()
 
 
-def test_a_folder_that_cannot_be_written_is_unavailable(folder_uri):
+def test_a_folder_that_cannot_be_written_is_unavailable(folder_uri: str) -> None:
     Files(Location(folder_uri)).write("file", b"")
     below_a_file = Files(Location(f"{folder_uri}/file"))
     with pytest.raises(StoreUnavailable, match=r"Not a directory|File exists"):
@@ -105,7 +107,7 @@ def test_a_folder_that_cannot_be_written_is_unavailable(folder_uri):
         below_a_file.read("a/b")
 
 
-def test_what_is_deleted_while_it_is_read_is_not_there(s3_endpoint):
+def test_an_object_deleted_during_a_read_does_not_exist(s3_endpoint: S3Endpoint) -> None:
     name = uuid4().hex
     files = Files(Location(s3_endpoint.uri("vanishing")))
     files.write(name, b"x")
@@ -123,7 +125,7 @@ def test_what_is_deleted_while_it_is_read_is_not_there(s3_endpoint):
     assert next(requests) > 2
 
 
-def test_on_a_local_disk_only_the_owner_reads_the_store(tmp_path, make_folder):
+def test_on_a_local_disk_only_the_owner_reads_the_store(tmp_path: Path, make_folder: MakeFolder) -> None:
     """Private samples lie there. The catalogue's files are deltalake's own, and behind closed folders."""
     old = os.umask(0o022)
     try:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 import threading
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -16,7 +18,9 @@ from lora_store import (
     Approve,
     Catalogue,
     Embed,
+    Event,
     GenerationGone,
+    Location,
     Publish,
     SetVisibility,
     Snapshot,
@@ -25,14 +29,13 @@ from lora_store import (
 from lora_store.event_table import EventTable
 from lora_store.events import SCHEMA, events_of, table_of
 from lora_store.files import Files
-from tests.lora_store.builders import embedding
+from tests.lora_store.builders import NOON, MakeRecord, embedding
 
-NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
 LATER = datetime.now(UTC) + timedelta(days=1)
 NEW_COLUMNS = ("commit_id", "published_in", "approved")
 
 
-def _events(draw, snapshot, make_record, number):
+def _events(draw: random.Random, snapshot: Snapshot, make_record: MakeRecord, number: int) -> list[Event]:
     """What may happen to a small pool: one to three events that the rules would allow."""
     events = []
     for _ in range(draw.randrange(1, 4)):
@@ -57,7 +60,7 @@ def _events(draw, snapshot, make_record, number):
     return events
 
 
-def _check_equal(found, wanted):
+def _check_equal(found: Snapshot, wanted: Snapshot) -> None:
     """The same pool, in the same order, to the last array."""
     assert found == wanted
     assert list(found.records) == list(wanted.records)
@@ -71,11 +74,14 @@ def _check_equal(found, wanted):
         assert found.pending[ref].vector.tolist() == wants.vector.tolist()
 
 
+Commit = Callable[..., list[Snapshot]]
+
+
 @pytest.fixture
-def history(location, make_record):
+def history(location: Location, make_record: MakeRecord) -> Commit:
     """Commit random events; returns the slow fold of all of them at every generation."""
 
-    def commit(catalogue, number, seed=0, start=0):
+    def commit(catalogue: Catalogue, number: int, seed: int = 0, start: int = 0) -> list[Snapshot]:
         draw, seen = random.Random(seed), []
         for step in range(start, start + number):
             catalogue.commit(lambda snap, step=step: _events(draw, snap, make_record, step))
@@ -86,13 +92,15 @@ def history(location, make_record):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_pool_that_was_folded_is_the_pool_that_was_not(location, tmp_path, make_record, seed):
+def test_a_pool_that_was_folded_is_the_pool_that_was_not(
+    location: Location, tmp_path: Path, make_record: MakeRecord, seed: int
+) -> None:
     folding, slow = Catalogue(location, min_tail=10), Snapshot(0, {})
     draw = random.Random(seed)
     for number in range(25):
         wanted = []
 
-        def events(snapshot, wanted=wanted, number=number):
+        def events(snapshot: Snapshot, wanted: list[Event] = wanted, number: int = number) -> list[Event]:
             wanted[:] = _events(draw, snapshot, make_record, number)
             return wanted
 
@@ -105,17 +113,17 @@ def test_a_pool_that_was_folded_is_the_pool_that_was_not(location, tmp_path, mak
         _check_equal(found, Snapshot(found.generation, slow.records, slow.previous, slow.encoder, slow.pending))
 
 
-def _stamped(events, generation):
+def _stamped(events: Sequence[Event], generation: int) -> list[Event]:
     """The events as they come back from their rows."""
     return list(events_of(table_of(events, generation), after=0))
 
 
-def _read(location):
+def _read(location: Location) -> pa.Table:
     """The rows that opening reads."""
     return EventTable(location).refresh()[0]
 
 
-def test_opening_reads_what_is_live_and_no_withdrawn_embedding(location, make_record):
+def test_opening_reads_what_is_live_and_no_withdrawn_embedding(location: Location, make_record: MakeRecord) -> None:
     catalogue = Catalogue(location, min_tail=20)
     for number in range(60):
         name = f"n{number % 3}"
@@ -138,7 +146,7 @@ def test_opening_reads_what_is_live_and_no_withdrawn_embedding(location, make_re
     _check_equal(Catalogue(location).snapshot(), catalogue.snapshot())
 
 
-def test_a_replica_that_idled_over_folds_and_clean_ups_catches_up(location, history):
+def test_a_replica_that_idled_over_folds_and_clean_ups_catches_up(location: Location, history: Commit) -> None:
     writer, idle, fresh = (Catalogue(location, min_tail=5) for _ in range(3))
     history(writer, 4)
     idle.snapshot()
@@ -156,7 +164,9 @@ def test_a_replica_that_idled_over_folds_and_clean_ups_catches_up(location, hist
     _check_equal(Catalogue(location).snapshot(), writer.snapshot())
 
 
-def test_what_a_fold_left_alone_is_the_same_object_for_a_stale_replica(location, make_record):
+def test_what_a_fold_left_alone_is_the_same_object_for_a_stale_replica(
+    location: Location, make_record: MakeRecord
+) -> None:
     writer, idle = Catalogue(location, min_tail=5), Catalogue(location)
     writer.commit(lambda snapshot: [Publish(make_record(f"a{number}")) for number in range(4)])
     before = idle.snapshot().records
@@ -168,7 +178,7 @@ def test_what_a_fold_left_alone_is_the_same_object_for_a_stale_replica(location,
     assert all(after["local", f"a{number}"] is before["local", f"a{number}"] for number in range(4))
 
 
-def test_a_replica_that_has_followed_does_not_read_the_fold(location, make_record):
+def test_a_replica_that_has_followed_does_not_read_the_fold(location: Location, make_record: MakeRecord) -> None:
     writer, replica = Catalogue(location, min_tail=5), Catalogue(location)
     for number in range(6):
         writer.commit(lambda snapshot, number=number: [Publish(make_record(f"a{number}"))])
@@ -180,7 +190,7 @@ def test_a_replica_that_has_followed_does_not_read_the_fold(location, make_recor
     assert replica.snapshot().records == writer.snapshot().records
 
 
-def test_every_generation_can_be_had_after_folds_until_a_clean_up(location, history):
+def test_every_generation_can_be_had_after_folds_until_a_clean_up(location: Location, history: Commit) -> None:
     catalogue = Catalogue(location, min_tail=6)
     seen = history(catalogue, 16)
     reopened = Catalogue(location)
@@ -188,11 +198,11 @@ def test_every_generation_can_be_had_after_folds_until_a_clean_up(location, hist
         _check_equal(reopened.snapshot_at(snapshot.generation), snapshot)
     catalogue.vacuum(LATER)
     newest = catalogue.snapshot().generation
-    with pytest.raises(GenerationGone, match=f"generation {seen[0].generation} .* newest one is {newest}"):
+    with pytest.raises(GenerationGone, match=f"generation {seen[0].generation} .* the newest is {newest}"):
         reopened.snapshot_at(seen[0].generation)
 
 
-def test_a_catalogue_of_an_earlier_version_opens_and_is_folded(location, make_record):
+def test_a_catalogue_of_an_earlier_version_opens_and_is_folded(location: Location, make_record: MakeRecord) -> None:
     """Its table lacks the columns that folds and commit ids need."""
     old_schema = pa.schema([field for field in SCHEMA if field.name not in NEW_COLUMNS])
     uri, options = location.delta_uri, location.storage_options
@@ -214,7 +224,7 @@ def test_a_catalogue_of_an_earlier_version_opens_and_is_folded(location, make_re
     assert len(writer.snapshot().records) == 4
 
 
-def test_rows_survive_a_compaction_that_merges_a_fold_with_later_events(location, history):
+def test_rows_survive_a_compaction_that_merges_a_fold_with_later_events(location: Location, history: Commit) -> None:
     catalogue = Catalogue(location, min_tail=8)
     history(catalogue, 12)
     idle = Catalogue(location)
@@ -224,8 +234,8 @@ def test_rows_survive_a_compaction_that_merges_a_fold_with_later_events(location
         _check_equal(found, catalogue.snapshot())
 
 
-def test_writers_that_fold_at_the_same_time_lose_nothing(location, make_record):
-    def work(who):
+def test_writers_that_fold_at_the_same_time_lose_nothing(location: Location, make_record: MakeRecord) -> None:
+    def work(who: int) -> None:
         catalogue = Catalogue(location, min_tail=4)
         for number in range(12):
             record = make_record(f"w{who}-{number}")
@@ -245,11 +255,11 @@ def test_writers_that_fold_at_the_same_time_lose_nothing(location, make_record):
     assert set(Catalogue(location).snapshot().records) == wanted
 
 
-def test_readers_do_not_wait_for_a_write(location, make_record):
+def test_readers_do_not_wait_for_a_write(location: Location, make_record: MakeRecord) -> None:
     class Slow(EventTable):
         """An append that takes until it may end."""
 
-        def append(self, rows, version):
+        def append(self, rows: pa.Table, version: int) -> bool:
             writing.set()
             assert may_end.wait(30)
             return super().append(rows, version)

@@ -1,26 +1,27 @@
-"""Sweeping, collecting and re-hashing the blobs of a store. Races with a publish are in test_holds."""
+"""Sweeping, collecting and re-hashing the blobs of a store. Races with a publish are in test_leases."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from datetime import UTC, datetime
 
 import pytest
 
-from lora_store import AdapterNotFound, BlobStore, Collected, Location, LoraStore, StoreUnavailable
+from lora_store import AdapterNotFound, BlobStore, Collected, Location, LoraStore, Staged, StoreUnavailable
 from lora_store.files import Files
-from lora_store.leases import HOLD_S
-from tests.lora_store.builders import BASE, embedding
+from lora_store.leases import LEASE_S
+from tests.lora_store.builders import BASE, FakeClock, MakeFolder, OpenStore, Stored, embedding
 
 
 @pytest.fixture
-def store(open_store):
+def store(open_store: OpenStore) -> LoraStore:
     return open_store()
 
 
 @pytest.fixture
-def publish(store, make_folder):
-    def run(name="poet", seed=0):
+def publish(store: LoraStore, make_folder: MakeFolder) -> Callable[..., Staged]:
+    def run(name: str = "poet", seed: int = 0) -> Staged:
         staged = store.stage(make_folder(name, seed, inputs=(f"{name} {seed}",)))
         store.commit([staged], [embedding()], [1.0], "me")
         return staged
@@ -29,12 +30,14 @@ def publish(store, make_folder):
 
 
 @pytest.fixture
-def blob_names(stored):
+def blob_names(stored: Stored) -> Callable[[], set[str]]:
     """The digests of all that is stored whole."""
     return lambda: {name.partition("/")[2] for name in stored("blobs")}
 
 
-def test_after_a_withdrawal_a_sweep_removes_its_blobs(store, publish, blob_names):
+def test_after_a_withdrawal_a_sweep_removes_its_blobs(
+    store: LoraStore, publish: Callable[..., Staged], blob_names: Callable[[], set[str]]
+) -> None:
     stays, goes = publish("stays", seed=1), publish()
     before = blob_names()
     gone = store.withdraw("local", ["poet"], "me")
@@ -47,7 +50,9 @@ def test_after_a_withdrawal_a_sweep_removes_its_blobs(store, publish, blob_names
         store.load(goes.weights_digest)
 
 
-def test_what_any_kept_version_needs_is_never_swept(store, publish, make_folder):
+def test_blobs_of_any_kept_version_are_never_swept(
+    store: LoraStore, publish: Callable[..., Staged], make_folder: MakeFolder
+) -> None:
     first, second = publish(seed=0), publish(seed=1)
     staged = store.stage(make_folder("copy", seed=2), tenant="them")
     everything = {digest for item in (first, second, staged) for digest in item.record.blobs}
@@ -55,7 +60,7 @@ def test_what_any_kept_version_needs_is_never_swept(store, publish, make_folder)
     assert store.load(first.weights_digest)
 
 
-def test_weights_another_tenant_shares_stay(store, make_folder):
+def test_weights_another_tenant_shares_stay(store: LoraStore, make_folder: MakeFolder) -> None:
     ours, theirs = (store.stage(make_folder(), tenant=tenant, visibility="private") for tenant in ("us", "them"))
     store.commit([ours, theirs], [embedding()] * 2, [1.0] * 2, "me")
     store.withdraw("us", ["poet"], "me")
@@ -64,21 +69,29 @@ def test_weights_another_tenant_shares_stay(store, make_folder):
     assert sorted(store.sweep(ours.record.blobs)) == sorted(ours.record.blobs)
 
 
-def test_a_version_pushed_out_of_the_kept_three_can_be_swept(store, publish):
+def test_a_version_pushed_out_of_the_kept_three_can_be_swept(store: LoraStore, publish: Callable[..., Staged]) -> None:
     staged = [publish(seed=seed) for seed in range(4)]
     digests = [digest for item in staged for digest in item.record.blobs]
     assert store.sweep(digests) == list(staged[0].record.blobs)
 
 
 @pytest.mark.parametrize("digest", ["", "..", "../catalogue/_delta_log", "0" * 63, "A" * 64])
-def test_what_is_no_digest_is_not_swept(store, publish, stored, digest):
+def test_a_malformed_digest_is_not_swept(
+    store: LoraStore, publish: Callable[..., Staged], stored: Stored, digest: str
+) -> None:
     publish()
     before = stored("catalogue")
     assert store.sweep([digest]) == []
     assert stored("catalogue") == before
 
 
-def test_discard_ends_the_hold_and_leaves_what_others_need(store, publish, make_folder, stored, blob_names):
+def test_discard_releases_the_lease_and_keeps_blobs_that_others_use(
+    store: LoraStore,
+    publish: Callable[..., Staged],
+    make_folder: MakeFolder,
+    stored: Stored,
+    blob_names: Callable[[], set[str]],
+) -> None:
     live = publish()
     again = store.stage(make_folder("poet", 0, inputs=("poet 0",)), tags=["new"])
     alone = store.stage(make_folder("alone", seed=9))
@@ -87,9 +100,11 @@ def test_discard_ends_the_hold_and_leaves_what_others_need(store, publish, make_
     assert blob_names() == set(live.record.blobs)
 
 
-def test_a_stage_that_fails_holds_nothing(open_store, store_uri, make_folder, stored):
+def test_a_failed_stage_releases_its_lease(
+    open_store: OpenStore, store_uri: str, make_folder: MakeFolder, stored: Stored
+) -> None:
     class FullDisk(BlobStore):
-        def put(self, data):
+        def put(self, data: bytes) -> str:
             raise StoreUnavailable("No space left on device")
 
     store = open_store()
@@ -99,15 +114,22 @@ def test_a_stage_that_fails_holds_nothing(open_store, store_uri, make_folder, st
     assert stored("holds") == {}
 
 
-def test_gc_removes_what_crashes_left_and_nothing_else(store, publish, make_folder, clock, stored, location):
+def test_gc_removes_what_crashes_left_and_nothing_else(
+    store: LoraStore,
+    publish: Callable[..., Staged],
+    make_folder: MakeFolder,
+    clock: FakeClock,
+    stored: Stored,
+    location: Location,
+) -> None:
     live = publish()
     lost = store.stage(make_folder("lost", seed=1))  # its process dies here
     half = f"{live.weights_digest[:2]}/.{live.weights_digest}.0123456789"
     Files(location.child("blobs")).write(half, b"half")
     Files(location.child("sweeps")).write(f"{int(clock.at.timestamp() * 1000)}.dead", b"")
     early = store.gc(0)
-    assert early.num_blobs == 0  # its hold lives
-    clock.sleep(HOLD_S)
+    assert early.num_blobs == 0  # its lease has not expired
+    clock.sleep(LEASE_S)
     lost_bytes = sum(size for name, size in stored("blobs").items() if name.partition("/")[2] in lost.record.blobs)
     late = store.gc(0)
     assert (late.num_blobs, early.num_bytes + late.num_bytes) == (2, lost_bytes + len(b"half"))
@@ -117,7 +139,9 @@ def test_gc_removes_what_crashes_left_and_nothing_else(store, publish, make_fold
     assert [check.problem for check in store.verify()] == [None, None]
 
 
-def test_gc_keeps_what_is_younger_than_its_retention(store, publish, clock, blob_names):
+def test_gc_keeps_what_is_younger_than_its_retention(
+    store: LoraStore, publish: Callable[..., Staged], clock: FakeClock, blob_names: Callable[[], set[str]]
+) -> None:
     publish()
     store.withdraw("local", ["poet"], "me")
     assert store.gc(3600) == Collected(0, 0)
@@ -127,7 +151,9 @@ def test_gc_keeps_what_is_younger_than_its_retention(store, publish, clock, blob
     assert blob_names() == set()
 
 
-def test_gc_leaves_a_half_written_blob_that_is_held(store, make_folder, stored, location):
+def test_gc_leaves_a_half_written_blob_that_is_leased(
+    store: LoraStore, make_folder: MakeFolder, stored: Stored, location: Location
+) -> None:
     staged = store.stage(make_folder())
     half = f"{staged.weights_digest[:2]}/.{staged.weights_digest}.0123456789"
     Files(location.child("blobs")).write(half, b"half")
@@ -135,7 +161,9 @@ def test_gc_leaves_a_half_written_blob_that_is_held(store, make_folder, stored, 
     assert half in stored("blobs")
 
 
-def test_gc_shrinks_the_catalogue_to_one_data_file(store, publish, clock, stored, open_store):
+def test_gc_shrinks_the_catalogue_to_one_data_file(
+    store: LoraStore, publish: Callable[..., Staged], clock: FakeClock, stored: Stored, open_store: OpenStore
+) -> None:
     for seed in range(5):
         publish(seed=seed)
     before = store.snapshot()
@@ -146,7 +174,7 @@ def test_gc_shrinks_the_catalogue_to_one_data_file(store, publish, clock, stored
         assert (dict(snapshot.records), dict(snapshot.previous)) == (dict(before.records), dict(before.previous))
 
 
-def test_verify_reads_every_needed_blob_once(store, publish):
+def test_verify_reads_every_needed_blob_once(store: LoraStore, publish: Callable[..., Staged]) -> None:
     first, second = publish(seed=0), publish(seed=1)
     gone = publish("gone", seed=2)
     store.withdraw("local", ["gone"], "me")
@@ -157,7 +185,9 @@ def test_verify_reads_every_needed_blob_once(store, publish):
     assert gone.weights_digest not in {check.digest for check in checks}
 
 
-def test_verify_names_what_is_damaged_or_missing(store, publish, location):
+def test_verify_names_what_is_damaged_or_missing(
+    store: LoraStore, publish: Callable[..., Staged], location: Location
+) -> None:
     staged, blobs = publish(), Files(location.child("blobs"))
     weights, samples = staged.record.blobs
     blobs.write(f"{weights[:2]}/{weights}", b"other")
@@ -167,12 +197,14 @@ def test_verify_names_what_is_damaged_or_missing(store, publish, location):
     assert problems[weights].startswith(f"blob {weights} is corrupted")
 
 
-def test_verify_does_not_miss_what_is_withdrawn_meanwhile(store, open_store, publish, location):
+def test_verify_does_not_miss_what_is_withdrawn_meanwhile(
+    store: LoraStore, open_store: OpenStore, publish: Callable[..., Staged], location: Location
+) -> None:
     rival = open_store()
     one_at_a_time = threading.Lock()  # verify reads with several threads
 
     class RivalFirst(BlobStore):
-        def get(self, digest):
+        def get(self, digest: str) -> bytes:
             with one_at_a_time:
                 if ("local", "a") in rival.snapshot().records:
                     gone = rival.withdraw("local", ["a"], "rival").records[0]
@@ -180,12 +212,14 @@ def test_verify_does_not_miss_what_is_withdrawn_meanwhile(store, open_store, pub
             return super().get(digest)
 
     staged = publish("a", seed=0)
-    store._upkeep._blobs = RivalFirst(location.child("blobs"))
+    store._collector._blobs = RivalFirst(location.child("blobs"))
     assert staged.ref not in {check.ref for check in store.verify()}
     assert dict(rival.snapshot().records) == {}
 
 
-def test_gc_leaves_a_data_file_that_a_rival_has_yet_to_commit(store, publish, clock, location):
+def test_gc_leaves_a_data_file_that_a_rival_has_yet_to_commit(
+    store: LoraStore, publish: Callable[..., Staged], clock: FakeClock, location: Location
+) -> None:
     publish()
     Files(location.child("catalogue")).write("part-uncommitted.parquet", b"rows")
     clock.sleep(1800)
@@ -196,7 +230,7 @@ def test_gc_leaves_a_data_file_that_a_rival_has_yet_to_commit(store, publish, cl
     assert not Files(location.child("catalogue")).contains("part-uncommitted.parquet")
 
 
-def test_real_time_is_the_default(store_uri, make_folder):
+def test_real_time_is_the_default(store_uri: str, make_folder: MakeFolder) -> None:
     store = LoraStore(store_uri, accepts_base=[BASE])
     staged = store.stage(make_folder())
     store.commit([staged], [embedding()], [1.0], "me")

@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from lora_store import BlobStore, Location, digest_of
-from lora_store.leases import HOLD_S, MARK_S, SWEEP_S, Leases
+from lora_store.leases import INTENT_S, LEASE_S, SWEEP_S, Leases
+from tests.lora_store.builders import FakeClock, Stored
 
 DATA = b"weights"
 DIGEST = digest_of(DATA)
@@ -17,93 +18,104 @@ WAIT_S = 30.0
 
 
 class Pool:
-    """Blobs, holds, and a set in the place of the catalogue."""
+    """Blobs, leases, and a set in place of the catalogue."""
 
-    def __init__(self, location, clock, *, sleep: Callable[[float], object] | None = None, holds=Leases) -> None:
+    def __init__(
+        self,
+        location: Location,
+        clock: FakeClock,
+        *,
+        sleep: Callable[[float], object] | None = None,
+        leases: type[Leases] = Leases,
+    ) -> None:
         self.blobs = BlobStore(location.child("blobs"))
-        self.holds = holds(location, clock.now, sleep or clock.sleep)
+        self.leases = leases(location, clock.now, sleep or clock.sleep)
         self.live: set[str] = set()
 
     def stage(self) -> str:
-        hold = self.holds.take([DIGEST])
+        lease = self.leases.acquire([DIGEST])
         self.blobs.put(DATA)
-        return hold
+        return lease
 
-    def commit(self, hold: str) -> None:
+    def commit(self, lease: str) -> None:
         self.live.add(DIGEST)
-        self.holds.end([hold])
+        self.leases.release([lease])
 
     def sweep(self, referenced: Callable[[], Collection[str]] | None = None) -> list[str]:
-        return self.holds.sweep([DIGEST], referenced or self.live.copy, self.blobs.delete)
+        return self.leases.sweep([DIGEST], referenced or self.live.copy, self.blobs.delete)
 
 
 class RivalFirst(Leases):
-    """Calls the rival between a sweep's mark and its look at the holds."""
+    """Calls the rival after a sweep has written its intent and before it reads the leases."""
 
     rival: Callable[[], object]
 
-    def held(self) -> frozenset[str]:
+    def leased(self) -> frozenset[str]:
         self.rival()
-        return super().held()
+        return super().leased()
 
 
 @pytest.fixture
-def pool(location, clock):
+def pool(location: Location, clock: FakeClock) -> Pool:
     return Pool(location, clock)
 
 
-def test_what_nothing_holds_or_names_is_swept(pool, stored):
+def test_blobs_that_are_neither_leased_nor_referenced_are_swept(pool: Pool, stored: Stored) -> None:
     pool.blobs.put(DATA)
     assert pool.sweep() == [DIGEST]
     assert DIGEST not in pool.blobs
     assert (stored("holds"), stored("sweeps")) == ({}, {})
 
 
-def test_what_is_staged_or_live_is_never_swept(pool):
-    hold = pool.stage()
+def test_blobs_that_are_staged_or_live_are_never_swept(pool: Pool) -> None:
+    lease = pool.stage()
     assert pool.sweep() == []
-    pool.commit(hold)
+    pool.commit(lease)
     assert pool.sweep() == []
     assert pool.blobs.get(DIGEST) == DATA
 
 
-def test_what_was_discarded_is_swept(pool):
-    pool.holds.end([pool.stage()])
+def test_discarded_blobs_are_swept(pool: Pool) -> None:
+    pool.leases.release([pool.stage()])
     assert pool.sweep() == [DIGEST]
 
 
-def test_each_of_two_holds_is_enough(pool):
+def test_each_of_two_leases_protects_a_blob(pool: Pool) -> None:
     first, second = pool.stage(), pool.stage()
-    pool.holds.end([first])
+    pool.leases.release([first])
     assert pool.sweep() == []
-    pool.holds.end([second])
+    pool.leases.release([second])
     assert pool.sweep() == [DIGEST]
 
 
-def test_a_hold_taken_after_the_mark_and_before_the_look_is_seen(location, clock):
-    pool = Pool(location, clock, holds=RivalFirst)
+def test_a_lease_written_after_the_intent_and_before_the_check_is_seen(location: Location, clock: FakeClock) -> None:
+    pool = Pool(location, clock, leases=RivalFirst)
     rival = Pool(location, clock)
     held: list[str] = []
 
     def take() -> None:
-        rival.holds._holds.write(f"{int(clock.at.timestamp() * 1000)}.rival.{DIGEST}", b"")
+        rival.leases._leases.write(f"{int(clock.at.timestamp() * 1000)}.rival.{DIGEST}", b"")
         held.append(DIGEST)
 
     pool.blobs.put(DATA)
-    pool.holds.rival = take
+    pool.leases.rival = take
     assert pool.sweep() == []
     assert (held, pool.blobs.get(DIGEST)) == ([DIGEST], DATA)
 
 
-def test_a_commit_that_ends_its_hold_just_before_the_look_is_seen_in_the_catalogue(location, clock):
-    pool = Pool(location, clock, holds=RivalFirst)
-    hold = pool.stage()
-    pool.holds.rival = lambda: pool.commit(hold)
+def test_a_commit_that_releases_its_lease_just_before_the_check_is_seen_in_the_catalogue(
+    location: Location, clock: FakeClock
+) -> None:
+    pool = Pool(location, clock, leases=RivalFirst)
+    lease = pool.stage()
+    pool.leases.rival = lambda: pool.commit(lease)
     assert pool.sweep(lambda: pool.live) == []
     assert pool.blobs.get(DIGEST) == DATA
 
 
-def test_a_stage_that_comes_after_the_look_waits_and_writes_its_blobs_again(location, clock):
+def test_a_stage_that_starts_after_the_check_waits_and_writes_its_blobs_again(
+    location: Location, clock: FakeClock
+) -> None:
     waits, swept = threading.Event(), threading.Event()
 
     def sleep(_: float) -> None:
@@ -117,7 +129,7 @@ def test_a_stage_that_comes_after_the_look_waits_and_writes_its_blobs_again(loca
 
         def look() -> set[str]:
             staging.append(threads.submit(rival.stage))
-            assert waits.wait(WAIT_S)  # its hold is there, its blobs are not looked for yet
+            assert waits.wait(WAIT_S)  # its lease exists, its blobs are not checked yet
             return set()
 
         assert pool.sweep(look) == [DIGEST]
@@ -127,22 +139,22 @@ def test_a_stage_that_comes_after_the_look_waits_and_writes_its_blobs_again(loca
     assert pool.sweep() == []
 
 
-def test_a_stage_waits_only_for_sweeps_of_its_own_blobs(location, clock):
+def test_a_stage_waits_only_for_sweeps_of_its_own_blobs(location: Location, clock: FakeClock) -> None:
     pool, before = Pool(location, clock), clock.at
     other = digest_of(b"other")
-    assert pool.holds.sweep([other], lambda: {pool.stage()}, pool.blobs.delete) == [other]
+    assert pool.leases.sweep([other], lambda: {pool.stage()}, pool.blobs.delete) == [other]
     assert clock.at == before
 
 
-def test_a_stage_outwaits_a_sweeper_that_died(location, clock):
+def test_a_stage_waits_until_the_intent_of_a_crashed_sweep_expires(location: Location, clock: FakeClock) -> None:
     pool = Pool(location, clock, sleep=lambda _: clock.sleep(5))
-    pool.holds._marks.write(pool.holds._stamp(), DIGEST.encode())
+    pool.leases._intents.write(pool.leases._stamp(), DIGEST.encode())
     before = clock.at
     pool.stage()
-    assert (clock.at - before).total_seconds() == MARK_S
+    assert (clock.at - before).total_seconds() == INTENT_S
 
 
-def test_a_sweep_that_took_too_long_deletes_nothing(pool, clock, stored):
+def test_a_sweep_that_took_too_long_deletes_nothing(pool: Pool, clock: FakeClock, stored: Stored) -> None:
     pool.blobs.put(DATA)
 
     def look() -> set[str]:
@@ -154,41 +166,43 @@ def test_a_sweep_that_took_too_long_deletes_nothing(pool, clock, stored):
     assert pool.sweep() == [DIGEST]
 
 
-def test_a_hold_dies_with_age_and_is_not_safe_long_before(pool, clock):
-    hold = pool.stage()
-    assert pool.holds.is_safe(hold)
-    clock.sleep(HOLD_S / 2)
-    assert not pool.holds.is_safe(hold)
+def test_a_lease_expires_and_is_unsafe_long_before(pool: Pool, clock: FakeClock) -> None:
+    lease = pool.stage()
+    assert pool.leases.is_safe(lease)
+    clock.sleep(LEASE_S / 2)
+    assert not pool.leases.is_safe(lease)
     assert pool.sweep() == []
-    clock.sleep(HOLD_S / 2)
+    clock.sleep(LEASE_S / 2)
     assert pool.sweep() == [DIGEST]
 
 
-def test_what_crashes_left_is_dropped_once_it_is_dead(pool, clock, stored):
+def test_leases_and_intents_of_crashed_processes_are_deleted_once_they_expire(
+    pool: Pool, clock: FakeClock, stored: Stored
+) -> None:
     pool.stage()
-    pool.holds._marks.write(pool.holds._stamp(), b"")
-    pool.holds.drop_dead()
+    pool.leases._intents.write(pool.leases._stamp(), b"")
+    pool.leases.delete_expired()
     assert (len(stored("holds")), len(stored("sweeps"))) == (1, 1)
-    clock.sleep(MARK_S)
-    pool.holds.drop_dead()
+    clock.sleep(INTENT_S)
+    pool.leases.delete_expired()
     assert (len(stored("holds")), len(stored("sweeps"))) == (1, 0)
-    clock.sleep(HOLD_S)
-    pool.holds.drop_dead()
+    clock.sleep(LEASE_S)
+    pool.leases.delete_expired()
     assert (len(stored("holds")), len(stored("sweeps"))) == (0, 0)
 
 
-def test_a_half_written_hold_of_a_folder_is_left_to_its_writer(folder_uri, clock):
+def test_a_half_written_lease_in_a_folder_is_left_to_its_writer(folder_uri: str, clock: FakeClock) -> None:
     pool = Pool(Location(folder_uri), clock)
-    half = f".{pool.holds._stamp()}.{DIGEST}.0123"
-    pool.holds._holds.write(half, b"")
-    pool.holds.drop_dead()
-    assert pool.holds._holds.contains(half)
-    clock.sleep(HOLD_S)
-    pool.holds.drop_dead()
-    assert not pool.holds._holds.contains(half)
+    half = f".{pool.leases._stamp()}.{DIGEST}.0123"
+    pool.leases._leases.write(half, b"")
+    pool.leases.delete_expired()
+    assert pool.leases._leases.contains(half)
+    clock.sleep(LEASE_S)
+    pool.leases.delete_expired()
+    assert not pool.leases._leases.contains(half)
 
 
-def test_many_blobs_are_swept_in_rounds_that_each_look_again(pool, stored):
+def test_many_blobs_are_swept_in_rounds_that_each_check_again(pool: Pool, stored: Stored) -> None:
     digests = [digest_of(b"%d" % number) for number in range(40)]
     looks = []
     gone: list[str] = []
@@ -197,11 +211,11 @@ def test_many_blobs_are_swept_in_rounds_that_each_look_again(pool, stored):
         looks.append(len(gone))
         return digests[:10]
 
-    assert pool.holds.sweep(digests, look, gone.extend) == digests[10:] == gone
+    assert pool.leases.sweep(digests, look, gone.extend) == digests[10:] == gone
     assert looks == [0, 6, 22]
 
 
-def test_no_mark_stays_when_a_sweep_fails(pool, stored):
+def test_a_failed_sweep_leaves_no_intent(pool: Pool, stored: Stored) -> None:
     def look() -> set[str]:
         raise RuntimeError("no catalogue")
 

@@ -12,7 +12,7 @@ S3 = "s3://pool/some/store?endpoint_override=127.0.0.1:9000&scheme=http&region=e
 
 
 @pytest.mark.parametrize("uri", ["/var/pool", "file:///var/pool", "/var/pool/"])
-def test_a_folder_is_itself_for_both_libraries(uri):
+def test_a_folder_is_itself_for_both_libraries(uri: str) -> None:
     location = Location(uri)
     files, path = location.child("blobs").filesystem()
     assert (type(files), path) == (LocalFileSystem, "/var/pool/blobs")
@@ -20,13 +20,13 @@ def test_a_folder_is_itself_for_both_libraries(uri):
     assert location.is_local
 
 
-def test_a_relative_folder_lies_below_the_working_folder(tmp_path, monkeypatch):
+def test_a_relative_folder_is_below_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert Location("my pool").filesystem()[1] == str(tmp_path / "my pool")
     assert Location("my pool").child("a").delta_uri == str(tmp_path / "my pool" / "a")
 
 
-def test_s3_is_the_same_place_for_both_libraries():
+def test_s3_is_the_same_place_for_both_libraries() -> None:
     location = Location(S3).child("catalogue")
     files, path = location.filesystem()
     assert path == "pool/some/store/catalogue"
@@ -38,19 +38,19 @@ def test_s3_is_the_same_place_for_both_libraries():
     assert not location.is_local
 
 
-def test_s3_without_parameters_leaves_endpoint_and_region_to_the_environment():
+def test_s3_without_parameters_leaves_endpoint_and_region_to_the_environment() -> None:
     options = Location("s3://pool").storage_options
     assert not {"aws_endpoint", "aws_allow_http", "aws_region"} & options.keys()
     assert Location("s3://pool").child("blobs").filesystem()[1] == "pool/blobs"
     assert Location("s3://pool/x/").child("blobs").filesystem()[1] == "pool/x/blobs"
 
 
-def test_https_is_the_default_and_plain_http_is_asked_for():
+def test_https_is_the_default_and_plain_http_is_asked_for() -> None:
     options = Location("s3://pool/x?endpoint_override=store.example").storage_options
     assert (options["aws_endpoint"], options["aws_allow_http"]) == ("https://store.example", "false")
 
 
-def test_gcs_is_the_same_place_for_both_libraries():
+def test_gcs_is_the_same_place_for_both_libraries() -> None:
     location = Location("gs://pool/store").child("blobs")
     files, path = location.filesystem()
     assert (type(files), path) == (GcsFileSystem, "pool/store/blobs")
@@ -61,25 +61,28 @@ def test_gcs_is_the_same_place_for_both_libraries():
 @pytest.mark.parametrize(
     ("uri", "reason"),
     [
-        ("http://pool/x", "a store is a folder, s3:// or gs://, got 'http://pool/x'"),
-        ("s3://pool/x?endpont_override=y", "parameter 'endpont_override' of a s3:// store is not known"),
-        ("gs://pool/x?scheme=http", "parameter 'scheme' of a gs:// store is not known"),
-        ("file:///pool?region=x", "parameter 'region' of a file:// store is not known"),
-        ("s3://key:secret@pool/x", "names its bucket and no credentials"),
-        ("s3:///x", "names its bucket and no credentials"),
+        ("http://pool/x", "a store must be a folder, s3://… or gs://…, got 'http://pool/x'"),
+        (
+            "s3://pool/x?endpont_override=y",
+            "unknown parameter 'endpont_override' of a s3:// store; allowed: endpoint_override, reg",
+        ),
+        ("gs://pool/x?scheme=http", "unknown parameter 'scheme' of a gs:// store; allowed: none"),
+        ("file:///pool?region=x", "unknown parameter 'region' of a file:// store; allowed: none"),
+        ("s3://key:secret@pool/x", "must name its bucket and no credentials"),
+        ("s3:///x", "must name its bucket and no credentials"),
         ("s3://bucket?scheme=file", "http or https"),
         ("s3://bucket?endpoint_override=http://host:1", "host:port"),
         ("s3://bucket?endpoint_override=user@host", "host:port"),
     ],
 )
-def test_what_is_no_place_for_a_store_is_refused_by_name(uri, reason):
+def test_an_invalid_uri_is_refused_by_name(uri: str, reason: str) -> None:
     with pytest.raises(ValueError) as caught:
         Location(uri)
     assert reason in str(caught.value)
     assert "secret" not in str(caught.value)
 
 
-def test_a_place_can_be_a_path_with_odd_characters(tmp_path):
+def test_a_place_can_be_a_path_with_odd_characters(tmp_path: Path) -> None:
     folder = tmp_path / "a b#c?d%20"
     assert Location(str(folder)).filesystem()[1] == str(folder)
     assert Location(str(folder)).child("x").delta_uri == str(Path(folder, "x"))
@@ -96,12 +99,12 @@ def test_a_place_can_be_a_path_with_odd_characters(tmp_path):
         ("gs://b", Endpoint("storage.googleapis.com", 443, "https", is_named=False)),
     ],
 )
-def test_the_endpoint_is_the_host_that_is_asked(uri, expected):
+def test_the_endpoint_is_the_host_that_is_asked(uri: str, expected: Endpoint | None) -> None:
     assert Location(uri).endpoint == expected
 
 
 @pytest.mark.parametrize(("address", "host"), [("10.0.0.1", "10.0.0.1:9000"), ("fd00::1", "[fd00::1]:9000")])
-def test_a_place_is_the_same_at_an_address_of_its_endpoint(address, host):
+def test_a_place_is_the_same_at_an_address_of_its_endpoint(address: str, host: str) -> None:
     location = Location("s3://b/a b/c%20d?endpoint_override=minio:9000&scheme=http&region=x")
     pinned = location.at_address(address)
     assert pinned.endpoint == Endpoint(address, 9000, "http", is_named=True)

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from uuid import uuid4
+from wsgiref.types import WSGIEnvironment
 
+import pyarrow as pa
 import pytest
 
-from lora_store import AdapterNotFound, Catalogue, LoraStore, Publish, StoreUnavailable
+from lora_store import (
+    AdapterNotFound,
+    AdapterRecord,
+    Catalogue,
+    Event,
+    Location,
+    LoraStore,
+    Publish,
+    Snapshot,
+    StoreUnavailable,
+)
 from lora_store.event_table import EventTable
 from lora_store.rules import publish_events, withdraw_events
-from tests.lora_store.builders import BASE, embedding
-from tests.lora_store.test_folding import NOON
+from tests.lora_store.builders import BASE, NOON, MakeFolder, MakeRecord, embedding
+from tests.s3 import S3Endpoint
 
 
 class Losing(EventTable):
@@ -19,7 +32,7 @@ class Losing(EventTable):
     loses = False
     answer: StoreUnavailable | None = None
 
-    def append(self, rows, version):
+    def append(self, rows: pa.Table, version: int) -> bool:
         is_appended = super().append(rows, version)
         if not Losing.loses:
             return is_appended
@@ -33,12 +46,14 @@ class LosingByError(Losing):
     answer = StoreUnavailable("the request timed out")
 
 
-def _publish(record):
+def _publish(record: AdapterRecord) -> Callable[[Snapshot], list[Event]]:
     return lambda snapshot: publish_events(snapshot, [record])
 
 
 @pytest.mark.parametrize("table", [Losing, LosingByError])
-def test_what_landed_is_not_done_twice_and_gives_its_generation(location, make_record, table):
+def test_a_commit_that_succeeded_is_not_repeated_and_returns_its_generation(
+    location: Location, make_record: MakeRecord, table: type[EventTable]
+) -> None:
     catalogue = Catalogue(location, open_table=table)
     Losing.loses = True
     assert catalogue.commit(_publish(make_record())) == 1
@@ -49,9 +64,9 @@ def test_what_landed_is_not_done_twice_and_gives_its_generation(location, make_r
     assert EventTable(location).refresh()[0].num_rows == 2  # one row each
 
 
-def test_a_commit_that_did_not_land_is_still_an_error(location, make_record):
+def test_a_commit_that_did_not_land_is_still_an_error(location: Location, make_record: MakeRecord) -> None:
     class Failing(EventTable):
-        def append(self, rows, version):
+        def append(self, rows: pa.Table, version: int) -> bool:
             raise StoreUnavailable("the request timed out")
 
     with pytest.raises(StoreUnavailable):
@@ -59,17 +74,17 @@ def test_a_commit_that_did_not_land_is_still_an_error(location, make_record):
     assert Catalogue(location).snapshot().generation == 0
 
 
-def test_the_answer_to_the_last_try_may_be_lost(location, make_record):
+def test_the_answer_to_the_last_try_may_be_lost(location: Location, make_record: MakeRecord) -> None:
     catalogue = Catalogue(location, max_attempts=1, open_table=Losing)
     Losing.loses = True
     assert catalogue.commit(_publish(make_record())) == 1
 
 
-def test_a_rivals_commit_is_not_taken_for_ones_own(location, make_record):
+def test_a_rivals_commit_is_not_taken_for_ones_own(location: Location, make_record: MakeRecord) -> None:
     catalogue, rival = Catalogue(location, open_table=Losing), Catalogue(location)
     asked = []
 
-    def events(snapshot):
+    def events(snapshot: Snapshot) -> list[Event]:
         if not asked:
             rival.commit(_publish(make_record("rival")))
         asked.append(snapshot.generation)
@@ -78,7 +93,7 @@ def test_a_rivals_commit_is_not_taken_for_ones_own(location, make_record):
     assert (catalogue.commit(events), asked) == (2, [0, 1])
 
 
-def test_a_call_that_is_repeated_under_its_id_happens_once(location, make_record):
+def test_a_call_that_is_repeated_under_its_id_happens_once(location: Location, make_record: MakeRecord) -> None:
     """Also by another process, and after a fold."""
     first, second = Catalogue(location, min_tail=2), Catalogue(location)
     commit_id = uuid4().hex
@@ -91,7 +106,9 @@ def test_a_call_that_is_repeated_under_its_id_happens_once(location, make_record
     assert first.commit(_publish(make_record("new")), uuid4().hex) == first.snapshot().generation
 
 
-def test_a_change_of_the_store_that_is_repeated_under_its_id_happens_once(location, make_folder):
+def test_a_change_of_the_store_that_is_repeated_under_its_id_happens_once(
+    location: Location, make_folder: MakeFolder
+) -> None:
     """Also by another process, whose holds are others."""
     first, second = (LoraStore(location.uri, accepts_base=[BASE]) for _ in range(2))
     staged, published, gone = first.stage(make_folder()), uuid4().hex, uuid4().hex
@@ -104,11 +121,13 @@ def test_a_change_of_the_store_that_is_repeated_under_its_id_happens_once(locati
 
 
 @pytest.mark.parametrize("times", [1, 3])
-def test_an_endpoint_that_loses_answers_to_commits(s3_endpoint, make_folder, times):
+def test_an_endpoint_that_loses_answers_to_commits(
+    s3_endpoint: S3Endpoint, make_folder: MakeFolder, times: int
+) -> None:
     """The PUT of the log's next version lands, its answer is an error, and its repetition meets its own effect."""
     lost = []
 
-    def loses(environ):
+    def loses(environ: WSGIEnvironment) -> bool:
         is_commit = environ["REQUEST_METHOD"] == "PUT" and environ["PATH_INFO"].endswith("2.json")
         if is_commit and len(lost) < times:
             lost.append(environ["PATH_INFO"])

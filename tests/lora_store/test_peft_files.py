@@ -1,22 +1,22 @@
 from __future__ import annotations
 
 import json
-import math
-import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils.other import get_pattern_key
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from lora_store import AdapterRefused, ModuleWeights, Sample, encode_weights, read_peft_folder, write_peft_folder
-from lora_store.peft_patterns import PatternTable, pattern_problems
+from tests.lora_store.builders import MakeFolder, MakeWeights
 
 TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
 
 
-def _llama():
+def _llama() -> PreTrainedModel:
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -30,7 +30,7 @@ def _llama():
     )
 
 
-def _gemma():
+def _gemma() -> PreTrainedModel:
     torch.manual_seed(0)
     return Gemma3ForCausalLM(
         Gemma3TextConfig(
@@ -46,7 +46,7 @@ def _gemma():
     )
 
 
-def _lora_layers(model):
+def _lora_layers(model: Any) -> dict[str, Any]:
     """Peft's own layers by the base model's module path."""
     return {
         name.removeprefix("base_model.model."): module
@@ -69,7 +69,13 @@ def _lora_layers(model):
     ],
     ids=["uniform", "patterns"],
 )
-def test_a_folder_of_peft_is_read_as_peft_reads_it(tmp_path, make_model, use_rslora, dtype, patterns):
+def test_a_folder_of_peft_is_read_as_peft_reads_it(
+    tmp_path: Path,
+    make_model: Callable[[], PreTrainedModel],
+    use_rslora: bool,
+    dtype: torch.dtype,
+    patterns: dict[str, Any],
+) -> None:
     config = LoraConfig(
         r=6, lora_alpha=12, target_modules=TARGETS, use_rslora=use_rslora, init_lora_weights=False, **patterns
     )
@@ -90,7 +96,9 @@ def test_a_folder_of_peft_is_read_as_peft_reads_it(tmp_path, make_model, use_rsl
 
 
 @pytest.mark.parametrize("make_model", [_llama, _gemma], ids=["llama", "gemma3"])
-def test_peft_opens_a_written_folder_with_every_modules_weights_rank_and_scaling(tmp_path, make_model):
+def test_peft_opens_a_written_folder_with_every_modules_weights_rank_and_scaling(
+    tmp_path: Path, make_model: Callable[[], PreTrainedModel]
+) -> None:
     base = make_model()
     random = torch.Generator().manual_seed(1)
     shapes = {
@@ -114,7 +122,7 @@ def test_peft_opens_a_written_folder_with_every_modules_weights_rank_and_scaling
         assert read_peft_folder(tmp_path / "adapter").modules[name].scaling == layer.scaling["default"]
 
 
-def test_a_written_folder_reads_back_to_the_same_digest(tmp_path, make_weights):
+def test_a_written_folder_reads_back_to_the_same_digest(tmp_path: Path, make_weights: MakeWeights) -> None:
     samples = [Sample("Write a poem.", "Roses"), Sample("two\nlines\u2028 – é")]
     write_peft_folder(tmp_path, make_weights(), base_model="b", samples=samples, description="Poems.")
     read = read_peft_folder(tmp_path)
@@ -123,27 +131,27 @@ def test_a_written_folder_reads_back_to_the_same_digest(tmp_path, make_weights):
     assert (read.description, read.config.base_model) == ("Poems.", "b")
 
 
-def test_equal_alphas_need_no_pattern(tmp_path, make_weights):
+def test_equal_alphas_need_no_pattern(tmp_path: Path, make_weights: MakeWeights) -> None:
     write_peft_folder(tmp_path, make_weights(), base_model="b")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["alpha_pattern"]) == (4, 8, {})
     assert config["rank_pattern"] == {r"^model\.layers\.0\.mlp\.up_proj": 2}
 
 
-def test_a_folder_without_samples_or_description_has_none(tmp_path, make_weights):
+def test_a_folder_without_samples_or_description_has_none(tmp_path: Path, make_weights: MakeWeights) -> None:
     write_peft_folder(tmp_path, make_weights(), base_model="b")
     read = read_peft_folder(tmp_path)
     assert (read.samples, read.description) == ((), None)
 
 
-def test_an_unreadable_folder_is_refused_by_file(tmp_path):
+def test_an_unreadable_folder_is_refused_by_file(tmp_path: Path) -> None:
     with pytest.raises(AdapterRefused, match=r"adapter_config\.json: is missing"):
         read_peft_folder(tmp_path)
 
 
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json", "lora_samples.jsonl"])
 @pytest.mark.parametrize("dangling", [False, True])
-def test_a_link_is_never_followed(tmp_path, make_folder, file, dangling):
+def test_a_link_is_never_followed(tmp_path: Path, make_folder: MakeFolder, file: str, dangling: bool) -> None:
     folder = make_folder()
     (folder / file).rename(tmp_path / "elsewhere")
     (folder / file).symlink_to(tmp_path / ("nowhere" if dangling else "elsewhere"))
@@ -151,60 +159,6 @@ def test_a_link_is_never_followed(tmp_path, make_folder, file, dangling):
         read_peft_folder(folder)
 
 
-def test_a_long_sample_of_any_script_is_written_within_the_bound_it_is_read_by(make_folder):
+def test_a_long_sample_of_any_script_is_written_within_the_bound_it_is_read_by(make_folder: MakeFolder) -> None:
     text = "é" * 4000
     assert read_peft_folder(make_folder(inputs=(text,))).samples == (Sample(text),)
-
-
-@pytest.mark.parametrize(
-    "patterns",
-    [
-        ["q_proj"],
-        ["layers.0.q_proj", "q_proj"],
-        ["q_proj", "layers.0.q_proj"],
-        ["^model.layers.0.q_proj"],
-        ["^layers.0.q_proj"],
-        [".*"],
-        ["proj"],
-        ["q|k", "k_proj"],
-        [r"layers\.[01]\.k_proj", "q_pro."],
-        ["model.layers.0.q_proj$"],
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("module", ["model.layers.0.q_proj", "model.layers.10.k_proj", "q_proj", "xq_proj", "k"])
-def test_patterns_are_resolved_as_peft_does(patterns, module):
-    values = {pattern: number for number, pattern in enumerate(patterns)}
-    assert PatternTable(values).get(module, -1) == values.get(get_pattern_key(values.keys(), module), -1)
-
-
-@pytest.mark.parametrize(
-    ("pattern", "problem"),
-    [
-        ("(a+)+", "too complex"),
-        ("(a|a)(a|a)(a|a)x", "too complex"),
-        (".*.*.*x", "too complex"),
-        ("(?=a)", "too complex"),
-        (r"(a)\1", "too complex"),
-        ("(", "not a regular expression"),
-        ("a" * 257, "has 257 characters"),
-    ],
-)
-def test_a_pattern_that_could_run_away_is_named(pattern, problem):
-    [found] = pattern_problems({pattern: 1}, max_patterns=10)
-    assert problem in found
-
-
-def test_a_table_of_many_patterns_is_refused():
-    assert pattern_problems({f"m{n}": 1 for n in range(11)}, 10) == ["has 11 patterns, at most 10"]
-    assert re.search("more than 64 times", pattern_problems({f".*m{n}.*": 1 for n in range(40)}, 100)[0])
-
-
-@pytest.mark.parametrize("rank", [1, 2, 7, 16])
-def test_scaling_is_alpha_over_rank_and_over_its_root_for_rslora(tmp_path, rank):
-    weights = {"m": ModuleWeights(torch.ones(rank, 3), torch.ones(2, rank), 5 / rank)}
-    write_peft_folder(tmp_path, weights, base_model="b")
-    assert read_peft_folder(tmp_path).modules["m"].scaling == pytest.approx(5 / rank)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"use_rslora": True}))
-    assert read_peft_folder(tmp_path).modules["m"].scaling == pytest.approx(5 / math.sqrt(rank))

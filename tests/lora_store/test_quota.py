@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 
-from lora_store import QuotaExceeded, Snapshot, TenantQuota
-from lora_store.quota import Held, held_by
+from lora_store import AdapterRecord, QuotaExceeded, Snapshot, TenantQuota
+from lora_store.quota import TenantUsage, usage_of
 from lora_store.rules import publish_events
-from tests.lora_store.builders import embedding
+from tests.lora_store.builders import MakeFolder, MakeRecord, OpenStore, embedding
 
 
 @pytest.fixture
-def records(make_record):
+def records(make_record: MakeRecord) -> Callable[..., list[AdapterRecord]]:
     """Adapters of 100 bytes each, a tenant's live ones by name."""
 
-    def make(*names, tenant="acme", **changes):
+    def make(*names: str, tenant: str = "acme", **changes: Any) -> list[AdapterRecord]:
         return [
             make_record(
                 name, tenant, f"{number}{name}" * 9, weights_digest=f"w {name}", visibility="private", **changes
@@ -25,22 +28,24 @@ def records(make_record):
     return make
 
 
-def live(*records):
+def live(*records: AdapterRecord) -> Snapshot:
     return Snapshot(1, {(record.ref.tenant, record.ref.name): record for record in records})
 
 
-def test_a_tenant_holds_its_names_and_the_weights_of_all_kept_versions(records, make_record):
+def test_a_tenant_holds_its_names_and_the_weights_of_all_kept_versions(
+    records: Callable[..., list[AdapterRecord]], make_record: MakeRecord
+) -> None:
     [a, b] = records("a", "b")
     older = make_record("a", "acme", "f" * 64, weights_digest="w older", num_bytes=7)
     same = make_record("a", "acme", "e" * 64, weights_digest="w b")
     others = records("a", tenant="other")
     snapshot = Snapshot(1, dict(live(a, b, *others).records), {("acme", "a"): (older, same)})
-    assert held_by(snapshot, "acme") == Held(2, 207)
-    assert held_by(snapshot, "nobody") == Held(0, 0)
+    assert usage_of(snapshot, "acme") == TenantUsage(2, 207)
+    assert usage_of(snapshot, "nobody") == TenantUsage(0, 0)
 
 
 @pytest.mark.parametrize(
-    ("share", "fits"),
+    ("quota", "fits"),
     [
         (TenantQuota(), True),
         (TenantQuota(max_adapters=3), True),
@@ -49,34 +54,38 @@ def test_a_tenant_holds_its_names_and_the_weights_of_all_kept_versions(records, 
         (TenantQuota(max_bytes=299), False),
     ],
 )
-def test_a_publish_beyond_the_share_is_refused_whole(records, share, fits):
+def test_a_publish_beyond_the_share_is_refused_whole(
+    records: Callable[..., list[AdapterRecord]], quota: TenantQuota, fits: bool
+) -> None:
     snapshot, new = live(*records("a"), *records("x", "y", "z", tenant="other")), records("b", "c")
     if fits:
-        assert len(publish_events(snapshot, new, share=share)) == 2
+        assert len(publish_events(snapshot, new, quota=quota)) == 2
         return
     with pytest.raises(QuotaExceeded) as caught:
-        publish_events(snapshot, new, share=share)
+        publish_events(snapshot, new, quota=quota)
     assert caught.value.wanted > caught.value.limit
 
 
-def test_a_tenant_above_a_share_that_was_cut_may_still_replace_what_it_has(records, make_record):
+def test_a_tenant_above_a_share_that_was_cut_may_still_replace_what_it_has(
+    records: Callable[..., list[AdapterRecord]], make_record: MakeRecord
+) -> None:
     snapshot = live(*records("a", "b"))
     newer = make_record("a", "acme", "e" * 64, weights_digest="w a", visibility="private")
-    share = TenantQuota(max_adapters=1, max_bytes=50)
-    assert len(publish_events(snapshot, [newer], share=share)) == 1
+    quota = TenantQuota(max_adapters=1, max_bytes=50)
+    assert len(publish_events(snapshot, [newer], quota=quota)) == 1
     with pytest.raises(QuotaExceeded):
-        publish_events(snapshot, records("c"), share=share)
+        publish_events(snapshot, records("c"), quota=quota)
 
 
-def test_what_is_live_already_takes_no_more_of_the_share(records):
-    assert publish_events(live(*records("a")), records("a"), share=TenantQuota(0, 0)) == []
+def test_what_is_live_already_takes_no_more_of_the_share(records: Callable[..., list[AdapterRecord]]) -> None:
+    assert publish_events(live(*records("a")), records("a"), quota=TenantQuota(0, 0)) == []
 
 
-def test_a_rival_that_comes_first_cannot_make_both_fit(open_store, make_folder):
-    """The share is judged on what the rival left, not on what was there when the publish began."""
-    ours, rival, share = open_store(), open_store(), TenantQuota(max_adapters=1)
+def test_a_rival_that_comes_first_cannot_make_both_fit(open_store: OpenStore, make_folder: MakeFolder) -> None:
+    """The quota is judged on what the rival left, not on what was there when the publish began."""
+    ours, rival, quota = open_store(), open_store(), TenantQuota(max_adapters=1)
     staged = [store.stage(make_folder(f"a{n}", n), tenant="acme") for n, store in enumerate((ours, rival))]
-    rival.commit([staged[1]], [embedding()], [1.0], "me", "any", share)
+    rival.commit([staged[1]], [embedding()], [1.0], "me", "any", quota)
     with pytest.raises(QuotaExceeded):
-        ours.commit([staged[0]], [embedding()], [1.0], "me", "any", share)
+        ours.commit([staged[0]], [embedding()], [1.0], "me", "any", quota)
     assert [name for _, name in ours.snapshot().records] == ["a1"]

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 
-from lora_store import AdapterNotFound, BlobCorrupted, EncoderIncomplete, Withdraw, Withdrawn
+from lora_store import (
+    AdapterNotFound,
+    BlobCorrupted,
+    EncoderIncomplete,
+    Location,
+    LoraStore,
+    Staged,
+    Withdraw,
+    Withdrawn,
+)
 from lora_store.files import Files
-from lora_store.leases import HOLD_S
+from lora_store.leases import LEASE_S
 from lora_store.rules import withdraw_events
-from tests.lora_store.builders import embedding
+from tests.lora_store.builders import FakeClock, MakeFolder, OpenStore, Stored, embedding
 
 
 @pytest.fixture
-def store(open_store):
+def store(open_store: OpenStore) -> LoraStore:
     return open_store()
 
 
 @pytest.fixture
-def publish(store, make_folder):
+def publish(store: LoraStore, make_folder: MakeFolder) -> Callable[..., Staged]:
     """Publish one version; its `Staged`."""
 
-    def run(name="poet", seed=0, encoder="enc", **label):
+    def run(name: str = "poet", seed: int = 0, encoder: str = "enc", **label: Any) -> Staged:
         staged = store.stage(make_folder(name, seed), **label)
         store.commit([staged], [embedding(encoder=encoder)], [1.0], "me")
         return staged
@@ -28,7 +40,9 @@ def publish(store, make_folder):
     return run
 
 
-def test_a_withdrawal_of_several_names_is_one_commit_and_tells_all_that_went(store, publish, clock):
+def test_a_withdrawal_of_several_names_is_one_commit_and_returns_all_versions(
+    store: LoraStore, publish: Callable[..., Staged], clock: FakeClock
+) -> None:
     first, second, other = publish(seed=0), publish(seed=1), publish("other", seed=2)
     publish("stays", seed=3)
     gone = store.withdraw("local", ["poet", "other", "poet"], "me")
@@ -42,7 +56,9 @@ def test_a_withdrawal_of_several_names_is_one_commit_and_tells_all_that_went(sto
     ("tenant", "names", "missing"),
     [("local", ["poet", "nobody"], "nobody"), ("them", ["poet"], "poet"), ("local", ["local/poet"], "local/poet")],
 )
-def test_what_is_not_live_is_named_and_nothing_is_withdrawn(store, publish, tenant, names, missing):
+def test_a_name_that_is_not_live_is_reported_and_nothing_is_withdrawn(
+    store: LoraStore, publish: Callable[..., Staged], tenant: str, names: list[str], missing: str
+) -> None:
     publish()
     with pytest.raises(AdapterNotFound) as caught:
         store.withdraw(tenant, names, "me")
@@ -50,19 +66,23 @@ def test_what_is_not_live_is_named_and_nothing_is_withdrawn(store, publish, tena
     assert store.snapshot().generation == 1
 
 
-def test_withdrawing_nothing_commits_nothing(store, publish):
+def test_withdrawing_nothing_commits_nothing(store: LoraStore, publish: Callable[..., Staged]) -> None:
     publish()
     assert store.withdraw("local", [], "me") == Withdrawn(1, ())
 
 
-def test_a_withdraw_event_names_the_version_that_was_live(store, publish, clock):
+def test_a_withdraw_event_names_the_version_that_was_live(
+    store: LoraStore, publish: Callable[..., Staged], clock: FakeClock
+) -> None:
     publish(seed=0)
     second = publish(seed=1)
     [event] = withdraw_events(store.snapshot(), [("local", "poet"), ("local", "poet")], "me", clock.at)
     assert event == Withdraw(second.ref, "me", clock.at)
 
 
-def test_a_kept_version_can_be_published_again(store, publish, stored):
+def test_a_kept_version_can_be_published_again(
+    store: LoraStore, publish: Callable[..., Staged], stored: Stored
+) -> None:
     first, second = publish(seed=0), publish(seed=1)
     record = store.snapshot().previous["local", "poet"][0]
     again = store.restage(record)
@@ -75,7 +95,9 @@ def test_a_kept_version_can_be_published_again(store, publish, stored):
 
 
 @pytest.mark.parametrize("blob", ["weights", "samples"])
-def test_a_version_whose_blobs_are_gone_cannot_be_staged_again(store, publish, location, stored, blob):
+def test_a_version_whose_blobs_are_gone_cannot_be_staged_again(
+    store: LoraStore, publish: Callable[..., Staged], location: Location, stored: Stored, blob: str
+) -> None:
     publish()
     record = store.snapshot().records["local", "poet"]
     digest = record.weights_digest if blob == "weights" else record.samples_digest
@@ -86,7 +108,9 @@ def test_a_version_whose_blobs_are_gone_cannot_be_staged_again(store, publish, l
     assert stored("holds") == {}
 
 
-def test_damaged_samples_are_told_when_staged_again(store, publish, location):
+def test_damaged_samples_are_reported_when_a_version_is_staged_again(
+    store: LoraStore, publish: Callable[..., Staged], location: Location
+) -> None:
     publish()
     record = store.snapshot().records["local", "poet"]
     Files(location.child("blobs")).write(f"{record.samples_digest[:2]}/{record.samples_digest}", b"x")
@@ -94,9 +118,11 @@ def test_damaged_samples_are_told_when_staged_again(store, publish, location):
         store.restage(record)
 
 
-def test_a_commit_whose_hold_is_old_looks_again_for_its_blobs(store, make_folder, clock):
+def test_a_commit_with_an_old_lease_checks_its_blobs_again(
+    store: LoraStore, make_folder: MakeFolder, clock: FakeClock
+) -> None:
     kept, lost = store.stage(make_folder()), store.stage(make_folder("lost", 1, inputs=("x",)))
-    clock.sleep(HOLD_S)
+    clock.sleep(LEASE_S)
     assert store.sweep(lost.record.blobs) == list(lost.record.blobs)
     with pytest.raises(AdapterNotFound):
         store.commit([kept, lost], [embedding()] * 2, [1.0] * 2, "me")
@@ -105,7 +131,9 @@ def test_a_commit_whose_hold_is_old_looks_again_for_its_blobs(store, make_folder
     assert [check.problem for check in store.verify()] == [None, None]
 
 
-def test_an_encoder_is_activated_once_every_adapter_has_its_embedding(store, publish, make_folder):
+def test_an_encoder_is_activated_once_every_adapter_has_its_embedding(
+    store: LoraStore, publish: Callable[..., Staged], make_folder: MakeFolder
+) -> None:
     first, second = publish("a", seed=0), publish("b", seed=1)
     bare = store.stage(make_folder("bare", 2, inputs=()))
     store.commit([bare], [None], [1.0], "me")
@@ -125,12 +153,14 @@ def test_an_encoder_is_activated_once_every_adapter_has_its_embedding(store, pub
     assert store.activate_encoder("model", "new", "me") == 6
 
 
-def test_what_was_published_with_the_new_encoder_needs_no_other_embedding(store, publish):
+def test_what_was_published_with_the_new_encoder_needs_no_other_embedding(
+    store: LoraStore, publish: Callable[..., Staged]
+) -> None:
     publish("a", seed=0, encoder="new")
     assert store.activate_encoder("model", "new", "me") == 2
 
 
-def test_embeddings_of_what_is_not_live_are_not_kept(store, publish):
+def test_embeddings_of_what_is_not_live_are_not_kept(store: LoraStore, publish: Callable[..., Staged]) -> None:
     old, live = publish(seed=0), publish(seed=1)
     new = embedding(1.0, encoder="new")
     assert store.add_embeddings({old.ref: new}) == 2
@@ -139,7 +169,9 @@ def test_embeddings_of_what_is_not_live_are_not_kept(store, publish):
     assert list(store.snapshot().pending) == [live.ref]
 
 
-def test_an_encoder_is_not_activated_over_a_publish_that_came_first(store, open_store, publish, make_folder):
+def test_an_encoder_is_not_activated_over_a_publish_that_came_first(
+    store: LoraStore, open_store: OpenStore, publish: Callable[..., Staged], make_folder: MakeFolder
+) -> None:
     first = publish("a", seed=0)
     store.add_embeddings({first.ref: embedding(1.0, encoder="new")})
     rival = open_store()
@@ -150,7 +182,9 @@ def test_an_encoder_is_not_activated_over_a_publish_that_came_first(store, open_
     assert caught.value.missing == (staged.ref,)
 
 
-def test_a_publish_of_what_must_be_live_still_leaves_an_update_and_a_withdrawal_alone(store, publish):
+def test_a_publish_of_what_must_be_live_still_leaves_an_update_and_a_withdrawal_alone(
+    store: LoraStore, publish: Callable[..., Staged]
+) -> None:
     old = publish(seed=0)
     new = publish(seed=1)
     generation = store.snapshot().generation
@@ -162,7 +196,9 @@ def test_a_publish_of_what_must_be_live_still_leaves_an_update_and_a_withdrawal_
     assert dict(store.snapshot().records) == {}
 
 
-def test_a_publish_of_what_must_be_kept_is_refused_once_it_is_withdrawn(store, publish):
+def test_a_publish_of_what_must_be_kept_is_refused_once_it_is_withdrawn(
+    store: LoraStore, publish: Callable[..., Staged]
+) -> None:
     old, _ = publish(seed=0), publish(seed=1)
     again = store.restage(old.record)
     store.commit([again], [embedding()], [1.0], "me", "kept")

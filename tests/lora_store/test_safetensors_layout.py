@@ -47,7 +47,7 @@ def test_the_pieces_are_the_librarys_bytes_and_are_read_as_it_reads_them(seed: i
         assert torch.equal(found[name], tensor)
 
 
-def test_a_tensor_that_is_no_block_of_memory_is_written_as_one() -> None:
+def test_a_tensor_that_is_not_contiguous_is_written_contiguously() -> None:
     tensor = torch.arange(12.0).reshape(3, 4).T
     assert b"".join(pieces_of({"x": tensor}, {"m": "v"})) == save({"x": tensor.contiguous()}, metadata={"m": "v"})
 

@@ -4,41 +4,51 @@ from __future__ import annotations
 
 import random
 import tracemalloc
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 
-from lora_store import ActivateEncoder, Approve, Embed, Publish, SetVisibility, Snapshot, TenantQuota, Withdraw
+from lora_store import (
+    ActivateEncoder,
+    AdapterRecord,
+    Approve,
+    Embed,
+    Event,
+    Publish,
+    SetVisibility,
+    Snapshot,
+    TenantQuota,
+    Withdraw,
+)
 from lora_store.rules import publish_events
-from tests.lora_store.builders import embedding
+from tests.lora_store.builders import NOON, MakeRecord, embedding
 
-NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
 POET = ("local", "poet")
 
 
 @pytest.fixture
-def version(make_record):
+def version(make_record: MakeRecord) -> Callable[..., AdapterRecord]:
     """The n-th version of the poet."""
     return lambda number, **changes: make_record(
         digest=f"{number:064x}", weights_digest=f"{number + 99:064x}", **changes
     )
 
 
-def _fold(*events):
+def _fold(*events: Event) -> Snapshot:
     return Snapshot(0, {}).after(events, len(events))
 
 
-def _numbers(records):
+def _numbers(records: Iterable[AdapterRecord]) -> list[int]:
     return [int(record.ref.digest, 16) for record in records]
 
 
-def test_the_last_three_versions_are_kept_newest_first(version):
+def test_the_last_three_versions_are_kept_newest_first(version: Callable[..., AdapterRecord]) -> None:
     snapshot = _fold(*(Publish(version(number)) for number in range(5)))
     assert _numbers(snapshot.versions(POET)) == [4, 3, 2]
     assert snapshot.referenced() == {f"{number + 99:064x}" for number in (4, 3, 2)}
 
 
-def test_a_version_that_comes_back_is_not_kept_twice(version):
+def test_a_version_that_comes_back_is_not_kept_twice(version: Callable[..., AdapterRecord]) -> None:
     snapshot = _fold(*(Publish(version(number)) for number in (0, 1, 2, 1)))
     assert _numbers(snapshot.versions(POET)) == [1, 2, 0]
     again = snapshot.after([Publish(version(1, visibility="private"))], 5)
@@ -46,7 +56,7 @@ def test_a_version_that_comes_back_is_not_kept_twice(version):
     assert again.records[POET].visibility == "private"
 
 
-def test_a_withdrawal_takes_every_version(version, make_record):
+def test_a_withdrawal_takes_every_version(version: Callable[..., AdapterRecord], make_record: MakeRecord) -> None:
     snapshot = _fold(Publish(version(0)), Publish(version(1)), Publish(make_record("other")))
     after = snapshot.after([Withdraw(version(1).ref, "me", NOON)], 4)
     assert (after.versions(POET), list(after.records)) == ((), [("local", "other")])
@@ -54,11 +64,11 @@ def test_a_withdrawal_takes_every_version(version, make_record):
     assert _numbers(after.after([Publish(version(2))], 5).versions(POET)) == [2]
 
 
-def test_samples_are_referenced_like_weights(version):
+def test_samples_are_referenced_like_weights(version: Callable[..., AdapterRecord]) -> None:
     assert _fold(Publish(version(0, samples_digest="5" * 64))).referenced() == {f"{99:064x}", "5" * 64}
 
 
-def test_an_embedding_waits_until_its_encoder_is_active(version):
+def test_an_embedding_waits_until_its_encoder_is_active(version: Callable[..., AdapterRecord]) -> None:
     new = embedding(1.0, encoder="new")
     before = _fold(Publish(version(0)), Embed(version(0).ref, new))
     assert (before.encoder, before.records[POET].encoder) == (None, "enc")
@@ -69,7 +79,7 @@ def test_an_embedding_waits_until_its_encoder_is_active(version):
     assert after.pending == {}
 
 
-def test_only_what_is_live_gets_an_embedding(version):
+def test_only_what_is_live_gets_an_embedding(version: Callable[..., AdapterRecord]) -> None:
     live = _fold(Publish(version(0)), Publish(version(1)), Embed(version(0).ref, embedding(1.0, encoder="new")))
     assert live.pending == {}
     waiting = live.after([Embed(version(1).ref, embedding(1.0, encoder="new"))], 4)
@@ -77,13 +87,13 @@ def test_only_what_is_live_gets_an_embedding(version):
         assert waiting.after([event], 5).pending == {}
 
 
-def test_another_encoders_embedding_is_not_activated(version):
+def test_another_encoders_embedding_is_not_activated(version: Callable[..., AdapterRecord]) -> None:
     snapshot = _fold(Publish(version(0)), Embed(version(0).ref, embedding(1.0, encoder="third")))
     after = snapshot.after([ActivateEncoder("model", "new", "me", NOON)], 3)
     assert after.records[POET].encoder == "enc"
 
 
-def _random_events(draw, snapshot, make_record, number):
+def _random_events(draw: random.Random, snapshot: Snapshot, make_record: MakeRecord, number: int) -> Iterator[Event]:
     """One to four events on a few names of three tenants, as rules would allow them."""
     for _ in range(draw.randrange(1, 5)):
         tenant, name = draw.choice(["a", "b", "c"]), f"n{draw.randrange(6)}"
@@ -114,9 +124,9 @@ def _random_events(draw, snapshot, make_record, number):
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_what_is_carried_on_equals_what_is_counted_from_scratch(make_record, seed):
+def test_what_is_carried_on_equals_what_is_counted_from_scratch(make_record: MakeRecord, seed: int) -> None:
     draw, snapshot = random.Random(seed), Snapshot(0, {})
-    assert (snapshot.public, snapshot.tallies.held) == ({}, {})  # from now on `after` carries them on
+    assert (snapshot.public, snapshot.tallies.usage) == ({}, {})  # from now on `after` carries them on
     for number in range(1, 80):
         events = list(_random_events(draw, snapshot, make_record, number))
         snapshot = snapshot.after(events, number)
@@ -127,21 +137,21 @@ def test_what_is_carried_on_equals_what_is_counted_from_scratch(make_record, see
         assert snapshot.referenced() == {digest for record in kept for digest in record.blobs}
         for tenant in ("a", "b", "c"):
             mine = [record for record in kept if record.ref.tenant == tenant]
-            held = snapshot.tallies.held.get(tenant)
+            held = snapshot.tallies.usage.get(tenant)
             num_names = sum(key[0] == tenant for key in snapshot.records)
             num_bytes = sum({record.weights_digest: record.num_bytes for record in mine}.values())
             assert (held and (held.num_adapters, held.num_bytes)) == ((num_names, num_bytes) if mine else None)
 
 
-def test_a_publish_into_a_large_pool_copies_no_part_of_it(make_record):
+def test_a_publish_into_a_large_pool_copies_no_part_of_it(make_record: MakeRecord) -> None:
     records = [make_record(f"n{number}", "acme", weights_digest=f"w{number}") for number in range(20_000)]
     snapshot = Snapshot(1, {(record.ref.tenant, record.ref.name): record for record in records})
     new = make_record("new", "acme", weights_digest="new")
-    publish_events(snapshot, [new], share=TenantQuota(10**6, 10**9))  # counts once
+    publish_events(snapshot, [new], quota=TenantQuota(10**6, 10**9))  # counts once
     tracemalloc.start()
-    events = publish_events(snapshot, [new], share=TenantQuota(10**6, 10**9))
+    events = publish_events(snapshot, [new], quota=TenantQuota(10**6, 10**9))
     after = snapshot.after(events, 2)
-    assert (after.public["new"], after.tallies.held["acme"].num_adapters) == (new, 20_001)
+    assert (after.public["new"], after.tallies.usage["acme"].num_adapters) == (new, 20_001)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 50_000  # bytes; a copy of the names alone has a million

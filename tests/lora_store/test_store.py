@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -13,22 +15,25 @@ from lora_store import (
     Location,
     LoraStore,
     Sample,
+    Staged,
     StoreUnavailable,
     decode_weights,
 )
 from lora_store.files import Files
 from lora_store.leases import Leases
-from tests.lora_store.builders import BASE, embedding
+from tests.lora_store.builders import BASE, FakeClock, MakeFolder, MakeWeights, OpenStore, Stored, embedding
 from tests.s3 import S3Endpoint
 
 VECTOR = (0.5, 0.25, -1.0)
 
 
-def _commit(store, *staged, encoder="enc"):
+def _commit(store: LoraStore, *staged: Staged, encoder: str = "enc") -> int:
     return store.commit(staged, [embedding(*VECTOR, encoder=encoder)] * len(staged), [0.5] * len(staged), "tester")
 
 
-def test_a_staged_adapter_is_seen_only_after_commit(open_store, make_folder, clock):
+def test_a_staged_adapter_is_seen_only_after_commit(
+    open_store: OpenStore, make_folder: MakeFolder, clock: FakeClock
+) -> None:
     store = open_store()
     staged = store.stage(make_folder(), tags=["b", "a", "b"], template="chat", visibility="private")
     assert store.snapshot().generation == 0
@@ -44,7 +49,9 @@ def test_a_staged_adapter_is_seen_only_after_commit(open_store, make_folder, clo
     assert record.num_bytes == len(store.load(record.weights_digest))
 
 
-def test_weights_and_samples_load_as_published(open_store, make_folder, make_weights):
+def test_weights_and_samples_load_as_published(
+    open_store: OpenStore, make_folder: MakeFolder, make_weights: MakeWeights
+) -> None:
     store = open_store()
     staged = store.stage(make_folder(inputs=("Write a poem.", "two\nlines\u2028and – more")))
     _commit(store, staged)
@@ -58,7 +65,7 @@ def test_weights_and_samples_load_as_published(open_store, make_folder, make_wei
     assert [sample.input for sample in staged.samples] == ["Write a poem.", "two\nlines\u2028and – more"]
 
 
-def test_publishing_again_what_is_live_commits_nothing(open_store, make_folder):
+def test_publishing_again_what_is_live_commits_nothing(open_store: OpenStore, make_folder: MakeFolder) -> None:
     store = open_store()
     assert _commit(store, store.stage(make_folder())) == 1
     assert _commit(store, store.stage(make_folder())) == 1
@@ -68,14 +75,16 @@ def test_publishing_again_what_is_live_commits_nothing(open_store, make_folder):
     assert store.snapshot().resolve("local", "poet").generation == 1
 
 
-def test_a_version_that_comes_back_after_another_is_published_again(open_store, make_folder):
+def test_a_version_that_comes_back_after_another_is_published_again(
+    open_store: OpenStore, make_folder: MakeFolder
+) -> None:
     store = open_store()
     first, second = store.stage(make_folder(seed=0)), store.stage(make_folder(seed=1))
     assert [_commit(store, item) for item in (first, second, first)] == [1, 2, 3]
     assert store.snapshot().resolve("local", "poet").ref == first.ref
 
 
-def test_in_one_batch_the_last_version_of_a_name_wins(open_store, make_folder):
+def test_in_one_batch_the_last_version_of_a_name_wins(open_store: OpenStore, make_folder: MakeFolder) -> None:
     store = open_store()
     first, second = store.stage(make_folder(seed=0)), store.stage(make_folder(seed=1))
     assert [_commit(store, first), _commit(store, second, first)] == [1, 2]
@@ -87,13 +96,15 @@ def test_in_one_batch_the_last_version_of_a_name_wins(open_store, make_folder):
     [{"visibility": "private"}, {"tags": ["new"]}, {"template": "alpaca"}],
     ids=["visibility", "tags", "template"],
 )
-def test_a_change_of_label_alone_is_published(open_store, make_folder, change):
+def test_a_change_of_label_alone_is_published(
+    open_store: OpenStore, make_folder: MakeFolder, change: dict[str, Any]
+) -> None:
     store = open_store()
     _commit(store, store.stage(make_folder()))
     assert _commit(store, store.stage(make_folder(), **change)) == 2
 
 
-def test_another_encoders_vector_is_published(open_store, make_folder):
+def test_another_encoders_vector_is_published(open_store: OpenStore, make_folder: MakeFolder) -> None:
     store = open_store()
     staged = store.stage(make_folder())
     assert _commit(store, staged) == 1
@@ -101,7 +112,9 @@ def test_another_encoders_vector_is_published(open_store, make_folder):
     assert store.snapshot().resolve("local", "poet").encoder == "another"
 
 
-def test_the_version_digest_covers_weights_samples_template_and_tags(open_store, make_folder):
+def test_the_version_digest_covers_weights_samples_template_and_tags(
+    open_store: OpenStore, make_folder: MakeFolder
+) -> None:
     store = open_store()
     staged = [
         store.stage(make_folder()),
@@ -114,7 +127,7 @@ def test_the_version_digest_covers_weights_samples_template_and_tags(open_store,
     assert store.stage(make_folder("renamed"), tenant="them").ref.digest == staged[0].ref.digest
 
 
-def test_config_noise_and_key_order_leave_the_digests_alone(open_store, make_folder):
+def test_config_noise_and_key_order_leave_the_digests_alone(open_store: OpenStore, make_folder: MakeFolder) -> None:
     store = open_store()
     folder = make_folder()
     before = store.stage(folder).ref
@@ -125,14 +138,14 @@ def test_config_noise_and_key_order_leave_the_digests_alone(open_store, make_fol
     assert store.stage(folder).ref == before
 
 
-def test_a_batch_is_one_commit(open_store, make_folder):
+def test_a_batch_is_one_commit(open_store: OpenStore, make_folder: MakeFolder) -> None:
     store = open_store()
     staged = [store.stage(make_folder(f"a{number}", seed=number)) for number in range(4)]
     assert _commit(store, *staged) == 1
     assert {record.generation for record in store.snapshot().records.values()} == {1}
 
 
-def test_an_adapter_without_a_vector_is_kept_without_an_encoder(open_store, make_folder):
+def test_an_adapter_without_a_vector_is_kept_without_an_encoder(open_store: OpenStore, make_folder: MakeFolder) -> None:
     store = open_store()
     staged = store.stage(make_folder(inputs=()))
     assert (staged.samples, staged.record.samples_digest) == ((), None)
@@ -141,13 +154,15 @@ def test_an_adapter_without_a_vector_is_kept_without_an_encoder(open_store, make
     assert (record.embedding, record.encoder, record.num_samples) == (None, None, 0)
 
 
-def test_a_description_stands_in_for_samples(open_store, make_folder):
+def test_a_description_is_the_only_sample_if_there_are_no_others(
+    open_store: OpenStore, make_folder: MakeFolder
+) -> None:
     folder = make_folder(inputs=())
     (folder / "description.txt").write_text("Writes poems.\n")
     assert open_store().stage(folder).samples == (Sample("Writes poems."),)
 
 
-def test_a_public_name_has_one_owner(open_store, make_folder):
+def test_a_public_name_has_one_owner(open_store: OpenStore, make_folder: MakeFolder) -> None:
     store = open_store()
     _commit(store, store.stage(make_folder(), tenant="us"))
     theirs = store.stage(make_folder(seed=1), tenant="them")
@@ -159,7 +174,7 @@ def test_a_public_name_has_one_owner(open_store, make_folder):
     assert _commit(store, private) == 2
 
 
-def test_one_batch_cannot_give_a_public_name_to_two_tenants(open_store, make_folder):
+def test_one_batch_cannot_give_a_public_name_to_two_tenants(open_store: OpenStore, make_folder: MakeFolder) -> None:
     store = open_store()
     staged = [store.stage(make_folder(), tenant=tenant) for tenant in ("us", "them")]
     with pytest.raises(AdapterRefused):
@@ -167,19 +182,21 @@ def test_one_batch_cannot_give_a_public_name_to_two_tenants(open_store, make_fol
     assert store.snapshot().generation == 0
 
 
-def test_shapes_may_come_with_the_folder(open_store, make_folder):
-    with pytest.raises(AdapterRefused, match="is no linear layer of the base model"):
+def test_shapes_may_come_with_the_folder(open_store: OpenStore, make_folder: MakeFolder) -> None:
+    with pytest.raises(AdapterRefused, match="is not a linear layer of the base model"):
         open_store().stage(make_folder(), module_shapes={})
 
 
-def test_a_vector_is_needed_for_each_staged_adapter(open_store, make_folder):
+def test_a_vector_is_needed_for_each_staged_adapter(open_store: OpenStore, make_folder: MakeFolder) -> None:
     store = open_store()
     with pytest.raises(ValueError):
         store.commit([store.stage(make_folder())], [], [], "tester")
     assert store.snapshot().generation == 0
 
 
-def test_a_damaged_blob_is_named_and_publishing_again_mends_it(open_store, location, make_folder):
+def test_a_damaged_blob_is_named_and_publishing_again_mends_it(
+    open_store: OpenStore, location: Location, make_folder: MakeFolder
+) -> None:
     store = open_store()
     staged = store.stage(make_folder())
     name, files = f"{staged.weights_digest[:2]}/{staged.weights_digest}", Files(location.child("blobs"))
@@ -190,14 +207,14 @@ def test_a_damaged_blob_is_named_and_publishing_again_mends_it(open_store, locat
     assert decode_weights(staged.weights_digest, store.load(staged.weights_digest))
 
 
-def test_what_is_not_stored_is_not_found(open_store):
+def test_a_blob_that_is_not_stored_is_not_found(open_store: OpenStore) -> None:
     with pytest.raises(AdapterNotFound):
         open_store().load("0" * 64)
     with pytest.raises(AdapterNotFound):
         open_store().samples("0" * 64)
 
 
-def test_a_store_whose_endpoint_stops_says_so_and_goes_on_where_it_was(make_folder):
+def test_a_store_whose_endpoint_stops_says_so_and_goes_on_where_it_was(make_folder: MakeFolder) -> None:
     endpoint = S3Endpoint()
     store = LoraStore(endpoint.uri(f"stores/{uuid4().hex}"), accepts_base=[BASE])
     staged, other, lost = (
@@ -223,13 +240,15 @@ def test_a_store_whose_endpoint_stops_says_so_and_goes_on_where_it_was(make_fold
     endpoint.stop()
 
 
-def test_a_commit_stands_although_its_holds_cannot_be_ended(open_store, make_folder, stored):
+def test_a_commit_succeeds_although_its_leases_cannot_be_released(
+    open_store: OpenStore, make_folder: MakeFolder, stored: Stored
+) -> None:
     class Stuck(Leases):
-        def end(self, holds):
+        def release(self, leases: Collection[str]) -> None:
             raise StoreUnavailable("the endpoint stopped")
 
     store = open_store()
     staged = store.stage(make_folder())
-    store._holds = Stuck(Location("unused"), store._now)
+    store._leases = Stuck(Location("unused"), store._now)
     assert _commit(store, staged) == 1
     assert len(stored("holds")) == 1

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 
-from lora_store import AdapterRefused, Limits, check_folder
+from lora_store import AdapterRefused, Label, Limits, check_folder
 from tests.bad_uploads import add, config, remove, rename, samples, tensors, write
+from tests.lora_store.builders import MakeFolder, OpenStore
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 UP0 = "base_model.model.model.layers.0.mlp.up_proj"
 
 
-def test_every_reason_is_told_at_once(open_store, make_folder):
+def test_an_error_lists_every_reason(open_store: OpenStore, make_folder: MakeFolder) -> None:
     folder = make_folder()
     config(use_dora=True, bias="all", base_model_name_or_path="other")(folder)
     add("stray", torch.ones(1))(folder)
@@ -23,7 +27,9 @@ def test_every_reason_is_told_at_once(open_store, make_folder):
     assert len(caught.value.reasons) == len(wanted)
 
 
-def test_made_up_modules_never_meet_the_configs_patterns(open_store, make_folder, module_shapes):
+def test_made_up_modules_never_meet_the_configs_patterns(
+    open_store: OpenStore, make_folder: MakeFolder, module_shapes: dict[str, tuple[int, int]]
+) -> None:
     folder = make_folder()
     config(rank_pattern={"stray": 9, r"^model\.layers\.0\.mlp\.up_proj": 2})(folder)
     pair = {
@@ -34,10 +40,12 @@ def test_made_up_modules_never_meet_the_configs_patterns(open_store, make_folder
     with pytest.raises(AdapterRefused) as caught:
         open_store().stage(folder, module_shapes=module_shapes)
     [reason] = caught.value.reasons
-    assert "'stray' is no linear layer of the base model" in reason
+    assert "'stray' is not a linear layer of the base model" in reason
 
 
-def test_reasons_are_bounded_and_their_number_told(open_store, make_folder, module_shapes):
+def test_the_list_of_reasons_is_limited_and_says_how_many_are_left_out(
+    open_store: OpenStore, make_folder: MakeFolder, module_shapes: dict[str, tuple[int, int]]
+) -> None:
     folder = make_folder()
     tensors(lambda found, _: found.update({f"stray{number}": torch.ones(1) for number in range(100)}))(folder)
     with pytest.raises(AdapterRefused) as caught:
@@ -46,7 +54,7 @@ def test_reasons_are_bounded_and_their_number_told(open_store, make_folder, modu
     assert caught.value.reasons[-1] == "and 50 more"
 
 
-def test_a_missing_folder_is_refused(open_store, tmp_path):
+def test_a_missing_folder_is_refused(open_store: OpenStore, tmp_path: Path) -> None:
     with pytest.raises(AdapterRefused, match="'nowhere' is not a folder"):
         open_store().stage(tmp_path / "nowhere")
 
@@ -69,24 +77,26 @@ def test_a_missing_folder_is_refused(open_store, tmp_path):
         tensors(lambda found, _: found[f"{Q0}.lora_B.weight"].zero_()),
     ],
 )
-def test_what_is_harmless_is_admitted(make_folder, module_shapes, spoil):
+def test_harmless_files_and_settings_are_accepted(
+    make_folder: MakeFolder, module_shapes: dict[str, tuple[int, int]], spoil: Callable[[Path], object]
+) -> None:
     folder = make_folder()
     spoil(folder)
-    admitted = check_folder(folder, accepts_base={"tiny-base"}, module_shapes=module_shapes)
-    assert set(admitted.modules) == set(module_shapes)
-    assert admitted.base_model == "tiny-base"
+    checked = check_folder(folder, accepts_base={"tiny-base"}, module_shapes=module_shapes)
+    assert set(checked.modules) == set(module_shapes)
+    assert checked.base_model == "tiny-base"
 
 
-def test_modules_are_not_matched_where_the_base_is_not_known(make_folder):
+def test_modules_are_not_matched_where_the_base_is_not_known(make_folder: MakeFolder) -> None:
     folder = make_folder()
     rename("layers.1", "layers.7")(folder)
-    admitted = check_folder(folder, accepts_base={"tiny-base"}, module_shapes=None)
-    assert "model.layers.7.self_attn.q_proj" in admitted.modules
-    with pytest.raises(AdapterRefused, match="is no linear layer of the base model"):
+    checked = check_folder(folder, accepts_base={"tiny-base"}, module_shapes=None)
+    assert "model.layers.7.self_attn.q_proj" in checked.modules
+    with pytest.raises(AdapterRefused, match="is not a linear layer of the base model"):
         check_folder(folder, accepts_base={"tiny-base"}, module_shapes={"model.layers.0.self_attn.q_proj": (8, 6)})
 
 
-def test_limits_are_the_operators(make_folder, module_shapes):
+def test_limits_are_the_operators(make_folder: MakeFolder, module_shapes: dict[str, tuple[int, int]]) -> None:
     with pytest.raises(AdapterRefused) as caught:
         check_folder(
             make_folder(),
@@ -98,8 +108,33 @@ def test_limits_are_the_operators(make_folder, module_shapes):
     assert any("has 2 lines, at most 1" in reason for reason in caught.value.reasons)
 
 
-def test_the_number_of_tensors_is_bounded_before_they_are_read(make_folder, module_shapes):
-    with pytest.raises(AdapterRefused, match="holds 6 tensors, at most 5"):
+def test_the_number_of_tensors_is_bounded_before_they_are_read(
+    make_folder: MakeFolder, module_shapes: dict[str, tuple[int, int]]
+) -> None:
+    with pytest.raises(AdapterRefused, match="has 6 tensors, at most 5"):
         check_folder(
             make_folder(), accepts_base={"tiny-base"}, module_shapes=module_shapes, limits=Limits(max_tensors=5)
         )
+
+
+def test_a_file_a_missing_folder_and_a_folder_of_adapters_give_one_reason(
+    make_folder: MakeFolder, tmp_path: Path
+) -> None:
+    parent = make_folder("checkpoint-1").parent
+    make_folder("checkpoint-2")
+    cases = {
+        parent / "checkpoint-1" / "adapter_config.json": "'adapter_config.json' is a file: give the folder that",
+        tmp_path / "nowhere": "'nowhere' is not a folder",
+        parent: "it contains adapters in checkpoint-1, checkpoint-2: give one of these",
+    }
+    for path, said in cases.items():
+        with pytest.raises(AdapterRefused) as caught:
+            check_folder(path, accepts_base={"tiny-base"}, module_shapes=None)
+        [reason] = caught.value.reasons
+        assert said in reason
+
+
+def test_a_bad_name_comes_with_a_valid_one(make_folder: MakeFolder) -> None:
+    with pytest.raises(AdapterRefused) as caught:
+        check_folder(make_folder(), Label("my adapter (v2)"), accepts_base={"tiny-base"}, module_shapes=None)
+    assert caught.value.reasons[0].endswith(", such as 'my-adapter-v2'")

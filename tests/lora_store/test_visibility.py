@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 
-from lora_store import AdapterNotFound, PublicNameTaken
-from tests.lora_store.builders import embedding
+from lora_store import AdapterNotFound, AdapterRef, LoraStore, Precondition, PublicNameTaken, Snapshot, Visibility
+from tests.lora_store.builders import MakeFolder, OpenStore, Stored, embedding
 
 
 @pytest.fixture
-def store(open_store):
+def store(open_store: OpenStore) -> LoraStore:
     return open_store()
 
 
 @pytest.fixture
-def publish(store, make_folder):
+def publish(store: LoraStore, make_folder: MakeFolder) -> Callable[..., AdapterRef]:
     """Publish one version; its ref."""
 
-    def run(name="poet", seed=0, precondition="any", **label):
+    def run(name: str = "poet", seed: int = 0, precondition: Precondition = "any", **label: Any) -> AdapterRef:
         staged = store.stage(make_folder(name, seed), **label)
         store.commit([staged], [embedding()], [1.0], "me", precondition)
         return staged.ref
@@ -25,11 +28,13 @@ def publish(store, make_folder):
     return run
 
 
-def seen(store, tenant):
+def seen(store: LoraStore, tenant: str) -> list[str]:
     return [str(record.ref.name) for record in store.snapshot().visible_to(tenant)]
 
 
-def test_a_private_adapter_is_its_tenants_alone_until_it_is_made_public(store, publish, open_store):
+def test_a_private_adapter_is_its_tenants_alone_until_it_is_made_public(
+    store: LoraStore, publish: Callable[..., AdapterRef], open_store: OpenStore
+) -> None:
     publish(tenant="acme", visibility="private")
     assert (seen(store, "acme"), seen(store, "other")) == (["poet"], [])
     assert store.set_visibility("acme", "poet", "public", "key-1") == 2
@@ -40,7 +45,7 @@ def test_a_private_adapter_is_its_tenants_alone_until_it_is_made_public(store, p
     assert open_store().snapshot() == store.snapshot()  # the events are read as they were written
 
 
-def test_only_a_public_adapter_claims_the_bare_name(store, publish):
+def test_only_a_public_adapter_claims_the_bare_name(store: LoraStore, publish: Callable[..., AdapterRef]) -> None:
     publish(tenant="acme", visibility="private")
     publish(tenant="other", visibility="private")  # nobody learns of another's private name
     store.set_visibility("acme", "poet", "public", "me")
@@ -53,13 +58,17 @@ def test_only_a_public_adapter_claims_the_bare_name(store, publish):
 
 
 @pytest.mark.parametrize("visibility", ["public", "private"])
-def test_what_is_not_live_has_no_visibility(store, publish, visibility):
+def test_an_adapter_that_is_not_live_has_no_visibility(
+    store: LoraStore, publish: Callable[..., AdapterRef], visibility: Visibility
+) -> None:
     publish(tenant="acme")
     with pytest.raises(AdapterNotFound):
         store.set_visibility("other", "poet", visibility, "me")
 
 
-def test_an_update_that_says_nothing_stays_as_the_name_is_when_it_is_committed(store, publish, make_folder):
+def test_an_update_that_says_nothing_stays_as_the_name_is_when_it_is_committed(
+    store: LoraStore, publish: Callable[..., AdapterRef], make_folder: MakeFolder
+) -> None:
     publish(visibility="public")
     staged = store.stage(make_folder(seed=1), visibility="public", keeps_visibility=True)
     store.set_visibility("local", "poet", "private", "me")  # between stage and commit
@@ -70,19 +79,23 @@ def test_an_update_that_says_nothing_stays_as_the_name_is_when_it_is_committed(s
     assert seen(store, "other") == ["poet"]
 
 
-def test_a_new_name_takes_the_visibility_it_was_staged_with(publish, store):
+def test_a_new_name_takes_the_visibility_it_was_staged_with(
+    publish: Callable[..., AdapterRef], store: LoraStore
+) -> None:
     publish(visibility="private", keeps_visibility=True)
     assert seen(store, "other") == []
 
 
-def test_embedding_anew_does_not_undo_a_change_of_visibility(store, publish):
+def test_embedding_anew_does_not_undo_a_change_of_visibility(
+    store: LoraStore, publish: Callable[..., AdapterRef]
+) -> None:
     publish(visibility="public")
     store.set_visibility("local", "poet", "private", "me")
     publish(visibility="public", precondition="live")
     assert seen(store, "other") == []
 
 
-def test_a_rollback_never_makes_a_private_adapter_public(store, publish):
+def test_a_rollback_never_makes_a_private_adapter_public(store: LoraStore, publish: Callable[..., AdapterRef]) -> None:
     publish(visibility="public")
     publish(seed=1, visibility="private")
     old = store.snapshot().versions(("local", "poet"))[1]
@@ -91,7 +104,9 @@ def test_a_rollback_never_makes_a_private_adapter_public(store, publish):
     assert (store.snapshot().records["local", "poet"].ref, seen(store, "other")) == (old.ref, [])
 
 
-def test_what_becomes_private_takes_its_older_versions_along_and_what_becomes_public_does_not(store, publish):
+def test_making_a_name_private_includes_its_older_versions_and_making_it_public_does_not(
+    store: LoraStore, publish: Callable[..., AdapterRef]
+) -> None:
     publish(visibility="public")
     publish(seed=1, visibility="public")
     store.set_visibility("local", "poet", "private", "me")
@@ -100,7 +115,9 @@ def test_what_becomes_private_takes_its_older_versions_along_and_what_becomes_pu
     assert [record.visibility for record in store.snapshot().versions(("local", "poet"))] == ["public", "private"]
 
 
-def test_an_approval_is_of_one_version(store, publish, open_store):
+def test_an_approval_is_of_one_version(
+    store: LoraStore, publish: Callable[..., AdapterRef], open_store: OpenStore
+) -> None:
     first = publish()
     assert store.approve([first, first], "boss") == 2
     assert store.approve([first], "boss") == 2  # it is approved already
@@ -115,13 +132,13 @@ def test_an_approval_is_of_one_version(store, publish, open_store):
     assert open_store().snapshot() == store.snapshot()
 
 
-def test_what_is_not_public_is_not_approved(store, publish):
+def test_an_adapter_that_is_not_public_cannot_be_approved(store: LoraStore, publish: Callable[..., AdapterRef]) -> None:
     ref = publish(visibility="private")
     with pytest.raises(AdapterNotFound):
         store.approve([ref], "boss")
 
 
-def test_an_approval_ends_with_the_name(store, publish):
+def test_an_approval_ends_with_the_name(store: LoraStore, publish: Callable[..., AdapterRef]) -> None:
     ref = publish()
     store.approve([ref], "boss")
     store.withdraw("local", ["poet"], "me")
@@ -129,7 +146,9 @@ def test_an_approval_ends_with_the_name(store, publish):
     assert not store.snapshot().records["local", "poet"].approved
 
 
-def test_equal_bytes_of_two_tenants_outlive_one_withdrawal(store, publish, stored):
+def test_equal_bytes_of_two_tenants_outlive_one_withdrawal(
+    store: LoraStore, publish: Callable[..., AdapterRef], stored: Stored
+) -> None:
     mine, theirs = publish(tenant="acme", visibility="private"), publish(tenant="other", visibility="private")
     assert mine.digest == theirs.digest
     withdrawn = store.withdraw("acme", ["poet"], "me")
@@ -139,7 +158,9 @@ def test_equal_bytes_of_two_tenants_outlive_one_withdrawal(store, publish, store
     assert {digest in str(stored("blobs")) for digest in kept.blobs} == {True}
 
 
-def test_names_of_others_cost_the_same_look_ups_whether_they_exist_or_not(store, publish):
+def test_names_of_others_cost_the_same_look_ups_whether_they_exist_or_not(
+    store: LoraStore, publish: Callable[..., AdapterRef]
+) -> None:
     """Counted, since time is noise; `test_isolation.py` measures it at full scale."""
     publish(tenant="acme", visibility="private")
     snapshot = store.snapshot()
@@ -150,12 +171,12 @@ def test_names_of_others_cost_the_same_look_ups_whether_they_exist_or_not(store,
 class Counted(dict):
     num_gets = 0
 
-    def get(self, *args):
+    def get(self, *args: Any) -> Any:
         self.num_gets += 1
         return super().get(*args)
 
 
-def look_ups(snapshot, name):
+def look_ups(snapshot: Snapshot, name: str) -> tuple[int, int]:
     records, public = Counted(snapshot.records), Counted(snapshot.public)
     object.__setattr__(snapshot, "records", records)
     snapshot.__dict__["public"] = public
@@ -165,7 +186,7 @@ def look_ups(snapshot, name):
     return records.num_gets, public.num_gets
 
 
-def test_verify_reads_what_a_tenant_sees_and_nothing_of_others(open_store, make_folder):
+def test_verify_reads_what_a_tenant_sees_and_nothing_of_others(open_store: OpenStore, make_folder: MakeFolder) -> None:
     store = open_store()
     cases = [("acme", "mine", "private"), ("globex", "hidden", "private"), ("globex", "shown", "public")]
     staged = {

@@ -26,5 +26,5 @@ def test_a_run_whose_generation_was_collected_is_refused_with_the_remedy(tmp_pat
     catalogue.commit(lambda _: [Publish(adapter("poet", version="2"))])
     assert (begin(settings).generation, begin(settings).num_adapters) == (1, 1)
     catalogue.vacuum(datetime.now(UTC) + timedelta(days=1))
-    with pytest.raises(BatchRefused, match=r"generation 1 of the pool is not kept .* in another output folder"):
+    with pytest.raises(BatchRefused, match=r"generation 1 of the pool is no longer stored.* in another output folder"):
         begin(settings)

@@ -1,10 +1,9 @@
-"""The generation that a tenant is told moves with what it can see, and with nothing else."""
+"""The generation that a tenant sees changes only with adapters that it can see."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -21,14 +20,13 @@ from lora_store import (
     Withdraw,
 )
 from lora_store.location import Location
-from tests.lora_store.builders import embedding
+from tests.lora_store.builders import NOON, embedding
 
-NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
 TENANTS = ("acme", "globex", "stranger")
 MakeRecord = Callable[..., AdapterRecord]
 
 
-def told(snapshot: Snapshot) -> list[int]:
+def generations_of(snapshot: Snapshot) -> list[int]:
     return [snapshot.generation_for(tenant) for tenant in TENANTS]
 
 
@@ -50,8 +48,8 @@ def test_private_changes_move_their_own_tenants_generation_alone(location: Locat
     ]
     for number, (event, expected) in enumerate(steps, start=1):
         assert catalogue.commit(lambda snapshot, event=event: [event]) == number
-        assert told(catalogue.snapshot()) == expected, event
-        assert told(Catalogue(location).snapshot()) == expected, event  # a replica that starts now
+        assert generations_of(catalogue.snapshot()) == expected, event
+        assert generations_of(Catalogue(location).snapshot()) == expected, event  # a replica that starts now
 
 
 def slow(events: list[tuple[int, Any]], tenant: str) -> int:
@@ -93,11 +91,11 @@ def test_it_is_the_same_by_events_by_folds_and_by_looking(
         if draw.random() < 0.2:
             readers[1].snapshot()  # it follows several generations at once
         expected = [slow(events, tenant) for tenant in TENANTS]
-        assert told(readers[0].snapshot()) == expected
+        assert generations_of(readers[0].snapshot()) == expected
         if number % 20 == 0:
-            assert told(Catalogue(location).snapshot()) == expected
-    assert told(readers[1].snapshot()) == expected
+            assert generations_of(Catalogue(location).snapshot()) == expected
+    assert generations_of(readers[1].snapshot()) == expected
 
 
-def test_a_state_that_is_no_catalogues_has_its_own_generation() -> None:
-    assert told(Snapshot(7, {})) == [7, 7, 7]
+def test_a_snapshot_without_a_catalogue_has_its_own_generation() -> None:
+    assert generations_of(Snapshot(7, {})) == [7, 7, 7]

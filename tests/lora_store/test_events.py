@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import pytest
+
+from lora_store import ActivateEncoder, AdapterRef, Approve, Embed, Event, Publish, SetVisibility, Withdraw
+from lora_store.events import Fold, Keep, VisibleChange, dated_events_of, fold_table_of, table_of
+from tests.lora_store.builders import NOON, MakeRecord, embedding
+
+REF = AdapterRef("local", "poet", "d" * 64)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        Withdraw(REF, "me", NOON),
+        SetVisibility(REF, "private", "me", NOON),
+        Approve(REF, "boss", NOON),
+        Embed(REF, embedding(1.0, 2.0)),
+        ActivateEncoder("model", "identity", "me", NOON),
+    ],
+    ids=lambda event: type(event).__name__,
+)
+def test_an_event_is_read_as_it_was_written(event: Event) -> None:
+    [(generation, read)] = dated_events_of(table_of([event], 7), after=0)
+    assert (generation, read) == (7, event)
+    if isinstance(event, Embed) and isinstance(read, Embed):
+        assert read.embedding.vector.tolist() == event.embedding.vector.tolist()
+
+
+def test_a_publish_gets_the_generation_of_its_commit(make_record: MakeRecord) -> None:
+    [(_, read)] = dated_events_of(table_of([Publish(make_record())], 7), after=0)
+    assert isinstance(read, Publish) and read.record.generation == 7
+
+
+def test_a_fold_is_read_as_it_was_written_and_keeps_generations(make_record: MakeRecord) -> None:
+    events = [Fold("model", "identity"), VisibleChange("acme", 3), Keep(make_record(), is_live=True)]
+    events += [Keep(make_record(digest="e" * 64), is_live=False), Embed(REF, embedding())]
+    assert [event for _, event in dated_events_of(fold_table_of(events, 9, {"one": 1}), after=0)] == events
+
+
+def test_names_on_disk_do_not_change(make_record: MakeRecord) -> None:
+    """Existing stores have these strings."""
+    events = [Fold(None, None), VisibleChange("", 1), Keep(make_record(), is_live=True)]
+    events += [Keep(make_record(), is_live=False), Embed(REF, embedding())]
+    rows = fold_table_of(events, 1, {"one": 1})["event"].to_pylist()
+    assert rows == ["fold", "keep_shown", "keep_live", "keep_older", "keep_pending", "keep_commit"]
+    plain = [Withdraw(REF, "me", NOON), SetVisibility(REF, "public", "me", NOON), Approve(REF, "me", NOON)]
+    plain += [ActivateEncoder("m", "i", "me", NOON), Publish(make_record()), Embed(REF, embedding())]
+    names = ["withdraw", "set_visibility", "approve", "activate_encoder", "publish", "embed"]
+    assert table_of(plain, 1)["event"].to_pylist() == names

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_store import AdapterRefused, ModuleWeights, check_folder, read_peft_folder, write_peft_folder
+from tests.bad_uploads import config
+from tests.lora_store.builders import MakeFolder
+
+
+@pytest.mark.parametrize("rank", [1, 2, 7, 16])
+def test_scaling_is_alpha_over_rank_and_over_its_root_for_rslora(tmp_path: Path, rank: int) -> None:
+    weights = {"m": ModuleWeights(torch.ones(rank, 3), torch.ones(2, rank), 5 / rank)}
+    write_peft_folder(tmp_path, weights, base_model="b")
+    assert read_peft_folder(tmp_path).modules["m"].scaling == pytest.approx(5 / rank)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"use_rslora": True}))
+    assert read_peft_folder(tmp_path).modules["m"].scaling == pytest.approx(5 / math.sqrt(rank))
+
+
+def _reason(folder: Path) -> str:
+    with pytest.raises(AdapterRefused) as caught:
+        check_folder(folder, accepts_base={"tiny-base"}, module_shapes=None)
+    [reason] = caught.value.reasons
+    return reason
+
+
+def test_a_variant_of_lora_is_refused_with_a_remedy(make_folder: MakeFolder) -> None:
+    folder = make_folder()
+    config(use_dora=True)(folder)
+    assert _reason(folder) == "use_dora (DoRA) is not supported: retrain without it, or merge it into the base model"
+
+
+def test_an_unknown_setting_is_refused_with_a_remedy(make_folder: MakeFolder) -> None:
+    folder = make_folder()
+    config(use_quantum=True)(folder)
+    assert "sets 'use_quantum', which this version does not know: upgrade the server, or remove" in _reason(folder)
+
+
+@pytest.mark.parametrize(
+    ("base_model", "said"),
+    [
+        ("org/tiny-base", "this server accepts 'tiny-base'. If they are the same weights, the operator can set"),
+        ("org/tiny-base-bnb-4bit", "It is a quantised copy; its adapters usually work on the full model."),
+        (None, "adapter_config.json names no base model (base_model_name_or_path); this server accepts 'tiny-base'"),
+    ],
+)
+def test_another_base_model_is_refused_with_a_remedy(
+    make_folder: MakeFolder, base_model: str | None, said: str
+) -> None:
+    folder = make_folder()
+    config(base_model_name_or_path=base_model)(folder)
+    assert said in _reason(folder)

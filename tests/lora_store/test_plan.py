@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import pytest
+
+from lora_store import AdapterRef, Plan, PlanInvalid, PlannedAdapter, Strategy
+
+
+def planned(*weights: float, digest: str = "") -> tuple[PlannedAdapter, ...]:
+    return tuple(
+        PlannedAdapter(AdapterRef("t", f"a{n}", str(n)), digest or f"w{n}", weight) for n, weight in enumerate(weights)
+    )
+
+
+@pytest.mark.parametrize(
+    ("strategy", "adapters", "said"),
+    [
+        ("best", (), "strategy must be one of base, selection, mixture, fusion, got 'best'"),
+        ("base", planned(1.0), "strategy 'base' takes no adapters, got 1"),
+        ("mixture", (), "strategy 'mixture' needs at least one adapter, got none"),
+        ("selection", planned(1.0, 1.0), "strategy 'selection' takes exactly one adapter, got 2"),
+        ("mixture", planned(*[0.1] * 17), "a plan may have at most 16 adapters, got 17"),
+        ("fusion", planned(1.0, 1.0, digest="w"), "a plan must not contain the same adapter weights twice"),
+        ("mixture", planned(4.5), "the weight of 'a0' must be finite and within ±4.0, got 4.5"),
+        ("mixture", planned(float("nan")), "the weight of 'a0' must be finite and within ±4.0, got nan"),
+    ],
+)
+def test_a_plan_that_breaks_a_rule_is_refused(
+    strategy: Strategy, adapters: tuple[PlannedAdapter, ...], said: str
+) -> None:
+    with pytest.raises(PlanInvalid) as caught:
+        Plan(strategy, adapters)
+    assert str(caught.value) == said
+
+
+def test_sixteen_adapters_and_the_largest_weights_are_allowed() -> None:
+    assert len(Plan("mixture", planned(*[4.0, -4.0] * 8)).adapters) == 16
