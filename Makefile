@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export RAY_AUTH_MODE := token
 
-.PHONY: help setup serve demo test paper soak check lint types kernels sanitize
+.PHONY: help setup serve demo quick test docs paper soak check lint types kernels sanitize
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -29,6 +29,20 @@ test: $(READY) ## run every test: two at a time, then those that share one runni
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not e2e" --cov --cov-report=
 	$(BIN)/python -m pytest -m e2e
 	$(BIN)/python -m coverage report
+
+# Tests of the pure packages: they load no model and start no Ray.
+QUICK_TESTS := tests/lora_store tests/retriever_svc
+quick: $(READY) ## run the tests that need no model and no Ray, in under a minute
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -x $(QUICK_TESTS)
+
+DOCS_READY := $(VENV)/.docs-ready
+$(DOCS_READY): $(READY)
+	$(BIN)/python -m pip install --progress-bar off -c constraints.txt -e '.[docs]'
+	touch $(DOCS_READY)
+
+docs: $(DOCS_READY) ## build the documentation into build/docs, and fail on broken links and stale pages
+	$(BIN)/python -m docs.generate --check
+	$(BIN)/mkdocs build --strict --quiet
 
 paper: $(READY) ## the paper's study on 48 adapters, resumed where it stopped; report in benchmarks/paper/REPORT.md
 	$(BIN)/python -m pip install --progress-bar off -c constraints.txt -e '.[bench]'

@@ -1,0 +1,37 @@
+"""Write every generated block of the documentation, or with `--check` say which pages are out of date."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from docs.generate.blocks import BLOCKS
+from docs.generate.markdown import filled, pages_with_blocks
+
+DOCS = Path(__file__).parent.parent
+
+
+def stale_pages(*, write: bool) -> list[Path]:
+    """Return the pages whose generated blocks differ from the code. With `write` they are updated."""
+    stale = []
+    for path in pages_with_blocks(DOCS):
+        page = path.read_text(encoding="utf-8")
+        wanted = filled(page, BLOCKS)
+        if wanted != page:
+            stale.append(path)
+            if write:
+                path.write_text(wanted, encoding="utf-8")
+    return stale
+
+
+def main(arguments: list[str]) -> int:
+    """Return 1 where `--check` finds a page that is out of date."""
+    check = arguments == ["--check"]
+    stale = stale_pages(write=not check)
+    for path in stale:
+        print(f"{path.relative_to(DOCS.parent)}: {'out of date: run python -m docs.generate' if check else 'written'}")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

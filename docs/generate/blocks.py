@@ -1,0 +1,30 @@
+"""Which function writes which generated block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from docs.generate.commands import commands
+from docs.generate.error_codes import error_codes
+from docs.generate.limits import folder_limits, request_limits
+from docs.generate.markdown import Block
+from docs.generate.metrics import metrics
+from docs.generate.models import equal_families, refused_families
+from docs.generate.request_fields import chat_fields, completion_fields, lora_fields, refused_fields, route_fields
+from docs.generate.settings import settings
+
+BLOCKS: Mapping[str, Block] = {
+    "chat-fields": chat_fields,
+    "commands": commands,
+    "completion-fields": completion_fields,
+    "equal-families": equal_families,
+    "error-codes": error_codes,
+    "folder-limits": folder_limits,
+    "lora-fields": lora_fields,
+    "metrics": metrics,
+    "refused-families": refused_families,
+    "refused-fields": refused_fields,
+    "request-limits": request_limits,
+    "route-fields": route_fields,
+    "settings": settings,
+}

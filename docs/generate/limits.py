@@ -1,0 +1,61 @@
+"""Bounds that are constants of the code, not settings."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from deployments.api import adapters, completions, lora_options
+from deployments.api.base import MAX_LABEL_CHARS, MAX_TEXT_CHARS
+from docs.generate.markdown import table
+from gpu_worker.request import request
+from lora_store.bounded_files import Limits
+
+_FOLDER_TEXTS = {
+    "max_files": "files in an adapter's folder",
+    "max_config_bytes": "bytes of `adapter_config.json`",
+    "max_weights_bytes": "bytes of `adapter_model.safetensors`; no setting changes it",
+    "max_header_bytes": "bytes of the weights file's header",
+    "max_tensors": "tensors in the weights file",
+    "max_samples": "lines of `lora_samples.jsonl`",
+    "max_sample_bytes": "bytes of one sample, and of `description.txt`",
+    "max_rank": "rank of a module",
+    "max_patterns": "entries of `rank_pattern` and of `alpha_pattern`",
+    "max_reasons": "reasons that one refusal names",
+}
+
+
+def folder_limits() -> str:
+    """Return the bounds on an adapter's folder. Raises: KeyError for a bound without a text."""
+    limits = Limits()
+    rows = [(_FOLDER_TEXTS[field.name], _number(getattr(limits, field.name))) for field in fields(Limits)]
+    return table(("bound on", "at most"), rows)
+
+
+def request_limits() -> str:
+    """Return the bounds on requests."""
+    rows = [
+        ("prompts of one `/v1/completions`", completions.MAX_PROMPTS),
+        ("choices of one prompt (`n`)", completions.MAX_CHOICES),
+        ("rows of one request: prompts times `n`", completions.MAX_ROWS),
+        ("prompts of one `/v1/route`", completions.MAX_QUERIES),
+        ("messages of one chat", completions.MAX_MESSAGES),
+        ("text parts of one message", completions.MAX_PARTS),
+        ("characters of one text", MAX_TEXT_CHARS),
+        ("characters of `user`, `safety_identifier`, `prompt_cache_key` and a message's `name`", MAX_LABEL_CHARS),
+        ("entries of `metadata`", completions.MAX_METADATA),
+        ("entries of `logit_bias`", request.MAX_BIASED_IDS),
+        ("alternatives in `logprobs` and `top_logprobs`", request.MAX_LOGPROBS),
+        ("`stop` strings", request.MAX_STOPS),
+        ("characters of one `stop` string", request.MAX_STOP_CHARS),
+        ("new tokens where a request names no `max_tokens`", request.DEFAULT_MAX_TOKENS),
+        ("adapters of one plan", lora_options.MAX_ADAPTERS),
+        ("adapters published by one request", adapters.MAX_BATCH),
+        ("tags of one adapter", adapters.MAX_TAGS),
+    ]
+    return table(("bound on", "value"), [(text, _number(value)) for text, value in rows])
+
+
+def _number(value: int) -> str:
+    if value >= 1 << 20 and value % (1 << 20) == 0:
+        return f"{value:,} ({value >> 20} Mi)"
+    return f"{value:,}"

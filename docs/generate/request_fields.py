@@ -1,0 +1,110 @@
+"""The fields of requests, from their models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel
+
+from deployments.api import unsupported_fields
+from deployments.api.completions import ChatCompletionRequest, CompletionRequest, RouteQuery
+from deployments.api.lora_options import LoraOptions
+from docs.generate.markdown import code, table
+from docs.generate.texts import load
+
+_SIGNS = {
+    "minimum": "≥",
+    "exclusiveMinimum": ">",
+    "maximum": "≤",
+    "exclusiveMaximum": "<",
+}
+
+
+def chat_fields() -> str:
+    """Return the fields of `POST /v1/chat/completions`."""
+    return _fields(ChatCompletionRequest, "chat")
+
+
+def completion_fields() -> str:
+    """Return the fields of `POST /v1/completions`."""
+    return _fields(CompletionRequest, "completion")
+
+
+def route_fields() -> str:
+    """Return the fields of `POST /v1/route`."""
+    return _fields(RouteQuery, "route")
+
+
+def lora_fields() -> str:
+    """Return the fields of the `lora` object."""
+    return _fields(LoraOptions, "lora")
+
+
+def refused_fields() -> str:
+    """Return the fields of the OpenAI API and of other servers that are refused, with the values that pass."""
+    rows = [
+        *_refused("chat and completions", unsupported_fields.OF_BOTH),
+        *_refused("chat", _beyond_both(unsupported_fields.OF_CHAT)),
+        *_refused("completions", _beyond_both(unsupported_fields.OF_COMPLETIONS)),
+        *_refused("a message", unsupported_fields.OF_MESSAGES),
+    ]
+    roles, parts = (", ".join(map(code, names)) for names in (unsupported_fields.ROLES, unsupported_fields.PARTS))
+    text = f"\nMessages of the roles {roles} and content parts of the types {parts} are refused as well.\n"
+    return table(("field", "in", "values that pass"), rows) + text
+
+
+def _beyond_both(fields: Mapping[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
+    return {name: values for name, values in fields.items() if name not in unsupported_fields.OF_BOTH}
+
+
+def _refused(where: str, fields: Mapping[str, tuple[Any, ...]]) -> list[tuple[str, str, str]]:
+    return [(code(name), where, ", ".join(code(_json(value)) for value in values)) for name, values in fields.items()]
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value)
+
+
+def texts_of(kind: str) -> dict[str, str]:
+    """Return the texts of the fields of `chat`, `completion`, `route` or `lora`."""
+    texts = load("fields")
+    return (dict(texts["both"]) if kind in ("chat", "completion") else {}) | texts[kind]
+
+
+def ignored() -> frozenset[str]:
+    """Return the fields that are accepted and change nothing."""
+    return frozenset(load("fields")["ignored"])
+
+
+def _fields(model: type[BaseModel], kind: str) -> str:
+    """Return one row a field. Raises: KeyError for a field without a text."""
+    schema, texts, without_effect = model.model_json_schema(), texts_of(kind), ignored()
+    rows = []
+    for name, field in schema["properties"].items():
+        status = "ignored" if name in without_effect else "served"
+        rows.append((code(name), status, _default(name, field, schema), _range(field, schema), texts[name]))
+    return table(("field", "status", "default", "range", "meaning"), rows)
+
+
+def _default(name: str, field: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
+    if name in schema.get("required", ()):
+        return "required"
+    default = field.get("default")
+    return "" if default is None or default in ([], {}) or isinstance(default, dict) else code(_json(default))
+
+
+def _range(field: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
+    options = [option for option in field.get("anyOf", [field]) if option.get("type") != "null"]
+    return " or ".join(dict.fromkeys(filter(None, map(_bounds, options))))
+
+
+def _bounds(field: Mapping[str, Any]) -> str:
+    if "enum" in field:
+        return ", ".join(code(str(value)) for value in field["enum"])
+    texts = [f"{sign} {field[key]}" for key, sign in _SIGNS.items() if key in field]
+    for low, high, unit in (("minLength", "maxLength", "characters"), ("minItems", "maxItems", "items")):
+        if high in field:
+            texts.append(f"{field.get(low, 0)} to {field[high]:,} {unit}")
+    return ", ".join(texts)

@@ -1,0 +1,74 @@
+"""The generated parts of the reference agree with the code, and no code, field, setting or metric lacks a text."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from deployments.api.completions import ChatCompletionRequest, CompletionRequest, RouteQuery
+from deployments.api.lora_options import LoraOptions
+from deployments.config.app import AppConfig
+from docs.generate import error_codes, metrics, request_fields
+from docs.generate.__main__ import DOCS, stale_pages
+from docs.generate.blocks import BLOCKS
+from docs.generate.markdown import block_names, filled, pages_with_blocks, table
+from docs.generate.texts import load
+
+
+def test_no_generated_page_is_out_of_date() -> None:
+    stale = [str(path.relative_to(DOCS)) for path in stale_pages(write=False)]
+    assert not stale, "run python -m docs.generate"
+
+
+def test_every_block_is_on_exactly_one_page() -> None:
+    names = [name for page in pages_with_blocks(DOCS) for name in block_names(page.read_text(encoding="utf-8"))]
+    assert sorted(names) == sorted(BLOCKS)
+
+
+def test_a_block_is_replaced_and_the_rest_of_the_page_stays() -> None:
+    page = "before\n<!-- generated: a -->\nold\n<!-- end of generated -->\nafter\n"
+    assert filled(page, {"a": lambda: "new"}) == page.replace("old\n", "\nnew\n")
+
+
+def test_a_cell_with_a_bar_stays_one_cell() -> None:
+    assert table(("a", "b"), [("x|y", "two\nlines")]).splitlines()[2] == r"| x\|y | two lines |"
+
+
+def test_every_error_code_has_a_cause_and_a_remedy() -> None:
+    codes = error_codes.codes()
+    assert len(codes) > 50
+    assert load("errors").keys() == codes.keys()
+
+
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [
+        (ChatCompletionRequest, "chat"),
+        (CompletionRequest, "completion"),
+        (RouteQuery, "route"),
+        (LoraOptions, "lora"),
+    ],
+)
+def test_every_request_field_has_a_text(model: type[LoraOptions], kind: str) -> None:
+    assert request_fields.texts_of(kind).keys() == model.model_fields.keys()
+
+
+def test_ignored_fields_are_fields() -> None:
+    assert request_fields.ignored() <= request_fields.texts_of("chat").keys()
+
+
+def test_every_module_that_registers_metrics_is_described() -> None:
+    found = metrics.modules()
+    assert len(found) == 3
+    page = (DOCS / "reference" / "metrics.md").read_text(encoding="utf-8")
+    for module in found:
+        assert all(f"`ray_{metric.name}`" in page for metric in metrics.registered(module))
+
+
+def test_every_setting_of_the_top_level_has_a_row_with_a_meaning() -> None:
+    page = (DOCS / "reference" / "settings.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| .* \| .* \| (.+) \|$", page, re.MULTILINE)
+    assert len(rows) > 60
+    assert AppConfig.model_fields.keys() <= {name for name, _ in rows} | set(re.findall(r"`(\w+)`", page))
+    assert all(meaning.strip() for _, meaning in rows)
