@@ -13,7 +13,7 @@ from deployments.observability.worker_metrics import WorkerMetrics
 from tests.deployments.metric_fakes import FakeMetrics
 from tests.prometheus import MONITORING, Promtool, dashboard_queries, rules
 
-README = MONITORING.parents[1] / "README.md"
+PAGE = MONITORING.parents[1] / "docs" / "reference" / "metrics.md"
 _OURS = re.compile(r"ray_(loraretriever_\w+)")
 _SERVES = {"ray_serve_deployment_replica_starts_total", "ray_serve_deployment_replica_healthy"}
 _UNITS = re.compile(
@@ -56,8 +56,8 @@ def test_the_dashboard_shows_every_metric() -> None:
     )
 
 
-def test_the_readme_lists_every_metric() -> None:
-    named = set(re.findall(r"`(?:ray_)?(loraretriever_\w+)", README.read_text()))
+def test_the_reference_lists_every_metric() -> None:
+    named = set(re.findall(r"`(?:ray_)?(loraretriever_\w+)", PAGE.read_text()))
     assert named == set(told().metrics)
 
 

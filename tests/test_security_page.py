@@ -33,5 +33,5 @@ def test_it_supports_the_version_that_is_released() -> None:
 
 
 def test_the_sections_it_points_to_are_there() -> None:
-    assert "## Ports\n" in (ROOT / "README.md").read_text()
+    assert "## Ports\n" in (ROOT / "docs" / "explanation" / "security-model.md").read_text()
     assert "## Who may reach what\n" in (ROOT / "k8s" / "README.md").read_text()

@@ -1,0 +1,116 @@
+"""The examples of the pages are well formed, and name only commands, options, targets and settings that exist."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.main import get_command
+
+from deployments.cli.main import cli
+from deployments.config.app import AppConfig
+from tests.docs.pages import ROOT, CodeBlock, blocks_of, pages
+
+BLOCKS = [block for page in pages() for block in blocks_of(page)]
+SHELL = [block for block in BLOCKS if block.language in ("sh", "console")]
+
+
+def of_language(*languages: str) -> list[CodeBlock]:
+    """Return the blocks of these languages below `docs` and in README.md."""
+    return [b for b in BLOCKS if b.language in languages and (b.page.startswith("docs/") or b.page == "README.md")]
+
+
+def name_of(block: CodeBlock) -> str:
+    return f"{block.page}:{block.text[:30].splitlines()[0]}"
+
+
+def test_enough_blocks_are_looked_at() -> None:
+    assert len(SHELL) > 50
+    assert len(of_language("python")) > 8
+    assert len(of_language("yaml")) > 10
+
+
+@pytest.mark.parametrize("block", SHELL, ids=name_of)
+def test_shell_is_well_formed(block: CodeBlock) -> None:
+    subprocess.run(["bash", "-n"], input=block.text, text=True, check=True)
+
+
+@pytest.mark.parametrize("block", of_language("python"), ids=name_of)
+def test_python_is_well_formed(block: CodeBlock) -> None:
+    ast.parse(block.text)
+
+
+@pytest.mark.parametrize("block", of_language("json"), ids=name_of)
+def test_json_is_well_formed(block: CodeBlock) -> None:
+    json.loads(block.text)
+
+
+@pytest.mark.parametrize("block", of_language("yaml"), ids=name_of)
+def test_settings_are_valid(block: CodeBlock) -> None:
+    settings = yaml.safe_load(block.text)
+    if settings.get("worker", {}).get("device") == "cuda":
+        settings.setdefault("worker_scaling", {"num_gpus": 1})
+    AppConfig.model_validate(settings)
+
+
+def test_loraretriever_is_called_with_commands_and_options_that_exist() -> None:
+    calls = list(command_lines("loraretriever"))
+    assert len(calls) > 50
+    wrong = [f"{page}: {' '.join(words)}" for page, words in calls if not exists(words)]
+    assert wrong == []
+
+
+def test_make_is_called_with_targets_that_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    called = [(page, word) for page, words in command_lines("make") for word in words[1:] if word.islower()]
+    assert len(called) > 10
+    assert [(page, word) for page, word in called if word not in targets] == []
+
+
+def test_modules_that_are_run_exist() -> None:
+    modules = {words[2] for _, words in command_lines("python") if words[1] == "-m"}
+    assert len(modules) >= 2
+    assert [m for m in modules if not any(Path(ROOT, *m.split(".")).with_suffix(s).exists() for s in ("", ".py"))] == []
+
+
+def command_lines(program: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield (page, words) of each call of a program in a shell block, without environment variables before it."""
+    for block in SHELL:
+        for line in block.text.replace("\\\n", " ").splitlines():
+            for part in re.split(r"&&|\|", line.partition(" #")[0]):
+                words = shlex.split(part, comments=True) if program in part else []
+                while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+                    words = words[1:]
+                if words and words[0].rpartition("/")[2] == program:
+                    yield block.page, words
+
+
+def exists(words: list[str]) -> bool:
+    """Return whether the command and all its options exist."""
+    command: Any = get_command(cli)
+    position = 1
+    while position < len(words) and (children := getattr(command, "commands", None)):
+        word = words[position]
+        if word.startswith("--"):
+            if word.partition("=")[0] not in {*options(command), "--help"}:
+                return False
+            position += 1 if "=" in word or word == "--help" else 2
+            continue
+        if word not in children:
+            return False
+        command, position = children[word], position + 1
+    given = {word.partition("=")[0] for word in words[position:] if word.startswith("--")}
+    return given <= {*options(command), "--help"}
+
+
+def options(command: Any) -> set[str]:
+    """Return the names of a command's options."""
+    return {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
