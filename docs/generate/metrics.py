@@ -26,7 +26,7 @@ class Metric:
 
 @dataclass(slots=True)
 class Recorder:
-    """Stands in for Serve's metrics and remembers what is registered."""
+    """Replaces Serve's metrics and remembers each registration."""
 
     found: list[Metric] = field(default_factory=list)
 

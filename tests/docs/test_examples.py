@@ -38,7 +38,7 @@ def test_enough_blocks_are_looked_at() -> None:
     assert len(of_language("yaml")) > 10
 
 
-@pytest.mark.parametrize("block", SHELL, ids=name_of)
+@pytest.mark.parametrize("block", of_language("sh", "console"), ids=name_of)
 def test_shell_is_well_formed(block: CodeBlock) -> None:
     subprocess.run(["bash", "-n"], input=block.text, text=True, check=True)
 
@@ -71,7 +71,7 @@ def test_loraretriever_is_called_with_commands_and_options_that_exist() -> None:
 def test_make_is_called_with_targets_that_exist() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     called = [(page, word) for page, words in command_lines("make") for word in words[1:] if word.islower()]
-    assert len(called) > 10
+    assert len(called) > 8
     assert [(page, word) for page, word in called if word not in targets] == []
 
 

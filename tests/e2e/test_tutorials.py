@@ -31,7 +31,7 @@ def folder(tmp_path: Path, url: str) -> Iterator[Path]:
             "first-answer.md",
             ["the chemist has not used my car", "question_formation", "senti_hotels", "sentence_negation"],
         ),
-        ("publish-your-first-adapter.md", ["20 samples", "my-adapter is live", "my-adapter is gone"]),
+        ("publish-your-first-adapter.md", ["20 samples", "my-adapter is live", "my-adapter was withdrawn"]),
     ],
 )
 def test_every_block_of_the_tutorial_runs(page: str, outputs: list[str], folder: Path, url: str) -> None:
@@ -50,15 +50,13 @@ def run(block: CodeBlock, folder: Path, url: str) -> str:
 
 
 def run_shell(script: str, folder: Path, url: str, *, check: bool = True) -> str:
-    """Run a script in which every call of the command goes to the session's server."""
-    with_url = f'case "$1" in check) command loraretriever "$@";; *) command loraretriever "$@" --url {url};; esac'
-    script = f"loraretriever() {{ {with_url}; }}\n{script}"
+    """Run a script and return what it prints."""
     return finished(["bash", "-ec", script], folder, url, check=check).stdout
 
 
 def finished(command: list[str], folder: Path, url: str, *, check: bool = True) -> subprocess.CompletedProcess[str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "COLUMNS": "200", "NO_COLOR": "1"}
+    environment = os.environ | {"PATH": path, "COLUMNS": "200", "NO_COLOR": "1", "LORARETRIEVER_URL": url}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     if check:
         assert done.returncode == 0, f"{command[-1]}\n{done.stdout}\n{done.stderr}"
