@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from datetime import UTC, datetime
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 
 from lora_store import AdapterRecord, AdapterRef, Embedding, Key, Visibility
 
+T = TypeVar("T")
 BASE = "tiny-base"
 ENCODER = "fake-encoder"
 
@@ -66,8 +67,8 @@ def key_of(record: AdapterRecord) -> Key:
     return record.ref.tenant, record.ref.name
 
 
-def given(event: Any) -> Any:
-    """What a test scripts: returned, or raised where it is an exception."""
+def given(event: T | Exception) -> T:
+    """Return what a test scripts, or raise it where it is an exception."""
     if isinstance(event, Exception):
         raise event
     return event

@@ -90,12 +90,16 @@ class FakeRetriever:
         return generation
 
     async def reindex(self, model: str) -> AsyncIterator[ReindexStep]:
-        for step in self.steps.pop(0):
-            yield given(step)
+        for item in self.steps.pop(0):
+            step = given(item)
+            assert isinstance(step, ReindexStep)
+            yield step
 
     async def doctor(self, tenant: str) -> AsyncIterator[DoctorStep]:
-        for step in self.steps.pop(0):
-            yield given(step)
+        for item in self.steps.pop(0):
+            step = given(item)
+            assert isinstance(step, DoctorStep)
+            yield step
 
     async def prepare_encoder(self, model: str) -> str:
         return given(self.prepared)
