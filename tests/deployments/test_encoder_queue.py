@@ -203,7 +203,7 @@ def test_a_tenant_that_is_alone_may_use_every_place_and_no_more() -> None:
         await settle()
         full = asking(queue, "a", ["2"] * 4)
         await settle()
-        with pytest.raises(EncoderBusy, match="4 prompts wait"):
+        with pytest.raises(EncoderBusy, match="4 prompts already wait"):
             await queue.encoded("a", ["3"])
         await encoder.run(5)
         assert len(await full) == 4
