@@ -97,7 +97,7 @@ class Machines:
         self._cluster.shutdown()
 
     def is_ready(self) -> bool:
-        """Whether every replica that should be there takes requests, and the door answers."""
+        """Whether every replica that should be there takes requests, and the HTTP entrance answers."""
         if any(len(self.replicas(name)) < size for name, size in self._sizes.items()):
             return False
         return httpx.get(f"{self.url}/ready", timeout=30).status_code == 200

@@ -47,7 +47,7 @@ class EngineWorker(FakeWorker):
 
 
 @dataclass
-class Authenticator:
+class HttpFront:
     """The routes, what answers behind them, and the event loop that all requests share."""
 
     runner: asyncio.Runner
@@ -87,8 +87,8 @@ class Authenticator:
 
 
 @contextmanager
-def open_door(tiny_base: Any, folder: Path, **settings: Any) -> Iterator[Authenticator]:
-    """A door that has answered the good requests once."""
+def open_front(tiny_base: Any, folder: Path, **settings: Any) -> Iterator[HttpFront]:
+    """Yield an HTTP front that has answered the good requests once."""
     base = tiny_base("gemma3")
     with torch.no_grad():
         base.model.get_input_embeddings().weight[256:] = 0  # tied to the head: no token without text is ever chosen
@@ -107,9 +107,9 @@ def open_door(tiny_base: Any, folder: Path, **settings: Any) -> Iterator[Authent
         http = http_of(served)
         client = runner.run(http.__aenter__())
         try:
-            door = Authenticator(runner, served, client, loop)
-            door.quiet = runner.run(door.ask_good())
-            yield door
+            front = HttpFront(runner, served, client, loop)
+            front.quiet = runner.run(front.ask_good())
+            yield front
         finally:
             runner.run(http.__aexit__(None, None, None))
             loop.stop()

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gpu_worker.model.base_model import BaseModel
-from tests.deployments.real_engine import Authenticator, open_door
+from tests.deployments.real_engine import HttpFront, open_front
 from tests.soak import Scale
 
 PATIENCE_S = 20  # only a failing test waits this long
@@ -170,10 +170,10 @@ async def _pieces(content: bytes) -> AsyncIterator[bytes]:
     yield content[half:]
 
 
-async def _send(door: Authenticator, request: Malformed) -> None:
+async def _send(front: HttpFront, request: Malformed) -> None:
     content = _pieces(request.content) if request.in_pieces else request.content
     sending = asyncio.create_task(
-        door.client.request(request.method, request.path, content=content, headers=request.headers)
+        front.client.request(request.method, request.path, content=content, headers=request.headers)
     )
     if request.leaves_after is not None:
         for _ in range(request.leaves_after):
@@ -191,19 +191,19 @@ async def _send(door: Authenticator, request: Malformed) -> None:
         assert "internal_error" not in response.text
 
 
-async def _send_beside_good_ones(door: Authenticator, request: Malformed) -> None:
-    _, texts = await asyncio.wait_for(asyncio.gather(_send(door, request), door.ask_good()), PATIENCE_S)
-    assert texts == door.quiet
+async def _send_beside_good_ones(front: HttpFront, request: Malformed) -> None:
+    _, texts = await asyncio.wait_for(asyncio.gather(_send(front, request), front.ask_good()), PATIENCE_S)
+    assert texts == front.quiet
 
 
 @pytest.fixture
-def door(tiny_base: Callable[..., BaseModel], tiny_folders: Mapping[str, Path]) -> Any:
-    with open_door(tiny_base, tiny_folders["gemma3"]) as opened:
+def front(tiny_base: Callable[..., BaseModel], tiny_folders: Mapping[str, Path]) -> Any:
+    with open_front(tiny_base, tiny_folders["gemma3"]) as opened:
         yield opened
 
 
-def test_malformed_requests_break_nothing_and_leave_nothing(scale: Scale, door: Authenticator) -> None:
-    before = door.held()
+def test_malformed_requests_break_nothing_and_leave_nothing(scale: Scale, front: HttpFront) -> None:
+    before = front.held()
 
     @settings(
         max_examples=scale.pick("malformed requests", small=80, full=1000),
@@ -214,21 +214,21 @@ def test_malformed_requests_break_nothing_and_leave_nothing(scale: Scale, door: 
     )
     @given(malformed())
     def holds(request: Malformed) -> None:
-        door.runner.run(_send_beside_good_ones(door, request))
+        front.runner.run(_send_beside_good_ones(front, request))
 
     holds()
-    assert door.held() == before
-    assert door.runner.run(door.ask_good()) == door.quiet
+    assert front.held() == before
+    assert front.runner.run(front.ask_good()) == front.quiet
 
 
-def test_clients_that_leave_at_any_moment_leave_nothing(scale: Scale, door: Authenticator) -> None:
+def test_clients_that_leave_at_any_moment_leave_nothing(scale: Scale, front: HttpFront) -> None:
     """Good requests, whole and streamed, broken off after each number of turns of the event loop."""
-    before = door.held()
+    before = front.held()
     count = scale.pick("clients that leave", small=30, full=300)
     for number in range(count):
         path = ("/v1/chat/completions", "/v1/completions")[number % 2]
         body = BODIES[path] | {"max_tokens": 60, "ignore_eos": True, "stream": number % 3 == 0, "stop": []}
         body.pop("stop_token_ids", None)
         request = Malformed("POST", path, _encode(body), {"content-type": "application/json"}, False, number * 3)
-        door.runner.run(_send_beside_good_ones(door, request))
-    assert door.held() == before
+        front.runner.run(_send_beside_good_ones(front, request))
+    assert front.held() == before

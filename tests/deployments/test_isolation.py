@@ -231,8 +231,8 @@ def test_equal_bytes_of_two_tenants_answer_on_when_one_withdraws(tmp_path: Path)
 def test_a_share_of_the_pool_is_judged_over_all_publishes_of_a_tenant(tmp_path: Path) -> None:
     async def look(tenants: TwoTenants) -> None:
         mine = TENANTS[0]
-        door = tenants.served.services.authenticator
-        caller = door.authenticate(f"Bearer {mine}")
+        authenticator = tenants.served.services.authenticator
+        caller = authenticator.authenticate(f"Bearer {mine}")
         share = caller.limits.model_copy(update={"max_adapters": 6}).tenant_quota  # it has 4
         uploads = [tenants.folder(f"more-{n}", 200 + n, ["More."]) for n in range(6)]
         publish = tenants.served.services.publisher.publish
