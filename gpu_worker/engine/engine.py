@@ -92,25 +92,27 @@ class Engine:
         self._forward = ForwardPass(self.base, self.residency, self.kv_cache, context, kernel, device)
         check.run(self._forward, self.residency, self.kv_cache)
         self.prepare = RequestPreprocessor(self.base, self.max_len, clock)
-        self._device_check = DeviceCheck(
-            self._forward, self._attempt, self.prepare, self.bank, self.residency, self.kv_cache
-        )
+        state = self.bank, self.residency, self.kv_cache
+        self._device_check = DeviceCheck(self._forward, self._attempt, self.prepare, *state)
         self._executor = executor or load_executor(config.load_threads)
         self.loaded = threading.Event()
         self.on_loaded: Callable[[], None] = self.loaded.set
-        self.loader = AdapterLoader(
-            fetch,
-            to_device_layout=self.bank.to_device_layout,
-            executor=self._executor,
-            budget_bytes=config.host_cache_bytes,
-            on_done=lambda: self.on_loaded(),
-        )
+        self.loader = self._make_loader(fetch)
         window = PrefetchWindow(config.host_cache_bytes, _WINDOW_BATCHES * config.max_batch_size)
         self._admission = Admission(self.loader, self.residency, self.kv_cache, window)
         self.running: list[Row] = []
         self.clock, self._next_due = clock, math.inf
         self._forgetting: set[str] = set()
         self.counters = Counters()
+
+    def _make_loader(self, fetch: Fetch) -> AdapterLoader:
+        return AdapterLoader(
+            fetch,
+            to_device_layout=self.bank.to_device_layout,
+            executor=self._executor,
+            budget_bytes=self.config.host_cache_bytes,
+            on_done=lambda: self.on_loaded(),
+        )
 
     def submit(self, row: Row) -> None:
         """Queue the row. Its missing adapters start loading if the prefetch window has room.
