@@ -76,7 +76,7 @@ class Engine:
     ) -> None:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
-        self.config = config
+        self.config, self.clock, self._next_due = config, clock, math.inf
         self.base, self.memory = load_planned(config, base)
         self.max_len = self.memory.kv.max_len
         context = StepContext()
@@ -101,7 +101,6 @@ class Engine:
         window = PrefetchWindow(config.host_cache_bytes, _WINDOW_BATCHES * config.max_batch_size)
         self._admission = Admission(self.loader, self.residency, self.kv_cache, window)
         self.running: list[Row] = []
-        self.clock, self._next_due = clock, math.inf
         self._forgetting: set[str] = set()
         self.counters = Counters()
 
