@@ -92,12 +92,12 @@ def answered(table: pa.Table, asked: Sequence[Asked], outcomes: Sequence[Complet
 
 
 def _answer(asked: Asked, outcome: Completion | Exception | None) -> JsonObject:
-    told: JsonObject = {"error": asked.error}
+    line: JsonObject = {"error": asked.error}
     if asked.planned is not None and asked.job is not None:
         plan = plan_object(asked.planned, asked.job.tenant, explain=False)
-        told |= {"adapters": plan["adapters"], "strategy": plan["strategy"]}
+        line |= {"adapters": plan["adapters"], "strategy": plan["strategy"]}
     if isinstance(outcome, Exception):
-        told["error"] = error_table.describe(outcome)[1]["error"]
+        line["error"] = error_table.describe(outcome)[1]["error"]
     elif outcome is not None:
-        told |= {field: getattr(outcome, field) for field in _OF_COMPLETION}
-    return told
+        line |= {field: getattr(outcome, field) for field in _OF_COMPLETION}
+    return line

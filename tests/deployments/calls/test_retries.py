@@ -1,4 +1,4 @@
-"""Which calls are made again, how often, and what their callers are told in the end."""
+"""Which calls are repeated, how often, and the error that their callers get in the end."""
 
 from __future__ import annotations
 
