@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
+
+from deployments.json_types import JsonMapping
 
 _MAX_SHOWN_CHARS = 60
 # By pydantic's error type: what is allowed, with names from the error's context.
@@ -48,7 +50,7 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def describe_problem(problem: Mapping[str, Any], known: Iterable[str] = (), *, shows_value: bool = True) -> str:
+def describe_problem(problem: JsonMapping, known: Iterable[str] = (), *, shows_value: bool = True) -> str:
     """Describe one item of `ValidationError.errors()` without its path.
 
     `known`: the names that are allowed where the problem is an unknown name. `shows_value`: quote what was given;
@@ -86,7 +88,7 @@ def _plain_class(annotation: Any) -> Any:
     return next((_plain_class(part) for part in get_args(annotation) if part is not type(None)), None)
 
 
-def _got(value: Any) -> str:
+def _got(value: object) -> str:
     if isinstance(value, list | tuple | dict):
         return f", got {'an object' if isinstance(value, dict) else 'a list'}"
     shown = "null" if value is None else repr(value)

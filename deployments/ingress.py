@@ -3,46 +3,39 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any
 
 from fastapi import FastAPI
 from ray.serve.handle import DeploymentHandle
 
 from deployments.api.completion_responses import ChatAnswer, TextAnswer
-from deployments.api.parsing import TextRequest, parse
-from deployments.api.responses import JsonObject, Ready
-from deployments.auth.authenticator import Authenticator
-from deployments.auth.caller import LOCAL_CALLER, Caller
+from deployments.api.completions import TextRequest, parse
+from deployments.api.pool_responses import Ready
+from deployments.auth.authenticator import LOCAL_CALLER, Authenticator, Caller, Limiter
+from deployments.auth.key_file import keys_of
 from deployments.auth.ray_token import require_token_mode
-from deployments.calls.background_tasks import Background
-from deployments.calls.retriever_client import RetrieverClient, ServeRetriever
-from deployments.calls.store_client import ServeStore, StoreClient
-from deployments.calls.transport import bypass_http_proxy
-from deployments.calls.worker_client import ServeWorker, WorkerClient
+from deployments.calls.catalogue_clients import RetrieverClient, ServeRetriever, ServeStore, StoreClient
+from deployments.calls.serve_calls import Background, bypass_http_proxy
+from deployments.calls.worker_client import ServeWorker, WorkerClient, WorkerGate
 from deployments.config.app import FORM_OVERHEAD_BYTES, AppConfig
-from deployments.generation.completions import CompletionService
-from deployments.generation.planner import Planner
-from deployments.generation.request_limits import refuse_stream_options
-from deployments.generation.row_stream import STREAM_LIMITS, StreamLimits
+from deployments.generation.completions import STREAM_LIMITS, CompletionService, StreamLimits
+from deployments.generation.planner import Planner, refuse_stream_options
 from deployments.http.api import build_api
+from deployments.http.bodies import DEFAULT_MAX_BODY_BYTES, SharedBytes
 from deployments.http.dependencies import Services
-from deployments.http.middleware.body_limit import DEFAULT_MAX_BODY_BYTES
-from deployments.http.middleware.concurrency_limit import InFlight
+from deployments.http.middleware import InFlight
 from deployments.http.readiness import Readiness
-from deployments.http.shared_bytes import SharedBytes
 from deployments.http.streaming import KEEP_ALIVE_S
-from deployments.http.upload_budget import UploadBudget
+from deployments.http.uploads import UploadBudget
+from deployments.json_types import JsonMapping, JsonObject
 from deployments.observability.cluster_stats import StatsReader
 from deployments.observability.logs import join_serve_logs
 from deployments.observability.metrics import SERVE, MetricFactory
-from deployments.observability.request_context import RequestContext
-from deployments.observability.request_metrics import ChangeMetrics, RequestMetrics
+from deployments.observability.request_metrics import ChangeMetrics, RequestContext, RequestMetrics
 from deployments.publishing.preload import Preload
 from deployments.publishing.publisher import Publisher
 from deployments.publishing.reclaimer import Reclaimer
-from deployments.scaling.scale_from_zero import WorkerGate
 
 
 class Ingress:
@@ -82,7 +75,7 @@ class Ingress:
             self.services.background.cancel()
 
     async def generate(
-        self, request: TextRequest | Mapping[str, Any], caller: Caller = LOCAL_CALLER
+        self, request: TextRequest | JsonMapping, caller: Caller = LOCAL_CALLER
     ) -> ChatAnswer | TextAnswer:
         """Return the whole answer, like the HTTP route. A mapping is parsed like the route's JSON body.
 
@@ -95,7 +88,7 @@ class Ingress:
             return await completions.collect(await completions.start(request, caller, context))
 
     async def stream(
-        self, request: TextRequest | Mapping[str, Any], caller: Caller = LOCAL_CALLER
+        self, request: TextRequest | JsonMapping, caller: Caller = LOCAL_CALLER
     ) -> AsyncGenerator[JsonObject]:
         """Yield the answer's chunks, like the HTTP route: the plan first, then text as it arrives."""
         with self.services.metrics.record_call(RequestContext(uuid.uuid4().hex, "stream")) as context:
@@ -128,7 +121,8 @@ def _build_services(
     publisher = Publisher(
         store, retriever, worker, background=background, reclaimer=reclaimer, gate=gate, metrics=changes
     )
-    authenticator, planner = Authenticator(config), Planner(config, retriever)
+    authenticator = Authenticator(keys_of(config), Limiter(config.ingress_scaling.max_replicas))
+    planner = Planner(config, retriever)
     preload = Preload(config.preload, publisher, approves=has_keys or config.public_requires_approval)
     one_upload = config.max_upload_bytes + FORM_OVERHEAD_BYTES
     return Services(

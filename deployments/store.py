@@ -11,13 +11,12 @@ from dataclasses import replace
 import numpy as np
 import ray
 
-from deployments.api.publish_item import PublishItem
+from deployments.api.adapters import PublishItem
 from deployments.auth.ray_token import require_token_mode
-from deployments.calls.store_client import Buffer, Shapes
+from deployments.calls.catalogue_clients import Buffer, Shapes
 from deployments.config.app import AppConfig
 from deployments.observability.logs import join_serve_logs
-from deployments.publishing.byte_budget import ByteBudget
-from deployments.publishing.source_folders import folder_of
+from deployments.publishing.source_folders import ByteBudget, folder_of
 from deployments.weights.object_store_cache import ObjectCache
 from lora_store import (
     AdapterRecord,
@@ -70,7 +69,7 @@ class StoreDeployment:
 
     def _stage(self, upload: PublishItem, module_shapes: Shapes) -> Staged:
         config = self._config
-        prefixes = config.source_prefixes_of(upload.tenant)
+        prefixes = config.source_prefixes_of(upload.tenant) if upload.source is not None else ()
         with folder_of(upload, prefixes, config.max_upload_bytes, self._staging) as folder:
             return self._store.stage(
                 folder,

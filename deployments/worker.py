@@ -14,15 +14,12 @@ from pathlib import Path
 from ray.serve.handle import DeploymentHandle
 
 from deployments.auth.ray_token import require_token_mode
-from deployments.calls.heartbeat import HEARTBEAT_INTERVAL_S
-from deployments.calls.store_client import ServeStore
-from deployments.calls.worker_client import Usage
+from deployments.calls.catalogue_clients import ServeStore
+from deployments.calls.worker_client import HEARTBEAT_INTERVAL_S, Usage
 from deployments.errors import ReplicaStuck
 from deployments.observability.logs import join_serve_logs
 from deployments.observability.metrics import REPORT_INTERVAL_S, SERVE, MetricFactory, report_periodically
-from deployments.observability.tenant_usage import TenantUsage
-from deployments.observability.tracing import JobTrace
-from deployments.observability.worker_metrics import WorkerMetrics
+from deployments.observability.worker_metrics import JobTrace, TenantUsage, WorkerMetrics
 from deployments.scaling.adapter_affinity_router import RESIDENT, short_digest
 from deployments.scaling.autoscaling_policy import ONGOING, WAITING_TOKENS
 from deployments.weights.fetcher import WeightsFetcher

@@ -6,7 +6,7 @@ import re
 import tomllib
 from pathlib import Path
 
-from deployments.auth.caller import ROLES
+from deployments.auth.authenticator import ROLES
 from deployments.config.app import AppConfig
 
 ROOT = Path(__file__).parent.parent

@@ -1,15 +1,58 @@
-"""The base of all request models."""
+"""Parts that the request models share: bounds, OpenAI fields that are not served, and the options of `lora`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
+
+from retriever_svc import PinnedAdapter
 
 MAX_TEXT_CHARS = 4 << 20  # of any text, prompts included: no body holds more
 MAX_LABEL_CHARS = 1024  # of what a client sends for its own use
+UNSUPPORTED = "unsupported"  # the type of such a pydantic error, and the code of its answer
+# Each field with the values that ask for nothing.
+OF_BOTH: dict[str, tuple[object, ...]] = {
+    "response_format": ({"type": "text"},),
+    "store": (False,),  # nothing is kept, so that nothing could be asked for later
+    "service_tier": ("auto", "default"),
+    "use_beam_search": (False,),
+    "prompt_logprobs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "structured_outputs": (),
+}
+OF_CHAT: dict[str, tuple[object, ...]] = OF_BOTH | {
+    "tools": ([],),
+    "tool_choice": ("none",),
+    "functions": ([],),
+    "function_call": ("none",),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "verbosity": (),
+    "web_search_options": (),
+}
+OF_COMPLETIONS: dict[str, tuple[object, ...]] = OF_BOTH | {"echo": (False,), "suffix": ("",), "best_of": (1,)}
+OF_MESSAGES: dict[str, tuple[object, ...]] = {
+    "tool_calls": ([],),
+    "tool_call_id": (),
+    "function_call": (),
+    "audio": (),
+    "refusal": (),
+    "annotations": ([],),
+}
+ROLES = ("tool", "function")
+PARTS = ("image_url", "image", "input_audio", "audio", "file", "video_url", "refusal")
+MAX_ADAPTERS = 16
+Weight = Annotated[float, Field(ge=-4, le=4)]
+Tag = Annotated[str, Field(min_length=1, max_length=64)]
+AdapterName = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class ApiRequest(BaseModel):
@@ -23,7 +66,7 @@ class ApiRequest(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _within_bounds(cls, data: Any) -> Any:
+    def _within_bounds(cls, data: object) -> object:
         """Drop the keys that are null, and of those that are unknown all but the first, which is refused by name."""
         if not isinstance(data, dict):
             return data
@@ -32,10 +75,10 @@ class ApiRequest(BaseModel):
         return {key: value for key, value in data.items() if value is not None and (key in fields or key == unknown)}
 
 
-def at_most(max_items: int) -> Callable[[Any], Any]:
+def at_most(max_items: int) -> Callable[[object], object]:
     """Return a before-validator that refuses larger lists and mappings before their items are looked at."""
 
-    def bounded(value: Any) -> Any:
+    def bounded(value: object) -> object:
         if isinstance(value, list | dict) and len(value) > max_items:
             raise PydanticCustomError(
                 "too_many",
@@ -50,3 +93,119 @@ def at_most(max_items: int) -> Callable[[Any], Any]:
 def problem(param: str, message: str) -> PydanticCustomError:
     """Return the error that a validator of a whole model raises. `param` is the wrong field."""
     return PydanticCustomError("invalid", "{reason}", {"param": param, "reason": message})
+
+
+def without_unsupported(data: object, known: Mapping[str, tuple[object, ...]]) -> object:
+    """`data` without the fields that ask for nothing. Raises: PydanticCustomError for the first that asks for more."""
+    if not isinstance(data, dict):
+        return data
+    for name, nothing in known.items():
+        if name in data and data[name] is not None and not any(_same(data[name], value) for value in nothing):
+            raise unsupported(name)
+    return {name: value for name, value in data.items() if name not in known}
+
+
+def unsupported(name: str, what: str = "it") -> PydanticCustomError:
+    """`name`: the field below the place where this is raised, or "" for that place itself."""
+    return PydanticCustomError(UNSUPPORTED, "this server does not support {what}", {"param": name, "what": what})
+
+
+def _same(value: object, other: Any) -> bool:
+    """Equal and of one type: 0 is not False, nor 1.0 the number 1."""
+    return type(value) is type(other) and value == other
+
+
+class AdapterChoice(ApiRequest):
+    """An adapter the client names itself: `name`, `owner/name`, or with `@digest` one exact version."""
+
+    name: AdapterName
+    weight: Weight = 1.0
+
+
+class LoraFilter(ApiRequest):
+    """Which adapters retrieval may choose: those that carry all of `tags`."""
+
+    tags: Annotated[list[Tag], Field(fail_fast=True, min_length=1, max_length=32)]
+
+
+class PlanRow(ApiRequest):
+    """One adapter of a plan that is sent back, as an answer reported it."""
+
+    name: AdapterName
+    digest: str = Field(pattern=r"^[0-9a-f]{64}$")
+    weight: Weight
+    score: float | None = Field(default=None, ge=-2, le=2)
+
+    def pinned(self) -> PinnedAdapter:
+        return PinnedAdapter(self.name, self.digest, self.weight, self.score)
+
+
+class PlanGiven(ApiRequest):
+    """A plan that is sent back, as `lora` of an answer or `/v1/route` gave it; `candidates` are not read again."""
+
+    strategy: Literal["base", "selection", "mixture", "fusion"]
+    adapters: list[PlanRow] = Field(fail_fast=True, default=[], max_length=MAX_ADAPTERS)
+    generation: int = Field(default=0, ge=0, lt=2**63)
+    abstained: bool = False
+    candidates: list[Any] = Field(default=[], max_length=64)
+
+
+class LoraOptions(ApiRequest):
+    """The options of a request about adapters. Unset fields use the server's defaults."""
+
+    strategy: Literal["selection", "mixture", "fusion"] | None = None
+    k: int | None = Field(default=None, ge=1, le=MAX_ADAPTERS)
+    adapters: Annotated[list[AdapterChoice], Field(fail_fast=True, min_length=1, max_length=MAX_ADAPTERS)] | None = None
+    weights: Literal["uniform", "softmax"] | None = None
+    min_score: float | None = Field(default=None, ge=-1, le=1)
+    fallback: Literal["base", "error"] | None = None
+    filter: LoraFilter | None = None
+    query: str | None = Field(default=None, min_length=1, max_length=65_536)
+    plan: PlanGiven | None = None
+    min_generation: int = Field(default=0, ge=0, lt=2**63)
+    explain: bool = False
+
+    @property
+    def of_retrieval(self) -> list[str]:
+        """The fields that were set and mean nothing where adapters are named."""
+        fields = ("k", "weights", "min_score", "fallback", "filter", "query")
+        return [field for field in fields if getattr(self, field) is not None]
+
+    @property
+    def names_adapters(self) -> str | None:
+        """The field that says which adapters answer, if any does."""
+        return next((field for field in ("plan", "adapters") if getattr(self, field) is not None), None)
+
+
+def _linear(value: object) -> object:
+    if isinstance(value, str) and value != "linear":
+        raise unsupported("", "merge strategies other than 'linear'")
+    return value
+
+
+class MergedAdapters(ApiRequest):
+    """LoRAX's `merged_adapters`. `linear` is fusion, here with each adapter's own scaling."""
+
+    ids: Annotated[list[AdapterName], Field(fail_fast=True, min_length=1, max_length=MAX_ADAPTERS)]
+    weights: Annotated[list[Weight], Field(fail_fast=True, max_length=MAX_ADAPTERS)] | None = None
+    merge_strategy: Annotated[Literal["linear"], BeforeValidator(_linear)] = "linear"
+    density: Literal[0] = 0  # of the strategies that drop weights
+
+    @model_validator(mode="after")
+    def _as_many_weights(self) -> Self:
+        if self.weights and len(self.weights) != len(self.ids):
+            raise problem("weights", f"{len(self.weights)} do not go with {len(self.ids)} ids")
+        return self
+
+    def options(self, asked: LoraOptions) -> LoraOptions:
+        """Return these options in this API's words, combined with the other options of the request."""
+        weights = self.weights or [1.0] * len(self.ids)
+        choices = [AdapterChoice(name=name, weight=weight) for name, weight in zip(self.ids, weights, strict=True)]
+        return asked.model_copy(update={"adapters": choices, "strategy": "fusion"})
+
+
+def options_of_path(path: str | None, asked: LoraOptions) -> LoraOptions:
+    """SGLang's `lora_path` of one prompt in this API's words: that adapter alone, or the base model for null."""
+    if path is None:
+        return asked.model_copy(update={"plan": PlanGiven(strategy="base")})
+    return asked.model_copy(update={"adapters": [AdapterChoice(name=path)], "strategy": "selection"})

@@ -11,8 +11,8 @@ from urllib.parse import quote
 
 from typing_extensions import TypedDict
 
-from deployments.api.planned import Planned
-from deployments.api.responses import JsonObject, PlanObject, plan_object
+from deployments.api.responses import Planned, PlanObject, plan_object
+from deployments.json_types import JsonObject
 from gpu_worker.request.request import Completion, Delta, FinishReason, TokenLogprob
 from lora_store import LOCAL_TENANT, MAX_PLAN_ADAPTERS
 

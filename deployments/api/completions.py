@@ -1,23 +1,33 @@
-"""Request models of the routes that answer prompts, in the shape of the OpenAI API."""
+"""The requests of `/v1/chat/completions`, `/v1/completions` and `/v1/route`."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from deployments.api.base import MAX_LABEL_CHARS, MAX_TEXT_CHARS, ApiRequest, at_most, problem
-from deployments.api.lora_options import AdapterName, LoraOptions, MergedAdapters, options_of_path
-from deployments.api.unsupported_fields import (
+from deployments.api import error_table
+from deployments.api.base import (
+    MAX_LABEL_CHARS,
+    MAX_TEXT_CHARS,
     OF_CHAT,
     OF_COMPLETIONS,
     OF_MESSAGES,
     PARTS,
     ROLES,
+    AdapterName,
+    ApiRequest,
+    LoraOptions,
+    MergedAdapters,
+    at_most,
+    options_of_path,
+    problem,
     unsupported,
     without_unsupported,
 )
+from deployments.json_types import JsonMapping
 from gpu_worker.request.prompts import Message
 from gpu_worker.request.request import (
     DEFAULT_MAX_TOKENS,
@@ -36,6 +46,21 @@ MAX_PARTS = 256  # of one message
 MAX_QUERIES = 256  # prompts of one /v1/route
 MAX_METADATA = 16
 CHARS_PER_TOKEN = 4  # of English, about: real usage settles what a request is charged
+Text = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
+Label = Annotated[str, Field(max_length=MAX_LABEL_CHARS)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+StopList = Annotated[list[StopString], Field(max_length=MAX_STOPS)]
+Paths = Annotated[list[AdapterName | None], Field(fail_fast=True, max_length=MAX_PROMPTS)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+LogitBias = Annotated[dict[int, Bias], Field(max_length=MAX_BIASED_IDS), BeforeValidator(at_most(MAX_BIASED_IDS))]
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+    Field(max_length=MAX_METADATA),
+    BeforeValidator(at_most(MAX_METADATA)),
+]
+Prompt = Annotated[str, Field(min_length=1, max_length=MAX_TEXT_CHARS)]
+Prompts = Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS)]
+Queries = Annotated[list[Text], Field(min_length=1, max_length=MAX_QUERIES)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,36 +77,24 @@ class Question:
     alias: str | None = None
 
 
-def _as_list(value: Any) -> Any:
+def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-def _as_prompts(value: Any) -> Any:
+def _as_prompts(value: object) -> object:
     if isinstance(value, list) and any(isinstance(item, int | list) for item in value[: MAX_PROMPTS + 1]):
         raise unsupported("", "token ids as a prompt")
     return _as_list(value)
 
 
-def _as_parts(value: Any) -> Any:
+def _as_parts(value: object) -> object:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
-Text = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
-Label = Annotated[str, Field(max_length=MAX_LABEL_CHARS)]
-StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
-StopList = Annotated[list[StopString], Field(max_length=MAX_STOPS)]
 StopStrings = Annotated[
     list[StopString],
     Field(fail_fast=True, max_length=MAX_STOPS),
     BeforeValidator(_as_list, json_schema_input_type=StopString | StopList),
-]
-Paths = Annotated[list[AdapterName | None], Field(fail_fast=True, max_length=MAX_PROMPTS)]
-Bias = Annotated[float, Field(ge=-100, le=100)]
-LogitBias = Annotated[dict[int, Bias], Field(max_length=MAX_BIASED_IDS), BeforeValidator(at_most(MAX_BIASED_IDS))]
-Metadata = Annotated[
-    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
-    Field(max_length=MAX_METADATA),
-    BeforeValidator(at_most(MAX_METADATA)),
 ]
 
 
@@ -92,7 +105,7 @@ class StreamOptions(ApiRequest):
 class GenerationRequest(ApiRequest):
     """The fields that chat and text completions share."""
 
-    not_served: ClassVar[dict[str, tuple[Any, ...]]]
+    not_served: ClassVar[dict[str, tuple[object, ...]]]
 
     model: str = Field(default="auto", min_length=1, max_length=256)
     lora: LoraOptions = LoraOptions()
@@ -124,7 +137,7 @@ class GenerationRequest(ApiRequest):
 
     @model_validator(mode="before")
     @classmethod
-    def _supported(cls, data: Any) -> Any:
+    def _supported(cls, data: object) -> object:
         return without_unsupported(data, cls.not_served)
 
     @model_validator(mode="after")
@@ -201,7 +214,7 @@ class TextPart(ApiRequest):
 
     @model_validator(mode="before")
     @classmethod
-    def _text_alone(cls, data: Any) -> Any:
+    def _text_alone(cls, data: object) -> object:
         if isinstance(data, dict) and data.get("type") in PARTS:
             raise unsupported("", f"parts of type {data['type']!r}")
         return data
@@ -221,7 +234,7 @@ class ChatMessage(ApiRequest):
 
     @model_validator(mode="before")
     @classmethod
-    def _supported(cls, data: Any) -> Any:
+    def _supported(cls, data: object) -> object:
         if isinstance(data, dict) and data.get("role") in ROLES:
             raise unsupported("role", f"messages of role {data['role']!r}")
         return without_unsupported(data, OF_MESSAGES)
@@ -234,7 +247,7 @@ class ChatMessage(ApiRequest):
 class ChatCompletionRequest(GenerationRequest):
     """`POST /v1/chat/completions`"""
 
-    not_served: ClassVar[dict[str, tuple[Any, ...]]] = OF_CHAT
+    not_served: ClassVar[dict[str, tuple[object, ...]]] = OF_CHAT
 
     messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: int | None = Field(default=None, ge=1)
@@ -264,15 +277,10 @@ class ChatCompletionRequest(GenerationRequest):
         return [self._question(0, turns, text)]
 
 
-Prompt = Annotated[str, Field(min_length=1, max_length=MAX_TEXT_CHARS)]
-Prompts = Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS)]
-Queries = Annotated[list[Text], Field(min_length=1, max_length=MAX_QUERIES)]
-
-
 class CompletionRequest(GenerationRequest):
     """`POST /v1/completions`"""
 
-    not_served: ClassVar[dict[str, tuple[Any, ...]]] = OF_COMPLETIONS
+    not_served: ClassVar[dict[str, tuple[object, ...]]] = OF_COMPLETIONS
 
     prompt: Annotated[
         list[Prompt],
@@ -306,3 +314,17 @@ class RouteQuery(ApiRequest):
         BeforeValidator(_as_list, json_schema_input_type=Text | Queries),
     ]
     lora: LoraOptions = LoraOptions()
+
+
+TextRequest = ChatCompletionRequest | CompletionRequest
+
+
+def parse(request: TextRequest | JsonMapping) -> TextRequest:
+    """Raises: RequestInvalid."""
+    if not isinstance(request, Mapping):
+        return request
+    kind = ChatCompletionRequest if "messages" in request else CompletionRequest
+    try:
+        return kind.model_validate(request)
+    except ValidationError as exc:
+        raise error_table.validation_error(exc) from exc

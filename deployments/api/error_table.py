@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
-from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
@@ -13,8 +11,9 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from deployments import errors as api_errors
-from deployments.api.unsupported_fields import UNSUPPORTED
+from deployments.api.base import UNSUPPORTED
 from deployments.errors import RequestInvalid, Unsupported
+from deployments.json_types import JsonMapping, JsonObject
 from gpu_worker import errors as worker_errors
 from lora_store import errors as store_errors
 from retriever_svc import errors as retriever_errors
@@ -105,7 +104,7 @@ _SAID: dict[type[Exception], str] = {
 }
 
 
-def describe(error: Exception) -> tuple[int, dict[str, Any]]:
+def describe(error: Exception) -> tuple[int, JsonObject]:
     """(HTTP status, the API's error object). What no row names is a 500 that says nothing of its inside."""
     cause = _cause_of(error)
     for kind, status, type_, code in TABLE:
@@ -130,13 +129,13 @@ def code_of(error: Exception) -> str:
     return next((code for kind, _, _, code in TABLE if isinstance(cause, kind)), _UNFORESEEN)
 
 
-def error_object(message: str, type_: str, code: str, *, param: str | None = None) -> dict[str, Any]:
+def error_object(message: str, type_: str, code: str, *, param: str | None = None) -> JsonObject:
     """Return the error object. Halves of surrogate pairs, which a message may quote, are escaped: JSON has none."""
     fields = {"message": message, "type": type_, "param": param, "code": code}
     return {"error": {name: text and text.encode(errors="backslashreplace").decode() for name, text in fields.items()}}
 
 
-def http_error_object(status: int, detail: str) -> dict[str, Any]:
+def http_error_object(status: int, detail: str) -> JsonObject:
     """Return the error object of a status that the framework answers with."""
     return error_object(detail, _MISSING if status == 404 else _INVALID, "http_error")
 
@@ -170,7 +169,7 @@ def validation_error(error: RequestValidationError | ValidationError) -> Request
     return RequestInvalid(f"{param}: {first['msg']}{suffix}" if param else f"{first['msg']}{suffix}", param or None)
 
 
-def _path_of(problem: Mapping[str, Any], *, skip: bool) -> str:
+def _path_of(problem: JsonMapping, *, skip: bool) -> str:
     """The field as the client sent it: pydantic's path without what it calls the kinds of a union.
 
     `skip` the first part: FastAPI says there whether the field was in the body, the query or the path.

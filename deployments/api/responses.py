@@ -1,17 +1,26 @@
-"""Response objects of the API: each type is built here, and FastAPI documents the routes with the same type."""
+"""Responses that report errors, plans and changes of the pool. The return types document the routes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NotRequired
+from dataclasses import dataclass
+from typing import Literal, NotRequired
 
 from typing_extensions import TypedDict
 
-from deployments.api.planned import Planned
-from lora_store import AdapterRecord, AdapterRef, Strategy
-from retriever_svc import Candidate, DoctorReport, Place, Point, PoolMap
+from deployments.api import error_table
+from deployments.json_types import JsonObject
+from lora_store import AdapterRef, Plan, Strategy
+from retriever_svc import Candidate
 
-JsonObject = dict[str, Any]
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A plan, and what it was chosen from where the server chose."""
+
+    plan: Plan
+    candidates: tuple[Candidate, ...] = ()
+    abstained: bool = False
 
 
 class ErrorObject(TypedDict):
@@ -58,134 +67,6 @@ class RouteAnswer(TypedDict):
     data: list[PlanObject]
 
 
-class ModelCard(TypedDict):
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-    root: str
-    parent: str | None
-
-
-class ModelList(TypedDict):
-    """One page of a list, as in the OpenAI API: go on `after` the `last_id` while there is more."""
-
-    object: Literal["list"]
-    data: list[ModelCard]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
-
-
-class Adapter(TypedDict):
-    """`id`: the name that the caller uses for it: `name`, or `tenant/name` for another tenant's adapter."""
-
-    id: str
-    name: str
-    tenant: str
-    digest: str
-    weights_digest: str
-    visibility: str
-    approved: bool
-    tags: list[str]
-    base_model: str
-    ranks: list[int]
-    target_modules: list[str]
-    num_bytes: int
-    num_samples: int
-    template: str | None
-    found_by_auto: bool
-    probe_shift: float | None
-    source: str
-    created_at: str
-    generation: int
-
-
-class AdapterList(TypedDict):
-    object: Literal["list"]
-    generation: int
-    total: int
-    data: list[Adapter]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
-
-
-class AdapterVersion(TypedDict):
-    digest: str
-    state: Literal["live", "kept"]
-    generation: int
-    created_at: str
-    source: str
-    actor: str
-
-
-class AdapterShown(Adapter):
-    """`versions`: the kept versions of the name, the live one first."""
-
-    versions: list[AdapterVersion]
-    catalogue_generation: int
-
-
-class CollectedBlobs(TypedDict):
-    num_blobs: int
-    num_bytes: int
-
-
-class Health(TypedDict):
-    status: Literal["ok"]
-
-
-class Ready(TypedDict):
-    """With keys the status alone. `refused`: preloaded adapters that were not published, with the reason."""
-
-    status: Literal["ready"]
-    generation: NotRequired[int]
-    num_adapters: NotRequired[int]
-    refused: NotRequired[dict[str, str]]
-
-
-class PlanePoint(TypedDict):
-    x: float
-    y: float
-
-
-class MapPoint(TypedDict):
-    name: str
-    x: float
-    y: float
-
-
-class PoolPicture(TypedDict):
-    object: Literal["pool_map"]
-    generation: int
-    num_adapters: int
-    shown_variance: float
-    points: list[MapPoint]
-
-
-class PromptPlace(TypedDict):
-    object: Literal["pool_place"]
-    generation: int
-    prompt: PlanePoint
-    adapters: list[MapPoint]
-
-
-class Stats(TypedDict):
-    """Sums over the replicas that answered. Counters rise until a replica is replaced.
-
-    `tenant`: the caller's own rows and tokens; `workers`: those of all tenants, null unless the caller is an admin.
-    """
-
-    object: Literal["stats"]
-    read_at: float
-    base_model: str
-    defaults: dict[str, Any]
-    pool: dict[str, Any]
-    tenant: dict[str, Any]
-    workers: dict[str, Any] | None
-
-
 def plan_object(planned: Planned, tenant: str, *, explain: bool) -> PlanObject:
     """Return strategy and adapters; with `explain` also the generation, every candidate and its score.
 
@@ -207,126 +88,127 @@ def candidate_rows(candidates: Sequence[Candidate], tenant: str) -> list[Candida
     return [{"name": c.ref.name_for(tenant), "digest": c.ref.digest, "score": c.score} for c in candidates]
 
 
-def model_list(cards: list[ModelCard], *, has_more: bool) -> ModelList:
-    first_id, last_id = (cards[0]["id"], cards[-1]["id"]) if cards else (None, None)
-    return {"object": "list", "data": cards, "first_id": first_id, "last_id": last_id, "has_more": has_more}
+@dataclass(frozen=True, slots=True)
+class Published:
+    """One adapter that is live. `ready` Retriever replicas route to it already, `behind` ones do not yet."""
+
+    ref: AdapterRef
+    generation: int
+    ready: int
+    behind: int
+    found_by_auto: bool  # False: it came without samples, and only its name reaches it
+    probe_shift: float | None
+    neighbours: tuple[Candidate, ...]
 
 
-def adapter_list(
-    records: Sequence[AdapterRecord], tenant: str, *, generation: int, total: int, has_more: bool
-) -> AdapterList:
-    data = [lora_object(record, tenant) for record in records]
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """Adapters that are gone. `behind` Retriever replicas may still route to them."""
+
+    names: tuple[str, ...]
+    generation: int
+    ready: int
+    behind: int
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """A change that is committed. `behind` Retriever replicas do not know it yet."""
+
+    generation: int
+    ready: int
+    behind: int
+
+
+class Replicas(TypedDict):
+    """How many Retriever replicas know of the change, and how many do not yet."""
+
+    ready: int
+    behind: int
+
+
+class PublishedAdapter(TypedDict):
+    name: str
+    digest: str
+    generation: int
+    replicas: Replicas
+    found_by_auto: bool
+    probe_shift: float | None
+    neighbours: list[CandidateRow]
+
+
+class SettledAdapter(TypedDict):
+    """An adapter whose visibility or approval was changed."""
+
+    name: str
+    visibility: NotRequired[str]
+    digest: NotRequired[str]
+    approved: NotRequired[bool]
+    generation: int
+    replicas: Replicas
+
+
+class BatchAnswer(TypedDict):
+    """One object per adapter, with the status that it would have alone."""
+
+    object: Literal["list"]
+    data: list[JsonObject]
+
+
+class RemovedAdapters(TypedDict):
+    names: list[str]
+    deleted: bool
+    generation: int
+    replicas: Replicas
+
+
+def published_object(published: Published) -> PublishedAdapter:
     return {
-        "object": "list",
-        "generation": generation,
-        "total": total,
-        "data": data,
-        "first_id": data[0]["id"] if data else None,
-        "last_id": data[-1]["id"] if data else None,
-        "has_more": has_more,
+        "name": published.ref.name,
+        "digest": published.ref.digest,
+        "generation": published.generation,
+        "replicas": replicas_object(published),
+        "found_by_auto": published.found_by_auto,
+        "probe_shift": published.probe_shift,
+        "neighbours": candidate_rows(published.neighbours, published.ref.tenant),
     }
 
 
-def lora_object(record: AdapterRecord, tenant: str) -> Adapter:
-    """Return one adapter of the pool. `id` is the name that `tenant` uses for it."""
+def replicas_object(change: Published | Removed | Settled) -> Replicas:
+    return {"ready": change.ready, "behind": change.behind}
+
+
+def status_of(published: Published) -> int:
+    """Return 201, or 202 while a Retriever replica does not route to it yet."""
+    return 202 if published.behind else 201
+
+
+def batch_object(outcomes: Sequence[Published | Exception]) -> BatchAnswer:
+    """Return one object per adapter of a batch, in order: the answer that it would get alone, with its status."""
+    data: list[JsonObject] = []
+    for outcome in outcomes:
+        if isinstance(outcome, Exception):
+            status, body = error_table.describe(outcome)
+            data.append({"status": status, **body})
+        else:
+            data.append({"status": status_of(outcome), **published_object(outcome)})
+    return {"object": "list", "data": data}
+
+
+def visibility_object(name: str, visibility: str, settled: Settled) -> SettledAdapter:
+    replicas = replicas_object(settled)
+    return {"name": name, "visibility": visibility, "generation": settled.generation, "replicas": replicas}
+
+
+def approval_object(ref: AdapterRef, settled: Settled) -> SettledAdapter:
+    replicas, generation = replicas_object(settled), settled.generation
+    return {"name": ref.name, "digest": ref.digest, "approved": True, "generation": generation, "replicas": replicas}
+
+
+def removed_object(removed: Removed) -> RemovedAdapters:
     return {
-        "id": record.ref.name_for(tenant),
-        "name": record.ref.name,
-        "tenant": record.ref.tenant,
-        "digest": record.ref.digest,
-        "weights_digest": record.weights_digest,
-        "visibility": record.visibility,
-        "approved": record.approved,
-        "tags": list(record.tags),
-        "base_model": record.base_model,
-        "ranks": list(record.ranks),
-        "target_modules": list(record.target_modules),
-        "num_bytes": record.num_bytes,
-        "num_samples": record.num_samples,
-        "template": record.template,
-        "found_by_auto": record.num_samples > 0,
-        "probe_shift": record.probe_shift,
-        "source": record.source,
-        "created_at": record.created_at.isoformat(),
-        "generation": record.generation,
-    }
-
-
-def shown_object(versions: Sequence[AdapterRecord], tenant: str, generation: int) -> AdapterShown:
-    """Return the live version of an adapter, with all kept versions."""
-    return {
-        **lora_object(versions[0], tenant),
-        "versions": versions_object(versions),
-        "catalogue_generation": generation,
-    }
-
-
-def versions_object(versions: Sequence[AdapterRecord]) -> list[AdapterVersion]:
-    """Return the kept versions of one name, the live one first."""
-    return [
-        {
-            "digest": record.ref.digest,
-            "state": "kept" if place else "live",
-            "generation": record.generation,
-            "created_at": record.created_at.isoformat(),
-            "source": record.source,
-            "actor": record.actor,
-        }
-        for place, record in enumerate(versions)
-    ]
-
-
-def map_object(drawn: PoolMap, tenant: str) -> PoolPicture:
-    return {
-        "object": "pool_map",
-        "generation": drawn.generation,
-        "num_adapters": drawn.num_adapters,
-        "shown_variance": drawn.shown_variance,
-        "points": [point_object(point, tenant) for point in drawn.points],
-    }
-
-
-def place_object(found: Place, tenant: str) -> PromptPlace:
-    return {
-        "object": "pool_place",
-        "generation": found.generation,
-        "prompt": {"x": found.prompt.x, "y": found.prompt.y},
-        "adapters": [point_object(point, tenant) for point in found.adapters],
-    }
-
-
-def point_object(point: Point, tenant: str) -> MapPoint:
-    """Return an adapter on the map, under the name that `tenant` uses for it."""
-    assert point.ref is not None
-    return {"name": point.ref.name_for(tenant), "x": point.x, "y": point.y}
-
-
-def doctor_object(report: DoctorReport, tenant: str) -> JsonObject:
-    """Return how an adapter's own samples find it. Their shares are better than those of unseen prompts."""
-
-    def name(ref: AdapterRef) -> str:
-        return ref.name_for(tenant)
-
-    return {
-        "generation": report.generation,
-        "k": report.top_k,
-        "num_adapters": len(report.adapters),
-        "num_samples": sum(finding.num_samples for finding in report.adapters),
-        "first_share": report.share_first,
-        "found_share": report.share_found,
-        "collisions": [
-            {
-                "adapters": [name(collision.first), name(collision.second)],
-                "cosine": collision.cosine,
-                "num_swapped": [collision.num_of_first, collision.num_of_second],
-            }
-            for collision in report.collisions
-        ],
-        "never_chosen": list(map(name, report.never_chosen)),
-        "always_shadowed": [
-            {"name": name(finding.ref), "by": name(finding.shadowed_by)}
-            for finding in report.always_shadowed
-            if finding.shadowed_by is not None
-        ],
-        "unreadable": list(map(name, report.unreadable)),
+        "names": list(removed.names),
+        "deleted": True,
+        "generation": removed.generation,
+        "replicas": replicas_object(removed),
     }

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from deployments.auth.caller import Caller, KeyLimits, Role
+from deployments.auth.authenticator import Caller, KeyLimits, Role
 from lora_store import is_valid_name
 
 _KEY_PREFIX = "lr-"
@@ -120,7 +120,7 @@ def _loaded_yaml(text: str) -> Any:
         raise ValueError("it is not valid YAML" + ("" if mark is None else f": see line {mark.line + 1}")) from exc
 
 
-def _validated(data: Any) -> list[KeyEntry]:
+def _validated(data: object) -> list[KeyEntry]:
     if not isinstance(data, list):
         raise ValueError("it must be a list of keys")
     try:

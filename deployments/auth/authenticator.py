@@ -1,32 +1,278 @@
-"""Authenticate requests and apply the limits of their keys."""
+"""Authenticate requests: find the caller of a key, and apply the limits of the key."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, get_args
 
-from deployments.api.requested_work import Work
-from deployments.auth.caller import LOCAL_CALLER, Caller
-from deployments.auth.key_file import KeyFile
-from deployments.auth.quotas import Limiter, TokenUsage
-from deployments.config.app import AppConfig
-from deployments.errors import KeyRefused
+from pydantic import BaseModel, ConfigDict, Field
 
+from deployments.errors import KeyRefused, RateLimited, RequestInvalid, RoleMissing
+from lora_store import LOCAL_TENANT, TenantQuota
+
+Role = Literal["infer", "publish", "admin"]
+ROLES: tuple[Role, ...] = get_args(Role)
+ANONYMOUS_TENANT = ""  # no tenant has this name; it sees public adapters only
+_BUSY_RETRY_S = 1.0
+_SWEEP_ABOVE = 1024  # accounts; keys come and go with the keys file
 _SCHEME = "bearer"
+
+
+class KeyLimits(BaseModel):
+    """Limits of one key; None means unlimited. `max_adapters` and `max_bytes` apply to the tenant's whole pool."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    requests_per_minute: int | None = Field(default=None, ge=1)
+    # counts prompts, answers, and text that the encoder reads
+    tokens_per_minute: int | None = Field(default=None, ge=1)
+    concurrent_requests: int | None = Field(default=None, ge=1)  # rows in progress: prompts × n over all requests
+    max_adapters: int | None = Field(default=None, ge=0)
+    max_bytes: int | None = Field(default=None, ge=0)  # of weights, including older versions
+
+    @property
+    def tenant_quota(self) -> TenantQuota | None:
+        if self.max_adapters is None and self.max_bytes is None:
+            return None
+        return TenantQuota(self.max_adapters, self.max_bytes)
+
+
+_NO_LIMITS = KeyLimits()
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """An authenticated client. No role implies another. The catalogue records `key_id` as the author of changes."""
+
+    tenant: str
+    roles: frozenset[Role]
+    key_id: str
+    limits: KeyLimits = _NO_LIMITS
+
+    def require(self, role: Role) -> None:
+        """Check that the caller has `role`. Raises: RoleMissing."""
+        if role not in self.roles:
+            raise RoleMissing(self.key_id, role)
+
+
+LOCAL_CALLER = Caller(LOCAL_TENANT, frozenset(ROLES), "local")
+"""The caller where no keys are set, and the default caller of Ray handles."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """How much a request asks for. The fields name what an error message should point at."""
+
+    num_rows: int = 1  # prompts × n
+    num_tokens: int = 0  # of prompts, once each, and the most new ones: settled by what was used
+    num_read: int = 0  # by the encoder: charged once the request is let in, whatever becomes of it
+    rows_field: str = "prompt"
+    tokens_field: str = "prompt"
+
+    @property
+    def reserved(self) -> int:
+        return self.num_tokens + self.num_read
+
+
+class TokenBucket:
+    """A rate limit that refills evenly to `per_minute` and starts full. Its level may become negative.
+
+    level(t) = min(per_minute, level(s) + (t - s) · per_minute / 60)
+    """
+
+    def __init__(self, per_minute: float, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """Start full. `clock` returns seconds and is monotonic."""
+        self.per_minute = per_minute
+        self._clock = clock
+        self._level, self._at = per_minute, clock()
+
+    def take(self, amount: float) -> float:
+        """Take `amount` and return 0, or take nothing and return the seconds until it is available.
+
+        `amount` must not exceed `per_minute`: larger amounts are never available.
+        """
+        self._refill()
+        if self._level >= amount:
+            self._level -= amount
+            return 0.0
+        return (amount - self._level) * 60 / self.per_minute
+
+    def settle(self, taken: float, used: float) -> None:
+        """Replace an estimate that was `taken` by the amount really `used`."""
+        self._refill()
+        self._level = min(self.per_minute, self._level + taken - used)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a new bucket would grant the same."""
+        self._refill()
+        return self._level >= self.per_minute
+
+    def _refill(self) -> None:
+        now = self._clock()
+        self._level = min(self.per_minute, self._level + (now - self._at) * self.per_minute / 60)
+        self._at = now
+
+
+@dataclass
+class TokenUsage:
+    """Tokens used by one request so far, over all of its answers."""
+
+    _sent: dict[str, tuple[int, int]] = field(default_factory=dict)  # by answer: (question, estimate of its prompt)
+    _prompts: dict[int, int] = field(default_factory=dict)  # by question
+    _new: dict[str, int] = field(default_factory=dict)  # by answer
+
+    def sent(self, answer_id: str, question: int, num_prompt_tokens: int) -> None:
+        """Charge the estimated tokens of a prompt that was sent to a Worker, once for all answers to it.
+
+        The charge stays if the request ends before its first token, because the Worker may have computed the prompt.
+        """
+        self._sent[answer_id] = (question, num_prompt_tokens)
+
+    def not_started(self, answer_id: str) -> None:
+        """Undo the charge of `sent` for an answer that the server had no room for."""
+        self._sent.pop(answer_id, None)
+
+    def saw(self, answer_id: str, question: int, num_prompt_tokens: int, num_new_tokens: int) -> None:
+        """Set an answer's new tokens so far, and replace the prompt's estimate by its real token count."""
+        self._prompts[question] = num_prompt_tokens
+        self._new[answer_id] = num_new_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        prompts = dict(self._sent.values()) | self._prompts
+        return sum(prompts.values()) + sum(self._new.values())
+
+
+@dataclass
+class _Account:
+    limits: KeyLimits
+    requests: TokenBucket | None
+    tokens: TokenBucket | None
+    max_running: float
+    num_running: int = 0
+
+    @property
+    def is_forgettable(self) -> bool:
+        """Whether a new account would grant the same."""
+        buckets = (self.requests, self.tokens)
+        return self.num_running == 0 and all(bucket is None or bucket.is_full for bucket in buckets)
+
+    def adopt(self, other: _Account) -> None:
+        """Take over the limits and rates of `other`, but keep the count of running rows."""
+        self.limits, self.requests, self.tokens = other.limits, other.requests, other.tokens
+        self.max_running = other.max_running
+
+
+class Limiter:
+    """Enforces the limits of all keys on one event loop. Changed limits apply at once and start with full buckets."""
+
+    def __init__(
+        self, num_replicas: int, *, clock: Callable[[], float] = time.monotonic, sweep_above: int = _SWEEP_ABOVE
+    ) -> None:
+        self._num_replicas, self._clock = num_replicas, clock
+        self._accounts: dict[str, _Account] = {}
+        self._sweep_above = self._next_sweep = sweep_above
+
+    def count_request(self, caller: Caller) -> None:
+        """Count one request. Raises: RateLimited: the key is above its request rate."""
+        bucket = self._account(caller).requests
+        if bucket is not None and (wait_s := bucket.take(1)) > 0:
+            raise RateLimited(f"{caller.limits.requests_per_minute} requests per minute", wait_s)
+
+    @contextmanager
+    def running(self, caller: Caller, work: Work) -> Iterator[TokenUsage]:
+        """Reserve the rows and tokens of `work` while the request runs, then charge the tokens it used.
+
+        Raises: RateLimited; RequestInvalid: the request alone exceeds the key's limits.
+        """
+        account, usage = self._account(caller), TokenUsage()
+        _require_rows(caller, account, work)
+        bucket = account.tokens  # the key's limits may change before it is settled
+        if bucket is not None:
+            _reserve(caller, bucket, work.reserved, work.tokens_field)
+        account.num_running += work.num_rows
+        try:
+            yield usage
+        finally:
+            account.num_running -= work.num_rows
+            if bucket is not None:
+                bucket.settle(work.reserved, work.num_read + usage.num_tokens)
+
+    def charge(self, caller: Caller, num_read: int, field: str) -> None:
+        """Charge tokens that the encoder is about to read. Raises: RateLimited, RequestInvalid."""
+        bucket = self._account(caller).tokens
+        if bucket is not None:
+            _reserve(caller, bucket, num_read, field)
+
+    def _account(self, caller: Caller) -> _Account:
+        account = self._accounts.get(caller.key_id)
+        if account is None:
+            self._sweep()
+            account = self._accounts[caller.key_id] = self._open(caller.limits)
+        elif account.limits != caller.limits:
+            account.adopt(self._open(caller.limits))
+        return account
+
+    def _open(self, limits: KeyLimits) -> _Account:
+        def bucket(per_minute: int | None) -> TokenBucket | None:
+            if per_minute is None:
+                return None
+            return TokenBucket(max(1.0, per_minute / self._num_replicas), clock=self._clock)
+
+        at_once = limits.concurrent_requests
+        max_running = math.inf if at_once is None else math.ceil(at_once / self._num_replicas)
+        return _Account(limits, bucket(limits.requests_per_minute), bucket(limits.tokens_per_minute), max_running)
+
+    def _sweep(self) -> None:
+        """Forget idle accounts each time their number has doubled. Amortised cost: O(1) per new account."""
+        if len(self._accounts) >= self._next_sweep:
+            self._accounts = {key: account for key, account in self._accounts.items() if not account.is_forgettable}
+            self._next_sweep = max(self._sweep_above, 2 * len(self._accounts))
+
+
+def _require_rows(caller: Caller, account: _Account, work: Work) -> None:
+    if work.num_rows > account.max_running:
+        raise RequestInvalid(
+            f"{work.rows_field}: the request has {work.num_rows} rows (prompts × n); the key allows"
+            f" {account.max_running:.0f} at once: send fewer prompts or a smaller n",
+            work.rows_field,
+        )
+    if account.num_running + work.num_rows > account.max_running:
+        raise RateLimited(f"{caller.limits.concurrent_requests} concurrent rows (prompts × n)", _BUSY_RETRY_S)
+
+
+def _reserve(caller: Caller, bucket: TokenBucket, num_tokens: int, field: str) -> None:
+    if num_tokens > bucket.per_minute:
+        raise RequestInvalid(
+            f"{field}: the request may use {num_tokens} tokens (prompts, answers, and text that the encoder reads);"
+            f" the key allows {int(bucket.per_minute)} per minute: send less text, or lower max_tokens",
+            field,
+        )
+    if (wait_s := bucket.take(num_tokens)) > 0:
+        raise RateLimited(f"{caller.limits.tokens_per_minute} tokens per minute", wait_s)
+
+
+class Keys(Protocol):
+    """The keys of the server, as `KeyFile` reads them."""
+
+    def find(self, key: str) -> Caller | None:
+        """Return the caller that owns `key`, or None. Raises: KeysUnavailable."""
+        ...
 
 
 class Authenticator:
     """Maps `Authorization` headers to callers. Each Ingress replica has one.
 
-    Without a keys file every request belongs to the local caller.
-    Raises: ValueError, OSError: the keys file cannot be used.
+    Without keys every request belongs to the local caller.
     """
 
-    def __init__(self, config: AppConfig, limiter: Limiter | None = None) -> None:
-        self._keys = (
-            None if config.keys_file is None else KeyFile(config.keys_file, missing_grace_s=config.keys_missing_grace_s)
-        )
-        self._limiter = limiter or Limiter(config.ingress_scaling.max_replicas)
+    def __init__(self, keys: Keys | None, limiter: Limiter) -> None:
+        self._keys, self._limiter = keys, limiter
 
     def authenticate(self, authorization: str | None) -> Caller:
         """Return the caller of a request and count the request. Raises: KeyRefused, RateLimited."""

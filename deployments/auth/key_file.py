@@ -10,13 +10,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 from deployments.auth.api_keys import KeySet, parse_entries
-from deployments.auth.caller import Caller
+from deployments.auth.authenticator import Caller
+from deployments.config.app import AppConfig
 from deployments.errors import KeysUnavailable
 
 logger = logging.getLogger(__name__)
 
 _SETTLE_S = 2.0  # a file this young may change again with the same time and size
 _State = tuple[int, int, int, int, int]
+
+
+def keys_of(config: AppConfig) -> KeyFile | None:
+    """Return the keys that the settings name, or None for a server without keys. Raises: ValueError, OSError."""
+    if config.keys_file is None:
+        return None
+    return KeyFile(config.keys_file, missing_grace_s=config.keys_missing_grace_s)
 
 
 class KeyFile:

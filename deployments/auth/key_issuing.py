@@ -8,20 +8,20 @@ import secrets
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
 from deployments.auth.api_keys import KeyEntry, hash_of, new_key, parse_entries
+from deployments.json_types import JsonMapping, JsonObject
 
 
 def make_key(
     tenant: str, roles: Sequence[str], limits: Mapping[str, int | None], id: str | None
-) -> tuple[str, dict[str, Any]]:
+) -> tuple[str, JsonObject]:
     """Return a new key and its entry for a keys file. Raises: ValueError, naming the field."""
     key = new_key()
-    entry: dict[str, Any] = {
+    entry: JsonObject = {
         "id": id or f"{tenant}-{secrets.token_hex(4)}",
         "sha256": hash_of(key),
         "tenant": tenant,
@@ -37,7 +37,7 @@ def make_key(
     return key, entry
 
 
-def add_entry(file: Path, entry: Mapping[str, Any]) -> None:
+def add_entry(file: Path, entry: JsonMapping) -> None:
     """Append `entry` to the keys file. The file is replaced atomically. Raises: ValueError, OSError."""
     old = file.read_text(encoding="utf-8") if file.exists() else ""
     text = with_entry(old, entry)
@@ -48,7 +48,7 @@ def add_entry(file: Path, entry: Mapping[str, Any]) -> None:
     os.replace(made.name, target)
 
 
-def with_entry(text: str, entry: Mapping[str, Any]) -> str:
+def with_entry(text: str, entry: JsonMapping) -> str:
     """Return the keys file `text` with `entry` added. Comments of a YAML list are kept. Raises: ValueError."""
     if not text.strip():
         return block_of(entry)
@@ -64,6 +64,6 @@ def with_entry(text: str, entry: Mapping[str, Any]) -> str:
     return rewritten
 
 
-def block_of(entry: Mapping[str, Any]) -> str:
+def block_of(entry: JsonMapping) -> str:
     """Return `entry` as an item of a YAML list."""
     return str(yaml.safe_dump([dict(entry)], sort_keys=False))

@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -15,7 +14,8 @@ from deployments.batch.output import BatchOutput
 from deployments.batch.planning import PlannedPart
 from deployments.batch.rows import answered
 from deployments.batch.run import BatchRun, store_of
-from deployments.calls.store_client import Buffer, WeightsSource
+from deployments.calls.catalogue_clients import Buffer, WeightsSource
+from deployments.json_types import JsonObject
 from deployments.weights.fetcher import WeightsFetcher
 from gpu_worker.device.cpu_count import with_threads
 from gpu_worker.device.openmp import load_executor, run_on_short_lived_thread
@@ -47,7 +47,7 @@ class PartAnswerer:
         self._turn = asyncio.Lock()
         self._asyncio_loop: asyncio.AbstractEventLoop | None = None  # Ray Data starts it after this
 
-    async def __call__(self, row: dict[str, Any]) -> dict[str, int]:
+    async def __call__(self, row: JsonObject) -> dict[str, int]:
         """Answer the part in `row`. Ray Data calls this with several parts at once."""
         return await self.answer(row["planned"])
 

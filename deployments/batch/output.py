@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from deployments.errors import BatchRefused
+from deployments.json_types import JsonObject
 from lora_store import Location
 from lora_store.files import Files
 
@@ -25,8 +26,8 @@ class Manifest(BaseModel):
 
     version: Literal[1] = 1
     generation: int
-    input: dict[str, Any]
-    settings: dict[str, Any]
+    input: JsonObject
+    settings: JsonObject
 
 
 class BatchOutput:
@@ -73,13 +74,13 @@ class BatchOutput:
         self._files.write(f"part-{number:06}.parquet", sink.getvalue())
 
 
-def _differing(before: dict[str, Any], now: dict[str, Any]) -> str:
+def _differing(before: JsonObject, now: JsonObject) -> str:
     old, new = dict(_flat(before)), dict(_flat(now))
     names = [name for name in dict.fromkeys([*old, *new]) if old.get(name) != new.get(name)]
     return "; ".join(f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in names)
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(tree: JsonObject, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in tree.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}.")

@@ -6,7 +6,6 @@ import asyncio
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import pyarrow as pa
 
@@ -14,10 +13,10 @@ from deployments.api import error_table
 from deployments.batch.input import PartReader
 from deployments.batch.rows import Asked, bodies_of, request_of
 from deployments.batch.run import BatchRun, Part, store_of
-from deployments.calls.retriever_client import RoutingClient
-from deployments.generation.jobs import jobs_of
-from deployments.generation.planner import Planner
-from deployments.generation.request_limits import check_limits
+from deployments.calls.catalogue_clients import RoutingClient
+from deployments.generation.completions import jobs_of
+from deployments.generation.planner import Planner, check_limits
+from deployments.json_types import JsonObject
 from deployments.retriever_factory import live_pool, retriever_over
 from lora_store import Plan, Strategy
 from retriever_svc import PinnedAdapter, Retriever, Route, RouteRequest
@@ -43,7 +42,7 @@ class PartPlanner:
         self._reader = PartReader(run.source)
         self._settings = run.settings
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, PlannedPart]:
+    def __call__(self, row: JsonObject) -> dict[str, PlannedPart]:
         """Plan the part in `row`. Ray Data calls this."""
         return {"planned": asyncio.run(self.plan(Part(**row)))}
 
@@ -54,7 +53,7 @@ class PartPlanner:
         asked = await asyncio.gather(*[self._ask(part.start + place, body) for place, body in enumerate(bodies)])
         return PlannedPart(part, rows, tuple(asked))
 
-    async def _ask(self, number: int, body: dict[str, Any]) -> Asked:
+    async def _ask(self, number: int, body: JsonObject) -> Asked:
         """Plan one row as the Ingress plans the same body. An error becomes the row's error."""
         config, tenant = self._settings.config, self._settings.tenant
         try:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
 from deployments.api import error_table
-from deployments.api.parsing import TextRequest, parse
-from deployments.api.planned import Planned
-from deployments.api.responses import JsonObject, plan_object
+from deployments.api.completions import TextRequest, parse
+from deployments.api.responses import Planned, plan_object
 from deployments.errors import BatchRefused, RequestInvalid
+from deployments.json_types import JsonMapping, JsonObject
 from gpu_worker.request.request import Completion, Job
 
 _PROMPTS = ("prompt", "messages")
@@ -55,7 +55,7 @@ def check_columns(schema: pa.Schema) -> None:
             raise BatchRefused(f"the input has a column {name!r}, which is one of the answer's: rename it")
 
 
-def bodies_of(table: pa.Table, defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
+def bodies_of(table: pa.Table, defaults: JsonMapping) -> list[JsonObject]:
     """Each row as the body of a request; what it leaves null is `defaults`', else the server's."""
     asking = table.select([name for name in table.column_names if name in (*_PROMPTS, *FIELDS)])
     return [
@@ -63,7 +63,7 @@ def bodies_of(table: pa.Table, defaults: Mapping[str, Any]) -> list[dict[str, An
     ]
 
 
-def request_of(body: Mapping[str, Any]) -> TextRequest:
+def request_of(body: JsonMapping) -> TextRequest:
     """The request that a row is. Raises: RequestInvalid, Unsupported."""
     if sum(name in body for name in _PROMPTS) != 1:
         raise RequestInvalid("a row has a prompt or messages, one of them", "prompt")
@@ -72,7 +72,7 @@ def request_of(body: Mapping[str, Any]) -> TextRequest:
     return parse({name: _decoded(name, value) if name in _JSON else value for name, value in body.items()})
 
 
-def _decoded(name: str, value: Any) -> Any:
+def _decoded(name: str, value: object) -> Any:
     """A struct or list as it is, a text as the JSON it holds."""
     if not isinstance(value, str):
         return value

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from deployments.batch.input import BatchInput, scan
 from deployments.batch.output import BatchOutput, Manifest
 from deployments.batch.rows import check_columns
 from deployments.config.app import AppConfig
 from deployments.errors import BatchRefused
+from deployments.json_types import JsonMapping, JsonObject
 from lora_store import LOCAL_TENANT, GenerationGone, LoraStore
 
 # What the answers depend on. The rest, such as threads and batch sizes, may change between a run and its continuation.
@@ -31,7 +30,7 @@ class BatchSettings:
     output_uri: str
     part_rows: int = 256
     tenant: str = LOCAL_TENANT
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    defaults: JsonMapping = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +83,14 @@ def store_of(config: AppConfig) -> LoraStore:
     return LoraStore(config.store_uri, accepts_base=config.accepted_bases)
 
 
-def _described(source: BatchInput) -> dict[str, Any]:
+def _described(source: BatchInput) -> JsonObject:
     names = [file.path.rpartition("/")[2] for file in source.files]
     return {name: file.sha256 for name, file in zip(names, source.files, strict=True)}
 
 
-def _deciding(settings: BatchSettings) -> dict[str, Any]:
+def _deciding(settings: BatchSettings) -> JsonObject:
     config = settings.config.model_dump(mode="json")
-    deciding: dict[str, Any] = {name: config[name] for name in _OF_APP}
+    deciding: JsonObject = {name: config[name] for name in _OF_APP}
     deciding["retrieval"] = {name: config["retrieval"][name] for name in _OF_RETRIEVAL}
     deciding["worker"] = {name: config["worker"][name] for name in _OF_WORKER}
     deciding["defaults"] = dict(settings.defaults)

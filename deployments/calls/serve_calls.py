@@ -1,22 +1,116 @@
-"""Typed calls over a Serve handle, on which the clients of the three deployments are built.
+"""Typed calls over Serve handles: deadlines, retries, transport and background work.
 
 A call names a method of the deployment's Protocol, as in `calls.retry(StoreReplica.versions, keys)`. So mypy checks
 the arguments and the answer of every call, although Ray's handles have no types.
+
+Only the Ingress repeats calls. In Ray 2.60 a replica's death shows as one of three errors. ActorDiedError and
+ActorUnavailableError, both RayActorErrors: the process or the connection to it is gone. ObjectLostError: the answer was
+lost with its node. An error that the replica raised itself arrives as a RayTaskError and is an answer, even if it
+reports another actor's death. Serve itself sends a call that a dead replica had not accepted to another replica; that
+does not count here.
+
+Serve 2.60 has two transports: Ray's tasks, and gRPC from replica to replica. The environment of the process that builds
+the application decides the default, so each call names its own transport.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+import asyncio
+import contextvars
+import logging
+import os
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
 from typing import Concatenate, Generic, ParamSpec, TypeVar
 
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from ray.serve.handle import DeploymentHandle
 
-from deployments.calls.retries import retry_on_replica_death
-from deployments.calls.transport import over_object_store
+from deployments.errors import PoisonRequest
+from gpu_worker.errors import DeadlineExceeded, EngineStopped
 
-P = ParamSpec("P")
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
+MAX_RETRIES = 2
+P = ParamSpec("P")
 Replica = TypeVar("Replica")
+
+
+def deadline_of(arrived_at: float, timeout_s: float | None, max_request_s: float) -> float:
+    """Return the arrival plus the time that the client allows, at most the time that the server allows."""
+    return arrived_at + (max_request_s if timeout_s is None else min(timeout_s, max_request_s))
+
+
+def seconds_until(deadline: float) -> float:
+    """Return the time left, which may be negative: other machines are sent this, as no two share a clock."""
+    return deadline - time.monotonic()
+
+
+@asynccontextmanager
+async def within(deadline: float) -> AsyncIterator[None]:
+    """Bound the block by the deadline. Raises: DeadlineExceeded."""
+    try:
+        async with asyncio.timeout(seconds_until(deadline)) as limit:
+            yield
+    except TimeoutError as exc:
+        if limit.expired():
+            raise DeadlineExceeded(0) from exc
+        raise
+
+
+async def retry_on_replica_death(call: Callable[[], Awaitable[T]]) -> T:
+    """Return the answer of `call`, which may run twice: a read, or a write that has the same effect when repeated.
+
+    Raises: PoisonRequest after the third death; the error of `call`.
+    """
+    failures = AttemptCounter()
+    while True:
+        try:
+            return await call()
+        except Exception as exc:
+            failures.add(exc)
+
+
+class AttemptCounter:
+    """Counts the failed attempts of one call, and decides whether it may be repeated."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def add(self, error: Exception) -> None:
+        """Count a failed attempt. Return if the call may be repeated.
+
+        Raises: PoisonRequest at the third death; `error` if it is the call's own, or the third failure of an engine.
+        """
+        is_death = isinstance(error, RayActorError | ObjectLostError) and not isinstance(error, RayTaskError)
+        if not is_death and not isinstance(error, EngineStopped):
+            raise error
+        self._count += 1
+        if self._count <= MAX_RETRIES:
+            logger.warning("retry %d of a call whose replica failed: %s", self._count, error)
+        elif is_death:
+            raise PoisonRequest(self._count) from error
+        else:
+            raise error
+
+
+def bypass_http_proxy() -> None:
+    """Keep gRPC connections of this process and its children away from the proxy that `http_proxy` names.
+
+    Python's gRPC would use that proxy, Ray's own does not. gRPC reads `grpc_proxy` first, even if it is empty.
+    """
+    os.environ.setdefault("grpc_proxy", "")
+
+
+def over_grpc(handle: DeploymentHandle) -> DeploymentHandle:
+    """Use gRPC: for streams of tokens with heartbeats. benchmarks/README.md states what that saves."""
+    return handle.options(_by_reference=False)
+
+
+def over_object_store(handle: DeploymentHandle) -> DeploymentHandle:
+    """Use Ray's tasks: for large arguments, and for answers with object references, which gRPC would never free."""
+    return handle.options(_by_reference=True)
 
 
 class ServeCalls(Generic[Replica]):
@@ -70,3 +164,41 @@ class ServeCalls(Generic[Replica]):
         response = self._handle.broadcast(method.__name__, *args, **kwargs)
         answers: list[T | BaseException] = await response.results_async(timeout_s=timeout_s, return_exceptions=True)
         return answers
+
+
+class Background:
+    """Keeps references to running tasks, which asyncio itself does not, and logs their failures."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[object]] = set()
+
+    def start(self, work: Coroutine[object, object, None], what: str) -> None:
+        """Run `work` in the background. Log a failure as that of `what`."""
+        self._track(work).add_done_callback(lambda task: _log_failure(task, what))
+
+    async def run(self, work: Coroutine[object, object, T]) -> T:
+        """Return the result of `work`, which runs to its end even if the caller is cancelled."""
+        return await asyncio.shield(self._track(work))
+
+    async def idle(self) -> None:
+        """Return when no task runs."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def cancel(self) -> None:
+        """Cancel all tasks."""
+        for task in self._tasks:
+            if not task.get_loop().is_closed():
+                task.cancel()
+
+    def _track(self, work: Coroutine[object, object, T]) -> asyncio.Task[T]:
+        # Without its caller's context: Serve cancels what was called in the context of a client that leaves.
+        task = asyncio.create_task(work, context=contextvars.Context())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def _log_failure(task: asyncio.Task[object], what: str) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("%s failed", what, exc_info=error)

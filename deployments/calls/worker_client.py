@@ -1,24 +1,92 @@
-"""The Worker as its callers see it."""
+"""The Worker as its callers see it: calls, streams with heartbeats, and starting a Worker where none runs.
+
+Ray raises an error when a replica dies. A node that disappears raises none for a long time: gRPC notices after minutes,
+Ray's own calls after about one. Workers therefore send a heartbeat (None) every 5 s, and a stream is given up after
+30 s without any item.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from enum import Enum
+from typing import Generic, Protocol, TypeVar
 
+from grpc.aio import AioRpcError
 from ray import serve
+from ray.exceptions import ActorUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ServeStatus
 
-from deployments.calls.heartbeat import HEARTBEAT_TIMEOUT_S, HeartbeatStream, StreamEnd
-from deployments.calls.serve_calls import ServeCalls
-from deployments.calls.store_client import Shapes
-from deployments.calls.transport import over_grpc
+from deployments.calls.catalogue_clients import Shapes
+from deployments.calls.serve_calls import ServeCalls, over_grpc
+from deployments.errors import WorkerStarting
 from gpu_worker.engine.engine_status import EngineStatus
+from gpu_worker.errors import DeadlineExceeded
 from gpu_worker.request.request import Delta, Job
 
+HEARTBEAT_INTERVAL_S = 5.0
+HEARTBEAT_TIMEOUT_S = 30.0  # an event loop may be late, a node that is gone stays gone
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 _CAN_START = ("HEALTHY", "UPSCALING", "DOWNSCALING")  # UPDATING is the first start, or an upgrade
+# After an answer no worker is asked for this long: Serve removes one only after `downscale_delay_s` without requests.
+KEPT_S = 1.0
+
+
+class StreamEnd(Enum):
+    """Marks the end of a stream."""
+
+    END = "end"
+
+
+class StreamResponse(Protocol[T_co]):
+    """Serve's response to a streaming call."""
+
+    def __aiter__(self) -> AsyncIterator[T_co]: ...
+    def cancel(self) -> None: ...
+
+
+class HeartbeatStream(Generic[T]):
+    """The items and heartbeats of one streaming call, which fails after `timeout_s` without either."""
+
+    def __init__(
+        self, response: StreamResponse[T | None], timeout_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._response, self._items, self._timeout_s, self._clock = response, aiter(response), timeout_s, clock
+        self._silent_at = float("inf")  # the first item may take any time: it needs a replica
+
+    def cancel(self) -> None:
+        """Cancel the work at the replica."""
+        self._response.cancel()
+
+    async def next(self, deadline: float) -> T | StreamEnd | None:
+        """Return the next item, None for a heartbeat, or the end. `deadline` is a time of the clock.
+
+        Raises: DeadlineExceeded; ActorUnavailableError if the replica fell silent or broke the call off; what the
+        stream raises.
+        """
+        until = min(deadline, self._silent_at)
+        try:
+            async with asyncio.timeout(until - self._clock()) as limit:
+                item = await anext(self._items, StreamEnd.END)
+        except TimeoutError as exc:
+            if not limit.expired():
+                raise
+            if until == deadline:
+                raise DeadlineExceeded(0) from exc
+            raise ActorUnavailableError(f"no heartbeat for {self._timeout_s:.0f} s", None) from exc
+        except AioRpcError as exc:  # Serve 2.60 translates only UNAVAILABLE
+            raise ActorUnavailableError(f"gRPC broke the call off: {exc.code().name}", None) from exc
+        except asyncio.CancelledError as exc:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise ActorUnavailableError("the replica cancelled the call as it shut down", None) from exc
+        self._silent_at = self._clock() + self._timeout_s
+        return item
 
 
 @dataclass(slots=True)
@@ -115,3 +183,57 @@ class ServeWorker(WorkerClient):
 
     async def broadcast_usage(self, timeout_s: float) -> list[Mapping[str, Usage] | BaseException]:
         return await self._calls.broadcast(timeout_s, WorkerReplica.usage)
+
+
+class WorkerGate:
+    """Holds requests until a worker runs. With `timeout_s` None workers never scale to zero, and nothing is held.
+
+    The call that starts a worker stays in Serve's queue when its waiters have left, so the next request finds a worker.
+    """
+
+    def __init__(
+        self, worker: WorkerClient, timeout_s: float | None, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._worker, self._timeout_s, self._clock = worker, timeout_s, clock
+        self._call: asyncio.Task[Shapes] | None = None
+        self._last: tuple[float, Shapes] | None = None  # when a worker answered, and what
+
+    async def ready(self) -> None:
+        """Return when a worker runs. Raises: WorkerStarting; the error of a worker that just died."""
+        if self._timeout_s is not None:
+            await self._ask(self._timeout_s)
+
+    async def module_shapes(self) -> Shapes:
+        """Return the module shapes when a worker runs. Raises: WorkerStarting; the error of a worker that just died."""
+        if self._timeout_s is None:
+            return await self._worker.module_shapes()
+        return await self._ask(self._timeout_s)
+
+    async def is_scaled_to_zero(self) -> bool:
+        """Return whether no worker runs because none is needed: the next request starts one."""
+        return self._timeout_s is not None and await self._worker.is_scaled_to_zero()
+
+    async def _ask(self, timeout_s: float) -> Shapes:
+        if self._last is not None and self._clock() - self._last[0] < KEPT_S:
+            return self._last[1]
+        if self._call is None or self._call.done():
+            self._call = asyncio.create_task(self._wait_for_replica())
+            self._call.add_done_callback(_retrieve)
+        try:
+            async with asyncio.timeout(timeout_s) as limit:
+                return await asyncio.shield(self._call)
+        except TimeoutError as exc:
+            if limit.expired():
+                raise WorkerStarting(timeout_s) from exc
+            raise
+
+    async def _wait_for_replica(self) -> Shapes:
+        shapes = await self._worker.wait_for_replica()
+        self._last = self._clock(), shapes
+        return shapes
+
+
+def _retrieve(call: asyncio.Task[Shapes]) -> None:
+    """Retrieve the error of a call whose waiters have left, which asyncio would log otherwise."""
+    if not call.cancelled():
+        call.exception()

@@ -14,6 +14,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from deployments.json_types import JsonObject
+
 out = Console()
 err = Console(stderr=True)
 
@@ -61,16 +63,16 @@ def _authorization() -> dict[str, str]:
     return {} if key is None else {"Authorization": f"Bearer {key}"}
 
 
-def call(url: str, method: str, path: str, **request: Any) -> dict[str, Any]:
+def call(url: str, method: str, path: str, **request: Any) -> JsonObject:
     """Return the JSON answer of the server. On an error, print the server's message and exit."""
     with client_of(url) as client:
         response = client.request(method, path, **request)
         check(response)
-        answer: dict[str, Any] = response.json()
+        answer: JsonObject = response.json()
         return answer
 
 
-def follow(url: str, path: str, body: dict[str, Any], title: str) -> dict[str, Any]:
+def follow(url: str, path: str, body: JsonObject, title: str) -> JsonObject:
     """Send a POST that streams its progress as JSON lines, and return the result. On an error, print it and exit."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with client_of(url, timeout_s=None) as client, client.stream("POST", path, json=body) as response:
@@ -81,7 +83,7 @@ def follow(url: str, path: str, body: dict[str, Any], title: str) -> dict[str, A
                 if "error" in line:
                     fail(line["error"]["message"])
                 if "result" in line:
-                    result: dict[str, Any] = line["result"]
+                    result: JsonObject = line["result"]
                     return result
                 progress.update(task, completed=line["done"], total=line["total"])
     fail("the server closed the connection before it was done; run the command again")

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import httpx
 import ray
@@ -22,8 +22,9 @@ from deployments.app import build_app
 from deployments.auth.private_files import keep_files_private, make_private, sessions_folder
 from deployments.auth.ray_token import use_token_mode
 from deployments.calls.h11_proxy import CALLBACK, CALLBACK_VARIABLE
-from deployments.calls.transport import bypass_http_proxy
+from deployments.calls.serve_calls import bypass_http_proxy
 from deployments.config.app import AppConfig
+from deployments.json_types import JsonObject
 from gpu_worker.model.packaged_model import PACKAGED_MODEL, packaged_folder
 
 APP_NAME = "loraretriever"
@@ -97,7 +98,7 @@ class Server:
         serve.run(build_app(self._config), name=APP_NAME, route_prefix="/", logging_config={"enable_access_log": False})
         return self.url
 
-    def wait_ready(self, *, timeout_s: float) -> dict[str, Any]:
+    def wait_ready(self, *, timeout_s: float) -> JsonObject:
         """Wait for a 200 from `/ready` and return its body. Raises: ServerFailed after `timeout_s`."""
         deadline = time.monotonic() + timeout_s
         last = "no answer"
@@ -108,15 +109,15 @@ class Server:
                 last = str(exc)
             else:
                 if response.status_code == 200:
-                    answer: dict[str, Any] = response.json()
+                    answer: JsonObject = response.json()
                     return answer
                 last = response.text
             time.sleep(_POLL_S)
         raise ServerFailed(f"not ready after {timeout_s:.0f} s; last answer: {last}")
 
-    def started(self) -> dict[str, Any]:
+    def started(self) -> JsonObject:
         """Return the state of the start in full, with the paths of refused folders."""
-        answer: dict[str, Any] = serve.get_app_handle(APP_NAME).started.remote().result(timeout_s=_STARTED_TIMEOUT_S)
+        answer: JsonObject = serve.get_app_handle(APP_NAME).started.remote().result(timeout_s=_STARTED_TIMEOUT_S)
         return answer
 
     def wait_for_interrupt(self) -> None:

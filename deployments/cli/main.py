@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
@@ -13,6 +13,7 @@ from rich.table import Table
 from deployments.cli import batch, keys, pool, publish, routing, training
 from deployments.cli.client import DEFAULT_URL, Key, Url, call, client_of, err, fail, out, use_key
 from deployments.cli.client import check as check_answer
+from deployments.json_types import JsonObject
 
 cli = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 for group in (publish, pool, routing, batch, training):
@@ -70,7 +71,7 @@ def ask(
         "max_tokens": max_tokens,
         "stream": True,
     }
-    lora: dict[str, Any] = {}
+    lora: JsonObject = {}
     with client_of(url) as client, client.stream("POST", "/v1/chat/completions", json=body) as response:
         check_answer(response)
         for line in response.iter_lines():
@@ -115,7 +116,7 @@ def _exit_with(code: int) -> None:
         raise typer.Exit(code)
 
 
-def _plan_line(lora: dict[str, Any]) -> str:
+def _plan_line(lora: JsonObject) -> str:
     parts = [f"{row['name']} × {row['weight']:.2f}" for row in lora["adapters"]]
     return f"{lora['strategy']}: {', '.join(parts) or 'no adapter'}"
 

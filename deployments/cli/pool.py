@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 from urllib.parse import quote
 
 import typer
 from rich.table import Table
 
 from deployments.cli.client import DEFAULT_URL, Url, call, client_of, follow, message_of, out, show_error
+from deployments.json_types import JsonObject
 
 commands = typer.Typer()
 Name = Annotated[str, typer.Argument(help="name of the adapter")]
@@ -17,8 +18,8 @@ Name = Annotated[str, typer.Argument(help="name of the adapter")]
 @commands.command("list")
 def list_adapters(url: Url = DEFAULT_URL) -> None:
     """List the adapters of the pool."""
-    rows: list[dict[str, Any]] = []
-    answer: dict[str, Any] = {"has_more": True, "last_id": ""}
+    rows: list[JsonObject] = []
+    answer: JsonObject = {"has_more": True, "last_id": ""}
     while answer["has_more"]:
         answer = call(url, "GET", "/v1/loras", params={"after": answer["last_id"]})
         rows += answer["data"]
@@ -105,7 +106,7 @@ def approve(
     )
 
 
-def _confirmed(shown: dict[str, Any]) -> str:
+def _confirmed(shown: JsonObject) -> str:
     """Show the live version and ask for confirmation. Return its digest, or exit."""
     for field in ("id", "digest", "visibility", "num_samples", "tags", "created_at"):
         out.print(f"{field}: {shown[field]}", markup=False, highlight=False, soft_wrap=True)

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import httpx
 import typer
@@ -25,6 +25,7 @@ from deployments.cli.client import (
     out,
     show_error,
 )
+from deployments.json_types import JsonObject
 from deployments.publishing.adapter_folders import adapter_files, adapter_folders, linked_files, open_plain
 
 commands = typer.Typer()
@@ -32,7 +33,7 @@ _BATCH = 64
 _REQUESTS_AT_ONCE = 2
 _PAUSES_S = (1.0, 2.0, 4.0)
 _UNAVAILABLE = 503
-Answered = tuple[Path, dict[str, Any]]  # a folder, and the status with the error or the result
+Answered = tuple[Path, JsonObject]  # a folder, and the status with the error or the result
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class FolderPublisher:
     """Publishes folders through one client. `fields`: the name, tags, template and visibility that were given."""
 
     client: httpx.Client
-    fields: dict[str, Any]
+    fields: JsonObject
     sleep: Callable[[float], None] = time.sleep
 
     def by_path(self, folders: Sequence[Path]) -> Iterator[Answered]:
@@ -59,7 +60,7 @@ class FolderPublisher:
             yield from self._until_done([folder], self._post_files)
 
     def _until_done(
-        self, folders: Sequence[Path], post: Callable[[Sequence[Path]], Sequence[dict[str, Any]]]
+        self, folders: Sequence[Path], post: Callable[[Sequence[Path]], Sequence[JsonObject]]
     ) -> Iterator[Answered]:
         """Yield the last answer for every folder. Folders that got a 503 are sent again after a pause."""
         for pause_s in (*_PAUSES_S, None):
@@ -71,15 +72,15 @@ class FolderPublisher:
             self.sleep(pause_s)
             folders = again
 
-    def _post_paths(self, folders: Sequence[Path]) -> list[dict[str, Any]]:
+    def _post_paths(self, folders: Sequence[Path]) -> list[JsonObject]:
         adapters = [{"path": str(folder.resolve()), **self.fields} for folder in folders]
         response = self.client.post("/v1/loras", json={"adapters": adapters})
         if response.is_error:
             return [_refusal(response)] * len(folders)
-        answers: list[dict[str, Any]] = response.json()["data"]
+        answers: list[JsonObject] = response.json()["data"]
         return answers
 
-    def _post_files(self, folders: Sequence[Path]) -> list[dict[str, Any]]:
+    def _post_files(self, folders: Sequence[Path]) -> list[JsonObject]:
         [folder] = folders
         if links := linked_files(folder):
             return [{"status": 400, "error": {"message": _link_message(links[0])}}]
@@ -151,5 +152,5 @@ def _link_message(link: Path) -> str:
     return f"{link.name} is a symbolic link, which could point to any file: replace it by a copy of the file"
 
 
-def _refusal(response: httpx.Response) -> dict[str, Any]:
+def _refusal(response: httpx.Response) -> JsonObject:
     return {"status": response.status_code, "error": {"message": message_of(response)}}

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import httpx
 import typer
@@ -14,6 +14,7 @@ from rich.progress import track
 from rich.table import Table
 
 from deployments.cli.client import DEFAULT_URL, Url, check, client_of, err, fail, follow, out
+from deployments.json_types import JsonObject
 
 commands = typer.Typer()
 _RANKS = (1, 3, 5, 8)
@@ -76,7 +77,7 @@ def _labelled(line: str, place: str) -> Labelled:
     return Labelled(prompt, frozenset(map(str, names)))
 
 
-def _plans(client: httpx.Client, rows: Sequence[Labelled]) -> Iterator[tuple[Labelled, dict[str, Any]]]:
+def _plans(client: httpx.Client, rows: Sequence[Labelled]) -> Iterator[tuple[Labelled, JsonObject]]:
     """Yield every row with the plan of the server."""
     for start in range(0, len(rows), _BATCH):
         batch = rows[start : start + _BATCH]

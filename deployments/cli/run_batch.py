@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 from ray.exceptions import RayError
@@ -16,6 +15,7 @@ from deployments.cli.client import err, out, show_error
 from deployments.config.app import AppConfig, load_config
 from deployments.config.settings_errors import settings_error
 from deployments.errors import BatchRefused
+from deployments.json_types import JsonObject
 from lora_store import LoraStoreError
 
 
@@ -35,7 +35,7 @@ def run_batch(settings: BatchSettings, *, address: str | None, concurrency: int)
     return 0
 
 
-def configured(file: Path | None, store: str | None, retrieval: dict[str, Any]) -> AppConfig:
+def configured(file: Path | None, store: str | None, retrieval: JsonObject) -> AppConfig:
     """Return the settings of the file, overridden by the command line. Raises: SettingsInvalid."""
     config = load_config(file, **({} if store is None else {"store_uri": store}))
     merged = config.model_dump() | {"retrieval": config.retrieval.model_dump() | retrieval}

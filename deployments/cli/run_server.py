@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from deployments.auth.authenticator import Authenticator
+from deployments.auth.key_file import keys_of
 from deployments.cli.client import out, show_error
 from deployments.cli.local_server import Server, ServerFailed
 from deployments.cli.peft_parity import TOLERANCE, parity_with_peft
@@ -31,7 +31,7 @@ def run_server(config: Path | None, preload: list[Path], host: str, port: int, m
         for path in settings.preload:
             if not adapter_folders(path):
                 return _fail(f"preload: {_folder_problem(path)}")
-        Authenticator(settings)  # an unusable keys file stops the start here
+        keys_of(settings)  # an unusable keys file stops the start here
         _serve(Server(settings, host=host, port=port, metrics_port=metrics_port), settings, host)
     except (ServerFailed, ProxyUnsafe, ValueError, OSError) as exc:
         return _fail(str(exc))

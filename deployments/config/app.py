@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -12,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from deployments.config.settings_errors import SettingsInvalid, refuse_renamed, settings_error
 from deployments.config.source_prefixes import SourcePrefix
+from deployments.json_types import JsonObject
 from deployments.scaling.settings import ScalingSettings
 from gpu_worker.config import DEFAULT_CACHE_DIR, WorkerConfig
 from gpu_worker.errors import WorkerConfigInvalid
@@ -137,7 +139,7 @@ class AppConfig(_Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _check_names_and_set_defaults(cls, settings: Any) -> Any:
+    def _check_names_and_set_defaults(cls, settings: object) -> Any:
         """Refuse old names. With keys, protect tenants: a publisher could attract the `auto` requests of others."""
         if isinstance(settings, dict):
             refuse_renamed(settings)
@@ -251,7 +253,7 @@ class AppConfig(_Settings):
     def may_publish_paths(self) -> bool:
         return self.keys_file is None if self.publish_paths is None else self.publish_paths
 
-    @property
+    @cached_property
     def default_visibility(self) -> Visibility:
         """The visibility of a new adapter whose publisher sets none."""
         return "public" if self.keys_file is None else "private"
@@ -262,11 +264,11 @@ class AppConfig(_Settings):
             return self.source_prefixes
         return (*self.source_prefixes.get(tenant, ()), *self.source_prefixes.get(EVERY_TENANT, ()))
 
-    @property
+    @cached_property
     def served_base_name(self) -> str:
         return self.base_model_name or self.base_model.rstrip("/").rpartition("/")[2]
 
-    @property
+    @cached_property
     def accepted_bases(self) -> frozenset[str]:
         """Every `base_model_name_or_path` that an adapter may have."""
         return frozenset({self.base_model, self.served_base_name, *self.accepts_base})
@@ -282,7 +284,7 @@ class AppConfig(_Settings):
     def workers_scale_to_zero(self) -> bool:
         return self.worker_scaling.min_replicas == 0
 
-    def worker_options(self) -> dict[str, Any]:
+    def worker_options(self) -> JsonObject:
         """Return the keywords of the Worker's `Deployment.options`, with its autoscaling policy and request router."""
         policy_kwargs = {"target_waiting_tokens": self.worker_target_waiting_tokens}
         policy = {
@@ -320,7 +322,7 @@ def load_config(path: Path | None, **changes: Any) -> AppConfig:
         raise settings_error(path, AppConfig, exc) from exc
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path) -> JsonObject:
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as exc:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from deployments.field_problems import describe_problem, field_names
+from deployments.json_types import JsonMapping
 
 RENAMED_SETTINGS: Mapping[str, str] = {
     "admins_approve_own": "allow_self_approval",
@@ -23,7 +23,7 @@ class SettingsInvalid(ValueError):
     """The settings cannot be used. The message has one line for each mistake."""
 
 
-def refuse_renamed(settings: Mapping[str, Any]) -> None:
+def refuse_renamed(settings: JsonMapping) -> None:
     """Raise ValueError where `settings` has names of earlier versions, naming each new one."""
     found = [f"{old}: renamed to {new}" for old, new in RENAMED_SETTINGS.items() if _has(settings, old.split("."))]
     if found:
@@ -47,7 +47,7 @@ def _setting_of(place: tuple[str | int, ...]) -> str:
     return ".".join(str(part) for part in place if not (isinstance(part, str) and "[" in part))
 
 
-def _has(settings: Any, path: list[str]) -> bool:
+def _has(settings: object, path: list[str]) -> bool:
     for part in path:
         if not isinstance(settings, Mapping) or part not in settings:
             return False

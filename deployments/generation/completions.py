@@ -1,4 +1,8 @@
-"""Answer completion requests: plan them, send one job per row to the Workers, and put the answer together."""
+"""Answer requests: plan, start one row for each choice, and stream or collect the deltas of all rows.
+
+`deployments.calls.worker_client` explains when a Worker counts as dead. A row starts again on another Worker where that
+is possible.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +11,173 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from deployments.api.completion_responses import Answer, ChatAnswer, TextAnswer
-from deployments.api.completions import ChatCompletionRequest, Question
-from deployments.api.parsing import TextRequest
-from deployments.api.planned import Planned
-from deployments.api.responses import JsonObject
-from deployments.auth.authenticator import Authenticator
-from deployments.auth.caller import Caller
-from deployments.auth.quotas import TokenUsage
-from deployments.calls.deadlines import deadline_of, within
-from deployments.calls.worker_client import WorkerClient
+from deployments.api.completions import ChatCompletionRequest, GenerationRequest, Question, TextRequest
+from deployments.api.responses import Planned
+from deployments.auth.authenticator import Authenticator, Caller, TokenUsage
+from deployments.calls.serve_calls import AttemptCounter, deadline_of, seconds_until, within
+from deployments.calls.worker_client import HEARTBEAT_TIMEOUT_S, StreamEnd, WorkerClient, WorkerGate
 from deployments.config.app import AppConfig
-from deployments.generation.jobs import jobs_of, merge
-from deployments.generation.planner import Planner
-from deployments.generation.request_limits import check_limits, work_of
-from deployments.generation.row_stream import RowStream, StreamLimits
-from deployments.observability.request_context import RequestContext
+from deployments.generation.planner import Planner, check_limits, prompt_tokens, work_of
+from deployments.json_types import JsonObject
+from deployments.observability.request_metrics import RequestContext
 from deployments.observability.tracing import tracer
-from deployments.scaling.scale_from_zero import WorkerGate
-from gpu_worker.request.request import Completion, Delta
+from gpu_worker.errors import AdapterLoadFailed, EngineFull, WaitedTooLong
+from gpu_worker.request.request import Completion, Delta, Job
+
+WORKER_GRACE_S = 5.0  # for a step of the engine, and the way back
+# The server's own reasons not to start a job: its prompt is not charged.
+NO_ROOM = (EngineFull, WaitedTooLong, AdapterLoadFailed, BackPressureError, DeploymentUnavailableError)
+T = TypeVar("T")
+_SEED_STEP = 0x9E3779B97F4A7C15  # odd, so that no two choices share a seed
+_SEEDS = 2**63
+
+
+@dataclass(frozen=True, slots=True)
+class StreamLimits:
+    """`silence_s`: without any item, once the first has arrived. `grace_s`: that a Worker may be late."""
+
+    silence_s: float = HEARTBEAT_TIMEOUT_S
+    grace_s: float = WORKER_GRACE_S
+
+
+STREAM_LIMITS = StreamLimits()
+
+
+@dataclass(frozen=True, slots=True)
+class RowStream:
+    """One row of a request: which job it is, what it is charged to, and how long it may take."""
+
+    worker: WorkerClient
+    job: Job
+    index: int  # of the row in the answer
+    question: int  # of the prompt in the request
+    usage: TokenUsage
+    context: RequestContext
+    deadline: float
+    limits: StreamLimits
+
+    async def deltas(self) -> AsyncGenerator[tuple[int, Delta | None]]:
+        """Yield (index, delta), and (index, None) for each heartbeat. Leaving cancels the job at the Worker.
+
+        A job whose Worker died is sent again, unless a delta was yielded already.
+        Raises: PoisonRequest after the third Worker died, DeadlineExceeded, and what a Worker raises.
+        """
+        failures, has_yielded = AttemptCounter(), False
+        while True:
+            attempt = _Attempt(self)
+            try:
+                while not isinstance(delta := await attempt.next(), StreamEnd):
+                    has_yielded = has_yielded or delta is not None
+                    yield self.index, delta
+                return
+            except Exception as exc:
+                if has_yielded:
+                    raise
+                failures.add(exc)
+            finally:
+                attempt.cancel()
+
+    async def collect(self) -> list[Delta]:
+        """Return all deltas. A job whose Worker died is sent again, wherever that happened. Raises: as `deltas`."""
+        failures = AttemptCounter()
+        while True:
+            attempt, kept = _Attempt(self), list[Delta]()
+            try:
+                while not isinstance(delta := await attempt.next(), StreamEnd):
+                    if delta is not None:
+                        kept.append(delta)
+                return kept
+            except Exception as exc:
+                failures.add(exc)
+            finally:
+                attempt.cancel()
+
+
+class _Attempt:
+    """One call to a Worker. A repeated call is charged in place of the first."""
+
+    def __init__(self, row: RowStream) -> None:
+        self._row = row
+        job = replace(row.job, time_left_s=seconds_until(row.deadline))
+        row.usage.sent(job.request_id, row.question, prompt_tokens(job.prompt))
+        self._stream = row.worker.stream(job)
+
+    def cancel(self) -> None:
+        self._stream.cancel()
+
+    async def next(self) -> Delta | StreamEnd | None:
+        """Return the next delta, None for a heartbeat, or the end. Charge and record a delta."""
+        row = self._row
+        try:
+            delta = await self._stream.next(row.deadline + row.limits.grace_s)  # the Worker is in time, unless it hangs
+        except NO_ROOM:
+            row.usage.not_started(row.job.request_id)
+            raise
+        if isinstance(delta, Delta):
+            row.usage.saw(row.job.request_id, row.question, delta.num_prompt_tokens, delta.num_new_tokens)
+            row.context.record_delta(row.index, delta)
+        return delta
+
+
+def jobs_of(
+    request_id: str, request: GenerationRequest, questions: Sequence[Question], plans: Sequence[Planned], template: str
+) -> list[Job]:
+    """Return one job per choice: `n` for each prompt, in order. `template` applies where a plan names none.
+
+    Raises: SamplingInvalid.
+    """
+    sampling = request.sampling()
+    jobs: list[Job] = []
+    for question, planned in zip(questions, plans, strict=True):
+        for choice in range(request.n):
+            own = sampling if sampling.seed is None else replace(sampling, seed=seed_of(sampling.seed, choice))
+            name = request_id if not jobs else f"{request_id}-{len(jobs)}"
+            jobs.append(Job(name, question.prompt, planned.plan, own, planned.plan.template or template))
+    return jobs
+
+
+def seed_of(seed: int, choice: int) -> int:
+    """Return the seed of a prompt's `choice`. The first gets the client's own, as if it had been requested alone."""
+    return (seed + choice * _SEED_STEP) % _SEEDS
+
+
+def merge(streams: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[T]:
+    """Return one stream of the items of all, as they arrive. An error of one stream ends all; leaving closes all."""
+    return streams[0] if len(streams) == 1 else _merged(streams)
+
+
+async def _merged(streams: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[T]:
+    waiting = {_next_of(stream): place for place, stream in enumerate(streams)}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in sorted(done, key=waiting.__getitem__):
+                place = waiting.pop(task)
+                for item in task.result():
+                    yield item
+                    waiting[_next_of(streams[place])] = place
+    finally:
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        await asyncio.gather(*[stream.aclose() for stream in streams], return_exceptions=True)
+
+
+def _next_of(stream: AsyncGenerator[T]) -> asyncio.Task[tuple[T, ...]]:
+    """Start a task for the stream's next item. It returns an empty tuple at the end."""
+
+    async def step() -> tuple[T, ...]:
+        try:
+            return (await anext(stream),)
+        except StopAsyncIteration:
+            return ()
+
+    return asyncio.create_task(step())
 
 
 @dataclass(frozen=True, slots=True)

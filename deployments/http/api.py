@@ -7,15 +7,12 @@ from functools import partial
 from fastapi.telemetry import TelemetryConfig
 from starlette.middleware import Middleware
 
+from deployments.http.bodies import BodyLimit, max_body_bytes
 from deployments.http.dependencies import Services
 from deployments.http.error_responses import install_error_handlers
-from deployments.http.middleware.bearer_auth import BearerAuth
-from deployments.http.middleware.body_limit import BodyLimit
-from deployments.http.middleware.concurrency_limit import ConcurrencyLimit
-from deployments.http.middleware.host_guard import HostGuard
-from deployments.http.middleware.request_context import RequestContextMiddleware
-from deployments.http.middleware.safe_headers import SafeHeaders
+from deployments.http.middleware import BearerAuth, ConcurrencyLimit, RequestContextMiddleware, SafeHeaders
 from deployments.http.openapi import Api
+from deployments.http.origins import HostGuard
 from deployments.http.routes import adapters, completions, console, health, maintenance, models, pool_map, stats, vllm
 
 # Serve traces every call already: FastAPI's own spans would duplicate its spans.
@@ -47,5 +44,5 @@ def middleware_of(services: Services) -> list[Middleware]:
         Middleware(HostGuard, config=services.config),  # before a key is read
         Middleware(BearerAuth, authenticator=services.authenticator),
         Middleware(ConcurrencyLimit, in_flight=services.in_flight),  # counts by tenant, so it needs the caller
-        Middleware(BodyLimit, limit_of=partial(adapters.max_body_bytes, services.config), budget=services.bodies),
+        Middleware(BodyLimit, limit_of=partial(max_body_bytes, services.config), budget=services.bodies),
     ]

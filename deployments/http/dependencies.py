@@ -1,33 +1,34 @@
-"""Inject the services of the replica, the request's context and the authenticated caller into routes."""
+"""Inject services, the request's context and the caller into routes, and decide who may change the pool."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
-from deployments.auth.authenticator import Authenticator
-from deployments.auth.caller import Caller, Role
-from deployments.calls.background_tasks import Background
-from deployments.calls.retriever_client import RetrieverClient
-from deployments.calls.store_client import StoreClient
+from deployments.api.adapters import PublishItem
+from deployments.auth.authenticator import Authenticator, Caller, Role
+from deployments.calls.catalogue_clients import RetrieverClient, StoreClient
+from deployments.calls.serve_calls import Background
 from deployments.config.app import AppConfig
-from deployments.errors import KeyRefused
+from deployments.errors import KeyRefused, PublishingDisabled, SelfApproval
 from deployments.generation.completions import CompletionService
 from deployments.generation.planner import Planner
-from deployments.http.middleware.concurrency_limit import InFlight
-from deployments.http.middleware.request_context import context_of
+from deployments.http.bodies import SharedBytes
+from deployments.http.middleware import InFlight
+from deployments.http.origins import is_loopback
 from deployments.http.readiness import Readiness
-from deployments.http.shared_bytes import SharedBytes
 from deployments.http.streaming import KEEP_ALIVE_S
-from deployments.http.upload_budget import UploadBudget
+from deployments.http.uploads import UploadBudget
 from deployments.observability.cluster_stats import StatsReader
-from deployments.observability.request_context import RequestContext
-from deployments.observability.request_metrics import RequestMetrics
+from deployments.observability.request_metrics import RequestContext, RequestMetrics, context_of
 from deployments.publishing.preload import Preload
 from deployments.publishing.publisher import Publisher
+from lora_store import AdapterNotFound, AdapterRef, Key
+
+_SCHEME = HTTPBearer(auto_error=False, description="a key of the server's keys file; none where the server has none")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +55,6 @@ class Services:
     @property
     def has_keys(self) -> bool:
         return self.config.keys_file is not None
-
-
-_SCHEME = HTTPBearer(auto_error=False, description="a key of the server's keys file; none where the server has none")
 
 
 def services_of(http: Request) -> Services:
@@ -94,3 +92,51 @@ AnyCaller = Annotated[Caller, Depends(caller_of)]
 InferCaller = Annotated[Caller, require_role("infer")]
 PublishCaller = Annotated[Caller, require_role("publish")]
 AdminCaller = Annotated[Caller, require_role("admin")]
+
+
+def require_change(services: AnyServices, http: Request) -> None:
+    """Raises: PublishingDisabled unless this client may change the pool. With keys, the role of the key decides."""
+    if not (services.has_keys or services.config.allow_remote_publish or is_loopback(http)):
+        raise PublishingDisabled("the pool is changed from the server's own machine, or with allow_remote_publish on")
+
+
+MAY_CHANGE = Depends(require_change)
+
+
+def require_encoder(services: Services, encoder: str, http: Request) -> None:
+    """Raises: PublishingDisabled unless, with keys, the settings list the encoder; without, the client is on loopback.
+
+    Any other name would make every replica look into a folder of the server, or fetch a model of any size. With keys a
+    loopback client need not be the operator: `kubectl port-forward` and proxies on the machine also connect from there.
+    """
+    if services.has_keys:
+        if encoder not in (services.config.retrieval.encoder, *services.config.encoders):
+            raise PublishingDisabled(
+                "encoder: with keys it must be one that the settings list in `encoders`; add it there"
+            )
+    elif not is_loopback(http):
+        raise PublishingDisabled("encoder: without keys, reindex from the server's own machine")
+
+
+def require_approver(services: Services, ref: AdapterRef, caller: Caller) -> None:
+    """Raises: SelfApproval if an admin would approve an adapter of its own tenant, unless the settings allow that."""
+    if services.has_keys and ref.tenant == caller.tenant and not services.config.allow_self_approval:
+        raise SelfApproval(ref.name, ref.tenant)
+
+
+def item_of(services: Services, item: PublishItem, caller: Caller, http: Request) -> PublishItem:
+    """Return `item` as the caller's tenant publishes it.
+
+    Raises: PublishingDisabled when it is a folder of the server and this client may not name those.
+    """
+    if item.path is not None and not (services.config.may_publish_paths and is_loopback(http)):
+        raise PublishingDisabled("folders are published from the server's own machine, with publish_paths on")
+    return replace(item, tenant=caller.tenant, default_visibility=services.config.default_visibility)
+
+
+def own_key(name: str, caller: Caller) -> Key:
+    """Return (tenant, name) of `name` or `tenant/name`. Raises: AdapterNotFound if it names another tenant."""
+    tenant, slash, bare = name.rpartition("/")
+    if slash and tenant != caller.tenant:
+        raise AdapterNotFound(name)
+    return caller.tenant, bare

@@ -7,11 +7,11 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import TypeAdapter
 
-from deployments.api import change_responses as changes
-from deployments.api import responses as objects
+from deployments.api import pool_responses, responses
 from deployments.api.completion_responses import ChatAnswer, TextAnswer
+from deployments.json_types import JsonObject
 
-Answers = dict[int | str, dict[str, Any]]
+Answers = dict[int | str, JsonObject]
 
 _MEANING = {
     400: "the request breaks a rule; `param` names the field, `code` `unsupported` what this server does not have",
@@ -40,61 +40,61 @@ _ANYWHERE = (401, 403, 408, 413, 421, 429, 500, 503)
 
 def answers(*refusals: int, **successes: Any) -> Answers:
     """Return the responses of a route: successes as `s201=Type`, these refusals, and those that any route may give."""
-    responses: Answers = {int(status[1:]): {"model": model} for status, model in successes.items()}
+    described: Answers = {int(status[1:]): {"model": model} for status, model in successes.items()}
     for status in sorted({*refusals, *_ANYWHERE}):
-        responses[status] = {"content": {"application/json": {"schema": _ERROR}}, "description": _MEANING[status]}
-    return responses
+        described[status] = {"content": {"application/json": {"schema": _ERROR}}, "description": _MEANING[status]}
+    return described
 
 
-def _also_events(responses: Answers) -> Answers:
+def _also_events(described: Answers) -> Answers:
     """Add server-sent events as a second form of the success, for requests with `stream`."""
-    responses[200]["content"] = {"text/event-stream": {"schema": _EVENT}}
-    responses[200]["description"] = "the answer, or its chunks as server-sent events up to `data: [DONE]`"
-    return responses
+    described[200]["content"] = {"text/event-stream": {"schema": _EVENT}}
+    described[200]["description"] = "the answer, or its chunks as server-sent events up to `data: [DONE]`"
+    return described
 
 
-def _of_kind(responses: Answers, media_type: str, *statuses: int) -> Answers:
+def _of_kind(described: Answers, media_type: str, *statuses: int) -> Answers:
     """Describe these successes as text of that media type."""
     for status in statuses:
-        responses[status] = {"content": {media_type: {"schema": {"type": "string"}}}, "description": "done"}
-    return responses
+        described[status] = {"content": {media_type: {"schema": {"type": "string"}}}, "description": "done"}
+    return described
 
 
 CHAT_ANSWERS = _also_events(answers(400, 404, 409, 422, 504, s200=ChatAnswer))
 TEXT_ANSWERS = _also_events(answers(400, 404, 409, 422, 504, s200=TextAnswer))
-ROUTE_ANSWERS = answers(400, 404, 409, 422, 504, s200=objects.RouteAnswer)
-MODELS_ANSWERS = answers(400, s200=objects.ModelList)
-MODEL_ANSWERS = answers(404, s200=objects.ModelCard)
-LORAS_ANSWERS = answers(400, s200=objects.AdapterList)
-LORA_ANSWERS = answers(404, s200=objects.AdapterShown)
+ROUTE_ANSWERS = answers(400, 404, 409, 422, 504, s200=responses.RouteAnswer)
+MODELS_ANSWERS = answers(400, s200=pool_responses.ModelList)
+MODEL_ANSWERS = answers(404, s200=pool_responses.ModelCard)
+LORAS_ANSWERS = answers(400, s200=pool_responses.AdapterList)
+LORA_ANSWERS = answers(404, s200=pool_responses.AdapterShown)
 PUBLISH_ANSWERS = answers(
     400,
     404,
     409,
     422,
-    s201=changes.PublishedAdapter | changes.BatchAnswer,
-    s202=changes.PublishedAdapter | changes.BatchAnswer,
-    s207=changes.BatchAnswer,
+    s201=responses.PublishedAdapter | responses.BatchAnswer,
+    s202=responses.PublishedAdapter | responses.BatchAnswer,
+    s207=responses.BatchAnswer,
 )
-WITHDRAW_ANSWERS = answers(404, s200=changes.RemovedAdapters, s202=changes.RemovedAdapters)
-ROLLBACK_ANSWERS = answers(400, 404, 409, 422, s201=changes.PublishedAdapter, s202=changes.PublishedAdapter)
-VISIBILITY_ANSWERS = answers(400, 404, 409, s200=changes.SettledAdapter, s202=changes.SettledAdapter)
-APPROVE_ANSWERS = answers(400, 404, 409, s200=changes.SettledAdapter, s202=changes.SettledAdapter)
-MAP_ANSWERS = answers(400, s200=objects.PoolPicture)
-PLACE_ANSWERS = answers(400, 504, s200=objects.PromptPlace)
-STATS_ANSWERS = answers(s200=objects.Stats)
+WITHDRAW_ANSWERS = answers(404, s200=responses.RemovedAdapters, s202=responses.RemovedAdapters)
+ROLLBACK_ANSWERS = answers(400, 404, 409, 422, s201=responses.PublishedAdapter, s202=responses.PublishedAdapter)
+VISIBILITY_ANSWERS = answers(400, 404, 409, s200=responses.SettledAdapter, s202=responses.SettledAdapter)
+APPROVE_ANSWERS = answers(400, 404, 409, s200=responses.SettledAdapter, s202=responses.SettledAdapter)
+MAP_ANSWERS = answers(400, s200=pool_responses.PoolPicture)
+PLACE_ANSWERS = answers(400, 504, s200=pool_responses.PromptPlace)
+STATS_ANSWERS = answers(s200=pool_responses.Stats)
 LOAD_ANSWERS = _of_kind(answers(400, 404, 409, 422), "text/plain", 200, 202)
 UNLOAD_ANSWERS = _of_kind(answers(400, 404), "text/plain", 200, 202)
 LINES_ANSWERS = _of_kind(answers(400), "application/x-ndjson", 200)
-GC_ANSWERS = answers(400, s200=objects.CollectedBlobs)
-HEALTH_ANSWERS: Answers = {200: {"model": objects.Health}}
-READY_ANSWERS = answers(s200=objects.Ready)
+GC_ANSWERS = answers(400, s200=pool_responses.CollectedBlobs)
+HEALTH_ANSWERS: Answers = {200: {"model": pool_responses.Health}}
+READY_ANSWERS = answers(s200=pool_responses.Ready)
 
 
 class Api(FastAPI):
     """FastAPI, without the 422 it documents for every route: a malformed request is answered 400 here."""
 
-    def openapi(self) -> dict[str, Any]:
+    def openapi(self) -> JsonObject:
         if self.openapi_schema is None:
             document = super().openapi()
             for operation in [operation for path in document["paths"].values() for operation in path.values()]:
@@ -103,7 +103,7 @@ class Api(FastAPI):
             schemas = document.setdefault("components", {}).setdefault("schemas", {})
             for name in ("HTTPValidationError", "ValidationError"):
                 schemas.pop(name, None)
-            for error in (objects.ErrorAnswer, objects.ErrorObject):
+            for error in (responses.ErrorAnswer, responses.ErrorObject):
                 schema = TypeAdapter(error).json_schema(ref_template="#/components/schemas/{model}")
                 schemas[error.__name__] = schema
                 schemas[error.__name__].pop("$defs", None)

@@ -7,13 +7,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from deployments.api.responses import Ready
-from deployments.auth.caller import ANONYMOUS_TENANT, LOCAL_CALLER
-from deployments.calls.retriever_client import RetrieverClient
-from deployments.calls.worker_client import WorkerClient
+from deployments.api.pool_responses import Ready
+from deployments.auth.authenticator import ANONYMOUS_TENANT, LOCAL_CALLER
+from deployments.calls.catalogue_clients import RetrieverClient
+from deployments.calls.worker_client import WorkerClient, WorkerGate
 from deployments.errors import NotReady
 from deployments.publishing.preload import Preload
-from deployments.scaling.scale_from_zero import WorkerGate
 
 READY_WAIT_S = 5.0
 KEPT_S = 0.5  # Retriever and Worker are called once in this time, however many clients call /ready

@@ -10,8 +10,8 @@ from contextlib import aclosing
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
 from deployments.api import error_table
-from deployments.api.responses import JsonObject
-from deployments.observability.request_context import RequestContext
+from deployments.json_types import JsonObject
+from deployments.observability.request_metrics import RequestContext
 
 KEEP_ALIVE_S = 10.0  # proxies close a connection that is silent for 30 s or more
 _DONE = format_sse_event(data_str="[DONE]")

@@ -11,10 +11,11 @@ from typing import Generic, TypeVar
 
 from ray.serve.exceptions import DeploymentUnavailableError
 
-from deployments.api.responses import JsonObject, Stats
-from deployments.calls.retriever_client import RetrieverClient
+from deployments.api.pool_responses import Stats
+from deployments.calls.catalogue_clients import RetrieverClient
 from deployments.calls.worker_client import Usage, WorkerClient
 from deployments.config.app import AppConfig
+from deployments.json_types import JsonObject
 from gpu_worker.engine.engine_status import EngineStatus
 
 KEPT_S = 0.5

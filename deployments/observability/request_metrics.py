@@ -1,19 +1,109 @@
-"""Metrics of requests and of pool changes in an Ingress replica, and one log line per request."""
+"""The context of one request, and its metrics and log line when it ends: never its prompt, and no adapter's name."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from starlette.types import Scope
 
 from deployments.api import error_table
+from deployments.api.responses import Planned
+from deployments.auth.authenticator import Caller
 from deployments.observability.metrics import SECONDS, SERVE, SHORT_SECONDS, MetricFactory
-from deployments.observability.request_context import RequestContext
+from gpu_worker.request.request import Delta
 
+_DIGEST_CHARS = 12
+CONTEXT_KEY = "context"
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class RowTimes:
+    """When the text of one row arrived, by the request's clock, with the token counts."""
+
+    first_at: float
+    first_tokens: int
+    last_at: float
+    last: Delta
+
+    @property
+    def token_s(self) -> float | None:
+        """The mean time between two tokens; None if the whole answer arrived at once."""
+        more = self.last.num_new_tokens - self.first_tokens
+        return (self.last_at - self.first_at) / more if more > 0 else None
+
+
+@dataclass(slots=True)
+class RequestContext:
+    """Everything the server remembers of one request while it answers it.
+
+    The outermost middleware creates it for HTTP, the Ingress for a call through a Ray handle. `route` is the matched
+    pattern, never a path that a client wrote. Times are of the process's monotonic clock.
+    """
+
+    request_id: str
+    route: str
+    method: str = ""
+    arrived_at: float = field(default_factory=time.monotonic)
+    caller: Caller | None = None  # set by the authentication, on routes that need a key
+    status: int = 499  # what proxies log for a client that left before there was a status
+    code: str = ""  # of the API's error object
+    strategy: str = "none"
+    adapters: tuple[str, ...] = ()  # version digests
+    abstained: bool = False
+    plan_s: float | None = None
+    rows: dict[int, RowTimes] = field(default_factory=dict)
+
+    def record_plans(self, plans: Sequence[Planned], seconds: float) -> None:
+        """Record the plans. A request of several prompts is reported with the strategy of its first."""
+        self.strategy, self.plan_s = plans[0].plan.strategy, seconds
+        refs = dict.fromkeys(row.ref for planned in plans for row in planned.plan.adapters)
+        self.adapters = tuple(ref.digest[:_DIGEST_CHARS] for ref in refs)
+        self.abstained = any(planned.abstained for planned in plans)
+
+    def record_delta(self, index: int, delta: Delta) -> None:
+        """Record that a delta of row `index` arrived now."""
+        now = time.monotonic()
+        times = self.rows.get(index)
+        if times is None:
+            self.rows[index] = RowTimes(now, delta.num_new_tokens, now, delta)
+        else:
+            times.last_at, times.last = now, delta
+
+    @property
+    def first_token_s(self) -> float | None:
+        return min((row.first_at - self.arrived_at for row in self.rows.values()), default=None)
+
+    @property
+    def queued_s(self) -> float:
+        """The longest time any of its rows waited in an engine's queue."""
+        return max((row.last.queued_s for row in self.rows.values()), default=0.0)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(row.last.num_prompt_tokens for row in self.rows.values())
+
+    @property
+    def num_new_tokens(self) -> int:
+        return sum(row.last.num_new_tokens for row in self.rows.values())
+
+
+def context_of(scope: Scope) -> RequestContext:
+    """Return the context of the request. Raises: KeyError if the middleware above did not see the request."""
+    context: RequestContext = scope["state"][CONTEXT_KEY]
+    return context
+
+
+def path_of(scope: Scope) -> str:
+    """Return the path as routes match it: relative to where the application is mounted."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
 
 
 class RequestMetrics:
@@ -86,7 +176,7 @@ class ChangeMetrics:
             ("change", "outcome"),
         )
 
-    async def count(self, change: str, work: Coroutine[Any, Any, T]) -> T:
+    async def count(self, change: str, work: Coroutine[object, object, T]) -> T:
         """Run `work`, count its outcome, and return its result. Errors in a list are counted one by one."""
         try:
             result = await work

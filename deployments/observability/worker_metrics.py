@@ -1,14 +1,23 @@
-"""Metrics of a Worker replica, read from the engine at intervals and never by its own thread."""
+"""Metrics of a Worker replica, read from the engine at intervals, and the usage of each tenant."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import fields
+import time
+from collections import OrderedDict
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 
+from opentelemetry import context, trace
+
+from deployments.calls.worker_client import Usage
 from deployments.observability.metrics import OTHER, SECONDS, SERVE, SHORT_SECONDS, MetricFactory
+from deployments.observability.tracing import tracer
 from gpu_worker.engine.counters import Counters
 from gpu_worker.engine.engine_status import EngineStatus
+from gpu_worker.request.request import Delta
 
+_MAX_TENANTS = 4096  # tenants come and go with the keys file
 _MAX_NAMED = 64  # adapters with a label of their own; the others share one
 _DIGEST_CHARS = 12
 # Name, labels and meaning of the metric of each engine counter. `loaded` counts fetches, by source.
@@ -32,6 +41,47 @@ COUNTER_METRICS: dict[str, tuple[str, dict[str, str], str] | None] = {
     "step_s": ("loraretriever_step_seconds_total", {}, "Time spent in engine steps"),
 }
 _LABELS = {"loraretriever_adapter_hits_total": ("level",)}
+
+
+class TenantUsage:
+    """Usage by tenant, on one event loop. Above `max_tenants` the least recently active tenant is forgotten."""
+
+    def __init__(self, max_tenants: int = _MAX_TENANTS) -> None:
+        self._max_tenants = max_tenants
+        self._usages: OrderedDict[str, Usage] = OrderedDict()
+
+    @contextmanager
+    def row(self, tenant: str) -> Iterator[Row]:
+        """Count a row while it runs. Pass each of its deltas to the returned counter."""
+        usage = self._usages.setdefault(tenant, Usage())
+        self._usages.move_to_end(tenant)
+        if len(self._usages) > self._max_tenants:
+            self._usages.popitem(last=False)
+        usage.num_requests += 1
+        usage.num_running += 1
+        try:
+            yield Row(usage)
+        finally:
+            usage.num_running -= 1
+
+    def read(self) -> Mapping[str, Usage]:
+        """Return a copy of the counts."""
+        return {tenant: replace(usage) for tenant, usage in self._usages.items()}
+
+
+@dataclass(slots=True)
+class Row:
+    """Counts the tokens of one row."""
+
+    usage: Usage
+    num_prompt_tokens: int = 0
+    num_new_tokens: int = 0
+
+    def count(self, delta: Delta) -> None:
+        """Add the tokens since the last delta."""
+        self.usage.num_prompt_tokens += delta.num_prompt_tokens - self.num_prompt_tokens
+        self.usage.num_new_tokens += delta.num_new_tokens - self.num_new_tokens
+        self.num_prompt_tokens, self.num_new_tokens = delta.num_prompt_tokens, delta.num_new_tokens
 
 
 class WorkerMetrics:
@@ -121,3 +171,25 @@ class WorkerMetrics:
                 name, labels, _ = metric
                 self._counters[name].inc(more, dict(labels))
         self._last = counters
+
+
+class JobTrace:
+    """The two spans of a job, created when it ends, because the steps of a stream may run in other contexts."""
+
+    def __init__(self, request_id: str) -> None:
+        self._request_id, self._context, self._began_ns = request_id, context.get_current(), time.time_ns()
+
+    def end(self, last: Delta | None) -> None:
+        """Create the spans. `last`: the latest delta, None if the job had none."""
+        now_ns = time.time_ns()
+        started_ns = now_ns if last is None else min(self._began_ns + int(last.queued_s * 1e9), now_ns)
+        self._span("worker.queue", self._began_ns).end(started_ns)
+        if last is not None:
+            generate = self._span("worker.generate", started_ns)
+            generate.set_attribute("num_prompt_tokens", last.num_prompt_tokens)
+            generate.set_attribute("num_new_tokens", last.num_new_tokens)
+            generate.end(now_ns)
+
+    def _span(self, name: str, began_ns: int) -> trace.Span:
+        attributes = {"request_id": self._request_id}
+        return tracer.start_span(name, self._context, start_time=began_ns, attributes=attributes)

@@ -8,9 +8,9 @@ from contextlib import aclosing
 
 from ray.exceptions import RayActorError
 
-from deployments.api.responses import JsonObject, doctor_object
-from deployments.calls.retriever_client import RetrieverClient
-from deployments.calls.store_client import StoreClient
+from deployments.api.pool_responses import doctor_object
+from deployments.calls.catalogue_clients import RetrieverClient, StoreClient
+from deployments.json_types import JsonObject
 from deployments.publishing.publisher import Publisher
 from lora_store import AdapterRef, EncoderIncomplete
 from retriever_svc import EncoderUnusable

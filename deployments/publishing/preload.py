@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deployments.api import error_table
-from deployments.api.publish_item import PublishItem
+from deployments.api.adapters import PublishItem
 from deployments.errors import NotReady
 from deployments.publishing.adapter_folders import adapter_folders
 from deployments.publishing.publisher import Publisher

@@ -1,33 +1,33 @@
-"""Change the pool. A publish stages, embeds and probes, commits, and then lets every Retriever catch up."""
+"""Change the pool: stage, validate and commit adapters, then wait until every Retriever replica serves the change."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 from uuid import uuid4
 
 from ray.serve.exceptions import DeploymentUnavailableError
 
-from deployments.api.change_results import Published, Removed, Settled
-from deployments.api.publish_item import PublishItem
-from deployments.calls.background_tasks import Background
-from deployments.calls.retriever_client import RetrieverClient
-from deployments.calls.store_client import StoreClient
-from deployments.calls.worker_client import WorkerClient
+from deployments.api.adapters import PublishItem
+from deployments.api.responses import Published, Removed, Settled
+from deployments.calls.catalogue_clients import RetrieverClient, StoreClient
+from deployments.calls.serve_calls import Background
+from deployments.calls.worker_client import WorkerClient, WorkerGate
+from deployments.errors import VersionNotKept
 from deployments.observability.request_metrics import ChangeMetrics
-from deployments.publishing.changes import Change, Charge, free_of_charge, kept_version, live_already, published_of
 from deployments.publishing.reclaimer import Reclaimer
-from deployments.publishing.validator import AdapterValidator, Outcome, ValidatedAdapter
-from deployments.scaling.scale_from_zero import WorkerGate
+from deployments.publishing.validator import AdapterValidator, Charge, Outcome, ValidatedAdapter, free_of_charge
 from lora_store import (
     AdapterNotFound,
     AdapterRecord,
     AdapterRef,
     AdapterRefused,
     Key,
+    Precondition,
     QuotaExceeded,
     Staged,
     TenantQuota,
@@ -35,12 +35,68 @@ from lora_store import (
     Visibility,
 )
 
+_MIN_DIGEST_CHARS = 8
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
 CATCH_UP_TIMEOUT_S = 5.0
 _STAGED_TOGETHER = 16
 _MAX_SWAPS = 3  # of the encoder during one publish
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Who changes the pool, and within what bounds.
+
+    `quota`: the tenant's; `precondition`: what must hold of the versions just before the commit; `charge`: receives
+    the number of tokens that the encoder is about to read.
+    """
+
+    actor: str
+    quota: TenantQuota | None = None
+    precondition: Precondition = "any"
+    charge: Charge = free_of_charge
+
+
+def live_already(
+    staged: Sequence[Staged], older: Mapping[Key, tuple[AdapterRecord, ...]], active: str | None
+) -> dict[AdapterRef, AdapterRecord]:
+    """Return the live versions that need no publish: embedded by the active encoder, visibility as requested."""
+    live = {kept[0].ref: kept[0] for kept in older.values() if is_embedded(kept[0], active)}
+    for item in staged:
+        record = live.get(item.ref)
+        if record is not None and not item.keeps_visibility and record.visibility != item.record.visibility:
+            del live[item.ref]
+    return live
+
+
+def is_embedded(record: AdapterRecord, active: str | None) -> bool:
+    """Return whether the active encoder embedded it, or there is nothing to embed."""
+    return record.samples_digest is None or active in (None, record.encoder)
+
+
+def kept_version(kept: Sequence[AdapterRecord], digest: str | None) -> AdapterRecord:
+    """Return the version to roll back to; `kept` is sorted newest first. Raises: VersionNotKept."""
+    if digest is None:
+        matching = kept[1:2]
+    else:
+        long_enough = len(digest) >= _MIN_DIGEST_CHARS
+        matching = [record for record in kept if long_enough and record.ref.digest.startswith(digest)]
+    if len(matching) != 1:
+        raise VersionNotKept(kept[0].ref.name, digest, [record.ref.digest for record in kept])
+    return matching[0]
+
+
+def published_of(outcome: Outcome, generation: int, ready: int, behind: int) -> Published | Exception:
+    """Return the result of one upload at this generation."""
+    if isinstance(outcome, ValidatedAdapter):
+        found = outcome.embedded is not None
+        neighbours = outcome.embedded.neighbours if outcome.embedded is not None else ()
+        return Published(outcome.staged.ref, generation, ready, behind, found, outcome.shift, neighbours)
+    if isinstance(outcome, AdapterRecord):
+        found = outcome.encoder is not None
+        return Published(outcome.ref, outcome.generation, ready, behind, found, outcome.probe_shift, ())
+    assert isinstance(outcome, Exception)
+    return outcome
 
 
 class Publisher:
@@ -121,7 +177,7 @@ class Publisher:
         ready = sum(isinstance(answer, int) for answer in answers)
         return ready, len(answers) - ready
 
-    async def _run(self, change: str, work: Coroutine[Any, Any, T]) -> T:
+    async def _run(self, change: str, work: Coroutine[object, object, T]) -> T:
         return await self._background.run(self._metrics.count(change, work))
 
     async def _settle(self, change: Callable[[], Awaitable[int]]) -> Settled:
@@ -191,7 +247,8 @@ class Publisher:
             unused = [] if is_unsure else [item for item in held if id(item) not in committed]
             await self._discard(unused)
             pushed_out = [record for versions in older.values() for record in versions] if committed else []
-            self._reclaimer.reclaim([*[item.record for item in unused], *pushed_out])
+            if replaced := [*[item.record for item in unused], *pushed_out]:
+                self._reclaimer.reclaim(replaced)
         generation, outcomes = await self._follow_encoder(generation, outcomes, change)
         generation = max([generation, *[record.generation for record in live.values()]])
         ready, behind = await self.catch_up(generation) if generation else (0, 0)

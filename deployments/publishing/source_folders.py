@@ -1,21 +1,60 @@
-"""What is published: a folder of the server, uploaded files, or a source URI; and the folder each becomes."""
+"""Provide the files of a published item as a folder, within a memory budget for all uploads."""
 
 from __future__ import annotations
 
 import os
 import tempfile
+import threading
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from deployments.api.publish_item import MAX_UPLOAD_FILES, FileBytes, PublishItem
-from deployments.errors import SourceMissing
+from deployments.api.adapters import MAX_UPLOAD_FILES, FileBytes, PublishItem
+from deployments.errors import SourceMissing, UploadMemoryFull
 from deployments.publishing.adapter_folders import folder_bytes
-from deployments.publishing.byte_budget import ByteBudget
 from deployments.publishing.remote_sources import folder_of_source
 from lora_store import AdapterRefused
 
 _MAX_NAME_BYTES = 255
+
+
+class ByteBudget:
+    """Grants at most `max_bytes` at once, to waiters in the order of their arrival: a large one is never overtaken."""
+
+    def __init__(self, max_bytes: int, wait_s: float) -> None:
+        self._max_bytes, self._wait_s = max_bytes, wait_s
+        self._changed = threading.Condition()
+        self._waiting: deque[object] = deque()
+        self.num_taken = 0
+        self.most_taken = 0
+
+    @contextmanager
+    def taken(self, num_bytes: int) -> Iterator[None]:
+        """Take bytes until the block ends, at most the whole budget.
+
+        Raises: UploadMemoryFull if they do not become free within the time to wait.
+        """
+        num_bytes, ticket = min(num_bytes, self._max_bytes), object()
+        with self._changed:
+            self._waiting.append(ticket)
+            try:
+                if not self._changed.wait_for(lambda: self._may_take(ticket, num_bytes), self._wait_s):
+                    raise UploadMemoryFull(self._max_bytes)
+                self.num_taken += num_bytes
+                self.most_taken = max(self.most_taken, self.num_taken)
+            finally:
+                self._waiting.remove(ticket)
+                self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self.num_taken -= num_bytes
+                self._changed.notify_all()
+
+    def _may_take(self, ticket: object, num_bytes: int) -> bool:
+        return self._waiting[0] is ticket and self.num_taken + num_bytes <= self._max_bytes
 
 
 @contextmanager

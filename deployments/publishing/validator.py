@@ -6,14 +6,16 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from deployments.calls.retriever_client import RetrieverClient
+from deployments.calls.catalogue_clients import RetrieverClient
 from deployments.calls.worker_client import WorkerClient
-from deployments.generation.request_limits import encoder_tokens
 from lora_store import AdapterRecord, AdapterRef, AdapterRefused, Staged
 from retriever_svc.embedded import Embedded
+from retriever_svc.encoder import tokens_read
 
 VALIDATED_TOGETHER = 32  # adapters embedded by one call and probed at once
 _BATCHES_AT_ONCE = 2  # two replicas of a deployment have work then, and one embeds while the other probes
+Charge = Callable[[int], None]
+"""Charge the publishing key for tokens that the encoder is about to read. Raises: RateLimited, RequestInvalid."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,7 +52,7 @@ class AdapterValidator:
         error of the Retriever for a whole batch.
         """
         new = list({item.ref: item for item in staged if isinstance(item, Staged) and item.ref not in live}.values())
-        charge(encoder_tokens(sample.input for item in new for sample in item.samples))
+        charge(sum(tokens_read(sample.input) for item in new for sample in item.samples))
         slots = asyncio.Semaphore(_BATCHES_AT_ONCE)
         batches = [new[start : start + VALIDATED_TOGETHER] for start in range(0, len(new), VALIDATED_TOGETHER)]
         answers = await asyncio.gather(*[self._validate_in(slots, batch) for batch in batches], return_exceptions=True)
@@ -98,3 +100,7 @@ def _outcome(staged: Staged, embedded: Embedded | None, shift: float | Exception
     if shift == 0.0:
         return AdapterRefused(staged.ref.name, ["it does not change the output of the base model"])
     return ValidatedAdapter(staged, embedded, shift)
+
+
+def free_of_charge(num_tokens: int) -> None:
+    """Charge nothing."""

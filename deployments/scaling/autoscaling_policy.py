@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ray.serve.config import AutoscalingContext
+
+from deployments.json_types import JsonObject
 
 ONGOING, WAITING_TOKENS = "ongoing_requests", "waiting_tokens"  # keys of a worker's autoscaling stats
 
@@ -19,7 +19,7 @@ class WorkerScaling:
     def __init__(self, target_waiting_tokens: float) -> None:
         self._target_waiting_tokens = target_waiting_tokens
 
-    def __call__(self, context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
+    def __call__(self, context: AutoscalingContext) -> tuple[float, JsonObject]:
         """(replicas wanted, no state)."""
         if context.current_num_replicas == 0:
             return context.target_num_replicas, {}  # a start from zero is Serve's own: any queued request asks for it

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from deployments.json_types import JsonObject
 
 
 class ScalingSettings(BaseModel):
@@ -52,9 +54,9 @@ class ScalingSettings(BaseModel):
                 raise ValueError(f"{name!r}: {amount} is no custom resource; CPUs and GPUs are num_cpus and num_gpus")
         return resources
 
-    def options(self, policy: dict[str, Any] | None = None) -> dict[str, Any]:
+    def options(self, policy: JsonObject | None = None) -> JsonObject:
         """The keywords of `Deployment.options`. `policy`: of the autoscaler; None: by ongoing requests."""
-        options: dict[str, Any] = {
+        options: JsonObject = {
             "max_ongoing_requests": self.max_ongoing_requests,
             "max_queued_requests": self.max_queued_requests,
             "health_check_period_s": self.health_check_period_s,
@@ -63,7 +65,7 @@ class ScalingSettings(BaseModel):
         }
         if self.min_replicas == self.max_replicas:
             return options | {"num_replicas": self.min_replicas}
-        autoscaling: dict[str, Any] = {
+        autoscaling: JsonObject = {
             "min_replicas": self.min_replicas,
             "max_replicas": self.max_replicas,
             "target_ongoing_requests": self.target_ongoing_requests,

@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from deployments.calls.store_client import Buffer, WeightsSource
+from deployments.calls.catalogue_clients import Buffer, WeightsSource
 from gpu_worker.errors import AdapterLoadFailed
 from lora_store import AdapterNotFound, AdapterWeights, BlobCorrupted, StoreUnavailable, decode_weights
 from lora_store.disk_cache import DiskCache

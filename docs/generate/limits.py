@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from deployments.api import adapters, completions, lora_options
+from deployments.api import adapters, base, completions
 from deployments.api.base import MAX_LABEL_CHARS, MAX_TEXT_CHARS
 from docs.generate.markdown import table
 from gpu_worker.request import request
@@ -48,7 +48,7 @@ def request_limits() -> str:
         ("`stop` strings", request.MAX_STOPS),
         ("characters of one `stop` string", request.MAX_STOP_CHARS),
         ("new tokens where a request names no `max_tokens`", request.DEFAULT_MAX_TOKENS),
-        ("adapters of one plan", lora_options.MAX_ADAPTERS),
+        ("adapters of one plan", base.MAX_ADAPTERS),
         ("adapters published by one request", adapters.MAX_BATCH),
         ("tags of one adapter", adapters.MAX_TAGS),
     ]

@@ -8,9 +8,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from deployments.api import unsupported_fields
+from deployments.api import base
+from deployments.api.base import LoraOptions
 from deployments.api.completions import ChatCompletionRequest, CompletionRequest, RouteQuery
-from deployments.api.lora_options import LoraOptions
 from docs.generate.markdown import code, table
 from docs.generate.texts import load
 
@@ -45,18 +45,18 @@ def lora_fields() -> str:
 def refused_fields() -> str:
     """Return the fields of the OpenAI API and of other servers that are refused, with the values that pass."""
     rows = [
-        *_refused("chat and completions", unsupported_fields.OF_BOTH),
-        *_refused("chat", _beyond_both(unsupported_fields.OF_CHAT)),
-        *_refused("completions", _beyond_both(unsupported_fields.OF_COMPLETIONS)),
-        *_refused("a message", unsupported_fields.OF_MESSAGES),
+        *_refused("chat and completions", base.OF_BOTH),
+        *_refused("chat", _beyond_both(base.OF_CHAT)),
+        *_refused("completions", _beyond_both(base.OF_COMPLETIONS)),
+        *_refused("a message", base.OF_MESSAGES),
     ]
-    roles, parts = (", ".join(map(code, names)) for names in (unsupported_fields.ROLES, unsupported_fields.PARTS))
+    roles, parts = (", ".join(map(code, names)) for names in (base.ROLES, base.PARTS))
     text = f"\nMessages of the roles {roles} and content parts of the types {parts} are refused as well.\n"
     return table(("field", "in", "values that pass"), rows) + text
 
 
 def _beyond_both(fields: Mapping[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
-    return {name: values for name, values in fields.items() if name not in unsupported_fields.OF_BOTH}
+    return {name: values for name, values in fields.items() if name not in base.OF_BOTH}
 
 
 def _refused(where: str, fields: Mapping[str, tuple[Any, ...]]) -> list[tuple[str, str, str]]:

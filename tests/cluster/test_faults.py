@@ -17,7 +17,7 @@ import pytest
 from ray import serve
 
 from benchmarks.results_file import write_part
-from deployments.calls.retries import retry_on_replica_death
+from deployments.calls.serve_calls import retry_on_replica_death
 from deployments.errors import PoisonRequest
 from deployments.worker import WorkerDeployment
 from gpu_worker.request.request import Delta, Job, SamplingParams

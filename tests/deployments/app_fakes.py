@@ -13,10 +13,10 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from deployments.config.app import AppConfig, WorkerSettings
-from deployments.generation.row_stream import StreamLimits
+from deployments.generation.completions import StreamLimits
 from deployments.http.api import build_api
 from deployments.http.dependencies import Services
-from deployments.http.middleware.request_context import RequestContextMiddleware
+from deployments.http.middleware import RequestContextMiddleware
 from deployments.ingress import Ingress
 from deployments.observability.metrics import SERVE
 from deployments.observability.request_metrics import RequestMetrics

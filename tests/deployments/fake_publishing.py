@@ -7,15 +7,13 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from deployments.api.change_results import Published, Removed
-from deployments.api.publish_item import PublishItem
-from deployments.calls.background_tasks import Background
-from deployments.calls.retriever_client import ServeRetriever
-from deployments.calls.store_client import WAIT_S, ServeStore
-from deployments.calls.worker_client import ServeWorker
+from deployments.api.adapters import PublishItem
+from deployments.api.responses import Published, Removed
+from deployments.calls.catalogue_clients import WAIT_S, ServeRetriever, ServeStore
+from deployments.calls.serve_calls import Background
+from deployments.calls.worker_client import ServeWorker, WorkerGate
 from deployments.publishing.publisher import Publisher
 from deployments.publishing.reclaimer import Reclaimer
-from deployments.scaling.scale_from_zero import WorkerGate
 from gpu_worker.errors import AdapterUnfit
 from lora_store import LOCAL_TENANT, AdapterRecord
 from tests.deployments.adapter_records import pool_of

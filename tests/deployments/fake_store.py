@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 
 from ray.exceptions import RayActorError
 
-from deployments.api.publish_item import PublishItem
-from deployments.calls.store_client import Buffer, Shapes
+from deployments.api.adapters import PublishItem
+from deployments.calls.catalogue_clients import Buffer, Shapes
 from deployments.errors import SourceMissing
 from lora_store import (
     KEPT_VERSIONS,

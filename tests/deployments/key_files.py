@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deployments.auth.api_keys import hash_of
-from deployments.auth.caller import ROLES
+from deployments.auth.authenticator import ROLES
 
 
 def entry(key: str, tenant: str = "acme", roles: Sequence[str] = ROLES, **more: Any) -> dict[str, Any]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from deployments.calls.retriever_client import RetrieverReplica
-from deployments.calls.store_client import StoreReplica
+from deployments.calls.catalogue_clients import RetrieverReplica, StoreReplica
 from deployments.calls.worker_client import WorkerReplica
 from deployments.retriever import RetrieverDeployment
 from deployments.store import StoreDeployment

@@ -9,9 +9,9 @@ import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from deployments.api.completions import ChatCompletionRequest
-from deployments.auth.caller import LOCAL_CALLER
+from deployments.auth.authenticator import LOCAL_CALLER
 from deployments.errors import ModelNotFound, PoisonRequest, RequestInvalid
-from deployments.observability.request_context import RequestContext
+from deployments.observability.request_metrics import RequestContext
 from gpu_worker.errors import EngineStopped, PromptTooLong, SamplingInvalid
 from gpu_worker.request.prompts import Message
 from gpu_worker.request.request import Delta, Job, SamplingParams

@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
-from deployments.api.publish_item import PublishItem
-from deployments.http.middleware.body_limit import DEFAULT_MAX_BODY_BYTES
+from deployments.api.adapters import PublishItem
+from deployments.http.bodies import DEFAULT_MAX_BODY_BYTES
 from deployments.http.readiness import MAX_WAITING
 from gpu_worker.errors import EngineFull, EngineStopped
 from lora_store import Staged, VersionConflict

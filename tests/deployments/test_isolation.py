@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from deployments.api.publish_item import PublishItem
+from deployments.api.adapters import PublishItem
 from deployments.observability.retriever_metrics import RetrieverMetrics
 from retriever_svc import IndexSettings, RouteRequest
 from tests.deployments.isolation import Request, answer_to, run

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from deployments.api.publish_item import PublishItem
+from deployments.api.adapters import PublishItem
 from deployments.errors import SourceMissing, SourceRefused
 from deployments.store import StoreDeployment
 from deployments.weights.object_store_cache import Buffer

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
+from deployments.api.base import LoraOptions
 from deployments.api.completions import ChatCompletionRequest, CompletionRequest, RouteQuery
-from deployments.api.lora_options import LoraOptions
 from deployments.config.app import AppConfig
 from docs.generate import error_codes, metrics, request_fields
 from docs.generate.__main__ import DOCS, stale_pages

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
-from starlette.types import Scope
 
 from deployments.api import error_table
 from deployments.api.adapters import (
     MAX_TAG_CHARS,
     MAX_TAGS,
+    MAX_UPLOAD_FILES,
     AdapterSource,
     ApproveRequest,
     PublishBatch,
+    PublishItem,
     RollbackRequest,
     VisibilityRequest,
 )
-from deployments.api.change_responses import (
+from deployments.api.pool_responses import AdapterList, AdapterShown, adapter_list, shown_object
+from deployments.api.responses import (
+    Published,
     approval_object,
     batch_object,
     published_object,
@@ -29,16 +32,20 @@ from deployments.api.change_responses import (
     status_of,
     visibility_object,
 )
-from deployments.api.change_results import Published
-from deployments.api.publish_item import MAX_UPLOAD_FILES, PublishItem
-from deployments.api.responses import AdapterList, AdapterShown, adapter_list, shown_object
-from deployments.auth.caller import Caller
-from deployments.config.app import FORM_OVERHEAD_BYTES, AppConfig
+from deployments.auth.authenticator import Caller
 from deployments.errors import RequestInvalid, VersionChanged
-from deployments.http.dependencies import AdminCaller, AnyCaller, AnyServices, PublishCaller, Services
-from deployments.http.error_responses import AnsweringRoute
-from deployments.http.middleware.body_limit import DEFAULT_MAX_BODY_BYTES
-from deployments.http.middleware.request_context import path_of
+from deployments.http.bodies import AnsweringRoute
+from deployments.http.dependencies import (
+    MAY_CHANGE,
+    AdminCaller,
+    AnyCaller,
+    AnyServices,
+    PublishCaller,
+    Services,
+    item_of,
+    own_key,
+    require_approver,
+)
 from deployments.http.openapi import (
     APPROVE_ANSWERS,
     LORA_ANSWERS,
@@ -48,9 +55,8 @@ from deployments.http.openapi import (
     VISIBILITY_ANSWERS,
     WITHDRAW_ANSWERS,
 )
-from deployments.http.permissions import MAY_CHANGE, item_of, own_key, require_approver
-from deployments.http.upload_form import read_upload
-from deployments.publishing.changes import Charge
+from deployments.http.uploads import read_upload
+from deployments.publishing.validator import Charge
 from lora_store import VISIBILITIES
 from retriever_svc import PageRequest
 
@@ -172,15 +178,6 @@ async def approve(name: str, body: ApproveRequest, caller: AdminCaller, services
     return JSONResponse(answer, 202 if settled.behind else 200)
 
 
-def max_body_bytes(config: AppConfig, scope: Scope) -> int:
-    """Return the size limit of this request's body: the setting for uploads, a small one for all other bodies."""
-    kind = dict(scope["headers"]).get(b"content-type", b"")
-    is_form = kind.lower().startswith(b"multipart/form-data")
-    if is_form and scope["method"] == "POST" and path_of(scope) == _LORAS:
-        return config.max_upload_bytes + FORM_OVERHEAD_BYTES
-    return DEFAULT_MAX_BODY_BYTES
-
-
 def charge_to(services: Services, caller: Caller) -> Charge:
     """Return a function that charges the caller's key for the samples that the encoder reads during a publish."""
     return lambda num_tokens: services.authenticator.charge(caller, num_tokens, "samples")
@@ -215,7 +212,7 @@ async def _publish_one(services: Services, caller: Caller, http: Request, item: 
     return JSONResponse(published_object(outcome), status_of(outcome))
 
 
-def _parse(data: Any) -> AdapterSource | PublishBatch:
+def _parse(data: object) -> AdapterSource | PublishBatch:
     """Raises: RequestInvalid."""
     try:
         if isinstance(data, dict) and "adapters" in data:

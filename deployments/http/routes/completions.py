@@ -5,19 +5,17 @@ from __future__ import annotations
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from deployments.api.completions import ChatCompletionRequest, CompletionRequest, RouteQuery
-from deployments.api.parsing import TextRequest
-from deployments.api.requested_work import Work
+from deployments.api.completions import ChatCompletionRequest, CompletionRequest, RouteQuery, TextRequest
 from deployments.api.responses import RouteAnswer, plan_object
-from deployments.auth.caller import Caller
-from deployments.calls.deadlines import deadline_of, within
-from deployments.generation.planner import text_read
-from deployments.generation.request_limits import check_texts, encoder_tokens, refuse_stream_options
+from deployments.auth.authenticator import Caller, Work
+from deployments.calls.serve_calls import deadline_of, within
+from deployments.generation.planner import check_texts, refuse_stream_options, text_read
+from deployments.http.bodies import AnsweringRoute
 from deployments.http.dependencies import AnyContext, AnyServices, InferCaller, Services
-from deployments.http.error_responses import AnsweringRoute
 from deployments.http.openapi import CHAT_ANSWERS, ROUTE_ANSWERS, TEXT_ANSWERS
 from deployments.http.streaming import events
-from deployments.observability.request_context import RequestContext
+from deployments.observability.request_metrics import RequestContext
+from retriever_svc.encoder import tokens_read
 
 router = APIRouter(route_class=AnsweringRoute)
 _STREAM_HEADERS = {"X-Accel-Buffering": "no"}  # nginx would collect events before it passes them on
@@ -45,7 +43,7 @@ async def route(body: RouteQuery, caller: InferCaller, services: AnyServices, co
     config = services.config
     check_texts(body.prompt, config)
     texts = [text for prompt in body.prompt if (text := text_read(prompt, body.lora)) is not None]
-    with services.authenticator.running(caller, Work(len(body.prompt), num_read=encoder_tokens(texts))):
+    with services.authenticator.running(caller, Work(len(body.prompt), num_read=sum(map(tokens_read, texts)))):
         async with within(deadline_of(context.arrived_at, None, config.max_request_s)):
             planned = await services.planner.route_all(body.prompt, body.lora, caller.tenant)
     return {"object": "list", "data": [plan_object(item, caller.tenant, explain=True) for item in planned]}

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import Response
 
-from deployments.http.error_responses import AnsweringRoute
+from deployments.http.bodies import AnsweringRoute
 
 _FOLDER = Path(__file__).parents[2] / "console"
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}

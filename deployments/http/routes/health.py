@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from deployments.api.responses import Health, Ready
+from deployments.api.pool_responses import Health, Ready
+from deployments.http.bodies import AnsweringRoute
 from deployments.http.dependencies import AnyServices
-from deployments.http.error_responses import AnsweringRoute
 from deployments.http.openapi import HEALTH_ANSWERS, READY_ANSWERS
 
 router = APIRouter(route_class=AnsweringRoute)

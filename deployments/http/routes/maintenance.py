@@ -8,13 +8,13 @@ from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 
 from deployments.api.adapters import GcRequest, JobRequest, ReindexRequest
-from deployments.api.responses import CollectedBlobs, JsonObject
-from deployments.http.dependencies import AdminCaller, AnyContext, AnyServices
-from deployments.http.error_responses import AnsweringRoute
+from deployments.api.pool_responses import CollectedBlobs
+from deployments.http.bodies import AnsweringRoute
+from deployments.http.dependencies import MAY_CHANGE, AdminCaller, AnyContext, AnyServices, require_encoder
 from deployments.http.openapi import GC_ANSWERS, LINES_ANSWERS
-from deployments.http.permissions import MAY_CHANGE, require_encoder
 from deployments.http.streaming import json_lines
-from deployments.observability.request_context import RequestContext
+from deployments.json_types import JsonObject
+from deployments.observability.request_metrics import RequestContext
 from deployments.publishing import maintenance
 
 router = APIRouter(route_class=AnsweringRoute, dependencies=[MAY_CHANGE])

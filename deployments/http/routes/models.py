@@ -9,11 +9,11 @@ from pydantic import Field
 
 from deployments.api.adapters import Tag
 from deployments.api.base import ApiRequest
-from deployments.api.responses import ModelCard, ModelList, model_list
+from deployments.api.pool_responses import ModelCard, ModelList, model_list
 from deployments.errors import ModelNotFound
 from deployments.generation.planner import AUTO
+from deployments.http.bodies import AnsweringRoute
 from deployments.http.dependencies import AnyCaller, AnyServices
-from deployments.http.error_responses import AnsweringRoute
 from deployments.http.openapi import MODEL_ANSWERS, MODELS_ANSWERS
 from deployments.http.routes.adapters import MAX_PAGE
 from lora_store import AdapterNotFound, AdapterRecord

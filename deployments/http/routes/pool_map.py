@@ -8,15 +8,15 @@ from fastapi import APIRouter, Query
 from pydantic import Field
 
 from deployments.api.base import MAX_TEXT_CHARS, ApiRequest
-from deployments.api.requested_work import Work
-from deployments.api.responses import PoolPicture, PromptPlace, map_object, place_object
-from deployments.calls.deadlines import deadline_of, within
-from deployments.generation.request_limits import check_texts, encoder_tokens
+from deployments.api.pool_responses import PoolPicture, PromptPlace, map_object, place_object
+from deployments.auth.authenticator import Work
+from deployments.calls.serve_calls import deadline_of, within
+from deployments.generation.planner import check_texts
+from deployments.http.bodies import AnsweringRoute
 from deployments.http.dependencies import AnyCaller, AnyContext, AnyServices, InferCaller
-from deployments.http.error_responses import AnsweringRoute
 from deployments.http.openapi import MAP_ANSWERS, PLACE_ANSWERS
 from lora_store import MAX_PLAN_ADAPTERS
-from retriever_svc.encoder import MAX_CHARS
+from retriever_svc.encoder import MAX_CHARS, tokens_read
 
 router = APIRouter(route_class=AnsweringRoute)
 Name = Annotated[str, Field(min_length=1, max_length=256)]
@@ -43,7 +43,7 @@ async def pool_map(
 async def place(body: PlaceQuery, services: AnyServices, caller: InferCaller, context: AnyContext) -> PromptPlace:
     """Return the position of a prompt on that map, and of these adapters: a large map does not show all."""
     check_texts([body.prompt], services.config)
-    with services.authenticator.running(caller, Work(num_read=encoder_tokens([body.prompt]))):
+    with services.authenticator.running(caller, Work(num_read=tokens_read(body.prompt))):
         async with within(deadline_of(context.arrived_at, None, services.config.max_request_s)):
             asked = (caller.tenant, body.prompt[:MAX_CHARS], body.adapters, body.min_generation)
             found = await services.retriever.place(*asked)

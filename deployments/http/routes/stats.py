@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from deployments.api.responses import Stats
+from deployments.api.pool_responses import Stats
+from deployments.http.bodies import AnsweringRoute
 from deployments.http.dependencies import AnyCaller, AnyServices
-from deployments.http.error_responses import AnsweringRoute
 from deployments.http.openapi import STATS_ANSWERS
 
 router = APIRouter(route_class=AnsweringRoute)

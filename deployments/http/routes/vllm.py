@@ -6,12 +6,11 @@ from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse
 
 from deployments.api.adapters import LoadAdapterRequest, UnloadAdapterRequest
-from deployments.auth.caller import Caller
+from deployments.auth.authenticator import Caller
 from deployments.errors import AdapterExists
-from deployments.http.dependencies import AnyServices, PublishCaller, Services
-from deployments.http.error_responses import AnsweringRoute
+from deployments.http.bodies import AnsweringRoute
+from deployments.http.dependencies import MAY_CHANGE, AnyServices, PublishCaller, Services, item_of, own_key
 from deployments.http.openapi import LOAD_ANSWERS, UNLOAD_ANSWERS
-from deployments.http.permissions import MAY_CHANGE, item_of, own_key
 from deployments.http.routes.adapters import publish_items
 from lora_store import AdapterNotFound
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from deployments.auth.api_keys import KeySet, hash_of, new_key, parse_entries, require_unique
-from deployments.auth.caller import Caller, KeyLimits
+from deployments.auth.authenticator import Caller, KeyLimits
 from deployments.errors import RoleMissing
 from tests.deployments.key_files import entry
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from deployments.api.completions import ChatCompletionRequest, CompletionRequest
-from deployments.api.planned import Planned
+from deployments.api.responses import Planned
 from deployments.batch.rows import ANSWER, Asked, answered, bodies_of, check_columns, request_of
 from deployments.errors import BatchRefused, RequestInvalid
 from gpu_worker.errors import PromptTooLong

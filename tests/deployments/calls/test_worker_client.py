@@ -11,9 +11,8 @@ import pytest
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 
-from deployments.calls.heartbeat import StreamEnd
-from deployments.calls.store_client import Shapes
-from deployments.calls.worker_client import ServeWorker
+from deployments.calls.catalogue_clients import Shapes
+from deployments.calls.worker_client import ServeWorker, StreamEnd
 from gpu_worker.request.request import Job
 from tests.deployments.fake_worker import DELTAS, SHAPES, FakeWorker
 from tests.fakes import FakeHandle

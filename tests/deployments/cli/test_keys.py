@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from deployments.auth.api_keys import KeySet, hash_of, parse_entries
-from deployments.auth.caller import Caller, KeyLimits
+from deployments.auth.authenticator import Caller, KeyLimits
 from tests.deployments.key_files import entry
 from tests.deployments.scripted import run, scripted, words
 

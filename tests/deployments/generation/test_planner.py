@@ -7,8 +7,8 @@ import pytest
 
 from deployments.api.completions import ChatCompletionRequest
 from deployments.api.error_table import describe
-from deployments.api.planned import Planned
-from deployments.calls.retriever_client import ServeRetriever
+from deployments.api.responses import Planned
+from deployments.calls.catalogue_clients import ServeRetriever
 from deployments.config.app import RetrievalSettings
 from deployments.errors import ModelNotFound, RequestInvalid
 from deployments.generation.planner import Planner

@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 from fastapi import Request
 
-from deployments.api.completions import ChatCompletionRequest, CompletionRequest
-from deployments.api.parsing import parse
+from deployments.api.completions import ChatCompletionRequest, CompletionRequest, parse
 from deployments.errors import RequestInvalid
-from deployments.http.client_address import PROXY_HEADERS, is_loopback
+from deployments.http.origins import PROXY_HEADERS, is_loopback
 from deployments.http.streaming import events, json_lines
-from deployments.observability.request_context import RequestContext
+from deployments.observability.request_metrics import RequestContext
 from gpu_worker.errors import EngineStopped
 
 CONTEXT = RequestContext("r", "none")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from deployments.calls.retriever_client import ServeRetriever
+from deployments.calls.catalogue_clients import ServeRetriever
 from deployments.calls.worker_client import ServeWorker
 from deployments.observability.cluster_stats import KEPT_S, StatsReader
 from deployments.scaling.settings import ScalingSettings

@@ -10,7 +10,8 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from deployments.observability.tracing import JobTrace, otlp, tracer
+from deployments.observability.tracing import otlp, tracer
+from deployments.observability.worker_metrics import JobTrace
 from gpu_worker.request.request import Delta
 from tests.deployments.asking import post
 from tests.deployments.fake_worker import DELTAS, FakeWorker

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError
 
-from deployments.api.change_results import Published
-from deployments.api.publish_item import PublishItem
-from deployments.calls.background_tasks import Background
+from deployments.api.adapters import PublishItem
+from deployments.api.responses import Published
+from deployments.calls.serve_calls import Background
 from deployments.errors import PoisonRequest, SourceMissing
 from deployments.publishing.publisher import CATCH_UP_TIMEOUT_S
 from deployments.publishing.validator import VALIDATED_TOGETHER

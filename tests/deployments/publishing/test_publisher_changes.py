@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from deployments.api.change_results import Removed
+from deployments.api.responses import Removed
 from deployments.errors import VersionNotKept
 from lora_store import AdapterNotFound, Embedding, Sample, Staged, StoreUnavailable
 from retriever_svc import StaleIndex

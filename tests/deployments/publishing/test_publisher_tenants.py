@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from deployments.api.change_results import Published, Settled
-from deployments.api.publish_item import PublishItem
+from deployments.api.adapters import PublishItem
+from deployments.api.responses import Published, Settled
 from deployments.errors import RateLimited
 from lora_store import AdapterNotFound, QuotaExceeded, TenantQuota, Visibility
 from tests.deployments.adapter_records import adapter

@@ -8,8 +8,8 @@ from ray.exceptions import RayActorError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError
 
-from deployments.calls.background_tasks import Background
-from deployments.calls.store_client import ServeStore
+from deployments.calls.catalogue_clients import ServeStore
+from deployments.calls.serve_calls import Background
 from deployments.calls.worker_client import ServeWorker
 from deployments.publishing.reclaimer import Reclaimer
 from lora_store import AdapterRecord, StoreUnavailable

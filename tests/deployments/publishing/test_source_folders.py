@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from deployments.api.publish_item import MAX_UPLOAD_FILES, PublishItem
+from deployments.api.adapters import MAX_UPLOAD_FILES, PublishItem
 from deployments.errors import SourceMissing, SourceRefused
 from deployments.publishing.adapter_folders import ADAPTER_FILES, adapter_files, adapter_folders
 from deployments.publishing.source_folders import folder_of

@@ -6,11 +6,16 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError
 
-from deployments.calls.retriever_client import ServeRetriever
+from deployments.calls.catalogue_clients import ServeRetriever
 from deployments.calls.worker_client import ServeWorker
 from deployments.errors import PoisonRequest
-from deployments.publishing.changes import free_of_charge
-from deployments.publishing.validator import VALIDATED_TOGETHER, AdapterValidator, Outcome, ValidatedAdapter
+from deployments.publishing.validator import (
+    VALIDATED_TOGETHER,
+    AdapterValidator,
+    Outcome,
+    ValidatedAdapter,
+    free_of_charge,
+)
 from lora_store import AdapterRecord, AdapterRef, AdapterRefused, Staged
 from tests.deployments.adapter_records import adapter
 from tests.deployments.fake_retriever import FakeRetriever

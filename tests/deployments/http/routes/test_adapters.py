@@ -7,10 +7,9 @@ from typing import Any
 import httpx
 import pytest
 
-from deployments.api.adapters import MAX_BATCH
-from deployments.api.publish_item import MAX_UPLOAD_FILES, PublishItem
+from deployments.api.adapters import MAX_BATCH, MAX_UPLOAD_FILES, PublishItem
 from deployments.config.app import FORM_OVERHEAD_BYTES
-from deployments.http.middleware.body_limit import DEFAULT_MAX_BODY_BYTES
+from deployments.http.bodies import DEFAULT_MAX_BODY_BYTES
 from lora_store import StoreUnavailable
 from retriever_svc import DoctorStep, StaleIndex
 from tests.deployments.adapter_records import adapter, pool_of

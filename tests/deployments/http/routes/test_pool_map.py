@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from deployments.api.responses import point_object
+from deployments.api.pool_responses import point_object
 from lora_store import AdapterRef
 from retriever_svc import Point
 from tests.deployments.adapter_records import digest_of

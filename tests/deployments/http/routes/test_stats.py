@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from deployments.auth.caller import ROLES
+from deployments.auth.authenticator import ROLES
 from deployments.calls.worker_client import Usage
 from tests.deployments.adapter_records import BASE
 from tests.deployments.asking import get

@@ -5,7 +5,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from deployments.api.publish_item import PublishItem
+from deployments.api.adapters import PublishItem
 from retriever_svc import StaleIndex
 from tests.deployments.app_fakes import Served
 from tests.deployments.asking import ask, error_of, post

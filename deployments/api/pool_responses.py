@@ -1,0 +1,265 @@
+"""Responses about the pool: adapters, models, the map, statistics and health."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NotRequired
+
+from typing_extensions import TypedDict
+
+from deployments.json_types import JsonObject
+from lora_store import AdapterRecord, AdapterRef
+from retriever_svc import DoctorReport, Place, Point, PoolMap
+
+
+class ModelCard(TypedDict):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    parent: str | None
+
+
+class ModelList(TypedDict):
+    """One page of a list, as in the OpenAI API: go on `after` the `last_id` while there is more."""
+
+    object: Literal["list"]
+    data: list[ModelCard]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class Adapter(TypedDict):
+    """`id`: the name that the caller uses for it: `name`, or `tenant/name` for another tenant's adapter."""
+
+    id: str
+    name: str
+    tenant: str
+    digest: str
+    weights_digest: str
+    visibility: str
+    approved: bool
+    tags: list[str]
+    base_model: str
+    ranks: list[int]
+    target_modules: list[str]
+    num_bytes: int
+    num_samples: int
+    template: str | None
+    found_by_auto: bool
+    probe_shift: float | None
+    source: str
+    created_at: str
+    generation: int
+
+
+class AdapterList(TypedDict):
+    object: Literal["list"]
+    generation: int
+    total: int
+    data: list[Adapter]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class AdapterVersion(TypedDict):
+    digest: str
+    state: Literal["live", "kept"]
+    generation: int
+    created_at: str
+    source: str
+    actor: str
+
+
+class AdapterShown(Adapter):
+    """`versions`: the kept versions of the name, the live one first."""
+
+    versions: list[AdapterVersion]
+    catalogue_generation: int
+
+
+class CollectedBlobs(TypedDict):
+    num_blobs: int
+    num_bytes: int
+
+
+class Health(TypedDict):
+    status: Literal["ok"]
+
+
+class Ready(TypedDict):
+    """With keys the status alone. `refused`: preloaded adapters that were not published, with the reason."""
+
+    status: Literal["ready"]
+    generation: NotRequired[int]
+    num_adapters: NotRequired[int]
+    refused: NotRequired[dict[str, str]]
+
+
+class PlanePoint(TypedDict):
+    x: float
+    y: float
+
+
+class MapPoint(TypedDict):
+    name: str
+    x: float
+    y: float
+
+
+class PoolPicture(TypedDict):
+    object: Literal["pool_map"]
+    generation: int
+    num_adapters: int
+    shown_variance: float
+    points: list[MapPoint]
+
+
+class PromptPlace(TypedDict):
+    object: Literal["pool_place"]
+    generation: int
+    prompt: PlanePoint
+    adapters: list[MapPoint]
+
+
+class Stats(TypedDict):
+    """Sums over the replicas that answered. Counters rise until a replica is replaced.
+
+    `tenant`: the caller's own rows and tokens; `workers`: those of all tenants, null unless the caller is an admin.
+    """
+
+    object: Literal["stats"]
+    read_at: float
+    base_model: str
+    defaults: JsonObject
+    pool: JsonObject
+    tenant: JsonObject
+    workers: JsonObject | None
+
+
+def model_list(cards: list[ModelCard], *, has_more: bool) -> ModelList:
+    first_id, last_id = (cards[0]["id"], cards[-1]["id"]) if cards else (None, None)
+    return {"object": "list", "data": cards, "first_id": first_id, "last_id": last_id, "has_more": has_more}
+
+
+def adapter_list(
+    records: Sequence[AdapterRecord], tenant: str, *, generation: int, total: int, has_more: bool
+) -> AdapterList:
+    data = [lora_object(record, tenant) for record in records]
+    return {
+        "object": "list",
+        "generation": generation,
+        "total": total,
+        "data": data,
+        "first_id": data[0]["id"] if data else None,
+        "last_id": data[-1]["id"] if data else None,
+        "has_more": has_more,
+    }
+
+
+def lora_object(record: AdapterRecord, tenant: str) -> Adapter:
+    """Return one adapter of the pool. `id` is the name that `tenant` uses for it."""
+    return {
+        "id": record.ref.name_for(tenant),
+        "name": record.ref.name,
+        "tenant": record.ref.tenant,
+        "digest": record.ref.digest,
+        "weights_digest": record.weights_digest,
+        "visibility": record.visibility,
+        "approved": record.approved,
+        "tags": list(record.tags),
+        "base_model": record.base_model,
+        "ranks": list(record.ranks),
+        "target_modules": list(record.target_modules),
+        "num_bytes": record.num_bytes,
+        "num_samples": record.num_samples,
+        "template": record.template,
+        "found_by_auto": record.num_samples > 0,
+        "probe_shift": record.probe_shift,
+        "source": record.source,
+        "created_at": record.created_at.isoformat(),
+        "generation": record.generation,
+    }
+
+
+def shown_object(versions: Sequence[AdapterRecord], tenant: str, generation: int) -> AdapterShown:
+    """Return the live version of an adapter, with all kept versions."""
+    return {
+        **lora_object(versions[0], tenant),
+        "versions": versions_object(versions),
+        "catalogue_generation": generation,
+    }
+
+
+def versions_object(versions: Sequence[AdapterRecord]) -> list[AdapterVersion]:
+    """Return the kept versions of one name, the live one first."""
+    return [
+        {
+            "digest": record.ref.digest,
+            "state": "kept" if place else "live",
+            "generation": record.generation,
+            "created_at": record.created_at.isoformat(),
+            "source": record.source,
+            "actor": record.actor,
+        }
+        for place, record in enumerate(versions)
+    ]
+
+
+def map_object(drawn: PoolMap, tenant: str) -> PoolPicture:
+    return {
+        "object": "pool_map",
+        "generation": drawn.generation,
+        "num_adapters": drawn.num_adapters,
+        "shown_variance": drawn.shown_variance,
+        "points": [point_object(point, tenant) for point in drawn.points],
+    }
+
+
+def place_object(found: Place, tenant: str) -> PromptPlace:
+    return {
+        "object": "pool_place",
+        "generation": found.generation,
+        "prompt": {"x": found.prompt.x, "y": found.prompt.y},
+        "adapters": [point_object(point, tenant) for point in found.adapters],
+    }
+
+
+def point_object(point: Point, tenant: str) -> MapPoint:
+    """Return an adapter on the map, under the name that `tenant` uses for it."""
+    assert point.ref is not None
+    return {"name": point.ref.name_for(tenant), "x": point.x, "y": point.y}
+
+
+def doctor_object(report: DoctorReport, tenant: str) -> JsonObject:
+    """Return how an adapter's own samples find it. Their shares are better than those of unseen prompts."""
+
+    def name(ref: AdapterRef) -> str:
+        return ref.name_for(tenant)
+
+    return {
+        "generation": report.generation,
+        "k": report.top_k,
+        "num_adapters": len(report.adapters),
+        "num_samples": sum(finding.num_samples for finding in report.adapters),
+        "first_share": report.share_first,
+        "found_share": report.share_found,
+        "collisions": [
+            {
+                "adapters": [name(collision.first), name(collision.second)],
+                "cosine": collision.cosine,
+                "num_swapped": [collision.num_of_first, collision.num_of_second],
+            }
+            for collision in report.collisions
+        ],
+        "never_chosen": list(map(name, report.never_chosen)),
+        "always_shadowed": [
+            {"name": name(finding.ref), "by": name(finding.shadowed_by)}
+            for finding in report.always_shadowed
+            if finding.shadowed_by is not None
+        ],
+        "unreadable": list(map(name, report.unreadable)),
+    }

@@ -1,0 +1,152 @@
+"""Read multipart uploads: the files and the description of an adapter, within a memory budget for all uploads."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from fastapi import Request
+from pydantic import ValidationError
+from starlette.datastructures import UploadFile
+from starlette.types import Message
+
+from deployments.api import error_table
+from deployments.api.adapters import MAX_UPLOAD_FILES, AdapterLabel, FileBytes, PublishItem
+from deployments.errors import BodyTooSlow, RequestInvalid, UploadMemoryFull
+from deployments.http.bodies import SharedBytes
+from deployments.publishing.source_folders import file_problems
+from lora_store import AdapterRefused
+
+_MAX_DIGITS = 18
+# An upload reserves all bytes that it announces, so a stalled one must end soon. 64 KiB/s on average is less than a
+# slow line sends, and a window of ten seconds tolerates a pause.
+_WINDOW_S = 10.0
+_BYTES_PER_WINDOW = 640 << 10
+_MAX_FIELDS = 40  # name, template, visibility and at most 32 tags
+_MAX_FIELD_BYTES = 4096
+_FILES = "files"
+_ARRAY_BYTES = 1 << 20
+
+
+class UploadBudget:
+    """Counts the bytes of uploads in memory, each from its first byte until it is published or refused.
+
+    The announced length is taken at once: an upload without room is refused before it is read.
+    """
+
+    def __init__(
+        self, max_bytes: int, *, always_bytes: int = 0, has_tenants: bool = False, window_s: float = _WINDOW_S
+    ) -> None:
+        """`always_bytes`, `has_tenants`: see SharedBytes. `window_s`: the longest time for 640 KiB of an upload."""
+        self._shared = SharedBytes(max_bytes, always_bytes=always_bytes, has_tenants=has_tenants)
+        self._window_s = window_s
+
+    @property
+    def num_bytes(self) -> int:
+        return self._shared.num_bytes
+
+    @contextmanager
+    def reading(self, http: Request, tenant: str) -> Iterator[Request]:
+        """Yield the request and count its body. Raises while it is read: UploadMemoryFull, BodyTooSlow."""
+        taken, seen = 0, 0
+        pace = _Pace(self._window_s)
+
+        def take(num_bytes: int) -> None:
+            nonlocal taken
+            if not self._shared.take(tenant, num_bytes - taken):
+                raise UploadMemoryFull(self._shared.max_bytes)
+            taken = num_bytes
+
+        async def receive() -> Message:
+            nonlocal seen
+            message = await pace.next_of(http)
+            seen += len(message.get("body", b""))
+            take(max(taken, seen))
+            return message
+
+        try:
+            take(_announced(http))
+            yield Request(http.scope, receive)
+        finally:
+            self._shared.give(tenant, taken)
+
+
+class _Pace:
+    """Refuses an upload that sends less than `_BYTES_PER_WINDOW` within `window_s`."""
+
+    def __init__(self, window_s: float) -> None:
+        self._window_s, self._num_bytes = window_s, 0
+        self._until: float | None = None  # by the event loop's clock, from the first read on
+
+    async def next_of(self, http: Request) -> Message:
+        """Raises: BodyTooSlow."""
+        clock = asyncio.get_running_loop().time
+        if self._until is None:
+            self._until = clock() + self._window_s
+        try:
+            async with asyncio.timeout_at(self._until) as limit:
+                message = await http.receive()
+        except TimeoutError as exc:
+            if not limit.expired():
+                raise
+            least = f"{_BYTES_PER_WINDOW >> 10} KiB in {self._window_s:g} s"
+            raise BodyTooSlow(f"the upload sent less than {least}; send it faster") from exc
+        self._num_bytes += len(message.get("body", b""))
+        if self._num_bytes >= _BYTES_PER_WINDOW:
+            self._num_bytes, self._until = 0, clock() + self._window_s
+        return message
+
+
+def _announced(http: Request) -> int:
+    """Return the announced length; 0 for a chunked body (no Content-Length)."""
+    length = http.headers.get("content-length", "")
+    return int(length) if length.isdecimal() and len(length) <= _MAX_DIGITS else 0
+
+
+async def read_upload(http: Request) -> PublishItem:
+    """Return the upload. Files are spooled to disk on arrival and read once. Raises: RequestInvalid, AdapterRefused."""
+    form = http.form(max_files=MAX_UPLOAD_FILES, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES)
+    async with form as parts:
+        files: list[UploadFile] = []
+        fields: dict[str, list[str]] = {}
+        for key, value in parts.multi_items():
+            if isinstance(value, UploadFile) and key == _FILES:
+                files.append(value)
+            elif isinstance(value, UploadFile) or key == _FILES:
+                raise RequestInvalid(f"{key[:100]}: files come in parts named {_FILES!r} that have a file name", key)
+            else:
+                fields.setdefault(key, []).append(value)
+        label = _label_of(fields)
+        names = [file.filename or "" for file in files]
+        if problems := list(file_problems(names)):
+            raise AdapterRefused(label.name or "", problems)
+        contents = {name: _as_sent(await file.read()) for name, file in zip(names, files, strict=True)}
+    return PublishItem(
+        name=label.name,
+        tags=tuple(label.tags),
+        template=label.template,
+        files=contents,
+        visibility=label.visibility,
+    )
+
+
+def _as_sent(data: bytes) -> FileBytes:
+    """Return a large file as an array over the same memory: Ray passes arrays on without a copy in the Store."""
+    return data if len(data) < _ARRAY_BYTES else np.frombuffer(data, np.uint8)
+
+
+def _label_of(fields: dict[str, list[str]]) -> AdapterLabel:
+    """Return the description. Raises: RequestInvalid for an unknown field, a repeated field, or a missing name."""
+    for key, values in fields.items():
+        if len(values) > 1 and key != "tags":
+            raise RequestInvalid(f"{key[:100]}: comes {len(values)} times", key)
+    single = {key: values[0] for key, values in fields.items() if key != "tags"}
+    try:
+        label = AdapterLabel.model_validate(single | {"tags": fields.get("tags", [])})
+    except ValidationError as exc:
+        raise error_table.validation_error(exc) from exc
+    if label.name is None:
+        raise RequestInvalid("name: uploaded files need one", "name")
+    return label

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from deployments.api.pool_responses import doctor_object, lora_object, versions_object
+from deployments.api.responses import Planned, Published, plan_object, published_object
+from lora_store import BASE_PLAN, Plan, PlannedAdapter
+from retriever_svc import AdapterFinding, Candidate, Collision, DoctorReport
+from tests.deployments.adapter_records import POOL, adapter
+
+POET, CODER = POOL
+PLAN = Plan("selection", (PlannedAdapter(POET.ref, POET.weights_digest, 1.0, 0.75),), generation=7)
+CANDIDATES = (Candidate(POET.ref, 0.75), Candidate(CODER.ref, 0.5))
+LORA = {
+    "strategy": "selection",
+    "adapters": [{"name": "poet", "digest": POET.ref.digest, "weight": 1.0, "score": 0.75}],
+    "abstained": False,
+}
+EXPLAINED = LORA | {
+    "generation": 7,
+    "candidates": [
+        {"name": "poet", "digest": POET.ref.digest, "score": 0.75},
+        {"name": "coder", "digest": CODER.ref.digest, "score": 0.5},
+    ],
+}
+
+
+@pytest.mark.parametrize("explain", [False, True])
+def test_candidates_and_generation_are_told_where_asked(explain: bool) -> None:
+    assert plan_object(Planned(PLAN, CANDIDATES), "local", explain=explain) == (EXPLAINED if explain else LORA)
+
+
+def test_a_base_answer_says_so() -> None:
+    assert plan_object(Planned(BASE_PLAN), "local", explain=False) == {
+        "strategy": "base",
+        "adapters": [],
+        "abstained": False,
+    }
+    assert plan_object(Planned(BASE_PLAN, abstained=True), "local", explain=False)["abstained"]
+
+
+def test_an_adapter_is_shown_without_its_embedding() -> None:
+    shown = lora_object(replace(POET, embedding=None), "local")  # it stays with the Retriever
+    assert (shown["name"], shown["digest"], shown["found_by_auto"]) == ("poet", POET.ref.digest, True)
+    assert "embedding" not in shown
+    json.dumps(shown)
+
+
+def test_kept_versions_are_told_from_the_live_one() -> None:
+    older = adapter("poet", version="older", generation=0)
+    shown = versions_object([POET, older])
+    assert [(row["digest"], row["state"], row["generation"]) for row in shown] == [
+        (POET.ref.digest, "live", 1),
+        (older.ref.digest, "kept", 0),
+    ]
+
+
+def test_a_doctors_report_names_adapters() -> None:
+    findings = (AdapterFinding(POET.ref, 4, 3, 4, None), AdapterFinding(CODER.ref, 4, 0, 2, POET.ref))
+    report = DoctorReport(7, 3, findings, (Collision(CODER.ref, POET.ref, 0.97, 4, 1),), (CODER.ref,), (POET.ref,))
+    assert doctor_object(report, "local") == {
+        "generation": 7,
+        "k": 3,
+        "num_adapters": 2,
+        "num_samples": 8,
+        "first_share": 0.375,
+        "found_share": 0.75,
+        "collisions": [{"adapters": ["coder", "poet"], "cosine": 0.97, "num_swapped": [4, 1]}],
+        "never_chosen": ["coder"],
+        "always_shadowed": [{"name": "coder", "by": "poet"}],
+        "unreadable": ["poet"],
+    }
+
+
+def test_anothers_adapter_is_told_by_the_name_that_means_it_whatever_an_own_one_is_called() -> None:
+    own = adapter("poet", tenant="us").ref
+    report = DoctorReport(
+        7,
+        3,
+        (AdapterFinding(own, 4, 0, 2, POET.ref),),
+        (Collision(own, POET.ref, 0.97, 4, 1),),
+        (POET.ref,),
+        (POET.ref,),
+    )
+    told = doctor_object(report, "us")
+    assert told["collisions"][0]["adapters"] == ["poet", "local/poet"]
+    assert told["always_shadowed"] == [{"name": "poet", "by": "local/poet"}]
+    assert told["never_chosen"] == told["unreadable"] == ["local/poet"]
+    plan = plan_object(Planned(PLAN, CANDIDATES), "us", explain=True)
+    assert [row["name"] for row in (*plan["adapters"], *plan["candidates"])] == [
+        "local/poet",
+        "local/poet",
+        "local/coder",
+    ]
+    published = published_object(Published(own, 8, 1, 0, True, 0.5, (Candidate(POET.ref, 0.25),)))
+    assert (published["name"], published["neighbours"][0]["name"]) == ("poet", "local/poet")
+    shown = lora_object(POET, "us")
+    assert (shown["id"], shown["name"], shown["tenant"]) == ("local/poet", "poet", "local")

@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from deployments.auth.authenticator import LOCAL_CALLER, Caller, KeyLimits, Limiter, TokenBucket, Work
+from deployments.errors import RateLimited, RequestInvalid
+from tests.deployments.clocks import Clock
+
+
+def caller(key_id: str = "key", **limits: int) -> Caller:
+    return Caller("acme", frozenset(), key_id, KeyLimits(**limits))
+
+
+def refused(limiter: Limiter, asks: Caller, work: Work) -> RateLimited:
+    return limited(lambda: ExitStack().enter_context(limiter.running(asks, work)))
+
+
+def limited(work: Callable[[], Any]) -> RateLimited:
+    with pytest.raises(RateLimited) as caught:
+        work()
+    return caught.value
+
+
+def test_requests_beyond_the_minutes_are_refused_until_there_is_room() -> None:
+    clock = Clock()
+    limiter, asks = Limiter(1, clock=clock, sweep_above=10), caller(requests_per_minute=2)
+    limiter.count_request(asks)
+    limiter.count_request(asks)
+    error = limited(lambda: limiter.count_request(asks))
+    assert (error.retry_after_s, str(error)) == (
+        30,
+        "the key's limit of 2 requests per minute is exceeded; retry in 30.0 s",
+    )
+    clock.at += 30
+    limiter.count_request(asks)
+
+
+def test_keys_do_not_share_what_they_may_use() -> None:
+    limiter = Limiter(1)
+    for key_id in ("a", "b"):
+        limiter.count_request(caller(key_id, requests_per_minute=1))
+    limited(lambda: limiter.count_request(caller("a", requests_per_minute=1)))
+
+
+def test_no_more_run_at_once_than_may_and_an_error_makes_room_too() -> None:
+    limiter, asks = Limiter(1), caller(concurrent_requests=2)
+    with ExitStack() as running:
+        for _ in range(2):
+            running.enter_context(limiter.running(asks, Work()))
+        limited(lambda: running.enter_context(limiter.running(asks, Work())))
+    with pytest.raises(KeyError), limiter.running(asks, Work()):
+        raise KeyError
+    with limiter.running(asks, Work()), limiter.running(asks, Work()):
+        pass
+
+
+@pytest.mark.parametrize(("limit", "replicas", "here"), [(4, 2, 2), (3, 2, 2), (1, 4, 1), (8, 3, 3)])
+def test_a_replica_runs_its_part_rounded_up(limit: int, replicas: int, here: int) -> None:
+    limiter, asks = Limiter(replicas), caller(concurrent_requests=limit)
+    with ExitStack() as running:
+        for _ in range(here):
+            running.enter_context(limiter.running(asks, Work()))
+        limited(lambda: running.enter_context(limiter.running(asks, Work())))
+
+
+def test_a_replica_gives_out_its_part_of_a_rate() -> None:
+    limiter, asks = Limiter(3, clock=Clock()), caller(requests_per_minute=6)
+    limiter.count_request(asks)
+    limiter.count_request(asks)
+    assert limited(lambda: limiter.count_request(asks)).retry_after_s == pytest.approx(30)
+
+
+def test_a_request_counts_as_many_times_as_it_has_rows() -> None:
+    limiter, asks = Limiter(1), caller(concurrent_requests=8)
+    with limiter.running(asks, Work(5)), limiter.running(asks, Work(3)):
+        error = refused(limiter, asks, Work(1))
+        assert str(error) == "the key's limit of 8 concurrent rows (prompts × n) is exceeded; retry in 1.0 s"
+    with limiter.running(asks, Work(5)):
+        refused(limiter, asks, Work(4))
+        with limiter.running(asks, Work(3)):
+            pass
+
+
+def test_more_rows_than_the_key_may_ever_have_are_refused_by_the_field_that_asks_for_them() -> None:
+    limiter, asks = Limiter(2), caller(concurrent_requests=8)
+    for work in (Work(5), Work(5, rows_field="n")):
+        with pytest.raises(RequestInvalid) as caught, limiter.running(asks, work):
+            pass
+        assert caught.value.param == work.rows_field
+        assert str(caught.value).startswith(f"{work.rows_field}: the request has 5 rows (prompts × n)")
+        assert "the key allows 4 at once" in str(caught.value)
+
+
+def test_what_the_encoder_reads_is_charged_whatever_becomes_of_the_request() -> None:
+    limiter, asks = Limiter(1, clock=Clock()), caller(tokens_per_minute=100)
+    with pytest.raises(KeyError), limiter.running(asks, Work(num_tokens=60, num_read=40)) as meter:
+        meter.saw("one", 0, 5, 5)
+        raise KeyError
+    refused(limiter, asks, Work(num_tokens=51))
+    limiter.charge(asks, 50, "files")
+    assert limited(lambda: limiter.charge(asks, 1, "files")).retry_after_s == pytest.approx(0.6)
+    with pytest.raises(RequestInvalid) as caught:
+        limiter.charge(asks, 101, "files")
+    assert caught.value.param == "files"
+
+
+def test_tokens_are_reserved_and_then_settled_by_what_was_used() -> None:
+    limiter, asks = Limiter(1, clock=Clock()), caller(tokens_per_minute=100)
+    with limiter.running(asks, Work(num_tokens=80)) as meter:
+        error = refused(limiter, asks, Work(num_tokens=30))
+        assert error.retry_after_s == pytest.approx(6)
+        meter.saw("one", 0, 5, 1)
+        meter.saw("one", 0, 5, 10)  # so far, and not on top
+        meter.saw("two", 1, 5, 10)
+    refused(limiter, asks, Work(num_tokens=71))
+    with limiter.running(asks, Work(num_tokens=70)):
+        pass
+
+
+def test_a_prompt_is_charged_once_however_many_answers_it_has() -> None:
+    limiter, asks = Limiter(1, clock=Clock()), caller(tokens_per_minute=100)
+    with limiter.running(asks, Work(16, num_tokens=20 + 16 * 2)) as meter:
+        for answer in range(16):
+            meter.saw(str(answer), 0, 20, 2)
+        assert meter.num_tokens == 52
+    refused(limiter, asks, Work(num_tokens=49))
+    with limiter.running(asks, Work(num_tokens=48)):
+        pass
+
+
+def test_a_prompt_that_was_sent_is_charged_without_a_token_unless_there_was_no_room() -> None:
+    limiter, asks = Limiter(1, clock=Clock()), caller(tokens_per_minute=100)
+    with pytest.raises(TimeoutError), limiter.running(asks, Work(2, num_tokens=90)) as meter:
+        meter.sent("one", 0, 30)
+        meter.sent("two", 0, 30)
+        meter.not_started("two")
+        raise TimeoutError
+    refused(limiter, asks, Work(num_tokens=71))
+    with pytest.raises(KeyError), limiter.running(asks, Work(num_tokens=70)) as meter:
+        meter.sent("one", 0, 70)
+        meter.not_started("one")
+        raise KeyError
+    with limiter.running(asks, Work(num_tokens=70)) as meter:
+        meter.sent("one", 0, 30)
+        meter.saw("one", 0, 20, 5)
+        assert meter.num_tokens == 25
+
+
+def test_a_request_larger_than_the_limit_is_told_so_instead_of_waiting_for_ever() -> None:
+    limiter = Limiter(1)
+    with pytest.raises(RequestInvalid) as caught, limiter.running(caller(tokens_per_minute=100), Work(num_tokens=101)):
+        pass
+    assert caught.value.param == "prompt"
+    assert "101" in str(caught.value) and "100" in str(caught.value)
+
+
+def test_limits_that_change_hold_at_once_and_count_what_still_runs() -> None:
+    limiter = Limiter(1)
+    with limiter.running(caller(concurrent_requests=1), Work()):
+        refused(limiter, caller(concurrent_requests=1), Work())
+        with limiter.running(caller(concurrent_requests=2), Work()):
+            limited(lambda: ExitStack().enter_context(limiter.running(caller(concurrent_requests=2), Work())))
+    with limiter.running(caller(concurrent_requests=1), Work()):
+        refused(limiter, caller(concurrent_requests=1), Work())
+
+
+def test_a_rate_that_changes_holds_at_once() -> None:
+    limiter = Limiter(1, clock=Clock())
+    limiter.count_request(caller(requests_per_minute=1))
+    limited(lambda: limiter.count_request(caller(requests_per_minute=1)))
+    for _ in range(5):
+        limiter.count_request(caller(requests_per_minute=5))
+    limited(lambda: limiter.count_request(caller(requests_per_minute=5)))
+
+
+def test_who_has_no_limits_is_never_refused() -> None:
+    limiter = Limiter(4)
+    with ExitStack() as running:
+        for _ in range(100):
+            limiter.count_request(LOCAL_CALLER)
+            running.enter_context(limiter.running(LOCAL_CALLER, Work(num_tokens=10**9)))
+
+
+def test_keys_that_are_gone_do_not_stay_for_ever() -> None:
+    clock = Clock()
+    limiter = Limiter(1, clock=clock, sweep_above=10)
+    with limiter.running(caller("busy", concurrent_requests=1), Work()):
+        for number in range(1000):
+            clock.at += 61
+            limiter.count_request(caller(f"k{number}", requests_per_minute=1))
+        assert len(limiter._accounts) < 20
+        refused(limiter, caller("busy", concurrent_requests=1), Work())
+
+
+def test_many_keys_do_not_give_a_used_up_one_its_rate_back() -> None:
+    limiter = Limiter(1, clock=Clock(), sweep_above=10)
+    used_up = caller("used up", requests_per_minute=1, tokens_per_minute=100)
+    limiter.count_request(used_up)
+    with limiter.running(used_up, Work(num_tokens=100)) as meter:
+        meter.saw("one", 0, 50, 50)
+    for number in range(1000):
+        limiter.count_request(caller(f"k{number}", requests_per_minute=5))
+    limited(lambda: limiter.count_request(used_up))
+    refused(limiter, used_up, Work(num_tokens=1))
+
+
+def bucket_of(per_minute: float) -> tuple[TokenBucket, Clock]:
+    clock = Clock()
+    return TokenBucket(per_minute, clock=clock), clock
+
+
+def test_a_full_bucket_gives_a_minutes_worth_at_once_and_then_says_when_there_is_more() -> None:
+    bucket, clock = bucket_of(60)
+    assert [bucket.take(1) for _ in range(60)] == [0.0] * 60
+    assert bucket.take(2) == pytest.approx(2)
+    clock.at += 1.5
+    assert bucket.take(2) == pytest.approx(0.5)
+    clock.at += 0.5
+    assert bucket.take(2) == 0
+
+
+def test_what_is_refused_is_not_taken() -> None:
+    bucket, _clock = bucket_of(60)
+    bucket.take(59)
+    for _ in range(5):
+        assert bucket.take(2) == pytest.approx(1)
+    assert bucket.take(1) == 0
+
+
+def test_no_more_than_a_minutes_worth_is_saved_up() -> None:
+    bucket, clock = bucket_of(60)
+    clock.at += 3600
+    assert bucket.take(60) == 0
+    assert bucket.take(1) > 0
+
+
+@pytest.mark.parametrize(("used", "wait_s"), [(10, 0), (40, 30), (70, 60)])
+def test_what_was_used_is_what_counts_and_too_much_is_owed(used: int, wait_s: float) -> None:
+    bucket, _ = bucket_of(60)
+    assert bucket.take(40) == 0
+    bucket.settle(40, used)
+    assert bucket.take(50) == pytest.approx(max(0, wait_s))
+
+
+def test_nothing_comes_back_beyond_the_bucket() -> None:
+    bucket, clock = bucket_of(60)
+    bucket.take(40)
+    clock.at += 60
+    bucket.settle(40, 0)
+    assert (bucket.take(60), bucket.take(1) > 0) == (0, True)
+
+
+def test_a_bucket_is_full_once_nothing_is_left_to_refill() -> None:
+    bucket, clock = bucket_of(60)
+    assert bucket.is_full
+    bucket.take(2)
+    clock.at += 1.5
+    assert not bucket.is_full
+    clock.at += 0.5
+    assert bucket.is_full

@@ -1,0 +1,110 @@
+"""Which calls of the Store are repeated, by which transport they go, and how long a change waits for a replica."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.exceptions import RayActorError
+
+from deployments.api.adapters import PublishItem
+from deployments.calls.catalogue_clients import ServeStore, StoreClient
+from deployments.errors import PoisonRequest
+from lora_store import StoreUnavailable
+from tests.deployments.adapter_records import adapter, digest_of
+from tests.fakes import FakeHandle
+from tests.virtual_time import run_in_virtual_time
+
+Ask = Callable[[StoreClient], Awaitable[Any]]
+REF = adapter("poet").ref
+REPEATED: dict[str, Ask] = {
+    "ping": lambda store: store.check_available(),
+    "active_encoder": lambda store: store.active_encoder(),
+    "versions": lambda store: store.versions([("local", "poet")]),
+    "stage": lambda store: store.stage(PublishItem(Path("poet")), {}),
+    "restage": lambda store: store.restage(adapter("poet")),
+    "commit": lambda store: store.commit([], [], [], "tester", commit_id="1"),
+    "withdraw": lambda store: store.withdraw("local", ["poet"], "tester", commit_id="1"),
+}
+SENT_ONCE: dict[str, Ask] = {
+    "commit": lambda store: store.commit([], [], [], "tester"),
+    "withdraw": lambda store: store.withdraw("local", ["poet"], "tester"),
+    "discard": lambda store: store.discard([]),
+    "set_visibility": lambda store: store.set_visibility("local", "poet", "private", "tester"),
+    "approve": lambda store: store.approve([REF], "tester"),
+    "add_embeddings": lambda store: store.add_embeddings({}),
+    "activate_encoder": lambda store: store.activate_encoder("model", "identity", "tester"),
+    "unreferenced": lambda store: store.unreferenced([]),
+    "sweep": lambda store: store.sweep([]),
+    "gc": lambda store: store.gc(0.0),
+    "fetch": lambda store: store.fetch(digest_of("poet")),
+}
+
+
+@dataclass
+class Dying:
+    """A Store of which as many replicas die in every method as `num_deaths` says; then "answer" is the answer."""
+
+    num_deaths: int
+    asked: list[str] = field(default_factory=list)
+
+    def __getattr__(self, name: str) -> Callable[..., Awaitable[str]]:
+        async def method(*_: object) -> str:
+            self.asked.append(name)
+            if len(self.asked) <= self.num_deaths:
+                raise RayActorError()
+            return "answer"
+
+        return method
+
+
+@pytest.mark.parametrize("method", REPEATED)
+def test_a_call_that_is_safe_to_repeat_survives_two_deaths(method: str) -> None:
+    store = Dying(num_deaths=2)
+    asyncio.run(_ask(REPEATED[method], FakeHandle(store)))
+    assert store.asked == [method] * 3
+    with pytest.raises(PoisonRequest):
+        asyncio.run(_ask(REPEATED[method], FakeHandle(Dying(num_deaths=3))))
+
+
+@pytest.mark.parametrize("method", SENT_ONCE)
+def test_any_other_call_is_sent_once(method: str) -> None:
+    store = Dying(num_deaths=1)
+    with pytest.raises(RayActorError):
+        asyncio.run(_ask(SENT_ONCE[method], FakeHandle(store)))
+    assert store.asked == [method]
+
+
+@pytest.mark.parametrize("method", [*REPEATED, *SENT_ONCE])
+def test_large_files_and_references_go_over_the_object_store(method: str) -> None:
+    handle = FakeHandle(dying := Dying(num_deaths=3))
+    with pytest.raises((RayActorError, PoisonRequest)):
+        asyncio.run(_ask({**SENT_ONCE, **REPEATED}[method], handle))
+    assert dying.asked
+    assert {call.by_reference for call in handle.calls} == {True if method in ("stage", "fetch") else None}
+
+
+@pytest.mark.parametrize("method", ["ping", "active_encoder", "versions"])
+def test_the_first_call_of_a_change_waits_a_minute_for_a_replica(method: str) -> None:
+    class Absent:
+        def __getattr__(self, name: str) -> Callable[..., Awaitable[None]]:
+            async def method(*_: object) -> None:
+                await asyncio.Event().wait()
+
+            return method
+
+    async def main() -> float:
+        loop = asyncio.get_running_loop()
+        with pytest.raises(StoreUnavailable, match="no replica answered within 60 s"):
+            await REPEATED[method](ServeStore(FakeHandle(Absent())))
+        return loop.time()
+
+    assert run_in_virtual_time(main()) == 60.0
+
+
+async def _ask(call: Ask, handle: FakeHandle) -> None:
+    await call(ServeStore(handle))

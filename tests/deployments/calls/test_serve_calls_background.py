@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from deployments.calls.serve_calls import Background
+
+
+def test_a_failure_is_logged_by_what_it_was(caplog: pytest.LogCaptureFixture) -> None:
+    async def fail() -> None:
+        raise ValueError("broken")
+
+    async def run() -> None:
+        background = Background()
+        background.start(fail(), "tidying")
+        await background.idle()
+
+    asyncio.run(run())
+    [record] = caplog.records
+    assert (record.levelname, record.getMessage()) == ("ERROR", "tidying failed")
+    assert record.exc_info is not None
+    assert str(record.exc_info[1]) == "broken"
+
+
+def test_work_goes_on_when_its_caller_leaves() -> None:
+    async def run() -> None:
+        background, go, done = Background(), asyncio.Event(), []
+
+        async def work() -> None:
+            await go.wait()
+            done.append(True)
+
+        caller = asyncio.create_task(background.run(work()))
+        await asyncio.sleep(0)
+        caller.cancel()
+        await asyncio.wait([caller])
+        go.set()
+        await background.idle()
+        assert (caller.cancelled(), done) == (True, [True])
+
+    asyncio.run(run())
+
+
+def test_run_gives_what_the_work_gives_or_raises() -> None:
+    async def half(number: int) -> int:
+        if number % 2:
+            raise ValueError(number)
+        return number // 2
+
+    async def run() -> None:
+        background = Background()
+        assert await background.run(half(6)) == 3
+        with pytest.raises(ValueError, match="7"):
+            await background.run(half(7))
+
+    asyncio.run(run())
+
+
+def test_cancel_ends_what_runs_and_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> None:
+        background, ended = Background(), []
+
+        async def wait_for_ever() -> None:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                ended.append(True)
+
+        background.start(wait_for_ever(), "waiting")
+        await asyncio.sleep(0)
+        background.cancel()
+        await background.idle()
+        assert ended == [True]
+
+    asyncio.run(run())
+    assert caplog.records == []
+
+
+def test_cancel_after_the_loop_has_closed_does_nothing() -> None:
+    background = Background()
+
+    async def run() -> None:
+        background.start(asyncio.Event().wait(), "waiting")  # type: ignore[arg-type]
+
+    asyncio.run(run())
+    background.cancel()

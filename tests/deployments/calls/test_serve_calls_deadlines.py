@@ -1,0 +1,170 @@
+"""A request's time: counted from its arrival, told to the Worker, kept by the Ingress where nobody else does."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+
+from deployments.calls.serve_calls import within
+from gpu_worker.errors import DeadlineExceeded, EngineStopped
+from gpu_worker.request.request import Delta, Job
+from retriever_svc import Route, RouteRequest
+from tests.deployments.app_fakes import Served, serve_plainly
+from tests.deployments.asking import ask, error_of, post
+from tests.deployments.fake_retriever import FakeRetriever
+from tests.deployments.fake_worker import DELTAS, FakeWorker
+
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
+
+
+class Silent(FakeWorker):
+    """Never ends an answer, after so many of its pieces."""
+
+    def __init__(self, num_pieces: int = 0) -> None:
+        super().__init__()
+        self._num_pieces = num_pieces
+
+    async def stream(self, job: Job) -> AsyncIterator[Delta]:
+        for delta in DELTAS[: self._num_pieces]:
+            yield delta
+        await asyncio.Event().wait()
+
+
+class SilentRetriever(FakeRetriever):
+    async def route(self, requests: Sequence[RouteRequest]) -> list[Route]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
+def deadline_given(body: dict[str, Any], **settings: Any) -> float:
+    """How long after now the Worker is told to end."""
+
+    async def run() -> Served:
+        served = serve_plainly(**settings)
+        await served.ingress.generate(CHAT | body)
+        return served
+
+    time_left_s = asyncio.run(run()).job.time_left_s
+    assert time_left_s is not None
+    return time_left_s
+
+
+def test_the_worker_is_told_the_clients_deadline_and_never_more_than_the_servers() -> None:
+    assert 19 < deadline_given({"timeout_s": 20}) <= 20
+    assert 599 < deadline_given({}) <= 600
+    assert 29 < deadline_given({"timeout_s": 1e9}, max_request_s=30) <= 30
+    assert 29 < deadline_given({}, max_request_s=30) <= 30
+
+
+def test_over_http_time_counts_from_before_the_body() -> None:
+    read_at: list[float] = []
+
+    async def slow_body() -> AsyncIterator[bytes]:
+        read_at.append(time.monotonic())
+        await asyncio.sleep(0.05)
+        yield b'{"timeout_s": 20, "messages": [{"role": "user", "content": "Hi"}]}'
+
+    async def question(client: Any, served: Served) -> Served:
+        headers = {"content-type": "application/json"}
+        response = await client.post("/v1/chat/completions", content=slow_body(), headers=headers)
+        assert response.status_code == 200
+        return served
+
+    assert ask(question).job.time_left_s <= 20 - 0.05
+
+
+class Failing(FakeWorker):
+    """Fails its first attempt after a while, and records the time left of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times_left: list[float | None] = []
+
+    async def stream(self, job: Job) -> AsyncIterator[Delta]:
+        self.times_left.append(job.time_left_s)
+        if len(self.times_left) == 1:
+            await asyncio.sleep(0.05)
+            raise EngineStopped("the engine has stopped")
+        for delta in DELTAS:
+            yield delta
+
+
+def test_a_repeat_is_sent_the_time_that_is_left_by_then() -> None:
+    worker = Failing()
+    assert post("/v1/chat/completions", CHAT | {"timeout_s": 20}, worker=worker).status_code == 200
+    first, second = worker.times_left
+    assert first is not None and second is not None
+    assert 19 < second <= first - 0.05 < 20
+
+
+@pytest.mark.parametrize("timeout_s", [0, -1, "soon", float("nan"), float("inf")])
+def test_a_timeout_is_a_positive_number(timeout_s: object) -> None:
+    with pytest.raises(Exception, match="timeout_s"):
+        asyncio.run(serve_plainly_and_generate(CHAT | {"timeout_s": timeout_s}))
+
+
+async def serve_plainly_and_generate(body: dict[str, Any]) -> Any:
+    return await serve_plainly().ingress.generate(body)
+
+
+def test_a_retrieval_that_hangs_ends_with_the_request() -> None:
+    response = post("/v1/chat/completions", CHAT | {"timeout_s": 0.05}, retriever=SilentRetriever())
+    assert response.status_code == 504
+    error = error_of(response)
+    assert (error["type"], error["code"], error["param"]) == ("timeout_error", "deadline_exceeded", "timeout_s")
+
+
+def test_a_deadline_the_worker_keeps_is_a_504_or_the_streams_last_event() -> None:
+    late = FakeWorker([DELTAS[0], DeadlineExceeded(1)])
+    assert post("/v1/chat/completions", CHAT, worker=late).status_code == 504
+    lines = post("/v1/chat/completions", CHAT | {"stream": True}, worker=late).text.strip().splitlines()
+    assert '"deadline_exceeded"' in lines[-1] and "[DONE]" not in lines[-1]
+
+
+@pytest.mark.parametrize("num_pieces", [0, 2])
+def test_a_worker_that_hangs_past_the_deadline_is_left(num_pieces: int) -> None:
+    async def run() -> None:
+        served = serve_plainly(worker=Silent(num_pieces), worker_grace_s=0.01)
+        with pytest.raises(DeadlineExceeded):
+            await asyncio.wait_for(served.ingress.generate(CHAT | {"timeout_s": 0.05}), 5)
+        [response] = served.worker.responses
+        assert response.num_cancels == 1
+
+    asyncio.run(run())
+
+
+def test_within_leaves_other_timeouts_as_they_are() -> None:
+    async def fail(deadline: float) -> None:
+        async with within(deadline):
+            raise TimeoutError("somebody else's")
+
+    with pytest.raises(TimeoutError, match="somebody"):
+        asyncio.run(fail(time.monotonic() + 100))
+
+
+def test_what_is_late_already_ends_where_it_would_wait() -> None:
+    async def run() -> None:
+        async with within(time.monotonic() - 1):
+            await asyncio.Event().wait()
+
+    with pytest.raises(DeadlineExceeded):
+        asyncio.run(run())
+
+
+def test_a_client_that_leaves_during_retrieval_asks_no_worker() -> None:
+    async def run() -> None:
+        served = serve_plainly(retriever=SilentRetriever())
+        async with aclosing(served.ingress.stream(CHAT)) as chunks:
+            client = asyncio.ensure_future(anext(chunks))
+            while not served.retriever.calls:
+                await asyncio.sleep(0)
+            client.cancel()
+            await asyncio.wait([client])
+        assert client.cancelled() and not served.worker.calls
+
+    asyncio.run(run())

@@ -1,0 +1,95 @@
+"""Which calls are repeated, how often, and the error that their callers get in the end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError, RayTaskError
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+from deployments.calls.serve_calls import retry_on_replica_death
+from deployments.errors import PoisonRequest
+from gpu_worker.errors import EngineStopped, PromptTooLong, RequestFailed
+from lora_store import AdapterNotFound
+from tests.fakes import FakeHandle, as_ray_raises
+
+DEATHS = [ActorDiedError(), ActorUnavailableError("gone", None), ObjectLostError("0" * 56, None, "")]
+FAILURES = [*DEATHS, EngineStopped("the engine has stopped")]
+ANSWERS = [
+    PromptTooLong("long"),
+    RequestFailed("r-1"),
+    AdapterNotFound("x"),
+    BackPressureError(2, 1),
+    DeploymentUnavailableError(DeploymentID("Worker", "app")),
+    TimeoutError(),
+    as_ray_raises(RuntimeError("a replica's own")),
+    RayTaskError("read", "Traceback", ActorDiedError(), "replica", 1, "127.0.0.1").as_instanceof_cause(),
+]
+
+
+@dataclass
+class Scripted:
+    """Answers `script` in turn: an exception is raised."""
+
+    script: Sequence[Any]
+    asked: list[tuple[Any, ...]] = field(default_factory=list)
+
+    async def read(self, *args: Any) -> Any:
+        self.asked.append(args)
+        answer = self.script[len(self.asked) - 1]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def ask(*script: Any) -> tuple[Any, Scripted]:
+    """What comes of it, an exception or the answer."""
+    target = Scripted(script)
+
+    async def run() -> Any:
+        try:
+            handle = FakeHandle(target)
+            return await retry_on_replica_death(lambda: handle.read.remote("a", 1))
+        except Exception as exc:
+            return exc
+
+    return asyncio.run(run()), target
+
+
+def name(value: object) -> str:
+    return type(value).__name__
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=name)
+@pytest.mark.parametrize("num_failures", [1, 2])
+def test_a_call_whose_replica_fails_is_made_again_with_the_same_arguments(
+    failure: Exception, num_failures: int
+) -> None:
+    found, target = ask(*[failure] * num_failures, "answer")
+    assert found == "answer"
+    assert target.asked == [("a", 1)] * (num_failures + 1)
+
+
+@pytest.mark.parametrize("failure", DEATHS, ids=name)
+def test_the_third_death_is_the_last(failure: Exception) -> None:
+    found, target = ask(*[failure] * 3, "never")
+    assert isinstance(found, PoisonRequest) and "3 replicas" in str(found) and found.__cause__ is failure
+    assert len(target.asked) == 3
+
+
+def test_an_engine_that_fails_for_the_third_time_says_so_itself() -> None:
+    found, target = ask(ActorDiedError(), *[EngineStopped("the engine has stopped")] * 2)
+    assert isinstance(found, EngineStopped)
+    assert len(target.asked) == 3
+
+
+@pytest.mark.parametrize("answer", ANSWERS, ids=str)
+def test_what_is_no_death_is_the_answer(answer: Exception) -> None:
+    found, target = ask(answer, "never")
+    assert type(found).__name__ in {type(answer).__name__, f"RayTaskError({type(answer).__name__})"}
+    assert len(target.asked) == 1

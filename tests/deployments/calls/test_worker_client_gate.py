@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from ray.exceptions import RayActorError
+
+from deployments.api.adapters import PublishItem
+from deployments.calls.worker_client import KEPT_S, ServeWorker, WorkerGate
+from deployments.errors import WorkerStarting
+from deployments.scaling.settings import ScalingSettings
+from tests.deployments.adapter_records import BASE, POOL, adapter, pool_of
+from tests.deployments.app_fakes import Served
+from tests.deployments.asking import ask, error_of
+from tests.deployments.fake_store import FakeStore
+from tests.deployments.fake_worker import SHAPES, FakeWorker
+from tests.fakes import FakeHandle
+
+
+@dataclass
+class Sleeper(FakeWorker):
+    """Answers once it is awake, first with `errors`."""
+
+    awake: asyncio.Event = field(default_factory=asyncio.Event)
+    errors: list[Exception] = field(default_factory=list)
+
+    async def module_shapes(self) -> dict[str, tuple[int, int]]:
+        await self.awake.wait()
+        if self.errors:
+            raise self.errors.pop(0)
+        return SHAPES
+
+
+class Held:
+    """A WorkerGate over one sleeper; `now_s` is its clock."""
+
+    def __init__(self, *errors: Exception, timeout_s: float | None = 5.0) -> None:
+        self.now_s, self.worker = 0.0, Sleeper(errors=list(errors))
+        self.handle = FakeHandle(self.worker)
+        self.gate = WorkerGate(ServeWorker(self.handle), timeout_s, clock=lambda: self.now_s)
+
+    @property
+    def num_calls(self) -> int:
+        return len(self.handle.called("module_shapes"))
+
+
+def run(main: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(main, 20))
+
+
+def test_who_waits_goes_on_together_when_a_worker_answers() -> None:
+    async def main() -> None:
+        held = Held()
+        waiting = [asyncio.create_task(held.gate.ready()) for _ in range(5)]
+        await asyncio.wait(waiting, timeout=0.01)
+        assert not any(task.done() for task in waiting)
+        held.worker.awake.set()
+        await asyncio.gather(*waiting)
+        assert held.num_calls == 1
+
+    run(main())
+
+
+def test_the_call_that_wakes_goes_on_when_those_who_wait_have_left() -> None:
+    async def main() -> None:
+        held = Held(timeout_s=0.01)
+        for _ in range(3):
+            with pytest.raises(WorkerStarting):
+                await held.gate.ready()
+        leaving = asyncio.create_task(held.gate.ready())
+        await asyncio.sleep(0)
+        leaving.cancel()
+        await asyncio.wait([leaving])
+        assert held.num_calls == 1 and held.handle.responses[0].num_cancels == 0
+        held.worker.awake.set()
+        await held.gate.ready()
+        assert held.num_calls == 1
+
+    run(main())
+
+
+def test_a_worker_that_answered_is_not_asked_again_for_a_while() -> None:
+    async def main() -> None:
+        held = Held()
+        held.worker.awake.set()
+        for now_s, num_calls in ((0, 1), (KEPT_S * 0.9, 1), (KEPT_S * 1.1, 2), (KEPT_S * 2, 2)):
+            held.now_s = now_s
+            await held.gate.ready()
+            assert held.num_calls == num_calls
+
+    run(main())
+
+
+def test_a_worker_that_dies_as_it_answers_is_told_and_another_is_woken() -> None:
+    async def main() -> None:
+        held = Held(RayActorError())
+        held.worker.awake.set()
+        with pytest.raises(RayActorError):
+            await held.gate.ready()
+        await held.gate.ready()
+        assert held.num_calls == 2
+
+    run(main())
+
+
+def test_where_workers_never_sleep_nobody_is_asked() -> None:
+    async def main() -> None:
+        held = Held(timeout_s=None)
+        await held.gate.ready()
+        assert not await held.gate.is_scaled_to_zero()
+        assert held.num_calls == 0
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("status", "states", "sleeps"),
+    [
+        ("HEALTHY", {}, True),
+        ("HEALTHY", {"STOPPING": 1}, True),
+        ("HEALTHY", {"RUNNING": 1}, False),
+        ("UPSCALING", {"STARTING": 1}, True),
+        ("UPDATING", {"STARTING": 1}, False),  # the first start: whether a worker can run is not known yet
+        ("UNHEALTHY", {}, False),
+        ("DEPLOY_FAILED", {}, False),
+    ],
+)
+def test_workers_sleep_where_none_runs_and_none_has_failed(status: str, states: dict[str, int], sleeps: bool) -> None:
+    worker = SimpleNamespace(status=status, replica_states=states)
+    overview = SimpleNamespace(applications={"app": SimpleNamespace(deployments={"Worker": worker})})
+    handle: Any = SimpleNamespace(app_name="app", deployment_name="Worker")
+    gate = WorkerGate(ServeWorker(handle, status=lambda: overview), 1.0)  # type: ignore[arg-type, return-value]
+    assert asyncio.run(gate.is_scaled_to_zero()) is sleeps
+
+
+def completion(worker: Sleeper, model: str, **settings: Any) -> tuple[httpx.Response, Served]:
+    async def question(client: httpx.AsyncClient, served: Served) -> tuple[httpx.Response, Served]:
+        return await client.post("/v1/completions", json={"model": model, "prompt": "x"}), served
+
+    answer: tuple[httpx.Response, Served] = ask(question, worker=worker, **settings)
+    return answer
+
+
+ASLEEP = {"worker_scaling": ScalingSettings(min_replicas=0), "scale_from_zero_timeout_s": 0.01}
+
+
+def test_a_request_that_no_worker_comes_for_is_told_to_try_again() -> None:
+    response, served = completion(Sleeper(), BASE, **ASLEEP)
+    assert (response.status_code, error_of(response)["code"]) == (503, "worker_starting")
+    assert response.headers["retry-after"] == "1"
+    assert served.worker.called("stream") == []
+
+
+def test_a_request_that_cannot_be_answered_wakes_nobody() -> None:
+    response, served = completion(Sleeper(), "nobody", **ASLEEP)
+    assert response.status_code == 404
+    assert served.worker.calls == []
+
+
+def test_a_request_is_answered_by_the_worker_it_woke() -> None:
+    worker = Sleeper()
+    worker.awake.set()
+    response, served = completion(worker, BASE, **ASLEEP)
+    assert response.status_code == 200
+    assert [call.name for call in served.worker.calls] == ["module_shapes", "stream"]
+
+
+def test_a_publish_that_no_worker_comes_for_leaves_nothing() -> None:
+    async def question(_: httpx.AsyncClient, served: Served) -> list[str]:
+        publisher = served.services.publisher
+        with pytest.raises(WorkerStarting):
+            await publisher.publish([PublishItem(Path("new"))], "tester")
+        with pytest.raises(WorkerStarting):
+            await publisher.rollback(("local", "poet"), None, "tester")
+        return [call.name for call in served.store.calls]
+
+    store = FakeStore(pool_of(*POOL, adapter("poet", version="older")))
+    assert ask(question, worker=Sleeper(), store=store, **ASLEEP) == ["active_encoder", "active_encoder", "versions"]

@@ -1,0 +1,132 @@
+"""A stream that falls silent, and what does not count as silence."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import grpc
+import pytest
+from grpc.aio import AioRpcError, Metadata
+from ray.exceptions import ActorUnavailableError
+
+from deployments.calls.worker_client import HeartbeatStream, StreamEnd
+from gpu_worker.errors import DeadlineExceeded
+from tests.fakes import FakeResponse
+from tests.virtual_time import run_in_virtual_time
+
+TIMEOUT_S = 30.0
+
+
+def stream_of(items: AsyncIterator[str | None]) -> HeartbeatStream[str]:
+    return HeartbeatStream(FakeResponse(items), TIMEOUT_S, asyncio.get_running_loop().time)
+
+
+async def all_of(items: AsyncIterator[str | None], deadline: float = 1e6) -> list[str | None]:
+    stream, got = stream_of(items), list[str | None]()
+    while not isinstance(item := await stream.next(deadline), StreamEnd):
+        got.append(item)
+    return got
+
+
+def test_heartbeats_come_as_none() -> None:
+    async def items() -> AsyncIterator[str | None]:
+        for item in (None, "a", None, None, "b", None):
+            yield item
+
+    assert run_in_virtual_time(all_of(items())) == [None, "a", None, None, "b", None]
+
+
+def test_heartbeats_keep_a_stream_alive() -> None:
+    async def items() -> AsyncIterator[str | None]:
+        for _ in range(4):
+            await asyncio.sleep(0.9 * TIMEOUT_S)
+            yield None
+        yield "late"
+
+    assert run_in_virtual_time(all_of(items())) == [None] * 4 + ["late"]
+
+
+def test_the_first_item_has_no_time_limit() -> None:
+    async def items() -> AsyncIterator[str | None]:
+        await asyncio.sleep(100 * TIMEOUT_S)
+        yield "first"
+
+    assert run_in_virtual_time(all_of(items())) == ["first"]
+
+
+@pytest.mark.parametrize("said", [(None,), ("a",), (None, "a", None)])
+def test_silence_after_the_first_is_a_death(said: tuple[str | None, ...]) -> None:
+    async def items() -> AsyncIterator[str | None]:
+        for item in said:
+            yield item
+        await asyncio.sleep(1.1 * TIMEOUT_S)
+        yield "too late"
+
+    with pytest.raises(ActorUnavailableError, match="no heartbeat for 30 s"):
+        run_in_virtual_time(all_of(items()))
+
+
+BROKEN_OFF = [
+    AioRpcError(grpc.StatusCode.CANCELLED, Metadata(), Metadata(), "the server stops"),
+    AioRpcError(grpc.StatusCode.INTERNAL, Metadata(), Metadata(), "a stream was reset"),
+    asyncio.CancelledError(),  # of the replica's task, handed on as its answer
+]
+
+
+@pytest.mark.parametrize("error", BROKEN_OFF)
+def test_a_call_that_was_broken_off_is_a_death(error: BaseException) -> None:
+    async def items() -> AsyncIterator[str | None]:
+        yield "a"
+        raise error
+
+    with pytest.raises(ActorUnavailableError):
+        run_in_virtual_time(all_of(items()))
+
+
+def test_a_caller_that_is_cancelled_is_no_death() -> None:
+    async def items() -> AsyncIterator[str | None]:
+        yield "a"
+        await asyncio.Event().wait()
+
+    async def main() -> None:
+        task = asyncio.create_task(all_of(items()))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    run_in_virtual_time(main())
+
+
+def test_another_timeout_is_no_silence() -> None:
+    async def items() -> AsyncIterator[str | None]:
+        yield None
+        raise TimeoutError("its own")
+
+    with pytest.raises(TimeoutError, match="its own"):
+        run_in_virtual_time(all_of(items()))
+
+
+def test_the_deadline_ends_a_stream_that_is_alive() -> None:
+    async def items() -> AsyncIterator[str | None]:
+        while True:
+            await asyncio.sleep(0.9 * TIMEOUT_S)
+            yield None
+
+    with pytest.raises(DeadlineExceeded):
+        run_in_virtual_time(all_of(items(), deadline=100 * TIMEOUT_S))
+
+
+def test_cancelling_a_stream_cancels_the_call() -> None:
+    async def items() -> AsyncIterator[str | None]:
+        yield "a"
+        yield "b"
+
+    async def main() -> None:
+        response = FakeResponse(items())
+        stream: HeartbeatStream[str] = HeartbeatStream(response, TIMEOUT_S)
+        stream.cancel()
+        assert response.num_cancels == 1
+
+    run_in_virtual_time(main())

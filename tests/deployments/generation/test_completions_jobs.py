@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+
+from deployments.api.completions import CompletionRequest
+from deployments.api.responses import Planned
+from deployments.generation.completions import jobs_of, merge, seed_of
+from lora_store import BASE_PLAN, Plan, PlannedAdapter
+from tests.deployments.adapter_records import POOL
+
+CODER = Planned(Plan("selection", (PlannedAdapter(POOL[1].ref, "w", 1.0),), template="chat"))
+
+
+def test_jobs_come_prompt_by_prompt_with_their_own_plans_and_names() -> None:
+    request = CompletionRequest.model_validate({"prompt": ["a", "b"], "n": 2, "seed": 5, "max_tokens": 3})
+    jobs = jobs_of("r", request, request.questions(), [Planned(BASE_PLAN), CODER], "alpaca")
+    assert [job.prompt for job in jobs] == ["a", "a", "b", "b"]
+    assert [job.request_id for job in jobs] == ["r", "r-1", "r-2", "r-3"]
+    assert [job.plan for job in jobs] == [BASE_PLAN, BASE_PLAN, CODER.plan, CODER.plan]
+    assert [job.template for job in jobs] == ["alpaca", "alpaca", "chat", "chat"]
+    assert [job.sampling.seed for job in jobs] == [5, seed_of(5, 1), 5, seed_of(5, 1)]
+    assert {job.sampling.max_tokens for job in jobs} == {3}
+
+
+def test_without_a_seed_every_row_draws_its_own() -> None:
+    request = CompletionRequest.model_validate({"prompt": "a", "n": 3})
+    jobs = jobs_of("r", request, request.questions(), [Planned(BASE_PLAN)], "alpaca")
+    assert [job.sampling.seed for job in jobs] == [None, None, None]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**63 - 1])
+def test_the_seeds_of_choices_differ_and_the_first_is_the_clients(seed: int) -> None:
+    seeds = [seed_of(seed, choice) for choice in range(16)]
+    assert seeds[0] == seed
+    assert len(set(seeds)) == 16
+    assert all(0 <= one < 2**63 for one in seeds)
+
+
+class Stream:
+    """Gives items as it is let, and knows whether it was closed."""
+
+    def __init__(self, items: Sequence[object]) -> None:
+        self.items, self.is_closed = items, False
+        self.gate = asyncio.Event()
+
+    async def run(self) -> AsyncGenerator[Any]:
+        try:
+            for item in self.items:
+                await self.gate.wait()
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+        finally:
+            self.is_closed = True
+
+
+@pytest.mark.parametrize("counts", [[3], [2, 0, 3], [0, 0], [1, 1, 1, 1]])
+def test_every_item_comes_once_in_the_order_of_its_stream(counts: list[int]) -> None:
+    async def main() -> None:
+        streams = [Stream([(place, number) for number in range(count)]) for place, count in enumerate(counts)]
+        for stream in streams:
+            stream.gate.set()
+        seen: list[list[object]] = [[] for _ in streams]
+        async for place, item in merge([stream.run() for stream in streams]):
+            seen[place].append((place, item))
+        assert seen == [list(stream.items) for stream in streams]
+        assert all(stream.is_closed for stream in streams)
+
+    asyncio.run(main())
+
+
+def test_a_slow_stream_holds_nobody_up() -> None:
+    async def main() -> None:
+        slow, fast = Stream(["s"]), Stream(["f1", "f2"])
+        fast.gate.set()
+        async with aclosing(merge([slow.run(), fast.run()])) as items:
+            assert [await anext(items) for _ in range(2)] == ["f1", "f2"]
+            slow.gate.set()
+            assert await anext(items) == "s"
+
+    asyncio.run(main())
+
+
+def test_an_error_of_one_ends_all() -> None:
+    async def main() -> None:
+        waiting, broken = Stream(["never"]), Stream([ValueError("broken")])
+        broken.gate.set()
+        with pytest.raises(ValueError, match="broken"):
+            async for _ in merge([waiting.run(), broken.run()]):
+                raise AssertionError
+        assert waiting.is_closed
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("way", ["close", "cancel"])
+def test_leaving_closes_every_stream(way: str) -> None:
+    async def main() -> None:
+        streams = [Stream(["a", "b"]), Stream(["c"]), Stream(["d"])]
+        streams[0].gate.set()
+        streams[1].gate.set()
+
+        async def consume() -> None:
+            async with aclosing(merge([stream.run() for stream in streams])) as items:
+                await anext(items)
+                if way == "cancel":
+                    task.cancel()
+                    await asyncio.sleep(0)
+
+        task = asyncio.create_task(consume())
+        await asyncio.wait([task])
+        assert task.cancelled() == (way == "cancel")
+        assert [stream.is_closed for stream in streams] == [True, True, True]
+
+    asyncio.run(main())

@@ -1,0 +1,231 @@
+"""When a row's job is sent again, and what counts as the death of its Worker."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import pytest
+from grpc.aio import AioRpcError, Metadata
+from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError, RayTaskError
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+from deployments.auth.authenticator import TokenUsage
+from deployments.calls.worker_client import ServeWorker
+from deployments.errors import PoisonRequest
+from deployments.generation.completions import NO_ROOM, RowStream, StreamLimits
+from deployments.observability.request_metrics import RequestContext
+from gpu_worker.errors import DeadlineExceeded, EngineFull, EngineStopped, PromptTooLong, RequestFailed
+from gpu_worker.request.request import Delta, Job
+from tests.fakes import FakeHandle, as_ray_raises
+
+DEATHS = [ActorDiedError(), ActorUnavailableError("gone", None), ObjectLostError("0" * 56, None, "")]
+FAILURES = [*DEATHS, EngineStopped("the engine has stopped")]
+BROKEN_OFF = [
+    AioRpcError(grpc.StatusCode.CANCELLED, Metadata(), Metadata(), "the server stops"),
+    AioRpcError(grpc.StatusCode.INTERNAL, Metadata(), Metadata(), "a stream was reset"),
+    asyncio.CancelledError(),  # of the replica's task, passed on as its answer
+]
+ANSWERS = [
+    PromptTooLong("long"),
+    RequestFailed("r-1"),
+    EngineFull("full"),
+    BackPressureError(2, 1),
+    DeploymentUnavailableError(DeploymentID("Worker", "app")),
+    TimeoutError("its own"),
+    as_ray_raises(RuntimeError("a replica's own")),
+    RayTaskError("read", "Traceback", ActorDiedError(), "replica", 1, "127.0.0.1").as_instanceof_cause(),
+]
+A, B, C = Delta("a", 4, 1), Delta("b", 4, 2), Delta("c", 4, 3, "stop")
+FOREVER = object()
+
+
+@dataclass
+class Scripted:
+    """A Worker that streams one part of the script per job; exceptions are raised, FOREVER waits."""
+
+    script: Sequence[Sequence[Any]]
+    jobs: list[Job] = field(default_factory=list)
+
+    async def stream(self, job: Job) -> AsyncIterator[Delta | None]:
+        self.jobs.append(job)
+        for item in self.script[len(self.jobs) - 1]:
+            if item is FOREVER:
+                await asyncio.Event().wait()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+
+@dataclass
+class Case:
+    """A row over a scripted Worker."""
+
+    worker: Scripted
+    handle: FakeHandle
+    row: RowStream
+    usage: TokenUsage
+
+    async def taken(self) -> list[Any]:
+        """Return what the stream yields, and the exception that ends it."""
+        got: list[Any] = []
+        try:
+            async with aclosing(self.row.deltas()) as deltas:
+                async for index, delta in deltas:
+                    assert index == 3
+                    got.append(delta)
+        except Exception as exc:
+            got.append(exc)
+        return got
+
+    async def collected(self) -> list[Any]:
+        """Return all deltas, or the exception."""
+        try:
+            return list(await self.row.collect())
+        except Exception as exc:
+            return [exc]
+
+
+def case_of(*script: Sequence[Any], silence_s: float = 30.0, time_s: float = 60.0, grace_s: float = 5.0) -> Case:
+    worker, usage = Scripted(script), TokenUsage()
+    handle, context = FakeHandle(worker), RequestContext("r", "none")
+    row = RowStream(
+        ServeWorker(handle, heartbeat_timeout_s=silence_s),
+        Job("r-3", "x" * 12),
+        index=3,
+        question=1,
+        usage=usage,
+        context=context,
+        deadline=time.monotonic() + time_s,
+        limits=StreamLimits(silence_s, grace_s),
+    )
+    return Case(worker, handle, row, usage)
+
+
+Way = Callable[[Case], Awaitable[list[Any]]]
+WAYS: list[Way] = [Case.taken, Case.collected]
+
+
+def run(way: Way, case: Case) -> list[Any]:
+    async def main() -> list[Any]:
+        return await asyncio.wait_for(way(case), 5)
+
+    return asyncio.run(main())
+
+
+def name(value: object) -> str:
+    return getattr(value, "__name__", type(value).__name__)
+
+
+@pytest.mark.parametrize("failure", [*FAILURES, *BROKEN_OFF], ids=name)
+@pytest.mark.parametrize("way", WAYS, ids=name)
+def test_a_job_whose_worker_died_before_its_first_delta_is_sent_again(failure: BaseException, way: Way) -> None:
+    case = case_of((failure,), (None, failure), (A, B))
+    assert [delta for delta in run(way, case) if delta is not None] == [A, B]
+    assert len(case.worker.jobs) == 3
+    assert [response.num_cancels for response in case.handle.responses] == [1, 1, 1]
+    assert case.usage.num_tokens == 4 + 2, "charged once"
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=name)
+def test_a_delta_that_was_passed_on_is_never_repeated(failure: Exception) -> None:
+    case = case_of((A, failure), ("never",))
+    [first, error] = run(Case.taken, case)
+    assert first == A and isinstance(error, type(failure))
+    assert len(case.worker.jobs) == 1
+
+
+def test_a_whole_answer_keeps_nothing_of_the_attempts_that_died() -> None:
+    case = case_of((A, DEATHS[0]), (A, B, DEATHS[1]), (A, B, C))
+    assert run(Case.collected, case) == [A, B, C]
+    assert case.usage.num_tokens == 4 + 3
+    assert case.row.context.num_new_tokens == 3
+
+
+@pytest.mark.parametrize("way", WAYS, ids=name)
+def test_a_job_is_sent_to_three_workers_at_most(way: Way) -> None:
+    case = case_of(*[(DEATHS[0],)] * 3, ("never",))
+    assert [type(item) for item in run(way, case)] == [PoisonRequest]
+    assert len(case.worker.jobs) == 3
+
+
+@pytest.mark.parametrize("answer", ANSWERS, ids=name)
+@pytest.mark.parametrize("way", WAYS, ids=name)
+def test_an_error_that_is_not_a_death_ends_the_row(answer: Exception, way: Way) -> None:
+    case = case_of((answer,), ("never",))
+    [found] = run(way, case)
+    assert type(found).__name__ in {type(answer).__name__, f"RayTaskError({type(answer).__name__})"}
+    assert len(case.worker.jobs) == 1
+
+
+@pytest.mark.parametrize("error", [PromptTooLong("long"), EngineFull("full")], ids=name)
+def test_a_prompt_is_charged_unless_the_server_had_no_room(error: Exception) -> None:
+    case = case_of((error,))
+    run(Case.collected, case)
+    assert case.usage.num_tokens == (0 if isinstance(error, NO_ROOM) else 12 // 4)
+
+
+def test_heartbeats_pass_and_are_no_part_of_a_whole_answer() -> None:
+    items = (None, A, None, None, B, None)
+    assert run(Case.taken, case_of(items)) == list(items)
+    assert run(Case.collected, case_of(items)) == [A, B]
+
+
+@pytest.mark.parametrize("said", [(None,), (A,), (None, A, None)])
+def test_silence_after_the_first_item_is_a_death(said: tuple[Delta | None, ...]) -> None:
+    case = case_of((*said, FOREVER), (A, B), silence_s=0.05)
+    assert run(Case.collected, case) == [A, B]
+    *_, last = run(Case.taken, case_of((A, FOREVER), silence_s=0.05))
+    assert isinstance(last, ActorUnavailableError) and "no heartbeat for" in str(last)
+
+
+def test_the_first_item_has_no_limit_but_the_deadline() -> None:
+    async def slow(job: Job) -> AsyncIterator[Delta]:
+        await asyncio.sleep(0.1)
+        yield A
+
+    case = case_of((), silence_s=0.01)
+    case.worker.stream = slow  # type: ignore[method-assign]
+    assert run(Case.collected, case) == [A]
+
+
+@pytest.mark.parametrize("said", [(), (A,), (None,)])
+@pytest.mark.parametrize("way", WAYS, ids=name)
+def test_a_worker_that_hangs_past_the_deadline_and_the_grace_is_left(said: tuple[Any, ...], way: Way) -> None:
+    case = case_of((*said, FOREVER), time_s=0.02, grace_s=0.02)
+    *_, last = run(way, case)
+    assert isinstance(last, DeadlineExceeded)
+    [response] = case.handle.responses
+    assert response.num_cancels == 1
+
+
+def test_a_caller_that_is_cancelled_is_not_a_death() -> None:
+    async def main() -> None:
+        case = case_of((A, FOREVER), ("never",))
+        task = asyncio.create_task(case.row.collect())
+        while not case.row.context.rows:
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert len(case.worker.jobs) == 1 and case.handle.responses[0].num_cancels == 1
+
+    asyncio.run(main())
+
+
+def test_leaving_cancels_the_job_at_once() -> None:
+    async def main() -> None:
+        case = case_of((A, FOREVER))
+        deltas = case.row.deltas()
+        assert await anext(deltas) == (3, A)
+        assert case.handle.responses[0].num_cancels == 0
+        await deltas.aclose()
+        assert case.handle.responses[0].num_cancels == 1
+
+    asyncio.run(main())

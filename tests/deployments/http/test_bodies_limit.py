@@ -1,0 +1,289 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import tracemalloc
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deployments.http.bodies import BodyLimit, SharedBytes
+from tests.deployments.all_routes import example_path, mounted
+from tests.deployments.app_fakes import http_of, serve_plainly, with_context
+from tests.deployments.asking import error_of, request
+from tests.deployments.http.test_middleware_concurrency import CHAT, Held
+from tests.deployments.key_files import bearer, entry, write
+
+SCOPE = {"type": "http", "method": "POST", "path": "/", "headers": []}
+
+
+async def echo(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers with the body, all of it."""
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": body})
+
+
+def limited(app: ASGIApp, *, budget: SharedBytes | None = None, patience_s: float = 30.0) -> ASGIApp:
+    room = budget or SharedBytes(1000)
+    return with_context(BodyLimit(app, lambda scope: 8, room, patience_s))
+
+
+def post(content: bytes | AsyncIterator[bytes]) -> httpx.Response:
+    async def run() -> httpx.Response:
+        transport = httpx.ASGITransport(limited(echo))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.post("/", content=content)
+
+    return asyncio.run(run())
+
+
+async def chunks(*parts: bytes) -> AsyncIterator[bytes]:
+    for part in parts:
+        yield part
+
+
+@pytest.mark.parametrize("content", [b"", b"12345678", chunks(b"1234", b"5678")])
+def test_a_body_up_to_the_limit_arrives_whole(content: bytes | AsyncIterator[bytes]) -> None:
+    response = post(content)
+    assert response.status_code == 200
+    assert response.content == (b"" if content == b"" else b"12345678")
+
+
+@pytest.mark.parametrize("content", [b"123456789", chunks(b"1234", b"5678", b"9")])
+def test_a_larger_body_is_refused_also_when_no_length_was_announced(content: bytes | AsyncIterator[bytes]) -> None:
+    response = post(content)
+    assert response.status_code == 413
+    assert json.loads(response.content)["error"]["code"] == "body_too_large"
+
+
+def test_reading_stops_at_the_limit() -> None:
+    read = []
+
+    async def long() -> Message:
+        read.append(4)
+        assert len(read) < 100, "nothing stops the reading"
+        return {"type": "http.request", "body": b"1234", "more_body": True}
+
+    async def run() -> list[Message]:
+        sent: list[Message] = []
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        await limited(echo)(SCOPE | {}, long, send)
+        return sent
+
+    assert asyncio.run(run())[0]["status"] == 413
+    assert sum(read) == 12
+
+
+def test_a_request_whose_client_is_gone_is_not_answered() -> None:
+    async def silent(scope: Scope, receive: Receive, send: Send) -> None:
+        assert (await receive())["type"] == "http.disconnect"
+
+    async def gone() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def run() -> list[Message]:
+        sent: list[Message] = []
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        await limited(silent)(SCOPE | {}, gone, send)
+        return sent
+
+    assert asyncio.run(run()) == []
+
+
+def test_what_is_no_request_passes() -> None:
+    seen = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(scope["type"])
+
+    async def nothing(*_: object) -> Message:
+        return {}
+
+    asyncio.run(limited(app)({"type": "lifespan"}, nothing, nothing))
+    assert seen == ["lifespan"]
+
+
+def test_a_body_that_trickles_is_refused_and_one_that_is_read_may_wait() -> None:
+    async def trickle() -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def run(receive: Receive, app: ASGIApp) -> list[Message]:
+        sent: list[Message] = []
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        limit = limited(app, patience_s=0.02)
+        await asyncio.wait_for(limit(SCOPE | {}, receive, send), 5)
+        return sent
+
+    start, body = asyncio.run(run(trickle, echo))
+    assert start["status"] == 408
+    assert json.loads(body["body"])["error"]["code"] == "body_too_slow"
+
+    async def waiting(scope: Scope, receive: Receive, send: Send) -> None:
+        assert (await receive())["body"] == b"1234"
+        assert (await receive())["type"] == "http.disconnect"
+
+    messages: list[Message] = [{"type": "http.request", "body": b"1234"}, {"type": "http.disconnect"}]
+
+    async def read_then_wait() -> Message:
+        if len(messages) == 1:
+            await asyncio.sleep(0.1)  # longer than a body may take
+        return messages.pop(0)
+
+    assert asyncio.run(run(read_then_wait, waiting)) == []
+
+
+def test_bodies_that_stall_hold_no_more_than_their_budget_and_give_it_back() -> None:
+    budget = SharedBytes(10)
+
+    async def run() -> list[int]:
+        goes_on = asyncio.Event()
+
+        async def stalls() -> AsyncIterator[bytes]:
+            yield b"123456"
+            await goes_on.wait()
+            yield b"78"
+
+        transport = httpx.ASGITransport(limited(echo, budget=budget))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            first = asyncio.create_task(client.post("/", content=stalls()))
+            while budget.num_bytes < 6:
+                await asyncio.sleep(0)
+            busy = await client.post("/", content=b"12345")
+            assert busy.json()["error"]["code"] == "body_memory_full"
+            small = await client.post("/", content=b"1234")
+            goes_on.set()
+            return [busy.status_code, small.status_code, (await first).status_code]
+
+    assert asyncio.run(run()) == [503, 200, 200]
+    assert budget.num_bytes == 0
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "DELETE", "OPTIONS"])
+def test_a_body_where_there_is_none_is_refused_unread_on_every_route(method: str) -> None:
+    """Of a body without end nothing is read, and its client is answered."""
+    read: list[bool] = []
+
+    async def endless() -> AsyncIterator[bytes]:
+        while True:
+            read.append(True)
+            assert len(read) < 100, "nothing stops the reading"
+            yield b"x"
+
+    async def run() -> int:
+        num_asked = 0
+        async with http_of(serve_plainly()) as client:
+            for known, path in mounted():
+                if known != method:
+                    continue
+                response = await client.request(method, example_path(path), content=endless())
+                assert response.status_code == 400, path
+                if method != "HEAD":
+                    assert error_of(response)["code"] == "body_not_allowed"
+                num_asked += 1
+            unknown = await client.request(method, "/ready", content=b"x")
+            assert unknown.status_code == 400
+        return num_asked
+
+    assert asyncio.run(run()) == len([key for key in mounted() if key[0] == method])
+    assert read == []
+
+
+@pytest.mark.parametrize("headers", [{}, {"content-length": "0"}])
+def test_a_request_without_a_body_may_say_so(headers: dict[str, str]) -> None:
+    assert request("GET", "/health", sent={"headers": headers}).status_code == 200
+
+
+MIB = 1 << 20
+
+
+async def padded(num_bytes: int) -> AsyncIterator[bytes]:
+    """A request whose JSON is mostly blanks, in two parts, so that the server joins them in memory of its own."""
+    yield json.dumps(CHAT | {"stream": True}).encode()
+    yield b" " * num_bytes
+
+
+async def post_json(client: httpx.AsyncClient, content: AsyncIterator[bytes], key: str = "") -> httpx.Response:
+    headers = {"content-type": "application/json"} | (bearer(key) if key else {})
+    return await client.post("/v1/chat/completions", content=content, headers=headers)
+
+
+def test_a_body_that_was_parsed_takes_no_room_and_no_memory_until_its_answer_ends() -> None:
+    async def run() -> None:
+        worker = Held()
+        served = serve_plainly(worker=worker, max_body_total_bytes=4 * MIB)
+        async with http_of(served) as client:
+            await served.services.preload.wait()
+            tracemalloc.start()
+            try:
+                running = []
+                for count in range(1, 7):
+                    running.append(asyncio.create_task(post_json(client, padded(3 * MIB))))
+                    await worker.has(count)
+                assert served.services.bodies.num_bytes < 10_000
+                assert tracemalloc.get_traced_memory()[0] < 6 * MIB
+            finally:
+                tracemalloc.stop()
+            worker.let_go.set()
+            assert [response.status_code for response in await asyncio.gather(*running)] == [200] * 6
+        assert served.services.bodies.num_bytes == 0
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
+def test_the_texts_of_a_body_count_until_its_answer_ends() -> None:
+    async def run() -> None:
+        worker = Held()
+        served = serve_plainly(worker=worker)
+        async with http_of(served) as client:
+            running = asyncio.create_task(client.post("/v1/completions", json={"prompt": "x" * 9000}))
+            await worker.has(1)
+            assert 9000 <= served.services.bodies.num_bytes < 10_000
+            worker.let_go.set()
+            assert (await running).status_code == 200
+        assert served.services.bodies.num_bytes == 0
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
+def test_bodies_of_one_tenant_leave_room_for_another(tmp_path: Path) -> None:
+    keys = write(tmp_path / "keys.json", entry("a", tenant="a"), entry("b", tenant="b"))
+
+    async def run() -> None:
+        served = serve_plainly(keys_file=keys, max_body_total_bytes=16 * MIB)
+        bodies = served.services.bodies
+        goes_on = asyncio.Event()
+
+        async def stalls() -> AsyncIterator[bytes]:
+            yield b" " * (4 * MIB - 1000)
+            await goes_on.wait()
+            yield json.dumps(CHAT).encode()
+
+        async with http_of(served) as client:
+            running = [asyncio.create_task(post_json(client, stalls(), "a")) for _ in range(2)]
+            while bodies.num_bytes < 7 * MIB:
+                await asyncio.sleep(0)
+            assert error_of(await post_json(client, padded(4 * MIB - 1000), "a"))["code"] == "body_memory_full"
+            assert (await post_json(client, padded(4 * MIB - 1000), "b")).status_code == 200
+            goes_on.set()
+            assert [response.status_code for response in await asyncio.gather(*running)] == [200, 200]
+        assert bodies.num_bytes == 0
+
+    asyncio.run(asyncio.wait_for(run(), 30))

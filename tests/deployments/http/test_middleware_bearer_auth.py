@@ -1,0 +1,387 @@
+"""What a key opens, over the routes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from starlette.requests import Request
+
+from deployments.auth.authenticator import ROLES
+from deployments.errors import KeyRefused
+from deployments.http.dependencies import caller_of
+from deployments.http.middleware import BearerAuth
+from deployments.observability.request_metrics import RequestContext
+from gpu_worker.errors import DeadlineExceeded, EngineStopped
+from tests.deployments.adapter_records import POOL, adapter
+from tests.deployments.all_routes import (
+    OPEN_ROUTES,
+    ROLES_OF,
+    dependencies,
+    documented,
+    example_path,
+    guarded,
+    mounted,
+)
+from tests.deployments.app_fakes import Served, http_of, serve_plainly, with_context
+from tests.deployments.asking import ask, error_of, get, post, request
+from tests.deployments.fake_retriever import FakeRetriever
+from tests.deployments.fake_store import FakeStore
+from tests.deployments.fake_worker import DELTAS, FakeWorker
+from tests.deployments.key_files import bearer, entry, keys_of_all_roles, write
+from tests.soak import Scale
+
+GONE = {"name": "poet", "digest": "0" * 64, "weight": 1.0}
+CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
+NEEDS = {(method, example_path(path)): role for (method, path), role in ROLES_OF.items()}
+BODIES = {
+    "/v1/chat/completions": CHAT,
+    "/v1/completions": {"prompt": "Hi"},
+    "/v1/route": {"prompt": "Hi"},
+    "/v1/loras/x": {"visibility": "public"},
+    "/v1/load_lora_adapter": {"lora_name": "x", "lora_path": "/x"},
+    "/v1/unload_lora_adapter": {"lora_name": "x"},
+    "/v1/pool/reindex": {"encoder": "all-MiniLM-L6-v2"},
+    "/v1/pool/map": {"prompt": "Hi"},
+}
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    return keys_of_all_roles(tmp_path)
+
+
+def test_the_routes_are_the_known_ones() -> None:
+    assert mounted().keys() == ROLES_OF.keys() | OPEN_ROUTES
+    assert len(guarded()) == len(ROLES_OF) >= 21
+    in_document = {(method, path.replace(":path}", "}")) for method, path in ROLES_OF} | {
+        ("GET", "/health"),
+        ("GET", "/ready"),
+    }
+    assert documented() == in_document
+
+
+def test_every_route_below_v1_asks_who_calls() -> None:
+    assert len(guarded()) >= 21
+    assert [key for key, route in guarded().items() if caller_of not in dependencies(route.dependant)] == []
+
+
+@pytest.mark.parametrize("sent", [None, "Bearer", "Bearer wrong", "Basic all", "all", "Bearer all extra"])
+def test_without_a_valid_key_every_route_says_401_before_it_reads_the_body(keys: Path, sent: str | None) -> None:
+    headers = {} if sent is None else {"Authorization": sent}
+
+    async def ask_all(client: httpx.AsyncClient, _: Served) -> None:
+        asked = 0
+        for method, path in guarded():
+            response = await client.request(method, example_path(path), content=b"{", headers=headers)
+            assert (response.status_code, error_of(response)["code"]) == (401, "invalid_api_key"), path
+            assert response.headers["www-authenticate"] == "Bearer"
+            asked += 1
+        assert asked == len(ROLES_OF)
+        assert (await client.get("/v1/no/such/route", headers=headers)).status_code == 401
+
+    ask(ask_all, keys_file=keys)
+
+
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
+def test_a_valid_key_is_let_in_from_any_address(keys: Path, scheme: str) -> None:
+    response = get("/v1/models", keys_file=keys, host="192.0.2.7", headers={"Authorization": f"{scheme} infer"})
+    assert response.status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/docs", "/openapi.json"])
+def test_what_tells_nothing_of_the_pool_is_open(keys: Path, path: str) -> None:
+    assert get(path, keys_file=keys).status_code == 200
+
+
+def test_with_keys_ready_says_no_more_than_that_to_anybody(keys: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "adapter_config.json").touch()
+    response = get("/ready", keys_file=keys, preload=(tmp_path,))
+    assert (response.status_code, response.json()) == (200, {"status": "ready"})
+    assert get("/ready", keys_file=keys, headers=bearer("all")).json() == {"status": "ready"}
+
+
+def test_the_operator_is_told_of_public_adapters_alone(keys: Path) -> None:
+    held = [adapter("open"), adapter("mine", tenant="acme", visibility="private"), adapter("own", visibility="private")]
+
+    async def started(_: httpx.AsyncClient, served: Served) -> Any:
+        return await served.ingress.started()
+
+    assert ask(started, keys_file=keys, retriever=FakeRetriever(held))["num_adapters"] == 1
+    assert get("/ready", retriever=FakeRetriever(held)).json()["num_adapters"] == 2
+
+
+def test_the_api_describes_that_it_takes_a_key() -> None:
+    described = get("/openapi.json").json()
+    assert described["paths"]["/v1/loras"]["post"]["security"] == [{"HTTPBearer": []}]
+    assert "security" not in described["paths"]["/health"]["get"]
+
+
+@pytest.mark.parametrize(("method", "path"), NEEDS)
+@pytest.mark.parametrize("role", ROLES)
+def test_a_role_opens_its_routes_and_no_other(keys: Path, method: str, path: str, role: str) -> None:
+    sent: dict[str, Any] = {"headers": bearer(role)}
+    if method in ("POST", "PATCH"):
+        sent["json"] = BODIES.get(path, {})
+    response = request(method, path, sent=sent, keys_file=keys, publish_paths=True)
+    assert (response.status_code == 403) is (NEEDS[method, path] not in (None, role)), response.text
+    if response.status_code == 403:
+        assert error_of(response)["code"] == "role_missing"
+
+
+def test_a_route_that_is_reached_past_the_guard_has_no_caller() -> None:
+    with pytest.raises(KeyRefused):
+        caller_of(Request({"type": "http", "state": {"context": RequestContext("r", "none")}, "headers": []}))
+
+
+@pytest.mark.parametrize("prefix", ["", "/live"])
+def test_the_guard_stands_where_the_application_is_mounted(keys: Path, prefix: str) -> None:
+    async def run() -> list[int]:
+        served = serve_plainly(keys_file=keys)
+        statuses: list[int] = []
+
+        async def inner(scope: Any, receive: Any, send: Any) -> None:
+            statuses.append(0)
+
+        async def send(message: Any) -> None:
+            statuses.append(message.get("status", -1))
+
+        guarded_app = with_context(BearerAuth(inner, served.services.authenticator))
+        async with http_of(served):
+            for path in ("/v1/models", "/health"):
+                scope = {"type": "http", "method": "GET", "path": prefix + path, "root_path": prefix, "headers": []}
+                await guarded_app(scope, None, send)  # type: ignore[arg-type]
+        return statuses
+
+    assert asyncio.run(run()) == [401, -1, 0]
+
+
+def test_without_keys_everybody_is_the_local_tenant(tmp_path: Path) -> None:
+    async def look(client: httpx.AsyncClient, served: Served) -> None:
+        assert (await client.post("/v1/chat/completions", json=CHAT)).status_code == 200
+        [([asked],)] = served.retriever.called("route")
+        assert asked.tenant == "local"
+        await client.post("/v1/loras", json={"path": str(tmp_path / "mine")})
+        [([staged], _, _, actor, _, share, _)] = served.store.called("commit")
+        assert (staged.ref.tenant, actor, share) == ("local", "local", None)
+        [(upload, _)] = served.store.called("stage")
+        assert upload.visibility or upload.default_visibility == "public"
+
+    ask(look)
+
+
+def test_a_key_publishes_for_its_tenant_privately_unless_it_says_so(tmp_path: Path) -> None:
+    limits = {"max_adapters": 7}
+    keys = write(tmp_path / "keys.json", entry("k", roles=["publish"], limits=limits))
+
+    async def look(client: httpx.AsyncClient, served: Served) -> None:
+        files = [("files", ("adapter_config.json", b"{}"))]
+        for data in ({"name": "a"}, {"name": "b", "visibility": "public"}):
+            response = await client.post("/v1/loras", files=files, data=data)
+            assert response.status_code == 201, response.text
+        uploads = [upload for upload, _ in served.store.called("stage")]
+        assert [upload.tenant for upload in uploads] == ["acme", "acme"]
+        assert [upload.visibility or upload.default_visibility for upload in uploads] == ["private", "public"]
+        for *_, actor, _, share, _ in served.store.called("commit"):
+            assert (actor, share.max_adapters) == ("id-k", 7)
+        for groups, tenants in served.retriever.called("embed"):
+            assert (len(groups), tenants) == (1, ["acme"])
+
+    ask(look, keys_file=keys, host="192.0.2.7", headers=bearer("k"))
+
+
+def test_folders_of_the_server_are_published_from_its_own_machine_only(keys: Path) -> None:
+    response = post("/v1/loras", {"path": "/x"}, keys_file=keys, host="192.0.2.7", headers=bearer("all"))
+    assert (response.status_code, error_of(response)["code"]) == (403, "publishing_disabled")
+
+
+def test_with_keys_no_folder_of_the_server_is_published_unless_that_is_set(keys: Path) -> None:
+    response = post("/v1/loras", {"path": "/x"}, keys_file=keys, headers=bearer("all"))
+    assert (response.status_code, error_of(response)["code"]) == (403, "publishing_disabled")
+    assert (
+        post("/v1/loras", {"path": "/x"}, keys_file=keys, publish_paths=True, headers=bearer("all")).status_code == 201
+    )
+
+
+def test_a_visibility_is_changed_by_its_own_tenant(keys: Path) -> None:
+    mine = adapter("poet", tenant="acme")
+    store = FakeStore({("acme", "poet"): (mine,), ("local", "theirs"): (POOL[0],)})
+
+    async def look(client: httpx.AsyncClient, served: Served) -> None:
+        response = await client.patch("/v1/loras/poet", json={"visibility": "private"})
+        assert response.json() == {
+            "name": "poet",
+            "visibility": "private",
+            "generation": 8,
+            "replicas": {"ready": 1, "behind": 0},
+        }
+        assert served.store.called("set_visibility") == [("acme", "poet", "private", "id-all")]
+        for name in ("theirs", "local/theirs", "nobody"):
+            response = await client.patch(f"/v1/loras/{name}", json={"visibility": "private"})
+            assert (response.status_code, error_of(response)["code"]) == (404, "model_not_found")
+        response = await client.patch("/v1/loras/poet", json={"visibility": "secret"})
+        assert (response.status_code, error_of(response)["param"]) == (400, "visibility")
+
+    ask(look, keys_file=keys, store=store, headers=bearer("all"))
+
+
+def test_without_the_keys_file_requests_are_503_once_the_grace_period_is_over(tmp_path: Path) -> None:
+    path = write(tmp_path / "keys.json", entry("all"))
+
+    async def look(client: httpx.AsyncClient, _: Served) -> None:
+        assert (await client.get("/v1/models")).status_code == 200
+        path.unlink()
+        response = await client.get("/v1/models")
+        assert (response.status_code, error_of(response)["code"]) == (503, "keys_unavailable")
+        assert str(tmp_path) not in response.text
+        assert (await client.get("/health")).status_code == 200
+
+    ask(look, keys_file=path, keys_missing_grace_s=0, headers=bearer("all"))
+
+
+def by_openai(
+    keys: Path, key: str, question: Callable[[openai.AsyncOpenAI], Coroutine[Any, Any, Any]], **o: Any
+) -> Any:
+    async def run(client: httpx.AsyncClient, _: Served) -> Any:
+        own = openai.AsyncOpenAI(base_url="http://test/v1", api_key=key, http_client=client, max_retries=0)
+        return await question(own)
+
+    return ask(run, keys_file=keys, **o)
+
+
+def test_the_openai_client_raises_what_it_raises_elsewhere(tmp_path: Path) -> None:
+    keys = write(
+        tmp_path / "keys.json",
+        entry("once", limits={"requests_per_minute": 1}),
+        entry("reader", roles=["publish"]),
+    )
+
+    async def chat(client: openai.AsyncOpenAI) -> Any:
+        return await client.chat.completions.create(model="auto", messages=CHAT["messages"])  # type: ignore[arg-type]
+
+    async def twice(client: openai.AsyncOpenAI) -> None:
+        assert (await chat(client)).choices[0].message.content == "Hello"
+        await chat(client)
+
+    with pytest.raises(openai.AuthenticationError) as unknown:
+        by_openai(keys, "wrong", chat)
+    assert unknown.value.code == "invalid_api_key"
+    with pytest.raises(openai.PermissionDeniedError):
+        by_openai(keys, "reader", chat)
+    with pytest.raises(openai.RateLimitError) as limited:
+        by_openai(keys, "once", twice)
+    assert 55 <= int(limited.value.response.headers["retry-after"]) <= 60
+
+
+@pytest.mark.parametrize(
+    ("options", "body", "status", "times"),
+    [
+        ({}, {"lora": {"plan": {"strategy": "selection", "adapters": [GONE]}}}, 409, 1),
+        ({"worker": FakeWorker([DeadlineExceeded(0)] * 3)}, {}, 504, 1),
+        ({"worker": FakeWorker([EngineStopped("it stopped")] * 3)}, {}, 503, 2),
+    ],
+    ids=["a plan that is gone", "time that is over", "a part that is away"],
+)
+def test_the_openai_client_asks_again_only_where_that_can_help(
+    keys: Path, options: dict[str, Any], body: dict[str, Any], status: int, times: int
+) -> None:
+    async def look(client: httpx.AsyncClient, served: Served) -> None:
+        seen: list[int] = []
+
+        async def count(response: httpx.Response) -> None:
+            seen.append(response.status_code)
+
+        client.event_hooks = {"response": [count]}
+        own = openai.AsyncOpenAI(base_url="http://test/v1", api_key="all", http_client=client, max_retries=1)
+        with pytest.raises(openai.APIStatusError):
+            await own.chat.completions.create(model="auto", **CHAT, extra_body=body)
+        assert seen == [status] * times
+
+    ask(look, keys_file=keys, **options)
+
+
+def test_a_running_stream_counts_until_its_client_leaves(tmp_path: Path) -> None:
+    keys = write(tmp_path / "keys.json", entry("k", limits={"concurrent_requests": 1}))
+
+    async def look(client: httpx.AsyncClient, served: Served) -> None:
+        caller = served.services.authenticator.authenticate("Bearer k")
+        chunks = served.ingress.stream(CHAT, caller)
+        await anext(chunks)
+        for path, body in (("/v1/chat/completions", CHAT), ("/v1/route", {"prompt": "hi"})):
+            response = await client.post(path, json=body)
+            assert (response.status_code, error_of(response)["code"]) == (429, "rate_limit_exceeded"), path
+            assert response.headers["retry-after"] == "1"
+        await chunks.aclose()
+        assert (await client.post("/v1/chat/completions", json=CHAT)).status_code == 200
+
+    ask(look, keys_file=keys, headers=bearer("k"))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tokens_are_charged_as_used_and_not_as_asked_for(tmp_path: Path, stream: bool) -> None:
+    keys = write(tmp_path / "keys.json", entry("k", limits={"tokens_per_minute": 100}))
+    body = CHAT | {"max_tokens": 80, "stream": stream}
+
+    async def look(client: httpx.AsyncClient, _: Served) -> None:
+        for _turn in range(2):  # 8 tokens each
+            response = await client.post("/v1/chat/completions", json=body)
+            assert response.status_code == 200, response.text
+        response = await client.post("/v1/chat/completions", json=body | {"max_tokens": 90})
+        assert response.status_code == 429
+        response = await client.post("/v1/chat/completions", json=body | {"max_tokens": 101})
+        assert (response.status_code, error_of(response)["param"]) == (400, "max_tokens")
+
+    ask(look, keys_file=keys, headers=bearer("k"))
+
+
+def test_a_request_that_breaks_is_charged_what_it_used(tmp_path: Path) -> None:
+    keys = write(tmp_path / "keys.json", entry("k", limits={"tokens_per_minute": 100}))
+    worker = FakeWorker(events=(DELTAS[0], TimeoutError()))
+
+    async def look(client: httpx.AsyncClient, _: Served) -> None:
+        for _turn in range(3):
+            response = await client.post("/v1/chat/completions", json=CHAT | {"max_tokens": 80})
+            assert response.status_code == 503
+
+    ask(look, keys_file=keys, worker=worker, headers=bearer("k"))
+
+
+def test_no_valid_key_fails_while_keys_rotate(tmp_path: Path, scale: Scale) -> None:
+    """Each key is written beside the one before, used as soon as the file is there, and then alone in it."""
+    num_rotations = scale.pick("rotations", small=25, full=500)
+    path = write(tmp_path / "keys.json", entry("k0"))
+
+    async def run() -> int:
+        served = serve_plainly(keys_file=path)
+        valid, num_asked, done = ["k0"], 0, False
+
+        async def client_task(client: httpx.AsyncClient) -> None:
+            nonlocal num_asked
+            while not done:
+                response = await client.get("/v1/models", headers=bearer(valid[-1]))
+                assert response.status_code == 200, response.text
+                num_asked += 1
+
+        async with http_of(served) as client, asyncio.TaskGroup() as tasks:
+            for _ in range(8):
+                tasks.create_task(client_task(client))
+            for number in range(1, num_rotations + 1):
+                old, new = f"k{number - 1}", f"k{number}"
+                await asyncio.to_thread(write, path, entry(old), entry(new))
+                valid.append(new)
+                seen = num_asked
+                while num_asked < seen + 16:  # those that were under way with the old key are answered by now
+                    await asyncio.sleep(0)
+                await asyncio.to_thread(write, path, entry(new))
+                gone = await client.get("/v1/models", headers=bearer(old))
+                assert gone.status_code == 401
+            done = True
+        return num_asked
+
+    assert asyncio.run(run()) >= 16 * num_rotations

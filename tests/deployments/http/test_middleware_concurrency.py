@@ -1,0 +1,233 @@
+"""What an Ingress replica refuses at once because it has enough to do."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from deployments.auth.authenticator import ANONYMOUS_TENANT
+from deployments.errors import ServerOverloaded
+from deployments.http.middleware import WAITS_S, InFlight
+from gpu_worker.request.request import Delta, Job
+from tests.deployments.adapter_records import BASE
+from tests.deployments.app_fakes import Served, http_of, serve_plainly
+from tests.deployments.asking import error_of
+from tests.deployments.clocks import Clock
+from tests.deployments.fake_worker import DELTAS, FakeWorker
+from tests.deployments.key_files import bearer, entry, write
+
+CHAT = {"model": BASE, "messages": [{"role": "user", "content": "Hi"}]}
+
+
+class Held(FakeWorker):
+    """Answers once the test lets it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.let_go = asyncio.Event()
+        self.num_asked = 0
+        self.asked = asyncio.Condition()
+
+    async def stream(self, job: Job) -> AsyncIterator[Delta]:
+        async with self.asked:
+            self.num_asked += 1
+            self.asked.notify_all()
+        await self.let_go.wait()
+        for delta in DELTAS:
+            yield delta
+
+    async def has(self, count: int) -> None:
+        async with self.asked:
+            await self.asked.wait_for(lambda: self.num_asked == count)
+
+
+def with_two_held(
+    question: Callable[[httpx.AsyncClient, Served], Awaitable[Any]], body: dict[str, Any] | None = None
+) -> Any:
+    """What `question` gives while two requests fill a replica that takes two."""
+
+    async def run() -> Any:
+        worker = Held()
+        served = serve_plainly(worker=worker, max_concurrent_requests=2)
+        async with http_of(served) as client:
+            held = [asyncio.create_task(client.post("/v1/chat/completions", json=body or CHAT)) for _ in range(2)]
+            await worker.has(2)
+            answer = await question(client, served)
+            worker.let_go.set()
+            assert [response.status_code for response in await asyncio.gather(*held)] == [200, 200]
+        assert served.services.in_flight.count == 0
+        return answer
+
+    return asyncio.run(asyncio.wait_for(run(), 10))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_above_the_limit_a_request_is_refused_and_told_to_come_again(streamed: bool) -> None:
+    async def question(client: httpx.AsyncClient, served: Served) -> httpx.Response:
+        return await client.post("/v1/chat/completions", json=CHAT)
+
+    response = with_two_held(question, CHAT | {"stream": streamed})
+    assert response.status_code == 429
+    assert response.headers["retry-after"] == "1"
+    error = error_of(response)
+    assert (error["type"], error["code"]) == ("overloaded_error", "server_overloaded")
+    assert "2 concurrent requests" in error["message"]
+
+
+def test_of_what_is_refused_not_even_the_body_is_read() -> None:
+    read = []
+
+    async def body() -> AsyncIterator[bytes]:
+        read.append(True)
+        yield b"{}"
+
+    async def question(client: httpx.AsyncClient, served: Served) -> httpx.Response:
+        return await client.post("/v1/chat/completions", content=body())
+
+    assert with_two_held(question).status_code == 429
+    assert not read
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready"])
+def test_a_probe_is_answered_however_much_there_is_to_do(path: str) -> None:
+    async def question(client: httpx.AsyncClient, served: Served) -> httpx.Response:
+        await served.services.preload.wait()
+        return await client.get(path)
+
+    assert with_two_held(question).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/loras/health", "/v1/models/ready"])
+def test_what_only_ends_like_a_probe_is_none(path: str) -> None:
+    async def question(client: httpx.AsyncClient, served: Served) -> httpx.Response:
+        return await client.get(path)
+
+    assert with_two_held(question).status_code == 429
+
+
+def test_a_place_is_free_again_after_an_answer_an_error_and_a_client_that_left() -> None:
+    async def run() -> None:
+        worker = Held()
+        served = serve_plainly(worker=worker, max_concurrent_requests=1)
+        async with http_of(served) as client:
+            leaving = asyncio.create_task(client.post("/v1/chat/completions", json=CHAT))
+            await worker.has(1)
+            assert served.services.in_flight.count == 1
+            leaving.cancel()
+            await asyncio.wait([leaving])
+            assert served.services.in_flight.count == 0
+            worker.let_go.set()
+            for body, status in [(CHAT, 200), ({}, 400), (CHAT | {"model": "nobody"}, 404), (CHAT, 200)]:
+                assert (await client.post("/v1/chat/completions", json=body)).status_code == status
+        assert served.services.in_flight.count == 0
+
+    asyncio.run(run())
+
+
+def test_the_count_goes_no_higher_than_the_limit() -> None:
+    in_flight = InFlight(1)
+    in_flight.enter("a")
+    with pytest.raises(ServerOverloaded):
+        in_flight.enter("a")
+    assert in_flight.count == 1
+    in_flight.leave("a")
+    in_flight.enter("a")
+
+
+def is_let_in(in_flight: InFlight, tenant: str) -> bool:
+    try:
+        in_flight.enter(tenant)
+    except ServerOverloaded:
+        return False
+    return True
+
+
+def test_a_tenant_that_is_alone_may_use_every_place() -> None:
+    in_flight = InFlight(10)
+    assert [is_let_in(in_flight, "a") for _ in range(12)] == [True] * 10 + [False] * 2
+
+
+def test_places_that_become_free_go_to_the_tenant_that_was_refused_up_to_its_share() -> None:
+    in_flight = InFlight(10, Clock())
+    assert all(is_let_in(in_flight, "flood") for _ in range(10))
+    for _ in range(5):
+        assert not is_let_in(in_flight, "late")
+        in_flight.leave("flood")
+        assert not is_let_in(in_flight, "flood")
+        assert is_let_in(in_flight, "late")
+    assert not is_let_in(in_flight, "late")  # both have their share
+    in_flight.leave("flood")
+    assert is_let_in(in_flight, "flood")
+
+
+def test_requests_without_a_caller_take_no_place_of_a_tenant_that_is_alone() -> None:
+    in_flight = InFlight(10, Clock())
+    assert all(is_let_in(in_flight, "a") for _ in range(10))
+    assert not is_let_in(in_flight, ANONYMOUS_TENANT)
+    in_flight.leave("a")
+    assert is_let_in(in_flight, "a")
+
+
+def test_requests_without_a_caller_do_not_count_in_the_share_and_give_way_to_who_waits() -> None:
+    in_flight = InFlight(10, Clock())
+    assert all(is_let_in(in_flight, "a") for _ in range(8))
+    assert is_let_in(in_flight, ANONYMOUS_TENANT) and is_let_in(in_flight, ANONYMOUS_TENANT)
+    assert not is_let_in(in_flight, "late")
+    for _ in range(5):
+        in_flight.leave("a")
+    in_flight.leave(ANONYMOUS_TENANT)
+    assert not is_let_in(in_flight, ANONYMOUS_TENANT)
+    assert [is_let_in(in_flight, "a") for _ in range(3)] == [True, True, False]
+    assert is_let_in(in_flight, "late")
+
+
+def test_a_tenant_that_does_not_come_back_keeps_nobody_out() -> None:
+    clock = Clock()
+    in_flight = InFlight(2, clock)
+    assert is_let_in(in_flight, "a") and is_let_in(in_flight, "a") and not is_let_in(in_flight, "gone")
+    in_flight.leave("a")
+    assert not is_let_in(in_flight, "a")
+    clock.at += WAITS_S
+    assert is_let_in(in_flight, "a")
+
+
+def test_many_tenants_have_at_least_one_place_each() -> None:
+    in_flight = InFlight(3, Clock())
+    assert all(is_let_in(in_flight, "flood") for _ in range(3))
+    for number in range(5):
+        assert not is_let_in(in_flight, f"tenant {number}")
+    for number in range(3):
+        in_flight.leave("flood")
+        assert is_let_in(in_flight, f"tenant {number}")
+        assert not is_let_in(in_flight, f"tenant {number}")
+
+
+def test_the_share_is_of_the_keys_tenant_over_http(tmp_path: Path) -> None:
+    keys = write(tmp_path / "keys.json", *[entry(tenant, tenant) for tenant in ("flood", "late")])
+
+    async def run() -> list[int]:
+        worker = Held()
+        served = serve_plainly(worker=worker, max_concurrent_requests=2, keys_file=keys)
+
+        async def post(tenant: str) -> int:
+            headers = bearer(tenant)
+            return (await client.post("/v1/chat/completions", json=CHAT, headers=headers)).status_code
+
+        async with http_of(served) as client:
+            held = [asyncio.create_task(post("flood")) for _ in range(2)]
+            await worker.has(2)
+            statuses = [await post("late")]
+            held[0].cancel()
+            await asyncio.wait([held[0]])
+            statuses.append(await post("flood"))
+            late = asyncio.create_task(post("late"))
+            await worker.has(3)
+            worker.let_go.set()
+            return [*statuses, await late, await held[1]]
+
+    assert asyncio.run(asyncio.wait_for(run(), 30)) == [429, 429, 200, 200]

@@ -1,0 +1,162 @@
+"""Which names and pages a server answers to. DNS rebinding gives a page any name, and never an address."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from deployments.cli.local_server import Server
+from deployments.config.app import AppConfig
+from deployments.http.origins import host_of
+from tests.deployments.all_routes import example_path, mounted
+from tests.deployments.app_fakes import Served, config_of, http_of, serve_plainly
+from tests.deployments.asking import ask, error_of, request
+from tests.deployments.key_files import bearer, entry, write
+
+OWN = [
+    "localhost",
+    "LocalHost:8000",
+    "localhost.",
+    "localhost.:8000",
+    "127.0.0.1:8000",
+    "127.8.8.8",
+    "[::1]",
+    "[::1]:80",
+]
+OTHER = [
+    "evil.example",
+    "evil.example:8000",
+    "localhost.evil.example",
+    "127.0.0.1.evil.example",
+    "evil.localhost",
+    "127.1",
+    "2130706433",
+    "0x7f.0.0.1",
+    "user@127.0.0.1",
+    "127.0.0.1/",
+    "127.0.0.1:8000:1",
+    "127.0.0.1 evil.example",
+    "[::1",
+    "::1",
+    "[evil.example]",
+    "",
+]
+
+
+def status(host: str, origin: str | None = None, path: str = "/v1/models", **options: Any) -> httpx.Response:
+    headers = {"host": host} | ({} if origin is None else {"origin": origin})
+    return request("GET", path, sent={"headers": headers}, **{"allowed_hosts": (), **options})
+
+
+@pytest.mark.parametrize("host", [*OWN, "192.0.2.7:8000", "[2001:db8::1]:8000"])
+def test_a_loopback_name_and_any_address_is_answered(host: str) -> None:
+    assert status(host).status_code == 200
+
+
+@pytest.mark.parametrize("host", OTHER)
+def test_another_name_is_refused_in_the_apis_own_shape(host: str) -> None:
+    response = status(host)
+    assert (response.status_code, error_of(response)["code"]) == (421, "host_not_allowed")
+    assert "allowed_hosts" in error_of(response)["message"]
+    assert status(host, path="/health").status_code == 421
+
+
+@pytest.mark.parametrize("host", ["pool.example", "POOL.example:443", "pool.example."])
+def test_the_setting_adds_names(host: str) -> None:
+    assert status(host, allowed_hosts=("Pool.Example.",)).status_code == 200
+    assert status(f"x{host}", allowed_hosts=("pool.example",)).status_code == 421
+
+
+def sent(method: str, path: str, *headers: tuple[str, str], **options: Any) -> httpx.Response:
+    """The answer to a request with exactly these Host and Origin headers."""
+
+    async def question(client: httpx.AsyncClient, _: Served) -> httpx.Response:
+        made = client.build_request(method, path)
+        del made.headers["host"]
+        made.headers = httpx.Headers([*made.headers.multi_items(), *headers])
+        return await client.send(made)
+
+    response: httpx.Response = ask(question, **{"allowed_hosts": (), **options})
+    return response
+
+
+def test_no_host_and_two_hosts_are_refused() -> None:
+    assert sent("GET", "/v1/models").status_code == 421
+    assert sent("GET", "/v1/models", ("host", "localhost"), ("host", "evil.example")).status_code == 421
+    assert sent("GET", "/v1/models", ("host", "localhost")).status_code == 200
+
+
+def test_every_route_refuses_a_foreign_name_and_a_foreign_page() -> None:
+    async def run() -> int:
+        num_asked = 0
+        async with http_of(serve_plainly(allowed_hosts=())) as client:
+            for method, path in mounted():
+                asked = example_path(path)
+                refused = await client.request(method, asked, headers={"host": "evil.example"})
+                assert refused.status_code == 421, (method, path)
+                headers = {"host": "127.0.0.1:8000", "origin": "http://evil.example:8000"}
+                refused = await client.request(method, asked, headers=headers)
+                assert refused.status_code == 403, (method, path)
+                if method != "HEAD":
+                    assert error_of(refused)["code"] == "origin_not_allowed"
+                num_asked += 1
+        return num_asked
+
+    assert asyncio.run(run()) == len(mounted()) >= 30
+
+
+@pytest.mark.parametrize(
+    ("origin", "expected"),
+    [
+        ("http://10.1.2.3:8000", 200),
+        ("http://127.0.0.1:3000", 200),
+        ("http://localhost:3000", 200),
+        ("http://[::1]:3000", 200),
+        ("https://pool.example", 200),
+        ("http://10.1.2.4:8000", 403),
+        ("https://evil.example", 403),
+        ("https://localhost.evil.example", 403),
+        ("https://user@127.0.0.1.evil.example", 403),
+        ("null", 403),
+        ("", 403),
+        ("http://[evil", 403),
+    ],
+)
+def test_a_page_may_ask_where_it_is_the_servers_own_or_this_machines(origin: str, expected: int) -> None:
+    assert status("10.1.2.3:8000", origin, allowed_hosts=("pool.example",)).status_code == expected
+
+
+def test_with_keys_any_name_is_answered_unless_the_setting_names_some(tmp_path: Path) -> None:
+    keys = write(tmp_path / "keys.json", entry("k"))
+    options: dict[str, Any] = {"keys_file": keys, "headers": bearer("k")}
+    for host in ("serve-svc.pool.svc:8000", "10.4.5.6:8000"):
+        assert status(host, "https://console.example", **options).status_code == 200
+    assert status("other.example", **options, allowed_hosts=("pool.example",)).status_code == 421
+    assert (
+        status("pool.example", "https://console.example", **options, allowed_hosts=("pool.example",)).status_code == 200
+    )
+    assert status("10.4.5.6", path="/ready", **options, allowed_hosts=("pool.example",)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("header", "host"),
+    [("A.b:80", "a.b"), ("a.", "a"), ("[::1]:1", "::1"), (" a ", "a"), ("a:", None), (".", None), ("a:b", None)],
+)
+def test_a_host_is_read_without_its_port(header: str, host: str | None) -> None:
+    assert host_of(header) == host
+
+
+@pytest.mark.parametrize("name", ["http://a", "a:80", "*", "*.a", "", "a/b", "[::1]"])
+def test_a_setting_that_is_no_name_stops_the_start(name: str) -> None:
+    with pytest.raises(ValueError, match="must be a host name without scheme"):
+        AppConfig(allowed_hosts=(name,))
+
+
+def test_the_name_the_server_listens_at_is_one_of_its_own(tmp_path: Path) -> None:
+    assert Server(config_of(allowed_hosts=()), host="Box.lan", port=1)._config.allowed_hosts == ("box.lan",)
+    keys = write(tmp_path / "keys.json", entry("k"))
+    assert Server(config_of(allowed_hosts=(), keys_file=keys), host="box.lan", port=1)._config.allowed_hosts == ()

@@ -1,0 +1,175 @@
+"""Uploads in progress share one budget."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import Request
+from starlette.types import Message
+
+from deployments.api.adapters import PublishItem
+from deployments.config.app import FORM_OVERHEAD_BYTES
+from deployments.errors import BodyTooSlow, UploadMemoryFull
+from deployments.http.uploads import UploadBudget
+from lora_store import Staged
+from tests.deployments.adapter_records import POOL, pool_of
+from tests.deployments.app_fakes import Served, http_of, serve_plainly
+from tests.deployments.asking import error_of
+from tests.deployments.fake_store import FakeStore
+
+ONE = FORM_OVERHEAD_BYTES + 100
+
+
+def request_of(*parts: bytes, announced: int | str | None = None) -> Request:
+    messages = [{"type": "http.request", "body": part, "more_body": True} for part in parts]
+    headers = [] if announced is None else [(b"content-length", str(announced).encode())]
+
+    async def receive() -> Message:
+        return messages.pop(0)
+
+    return Request({"type": "http", "headers": headers}, receive)
+
+
+def read(budget: UploadBudget, http: Request, count: int) -> int:
+    """What the budget held while so many pieces of the request were read."""
+
+    async def run() -> int:
+        with budget.reading(http, "a") as counted:
+            for _ in range(count):
+                await counted.receive()
+            return budget.num_bytes
+
+    return asyncio.run(run())
+
+
+def test_what_is_announced_counts_at_once_and_nothing_afterwards() -> None:
+    budget = UploadBudget(10)
+    assert read(budget, request_of(announced=10), 0) == 10
+    assert budget.num_bytes == 0
+    with pytest.raises(UploadMemoryFull, match="10 bytes"):
+        read(budget, request_of(announced=11), 0)
+    assert budget.num_bytes == 0
+
+
+def test_what_is_not_announced_counts_as_it_comes() -> None:
+    budget = UploadBudget(10)
+    assert read(budget, request_of(b"1234", b"567", b"890"), 2) == 7
+    with pytest.raises(UploadMemoryFull):
+        read(budget, request_of(b"123456", b"78901"), 2)
+    assert budget.num_bytes == 0
+
+
+def test_more_than_was_announced_counts_too() -> None:
+    budget = UploadBudget(10)
+    assert read(budget, request_of(b"1234", b"5678", announced=5), 1) == 5
+    assert read(budget, request_of(b"1234", b"5678", announced=5), 2) == 8
+
+
+@pytest.mark.parametrize("announced", ["-5", "five", "²", "9" * 400])
+def test_a_length_that_is_none_announces_nothing(announced: str) -> None:
+    http = Request({"type": "http", "headers": [(b"content-length", announced.encode("latin-1", "replace"))]})
+    with UploadBudget(10).reading(http, "a"):
+        pass
+
+
+def test_uploads_of_one_tenant_leave_room_for_another() -> None:
+    budget = UploadBudget(1000, always_bytes=500, has_tenants=True)
+    with budget.reading(request_of(announced=500), "a"):
+        with pytest.raises(UploadMemoryFull), budget.reading(request_of(announced=400), "a"):
+            pass
+        with budget.reading(request_of(announced=500), "b"):
+            assert budget.num_bytes == 1000
+    assert budget.num_bytes == 0
+
+
+@pytest.mark.parametrize("sent", [0, 1, (640 << 10) - 1])
+def test_an_upload_that_sends_less_than_its_least_rate_is_refused_and_gives_its_room_back(sent: int) -> None:
+    messages = [{"type": "http.request", "body": b"x" * sent, "more_body": True}]
+
+    async def receive() -> Message:
+        if not messages:
+            await asyncio.Event().wait()
+        return messages.pop(0)
+
+    async def run() -> None:
+        budget = UploadBudget(1 << 20, window_s=0.02)
+        http = Request({"type": "http", "headers": [(b"content-length", b"1000000")]}, receive)
+        with pytest.raises(BodyTooSlow, match=r"640 KiB in 0\.02 s"), budget.reading(http, "a") as counted:
+            while True:
+                await counted.receive()
+        assert budget.num_bytes == 0
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+
+
+def test_an_upload_that_keeps_its_rate_may_take_longer_than_one_window() -> None:
+    async def receive() -> Message:
+        await asyncio.sleep(0.2)
+        return {"type": "http.request", "body": b"x" * (640 << 10), "more_body": True}
+
+    async def run() -> None:
+        with UploadBudget(10 << 20, window_s=0.5).reading(
+            Request({"type": "http", "headers": []}, receive), "a"
+        ) as http:
+            for _ in range(4):
+                assert (await http.receive())["more_body"]
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+
+
+class HeldStore(FakeStore):
+    """Stages when the test lets it."""
+
+    let_go: asyncio.Event
+    staging: asyncio.Event
+
+    async def stage(self, upload: PublishItem, module_shapes: object) -> Staged:
+        self.staging.set()
+        await self.let_go.wait()
+        return await super().stage(upload, module_shapes)
+
+
+def upload(client: httpx.AsyncClient, num_bytes: int) -> Any:
+    return client.post("/v1/loras", files=[("files", ("x.txt", b"x" * num_bytes))], data={"name": "novel"})
+
+
+async def one_in_progress(leaves: bool) -> None:
+    store = HeldStore(pool_of(*POOL))
+    store.let_go, store.staging = asyncio.Event(), asyncio.Event()
+    served: Served = serve_plainly(store=store, max_upload_bytes=100, max_upload_total_bytes=ONE + 500)
+    budget = served.services.uploads
+    async with http_of(served) as client:
+        first = asyncio.create_task(upload(client, 90))
+        await store.staging.wait()
+        held = budget.num_bytes
+        assert 90 < held < 1000
+        if leaves:
+            first.cancel()
+            await asyncio.wait([first])
+            assert budget.num_bytes == held, "its publish goes on"
+        refused = await client.post(
+            "/v1/loras",
+            content=iter_bytes(ONE + 501 - held),
+            headers={"content-type": "multipart/form-data; boundary=b", "content-length": str(ONE + 501 - held)},
+        )
+        assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
+        assert error_of(refused)["code"] == "upload_memory_full"
+        store.let_go.set()
+        await served.services.background.idle()
+        if not leaves:
+            assert (await first).status_code == 201
+        assert budget.num_bytes == 0
+        assert (await upload(client, 90)).status_code == 201
+
+
+async def iter_bytes(count: int) -> AsyncIterator[bytes]:
+    yield b"x" * count
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_an_upload_counts_until_it_is_published_also_when_its_client_has_left(leaves: bool) -> None:
+    asyncio.run(asyncio.wait_for(one_in_progress(leaves), 10))
