@@ -25,7 +25,8 @@ EDGE_ONLY = {"ray", "fastapi", "pydantic", "starlette"}
 # A room is a folder, or a module beside them. Rooms of one floor do not import each other.
 FLOORS: dict[str, list[set[str]]] = {
     "deployments": [
-        {"errors", "field_problems", "json_types"},
+        {"json_types"},
+        {"errors", "field_problems"},
         {"api"},
         {"calls"},
         {"scaling"},
