@@ -1,7 +1,9 @@
-"""Choosing workers by the adapters they hold, against Ray's choice of two by chance: `python -m benchmarks.affinity`.
+"""Compare two ways to choose a worker: `python -m benchmarks.affinity`.
 
-Four workers over a tiny random model, 200 adapters asked for by Zipf's law, banks for 32 each, requests at a fixed
-rate. And what a cold load costs: the first token with weights that come from the Store, and with weights in the bank.
+The adapter-affinity router prefers workers that hold the adapters; Ray's router picks the less busy of two random
+workers. Load: four workers over a tiny random model, 200 adapters requested by Zipf's law, banks for 32 each, a fixed
+request rate. A second part measures a cold load: the first token with weights from the Store and with weights in the
+bank.
 """
 
 from __future__ import annotations
@@ -39,12 +41,12 @@ from lora_store import AdapterRef, LoraStore, Plan, PlannedAdapter, write_peft_f
 from tests.tiny import FAMILIES, byte_tokenizer
 
 NUM_WORKERS, NUM_ADAPTERS, BANK_ADAPTERS, NUM_TOKENS = 4, 200, 32, 16
-NUM_TURNS = 4  # of each load, after one that warms up
+NUM_TURNS = 4  # per load, after a warm-up turn
 console = Console(width=110)
 
 
 class CountedWorker(WorkerDeployment):
-    """A worker that says which replica its numbers are of."""
+    """A worker whose status carries its replica's id."""
 
     async def counted(self) -> tuple[str, EngineStatus]:
         return serve.get_replica_context().replica_id.unique_id, await self.load()
@@ -52,9 +54,9 @@ class CountedWorker(WorkerDeployment):
 
 @asynccontextmanager
 async def running(config: AppConfig, router: str, name: str) -> AsyncIterator[DeploymentHandle]:
-    """The handle of that configuration's workers, over a Store of their own.
+    """Yield the handle of the configuration's workers, over a Store of their own.
 
-    `name` differs each time: a process keeps the router that it had for an application of the same name (Ray 2.60).
+    `name` must differ each time: a process keeps its router for an application of the same name (Ray 2.60).
     """
     options = config.worker_options()
     if router == "pow2":
@@ -68,7 +70,7 @@ async def running(config: AppConfig, router: str, name: str) -> AsyncIterator[De
 
 
 def staged(folder: Path, config: AppConfig, shapes: Mapping[str, tuple[int, int]], count: int) -> list[str]:
-    """Weights digests of that many random adapters, their blobs in the configuration's store."""
+    """Stage `count` random adapters in the configuration's store and return their weights digests."""
     store = LoraStore(config.store_uri, accepts_base=config.accepted_bases)
     digests = []
     for number in range(count):
@@ -79,15 +81,17 @@ def staged(folder: Path, config: AppConfig, shapes: Mapping[str, tuple[int, int]
 
 
 def job_of(number: int, digests: Sequence[str], num_tokens: int) -> Job:
-    """A mixture of these adapters, the first the best."""
+    """Return a job for a mixture of these adapters with equal weights."""
     rows = tuple(PlannedAdapter(AdapterRef("local", d[:12], d), d, 1 / len(digests)) for d in digests)
     sampling = SamplingParams(max_tokens=num_tokens, temperature=0, ignore_eos=True)
     return Job(str(number), f"Request {number}: the sea is wide and", Plan("mixture", rows), sampling)
 
 
 def drawing(digests: Sequence[str], k: int) -> Callable[[random.Random], list[str]]:
-    """Draws an adapter by Zipf's law; with k = 3 its two neighbours on a ring come along, however often they are asked
-    for themselves."""
+    """Return a function that draws adapters by Zipf's law.
+
+    With k = 3 the drawn adapter's two neighbours on a ring are added, however often they are drawn themselves.
+    """
     ring = random.Random(1).sample(digests, len(digests))
     place = {digest: number for number, digest in enumerate(ring)}
     heights = list(itertools.accumulate(1 / (number + 1) for number in range(len(digests))))
@@ -101,7 +105,7 @@ def drawing(digests: Sequence[str], k: int) -> Callable[[random.Random], list[st
 
 
 async def first_token_s(worker: DeploymentHandle, job: Job) -> float:
-    """Seconds until the first text; the answer is read to its end."""
+    """Return the seconds until the first text. Read the answer to its end."""
     started = time.perf_counter()
     waited = 0.0
     async for delta in worker.options(stream=True).stream.remote(job):
@@ -117,29 +121,29 @@ async def counted(worker: DeploymentHandle) -> dict[str, EngineStatus]:
 
 @dataclass(frozen=True)
 class Case:
-    """What one router did with one load."""
+    """The measurements of one router under one load."""
 
     router: str
     k: int
     cold_rate: float  # loads from the Store for each adapter of each request
     imbalance: float  # requests of the busiest worker over the mean
     ttft_p50_s: float
-    ttft_p99_s: float  # the median of the turns: one stall of the machine is not the router's
+    ttft_p99_s: float  # median of the turns, so one stall of the machine does not count
     num_requests: int
 
 
 class Load:
-    """Requests for one router's workers, by chance, alike for all routers."""
+    """Random requests for one router's workers, the same for all routers."""
 
     def __init__(self, router: str, worker: DeploymentHandle, digests: Sequence[str], k: int, rate: float) -> None:
         self._router, self._worker, self._k, self._rate = router, worker, k, rate
         self._chance, self._draw = random.Random(k), drawing(digests, k)
-        self._waited: list[list[float]] = []  # of each turn, in rising order
+        self._waited: list[list[float]] = []  # per turn, sorted
         self._served: Counter[str] = Counter()
         self._num_fetches = 0
 
     async def run(self, seconds: float) -> None:
-        """Ask for so long, and wait for the last answer."""
+        """Send requests for this long, then wait for the last answer."""
         before = await counted(self._worker)
         asked: list[asyncio.Task[float]] = []
         due = time.perf_counter()
@@ -154,11 +158,11 @@ class Load:
             self._num_fetches += held.counters.num_fetches - before[name].counters.num_fetches
 
     def forget(self) -> None:
-        """What was asked until now only warmed the banks up."""
+        """Discard the measurements so far, which only filled the banks."""
         self._waited, self._served, self._num_fetches = [], Counter(), 0
 
     def case(self) -> Case:
-        """The figures of all runs."""
+        """Return the measurements of all turns."""
         waited, served = [seconds for turn in self._waited for seconds in turn], list(self._served.values())
         return Case(
             self._router,
@@ -172,7 +176,7 @@ class Load:
 
 
 async def compare(folder: Path, rate: float, seconds: float) -> list[Case]:
-    """Both routers with k = 1 and k = 3, each on workers of its own, in turns: all meet the same machine."""
+    """Measure both routers with k = 1 and k = 3, each on its own workers. Routers take turns under equal load."""
     torch.manual_seed(0)
     FAMILIES["gemma3"]().save_pretrained(folder / "tiny")
     byte_tokenizer().save_pretrained(folder / "tiny")
@@ -205,12 +209,12 @@ async def compare(folder: Path, rate: float, seconds: float) -> list[Case]:
 
 
 async def cost_of_a_load(folder: Path, count: int) -> tuple[list[float], list[float]]:
-    """Seconds to the first token of the packaged base model, one request at a time: (adapter cold, the same warm)."""
+    """Return the seconds to the first token of the packaged base model, one request at a time: (cold, warm)."""
     packaged_folder(AppConfig().cache_dir)
     config = AppConfig(base_model=PACKAGED_MODEL, store_uri=str(folder / "large"))
     async with running(config, "affinity", "cost") as worker:
         digests = staged(folder / "large-adapters", config, await worker.module_shapes.remote(), count)
-        await first_token_s(worker, job_of(0, digests[:1], 1))  # warms all else up
+        await first_token_s(worker, job_of(0, digests[:1], 1))  # warms up everything else
         cold, warm = [], []
         for digest in digests[1:]:
             cold.append(await first_token_s(worker, job_of(0, [digest], 1)))
@@ -247,10 +251,10 @@ def figures_of(cases: Sequence[Case], cold: Sequence[float], warm: Sequence[floa
 
 def main(
     rate: Annotated[float, typer.Option(help="requests a second")] = 40,
-    seconds: Annotated[float, typer.Option(help="of each of the four loads, after a quarter of it")] = 32,
+    seconds: Annotated[float, typer.Option(help="of each of the four loads, after a warm-up of a quarter")] = 32,
     adapters: Annotated[int, typer.Option(help="adapters whose first answer is timed")] = 32,
 ) -> None:
-    """Figures of one part of results/cluster/results.json."""
+    """Measure, and write a part of results/cluster/results.json."""
     ray.init(num_cpus=16, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
     try:
         serve.start(http_options={"location": "NoServer"})

@@ -1,6 +1,6 @@
-"""Rows a second of `loraretriever batch` beside those of one engine alone: `python -m benchmarks.batch`.
+"""Compare `loraretriever batch` with one engine alone, in rows per second: `python -m benchmarks.batch`.
 
-Every round runs both once, so that both meet the same machine. The engine alone gets jobs that are planned already.
+Every round runs both once, so machine load is equal. The engine alone gets jobs with ready plans.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ console = Console(width=100)
 
 
 def tiny_model(folder: Path) -> Path:
-    """A random model, three layers of 32, in a new folder."""
+    """Save a random model, three layers of width 32, in a new folder."""
     torch.manual_seed(0)
     FAMILIES["gemma3"]().save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
@@ -43,7 +43,7 @@ def tiny_model(folder: Path) -> Path:
 
 
 def prepare(folder: Path, rows: int, max_tokens: int, part_rows: int) -> BatchSettings:
-    """A store of six adapters and an input of prompts of every kind."""
+    """Write a store of six adapters, and an input with prompts of every kind."""
     model = tiny_model(folder / "model")
     config = tiny_app(model, str(folder / "pool"), max_batch_size=32)
     publish(config, linear_shapes(load_base_model(tiny_config(model))), folder / "adapters", TOPICS)
@@ -53,7 +53,7 @@ def prepare(folder: Path, rows: int, max_tokens: int, part_rows: int) -> BatchSe
 
 
 class Alone:
-    """One engine in this process, its jobs planned before and its adapters at hand after a first run."""
+    """One engine in this process. Plans are made before it starts; a first run loads the adapters."""
 
     def __init__(self, settings: BatchSettings) -> None:
         store = store_of(settings.config)
@@ -65,7 +65,7 @@ class Alone:
         self._engine = Engine(worker, fetching(get, InlineExecutor()), executor=InlineExecutor())
 
     def run(self, parts: Sequence[Sequence[Job]]) -> float:
-        """Rows a second. The next part is queued before the last one has gone from the queue."""
+        """Return rows per second. Queue the next part before the queue is empty."""
         engine, num_queued = self._engine, 0
         started = time.perf_counter()
         while num_queued < len(parts) or engine.has_work:
@@ -78,9 +78,10 @@ class Alone:
 
 
 def batch(run: BatchRun) -> tuple[float, float]:
-    """(rows a second once the first part is there, seconds until then: processes start, models load).
+    """Return (rows per second after the first part, seconds until the first part: processes start, models load).
 
-    The other parts that are in the engine at that moment do not count, as they may be all but done: a lower bound.
+    Rows of the other parts in the engine at that moment are not counted, since they may be almost done. So the rate is
+    a lower bound.
     """
     began, ends, num_errors = time.perf_counter(), [], 0
     for part in answer_parts(run, concurrency=1):
@@ -111,11 +112,11 @@ def measure(folder: Path, rounds: int, rows: int, max_tokens: int, part_rows: in
 
 def main(
     rounds: Annotated[int, typer.Option(help="each runs the engine, then the batch")] = 3,
-    rows: Annotated[int, typer.Option(help="of the input")] = 10_000,
+    rows: Annotated[int, typer.Option(help="rows of the input")] = 10_000,
     max_tokens: Annotated[int, typer.Option(help="new tokens of most rows")] = 64,
-    part_rows: Annotated[int, typer.Option(help="rows of a part")] = 256,
+    part_rows: Annotated[int, typer.Option(help="rows per part")] = 256,
 ) -> None:
-    """A tiny random model in float32 on one thread, six adapters of rank 4, rows of every kind, a batch of 32."""
+    """Measure a tiny random model in float32 on one thread: six adapters of rank 4, all kinds of rows, batch 32."""
     with tempfile.TemporaryDirectory() as name:
         found = measure(Path(name), rounds, rows, max_tokens, part_rows)
     ratio = statistics.median(round_["batch rows/s"] / round_["engine rows/s"] for round_ in found)

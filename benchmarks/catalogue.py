@@ -1,6 +1,6 @@
-"""Opening a catalogue with a long history, and one publish into a large one: `python -m benchmarks.catalogue`.
+"""Open a catalogue with a long history, and publish into a large one: `python -m benchmarks.catalogue`.
 
-The history publishes new versions of the same few names over and over, a thousand in a commit. Folder, no network.
+The history publishes new versions of the same few names again and again, a thousand per commit, into a local folder.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from lora_store.rules import publish_events
 
 NUM_EVENTS, NUM_NAMES = 1_000_000, 1_000
 NUM_LARGE = 100_000
-_BATCH = 1_000  # events a commit
+_BATCH = 1_000  # events per commit
 _DIM, _NUM_SAMPLES = 384, 20
-_SHARE = TenantQuota(max_adapters=10**9, max_bytes=10**15)  # checked, and never exceeded
+_SHARE = TenantQuota(max_adapters=10**9, max_bytes=10**15)  # checked but never exceeded
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Seconds of each of several tries. `num_live`: names, `num_events`: commits' rows before."""
+    """Seconds of several attempts. `num_live`: live names; `num_events`: rows in the table before."""
 
     what: str
     num_live: int
@@ -43,7 +43,7 @@ class Measured:
 
 
 class Records:
-    """Records of the size that real ones have, by number; their vectors are drawn once."""
+    """Creates records of realistic size by number. Their vectors are drawn once."""
 
     def __init__(self) -> None:
         rows = np.random.default_rng(0).standard_normal((_BATCH, _DIM)).astype(np.float32)
@@ -74,7 +74,7 @@ class Records:
 
 
 def filled(location: Location, num_names: int, num_events: int) -> Catalogue:
-    """Publish the names in turn until there were so many events."""
+    """Publish the names in turn until the catalogue has this many events."""
     catalogue, records = Catalogue(location), Records()
     for start in range(0, num_events, _BATCH):
         numbers = range(start, min(start + _BATCH, num_events))
@@ -86,7 +86,7 @@ def filled(location: Location, num_names: int, num_events: int) -> Catalogue:
 
 
 def opening(location: Location, num_tries: int, num_events: int) -> Measured:
-    """Open the catalogue anew each time, as a replica that starts does."""
+    """Open the catalogue again each time, as a starting replica does."""
     seconds = []
     for _ in range(num_tries):
         began = time.perf_counter()
@@ -96,7 +96,7 @@ def opening(location: Location, num_tries: int, num_events: int) -> Measured:
 
 
 def publishing(catalogue: Catalogue, num_tries: int, share: TenantQuota | None, first_version: int) -> Measured:
-    """Publish a new version of one name at a time, and read the state that it leaves."""
+    """Publish a new version of one name at a time, and read the resulting state."""
     records, num_live, seconds = Records(), len(catalogue.snapshot().records), []
     for number in range(num_tries):
         record = records(number, first_version + number)
@@ -106,14 +106,14 @@ def publishing(catalogue: Catalogue, num_tries: int, share: TenantQuota | None, 
 
         began = time.perf_counter()
         generation = catalogue.commit(rule)
-        assert catalogue.snapshot().generation >= generation  # above it where the commit was followed by a fold
+        assert catalogue.snapshot().generation >= generation  # higher if the commit was followed by a fold
         seconds.append(time.perf_counter() - began)
-    what = "publish, read" if share is None else "publish within a share, read"
+    what = "publish, read" if share is None else "publish within a quota, read"
     return Measured(what, num_live, num_live, tuple(seconds))
 
 
 def measure(num_events: int, num_names: int, num_large: int, num_tries: int) -> list[Measured]:
-    """Opening after `num_events` events, then publishes into a pool of `num_large` names, with and without a share."""
+    """Open after `num_events` events, then publish into a pool of `num_large` names, with and without a quota."""
     with tempfile.TemporaryDirectory() as folder:
         location = Location(str(Path(folder, "history")))
         filled(location, num_names, num_events)

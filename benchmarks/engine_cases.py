@@ -1,4 +1,4 @@
-"""What the measurements of the engine share: adapters, prompts, plans, a loaded engine, generate, rounds, tables."""
+"""Shared parts of the engine's benchmarks: adapters, prompts, plans, a loaded engine, `generate`, rounds, tables."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ RANK, NUM_ROWS, NUM_NEW = 8, 32, 64
 PROMPT_TOKENS = (20, 80)
 console = Console(width=110)
 
-Quick = Annotated[bool, typer.Option(help="small counts, to see that it runs: nothing is written")]
+Quick = Annotated[bool, typer.Option(help="small counts, as a trial run; write nothing")]
 
 Shapes = Mapping[str, tuple[int, int]]
-"""(out, in) of every linear module."""
+"""The (out, in) of every linear module."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A text, and the ids its tokenizer makes of it."""
+    """A text and its token ids."""
 
     text: str
     ids: list[int]
 
 
 class Prompts:
-    """Rows of random words of one token each."""
+    """Draws rows of random words of one token each."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -51,7 +51,7 @@ class Prompts:
         self._words = sorted(word for word in tokens if len(word) > 2 and word.isascii() and word.islower())
 
     def __call__(self, seed: int, count: int, lengths: tuple[int, int] = PROMPT_TOKENS) -> list[Prompt]:
-        """`count` prompts of so many tokens, drawn evenly, the first token included."""
+        """Return `count` prompts whose token counts, first token included, are spread evenly over the range."""
         draw = random.Random(seed)
         texts = ["".join(f" {word}" for word in draw.choices(self._words, k=draw.randint(*lengths) - 1))
                  for _ in range(count)]  # fmt: skip
@@ -59,7 +59,7 @@ class Prompts:
 
 
 def random_modules(seed: int, shapes: Shapes) -> dict[str, ModuleWeights]:
-    """Small random weights of rank 8 for every linear module."""
+    """Return small random weights of rank 8 for every linear module."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*size: int) -> Tensor:
@@ -69,18 +69,18 @@ def random_modules(seed: int, shapes: Shapes) -> dict[str, ModuleWeights]:
 
 
 def adapters_of(num_adapters: int, shapes: Shapes) -> dict[str, AdapterWeights]:
-    """Random adapters by digest, which is their number."""
+    """Return random adapters by digest. The digest is the adapter's number."""
     return {str(n): AdapterWeights(str(n), random_modules(n, shapes)) for n in range(num_adapters)}
 
 
 def plan_of(strategy: Strategy, adapters: Sequence[tuple[AdapterRef, str]]) -> Plan:
-    """All of `adapters` (ref, weights digest) with equal weights."""
+    """Return a plan of all `adapters` (ref, weights digest) with equal weights."""
     weight = 1 / max(len(adapters), 1)
     return Plan(strategy, tuple(PlannedAdapter(ref, digest, weight) for ref, digest in adapters))
 
 
 def plans(strategy: Strategy, num_active: int, num_rows: int = NUM_ROWS) -> list[Plan]:
-    """One plan a row, `num_active` adapters used evenly by all of them; a mixture or fusion is of 3."""
+    """Return one plan per row. All rows together use `num_active` adapters evenly; a mixture or fusion has 3."""
     if strategy == "base":
         return [BASE_PLAN] * num_rows
     k = 1 if strategy == "selection" else 3
@@ -89,7 +89,7 @@ def plans(strategy: Strategy, num_active: int, num_rows: int = NUM_ROWS) -> list
 
 
 class Loaded:
-    """An engine whose adapters are at hand, all of them in the bank after a first round."""
+    """An engine with fetched adapters. A first round brings all of them into the bank."""
 
     def __init__(self, num_adapters: int, **settings: Any) -> None:
         adapters: dict[str, AdapterWeights] = {}
@@ -107,7 +107,7 @@ class Loaded:
     def run(
         self, asked: Sequence[Plan], rows: Sequence[Prompt], num_new: int = NUM_NEW, **settings: Any
     ) -> tuple[float, list[float]]:
-        """Return (tokens a second, prompts included; milliseconds of each step). `settings` change the greedy ones."""
+        """Return (tokens per second, prompts included; milliseconds per step). `settings` override greedy sampling."""
         for number, (plan, prompt) in enumerate(zip(asked, rows, strict=True)):
             job = Job(str(number), prompt.text, plan, replace(sampling(num_new), **settings))
             self.engine.submit(self.engine.prepare(job, lambda _: None))
@@ -122,7 +122,7 @@ class Loaded:
             steps.append(1000 * (time.perf_counter() - step_started))
         seconds = time.perf_counter() - started
         num_made = self.engine.counters.num_new_tokens - before
-        assert num_made == len(rows) * num_new, f"{num_made} tokens came of {len(rows)} rows"
+        assert num_made == len(rows) * num_new, f"{num_made} tokens were made for {len(rows)} rows"
         return num_made / seconds, steps
 
 
@@ -131,12 +131,15 @@ def sampling(num_new: int) -> SamplingParams:
 
 
 def plain_model(config: WorkerConfig, **options: Any) -> Any:
-    """The same base model in the hands of transformers."""
+    """Load the same base model with transformers."""
     return AutoModelForCausalLM.from_pretrained(model_source(config), dtype=torch.bfloat16, **options).eval()
 
 
 def generate(model: Any) -> Callable[..., float]:
-    """transformers' own loop over rows padded on the left: tokens a second. Further keywords go to it."""
+    """Return a function that measures transformers' `generate` on left-padded rows, in tokens per second.
+
+    Keyword arguments are passed to `generate`.
+    """
 
     @torch.inference_mode()
     def run(rows: Sequence[Prompt], num_new: int = NUM_NEW, **options: Any) -> float:
@@ -152,19 +155,19 @@ def generate(model: Any) -> Callable[..., float]:
 
 
 def rounds_within(most: int, minutes: float) -> Iterator[int]:
-    """1, 2, ... `most`, as long as another round like the longest so far ends in `minutes`; at least one."""
+    """Yield 1, 2, … `most`, while a round as long as the longest so far would end within `minutes`; at least one."""
     began, longest = time.perf_counter(), 0.0
     for number in range(1, most + 1):
         started = time.perf_counter()
         if started - began + longest > minutes * 60:
-            console.print(f"{number - 1} rounds of {most}: the time is up")
+            console.print(f"{number - 1} of {most} rounds: time limit reached")
             return
         yield number
         longest = max(longest, time.perf_counter() - started)
 
 
 def table_of(*columns: str) -> Table:
-    """Headed by the machine; the first column is text, the others are numbers."""
+    """Return a table titled with the machine. The first column is text, the others are numbers."""
     table = Table(title=f"{machine()}, {torch.get_num_threads()} threads", title_justify="left")
     for place, column in enumerate(columns):
         table.add_column(column, justify="right" if place else "left")
@@ -172,7 +175,7 @@ def table_of(*columns: str) -> Table:
 
 
 def shown(table: Table) -> str:
-    """The table's text, printed."""
+    """Print the table and return its text."""
     with console.capture() as captured:
         console.print(table)
     console.print(table)

@@ -1,10 +1,9 @@
-"""The whole application over HTTP beside the engine alone: `python -m benchmarks.http`.
+"""Compare the whole application over HTTP with the engine alone: `python -m benchmarks.http`.
 
-The server, its client and the engine alone run on the same cores in turn, the engine alone in the client's process with
-the worker's threads, niceness and stream interval, while the server is idle. Prompts are texts of known length; `auto`
-retrieves by them, once with texts that are new to the encoder and once with the same again. What the way costs one
-request is its time at the client less that between the Worker's call of its engine and the last token, of the same
-request, as the Worker's log has it.
+Both run on the same cores in turn. The engine alone runs in the client's process, with the worker's threads, niceness
+and stream interval, while the server is idle. Prompts are texts of known length. `auto` routes by them, first with
+texts that are new to the encoder, then with the same texts. The overhead of a single request is its time at the client
+minus the time from the Worker's call of its engine to the last token of the same request, which is in the Worker's log.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ from gpu_worker.request.request import Job
 from lora_store import Plan, Sample, Strategy, write_peft_folder
 
 NUM_ADAPTERS, NUM_SAMPLES = 8, 20
-PER_STREAM = 2  # requests one after the other in each of 32 streams
+PER_STREAM = 2  # consecutive requests in each of 32 streams
 SINGLE_TOKENS = 8
 ENGINE_ONE, HTTP_ONE = "engine alone, selection", "HTTP, adapters named"
 ENGINE_MIX, HTTP_AUTO, HTTP_KNOWN = "engine alone, mixture of 3", "HTTP, auto", "HTTP, auto, texts the encoder knows"
@@ -56,11 +55,11 @@ OWN = "its engine's own"
 _ENDED = re.compile(r"job (\S+) ended \(length\) after (\S+) s")
 
 Ask = Callable[[int, Prompt, int], Awaitable[None]]
-"""(row, prompt, new tokens): returns after the last token."""
+"""Takes (row, prompt, new tokens) and returns after the last token."""
 
 
 def write_pool(folder: Path, loaded: Loaded, base: str) -> None:
-    """The engine's own random adapters as PEFT folders, with samples of random words that `auto` finds them by."""
+    """Write the engine's random adapters as PEFT folders, with random words as samples."""
     for number in range(NUM_ADAPTERS):
         samples = [Sample(prompt.text) for prompt in loaded.prompts(10_000 + number, NUM_SAMPLES)]
         modules = random_modules(number, loaded.engine.bank.shapes)
@@ -68,7 +67,7 @@ def write_pool(folder: Path, loaded: Loaded, base: str) -> None:
 
 
 class Bench:
-    """The same requests by either way."""
+    """Sends the same requests to the server and to the engine alone."""
 
     def __init__(self, loaded: Loaded, config: AppConfig, url: str, client: httpx.AsyncClient) -> None:
         self.prompts, self._url, self._client = loaded.prompts, url, client
@@ -96,7 +95,7 @@ class Bench:
         return ask
 
     async def _auto(self, row: int, prompt: Prompt, num_new: int) -> None:
-        """`min_score`: never the base model, however far the words are from every sample."""
+        """Send a request to `auto`. `min_score` excludes the base model, however low the scores are."""
         await self._post(prompt, num_new, model="auto", lora={"strategy": "mixture", "k": 3, "min_score": -1.0})
 
     async def _post(self, prompt: Prompt, num_new: int, **fields: Any) -> None:
@@ -110,7 +109,7 @@ class Bench:
         assert response.status_code == 200 and f'"completion_tokens": {num_new}'.encode() in last, last
 
     async def tokens_s(self, kind: str, prompts: Sequence[Prompt], num_new: int) -> float:
-        """32 streams, each asking `PER_STREAM` prompts in turn."""
+        """Return tokens per second of 32 streams, each with `PER_STREAM` consecutive prompts."""
 
         async def stream(row: int) -> None:
             for prompt in prompts[row::NUM_ROWS]:
@@ -132,8 +131,10 @@ class Bench:
         return 1000 * (time.perf_counter() - started)
 
     async def singles(self, count: int) -> list[dict[str, float]]:
-        """One request at a time, all ways in turn with the same prompt; the encoder's time is a new text's route over
-        that of the same text again."""
+        """Send one request at a time, in every way in turn with the same prompt.
+
+        The encoder's time is the route of a new text minus the route of the same text again.
+        """
         found, sent = [], []
         for number, prompt in enumerate(self.prompts(777, count + 1)):
             times = {"route, new text": await self.route_ms(prompt), "route, known text": await self.route_ms(prompt)}
@@ -151,7 +152,7 @@ class Bench:
 
 
 def engine_ms() -> dict[str, float]:
-    """By request id, from the Worker's call of its engine to the last token."""
+    """Return, by request id, the milliseconds from the Worker's call of its engine to the last token."""
     logs = sessions_folder(os.environ, os.geteuid()) / "session_latest" / "logs" / "serve"
     text = "".join(path.read_text() for path in logs.glob("replica_*_Worker_*.log"))
     return {request_id: 1000 * float(seconds) for request_id, seconds in _ENDED.findall(text)}
@@ -160,7 +161,7 @@ def engine_ms() -> dict[str, float]:
 async def measure(
     bench: Bench, rounds: int, minutes: float, num_singles: int, num_new: int
 ) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
-    """(tokens a second by kind in each round, milliseconds of single requests)."""
+    """Return (tokens per second by kind in each round, milliseconds of single requests)."""
     for kind in KINDS:
         await bench.tokens_s(kind, bench.prompts(0, NUM_ROWS), 4)
     found = []
@@ -168,12 +169,12 @@ async def measure(
         prompts = bench.prompts(number, NUM_ROWS * PER_STREAM)
         found.append({kind: await bench.tokens_s(kind, prompts, num_new) for kind in KINDS})
         console.print(f"round {number}: " + ", ".join(f"{kind} {speed:.0f}" for kind, speed in found[-1].items()))
-    console.print(f"{num_singles} single requests by each way")
+    console.print(f"{num_singles} single requests of each kind")
     return found, await bench.singles(num_singles)
 
 
 def figures_of(found: Sequence[dict[str, float]], singles: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Medians of what was compared within a round, or for one prompt."""
+    """Return the medians of values compared within a round, or for one prompt."""
 
     def over(kind: str, other: str) -> float:
         return statistics.median(round_[kind] / round_[other] for round_ in found)
@@ -210,12 +211,12 @@ def report(found: Sequence[dict[str, float]], singles: Sequence[dict[str, float]
 
 
 def main(
-    rounds: Annotated[int, typer.Option(help="rounds of 32 streams, every way once")] = 3,
-    minutes: Annotated[float, typer.Option(help="no round begins that would end later")] = 3.0,
-    singles: Annotated[int, typer.Option(help="requests one at a time, by every way")] = 80,
+    rounds: Annotated[int, typer.Option(help="rounds of 32 streams, each kind once")] = 3,
+    minutes: Annotated[float, typer.Option(help="start no round that would end later")] = 3.0,
+    singles: Annotated[int, typer.Option(help="single requests of each kind")] = 80,
     quick: Quick = False,
 ) -> None:
-    """Gemma-3-270M bfloat16, prompts of 20 to 80 tokens, 64 new ones, 8 adapters of rank 8 in all linear modules."""
+    """Measure Gemma-3-270M in bfloat16: prompts of 20 to 80 tokens, 64 new ones, 8 adapters of rank 8."""
     loaded = Loaded(NUM_ADAPTERS)
     with tempfile.TemporaryDirectory() as scratch:
         write_pool(Path(scratch, "adapters"), loaded, loaded.config.base_model)
@@ -236,7 +237,7 @@ def main(
 async def run(
     loaded: Loaded, config: AppConfig, url: str, counts: tuple[int, float, int, int]
 ) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
-    """`measure` with a client of its own and an engine's thread, both ended."""
+    """Call `measure` with its own client and engine thread, and stop both."""
     async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=NUM_ROWS)) as client:
         bench = Bench(loaded, config, url, client)
         try:

@@ -1,8 +1,8 @@
-"""First tokens and gaps between tokens, in the engine: `python -m benchmarks.latency`.
+"""Measure the time to the first token and the gaps between tokens, in the engine: `python -m benchmarks.latency`.
 
-Time to first token: a mixture of three adapters in the bank (hot) or on disk (cold), alone and beside running rows.
-Gaps between tokens of running rows: undisturbed; ten one-token requests a second join, each for an adapter in the bank,
-or on disk; a prompt of 2,000 tokens joins. What is compared alternates.
+Time to first token: a mixture of three adapters in the bank (hot) or on disk (cold), alone and while other rows run.
+Gaps between tokens of running rows: without disturbance; while ten one-token requests per second join, each for an
+adapter in the bank, or on disk; while a prompt of 2,000 tokens joins. Compared cases alternate.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from gpu_worker.engine.engine_thread import EngineThread
 from gpu_worker.request.request import Job
 from lora_store import Plan
 
-NUM_RUNNING, NUM_STEPS = 24, 128  # rows whose gaps are measured, and tokens of each
-NUM_HOT = 8  # adapters of the running rows, three each
-NUM_COLD = 120  # in turn: what the bank and 16 MB of host memory hold has left them before it is asked for again
+NUM_RUNNING, NUM_STEPS = 24, 128  # measured rows, and tokens per row
+NUM_HOT = 8  # adapters of the running rows, three per row
+NUM_COLD = 120  # in turn, so that bank and host memory (16 MB) have evicted an adapter before its next request
 LOADS_A_SECOND = 10
 MAX_LEN, LONG_PROMPT, MOST_NEW = 2304, 2000, 2200
 PROMPT, ARRIVING = (20, 80), (8, 8)
@@ -36,7 +36,7 @@ KINDS = QUIET, HOT, COLD, LONG = "quiet", "requests for hot adapters", "requests
 
 
 class Bench:
-    """One engine behind its loop, as a worker has it, streams undelayed. Only to be used inside one event loop."""
+    """One engine behind its thread, as in a worker, with undelayed streams. Use it in one event loop only."""
 
     def __init__(self, pool: StoredPool) -> None:
         self._pool = pool
@@ -59,7 +59,7 @@ class Bench:
         return 1000 * (time.perf_counter() - started)
 
     async def first_tokens(self, count: int) -> dict[str, list[float]]:
-        """Milliseconds, hot and cold in turn: the three are forgotten, asked for cold, and asked for again."""
+        """Return milliseconds, cold and hot in turn: forget three adapters, request them, then request them again."""
         found: dict[str, list[float]] = defaultdict(list)
         for _ in range(count):
             plan = self._pool.plan("mixture", *[next(self._cold) for _ in range(3)])
@@ -71,7 +71,7 @@ class Bench:
         return found
 
     async def beside_running(self, work: Callable[[], Awaitable[dict[str, list[float]]]]) -> dict[str, list[float]]:
-        """What `work` finds while rows run that do not end before it."""
+        """Return the result of `work`, called while other rows run."""
         rows = await self._running(MOST_NEW)
         try:
             return await work()
@@ -81,7 +81,7 @@ class Bench:
             await asyncio.gather(*rows, return_exceptions=True)
 
     async def gaps(self, kind: str, num_steps: int) -> list[float]:
-        """Milliseconds between tokens of the running rows, from the moment when all of them have their first."""
+        """Return the milliseconds between tokens of the running rows, once all of them have their first token."""
         rows = await self._running(num_steps)
         began = time.perf_counter()
         disturbance = asyncio.create_task(self._disturb(kind))
@@ -91,23 +91,23 @@ class Bench:
         return [gap for stream in streams for gap in _gaps(stream, began)]
 
     async def _running(self, num_new: int) -> list[asyncio.Task[list[tuple[float, int]]]]:
-        """Rows that all have their first token."""
+        """Start rows, and return them once all have their first token."""
         started = [asyncio.Event() for _ in range(NUM_RUNNING)]
         rows = [asyncio.create_task(self._stream(row, num_new, event)) for row, event in enumerate(started)]
         await asyncio.gather(*[event.wait() for event in started])
         return rows
 
     async def _stream(self, row: int, num_new: int, started: asyncio.Event) -> list[tuple[float, int]]:
-        """(time, tokens so far) at each delta."""
+        """Return (time, tokens so far) at each delta."""
         plan = self._pool.plan("mixture", *[(3 * row + place) % NUM_HOT for place in range(3)])
-        told = []
+        found = []
         async for delta in self._loop.stream(self.job(plan, num_new)):
-            told.append((time.perf_counter(), delta.num_new_tokens))
+            found.append((time.perf_counter(), delta.num_new_tokens))
             started.set()
-        return told
+        return found
 
     async def _disturb(self, kind: str) -> None:
-        """Until it is cancelled, and with it what it asked for."""
+        """Send disturbing requests until cancelled."""
         async with asyncio.TaskGroup() as asked:
             if kind == LONG:
                 asked.create_task(self.first_token_ms(self._pool.plan("mixture", 0, 1, 2), (LONG_PROMPT, LONG_PROMPT)))
@@ -119,7 +119,7 @@ class Bench:
 
 
 def _gaps(stream: Sequence[tuple[float, int]], began: float) -> Iterator[float]:
-    """A delta of several tokens (half a letter waits for its other half) counts as as many equal gaps."""
+    """Yield the gaps. A delta of several tokens, such as the parts of one character, counts as equal gaps."""
     for (before, num_before), (at, num_tokens) in itertools.pairwise(stream):
         if before >= began:
             num = num_tokens - num_before
@@ -129,7 +129,7 @@ def _gaps(stream: Sequence[tuple[float, int]], began: float) -> Iterator[float]:
 async def measure(
     pool: StoredPool, rounds: int, minutes: float, num_first: int, num_steps: int
 ) -> tuple[dict[str, list[float]], list[dict[str, list[float]]]]:
-    """(milliseconds to first tokens by what, gaps by kind in each round)."""
+    """Return (milliseconds to first tokens by kind, gaps by kind in each round)."""
     bench = Bench(pool)
     try:
         await bench.first_tokens(3)
@@ -149,7 +149,7 @@ async def measure(
 
 
 def p99_over(found: Sequence[dict[str, list[float]]], kind: str, over: str) -> float:
-    """Of the medians over rounds: a round's p99 over another's in the same round."""
+    """Return the median over rounds of the ratio of one kind's p99 to another's in the same round."""
     return statistics.median(np.percentile(r[kind], 99) / np.percentile(r[over], 99) for r in found)
 
 

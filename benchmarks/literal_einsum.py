@@ -1,4 +1,4 @@
-"""The mixture as the paper writes it, in place of the engine's own: for measurements only."""
+"""Compute mixtures as the paper writes them, instead of the engine's way. For measurements only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class LiteralMixture:
     """X' = M o (B o A o X), every adapter of the batch applied to every token.
 
     Dims: N tokens (b · l, packed), P adapters of the batch, R rank, I in, O out. The stacks A (P, R, I) and B (P, R, O)
-    are laid out when the active adapters change; the (N, P, O) product is built at each layer and step.
+    are built when the active adapters change; the (N, P, O) product is computed in each layer and step.
     Source: LoraRetriever (ACL Findings 2024), section 4.3 and Algorithm 1.
     """
 
@@ -42,7 +42,7 @@ class LiteralMixture:
         return y
 
     def _refresh(self) -> None:
-        """Once a step: which bank rows the active adapters have."""
+        """Determine the bank rows of the active adapters, once per step."""
         if self._at_step == self._engine.num_steps:
             return
         self._at_step = self._engine.num_steps
@@ -61,9 +61,9 @@ class LiteralMixture:
 
 @contextmanager
 def literal_mixture(engine: Engine) -> Iterator[None]:
-    """Until the context ends, mixtures and selections are computed the paper's way. Fusions are not."""
+    """Compute mixtures and selections in the paper's way within the block. Fusions are not changed."""
     literal, plain, forward = LiteralMixture(engine), LoraLinear.forward, engine._forward
-    kernel, forward._kernel = forward._kernel, None  # the dense mapping is a matrix to read
+    kernel, forward._kernel = forward._kernel, None  # the dense mapping, whose matrix can be read
     LoraLinear.forward = lambda linear, x: literal.forward(linear, x)  # type: ignore[method-assign]
     try:
         yield

@@ -1,8 +1,8 @@
-"""This engine beside what else serves adapters, same prompts and threads: `python -m benchmarks.peers`.
+"""Compare this engine with other software that serves adapters, on equal prompts: `python -m benchmarks.peers`.
 
-With `--vllm-python` vLLM takes part: with adapters beside all others, then without beside this engine's base model.
-Every round runs everybody once, so that all of a round meet the same machine; PEFT, whose runs vary by themselves, runs
-twice and its better run counts.
+With `--vllm-python` vLLM takes part: with adapters against all others, then without adapters against this engine's base
+model. Every round runs each contender once, so machine load is equal. PEFT varies from run to run, so it runs twice and
+the better run counts.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ VLLM_BASE, VLLM_LORA = "vLLM-CPU base", "vLLM-CPU, 8 adapters"
 WARM_TOKENS, MAX_LEN = 4, 512
 
 Contender = Callable[[Sequence[Prompt], int], float]
-"""Rows and new tokens for each -> tokens a second."""
+"""Takes rows and new tokens per row, and returns tokens per second."""
 Round = dict[str, float]
 
 
 def contenders_here(loaded: Loaded, folders: Sequence[Path]) -> dict[str, Contender]:
-    """Everybody who runs in this process, loaded."""
+    """Load all contenders that run in this process."""
     contenders = {name: ours(loaded, strategy) for name, strategy in OURS}
     contenders[GENERATE] = generate(plain_model(loaded.config))
     contenders[CONTINUOUS] = continuous_batching(loaded.config)
@@ -73,9 +73,9 @@ def ours(loaded: Loaded, strategy: Strategy) -> Contender:
 
 
 def continuous_batching(config: WorkerConfig) -> Contender:
-    """transformers' own continuous batching, its manager kept from one run to the next."""
-    model = plain_model(config, attn_implementation="sdpa")  # the paged one, transformers 5.24 takes care
-    batching = ContinuousBatchingConfig(  # what it would infer from a GPU's memory
+    """Return transformers' continuous batching. Its manager is kept between runs."""
+    model = plain_model(config, attn_implementation="sdpa")  # transformers 5.24 replaces it by the paged one
+    batching = ContinuousBatchingConfig(  # would be inferred from a GPU's memory
         max_batch_tokens=config.max_step_tokens,
         num_blocks=4 * NUM_ROWS,
         max_requests_per_batch=NUM_ROWS,
@@ -94,14 +94,14 @@ def continuous_batching(config: WorkerConfig) -> Contender:
         )
         seconds = time.perf_counter() - started
         num_made = sum(len(answer.generated_tokens) for answer in answers.values())
-        assert num_made == len(rows) * num_new, f"{num_made} tokens came of {len(rows)} rows"
+        assert num_made == len(rows) * num_new, f"{num_made} tokens were made for {len(rows)} rows"
         return num_made / seconds
 
     return run
 
 
 def mixed_batch(config: WorkerConfig, folders: Sequence[Path]) -> Contender:
-    """PEFT's batch of rows with an adapter each, by generate."""
+    """Return PEFT's batch, in which each row has its own adapter, by `generate`."""
     names = [folder.name for folder in folders]
     model = PeftModel.from_pretrained(
         plain_model(config), folders[0], adapter_name=names[0], autocast_adapter_dtype=False
@@ -118,7 +118,7 @@ def mixed_batch(config: WorkerConfig, folders: Sequence[Path]) -> Contender:
 
 
 class Bench:
-    """Rounds, each with its prompts; the first of each set of contenders warms them up."""
+    """Rounds with their own prompts. The first round of each set of contenders is a warm-up."""
 
     def __init__(self, prompts: Prompts, num_new: int) -> None:
         self._prompts, self._num_new = prompts, num_new
@@ -138,9 +138,9 @@ class Bench:
 def measure(
     vllm_python: Path | None, rounds: int, minutes: float, num_new: int
 ) -> tuple[list[Round], list[Round], dict[str, str]]:
-    """(rounds of everybody but vLLM's base model, rounds of that and this engine's, versions).
+    """Return (rounds of all but vLLM's base model, rounds of vLLM's and this engine's base model, versions).
 
-    Two vLLMs at once would not fit in 24 GiB beside the others.
+    Two vLLMs at once, next to the other contenders, would not fit in 24 GiB.
     """
     versions = {"transformers": transformers.__version__, "peft": peft.__version__}
     loaded = Loaded(NUM_ADAPTERS, max_model_len=MAX_LEN)
@@ -163,7 +163,7 @@ def measure(
 
 
 def ratio(found: Sequence[Round], name: str, over: str) -> float:
-    """The median over rounds of what was compared within a round."""
+    """Return the median over rounds of a ratio within a round."""
     return statistics.median(round_[name] / round_[over] for round_ in found)
 
 
@@ -194,12 +194,12 @@ def report(found: Sequence[Round], base_found: Sequence[Round], versions: Mappin
 
 
 def main(
-    vllm_python: Annotated[Path | None, typer.Option(help="the python of a venv with vllm-cpu")] = None,
-    rounds: Annotated[int, typer.Option(help="rounds after the one that warms up")] = 3,
-    minutes: Annotated[float, typer.Option(help="no round begins that would end later")] = 2.5,
+    vllm_python: Annotated[Path | None, typer.Option(help="the Python of a virtual environment with vllm-cpu")] = None,
+    rounds: Annotated[int, typer.Option(help="rounds after the warm-up round")] = 3,
+    minutes: Annotated[float, typer.Option(help="start no round that would end later")] = 2.5,
     quick: Quick = False,
 ) -> None:
-    """Gemma-3-270M bfloat16, 32 prompts of 20 to 80 tokens, 64 new ones each, rank 8 in all linear modules."""
+    """Measure Gemma-3-270M in bfloat16: 32 prompts of 20 to 80 tokens, 64 new ones each, rank 8 in all modules."""
     counts = (1, 1.0, WARM_TOKENS) if quick else (rounds, minutes, NUM_NEW)
     found, base_found, versions = measure(vllm_python, *counts)
     table = report(found, base_found, versions)

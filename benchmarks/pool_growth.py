@@ -1,6 +1,6 @@
-"""What a growing pool costs the engine: `python -m benchmarks.pool_growth`.
+"""Measure the cost of a growing pool in the engine: `python -m benchmarks.pool_growth`.
 
-Requests choose one adapter each, by Zipf's law over everything published; the bank holds 32. The pools take turns.
+Each request chooses one adapter by Zipf's law among all published ones; the bank has room for 32. Pools take turns.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ from lora_store import Plan
 POOLS = (8, 64, 1000)
 EXPONENT = 1.0
 BANK_ADAPTERS = 32
-NUM_OUTSTANDING = 2 * NUM_ROWS  # a full batch, and as many that wait
+NUM_OUTSTANDING = 2 * NUM_ROWS  # a full batch, and as many waiting requests
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One pool in one round."""
+    """The measurements of one pool in one round."""
 
     tokens_s: float
-    bank_hits: float  # shares of the requests
+    bank_hits: float  # share of the requests
     host_hits: float
     fetches: float
 
 
 class Traffic:
-    """An endless queue of requests for a pool of `num_adapters`."""
+    """An endless sequence of requests for a pool of `num_adapters`."""
 
     def __init__(self, pool: StoredPool, prompts: Prompts, num_adapters: int, seed: int) -> None:
         self._pool, self._prompts, self._num_adapters, self._seed = pool, prompts, num_adapters, seed
@@ -67,7 +67,7 @@ class Traffic:
 
 
 def closed_loop(pool: StoredPool, traffic: Traffic, count: int, num_new: int = NUM_NEW) -> Measured:
-    """Answer `count` requests, as many waiting as running all the time; a batch before that is not measured."""
+    """Answer `count` requests, with as many waiting as running, after a warm-up batch."""
     engine, arriving = pool.engine, iter(traffic)
     ends: list[Delta | Exception] = []
 
@@ -100,7 +100,7 @@ def closed_loop(pool: StoredPool, traffic: Traffic, count: int, num_new: int = N
 
 
 def measure(pools: Sequence[int], rounds: Iterator[int], count: int) -> list[dict[int, Measured]]:
-    """Every pool once a round."""
+    """Measure every pool once per round."""
     found = []
     with StoredPool(bank_rank_rows=RANK * BANK_ADAPTERS, max_batch_size=NUM_ROWS) as pool:
         pool.publish(max(pools))
@@ -130,12 +130,12 @@ def report(found: Sequence[Mapping[int, Measured]], pools: Sequence[int]) -> str
 
 
 def main(
-    rounds: Annotated[int, typer.Option(help="each pool once a round")] = 3,
-    minutes: Annotated[float, typer.Option(help="no round begins that would end later, publishing apart")] = 3.5,
-    count: Annotated[int, typer.Option(help="requests answered for each pool in a round")] = 128,
+    rounds: Annotated[int, typer.Option(help="each pool once per round")] = 3,
+    minutes: Annotated[float, typer.Option(help="start no round that would end later, not counting publishing")] = 3.5,
+    count: Annotated[int, typer.Option(help="requests for each pool in a round")] = 128,
     quick: Quick = False,
 ) -> None:
-    """Gemma-3-270M bfloat16, 32 rows at once, prompts of 20 to 80 tokens, 64 new ones, rank 8, a bank for 32."""
+    """Measure Gemma-3-270M in bfloat16: 32 rows, 20 to 80 tokens, 64 new ones, rank 8, a bank for 32 adapters."""
     pools = (8, 40) if quick else POOLS
     found = measure(pools, rounds_within(1 if quick else rounds, minutes), 16 if quick else count)
     table = report(found, pools)

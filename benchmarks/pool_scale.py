@@ -1,6 +1,6 @@
-"""Search, recall, publish, start-up and memory from a hundred adapters to a million.
+"""Measure search, recall, publish, start-up and memory from a hundred to a million adapters.
 
-Adapters lie around the starter pool's real sample embeddings, queries around its held-out prompts.
+Adapters are drawn around the starter pool's real sample embeddings, queries around its held-out prompts.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ try:
 except ImportError:  # the optional extra `bench` is not installed
     pyplot = None
 
-SIBLING_COSINE = 0.86  # two adapters around one sample: as near as the starter pool's two nearest tasks
-QUERY_COSINE = 0.99  # of a query to the held-out prompt it was made of
+SIBLING_COSINE = 0.86  # cosine of two adapters around one sample, as of the starter pool's two nearest tasks
+QUERY_COSINE = 0.99  # cosine of a query to its held-out prompt
 OWN_SCORES = 20  # per adapter
 SMALL_TENANT, NUM_SMALL = "small", 5
 TAGS = {"half": 0.5, "tenth": 0.1, "hundredth": 0.01}
 TOP_K = 3
-TOLERANCE = 1e-3  # a hit may score so much below the third best
-SIDE_ROWS = 2500  # half of what may stand beside the lists
+TOLERANCE = 1e-3  # a hit may score this much below the third best
+SIDE_ROWS = 2500  # half of the rows that may be missing from the lists
 
 out = Console(width=160)
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Whose search is measured: everything, what carries a tag, or a tenant's own five."""
+    """The caller of a search: one that sees everything, one that filters by tag, or a tenant with five adapters."""
 
     name: str
     tenant: str = LOCAL_TENANT
@@ -65,7 +65,7 @@ CALLERS = (Caller("all"), *[Caller(tag, tags=(tag,)) for tag in TAGS], Caller("f
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """The encoder, and what adapters and queries lie around."""
+    """The encoder, and the centres around which adapters and queries are drawn."""
 
     encoder: Encoder
     samples: np.ndarray
@@ -105,7 +105,7 @@ def _texts(files: Sequence[Path]) -> list[str]:
 
 
 def jittered(centres: np.ndarray, count: int, sibling_cosine: float, rng: np.random.Generator) -> np.ndarray:
-    """Unit rows around randomly chosen centres; two around one centre have about this cosine to each other."""
+    """Return unit rows around randomly chosen centres. Two rows around one centre have about this cosine."""
     dim = centres.shape[1]
     noise = (1 / sibling_cosine - 1) ** 0.5 / dim**0.5
     rows = np.empty((count, dim), np.float32)
@@ -158,7 +158,7 @@ class Source:
 
 @dataclass
 class Rebuilds:
-    """Index work done at once and timed, after the call that asked for it."""
+    """Runs index rebuilds at once and times them, after the call that requested them."""
 
     seconds: float = 0.0
     waiting: list[Callable[[], None]] | None = None
@@ -180,7 +180,7 @@ def seconds_of(work: Callable[[], Any]) -> float:
 
 
 def measure_size(data: Data, count: int, num_queries: int, sibling_cosine: float) -> dict[str, Any]:
-    """One row of the table. Where there are lists, a side list stands beside them, half as long as it may be."""
+    """Measure one row of the table. If there are lists, half of the allowed rows are missing from them."""
     records = data.records(count, sibling_cosine)
     side = SIDE_ROWS if count > 50_000 else 0
     source, rebuilds = Source(records[: count - side]), Rebuilds()
@@ -207,7 +207,7 @@ def peak_rss_mib() -> float:
 def measure_callers(pool: Pool, queries: np.ndarray) -> dict[str, dict[str, float]]:
     measured = {}
     for caller in CALLERS:
-        if pool.allowed(caller.tenant, caller.tags).num == 0:  # computed once per generation, and shown as first_ms
+        if pool.allowed(caller.tenant, caller.tags).num == 0:  # computed once per generation and reported as first_ms
             continue
         times, found = [], []
         for query in queries:
@@ -221,7 +221,7 @@ def measure_callers(pool: Pool, queries: np.ndarray) -> dict[str, dict[str, floa
 
 
 def recall(pool: Pool, caller: Caller, queries: np.ndarray, found: Sequence[Sequence[float]]) -> float:
-    """The share of the wanted that were found: whose exact score is within TOLERANCE of the third best, or above."""
+    """Return the share of expected adapters found: exact score within TOLERANCE of the third best, or above it."""
     records = [r for r in pool.index.records if r.is_visible_to(caller.tenant) and set(caller.tags) <= set(r.tags)]
     vectors = np.stack([record.embedding.vector for record in records if record.embedding is not None])
     wanted, hits = min(TOP_K, len(records)), 0
@@ -234,7 +234,7 @@ def recall(pool: Pool, caller: Caller, queries: np.ndarray, found: Sequence[Sequ
 
 
 def measure_changes(pools: LivePool, source: Source, data: Data) -> dict[str, float]:
-    """Medians, without the catalogue's own work: a publish, a withdrawal, and the first search of a generation."""
+    """Return medians without the catalogue's work: a publish, a withdrawal, and the first search of a generation."""
     times: dict[str, list[float]] = {"add_ms": [], "remove_ms": [], "first_ms": []}
     [query] = data.queries(1)
     for number in range(15):
@@ -249,7 +249,7 @@ def measure_changes(pools: LivePool, source: Source, data: Data) -> dict[str, fl
 
 
 def measure_startup(data: Data, count: int) -> dict[str, Any]:
-    """From a real table on disk: catalogue, encoder and index until requests can be answered."""
+    """Measure a start from a table on disk: catalogue, encoder and index, until requests can be answered."""
     with tempfile.TemporaryDirectory() as folder:
         location = Location(folder)
         catalogue = Catalogue(location.child("catalogue"))
@@ -285,7 +285,7 @@ def tables(rows: Sequence[dict[str, Any]], startup: dict[str, Any]) -> Iterator[
         table.add_section()
     yield table
     columns = ("add_ms", "remove_ms", "first_ms", "build_s", "train_s", "index_mib", "peak_rss_mib")
-    table = Table("adapters", *[column.replace("_", " ") for column in columns], title="a generation, and the whole")
+    table = Table("adapters", *[column.replace("_", " ") for column in columns], title="a generation, and everything")
     for row in rows:
         table.add_row(f"{row['adapters']:,}", *[f"{row[column]:,.2f}" for column in columns])
     yield table
@@ -297,7 +297,7 @@ def tables(rows: Sequence[dict[str, Any]], startup: dict[str, Any]) -> Iterator[
 
 
 def figures_of(rows: Sequence[dict[str, Any]], startup: dict[str, Any]) -> dict[str, float]:
-    """Of the filter that is slowest, and of the caller with the lowest recall."""
+    """Return the numbers of the slowest filter, and of the caller with the lowest recall."""
     figures = {}
     for row in rows:
         exponent = round(np.log10(row["adapters"]))
@@ -329,9 +329,9 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def main(
-    quick: Annotated[bool, typer.Option(help="small pools, nothing written")] = False,
+    quick: Annotated[bool, typer.Option(help="small pools; write nothing")] = False,
     largest: Annotated[int, typer.Option(help="exponent of the largest pool")] = 6,
-    sibling_cosine: Annotated[float, typer.Option(help="how near adapters of one kind lie")] = SIBLING_COSINE,
+    sibling_cosine: Annotated[float, typer.Option(help="cosine of two adapters of one kind")] = SIBLING_COSINE,
 ) -> None:
     """Measure, print the tables, and write benchmarks/results/pool_scale/ unless `--quick`."""
     data = Data.load()

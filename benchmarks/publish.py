@@ -1,4 +1,4 @@
-"""How soon a published adapter answers, and how long a thousand of them take: `python -m benchmarks.publish`."""
+"""Measure the time until a published adapter answers, and that of a thousand: `python -m benchmarks.publish`."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ console = Console(width=100)
 
 
 def variant(target: Path, number: int, *, known_texts: bool = False) -> str:
-    """Write a new adapter of a starter adapter's size with 20 samples; a prompt that it is found by.
+    """Write a new adapter of a starter adapter's size with 20 samples. Return a prompt that retrieves it.
 
-    `known_texts`: the samples' inputs are the starter adapter's own, which the encoder has embedded before.
+    `known_texts`: use the starter adapter's samples, which the encoder has embedded before.
     """
     sources = sorted(path.parent for path in POOL.glob(f"*/{CONFIG}"))
     source = sources[number % len(sources)]
@@ -52,7 +52,7 @@ def variant(target: Path, number: int, *, known_texts: bool = False) -> str:
 
 
 def publish_and_ask(url: str, folder: Path, prompt: str) -> tuple[float, float]:
-    """(seconds until published, seconds until an answer made with the adapter is there)."""
+    """Return (seconds until published, seconds until the adapter has answered)."""
     files = [("files", (path.name, path.read_bytes())) for path in sorted(folder.iterdir())]
     started = time.perf_counter()
     published = httpx.post(f"{url}/v1/loras", files=files, data={"name": folder.name}, timeout=120)
@@ -69,7 +69,7 @@ def publish_and_ask(url: str, folder: Path, prompt: str) -> tuple[float, float]:
 
 
 def publish_all(url: str, folder: Path) -> float:
-    """Seconds of one `loraretriever publish` of every adapter in `folder`."""
+    """Return the seconds of one `loraretriever publish` of every adapter in `folder`."""
     command = [str(Path(sys.executable).with_name("loraretriever")), "publish", str(folder), "--url", url]
     started = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -77,7 +77,7 @@ def publish_all(url: str, folder: Path) -> float:
 
 
 def measure(folder: Path, rounds: int, adapters: int) -> tuple[list[tuple[float, float]], float, float]:
-    """(single publishes, seconds of the many with new texts, and with texts the encoder knows)."""
+    """Return (single publishes, seconds of the bulk publish with new texts, and with texts the encoder knows)."""
     two = {"min_replicas": 2, "max_replicas": 2}
     config = AppConfig(
         store_uri=str(folder / "pool"),
@@ -95,21 +95,21 @@ def measure(folder: Path, rounds: int, adapters: int) -> tuple[list[tuple[float,
         url = server.start()
         server.wait_ready(timeout_s=600)
         asked = [publish_and_ask(url, folder / "single" / f"single-{n}", prompt) for n, prompt in enumerate(prompts)]
-        return asked[1:], publish_all(url, folder / "new"), publish_all(url, folder / "known")  # the first warms up
+        return asked[1:], publish_all(url, folder / "new"), publish_all(url, folder / "known")  # the first is a warm-up
 
 
 def main(
-    rounds: Annotated[int, typer.Option(help="single publishes, each followed by a question")] = 30,
-    adapters: Annotated[int, typer.Option(help="adapters in the one command")] = 1000,
+    rounds: Annotated[int, typer.Option(help="single publishes, each followed by a request")] = 30,
+    adapters: Annotated[int, typer.Option(help="adapters in one command")] = 1000,
 ) -> None:
-    """2 retrievers, 2 workers, Gemma-3-270M; adapters of 1.4 MB with 20 samples each."""
+    """Measure 2 retrievers and 2 workers with Gemma-3-270M; adapters of 1.4 MB with 20 samples each."""
     with tempfile.TemporaryDirectory() as name:
         singles, new_s, known_s = measure(Path(name), rounds, adapters)
     published, answered = zip(*singles, strict=True)
     table = Table(title=machine(), title_justify="left")
     for column in ("what", "count", "p50 s", "max s"):
         table.add_column(column, justify="left" if column == "what" else "right")
-    for what, seconds in (("upload until 201", published), ("upload until answered by it", answered)):
+    for what, seconds in (("upload until 201", published), ("upload until it answers", answered)):
         table.add_row(what, str(rounds), f"{statistics.median(seconds):.2f}", f"{max(seconds):.2f}")
     table.add_row("one command, new texts", str(adapters), f"{new_s:.0f}", "")
     table.add_row("one command, texts the encoder knows", str(adapters), f"{known_s:.0f}", "")
@@ -117,7 +117,7 @@ def main(
         console.print(table)
     console.print(table)
     if adapters != 1000:
-        console.print("not written: the figures are those of 1,000 adapters")
+        console.print("not written: the results file is for 1,000 adapters")
         return
     figures = {
         "publish_to_answer_p50_s": statistics.median(answered),

@@ -1,4 +1,4 @@
-"""Write the results of a study to its own folder: the figures with their circumstances, and a table."""
+"""Write the results of a study to its own folder: the numbers with their circumstances, and a table."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RESULTS = Path(__file__).parent / "results"
 def write_results(study: str, *, figures: Mapping[str, float], table: str, runs: Sequence[Mapping[str, Any]]) -> Path:
     """Write `results.json` and `table.txt` in `results/<study>/` and return the path of the JSON file.
 
-    `figures`: name -> number; `runs`: the raw rows behind the figures.
+    `figures`: numbers by name; `runs`: the raw rows behind them.
     """
     return _write(study, _circumstances() | {"figures": dict(figures), "runs": list(runs)}, [table])
 
@@ -30,9 +30,9 @@ def write_part(
 ) -> Path:
     """Write one part of a study that several scripts share, and keep the other parts.
 
-    The file's `figures` are those of all parts. Its `runs` have one entry for each part with the circumstances, figures
+    The file's `figures` are those of all parts. Its `runs` have one entry for each part with the circumstances, numbers
     and rows of that part. The circumstances at the top level are those of the last writer.
-    Raises: ValueError if another part has a figure of the same name.
+    Raises: ValueError if another part has a number of the same name.
     """
     path = RESULTS / study / "results.json"
     entries = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []
@@ -66,7 +66,7 @@ def _write(study: str, content: Mapping[str, Any], tables: Sequence[str]) -> Pat
 
 
 def machine() -> str:
-    """Describe what a figure depends on: processor, cores, memory, torch."""
+    """Describe the machine: processor, cores, memory, torch."""
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     capability = torch.backends.cpu.get_cpu_capability()
     return f"{_processor()}, {os.cpu_count()} cores, {memory_gib:.0f} GiB, {capability}, torch {torch.__version__}"

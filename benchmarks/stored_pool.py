@@ -1,4 +1,4 @@
-"""Random adapters in a store on disk, and the worker's way from there into an engine."""
+"""Random adapters in a store on disk, and a worker's path from there into an engine."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from gpu_worker.device.openmp import load_executor, run_on_short_lived_thread
 from gpu_worker.engine.engine import Engine
 from lora_store import AdapterRef, AdapterWeights, LoraStore, Plan, Strategy, write_peft_folder
 
-_BATCH = 64  # adapters a commit
+_BATCH = 64  # adapters per commit
 
 
 class _StoreCall:
-    """What a fetcher calls `fetch` through: the store's own read, in this process instead of behind Ray."""
+    """The call that a fetcher makes as `fetch`: the store's own read, in this process instead of through Ray."""
 
     def __init__(self, store: LoraStore) -> None:
         self._store = store
@@ -42,10 +42,10 @@ class _StoreHandle:
 
 
 class StoredPool:
-    """An engine whose adapters lie in a LoraStore below a temporary folder. A context.
+    """An engine whose adapters are in a LoraStore in a temporary folder. A context manager.
 
-    Weights come as in a worker: read and hashed by the store, then hashed, decoded and fitted on the loading threads.
-    Only the way through Ray's object store is missing. The files are in the page cache: they were just written.
+    Weights take a worker's path: the store reads and hashes them; loading threads hash, decode and convert them. Only
+    Ray's object store is missing. The files were just written, so they are in the page cache.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -70,7 +70,7 @@ class StoredPool:
         self._folder.cleanup()
 
     def publish(self, count: int) -> None:
-        """`adapters` (ref, weights digest) are `count` random ones of rank 8, all modules."""
+        """Publish `count` random adapters of rank 8 for all modules. Fill `adapters` with (ref, weights digest)."""
         shapes = self.engine.bank.shapes
         for start in range(0, count, _BATCH):
             staged = [self._staged(number, shapes) for number in range(start, min(start + _BATCH, count))]
@@ -80,7 +80,7 @@ class StoredPool:
             console.print(f"{len(self.adapters)} of {count} adapters of rank {RANK} are published")
 
     def plan(self, strategy: Strategy, *numbers: int) -> Plan:
-        """Of the adapters with these numbers, equally weighted."""
+        """Return a plan of the adapters with these numbers, equally weighted."""
         return plan_of(strategy, [self.adapters[number] for number in numbers])
 
     def _staged(self, number: int, shapes: Shapes) -> Any:

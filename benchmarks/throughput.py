@@ -1,7 +1,7 @@
-"""The engine beside transformers' generate, by strategy, active adapters and batch: `python -m benchmarks.throughput`.
+"""Compare throughput by strategy, adapters and batch size with transformers: `python -m benchmarks.throughput`.
 
-Every round runs generate and each of the engine's cases once, so that all of a round meet the same machine. What LoRA
-costs a decode step is the difference of two close numbers: one batch tells both, every second step without adapters.
+Every round runs `generate` and each of the engine's cases once, so machine load is equal. The cost of LoRA in a decode
+step is the difference of two close numbers, so one batch measures both: every second step runs without adapters.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ SAMPLING: Mapping[str, Mapping[str, Any]] = {
     "5 logprobs": {"logprobs": 5},
     "temperature 1, 5 logprobs": {"temperature": 1.0, "logprobs": 5},
 }
-"""How tokens are chosen, and what of it is reported. All of these run on the base model."""
+"""Sampling settings by name. All of these run on the base model."""
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One row of the table. `literal`: by the paper's einsum."""
+    """One row of the table. `literal`: use the paper's einsum."""
 
     num_rows: int
     strategy: Strategy
@@ -97,9 +97,9 @@ BATCHES = tuple(dict.fromkeys(case.num_rows for case in CASES))
 STEP_CASES = tuple(case for case in CASES if case.num_rows == NUM_ROWS and case.strategy == "mixture")
 
 Round = dict[str, float]
-"""Tokens a second by case, and by `<case> ms` the median decode step."""
+"""Tokens per second by case, and the median decode step as `<case> ms`."""
 Turn = dict[str, float]
-"""What the adapters cost a decode step of 32 rows in ms, by what they run."""
+"""The cost of adapters in a decode step of 32 rows in ms, by kind of composition."""
 
 
 class Bench:
@@ -108,7 +108,7 @@ class Bench:
         self._generate = generate(plain_model(self._loaded.config))
 
     def round(self, number: int, num_new: int = NUM_NEW) -> Round:
-        """Every case once."""
+        """Run every case once."""
         found: Round = {}
         for num_rows in BATCHES:
             prompts = self._loaded.prompts(number, num_rows)
@@ -119,7 +119,7 @@ class Bench:
         return found
 
     def turn(self, number: int, num_new: int = NUM_NEW) -> Turn:
-        """Each mixture once."""
+        """Run each mixture once."""
         prompts = self._loaded.prompts(number, NUM_ROWS)
         return {case.what: self._extra_ms(case, prompts, num_new) for case in STEP_CASES}
 
@@ -130,7 +130,7 @@ class Bench:
         return tokens_s, statistics.median(steps)
 
     def _extra_ms(self, case: Case, prompts: Sequence[Prompt], num_new: int) -> float:
-        """The median of a step less the mean of its neighbours, which leave the adapters out."""
+        """Return the median of a step minus the mean of its neighbours, which run without adapters."""
         asked = plans(case.strategy, case.num_active, case.num_rows)
         with literal_mixture(self._loaded.engine) if case.literal else nullcontext(), every_second_step_base():
             _, steps = self._loaded.run(asked, prompts, num_new)
@@ -140,7 +140,7 @@ class Bench:
 
 @contextmanager
 def every_second_step_base() -> Iterator[None]:
-    """Until the context ends, the engine's steps compute their plans and the base model in turn."""
+    """Let every second step of the engine compute the base model, within the block."""
     numbers = itertools.count()
 
     def by_turn(*args: Any) -> Composition | None:
@@ -151,7 +151,7 @@ def every_second_step_base() -> Iterator[None]:
 
 
 def figures_of(found: Sequence[Round], turns: Sequence[Turn]) -> dict[str, float]:
-    """Medians over rounds, and over turns, of what was compared within one; 32 rows each."""
+    """Return the medians over rounds, and over turns, of values compared within one; 32 rows each."""
 
     def median(name: str, over: str) -> float:
         return statistics.median(round_[f"{name} x{NUM_ROWS}"] / round_[f"{over} x{NUM_ROWS}"] for round_ in found)
@@ -182,7 +182,7 @@ def table_and_medians(found: Sequence[Round]) -> tuple[str, Mapping[str, float]]
 
 
 def plot(medians: Mapping[str, float]) -> None:
-    """Tokens a second by batch, for what was measured at every batch."""
+    """Plot tokens per second by batch size, for the cases measured at every size."""
     curves = {"generate": [(float(num_rows), medians[f"generate x{num_rows}"]) for num_rows in BATCHES]}
     for strategy, literal in (("base", False), ("selection", False), ("mixture", False), ("mixture", True)):
         greedy = [case for case in CASES if case.sampling == "greedy" and case.num_active < 9]
@@ -193,11 +193,11 @@ def plot(medians: Mapping[str, float]) -> None:
 
 
 def main(
-    rounds: Annotated[int, typer.Option(help="rounds after the first, which warms up")] = 3,
-    minutes: Annotated[float, typer.Option(help="no round begins that would end later")] = 5.0,
+    rounds: Annotated[int, typer.Option(help="rounds after the first, a warm-up")] = 3,
+    minutes: Annotated[float, typer.Option(help="start no round that would end later")] = 5.0,
     quick: Quick = False,
 ) -> None:
-    """Gemma-3-270M bfloat16, prompts of 20 to 80 tokens, 64 new ones each, rank 8 in all linear modules."""
+    """Measure Gemma-3-270M in bfloat16: prompts of 20 to 80 tokens, 64 new ones each, rank 8 in all linear modules."""
     bench = Bench()
     bench.round(0, WARM_TOKENS)
     found: list[Round] = []

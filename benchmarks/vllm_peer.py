@@ -1,6 +1,6 @@
-"""vLLM on the CPU as a process that answers batches, for `benchmarks.peers`, run by the Python of its own venv.
+"""vLLM on the CPU as a process that answers batches for `benchmarks.peers`, run by the Python of its own venv.
 
-Arguments: settings as JSON, and the descriptor to answer on. A batch is a line of JSON on stdin; its answer another.
+Arguments: settings as JSON, and the file descriptor for answers. A batch is a line of JSON on stdin; so is its answer.
 """
 
 import json
@@ -14,7 +14,7 @@ from vllm.lora.request import LoRARequest
 
 
 def loaded(settings: dict[str, Any]) -> LLM:
-    """`adapters` (folders, maybe none) of `rank` at most, all of them active at once."""
+    """Load vLLM with these `adapters` (folders, possibly none) of at most this `rank`, all active at once."""
     adapters = settings["adapters"]
     lora = {"enable_lora": True, "max_loras": len(adapters), "max_lora_rank": settings["rank"]} if adapters else {}
     return LLM(
@@ -22,7 +22,7 @@ def loaded(settings: dict[str, Any]) -> LLM:
         dtype="bfloat16",
         max_model_len=settings["max_model_len"],
         max_num_seqs=settings["num_rows"],
-        enable_prefix_caching=False,  # rows of another round must not be remembered
+        enable_prefix_caching=False,  # rows of earlier rounds must not be cached
         **lora,
     )
 

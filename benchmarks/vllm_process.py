@@ -1,4 +1,4 @@
-"""A running `benchmarks.vllm_peer`, as peers asks it."""
+"""The client of a running `benchmarks.vllm_peer`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class VllmFailed(Exception):
 
 
 class Vllm:
-    """A context. vLLM on all cores; between its turns its processes are stopped and take nothing from others."""
+    """A context manager: vLLM on all cores. Between its turns its processes are stopped, so they use no CPU."""
 
     def __init__(self, python: Path, model: str, adapters: Sequence[Path], log: Path) -> None:
         settings = {
@@ -45,7 +45,7 @@ class Vllm:
                 pass_fds=[writing],
                 env=_environment(python),
                 text=True,
-                process_group=0,  # of all its processes: stopped together, and ended by the system when this one dies
+                process_group=0,  # one group, to stop all of its processes together
             )
         os.close(writing)
         self._answers = os.fdopen(reading)
@@ -53,7 +53,7 @@ class Vllm:
         self._signal(signal.SIGSTOP)
 
     def __call__(self, rows: Sequence[Prompt], num_new: int = NUM_NEW) -> float:
-        """Tokens a second, measured in vLLM's own process around its `generate`."""
+        """Return tokens per second, measured in vLLM's process around its `generate`."""
         assert self._process.stdin is not None
         self._signal(signal.SIGCONT)
         self._process.stdin.write(json.dumps({"rows": [row.ids for row in rows], "num_new": num_new}) + "\n")
@@ -76,7 +76,7 @@ class Vllm:
     def _answer(self) -> dict[str, Any]:
         line = self._answers.readline()
         if not line:
-            raise VllmFailed(f"vLLM ended; the last it said:\n{self.log.read_text()[-2000:]}")
+            raise VllmFailed(f"vLLM ended; its last output:\n{self.log.read_text()[-2000:]}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -85,7 +85,7 @@ class Vllm:
 
 
 def _environment(python: Path) -> dict[str, str]:
-    """What vLLM's guide for processors asks for. Without this project's path: the venv has packages of its own."""
+    """Return the environment that vLLM's guide for CPUs recommends, without this project's path."""
     cores = os.cpu_count() or 1
     openmp = python.parent.parent / "lib" / "libiomp5.so"
     preloaded = [str(openmp)] if openmp.exists() else []

@@ -1,4 +1,4 @@
-"""Scripts that share a results file do not erase one another's figures."""
+"""Scripts that share a results file do not erase each other's numbers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def read(folder: Path, name: str) -> dict[str, Any]:
     return content
 
 
-def test_one_scripts_file_is_written_anew(folder: Path) -> None:
+def test_a_file_of_one_script_is_replaced(folder: Path) -> None:
     write_results("one", figures={"a": 1, "b": 2}, table="old", runs=[])
     write_results("one", figures={"a": 3}, table="new\n\n", runs=[{"x": 4}])
     content = read(folder, "one")
@@ -46,7 +46,7 @@ def test_parts_of_a_file_stay_when_another_is_written(folder: Path) -> None:
     assert (folder / "all" / "table.txt").read_text() == "one\n\ntwo again\nof two lines\n"
 
 
-def test_a_figure_belongs_to_one_part(folder: Path) -> None:
+def test_a_number_belongs_to_one_part(folder: Path) -> None:
     write_part("all", "first", figures={"a": 3}, table="", runs=[])
     with pytest.raises(ValueError, match="second and another part of all both write a"):
         write_part("all", "second", figures={"a": 4}, table="", runs=[])

@@ -1,6 +1,6 @@
 """Measure the source files and the six walks, and compare them with an earlier commit: `python -m benchmarks.house`.
 
-Writes `current.json` and `house.md` to `benchmarks/results/house`; the earlier figures are in `9813db0.json` there.
+Writes `current.json` and `house.md` to `benchmarks/results/house`; the earlier results are in `9813db0.json` there.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The four deployments in one process over a tiny model, without Ray: what the walks go through."""
+"""The four deployments in one process over a tiny model, without Ray, so that the walks can be traced."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TOPIC = "the sea"
 
 @dataclass(frozen=True, slots=True)
 class _Reference:
-    """Stands in for an object reference of Ray."""
+    """Replaces an object reference of Ray."""
 
     value: Any
 

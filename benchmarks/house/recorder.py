@@ -17,7 +17,7 @@ _PARTS_OF_A_FUNCTION = {"<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>"}
 
 @dataclass(frozen=True, slots=True)
 class Walk:
-    """The files that one run goes through. A stay is a group of consecutive functions of one file."""
+    """The files visited by one run. A stay is a group of consecutive functions of one file."""
 
     stays: tuple[str, ...]
 

@@ -26,7 +26,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class SourceMeasures:
-    """What the syntax trees of one checkout say."""
+    """The measures of one checkout, from its syntax trees."""
 
     folders: dict[str, int]  # of deployments: number of modules directly inside
     largest_importer: str
@@ -79,7 +79,7 @@ def _imported_modules(root: Path, tree: ast.Module, package: str) -> set[str]:
 
 
 def _num_any(tree: ast.Module) -> int:
-    """Count the uses of `Any`, its imports among them."""
+    """Count the uses of `Any`, including its imports."""
     nodes = list(ast.walk(tree))
     return sum(isinstance(node, ast.Name) and node.id == "Any" for node in nodes) + sum(
         isinstance(node, ast.alias) and node.name == "Any" for node in nodes
@@ -87,7 +87,7 @@ def _num_any(tree: ast.Module) -> int:
 
 
 def _function_sizes(tree: ast.Module) -> Iterator[int]:
-    """Yield the lines of each function, its decorators not counted."""
+    """Yield the lines of each function, without its decorators."""
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno is not None
@@ -104,12 +104,12 @@ def _test_names(root: Path, package: str) -> dict[str, Path]:
 
 
 def _covers(test: str, source: str) -> bool:
-    """Return whether a test of this name is found by the source's name: the same, or followed by an aspect."""
+    """Return whether a test of this name belongs to the source: the same name, or followed by an aspect."""
     return test == source or test.startswith(f"{source}_")
 
 
 def _sources_without_test(root: Path) -> Iterator[str]:
-    """Yield the modules that define a function and that no test of their package is named after."""
+    """Yield the modules that define a function and have no test of their name in their package."""
     for package in PACKAGES:
         tests = _test_names(root, package)
         for path in _modules(root, (package,)):
@@ -124,7 +124,7 @@ def _has_code(path: Path) -> bool:
 
 
 def _tests_without_source(root: Path) -> Iterator[str]:
-    """Yield the tests of the packages that are named after no module of their package."""
+    """Yield the tests that have no module of their name in their package."""
     for package in PACKAGES:
         sources = {path.stem for path in _modules(root, (package,))}
         for name, path in sorted(_test_names(root, package).items()):

@@ -1,7 +1,7 @@
-"""The six walks: what runs in `deployments` for one request, one publish and one command each.
+"""The six walks: the code of `deployments` that runs for one request, one publish and one command each.
 
 Every walk runs once before it is recorded, so that set-up which happens once per process does not count. The commands
-`serve` and `batch` are recorded at once; there a small object in this process stands in for Ray.
+`serve` and `batch` are recorded at once; for them a small object in this process replaces Ray.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def _batch_command(recorder: Recorder, folder: Path, settings: Path) -> Walk:
 
 @dataclass(frozen=True, slots=True)
 class LocalDataset:
-    """Stands in for a dataset of Ray Data: applies each stage in this process."""
+    """Replaces a dataset of Ray Data: applies each stage in this process."""
 
     rows: Iterable[dict[str, Any]]
 

@@ -1,4 +1,4 @@
-"""The base model as it is trained on, and the files of a trained adapter."""
+"""The base model for training, and the files of a trained adapter."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ BASE_NAME = "gemma-3-270m"
 
 
 def load_base(folder: Path) -> Any:
-    """The base model in float32, its linear layers multiplying in bfloat16."""
+    """Load the base model in float32. Its linear layers multiply in bfloat16."""
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
     freeze_linears(base)
     return base
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
-    """A stock PEFT folder in bfloat16 that names the base model but no path of this machine."""
+    """Save a standard PEFT folder in bfloat16. It names the base model but no local path."""
     for config in model.peft_config.values():
         config.base_model_name_or_path = BASE_NAME
-        config.target_modules = sorted(config.target_modules)  # a set: its order would differ from run to run
+        config.target_modules = sorted(config.target_modules)  # a set, whose order differs from run to run
     model.save_pretrained(folder, save_embedding_layers=False)  # "auto" would ask the model hub
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     weights = folder / "adapter_model.safetensors"
@@ -38,7 +38,7 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
 
 
 def write_items(path: Path, items: Iterable[Item], labels: Sequence[str] = ()) -> None:
-    """One JSON object a line: input, the first accepted answer, and the label set where there is one."""
+    """Write one JSON object per line: input, the first accepted answer, and the label set if there is one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     extra = {"labels": list(labels)} if labels else {}
     rows = [json.dumps({"input": i.input, "output": i.answers[0], **extra}, ensure_ascii=False) for i in items]

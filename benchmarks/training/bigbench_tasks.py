@@ -1,4 +1,4 @@
-"""BIG-bench tasks as the starter pool uses them: reading, rendering, the fixed split and exact-match scoring."""
+"""BIG-bench tasks as the starter pool uses them: reading, rendering, a fixed split and exact-match scoring."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TaskSpec:
-    """One line of a task list; `template` holds {x} for the input and, where options are shown, {o}."""
+    """One line of a task list. `template` has {x} for the input and, if options are shown, {o}."""
 
     name: str
     path: str
@@ -46,7 +46,7 @@ class TaskSpec:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A rendered input; `answers` are all accepted, the first is the one trained on."""
+    """A rendered input. All `answers` are accepted; training uses the first."""
 
     input: str
     answers: tuple[str, ...]
@@ -55,22 +55,22 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Disjoint by input text."""
+    """Items in parts without common input texts."""
 
     train: tuple[Item, ...]
     test: tuple[Item, ...]
 
 
 def read_specs(path: Path) -> list[TaskSpec]:
-    """The task list of `path`, in its own order."""
+    """Read the task list of `path`, in its order."""
     rows = yaml.safe_load(path.read_text(encoding="utf-8"))["tasks"]
     return [TaskSpec(**{**row, "labels": tuple(row.get("labels", ()))}) for row in rows]
 
 
 def read_task_files(source: Path, paths: Collection[str]) -> dict[str, dict[str, Any]]:
-    """The wanted task.json files of the distribution, from its archive (one pass) or its unpacked folder.
+    """Read these task.json files from the distribution's archive (in one pass) or its unpacked folder.
 
-    Raises: FileNotFoundError naming what `source` lacks.
+    Raises: FileNotFoundError, which names the missing tasks.
     """
     found = _read_folder(source, paths) if source.is_dir() else _read_archive(source, frozenset(paths))
     if missing := sorted(set(paths) - found.keys()):
@@ -88,14 +88,14 @@ def _read_archive(source: Path, paths: frozenset[str]) -> dict[str, dict[str, An
         for member in archive:
             if len(found) == len(paths):
                 break
-            inner = member.name.partition("/")[2]  # the first part is the distribution's name and version
+            inner = member.name.partition("/")[2]  # the first path component is the distribution's name and version
             if inner in paths and (stream := archive.extractfile(member)) is not None:
                 found[inner] = json.load(stream)
     return found
 
 
 def make_split(spec: TaskSpec, examples: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> Split:
-    """The task's fixed split: shuffled by a seed from its name, without duplicates, the first 100 being the test."""
+    """Make the task's fixed split: no duplicates, shuffled by a seed from its name, 100 items for the test."""
     rng = task_rng(spec.name)
     items = [render(spec, example, rng) for example in examples]
     rng.shuffle(items)
@@ -105,12 +105,12 @@ def make_split(spec: TaskSpec, examples: Sequence[Mapping[str, Any]], tokenizer:
 
 
 def task_rng(name: str) -> random.Random:
-    """Seeded by the task's name: its shuffles are the same in every run."""
+    """Return a random generator seeded by the task's name, so shuffles are equal in every run."""
     return random.Random(int(hashlib.md5(name.encode()).hexdigest(), 16))
 
 
 def render(spec: TaskSpec, example: Mapping[str, Any], rng: random.Random) -> Item:
-    """One example as the model sees it; options that are no fixed labels are shuffled by `rng`."""
+    """Render one example as the model sees it. Shuffle options by `rng` unless they are fixed labels."""
     scores: dict[str, float] = example.get("target_scores", {})
     options = list(spec.labels or scores)
     if not spec.labels:
@@ -132,7 +132,7 @@ def _as_tuple(target: str | list[str]) -> tuple[str, ...]:
 
 
 def short_items(spec: TaskSpec, items: Sequence[Item], tokenizer: Tokenizer) -> list[Item]:
-    """Those whose input and first answer have few enough tokens, and an answer at all."""
+    """Return the items that have an answer and whose input and first answer have few enough tokens."""
     inputs = tokenizer([item.input for item in items], add_special_tokens=False)["input_ids"]
     answers = tokenizer([item.answers[0] for item in items], add_special_tokens=False)["input_ids"]
     lengths = zip(items, inputs, answers, strict=True)
@@ -140,13 +140,13 @@ def short_items(spec: TaskSpec, items: Sequence[Item], tokenizer: Tokenizer) -> 
 
 
 def is_right(item: Item, generated: str) -> bool:
-    """Whether the first line of `generated` equals an accepted answer, up to case and outer blanks."""
+    """Return whether the first line of `generated` equals an accepted answer, ignoring case and outer blanks."""
     said = _normal(generated.strip().partition("\n")[0])
     return any(said == _normal(answer) for answer in item.answers)
 
 
 def majority_percent(items: Sequence[Item]) -> float:
-    """What the better of two guesses scores: always the commonest answer, or any of the options shown."""
+    """Return the score of the better of two guesses: always the most common answer, or any of the options shown."""
     commonest = Counter(_normal(item.answers[0]) for item in items).most_common(1)[0][1]
     chance = sum(1 / item.num_options for item in items if item.num_options)
     return 100 * max(commonest, chance) / len(items)

@@ -1,4 +1,4 @@
-"""Greedy answers of a model to a task's items, and the share that is right."""
+"""Generate a model's greedy answers to a task's items and score them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from gpu_worker.request.prompts import alpaca_prompt
 
 @torch.inference_mode()
 def greedy_answers(model: Any, tokenizer: Any, items: Sequence[Item], batch_size: int = 50) -> list[str]:
-    """One generated text an item, in order; `tokenizer` must pad on the left."""
-    max_new_tokens = _longest_answer(tokenizer, items) + 1  # the one that ends the text
+    """Return one generated text per item, in order. `tokenizer` must pad on the left."""
+    max_new_tokens = _longest_answer(tokenizer, items) + 1  # the end-of-text token
     answers: list[str] = []
     for start in range(0, len(items), batch_size):
         prompts = [alpaca_prompt(item.input) for item in items[start : start + batch_size]]
@@ -25,7 +25,7 @@ def greedy_answers(model: Any, tokenizer: Any, items: Sequence[Item], batch_size
 
 
 def percent_right(model: Any, tokenizer: Any, items: Sequence[Item]) -> float:
-    """Exact-match score of greedy decoding, 0 to 100."""
+    """Return the exact-match score of greedy decoding, 0 to 100."""
     answers = greedy_answers(model, tokenizer, items)
     return 100 * sum(map(is_right, items, answers)) / len(items)
 

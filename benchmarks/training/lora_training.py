@@ -1,4 +1,4 @@
-"""Trains one LoRA adapter with PEFT, fast enough for two CPU cores."""
+"""Train one LoRA adapter with PEFT, fast enough for two CPU cores."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How every adapter is trained: steps take `scales` in turn, so that it also works as a part of a sum."""
+    """Settings of the training. Steps use `scales` in turn, so that the adapter also works as part of a sum."""
 
     rank: int = 6
     lora_alpha: int = 12
@@ -39,7 +39,7 @@ class Recipe:
     warmup_share: float = 0.1
     scales: tuple[float, ...] = (1.0, 1 / 3)
     vocabulary_len: int = 16_384
-    learnt_loss: float = 0.0  # where the last ten losses are below it on average, the rest of the steps is left out
+    learnt_loss: float = 0.0  # training ends early once the mean of the last ten losses is below it
     seed: int = 0
 
 
@@ -58,7 +58,7 @@ class FrozenLinear(nn.Linear):
 
 
 class _FrozenProduct(torch.autograd.Function):
-    """x W^T, and G W on the way back, in bfloat16: one step of the graph in place of five."""
+    """x W^T, and G W in the backward pass, in bfloat16: one graph node instead of five."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:  # (N, in), (out, in) -> (N, out)
@@ -81,14 +81,14 @@ def freeze_linears(model: nn.Module) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Token ids of prompt and answer, and as labels the answer's alone, moved one to the left."""
+    """Token ids of prompt and answer. Only the answer's tokens have labels, shifted left by one."""
 
     ids: Tensor
     labels: Tensor
 
 
 def tokenize(items: Sequence[Item], tokenizer: Any) -> list[Example]:
-    """One example an item; the answer ends with the end-of-sequence token."""
+    """Return one example per item. The answer ends with the end-of-sequence token."""
     prompts = tokenizer([alpaca_prompt(item.input) for item in items])["input_ids"]
     answers = tokenizer([item.answers[0] for item in items], add_special_tokens=False)["input_ids"]
     return [_example(p, [*a, tokenizer.eos_token_id]) for p, a in zip(prompts, answers, strict=True)]
@@ -102,9 +102,9 @@ def _example(prompt: list[int], answer: list[int]) -> Example:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one step reads: ids and labels (B, T), and further inputs of the decoder.
+    """The input of one step: ids and labels (B, T), and further inputs of the decoder.
 
-    With `hidden` (B, T, H), what its first layer reads, the decoder does not look at the ids.
+    With `hidden` (B, T, H), the input of its first layer, the decoder does not read the ids.
     """
 
     ids: Tensor
@@ -113,14 +113,14 @@ class Batch:
     hidden: Tensor | None = None
 
     def read_by(self, decoder: nn.Module) -> Tensor:
-        """The last hidden states (B, T, H)."""
+        """Return the last hidden states (B, T, H)."""
         read = {"input_ids": self.ids} if self.hidden is None else {"inputs_embeds": self.hidden}
         states: Tensor = decoder(**read, use_cache=False, **self.inputs).last_hidden_state
         return states
 
 
 class Layout(Protocol):
-    """How a batch's examples lie in one tensor."""
+    """The arrangement of a batch's examples in one tensor."""
 
     def num_tokens(self, examples: Sequence[Example]) -> int: ...
 
@@ -128,7 +128,7 @@ class Layout(Protocol):
 
 
 class Padded:
-    """One row an example, padded on the right: causal attention never looks there, so no mask is needed."""
+    """One row per example, padded on the right. Causal attention never reads the padding, so no mask is needed."""
 
     def num_tokens(self, examples: Sequence[Example]) -> int:
         return len(examples) * max(len(example.ids) for example in examples)
@@ -140,7 +140,7 @@ class Padded:
 
 
 def batches(examples: Sequence[Example], recipe: Recipe, layout: Layout) -> Iterator[list[Example]]:
-    """Endless shuffled batches whose size stays within `batch_tokens`."""
+    """Yield shuffled batches without end. Each has at most `batch_tokens` tokens."""
     rng = random.Random(recipe.seed)
     batch: list[Example] = []
     while True:
@@ -154,8 +154,8 @@ def batches(examples: Sequence[Example], recipe: Recipe, layout: Layout) -> Iter
 class AnswerLoss:
     """Cross entropy of the answer tokens over a part of the vocabulary.
 
-    The part is the lowest ids (the tokenizer's commonest pieces) and every id of the task. All 262,144 ids would cost
-    more than the layers do.
+    The part has the lowest ids (the tokenizer's most common pieces) and every id of the task. All 262,144 ids would
+    cost more than the layers do.
     """
 
     def __init__(self, embedding: Tensor, examples: Sequence[Example], recipe: Recipe) -> None:
@@ -178,14 +178,16 @@ def train_adapter(
     on_step: Callable[[float], None],
     layout: Layout | None = None,
 ) -> PeftModel:
-    """`model` with a trained adapter on it, and `on_step` was told each step's loss; `unload()` gives the base back."""
+    """Return `model` with a trained adapter; `unload()` restores the base. Call `on_step` with each step's loss."""
     torch.manual_seed(recipe.seed)
     peft_model = get_peft_model(model, _lora_config(model, recipe))
     peft_model.train()
     decoder = peft_model.get_base_model().model
     loss_of = AnswerLoss(decoder.embed_tokens.weight, examples, recipe)
     learning = [p for p in peft_model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr=recipe.learning_rate, fused=True)  # else eight operations a tensor
+    optimizer = torch.optim.AdamW(
+        learning, lr=recipe.learning_rate, fused=True
+    )  # otherwise eight operations per tensor
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_share(step, recipe))
     layout, losses = layout or Padded(), deque([math.inf], maxlen=_JUDGED_STEPS)
     for step, chosen in zip(range(recipe.num_steps), batches(examples, recipe, layout), strict=False):
@@ -216,6 +218,6 @@ def _lora_config(model: nn.Module, recipe: Recipe) -> LoraConfig:
 
 
 def _lr_share(step: int, recipe: Recipe) -> float:
-    """Linear up over the warm-up, then linear down to nothing."""
+    """Return the learning rate's share: linear warm-up, then linear decay to zero."""
     warmup = max(1, round(recipe.warmup_share * recipe.num_steps))
     return min((step + 1) / warmup, (recipe.num_steps - step) / max(1, recipe.num_steps - warmup))

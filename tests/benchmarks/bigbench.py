@@ -1,4 +1,4 @@
-"""A made-up source distribution with the shape of BIG-bench's, and a tokenizer of one token a word."""
+"""A made-up source distribution with the structure of BIG-bench's, and a tokenizer with one token per word."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def word_tokenizer(text: list[str], *, add_special_tokens: bool) -> Mapping[str,
 
 
 def write_archive(path: Path, tasks: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    """`tasks`: the path of a task inside the distribution, and its examples."""
+    """Write the archive. `tasks`: the path of a task inside the distribution, and its examples."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w:gz") as archive:
         for name, examples in tasks.items():

@@ -1,4 +1,4 @@
-"""The tiny study that tests of its stages share: adapters trained on a tiny model, behind the server's code."""
+"""A tiny study shared by the tests of its stages: adapters trained on a tiny model, behind the server's code."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.tiny import tiny_config
 
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_folders: Mapping[str, Path]) -> Workspace:
-    """With an adapter a task, trained on the tiny model."""
+    """Return a workspace with an adapter per task, trained on the tiny model."""
     made = Workspace(tmp_path_factory.mktemp("study"))
     write_archive(made.archive, {spec.path: examples(spec.name) for spec in SPECS})
     with Progress(disable=True) as progress:

@@ -26,7 +26,7 @@ def test_the_commands_are_found() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if not name.endswith("__main__")])
-def test_a_module_imports_and_says_what_it_is_for(name: str) -> None:
+def test_a_module_imports_and_has_a_docstring(name: str) -> None:
     assert importlib.import_module(name).__doc__
 
 
@@ -35,7 +35,7 @@ def test_a_command_prints_its_help(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", [name, "--help"])
-    monkeypatch.delitem(sys.modules, name, raising=False)  # runpy warns of a module that is imported already
+    monkeypatch.delitem(sys.modules, name, raising=False)  # runpy warns about modules that are imported already
     with pytest.raises(SystemExit) as exit_:
         runpy.run_module(name, run_name="__main__")
     assert exit_.value.code == 0

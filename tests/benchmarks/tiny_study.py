@@ -1,4 +1,4 @@
-"""Three made-up tasks whose inputs are of one topic each; the answer to all of a task is one word."""
+"""Three made-up tasks, each with inputs of one topic and one word as the answer to all of them."""
 
 from __future__ import annotations
 

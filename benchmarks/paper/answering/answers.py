@@ -1,4 +1,4 @@
-"""The server's engine, asked offline: greedy answers to questions under plans, each computed once and kept."""
+"""Ask the server's engine offline: greedy answers to questions under plans, each computed once and kept."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from gpu_worker.request.prompts import Message
 from gpu_worker.request.request import Delta, Job, SamplingParams
 from lora_store import AdapterWeights, Plan
 
-_CHUNK = 192  # rows kept together: what an interruption may cost
+_CHUNK = 192  # rows saved together; an interruption loses at most these
 Fetch = Callable[[str], AdapterWeights]
-"""Weights digest -> its weights."""
+"""Return the weights of a digest."""
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One item of one task; `number` is its place in its part, `max_tokens` the task's longest answer and its end."""
+    """One item of a task. `number`: its position in its part; `max_tokens`: the longest answer plus the end token."""
 
     task: str
     part: str
@@ -39,15 +39,15 @@ Asked = tuple[Question, Plan]
 
 
 class Asker:
-    """Answers (question, plan) pairs through an Engine; equal ones cost nothing, in later runs too."""
+    """Answers (question, plan) pairs through an Engine. Equal pairs are computed once, also in later runs."""
 
     def __init__(self, engine: Engine, kept: Path) -> None:
-        """`kept`: the file of all answers so far, one JSON object a line. It grows, chunk by chunk."""
+        """Open `kept`, the file of all answers so far, with one JSON object per line. Chunks are appended to it."""
         self.engine, self._kept = engine, kept
         self._known = {row["key"]: row["text"] for row in _lines(kept)}
 
     def answers(self, asked: Sequence[Asked], out: Console, name: str) -> list[str]:
-        """The text to each, in order. Told to `out`: how many are new, how long they take, and how far it is."""
+        """Return the text of each answer, in order. Log to `out`: the number of new ones, the time, the progress."""
         keys = [self._key(question, plan) for question, plan in asked]
         missing = {key: pair for key, pair in zip(keys, asked, strict=True) if key not in self._known}
         new, began = list(missing.items()), time.monotonic()
@@ -59,7 +59,7 @@ class Asker:
         return [self._known[key] for key in keys]
 
     def num_new(self, asked: Sequence[Asked]) -> int:
-        """How many different ones of these are not known yet."""
+        """Return how many different pairs are not known yet."""
         return len({self._key(*pair) for pair in asked} - self._known.keys())
 
     def _key(self, question: Question, plan: Plan) -> str:
@@ -75,7 +75,7 @@ class Asker:
             self.engine.submit(self._row(key, question, plan, told, failures))
         self.engine.run_until_idle()
         if failures:
-            raise failures[0]  # before anything of the chunk is kept
+            raise failures[0]  # before any answer of the chunk is saved
         self._kept.parent.mkdir(parents=True, exist_ok=True)
         with self._kept.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps({"key": key, "text": told[key]}, ensure_ascii=False) + "\n" for key in pairs)
@@ -96,7 +96,7 @@ class Asker:
 
 
 def _lines(path: Path) -> Iterator[dict[str, str]]:
-    """The whole lines of `path`: the last may be cut off."""
+    """Return the complete lines of `path`; the last one may be cut off."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     for line in text.split("\n")[:-1]:
         try:
@@ -106,5 +106,5 @@ def _lines(path: Path) -> Iterator[dict[str, str]]:
 
 
 def loading(fetch: Fetch, executor: ThreadPoolExecutor) -> Callable[[str], Future[AdapterWeights]]:
-    """`fetch` as the engine calls it: without waiting."""
+    """Adapt `fetch` to the engine's call, without waiting."""
     return lambda digest: executor.submit(fetch, digest)

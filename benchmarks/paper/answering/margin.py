@@ -1,4 +1,4 @@
-"""Mixture or selection, question by question: decided by how far the best score leads."""
+"""Choose mixture or selection for each question by the lead of the best score."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ MARGINS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2)
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Selects where the best cosine leads the second by `margin` or more; with `clear_selects` off, where by less.
+    """Selects if the best cosine exceeds the second by `margin` or more; without `clear_selects`, if by less.
 
-    Of margin 0: always selects, or always mixes.
+    A margin of 0 always selects, or always mixes.
     """
 
     margin: float
@@ -34,7 +34,7 @@ class Rule:
     def __str__(self) -> str:
         if self.margin == 0:
             return "always select" if self.clear_selects else "always mix"
-        return f"select where the lead is {'at least' if self.clear_selects else 'below'} {self.margin:g}, else mix"
+        return f"select if the lead is {'at least' if self.clear_selects else 'below'} {self.margin:g}, else mix"
 
 
 RULES = tuple(Rule(margin, clear) for margin, clear in product(MARGINS, (True, False)))
@@ -42,7 +42,7 @@ RULES = tuple(Rule(margin, clear) for margin, clear in product(MARGINS, (True, F
 
 @dataclass(frozen=True, slots=True)
 class ByLead:
-    """The mixture of the best three, or the best alone, as `rule` says."""
+    """The mixture of the best three, or the best alone, as `rule` decides."""
 
     rule: Rule
     masks_own: bool = False
@@ -54,13 +54,13 @@ class ByLead:
 
 
 def lead_of(plan: Plan) -> float:
-    """How far the best score is above the second, infinite where there is none."""
+    """Return how much the best score exceeds the second; infinite if there is no second."""
     scores = [adapter.score or 0.0 for adapter in plan.adapters]
     return scores[0] - scores[1] if len(scores) > 1 else math.inf
 
 
 def best_rule(leads: Sequence[float], selection: Sequence[float], mixture: Sequence[float]) -> Rule:
-    """The rule of the highest mean score; of equal ones the first of RULES. One entry a question in each."""
+    """Return the rule with the highest mean score; of equal ones the first of RULES. Inputs: one entry per question."""
     alone, mixed = np.array(selection), np.array(mixture)
 
     def mean(rule: Rule) -> float:
@@ -70,7 +70,7 @@ def best_rule(leads: Sequence[float], selection: Sequence[float], mixture: Seque
 
 
 def chosen_rule(bench: Bench, per_task: int, *, masks_own: bool) -> Rule:
-    """The best rule on the choice part."""
+    """Return the best rule on the choice part."""
     ways = {"selection": Routed("selection", 1, masks_own=masks_own), "mixture": Routed("mixture", masks_own=masks_own)}
     scores = {
         name: bench.run(f"{name} on the choice part", way, per_task, "choice")["score"].to_pylist()

@@ -1,4 +1,4 @@
-"""The paper's ways to answer, as plans of the server: what each makes of a question."""
+"""The paper's methods as plans of the server: each turns a question into a plan."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NO_FLOOR = -1.0  # the paper never abstains
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """Retrieval and composition. `masks_own` is the paper's OOD: a question's own adapter cannot be chosen."""
+    """Retrieval and composition. `masks_own`: the paper's OOD, in which a question's own adapter cannot be chosen."""
 
     strategy: RoutedStrategy
     top_k: int = 3
@@ -30,7 +30,7 @@ class Routed:
         return [self._plan(retriever, pair[0], pair[1]) for pair in zip(questions, routes, strict=True)]
 
     def _request(self, question: Question) -> RouteRequest:
-        """One more than wanted where one may be left out, as in the paper's released code."""
+        """Return the request. Ask for one more adapter if one may be masked, as the paper's released code does."""
         top_k = self.top_k + self.masks_own
         strategy: RoutedStrategy = "mixture" if self.masks_own else self.strategy
         return RouteRequest(
@@ -48,31 +48,31 @@ class Routed:
 
 
 class Perfect:
-    """Each question's own adapter."""
+    """Uses each question's own adapter."""
 
     def plans(self, retriever: Retriever, questions: Sequence[Question]) -> list[Plan]:
         return [retriever.plan_named(LOCAL_TENANT, [(q.task, 1.0)], "selection") for q in questions]
 
 
 class First:
-    """For every question the own adapter of the first: a batch of one adapter."""
+    """Uses the first question's own adapter for all questions: a batch with one adapter."""
 
     def plans(self, retriever: Retriever, questions: Sequence[Question]) -> list[Plan]:
         return Perfect().plans(retriever, questions[:1]) * len(questions)
 
 
 class Base:
-    """No adapter."""
+    """Uses no adapter."""
 
     def plans(self, retriever: Retriever, questions: Sequence[Question]) -> list[Plan]:
         return [BASE_PLAN] * len(questions)
 
 
 class AdapterSoup:
-    """One set of adapters for the whole stream: those nearest to its mean, their parameters averaged.
+    """One set of adapters for the whole stream: the nearest to its mean, with averaged parameters.
 
-    Source: LoraRetriever (ACL Findings 2024), appendix F. The stream is what `plans` is given: it sees inputs of the
-    questions themselves, no answers.
+    The stream is the argument of `plans`: the method sees inputs of the questions themselves, but no answers.
+    Source: LoraRetriever (ACL Findings 2024), appendix F.
     """
 
     def __init__(self, top_k: int = 3) -> None:

@@ -1,4 +1,4 @@
-"""Named runs over the pool: every method's plans, their answers and scores, as raw rows."""
+"""Named runs over the pool: each method's plans, answers and scores, as raw rows."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from retriever_svc import Encoder, Retriever
 
 
 class Method(Protocol):
-    """What answers each question: one plan each, in order."""
+    """Answers questions: returns one plan per question, in order."""
 
     def plans(self, retriever: Retriever, questions: Sequence[Question]) -> list[Plan]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """Asks the pool's test questions. `retriever` is the server's, over the pool as published."""
+    """Asks the pool's test questions. `retriever`: the server's, over the pool as published."""
 
     study: Study
     asker: Asker
@@ -35,14 +35,14 @@ class Bench:
     out: Console
 
     def run(self, name: str, method: Method, per_task: int, part: str = "test") -> pa.Table:
-        """One row a question of `part`: run, task, number, strategy, adapters and weights, score."""
+        """Return one row per question of `part`: run, task, number, strategy, adapters and weights, score."""
         questions = self.study.questions(part, per_task)
         plans = method.plans(self.retriever, questions)
         texts = self.asker.answers(list(zip(questions, plans, strict=True)), self.out, name)
         return rows_of(name, questions, plans, self._scores(questions, texts))
 
     def majority(self, per_task: int) -> pa.Table:
-        """The same for the better guess, which asks nothing."""
+        """Return the same rows for the better guess, which needs no model."""
         questions = self.study.questions("test", per_task)
         parts, specs = self.study.parts, self.study.specs
         by_task = {name: majority_scores(specs[name], parts[name].train, parts[name].test[:per_task]) for name in specs}
@@ -54,7 +54,7 @@ class Bench:
 
 
 def rows_of(name: str, questions: Sequence[Question], plans: Sequence[Plan], scores: Sequence[float]) -> pa.Table:
-    """No text: the tasks' texts are not this project's to redistribute."""
+    """Return rows without texts, which this project may not redistribute."""
     rows = [
         {
             "run": name,
@@ -84,7 +84,7 @@ _SCHEMA = pa.schema(
 
 
 def run_all(bench: Bench, methods: Mapping[str, Method], per_task: int, folder: Path) -> pa.Table:
-    """The rows of every method; each is kept in `folder` as it ends, so that what is done can be read meanwhile."""
+    """Return the rows of every method. Save each method's rows in `folder` once it ends, so they can be read early."""
     tables = []
     for name, method in methods.items():
         tables.append(bench.run(name, method, per_task))
@@ -93,7 +93,7 @@ def run_all(bench: Bench, methods: Mapping[str, Method], per_task: int, folder: 
 
 
 def pool_retriever(study: Study, asker: Asker, encoder: Encoder, name: str = "pool") -> Retriever:
-    """The server's Retriever over the store `name` of exactly the study's adapters, as published with this encoder."""
+    """Return the server's Retriever over the store `name` with exactly the study's adapters, for this encoder."""
     uri = study.workspace.store_uri(f"{name}-{encoder.identity}")
     store = open_store(uri)
     live = {task for _, task in store.snapshot().records}

@@ -1,4 +1,4 @@
-"""The pool in a store, as a publish leaves it, and the server's Retriever over it."""
+"""The pool in a store, as after a publish, and the server's Retriever over it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ACTOR = "study"
 
 
 def publish(store: LoraStore, folders: Sequence[Path], encoder: Encoder | None, bank: LoraBank) -> None:
-    """What `folders` hold is live, in one commit; embedded where there is an encoder, found by name only elsewhere."""
+    """Publish the adapters of `folders` in one commit. Without an encoder they are reachable by name only."""
     staged = [store.stage(folder, module_shapes=bank.shapes) for folder in folders]
     nothing = [None] * len(staged)
     embeddings = nothing if encoder is None else embed_groups(encoder, [item.samples for item in staged])

@@ -1,4 +1,4 @@
-"""What every run of answers needs, loaded once: the tasks' parts, the engine, the kept answers."""
+"""Shared parts of every run of answers, loaded once: the tasks' parts, the engine, the saved answers."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from gpu_worker.model.base_model import model_source
 from lora_store import AdapterNotFound, AdapterWeights, LoraStore
 
 RANK = 6
-_WAIT_S = 1e6  # nobody waits for these answers
+_WAIT_S = 1e6  # no client waits for these answers
 
 
 def worker_config(num_adapters: int, **changes: Any) -> WorkerConfig:
-    """A worker whose bank holds all adapters of the pool."""
+    """Return the settings of a worker whose bank holds all adapters of the pool."""
     settings: dict[str, Any] = {"bank_rank_rows": RANK * num_adapters, "max_model_len": 512, "max_wait_s": _WAIT_S}
     return WorkerConfig(**settings | changes)
 
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """`specs` are the tasks that are asked, by name."""
+    """The tasks of a study. `specs`: the tasks to ask, by name."""
 
     workspace: Workspace
     specs: dict[str, TaskSpec]
@@ -40,7 +40,7 @@ class Study:
     tokenizer: Any
 
     def questions(self, part: str, per_task: int) -> list[Question]:
-        """The first `per_task` items of every task's part, mixed."""
+        """Return the first `per_task` items of every task's part, mixed."""
         longest = {name: self._max_tokens(name) for name in self.specs}
         found = [
             Question(name, part, number, item, longest[name])
@@ -51,7 +51,7 @@ class Study:
         return found
 
     def _max_tokens(self, name: str) -> int:
-        """The longest answer in training and the token that ends it: no answer is cut by what the test holds."""
+        """Return the longest answer of the training part plus the end token, so test items do not set the limit."""
         texts = [item.answers[0] for item in self.parts[name].train]
         return max(map(len, self.tokenizer(texts, add_special_tokens=False)["input_ids"])) + 1
 
@@ -62,7 +62,7 @@ def load_study(specs: Sequence[TaskSpec], workspace: Workspace, config: WorkerCo
 
 
 class Weights:
-    """Where the engine's weights come from: made ones by their digest, all others from the store of candidates."""
+    """Supplies the engine's weights: created ones by digest, all others from the store of candidates."""
 
     def __init__(self, store: LoraStore) -> None:
         self._store, self.made = store, dict[str, AdapterWeights]()
@@ -72,7 +72,7 @@ class Weights:
 
 
 def load_asker(workspace: Workspace, config: WorkerConfig, names: Sequence[str]) -> tuple[Asker, LoraStore, Weights]:
-    """An engine whose adapters lie in the store of candidates, where all of `names` are published, found by name."""
+    """Load an engine whose adapters are in the store of candidates. Publish `names` there, without embeddings."""
     store = open_store(workspace.store_uri("candidates"))
     weights = Weights(store)
     executor = load_executor(config.load_threads)
@@ -82,7 +82,7 @@ def load_asker(workspace: Workspace, config: WorkerConfig, names: Sequence[str])
 
 
 def publish_lacking(store: LoraStore, workspace: Workspace, names: Sequence[str], bank: LoraBank) -> None:
-    """All of `names` are live in `store`, found by name."""
+    """Publish those of `names` that are not live in `store`, without embeddings."""
     lacking = [workspace.adapters / name for name in names if not _is_live(store, name)]
     if lacking:
         publish(store, lacking, None, bank)
@@ -97,13 +97,13 @@ def _is_live(store: LoraStore, name: str) -> bool:
 
 
 Scores = dict[str, list[float]]
-"""By task, one score a question."""
+"""Scores by task, one per question."""
 
 
 def scores_by_task(
     questions: Sequence[Question], texts: Sequence[str], rate: Callable[[str, Item, str], float]
 ) -> Scores:
-    """`rate(task, item, text)` of every answer, in the order of the questions' numbers."""
+    """Return `rate(task, item, text)` of every answer, in the order of the questions' numbers."""
     rows = sorted((q.task, q.number, rate(q.task, q.item, text)) for q, text in zip(questions, texts, strict=True))
     scores: Scores = {}
     for task, _, value in rows:

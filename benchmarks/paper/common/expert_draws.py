@@ -1,4 +1,4 @@
-"""The tasks whose adapters the trained baselines are made of, drawn by fixed seeds."""
+"""The tasks whose adapters form the trained baselines, drawn by fixed seeds."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ HUB_ADAPTERS = 20
 
 
 def one_a_cluster(specs: Sequence[TaskSpec]) -> list[str]:
-    """A task of each cluster: whose adapters are the experts of MoE and SMEAR."""
+    """Draw a task of each cluster. Their adapters are the experts of MoE and SMEAR."""
     draw, clusters = task_rng("experts"), dict.fromkeys(spec.cluster for spec in specs)
     return [draw.choice([spec.name for spec in specs if spec.cluster == cluster]) for cluster in clusters]
 
 
 def hub_tasks(specs: Sequence[TaskSpec]) -> list[str]:
-    """Those of LoRAHub."""
+    """Draw the tasks of LoRAHub."""
     return task_rng("lorahub").sample(sorted(spec.name for spec in specs), min(HUB_ADAPTERS, len(specs)))

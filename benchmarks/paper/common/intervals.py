@@ -12,7 +12,7 @@ COVERAGE = 0.95
 
 
 class Interval(NamedTuple):
-    """A mean, and the bounds that `COVERAGE` of the resampled means lie between."""
+    """A mean, and the bounds that contain `COVERAGE` of the resampled means."""
 
     mean: float
     low: float
@@ -27,10 +27,10 @@ class Interval(NamedTuple):
 
 
 def bootstrap(values: np.ndarray, counts: np.ndarray | None = None, seed: int = 0) -> Interval:
-    """The mean of `values` (runs, tasks, queries), every task of a run weighing the same, then every run.
+    """Return the interval of the mean of `values` (runs, tasks, queries). Every task of a run has equal weight.
 
-    Queries are resampled within their task, the same ones in every run, and runs as a whole: tasks stay, they are the
-    pool. `counts` (runs, tasks): which tasks of a run count.
+    Every run has equal weight too. Queries are resampled within their task, the same ones in every run, and runs as a
+    whole. Tasks are not resampled, because they are the pool. `counts` (runs, tasks): the tasks of each run that count.
     """
     runs, tasks, queries = values.shape
     counts = np.ones((runs, tasks), bool) if counts is None else counts
@@ -44,7 +44,7 @@ def bootstrap(values: np.ndarray, counts: np.ndarray | None = None, seed: int = 
 
 
 def bootstrap_tasks(values: np.ndarray, seed: int = 0) -> Interval:
-    """The mean of `values` (tasks, queries) with bounds for other tasks like these: tasks are resampled as well."""
+    """Return the interval of the mean of `values` (tasks, queries) for other tasks of this kind: resample tasks too."""
     tasks, queries = values.shape
     by_task = (values[:, np.newaxis] @ _resampled(tasks, queries, seed))[:, 0]  # (tasks, resamples)
     rng, shape = np.random.default_rng(seed + 1), (tasks, NUM_RESAMPLES)
@@ -55,6 +55,6 @@ def bootstrap_tasks(values: np.ndarray, seed: int = 0) -> Interval:
 
 @lru_cache(maxsize=4)
 def _resampled(tasks: int, queries: int, seed: int) -> np.ndarray:
-    """(tasks, queries, resamples): the weight of each query in its task's mean."""
+    """Return (tasks, queries, resamples): the weight of each query in its task's mean."""
     drawn = np.random.default_rng(seed).multinomial(queries, [1 / queries] * queries, (tasks, NUM_RESAMPLES))
     return drawn.transpose(0, 2, 1) / queries

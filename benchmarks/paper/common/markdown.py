@@ -1,4 +1,4 @@
-"""Tables of the report."""
+"""Markdown of the report."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 
@@ -16,5 +16,5 @@ def percent(share: float) -> str:
 
 
 def plot(name: str, words: str) -> str:
-    """The plot `name` of results/, as the report shows it."""
+    """Return the report's reference to the plot `name` of results/."""
     return f"![{words}](../results/paper/{name}.svg)\n"

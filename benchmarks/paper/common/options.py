@@ -1,4 +1,4 @@
-"""Options that the stages' commands share."""
+"""Options shared by the stages' commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A long measurement in steps: each leaves one small file, and a run does those whose file is not there."""
+"""A long measurement in steps. Each step writes one small file; a run computes the missing ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.console import Console
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What `run` measures is kept in `path`. `cost` tells how long it takes, in a unit that all steps share."""
+    """A measurement whose result is saved in `path`. `cost`: its duration in a unit shared by all steps."""
 
     name: str
     path: Path
@@ -25,12 +25,12 @@ class Step:
 
 
 def key_of(*parts: object) -> str:
-    """Names what was made of these: values whose `repr` tells them apart."""
+    """Return a name for the result of these inputs, from their `repr`."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
 def run_steps(steps: Sequence[Step], seconds_per_cost: float, out: Console) -> None:
-    """Every step's file is there; said first is how long that will take, and after each step what is left."""
+    """Compute the steps without a file. Print an estimate of the time first, and the rest after each step."""
     missing = [step for step in steps if not step.path.exists()]
     left = sum(step.cost for step in missing)
     estimate = f", about {_minutes(left * seconds_per_cost)} at the speed of this moment" if missing else ""
@@ -46,7 +46,7 @@ def run_steps(steps: Sequence[Step], seconds_per_cost: float, out: Console) -> N
 
 
 def write_parquet(path: Path, table: pa.Table) -> None:
-    """Written whole or not at all."""
+    """Write the file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".part")
     pq.write_table(table, scratch, compression="zstd")

@@ -17,13 +17,13 @@ from benchmarks.training.bigbench_tasks import Item, TaskSpec, Tokenizer, read_t
 
 TASK_LIST = Path(__file__).with_name("tasks.yaml")
 NUM_TEST, NUM_CHOICE, NUM_SAMPLES, MAX_TRAIN = 50, 50, 20, 800
-_READ = 2 * (NUM_TEST + NUM_CHOICE + NUM_SAMPLES + MAX_TRAIN)  # inputs looked at before the long ones are left out
+_READ = 2 * (NUM_TEST + NUM_CHOICE + NUM_SAMPLES + MAX_TRAIN)  # inputs read before long ones are dropped
 _BARE, _BARE_OPTIONS = "{x}", "{x}\nOPTIONS:\n{o}"
 
 
 @dataclass(frozen=True, slots=True)
 class TaskList:
-    """The tasks as listed, and those that may take the place of one or let the pool grow."""
+    """The listed tasks, and the spares that may replace one or let the pool grow."""
 
     tasks: tuple[TaskSpec, ...]
     spares: tuple[TaskSpec, ...]
@@ -35,10 +35,10 @@ class TaskList:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """A task's examples, no input in two parts.
+    """A task's examples. No input is in two parts.
 
-    `train` for the adapter, `samples` for its embedding and the encoder's training, `choice` for every decision,
-    `test` for the figures alone.
+    `train`: for the adapter; `samples`: for its embedding and the encoder's training; `choice`: for every decision;
+    `test`: for the results only.
     """
 
     train: tuple[Item, ...]
@@ -48,7 +48,7 @@ class Parts:
 
 
 def read_task_list(path: Path = TASK_LIST) -> TaskList:
-    """The list of `path`, in its own order."""
+    """Read the list of `path`, in its order."""
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     tasks, spares = (tuple(_spec(row) for row in content[key]) for key in ("tasks", "spares"))
     return TaskList(tasks, spares)
@@ -65,10 +65,10 @@ def _spec(row: Mapping[str, Any]) -> TaskSpec:
 
 
 def make_parts(spec: TaskSpec, examples: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> Parts:
-    """The task's fixed parts: shuffled by its name, one example an input, long ones left out.
+    """Make the task's fixed parts: shuffled by its name, one example per input, without long ones.
 
-    Inputs are the same when they differ in case, blanks or the order of options alone. Small tasks keep fewer examples
-    for `choice`, so that two thirds of what test and samples leave are for training.
+    Inputs that differ only in case, blanks or the order of options are equal. Small tasks have fewer examples in
+    `choice`, so that two thirds of those outside test and samples are for training.
     """
     rng = task_rng(spec.name)
     pairs = [(_key(example), render(spec, example, rng)) for example in examples]
@@ -89,7 +89,7 @@ def _key(example: Mapping[str, Any]) -> str:
 
 
 def load_parts(specs: Sequence[TaskSpec], workspace: Workspace, tokenizer: Tokenizer) -> dict[str, Parts]:
-    """Each task's parts, by name: from the workspace, or made of the source distribution and kept there."""
+    """Return each task's parts by name: from the workspace, or made from the source distribution and saved there."""
     places = {spec.name: _place(workspace, spec) for spec in specs}
     missing = [spec for spec in specs if not places[spec.name].exists()]
     if missing:
@@ -100,14 +100,14 @@ def load_parts(specs: Sequence[TaskSpec], workspace: Workspace, tokenizer: Token
 
 
 def _place(workspace: Workspace, spec: TaskSpec) -> Path:
-    """Named after the line of the list too: a changed line is split anew."""
+    """Return the file of the parts. Its name depends on the task's line in the list: a changed line is split again."""
     digest = hashlib.sha256(repr(spec).encode()).hexdigest()[:8]
     return workspace.splits / f"{spec.name}-{digest}.json"
 
 
 def _write(path: Path, parts: Parts) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(f".{os.getpid()}")  # processes that train side by side may all make it
+    scratch = path.with_suffix(f".{os.getpid()}")  # concurrent training processes may all create it
     scratch.write_text(json.dumps(asdict(parts), ensure_ascii=False), encoding="utf-8")
     scratch.rename(path)
 

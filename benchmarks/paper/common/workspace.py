@@ -1,4 +1,4 @@
-"""Where the study keeps what is not committed: source, splits, adapters, stores, raw rows, below one cache folder."""
+"""The files of a study that are not committed, below one cache folder: source, splits, adapters, stores, raw rows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ARCHIVE = "bigbench-1.0.0.tar.gz"
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """The folders of one study; nothing is made before it is written."""
+    """The folders of one study. Each is created when something is written."""
 
     root: Path = DEFAULT_ROOT
 
@@ -34,12 +34,12 @@ class Workspace:
 
     @property
     def adapters(self) -> Path:
-        """One PEFT folder a task."""
+        """Return the folder of adapters, one PEFT folder per task."""
         return self.root / "adapters"
 
     @property
     def rows(self) -> Path:
-        """Raw answers, one file a run."""
+        """Return the folder of raw answers, one file per run."""
         return self.root / "rows"
 
     @property
@@ -51,9 +51,9 @@ class Workspace:
 
 
 def fetch_archive(workspace: Workspace) -> Path:
-    """The source distribution with all tasks, 358 MB, downloaded once by pip.
+    """Return the source distribution of all tasks (358 MB). Download it with pip once.
 
-    Raises: subprocess.CalledProcessError: pip could not get it; its output says why.
+    Raises: subprocess.CalledProcessError if pip cannot download it; its output has the reason.
     """
     path = workspace.archive
     if not path.exists():

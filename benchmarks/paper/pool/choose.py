@@ -1,4 +1,4 @@
-"""Which adapters make the pool: trained ones that beat guessing on the choice part. Test items play no part in it."""
+"""Choose the adapters of the pool: those that beat guessing on the choice part. Test items are not used."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _NUM_RESAMPLES = 2000
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a task's own adapter and the better of its references score on the choice part, as shares of 1.
+    """Scores of a task's own adapter and of the better of its references on the choice part, as shares of 1.
 
-    `margin` is what the mean difference exceeds in 95 of 100 resamplings of the items.
+    `margin`: the mean difference exceeds it in 95 of 100 resamplings of the items.
     """
 
     task: str
@@ -46,7 +46,7 @@ class Verdict:
 
 
 def verdict(spec: TaskSpec, own: Sequence[float], references: Sequence[Sequence[float]]) -> Verdict:
-    """`own` and each of `references` hold one score an item, in the same order."""
+    """Judge a task. `own` and each of `references` have one score per item, in the same order."""
     reference = max(references, key=sum)
     difference = np.array(own) - np.array(reference)
     chosen = np.random.default_rng(0).integers(0, len(difference), (_NUM_RESAMPLES, len(difference)))
@@ -55,9 +55,10 @@ def verdict(spec: TaskSpec, own: Sequence[float], references: Sequence[Sequence[
 
 
 def choose_pool(listed: TaskList, verdicts: Mapping[str, Verdict]) -> dict[str, str]:
-    """Task of the pool -> the listed task whose place it has: itself, or a kept spare, first those of its cluster.
+    """Return, for each task of the pool, the listed task whose place it has.
 
-    A place for which no spare is left stays empty.
+    That is the task itself, or for a kept spare the place it fills, first one of its cluster. A place without a spare
+    stays empty.
     """
     spares = [spec for spec in listed.spares if spec.name in verdicts and verdicts[spec.name].is_kept]
     places = {spec.name: spec.name for spec in listed.tasks if spec.name in verdicts and verdicts[spec.name].is_kept}
@@ -72,15 +73,15 @@ def choose_pool(listed: TaskList, verdicts: Mapping[str, Verdict]) -> dict[str, 
 
 
 def empty_places(listed: TaskList, verdicts: Mapping[str, Verdict]) -> list[TaskSpec]:
-    """The listed tasks in whose place nothing is kept."""
+    """Return the listed tasks whose places are empty."""
     filled = set(choose_pool(listed, verdicts).values())
     return [spec for spec in listed.tasks if spec.name not in filled]
 
 
 def next_spares(listed: TaskList, verdicts: Mapping[str, Verdict], *, any_cluster: bool = False) -> list[str]:
-    """For every empty place a spare that was not tried yet, as far as there are any: one of its cluster.
+    """Return an untried spare of the same cluster for every empty place, as far as there are any.
 
-    `any_cluster`: or of another, one of each in turn, those first whose tasks are learnt most often.
+    `any_cluster`: also of other clusters, one of each in turn, first those whose tasks are learnt most often.
     """
     untried = [spec for spec in listed.spares if spec.name not in verdicts]
     if any_cluster:
@@ -109,7 +110,7 @@ def own_plan(record: AdapterRecord) -> Plan:
 
 
 def judge(study: Study, store: LoraStore, asker: Asker, out: Console, per_task: int) -> dict[str, Verdict]:
-    """Every task's verdict, from greedy answers to its choice items."""
+    """Return every task's verdict, from greedy answers to its choice items."""
     questions = study.questions("choice", per_task)
     snapshot = store.snapshot()
     own = [(question, own_plan(snapshot.resolve("local", question.task))) for question in questions]
@@ -129,7 +130,7 @@ def judge(study: Study, store: LoraStore, asker: Asker, out: Console, per_task: 
 
 
 def write_pool(path: Path, places: Mapping[str, str], verdicts: Iterable[Verdict], num_rounds: int) -> None:
-    """The pool, every verdict it was chosen by, and how many rounds of swaps are over."""
+    """Write the pool, every verdict behind it, and the number of completed rounds of swaps."""
     rows = [asdict(item) | {"is_kept": item.is_kept} for item in verdicts]
     rounded = [
         {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()} for row in rows
@@ -142,23 +143,23 @@ def write_pool(path: Path, places: Mapping[str, str], verdicts: Iterable[Verdict
 
 
 def read_pool(path: Path = POOL_FILE) -> list[str]:
-    """The tasks of the pool."""
+    """Return the tasks of the pool."""
     return list(json.loads(path.read_text(encoding="utf-8"))["pool"])
 
 
 def read_rounds(path: Path = POOL_FILE) -> int:
-    """Rounds of swaps that are over; 0 where no pool was chosen yet."""
+    """Return the number of completed rounds of swaps; 0 if no pool was chosen yet."""
     return int(json.loads(path.read_text(encoding="utf-8"))["rounds"]) if path.exists() else 0
 
 
 def read_verdicts(path: Path = POOL_FILE) -> dict[str, Verdict]:
-    """What the pool was chosen by."""
+    """Return the verdicts by which the pool was chosen."""
     rows = json.loads(path.read_text(encoding="utf-8"))["verdicts"]
     return {row["task"]: Verdict(**{key: value for key, value in row.items() if key != "is_kept"}) for row in rows}
 
 
 def pool_table(verdicts: Mapping[str, Verdict], places: Mapping[str, str]) -> str:
-    """What every trained adapter scores on the choice part, and what became of it."""
+    """Return a table of every trained adapter: its score on the choice part, and whether it was kept."""
     fates = {
         name: "kept" if name in places else "kept, not needed" if v.is_kept else "not kept"
         for name, v in verdicts.items()
@@ -173,20 +174,20 @@ def pool_table(verdicts: Mapping[str, Verdict], places: Mapping[str, str]) -> st
 
 
 def write_section(folder: Path, verdicts: Mapping[str, Verdict], places: Mapping[str, str]) -> None:
-    """The pool's section of the report."""
+    """Write the pool's section of the report."""
     words = (
         f"{len(places)} tasks, rank 6, lora_alpha 12, all linear layers of layers 9 to 17. On the choice part, percent;"
-        " `margin` is what own less reference exceeds in 95 of 100 resamplings: kept where it is above 0."
+        " `margin`: own minus reference exceeds it in 95 of 100 resamplings; adapters with a margin above 0 are kept."
     )
     parts = ["## The pool\n", words + "\n", pool_table(verdicts, places)]
     (folder / "pool.md").write_text("\n".join(parts), encoding="utf-8")
 
 
 def main(
-    per_task: Annotated[int, typer.Option(help="choice items of each task")] = NUM_CHOICE,
+    per_task: Annotated[int, typer.Option(help="choice items per task")] = NUM_CHOICE,
     root: Root = DEFAULT_ROOT,
 ) -> None:
-    """Judge every trained adapter and write benchmarks/paper/pool.json."""
+    """Judge every trained adapter and write benchmarks/paper/pool/pool.json."""
     workspace, listed, out = Workspace(root), read_task_list(), Console(width=120)
     specs = [spec for spec in listed.by_name.values() if (workspace.adapters / spec.name).exists()]
     config = worker_config(len(specs))

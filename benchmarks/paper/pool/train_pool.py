@@ -1,4 +1,4 @@
-"""Trains the study's adapters on the base model, task by task; several processes share the list between them."""
+"""Train the study's adapters on the base model, task by task. Several processes share the list."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from gpu_worker.config import WorkerConfig
 from gpu_worker.model.base_model import model_source
 
 PAPER_RECIPE = Recipe(scales=(1.0,), batch_tokens=256, learnt_loss=0.05)
-_STEPS = {"acc": 80, "em": 50, "rouge_l": 50}  # what to answer takes longer to learn than how
+_STEPS = {"acc": 80, "em": 50, "rouge_l": 50}  # the content of answers takes longer to learn than their form
 
 
 def recipe_of(spec: TaskSpec, recipe: Recipe = PAPER_RECIPE) -> Recipe:
@@ -39,7 +39,7 @@ def recipe_of(spec: TaskSpec, recipe: Recipe = PAPER_RECIPE) -> Recipe:
 
 
 def in_turns(specs: Sequence[TaskSpec]) -> list[TaskSpec]:
-    """One task of every cluster, then the second ones: what is trained so far is of all kinds."""
+    """Return one task of every cluster, then the second ones, so that all kinds are trained early."""
     place: Counter[str] = Counter()
     turns = []
     for number, spec in enumerate(specs):
@@ -49,7 +49,7 @@ def in_turns(specs: Sequence[TaskSpec]) -> list[TaskSpec]:
 
 
 class AdapterFolder:
-    """Where a task's PEFT folder lies; it is there once it is whole."""
+    """The location of a task's PEFT folder. The folder exists once it is complete."""
 
     def __init__(self, workspace: Workspace, name: str) -> None:
         self.path = workspace.adapters / name
@@ -57,7 +57,7 @@ class AdapterFolder:
         self.lock = FileLock(workspace.adapters / f".{name}.lock", blocking=False)
 
     def write(self, model: PeftModel, parts: Parts) -> None:
-        """The trained adapter with the texts it is found by."""
+        """Write the trained adapter with its samples."""
         shutil.rmtree(self._scratch, ignore_errors=True)
         save_adapter(model, self._scratch)
         write_items(self._scratch / "lora_samples.jsonl", parts.samples)
@@ -65,13 +65,13 @@ class AdapterFolder:
 
 
 class Trainer:
-    """The base model, lent to one adapter after the other."""
+    """The base model, used for one adapter after the other."""
 
     def __init__(self, base: Any, tokenizer: Any) -> None:
         self._base, self._tokenizer = base, tokenizer
 
     def train(self, folder: AdapterFolder, parts: Parts, recipe: Recipe, progress: Progress) -> None:
-        """`folder` holds the adapter of `parts.train`."""
+        """Train an adapter on `parts.train` and write it to `folder`."""
         bar = progress.add_task(folder.path.name, total=recipe.num_steps)
 
         def show(loss: float) -> None:
@@ -94,21 +94,21 @@ def train_all(
     progress: Progress,
     recipe_of: Callable[[TaskSpec], Recipe] = recipe_of,
 ) -> None:
-    """Every task of `specs` has its adapter folder, but those another process is at."""
+    """Train an adapter for every task of `specs` that has none, unless another process is training it."""
     todo = untrained(specs, workspace)
     parts = load_parts(todo, workspace, AutoTokenizer.from_pretrained(source))
     train_on(parts, {spec.name: recipe_of(spec) for spec in todo}, workspace, source, progress)
 
 
 def untrained(specs: Sequence[TaskSpec], workspace: Workspace) -> list[TaskSpec]:
-    """Those without an adapter folder."""
+    """Return the tasks without an adapter folder."""
     return [spec for spec in specs if not AdapterFolder(workspace, spec.name).path.exists()]
 
 
 def train_on(
     parts: Mapping[str, Parts], recipes: Mapping[str, Recipe], workspace: Workspace, source: Path, progress: Progress
 ) -> None:
-    """Every name of `recipes` has an adapter of its part `train`, but those another process is at."""
+    """Train an adapter for every name of `recipes` on the part `train`, unless another process is training it."""
     workspace.adapters.mkdir(parents=True, exist_ok=True)
     todo = [name for name in recipes if not AdapterFolder(workspace, name).path.exists()]
     if not todo:
@@ -130,11 +130,15 @@ def train_on(
 
 
 def main(
-    only: Annotated[list[str] | None, typer.Option(help="this task only; may be given again, spares too")] = None,
-    num_threads: Annotated[int | None, typer.Option(help="threads of this process; may run beside others")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="this task only, which may be a spare; may be given again")
+    ] = None,
+    num_threads: Annotated[
+        int | None, typer.Option(help="threads of this process; several processes may run at once")
+    ] = None,
     root: Root = DEFAULT_ROOT,
 ) -> None:
-    """Train what is not there yet; an interrupted run goes on with the task it was at."""
+    """Train the missing adapters. An interrupted run continues with its task."""
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     listed = read_task_list()

@@ -26,7 +26,7 @@ KINDS = ("ranks", "draws", "samples", "bases", "growth", "latency")
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 out = Console(soft_wrap=True)
-Root = Annotated[Path, typer.Option(help="where encoders and raw rows are kept")]
+Root = Annotated[Path, typer.Option(help="the folder of encoders and raw rows")]
 
 
 @cli.command()
@@ -43,7 +43,7 @@ def run(root: Root = DEFAULT_ROOT) -> None:
 
 @cli.command()
 def latency(root: Root = DEFAULT_ROOT) -> None:
-    """Measure the latencies again. Use it on an idle machine."""
+    """Measure the latencies again, on an idle machine."""
     experiments = load_experiments(Workspace(root))
     step = latency_step(experiments)
     step.path.unlink(missing_ok=True)
@@ -60,7 +60,7 @@ def gather(root: Root = DEFAULT_ROOT) -> None:
 
 @cli.command()
 def tables() -> None:
-    """Write figures, tables and plots from the committed rows."""
+    """Write results, tables and plots from the committed rows."""
     write_tables(PAPER_RESULTS)
 
 

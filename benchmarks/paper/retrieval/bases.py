@@ -1,6 +1,6 @@
-"""One index over the adapters of two base models: what a filter by base is worth.
+"""Measure one index over the adapters of two base models: the value of a filter by base.
 
-Each request is for one base. An adapter of the other base can not answer it, however near it lies.
+Each request is for one base. An adapter of the other base cannot answer it, however similar it is.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ TOP_K = 3
 
 
 def base_rows(encoder: Encoder, name: str, tasks: Sequence[Task]) -> pa.Table:
-    """A row for each pool, base of the request and filter.
+    """Return a row for each pool, base of the request and filter.
 
-    Pools: every task has an adapter of either base, embedded by different samples; or only half of the tasks, drawn
-    anew for each base, have one of it, so that a near task's adapter may be of the wrong base alone. `own`: the task's
-    adapter of the request's base is among the best k; only tasks that have it are asked. `usable`: the share of the
-    best 3 that the request's base can run.
+    Pools: every task has an adapter of either base, embedded by different samples; or each base has adapters of half of
+    the tasks only, drawn separately, so that a related task's adapter may exist for the wrong base only. `own`: the
+    task's adapter of the request's base is among the best k; only tasks that have it are queried. `usable`: the share
+    of the best 3 that the request's base can run.
     """
     rows = []
     for pool, held in (("all of both", _all(tasks)), ("half of either", _halves(tasks))):

@@ -1,4 +1,4 @@
-"""How representative the tasks were that an encoder was trained on."""
+"""How representative the training tasks of an encoder were."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def draws_step(experiments: Experiments) -> Step:
 
 
 def draw_rows(untrained: Encoder, tasks: Sequence[Task], draws: Sequence[Draw]) -> pa.Table:
-    """A row for each draw and task: was the task seen, was its cluster, and how near is the nearest other seen task.
+    """Return a row for each draw and task: whether the task and its cluster were seen, and the nearest seen task.
 
-    `nearest_seen` is the cosine of the untrained encoder's embeddings of the two.
+    `nearest_seen`: the cosine of the untrained encoder's embeddings of the two tasks.
     """
     found = embedded(untrained, {task.name: task.samples for task in tasks})
     vectors = np.stack([found[task.name].vector for task in tasks])
-    cosines = vectors @ vectors.T - 3 * np.eye(len(tasks), dtype=np.float32)  # never itself
+    cosines = vectors @ vectors.T - 3 * np.eye(len(tasks), dtype=np.float32)  # never the task itself
     rows = []
     for draw in draws:
         seen = np.array([task.name in draw.tasks for task in tasks])

@@ -1,4 +1,4 @@
-"""The steps of the study: train an encoder and rank all queries with it, then what is done with the chosen encoder."""
+"""The steps of the study: train an encoder and rank all queries with it, then the steps with the best encoder."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from retriever_svc.encoder import Vectors
 from retriever_svc.encoder_files import DEFAULT_MODEL
 from retriever_svc.training import TrainingSettings, train_encoder
 
-BEST = "best-40"  # the encoder that a server is pointed at
-_NOTE = "CHOSEN"  # no suffix: an encoder's identity is made of the files with one
+BEST = "best-40"  # the encoder that a server uses
+_NOTE = "CHOSEN"  # without suffix: files with one are part of an encoder's identity
 _TRAINING_COST = 4.0  # of a text in training, in encoded texts
 _MAX_CACHED_TEXTS = 40_000  # every text of the study is encoded once by an encoder
 
 
 class _StudyEncoder(Encoder):
-    """Keeps every text of the study: all of them have one owner."""
+    """An encoder that caches every text of the study under one owner."""
 
     def encode(self, texts: Sequence[str], owners: Sequence[str] | None = None) -> Vectors:
         return super().encode(texts, [""] * len(texts) if owners is None else owners)
 
 
 class Experiments:
-    """The study's encoders and rankings in a workspace. `model` is what every training starts from."""
+    """The study's encoders and rankings in a workspace. Every training starts from `model`."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Experiments:
         self.rows = workspace.rows / "retrieval" / study.digest
 
     def encoder(self, name: str) -> Encoder:
-        """`untrained`, the name of a draw, or `BEST`."""
+        """Return an encoder: `untrained`, the name of a draw, or `BEST`."""
         places = {UNTRAINED: self._model, BEST: self.best}
         return _StudyEncoder(places.get(name, self._encoders / name), max_cached_texts=_MAX_CACHED_TEXTS)
 
@@ -82,7 +82,7 @@ class Experiments:
         return rank_rows(self.encoder(name), name, self.study.tasks, parts)
 
     def choose_best(self) -> str:
-        """The draw of the paper's share that ranks the `choice` queries best; its encoder is `BEST` from now on."""
+        """Choose the draw of the paper's share that ranks the `choice` queries best, and make its encoder `BEST`."""
         scores = {draw.name: self._choice_score(draw.name) for draw in self.study.draws() if draw.is_main}
         best = max(scores, key=lambda name: scores[name])
         made_of = {"study": self.study.digest, "draw": best, "choice_top1": scores}
@@ -96,7 +96,7 @@ class Experiments:
 
 
 def _replace(source: Path, target: Path, made_of: dict[str, Any]) -> None:
-    """`target` is a copy of `source` that tells why in a note; the same copy is left as it is."""
+    """Make `target` a copy of `source`, with a note of the reason. Leave an equal copy unchanged."""
     said = json.dumps(made_of, indent=1) + "\n"
     if (target / _NOTE).is_file() and (target / _NOTE).read_text() == said:
         return

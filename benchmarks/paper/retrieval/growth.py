@@ -1,4 +1,4 @@
-"""Retrieval while the pool grows from ten real tasks to all there are."""
+"""Measure retrieval while the pool grows from ten real tasks to all."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from benchmarks.paper.retrieval.study import Task
 from retriever_svc import AdapterIndex, Encoder
 
 SIZES = (10, 20, 48, 96, 144, 190)
-NUM_ORDERS = 5  # in which the tasks come
+NUM_ORDERS = 5  # in which tasks are added
 _NUM_TIMED, _TOP_K = 500, 3
 
 
 def growth_rows(encoder: Encoder, name: str, tasks: Sequence[Task]) -> pa.Table:
-    """A row for each order and size: hits of the test queries of the tasks in the pool, and of the first ten tasks.
+    """Return a row for each order and size: hits of the test queries of the tasks in the pool, and of the first ten.
 
     One index grows by `after`, as a live pool does.
     """
@@ -58,7 +58,7 @@ def _places(index: AdapterIndex, task: Task, vectors: np.ndarray) -> np.ndarray:
 
 
 def latency_rows(encoder: Encoder, tasks: Sequence[Task]) -> pa.Table:
-    """A row for each size: medians of one new text's time in the encoder, and of its search for the best 3, in ms."""
+    """Return a row for each size: median ms of encoding one new text, and of its search for the best 3."""
     queries = [text for task in tasks for text in task.test]
     queries = random.Random(0).sample(queries, min(_NUM_TIMED, len(queries)))
     times = [_timed(lambda text=text: encoder.encode([text])) for text in queries]

@@ -1,4 +1,4 @@
-"""The retrieval experiments over the study's pool, as the command and other stages load them."""
+"""Load the retrieval experiments over the study's pool, for the command and other stages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Queries ranked by the server's own index, over adapters embedded by its own encoder."""
+"""Rank queries with the server's own index, over adapters embedded by its own encoder."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from retriever_svc import AdapterIndex, Encoder, embed_groups
 
 DEPTHS = (1, 3, 5, 8)
 SCORES = COSINE, PRODUCT = "cosine", "inner product"
-DEPTH = max(DEPTHS) + 1  # one more: with the own adapter masked, as many are left
+DEPTH = max(DEPTHS) + 1  # one more, for use with the own adapter masked
 
 
 def embedded(encoder: Encoder, samples: Mapping[str, Sequence[str]]) -> dict[str, Embedding]:
-    """Each name's embedding by its samples, as the server makes it."""
+    """Return each name's embedding by its samples, as the server computes it."""
     groups = [[Sample(text) for text in own] for own in samples.values()]
     found = zip(samples, embed_groups(encoder, groups), strict=True)
     return {name: embedding for name, embedding in found if embedding is not None}
@@ -39,15 +39,15 @@ def index_of(encoder: Encoder, samples: Mapping[str, Sequence[str]]) -> AdapterI
 def nearest(
     index: AdapterIndex, vectors: np.ndarray, depth: int = DEPTH, tags: Collection[str] = ()
 ) -> list[list[str]]:
-    """The names of the best `depth` adapters that carry `tags`, per query (N, D), best first: by cosine."""
+    """Return, per query (N, D), the names of the best `depth` adapters that have `tags`, by cosine, best first."""
     found = index.search(vectors, depth, index.allowed(tags=tags))
     return [[match.record.ref.name for match in matches] for matches in found]
 
 
 def nearest_by_product(index: AdapterIndex, vectors: np.ndarray, lengths: Mapping[str, float]) -> list[list[str]]:
-    """The same by the inner product with the samples' mean as it is: its cosine times its length, of all adapters.
+    """Return the same by the inner product with the samples' mean, not scaled, over all adapters.
 
-    So the paper's code scores: a task whose samples differ has a short mean, and loses to tight ones.
+    The paper's code scores in this way: a task with diverse samples has a short mean, and loses to tight ones.
     """
     best = []
     for matches in index.search(vectors, index.num_live, index.allowed()):
@@ -58,7 +58,7 @@ def nearest_by_product(index: AdapterIndex, vectors: np.ndarray, lengths: Mappin
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a query's own adapter stands, 0 for nowhere; without it, how many of the best 1 and 3 share its cluster."""
+    """The rank of a query's own adapter, 0 if not found; without it, how many of the best 1 and 3 share its cluster."""
 
     own: int
     cluster_of_1: int
@@ -72,12 +72,12 @@ def place_of(task: Task, names: Sequence[str], cluster_of: Mapping[str, str]) ->
 
 
 def hit_share(places: np.ndarray, depth: int) -> float:
-    """Of queries whose own adapter is among the first `depth`; places as `Place.own`."""
+    """Return the share of queries whose own adapter is among the first `depth`; `places` as in `Place.own`."""
     return float(((places > 0) & (places <= depth)).mean())
 
 
 def rank_rows(encoder: Encoder, name: str, tasks: Sequence[Task], parts: Sequence[str]) -> pa.Table:
-    """A row for each score and query of `parts` (`test`, `choice`): its `Place`."""
+    """Return a row for each score and query of `parts` (`test`, `choice`): its `Place`."""
     cluster_of = {task.name: task.cluster for task in tasks}
     columns: defaultdict[str, list[Any]] = defaultdict(list)
     samples = {task.name: task.samples for task in tasks}

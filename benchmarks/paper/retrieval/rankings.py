@@ -1,4 +1,4 @@
-"""The rankings as arrays, and the shares they give with their intervals."""
+"""The rankings as arrays, and their shares with intervals."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.paper.retrieval.study import SHARES, UNTRAINED
 
 
 class Rankings:
-    """Every encoder's places of the test queries. Dims: E encoders, T tasks, Q queries."""
+    """Every encoder's ranks of the test queries. Dims: E encoders, T tasks, Q queries."""
 
     def __init__(self, folder: Path) -> None:
         ranks = pd.read_parquet(folder / "retrieval_ranks.parquet").astype({"encoder": str, "score": str, "task": str})
@@ -25,7 +25,7 @@ class Rankings:
         self._there = {name for name, _ in self._rows}
 
     def groups(self) -> dict[str, list[str]]:
-        """The encoders of each row of the tables, those that are measured."""
+        """Return the measured encoders of each row of the tables."""
         once = self.draws.drop_duplicates("draw")
         by_label = {"untrained": [UNTRAINED]}
         for share in SHARES:
@@ -36,20 +36,20 @@ class Rankings:
         return {label: names for label, names in measured.items() if names}
 
     def missing(self) -> list[str]:
-        """The draws no encoder was trained on yet."""
+        """Return the draws without a trained encoder."""
         return sorted(set(self.draws["draw"]) - self._there)
 
     def values(self, encoders: Sequence[str], score: str, field: str = "own") -> np.ndarray:
-        """(E, T, Q)."""
+        """Return the column (E, T, Q)."""
         return np.stack([np.reshape(self._rows[name, score][field], (len(self.tasks), -1)) for name in encoders])
 
     def hits(self, encoders: Sequence[str], score: str, depth: int) -> np.ndarray:
-        """(E, T, Q): 1 where the own adapter is among the first `depth`."""
+        """Return (E, T, Q): 1 if the own adapter is among the first `depth`."""
         places = self.values(encoders, score)
         return ((places > 0) & (places <= depth)).astype(float)
 
     def seen(self, encoders: Sequence[str]) -> np.ndarray:
-        """(E, T): which tasks each was trained on."""
+        """Return (E, T): whether each encoder was trained on the task."""
         none = dict.fromkeys(self.tasks, False)
         known = [none | self._seen(name) for name in encoders]
         return np.array([[own[task] for task in self.tasks] for own in known])
@@ -59,11 +59,11 @@ class Rankings:
         return dict(zip(own["task"], own["seen"], strict=True))
 
     def top(self, encoders: Sequence[str], score: str, depth: int, among: str = "all") -> Interval | None:
-        """The share of hits among `all`, `seen` or `unseen` tasks; None where there are none of those."""
+        """Return the share of hits among `all`, `seen` or `unseen` tasks; None if there are none."""
         return _interval(self.hits(encoders, score, depth), self._among(encoders, among))
 
     def gain(self, encoders: Sequence[str], score: str, depth: int, among: str = "unseen") -> Interval | None:
-        """What the share of hits is above the untrained encoder's, on the same queries."""
+        """Return the difference to the untrained encoder's share of hits, on the same queries."""
         more = self.hits(encoders, score, depth) - self.hits([UNTRAINED], score, depth)
         return _interval(more, self._among(encoders, among))
 
@@ -72,7 +72,7 @@ class Rankings:
         return {"all": np.ones_like(seen), "seen": seen, "unseen": ~seen}[among]
 
     def unseen_gains(self) -> pd.DataFrame:
-        """The draws' rows of unseen tasks, with `untrained`, `trained` and `gain` of top-1 by cosine."""
+        """Return the draws' rows of unseen tasks, with `untrained`, `trained` and `gain` of top-1 by cosine."""
         before = dict(zip(self.tasks, self.hits([UNTRAINED], COSINE, 1)[0].mean(axis=1), strict=True))
         rows = self.draws[~self.draws["seen"] & self.draws["draw"].isin(self._there)].copy()
         after = {

@@ -1,4 +1,4 @@
-"""The retrieval part of the report, its plots and its headline figures, from the committed rows."""
+"""Write the retrieval part of the report, its plots and its headline numbers from the committed rows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MAIN = f"{100 * MAIN_SHARE:.0f} %"
 
 
 def write_tables(folder: Path) -> None:
-    """`folder` has the rows; the section, plots and figures are written from them."""
+    """Write the section, plots and numbers from the rows in `folder`."""
     rankings = Rankings(folder)
     section = section_of(folder, rankings)
     (folder / "retrieval.md").write_text(section, encoding="utf-8")
@@ -35,7 +35,7 @@ def write_tables(folder: Path) -> None:
 
 
 def figures_of(rankings: Rankings) -> dict[str, float]:
-    """Shares of 1, by cosine, each with the bounds of its interval."""
+    """Return shares of 1, by cosine, each with the bounds of its interval."""
     trained = rankings.groups()[_MAIN]
     found = {
         "retrieval_top1_untrained": rankings.top([UNTRAINED], COSINE, 1),
@@ -51,7 +51,7 @@ def figures_of(rankings: Rankings) -> dict[str, float]:
 
 
 def section_of(folder: Path, rankings: Rankings) -> str:
-    """Markdown below a heading of the second level: the reading, written by hand, then the tables of what is there."""
+    """Return Markdown below a heading of the second level: the handwritten reading, then the measured tables."""
     related = tables.correlations(rankings)
     words = [f"{name} {value:+.2f}" for name, value in related.items()]
     parts = [

@@ -1,4 +1,4 @@
-"""How many samples an adapter needs to be found, and how far its description alone leads."""
+"""Measure how many samples an adapter needs, and how well its description alone retrieves it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from benchmarks.paper.retrieval.study import Task
 from retriever_svc import Encoder
 
 NUM_SAMPLES = (1, 5, 10, 20)
-NUM_DRAWS = 5  # of which samples
-DESCRIPTION = 0  # in place of a number of samples
+NUM_DRAWS = 5  # draws of the samples
+DESCRIPTION = 0  # instead of a number of samples
 
 
 def sample_rows(encoder: Encoder, name: str, tasks: Sequence[Task], descriptions: Mapping[str, str]) -> pa.Table:
-    """Hits of the test queries, a row for each number of samples and draw of them; 0 samples are the description."""
+    """Return hits of the test queries, a row for each number of samples and draw; 0 samples: the description."""
     rows = []
     for number in NUM_SAMPLES:
         for draw in range(NUM_DRAWS if number < len(tasks[0].samples) else 1):

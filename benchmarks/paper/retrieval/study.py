@@ -1,4 +1,4 @@
-"""What is studied: the tasks' texts, and on which tasks each encoder is trained."""
+"""The tasks' texts, and the training tasks of each encoder."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from retriever_svc import choose_tasks
 UNTRAINED = "untrained"
 SHARES = (0.1, 0.2, 0.4, 0.6, 1.0)
 SEEDS = (0, 1, 2)
-MAIN_SHARE = 0.4  # the paper's
+MAIN_SHARE = 0.4  # as in the paper
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A task's texts, no text in two of its parts: what its adapter is found by, others like them, and the queries."""
+    """A task's texts, without common texts: samples of its adapter, further texts like them, and the queries."""
 
     name: str
     cluster: str
     samples: tuple[str, ...]
-    more_samples: tuple[str, ...]  # of another adapter of the same task
-    choice: tuple[str, ...]  # queries to decide by
-    test: tuple[str, ...]  # queries that only figures are made of
+    more_samples: tuple[str, ...]  # samples of another adapter of the same task
+    choice: tuple[str, ...]  # queries for decisions
+    test: tuple[str, ...]  # queries for results only
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """The tasks one encoder is trained on: a share of all, or of whole clusters."""
+    """The training tasks of one encoder: a share of all tasks, or of whole clusters."""
 
     name: str
     tasks: tuple[str, ...]
@@ -41,13 +41,13 @@ class Draw:
 
     @property
     def is_main(self) -> bool:
-        """Whether the headlines are made of it."""
+        """Whether the headline numbers depend on it."""
         return self.share == MAIN_SHARE and not self.whole_clusters
 
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """`tasks` are the pool; `spares` let it grow. An encoder is trained on each of `shares` for each of `seeds`."""
+    """The tasks of the pool, and `spares` that let it grow. An encoder is trained per share and seed."""
 
     tasks: tuple[Task, ...]
     spares: tuple[Task, ...]
@@ -60,18 +60,18 @@ class Study:
 
     @property
     def digest(self) -> str:
-        """Of the pool and its texts: what was measured on another pool is not taken for this one's."""
+        """Return a digest of the pool and its texts, so that results of another pool are not reused."""
         return hashlib.sha256(repr(sorted(self.tasks, key=lambda task: task.name)).encode()).hexdigest()[:8]
 
     def draws(self) -> list[Draw]:
-        """Those that the headlines need come first."""
+        """Return all draws, those of the headline numbers first."""
         shared = [_share(self.names, share, seed) for seed in self.seeds for share in self.shares]
         clusters = [_clusters(self.tasks, MAIN_SHARE, seed) for seed in self.seeds]
         return sorted([*shared, *clusters], key=lambda draw: (not draw.is_main, draw.seed))
 
 
 def study_of(listed: TaskList, pool: Sequence[TaskSpec], parts: Mapping[str, Parts]) -> Study:
-    """The pool's tasks, and as spares all others with queries and as many samples."""
+    """Return the study of the pool's tasks. Spares: all other tasks with queries and as many samples."""
     tasks, others = (
         tuple(_task(spec.name, spec.cluster, parts[spec.name]) for spec in specs)
         for specs in (pool, [spec for spec in listed.by_name.values() if spec not in pool])
@@ -91,7 +91,7 @@ def _share(names: Sequence[str], share: float, seed: int) -> Draw:
 
 
 def _clusters(tasks: Sequence[Task], share: float, seed: int) -> Draw:
-    """Clusters in a random order, each taken unless that would exceed `share` of the tasks."""
+    """Return clusters in a random order. Skip each that would exceed `share` of the tasks."""
     clusters = sorted({task.cluster for task in tasks})
     random.Random(seed).shuffle(clusters)
     chosen: list[str] = []

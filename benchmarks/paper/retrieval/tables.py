@@ -23,7 +23,7 @@ def _or_dash(interval: Interval | None) -> str:
 
 
 def accuracy(rankings: Rankings, score: str) -> str:
-    """Top-k on all tasks, those trained on and the others; and what stands first where the own adapter is masked."""
+    """Return top-k on all, seen and other tasks, and the first adapter's cluster with the own adapter masked."""
     header = ["trained on", "runs", *[f"top-{depth}" for depth in DEPTHS], "unseen top-1", "unseen top-3"]
     header += ["seen top-1", "seen top-3", "masked: same cluster first", "among 3"]
     rows = []
@@ -36,7 +36,7 @@ def accuracy(rankings: Rankings, score: str) -> str:
 
 
 def gains(rankings: Rankings) -> str:
-    """Points over the untrained encoder on the tasks that were not trained on."""
+    """Return the points over the untrained encoder on tasks that were not trained on."""
     header = ["trained on", "runs", "top-1, cosine", "top-3, cosine", "top-1, inner product", "top-3, inner product"]
     kinds = [(score, depth) for score in SCORES for depth in (1, 3)]
     rows = [
@@ -48,7 +48,7 @@ def gains(rankings: Rankings) -> str:
 
 
 def draws(rankings: Rankings) -> str:
-    """A row for each encoder that left tasks unseen: what it was trained on, and what unseen tasks gained."""
+    """Return a row for each encoder that left tasks unseen: its training tasks, and the gain on unseen tasks."""
     header = [
         "encoder",
         "tasks",
@@ -71,7 +71,7 @@ def draws(rankings: Rankings) -> str:
 
 
 def boundary(rankings: Rankings) -> str:
-    """Unseen tasks of all draws together, by whether their cluster was seen and by how near a seen task is."""
+    """Return the unseen tasks of all draws together, by whether their cluster was seen and by the nearest seen task."""
     unseen = rankings.unseen_gains()
     parts = {
         "cluster seen": unseen[unseen["cluster_seen"]],
@@ -91,7 +91,7 @@ def boundary(rankings: Rankings) -> str:
 
 
 def correlations(rankings: Rankings) -> dict[str, float]:
-    """Spearman's, of the gain of unseen tasks with what a draw was like."""
+    """Return Spearman's correlations of the gain on unseen tasks with properties of the draw."""
     unseen = rankings.unseen_gains()
     by_draw = unseen.groupby("draw")[["cluster_seen", "nearest_seen", "gain"]].mean()
     return {
@@ -108,7 +108,7 @@ def _spearman(one: pd.Series, other: pd.Series) -> float:
 
 
 def samples(folder: Path) -> str:
-    """Hits by the number of samples an adapter is embedded by, with the range over draws of the samples."""
+    """Return hits by the number of samples per adapter, with the range over draws of the samples."""
     found = _untrained_first(folder / "retrieval_samples.parquet")
     rows = []
     for (name, number), own in found.groupby(["encoder", "num_samples"], sort=False):
@@ -118,7 +118,7 @@ def samples(folder: Path) -> str:
 
 
 def growth(folder: Path) -> str:
-    """Hits while the pool grows, with the range over orders, and the memory of the index."""
+    """Return hits while the pool grows, with the range over orders, and the memory of the index."""
     found = _untrained_first(folder / "retrieval_growth.parquet")
     rows = []
     for (name, size), own in found.groupby(["encoder", "size"], sort=False):
@@ -130,7 +130,7 @@ def growth(folder: Path) -> str:
 
 
 def latency(folder: Path) -> str:
-    """Medians by the size of the pool."""
+    """Return medians by the size of the pool."""
     found = pd.read_parquet(folder / "retrieval_latency.parquet")
     measured = zip(found["size"], found["encode_ms"], found["search_ms"], strict=True)
     rows = [[str(size), f"{encode_ms:.1f}", f"{search_ms:.3f}"] for size, encode_ms, search_ms in measured]
@@ -138,7 +138,7 @@ def latency(folder: Path) -> str:
 
 
 def bases(folder: Path) -> str:
-    """One index over two base models, with and without a filter by base; both bases' requests together."""
+    """Return results of one index over two base models, with and without a filter by base, for both bases' queries."""
     found = _untrained_first(folder / "retrieval_bases.parquet")
     columns = ("own_top1", "own_top3", "task_top1", "usable")
     rows = [
@@ -146,7 +146,7 @@ def bases(folder: Path) -> str:
         for (name, pool, filtered), own in found.groupby(["encoder", "pool", "filtered"], sort=False)
     ]
     header = ["encoder", "tasks with an adapter", "filter by base", "own adapter top-1", "top-3"]
-    return table([*header, "first is of the task, of either base", "of 3, usable"], rows)
+    return table([*header, "first result is of the task, either base", "usable share of 3"], rows)
 
 
 def _untrained_first(rows: Path) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""How many adapters, and how they are weighed: `python -m benchmarks.paper.stages.ablations`."""
+"""Measure how many adapters to compose, and with which weights: `python -m benchmarks.paper.stages.ablations`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MASKED = {"iid": False, "ood": True}
 
 
 def methods_of(numbers: tuple[int, ...] = NUM_ADAPTERS) -> dict[str, Routed]:
-    """Mixture and fusion of each number of adapters, then the mixture whose weights are a softmax of the scores."""
+    """Return mixture and fusion of each number of adapters, and the mixture with softmax weights of the scores."""
     found = {
         f"{strategy}_k{number}_{name}": Routed(strategy, number, masks_own=masked)
         for number in numbers
@@ -37,7 +37,7 @@ def methods_of(numbers: tuple[int, ...] = NUM_ADAPTERS) -> dict[str, Routed]:
 
 
 def numbers_table(answers: Answers, numbers: tuple[int, ...] = NUM_ADAPTERS) -> str:
-    """A row a number of adapters."""
+    """Return a row per number of adapters."""
     kinds = [(strategy, name) for strategy in ("mixture", "fusion") for name in _MASKED]
     rows = [
         [str(number), *[answers.interval(f"{strategy}_k{number}_{name}").in_percent() for strategy, name in kinds]]
@@ -47,7 +47,7 @@ def numbers_table(answers: Answers, numbers: tuple[int, ...] = NUM_ADAPTERS) -> 
 
 
 def weights_table(answers: Answers) -> str:
-    """Uniform against softmax weights of the three best."""
+    """Compare uniform and softmax weights of the three best."""
     rows = [
         [name, *[percent(answers.interval(run).mean) for run in (f"mixture_k3_{name}", f"softmax_{name}")]]
         for name in _MASKED
@@ -57,7 +57,7 @@ def weights_table(answers: Answers) -> str:
 
 
 def write_tables(folder: Path) -> None:
-    """`folder` has the rows; the section of the report and its plot are written."""
+    """Write the section of the report and its plot from the rows in `folder`."""
     clusters = {name: spec.cluster for name, spec in read_task_list().by_name.items()}
     answers = Answers(pd.read_parquet(folder / ROWS), clusters)
     num_tasks, num_questions = answers.scores(answers.runs[0]).shape

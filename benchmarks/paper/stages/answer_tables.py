@@ -1,4 +1,4 @@
-"""Tables and headline figures of answer quality, from the raw rows of the runs."""
+"""Tables and headline numbers of answer quality, from the raw rows of the runs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ COMPARED = [
 
 
 class Answers:
-    """Scores of every run, by task. `clusters`: task -> its cluster."""
+    """The scores of every run, by task. `clusters`: task -> its cluster."""
 
     def __init__(self, rows: pd.DataFrame, clusters: Mapping[str, str]) -> None:
         self._clusters = dict(clusters)
@@ -45,29 +45,29 @@ class Answers:
         return list(dict.fromkeys(cluster for task, cluster in self._clusters.items() if task in present))
 
     def scores(self, run: str, cluster: str | None = None) -> pd.DataFrame:
-        """(tasks, questions), shares of 1."""
+        """Return (tasks, questions), shares of 1."""
         scores = self._scores[run]
         return scores if cluster is None else scores[[self._clusters[task] == cluster for task in scores.index]]
 
     def interval(self, run: str, cluster: str | None = None) -> Interval:
-        """Every task weighs the same."""
+        """Return the interval of a run. Every task has equal weight."""
         return bootstrap(self.scores(run, cluster).to_numpy()[np.newaxis])
 
     def difference(self, one: str, other: str) -> Interval:
-        """Of two runs on the same questions."""
+        """Return the interval of the difference of two runs on the same questions."""
         return bootstrap((self.scores(one) - self.scores(other)).to_numpy()[np.newaxis])
 
     def difference_of_tasks(self, one: str, other: str) -> Interval:
-        """The same, its bounds for other tasks like these."""
+        """Return the same interval for other tasks of this kind."""
         return bootstrap_tasks((self.scores(one) - self.scores(other)).to_numpy())
 
     def of_task(self, task: str, one: str, other: str) -> Interval:
-        """The difference on one task's questions."""
+        """Return the interval of the difference on one task's questions."""
         return bootstrap((self.scores(one) - self.scores(other)).loc[[task]].to_numpy()[np.newaxis])
 
 
 def main_table(answers: Answers) -> str:
-    """Runs are columns; a cluster's cell is its mean, the last rows have the interval of all tasks."""
+    """Return a table with a column per run. A cluster's cell is its mean; the last rows have the overall interval."""
     rows = [
         [f"{cluster} ({len(answers.scores(answers.runs[0], cluster))})"]
         + [percent(answers.interval(run, cluster).mean) for run in answers.runs]
@@ -80,7 +80,7 @@ def main_table(answers: Answers) -> str:
 
 
 def cluster_intervals(answers: Answers) -> str:
-    """Every cluster's interval in every run."""
+    """Return every cluster's interval in every run."""
     rows = [
         [cluster, *[answers.interval(run, cluster).in_percent() for run in answers.runs]]
         for cluster in answers.clusters
@@ -89,7 +89,7 @@ def cluster_intervals(answers: Answers) -> str:
 
 
 def differences(answers: Answers, pairs: Sequence[tuple[str, str]] = COMPARED) -> str:
-    """Points between two runs, paired by question."""
+    """Return the points between two runs, paired by question."""
     rows = [
         [
             f"{one} − {other}".replace("_", " "),
@@ -100,7 +100,7 @@ def differences(answers: Answers, pairs: Sequence[tuple[str, str]] = COMPARED) -
         for one, other in pairs
         if {one, other} <= set(answers.runs)
     ]
-    header = ["difference", "points (95 % interval)", "other tasks like these", "tasks with more / less"]
+    header = ["difference", "points (95 % interval)", "other tasks of this kind", "tasks with more / less"]
     return table(header, rows)
 
 
@@ -110,7 +110,7 @@ def _ahead(answers: Answers, one: str, other: str) -> str:
 
 
 def own_adapters(answers: Answers) -> str:
-    """Each task's own adapter beside the base model and guessing."""
+    """Compare each task's own adapter with the base model and with guessing."""
     rows = [
         [task, *[percent(answers.scores(run).loc[task].mean()) for run in ("perfect", "base", "majority")]]
         + [answers.of_task(task, "perfect", run).in_percent() for run in ("base", "majority")]
@@ -120,9 +120,9 @@ def own_adapters(answers: Answers) -> str:
 
 
 def without_own(rows: pd.DataFrame, held: Mapping[str, Collection[str]]) -> str:
-    """What is out of distribution for both sides: each run beside the tasks whose adapter is not among those it holds.
+    """Compare each run with the others on the tasks that are out of distribution for both sides.
 
-    `held`: run -> tasks.
+    These are the tasks whose adapter the run does not hold. `held`: run -> tasks whose adapters it holds.
     """
     lines = []
     for run in (run for run in held if run in set(rows["run"])):
@@ -132,12 +132,12 @@ def without_own(rows: pd.DataFrame, held: Mapping[str, Collection[str]]) -> str:
             line.append(answers.difference(way, run).in_percent())
             line.append(answers.difference_of_tasks(way, run).bounds_in_percent())
         lines.append(line)
-    others = "other tasks like these"
+    others = "other tasks of this kind"
     return table(["run", "tasks", "score", "selection ood −", others, "mixture ood −", others], lines)
 
 
 def figures(answers: Answers) -> dict[str, float]:
-    """`score_<method>_iid` or `_ood`, with bounds; what masks nothing is in distribution."""
+    """Return `score_<method>_iid` or `_ood` with bounds. Methods that mask nothing are in distribution."""
     found: dict[str, float] = {}
     for run in answers.runs:
         name = f"score_{run}" if run.endswith(("_iid", "_ood")) else f"score_{run}_iid"
@@ -147,7 +147,7 @@ def figures(answers: Answers) -> dict[str, float]:
 
 
 def write_tables(folder: Path, encoder: str) -> None:
-    """`folder` has the rows, of the baselines where they were run; the report's section and the figures are written."""
+    """Write the report's section and the numbers from the rows in `folder`, with the baselines' if they exist."""
     found = [pd.read_parquet(folder / name) for name in (ROWS, BASELINES) if (folder / name).exists()]
     rows, listed = pd.concat(found), read_task_list().by_name
     answers = Answers(rows, {name: spec.cluster for name, spec in listed.items()})
@@ -158,14 +158,14 @@ def write_tables(folder: Path, encoder: str) -> None:
         "## Answers\n",
         f"{num_rows[0]} tasks, {num_rows[1]} test questions each, greedy, encoder: {encoder}. In percent: exact",
         "match, ROUGE-L for free text. `iid`: every adapter can be chosen, `ood`: the question's own is masked.\n",
-        "MoE and SMEAR: a router over the adapters of one task a cluster, which reads the encoder's vector of the",
+        "MoE and SMEAR: a router over the adapters of one task per cluster, which reads the encoder's vector of the",
         "prompt once (the paper's reads every layer's input), 120 steps of 8 on the samples of all tasks. LoRAHub: one",
-        "set of weights for 20 adapters, the best of 20 that a (1+1) evolution strategy tried on 192 samples.",
+        "set of weights for 20 adapters, the best of 20 attempts of a (1+1) evolution strategy on 192 samples.",
         "AdapterSoup: the three nearest to the mean of the questions' vectors.\n",
         main_table(answers),
-        "Intervals resample the questions of each task, those of `other tasks like these` the tasks as well.\n",
+        "Intervals resample the questions of each task; those for `other tasks of this kind` resample the tasks too.\n",
         differences(answers),
-        "### Where the question's own adapter is not among the baseline's either\n",
+        "### Tasks whose adapter the baseline does not have either\n",
         without_own(rows, held),
         "### Intervals by cluster\n",
         cluster_intervals(answers),

@@ -1,7 +1,7 @@
 """Change the pool while requests run: `python -m benchmarks.paper.stages.arrivals`. Uses samples only, no adapters.
 
-An index takes what comes at its first request. What was trained on the pool, a classifier or the encoder, is measured
-as it was before the changes, and trained anew after each.
+An index includes new adapters from its first request on. Models trained on the pool, a classifier or the encoder, are
+measured both unchanged and trained again after each change.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ from retriever_svc.training import TrainingSettings, train_encoder
 
 ROWS = "arrivals.parquet"
 NUM_REQUESTS, NUM_CHANGES, NUM_LIVE, NUM_SWAPPED = 2000, 4, 48, 12
-REQUESTS_A_SECOND = 1.0  # while a training runs, requests are answered by what was there before
+REQUESTS_A_SECOND = 1.0  # while a training runs, the previous model answers
 WINDOW, TOLERANCE = 100, 0.05
-_TRAINING_S = 150.0  # of an encoder, on two idle cores: what an estimate starts from
+_TRAINING_S = 150.0  # of an encoder, on two idle cores; the first estimate
 _CLASSIFIER_STEPS, _CLASSIFIER_RATE, _LOGIT_SCALE = 200, 0.05, 20.0
 
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
-    """The requests between two changes of the pool, (task, text) each, all of live tasks."""
+    """The requests between two changes of the pool: (task, text) each, all of live tasks."""
 
     live: tuple[Task, ...]
     arrived: frozenset[str]
@@ -62,7 +62,7 @@ def stream_of(
     num_live: int = NUM_LIVE,
     num_swapped: int = NUM_SWAPPED,
 ) -> list[Epoch]:
-    """At every change `num_swapped` live tasks, drawn by chance, give way to ones that were not live before."""
+    """Replace `num_swapped` random live tasks at every change by tasks that were not live before."""
     draw = random.Random(0)
     coming = draw.sample(list(tasks), len(tasks))
     live, arrived, coming = coming[:num_live], list[Task](), coming[num_live:]
@@ -81,13 +81,13 @@ class Router(Protocol):
     """Names the adapter of a text."""
 
     def follow(self, live: Sequence[Task]) -> None:
-        """The pool is `live` from now on: what costs no training is done."""
+        """Adopt `live` as the pool, as far as this needs no training."""
 
     def route(self, texts: Sequence[str]) -> list[str]: ...
 
 
 class IndexRouter:
-    """The server's index, which follows the pool from generation to generation."""
+    """The server's index. It follows the pool from generation to generation."""
 
     def __init__(self, encoder: Encoder) -> None:
         self._encoder, self._index = encoder, AdapterIndex.of([], encoder.dim)
@@ -103,7 +103,7 @@ class IndexRouter:
 
 
 class Classifier:
-    """softmax(W e(x)) over the tasks it was trained on, e(x) the encoder's unit vector; it names no others."""
+    """softmax(W e(x)) over its training tasks, e(x) the encoder's unit vector. It names no other tasks."""
 
     def __init__(self, encoder: Encoder, live: Sequence[Task]) -> None:
         self._encoder, self._names = encoder, [task.name for task in live]
@@ -117,7 +117,7 @@ class Classifier:
             optimizer.step()
 
     def follow(self, live: Sequence[Task]) -> None:
-        """Nothing it could do without training."""
+        """Do nothing: without training the classifier cannot adapt."""
 
     def route(self, texts: Sequence[str]) -> list[str]:
         best = self._encoder.encode(texts) @ self._weight.detach().numpy().T
@@ -129,9 +129,9 @@ Make = Callable[[Sequence[Task]], Router]
 
 
 def stream_rows(name: str, stream: Sequence[Epoch], make: Make, *, retrains: bool) -> pa.Table:
-    """A row a request: was its own adapter named. `lag`: how many requests after a change its training is over.
+    """Return a row per request: was its own adapter named. `lag`: requests between a change and the end of training.
 
-    With `retrains` a training starts at every change, or when the one before is over; what it made answers after it.
+    With `retrains` a training starts at every change, or when the previous one ends. Its model answers afterwards.
     """
     routers, rows = [(0, make(stream[0].live))], []
     for number, epoch in enumerate(stream):
@@ -155,13 +155,13 @@ def stream_rows(name: str, stream: Sequence[Epoch], make: Make, *, retrains: boo
 
 
 def _serving(routers: Sequence[tuple[int, Router]], start: int, end: int) -> list[tuple[int, Router]]:
-    """Those that answer between the two positions, oldest first, each with the position it is ready at."""
+    """Return the models that answer between the two positions, oldest first, each with its first position."""
     newest = [pair for pair in routers if pair[0] <= start][-1:]
     return newest + [pair for pair in routers if start < pair[0] < end]
 
 
 def trained_encoder(live: Sequence[Task], target: Path) -> Encoder:
-    """Trained anew at every call: the time that takes counts. `target` is its folder from then on."""
+    """Train a new encoder at every call, because its duration counts. It is stored in `target`."""
     shutil.rmtree(target, ignore_errors=True)
     texts = {task.name: task.samples for task in live}
     return Encoder(train_encoder(texts, target, settings=TrainingSettings(bf16=True)))
@@ -173,7 +173,7 @@ def steps_of(
     untrained: Callable[[], Encoder],
     train: Callable[[Sequence[Task]], Encoder],
 ) -> list[Step]:
-    """A step a router; costs in trainings of an encoder."""
+    """Return a step per router. The unit of cost is one training of an encoder."""
 
     def trained(live: Sequence[Task]) -> Router:
         return IndexRouter(train(live))
@@ -192,9 +192,9 @@ def steps_of(
 
 
 def requests_until_back(hits: np.ndarray, wanted: float, window: int = WINDOW) -> int | None:
-    """How many requests until as many of the next `window` hit as `wanted`, a share; None: never.
+    """Return the number of requests until the share `wanted` of the next `window` hits; None: never.
 
-    `hits`: one 0 or 1 a request, from a change of the pool to the next.
+    `hits`: 0 or 1 per request, from one change of the pool to the next.
     """
     for start in range(len(hits) - window + 1):
         if hits[start : start + window].mean() >= wanted:
@@ -203,7 +203,7 @@ def requests_until_back(hits: np.ndarray, wanted: float, window: int = WINDOW) -
 
 
 def arrivals_table(rows: pd.DataFrame) -> str:
-    """A row a router, its changes together."""
+    """Return a row per router, over all changes."""
     lines = []
     for name, own in rows.groupby("router", sort=False):
         changed = own[own["epoch"] > 0]
@@ -212,20 +212,21 @@ def arrivals_table(rows: pd.DataFrame) -> str:
         back = [requests_until_back(part, wanted) for part in hits.values()]
         shares = [own[own["epoch"] == 0], changed, changed[~changed["arrived"]], changed[changed["arrived"]]]
         cells = [percent(part["hit"].mean()) for part in shares]
-        told = ", ".join("never" if count is None else str(count) for count in back)
+        until_back = ", ".join("never" if count is None else str(count) for count in back)
         lags = changed.groupby("epoch")["lag"].max()
-        lines.append([str(name), *cells, f"{lags.mean():.0f}", told])
-    header = ["router", "before any change", "after", "of those that stayed", "of those that came"]
+        lines.append([str(name), *cells, f"{lags.mean():.0f}", until_back])
+    header = ["router", "before any change", "after", "after: kept tasks", "after: new tasks"]
     return table([*header, "requests until trained", "requests until hit@1 is back, by change"], lines)
 
 
 def section(rows: pd.DataFrame) -> str:
-    """Of the report."""
+    """Return the report's section."""
     changes = rows["epoch"].max()
     words = (
-        f"{rows['position'].max() + 1} requests, {changes} changes of the pool; hit@1 in percent. Back is: of the next"
-        f" {WINDOW} requests as many hit as before any change, less {100 * TOLERANCE:.0f} points, which is about what"
-        f" {WINDOW} requests vary by chance. While a training runs there is {REQUESTS_A_SECOND:g} request a second.\n"
+        f"{rows['position'].max() + 1} requests, {changes} changes of the pool; hit@1 in percent. A router is back"
+        f" when its hit@1 over the next {WINDOW} requests is at most {100 * TOLERANCE:.0f} points below that before any"
+        f" change, which is about the random variation of {WINDOW} requests. During a training {REQUESTS_A_SECOND:g}"
+        " request per second arrives.\n"
     )
     return "\n".join(
         [
@@ -246,14 +247,14 @@ def _plot(rows: pd.DataFrame) -> None:
 
 
 def write_tables(folder: Path) -> None:
-    """`folder` has the rows; the section of the report and its plot are written."""
+    """Write the section of the report and its plot from the rows in `folder`."""
     rows = pd.read_parquet(folder / ROWS)
     (folder / "arrivals.md").write_text(section(rows), encoding="utf-8")
     _plot(rows)
 
 
 def main(root: Root = DEFAULT_ROOT) -> None:
-    """Run the stream through every router that it has not run through, then write rows, section and plot."""
+    """Run the stream through every router without results, then write rows, section and plot."""
     workspace, out = Workspace(root), Console(width=120)
     study = load_experiments(workspace).study
     stream = stream_of((*study.tasks, *study.spares))

@@ -1,4 +1,4 @@
-"""The paper's trained baselines on the pool: `python -m benchmarks.paper.stages.baselines`."""
+"""Train and measure the paper's baselines on the pool: `python -m benchmarks.paper.stages.baselines`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ROUTERS: dict[str, tuple[Sum, RouterKind]] = {
     "smear": ("fusion", RouterKind()),
 }
 HUB_SAMPLES, HUB_STEPS = 192, 20
-_NOTHING = 1e-4  # weights below it are left out of a plan
+_NOTHING = 1e-4  # smaller weights are left out of a plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Expert:
 
 
 class Routers:
-    """Trained on the samples of every task; what is trained is kept in `folder`, named by what it was made of."""
+    """Routers trained on the samples of every task, saved in `folder` under names derived from their inputs."""
 
     def __init__(self, base: Any, items: Sequence[Item], encoder: Encoder, tokenizer: Any, folder: Path) -> None:
         self._base, self._encoder, self._folder = base, encoder, folder
@@ -83,7 +83,7 @@ class Routers:
     def hub_weights(
         self, experts: Sequence[Expert], out: Console, num_steps: int = HUB_STEPS, num_samples: int = HUB_SAMPLES
     ) -> Tensor:
-        """LoRAHub's one weight an adapter (P,), searched on `num_samples` examples drawn of all tasks."""
+        """Search LoRAHub's weights, one per adapter (P,), on `num_samples` examples drawn from all tasks."""
         path = self._kept("lorahub", experts, num_steps, num_samples)
         if not path.exists():
             model = ExpertModel(self._base, [expert.weights for expert in experts], "fusion")
@@ -115,7 +115,7 @@ def _loss_on(
 
 
 class Weighed:
-    """Each question's experts as a router weighs them."""
+    """Uses each question's experts with the router's weights."""
 
     def __init__(self, router: Router, experts: Sequence[Expert], how: Sum, encoder: Encoder) -> None:
         self._router, self._experts, self._how, self._encoder = router, experts, how, encoder
@@ -134,7 +134,7 @@ class Weighed:
 
 
 class One:
-    """The same made adapter for every question."""
+    """Uses one merged adapter for every question."""
 
     def __init__(self, weights: AdapterWeights, name: str) -> None:
         ref = AdapterRef("local", name, weights.weights_digest)
@@ -145,7 +145,7 @@ class One:
 
 
 def merged(experts: Sequence[Expert], weights: Tensor) -> AdapterWeights:
-    """(Σ w_i s_i B_i)(Σ w_i A_i) as one adapter of scaling 1: more adapters than a plan holds."""
+    """Return (Σ w_i s_i B_i)(Σ w_i A_i) as one adapter of scaling 1, because a plan cannot hold so many adapters."""
     modules = {}
     for name in experts[0].weights.modules:
         parts = [expert.weights.modules[name] for expert in experts]
@@ -163,7 +163,7 @@ def trained_baselines(
     kinds: Mapping[str, tuple[Sum, RouterKind]] = ROUTERS,
     num_hub_steps: int = HUB_STEPS,
 ) -> dict[str, Method]:
-    """Every trained baseline over the pool; what is not trained yet is trained now, and kept."""
+    """Return every trained baseline over the pool. Train and save the missing ones."""
     bench, snapshot = loaded.bench, loaded.store.snapshot()
     study, out = bench.study, bench.out
 
@@ -190,7 +190,7 @@ def main(
     encoder: EncoderName = DEFAULT_MODEL,
     root: Root = DEFAULT_ROOT,
 ) -> None:
-    """Train the routers and LoRAHub's weights, answer under each, and write the rows beside those of the main table."""
+    """Train the routers and LoRAHub's weights, answer with each, and write the rows and tables."""
     workspace, out = Workspace(root), Console(width=120)
     loaded = load_bench(workspace, encoder, out)
     methods = trained_baselines(loaded, Encoder(encoder))

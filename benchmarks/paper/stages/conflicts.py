@@ -1,6 +1,6 @@
-"""Adapters that overlap and adapters that contradict each other: `python -m benchmarks.paper.stages.conflicts`.
+"""Measure adapters that overlap or contradict each other: `python -m benchmarks.paper.stages.conflicts`.
 
-Some tasks get three more adapters: one on either half of the training examples, and one whose answers are exchanged.
+Some tasks get three more adapters: one for each half of the training examples, and one with exchanged answers.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ _CHOICE_PER_TASK = 20
 
 
 def chosen_tasks(specs: Sequence[TaskSpec]) -> list[TaskSpec]:
-    """Tasks with a closed set of answers, of as many clusters as there are."""
+    """Return tasks with a closed set of answers, from as many clusters as possible."""
     return in_turns([spec for spec in specs if spec.labels])[:NUM_TASKS]
 
 
 def copies_of(parts: Parts) -> dict[str, Parts]:
-    """By ending of the name: what each further adapter of a task learns, found by its own training inputs."""
+    """Return the training items of each further adapter of a task, by its name's ending."""
     answers = sorted({item.answers[0] for item in parts.train})
     other = dict(zip(answers, [*answers[1:], answers[0]], strict=True))
     flipped = tuple(replace(item, answers=(other[item.answers[0]],)) for item in parts.train)
@@ -61,7 +61,7 @@ def copies_of(parts: Parts) -> dict[str, Parts]:
 
 @dataclass(frozen=True, slots=True)
 class Together:
-    """The adapters of a question's task with these endings, "" its own, weighed so."""
+    """Uses the adapters of a question's task with these endings and weights; "" is the task's own adapter."""
 
     strategy: Strategy
     shares: tuple[tuple[str, float], ...]
@@ -76,7 +76,7 @@ class Together:
 
 
 def fixed_methods() -> dict[str, Method]:
-    """Adapters of the task in combinations that no retrieval chooses."""
+    """Return combinations of a task's adapters that no retrieval chooses."""
     alone = {"own": "", "half1": HALVES[0], "half2": HALVES[1], "flipped": FLIPPED}
     halves = tuple((end, 0.5) for end in HALVES)
     found: dict[str, Method] = {name: Together("selection", ((end, 1.0),)) for name, end in alone.items()}
@@ -90,7 +90,7 @@ def fixed_methods() -> dict[str, Method]:
 
 
 def routed_methods(pool: str, rule: Rule) -> dict[str, Method]:
-    """What the server would do over a pool with such adapters in it."""
+    """Return the server's methods over a pool with such adapters."""
     return {
         f"{pool}_selection": Routed("selection", 1),
         f"{pool}_mixture": Routed("mixture"),
@@ -100,10 +100,10 @@ def routed_methods(pool: str, rule: Rule) -> dict[str, Method]:
 
 
 class Conflicts:
-    """The study's pool, and its pools with the further adapters of `tasks`: these have their folders already."""
+    """The study's pool, and its pools with the further adapters of `tasks`, which must have been trained."""
 
     def __init__(self, loaded: Loaded, tasks: Sequence[TaskSpec], copies: dict[str, Parts]) -> None:
-        """`copies`: the further adapters by name."""
+        """Set up the pools. `copies`: the further adapters by name."""
         bench = loaded.bench
         self._bench, self._tasks = bench, {spec.name: spec for spec in tasks}
         of_task = {name: self._tasks[name.rpartition(".")[0]] for name in copies}
@@ -112,7 +112,7 @@ class Conflicts:
         publish_lacking(loaded.store, bench.study.workspace, list(copies), bench.asker.engine.bank)
 
     def rows(self, encoder: Encoder, per_task: int) -> tuple[pa.Table, dict[str, Rule]]:
-        """Answers to the questions of the tasks that have further adapters, under every method; each pool's rule."""
+        """Answer the questions of tasks with further adapters under every method. Return rows, and each pool's rule."""
         flipped = [name for name in self._whole.specs if not name.endswith(HALVES)]
         halved = [name for name in self._whole.specs if not name.endswith(FLIPPED) and name not in self._tasks]
         folder = self._whole.workspace.rows / "conflicts"
@@ -132,7 +132,7 @@ class Conflicts:
         return replace(self._whole, specs=self._tasks)
 
     def _over(self, store: str, names: Sequence[str], encoder: Encoder) -> Bench:
-        """Asks the tasks' own questions over a pool of `names`."""
+        """Return a bench of the tasks' questions over a pool of `names`."""
         pool = replace(self._whole, specs={name: self._whole.specs[name] for name in names})
         return replace(
             self._bench, study=self._asked, retriever=pool_retriever(pool, self._bench.asker, encoder, store)
@@ -140,7 +140,7 @@ class Conflicts:
 
 
 def margin_rows(bench: Bench, rules: dict[str, Rule], per_task: int) -> pa.Table:
-    """Selection, mixture and the rule between them over the whole pool; `iid` and `ood` each have a rule."""
+    """Answer by selection, mixture and the rule between them over the whole pool, with a rule for `iid` and `ood`."""
     methods: dict[str, Method] = {}
     for name, rule in rules.items():
         masked = name == "ood"
@@ -151,7 +151,7 @@ def margin_rows(bench: Bench, rules: dict[str, Rule], per_task: int) -> pa.Table
 
 
 def section(conflicts: pd.DataFrame, margins: pd.DataFrame, rules: dict[str, Rule], wide: dict[str, Rule]) -> str:
-    """Of the report. `rules`: chosen for the pools with further adapters; `wide`: over the tasks of the whole pool."""
+    """Return the report's section. `rules`: chosen for the pools with further adapters; `wide`: for the whole pool."""
     answers, pool = Answers(conflicts, {}), Answers(margins, {})
     tasks = list(answers.scores("own").index)
     rows = [
@@ -168,27 +168,27 @@ def section(conflicts: pd.DataFrame, margins: pd.DataFrame, rules: dict[str, Rul
         pairs += [(f"{name}_{way}", f"{name}_mixture") for way in ("softmax", "margin")]
         pairs += [(f"{name}_{way}", f"{name}_selection") for way in ("softmax", "margin")]
     words = (
-        "`half1`, `half2`: adapters of either half of the training examples; `flipped`: of all, each answer replaced by"
-        " the next of the task's answers. `own flipped 0.25`: a mixture, a quarter of it flipped. Then what the server"
-        " does over the pool as it is (`plain`), with the flipped adapters added, and with the halves in place of their"
-        " tasks' adapters; k = 3. `margin` mixes or selects by a rule that was chosen on the choice part of these"
-        f" tasks, for each pool. {_told(rules)}.\n"
+        "`half1`, `half2`: adapters trained on one half of the training examples; `flipped`: trained on all, with each"
+        " answer replaced by the next of the task's answers. `own flipped 0.25`: a mixture with a weight of 0.25 on the"
+        " flipped adapter. Then the server's methods over the unchanged pool (`plain`), with the flipped adapters"
+        " added, and with the halves instead of their tasks' adapters; k = 3. `margin` mixes or selects by a rule"
+        f" chosen for each pool on the choice part of these tasks. {_listed(rules)}.\n"
     )
     kinds = [(f"margin_{name}", f"{way}_{name}") for name in wide for way in ("mixture", "selection")]
     return "\n".join(
         [
             "## Conflicting and overlapping adapters\n",
             words,
-            table(["run", "all of them, percent", *tasks], rows),
+            table(["run", "all tasks, percent", *tasks], rows),
             differences(answers, pairs),
             "### A margin between mixture and selection\n",
-            f"Over all tasks of the pool, chosen on their choice part. {_told(wide)}.\n",
+            f"Over all tasks of the pool; rules chosen on their choice part. {_listed(wide)}.\n",
             differences(pool, kinds),
         ]
     )
 
 
-def _told(rules: dict[str, Rule]) -> str:
+def _listed(rules: dict[str, Rule]) -> str:
     return "; ".join(f"{name}: {rule}" for name, rule in rules.items())
 
 

@@ -1,7 +1,7 @@
-"""RAMoLE's learned gate beside uniform and softmax weights, offline: `python -m benchmarks.paper.stages.gate`.
+"""Compare RAMoLE's learned gate with uniform and softmax weights: `python -m benchmarks.paper.stages.gate`.
 
-One torch model answers under all three, so that nothing but the weights differs. The gate learns the tasks that the
-encoder was trained on, 40 % of all, as in the paper.
+One torch model answers in all three ways, so only the weights differ. The gate is trained on the tasks that the encoder
+was trained on, 40 % of all, as in the paper.
 """
 
 from __future__ import annotations
@@ -45,24 +45,24 @@ from retriever_svc.training import RECORD_FILE
 
 ROWS = "gate.parquet"
 WAYS, POOLS = ("uniform", "softmax", "gate"), {"iid": False, "ood": True}
-SHARE = 0.4  # of the tasks, which the gate is trained on
+SHARE = 0.4  # of the tasks; the gate is trained on these
 _EXAMPLES_A_TASK = 40
 _BATCH = 24
-_ANSWER_S = 0.2  # two idle cores, short answers: what an estimate starts from
+_ANSWER_S = 0.2  # two idle cores, short answers; the first estimate
 
 
 class Gates:
-    """The pool's adapters in a torch model, whose gates learn the tasks `learnt`."""
+    """The pool's adapters in a torch model with gates trained on the tasks `learnt`."""
 
     def __init__(self, base: Any, adapters: dict[str, AdapterWeights], tokenizer: Any, learnt: Sequence[str]) -> None:
         self._base, self._adapters, self._tokenizer, self.learnt = base, adapters, tokenizer, learnt
 
     def key(self, recipe: GateRecipe) -> str:
-        """Of what the trained gates are made of."""
+        """Return a name for gates trained on these inputs."""
         return key_of(recipe, [(name, self._adapters[name].weights_digest) for name in self.learnt])
 
     def trained(self, bench: Bench, recipe: GateRecipe) -> GatedModel:
-        """With all adapters, and gates trained on the learnt tasks' adapters alone, once."""
+        """Return the model with all adapters. Train its gates once, on the learnt tasks' adapters only."""
         kept = bench.study.workspace.root / "routers" / f"gates-{self.key(recipe)}.safetensors"
         if not kept.exists():
             self._train(bench, kept, recipe)
@@ -88,7 +88,7 @@ class Gates:
         save_file({name: value.detach() for name, value in model.gates().items()}, kept)
 
     def answers(self, model: GatedModel, questions: Sequence[Question], plans: Sequence[Plan], way: str) -> list[str]:
-        """Greedy texts, in order. `gate` weighs a plan's adapters by token; else they weigh what the plan says."""
+        """Return greedy texts, in order. `gate`: let the gate weigh a plan's adapters by token, not the plan."""
         order = sorted(range(len(questions)), key=lambda row: questions[row].max_tokens)
         texts: dict[int, str] = {}
         for start in range(0, len(order), _BATCH):
@@ -99,7 +99,7 @@ class Gates:
         return [texts[row] for row in range(len(questions))]
 
     def _weights(self, plans: Sequence[Plan]) -> Tensor:
-        """(B, P)."""
+        """Return the plan's weights (B, P)."""
         place = {name: number for number, name in enumerate(self._adapters)}
         weights = torch.zeros(len(plans), len(place))
         for row, plan in enumerate(plans):
@@ -119,7 +119,7 @@ class Gates:
 
 
 def steps_of(bench: Bench, gates: Gates, model: GatedModel, per_task: int, key: str) -> list[Step]:
-    """A step for each way of weighing, in and out of distribution; rows are kept below `key`."""
+    """Return a step for each way of weighing, in and out of distribution. Rows are saved under `key`."""
     folder = bench.study.workspace.rows / "gate" / key
     cost = float(per_task * len(bench.study.specs))
 
@@ -145,14 +145,14 @@ def steps_of(bench: Bench, gates: Gates, model: GatedModel, per_task: int, key: 
 
 
 def section(rows: pd.DataFrame, learnt: Sequence[str]) -> str:
-    """Of the report."""
+    """Return the report's section."""
     answers = Answers(rows, {})
     num_tasks, num_questions = answers.scores(answers.runs[0]).shape
     is_learnt = rows["task"].isin(learnt)
     parts = {
         "all": answers,
-        f"{len(learnt)} the gate learnt": Answers(rows[is_learnt], {}),
-        f"{num_tasks - len(learnt)} it did not": Answers(rows[~is_learnt], {}),
+        f"{len(learnt)} in the gate's training": Answers(rows[is_learnt], {}),
+        f"{num_tasks - len(learnt)} not in it": Answers(rows[~is_learnt], {}),
     }
     lines = [
         [pool, label]
@@ -162,15 +162,15 @@ def section(rows: pd.DataFrame, learnt: Sequence[str]) -> str:
         for label, own in parts.items()
     ]
     words = (
-        f"Mixtures of three in one torch model, {num_tasks} tasks, {num_questions} questions each. RAMoLE's gate learnt"
-        " the tasks that the encoder learnt too, with their adapters alone; percent and points with 95 % intervals.\n"
+        f"Mixtures of three in one torch model, {num_tasks} tasks, {num_questions} questions each. RAMoLE's gate is"
+        " trained on the encoder's training tasks, with their adapters only; percent and points with 95 % intervals.\n"
     )
     header = ["", "tasks", *WAYS, *[f"gate − {way}" for way in WAYS[:2]]]
     return "\n".join(["## A learned gate\n", words, table(header, lines)])
 
 
 def learnt_by(encoder: str, names: Sequence[str]) -> list[str]:
-    """The tasks of `names` that the encoder in this folder was trained on; a share of them where it is not trained."""
+    """Return those of `names` that the encoder in this folder was trained on; a share of them if untrained."""
     record = Path(encoder) / RECORD_FILE
     if not record.exists():
         return choose_tasks(names, SHARE, 0)
@@ -179,7 +179,7 @@ def learnt_by(encoder: str, names: Sequence[str]) -> list[str]:
 
 
 def adapters_of(loaded: Loaded) -> dict[str, AdapterWeights]:
-    """The pool's, by task."""
+    """Return the pool's adapters by task."""
     snapshot = loaded.store.snapshot()
     return {
         name: fetch_from(loaded.store, snapshot.resolve("local", name).weights_digest)
@@ -188,7 +188,7 @@ def adapters_of(loaded: Loaded) -> dict[str, AdapterWeights]:
 
 
 def measure(loaded: Loaded, encoder: Encoder, gates: Gates, folder: Path, per_task: int, recipe: GateRecipe) -> None:
-    """Rows and section are in `folder`; gates that are trained and answers that are known stay."""
+    """Write rows and section into `folder`. Reuse trained gates and known answers."""
     bench = loaded.bench
     steps = steps_of(bench, gates, gates.trained(bench, recipe), per_task, f"{encoder.identity}-{gates.key(recipe)}")
     run_steps(steps, _ANSWER_S, bench.out)

@@ -54,7 +54,7 @@ def llama() -> Any:
 
 
 def answers() -> dict[str, list[str]]:
-    """Kind -> why admission refuses it, nothing where it is admitted. Weights are random: nothing is learnt."""
+    """Return, by kind, why validation refuses it, or "" if it is admitted. Weights are random."""
     torch.manual_seed(0)
     found = {kind: reasons_of(gemma(), config()) for kind, config in KINDS.items()}
     found["LoRA, of a wider model of the family"] = reasons_of(gemma(48), KINDS["LoRA"]())
@@ -63,7 +63,7 @@ def answers() -> dict[str, list[str]]:
 
 
 def reasons_of(model: Any, config: Any, base: str = BASE) -> list[str]:
-    """What admission to a pool over the small Gemma says to an adapter of `model`."""
+    """Return the problems that a pool over the small Gemma reports for an adapter of `model`."""
     linears = target_linears(gemma(), gemma().get_output_embeddings())
     shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
     adapted = peft.get_peft_model(model, config)
@@ -83,16 +83,16 @@ def reasons_of(model: Any, config: Any, base: str = BASE) -> list[str]:
 
 
 def section(found: dict[str, list[str]]) -> str:
-    """The report's section."""
+    """Return the report's section."""
     rows = [[kind, "refused" if why else "admitted", why[0] if why else ""] for kind, why in found.items()]
     words = (
-        f"Each kind as PEFT {peft.__version__} saves it, at the door of a pool over a Gemma model; the first reason.\n"
+        f"Each kind as PEFT {peft.__version__} saves it, validated by a pool over a Gemma model; the first reason.\n"
     )
     return "\n".join(["## Adapters of other kinds\n", words, table(["kind", "admission", "reason"], rows)])
 
 
 def main() -> None:
-    """Ask, and write the section."""
+    """Validate every kind, and write the section."""
     (PAPER_RESULTS / "kinds.md").write_text(section(answers()), encoding="utf-8")
 
 

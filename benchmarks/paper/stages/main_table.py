@@ -1,4 +1,4 @@
-"""The paper's main table: `python -m benchmarks.paper.stages.main_table`."""
+"""Measure the paper's main table: `python -m benchmarks.paper.stages.main_table`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from retriever_svc.encoder_files import DEFAULT_MODEL
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The fixed pool behind the server's engine and Retriever, and where the engine's weights come from."""
+    """The fixed pool behind the server's engine and Retriever, and the source of the engine's weights."""
 
     bench: Bench
     store: LoraStore
@@ -45,7 +45,7 @@ def main(
     encoder: EncoderName = DEFAULT_MODEL,
     root: Root = DEFAULT_ROOT,
 ) -> None:
-    """Answer the test questions under every method, then write rows, tables and figures; known answers are kept."""
+    """Answer the test questions under every method, then write rows, tables and numbers. Reuse known answers."""
     workspace = Workspace(root)
     bench = load_bench(workspace, encoder, Console(width=120)).bench
     rows = run_all(bench, MAIN, per_task, workspace.rows / "answers")

@@ -1,6 +1,6 @@
 """Compare a pool of mixed ranks, modules and scalings with the uniform pool: `... benchmarks.paper.stages.mixed_pool`.
 
-The tasks of a few clusters are trained once more, each by the next of some recipes, on the same examples.
+The tasks of a few clusters are trained again on the same examples, with recipes in turn.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ NUM_CLUSTERS, NUM_OF_CLUSTER = 3, 4
 MOST_RANK = 16
 _MLP = ("gate_proj", "up_proj", "down_proj")
 _RECIPE = Recipe()
-VARIANTS: dict[str, Recipe] = {  # scalings of 2, as the uniform pool's, or near it
+VARIANTS: dict[str, Recipe] = {  # scalings of 2, as in the uniform pool, or close to it
     "rank 3, all modules": replace(_RECIPE, rank=3, lora_alpha=6),
     "rank 16, q and v": replace(_RECIPE, rank=MOST_RANK, lora_alpha=32, modules=("q_proj", "v_proj")),
     "rank 8, MLP, rsLoRA": replace(_RECIPE, rank=8, lora_alpha=6, use_rslora=True, modules=_MLP),
@@ -57,26 +57,26 @@ KINDS = ("uniform", "mixed")
 
 
 def chosen_tasks(specs: Sequence[TaskSpec]) -> list[TaskSpec]:
-    """The first tasks of the largest clusters: siblings are what is composed."""
+    """Return the first tasks of the largest clusters, because related tasks are composed."""
     largest = [cluster for cluster, _ in Counter(spec.cluster for spec in specs).most_common(NUM_CLUSTERS)]
     return [spec for name in largest for spec in [s for s in specs if s.cluster == name][:NUM_OF_CLUSTER]]
 
 
 def variants_of(tasks: Sequence[str]) -> dict[str, str]:
-    """Task -> the name of its recipe: in turn, so that siblings differ."""
+    """Return, by task, the name of its recipe. Recipes take turns, so that related tasks differ."""
     names = list(VARIANTS)
     return {task: names[number % len(names)] for number, task in enumerate(tasks)}
 
 
 def mixed_recipe(spec: TaskSpec, variant: str) -> Recipe:
-    """The task's own recipe with the rank, modules and scaling of the variant."""
+    """Return the task's own recipe with the rank, modules and scaling of the variant."""
     other = VARIANTS[variant]
     shape = {"rank": other.rank, "lora_alpha": other.lora_alpha, "use_rslora": other.use_rslora}
     return replace(recipe_of(spec), **shape, modules=other.modules)
 
 
 def pool_rows(bench: Bench, encoder: Encoder, kind: str, per_task: int) -> pa.Table:
-    """Every method over exactly the adapters of the bench's tasks; runs are named after the kind of the pool."""
+    """Return rows of every method over exactly the adapters of the bench's tasks; `kind` of pool is in run names."""
     study = bench.study
     own = replace(bench, retriever=pool_retriever(study, bench.asker, encoder, f"{kind}-few"))
     methods = {f"{kind}_{name}": method for name, method in METHODS.items()}
@@ -84,7 +84,7 @@ def pool_rows(bench: Bench, encoder: Encoder, kind: str, per_task: int) -> pa.Ta
 
 
 def mixed_bench(bench: Bench, study: Study, workspace: Workspace) -> Bench:
-    """The same questions asked of the adapters in `workspace`, in an engine of their own."""
+    """Return a bench with the same questions over the adapters in `workspace`, in its own engine."""
     config = bench.asker.engine.config
     wide = replace(config, bank_rank_rows=max(config.bank_rank_rows, MOST_RANK * len(study.specs)))
     asker, _, _ = load_asker(workspace, wide, list(study.specs))
@@ -92,7 +92,7 @@ def mixed_bench(bench: Bench, study: Study, workspace: Workspace) -> Bench:
 
 
 def section(rows: pd.DataFrame, variants: dict[str, str]) -> str:
-    """Of the report."""
+    """Return the report's section."""
     answers = Answers(rows, {})
     runs = [
         [

@@ -1,4 +1,4 @@
-"""Write REPORT.md: the reading of the results, then every section that has been measured."""
+"""Write REPORT.md: the reading of the results, then every measured section."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SECTIONS = (
 
 
 def report_of(folder: Path, reading: str) -> str:
-    """Return the reading, which is written by hand, then the existing sections and the names of the missing ones."""
+    """Return the handwritten reading, the existing sections, and the names of the missing ones."""
     found = [folder / name for name in SECTIONS if (folder / name).exists()]
     missing = [name.removesuffix(".md") for name in SECTIONS if not (folder / name).exists()]
     parts = [reading.rstrip(), *[path.read_text(encoding="utf-8").rstrip() for path in found]]

@@ -1,4 +1,4 @@
-"""Compare the server over HTTP with the study's own evaluation: plans, and in float32 also greedy texts, are equal.
+"""Compare the server over HTTP with the study's evaluation: plans must be equal, in float32 also greedy texts.
 
 `python -m benchmarks.paper.stages.served` asks questions of the study's pool; `--starter`: of the starter pool.
 """
@@ -42,12 +42,12 @@ MAX_TOKENS = 20
 _PER_STARTER_TASK = 12
 METHODS = {"mixture": Routed("mixture"), "selection": Routed("selection"), "fusion": Routed("fusion")}
 _TIMEOUT_S = 600.0
-_TOLERANCE = 1e-5  # of weights and scores, summed in float32 in another order
+_TOLERANCE = 1e-5  # tolerance of weights and scores, which are float32 sums in another order
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A question, and the method it is asked under: both ways."""
+    """A question and its method."""
 
     question: Question
     method: str
@@ -55,7 +55,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """`adapters`: digest, weight and score of each, best first."""
+    """An answer. `adapters`: digest, weight and score of each, best first."""
 
     strategy: str
     adapters: tuple[tuple[str, float, float], ...]
@@ -73,13 +73,13 @@ def _near(one: float, other: float) -> bool:
 
 
 def cases_of(questions: Sequence[Question], count: int) -> list[Case]:
-    """`count` of all pairs of a question and a method, drawn by a fixed seed."""
+    """Draw `count` of all pairs of a question and a method, by a fixed seed."""
     pairs = [Case(question, method) for question in questions for method in METHODS]
     return random.Random(0).sample(pairs, min(count, len(pairs)))
 
 
 async def served(url: str, cases: Sequence[Case]) -> list[Reply]:
-    """What the server answers to all of them at once, `model: auto`."""
+    """Return the server's answers to all cases at once, with `model: auto`."""
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=_TIMEOUT_S, max_retries=0) as client:
 
         async def ask(case: Case) -> Reply:
@@ -100,7 +100,7 @@ async def served(url: str, cases: Sequence[Case]) -> list[Reply]:
 
 
 def evaluated(config: AppConfig, cases: Sequence[Case], kept: Path, out: Console) -> list[Reply]:
-    """What the study makes of them over the same store: the Retriever and the Engine in this process."""
+    """Return the study's answers over the same store, by a Retriever and an Engine in this process."""
     store = open_store(config.store_uri)
     retriever = retriever_over(store, Encoder(config.retrieval.encoder))
     plans = [METHODS[case.method].plans(retriever, [case.question])[0] for case in cases]
@@ -117,7 +117,7 @@ def _reply(plan: Plan, text: str) -> Reply:
 
 
 def report(cases: Sequence[Case], over_http: Sequence[Reply], in_process: Sequence[Reply]) -> tuple[str, float, float]:
-    """A table by method; the shares of equal plans and of equal texts."""
+    """Return a table by method, and the shares of equal plans and of equal texts."""
     pairs = list(zip(cases, over_http, in_process, strict=True))
     rows = []
     for method in METHODS:
@@ -129,8 +129,8 @@ def report(cases: Sequence[Case], over_http: Sequence[Reply], in_process: Sequen
 
 
 def section_of(pool: str, encoder: str, shares: str) -> str:
-    """For the report."""
-    said = f"`model: auto` over HTTP, all questions at once, and Retriever and Engine in process: float32, {encoder}."
+    """Return the report's section."""
+    said = f"`model: auto` over HTTP, all questions at once, and in process: float32, {encoder}."
     return f"## The server and the evaluation, {pool} pool\n\n{said}\n\n{shares}"
 
 
@@ -145,19 +145,21 @@ def _question(task: str, number: int, text: str) -> Question:
 
 
 def of_the_study(workspace: Workspace) -> tuple[list[Path], list[Question]]:
-    """The fixed pool's folders and test questions."""
+    """Return the fixed pool's folders and test questions."""
     names, listed = read_pool(), read_task_list().by_name
     study = load_study([listed[name] for name in names], workspace, worker_config(len(names)))
     return [workspace.adapters / name for name in names], study.questions("test", NUM_TEST)
 
 
 def main(
-    starter_pool: Annotated[bool, typer.Option("--starter", help="the starter pool instead of the study's")] = False,
+    starter_pool: Annotated[
+        bool, typer.Option("--starter", help="use the starter pool instead of the study's")
+    ] = False,
     count: Annotated[int, typer.Option(help="questions asked")] = 200,
-    encoder: Annotated[str, typer.Option(help="else the study's trained encoder where there is one")] = "",
+    encoder: Annotated[str, typer.Option(help="default: the study's trained encoder if there is one")] = "",
     root: Root = DEFAULT_ROOT,
 ) -> None:
-    """Ask both ways, say what differs, keep the shares; fails where anything differs."""
+    """Ask both, report differences and save the shares. Fail if anything differs."""
     out, workspace = Console(width=120), Workspace(root)
     folders, questions = starter() if starter_pool else of_the_study(workspace)
     best = workspace.encoders / BEST
@@ -168,7 +170,7 @@ def main(
             store_uri=f"{scratch}/pool",
             preload=tuple(folders),
             retrieval=RetrievalSettings(encoder=chosen),
-            worker=WorkerSettings(dtype="float32", max_wait_s=_TIMEOUT_S),  # all are asked at once
+            worker=WorkerSettings(dtype="float32", max_wait_s=_TIMEOUT_S),  # all requests are sent at once
         )
         with Server(config, port=0) as server:
             server.prepare(out.print)

@@ -1,4 +1,4 @@
-"""The share of tasks an encoder was trained on against the answers: `python -m benchmarks.paper.stages.shares`."""
+"""Measure answers by the encoder's share of training tasks: `python -m benchmarks.paper.stages.shares`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ METHODS: dict[str, Method] = {
 
 
 def share_rows(bench: Bench, encoders: Mapping[str, Encoder], per_task: int) -> pa.Table:
-    """Every method under every encoder; runs are named `<encoder> <method>`."""
+    """Return rows of every method under every encoder. Runs are named `<encoder> <method>`."""
     tables = []
     for label, encoder in encoders.items():
         own = replace(bench, retriever=pool_retriever(bench.study, bench.asker, encoder))
@@ -42,14 +42,14 @@ def share_rows(bench: Bench, encoders: Mapping[str, Encoder], per_task: int) -> 
 
 
 def section(rows: pd.DataFrame) -> str:
-    """Of the report."""
+    """Return the report's section."""
     answers = Answers(rows, {})
     labels = dict.fromkeys(run.rpartition(" ")[0] for run in answers.runs)
     lines = [[label, *[answers.interval(f"{label} {name}").in_percent() for name in METHODS]] for label in labels]
     count = answers.scores(answers.runs[0]).shape[1]
     words = (
-        f"{count} questions a task; percent with 95 % intervals. One encoder a share, of the first draw of tasks; the"
-        " main table's is the best of three draws.\n"
+        f"{count} questions per task; percent with 95 % intervals. One encoder per share, from the first draw of tasks;"
+        " the main table uses the best of three draws.\n"
     )
     header = ["encoder trained on", *[name.replace("_", " ") for name in METHODS]]
     return "\n".join(["## The encoder's training and the answers\n", words, table(header, lines)])

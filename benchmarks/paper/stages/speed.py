@@ -40,16 +40,16 @@ BATCHED: dict[str, Method] = {
     "fusion": Routed("fusion"),
     "mixture": Routed("mixture"),
 }
-FIRST, FULL = 1, 16  # new tokens: as the paper measured, and about the longest answers of the tasks
-_SINGLE = "one adapter"  # for the whole batch: what the paper's ratios are to, as far as it says
-_FOR_ALL = (AdapterSoup, One)  # one plan, made once for all requests
+FIRST, FULL = 1, 16  # new tokens: as in the paper, and about the longest answers of the tasks
+_SINGLE = "one adapter"  # for the whole batch; apparently the paper's baseline
+_FOR_ALL = (AdapterSoup, One)  # one plan for all requests
 _NUM_ROUNDS = 3
-_SECONDS_A_QUESTION = 20.0  # of the throughput; a tenth of it of one method's latency
+_SECONDS_A_QUESTION = 20.0  # of the throughput; the latency of a method takes a tenth of it
 
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """Seconds of one batch in the engine, to its first token and to its end, and the tokens that went in and out."""
+    """Seconds of one batch in the engine to its first token and to its end, and its prompt and new tokens."""
 
     first_s: float
     all_s: float
@@ -58,7 +58,7 @@ class Spent:
 
 
 def spend(engine: Engine, asked: Sequence[Asked], num_new: int) -> Spent:
-    """All of `asked` at once, `num_new` tokens each. What the bank lacks is loaded before the clock starts."""
+    """Generate for all of `asked` at once, `num_new` tokens each. Missing adapters are loaded before timing starts."""
     sampling = SamplingParams(max_tokens=num_new, temperature=0, ignore_eos=True)
     counters, before = engine.counters, engine.counters.copy()
     for number, (question, plan) in enumerate(asked):
@@ -76,14 +76,14 @@ def spend(engine: Engine, asked: Sequence[Asked], num_new: int) -> Spent:
 
 
 def throughput_rows(bench: Bench, num_questions: int, num_rounds: int = _NUM_ROUNDS) -> pa.Table:
-    """A row a method, batch size, number of new tokens and round. Methods take turns within a round."""
+    """Return a row per method, batch size, number of new tokens and round. Methods alternate within a round."""
     questions = bench.study.questions("test", 1 + num_questions // len(bench.study.specs))[:num_questions]
     asked = {
         name: list(zip(questions, method.plans(bench.retriever, questions), strict=True))
         for name, method in BATCHED.items()
     }
     for pairs in asked.values():
-        spend(bench.asker.engine, pairs, FIRST)  # every adapter is in the bank, every shape was met
+        spend(bench.asker.engine, pairs, FIRST)  # all adapters are in the bank and all shapes have been used
     rows = []
     for number in range(num_rounds):
         for num_new in (FIRST, FULL):
@@ -101,9 +101,9 @@ def throughput_rows(bench: Bench, num_questions: int, num_rounds: int = _NUM_ROU
 
 
 def latency_rows(bench: Bench, methods: Mapping[str, Method], num_questions: int) -> pa.Table:
-    """A row a method and question, one at a time, methods in turn: plan, first token, time of each further.
+    """Return a row per method and question, one at a time: time of plan, first token, each further token.
 
-    Where one plan serves all, it is made before: no request waits for it.
+    Methods alternate. If one plan serves all questions, it is made before, and no request waits for it.
     """
     questions = bench.study.questions("test", 1 + num_questions // len(bench.study.specs))[:num_questions]
     asked = {
@@ -130,7 +130,7 @@ def _plan_ms(method: Method, retriever: Retriever, question: Question) -> float:
 
 
 def throughput_table(rows: pd.DataFrame, num_new: int) -> str:
-    """Tokens a second, in and out, medians of the rounds; and what they are of those of a single adapter."""
+    """Return median tokens per second, in and out, and their ratio to those of a single adapter."""
     own = rows[rows["new_tokens"] == num_new].assign(pace=lambda frame: frame["tokens"] / frame["seconds"])
     pace = own.groupby(["batch", "method"])["pace"].median().unstack()
     lines = [
@@ -142,7 +142,7 @@ def throughput_table(rows: pd.DataFrame, num_new: int) -> str:
 
 
 def latency_table(rows: pd.DataFrame) -> str:
-    """Medians and 90th percentiles, ms."""
+    """Return medians and 90th percentiles, ms."""
     columns = ("plan_ms", "first_ms", "token_ms")
     lines = []
     for name, own in rows.groupby("method", sort=False):
@@ -152,20 +152,20 @@ def latency_table(rows: pd.DataFrame) -> str:
 
 
 def section(throughput: pd.DataFrame, latency: pd.DataFrame) -> str:
-    """Of the report."""
+    """Return the report's section."""
     return "\n".join(
         [
             "## Throughput and latency\n",
-            f"{latency['machine'].iloc[0]}. Tokens a second, those of the prompts counted as in the paper; plans are"
+            f"{latency['machine'].iloc[0]}. Tokens per second, including prompt tokens as in the paper; plans are"
             " made before. `one adapter`: one for the whole batch; `own adapter each`: one for each of its tasks.\n",
             "### First token only\n",
-            plot("throughput", "tokens a second by batch size, first token only"),
+            plot("throughput", "tokens per second by batch size, first token only"),
             throughput_table(throughput, FIRST),
             f"### {FULL} tokens each\n",
             throughput_table(throughput, FULL),
             "### One request at a time, median / 90th percentile\n",
-            "`plan`: encoder and search, of a text that is new to the encoder, 0 where one composition serves all; then"
-            f" the engine's own time. {latency.groupby('method').size().iloc[0]} questions a method.\n",
+            "`plan`: encoder and search for a text that is new to the encoder, 0 if one composition serves all; the"
+            f" other columns are the engine's time. {latency.groupby('method').size().iloc[0]} questions per method.\n",
             latency_table(latency),
         ]
     )
@@ -175,11 +175,11 @@ def _plot(rows: pd.DataFrame) -> None:
     pace = rows.assign(pace=lambda frame: frame["tokens"] / frame["seconds"])
     medians = pace[pace["new_tokens"] == FIRST].groupby(["method", "batch"])["pace"].median()
     curves = {name: list(medians[name].items()) for name in BATCHED}
-    plots.lines("paper/throughput", curves, "batch", "tokens a second, first token only")
+    plots.lines("paper/throughput", curves, "batch", "tokens per second, first token only")
 
 
 def write_tables(folder: Path) -> None:
-    """`folder` has the rows; the section of the report and its plot are written."""
+    """Write the section of the report and its plot from the rows in `folder`."""
     throughput, latency = (pd.read_parquet(folder / name) for name in (THROUGHPUT, LATENCY))
     (folder / "speed.md").write_text(section(throughput, latency), encoding="utf-8")
     _plot(throughput)
@@ -188,7 +188,7 @@ def write_tables(folder: Path) -> None:
 def measure(
     bench: Bench, methods: Mapping[str, Method], folder: Path, num_questions: int, num_rounds: int = _NUM_ROUNDS
 ) -> None:
-    """Rows of both kinds are in `folder`; what this workspace has measured over this pool is not measured again."""
+    """Save rows of both kinds in `folder`. Existing results of this workspace over this pool are not measured again."""
     key = key_of(list(bench.study.specs), list(methods), num_questions, num_rounds)
     kept, cost = bench.study.workspace.rows / "speed" / key, _SECONDS_A_QUESTION * num_questions
     few = max(1, num_questions // 2)
@@ -202,13 +202,13 @@ def measure(
 
 
 def main(
-    num_questions: Annotated[int, typer.Option(help="test questions, of all tasks; at least the largest batch")] = 32,
+    num_questions: Annotated[int, typer.Option(help="test questions of all tasks, at least the largest batch")] = 32,
     encoder: EncoderName = DEFAULT_MODEL,
     root: Root = DEFAULT_ROOT,
 ) -> None:
-    """Measure what is not measured yet, then write the section and the plot."""
+    """Measure missing results, then write the section and the plot."""
     workspace, out = Workspace(root), Console(width=120)
-    reader = Encoder(encoder, max_cached_texts=0)  # every text is encoded anew
+    reader = Encoder(encoder, max_cached_texts=0)  # no text is cached
     loaded = load_bench(workspace, encoder, out)
     bench = replace(loaded.bench, retriever=pool_retriever(loaded.bench.study, loaded.bench.asker, reader))
     measure(bench, MAIN | trained_baselines(loaded, reader), PAPER_RESULTS, num_questions)

@@ -1,4 +1,4 @@
-"""A pool's adapters inside a torch model, weighed per prompt with gradients: what trained baselines learn on."""
+"""A pool's adapters in a torch model, weighed per prompt with gradients, to train baselines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Sum = Literal["mixture", "fusion"]
 
 
 class Gates:
-    """What every layer reads: `weights` (B, P), how much of each of P adapters each prompt of the batch gets."""
+    """The weights that every layer reads: (B, P), the weight of each of P adapters for each prompt of the batch."""
 
     def __init__(self, how: Sum) -> None:
         self.how, self.weights = how, torch.empty(0)
@@ -24,7 +24,7 @@ class Gates:
 class ExpertLinear(nn.Module):
     """A frozen linear layer and P adapters of one rank, scalings folded into B.
 
-    mixture: y = W x + Σ_p g_p B_p A_p x; fusion: y = W x + (Σ_p g_p B_p)(Σ_p g_p A_p) x: the server's two sums.
+    mixture: y = W x + Σ_p g_p B_p A_p x; fusion: y = W x + (Σ_p g_p B_p)(Σ_p g_p A_p) x; the server's two compositions.
     Dims: B prompts, T tokens, I in, O out, R rank. `lora_a` (P, R, I), `lora_b` (P, O, R).
     Source: LoraRetriever (ACL Findings 2024), section 4.2.
     """
@@ -45,7 +45,7 @@ class ExpertLinear(nn.Module):
 
 
 class ExpertModel:
-    """`model` with every adapter of `experts` in it. Its linear layers are FrozenLinear already; it is changed."""
+    """`model` with every adapter of `experts`. Its linear layers must be FrozenLinear; it is changed in place."""
 
     def __init__(self, model: nn.Module, experts: Sequence[AdapterWeights], how: Sum) -> None:
         self.gates, self._decoder = Gates(how), model.get_submodule("model")
@@ -60,6 +60,6 @@ class ExpertModel:
             setattr(owner, child, ExpertLinear(frozen, lora_a, lora_b, self.gates))
 
     def loss(self, batch: Batch, weights: Tensor, loss_of: AnswerLoss) -> Tensor:
-        """Mean cross entropy of the answer tokens of a padded batch, adapters weighed by rows (B, P)."""
+        """Return the mean cross entropy of the answer tokens of a padded batch, adapters weighed by rows (B, P)."""
         self.gates.weights = weights
         return loss_of(batch.read_by(self._decoder), batch.labels)

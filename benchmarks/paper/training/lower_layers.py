@@ -1,4 +1,4 @@
-"""The layers below the first that learns, computed once an example: training an adapter changes nothing in them."""
+"""Compute the layers below the first trained one once per example, since training does not change them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from benchmarks.paper.training.packing import Packed
 from benchmarks.training.lora_training import Batch, Example
 
-_CHUNK_TOKENS = 800  # computed together: fewer, larger products
+_CHUNK_TOKENS = 800  # computed together, in fewer and larger products
 
 
 class Skip(nn.Module):
@@ -24,9 +24,9 @@ class Skip(nn.Module):
 
 
 class LowerLayers:
-    """The layout `packed`, whose batches come with what layer `first` reads. Dims: T tokens, H hidden.
+    """The layout `packed` with the input of layer `first`. Dims: T tokens, H hidden.
 
-    `upcoming`: the examples in the order in which batches will have them; the next ones are computed along.
+    `upcoming`: the examples in the order of their batches; the next ones are computed together with the current ones.
     """
 
     def __init__(self, packed: Packed, decoder: nn.Module, first: int, upcoming: Sequence[Example]) -> None:
@@ -34,8 +34,8 @@ class LowerLayers:
         layers = list(decoder.get_submodule("layers").children())
         self._below = nn.ModuleList([*layers[:first], *[Skip()] * (len(layers) - first)])
         self.above = nn.ModuleList([*[Skip()] * first, *layers[first:]])
-        self._common = torch.empty(0)  # of the prompt's common beginning
-        self._own: dict[int, Tensor] = {}  # of the rest of an example, by the identity of its object
+        self._common = torch.empty(0)  # for the prompts' common prefix
+        self._own: dict[int, Tensor] = {}  # for the rest of an example, by the identity of its object
 
     def num_tokens(self, examples: Sequence[Example]) -> int:
         return self._packed.num_tokens(examples)
@@ -47,7 +47,7 @@ class LowerLayers:
         return replace(self._packed.batch(examples), hidden=hidden[None])
 
     def _with_next(self, missing: Sequence[Example]) -> list[Example]:
-        """`missing`, and of what comes next as much as fits into one chunk."""
+        """Return `missing`, and as many of the upcoming examples as fit into one chunk."""
         chunk = {id(example): example for example in missing}
         for example in self._upcoming:
             if id(example) not in self._own:
@@ -67,7 +67,7 @@ class LowerLayers:
 
 @contextmanager
 def lower_layers(packed: Packed, decoder: nn.Module, first: int, upcoming: Sequence[Example]) -> Iterator[LowerLayers]:
-    """The layout with which `decoder` may be trained meanwhile: it runs the layers from `first` on alone."""
+    """Yield the layout for training `decoder`, which runs only the layers from `first` on within the block."""
     layout = LowerLayers(packed, decoder, first, upcoming)
     with _swapped(decoder, layers=layout.above):
         yield layout

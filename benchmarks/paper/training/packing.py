@@ -1,4 +1,4 @@
-"""Training batches as one row: the prompt's common beginning once, then every example behind it."""
+"""Training batches as one row: the prompts' common prefix once, then the rest of every example."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from benchmarks.training.lora_training import Batch, Example
 
 
 class Packed:
-    """Examples in one row of T tokens, their common first tokens computed once.
+    """Examples in one row of T tokens. Their common first tokens are computed once.
 
-    A token sees the common part and its own example, up to itself: what it would see were its example alone.
+    A token attends to the common part and to its own example up to itself, as if its example were alone.
     """
 
     def __init__(self, examples: Sequence[Example], config: Any) -> None:
-        """`config` is the base model's: its layer types and sliding window."""
+        """Set up the layout. `config`: the base model's, for its layer types and sliding window."""
         self.prefix_len = common_len([example.ids for example in examples])
         self._layer_types = sorted(set(config.layer_types))
         self._window = config.sliding_window
@@ -38,7 +38,7 @@ class Packed:
         return Batch(ids[None], labels[None], inputs)
 
     def _masks(self, owner: Tensor, positions: Tensor) -> dict[str, Tensor]:
-        """By layer type, (1, 1, T, T): whether the query of a row may look at the key of a column."""
+        """Return, by layer type, (1, 1, T, T): whether the query of a row may attend to the key of a column."""
         is_before = torch.ones(len(owner), len(owner), dtype=torch.bool).tril()
         full = is_before & ((owner[None] == 0) | (owner[None] == owner[:, None]))
         near = full & (positions[:, None] - positions[None] < self._window)
@@ -47,7 +47,7 @@ class Packed:
 
 
 def common_len(rows: Sequence[Tensor]) -> int:
-    """How many first ids all rows share, at most all but the last of the shortest."""
+    """Return the number of first ids that all rows share, at most all but the last of the shortest row."""
     shortest = min(map(len, rows)) - 1
     stacked = torch.stack([row[:shortest] for row in rows])
     differs = (stacked != stacked[0]).any(dim=0).nonzero()

@@ -1,4 +1,4 @@
-"""RAMoLE's learned gate: one more LoRA a layer weighs the retrieved adapters, token by token."""
+"""RAMoLE's learned gate: one more LoRA per layer weighs the retrieved adapters, token by token."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lora_store import AdapterWeights
 
 
 class Chosen:
-    """What every layer reads. `allowed` (B, P): the adapters each row may use; with `fixed` (B, P) no gate is asked."""
+    """The adapters that every layer uses. `allowed` (B, P): those of each row; `fixed` (B, P): weights, no gate."""
 
     def __init__(self) -> None:
         self.allowed = torch.empty(0, dtype=torch.bool)
@@ -48,7 +48,7 @@ class GatedLinear(nn.Module):
         return y + weighed.flatten(-2) @ self._bt
 
     def weights(self, x: Tensor, h: Tensor) -> Tensor:
-        """(B, T, P): how much of each adapter each token gets."""
+        """Return (B, T, P): the weight of each adapter for each token."""
         if self._chosen.fixed is not None:
             return self._chosen.fixed[:, None]
         u = (x @ self.gate_a.T) @ (self._bt @ self.gate_b).T  # (B, T, P R)
@@ -57,7 +57,7 @@ class GatedLinear(nn.Module):
 
 
 class GatedModel:
-    """`model` with all of `adapters` behind gates. Its linear layers are FrozenLinear; it is changed."""
+    """`model` with all of `adapters` and gates. Its linear layers must be FrozenLinear; it is changed in place."""
 
     def __init__(self, model: nn.Module, adapters: Sequence[AdapterWeights], rank: int = 6, seed: int = 0) -> None:
         torch.manual_seed(seed)
@@ -75,7 +75,7 @@ class GatedModel:
             setattr(model.get_submodule(parent), child, self.layers[name])
 
     def gates(self) -> dict[str, Tensor]:
-        """All that is learnt, by name."""
+        """Return all trained parameters by name."""
         return {f"{name}.{key}": value for name, layer in self.layers.items() for key, value in layer.named_parameters()
                 if key in ("gate_a", "gate_b")}  # fmt: skip
 
@@ -87,13 +87,13 @@ class GatedModel:
 
 @dataclass(frozen=True, slots=True)
 class GateRecipe:
-    """How gates are trained. The paper names only the share of adapters that is dropped; the others are ours."""
+    """Training settings of gates. The paper gives only the share of dropped adapters; the others are ours."""
 
     num_steps: int = 150
     batch_tokens: int = 256
     learning_rate: float = 1e-3
-    dropped: float = 0.5  # of the adapters, drawn anew for every step
-    least: int = 2  # adapters that stay
+    dropped: float = 0.5  # of the adapters, drawn again for every step
+    least: int = 2  # adapters that are not dropped
     seed: int = 0
 
 
@@ -105,7 +105,7 @@ def train_gates(
     recipe: GateRecipe,
     on_step: Callable[[float], None],
 ) -> None:
-    """The gates of `model` have learnt `examples`; base and adapters stay as they are.
+    """Train the gates of `model` on `examples`. Base and adapters do not change.
 
     Source: RAMoLE (arXiv 2406.16989), equations 12 and 13.
     """

@@ -1,4 +1,4 @@
-"""The paper's trained baselines: a router over one adapter a cluster (MoE, SMEAR), and LoRAHub's one set of weights."""
+"""The paper's trained baselines: a router over one adapter per cluster (MoE, SMEAR), and LoRAHub's weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BATCH = 8
 
 @dataclass(frozen=True, slots=True)
 class RouterKind:
-    """`num_chosen` None weighs all experts (soft, SMEAR); else the best few, found with Gumbel noise in training."""
+    """Kind of router. `num_chosen` None weighs all experts (soft, SMEAR); otherwise the best few, with Gumbel noise."""
 
     num_chosen: int | None = None
     temperature: float = 1.0
@@ -30,8 +30,8 @@ class RouterKind:
 class Router(nn.Module):
     """R(x) = softmax(W_g e(x)), e(x) the encoder's unit vector of the prompt.
 
-    The paper's router reads each layer's input; this one reads the prompt once, so that its weights make a plan the
-    server can run. Source: LoraRetriever (ACL Findings 2024), appendix F.
+    The paper's router reads each layer's input; this one reads the prompt once, so that its weights form a plan that
+    the server can run. Source: LoraRetriever (ACL Findings 2024), appendix F.
     """
 
     def __init__(self, dim: int, num_experts: int, kind: RouterKind) -> None:
@@ -41,7 +41,7 @@ class Router(nn.Module):
         nn.init.zeros_(self.gate.weight)
 
     def forward(self, vectors: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Weights (B, P), rows of sum 1, of prompts (B, D). With a generator, noise as in training."""
+        """Return weights (B, P) of prompts (B, D); each row sums to 1. With a generator, add noise as in training."""
         logits = self.gate(vectors)
         if self._kind.num_chosen is None:
             return F.softmax(logits, dim=-1)
@@ -52,9 +52,7 @@ class Router(nn.Module):
         chosen = soft.topk(min(self._kind.num_chosen, soft.shape[-1]), dim=-1).indices
         kept = soft * torch.zeros_like(soft).scatter(-1, chosen, 1.0)
         sparse = kept / kept.sum(dim=-1, keepdim=True)
-        return (
-            sparse.detach() + soft - soft.detach()
-        )  # the gradient is the soft one's: one chosen expert alone has none
+        return sparse.detach() + soft - soft.detach()  # use the soft weights' gradient: a single chosen expert has none
 
 
 def train_router(
@@ -66,7 +64,7 @@ def train_router(
     kind: RouterKind,
     on_step: Callable[[float], None],
 ) -> Router:
-    """The router after `num_steps` batches of `examples`, whose prompts have `vectors` (N, D). Nothing else learns."""
+    """Train a router for `num_steps` batches of `examples`, whose prompts have `vectors` (N, D). Freeze all else."""
     router = Router(vectors.shape[1], num_experts, kind)
     optimizer = torch.optim.Adam(router.parameters(), lr=kind.learning_rate)
     noise = torch.Generator().manual_seed(kind.seed)
@@ -90,10 +88,10 @@ def _shuffled(count: int, seed: int) -> Iterator[list[int]]:
 def search_weights(
     loss_of: Callable[[Tensor], float], num_adapters: int, num_steps: int, seed: int = 0, bound: float = 1.5
 ) -> tuple[Tensor, float]:
-    """(weights, their loss): the best of `num_steps` found without gradients, by a (1 + 1) evolution strategy.
+    """Return (weights, their loss), the best of `num_steps` attempts of a (1 + 1) evolution strategy.
 
-    Steps grow by 1.5 after a success and shrink by 1.5^(1/4) after a failure. |w| <= `bound`, and 0.05 times the mean
-    |w| is added to the loss, as in LoRAHub, whose optimiser is another.
+    The search uses no gradients. Steps grow by 1.5 after a success and shrink by 1.5^(1/4) after a failure. |w| <=
+    `bound`, and 0.05 times the mean |w| is added to the loss, as in LoRAHub, which uses another optimiser.
     """
     draw = torch.Generator().manual_seed(seed)
     best = torch.full((num_adapters,), 1 / num_adapters)

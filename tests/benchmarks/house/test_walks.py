@@ -1,4 +1,4 @@
-"""The walks go through the real deployments: this keeps the program that records them in step with the code."""
+"""Run the walks through the real deployments, which keeps the recording program in step with the code."""
 
 from __future__ import annotations
 

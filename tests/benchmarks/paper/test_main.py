@@ -1,4 +1,4 @@
-"""`all` runs every stage in order, goes on after a failure, and swaps what is not kept."""
+"""`all` runs every stage in order, continues after a failure, and swaps adapters that are not kept."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.paper.stages.report import SECTIONS
 
 
 class Modules:
-    """Notes what runs. What is trained is kept but for `failing`, whose adapters do not beat guessing."""
+    """Records the modules that run. Trained adapters are kept except those in `failing`, which do not beat guessing."""
 
     def __init__(self, pool_file: Path, failing: set[str]) -> None:
         self.ran: list[str] = []
@@ -68,7 +68,7 @@ def test_a_task_that_fails_is_swapped_for_a_trained_spare_of_its_cluster(pool_fi
 
 
 @pytest.mark.parametrize("num_done", range(1, 8))
-def test_a_choice_that_was_interrupted_goes_on_to_the_same_pool(pool_file: Path, tmp_path: Path, num_done: int) -> None:
+def test_an_interrupted_choice_continues_to_the_same_pool(pool_file: Path, tmp_path: Path, num_done: int) -> None:
     failing = {spec.name for spec in read_task_list().by_name.values() if spec.cluster in ("sentiment", "logic")}
     whole = Modules(pool_file, failing)
     run_stages(STAGES[:2], whole, Console(quiet=True), pool_file)
@@ -83,7 +83,7 @@ def test_a_choice_that_was_interrupted_goes_on_to_the_same_pool(pool_file: Path,
     assert len(set(modules.trained)) == len(set(whole.trained)) > len(read_task_list().tasks)
 
 
-def test_what_failed_is_tried_again_by_the_next_run(pool_file: Path) -> None:
+def test_the_next_run_tries_failed_stages_again(pool_file: Path) -> None:
     modules = Modules(pool_file, failing=set())
     modules.broken = "retrieval"
     with pytest.raises(RuntimeError):
@@ -94,7 +94,7 @@ def test_what_failed_is_tried_again_by_the_next_run(pool_file: Path) -> None:
     assert modules.ran[2:] == [stage.name for stage in STAGES if stage.name != "choose"]
 
 
-def test_the_time_it_takes_is_told_first(pool_file: Path) -> None:
+def test_the_estimated_time_is_printed_first(pool_file: Path) -> None:
     out = Console(record=True, width=300)
     run_stages(STAGES, Modules(pool_file, failing=set()), out, pool_file)
     assert f"about {sum(stage.minutes for stage in STAGES)} minutes" in out.export_text().splitlines()[0]

@@ -1,4 +1,4 @@
-"""A margin is chosen by what it would have scored."""
+"""The choice of a margin by the scores that it would have given."""
 
 from __future__ import annotations
 
@@ -25,14 +25,12 @@ def test_rules_without_a_margin_are_the_two_strategies() -> None:
         ([1, 1, 0, 0], [0, 0, 1, 1], Rule(0.1, False)),
     ],
 )
-def test_the_best_rule_is_that_of_the_highest_score(
-    selection: list[float], mixture: list[float], expected: Rule
-) -> None:
+def test_the_best_rule_has_the_highest_score(selection: list[float], mixture: list[float], expected: Rule) -> None:
     assert best_rule([0.005, 0.07, 0.12, 0.15], selection, mixture) == expected
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_plans_are_those_of_the_strategy_the_lead_decides(bench: Bench, masked: bool) -> None:
+def test_the_lead_decides_which_strategy_plans(bench: Bench, masked: bool) -> None:
     questions = bench.study.questions("test", 6)
     mixed = Routed("mixture", masks_own=masked).plans(bench.retriever, questions)
     alone = Routed("selection", 1, masks_own=masked).plans(bench.retriever, questions)

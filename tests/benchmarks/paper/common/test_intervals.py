@@ -6,12 +6,12 @@ import pytest
 from benchmarks.paper.common.intervals import bootstrap, bootstrap_tasks
 
 
-def test_the_interval_is_as_wide_as_the_standard_error_says() -> None:
+def test_the_width_of_the_interval_agrees_with_the_standard_error() -> None:
     rng = np.random.default_rng(1)
     values = (rng.random((1, 40, 50)) < 0.7).astype(float)
     interval = bootstrap(values)
     assert interval.mean == pytest.approx(values.mean())
-    error = np.sqrt(values.var(axis=2).mean() / 2000)  # queries resampled within tasks
+    error = np.sqrt(values.var(axis=2).mean() / 2000)  # queries are resampled within tasks
     assert interval.mean - interval.low == pytest.approx(1.96 * error, rel=0.1)
     assert interval.high - interval.mean == pytest.approx(1.96 * error, rel=0.1)
 
@@ -24,15 +24,15 @@ def test_runs_that_differ_widen_the_interval_and_equal_ones_do_not() -> None:
     assert (apart.low, apart.mean, apart.high) == (0.0, 0.5, 1.0)
 
 
-def test_only_the_tasks_that_count_count_and_each_run_weighs_the_same() -> None:
+def test_only_selected_tasks_count_and_runs_have_equal_weight() -> None:
     values = np.zeros((2, 3, 4))
     values[0, 0] = 1.0
     counts = np.array([[True, False, False], [True, True, True]])
     assert bootstrap(values, counts).mean == 0.5
 
 
-def test_of_other_tasks_the_interval_is_as_wide_as_tasks_differ() -> None:
-    """A few tasks that make the whole mean: sure of these tasks, unsure of others like them."""
+def test_the_interval_for_other_tasks_is_as_wide_as_tasks_differ() -> None:
+    """A few tasks determine the mean, so it is precise for these tasks and imprecise for other tasks of this kind."""
     values = np.zeros((46, 50))
     values[:3] = 1.0
     whole, others = bootstrap(values[np.newaxis]), bootstrap_tasks(values)

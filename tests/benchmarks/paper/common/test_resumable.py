@@ -11,7 +11,7 @@ from benchmarks.paper.common.resumable import Step, key_of, run_steps
 
 
 class Machine:
-    """Steps that note when they run; those named in `failing` raise."""
+    """Steps that record when they run; those named in `failing` raise."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.ran, self.failing = folder, [], set()
@@ -27,7 +27,7 @@ class Machine:
         return Step(name, self.folder / "rows" / f"{name}.parquet", cost, run)
 
 
-def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_an_interrupted_run_continues_where_it_stopped(tmp_path: Path) -> None:
     machine = Machine(tmp_path)
     steps = [machine.step("a", 1), machine.step("b", 2), machine.step("c", 3)]
     machine.failing = {"b"}
@@ -40,7 +40,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path) -> None:
     assert {path.suffix for path in (tmp_path / "rows").iterdir()} == {".parquet"}
 
 
-def test_the_estimate_comes_first_and_counts_what_is_left(tmp_path: Path) -> None:
+def test_the_estimate_is_printed_first_and_counts_the_remaining_steps(tmp_path: Path) -> None:
     machine = Machine(tmp_path)
     run_steps([machine.step("a", 1)], 60.0, machine.out)
     run_steps([machine.step("a", 1), machine.step("b", 5), machine.step("c", 5)], 60.0, machine.out)
@@ -49,6 +49,6 @@ def test_the_estimate_comes_first_and_counts_what_is_left(tmp_path: Path) -> Non
     assert lines[3].startswith("1/2 b: 0 s; about 0 s left")
 
 
-def test_a_key_tells_apart_what_things_are_made_of() -> None:
+def test_a_key_distinguishes_different_inputs() -> None:
     assert key_of(["a", "b"], 3) == key_of(["a", "b"], 3)
     assert len({key_of(), key_of("a"), key_of("b"), key_of("a", 1), key_of("a", 2), key_of(["a"], 1)}) == 6

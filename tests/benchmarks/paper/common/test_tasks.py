@@ -79,7 +79,7 @@ def test_small_tasks_keep_two_thirds_for_training() -> None:
     assert (len(parts.test), len(parts.choice), len(parts.samples), len(parts.train)) == (50, 30, 20, 60)
 
 
-def test_long_answers_are_left_out_by_the_tasks_own_limit() -> None:
+def test_answers_above_the_tasks_limit_are_dropped() -> None:
     examples = [{"input": f"say {n}", "target": "a " * (20 if n % 2 else 3)} for n in range(300)]
     assert sum(map(len, inputs(make_parts(SUMS, examples, word_tokenizer)))) == 150
     assert sum(map(len, inputs(make_parts(replace(SUMS, max_answer_tokens=32), examples, word_tokenizer)))) == 300

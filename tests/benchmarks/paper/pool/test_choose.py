@@ -1,4 +1,4 @@
-"""Which adapters make the pool, and what an answer scores."""
+"""The choice of the pool's adapters, and the scores of answers."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def test_an_answer_is_scored_by_its_first_line_against_the_best_of_the_accepted(
     assert score(ROUGE, item, "yes\nno") == pytest.approx(2 / 3)
 
 
-def test_the_majority_is_of_the_training_answers_and_chance_counts_where_options_are_shown() -> None:
+def test_the_majority_comes_from_training_answers_and_chance_counts_if_options_are_shown() -> None:
     train = [Item("a", ("1",)), Item("b", ("1",)), Item("c", ("2",))]
     assert majority_scores(EM, train, [Item("d", ("2",)), Item("e", ("1",))]) == [0, 1]
     shown = [Item(f"{n}", (f"{n}",), num_options=2) for n in range(4)]
     assert majority_scores(SHOWN, train, shown[2:]) == [0.5, 0.5]
 
 
-def test_an_adapter_is_kept_when_it_beats_every_reference_beyond_the_spread_of_its_items() -> None:
+def test_an_adapter_is_kept_if_it_beats_every_reference_by_more_than_the_spread() -> None:
     assert verdict(EM, [1.0] * 15 + [0.0] * 5, [[0.0] * 20, [0.0] * 10 + [1.0] * 10]).is_kept is False
     kept = verdict(EM, [1.0] * 20, [[0.0] * 20, [1.0] * 10 + [0.0] * 10])
     assert kept.is_kept and kept.reference == 0.5 and 0 < kept.margin < 0.5

@@ -35,7 +35,7 @@ NUM_POOL, NUM_TEXTS = 20, 4
 
 
 def tasks_of(names: list[str]) -> tuple[Task, ...]:
-    """Four tasks a cluster."""
+    """Return four tasks per cluster."""
     parts = [topic_texts(NUM_TEXTS, seed=seed, topics=names) for seed in range(4)]
     return tuple(
         Task(name, f"cluster{number // 4}", *[tuple(part[name]) for part in parts]) for number, name in enumerate(names)
@@ -57,7 +57,7 @@ def encoder(model: Path) -> Encoder:
 
 @pytest.fixture(scope="module")
 def experiments(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Experiments:
-    """The whole study, run."""
+    """Run the whole study."""
     settings = TrainingSettings(num_epochs=1, learning_rate=3e-3)
     experiments = Experiments(STUDY, Workspace(tmp_path_factory.mktemp("paper")), model, settings)
     for steps in stages(experiments):
@@ -78,7 +78,7 @@ def folder(experiments: Experiments, tmp_path_factory: pytest.TempPathFactory) -
     return rows
 
 
-def test_draws_are_shares_of_the_tasks_or_whole_clusters_the_headline_ones_first() -> None:
+def test_draws_are_shares_of_tasks_or_whole_clusters_with_the_main_ones_first() -> None:
     draws = STUDY.draws()
     assert len(draws) == len({draw.name for draw in draws}) == 6
     assert [draw.name for draw in draws[:2]] == ["share40-seed0", "share40-seed1"]
@@ -92,7 +92,7 @@ def test_draws_are_shares_of_the_tasks_or_whole_clusters_the_headline_ones_first
             assert len(draw.tasks) == round(draw.share * NUM_POOL)
 
 
-def test_places_are_those_of_a_slow_loop_by_either_score(encoder: Encoder) -> None:
+def test_places_equal_a_slow_loop_for_both_scores(encoder: Encoder) -> None:
     rows = rank_rows(encoder, "tiny", STUDY.tasks, ["test"]).to_pylist()
     means = {task.name: encoder.encode(task.samples).mean(axis=0).astype(float) for task in STUDY.tasks}
     cluster_of = {task.name: task.cluster for task in STUDY.tasks}
@@ -105,7 +105,7 @@ def test_places_are_those_of_a_slow_loop_by_either_score(encoder: Encoder) -> No
         scores = {name: query @ mean / lengths[name] for name, mean in means.items()}
         order = sorted(scores, key=lambda name: -scores[name])
         if min(-np.diff([scores[name] for name in order])) < 1e-6:
-            continue  # too near for float32 to order
+            continue  # too close for float32 to order
         num_clear += 1
         assert row["own"] == (order.index(own) + 1 if own in order[:9] else 0)
         near = [cluster_of[name] == cluster_of[own] for name in order if name != own]
@@ -119,7 +119,7 @@ def test_a_query_whose_own_adapter_is_not_found_still_has_neighbours() -> None:
     assert (place.own, place.cluster_of_1, place.cluster_of_3) == (0, 0, 2)
 
 
-def test_all_samples_are_what_the_ranking_uses_and_a_description_counts_alone(encoder: Encoder) -> None:
+def test_the_ranking_uses_all_samples_and_a_description_counts_alone(encoder: Encoder) -> None:
     described = {task.name: task.test[0] for task in STUDY.tasks}
     rows = sample_rows(encoder, "tiny", STUDY.tasks, described).to_pylist()
     assert {row["num_samples"] for row in rows} == {0, 1, 5, 10, 20}
@@ -127,10 +127,10 @@ def test_all_samples_are_what_the_ranking_uses_and_a_description_counts_alone(en
     share = np.mean([row["own"] == 1 for row in ranked])
     assert [row["top1"] for row in rows if row["num_samples"] == 20] == [pytest.approx(share)]
     [by_description] = [row for row in rows if row["num_samples"] == 0]
-    assert by_description["top1"] >= 1 / NUM_TEXTS  # at least the query that is the description
+    assert by_description["top1"] >= 1 / NUM_TEXTS  # at least the query that equals the description
 
 
-def test_a_grown_pool_is_the_whole_pool(encoder: Encoder) -> None:
+def test_a_pool_grown_step_by_step_equals_the_whole_pool(encoder: Encoder) -> None:
     rows = growth_rows(encoder, "tiny", STUDY.tasks).to_pylist()
     whole = [row for row in rows if row["size"] == NUM_POOL]
     assert len(whole) == 5 and len({row["top1"] for row in whole}) == 1
@@ -140,7 +140,7 @@ def test_a_grown_pool_is_the_whole_pool(encoder: Encoder) -> None:
     assert all(row["index_bytes"] < whole[0]["index_bytes"] for row in small)
 
 
-def test_a_filter_by_base_leaves_only_what_can_answer(encoder: Encoder) -> None:
+def test_a_filter_by_base_leaves_only_usable_adapters(encoder: Encoder) -> None:
     for row in base_rows(encoder, "tiny", STUDY.tasks).to_pylist():
         if row["filtered"]:
             assert row["usable"] == 1.0
@@ -180,7 +180,7 @@ def test_an_encoder_that_saw_everything_has_no_unseen_tasks(folder: Path) -> Non
     assert rankings.top([UNTRAINED], "cosine", 1, "seen") is None
 
 
-def test_gains_are_those_of_unseen_tasks_alone(folder: Path) -> None:
+def test_gains_count_unseen_tasks_only(folder: Path) -> None:
     rankings = Rankings(folder)
     draws = {draw.name: draw for draw in STUDY.draws()}
     trained = rankings.groups()["40 %"]
@@ -194,16 +194,16 @@ def test_gains_are_those_of_unseen_tasks_alone(folder: Path) -> None:
     assert rankings.unseen_gains().query("draw == @trained[0]")["gain"].mean() == pytest.approx(by_hand[0])
 
 
-def test_section_and_figures_are_written_from_the_rows(
+def test_section_and_results_are_written_from_the_rows(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(results_file, "RESULTS", tmp_path)
     monkeypatch.setattr(plots, "RESULTS", tmp_path)
     write_tables(folder)
-    figures = json.loads((tmp_path / "paper" / "results.json").read_text())["figures"]
+    results = json.loads((tmp_path / "paper" / "results.json").read_text())["figures"]
     names = {"retrieval_top1_untrained", "retrieval_top1_40", "retrieval_top3_40", "unseen_top1_gain_40"}
-    assert figures.keys() == {f"{name}{bound}" for name in names for bound in ("", "_lo", "_hi")}
-    assert all(figures[f"{name}_lo"] <= figures[name] <= figures[f"{name}_hi"] for name in names)
+    assert results.keys() == {f"{name}{bound}" for name in names for bound in ("", "_lo", "_hi")}
+    assert all(results[f"{name}_lo"] <= results[name] <= results[f"{name}_hi"] for name in names)
     section = (folder / "retrieval.md").read_text()
     assert section.startswith("## Retrieval\n")
     assert section.count("| 40 % | 2 |") == 3

@@ -1,4 +1,4 @@
-"""Tables and figures are what the rows say."""
+"""Tables and results computed from raw rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CLUSTERS = {"a": "first", "b": "first", "c": "second"}
 
 @pytest.fixture
 def answers() -> Answers:
-    """40 questions a task: `perfect` is right on all of a and b and half of c; `mixture_ood` on a quarter of all."""
+    """40 questions per task: `perfect` is right on all of a and b and half of c; `mixture_ood` on a quarter of all."""
     shares = {
         "perfect": {"a": 1, "b": 1, "c": 2},
         "mixture_ood": {"a": 4, "b": 4, "c": 4},
@@ -32,7 +32,7 @@ def answers() -> Answers:
     return Answers(pd.DataFrame(rows).sample(frac=1, random_state=0), CLUSTERS)
 
 
-def test_every_task_weighs_the_same_and_intervals_are_of_the_questions(answers: Answers) -> None:
+def test_tasks_have_equal_weight_and_intervals_resample_questions(answers: Answers) -> None:
     whole = answers.interval("perfect")
     assert whole.mean == pytest.approx((1 + 1 + 0.5) / 3)
     half = 1.96 * np.sqrt(0.25 / 40) / 3  # a and b do not vary
@@ -50,8 +50,8 @@ def test_a_difference_is_paired_by_question(answers: Answers) -> None:
     assert "perfect − base | 83.3" in differences(answers, [("perfect", "base"), ("perfect", "absent")])
 
 
-def test_a_baseline_is_also_compared_where_it_has_no_adapter_of_the_task() -> None:
-    """It is right where its own adapters are, a and b, and nowhere else."""
+def test_a_baseline_is_also_compared_on_tasks_whose_adapter_it_lacks() -> None:
+    """The baseline is right on a and b, whose adapters it holds, and wrong elsewhere."""
     shares = {"moe_soft": {"a": 1, "b": 1, "c": 0}, "mixture_ood": {"a": 0, "b": 0, "c": 1}}
     rows = [
         {"run": run, "task": task, "number": number, "score": float(right)}
@@ -64,7 +64,7 @@ def test_a_baseline_is_also_compared_where_it_has_no_adapter_of_the_task() -> No
     assert cells == ["moe", "1", "0.0", "0.0", "0.0", "100.0", "100.0"]
 
 
-def test_every_task_has_its_own_adapter_beside_base_and_guesses() -> None:
+def test_every_tasks_adapter_is_compared_with_base_and_guesses() -> None:
     shares = {"perfect": 1.0, "base": 0.25, "majority": 0.5}
     rows = [
         {"run": run, "task": task, "number": number, "score": share}
@@ -77,7 +77,7 @@ def test_every_task_has_its_own_adapter_beside_base_and_guesses() -> None:
     assert lines == [f"| a | {cells} |", f"| b | {cells} |"]
 
 
-def test_the_table_has_a_row_a_cluster_and_all_tasks_last(answers: Answers) -> None:
+def test_the_table_has_a_row_per_cluster_and_all_tasks_last(answers: Answers) -> None:
     lines = main_table(answers).splitlines()
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == [
         "first (2)",
@@ -89,7 +89,7 @@ def test_the_table_has_a_row_a_cluster_and_all_tasks_last(answers: Answers) -> N
     assert [line.strip("| ").split(" | ")[column] for line in lines[2:5]] == ["100.0", "50.0", "**83.3**"]
 
 
-def test_figures_are_shares_of_one_with_bounds(answers: Answers) -> None:
+def test_results_are_shares_of_one_with_bounds(answers: Answers) -> None:
     found = figures(answers)
     assert set(found) == {
         f"score_{run}{end}" for run in ("perfect_iid", "mixture_ood", "base_iid") for end in ("", "_lo", "_hi")
@@ -105,7 +105,7 @@ def test_the_report_says_what_is_missing(tmp_path: Path) -> None:
     assert report.endswith(f"Not measured yet: {', '.join(missing)}.\n")
 
 
-def test_the_ablation_has_a_row_a_number_and_compares_the_weights() -> None:
+def test_the_ablation_has_a_row_per_number_and_compares_the_weights() -> None:
     rows = [
         {"run": run, "task": task, "number": number, "score": float(number % 2)}
         for run in methods_of((1, 3))

@@ -48,7 +48,7 @@ def encoder(model: Path) -> Encoder:
     return Encoder(model)
 
 
-def test_at_every_change_as_many_come_as_go_and_nothing_comes_twice(stream: list[Epoch]) -> None:
+def test_every_change_adds_as_many_tasks_as_it_removes_and_no_task_twice(stream: list[Epoch]) -> None:
     live = [{task.name for task in epoch.live} for epoch in stream]
     assert [len(names) for names in live] == [6, 6, 6]
     assert [len(epoch.requests) for epoch in stream] == [20, 20, 20]
@@ -58,7 +58,7 @@ def test_at_every_change_as_many_come_as_go_and_nothing_comes_twice(stream: list
     assert all({task for task, _ in epoch.requests} <= names for epoch, names in zip(stream, live, strict=True))
 
 
-def test_the_index_that_followed_is_the_index_made_anew(stream: list[Epoch], encoder: Encoder) -> None:
+def test_an_updated_index_equals_a_new_one(stream: list[Epoch], encoder: Encoder) -> None:
     router = IndexRouter(encoder)
     for epoch in stream:
         router.follow(epoch.live)
@@ -76,8 +76,8 @@ def test_a_classifier_learns_its_tasks_and_names_no_others(stream: list[Epoch], 
     assert set(router.route([text for _, text in stream[2].requests])) <= {task.name for task in stream[0].live}
 
 
-class Told:
-    """Names what it was made for."""
+class Fixed:
+    """Names the tasks that it was created with."""
 
     def __init__(self, live: list[Task]) -> None:
         self.known = {task.name for task in live}
@@ -89,35 +89,35 @@ class Told:
         return [name if (name := text.split("|")[0]) in self.known else "none" for text in texts]
 
 
-def told_stream() -> list[Epoch]:
+def fixed_stream() -> list[Epoch]:
     tasks = [Task(name, "c", ("s",), (), (), (f"{name}|",)) for name in NAMES]
     return stream_of(tasks, **SIZES)
 
 
-def test_what_is_not_trained_again_never_names_what_came() -> None:
-    rows = stream_rows("told", told_stream(), Told, retrains=False).to_pandas()
-    gone = {task.name for task in told_stream()[0].live}
+def test_a_router_that_is_not_trained_again_never_names_new_tasks() -> None:
+    rows = stream_rows("fixed", fixed_stream(), Fixed, retrains=False).to_pandas()
+    gone = {task.name for task in fixed_stream()[0].live}
     assert (rows["hit"] == rows["task"].isin(gone)).all() and not rows[rows["arrived"]]["hit"].any()
     assert (rows["lag"] == 0).all() and rows["position"].tolist() == list(range(60))
 
 
-def test_a_training_answers_once_it_ended() -> None:
-    rows = stream_rows("told", told_stream(), Told, retrains=True).to_pandas()
-    assert set(rows[rows["epoch"] > 0]["lag"]) == {1}  # it took no time: the next request is answered by it
+def test_a_trained_router_answers_after_its_training() -> None:
+    rows = stream_rows("fixed", fixed_stream(), Fixed, retrains=True).to_pandas()
+    assert set(rows[rows["epoch"] > 0]["lag"]) == {1}  # training took no time, so it answers the next request
     after = rows[(rows["position"] % 20 >= 1) | (rows["epoch"] == 0)]
     assert after["hit"].all()
 
 
-def test_a_training_longer_than_an_epoch_answers_in_a_later_one_and_the_next_waits_for_it(
+def test_a_training_longer_than_an_epoch_answers_later_and_delays_the_next_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    clock = iter(range(0, 10_000, 27))  # every training takes 27 s: 27 requests, of epochs of 20
+    clock = iter(range(0, 10_000, 27))  # every training takes 27 s, that is 27 requests; an epoch has 20
     monkeypatch.setattr(arrivals.time, "perf_counter", lambda: float(next(clock)))
     tasks = [Task(f"{name}", "c", ("s",), (), (), (f"{name}|",)) for name in (f"t{n}" for n in range(24))]
     stream = stream_of(tasks, num_requests=100, num_changes=4, num_live=6, num_swapped=3)
-    rows = stream_rows("told", stream, Told, retrains=True).to_pandas()
+    rows = stream_rows("fixed", stream, Fixed, retrains=True).to_pandas()
     assert rows.groupby("epoch")["lag"].max().tolist() == [0, 27, 34, 41, 48]
-    starts = [0, 47, 74, 101, 128]  # of what was trained for each epoch
+    starts = [0, 47, 74, 101, 128]  # for each epoch: the epoch whose router answers
     for position, (task, hit) in enumerate(zip(rows["task"], rows["hit"], strict=True)):
         serving = max(number for number, start in enumerate(starts) if start <= position)
         assert hit == (task in {live.name for live in stream[serving].live}), position
@@ -129,8 +129,8 @@ def test_requests_until_hits_are_back_are_counted_from_the_change() -> None:
     assert requests_until_back(np.zeros(50), 0.95, window=10) is None
 
 
-def test_back_is_as_before_any_change() -> None:
-    """A router that loses more at every change is not back at the level of the change before."""
+def test_recovery_is_measured_against_the_level_before_any_change() -> None:
+    """A router that loses more at every change does not reach the level before the first change."""
     hit = np.repeat([1.0, 0.0, 0.0], 200)
     rows = pd.DataFrame({"router": "worse", "epoch": np.repeat([0, 1, 2], 200), "position": range(600), "lag": 0})
     told = arrivals.arrivals_table(rows.assign(hit=hit, arrived=False))

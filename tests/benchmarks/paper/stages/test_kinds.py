@@ -1,4 +1,4 @@
-"""Other kinds of adapters are refused by name, LoRA's own variants admitted."""
+"""Other kinds of adapters are refused by name; variants of LoRA are admitted."""
 
 from __future__ import annotations
 
@@ -31,6 +31,6 @@ def test_the_reason_names_the_kind(found: dict[str, list[str]], kind: str, word:
     assert any(word.lower() in reason.lower() for reason in found[kind]), found[kind]
 
 
-def test_the_section_has_a_row_a_kind(found: dict[str, list[str]]) -> None:
+def test_the_section_has_a_row_per_kind(found: dict[str, list[str]]) -> None:
     lines = section(found).splitlines()
     assert sum(line.startswith("| ") for line in lines) == len(found) + 2

@@ -40,7 +40,7 @@ def test_an_adapter_is_a_folder_with_the_samples_part(workspace: Workspace, stud
     assert load_file(folder / "adapter_model.safetensors")
 
 
-def test_what_is_trained_is_not_trained_again(workspace: Workspace, tiny_folders: Mapping[str, Path]) -> None:
+def test_a_trained_adapter_is_not_trained_again(workspace: Workspace, tiny_folders: Mapping[str, Path]) -> None:
     before = {path: path.stat().st_mtime_ns for path in workspace.adapters.rglob("*.safetensors")}
     with Progress(disable=True) as progress:
         train_all(SPECS, workspace, tiny_folders["gemma3"], progress)
@@ -59,7 +59,7 @@ def test_adapters_that_learnt_their_task_are_judged_by_the_choice_part(
 def test_an_adapter_has_to_beat_the_base_model_too(
     study: Study, asked: tuple[Asker, LoraStore, Weights], monkeypatch: pytest.MonkeyPatch, is_base_right: bool
 ) -> None:
-    """Where guessing is never right, whatever the metric."""
+    """This test uses a task where guessing is never right, whatever the metric."""
 
     def answers(pairs: Sequence[tuple[Question, Plan]], out: Console, name: str) -> list[str]:
         rights = [(plan == BASE_PLAN) == is_base_right for _, plan in pairs]
@@ -85,12 +85,12 @@ def test_every_method_of_the_main_table_answers_every_question(bench: Bench, tmp
     assert sum(row["score"] for row in by_run["base"]) == 0
     assert all(row["task"] not in row["adapters"] for name in by_run if name.endswith("_ood") for row in by_run[name])
     assert all(len(row["adapters"]) == 3 for row in by_run["mixture_iid"])
-    assert all(len(row["adapters"]) == 2 for row in by_run["fusion_ood"])  # of three, the own one masked
+    assert all(len(row["adapters"]) == 2 for row in by_run["fusion_ood"])  # three, without the masked own one
     assert sum(row["adapters"] == [row["task"]] for row in by_run["selection_iid"]) > 0.9 * counts["selection_iid"]
     assert len({tuple(row["adapters"]) for row in by_run["adaptersoup"]}) == 1
 
 
-def test_trained_baselines_weigh_one_expert_a_cluster(loaded: Loaded, encoder: Encoder) -> None:
+def test_trained_baselines_weigh_one_expert_per_cluster(loaded: Loaded, encoder: Encoder) -> None:
     names, bench = one_a_cluster(SPECS), loaded.bench
     assert len(names) == 2 and names[1] == "sums"
     kinds = {name: (how, replace(kind, num_steps=3)) for name, (how, kind) in ROUTERS.items()}

@@ -1,4 +1,4 @@
-"""The stages of `all` on the tiny study: each leaves its rows and its section, and a second run asks nothing again."""
+"""The stages of `all` on the tiny study: each writes its rows and its section, and a second run sends no request."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ RULE = Rule(0.1, True)
 
 
 class Stages:
-    """Every stage that asks for answers, at its smallest."""
+    """Every stage that sends requests, at its smallest size."""
 
     def __init__(self, loaded: Loaded, encoder: Encoder, base: Path, results: Path) -> None:
         self.loaded, self.encoder, self.base, self.results = loaded, encoder, base, results
@@ -127,7 +127,7 @@ def two_answers(parts: Parts) -> Parts:
     )
 
 
-def test_stages_go_on_where_they_failed_and_ask_nothing_twice(
+def test_stages_continue_after_a_failure_and_ask_nothing_twice(
     loaded: Loaded,
     encoder: Encoder,
     tiny_folders: Mapping[str, Path],
@@ -160,7 +160,7 @@ def test_stages_go_on_where_they_failed_and_ask_nothing_twice(
 
 
 def check_conflicts(rows: pd.DataFrame) -> None:
-    """Each run asks its combination, and a pool holds what its name says."""
+    """Check that each run uses its combination, and that each pool has the adapters its name states."""
     adapters = rows.groupby("run")["adapters"].agg(lambda found: {name for names in found for name in names})
     assert adapters["halves_fusion"] == {"animals.half1", "animals.half2"}
     assert adapters["own_flipped_0.25"] == {"animals", "animals.flipped"}
@@ -172,7 +172,7 @@ def check_conflicts(rows: pd.DataFrame) -> None:
 
 
 def check_mixed_pool(adapters: Path) -> None:
-    """Each task's adapter is of the shape that its recipe says."""
+    """Check that each task's adapter has the shape given by its recipe."""
     for task, name in mixed_pool.variants_of([spec.name for spec in SPECS]).items():
         config, recipe = json.loads((adapters / task / "adapter_config.json").read_text()), mixed_pool.VARIANTS[name]
         assert (config["r"], config["use_rslora"]) == (recipe.rank, recipe.use_rslora)
@@ -180,7 +180,7 @@ def check_mixed_pool(adapters: Path) -> None:
 
 
 def check_gate(rows: pd.DataFrame) -> None:
-    """Every way of weighing answers every question, without the own adapter where that is masked."""
+    """Check that every way of weighing answers every question, without the own adapter if that is masked."""
     assert set(rows["run"]) == {f"{way}_{pool}" for way in gate.WAYS for pool in gate.POOLS}
     assert rows[rows["run"] == "uniform_iid"]["adapters"].map(len).eq(3).all()
     assert not any(task in names for task, names in rows[rows["run"] == "gate_ood"][["task", "adapters"]].to_numpy())
@@ -221,8 +221,8 @@ def test_the_gate_is_trained_on_learnt_tasks_with_their_adapters_alone(
         assert seen[-1] == (number, num_examples)
 
 
-def test_what_the_gate_learnt_is_told_apart() -> None:
-    """It is right on what it learnt alone; the others are right nowhere."""
+def test_the_section_separates_the_gates_training_tasks() -> None:
+    """The gate is right on its training task only; the other ways are never right."""
     rows = [
         {"run": f"{way}_{pool}", "task": task, "number": 0, "score": float(way == "gate" and task == "a")}
         for way in gate.WAYS
@@ -231,7 +231,7 @@ def test_what_the_gate_learnt_is_told_apart() -> None:
     ]
     lines = [line.strip("| ").split(" | ") for line in gate.section(pd.DataFrame(rows), ["a"]).splitlines()]
     found = {cells[1]: cells[4].split(" ")[0] for cells in lines if cells[0] == "ood"}
-    assert found == {"all": "33.3", "1 the gate learnt": "100.0", "2 it did not": "0.0"}
+    assert found == {"all": "33.3", "1 in the gate's training": "100.0", "2 not in it": "0.0"}
 
 
 def test_one_adapter_serves_a_batch_or_each_question_has_its_own(bench: Bench) -> None:

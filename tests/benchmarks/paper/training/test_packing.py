@@ -1,4 +1,4 @@
-"""A packed batch trains on what its examples alone would."""
+"""A packed batch trains like its examples alone."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def examples(tiny_folders: Mapping[str, Path]) -> list[Example]:
 
 
 def answers(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """Hidden states (answer tokens, H) in the order of the examples."""
+    """Return hidden states (answer tokens, H) in the order of the examples."""
     hidden = model.model(input_ids=batch.ids, use_cache=False, **batch.inputs).last_hidden_state
     return hidden[batch.labels != NO_LABEL]
 
 
-def test_hidden_states_and_labels_are_those_of_each_example_alone(
+def test_hidden_states_and_labels_equal_those_of_each_example_alone(
     model: torch.nn.Module, examples: list[Example]
 ) -> None:
     """The tiny model's window of 12 tokens is shorter than the examples, so the sliding mask is checked too."""
@@ -60,7 +60,7 @@ def test_hidden_states_and_labels_are_those_of_each_example_alone(
 
 def test_the_common_beginning_is_counted_once(model: torch.nn.Module, examples: list[Example]) -> None:
     packed, prefix_len = Packed(examples, model.config), common_len([example.ids for example in examples])
-    assert prefix_len > 100  # a byte a token: the template's words before the instruction
+    assert prefix_len > 100  # one token per byte: the template's words before the instruction
     assert packed.batch(examples).ids.numel() == packed.num_tokens(examples)
     assert packed.num_tokens(examples) == sum(map(len, [e.ids for e in examples])) - 3 * prefix_len
 
@@ -89,7 +89,7 @@ def test_training_goes_the_same_way_in_every_layout(tiny_folders: Mapping[str, P
     assert losses["packed"][-1] < 0.9 * losses["packed"][0]
 
 
-def test_lower_layers_run_once_an_example_and_come_back(model: torch.nn.Module, examples: list[Example]) -> None:
+def test_lower_layers_run_once_per_example_and_are_restored(model: torch.nn.Module, examples: list[Example]) -> None:
     decoder, packed = model.model, Packed(examples, model.config)
     before, runs = list(decoder.layers), []
     handle = decoder.layers[0].register_forward_hook(lambda *_: runs.append(None))
@@ -97,7 +97,7 @@ def test_lower_layers_run_once_an_example_and_come_back(model: torch.nn.Module, 
     handle_runs = len(runs)
     with lower_layers(packed, decoder, 2, examples) as layout:
         again = [layout.batch(examples[:2]).read_by(decoder) for _ in range(2)]
-        layout.batch(examples)  # the others came along with the first chunk
+        layout.batch(examples)  # the others were computed with the first chunk
         assert len(runs) == handle_runs + 1
     handle.remove()
     torch.testing.assert_close(again[0], wanted)

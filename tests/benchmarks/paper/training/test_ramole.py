@@ -1,4 +1,4 @@
-"""RAMoLE's gate: its equations, its identities, and that it learns."""
+"""RAMoLE's gate: its equations, its identities, and its training."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def layer(lora_a: torch.Tensor, lora_b: torch.Tensor) -> tuple[GatedLinear, Chos
 
 @pytest.fixture
 def drawn() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """lora_a (P, R, I), lora_b (P, O, R), x (B, T, I)."""
+    """Return lora_a (P, R, I), lora_b (P, O, R), x (B, T, I)."""
     torch.manual_seed(0)
     return torch.randn(P, R, I), torch.randn(P, O, R), torch.randn(2, 3, I)
 
 
-def test_output_is_that_of_the_papers_equations(drawn: tuple[torch.Tensor, ...]) -> None:
+def test_the_output_equals_the_papers_equations(drawn: tuple[torch.Tensor, ...]) -> None:
     lora_a, lora_b, x = drawn
     gated, chosen = layer(lora_a, lora_b)
     chosen.allowed = torch.tensor([[True, True, False, True], [False, True, True, False]])
@@ -61,7 +61,7 @@ def test_weights_sum_to_one_over_the_allowed(drawn: tuple[torch.Tensor, ...]) ->
     assert not weights[..., 1].any() and weights.std() > 0.05
 
 
-def test_one_allowed_adapter_is_that_adapter_and_equal_ones_are_one(drawn: tuple[torch.Tensor, ...]) -> None:
+def test_one_allowed_adapter_is_used_alone_and_equal_ones_act_as_one(drawn: tuple[torch.Tensor, ...]) -> None:
     lora_a, lora_b, x = drawn
     gated, chosen = layer(lora_a, lora_b)
     alone = gated.base(x) + (x @ lora_a[2].T) @ lora_b[2].T

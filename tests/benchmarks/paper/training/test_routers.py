@@ -1,4 +1,4 @@
-"""The trained baselines' sums are the server's, and what is to be learnt is learnt."""
+"""The trained baselines compute the server's compositions, and their training works."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def adapters(tiny_base: Callable[..., BaseModel]) -> list[AdapterWeights]:
 
 @pytest.fixture
 def frozen(tiny_folders: Mapping[str, Path]) -> torch.nn.Module:
-    """Its frozen products in float32, so that they can be compared."""
+    """Return the model with its frozen products in float32, so that they can be compared."""
     model = AutoModelForCausalLM.from_pretrained(tiny_folders["gemma3"], dtype=torch.float32).requires_grad_(False)
     freeze_linears(model)
     plain = AutoModelForCausalLM.from_pretrained(tiny_folders["gemma3"], dtype=torch.float32)
@@ -58,7 +58,7 @@ def examples(tiny_folders: Mapping[str, Path]) -> list[Example]:
 
 
 @pytest.mark.parametrize("how", ["mixture", "fusion"])
-def test_the_sums_are_the_servers(
+def test_the_sums_equal_the_servers(
     how: Sum, frozen: torch.nn.Module, adapters: list[AdapterWeights], tiny_folders: Mapping[str, Path]
 ) -> None:
     text = alpaca_prompt("count to three")
@@ -71,7 +71,7 @@ def test_the_sums_are_the_servers(
 
 
 def served_logits(folder: Path, adapters: list[AdapterWeights], plan: Plan, text: str) -> torch.Tensor:
-    """(V,) after the prompt, from the server's engine."""
+    """Return the logits (V,) after the prompt, from the server's engine."""
     by_digest = {weights.weights_digest: weights for weights in adapters}
     with ThreadPoolExecutor(1) as executor:
         engine = Engine(tiny_config(folder, max_model_len=256), lambda digest: executor.submit(by_digest.get, digest))
@@ -84,7 +84,7 @@ def served_logits(folder: Path, adapters: list[AdapterWeights], plan: Plan, text
 
 
 @pytest.mark.parametrize(("num_chosen", "count"), [(1, 1), (3, 3), (None, 5)])
-def test_a_router_weighs_as_many_experts_as_it_chooses(num_chosen: int | None, count: int) -> None:
+def test_a_router_gives_weight_to_as_many_experts_as_it_chooses(num_chosen: int | None, count: int) -> None:
     router = Router(4, 5, RouterKind(num_chosen))
     torch.nn.init.normal_(router.gate.weight)
     weights = router(torch.randn(7, 4), torch.Generator().manual_seed(0))
@@ -93,7 +93,7 @@ def test_a_router_weighs_as_many_experts_as_it_chooses(num_chosen: int | None, c
 
 
 def test_the_gradient_is_the_same_however_many_are_chosen() -> None:
-    """That of all experts' weights: one chosen expert alone, whose weight is always 1, has none."""
+    """The gradient is that of all experts' weights, since a single chosen expert with weight 1 has none."""
     torch.manual_seed(0)
     weight, vectors, worth = torch.randn(5, 4), torch.randn(7, 4), torch.randn(7, 5)
     gradients = []
@@ -109,7 +109,7 @@ def test_the_gradient_is_the_same_however_many_are_chosen() -> None:
 def test_a_router_learns_which_expert_helps(
     frozen: torch.nn.Module, adapters: list[AdapterWeights], examples: list[Example]
 ) -> None:
-    """Of two copies of one adapter, one turned against the answers; prompts of either kind have vectors apart."""
+    """Of two copies of one adapter, one is inverted; prompts of both kinds have distant vectors."""
     recipe = Recipe(vocabulary_len=300)
     loss_of = AnswerLoss(frozen.model.embed_tokens.weight, examples, recipe)
     model = ExpertModel(frozen, adapters, "mixture")
