@@ -50,6 +50,8 @@ FLOORS: dict[str, list[set[str]]] = {
         {"model"},
         {"lora"},
         {"engine"},
+        {"inference_engine"},
+        {"native_engine"},
     ],
     "benchmarks.paper": [
         {"common"},

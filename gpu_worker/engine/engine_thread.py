@@ -11,13 +11,13 @@ import time
 from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing, contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
 from torch import Tensor
 
 from gpu_worker.device.openmp import thread_team_releaser
+from gpu_worker.engine.delta_stream import Events, deltas
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.engine_status import EngineStatus
 from gpu_worker.engine.row import Row
@@ -27,7 +27,6 @@ from gpu_worker.request.request import Completion, Delta, Job
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
-_Events = asyncio.Queue[Delta | Exception]
 
 
 class EngineThread:
@@ -57,8 +56,8 @@ class EngineThread:
 
         Leaving the iterator early cancels the request. Raises: the engine's error for this job.
         """
-        async with aclosing(self.stream_with_heartbeats(job, None)) as deltas:
-            async for delta in deltas:
+        async with aclosing(self.stream_with_heartbeats(job, None)) as events:
+            async for delta in events:
                 if delta is not None:
                     yield delta
 
@@ -70,14 +69,9 @@ class EngineThread:
         yield None
         [(row, events)] = await self._submit_all([job], arrived=arrived)
         try:
-            while True:
-                while (event := await _next_of(events, heartbeat_interval_s)) is None:
-                    yield None
-                delta = _merged(event, events)
-                yield delta
-                if delta.finish_reason is not None:
-                    return
-                await asyncio.sleep(self._interval_s)
+            async with aclosing(deltas(events, self._interval_s, heartbeat_interval_s)) as stream:
+                async for delta in stream:
+                    yield delta
         finally:
             self._commands.put(lambda: self.engine.cancel(row))
 
@@ -148,12 +142,12 @@ class EngineThread:
 
     async def _submit_all(
         self, jobs: Sequence[Job], *, capture_first_logits: bool = False, arrived: float | None = None
-    ) -> list[tuple[Row, _Events]]:
+    ) -> list[tuple[Row, Events]]:
         """Queue all jobs between the same two steps. Return each job's row and its queue of events."""
         loop = asyncio.get_running_loop()
-        queues: list[_Events] = [asyncio.Queue() for _ in jobs]
+        queues: list[Events] = [asyncio.Queue() for _ in jobs]
 
-        def prepare(job: Job, events: _Events) -> Row:
+        def prepare(job: Job, events: Events) -> Row:
             def sink(event: Delta | Exception) -> None:
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
@@ -250,38 +244,10 @@ def _no_op() -> None:
     """Do nothing: a command that only wakes up the engine's thread."""
 
 
-async def _first_logits(events: _Events) -> Tensor | Exception:
+async def _first_logits(events: Events) -> Tensor | Exception:
     while True:
         event = await events.get()
         if isinstance(event, Exception):
             return event
         if event.first_logits is not None:
             return event.first_logits
-
-
-async def _next_of(events: _Events, within_s: float | None) -> Delta | Exception | None:
-    """Return the next event, or None on timeout. An event that arrives at the timeout stays in the queue."""
-    try:
-        async with asyncio.timeout(within_s):
-            return await events.get()
-    except TimeoutError:
-        return None
-
-
-def _merged(first: Delta | Exception, events: _Events) -> Delta:
-    """Merge `first` with all queued deltas. Raises: the exception among them."""
-    merged = first
-    while not isinstance(merged, Exception):
-        if events.empty():
-            return merged
-        event = events.get_nowait()
-        if isinstance(event, Exception):
-            merged = event
-        else:
-            merged = replace(
-                event,
-                text=merged.text + event.text,
-                first_logits=merged.first_logits if event.first_logits is None else event.first_logits,
-                logprobs=merged.logprobs + event.logprobs,
-            )
-    raise merged

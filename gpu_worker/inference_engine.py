@@ -1,0 +1,118 @@
+"""The interface between a Worker and its engine.
+
+Two engines implement it: `gpu_worker.native_engine` and `gpu_worker.vllm`. The tests in `tests/gpu_worker/conformance`
+run over both and define its meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from gpu_worker.engine.engine_status import EngineStatus
+from gpu_worker.request.request import Completion, Delta, Job
+from lora_store.plan import STRATEGIES
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """The features of one engine on its device. Callers refuse what is missing here before they submit a job."""
+
+    engine: str
+    strategies: frozenset[str] = frozenset(STRATEGIES)
+    logprobs: bool = True
+    prefix_cache: bool = False  # prompts with the same plan share computed blocks
+    quantized_base: bool = False
+    tensor_parallel: bool = False
+    own_process: bool = False  # the engine computes in child processes, which can die alone
+
+
+@dataclass(frozen=True, slots=True)
+class EngineMemory:
+    """The memory that an engine planned at its start."""
+
+    device: str
+    kv_tokens: int  # of all rows together
+    bank_rank_rows: int
+    bank_bytes: int
+    summary: str  # one line for the log
+
+
+@dataclass(frozen=True, slots=True)
+class EngineHealth:
+    """Whether an engine can still answer. An engine that is not alive never recovers; its process must be replaced."""
+
+    is_alive: bool
+    busy_s: float = 0.0  # duration of the step or command in progress; a large value means that it hangs
+    failure: str | None = None  # the error that ended the engine
+
+
+class InferenceEngine(Protocol):
+    """One base model that answers many jobs in one batch, each with its own plan of adapters.
+
+    Weights come from the `fetch` that the engine was started with, by digest, when a job needs them. A job never sees
+    weights change: it keeps its adapters until it ends. All methods belong to the event loop in which the engine was
+    started. After the engine has ended they raise EngineStopped.
+    """
+
+    @property
+    def capabilities(self) -> Capabilities: ...
+
+    @property
+    def memory(self) -> EngineMemory: ...
+
+    @property
+    def module_shapes(self) -> Mapping[str, tuple[int, int]]:
+        """(out, in) of every module an adapter may target, by the base model's module path."""
+        ...
+
+    @property
+    def num_missing_kernels(self) -> int:
+        """Return how many compiled kernels are missing and replaced by slower code."""
+        ...
+
+    def stream(self, job: Job, heartbeat_interval_s: float | None = None) -> AsyncGenerator[Delta | None]:
+        """Yield None once the job has arrived, then new text: the first at once, later texts at intervals.
+
+        After `heartbeat_interval_s` without text yield None. Leaving the iterator early cancels the job.
+        Raises: the error of this job, a GpuWorkerError.
+        """
+        ...
+
+    async def generate(self, jobs: Sequence[Job]) -> list[Completion | Exception]:
+        """Return each job's whole answer or error, in order. The jobs enter the queue together.
+
+        Cancelling the call cancels all unfinished jobs.
+        """
+        ...
+
+    async def load(self, weights_digests: Collection[str]) -> None:
+        """Load these weights into host memory. Return when all loads have ended, also failed ones."""
+        ...
+
+    async def forget(self, weights_digests: Collection[str]) -> bool:
+        """Drop these weights from the device and host memory. Return whether they are all gone.
+
+        Weights in use are dropped when the last job that uses them ends.
+        """
+        ...
+
+    async def status(self) -> EngineStatus: ...
+
+    async def expected(self) -> frozenset[str]:
+        """Return the weights digests on the device and those that waiting jobs will bring in."""
+        ...
+
+    async def probe(self, weights_digests: Sequence[str]) -> list[float | Exception]:
+        """Return how far each adapter moves the base model's output on a fixed prompt, relative to its largest value.
+
+        A shift within rounding is 0.0; an adapter that cannot be probed gets its error.
+        """
+        ...
+
+    def health(self) -> EngineHealth: ...
+
+    def stop(self) -> None:
+        """End every job with EngineStopped and release the device. Blocks until that is done."""
+        ...

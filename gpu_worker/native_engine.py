@@ -1,0 +1,100 @@
+"""The native engine behind the InferenceEngine interface."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from concurrent.futures import Executor
+
+from gpu_worker.bank.loader import Fetch
+from gpu_worker.config import WorkerConfig
+from gpu_worker.device.openmp import run_on_short_lived_thread, use_one_thread
+from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.engine_status import EngineStatus
+from gpu_worker.engine.engine_thread import EngineThread
+from gpu_worker.engine.offline import generate_all
+from gpu_worker.engine.probe import Prober
+from gpu_worker.engine.warm_up import warm_up
+from gpu_worker.inference_engine import Capabilities, EngineHealth, EngineMemory, InferenceEngine
+from gpu_worker.native.kernel_loading import num_missing_kernels
+from gpu_worker.request.request import Completion, Delta, Job
+
+
+class NativeEngine(InferenceEngine):
+    """An Engine and its thread, in this process."""
+
+    def __init__(self, thread: EngineThread) -> None:
+        self.thread = thread
+        self._engine = thread.engine
+        self._prober = Prober(thread)
+        self._num_missing_kernels = num_missing_kernels(self._engine.config)
+
+    @classmethod
+    def start(
+        cls,
+        config: WorkerConfig,
+        fetch: Fetch,
+        *,
+        executor: Executor | None = None,
+        stream_interval_ms: float = 25.0,
+        niceness: int = 0,
+        free_fill: float = 0.0,
+    ) -> NativeEngine:
+        """Load the base model, compute the first steps, and start the engine's thread.
+
+        `free_fill`: value of free bank rows, see LoraBank.
+        Raises: BaseModelUnsupported, WorkerConfigInvalid, WarmUpFailed.
+        """
+        use_one_thread()
+
+        def build() -> Engine:
+            return warm_up(Engine(config, fetch, executor=executor, free_fill=free_fill))
+
+        engine = run_on_short_lived_thread(build)
+        return cls(EngineThread(engine, stream_interval_ms=stream_interval_ms, niceness=niceness))
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(engine="native")
+
+    @property
+    def memory(self) -> EngineMemory:
+        plan = self._engine.memory
+        num_rows = self._engine.bank.num_rows
+        return EngineMemory(plan.device, plan.kv.num_tokens, num_rows, plan.bank_bytes, str(plan))
+
+    @property
+    def module_shapes(self) -> Mapping[str, tuple[int, int]]:
+        return self._engine.bank.shapes
+
+    @property
+    def num_missing_kernels(self) -> int:
+        return self._num_missing_kernels
+
+    def stream(self, job: Job, heartbeat_interval_s: float | None = None) -> AsyncGenerator[Delta | None]:
+        return self.thread.stream_with_heartbeats(job, heartbeat_interval_s)
+
+    async def generate(self, jobs: Sequence[Job]) -> list[Completion | Exception]:
+        return await generate_all(self.thread, jobs)
+
+    async def load(self, weights_digests: Collection[str]) -> None:
+        await self.thread.preload(weights_digests)
+
+    async def forget(self, weights_digests: Collection[str]) -> bool:
+        return await self.thread.forget(weights_digests)
+
+    async def status(self) -> EngineStatus:
+        return await self.thread.status()
+
+    async def expected(self) -> frozenset[str]:
+        return await self.thread.expected()
+
+    async def probe(self, weights_digests: Sequence[str]) -> list[float | Exception]:
+        return await self._prober.shifts(weights_digests)
+
+    def health(self) -> EngineHealth:
+        is_alive = self.thread.is_alive
+        failure = None if is_alive else f"the engine's thread has ended: {self.thread.failure or 'it was stopped'}"
+        return EngineHealth(is_alive, self.thread.seconds_busy(), failure)
+
+    def stop(self) -> None:
+        self.thread.stop()

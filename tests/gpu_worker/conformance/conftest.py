@@ -1,0 +1,97 @@
+"""The engines under test. Those that are not installed are not collected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+from gpu_worker.bank.loader import Fetch
+from gpu_worker.config import WorkerConfig
+from gpu_worker.native_engine import NativeEngine
+from lora_store.adapter import AdapterWeights
+from tests.gpu_worker.conformance.driver import HostedEngine, StartEngine
+from tests.gpu_worker.conformance.reference import Reference
+from tests.tiny import SHAPE, byte_tokenizer, random_adapter, tiny_config
+
+
+def start_native(config: WorkerConfig, fetch: Fetch, *, free_fill: float) -> NativeEngine:
+    return NativeEngine.start(config, fetch, stream_interval_ms=0, free_fill=free_fill)
+
+
+ENGINES: dict[str, StartEngine] = {"native": start_native}
+BANK_ROWS = 16  # four adapters of rank 4
+# Largest difference of a log probability from the float64 reference, and between batches.
+TOLERANCE = {"native": 1e-4}
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Gemma-3 with heads of 32 values: vLLM's attention supports no smaller ones on the CPU."""
+    torch.manual_seed(0)
+    changes = {"hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 1024}
+    model = Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            **SHAPE | changes,
+            head_dim=32,
+            sliding_window=24,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            query_pre_attn_scalar=32,
+        )
+    )
+    with torch.no_grad():
+        embeddings = model.get_input_embeddings().weight  # tied to the head
+        embeddings /= 8  # otherwise the model repeats the last token, whatever its layers compute
+        embeddings[256:] = 0  # no special token is ever chosen
+    folder = tmp_path_factory.mktemp("conformance")
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session", params=list(ENGINES))
+def session_engine(request: pytest.FixtureRequest, model_folder: Path) -> Iterator[HostedEngine]:
+    sizes = {"bank_rank_rows": BANK_ROWS, "max_batch_size": 8, "max_step_tokens": 64, "max_waiting": 64}
+    hosted = HostedEngine(ENGINES[request.param], tiny_config(model_folder, max_model_len=256, **sizes))
+    yield hosted
+    hosted.close()
+
+
+@pytest.fixture
+def start_again() -> Callable[[HostedEngine], HostedEngine]:
+    """Start another engine of the same kind."""
+    return lambda hosted: HostedEngine(hosted.start, hosted.config)
+
+
+@pytest.fixture
+def hosted(session_engine: HostedEngine) -> Iterator[HostedEngine]:
+    """An engine that holds no adapter. A test must leave it idle."""
+    yield session_engine
+    session_engine.forget_all()
+    status = session_engine.status()
+    assert (status.num_running, status.num_waiting, status.active_rows, status.host_cache_bytes) == (0, 0, 0, 0)
+
+
+@pytest.fixture
+def tolerance(hosted: HostedEngine) -> float:
+    return TOLERANCE[hosted.engine.capabilities.engine]
+
+
+@pytest.fixture(scope="session")
+def reference(model_folder: Path) -> Reference:
+    return Reference(model_folder)
+
+
+@pytest.fixture
+def adapter(hosted: HostedEngine) -> Callable[..., AdapterWeights]:
+    """Make a random adapter of every module, or some, and put it into the engine's pool."""
+
+    def make(seed: int, **changes: object) -> AdapterWeights:
+        weights = random_adapter(hosted.engine.module_shapes, seed, **changes)
+        hosted.add(weights)
+        return weights
+
+    return make

@@ -1,0 +1,82 @@
+"""The slow, exact answer: the model in float64 with the plan's adapters added to its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gpu_worker.text.token_bytes import TokenBytes
+from lora_store.adapter import AdapterWeights
+from lora_store.plan import Plan
+
+
+@dataclass(frozen=True)
+class Step:
+    """One greedy token: its id, and the log probabilities (V,) float64 it was chosen from."""
+
+    token: int
+    logprobs: Tensor
+
+
+class Reference:
+    """A model whose weights are changed for one plan at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        self._model.eval()
+
+    @torch.inference_mode()
+    def greedy(self, prompt: str, plan: Plan, pool: Mapping[str, AdapterWeights], num_new: int) -> list[Step]:
+        """Return the greedy answer of the prompt under the plan, recomputing the whole text at each token."""
+        changes = deltas(plan, pool)
+        modules = dict(self._model.named_modules())
+        for name, change in changes.items():
+            modules[name].weight += change
+        try:
+            tokens = list(self._tokenizer(prompt).input_ids)
+            return [self._next(tokens) for _ in range(num_new)]
+        finally:
+            for name, change in changes.items():
+                modules[name].weight -= change
+
+    def token_bytes(self, token: int) -> bytes:
+        return TokenBytes(self._tokenizer.backend_tokenizer)(token)
+
+    def _next(self, tokens: list[int]) -> Step:
+        logits = self._model(input_ids=torch.tensor([tokens])).logits[0, -1]
+        chosen = int(logits.argmax())
+        tokens.append(chosen)
+        return Step(chosen, logits.log_softmax(-1))
+
+
+def deltas(plan: Plan, pool: Mapping[str, AdapterWeights]) -> dict[str, Tensor]:
+    """Return the change (out, in) of each module's weight under the plan, in float64.
+
+    selection, mixture: sum_s m_s B_s A_s.  fusion: (sum_s m_s B_s) (sum_s m_s A_s), ranks padded with zeros.
+    B_s includes the adapter's scaling.
+    """
+    changes: dict[str, Tensor] = {}
+    names = {name for adapter in plan.adapters for name in pool[adapter.weights_digest].modules}
+    for name in names:
+        parts = []
+        for adapter in plan.adapters:
+            module = pool[adapter.weights_digest].modules.get(name)
+            if module is not None:
+                parts.append((adapter.weight, module.lora_a.double(), module.lora_b.double() * module.scaling))
+        if plan.strategy == "fusion":
+            rank = max(len(a) for _, a, _ in parts)
+            a = sum(weight * torch.nn.functional.pad(a, (0, 0, 0, rank - len(a))) for weight, a, _ in parts)
+            b = sum(weight * torch.nn.functional.pad(b, (0, rank - b.shape[1])) for weight, _, b in parts)
+            assert isinstance(a, Tensor) and isinstance(b, Tensor)
+            changes[name] = b @ a
+        else:
+            total = sum(weight * (b @ a) for weight, a, b in parts)
+            assert isinstance(total, Tensor)
+            changes[name] = total
+    return changes

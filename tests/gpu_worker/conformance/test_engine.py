@@ -1,0 +1,67 @@
+"""The engine as a whole: its self-description, its health and its end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from gpu_worker.errors import EngineStopped
+from gpu_worker.request.request import SamplingParams
+from lora_store.plan import STRATEGIES
+from tests.gpu_worker.conformance.driver import HostedEngine, job
+
+ENDLESS = SamplingParams(max_tokens=240, temperature=0, ignore_eos=True)
+
+
+@pytest.fixture
+def own(session_engine: HostedEngine, start_again: Callable[[HostedEngine], HostedEngine]) -> Iterator[HostedEngine]:
+    """A second engine of the same kind, which the test may end."""
+    hosted = start_again(session_engine)
+    yield hosted
+    hosted.close()
+
+
+def test_an_engine_describes_itself(hosted: HostedEngine) -> None:
+    engine = hosted.engine
+    assert engine.capabilities.strategies == set(STRATEGIES)
+    assert engine.memory.device == "cpu"
+    assert engine.memory.bank_rank_rows == hosted.config.bank_rank_rows
+    assert engine.memory.kv_tokens >= hosted.config.max_model_len
+    assert engine.memory.bank_bytes > 0 and engine.memory.summary
+    assert engine.num_missing_kernels == 0
+    shapes = engine.module_shapes
+    assert shapes["model.layers.0.self_attn.q_proj"] == (128, 64)
+    assert shapes["model.layers.2.mlp.down_proj"] == (64, 96)
+    assert len(shapes) == 3 * 7
+
+
+def test_an_idle_engine_is_healthy(hosted: HostedEngine) -> None:
+    hosted.answers(job("healthy"))
+    health = hosted.engine.health()
+    assert health.is_alive and health.failure is None
+
+
+def test_counters_rise_with_each_job(hosted: HostedEngine) -> None:
+    before = hosted.status().counters
+    [answer] = hosted.answers(job("count me"))
+    after = hosted.status().counters
+    assert after.num_requests == before.num_requests + 1
+    assert after.num_prompt_tokens == before.num_prompt_tokens + answer.num_prompt_tokens
+    assert after.num_new_tokens == before.num_new_tokens + answer.num_new_tokens
+
+
+def test_stopping_ends_every_job_and_refuses_later_ones(own: HostedEngine) -> None:
+    async def stop() -> list[object]:
+        running = asyncio.create_task(own.engine.generate([job("running", sampling=ENDLESS)] * 12))
+        while not (await own.engine.status()).num_running:
+            await asyncio.sleep(0)
+        own.engine.stop()
+        return list(await running)
+
+    assert all(isinstance(outcome, EngineStopped) for outcome in own.run(stop()))
+    health = own.engine.health()
+    assert not health.is_alive and health.failure
+    with pytest.raises(EngineStopped):
+        own.answers(job("late"))

@@ -1,0 +1,200 @@
+"""One job: its text, its stops, its limits, its stream, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from gpu_worker.errors import DeadlineExceeded, EngineFull, PromptInvalid, PromptTooLong, SamplingInvalid
+from gpu_worker.request.prompts import Message
+from gpu_worker.request.request import Completion, Delta, SamplingParams
+from gpu_worker.text.token_bytes import TokenBytes
+from lora_store.adapter import AdapterWeights
+from tests.gpu_worker.conformance.driver import GREEDY, HostedEngine, collect, job, tokens_of
+from tests.tiny import byte_tokenizer, plan_of
+
+MakeAdapter = Callable[..., AdapterWeights]
+_BYTES = TokenBytes(byte_tokenizer().backend_tokenizer)
+_IDS = {_BYTES(number): number for number in range(256)}
+DRAWN = SamplingParams(max_tokens=12, temperature=1.0, ignore_eos=True, logprobs=0)
+
+
+def greedy(**changes: object) -> SamplingParams:
+    return replace(GREEDY, **changes)  # type: ignore[arg-type]
+
+
+def test_max_tokens_is_the_number_of_new_tokens(hosted: HostedEngine) -> None:
+    for number in (1, 2, 31):
+        [answer] = hosted.answers(job("count", sampling=greedy(max_tokens=number)))
+        assert (answer.num_new_tokens, len(answer.logprobs), answer.finish_reason) == (number, number, "length")
+
+
+def test_a_prompt_of_messages_equals_its_rendered_text(hosted: HostedEngine) -> None:
+    messages = (Message("user", "hi"),)
+    [one] = hosted.answers(replace(job(""), prompt=messages))
+    assert one.num_prompt_tokens > 100
+    assert one.num_new_tokens > 0
+
+
+def test_a_stop_id_ends_the_answer_without_its_text(hosted: HostedEngine) -> None:
+    [whole] = hosted.answers(job("stop id"))
+    tokens = tokens_of(whole)
+    place = next(place for place, token in enumerate(tokens) if place and token not in tokens[:place])
+    sampling = greedy(stop_token_ids=(_IDS[tokens[place]],))
+    [answer] = hosted.answers(job("stop id", sampling=sampling))
+    assert (answer.finish_reason, tokens_of(answer)) == ("stop", tokens[:place])
+    assert answer.num_new_tokens == place + 1
+
+
+def test_min_tokens_forbids_the_stop_ids_before_it(hosted: HostedEngine) -> None:
+    [whole] = hosted.answers(job("minimum"))
+    first = _IDS[tokens_of(whole)[0]]
+    [answer] = hosted.answers(job("minimum", sampling=greedy(stop_token_ids=(first,), min_tokens=4)))
+    assert answer.num_new_tokens >= 4
+    assert tokens_of(whole)[0] not in tokens_of(answer)[:3]
+
+
+def test_a_stop_string_ends_the_answer_before_it(hosted: HostedEngine) -> None:
+    biased = greedy(max_tokens=12, logit_bias=((_IDS[b"a"], 90.0),), frequency_penalty=2.0)
+    [whole] = hosted.answers(job("stop string", sampling=biased))
+    assert whole.text.startswith("aaa")
+    [answer] = hosted.answers(job("stop string", sampling=replace(biased, stop=("aaaaa",))))
+    assert (answer.text, answer.finish_reason) == ("", "stop")
+    [later] = hosted.answers(job("stop string", sampling=replace(biased, stop=("aaaaa",), min_tokens=7)))
+    assert later.num_new_tokens >= 7
+
+
+def test_text_offsets_of_log_probabilities_follow_the_text(hosted: HostedEngine) -> None:
+    [answer] = hosted.answers(job("offsets", sampling=greedy(logit_bias=((_IDS[b"a"], 99.0),))))
+    assert answer.text == "a" * 8
+    assert [entry.text_offset for entry in answer.logprobs] == list(range(8))
+    assert all(len(entry.top) == 20 for entry in answer.logprobs)
+
+
+def test_log_probabilities_are_those_of_the_model_before_bias_and_temperature(hosted: HostedEngine) -> None:
+    [plain] = hosted.answers(job("raw", sampling=greedy(max_tokens=1)))
+    changed = greedy(max_tokens=1, logit_bias=((_IDS[b"a"], 99.0),), presence_penalty=1.0)
+    [biased] = hosted.answers(job("raw", sampling=changed))
+    assert biased.text == "a"
+    for (token, logprob), (known, expected) in zip(biased.logprobs[0].top, plain.logprobs[0].top, strict=True):
+        assert token == known
+        assert abs(logprob - expected) < 1e-3
+
+
+def test_a_seed_makes_sampling_repeatable_beside_other_rows(hosted: HostedEngine, adapter: MakeAdapter) -> None:
+    plan = plan_of("selection", (adapter(1), 1.0))
+    seeded = job("seed", plan, replace(DRAWN, seed=7))
+    [alone] = hosted.answers(seeded)
+    others = [job("other", sampling=DRAWN)] * 3
+    for answer in (hosted.answers(*others, seeded)[-1], hosted.answers(seeded, *others)[0]):
+        assert tokens_of(answer) == tokens_of(alone)
+    [other_seed] = hosted.answers(job("seed", plan, replace(DRAWN, seed=8)))
+    assert tokens_of(other_seed) != tokens_of(alone)
+
+
+def test_several_answers_of_one_prompt_differ(hosted: HostedEngine) -> None:
+    answers = hosted.answers(*[job("n", sampling=DRAWN)] * 5)
+    assert len({tuple(tokens_of(answer)) for answer in answers}) > 1
+
+
+def test_top_k_of_one_is_greedy(hosted: HostedEngine) -> None:
+    [known], [found] = hosted.answers(job("k")), hosted.answers(job("k", sampling=greedy(temperature=2.0, top_k=1)))
+    assert tokens_of(found) == tokens_of(known)
+
+
+def test_a_stream_begins_with_a_heartbeat_and_ends_with_a_reason(hosted: HostedEngine) -> None:
+    async def read() -> list[Delta | None]:
+        return [delta async for delta in hosted.engine.stream(job("stream"), heartbeat_interval_s=5.0)]
+
+    first, *others = hosted.run(read())
+    assert first is None
+    found = [delta for delta in others if delta is not None]
+    [whole] = hosted.answers(job("stream"))
+    assert Completion.joined(found).text == whole.text
+    assert [delta.finish_reason for delta in found[:-1]] == [None] * (len(found) - 1)
+    assert (found[-1].finish_reason, found[-1].num_new_tokens) == ("length", 8)
+
+
+def test_leaving_a_stream_frees_its_place(hosted: HostedEngine) -> None:
+    long = job("leave", sampling=greedy(max_tokens=200, logprobs=None))
+    found = hosted.run(collect(hosted.engine, long, lambda found: len(found) == 1))
+    assert found[-1].num_new_tokens < 200
+
+    async def idle() -> int:
+        while (status := await hosted.engine.status()).num_running:
+            await asyncio.sleep(0.01)
+        return status.num_running + status.num_waiting
+
+    assert hosted.run(idle()) == 0
+
+
+def test_cancelling_generate_cancels_its_jobs(hosted: HostedEngine) -> None:
+    jobs = [job("cancel", sampling=greedy(max_tokens=200, logprobs=None))] * 12  # four of them wait
+
+    async def cancel() -> None:
+        task = asyncio.create_task(hosted.engine.generate(jobs))
+        while not (await hosted.engine.status()).num_running:
+            await asyncio.sleep(0)
+        task.cancel()
+        while (status := await hosted.engine.status()).num_running + status.num_waiting:
+            await asyncio.sleep(0.01)
+
+    hosted.run(cancel())
+
+
+def test_a_deadline_ends_a_running_job(hosted: HostedEngine) -> None:
+    endless = job("late", sampling=greedy(max_tokens=240, logprobs=None), time_left_s=0.02)
+    error = hosted.error(endless)
+    assert isinstance(error, DeadlineExceeded)
+    assert error.num_new_tokens < 240
+
+
+def test_a_deadline_that_has_passed_ends_a_job_at_once(hosted: HostedEngine) -> None:
+    assert isinstance(hosted.error(job("too late", time_left_s=-1.0)), DeadlineExceeded)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"prompt": ""}, None),
+        ({"prompt": "x" * 400}, PromptTooLong),
+        ({"sampling": greedy(max_tokens=300)}, PromptTooLong),
+        ({"prompt": "\ud800"}, PromptInvalid),
+        ({"sampling": greedy(logit_bias=((300, 1.0),))}, SamplingInvalid),
+        ({"sampling": greedy(stop_token_ids=(-1,))}, SamplingInvalid),
+        ({"prompt": (Message("user", "hi"),), "template": "chat"}, PromptInvalid),
+    ],
+)
+def test_a_job_that_cannot_be_computed_is_refused_alone(
+    changes: dict[str, object], error: type[Exception] | None, hosted: HostedEngine
+) -> None:
+    asked = replace(job("refuse"), **changes)  # type: ignore[arg-type]
+    outcome, neighbour = hosted.outcomes(asked, job("neighbour"))
+    assert isinstance(neighbour, Completion)
+    assert isinstance(outcome, Completion if error is None else error), outcome
+
+
+def test_a_full_queue_refuses_the_tenant_with_the_most_jobs(hosted: HostedEngine) -> None:
+    flood = [job("flood", sampling=greedy(max_tokens=2), tenant="flood")] * 80
+    [*of_flood, of_other] = hosted.outcomes(*flood, job("other", sampling=greedy(max_tokens=2), tenant="other"))
+    refused = [outcome for outcome in of_flood if isinstance(outcome, EngineFull)]
+    assert refused and len(refused) + sum(isinstance(outcome, Completion) for outcome in of_flood) == len(of_flood)
+    assert isinstance(of_other, Completion)
+
+
+def test_tenants_take_turns(hosted: HostedEngine) -> None:
+    """A tenant with one job is served before the queue of another tenant has ended."""
+    sampling = greedy(max_tokens=20, logprobs=None)
+
+    async def race() -> int:
+        flood = [asyncio.create_task(hosted.engine.generate([job("flood", sampling=sampling)])) for _ in range(40)]
+        await asyncio.sleep(0.01)
+        await hosted.engine.generate([job("single", sampling=sampling, tenant="single")])
+        num_ended = sum(task.done() for task in flood)
+        await asyncio.gather(*flood)
+        return num_ended
+
+    assert hosted.run(race()) < 30

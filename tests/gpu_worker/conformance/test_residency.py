@@ -1,0 +1,214 @@
+"""Adapters come and go while jobs run: what is loaded, shared, forgotten and never leaks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Future
+
+import pytest
+
+from gpu_worker.errors import AdapterLoadFailed, AdapterUnfit, PlanTooLarge
+from gpu_worker.request.request import Completion, SamplingParams
+from lora_store.adapter import AdapterWeights, ModuleWeights
+from lora_store.plan import BASE_PLAN
+from tests.gpu_worker.conformance.driver import HostedEngine, assert_same, collect, job, tokens_of
+from tests.tiny import plan_of
+
+MakeAdapter = Callable[..., AdapterWeights]
+NUM_FITTING = 4  # adapters of rank 4 in a bank of 16 rows
+LONG = SamplingParams(max_tokens=100, temperature=0, ignore_eos=True)
+
+
+def test_the_first_and_the_last_place_of_a_full_bank_leave_other_rows_unchanged(
+    hosted: HostedEngine, adapter: MakeAdapter, tolerance: float
+) -> None:
+    [base] = hosted.answers(job("a base row"))
+    pool = [adapter(seed) for seed in range(NUM_FITTING)]
+    jobs = [job("a base row"), *[job("a row with an adapter", plan_of("selection", (one, 1.0))) for one in pool]]
+    together = hosted.answers(*jobs)
+    assert hosted.status().occupied_rows == hosted.config.bank_rank_rows, "every place is taken"
+    assert_same(together[:1], [base], tolerance)
+    alone = [answer for one in jobs[1:] for answer in hosted.answers(one)]
+    assert_same(together[1:], alone, tolerance)
+    assert len({tuple(tokens_of(answer)) for answer in together}) == len(jobs)
+
+
+def test_more_plans_and_more_adapters_than_places_all_are_answered(
+    hosted: HostedEngine, adapter: MakeAdapter, tolerance: float
+) -> None:
+    pool = [adapter(seed) for seed in range(3 * NUM_FITTING)]
+    plans = [
+        plan_of("mixture", (pool[number % 12], 0.5), (pool[(number * 5 + 1) % 12], 0.1 + number / 40))
+        for number in range(24)
+    ]
+    plans = [plan for plan in plans if len({adapter.weights_digest for adapter in plan.adapters}) == 2]
+    jobs = [job("many plans", plan) for plan in (*plans, BASE_PLAN)]
+    together = hosted.answers(*jobs)
+    assert len(jobs) > 2 * hosted.config.max_batch_size
+    assert_same(together, [answer for one in jobs for answer in hosted.answers(one)], tolerance)
+
+
+def test_a_place_that_held_another_adapter_has_nothing_of_it(
+    hosted: HostedEngine, adapter: MakeAdapter, tolerance: float
+) -> None:
+    """Free places hold NaN. A later adapter of fewer modules and lower rank must not read what is left there."""
+    small = adapter(1, rank=2, modules=lambda name: "down_proj" in name)
+    asked = job("after others", plan_of("mixture", (small, 1.0)))
+    [first] = hosted.answers(asked)
+    for seed in range(2, 2 + 3 * NUM_FITTING):
+        hosted.answers(job("another", plan_of("selection", (adapter(seed, size=0.3), 1.0))))
+    for _ in range(3):
+        assert hosted.run(hosted.engine.forget([small.weights_digest]))
+        assert_same(hosted.answers(asked), [first], tolerance)
+
+
+def test_forgotten_weights_are_gone_and_fetched_again(hosted: HostedEngine, adapter: MakeAdapter) -> None:
+    one, other = adapter(1), adapter(2)
+    asked = job("forget", plan_of("mixture", (one, 0.5), (other, 0.5)))
+    hosted.answers(asked)
+    digests = {one.weights_digest, other.weights_digest}
+    assert hosted.status().resident == digests
+    assert hosted.run(hosted.engine.expected()) == digests
+    assert hosted.run(hosted.engine.forget([one.weights_digest]))
+    assert hosted.status().resident == {other.weights_digest}
+    hosted.answers(asked)
+    assert sorted(hosted.fetched) == sorted([*digests, one.weights_digest])
+    assert hosted.run(hosted.engine.forget(digests))
+    status = hosted.status()
+    assert (status.resident, status.occupied_rows, status.host_cache_bytes) == (frozenset(), 0, 0)
+
+
+def test_many_cycles_of_use_and_withdrawal_leave_nothing(hosted: HostedEngine, adapter: MakeAdapter) -> None:
+    one_token = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
+    for seed in range(20):
+        weights = adapter(seed)
+        hosted.answers(job("cycle", plan_of("selection", (weights, 1.0)), one_token))
+        assert hosted.run(hosted.engine.forget([weights.weights_digest]))
+    status = hosted.status()
+    assert (status.resident, status.occupied_rows, status.host_cache_bytes) == (frozenset(), 0, 0)
+
+
+def test_a_withdrawal_under_way_waits_for_the_jobs_that_use_the_adapter(
+    hosted: HostedEngine, adapter: MakeAdapter
+) -> None:
+    weights = adapter(1)
+    asked = job("keep", plan_of("selection", (weights, 1.0)), LONG)
+    [whole] = hosted.answers(asked)
+
+    async def withdraw() -> tuple[bool, str, frozenset[str]]:
+        parts = []
+        is_gone = True
+        async for delta in hosted.engine.stream(asked):
+            if delta is not None:
+                if not parts:
+                    is_gone = await hosted.engine.forget([weights.weights_digest])
+                parts.append(delta.text)
+        while (await hosted.engine.status()).num_forgetting:
+            await asyncio.sleep(0.01)
+        return is_gone, "".join(parts), (await hosted.engine.status()).resident
+
+    assert hosted.run(withdraw()) == (False, whole.text, frozenset())
+
+
+def test_an_update_while_jobs_run_changes_only_the_jobs_that_name_the_new_version(
+    hosted: HostedEngine, adapter: MakeAdapter
+) -> None:
+    old, new = adapter(1), adapter(2)
+    old_job = job("version", plan_of("selection", (old, 1.0)), LONG)
+    new_job = job("version", plan_of("selection", (new, 1.0)), LONG)
+    [of_old], [of_new] = hosted.answers(old_job), hosted.answers(new_job)
+    assert of_old.text != of_new.text
+    assert hosted.run(hosted.engine.forget([old.weights_digest, new.weights_digest]))
+
+    async def update() -> list[Completion | Exception]:
+        running = asyncio.create_task(hosted.engine.generate([old_job] * 3))
+        while not (await hosted.engine.status()).num_running:
+            await asyncio.sleep(0)
+        late = await hosted.engine.generate([new_job] * 3)
+        return [*await running, *late]
+
+    texts = [answer.text for answer in hosted.run(update()) if isinstance(answer, Completion)]
+    assert texts == [of_old.text] * 3 + [of_new.text] * 3
+
+
+def test_a_failed_load_fails_only_the_jobs_that_need_it(hosted: HostedEngine, adapter: MakeAdapter) -> None:
+    good = adapter(1)
+    missing = adapter(2)
+    del hosted.pool[missing.weights_digest]
+    asked = [
+        job("good", plan_of("selection", (good, 1.0))),
+        job("bad", plan_of("mixture", (good, 0.5), (missing, 0.5))),
+        job("base"),
+    ]
+    first, failed, last = hosted.outcomes(*asked)
+    assert isinstance(failed, AdapterLoadFailed)
+    assert isinstance(first, Completion) and isinstance(last, Completion)
+
+
+@pytest.mark.parametrize("flaw", ["unknown module", "other shape", "not finite"])
+def test_an_adapter_that_does_not_fit_fails_only_its_own_job(
+    flaw: str, hosted: HostedEngine, adapter: MakeAdapter
+) -> None:
+    weights = adapter(1)
+    name = next(iter(weights.modules))
+    module = weights.modules[name]
+    flaws = {
+        "unknown module": {"model.layers.9.mlp.up_proj": module},
+        "other shape": {name: ModuleWeights(module.lora_a[:, :-1], module.lora_b, module.scaling)},
+        "not finite": {name: ModuleWeights(module.lora_a * float("inf"), module.lora_b, module.scaling)},
+    }
+    bad = AdapterWeights("b" * 64, weights.modules | flaws[flaw])
+    hosted.add(bad)
+    outcomes = hosted.outcomes(job("base"), job("unfit", plan_of("selection", (bad, 1.0))))
+    assert isinstance(outcomes[0], Completion)
+    assert isinstance(outcomes[1], AdapterUnfit), outcomes[1]
+
+
+def test_a_plan_larger_than_the_bank_is_refused(hosted: HostedEngine, adapter: MakeAdapter) -> None:
+    pool = [adapter(seed) for seed in range(NUM_FITTING + 1)]
+    assert isinstance(hosted.error(job("large", plan_of("mixture", *[(one, 0.2) for one in pool]))), PlanTooLarge)
+
+
+def test_a_slow_load_delays_only_its_own_job(hosted: HostedEngine, adapter: MakeAdapter) -> None:
+    slow, good = adapter(1), adapter(2)
+    hosted.held[slow.weights_digest] = Future()
+
+    async def both() -> tuple[Completion | Exception, Completion | Exception]:
+        waiting = asyncio.create_task(hosted.engine.generate([job("slow", plan_of("selection", (slow, 1.0)))]))
+        [quick] = await hosted.engine.generate([job("quick", plan_of("selection", (good, 1.0)))])
+        assert (await hosted.engine.status()).num_waiting == 1
+        hosted.held.pop(slow.weights_digest).set_result(slow)
+        [late] = await waiting
+        return quick, late
+
+    assert all(isinstance(answer, Completion) for answer in hosted.run(both()))
+
+
+def test_load_brings_weights_into_host_memory_before_a_job_needs_them(
+    hosted: HostedEngine, adapter: MakeAdapter
+) -> None:
+    weights = adapter(1)
+    hosted.run(hosted.engine.load([weights.weights_digest, "0" * 64]))  # the second load fails
+    assert hosted.status().host_cache_bytes > 0
+    hosted.answers(job("loaded", plan_of("selection", (weights, 1.0))))
+    assert hosted.fetched == [weights.weights_digest, "0" * 64]
+
+
+def test_a_probe_measures_the_effect_of_each_adapter(hosted: HostedEngine, adapter: MakeAdapter) -> None:
+    large, small = adapter(1, size=0.2), adapter(2, size=0.05)
+    idle = AdapterWeights("c" * 64, {n: ModuleWeights(m.lora_a, m.lora_b * 0, 1.0) for n, m in large.modules.items()})
+    hosted.add(idle)
+    digests = [large.weights_digest, small.weights_digest, idle.weights_digest, "0" * 64]
+    of_large, of_small, of_idle, of_missing = hosted.run(hosted.engine.probe(digests))
+    assert isinstance(of_missing, AdapterLoadFailed)
+    assert isinstance(of_large, float) and isinstance(of_small, float)
+    assert of_large > of_small > 0
+    assert of_idle == 0.0
+
+
+def test_a_cancelled_job_frees_its_adapters(hosted: HostedEngine, adapter: MakeAdapter) -> None:
+    weights = adapter(1)
+    asked = job("leave", plan_of("selection", (weights, 1.0)), LONG)
+    hosted.run(collect(hosted.engine, asked, lambda found: len(found) == 2))
+    assert hosted.run(hosted.engine.forget([weights.weights_digest])) or not hosted.status().num_running
