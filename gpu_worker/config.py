@@ -2,39 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, ClassVar, Literal, get_args, get_type_hints
+
+from annotated_types import BaseMetadata, Ge, Gt, Le
 
 from gpu_worker.errors import WorkerConfigInvalid
 
 _CPU_CHUNK = 192  # a step with such a chunk takes two to three decode steps: benchmarks/README.md
 DEFAULT_CACHE_DIR = Path.home() / ".cache" / "loraretriever"
+AtLeastOne = Annotated[int, Ge(1)]
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerConfig:
-    """The settings of one worker, which uses one device. Raises: WorkerConfigInvalid for a bad value."""
+class EngineSettings:
+    """Settings of an engine that its operator chooses. Raises: WorkerConfigInvalid for a bad value.
 
-    base_model: str = "gemma-3-270m"  # the packaged default, a Hugging Face id, or a local folder
-    cache_dir: Path = DEFAULT_CACHE_DIR
+    The annotations hold the bounds: settings files are checked against them too.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # in a settings file, which pydantic reads
+
+    device: Literal["cpu", "cuda"] = "cpu"  # cuda needs `num_gpus` in worker_scaling
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    device: Literal["cpu", "cuda"] = "cpu"
-    num_threads: int | None = None  # None: torch's default; `with_threads` sets the usable CPUs
-    lora_products: Literal["auto", "torch"] = "auto"  # auto: the compiled kernel if it is available
-    bank_rank_rows: int = 256  # adapter rank rows resident on the device
-    max_batch_size: int = 32  # rows that generate concurrently
-    max_model_len: int = 2048  # prompt plus new tokens of one row
-    kv_tokens: int | None = None  # of all rows together; None: the longest rows, or what fits into the memory
-    max_step_tokens: int = 1024  # prompt and decode tokens in one forward pass
-    max_chunk_tokens: int | None = (
-        None  # prompt tokens per step while rows decode; None: 192 on the CPU, unbounded on a GPU
-    )
-    max_waiting: int = 2048  # queued requests; more are refused
-    max_wait_s: float = 90.0  # longest time in the queue; loads time out earlier
-    host_cache_bytes: int = 1 << 30  # adapter weights kept in host memory
-    device_share: float = 1.0  # share of the GPU's memory, if several workers use one GPU
-    load_threads: int = 2  # threads that decode and check weights; none waits for a fetch
+    num_threads: AtLeastOne | None = None  # unset: the CPUs the worker's process may use
+    lora_products: Literal["auto", "torch"] = "auto"  # auto: the compiled CPU kernel where available
+    bank_rank_rows: AtLeastOne = 256  # rank rows of the adapter bank: an adapter of rank 16 takes 16
+    max_batch_size: AtLeastOne = 32  # rows that one step computes together
+    max_model_len: AtLeastOne = 2048  # prompt plus new tokens of one row
+    kv_tokens: AtLeastOne | None = None  # of all rows; unset: max_batch_size × max_model_len, or what fits the device
+    max_step_tokens: AtLeastOne = 1024  # prompt and decode tokens in one forward pass
+    max_chunk_tokens: AtLeastOne | None = None  # prompt tokens in a step that also decodes; unset: 192 on CPU
+    max_waiting: AtLeastOne = 2048  # queued requests; above it the answer is 503
+    max_wait_s: Annotated[float, Gt(0)] = 90.0  # longest time in the queue, then the answer is 503
+    host_cache_bytes: Annotated[int, Ge(0)] = 1 << 30  # adapter weights kept in host memory
 
     @property
     def chunk_tokens(self) -> int:
@@ -44,22 +47,51 @@ class WorkerConfig:
         return _CPU_CHUNK if self.device == "cpu" else self.max_step_tokens
 
     def __post_init__(self) -> None:
-        for field in ("bank_rank_rows", "max_batch_size", "max_model_len", "max_waiting", "load_threads"):
-            if getattr(self, field) < 1:
-                raise WorkerConfigInvalid(f"{field} must be at least 1, got {getattr(self, field)}")
+        for name, bound in _bounds_of(type(self)):
+            _check(name, getattr(self, name), bound)
         if self.kv_tokens is not None and self.kv_tokens < self.max_model_len:
             raise WorkerConfigInvalid(
                 f"kv_tokens must be at least max_model_len ({self.max_model_len}), got {self.kv_tokens}"
             )
-        if self.max_chunk_tokens is not None and self.max_chunk_tokens < 1:
-            raise WorkerConfigInvalid(f"max_chunk_tokens must be at least 1, got {self.max_chunk_tokens}")
-        if not 0 < self.device_share <= 1:
-            raise WorkerConfigInvalid(f"device_share must be above 0 and at most 1, got {self.device_share}")
         if self.device == "cuda" and self.dtype == "float32":
             raise WorkerConfigInvalid("dtype must be 'auto' or 'bfloat16' with device 'cuda', got 'float32'")
-        if not self.max_wait_s > 0:
-            raise WorkerConfigInvalid(f"max_wait_s must be above 0, got {self.max_wait_s}")
         if self.max_step_tokens < self.max_batch_size:
             raise WorkerConfigInvalid(
                 f"max_step_tokens must be at least max_batch_size ({self.max_batch_size}), got {self.max_step_tokens}"
             )
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig(EngineSettings):
+    """The settings of one worker, which uses one device. Raises: WorkerConfigInvalid for a bad value."""
+
+    base_model: str = "gemma-3-270m"  # the packaged default, a Hugging Face id, or a local folder
+    cache_dir: Path = DEFAULT_CACHE_DIR
+    device_share: Annotated[float, Gt(0), Le(1)] = 1.0  # of the GPU's memory, if several workers use one GPU
+    load_threads: AtLeastOne = 2  # threads that decode and check weights; none waits for a fetch
+
+
+def _bounds_of(settings: type[EngineSettings]) -> Iterator[tuple[str, BaseMetadata]]:
+    """Return the bounds in the annotations, with the names of their fields."""
+    hints = get_type_hints(settings, include_extras=True)
+    return ((name, bound) for name, hint in hints.items() for bound in _bounds_in(hint))
+
+
+def _bounds_in(hint: object) -> Iterator[BaseMetadata]:
+    for part in (*getattr(hint, "__metadata__", ()), *get_args(hint)):
+        if isinstance(part, BaseMetadata):
+            yield part
+        elif not isinstance(hint, type) and hasattr(part, "__metadata__"):
+            yield from _bounds_in(part)
+
+
+def _check(name: str, value: float | None, bound: BaseMetadata) -> None:
+    match bound:
+        case _ if value is None:
+            return
+        case Ge(ge=least) if value < least:  # type: ignore[operator]
+            raise WorkerConfigInvalid(f"{name} must be at least {least}, got {value}")
+        case Gt(gt=floor) if value <= floor:  # type: ignore[operator]
+            raise WorkerConfigInvalid(f"{name} must be above {floor}, got {value}")
+        case Le(le=most) if value > most:  # type: ignore[operator]
+            raise WorkerConfigInvalid(f"{name} must be at most {most}, got {value}")

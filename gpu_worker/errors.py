@@ -29,8 +29,8 @@ class BaseModelUnsupported(GpuWorkerError):
     """The engine does not support the base model."""
 
 
-class WorkerConfigInvalid(GpuWorkerError):
-    """A worker setting is out of range."""
+class WorkerConfigInvalid(GpuWorkerError, ValueError):
+    """A worker setting is out of range. A ValueError, so that pydantic reports it with the setting's path."""
 
 
 class PromptInvalid(GpuWorkerError):

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
+from annotated_types import Ge, Gt, Le
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from deployments.config.settings_errors import SettingsInvalid, refuse_renamed, settings_error
 from deployments.config.source_prefixes import SourcePrefix
 from deployments.json_types import JsonObject
 from deployments.scaling.settings import ScalingSettings
-from gpu_worker.config import DEFAULT_CACHE_DIR, WorkerConfig
-from gpu_worker.errors import WorkerConfigInvalid
+from gpu_worker.config import DEFAULT_CACHE_DIR, EngineSettings, WorkerConfig
 from gpu_worker.request.request import DEFAULT_MAX_TOKENS
 from lora_store import Visibility, is_valid_name
 from lora_store.location import Location
@@ -32,31 +33,14 @@ class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class WorkerSettings(_Settings):
-    """Settings of the engine of one worker replica; see `gpu_worker.config.WorkerConfig`."""
+@dataclass(frozen=True, slots=True)
+class WorkerSettings(EngineSettings):
+    """Settings of one worker replica: those of its engine, of the engine's thread and of the streams."""
 
-    device: Literal["cpu", "cuda"] = "cpu"  # cuda needs `num_gpus` in worker_scaling
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    num_threads: int | None = Field(default=None, ge=1)  # None: the CPUs the worker's process may use
-    lora_products: Literal["auto", "torch"] = "auto"  # auto: the compiled CPU kernel where available
-    bank_rank_rows: int = Field(default=256, ge=1)
-    max_batch_size: int = Field(default=32, ge=1)
-    max_model_len: int = Field(default=2048, ge=1)
-    kv_tokens: int | None = Field(
-        default=None, ge=1
-    )  # None: max_batch_size × max_model_len, or what fits on the device
-    max_step_tokens: int = Field(default=1024, ge=1)
-    max_chunk_tokens: int | None = Field(
-        default=None, ge=1
-    )  # prompt tokens in a step that also decodes; None: 192 on CPU
-    max_waiting: int = Field(default=2048, ge=1)
-    max_wait_s: float = Field(default=90, gt=0)
-    host_cache_bytes: int = Field(default=1 << 30, ge=0)
-    stream_interval_ms: float = Field(default=25, ge=0)
-    step_timeout_s: float = Field(default=120, gt=0)  # a longer step counts as stuck: Serve replaces the replica
-    niceness: int = Field(
-        default=5, ge=0, le=19
-    )  # of the engine thread, so that HTTP handling gets priority on shared cores
+    stream_interval_ms: Annotated[float, Ge(0)] = 25
+    step_timeout_s: Annotated[float, Gt(0)] = 120  # a longer step counts as stuck: Serve replaces the replica
+    # nice value of the engine thread, so that HTTP handling gets priority on shared cores
+    niceness: Annotated[int, Ge(0), Le(19)] = 5
 
 
 class RetrievalSettings(_Settings):
@@ -154,14 +138,6 @@ class AppConfig(_Settings):
             raise ValueError(
                 f"base_model_name: {name!r} cannot be the name of a model: use 1 to 64 of A-Za-z0-9._- except 'auto'"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _worker_could_start(self) -> Self:
-        try:
-            self.worker_config()
-        except WorkerConfigInvalid as exc:
-            raise ValueError(f"worker: {exc}") from exc
         return self
 
     @model_validator(mode="after")
@@ -304,7 +280,7 @@ class AppConfig(_Settings):
         return math.ceil(sum(scaling.max_replicas * scaling.num_cpus for scaling in scalings)) + 1  # 1 for Serve itself
 
     def worker_config(self) -> WorkerConfig:
-        settings = self.worker.model_dump(exclude={"stream_interval_ms", "niceness", "step_timeout_s"})
+        settings = {field.name: getattr(self.worker, field.name) for field in fields(EngineSettings)}
         num_gpus = self.worker_scaling.num_gpus
         share = num_gpus if 0 < num_gpus < 1 else 1.0  # Ray places as many such workers on one GPU as fit
         return WorkerConfig(base_model=self.base_model, cache_dir=self.cache_dir, device_share=share, **settings)

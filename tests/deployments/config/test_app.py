@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from ray import serve
 from deployments.config.app import AppConfig, ScalingSettings, WorkerSettings, load_config
 from deployments.scaling.adapter_affinity_router import AdapterAffinityRouter
 from deployments.scaling.autoscaling_policy import WorkerScaling
+from gpu_worker.config import EngineSettings
 from gpu_worker.errors import WorkerConfigInvalid
 
 
@@ -149,7 +150,7 @@ def test_worker_settings_reach_the_engine_field_by_field() -> None:
     worker = asdict(config.worker_config())
     assert {key: worker[key] for key in settings} == settings
     assert (worker["base_model"], worker["cache_dir"]) == ("a/b", Path("/c"))
-    assert settings.keys() | {"stream_interval_ms", "niceness", "step_timeout_s"} == WorkerSettings.model_fields.keys()
+    assert settings.keys() == {field.name for field in fields(EngineSettings)}, "a setting without a case here"
 
 
 def test_threads_are_counted_on_the_workers_machine_where_none_are_set() -> None:
@@ -165,13 +166,24 @@ def test_a_worker_plans_with_its_share_of_the_gpu(num_gpus: float, share: float)
 
 
 def test_a_worker_that_could_not_start_is_refused_before_anything_starts() -> None:
-    with pytest.raises((ValidationError, WorkerConfigInvalid)):
-        AppConfig(worker=WorkerSettings(max_batch_size=8, max_step_tokens=4)).worker_config()
+    with pytest.raises(
+        ValidationError, match=r"worker\n.*max_step_tokens must be at least max_batch_size \(8\), got 4"
+    ):
+        AppConfig.model_validate({"worker": {"max_batch_size": 8, "max_step_tokens": 4}})
+
+
+def test_each_bad_worker_setting_is_reported_by_its_path() -> None:
+    bad = {"max_batch_size": 0, "niceness": 20, "max_wait_s": 0, "kv_token": 1}
+    with pytest.raises(ValidationError) as caught:
+        AppConfig.model_validate({"worker": bad})
+    assert {problem["loc"] for problem in caught.value.errors()} == {("worker", name) for name in bad}
 
 
 def test_kv_for_less_than_one_row_is_refused_before_anything_starts() -> None:
-    with pytest.raises(ValidationError, match="kv_tokens"):
-        AppConfig(worker=WorkerSettings(max_model_len=100, kv_tokens=99))
+    with pytest.raises(WorkerConfigInvalid, match=r"kv_tokens must be at least max_model_len \(100\), got 99"):
+        WorkerSettings(max_model_len=100, kv_tokens=99)
+    with pytest.raises(ValidationError, match="kv_tokens must be at least"):
+        AppConfig.model_validate({"worker": {"max_model_len": 100, "kv_tokens": 99}})
 
 
 @pytest.mark.parametrize(("device", "num_gpus"), [("cuda", 0), ("cpu", 1), ("cpu", 0.5)])
