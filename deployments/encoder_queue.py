@@ -13,36 +13,34 @@ from deployments.errors import EncoderBusy
 from retriever_svc.encoder import MAX_TOKENS, tokens_read
 
 T = TypeVar("T")
-TURN_TOKENS = MAX_TOKENS  # of text that a tenant may put into a batch before the next one's turn: one full text
-BATCH_TOKENS = 8 * TURN_TOKENS  # of a batch: more would only make everybody else wait longer for the next one
+TURN_TOKENS = MAX_TOKENS  # tokens of text per turn: one full text
+BATCH_TOKENS = 8 * TURN_TOKENS  # tokens per batch: more would only delay the next batch
 
 
 @dataclass(eq=False)
 class _Asked(Generic[T]):
-    """One call: its texts that wait, the answers so far, and the future that its caller awaits."""
+    """One call: its waiting texts, the answers so far, and the future that its caller awaits."""
 
     tenant: str
     number: int
-    waiting: deque[tuple[int, str]]  # (place in the call, text)
+    waiting: deque[tuple[int, str]]  # (position in the call, text)
     answered: asyncio.Future[list[T]]
     answers: dict[int, T] = field(default_factory=dict)
     num_texts: int = 0
 
 
-_Waiting: TypeAlias = tuple[_Asked[T], int, str]  # (call, place in the call, text)
+_Waiting: TypeAlias = tuple[_Asked[T], int, str]  # (call, position in the call, text)
 
 
 class EncoderQueue(Generic[T]):
-    """Feeds one batch of texts after the other to `encode`. For one event loop.
+    """Passes one batch of texts after the other to `encode`. Use it on one event loop.
 
-    A turn: a tenant's texts of about `TURN_TOKENS`, all of one call. Tenants take turns, and within a tenant its calls
-    do. So a short text waits for the batch in progress, and then for one turn of each other tenant at most.
-
-    Places: at most `max_waiting` texts wait. A call that finds no room takes the places of the newest calls of the
-    tenant that holds most, as long as that tenant still holds more than the caller's own would; otherwise it is
-    refused. A tenant that is alone may use every place.
-
-    A batch that fails is encoded again by tenant, then by text. A text that fails alone fails its call.
+    Turns: in a turn, a tenant gets about `TURN_TOKENS` of texts of one call. Tenants take turns, and so do the calls of
+    a tenant. So a short text waits for the current batch, and then for at most one turn of each other tenant.
+    Places: at most `max_waiting` texts wait. A call without room takes the places of the newest calls of the tenant
+    that has most, as long as that tenant still has more than the caller would have; otherwise it is refused. A single
+    tenant may use every place.
+    Errors: a batch that fails is encoded again by tenant, then by text. A text that fails alone fails its call.
     """
 
     def __init__(
@@ -53,7 +51,7 @@ class EncoderQueue(Generic[T]):
         max_waiting: int,
         wait_s: float = 0.0,
     ) -> None:
-        """`encode` takes (tenant, text) pairs. `wait_s`: how long an idle encoder waits for further texts."""
+        """Create a queue. `encode` takes (tenant, text) pairs. `wait_s`: how long an idle encoder waits for texts."""
         self._encode, self._batch_size, self._max_waiting, self._wait_s = encode, batch_size, max_waiting, wait_s
         self._tenants: dict[str, deque[_Asked[T]]] = {}  # in order of turn
         self._num_waiting: dict[str, int] = {}
@@ -61,9 +59,9 @@ class EncoderQueue(Generic[T]):
         self._feeding: asyncio.Task[None] | None = None
 
     async def encoded(self, tenant: str, texts: Sequence[str]) -> list[T]:
-        """Return what `encode` gives for each text, in order. A caller that leaves takes its texts along.
+        """Return the result of `encode` for each text, in order. If the caller leaves, its texts leave the queue.
 
-        Raises: EncoderBusy; what `encode` raises for one of these texts alone.
+        Raises: EncoderBusy; the error of `encode` for one of these texts alone.
         """
         if not texts:
             return []
@@ -89,7 +87,7 @@ class EncoderQueue(Generic[T]):
             await self._answer(batch)
 
     async def _answer(self, batch: Sequence[_Waiting[T]]) -> None:
-        """Encode a batch, and one that fails again in parts, so that only a text that fails alone fails its call."""
+        """Encode a batch. If that fails, encode it in parts, so that only a text that fails alone fails its call."""
         try:
             answers = await self._encode([(asked.tenant, text) for asked, _, text in batch])
             answered = list(zip(batch, answers, strict=True))
@@ -123,11 +121,11 @@ class EncoderQueue(Generic[T]):
                 calls.append(asked)
             del self._tenants[tenant]
             if calls:
-                self._tenants[tenant] = calls  # behind the others
+                self._tenants[tenant] = calls  # after the others
         return batch
 
     def _make_room(self, tenant: str, num_texts: int) -> None:
-        """Raises: EncoderBusy."""
+        """Make room for a call, or refuse it. Raises: EncoderBusy."""
         own = self._num_waiting.get(tenant, 0) + num_texts
         while self.num_waiting + num_texts > self._max_waiting:
             most = max(self._num_waiting, key=self._num_waiting.__getitem__, default=tenant)
@@ -141,7 +139,7 @@ class EncoderQueue(Generic[T]):
             asked.answered.set_exception(error)
 
     def _drop(self, asked: _Asked[T]) -> None:
-        """Nothing of it waits any longer."""
+        """Remove all waiting texts of the call."""
         calls = self._tenants.get(asked.tenant)
         if calls is None or asked not in calls:
             return
@@ -158,7 +156,7 @@ class EncoderQueue(Generic[T]):
 
 
 def _parts(batch: Sequence[_Waiting[T]]) -> list[list[_Waiting[T]]]:
-    """Split a batch by tenant, that of one tenant by text; a single text has no parts."""
+    """Split a batch by tenant, and a batch of one tenant by text. A single text has no parts."""
     parts: dict[str, list[_Waiting[T]]] = {}
     for item in batch:
         parts.setdefault(item[0].tenant, []).append(item)

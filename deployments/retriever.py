@@ -49,16 +49,15 @@ _NEIGHBOURS = 3
 _LOOKUP_THREADS = 4
 _SEARCH_THREADS = 4
 _READ_EVERY_S = 0.5
-_CATCH_UP_S = 4.0  # below the publisher's own limit, so that each replica answers for itself
+_CATCH_UP_S = 4.0  # below the publisher's timeout, so that each replica can report an error itself
 
 
 class RetrieverDeployment:
-    """One encoder and one index, at the catalogue's newest generation before it is ready.
+    """One encoder and one index. The replica is ready once it serves the catalogue's newest generation.
 
-    All work runs beside the event loop, each kind on threads of its own, so that none holds up another: look-ups by
-    name and lists; searches and maps; the encoder for prompts, which takes its texts from a queue where tenants take
-    turns; the encoder for publishes; the catalogue. What names a `min_generation` waits a little for it, then raises
-    StaleIndex.
+    Work runs outside the event loop, each kind on its own threads, so that none blocks another: look-ups by name and
+    lists; searches and maps; the encoder for prompts, with a queue in which tenants take turns; the encoder for
+    publishes; the catalogue. Calls with a `min_generation` wait briefly for it, then raise StaleIndex.
     """
 
     def __init__(
@@ -78,9 +77,11 @@ class RetrieverDeployment:
         self._retriever = retriever_over(self._pools, config, timings=self._metrics)
         self._lookups = ThreadPoolExecutor(_LOOKUP_THREADS, thread_name_prefix="lookup")
         self._searches = ThreadPoolExecutor(_SEARCH_THREADS, thread_name_prefix="search")
-        self._encoding = ThreadPoolExecutor(1, thread_name_prefix="encode")  # two would only share the same cores
+        self._encoding = ThreadPoolExecutor(
+            1, thread_name_prefix="encode"
+        )  # two threads would only share the same cores
         self._bulk = ThreadPoolExecutor(1, thread_name_prefix="bulk")
-        # One chunk of each tenant at most waits for the thread, so they take turns.
+        # At most one chunk of each tenant waits for the thread, so tenants take turns.
         self._bulk_turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._reading = ThreadPoolExecutor(1, thread_name_prefix="catalogue")
         self._prompts = EncoderQueue(
@@ -89,7 +90,7 @@ class RetrieverDeployment:
             max_waiting=settings.max_waiting,
             wait_s=settings.batch_wait_s,
         )
-        self._pools.catch_up()  # with what was committed while the encoder and the index were made
+        self._pools.catch_up()  # includes commits made while the encoder and the index were built
         self._refreshing: asyncio.Task[int] | None = None
         self._read_at = self._began_reading_at = time.monotonic()
         loop = asyncio.get_event_loop()
@@ -116,23 +117,23 @@ class RetrieverDeployment:
     async def plan_named(
         self, tenant: str, choices: Sequence[tuple[str, float]], strategy: Strategy, min_generation: int = 0
     ) -> Plan:
-        """The plan of adapters a client named. Raises: AdapterNotFound, PlanInvalid, StaleIndex."""
+        """Return the plan of adapters that a client named. Raises: AdapterNotFound, PlanInvalid, StaleIndex."""
         await self._reach_for(tenant, min_generation)
         return await _on(self._lookups, self._retriever.plan_named, tenant, choices, strategy)
 
     async def replay(self, tenant: str, strategy: Strategy, pinned: Sequence[PinnedAdapter], generation: int) -> Plan:
-        """The plan that was made at `generation`. Raises: PlanGone, PlanInvalid, StaleIndex."""
+        """Return the plan that was made at `generation`. Raises: PlanGone, PlanInvalid, StaleIndex."""
         await self._reach_for(tenant, generation)
         return await _on(self._lookups, self._retriever.replay, tenant, strategy, pinned, generation)
 
     async def page(self, tenant: str, request: PageRequest, min_generation: int = 0) -> Page:
-        """A page of what the tenant may use; embeddings stay here. Raises: StaleIndex."""
+        """Return a page of the adapters that the tenant may use, without embeddings. Raises: StaleIndex."""
         await self._reach_for(tenant, min_generation)
         page = await _on(self._lookups, self._retriever.page, tenant, request)
         return replace(page, rows=tuple((name, _as_seen_by(tenant, record)) for name, record in page.rows))
 
     async def map(self, tenant: str, min_generation: int = 0) -> PoolMap:
-        """The adapters the tenant may be routed to, on a plane. Raises: StaleIndex."""
+        """Return the adapters that `auto` may choose for the tenant, on a plane. Raises: StaleIndex."""
         await self._reach_for(tenant, min_generation)
         return await _on(self._searches, self._retriever.map, tenant)
 
@@ -143,11 +144,11 @@ class RetrieverDeployment:
         return await _on(self._searches, self._retriever.place_encoded, tenant, encoded, names)
 
     async def load(self, tenant: str) -> tuple[int, int]:
-        """(generation this replica serves, number of adapters the tenant may use)."""
+        """Return (generation that this replica serves, number of adapters that the tenant may use)."""
         return await _on(self._lookups, self._retriever.count, tenant)
 
     async def record(self, tenant: str, name: str, min_generation: int = 0) -> tuple[int, list[AdapterRecord]]:
-        """(generation, the kept versions of that adapter, the live one first, as the tenant may see them).
+        """Return (generation, the kept versions of that adapter that the tenant may see, the live one first).
 
         Raises: AdapterNotFound, StaleIndex.
         """
@@ -156,10 +157,10 @@ class RetrieverDeployment:
         return generation, [_as_seen_by(tenant, record) for record in versions]
 
     async def embed(self, groups: Sequence[Sequence[Sample]], tenants: Sequence[str]) -> list[Embedded | None]:
-        """One embedding per group of samples, with the neighbours its tenant sees now; None where there is no sample.
+        """Return one embedding per group of samples, with the neighbours its tenant sees now; None without samples.
 
-        `tenants` runs along with `groups`. Samples are encoded in small chunks, and between two of them prompts have
-        their turn, and then each other tenant that publishes. A call of several tenants takes the first one's turns.
+        `tenants` has one entry per group. Samples are encoded in small chunks. Between two chunks prompts take their
+        turn, then each other publishing tenant. A call for several tenants uses the turns of the first one.
         """
         encoding = await _on(self._bulk, self._retriever.encoding_of, groups, tenants)
         turn = self._bulk_turns.setdefault(next(iter(tenants), ""), asyncio.Lock())
@@ -177,18 +178,21 @@ class RetrieverDeployment:
         ]
 
     async def catch_up(self, generation: int) -> int:
-        """The generation this replica serves from now on.
+        """Serve `generation` or a later one, and return the generation served.
 
         Raises: StaleIndex, also after `_CATCH_UP_S`; StoreUnavailable; EncoderUnusable.
         """
         return await self._reach(generation)
 
     async def prepare_encoder(self, model: str) -> str:
-        """The identity of the model's encoder, loaded for the generation that activates it. Raises: EncoderUnusable."""
+        """Load the model's encoder for the generation that activates it. Return its identity.
+
+        Raises: EncoderUnusable.
+        """
         return (await asyncio.to_thread(self._pools.prepare_encoder, model)).identity
 
     async def reindex(self, model: str) -> AsyncIterator[ReindexStep]:
-        """Embeddings by the encoder of `model` of every adapter that has none yet, to be committed step by step.
+        """Yield embeddings by the encoder of `model` for every adapter that has none yet, to be committed in steps.
 
         Raises: EncoderUnusable, StoreUnavailable.
         """
@@ -198,7 +202,10 @@ class RetrieverDeployment:
             yield step
 
     async def doctor(self, tenant: str) -> AsyncIterator[DoctorStep]:
-        """How well the adapters `tenant` sees are found; the last step has the report. Raises: StoreUnavailable."""
+        """Examine how well the tenant's adapters are retrieved; the last step has the report.
+
+        Raises: StoreUnavailable.
+        """
         async for step in _beside_the_loop(self._retriever.doctor(tenant, self._samples)):
             yield step
 
@@ -213,7 +220,7 @@ class RetrieverDeployment:
         return () if record.samples_digest is None else self._store.samples(record.samples_digest)
 
     async def _reach(self, generation: int) -> int:
-        """Serve `generation` or a later one, and return it; the catalogue is read only where it is not served yet."""
+        """Serve `generation` or a later one, and return it. Read the catalogue only if necessary."""
         await self._catch_up_until(lambda: self._retriever.generation >= generation, 0.0)
         if self._retriever.generation < generation:
             raise StaleIndex(generation, self._retriever.generation)
@@ -222,14 +229,14 @@ class RetrieverDeployment:
     async def _reach_for(self, tenant: str, generation: int) -> None:
         """Catch up with `generation`, as answers reported it to this tenant.
 
-        Clients choose that number, so for them the catalogue is read every `_READ_EVERY_S` at most, however many ask.
+        Clients choose that number, so the catalogue is read at most once per `_READ_EVERY_S` for them.
         """
         await self._catch_up_until(lambda: self._retriever.generation_for(tenant) >= generation, _READ_EVERY_S)
         if self._retriever.generation_for(tenant) < generation:
             raise StaleIndex(generation, self._retriever.generation_for(tenant))
 
     async def _catch_up_until(self, is_reached: Callable[[], bool], pause_s: float) -> None:
-        """Read the catalogue, twice at most: a read that is under way may have begun before the commit."""
+        """Read the catalogue at most twice: a read in progress may have begun before the commit."""
         with suppress(TimeoutError):
             async with asyncio.timeout(_CATCH_UP_S):
                 for _ in range(2):
@@ -240,7 +247,7 @@ class RetrieverDeployment:
                         await self._refresh()
 
     async def _refresh(self) -> None:
-        """One refresh at a time, whoever waits for it: a catalogue that hangs holds one thread, not all."""
+        """Run one refresh at a time for all waiting callers, so that a hanging catalogue blocks one thread only."""
         if self._refreshing is None or self._refreshing.done():
             self._began_reading_at = time.monotonic()
             self._refreshing = asyncio.create_task(_on(self._reading, self._pools.catch_up))
@@ -248,7 +255,7 @@ class RetrieverDeployment:
         await asyncio.shield(self._refreshing)
 
     def _refreshed(self, task: asyncio.Task[int]) -> None:
-        """Its waiters may all have left: an error is not news to the event loop."""
+        """Retrieve the error of a refresh whose waiting callers may have left, which asyncio would log otherwise."""
         if not task.cancelled() and task.exception() is None:
             self._read_at = time.monotonic()
 
@@ -257,18 +264,20 @@ class RetrieverDeployment:
         self._metrics.report(pool.snapshot, pool.index.num_live, time.monotonic() - self._read_at)
 
     async def _poll(self, interval_s: float, sleep: Callable[[float], Awaitable[None]]) -> None:
-        """The safety net under the publisher's broadcast. What fails is logged once, until it works again."""
+        """Read the catalogue at intervals, in case a broadcast was missed. Log the first error of a series."""
         is_failing = False
         while True:
             try:
                 await self._refresh()
             except (LoraStoreError, RetrieverError) as exc:
                 if not is_failing:
-                    logger.warning("generation %d is served on: %s", self._retriever.generation, exc)
+                    logger.warning(
+                        "cannot read the catalogue; still serving generation %d: %s", self._retriever.generation, exc
+                    )
                 is_failing = True
             else:
                 if is_failing:
-                    logger.info("generation %d is served: the catalogue is read again", self._retriever.generation)
+                    logger.info("the catalogue can be read again; serving generation %d", self._retriever.generation)
                 is_failing = False
             await sleep(interval_s)
 
@@ -279,14 +288,14 @@ async def _on(threads: Executor, work: Callable[..., T], *args: Any) -> T:
 
 
 def _given(answer: Route | RetrieverError) -> Route:
-    """Raises: the answer, where it is an error."""
+    """Return the answer. Raises: the answer itself if it is an error."""
     if isinstance(answer, RetrieverError):
         raise answer
     return answer
 
 
 def _as_seen_by(tenant: str, record: AdapterRecord) -> AdapterRecord:
-    """Without its embedding; of another tenant's also without where it came from and which key published it."""
+    """Return the record without its embedding; another tenant's also without its source and author."""
     if record.ref.tenant == tenant:
         return replace(record, embedding=None)
     return replace(record, embedding=None, source=record.ref.name, actor="")

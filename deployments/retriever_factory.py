@@ -1,4 +1,4 @@
-"""What retrieves, set up from the application's configuration: for the server and for offline runs alike."""
+"""Build the retrieval parts from the application's settings, for the server and for offline runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from retriever_svc.retriever import Timings
 
 
 def live_pool(config: AppConfig, snapshots: Callable[[], Snapshot], index: IndexSettings | None = None) -> LivePool:
-    """The pool that `snapshots` tells of, embedded by the encoder in force. Raises: EncoderUnusable."""
+    """Return the pool of the snapshots, embedded by the active encoder. Raises: EncoderUnusable."""
     settings = config.retrieval
     return LivePool(
         lambda model: Encoder(model, num_threads=settings.encoder_threads),

@@ -36,12 +36,12 @@ from lora_store import (
 from lora_store.garbage_collection import Verified
 
 _NUM_STAGERS = 8
-_MAX_WAIT_S = 60.0  # of a stage, until there is room for its bytes
+_MAX_WAIT_S = 60.0  # longest wait of a stage for room in the byte budget
 _NO_VECTOR = np.empty(0, np.float32)
 
 
 class StoreDeployment:
-    """Answers writes and blobs; reads are the Retriever's. File work runs beside the event loop."""
+    """Handles writes and blobs; the Retriever handles reads. File operations run outside the event loop."""
 
     def __init__(self, config: AppConfig, put: Callable[[Buffer], Awaitable[Buffer]] = ray.put) -> None:
         join_serve_logs()
@@ -49,7 +49,7 @@ class StoreDeployment:
         self._config = config
         self._store = LoraStore(config.store_uri, accepts_base=config.accepted_bases)
         self._store.check_writes(os.environ)
-        # Of their own: a batch from a slow source must leave threads to the workers' fetches.
+        # Separate threads: a batch from a slow source must not block the workers' fetches.
         self._stagers = ThreadPoolExecutor(_NUM_STAGERS, thread_name_prefix="stage")
         self._staging = ByteBudget(config.max_staging_bytes, _MAX_WAIT_S)
         self._objects: ObjectCache[Awaitable[Buffer]] = ObjectCache(
@@ -57,10 +57,10 @@ class StoreDeployment:
         )
 
     async def stage(self, upload: PublishItem, module_shapes: Shapes) -> Staged:
-        """The checked adapter, its blobs stored and held until `commit` or `discard`.
+        """Validate an adapter, store its blobs and lease them until `commit` or `discard`.
 
         Raises: AdapterRefused, with every reason; SourceRefused, SourceMissing, SourceUnavailable, StoreUnavailable;
-        UploadMemoryFull where its bytes and those of others had no room for a minute.
+        UploadMemoryFull if the byte budget had no room for a minute.
         """
         if upload.adapter_name in self._config.accepted_bases:
             raise AdapterRefused(upload.adapter_name, ["the name is the base model's"])
@@ -84,7 +84,7 @@ class StoreDeployment:
             )
 
     async def restage(self, record: AdapterRecord) -> Staged:
-        """A kept version as if it were staged again. Raises: AdapterNotFound when its blobs are gone."""
+        """Stage a kept version again. Raises: AdapterNotFound if its blobs are gone."""
         return await asyncio.to_thread(self._store.restage, record)
 
     async def commit(
@@ -108,7 +108,7 @@ class StoreDeployment:
         )
 
     async def discard(self, staged: Sequence[Staged]) -> None:
-        """These will not be committed: what only they needed is gone."""
+        """Give up these staged versions and delete blobs that nothing else uses."""
         await asyncio.to_thread(self._store.discard, staged)
 
     async def withdraw(self, tenant: str, names: Sequence[str], actor: str, commit_id: str | None = None) -> Withdrawn:
@@ -120,19 +120,19 @@ class StoreDeployment:
         return await asyncio.to_thread(self._store.withdraw, tenant, names, actor, commit_id)
 
     async def set_visibility(self, tenant: str, name: str, visibility: Visibility, actor: str) -> int:
-        """The generation at which the name is so. Raises: AdapterNotFound, PublicNameTaken, StoreUnavailable."""
+        """Set the visibility and return the generation. Raises: AdapterNotFound, PublicNameTaken, StoreUnavailable."""
         return await asyncio.to_thread(self._store.set_visibility, tenant, name, visibility, actor)
 
     async def approve(self, refs: Sequence[AdapterRef], actor: str) -> int:
-        """The generation from which `auto` may choose these for every tenant. Raises: AdapterNotFound."""
+        """Let `auto` choose these versions for every tenant, and return the generation. Raises: AdapterNotFound."""
         return await asyncio.to_thread(self._store.approve, refs, actor)
 
     async def add_embeddings(self, embeddings: Mapping[AdapterRef, Embedding]) -> int:
-        """The generation at which what is still live of these has an embedding by a coming encoder."""
+        """Add embeddings by an encoder to be activated, and return the generation. Skip versions that are not live."""
         return await asyncio.to_thread(self._store.add_embeddings, embeddings)
 
     async def activate_encoder(self, model: str, identity: str, actor: str) -> int:
-        """The generation from which the pool is searched by this encoder. Raises: EncoderIncomplete."""
+        """Search the pool by this encoder from now on, and return the generation. Raises: EncoderIncomplete."""
         return await asyncio.to_thread(self._store.activate_encoder, model, identity, actor)
 
     async def ping(self) -> None:
@@ -140,27 +140,27 @@ class StoreDeployment:
         await asyncio.to_thread(self._store.snapshot)
 
     async def active_encoder(self) -> str | None:
-        """The identity of the encoder that a reindex chose; None while it is the configuration's."""
+        """Return the identity of the encoder that a reindex activated; None for the one of the settings."""
         snapshot = await asyncio.to_thread(self._store.snapshot)
         return None if snapshot.encoder is None else snapshot.encoder.identity
 
     async def versions(self, keys: Collection[Key]) -> dict[Key, tuple[AdapterRecord, ...]]:
-        """The kept versions of those names that are live, the live one first; of embeddings only whose they are."""
+        """Return the kept versions of the live names, the live one first; of embeddings only their encoder."""
         snapshot = await asyncio.to_thread(self._store.snapshot)
         found = {key: snapshot.versions(key) for key in keys}
         return {key: tuple(map(_without_vectors, kept)) for key, kept in found.items() if kept}
 
     async def unreferenced(self, digests: Collection[str]) -> list[str]:
-        """Those blobs that no kept version needs any more."""
+        """Return those blobs that no kept version needs."""
         snapshot = await asyncio.to_thread(self._store.snapshot)
         return sorted(set(digests) - snapshot.referenced())
 
     async def sweep(self, digests: Collection[str]) -> list[str]:
-        """Remove those blobs that nothing refers to and no stage holds; what was removed."""
+        """Delete those blobs that nothing refers to and no stage has leased. Return the deleted ones."""
         return await asyncio.to_thread(self._store.sweep, digests)
 
     async def gc(self, retention_s: float) -> Collected:
-        """Remove all that nothing refers to and that is older than `retention_s`."""
+        """Delete everything that nothing refers to and that is older than `retention_s`."""
         return await asyncio.to_thread(self._store.gc, retention_s)
 
     async def verify(self, tenant: str) -> AsyncIterator[Verified]:
@@ -173,7 +173,7 @@ class StoreDeployment:
             yield Verified(done, total, check)
 
     async def samples(self, digests: Sequence[str]) -> list[tuple[Sample, ...]]:
-        """The samples of each digest, in order. Raises: AdapterNotFound, BlobCorrupted, StoreUnavailable."""
+        """Return the samples of each digest, in order. Raises: AdapterNotFound, BlobCorrupted, StoreUnavailable."""
         return await asyncio.to_thread(lambda: [self._store.samples(digest) for digest in digests])
 
     async def fetch(self, digest: str) -> list[Awaitable[Buffer]]:
@@ -185,7 +185,7 @@ class StoreDeployment:
         return [await self._objects.get(digest)]
 
     async def release(self, digests: Collection[str]) -> bool:
-        """Keep no reference to these."""
+        """Drop the references to these."""
         self._objects.release(digests)
         return True
 

@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 class WorkerDeployment:
-    """Waiting happens in the engine's queue, where loads are.
+    """One engine. Requests wait in its queue, where their adapters are prefetched.
 
     `weights_cache`: folder and quota in bytes of a disk cache that the workers of this machine share, or None.
     """
@@ -77,10 +77,10 @@ class WorkerDeployment:
         self._step_timeout_s, self._end_process = step_timeout_s, end_process
 
     async def stream(self, job: Job) -> AsyncIterator[Delta | None]:
-        """Yield text as it is made, the first piece at once, then every `stream_interval_ms`; None is a sign of life.
+        """Yield the first text at once, then text every `stream_interval_ms`; None is a heartbeat.
 
         A client that leaves frees its row, KV and pins at the next step.
-        Raises: PromptInvalid, PromptTooLong, PlanTooLarge, AdapterLoadFailed and the like, for this job only.
+        Raises: PromptInvalid, PromptTooLong, PlanTooLarge, AdapterLoadFailed and other errors of this job.
         """
         deltas = self._loop.stream_with_heartbeats(job, HEARTBEAT_INTERVAL_S)
         trace, began = JobTrace(job.request_id), time.monotonic()
@@ -95,7 +95,7 @@ class WorkerDeployment:
                         row.count(delta)
                     yield delta
         except EngineStopped:
-            self.check_health()  # an engine that has ended refuses fast, and would draw requests until the next check
+            self.check_health()  # an ended engine refuses fast, and would attract requests until the next health check
             raise
         finally:
             await deltas.aclose()
@@ -103,72 +103,74 @@ class WorkerDeployment:
             _log_end(job, last, time.monotonic() - began)
 
     async def probe(self, weights_digest: str) -> float:
-        """How far the adapter moves the logits of a fixed prompt. Raises: AdapterUnfit, AdapterLoadFailed."""
+        """Return how much the adapter changes the logits of a fixed prompt. Raises: AdapterUnfit, AdapterLoadFailed."""
         [shift] = await self.probe_many([weights_digest])
         if isinstance(shift, Exception):
             raise shift
         return shift
 
     async def probe_many(self, weights_digests: Sequence[str]) -> list[float | Exception]:
-        """`probe` of each, all in one batch: its shift, or why it has none."""
+        """Probe all adapters in one batch; return each shift or error."""
         return await self._prober.shifts(weights_digests)
 
     async def forget(self, weights_digests: Collection[str]) -> bool:
-        """Whether nothing of these is left here; what a request still uses goes when the last such request ends."""
+        """Drop these weights. Return whether none is left; weights in use are dropped after their last request."""
         is_gone = await self._loop.forget(weights_digests)
         if self._cache is not None:
             await asyncio.to_thread(self._cache.discard, weights_digests)
         return is_gone
 
     async def holdings(self) -> EngineStatus:
-        """What this replica holds now, in numbers."""
+        """Return the state of this replica, disk cache included."""
         disk_cache_bytes = 0 if self._cache is None else await asyncio.to_thread(self._cache.measure)
         return replace(await self._loop.status(), disk_cache_bytes=disk_cache_bytes)
 
     async def load(self) -> EngineStatus:
-        """`holdings` without a look at the disk: cheap enough to be asked every second."""
+        """Return the state without the disk cache: cheap enough for every second."""
         return await self._loop.status()
 
     async def usage(self) -> Mapping[str, Usage]:
-        """Return what each tenant has had of this replica."""
+        """Return each tenant's usage of this replica."""
         return self._usage.read()
 
     async def module_shapes(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of every module an adapter may target."""
+        """Return (out, in) of every module that an adapter may target."""
         return self._engine.bank.shapes
 
     async def record_routing_stats(self) -> dict[str, list[str]]:
-        """What the router prefers this replica for; sorted, so that Serve sees when nothing has changed."""
+        """Return the router's criteria for this replica, sorted, so that Serve notices when nothing has changed."""
         return {RESIDENT: sorted(map(short_digest, await self._loop.expected()))}
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """What `WorkerScaling` decides by."""
+        """Return the inputs of `WorkerScaling`."""
         held = await self._loop.status()
         return {ONGOING: held.num_running + held.num_waiting, WAITING_TOKENS: held.waiting_tokens}
 
     def check_health(self) -> None:
-        """End this process where its engine hangs or has ended, so that Serve replaces the replica.
+        """End this process if its engine hangs or has ended, so that Serve replaces the replica.
 
-        Its requests then begin again on other replicas. To raise would not do: Serve 2.60 waits first until the
-        replica's streams have ended, which they never would, and its successor may need the device that this process
-        holds. Raises: ReplicaStuck.
+        Its requests then start again on other replicas. Raising an error is not enough: Serve 2.60 would first wait for
+        the end of the replica's streams, which would never come, and its successor may need the device of this process.
+        Raises: ReplicaStuck.
         """
         busy_s = self._loop.seconds_busy()
         if self._loop.is_alive and busy_s <= self._step_timeout_s:
             return
         wedged = ReplicaStuck(_why_wedged(self._loop, busy_s))
-        logger.critical("this replica's process ends: %s", wedged)
+        logger.critical("ending this replica's process: %s", wedged)
         self._end_process(1)
         raise wedged
 
     async def _tell(self) -> None:
         self._metrics.report_step_age(self._loop.seconds_busy())
         self._metrics.report_missing_kernels(self._num_missing_kernels)
-        async with asyncio.timeout(REPORT_INTERVAL_S):  # a step that hangs must not hide how long it does
+        async with asyncio.timeout(
+            REPORT_INTERVAL_S
+        ):  # report the duration of a hanging step before anything can block
             self._metrics.report_status(await self._loop.status())
 
     def _start_fetch(self, weights_digest: str) -> Future[AdapterWeights]:
-        """Called on the engine's thread; the handle belongs to the replica's event loop."""
+        """Start a fetch on the replica's event loop. The engine's thread calls this."""
         return asyncio.run_coroutine_threadsafe(self._fetcher.fetch(weights_digest), self._asyncio_loop)
 
 
@@ -179,7 +181,7 @@ def _why_wedged(loop: EngineThread, busy_s: float) -> str:
 
 
 def _log_end(job: Job, last: Delta | None, seconds: float) -> None:
-    """One line a job, by the id of its request."""
+    """Log one line per job, with the id of its request."""
     queued_s, num_new_tokens = (0.0, 0) if last is None else (last.queued_s, last.num_new_tokens)
     ended = "early" if last is None or last.finish_reason is None else last.finish_reason
     text = "job %s ended (%s) after %.4f s: %d tokens, queued %.3f s"

@@ -42,21 +42,11 @@ OPENINGS = ("What ", "Who ", "Whose ", "That ", "Nobody ", "Those ", "The same "
 # Folders and files that are clean. Extend the list; never shorten it.
 COVERED = (
     "benchmarks",
-    "tests/benchmarks",
-    "deployments/api",
-    "deployments/auth",
-    "deployments/cli",
-    "deployments/config",
-    "deployments/console",
-    "deployments/errors.py",
-    "deployments/field_problems.py",
-    "deployments/generation",
-    "deployments/http",
-    "deployments/ingress.py",
-    "deployments/observability",
+    "deployments",
     "k8s",
+    "tests/benchmarks",
 )
-LEAST_FILES = 75
+LEAST_FILES = 200
 TEXT_SUFFIXES = {".js", ".html", ".css", ".md", ".yaml", ".yml"}
 
 

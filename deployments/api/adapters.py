@@ -14,18 +14,18 @@ from pydantic import Field, model_validator
 from deployments.api.base import ApiRequest
 from lora_store import LOCAL_TENANT, Visibility
 
-FileBytes = bytes | NDArray[np.uint8]  # an array travels by Ray's object store, and is not copied where it arrives
+FileBytes = bytes | NDArray[np.uint8]  # an array is passed through Ray's object store without a copy at the receiver
 MAX_UPLOAD_FILES = 64
 MAX_BATCH = 256
 MAX_TAGS = 32
 MAX_TAG_CHARS = 256
-Tag = Annotated[str, Field(max_length=MAX_TAG_CHARS)]  # the Store says which ones it takes
+Tag = Annotated[str, Field(max_length=MAX_TAG_CHARS)]  # the Store checks the value
 Name = Annotated[str, Field(min_length=1, max_length=129)]  # `name`, or `tenant/name`
 
 
 @dataclass(frozen=True, slots=True)
 class PublishItem:
-    """A PEFT folder to publish, and what its publisher says of it. Exactly one of `path`, `files` and `source`."""
+    """A PEFT folder to publish, with its publisher's description. Exactly one of `path`, `files`, `source` is set."""
 
     path: Path | None = None
     name: str | None = None  # default: the last part of path or source
@@ -34,7 +34,7 @@ class PublishItem:
     template: str | None = None
     files: Mapping[str, FileBytes] | None = None
     source: str | None = None
-    visibility: Visibility | None = None  # None: as its name has it, or for a new name `default_visibility`
+    visibility: Visibility | None = None  # None: that of the live version, or for a new name `default_visibility`
     default_visibility: Visibility = "public"
 
     def __post_init__(self) -> None:
@@ -44,24 +44,24 @@ class PublishItem:
 
     @property
     def adapter_name(self) -> str:
-        """The name it is published under; "" for files without one, which admission refuses."""
+        """The name to publish under; "" for files without a name, which validation refuses."""
         if self.name is not None:
             return self.name
         return (self.source or "").rstrip("/").rpartition("/")[2] if self.path is None else self.path.name
 
     @property
     def origin(self) -> str:
-        """Where it came from, as the catalogue keeps it."""
+        """The origin that the catalogue records."""
         return self.source if self.source is not None else self.adapter_name
 
 
 class AdapterLabel(ApiRequest):
-    """The description of an adapter that its publisher may send with the files."""
+    """The description that a publisher may send with the files."""
 
     name: str | None = Field(default=None, max_length=64)
     tags: list[Tag] = Field(fail_fast=True, default=[], max_length=MAX_TAGS)
     template: Literal["alpaca", "chat"] | None = None
-    visibility: Visibility | None = None  # None: as the name has it; of a new name the server's default
+    visibility: Visibility | None = None  # None: that of the live version; for a new name the server's default
 
 
 class AdapterSource(AdapterLabel):
@@ -95,21 +95,21 @@ class PublishBatch(ApiRequest):
 
 
 class RollbackRequest(ApiRequest):
-    """`POST /v1/loras/{name}/rollback`: to the version before, or to the kept one whose digest begins like this."""
+    """`POST /v1/loras/{name}/rollback`: to the previous version, or the kept one whose digest starts with `digest`."""
 
     digest: str | None = Field(default=None, min_length=8, max_length=64)
 
 
 class VisibilityRequest(ApiRequest):
-    """`PATCH /v1/loras/{name}`: who may name the adapter and find it."""
+    """`PATCH /v1/loras/{name}`: which tenants may name and find the adapter."""
 
     visibility: Visibility
 
 
 class ApproveRequest(ApiRequest):
-    """`POST /v1/loras/{name}/approve`: the live version, which must be the one that was looked at.
+    """`POST /v1/loras/{name}/approve`: the live version, which must be the one that was reviewed.
 
-    The digest is the whole one: a publisher could search for another version whose digest begins alike.
+    The whole digest is required: a publisher could search for another version whose digest starts in the same way.
     """
 
     digest: str = Field(pattern=r"^[0-9a-f]{64}$", description="the whole `digest` that GET /v1/loras/{name} shows")
@@ -121,7 +121,7 @@ class LoadAdapterRequest(ApiRequest):
     lora_name: str = Field(min_length=1, max_length=64)
     lora_path: str = Field(min_length=1, max_length=4096)
     load_inplace: bool = False
-    is_3d_lora_weight: Literal[False] = False  # of fused expert layers, which no adapter here has
+    is_3d_lora_weight: Literal[False] = False  # for fused expert layers, which no adapter here has
 
     def upload(self) -> PublishItem:
         if "://" in self.lora_path:
@@ -133,11 +133,11 @@ class UnloadAdapterRequest(ApiRequest):
     """vLLM's `POST /v1/unload_lora_adapter`."""
 
     lora_name: Name
-    lora_int_id: int | None = None  # vLLM's own number for the adapter, which its clients send along
+    lora_int_id: int | None = None  # vLLM's number for the adapter, which its clients send too
 
 
 class JobRequest(ApiRequest):
-    """`POST /v1/pool/verify` and `/v1/pool/doctor`: an empty object, so that no page's plain form starts one."""
+    """`POST /v1/pool/verify` and `/v1/pool/doctor`: an empty object, so that a plain HTML form cannot start a job."""
 
 
 class GcRequest(ApiRequest):

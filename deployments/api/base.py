@@ -1,4 +1,4 @@
-"""Parts that the request models share: bounds, OpenAI fields that are not served, and the options of `lora`."""
+"""Shared parts of the request models: bounds, unsupported OpenAI fields, and the options of `lora`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pydantic_core import PydanticCustomError
 
 from retriever_svc import PinnedAdapter
 
-MAX_TEXT_CHARS = 4 << 20  # of any text, prompts included: no body holds more
-MAX_LABEL_CHARS = 1024  # of what a client sends for its own use
-UNSUPPORTED = "unsupported"  # the type of such a pydantic error, and the code of its answer
-# Each field with the values that ask for nothing.
+MAX_TEXT_CHARS = 4 << 20  # characters of any text, prompts included; no body is larger
+MAX_LABEL_CHARS = 1024  # characters of labels that a client sends for its own use
+UNSUPPORTED = "unsupported"  # the type of the pydantic error, and the code of the response
+# Each field with the values that request nothing.
 OF_BOTH: dict[str, tuple[object, ...]] = {
     "response_format": ({"type": "text"},),
-    "store": (False,),  # nothing is kept, so that nothing could be asked for later
+    "store": (False,),  # answers are never stored
     "service_tier": ("auto", "default"),
     "use_beam_search": (False,),
     "prompt_logprobs": (),
@@ -56,10 +56,10 @@ AdapterName = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class ApiRequest(BaseModel):
-    """Refuse unknown keys. A key that is null counts as unset, as clients send what they dump.
+    """Refuse unknown keys. A null key counts as unset, because clients send all fields of their objects.
 
-    Every list, mapping and text of a request has a bound, and lists are read up to the first bad item (`fail_fast`):
-    each bad item would become an error object of a kilobyte, on the event loop. A test walks all fields for it.
+    Every list, mapping and text of a request is bounded, and lists are read up to the first bad item (`fail_fast`),
+    since each bad item would become an error object of a kilobyte on the event loop. A test checks all fields.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -67,7 +67,7 @@ class ApiRequest(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _within_bounds(cls, data: object) -> object:
-        """Drop the keys that are null, and of those that are unknown all but the first, which is refused by name."""
+        """Drop null keys, and all unknown keys but the first, which is refused by name."""
         if not isinstance(data, dict):
             return data
         fields = cls.model_fields
@@ -76,7 +76,7 @@ class ApiRequest(BaseModel):
 
 
 def at_most(max_items: int) -> Callable[[object], object]:
-    """Return a before-validator that refuses larger lists and mappings before their items are looked at."""
+    """Return a before-validator that refuses larger lists and mappings before their items are read."""
 
     def bounded(value: object) -> object:
         if isinstance(value, list | dict) and len(value) > max_items:
@@ -91,12 +91,12 @@ def at_most(max_items: int) -> Callable[[object], object]:
 
 
 def problem(param: str, message: str) -> PydanticCustomError:
-    """Return the error that a validator of a whole model raises. `param` is the wrong field."""
+    """Return the error for a validator of a whole model. `param`: the wrong field."""
     return PydanticCustomError("invalid", "{reason}", {"param": param, "reason": message})
 
 
 def without_unsupported(data: object, known: Mapping[str, tuple[object, ...]]) -> object:
-    """`data` without the fields that ask for nothing. Raises: PydanticCustomError for the first that asks for more."""
+    """Return `data` without the fields that request nothing. Raises: PydanticCustomError for the first other one."""
     if not isinstance(data, dict):
         return data
     for name, nothing in known.items():
@@ -106,30 +106,30 @@ def without_unsupported(data: object, known: Mapping[str, tuple[object, ...]]) -
 
 
 def unsupported(name: str, what: str = "it") -> PydanticCustomError:
-    """`name`: the field below the place where this is raised, or "" for that place itself."""
+    """Return the error for an unsupported field. `name`: the field below the current path, or "" for that path."""
     return PydanticCustomError(UNSUPPORTED, "this server does not support {what}", {"param": name, "what": what})
 
 
 def _same(value: object, other: Any) -> bool:
-    """Equal and of one type: 0 is not False, nor 1.0 the number 1."""
+    """Return whether both are equal and of one type: 0 is not False, and 1.0 is not 1."""
     return type(value) is type(other) and value == other
 
 
 class AdapterChoice(ApiRequest):
-    """An adapter the client names itself: `name`, `owner/name`, or with `@digest` one exact version."""
+    """An adapter that the client names: `name` or `owner/name`, with `@digest` for one exact version."""
 
     name: AdapterName
     weight: Weight = 1.0
 
 
 class LoraFilter(ApiRequest):
-    """Which adapters retrieval may choose: those that carry all of `tags`."""
+    """The adapters that retrieval may choose: those that have all of `tags`."""
 
     tags: Annotated[list[Tag], Field(fail_fast=True, min_length=1, max_length=32)]
 
 
 class PlanRow(ApiRequest):
-    """One adapter of a plan that is sent back, as an answer reported it."""
+    """One adapter of a plan that is sent back, as reported by an answer."""
 
     name: AdapterName
     digest: str = Field(pattern=r"^[0-9a-f]{64}$")
@@ -141,7 +141,7 @@ class PlanRow(ApiRequest):
 
 
 class PlanGiven(ApiRequest):
-    """A plan that is sent back, as `lora` of an answer or `/v1/route` gave it; `candidates` are not read again."""
+    """A plan that is sent back: `lora` of an answer or of `/v1/route`. Its `candidates` are not read."""
 
     strategy: Literal["base", "selection", "mixture", "fusion"]
     adapters: list[PlanRow] = Field(fail_fast=True, default=[], max_length=MAX_ADAPTERS)
@@ -167,13 +167,13 @@ class LoraOptions(ApiRequest):
 
     @property
     def of_retrieval(self) -> list[str]:
-        """The fields that were set and mean nothing where adapters are named."""
+        """The set fields that have no effect if adapters are named."""
         fields = ("k", "weights", "min_score", "fallback", "filter", "query")
         return [field for field in fields if getattr(self, field) is not None]
 
     @property
     def names_adapters(self) -> str | None:
-        """The field that says which adapters answer, if any does."""
+        """The field that names the adapters, or None."""
         return next((field for field in ("plan", "adapters") if getattr(self, field) is not None), None)
 
 
@@ -184,12 +184,12 @@ def _linear(value: object) -> object:
 
 
 class MergedAdapters(ApiRequest):
-    """LoRAX's `merged_adapters`. `linear` is fusion, here with each adapter's own scaling."""
+    """LoRAX's `merged_adapters`. `linear` is fusion, with each adapter's own scaling here."""
 
     ids: Annotated[list[AdapterName], Field(fail_fast=True, min_length=1, max_length=MAX_ADAPTERS)]
     weights: Annotated[list[Weight], Field(fail_fast=True, max_length=MAX_ADAPTERS)] | None = None
     merge_strategy: Annotated[Literal["linear"], BeforeValidator(_linear)] = "linear"
-    density: Literal[0] = 0  # of the strategies that drop weights
+    density: Literal[0] = 0  # for LoRAX's strategies that drop weights
 
     @model_validator(mode="after")
     def _as_many_weights(self) -> Self:
@@ -198,14 +198,14 @@ class MergedAdapters(ApiRequest):
         return self
 
     def options(self, asked: LoraOptions) -> LoraOptions:
-        """Return these options in this API's words, combined with the other options of the request."""
+        """Return these options in the terms of this API, combined with the other options of the request."""
         weights = self.weights or [1.0] * len(self.ids)
         choices = [AdapterChoice(name=name, weight=weight) for name, weight in zip(self.ids, weights, strict=True)]
         return asked.model_copy(update={"adapters": choices, "strategy": "fusion"})
 
 
 def options_of_path(path: str | None, asked: LoraOptions) -> LoraOptions:
-    """SGLang's `lora_path` of one prompt in this API's words: that adapter alone, or the base model for null."""
+    """Return SGLang's `lora_path` of one prompt as options: that adapter alone, or the base model for null."""
     if path is None:
         return asked.model_copy(update={"plan": PlanGiven(strategy="base")})
     return asked.model_copy(update={"adapters": [AdapterChoice(name=path)], "strategy": "selection"})

@@ -45,7 +45,7 @@ MAX_MESSAGES = 1024
 MAX_PARTS = 256  # of one message
 MAX_QUERIES = 256  # prompts of one /v1/route
 MAX_METADATA = 16
-CHARS_PER_TOKEN = 4  # of English, about: real usage settles what a request is charged
+CHARS_PER_TOKEN = 4  # estimate for English; the charge is settled by real usage
 Text = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
 Label = Annotated[str, Field(max_length=MAX_LABEL_CHARS)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
@@ -65,9 +65,9 @@ Queries = Annotated[list[Text], Field(min_length=1, max_length=MAX_QUERIES)]
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One prompt of a request and what is asked of its adapters. `text`: what they are found by.
+    """One prompt of a request with its options for adapters. `text`: the text that retrieves them.
 
-    `alias`: the field of another server's API that named adapters, beside which `model` may be the base model.
+    `alias`: the field of another server's API that named adapters; with it `model` may be the base model.
     """
 
     prompt: str | tuple[Message, ...]
@@ -103,7 +103,7 @@ class StreamOptions(ApiRequest):
 
 
 class GenerationRequest(ApiRequest):
-    """The fields that chat and text completions share."""
+    """Shared fields of chat and text completions."""
 
     not_served: ClassVar[dict[str, tuple[object, ...]]]
 
@@ -128,8 +128,8 @@ class GenerationRequest(ApiRequest):
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # from arrival; the server's cap holds
-    # Of no effect on an answer, and taken as they come.
+    timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # from arrival; limited by the server
+    # Accepted without effect on the answer.
     user: Label | None = None
     metadata: Metadata | None = None
     safety_identifier: Label | None = None
@@ -155,13 +155,13 @@ class GenerationRequest(ApiRequest):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def sampling(self) -> SamplingParams:
-        """Raises: SamplingInvalid."""
+        """Return the sampling parameters. Raises: SamplingInvalid."""
         return SamplingParams(
             max_tokens=self.token_limit,
             min_tokens=self.min_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
-            top_k=max(self.top_k, 0),  # vLLM's clients say -1 for all ids
+            top_k=max(self.top_k, 0),  # vLLM's clients send -1 for all ids
             min_p=self.min_p,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
@@ -191,7 +191,7 @@ class GenerationRequest(ApiRequest):
         return num_chars // CHARS_PER_TOKEN + len(prompts) * (1 + self.n * new_tokens)
 
     def questions(self) -> list[Question]:
-        """One question a prompt, in order."""
+        """Return one question per prompt, in order."""
         raise NotImplementedError
 
     def _question(self, place: int, prompt: str | tuple[Message, ...], text: str) -> Question:
@@ -253,7 +253,7 @@ class ChatCompletionRequest(GenerationRequest):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
-    parallel_tool_calls: bool | None = None  # of tools, of which there are none
+    parallel_tool_calls: bool | None = None  # concerns tools, which are not supported
 
     @model_validator(mode="after")
     def _checked(self) -> Self:
@@ -271,7 +271,7 @@ class ChatCompletionRequest(GenerationRequest):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def questions(self) -> list[Question]:
-        """The one conversation; its adapters are found by the last user message."""
+        """Return the conversation as one question. Its last user message retrieves the adapters."""
         turns = tuple(message.message() for message in self.messages)
         text = next((turn.content for turn in reversed(turns) if turn.role == "user"), turns[-1].content)
         return [self._question(0, turns, text)]
@@ -306,7 +306,7 @@ class CompletionRequest(GenerationRequest):
 
 
 class RouteQuery(ApiRequest):
-    """`POST /v1/route`: which adapters would answer these prompts. Nothing is generated."""
+    """`POST /v1/route`: the plans for these prompts, without generating."""
 
     prompt: Annotated[
         list[Text],
@@ -320,7 +320,7 @@ TextRequest = ChatCompletionRequest | CompletionRequest
 
 
 def parse(request: TextRequest | JsonMapping) -> TextRequest:
-    """Raises: RequestInvalid."""
+    """Parse and validate the body of a request. Raises: RequestInvalid."""
     if not isinstance(request, Mapping):
         return request
     kind = ChatCompletionRequest if "messages" in request else CompletionRequest

@@ -1,4 +1,4 @@
-"""The one table from error class to HTTP status, and the error object of the OpenAI API."""
+"""The table from error class to HTTP status, and the error object of the OpenAI API."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _INVALID, _FORBIDDEN, _LIMITED, _MISSING, _OVERLOADED, _LATE, _SERVER = (
     "server_error",
 )
 _POISON, _FAILED = "poison_request", "request_failed"
-_KINDS = ("str", "constrained-str", "int", "float", "bool")  # what pydantic puts into the path of a union's member
+_KINDS = ("str", "constrained-str", "int", "float", "bool")  # pydantic's names of union members in a path
 _MAX_PARAM_CHARS = 300
 _UNFORESEEN = "internal_error"
-# (error class, HTTP status, type, code); the first that fits is taken
+# (error class, HTTP status, type, code); the first match counts
 TABLE: tuple[tuple[type[Exception], int, str, str], ...] = (
     (api_errors.RequestInvalid, 400, _INVALID, "invalid_request"),
     (api_errors.Unsupported, 400, _INVALID, "unsupported"),
@@ -94,7 +94,7 @@ TABLE: tuple[tuple[type[Exception], int, str, str], ...] = (
     (ObjectLostError, 503, _OVERLOADED, "replica_died"),
     (TimeoutError, 503, _OVERLOADED, "timeout"),
 )
-# What Ray says itself names actors, nodes and queues.
+# Ray's own messages name actors, nodes and queues.
 _SAID: dict[type[Exception], str] = {
     BackPressureError: "too many requests wait; try again later",
     DeploymentUnavailableError: "a part of the server is not available; try again later",
@@ -105,7 +105,7 @@ _SAID: dict[type[Exception], str] = {
 
 
 def describe(error: Exception) -> tuple[int, JsonObject]:
-    """(HTTP status, the API's error object). What no row names is a 500 that says nothing of its inside."""
+    """Return (HTTP status, the API's error object). Other errors give a 500 without internal details."""
     cause = _cause_of(error)
     for kind, status, type_, code in TABLE:
         if isinstance(cause, kind):
@@ -136,7 +136,7 @@ def error_object(message: str, type_: str, code: str, *, param: str | None = Non
 
 
 def http_error_object(status: int, detail: str) -> JsonObject:
-    """Return the error object of a status that the framework answers with."""
+    """Return the error object for a status from the framework."""
     return error_object(detail, _MISSING if status == 404 else _INVALID, "http_error")
 
 
@@ -145,12 +145,12 @@ def response_headers(error: Exception, status: int, code: str) -> dict[str, str]
     headers = {}
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    if status in (409, 504):  # the openai client asks twice more otherwise, for the same answer or the same time
+    if status in (409, 504):  # otherwise the openai client would retry twice without benefit
         headers["x-should-retry"] = "false"
     if status in (429, 503):
         headers["Retry-After"] = str(max(1, math.ceil(getattr(_cause_of(error), "retry_after_s", 1))))
     if code in (_POISON, _FAILED):
-        headers["x-should-retry"] = "false"  # OpenAI's clients repeat every other 500
+        headers["x-should-retry"] = "false"  # OpenAI's clients retry every other 500
     return headers
 
 
@@ -159,7 +159,7 @@ def _cause_of(error: Exception) -> Exception:
 
 
 def validation_error(error: RequestValidationError | ValidationError) -> RequestInvalid | Unsupported:
-    """The first problem of a malformed request, by the path of its field; what is not supported before all others."""
+    """Return the first problem of a malformed request, by the path of its field; unsupported fields come first."""
     problems = error.errors()
     first = next((item for item in problems if item["type"] == UNSUPPORTED), problems[0])
     param = _path_of(first, skip=isinstance(error, RequestValidationError))
@@ -170,12 +170,12 @@ def validation_error(error: RequestValidationError | ValidationError) -> Request
 
 
 def _path_of(problem: JsonMapping, *, skip: bool) -> str:
-    """The field as the client sent it: pydantic's path without what it calls the kinds of a union.
+    """Return the field as the client sent it: pydantic's path without its names of union members.
 
-    `skip` the first part: FastAPI says there whether the field was in the body, the query or the path.
+    `skip` the first part, in which FastAPI says whether the field was in the body, the query or the path.
     """
     if problem["type"] == "json_invalid":
-        return ""  # its path is a place in the text
+        return ""  # its path is a position in the text
     path = list(problem["loc"][1:] if skip else problem["loc"])
     if path and problem["type"] != "extra_forbidden":
         path = [part for part in path if part not in _KINDS and "[" not in str(part)]

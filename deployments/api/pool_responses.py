@@ -22,7 +22,7 @@ class ModelCard(TypedDict):
 
 
 class ModelList(TypedDict):
-    """One page of a list, as in the OpenAI API: go on `after` the `last_id` while there is more."""
+    """One page of a list, as in the OpenAI API. If `has_more`, continue `after` the `last_id`."""
 
     object: Literal["list"]
     data: list[ModelCard]
@@ -91,7 +91,7 @@ class Health(TypedDict):
 
 
 class Ready(TypedDict):
-    """With keys the status alone. `refused`: preloaded adapters that were not published, with the reason."""
+    """The readiness; with keys only the status. `refused`: preloaded adapters that were refused, with the reason."""
 
     status: Literal["ready"]
     generation: NotRequired[int]
@@ -235,7 +235,7 @@ def point_object(point: Point, tenant: str) -> MapPoint:
 
 
 def doctor_object(report: DoctorReport, tenant: str) -> JsonObject:
-    """Return how an adapter's own samples find it. Their shares are better than those of unseen prompts."""
+    """Return how well an adapter's own samples retrieve it. The shares are better than those of unseen prompts."""
 
     def name(ref: AdapterRef) -> str:
         return ref.name_for(tenant)

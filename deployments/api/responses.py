@@ -16,7 +16,7 @@ from retriever_svc import Candidate
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A plan, and what it was chosen from where the server chose."""
+    """A plan, and its candidates if the server chose."""
 
     plan: Plan
     candidates: tuple[Candidate, ...] = ()
@@ -31,7 +31,7 @@ class ErrorObject(TypedDict):
 
 
 class ErrorAnswer(TypedDict):
-    """Every error of every route."""
+    """The error response of every route."""
 
     error: ErrorObject
 
@@ -50,9 +50,9 @@ class CandidateRow(TypedDict):
 
 
 class PlanObject(TypedDict):
-    """The adapters that answered. Sent back as `lora.plan`, it is replayed.
+    """The adapters that answered. A client can send it back as `lora.plan` to replay it.
 
-    `generation` and `candidates` are included if `lora.explain` asks for them, and by `/v1/route`.
+    `generation` and `candidates` are included if `lora.explain` requests them, and by `/v1/route`.
     """
 
     strategy: Strategy
@@ -90,20 +90,20 @@ def candidate_rows(candidates: Sequence[Candidate], tenant: str) -> list[Candida
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """One adapter that is live. `ready` Retriever replicas route to it already, `behind` ones do not yet."""
+    """One live adapter. `ready` Retriever replicas route to it already, `behind` ones do not yet."""
 
     ref: AdapterRef
     generation: int
     ready: int
     behind: int
-    found_by_auto: bool  # False: it came without samples, and only its name reaches it
+    found_by_auto: bool  # False: it has no samples and is reachable by name only
     probe_shift: float | None
     neighbours: tuple[Candidate, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Removed:
-    """Adapters that are gone. `behind` Retriever replicas may still route to them."""
+    """Withdrawn adapters. `behind` Retriever replicas may still route to them."""
 
     names: tuple[str, ...]
     generation: int
@@ -113,7 +113,7 @@ class Removed:
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """A change that is committed. `behind` Retriever replicas do not know it yet."""
+    """A committed change. `behind` Retriever replicas do not know it yet."""
 
     generation: int
     ready: int
@@ -121,7 +121,7 @@ class Settled:
 
 
 class Replicas(TypedDict):
-    """How many Retriever replicas know of the change, and how many do not yet."""
+    """The numbers of Retriever replicas that know the change, and that do not yet."""
 
     ready: int
     behind: int
@@ -184,7 +184,7 @@ def status_of(published: Published) -> int:
 
 
 def batch_object(outcomes: Sequence[Published | Exception]) -> BatchAnswer:
-    """Return one object per adapter of a batch, in order: the answer that it would get alone, with its status."""
+    """Return one object per adapter of a batch, in order: the answer and status that it would get alone."""
     data: list[JsonObject] = []
     for outcome in outcomes:
         if isinstance(outcome, Exception):

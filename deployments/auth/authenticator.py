@@ -28,7 +28,7 @@ class KeyLimits(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     requests_per_minute: int | None = Field(default=None, ge=1)
-    # counts prompts, answers, and text that the encoder reads
+    # tokens of prompts, of answers, and of text that the encoder reads
     tokens_per_minute: int | None = Field(default=None, ge=1)
     concurrent_requests: int | None = Field(default=None, ge=1)  # rows in progress: prompts × n over all requests
     max_adapters: int | None = Field(default=None, ge=0)
@@ -65,11 +65,11 @@ LOCAL_CALLER = Caller(LOCAL_TENANT, frozenset(ROLES), "local")
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """How much a request asks for. The fields name what an error message should point at."""
+    """The amount of work that a request asks for. The fields name the cause for error messages."""
 
     num_rows: int = 1  # prompts × n
-    num_tokens: int = 0  # of prompts, once each, and the most new ones: settled by what was used
-    num_read: int = 0  # by the encoder: charged once the request is let in, whatever becomes of it
+    num_tokens: int = 0  # prompt tokens, once per prompt, plus the maximum of new tokens; settled by real usage
+    num_read: int = 0  # tokens for the encoder; charged when the request is admitted, whatever its outcome
     rows_field: str = "prompt"
     tokens_field: str = "prompt"
 

@@ -23,7 +23,7 @@ class FolderNotPrivate(OSError):
 def keep_files_private(home: Path) -> None:
     """Make new files of this process and of those that it starts readable by their owner only.
 
-    Ray creates `~/.ray/auth_token` readable by everybody. An existing token is made private too.
+    Ray creates `~/.ray/auth_token` readable by all users. An existing token is made private too.
     """
     os.umask(_OTHERS)
     folder = home / ".ray"

@@ -27,7 +27,7 @@ from gpu_worker.request.request import Completion, Job
 from lora_store import AdapterWeights, LoraStore
 from lora_store.disk_cache import DiskCache
 
-PARTS_AT_ONCE = 2  # while the last rows of one end, the next one keeps the batch full
+PARTS_AT_ONCE = 2  # the next part keeps the batch full while the last rows of one end
 _MAX_TRIES = 2  # after the first: memory on a shared device may have been short for a moment
 
 
@@ -65,7 +65,7 @@ class PartAnswerer:
         self.engine.stop()
 
     async def _complete(self, jobs: Sequence[Job]) -> list[Completion | Exception]:
-        """Answer all at once, then once more those whose engine step failed."""
+        """Answer all rows at once, then repeat the rows whose engine step failed."""
         outcomes = await generate_all(self.engine, jobs)
         return [
             await self._again(job) if isinstance(outcome, EngineStopped) else outcome
@@ -73,9 +73,9 @@ class PartAnswerer:
         ]
 
     async def _again(self, job: Job) -> Completion | Exception:
-        """Return the row's answer, trying one such row at a time.
+        """Return the row's answer, repeating one such row at a time.
 
-        Raises: EngineStopped if the engine has ended and answers no row any more.
+        Raises: EngineStopped if the engine has ended and cannot answer any more rows.
         """
         async with self._turn:
             for _ in range(_MAX_TRIES):

@@ -1,4 +1,4 @@
-"""An offline run on Ray Data: a row is a part, which one actor plans and another answers and writes."""
+"""An offline run on Ray Data. Each row of the dataset is a part; one actor plans it, another answers and writes it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from deployments.config.app import AppConfig
 
 @contextmanager
 def cluster(config: AppConfig, address: str | None, concurrency: int) -> Iterator[None]:
-    """The cluster at `address`, or one on this machine for as long as the run takes."""
+    """Connect to the cluster at `address`, or start one on this machine for the duration of the run."""
     if address is None:
         each = config.worker_scaling.num_cpus + config.retriever_scaling.num_cpus
         num_cpus = max(math.ceil(concurrency * each) + 1, os.cpu_count() or 1)
         ray.init(
-            address="local",  # never another cluster that happens to run here
+            address="local",  # never another cluster on this machine
             num_cpus=num_cpus,
             include_dashboard=False,
             log_to_driver=False,
@@ -41,7 +41,7 @@ def cluster(config: AppConfig, address: str | None, concurrency: int) -> Iterato
 
 
 def answer_parts(run: BatchRun, concurrency: int) -> Iterator[dict[str, int]]:
-    """What `PartAnswerer` tells of each part that is left, as they end: `concurrency` engines work on them."""
+    """Yield the summary of each remaining part when it is written. `concurrency` engines work on them."""
     _be_quiet()
     config = run.settings.config
     parts = ray.data.from_items([asdict(part) for part in run.parts], override_num_blocks=len(run.parts))
@@ -67,9 +67,9 @@ def answer_parts(run: BatchRun, concurrency: int) -> Iterator[dict[str, int]]:
 
 
 def _be_quiet() -> None:
-    """The command shows its own progress."""
+    """Turn off Ray Data's progress bars, because the command shows its own progress."""
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that there are no bars
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # Ray Data warns that there are no bars

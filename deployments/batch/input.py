@@ -1,4 +1,4 @@
-"""The parquet input of an offline run: what it is, and its rows by their place."""
+"""The parquet input of an offline run: its identity, and its rows by position."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ROWS_AT_ONCE = 1024
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
-    """One parquet file. `path` is the filesystem's."""
+    """One parquet file. `path`: its path on the filesystem."""
 
     path: str
     num_rows: int
@@ -31,7 +31,7 @@ class InputFile:
 
 @dataclass(frozen=True)
 class BatchInput:
-    """The rows of all files, in the order of their paths. Small: it travels to every actor."""
+    """The rows of all files, in the order of their paths. It is small, because every actor gets a copy."""
 
     uri: str
     files: tuple[InputFile, ...]
@@ -43,12 +43,12 @@ class BatchInput:
 
     @cached_property
     def starts(self) -> list[int]:
-        """The place of each file's first row."""
+        """The position of each file's first row."""
         return [0, *accumulate(file.num_rows for file in self.files)][:-1]
 
 
 def scan(uri: str) -> BatchInput:
-    """The parquet file at `uri`, or all those in the folder there, read once to be known again.
+    """Read the parquet file at `uri`, or all parquet files in that folder, once to identify them.
 
     Raises: BatchRefused.
     """
@@ -56,7 +56,7 @@ def scan(uri: str) -> BatchInput:
         files, root = Location(uri).filesystem()
         paths = _parquet_files(files, root)
         if not paths:
-            raise BatchRefused(f"there is no parquet file at {uri}")
+            raise BatchRefused(f"no parquet file at {uri}")
         found = [(path, pq.ParquetFile(path, filesystem=files)) for path in paths]
         schema = found[0][1].schema_arrow
         for path, parquet in found:
@@ -86,7 +86,7 @@ def _sha256(files: FileSystem, path: str) -> str:
 
 
 class PartReader:
-    """Reads rows by their place, a thousand in memory at a time. Parts in order cost one pass over the input."""
+    """Reads rows by position, a thousand in memory at a time. Parts in order cost one pass over the input."""
 
     def __init__(self, source: BatchInput) -> None:
         self._source = source
@@ -94,7 +94,7 @@ class PartReader:
         self._cursor: tuple[int, _Cursor] | None = None
 
     def read(self, start: int, stop: int) -> pa.Table:
-        """The rows from `start` up to `stop`."""
+        """Return the rows from `start` up to `stop`."""
         pieces: list[pa.RecordBatch] = []
         for number, (begin, file) in enumerate(zip(self._source.starts, self._source.files, strict=True)):
             first, last = max(start - begin, 0), min(stop - begin, file.num_rows)
@@ -110,13 +110,13 @@ class PartReader:
 
 
 class _Cursor:
-    """A place in one file. Forward it decodes what lies between in the same row group; other groups are left alone."""
+    """A position in one file. Moving forward decodes skipped rows of the same row group only."""
 
     def __init__(self, parquet: pq.ParquetFile) -> None:
         self._parquet = parquet
         sizes = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
         self._starts = [0, *accumulate(sizes)][:-1]
-        self._position = self._end = 0  # of the batch that was decoded last
+        self._position = self._end = 0  # rows of the batch that was decoded last
         self._batch: pa.RecordBatch | None = None
         self._batches: Iterator[pa.RecordBatch] = iter(())
 

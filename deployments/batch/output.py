@@ -1,4 +1,4 @@
-"""The folder an offline run writes: parts that are whole or absent, and the manifest they all go by."""
+"""The output folder of an offline run: parts, complete or absent, and the manifest that all parts share."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from deployments.json_types import JsonObject
 from lora_store import Location
 from lora_store.files import Files
 
-_MANIFEST = "_manifest.json"  # readers of a folder of parquet files pass over what begins with _ or .
+_MANIFEST = "_manifest.json"  # readers of parquet folders skip names that start with _ or .
 _PART = re.compile(r"part-(\d{6,})\.parquet")
 
 
 class Manifest(BaseModel):
-    """What every part has in common. `generation`: the pool's when the run began."""
+    """The settings that all parts share. `generation`: the pool's when the run began."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -31,44 +31,44 @@ class Manifest(BaseModel):
 
 
 class BatchOutput:
-    """Raises: StoreUnavailable."""
+    """The parts and the manifest of a run. Raises: StoreUnavailable."""
 
     def __init__(self, uri: str) -> None:
         self._uri, self._files = uri, Files(Location(uri))
 
     def begin(self, wanted: Manifest) -> Manifest:
-        """The manifest the run goes by: `wanted`, or that of the run which is continued, at its generation.
+        """Return the manifest of the run: `wanted`, or for a resumed run the existing one, with its generation.
 
-        Raises: BatchRefused: what lies there is something else, or the answers would not be alike.
+        Raises: BatchRefused: the folder contains other files, or the run would give other answers.
         """
         known = self._files.read(_MANIFEST)
         if known is None:
             if self._files.entries():
-                raise BatchRefused(f"{self._uri} holds something, and no run that could be continued")
+                raise BatchRefused(f"{self._uri} is not empty and contains no resumable run")
             self._files.write(_MANIFEST, wanted.model_dump_json(indent=1).encode())
             return wanted
         try:
             manifest = Manifest.model_validate_json(known)
         except ValidationError as exc:
-            raise BatchRefused(f"{self._uri}/{_MANIFEST} is no manifest of this version") from exc
+            raise BatchRefused(f"{self._uri}/{_MANIFEST} is not a manifest of this version") from exc
         if manifest.input != wanted.input:
             raise BatchRefused(
-                f"the input is not the one that {self._uri} was begun with: {_differing(manifest.input, wanted.input)}"
+                f"the input differs from that of the run in {self._uri}: {_differing(manifest.input, wanted.input)}"
             )
         if manifest.settings != wanted.settings:
             raise BatchRefused(
-                f"{self._uri} was begun with other settings: {_differing(manifest.settings, wanted.settings)}"
+                f"{self._uri} was started with other settings: {_differing(manifest.settings, wanted.settings)}"
             )
         self._files.delete([file.name for file in self._files.entries() if file.name.startswith(".part-")])
         return manifest
 
     def done(self) -> set[int]:
-        """The numbers of the parts that are there."""
+        """Return the numbers of the existing parts."""
         matches = (_PART.fullmatch(file.name) for file in self._files.entries())
         return {int(match[1]) for match in matches if match is not None}
 
     def write(self, number: int, part: pa.Table) -> None:
-        """The part is there, whole."""
+        """Write the part atomically."""
         sink = pa.BufferOutputStream()
         pq.write_table(part, sink)
         self._files.write(f"part-{number:06}.parquet", sink.getvalue())

@@ -24,7 +24,7 @@ from retriever_svc import PinnedAdapter, Retriever, Route, RouteRequest
 
 @dataclass(frozen=True, slots=True)
 class PlannedPart:
-    """A part with its rows; `asked` has one entry per row."""
+    """A part with its rows. `asked` has one entry per row."""
 
     part: Part
     rows: pa.Table
@@ -47,7 +47,7 @@ class PartPlanner:
         return {"planned": asyncio.run(self.plan(Part(**row)))}
 
     async def plan(self, part: Part) -> PlannedPart:
-        """Read and plan the rows of one part. A row's error is that row's alone."""
+        """Read and plan the rows of one part. An error of a row affects that row only."""
         rows = self._reader.read(part.start, part.stop)
         bodies = bodies_of(rows, self._settings.defaults)
         asked = await asyncio.gather(*[self._ask(part.start + place, body) for place, body in enumerate(bodies)])
@@ -89,7 +89,7 @@ class BatchRouting(RoutingClient):
         together = [request for requests, _ in asked for request in requests]
         try:
             routes: Iterator[Route | Exception] = iter(self._retriever.route(together))
-        except Exception as exc:  # every waiter gets it, or would wait for ever
+        except Exception as exc:  # all waiting calls get it, or they would wait for ever
             routes = itertools.repeat(exc)
         for requests, answer in asked:
             own = list(itertools.islice(routes, len(requests)))

@@ -1,4 +1,4 @@
-"""What a row of an offline run asks, in the words of the HTTP API, and what becomes of it."""
+"""Convert the rows of an offline run to requests of the HTTP API, and their outcomes to rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gpu_worker.request.request import Completion, Job
 
 _PROMPTS = ("prompt", "messages")
 _JSON = ("messages", "lora")
-FIELDS = ("model", "max_tokens", "temperature", "seed", "lora")  # beside the prompt: as in a request's body
+FIELDS = ("model", "max_tokens", "temperature", "seed", "lora")  # besides the prompt, as in a request's body
 _ADAPTER = pa.struct(
     [("name", pa.string()), ("digest", pa.string()), ("weight", pa.float64()), ("score", pa.float64())]
 )
@@ -39,7 +39,7 @@ ANSWER = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A row that was planned: the engine's job, or why there is none."""
+    """A planned row: the engine's job, or the error."""
 
     planned: Planned | None = None
     job: Job | None = None
@@ -47,16 +47,16 @@ class Asked:
 
 
 def check_columns(schema: pa.Schema) -> None:
-    """Raises: BatchRefused: there is no prompt, or no room for an answer."""
+    """Check that there is a prompt column, and no column with the name of an answer column. Raises: BatchRefused."""
     if not any(name in schema.names for name in _PROMPTS):
         raise BatchRefused(f"the input has neither a column 'prompt' nor 'messages', only {', '.join(schema.names)}")
     for name in ANSWER.names:
         if name in schema.names:
-            raise BatchRefused(f"the input has a column {name!r}, which is one of the answer's: rename it")
+            raise BatchRefused(f"the input has a column {name!r}, which is the name of an answer column: rename it")
 
 
 def bodies_of(table: pa.Table, defaults: JsonMapping) -> list[JsonObject]:
-    """Each row as the body of a request; what it leaves null is `defaults`', else the server's."""
+    """Return each row as the body of a request. Null fields use `defaults`, then the server's defaults."""
     asking = table.select([name for name in table.column_names if name in (*_PROMPTS, *FIELDS)])
     return [
         {**defaults, **{name: value for name, value in row.items() if value is not None}} for row in asking.to_pylist()
@@ -64,26 +64,26 @@ def bodies_of(table: pa.Table, defaults: JsonMapping) -> list[JsonObject]:
 
 
 def request_of(body: JsonMapping) -> TextRequest:
-    """The request that a row is. Raises: RequestInvalid, Unsupported."""
+    """Return the row's request. Raises: RequestInvalid, Unsupported."""
     if sum(name in body for name in _PROMPTS) != 1:
-        raise RequestInvalid("a row has a prompt or messages, one of them", "prompt")
+        raise RequestInvalid("a row needs either a prompt or messages", "prompt")
     if not isinstance(body.get("prompt", ""), str):
-        raise RequestInvalid("prompt: a row has one text", "prompt")
+        raise RequestInvalid("prompt: must be one text", "prompt")
     return parse({name: _decoded(name, value) if name in _JSON else value for name, value in body.items()})
 
 
 def _decoded(name: str, value: object) -> Any:
-    """A struct or list as it is, a text as the JSON it holds."""
+    """Return a struct or list unchanged, and a text parsed as JSON."""
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value)
     except ValueError as exc:
-        raise RequestInvalid(f"{name}: no JSON: {exc}", name) from exc
+        raise RequestInvalid(f"{name}: invalid JSON: {exc}", name) from exc
 
 
 def answered(table: pa.Table, asked: Sequence[Asked], outcomes: Sequence[Completion | Exception | None]) -> pa.Table:
-    """The input's columns and those of the answers. `outcomes`: the engine's, None where it was not asked."""
+    """Return the input's columns and those of the answers. `outcomes`: the engine's; None for rows without a job."""
     rows = [_answer(*each) for each in zip(asked, outcomes, strict=True)]
     columns = pa.Table.from_pylist(rows, ANSWER)
     for name in ANSWER.names:

@@ -1,4 +1,4 @@
-"""What one offline run is: its input, its settings, its parts."""
+"""One offline run: its input, its settings, its parts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from deployments.errors import BatchRefused
 from deployments.json_types import JsonMapping, JsonObject
 from lora_store import LOCAL_TENANT, GenerationGone, LoraStore
 
-# What the answers depend on. The rest, such as threads and batch sizes, may change between a run and its continuation.
+# Settings that affect answers. Others, such as threads and batch sizes, may change when a run is resumed.
 _OF_APP = (
     *("base_model", "base_model_name", "store_uri", "template", "max_new_tokens"),
     *("public_requires_approval", "owner_names"),
@@ -23,7 +23,7 @@ _OF_WORKER = ("dtype", "max_model_len", "bank_rank_rows")
 
 @dataclass(frozen=True, slots=True)
 class BatchSettings:
-    """`defaults`: fields of a request for rows that leave them open. `tenant`: whose adapters, beside the public."""
+    """Settings of a run. `defaults`: request fields for rows that lack them. `tenant`: who the run is for."""
 
     config: AppConfig
     input_uri: str
@@ -44,7 +44,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class BatchRun:
-    """A run that has begun: all its parts are answered from the pool of one generation."""
+    """A run in progress. All its parts are answered from one generation of the pool."""
 
     settings: BatchSettings
     source: BatchInput
@@ -59,7 +59,7 @@ class BatchRun:
 
 
 def begin(settings: BatchSettings) -> BatchRun:
-    """The run, new or continued, and the parts that are not there yet. Raises: BatchRefused, StoreUnavailable."""
+    """Start or resume a run, and find the missing parts. Raises: BatchRefused, StoreUnavailable."""
     source = scan(settings.input_uri)
     check_columns(source.schema)
     store = store_of(settings.config)
@@ -67,7 +67,7 @@ def begin(settings: BatchSettings) -> BatchRun:
     output = BatchOutput(settings.output_uri)
     manifest = output.begin(Manifest(generation=newest, input=_described(source), settings=_deciding(settings)))
     if manifest.generation > newest:
-        raise BatchRefused(f"the run began at generation {manifest.generation}, and the store is at {newest}")
+        raise BatchRefused(f"the run began at generation {manifest.generation}, but the store is at {newest}")
     starts = range(0, source.num_rows, settings.part_rows)
     parts = [Part(n, start, min(start + settings.part_rows, source.num_rows)) for n, start in enumerate(starts)]
     done = output.done()
@@ -75,7 +75,7 @@ def begin(settings: BatchSettings) -> BatchRun:
     try:
         num_adapters = len(store.snapshot_at(manifest.generation).records)
     except GenerationGone as exc:
-        raise BatchRefused(f"the run cannot go on: {exc}; begin a new one in another output folder") from exc
+        raise BatchRefused(f"the run cannot be resumed: {exc}; start a new one in another output folder") from exc
     return BatchRun(settings, source, manifest.generation, num_adapters, left, len(parts) - len(left))
 
 

@@ -1,4 +1,4 @@
-"""The Store and the Retriever as their callers see them."""
+"""The clients of the Store and the Retriever."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ WAIT_S = 60.0  # longer than the Store takes to report that its disk does not an
 
 
 class WeightsSource(Protocol):
-    """Where a Worker gets adapter weights. Batch jobs implement it without Serve."""
+    """The source of adapter weights for a Worker. Batch jobs implement it without Serve."""
 
     async def fetch(self, digest: str) -> Buffer:
         """Return the canonical bytes of the weights.
@@ -51,7 +51,7 @@ class WeightsSource(Protocol):
 
 
 class StoreCalls(Protocol):
-    """The calls that any one replica answers."""
+    """Calls that any one replica answers."""
 
     async def stage(self, upload: PublishItem, module_shapes: Shapes) -> Staged: ...
     async def restage(self, record: AdapterRecord) -> Staged: ...
@@ -124,7 +124,7 @@ class ServeStore(StoreClient):
         return await self._in_time(lambda: self._calls.retry(StoreReplica.versions, keys))
 
     async def stage(self, upload: PublishItem, module_shapes: Shapes) -> Staged:
-        calls = self._calls.over_object_store()  # large files are not copied where they arrive
+        calls = self._calls.over_object_store()  # large files are not copied at the receiver
         return await calls.retry(StoreReplica.stage, upload, module_shapes)
 
     async def restage(self, record: AdapterRecord) -> Staged:
@@ -184,7 +184,7 @@ class ServeStore(StoreClient):
         return await self._calls.broadcast(timeout_s, StoreReplica.release, digests)
 
     async def _in_time(self, call: Callable[[], Awaitable[T]]) -> T:
-        """Raises: StoreUnavailable if no replica answers within `wait_s`."""
+        """Return the answer. Raises: StoreUnavailable if no replica answers within `wait_s`."""
         try:
             async with asyncio.timeout(self._wait_s):
                 return await call()
@@ -205,7 +205,7 @@ class RoutingClient(Protocol):
 
 
 class RetrieverCalls(RoutingClient, Protocol):
-    """The calls that any one replica answers."""
+    """Calls that any one replica answers."""
 
     async def page(self, tenant: str, request: PageRequest, min_generation: int = 0) -> Page: ...
     async def map(self, tenant: str, min_generation: int = 0) -> PoolMap: ...

@@ -1,22 +1,21 @@
-"""Bound what clients may cost Serve's HTTP proxy before the application sees a request.
+"""Limit what clients can cost Serve's HTTP proxy before the application sees a request.
 
-Serve (2.60) calls `bound_headers` in every proxy process before it listens, and passes uvicorn no settings of ours.
+Serve (2.60) calls `bound_headers` in every proxy process before it listens, and passes none of our settings to uvicorn.
 
-- Size of heads: uvicorn (0.54) parses by httptools where that is installed, as it is with Serve. httptools joins the
-  pieces of one header however long it grows, at a cost that grows with its square: one client without a key could hold
-  the proxy until the controller takes it for dead. h11 refuses more than 16 KiB, trailers included.
-- Time of heads: uvicorn waits for the rest of a head as long as the client likes. `BoundedProtocol` closes after 10 s.
-  A request may be answered before its body ends: then the rest of it and the next head have 10 s together, so that the
-  client can finish sending and read the answer. A connection that has had an answer may otherwise stay idle as long as
-  Serve's `keep_alive_timeout_s` says.
-- Connections of one address: each is an open file, of which a process has a limited number. When an address has too
-  many, its connection that has waited longest for a head is closed for the new one, so that slow clients cannot shut
-  out others of the same address. Where all of them have requests in progress, the new one is refused. A connection
-  counts until its file is closed.
+- Size of heads: uvicorn (0.54) parses with httptools if that is installed, as it is with Serve. httptools joins the
+pieces of one header at a cost that grows with its square, without a limit: one client without a key could block the
+proxy until the controller considers it dead. h11 refuses more than 16 KiB, trailers included.
+- Time of heads: uvicorn waits without limit for the rest of a head. `BoundedProtocol` closes the connection after 10 s.
+A request may be answered before its body ends; then the rest of the body and the next head have 10 s together, so that
+the client can finish sending and read the answer. Otherwise a connection may be idle after an answer as long as Serve's
+`keep_alive_timeout_s` allows.
+- Connections per address: each is an open file, and a process has a limited number of files. If an address has too
+many, its connection that has waited longest for a head is closed, so that slow clients cannot block others of the same
+address. If all of them have requests in progress, the new one is refused. A connection counts until its file is closed.
 - Unread answers: asyncio keeps a closed connection open until its client has read everything. `BoundedProtocol` aborts
-  a connection whose client reads nothing of an unsent answer for 60 s.
-- Traces: Serve lets the `traceparent` header of a client decide whether a request is traced, before any key is looked
-  at. The header is taken away, and the server's sampling ratio decides.
+a connection whose client reads nothing of an unsent answer for 60 s.
+- Traces: Serve lets the client's `traceparent` header decide whether a request is traced, before any key is checked.
+The header is removed, and the server's sampling ratio decides.
 """
 
 from __future__ import annotations
@@ -37,21 +36,21 @@ from deployments.calls.proxy_limits import ProxyLimits
 CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"  # read by every proxy process as it starts
 CALLBACK = "deployments.calls.h11_proxy:bound_headers"
 _TRACE_HEADERS = (b"traceparent", b"tracestate")
-_PREFIX_V6 = 64  # what one customer of a network has at least
-_LATE = (408, "Request Timeout", "head_too_slow", "the head of the request did not come in time")
+_PREFIX_V6 = 64  # the smallest network of one customer
+_LATE = (408, "Request Timeout", "head_too_slow", "the head of the request did not arrive in time")
 _TOO_MANY = (429, "Too Many Requests", "too_many_connections", "this address has too many open connections")
 
 
 def bound_headers() -> list[Middleware]:
-    """Make uvicorn use `BoundedProtocol` in this process from now on; return the middleware for Serve's proxy."""
+    """Make uvicorn use `BoundedProtocol` in this process, and return the middleware for Serve's proxy."""
     limits = ProxyLimits.from_environment(os.environ)
-    # uvicorn takes a class where it documents an import path.
+    # uvicorn accepts a class although it documents an import path.
     HTTP_PROTOCOLS["auto"] = cast(Any, protocol_within(limits))
     return [] if limits.trusts_traceparent else [Middleware(WithoutTraceparent)]
 
 
 class WithoutTraceparent:
-    """ASGI middleware: take the headers away by which a client would decide what is traced."""
+    """ASGI middleware: remove the headers by which a client could decide what is traced."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -64,7 +63,7 @@ class WithoutTraceparent:
 
 
 class AddressBook:
-    """The open connections of each address, those that wait for a head in the order in which they began to."""
+    """The open connections of each address. Those that wait for a head are ordered by the start of the wait."""
 
     def __init__(self, limit: int | None) -> None:
         self._limit = limit
@@ -72,7 +71,7 @@ class AddressBook:
         self._waiting: dict[str, dict[BoundedProtocol, None]] = {}
 
     def enter(self, address: str) -> bool:
-        """Count a new connection. False: it is one too many, and none of the others can be closed for it."""
+        """Count a new connection. Return False if there are too many and none can be closed for it."""
         if self._limit is not None and self._counts.get(address, 0) >= self._limit:
             oldest = next(iter(self._waiting.get(address, ())), None)
             if oldest is None:
@@ -87,7 +86,7 @@ class AddressBook:
             del self._counts[address]
 
     def waits(self, address: str, connection: BoundedProtocol) -> None:
-        """Keep that this connection has no whole head."""
+        """Record that this connection waits for a head."""
         self._waiting.setdefault(address, {})[connection] = None
 
     def waits_no_more(self, address: str, connection: BoundedProtocol) -> None:
@@ -102,14 +101,14 @@ class AddressBook:
 
 
 class BoundedProtocol(H11Protocol):
-    """uvicorn's protocol over h11, with a deadline for heads and a bound on the connections of one address."""
+    """uvicorn's protocol over h11, with a deadline for heads and a limit on the connections of one address."""
 
     limits: ProxyLimits
     book: AddressBook
-    _address: str | None = None  # None: not counted
+    _address: str | None = None  # None: the connection is not counted
     _deadline: asyncio.TimerHandle | None = None
-    _reading: asyncio.TimerHandle | None = None  # runs while a part of an answer is unsent
-    _has_begun = False  # whether a part of the next head has come
+    _reading: asyncio.TimerHandle | None = None  # runs while part of an answer is unsent
+    _has_begun = False  # whether part of the next head has arrived
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -142,7 +141,7 @@ class BoundedProtocol(H11Protocol):
         self._await_reading()
 
     def handle_websocket_upgrade(self, event: h11.Request) -> None:
-        """Forget the connection: another protocol takes it, and the application has no websockets to keep it by."""
+        """Stop tracking the connection, because another protocol takes over. The application has no websockets."""
         self._forget()
         super().handle_websocket_upgrade(event)
 
@@ -151,7 +150,7 @@ class BoundedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def give_way(self) -> None:
-        """Abort this connection, which waits for a head, for a newer one of the same address.
+        """Abort this connection, which waits for a head, in favour of a newer one of the same address.
 
         Do not wait for its client to read: the file must be free for the newer connection.
         """
@@ -160,12 +159,12 @@ class BoundedProtocol(H11Protocol):
 
     @property
     def _waits_for_head(self) -> bool:
-        """Whether no request is in progress. Of one that was answered early, the rest of its body may still come."""
+        """Return whether no request is in progress. The body of an early answered request may still be arriving."""
         is_answered_early = self.conn.our_state is h11.DONE and self.conn.their_state is h11.SEND_BODY
         return is_answered_early or self.conn.their_state is h11.IDLE
 
     def _await_head(self, *, with_deadline: bool) -> None:
-        """Start the time of a head, if it has one. What has come of the head does not start it anew."""
+        """Start the deadline of a head, if there is one. Part of a head does not restart it."""
         if self._address is None:
             return
         self.book.waits(self._address, self)
@@ -189,7 +188,7 @@ class BoundedProtocol(H11Protocol):
             self._close(*_LATE, answers=has_begun)
 
     def _await_reading(self) -> None:
-        """Start the time in which the client must read a part of what is unsent, if anything is."""
+        """Start the deadline by which the client must read part of the unsent answer, if there is one."""
         unsent = self.transport.get_write_buffer_size()
         if unsent and self._reading is None:
             self._reading = self.loop.call_later(self.limits.unread_timeout_s, self._check_reading, unsent)
@@ -202,7 +201,7 @@ class BoundedProtocol(H11Protocol):
             self._await_reading()
 
     def _forget(self) -> None:
-        """Stop every timer, and count the connection no longer."""
+        """Stop every timer, and stop counting the connection."""
         self._head_is_here()
         if self._reading is not None:
             self._reading.cancel()
@@ -212,7 +211,7 @@ class BoundedProtocol(H11Protocol):
             self._address = None
 
     def _close(self, status: int, reason: str, code: str, message: str, *, answers: bool) -> None:
-        """Close. `answers`: with an error in the API's own shape, past h11, which takes none before a request."""
+        """Close the connection. `answers`: first send an error in the API's format, past h11, which allows none yet."""
         if answers:
             body = f'{{"error":{{"message":"{message}","type":"invalid_request_error","param":null,"code":"{code}"}}}}'
             head = f"HTTP/1.1 {status} {reason}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
@@ -222,7 +221,7 @@ class BoundedProtocol(H11Protocol):
 
 
 def protocol_within(given: ProxyLimits) -> type[BoundedProtocol]:
-    """Return the protocol with these limits. Its connections share one book of addresses."""
+    """Return the protocol with these limits. Its connections share one address book."""
 
     class LimitedProtocol(BoundedProtocol):
         limits = given
@@ -232,7 +231,7 @@ def protocol_within(given: ProxyLimits) -> type[BoundedProtocol]:
 
 
 def address_of(client: tuple[str, int] | None) -> str:
-    """Return what connections are counted by: the IPv4 address, or the IPv6 network of one customer."""
+    """Return the key for counting connections: the IPv4 address, or the IPv6 network of one customer."""
     if client is None:
         return ""  # a Unix socket
     try:

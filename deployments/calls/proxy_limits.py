@@ -1,4 +1,4 @@
-"""The bounds of one HTTP proxy, from its environment: settings of the application do not reach that process."""
+"""The limits of one HTTP proxy, from its environment, because application settings do not reach that process."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ CONNECTIONS_VARIABLE = "LORARETRIEVER_CONNECTIONS_PER_ADDRESS"
 TRACEPARENT_VARIABLE = "LORARETRIEVER_TRUST_TRACEPARENT"
 HA_PROXY_VARIABLE = "RAY_SERVE_ENABLE_HA_PROXY"
 _MAX_CONNECTIONS = 1024
-_SHARE_OF_FILES = 4  # one address takes at most this part, as 1 / n, of the files that the process may open
+_SHARE_OF_FILES = 4  # one address may use 1 / n of the files that the process may open
 
 
 @dataclass(frozen=True, slots=True)
 class ProxyLimits:
-    """What one proxy process accepts of clients."""
+    """Limits of one proxy process."""
 
-    head_timeout_s: float = 10.0  # from the first moment a head could come until it is whole
-    unread_timeout_s: float = 60.0  # how long a client may read nothing of an answer that waits for it
-    connections_per_address: int | None = _MAX_CONNECTIONS  # None: no bound, for a proxy behind one other proxy
+    head_timeout_s: float = 10.0  # from the earliest time of a head until it is complete
+    unread_timeout_s: float = 60.0  # how long a client may leave an answer unread
+    connections_per_address: int | None = _MAX_CONNECTIONS  # None: no limit, for a proxy behind another proxy
     trusts_traceparent: bool = False  # whether clients decide what is traced
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Self:
-        """Return the limits that the variables give. 0 connections: no bound.
+        """Return the limits given by the variables. 0 connections: no limit.
 
-        Raises: ValueError: a variable has another value than it may.
+        Raises: ValueError if a variable has an invalid value.
         """
         given = environment.get(CONNECTIONS_VARIABLE, "")
         if given and not given.isdecimal():
-            raise ValueError(f"{CONNECTIONS_VARIABLE} must be a number, 0 for no bound, got {given!r}")
+            raise ValueError(f"{CONNECTIONS_VARIABLE} must be a number, 0 for no limit, got {given!r}")
         connections = int(given) if given else _by_file_limit()
         trust = environment.get(TRACEPARENT_VARIABLE, "0")
         if trust not in ("0", "1"):
@@ -49,10 +49,10 @@ def _by_file_limit() -> int:
 
 
 def require_own_proxy(environment: Mapping[str, str], *, has_keys: bool) -> None:
-    """Check that a server without keys can tell remote clients from local ones.
+    """Check that a server without keys can distinguish remote clients from local ones.
 
     With its HAProxy in front, Serve (2.60) listens on all interfaces, every client's connection comes from loopback,
-    and no header says otherwise: everybody could change the pool. Raises: ProxyUnsafe.
+    and no header says otherwise, so any client could change the pool. Raises: ProxyUnsafe.
     """
     if environment.get(HA_PROXY_VARIABLE, "0") == "1" and not has_keys:
         raise ProxyUnsafe(HA_PROXY_VARIABLE)

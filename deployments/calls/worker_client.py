@@ -1,8 +1,8 @@
-"""The Worker as its callers see it: calls, streams with heartbeats, and starting a Worker where none runs.
+"""The client of the Worker: calls, streams with heartbeats, and starting a Worker if none runs.
 
-Ray raises an error when a replica dies. A node that disappears raises none for a long time: gRPC notices after minutes,
-Ray's own calls after about one. Workers therefore send a heartbeat (None) every 5 s, and a stream is given up after
-30 s without any item.
+Ray raises an error when a replica dies. If a node disappears, there is no error for a long time: gRPC notices after
+minutes, Ray's own calls after about one. Workers therefore send a heartbeat (None) every 5 s, and a stream is given up
+after 30 s without any item.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from gpu_worker.errors import DeadlineExceeded
 from gpu_worker.request.request import Delta, Job
 
 HEARTBEAT_INTERVAL_S = 5.0
-HEARTBEAT_TIMEOUT_S = 30.0  # an event loop may be late, a node that is gone stays gone
+HEARTBEAT_TIMEOUT_S = 30.0  # tolerates a late event loop
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 _CAN_START = ("HEALTHY", "UPSCALING", "DOWNSCALING")  # UPDATING is the first start, or an upgrade
-# After an answer no worker is asked for this long: Serve removes one only after `downscale_delay_s` without requests.
+# No call for this long after an answer: Serve removes a worker only after `downscale_delay_s` without requests.
 KEPT_S = 1.0
 
 
@@ -65,8 +65,8 @@ class HeartbeatStream(Generic[T]):
     async def next(self, deadline: float) -> T | StreamEnd | None:
         """Return the next item, None for a heartbeat, or the end. `deadline` is a time of the clock.
 
-        Raises: DeadlineExceeded; ActorUnavailableError if the replica fell silent or broke the call off; what the
-        stream raises.
+        Raises: DeadlineExceeded; ActorUnavailableError if the replica fell silent or broke off the call; the stream's
+        error.
         """
         until = min(deadline, self._silent_at)
         try:
@@ -91,16 +91,16 @@ class HeartbeatStream(Generic[T]):
 
 @dataclass(slots=True)
 class Usage:
-    """What one tenant has used of one Worker. Every field but `num_running` only rises."""
+    """One tenant's usage of one Worker. Every field except `num_running` only increases."""
 
-    num_running: int = 0  # in the engine or in its queue
+    num_running: int = 0  # rows in the engine or in its queue
     num_requests: int = 0
     num_prompt_tokens: int = 0
     num_new_tokens: int = 0
 
 
 class WorkerCalls(Protocol):
-    """The calls that any one replica answers."""
+    """Calls that any one replica answers."""
 
     async def module_shapes(self) -> Shapes: ...
     async def probe_many(self, weights_digests: Sequence[str]) -> list[float | Exception]: ...
@@ -196,7 +196,7 @@ class WorkerGate:
     ) -> None:
         self._worker, self._timeout_s, self._clock = worker, timeout_s, clock
         self._call: asyncio.Task[Shapes] | None = None
-        self._last: tuple[float, Shapes] | None = None  # when a worker answered, and what
+        self._last: tuple[float, Shapes] | None = None  # time and content of the last answer
 
     async def ready(self) -> None:
         """Return when a worker runs. Raises: WorkerStarting; the error of a worker that just died."""

@@ -1,7 +1,7 @@
 """Answer requests: plan, start one row for each choice, and stream or collect the deltas of all rows.
 
-`deployments.calls.worker_client` explains when a Worker counts as dead. A row starts again on another Worker where that
-is possible.
+`deployments.calls.worker_client` explains when a Worker counts as dead. If possible, the row then starts again on
+another Worker.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from deployments.observability.tracing import tracer
 from gpu_worker.errors import AdapterLoadFailed, EngineFull, WaitedTooLong
 from gpu_worker.request.request import Completion, Delta, Job
 
-WORKER_GRACE_S = 5.0  # for a step of the engine, and the way back
-# The server's own reasons not to start a job: its prompt is not charged.
+WORKER_GRACE_S = 5.0  # for a step of the engine and the transport
+# The server did not start the job, so its prompt is not charged.
 NO_ROOM = (EngineFull, WaitedTooLong, AdapterLoadFailed, BackPressureError, DeploymentUnavailableError)
 T = TypeVar("T")
 _SEED_STEP = 0x9E3779B97F4A7C15  # odd, so that no two choices share a seed
@@ -39,7 +39,7 @@ _SEEDS = 2**63
 
 @dataclass(frozen=True, slots=True)
 class StreamLimits:
-    """`silence_s`: without any item, once the first has arrived. `grace_s`: that a Worker may be late."""
+    """`silence_s`: time without any item, after the first one. `grace_s`: tolerated delay of a Worker."""
 
     silence_s: float = HEARTBEAT_TIMEOUT_S
     grace_s: float = WORKER_GRACE_S
@@ -50,12 +50,12 @@ STREAM_LIMITS = StreamLimits()
 
 @dataclass(frozen=True, slots=True)
 class RowStream:
-    """One row of a request: which job it is, what it is charged to, and how long it may take."""
+    """One row of a request: its job, its charge, and its time limit."""
 
     worker: WorkerClient
     job: Job
-    index: int  # of the row in the answer
-    question: int  # of the prompt in the request
+    index: int  # index of the row in the answer
+    question: int  # index of the prompt in the request
     usage: TokenUsage
     context: RequestContext
     deadline: float
@@ -114,7 +114,9 @@ class _Attempt:
         """Return the next delta, None for a heartbeat, or the end. Charge and record a delta."""
         row = self._row
         try:
-            delta = await self._stream.next(row.deadline + row.limits.grace_s)  # the Worker is in time, unless it hangs
+            delta = await self._stream.next(
+                row.deadline + row.limits.grace_s
+            )  # the Worker keeps the deadline unless it hangs
         except NO_ROOM:
             row.usage.not_started(row.job.request_id)
             raise
@@ -182,7 +184,7 @@ def _next_of(stream: AsyncGenerator[T]) -> asyncio.Task[tuple[T, ...]]:
 
 @dataclass(frozen=True, slots=True)
 class StartedCompletion:
-    """A planned request. Closing `held` gives back what it counts against the limits of its key."""
+    """A planned request. Closing `held` releases its reservations against the limits of its key."""
 
     answer: Answer
     rows: Sequence[RowStream]

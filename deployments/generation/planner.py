@@ -25,7 +25,10 @@ AUTO = "auto"
 
 
 def check_limits(request: GenerationRequest, questions: Sequence[Question], config: AppConfig) -> None:
-    """Raises: PromptTooLong, RequestInvalid. Tokens are counted by the Worker; this bounds what it has to look at."""
+    """Check the sizes of the request before it is tokenized. The Worker counts tokens exactly.
+
+    Raises: PromptTooLong, RequestInvalid.
+    """
     _check_chars(max(_num_chars(question.prompt) for question in questions), config)
     wanted = request.token_limit
     if wanted is not None and wanted > config.max_new_tokens:
@@ -33,7 +36,7 @@ def check_limits(request: GenerationRequest, questions: Sequence[Question], conf
 
 
 def check_texts(texts: Iterable[str], config: AppConfig) -> None:
-    """Refuse what could not be a prompt either. Raises: PromptTooLong."""
+    """Refuse texts that are too long for a prompt. Raises: PromptTooLong."""
     _check_chars(max(map(len, texts)), config)
 
 
@@ -122,7 +125,7 @@ class Planner:
             choices, strategy = [(name, 1.0)], options.strategy or "selection"
             plan = await self._retriever.plan_named(tenant, choices, strategy, options.min_generation)
             return [Planned(plan)] * len(questions)
-        except AdapterNotFound as exc:  # from Serve it is a RayTaskError too
+        except AdapterNotFound as exc:  # through Serve it is also a RayTaskError
             raise ModelNotFound(question.model, exc.hint) from exc
 
     def text_read(self, question: Question) -> str | None:

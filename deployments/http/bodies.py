@@ -36,7 +36,7 @@ _UPLOADS = "/v1/loras"
 _WITH_BODY = ("POST", "PUT", "PATCH")
 Refusal = BodyMemoryFull | BodyTooLarge | BodyTooSlow
 MAX_JSON_VALUES = 16_384
-KEEP_OF_BODY = "keep_of_body"  # in a scope's state: a function that takes how many bytes of the body are still held
+KEEP_OF_BODY = "keep_of_body"  # in a scope's state: a function that sets how many bytes of the body are still held
 _MAX_QUOTES = 4 * MAX_JSON_VALUES  # two for each value and for each key
 
 
@@ -64,7 +64,7 @@ class SharedBytes:
         return True
 
     def give(self, tenant: str, num_bytes: int) -> None:
-        """Give back bytes that the tenant took."""
+        """Return bytes that the tenant took."""
         self.num_bytes -= num_bytes
         self._held[tenant] -= num_bytes
         if not self._held[tenant]:
@@ -108,7 +108,7 @@ class BodyLimit:
 
         async def answer(message: Message) -> None:
             nonlocal started
-            if started or body.refusal is None:  # FastAPI answers 400 to whatever breaks its reading
+            if started or body.refusal is None:  # FastAPI answers 400 to any error during its reading
                 started = True
                 await send(message)
 
@@ -137,14 +137,14 @@ class _Body:
         self.refusal: Refusal | None = None
 
     async def read(self) -> Message:
-        """Raises: BodyMemoryFull, BodyTooLarge, BodyTooSlow."""
+        """Return the next message. Raises: BodyMemoryFull, BodyTooLarge, BodyTooSlow."""
         try:
             async with asyncio.timeout_at(self._until) as limit:
                 message = await self._receive()
         except TimeoutError as exc:
             if not limit.expired():
                 raise
-            raise self._refuse(BodyTooSlow(f"the body did not come within {self._seconds:.0f} s")) from exc
+            raise self._refuse(BodyTooSlow(f"the body did not arrive within {self._seconds:.0f} s")) from exc
         self._seen += len(message.get("body", b""))
         if self._seen > self._max_bytes:
             raise self._refuse(BodyTooLarge(f"the body is larger than {self._max_bytes} bytes"))
@@ -186,7 +186,7 @@ def read_json(body: bytes) -> Any:
     try:
         text = body.decode(json.detect_encoding(body))
         if _num_values(text) > MAX_JSON_VALUES:
-            raise RequestInvalid(f"the body holds more than {MAX_JSON_VALUES} JSON values; send fewer items")
+            raise RequestInvalid(f"the body has more than {MAX_JSON_VALUES} JSON values; send fewer items")
         return json.loads(text)
     except json.JSONDecodeError as exc:
         where = f"line {exc.lineno} column {exc.colno}"
@@ -194,15 +194,15 @@ def read_json(body: bytes) -> Any:
     except UnicodeDecodeError as exc:
         raise RequestInvalid(f"the body is not {exc.encoding} text: byte {exc.start} cannot be decoded") from exc
     except ValueError as exc:  # an integer with more digits than Python converts
-        raise RequestInvalid(f"the body holds a number that cannot be read: {exc}") from exc
+        raise RequestInvalid(f"the body has a number that cannot be read: {exc}") from exc
     except RecursionError as exc:
         raise RequestInvalid("the body is nested too deeply") from exc
 
 
 def _num_values(text: str) -> int:
-    """Count the marks that may begin a value or a pair. Leave out marks inside strings where that can matter.
+    """Count the marks that may begin a value or a pair. Ignore marks inside strings if that could matter.
 
-    Use only methods of str, and stop at the bound: a body of 4 MiB must not hold the event loop.
+    Use only methods of str, and stop at the bound: a body of 4 MiB must not block the event loop.
     """
     num_marks = _num_marks(text)
     if num_marks <= MAX_JSON_VALUES:
@@ -234,16 +234,16 @@ def _text_bytes(value: object) -> int:
 
 
 class BoundedRequest(Request):
-    """A request whose `json` stays within the bounds. `refusal` keeps why it did not: FastAPI hides the reason.
+    """A request whose `json` stays within the bounds. `refusal` keeps the error, which FastAPI would hide.
 
-    The raw body is dropped once it is parsed: only its texts take memory until the answer ends.
+    The raw body is dropped once it is parsed, so only its texts take memory until the answer ends.
     """
 
     refusal: RequestInvalid | None = None
     _raw = b""
 
     async def body(self) -> bytes:
-        """Return b"" without a body, else a mark in its place: FastAPI keeps what it gets here until the answer."""
+        """Return b"" without a body, otherwise a placeholder: FastAPI keeps this value until the answer."""
         if not hasattr(self, "_body"):
             self._raw = await super().body()
             self._body = b"body" if self._raw else b""

@@ -95,19 +95,22 @@ AdminCaller = Annotated[Caller, require_role("admin")]
 
 
 def require_change(services: AnyServices, http: Request) -> None:
-    """Raises: PublishingDisabled unless this client may change the pool. With keys, the role of the key decides."""
+    """Check that this client may change the pool; with keys the role decides. Raises: PublishingDisabled."""
     if not (services.has_keys or services.config.allow_remote_publish or is_loopback(http)):
-        raise PublishingDisabled("the pool is changed from the server's own machine, or with allow_remote_publish on")
+        raise PublishingDisabled(
+            "only clients on the server's machine may change the pool, unless allow_remote_publish is set"
+        )
 
 
 MAY_CHANGE = Depends(require_change)
 
 
 def require_encoder(services: Services, encoder: str, http: Request) -> None:
-    """Raises: PublishingDisabled unless, with keys, the settings list the encoder; without, the client is on loopback.
+    """Check that this encoder may be loaded: one in the settings, or without keys any from loopback.
 
-    Any other name would make every replica look into a folder of the server, or fetch a model of any size. With keys a
+    Any other name would make every replica read a folder of the server, or download a model of any size. With keys a
     loopback client need not be the operator: `kubectl port-forward` and proxies on the machine also connect from there.
+    Raises: PublishingDisabled.
     """
     if services.has_keys:
         if encoder not in (services.config.retrieval.encoder, *services.config.encoders):
@@ -127,10 +130,12 @@ def require_approver(services: Services, ref: AdapterRef, caller: Caller) -> Non
 def item_of(services: Services, item: PublishItem, caller: Caller, http: Request) -> PublishItem:
     """Return `item` as the caller's tenant publishes it.
 
-    Raises: PublishingDisabled when it is a folder of the server and this client may not name those.
+    Raises: PublishingDisabled if it is a folder of the server and this client may not name one.
     """
     if item.path is not None and not (services.config.may_publish_paths and is_loopback(http)):
-        raise PublishingDisabled("folders are published from the server's own machine, with publish_paths on")
+        raise PublishingDisabled(
+            "only clients on the server's machine may publish its folders, and only with publish_paths set"
+        )
     return replace(item, tenant=caller.tenant, default_visibility=services.config.default_visibility)
 
 

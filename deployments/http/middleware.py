@@ -22,9 +22,9 @@ from deployments.http.error_responses import error_response
 from deployments.observability.request_metrics import CONTEXT_KEY, RequestContext, RequestMetrics, context_of, path_of
 
 _HEADER = "x-request-id"
-_SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")  # it becomes a part of the answer's id, and of a line in the log
+_SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")  # it becomes part of the answer's id and of a log line
 _NOT_MATCHED = "none"
-_PROBES = ("/health", "/ready")  # sent every few seconds: always answered, never reported
+_PROBES = ("/health", "/ready")  # probes: always answered, never reported
 _NOT_KEPT = ("application/json", "application/x-ndjson", "text/event-stream", "text/plain")
 _GUARDED = "/v1/"  # the other routes show nothing of the pool: health, the description of the API, the console's page
 WAITS_S = 10.0  # a refused client retries after a second or more

@@ -76,7 +76,7 @@ def is_loopback_address(host: str) -> bool:
     """Return whether `host` is an address of this machine's loopback interface. A name is not."""
     try:
         return ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name; of a client, a Unix socket or a proxy that gives one
+    except ValueError:  # a name, for example from a proxy, or a Unix socket
         return False
 
 
@@ -101,7 +101,7 @@ class HostGuard:
 
 
 def check(headers: Headers, config: AppConfig) -> None:
-    """Raises: HostRefused, OriginRefused."""
+    """Check the headers of a request. Raises: HostRefused, OriginRefused."""
     has_keys = config.keys_file is not None
     if has_keys and not config.allowed_hosts:
         return

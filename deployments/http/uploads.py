@@ -78,10 +78,10 @@ class _Pace:
 
     def __init__(self, window_s: float) -> None:
         self._window_s, self._num_bytes = window_s, 0
-        self._until: float | None = None  # by the event loop's clock, from the first read on
+        self._until: float | None = None  # of the event loop's clock, from the first read
 
     async def next_of(self, http: Request) -> Message:
-        """Raises: BodyTooSlow."""
+        """Return the next message. Raises: BodyTooSlow."""
         clock = asyncio.get_running_loop().time
         if self._until is None:
             self._until = clock() + self._window_s
@@ -141,7 +141,7 @@ def _label_of(fields: dict[str, list[str]]) -> AdapterLabel:
     """Return the description. Raises: RequestInvalid for an unknown field, a repeated field, or a missing name."""
     for key, values in fields.items():
         if len(values) > 1 and key != "tags":
-            raise RequestInvalid(f"{key[:100]}: comes {len(values)} times", key)
+            raise RequestInvalid(f"{key[:100]}: is given {len(values)} times", key)
     single = {key: values[0] for key, values in fields.items() if key != "tags"}
     try:
         label = AdapterLabel.model_validate(single | {"tags": fields.get("tags", [])})

@@ -1,4 +1,4 @@
-"""Where adapters lie, and which files are one. Apart from the rest: the command line imports it at its start."""
+"""Find adapter folders and their files. This module is separate because the command line imports it at its start."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 CONFIG_FILE = "adapter_config.json"
-# All that admission looks at, the pickle to refuse it. What else a training run leaves is never copied or uploaded.
+# The files that validation reads; the pickle is refused. Other files of a training run are never copied or uploaded.
 ADAPTER_FILES = (
     CONFIG_FILE,
     "adapter_model.safetensors",
@@ -18,7 +18,7 @@ ADAPTER_FILES = (
 
 
 def adapter_folders(path: Path) -> list[Path]:
-    """`path` itself when it is an adapter, else the adapters in it, sorted."""
+    """Return `path` itself if it is an adapter, otherwise the adapters in it, sorted."""
     if (path / CONFIG_FILE).exists():
         return [path]
     return sorted(config.parent for config in path.glob(f"*/{CONFIG_FILE}"))
@@ -35,10 +35,10 @@ def open_plain(path: Path) -> BinaryIO:
 
 
 def adapter_files(folder: Path) -> list[Path]:
-    """The files of the adapter in `folder` that are there."""
+    """Return the existing files of the adapter in `folder`."""
     return [folder / name for name in ADAPTER_FILES if (folder / name).is_file()]
 
 
 def folder_bytes(folder: Path) -> int:
-    """Return the bytes of the files of the adapter in `folder` that are there. Links count as themselves."""
+    """Return the size of the existing files of the adapter in `folder`. Links count with their own size."""
     return sum((folder / name).lstat().st_size for name in ADAPTER_FILES if (folder / name).is_file())

@@ -1,4 +1,4 @@
-"""Long work on the pool. Each job yields progress objects with `done` and `total`, then one with the `result`."""
+"""Long jobs on the pool. Each yields progress objects with `done` and `total`, then one with the `result`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from retriever_svc import EncoderUnusable
 
 logger = logging.getLogger(__name__)
 
-_LOAD_ENCODER_TIMEOUT_S = 600.0  # a model may come from the hub first
+_LOAD_ENCODER_TIMEOUT_S = 600.0  # a model may have to be downloaded first
 _MAX_ROUNDS = 5
 
 
@@ -67,7 +67,9 @@ async def reindex(
             generation = await store.activate_encoder(model, identity, actor)
         except EncoderIncomplete as exc:
             logger.info("%d adapters were published while the pool was embedded", len(exc.missing))
-            if round_number == _MAX_ROUNDS or set(exc.missing) <= set(unreadable):  # no further round embeds these
+            if round_number == _MAX_ROUNDS or set(exc.missing) <= set(
+                unreadable
+            ):  # another round would not embed these
                 raise
             continue
         ready, behind = await publisher.catch_up(generation)
@@ -82,7 +84,7 @@ async def _prepare_everywhere(retriever: RetrieverClient, model: str) -> str:
     identities = set()
     for answer in answers:
         if isinstance(answer, RayActorError):
-            continue  # its successor loads the encoder as it starts
+            continue  # its successor loads the encoder at its start
         if isinstance(answer, BaseException):
             raise answer
         identities.add(answer)

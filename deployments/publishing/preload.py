@@ -1,4 +1,4 @@
-"""The adapters a server begins with."""
+"""Publish the adapters of the settings at the start of a server."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ _ACTOR = "preload"
 
 
 class Preload:
-    """Publishes the folders whose names are not live, beside everything else. To be made in an event loop."""
+    """Publishes the folders whose names are not live, in the background. Create it in an event loop."""
 
     def __init__(self, paths: Sequence[Path], publisher: Publisher, *, approves: bool = False) -> None:
-        """`approves`: what it publishes is the operator's own choice, which is approval enough."""
+        """Start the preload. `approves`: approve its adapters, because the operator chose them."""
         self._paths, self._publisher, self._approves = paths, publisher, approves
         self._task = asyncio.get_event_loop().create_task(self._publish())
 
     def refused(self) -> dict[str, str]:
-        """Once it is done: the folders that were refused, with the reason.
+        """Return the refused folders with the reasons, once the preload has ended.
 
-        Raises: NotReady before that, and after a failure as a whole, which starts it again.
+        Raises: NotReady before that, and after a failure of the whole preload, which is then started again.
         """
         if not self._task.done():
             raise NotReady("the server is still starting")
         if (error := self._task.exception()) is not None:
-            logger.error("publishing the preload failed and is tried again", exc_info=error)
+            logger.error("publishing the preloaded adapters failed; it will be retried", exc_info=error)
             self._task = asyncio.get_running_loop().create_task(self._publish())
-            raise NotReady("publishing the preload failed and is tried again")
+            raise NotReady("publishing the preloaded adapters failed; it will be retried")
         return self._task.result()
 
     async def wait(self) -> None:
-        """Return once it is done, well or not."""
+        """Return once it has ended, with or without errors."""
         await asyncio.wait([self._task])
 
     def cancel(self) -> None:
@@ -53,7 +53,9 @@ class Preload:
         folders = [folder for path in self._paths for folder in adapter_folders(path)]
         for start in range(0, len(folders), _BATCH):
             batch = [PublishItem(folder) for folder in folders[start : start + _BATCH]]
-            lacking = await self._publisher.lacking(batch)  # what was updated or rolled back since stays as it is
+            lacking = await self._publisher.lacking(
+                batch
+            )  # versions that were updated or rolled back since are not changed
             outcomes = await self._publisher.publish(lacking, actor=_ACTOR) if lacking else []
             if self._approves:
                 await self._approve(batch)
@@ -65,7 +67,7 @@ class Preload:
         return refused
 
     async def _approve(self, batch: Sequence[PublishItem]) -> None:
-        """Approve the live versions that a preload published, now or before approval was asked for."""
+        """Approve the live versions that a preload published, including those from before approval was required."""
         live = await self._publisher.live(batch)
         waiting = [
             record.ref

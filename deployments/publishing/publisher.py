@@ -40,15 +40,15 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 CATCH_UP_TIMEOUT_S = 5.0
 _STAGED_TOGETHER = 16
-_MAX_SWAPS = 3  # of the encoder during one publish
+_MAX_SWAPS = 3  # changes of the encoder during one publish
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Who changes the pool, and within what bounds.
+    """The author of a change, and its limits.
 
-    `quota`: the tenant's; `precondition`: what must hold of the versions just before the commit; `charge`: receives
-    the number of tokens that the encoder is about to read.
+    `quota`: the tenant's; `precondition`: on the versions just before the commit; `charge`: receives the number of
+    tokens that the encoder is about to read.
     """
 
     actor: str
@@ -70,7 +70,7 @@ def live_already(
 
 
 def is_embedded(record: AdapterRecord, active: str | None) -> bool:
-    """Return whether the active encoder embedded it, or there is nothing to embed."""
+    """Return whether the active encoder embedded it, or it has no samples."""
     return record.samples_digest is None or active in (None, record.encoder)
 
 
@@ -100,7 +100,7 @@ def published_of(outcome: Outcome, generation: int, ready: int, behind: int) -> 
 
 
 class Publisher:
-    """The only path by which adapters become live and stop being live. A change goes on if its caller leaves."""
+    """The only component that publishes and withdraws adapters. A change continues if its caller leaves."""
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ class Publisher:
     ) -> list[Published | Exception]:
         """Publish every valid upload in one commit; return one result or error per upload, in order.
 
-        Versions that are live already stay as they are. Raises, with nothing kept: the error of the Retriever or the
+        Versions that are live already do not change. Raises, without any change: the error of the Retriever or the
         Store for the whole batch; QuotaExceeded; WorkerStarting; the error of `charge`.
         """
         return await self._run("publish", self._publish(uploads, Change(actor, quota, charge=charge)))
@@ -189,7 +189,7 @@ class Publisher:
     async def _publish(self, uploads: Sequence[PublishItem], change: Change) -> list[Published | Exception]:
         active = await self._store.active_encoder()
         module_shapes = await self._gate.module_shapes()
-        slots = asyncio.Semaphore(_STAGED_TOGETHER)  # the Store's other callers need room too
+        slots = asyncio.Semaphore(_STAGED_TOGETHER)  # leave room for the Store's other callers
 
         async def stage(upload: PublishItem) -> Staged:
             async with slots:
@@ -205,7 +205,7 @@ class Publisher:
             raise AdapterNotFound(key[1])
         await self._gate.ready()
         staged = await self._store.restage(kept_version(kept, digest))
-        change = Change(actor, precondition="kept", charge=charge)  # it may be withdrawn meanwhile
+        change = Change(actor, precondition="kept", charge=charge)  # it may have been withdrawn meanwhile
         [outcome] = await self._make_live([staged], active, change)
         if isinstance(outcome, Exception):
             raise outcome
@@ -216,7 +216,7 @@ class Publisher:
         try:
             withdrawn = await self._store.withdraw(tenant, names, actor, uuid4().hex)
             ready, behind = await self.catch_up(withdrawn.generation)
-        finally:  # after an error they may be gone all the same; blobs that are still needed are not freed
+        finally:  # after an error they may be withdrawn nevertheless; blobs still in use are not freed
             self._reclaimer.reclaim([record for versions in kept.values() for record in versions])
         logger.info("withdrew %d adapters at generation %d", len(names), withdrawn.generation)
         return Removed(tuple(names), withdrawn.generation, ready, behind)
@@ -265,7 +265,7 @@ class Publisher:
                     change.actor,
                     change.precondition,
                     change.quota,
-                    uuid4().hex,  # a replica that died in the middle may have committed
+                    uuid4().hex,  # a replica that died meanwhile may have committed
                 )
             except AdapterRefused as exc:  # another tenant owns this public name: continue without the adapter
                 refused = [item for item in new if item.staged.ref.name == exc.name]
@@ -280,9 +280,9 @@ class Publisher:
     async def _follow_encoder(
         self, generation: int, outcomes: list[Outcome], change: Change
     ) -> tuple[int, list[Outcome]]:
-        """Embed and commit again what a reindex overtook, because `auto` would not find it otherwise.
+        """Embed and commit again the adapters that a reindex overtook, because `auto` would not find them otherwise.
 
-        The adapters are live in any case: a failure leaves their embedding to the next reindex.
+        The adapters are live in any case: after a failure, the next reindex embeds them.
         """
         try:
             for _ in range(_MAX_SWAPS):

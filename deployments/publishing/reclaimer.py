@@ -1,4 +1,4 @@
-"""Free what a withdrawal or an update left unreferenced: bank rows, caches, objects in Ray's store, blobs."""
+"""Free resources that a withdrawal or an update left unreferenced: bank rows, caches, objects, blobs."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ logger = logging.getLogger(__name__)
 
 _BROADCAST_TIMEOUT_S = 10.0
 _ROUND_S = 0.5
-_PAUSE_S = 5.0  # after a part of the server failed
+_PAUSE_S = 5.0  # after an error of a part of the server
 
 Broadcast = Callable[[Collection[str], float], Awaitable[Sequence[bool | BaseException]]]
 
 
 class Reclaimer:
-    """Waits until no Worker needs the weights any more, then removes them. A crash leaves the rest to `gc`."""
+    """Waits until no Worker needs the weights any more, then deletes them. After a crash `gc` deletes the rest."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class Reclaimer:
         self._sleep = sleep
 
     def reclaim(self, records: Iterable[AdapterRecord]) -> None:
-        """Free in the background the blobs of these that no kept version refers to."""
+        """Free in the background those blobs of these versions that no kept version uses."""
         weights = sorted({record.weights_digest for record in records})
         blobs = sorted({digest for record in records for digest in record.blobs})
         if blobs:
@@ -52,7 +52,7 @@ class Reclaimer:
                 await self._reclaim_once(weights, blobs)
                 return
             except (StoreUnavailable, RayActorError, DeploymentUnavailableError) as exc:
-                logger.warning("freeing %d blobs failed and is tried again: %s", len(blobs), exc)
+                logger.warning("freeing %d blobs failed, retrying: %s", len(blobs), exc)
                 await self._sleep(_PAUSE_S)
         logger.error("%d blobs are left to gc", len(blobs))
 
@@ -62,10 +62,10 @@ class Reclaimer:
             return
         orphaned = [digest for digest in weights if digest in orphans]
         await self._until_done("forget", self._forget_everywhere, orphaned)
-        removed = await self._store.sweep(orphans)  # looks again: they may have been published meanwhile
+        removed = await self._store.sweep(orphans)  # checks again: they may have been published meanwhile
         await self._until_done("release", self._release_everywhere, orphans)
-        await self._forget_everywhere(orphaned)  # requests planned before may have loaded them until now
-        logger.info("removed %d of %d blobs that nothing refers to", len(removed), len(orphans))
+        await self._forget_everywhere(orphaned)  # requests with earlier plans may have loaded them until now
+        logger.info("deleted %d of %d unreferenced blobs", len(removed), len(orphans))
 
     async def _until_done(
         self, what: str, step: Callable[[Sequence[str]], Awaitable[bool]], digests: Sequence[str]
@@ -74,10 +74,10 @@ class Reclaimer:
             if await step(digests):
                 return
             await self._sleep(_ROUND_S)
-        logger.warning("%s: a replica still holds some of %d digests that are removed", what, len(digests))
+        logger.warning("%s: a replica still holds some of %d digests to remove", what, len(digests))
 
     async def _forget_everywhere(self, digests: Sequence[str]) -> bool:
-        """Return whether no Worker holds any of these. Without a Worker none does."""
+        """Return whether no Worker holds any of these weights. True if no Worker runs."""
         return await _all_true("forget", self._worker.broadcast_forget, digests, without_replica=True)
 
     async def _release_everywhere(self, digests: Sequence[str]) -> bool:
@@ -92,10 +92,10 @@ async def _all_true(what: str, broadcast: Broadcast, digests: Sequence[str], *, 
     except DeploymentUnavailableError as exc:
         if without_replica:
             return True  # scaled to zero, or all have died
-        logger.warning("%s is asked again: %s", what, exc)
+        logger.warning("%s: retrying: %s", what, exc)
         return False
     except TimeoutError as exc:
-        logger.warning("%s is asked again: %s", what, exc)
+        logger.warning("%s: retrying: %s", what, exc)
         return False
     for answer in answers:
         if isinstance(answer, Exception) and not isinstance(answer, RayActorError):

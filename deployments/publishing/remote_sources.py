@@ -1,4 +1,4 @@
-"""Adapters that lie in a bucket or a shared folder: which URIs may be read, and how they are."""
+"""Read adapters from a bucket or a shared folder: check the URI, and copy the files."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _CHUNK_BYTES = 1 << 20
 def folder_of_source(
     uri: str, prefixes: Sequence[str], work: Path, max_bytes: int, take: Callable[[int], object] = lambda _: None
 ) -> Path:
-    """The folder at `uri`: itself where it is on this machine, else a copy of its adapter's files below `work`.
+    """Return the folder at `uri`: itself if it is local, otherwise a copy of its adapter's files below `work`.
 
-    `take` is called with the bytes of its files before they are copied or read, and may wait.
+    `take` is called with the number of bytes before files are copied or read, and may wait.
     Raises: SourceRefused, SourceMissing, SourceUnavailable; AdapterRefused above `max_bytes`.
     """
     place, prefix = _allowed(uri, prefixes)
@@ -53,7 +53,7 @@ def _allowed(uri: str, prefixes: Sequence[str]) -> tuple[SourceUri, SourcePrefix
 def _local_folder(uri: str, prefix: Path, inner: Sequence[str]) -> Path:
     try:
         folder = prefix.joinpath(*inner).resolve()
-    except (OSError, RuntimeError) as exc:  # Python 3.11: RuntimeError for links in a loop
+    except (OSError, RuntimeError) as exc:  # Python 3.11 raises RuntimeError for a loop of links
         raise SourceMissing(uri) from exc
     if not folder.is_relative_to(prefix.resolve()):
         raise SourceRefused(uri, "leads out of its source prefix by a symbolic link")

@@ -93,7 +93,7 @@ def folder_of(
 
 
 def file_problems(names: Sequence[str]) -> Iterator[str]:
-    """What is wrong with the names of uploaded files: each must be a file's name and no path."""
+    """Return the problems of the names of uploaded files: each must be a plain file name without a path."""
     if not names:
         yield "it has no files"
     if len(names) > MAX_UPLOAD_FILES:
@@ -101,7 +101,7 @@ def file_problems(names: Sequence[str]) -> Iterator[str]:
         return
     for name in dict.fromkeys(names):
         if names.count(name) > 1:
-            yield f"the file {name[:100]!r} comes {names.count(name)} times"
+            yield f"the file {name[:100]!r} is given {names.count(name)} times"
         if not _is_plain(name):
             yield f"the file name {name[:100]!r} must be a plain name: no path, no control characters"
 

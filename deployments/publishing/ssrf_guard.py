@@ -1,4 +1,4 @@
-"""Where the host of a source may lead: no name may bring the server to itself or into its own network by surprise."""
+"""Check the addresses of a source's host, so that no name leads the server to itself or into its own network."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ logger = logging.getLogger(__name__)
 
 Address = IPv4Address | IPv6Address
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
-_TEREDO = ipaddress.ip_network("2001::/32")  # each names a server and a client behind it: none is a store
-_SITE_LOCAL = ipaddress.ip_network("fec0::/10")  # deprecated by RFC 3879; Python counts them among the private ones
-# Services of clouds that hand out credentials, at addresses that are neither link-local nor reserved.
+_TEREDO = ipaddress.ip_network("2001::/32")  # each address names a server and a client behind it, so it is not a store
+_SITE_LOCAL = ipaddress.ip_network("fec0::/10")  # deprecated by RFC 3879; Python counts them as private
+# Cloud metadata services, which return credentials, at addresses that are neither link-local nor reserved.
 _METADATA = frozenset(
     map(
         ipaddress.ip_address,
@@ -33,18 +33,18 @@ Resolve = Callable[[str, int], Sequence[str]]
 
 
 def resolve_by_system(host: str, port: int) -> Sequence[str]:
-    """The host's addresses. Raises: OSError."""
+    """Return the host's addresses. Raises: OSError."""
     return [str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
 
 
 def pin_public_address(uri: str, location: Location, resolve: Resolve = resolve_by_system) -> Location:
-    """The location, to be read as long as its host's addresses are what they are now.
+    """Return a location that can be read safely while its host has the addresses that it has now.
 
-    An address the prefix gives itself, or `localhost`, is what its operator wants. A name it gives may be private, but
-    neither loopback nor link-local, where clouds keep their metadata. Where it gives none, addresses must be public.
-
-    Over http the checked address takes the name's place, so that it cannot change in between. Over https pyarrow looks
-    the name up once more: whoever changes it meanwhile lacks its certificate, so nothing is asked or read there.
+    An IP address or `localhost` in the prefix is the operator's choice. A name in the prefix may have private
+    addresses, but neither loopback nor link-local ones, where clouds have their metadata services. A host that the
+    prefix does not name must have public addresses.
+    Over http the checked address replaces the name, so that it cannot change. Over https pyarrow resolves the name
+    again: an attacker who changes it meanwhile does not have its certificate, so no request is sent there.
     Raises: SourceRefused, SourceUnavailable.
     """
     endpoint = location.endpoint
@@ -53,10 +53,10 @@ def pin_public_address(uri: str, location: Location, resolve: Resolve = resolve_
     try:
         addresses = [ipaddress.ip_address(text.partition("%")[0]) for text in resolve(endpoint.host, endpoint.port)]
     except OSError as exc:
-        raise SourceUnavailable(uri, f"the address of {endpoint.host} is not to be had: {exc}") from exc
+        raise SourceUnavailable(uri, f"the address of {endpoint.host} cannot be resolved: {exc}") from exc
     for address in addresses:
         if not _is_allowed(_plain(address), private_too=endpoint.is_named):
-            logger.warning("the source %s leads to the address %s by the name %s", uri, address, endpoint.host)
+            logger.warning("the source %s leads to the address %s of the host %s", uri, address, endpoint.host)
             raise SourceRefused(uri, "leads to an address that this server does not read from")
     if not addresses:
         raise SourceUnavailable(uri, f"{endpoint.host} has no address")
@@ -80,7 +80,7 @@ def _is_allowed(address: Address, *, private_too: bool) -> bool:
 
 
 def _plain(address: Address) -> Address:
-    """An IPv4 address that is written as IPv6 is what it stands for."""
+    """Return the IPv4 address inside an IPv6 address if there is one, otherwise the address itself."""
     if isinstance(address, IPv4Address):
         return address
     if address in _NAT64:

@@ -1,4 +1,4 @@
-"""Validate staged adapters before they are committed: embed their samples, and probe that they change the base."""
+"""Validate staged adapters before the commit: embed their samples, and probe that they change the base model."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from lora_store import AdapterRecord, AdapterRef, AdapterRefused, Staged
 from retriever_svc.embedded import Embedded
 from retriever_svc.encoder import tokens_read
 
-VALIDATED_TOGETHER = 32  # adapters embedded by one call and probed at once
-_BATCHES_AT_ONCE = 2  # two replicas of a deployment have work then, and one embeds while the other probes
+VALIDATED_TOGETHER = 32  # adapters per call of the encoder and per probe
+_BATCHES_AT_ONCE = 2  # so two replicas of a deployment have work, and embedding and probing overlap
 Charge = Callable[[int], None]
 """Charge the publishing key for tokens that the encoder is about to read. Raises: RateLimited, RequestInvalid."""
 
@@ -35,7 +35,7 @@ Outcome = ValidatedAdapter | AdapterRecord | BaseException  # new and good, live
 
 
 class AdapterValidator:
-    """Embeds by the Retriever and probes on a Worker, both at the same time."""
+    """Embeds with the Retriever and probes on a Worker, both at the same time."""
 
     def __init__(self, retriever: RetrieverClient, worker: WorkerClient) -> None:
         self._retriever, self._worker = retriever, worker
@@ -87,7 +87,7 @@ class AdapterValidator:
         return await self._retriever.embed(samples, tenants)
 
     async def _probe(self, batch: Sequence[Staged]) -> list[float | Exception]:
-        """Return each shift or error. If the whole call fails, its error is that of each adapter."""
+        """Return each shift or error. If the whole call fails, its error applies to each adapter."""
         try:
             return await self._worker.probe_many([staged.weights_digest for staged in batch])
         except Exception as exc:

@@ -1,4 +1,4 @@
-"""Which worker replica answers a request: one that holds its adapters already, unless too many wait there."""
+"""Choose the worker replica for a request: one that already holds its adapters, unless its queue is too long."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from ray.serve.request_router import (
 
 from gpu_worker.request.request import Job
 
-RESIDENT = "resident"  # the key of that in a replica's routing stats
-_EXPECTED_S = 3.0  # until what was sent shows in the stats: their period, and the way through the controller
-_LONGEST_QUEUE = (1.25, 2)  # times the mean, plus: beyond it a replica's adapters draw nothing
-_NUM_HOMES = 2  # replicas that may load what is seen nowhere; more would load it everywhere, one could be overrun
+RESIDENT = "resident"  # key in a replica's routing stats
+_EXPECTED_S = 3.0  # until sent requests appear in the stats: their period plus the delay of the controller
+_LONGEST_QUEUE = (1.25, 2)  # factor of the mean and addend; replicas with longer queues are ranked last
+_NUM_HOMES = 2  # replicas for adapters that none holds; more would load them everywhere, one could be overloaded
 
 
 def short_digest(weights_digest: str) -> str:
-    """48 bits: thousands of them travel every second, and a collision costs one load."""
+    """Return 48 bits of the digest: thousands are sent every second, and a collision costs only one load."""
     return weights_digest[:12]
 
 
 class AdapterAffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray has no types
-    """Ranks replicas by how many of the plan's adapters they hold, and takes the shortest queue within a rank.
+    """Ranks replicas by how many of the plan's adapters they hold; the shortest queue wins within a rank.
 
-    Held is what a replica said it holds or will load for requests that wait there, and what was sent to it since.
-    What no replica holds goes to one of two homes, the same for every router: they follow from the first adapter's
-    digest and the replicas' ids. A replica whose queue is long beside the others' comes last, whatever it holds.
-    Calls without a Job go to the shortest queue.
+    A replica holds the adapters that it reports as resident or expected by its waiting requests, and those of requests
+    sent to it since. Adapters that no replica holds have two home replicas, the same for every router, computed from
+    the first adapter's digest and the replicas' ids. Replicas with a much longer queue than the others rank last. Calls
+    without a Job go to the shortest queue.
     """
 
     def initialize_state(self) -> None:
-        """Serve calls it once, before any replica is known."""
+        """Set up the state. Serve calls this once, before any replica is known."""
         self._resident: dict[ReplicaID, frozenset[str]] = {}
-        self._expected: dict[ReplicaID, dict[str, float]] = {}  # digest -> until when, the soonest first
+        self._expected: dict[ReplicaID, dict[str, float]] = {}  # digest -> expiry time, the earliest first
 
     def update_replicas(self, replicas: Sequence[RunningReplica]) -> None:
         super().update_replicas(replicas)
@@ -51,11 +51,11 @@ class AdapterAffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray has no 
     async def choose_replicas(
         self, candidate_replicas: Sequence[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """Ranks, best first. Of equal queues in a rank the first replica is taken, so their order is random."""
+        """Return the ranks, best first. Among equal queues Ray takes the first replica, so their order is random."""
         replicas = random.sample(candidate_replicas, len(candidate_replicas))
         wanted: list[str] = []
         if pending_request is not None:
-            pending_request.routing_context.should_backoff = True  # else Ray tries again without a pause
+            pending_request.routing_context.should_backoff = True  # otherwise Ray retries without a pause
             wanted = _wanted(pending_request.args)
         return self._ranks(replicas, wanted) if wanted else [replicas]
 
@@ -68,8 +68,8 @@ class AdapterAffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray has no 
         for digest in _overdue(expected, now):
             del expected[digest]
 
-    # Ray 2.60 finds the call that a replica was found for by an id that all calls of one HTTP request share: of several
-    # under way at once only one would ever be sent. Here each is found by its own metadata.
+    # Ray 2.60 matches a chosen replica to its call by an id that all calls of one HTTP request share, so of several
+    # concurrent calls only one would be sent. Here each call is identified by its own metadata.
 
     def _add_pending_request_to_indices(self, pending_request: PendingRequest) -> None:
         self._pending_requests_by_id.setdefault(id(pending_request.metadata), pending_request)
@@ -103,13 +103,13 @@ class AdapterAffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray has no 
 
 
 def _wanted(args: Sequence[object]) -> list[str]:
-    """Short digests of the adapters that the call's Job names, the best one first; none of other calls."""
+    """Return short digests of the adapters in the call's Job, best first; nothing for other calls."""
     job = args[0] if args else None
     return [short_digest(adapter.weights_digest) for adapter in job.plan.adapters] if isinstance(job, Job) else []
 
 
 def _overdue(expected: dict[str, float], now: float) -> list[str]:
-    """The entries whose time is over: all of them stand before the others."""
+    """Return the expired entries, which are the first ones."""
     overdue = []
     for digest, until in expected.items():
         if until > now:
@@ -119,5 +119,5 @@ def _overdue(expected: dict[str, float], now: float) -> list[str]:
 
 
 def _home_score(digest: str, replica_id: ReplicaID) -> bytes:
-    """Rendezvous hashing: a replica that comes or goes moves only the adapters that are its own."""
+    """Return the rendezvous hash: a new or removed replica moves only its own adapters."""
     return hashlib.blake2b(f"{digest} {replica_id.unique_id}".encode(), digest_size=8).digest()

@@ -1,4 +1,4 @@
-"""How many workers the load asks for. Ray pickles this module into Serve's controller: it imports nothing heavy."""
+"""Compute the number of workers for the load. Ray pickles this module into Serve's controller: keep imports small."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ONGOING, WAITING_TOKENS = "ongoing_requests", "waiting_tokens"  # keys of a work
 
 
 class WorkerScaling:
-    """A policy of Serve's autoscaler: the larger of what requests and what waiting tokens ask for.
+    """A policy of Serve's autoscaler: the larger of two numbers, by requests and by waiting tokens.
 
     replicas = max((in the engines + queued before them) / target_ongoing_requests, waiting tokens /
     target_waiting_tokens), each a mean over the look-back time. Serve rounds up, and applies delays and bounds.
@@ -20,9 +20,9 @@ class WorkerScaling:
         self._target_waiting_tokens = target_waiting_tokens
 
     def __call__(self, context: AutoscalingContext) -> tuple[float, JsonObject]:
-        """(replicas wanted, no state)."""
+        """Return (number of replicas, no state)."""
         if context.current_num_replicas == 0:
-            return context.target_num_replicas, {}  # a start from zero is Serve's own: any queued request asks for it
+            return context.target_num_replicas, {}  # Serve itself starts from zero for any queued request
         stats = context.aggregated_metrics or {}
         ongoing = sum(stats.get(ONGOING, {}).values()) + context.total_queued_requests
         tokens = sum(stats.get(WAITING_TOKENS, {}).values())

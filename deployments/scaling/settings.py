@@ -1,4 +1,4 @@
-"""Placement and scaling of one deployment, as the configuration says it and as Serve takes it."""
+"""Placement and scaling of one deployment: the settings, and the options that Serve takes."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from deployments.json_types import JsonObject
 
 
 class ScalingSettings(BaseModel):
-    """How one deployment is placed, and between which numbers of replicas Serve scales it.
+    """Placement of one deployment, and the range of its number of replicas.
 
-    CPUs are logical: they place replicas, they do not bind cores. A pool of machines is chosen by `num_gpus`, or by a
-    custom resource that only its nodes have. Equal bounds are a fixed number of replicas.
+    CPUs are logical: they place replicas and do not bind cores. Choose a group of machines by `num_gpus`, or by a
+    custom resource that only these nodes have. Equal bounds give a fixed number of replicas.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     min_replicas: int = Field(default=1, ge=0)  # 0: workers only
     max_replicas: int = Field(default=1, ge=1)
-    # How many run first, and again when settings change under load: Serve 2.60 does not keep what runs where this is
-    # set. None: the least, and of what may scale to zero one, so that a model that cannot be loaded is seen at once.
+    # The number at the start, and again when settings change: Serve 2.60 drops the current number if this is set.
+    # None: the minimum, but one if the minimum is zero, so that a model that cannot be loaded is noticed at once.
     initial_replicas: int | None = Field(default=None, ge=0)
     num_cpus: float = Field(default=0.2, ge=0)
     num_gpus: float = Field(default=0, ge=0)
-    resources: dict[str, float] = {}  # of each replica, by name
+    resources: dict[str, float] = {}  # per replica, by name
     max_ongoing_requests: int = Field(default=64, ge=1)
-    max_queued_requests: int = Field(default=1024, ge=-1)  # of one caller, when no replica takes more; -1: no bound
+    max_queued_requests: int = Field(default=1024, ge=-1)  # per caller, if all replicas are full; -1: no limit
     target_ongoing_requests: float = Field(default=32, gt=0)
-    upscale_delay_s: float = Field(default=10, ge=0)  # how long more replicas are wanted before they start
-    downscale_delay_s: float = Field(default=300, ge=0)  # the same for fewer: a warm bank goes with its worker
-    look_back_s: float = Field(default=15, gt=0)  # load is its mean over this time
-    metrics_interval_s: float = Field(default=5, gt=0)  # how old the news of it is at most
-    health_check_period_s: float = Field(default=10, gt=0)  # how late Serve sees that a replica died, and replaces it
-    graceful_shutdown_timeout_s: float = Field(default=600, gt=0)  # a replica that goes ends its streams first
+    upscale_delay_s: float = Field(default=10, ge=0)  # how long the load must ask for more replicas
+    downscale_delay_s: float = Field(default=300, ge=0)  # the same for fewer; each removed worker loses a warm bank
+    look_back_s: float = Field(default=15, gt=0)  # the load is a mean over this time
+    metrics_interval_s: float = Field(default=5, gt=0)  # maximum age of a load report
+    health_check_period_s: float = Field(default=10, gt=0)  # maximum delay before Serve replaces a dead replica
+    graceful_shutdown_timeout_s: float = Field(default=600, gt=0)  # time for a removed replica to end its streams
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -51,11 +51,13 @@ class ScalingSettings(BaseModel):
     def _named_like_resources(cls, resources: dict[str, float]) -> dict[str, float]:
         for name, amount in resources.items():
             if name in ("CPU", "GPU", "memory") or amount <= 0:
-                raise ValueError(f"{name!r}: {amount} is no custom resource; CPUs and GPUs are num_cpus and num_gpus")
+                raise ValueError(
+                    f"{name!r}: {amount} is not a custom resource; set CPUs and GPUs by num_cpus and num_gpus"
+                )
         return resources
 
     def options(self, policy: JsonObject | None = None) -> JsonObject:
-        """The keywords of `Deployment.options`. `policy`: of the autoscaler; None: by ongoing requests."""
+        """Return the keywords of `Deployment.options`. `policy`: of the autoscaler; None: by ongoing requests."""
         options: JsonObject = {
             "max_ongoing_requests": self.max_ongoing_requests,
             "max_queued_requests": self.max_queued_requests,

@@ -40,7 +40,7 @@ _ERRORS: tuple[tuple[type[Exception], bool, str], ...] = (
     (BackPressureError, True, "the adapter store is overloaded"),
     (DeploymentUnavailableError, True, "the adapter store is not running"),
     (RayActorError, True, "the adapter store's replica has died"),
-    (ObjectLostError, True, "they were lost in transit"),  # they die with the replica that put them there
+    (ObjectLostError, True, "they were lost in transit"),  # the object dies with the replica that created it
     (RayError, True, "the call to the adapter store failed"),
 )
 
@@ -123,9 +123,9 @@ class WeightsFetcher:
                 is_last = num_tries == self._policy.max_tries or self._clock() + wait_s >= deadline
                 may_help, message = _judge(exc)
                 if is_last or not may_help:
-                    logger.warning("gave up on the weights %s at try %d", digest, num_tries, exc_info=exc)
+                    logger.warning("gave up loading the weights %s after attempt %d", digest, num_tries, exc_info=exc)
                     raise AdapterLoadFailed(f"the weights {digest[:12]} could not be loaded: {message}") from exc
-                logger.info("try %d for the weights %s failed: %s", num_tries, digest, message)
+                logger.info("attempt %d to load the weights %s failed: %s", num_tries, digest, message)
             await self._sleep(wait_s)
 
     async def _fetch_once(self, digest: str) -> AdapterWeights:

@@ -1,4 +1,4 @@
-"""Buffers in Ray's object store, handed out as references."""
+"""Cache buffers in Ray's object store and return references to them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ Ref = TypeVar("Ref")
 
 
 class ObjectCache(Generic[Ref]):
-    """References to loaded buffers, the least recently used dropped above `budget_bytes`; one load a digest at a time.
+    """References to loaded buffers within `budget_bytes`; the least recently used are dropped. One load per digest.
 
-    Used from one event loop; `load` and `put` run on a thread. A buffer larger than the budget is handed out unkept.
+    Use it on one event loop; `load` and `put` run on a thread. A buffer larger than the budget is returned but not
+    kept.
     """
 
     def __init__(self, load: Callable[[str], bytes], put: Callable[[Buffer], Ref], budget_bytes: int) -> None:
@@ -31,15 +32,15 @@ class ObjectCache(Generic[Ref]):
         return self._kept.total
 
     async def get(self, digest: str) -> Ref:
-        """The reference, kept or new. Raises: what `load` raises; the next call tries again."""
+        """Return the reference. Raises: the error of `load`; the next call tries again."""
         if (kept := self._kept.get(digest)) is not None:
             return kept[0]
         if digest not in self._loading:
             self._loading[digest] = asyncio.create_task(self._fill(digest))
-        return await asyncio.shield(self._loading[digest])  # a caller that leaves does not end the others' load
+        return await asyncio.shield(self._loading[digest])  # shared: a caller that leaves must not cancel it
 
     def release(self, digests: Iterable[str]) -> None:
-        """Keep nothing of these, also not what is being loaded now."""
+        """Drop these references, also those of loads in progress."""
         for digest in digests:
             self._kept.pop(digest)
             self._loading.pop(digest, None)

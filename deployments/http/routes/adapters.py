@@ -76,7 +76,7 @@ _FORM = {
     },
 }
 _ONE, _MANY = AdapterSource.model_json_schema(), PublishBatch.model_json_schema()
-_MANY["properties"]["adapters"]["items"] = _ONE  # in place of a reference, which would lead out of the document
+_MANY["properties"]["adapters"]["items"] = _ONE  # instead of a reference, which would leave the document
 _JSON = {"anyOf": [_ONE, {name: value for name, value in _MANY.items() if name != "$defs"}]}
 _BODY = {"multipart/form-data": {"schema": _FORM}, "application/json": {"schema": _JSON}}
 
@@ -213,7 +213,7 @@ async def _publish_one(services: Services, caller: Caller, http: Request, item: 
 
 
 def _parse(data: object) -> AdapterSource | PublishBatch:
-    """Raises: RequestInvalid."""
+    """Parse a publish request of one item or a batch. Raises: RequestInvalid."""
     try:
         if isinstance(data, dict) and "adapters" in data:
             return PublishBatch.model_validate(data)

@@ -18,7 +18,7 @@ from deployments.observability.request_metrics import RequestContext
 from retriever_svc.encoder import tokens_read
 
 router = APIRouter(route_class=AnsweringRoute)
-_STREAM_HEADERS = {"X-Accel-Buffering": "no"}  # nginx would collect events before it passes them on
+_STREAM_HEADERS = {"X-Accel-Buffering": "no"}  # nginx would buffer events
 
 
 @router.post("/v1/chat/completions", response_model=None, responses=CHAT_ANSWERS)

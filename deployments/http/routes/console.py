@@ -23,7 +23,7 @@ _POLICY = (
     "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
 )
 _HEADERS = {
-    "Cache-Control": "no-cache",  # kept, and asked about each time: a new release is seen at once
+    "Cache-Control": "no-cache",  # cached and revalidated each time, so that a new release appears at once
     "Content-Security-Policy": _POLICY,
     "Cross-Origin-Opener-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
@@ -36,7 +36,7 @@ router = APIRouter(route_class=AnsweringRoute, include_in_schema=False)
 
 @dataclass(frozen=True, slots=True)
 class ConsoleFile:
-    """A file of the console, as it is sent. The ETag is the digest of its content: it is the same on every replica."""
+    """A file of the console. The ETag is the digest of its content, so it is the same on every replica."""
 
     content: bytes
     media_type: str

@@ -59,7 +59,7 @@ async def model(model: str, services: AnyServices, caller: AnyCaller) -> ModelCa
         return special_card(model, base)
     try:
         _, versions = await services.retriever.record(caller.tenant, name)
-    except AdapterNotFound as exc:  # a RayTaskError of it is one, too
+    except AdapterNotFound as exc:  # also matches the RayTaskError of it
         raise ModelNotFound(model, exc.hint) from exc
     return card_of(model, base, versions[0], caller.tenant)
 

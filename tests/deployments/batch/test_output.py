@@ -53,15 +53,15 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
 def test_another_input_is_refused(tmp_path: Path) -> None:
     output = BatchOutput(str(tmp_path))
     output.begin(manifest())
-    with pytest.raises(BatchRefused, match=r"input is not the one .*: in.parquet was 'abc', is 'abd'"):
+    with pytest.raises(BatchRefused, match=r"input differs from that of the run .*: in.parquet was 'abc', is 'abd'"):
         output.begin(manifest().model_copy(update={"input": {"in.parquet": "abd"}}))
 
 
 def test_a_folder_that_holds_something_else_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("mine")
-    with pytest.raises(BatchRefused, match="holds something"):
+    with pytest.raises(BatchRefused, match="no resumable run"):
         BatchOutput(str(tmp_path)).begin(manifest())
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
     (tmp_path / "_manifest.json").write_text('{"version": 2}')
-    with pytest.raises(BatchRefused, match="no manifest of this version"):
+    with pytest.raises(BatchRefused, match="not a manifest of this version"):
         BatchOutput(str(tmp_path)).begin(manifest())
