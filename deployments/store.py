@@ -27,7 +27,6 @@ from lora_store import (
     Key,
     LoraStore,
     Precondition,
-    Sample,
     Staged,
     TenantQuota,
     Visibility,
@@ -171,10 +170,6 @@ class StoreDeployment:
         while (check := await asyncio.to_thread(next, checks, None)) is not None:
             done += 1
             yield Verified(done, total, check)
-
-    async def samples(self, digests: Sequence[str]) -> list[tuple[Sample, ...]]:
-        """Return the samples of each digest, in order. Raises: AdapterNotFound, BlobCorrupted, StoreUnavailable."""
-        return await asyncio.to_thread(lambda: [self._store.samples(digest) for digest in digests])
 
     async def fetch(self, digest: str) -> list[Awaitable[Buffer]]:
         """Return a reference to the verified canonical bytes in Ray's object store, which this replica owns.

@@ -13,11 +13,11 @@ from deployments.http.error_responses import install_error_handlers
 from deployments.http.middleware import BearerAuth, ConcurrencyLimit, RequestContextMiddleware, SafeHeaders
 from deployments.http.openapi import Api
 from deployments.http.origins import HostGuard
-from deployments.http.routes import adapters, completions, console, health, maintenance, models, pool_map, stats, vllm
+from deployments.http.routes import adapters, completions, console, maintenance, models, pool_map, status, vllm
 
 # Serve traces every call already: FastAPI's own spans would duplicate its spans.
 _TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
-_ROUTES = (completions, models, adapters, vllm, maintenance, pool_map, stats, health, console)
+_ROUTES = (completions, models, adapters, vllm, maintenance, pool_map, status, console)
 
 
 def build_api(services: Services) -> Api:

@@ -224,16 +224,6 @@ def test_no_weights_are_kept_where_there_is_no_budget(tmp_path: Path) -> None:
     run(check())
 
 
-def test_samples_come_in_the_order_asked(stores: Stores) -> None:
-    async def check() -> None:
-        [staged] = await stores.publish(PublishItem(stores.adapter()))
-        digest = staged.record.samples_digest
-        assert digest is not None
-        assert await stores.deployment.samples([digest, digest]) == [staged.samples] * 2
-
-    run(check())
-
-
 def test_verify_reads_every_blob_again(stores: Stores) -> None:
     async def check() -> None:
         [staged] = await stores.publish(PublishItem(stores.adapter()))

@@ -1,13 +1,13 @@
-"""`/health` and `/ready`, for probes. They need no key."""
+"""`/health`, `/ready` and `/v1/stats`: whether the server runs, whether it is ready, and its numbers."""
 
 from __future__ import annotations
 
 from fastapi import APIRouter
 
-from deployments.api.pool_responses import Health, Ready
+from deployments.api.pool_responses import Health, Ready, Stats
 from deployments.http.bodies import AnsweringRoute
-from deployments.http.dependencies import AnyServices
-from deployments.http.openapi import HEALTH_ANSWERS, READY_ANSWERS
+from deployments.http.dependencies import AnyCaller, AnyServices
+from deployments.http.openapi import HEALTH_ANSWERS, READY_ANSWERS, STATS_ANSWERS
 
 router = APIRouter(route_class=AnsweringRoute)
 
@@ -26,3 +26,9 @@ async def ready(services: AnyServices) -> Ready:
     the answer is the status alone.
     """
     return await services.readiness.public()
+
+
+@router.get("/v1/stats", response_model=None, responses=STATS_ANSWERS)
+async def stats(services: AnyServices, caller: AnyCaller) -> Stats:
+    """Return the usage of the caller's tenant, the pool as it sees it, and, for an admin, the load of all workers."""
+    return await services.stats.read(caller.tenant, sees_all="admin" in caller.roles)
