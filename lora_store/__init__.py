@@ -26,7 +26,7 @@ from lora_store.peft_config import PeftConfig
 from lora_store.peft_files import PeftFolder, read_peft_folder, write_peft_folder
 from lora_store.plan import BASE_PLAN, MAX_PLAN_ADAPTERS, STRATEGIES, Plan, PlannedAdapter, Strategy
 from lora_store.quota import TenantQuota
-from lora_store.records import VISIBILITIES, AdapterRecord, Embedding, Visibility
+from lora_store.records import VISIBILITIES, AdapterRecord, Embedding, OutputProfile, Visibility
 from lora_store.rules import Precondition
 from lora_store.snapshot import KEPT_VERSIONS, ActiveEncoder, Key, Snapshot
 from lora_store.staging import Staged
@@ -70,6 +70,7 @@ __all__ = [
     "LoraStore",
     "LoraStoreError",
     "ModuleWeights",
+    "OutputProfile",
     "PeftConfig",
     "PeftFolder",
     "Plan",

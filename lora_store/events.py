@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from lora_store.adapter import AdapterRef
-from lora_store.records import AdapterRecord, Embedding, Visibility
+from lora_store.records import AdapterRecord, Embedding, OutputProfile, Visibility
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +130,8 @@ SCHEMA = pa.schema(
         pa.field("commit_id", pa.string()),  # null in rows that are older than this column
         pa.field("published_in", pa.int64()),  # rows of a fold: the original generation
         pa.field("approved", pa.bool_()),  # rows of a fold
+        pa.field("output_labels", pa.list_(pa.string())),  # null without a profile of the outputs
+        pa.field("output_vector", pa.binary()),  # int8
     ]
 )
 _FOLD, _LIVE, _OLDER, _PENDING, _COMMIT = "fold", "keep_live", "keep_older", "keep_pending", "keep_commit"
@@ -140,7 +142,7 @@ _COLUMNS = (
     *("weights_digest", "samples_digest", "visibility", "tags", "base_model", "ranks", "target_modules", "num_bytes"),
     *("num_samples", "template", "probe_shift", "source", "actor", "created_at"),
 )
-_LISTS = ("tags", "ranks", "target_modules")
+_LISTS = ("tags", "ranks", "target_modules", "output_labels")
 _REPEATED = ("event", "tenant", "visibility", "base_model", "template", "encoder", "actor", "created_at", "commit_id")
 _ROWS_AT_ONCE = 10_000
 
@@ -252,7 +254,8 @@ def _row_of(event: Event) -> dict[str, Any]:
 def _event_of(row: dict[str, Any], vector: NDArray[np.float32] | None, own_scores: NDArray[np.float32] | None) -> Event:
     embedding = None
     if vector is not None:
-        embedding = Embedding(row["encoder"], vector, np.empty(0, np.float32) if own_scores is None else own_scores)
+        own_scores = np.empty(0, np.float32) if own_scores is None else own_scores
+        embedding = Embedding(row["encoder"], vector, own_scores, _outputs_of(row))
     match row["event"]:
         case "publish":
             return Publish(_record_of(row, embedding, row["generation"]))
@@ -294,7 +297,23 @@ def _ref_of(row: dict[str, Any]) -> AdapterRef:
 def _embedding_row(embedding: Embedding | None) -> dict[str, Any]:
     if embedding is None:
         return {}
-    return {"encoder": embedding.encoder, "embedding": embedding.vector, "own_scores": embedding.own_scores}
+    row: dict[str, Any] = {
+        "encoder": embedding.encoder,
+        "embedding": embedding.vector,
+        "own_scores": embedding.own_scores,
+    }
+    if embedding.outputs is not None:
+        vector = embedding.outputs.vector
+        row["output_labels"] = embedding.outputs.labels
+        row["output_vector"] = None if vector is None else vector.tobytes()
+    return row
+
+
+def _outputs_of(row: Mapping[str, Any]) -> OutputProfile | None:
+    labels, vector = row["output_labels"], row["output_vector"]
+    if labels is None:
+        return None
+    return OutputProfile(labels, None if vector is None else np.frombuffer(vector, np.int8))
 
 
 def _arrays_of(column: pa.ChunkedArray) -> list[NDArray[np.float32] | None]:

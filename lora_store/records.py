@@ -16,6 +16,17 @@ VISIBILITIES: tuple[str, ...] = get_args(Visibility)
 
 
 @dataclass(frozen=True, slots=True)
+class OutputProfile:
+    """What an adapter's sample outputs have in common: a small label set, or else their mean vector. D dimensions.
+
+    The vector is stored as bytes, since its direction is only compared with a threshold.
+    """
+
+    labels: tuple[str, ...] = ()  # distinct, sorted; empty for free text
+    vector: NDArray[np.int8] | None = field(default=None, compare=False, repr=False)  # (D,); None for labels
+
+
+@dataclass(frozen=True, slots=True)
 class Embedding:
     """An adapter's vector in one encoder's space. Dims: D dimensions, S samples (0 for fewer than two).
 
@@ -25,6 +36,7 @@ class Embedding:
     encoder: str  # the encoder's identity
     vector: NDArray[np.float32] = field(compare=False, repr=False)  # (D,), length 1
     own_scores: NDArray[np.float32] = field(compare=False, repr=False)  # (S,) cosine of each sample to the others' mean
+    outputs: OutputProfile | None = field(default=None, compare=False, repr=False)  # None for too few outputs
 
 
 @dataclass(frozen=True, slots=True)

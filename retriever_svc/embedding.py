@@ -9,6 +9,7 @@ from lora_store.records import Embedding
 from retriever_svc.bulk import BulkEncoding
 from retriever_svc.calibration import leave_one_out_scores
 from retriever_svc.encoder import Encoder, unit_rows
+from retriever_svc.output_profile import profile_of, texts_to_encode
 
 
 def embed_groups(
@@ -26,12 +27,19 @@ def embed_groups(
 def encoding_of(
     encoder: Encoder, groups: Sequence[Sequence[Sample]], tenants: Sequence[str] | None = None
 ) -> BulkEncoding:
-    """Return a chunk-by-chunk encoding of the samples of all groups, in order; `tenants` as in `embed_groups`."""
-    texts = [sample.input for samples in groups for sample in samples]
+    """Return a chunk-by-chunk encoding of the samples of all groups, in order; `tenants` as in `embed_groups`.
+
+    Of each group: first the inputs, then those outputs that its profile needs.
+    """
+    texts = [_texts_of(samples) for samples in groups]
     owners = None
     if tenants is not None:
-        owners = [tenant for tenant, samples in zip(tenants, groups, strict=True) for _ in samples]
-    return BulkEncoding(encoder, texts, owners)
+        owners = [tenant for tenant, own in zip(tenants, texts, strict=True) for _ in own]
+    return BulkEncoding(encoder, [text for own in texts for text in own], owners)
+
+
+def _texts_of(samples: Sequence[Sample]) -> list[str]:
+    return [sample.input for sample in samples] + texts_to_encode(samples)
 
 
 def embeddings_of(encoding: BulkEncoding, groups: Sequence[Sequence[Sample]]) -> list[Embedding | None]:
@@ -45,8 +53,12 @@ def embeddings_of(encoding: BulkEncoding, groups: Sequence[Sequence[Sample]]) ->
     embeddings: list[Embedding | None] = []
     start = 0
     for samples in groups:
-        own = rows[start : start + len(samples)]
-        start += len(samples)
-        vector = unit_rows(own.mean(axis=0)) if samples else None
-        embeddings.append(None if vector is None else Embedding(encoding.identity, vector, leave_one_out_scores(own)))
+        middle, end = start + len(samples), start + len(_texts_of(samples))
+        own, outputs = rows[start:middle], rows[middle:end]
+        start = end
+        if not samples:
+            embeddings.append(None)
+            continue
+        vector, scores = unit_rows(own.mean(axis=0)), leave_one_out_scores(own)
+        embeddings.append(Embedding(encoding.identity, vector, scores, profile_of(samples, outputs)))
     return embeddings

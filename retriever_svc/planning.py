@@ -11,7 +11,9 @@ from lora_store.plan import Plan, PlannedAdapter, Strategy
 from lora_store.records import AdapterRecord
 from lora_store.snapshot import Snapshot
 from retriever_svc.errors import PlanGone
+from retriever_svc.evidence_weights import CLOSE_SCORES, limited_weights
 from retriever_svc.index import Match
+from retriever_svc.output_profile import functions_agree
 from retriever_svc.route import PinnedAdapter, RouteRequest, Weighting
 
 _MIN_DIGEST_CHARS = 8
@@ -20,7 +22,7 @@ _MIN_DIGEST_CHARS = 8
 def routed_plan(request: RouteRequest, matches: Sequence[Match], generation: int, temperature: float) -> Plan:
     """Return the plan of the best match (`selection`) or of all of them. `matches`: at least one, best first."""
     planned = matches[:1] if request.strategy == "selection" else matches
-    weights = _weights([match.score for match in planned], request.weighting, temperature)
+    weights = _weights(planned, request.weighting, temperature)
     rows = tuple(
         PlannedAdapter(match.record.ref, match.record.weights_digest, weight, match.score)
         for match, weight in zip(planned, weights, strict=True)
@@ -118,12 +120,28 @@ def resolve_version(snapshot: Snapshot, tenant: str, wanted: str, *, owner_names
     raise AdapterNotFound(wanted)
 
 
-def _weights(scores: Sequence[float], weighting: Weighting, temperature: float) -> list[float]:
-    """Return the weights for scores s, best first: `uniform` 1/n, `softmax` w_i = exp(s_i / T) / Σ_j exp(s_j / T)."""
+def _weights(matches: Sequence[Match], weighting: Weighting, temperature: float) -> list[float]:
+    """Return the weights for matches with scores s, best first. They sum to 1.
+
+    `uniform`: 1/n. `softmax`: w_i = exp(s_i / T) / Σ_j exp(s_j / T). `evidence`: the same, with the companions of the
+    best adapter limited as in `limited_weights`, unless they score close to it and their sample outputs show the same
+    function.
+    """
     if weighting == "uniform":
-        return [1 / len(scores)] * len(scores)
-    parts = [math.exp((score - scores[0]) / temperature) for score in scores]
-    return [part / sum(parts) for part in parts]
+        return [1 / len(matches)] * len(matches)
+    best = matches[0]
+    parts = [math.exp((match.score - best.score) / temperature) for match in matches]
+    weights = [part / sum(parts) for part in parts]
+    if weighting == "softmax":
+        return weights
+    return limited_weights(weights, [_shares_lead(match, best) for match in matches])
+
+
+def _shares_lead(match: Match, best: Match) -> bool:
+    first, other = best.record.embedding, match.record.embedding
+    if first is None or other is None or best.score - match.score > CLOSE_SCORES:
+        return False
+    return functions_agree(first.outputs, other.outputs)
 
 
 def _common_template(records: Sequence[AdapterRecord]) -> str | None:

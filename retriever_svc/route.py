@@ -11,7 +11,7 @@ from lora_store.plan import MAX_PLAN_ADAPTERS, Plan
 from retriever_svc.errors import RouteInvalid
 
 RoutedStrategy = Literal["selection", "mixture", "fusion"]
-Weighting = Literal["uniform", "softmax"]
+Weighting = Literal["evidence", "uniform", "softmax"]
 Fallback = Literal["base", "error"]
 
 
@@ -27,7 +27,7 @@ class RouteRequest:
     tenant: str = LOCAL_TENANT
     strategy: RoutedStrategy = "mixture"
     top_k: int = 3
-    weighting: Weighting = "uniform"
+    weighting: Weighting = "evidence"
     min_score: float | None = None
     fallback: Fallback = "base"
     tags: tuple[str, ...] = ()

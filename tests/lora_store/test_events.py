@@ -1,9 +1,23 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
 import pytest
 
-from lora_store import ActivateEncoder, AdapterRef, Approve, Embed, Event, Publish, SetVisibility, Withdraw
-from lora_store.events import Fold, Keep, VisibleChange, dated_events_of, fold_table_of, table_of
+from lora_store import (
+    ActivateEncoder,
+    AdapterRef,
+    Approve,
+    Embed,
+    Event,
+    OutputProfile,
+    Publish,
+    SetVisibility,
+    Withdraw,
+)
+from lora_store.events import SCHEMA, Fold, Keep, VisibleChange, dated_events_of, fold_table_of, table_of
 from tests.lora_store.builders import NOON, MakeRecord, embedding
 
 REF = AdapterRef("local", "poet", "d" * 64)
@@ -25,6 +39,31 @@ def test_an_event_is_read_as_it_was_written(event: Event) -> None:
     assert (generation, read) == (7, event)
     if isinstance(event, Embed) and isinstance(read, Embed):
         assert read.embedding.vector.tolist() == event.embedding.vector.tolist()
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [None, OutputProfile(("no", "yes")), OutputProfile((), np.array([-127, 0, 42], np.int8))],
+    ids=["none", "labels", "vector"],
+)
+def test_a_profile_of_outputs_is_read_as_it_was_written(make_record: MakeRecord, outputs: OutputProfile | None) -> None:
+    own = replace(embedding(), outputs=outputs)
+    events = [Publish(make_record(embedding=own)), Embed(REF, own), Keep(make_record(embedding=own), is_live=True)]
+    for _, read in dated_events_of(table_of(events, 7), after=0):
+        assert isinstance(read, Publish | Embed | Keep)
+        found = read.embedding if isinstance(read, Embed) else read.record.embedding
+        assert found is not None and found.outputs == outputs
+        if outputs is not None and outputs.vector is not None:
+            assert found.outputs is not None and found.outputs.vector is not None
+            assert found.outputs.vector.tolist() == [-127, 0, 42]
+
+
+def test_rows_without_the_columns_of_outputs_have_no_profile() -> None:
+    rows = table_of([Embed(REF, embedding())], 7)
+    older = rows.drop_columns(["output_labels", "output_vector"])
+    padded = pa.concat_tables([SCHEMA.empty_table(), older], promote_options="default")
+    [(_, read)] = dated_events_of(padded, after=0)
+    assert isinstance(read, Embed) and read.embedding.outputs is None
 
 
 def test_a_publish_gets_the_generation_of_its_commit(make_record: MakeRecord) -> None:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from lora_store.adapter import Sample
+from lora_store.records import OutputProfile
 from retriever_svc import embed_groups
 from retriever_svc.calibration import leave_one_out_scores
 from tests.retriever_svc.pool_fakes import FAKE_IDENTITY, FakeEncoder
@@ -12,7 +13,7 @@ TABLE = {"x": (1.0, 0.0), "y": (0.0, 1.0), "z": (0.6, 0.8)}
 
 
 def samples(*texts: str) -> list[Sample]:
-    return [Sample(text, "an answer that does not count") for text in texts]
+    return [Sample(text) for text in texts]
 
 
 def test_an_adapter_is_embedded_by_the_normalised_mean_of_its_samples() -> None:
@@ -56,3 +57,18 @@ def test_few_samples_of_all_groups_are_encoded_by_one_call_and_one_without_sampl
     assert last.vector.tolist() == [0, 1]
     assert len(last.own_scores) == 0
     assert embed_groups(encoder, []) == []
+
+
+def test_outputs_are_encoded_for_their_profile_and_do_not_move_the_adapter() -> None:
+    outputs = {"one": (1.0, 0.0), "two": (1.0, 0.0), "three": (1.0, 0.0), "four": (0.0, 1.0)}
+    encoder = FakeEncoder(TABLE | outputs)
+    with_text = [Sample("x", output) for output in outputs]
+    with_labels = [Sample("y", label) for label in ("yes", "no", "yes", "no")]
+    text, labels, plain = embed_groups(encoder, [with_text, with_labels, samples("z")])
+    assert text is not None and labels is not None and plain is not None
+    assert [e.vector.tolist() for e in (text, labels)] == [[1, 0], [0, 1]]
+    assert text.outputs is not None and text.outputs.vector is not None
+    assert text.outputs.vector.tolist() == [127, 42]
+    assert labels.outputs == OutputProfile(("no", "yes"))
+    assert plain.outputs is None
+    assert {text for batch in encoder.batches for text in batch} == {"x", "y", "z", *outputs}

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -15,14 +15,15 @@ from lora_store.errors import AdapterNotFound, PlanInvalid
 from lora_store.events import Publish
 from lora_store.location import Location
 from lora_store.plan import Plan
-from lora_store.records import AdapterRecord
+from lora_store.records import AdapterRecord, OutputProfile
 from retriever_svc import NoAdapterMatched, Page, PageRequest, Retriever, Route, RouteRequest, StaleIndex
+from retriever_svc.route import Weighting
 from tests.retriever_svc.pool_fakes import FakeEncoder, Source, embedding_of, live_pool, names, record_of
 from tests.retriever_svc.routing import EAST, NORTH, NORTHEAST, POOL, TABLE, retriever_of, route_one
 
 
-def test_a_mixture_plans_the_best_uniformly() -> None:
-    route = route_one(retriever_of(*POOL), top_k=2)
+def test_a_uniform_mixture_plans_the_best_with_equal_weights() -> None:
+    route = route_one(retriever_of(*POOL), top_k=2, weighting="uniform")
     assert names(route) == ["e", "ne"]
     assert route.plan.strategy == "mixture"
     assert [adapter.weight for adapter in route.plan.adapters] == [0.5, 0.5]
@@ -43,7 +44,7 @@ def test_selection_plans_the_best_alone_and_shows_the_others() -> None:
 
 
 @pytest.mark.parametrize("strategy", ["mixture", "fusion"])
-@pytest.mark.parametrize("weighting", ["uniform", "softmax"])
+@pytest.mark.parametrize("weighting", get_args(Weighting))
 @pytest.mark.parametrize("top_k", [1, 2, 3, 16])
 def test_weights_of_the_rows_returned_sum_to_one(strategy: str, weighting: str, top_k: int) -> None:
     plan = route_one(retriever_of(*POOL), strategy=strategy, weighting=weighting, top_k=top_k).plan
@@ -58,6 +59,35 @@ def test_softmax_weights_follow_the_scores_and_the_temperature(temperature: floa
     parts = [math.exp(score / temperature) for score in (1, 0.8, 0.6)]
     assert names(route_one(retriever_of(*POOL), text="northeast")) == ["ne", "n", "e"]
     assert [a.weight for a in plan.adapters] == pytest.approx([part / sum(parts) for part in parts], abs=1e-5)
+
+
+YES_NO, HIGH_LOW = OutputProfile(("no", "yes")), OutputProfile(("high", "low"))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "score", "expected"),
+    [
+        (YES_NO, YES_NO, 0.96, [0.5, 0.5]),
+        (YES_NO, YES_NO, 0.94, [0.75, 0.25]),
+        (YES_NO, HIGH_LOW, 0.96, [0.75, 0.25]),
+        (YES_NO, None, 0.96, [0.75, 0.25]),
+        (None, None, 0.96, [0.75, 0.25]),
+    ],
+    ids=["agree and close", "agree and apart", "disagree", "one unknown", "both unknown"],
+)
+def test_weights_by_evidence_are_equal_only_for_close_scores_and_one_function(
+    first: OutputProfile | None, second: OutputProfile | None, score: float, expected: list[float]
+) -> None:
+    own = record_of("own", EAST)
+    other = record_of("other", (score, (1 - score**2) ** 0.5))
+    pool = [
+        replace(record, embedding=replace(record.embedding, outputs=outputs))
+        for record, outputs in ((own, first), (other, second))
+        if record.embedding is not None
+    ]
+    plan = route_one(retriever_of(*pool, temperature=100), weighting="evidence").plan
+    assert [adapter.ref.name for adapter in plan.adapters] == ["own", "other"]
+    assert [adapter.weight for adapter in plan.adapters] == pytest.approx(expected, abs=1e-3)
 
 
 def test_the_encoder_is_called_once_per_batch() -> None:

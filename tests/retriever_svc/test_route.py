@@ -26,4 +26,4 @@ def test_a_value_out_of_range_is_refused_by_its_field(field: str, value: Any) ->
 
 def test_the_defaults_are_the_papers() -> None:
     request = RouteRequest("text")
-    assert (request.strategy, request.top_k, request.weighting, request.fallback) == ("mixture", 3, "uniform", "base")
+    assert (request.strategy, request.top_k, request.weighting, request.fallback) == ("mixture", 3, "evidence", "base")
