@@ -19,7 +19,7 @@ from deployments.worker import WorkerDeployment
 
 def build_app(args: AppConfig) -> Application:
     """Bind Store; Worker(Store); Retriever(catalogue); Ingress(all three). Raises: RayUnauthenticated, ProxyUnsafe."""
-    require_own_proxy(os.environ, has_keys=args.keys_file is not None)
+    require_own_proxy(os.environ, has_keys=args.has_keys)
     require_token_mode(allow_unauthenticated=args.allow_unauthenticated_ray)
     store = serve.deployment(StoreDeployment, name="Store", **args.store_scaling.options())
     worker = serve.deployment(WorkerDeployment, name="Worker", **args.worker_options())

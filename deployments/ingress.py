@@ -113,7 +113,7 @@ def _build_services(
     keep_alive_s: float,
     kinds: MetricFactory,
 ) -> Services:
-    has_keys, background = config.keys_file is not None, Background()
+    has_keys, background = config.has_keys, Background()
     gate = WorkerGate(worker, config.scale_from_zero_timeout_s if config.workers_scale_to_zero else None)
     longest_request_s = config.worker_scaling.graceful_shutdown_timeout_s
     reclaimer = Reclaimer(store, worker, background, longest_request_s=longest_request_s)

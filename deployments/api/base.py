@@ -2,51 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from deployments.field_problems import did_you_mean
 from retriever_svc import PinnedAdapter
 
 MAX_TEXT_CHARS = 4 << 20  # characters of any text, prompts included; no body is larger
 MAX_LABEL_CHARS = 1024  # characters of labels that a client sends for its own use
+_MAX_SHOWN_CHARS = 200  # of an unknown field's name
 UNSUPPORTED = "unsupported"  # the type of the pydantic error, and the code of the response
-# Each field with the values that request nothing.
-OF_BOTH: dict[str, tuple[object, ...]] = {
-    "response_format": ({"type": "text"},),
-    "store": (False,),  # answers are never stored
-    "service_tier": ("auto", "default"),
-    "use_beam_search": (False,),
-    "prompt_logprobs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "structured_outputs": (),
-}
-OF_CHAT: dict[str, tuple[object, ...]] = OF_BOTH | {
-    "tools": ([],),
-    "tool_choice": ("none",),
-    "functions": ([],),
-    "function_call": ("none",),
-    "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "reasoning_effort": ("none",),
-    "verbosity": (),
-    "web_search_options": (),
-}
-OF_COMPLETIONS: dict[str, tuple[object, ...]] = OF_BOTH | {"echo": (False,), "suffix": ("",), "best_of": (1,)}
-OF_MESSAGES: dict[str, tuple[object, ...]] = {
-    "tool_calls": ([],),
-    "tool_call_id": (),
-    "function_call": (),
-    "audio": (),
-    "refusal": (),
-    "annotations": ([],),
-}
 ROLES = ("tool", "function")
 PARTS = ("image_url", "image", "input_audio", "audio", "file", "video_url", "refusal")
 MAX_ADAPTERS = 16
@@ -67,12 +35,20 @@ class ApiRequest(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _within_bounds(cls, data: object) -> object:
-        """Drop null keys, and all unknown keys but the first, which is refused by name."""
+        """Drop the keys that are null, and refuse the first unknown one by name."""
         if not isinstance(data, dict):
             return data
-        fields = cls.model_fields
-        unknown = next((key for key, value in data.items() if key not in fields and value is not None), None)
-        return {key: value for key, value in data.items() if value is not None and (key in fields or key == unknown)}
+        given = {key: value for key, value in data.items() if value is not None}
+        for key in given:
+            if key not in cls.model_fields:
+                raise _unknown(str(key), cls.model_fields)
+        return given
+
+
+def _unknown(name: str, known: Iterable[str]) -> PydanticCustomError:
+    shown = name[:_MAX_SHOWN_CHARS]
+    context = {"param": shown, "hint": did_you_mean(shown, known)}
+    return PydanticCustomError("unknown_field", "unknown field{hint}", context)
 
 
 def at_most(max_items: int) -> Callable[[object], object]:
@@ -95,24 +71,9 @@ def problem(param: str, message: str) -> PydanticCustomError:
     return PydanticCustomError("invalid", "{reason}", {"param": param, "reason": message})
 
 
-def without_unsupported(data: object, known: Mapping[str, tuple[object, ...]]) -> object:
-    """Return `data` without the fields that request nothing. Raises: PydanticCustomError for the first other one."""
-    if not isinstance(data, dict):
-        return data
-    for name, nothing in known.items():
-        if name in data and data[name] is not None and not any(_same(data[name], value) for value in nothing):
-            raise unsupported(name)
-    return {name: value for name, value in data.items() if name not in known}
-
-
 def unsupported(name: str, what: str = "it") -> PydanticCustomError:
     """Return the error for an unsupported field. `name`: the field below the current path, or "" for that path."""
     return PydanticCustomError(UNSUPPORTED, "this server does not support {what}", {"param": name, "what": what})
-
-
-def _same(value: object, other: Any) -> bool:
-    """Return whether both are equal and of one type: 0 is not False, and 1.0 is not 1."""
-    return type(value) is type(other) and value == other
 
 
 class AdapterChoice(ApiRequest):

@@ -12,9 +12,6 @@ from deployments.api import error_table
 from deployments.api.base import (
     MAX_LABEL_CHARS,
     MAX_TEXT_CHARS,
-    OF_CHAT,
-    OF_COMPLETIONS,
-    OF_MESSAGES,
     PARTS,
     ROLES,
     AdapterName,
@@ -25,7 +22,14 @@ from deployments.api.base import (
     options_of_path,
     problem,
     unsupported,
-    without_unsupported,
+)
+from deployments.api.tolerance import (
+    NOT_SERVED_IN_CHAT,
+    NOT_SERVED_IN_COMPLETIONS,
+    NOT_SERVED_IN_MESSAGES,
+    Passing,
+    TolerantRequest,
+    without_unserved,
 )
 from deployments.json_types import JsonMapping
 from gpu_worker.request.prompts import Message
@@ -98,14 +102,14 @@ StopStrings = Annotated[
 ]
 
 
-class StreamOptions(ApiRequest):
+class StreamOptions(TolerantRequest):
     include_usage: bool = False
 
 
-class GenerationRequest(ApiRequest):
+class GenerationRequest(TolerantRequest):
     """Shared fields of chat and text completions."""
 
-    not_served: ClassVar[dict[str, tuple[object, ...]]]
+    not_served: ClassVar[Passing]
 
     model: str = Field(default="auto", min_length=1, max_length=256)
     lora: LoraOptions = LoraOptions()
@@ -138,7 +142,7 @@ class GenerationRequest(ApiRequest):
     @model_validator(mode="before")
     @classmethod
     def _supported(cls, data: object) -> object:
-        return without_unsupported(data, cls.not_served)
+        return without_unserved(data, cls.not_served)
 
     @model_validator(mode="after")
     def _one_way_to_name_adapters(self) -> Self:
@@ -208,7 +212,7 @@ class GenerationRequest(ApiRequest):
             raise problem("lora_path", f"holds {len(self.lora_path)} names for {num_prompts} prompts")
 
 
-class TextPart(ApiRequest):
+class TextPart(TolerantRequest):
     type: Literal["text"]
     text: Text
 
@@ -223,7 +227,7 @@ class TextPart(ApiRequest):
 Parts = Annotated[list[TextPart], Field(max_length=MAX_PARTS)]
 
 
-class ChatMessage(ApiRequest):
+class ChatMessage(TolerantRequest):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
         list[TextPart],
@@ -237,7 +241,7 @@ class ChatMessage(ApiRequest):
     def _supported(cls, data: object) -> object:
         if isinstance(data, dict) and data.get("role") in ROLES:
             raise unsupported("role", f"messages of role {data['role']!r}")
-        return without_unsupported(data, OF_MESSAGES)
+        return without_unserved(data, NOT_SERVED_IN_MESSAGES)
 
     def message(self) -> Message:
         text = "".join(part.text for part in self.content)
@@ -247,7 +251,7 @@ class ChatMessage(ApiRequest):
 class ChatCompletionRequest(GenerationRequest):
     """`POST /v1/chat/completions`"""
 
-    not_served: ClassVar[dict[str, tuple[object, ...]]] = OF_CHAT
+    not_served: ClassVar[Passing] = NOT_SERVED_IN_CHAT
 
     messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: int | None = Field(default=None, ge=1)
@@ -255,9 +259,19 @@ class ChatCompletionRequest(GenerationRequest):
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     parallel_tool_calls: bool | None = None  # concerns tools, which are not supported
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_declined(cls, data: object) -> object:
+        """Drop tools where the client asks for an answer without them."""
+        if not isinstance(data, dict):
+            return data
+        pairs = (("tools", "tool_choice"), ("functions", "function_call"))
+        declined = {name for name, choice in pairs if data.get(choice) == "none"}
+        return {name: value for name, value in data.items() if name not in declined}
+
     @model_validator(mode="after")
     def _checked(self) -> Self:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise problem("top_logprobs", "goes with logprobs: true only")
         self._check_paths(1)
         return self
@@ -280,7 +294,7 @@ class ChatCompletionRequest(GenerationRequest):
 class CompletionRequest(GenerationRequest):
     """`POST /v1/completions`"""
 
-    not_served: ClassVar[dict[str, tuple[object, ...]]] = OF_COMPLETIONS
+    not_served: ClassVar[Passing] = NOT_SERVED_IN_COMPLETIONS
 
     prompt: Annotated[
         list[Prompt],

@@ -13,6 +13,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from deployments import errors as api_errors
 from deployments.api.base import UNSUPPORTED
 from deployments.errors import RequestInvalid, Unsupported
+from deployments.field_problems import describe_problem
 from deployments.json_types import JsonMapping, JsonObject
 from gpu_worker import errors as worker_errors
 from lora_store import errors as store_errors
@@ -166,7 +167,8 @@ def validation_error(error: RequestValidationError | ValidationError) -> Request
     if first["type"] == UNSUPPORTED:
         return Unsupported(param, first["ctx"]["what"])
     suffix = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return RequestInvalid(f"{param}: {first['msg']}{suffix}" if param else f"{first['msg']}{suffix}", param or None)
+    text = describe_problem(first) + suffix
+    return RequestInvalid(f"{param}: {text}" if param else text, param or None)
 
 
 def _path_of(problem: JsonMapping, *, skip: bool) -> str:

@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from deployments.auth.authenticator import Caller, KeyLimits, Role
-from lora_store import is_valid_name
+from deployments.auth.authenticator import ROLES, Caller, KeyLimits, Role
+from lora_store import LOCAL_TENANT, is_valid_name
 
 _KEY_PREFIX = "lr-"
 _KEY_BYTES = 32
@@ -57,6 +57,11 @@ def new_key() -> str:
 def hash_of(key: str) -> str:
     """Return the hash under which the keys file stores `key`."""
     return _digest_of(key).hex()
+
+
+def single_entry(key: str) -> KeyEntry:
+    """Return the entry of the setting `api_key`: the local tenant with every role."""
+    return KeyEntry(id="api_key", sha256=hash_of(key), tenant=LOCAL_TENANT, roles=ROLES)
 
 
 def parse_entries(text: str) -> list[KeyEntry]:

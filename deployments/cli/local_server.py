@@ -140,7 +140,7 @@ class Server:
 
 def _allowing_host(config: AppConfig, host: str) -> AppConfig:
     """Return the settings with `host` added to `allowed_hosts` where the Host header is checked."""
-    if ":" in host or (config.keys_file is not None and not config.allowed_hosts):
+    if ":" in host or (config.has_keys and not config.allowed_hosts):
         return config
     return config.model_copy(update={"allowed_hosts": (*config.allowed_hosts, host.lower())})
 

@@ -112,6 +112,8 @@ def access_note(settings: AppConfig, host: str) -> str:
     """Say who may send requests and publish."""
     if settings.keys_file is not None:
         return f"keys from {settings.keys_file}: every request needs one"
+    if settings.api_key is not None:
+        return "one API key, from the settings: every request needs it"
     if host in _LOOPBACK:
         return "HTTP on loopback only, no keys: any local process may send requests and publish"
     publishing = " and publish" if settings.allow_remote_publish else "; only this machine may publish"

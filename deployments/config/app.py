@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 import yaml
 from annotated_types import Ge, Gt, Le
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
 from deployments.config.settings_errors import SettingsInvalid, refuse_renamed, settings_error
 from deployments.config.source_prefixes import SourcePrefix
@@ -79,8 +79,13 @@ class AppConfig(_Settings):
     # Names allowed in the `Host` header, without port, such as the name of a reverse proxy. Loopback names and IP
     # addresses are always allowed. With keys, an empty list allows any name.
     allowed_hosts: tuple[str, ...] = ()
+    # Pages of other origins that may use this server in a browser, as `https://chat.example`, or `*` for every origin.
+    cors_origins: tuple[str, ...] = ()
+    strict_fields: bool = False  # refuse unknown fields of OpenAI requests with 400 in place of ignoring them
     allow_remote_publish: bool = False  # without keys: whether other machines may change the pool
     keys_file: Path | None = None  # API keys; None: every client is the local tenant
+    # One key for every client, with every role of the local tenant; not together with keys_file.
+    api_key: SecretStr | None = Field(default=None, min_length=8, max_length=512)
     keys_missing_grace_s: float = Field(default=300, ge=0)  # how long keys stay valid while keys_file is missing
     public_requires_approval: bool = False  # for other tenants' `auto`; default with keys: true
     encoders: tuple[str, ...] = ()  # with keys: encoders that a reindex may name, beside retrieval.encoder
@@ -214,6 +219,20 @@ class AppConfig(_Settings):
                 raise ValueError(f"{host!r} must be a host name without scheme, port and wildcards")
         return tuple(host.lower().removesuffix(".") for host in hosts)
 
+    @field_validator("cors_origins")
+    @classmethod
+    def _plain_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin != "*" and not re.fullmatch(r"https?://[A-Za-z0-9.\[\]:_-]{1,253}", origin):
+                raise ValueError(f"{origin!r} must be '*' or scheme and host, as https://chat.example, without a path")
+        return tuple(origin.lower() for origin in origins)
+
+    @model_validator(mode="after")
+    def _one_kind_of_keys(self) -> Self:
+        if self.api_key is not None and self.keys_file is not None:
+            raise ValueError("api_key: cannot be combined with keys_file; add the key to that file")
+        return self
+
     @field_validator("keys_file")
     @classmethod
     def _absolute_file(cls, path: Path | None) -> Path | None:
@@ -226,8 +245,13 @@ class AppConfig(_Settings):
         return tuple(path.expanduser().resolve() for path in paths)
 
     @property
+    def has_keys(self) -> bool:
+        """Whether every request needs a key: the one of `api_key`, or one of the keys file."""
+        return self.keys_file is not None or self.api_key is not None
+
+    @property
     def may_publish_paths(self) -> bool:
-        return self.keys_file is None if self.publish_paths is None else self.publish_paths
+        return not self.has_keys if self.publish_paths is None else self.publish_paths
 
     @cached_property
     def default_visibility(self) -> Visibility:

@@ -18,6 +18,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from deployments.api.completion_responses import Answer, ChatAnswer, TextAnswer
 from deployments.api.completions import ChatCompletionRequest, GenerationRequest, Question, TextRequest
 from deployments.api.responses import Planned
+from deployments.api.tolerance import ignored_fields, refuse_ignored
 from deployments.auth.authenticator import Authenticator, Caller, TokenUsage
 from deployments.calls.serve_calls import AttemptCounter, deadline_of, seconds_until, within
 from deployments.calls.worker_client import HEARTBEAT_TIMEOUT_S, StreamEnd, WorkerClient, WorkerGate
@@ -210,6 +211,9 @@ class CompletionService:
     async def start(self, request: TextRequest, caller: Caller, context: RequestContext) -> StartedCompletion:
         """Check and plan the request, and wait for a Worker. Its answer must be collected or streamed afterwards."""
         deadline = deadline_of(context.arrived_at, request.timeout_s, self._config.max_request_s)
+        if self._config.strict_fields:
+            refuse_ignored(request)
+        context.ignored = ignored_fields(request)
         questions = request.questions()
         request.sampling()  # refuse invalid sampling before any call
         check_limits(request, questions, self._config)

@@ -6,7 +6,9 @@ from functools import partial
 
 from fastapi.telemetry import TelemetryConfig
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 
+from deployments.config.app import AppConfig
 from deployments.http.bodies import BodyLimit, max_body_bytes
 from deployments.http.dependencies import Services
 from deployments.http.error_responses import install_error_handlers
@@ -17,6 +19,11 @@ from deployments.http.routes import adapters, completions, console, maintenance,
 
 # Serve traces every call already: FastAPI's own spans would duplicate its spans.
 _TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
+_METHODS = ["GET", "POST", "PATCH", "DELETE"]
+_EXPOSED = [
+    *("x-request-id", "retry-after", "x-ignored-fields"),
+    *("x-lora-strategy", "x-lora-adapters", "x-lora-generation"),
+]
 _ROUTES = (completions, models, adapters, vllm, maintenance, pool_map, status, console)
 
 
@@ -36,11 +43,27 @@ def build_api(services: Services) -> Api:
     return app
 
 
+def _cors(config: AppConfig) -> list[Middleware]:
+    """Return the middleware that lets pages of `cors_origins` read answers. No cookie is ever needed."""
+    if not config.cors_origins:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_origins,
+            allow_methods=_METHODS,
+            allow_headers=["*"],
+            expose_headers=_EXPOSED,
+        )
+    ]
+
+
 def middleware_of(services: Services) -> list[Middleware]:
     """Return the middleware in the order in which a request passes it. No other place decides this order."""
     return [
         Middleware(RequestContextMiddleware, metrics=services.metrics),  # outermost: every answer has an id
         Middleware(SafeHeaders),
+        *_cors(services.config),  # outside the guards, so that a page can read refusals
         Middleware(HostGuard, config=services.config),  # before a key is read
         Middleware(BearerAuth, authenticator=services.authenticator),
         Middleware(ConcurrencyLimit, in_flight=services.in_flight),  # counts by tenant, so it needs the caller

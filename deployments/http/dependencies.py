@@ -54,7 +54,7 @@ class Services:
 
     @property
     def has_keys(self) -> bool:
-        return self.config.keys_file is not None
+        return self.config.has_keys
 
 
 def services_of(http: Request) -> Services:

@@ -102,7 +102,7 @@ class HostGuard:
 
 def check(headers: Headers, config: AppConfig) -> None:
     """Check the headers of a request. Raises: HostRefused, OriginRefused."""
-    has_keys = config.keys_file is not None
+    has_keys = config.has_keys
     if has_keys and not config.allowed_hosts:
         return
     hosts = headers.getlist("host")
@@ -110,8 +110,15 @@ def check(headers: Headers, config: AppConfig) -> None:
     if host is None or not _is_ours(host, config.allowed_hosts):
         raise HostRefused(", ".join(hosts)[:_MAX_SHOWN_CHARS])
     origin = headers.get("origin")
-    if origin is not None and not has_keys and not _is_own_page(origin, host, config.allowed_hosts):
+    if origin is None or has_keys or allows_origin(origin, config):
+        return
+    if not _is_own_page(origin, host, config.allowed_hosts):
         raise OriginRefused(origin[:_MAX_SHOWN_CHARS])
+
+
+def allows_origin(origin: str, config: AppConfig) -> bool:
+    """Return whether the setting `cors_origins` lists the page's origin."""
+    return "*" in config.cors_origins or origin.lower() in config.cors_origins
 
 
 def host_of(header: str) -> str | None:

@@ -13,6 +13,7 @@ from starlette.types import Scope
 
 from deployments.api import error_table
 from deployments.api.responses import Planned
+from deployments.api.tolerance import HARMLESS
 from deployments.auth.authenticator import Caller
 from deployments.observability.metrics import SECONDS, SERVE, SHORT_SECONDS, MetricFactory
 from gpu_worker.request.request import Delta
@@ -57,6 +58,7 @@ class RequestContext:
     strategy: str = "none"
     adapters: tuple[str, ...] = ()  # version digests
     abstained: bool = False
+    ignored: tuple[str, ...] = ()  # paths of the fields that this server does not read
     plan_s: float | None = None
     rows: dict[int, RowTimes] = field(default_factory=dict)
 
@@ -116,6 +118,11 @@ class RequestMetrics:
             ("route", "status", "strategy"),
         )
         self._refusals = factory.Counter("loraretriever_errors_total", "Errors by code", ("code",))
+        self._ignored = factory.Counter(
+            "loraretriever_ignored_fields_total",
+            "Requests with a field that was ignored, by field; `other` where the field is not widely known",
+            ("field",),
+        )
         by_strategy = ("strategy",)
         self._total_s = factory.Histogram(
             "loraretriever_request_seconds", "Time from arrival to the last token", SECONDS, by_strategy
@@ -150,6 +157,8 @@ class RequestMetrics:
         self._requests.inc(1, labels)
         if record.code:
             self._refusals.inc(1, {"code": record.code})
+        for name in {path if path in HARMLESS else "other" for path in record.ignored}:
+            self._ignored.inc(1, {"field": name})
         if record.plan_s is not None:
             self._plan_s.observe(record.plan_s)
         if record.first_token_s is not None:

@@ -7,6 +7,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from deployments.api.completions import ChatCompletionRequest, CompletionRequest, RouteQuery, TextRequest
 from deployments.api.responses import RouteAnswer, plan_object
+from deployments.api.tolerance import ignored_header
 from deployments.auth.authenticator import Caller, Work
 from deployments.calls.serve_calls import deadline_of, within
 from deployments.generation.planner import check_texts, refuse_stream_options, text_read
@@ -53,7 +54,7 @@ async def _respond(request: TextRequest, caller: Caller, services: Services, con
     if not request.stream:
         refuse_stream_options(request)
     started = await services.completions.start(request, caller, context)
-    headers = started.answer.headers()
+    headers = started.answer.headers() | ignored_header(context.ignored)
     if not request.stream:
         return JSONResponse(await services.completions.collect(started), headers=headers)
     chunks = services.completions.stream(started, include_usage=request.include_usage)

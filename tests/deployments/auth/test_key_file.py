@@ -8,6 +8,8 @@ import pytest
 
 from deployments.auth.key_file import KeyFile
 from deployments.errors import KeysUnavailable
+from tests.deployments.app_fakes import config_of
+from tests.deployments.asking import get, request
 from tests.deployments.key_files import entry, write
 
 
@@ -130,3 +132,22 @@ def test_a_broken_file_is_not_missing(path: Path) -> None:
     path.unlink()
     with pytest.raises(KeysUnavailable):
         keys.find("a")
+
+
+def test_the_single_key_of_the_settings_opens_every_route() -> None:
+    secret = "a-single-key"
+    headers = {"authorization": f"Bearer {secret}"}
+    assert get("/v1/models", api_key=secret).status_code == 401
+    assert get("/v1/models", api_key=secret, headers={"authorization": "Bearer other-key"}).status_code == 401
+    assert get("/v1/models", api_key=secret, headers=headers).status_code == 200
+    assert request("DELETE", "/v1/loras/poet", api_key=secret, headers=headers, host="192.0.2.9").status_code == 200
+
+
+def test_the_single_key_is_never_printed_with_the_settings() -> None:
+    config = config_of(api_key="a-single-key")
+    assert "a-single-key" not in f"{config!r} {config.model_dump()} {config.model_dump_json()}"
+
+
+def test_a_single_key_and_a_keys_file_exclude_each_other(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="api_key: cannot be combined with keys_file"):
+        config_of(api_key="a-single-key", keys_file=tmp_path / "keys.yaml")

@@ -160,3 +160,46 @@ def test_the_name_the_server_listens_at_is_one_of_its_own(tmp_path: Path) -> Non
     assert Server(config_of(allowed_hosts=()), host="Box.lan", port=1)._config.allowed_hosts == ("box.lan",)
     keys = write(tmp_path / "keys.json", entry("k"))
     assert Server(config_of(allowed_hosts=(), keys_file=keys), host="box.lan", port=1)._config.allowed_hosts == ()
+
+
+PAGE = "https://chat.example"
+
+
+def test_a_listed_page_may_ask_and_read_the_answer() -> None:
+    response = status("localhost", PAGE, cors_origins=(PAGE,))
+    assert response.status_code == 200
+    assert response.headers["access-control-allow-origin"] == PAGE
+    assert "x-ignored-fields" in response.headers["access-control-expose-headers"]
+
+
+@pytest.mark.parametrize("origins", [(), ("https://other.example",)])
+def test_a_page_that_is_not_listed_is_refused(origins: tuple[str, ...]) -> None:
+    response = status("localhost", PAGE, cors_origins=origins)
+    assert (response.status_code, error_of(response)["code"]) == (403, "origin_not_allowed")
+    assert "access-control-allow-origin" not in response.headers
+
+
+def test_a_star_lists_every_page() -> None:
+    assert status("localhost", PAGE, cors_origins=("*",)).headers["access-control-allow-origin"] == "*"
+
+
+def test_a_preflight_of_a_listed_page_needs_no_key(tmp_path: Path) -> None:
+    asked = {"origin": PAGE, "access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+    options: dict[str, Any] = {"cors_origins": (PAGE,), "api_key": "secret-key"}
+    preflight = request("OPTIONS", "/v1/chat/completions", sent={"headers": asked}, **options)
+    assert (preflight.status_code, preflight.headers["access-control-allow-origin"]) == (200, PAGE)
+    assert "authorization" in preflight.headers["access-control-allow-headers"].lower()
+    refused = request("GET", "/v1/models", sent={"headers": {"origin": PAGE}}, **options)
+    assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, PAGE)
+
+
+def test_a_listed_page_may_not_publish_without_a_key() -> None:
+    sent = {"headers": {"origin": PAGE, "host": "localhost"}}
+    response = request("DELETE", "/v1/loras/poet", sent=sent, cors_origins=(PAGE,))
+    assert (response.status_code, error_of(response)["code"]) == (403, "publishing_disabled")
+
+
+@pytest.mark.parametrize("origin", ["chat.example", "https://chat.example/", "https://*.example", ""])
+def test_an_origin_in_the_settings_is_scheme_and_host(origin: str) -> None:
+    with pytest.raises(ValueError, match="cors_origins"):
+        config_of(cors_origins=(origin,))

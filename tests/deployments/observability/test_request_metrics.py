@@ -65,13 +65,23 @@ def test_an_answered_request(stream: bool, caplog: pytest.LogCaptureFixture) -> 
     assert "request_id=mine-1" in line.getMessage() and "code=" not in line.getMessage()
 
 
+def test_ignored_fields_are_counted_once_by_request_and_unknown_names_together(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def send(client: httpx.AsyncClient, _: Served) -> None:
+        await client.post(CHAT_ROUTE, json=CHAT | {SECRET: 1, "other_field": 2, "verbosity": "low"})
+
+    kinds, _ = told(send, caplog)
+    assert kinds["ignored_fields_total"].counts == {("other",): 1, ("verbosity",): 1}
+
+
 @pytest.mark.parametrize(
     ("body", "options", "status", "code"),
     [
         (CHAT | {"model": "nobody"}, {}, "404", "model_not_found"),
         (CHAT | {"temperature": -1}, {}, "400", "invalid_request"),
         ({"messages": SECRET}, {}, "400", "invalid_request"),
-        (CHAT | {SECRET: 1}, {}, "400", "invalid_request"),
+        (CHAT | {SECRET: 1}, {"strict_fields": True}, "400", "invalid_request"),
         (CHAT, {"worker": FakeWorker([EngineFull("full")])}, "503", "engine_full"),
         (CHAT, {"worker": FakeWorker(BROKEN)}, "503", "engine_full"),
         (CHAT | {"stream": True}, {"worker": FakeWorker(BROKEN)}, "200", "engine_full"),
