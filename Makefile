@@ -34,7 +34,7 @@ test: $(READY) ## run every test: two at a time, then those that share one runni
 # Left out: what starts a server or other processes, or loads a model.
 QUICK_TESTS := tests/lora_store tests/retriever_svc tests/docs tests/deployments/api tests/deployments/config \
 	tests/test_imports.py tests/test_language.py
-NOT_QUICK := $(addprefix --ignore=tests/,$(addprefix lora_store/test_,crash.py concurrency.py stage_memory.py) \
+NOT_QUICK := $(addprefix --ignore=tests/,$(addprefix lora_store/test_store_,crash.py concurrency.py memory.py) \
 	$(addprefix retriever_svc/test_,encoder.py encoder_files.py training.py calibration_attacks.py))
 quick: $(READY) ## run the tests that need no model and no Ray, in under a minute
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -x -k "not s3" $(QUICK_TESTS) $(NOT_QUICK)

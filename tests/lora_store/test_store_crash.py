@@ -108,7 +108,7 @@ def test_a_killed_publish_leaves_the_pool_whole(
         publish(store, make_folder(name, seed), name)
     _, whole = [victim.run(make_folder("poet", seed), Point()) for seed in (3, 4)]  # the first one warms up
     assert whole is not None
-    num_points = scale.pick("kills", small=6 if victim.endpoint is None else 3, full=200)
+    num_points = scale.pick("kills", small=4 if victim.endpoint is None else 2, full=200)
     num_killed = 0
     for number, point in enumerate(_points(num_points, *whole)):
         old_digest = store.snapshot().records["local", "poet"].ref.digest
@@ -130,7 +130,7 @@ def test_a_killed_fold_leaves_the_pool_whole(
     folding = replace(victim, work=fold_watched)
     _, whole = [folding.run(tmp_path, Point()) for _ in range(2)]  # the first one warms up
     assert whole is not None
-    num_points = scale.pick("kills", small=6 if victim.endpoint is None else 8, full=200)
+    num_points = scale.pick("kills", small=4, full=200)
     num_killed = 0
     for number, point in enumerate(_points(num_points, *whole)):
         before = catalogue.snapshot()

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import pickle
+import re
+
+import pytest
+
+from lora_store import AdapterRef, errors
+from lora_store.errors import (
+    AdapterNotFound,
+    AdapterRefused,
+    BlobCorrupted,
+    ConditionalWritesMissing,
+    EncoderIncomplete,
+    FileRefused,
+    GenerationGone,
+    LoraStoreError,
+    PlanInvalid,
+    PublicNameTaken,
+    QuotaExceeded,
+    StoreUnavailable,
+    VersionConflict,
+)
+
+ERRORS: list[LoraStoreError] = [
+    AdapterRefused("poet", ["rank 0", "no weights"]),
+    PublicNameTaken("poet", ["the name belongs to another tenant"]),
+    QuotaExceeded("adapters", 6, 5),
+    AdapterNotFound("poet"),
+    AdapterNotFound("peot", "poet"),
+    FileRefused("adapter_config.json", ["r must be at least 1", "no base model"]),
+    BlobCorrupted("a" * 64, "b" * 64),
+    PlanInvalid("no adapters"),
+    VersionConflict(3),
+    GenerationGone(2, 9),
+    ConditionalWritesMissing(200, 200),
+    StoreUnavailable("s3://bucket does not answer"),
+    EncoderIncomplete([AdapterRef("local", "poet", "d" * 64)]),
+]
+
+
+def test_the_tree_lists_every_error() -> None:
+    kinds = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception)}
+    drawn = re.findall(r"[├└]── (\w+)", errors.__doc__ or "") + re.findall(
+        r"^  ?(?:│ +└──) (\w+)", errors.__doc__ or ""
+    )
+    assert sorted(kinds - {"LoraStoreError"}) == sorted(drawn)
+    assert {type(error).__name__ for error in ERRORS} == set(drawn)
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=repr)
+def test_errors_survive_pickling_between_processes(error: LoraStoreError) -> None:
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is type(error)
+    assert (str(again), again.__dict__) == (str(error), error.__dict__)
+
+
+def test_a_refusal_says_every_reason() -> None:
+    assert str(ERRORS[0]) == "adapter 'poet' refused: rank 0; no weights"
+    file = FileRefused("a.json", ["first", "second"])
+    assert str(file) == "a.json: first; a.json: second"
+
+
+def test_a_name_that_is_not_found_comes_with_the_one_that_was_probably_meant() -> None:
+    assert str(AdapterNotFound("peot", "poet")) == "no adapter 'peot'; did you mean 'poet'?"
+    assert str(AdapterNotFound("poet")) == "no adapter 'poet'"
+
+
+def test_a_quota_says_what_is_allowed_and_what_was_wanted() -> None:
+    message = str(QuotaExceeded("adapters", 6, 5))
+    assert message.startswith("quota exceeded: the tenant may have 5 adapters, and this publish would make it 6;")
+
+
+def test_the_place_of_the_store_is_not_in_the_message_for_clients() -> None:
+    error = StoreUnavailable("s3://secret-bucket: connection refused")
+    assert "secret-bucket" in str(error)
+    assert "bucket" not in error.client_message
+
+
+def test_adapters_without_an_embedding_are_named_by_their_digests_alone() -> None:
+    """Other tenants' names are not shown."""
+    refs = [AdapterRef("acme", f"plan-{number}", f"{number:064x}"[::-1]) for number in range(5)]
+    message = str(EncoderIncomplete(refs))
+    assert message.startswith("5 live adapters have no embedding") and "plan" not in message
+    assert [ref.digest[:12] in message for ref in refs] == [True, True, True, False, False]

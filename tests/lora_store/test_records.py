@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import pytest
+
+from lora_store.records import Visibility
+from tests.lora_store.builders import MakeRecord, embedding
+
+
+@pytest.mark.parametrize(("visibility", "tenants"), [("public", ["acme", "globex"]), ("private", ["acme"])])
+def test_a_private_version_is_visible_to_its_own_tenant_alone(
+    visibility: Visibility, tenants: list[str], make_record: MakeRecord
+) -> None:
+    record = make_record(tenant="acme", visibility=visibility)
+    assert [tenant for tenant in ("acme", "globex") if record.is_visible_to(tenant)] == tenants
+
+
+@pytest.mark.parametrize(
+    ("visibility", "approved", "open_at_once", "open_by_approval"),
+    [("public", True, True, True), ("public", False, True, False), ("private", True, False, False)],
+)
+def test_auto_chooses_public_versions_for_every_tenant_and_approved_ones_where_that_is_required(
+    visibility: Visibility, approved: bool, open_at_once: bool, open_by_approval: bool, make_record: MakeRecord
+) -> None:
+    record = make_record(visibility=visibility, approved=approved)
+    assert record.is_open(requires_approval=False) == open_at_once
+    assert record.is_open(requires_approval=True) == open_by_approval
+
+
+def test_a_version_without_samples_has_one_blob_and_no_encoder(make_record: MakeRecord) -> None:
+    bare = make_record(weights_digest="a" * 64, samples_digest=None, embedding=None)
+    assert (bare.blobs, bare.encoder) == (("a" * 64,), None)
+    full = make_record(weights_digest="a" * 64, samples_digest="b" * 64, embedding=embedding(encoder="mini"))
+    assert (full.blobs, full.encoder) == (("a" * 64, "b" * 64), "mini")
+
+
+def test_embeddings_are_equal_if_one_encoder_made_them() -> None:
+    assert embedding(1.0, 2.0, encoder="mini") == embedding(3.0, encoder="mini")
+    assert embedding(1.0, encoder="mini") != embedding(1.0, encoder="large")
