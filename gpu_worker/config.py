@@ -86,12 +86,13 @@ def _bounds_in(hint: object) -> Iterator[BaseMetadata]:
 
 
 def _check(name: str, value: float | None, bound: BaseMetadata) -> None:
+    """Raise WorkerConfigInvalid unless the value is within the bound. NaN never is."""
     match bound:
         case _ if value is None:
             return
-        case Ge(ge=least) if value < least:  # type: ignore[operator]
+        case Ge(ge=least) if not value >= least:  # type: ignore[operator]
             raise WorkerConfigInvalid(f"{name} must be at least {least}, got {value}")
-        case Gt(gt=floor) if value <= floor:  # type: ignore[operator]
+        case Gt(gt=floor) if not value > floor:  # type: ignore[operator]
             raise WorkerConfigInvalid(f"{name} must be above {floor}, got {value}")
-        case Le(le=most) if value > most:  # type: ignore[operator]
+        case Le(le=most) if not value <= most:  # type: ignore[operator]
             raise WorkerConfigInvalid(f"{name} must be at most {most}, got {value}")
