@@ -18,7 +18,7 @@ from gpu_worker.model.base_model import BaseModel
 from gpu_worker.request.request import Job
 from lora_store.adapter import AdapterWeights
 from tests.gpu_worker.engine_driver import Answer, Gate, always_says, compiled, fetching, run_together
-from tests.tiny import InlineExecutor, linear_shapes, tiny_config
+from tests.tiny import InlineExecutor, linear_shapes, random_adapter, tiny_config
 
 
 @pytest.fixture(scope="session")
@@ -63,6 +63,12 @@ def make_engine(tiny_folders: Mapping[str, Path], tiny_base: Callable[..., BaseM
 def shapes(tiny_base: Callable[..., BaseModel]) -> dict[str, tuple[int, int]]:
     """(out, in) of every module of the tiny gemma3 model that an adapter may target."""
     return linear_shapes(tiny_base())
+
+
+@pytest.fixture
+def pool(shapes: dict[str, tuple[int, int]]) -> list[AdapterWeights]:
+    """Two adapters for every module."""
+    return [random_adapter(shapes, seed, rank=3) for seed in (1, 2)]
 
 
 @pytest.fixture

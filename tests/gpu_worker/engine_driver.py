@@ -25,7 +25,7 @@ from gpu_worker.engine.row import Row
 from gpu_worker.request.request import Delta, Job, SamplingParams
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN, Plan
-from tests.tiny import assert_equal_logits
+from tests.tiny import assert_equal_logits, plan_of
 
 Made = TypeVar("Made")
 
@@ -63,6 +63,9 @@ class Answer:
 
 
 PATIENCE_S = 10  # only a failing test waits this long
+MakeEngine = Callable[..., Engine]  # the fixture `make_engine`
+Alone = Callable[[Job, Mapping[str, AdapterWeights]], Answer]  # the fixture `alone`
+Shapes = dict[str, tuple[int, int]]  # the fixture `shapes`
 
 
 def run(main: Coroutine[Any, Any, Any]) -> Any:
@@ -149,6 +152,16 @@ def greedy(prompt: str, plan: Plan = BASE_PLAN, request_id: object = 0, num_new:
 
 
 BASE_JOB = greedy("the base model alone", BASE_PLAN, "base")
+
+
+def only(weights: AdapterWeights) -> Plan:
+    """A plan of one adapter with weight 1."""
+    return plan_of("selection", (weights, 1.0))
+
+
+def steps(engine: Engine, count: int) -> None:
+    for _ in range(count):
+        engine.step()
 
 
 def ask(engine: Engine, job: Job) -> Answer:

@@ -14,14 +14,13 @@ from torch.nn.attention.varlen import varlen_attn
 from gpu_worker.attention.kv_cache import KvCache, KvShape
 from gpu_worker.attention.kv_pages import KvPages
 from gpu_worker.attention.kv_regions import KvRegions
-from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.memory_plan import PAGE_TOKENS
 from gpu_worker.model.base_model import BaseModel, load_base_model
 from gpu_worker.request.request import Job
 from gpu_worker.step.attention_plan import Segment
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN
-from tests.gpu_worker.engine_driver import assert_same, by_digest, greedy, kv_shape, run_together
+from tests.gpu_worker.engine_driver import MakeEngine, assert_same, by_digest, greedy, kv_shape, run_together
 from tests.gpu_worker.slow_varlen_attention import slow_varlen_attn
 from tests.tiny import assert_equal_logits, linear_shapes, plan_of, random_adapter, tiny_config
 
@@ -73,17 +72,6 @@ def test_pages_are_attended_as_regions_are(name: str, page_tokens: int, window: 
     torch.testing.assert_close(found, attended(KvRegions(shape), STEPS[name], window, CPU), atol=1e-5, rtol=1e-5)
 
 
-def test_freed_pages_are_wiped() -> None:
-    cache = KvPages(shape_of(torch.float32, 16), CPU, slow_varlen_attn)
-    row = cache.allocate(20, 20)
-    tokens = torch.full((2, 20, 8), float("nan"))
-    plan = cache.attention([Segment(row, 0, 20, 0)])
-    plan.attend(0, torch.zeros(4, 20, 8), tokens, tokens, scaling=1.0, sliding_window=None)
-    assert plan.store.isnan().any()
-    cache.free(row)
-    assert not plan.store.any()
-
-
 def test_the_slow_operator_is_called_as_torchs_own_is() -> None:
     slow, own = (inspect.signature(function).parameters for function in (slow_varlen_attn, varlen_attn))
     assert [(p.name, p.kind, p.default) for p in slow.values()] == [
@@ -99,7 +87,7 @@ def jobs_over(pool: list[AdapterWeights]) -> list[Job]:
 
 @pytest.mark.parametrize("family", ["gemma3", "llama", "qwen3"])
 def test_an_engine_over_pages_says_what_one_over_regions_says(
-    family: str, make_engine: Callable[..., Engine], tiny_base: Callable[..., BaseModel]
+    family: str, make_engine: MakeEngine, tiny_base: Callable[..., BaseModel]
 ) -> None:
     """Long prompts come in chunks, rows end and begin, and with so few pages some wait again and are computed again."""
     pool = [random_adapter(linear_shapes(tiny_base(family)), seed) for seed in range(2)]
@@ -133,7 +121,7 @@ def test_torchs_own_operator_attends_as_the_slow_one(name: str, head_dim: int, w
 @pytest.mark.gpu
 @needs_cuda
 def test_an_engine_on_cuda_says_what_one_on_the_cpu_says(
-    make_engine: Callable[..., Engine], tiny_folders: Mapping[str, Path], tiny_base: Callable[..., BaseModel]
+    make_engine: MakeEngine, tiny_folders: Mapping[str, Path], tiny_base: Callable[..., BaseModel]
 ) -> None:
     pool = [random_adapter(linear_shapes(tiny_base()), seed) for seed in range(2)]
     adapters, jobs = by_digest(*pool), jobs_over(pool)

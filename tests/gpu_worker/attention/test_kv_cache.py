@@ -6,13 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from gpu_worker.attention.kv_cache import KvCache, KvShape
 from gpu_worker.attention.kv_pages import KvPages
 from gpu_worker.attention.kv_regions import KvRegions
-from gpu_worker.step.attention_plan import Segment
 from tests.gpu_worker.engine_driver import kv_shape
 
 Build = Callable[[KvShape], KvCache]
@@ -78,28 +75,3 @@ def test_any_row_fits_an_empty_cache(build: Build) -> None:
 @either
 def test_its_size_is_what_its_pages_take(build: Build) -> None:
     assert build(kv_shape(num_tokens=7, page_tokens=4)).num_bytes == 8 * (2 * 2 * 2 * 4 * 4)
-
-
-@given(st.data())
-def test_pages_are_held_once_and_all_come_back(data: st.DataObject) -> None:
-    shape = kv_shape(num_tokens=60, page_tokens=4, max_len=40, num_rows=6)
-    cache = KvPages(shape, torch.device("cpu"))
-    lengths: dict[int, int] = {}
-    for _ in range(data.draw(st.integers(1, 40))):
-        kind = data.draw(st.sampled_from(["join", "grow", "leave"]))
-        if kind == "join" and cache.fits(length := data.draw(st.integers(1, 40))):
-            lengths[cache.allocate(length, data.draw(st.integers(length, 40)))] = length
-        elif kind == "grow" and lengths:
-            row = data.draw(st.sampled_from(sorted(lengths)))
-            lengths[row] += cache.grow(row, lengths[row] + 1) if lengths[row] < 40 else 0
-        elif lengths:
-            cache.free(row := data.draw(st.sampled_from(sorted(lengths))))
-            del lengths[row]
-        held = sum(shape.pages_of(length) for length in lengths.values())
-        assert cache.num_free_tokens == (shape.num_pages - held) * 4
-        assert cache.num_free == 6 - len(lengths)
-        if lengths:
-            segments = [Segment(row, n, 1, length - 1) for n, (row, length) in enumerate(lengths.items())]
-            tables = zip(cache.attention(segments).block_table.tolist(), lengths.values(), strict=True)
-            pages = [page for table, length in tables for page in table[: shape.pages_of(length)]]
-            assert len(set(pages)) == len(pages), "no page is of two rows"

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from gpu_worker.device.openmp import load_executor, run_on_short_lived_thread, thread_team_releaser, use_one_thread
-from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.engine_thread import EngineThread
-from tests.gpu_worker.engine_driver import by_digest, run
+from tests.gpu_worker.engine_driver import MakeEngine, by_digest, run
 
 MANY = 1 << 20  # values: torch shares work on so many among its threads
 
@@ -92,7 +91,7 @@ def test_a_team_that_ended_is_made_anew(two_threads: None) -> None:
 
 def test_an_engine_that_waits_keeps_no_team(
     two_threads: None,
-    make_engine: Callable[..., Engine],
+    make_engine: MakeEngine,
     start: Callable[..., EngineThread],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from itertools import combinations
 
@@ -17,24 +17,20 @@ from gpu_worker.request.request import Job, SamplingParams
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN, Plan
 from tests.gpu_worker.engine_driver import (
+    Alone,
     Answer,
     HeldExecutor,
+    MakeEngine,
+    Shapes,
     ask,
     assert_nothing_held,
     assert_same,
     by_digest,
     greedy,
+    only,
 )
 from tests.soak import Scale
 from tests.tiny import plan_of, random_adapter
-
-MakeEngine = Callable[..., Engine]
-Alone = Callable[..., Answer]
-Shapes = dict[str, tuple[int, int]]
-
-
-def only(weights: AdapterWeights) -> Plan:
-    return plan_of("selection", (weights, 1.0))
 
 
 def job_of(tenant: str, plan: Plan, name: object, num_new: int) -> Job:

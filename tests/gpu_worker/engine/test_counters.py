@@ -1,16 +1,9 @@
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from gpu_worker.engine.counters import Counters
-from gpu_worker.engine.engine import Engine
-from lora_store.adapter import AdapterWeights
-from lora_store.plan import BASE_PLAN, Plan
-from tests.gpu_worker.engine_driver import by_digest, greedy
-from tests.tiny import plan_of, random_adapter
-
-MakeEngine = Callable[..., Engine]
-Shapes = dict[str, tuple[int, int]]
+from lora_store.plan import BASE_PLAN
+from tests.gpu_worker.engine_driver import MakeEngine, Shapes, by_digest, greedy, only
+from tests.tiny import random_adapter
 
 
 def test_an_adapter_counts_where_it_was_found_when_the_request_came() -> None:
@@ -76,7 +69,3 @@ def test_a_probe_is_no_request(make_engine: MakeEngine, shapes: Shapes) -> None:
     engine.run_until_idle()
     counters = engine.status().counters
     assert (counters.num_requests, counters.num_fetches) == (0, 0)
-
-
-def only(weights: AdapterWeights) -> Plan:
-    return plan_of("selection", (weights, 1.0))

@@ -28,8 +28,10 @@ from lora_store.adapter import AdapterWeights, ModuleWeights
 from lora_store.plan import BASE_PLAN
 from tests.gpu_worker.engine_driver import (
     BASE_JOB,
-    Answer,
+    Alone,
     HeldExecutor,
+    MakeEngine,
+    Shapes,
     always_says,
     ask,
     assert_nothing_held,
@@ -41,13 +43,10 @@ from tests.gpu_worker.engine_driver import (
 )
 from tests.tiny import InlineExecutor, assert_equal_logits, byte_tokenizer, plan_of, random_adapter, tiny_config
 
-MakeEngine = Callable[..., Engine]
-Shapes = dict[str, tuple[int, int]]
-
 
 @pytest.mark.parametrize("failures", [1, 2])
 def test_a_failed_load_costs_one_request_and_the_next_retries(
-    failures: int, make_engine: MakeEngine, shapes: Shapes, alone: Callable[..., Answer]
+    failures: int, make_engine: MakeEngine, shapes: Shapes, alone: Alone
 ) -> None:
     good = random_adapter(shapes, 1)
     to_fail = [OSError("the store is away")] * failures
@@ -70,7 +69,7 @@ def test_a_failed_load_costs_one_request_and_the_next_retries(
 
 
 def test_a_slow_load_does_not_hold_up_the_requests_behind_it(
-    make_engine: MakeEngine, shapes: Shapes, alone: Callable[..., Answer]
+    make_engine: MakeEngine, shapes: Shapes, alone: Alone
 ) -> None:
     good, executor = random_adapter(shapes, 1), HeldExecutor()
     engine = make_engine(by_digest(good), executor=executor)
@@ -120,7 +119,7 @@ def misfits(shapes: Shapes) -> Iterator[tuple[str, dict[str, ModuleWeights]]]:
     "kind", range(6), ids=["no such module", "input size", "output size", "unequal ranks", "rank zero", "no modules"]
 )
 def test_an_adapter_that_does_not_fit_fails_its_request_by_name(
-    kind: int, make_engine: MakeEngine, shapes: Shapes, alone: Callable[..., Answer]
+    kind: int, make_engine: MakeEngine, shapes: Shapes, alone: Alone
 ) -> None:
     named, modules = list(misfits(shapes))[kind]
     misfit = AdapterWeights("misfit", modules)
@@ -233,7 +232,7 @@ def test_a_chat_prompt_begins_with_one_bos(tiny_base: Callable[..., BaseModel], 
 
 
 def test_a_cancelled_request_frees_its_row_and_pins_and_the_others_go_on_unchanged(
-    make_engine: MakeEngine, shapes: Shapes, alone: Callable[..., Answer]
+    make_engine: MakeEngine, shapes: Shapes, alone: Alone
 ) -> None:
     pool = [random_adapter(shapes, i) for i in range(2)]
     adapters = by_digest(*pool)

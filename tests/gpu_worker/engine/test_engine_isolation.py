@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
 import pytest
-import torch
 
-from gpu_worker.engine.engine import Engine
 from gpu_worker.errors import (
     AdapterUnfit,
     GpuWorkerError,
     LogitsNotFinite,
 )
 from gpu_worker.request.request import Delta, Job, SamplingParams
-from lora_store.adapter import AdapterWeights, ModuleWeights
+from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN, Plan
 from tests.gpu_worker.engine_driver import (
     BASE_JOB,
-    Answer,
+    Alone,
     BrokenSink,
+    MakeEngine,
+    Shapes,
     ask,
     assert_nothing_held,
     assert_same,
@@ -30,10 +29,8 @@ from tests.gpu_worker.engine_driver import (
     greedy,
     run_together,
 )
+from tests.gpu_worker.faults import hostile_adapter
 from tests.tiny import plan_of, random_adapter
-
-MakeEngine = Callable[..., Engine]
-Shapes = dict[str, tuple[int, int]]
 
 
 def random_plan(pool: list[AdapterWeights], bank_rows: int, random_of: random.Random) -> Plan:
@@ -48,7 +45,7 @@ def random_plan(pool: list[AdapterWeights], bank_rows: int, random_of: random.Ra
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_rows_that_join_and_leave_at_random_equal_their_lone_runs(
-    seed: int, make_engine: MakeEngine, shapes: Shapes, alone: Callable[..., Answer]
+    seed: int, make_engine: MakeEngine, shapes: Shapes, alone: Alone
 ) -> None:
     """Ten adapters, a bank that holds three or four, three KV rows, prompts in chunks, some requests cancelled."""
     random_of, bank_rows = random.Random(seed), 12
@@ -85,25 +82,11 @@ def test_rows_that_join_and_leave_at_random_equal_their_lone_runs(
             assert_same(answer, alone(job, adapters))
 
 
-def hostile_adapter(shapes: Shapes, kind: str) -> AdapterWeights:
-    """Finite tensors that overflow in one of the two products, or as soon as the scaling is folded in."""
-    size_a, size_b, scaling = {
-        "first product": (3e38, 1.0, 1.0),
-        "second product": (1e20, 1e20, 1.0),
-        "folded scaling": (1.0, 1e38, 1e3),
-    }[kind]
-    modules = {
-        name: ModuleWeights(torch.full((4, num_in), size_a), torch.full((num_out, 4), size_b), scaling)
-        for name, (num_out, num_in) in shapes.items()
-    }
-    return AdapterWeights("hostile", modules)
-
-
 @pytest.mark.parametrize("kind", ["first product", "second product", "folded scaling"])
 @pytest.mark.parametrize("strategy", ["selection", "mixture", "fusion"])
 @pytest.mark.parametrize("lora_products", ["auto", "torch"])
 def test_a_hostile_adapter_fails_only_its_own_request(
-    kind: str, strategy: str, lora_products: str, make_engine: MakeEngine, shapes: Shapes, alone: Callable[..., Answer]
+    kind: str, strategy: str, lora_products: str, make_engine: MakeEngine, shapes: Shapes, alone: Alone
 ) -> None:
     hostile, good, other = hostile_adapter(shapes, kind), *(random_adapter(shapes, i, rank=3) for i in (1, 2))
     adapters = by_digest(hostile, good, other)
@@ -124,7 +107,7 @@ def test_a_hostile_adapter_fails_only_its_own_request(
 
 
 def test_the_rows_of_a_hostile_adapter_are_clean_for_whoever_comes_next(
-    make_engine: MakeEngine, shapes: Shapes, alone: Callable[..., Answer]
+    make_engine: MakeEngine, shapes: Shapes, alone: Alone
 ) -> None:
     hostile, good = hostile_adapter(shapes, "second product"), random_adapter(shapes, 1, rank=3)
     adapters = by_digest(hostile, good)
@@ -155,7 +138,7 @@ def test_a_seeded_request_draws_the_same_in_any_company(make_engine: MakeEngine,
     assert first.tokens != second.tokens
 
 
-def test_a_sink_that_raises_costs_only_its_own_request(make_engine: MakeEngine, alone: Callable[..., Answer]) -> None:
+def test_a_sink_that_raises_costs_only_its_own_request(make_engine: MakeEngine, alone: Alone) -> None:
     def broken(event: Delta | Exception) -> None:
         raise BrokenSink("the client's event loop is closed")
 
@@ -169,7 +152,7 @@ def test_a_sink_that_raises_costs_only_its_own_request(make_engine: MakeEngine, 
 
 @pytest.mark.parametrize("token_id", [-301, 10**6, 300, 299])
 def test_a_stop_token_that_does_not_exist_hurts_nobody_else(
-    token_id: int, make_engine: MakeEngine, alone: Callable[..., Answer]
+    token_id: int, make_engine: MakeEngine, alone: Alone
 ) -> None:
     engine = make_engine({})
     with suppress(GpuWorkerError):  # refusing it is as good as ignoring it

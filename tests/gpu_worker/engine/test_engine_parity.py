@@ -23,7 +23,7 @@ from gpu_worker.step.attention_plan import Segment
 from gpu_worker.step.step_context import Composition, StepContext
 from lora_store.adapter import AdapterWeights, ModuleWeights
 from lora_store.plan import BASE_PLAN, Plan
-from tests.gpu_worker.engine_driver import ask, greedy, kv_shape, run_together
+from tests.gpu_worker.engine_driver import MakeEngine, ask, greedy, kv_shape, run_together
 from tests.tiny import FAMILIES, assert_equal_logits, linear_shapes, plan_of, random_adapter, tiny_config
 
 PROMPTS = ["a", "the quick brown fox", "0123456789" * 6, "x y", "lorem ipsum dolor sit amet " * 3]
@@ -98,7 +98,7 @@ def plans_over(pool: Sequence[AdapterWeights]) -> list[Plan]:
 def test_a_batch_of_all_kinds_equals_each_row_alone(
     family: str,
     lora_products: str,
-    make_engine: Callable[..., Engine],
+    make_engine: MakeEngine,
     tiny_base: Callable[..., BaseModel],
     tiny_folders: Mapping[str, Path],
 ) -> None:
@@ -118,7 +118,7 @@ def test_a_batch_of_all_kinds_equals_each_row_alone(
 
 
 def test_one_adapter_with_weight_one_is_the_same_under_every_strategy(
-    make_engine: Callable[..., Engine], tiny_base: Callable[..., BaseModel]
+    make_engine: MakeEngine, tiny_base: Callable[..., BaseModel]
 ) -> None:
     weights = random_adapter(linear_shapes(tiny_base()), 5)
     plans = [
@@ -134,7 +134,7 @@ def test_one_adapter_with_weight_one_is_the_same_under_every_strategy(
 
 
 def test_long_rows_decode_equally_across_windows_and_length_groups(
-    make_engine: Callable[..., Engine], tiny_base: Callable[..., BaseModel], tiny_folders: Mapping[str, Path]
+    make_engine: MakeEngine, tiny_base: Callable[..., BaseModel], tiny_folders: Mapping[str, Path]
 ) -> None:
     weights = random_adapter(linear_shapes(tiny_base()), 6, size=0.1)
     adapters = {weights.weights_digest: weights}
@@ -151,7 +151,7 @@ def test_long_rows_decode_equally_across_windows_and_length_groups(
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("num_steps", [2, 5])
 def test_a_lone_prompt_of_several_steps_equals_the_plain_model(
-    num_steps: int, family: str, make_engine: Callable[..., Engine], tiny_folders: Mapping[str, Path]
+    num_steps: int, family: str, make_engine: MakeEngine, tiny_folders: Mapping[str, Path]
 ) -> None:
     """No row has logits in the first steps: only the last chunk of the prompt yields a token."""
     prompt = ("0123456789abcdef" * num_steps)[: 16 * num_steps - 5]  # 16 tokens a step, the last chunk is shorter
@@ -177,7 +177,7 @@ def rows_of_head_products(engine: Engine) -> list[int]:
 
 
 def test_in_bfloat16_a_mixed_batch_stays_close_to_each_row_alone(
-    make_engine: Callable[..., Engine], tiny_folders: Mapping[str, Path]
+    make_engine: MakeEngine, tiny_folders: Mapping[str, Path]
 ) -> None:
     def engine_over(adapters: Mapping[str, AdapterWeights]) -> Engine:
         return make_engine(adapters, base=load_base_model(tiny_config(tiny_folders["gemma3"], dtype="bfloat16")))

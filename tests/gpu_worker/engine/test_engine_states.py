@@ -19,7 +19,15 @@ from gpu_worker.model.base_model import BaseModel
 from gpu_worker.request.request import Job, SamplingParams
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN, Plan
-from tests.gpu_worker.engine_driver import Answer, ask, assert_nothing_held, assert_same, by_digest, run_together
+from tests.gpu_worker.engine_driver import (
+    Answer,
+    MakeEngine,
+    ask,
+    assert_nothing_held,
+    assert_same,
+    by_digest,
+    run_together,
+)
 from tests.soak import Scale
 from tests.tiny import linear_shapes, plan_of, random_adapter
 
@@ -65,7 +73,7 @@ class Store:
 class World:
     """What all examples share: engines to make, plans to ask for, and what has happened so far."""
 
-    make_engine: Callable[..., Engine]
+    make_engine: MakeEngine
     base: BaseModel
     pool: list[AdapterWeights]
     plans: list[Plan]
@@ -207,7 +215,7 @@ def fresh(base: BaseModel) -> BaseModel:
 
 
 @pytest.fixture
-def world(make_engine: Callable[..., Engine], tiny_base: Callable[..., BaseModel]) -> World:
+def world(make_engine: MakeEngine, tiny_base: Callable[..., BaseModel]) -> World:
     base = tiny_base()
     shapes = linear_shapes(base)
     pool = [random_adapter(shapes, seed, rank=rank) for seed, rank in enumerate((2, 4, 4, 1, 14))]

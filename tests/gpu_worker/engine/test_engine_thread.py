@@ -18,11 +18,18 @@ from gpu_worker.errors import AdapterLoadFailed, EngineFull, EngineStopped, Prom
 from gpu_worker.request.request import Delta, Job, SamplingParams
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN, Plan
-from tests.gpu_worker.engine_driver import PATIENCE_S, Gate, assert_nothing_held, by_digest, greedy, run, run_together
+from tests.gpu_worker.engine_driver import (
+    PATIENCE_S,
+    Gate,
+    MakeEngine,
+    Shapes,
+    assert_nothing_held,
+    by_digest,
+    greedy,
+    run,
+    run_together,
+)
 from tests.tiny import plan_of, random_adapter
-
-MakeEngine = Callable[..., Engine]
-Shapes = dict[str, tuple[int, int]]
 
 
 async def collect(stream: AsyncIterator[Delta]) -> list[Delta]:

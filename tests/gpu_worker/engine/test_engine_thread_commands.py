@@ -10,11 +10,8 @@ import pytest
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.engine_thread import EngineThread
 from gpu_worker.errors import EngineStopped
-from tests.gpu_worker.engine_driver import Gate, by_digest, greedy, run
+from tests.gpu_worker.engine_driver import Gate, MakeEngine, Shapes, by_digest, greedy, run
 from tests.tiny import plan_of, random_adapter
-
-MakeEngine = Callable[..., Engine]
-Shapes = dict[str, tuple[int, int]]
 
 
 def test_weights_are_forgotten_from_beside_the_engines_thread(

@@ -6,37 +6,7 @@ import pytest
 
 from gpu_worker.engine.fair_queue import FairQueue
 from gpu_worker.engine.row import Row
-from gpu_worker.request.request import Delta, SamplingParams
-from gpu_worker.text.incremental_detokenizer import IncrementalDetokenizer
-from gpu_worker.text.token_bytes import TokenBytes
-from lora_store.adapter import AdapterRef
-from lora_store.plan import BASE_PLAN, Plan, PlannedAdapter
-from tests.tiny import byte_tokenizer
-
-_TOKENIZER = byte_tokenizer().backend_tokenizer
-
-
-def nobody(_: Delta | Exception) -> None:
-    """A client that listens to nothing."""
-
-
-def row(adapters: str, tenant: str = "local", number: int = 0) -> Row:
-    """A row whose adapters have one letter each as their digest."""
-    planned = tuple(PlannedAdapter(AdapterRef(tenant, letter, letter), letter, 1.0) for letter in adapters)
-    return Row(
-        request_id=f"{tenant}/{adapters}{number}",
-        plan=Plan("mixture", planned) if planned else BASE_PLAN,
-        sampling=SamplingParams(),
-        tokens=[1],
-        num_prompt_tokens=1,
-        max_new_tokens=1,
-        end_ids=frozenset(),
-        seed=0,
-        detokenizer=IncrementalDetokenizer(_TOKENIZER, ()),
-        token_bytes=TokenBytes(_TOKENIZER),
-        sink=nobody,
-        tenant=tenant,
-    )
+from tests.gpu_worker.rows import queued_row as row
 
 
 def queue_of(*rows: Row) -> FairQueue:

@@ -8,12 +8,11 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.isolation import compute_isolated
 from gpu_worker.engine.row import Row
 from gpu_worker.engine.scheduler import Scheduled
 from gpu_worker.step.attention_plan import Segment
-from tests.gpu_worker.engine_driver import greedy
+from tests.gpu_worker.engine_driver import MakeEngine, greedy
 
 
 class BadRow(Exception):
@@ -21,7 +20,7 @@ class BadRow(Exception):
 
 
 @pytest.fixture
-def step_of(make_engine: Callable[..., Engine]) -> Callable[[int], list[Scheduled]]:
+def step_of(make_engine: MakeEngine) -> Callable[[int], list[Scheduled]]:
     """A step of n rows, of one to five tokens each."""
     engine, random_of = make_engine({}), random.Random(3)
 
@@ -94,7 +93,7 @@ def test_a_lone_row_is_computed_once_more_before_it_fails(step_of: Callable[[int
     [(9, 9, [9], [9]), (9, 4, [9, 9, 4], [4]), (2, 1, [2, 2, 1], [1]), (9, 3, [9, 9, 4], []), (1, 0, [1, 1], [])],
 )
 def test_a_lone_prompt_chunk_is_halved_once_before_its_row_fails(
-    num_tokens: int, most_tokens: int, tried: list[int], computed: list[int], make_engine: Callable[..., Engine]
+    num_tokens: int, most_tokens: int, tried: list[int], computed: list[int], make_engine: MakeEngine
 ) -> None:
     row = make_engine({}).prepare(greedy("x"), lambda event: None)
     attempts: list[int] = []

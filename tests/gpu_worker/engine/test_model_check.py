@@ -13,11 +13,10 @@ from torch import nn
 from gpu_worker.attention.attention_cpu import RegionAttention
 from gpu_worker.attention.kv_cache import KvShape
 from gpu_worker.attention.kv_regions import KvRegions
-from gpu_worker.engine.engine import Engine
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model.base_model import BaseModel, load_base_model
 from gpu_worker.step.attention_plan import Segment
-from tests.gpu_worker.engine_driver import assert_nothing_held
+from tests.gpu_worker.engine_driver import MakeEngine, assert_nothing_held
 from tests.gpu_worker.families import EQUAL, save
 from tests.tiny import tiny_config
 
@@ -51,7 +50,7 @@ def test_attention_that_computes_something_else_is_refused(
     where: str,
     family: str,
     dtype: str,
-    make_engine: Callable[..., Engine],
+    make_engine: MakeEngine,
     tmp_path: Path,
 ) -> None:
     """Also where rounding alone makes experts of random weights tie, and most tokens differ with an adapter."""
@@ -61,7 +60,7 @@ def test_attention_that_computes_something_else_is_refused(
 
 
 def test_a_layer_that_no_adapter_reaches_is_refused(
-    make_engine: Callable[..., Engine], tiny_base: Callable[..., BaseModel]
+    make_engine: MakeEngine, tiny_base: Callable[..., BaseModel]
 ) -> None:
     """It multiplies with the layer's weight itself, so that the engine's own layer is never called."""
     base = tiny_base("llama")
@@ -72,7 +71,7 @@ def test_a_layer_that_no_adapter_reaches_is_refused(
 
 
 def test_a_model_that_looks_at_the_kind_of_its_layers_is_refused(
-    make_engine: Callable[..., Engine], tiny_base: Callable[..., BaseModel]
+    make_engine: MakeEngine, tiny_base: Callable[..., BaseModel]
 ) -> None:
     """Once the engine has replaced them it computes something else."""
     base = tiny_base("llama")
@@ -86,7 +85,7 @@ def test_a_model_that_looks_at_the_kind_of_its_layers_is_refused(
 
 @pytest.mark.parametrize(("value", "reason"), [(torch.nan, "not finite"), (0.0, "does not change its logits")])
 def test_weights_that_show_nothing_are_refused(
-    value: float, reason: str, make_engine: Callable[..., Engine], tiny_base: Callable[..., BaseModel]
+    value: float, reason: str, make_engine: MakeEngine, tiny_base: Callable[..., BaseModel]
 ) -> None:
     base = tiny_base("llama")
     with torch.no_grad():
@@ -101,7 +100,7 @@ def test_weights_that_show_nothing_are_refused(
     ids=str,
 )
 def test_the_check_fits_any_worker_and_leaves_nothing_behind(
-    changes: dict[str, object], make_engine: Callable[..., Engine]
+    changes: dict[str, object], make_engine: MakeEngine
 ) -> None:
     engine = make_engine({}, **changes)
     assert_nothing_held(engine)

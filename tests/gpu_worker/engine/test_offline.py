@@ -14,10 +14,8 @@ from gpu_worker.engine.offline import generate_all
 from gpu_worker.errors import EngineStopped, PromptTooLong
 from gpu_worker.request.request import Completion
 from lora_store.plan import BASE_PLAN
-from tests.gpu_worker.engine_driver import Gate, assert_nothing_held, by_digest, greedy, run, run_together
+from tests.gpu_worker.engine_driver import Gate, MakeEngine, assert_nothing_held, by_digest, greedy, run, run_together
 from tests.tiny import plan_of, random_adapter
-
-MakeEngine = Callable[..., Engine]
 
 
 def test_all_answers_equal_a_run_without_a_thread(

@@ -7,13 +7,13 @@ import torch
 from gpu_worker.bank.device_layout import DeviceAdapter, DeviceModule
 from gpu_worker.engine.prefetch_window import MIN_ROWS, PrefetchWindow
 from gpu_worker.engine.row import Row
-from tests.gpu_worker.engine.test_fair_queue import row
+from tests.gpu_worker.rows import queued_row
 
 TEN_BYTES = DeviceAdapter("any", {"q_proj": DeviceModule(torch.zeros(1, 6).byte(), torch.zeros(1, 4).byte())})
 
 
 def loading(letter: str, *, is_done: bool = True) -> Row:
-    each = row(letter)
+    each = queued_row(letter)
     each.loads[letter] = Future()
     if is_done:
         each.loads[letter].set_result(TEN_BYTES)
@@ -48,7 +48,7 @@ def test_no_more_rows_than_are_of_use_load_ahead() -> None:
 
 
 def test_weights_that_rows_share_count_once() -> None:
-    window, first, second = PrefetchWindow(100, 100), loading("a"), row("ab")
+    window, first, second = PrefetchWindow(100, 100), loading("a"), queued_row("ab")
     second.loads.update(first.loads)
     for each in (first, second):
         window.add(each)

@@ -7,12 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from gpu_worker.engine.engine import Engine
 from gpu_worker.errors import PromptInvalid
 from gpu_worker.model.base_model import BaseModel
 from gpu_worker.request.prompts import Message
 from gpu_worker.request.request import Job
-from tests.gpu_worker.engine_driver import BASE_JOB, Answer, ask, assert_same, greedy
+from tests.gpu_worker.engine_driver import BASE_JOB, Alone, MakeEngine, ask, assert_same, greedy
 from tests.tiny import VOCABULARY, byte_tokenizer
 
 LAST, BEYOND = "<last>", "<image_soft_token>"  # the last id that the embedding has, and the first that it lacks
@@ -34,8 +33,8 @@ def wide_base(tiny_base: Callable[..., BaseModel]) -> BaseModel:
 def test_a_token_beyond_the_embedding_is_refused_by_name_and_hurts_nobody(
     prompt: str | tuple[Message, ...],
     wide_base: BaseModel,
-    make_engine: Callable[..., Engine],
-    alone: Callable[..., Answer],
+    make_engine: MakeEngine,
+    alone: Alone,
 ) -> None:
     engine = make_engine({}, base=wide_base)
     base = ask(engine, BASE_JOB)
@@ -46,7 +45,7 @@ def test_a_token_beyond_the_embedding_is_refused_by_name_and_hurts_nobody(
     assert_same(base, alone(BASE_JOB, {}))
 
 
-def test_the_last_token_of_the_embedding_is_accepted(wide_base: BaseModel, make_engine: Callable[..., Engine]) -> None:
+def test_the_last_token_of_the_embedding_is_accepted(wide_base: BaseModel, make_engine: MakeEngine) -> None:
     engine = make_engine({}, base=wide_base)
     answer = ask(engine, greedy(f"look at {LAST}"))
     engine.run_until_idle()

@@ -19,11 +19,17 @@ from gpu_worker.engine.probe import Prober
 from gpu_worker.errors import AdapterLoadFailed, AdapterUnfit, EngineStopped, PlanTooLarge
 from lora_store.adapter import AdapterWeights, ModuleWeights
 from lora_store.plan import BASE_PLAN, Plan
-from tests.gpu_worker.engine_driver import PATIENCE_S, assert_nothing_held, by_digest, greedy, run, run_together
+from tests.gpu_worker.engine_driver import (
+    PATIENCE_S,
+    MakeEngine,
+    Shapes,
+    assert_nothing_held,
+    by_digest,
+    greedy,
+    run,
+    run_together,
+)
 from tests.tiny import plan_of, random_adapter
-
-MakeEngine = Callable[..., Engine]
-Shapes = dict[str, tuple[int, int]]
 
 
 @pytest.fixture

@@ -8,31 +8,12 @@ from hypothesis import strategies as st
 
 from gpu_worker.engine.row import Row
 from gpu_worker.engine.scheduler import schedule
-from gpu_worker.request.request import SamplingParams
-from gpu_worker.text.incremental_detokenizer import IncrementalDetokenizer
-from gpu_worker.text.token_bytes import TokenBytes
-from lora_store.plan import BASE_PLAN
-from tests.tiny import byte_tokenizer
-
-TOKENIZER = byte_tokenizer().backend_tokenizer
+from tests.gpu_worker import rows as unprepared
 
 
 def row_of(kv_row: int, num_tokens: int, num_computed: int) -> Row:
-    return Row(
-        request_id=str(kv_row),
-        plan=BASE_PLAN,
-        sampling=SamplingParams(),
-        tokens=list(range(num_tokens)),
-        num_prompt_tokens=num_tokens,
-        max_new_tokens=1,
-        end_ids=frozenset(),
-        seed=0,
-        detokenizer=IncrementalDetokenizer(TOKENIZER, ()),
-        sink=lambda event: None,
-        token_bytes=TokenBytes(byte_tokenizer().backend_tokenizer),
-        kv_row=kv_row,
-        num_computed=num_computed,
-    )
+    tokens = range(num_tokens)
+    return unprepared.row_of(request_id=str(kv_row), tokens=tokens, kv_row=kv_row, num_computed=num_computed)
 
 
 def shown(rows: list[Row], budget: int, chunk: int = 100) -> list[tuple[int, int, int, int]]:

@@ -12,16 +12,25 @@ from torch import nn
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.warm_up import warm_up
 from gpu_worker.errors import LogitsNotFinite, WarmUpFailed
-from gpu_worker.lora.lora_linear import LoraLinear
-from tests.gpu_worker.engine_driver import BASE_JOB, Answer, assert_nothing_held, assert_same, run_together
+from tests.gpu_worker.engine_driver import (
+    BASE_JOB,
+    Alone,
+    MakeEngine,
+    assert_nothing_held,
+    assert_same,
+    run_together,
+)
+from tests.gpu_worker.faults import break_adapters
 from tests.tiny import FAMILIES
 
-MakeEngine = Callable[..., Engine]
 NUM_PROMPT_TOKENS = 8  # of each request of the warm-up
 
 
 class NoKernel(RuntimeError):
     """What a device without a kernel raises."""
+
+
+NO_KERNEL = NoKernel("no kernel image is available for execution on the device")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -77,7 +86,7 @@ def passes_of(engine: Engine) -> list[Pass]:
     return passes
 
 
-def test_a_warm_engine_answers_as_a_fresh_one(make_engine: MakeEngine, alone: Callable[..., Answer]) -> None:
+def test_a_warm_engine_answers_as_a_fresh_one(make_engine: MakeEngine, alone: Alone) -> None:
     [answer] = run_together(warm_up(make_engine({})), [BASE_JOB])
     assert_same(answer, alone(BASE_JOB, {}))
 
@@ -95,12 +104,11 @@ def decode_steps(engine: Engine) -> None:
 
 
 def adapters(engine: Engine) -> None:
-    linear = next(module for module in engine.base.model.modules() if isinstance(module, LoraLinear))
-    linear.register_forward_pre_hook(lambda module, args: module._step.composition and raise_no_kernel())
+    break_adapters(engine, NO_KERNEL)
 
 
 def raise_no_kernel() -> None:
-    raise NoKernel("no kernel image is available for execution on the device")
+    raise NO_KERNEL
 
 
 @pytest.mark.parametrize("breaks", [every_pass, decode_steps, adapters])

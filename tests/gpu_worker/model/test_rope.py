@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from gpu_worker.engine.engine import Engine
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model.base_model import load_base_model
 from gpu_worker.model.rope import pin_longrope
-from tests.gpu_worker.engine_driver import greedy, run_together
+from tests.gpu_worker.engine_driver import MakeEngine, greedy, run_together
 from tests.tiny import SHAPE, byte_tokenizer, tiny_config
 
 ORIGINAL_LEN = 64
@@ -32,7 +31,7 @@ def save(folder: Path, family: str, *, short: list[float] = SHORT, long: list[fl
     return folder
 
 
-def engine_over(folder: Path, make_engine: Callable[..., Engine], max_model_len: int) -> Engine:
+def engine_over(folder: Path, make_engine: MakeEngine, max_model_len: int) -> Engine:
     base = load_base_model(tiny_config(folder, max_model_len=max_model_len))
     return make_engine({}, base=base, max_model_len=max_model_len)
 
@@ -48,9 +47,7 @@ def continuation(folder: Path, prompt: str, num_new: int) -> list[int]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_long_neighbour_does_not_change_an_answer(
-    family: str, tmp_path: Path, make_engine: Callable[..., Engine]
-) -> None:
+def test_a_long_neighbour_does_not_change_an_answer(family: str, tmp_path: Path, make_engine: MakeEngine) -> None:
     save(tmp_path, family)
     short, long = greedy("a short prompt", num_new=20), greedy("x" * 100, num_new=20)
     [alone] = run_together(engine_over(tmp_path, make_engine, 160), [short])
@@ -61,7 +58,7 @@ def test_a_long_neighbour_does_not_change_an_answer(
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("max_model_len", "is_long"), [(ORIGINAL_LEN, False), (ORIGINAL_LEN + 1, True), (160, True)])
 def test_the_longest_row_decides_for_all_which_factors_are_used(
-    family: str, max_model_len: int, is_long: bool, tmp_path: Path, make_engine: Callable[..., Engine]
+    family: str, max_model_len: int, is_long: bool, tmp_path: Path, make_engine: MakeEngine
 ) -> None:
     chosen = LONG if is_long else SHORT
     scales = FAMILIES[family]
@@ -75,9 +72,7 @@ def test_the_longest_row_decides_for_all_which_factors_are_used(
     assert answer.tokens == continuation(expected, "q" * 20, 30)
 
 
-def test_a_row_that_outgrows_the_original_length_keeps_its_factors(
-    tmp_path: Path, make_engine: Callable[..., Engine]
-) -> None:
+def test_a_row_that_outgrows_the_original_length_keeps_its_factors(tmp_path: Path, make_engine: MakeEngine) -> None:
     expected = save(tmp_path / "expected", "phi3", short=LONG)
     engine = engine_over(save(tmp_path / "own", "phi3"), make_engine, 160)
     prompt = "z" * (ORIGINAL_LEN - 10)

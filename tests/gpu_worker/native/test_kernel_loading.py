@@ -6,8 +6,6 @@ import logging
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,24 +20,11 @@ from gpu_worker.native.build_kernels import prebuilt_path
 from gpu_worker.native.kernel_build import Compiler, KernelUnavailable, kernel_names, source_of
 from gpu_worker.native.kernel_loading import check_trusted, load_library, num_missing_kernels
 from gpu_worker.native.kernel_variants import VARIANTS, this_processor
+from tests.gpu_worker.compilers import script
 from tests.gpu_worker.engine_driver import greedy, run_together
 from tests.tiny import InlineExecutor, tiny_config
 
 ME = os.geteuid()
-
-
-@pytest.fixture
-def no_options(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """The environment without a compiler of its own."""
-    for name in ("CXX", "CXXFLAGS"):
-        monkeypatch.delenv(name, raising=False)
-    yield monkeypatch
-
-
-def script(path: Path, text: str) -> Path:
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
-    return path
 
 
 def libraries(cache: Path) -> list[Path]:
@@ -98,24 +83,6 @@ def test_a_compiler_that_fails_is_logged_and_leaves_nothing(
     assert load_lora_kernel(tmp_path / "cache") is None
     assert "unknown option" in caplog.text
     assert libraries(tmp_path / "cache") == []
-
-
-def test_the_compiler_of_the_environment_is_taken(tmp_path: Path, no_options: pytest.MonkeyPatch) -> None:
-    compiler = script(tmp_path / "my c++", "exit 0")
-    assert Compiler.find({"CXX": f"'{compiler}' -B /x", "CXXFLAGS": "-g -O1", "PATH": ""}) == Compiler(
-        (str(compiler), "-B", "/x"), ("-g", "-O1")
-    )
-    with pytest.raises(KernelUnavailable, match=r"no C\+\+ compiler found \(nonesuch\)"):
-        Compiler.find({"CXX": "nonesuch", "PATH": os.environ["PATH"]})
-
-
-def test_a_compiler_that_hangs_is_ended(tmp_path: Path) -> None:
-    compiler = Compiler((str(script(tmp_path / "c++", "exec sleep 60")),))
-    began = time.monotonic()
-    with pytest.raises(KernelUnavailable, match=r"did not finish within 0\.2 s"):
-        compiler.compile(source_of("fused"), (), tmp_path / "fused.so", limit_s=0.2)
-    assert time.monotonic() - began < 30
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["c++"]
 
 
 def test_a_cache_folder_that_cannot_be_used_costs_the_kernels_and_not_the_worker(

@@ -9,23 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.engine_thread import EngineThread
-from gpu_worker.engine.row import Row
 from gpu_worker.errors import SamplingInvalid
 from gpu_worker.request.request import Delta, Job, SamplingParams, TokenLogprob
 from gpu_worker.sampling.draw import Draw
 from gpu_worker.sampling.logprobs import Scored
 from gpu_worker.sampling.sampling import Sampler
 from gpu_worker.sampling.sampling_kernel import load_sampling_kernel
-from gpu_worker.text.incremental_detokenizer import IncrementalDetokenizer
 from gpu_worker.text.token_bytes import TokenBytes
 from lora_store.plan import BASE_PLAN
-from tests.gpu_worker.engine_driver import Answer, compiled, run, run_together
+from tests.gpu_worker.engine_driver import Answer, MakeEngine, Shapes, compiled, run, run_together
 from tests.gpu_worker.slow_sampling import scored_slowly
 from tests.tiny import byte_tokenizer, plan_of, random_adapter
 
-MakeEngine = Callable[..., Engine]
 BYTES = byte_tokenizer().backend_tokenizer
 
 
@@ -79,7 +75,7 @@ def told(answer: Answer) -> list[TokenLogprob]:
     return [entry for event in answer.events if isinstance(event, Delta) for entry in event.logprobs]
 
 
-def test_a_batch_tells_what_each_row_tells_alone(make_engine: MakeEngine, shapes: dict[str, tuple[int, int]]) -> None:
+def test_a_batch_tells_what_each_row_tells_alone(make_engine: MakeEngine, shapes: Shapes) -> None:
     adapter = random_adapter(shapes, 1)
     pool = {adapter.weights_digest: adapter}
     jobs = [
@@ -104,54 +100,6 @@ def test_a_batch_tells_what_each_row_tells_alone(make_engine: MakeEngine, shapes
             assert entry.logprob == pytest.approx(other.logprob, abs=1e-4)
             assert len(entry.top) == wanted
             assert [value for _, value in entry.top] == pytest.approx([v for _, v in other.top], abs=1e-4)
-
-
-def row_of(*, stops: tuple[str, ...] = (), end_ids: frozenset[int] = frozenset({257}), max_new: int = 20) -> Row:
-    return Row(
-        request_id="1",
-        plan=BASE_PLAN,
-        sampling=SamplingParams(max_tokens=max_new, logprobs=0),
-        tokens=[256],
-        num_prompt_tokens=1,
-        max_new_tokens=max_new,
-        end_ids=end_ids,
-        seed=0,
-        detokenizer=IncrementalDetokenizer(BYTES, stops),
-        sink=lambda event: None,
-        token_bytes=TokenBytes(BYTES),
-    )
-
-
-def taken(row: Row, text: str, *, end: int | None = None) -> list[Delta]:
-    """The deltas of these bytes, one token each, and of the id that ends them."""
-    tokens = BYTES.encode(text, add_special_tokens=False).ids + ([] if end is None else [end])
-    deltas = []
-    for token in tokens:
-        delta = row.append_token(token, Scored(-1.0, ()))
-        deltas += [] if delta is None else [delta]
-        if delta is not None and delta.finish_reason:
-            break
-    return deltas
-
-
-def test_tokens_join_to_the_text_and_say_where_they_begin() -> None:
-    deltas = taken(row_of(), "né🙂", end=257)
-    entries = [entry for delta in deltas for entry in delta.logprobs]
-    assert b"".join(entry.token for entry in entries).decode() == "né🙂" == "".join(delta.text for delta in deltas)
-    assert [entry.text_offset for entry in entries] == [0, 1, 1, 2, 2, 2, 2]
-    assert [len(delta.logprobs) for delta in deltas] == [1, 2, 4, 0], "each is told with the text it completes"
-
-
-def test_what_a_stop_string_cuts_off_is_not_told() -> None:
-    deltas = taken(row_of(stops=("##",)), "a#b##c")
-    assert "".join(delta.text for delta in deltas) == "a#b"
-    assert b"".join(entry.token for delta in deltas for entry in delta.logprobs) == b"a#b"
-
-
-def test_what_was_held_back_is_told_when_the_answer_ends() -> None:
-    deltas = taken(row_of(stops=("##",), max_new=2), "a#")
-    assert deltas[-1].finish_reason == "length"
-    assert b"".join(entry.token for delta in deltas for entry in delta.logprobs) == b"a#"
 
 
 def test_deltas_sent_together_tell_of_all_their_tokens(

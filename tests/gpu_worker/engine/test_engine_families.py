@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gpu_worker.engine.engine import Engine
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model.base_model import load_base_model
-from tests.gpu_worker.engine_driver import greedy, run_together
+from tests.gpu_worker.engine_driver import MakeEngine, greedy, run_together
 from tests.gpu_worker.families import EQUAL, REFUSED, save
 from tests.soak import Scale
 from tests.tiny import tiny_config
@@ -22,7 +22,7 @@ NUM_NEW = 8
 SMALL_EQUAL, SMALL_REFUSED = 6, 6
 
 
-def engine_over(folder: Path, make_engine: Callable[..., Engine], **changes: object) -> Engine:
+def engine_over(folder: Path, make_engine: MakeEngine, **changes: object) -> Engine:
     """Start an engine that takes its prompts in chunks."""
     base = load_base_model(tiny_config(folder, **changes))
     return make_engine({}, base=base, max_step_tokens=16, **changes)
@@ -48,7 +48,7 @@ def some(names: Sequence[str], what: str, small: int, scale: Scale) -> Sequence[
 
 
 def test_families_that_are_served_give_transformers_own_tokens(
-    tmp_path: Path, make_engine: Callable[..., Engine], scale: Scale
+    tmp_path: Path, make_engine: MakeEngine, scale: Scale
 ) -> None:
     jobs = [greedy(prompt, num_new=NUM_NEW) for prompt in PROMPTS]
     for name in some(list(EQUAL), "families served", SMALL_EQUAL, scale):
@@ -57,16 +57,14 @@ def test_families_that_are_served_give_transformers_own_tokens(
         assert [answer.tokens for answer in answers] == continuations(folder), name
 
 
-def test_families_that_are_served_start_in_bfloat16(
-    tmp_path: Path, make_engine: Callable[..., Engine], scale: Scale
-) -> None:
+def test_families_that_are_served_start_in_bfloat16(tmp_path: Path, make_engine: MakeEngine, scale: Scale) -> None:
     """Random experts tie more often than trained ones; that alone refuses none."""
     for name in some(list(EQUAL), "families in bfloat16", SMALL_EQUAL, scale):
         engine_over(save(tmp_path / name, name, EQUAL[name]), make_engine, dtype="bfloat16")
 
 
 def test_families_that_cannot_be_served_are_refused_at_start_by_name(
-    tmp_path: Path, make_engine: Callable[..., Engine], scale: Scale
+    tmp_path: Path, make_engine: MakeEngine, scale: Scale
 ) -> None:
     for name in some(list(REFUSED), "families refused", SMALL_REFUSED, scale):
         settings, reason = REFUSED[name]

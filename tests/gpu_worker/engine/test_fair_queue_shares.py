@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 
 import pytest
 
 from gpu_worker.engine.engine import Engine
 from gpu_worker.errors import EngineFull
 from gpu_worker.request.request import Job, SamplingParams
-from tests.gpu_worker.engine_driver import Answer, ask, assert_nothing_held
+from tests.gpu_worker.engine_driver import Answer, MakeEngine, ask, assert_nothing_held
 
-MakeEngine = Callable[..., Engine]
 PLACES = 12
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 
@@ -11,8 +10,11 @@ from gpu_worker.engine.engine import Engine
 from gpu_worker.errors import DeadlineExceeded, EngineStopped
 from gpu_worker.request.request import Delta, Job, SamplingParams
 from lora_store.plan import BASE_PLAN, Plan
+from tests.clocks import Clock
 from tests.gpu_worker.engine_driver import (
-    Answer,
+    Alone,
+    MakeEngine,
+    Shapes,
     ask,
     assert_nothing_held,
     assert_same,
@@ -22,18 +24,7 @@ from tests.gpu_worker.engine_driver import (
 )
 from tests.tiny import plan_of, random_adapter
 
-MakeEngine = Callable[..., Engine]
-Alone = Callable[..., Answer]
-Shapes = dict[str, tuple[int, int]]
 PAGE, MAX_LEN = 16, 160
-
-
-@dataclass
-class Clock:
-    now: float = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def job_of(num_prompt_tokens: int, num_new: int, name: object = 0, plan: Plan = BASE_PLAN, **changes: object) -> Job:
@@ -155,22 +146,22 @@ def test_rows_that_gave_up_their_kv_run_on_before_any_newcomer(make_engine: Make
 
 
 def test_one_that_ran_is_not_refused_for_having_waited(make_engine: MakeEngine) -> None:
-    clock = Clock()
+    clock = Clock(1000.0)
     engine = make_engine({}, kv_tokens=MAX_LEN, clock=clock, max_wait_s=5.0)
     answers = [ask(engine, job_of(50, 60, i)) for i in range(2)]
     until_preempted(engine)
-    clock.now += 100
+    clock.at += 100
     engine.run_until_idle()
     assert all(answer.is_finished for answer in answers)
 
 
 def test_one_that_ran_ends_at_its_deadline_all_the_same(make_engine: MakeEngine, shapes: Shapes) -> None:
-    clock, weights = Clock(), random_adapter(shapes, 1)
+    clock, weights = Clock(1000.0), random_adapter(shapes, 1)
     engine = make_engine(by_digest(weights), kv_tokens=MAX_LEN, clock=clock)
     ask(engine, job_of(50, 60, 0))
     late = ask(engine, job_of(50, 60, 1, plan_of("selection", (weights, 1.0)), time_left_s=10.0))
     until_preempted(engine)
-    clock.now = 1010.0
+    clock.at = 1010.0
     engine.step()
     assert isinstance(late.error, DeadlineExceeded) and late.error.num_new_tokens == late.row.num_new_tokens > 0
     engine.run_until_idle()
@@ -221,13 +212,13 @@ def test_a_plan_that_waits_for_the_whole_bank_and_one_that_waits_for_kv_do_not_b
 def test_a_row_with_its_adapters_in_the_bank_waits_for_kv_and_is_refused_in_time(
     make_engine: MakeEngine, shapes: Shapes
 ) -> None:
-    clock, weights = Clock(), random_adapter(shapes, 1)
+    clock, weights = Clock(1000.0), random_adapter(shapes, 1)
     engine = make_engine(by_digest(weights), kv_tokens=MAX_LEN, clock=clock, max_wait_s=5.0)
     ask(engine, job_of(100, 60, 0))
     engine.step()
     waits = ask(engine, job_of(90, 2, 1, plan_of("selection", (weights, 1.0))))
     engine.step()
-    clock.now += 5
+    clock.at += 5
     engine.step()
     assert waits.error is not None and not waits.row.is_pinned
     engine.run_until_idle()

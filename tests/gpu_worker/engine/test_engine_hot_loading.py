@@ -12,23 +12,23 @@ from gpu_worker.engine.engine import Engine
 from gpu_worker.errors import AdapterLoadFailed
 from gpu_worker.request.request import Delta, Job
 from lora_store.adapter import AdapterWeights
-from lora_store.plan import Plan
 from tests.gpu_worker.engine_driver import (
     BASE_JOB,
+    Alone,
     Answer,
     HeldExecutor,
+    MakeEngine,
+    Shapes,
     ask,
     assert_nothing_held,
     assert_same,
     by_digest,
     greedy,
+    only,
     run_together,
+    steps,
 )
 from tests.tiny import plan_of, random_adapter
-
-MakeEngine = Callable[..., Engine]
-Alone = Callable[..., Answer]
-Shapes = dict[str, tuple[int, int]]
 
 
 class Pool:
@@ -44,15 +44,6 @@ class Pool:
         if self.is_down:
             raise ConnectionError("the store is away")
         return self.weights[digest]
-
-
-def only(weights: AdapterWeights) -> Plan:
-    return plan_of("selection", (weights, 1.0))
-
-
-def steps(engine: Engine, count: int) -> None:
-    for _ in range(count):
-        engine.step()
 
 
 def test_what_the_bank_holds_is_not_fetched_again(make_engine: MakeEngine, shapes: Shapes, alone: Alone) -> None:

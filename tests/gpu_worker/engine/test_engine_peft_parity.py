@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gpu_worker.engine.engine import Engine
 from lora_store.adapter import AdapterWeights
 from lora_store.peft_files import read_peft_folder, write_peft_folder
-from tests.gpu_worker.engine_driver import by_digest, greedy, run_together
+from tests.gpu_worker.engine_driver import MakeEngine, by_digest, greedy, run_together
 from tests.tiny import assert_equal_logits, plan_of
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -90,7 +89,7 @@ def logits_of(model: PeftModel, tiny_folders: Mapping[str, Path], prompt: str) -
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_selection_equals_the_peft_model(
-    name: str, trained: dict[str, Trained], tiny_folders: Mapping[str, Path], make_engine: Callable[..., Engine]
+    name: str, trained: dict[str, Trained], tiny_folders: Mapping[str, Path], make_engine: MakeEngine
 ) -> None:
     weights = trained[name].weights
     model = PeftModel.from_pretrained(plain_model(tiny_folders), trained[name].folder).eval()
@@ -118,7 +117,7 @@ def test_mixture_equals_pefts_concatenation(
     parts: dict[str, float],
     trained: dict[str, Trained],
     tiny_folders: Mapping[str, Path],
-    make_engine: Callable[..., Engine],
+    make_engine: MakeEngine,
 ) -> None:
     """The first is never a rank-stabilised one: PEFT would scale its concatenation by that, not by 1."""
     first, *others = [trained[name].folder for name in parts]

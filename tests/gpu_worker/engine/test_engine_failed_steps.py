@@ -5,25 +5,23 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
-import torch
-from torch import nn
 
 from gpu_worker.attention.kv_cache import KvShape
 from gpu_worker.attention.kv_regions import KvRegions
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.engine_thread import EngineThread
 from gpu_worker.errors import DeadlineExceeded, EngineStopped, RequestFailed
-from gpu_worker.lora.lora_linear import LoraLinear
 from gpu_worker.request.request import Job, SamplingParams
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN
-from tests.gpu_worker.engine.test_engine_isolation import hostile_adapter
 from tests.gpu_worker.engine_driver import (
     BASE_JOB,
-    Answer,
+    Alone,
+    MakeEngine,
+    Shapes,
     ask,
     assert_nothing_held,
     assert_same,
@@ -32,55 +30,8 @@ from tests.gpu_worker.engine_driver import (
     run,
     run_together,
 )
-from tests.tiny import plan_of, random_adapter
-
-MakeEngine = Callable[..., Engine]
-Shapes = dict[str, tuple[int, int]]
-BAD = "~"  # the model raises wherever this letter is among a step's tokens
-
-
-class OutOfMemory(RuntimeError):
-    """What a step raises in these tests."""
-
-
-@dataclass
-class Faults:
-    """What raises in a model's forward passes, before or after they have written keys and values."""
-
-    num_passes: int = 0  # that raise from now on
-    bad_token: int | None = None
-    num_seen: int = 0  # passes that began
-
-    def check(self, input_ids: torch.Tensor) -> None:
-        if self.bad_token is not None and self.bad_token in input_ids:
-            raise OutOfMemory("out of memory for a bad token")
-        if self.num_passes:
-            self.num_passes -= 1
-            raise OutOfMemory("out of memory")
-
-
-def faults_of(engine: Engine, *, after: bool = False) -> Faults:
-    """Put faults into the engine's model; none raises yet."""
-    faults, model = Faults(), engine.base.model
-
-    def before_pass(module: nn.Module, args: object, kwargs: dict[str, torch.Tensor]) -> None:
-        faults.num_seen += 1
-        if not after:
-            faults.check(kwargs["input_ids"])
-
-    def after_pass(module: nn.Module, args: object, kwargs: dict[str, torch.Tensor], output: object) -> None:
-        if after:
-            faults.check(kwargs["input_ids"])
-
-    model.register_forward_pre_hook(before_pass, with_kwargs=True)
-    model.register_forward_hook(after_pass, with_kwargs=True)
-    return faults
-
-
-def bad_id(engine: Engine) -> int:
-    [token_id] = engine.base.tokenizer(BAD, add_special_tokens=False).input_ids
-    assert isinstance(token_id, int)
-    return token_id
+from tests.gpu_worker.faults import BAD, OutOfMemory, bad_id, faults_of, hostile_adapter
+from tests.tiny import plan_of
 
 
 def neighbours(pool: Sequence[AdapterWeights]) -> list[Job]:
@@ -96,11 +47,6 @@ def neighbours(pool: Sequence[AdapterWeights]) -> list[Job]:
     ]
 
 
-@pytest.fixture
-def pool(shapes: Shapes) -> list[AdapterWeights]:
-    return [random_adapter(shapes, seed, rank=3) for seed in (1, 2)]
-
-
 @pytest.mark.parametrize("after", [False, True], ids=["before the pass", "after the pass"])
 @pytest.mark.parametrize("num_rows", [1, 4])
 @pytest.mark.parametrize("step", [0, 1, 4])
@@ -110,7 +56,7 @@ def test_a_step_that_fails_once_ends_nobody_and_changes_nothing(
     after: bool,
     make_engine: MakeEngine,
     pool: list[AdapterWeights],
-    alone: Callable[..., Answer],
+    alone: Alone,
 ) -> None:
     jobs = neighbours(pool)[-num_rows:]
     engine = make_engine(by_digest(*pool), max_step_tokens=40)
@@ -132,7 +78,7 @@ def test_only_the_rows_a_step_fails_on_end(
     after: bool,
     make_engine: MakeEngine,
     pool: list[AdapterWeights],
-    alone: Callable[..., Answer],
+    alone: Alone,
 ) -> None:
     good = neighbours(pool)
     jobs = list(good)
@@ -150,9 +96,7 @@ def test_only_the_rows_a_step_fails_on_end(
 
 
 @pytest.mark.parametrize("marked", ["one of its tokens", "its prompt as a whole"])
-def test_requests_that_fail_alone_never_end_the_engine(
-    marked: str, make_engine: MakeEngine, alone: Callable[..., Answer]
-) -> None:
+def test_requests_that_fail_alone_never_end_the_engine(marked: str, make_engine: MakeEngine, alone: Alone) -> None:
     engine = make_engine({})
     faults = faults_of(engine)
     [bos] = engine.base.tokenizer("", add_special_tokens=True).input_ids
@@ -168,95 +112,8 @@ def test_requests_that_fail_alone_never_end_the_engine(
     assert_nothing_held(engine)
 
 
-def break_adapters(engine: Engine) -> None:
-    """Let every pass that composes adapters raise."""
-    linear = next(module for module in engine.base.model.modules() if isinstance(module, LoraLinear))
-
-    def check(module: nn.Module, args: object) -> None:
-        if isinstance(module, LoraLinear) and module._step.composition is not None:
-            raise OutOfMemory("no kernel for adapters")
-
-    linear.register_forward_pre_hook(check)
-
-
-def break_chunks(engine: Engine) -> None:
-    """Let every pass over more than three tokens raise."""
-
-    def check(module: nn.Module, args: object, kwargs: dict[str, torch.Tensor]) -> None:
-        if kwargs["input_ids"].shape[1] > 3:
-            raise OutOfMemory("no memory for a chunk")
-
-    engine.base.model.register_forward_pre_hook(check, with_kwargs=True)
-
-
-@pytest.mark.parametrize("breaks", [break_adapters, break_chunks])
-def test_a_device_that_computes_single_tokens_only_ends_the_engine_after_three_requests(
-    breaks: Callable[[Engine], None], make_engine: MakeEngine, pool: list[AdapterWeights]
-) -> None:
-    engine = make_engine(by_digest(*pool))
-    breaks(engine)
-    plan = plan_of("mixture", (pool[0], 0.5), (pool[1], 0.5))
-    answers = []
-    for number in range(3):
-        answers.append(ask(engine, greedy("a prompt of many tokens", plan, number)))
-        if number < 2:
-            engine.run_until_idle()
-    with pytest.raises(EngineStopped, match="the engine's own requests, after 3 consecutive failed steps"):
-        engine.step()
-    assert [type(answer.error) for answer in answers] == [RequestFailed, RequestFailed, EngineStopped]
-    assert_nothing_held(engine)
-
-
-def test_failed_steps_count_anew_once_a_request_is_computed(
-    make_engine: MakeEngine, pool: list[AdapterWeights]
-) -> None:
-    engine = make_engine(by_digest(*pool))
-    break_adapters(engine)
-    for number in range(6):
-        [bad] = run_together(engine, [greedy("adapted", plan_of("selection", (pool[0], 1.0)), number)])
-        assert isinstance(bad.error, RequestFailed)
-        if number % 2 == 1:
-            [base] = run_together(engine, [replace(BASE_JOB, request_id=f"base-{number}")])
-            assert base.is_finished
-
-
-def test_a_device_that_computes_nothing_ends_the_engine_after_three_steps(make_engine: MakeEngine) -> None:
-    engine = make_engine({}, max_batch_size=4)
-    faults = faults_of(engine)
-    faults.num_passes = 10**6
-    answers = [ask(engine, greedy("x", request_id=number)) for number in range(16)]
-    engine.step()
-    engine.step()
-    assert faults.num_seen <= 2 * (3 * 4 + 1)
-    assert [type(answer.error) for answer in answers] == [EngineStopped] * 8 + [type(None)] * 8
-    with pytest.raises(EngineStopped, match="3 consecutive steps"):
-        engine.step()
-    assert [type(answer.error) for answer in answers] == [EngineStopped] * 12 + [type(None)] * 4
-    assert_nothing_held_but_waiting(engine)
-
-
-def assert_nothing_held_but_waiting(engine: Engine) -> None:
-    engine.fail_all(EngineStopped("over"))
-    assert_nothing_held(engine)
-
-
-def test_a_device_that_recovers_is_given_three_steps_again(
-    make_engine: MakeEngine, alone: Callable[..., Answer]
-) -> None:
-    engine = make_engine({})
-    faults = faults_of(engine)
-    for number in range(6):
-        if number % 2 == 0:
-            faults.num_passes = 4  # two attempts, one with half the tokens, and the check of the device
-        [answer] = run_together(engine, [replace(BASE_JOB, request_id=str(number))])
-        if number % 2 == 0:
-            assert isinstance(answer.error, EngineStopped)
-        else:
-            assert_same(answer, alone(BASE_JOB, {}))
-
-
 def test_a_failed_step_leaves_nothing_of_a_hostile_adapter_in_the_cache(
-    make_engine: MakeEngine, shapes: Shapes, alone: Callable[..., Answer]
+    make_engine: MakeEngine, shapes: Shapes, alone: Alone
 ) -> None:
     hostile = hostile_adapter(shapes, "second product")
     engine = make_engine(by_digest(hostile), max_batch_size=1)

@@ -1,0 +1,69 @@
+"""Pages of keys and values: what is written where, who holds which, and what is given back."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpu_worker.attention.kv_pages import KvPages
+from gpu_worker.step.attention_plan import Segment
+from tests.gpu_worker.engine_driver import kv_shape
+from tests.gpu_worker.slow_varlen_attention import slow_varlen_attn
+
+CPU = torch.device("cpu")
+
+
+def test_tokens_are_written_to_their_rows_pages_in_order() -> None:
+    cache = KvPages(kv_shape(num_tokens=24, page_tokens=4, max_len=12), CPU, slow_varlen_attn)
+    rows = [cache.allocate(1, 12) for _ in range(2)]
+    for row in (rows[0], rows[1], rows[0]):  # so that the pages of a row do not lie in order
+        assert cache.grow(row, cache.num_free_tokens and 5 if row == rows[1] else 9)
+    plan = cache.attention([Segment(rows[1], 0, 3, 2), Segment(rows[0], 3, 5, 4)])
+    key, value = torch.randn(2, 8, 4), torch.randn(2, 8, 4)
+    plan.attend(1, torch.randn(4, 8, 4), key, value, scaling=1.0, sliding_window=None)
+    tables, expected = plan.block_table.tolist(), torch.zeros(2, *plan.store.shape[2:])
+    for token, (segment, position) in enumerate([(0, 2), (0, 3), (0, 4), (1, 4), (1, 5), (1, 6), (1, 7), (1, 8)]):
+        page, slot = tables[segment][position // 4], position % 4
+        expected[0, page, slot], expected[1, page, slot] = key[:, token], value[:, token]
+    assert torch.equal(plan.store[1], expected)
+    assert not plan.store[0].any()
+
+
+def test_freed_pages_are_wiped_and_the_others_are_not() -> None:
+    cache = KvPages(kv_shape(num_tokens=80, page_tokens=16, max_len=40), CPU, slow_varlen_attn)
+    row, other = cache.allocate(20, 20), cache.allocate(20, 20)
+    tokens = torch.full((2, 20, 4), float("nan"))
+    for each in (row, other):
+        plan = cache.attention([Segment(each, 0, 20, 0)])
+        plan.attend(0, torch.zeros(4, 20, 4), tokens, tokens, scaling=1.0, sliding_window=None)
+    num_written = int(plan.store.isnan().sum())
+    cache.free(row)
+    assert int(plan.store.isnan().sum()) == num_written / 2
+    cache.free(other)
+    assert not plan.store.any()
+
+
+@given(st.data())
+def test_pages_are_held_once_and_all_come_back(data: st.DataObject) -> None:
+    shape = kv_shape(num_tokens=60, page_tokens=4, max_len=40, num_rows=6)
+    cache = KvPages(shape, torch.device("cpu"))
+    lengths: dict[int, int] = {}
+    for _ in range(data.draw(st.integers(1, 40))):
+        kind = data.draw(st.sampled_from(["join", "grow", "leave"]))
+        if kind == "join" and cache.fits(length := data.draw(st.integers(1, 40))):
+            lengths[cache.allocate(length, data.draw(st.integers(length, 40)))] = length
+        elif kind == "grow" and lengths:
+            row = data.draw(st.sampled_from(sorted(lengths)))
+            lengths[row] += cache.grow(row, lengths[row] + 1) if lengths[row] < 40 else 0
+        elif lengths:
+            cache.free(row := data.draw(st.sampled_from(sorted(lengths))))
+            del lengths[row]
+        held = sum(shape.pages_of(length) for length in lengths.values())
+        assert cache.num_free_tokens == (shape.num_pages - held) * 4
+        assert cache.num_free == 6 - len(lengths)
+        if lengths:
+            segments = [Segment(row, n, 1, length - 1) for n, (row, length) in enumerate(lengths.items())]
+            tables = zip(cache.attention(segments).block_table.tolist(), lengths.values(), strict=True)
+            pages = [page for table, length in tables for page in table[: shape.pages_of(length)]]
+            assert len(set(pages)) == len(pages), "no page is of two rows"

@@ -1,0 +1,100 @@
+"""The bank's rows, moved in all modules together, compared with a table of what each row should hold."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from gpu_worker.bank.bank import LoraBank
+from lora_store.adapter import AdapterWeights, ModuleWeights
+
+NUM_ROWS = 8
+LINEARS = {"up": nn.Linear(3, 5), "gate": nn.Linear(3, 5), "down": nn.Linear(5, 3), "square": nn.Linear(3, 3)}
+
+
+def weights_of(seed: int, ranks: dict[str, int]) -> AdapterWeights:
+    generator = torch.Generator().manual_seed(seed)
+    modules = {}
+    for name, rank in ranks.items():
+        linear = LINEARS[name]
+        a = torch.randn(rank, linear.in_features, generator=generator)
+        b = torch.randn(linear.out_features, rank, generator=generator)
+        modules[name] = ModuleWeights(a, b, 2.0)
+    return AdapterWeights(str(seed), modules)
+
+
+def assert_holds(bank: LoraBank, rows: list[int], weights: AdapterWeights) -> None:
+    """Each module's values in rank order, zeros past its rank and where it is None."""
+    bank.set_active(NUM_ROWS)
+    for name, module_bank in bank.modules.items():
+        a = torch.zeros(len(rows), LINEARS[name].in_features)
+        bt = torch.zeros(len(rows), LINEARS[name].out_features)
+        if name in weights.modules:
+            module = weights.modules[name]
+            a[: module.rank], bt[: module.rank] = module.lora_a, module.lora_b.T * module.scaling
+        torch.testing.assert_close(module_bank.a[rows], a)
+        torch.testing.assert_close(module_bank.bt[rows], bt)
+
+
+def assert_free(bank: LoraBank, rows: list[int]) -> None:
+    bank.set_active(NUM_ROWS)
+    for module_bank in bank.modules.values():
+        assert bool(module_bank.a[rows].isnan().all() and module_bank.bt[rows].isnan().all())
+
+
+@pytest.mark.parametrize("rows", [[2, 3, 4], [4, 2, 7], [7, 6, 5], [0, 2, 3]], ids=str)
+@pytest.mark.parametrize(
+    "ranks", [dict.fromkeys(LINEARS, 3), {"up": 3, "down": 1}, {"up": 1, "gate": 2, "square": 3}], ids=str
+)
+def test_an_adapter_fills_its_rows_and_no_others(rows: list[int], ranks: dict[str, int]) -> None:
+    bank = LoraBank(LINEARS, NUM_ROWS, free_fill=float("nan"))
+    weights = weights_of(1, ranks)
+    bank.write(rows, bank.to_device_layout(weights))
+    assert_holds(bank, rows, weights)
+    others = [row for row in range(NUM_ROWS) if row not in rows]
+    assert_free(bank, others)
+    bank.free(rows)
+    assert_free(bank, list(range(NUM_ROWS)))
+
+
+@pytest.mark.parametrize(("rows", "others"), [([0, 1], [4, 5]), ([1, 0], [4, 5]), ([0, 1], [7, 3])], ids=str)
+def test_swapped_rows_change_places_in_every_module(rows: list[int], others: list[int]) -> None:
+    bank = LoraBank(LINEARS, NUM_ROWS, free_fill=float("nan"))
+    first, second = weights_of(1, dict.fromkeys(LINEARS, 2)), weights_of(2, {"up": 2, "down": 1})
+    bank.write(rows, bank.to_device_layout(first))
+    bank.write(others, bank.to_device_layout(second))
+    bank.swap(rows, others)
+    assert_holds(bank, others, first)
+    assert_holds(bank, rows, second)
+    assert_free(bank, [row for row in range(NUM_ROWS) if row not in rows + others])
+
+
+def test_the_bank_says_what_it_takes() -> None:
+    bank = LoraBank(LINEARS, NUM_ROWS)
+    assert bank.shapes == {"up": (5, 3), "gate": (5, 3), "down": (3, 5), "square": (3, 3)}
+    assert bank.num_bytes == NUM_ROWS * 4 * sum(num_out + num_in for num_out, num_in in bank.shapes.values())
+
+
+def test_modules_of_one_parent_that_read_one_input_share_a_product() -> None:
+    names = ["a.q_proj", "a.k_proj", "a.v_proj", "a.o_proj", "b.q_proj", "a.gate_proj", "a.up_proj", "a.down_proj"]
+    bank = LoraBank({name: nn.Linear(4, 4) for name in names}, NUM_ROWS)
+    inputs = [bank.modules[name].inputs for name in names]
+    assert [inputs.index(each) for each in inputs] == [0, 0, 0, 3, 4, 5, 5, 7]
+    assert [bank.modules[name].index for name in names] == [0, 1, 2, 0, 0, 0, 1, 0]
+
+
+def test_a_module_is_used_while_an_active_adapter_has_it() -> None:
+    bank = LoraBank(LINEARS, NUM_ROWS)
+    bank.write([0, 1], bank.to_device_layout(weights_of(1, {"up": 2, "down": 1})))
+    bank.write([2], bank.to_device_layout(weights_of(2, {"gate": 1})))
+
+    def used(num_active: int) -> set[str]:
+        bank.set_active(num_active)
+        return {name for name, module in bank.modules.items() if module.is_used}
+
+    assert [used(0), used(2), used(3)] == [set(), {"up", "down"}, {"up", "down", "gate"}]
+    bank.swap([2], [0])
+    assert used(1) == {"gate"}
+    bank.free([0])
+    assert used(1) == set()

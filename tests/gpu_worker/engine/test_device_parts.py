@@ -1,0 +1,49 @@
+"""What an engine is built of on each device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from gpu_worker.attention.kv_pages import KvPages
+from gpu_worker.attention.kv_regions import KvRegions
+from gpu_worker.config import WorkerConfig
+from gpu_worker.engine.device_parts import fuse_where_compiled, make_kv_cache, make_lora_kernel
+from gpu_worker.lora.lora_kernel import LoraKernel
+from gpu_worker.model.base_model import BaseModel
+from gpu_worker.model.fused import FusedMlp, FusedRmsNorm
+from tests.gpu_worker.engine_driver import kv_shape
+
+ON_CPU = WorkerConfig(device="cpu")
+
+
+def on(device: Any) -> WorkerConfig:
+    return replace(ON_CPU, device=device)
+
+
+def test_keys_and_values_are_in_regions_on_the_cpu_and_in_pages_elsewhere() -> None:
+    assert isinstance(make_kv_cache(ON_CPU, kv_shape()), KvRegions)
+    assert isinstance(make_kv_cache(on("meta"), kv_shape()), KvPages)  # a device without memory
+
+
+@pytest.mark.parametrize(
+    ("config", "is_compiled"), [(ON_CPU, True), (replace(ON_CPU, lora_products="torch"), False), (on("cuda"), False)]
+)
+def test_products_are_compiled_on_the_cpu_unless_torch_is_asked_for(
+    config: WorkerConfig, is_compiled: bool, lora_kernel: LoraKernel
+) -> None:
+    assert isinstance(make_lora_kernel(config), LoraKernel) == is_compiled
+
+
+@pytest.mark.parametrize(("device", "num_norms", "num_mlps"), [("cpu", 3 * 2 + 1, 3), ("cuda", 0, 0)])
+def test_small_operations_are_fused_on_the_cpu(
+    device: str, num_norms: int, num_mlps: int, tiny_base: Callable[..., BaseModel], lora_kernel: LoraKernel
+) -> None:
+    model = tiny_base("llama").model
+    fuse_where_compiled(model, on(device))
+    modules = list(model.modules())
+    assert sum(isinstance(module, FusedRmsNorm) for module in modules) == num_norms
+    assert sum(isinstance(module, FusedMlp) for module in modules) == num_mlps

@@ -1,0 +1,110 @@
+"""One packed forward pass, against transformers' own model over each row alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from gpu_worker.attention.kv_regions import KvRegions
+from gpu_worker.bank.bank import LoraBank
+from gpu_worker.bank.residency import Residency
+from gpu_worker.engine.forward import ForwardPass
+from gpu_worker.lora.inject import inject, target_linears
+from gpu_worker.model.base_model import BaseModel
+from gpu_worker.step.attention_plan import Segment
+from gpu_worker.step.step_context import StepContext
+from tests.gpu_worker.engine_driver import kv_shape
+from tests.gpu_worker.rows import row_of
+from tests.tiny import VOCABULARY, assert_equal_logits
+
+FIRST, SECOND = [256, 1, 2, 3, 4, 5, 6], [256, 90, 91, 92, 93]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A forward pass over a tiny model, and what it is made of."""
+
+    forward: ForwardPass
+    cache: KvRegions
+    model: nn.Module
+
+
+@pytest.fixture
+def parts(tiny_base: Callable[..., BaseModel]) -> Parts:
+    base, step = tiny_base("llama"), StepContext()
+    bank = LoraBank(target_linears(base.model, base.model.get_output_embeddings()), 4)
+    inject(base.model, bank, step)
+    cache = KvRegions(kv_shape(num_layers=3, head_dim=8, max_len=40, num_tokens=120))
+    return Parts(ForwardPass(base, Residency(bank), cache, step, None, torch.device("cpu")), cache, base.model)
+
+
+@pytest.fixture
+def plain(tiny_folders: Mapping[str, Path]) -> Callable[[list[int]], Tensor]:
+    """Logits (V,) after these tokens, by transformers."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_folders["llama"], dtype=torch.float32).eval()
+
+    def run(tokens: list[int]) -> Tensor:
+        with torch.inference_mode():
+            logits: Tensor = model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
+        return logits
+
+    return run
+
+
+@torch.inference_mode()
+def test_rows_of_a_step_have_the_logits_they_have_alone(parts: Parts, plain: Callable[[list[int]], Tensor]) -> None:
+    """A whole prompt beside the first and then the last chunk of another, and a decode token at the end."""
+    long, short = row_of(tokens=FIRST), row_of(tokens=SECOND)
+    rows = [parts.cache.allocate(len(tokens) + 1, 40) for tokens in (FIRST, SECOND)]
+    [logits] = parts.forward([(long, Segment(rows[0], 0, 4, 0)), (short, Segment(rows[1], 4, 5, 0))])
+    assert_equal_logits(logits, plain(SECOND))
+    short.tokens.append(17)
+    found = parts.forward([(short, Segment(rows[1], 0, 1, 5)), (long, Segment(rows[0], 1, 3, 4))])
+    for own, tokens in zip(found, ([*SECOND, 17], FIRST), strict=True):
+        assert_equal_logits(own, plain(tokens))
+
+
+@torch.inference_mode()
+def test_a_step_of_incomplete_prompts_has_no_logits(parts: Parts) -> None:
+    row = parts.cache.allocate(7, 40)
+    assert parts.forward([(row_of(tokens=FIRST), Segment(row, 0, 4, 0))]).shape == (0, VOCABULARY)
+
+
+@torch.inference_mode()
+def test_the_same_segments_can_be_computed_again_whole_or_in_part(parts: Parts) -> None:
+    rows = [parts.cache.allocate(7, 40) for _ in range(2)]
+    scheduled = [
+        (row_of(tokens=FIRST), Segment(rows[0], 0, 7, 0)),
+        (row_of(tokens=SECOND), Segment(rows[1], 7, 5, 0)),
+    ]
+    first, again = parts.forward(scheduled), parts.forward(scheduled)
+    assert torch.equal(first, again)
+    [alone] = parts.forward(scheduled[:1])
+    assert_equal_logits(alone, first[0])
+
+
+def test_a_device_that_works_computes_a_token_and_keeps_nothing(parts: Parts) -> None:
+    with torch.inference_mode():
+        assert parts.forward.can_compute(row_of(tokens=[0]))
+    assert (parts.cache.num_free, parts.cache.num_free_tokens) == (3, 120)
+
+
+def raising(module: nn.Module, args: object) -> None:
+    raise RuntimeError("the device is lost")
+
+
+@pytest.mark.parametrize("fault", ["an error", "no finite logits"])
+def test_a_device_that_fails_computes_none_and_keeps_nothing(fault: str, parts: Parts) -> None:
+    if fault == "an error":
+        parts.model.register_forward_pre_hook(raising)
+    else:
+        parts.model.get_output_embeddings().weight.data.fill_(torch.nan)
+    with torch.inference_mode():
+        assert not parts.forward.can_compute(row_of(tokens=[0]))
+    assert (parts.cache.num_free, parts.cache.num_free_tokens) == (3, 120)

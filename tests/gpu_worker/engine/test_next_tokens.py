@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import torch
+
+from gpu_worker.engine.next_tokens import choose
+from gpu_worker.request.request import SamplingParams
+from gpu_worker.sampling.sampling import Sampler
+from gpu_worker.step.attention_plan import Segment
+from tests.gpu_worker.rows import row_of
+
+GREEDY = SamplingParams(temperature=0)
+
+
+def test_only_rows_whose_last_token_was_computed_get_a_token() -> None:
+    chunk, whole, decode = row_of(tokens=range(5)), row_of(tokens=range(3)), row_of(tokens=range(4))
+    for row in (chunk, whole, decode):
+        row.sampling = GREEDY
+    part = [(chunk, Segment(0, 0, 4, 0)), (whole, Segment(1, 4, 3, 0)), (decode, Segment(2, 7, 1, 3))]
+    logits = torch.nn.functional.one_hot(torch.tensor([11, 22]), 40).float()
+    chosen = choose(part, logits, Sampler())
+    assert (chosen.rows, chosen.tokens, chosen.scores) == ([whole, decode], [11, 22], [None, None])
+    assert chosen.logits is logits
+
+
+def test_a_row_has_a_score_if_its_request_wants_one_and_nothing_if_its_logits_are_not_finite() -> None:
+    rows = [row_of(sampling=SamplingParams(temperature=0, logprobs=wanted)) for wanted in (None, 1, 1)]
+    logits = torch.zeros(3, 40)
+    logits[:2, 9], logits[2, 0] = 5.0, torch.nan
+    part = [(row, Segment(number, number, 1, 0)) for number, row in enumerate(rows)]
+    chosen = choose(part, logits, Sampler())
+    assert chosen.tokens == [9, 9, None]
+    assert [score and [i for i, _ in score.top] for score in chosen.scores] == [None, [9], None]
+
+
+def test_a_step_of_prompt_chunks_alone_chooses_nothing() -> None:
+    chosen = choose([(row_of(tokens=range(5)), Segment(0, 0, 2, 0))], torch.zeros(0, 40), Sampler())
+    assert (chosen.rows, chosen.tokens, chosen.scores) == ([], [], [])

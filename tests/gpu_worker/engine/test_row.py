@@ -1,0 +1,93 @@
+"""What a row releases as its tokens come, and the inputs of its next token."""
+
+from __future__ import annotations
+
+import pytest
+
+from gpu_worker.engine.row import Row
+from gpu_worker.request.request import Delta, SamplingParams
+from gpu_worker.sampling.logprobs import Scored
+from tests.gpu_worker.rows import BYTES, queued_row, row_of
+
+END = 257
+
+
+def answering(*, stops: tuple[str, ...] = (), max_new: int = 20, **params: int) -> Row:
+    """A row with log probabilities that ends at END."""
+    sampling = SamplingParams(max_tokens=max_new, logprobs=0, **params)  # type: ignore[arg-type]
+    return row_of(stops=stops, sampling=sampling, max_new_tokens=max_new, end_ids=frozenset({END}))
+
+
+def taken(row: Row, text: str, *, end: int | None = None) -> list[Delta]:
+    """The deltas of these bytes, one token each, and of the id that ends them."""
+    tokens = BYTES.encode(text, add_special_tokens=False).ids + ([] if end is None else [end])
+    deltas = []
+    for token in tokens:
+        delta = row.append_token(token, Scored(-1.0, ()))
+        deltas += [] if delta is None else [delta]
+        if delta is not None and delta.finish_reason:
+            break
+    return deltas
+
+
+def test_tokens_join_to_the_text_and_say_where_they_begin() -> None:
+    deltas = taken(answering(), "né🙂", end=END)
+    entries = [entry for delta in deltas for entry in delta.logprobs]
+    assert b"".join(entry.token for entry in entries).decode() == "né🙂" == "".join(delta.text for delta in deltas)
+    assert [entry.text_offset for entry in entries] == [0, 1, 1, 2, 2, 2, 2]
+    assert [len(delta.logprobs) for delta in deltas] == [1, 2, 4, 0], "each is told with the text it completes"
+
+
+def test_what_a_stop_string_cuts_off_is_not_told() -> None:
+    deltas = taken(answering(stops=("##",)), "a#b##c")
+    assert "".join(delta.text for delta in deltas) == "a#b"
+    assert b"".join(entry.token for delta in deltas for entry in delta.logprobs) == b"a#b"
+
+
+def test_what_was_held_back_is_told_when_the_answer_ends() -> None:
+    deltas = taken(answering(stops=("##",), max_new=2), "a#")
+    assert deltas[-1].finish_reason == "length"
+    assert b"".join(entry.token for delta in deltas for entry in delta.logprobs) == b"a#"
+
+
+@pytest.mark.parametrize(
+    ("text", "end", "reason", "num_new"),
+    [("abcdef", None, "length", 4), ("ab", END, "stop", 3), ("a##bc", None, "stop", 3)],
+    ids=["as long as it may get", "an end id", "a stop string"],
+)
+def test_the_last_delta_alone_has_the_reason(text: str, end: int | None, reason: str, num_new: int) -> None:
+    *others, last = taken(answering(stops=("##",), max_new=4), text, end=end)
+    assert (last.finish_reason, last.num_new_tokens, last.num_prompt_tokens) == (reason, num_new, 1)
+    assert {delta.finish_reason for delta in others} == {None}
+
+
+def test_an_end_id_adds_no_text_and_no_log_probability() -> None:
+    [_, last] = taken(answering(), "a", end=END)
+    assert (last.text, last.logprobs) == ("", ())
+
+
+def test_end_ids_are_forbidden_until_min_tokens_have_come() -> None:
+    row, forbidden = answering(min_tokens=2), []
+    for token in BYTES.encode("abc", add_special_tokens=False).ids:
+        forbidden.append(row.draw().forbidden)
+        row.append_token(token)
+    assert forbidden == [(END,), (END,), ()]
+
+
+def test_a_stop_string_before_min_tokens_ends_nothing() -> None:
+    deltas = taken(answering(stops=("#",), min_tokens=4), "a##b#c")
+    assert "".join(delta.text for delta in deltas) == "a##b"
+    assert deltas[-1].finish_reason == "stop"
+
+
+def test_the_draw_has_the_seed_and_the_position_of_the_next_token() -> None:
+    row = row_of(tokens=[256, 1, 2], seed=9, max_new_tokens=5)
+    assert (row.draw().seed, row.draw().position, row.draw().num_prompt_tokens) == (9, 3, 3)
+    row.append_token(65)
+    assert (row.draw().position, list(row.draw().tokens), row.draw().num_prompt_tokens) == (4, [256, 1, 2, 65], 3)
+    assert (row.num_new_tokens, row.longest_len) == (1, 8)
+
+
+def test_rows_of_the_same_adapters_have_the_same_set_whatever_the_order() -> None:
+    assert queued_row("ba").adapter_set == queued_row("ab").adapter_set == ("a", "b")
+    assert queued_row("ba").weights_digests == ["b", "a"]

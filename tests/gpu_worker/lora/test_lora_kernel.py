@@ -1,0 +1,65 @@
+"""The tables that the compiled products read, and the tensors that they accept."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from gpu_worker.lora.grouped_mapping import grouped_mapping
+from gpu_worker.lora.lora_kernel import LoraKernel, Pairs
+from tests.gpu_worker.slow_lora import pool_of, settled
+from tests.tiny import plan_of
+
+
+def pairs_of(slots: list[list[int]], rank_rows: list[list[int]], *, is_fusion: list[bool]) -> Pairs:
+    return Pairs.of(
+        slot_tokens=np.arange(len(is_fusion), dtype=np.int32),
+        fusion=np.array(is_fusion, dtype=np.uint8),
+        slots=[np.array(of_adapter, dtype=np.int32) for of_adapter in slots],
+        weights=np.ones(sum(map(len, slots)), dtype=np.float32),
+        rank_rows=rank_rows,
+        num_threads=3,
+    )
+
+
+def test_every_pair_of_a_token_and_an_adapter_has_room_for_the_adapters_rank() -> None:
+    """h of a pair begins where those of all pairs before it end; a loop counts them."""
+    slots, rank_rows = [[0, 2], [1], [0, 1, 2]], [[7, 8, 9], [4], [1, 2]]
+    pairs = pairs_of(slots, rank_rows, is_fusion=[False, False, False])
+    begins, num_values = [], 0
+    for of_adapter, rows in zip(slots, rank_rows, strict=True):
+        begins.append(num_values)
+        for _ in of_adapter:
+            num_values += len(rows)
+    values = pairs.values_of
+    assert values["h_starts"].tolist() == [*begins, num_values] and pairs.h_len == num_values
+    assert values["pair_starts"].tolist() == [0, 2, 3, 6]
+    assert values["pair_slots"].tolist() == [0, 2, 1, 0, 1, 2]
+    assert values["rank_starts"].tolist() == [0, 3, 4, 6]
+    assert values["rank_rows"].tolist() == [7, 8, 9, 4, 1, 2]
+    assert (pairs.num_adapters, pairs.num_slots, pairs.max_rank, pairs.num_threads) == (3, 3, 3, 3)
+
+
+def test_fusions_are_listed_only_where_there_are_any() -> None:
+    assert pairs_of([[0, 1]], [[3]], is_fusion=[False, False]).fusion is None
+    assert pairs_of([[0, 1]], [[3]], is_fusion=[False, True]).fusion is not None
+
+
+def test_a_step_without_pairs_has_an_empty_table() -> None:
+    pairs = pairs_of([], [], is_fusion=[])
+    assert (pairs.num_adapters, pairs.num_slots, pairs.h_len, pairs.max_rank) == (0, 0, 0, 0)
+
+
+def test_an_input_may_be_a_view_and_an_output_may_not(lora_kernel: LoraKernel) -> None:
+    pool = pool_of([4], 16, {"m": 16})
+    bank, residency = settled(pool, 16, {"m": 16}, torch.float32)
+    plans = [plan_of("selection", (pool[0], 1.0))]
+    view = torch.randn(1, 16, 3).transpose(1, 2)
+    assert not view.is_contiguous()
+    found, expected = torch.zeros(2, 1, 3, 16)
+    grouped_mapping(plans, [3], residency, lora_kernel).add(view, found, bank.modules["m"])
+    grouped_mapping(plans, [3], residency, lora_kernel).add(view.contiguous(), expected, bank.modules["m"])
+    assert torch.equal(found, expected) and found.any()
+    with pytest.raises(AssertionError, match="y must be contiguous"):
+        grouped_mapping(plans, [3], residency, lora_kernel).add(view, torch.zeros(1, 16, 3).mT, bank.modules["m"])
