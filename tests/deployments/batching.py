@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from deployments.batch.run import BatchRun, BatchSettings, begin
 from deployments.config.app import AppConfig, RetrievalSettings, WorkerSettings
 from lora_store import LoraStore, Sample, write_peft_folder
 from retriever_svc import Encoder, embed_groups
@@ -17,6 +19,24 @@ from tests.tiny import random_adapter
 BASE = "tiny"
 VERBS = ("Tell me about", "Explain", "Write of", "Describe")
 TOPICS = ("the sea", "old trains", "good bread", "a long war", "wild bees", "cold winters")
+DEFAULTS = {"max_tokens": 6, "temperature": 0}
+
+
+@dataclass(frozen=True)
+class Place:
+    """A store with adapters, and where inputs and outputs go."""
+
+    folder: Path
+    config: AppConfig
+
+    def begin(self, rows: list[dict[str, Any]], *, part_rows: int = 8, **changes: Any) -> BatchRun:
+        source = write_rows(self.folder / "in.parquet", rows)
+        settings = BatchSettings(self.config, str(source), str(self.folder / "out"), part_rows, defaults=DEFAULTS)
+        return begin(replace(settings, **changes))
+
+    def written(self) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = pq.read_table(self.folder / "out").to_pylist()
+        return rows
 
 
 def tiny_app(model: Path, store: str, **worker: Any) -> AppConfig:

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 
 from deployments.calls.worker_client import Usage
 from gpu_worker.engine.engine_status import EngineStatus
+from gpu_worker.errors import EngineStopped
 from gpu_worker.request.request import Delta, Job
 from tests.deployments.adapter_records import digest_of, given
 
 DELTAS = (Delta("Hel", 5, 1), Delta("lo", 5, 2), Delta("", 5, 3, "stop"))
+BROKEN = (DELTAS[0], EngineStopped("it stopped"))  # a stream that ends with an error
 SHAPES = {"model.layers.0.mlp.up_proj": (8, 6)}
 
 

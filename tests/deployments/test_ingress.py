@@ -20,11 +20,10 @@ from retriever_svc import Route, RouteRequest
 from tests.deployments.adapter_records import BASE, POOL
 from tests.deployments.app_fakes import Served, serve_plainly
 from tests.deployments.fake_retriever import FakeRetriever
-from tests.deployments.fake_worker import DELTAS, FakeWorker
+from tests.deployments.fake_worker import BROKEN, DELTAS, FakeWorker
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 SAMPLING = {"max_tokens": 9, "temperature": 0.25, "top_k": 4, "seed": 11, "stop": ["a"]}
-BROKEN = (DELTAS[0], EngineStopped("it stopped"))
 DEATH = ActorDiedError()
 
 

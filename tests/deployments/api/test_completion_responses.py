@@ -12,7 +12,7 @@ from deployments.api.completion_responses import Answer
 from deployments.api.responses import Planned
 from gpu_worker.request.request import Completion, Delta, TokenLogprob
 from lora_store import BASE_PLAN, Plan, PlannedAdapter
-from tests.deployments.api.test_pool_responses import CANDIDATES, CODER, EXPLAINED, LORA, PLAN, POET
+from tests.deployments.shown_plans import CANDIDATES, CODER, EXPLAINED, LORA, PLAN, POET
 
 USAGE = {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8}
 IDENTITY = {"created": 1000, "model": "auto"}

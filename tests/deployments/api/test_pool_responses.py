@@ -7,25 +7,10 @@ import pytest
 
 from deployments.api.pool_responses import doctor_object, lora_object, versions_object
 from deployments.api.responses import Planned, Published, plan_object, published_object
-from lora_store import BASE_PLAN, Plan, PlannedAdapter
+from lora_store import BASE_PLAN
 from retriever_svc import AdapterFinding, Candidate, Collision, DoctorReport
-from tests.deployments.adapter_records import POOL, adapter
-
-POET, CODER = POOL
-PLAN = Plan("selection", (PlannedAdapter(POET.ref, POET.weights_digest, 1.0, 0.75),), generation=7)
-CANDIDATES = (Candidate(POET.ref, 0.75), Candidate(CODER.ref, 0.5))
-LORA = {
-    "strategy": "selection",
-    "adapters": [{"name": "poet", "digest": POET.ref.digest, "weight": 1.0, "score": 0.75}],
-    "abstained": False,
-}
-EXPLAINED = LORA | {
-    "generation": 7,
-    "candidates": [
-        {"name": "poet", "digest": POET.ref.digest, "score": 0.75},
-        {"name": "coder", "digest": CODER.ref.digest, "score": 0.5},
-    ],
-}
+from tests.deployments.adapter_records import adapter
+from tests.deployments.shown_plans import CANDIDATES, CODER, EXPLAINED, LORA, PLAN, POET
 
 
 @pytest.mark.parametrize("explain", [False, True])

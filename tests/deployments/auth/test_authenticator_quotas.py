@@ -8,7 +8,7 @@ import pytest
 
 from deployments.auth.authenticator import LOCAL_CALLER, Caller, KeyLimits, Limiter, TokenBucket, Work
 from deployments.errors import RateLimited, RequestInvalid
-from tests.deployments.clocks import Clock
+from tests.clocks import Clock
 
 
 def caller(key_id: str = "key", **limits: int) -> Caller:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from deployments.config.app import AppConfig
 from deployments.errors import BatchRefused
 from lora_store import Catalogue, Location, Publish
 from tests.deployments.adapter_records import adapter
+from tests.deployments.batching import DEFAULTS, Place, prompts
 
 
 def test_a_run_whose_generation_was_collected_is_refused_with_the_remedy(tmp_path: Path) -> None:
@@ -28,3 +30,19 @@ def test_a_run_whose_generation_was_collected_is_refused_with_the_remedy(tmp_pat
     catalogue.vacuum(datetime.now(UTC) + timedelta(days=1))
     with pytest.raises(BatchRefused, match=r"generation 1 of the pool is no longer stored.* in another output folder"):
         begin(settings)
+
+
+def test_a_run_with_other_rows_settings_or_defaults_is_refused(place: Place) -> None:
+    rows = prompts(4)
+    place.begin(rows)
+    with pytest.raises(BatchRefused, match=r"in\.parquet was"):
+        place.begin(rows[::-1])
+    with pytest.raises(BatchRefused, match="part_rows was 8, is 9"):
+        place.begin(rows, part_rows=9)
+    with pytest.raises(BatchRefused, match=r"defaults\.max_tokens was 6, is 7"):
+        place.begin(rows, defaults=DEFAULTS | {"max_tokens": 7})
+    slower = place.config.model_copy(update={"worker": replace(place.config.worker, max_batch_size=2)})
+    place.begin(rows, config=slower)
+    other = replace(place.config.worker, dtype="bfloat16")
+    with pytest.raises(BatchRefused, match=r"worker.dtype was 'float32', is 'bfloat16'"):
+        place.begin(rows, config=place.config.model_copy(update={"worker": other}))

@@ -2,31 +2,23 @@ from __future__ import annotations
 
 import asyncio
 import json
-import resource
 import socket
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import uvicorn
 from uvicorn.config import HTTP_PROTOCOLS
 
-from deployments.app import build_app
 from deployments.calls import h11_proxy
 from deployments.calls.h11_proxy import (
     CALLBACK,
-    AddressBook,
     WithoutTraceparent,
     address_of,
     bound_headers,
-    protocol_within,
 )
-from deployments.calls.proxy_limits import CONNECTIONS_VARIABLE, HA_PROXY_VARIABLE, TRACEPARENT_VARIABLE, ProxyLimits
-from deployments.errors import ProxyUnsafe
-from tests.deployments.app_fakes import config_of
-from tests.deployments.key_files import entry, write
+from deployments.calls.proxy_limits import TRACEPARENT_VARIABLE, ProxyLimits
+from tests.deployments.proxy_server import connect, hello, server_of
 
 GOOD = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
 
@@ -37,13 +29,6 @@ def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     [middleware] = bound_headers()
     assert str(middleware.cls) == str(WithoutTraceparent)
     yield
-
-
-async def hello(scope: Any, receive: Any, send: Any) -> None:
-    while (await receive()).get("more_body"):
-        pass
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"5")]})
-    await send({"type": "http.response.body", "body": b"hello"})
 
 
 async def answer_to(*pieces: bytes) -> bytes:
@@ -90,28 +75,6 @@ CHUNKED = b"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nTransfer-Encoding
 def test_what_stands_beside_a_body_is_refused_before_it_ends(pieces: tuple[bytes, ...]) -> None:
     """None of these ends: without a bound, the server waits for more."""
     assert asyncio.run(answer_to(*pieces)).startswith(b"HTTP/1.1 400")
-
-
-@asynccontextmanager
-async def server_of(limits: ProxyLimits, app: Any = hello, **settings: Any) -> AsyncIterator[tuple[int, AddressBook]]:
-    """A server within these limits: its port, and its book of connections."""
-    protocol = protocol_within(limits)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        config = uvicorn.Config(app, log_level="critical", lifespan="off", http=protocol, backlog=1024, **settings)
-        server = uvicorn.Server(config)
-        serving = asyncio.create_task(server.serve([listener]))
-        while not server.started:
-            await asyncio.sleep(0)
-        try:
-            yield listener.getsockname()[1], protocol.book
-        finally:
-            server.should_exit = server.force_exit = True
-            await serving
-
-
-async def connect(port: int, address: str = "127.0.0.1") -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    return await asyncio.open_connection("127.0.0.1", port, local_addr=(address, 0))
 
 
 async def until_closed(reader: asyncio.StreamReader) -> bytes:
@@ -261,29 +224,6 @@ def test_where_all_connections_of_an_address_work_one_more_is_refused_and_others
 )
 def test_connections_are_counted_by_customer(client: tuple[str, int] | None, address: str) -> None:
     assert address_of(client) == address
-
-
-def test_the_limits_are_read_from_the_environment() -> None:
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    default = ProxyLimits.from_environment({})
-    assert default.head_timeout_s == 10 and not default.trusts_traceparent
-    assert default.connections_per_address == min(1024, soft // 4) or soft == resource.RLIM_INFINITY
-    given = ProxyLimits.from_environment({CONNECTIONS_VARIABLE: "7", TRACEPARENT_VARIABLE: "1"})
-    assert (given.connections_per_address, given.trusts_traceparent) == (7, True)
-    assert ProxyLimits.from_environment({CONNECTIONS_VARIABLE: "0"}).connections_per_address is None
-    for name, value in ((CONNECTIONS_VARIABLE, "-1"), (CONNECTIONS_VARIABLE, "x"), (TRACEPARENT_VARIABLE, "yes")):
-        with pytest.raises(ValueError, match=name):
-            ProxyLimits.from_environment({name: value})
-
-
-def test_rays_haproxy_is_refused_where_there_are_no_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(HA_PROXY_VARIABLE, "1")
-    with pytest.raises(ProxyUnsafe, match="set keys_file"):
-        build_app(config_of())
-    keys = write(tmp_path / "keys.json", entry("k"))
-    build_app(config_of(keys_file=keys))
-    monkeypatch.setenv(HA_PROXY_VARIABLE, "0")
-    build_app(config_of())
 
 
 def test_a_client_does_not_decide_what_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from deployments.calls.proxy_limits import ProxyLimits
-from tests.deployments.calls.test_h11_proxy import connect, server_of
+from tests.deployments.proxy_server import connect, server_of
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 LARGE = b"x" * (16 << 20)  # more than the kernel takes for a client that does not read

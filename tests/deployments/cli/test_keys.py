@@ -1,16 +1,13 @@
 from __future__ import annotations
 
-import json
 import stat
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from deployments.auth.api_keys import KeySet, hash_of, parse_entries
 from deployments.auth.authenticator import Caller, KeyLimits
-from tests.deployments.key_files import entry
 from tests.deployments.scripted import run, scripted, words
 
 
@@ -38,31 +35,6 @@ def test_a_key_is_added_to_a_file_that_only_its_owner_reads(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "dump", [json.dumps, yaml.safe_dump, lambda data: yaml.safe_dump(data, default_flow_style=True)]
-)
-def test_what_the_file_holds_stays(tmp_path: Path, dump: Any) -> None:
-    file = tmp_path / "keys"
-    file.write_text(dump([entry("old", limits={"max_bytes": 9})]))
-    file.chmod(0o640)
-    key = new("--file", file).stdout.strip()
-    ring = KeySet(parse_entries(file.read_text()))
-    old = ring.find("old")
-    assert old is not None and old.limits.max_bytes == 9
-    assert ring.find(key) is not None
-    assert stat.S_IMODE(file.stat().st_mode) == 0o640
-
-
-def test_comments_of_a_yaml_list_stay_and_a_link_stays_a_link(tmp_path: Path) -> None:
-    target, file = tmp_path / "real.yaml", tmp_path / "keys.yaml"
-    target.write_text("# ours\n" + yaml.safe_dump([entry("old")]))
-    file.symlink_to(target)
-    new("--file", file)
-    assert file.is_symlink()
-    assert target.read_text().startswith("# ours\n")
-    assert len(parse_entries(target.read_text())) == 2
-
-
-@pytest.mark.parametrize(
     ("options", "says"),
     [(("--role", "root"), "roles.1"), (("--id", "a/b"), "id"), (("--requests-per-minute", "0"), "requests_per_minute")],
 )
@@ -71,17 +43,6 @@ def test_a_bad_key_is_refused_before_anything_is_written(tmp_path: Path, options
     assert (result.exit_code, result.stdout) == (1, "")
     assert says in result.stderr
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("content", "says"), [("keys: 1", "a list"), (json.dumps([entry("x", id="twice")]), "same id")]
-)
-def test_a_file_that_cannot_take_the_key_is_left_alone(tmp_path: Path, content: str, says: str) -> None:
-    file = tmp_path / "keys.yaml"
-    file.write_text(content)
-    result = new("--file", file, "--id", "twice")
-    assert (result.exit_code, file.read_text()) == (1, content)
-    assert says in words(result.stderr)
 
 
 @pytest.mark.parametrize(("given", "sent"), [(("--key", "k1"), "Bearer k1"), ((), None)])

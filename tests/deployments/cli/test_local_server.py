@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,13 +11,7 @@ import pytest
 
 from deployments.cli.local_server import Server, ServerFailed, check_free, free_port
 from tests.deployments.app_fakes import config_of
-
-
-@contextmanager
-def listener(host: str = "127.0.0.1") -> Iterator[int]:
-    """A port another program listens on."""
-    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as server:
-        yield server.getsockname()[1]
+from tests.deployments.listening import listener
 
 
 class Ready(BaseHTTPRequestHandler):

@@ -11,11 +11,9 @@ import pytest
 import torch
 
 from deployments.cli import run_server
-from deployments.cli.client import server_url
-from deployments.cli.local_server import free_port
 from lora_store import ModuleWeights, Sample, write_peft_folder
 from tests.deployments.adapter_records import BASE
-from tests.deployments.cli.test_local_server import listener
+from tests.deployments.listening import listener
 from tests.deployments.scripted import run, scripted, words
 
 
@@ -99,26 +97,6 @@ def test_shells_get_completion() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "url"),
-    [
-        ("127.0.0.1:8000", "http://127.0.0.1:8000"),
-        ("http://127.0.0.1:8000/v1", "http://127.0.0.1:8000"),
-        ("https://host/v1/", "https://host"),
-        ("https://host/prefix/", "https://host/prefix"),
-    ],
-)
-def test_a_url_needs_no_scheme_and_may_end_in_v1(given: str, url: str) -> None:
-    assert server_url(given) == url
-
-
-def test_the_url_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    with scripted((404, {"error": {"message": "no such model"}})) as server:
-        monkeypatch.setenv("LORARETRIEVER_URL", server.url.removeprefix("http://") + "/v1")
-        run("ask", "Hi")
-    assert server.asked == [("POST", "/v1/chat/completions")]
-
-
-@pytest.mark.parametrize(
     ("text", "said"),
     [
         ("worker: {bank_rows: 3}", "bank_rows"),
@@ -157,29 +135,6 @@ def test_serve_names_a_preloaded_folder_that_holds_no_adapter(config: Path, tmp_
     assert "typo" in result.stderr
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        ("ask", "Hi"),
-        ("route", "Hi"),
-        ("list",),
-        ("show", "poet"),
-        ("publish", "."),
-        ("withdraw", "poet"),
-        ("rollback", "poet"),
-        ("verify",),
-        ("gc",),
-        ("reindex", "--encoder", "other"),
-        ("doctor",),
-    ],
-)
-def test_no_server_at_the_url_is_told(command: tuple[str, ...]) -> None:
-    url = f"http://127.0.0.1:{free_port('127.0.0.1')}"
-    result = run(*command, "--url", url)
-    assert result.exit_code == 1
-    assert f"no server answers at {url}" in words(result.stderr)
-
-
 def test_ask_prints_the_text_as_it_comes_and_the_adapters() -> None:
     lora = {"strategy": "mixture", "adapters": [{"name": "poet", "weight": 0.5}, {"name": "coder", "weight": 0.5}]}
     body = events_of(delta("", lora=lora), delta("Hel"), delta("lo [b]"), {"choices": []})
@@ -202,17 +157,6 @@ def test_ask_fails_with_the_streams_error() -> None:
         result = run("ask", "Hi", "--url", server.url)
     assert result.exit_code == 1
     assert "it stopped" in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("body", "said"),
-    [({"error": {"message": "no such model"}}, "no such model"), ("<html>", "the server answered with status 404")],
-)
-def test_a_refusal_is_told_in_the_servers_words(body: Any, said: str) -> None:
-    with scripted((404, body)) as server:
-        result = run("ask", "Hi", "--url", server.url)
-    assert result.exit_code == 1
-    assert said in result.stderr
 
 
 def test_route_shows_candidates_and_the_weights_of_those_that_answer() -> None:

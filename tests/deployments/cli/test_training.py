@@ -4,11 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
-from lora_store import LoraStore, ModuleWeights, Sample, write_peft_folder
 from retriever_svc import Encoder
-from tests.deployments.adapter_records import BASE
+from tests.deployments.sample_stores import store_of
 from tests.deployments.scripted import run, words
 from tests.tiny_encoder import save_tiny_encoder, topic_texts
 
@@ -26,18 +24,6 @@ def samples(tmp_path: Path) -> Path:
     lines = [json.dumps({"task": topic, "text": text}) for topic, own in TEXTS.items() for text in own]
     file.write_text("\n".join(lines) + "\n")
     return file
-
-
-def store_of(folder: Path) -> str:
-    """The topics as adapters: the first is another tenant's own, and one more has no samples."""
-    store = LoraStore(str(folder / "pool"), accepts_base=[BASE])
-    for number, (name, own) in enumerate([*TEXTS.items(), ("silent", [])]):
-        weights = {"model.layers.0.mlp.up_proj": ModuleWeights(torch.full((2, 6), 1.0 + number), torch.ones(8, 2), 2.0)}
-        write_peft_folder(folder / name, weights, base_model=BASE, samples=[Sample(text) for text in own])
-        of_another = {"tenant": "other", "visibility": "private"} if number == 0 else {}
-        staged = store.stage(folder / name, **of_another)  # type: ignore[arg-type]
-        store.commit([staged], [None], [None], "test")
-    return str(folder / "pool")
 
 
 def record_of(encoder: Path) -> dict[str, object]:
@@ -58,7 +44,7 @@ def test_an_encoder_is_trained_on_a_file(samples: Path, tiny: Path, tmp_path: Pa
 
 
 def test_an_encoder_is_trained_on_what_a_tenant_of_a_store_may_see(tiny: Path, tmp_path: Path) -> None:
-    store = store_of(tmp_path)
+    store = store_of(tmp_path, TEXTS)
     options = ("--store", store, "--encoder", tiny, "--epochs", 1)
     assert run("train-retriever", tmp_path / "local", *options).exit_code == 0
     assert record_of(tmp_path / "local")["num_texts_of_task"] == {"cake": 3, "debt": 3, "goat": 3}
@@ -69,25 +55,6 @@ def test_an_encoder_is_trained_on_what_a_tenant_of_a_store_may_see(tiny: Path, t
         "local/debt": 3,
         "local/goat": 3,
     }
-
-
-@pytest.mark.parametrize(
-    ("lines", "complaint"),
-    [
-        ("", "has no samples to train on"),
-        ('{"task": "a", "text": "x"}\n', "each task needs at least 2 distinct texts; too few for: a"),
-        ('{"task": "a", "text": "x"}\n[]\n', ':2: must be {"task": name, "text": text}'),
-        ('{"task": "a", "text": " "}\n', ":1: must be"),
-        ("no json\n", ":1: invalid JSON"),
-    ],
-)
-def test_a_bad_file_is_refused_with_the_place(lines: str, complaint: str, tmp_path: Path) -> None:
-    file = tmp_path / "samples.jsonl"
-    file.write_text(lines)
-    result = run("train-retriever", tmp_path / "out", "--samples", file)
-    assert result.exit_code == 1
-    assert complaint in words(result.stderr)
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_missing_file_an_empty_store_and_no_source_at_all_are_told(tmp_path: Path, samples: Path) -> None:

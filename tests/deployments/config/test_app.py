@@ -50,11 +50,6 @@ def test_the_served_base_name_can_be_told_from_auto_and_from_adapters(settings: 
         AppConfig.model_validate(settings)
 
 
-def test_more_replicas_at_least_than_at_most_are_refused() -> None:
-    with pytest.raises(ValidationError):
-        ScalingSettings(min_replicas=3, max_replicas=2)
-
-
 @pytest.mark.parametrize(
     ("base_model", "name", "served"),
     [
@@ -198,20 +193,6 @@ def test_a_worker_on_a_gpu_is_given_one() -> None:
     assert config.worker_scaling.options()["ray_actor_options"]["num_gpus"] == 1
 
 
-def test_equal_replica_counts_are_fixed() -> None:
-    fixed = ScalingSettings(
-        min_replicas=2, max_replicas=2, num_cpus=0.5, num_gpus=1, resources={"l4": 1}, max_ongoing_requests=7
-    )
-    assert fixed.options() == {
-        "num_replicas": 2,
-        "max_ongoing_requests": 7,
-        "max_queued_requests": 1024,
-        "health_check_period_s": 10,
-        "graceful_shutdown_timeout_s": 600,
-        "ray_actor_options": {"num_cpus": 0.5, "num_gpus": 1, "resources": {"l4": 1}},
-    }
-
-
 @pytest.mark.parametrize("name", ["ingress_scaling", "retriever_scaling", "store_scaling", "worker_scaling"])
 def test_serve_takes_the_scaling_of_every_deployment(name: str) -> None:
     settings = {
@@ -242,14 +223,6 @@ def test_workers_scale_by_their_own_policy_and_are_chosen_by_what_they_hold() ->
     assert taken.autoscaling_config.policy.get_policy().__name__ == WorkerScaling.__name__
     assert taken.request_router_config.get_request_router_class().__name__ == AdapterAffinityRouter.__name__
     assert taken.request_router_config.request_routing_stats_period_s == 1
-
-
-@pytest.mark.parametrize(("least", "initial", "started"), [(0, None, 1), (0, 0, 0), (2, None, None), (0, 3, 3)])
-def test_what_may_scale_to_zero_is_tried_first_and_else_serve_keeps_what_runs(
-    least: int, initial: int | None, started: int | None
-) -> None:
-    scaling = ScalingSettings(min_replicas=least, max_replicas=3, initial_replicas=initial)
-    assert scaling.options()["autoscaling_config"].get("initial_replicas") == started
 
 
 def test_only_workers_may_scale_to_zero() -> None:

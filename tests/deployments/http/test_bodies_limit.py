@@ -14,7 +14,7 @@ from deployments.http.bodies import BodyLimit, SharedBytes
 from tests.deployments.all_routes import example_path, mounted
 from tests.deployments.app_fakes import http_of, serve_plainly, with_context
 from tests.deployments.asking import error_of, request
-from tests.deployments.http.test_middleware_concurrency import CHAT, Held
+from tests.deployments.held_worker import CHAT, Held
 from tests.deployments.key_files import bearer, entry, write
 
 SCOPE = {"type": "http", "method": "POST", "path": "/", "headers": []}

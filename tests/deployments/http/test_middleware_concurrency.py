@@ -13,37 +13,11 @@ import pytest
 from deployments.auth.authenticator import ANONYMOUS_TENANT
 from deployments.errors import ServerOverloaded
 from deployments.http.middleware import WAITS_S, InFlight
-from gpu_worker.request.request import Delta, Job
-from tests.deployments.adapter_records import BASE
+from tests.clocks import Clock
 from tests.deployments.app_fakes import Served, http_of, serve_plainly
 from tests.deployments.asking import error_of
-from tests.deployments.clocks import Clock
-from tests.deployments.fake_worker import DELTAS, FakeWorker
+from tests.deployments.held_worker import CHAT, Held
 from tests.deployments.key_files import bearer, entry, write
-
-CHAT = {"model": BASE, "messages": [{"role": "user", "content": "Hi"}]}
-
-
-class Held(FakeWorker):
-    """Answers once the test lets it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.let_go = asyncio.Event()
-        self.num_asked = 0
-        self.asked = asyncio.Condition()
-
-    async def stream(self, job: Job) -> AsyncIterator[Delta]:
-        async with self.asked:
-            self.num_asked += 1
-            self.asked.notify_all()
-        await self.let_go.wait()
-        for delta in DELTAS:
-            yield delta
-
-    async def has(self, count: int) -> None:
-        async with self.asked:
-            await self.asked.wait_for(lambda: self.num_asked == count)
 
 
 def with_two_held(

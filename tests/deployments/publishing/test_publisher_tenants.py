@@ -13,7 +13,7 @@ from deployments.api.responses import Published, Settled
 from deployments.errors import RateLimited
 from lora_store import AdapterNotFound, QuotaExceeded, TenantQuota, Visibility
 from tests.deployments.adapter_records import adapter
-from tests.deployments.publishing.test_publisher import POET, Publishing
+from tests.deployments.fake_publishing import POET, Publishing
 
 
 def publish(publishing: Publishing, **said: Any) -> Published:

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from deployments.cli.local_server import free_port
-from deployments.config.source_prefixes import SourcePrefix, SourceUri
 from deployments.errors import SourceMissing, SourceRefused, SourceUnavailable
 from deployments.publishing.adapter_folders import ADAPTER_FILES
 from deployments.publishing.remote_sources import folder_of_source
@@ -15,74 +14,11 @@ from tests.s3 import S3Endpoint
 MAX_BYTES = 1000
 
 
-@pytest.mark.parametrize(
-    ("uri", "parts"),
-    [
-        ("s3://bucket/pool/poet", ("bucket", "pool", "poet")),
-        ("s3://bucket/pool/poet/", ("bucket", "pool", "poet")),
-        ("s3://bucket", ("bucket",)),
-        ("gs://bucket/a b/100%", ("bucket", "a b", "100%")),
-        ("file:///data/pool", ("data", "pool")),
-        ("file:///", ()),
-        ("s3://bucket/..x/x..", ("bucket", "..x", "x..")),
-    ],
-)
-def test_a_uri_is_read_part_by_part(uri: str, parts: tuple[str, ...]) -> None:
-    assert SourceUri.parse(uri).parts == parts
-
-
-@pytest.mark.parametrize(
-    "uri",
-    [
-        "",
-        "/data/pool",
-        "http://host/pool",
-        "S3://bucket/pool",
-        "s3:/bucket",
-        "s3://",
-        "s3:///pool",
-        "s3://bucket/../other",
-        "s3://bucket/pool/..",
-        "s3://bucket/./pool",
-        "s3://bucket//pool",
-        "s3://bucket/pool?endpoint_override=evil",
-        "s3://bucket/pool#x",
-        "s3://key:secret@bucket/pool",
-        "s3://bucket:9000/pool",
-        "s3://bucket/a\\b",
-        "s3://bucket/a\nb",
-        "s3://bucket/a\0b",
-        "file://host/data",
-        "file://data",
-        "file:///data/../etc",
-    ],
-)
-def test_a_uri_that_could_mean_another_place_is_none(uri: str) -> None:
-    with pytest.raises(ValueError, match="must"):
-        SourceUri.parse(uri)
+@pytest.mark.parametrize("uri", ["", "http://host/pool", "s3://bucket/../other", "s3://key:secret@bucket/pool"])
+def test_a_uri_that_could_mean_another_place_is_refused(uri: str) -> None:
     with pytest.raises(SourceRefused) as caught:
         folder_of_source(uri, ["s3://bucket", "file:///"], Path(), MAX_BYTES)
     assert repr(uri) in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("uri", "prefix", "expected"),
-    [
-        ("s3://bucket/adapters/poet", "s3://bucket/adapters", True),
-        ("s3://bucket/adapters/poet", "s3://bucket/adapters/", True),
-        ("s3://bucket/adapters/poet", "s3://bucket/adapters?endpoint_override=localhost:9000&scheme=http", True),
-        ("s3://bucket/adapters", "s3://bucket/adapters", True),
-        ("s3://bucket/adapters/poet", "s3://bucket", True),
-        ("s3://bucket/adapters-evil/poet", "s3://bucket/adapters", False),
-        ("s3://bucket-evil/adapters", "s3://bucket", False),
-        ("gs://bucket/adapters/poet", "s3://bucket/adapters", False),
-        ("file:///data/adapters-evil", "file:///data/adapters", False),
-        ("s3://bucket/Adapters/poet", "s3://bucket/adapters", False),
-        ("s3://bucket/%61dapters/poet", "s3://bucket/adapters", False),
-    ],
-)
-def test_prefixes_are_compared_part_by_part(uri: str, prefix: str, expected: bool) -> None:
-    assert SourceUri.parse(uri).is_below(SourcePrefix.parse(prefix).uri) is expected
 
 
 def test_a_folder_below_a_file_prefix_is_used_where_it_lies(tmp_path: Path) -> None:

@@ -8,12 +8,8 @@ import pytest
 
 from deployments.api.adapters import MAX_UPLOAD_FILES, PublishItem
 from deployments.errors import SourceMissing, SourceRefused
-from deployments.publishing.adapter_folders import ADAPTER_FILES, adapter_files, adapter_folders
 from deployments.publishing.source_folders import folder_of
 from lora_store import AdapterRefused
-from lora_store.peft_config import CONFIG_FILE
-from lora_store.peft_files import PICKLE_FILE, WEIGHTS_FILE
-from lora_store.sample_files import DESCRIPTION_FILE, SAMPLES_FILE
 from tests.deployments.app_fakes import http_of, serve_plainly
 
 MAX_BYTES = 20
@@ -23,30 +19,6 @@ def reasons(files: dict[str, bytes]) -> tuple[str, ...]:
     with pytest.raises(AdapterRefused) as caught, folder_of(PublishItem(name="x", files=files), (), MAX_BYTES):
         pass
     return caught.value.reasons
-
-
-@pytest.mark.parametrize(
-    "given",
-    [{}, {"path": Path("a"), "source": "s3://b/a"}, {"path": Path("a"), "files": {}}, {"files": {}, "source": ""}],
-)
-def test_an_upload_is_exactly_one_thing(given: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="one of path, files and source"):
-        PublishItem(**given)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("upload", "name", "origin"),
-    [
-        (PublishItem(Path("/a/poet")), "poet", "poet"),
-        (PublishItem(Path("/a/poet"), "bard"), "bard", "bard"),
-        (PublishItem(source="s3://bucket/pool/poet/"), "poet", "s3://bucket/pool/poet/"),
-        (PublishItem(source="s3://bucket/poet", name="bard"), "bard", "s3://bucket/poet"),
-        (PublishItem(files={}, name="bard"), "bard", "bard"),
-        (PublishItem(files={}), "", ""),
-    ],
-)
-def test_it_is_named_after_where_it_came_from(upload: PublishItem, name: str, origin: str) -> None:
-    assert (upload.adapter_name, upload.origin) == (name, origin)
 
 
 def test_files_become_a_folder_that_is_gone_afterwards() -> None:
@@ -99,24 +71,6 @@ def test_a_source_is_refused_where_none_is_allowed() -> None:
         folder_of(PublishItem(source="file:///data/poet"), (), MAX_BYTES),
     ):
         pass
-
-
-def test_the_adapters_files_are_those_that_admission_reads(tmp_path: Path) -> None:
-    assert ADAPTER_FILES == (CONFIG_FILE, WEIGHTS_FILE, SAMPLES_FILE, DESCRIPTION_FILE, PICKLE_FILE)
-    for name in (WEIGHTS_FILE, CONFIG_FILE, "optimizer.pt"):
-        (tmp_path / name).touch()
-    assert [path.name for path in adapter_files(tmp_path)] == [CONFIG_FILE, WEIGHTS_FILE]
-
-
-def test_an_adapter_is_its_own_folder_and_a_folder_of_them_is_sorted(tmp_path: Path) -> None:
-    for name in ("c", "a", "d", "b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "adapter_config.json").touch()
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "notes.txt").touch()
-    assert adapter_folders(tmp_path) == [tmp_path / name for name in "abcd"]
-    assert adapter_folders(tmp_path / "a") == [tmp_path / "a"]
-    assert adapter_folders(tmp_path / "empty") == []
 
 
 def test_an_upload_is_not_read_for_a_client_that_may_not_publish() -> None:

@@ -119,3 +119,12 @@ def records(*names: str) -> list[AdapterRecord]:
 def test_a_page_goes_on_where_the_last_one_ended_though_that_adapter_is_gone() -> None:
     after = get("/v1/models?limit=1&after=b", retriever=FakeRetriever(records("a", "c", "d"))).json()
     assert (ids(after), after["has_more"]) == (["c"], True)
+
+
+def test_models_are_listed_and_shown() -> None:
+    listed = get("/v1/models").json()
+    assert [card["id"] for card in listed["data"]] == ["auto", BASE, "coder", "poet"]
+    assert get("/v1/models/poet").json()["id"] == "poet"
+    assert get("/v1/models/auto").json()["id"] == "auto"
+    missing = get("/v1/models/nobody")
+    assert (missing.status_code, error_of(missing)["code"]) == (404, "model_not_found")

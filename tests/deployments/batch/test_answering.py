@@ -3,63 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-import pytest
-
 from deployments.batch.answering import PartAnswerer
-from deployments.batch.planning import BatchRouting, PartPlanner
-from deployments.batch.run import BatchRun, BatchSettings, begin
-from deployments.config.app import AppConfig
-from deployments.errors import BatchRefused
+from deployments.batch.planning import PartPlanner
+from deployments.batch.run import BatchRun
 from gpu_worker.model.base_model import load_base_model
-from lora_store import LoraStore, Plan
-from retriever_svc import NoAdapterMatched, Route, RouteRequest
-from tests.deployments.batching import BASE, TOPICS, prompts, publish, tiny_app, write_rows
-from tests.tiny import linear_shapes, save_talkative, tiny_config
+from lora_store import LoraStore
+from tests.deployments.batching import BASE, TOPICS, Place, prompts, publish, tiny_app
+from tests.tiny import linear_shapes, tiny_config
 
-DEFAULTS = {"max_tokens": 6, "temperature": 0}
 POISON = "~"  # one byte, one token
-
-
-@dataclass(frozen=True)
-class Place:
-    """A store with adapters, and where inputs and outputs go."""
-
-    folder: Path
-    config: AppConfig
-
-    def begin(self, rows: list[dict[str, Any]], *, part_rows: int = 8, **changes: Any) -> BatchRun:
-        source = write_rows(self.folder / "in.parquet", rows)
-        settings = BatchSettings(self.config, str(source), str(self.folder / "out"), part_rows, defaults=DEFAULTS)
-        return begin(replace(settings, **changes))
-
-    def written(self) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = pq.read_table(self.folder / "out").to_pylist()
-        return rows
-
-
-@pytest.fixture(scope="module")
-def model(tiny_folders: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_talkative(tiny_folders["gemma3"], tmp_path_factory.mktemp("talkative"))
-
-
-@pytest.fixture(scope="module")
-def pool(model: Path, tmp_path_factory: pytest.TempPathFactory) -> AppConfig:
-    """A store with five adapters at generation 1."""
-    folder = tmp_path_factory.mktemp("batch-pool")
-    config = tiny_app(model, str(folder / "pool"))
-    assert publish(config, linear_shapes(load_base_model(tiny_config(model))), folder / "adapters", TOPICS[:5]) == 1
-    return config
-
-
-@pytest.fixture
-def place(pool: AppConfig, tmp_path: Path) -> Place:
-    return Place(tmp_path, pool)
 
 
 def answer(run: BatchRun, answerer: PartAnswerer) -> list[dict[str, int]]:
@@ -136,22 +92,6 @@ def test_a_run_goes_on_with_the_parts_that_are_missing_and_the_pool_it_began_wit
     assert own.begin(rows, part_rows=2).parts == ()
 
 
-def test_a_run_with_other_rows_settings_or_defaults_is_refused(place: Place) -> None:
-    rows = prompts(4)
-    place.begin(rows)
-    with pytest.raises(BatchRefused, match=r"in\.parquet was"):
-        place.begin(rows[::-1])
-    with pytest.raises(BatchRefused, match="part_rows was 8, is 9"):
-        place.begin(rows, part_rows=9)
-    with pytest.raises(BatchRefused, match=r"defaults\.max_tokens was 6, is 7"):
-        place.begin(rows, defaults=DEFAULTS | {"max_tokens": 7})
-    slower = place.config.model_copy(update={"worker": place.config.worker.model_copy(update={"max_batch_size": 2})})
-    place.begin(rows, config=slower)
-    other = place.config.worker.model_copy(update={"dtype": "bfloat16"})
-    with pytest.raises(BatchRefused, match=r"worker.dtype was 'float32', is 'bfloat16'"):
-        place.begin(rows, config=place.config.model_copy(update={"worker": other}))
-
-
 def test_a_row_that_breaks_the_step_takes_no_other_along(place: Place) -> None:
     rows = [{"prompt": f"The sea {n}", "model": BASE} for n in range(12)]
     rows[5]["prompt"] = f"Tell {POISON}"
@@ -173,28 +113,3 @@ def test_a_row_that_breaks_the_step_takes_no_other_along(place: Place) -> None:
     assert [n for n, row in enumerate(found) if row["error"]] == [5]
     assert found[5]["error"]["code"] == "request_failed"
     assert all(row["num_new_tokens"] == 6 for n, row in enumerate(found) if n != 5)
-
-
-def test_prompts_of_one_part_share_a_call_of_the_encoder() -> None:
-    calls: list[list[str]] = []
-
-    class Counting:
-        def route(self, requests: list[RouteRequest]) -> list[Any]:
-            calls.append([request.text for request in requests])
-            return [
-                NoAdapterMatched(0.1, 0.5)
-                if r.text == "odd"
-                else Route(Plan("base", (), number), (), number, abstained=True)
-                for number, r in enumerate(requests)
-            ]
-
-    async def main() -> list[Any]:
-        retriever = BatchRouting(Counting())  # type: ignore[arg-type]
-        asked = [retriever.route([RouteRequest(text)]) for text in ("one", "odd", "two")]
-        together = await asyncio.gather(*asked, return_exceptions=True)
-        return [*together, await retriever.route([RouteRequest("later"), RouteRequest("last")])]
-
-    one, odd, two, later = asyncio.run(main())
-    assert calls == [["one", "odd", "two"], ["later", "last"]]
-    assert [[route.generation for route in routes] for routes in (one, two, later)] == [[0], [2], [0, 1]]
-    assert isinstance(odd, NoAdapterMatched)

@@ -13,8 +13,7 @@ from tests.deployments.adapter_records import BASE, POOL, adapter
 from tests.deployments.app_fakes import Served, serve_plainly
 from tests.deployments.asking import ask, error_of, post, request
 from tests.deployments.fake_retriever import FakeRetriever
-from tests.deployments.fake_worker import FakeWorker
-from tests.deployments.test_ingress import BROKEN
+from tests.deployments.fake_worker import BROKEN, FakeWorker
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 POET, CODER = POOL

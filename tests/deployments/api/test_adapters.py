@@ -1,0 +1,85 @@
+"""Requests that publish and change adapters: what they accept, and the item that they mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from deployments.api.adapters import (
+    MAX_BATCH,
+    MAX_TAGS,
+    AdapterSource,
+    ApproveRequest,
+    LoadAdapterRequest,
+    PublishBatch,
+    PublishItem,
+    RollbackRequest,
+)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"path": Path("a"), "source": "s3://b/a"}, {"path": Path("a"), "files": {}}, {"files": {}, "source": ""}],
+)
+def test_an_upload_is_exactly_one_thing(given: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="one of path, files and source"):
+        PublishItem(**given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("upload", "name", "origin"),
+    [
+        (PublishItem(Path("/a/poet")), "poet", "poet"),
+        (PublishItem(Path("/a/poet"), "bard"), "bard", "bard"),
+        (PublishItem(source="s3://bucket/pool/poet/"), "poet", "s3://bucket/pool/poet/"),
+        (PublishItem(source="s3://bucket/poet", name="bard"), "bard", "s3://bucket/poet"),
+        (PublishItem(files={}, name="bard"), "bard", "bard"),
+        (PublishItem(files={}), "", ""),
+    ],
+)
+def test_it_is_named_after_where_it_came_from(upload: PublishItem, name: str, origin: str) -> None:
+    assert (upload.adapter_name, upload.origin) == (name, origin)
+
+
+@pytest.mark.parametrize("given", [{}, {"path": "/a", "source": "s3://b/a"}])
+def test_a_source_is_a_folder_or_a_uri(given: dict[str, str]) -> None:
+    with pytest.raises(ValidationError, match="exactly one of `path` and `source`"):
+        AdapterSource.model_validate(given)
+
+
+def test_a_source_becomes_the_item_that_it_describes() -> None:
+    said = {"path": "/a/poet", "name": "bard", "tags": ["fun"], "template": "chat", "visibility": "private"}
+    item = PublishItem(Path("/a/poet"), "bard", tags=("fun",), template="chat", visibility="private")
+    assert AdapterSource.model_validate(said).upload() == item
+    assert AdapterSource.model_validate({"source": "s3://b/a"}).upload() == PublishItem(source="s3://b/a")
+
+
+def test_vllms_path_is_a_folder_or_a_uri() -> None:
+    load = {"lora_name": "poet", "lora_path": "/a/x"}
+    assert LoadAdapterRequest.model_validate(load).upload() == PublishItem(Path("/a/x"), "poet")
+    load["lora_path"] = "s3://b/x"
+    assert LoadAdapterRequest.model_validate(load).upload() == PublishItem(name="poet", source="s3://b/x")
+
+
+@pytest.mark.parametrize(
+    ("model", "body", "field"),
+    [
+        (PublishBatch, {"adapters": []}, "adapters"),
+        (PublishBatch, {"adapters": [{"path": "/a"}] * (MAX_BATCH + 1)}, "adapters"),
+        (AdapterSource, {"path": "/a", "tags": ["x"] * (MAX_TAGS + 1)}, "tags"),
+        (AdapterSource, {"path": "/a", "template": "jinja"}, "template"),
+        (AdapterSource, {"path": "/a", "nmae": "poet"}, "nmae"),
+        (RollbackRequest, {"digest": "abc"}, "digest"),
+        (ApproveRequest, {"digest": "d" * 12}, "digest"),
+        (ApproveRequest, {"digest": "D" * 64}, "digest"),
+        (LoadAdapterRequest, {"lora_name": "a", "lora_path": "/a", "is_3d_lora_weight": True}, "is_3d_lora_weight"),
+    ],
+)
+def test_a_value_out_of_bounds_is_refused_by_its_field(
+    model: type[BaseModel], body: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(ValidationError, match=field):
+        model.model_validate(body)

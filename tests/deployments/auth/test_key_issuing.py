@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deployments.auth.api_keys import KeySet, hash_of, parse_entries
+from deployments.auth.key_issuing import add_entry, make_key, with_entry
+from tests.deployments.key_files import entry
+
+Dump = Callable[[Any], str]
+DUMPS: list[Dump] = [json.dumps, yaml.safe_dump, lambda data: yaml.safe_dump(data, default_flow_style=True)]
+
+
+def made(**changes: Any) -> tuple[str, dict[str, Any]]:
+    given: dict[str, Any] = {"tenant": "acme", "roles": ["infer"], "limits": {}, "id": None}
+    return make_key(**{**given, **changes})
+
+
+def test_an_entry_knows_the_hash_of_its_key_and_not_the_key() -> None:
+    key, made_entry = made(roles=["infer", "publish"], limits={"requests_per_minute": 60, "max_bytes": None}, id="ci")
+    expected = {"id": "ci", "sha256": hash_of(key), "tenant": "acme", "roles": ["infer", "publish"]}
+    assert made_entry == expected | {"limits": {"requests_per_minute": 60}}
+    assert key not in json.dumps(made_entry)
+
+
+def test_keys_without_an_id_get_ids_of_their_own() -> None:
+    (first, one), (second, other) = made(), made()
+    assert first != second and one["id"] != other["id"]
+    assert one["id"].startswith("acme-") and "limits" not in one
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"roles": ["root"]}, "roles"),
+        ({"id": "a/b"}, "id"),
+        ({"tenant": "a b", "id": "ci"}, "tenant"),
+        ({"limits": {"requests_per_minute": 0}}, "limits.requests_per_minute"),
+    ],
+)
+def test_a_bad_value_is_refused_by_its_field(changes: dict[str, Any], field: str) -> None:
+    with pytest.raises(ValueError, match=f"^{field}"):
+        made(**changes)
+
+
+@pytest.mark.parametrize("dump", DUMPS)
+def test_what_the_file_holds_stays(tmp_path: Path, dump: Dump) -> None:
+    file = tmp_path / "keys"
+    file.write_text(dump([entry("old", limits={"max_bytes": 9})]))
+    file.chmod(0o640)
+    key, new = made()
+    add_entry(file, new)
+    keys = KeySet(parse_entries(file.read_text()))
+    old = keys.find("old")
+    assert old is not None and old.limits.max_bytes == 9
+    assert keys.find(key) is not None
+    assert stat.S_IMODE(file.stat().st_mode) == 0o640
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_new_file_is_its_owners_alone(tmp_path: Path) -> None:
+    add_entry(tmp_path / "keys.yaml", made()[1])
+    assert stat.S_IMODE((tmp_path / "keys.yaml").stat().st_mode) == 0o600
+
+
+def test_comments_of_a_yaml_list_stay_and_a_link_stays_a_link(tmp_path: Path) -> None:
+    target, file = tmp_path / "real.yaml", tmp_path / "keys.yaml"
+    target.write_text("# ours\n" + yaml.safe_dump([entry("old")]))
+    file.symlink_to(target)
+    add_entry(file, made()[1])
+    assert file.is_symlink()
+    assert target.read_text().startswith("# ours\n")
+    assert len(parse_entries(target.read_text())) == 2
+
+
+@pytest.mark.parametrize("text", ["", "\n", "[]", "[]\n"])
+def test_an_empty_file_gets_the_one_entry(text: str) -> None:
+    key, new = made()
+    [found] = parse_entries(with_entry(text, new))
+    assert found.sha256 == hash_of(key)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"), [("keys: 1", "a list"), (json.dumps([entry("x", id="twice")]), "same id")]
+)
+def test_a_file_that_cannot_take_the_key_is_left_alone(tmp_path: Path, content: str, says: str) -> None:
+    file = tmp_path / "keys.yaml"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=says):
+        add_entry(file, made(id="twice")[1])
+    assert file.read_text() == content
+    assert list(tmp_path.iterdir()) == [file]

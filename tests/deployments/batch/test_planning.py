@@ -1,0 +1,56 @@
+"""The plans of a part, row by row, and what they ask of the encoder."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from deployments.batch.planning import BatchRouting, PartPlanner
+from lora_store import Plan
+from retriever_svc import NoAdapterMatched, Route, RouteRequest
+from tests.deployments.batching import Place, prompts
+
+
+def test_every_row_of_a_part_has_a_job_of_its_own_or_an_error(place: Place) -> None:
+    rows = prompts(8)
+    rows[6] = rows[6] | {"model": "nobody", "lora": None}
+    run = place.begin(rows, part_rows=5)
+    planner = PartPlanner(run)
+    first, second = [asyncio.run(planner.plan(part)) for part in run.parts]
+    assert [asked.job.request_id for asked in first.asked if asked.job is not None] == [f"row-{n}" for n in range(5)]
+    assert [asked.job is None for asked in second.asked] == [False, True, False]
+    assert [row["prompt"] for row in second.rows.to_pylist()] == [row["prompt"] for row in rows[5:]]
+    error = second.asked[1].error
+    assert error is not None and (error["code"], "nobody" in error["message"]) == ("model_not_found", True)
+    assert {asked.job.sampling.max_tokens for asked in first.asked if asked.job is not None} == {6}, "the run's default"
+
+
+def test_a_run_of_a_tenant_plans_for_that_tenant(place: Place) -> None:
+    run = place.begin([{"prompt": "The sea"}], tenant="acme")
+    [asked] = asyncio.run(PartPlanner(run).plan(run.parts[0])).asked
+    assert asked.job is not None and asked.job.tenant == "acme"
+
+
+def test_prompts_of_one_part_share_a_call_of_the_encoder() -> None:
+    calls: list[list[str]] = []
+
+    class Counting:
+        def route(self, requests: list[RouteRequest]) -> list[Any]:
+            calls.append([request.text for request in requests])
+            return [
+                NoAdapterMatched(0.1, 0.5)
+                if r.text == "odd"
+                else Route(Plan("base", (), number), (), number, abstained=True)
+                for number, r in enumerate(requests)
+            ]
+
+    async def main() -> list[Any]:
+        retriever = BatchRouting(Counting())  # type: ignore[arg-type]
+        asked = [retriever.route([RouteRequest(text)]) for text in ("one", "odd", "two")]
+        together = await asyncio.gather(*asked, return_exceptions=True)
+        return [*together, await retriever.route([RouteRequest("later"), RouteRequest("last")])]
+
+    one, odd, two, later = asyncio.run(main())
+    assert calls == [["one", "odd", "two"], ["later", "last"]]
+    assert [[route.generation for route in routes] for routes in (one, two, later)] == [[0], [2], [0, 1]]
+    assert isinstance(odd, NoAdapterMatched)

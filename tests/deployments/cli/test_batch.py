@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.deployments.scripted import run, words
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """An input without rows: such a run is over as soon as it has begun."""
+    pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), tmp_path / "in.parquet")
+    return tmp_path / "in.parquet"
+
+
+def settings_of(output: Path) -> dict[str, Any]:
+    settings: dict[str, Any] = json.loads((output / "_manifest.json").read_text())["settings"]
+    return settings
+
+
+def test_options_become_the_runs_settings_and_the_rows_defaults(rows: Path, tmp_path: Path) -> None:
+    options = ("--store", tmp_path / "store", "--tenant", "acme", "--part-rows", 7, "--model", "poet")
+    options += ("--max-tokens", 9, "--temperature", 0.5, "--strategy", "fusion", "--k", 2, "--weights", "softmax")
+    result = run("batch", rows, tmp_path / "out", *options)
+    assert result.exit_code == 0, result.stderr
+    settings = settings_of(tmp_path / "out")
+    assert (settings["store_uri"], settings["tenant"], settings["part_rows"]) == (str(tmp_path / "store"), "acme", 7)
+    assert settings["defaults"] == {"model": "poet", "max_tokens": 9, "temperature": 0.5}
+    retrieval = settings["retrieval"]
+    assert (retrieval["strategy"], retrieval["k"], retrieval["weights"]) == ("fusion", 2, "softmax")
+
+
+def test_without_options_the_settings_decide(rows: Path, tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text(f"store_uri: {tmp_path / 'store'}\nretrieval: {{k: 5}}\n")
+    assert run("batch", rows, tmp_path / "out", "--config", file).exit_code == 0
+    settings = settings_of(tmp_path / "out")
+    assert (settings["defaults"], settings["tenant"], settings["retrieval"]["k"]) == ({}, "local", 5)
+
+
+@pytest.mark.parametrize(("option", "value"), [("--k", 0), ("--strategy", "best"), ("--weights", "equal")])
+def test_a_bad_value_is_refused_by_name_and_nothing_is_written(
+    option: str, value: object, rows: Path, tmp_path: Path
+) -> None:
+    result = run("batch", rows, tmp_path / "out", "--store", tmp_path / "store", option, value)
+    assert result.exit_code == 1
+    assert f"retrieval.{option.removeprefix('--')}" in words(result.stderr)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,60 @@
+"""The command of an offline run, as far as it goes without a cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from deployments.batch.output import BatchOutput
+from deployments.batch.run import BatchSettings, begin
+from deployments.cli.run_batch import configured, run_batch
+from deployments.config.app import AppConfig
+from deployments.config.settings_errors import SettingsInvalid
+from tests.deployments.batching import write_rows
+from tests.deployments.scripted import words
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> BatchSettings:
+    rows = write_rows(tmp_path / "in.parquet", [{"prompt": f"number {n}"} for n in range(5)])
+    config = AppConfig(store_uri=str(tmp_path / "store"))
+    return BatchSettings(config, str(rows), str(tmp_path / "out"), part_rows=2)
+
+
+def test_a_run_whose_parts_are_all_there_starts_nothing(
+    settings: BatchSettings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = begin(settings)
+    for part in run.parts:
+        BatchOutput(settings.output_uri).write(part.number, pa.table({"text": ["x"] * (part.stop - part.start)}))
+    assert run_batch(settings, address="no cluster is there", concurrency=1) == 0
+    said = words(capsys.readouterr().out)
+    assert "5 rows in 3 parts, 3 of them already done; 0 adapters at generation 0" in said
+    assert f"wrote all 5 rows to {settings.output_uri}" in said.replace("out ", "out")
+
+
+def test_a_run_that_cannot_begin_is_refused_with_the_reason(
+    settings: BatchSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("mine")
+    assert run_batch(settings, address=None, concurrency=1) == 1
+    printed = capsys.readouterr()
+    assert printed.out == "" and str(tmp_path / "out") in printed.err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious.txt"]
+
+
+def test_the_command_line_overrides_the_file_field_by_field(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("store_uri: /pools/file\ntemplate: chat\nretrieval: {k: 5, min_score: 0.25}\n")
+    config = configured(file, "/pools/given", {"k": 2})
+    assert (config.store_uri, config.template) == ("/pools/given", "chat")
+    assert (config.retrieval.k, config.retrieval.min_score) == (2, 0.25)
+    assert configured(file, None, {}).store_uri == "/pools/file"
+
+
+def test_a_bad_value_on_the_command_line_is_named() -> None:
+    with pytest.raises(SettingsInvalid, match=r"retrieval\.k"):
+        configured(None, None, {"k": 0})

@@ -1,0 +1,61 @@
+"""Where the texts of a training come from, and what makes it refuse them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from deployments.cli.run_training import TrainingJob, read_texts, run_training, stored_texts
+from tests.deployments.sample_stores import store_of
+from tests.deployments.scripted import words
+from tests.tiny_encoder import topic_texts
+
+TEXTS = topic_texts(3, seed=1)
+
+
+def job_of(target: Path, samples: Path) -> TrainingJob:
+    return TrainingJob(target, None, "local", samples, share=1.0, seed=0, encoder=None, epochs=1)
+
+
+def test_texts_of_a_task_are_read_in_order_and_empty_lines_are_passed_over(tmp_path: Path) -> None:
+    file = tmp_path / "samples.jsonl"
+    file.write_text('{"task": "b", "text": "one"}\n\n{"task": "a", "text": "x"}\n{"task": "b", "text": "two"}\n')
+    assert read_texts(file) == {"b": ["one", "two"], "a": ["x"]}
+
+
+def test_a_tenant_trains_on_what_it_may_see_under_the_names_it_uses(tmp_path: Path) -> None:
+    """The first topic is another tenant's own; an adapter without samples has no texts."""
+    store = store_of(tmp_path, TEXTS)
+    first, *others = TEXTS
+    assert stored_texts(store, "local") == {name: TEXTS[name] for name in others}
+    assert stored_texts(store, "other") == {first: TEXTS[first], **{f"local/{name}": TEXTS[name] for name in others}}
+
+
+@pytest.mark.parametrize(
+    ("lines", "complaint"),
+    [
+        ("", "has no samples to train on"),
+        ('{"task": "a", "text": "x"}\n', "each task needs at least 2 distinct texts; too few for: a"),
+        ('{"task": "a", "text": "x"}\n[]\n', ':2: must be {"task": name, "text": text}'),
+        ('{"task": "a", "text": " "}\n', ":1: must be"),
+        ("no json\n", ":1: invalid JSON"),
+    ],
+)
+def test_a_bad_file_is_refused_with_the_place(
+    lines: str, complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "samples.jsonl"
+    file.write_text(lines)
+    assert run_training(job_of(tmp_path / "out", file)) == 1
+    assert complaint in words(capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_or_a_store_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = job_of(tmp_path / "out", tmp_path / "none")
+    assert run_training(job) == 1
+    assert str(tmp_path / "none") in words(capsys.readouterr().err)
+    assert run_training(replace(job, samples=None, store=str(tmp_path / "nowhere"))) == 1
+    assert "no samples to train on" in words(capsys.readouterr().err)

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import pytest
+
+from deployments.config.source_prefixes import SourcePrefix, SourceUri
+
+
+@pytest.mark.parametrize(
+    ("uri", "parts"),
+    [
+        ("s3://bucket/pool/poet", ("bucket", "pool", "poet")),
+        ("s3://bucket/pool/poet/", ("bucket", "pool", "poet")),
+        ("s3://bucket", ("bucket",)),
+        ("gs://bucket/a b/100%", ("bucket", "a b", "100%")),
+        ("file:///data/pool", ("data", "pool")),
+        ("file:///", ()),
+        ("s3://bucket/..x/x..", ("bucket", "..x", "x..")),
+    ],
+)
+def test_a_uri_is_read_part_by_part(uri: str, parts: tuple[str, ...]) -> None:
+    assert SourceUri.parse(uri).parts == parts
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "",
+        "/data/pool",
+        "http://host/pool",
+        "S3://bucket/pool",
+        "s3:/bucket",
+        "s3://",
+        "s3:///pool",
+        "s3://bucket/../other",
+        "s3://bucket/pool/..",
+        "s3://bucket/./pool",
+        "s3://bucket//pool",
+        "s3://bucket/pool?endpoint_override=evil",
+        "s3://bucket/pool#x",
+        "s3://key:secret@bucket/pool",
+        "s3://bucket:9000/pool",
+        "s3://bucket/a\\b",
+        "s3://bucket/a\nb",
+        "s3://bucket/a\0b",
+        "file://host/data",
+        "file://data",
+        "file:///data/../etc",
+    ],
+)
+def test_a_uri_that_could_mean_another_place_is_none(uri: str) -> None:
+    with pytest.raises(ValueError, match="must"):
+        SourceUri.parse(uri)
+
+
+@pytest.mark.parametrize(
+    ("uri", "prefix", "expected"),
+    [
+        ("s3://bucket/adapters/poet", "s3://bucket/adapters", True),
+        ("s3://bucket/adapters/poet", "s3://bucket/adapters/", True),
+        ("s3://bucket/adapters/poet", "s3://bucket/adapters?endpoint_override=localhost:9000&scheme=http", True),
+        ("s3://bucket/adapters", "s3://bucket/adapters", True),
+        ("s3://bucket/adapters/poet", "s3://bucket", True),
+        ("s3://bucket/adapters-evil/poet", "s3://bucket/adapters", False),
+        ("s3://bucket-evil/adapters", "s3://bucket", False),
+        ("gs://bucket/adapters/poet", "s3://bucket/adapters", False),
+        ("file:///data/adapters-evil", "file:///data/adapters", False),
+        ("s3://bucket/Adapters/poet", "s3://bucket/adapters", False),
+        ("s3://bucket/%61dapters/poet", "s3://bucket/adapters", False),
+    ],
+)
+def test_prefixes_are_compared_part_by_part(uri: str, prefix: str, expected: bool) -> None:
+    assert SourceUri.parse(uri).is_below(SourcePrefix.parse(prefix).uri) is expected
+
+
+def test_a_prefix_that_is_none_is_refused_by_its_text() -> None:
+    with pytest.raises(ValueError, match=r"source prefix 's3://bucket/\.\./x' must not contain"):
+        SourcePrefix.parse("s3://bucket/../x")
+
+
+def test_the_query_of_a_prefix_is_part_of_its_location_alone() -> None:
+    prefix = SourcePrefix.parse("s3://bucket/pool?endpoint_override=localhost:9000&scheme=http")
+    assert prefix.uri == SourceUri("s3", ("bucket", "pool"))
+    assert "endpoint_override=localhost:9000" in prefix.location.uri

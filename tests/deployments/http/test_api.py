@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from deployments.http.api import middleware_of
+from deployments.http.bodies import DEFAULT_MAX_BODY_BYTES
+from retriever_svc import NoAdapterMatched
+from tests.deployments.app_fakes import http_of, serve_plainly
+from tests.deployments.asking import error_of, get, post, request
+from tests.deployments.fake_retriever import FakeRetriever
+from tests.deployments.fake_worker import FakeWorker
+
+CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "code", "param"),
+    [
+        ("/v1/chat/completions", CHAT | {"model": "nobody"}, 404, "model_not_found", "model"),
+        ("/v1/chat/completions", CHAT | {"temperature": 9}, 400, "invalid_request", "temperature"),
+        ("/v1/chat/completions", CHAT | {"lora": {"kk": 1}}, 400, "invalid_request", "lora.kk"),
+        ("/v1/chat/completions", CHAT | {"min_tokens": 2, "max_tokens": 1}, 400, "invalid_request", "min_tokens"),
+        (
+            "/v1/chat/completions",
+            CHAT | {"model": "poet", "lora": {"adapters": [{"name": "poet"}]}},
+            400,
+            "invalid_request",
+            "lora.adapters",
+        ),
+        ("/v1/completions", {}, 400, "invalid_request", "prompt"),
+        ("/v1/route", {"prompt": []}, 400, "invalid_request", "prompt"),
+        ("/v1/nowhere", {}, 404, "http_error", None),
+    ],
+)
+def test_a_refused_request_leaves_in_the_openai_shape(
+    path: str, body: Any, status: int, code: str, param: str | None
+) -> None:
+    response = post(path, body)
+    error = error_of(response)
+    assert (response.status_code, error["code"]) == (status, code)
+    if param is not None:
+        assert error["param"] == param
+
+
+def test_a_body_that_is_no_json_is_a_bad_request() -> None:
+    headers = {"content-type": "application/json"}
+    response = request("POST", "/v1/completions", sent={"content": b"{", "headers": headers})
+    assert (response.status_code, error_of(response)["param"]) == (400, None)
+    assert error_of(response)["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        rb'{"prompt": "\ud800"}',
+        rb'{"prompt": "x", "model": "\ud800"}',
+        rb'{"prompt": "x", "lora": {"adapters": [{"name": "\ud800"}]}}',
+        rb'{"prompt": "x", "logit_bias": {"\ud800": 1}}',
+    ],
+)
+def test_half_of_a_surrogate_pair_is_a_bad_request(body: bytes) -> None:
+    headers = {"content-type": "application/json"}
+    response = request("POST", "/v1/completions", sent={"content": body, "headers": headers})
+    assert response.status_code in (400, 404)
+    assert error_of(response)["message"]
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_body_over_the_limit_is_413_over_http(announced: bool) -> None:
+    async def chunks() -> AsyncIterator[bytes]:
+        for _ in range(5):
+            yield b" " * (DEFAULT_MAX_BODY_BYTES // 4)
+
+    headers = {"content-type": "application/json"}
+    content = b" " * (DEFAULT_MAX_BODY_BYTES + 1) if announced else chunks()
+    response = request("POST", "/v1/chat/completions", sent={"content": content, "headers": headers})
+    assert response.status_code == 413
+    assert error_of(response)["code"] == "body_too_large"
+
+
+def test_an_expected_error_is_an_answer_and_no_crash_of_the_replica() -> None:
+    async def run() -> None:
+        served = serve_plainly(retriever=FakeRetriever(failure=NoAdapterMatched(0.1, 0.5)))
+        async with http_of(served, raise_app_exceptions=True) as client:
+            response = await client.post("/v1/chat/completions", json=CHAT)
+            assert (response.status_code, error_of(response)["code"]) == (422, "no_adapter_matched")
+            response = await client.post("/v1/chat/completions", json=CHAT | {"model": "nobody"})
+            assert response.status_code == 404
+
+    asyncio.run(run())
+
+
+def test_an_unforeseen_error_is_a_500_that_says_nothing() -> None:
+    response = post("/v1/chat/completions", CHAT, worker=FakeWorker([RuntimeError("secret")]))
+    assert response.status_code == 500
+    assert error_of(response)["code"] == "internal_error"
+    assert "secret" not in response.text
+
+
+def test_the_api_describes_itself() -> None:
+    paths = get("/openapi.json").json()["paths"]
+    assert {"/v1/chat/completions", "/v1/loras", "/v1/load_lora_adapter", "/v1/pool/verify"} <= paths.keys()
+    assert set(paths["/v1/loras"]["post"]["requestBody"]["content"]) == {"multipart/form-data", "application/json"}
+
+
+def test_a_request_passes_the_middleware_in_this_order() -> None:
+    """Each needs what those before it have found: an id, an allowed host, the caller, the caller's place."""
+
+    async def build() -> list[str]:
+        return [type_.cls.__name__ for type_ in middleware_of(serve_plainly().services)]
+
+    order = asyncio.run(build())
+    outermost, *_, innermost = order
+    assert (outermost, innermost) == ("RequestContextMiddleware", "BodyLimit")
+    assert order.index("HostGuard") < order.index("BearerAuth") < order.index("ConcurrencyLimit")
+    assert len(order) == 6

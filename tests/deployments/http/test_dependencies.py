@@ -1,0 +1,147 @@
+"""Who may change the pool, publish folders, reindex and approve: decided from the settings, the key and the address."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi import Request
+
+from deployments.api.adapters import PublishItem
+from deployments.auth.authenticator import LOCAL_CALLER, Caller, Role
+from deployments.errors import KeyRefused, PublishingDisabled, RoleMissing, SelfApproval
+from deployments.http.api import build_api
+from deployments.http.dependencies import (
+    Services,
+    caller_of,
+    item_of,
+    own_key,
+    require_approver,
+    require_change,
+    require_encoder,
+    require_role,
+    services_of,
+)
+from deployments.observability.request_metrics import context_of
+from lora_store import AdapterNotFound
+from tests.deployments.adapter_records import adapter
+from tests.deployments.app_fakes import serve_plainly, with_context
+from tests.deployments.key_files import entry, write
+
+HERE, ELSEWHERE = "127.0.0.1", "10.0.0.1"
+CALLER = Caller("acme", frozenset[Role]({"publish"}), "ci")
+
+
+def services(**settings: Any) -> Services:
+    async def build() -> Services:
+        served = serve_plainly(**settings)
+        await served.services.preload.wait()
+        return served.services
+
+    return asyncio.run(build())
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    return write(tmp_path / "keys.json", entry("k"))
+
+
+def request_from(host: str, **scope: Any) -> Request:
+    return Request({"type": "http", "method": "POST", "path": "/", "headers": [], "client": (host, 5000), **scope})
+
+
+def is_allowed(check: Any, *arguments: Any) -> bool:
+    try:
+        check(*arguments)
+    except PublishingDisabled:
+        return False
+    return True
+
+
+def test_without_keys_the_pool_is_changed_from_this_machine_or_where_the_settings_allow_it() -> None:
+    own, remote = services(), services(allow_remote_publish=True)
+    allowed = [
+        is_allowed(require_change, each, request_from(host)) for each in (own, remote) for host in (HERE, ELSEWHERE)
+    ]
+    assert allowed == [True, False, True, True]
+
+
+def test_with_keys_the_role_decides_and_not_the_address(keys: Path) -> None:
+    require_change(services(keys_file=keys), request_from(ELSEWHERE))
+
+
+def test_without_keys_any_encoder_is_taken_from_this_machine_alone() -> None:
+    assert is_allowed(require_encoder, services(), "any/model", request_from(HERE))
+    assert not is_allowed(require_encoder, services(), "any/model", request_from(ELSEWHERE))
+
+
+def test_with_keys_only_listed_encoders_are_taken(keys: Path) -> None:
+    served = services(keys_file=keys, encoders=("listed/model",), retrieval={"encoder": "own/model"})
+    names = ("listed/model", "own/model", "any/model")
+    assert [is_allowed(require_encoder, served, name, request_from(HERE)) for name in names] == [True, True, False]
+
+
+def test_with_keys_an_admin_approves_for_other_tenants_unless_the_settings_allow_its_own(keys: Path) -> None:
+    own, other = adapter("plan", tenant="acme").ref, adapter("plan", tenant="globex").ref
+    require_approver(services(keys_file=keys), other, CALLER)
+    require_approver(services(keys_file=keys, allow_self_approval=True), own, CALLER)
+    require_approver(services(), own, CALLER)
+    with pytest.raises(SelfApproval):
+        require_approver(services(keys_file=keys), own, CALLER)
+
+
+def test_an_item_is_published_as_the_callers_tenant_with_the_servers_visibility(keys: Path) -> None:
+    served = services(keys_file=keys)
+    item = item_of(served, PublishItem(name="poet", files={}), CALLER, request_from(ELSEWHERE))
+    assert (item.tenant, item.default_visibility, item.name) == ("acme", "private", "poet")
+
+
+@pytest.mark.parametrize(
+    ("settings", "host", "expected"),
+    [
+        ({"publish_paths": True}, HERE, True),
+        ({"publish_paths": True}, ELSEWHERE, False),
+        ({"publish_paths": False}, HERE, False),
+    ],
+)
+def test_folders_of_the_server_are_published_from_its_own_machine(
+    settings: dict[str, Any], host: str, expected: bool
+) -> None:
+    served = services(**settings)
+    assert is_allowed(item_of, served, PublishItem(Path("/a/poet")), LOCAL_CALLER, request_from(host)) == expected
+
+
+def test_a_name_is_ones_own_bare_or_with_ones_tenant() -> None:
+    assert own_key("poet", CALLER) == own_key("acme/poet", CALLER) == ("acme", "poet")
+    with pytest.raises(AdapterNotFound, match="globex/poet"):
+        own_key("globex/poet", CALLER)
+
+
+def test_a_request_has_the_caller_that_was_authenticated_and_else_none() -> None:
+    found: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        with pytest.raises(KeyRefused, match="Authorization: Bearer"):
+            caller_of(Request(scope))
+        context_of(scope).caller = CALLER
+        found.append(caller_of(Request(scope)))
+
+    async def nothing(*_: Any) -> Any:
+        return {"type": "http.request"}
+
+    asyncio.run(with_context(app)({"type": "http", "method": "GET", "path": "/", "headers": []}, nothing, nothing))
+    assert found == [CALLER]
+
+
+def test_a_dependency_on_a_role_refuses_callers_without_it() -> None:
+    dependency = require_role("publish").dependency
+    assert dependency(CALLER) is CALLER
+    with pytest.raises(RoleMissing, match="ci"):
+        require_role("admin").dependency(CALLER)
+
+
+def test_routes_get_the_services_that_the_application_was_built_on() -> None:
+    given = services()
+    assert services_of(request_from(HERE, app=build_api(given))) is given

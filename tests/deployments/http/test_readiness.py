@@ -1,0 +1,162 @@
+"""What `/ready` asks of Retriever and Worker, how often, and for how long."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.exceptions import RayActorError
+
+from deployments.api.pool_responses import Ready
+from deployments.calls.catalogue_clients import ServeRetriever
+from deployments.calls.serve_calls import Background
+from deployments.calls.worker_client import ServeWorker, WorkerGate
+from deployments.errors import NotReady
+from deployments.http.readiness import KEPT_S, MAX_WAITING, Readiness
+from deployments.publishing.preload import Preload
+from lora_store import AdapterRecord
+from tests.clocks import Clock
+from tests.deployments.adapter_records import adapter
+from tests.deployments.fake_publishing import Publishing
+from tests.deployments.fake_retriever import FakeRetriever
+from tests.deployments.fake_worker import FakeWorker
+from tests.deployments.preloads import preload_of
+from tests.fakes import FakeHandle
+
+
+class Silent(FakeWorker):
+    """Never answers."""
+
+    async def module_shapes(self) -> dict[str, tuple[int, int]]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
+class Dead(FakeWorker):
+    """Its replicas keep dying."""
+
+    async def module_shapes(self) -> dict[str, tuple[int, int]]:
+        raise RayActorError()
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A Readiness over fakes."""
+
+    readiness: Readiness
+    worker: FakeHandle
+    retriever: FakeHandle
+
+
+def with_readiness(
+    question: Callable[[Asked], Awaitable[Any]],
+    *,
+    worker: FakeWorker | None = None,
+    held: tuple[AdapterRecord, ...] | None = None,
+    folders: tuple[Path, ...] = (),
+    has_keys: bool = False,
+    **options: Any,
+) -> Any:
+    """Return what `question` gives. The preload has ended before."""
+
+    async def run() -> Any:
+        asked = Publishing(retriever=FakeHandle(FakeRetriever() if held is None else FakeRetriever(held)))
+        handle, background = FakeHandle(worker or FakeWorker()), Background()
+        client = ServeWorker(handle)
+        preload = Preload(folders, asked.publisher(background))
+        await preload.wait()
+        clients = ServeRetriever(asked.retriever), client
+        readiness = Readiness(preload, WorkerGate(client, None), *clients, has_keys=has_keys, **options)
+        answer = await question(Asked(readiness, handle, asked.retriever))
+        await background.idle()
+        return answer
+
+    return asyncio.run(asyncio.wait_for(run(), 20))
+
+
+async def public(asked: Asked) -> Ready:
+    return await asked.readiness.public()
+
+
+def test_it_answers_with_the_generation_and_the_number_of_adapters() -> None:
+    assert with_readiness(public) == {"status": "ready", "generation": 7, "num_adapters": 2, "refused": {}}
+
+
+def test_with_keys_the_status_is_all_and_private_adapters_are_not_counted() -> None:
+    held = (adapter("poet"), adapter("secret", tenant="acme", visibility="private"))
+    assert with_readiness(public, held=held, has_keys=True) == {"status": "ready"}
+
+    async def details(asked: Asked) -> Ready:
+        return await asked.readiness.details()
+
+    assert with_readiness(details, held=held, has_keys=True)["num_adapters"] == 1
+
+
+def test_a_worker_that_does_not_answer_is_not_waited_for_for_ever() -> None:
+    with pytest.raises(NotReady, match=r"did not answer within 0\.01 s"):
+        with_readiness(public, worker=Silent(), wait_s=0.01)
+
+
+def test_an_error_of_a_deployment_is_that_of_every_client_and_the_next_one_asks_anew() -> None:
+    clock = Clock()
+
+    async def ask(asked: Asked) -> list[Any]:
+        outcomes = []
+        for _ in range(2):
+            both = await asyncio.gather(*[asked.readiness.public() for _ in range(2)], return_exceptions=True)
+            outcomes += [type(outcome).__name__ for outcome in both]
+            clock.at += KEPT_S
+        assert len(asked.worker.called("module_shapes")) >= 2
+        return outcomes
+
+    outcomes = with_readiness(ask, worker=Dead(), clock=clock)
+    assert len(outcomes) == 4 and "dict" not in outcomes
+
+
+def test_both_are_asked_once_in_half_a_second_however_many_clients_ask() -> None:
+    clock = Clock()
+
+    async def ask(asked: Asked) -> None:
+        for step_s, num_asked in ((0.0, 1), (0.4, 1), (0.2, 2)):
+            clock.at += step_s
+            answers = await asyncio.gather(*[asked.readiness.public() for _ in range(20)])
+            assert {answer["status"] for answer in answers} == {"ready"}
+            assert len(asked.retriever.called("load")) == len(asked.worker.called("module_shapes")) == num_asked
+
+    with_readiness(ask, clock=clock)
+
+
+def test_a_bounded_number_waits_and_those_that_leave_make_room() -> None:
+    async def ask(asked: Asked) -> None:
+        waiting = [asyncio.create_task(asked.readiness.public()) for _ in range(MAX_WAITING)]
+        await asyncio.sleep(0)
+        with pytest.raises(NotReady, match="256 clients"):
+            await asked.readiness.public()
+        for task in waiting:
+            task.cancel()
+        await asyncio.wait(waiting)
+        again = asyncio.create_task(asked.readiness.public())
+        await asyncio.sleep(0)
+        assert not again.done(), "it waits as the others did"
+        again.cancel()
+
+    with_readiness(ask, worker=Silent())
+
+
+def test_refused_folders_are_shown_to_clients_without_their_paths(tmp_path: Path) -> None:
+    folders = preload_of(tmp_path, "poet", "bad")
+    assert with_readiness(public, folders=folders)["refused"] == {"bad": "adapter 'bad' refused: it is bad"}
+
+
+def test_refused_folders_of_one_name_are_both_shown(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        preload_of(tmp_path / name, "bad")
+    folders = (tmp_path / "one", tmp_path / "two")
+    assert with_readiness(public, folders=folders)["refused"] == {
+        "bad": "; ".join(["adapter 'bad' refused: it is bad"] * 2)
+    }

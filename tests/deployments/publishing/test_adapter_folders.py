@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from deployments.publishing.adapter_folders import (
+    ADAPTER_FILES,
+    adapter_files,
+    adapter_folders,
+    folder_bytes,
+    linked_files,
+    open_plain,
+)
+from lora_store.peft_config import CONFIG_FILE
+from lora_store.peft_files import PICKLE_FILE, WEIGHTS_FILE
+from lora_store.sample_files import DESCRIPTION_FILE, SAMPLES_FILE
+
+
+def test_the_adapters_files_are_those_that_admission_reads(tmp_path: Path) -> None:
+    assert ADAPTER_FILES == (CONFIG_FILE, WEIGHTS_FILE, SAMPLES_FILE, DESCRIPTION_FILE, PICKLE_FILE)
+    for name in (WEIGHTS_FILE, CONFIG_FILE, "optimizer.pt"):
+        (tmp_path / name).touch()
+    assert [path.name for path in adapter_files(tmp_path)] == [CONFIG_FILE, WEIGHTS_FILE]
+
+
+def test_an_adapter_is_its_own_folder_and_a_folder_of_them_is_sorted(tmp_path: Path) -> None:
+    for name in ("c", "a", "d", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").touch()
+    assert adapter_folders(tmp_path) == [tmp_path / name for name in "abcd"]
+    assert adapter_folders(tmp_path / "a") == [tmp_path / "a"]
+    assert adapter_folders(tmp_path / "empty") == []
+
+
+def test_links_are_listed_and_count_as_themselves(tmp_path: Path) -> None:
+    (tmp_path / CONFIG_FILE).write_bytes(b"12345")
+    (tmp_path / "elsewhere").write_bytes(b"x" * 1000)
+    (tmp_path / WEIGHTS_FILE).symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "optimizer.pt").symlink_to(tmp_path / "elsewhere")  # none of an adapter's files
+    assert linked_files(tmp_path) == [tmp_path / WEIGHTS_FILE]
+    assert folder_bytes(tmp_path) == 5 + (tmp_path / WEIGHTS_FILE).lstat().st_size < 1000
+
+
+def test_a_link_is_not_opened(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_bytes(b"12345")
+    (tmp_path / "link").symlink_to(tmp_path / "plain")
+    with open_plain(tmp_path / "plain") as file:
+        assert file.read() == b"12345"
+    with pytest.raises(OSError, match="symbolic links"):
+        open_plain(tmp_path / "link")

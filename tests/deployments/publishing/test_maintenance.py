@@ -1,0 +1,112 @@
+"""A reindex: rounds of embeddings, the encoder on every replica, and one swap."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from ray.exceptions import RayActorError
+
+from deployments.publishing import maintenance
+from lora_store import AdapterRef, Embedding, EncoderIncomplete
+from retriever_svc import EncoderUnusable, ReindexStep
+from tests.deployments.adapter_records import POOL
+from tests.deployments.app_fakes import Served, serve_plainly
+from tests.deployments.asking import ask, post
+from tests.deployments.fake_retriever import FakeRetriever
+from tests.deployments.fake_store import FakeStore
+
+POET, CODER = (record.ref for record in POOL)
+BODIES: dict[str, dict[str, Any]] = {"verify": {}, "doctor": {}, "reindex": {"encoder": "other"}, "gc": {}}
+
+
+def lines_of(response: httpx.Response) -> list[dict[str, Any]]:
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"].startswith("application/x-ndjson")
+    return [json.loads(line) for line in response.text.splitlines()]
+
+
+def step(done: int, total: int, *refs: AdapterRef, unreadable: tuple[AdapterRef, ...] = ()) -> ReindexStep:
+    vector = np.array([1.0, 0.0], np.float32)
+    return ReindexStep(done, total, {ref: Embedding("other-encoder", vector, vector) for ref in refs}, unreadable)
+
+
+def test_a_reindex_embeds_prepares_every_replica_then_swaps_and_waits_for_all() -> None:
+    async def run(client: httpx.AsyncClient, served: Served) -> None:
+        response = await client.post("/v1/pool/reindex", json={"encoder": "other"})
+        *progress, last = lines_of(response)
+        assert progress == [{"done": 1, "total": 2}, {"done": 2, "total": 2}]
+        assert last["result"] == {
+            "encoder": "other",
+            "identity": "other-encoder",
+            "generation": 10,
+            "replicas": {"ready": 1, "behind": 0},
+        }
+        calls = sorted(served.store.calls + served.retriever.calls, key=lambda call: call.number)
+        assert [call.name for call in calls] == [
+            "ping",
+            "reindex",
+            "add_embeddings",
+            "add_embeddings",
+            "prepare_encoder",
+            "activate_encoder",
+            "catch_up",
+        ]
+        assert served.store.called("activate_encoder") == [("other", "other-encoder", "local")]
+
+    ask(run, retriever=FakeRetriever(steps=[[step(1, 2, POET), step(2, 2, CODER)]]))
+
+
+def test_what_was_published_meanwhile_is_embedded_in_another_round() -> None:
+    retriever = FakeRetriever(steps=[[step(1, 1, POET)], [step(1, 1, CODER)]])
+    store = FakeStore(incomplete=[EncoderIncomplete([CODER])])
+    *progress, last = lines_of(post("/v1/pool/reindex", {"encoder": "other"}, retriever=retriever, store=store))
+    assert (progress, retriever.steps) == ([{"done": 1, "total": 1}] * 2, [])
+    assert last["result"]["generation"] == 10
+
+
+def test_an_adapter_that_can_never_be_embedded_ends_the_reindex_and_the_old_encoder_stays() -> None:
+    retriever = FakeRetriever(steps=[[step(2, 2, POET, unreadable=(CODER,))], []])
+    store = FakeStore(incomplete=[EncoderIncomplete([CODER])])
+    *_, last = lines_of(post("/v1/pool/reindex", {"encoder": "other"}, retriever=retriever, store=store))
+    assert last["error"]["code"] == "encoder_incomplete"
+    assert (store.encoder, len(retriever.steps)) == (None, 1)
+
+
+def test_a_pool_that_keeps_growing_ends_the_reindex_in_time() -> None:
+    retriever = FakeRetriever(steps=[[step(1, 1, POET)] for _ in range(99)])
+    store = FakeStore(incomplete=[EncoderIncomplete([CODER]) for _ in range(99)])
+    *progress, last = lines_of(post("/v1/pool/reindex", {"encoder": "other"}, retriever=retriever, store=store))
+    assert last["error"]["code"] == "encoder_incomplete"
+    assert "1 live adapters" in last["error"]["message"]
+    assert 1 < len(progress) < 10
+
+
+@pytest.mark.parametrize(
+    ("others", "code"),
+    [
+        ([EncoderUnusable("other", "no such folder")], "encoder_unusable"),
+        (["another-identity"], "encoder_unusable"),
+        ([RayActorError()], None),
+    ],
+)
+def test_an_encoder_that_a_replica_cannot_load_is_not_activated(others: list[Any], code: str | None) -> None:
+    async def run() -> list[dict[str, Any]]:
+        replicas = [FakeRetriever(steps=[[step(1, 1, POET)]]), *[FakeRetriever(prepared=other) for other in others]]
+        served = serve_plainly(retrievers=replicas)
+        try:
+            pool = served.services
+            lines = maintenance.reindex(pool.publisher, pool.store, pool.retriever, "other", "tester")
+            return [line async for line in lines]
+        finally:
+            assert (served.store.called("activate_encoder") == []) is (code is not None)
+
+    if code is None:
+        assert "result" in asyncio.run(run())[-1]
+    else:
+        with pytest.raises(EncoderUnusable):
+            asyncio.run(run())

@@ -1,0 +1,89 @@
+"""What a server publishes as it starts."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from lora_store import VersionConflict
+from tests.deployments.adapter_records import adapter, key_of
+from tests.deployments.app_fakes import Served, serve_plainly
+from tests.deployments.asking import ask
+from tests.deployments.fake_store import FakeStore
+from tests.deployments.key_files import entry, write
+from tests.deployments.preloads import preload_of
+
+
+def test_a_preload_that_fails_as_a_whole_is_tried_again_when_ready_is_asked(tmp_path: Path) -> None:
+    async def ready(client: httpx.AsyncClient, served: Served) -> list[int]:
+        statuses = []
+        for _ in range(2):
+            statuses.append((await client.get("/ready")).status_code)
+            await served.services.preload.wait()
+        return statuses
+
+    store = FakeStore(failing={"commit": (VersionConflict(3), 1)})
+    assert ask(ready, store=store, preload=preload_of(tmp_path, "poet")) == [503, 200]
+    assert list(store.live) == [("local", "poet")]
+
+
+def test_the_preload_is_published_in_batches_of_one_commit_each(tmp_path: Path) -> None:
+    async def run() -> Served:
+        served = serve_plainly(preload=preload_of(tmp_path, *[f"a{number:02}" for number in range(33)]))
+        await served.services.preload.wait()
+        return served
+
+    served = asyncio.run(run())
+    commits = served.store.called("commit")
+    assert [len(staged) for staged, *_ in commits] == [32, 1]
+    assert {actor for _, _, _, actor, *_ in commits} == {"preload"}
+
+
+def approved_at_start(served: Served) -> list[tuple[str, str]]:
+    """(name, actor) of what was approved."""
+    return [(ref.name, actor) for refs, actor in served.store.called("approve") for ref in refs]
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_approved"),
+    [
+        ({}, False),
+        ({"public_requires_approval": True}, True),
+        ({"keys_file": "keys.json"}, True),
+        ({"keys_file": "keys.json", "public_requires_approval": False}, True),
+    ],
+    ids=["no keys", "asked for", "keys", "keys, not asked for"],
+)
+def test_what_the_operator_preloads_is_approved_where_there_are_other_tenants(
+    tmp_path: Path, settings: dict[str, Any], is_approved: bool
+) -> None:
+    if "keys_file" in settings:
+        settings = settings | {"keys_file": write(tmp_path / "keys.json", entry("k"))}
+
+    async def run() -> Served:
+        served = serve_plainly(preload=preload_of(tmp_path, "a", "b"), **settings)
+        await served.services.preload.wait()
+        return served
+
+    assert approved_at_start(asyncio.run(run())) == ([("a", "preload"), ("b", "preload")] if is_approved else [])
+
+
+def test_what_was_preloaded_before_approval_was_asked_for_is_approved_at_the_next_start(tmp_path: Path) -> None:
+    folders = preload_of(tmp_path, "a", "b", "c")
+    store = FakeStore()
+    refs = {}
+    for name, actor in (("a", "preload"), ("b", "id-acme"), ("c", "preload")):
+        record = replace(adapter(name, tenant="local"), actor=actor, approved=name == "c")
+        store.live[key_of(record)], refs[name] = (record,), record.ref
+
+    async def run() -> Served:
+        served = serve_plainly(store=store, preload=folders, public_requires_approval=True)
+        await served.services.preload.wait()
+        return served
+
+    assert approved_at_start(asyncio.run(run())) == [("a", "preload")]

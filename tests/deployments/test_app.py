@@ -1,0 +1,42 @@
+"""The application graph, as Serve reads it. Nothing is started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.serve import Application
+
+from deployments.app import build_app
+from deployments.calls.proxy_limits import HA_PROXY_VARIABLE
+from deployments.config.app import AppConfig
+from deployments.errors import ProxyUnsafe
+from tests.deployments.app_fakes import config_of
+from tests.deployments.key_files import entry, write
+
+
+def test_rays_haproxy_is_refused_where_there_are_no_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(HA_PROXY_VARIABLE, "1")
+    with pytest.raises(ProxyUnsafe, match="set keys_file"):
+        build_app(config_of())
+    keys = write(tmp_path / "keys.json", entry("k"))
+    build_app(config_of(keys_file=keys))
+    monkeypatch.setenv(HA_PROXY_VARIABLE, "0")
+    build_app(config_of())
+
+
+def bound(app: Application) -> tuple[str, dict[str, Any]]:
+    """The deployment's name, and what else it is bound to by name. Ray has no public way to read the graph."""
+    deployment = app._bound_deployment
+    handles = [each for each in deployment.init_args if isinstance(each, Application)]
+    return deployment.name, dict(bound(each) for each in handles)
+
+
+def test_the_ingress_calls_all_others_and_the_worker_calls_the_store() -> None:
+    assert bound(build_app(config_of())) == ("Ingress", {"Retriever": {}, "Worker": {"Store": {}}, "Store": {}})
+
+
+def test_serve_reads_the_settings_class_from_the_builder() -> None:
+    """A file of settings becomes an AppConfig by this annotation, which must not be text."""
+    assert build_app.__annotations__["args"] is AppConfig

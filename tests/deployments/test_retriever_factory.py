@@ -1,0 +1,95 @@
+"""A retriever as the settings describe it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deployments.config.app import AppConfig, RetrievalSettings
+from deployments.retriever_factory import live_pool, retriever_over
+from lora_store import AdapterRecord, Embedding, Snapshot
+from retriever_svc import Encoder, IndexSettings, NoAdapterMatched, Route, RouteRequest
+from tests.deployments.adapter_records import adapter
+from tests.tiny_encoder import save_tiny_encoder
+
+TEXT = "the goat eats"
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_encoder(tmp_path_factory.mktemp("encoders") / "tiny")
+
+
+@pytest.fixture
+def config_of(encoder: Path, tmp_path: Path) -> Callable[..., AppConfig]:
+    def make(retrieval: dict[str, Any] | None = None, **settings: Any) -> AppConfig:
+        own = RetrievalSettings(encoder=str(encoder), encoder_threads=1, **(retrieval or {}))
+        return AppConfig(store_uri=str(tmp_path / "store"), retrieval=own, **settings)
+
+    return make
+
+
+@pytest.fixture
+def record(encoder: Path) -> AdapterRecord:
+    """An adapter of another tenant that is near to every text."""
+    own = Encoder(str(encoder), num_threads=1)
+    [vector] = own.encode([TEXT])
+    embedding = Embedding(own.identity, vector / np.linalg.norm(vector), np.ones(2, np.float32))
+    return replace(adapter("goats", tenant="acme"), embedding=embedding, approved=False)
+
+
+def route(config: AppConfig, record: AdapterRecord) -> Route | Exception:
+    pools = live_pool(config, lambda: Snapshot(1, {("acme", "goats"): record}))
+    [outcome] = retriever_over(pools, config).route([RouteRequest(TEXT, tenant="local")])
+    return outcome
+
+
+def names(outcome: Route | Exception) -> list[str]:
+    assert isinstance(outcome, Route)
+    return [row.ref.name for row in outcome.plan.adapters]
+
+
+def test_the_encoder_of_the_settings_embeds_the_request(
+    config_of: Callable[..., AppConfig], record: AdapterRecord
+) -> None:
+    outcome = route(config_of({"min_score": -1.0}), record)
+    assert names(outcome) == ["goats"]
+    assert isinstance(outcome, Route) and outcome.candidates[0].score == pytest.approx(1.0, abs=0.2)
+
+
+def test_approval_is_required_where_the_settings_say_so(
+    config_of: Callable[..., AppConfig], record: AdapterRecord
+) -> None:
+    strict = config_of({"min_score": -1.0}, public_requires_approval=True)
+    assert names(route(strict, record)) == []
+    assert names(route(strict, replace(record, approved=True))) == ["goats"]
+
+
+def test_the_floor_of_the_settings_is_the_retrievers(
+    config_of: Callable[..., AppConfig], record: AdapterRecord
+) -> None:
+    config = config_of({"min_score": 1.0})
+    outcome = route(config, replace(record, embedding=opposite(record)))
+    assert isinstance(outcome, NoAdapterMatched) or outcome.abstained  # type: ignore[union-attr]
+
+
+def opposite(record: AdapterRecord) -> Embedding:
+    assert record.embedding is not None
+    return replace(record.embedding, vector=-record.embedding.vector)
+
+
+def test_an_index_is_built_with_the_sizes_that_are_given(
+    config_of: Callable[..., AppConfig], record: AdapterRecord
+) -> None:
+    """Lists are built for a pool of one adapter only where the sizes say so."""
+
+    def has_lists(index: IndexSettings | None) -> bool:
+        built = live_pool(config_of(), lambda: Snapshot(1, {("acme", "goats"): record}), index).current.index
+        return built.wants_lists or built.lists is not None  # they are trained in the background
+
+    assert [has_lists(None), has_lists(IndexSettings(exact_rows=0, side_rows=0))] == [False, True]
