@@ -29,7 +29,9 @@ Made by `python -m benchmarks.house`. A walk counts the files of `deployments` w
 consecutive functions of one file, each counted where it is entered for the first time; a return is a stay in a file
 that was left before. Both commits were traced in the same way: the four deployments run in one process over a tiny
 model, and calls through handles, threads and middleware are followed. A test belongs to a source file if it is named
-after it, with an aspect added or not. Small files have fewer than {SMALL_LINES} lines.
+after it, with an aspect added or not, and if its folder is that of the source or one above it; tests in a folder
+`whole` are of a whole package, and those in a folder `conformance` of all implementations of an interface. Small files
+have fewer than {SMALL_LINES} lines.
 """
 
 

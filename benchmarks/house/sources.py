@@ -10,6 +10,9 @@ from pathlib import Path
 
 PACKAGES = ("lora_store", "retriever_svc", "gpu_worker", "deployments")
 SMALL_LINES = 50
+RUNNING = ("e2e", "cluster")  # folders of tests of the running application
+WHOLE = "whole"  # folders of tests of a package as a whole, named after a claim and not after a source file
+SUITE = "conformance"  # folders with one suite for all implementations of an interface
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +102,32 @@ def _spread(sizes: Sequence[int]) -> Spread:
     return Spread(ordered[len(ordered) // 2], ordered[len(ordered) * 9 // 10], ordered[-1])
 
 
-def _test_names(root: Path, package: str) -> dict[str, Path]:
-    return {path.stem.removeprefix("test_"): path for path in (root / "tests" / package).rglob("test_*.py")}
+def _name_of(test: Path) -> str:
+    return test.stem.removeprefix("test_")
+
+
+def _tests_beside(root: Path, source: Path) -> set[str]:
+    """Return the names of the tests in the folder of `tests` that mirrors the source's, and in those above it."""
+    folder, names = root / "tests" / source.parent.relative_to(root), set[str]()
+    while folder != root / "tests":
+        names.update(map(_name_of, folder.glob("test_*.py")))
+        folder = folder.parent
+    return names
+
+
+def _tests_of_running(root: Path) -> set[str]:
+    return {_name_of(path) for folder in RUNNING for path in (root / "tests" / folder).rglob("test_*.py")}
+
+
+def _in_suites(root: Path) -> set[str]:
+    """Return the modules that the suites of the packages import."""
+    suites = {package: (root / "tests" / package / SUITE).glob("*.py") for package in PACKAGES}
+    return {
+        name
+        for package, paths in suites.items()
+        for path in paths
+        for name in _imported_modules(root, ast.parse(path.read_text()), package)
+    }
 
 
 def _covers(test: str, source: str) -> bool:
@@ -109,13 +136,19 @@ def _covers(test: str, source: str) -> bool:
 
 
 def _sources_without_test(root: Path) -> Iterator[str]:
-    """Yield the modules that define a function and have no test of their name in their package."""
-    for package in PACKAGES:
-        tests = _test_names(root, package)
-        for path in _modules(root, (package,)):
-            names = {path.stem, f"{path.parent.name}_{path.stem}"}
-            if not any(_covers(test, name) for test in tests for name in names) and _has_code(path):
-                yield str(path.relative_to(root))
+    """Yield the modules that define a function and that no test is named after.
+
+    Tests of the running application count with the others: some modules can do nothing without a cluster. A suite tests
+    the modules that it imports.
+    """
+    running, suites = _tests_of_running(root), _in_suites(root)
+    for path in _modules(root, PACKAGES):
+        if ".".join(path.relative_to(root).with_suffix("").parts) in suites:
+            continue
+        names = {path.stem, f"{path.parent.name}_{path.stem}"}
+        tests = running | _tests_beside(root, path)
+        if not any(_covers(test, name) for test in tests for name in names) and _has_code(path):
+            yield str(path.relative_to(root))
 
 
 def _has_code(path: Path) -> bool:
@@ -124,9 +157,11 @@ def _has_code(path: Path) -> bool:
 
 
 def _tests_without_source(root: Path) -> Iterator[str]:
-    """Yield the tests that have no module of their name in their package."""
+    """Yield the tests that are named after no module of their package, except those in folders `WHOLE` and `SUITE`."""
     for package in PACKAGES:
         sources = {path.stem for path in _modules(root, (package,))}
-        for name, path in sorted(_test_names(root, package).items()):
-            if not any(_covers(name, source) for source in sources):
+        for path in sorted((root / "tests" / package).rglob("test_*.py")):
+            if path.parent.name not in (WHOLE, SUITE) and not any(
+                _covers(_name_of(path), source) for source in sources
+            ):
                 yield str(path.relative_to(root))

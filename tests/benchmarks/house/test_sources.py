@@ -18,6 +18,7 @@ _FILES = {
     "tests/deployments/test_app.py": "",
     "tests/deployments/room/test_tool_at_scale.py": "",
     "tests/deployments/test_fuzz.py": "",
+    "tests/deployments/whole/test_nonsense.py": "",
     "tests/lora_store/test_blobs.py": "",
 }
 
@@ -44,6 +45,30 @@ def test_tests_belong_to_the_source_they_are_named_after(checkout: Path) -> None
     found = measure(checkout)
     assert found.tests_without_source == ("tests/deployments/test_fuzz.py",)
     assert found.sources_without_test == ("lora_store/names.py",)  # errors.py defines no function
+
+
+def test_tests_of_the_running_application_belong_to_sources_too(checkout: Path) -> None:
+    (checkout / "tests/e2e").mkdir()
+    (checkout / "tests/e2e/test_names.py").touch()
+    (checkout / "tests/e2e/test_anything.py").touch()
+    found = measure(checkout)
+    assert found.sources_without_test == ()
+    assert found.tests_without_source == ("tests/deployments/test_fuzz.py",)
+
+
+def test_a_suite_tests_the_modules_that_it_imports_and_is_named_as_it_likes(checkout: Path) -> None:
+    suite = checkout / "tests/lora_store/conformance"
+    suite.mkdir()
+    (suite / "test_parity.py").write_text("from lora_store.names import name\n")
+    found = measure(checkout)
+    assert found.sources_without_test == ()
+    assert found.tests_without_source == ("tests/deployments/test_fuzz.py",)
+
+
+def test_every_source_has_a_test_of_its_name_and_every_test_a_source() -> None:
+    found = measure(Path(sources.__file__).parents[2])
+    assert found.sources_without_test == ()
+    assert found.tests_without_source == ()
 
 
 def test_a_folder_without_sources_is_refused(tmp_path: Path) -> None:
