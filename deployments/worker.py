@@ -25,15 +25,12 @@ from deployments.scaling.autoscaling_policy import ONGOING, WAITING_TOKENS
 from deployments.weights.fetcher import WeightsFetcher
 from gpu_worker.config import WorkerConfig
 from gpu_worker.device.cpu_count import with_threads
-from gpu_worker.device.openmp import load_executor, run_on_short_lived_thread, use_one_thread
-from gpu_worker.engine.engine import Engine
+from gpu_worker.device.openmp import load_executor, use_one_thread
 from gpu_worker.engine.engine_status import EngineStatus
-from gpu_worker.engine.engine_thread import EngineThread
-from gpu_worker.engine.probe import Prober
-from gpu_worker.engine.warm_up import warm_up
 from gpu_worker.errors import EngineStopped
-from gpu_worker.native.kernel_loading import num_missing_kernels
+from gpu_worker.inference_engine import EngineHealth, InferenceEngine
 from gpu_worker.request.request import Delta, Job
+from gpu_worker.start_engine import start_engine
 from lora_store import AdapterWeights
 from lora_store.disk_cache import DiskCache
 
@@ -69,10 +66,13 @@ class WorkerDeployment:
         use_one_thread()
         executor = load_executor(config.load_threads)
         self._fetcher = WeightsFetcher(ServeStore(store), executor, cache=self._cache, observer=self._metrics)
-        self._engine = run_on_short_lived_thread(lambda: warm_up(Engine(config, self._start_fetch, executor=executor)))
-        self._loop = EngineThread(self._engine, stream_interval_ms=stream_interval_ms, niceness=niceness)
-        self._num_missing_kernels = num_missing_kernels(config)
-        self._prober = Prober(self._loop)
+        self._engine: InferenceEngine = start_engine(
+            config,
+            self._start_fetch,
+            executor=executor,
+            stream_interval_ms=stream_interval_ms,
+            niceness=niceness,
+        )
         self._telling = self._asyncio_loop.create_task(report_periodically(self._tell))
         self._step_timeout_s, self._end_process = step_timeout_s, end_process
 
@@ -82,7 +82,7 @@ class WorkerDeployment:
         A client that leaves frees its row, KV and pins at the next step.
         Raises: PromptInvalid, PromptTooLong, PlanTooLarge, AdapterLoadFailed and other errors of this job.
         """
-        deltas = self._loop.stream_with_heartbeats(job, HEARTBEAT_INTERVAL_S)
+        deltas = self._engine.stream(job, HEARTBEAT_INTERVAL_S)
         trace, began = JobTrace(job.request_id), time.monotonic()
         last: Delta | None = None
         try:
@@ -111,11 +111,11 @@ class WorkerDeployment:
 
     async def probe_many(self, weights_digests: Sequence[str]) -> list[float | Exception]:
         """Probe all adapters in one batch; return each shift or error."""
-        return await self._prober.shifts(weights_digests)
+        return await self._engine.probe(weights_digests)
 
     async def forget(self, weights_digests: Collection[str]) -> bool:
         """Drop these weights. Return whether none is left; weights in use are dropped after their last request."""
-        is_gone = await self._loop.forget(weights_digests)
+        is_gone = await self._engine.forget(weights_digests)
         if self._cache is not None:
             await asyncio.to_thread(self._cache.discard, weights_digests)
         return is_gone
@@ -123,11 +123,11 @@ class WorkerDeployment:
     async def holdings(self) -> EngineStatus:
         """Return the state of this replica, disk cache included."""
         disk_cache_bytes = 0 if self._cache is None else await asyncio.to_thread(self._cache.measure)
-        return replace(await self._loop.status(), disk_cache_bytes=disk_cache_bytes)
+        return replace(await self._engine.status(), disk_cache_bytes=disk_cache_bytes)
 
     async def load(self) -> EngineStatus:
         """Return the state without the disk cache: cheap enough for every second."""
-        return await self._loop.status()
+        return await self._engine.status()
 
     async def usage(self) -> Mapping[str, Usage]:
         """Return each tenant's usage of this replica."""
@@ -135,15 +135,15 @@ class WorkerDeployment:
 
     async def module_shapes(self) -> dict[str, tuple[int, int]]:
         """Return (out, in) of every module that an adapter may target."""
-        return self._engine.bank.shapes
+        return dict(self._engine.module_shapes)
 
     async def record_routing_stats(self) -> dict[str, list[str]]:
         """Return the router's criteria for this replica, sorted, so that Serve notices when nothing has changed."""
-        return {RESIDENT: sorted(map(short_digest, await self._loop.expected()))}
+        return {RESIDENT: sorted(map(short_digest, await self._engine.expected()))}
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Return the inputs of `WorkerScaling`."""
-        held = await self._loop.status()
+        held = await self._engine.status()
         return {ONGOING: held.num_running + held.num_waiting, WAITING_TOKENS: held.waiting_tokens}
 
     def check_health(self) -> None:
@@ -153,31 +153,31 @@ class WorkerDeployment:
         the end of the replica's streams, which would never come, and its successor may need the device of this process.
         Raises: ReplicaStuck.
         """
-        busy_s = self._loop.seconds_busy()
-        if self._loop.is_alive and busy_s <= self._step_timeout_s:
+        health = self._engine.health()
+        if health.is_alive and health.busy_s <= self._step_timeout_s:
             return
-        wedged = ReplicaStuck(_why_wedged(self._loop, busy_s))
+        wedged = ReplicaStuck(_why_wedged(health))
         logger.critical("ending this replica's process: %s", wedged)
         self._end_process(1)
         raise wedged
 
     async def _tell(self) -> None:
-        self._metrics.report_step_age(self._loop.seconds_busy())
-        self._metrics.report_missing_kernels(self._num_missing_kernels)
+        self._metrics.report_step_age(self._engine.health().busy_s)
+        self._metrics.report_missing_kernels(self._engine.num_missing_kernels)
         async with asyncio.timeout(
             REPORT_INTERVAL_S
         ):  # report the duration of a hanging step before anything can block
-            self._metrics.report_status(await self._loop.status())
+            self._metrics.report_status(await self._engine.status())
 
     def _start_fetch(self, weights_digest: str) -> Future[AdapterWeights]:
         """Start a fetch on the replica's event loop. The engine's thread calls this."""
         return asyncio.run_coroutine_threadsafe(self._fetcher.fetch(weights_digest), self._asyncio_loop)
 
 
-def _why_wedged(loop: EngineThread, busy_s: float) -> str:
-    if loop.is_alive:
-        return f"a step or command of the engine has run for {busy_s:.0f} s"
-    return f"the engine's thread has ended: {loop.failure or 'it was stopped'}"
+def _why_wedged(health: EngineHealth) -> str:
+    if health.is_alive:
+        return f"a step or command of the engine has run for {health.busy_s:.0f} s"
+    return health.failure or "the engine has ended"
 
 
 def _log_end(job: Job, last: Delta | None, seconds: float) -> None:

@@ -25,6 +25,7 @@ class EngineSettings:
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # in a settings file, which pydantic reads
 
+    engine: Literal["native", "vllm"] = "native"  # vllm needs its own installation: docs/how-to/install.md
     device: Literal["cpu", "cuda"] = "cpu"  # cuda needs `num_gpus` in worker_scaling
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     num_threads: AtLeastOne | None = None  # unset: the CPUs the worker's process may use
@@ -55,6 +56,11 @@ class EngineSettings:
             )
         if self.device == "cuda" and self.dtype == "float32":
             raise WorkerConfigInvalid("dtype must be 'auto' or 'bfloat16' with device 'cuda', got 'float32'")
+        if self.engine == "vllm" and self.max_chunk_tokens is not None:
+            raise WorkerConfigInvalid(
+                f"max_chunk_tokens is a setting of the native engine, got {self.max_chunk_tokens} with engine 'vllm';"
+                " leave it unset, or lower max_step_tokens"
+            )
         if self.max_step_tokens < self.max_batch_size:
             raise WorkerConfigInvalid(
                 f"max_step_tokens must be at least max_batch_size ({self.max_batch_size}), got {self.max_step_tokens}"

@@ -25,7 +25,7 @@ class NativeEngine(InferenceEngine):
     def __init__(self, thread: EngineThread) -> None:
         self.thread = thread
         self._engine = thread.engine
-        self._prober = Prober(thread)
+        self._prober = Prober(thread, self._engine.base.dtype)
         self._num_missing_kernels = num_missing_kernels(self._engine.config)
 
     @classmethod

@@ -51,7 +51,8 @@ FLOORS: dict[str, list[set[str]]] = {
         {"lora"},
         {"engine"},
         {"inference_engine"},
-        {"native_engine"},
+        {"native_engine", "vllm"},
+        {"start_engine"},
     ],
     "benchmarks.paper": [
         {"common"},

@@ -62,14 +62,22 @@ class LoraBank:
 
     Banks of the same width share one tensor (banks, C, width): moving a row takes a few operations instead of two per
     module. `free_fill`: the value of free rows. They are never read; tests fill them with NaN to prove it.
+    `device`: by default the layers' device.
     """
 
-    def __init__(self, linears: Mapping[str, nn.Linear], num_rows: int, *, free_fill: float = 0.0) -> None:
+    def __init__(
+        self,
+        linears: Mapping[str, nn.Linear],
+        num_rows: int,
+        *,
+        free_fill: float = 0.0,
+        device: torch.device | None = None,
+    ) -> None:
         self.num_rows = num_rows
         self._shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
         self._free_fill = free_fill
         weight = next(iter(linears.values())).weight
-        self._dtype, self._device = weight.dtype, weight.device
+        self._dtype, self._device = weight.dtype, device or weight.device
         self._stores: list[Tensor] = []
         groups = _sharing_inputs(self._shapes)
         a = self._allocate({names[0]: len(names) * self._shapes[names[0]][1] for names in groups})
@@ -89,6 +97,10 @@ class LoraBank:
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Return (out, in) of every module an adapter may target."""
         return dict(self._shapes)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
 
     @property
     def num_bytes(self) -> int:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
-from gpu_worker.attention.kv_cache import KvCache
 from gpu_worker.bank.loader import AdapterLoader
 from gpu_worker.bank.residency import Residency
 from gpu_worker.engine.fair_queue import FairQueue
@@ -12,6 +12,17 @@ from gpu_worker.engine.prefetch_window import PrefetchWindow
 from gpu_worker.engine.row import Row
 
 _MAX_PASSES = 50
+
+
+class RowPlaces(Protocol):
+    """The places for running rows: a KvCache, or a count of rows if the engine's own cache is elsewhere."""
+
+    num_freed: int  # rows freed since the start
+
+    @property
+    def num_free(self) -> int: ...
+    def fits(self, num_tokens: int) -> bool: ...
+    def allocate(self, num_tokens: int, longest_len: int) -> int: ...
 
 
 class Admission:
@@ -23,7 +34,9 @@ class Admission:
     nothing, so there is no deadlock.
     """
 
-    def __init__(self, loader: AdapterLoader, residency: Residency, kv_cache: KvCache, window: PrefetchWindow) -> None:
+    def __init__(
+        self, loader: AdapterLoader, residency: Residency, kv_cache: RowPlaces, window: PrefetchWindow
+    ) -> None:
         self._loader, self._residency, self._kv_cache, self._window = loader, residency, kv_cache, window
         self.waiting = FairQueue()
         self._reserving: Row | None = None

@@ -20,7 +20,7 @@ from gpu_worker.device.openmp import thread_team_releaser
 from gpu_worker.engine.delta_stream import Events, deltas
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.engine_status import EngineStatus
-from gpu_worker.engine.row import Row
+from gpu_worker.engine.row import Row, Sink
 from gpu_worker.errors import EngineStopped
 from gpu_worker.request.request import Completion, Delta, Job
 
@@ -79,6 +79,10 @@ class EngineThread:
         """Return the whole answer and its last delta."""
         parts = [delta async for delta in self.stream(job)]
         return Completion.joined(parts), parts[-1]
+
+    def prepare(self, job: Job, sink: Sink) -> Row:
+        """See `RequestPreprocessor`. May be called from any thread."""
+        return self.engine.prepare(job, sink)
 
     def submit(self, rows: Sequence[Row]) -> None:
         """Queue prepared rows between the same two steps. Raises: EngineStopped."""

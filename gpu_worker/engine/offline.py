@@ -5,10 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from concurrent.futures import Future
+from typing import Protocol
 
-from gpu_worker.engine.engine_thread import EngineThread
-from gpu_worker.engine.row import Row
+from gpu_worker.engine.row import Row, Sink
 from gpu_worker.request.request import Completion, Delta, Job
+
+
+class RowEngine(Protocol):
+    """Computes rows. `prepare` may be called from any thread."""
+
+    def prepare(self, job: Job, sink: Sink) -> Row: ...
+    def submit(self, rows: Sequence[Row]) -> None: ...
+    def cancel(self, rows: Sequence[Row]) -> None: ...
 
 
 class _CompletionSink:
@@ -27,29 +35,29 @@ class _CompletionSink:
             self.future.set_result(Completion.joined(self._deltas))
 
 
-async def generate_all(engine_thread: EngineThread, jobs: Sequence[Job]) -> list[Completion | Exception]:
+async def generate_all(engine: RowEngine, jobs: Sequence[Job]) -> list[Completion | Exception]:
     """Return each job's answer or error, in order. The jobs enter the queue together.
 
     Cancelling the call cancels all unfinished jobs. Raises: EngineStopped.
     """
     answers = [_CompletionSink() for _ in jobs]
-    rows = await asyncio.to_thread(_prepared, engine_thread, jobs, answers)
-    engine_thread.submit(rows)
+    rows = await asyncio.to_thread(_prepared, engine, jobs, answers)
+    engine.submit(rows)
     try:
         waiting = [asyncio.wrap_future(answer.future) for answer in answers]
         ended = await asyncio.gather(*waiting, return_exceptions=True)
     except asyncio.CancelledError:
-        engine_thread.cancel(rows)
+        engine.cancel(rows)
         raise
     return [_none_but_errors(outcome) for outcome in ended]
 
 
-def _prepared(engine_thread: EngineThread, jobs: Sequence[Job], answers: Sequence[_CompletionSink]) -> list[Row]:
+def _prepared(engine: RowEngine, jobs: Sequence[Job], answers: Sequence[_CompletionSink]) -> list[Row]:
     """Prepare the jobs and return their rows. Jobs that cannot be prepared get their error as the answer."""
     rows: list[Row] = []
     for job, answer in zip(jobs, answers, strict=True):
         try:
-            rows.append(engine_thread.engine.prepare(job, answer))
+            rows.append(engine.prepare(job, answer))
         except Exception as exc:
             answer(exc)
     return rows

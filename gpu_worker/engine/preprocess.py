@@ -6,10 +6,12 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Collection, Sequence
+from typing import Any, Protocol
+
+from tokenizers import Tokenizer
 
 from gpu_worker.engine.row import Row, Sink
 from gpu_worker.errors import PromptInvalid, PromptTooLong, SamplingInvalid
-from gpu_worker.model.base_model import BaseModel
 from gpu_worker.request.prompt_memo import PromptMemo
 from gpu_worker.request.prompts import render, template_stops
 from gpu_worker.request.request import DEFAULT_MAX_TOKENS, MAX_CHARS_PER_TOKEN, Job
@@ -17,14 +19,29 @@ from gpu_worker.text.incremental_detokenizer import IncrementalDetokenizer
 from gpu_worker.text.token_bytes import TokenBytes
 
 
+class PromptModel(Protocol):
+    """The properties of a base model that prompts depend on."""
+
+    @property
+    def tokenizer(self) -> Any: ...
+    @property
+    def backend_tokenizer(self) -> Tokenizer: ...
+    @property
+    def eos_token_ids(self) -> frozenset[int]: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def num_embeddings(self) -> int: ...
+
+
 class RequestPreprocessor:
     """The thread-safe preprocessor of an engine. `clock`: the engine's clock, which deadlines refer to."""
 
-    def __init__(self, base: BaseModel, max_len: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, base: PromptModel, max_len: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._base, self._max_len, self._clock = base, max_len, clock
         self._token_bytes = TokenBytes(base.backend_tokenizer)
         self._memo = PromptMemo()
-        self._num_embeddings: int = base.model.get_input_embeddings().weight.shape[0]
+        self._num_embeddings = base.num_embeddings
 
     def __call__(
         self, job: Job, sink: Sink, *, capture_first_logits: bool = False, arrived: float | None = None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from gpu_worker.engine.engine_thread import EngineThread
 from gpu_worker.request.request import Job, SamplingParams
 from lora_store.adapter import AdapterRef
 from lora_store.plan import BASE_PLAN, Plan, PlannedAdapter
@@ -19,11 +19,21 @@ _TENANT = "probe:"  # not a valid tenant name; probes take turns with tenants
 _NOISE = {torch.float32: 1e-5, torch.bfloat16: 0.03}
 
 
-class Prober:
-    """Probes many adapters in one step. The first probe also computes the base model's logits."""
+class ProbedEngine(Protocol):
+    """Computes what follows a prompt."""
 
-    def __init__(self, engine_thread: EngineThread) -> None:
-        self._engine_thread = engine_thread
+    async def first_logits(self, jobs: Sequence[Job]) -> list[Tensor | Exception]: ...
+    async def preload(self, digests: Collection[str]) -> None: ...
+
+
+class Prober:
+    """Probes many adapters in one step. The first probe also computes the base model's logits.
+
+    `dtype`: of the engine's products.
+    """
+
+    def __init__(self, engine: ProbedEngine, dtype: torch.dtype) -> None:
+        self._engine, self._noise = engine, _NOISE[dtype]
         self._base: Tensor | None = None
         self._numbers = itertools.count()
 
@@ -33,16 +43,15 @@ class Prober:
         A shift within rounding is 0.0. Raises: the engine's error for the base model.
         """
         if self._base is None:
-            [base] = await self._engine_thread.first_logits([self._job(BASE_PLAN)])
+            [base] = await self._engine.first_logits([self._job(BASE_PLAN)])
             if isinstance(base, Exception):
                 raise base
             self._base = base
-        await self._engine_thread.preload(weights_digests)  # load all first, so that one step computes all rows
+        await self._engine.preload(weights_digests)  # load all first, so that one step computes all rows
         plans = [_plan_of(digest) for digest in weights_digests]
-        adapted = await self._engine_thread.first_logits([self._job(plan) for plan in plans])
-        noise = _NOISE[self._engine_thread.engine.base.dtype]
+        adapted = await self._engine.first_logits([self._job(plan) for plan in plans])
         shifts = [logits if isinstance(logits, Exception) else _shift(self._base, logits) for logits in adapted]
-        return [0.0 if isinstance(shift, float) and shift <= noise else shift for shift in shifts]
+        return [0.0 if isinstance(shift, float) and shift <= self._noise else shift for shift in shifts]
 
     def _job(self, plan: Plan) -> Job:
         sampling = SamplingParams(max_tokens=1, temperature=0)

@@ -75,26 +75,26 @@ class _Inputs(ctypes.Structure):
 
 
 class LoraKernel:
-    """The compiled products. Tensors are contiguous, on the CPU, all of one dtype: float32 or bfloat16."""
+    """The compiled products. Tensors are on the CPU, all of one dtype: float32 or bfloat16."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        types = c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p
+        types = c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64
         self._add = functions(library, "add", *types)
 
     def add(self, pairs: Pairs, h: Tensor, bank: ModuleBank, y: Tensor, *, x: Tensor | None) -> None:
-        """Add h · B of one module to y (..., N, O), in place. h (M, h_len) is float32.
+        """Add h · B of one module to y (..., N, O), in place. y may be columns of a wider tensor. h: (M, h_len).
 
         Given x (..., N, I), first set h to compose(A · x) for all modules that read x.
         """
-        assert y.is_contiguous(), "y must be contiguous"
+        assert y.stride(-1) == 1, "the values of a row of y must be adjacent"
+        assert y.ndim == 2 or y.is_contiguous(), "y must be two-dimensional or contiguous"
         inputs = None
         if x is not None:
             x = x.contiguous()
             inputs = ctypes.byref(_Inputs(x.data_ptr(), x.shape[-1], bank.inputs.a.data_ptr(), bank.inputs.num_modules))
         bt = bank.bt
-        self._add[y.dtype](
-            ctypes.byref(pairs), inputs, h.data_ptr(), bank.index, bt.data_ptr(), bt.shape[1], y.data_ptr()
-        )
+        out = y.data_ptr(), y.stride(-2)
+        self._add[y.dtype](ctypes.byref(pairs), inputs, h.data_ptr(), bank.index, bt.data_ptr(), bt.shape[1], *out)
 
 
 def load_lora_kernel(cache_dir: Path) -> LoraKernel | None:

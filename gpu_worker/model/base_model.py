@@ -42,6 +42,12 @@ class BaseModel:
         backend: Tokenizer = self.tokenizer.backend_tokenizer
         return backend
 
+    @property
+    def num_embeddings(self) -> int:
+        """Return the number of token ids that the model's embedding has."""
+        num: int = self.model.get_input_embeddings().weight.shape[0]
+        return num
+
 
 def model_source(config: WorkerConfig) -> str:
     """Return the argument for transformers: the packaged model's cache folder, or the configured id or folder."""

@@ -222,7 +222,7 @@ void add_to(bf16* y, const float* acc, int64_t left) {
 // Adds to y[:, first : first + width] of all slots, through acc (slots, width); width is a multiple of kBlock.
 template <class E>
 void expand_columns(const Pairs& p, const float* h, const E* bt, int64_t stride, int64_t first, int64_t width, E* y,
-                    std::vector<float>& acc) {
+                    int64_t y_stride, std::vector<float>& acc) {
   constexpr int T = 4;
   const int64_t left = std::min(width, stride - first);
   acc.assign(p.num_slots * width, 0);
@@ -245,26 +245,28 @@ void expand_columns(const Pairs& p, const float* h, const E* bt, int64_t stride,
     }
   }
   for (int slot = 0; slot < p.num_slots; ++slot)
-    add_to(y + p.slot_tokens[slot] * stride + first, acc.data() + slot * width, left);
+    add_to(y + p.slot_tokens[slot] * y_stride + first, acc.data() + slot * width, left);
 }
 
 // Called by every thread of a team.
 template <class E>
-void expand(const Pairs& p, const float* h, const E* bt, int64_t num_out, E* y) {
+void expand(const Pairs& p, const float* h, const E* bt, int64_t num_out, E* y, int64_t y_stride) {
   thread_local std::vector<float> acc;
   const int64_t per_thread = (num_out + p.num_threads - 1) / p.num_threads;
   const int64_t wanted = std::min(per_thread, kHeldValues / std::max(p.num_slots, 1));
   const int64_t width = std::max(kBlock, (wanted + kBlock - 1) / kBlock * kBlock);
 #pragma omp for schedule(static)
-  for (int64_t first = 0; first < num_out; first += width) expand_columns(p, h, bt, num_out, first, width, y, acc);
+  for (int64_t first = 0; first < num_out; first += width)
+    expand_columns(p, h, bt, num_out, first, width, y, y_stride, acc);
 }
 
 template <class E>
-void add(const Pairs& p, const Inputs* in, float* h, int64_t module, const void* bt, int64_t num_out, void* y) {
+void add(const Pairs& p, const Inputs* in, float* h, int64_t module, const void* bt, int64_t num_out, void* y,
+         int64_t y_stride) {
 #pragma omp parallel num_threads(p.num_threads)
   {
     if (in != nullptr) shrink<E>(p, *in, h);
-    expand(p, h + module * p.h_len, static_cast<const E*>(bt), num_out, static_cast<E*>(y));
+    expand(p, h + module * p.h_len, static_cast<const E*>(bt), num_out, static_cast<E*>(y), y_stride);
   }
 }
 
@@ -272,13 +274,15 @@ void add(const Pairs& p, const Inputs* in, float* h, int64_t module, const void*
 
 extern "C" {
 
-// Adds h B of one module to y (N, O); bt (., O). Given `in`, first sets h (M, h_len) float32 to compose(A x).
-void add_bf16(const Pairs* p, const Inputs* in, float* h, int64_t module, const void* bt, int64_t num_out, void* y) {
-  add<bf16>(*p, in, h, module, bt, num_out, y);
+// Adds h B of one module to y (N, O), whose rows are y_stride values apart; bt (., O). Given `in`, first sets h (M, h_len) float32 to compose(A x).
+void add_bf16(const Pairs* p, const Inputs* in, float* h, int64_t module, const void* bt, int64_t num_out, void* y,
+              int64_t y_stride) {
+  add<bf16>(*p, in, h, module, bt, num_out, y, y_stride);
 }
 
-void add_f32(const Pairs* p, const Inputs* in, float* h, int64_t module, const void* bt, int64_t num_out, void* y) {
-  add<float>(*p, in, h, module, bt, num_out, y);
+void add_f32(const Pairs* p, const Inputs* in, float* h, int64_t module, const void* bt, int64_t num_out, void* y,
+             int64_t y_stride) {
+  add<float>(*p, in, h, module, bt, num_out, y, y_stride);
 }
 
 }  // extern "C"

@@ -127,6 +127,7 @@ def test_others_than_this_machine_change_nothing_unless_that_is_switched_on() ->
 
 def test_worker_settings_reach_the_engine_field_by_field() -> None:
     settings = {
+        "engine": "native",
         "device": "cpu",
         "dtype": "bfloat16",
         "num_threads": 3,

@@ -9,23 +9,16 @@ import pytest
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-from gpu_worker.bank.loader import Fetch
-from gpu_worker.config import WorkerConfig
-from gpu_worker.native_engine import NativeEngine
 from lora_store.adapter import AdapterWeights
-from tests.gpu_worker.conformance.driver import HostedEngine, StartEngine
+from tests.gpu_worker.conformance.driver import HostedEngine
+from tests.gpu_worker.conformance.engines import ENGINES
 from tests.gpu_worker.conformance.reference import Reference
 from tests.tiny import SHAPE, byte_tokenizer, random_adapter, tiny_config
 
-
-def start_native(config: WorkerConfig, fetch: Fetch, *, free_fill: float) -> NativeEngine:
-    return NativeEngine.start(config, fetch, stream_interval_ms=0, free_fill=free_fill)
-
-
-ENGINES: dict[str, StartEngine] = {"native": start_native}
+collect_ignore = [] if "vllm" in ENGINES else ["test_child_processes.py"]
 BANK_ROWS = 16  # four adapters of rank 4
 # Largest difference of a log probability from the float64 reference, and between batches.
-TOLERANCE = {"native": 1e-4}
+TOLERANCE = {"native": 1e-4, "vllm": 1e-3}
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,8 @@ from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
 
+import psutil
+
 from gpu_worker.bank.loader import Fetch
 from gpu_worker.config import WorkerConfig
 from gpu_worker.engine.engine_status import EngineStatus
@@ -37,6 +39,7 @@ class HostedEngine:
         self.pool: dict[str, AdapterWeights] = {}
         self.held: dict[str, Future[AdapterWeights]] = {}  # fetches that a test ends itself
         self.fetched: list[str] = []
+        self.children_before = psutil.Process().children(recursive=True)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()

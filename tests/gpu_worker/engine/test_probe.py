@@ -34,7 +34,7 @@ from tests.tiny import plan_of, random_adapter
 
 @pytest.fixture
 def shifts_of(start: Callable[[Engine], EngineThread]) -> Callable[[Engine, list[str]], list[float | Exception]]:
-    return lambda engine, digests: run(Prober(start(engine)).shifts(digests))
+    return lambda engine, digests: run(Prober(start(engine), engine.base.dtype).shifts(digests))
 
 
 def faint(shapes: Shapes, share: float) -> AdapterWeights:
@@ -85,7 +85,7 @@ def test_without_an_engine_there_is_no_shift(make_engine: MakeEngine, start: Cal
     loop = start(make_engine({}))
     loop.stop()
     with pytest.raises(EngineStopped):
-        run(Prober(loop).shifts(["a"]))
+        run(Prober(loop, loop.engine.base.dtype).shifts(["a"]))
 
 
 def test_a_batch_takes_one_step_and_the_base_model_one_more_the_first_time(
@@ -96,7 +96,7 @@ def test_a_batch_takes_one_step_and_the_base_model_one_more_the_first_time(
     digests = [weights.weights_digest for weights in pool]
 
     async def main(loop: EngineThread) -> None:
-        prober = Prober(loop)
+        prober = Prober(loop, loop.engine.base.dtype)
         for batch, num_steps in ((digests[:6], 2), (digests[2:], 3), (["missing", *digests], 4)):
             shifts = await prober.shifts(batch)
             assert all(isinstance(shift, float) and shift > 0.0 for shift in shifts[-5:])
@@ -117,7 +117,7 @@ def test_who_leaves_a_probe_takes_no_load_from_the_others(
         return weights
 
     async def main(loop: EngineThread) -> None:
-        prober = Prober(loop)
+        prober = Prober(loop, loop.engine.base.dtype)
         leaving = asyncio.create_task(prober.shifts([weights.weights_digest]))
         while not loop.engine.loader.loading:
             await asyncio.sleep(0)

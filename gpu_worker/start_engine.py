@@ -1,0 +1,39 @@
+"""Start the engine that the settings name."""
+
+from __future__ import annotations
+
+import importlib.util
+from concurrent.futures import Executor
+
+from gpu_worker.bank.loader import Fetch
+from gpu_worker.config import WorkerConfig
+from gpu_worker.errors import WorkerConfigInvalid
+from gpu_worker.inference_engine import InferenceEngine
+from gpu_worker.native_engine import NativeEngine
+
+
+def start_engine(
+    config: WorkerConfig,
+    fetch: Fetch,
+    *,
+    executor: Executor | None = None,
+    stream_interval_ms: float = 25.0,
+    niceness: int = 0,
+) -> InferenceEngine:
+    """Start the engine that `config.engine` names. Call it within the event loop that will use the engine.
+
+    `niceness`: of the native engine's thread.
+    Raises: BaseModelUnsupported, WorkerConfigInvalid, WarmUpFailed, and vLLM's own errors of a failed start.
+    """
+    if config.engine == "native":
+        return NativeEngine.start(
+            config, fetch, executor=executor, stream_interval_ms=stream_interval_ms, niceness=niceness
+        )
+    if importlib.util.find_spec("vllm") is None:
+        raise WorkerConfigInvalid(
+            "engine 'vllm' needs the package vLLM, which is not installed; see docs/how-to/install.md, or use engine"
+            " 'native'"
+        )
+    from gpu_worker.vllm.engine import VllmEngine  # imports vLLM, which takes seconds
+
+    return VllmEngine.start(config, fetch, executor=executor, stream_interval_ms=stream_interval_ms)

@@ -1,0 +1,1 @@
+"""The vLLM engine: mixtures of adapters inside vLLM, one plan per request."""

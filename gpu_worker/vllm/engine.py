@@ -1,0 +1,248 @@
+"""vLLM behind the InferenceEngine interface.
+
+The queue, the loads and the residency of adapters are the native engine's, in this process. vLLM gets a row when all
+its adapters are in the workers' banks, and never more rows than its batch has places. So vLLM's scheduler needs no
+change, and no request can name an adapter that the workers lack, which would end their process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import aclosing
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from vllm import TokensPrompt
+from vllm.lora.request import LoRARequest
+from vllm.outputs import CompletionOutput
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+from gpu_worker.bank.device_layout import to_device_layout
+from gpu_worker.bank.loader import AdapterLoader, Fetch
+from gpu_worker.config import WorkerConfig
+from gpu_worker.device.openmp import load_executor
+from gpu_worker.engine.delta_stream import Events, deltas
+from gpu_worker.engine.engine_status import EngineStatus
+from gpu_worker.engine.offline import generate_all
+from gpu_worker.engine.preprocess import RequestPreprocessor
+from gpu_worker.engine.probe import Prober
+from gpu_worker.engine.row import Row, Sink
+from gpu_worker.errors import EngineStopped
+from gpu_worker.inference_engine import Capabilities, EngineHealth, EngineMemory, InferenceEngine
+from gpu_worker.lora.lora_kernel import load_lora_kernel
+from gpu_worker.request.request import Completion, Delta, Job
+from gpu_worker.vllm.engine_args import build_config, max_len_of
+from gpu_worker.vllm.front_model import FrontModel, load_front_model
+from gpu_worker.vllm.plan_ids import PlanIds
+from gpu_worker.vllm.plan_path import path_of
+from gpu_worker.vllm.remote_bank import Change, RemoteBank
+from gpu_worker.vllm.row_runner import NewToken, RowRunner
+from gpu_worker.vllm.sampling import probed_ids, sampling_params, scored
+from gpu_worker.vllm.settings import check_version
+
+
+class VllmEngine(InferenceEngine):
+    """An AsyncLLM, its worker processes, and the rows that wait for them or run in them."""
+
+    def __init__(
+        self,
+        llm: AsyncLLM,
+        model: FrontModel,
+        config: WorkerConfig,
+        fetch: Fetch,
+        *,
+        executor: Executor | None,
+        stream_interval_ms: float,
+    ) -> None:
+        self._llm, self._model, self._config = llm, model, config
+        self._interval_s = stream_interval_ms / 1000
+        self._loop = asyncio.get_running_loop()
+        self._executor = executor or load_executor(config.load_threads)
+        self._preprocess = RequestPreprocessor(model, max_len_of(config, model))
+        cache = llm.vllm_config.cache_config
+        self._kv_tokens = (cache.num_gpu_blocks or 0) * cache.block_size
+        loader = AdapterLoader(
+            fetch,
+            to_device_layout=partial(to_device_layout, shapes=model.shapes, dtype=model.dtype),
+            executor=self._executor,
+            budget_bytes=config.host_cache_bytes,
+            on_done=self._loaded,
+        )
+        self._bank = RemoteBank(config.bank_rank_rows, self._change_bank, self._fail)
+        self._rows = RowRunner(config, self._generate, self._bank, loader, kv_tokens=self._kv_tokens)
+        self._prober = Prober(self, model.dtype)
+        self._plan_ids = PlanIds()
+        self._request_numbers = itertools.count()
+        uses_kernel = config.device == "cpu" and config.lora_products == "auto"
+        self._num_missing_kernels = int(uses_kernel and load_lora_kernel(Path(config.cache_dir)) is None)
+
+    @classmethod
+    def start(
+        cls,
+        config: WorkerConfig,
+        fetch: Fetch,
+        *,
+        executor: Executor | None = None,
+        stream_interval_ms: float = 25.0,
+        free_fill: float = 0.0,
+        is_compiled: bool = True,
+    ) -> VllmEngine:
+        """Start vLLM and its workers, which takes from ten seconds to minutes. Call it within an event loop.
+
+        `free_fill`: value of free bank rows, see LoraBank. `is_compiled`: let torch.compile compile the base model.
+        Raises: BaseModelUnsupported, WorkerConfigInvalid, and vLLM's own errors of a failed start.
+        """
+        check_version()
+        model = load_front_model(config)
+        if config.device == "cpu" and config.lora_products == "auto":
+            load_lora_kernel(config.cache_dir)  # compiled once here, then every worker finds it
+        vllm_config = build_config(config, model, free_fill=free_fill, is_compiled=is_compiled)
+        llm = AsyncLLM.from_vllm_config(vllm_config, disable_log_stats=True)
+        return cls(llm, model, config, fetch, executor=executor, stream_interval_ms=stream_interval_ms)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(engine="vllm", prefix_cache=True, quantized_base=True, own_process=True)
+
+    @property
+    def memory(self) -> EngineMemory:
+        num_rows = self._config.bank_rank_rows
+        values = sum(num_out + num_in for num_out, num_in in self._model.shapes.values())
+        num_bytes = num_rows * values * self._model.dtype.itemsize
+        text = f"bank {num_bytes >> 20:,} MiB + KV of {self._kv_tokens} tokens; vLLM plans the rest"
+        return EngineMemory(self._config.device, self._kv_tokens, num_rows, num_bytes, text)
+
+    @property
+    def module_shapes(self) -> Mapping[str, tuple[int, int]]:
+        return self._model.shapes
+
+    @property
+    def num_missing_kernels(self) -> int:
+        return self._num_missing_kernels
+
+    async def stream(self, job: Job, heartbeat_interval_s: float | None = None) -> AsyncGenerator[Delta | None]:
+        arrived = time.monotonic()
+        yield None
+        events: Events = asyncio.Queue()
+        row = await asyncio.to_thread(self._preprocess, job, events.put_nowait, arrived=arrived)
+        self._rows.submit([row])
+        try:
+            async with aclosing(deltas(events, self._interval_s, heartbeat_interval_s)) as found:
+                async for delta in found:
+                    yield delta
+        finally:
+            self._rows.cancel([row])
+
+    async def generate(self, jobs: Sequence[Job]) -> list[Completion | Exception]:
+        return await generate_all(self, jobs)
+
+    async def load(self, weights_digests: Collection[str]) -> None:
+        await asyncio.gather(*self._rows.load(weights_digests), return_exceptions=True)
+
+    async def forget(self, weights_digests: Collection[str]) -> bool:
+        is_gone = self._rows.forget(weights_digests)
+        await self._bank.drained()
+        return is_gone
+
+    async def status(self) -> EngineStatus:
+        return self._rows.status()
+
+    async def expected(self) -> frozenset[str]:
+        return self._rows.expected()
+
+    async def probe(self, weights_digests: Sequence[str]) -> list[float | Exception]:
+        return await self._prober.shifts(weights_digests)
+
+    def health(self) -> EngineHealth:
+        if self._llm.errored:
+            self._fail(EngineStopped("a process of vLLM has ended"))
+        failure = self._rows.failure
+        return EngineHealth(
+            failure is None, self._rows.seconds_without_progress(), None if failure is None else str(failure)
+        )
+
+    def stop(self) -> None:
+        self._fail(EngineStopped("it was stopped"))
+        self._executor.shutdown(wait=False, cancel_futures=True)
+        self._llm.shutdown()
+
+    # Rows and logits, for `generate_all` and the prober.
+
+    def prepare(self, job: Job, sink: Sink) -> Row:
+        return self._preprocess(job, sink)
+
+    def submit(self, rows: Sequence[Row]) -> None:
+        self._rows.submit(rows)
+
+    def cancel(self, rows: Sequence[Row]) -> None:
+        self._rows.cancel(rows)
+
+    async def preload(self, digests: Collection[str]) -> None:
+        await self.load(digests)
+
+    async def first_logits(self, jobs: Sequence[Job]) -> list[Tensor | Exception]:
+        """Return the log probabilities of some ids after each job's prompt, or its error."""
+        queues: list[Events] = [asyncio.Queue() for _ in jobs]
+        rows = [
+            self._preprocess(job, events.put_nowait, capture_first_logits=True)
+            for job, events in zip(jobs, queues, strict=True)
+        ]
+        self._rows.submit(rows)
+        try:
+            ended = [await events.get() for events in queues]
+        finally:
+            self._rows.cancel(rows)
+        return [_first_logits(event) for event in ended]
+
+    async def _generate(self, row: Row) -> AsyncGenerator[Sequence[NewToken]]:
+        """Run the row in vLLM. Raises: EngineStopped if vLLM fails for another reason than the request itself."""
+        path = path_of(row.plan)
+        request = None if path is None else LoRARequest(path, self._plan_ids(path), path)
+        prompt = TokensPrompt(prompt_token_ids=row.tokens[: row.num_prompt_tokens])
+        params = sampling_params(row, self._model.vocab_size)
+        name = f"{next(self._request_numbers)}"
+        try:
+            async with aclosing(self._llm.generate(prompt, params, name, lora_request=request)) as outputs:
+                async for output in outputs:
+                    yield self._new_tokens(row, output.outputs[0])
+        except EngineDeadError as exc:
+            self._fail(exc)
+            raise EngineStopped("a process of vLLM has ended") from exc
+        except EngineGenerateError as exc:  # the step failed, not the request: another replica may compute it
+            raise EngineStopped("vLLM failed to compute the step") from exc
+
+    def _new_tokens(self, row: Row, output: CompletionOutput) -> list[NewToken]:
+        tokens: Sequence[int] = output.token_ids
+        found = output.logprobs
+        if row.capture_first_logits and found:
+            ids = probed_ids(self._model.vocab_size)
+            row.first_logits = torch.tensor([found[0][token_id].logprob for token_id in ids])
+        num_top = row.sampling.logprobs
+        if num_top is None:
+            return [(token, None) for token in tokens]
+        return [(token, scored(token, entry, num_top)) for token, entry in zip(tokens, found, strict=True)]
+
+    async def _change_bank(self, changes: list[Change]) -> None:
+        await self._llm.collective_rpc("change_bank", args=(changes,))
+
+    def _fail(self, failure: Exception) -> None:
+        self._rows.stop(failure)
+
+    def _loaded(self) -> None:
+        """Start rows whose loads have ended. Called from the executor's threads."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._rows.pump)
+
+
+def _first_logits(event: Delta | Exception) -> Tensor | Exception:
+    if isinstance(event, Exception):
+        return event
+    assert event.first_logits is not None, "a probe's first delta has its log probabilities"
+    return event.first_logits

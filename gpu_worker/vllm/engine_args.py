@@ -1,0 +1,84 @@
+"""Start vLLM with the worker's settings."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from vllm import AsyncEngineArgs
+from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
+from vllm.usage.usage_lib import UsageContext
+
+from gpu_worker.config import WorkerConfig
+from gpu_worker.vllm.front_model import FrontModel
+from gpu_worker.vllm.settings import PluginSettings
+
+_WORKER_CLASS = "gpu_worker.vllm.worker.PlanWorker"
+_CPU_BLOCK = 128  # tokens of a KV block, vLLM's default on the CPU
+_GPU_SHARE = 0.9  # of the GPU's memory, as vLLM's default
+MAX_PROBED_IDS = 128
+
+
+def build_config(config: WorkerConfig, model: FrontModel, *, free_fill: float, is_compiled: bool) -> VllmConfig:
+    """Return vLLM's configuration of the engine."""
+    _set_environment(config)
+    vllm_config = _engine_args(config, model, free_fill, is_compiled).create_engine_config(UsageContext.ENGINE_CONTEXT)
+    compilation = vllm_config.compilation_config
+    if config.device == "cuda":
+        compilation.cudagraph_mode = CUDAGraphMode.NONE  # a captured graph would replay one step's plans
+    elif is_compiled:
+        # vLLM's CPU platform turns compilation off for every engine with LoRA. The plans are one opaque operation.
+        compilation.mode = CompilationMode.DYNAMO_TRACE_ONCE
+    return vllm_config
+
+
+def _engine_args(config: WorkerConfig, model: FrontModel, free_fill: float, is_compiled: bool) -> AsyncEngineArgs:
+    plugin = PluginSettings(
+        bank_rank_rows=config.bank_rank_rows,
+        cache_dir=str(config.cache_dir),
+        use_kernel=config.lora_products == "auto",
+        free_fill=free_fill,
+    )
+    memory: dict[str, Any] = {}
+    if config.device == "cpu" or config.kv_tokens is not None:
+        memory["kv_cache_memory_bytes"] = _kv_bytes(config, model)
+    else:
+        memory["gpu_memory_utilization"] = _GPU_SHARE * config.device_share
+    return AsyncEngineArgs(
+        model=model.source,
+        dtype=str(model.dtype).removeprefix("torch."),
+        max_model_len=max_len_of(config, model),
+        max_num_seqs=config.max_batch_size,
+        max_num_batched_tokens=config.max_step_tokens,
+        enable_lora=True,
+        max_loras=config.max_batch_size,  # plans of a step: as many as rows
+        max_lora_rank=1,  # of vLLM's own buffers, which stay unused
+        worker_cls=_WORKER_CLASS,
+        additional_config=plugin.as_additional_config(),
+        enable_prefix_caching=True,
+        enforce_eager=not is_compiled,
+        disable_log_stats=True,
+        seed=0,
+        **memory,
+    )
+
+
+def max_len_of(config: WorkerConfig, model: FrontModel) -> int:
+    """Return the longest row: prompt plus new tokens."""
+    return min(config.max_model_len, model.max_position)
+
+
+def _kv_bytes(config: WorkerConfig, model: FrontModel) -> int:
+    """Return the bytes of the KV cache. By default every row may reach its longest length."""
+    longest = max_len_of(config, model) + _CPU_BLOCK
+    tokens = config.kv_tokens or config.max_batch_size * longest
+    return max(tokens, longest) * model.kv_token_bytes
+
+
+def _set_environment(config: WorkerConfig) -> None:
+    """Set what vLLM reads from the environment only, before it starts its processes."""
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the other runner has no `load_lora_model`
+    allowed = sorted(os.sched_getaffinity(0))
+    if config.device == "cpu" and config.num_threads is not None and config.num_threads < len(allowed):
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, allowed[: config.num_threads]))

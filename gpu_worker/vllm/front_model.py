@@ -1,0 +1,77 @@
+"""The base model as the front end sees it: its tokenizer, its limits and its shapes, without its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from gpu_worker.config import WorkerConfig
+from gpu_worker.errors import BaseModelUnsupported
+from gpu_worker.lora.inject import target_linears
+from gpu_worker.model.base_model import model_source, resolve_dtype
+
+
+@dataclass(frozen=True, slots=True)
+class FrontModel:
+    """What prompts, adapters and the memory plan depend on."""
+
+    source: str  # what vLLM loads
+    tokenizer: Any
+    eos_token_ids: frozenset[int]
+    vocab_size: int
+    num_embeddings: int
+    max_position: int
+    dtype: torch.dtype
+    kv_token_bytes: int
+    shapes: Mapping[str, tuple[int, int]]  # (out, in) of every module an adapter may target
+
+    @property
+    def backend_tokenizer(self) -> Tokenizer:
+        backend: Tokenizer = self.tokenizer.backend_tokenizer
+        return backend
+
+
+def load_front_model(config: WorkerConfig) -> FrontModel:
+    """Read the model's configuration and tokenizer. Raises: BaseModelUnsupported with the reason."""
+    source = model_source(config)
+    hf_config = AutoConfig.from_pretrained(source)
+    if getattr(hf_config, "text_config", None) is not None:
+        raise BaseModelUnsupported(
+            f"{hf_config.model_type} is a multimodal model; the vLLM engine serves text-only models"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    if not tokenizer.is_fast:
+        raise BaseModelUnsupported("the base model needs a fast tokenizer (tokenizer.json)")
+    dtype = resolve_dtype(config.dtype, config.device)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
+    if any("experts" in name.split(".") for name, _ in model.named_modules()):
+        raise BaseModelUnsupported(f"{hf_config.model_type} has experts; the vLLM engine has no adapters for them")
+    linears = target_linears(model, model.get_output_embeddings())
+    heads = getattr(hf_config, "num_key_value_heads", None) or hf_config.num_attention_heads
+    head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+    return FrontModel(
+        source=source,
+        tokenizer=tokenizer,
+        eos_token_ids=_eos_token_ids(source, hf_config, tokenizer),
+        vocab_size=hf_config.vocab_size,
+        num_embeddings=model.get_input_embeddings().weight.shape[0],
+        max_position=hf_config.max_position_embeddings,
+        dtype=dtype,
+        kv_token_bytes=hf_config.num_hidden_layers * 2 * heads * head_dim * dtype.itemsize,
+        shapes={name: (linear.out_features, linear.in_features) for name, linear in linears.items()},
+    )
+
+
+def _eos_token_ids(source: str, hf_config: Any, tokenizer: Any) -> frozenset[int]:
+    try:
+        declared = GenerationConfig.from_pretrained(source).eos_token_id
+    except OSError:  # the model has no such file
+        declared = hf_config.eos_token_id
+    ids = declared if isinstance(declared, list) else [declared]
+    return frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)

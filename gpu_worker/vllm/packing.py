@@ -1,0 +1,55 @@
+"""Pack a converted adapter into one buffer, to send it to vLLM's worker processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gpu_worker.bank.device_layout import DeviceAdapter, DeviceModule
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class PackedAdapter:
+    """An adapter as plain values, which vLLM's message encoder accepts.
+
+    `modules`: (module path, rank, in, out) in the order of the buffer. `values`: for each module a (R, I), then bt
+    (R, O), both of `dtype`.
+    """
+
+    digest: str
+    dtype: str
+    modules: list[tuple[str, int, int, int]]
+    values: bytes
+
+
+def packed(adapter: DeviceAdapter) -> PackedAdapter:
+    """Copy the adapter's tensors into one buffer."""
+    modules, parts = [], []
+    for name, module in adapter.modules.items():
+        modules.append((name, module.rank, module.a.shape[1], module.bt.shape[1]))
+        parts += [module.a.reshape(-1), module.bt.reshape(-1)]
+    values = torch.cat(parts).cpu()
+    return PackedAdapter(
+        adapter.weights_digest, _NAMES[values.dtype], modules, values.view(torch.uint8).numpy().tobytes()
+    )
+
+
+def unpacked(digest: str, dtype: str, modules: list[tuple[str, int, int, int]], values: bytes) -> DeviceAdapter:
+    """Return the adapter of a buffer. Its tensors are read-only views of `values`."""
+    flat = torch.frombuffer(bytearray(values), dtype=_DTYPES[dtype])
+    found: dict[str, DeviceModule] = {}
+    start = 0
+
+    def take(num_rows: int, width: int) -> Tensor:
+        nonlocal start
+        begin, start = start, start + num_rows * width
+        return flat[begin:start].view(num_rows, width)
+
+    for name, rank, num_in, num_out in modules:
+        found[name] = DeviceModule(take(rank, num_in), take(rank, num_out))
+    return DeviceAdapter(digest, found)

@@ -1,0 +1,189 @@
+"""The adapters of one vLLM worker process: the bank, the wrapped layers, and the plans of the step.
+
+`PlanLayers` takes the place of vLLM's LoRA manager. vLLM finds each token's plan by the id of its LoRARequest, whose
+path is the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from vllm.lora.utils import (
+    from_layer,
+    get_supported_lora_modules,
+    is_supported_lora_module,
+    process_packed_modules_mapping,
+    replace_submodule,
+)
+
+from gpu_worker.bank.bank import LoraBank, ModuleBank
+from gpu_worker.bank.residency import Residency
+from gpu_worker.lora.lora_kernel import LoraKernel
+from gpu_worker.lora.mapping import composition
+from gpu_worker.step.step_context import Composition
+from gpu_worker.vllm.packing import unpacked
+from gpu_worker.vllm.plan_path import is_plan_path, plan_of
+from lora_store.plan import BASE_PLAN, Plan
+
+OPERATION = "loraretriever::add_plans"
+
+
+class PlanLinear:
+    """Adds the plans of a step to the output of one vLLM layer, whose slices read the same input.
+
+    `banks`: of each slice, in the order of the output's columns; None for a slice that no adapter may target.
+    """
+
+    def __init__(self, place: int, slices: Sequence[tuple[ModuleBank | None, int]]) -> None:
+        self.place = place
+        ends = np.cumsum([width for _, width in slices]).tolist()
+        starts = [end - width for end, (_, width) in zip(ends, slices, strict=True)]
+        self._banks = [
+            (bank, slice(start, end))
+            for (bank, _), start, end in zip(slices, starts, ends, strict=True)
+            if bank is not None
+        ]
+
+    def add_lora_linear(self, y: Tensor, x: Tensor, *_: object, **__: object) -> None:
+        """Called by vLLM's layer, within compiled graphs too."""
+        torch.ops.loraretriever.add_plans(y, x, self.place)
+
+    def add(self, y: Tensor, x: Tensor, step: Composition, num_tokens: int) -> None:
+        """Add to y (N', O). Only the first N tokens are the step's; a padded step has more rows."""
+        x = x[:num_tokens]
+        for bank, columns in self._banks:
+            if bank.is_used:
+                step.add(x, y[:num_tokens, columns], bank)
+
+
+class PlanLayers:
+    """The adapters and plans of one worker process. All methods run on the thread that steps the model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lora_config: Any,
+        *,
+        num_rows: int,
+        device: torch.device,
+        kernel: LoraKernel | None,
+        free_fill: float = 0.0,
+    ) -> None:
+        self._device, self._kernel = device, kernel
+        layers = dict(_wrapped(model, lora_config))
+        packed = process_packed_modules_mapping(model)
+        names = {path: _slice_names(path, layer, packed) for path, layer in layers.items()}
+        linears = {name: linear for path, layer in layers.items() for name, linear in _locals(layer, names[path])}
+        self.bank = LoraBank(linears, num_rows, free_fill=free_fill, device=device)
+        self.residency = Residency(self.bank)
+        self._linears: list[PlanLinear] = []
+        for path, layer in layers.items():
+            slices = [(self.bank.modules[name], self.bank.shapes[name][0]) for name in names[path]]
+            self._linears.append(PlanLinear(len(self._linears), slices))
+            layer.set_mapping(self._linears[-1])
+            layer.lora_a_stacked = layer.lora_b_stacked = ()  # vLLM's own, which nothing reads now
+        self._step: Composition | None = None
+        self._num_tokens = 0
+        self._plans: dict[str, Plan] = {}
+        self._last: object = None
+        self._library = _register(self._add)
+
+    @property
+    def has_kernel(self) -> bool:
+        return self._kernel is not None
+
+    def change(self, changes: Iterable[Sequence[Any]]) -> None:
+        """Apply ("put", digest, dtype, modules, values) and ("drop", digest), in order, between two steps."""
+        for kind, digest, *values in changes:
+            if kind == "drop":
+                self.residency.unpin([digest])
+                self.residency.evict(digest)
+            elif not self.residency.try_pin([digest], {digest: unpacked(digest, *values)}):
+                raise RuntimeError(f"the bank has no room for the adapter {digest[:12]}")
+        self.residency.settle()
+        self._last = None
+
+    # The methods below are those that vLLM's model runner calls.
+
+    def set_active_adapters(self, requests: Iterable[Any], mapping: Any) -> None:
+        """Prepare the step: `mapping` has the request id of each token, 0 for the base model."""
+        paths = {request.lora_int_id: request.lora_path for request in requests if is_plan_path(request.lora_path)}
+        state = mapping.index_mapping, paths
+        if state == self._last:
+            return  # the same rows decode again
+        self._plans = {path: self._plans.get(path) or plan_of(path) for path in paths.values()}
+        ids = np.asarray(mapping.index_mapping, dtype=np.int64)
+        starts = np.flatnonzero(np.diff(ids, prepend=-1))
+        num_tokens = np.diff(starts, append=len(ids)).tolist()
+        plans = [self._plans[paths[plan_id]] if plan_id in paths else BASE_PLAN for plan_id in ids[starts].tolist()]
+        self._step = composition(plans, num_tokens, self.residency, self.bank.dtype, self._kernel, self._device)
+        self._num_tokens, self._last = len(ids), state
+
+    def add_adapter(self, request: Any) -> bool:
+        return True  # a plan's adapters are in the bank before its request arrives
+
+    def add_dummy_lora(self, request: Any, rank: int) -> bool:
+        return True  # the warm-up steps compute the base model
+
+    def get_dummy_lora_warmup_rank(self, default_rank: int) -> int:
+        return default_rank
+
+    @contextmanager
+    def dummy_lora_cache(self) -> Iterator[None]:
+        yield
+
+    def remove_all_adapters(self) -> None:
+        """Forget the warm-up's requests. Adapters of the bank leave by `change` only."""
+        self._step, self._last = None, None
+
+    def supports_tower_connector_lora(self) -> bool:
+        return False
+
+    def _add(self, y: Tensor, x: Tensor, place: int) -> None:
+        if self._step is not None:
+            self._linears[place].add(y, x, self._step, self._num_tokens)
+
+
+def _wrapped(model: nn.Module, lora_config: Any) -> Iterator[tuple[str, Any]]:
+    """Replace every linear layer by vLLM's layer with a hook for adapters, and yield it by module path."""
+    packed = process_packed_modules_mapping(model)
+    supported = get_supported_lora_modules(model)
+    embeddings: Any = model.embedding_modules  # names of the embedding and the head, which take no adapters
+    for path, module in list(model.named_modules()):
+        leaf = path.rpartition(".")[2]
+        if leaf in embeddings or not is_supported_lora_module(path, module, supported):
+            continue
+        layer = from_layer(module, 1, lora_config, packed.get(leaf, []), model.config)
+        if layer is module:
+            raise ValueError(f"vLLM has no LoRA layer for {path} ({type(module).__name__})")
+        yield path, replace_submodule(model, path, layer)
+
+
+def _slice_names(path: str, layer: Any, packed: dict[str, list[str]]) -> list[str]:
+    """Return the module paths that an adapter uses for the layer's slices, such as q_proj, k_proj and v_proj."""
+    parent, _, leaf = path.rpartition(".")
+    leaves = packed.get(leaf, [leaf])
+    if len(leaves) != layer.n_slices:
+        raise ValueError(f"{path} has {layer.n_slices} slices, but vLLM names {leaves}")
+    return [f"{parent}.{name}" for name in leaves]
+
+
+def _locals(layer: Any, names: Sequence[str]) -> Iterator[tuple[str, nn.Linear]]:
+    """Yield a layer without memory for each slice, with this process's share of its shape."""
+    for name, a, b in zip(names, layer.lora_a_stacked, layer.lora_b_stacked, strict=True):
+        yield name, nn.Linear(a.shape[-1], b.shape[-2], bias=False, dtype=a.dtype, device="meta")
+
+
+def _register(add: Any) -> Any:
+    """Register the products as one opaque operation, which torch.compile leaves alone. Keep the returned object."""
+    namespace, name = OPERATION.split("::")
+    library: Any = torch.library.Library(namespace, "FRAGMENT")  # type: ignore[no-untyped-call]
+    library.define(f"{name}(Tensor(a!) y, Tensor x, int place) -> ()")
+    library.impl(name, add, "CompositeExplicitAutograd")
+    torch.library.register_fake(OPERATION, lambda y, x, place: None, lib=library)
+    return library

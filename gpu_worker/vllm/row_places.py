@@ -1,0 +1,21 @@
+"""Count the rows that vLLM computes. Its own scheduler places their keys and values."""
+
+from __future__ import annotations
+
+
+class RowPlaces:
+    """As many places as vLLM's batch has rows. `num_freed`: rows freed since the start."""
+
+    def __init__(self, num_places: int) -> None:
+        self.num_places, self.num_free, self.num_freed = num_places, num_places, 0
+
+    def fits(self, num_tokens: int) -> bool:
+        return self.num_free > 0
+
+    def allocate(self, num_tokens: int, longest_len: int) -> int:
+        self.num_free -= 1
+        return 0
+
+    def free(self) -> None:
+        self.num_free += 1
+        self.num_freed += 1

@@ -1,0 +1,50 @@
+"""Translate a row's sampling parameters to vLLM's, and vLLM's log probabilities back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vllm import SamplingParams
+from vllm.sampling_params import MAX_LOGPROB_TOKEN_IDS, RequestOutputKind
+
+from gpu_worker.engine.row import Row
+from gpu_worker.sampling.logprobs import Scored
+
+
+def sampling_params(row: Row, vocab_size: int) -> SamplingParams:
+    """Return vLLM's parameters. Text and stop strings are the front end's: vLLM sees token ids only."""
+    given = row.sampling
+    return SamplingParams(
+        max_tokens=row.max_new_tokens,
+        min_tokens=given.min_tokens,
+        temperature=given.temperature,
+        top_p=given.top_p,
+        top_k=given.top_k,
+        min_p=given.min_p,
+        presence_penalty=given.presence_penalty,
+        frequency_penalty=given.frequency_penalty,
+        repetition_penalty=given.repetition_penalty,
+        logit_bias=dict(given.logit_bias) or None,
+        logprobs=given.logprobs,
+        logprob_token_ids=probed_ids(vocab_size) if row.capture_first_logits else None,
+        seed=given.seed,
+        stop_token_ids=sorted(row.end_ids),
+        ignore_eos=True,  # `end_ids` has the ids that end the answer
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+        skip_clone=True,
+    )
+
+
+def scored(token: int, found: Mapping[int, Any], num_top: int) -> Scored:
+    """Return the token's log probability and the `num_top` most likely ids, best first. `found`: by token id."""
+    ranked = sorted((entry.rank, token_id) for token_id, entry in found.items())
+    top = [token_id for rank, token_id in ranked if rank <= num_top][:num_top]
+    return Scored.of(found[token].logprob, top, [found[token_id].logprob for token_id in top])
+
+
+def probed_ids(vocab_size: int) -> list[int]:
+    """Return the ids whose log probabilities a probe compares: spread evenly over the vocabulary."""
+    count = min(vocab_size, MAX_LOGPROB_TOKEN_IDS)
+    return [place * vocab_size // count for place in range(count)]

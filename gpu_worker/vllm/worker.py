@@ -1,0 +1,64 @@
+"""vLLM's worker with plans: the class that `worker_cls` names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.model_executor.models import supports_lora
+from vllm.platforms import current_platform
+
+from gpu_worker.lora.lora_kernel import load_lora_kernel
+from gpu_worker.vllm.plan_layers import PlanLayers
+from gpu_worker.vllm.settings import PluginSettings, check_version
+
+if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker as VllmWorker
+else:
+    from vllm.v1.worker.gpu_worker import Worker as VllmWorker
+
+
+class PlanWorker(VllmWorker):  # type: ignore[misc]
+    """Stock, but for what the model runner builds as its LoRA manager. The methods below answer `collective_rpc`."""
+
+    plan_layers: PlanLayers
+
+    def load_model(self, **kwargs: Any) -> None:
+        check_version()
+        runner = self.model_runner
+        if not callable(getattr(runner, "load_lora_model", None)) or self.use_v2_model_runner:
+            raise RuntimeError(f"{type(runner).__name__} has no load_lora_model; set VLLM_USE_V2_MODEL_RUNNER=0")
+        runner.load_lora_model = self._load_plan_layers  # the runner calls it once, after loading the base model
+        super().load_model(**kwargs)
+
+    def _load_plan_layers(self, model: nn.Module, vllm_config: Any, device: torch.device) -> nn.Module:
+        if not supports_lora(model):
+            raise ValueError(f"{type(model).__name__} does not support LoRA in vLLM")
+        settings = PluginSettings.of(vllm_config.additional_config)
+        is_cpu = device.type == "cpu"
+        self.plan_layers = PlanLayers(
+            model,
+            vllm_config.lora_config,
+            num_rows=settings.bank_rank_rows,
+            device=device,
+            kernel=load_lora_kernel(Path(settings.cache_dir)) if is_cpu and settings.use_kernel else None,
+            free_fill=settings.free_fill,
+        )
+        self.model_runner.lora_manager = self.plan_layers
+        return model
+
+    def change_bank(self, changes: Sequence[Sequence[Any]]) -> None:
+        self.plan_layers.change(changes)
+
+    def describe_bank(self) -> dict[str, Any]:
+        """Return the module shapes (out, in) of this process, the bank's bytes and the resident digests."""
+        layers = self.plan_layers
+        return {
+            "shapes": {name: list(shape) for name, shape in layers.bank.shapes.items()},
+            "num_bytes": layers.bank.num_bytes,
+            "resident": sorted(layers.residency.resident),
+            "has_kernel": layers.has_kernel,
+        }

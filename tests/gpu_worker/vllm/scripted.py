@@ -1,0 +1,120 @@
+"""Workers that tests script: what they hold, and which tokens they give."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from gpu_worker.bank.device_layout import to_device_layout
+from gpu_worker.bank.loader import AdapterLoader
+from gpu_worker.engine.preprocess import RequestPreprocessor
+from gpu_worker.engine.row import Row
+from gpu_worker.errors import AdapterLoadFailed
+from gpu_worker.model.base_model import BaseModel
+from gpu_worker.request.request import Delta, Job
+from gpu_worker.vllm.remote_bank import Change, RemoteBank
+from gpu_worker.vllm.row_runner import NewToken, RowRunner
+from lora_store.adapter import AdapterWeights
+from tests.tiny import InlineExecutor, linear_shapes, tiny_config
+
+LETTER = 64  # a byte token with text
+
+
+@dataclass
+class Workers:
+    """The far side of a RowRunner. It checks that a row's adapters are held as long as the row runs."""
+
+    held: set[str] = field(default_factory=set)
+    commands: list[str] = field(default_factory=list)
+    running: list[Row] = field(default_factory=list)
+    most_running: int = 0
+    error: Exception | None = None  # of every generate call from now on
+    may_go_on: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def change(self, changes: list[Change]) -> None:
+        await asyncio.sleep(0)
+        for change in changes:
+            kind, digest = change[0], change[1]
+            self.commands.append(f"{kind} {digest[:2]}")
+            if kind == "put":
+                self.held.add(digest)
+            else:
+                assert not any(digest in row.weights_digests for row in self.running), "a running row lost an adapter"
+                self.held.remove(digest)
+
+    async def generate(self, row: Row) -> AsyncGenerator[Sequence[NewToken]]:
+        if self.error is not None:
+            raise self.error
+        self.running.append(row)
+        self.most_running = max(self.most_running, len(self.running))
+        try:
+            for _ in range(row.max_new_tokens + 2):  # a real engine may compute tokens beyond the end
+                await self.may_go_on.wait()
+                await asyncio.sleep(0)
+                assert self.held.issuperset(row.weights_digests), "a row runs without its adapters"
+                yield [(LETTER, None)]
+        finally:
+            await asyncio.sleep(0)  # as the abort takes a moment
+            self.running.remove(row)
+
+
+@dataclass
+class Asked:
+    """A submitted row and its events."""
+
+    row: Row
+    events: list[Delta | Exception]
+
+    @property
+    def last(self) -> Delta | Exception | None:
+        return self.events[-1] if self.events else None
+
+
+class Bench:
+    """A RowRunner over scripted workers. Build it within an event loop."""
+
+    def __init__(self, base: BaseModel, folder: Any, pool: dict[str, AdapterWeights], **changes: Any) -> None:
+        config = tiny_config(folder, bank_rank_rows=8, max_batch_size=2, **changes)
+        self.workers, self.pool = Workers(), pool
+        self.loop = asyncio.get_running_loop()
+        self.bank = RemoteBank(8, self.workers.change, lambda error: self.runner.stop(error))
+        loader = AdapterLoader(
+            self._fetch,
+            to_device_layout=partial(to_device_layout, shapes=linear_shapes(base), dtype=base.dtype),
+            executor=InlineExecutor(),
+            budget_bytes=1 << 20,
+            on_done=lambda: self.runner.pump(),
+        )
+        self.prepare = RequestPreprocessor(base, 160, self.loop.time)
+        self.runner = RowRunner(config, self.workers.generate, self.bank, loader, kv_tokens=320, clock=self.loop.time)
+
+    def ask(self, *jobs: Job) -> list[Asked]:
+        """Submit all jobs together."""
+        asked = []
+        for job in jobs:
+            events: list[Delta | Exception] = []
+            asked.append(Asked(self.prepare(job, events.append), events))
+        self.runner.submit([one.row for one in asked])
+        return asked
+
+    async def until(self, holds: Callable[[], bool]) -> None:
+        async with asyncio.timeout(10):
+            while not holds():
+                await asyncio.sleep(0.001)
+
+    async def idle(self) -> None:
+        """Wait until no row runs or waits, and the workers have applied all changes."""
+        await self.until(lambda: self.runner.status().num_running + self.runner.status().num_waiting == 0)
+        await self.bank.drained()
+
+    def _fetch(self, digest: str) -> Future[AdapterWeights]:
+        fetched: Future[AdapterWeights] = Future()
+        if digest in self.pool:
+            fetched.set_result(self.pool[digest])
+        else:
+            fetched.set_exception(AdapterLoadFailed("no such adapter"))
+        return fetched

@@ -1,0 +1,26 @@
+"""An adapter packed for another process equals itself when it is unpacked."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gpu_worker.bank.device_layout import to_device_layout
+from gpu_worker.vllm.packing import packed, unpacked
+from tests.tiny import random_adapter
+
+SHAPES = {"q_proj": (6, 5), "k_proj": (3, 5), "down_proj": (5, 7)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_value_and_shape_survives(dtype: torch.dtype) -> None:
+    weights = random_adapter(SHAPES, 1, rank_of=lambda name: {"q_proj": 1, "k_proj": 4}.get(name, 2))
+    adapter = to_device_layout(weights, SHAPES, dtype)
+    parts = packed(adapter)
+    assert parts.values.__len__() == adapter.num_bytes
+    found = unpacked(parts.digest, parts.dtype, [tuple(module) for module in parts.modules], parts.values)
+    assert (found.weights_digest, found.max_rank) == (weights.weights_digest, 4)
+    assert found.modules.keys() == adapter.modules.keys()
+    for name, module in adapter.modules.items():
+        assert torch.equal(found.modules[name].a, module.a)
+        assert torch.equal(found.modules[name].bt, module.bt)

@@ -1,0 +1,54 @@
+"""A plan written as a path, and read again."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpu_worker.vllm.plan_path import is_plan_path, path_of, plan_of
+from lora_store.adapter import AdapterRef
+from lora_store.plan import BASE_PLAN, MAX_ABS_WEIGHT, Plan, PlannedAdapter, Strategy
+
+WEIGHTS = st.floats(-MAX_ABS_WEIGHT, MAX_ABS_WEIGHT, allow_nan=False).filter(lambda weight: weight != 0)
+DIGESTS = st.text("0123456789abcdef", min_size=64, max_size=64)
+
+
+def plan(strategy: Strategy, members: dict[str, float], name: str = "poet") -> Plan:
+    adapters = [PlannedAdapter(AdapterRef("local", name, "v"), digest, weight) for digest, weight in members.items()]
+    return Plan(strategy, tuple(adapters))
+
+
+@given(st.dictionaries(DIGESTS, WEIGHTS, min_size=1, max_size=5), st.sampled_from(["mixture", "fusion"]))
+def test_a_path_holds_every_digest_and_the_exact_weight(members: dict[str, float], strategy: Strategy) -> None:
+    path = path_of(plan(strategy, members))
+    assert path is not None and is_plan_path(path)
+    found = plan_of(path)
+    assert found.strategy == strategy
+    assert {adapter.weights_digest: adapter.weight for adapter in found.adapters} == members
+
+
+def test_equal_compositions_have_equal_paths() -> None:
+    known = path_of(plan("mixture", {"a": 0.5, "b": 0.25}))
+    assert path_of(plan("mixture", {"b": 0.25, "a": 0.5}, name="another")) == known
+    assert path_of(plan("mixture", {"b": 0.25, "c": 0.0, "a": 0.5})) == known
+    assert path_of(plan("selection", {"a": 0.5})) == path_of(plan("mixture", {"a": 0.5}))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        plan("fusion", {"a": 0.5, "b": 0.25}),
+        plan("mixture", {"a": 0.5, "b": 0.25000000000000006}),
+        plan("mixture", {"a": 0.5, "c": 0.25}),
+        plan("mixture", {"a": 0.5}),
+    ],
+)
+def test_other_compositions_have_other_paths(other: Plan) -> None:
+    assert path_of(other) != path_of(plan("mixture", {"a": 0.5, "b": 0.25}))
+
+
+def test_a_plan_without_weight_is_the_base_model() -> None:
+    assert path_of(BASE_PLAN) is None
+    assert path_of(plan("mixture", {"a": 0.0})) is None
+    assert not is_plan_path("/not/a/real/path")

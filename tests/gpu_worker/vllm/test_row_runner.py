@@ -1,0 +1,214 @@
+"""The queue in front of vLLM, over scripted workers: order, residency, ends and errors."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpu_worker.errors import (
+    AdapterLoadFailed,
+    DeadlineExceeded,
+    EngineFull,
+    EngineStopped,
+    PlanTooLarge,
+    RequestFailed,
+    WaitedTooLong,
+)
+from gpu_worker.model.base_model import BaseModel
+from gpu_worker.request.request import Delta
+from lora_store.plan import Plan
+from tests.gpu_worker.engine_driver import greedy, run
+from tests.gpu_worker.vllm.scripted import Bench
+from tests.tiny import linear_shapes, plan_of, random_adapter
+
+Main = Callable[[Bench, list[Plan]], Awaitable[Any]]
+
+
+@pytest.fixture
+def serve(tiny_folders: Mapping[str, Path], tiny_base: Callable[..., BaseModel]) -> Callable[..., Any]:
+    """Run a test's body with a bench and the plans of five adapters of rank 4; two of them fit the bank."""
+    base = tiny_base()
+    pool = [random_adapter(linear_shapes(base), seed) for seed in range(5)]
+    by_digest = {weights.weights_digest: weights for weights in pool}
+
+    def serve(main: Main, **changes: Any) -> Any:
+        async def within() -> Any:
+            bench = Bench(base, tiny_folders["gemma3"], by_digest, **changes)
+            result = await main(bench, [plan_of("selection", (weights, 1.0)) for weights in pool])
+            bench.runner.stop(EngineStopped("the test has ended"))
+            return result
+
+        return run(within())
+
+    return serve
+
+
+def test_rows_run_with_their_adapters_and_never_more_than_the_batch_has_places(serve: Callable[..., Any]) -> None:
+    async def main(bench: Bench, plans: list[Plan]) -> None:
+        bench.workers.may_go_on.set()
+        asked = bench.ask(*[greedy("x", plans[number % 5], number, num_new=3) for number in range(10)])
+        await bench.idle()
+        for one in asked:
+            assert isinstance(one.last, Delta)
+            assert (one.last.finish_reason, one.last.num_new_tokens) == ("length", 3)
+        assert bench.workers.most_running == 2
+        status = bench.runner.status()
+        assert bench.workers.held == status.resident
+        assert (status.active_rows, status.occupied_rows, status.free_kv_rows) == (0, 8, 2)
+        assert (status.counters.num_requests, status.counters.num_new_tokens) == (10, 30)
+
+    serve(main)
+
+
+def test_forgetting_drops_idle_adapters_now_and_used_ones_at_their_last_row(serve: Callable[..., Any]) -> None:
+    async def main(bench: Bench, plans: list[Plan]) -> None:
+        digests = [plan.adapters[0].weights_digest for plan in plans[:2]]
+        bench.workers.may_go_on.set()
+        bench.ask(greedy("x", plans[0], num_new=1))
+        await bench.idle()
+        bench.workers.may_go_on.clear()
+        bench.ask(greedy("x", plans[1], num_new=2))
+        await bench.until(lambda: len(bench.workers.running) == 1)
+        assert not bench.runner.forget(digests)
+        await bench.bank.drained()
+        assert bench.workers.held == {digests[1]}
+        bench.workers.may_go_on.set()
+        await bench.idle()
+        assert bench.workers.held == set()
+        assert bench.runner.status().host_cache_bytes == 0
+
+    serve(main)
+
+
+def test_cancelling_closes_a_running_row_before_its_adapter_may_leave(serve: Callable[..., Any]) -> None:
+    async def main(bench: Bench, plans: list[Plan]) -> None:
+        [running], [waiting] = bench.ask(greedy("x", plans[0])), bench.ask(greedy("y", plans[1]))
+        await bench.until(lambda: len(bench.workers.running) == 2)
+        late = bench.ask(*[greedy("z", plan, num_new=1) for plan in plans[2:4]])
+        bench.runner.cancel([running.row, waiting.row])
+        bench.runner.forget([plan.adapters[0].weights_digest for plan in plans[:2]])
+        bench.workers.may_go_on.set()
+        await bench.idle()
+        assert running.events == waiting.events == []
+        assert [isinstance(one.last, Delta) for one in late] == [True, True]
+
+    serve(main)
+
+
+def test_a_deadline_ends_running_and_waiting_rows(serve: Callable[..., Any]) -> None:
+    async def main(bench: Bench, plans: list[Plan]) -> list[Exception | Delta | None]:
+        jobs = [replace(greedy("x", plan), time_left_s=0.02) for plan in plans[:3]]
+        asked = bench.ask(*jobs)
+        await bench.idle()
+        return [one.last for one in asked]
+
+    assert all(isinstance(last, DeadlineExceeded) for last in serve(main))
+
+
+def test_a_row_that_does_not_start_in_time_is_ended_and_a_running_one_is_not(serve: Callable[..., Any]) -> None:
+    async def main(bench: Bench, plans: list[Plan]) -> None:
+        first, second, third = bench.ask(*[greedy("x", plan, num_new=1) for plan in plans[:3]])
+        await bench.until(lambda: third.last is not None)
+        assert isinstance(third.last, WaitedTooLong)
+        assert first.events == second.events == []
+        bench.workers.may_go_on.set()
+        await bench.idle()
+        assert isinstance(first.last, Delta) and isinstance(second.last, Delta)
+
+    serve(main, max_wait_s=0.02)
+
+
+def test_a_full_queue_displaces_the_newest_row_of_the_largest_tenant(serve: Callable[..., Any]) -> None:
+    async def main(bench: Bench, plans: list[Plan]) -> None:
+        bench.ask(*[greedy("running", num_new=1)] * 2)
+        flood = bench.ask(*[greedy("x", num_new=1)] * 4)
+        [other] = bench.ask(replace(greedy("x", num_new=1), tenant="other"))
+        assert isinstance(flood[3].last, EngineFull)
+        [refused] = bench.ask(greedy("x"))
+        assert isinstance(refused.last, EngineFull)
+        bench.workers.may_go_on.set()
+        await bench.idle()
+        assert isinstance(other.last, Delta)
+
+    serve(main, max_waiting=4)
+
+
+def test_an_error_of_one_row_is_its_own(serve: Callable[..., Any]) -> None:
+    async def main(bench: Bench, plans: list[Plan]) -> None:
+        bench.workers.may_go_on.set()
+        bench.workers.error = ValueError("what vLLM refuses")
+        [failed] = bench.ask(greedy("x"))
+        await bench.idle()
+        assert isinstance(failed.last, RequestFailed) and isinstance(failed.last.__cause__, ValueError)
+        bench.workers.error = None
+        del bench.pool[plans[0].adapters[0].weights_digest]
+        lost, large, good = bench.ask(
+            greedy("x", plans[0]),
+            greedy("x", Plan("mixture", tuple(plan.adapters[0] for plan in plans[1:4]))),
+            greedy("x", plans[1]),
+        )
+        await bench.idle()
+        assert isinstance(lost.last, AdapterLoadFailed) and isinstance(large.last, PlanTooLarge)
+        assert isinstance(good.last, Delta)
+
+    serve(main)
+
+
+def test_a_bank_that_cannot_be_changed_ends_the_engine(serve: Callable[..., Any]) -> None:
+    async def main(bench: Bench, plans: list[Plan]) -> None:
+        async def broken(changes: object) -> None:
+            raise RuntimeError("the workers are gone")
+
+        bench.bank._send = broken
+        running, waiting = bench.ask(greedy("x", plans[0]), greedy("base"))
+        await bench.until(lambda: bench.runner.failure is not None)
+        assert isinstance(running.last, EngineStopped) and isinstance(waiting.last, EngineStopped)
+        with pytest.raises(EngineStopped, match="the workers are gone"):
+            bench.ask(greedy("late"))
+
+    serve(main)
+
+
+def test_stopping_ends_all_rows_and_refuses_every_call(serve: Callable[..., Any]) -> None:
+    async def main(bench: Bench, plans: list[Plan]) -> None:
+        asked = bench.ask(*[greedy("x", plan) for plan in plans])
+        await bench.until(lambda: len(bench.workers.running) == 2)
+        bench.runner.stop(EngineStopped("it was stopped"))
+        assert all(isinstance(one.last, EngineStopped) for one in asked)
+        await bench.until(lambda: not bench.workers.running)
+        assert [len(one.events) for one in asked] == [1] * 5
+        for call in (bench.runner.status, bench.runner.expected, lambda: bench.runner.forget([])):
+            with pytest.raises(EngineStopped):
+                call()
+
+    serve(main)
+
+
+def test_a_client_that_is_gone_ends_its_row(serve: Callable[..., Any]) -> None:
+    async def main(bench: Bench, plans: list[Plan]) -> None:
+        def gone(event: object) -> None:
+            raise ConnectionError
+
+        bench.workers.may_go_on.set()
+        row = bench.prepare(greedy("x", num_new=50), gone)
+        bench.runner.submit([row])
+        await bench.idle()
+        assert row.num_new_tokens < 5
+
+    serve(main)
+
+
+def test_time_without_progress_counts_only_while_rows_run(serve: Callable[..., Any]) -> None:
+    async def main(bench: Bench, plans: list[Plan]) -> None:
+        await asyncio.sleep(0.02)
+        assert bench.runner.seconds_without_progress() == 0
+        bench.ask(greedy("x"))
+        await asyncio.sleep(0.02)
+        assert bench.runner.seconds_without_progress() >= 0.02
+
+    serve(main)
