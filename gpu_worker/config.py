@@ -12,6 +12,7 @@ from annotated_types import BaseMetadata, Ge, Gt, Le
 from gpu_worker.errors import WorkerConfigInvalid
 
 _CPU_CHUNK = 192  # a step with such a chunk takes two to three decode steps: benchmarks/README.md
+PACKAGED_MODEL = "gemma-3-270m"  # comes in a Python package
 DEFAULT_CACHE_DIR = Path.home() / ".cache" / "loraretriever"
 AtLeastOne = Annotated[int, Ge(1)]
 
@@ -71,8 +72,9 @@ class EngineSettings:
 class WorkerConfig(EngineSettings):
     """The settings of one worker, which uses one device. Raises: WorkerConfigInvalid for a bad value."""
 
-    base_model: str = "gemma-3-270m"  # the packaged default, a Hugging Face id, or a local folder
+    base_model: str = PACKAGED_MODEL  # the packaged default, a Hugging Face id, or a local folder
     cache_dir: Path = DEFAULT_CACHE_DIR
+    chat_template: str | None = None  # the operator's Jinja source, in place of the base model's own
     device_share: Annotated[float, Gt(0), Le(1)] = 1.0  # of the GPU's memory, if several workers use one GPU
     load_threads: AtLeastOne = 2  # threads that decode and check weights; none waits for a fetch
 

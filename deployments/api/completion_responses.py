@@ -17,6 +17,11 @@ from gpu_worker.request.request import Completion, Delta, FinishReason, TokenLog
 from lora_store import LOCAL_TENANT, MAX_PLAN_ADAPTERS
 
 _DIGEST_CHARS = 12
+_EMPTY_HINT = {
+    "chat": "If they were trained with another prompt template than the server's, publish them with `template` set.",
+    "text": "/v1/completions applies no prompt template: use /v1/chat/completions, or write the template that the "
+    "adapters were trained with into the prompt.",
+}
 
 
 class Usage(TypedDict):
@@ -70,6 +75,8 @@ class TextChoice(TypedDict):
 
 
 class ChatAnswer(TypedDict):
+    """`warning`: present if adapters ended an answer before its first text."""
+
     id: str
     object: Literal["chat.completion"]
     created: int
@@ -77,10 +84,11 @@ class ChatAnswer(TypedDict):
     choices: list[ChatChoice]
     usage: Usage
     lora: PlanObject
+    warning: NotRequired[str]
 
 
 class TextAnswer(TypedDict):
-    """`lora`: the plan, if the request has one prompt."""
+    """`lora`: the plan, if the request has one prompt. `warning`: as in a chat answer."""
 
     id: str
     object: Literal["text_completion"]
@@ -89,6 +97,7 @@ class TextAnswer(TypedDict):
     choices: list[TextChoice]
     usage: Usage
     lora: NotRequired[PlanObject]
+    warning: NotRequired[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +120,18 @@ class Answer:
 
     def whole(self, completions: Sequence[Completion]) -> ChatAnswer | TextAnswer:
         """Return the whole answer."""
-        return self._chat_answer(completions) if self.kind == "chat" else self._text_answer(completions)
+        answer = self._chat_answer(completions) if self.kind == "chat" else self._text_answer(completions)
+        for index, completion in enumerate(completions):
+            if not completion.text and (warning := self.empty_warning(index)):
+                answer["warning"] = warning
+                break
+        return answer
+
+    def empty_warning(self, index: int) -> str:
+        """Return what to say of an empty choice; "" where the base model alone answered."""
+        if not self.plans[index // self.num_choices].plan.adapters:
+            return ""
+        return f"choice {index} is empty: its adapters ended the answer at once. {_EMPTY_HINT[self.kind]}"
 
     def _chat_answer(self, completions: Sequence[Completion]) -> ChatAnswer:
         choices: list[ChatChoice] = [
@@ -170,6 +190,11 @@ class Answer:
         choice = self._choice(index, delta.finish_reason, delta.logprobs or None)
         choice |= {"delta": {"content": delta.text}} if self.kind == "chat" else {"text": delta.text}
         return self._chunk([choice])
+
+    def empty_end(self, index: int, delta: Delta) -> JsonObject:
+        """Return the last chunk of a choice that had no text."""
+        warning = self.empty_warning(index)
+        return self.chunk(index, delta) | ({"warning": warning} if warning else {})
 
     def usage_chunk(self, lasts: Sequence[Delta]) -> JsonObject:
         """Return the last chunk of a stream. `lasts`: the last delta of every choice, in order."""

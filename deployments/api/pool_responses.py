@@ -19,6 +19,7 @@ class ModelCard(TypedDict):
     owned_by: str
     root: str
     parent: str | None
+    template: str  # of its chats: alpaca or chat; auto where this replica has not the model's files
 
 
 class ModelList(TypedDict):

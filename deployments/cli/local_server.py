@@ -25,7 +25,8 @@ from deployments.calls.h11_proxy import CALLBACK, CALLBACK_VARIABLE
 from deployments.calls.serve_calls import bypass_http_proxy
 from deployments.config.app import AppConfig
 from deployments.json_types import JsonObject
-from gpu_worker.model.packaged_model import PACKAGED_MODEL, packaged_folder
+from gpu_worker.config import PACKAGED_MODEL
+from gpu_worker.model.packaged_model import packaged_folder
 
 APP_NAME = "loraretriever"
 # The proxy calls the Ingress over gRPC: on one machine, connections break when a replica dies.

@@ -103,9 +103,20 @@ def _serve(server: Server, settings: AppConfig, host: str) -> None:
         out.print(f"ready after {time.monotonic() - started:.0f} s at {url} with {ready['num_adapters']} adapters")
         for path, reason in ready["refused"].items():
             show_error(f"not published: {path}: {reason}")
+        out.print(template_note(settings), markup=False)
         out.print(access_note(settings, host), markup=False)
         out.print(ports_note(settings), markup=False)
         server.wait_for_interrupt()
+
+
+def template_note(settings: AppConfig) -> str:
+    """Say which prompt template chats use."""
+    if settings.template_in_use == "alpaca":
+        return "chats use the Alpaca prompt template"
+    if settings.template_in_use == "auto":
+        return "chats use the base model's own chat template, or Alpaca's if it has none"
+    source = "the base model's own chat template" if settings.chat_template is None else str(settings.chat_template)
+    return f"chats use {source}"
 
 
 def access_note(settings: AppConfig, host: str) -> str:

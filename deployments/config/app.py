@@ -17,7 +17,8 @@ from deployments.config.settings_errors import SettingsInvalid, refuse_renamed, 
 from deployments.config.source_prefixes import SourcePrefix
 from deployments.json_types import JsonObject
 from deployments.scaling.settings import ScalingSettings
-from gpu_worker.config import DEFAULT_CACHE_DIR, EngineSettings, WorkerConfig
+from gpu_worker.config import DEFAULT_CACHE_DIR, PACKAGED_MODEL, EngineSettings, WorkerConfig
+from gpu_worker.request.chat_template_files import read_chat_template, template_of_files
 from gpu_worker.request.request import DEFAULT_MAX_TOKENS
 from lora_store import Visibility, is_valid_name
 from lora_store.location import Location
@@ -65,14 +66,16 @@ class RetrievalSettings(_Settings):
 class AppConfig(_Settings):
     """All settings of the application. Unknown names and invalid values stop the start."""
 
-    base_model: str = "gemma-3-270m"  # the packaged default, a Hugging Face id, or a local folder
+    base_model: str = PACKAGED_MODEL  # the packaged default, a Hugging Face id, or a local folder
     base_model_name: str = Field(
         default="", pattern=r"^$|" + _NAME
     )  # the name that clients use; default: the last path part
     accepts_base: tuple[str, ...] = ()  # other base_model_name_or_path values that adapters may have
     store_uri: str = "loraretriever-pool"
     cache_dir: Path = DEFAULT_CACHE_DIR
-    template: Literal["alpaca", "chat"] = "alpaca"
+    # The prompt template of chats. auto: the base model's own chat template, or Alpaca's if it has none.
+    template: Literal["auto", "alpaca", "chat"] = "auto"
+    chat_template: Path | None = None  # a Jinja file in place of the base model's own chat template
     # Whether loopback clients may publish folders of the server's file system. None: only without keys. With keys, the
     # owner of a publishing key need not be the operator, and `kubectl port-forward` makes clients appear local.
     publish_paths: bool | None = None
@@ -233,6 +236,18 @@ class AppConfig(_Settings):
             raise ValueError("api_key: cannot be combined with keys_file; add the key to that file")
         return self
 
+    @field_validator("chat_template")
+    @classmethod
+    def _absolute_template(cls, path: Path | None) -> Path | None:
+        if path is None:
+            return None
+        path = path.expanduser().absolute()
+        try:
+            read_chat_template(path)
+        except OSError as exc:
+            raise ValueError(f"{path}: cannot be read: {exc.strerror}") from exc
+        return path
+
     @field_validator("keys_file")
     @classmethod
     def _absolute_file(cls, path: Path | None) -> Path | None:
@@ -267,6 +282,15 @@ class AppConfig(_Settings):
     @cached_property
     def served_base_name(self) -> str:
         return self.base_model_name or self.base_model.rstrip("/").rpartition("/")[2]
+
+    @cached_property
+    def template_in_use(self) -> str:
+        """The template of chats: `alpaca` or `chat`, or `auto` where the model's files are not on this machine."""
+        if self.template != "auto":
+            return self.template
+        if self.chat_template is not None:
+            return "chat"
+        return "alpaca" if self.base_model == PACKAGED_MODEL else template_of_files(self.base_model)
 
     @cached_property
     def accepted_bases(self) -> frozenset[str]:
@@ -307,7 +331,14 @@ class AppConfig(_Settings):
         settings = {field.name: getattr(self.worker, field.name) for field in fields(EngineSettings)}
         num_gpus = self.worker_scaling.num_gpus
         share = num_gpus if 0 < num_gpus < 1 else 1.0  # Ray places as many such workers on one GPU as fit
-        return WorkerConfig(base_model=self.base_model, cache_dir=self.cache_dir, device_share=share, **settings)
+        chat_template = None if self.chat_template is None else read_chat_template(self.chat_template)
+        return WorkerConfig(
+            chat_template=chat_template,
+            base_model=self.base_model,
+            cache_dir=self.cache_dir,
+            device_share=share,
+            **settings,
+        )
 
 
 def load_config(path: Path | None, **changes: Any) -> AppConfig:

@@ -258,6 +258,7 @@ class CompletionService:
         An error before the first text is raised before anything is yielded.
         """
         lasts: dict[int, Delta] = {}
+        with_text: set[int] = set()
         with started.held:
             async with aclosing(merge([row.deltas() for row in started.rows])) as deltas:
                 async for index, delta in deltas:
@@ -268,7 +269,10 @@ class CompletionService:
                     if not lasts:
                         yield started.answer.opening()
                     lasts[index] = delta
-                    yield started.answer.chunk(index, delta)
+                    if delta.text:
+                        with_text.add(index)
+                    is_empty = delta.finish_reason is not None and index not in with_text
+                    yield (started.answer.empty_end if is_empty else started.answer.chunk)(index, delta)
         if include_usage:
             yield started.answer.usage_chunk([lasts[index] for index in range(len(started.rows))])
 

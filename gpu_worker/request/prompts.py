@@ -14,7 +14,7 @@ Role = Literal["system", "user", "assistant"]
 ALPACA_PREAMBLE = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 )
-ALPACA_STOP = "### Instruction:"
+ALPACA_STOPS = ("### Instruction:", "### Response:")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +65,23 @@ def render_chat(messages: Sequence[Message], tokenizer: ChatTokenizer) -> str:
         raise PromptInvalid(f"the base model's chat template rejects the messages: {exc}") from exc
 
 
+def resolve_template(template: str, tokenizer: ChatTokenizer) -> str:
+    """Return `template`; for `auto` return `chat` if the tokenizer has a chat template, else `alpaca`."""
+    if template != "auto":
+        return template
+    return "chat" if tokenizer.chat_template else "alpaca"
+
+
 def render(messages: Sequence[Message], template: str, tokenizer: ChatTokenizer) -> str:
     """Render `messages` to the text that the model continues. Raises: PromptInvalid for an unknown template."""
+    template = resolve_template(template, tokenizer)
     if template == "alpaca":
         return render_alpaca(messages)
     if template == "chat":
         return render_chat(messages, tokenizer)
-    raise PromptInvalid(f"template must be 'alpaca' or 'chat', got {template!r}")
+    raise PromptInvalid(f"template must be 'auto', 'alpaca' or 'chat', got {template!r}")
 
 
-def template_stops(template: str) -> tuple[str, ...]:
+def template_stops(template: str, tokenizer: ChatTokenizer) -> tuple[str, ...]:
     """Return the stop strings that the template adds to the client's."""
-    return (ALPACA_STOP,) if template == "alpaca" else ()
+    return ALPACA_STOPS if resolve_template(template, tokenizer) == "alpaca" else ()

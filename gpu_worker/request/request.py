@@ -95,7 +95,7 @@ class Job:
     prompt: str | tuple[Message, ...]
     plan: Plan = BASE_PLAN
     sampling: SamplingParams = field(default_factory=SamplingParams)
-    template: str = "alpaca"  # for messages; a raw prompt is used unchanged
+    template: str = "auto"  # for messages; a raw prompt is used unchanged
     tenant: str = LOCAL_TENANT  # tenants take turns in the engine's queue
     time_left_s: float | None = None  # when it is sent; a duration, as clocks of machines differ
 

@@ -64,7 +64,7 @@ def test_the_job_carries_prompt_plan_sampling_and_template() -> None:
     assert answer["model"] == "coder"
 
 
-@pytest.mark.parametrize("template", ["alpaca", "chat"])
+@pytest.mark.parametrize("template", ["auto", "alpaca", "chat"])
 def test_a_plan_that_names_no_template_takes_the_servers(template: str) -> None:
     _, served = generate(CHAT, template=template)
     assert served.job.template == template

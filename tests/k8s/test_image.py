@@ -20,7 +20,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from gpu_worker.model.packaged_model import PACKAGED_MODEL
+from gpu_worker.config import PACKAGED_MODEL
 from gpu_worker.native import kernel_loading
 from gpu_worker.native.build_kernels import prebuilt_path
 from gpu_worker.native.kernel_build import kernel_names

@@ -36,8 +36,8 @@ class ModelQuery(ApiRequest):
 @router.get("/v1/models", response_model=None, responses=MODELS_ANSWERS)
 async def models(query: Annotated[ModelQuery, Query()], services: AnyServices, caller: AnyCaller) -> ModelList:
     """List `auto`, the base model, then every adapter the caller may name. If `has_more`, go on `after` `last_id`."""
-    base = services.config.served_base_name
-    own = _own_cards(base, query)
+    base, template = services.config.served_base_name, services.config.template_in_use
+    own = _own_cards(base, template, query)
     wanted = PageRequest(
         limit=max(query.limit - len(own), 0),
         after="" if query.after in (AUTO, base) else query.after,
@@ -46,41 +46,49 @@ async def models(query: Annotated[ModelQuery, Query()], services: AnyServices, c
         contains=query.name,
     )
     page = await services.retriever.page(caller.tenant, wanted)
-    cards = own[: query.limit] + [card_of(name, base, record, caller.tenant) for name, record in page.rows]
+    cards = own[: query.limit] + [card_of(name, base, template, record, caller.tenant) for name, record in page.rows]
     return model_list(cards, has_more=page.has_more or len(own) > query.limit)
 
 
 @router.get("/v1/models/{model:path}", response_model=None, responses=MODEL_ANSWERS)
 async def model(model: str, services: AnyServices, caller: AnyCaller) -> ModelCard:
     """Return the card of one model, by any name that a request may use for it."""
-    base = services.config.served_base_name
+    base, template = services.config.served_base_name, services.config.template_in_use
     name = model.removeprefix(f"{base}:")
     if model == base or name == AUTO:
-        return special_card(model, base)
+        return special_card(model, base, template)
     try:
         _, versions = await services.retriever.record(caller.tenant, name)
     except AdapterNotFound as exc:  # also matches the RayTaskError of it
         raise ModelNotFound(model, exc.hint) from exc
-    return card_of(model, base, versions[0], caller.tenant)
+    return card_of(model, base, template, versions[0], caller.tenant)
 
 
-def special_card(name: str, base: str) -> ModelCard:
-    return _card(name, 0, _OWNER, name, None if name == base else base)
+def special_card(name: str, base: str, template: str) -> ModelCard:
+    return _card(name, 0, _OWNER, name, None if name == base else base, template)
 
 
-def card_of(name: str, base: str, record: AdapterRecord, tenant: str) -> ModelCard:
+def card_of(name: str, base: str, template: str, record: AdapterRecord, tenant: str) -> ModelCard:
     """Return the card of an adapter. `root` is the source of the tenant's own; the source of others stays private."""
     root = record.source if record.ref.tenant == tenant else name
-    return _card(name, int(record.created_at.timestamp()), record.ref.tenant, root, base)
+    return _card(name, int(record.created_at.timestamp()), record.ref.tenant, root, base, record.template or template)
 
 
-def _own_cards(base: str, query: ModelQuery) -> list[ModelCard]:
+def _own_cards(base: str, template: str, query: ModelQuery) -> list[ModelCard]:
     """Return the cards of `auto` and the base model if they belong to the page. Filters for adapters exclude them."""
     if query.owner is not None or query.tag:
         return []
     names = {"": [AUTO, base], AUTO: [base]}.get(query.after, [])
-    return [special_card(name, base) for name in names if query.name.lower() in name.lower()]
+    return [special_card(name, base, template) for name in names if query.name.lower() in name.lower()]
 
 
-def _card(name: str, created: int, owner: str, root: str, parent: str | None) -> ModelCard:
-    return {"id": name, "object": "model", "created": created, "owned_by": owner, "root": root, "parent": parent}
+def _card(name: str, created: int, owner: str, root: str, parent: str | None, template: str) -> ModelCard:
+    return {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": owner,
+        "root": root,
+        "parent": parent,
+        "template": template,
+    }

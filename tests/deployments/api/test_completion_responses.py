@@ -12,6 +12,9 @@ from deployments.api.completion_responses import Answer
 from deployments.api.responses import Planned
 from gpu_worker.request.request import Completion, Delta, TokenLogprob
 from lora_store import BASE_PLAN, Plan, PlannedAdapter
+from tests.deployments.adapter_records import BASE as BASE_NAME
+from tests.deployments.asking import post
+from tests.deployments.fake_worker import FakeWorker
 from tests.deployments.shown_plans import CANDIDATES, CODER, EXPLAINED, LORA, PLAN, POET
 
 USAGE = {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8}
@@ -181,3 +184,23 @@ def test_headers_are_safe_whatever_a_name_holds() -> None:
     value = answer(plans=[Planned(plan)]).headers()["x-lora-adapters"]
     assert value.isascii() and value.isprintable() and "," not in value
     json.dumps(value)
+
+
+EMPTY = [Delta("", 5, 1, "stop")]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body", "hint"),
+    [
+        ("/v1/completions", {"prompt": "Hi"}, "use /v1/chat/completions"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]}, "with `template` set"),
+    ],
+)
+def test_an_empty_answer_of_adapters_carries_a_warning(path: str, body: Any, hint: str, stream: bool) -> None:
+    response = post(path, body | {"model": "poet", "stream": stream}, worker=FakeWorker(EMPTY))
+    assert '"warning"' in response.text and hint in response.text
+    base = post(path, body | {"model": BASE_NAME, "stream": stream}, worker=FakeWorker(EMPTY))
+    assert '"warning"' not in base.text
+    full = post(path, body | {"model": "poet", "stream": stream})
+    assert '"warning"' not in full.text

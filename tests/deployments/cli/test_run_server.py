@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from deployments.cli.run_server import access_note, ports_note, run_server
+from deployments.cli.run_server import access_note, ports_note, run_server, template_note
 from deployments.config.app import AppConfig
 
 
@@ -24,11 +24,21 @@ from deployments.config.app import AppConfig
             "no keys: anyone who reaches 0.0.0.0 may send requests and publish",
         ),
         ({"keys_file": "/k.yaml"}, "0.0.0.0", "keys from /k.yaml: every request needs one"),
+        ({"api_key": "one-secret"}, "0.0.0.0", "one API key, from the settings: every request needs it"),
         ({"keys_file": "/k.yaml"}, "127.0.0.1", "keys from /k.yaml: every request needs one"),
     ],
 )
 def test_the_start_says_who_may_do_what(settings: dict[str, Any], host: str, says: str) -> None:
     assert access_note(AppConfig(**settings), host) == says
+
+
+def test_the_start_says_which_template_chats_use(tmp_path: Path) -> None:
+    own = tmp_path / "own.jinja"
+    own.write_text("{{ messages }}")
+    assert template_note(AppConfig()) == "chats use the Alpaca prompt template"
+    assert template_note(AppConfig(template="chat")) == "chats use the base model's own chat template"
+    assert template_note(AppConfig(base_model="far/away")).endswith("or Alpaca's if it has none")
+    assert template_note(AppConfig(base_model="far/away", chat_template=own)) == f"chats use {own}"
 
 
 def test_the_start_says_which_other_ports_listen_and_what_guards_them() -> None:

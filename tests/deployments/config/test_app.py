@@ -294,3 +294,21 @@ def test_with_keys_paths_of_the_server_are_published_only_where_that_is_set() ->
     assert not AppConfig(keys_file=Path("/keys")).may_publish_paths
     assert AppConfig(keys_file=Path("/keys"), publish_paths=True).may_publish_paths
     assert not AppConfig(publish_paths=False).may_publish_paths
+
+
+def test_an_operators_chat_template_reaches_the_workers(tmp_path: Path) -> None:
+    path = tmp_path / "own.jinja"
+    path.write_text("{{ messages }}")
+    config = AppConfig(chat_template=path)
+    assert config.worker_config().chat_template == "{{ messages }}"
+    assert (config.template, config.template_in_use) == ("auto", "chat")
+    assert AppConfig().worker_config().chat_template is None
+
+
+@pytest.mark.parametrize("source", [None, "{% for %}"])
+def test_a_chat_template_that_cannot_be_used_stops_the_start(tmp_path: Path, source: str | None) -> None:
+    path = tmp_path / "own.jinja"
+    if source is not None:
+        path.write_text(source)
+    with pytest.raises(ValueError, match=r"chat_template\n.*own\.jinja"):
+        AppConfig(chat_template=path)

@@ -26,7 +26,7 @@ def message_for(folder: Path, text: str) -> str:
         ("zzzz: 1", "settings.yaml: zzzz: unknown"),
         ("retrieval: {k: 17}", "settings.yaml: retrieval.k: must be at most 16, got 17"),
         ("worker: {max_wait_s: 0}", "settings.yaml: worker.max_wait_s: must be above 0, got 0"),
-        ("template: jinja", "settings.yaml: template: must be 'alpaca' or 'chat', got 'jinja'"),
+        ("template: jinja", "settings.yaml: template: must be 'auto', 'alpaca' or 'chat', got 'jinja'"),
         ("max_upload_bytes: many", "settings.yaml: max_upload_bytes: must be a whole number, got 'many'"),
         ("worker: 3", "settings.yaml: worker: must be an object with named fields, got 3"),
         ("source_prefixes: 3", "settings.yaml: source_prefixes: must be an object with named fields, got 3"),

@@ -22,7 +22,7 @@ from gpu_worker.errors import (
     PromptTooLong,
 )
 from gpu_worker.model.base_model import BaseModel
-from gpu_worker.request.prompts import ALPACA_STOP, Message
+from gpu_worker.request.prompts import ALPACA_STOPS, Message
 from gpu_worker.request.request import DEFAULT_MAX_TOKENS, Delta, Job, SamplingParams
 from lora_store.adapter import AdapterWeights, ModuleWeights
 from lora_store.plan import BASE_PLAN
@@ -211,23 +211,27 @@ def test_a_prompt_that_is_no_unicode_text_is_invalid(make_engine: MakeEngine) ->
         make_engine({}).prepare(Job("1", "half a pair \ud83d"), lambda event: None)
 
 
-def test_messages_are_rendered_and_stop_where_the_template_ends(make_engine: MakeEngine) -> None:
+@pytest.mark.parametrize("stop_string", ALPACA_STOPS)
+def test_messages_are_rendered_and_stop_where_the_template_ends(make_engine: MakeEngine, stop_string: str) -> None:
     engine = make_engine({}, max_model_len=400)
     messages = (Message("user", "Hi"),)
     stop = SamplingParams(max_tokens=8, stop=("mine",))
     row = engine.prepare(Job("1", messages, sampling=stop), lambda event: None)
     text = engine.base.tokenizer.decode(row.tokens, skip_special_tokens=True)
     assert text.endswith("### Instruction:\nHi\n\n### Response:\n")
-    for token in engine.base.tokenizer(f"yes{ALPACA_STOP}", add_special_tokens=False).input_ids:
+    for token in engine.base.tokenizer(f"yes{stop_string}", add_special_tokens=False).input_ids:
         row.detokenizer.push(token)
     assert row.detokenizer.stopped
 
 
-def test_a_chat_prompt_begins_with_one_bos(tiny_base: Callable[..., BaseModel], make_engine: MakeEngine) -> None:
+@pytest.mark.parametrize("template", ["chat", "auto"])
+def test_a_chat_prompt_begins_with_one_bos(
+    tiny_base: Callable[..., BaseModel], make_engine: MakeEngine, template: str
+) -> None:
     base = tiny_base()
     base.tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
     engine = make_engine({}, base=base)
-    row = engine.prepare(Job("1", (Message("user", "Hi"),), template="chat"), lambda event: None)
+    row = engine.prepare(Job("1", (Message("user", "Hi"),), template=template), lambda event: None)
     assert row.tokens.count(256) == 1
 
 

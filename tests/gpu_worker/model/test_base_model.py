@@ -11,10 +11,9 @@ import torch
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 
 from gpu_worker.attention.packed_attention import ATTENTION_NAME
-from gpu_worker.config import WorkerConfig
+from gpu_worker.config import PACKAGED_MODEL, WorkerConfig
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model.base_model import BaseModel, load_base_model, model_source, resolve_dtype
-from gpu_worker.model.packaged_model import PACKAGED_MODEL
 from tests.tiny import FAMILIES, byte_tokenizer, tiny_config
 
 

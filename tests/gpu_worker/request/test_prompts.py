@@ -7,7 +7,7 @@ import pytest
 from gpu_worker.errors import PromptInvalid
 from gpu_worker.request.prompts import (
     ALPACA_PREAMBLE,
-    ALPACA_STOP,
+    ALPACA_STOPS,
     Message,
     alpaca_prompt,
     render,
@@ -61,10 +61,27 @@ def test_a_conversation_the_chat_template_refuses_is_invalid() -> None:
 
 @pytest.mark.parametrize("name", ["", "Alpaca", "{{ 1 }}"])
 def test_an_unknown_template_is_refused_by_name(name: str) -> None:
-    with pytest.raises(PromptInvalid, match="'alpaca' or 'chat'"):
+    with pytest.raises(PromptInvalid, match="'auto', 'alpaca' or 'chat'"):
         render(TURNS, name, byte_tokenizer())
 
 
-def test_alpaca_stops_at_the_next_instruction() -> None:
-    assert template_stops("alpaca") == (ALPACA_STOP,)
-    assert template_stops("chat") == ()
+def test_alpaca_stops_at_the_next_instruction_and_at_another_response() -> None:
+    tokenizer = byte_tokenizer()
+    assert template_stops("alpaca", tokenizer) == ALPACA_STOPS == ("### Instruction:", "### Response:")
+    assert template_stops("chat", tokenizer) == ()
+
+
+def test_auto_is_the_tokenizers_chat_template_or_alpaca() -> None:
+    tokenizer = byte_tokenizer()
+    assert render(TURNS, "auto", tokenizer) == render_alpaca(TURNS)
+    assert template_stops("auto", tokenizer) == ALPACA_STOPS
+    tokenizer.chat_template = CHAT
+    assert render(TURNS, "auto", tokenizer) == render(TURNS, "chat", tokenizer) != render_alpaca(TURNS)
+    assert template_stops("auto", tokenizer) == ()
+
+
+def test_a_chat_template_runs_in_a_sandbox() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ messages.append(1) }}"
+    with pytest.raises(PromptInvalid, match="append"):
+        render(TURNS, "chat", tokenizer)

@@ -128,3 +128,10 @@ def test_models_are_listed_and_shown() -> None:
     assert get("/v1/models/auto").json()["id"] == "auto"
     missing = get("/v1/models/nobody")
     assert (missing.status_code, error_of(missing)["code"]) == (404, "model_not_found")
+
+
+@pytest.mark.parametrize(("settings", "template"), [({}, "auto"), ({"template": "alpaca"}, "alpaca")])
+def test_a_card_names_the_template_of_its_chats(settings: dict[str, Any], template: str) -> None:
+    cards = {card["id"]: card["template"] for card in get("/v1/models", **settings).json()["data"]}
+    assert cards == {"auto": template, BASE: template, "coder": "chat", "poet": template}
+    assert get("/v1/models/coder", **settings).json()["template"] == "chat"

@@ -1,0 +1,51 @@
+"""Find out from a model's files, without loading it, which prompt template `auto` means."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from huggingface_hub import try_to_load_from_cache
+from jinja2.exceptions import TemplateSyntaxError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+TEMPLATE_FILE = "chat_template.jinja"
+_CONFIG_FILE = "tokenizer_config.json"
+
+
+def template_of_files(base_model: str) -> Literal["alpaca", "chat", "auto"]:
+    """Return what `auto` means for this folder or model hub id; `auto` where its files are not on this machine.
+
+    The files of a model hub are only looked up in the local cache.
+    """
+    template, config = _file(base_model, TEMPLATE_FILE), _file(base_model, _CONFIG_FILE)
+    if template is not None:
+        return "chat"
+    if config is None:
+        return "auto"
+    try:
+        has_template = bool(json.loads(config.read_text(encoding="utf-8")).get("chat_template"))
+    except ValueError:
+        return "auto"  # the worker reports a broken file when it loads the model
+    return "chat" if has_template else "alpaca"
+
+
+def _file(base_model: str, name: str) -> Path | None:
+    if Path(base_model).is_dir():
+        path = Path(base_model) / name
+        return path if path.is_file() else None
+    if base_model.count("/") != 1 or base_model.startswith(("/", ".", "~")):
+        return None
+    found = try_to_load_from_cache(base_model, name)
+    return Path(found) if isinstance(found, str) else None
+
+
+def read_chat_template(path: Path) -> str:
+    """Return the operator's template. Raises: ValueError, which names the file and the line; OSError."""
+    source = path.read_text(encoding="utf-8")
+    try:
+        ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(source)
+    except TemplateSyntaxError as exc:
+        raise ValueError(f"{path}: line {exc.lineno}: {exc.message}") from exc
+    return source
