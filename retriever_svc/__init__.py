@@ -23,7 +23,7 @@ from retriever_svc.live_pool import IndexStats, LivePool
 from retriever_svc.projection import Place, Point, PoolMap
 from retriever_svc.reindex import ReindexStep
 from retriever_svc.retriever import Retriever
-from retriever_svc.route import Candidate, PinnedAdapter, Route, RouteRequest
+from retriever_svc.route import Candidate, PinnedAdapter, Route, RouteRequest, Weighting
 from retriever_svc.sample_source import SampleSource
 from retriever_svc.saved_index import SavedIndexes, SavedLists
 from retriever_svc.training_pairs import choose_tasks
@@ -65,6 +65,7 @@ __all__ = [
     "StaleIndex",
     "TooFewSamples",
     "TrainingUnavailable",
+    "Weighting",
     "calibrate_floor",
     "choose_tasks",
     "embed_groups",

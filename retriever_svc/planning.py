@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 
+from lora_store.adapter import AdapterRef
 from lora_store.errors import AdapterNotFound
 from lora_store.plan import Plan, PlannedAdapter, Strategy
 from lora_store.records import AdapterRecord
@@ -14,7 +15,7 @@ from retriever_svc.errors import PlanGone
 from retriever_svc.evidence_weights import CLOSE_SCORES, limited_weights
 from retriever_svc.index import Match
 from retriever_svc.output_profile import functions_agree
-from retriever_svc.route import PinnedAdapter, RouteRequest, Weighting
+from retriever_svc.route import STICKY_MARGIN, PinnedAdapter, RouteRequest, Weighting
 
 _MIN_DIGEST_CHARS = 8
 
@@ -28,6 +29,19 @@ def routed_plan(request: RouteRequest, matches: Sequence[Match], generation: int
         for match, weight in zip(planned, weights, strict=True)
     )
     return Plan(request.strategy, rows, generation, _common_template([match.record for match in planned]))
+
+
+def led_by(preferred: AdapterRef | None, matches: list[Match]) -> list[Match]:
+    """Return the matches without those before the preferred adapter, or `matches` itself if it does not stay the best.
+
+    It stays if the best match scores higher by at most `STICKY_MARGIN`. An adapter that was updated is another version
+    of the same name, so it stays as well.
+    """
+    key = None if preferred is None else (preferred.tenant, preferred.name)
+    places = (place for place, m in enumerate(matches) if (m.record.ref.tenant, m.record.ref.name) == key)
+    place = next(places, 0)
+    is_close = place > 0 and matches[0].score - matches[place].score <= STICKY_MARGIN
+    return matches[place:] if is_close else matches
 
 
 def named_plan(

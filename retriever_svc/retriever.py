@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -21,7 +21,7 @@ from retriever_svc.errors import NoAdapterMatched, NothingToEmbed, StaleIndex
 from retriever_svc.index import Match
 from retriever_svc.listing import Page, PageRequest
 from retriever_svc.live_pool import LivePool
-from retriever_svc.planning import named_plan, replayed_plan, resolve_version, routed_plan
+from retriever_svc.planning import led_by, named_plan, replayed_plan, resolve_version, routed_plan
 from retriever_svc.pool import Pool
 from retriever_svc.projection import Place, Point, PoolMap
 from retriever_svc.reindex import ReindexStep, reindex
@@ -114,9 +114,19 @@ class Retriever:
             pool, vectors = encoded[rows[0]].pool, np.stack([encoded[row].vector for row in rows])
             top_k = max(requests[row].top_k for row in rows)
             for row, matches in zip(rows, pool.nearest(vectors, top_k, tenant, tags), strict=True):
-                answers[row] = self._decide(requests[row], matches[: requests[row].top_k], pool)
+                answers[row] = self._decide_sticky(requests[row], matches[: requests[row].top_k], pool)
         self._timings.searched(time.perf_counter() - began)
         return [answers[row] for row in range(len(requests))]
+
+    def _decide_sticky(self, request: RouteRequest, matches: list[Match], pool: Pool) -> Route | NoAdapterMatched:
+        """Decide for the preferred adapter if it is not clearly worse than the best; show all candidates."""
+        answer, kept = self._decide(request, matches, pool), led_by(request.preferred, matches)
+        if kept is matches or not isinstance(answer, Route) or answer.abstained:
+            return answer
+        sticky = self._decide(request, kept, pool)
+        if not isinstance(sticky, Route) or sticky.abstained:
+            return answer
+        return replace(sticky, candidates=answer.candidates)
 
     def _decide(self, request: RouteRequest, matches: list[Match], pool: Pool) -> Route | NoAdapterMatched:
         floor, generation = self._floor(request, pool), pool.snapshot.generation_for(request.tenant)

@@ -13,13 +13,16 @@ from retriever_svc.errors import RouteInvalid
 RoutedStrategy = Literal["selection", "mixture", "fusion"]
 Weighting = Literal["evidence", "uniform", "softmax"]
 Fallback = Literal["base", "error"]
+STICKY_MARGIN = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class RouteRequest:
     """One prompt, to be routed to adapters that have all of `tags`.
 
-    `min_score`: None means the Retriever's own floor. A pool older than `min_generation` answers with StaleIndex.
+    `min_score`: None means the Retriever's own floor. `preferred`: the adapter of the conversation's previous turn. It
+    stays the best one unless another scores higher by more than `STICKY_MARGIN`. A pool older than `min_generation`
+    answers with StaleIndex.
     Raises: RouteInvalid if a value is out of range.
     """
 
@@ -32,6 +35,7 @@ class RouteRequest:
     fallback: Fallback = "base"
     tags: tuple[str, ...] = ()
     min_generation: int = 0
+    preferred: AdapterRef | None = None
 
     def __post_init__(self) -> None:
         _check_choice("strategy", self.strategy, get_args(RoutedStrategy))

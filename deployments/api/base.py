@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic_core import PydanticCustomError
 
 from deployments.field_problems import did_you_mean
-from retriever_svc import PinnedAdapter
+from retriever_svc import PinnedAdapter, Weighting
 
 MAX_TEXT_CHARS = 4 << 20  # characters of any text, prompts included; no body is larger
 MAX_LABEL_CHARS = 1024  # characters of labels that a client sends for its own use
@@ -117,7 +117,7 @@ class LoraOptions(ApiRequest):
     strategy: Literal["selection", "mixture", "fusion"] | None = None
     k: int | None = Field(default=None, ge=1, le=MAX_ADAPTERS)
     adapters: Annotated[list[AdapterChoice], Field(fail_fast=True, min_length=1, max_length=MAX_ADAPTERS)] | None = None
-    weights: Literal["uniform", "softmax"] | None = None
+    weights: Weighting | None = None
     min_score: float | None = Field(default=None, ge=-1, le=1)
     fallback: Literal["base", "error"] | None = None
     filter: LoraFilter | None = None

@@ -285,7 +285,7 @@ class ChatCompletionRequest(GenerationRequest):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def questions(self) -> list[Question]:
-        """Return the conversation as one question. Its last user message retrieves the adapters."""
+        """Return the conversation as one question. `text` is its last user message."""
         turns = tuple(message.message() for message in self.messages)
         text = next((turn.content for turn in reversed(turns) if turn.role == "user"), turns[-1].content)
         return [self._question(0, turns, text)]

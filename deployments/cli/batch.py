@@ -24,7 +24,7 @@ def batch(
     temperature: Annotated[float | None, typer.Option(help="default temperature of rows")] = None,
     strategy: Annotated[str | None, typer.Option(help="default strategy of rows: selection, mixture or fusion")] = None,
     k: Annotated[int | None, typer.Option(help="default number of adapters per row")] = None,
-    weights: Annotated[str | None, typer.Option(help="default weights of rows: uniform or softmax")] = None,
+    weights: Annotated[str | None, typer.Option(help="default weights of rows: evidence, softmax or uniform")] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="number of engines")] = 1,
     part_rows: Annotated[int, typer.Option(min=1, help="rows per output part")] = 256,
     address: Annotated[str | None, typer.Option(help="a running Ray cluster; default: this machine only")] = None,

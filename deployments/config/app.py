@@ -23,6 +23,7 @@ from gpu_worker.request.request import DEFAULT_MAX_TOKENS
 from lora_store import Visibility, is_valid_name
 from lora_store.location import Location
 from retriever_svc.encoder_files import DEFAULT_MODEL as DEFAULT_ENCODER
+from retriever_svc.route import Weighting
 
 FORM_OVERHEAD_BYTES = 1 << 20  # boundaries, headers and form fields of an upload
 EVERY_TENANT = "*"  # in source_prefixes
@@ -51,7 +52,7 @@ class RetrievalSettings(_Settings):
     encoder_threads: int | None = Field(default=None, ge=1)
     strategy: Literal["selection", "mixture", "fusion"] = "mixture"
     k: int = Field(default=3, ge=1, le=16)
-    weights: Literal["uniform", "softmax"] = "softmax"  # uniform halved accuracy: benchmarks/README.md
+    weights: Weighting = "evidence"  # companions of another function get at most a third of the best adapter's weight
     softmax_temperature: float = Field(default=0.05, gt=0)
     min_score: float | None = None  # None: calibrated from the samples of the pool
     fallback: Literal["base", "error"] = "base"

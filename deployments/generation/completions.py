@@ -218,7 +218,7 @@ class CompletionService:
         request.sampling()  # refuse invalid sampling before any call
         check_limits(request, questions, self._config)
         with ExitStack() as stack:
-            texts = [text for question in questions if (text := self._planner.text_read(question)) is not None]
+            texts = [text for question in questions for text in self._planner.texts_read(question)]
             usage = stack.enter_context(self._authenticator.running(caller, work_of(request, questions, texts)))
             plans = await self._plan(questions, caller, context, deadline)
             async with within(deadline):

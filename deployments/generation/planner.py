@@ -14,10 +14,11 @@ from deployments.auth.authenticator import Work
 from deployments.calls.catalogue_clients import RoutingClient
 from deployments.config.app import AppConfig
 from deployments.errors import ModelNotFound, RequestInvalid
+from deployments.generation.conversation import Reading, reading_of
 from gpu_worker.errors import PromptTooLong
 from gpu_worker.request.prompts import Message
 from gpu_worker.request.request import MAX_CHARS_PER_TOKEN
-from lora_store import BASE_PLAN, AdapterNotFound, Plan, Strategy
+from lora_store import BASE_PLAN, AdapterNotFound, AdapterRef, Plan, Strategy
 from retriever_svc import RouteRequest
 from retriever_svc.encoder import MAX_CHARS, tokens_read
 
@@ -113,6 +114,8 @@ class Planner:
             field = question.alias or f"lora.{options.names_adapters}"
             raise RequestInvalid(f"{field} requires model 'auto'", field)
         if name == AUTO:
+            if isinstance(question.prompt, tuple) and _is_read(options):
+                return [await self._plan_conversation(reading_of(question.prompt), options, tenant)] * len(questions)
             return await self.route_all([item.text for item in questions], options, tenant)
         _refuse_retrieval(options)
         if name is None:
@@ -128,12 +131,39 @@ class Planner:
         except AdapterNotFound as exc:  # through Serve it is also a RayTaskError
             raise ModelNotFound(question.model, exc.hint) from exc
 
-    def text_read(self, question: Question) -> str | None:
-        """Return the text by which the encoder finds the question's adapters, None where they are named.
+    def texts_read(self, question: Question) -> Sequence[str]:
+        """Return the texts that the encoder may read to find the question's adapters. Raises: ModelNotFound."""
+        if self._model_name(question.model) != AUTO:
+            return ()
+        if isinstance(question.prompt, tuple) and _is_read(question.lora):
+            reading = reading_of(question.prompt)
+            previous = () if reading.previous is None else (reading.previous,)
+            return () if reading.is_housekeeping else (*previous, *reading.texts)
+        text = text_read(question.text, question.lora)
+        return () if text is None else (text,)
 
-        Raises: ModelNotFound.
+    async def _plan_conversation(self, reading: Reading, options: LoraOptions, tenant: str) -> Planned:
+        """Return the plan of the first text that finds an adapter. The previous turn's adapter is preferred.
+
+        Raises: as `route_all`.
         """
-        return text_read(question.text, question.lora) if self._model_name(question.model) == AUTO else None
+        if reading.is_housekeeping:
+            return Planned(BASE_PLAN, abstained=True)
+        preferred = await self._adapter_of(reading.previous, options, tenant)
+        for text in reading.texts[:-1]:
+            request = replace(self._request_of(text, options, tenant, preferred), fallback="base")
+            [route] = await self._retriever.route([request])
+            if not route.abstained:
+                return Planned(route.plan, route.candidates)
+        [route] = await self._retriever.route([self._request_of(reading.texts[-1], options, tenant, preferred)])
+        return Planned(route.plan, route.candidates, route.abstained)
+
+    async def _adapter_of(self, text: str | None, options: LoraOptions, tenant: str) -> AdapterRef | None:
+        """Return the best adapter of the previous turn, None without one."""
+        if text is None:
+            return None
+        [route] = await self._retriever.route([replace(self._request_of(text, options, tenant), fallback="base")])
+        return None if route.abstained else route.plan.adapters[0].ref
 
     async def route_all(self, texts: Sequence[str], options: LoraOptions, tenant: str) -> Sequence[Planned]:
         """Return a plan for each text: the plan sent back, a plan of the named adapters, or the Retriever's choice.
@@ -150,7 +180,9 @@ class Planner:
         routes = await self._retriever.route(requests)
         return [Planned(route.plan, route.candidates, route.abstained) for route in routes]
 
-    def _request_of(self, text: str, options: LoraOptions, tenant: str) -> RouteRequest:
+    def _request_of(
+        self, text: str, options: LoraOptions, tenant: str, preferred: AdapterRef | None = None
+    ) -> RouteRequest:
         defaults = self._config.retrieval
         return RouteRequest(
             text=(options.query or text)[:MAX_CHARS],
@@ -162,6 +194,7 @@ class Planner:
             fallback=options.fallback or defaults.fallback,
             tags=() if options.filter is None else tuple(options.filter.tags),
             min_generation=options.min_generation,
+            preferred=preferred,
         )
 
     async def _replayed(self, options: LoraOptions, given: PlanGiven, tenant: str) -> Planned:
@@ -199,6 +232,11 @@ class Planner:
 def text_read(text: str, options: LoraOptions) -> str | None:
     """Return what the encoder reads to find adapters for `text`, None where the options name them."""
     return (options.query or text) if options.names_adapters is None else None
+
+
+def _is_read(options: LoraOptions) -> bool:
+    """Return whether a conversation's own text finds its adapters: the options neither name them nor give a text."""
+    return options.query is None and options.names_adapters is None
 
 
 def _refuse_retrieval(options: LoraOptions) -> None:

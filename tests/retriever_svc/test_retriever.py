@@ -17,7 +17,7 @@ from lora_store.location import Location
 from lora_store.plan import Plan
 from lora_store.records import AdapterRecord, OutputProfile
 from retriever_svc import NoAdapterMatched, Page, PageRequest, Retriever, Route, RouteRequest, StaleIndex
-from retriever_svc.route import Weighting
+from retriever_svc.route import STICKY_MARGIN, Weighting
 from tests.retriever_svc.pool_fakes import FakeEncoder, Source, embedding_of, live_pool, names, record_of
 from tests.retriever_svc.routing import EAST, NORTH, NORTHEAST, POOL, TABLE, retriever_of, route_one
 
@@ -88,6 +88,24 @@ def test_weights_by_evidence_are_equal_only_for_close_scores_and_one_function(
     plan = route_one(retriever_of(*pool, temperature=100), weighting="evidence").plan
     assert [adapter.ref.name for adapter in plan.adapters] == ["own", "other"]
     assert [adapter.weight for adapter in plan.adapters] == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("lead", "min_score", "stays"),
+    [(STICKY_MARGIN - 0.01, -1.0, True), (STICKY_MARGIN + 0.01, -1.0, False), (STICKY_MARGIN - 0.01, 0.95, False)],
+    ids=["close", "clearly better", "below the floor"],
+)
+def test_the_preferred_adapter_stays_unless_another_is_clearly_better(
+    lead: float, min_score: float, stays: bool
+) -> None:
+    score = 1 - lead
+    previous = record_of("previous", (score, (1 - score**2) ** 0.5))
+    retriever = retriever_of(POOL[0], previous, POOL[1])
+    earlier_version = record_of("previous", None, version="1").ref
+    route = route_one(retriever, preferred=earlier_version, min_score=min_score)
+    assert names(route) == (["previous", "n"] if stays else ["e", "previous", "n"])
+    assert [candidate.ref.name for candidate in route.candidates] == ["e", "previous", "n"]
+    assert names(route_one(retriever, preferred=record_of("gone", None).ref)) == ["e", "previous", "n"]
 
 
 def test_the_encoder_is_called_once_per_batch() -> None:

@@ -175,3 +175,59 @@ def test_an_abstention_is_said() -> None:
     assert planned.abstained
     assert planned.plan.strategy == "base"
     assert len(planned.candidates) == 2
+
+
+def plan_turns(handle: FakeHandle, *turns: str, lora: dict[str, Any] | None = None) -> Planned:
+    messages = [{"role": "user", "content": turn} for turn in turns]
+    [question] = ChatCompletionRequest.model_validate({"messages": messages, "lora": lora or {}}).questions()
+    return asyncio.run(Planner(config_of(), ServeRetriever(handle)).plan(question, "local"))
+
+
+def test_a_conversation_prefers_the_adapter_of_its_previous_turn() -> None:
+    handle = handle_of()
+    plan_turns(handle, "Write a poem about the sea", "Write another poem about the sky")
+    requests = [request for ([request],) in handle.called("route")]
+    assert [request.text for request in requests] == ["Write a poem about the sea", "Write another poem about the sky"]
+    assert [request.preferred for request in requests] == [None, POOL[0].ref]
+
+
+def test_further_texts_are_tried_only_after_the_first_found_no_adapter() -> None:
+    found = handle_of()
+    plan_turns(found, "Write a poem about the sea", "blue sky")
+    assert [request.text for ([request],) in found.called("route")] == ["Write a poem about the sea", "blue sky"]
+    none = FakeHandle(FakeRetriever(POOL, abstains=True))
+    planned = plan_turns(none, "Write a poem about the sea", "blue sky", lora={"fallback": "error"})
+    assert planned.abstained
+    requests = [request for ([request],) in none.called("route")]
+    assert [request.text for request in requests[1:]] == ["blue sky", "Write a poem about the sea\nblue sky"]
+    assert [request.fallback for request in requests] == ["base", "base", "error"]
+    assert [request.preferred for request in requests] == [None] * 3
+
+
+def test_housekeeping_is_answered_by_the_base_and_asks_nobody() -> None:
+    handle = handle_of()
+    planned = plan_turns(handle, "Write a poem", "Generate a concise title for this conversation")
+    assert planned == Planned(BASE_PLAN, abstained=True)
+    assert handle.calls == []
+
+
+def test_a_query_of_the_request_replaces_the_conversation() -> None:
+    handle = handle_of()
+    plan_turns(handle, "Write a poem", "Generate a title for this conversation", lora={"query": "Rhyme"})
+    assert [request.text for ([request],) in handle.called("route")] == ["Rhyme"]
+
+
+@pytest.mark.parametrize(
+    ("turns", "lora", "expected"),
+    [
+        (["Write a poem about the sea", "blue sky"], {}, ["Write a poem about the sea", "blue sky", "joined"]),
+        (["Write a poem", "Generate a title for this conversation"], {}, []),
+        (["one", "two"], {"query": "Rhyme"}, ["Rhyme"]),
+        (["one", "two"], {"adapters": [{"name": "poet"}]}, []),
+    ],
+)
+def test_every_text_that_may_be_encoded_is_counted(turns: list[str], lora: dict[str, Any], expected: list[str]) -> None:
+    messages = [{"role": "user", "content": turn} for turn in turns]
+    [question] = ChatCompletionRequest.model_validate({"messages": messages, "lora": lora}).questions()
+    texts = Planner(config_of(), ServeRetriever(handle_of())).texts_read(question)
+    assert list(texts) == ["\n".join(turns) if text == "joined" else text for text in expected]

@@ -1,0 +1,112 @@
+"""Choose the texts of a conversation by which its adapters are found.
+
+The rule, in this order:
+
+1. A client's housekeeping prompt, such as "Generate a concise title for this chat", finds no adapter: the base model
+   answers. Adapters are trained on tasks, not on a client's chores.
+2. The last user turn is the text.
+3. An elliptic last turn, such as "and for coffee?", means nothing alone: earlier user turns are joined to it, back to
+   the first one that is complete, at most `MAX_JOINED`.
+4. A short last turn may be complete, such as one word to be inflected. It is tried alone, and then joined likewise.
+5. A system text that gives an instruction is tried last, joined to the text. One that only describes an assistant is
+   not, since it fits every conversation.
+
+The first text that finds an adapter decides. The conversation itself carries what it was about: the text of the
+previous turn is searched again, and its adapter stays unless another is clearly better. So the server keeps no state of
+a conversation, every replica decides alike, and no tenant can reach into another's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gpu_worker.request.prompts import Message
+
+MAX_JOINED = 4  # user turns, including the last
+MAX_SYSTEM_CHARS = 500
+_SHORT_WORDS, _SHORT_CHARS = 3, 24
+_ELLIPTIC_WORDS = 12
+_WINDOW = 700  # characters at either end in which a client's template says what it wants
+_OPENERS = re.compile(
+    r"(and|or|but|also|again|another|instead|then|next|ok|okay|yes|no|now|same|once more|one more|more"
+    r"|what about|how about|what if|do (it|that|this|the same)|the other|the (first|second|third|last) one"
+    r"|shorter|longer|in (that|this) case|try again)\b[\s,:.?!]*",
+    re.IGNORECASE,
+)
+_ORDER = re.compile(
+    r"\b(generate|create|write|provide|suggest|produce|(reply|respond) with|come up with)\b[^\n]{0,100}"
+    r"\b(title|tags?|follow[- ]?up (questions?|prompts?)|search quer(y|ies))\b"
+    r"|\bgive (this|the|our) (chat|conversation|discussion) a (name|title)\b"
+    r"|\bsummari[sz]e (this|the|our) (chat|conversation|discussion)\b[^\n]{0,100}\bfuture context\b",
+    re.IGNORECASE,
+)
+_ABOUT_CHAT = re.compile(
+    r"\b(this|the|our|entire) (chat|conversation|discussion|dialog|dialogue)\b|\bchat[ _]history\b", re.IGNORECASE
+)
+_AUTOCOMPLETION = re.compile(r"\s*#+ ?task:\s+you are an autocompletion system\b", re.IGNORECASE)
+_DESCRIPTION = re.compile(r"\s*(you are|you're|act as|i am|my name is)\b[^.\n]*\b(assistant|chatbot|ai|model)\b", re.I)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What is read of a conversation: `texts` in the order in which they are tried, at least one.
+
+    `previous`: the text by which the previous user turn is found, None for a first turn. With `is_housekeeping` the
+    base model answers.
+    """
+
+    texts: tuple[str, ...]
+    previous: str | None = None
+    is_housekeeping: bool = False
+
+
+def reading_of(messages: Sequence[Message]) -> Reading:
+    """Return what is read of a conversation of at least one message. Without a user turn, read the last message."""
+    users = [message.content for message in messages if message.role == "user"] or [messages[-1].content]
+    system = "\n".join(message.content for message in messages if message.role == "system")
+    if is_housekeeping(users[-1]) or is_housekeeping(system):
+        return Reading((users[-1],), is_housekeeping=True)
+    texts = _texts(users)
+    if 0 < len(system) <= MAX_SYSTEM_CHARS and len(users) < len(messages) and not _DESCRIPTION.match(system):
+        texts.append(f"{system}\n{texts[0]}")
+    return Reading(tuple(texts), _texts(users[:-1])[0] if len(users) > 1 else None)
+
+
+def is_housekeeping(text: str) -> bool:
+    """Return whether a client asks for its own use: a title, tags, follow-up questions or search queries of a chat."""
+    if _AUTOCOMPLETION.match(text):
+        return True
+    windows = (text[:_WINDOW], text[-_WINDOW:])
+    return any(_ORDER.search(window) and _ABOUT_CHAT.search(window) for window in windows)
+
+
+def is_elliptic(text: str) -> bool:
+    """Return whether a turn depends on the turns before it: it is not long and begins as a continuation."""
+    return _OPENERS.match(text.strip()) is not None and len(text.split()) <= _ELLIPTIC_WORDS
+
+
+def is_short(text: str) -> bool:
+    """Return whether a turn has so few words that it may depend on the turns before it."""
+    return len(text.split()) <= _SHORT_WORDS and len(text.strip()) <= _SHORT_CHARS
+
+
+def _texts(users: Sequence[str]) -> list[str]:
+    """Return the texts to try for the last of these user turns."""
+    last = users[-1]
+    if len(users) > 1 and is_elliptic(last):
+        return [_joined(users)]
+    return [last, _joined(users)] if len(users) > 1 and is_short(last) else [last]
+
+
+def _joined(users: Sequence[str]) -> str:
+    """Join the last turn with those before it, back to the first complete one."""
+    start = len(users) - 1
+    while start > 0 and len(users) - start < MAX_JOINED and (start == len(users) - 1 or _depends(users[start])):
+        start -= 1
+    return "\n".join(users[start:])
+
+
+def _depends(text: str) -> bool:
+    return is_elliptic(text) or is_short(text)

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deployments.generation.conversation import (
+    MAX_JOINED,
+    MAX_SYSTEM_CHARS,
+    Reading,
+    is_elliptic,
+    is_housekeeping,
+    is_short,
+    reading_of,
+)
+from gpu_worker.request.prompts import Message
+
+TASK = "Negate the statement: the chemists have loved shopping"
+OTHER = "Turn this statement into a question: the florists learn maths"
+
+
+def said(*turns: str) -> list[Message]:
+    """User turns with an answer after each but the last."""
+    messages = [message for turn in turns for message in (Message("user", turn), Message("assistant", "Done."))]
+    return messages[:-1]
+
+
+@pytest.mark.parametrize("before", [[], [TASK], [TASK, OTHER]])
+def test_a_complete_last_turn_is_read_alone(before: list[str]) -> None:
+    reading = reading_of(said(*before, OTHER))
+    assert reading.texts == (OTHER,)
+    assert reading.previous == (before[-1] if before else None)
+
+
+@pytest.mark.parametrize("turn", ["and for coffee?", "Now the same with dogs", "What about the dogs?", "again"])
+def test_an_elliptic_turn_is_joined_to_the_complete_turn_before_it(turn: str) -> None:
+    assert reading_of(said(OTHER, TASK, turn)).texts == (f"{TASK}\n{turn}",)
+
+
+def test_a_short_turn_is_tried_alone_first() -> None:
+    assert reading_of(said(TASK, "the dogs bark")).texts == ("the dogs bark", f"{TASK}\nthe dogs bark")
+    assert reading_of(said("the dogs bark")).texts == ("the dogs bark",)
+
+
+def test_several_dependent_turns_are_joined_back_to_a_complete_one() -> None:
+    reading = reading_of(said(OTHER, TASK, "and tea?", "and milk?"))
+    assert reading == Reading((f"{TASK}\nand tea?\nand milk?",), previous=f"{TASK}\nand tea?")
+
+
+def test_no_more_than_the_bound_is_joined() -> None:
+    turns = [f"and {number}?" for number in range(20)]
+    [text] = reading_of(said(TASK, *turns)).texts
+    assert text.split("\n") == turns[-MAX_JOINED:]
+
+
+def test_an_instruction_in_the_system_text_is_tried_last() -> None:
+    messages = [Message("system", "Negate each statement."), *said("The dogs are barking loudly today")]
+    last = "The dogs are barking loudly today"
+    assert reading_of(messages).texts == (last, f"Negate each statement.\n{last}")
+
+
+@pytest.mark.parametrize(
+    "system",
+    ["You are a helpful assistant.", "You are ChatX, a large language model.", "x" * (MAX_SYSTEM_CHARS + 1), ""],
+)
+def test_a_system_text_that_fits_every_conversation_is_not_read(system: str) -> None:
+    assert reading_of([Message("system", system), *said(TASK)]).texts == (TASK,)
+
+
+@pytest.mark.parametrize("role", ["system", "assistant"])
+def test_without_a_user_turn_the_last_message_is_read(role: str) -> None:
+    assert reading_of([Message(role, TASK)]) == Reading((TASK,))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "### Task:\nGenerate a concise, 3-5 word title with an emoji summarizing the chat history.\n<chat_history>\nHi",
+        "### Task:\nGenerate 1-3 broad tags categorizing the main themes of the chat history, along with 1-3 subtopics",
+        "### Task:\nSuggest 3-5 relevant follow-up questions that the user might ask next, from the chat history",
+        "### Task:\nYou are an autocompletion system. Continue the text in `<text>`.",
+        "Provide a concise, 5-word-or-less title for the conversation, using title case conventions.",
+        "Please generate a four to five word title summarizing our conversation without any lead-in or punctuation.",
+        "Based on the text above, give this conversation a name.",
+        "Summarize the discussion briefly in 200 words or less to use as a prompt for future context.",
+        "User: hi\nAI: hello\n" * 400 + "Reply with a title for the chat that is 3-4 words in length.",
+    ],
+)
+def test_a_clients_housekeeping_finds_no_adapter(text: str) -> None:
+    assert is_housekeeping(text)
+    assert reading_of(said(TASK, text)).is_housekeeping
+    assert reading_of([Message("system", text), *said("User: hi")]).is_housekeeping
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Write a title for this essay about chat bots",
+        "Summarize the following conversation: A: Hello. B: Hi, is this the shop?",
+        "Generate three tags for this photo of a dog",
+        "What is the title of the book that they mention in this conversation?",
+        "### Task:\nRespond to the user query using the provided context, with citations.\n<context>Dogs</context>",
+        "Create a search query language in Python",
+        TASK,
+    ],
+)
+def test_a_prompt_of_a_task_is_not_housekeeping(text: str) -> None:
+    assert not is_housekeeping(text)
+    assert not reading_of(said(text)).is_housekeeping
+
+
+@pytest.mark.parametrize("text", ["android", "notable", "oranges", "butterfly", "", "c a t"])
+def test_a_word_that_begins_like_an_opener_is_not_elliptic(text: str) -> None:
+    assert not is_elliptic(text)
+    assert is_short(text)
+
+
+def test_a_long_text_that_begins_like_a_continuation_is_complete() -> None:
+    text = "And the king said to his people that the war was over and that they could all go home now"
+    assert reading_of(said(TASK, text)).texts == (text,)
+
+
+ROLES = st.sampled_from(["system", "user", "assistant"])
+TEXTS = st.one_of(st.text(max_size=40), st.sampled_from([TASK, OTHER, "and tea?", "again", "the dogs bark"]))
+
+
+@given(st.lists(st.builds(Message, ROLES, TEXTS), min_size=1, max_size=12))
+def test_every_text_ends_with_the_last_turn_and_adds_only_what_was_said(messages: list[Message]) -> None:
+    reading = reading_of(messages)
+    users = [message.content for message in messages if message.role == "user"]
+    last = users[-1] if users else messages[-1].content
+    assert 1 <= len(reading.texts) <= 3
+    assert all(text.endswith(last) for text in reading.texts)
+    lines = {line for message in messages for line in message.content.split("\n")}
+    assert all(line in lines for text in reading.texts for line in text.split("\n"))
+    assert (reading.previous is not None) == (len(users) > 1 and not reading.is_housekeeping)
