@@ -77,11 +77,11 @@ def test_a_text_completion_sends_the_prompt_as_it_is() -> None:
     assert answer["object"] == "text_completion"
 
 
-def test_adapters_are_found_by_the_last_user_message() -> None:
+def test_adapters_are_found_by_the_last_user_message_after_the_previous_one() -> None:
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
     _, served = generate({"messages": [*turns, {"role": "user", "content": "Rhyme."}, turns[1]]})
-    [([request],)] = served.retriever.called("route")
-    assert request.text == "Rhyme."
+    requests = [request for ([request],) in served.retriever.called("route")]
+    assert [request.text for request in requests] == ["Hi", "Rhyme."]
 
 
 def test_a_handle_caller_may_send_the_model_or_a_mapping() -> None:

@@ -1,0 +1,104 @@
+"""Find the adapters of conversations: `python -m benchmarks.routing.conversations`.
+
+Compares the rule of `deployments.generation.conversation` with the last user turn alone, on hand-written conversations
+about the starter pool's tasks, with the packaged encoder. Nothing is generated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import typer
+
+from benchmarks.results_file import write_results
+from benchmarks.starter_pool import POOL
+from deployments.api.completions import ChatCompletionRequest
+from deployments.batch.planning import BatchRouting
+from deployments.config.app import AppConfig
+from deployments.generation.planner import Planner
+from lora_store import LoraStore
+from retriever_svc import Encoder, LivePool, Retriever
+
+CASES = Path(__file__).with_name("conversations.jsonl")
+BASE = "gemma-3-270m"
+_ACTOR = "benchmark"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One conversation. `expected`: the adapter that should be the best of its plan, None for the base model."""
+
+    kind: str
+    expected: str | None
+    messages: tuple[dict[str, str], ...]
+
+
+def read_cases() -> list[Case]:
+    """Return the conversations."""
+    rows = [json.loads(line) for line in CASES.read_text(encoding="utf-8").splitlines()]
+    return [Case(row["kind"], row["expected"], tuple(row["messages"])) for row in rows]
+
+
+def starter_retriever(folder: Path) -> Retriever:
+    """Publish the starter pool into a new store below `folder` and return a Retriever over it."""
+    store, encoder = LoraStore(str(folder), accepts_base=[BASE]), Encoder()
+    staged = [store.stage(path) for path in sorted(POOL.iterdir()) if path.is_dir()]
+    pools = LivePool(lambda _: encoder, store.snapshot)
+    embeddings = Retriever(pools).embed_groups([item.samples for item in staged])
+    store.commit(staged, embeddings, [None] * len(staged), _ACTOR)
+    pools.catch_up()
+    return Retriever(pools)
+
+
+async def chosen(planner: Planner, case: Case, *, whole: bool) -> str | None:
+    """Return the best adapter of the case's plan, None for the base model. Read the `whole` case or its last turn."""
+    messages = case.messages if whole else case.messages[-1:]
+    lora = {} if whole else {"query": messages[0]["content"]}
+    [question] = ChatCompletionRequest.model_validate({"messages": messages, "lora": lora}).questions()
+    plan = (await planner.plan(question, "local")).plan
+    return plan.adapters[0].ref.name if plan.adapters else None
+
+
+async def measure(planner: Planner) -> list[dict[str, str | None]]:
+    """Return one row per case: its kind, what was expected, and what each rule chose."""
+    return [
+        {
+            "kind": case.kind,
+            "expected": case.expected,
+            "conversation": await chosen(planner, case, whole=True),
+            "last_turn": await chosen(planner, case, whole=False),
+            "text": case.messages[-1]["content"][:60],
+        }
+        for case in read_cases()
+    ]
+
+
+def table_of(rows: Sequence[dict[str, str | None]]) -> tuple[str, dict[str, float]]:
+    """Return the table and the numbers: right choices of each rule by kind and in all."""
+    kinds = [*dict.fromkeys(str(row["kind"]) for row in rows), "all"]
+    lines, figures = [f"{'kind':26}{'cases':>6}{'last turn':>11}{'conversation':>14}"], {}
+    for kind in kinds:
+        own = [row for row in rows if kind in (row["kind"], "all")]
+        right = {rule: sum(row[rule] == row["expected"] for row in own) for rule in ("last_turn", "conversation")}
+        lines.append(f"{kind:26}{len(own):>6}{right['last_turn']:>11}{right['conversation']:>14}")
+        figures |= {f"{kind.replace(' ', '_')}_{rule}_right": count / len(own) for rule, count in right.items()}
+    return "\n".join(lines), figures
+
+
+def main() -> None:
+    """Measure both rules and write the results."""
+    with TemporaryDirectory() as folder:
+        planner = Planner(AppConfig(store_uri=str(folder)), BatchRouting(starter_retriever(Path(folder, "store"))))
+        rows = asyncio.run(measure(planner))
+    table, figures = table_of(rows)
+    print(table)
+    write_results("conversations", figures=figures, table=table, runs=rows)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+from benchmarks.routing.conversations import read_cases, table_of
+from benchmarks.starter_pool import POOL
+
+
+def test_every_case_ends_with_a_user_turn_and_expects_a_task_of_the_pool_or_the_base() -> None:
+    cases = read_cases()
+    tasks = {path.name for path in POOL.iterdir() if path.is_dir()}
+    assert len(cases) == 35
+    assert all(case.messages[-1]["role"] == "user" for case in cases)
+    assert {case.expected for case in cases} - {None} <= tasks
+    assert all(case.expected is None for case in cases if case.kind in {"everyday", "housekeeping"})
+
+
+def test_the_table_counts_right_choices_by_kind_and_in_all() -> None:
+    rows: list[dict[str, str | None]] = [
+        {"kind": "short", "expected": "a", "conversation": "a", "last_turn": "b"},
+        {"kind": "short", "expected": None, "conversation": "a", "last_turn": None},
+        {"kind": "system", "expected": "a", "conversation": "a", "last_turn": None},
+    ]
+    table, figures = table_of(rows)
+    assert figures["short_conversation_right"] == figures["short_last_turn_right"] == 0.5
+    assert (figures["all_conversation_right"], figures["all_last_turn_right"]) == (2 / 3, 1 / 3)
+    assert [line.split() for line in table.splitlines()[1:]] == [
+        ["short", "2", "1", "1"],
+        ["system", "1", "0", "1"],
+        ["all", "3", "1", "2"],
+    ]
