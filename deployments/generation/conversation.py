@@ -51,7 +51,7 @@ _DESCRIPTION = re.compile(r"\s*(you are|you're|act as|i am|my name is)\b[^.\n]*\
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What is read of a conversation: `texts` in the order in which they are tried, at least one.
+    """The texts of a conversation that are read. `texts` are tried in order; there is at least one.
 
     `previous`: the text by which the previous user turn is found, None for a first turn. With `is_housekeeping` the
     base model answers.
@@ -63,7 +63,7 @@ class Reading:
 
 
 def reading_of(messages: Sequence[Message]) -> Reading:
-    """Return what is read of a conversation of at least one message. Without a user turn, read the last message."""
+    """Return the texts of a conversation of at least one message. Without a user turn, read the last message."""
     users = [message.content for message in messages if message.role == "user"] or [messages[-1].content]
     system = "\n".join(message.content for message in messages if message.role == "system")
     if is_housekeeping(users[-1]) or is_housekeeping(system):
