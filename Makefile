@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export RAY_AUTH_MODE := token
 
-.PHONY: help setup serve demo quick test docs paper soak check lint types kernels sanitize
+.PHONY: help setup serve demo quick test test-clients docs paper soak check lint types kernels sanitize
 
 help: ## show this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -38,6 +38,14 @@ NOT_QUICK := $(addprefix --ignore=tests/,$(addprefix lora_store/test_store_,cras
 	$(addprefix retriever_svc/test_,encoder.py encoder_files.py training.py calibration_attacks.py))
 quick: $(READY) ## run the tests that need no model and no Ray, in under a minute
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -x -k "not s3" $(QUICK_TESTS) $(NOT_QUICK)
+
+CLIENTS_READY := $(VENV)/.clients-ready
+$(CLIENTS_READY): $(READY)
+	$(BIN)/python -m pip install --progress-bar off -c constraints.txt -e '.[clients]'
+	touch $(CLIENTS_READY)
+
+test-clients: $(CLIENTS_READY) ## run other projects' clients against the server
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/clients $(ARGS)
 
 DOCS_READY := $(VENV)/.docs-ready
 $(DOCS_READY): $(READY)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from docs.generate.clients import clients
 from docs.generate.commands import commands
 from docs.generate.error_codes import error_codes
 from docs.generate.limits import folder_limits, request_limits
@@ -15,6 +16,7 @@ from docs.generate.settings import settings
 
 BLOCKS: Mapping[str, Block] = {
     "chat-fields": chat_fields,
+    "clients": clients,
     "commands": commands,
     "completion-fields": completion_fields,
     "equal-families": equal_families,

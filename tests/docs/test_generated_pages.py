@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
 from deployments.api.base import LoraOptions
 from deployments.api.completions import ChatCompletionRequest, CompletionRequest, RouteQuery
 from deployments.config.app import AppConfig
-from docs.generate import error_codes, metrics, request_fields
+from docs.generate import clients, error_codes, metrics, request_fields
 from docs.generate.__main__ import DOCS, stale_pages
 from docs.generate.blocks import BLOCKS
 from docs.generate.markdown import block_names, filled, pages_with_blocks, table
@@ -72,3 +73,19 @@ def test_every_setting_of_the_top_level_has_a_row_with_a_meaning() -> None:
     assert len(rows) > 60
     assert AppConfig.model_fields.keys() <= {name for name, _ in rows} | set(re.findall(r"`(\w+)`", page))
     assert all(meaning.strip() for _, meaning in rows)
+
+
+def test_every_test_of_a_client_is_in_the_table() -> None:
+    shown = clients.clients()
+    files = sorted((clients.ROOT / "tests" / "clients").glob("test_*.py"))
+    assert len(files) == 5
+    for path in files:
+        assert path.read_text(encoding="utf-8").split('"""')[1].splitlines()[0] in shown
+    assert "langchain-tests" in shown and "streaming with usage" in shown
+
+
+def test_a_test_of_a_client_without_a_docstring_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "test_x.py"
+    path.write_text('"""X"""\ndef test_chat() -> None: ...\n')
+    with pytest.raises(ValueError, match="test_chat needs a docstring"):
+        clients._row(path)

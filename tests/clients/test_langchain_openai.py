@@ -1,0 +1,60 @@
+"""langchain-openai"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("langchain_tests", reason="langchain-tests is not installed: the extra `clients` has it")
+langchain_openai = pytest.importorskip("langchain_openai", reason="langchain-openai is not installed")
+from langchain_tests.integration_tests import ChatModelIntegrationTests  # noqa: E402
+
+# One event loop for all tests, because the model keeps its connections. Most tests are no coroutines.
+pytestmark = [
+    pytest.mark.asyncio(loop_scope="session"),
+    pytest.mark.filterwarnings("ignore:.*is marked with '@pytest.mark.asyncio'"),
+]
+
+
+def params(server_url: str) -> dict[str, Any]:
+    return {"model": "auto", "base_url": server_url, "api_key": "none", "max_retries": 0, "timeout": 30}
+
+
+class TestStandardTests(ChatModelIntegrationTests):
+    """the standard tests of `langchain-tests` for chat models, those of tools, structured output and media apart"""
+
+    url = ""
+
+    @pytest.fixture(autouse=True)
+    def _use_server(self, server_url: str) -> None:
+        type(self).url = server_url
+
+    @property
+    def chat_model_class(self) -> Any:
+        return langchain_openai.ChatOpenAI
+
+    @property
+    def chat_model_params(self) -> dict[str, Any]:
+        return params(self.url) | {"stream_usage": True}
+
+    @property
+    def model_override_value(self) -> str:
+        return "coder"
+
+    @property
+    def has_tool_calling(self) -> bool:
+        return False  # `tools` is refused
+
+    @property
+    def has_structured_output(self) -> bool:
+        return False  # `response_format` is refused
+
+
+def test_the_adapters_are_in_the_headers(server_url: str) -> None:
+    """adapters by `extra_body`, and their names by `include_response_headers`"""
+    body = {"lora": {"adapters": [{"name": "poet"}]}}
+    model = langchain_openai.ChatOpenAI(**params(server_url), include_response_headers=True, extra_body=body)
+    answer = model.invoke("Hi")
+    assert answer.content == "Hello"
+    assert answer.response_metadata["headers"]["x-lora-adapters"].startswith("poet@")

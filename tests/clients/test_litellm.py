@@ -1,0 +1,35 @@
+"""LiteLLM"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+litellm: Any = pytest.importorskip("litellm", reason="litellm is not installed: the extra `clients` has it")
+MESSAGES = [{"role": "user", "content": "Hi"}]
+
+
+def options(server_url: str, provider: str) -> dict[str, Any]:
+    return {"model": f"{provider}/auto", "api_base": server_url, "api_key": "none", "messages": MESSAGES, "timeout": 30}
+
+
+@pytest.mark.parametrize("provider", ["openai", "hosted_vllm", "lm_studio"])
+def test_chat(server_url: str, provider: str) -> None:
+    """chat as `openai/auto`, `hosted_vllm/auto` and `lm_studio/auto`"""
+    answer = litellm.completion(**options(server_url, provider))
+    assert answer.choices[0].message.content == "Hello"
+
+
+def test_stream(server_url: str) -> None:
+    """streaming with usage"""
+    asked = options(server_url, "openai") | {"stream": True, "stream_options": {"include_usage": True}}
+    chunks = list(litellm.completion(**asked))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == "Hello"
+    assert [chunk.usage.completion_tokens for chunk in chunks if getattr(chunk, "usage", None)] == [3]
+
+
+def test_fields_that_litellm_passes_on(server_url: str) -> None:
+    """`reasoning_effort` and `chat_template_kwargs`"""
+    asked = options(server_url, "hosted_vllm") | {"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}}
+    assert litellm.completion(**asked, reasoning_effort="low").choices[0].message.content == "Hello"
