@@ -13,7 +13,8 @@ constexpr int64_t kFew = 1024;          // largest top_k whose candidates are co
 constexpr int64_t kFewInShare = 8192;   // the same for top_p
 
 struct Draw {
-  int64_t row, top_k;  // top_k 0: all ids
+  int64_t row, top_k;        // top_k 0: all ids
+  const uint32_t* allowed;   // a bit per id, the lowest first; null: all ids
   double uniform, top_p;
   float inverse_temperature, log_min_p;
 };
@@ -236,10 +237,39 @@ int64_t choose(const E* logits, int64_t size, const Draw& draw) {
   return draw.top_k <= kFew ? draw_from_few(row, scale, draw) : draw_by_counting(row, scale, draw);
 }
 
+// Chooses among the ids of a mask: from a row of these alone, in which ids keep their order. The whole row must be
+// sound, since its log probabilities are reported.
+template <class E>
+int64_t choose_allowed(const E* logits, int64_t size, const Draw& draw) {
+  if (!Row<E>(logits, size).is_sound()) return -1;
+  std::vector<E> kept;
+  std::vector<int32_t> ids;
+  for (int64_t start = 0; start < size; start += 32) {
+    const int64_t end = std::min<int64_t>(start + 32, size);
+    uint32_t word = draw.allowed[start / 32];
+    if (word == ~0u && end - start == 32) {
+      kept.insert(kept.end(), logits + start, logits + end);
+      for (int64_t id = start; id < end; ++id) ids.push_back(static_cast<int32_t>(id));
+      continue;
+    }
+    for (; word != 0; word &= word - 1) {
+      const int64_t id = start + __builtin_ctz(word);
+      if (id >= end) break;
+      kept.push_back(logits[id]);
+      ids.push_back(static_cast<int32_t>(id));
+    }
+  }
+  const int64_t place = choose(kept.data(), static_cast<int64_t>(kept.size()), draw);
+  return place < 0 ? -1 : ids[place];
+}
+
 template <class E>
 void choose_all(const E* logits, int64_t size, const Draw* draws, int64_t num_draws, int64_t* tokens, int num_threads) {
 #pragma omp parallel for schedule(dynamic) num_threads(num_threads) if (num_draws > 1)
-  for (int64_t i = 0; i < num_draws; ++i) tokens[i] = choose(logits + draws[i].row * size, size, draws[i]);
+  for (int64_t i = 0; i < num_draws; ++i) {
+    const E* row = logits + draws[i].row * size;
+    tokens[i] = draws[i].allowed ? choose_allowed(row, size, draws[i]) : choose(row, size, draws[i]);
+  }
 }
 
 template <class E>

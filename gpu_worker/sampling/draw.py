@@ -18,6 +18,7 @@ TABLE = np.dtype(
     [
         ("row", np.int64),
         ("top_k", np.int64),  # 0: all ids
+        ("allowed", np.uint64),  # address of the row's mask; 0: all ids
         ("uniform", np.float64),
         ("top_p", np.float64),
         ("inverse_temperature", np.float32),
@@ -32,7 +33,8 @@ class Draw:
     """The inputs for choosing one row's next token.
 
     `forbidden`: ids that must not be chosen yet (end tokens before min_tokens). `tokens`: all tokens of the row, which
-    penalties read; the answer begins at `num_prompt_tokens`.
+    penalties read; the answer begins at `num_prompt_tokens`. `allowed`: a bit per id, the lowest first; the others
+    cannot be chosen.
     """
 
     params: SamplingParams
@@ -41,6 +43,7 @@ class Draw:
     forbidden: tuple[int, ...] = ()
     tokens: Sequence[int] = ()
     num_prompt_tokens: int = 0
+    allowed: NDArray[np.uint32] | None = None
 
     @property
     def changes_logits(self) -> bool:
@@ -57,6 +60,9 @@ def table_of(draws: Sequence[Draw], vocabulary: int) -> NDArray[np.void]:
     table = np.zeros(len(draws), TABLE)
     table["row"] = range(len(draws))
     table["top_k"], table["top_p"], table["inverse_temperature"], table["log_min_p"] = 1, 1, 1, -np.inf
+    for row, draw in enumerate(draws):
+        if draw.allowed is not None:
+            table["allowed"][row] = draw.allowed.ctypes.data
     sampled = [row for row, draw in enumerate(draws) if not draw.is_greedy]
     if not sampled:
         return table

@@ -12,6 +12,7 @@ from torch import Tensor
 from gpu_worker.sampling import sampling_torch
 from gpu_worker.sampling.draw import Draw, table_of
 from gpu_worker.sampling.logprobs import Scored
+from gpu_worker.sampling.masks import with_masks
 from gpu_worker.sampling.penalties import adjust
 from gpu_worker.sampling.sampling_kernel import WANTED, SamplingKernel
 
@@ -30,9 +31,9 @@ class Sampler:
     def __call__(self, logits: Tensor, draws: Sequence[Draw]) -> tuple[list[int | None], list[Scored | None]]:
         """Return each row's token, and its score if the request wants log probabilities.
 
-        Both are None if the row's logits contain NaN or +inf, or only -inf.
+        Both are None if the row's logits contain NaN or +inf, or if no allowed id has more than -inf.
         Dims: logits (B, V), one draw per row. The logits do not change. Log probabilities are those of these logits,
-        before temperature, penalties and bias.
+        before temperature, penalties, bias and masks.
         """
         if not draws:
             return [], []
@@ -81,7 +82,8 @@ def _by_torch(
 ) -> tuple[list[int], dict[int, Scored]]:
     """Choose and score with torch. All results leave the device in one copy."""
     on_host = logits.device.type == "cpu"
-    tokens = sampling_torch.choose(_with_adjusted(logits, draws, changed), table, on_host=on_host)
+    allowed = with_masks(_with_adjusted(logits, draws, changed), draws, is_copy=bool(changed))
+    tokens = sampling_torch.choose(allowed, table, on_host=on_host)
     results, counts = tokens.double(), _counts(logits, draws, wanted)
     width = max(counts, default=0)
     if wanted:

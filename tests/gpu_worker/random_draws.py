@@ -7,7 +7,9 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gpu_worker.request.request import SamplingParams
@@ -52,7 +54,17 @@ def random_draw(chance: random.Random, vocabulary: int) -> Draw:
     forbidden = tuple(chance.sample(range(vocabulary), 2)) if is_early else ()
     tokens = [chance.randrange(vocabulary) for _ in range(chance.randint(1, 30))]
     seed, position = chance.randrange(2**63), chance.randrange(10_000)
-    return Draw(SamplingParams(**chosen), seed, position, forbidden, tokens, chance.randint(0, len(tokens)))
+    num_prompt = chance.randint(0, len(tokens))
+    allowed = random_mask(chance, vocabulary) if chance.random() < 0.4 else None
+    return Draw(SamplingParams(**chosen), seed, position, forbidden, tokens, num_prompt, allowed)
+
+
+def random_mask(chance: random.Random, vocabulary: int) -> NDArray[np.uint32]:
+    """Whole words, none of a word, or some of it; also bits behind the vocabulary, which mean nothing."""
+    kinds = [lambda: 0, lambda: 2**32 - 1, lambda: chance.getrandbits(32), lambda: 1 << chance.randrange(32)]
+    weights = [chance.random() for _ in kinds]
+    words = [chance.choices(kinds, weights)[0]() for _ in range(-(-vocabulary // 32))]
+    return np.array(words, np.uint32)
 
 
 def random_batch(chance: random.Random, num_rows: int, vocabulary: int) -> tuple[Tensor, list[Draw]]:

@@ -36,8 +36,13 @@ def adjusted_slowly(logits: Tensor, draw: Draw) -> list[float]:
             value = value / penalty if value > 0 else value * penalty
         if counts[i]:
             value -= one(counts[i] * params.frequency_penalty + params.presence_penalty)
-        values.append(-math.inf if i in draw.forbidden else float(value))
+        values.append(-math.inf if i in draw.forbidden or not is_allowed(draw, i) else float(value))
     return values
+
+
+def is_allowed(draw: Draw, token_id: int) -> bool:
+    """Whether the mask has the id's bit, or there is no mask."""
+    return draw.allowed is None or bool(int(draw.allowed[token_id // 32]) >> token_id % 32 & 1)
 
 
 def tokens_slowly(logits: Tensor, draw: Draw) -> set[int | None]:

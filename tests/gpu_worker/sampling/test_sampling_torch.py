@@ -6,6 +6,7 @@ import random
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gpu_worker.request.request import SamplingParams
 from gpu_worker.sampling import sampling_torch
 from gpu_worker.sampling.draw import table_of
+from gpu_worker.sampling.masks import with_masks
 from tests.gpu_worker.random_draws import random_batch, random_draw
 
 
@@ -57,8 +59,10 @@ def test_the_way_of_gpus_never_waits_for_the_device() -> None:
         kinds = [SamplingParams(temperature=0), SamplingParams(), SamplingParams(top_k=40), SamplingParams(top_p=0.9)]
         draws = [replace(random_draw(chance, 300), params=kinds[i % 4]) for i in range(num_rows)]
         logits, table = torch.randn(num_rows, 300), table_of(draws, 300)
+        allowed = np.full(10, 2**32 - 1, np.uint32)
+        masked = [replace(draw, allowed=allowed if i % 2 else None) for i, draw in enumerate(draws)]
         with Waits() as waits:
-            tokens = sampling_torch.choose(logits, table, on_host=False)
+            tokens = sampling_torch.choose(with_masks(logits, masked, is_copy=False), table, on_host=False)
             sampling_torch.score(logits, tokens, list(range(num_rows)), 5, on_host=False)
         assert waits.found == []
         counts.append(waits.num_operations)
