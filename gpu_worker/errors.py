@@ -6,6 +6,8 @@ GpuWorkerError
 ├── PromptInvalid          the prompt cannot be rendered or tokenized
 ├── PromptTooLong          prompt and new tokens exceed `max_model_len`
 ├── SamplingInvalid        a sampling parameter is out of range
+├── GrammarInvalid         the grammar of the answer cannot be compiled
+├── GrammarFailed          the grammar needs too much time or memory while the answer is generated
 ├── PlanTooLarge           the plan's adapters need more rank rows than the bank has
 ├── AdapterUnfit           the adapter's tensors do not match the base model
 ├── AdapterLoadFailed      the weights could not be fetched; only requests that need them fail
@@ -51,6 +53,25 @@ class SamplingInvalid(GpuWorkerError):
 
     def __str__(self) -> str:
         return self.message
+
+
+class GrammarInvalid(GpuWorkerError):
+    """The grammar cannot be compiled. Change it.
+
+    `pointer`: JSON pointer of the invalid part of a schema; `param`: the request's field that has the grammar.
+    """
+
+    def __init__(self, message: str, pointer: str = "", param: str | None = None) -> None:
+        super().__init__(message, pointer, param)
+        self.message, self.pointer, self.param = message, pointer, param
+
+    def __str__(self) -> str:
+        place = f" at {self.pointer}" if self.pointer else ""
+        return f"{self.param or 'the grammar'}{place} cannot be compiled: {self.message}"
+
+
+class GrammarFailed(GpuWorkerError):
+    """The grammar needs too much time or memory while the answer is generated. Use a simpler one."""
 
 
 class PlanTooLarge(GpuWorkerError):

@@ -22,6 +22,7 @@ class Capabilities:
     engine: str
     strategies: frozenset[str] = frozenset(STRATEGIES)
     logprobs: bool = True
+    structured_output: bool = False  # answers that follow a grammar
     prefix_cache: bool = False  # prompts with the same plan share computed blocks
     quantized_base: bool = False
     tensor_parallel: bool = False

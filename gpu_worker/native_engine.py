@@ -54,7 +54,7 @@ class NativeEngine(InferenceEngine):
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities(engine="native")
+        return Capabilities(engine="native", structured_output=True)
 
     @property
     def memory(self) -> EngineMemory:

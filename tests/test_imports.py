@@ -44,7 +44,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"errors"},
         {"config"},
         {"device", "native", "request", "text"},
-        {"bank", "sampling"},
+        {"bank", "grammar", "sampling"},
         {"step"},
         {"attention"},
         {"model"},

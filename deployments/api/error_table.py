@@ -80,6 +80,8 @@ TABLE: tuple[tuple[type[Exception], int, str, str], ...] = (
     (worker_errors.SamplingInvalid, 400, _INVALID, "invalid_request"),
     (worker_errors.PromptInvalid, 400, _INVALID, "invalid_prompt"),
     (worker_errors.PromptTooLong, 400, _INVALID, "context_length_exceeded"),
+    (worker_errors.GrammarInvalid, 400, _INVALID, "grammar_invalid"),
+    (worker_errors.GrammarFailed, 422, _INVALID, "grammar_failed"),
     (worker_errors.PlanTooLarge, 400, _INVALID, "plan_too_large"),
     (worker_errors.AdapterUnfit, 400, _INVALID, "adapter_incompatible"),
     (worker_errors.LogitsNotFinite, 422, _INVALID, "logits_not_finite"),

@@ -30,19 +30,13 @@ from gpu_worker.engine.forward import ForwardPass
 from gpu_worker.engine.isolation import compute_isolated
 from gpu_worker.engine.memory_plan import load_planned
 from gpu_worker.engine.model_check import ModelCheck
-from gpu_worker.engine.next_tokens import Chosen, choose
+from gpu_worker.engine.next_tokens import Chosen, choose, failure_of, grammars_of
 from gpu_worker.engine.prefetch_window import PrefetchWindow
-from gpu_worker.engine.preprocess import RequestPreprocessor
+from gpu_worker.engine.preprocess import RequestPreprocessor, grammar_compiler
 from gpu_worker.engine.row import Row
 from gpu_worker.engine.scheduler import Scheduled, schedule
-from gpu_worker.errors import (
-    DeadlineExceeded,
-    EngineFull,
-    EngineStopped,
-    LogitsNotFinite,
-    RequestFailed,
-    WaitedTooLong,
-)
+from gpu_worker.errors import DeadlineExceeded, EngineFull, EngineStopped, RequestFailed, WaitedTooLong
+from gpu_worker.grammar.mask_thread import MaskThread
 from gpu_worker.lora.inject import inject, target_linears
 from gpu_worker.model.base_model import BaseModel
 from gpu_worker.request.request import Delta
@@ -85,13 +79,15 @@ class Engine:
         fuse_where_compiled(self.base.model, config)
         self.bank = LoraBank(linears, config.bank_rank_rows, free_fill=free_fill)
         inject(self.base.model, self.bank, context)
+        self._masks = MaskThread()
         self._sampler = Sampler(load_sampling_kernel(config.cache_dir) if config.device == "cpu" else None)
         self.residency = Residency(self.bank)
         self.kv_cache = (build_kv_cache or partial(make_kv_cache, config))(self.memory.kv)
         kernel, device = make_lora_kernel(config), torch.device(config.device)
         self._forward = ForwardPass(self.base, self.residency, self.kv_cache, context, kernel, device)
         check.run(self._forward, self.residency, self.kv_cache)
-        self.prepare = RequestPreprocessor(self.base, self.max_len, clock)
+        self.grammars = grammar_compiler(self.base)
+        self.prepare = RequestPreprocessor(self.base, self.max_len, clock, grammars=self.grammars)
         state = self.bank, self.residency, self.kv_cache
         self._device_check = DeviceCheck(self._forward, self._attempt, self.prepare, *state)
         self._executor = executor or load_executor(config.load_threads)
@@ -192,8 +188,10 @@ class Engine:
         self._drop_forgotten()
 
     def close(self) -> None:
-        """Start no more loads."""
+        """Start no more loads and compilations."""
         self._executor.shutdown(wait=False, cancel_futures=True)
+        self._masks.close()
+        self.grammars.close()
 
     @property
     def waiting(self) -> FairQueue:
@@ -302,7 +300,10 @@ class Engine:
             self._end_failed(outcome.failed, num_tokens, works=bool(outcome.computed))
 
     def _attempt(self, part: Sequence[Scheduled]) -> Chosen:
-        return choose(part, self._forward(part), self._sampler)
+        self._masks.begin(grammars_of(part))
+        logits = self._forward(part)
+        self._masks.finish()
+        return choose(part, logits, self._sampler)
 
     def _deliver(self, part: Sequence[Scheduled], chosen: Chosen) -> None:
         """Append the new token of each computed row, and send its text to the client."""
@@ -337,9 +338,7 @@ class Engine:
     ) -> Delta | Exception | None:
         """Append the token to the row and return the event for its client."""
         if token is None:
-            return LogitsNotFinite(
-                f"request {row.request_id} produced non-finite logits; use smaller adapter weights or other adapters"
-            )
+            return failure_of(row)
         if row.capture_first_logits and row.first_logits is None:
             row.first_logits = logits.to("cpu", torch.float32, copy=True)
         try:

@@ -6,17 +6,25 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tokenizers import Tokenizer
 
 from gpu_worker.engine.row import Row, Sink
 from gpu_worker.errors import PromptInvalid, PromptTooLong, SamplingInvalid
+from gpu_worker.grammar.compiler import GrammarCompiler
+from gpu_worker.grammar.library import make_vocabulary
+from gpu_worker.grammar.state import GrammarState
+from gpu_worker.request.grammar import Grammar
 from gpu_worker.request.prompt_memo import PromptMemo
 from gpu_worker.request.prompts import render, resolve_template, template_stops
 from gpu_worker.request.request import DEFAULT_MAX_TOKENS, MAX_CHARS_PER_TOKEN, Job
 from gpu_worker.text.incremental_detokenizer import IncrementalDetokenizer
 from gpu_worker.text.token_bytes import TokenBytes
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
 
 
 class PromptModel(Protocol):
@@ -35,10 +43,21 @@ class PromptModel(Protocol):
 
 
 class RequestPreprocessor:
-    """The thread-safe preprocessor of an engine. `clock`: the engine's clock, which deadlines refer to."""
+    """The thread-safe preprocessor of an engine. `clock`: the engine's clock, which deadlines refer to.
 
-    def __init__(self, base: PromptModel, max_len: int, clock: Callable[[], float] = time.monotonic) -> None:
+    Without `grammars`, jobs with structured output are refused.
+    """
+
+    def __init__(
+        self,
+        base: PromptModel,
+        max_len: int,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        grammars: GrammarCompiler | None = None,
+    ) -> None:
         self._base, self._max_len, self._clock = base, max_len, clock
+        self._grammars = grammars
         self._token_bytes = TokenBytes(base.backend_tokenizer)
         self._memo = PromptMemo()
         self._num_embeddings = base.num_embeddings
@@ -48,7 +67,8 @@ class RequestPreprocessor:
     ) -> Row:
         """Render and tokenize the job's prompt. `arrived`: arrival time by the engine's clock; None: now.
 
-        Raises: PromptInvalid, PromptTooLong, SamplingInvalid.
+        Waits for the compiler if the job has a new grammar.
+        Raises: PromptInvalid, PromptTooLong, SamplingInvalid, GrammarInvalid, EngineFull.
         """
         arrived = self._clock() if arrived is None else arrived
         self._require_ids("logit_bias", [token_id for token_id, _ in job.sampling.logit_bias])
@@ -58,24 +78,35 @@ class RequestPreprocessor:
         return row
 
     def of_tokens(self, job: Job, tokens: list[int], sink: Sink, *, capture_first_logits: bool = False) -> Row:
-        """Make a row with these tokens instead of the job's prompt. Raises: PromptTooLong, SamplingInvalid."""
-        is_raw = isinstance(job.prompt, str)
-        own_stops = () if is_raw else template_stops(job.template, self._base.tokenizer)
+        """Make a row with these tokens instead of the job's prompt.
+
+        Raises: PromptTooLong, SamplingInvalid, GrammarInvalid, EngineFull.
+        """
+        max_new_tokens = self._max_new_tokens(len(tokens), job.sampling.max_tokens)
+        grammar = job.sampling.grammar
+        has_own_end = isinstance(job.prompt, str) or grammar is not None  # a stop must not cut the grammar's text
+        own_stops = () if has_own_end else template_stops(job.template, self._base.tokenizer)
         return Row(
             request_id=job.request_id,
             plan=job.plan,
             sampling=job.sampling,
             tokens=tokens,
             num_prompt_tokens=len(tokens),
-            max_new_tokens=self._max_new_tokens(len(tokens), job.sampling.max_tokens),
+            max_new_tokens=max_new_tokens,
             end_ids=self._end_ids(job),
             seed=secrets.randbits(63) if job.sampling.seed is None else job.sampling.seed,
             detokenizer=IncrementalDetokenizer(self._base.backend_tokenizer, job.sampling.stop + own_stops, tokens),
             sink=sink,
             token_bytes=self._token_bytes,
+            grammar=None if grammar is None else self._grammar_state(grammar, job.tenant, tokens),
             capture_first_logits=capture_first_logits,
             tenant=job.tenant,
         )
+
+    def _grammar_state(self, grammar: Grammar, tenant: str, tokens: list[int]) -> GrammarState:
+        if self._grammars is None:
+            raise SamplingInvalid(f"{grammar.param}: this engine has no structured output; remove it", grammar.param)
+        return self._grammars.state(grammar, tenant, tokens, len(tokens), self._base.vocab_size)
 
     def _tokens(self, job: Job) -> Sequence[int]:
         is_raw = isinstance(job.prompt, str)
@@ -127,6 +158,23 @@ class RequestPreprocessor:
                 raise SamplingInvalid(
                     f"{name} must have ids from 0 to {self._base.vocab_size - 1}, got {token_id}", name
                 )
+
+
+def grammar_compiler(base: PromptModel) -> GrammarCompiler:
+    """Return a compiler for the base model's vocabulary."""
+    return GrammarCompiler(partial(_vocabulary_of, base))
+
+
+def _vocabulary_of(base: PromptModel) -> LLTokenizer:
+    """Return the base model's vocabulary for grammars. Tokens that the tokenizer calls special are never text."""
+    tokenizer = base.backend_tokenizer
+    special = [i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special]
+
+    def tokenize(text: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    return make_vocabulary(TokenBytes(tokenizer), base.vocab_size, base.eos_token_ids, special, tokenize)
 
 
 def _too_long(num_prompt_tokens: int, num_new_tokens: int | None, max_len: int) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from gpu_worker.bank.device_layout import DeviceAdapter
+from gpu_worker.grammar.state import GrammarState
 from gpu_worker.request.request import Delta, FinishReason, SamplingParams, TokenLogprob
 from gpu_worker.sampling.draw import Draw
 from gpu_worker.sampling.logprobs import Scored
@@ -37,6 +38,7 @@ class Row:
     detokenizer: IncrementalDetokenizer
     sink: Sink
     token_bytes: TokenBytes
+    grammar: GrammarState | None = None
     capture_first_logits: bool = False
     tenant: str = LOCAL_TENANT
     deadline: float = math.inf  # by the engine's clock
@@ -72,7 +74,8 @@ class Row:
     def draw(self) -> Draw:
         """Return the inputs for choosing the next token."""
         forbidden = tuple(self.end_ids) if self.num_new_tokens < self.sampling.min_tokens else ()
-        return Draw(self.sampling, self.seed, len(self.tokens), forbidden, self.tokens, self.num_prompt_tokens)
+        allowed = None if self.grammar is None or self.grammar.error is not None else self.grammar.allowed
+        return Draw(self.sampling, self.seed, len(self.tokens), forbidden, self.tokens, self.num_prompt_tokens, allowed)
 
     def append_token(self, token: int, scored: Scored | None = None) -> Delta | None:
         """Append a token. Return the released text, with the finish reason after the last token, or None."""

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from gpu_worker.errors import SamplingInvalid
+from gpu_worker.request.grammar import Grammar
 from gpu_worker.request.prompts import Message
 from lora_store.adapter import LOCAL_TENANT
 from lora_store.plan import BASE_PLAN, Plan
@@ -41,6 +42,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    grammar: Grammar | None = None  # what the answer must follow; it ends the answer
 
     def __post_init__(self) -> None:
         limit = DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
@@ -55,6 +57,7 @@ class SamplingParams:
         self._require("seed", self.seed is None or 0 <= self.seed < 2**63, "be between 0 and 2**63 - 1")
         self._check_penalties()
         self._check_stops()
+        self._check_grammar()
 
     def _check_penalties(self) -> None:
         for name in ("presence_penalty", "frequency_penalty"):
@@ -75,6 +78,11 @@ class SamplingParams:
             if not 0 < len(stop) <= MAX_STOP_CHARS:
                 message = f"each string of stop must have 1 to {MAX_STOP_CHARS} characters, got {len(stop)}"
                 raise SamplingInvalid(message, "stop")
+
+    def _check_grammar(self) -> None:
+        for name in ("min_tokens", "ignore_eos"):
+            is_free = self.grammar is None or not getattr(self, name)
+            self._require(name, is_free, "be absent with structured output, because the grammar ends the answer")
 
     def _require(self, name: str, holds: bool, rule: str) -> None:
         if not holds:

@@ -70,6 +70,8 @@ EXPECTED = [
     (worker_errors.PromptTooLong("long"), 400, INVALID, "context_length_exceeded"),
     (worker_errors.PlanTooLarge("rows"), 400, INVALID, "plan_too_large"),
     (worker_errors.AdapterUnfit("fit"), 400, INVALID, "adapter_incompatible"),
+    (worker_errors.GrammarInvalid("no", "/properties/a", "response_format"), 400, INVALID, "grammar_invalid"),
+    (worker_errors.GrammarFailed("complex"), 422, INVALID, "grammar_failed"),
     (worker_errors.LogitsNotFinite("inf"), 422, INVALID, "logits_not_finite"),
     (worker_errors.RequestFailed("r-1"), 500, "server_error", "request_failed"),
     (worker_errors.AdapterLoadFailed("load"), 503, OVERLOADED, "adapter_load_failed"),

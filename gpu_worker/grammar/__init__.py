@@ -1,0 +1,1 @@
+"""Structured output: compile grammars, and compute the ids that each may continue with."""

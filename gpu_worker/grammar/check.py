@@ -1,0 +1,121 @@
+"""Check one grammar in a process of its own: `python -m gpu_worker.grammar.check`.
+
+The grammar comes from a client. Some need minutes or gigabytes to compile, and the library has no call to stop that. So
+a process with limits compiles it first, against a vocabulary of single bytes, and follows it for a few bytes.
+
+It reads {"kind", "text"} from standard input and writes {"error", "pointer"}; `error` is null for a good grammar.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import sys
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gpu_worker.errors import GrammarInvalid
+from gpu_worker.grammar.library import make_vocabulary, matcher_of
+from gpu_worker.request.grammar import Grammar
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+MAX_CPU_S = 2
+MAX_BYTES = 1 << 31  # of address space
+_NUM_STEPS = 48
+_MAX_SUBSCHEMAS = 500
+_END = 256
+_MAPS = ("$defs", "definitions", "properties", "patternProperties", "dependentSchemas")
+_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
+_SINGLE = ("items", "additionalProperties", "contains", "propertyNames", "not", "if", "then", "else")
+
+
+def check(grammar: Grammar) -> None:
+    """Return if the grammar compiles and a text can begin with it. Raises: GrammarInvalid."""
+    vocabulary = make_vocabulary(lambda token_id: bytes([token_id]) if token_id < _END else b"", _END + 1, [_END])
+    error = _error_of(grammar, vocabulary)
+    if error is not None:
+        pointer = _place_of(error, grammar.text, vocabulary) if grammar.kind == "json_schema" else ""
+        raise GrammarInvalid(error, pointer)
+
+
+def _error_of(grammar: Grammar, vocabulary: LLTokenizer) -> str | None:
+    try:
+        matcher = matcher_of(grammar, vocabulary)
+    except ValueError as exc:
+        return str(exc)
+    return _message(matcher) if matcher.is_error() else _error_while_following(matcher)
+
+
+def _error_while_following(matcher: LLMatcher) -> str | None:
+    """Choose a few bytes that the grammar allows, and return an error of that."""
+    chance = random.Random(0)
+    for _ in range(_NUM_STEPS):
+        allowed = np.flatnonzero(np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little"))
+        if matcher.is_error():
+            return "no text matches it, or it is too complex"
+        matcher.consume_token(int(chance.choice(allowed.tolist())))
+        if matcher.is_stopped():
+            break
+    return _message(matcher) if matcher.is_error() else None
+
+
+def _message(matcher: LLMatcher) -> str:
+    """Return the library's message without its marks."""
+    lines = [line for line in matcher.get_error().splitlines() if line.strip() and line != "<non-verbose/>"]
+    return " ".join(" ".join(lines).split())[:500]
+
+
+def _place_of(error: str, text: str, vocabulary: LLTokenizer) -> str:
+    """Return the JSON pointer of the innermost schema that has this error on its own, or "" for the whole schema."""
+    try:
+        root = json.loads(text)
+    except (ValueError, RecursionError):
+        return ""
+    if not isinstance(root, dict):
+        return ""
+    shared = {name: root[name] for name in ("$defs", "definitions") if name in root}
+    for number, (pointer, schema) in enumerate(_subschemas(root, "")):
+        if number == _MAX_SUBSCHEMAS:
+            break
+        alone = Grammar("json_schema", json.dumps(shared | schema if pointer else schema))
+        if _error_of(alone, vocabulary) == error:
+            return pointer
+    return ""
+
+
+def _subschemas(schema: Mapping[str, Any], pointer: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield every schema inside this one with its pointer, innermost first, and then this one."""
+    inner: list[tuple[str, Any]] = []
+    for name in _MAPS:
+        if isinstance(found := schema.get(name), dict):
+            inner += [(f"{name}/{key.replace('~', '~0').replace('/', '~1')}", part) for key, part in found.items()]
+    for name in _LISTS:
+        if isinstance(found := schema.get(name), list):
+            inner += [(f"{name}/{place}", part) for place, part in enumerate(found)]
+    inner += [(name, schema[name]) for name in _SINGLE if name in schema]
+    for path, part in inner:
+        if isinstance(part, dict):
+            yield from _subschemas(part, f"{pointer}/{path}")
+    yield pointer, dict(schema)
+
+
+def main() -> None:
+    """Check the grammar of standard input within the limits."""
+    resource.setrlimit(resource.RLIMIT_CPU, (MAX_CPU_S, MAX_CPU_S))
+    resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    error, pointer = None, ""
+    try:
+        check(Grammar(**json.load(sys.stdin)))
+    except GrammarInvalid as exc:
+        error, pointer = exc.message, exc.pointer
+    json.dump({"error": error, "pointer": pointer}, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

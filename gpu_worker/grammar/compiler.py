@@ -1,0 +1,190 @@
+"""Compile grammars off the engine's thread, and cache them."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import subprocess
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from gpu_worker.errors import EngineFull, GrammarInvalid
+from gpu_worker.grammar.library import matcher_of
+from gpu_worker.grammar.state import GrammarState
+from gpu_worker.request.grammar import Grammar
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+MAX_GRAMMARS = 64
+MAX_PENDING = 64
+_NUM_THREADS = 2
+_LONGEST_CHECK_S = 20.0  # the process limits its own CPU time; this is for a machine that gives it none
+_TOO_COMPLEX = "it needs too much time or memory; make it simpler"
+
+
+class CheckProcess:
+    """The process that checks one grammar. `kill` may be called from any thread, also before `run`."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+        self._is_killed = False
+
+    def run(self, grammar: Grammar) -> None:
+        """Return if the grammar is good. Raises: GrammarInvalid."""
+        with self._lock:
+            if self._is_killed:
+                raise GrammarInvalid("the request was cancelled")
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "gpu_worker.grammar.check"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+        with self._process as process:
+            try:
+                output, _ = process.communicate(
+                    json.dumps({"kind": grammar.kind, "text": grammar.text}), timeout=_LONGEST_CHECK_S
+                )
+            except subprocess.TimeoutExpired:
+                process.kill()
+                output = ""
+        found = json.loads(output) if process.returncode == 0 and output else {"error": _TOO_COMPLEX, "pointer": ""}
+        if found["error"] is not None:
+            raise GrammarInvalid(found["error"], found["pointer"])
+
+    def kill(self) -> None:
+        """End the process, or do not start it."""
+        with self._lock:
+            self._is_killed = True
+            if self._process is not None:
+                self._process.kill()
+
+
+@dataclass(slots=True)
+class _Entry:
+    """A grammar that is compiled or being compiled, and the number of requests that wait for it."""
+
+    check: CheckProcess
+    compiled: Future[LLMatcher] = field(default_factory=Future)
+    num_waiting: int = 0
+
+
+class GrammarCompiler:
+    """A thread-safe cache of compiled grammars, by tenant. The oldest unused ones are dropped.
+
+    The tenant is part of the key, because a fast answer would reveal another tenant's grammars. Concurrent requests
+    with one grammar compile it once. When the last of them leaves, the check is killed.
+    """
+
+    def __init__(
+        self,
+        make_vocabulary: Callable[[], LLTokenizer],
+        *,
+        max_grammars: int = MAX_GRAMMARS,
+        max_pending: int = MAX_PENDING,
+        new_check: Callable[[], CheckProcess] = CheckProcess,
+    ) -> None:
+        """`make_vocabulary` is called before the first grammar is compiled, because it takes about a second."""
+        self._make_vocabulary, self._new_check = make_vocabulary, new_check
+        self._max_grammars, self._max_pending = max_grammars, max_pending
+        self._vocabulary: LLTokenizer | None = None
+        self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
+        self._lock = threading.Lock()
+        self._vocabulary_lock = threading.Lock()
+        self._executor = ThreadPoolExecutor(_NUM_THREADS, "grammar-compiler")
+
+    async def compile(self, grammar: Grammar, tenant: str) -> None:
+        """Return when the grammar is compiled. Leaving the call cancels what nobody else waits for.
+
+        Raises: GrammarInvalid, EngineFull.
+        """
+        key, entry = self._entry(grammar, tenant)
+        try:
+            await asyncio.shield(asyncio.wrap_future(entry.compiled))
+        except GrammarInvalid as exc:
+            raise GrammarInvalid(exc.message, exc.pointer, grammar.param) from None
+        finally:
+            self._leave(key, entry)
+
+    def state(
+        self, grammar: Grammar, tenant: str, tokens: Sequence[int], num_prompt_tokens: int, vocabulary: int
+    ) -> GrammarState:
+        """Return the grammar's state for a row. Wait for the compiler if needed. Raises: GrammarInvalid, EngineFull."""
+        key, entry = self._entry(grammar, tenant)
+        try:
+            return GrammarState(entry.compiled.result().deep_copy(), tokens, num_prompt_tokens, vocabulary)
+        except GrammarInvalid as exc:
+            raise GrammarInvalid(exc.message, exc.pointer, grammar.param) from None
+        finally:
+            self._leave(key, entry)
+
+    def close(self) -> None:
+        """Start no more compilations, and kill those that run."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            entries = list(self._entries.values())
+        for entry in entries:
+            entry.check.kill()
+
+    @property
+    def num_grammars(self) -> int:
+        return len(self._entries)
+
+    def _entry(self, grammar: Grammar, tenant: str) -> tuple[bytes, _Entry]:
+        """Return the grammar's entry, for one more waiting request. Raises: EngineFull."""
+        key = _key_of(grammar, tenant)
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is None:
+                if sum(not other.compiled.done() for other in self._entries.values()) >= self._max_pending:
+                    raise EngineFull(f"{self._max_pending} grammars are waiting for the compiler; retry later")
+                entry = self._entries[key] = _Entry(self._new_check())
+                self._executor.submit(self._compile, grammar, entry)
+                self._drop_oldest()
+            self._entries.move_to_end(key)
+            entry.num_waiting += 1
+            return key, entry
+
+    def _drop_oldest(self) -> None:
+        """Drop entries that nobody waits for, oldest first, until there is room."""
+        unused = [key for key, entry in self._entries.items() if not entry.num_waiting and entry.compiled.done()]
+        for key in unused[: max(len(self._entries) - self._max_grammars, 0)]:
+            del self._entries[key]
+
+    def _leave(self, key: bytes, entry: _Entry) -> None:
+        with self._lock:
+            entry.num_waiting -= 1
+            is_abandoned = not entry.num_waiting and not entry.compiled.done()
+            if is_abandoned and self._entries.get(key) is entry:
+                del self._entries[key]
+        if is_abandoned:
+            entry.check.kill()
+
+    def _compile(self, grammar: Grammar, entry: _Entry) -> None:
+        try:
+            entry.check.run(grammar)
+            matcher = matcher_of(grammar, self._known_vocabulary())
+            if matcher.is_error():
+                raise GrammarInvalid(_TOO_COMPLEX)
+        except Exception as exc:
+            entry.compiled.set_exception(exc)
+        else:
+            entry.compiled.set_result(matcher)
+
+    def _known_vocabulary(self) -> LLTokenizer:
+        with self._vocabulary_lock:
+            self._vocabulary = self._vocabulary or self._make_vocabulary()
+            return self._vocabulary
+
+
+def _key_of(grammar: Grammar, tenant: str) -> bytes:
+    return hashlib.sha256(json.dumps([tenant, grammar.kind, grammar.text]).encode()).digest()

@@ -1,0 +1,96 @@
+"""What every use of the grammar library shares: limits, JSON options, and the vocabulary.
+
+The library is loaded with the first grammar: most workers never need it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING
+
+from gpu_worker.request.grammar import Grammar
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+# White space between JSON tokens: of one line, or of an indented one. Unbounded, a model that samples may never end it.
+_WHITE_SPACE = r"( |\n {0,32}|\n\t{1,8})"
+_MAX_LEXER_STATES = 20_000  # of one grammar, about 2 kB each
+# They win over what a schema sets by `x-guidance`.
+_JSON_OPTIONS = {
+    "item_separator": ",",
+    "key_separator": ":",
+    "whitespace_flexible": True,
+    "whitespace_pattern": _WHITE_SPACE,
+    "coerce_one_of": False,
+    "lenient": False,
+}
+
+
+def limits() -> LLParserLimits:
+    """Return the bounds of compiling and of one step. Messages name no internal state."""
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
+
+
+def matcher_of(grammar: Grammar, vocabulary: LLTokenizer) -> LLMatcher:
+    """Compile the grammar. An error is in the matcher. Raises: ValueError if the text has not the form of its kind."""
+    from llguidance import LLMatcher, grammar_from
+
+    if grammar.kind == "json_schema":
+        source = LLMatcher.grammar_from_json_schema(grammar.text, overrides=_JSON_OPTIONS)
+    else:
+        source = grammar_from(grammar.kind, grammar.text)
+    return LLMatcher(vocabulary, source, limits=limits(), log_level=0)
+
+
+def make_vocabulary(
+    token_bytes: Callable[[int], bytes],
+    size: int,
+    end_ids: Collection[int],
+    special_ids: Collection[int] = (),
+    tokenize: Callable[[str], list[int]] | None = None,
+) -> LLTokenizer:
+    """Return a vocabulary of `size` ids. Grammars end with one of `end_ids` and never use `special_ids` as text.
+
+    `tokenize`: how the model's tokenizer divides a text. Where a grammar leaves one text only, its mask allows only the
+    token that this text begins with, so that the model sees the tokens it was trained with.
+    """
+    from llguidance import LLTokenizer, TokenizerWrapper
+
+    ends = sorted(token_id for token_id in end_ids if token_id < size)
+    special = sorted({*ends, *(token_id for token_id in special_ids if token_id < size)})
+    tokens = _Tokens([token_bytes(token_id) for token_id in range(size)], ends[0], special, tokenize)
+    vocabulary = LLTokenizer(TokenizerWrapper(tokens), eos_token=ends)
+    tokens.longest = vocabulary.greedy_tokenize
+    return vocabulary
+
+
+class _Tokens:
+    """The tokens as the library asks for them.
+
+    It requires tokens with exactly the bytes of a text. Some tokenizers add a space or normalise; then the longest
+    tokens are taken.
+    """
+
+    bos_token_id = None
+    longest: Callable[[str], list[int]] | None = None  # the library makes a first call before there is a vocabulary
+
+    def __init__(
+        self,
+        tokens: Sequence[bytes],
+        end_id: int,
+        special_ids: Sequence[int],
+        tokenize: Callable[[str], list[int]] | None,
+    ) -> None:
+        self.tokens, self.eos_token_id, self.special_token_ids = tokens, end_id, special_ids
+        self._tokenize = tokenize
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        if self.longest is None:
+            return []
+        data, text = (text.encode(), text) if isinstance(text, str) else (text, text.decode())
+        found = self._tokenize(text) if self._tokenize is not None else []
+        is_exact = all(i < len(self.tokens) for i in found) and b"".join(self.tokens[i] for i in found) == data
+        return found if is_exact else self.longest(text)

@@ -1,0 +1,140 @@
+"""The masks of a grammar against a byte-by-byte walk, and a state that follows the tokens of its row."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import numpy as np
+import pytest
+from llguidance import LLMatcher, LLTokenizer
+
+from gpu_worker.grammar.library import make_vocabulary, matcher_of
+from gpu_worker.grammar.state import GrammarState, num_words
+from gpu_worker.request.grammar import Grammar
+from tests.gpu_worker.grammar.schemas import random_schema
+from tests.soak import Scale
+
+END, OTHER_END, SPECIAL, EMPTY = 256, 257, 258, 259
+PIECES = [
+    b'{"',
+    b'"}',
+    b'":',
+    b', "',
+    b"  ",
+    b"\n ",
+    b"12",
+    b"true}",
+    b"re",
+    b"ed",
+    b"\xc3\xbc",
+    b"gr\xc3",
+    b"}\n",
+    b"-0.",
+]
+TOKENS = [*(bytes([byte]) for byte in range(256)), b"<end>", b"<other>", b"<start>", b"", *PIECES]
+GRAMMARS = [
+    Grammar("regex", "(red|gr\u00fcn)+[0-9]{1,3}"),
+    Grammar("choice", json.dumps(["red", "re", 'quo"te', "gr\u00fcn"])),
+    Grammar("grammar", 'start: item ("," item)*\nitem: /[a-z]+/ | "{" start "}"'),
+    Grammar("grammar", 'root ::= "re" [0-9]+ | "ed"'),
+    *(Grammar("json_schema", json.dumps(random_schema(seed))) for seed in range(6)),
+]
+
+
+def vocabulary_of(tokens: list[bytes]) -> LLTokenizer:
+    return make_vocabulary(tokens.__getitem__, len(tokens), [END, OTHER_END], [SPECIAL])
+
+
+def compiled(grammar: Grammar, tokens: list[bytes] = TOKENS) -> LLMatcher:
+    matcher = matcher_of(grammar, vocabulary_of(tokens))
+    assert not matcher.is_error(), matcher.get_error()
+    return matcher
+
+
+def state_of(grammar: Grammar, tokens: list[int], num_prompt: int = 0) -> GrammarState:
+    return GrammarState(compiled(grammar), tokens, num_prompt, len(TOKENS))
+
+
+def ids_of(state: GrammarState) -> list[int]:
+    return np.flatnonzero(np.unpackbits(state.allowed.view(np.uint8), bitorder="little")).tolist()
+
+
+def allowed_slowly(grammar: Grammar, answer: bytes) -> list[int]:
+    """Each token whose bytes, one at a time, continue the answer; the end tokens where it may end."""
+    found = []
+    for token_id, piece in enumerate(TOKENS):
+        walked = compiled(grammar, TOKENS[: SPECIAL + 1])
+        assert walked.consume_tokens(list(answer))
+        if token_id in (END, OTHER_END):
+            is_allowed = walked.is_accepting()
+        elif token_id in (SPECIAL, EMPTY):
+            is_allowed = False
+        else:
+            is_allowed = walked.try_consume_tokens(list(piece)) == len(piece)
+        found += [token_id] if is_allowed else []
+    return found
+
+
+def forced(grammar: Grammar, answer: bytes) -> bool:
+    """Whether all texts that may follow begin with the same byte."""
+    walked = compiled(grammar, TOKENS[: SPECIAL + 1])
+    assert walked.consume_tokens(list(answer))
+    return bool(walked.compute_ff_bytes())
+
+
+@pytest.mark.parametrize("grammar", GRAMMARS, ids=lambda grammar: f"{grammar.kind}-{grammar.text[:20]}")
+def test_a_token_is_allowed_iff_its_bytes_continue_the_answer(grammar: Grammar, scale: Scale) -> None:
+    """Where only one text can follow, one of its tokens is enough."""
+    chance = random.Random(3)
+    tokens: list[int] = []
+    num_free = 0
+    state = state_of(grammar, tokens)
+    num_steps = scale.pick("steps", small=4, full=40)
+    for _ in range(num_steps):
+        state.update()
+        assert state.error is None
+        allowed, answer = ids_of(state), b"".join(TOKENS[token_id] for token_id in tokens)
+        expected, is_forced = allowed_slowly(grammar, answer), forced(grammar, answer)
+        num_free += not is_forced
+        assert allowed == expected or (is_forced and allowed and set(allowed) < set(expected))
+        longest = max(len(TOKENS[token_id]) for token_id in allowed)
+        tokens.append(chance.choice([i for i in allowed if len(TOKENS[i]) in (1, longest)]))
+        if tokens[-1] in (END, OTHER_END):
+            break
+    assert num_free > 0
+
+
+def test_a_state_follows_the_tokens_behind_the_prompt() -> None:
+    tokens = [5, 6, 7]
+    state = state_of(Grammar("regex", "ab"), tokens, num_prompt=3)
+    assert not state.is_current
+    state.update()
+    assert state.is_current and ids_of(state) == [ord("a")]
+    tokens.append(ord("a"))
+    assert not state.is_current
+    state.update()
+    assert ids_of(state) == [ord("b")]
+    tokens.append(ord("b"))
+    state.update()
+    assert ids_of(state) == [END, OTHER_END]
+
+
+def test_a_state_whose_row_has_lost_tokens_follows_the_others_again() -> None:
+    tokens = [ord("a"), ord("b")]
+    state = state_of(Grammar("regex", "abc|ax"), tokens)
+    state.update()
+    assert ids_of(state) == [ord("c")]
+    del tokens[1:]
+    state.update()
+    assert ids_of(state) == [ord("b"), ord("x")]
+
+
+def test_a_token_that_the_grammar_does_not_allow_is_an_error() -> None:
+    state = state_of(Grammar("regex", "ab"), [ord("z")])
+    state.update()
+    assert state.error is not None and state.is_current
+
+
+def test_a_mask_has_a_bit_for_every_id() -> None:
+    assert [num_words(vocabulary) for vocabulary in (1, 32, 33, 262_144)] == [1, 1, 2, 8192]
