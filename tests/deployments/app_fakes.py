@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import httpx
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from starlette.types import ASGIApp
 
 from deployments.config.app import AppConfig, WorkerSettings
@@ -92,9 +94,21 @@ async def http_of(
 ) -> AsyncIterator[httpx.AsyncClient]:
     """Yield a client of the application over the services of `served`."""
     app = build_api(served.services)
+    app.router = _router()
     transport = httpx.ASGITransport(app, raise_app_exceptions=raise_app_exceptions, client=(host, 50000))
     async with httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers) as client:
         yield client
+
+
+@cache
+def _router() -> APIRouter:
+    """Return the routes of an application, which hold no services: a request finds those of its own application.
+
+    All applications of the tests share them, as FastAPI (0.165) makes the schemas of each one's routes anew, which
+    takes longer than a test.
+    """
+    with ThreadPoolExecutor(1) as thread:  # the caller's has an event loop
+        return thread.submit(app_over_fakes).result().router
 
 
 def with_context(app: ASGIApp) -> ASGIApp:
