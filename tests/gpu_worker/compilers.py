@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 
@@ -10,3 +12,13 @@ def script(path: Path, text: str) -> Path:
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)
     return path
+
+
+def path_with_quick_compiler(folder: Path) -> str:
+    """Return a PATH whose c++ compiles without optimizing, in a third of the time; the usual one without a compiler."""
+    usual = os.environ["PATH"]
+    compiler = shutil.which("c++")
+    if compiler is None:
+        return usual
+    script(folder / "c++", f'exec {compiler} "$@" -O0')
+    return f"{folder}{os.pathsep}{usual}"

@@ -17,7 +17,7 @@ from gpu_worker.lora.lora_kernel import LoraKernel, load_lora_kernel
 from gpu_worker.model.base_model import BaseModel
 from gpu_worker.request.request import Job
 from lora_store.adapter import AdapterWeights
-from tests.gpu_worker.engine_driver import Answer, Gate, always_says, compiled, fetching, run_together
+from tests.gpu_worker.engine_driver import Answer, Gate, always_says, compiled, fetching, fingerprint, run_together
 from tests.tiny import InlineExecutor, linear_shapes, random_adapter, tiny_config
 
 
@@ -71,13 +71,23 @@ def pool(shapes: dict[str, tuple[int, int]]) -> list[AdapterWeights]:
     return [random_adapter(shapes, seed, rank=3) for seed in (1, 2)]
 
 
+@pytest.fixture(scope="session")
+def lone_answers() -> dict[bytes, Answer]:
+    """Answers of fresh engines, by what was asked. Many tests compare with the same ones."""
+    return {}
+
+
 @pytest.fixture
-def alone(make_engine: Callable[..., Engine]) -> Callable[[Job, Mapping[str, AdapterWeights]], Answer]:
+def alone(
+    make_engine: Callable[..., Engine], lone_answers: dict[bytes, Answer]
+) -> Callable[[Job, Mapping[str, AdapterWeights]], Answer]:
     """The job's answer from a fresh engine that serves nothing else."""
 
     def run(job: Job, adapters: Mapping[str, AdapterWeights]) -> Answer:
-        [answer] = run_together(make_engine(adapters), [job])
-        return answer
+        asked = fingerprint(job, adapters)
+        if asked not in lone_answers:
+            [lone_answers[asked]] = run_together(make_engine(adapters), [job])
+        return lone_answers[asked]
 
     return run
 

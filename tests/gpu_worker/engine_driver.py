@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -177,6 +178,17 @@ def run_together(engine: Engine, jobs: Sequence[Job]) -> list[Answer]:
     answers = [ask(engine, job) for job in jobs]
     engine.run_until_idle()
     return answers
+
+
+def fingerprint(job: Job, adapters: Mapping[str, AdapterWeights]) -> bytes:
+    """Return a digest of all that decides a job's answer: the request, and the tensors of its adapters."""
+    digest = hashlib.sha256(repr(replace(job, request_id="")).encode())
+    for planned in job.plan.adapters:
+        for name, module in adapters[planned.weights_digest].modules.items():
+            digest.update(f"{name} {module.scaling}".encode())
+            for tensor in (module.lora_a, module.lora_b):
+                digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
+    return digest.digest()
 
 
 def compiled(load: Callable[[Path], Made | None]) -> Made:

@@ -26,6 +26,7 @@ from gpu_worker.native.build_kernels import prebuilt_path
 from gpu_worker.native.kernel_build import kernel_names
 from gpu_worker.native.kernel_variants import VARIANTS
 from k8s.image import lock
+from tests.gpu_worker.compilers import path_with_quick_compiler
 from tests.k8s.image import BAKED_MODEL, IMAGE, ROOT, Instruction, bases, copied, instructions, is_ignored
 
 DOCKERFILE = (IMAGE / "Dockerfile").read_text()
@@ -171,7 +172,9 @@ def test_the_stages_command_builds_every_kernel_where_only_the_package_is(tmp_pa
     python, *words = run.replace("/kernels", str(tmp_path / "kernels")).split()
     shutil.copytree(ROOT / "gpu_worker", tmp_path / "gpu_worker", ignore=shutil.ignore_patterns("prebuilt", "*.pyc"))
     assert python == "python"
-    subprocess.run([sys.executable, "-S", *words], cwd=tmp_path, check=True, timeout=300)
+    (tmp_path / "quick").mkdir()
+    environment = os.environ | {"PATH": path_with_quick_compiler(tmp_path / "quick")}
+    subprocess.run([sys.executable, "-S", *words], cwd=tmp_path, env=environment, check=True, timeout=300)
     machines = [variant for variant in VARIANTS if variant.machine == platform.machine()]
     expected = {prebuilt_path(tmp_path / "kernels", variant, name) for variant in machines for name in kernel_names()}
     assert set((tmp_path / "kernels").glob("*/*")) == expected != set()

@@ -148,7 +148,7 @@ def test_nonsense_in_every_field_of_every_body_is_refused_soon_and_in_little_mem
     requests = [each for key, schema in bodies.items() for each in requests_of(*key, schema)]
     assert len(bodies) == 14
     assert len(WHOLE) == 29 and len(VALUES) == 22
-    num_sent = scale.pick("bodies of 4 MiB", small=150, full=len(requests))
+    num_sent = scale.pick("bodies of 4 MiB", small=100, full=len(requests))
     assert len(requests) > 3000
     chosen = requests[:: max(1, len(requests) // num_sent)]
     statuses = send_all(chosen, scale)
