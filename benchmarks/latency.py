@@ -176,7 +176,7 @@ def report(firsts: dict[str, list[float]], found: Sequence[dict[str, list[float]
 def main(
     rounds: Annotated[int, typer.Option(help="rounds of gaps, each kind once")] = 6,
     minutes: Annotated[float, typer.Option(help="no round of gaps begins that would end later")] = 3.5,
-    first_tokens: Annotated[int, typer.Option(help="first tokens, hot and cold, alone and beside running rows")] = 60,
+    first_tokens: Annotated[int, typer.Option(help="first tokens, hot and cold, alone and with running rows")] = 60,
     quick: Quick = False,
 ) -> None:
     """Gemma-3-270M bfloat16, prompts of 20 to 80 tokens, mixtures of 3 over 8 adapters, rank 8 in all modules."""

@@ -71,7 +71,7 @@ def describe_problem(problem: JsonMapping, known: Iterable[str] = (), *, shows_v
 
 
 def field_names(model: type[BaseModel], path: Sequence[str | int]) -> list[str]:
-    """Return the names that `model` allows beside the last part of `path`; none where they are free."""
+    """Return the names that `model` allows next to the last part of `path`; none where they are free."""
     current: Any = model
     for part in path[:-1]:
         fields = getattr(current, "model_fields", {})

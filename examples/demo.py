@@ -1,4 +1,4 @@
-"""Start the server, ask all held-out prompts of the starter pool under every strategy, and print who was right."""
+"""Start the server, send the held-out prompts of the starter pool under every strategy, and print the scores."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Reply:
         return normalised(self.text) == normalised(self.question.output)
 
     def hit(self, k: int) -> bool:
-        """Whether the task's own adapter is among the k best candidates."""
+        """Return whether the task's own adapter is among the k best candidates."""
         return self.question.task in [candidate["name"] for candidate in self.lora["candidates"][:k]]
 
 

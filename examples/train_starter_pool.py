@@ -1,4 +1,4 @@
-"""Builds the starter pool: one stock PEFT folder a task, its sample texts, held-out prompts and measured scores."""
+"""Build the starter pool: a standard PEFT folder per task, its samples, held-out prompts and measured scores."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TASK_LIST = Path(__file__).with_name("starter_tasks.yaml")
 
 
 class Output:
-    """Where a task's files lie under the output folder; its line in the scores is written last: then it is complete."""
+    """The files of a task below the output folder. The task is complete once its line in the scores is written."""
 
     def __init__(self, root: Path, task: str) -> None:
         self._task = task
@@ -52,7 +52,7 @@ class Output:
 
 
 def train_task(model: Any, tokenizer: Any, spec: TaskSpec, split: Split, output: Output, progress: Progress) -> Any:
-    """The task's adapter, samples and held-out prompts are written; returns the base model without the adapter."""
+    """Write the task's adapter, samples and held-out prompts; return the base model without the adapter."""
     recipe = replace(Recipe(), num_steps=spec.num_steps)
     bar = progress.add_task(spec.name, total=recipe.num_steps)
 
@@ -67,7 +67,7 @@ def train_task(model: Any, tokenizer: Any, spec: TaskSpec, split: Split, output:
 
 
 def score_task(base: Any, tokenizer: Any, spec: TaskSpec, split: Split, output: Output) -> None:
-    """The scores of the saved adapter and of the base model on the test items are written."""
+    """Write the scores of the saved adapter and of the base model on the test items."""
     base_score = percent_right(base, tokenizer, split.test)
     adapted = PeftModel.from_pretrained(base, output.adapter).eval()
     adapter_score = percent_right(adapted, tokenizer, split.test)
@@ -86,7 +86,7 @@ def main(
         int | None, typer.Option(help="Threads of one process; one is best on a busy machine.")
     ] = None,
 ) -> None:
-    """Train what is not complete yet, score it, and show the progress."""
+    """Train and score incomplete adapters, and show the progress."""
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     wanted = [spec for spec in read_specs(task_list) if not only or spec.name in only]

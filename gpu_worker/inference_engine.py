@@ -42,7 +42,7 @@ class EngineMemory:
 
 @dataclass(frozen=True, slots=True)
 class EngineHealth:
-    """Whether an engine can still answer. An engine that is not alive never recovers; its process must be replaced."""
+    """The health of an engine. An engine that is not alive never recovers; its process must be replaced."""
 
     is_alive: bool
     busy_s: float = 0.0  # duration of the step or command in progress; a large value means that it hangs

@@ -55,7 +55,7 @@ class SetVisibility:
     """The live version of a name gets this visibility.
 
     Making a name private makes its older versions private too. Making it public does not publish older versions, since
-    nobody reviewed them.
+    no admin has reviewed them.
     """
 
     ref: AdapterRef

@@ -17,7 +17,7 @@ VISIBILITIES: tuple[str, ...] = get_args(Visibility)
 
 @dataclass(frozen=True, slots=True)
 class OutputProfile:
-    """What an adapter's sample outputs have in common: a small label set, or else their mean vector. D dimensions.
+    """The common features of an adapter's sample outputs: a small label set, or else their mean vector. D dimensions.
 
     The vector is stored as bytes, since its direction is only compared with a threshold.
     """

@@ -60,7 +60,7 @@ class Label:
 
 @dataclass(frozen=True, slots=True)
 class CheckedFolder:
-    """The content of a valid folder. A description stands in as the only sample if there are no samples."""
+    """The content of a valid folder. Without samples, a description is the only sample."""
 
     modules: dict[str, ModuleWeights]
     samples: tuple[Sample, ...]

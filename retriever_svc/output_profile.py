@@ -2,7 +2,7 @@
 
 Adapters with similar inputs may have different functions: one answers with the past tense, another with the plural. A
 mixture of such adapters answers worse than either alone. The outputs in the samples show the function, as far as an
-encoder tells outputs apart: it cannot tell a word's letters from the same letters in another order.
+encoder distinguishes outputs: it cannot distinguish a word's letters from the same letters in another order.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Everything an upload can be that is no adapter: how to spoil a good folder, and the cause its refusal must name.
+"""Kinds of invalid uploads: how to damage a valid folder, and the cause that the refusal must name.
 
-The spoilers ask nothing of the good folder but a samples file, and modules of the base it is for.
+The damage functions need only a samples file and modules of the base model in the valid folder.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class BadFolder:
-    """`spoil` makes a good folder bad. `travels`: such a folder can also be sent as a multipart form."""
+    """`spoil` damages a valid folder. `travels`: such a folder can also be sent as a multipart form."""
 
     spoil: Spoil
     cause: str
@@ -34,7 +34,7 @@ class BadFolder:
 
 @dataclass(frozen=True, slots=True)
 class BadLabel:
-    """What is said about a good folder: arguments of `LoraStore.stage`."""
+    """A description of a valid folder: arguments of `LoraStore.stage`."""
 
     label: Mapping[str, Any]
     cause: str
@@ -70,12 +70,12 @@ def tensors(change: Callable[[Tensors, str], object]) -> Spoil:
 
 
 def add(key: str, tensor: Tensor) -> Spoil:
-    """One tensor more. `{module}` in the key is the first module's."""
+    """Add a tensor. `{module}` in the key is replaced by the first module's name."""
     return tensors(lambda found, module: found.update({key.format(module=module): tensor}))
 
 
 def fill(side: str, value: float, dtype: torch.dtype | None = None) -> Spoil:
-    """Every number of the first module's side is `value`, or keeps its value in another dtype."""
+    """Set every number of the first module's side to `value`, or keep the values and change the dtype."""
 
     def change(found: Tensors, module: str) -> None:
         old = found[f"{module}.lora_{side}.weight"]
@@ -85,7 +85,7 @@ def fill(side: str, value: float, dtype: torch.dtype | None = None) -> Spoil:
 
 
 def resize(change: Callable[[int, int, int], tuple[tuple[int, ...], tuple[int, ...]]]) -> Spoil:
-    """The first module's shapes are what `change` makes of its rank, in and out."""
+    """Set the first module's shapes to the result of `change` for its rank, in and out."""
 
     def spoil(found: Tensors, module: str) -> None:
         a, b = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
@@ -96,7 +96,7 @@ def resize(change: Callable[[int, int, int], tuple[tuple[int, ...], tuple[int, .
 
 
 def rename(old: str, new: str) -> Spoil:
-    """Every tensor's key, with `old` replaced."""
+    """Replace `old` in every tensor's key."""
 
     def change(found: Tensors, module: str) -> None:
         for key in list(found):
@@ -110,7 +110,7 @@ def samples(*lines: bytes) -> Spoil:
 
 
 def header(text: bytes, *, claimed: int | None = None, data: bytes = b"\0" * 16) -> Spoil:
-    """The weights file is this header over this data."""
+    """Write the weights file with this header and data."""
     return write(WEIGHTS, struct.pack("<Q", len(text) if claimed is None else claimed) + text + data)
 
 
@@ -220,7 +220,7 @@ _WEIGHTS_FILE = {
         "is not a valid safetensors file",
     ),
     "header is a list": BadFolder(header(b"[]"), "must be a JSON object, got list"),
-    "header is no text": BadFolder(header(b"\xff\xfe{}"), "adapter_model.safetensors: has a broken header"),
+    "header is not text": BadFolder(header(b"\xff\xfe{}"), "adapter_model.safetensors: has a broken header"),
     "no tensors": BadFolder(write(WEIGHTS, save({})), "has no tensors"),
 }
 

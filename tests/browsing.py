@@ -28,7 +28,7 @@ _TIMEOUT_S = 170.0
 
 
 class Browsing:
-    """One browser for a whole test run; each page has a storage of its own."""
+    """One browser for a whole test run; each page has its own storage."""
 
     def __init__(self, executable: str) -> None:
         self._loop = asyncio.new_event_loop()
@@ -40,12 +40,12 @@ class Browsing:
         self._browser = started.result(_TIMEOUT_S)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """What `work` gives, on the browser's loop."""
+        """Run `work` on the browser's loop and return its result."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(_TIMEOUT_S)
 
     @asynccontextmanager
     async def page(self, url: str, **context: Any) -> AsyncIterator[Page]:
-        """The page at `url`. It must break no policy, and no script of it may fail."""
+        """Open the page at `url`. It must violate no policy, and no script of it may fail."""
         async with await self._browser.new_context(**context) as opened:
             page = await opened.new_page()
             problems: list[str] = []
@@ -76,7 +76,7 @@ class Browsing:
 
 @pytest.fixture(scope="session")
 def browsing() -> Iterator[Browsing]:
-    """The system's Chromium; without it the test is skipped, or fails where CI_REQUIRES_BROWSER is set."""
+    """Return the system's Chromium. Without it skip the test, or fail if CI_REQUIRES_BROWSER is set."""
     executable = shutil.which("chromium")
     if executable is None:
         missing = f"there is no Chromium: install Debian's package {_PACKAGE}"
@@ -105,7 +105,7 @@ async def address_of(served: Served) -> AsyncIterator[str]:
 
 
 async def drop_folder(page: Page, folder: Path) -> None:
-    """Drag a folder of this machine onto the page and let go, as a file manager does."""
+    """Drop a local folder on the page, as a file manager does."""
     session = await page.context.new_cdp_session(page)
     for kind in ("dragEnter", "dragOver", "drop"):
         data = {"items": [], "files": [str(folder)], "dragOperationsMask": 1}
@@ -114,6 +114,6 @@ async def drop_folder(page: Page, folder: Path) -> None:
 
 
 def _problems(message: ConsoleMessage) -> list[str]:
-    """An answer that is an error is not the page's fault; the page shows it."""
+    """Return the problems of the page. Error responses are not the page's fault, because the page shows them."""
     is_answer = message.text.startswith("Failed to load resource")
     return [message.text] if message.type == "error" and not is_answer else []

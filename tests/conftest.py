@@ -1,4 +1,4 @@
-"""Fixtures every package's tests share."""
+"""Fixtures shared by all packages' tests."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.soak import (  # noqa: F401  pytest finds its hooks and fixtures by t
 )
 from tests.tiny import FAMILIES, byte_tokenizer, tiny_config
 
-torch.set_num_threads(1)  # tiny products are slower on two
+torch.set_num_threads(1)  # tiny products are slower on two threads
 _ON_A_CLUSTER = ("e2e", "cluster")  # folders
 
 
@@ -33,7 +33,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
-    """A saved random model of each family, with a byte tokenizer."""
+    """Save a random model of each family with a byte tokenizer, and return the folders."""
     folders = {}
     for seed, (family, build) in enumerate(FAMILIES.items()):
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Stands in for Ray Serve's handles, in this process and without a cluster."""
+"""Replacements for Ray Serve's handles, in this process and without a cluster."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _numbers = itertools.count()
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call through a handle. Numbers rise over all handles: they tell which call came first."""
+    """One call through a handle. Numbers increase over all handles, so they give the order of the calls."""
 
     name: str
     args: tuple[Any, ...]
-    by_reference: bool | None = field(default=None, compare=False)  # the transport that was asked for
+    by_reference: bool | None = field(default=None, compare=False)  # the requested transport
     number: int = field(default_factory=lambda: next(_numbers), compare=False)
 
 
 @dataclass(eq=False)
 class FakeResponse:
-    """An awaitable or, of a streaming call, an async iterator over what the target's method gives."""
+    """An awaitable or, for a streaming call, an async iterator over the result of the target's method."""
 
     answer: Any
     num_cancels: int = 0
@@ -54,8 +54,10 @@ class FakeResponse:
 
 @dataclass
 class FakeBroadcast:
-    """What each replica answers. A silent replica makes the whole broadcast time out, and none at all fails it, as in
-    Ray 2.60."""
+    """The answer of each replica. A silent replica makes the broadcast time out; without replicas it fails.
+
+    Ray 2.60 behaves in the same way.
+    """
 
     answers: Sequence[Any]
     num_silent: int
@@ -74,7 +76,7 @@ class FakeBroadcast:
 
 
 class FakeHandle:
-    """A DeploymentHandle over plain objects: `remote` asks the first replica, `broadcast` asks all."""
+    """A DeploymentHandle over plain objects: `remote` calls the first replica, `broadcast` calls all."""
 
     def __init__(self, *replicas: object, num_silent: int = 0) -> None:
         self.calls: list[Call] = []
@@ -103,7 +105,7 @@ class FakeHandle:
         return FakeBroadcast(answers, self._num_silent, self.timeouts_s)
 
     def called(self, name: str) -> list[tuple[Any, ...]]:
-        """The arguments of every call of `name`, in order."""
+        """Return the arguments of every call of `name`, in order."""
         return [call.args for call in self.calls if call.name == name]
 
 
@@ -121,7 +123,7 @@ class FakeMethod:
 
 
 class _Options:
-    """`handle.options(…)`. The underscores leave every public name but `options` to the target's methods."""
+    """`handle.options(…)`. Attribute names have underscores, so that only `options` hides a method of the targets."""
 
     def __init__(self, handle: FakeHandle, stream: bool, by_reference: bool | None) -> None:
         self._handle, self._stream, self._by_reference = handle, stream, by_reference
@@ -134,7 +136,7 @@ class _Options:
 
 
 def as_ray_raises(error: Exception) -> Exception:
-    """The exception a caller sees: what a replica raised comes as RayTaskError, what Ray raises as it is."""
+    """Return the exception that a caller sees: an error of a replica becomes a RayTaskError, Ray's errors stay."""
     if isinstance(error, RayError | RayServeException):
         return error
     text = f"Traceback (most recent call last):\n  a replica's inside\n{error!r}"

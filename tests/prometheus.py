@@ -1,4 +1,4 @@
-"""Debian's promtool, and what it can judge without a server: rules, metrics, and queries over series it is given."""
+"""Debian's promtool, and its checks that need no server: rules, metrics, and queries over given series."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ Scrape = dict[str, float]
 
 @dataclass(frozen=True)
 class Promtool:
-    """The program, working in a folder of its own."""
+    """The program, in its own working folder."""
 
     executable: str
     folder: Path
 
     def check_metrics(self, text: str) -> None:
-        """Fails where names, types or help break Prometheus' rules. Ray's own labels do: they begin with a capital."""
+        """Fail if names, types or help texts break Prometheus' rules, except Ray's labels, which have capitals."""
         self._run(["check", "metrics"], re.sub(r"(?<=[{,])[A-Z]\w*(?==)", lambda label: label[0].lower(), text))
 
     def check_rules(self, rules: dict[str, Any]) -> None:
         self._run(["check", "rules", "--lint=all", "--lint-fatal", self._write("rules.yaml", rules)])
 
     def test_rules(self, rules: dict[str, Any], tests: Sequence[dict[str, Any]]) -> None:
-        """Fails where an alert fires that should not, or does not that should."""
+        """Fail if an alert fires wrongly, or does not fire when it should."""
         files = [self._write("rules.yaml", rules)]
         case = {"rule_files": files, "evaluation_interval": "1m", "tests": list(tests)}
         self._run(["test", "rules", self._write("test.yaml", case)])
 
     def unanswered(self, expressions: Sequence[str], first: Scrape, second: Scrape) -> str:
-        """What is said of expressions that give no number over two scrapes that lie a minute apart; empty: all do."""
+        """Return promtool's output on expressions without a result over two scrapes a minute apart, or ""."""
         series = [
             {"series": name, "values": f"{_value(first, name)} {_value(second, name)}"}
             for name in sorted(first | second)
@@ -65,7 +65,7 @@ class Promtool:
         assert not said, said
 
     def _said(self, args: Sequence[str], sent: str = "") -> str:
-        """What the program says where it is not content."""
+        """Return promtool's output on failure."""
         done = subprocess.run([self.executable, *args], input=sent, capture_output=True, text=True, timeout=60)
         return f"{done.stdout[-5000:]}\n{done.stderr[-5000:]}" if done.returncode else ""
 
@@ -77,7 +77,7 @@ class Promtool:
 
 @pytest.fixture
 def promtool(tmp_path: Path) -> Promtool:
-    """The system's promtool; without it the test is skipped, or fails where CI_REQUIRES_PROMTOOL is set."""
+    """Return the system's promtool. Without it skip the test, or fail if CI_REQUIRES_PROMTOOL is set."""
     executable = shutil.which(_PACKAGE)
     if executable is None:
         missing = f"there is no promtool: install Debian's package {_PACKAGE}"
@@ -88,7 +88,7 @@ def promtool(tmp_path: Path) -> Promtool:
 
 
 def rules() -> dict[str, Any]:
-    """The alerts as Prometheus itself reads them."""
+    """Return the alerts as Prometheus reads them."""
     manifest = yaml.safe_load((MONITORING / "alerts.yaml").read_text())
     assert manifest["kind"] == "PrometheusRule"
     spec: dict[str, Any] = manifest["spec"]
@@ -96,7 +96,7 @@ def rules() -> dict[str, Any]:
 
 
 def dashboard_queries() -> Iterator[tuple[str, str]]:
-    """(title of a panel, each of its queries), Grafana's variables filled in."""
+    """Return (title of a panel, its queries), with Grafana's variables replaced."""
     for panel in json.loads((MONITORING / "dashboard.json").read_text())["panels"]:
         for target in panel.get("targets", []):
             expr = target["expr"].replace("$__rate_interval", f"{_MINUTES}m").replace("$application", ".*")
@@ -105,7 +105,7 @@ def dashboard_queries() -> Iterator[tuple[str, str]]:
 
 
 def series_in(text: str, keep: re.Pattern[str]) -> Scrape:
-    """The samples of a scrape whose name matches."""
+    """Return the samples of a scrape whose name matches."""
     found: Scrape = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:

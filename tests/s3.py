@@ -1,4 +1,4 @@
-"""A real S3 endpoint on loopback: moto's server, one request at a time, which can be stopped and started again."""
+"""A real S3 endpoint on loopback: moto's server, one request at a time, which can be stopped and restarted."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ _HOST, _BUCKET, _REGION = "127.0.0.1", "pool", "us-east-1"
 _CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "testing",
     "AWS_SECRET_ACCESS_KEY": "testing",
-    "AWS_EC2_METADATA_DISABLED": "true",  # or the SDK would look for a cloud to run in
+    "AWS_EC2_METADATA_DISABLED": "true",  # otherwise the SDK would look for a cloud instance
 }
 
 
 class S3Endpoint:
-    """The endpoint. What is stored lives in this process and outlasts a stop; any process on the machine may use it.
+    """The endpoint. Its objects are in this process and survive a stop; any local process may use it.
 
-    `on_request` is called before each request is served. A request that `loses_answer` is true of is served, and
-    answered with an error.
+    `on_request` is called before each request. A request for which `loses_answer` is true is executed and answered with
+    an error.
     """
 
     def __init__(self) -> None:
         self.on_request: Callable[[], object] = lambda: None
         self.loses_answer: Callable[[WSGIEnvironment], bool] = lambda _: False
         self._app, self._lock = DomainDispatcherApplication(create_backend_app), threading.Lock()
-        self._port = 0  # any free one at first, the same after a stop
+        self._port = 0  # any free port at first, then the same after a stop
         self._server: BaseWSGIServer | None = None
         self.start()
         files = S3FileSystem(
@@ -40,7 +40,7 @@ class S3Endpoint:
         files.create_dir(_BUCKET)
 
     def uri(self, name: str) -> str:
-        """A store of that name on this endpoint."""
+        """Return the URI of a store of that name on this endpoint."""
         return f"s3://{_BUCKET}/{name}?endpoint_override={_HOST}:{self._port}&scheme=http&region={_REGION}"
 
     def start(self) -> None:
@@ -49,14 +49,14 @@ class S3Endpoint:
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
     def stop(self) -> None:
-        """Connections are refused from now on."""
+        """Stop accepting connections."""
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()
             self._server = None
 
     def _serve(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        """moto checks `If-None-Match` and writes in two steps: between them no other request may come."""
+        """Serve one request at a time, since moto checks `If-None-Match` and writes in two separate steps."""
         with self._lock:
             self.on_request()
             if not self.loses_answer(environ):
@@ -67,7 +67,7 @@ class S3Endpoint:
 
 
 class _Quiet(WSGIRequestHandler):
-    """HTTP/1.0, so that no connection outlives a stop; no line per request."""
+    """HTTP/1.0, so that no connection survives a stop; no line per request."""
 
     def log(self, type: str, message: str, *args: Any) -> None:
         pass
@@ -75,7 +75,7 @@ class _Quiet(WSGIRequestHandler):
 
 @pytest.fixture(scope="session", autouse=True)
 def aws_credentials() -> Iterator[None]:
-    """What the tests' endpoint takes, before any other process starts that needs it."""
+    """Set the credentials of the tests' endpoint before any process that needs it starts."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in _CREDENTIALS.items():
             patch.setenv(name, value)

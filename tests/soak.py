@@ -1,4 +1,4 @@
-"""Two sizes of one test: small counts in `make test`, the full ones in `make soak`, which keeps a report of them."""
+"""Two sizes of one test: small counts in `make test`, full counts in `make soak`, which also writes a report."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ _REPORT = pytest.StashKey["SoakReport"]()
 
 @dataclass
 class Scale:
-    """How much a test does. What it was given is in the report beside its outcome."""
+    """The size of a test. The arguments appear in the report with the outcome."""
 
     is_full: bool
     counts: dict[str, int] = field(default_factory=dict)
     measured: dict[str, float] = field(default_factory=dict)
 
     def pick(self, what: str, *, small: int, full: int) -> int:
-        """How many of `what`."""
+        """Return how many of `what` to use."""
         self.counts[what] = full if self.is_full else small
         return self.counts[what]
 
     def record(self, what: str, value: float) -> None:
-        """Keep what the test saw for the report, whether or not it passes."""
+        """Keep an observation for the report, whether or not the test passes."""
         self.measured[what] = round(value, 2)
 
 
 def _area(path: Path) -> str:
-    """Return the folder of `tests` that has the file, in whichever room of it."""
+    """Return the folder of `tests` that contains the file, at any depth."""
     parts = path.parts
     return parts[len(parts) - parts[::-1].index("tests")]
 
 
 @dataclass
 class SoakReport:
-    """One check a test: its counts, outcome and seconds, by the folder of `tests` that has its file."""
+    """One check per test: its counts, outcome and seconds, by the folder of `tests` that contains the file."""
 
     checks: defaultdict[str, dict[str, dict[str, Any]]] = field(default_factory=lambda: defaultdict(dict))
 
@@ -54,7 +54,7 @@ class SoakReport:
         self.checks[_area(item.path)][item.name] = check
 
     def write(self) -> list[str]:
-        """What was checked now takes the place of what was written of it before; other checks stay."""
+        """Replace the entries of the tests that ran; keep the others."""
         folder = RESULTS / "soak"
         folder.mkdir(parents=True, exist_ok=True)
         written = []
@@ -79,7 +79,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """At full scale only the tests that have one run."""
+    """At full scale run only the tests that have full counts."""
     if config.getoption("--scale") == "full":
         config.hook.pytest_deselected(items=[item for item in items if "scale" not in item.fixturenames])
         items[:] = [item for item in items if "scale" in item.fixturenames]
@@ -87,7 +87,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def scale(request: pytest.FixtureRequest) -> Scale:
-    """The size this run has."""
+    """Return the size of this run."""
     return Scale(request.config.getoption("--scale") == "full")
 
 

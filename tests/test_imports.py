@@ -1,6 +1,6 @@
 """The import rule, checked over the syntax trees: lora_store <- retriever_svc, gpu_worker <- deployments.
 
-Inside `deployments`, `gpu_worker` and `benchmarks.paper` rooms import rooms of lower floors only: none forms a ring.
+Inside `deployments`, `gpu_worker` and `benchmarks.paper` rooms import rooms of lower floors only, so there is no ring.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "deployments": PACKAGES,
 }
 EDGE_ONLY = {"ray", "fastapi", "pydantic", "starlette"}
-# A room is a folder, or a module beside them. Rooms of one floor do not import each other.
+# A room is a folder, or a module next to the folders. Rooms of one floor do not import each other.
 FLOORS: dict[str, list[set[str]]] = {
     "deployments": [
         {"json_types"},
@@ -67,7 +67,7 @@ NEVER = {"pickle", "dill", "shelve", "marshal"}
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
-    """(line, top-level package) of every import in the file, wherever it stands."""
+    """Yield (line, top-level package) of every import in the file, at any depth."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name.split(".")[0]) for alias in node.names)
@@ -153,8 +153,8 @@ def test_init_files_hold_exports_only() -> None:
             assert is_docstring or is_all or isinstance(node, ast.ImportFrom), ast.unparse(node)
 
 
-def test_only_who_runs_a_model_imports_what_runs_it() -> None:
-    """transformers and sentence-transformers take seconds: every replica that starts anew would wait for them."""
+def test_only_packages_that_run_models_import_model_libraries() -> None:
+    """Importing transformers or sentence-transformers takes seconds, which would delay every new replica."""
     modules = "deployments.ingress, deployments.retriever, deployments.store, deployments.cli"
     heavy = "{'transformers', 'sentence_transformers', 'peft', 'sklearn'}"
     code = f"import sys, {modules}; print(sorted({heavy} & set(sys.modules)))"

@@ -1,4 +1,4 @@
-"""The dashboard and the alerts ask only for what the code tells, and alerts fire when they should."""
+"""The dashboard and the alerts use only metrics that the code reports, and alerts fire when they should."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _OURS = re.compile(r"ray_(loraretriever_\w+)")
 _SERVES = {"ray_serve_deployment_replica_starts_total", "ray_serve_deployment_replica_healthy"}
 _UNITS = re.compile(
     r"_(total|seconds|bytes|rows|tokens|adapters|generation|plans|cosine|kernels)$"
-)  # `_total` counts what stands before it
+)  # `_total` counts the thing named before it
 
 
-def told() -> FakeMetrics:
-    """Every metric of every deployment."""
+def reported() -> FakeMetrics:
+    """Return every metric of every deployment."""
     kinds = FakeMetrics()
     for figures in (RequestMetrics, ChangeMetrics, RetrieverMetrics):
         figures(kinds)
@@ -36,12 +36,12 @@ def expressions() -> list[str]:
 
 
 def test_names_end_in_their_unit() -> None:
-    assert [name for name in told().metrics if not _UNITS.search(name)] == []
-    assert all(name.startswith("loraretriever_") for name in told().metrics)
+    assert [name for name in reported().metrics if not _UNITS.search(name)] == []
+    assert all(name.startswith("loraretriever_") for name in reported().metrics)
 
 
-def test_what_is_asked_for_is_told() -> None:
-    metrics = told().metrics
+def test_every_metric_in_use_is_reported() -> None:
+    metrics = reported().metrics
     for expr in expressions():
         for name in _OURS.findall(expr):
             kind = "histogram" if name.endswith("_bucket") else "counter" if name.endswith("_total") else "gauge"
@@ -51,14 +51,14 @@ def test_what_is_asked_for_is_told() -> None:
 
 def test_the_dashboard_shows_every_metric() -> None:
     asked = {name.removesuffix("_bucket") for _, expr in dashboard_queries() for name in _OURS.findall(expr)}
-    assert set(told().metrics) - asked == {"loraretriever_engine_requests_total"}, (
+    assert set(reported().metrics) - asked == {"loraretriever_engine_requests_total"}, (
         "requests are shown as the clients see them"
     )
 
 
 def test_the_reference_lists_every_metric() -> None:
     named = set(re.findall(r"`(?:ray_)?(loraretriever_\w+)", PAGE.read_text()))
-    assert named == set(told().metrics)
+    assert named == set(reported().metrics)
 
 
 def test_the_rules_are_sound(promtool: Promtool) -> None:

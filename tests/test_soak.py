@@ -1,4 +1,4 @@
-"""The report of checks at full counts: what runs again replaces itself and nothing else."""
+"""The report of checks at full counts: a repeated check replaces its own entry and nothing else."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def report_of(name: str, outcome: str, requests: int) -> list[str]:
     return report.write()
 
 
-def test_a_check_that_runs_again_takes_its_own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repeated_check_replaces_its_own_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(soak, "RESULTS", tmp_path)
     assert report_of("test_a", "passed", 10) == report_of("test_b", "failed", 20) == ["door.json"]
     report_of("test_b", "passed", 30)

@@ -1,4 +1,4 @@
-"""The wheel holds every file that the program reads, and starts beside nothing but its declared dependencies."""
+"""The wheel contains every file that the program reads, and runs with only its declared dependencies."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def closure(requirements: Iterator[tuple[str, str]]) -> set[str]:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(the wheel's own folder, a folder with links to its declared dependencies and to nothing else)."""
+    """Return (the wheel's own folder, a folder with links to its declared dependencies only)."""
     target, libraries = tmp_path_factory.mktemp("target"), tmp_path_factory.mktemp("libraries")
     pip("install", "--no-deps", "--no-index", "--target", target, wheel)
     [metadata] = target.glob("*.dist-info/METADATA")
@@ -92,13 +92,13 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
         files = distribution(name).files or []
         for first in {file.parts[0] for file in files if file.parts[0] not in ("..", "__pycache__")}:
             link = libraries / first
-            if not link.exists():  # parts of one namespace come from several distributions
+            if not link.exists():  # several distributions provide parts of one namespace
                 link.symlink_to(Path(str(distribution(name).locate_file(first))))
     return target, libraries
 
 
 def run_installed(installed: tuple[Path, Path], folder: Path, *arguments: object) -> str:
-    """Return what an interpreter without site-packages prints, and fail where it fails."""
+    """Run code in an interpreter without site-packages and return its output. Fail if it fails."""
     environment = {"PYTHONPATH": os.pathsep.join(map(str, installed)), "HOME": str(folder), "PATH": os.defpath}
     command = [sys.executable, "-S", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)

@@ -1,4 +1,4 @@
-"""Tiny models and random adapters that every test can afford, and the one definition of equal."""
+"""Tiny models and random adapters for all tests, and the definition of equal logits."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ FAMILIES: dict[str, Callable[[], torch.nn.Module]] = {
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, and the three special tokens: any text survives the round trip."""
+    """Return a tokenizer with one token per byte and three special tokens, so that any text survives a round trip."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {character: index for index, character in enumerate(alphabet)}
     vocabulary |= {"<bos>": 256, "<eos>": 257, "<pad>": 258}
@@ -77,7 +77,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_config(folder: Path, **changes: object) -> WorkerConfig:
-    """A small float32 worker over a tiny model."""
+    """Return the settings of a small float32 worker over a tiny model."""
     settings: dict[str, object] = {
         "base_model": str(folder),
         "dtype": "float32",
@@ -90,7 +90,7 @@ def tiny_config(folder: Path, **changes: object) -> WorkerConfig:
 
 
 class InlineExecutor(Executor):
-    """Runs what is submitted at once, on the caller's thread."""
+    """Runs submitted work at once, on the caller's thread."""
 
     def submit(self, fn: Callable[..., object], /, *args: object, **kwargs: object) -> Future:  # type: ignore[override]
         future: Future[object] = Future()
@@ -99,7 +99,7 @@ class InlineExecutor(Executor):
 
 
 def linear_shapes(base: BaseModel) -> dict[str, tuple[int, int]]:
-    """(out, in) of every linear layer an adapter may target."""
+    """Return (out, in) of every linear layer that an adapter may target."""
     linears = target_linears(base.model, base.model.get_output_embeddings())
     return {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
 
@@ -114,7 +114,7 @@ def random_adapter(
     scaling: float = 2.0,
     size: float = 0.15,
 ) -> AdapterWeights:
-    """An adapter with random tensors, large enough to change what a tiny model says."""
+    """Return an adapter with random tensors, large enough to change a tiny model's answers."""
     generator = torch.Generator().manual_seed(seed)
     chosen = {}
     for name, (num_out, num_in) in shapes.items():
@@ -127,7 +127,7 @@ def random_adapter(
 
 
 def plan_of(strategy: Strategy, *parts: tuple[AdapterWeights, float]) -> Plan:
-    """A plan over adapters with these weights."""
+    """Return a plan over adapters with these weights."""
     planned = tuple(
         PlannedAdapter(AdapterRef("local", f"a{weights.weights_digest[:8]}", weights.weights_digest), digest, weight)
         for weights, weight in parts
@@ -137,7 +137,7 @@ def plan_of(strategy: Strategy, *parts: tuple[AdapterWeights, float]) -> Plan:
 
 
 def assert_equal_logits(found: Tensor, expected: Tensor) -> None:
-    """Equal, as this project defines it: float32 within 1e-4, bfloat16 within 0.05 · max|logit| on the same prefix."""
+    """Check that logits are equal: float32 within 1e-4, bfloat16 within 0.05 · max|logit| on the same prefix."""
     if found.dtype == expected.dtype == torch.float32:
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     else:
@@ -146,10 +146,12 @@ def assert_equal_logits(found: Tensor, expected: Tensor) -> None:
 
 
 def save_talkative(model: Path, target: Path) -> Path:
-    """Save the tiny model so that it never chooses a token without text. A greedy random model may do only that."""
+    """Save the tiny model so that it never chooses a token without text, as a greedy random model may always do."""
     base = load_base_model(tiny_config(model))
     with torch.no_grad():
-        base.model.get_input_embeddings().weight[256:] = 0  # tied to the head: their logits are 0, never the largest
+        base.model.get_input_embeddings().weight[256:] = (
+            0  # tied to the head, so their logits are 0 and never the largest
+        )
     base.model.save_pretrained(target)
     base.tokenizer.save_pretrained(target)
     return target

@@ -1,4 +1,4 @@
-"""A random encoder that a test makes and trains in a second: whole words are its tokens."""
+"""A random encoder that a test creates and trains within a second. Its tokens are whole words."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FILLERS = tuple(f"filler{number}" for number in range(40))
 
 
 def topic_texts(num_texts: int, *, seed: int, topics: Sequence[str] = TOPICS) -> dict[str, list[str]]:
-    """Texts by topic: two of the topic's four own words among six words that every topic has."""
+    """Return texts by topic: two of the topic's four own words among six common words."""
     rng = random.Random(seed)
 
     def text(topic: str) -> str:
@@ -30,7 +30,7 @@ def topic_texts(num_texts: int, *, seed: int, topics: Sequence[str] = TOPICS) ->
 
 
 def save_tiny_encoder(folder: Path, topics: Sequence[str] = TOPICS) -> Path:
-    """A sentence-transformers folder that knows the words of `topic_texts`."""
+    """Save a sentence-transformers folder whose vocabulary has the words of `topic_texts`."""
     words = [*_SPECIAL, *(f"{topic}{number}" for topic in topics for number in range(4)), *_FILLERS]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

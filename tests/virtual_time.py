@@ -25,6 +25,6 @@ class _VirtualLoop(asyncio.SelectorEventLoop):
 
 
 def run_in_virtual_time(main: Coroutine[Any, Any, T]) -> T:
-    """Run `main` as `asyncio.run` does. It must use no threads and no sockets: the clock would not wait for them."""
+    """Run `main` as `asyncio.run` does. `main` must use no threads or sockets: the clock would not wait."""
     with asyncio.Runner(loop_factory=_VirtualLoop) as runner:
         return runner.run(main)

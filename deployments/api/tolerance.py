@@ -1,7 +1,7 @@
-"""Fields that clients send and this server does not read: which are refused, and how the others are reported.
+"""Request fields that this server does not read: some are refused, the others are ignored and reported.
 
-- A field whose absence would change the answer is refused (`NOT_SERVED_*`), unless its value asks for nothing.
-- Any other unknown field is ignored. The header `x-ignored-fields` lists it, unless its value asks for nothing.
+- A field whose absence would change the answer is refused (`NOT_SERVED_*`), unless its value requests nothing.
+- Any other unknown field is ignored. The header `x-ignored-fields` lists it, unless its value requests nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Passing = dict[str, tuple[object, ...]]
 
 NOT_SERVED: Passing = {
     "response_format": ({"type": "text"},),
-    "store": (False,),  # nothing is kept, so that nothing could be read later
+    "store": (False,),  # answers are never stored
     "use_beam_search": (False,),
     "prompt_logprobs": (),
     "guided_json": (),
@@ -60,7 +60,7 @@ NOT_SERVED_IN_MESSAGES: Passing = {
     "refusal": (),
     "annotations": ([],),
 }
-# Fields that are ignored. With one of these values they ask for nothing, so they are not reported.
+# Fields that are ignored. With one of these values they request nothing, so they are not reported.
 HARMLESS: Passing = {
     "cache_salt": (),
     "chat_template_kwargs": ({},),
@@ -98,16 +98,16 @@ _WHAT = {
     "store": "stored answers",
     "best_of": "a choice among answers",
 }
-_MAX_IGNORED = 32  # names kept of one object
+_MAX_IGNORED = 32  # names recorded per object
 _MAX_NAME_CHARS = 64
 _MAX_LISTED = 16  # names in the header
 _INDEX = re.compile(r"\.\d+(?=\.)")
 
 
 def without_unserved(data: object, known: Mapping[str, tuple[object, ...]]) -> object:
-    """Return `data` without the fields that ask for nothing.
+    """Return `data` without the fields that request nothing.
 
-    Raises: PydanticCustomError for the first field of `known` that asks for more.
+    Raises: PydanticCustomError for the first field of `known` that requests more.
     """
     if not isinstance(data, dict):
         return data
@@ -126,7 +126,7 @@ def _asks_nothing(given: object, nothing: Sequence[object]) -> bool:
 
 
 def _same(value: object, other: Any) -> bool:
-    """Equal and of one type: 0 is not False, nor 1.0 the number 1."""
+    """Return whether both are equal and of one type: 0 is not False, and 1.0 is not 1."""
     return type(value) is type(other) and value == other
 
 
@@ -161,7 +161,7 @@ def ignored_fields(request: TolerantRequest) -> tuple[str, ...]:
 
 
 def refuse_ignored(request: TolerantRequest) -> None:
-    """Refuse unknown fields, as the setting `strict_fields` asks for. Raises: RequestInvalid, naming the first."""
+    """Refuse unknown fields, for the setting `strict_fields`. Raises: RequestInvalid, naming the first."""
     for path, model in _ignored(request, ""):
         hint = did_you_mean(path.rpartition(".")[2], model.model_fields)
         raise RequestInvalid(f"{path}: unknown field{hint}", path)

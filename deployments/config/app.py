@@ -92,7 +92,7 @@ class AppConfig(_Settings):
     api_key: SecretStr | None = Field(default=None, min_length=8, max_length=512)
     keys_missing_grace_s: float = Field(default=300, ge=0)  # how long keys stay valid while keys_file is missing
     public_requires_approval: bool = False  # for other tenants' `auto`; default with keys: true
-    encoders: tuple[str, ...] = ()  # with keys: encoders that a reindex may name, beside retrieval.encoder
+    encoders: tuple[str, ...] = ()  # with keys: encoders that a reindex may name, besides retrieval.encoder
     owner_names: bool = False  # other tenants' adapters are owner/name only; default with keys: true
     allow_self_approval: bool = False  # with keys: whether admins may approve their own tenant's adapters
     # s3://, gs:// or file:// prefixes of URIs that adapters may be published from, by tenant; "*" means every tenant. A

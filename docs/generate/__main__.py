@@ -25,7 +25,7 @@ def stale_pages(*, write: bool) -> list[Path]:
 
 
 def main(arguments: list[str]) -> int:
-    """Return 1 where `--check` finds a page that is out of date."""
+    """Write the blocks. With `--check` return 1 if a page is out of date."""
     check = arguments == ["--check"]
     stale = stale_pages(write=not check)
     for path in stale:

@@ -1,4 +1,4 @@
-"""Which function writes which generated block."""
+"""The functions that write the generated blocks."""
 
 from __future__ import annotations
 

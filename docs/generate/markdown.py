@@ -27,7 +27,7 @@ def block_names(page: str) -> list[str]:
 
 
 def filled(page: str, blocks: Mapping[str, Block]) -> str:
-    """Return the page with every generated block written anew. Raises: KeyError for an unknown block."""
+    """Return the page with every generated block written again. Raises: KeyError for an unknown block."""
     return _BLOCK.sub(lambda match: match[1] + "\n" + blocks[match["name"]]() + "\n" + match[4], page)
 
 

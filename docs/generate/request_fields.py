@@ -79,7 +79,7 @@ def ignored() -> frozenset[str]:
 
 
 def _fields(model: type[BaseModel], kind: str) -> str:
-    """Return one row a field. Raises: KeyError for a field without a text."""
+    """Return one row per field. Raises: KeyError for a field without a text."""
     schema, texts, without_effect = model.model_json_schema(), texts_of(kind), ignored()
     rows = []
     for name, field in schema["properties"].items():

@@ -1,1 +1,1 @@
-"""The adapter bank and what is resident in it."""
+"""The adapter bank, and the adapters resident in it."""

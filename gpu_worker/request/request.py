@@ -32,12 +32,12 @@ class SamplingParams:
     temperature: float = 1.0  # 0 is greedy
     top_p: float = 1.0
     top_k: int = 0  # 0: all ids
-    min_p: float = 0.0  # minimum probability of an id, relative to the likeliest one
+    min_p: float = 0.0  # minimum probability of an id, relative to the most likely one
     presence_penalty: float = 0.0  # subtracted from logits of generated ids
     frequency_penalty: float = 0.0  # subtracted from the logit for each time an id was generated
     repetition_penalty: float = 1.0  # divides positive logits of ids in prompt or answer, multiplies others
     logit_bias: tuple[tuple[int, float], ...] = ()  # (id, value added to its logit)
-    logprobs: int | None = None  # number of likeliest ids to report per token; None: report no log probabilities
+    logprobs: int | None = None  # number of most likely ids to report per token; None: report no log probabilities
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
@@ -110,7 +110,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """One token of an answer and the likeliest alternatives, best first.
+    """One token of an answer and the most likely alternatives, best first.
 
     Tokens are bytes, because some are part of a character. Log probabilities are those of the model, before
     temperature, penalties and bias.

@@ -10,7 +10,7 @@ _LEAST = -9999.0  # replaces -inf, which JSON cannot represent
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """The log probability of a row's token, and (id, log probability) of the likeliest ids, best first."""
+    """The log probability of a row's token, and (id, log probability) of the most likely ids, best first."""
 
     logprob: float
     top: tuple[tuple[int, float], ...]

@@ -98,7 +98,7 @@ def _by_torch(
 
 
 def _counts(logits: Tensor, draws: Sequence[Draw], rows: Sequence[int]) -> list[int]:
-    """Return the number of likeliest ids to report for each of these rows."""
+    """Return the number of most likely ids to report for each of these rows."""
     return [min(draws[row].params.logprobs or 0, logits.shape[1]) for row in rows]
 
 

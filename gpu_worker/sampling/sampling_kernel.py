@@ -14,7 +14,7 @@ from gpu_worker.native.kernel_loading import SUFFIXES, functions, load_library
 from gpu_worker.sampling.draw import TABLE
 
 WANTED = np.dtype([("row", np.int64), ("token", np.int64), ("count", np.int64)])
-"""A token to score in a row of logits, and the number of likeliest ids to report: the source's struct `Wanted`."""
+"""A token to score in a row of logits, and the number of most likely ids to report: the source's struct `Wanted`."""
 
 
 class SamplingKernel:
@@ -40,7 +40,7 @@ class SamplingKernel:
     def score(
         self, logits: Tensor, wanted: NDArray[np.void]
     ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]:
-        """Return (log probabilities of the wanted tokens, the likeliest ids, their log probabilities).
+        """Return (log probabilities of the wanted tokens, the most likely ids, their log probabilities).
 
         Dims: logits (B, V), wanted (N,) of `WANTED`; results (N,), (N, K), (N, K) with K the largest count.
         """

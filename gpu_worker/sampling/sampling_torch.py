@@ -51,7 +51,7 @@ def choose(logits: Tensor, table: NDArray[np.void], *, on_host: bool) -> Tensor:
 
 
 def score(logits: Tensor, tokens: Tensor, rows: list[int], count: int, *, on_host: bool) -> Tensor:
-    """Return (R, 1 + 2 · count) float64: the token's log probability, the likeliest ids, their log probabilities.
+    """Return (R, 1 + 2 · count) float64: the token's log probability, the most likely ids, their log probabilities.
 
     Dims: tokens (B,); a token of -1 gives a meaningless row. `rows` (R,): the rows to score; count <= V.
     """

@@ -1,1 +1,1 @@
-"""What the layers of one step share."""
+"""Shared state of the layers in one step."""

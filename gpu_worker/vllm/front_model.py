@@ -18,7 +18,7 @@ from gpu_worker.model.base_model import model_source, resolve_dtype
 
 @dataclass(frozen=True, slots=True)
 class FrontModel:
-    """What prompts, adapters and the memory plan depend on."""
+    """The properties of the base model that prompts, adapters and the memory plan depend on."""
 
     source: str  # what vLLM loads
     tokenizer: Any

@@ -16,7 +16,7 @@ class PlanIds:
         self._next = 1  # 0 is the base model
 
     def __call__(self, path: str) -> int:
-        """Return the id of the path. Paths that were not asked for the longest are forgotten."""
+        """Return the id of the path. The least recently used paths are forgotten."""
         if path in self._ids:
             self._ids.move_to_end(path)
             return self._ids[path]

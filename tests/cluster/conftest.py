@@ -1,4 +1,4 @@
-"""One application on several nodes for all tests of what happens when something dies."""
+"""One application on several nodes, for all tests that kill replicas or nodes."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ _KEYS = {"message", "type", "param", "code"}
 LETTERS = {
     str(id): 100 for token, id in byte_tokenizer().get_vocab().items() if len(token) == 1 and "a" <= token <= "z"
 }
-# Drawn among letters by a seed: every token is seen, and answers differ wherever plans or prompts do.
+# Tokens are letters drawn by a seed: every token is visible, and answers differ if plans or prompts do.
 SAMPLING: dict[str, Any] = {"temperature": 1, "seed": 11, "logit_bias": LETTERS}
 
 
@@ -39,9 +39,9 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """`end`: the finish reason, `[DONE]`, an error's code, or in words what came instead of an answer.
+    """`end`: the finish reason, `[DONE]`, an error's code, or a description of any other end.
 
-    `retries`: how often the client asked again.
+    `retries`: how often the client sent the request again.
     """
 
     ask: Ask
@@ -53,16 +53,16 @@ class Outcome:
 
 @dataclass
 class Load:
-    """`expected`: the text of each request; what differs from it, or is no beginning of it, is no answer."""
+    """`expected`: the text of each request. A text that differs from it, or is not its beginning, is not an answer."""
 
     url: str
     expected: Mapping[tuple[str, str], str] = field(default_factory=dict)
     max_retries: int = 0
     outcomes: list[Outcome] = field(default_factory=list)
-    num_streaming: int = 0  # streams that have had their first token and not their end
+    num_streaming: int = 0  # streams between their first token and their end
 
     async def run(self, asks: Iterable[Ask], faults: Callable[[Load], Awaitable[None]] | None = None) -> list[Outcome]:
-        """Ask all of `asks`, as `faults` releases them; all at once without."""
+        """Send all of `asks`, as released by `faults`; all at once without faults."""
         self._held, self._released = list(asks)[::-1], asyncio.Queue[Ask | None]()
         limits = httpx.Limits(max_connections=2 * CLIENTS)
         async with (
@@ -82,7 +82,7 @@ class Load:
         return self.outcomes
 
     def release(self, count: int) -> None:
-        """So many more requests are asked."""
+        """Let this many more requests be sent."""
         for _ in range(min(count, len(self._held))):
             self._released.put_nowait(self._held.pop())
 
@@ -109,7 +109,7 @@ class Load:
         return Outcome(ask, choice.text, str(choice.finish_reason), is_right, raw.retries_taken)
 
     async def _stream(self, http: httpx.AsyncClient, ask: Ask) -> Outcome:
-        """Read byte for byte: what a lenient client would pass over is seen here."""
+        """Read byte for byte, to see errors that a lenient client would skip."""
         events: list[str] = []
         has_begun = False
         try:
@@ -128,7 +128,7 @@ class Load:
         return self._judged(ask, events)
 
     def _judged(self, ask: Ask, events: list[str]) -> Outcome:
-        """Chunks, then `[DONE]` after a reason, or one error in the API's shape, and nothing more."""
+        """Check the stream: chunks, then `[DONE]` after a reason, or one API error, and nothing more."""
         if not events or not all(event.startswith("data: ") for event in events):
             return Outcome(ask, "", f"no events: {events!r}", False)
         *chunks, last = [event.removeprefix("data: ") for event in events]

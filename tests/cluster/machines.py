@@ -27,7 +27,7 @@ from deployments.cli.local_server import free_port
 from tests.e2e.live import eventually
 
 APP = "loraretriever"
-_ADDRESS = "127.0.0.{}"  # each node has its own; Ray 2.60 takes 127.0.0.1 for the machine's outer one
+_ADDRESS = "127.0.0.{}"  # one per node; Ray 2.60 replaces 127.0.0.1 by the machine's external address
 START_S = 240.0
 _FILE = Path(__file__).with_name("serve.yaml")
 _NODES: tuple[dict[str, Any], ...] = (
@@ -40,21 +40,21 @@ _NODES: tuple[dict[str, Any], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """A replica that takes requests."""
+    """A replica that accepts requests."""
 
     pid: int
     node_id: str
 
     def kill(self) -> None:
-        """kill -9."""
+        """Kill the process with SIGKILL."""
         os.kill(self.pid, signal.SIGKILL)
 
 
 class Machines:
-    """The nodes: the head, which holds the proxy and no replica, two with CPUs, two with accelerators."""
+    """The nodes: the head, which has the proxy and no replica, two with CPUs, two with accelerators."""
 
     def __init__(self, settings: Mapping[str, Any], folder: Path) -> None:
-        """`settings`: what differs from the YAML file's `args`, by dotted names."""
+        """Prepare the nodes. `settings`: changes of the YAML file's `args`, by dotted names."""
         self._file = folder / "serve.yaml"
         config = yaml.safe_load(_FILE.read_text())
         port = free_port("127.0.0.1")
@@ -75,7 +75,7 @@ class Machines:
         self._file.write_text(yaml.safe_dump(config))
 
     def start(self) -> None:
-        """Return when the application is ready."""
+        """Start the nodes. Return when the application is ready."""
         head = {"num_cpus": 0, "include_dashboard": False, "node_ip_address": _ADDRESS.format(2)}
         self._cluster = Cluster(initialize_head=True, head_node_args=head)
         for number, node in enumerate(_NODES, start=3):
@@ -89,38 +89,38 @@ class Machines:
         eventually(self.is_ready, within_s=START_S)
 
     def stop(self) -> None:
-        """Kill every process of every node, the head included, as they are."""
+        """Kill every process of every node, including the head."""
         if ray.is_initialized():
             self._kill_replicas(None)
             ray.shutdown()
-            serve.context._disconnect()  # Ray 2.60 takes a dead cluster's controller for the next one's
+            serve.context._disconnect()  # Ray 2.60 confuses a dead cluster's controller with the next one's
         self._cluster.shutdown()
 
     def is_ready(self) -> bool:
-        """Whether every replica that should be there takes requests, and the HTTP entrance answers."""
+        """Return whether every expected replica accepts requests and the HTTP proxy answers."""
         if any(len(self.replicas(name)) < size for name, size in self._sizes.items()):
             return False
         return httpx.get(f"{self.url}/ready", timeout=30).status_code == 200
 
     async def until_full(self, deployment: str) -> None:
-        """Return as soon as all replicas of it take requests."""
+        """Return once all replicas of the deployment accept requests."""
         async with asyncio.timeout(START_S):
             while len(self.replicas(deployment)) < self._sizes[deployment]:
                 await asyncio.sleep(0.05)
 
     def replicas(self, deployment: str) -> list[Replica]:
-        """Those of a deployment that take requests. Serve learns of a death only at its next look."""
+        """Return the replicas of a deployment that accept requests. Serve notices a death only at its next check."""
         details = serve.context._get_global_client().get_serve_details()
         found = details["applications"].get(APP, {}).get("deployments", {}).get(deployment, {}).get("replicas", [])
         running = [Replica(item["pid"], item["node_id"]) for item in found if item["state"] == "RUNNING"]
         return [replica for replica in running if _is_alive(replica.pid)]
 
     def kill(self, deployment: str) -> None:
-        """kill -9 of the oldest replica."""
+        """Kill the oldest replica with SIGKILL."""
         self.replicas(deployment)[0].kill()
 
     def kill_node_of(self, deployment: str) -> None:
-        """All processes of one node die that has a replica of it."""
+        """Kill all processes of one node that has a replica of the deployment."""
         victim = self.replicas(deployment)[0].node_id
         [node] = [node for node in self._cluster.worker_nodes if node.node_id == victim]
         self._kill_replicas(victim)
@@ -146,7 +146,7 @@ class Machines:
 
 @contextmanager
 def own_ray() -> Iterator[None]:
-    """Ray's files, and its note of the cluster of this machine, lie in a folder of their own, with a short path."""
+    """Put Ray's files, and its record of this machine's cluster, into a separate folder with a short path."""
     folder = tempfile.mkdtemp(prefix="lr-")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TMPDIR", folder)
@@ -159,7 +159,7 @@ def own_ray() -> Iterator[None]:
 
 
 def _is_alive(pid: int) -> bool:
-    """Whether it is there, and not only because nobody has asked how it ended."""
+    """Return whether the process runs. A zombie does not."""
     with suppress(FileNotFoundError, ProcessLookupError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return False

@@ -1,4 +1,4 @@
-"""The application on several nodes as a test sees it, and the requests that tests send to it."""
+"""The application on several nodes, and the requests that tests send to it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_TOKENS = 160
 
 @dataclass(frozen=True)
 class Running:
-    """The nodes, and what each request is answered while nothing dies."""
+    """The nodes, and the answer to each request without failures."""
 
     machines: Machines
     model: Path
@@ -26,7 +26,7 @@ class Running:
 
 
 def asks(count: int, *, num_streamed: int = 0) -> list[Ask]:
-    """Base, adapters by their names and by the Retriever's choice, in turn; streamed ones spread evenly."""
+    """Return requests for the base model, named adapters and `auto`, in turn; streamed ones are spread evenly."""
     names = ["tiny", *TOPICS]
     kinds = [(name, f"The sea, the {name} and") for name in names]
     kinds += [("auto", f"Tell me about {topic}, please.") for topic in TOPICS]

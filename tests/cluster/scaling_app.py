@@ -1,4 +1,4 @@
-"""A server of its own whose workers scale, the load that makes them, and what they look like from outside."""
+"""A separate server whose workers scale, load for it, and observations from outside."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from tests.tiny import VOCABULARY, byte_tokenizer
 BASE = "tiny"
 START_S = 240.0
 CONTEXT = 4096
-NUM_ASCII = 94  # the byte tokenizer's first ids: one letter each
-TARGET_REQUESTS = 8  # a worker
-NUM_STREAMS = TARGET_REQUESTS - 1  # of which one worker is enough
-STREAM_TOKENS = 3000  # longer than it takes for a worker to go
+NUM_ASCII = 94  # the byte tokenizer's first ids, one letter each
+TARGET_REQUESTS = 8  # per worker
+NUM_STREAMS = TARGET_REQUESTS - 1  # one worker is enough for these
+STREAM_TOKENS = 3000  # longer than the removal of a worker takes
 SETTLE_S = 60.0
 
 
 def long_model(folder: Path) -> Path:
-    """A tiny model with room for answers that take seconds, each token of which is a letter: its text comes at once."""
+    """Save a tiny model with a long context, so that answers take seconds. Each token is a letter, released at once."""
     torch.manual_seed(0)
     config = Gemma3TextConfig(
         vocab_size=VOCABULARY,
@@ -55,14 +55,16 @@ def long_model(folder: Path) -> Path:
     )
     model = Gemma3ForCausalLM(config)
     with torch.no_grad():
-        model.get_input_embeddings().weight[NUM_ASCII:] = 0  # tied to the head: their logits are never the largest
+        model.get_input_embeddings().weight[NUM_ASCII:] = (
+            0  # tied to the head, so that their logits are never the largest
+        )
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
 
 
 def settings_of(folder: Path, *, min_workers: int, max_workers: int) -> dict[str, Any]:
-    """Settings under which workers come and go within seconds."""
+    """Return settings under which workers are added and removed within seconds."""
     scaling = {
         "min_replicas": min_workers,
         "max_replicas": max_workers,
@@ -85,7 +87,7 @@ def settings_of(folder: Path, *, min_workers: int, max_workers: int) -> dict[str
 
 @contextmanager
 def served(folder: Path, settings: Mapping[str, Any]) -> Iterator[str]:
-    """The address of `loraretriever serve` in a process, and on a Ray, of its own."""
+    """Yield the address of `loraretriever serve` in its own process with its own Ray."""
     with serving(folder, settings, os.environ) as (url, _):
         yield url
 
@@ -116,7 +118,7 @@ def serving(
 
 @contextmanager
 def on_machines(folder: Path, settings: Mapping[str, Any]) -> Iterator[str]:
-    """The address of the application on several nodes, with these settings over those of its YAML file."""
+    """Yield the address of the application on several nodes, with these settings over its YAML file."""
     scaling = settings["worker_scaling"] | {"num_cpus": 0, "resources": {"accelerator": 1}}
     machines = Machines({**settings, "worker_scaling": scaling, "preload": []}, folder)
     with own_ray():
@@ -134,13 +136,13 @@ def is_ready(url: str) -> bool:
 
 
 def num_workers(url: str) -> int:
-    """Workers that take requests: those that end their last ones are not among them."""
+    """Return the number of workers that accept requests, without those that are being removed."""
     answered: int = httpx.get(f"{url}/v1/stats", timeout=30).json()["workers"]["replicas"]["answered"]
     return answered
 
 
 def until(check: Callable[[], bool], *, within_s: float = SETTLE_S) -> float:
-    """Seconds until `check` was true."""
+    """Return the seconds until `check` was true."""
     started = time.monotonic()
     while not check():
         assert time.monotonic() - started < within_s, "it did not happen in time"
@@ -149,7 +151,7 @@ def until(check: Callable[[], bool], *, within_s: float = SETTLE_S) -> float:
 
 
 async def until_workers(url: str, count: int) -> float:
-    """Seconds until so many workers take requests."""
+    """Return the seconds until this many workers accept requests."""
     return await asyncio.to_thread(until, lambda: num_workers(url) == count)
 
 
@@ -159,14 +161,14 @@ def completion(max_tokens: int, **changes: Any) -> dict[str, Any]:
 
 
 async def asking(client: httpx.AsyncClient, statuses: list[int], stop: asyncio.Event) -> None:
-    """One client that asks again as soon as it is answered."""
+    """Run one client that sends the next request once it has an answer."""
     while not stop.is_set():
         response = await client.post("/v1/completions", json=completion(128))
         statuses.append(response.status_code)
 
 
 async def streaming(client: httpx.AsyncClient, max_tokens: int, started: asyncio.Event) -> tuple[int, str]:
-    """(tokens, reason of the end) of a stream that was read until `[DONE]`."""
+    """Return (tokens, finish reason) of a stream read until `[DONE]`."""
     body = completion(max_tokens, stream=True, stream_options={"include_usage": True})
     reason, tokens, last = "", 0, ""
     async with client.stream("POST", "/v1/completions", json=body) as response:
@@ -186,17 +188,17 @@ async def streaming(client: httpx.AsyncClient, max_tokens: int, started: asyncio
 
 @dataclass
 class Course:
-    """How a load went: seconds until the most workers ran, and after it until one was left."""
+    """The course of a load: seconds until the most workers ran, and afterwards until one was left."""
 
     up_s: float
     down_s: float
     statuses: list[int]
     ends: list[tuple[int, str]]
-    num_left_behind: int  # streams still running when all workers but one took no more requests
+    num_left_behind: int  # streams still running when all workers but one accepted no more requests
 
 
 async def rise_and_fall(url: str, *, most: int, high_s: float) -> Course:
-    """Load until `most` workers run and for `high_s` longer; then streams alone, which one worker is enough for."""
+    """Send load until `most` workers run and for `high_s` longer; then only streams, for which one worker suffices."""
     stop, statuses = asyncio.Event(), list[int]()
     async with httpx.AsyncClient(base_url=url, timeout=180, limits=httpx.Limits(max_connections=200)) as client:
         num_clients = most * TARGET_REQUESTS - 2

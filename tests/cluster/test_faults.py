@@ -27,12 +27,12 @@ from tests.e2e.live import eventually
 from tests.soak import Scale
 from tests.tiny import tiny_config
 
-MAX_BATCH_SIZE = 16  # of a worker: tests/cluster/serve.yaml
-STREAMING = 6  # enough that every worker has one
+MAX_BATCH_SIZE = 16  # per worker: tests/cluster/serve.yaml
+STREAMING = 6  # enough for every worker
 
 
 @dataclass
-class Figures:
+class Results:
     """The results of this file's tests, one row for each load."""
 
     values: dict[str, float] = field(default_factory=dict)
@@ -52,11 +52,11 @@ class Figures:
 
 
 @pytest.fixture(scope="module")
-def figures(request: pytest.FixtureRequest) -> Iterator[Figures]:
-    figures = Figures()
-    yield figures
-    if request.config.getoption("--scale") == "full" and len(figures.values) == 4:
-        write_part("cluster", "kills", figures=figures.values, table=figures.table(), runs=figures.rows)
+def results(request: pytest.FixtureRequest) -> Iterator[Results]:
+    results = Results()
+    yield results
+    if request.config.getoption("--scale") == "full" and len(results.values) == 4:
+        write_part("cluster", "kills", results=results.values, table=results.table(), runs=results.rows)
 
 
 def failed(outcomes: Sequence[Outcome]) -> list[Outcome]:
@@ -64,7 +64,7 @@ def failed(outcomes: Sequence[Outcome]) -> list[Outcome]:
 
 
 def test_no_answer_is_lost_and_every_stream_ends_well_while_workers_are_killed(
-    running: Running, figures: Figures, scale: Scale
+    running: Running, results: Results, scale: Scale
 ) -> None:
     num_kills = scale.pick("kills of a worker", small=1, full=8)
     num_whole = scale.pick("requests", small=30, full=500)
@@ -83,7 +83,7 @@ def test_no_answer_is_lost_and_every_stream_ends_well_while_workers_are_killed(
     streams = [outcome for outcome in outcomes if outcome.ask.is_streamed]
     wholes = [outcome for outcome in outcomes if not outcome.ask.is_streamed]
     what = f"{num_kills} kills of a worker"
-    figures.add(what, outcomes, worker_kills_lost=len(failed(wholes)), streams_malformed=len(failed(streams)))
+    results.add(what, outcomes, worker_kills_lost=len(failed(wholes)), streams_malformed=len(failed(streams)))
     assert (len(wholes), len(streams)) == (num_whole, num_streamed)
     assert failed(outcomes) == []
     assert {outcome.end for outcome in streams} == {"[DONE]", "replica_died"}
@@ -103,7 +103,7 @@ def test_the_openai_client_raises_the_error_that_ends_a_stream(running: Running)
 
 
 def error_of_a_stream_cut_off(running: Running) -> openai.APIError | None:
-    """What the client raises as all workers are killed under its stream; None where the stream had already ended."""
+    """Return the client's error when all workers are killed during its stream; None if the stream ended before."""
     asyncio.run(running.machines.until_full("Worker"))
     workers = running.machines.replicas("Worker")
     with openai.OpenAI(base_url=f"{running.machines.url}/v1", api_key="none", max_retries=0) as client:
@@ -111,7 +111,7 @@ def error_of_a_stream_cut_off(running: Running) -> openai.APIError | None:
         stream = client.completions.create(**asked, stream=True, extra_body={"ignore_eos": True})
         while not any(choice.text for choice in next(stream).choices):
             pass
-        for worker in workers:  # whichever of them answers
+        for worker in workers:  # any of them may be answering
             worker.kill()
         try:
             rest = [choice for chunk in stream for choice in chunk.choices]
@@ -122,7 +122,7 @@ def error_of_a_stream_cut_off(running: Running) -> openai.APIError | None:
 
 
 def test_no_request_fails_while_retrievers_and_the_store_are_killed(
-    running: Running, figures: Figures, scale: Scale
+    running: Running, results: Results, scale: Scale
 ) -> None:
     num_kills = scale.pick("kills of a retriever and of the store", small=1, full=3)
     num_whole = scale.pick("requests", small=40, full=500)
@@ -138,13 +138,13 @@ def test_no_request_fails_while_retrievers_and_the_store_are_killed(
 
     outcomes = asyncio.run(running.load().run(asks(num_whole), kill_others))
     what = f"{num_kills} kills of a retriever, {num_kills} of the store"
-    figures.add(what, outcomes, other_kills_failed=len(failed(outcomes)))
+    results.add(what, outcomes, other_kills_failed=len(failed(outcomes)))
     assert len(outcomes) == num_whole
     assert failed(outcomes) == []
 
 
-def test_a_client_that_asks_again_outlives_an_ingress_and_a_node(
-    running: Running, figures: Figures, scale: Scale
+def test_a_client_that_retries_survives_the_death_of_an_ingress_and_a_node(
+    running: Running, results: Results, scale: Scale
 ) -> None:
     num_whole = scale.pick("requests", small=40, full=500)
     num_alone = scale.pick("kills of an ingress before the node's", small=0, full=1)
@@ -161,19 +161,19 @@ def test_a_client_that_asks_again_outlives_an_ingress_and_a_node(
 
     outcomes = asyncio.run(running.load(max_retries=2).run(asks(num_whole), kill_ingress_and_node))
     what = "an ingress and a whole node, client's 2 retries"
-    figures.add(what, outcomes, node_kill_failed_with_retries=len(failed(outcomes)))
+    results.add(what, outcomes, node_kill_failed_with_retries=len(failed(outcomes)))
     assert len(outcomes) == num_whole
     assert failed(outcomes) == []
 
 
-def test_a_worker_whose_step_hangs_is_replaced_and_its_request_begins_again(
+def test_a_worker_whose_step_hangs_is_replaced_and_its_request_starts_again(
     running: Running, scale: Scale, tmp_path: Path
 ) -> None:
     num_hangs = scale.pick("hangs of one request", small=1, full=3)
     hangs = [tmp_path / str(number) for number in range(num_hangs)]
 
     class Hanging(WorkerDeployment):
-        """Hangs in the next step, once for each of the files."""
+        """Hangs in the next step, once per file."""
 
         async def stream(self, job: Job) -> AsyncGenerator[Delta | None]:
             for hang in hangs:
@@ -219,9 +219,9 @@ def test_a_worker_whose_step_hangs_is_replaced_and_its_request_begins_again(
         serve.delete("hanging")
 
 
-def test_after_all_nodes_have_died_the_pool_is_as_it_was(running: Running, scale: Scale) -> None:
+def test_the_pool_survives_the_death_of_all_nodes(running: Running, scale: Scale) -> None:
     if not scale.is_full:
-        pytest.skip("everything starts once more: in make soak")
+        pytest.skip("everything starts again: in make soak")
     running.machines.stop()
     running.machines.start()
     eventually(lambda: {num for _, num in running.machines.on_all("Retriever", "load", "local")} == {len(TOPICS)})

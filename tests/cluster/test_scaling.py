@@ -1,4 +1,4 @@
-"""Workers come with the load and go with it; no request fails, and no stream is cut."""
+"""Workers are added and removed with the load; no request fails, and no stream is cut."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MOST = 3
 
 @pytest.fixture(scope="module")
 def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """On one machine; at full counts on several nodes, the workers on those that offer `accelerator`."""
+    """Yield the address: on one machine; at full counts on several nodes, with workers on those with `accelerator`."""
     folder: Path = tmp_path_factory.mktemp("scaling")
     settings = settings_of(folder, min_workers=0, max_workers=MOST)
     where = on_machines if request.config.getoption("--scale") == "full" else served
@@ -36,19 +36,19 @@ def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         yield address
 
 
-def test_workers_sleep_without_load_and_the_first_request_wakes_one(url: str) -> None:
+def test_workers_scale_to_zero_and_the_first_request_starts_one(url: str) -> None:
     until(lambda: num_workers(url) == 0)
     for _ in range(3):
         assert is_ready(url)
     stats = httpx.get(f"{url}/v1/stats").json()["workers"]["replicas"]
-    assert stats == {"answered": 0, "silent": 0}  # neither has woken one
+    assert stats == {"answered": 0, "silent": 0}  # neither has started one
     answers = [httpx.post(f"{url}/v1/completions", json=completion(4), timeout=120) for _ in range(2)]
     assert [answer.status_code for answer in answers] == [200, 200]
     assert answers[0].json()["choices"] == answers[1].json()["choices"]
     assert num_workers(url) == 1
 
 
-def test_workers_follow_the_load_and_those_that_go_end_their_streams(url: str, scale: Scale) -> None:
+def test_workers_follow_the_load_and_removed_ones_end_their_streams(url: str, scale: Scale) -> None:
     most = scale.pick("workers under load", small=2, full=MOST)
     high_s = scale.pick("seconds of high load", small=1, full=60)
     until(lambda: num_workers(url) <= 1)

@@ -1,4 +1,4 @@
-"""Adapter records for the routes' fakes, and what those script."""
+"""Adapter records for the routes' fakes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def adapter(
     tenant: str = "local",
     visibility: Visibility = "public",
 ) -> AdapterRecord:
-    """A record as the catalogue would hold it; another `version` is another digest and other weights."""
+    """Return a record as in the catalogue. Another `version` has another digest and other weights."""
     vector = np.array([1.0, 0.0], np.float32)
     return AdapterRecord(
         ref=AdapterRef(tenant, name, digest_of(f"version {name} {version}")),
@@ -56,7 +56,7 @@ POOL = (adapter("poet"), adapter("coder", template="chat"))
 
 
 def pool_of(*records: AdapterRecord) -> dict[Key, tuple[AdapterRecord, ...]]:
-    """What a FakeStore holds: records of one name are its versions, the live one first."""
+    """Return the contents of a FakeStore: records of one name are its versions, the live one first."""
     live: dict[Key, tuple[AdapterRecord, ...]] = {}
     for record in records:
         live[key_of(record)] = (*live.get(key_of(record), ()), record)
@@ -68,7 +68,7 @@ def key_of(record: AdapterRecord) -> Key:
 
 
 def given(event: T | Exception) -> T:
-    """Return what a test scripts, or raise it where it is an exception."""
+    """Return a scripted value, or raise it if it is an exception."""
     if isinstance(event, Exception):
         raise event
     return event

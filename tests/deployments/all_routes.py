@@ -12,7 +12,7 @@ from tests.deployments.app_fakes import app_over_fakes
 
 APP = app_over_fakes()
 
-# The role each route below /v1/ asks for; None: any valid key. Add each new route here.
+# The role that each route below /v1/ requires; None: any valid key. Add each new route here.
 ROLES_OF: dict[tuple[str, str], str | None] = {
     ("GET", "/v1/models"): None,
     ("GET", "/v1/models/{model:path}"): None,
@@ -60,7 +60,7 @@ def guarded() -> dict[tuple[str, str], APIRoute]:
 
 
 def dependencies(dependant: Dependant) -> Iterator[Any]:
-    """Yield every function that `dependant` depends on, itself included."""
+    """Yield every function that `dependant` depends on, including itself."""
     yield dependant.call
     for needed in dependant.dependencies:
         yield from dependencies(needed)

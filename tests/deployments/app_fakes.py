@@ -1,4 +1,4 @@
-"""An Ingress without Ray, over a worker, a retriever and a store that are fakes."""
+"""An Ingress without Ray, over a fake worker, retriever and store."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.fakes import FakeHandle
 
 @dataclass
 class Served:
-    """An Ingress and the handles it was given."""
+    """An Ingress and its handles."""
 
     ingress: Ingress
     retriever: FakeHandle
@@ -46,14 +46,14 @@ class Served:
 
     @property
     def job(self) -> Job:
-        """The one job the worker got."""
+        """Return the single job that the worker received."""
         [(job,)] = self.worker.called("stream")
         assert isinstance(job, Job)
         return job
 
 
 def config_of(**changes: Any) -> AppConfig:
-    """Return settings under which the client of `http_of` is answered: it asks for the host `test`."""
+    """Return settings that allow the host `test`, which the client of `http_of` uses."""
     return AppConfig(**{"base_model": "somewhere/" + BASE, "allowed_hosts": ("test",), **changes})
 
 
@@ -70,9 +70,9 @@ def serve_plainly(
     kinds: Any = SERVE,
     **settings: Any,
 ) -> Served:
-    """Return an Ingress as its replica holds it, without Serve's wrapper. Call this in a running event loop.
+    """Return an Ingress without Serve's wrapper. Call this in a running event loop.
 
-    `engine`: what the config says of the Worker's; `kinds`: of metrics.
+    `engine`: changes of the Worker's settings; `kinds`: kinds of metrics.
     """
     handles = [
         FakeHandle(*(retrievers or [retriever or FakeRetriever()])),
@@ -117,7 +117,7 @@ def with_context(app: ASGIApp) -> ASGIApp:
 
 
 def app_over_fakes() -> FastAPI:
-    """Return an application to read routes and the description from. Its event loop has ended: it answers nothing."""
+    """Return an application to read routes and the API description from. Its event loop has ended: it cannot answer."""
 
     async def build() -> FastAPI:
         served = serve_plainly()

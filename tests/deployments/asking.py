@@ -1,4 +1,4 @@
-"""One request to the routes of an Ingress over fakes."""
+"""Send one request to the routes of an Ingress over fakes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def ask(
     headers: dict[str, str] | None = None,
     **options: Any,
 ) -> Any:
-    """What `question` gives; the Ingress has ended its preload before, and its background work after."""
+    """Return the result of `question`, called after the preload; afterwards wait for background work."""
 
     async def run() -> Any:
         served = serve_plainly(**options)
@@ -32,7 +32,7 @@ def ask(
 
 
 def request(method: str, path: str, *, sent: dict[str, Any] | None = None, **options: Any) -> httpx.Response:
-    """The answer to one request; `sent`: what httpx's `request` takes beside method and path."""
+    """Return the response to one request. `sent`: arguments of httpx's `request` except method and path."""
     response: httpx.Response = ask(lambda client, _: client.request(method, path, **(sent or {})), **options)
     return response
 

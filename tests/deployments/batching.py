@@ -40,7 +40,7 @@ class Place:
 
 
 def tiny_app(model: Path, store: str, **worker: Any) -> AppConfig:
-    """float32, so that rows of one batch can be compared with rows of another."""
+    """Return settings in float32, so that rows of one batch can be compared with rows of another."""
     settings = {"dtype": "float32", "num_threads": 1, "bank_rank_rows": 32, "max_model_len": 512, "max_batch_size": 16}
     return AppConfig(
         base_model=str(model),
@@ -52,7 +52,7 @@ def tiny_app(model: Path, store: str, **worker: Any) -> AppConfig:
 
 
 def publish(config: AppConfig, shapes: Mapping[str, tuple[int, int]], folders: Path, topics: Sequence[str]) -> int:
-    """The generation at which there is a random adapter for each topic, found by sentences about it."""
+    """Publish a random adapter for each topic, with sentences about it as samples. Return the generation."""
     store = LoraStore(config.store_uri, accepts_base=config.accepted_bases)
     staged = []
     for topic in topics:
@@ -66,7 +66,7 @@ def publish(config: AppConfig, shapes: Mapping[str, tuple[int, int]], folders: P
 
 
 def prompts(count: int) -> list[dict[str, Any]]:
-    """Rows of every kind that a server would answer."""
+    """Return rows of every kind that a server would answer."""
     kinds: list[dict[str, Any]] = [
         {},
         {"lora": '{"strategy": "fusion", "k": 2}'},

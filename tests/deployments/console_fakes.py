@@ -1,4 +1,4 @@
-"""What the console shows beside the other routes' fakes: places on the map, figures, and a worker that can be held."""
+"""The console's data that other fakes lack: places on the map, metrics, and a worker that can be held."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ HOLDINGS = EngineStatus(
 
 @dataclass
 class MappedRetriever(FakeRetriever):
-    """Its adapters lie on a circle, a prompt in the middle."""
+    """Its adapters are on a circle, a prompt is in the middle."""
 
     async def map(self, tenant: str, min_generation: int = 0) -> PoolMap:
         return PoolMap(7, len(self.held), 0.625, tuple(map(self._point, range(len(self.held)))))
@@ -55,7 +55,7 @@ class MappedRetriever(FakeRetriever):
 
 @dataclass
 class CountingWorker(FakeWorker):
-    """Holds what `holdings` says; every answer stops after its first delta until `goes_on` is set."""
+    """Reports the state in `holdings`; every answer stops after its first delta until `goes_on` is set."""
 
     holdings: EngineStatus | Exception = HOLDINGS
     goes_on: asyncio.Event | None = None

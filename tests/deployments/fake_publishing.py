@@ -1,4 +1,4 @@
-"""A Publisher between fakes."""
+"""A Publisher over fakes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ async def _in_no_time(delay_s: float) -> None:
 
 
 class Publishing:
-    """A Publisher over fakes, and its handles. A call is over when its background work is."""
+    """A Publisher over fakes, and its handles. A call returns when its background work has ended."""
 
     def __init__(
         self,

@@ -28,15 +28,15 @@ from tests.deployments.adapter_records import ENCODER, POOL, adapter, given
 
 @dataclass
 class FakeRetriever:
-    """Routes every prompt to all of `held`, half as sure of each next one; `failure` is raised instead."""
+    """Routes every prompt to all of `held`, with scores halved one by one; `failure` is raised instead."""
 
     held: Sequence[AdapterRecord] = POOL
     failure: Exception | None = None
     caught_up: Exception | None = None
     abstains: bool = False
-    unfit: Exception | None = None  # what embedding raises
+    unfit: Exception | None = None  # error of embedding
     encoder: str = ENCODER
-    steps: list[list[ReindexStep | DoctorStep | Exception]] = field(default_factory=list)  # of each job, in turn
+    steps: list[list[ReindexStep | DoctorStep | Exception]] = field(default_factory=list)  # of each job in turn
     prepared: Exception | str = "other-encoder"
 
     async def route(self, requests: Sequence[RouteRequest]) -> list[Route]:

@@ -36,9 +36,10 @@ from tests.deployments.adapter_records import POOL, adapter, digest_of, key_of
 
 @dataclass
 class FakeStore:
-    """The pool in memory, at generation 7. An adapter's name says what it is: `bad…` refused, `bare…` without samples,
-    `gone…` not there, `taken…` another tenant's. Its first tag makes it another version.
+    """The pool in memory, at generation 7.
 
+    An adapter's name selects its behaviour: `bad…` is refused, `bare…` has no samples, `gone…` does not exist, `taken…`
+    belongs to another tenant. Its first tag makes it another version.
     `failing`: exceptions by method name, each raised as often as its number says.
     `dying`: methods after which the replica dies, so that their answers are lost, each as often as its number says.
     """
@@ -47,10 +48,10 @@ class FakeStore:
     failing: dict[str, tuple[Exception, int]] = field(default_factory=dict)
     dying: dict[str, int] = field(default_factory=dict)
     generation: int = 7
-    held: list[Staged] = field(default_factory=list)  # staged, and neither committed nor discarded
+    held: list[Staged] = field(default_factory=list)  # staged but neither committed nor discarded
     swept: list[str] = field(default_factory=list)
-    encoder: str | None = None  # the identity of the one a reindex activated
-    incomplete: list[EncoderIncomplete] = field(default_factory=list)  # what activations raise, in turn
+    encoder: str | None = None  # identity of the encoder that a reindex activated
+    incomplete: list[EncoderIncomplete] = field(default_factory=list)  # errors of activations, in turn
     _leases: Iterator[int] = field(default_factory=itertools.count)
     _commits: dict[str, int] = field(default_factory=dict)  # generations by commit id
 
@@ -193,7 +194,7 @@ class FakeStore:
         return staged
 
     def _committed(self, method: str, commit_id: str | None) -> int:
-        """Remember the call by its id, and return the generation. Raises: RayActorError where its replica dies."""
+        """Record the call by its id and return the generation. Raises: RayActorError if its replica dies."""
         if commit_id is not None:
             self._commits[commit_id] = self.generation
         if self.dying.get(method, 0) > 0:

@@ -1,4 +1,4 @@
-"""A worker that says what a test scripts."""
+"""A worker with scripted answers."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ SHAPES = {"model.layers.0.mlp.up_proj": (8, 6)}
 
 @dataclass
 class FakeWorker:
-    """Streams `events`, raising where one is an exception; a probe gives `shifts` by adapter name, 0.5 by default.
+    """Streams `events`, raising exceptions among them. Probes return `shifts` by adapter name, 0.5 by default.
 
-    `forgets`: what it answers when asked to forget, in turn; then True.
+    `forgets`: answers of `forget`, in turn; then True.
     """
 
     events: Sequence[Delta | Exception] = DELTAS
     shifts: dict[str, float | Exception] = field(default_factory=dict)
     forgets: list[bool | Exception] = field(default_factory=list)
-    failure: Exception | None = None  # what a probe raises
+    failure: Exception | None = None  # error of a probe
     usages: Mapping[str, Usage] = field(default_factory=dict)
 
     async def stream(self, job: Job) -> AsyncIterator[Delta]:

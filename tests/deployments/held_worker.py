@@ -1,4 +1,4 @@
-"""A worker that answers only when a test lets it."""
+"""A worker that answers when a test permits."""
 
 from __future__ import annotations
 

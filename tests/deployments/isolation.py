@@ -1,4 +1,4 @@
-"""Runs a scenario of two tenants, and asks a route as one of them."""
+"""Run a scenario of two tenants, and call a route as one of them."""
 
 from __future__ import annotations
 

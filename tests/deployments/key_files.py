@@ -1,4 +1,4 @@
-"""Keys files for tests, and keys that go with them."""
+"""Keys files for tests, and matching keys."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from deployments.auth.authenticator import ROLES
 
 
 def entry(key: str, tenant: str = "acme", roles: Sequence[str] = ROLES, **more: Any) -> dict[str, Any]:
-    """The entry of `key`, whose id says which key it is."""
+    """Return the entry of `key`. Its id identifies the key."""
     return {"id": f"id-{key}", "sha256": hash_of(key), "tenant": tenant, "roles": list(roles), **more}
 
 
 def write(path: Path, *entries: dict[str, Any]) -> Path:
-    """The file with these entries, replaced as an operator should: in one step."""
+    """Write the file with these entries, replacing it atomically as an operator should."""
     made = path.with_suffix(".new")
     made.write_text(json.dumps(entries))
     os.replace(made, path)
@@ -30,5 +30,5 @@ def bearer(key: str) -> dict[str, str]:
 
 
 def keys_of_all_roles(folder: Path) -> Path:
-    """Write one key for everything, and one for each role alone."""
+    """Write one key with all roles, and one for each role."""
     return write(folder / "keys.json", entry("all"), *[entry(role, roles=[role]) for role in ROLES])

@@ -1,4 +1,4 @@
-"""The console as a person meets it: opened in a real Chromium, asked, given a folder."""
+"""Open the console in a real Chromium and use it: prompts, and a dropped folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Look = Callable[[Page, Served], Awaitable[None]]
 
 
 def look(browsing: Browsing, question: Look, *, context: dict[str, Any] | None = None, **options: Any) -> None:
-    """Open the console over an Ingress with these fakes, and let `question` look at it."""
+    """Open the console over an Ingress with these fakes, and let `question` inspect it."""
 
     async def run() -> None:
         options.setdefault("retriever", MappedRetriever())

@@ -1,4 +1,4 @@
-"""Metrics that keep what they are told, in place of Ray's."""
+"""Metrics that store their values, instead of Ray's."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class FakeMetric:
 
 
 class FakeMetrics:
-    """Counter, Gauge and Histogram, as Serve's module has them."""
+    """Counter, Gauge and Histogram, like those of Serve's module."""
 
     def __init__(self) -> None:
         self.metrics: dict[str, FakeMetric] = {}

@@ -1,4 +1,4 @@
-"""Bodies of nonsense, some megabytes each, at every place where a route reads something of its body."""
+"""Invalid bodies of some megabytes, for every place where a route reads part of its body."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 MEBIBYTE = 1 << 20
 BODY_BYTES = 4 * MEBIBYTE
-FEW = 16_000  # items of a list that the bound on values lets through
-_ROOM = 1024  # for what is around the value
+FEW = 16_000  # items of a list within the bound on values
+_ROOM = 1024  # bytes around the value
 _MARK = "\0here\0"
 
 
@@ -19,7 +19,7 @@ def _repeated(head: bytes, item: bytes, tail: bytes, size: int) -> bytes:
 
 
 def _few(item: bytes, size: int, brackets: bytes = b"[]") -> bytes:
-    """FEW items and white space up to the size."""
+    """Return FEW items, and white space up to the size."""
     text = brackets[:1] + b",".join([item] * FEW) + brackets[1:]
     return text[:-1] + b" " * (size - len(text)) + text[-1:]
 
@@ -29,7 +29,7 @@ def _keys(count: int, size: int) -> bytes:
     return b"{" + b",".join(b'"%0*d":0' % (width, number) for number in range(count)) + b"}"
 
 
-# What may stand in the place of a value, as JSON of about so many bytes.
+# Replacements for a value, as JSON of about this many bytes.
 VALUES: dict[str, Callable[[int], bytes]] = {
     "many numbers": lambda size: _repeated(b"[", b"1,", b"1]", size),
     "many texts": lambda size: _repeated(b"[", b'"",', b"1]", size),
@@ -54,7 +54,7 @@ VALUES: dict[str, Callable[[int], bytes]] = {
     "an exponent": lambda size: b"1e" + b"9" * (size - 2),
     "a number as text": lambda size: b'"' + b"9" * (size - 2) + b'"',
 }
-# Bodies that are no object of the route's at all.
+# Bodies that are not an object of the route.
 WHOLE: dict[str, Callable[[int], bytes]] = {
     "white space": lambda size: b" " * size,
     "zeros": lambda size: b"\0" * size,
@@ -109,7 +109,7 @@ def _bodies(schema: Mapping[str, Any], document: Mapping[str, Any], depth: int) 
 
 
 def _least(schema: Mapping[str, Any], document: Mapping[str, Any]) -> Any:
-    """A small valid value."""
+    """Return a small valid value."""
     schema = resolved(schema, document)
     if "anyOf" in schema:
         return _least(schema["anyOf"][0], document)
@@ -139,8 +139,8 @@ FORMS: dict[str, Callable[[int], bytes]] = {
     "a field's name": lambda size: _FIELD % (b"x" * size, b"") + b"--b--",
     "a part's header": lambda size: b"--b\r\nX-A: " + b"x" * size,
     "many headers of a part": lambda size: b"--b\r\n" + b"X-A: x\r\n" * (size // 8),
-    "what comes before": lambda size: b"\r\n" * (size // 2),
-    "what comes behind": lambda size: _FIELD % (b"name", b"x") + b"--b--" + b"\r\n" * (size // 2),
+    "data before the parts": lambda size: b"\r\n" * (size // 2),
+    "data after the parts": lambda size: _FIELD % (b"name", b"x") + b"--b--" + b"\r\n" * (size // 2),
     "half boundaries": lambda size: _FIELD[:-2] % (b"name", b"\r\n--a" * (size // 5)) + b"--b--",
     "line ends": lambda size: _HEAD % b"name" + b"\r\n\r\n" + b"\r" * size,
     "no boundary": lambda size: b"x" * size,

@@ -1,4 +1,4 @@
-"""Folders of adapters for a server to begin with."""
+"""Folders of adapters for the preload of a server."""
 
 from __future__ import annotations
 

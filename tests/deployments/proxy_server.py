@@ -26,7 +26,7 @@ async def hello(scope: Any, receive: Any, send: Any) -> None:
 
 @asynccontextmanager
 async def server_of(limits: ProxyLimits, app: Any = hello, **settings: Any) -> AsyncIterator[tuple[int, AddressBook]]:
-    """A server within these limits: its port, and its book of connections."""
+    """Return the port of a server with these limits, and its address book."""
     protocol = protocol_within(limits)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""An Ingress in this process whose Worker is a real engine over a tiny model, and what all of it holds."""
+"""An Ingress in this process whose Worker is a real engine over a tiny model, and the state of all of it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ GOOD: tuple[tuple[str, dict[str, Any]], ...] = (
 
 
 class EngineWorker(FakeWorker):
-    """Streams from an engine; all else is the fake's."""
+    """Streams from an engine; everything else is the fake's."""
 
     def __init__(self, loop: EngineThread) -> None:
         super().__init__()
@@ -48,16 +48,16 @@ class EngineWorker(FakeWorker):
 
 @dataclass
 class HttpFront:
-    """The routes, what answers behind them, and the event loop that all requests share."""
+    """The routes, the services behind them, and the event loop that all requests share."""
 
     runner: asyncio.Runner
     served: Served
     client: httpx.AsyncClient
     engine: EngineThread
-    quiet: list[str] = field(default_factory=list)  # what the good requests answer when nothing else happens
+    quiet: list[str] = field(default_factory=list)  # answers of the good requests without any others
 
     async def ask_good(self) -> list[str]:
-        """The texts of the good requests, asked at once."""
+        """Return the texts of the good requests, sent at once."""
         sampling = {"max_tokens": 6, "temperature": 0, "ignore_eos": True}
         answers = await asyncio.gather(*[self.client.post(path, json=body | sampling) for path, body in GOOD])
         assert [answer.status_code for answer in answers] == [200] * len(GOOD)
@@ -65,7 +65,7 @@ class HttpFront:
         return [choice["text"] if "text" in choice else choice["message"]["content"] for choice in choices]
 
     def held(self) -> dict[str, Any]:
-        """Everything that would grow if a request left something behind."""
+        """Return all state that would grow if a request left anything behind."""
         return self.runner.run(self._held())
 
     async def _held(self) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def open_front(tiny_base: Any, folder: Path, **settings: Any) -> Iterator[HttpFr
     """Yield an HTTP front that has answered the good requests once."""
     base = tiny_base("gemma3")
     with torch.no_grad():
-        base.model.get_input_embeddings().weight[256:] = 0  # tied to the head: no token without text is ever chosen
+        base.model.get_input_embeddings().weight[256:] = 0  # tied to the head, so that no token without text is chosen
     shapes = linear_shapes(base)
     weights = [random_adapter(shapes, seed) for seed in range(len(POOL))]
     held = {
@@ -122,7 +122,7 @@ async def _serve(loop: EngineThread, settings: dict[str, Any]) -> Served:
 
 
 def _full_executor() -> ThreadPoolExecutor:
-    """All its threads have started: their number tells of no request."""
+    """Return an executor whose threads have all started, so that their number does not depend on requests."""
     executor = ThreadPoolExecutor(_THREADS)
     together = threading.Barrier(_THREADS)
     list(executor.map(lambda _: together.wait(), range(_THREADS)))

@@ -1,4 +1,4 @@
-"""A store whose adapters have texts to train an encoder on."""
+"""A store whose adapters have texts for training an encoder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.deployments.adapter_records import BASE
 
 
 def store_of(folder: Path, texts: Mapping[str, Sequence[str]]) -> str:
-    """The topics as adapters: the first is another tenant's own, and one more has no samples."""
+    """Store the topics as adapters: the first belongs to another tenant, and one more has no samples."""
     store = LoraStore(str(folder / "pool"), accepts_base=[BASE])
     for number, (name, own) in enumerate([*texts.items(), ("silent", [])]):
         weights = {"model.layers.0.mlp.up_proj": ModuleWeights(torch.full((2, 6), 1.0 + number), torch.ones(8, 2), 2.0)}

@@ -1,4 +1,4 @@
-"""A command, and a server that answers it as a test says."""
+"""Run a command against a server with scripted answers."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from typer.testing import CliRunner
 
 from deployments.cli.main import cli
 
-Answer = tuple[int, Any]  # status; JSON body, or the body's text, or what makes one of the JSON that was sent
+Answer = tuple[int, Any]  # status; JSON body, text body, or a function of the JSON that was sent
 
 
 @dataclass
 class Script:
-    """Answers in the order they were scripted, the last one for ever, and keeps what it was asked."""
+    """Answers in order, the last one for ever, and records the requests."""
 
     answers: list[Answer]
     url: str = ""
@@ -31,7 +31,7 @@ class Script:
 
     @property
     def sent(self) -> list[Any]:
-        """The JSON bodies that came, None for an empty one."""
+        """Return the JSON bodies received, None for an empty one."""
         return [json.loads(body) if body else None for body in self.bodies]
 
 
@@ -58,7 +58,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def scripted(*answers: Answer) -> Iterator[Script]:
-    """A server with these answers."""
+    """Run a server with these answers."""
     script = Script(list(answers))
     handler = type("Handler", (_Handler,), {"script": script})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
@@ -73,7 +73,7 @@ def scripted(*answers: Answer) -> Iterator[Script]:
 
 
 def run(*arguments: object, input: str | None = None) -> Result:
-    """The command's outcome; its error is its message, never a traceback. `input`: what the user types."""
+    """Run the command and return the outcome. Its error must be a message, no traceback. `input`: the user's input."""
     result = CliRunner().invoke(cli, [str(argument) for argument in arguments], terminal_width=400, input=input)
     assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
     return result

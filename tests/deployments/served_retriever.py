@@ -26,7 +26,7 @@ ALL = PageRequest(100)
 
 
 class Ticks:
-    """A sleep that ends when the test says so, once the task that slept before has done its work."""
+    """A sleep that ends when the test says so, after the previous sleeper has finished its work."""
 
     def __init__(self) -> None:
         self.intervals_s: list[float] = []
@@ -39,7 +39,7 @@ class Ticks:
         self._wake.clear()
 
     async def tick(self) -> None:
-        """One interval passes, and what it brought is done."""
+        """Let one interval pass, and wait for its work."""
         await self._asleep.wait()
         self._asleep.clear()
         self._wake.set()
@@ -60,7 +60,7 @@ class Served:
         return self.catalogue.commit(lambda snapshot: events)
 
     async def embedded(self, *names: str) -> list[AdapterRecord]:
-        """Records as a publish would commit them, their samples in the store."""
+        """Return records as a publish commits them, with their samples in the store."""
         found = await self.replica.embed([SAMPLES[name] for name in names], ["local"] * len(names))
         return [self._record(name, item.embedding) for name, item in zip(names, found, strict=True) if item is not None]
 

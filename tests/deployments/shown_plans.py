@@ -1,4 +1,4 @@
-"""A plan of two candidates, and how answers show it."""
+"""A plan of two candidates, and its form in answers."""
 
 from __future__ import annotations
 

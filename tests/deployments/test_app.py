@@ -16,7 +16,7 @@ from tests.deployments.app_fakes import config_of
 from tests.deployments.key_files import entry, write
 
 
-def test_rays_haproxy_is_refused_where_there_are_no_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rays_haproxy_is_refused_without_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(HA_PROXY_VARIABLE, "1")
     with pytest.raises(ProxyUnsafe, match="set keys_file"):
         build_app(config_of())
@@ -27,7 +27,7 @@ def test_rays_haproxy_is_refused_where_there_are_no_keys(tmp_path: Path, monkeyp
 
 
 def bound(app: Application) -> tuple[str, dict[str, Any]]:
-    """The deployment's name, and what else it is bound to by name. Ray has no public way to read the graph."""
+    """Return the deployment's name and its arguments by name. Ray has no public way to read the graph."""
     deployment = app._bound_deployment
     handles = [each for each in deployment.init_args if isinstance(each, Application)]
     return deployment.name, dict(bound(each) for each in handles)

@@ -30,7 +30,7 @@ def adapters_of(names: Sequence[str]) -> list[AdapterRecord]:
     return [adapter(name) for name in names]
 
 
-def test_an_answer_streams_beside_the_adapters_that_make_it(browsing: Browsing) -> None:
+def test_an_answer_streams_next_to_its_adapters(browsing: Browsing) -> None:
     goes_on = asyncio.Event()
 
     async def question(page: Page, served: Served) -> None:
@@ -52,7 +52,7 @@ def test_an_answer_streams_beside_the_adapters_that_make_it(browsing: Browsing) 
     look(browsing, question, worker=CountingWorker(goes_on=goes_on))
 
 
-def test_what_the_controls_say_is_what_is_asked(browsing: Browsing) -> None:
+def test_the_controls_determine_the_request(browsing: Browsing) -> None:
     async def question(page: Page, served: Served) -> None:
         await page.get_by_label("Strategy").select_option("fusion")
         await page.get_by_label("k", exact=True).fill("5")
@@ -70,7 +70,7 @@ def test_what_the_controls_say_is_what_is_asked(browsing: Browsing) -> None:
     look(browsing, question)
 
 
-def test_a_named_model_leaves_nothing_to_retrieve(browsing: Browsing) -> None:
+def test_a_named_model_disables_the_retrieval_options(browsing: Browsing) -> None:
     async def question(page: Page, served: Served) -> None:
         await page.get_by_role("button", name="Ask coder").click()
         await expect(page.get_by_label("Model")).to_have_value("coder")
@@ -85,7 +85,7 @@ def test_a_named_model_leaves_nothing_to_retrieve(browsing: Browsing) -> None:
     look(browsing, question)
 
 
-def test_stop_ends_the_answer_here_and_in_the_worker(browsing: Browsing) -> None:
+def test_stop_ends_the_answer_on_the_page_and_in_the_worker(browsing: Browsing) -> None:
     async def question(page: Page, served: Served) -> None:
         await ask(page)
         await expect(page.locator("#answer")).to_have_text("Hel")
@@ -100,7 +100,7 @@ def test_stop_ends_the_answer_here_and_in_the_worker(browsing: Browsing) -> None
     look(browsing, question, worker=CountingWorker(goes_on=asyncio.Event()))
 
 
-def test_a_second_prompt_takes_the_place_of_the_first(browsing: Browsing) -> None:
+def test_a_second_prompt_replaces_the_first(browsing: Browsing) -> None:
     goes_on = asyncio.Event()
 
     async def question(page: Page, served: Served) -> None:
@@ -124,7 +124,7 @@ def test_a_second_prompt_takes_the_place_of_the_first(browsing: Browsing) -> Non
     ],
     ids=["before", "amid"],
 )
-def test_an_error_is_shown_with_what_came_before_it(
+def test_an_error_is_shown_after_the_text_so_far(
     browsing: Browsing, events: Sequence[Delta | Exception], text: str, shown: str
 ) -> None:
     async def question(page: Page, served: Served) -> None:
@@ -147,7 +147,7 @@ def test_an_abstention_says_that_the_base_model_answers(browsing: Browsing) -> N
 
 
 def test_nothing_the_server_sends_becomes_markup(browsing: Browsing) -> None:
-    """Names and tags are the publishers' words, an answer is the model's: none of them is to be trusted."""
+    """Publishers choose names and tags, and the model writes the answer, so neither can be trusted."""
     hostile = replace(adapter(HOSTILE), tags=(HOSTILE,))
 
     async def question(page: Page, served: Served) -> None:
@@ -259,7 +259,7 @@ def test_the_map_is_read_by_keyboard(browsing: Browsing) -> None:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_nothing_stands_beside_the_screen(browsing: Browsing, width: str) -> None:
+def test_nothing_overflows_the_screen(browsing: Browsing, width: str) -> None:
     long = replace(adapter("x" * 64), tags=("y" * 64, "z" * 64))
 
     async def question(page: Page, served: Served) -> None:
@@ -274,7 +274,7 @@ def test_nothing_stands_beside_the_screen(browsing: Browsing, width: str) -> Non
     look(browsing, question, context={"viewport": WIDTHS[width]}, worker=worker, retriever=retriever)
 
 
-def test_every_control_has_a_name_and_can_be_reached(browsing: Browsing) -> None:
+def test_every_control_has_a_name_and_is_reachable(browsing: Browsing) -> None:
     async def question(page: Page, served: Served) -> None:
         await expect(page.locator("#pool-rows tr")).to_have_count(2)
         nameless = """() => [...document.querySelectorAll('button, input, select, textarea')]

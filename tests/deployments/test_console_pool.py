@@ -17,7 +17,7 @@ from tests.deployments.looking import ask, folder_of, look
 pytestmark = pytest.mark.browser
 
 
-def test_withdrawing_asks_first(browsing: Browsing) -> None:
+def test_withdrawing_needs_confirmation(browsing: Browsing) -> None:
     async def question(page: Page, served: Served) -> None:
         withdraw = page.get_by_role("button", name="Withdraw poet")
         await withdraw.click()
@@ -35,7 +35,7 @@ def test_withdrawing_asks_first(browsing: Browsing) -> None:
     look(browsing, question)
 
 
-def test_rolling_back_asks_first_and_names_the_version(browsing: Browsing) -> None:
+def test_rolling_back_needs_confirmation_and_names_the_version(browsing: Browsing) -> None:
     live, older = adapter("poet"), adapter("poet", version="older", generation=0)
 
     async def question(page: Page, served: Served) -> None:
@@ -53,7 +53,7 @@ def test_rolling_back_asks_first_and_names_the_version(browsing: Browsing) -> No
     look(browsing, question, store=FakeStore(pool_of(live, older)))
 
 
-def test_of_anothers_adapter_nothing_is_changed_though_an_own_one_has_its_name(browsing: Browsing) -> None:
+def test_another_tenants_adapter_cannot_be_changed_even_with_an_own_one_of_its_name(browsing: Browsing) -> None:
     held = [adapter("poet"), adapter("poet", version="theirs", tenant="them")]
 
     async def question(page: Page, served: Served) -> None:
@@ -89,7 +89,7 @@ def test_folders_are_published_one_after_the_other(browsing: Browsing, tmp_path:
     look(browsing, question)
 
 
-def test_a_live_name_is_replaced_only_when_that_is_meant(browsing: Browsing, tmp_path: Path) -> None:
+def test_a_live_name_is_replaced_only_after_confirmation(browsing: Browsing, tmp_path: Path) -> None:
     folder = folder_of(tmp_path, "poet")
 
     async def question(page: Page, served: Served) -> None:

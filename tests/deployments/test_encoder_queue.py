@@ -1,4 +1,4 @@
-"""Texts before the encoder, with an encoder that works when the test lets it."""
+"""Texts in the encoder's queue, with an encoder that works when the test permits."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from deployments.encoder_queue import BATCH_TOKENS, TURN_TOKENS, EncoderQueue
 from deployments.errors import EncoderBusy
 from retriever_svc.encoder import tokens_read
 
-LONG = "x" * 16_000  # as much as the encoder reads
+LONG = "x" * 16_000  # as long as the encoder reads
 
 
 class Encoder:
-    """Answers each batch once it is let; `batches` are the (tenant, text) pairs it was given."""
+    """Answers each batch when permitted; `batches` are the (tenant, text) pairs that it received."""
 
     def __init__(self) -> None:
         self.batches: list[list[tuple[str, str]]] = []
@@ -31,7 +31,7 @@ class Encoder:
         return [f"{tenant}: {text[:8]}" for tenant, text in texts]
 
     async def run(self, num_batches: int = 1) -> None:
-        """That many batches are answered, and whoever waited for them has gone on."""
+        """Let this many batches be answered, and the waiting callers continue."""
         for _ in range(num_batches):
             self.goes_on.release()
             await settle()
@@ -57,7 +57,7 @@ def asking(queue: EncoderQueue[str], tenant: str, texts: Sequence[str]) -> async
     return asyncio.create_task(queue.encoded(tenant, texts))
 
 
-def test_answers_come_in_the_order_of_the_texts_over_several_batches() -> None:
+def test_answers_have_the_order_of_the_texts_over_several_batches() -> None:
     async def scenario(encoder: Encoder) -> None:
         queue = queue_of(encoder, batch_size=2)
         asked = asking(queue, "a", ["1", "2", "3", "4", "5"])
@@ -69,7 +69,7 @@ def test_answers_come_in_the_order_of_the_texts_over_several_batches() -> None:
     run(scenario)
 
 
-def test_texts_that_come_together_are_one_batch() -> None:
+def test_texts_that_arrive_together_form_one_batch() -> None:
     async def scenario(encoder: Encoder) -> None:
         queue = queue_of(encoder)
         asked = [asking(queue, tenant, [tenant]) for tenant in "abc"]
@@ -80,7 +80,7 @@ def test_texts_that_come_together_are_one_batch() -> None:
     run(scenario)
 
 
-def test_a_tenant_waits_for_the_batch_in_progress_and_not_for_anothers_queue() -> None:
+def test_a_tenant_waits_for_the_current_batch_and_not_for_anothers_queue() -> None:
     async def scenario(encoder: Encoder) -> None:
         queue = queue_of(encoder)
         flood = [asking(queue, "flood", [LONG] * 60) for _ in range(60)]
@@ -108,7 +108,7 @@ def test_the_requests_of_one_tenant_take_turns_too() -> None:
     run(scenario)
 
 
-def test_each_tenant_has_its_part_of_every_batch() -> None:
+def test_each_tenant_has_a_part_of_every_batch() -> None:
     async def scenario(encoder: Encoder) -> None:
         queue = queue_of(encoder, batch_size=12)
         tasks = [asking(queue, tenant, [f"{LONG}{n}" for n in range(100)]) for tenant in "abc"]
@@ -141,11 +141,11 @@ def test_a_batch_of_long_texts_is_short_and_one_of_short_texts_is_full() -> None
     ("text", "num_tokens"),
     [("", 1), ("abc", 1), ("abcd", 2), ("語" * 255, 255), ("語" * 256, 256), (LONG, 256), ("\ud800", 1)],
 )
-def test_a_text_counts_as_what_the_encoder_reads_of_it(text: str, num_tokens: int) -> None:
+def test_a_text_counts_with_the_tokens_that_the_encoder_reads(text: str, num_tokens: int) -> None:
     assert tokens_read(text) == num_tokens
 
 
-def test_a_turn_takes_one_full_text_whatever_its_script() -> None:
+def test_a_turn_has_one_full_text_in_any_script() -> None:
     async def scenario(encoder: Encoder) -> None:
         queue = queue_of(encoder, batch_size=32)
         task = asking(queue, "a", ["語" * 256] * 100)
@@ -156,12 +156,12 @@ def test_a_turn_takes_one_full_text_whatever_its_script() -> None:
     run(scenario)
 
 
-def test_five_large_requests_leave_room_for_everybody_else() -> None:
+def test_five_large_requests_leave_room_for_other_tenants() -> None:
     async def scenario(encoder: Encoder) -> None:
         queue = queue_of(encoder, max_waiting=1024)
         large = [asking(queue, "flood", [LONG] * 256) for _ in range(5)]
         await settle()
-        assert [task.done() for task in large] == [False] * 4 + [True]  # the fifth finds its own tenant's places taken
+        assert [task.done() for task in large] == [False] * 4 + [True]  # the fifth finds no place left for its tenant
         with pytest.raises(EncoderBusy):
             await large[4]
         small = [asking(queue, f"tenant {number}", ["Hi"]) for number in range(20)]
@@ -173,7 +173,7 @@ def test_five_large_requests_leave_room_for_everybody_else() -> None:
     run(scenario)
 
 
-def test_the_newest_request_of_the_tenant_that_holds_most_makes_room() -> None:
+def test_the_newest_request_of_the_tenant_with_most_texts_makes_room() -> None:
     async def scenario(encoder: Encoder) -> None:
         queue = queue_of(encoder, batch_size=1, max_waiting=10)
         running = asking(queue, "x", ["running"])
@@ -186,7 +186,7 @@ def test_the_newest_request_of_the_tenant_that_holds_most_makes_room() -> None:
         assert new.done() and isinstance(new.exception(), EncoderBusy)
         assert not any(task.done() for task in (running, old, middle, comer))
         assert queue.num_waiting == 8
-        late = asking(queue, "c", ["5"] * 3)  # c itself would hold most then
+        late = asking(queue, "c", ["5"] * 3)  # c itself would then have most
         await settle()
         assert isinstance(late.exception(), EncoderBusy)
         await encoder.run(9)
@@ -196,7 +196,7 @@ def test_the_newest_request_of_the_tenant_that_holds_most_makes_room() -> None:
     run(scenario)
 
 
-def test_a_tenant_that_is_alone_may_use_every_place_and_no_more() -> None:
+def test_a_single_tenant_may_use_every_place_and_no_more() -> None:
     async def scenario(encoder: Encoder) -> None:
         queue = queue_of(encoder, batch_size=1, max_waiting=4)
         asking(queue, "a", ["1"])
@@ -234,19 +234,19 @@ def test_a_text_that_fails_fails_its_own_call_and_no_other_of_its_batch() -> Non
         broken = asking(queue, "a", ["1", "bad", "2", "3"])
         own, others = asking(queue, "a", ["4", "5"]), [asking(queue, tenant, [tenant, "6"]) for tenant in "bc"]
         await encoder.run(20)
-        assert len(encoder.batches[0]) == 10  # all of them together
+        assert len(encoder.batches[0]) == 10  # all texts together
         with pytest.raises(ValueError, match="bad"):
             await broken
         assert await own == ["a: 4", "a: 5"]
         assert [await task for task in others] == [["b: b", "b: 6"], ["c: c", "c: 6"]]
         after = [text for batch in encoder.batches[1:] for _, text in batch]
-        assert after.count("6") == 2 and after.count("2") == 1  # other tenants' once; none of a call that has failed
+        assert after.count("6") == 2 and after.count("2") == 1  # texts of other tenants once; none of a failed call
         assert queue.num_waiting == 0
 
     run(scenario)
 
 
-def test_an_encoder_that_is_broken_is_asked_about_one_text_of_each_call_and_used_again() -> None:
+def test_a_broken_encoder_gets_one_text_of_each_call_and_is_used_again() -> None:
     async def scenario(encoder: Encoder) -> None:
         encoder.fails_on = ""
         queue = queue_of(encoder)
@@ -263,7 +263,7 @@ def test_an_encoder_that_is_broken_is_asked_about_one_text_of_each_call_and_used
 
 
 @pytest.mark.parametrize("change", [-1, 1])
-def test_an_encoder_that_gives_a_wrong_number_of_rows_fails_the_call_and_nobody_hangs(change: int) -> None:
+def test_a_wrong_number_of_rows_fails_the_call_without_a_hang(change: int) -> None:
     async def scenario(_: Encoder) -> None:
         async def wrong(texts: Sequence[tuple[str, str]]) -> list[str]:
             return ["row"] * (len(texts) + change)

@@ -69,7 +69,7 @@ def test_errors_survive_pickling_between_replicas(error: DeploymentsError) -> No
     assert str(error).strip()
 
 
-def test_messages_name_what_was_given_and_what_would_do() -> None:
+def test_messages_name_the_given_value_and_the_remedy() -> None:
     assert str(RequestInvalid("lora.k must be 1 to 16", "lora.k")) == "lora.k must be 1 to 16"
     assert "did you mean 'poet'" in str(ModelNotFound("peot", "poet")) and "peot" in str(ModelNotFound("peot"))
     assert "9 requests per minute" in str(RateLimited("9 requests per minute", 2.5))
@@ -78,6 +78,6 @@ def test_messages_name_what_was_given_and_what_would_do() -> None:
     assert "poet" in kept and "a" * 8 in kept and "b" * 12 in kept and "b" * 13 not in kept
 
 
-def test_a_client_does_not_read_why_a_source_failed() -> None:
+def test_the_cause_of_a_failed_source_is_hidden_from_clients() -> None:
     error = SourceUnavailable("s3://b/x", "127.0.0.1 refused")
     assert "127.0.0.1" in str(error) and "127.0.0.1" not in error.client_message and "s3://b/x" in error.client_message

@@ -42,7 +42,7 @@ def stream(request: Any, **options: Any) -> list[dict[str, Any]]:
     return asyncio.run(run())
 
 
-def test_an_answer_is_the_workers_text_put_together() -> None:
+def test_an_answer_is_the_workers_joined_text() -> None:
     answer, _ = generate(CHAT)
     [choice] = answer["choices"]
     assert choice["message"] == {"role": "assistant", "content": "Hello"}
@@ -59,7 +59,7 @@ def test_the_job_carries_prompt_plan_sampling_and_template() -> None:
     assert job.prompt == (Message("user", "Hi"),)
     assert [row.ref for row in job.plan.adapters] == [POOL[1].ref]
     assert job.sampling == SamplingParams(max_tokens=9, temperature=0.25, top_k=4, seed=11, stop=("a",))
-    assert job.template == "chat"  # the one its adapter names
+    assert job.template == "chat"  # the template that its adapter names
     assert answer["id"] == f"chatcmpl-{job.request_id}"
     assert answer["model"] == "coder"
 
@@ -70,7 +70,7 @@ def test_a_plan_that_names_no_template_takes_the_servers(template: str) -> None:
     assert served.job.template == template
 
 
-def test_a_text_completion_sends_the_prompt_as_it_is() -> None:
+def test_a_text_completion_sends_the_prompt_unchanged() -> None:
     answer, served = generate({"prompt": "Once", "model": BASE})
     assert (served.job.prompt, served.job.plan) == ("Once", BASE_PLAN)
     assert answer["choices"][0]["text"] == "Hello"
@@ -93,7 +93,7 @@ def test_a_handle_caller_may_send_the_model_or_a_mapping() -> None:
         generate(CHAT | {"lora": {"kk": 1}})
 
 
-def test_a_stream_opens_with_the_plan_and_ends_with_the_reason() -> None:
+def test_a_stream_starts_with_the_plan_and_ends_with_the_reason() -> None:
     opening, *chunks = stream(CHAT | {"lora": {"explain": True}})
     assert opening["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert [candidate["name"] for candidate in opening["lora"]["candidates"]] == ["poet", "coder"]
@@ -103,7 +103,7 @@ def test_a_stream_opens_with_the_plan_and_ends_with_the_reason() -> None:
     assert not any("lora" in chunk or "usage" in chunk for chunk in chunks)
 
 
-def test_usage_comes_last_and_only_when_asked() -> None:
+def test_usage_is_last_and_only_on_request() -> None:
     *chunks, last = stream(CHAT | {"stream_options": {"include_usage": True}})
     assert last["choices"] == []
     assert last["usage"] == {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8}
@@ -125,7 +125,7 @@ def test_an_error_before_the_first_token_is_raised(call: Callable[..., Any]) -> 
         call(CHAT | {"max_tokens": 1, "min_tokens": 2})
 
 
-def test_an_error_after_the_first_token_breaks_off() -> None:
+def test_an_error_after_the_first_token_ends_the_stream() -> None:
     async def run() -> None:
         chunks = serve_plainly(worker=FakeWorker(BROKEN)).ingress.stream(CHAT)
         assert [await anext(chunks) for _ in range(2)][1]["choices"][0]["delta"]["content"] == "Hel"
@@ -136,7 +136,7 @@ def test_an_error_after_the_first_token_breaks_off() -> None:
 
 
 class Dying(FakeWorker):
-    """Says what `attempts` say, in turn, whoever asks."""
+    """Answers with `attempts` in turn, to any caller."""
 
     def __init__(self, *attempts: Sequence[Delta | Exception]) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ class Dying(FakeWorker):
 
 
 class Vanishing(FakeWorker):
-    """The first time it is asked it says a sign of life and so many deltas, and then nothing; after that all."""
+    """The first call yields a heartbeat and some deltas, then nothing; later calls answer completely."""
 
     def __init__(self, num_said: int) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ class Vanishing(FakeWorker):
 
 
 @pytest.mark.parametrize("num_said", [0, 2])
-def test_a_worker_that_vanished_without_a_word_counts_as_dead(num_said: int) -> None:
+def test_a_silent_worker_counts_as_dead(num_said: int) -> None:
     async def run() -> None:
         served = serve_plainly(worker=Vanishing(num_said), silence_s=0.5)
         answer = await asyncio.wait_for(served.ingress.generate(CHAT), 5)
@@ -177,7 +177,7 @@ def test_a_worker_that_vanished_without_a_word_counts_as_dead(num_said: int) -> 
     asyncio.run(run())
 
 
-def test_a_stream_whose_worker_vanished_in_it_breaks_off() -> None:
+def test_a_stream_whose_worker_disappears_ends_with_an_error() -> None:
     async def run() -> None:
         chunks = serve_plainly(worker=Vanishing(1), silence_s=0.5).ingress.stream(CHAT)
         assert [await anext(chunks) for _ in range(2)][1]["choices"][0]["delta"]["content"] == "Hel"
@@ -188,11 +188,11 @@ def test_a_stream_whose_worker_vanished_in_it_breaks_off() -> None:
 
 
 def jobs_of(served: Served) -> list[Job]:
-    """Return the jobs that the Worker was sent, but for the time that was left of each."""
+    """Return the jobs sent to the Worker, without their remaining times."""
     return [replace(job, time_left_s=None) for (job,) in served.worker.called("stream")]
 
 
-def test_a_whole_answer_outlives_two_workers_that_die_in_it() -> None:
+def test_a_whole_answer_survives_the_death_of_two_workers() -> None:
     async def run() -> None:
         served = serve_plainly(worker=Dying((DEATH,), (*DELTAS[:2], DEATH), DELTAS))
         context, completions = RequestContext("r1", "/v1/chat/completions"), served.services.completions
@@ -207,12 +207,12 @@ def test_a_whole_answer_outlives_two_workers_that_die_in_it() -> None:
     asyncio.run(run())
 
 
-def test_a_stream_outlives_workers_that_die_before_its_first_token() -> None:
+def test_a_stream_survives_workers_that_die_before_its_first_token() -> None:
     chunks = stream(CHAT, worker=Dying((DEATH,), (DEATH,), DELTAS))
     assert [chunk["choices"][0]["delta"]["content"] for chunk in chunks] == ["", "Hel", "lo", ""]
 
 
-def test_of_several_answers_only_the_one_that_lost_its_worker_begins_again() -> None:
+def test_only_the_answer_that_lost_its_worker_starts_again() -> None:
     answer, served = generate(CHAT | {"n": 2}, worker=Dying(DELTAS, (DELTAS[0], DEATH), DELTAS))
     assert [choice["message"]["content"] for choice in answer["choices"]] == ["Hello", "Hello"]
     first, second, again = jobs_of(served)
@@ -220,14 +220,14 @@ def test_of_several_answers_only_the_one_that_lost_its_worker_begins_again() -> 
 
 
 @pytest.mark.parametrize("call", [generate, stream])
-def test_a_request_that_workers_die_of_kills_three_and_no_more(call: Callable[..., Any]) -> None:
+def test_a_request_that_kills_workers_kills_at_most_three(call: Callable[..., Any]) -> None:
     worker = Dying(*[(DEATH,)] * 9)
     with pytest.raises(PoisonRequest):
         call(CHAT, worker=worker)
     assert len(worker._attempts) == 9 - 3
 
 
-def test_a_retriever_that_dies_is_asked_again() -> None:
+def test_a_call_of_a_dying_retriever_is_repeated() -> None:
     class Mortal(FakeRetriever):
         deaths = 2
 
@@ -257,7 +257,7 @@ def test_leaving_a_stream_cancels_the_job_at_once() -> None:
 
 
 class Endless(FakeWorker):
-    """Says one word, then waits for ever."""
+    """Yields one word, then waits for ever."""
 
     waits: asyncio.Event
 
@@ -268,7 +268,7 @@ class Endless(FakeWorker):
 
 
 @pytest.mark.parametrize("method", ["generate", "stream"])
-def test_a_client_that_goes_while_the_worker_works_cancels_the_job(method: str) -> None:
+def test_a_client_that_leaves_during_generation_cancels_the_job(method: str) -> None:
     async def run() -> None:
         worker = Endless()
         worker.waits = asyncio.Event()

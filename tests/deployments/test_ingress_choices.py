@@ -19,7 +19,7 @@ CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 
 
 class Echo(FakeWorker):
-    """Says the prompt and the seed, token by token, as far as log probabilities were asked for with them."""
+    """Answers with the prompt and the seed, token by token, with log probabilities if requested."""
 
     async def stream(self, job: Job) -> AsyncIterator[Delta]:
         prompt = job.prompt if isinstance(job.prompt, str) else job.prompt[-1].content
@@ -36,7 +36,7 @@ def chunks_of(response: httpx.Response) -> list[dict[str, Any]]:
     return [json.loads(event.removeprefix("data: ")) for event in events]
 
 
-def test_n_choices_of_a_chat_come_in_order_with_seeds_of_their_own() -> None:
+def test_n_choices_of_a_chat_are_in_order_with_separate_seeds() -> None:
     answer = post("/v1/chat/completions", CHAT | {"n": 3, "seed": 5}, worker=Echo()).json()
     texts = [choice["message"]["content"] for choice in answer["choices"]]
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
@@ -69,7 +69,7 @@ def test_n_choices_are_streamed_under_their_index() -> None:
     assert sorted(part["choices"][0]["index"] for part in parts if part["choices"][0]["finish_reason"]) == [0, 1, 2]
 
 
-def test_prompts_have_plans_and_choices_of_their_own() -> None:
+def test_prompts_have_separate_plans_and_choices() -> None:
     body = {"prompt": ["a", "bb"], "n": 2, "seed": 0}
     answer = post("/v1/completions", body, worker=Echo()).json()
     assert [choice["text"].partition("/")[0] for choice in answer["choices"]] == ["a", "a", "bb", "bb"]
@@ -98,7 +98,7 @@ def test_a_list_of_one_prompt_is_that_prompt() -> None:
     assert [one["choices"], one["lora"]] == [listed["choices"], listed["lora"]]
 
 
-def test_rows_of_one_request_are_bounded() -> None:
+def test_the_rows_of_one_request_are_limited() -> None:
     response = post("/v1/completions", {"prompt": ["a"] * 65, "n": 2})
     assert (response.status_code, error_of(response)["param"]) == (400, "n")
     assert post("/v1/completions", {"prompt": ["a"] * 64, "n": 2, "model": BASE}).status_code == 200
@@ -107,20 +107,20 @@ def test_rows_of_one_request_are_bounded() -> None:
 
 
 @pytest.mark.parametrize("prompt", ["", [], [""], ["a", ""]])
-def test_an_empty_prompt_is_refused_by_its_place(prompt: Any) -> None:
+def test_an_empty_prompt_is_refused_by_its_index(prompt: Any) -> None:
     response = post("/v1/completions", {"prompt": prompt})
     assert response.status_code == 400
     assert error_of(response)["param"].startswith("prompt")
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
-def test_stream_options_go_with_a_stream_only(path: str) -> None:
+def test_stream_options_require_a_stream(path: str) -> None:
     body = {"messages": CHAT["messages"]} if "chat" in path else {"prompt": "a"}
     response = post(path, body | {"stream_options": {"include_usage": True}})
     assert (response.status_code, error_of(response)["param"]) == (400, "stream_options")
 
 
-def test_logprobs_are_told_where_asked_and_only_there() -> None:
+def test_logprobs_are_included_only_on_request() -> None:
     asked = post("/v1/chat/completions", CHAT | {"n": 2, "logprobs": True}, worker=Echo()).json()
     assert [[t["token"] for t in c["logprobs"]["content"]] for c in asked["choices"]] == [["Hi", "/None"]] * 2
     plain = post("/v1/chat/completions", CHAT, worker=Echo()).json()

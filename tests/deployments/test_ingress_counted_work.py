@@ -1,4 +1,4 @@
-"""Keys are charged for work, not for requests: rows, and what the encoder reads, by every route that has it read."""
+"""Keys are charged for work, not for requests: rows, and text that the encoder reads, on every route that uses it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
 def asked(
     tmp_path: Path, limits: dict[str, int], *requests: tuple[str, dict[str, Any]], **options: Any
 ) -> list[httpx.Response]:
-    """The answers to these requests, one after the other, by a key with these limits."""
+    """Return the responses to these requests, one after the other, by a key with these limits."""
     keys = write(tmp_path / "keys.json", entry("k", limits=limits))
 
     async def question(client: httpx.AsyncClient, _: Served) -> list[httpx.Response]:
@@ -62,7 +62,7 @@ def test_more_text_than_the_key_may_use_never_reaches_the_encoder(
     assert "the key allows 10 per minute" in error_of(response)["message"]
 
 
-def test_what_the_encoder_reads_is_a_third_of_the_bytes_of_each_text(tmp_path: Path) -> None:
+def test_each_text_is_charged_a_third_of_its_bytes(tmp_path: Path) -> None:
     limits = {"tokens_per_minute": 10}
     route = ("/v1/route", {"prompt": ["x" * 3, "語x", "x"]})  # 1 + 2 + 1
     place = ("/v1/pool/map", {"prompt": "x" * 13})  # 5
@@ -91,7 +91,7 @@ def test_named_adapters_are_not_charged_for_the_encoder(tmp_path: Path) -> None:
         ("/v1/route", {"prompt": ["a"] * 3}, "prompt"),
     ],
 )
-def test_a_request_of_more_rows_than_the_key_may_have_is_refused(
+def test_a_request_with_more_rows_than_the_keys_limit_is_refused(
     tmp_path: Path, path: str, body: dict[str, Any], param: str
 ) -> None:
     [response] = asked(tmp_path, {"concurrent_requests": 2}, (path, body))
@@ -120,7 +120,7 @@ def test_rows_of_all_requests_count_together(tmp_path: Path) -> None:
     assert statuses == [429, 429, 429, 200, 200, 200]
 
 
-def test_placing_a_prompt_on_the_map_asks_for_the_role_infer(tmp_path: Path) -> None:
+def test_placing_a_prompt_on_the_map_requires_the_role_infer(tmp_path: Path) -> None:
     keys = write(tmp_path / "keys.json", entry("k", roles=["publish", "admin"]))
 
     async def question(client: httpx.AsyncClient, served: Served) -> httpx.Response:
@@ -136,7 +136,7 @@ def test_placing_a_prompt_on_the_map_asks_for_the_role_infer(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("path", "body"), [("/v1/route", {"prompt": ["a", "x" * 641]}), ("/v1/pool/map", {"prompt": "x" * 641})]
 )
-def test_what_could_be_no_prompt_is_neither_routed_nor_placed(path: str, body: dict[str, Any]) -> None:
+def test_texts_too_long_for_a_prompt_are_neither_routed_nor_placed(path: str, body: dict[str, Any]) -> None:
     async def question(client: httpx.AsyncClient, served: Served) -> httpx.Response:
         response = await client.post(path, json=body)
         assert not served.retriever.called("route") and not served.retriever.called("place")
@@ -177,7 +177,7 @@ def test_a_prompt_that_is_refused_for_its_length_is_charged_once(tmp_path: Path,
     assert error_of(answers[0])["code"] == "context_length_exceeded"
 
 
-def test_a_key_is_charged_what_the_answers_usage_says(tmp_path: Path) -> None:
+def test_a_key_is_charged_the_usage_of_the_answer(tmp_path: Path) -> None:
     body = {"prompt": ["Hi", "Ho"], "model": BASE, "max_tokens": 3, "n": 4}
     asks = ("/v1/completions", body)
     answers = asked(tmp_path, {"tokens_per_minute": 61}, asks, asks, asks)  # 27 reserved, 34 used

@@ -1,4 +1,4 @@
-"""Plans that are told and sent back, other servers' ways to name adapters, and the headers of every answer."""
+"""Plans that are returned and sent back, other servers' ways to name adapters, and the headers of every answer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def replay(plan: Any, **options: Any) -> httpx.Response:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("explain", [False, True])
-def test_what_an_answer_tells_of_its_plan_can_be_sent_back(stream: bool, explain: bool) -> None:
+def test_the_plan_of_an_answer_can_be_sent_back(stream: bool, explain: bool) -> None:
     async def run() -> None:
         served = serve_plainly()
         first = await served.ingress.generate(CHAT | {"lora": {"explain": explain}})
@@ -53,7 +53,7 @@ def test_what_an_answer_tells_of_its_plan_can_be_sent_back(stream: bool, explain
     asyncio.run(run())
 
 
-def test_what_route_tells_of_each_prompt_can_be_sent_back() -> None:
+def test_the_plans_of_route_can_be_sent_back() -> None:
     async def run(client: httpx.AsyncClient, served: Served) -> None:
         plans = (await client.post("/v1/route", json={"prompt": ["a", "b"]})).json()["data"]
         for plan in plans:
@@ -66,7 +66,7 @@ def test_what_route_tells_of_each_prompt_can_be_sent_back() -> None:
     ask(run)
 
 
-def test_a_base_plan_and_its_abstention_come_back() -> None:
+def test_a_base_plan_and_its_abstention_are_replayed() -> None:
     plan = post("/v1/route", {"prompt": "a"}, retriever=FakeRetriever(abstains=True)).json()["data"][0]
     assert (plan["strategy"], plan["abstained"]) == ("base", True)
     answer = replay(plan)
@@ -108,7 +108,7 @@ def test_a_plan_whose_version_is_gone_is_a_conflict(row: dict[str, Any]) -> None
 )
 def test_a_tampered_plan_is_refused(plan: Any, param: str | None) -> None:
     async def send(client: httpx.AsyncClient, served: Served) -> httpx.Response:
-        body = str(CHAT | {"lora": {"plan": plan}})  # Python writes what JSON cannot: nan and inf
+        body = str(CHAT | {"lora": {"plan": plan}})  # Python writes nan and inf, which are not JSON
         for python, json in (("'", '"'), ("None", "null"), ("nan", "NaN"), ("-inf", "-Infinity")):
             body = body.replace(python, json)
         headers = {"content-type": "application/json"}
@@ -134,13 +134,13 @@ def test_a_tampered_plan_is_refused(plan: Any, param: str | None) -> None:
     ],
     ids=str,
 )
-def test_a_plan_leaves_nothing_else_to_say(fields: dict[str, Any]) -> None:
+def test_a_plan_excludes_all_other_options(fields: dict[str, Any]) -> None:
     response = post("/v1/chat/completions", CHAT | {"lora": {"plan": plan_of(ROW), **fields}})
     assert (response.status_code, error_of(response)["param"]) == (400, f"lora.{next(iter(fields))}")
 
 
 @pytest.mark.parametrize("model", ["poet", BASE])
-def test_a_plan_goes_with_auto_only(model: str) -> None:
+def test_a_plan_requires_model_auto(model: str) -> None:
     response = post("/v1/chat/completions", CHAT | {"model": model, "lora": {"plan": plan_of(ROW)}})
     assert (response.status_code, error_of(response)["param"]) == (400, "lora.plan")
 
@@ -156,7 +156,7 @@ def test_a_plan_of_a_later_generation_waits_for_it() -> None:
     assert [(row.name, row.digest, row.weight) for row in pinned] == [("poet", POET.ref.digest, 0.5)]
 
 
-def test_adapters_are_found_by_another_text_where_one_is_given() -> None:
+def test_adapters_are_retrieved_by_another_text_if_given() -> None:
     async def send(client: httpx.AsyncClient, served: Served) -> list[str]:
         await client.post("/v1/chat/completions", json=CHAT | {"lora": {"query": "a rhyme"}})
         await client.post("/v1/route", json={"prompt": ["a", "b"], "lora": {"query": "a rhyme"}})
@@ -167,7 +167,7 @@ def test_adapters_are_found_by_another_text_where_one_is_given() -> None:
 
 
 def planned(body: dict[str, Any], path: str = "/v1/chat/completions") -> list[Any]:
-    """The plans of the jobs the worker got."""
+    """Return the plans of the jobs that the worker received."""
 
     async def send(client: httpx.AsyncClient, served: Served) -> list[Any]:
         response = await client.post(path, json=body)
@@ -208,13 +208,13 @@ def test_lorax_merged_adapters_are_fusion(model: dict[str, str], merged: dict[st
     ],
     ids=str,
 )
-def test_a_merge_that_cannot_be_had_is_refused(merged: dict[str, Any], code: str, param: str | None) -> None:
+def test_an_unsupported_merge_is_refused(merged: dict[str, Any], code: str, param: str | None) -> None:
     error = error_of(post("/v1/chat/completions", CHAT | {"merged_adapters": merged}))
     assert (error["code"], error["param"]) == (code, param)
 
 
 @pytest.mark.parametrize("model", [{}, {"model": BASE}], ids=str)
-def test_sglangs_lora_path_is_one_adapter_or_one_a_prompt(model: dict[str, str]) -> None:
+def test_sglangs_lora_path_is_one_adapter_or_one_per_prompt(model: dict[str, str]) -> None:
     [plan] = planned(CHAT | model | {"lora_path": "poet"})
     assert (plan.strategy, [(row.ref, row.weight) for row in plan.adapters]) == ("selection", [(POET.ref, 1.0)])
     texts = {"prompt": ["a", "b", "c"], **model}
@@ -254,7 +254,7 @@ HEADERS = {
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_headers_tell_the_plan_of_every_answer(stream: bool) -> None:
+def test_headers_contain_the_plan_of_every_answer(stream: bool) -> None:
     response = post("/v1/chat/completions", CHAT | {"stream": stream})
     assert {name: response.headers[name] for name in HEADERS} == HEADERS
     assert f"chatcmpl-{response.headers['x-request-id']}" in response.text
@@ -262,8 +262,8 @@ def test_headers_tell_the_plan_of_every_answer(stream: bool) -> None:
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/health"])
 @pytest.mark.parametrize("given", ["5dba8b27-e6c9", "a" * 65, "two words", ""])
-def test_an_id_that_came_with_the_request_is_not_added_again(path: str, given: str) -> None:
-    """Serve's proxy hands it on and adds it to the answer: added here too, a client would read both as one."""
+def test_the_requests_id_is_not_added_again(path: str, given: str) -> None:
+    """Serve's proxy passes it on and adds it to the response. Added here too, clients would read both as one."""
     method, body = ("POST", {"json": CHAT}) if path.startswith("/v1") else ("GET", {})
     response = request(method, path, sent={"headers": {"x-request-id": given}, **body})
     assert response.status_code == 200
@@ -292,5 +292,5 @@ def test_every_answer_has_an_id_of_its_own() -> None:
     assert (failed.status_code, len(failed.headers["x-request-id"])) == (500, 32)
 
 
-def test_an_answer_of_several_rows_breaks_off_with_the_first_that_does() -> None:
+def test_an_answer_of_several_rows_ends_with_the_first_failing_row() -> None:
     assert post("/v1/chat/completions", CHAT | {"n": 3}, worker=FakeWorker(BROKEN)).status_code == 503

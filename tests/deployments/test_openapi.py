@@ -1,4 +1,4 @@
-"""The OpenAPI document against what the routes do, over requests that schemathesis makes from it, good and bad."""
+"""The OpenAPI document compared with the routes, by requests that schemathesis derives from it, valid and invalid."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ WITHOUT_ERRORS = {"/health"}
 
 
 class Jobs(MappedRetriever):
-    """Ends every job of the pool at once: what is under test is what the routes take."""
+    """Ends every job on the pool at once, because these tests are about the routes' input."""
 
     async def reindex(self, model: str) -> AsyncIterator[ReindexStep]:
         yield ReindexStep(0, 0, {})
@@ -46,7 +46,7 @@ class Jobs(MappedRetriever):
 
 
 def sent(case: Case) -> dict[str, Any]:
-    """The case as httpx's `request` takes it."""
+    """Return the case as arguments of httpx's `request`."""
     made = requests.Request(**case.as_transport_kwargs(base_url=URL)).prepare()
     headers = {name: value for name, value in made.headers.items() if name.lower() != "content-length"}
     return {"method": made.method, "url": made.url, "headers": headers, "content": made.body}
@@ -54,7 +54,7 @@ def sent(case: Case) -> dict[str, Any]:
 
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
 @pytest.mark.parametrize("label", OPERATIONS)
-def test_no_request_finds_a_server_error_or_what_the_document_does_not_tell(
+def test_no_request_causes_a_server_error_or_an_undocumented_response(
     label: str, mode: GenerationMode, scale: Scale
 ) -> None:
     statuses: Counter[int] = Counter()
@@ -78,13 +78,13 @@ def test_no_request_finds_a_server_error_or_what_the_document_does_not_tell(
             assert not ran_out or "timeout_s" in case.body, "only a client's own limit is that short"
             case.validate_response(response, checks=OF_ANSWERS if ran_out else CHECKED)
 
-        with suppress(Unsatisfiable):  # where there is nothing to get wrong
+        with suppress(Unsatisfiable):  # operations without input
             check()
         runner.run(stack.aclose())
     scale.counts["cases run"] = statuses.total()
 
 
-def test_every_operation_tells_what_it_answers_and_the_one_shape_of_its_errors() -> None:
+def test_every_operation_documents_its_responses_and_the_error_format() -> None:
     error = {"$ref": "#/components/schemas/ErrorAnswer"}
     for path, operations in DOCUMENT["paths"].items():
         for method, operation in operations.items():

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.browser
 
 
 def test_every_operation_is_shown_with_its_fields_and_nothing_is_asked_elsewhere(browsing: Browsing) -> None:
-    """A script or a style that breaks the policy, or fails, is a problem that fails the test when the page is left."""
+    """A script or a style that violates the policy, or fails, makes the test fail when the page is closed."""
     asked: list[str] = []
 
     async def question(page: Page, served: Served) -> None:
@@ -45,7 +45,7 @@ def _site(request: Request) -> str:
     return request.url.partition("/")[2].partition("/")[2].partition("/")[0]
 
 
-def test_a_document_that_cannot_be_read_is_said(browsing: Browsing) -> None:
+def test_an_unreadable_document_is_reported(browsing: Browsing) -> None:
     async def question(page: Page, served: Served) -> None:
         await page.route(
             "**/openapi.json", lambda route: route.fulfill(status=503, json={"error": {"message": "away"}})

@@ -1,4 +1,4 @@
-"""The deployment without Serve, on a real catalogue. Serve's batching of `route` is what the e2e tests run."""
+"""The deployment without Serve, on a real catalogue. End-to-end tests cover Serve's batching of `route`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_a_replica_is_at_the_newest_generation_before_it_is_ready(tmp_path: Path
     async def second(here: Served) -> None:
         page = await here.replica.page("local", ALL)
         assert (page.generation, [name for name, _ in page.rows]) == (1, ["german", "sums"])
-        assert [record.embedding for _, record in page.rows] == [None, None]  # they stay here
+        assert [record.embedding for _, record in page.rows] == [None, None]  # embeddings stay here
         stats = await here.replica.index_stats()
         assert (stats.generation, stats.num_live, stats.num_unlisted, stats.has_lists) == (1, 2, 2, False)
 
@@ -36,7 +36,7 @@ def test_a_replica_is_at_the_newest_generation_before_it_is_ready(tmp_path: Path
     run(tmp_path, second)
 
 
-def test_a_prompt_lies_nearest_to_the_adapter_it_is_routed_to(tmp_path: Path) -> None:
+def test_a_prompt_is_nearest_to_the_adapter_that_it_is_routed_to(tmp_path: Path) -> None:
     async def scenario(here: Served) -> None:
         await here.replica.catch_up(here.publish(*await here.embedded("german", "sums")))
         place = await here.replica.place("local", "How do you say bread in German?", ["german", "sums"])
@@ -65,7 +65,7 @@ def test_adapters_are_embedded_together_with_the_neighbours_they_have_now(tmp_pa
 
 
 @pytest.mark.parametrize("read", ["plan_named", "page", "record", "map", "place"])
-def test_a_read_that_names_a_generation_catches_up_first(tmp_path: Path, read: str) -> None:
+def test_a_read_with_min_generation_catches_up_first(tmp_path: Path, read: str) -> None:
     async def scenario(here: Served) -> None:
         def ask(generation: int) -> Coroutine[Any, Any, Any]:
             if read == "plan_named":
@@ -92,7 +92,7 @@ def test_a_read_that_names_a_generation_catches_up_first(tmp_path: Path, read: s
     run(tmp_path, scenario)
 
 
-def test_of_anothers_adapter_neither_its_source_nor_who_published_it_is_told(tmp_path: Path) -> None:
+def test_source_and_author_of_another_tenants_adapter_are_hidden(tmp_path: Path) -> None:
     async def scenario(here: Served) -> None:
         public = record_of("poet", None, tenant="acme")
         await here.replica.catch_up(here.publish(public, record_of("diary", None, tenant="acme", visibility="private")))
@@ -105,7 +105,7 @@ def test_of_anothers_adapter_neither_its_source_nor_who_published_it_is_told(tmp
     run(tmp_path, scenario)
 
 
-def test_neighbours_are_those_the_publishing_tenant_sees(tmp_path: Path) -> None:
+def test_neighbours_are_visible_to_the_publishing_tenant(tmp_path: Path) -> None:
     async def scenario(here: Served) -> None:
         [german] = await here.embedded("german")
         theirs = replace(german, ref=replace(german.ref, tenant="acme"), visibility="private")
@@ -131,10 +131,10 @@ def test_a_name_has_its_kept_versions(tmp_path: Path) -> None:
     run(tmp_path, scenario)
 
 
-def test_a_catalogue_that_hangs_is_waited_for_a_while_by_all_at_once(
+def test_all_reads_wait_together_and_briefly_for_a_hanging_catalogue(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing but a patch makes a local catalogue hang, or the bound on waiting for it short."""
+    """Only a patch can make a local catalogue hang, or shorten the wait for it."""
 
     async def scenario(here: Served) -> None:
         hangs, calls = threading.Event(), []
@@ -156,7 +156,7 @@ def test_a_catalogue_that_hangs_is_waited_for_a_while_by_all_at_once(
     run(tmp_path, scenario)
 
 
-def test_a_generation_beyond_the_newest_reads_the_catalogue_now_and_then_however_many_ask(
+def test_reads_of_a_future_generation_read_the_catalogue_at_intervals(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario(here: Served) -> None:
@@ -186,7 +186,7 @@ def test_a_generation_beyond_the_newest_reads_the_catalogue_now_and_then_however
     run(tmp_path, scenario)
 
 
-def test_a_commit_nobody_told_of_is_seen_by_the_next_poll(tmp_path: Path) -> None:
+def test_a_commit_without_a_broadcast_is_seen_by_the_next_poll(tmp_path: Path) -> None:
     async def scenario(here: Served) -> None:
         here.publish(*await here.embedded("sums"))
         await here.ticks.tick()
@@ -197,10 +197,10 @@ def test_a_commit_nobody_told_of_is_seen_by_the_next_poll(tmp_path: Path) -> Non
     run(tmp_path, scenario)
 
 
-def test_an_outage_is_logged_once_and_serving_goes_on(
+def test_an_outage_is_logged_once_and_serving_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A folder does not go down; what the store says when an endpoint does is patched in."""
+    """A folder does not fail, so the error of a failing endpoint is patched in."""
     caplog.set_level(logging.INFO, "deployments.retriever")
 
     async def scenario(here: Served) -> None:
@@ -224,7 +224,7 @@ def test_an_outage_is_logged_once_and_serving_goes_on(
     run(tmp_path, scenario)
 
 
-def test_a_poll_that_died_is_ill_health(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_ended_poll_fails_the_health_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(here: Served) -> None:
         def broken() -> int:
             raise ZeroDivisionError
@@ -240,7 +240,7 @@ def test_a_poll_that_died_is_ill_health(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def short_encoder(folder: Path) -> str:
-    """Another encoder: the packaged one, which reads fewer tokens."""
+    """Save another encoder: the packaged one, reading fewer tokens."""
     shutil.copytree(model_folder("all-MiniLM-L6-v2"), folder)
     config = folder / "sentence_bert_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"max_seq_length": 32}))
@@ -272,7 +272,7 @@ def test_a_reindex_streams_embeddings_and_the_activation_swaps_the_encoder(tmp_p
     run(tmp_path / "store", scenario)
 
 
-def test_an_encoder_that_is_none_is_refused_before_anything_streams(tmp_path: Path) -> None:
+def test_an_invalid_encoder_is_refused_before_the_first_step(tmp_path: Path) -> None:
     async def scenario(here: Served) -> None:
         with pytest.raises(EncoderUnusable):
             await here.replica.prepare_encoder(str(tmp_path / "nothing"))

@@ -1,4 +1,4 @@
-"""A retriever as the settings describe it."""
+"""A retriever built from the settings."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def config_of(encoder: Path, tmp_path: Path) -> Callable[..., AppConfig]:
 
 @pytest.fixture
 def record(encoder: Path) -> AdapterRecord:
-    """An adapter of another tenant that is near to every text."""
+    """Return an adapter of another tenant that is near every text."""
     own = Encoder(str(encoder), num_threads=1)
     [vector] = own.encode([TEXT])
     embedding = Embedding(own.identity, vector / np.linalg.norm(vector), np.ones(2, np.float32))
@@ -62,7 +62,7 @@ def test_the_encoder_of_the_settings_embeds_the_request(
     assert isinstance(outcome, Route) and outcome.candidates[0].score == pytest.approx(1.0, abs=0.2)
 
 
-def test_approval_is_required_where_the_settings_say_so(
+def test_the_settings_decide_whether_approval_is_required(
     config_of: Callable[..., AppConfig], record: AdapterRecord
 ) -> None:
     strict = config_of({"min_score": -1.0}, public_requires_approval=True)
@@ -86,10 +86,10 @@ def opposite(record: AdapterRecord) -> Embedding:
 def test_an_index_is_built_with_the_sizes_that_are_given(
     config_of: Callable[..., AppConfig], record: AdapterRecord
 ) -> None:
-    """Lists are built for a pool of one adapter only where the sizes say so."""
+    """With these sizes, lists are built even for a pool of one adapter."""
 
     def has_lists(index: IndexSettings | None) -> bool:
         built = live_pool(config_of(), lambda: Snapshot(1, {("acme", "goats"): record}), index).current.index
-        return built.wants_lists or built.lists is not None  # they are trained in the background
+        return built.wants_lists or built.lists is not None  # lists are trained in the background
 
     assert [has_lists(None), has_lists(IndexSettings(exact_rows=0, side_rows=0))] == [False, True]

@@ -1,4 +1,4 @@
-"""Who waits for whom at the encoder: tenants take turns, and reads do not wait for it."""
+"""The order of work at the encoder: tenants take turns, and reads do not wait for it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_names_and_lists_are_answered_while_every_call_of_the_encoder_hangs(
     run(tmp_path, scenario)
 
 
-def test_a_tenants_prompt_does_not_wait_behind_anothers_sixty_large_requests(
+def test_a_tenants_prompt_does_not_wait_for_sixty_large_requests_of_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario(here: Served) -> None:
@@ -78,7 +78,7 @@ def test_a_tenants_prompt_does_not_wait_behind_anothers_sixty_large_requests(
         [route] = await here.replica.route([RouteRequest("Add 2 and 3.", tenant="small")])
         assert route.generation == 1
         [own] = [number for number, texts in enumerate(batches) if "Add 2 and 3." in texts]
-        assert own - before <= 2, "at most the batch in progress, and one that had begun by then, come first"
+        assert own - before <= 2, "at most the batch in progress, and one that had already begun, come first"
         for call in large:
             call.cancel()
 
@@ -86,7 +86,7 @@ def test_a_tenants_prompt_does_not_wait_behind_anothers_sixty_large_requests(
 
 
 class Gate:
-    """Lets the encoder's passes begin when the test says so, and keeps their texts."""
+    """Lets the encoder's passes start when the test says so, and records their texts."""
 
     def __init__(self, encoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         self.passes: list[list[str]] = []
@@ -111,7 +111,7 @@ class Gate:
         self._goes_on.set()
 
     def places(self, part: str) -> list[int]:
-        """The numbers of the passes with such a text."""
+        """Return the numbers of the passes with such a text."""
         return [number for number, texts in enumerate(self.passes) if any(part in text for text in texts)]
 
 
@@ -160,7 +160,7 @@ def test_tenants_that_publish_take_turns(tmp_path: Path, monkeypatch: pytest.Mon
     run(tmp_path, scenario)
 
 
-def test_a_prompt_that_names_a_generation_waits_for_no_batch_without_it(tmp_path: Path) -> None:
+def test_a_prompt_with_min_generation_does_not_delay_others(tmp_path: Path) -> None:
     async def scenario(here: Served) -> None:
         with pytest.raises(StaleIndex) as caught:
             await here.replica.route([RouteRequest("Translate to German: the dog.", min_generation=2)])

@@ -36,7 +36,7 @@ POET = ("local", "poet")
 
 
 class Stores:
-    """A StoreDeployment; a reference is the buffer that was put."""
+    """A StoreDeployment whose references are the buffers themselves."""
 
     def __init__(self, folder: Path, **settings: Any) -> None:
         self.folder = folder
@@ -66,7 +66,7 @@ class Stores:
 
     @property
     def stored(self) -> set[str]:
-        """Digests of the blobs on disk."""
+        """Return the digests of the blobs on disk."""
         return {path.name for path in (self.folder / "pool" / "blobs").rglob("*") if path.is_file()}
 
 
@@ -84,7 +84,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", [BASE, f"somewhere/{BASE}"])
-def test_no_adapter_takes_the_base_models_name(stores: Stores, name: str) -> None:
+def test_no_adapter_may_have_the_base_models_name(stores: Stores, name: str) -> None:
     for upload in (
         PublishItem(Path("x"), name),
         PublishItem(Path("somewhere", BASE)),
@@ -103,7 +103,7 @@ def test_no_adapter_takes_the_base_models_name(stores: Stores, name: str) -> Non
     ],
     ids=["path", "files", "source"],
 )
-def test_a_version_is_the_same_however_it_came(tmp_path: Path, upload_of: Callable[[Path], PublishItem]) -> None:
+def test_a_version_does_not_depend_on_its_source(tmp_path: Path, upload_of: Callable[[Path], PublishItem]) -> None:
     stores = Stores(tmp_path, source_prefixes=(f"file://{tmp_path}",))
     folder = stores.adapter("elsewhere")
     upload = upload_of(folder)
@@ -112,7 +112,7 @@ def test_a_version_is_the_same_however_it_came(tmp_path: Path, upload_of: Callab
     assert staged.record.source == upload.origin
 
 
-def test_a_tenant_publishes_from_below_its_own_prefixes_alone(tmp_path: Path) -> None:
+def test_a_tenant_publishes_only_from_below_its_own_prefixes(tmp_path: Path) -> None:
     stores = Stores(tmp_path, source_prefixes={"acme": (f"file://{tmp_path}",)})
     upload = PublishItem(source=f"file://{stores.adapter('elsewhere')}", name="poet", tenant="acme")
     assert run(stores.stage(upload)).ref.tenant == "acme"
@@ -125,7 +125,7 @@ def test_tags_and_template_are_kept(stores: Stores) -> None:
     assert (staged.record.tags, staged.record.template) == (("a", "b"), "chat")
 
 
-def test_what_is_not_there_or_not_allowed_is_told(stores: Stores) -> None:
+def test_missing_and_forbidden_sources_are_reported(stores: Stores) -> None:
     with pytest.raises(SourceMissing):
         run(stores.stage(PublishItem(stores.folder / "nowhere")))
     with pytest.raises(SourceRefused):
@@ -145,7 +145,7 @@ def test_a_bad_upload_leaves_nothing(stores: Stores) -> None:
     assert stores.stored == set()
 
 
-def test_what_is_discarded_leaves_nothing(stores: Stores) -> None:
+def test_a_discarded_upload_leaves_nothing(stores: Stores) -> None:
     async def check() -> None:
         staged = await stores.stage(PublishItem(stores.adapter()))
         assert stores.stored == set(staged.record.blobs)
@@ -155,7 +155,7 @@ def test_what_is_discarded_leaves_nothing(stores: Stores) -> None:
     run(check())
 
 
-def test_versions_are_told_live_one_first_and_without_their_embeddings(stores: Stores) -> None:
+def test_versions_are_listed_live_one_first_and_without_embeddings(stores: Stores) -> None:
     async def check() -> None:
         first, second = [(await stores.publish(PublishItem(stores.adapter(seed=seed))))[0] for seed in (1, 2)]
         versions = await stores.deployment.versions([POET, ("local", "nobody")])
@@ -197,7 +197,7 @@ def test_a_kept_version_is_staged_again(stores: Stores) -> None:
     run(check())
 
 
-def test_weights_travel_as_one_reference_that_is_kept_until_it_is_released(stores: Stores) -> None:
+def test_weights_are_one_reference_kept_until_it_is_released(stores: Stores) -> None:
     async def check() -> None:
         [staged] = await stores.publish(PublishItem(stores.adapter()))
         [ref] = await stores.deployment.fetch(staged.weights_digest)
@@ -213,7 +213,7 @@ def test_weights_travel_as_one_reference_that_is_kept_until_it_is_released(store
     run(check())
 
 
-def test_no_weights_are_kept_where_there_is_no_budget(tmp_path: Path) -> None:
+def test_without_a_budget_no_weights_are_kept(tmp_path: Path) -> None:
     async def check() -> None:
         stores = Stores(tmp_path, store_object_cache_bytes=0)
         [staged] = await stores.publish(PublishItem(stores.adapter()))
@@ -246,7 +246,7 @@ def test_an_empty_pool_verifies(stores: Stores) -> None:
     assert run(check()) == []
 
 
-def test_gc_removes_what_nothing_refers_to(stores: Stores) -> None:
+def test_gc_removes_unreferenced_blobs(stores: Stores) -> None:
     async def check() -> None:
         [staged] = await stores.publish(PublishItem(stores.adapter()))
         stray = stores.folder / "pool" / "blobs" / "ff" / ("f" * 64)

@@ -1,4 +1,4 @@
-"""A worker replica over a fake Store: streams, probes, forgets, and says what it holds."""
+"""A worker replica over a fake Store: streams, probes, forgets, and reports its state."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ RANK = 4
 
 @dataclass(frozen=True)
 class Held:
-    """A fetch that was begun, and what it waits for."""
+    """A started fetch, and the event that it waits for."""
 
     begun: asyncio.Event
     go_on: asyncio.Event
@@ -45,7 +45,7 @@ class Held:
 
 @dataclass
 class FakeStore:
-    """Blobs by digest, each handed out as a reference in a list."""
+    """Blobs by digest, returned as a reference in a list."""
 
     blobs: dict[str, bytes]
     is_down: bool = False
@@ -53,7 +53,7 @@ class FakeStore:
     held: dict[str, Held] = field(default_factory=dict)
 
     def holding(self, digest: str) -> Held:
-        """From now on a fetch of `digest` waits until it may go on."""
+        """Make fetches of `digest` wait until they are permitted."""
         self.held[digest] = Held(asyncio.Event(), asyncio.Event())
         return self.held[digest]
 
@@ -69,9 +69,7 @@ class FakeStore:
         return [ref]
 
 
-def test_a_worker_counts_the_cpus_that_it_may_use_itself(
-    tiny_folders: Mapping[str, Path], request: pytest.FixtureRequest
-) -> None:
+def test_a_worker_counts_its_own_usable_cpus(tiny_folders: Mapping[str, Path], request: pytest.FixtureRequest) -> None:
     before, allowed = torch.get_num_threads(), os.sched_getaffinity(0)
     request.addfinalizer(lambda: torch.set_num_threads(before))
     request.addfinalizer(lambda: os.sched_setaffinity(0, allowed))
@@ -87,12 +85,12 @@ def test_a_worker_counts_the_cpus_that_it_may_use_itself(
 
 @dataclass
 class Serving:
-    """A worker, its store, and the weights that store has."""
+    """A worker, its store, and the store's weights."""
 
     worker: WorkerDeployment
     store: FakeStore
     pool: list[AdapterWeights]
-    ends: list[int]  # the status of each time the worker ended its process
+    ends: list[int]  # exit codes of the worker's ended process
 
     def job(self, number: int, num_new: int = 30) -> Job:
         return greedy("once", plan_of("selection", (self.pool[number], 1.0)), number, num_new)
@@ -106,7 +104,7 @@ Main = Callable[[Serving], Awaitable[Any]]
 
 @pytest.fixture
 def serve(tiny_folders: Mapping[str, Path], tiny_base: Callable[..., BaseModel]) -> Callable[..., Any]:
-    """Run a test's body in the worker's event loop; the engine stops with it."""
+    """Run a test's body in the worker's event loop; the engine stops afterwards."""
     shapes = linear_shapes(tiny_base())
 
     def run(
@@ -148,7 +146,7 @@ def test_a_replica_that_cannot_compute_its_first_tokens_does_not_start(
 ) -> None:
     base = tiny_base("llama")
     with torch.no_grad():
-        base.model.get_input_embeddings().weight[0] = torch.nan  # of an id that the first steps read
+        base.model.get_input_embeddings().weight[0] = torch.nan  # for an id that the first steps read
     base.model.save_pretrained(tmp_path)
     base.tokenizer.save_pretrained(tmp_path)
 
@@ -159,7 +157,7 @@ def test_a_replica_that_cannot_compute_its_first_tokens_does_not_start(
     asyncio.run(main())
 
 
-def test_what_each_tenant_has_had_is_counted(serve: Callable[[Main], Any]) -> None:
+def test_each_tenants_usage_is_counted(serve: Callable[[Main], Any]) -> None:
     async def main(serving: Serving) -> None:
         jobs = [replace(serving.job(0, 4), tenant=tenant) for tenant in ("acme", "acme", "globex")]
         await asyncio.gather(*map(serving.text, jobs))
@@ -180,7 +178,7 @@ def test_a_request_streams_with_the_weights_its_plan_names(serve: Callable[[Main
     serve(main)
 
 
-def test_only_the_engine_of_a_worker_has_a_team_of_threads(serve: Callable[[Main], Any]) -> None:
+def test_only_the_engine_of_a_worker_has_a_thread_team(serve: Callable[[Main], Any]) -> None:
     async def main(serving: Serving) -> None:
         await serving.text(serving.job(0))
         assert torch.get_num_threads() == 1
@@ -194,7 +192,7 @@ def test_only_the_engine_of_a_worker_has_a_team_of_threads(serve: Callable[[Main
         torch.set_num_threads(before)
 
 
-def test_a_worker_tells_what_its_jobs_did(serve: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+def test_a_worker_reports_its_jobs(serve: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
     kinds = FakeMetrics()
 
     async def main(serving: Serving) -> None:
@@ -215,7 +213,7 @@ def test_a_worker_tells_what_its_jobs_did(serve: Callable[..., Any], caplog: pyt
     assert len(lines) == 3
 
 
-def test_weights_the_store_does_not_have_fail_their_request_alone(serve: Callable[[Main], Any]) -> None:
+def test_missing_weights_fail_only_their_request(serve: Callable[[Main], Any]) -> None:
     async def main(serving: Serving) -> None:
         missing = greedy("x", plan_of("selection", (AdapterWeights("f" * 64, {}), 1.0)), "missing")
         failed, text = await asyncio.gather(serving.text(missing), serving.text(serving.job(0)), return_exceptions=True)
@@ -239,7 +237,7 @@ def test_probes_of_one_and_of_many_agree(serve: Callable[[Main], Any]) -> None:
 
 
 @pytest.mark.parametrize("with_disk", [False, True])
-def test_forgetting_frees_all_that_use_took(with_disk: bool, serve: Callable[..., Any], tmp_path: Path) -> None:
+def test_forgetting_frees_everything(with_disk: bool, serve: Callable[..., Any], tmp_path: Path) -> None:
     async def main(serving: Serving) -> None:
         digests = [weights.weights_digest for weights in serving.pool[:2]]
         empty = await serving.worker.holdings()
@@ -262,7 +260,7 @@ def test_forgetting_frees_all_that_use_took(with_disk: bool, serve: Callable[...
     serve(main, weights_cache=(tmp_path / "weights", 10**7) if with_disk else None)
 
 
-def test_a_running_request_keeps_what_is_forgotten_to_its_end(serve: Callable[[Main], Any]) -> None:
+def test_a_running_request_keeps_forgotten_weights_to_its_end(serve: Callable[[Main], Any]) -> None:
     async def main(serving: Serving) -> None:
         digest, job = serving.pool[0].weights_digest, serving.job(0, num_new=60)
         expected = await serving.text(job)
@@ -280,7 +278,7 @@ def test_a_running_request_keeps_what_is_forgotten_to_its_end(serve: Callable[[M
     serve(main)
 
 
-def test_what_is_on_the_disk_outlives_the_replica_and_the_store(serve: Callable[..., Any], tmp_path: Path) -> None:
+def test_cached_weights_on_disk_survive_replica_and_store(serve: Callable[..., Any], tmp_path: Path) -> None:
     async def first(serving: Serving) -> str:
         return await serving.text(serving.job(0))
 
@@ -292,7 +290,7 @@ def test_what_is_on_the_disk_outlives_the_replica_and_the_store(serve: Callable[
     assert serve(first, weights_cache=cache) == serve(second, weights_cache=cache)
 
 
-def test_the_router_hears_what_the_bank_holds_and_what_waits_for_it(serve: Callable[[Main], Any]) -> None:
+def test_routing_stats_have_resident_and_expected_adapters(serve: Callable[[Main], Any]) -> None:
     async def main(serving: Serving) -> None:
         digests = [weights.weights_digest for weights in serving.pool]
         assert await serving.worker.record_routing_stats() == {"resident": []}
@@ -307,7 +305,7 @@ def test_the_router_hears_what_the_bank_holds_and_what_waits_for_it(serve: Calla
     serve(main)
 
 
-def test_the_autoscaler_hears_of_what_runs_and_of_the_tokens_that_wait(serve: Callable[[Main], Any]) -> None:
+def test_autoscaling_stats_have_running_requests_and_waiting_tokens(serve: Callable[[Main], Any]) -> None:
     async def main(serving: Serving) -> None:
         assert await serving.worker.record_autoscaling_stats() == {"ongoing_requests": 0, "waiting_tokens": 0}
         loads = serving.store.holding(serving.pool[1].weights_digest)
@@ -328,7 +326,9 @@ def waiting_row(serving: Serving) -> Row:
     return row
 
 
-def test_the_shapes_are_the_base_models(serve: Callable[[Main], Any], tiny_base: Callable[..., BaseModel]) -> None:
+def test_the_shapes_are_those_of_the_base_model(
+    serve: Callable[[Main], Any], tiny_base: Callable[..., BaseModel]
+) -> None:
     async def main(serving: Serving) -> dict[str, tuple[int, int]]:
         return await serving.worker.module_shapes()
 

@@ -1,7 +1,7 @@
-"""A whole application but for Ray and the model: two tenants, each with private adapters nobody else may learn of.
+"""A whole application except Ray and the model: two tenants with private adapters that no other tenant may learn of.
 
-Store, catalogue, encoder, index and Ingress are the real ones. What is secret is recognisable: every private name has
-its tenant's own word in it, and every version its digests.
+Store, catalogue, encoder, index and Ingress are real. Secrets are recognisable: every private name has its tenant's
+word in it, and every version has its digests.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tests.deployments.console_fakes import CountingWorker
 from tests.deployments.key_files import bearer, entry, write
 from tests.fakes import FakeHandle
 
-WORDS = {"acme": "zebra", "globex": "quokka"}  # in every private name of the tenant
+WORDS = {"acme": "zebra", "globex": "quokka"}  # part of every private name of the tenant
 TENANTS = tuple(WORDS)
 MODULE = "model.layers.0.mlp.up_proj"
 _TOPICS = {"acme": ("tax", "patent", "lease", "merger", "audit"), "globex": ("heart", "lung", "liver", "brain", "skin")}
@@ -39,7 +39,7 @@ _TASKS = ("Summarise the %s case", "List risks of the %s file", "Translate the %
 
 
 class QuietWorker(CountingWorker):
-    """Fits the small adapters of this file."""
+    """Accepts the small adapters of this file."""
 
     async def module_shapes(self) -> dict[str, tuple[int, int]]:
         return {MODULE: (8, 6)}
@@ -47,7 +47,7 @@ class QuietWorker(CountingWorker):
 
 @dataclass
 class TwoTenants:
-    """`names`: each tenant's private adapters; `prompts`: what is asked in their tasks."""
+    """`names`: each tenant's private adapters; `prompts`: prompts for their tasks."""
 
     served: Served
     client: httpx.AsyncClient
@@ -93,7 +93,7 @@ class TwoTenants:
             self.secrets[tenant] = re.compile("|".join([WORDS[tenant], *sorted(digests)]))
 
     def assert_no_leak(self, tenant: str, response: httpx.Response) -> None:
-        """Nothing in the answer is a secret of another tenant's."""
+        """Check that the response has no secret of another tenant."""
         text = f"{response.status_code} {response.headers!r} {response.text}"
         for owner in TENANTS:
             if owner != tenant:
@@ -105,7 +105,7 @@ class TwoTenants:
         return store
 
     def computed_texts(self, patch: pytest.MonkeyPatch) -> list[str]:
-        """Every text the encoder's model is run on from now on, as it happens."""
+        """Record every later text that the encoder's model computes."""
         texts_so_far: list[str] = []
         encoder = self.served.retriever._replicas[0]._pools.current.encoder  # type: ignore[attr-defined]
         compute = encoder._compute
@@ -119,7 +119,7 @@ class TwoTenants:
         return texts_so_far
 
     def num_calls(self) -> int:
-        """Calls over all handles so far."""
+        """Return the number of calls over all handles so far."""
         return sum(len(handle.calls) for handle in (self.served.retriever, self.served.worker, self.served.store))
 
 
@@ -127,14 +127,14 @@ class TwoTenants:
 async def two_tenants(
     folder: Path, num_private: int, *, index: IndexSettings | None = None, **settings: Any
 ) -> AsyncIterator[TwoTenants]:
-    """The application with its pool filled; what `index` says decides how it is searched."""
+    """Return the application with a filled pool; `index` decides how it is searched."""
     keys = write(folder / "keys.json", *[entry(tenant, tenant) for tenant in TENANTS])
     retrieval = RetrievalSettings(encoder_threads=1, poll_interval_s=3600.0, min_score=-1.0)
     config = config_of(
         store_uri=str(folder / "pool"), keys_file=keys, retrieval=retrieval, publish_paths=True, **settings
     )
     retriever = RetrieverDeployment(config, index=index)
-    retriever._pools._background = lambda work: work()  # lists are trained by the time a publish is answered
+    retriever._pools._background = lambda work: work()  # lists are trained before a publish is answered
     asked, worker = FakeHandle(retriever), FakeHandle(QuietWorker())
     store = FakeHandle(StoreDeployment(config, put=lambda b: b))
     served = Served(Ingress(config, asked, worker, store), asked, worker, store)
@@ -149,7 +149,7 @@ async def two_tenants(
 
 
 def plans_of(response: httpx.Response) -> Iterator[dict[str, Any]]:
-    """Every plan object of an answer."""
+    """Return every plan object of a response."""
     body = json.loads(response.text)
     yield from body["data"] if "data" in body else [body["lora"]]
 

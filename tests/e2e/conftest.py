@@ -27,7 +27,7 @@ READY_TIMEOUT_S = 300.0
 
 @pytest.fixture(scope="session")
 def config(tmp_path_factory: pytest.TempPathFactory) -> AppConfig:
-    """float32, so that rows of a batch can be compared with rows alone."""
+    """Return settings in float32, so that rows of a batch can be compared with rows alone."""
     return AppConfig(
         store_uri=str(tmp_path_factory.mktemp("pool")),
         preload=(POOL,),
@@ -37,7 +37,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> AppConfig:
 
 @pytest.fixture(scope="session")
 def url(config: AppConfig) -> Iterator[str]:
-    """The server's address."""
+    """Yield the server's address."""
     with tell_often(), Server(config, port=0, num_cpus=8) as server:
         server.prepare(print)
         address = server.start()
@@ -64,7 +64,7 @@ def client(url: str) -> openai.OpenAI:
 
 @pytest.fixture(scope="session")
 def heldout() -> list[Heldout]:
-    """Three held-out prompts of every task, tasks taken in turn."""
+    """Return three held-out prompts of every task, tasks in turn."""
     tasks = sorted((EXAMPLES / "starter_heldout").glob("*.jsonl"))
     rows = [(path.stem, [json.loads(line) for line in path.read_text().splitlines()[:3]]) for path in tasks]
     return [Heldout(task, lines[turn]["input"], lines[turn]["output"]) for turn in range(3) for task, lines in rows]
@@ -74,7 +74,7 @@ def heldout() -> list[Heldout]:
 def live(
     url: str, s3_endpoint: S3Endpoint, tiny_folders: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Live]:
-    """A second application beside the first: tiny, replicated, on S3, without a cache that would hide the store."""
+    """Yield a second application: tiny, replicated, on S3, without a cache that would hide the store."""
     model = save_talkative(tiny_folders["gemma3"], tmp_path_factory.mktemp("talkative"))
     config = AppConfig(
         base_model=str(model),

@@ -30,7 +30,7 @@ Seen = TypeVar("Seen")
 
 @dataclass(frozen=True)
 class Live:
-    """The running application and what it stands on."""
+    """The running application and its parts."""
 
     url: str
     config: AppConfig
@@ -43,7 +43,7 @@ class Live:
         return self.config.store_uri
 
     def folder(self, name: str, seed: int, topic: str, *, rank: int = 4) -> Path:
-        """A random adapter found by sentences about `topic`."""
+        """Write a random adapter with sentences about `topic` as samples."""
         path = self.folders / f"{seed}-{rank}" / name
         samples = [Sample(f"{verb} {topic}, please.") for verb in ("Tell me about", "Explain", "Write of", "Describe")]
         write_peft_folder(path, random_adapter(self.shapes, seed, rank=rank).modules, base_model=BASE, samples=samples)
@@ -72,7 +72,7 @@ class Live:
         return text
 
     def chosen(self, prompt: str) -> str:
-        """The adapter that is nearest to the prompt."""
+        """Return the adapter nearest to the prompt."""
         plan = self.call("POST", "/v1/route", json={"prompt": prompt}).json()["data"][0]
         name: str = plan["candidates"][0]["name"]
         return name
@@ -90,25 +90,25 @@ class Live:
         return asyncio.run(ask())
 
     def stored(self, part: str) -> dict[str, int]:
-        """Bytes of every object below a part of the store."""
+        """Return the bytes of every object below a part of the store."""
         files, root = Location(self.store_uri).child(part).filesystem()
         infos = files.get_file_info(FileSelector(root, recursive=True, allow_not_found=True))
         return {info.path: info.size for info in infos if info.is_file}
 
     def overwrite(self, path: str, data: bytes) -> None:
-        """Put other bytes where the store has an object, as damage would."""
+        """Replace the bytes of an object, to simulate damage."""
         files, _ = Location(self.store_uri).filesystem()
         with files.open_output_stream(path) as stream:
             stream.write(data)
 
     def replicas(self, deployment: str) -> dict[str, str]:
-        """The name and the namespace of every replica's actor."""
+        """Return the name and the namespace of every replica's actor."""
         prefix = f"SERVE_REPLICA::{APP}#{deployment}#"
         actors = ray.util.list_named_actors(all_namespaces=True)
         return {actor["name"]: actor["namespace"] for actor in actors if prefix in actor["name"]}
 
     def kill_replicas(self, deployment: str) -> int:
-        """Kill every replica of a deployment as a crash would; how many there were."""
+        """Kill every replica of a deployment, to simulate a crash. Return how many there were."""
         actors = self.replicas(deployment)
         for name, namespace in actors.items():
             ray.kill(ray.get_actor(name, namespace=namespace), no_restart=True)
@@ -120,12 +120,12 @@ def completion(model: str, prompt: str, max_tokens: int) -> dict[str, Any]:
 
 
 def eventually(check: Callable[[], object], *, within_s: float = SETTLE_S) -> None:
-    """Wait until `check` is true: for what is promised soon, not at once."""
+    """Wait until `check` is true, for effects that are promised soon but not at once."""
     eventually_equal(lambda: bool(check()), True, within_s=within_s)
 
 
 def settled(look: Callable[[], Seen], *, quiet_s: float = 3.0) -> Seen:
-    """What `look` sees once it has seen the same for `quiet_s`: what is freed in the background has been freed."""
+    """Return the result of `look` once it has not changed for `quiet_s`, after which background work is done."""
     seen, since = look(), time.monotonic()
     deadline = since + SETTLE_S
     while time.monotonic() - since < quiet_s:
@@ -137,7 +137,7 @@ def settled(look: Callable[[], Seen], *, quiet_s: float = 3.0) -> Seen:
 
 
 def eventually_equal(look: Callable[[], object], expected: object, *, within_s: float = SETTLE_S) -> None:
-    """Wait until `look` sees what is expected."""
+    """Wait until `look` returns the expected value."""
     deadline = time.monotonic() + within_s
     while (found := look()) != expected and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -147,7 +147,7 @@ def eventually_equal(look: Callable[[], object], expected: object, *, within_s: 
 async def stream_texts(
     live: Live, models: Sequence[str], max_tokens: int, *, started: asyncio.Event | None = None
 ) -> list[tuple[str, float]]:
-    """Stream one completion per model, all at once: (text, when it ended). `started` is set at the last first token."""
+    """Stream one completion per model, all at once: (text, end time). `started` is set at the last first token."""
     num_started = 0
 
     async def one(client: httpx.AsyncClient, model: str) -> tuple[str, float]:

@@ -1,4 +1,4 @@
-"""Every kind of bad upload over HTTP is refused with its cause, stores nothing, and disturbs no other request."""
+"""Every kind of bad upload over HTTP is refused with its cause, stores nothing, and affects no other request."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tests.bad_uploads import BAD_FOLDERS, BAD_LABELS
 from tests.e2e.live import Live
 
 _BAD_FILE_NAMES = ("../adapter_config.json", "a/b", "..", "a\\b", "/etc/passwd")
-_FIELDS = {"name", "tags", "template"}  # what the API takes of a label
+_FIELDS = {"name", "tags", "template"}  # the API's fields of a label
 
 
 @pytest.fixture(autouse=True)
 def unharmed(live: Live) -> Iterator[None]:
-    """Whatever the test sends, the store holds the same afterwards, and the server answers."""
+    """Check that the store's contents do not change and the server still answers, whatever the test sends."""
     before = live.stored("blobs") | live.stored("catalogue") | live.stored("holds")
     yield
     assert live.stored("blobs") | live.stored("catalogue") | live.stored("holds") == before
@@ -26,7 +26,7 @@ def unharmed(live: Live) -> Iterator[None]:
 
 
 def refusal(answer: httpx.Response) -> str:
-    """The message of a refusal in the API's own shape."""
+    """Return the message of an API error."""
     assert 400 <= answer.status_code < 500, answer.text
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}

@@ -31,7 +31,7 @@ BAD: dict[int, dict[str, Any]] = {
 
 @pytest.fixture
 def adapters(live: Live) -> Iterator[None]:
-    """An adapter for each topic but the last, which no prompt is about."""
+    """Publish an adapter for each topic except the last, which no prompt is about."""
     names = [topic.replace(" ", "-") for topic in TOPICS[:5]]
     for seed, (name, topic) in enumerate(zip(names, TOPICS[:5], strict=True)):
         live.publish(live.folder(name, 900 + seed, topic))
@@ -51,7 +51,7 @@ def batch(live: Live, folder: Path, part_rows: int) -> subprocess.Popen[str]:
 
 
 def written(folder: Path) -> dict[str, int]:
-    """When each part was written."""
+    """Return when each part was written."""
     return {path.name: path.stat().st_mtime_ns for path in (folder / "out.parquet").glob("part-*")}
 
 
@@ -79,7 +79,7 @@ def ask_all(live: Live, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         return list(threads.map(lambda row: of_server(live, row), rows))
 
 
-def test_a_killed_run_goes_on_and_its_rows_are_the_servers_answers(
+def test_a_killed_run_resumes_and_its_rows_equal_the_servers_answers(
     live: Live, adapters: None, tmp_path: Path, scale: Scale
 ) -> None:
     num_rows = scale.pick("rows", small=200, full=10_000)
@@ -111,5 +111,5 @@ def test_a_killed_run_goes_on_and_its_rows_are_the_servers_answers(
     assert [number for number, row in enumerate(found) if row["error"]] == sorted(BAD)
     sampled = sorted({*random.Random(7).sample(range(num_rows), num_asked - len(BAD)), *BAD})
     for number, expected in zip(sampled, ask_all(live, [rows[n] for n in sampled]), strict=True):
-        told = {name: found[number][name] for name in expected}
-        assert told == expected, f"row {number}: {rows[number]}"
+        row_found = {name: found[number][name] for name in expected}
+        assert row_found == expected, f"row {number}: {rows[number]}"

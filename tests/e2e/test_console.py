@@ -1,4 +1,4 @@
-"""The console of the running application: a real model, a real encoder, a real browser."""
+"""The console of the running application, with a real model, encoder and browser."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SLOW_MS = 60_000  # other tests may keep both cores busy
 
 
 def folder_of(parent: Path, name: str, topic: list[str]) -> Path:
-    """A starter adapter under another name, found by other texts."""
+    """Write a starter adapter under another name, with other samples."""
     folder = parent / name
     shutil.copytree(POOL / "sentence_negation", folder)
     lines = [json.dumps({"input": text}) for text in topic]
@@ -37,7 +37,7 @@ async def ask(page: Page, prompt: str) -> None:
     await expect(page.locator("#answer-metrics")).to_contain_text("tokens/s", timeout=SLOW_MS)
 
 
-def test_a_person_asks_publishes_and_withdraws(url: str, browsing: Browsing, tmp_path: Path) -> None:
+def test_a_user_asks_publishes_and_withdraws(url: str, browsing: Browsing, tmp_path: Path) -> None:
     topic = ["What does a pirate captain say?", "Talk like a pirate to the crew.", "A pirate greets another ship."]
     folder = folder_of(tmp_path, "pirate_talk", topic)
 
@@ -71,7 +71,7 @@ def test_a_person_asks_publishes_and_withdraws(url: str, browsing: Browsing, tmp
     browsing.run(visit())
 
 
-def test_the_console_works_below_a_prefix_and_over_several_replicas(live: Live, browsing: Browsing) -> None:
+def test_the_console_works_below_a_prefix_and_with_several_replicas(live: Live, browsing: Browsing) -> None:
     async def visit() -> None:
         async with browsing.page(f"{live.url}/") as page:
             await expect(page.locator("#connection")).to_have_text("live", timeout=SLOW_MS)

@@ -1,4 +1,4 @@
-"""Keys and tenants through the real application: Serve's own routing, replicas, and the engine."""
+"""Keys and tenants in the real application: Serve's routing, replicas, and the engine."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Keyed:
 
 @pytest.fixture(scope="module")
 def keyed(url: str, tiny_folders: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keyed]:
-    """A small application beside the first, with a key for each of two tenants."""
+    """Yield a second, small application with a key for each of two tenants."""
     folder, model = tmp_path_factory.mktemp("keyed"), tiny_folders["gemma3"]
     keys = write(folder / "keys.json", entry("acme-key"), entry("globex-key", "globex"))
     config = AppConfig(
@@ -67,7 +67,7 @@ def keyed(url: str, tiny_folders: Mapping[str, Path], tmp_path_factory: pytest.T
     serve.delete(APP)
 
 
-def test_the_openai_client_is_let_in_by_its_key_alone(keyed: Keyed) -> None:
+def test_the_openai_client_needs_only_its_key(keyed: Keyed) -> None:
     answer = keyed.client("acme-key").completions.create(model=BASE, prompt="Hi", max_tokens=4)
     assert answer.usage is not None
     for key in ("wrong", "acme-keys"):
@@ -76,7 +76,7 @@ def test_the_openai_client_is_let_in_by_its_key_alone(keyed: Keyed) -> None:
     assert httpx.get(f"{keyed.url}/v1/loras").status_code == 401
 
 
-def test_tenants_publish_the_same_bytes_privately_and_one_that_withdraws_takes_nothing_from_the_other(
+def test_tenants_publish_the_same_bytes_and_withdraw_independently(
     keyed: Keyed,
 ) -> None:
     assert keyed.publish("acme-key").status_code == 201
@@ -96,7 +96,7 @@ def test_tenants_publish_the_same_bytes_privately_and_one_that_withdraws_takes_n
     )
 
 
-def test_a_key_that_replaces_another_opens_at_once(keyed: Keyed) -> None:
+def test_a_new_key_is_valid_at_once(keyed: Keyed) -> None:
     assert keyed.ask("next-key", BASE).status_code == 401
     write(keyed.keys, entry("acme-key"), entry("globex-key", "globex"), entry("next-key"))
     assert [keyed.ask(key, BASE).status_code for key in ("next-key", "acme-key")] == [200, 200]

@@ -21,7 +21,7 @@ from tests.e2e.live import Live, completion, eventually, eventually_equal, settl
 from tests.soak import Scale
 
 _SEEDS = itertools.count(1)
-_BANK_ADAPTERS = 8  # of rank 4 fit the live application's bank
+_BANK_ADAPTERS = 8  # adapters of rank 4 fit the live application's bank
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def seed() -> int:
 
 @pytest.fixture
 def resident(live: Live, seed: int) -> Iterator[str]:
-    """An adapter that is in both workers' banks."""
+    """Return an adapter that is in both workers' banks."""
     live.publish(live.folder("resident", seed, "tall ships"))
     eventually(lambda: _in_every_bank(live, "resident"))
     yield "resident"
@@ -63,7 +63,7 @@ def test_an_uploaded_folder_is_the_same_version_as_its_path(live: Live, seed: in
 
 
 def test_running_rows_keep_the_version_they_began_with(live: Live, scale: Scale) -> None:
-    versions = [live.folder("tides", seed, "tides") for seed in (1000, 1001)]  # both speak from the first token on
+    versions = [live.folder("tides", seed, "tides") for seed in (1000, 1001)]  # both have text from the first token on
     alone = []
     for folder in versions:
         live.publish(folder)
@@ -94,7 +94,7 @@ async def _update_midway(live: Live, folder: object, num_streams: int) -> tuple[
     return await streams, published_at, after.json()["choices"][0]["text"]
 
 
-def test_rollback_brings_back_the_version_before(live: Live, seed: int) -> None:
+def test_rollback_restores_the_previous_version(live: Live, seed: int) -> None:
     first = live.publish(live.folder("moths", seed, "moths"))
     first_text = live.text("moths")
     second = live.publish(live.folder("moths", seed + 1, "moths"))
@@ -107,7 +107,7 @@ def test_rollback_brings_back_the_version_before(live: Live, seed: int) -> None:
     live.call("DELETE", "/v1/loras/moths")
 
 
-def test_withdraw_gives_everything_back(live: Live, seed: int, scale: Scale) -> None:
+def test_withdraw_frees_everything(live: Live, seed: int, scale: Scale) -> None:
     def cycle(number: int) -> None:
         live.publish(live.folder("comet", seed + number, f"comet number {number}"))
         assert [live.text("comet", max_tokens=2) for _ in range(4)]
@@ -127,12 +127,14 @@ def test_withdraw_gives_everything_back(live: Live, seed: int, scale: Scale) -> 
     eventually_equal(held, before)
     names = {lora["name"] for lora in live.call("GET", "/v1/loras").json()["data"]}
     assert {stats.num_live for stats in live.on_all("Retriever", "index_stats")} == {len(names)}
-    if num_cycles * 2 < 100:  # a compaction writes a checkpoint, which is no event
+    if num_cycles * 2 < 100:  # a compaction writes a checkpoint, which is not an event
         grown = sum(live.stored("catalogue/_delta_log").values()) - log_before
         assert grown <= 2048 * 2 * num_cycles
 
 
-def test_a_dead_endpoint_hurts_only_what_needs_it(live: Live, resident: str, seed: int, scale: Scale) -> None:
+def test_a_dead_endpoint_affects_only_operations_that_need_it(
+    live: Live, resident: str, seed: int, scale: Scale
+) -> None:
     others = [live.folder(f"other-{n}", seed + 1 + n, f"subject {n}") for n in range(2 * _BANK_ADAPTERS)]
     for folder in others:
         live.publish(folder)
@@ -165,7 +167,7 @@ def _is_resident(live: Live, name: str) -> bool:
     return any(digest in holdings.resident for holdings in live.on_all("Worker", "holdings"))
 
 
-def test_a_store_replica_that_dies_costs_no_request(live: Live, seed: int) -> None:
+def test_a_dead_store_replica_fails_no_request(live: Live, seed: int) -> None:
     folders = [live.folder(f"star-{n}", seed + n, f"star {n}") for n in range(2 * _BANK_ADAPTERS)]
     for folder in folders:
         live.publish(folder)
@@ -178,7 +180,7 @@ def test_a_store_replica_that_dies_costs_no_request(live: Live, seed: int) -> No
 
 
 class _DyingStore:
-    """The Store's handle, whose replica is killed between the first answer to `fetch` and the use of it."""
+    """The Store's handle, whose replica is killed between the answer to `fetch` and its use."""
 
     def __init__(self, live: Live) -> None:
         self._live = live
@@ -198,19 +200,19 @@ class _DyingStore:
         return answer
 
 
-def test_a_store_replica_that_dies_between_fetch_and_get_costs_nothing(live: Live, seed: int) -> None:
+def test_a_store_replica_that_dies_between_fetch_and_get_fails_no_request(live: Live, seed: int) -> None:
     live.publish(live.folder("anchor", seed, "anchors"))
     digest = live.call("GET", "/v1/loras/anchor").json()["weights_digest"]
     store = _DyingStore(live)
     with ThreadPoolExecutor(1) as executor:
         weights = asyncio.run(WeightsFetcher(ServeStore(cast(DeploymentHandle, store)), executor).fetch(digest))
     assert encode_weights(weights.modules)[0] == digest
-    # On one machine the object may outlive its owner: then one try is enough. tests/deployments has the other errors.
+    # On one machine the object may survive its owner; then one attempt is enough. tests/deployments has other errors.
     assert 1 <= store.num_asked <= RetryPolicy().max_tries
     live.call("DELETE", "/v1/loras/anchor")
 
 
-def test_a_new_retriever_replica_knows_all_before_it_is_asked(live: Live, seed: int) -> None:
+def test_a_new_retriever_replica_is_up_to_date_before_its_first_request(live: Live, seed: int) -> None:
     answer = live.publish(live.folder("rivers", seed, "rivers of the north"))
     assert live.kill_replicas("Retriever") == 2
     fence = {"prompt": "Describe rivers of the north.", "lora": {"min_generation": answer["generation"]}}
@@ -220,6 +222,6 @@ def test_a_new_retriever_replica_knows_all_before_it_is_asked(live: Live, seed: 
     live.call("DELETE", "/v1/loras/rivers")
 
 
-def test_a_generation_that_is_not_there_yet_is_said_so(live: Live) -> None:
+def test_a_future_generation_is_reported_as_stale(live: Live) -> None:
     answer = live.call("POST", "/v1/route", json={"prompt": "x", "lora": {"min_generation": 10**9}})
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "stale_index")

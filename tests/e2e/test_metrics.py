@@ -1,4 +1,4 @@
-"""Metrics as Ray exports them, logs and spans of a running application."""
+"""Ray's exported metrics, logs and spans of a running application."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _OURS = re.compile(r"(# (HELP|TYPE) )?ray_loraretriever_")
 
 
 def scraped() -> str:
-    """Ray's metrics of this machine, in Prometheus' own format."""
+    """Return Ray's metrics of this machine, in Prometheus' format."""
     [node] = ray.nodes()
     return httpx.get(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics", timeout=10).text
 
@@ -31,26 +31,26 @@ def series() -> Scrape:
 
 
 def num_refused() -> float:
-    """Requests that no adapter matched: of those there are no others."""
+    """Return the number of requests that no adapter matched, the only refusals here."""
     counted = series().items()
     return sum(value for name, value in counted if "ray_loraretriever_requests_total" in name and '"422"' in name)
 
 
 def names_asked_for() -> set[str]:
-    """Metrics without which a query has no answer."""
+    """Return the metrics without which a query has no answer."""
     exprs = [expr for _, expr in dashboard_queries() if "or vector(0)" not in expr]
     return {name for expr in exprs for name in re.findall(r"ray_\w+", expr)}
 
 
 def logs() -> Path:
-    """The folder of this Ray session's logs: its name is a label of every metric."""
+    """Return the folder of this Ray session's logs. Its name is a label of every metric."""
     session = re.search(r'SessionName="([^"]+)"', scraped())
     assert session is not None
     return sessions_folder(os.environ, os.geteuid()) / session[1] / "logs"
 
 
 def use(live: Live, topic: str) -> None:
-    """One of everything that is told."""
+    """Cause one of everything that is reported."""
     live.publish(live.folder("watched", 901, topic))
     for _ in range(2):
         assert live.ask("watched").status_code == 200
@@ -65,7 +65,7 @@ def test_every_query_of_the_dashboard_has_an_answer(live: Live, promtool: Promto
     seen: Scrape = {}
 
     def look_back() -> Scrape:
-        """The last sample of every series, as Prometheus answers: Ray's export forgets a gauge between two beats."""
+        """Return the last sample of every series, as Prometheus does: Ray's export drops gauges between reports."""
         seen.update(series())
         return dict(seen)
 
@@ -79,7 +79,7 @@ def test_every_query_of_the_dashboard_has_an_answer(live: Live, promtool: Promto
     text = scraped()
     promtool.check_metrics("\n".join(line for line in text.splitlines() if _OURS.match(line)) + "\n")
     queries = [expr for _, expr in dashboard_queries()]
-    eventually_equal(lambda: promtool.unanswered(queries, first, look_back()), "")  # not every replica tells at once
+    eventually_equal(lambda: promtool.unanswered(queries, first, look_back()), "")  # replicas report at different times
 
 
 def test_a_request_can_be_followed_through_the_logs(live: Live) -> None:
@@ -128,7 +128,7 @@ def test_no_log_holds_a_prompt(live: Live, url: str) -> None:
     assert secret not in text()
 
 
-def test_a_traced_request_has_spans_from_the_door_to_the_engine(live: Live) -> None:
+def test_a_traced_request_has_spans_from_the_proxy_to_the_engine(live: Live) -> None:
     trace_id = secrets.token_hex(16)
     headers = {"traceparent": f"00-{trace_id}-{secrets.token_hex(8)}-01"}
     response = httpx.post(f"{live.url}/v1/completions", json=completion("auto", "x", 4), headers=headers, timeout=60)
@@ -145,7 +145,7 @@ def test_a_traced_request_has_spans_from_the_door_to_the_engine(live: Live) -> N
     by_id = {span["context"]["span_id"]: span["name"] for span in found.values()}
 
     def way(name: str) -> list[str]:
-        """Names from a span to the outermost one."""
+        """Return the names from a span to the outermost one."""
         parent = found[name]["parent_id"]
         return [name, *(way(by_id[parent]) if parent in by_id else [])]
 

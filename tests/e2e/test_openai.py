@@ -1,4 +1,4 @@
-"""The OpenAI surface with the real `openai` client: sync, async and streaming, and its error classes."""
+"""The OpenAI API with the real `openai` client: sync, async and streaming, and its error classes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def messages(prompt: str) -> list[Any]:
     return [{"role": "user", "content": prompt}]
 
 
-def test_the_first_of_n_choices_is_what_would_be_said_alone(client: openai.OpenAI) -> None:
+def test_the_first_of_n_choices_equals_a_single_answer(client: openai.OpenAI) -> None:
     alone = client.completions.create(**STORY)
     several = client.completions.create(**STORY, n=3)
     texts = [choice.text for choice in several.choices]
@@ -35,7 +35,7 @@ def test_the_first_of_n_choices_is_what_would_be_said_alone(client: openai.OpenA
     assert [choice.text for choice in again.choices] == texts
 
 
-def test_streamed_choices_and_prompts_say_what_the_json_answer_says(client: openai.OpenAI) -> None:
+def test_streamed_choices_and_prompts_equal_the_json_answer(client: openai.OpenAI) -> None:
     asked = {**STORY, "prompt": ["Once upon a time", "The sea is"], "n": 2}
     whole = client.completions.create(**asked)
     texts, usage = [""] * 4, None
@@ -47,7 +47,7 @@ def test_streamed_choices_and_prompts_say_what_the_json_answer_says(client: open
     assert usage == whole.usage
 
 
-def test_several_prompts_have_plans_of_their_own(client: openai.OpenAI, heldout: list[Heldout]) -> None:
+def test_several_prompts_have_separate_plans(client: openai.OpenAI, heldout: list[Heldout]) -> None:
     first, second = heldout[0], heldout[1]
     answer = client.completions.create(model="auto", prompt=[first.input, second.input], max_tokens=2, temperature=0)
     plans = [choice.model_extra["lora"] for choice in answer.choices]
@@ -64,14 +64,14 @@ def test_a_stop_string_is_not_sent(client: openai.OpenAI) -> None:
     assert whole.choices[0].finish_reason == parts[-1].choices[0].finish_reason == "stop"
 
 
-def test_chat_logprobs_tell_each_token_and_its_alternatives(client: openai.OpenAI) -> None:
+def test_chat_logprobs_have_each_token_and_its_alternatives(client: openai.OpenAI) -> None:
     asked = {"model": BASE, "messages": messages("Count: one, two,"), "max_tokens": 6, "temperature": 0}
     answer = client.chat.completions.create(**asked, logprobs=True, top_logprobs=3)
     choice = answer.choices[0]
     assert bytes(b for token in choice.logprobs.content for b in token.bytes).decode() == choice.message.content
     for token in choice.logprobs.content:
         best = token.top_logprobs[0]
-        assert (token.token, token.logprob) == (best.token, best.logprob), "greedy takes the likeliest"
+        assert (token.token, token.logprob) == (best.token, best.logprob), "greedy takes the most likely token"
         assert len(token.top_logprobs) == 3
         assert math.fsum(math.exp(other.logprob) for other in token.top_logprobs) <= 1 + 1e-5
     streamed = [
@@ -84,16 +84,16 @@ def test_chat_logprobs_tell_each_token_and_its_alternatives(client: openai.OpenA
     assert client.chat.completions.create(**asked).choices[0].logprobs is None
 
 
-def test_text_logprobs_have_the_older_shape(client: openai.OpenAI) -> None:
+def test_text_logprobs_have_the_older_format(client: openai.OpenAI) -> None:
     choice = client.completions.create(**COUNTING, logprobs=2).choices[0]
-    told = choice.logprobs
-    assert "".join(told.tokens) == choice.text
-    assert told.text_offset == [len("".join(told.tokens[:place])) for place in range(len(told.tokens))]
-    for token, logprob, top in zip(told.tokens, told.token_logprobs, told.top_logprobs, strict=True):
+    logprobs = choice.logprobs
+    assert "".join(logprobs.tokens) == choice.text
+    assert logprobs.text_offset == [len("".join(logprobs.tokens[:place])) for place in range(len(logprobs.tokens))]
+    for token, logprob, top in zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
         assert top[token] == logprob == max(top.values())
 
 
-def test_penalties_and_bias_change_what_is_said(client: openai.OpenAI) -> None:
+def test_penalties_and_bias_change_the_answer(client: openai.OpenAI) -> None:
     asked = {"model": BASE, "prompt": "ha ha ha ha ha ha", "max_tokens": 12, "temperature": 0}
     plain = client.completions.create(**asked).choices[0].text
     assert client.completions.create(**asked, presence_penalty=2, frequency_penalty=2).choices[0].text != plain
@@ -101,10 +101,10 @@ def test_penalties_and_bias_change_what_is_said(client: openai.OpenAI) -> None:
     forced = client.completions.create(**asked, logit_bias={"236776": 100}, logprobs=0).choices[0]
     assert len(set(forced.logprobs.tokens)) == 1
     random = client.completions.create(**{**asked, "temperature": 2.0}, extra_body={"min_p": 1.0})
-    assert random.choices[0].text == plain, "min_p of 1 leaves the likeliest alone"
+    assert random.choices[0].text == plain, "min_p of 1 leaves only the most likely token"
 
 
-def test_the_async_client_is_served_alike(url: str, client: openai.OpenAI) -> None:
+def test_the_async_client_gets_the_same_answers(url: str, client: openai.OpenAI) -> None:
     async def ask() -> tuple[str, str, int]:
         async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120) as asynchronous:
             whole, stream = await asyncio.gather(
@@ -143,7 +143,7 @@ def base_text(client: openai.OpenAI, prompt: str) -> str:
     return text
 
 
-def test_other_text_finds_other_adapters(client: openai.OpenAI, heldout: list[Heldout]) -> None:
+def test_another_retrieval_text_finds_other_adapters(client: openai.OpenAI, heldout: list[Heldout]) -> None:
     lora = {"query": heldout[1].input, "strategy": "selection"}
     answer = client.chat.completions.create(
         model="auto", messages=messages(heldout[0].input), max_tokens=2, extra_body={"lora": lora}
@@ -151,7 +151,7 @@ def test_other_text_finds_other_adapters(client: openai.OpenAI, heldout: list[He
     assert [adapter["name"] for adapter in answer.model_extra["lora"]["adapters"]] == [heldout[1].task]
 
 
-def test_errors_come_in_the_clients_own_classes(client: openai.OpenAI, heldout: list[Heldout]) -> None:
+def test_errors_have_the_clients_own_classes(client: openai.OpenAI, heldout: list[Heldout]) -> None:
     def ask(**fields: Any) -> None:
         client.chat.completions.create(**{"model": "auto", "messages": messages("hi"), "max_tokens": 2, **fields})
 

@@ -17,7 +17,7 @@ from tests.e2e.live import BASE, Live, completion, eventually_equal
 from tests.soak import Scale
 
 _AT_ONCE_S = 1.0
-_LONG = completion(BASE, "The sea is", 480)  # several seconds where a batch of these runs on each worker
+_LONG = completion(BASE, "The sea is", 480)  # several seconds if each worker runs a batch of these
 
 
 def running_and_waiting(live: Live) -> int:
@@ -25,7 +25,7 @@ def running_and_waiting(live: Live) -> int:
 
 
 async def abandon(live: Live, count: int, after_s: float, body: dict[str, Any]) -> None:
-    """So many clients ask, and all are gone after so long."""
+    """Let this many clients send requests and disconnect after this time."""
     async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=None)) as client:
         asking = [asyncio.create_task(client.post(f"{live.url}/v1/completions", json=body)) for _ in range(count)]
         _, pending = await asyncio.wait(asking, timeout=after_s)
@@ -36,8 +36,8 @@ async def abandon(live: Live, count: int, after_s: float, body: dict[str, Any]) 
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_clients_that_leave_free_everything_at_once(live: Live, stream: bool) -> None:
-    """Also those that wait for the whole answer."""
+def test_disconnected_clients_free_everything_at_once(live: Live, stream: bool) -> None:
+    """Some of them wait for the whole answer."""
     before = [held.free_kv_rows for held in live.on_all("Worker", "holdings")]
     count = 30
     if stream:
@@ -63,7 +63,7 @@ async def abandon_streams(live: Live, count: int) -> None:
         await asyncio.wait(asking)
 
 
-def test_a_request_ends_with_its_time(live: Live) -> None:
+def test_a_request_ends_at_its_deadline(live: Live) -> None:
     began = time.monotonic()
     answer = live.call("POST", "/v1/completions", json={**_LONG, "timeout_s": 0.3})
     took_s = time.monotonic() - began
@@ -90,7 +90,7 @@ class Asked:
 
 
 async def ask_at_once(address: str, model: str, count: int, max_tokens: int) -> list[Asked]:
-    """What so many clients are answered. They speak HTTP by hand: the machine's two cores are the server's."""
+    """Return the responses to this many clients. They write HTTP by hand, to leave the two cores to the server."""
     url = httpx.URL(f"{address}/v1/completions")
     body = json.dumps(completion(model, "The sea is", max_tokens))
     head = f"POST {url.path} HTTP/1.1\r\nHost: {url.host}\r\nContent-Type: application/json\r\nConnection: close\r\n"
@@ -112,14 +112,14 @@ def median_s(live: Live) -> float:
     return statistics.median(asyncio.run(ask_at_once(live.url, BASE, 1, 8))[0].seconds for _ in range(15))
 
 
-def test_a_storm_is_answered_or_refused_at_once_and_leaves_no_trace(live: Live, scale: Scale) -> None:
+def test_a_burst_is_answered_or_refused_at_once_and_leaves_no_state(live: Live, scale: Scale) -> None:
     quiet = live.text(BASE, max_tokens=24)
     before_s = median_s(live)
     asked = asyncio.run(ask_at_once(live.url, BASE, scale.pick("clients at once", small=100, full=200), 24))
     assert {each.status for each in asked} == {200, 429}, Counter((each.status, each.text[:40]) for each in asked)
     served = [each for each in asked if each.status == 200]
     refused = [each for each in asked if each.status == 429]
-    assert len(served) >= 32  # as many as the replica works on
+    assert len(served) >= 32  # as many as the replica accepts
     assert {each.text for each in served} == {quiet}
     assert {each.retry_after for each in refused} == {"1"}
     slowest = max(each.seconds for each in refused)
@@ -135,8 +135,8 @@ def test_a_storm_is_answered_or_refused_at_once_and_leaves_no_trace(live: Live, 
     assert running_and_waiting(live) == 0
 
 
-def test_where_all_may_come_in_a_storm_is_answered_or_told_that_it_waited_too_long(url: str, scale: Scale) -> None:
-    """These are fewer than the default `max_concurrent_requests`: each gets a row within `max_wait_s`, or a 503."""
+def test_an_accepted_burst_is_answered_or_refused_for_waiting_too_long(url: str, scale: Scale) -> None:
+    """These are fewer than `max_concurrent_requests`: each gets a row within `max_wait_s`, or a 503."""
     model = "gemma-3-270m"
     [quiet] = asyncio.run(ask_at_once(url, model, 1, 4))
     count = scale.pick("clients let in at once", small=50, full=200)
@@ -150,7 +150,7 @@ def test_where_all_may_come_in_a_storm_is_answered_or_told_that_it_waited_too_lo
 
 
 def test_a_header_without_end_is_refused_by_the_proxy(live: Live) -> None:
-    """It never reaches the application. Unbounded, it would hold the proxy, and all other requests with it."""
+    """It never reaches the application. Without a limit it would block the proxy and all other requests."""
 
     async def send() -> bytes:
         url = httpx.URL(live.url)

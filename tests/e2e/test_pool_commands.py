@@ -1,4 +1,4 @@
-"""The commands that run a pool, against the live application."""
+"""The commands that manage a pool, against the live application."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run(live: Live, *words: str, code: int = 0) -> str:
 
 @pytest.fixture
 def pool(live: Live) -> Iterator[list[Path]]:
-    """Three adapters, published by one command and withdrawn by another."""
+    """Publish three adapters with one command, and withdraw them with another."""
     folders = [live.folder(topic, 9000 + number, topic) for number, topic in enumerate(TOPICS)]
     run(live, "publish", *map(str, folders))
     yield folders
@@ -68,12 +68,12 @@ def test_a_folder_of_folders_is_one_commit(live: Live, tmp_path: Path) -> None:
     run(live, "withdraw", *found)
 
 
-def test_what_is_not_there_is_said_so(live: Live) -> None:
+def test_missing_adapters_are_reported(live: Live) -> None:
     for words in (["withdraw", "nobody"], ["show", "nobody"], ["rollback", "nobody"]):
         assert "nobody" in run(live, *words, code=1)
 
 
-def test_verify_finds_a_damaged_blob_and_publishing_again_mends_it(live: Live, pool: list[Path]) -> None:
+def test_verify_finds_a_damaged_blob_and_publishing_again_repairs_it(live: Live, pool: list[Path]) -> None:
     run(live, "verify")
     digest = live.call("GET", "/v1/loras/violins").json()["weights_digest"]
     [damaged] = [path for path in live.stored("blobs") if path.endswith(digest)]
@@ -84,7 +84,7 @@ def test_verify_finds_a_damaged_blob_and_publishing_again_mends_it(live: Live, p
     run(live, "verify")
 
 
-def test_gc_removes_what_nothing_refers_to(live: Live, pool: list[Path]) -> None:
+def test_gc_removes_unreferenced_blobs(live: Live, pool: list[Path]) -> None:
     [some, *_] = live.stored("blobs")
     folder = some.rpartition("/")[0]
     stray = f"{folder}/{'f' * 64}"
@@ -94,14 +94,14 @@ def test_gc_removes_what_nothing_refers_to(live: Live, pool: list[Path]) -> None
     run(live, "verify")
 
 
-def test_doctor_and_routing_figures(live: Live, pool: list[Path], tmp_path: Path) -> None:
+def test_doctor_and_eval_routing(live: Live, pool: list[Path], tmp_path: Path) -> None:
     said = run(live, "doctor")
     assert all(topic in said for topic in TOPICS) or "100" in said
     lines = [json.dumps({"input": f"Tell me about {topic}, quickly.", "adapter": topic}) for topic in TOPICS]
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
-    figures = run(live, "eval-routing", str(tmp_path / "prompts.jsonl"))
-    assert "hit@1" in figures
-    assert "1.000" in figures or "100" in figures
+    output = run(live, "eval-routing", str(tmp_path / "prompts.jsonl"))
+    assert "hit@1" in output
+    assert "1.000" in output or "100" in output
 
 
 def test_reindex_swaps_the_encoder_on_every_replica(live: Live, pool: list[Path], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The application through Ray Client: whole answers, and a refusal of what Ray cannot carry there."""
+"""The application through Ray Client: whole answers, and a refusal of streams, which Ray Client cannot carry."""
 
 from __future__ import annotations
 
@@ -61,9 +61,7 @@ def ask(client_url: str, **environment: str) -> subprocess.CompletedProcess[str]
     )
 
 
-def test_ray_client_gets_whole_answers_and_is_told_that_it_cannot_stream(
-    client_url: str, client: openai.OpenAI
-) -> None:
+def test_ray_client_gets_whole_answers_and_an_error_for_streams(client_url: str, client: openai.OpenAI) -> None:
     run = ask(client_url, RAY_AUTH_MODE="token")
     assert run.returncode == 0, run.stderr
     said = json.loads(run.stdout.strip().splitlines()[-1])
@@ -78,4 +76,4 @@ def test_ray_client_needs_the_clusters_token(client_url: str) -> None:
     impatient = {"RAY_CLIENT_INITIAL_CONNECTION_TIMEOUT_S": "1", "RAY_CLIENT_MAX_CONNECTION_TIMEOUT_S": "1"}
     run = ask(client_url, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="ab" * 32, **impatient)
     assert run.returncode != 0
-    assert "ray client connection timeout" in run.stderr  # all that Ray 2.60 says of a wrong token
+    assert "ray client connection timeout" in run.stderr  # Ray 2.60's only message about a wrong token

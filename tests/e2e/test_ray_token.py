@@ -52,7 +52,7 @@ except RuntimeError:
 
 @pytest.fixture(scope="module")
 def folder() -> Iterator[Path]:
-    """A short path, as Ray's sockets need it."""
+    """Return a short path, because Ray's sockets need one."""
     with tempfile.TemporaryDirectory(prefix="lr-") as folder:
         yield Path(folder)
 
@@ -77,7 +77,7 @@ def without_grpc(ports: Iterable[int]) -> list[int]:
 
 
 def statuses(port: int) -> set[grpc.StatusCode]:
-    """Return what calls without a token are answered; UNAVAILABLE where no gRPC server listens."""
+    """Return the status of calls without a token; UNAVAILABLE if no gRPC server listens."""
     codes = set()
     with closing(grpc.insecure_channel(f"127.0.0.1:{port}", [("grpc.enable_http_proxy", 0)])) as channel:
         for method in METHODS:
@@ -94,7 +94,7 @@ def open_to_others(paths: Iterable[Path]) -> list[Path]:
     return [path for path in paths if path.stat().st_mode & 0o077]
 
 
-def test_a_server_started_with_the_token_off_asks_for_it_on_every_port_and_writes_for_its_owner_alone(
+def test_a_server_requires_the_token_on_every_port_and_writes_private_files(
     folder: Path,
 ) -> None:
     settings = settings_of(folder, min_workers=1, max_workers=1)
@@ -108,9 +108,9 @@ def test_a_server_started_with_the_token_off_asks_for_it_on_every_port_and_write
         metrics = without_grpc(ports)
         guarded = {port: codes for port, codes in answered.items() if port not in metrics}
         assert all(codes == REFUSED for codes in guarded.values()), {ports[port]: answered[port] for port in guarded}
-        assert sum(ports[port].startswith("ray::ServeReplica") for port in guarded) == 8  # two for each deployment
+        assert sum(ports[port].startswith("ray::ServeReplica") for port in guarded) == 8  # two per deployment
         assert len(guarded) >= 14
-        assert 1 <= len(metrics) <= 3  # two have fixed numbers, which another Ray of this machine may hold
+        assert 1 <= len(metrics) <= 3  # two have fixed numbers, which another local Ray may use
         assert all(httpx.get(f"http://127.0.0.1:{port}/metrics").status_code == 200 for port in metrics)
         sessions = sessions_folder(environment(folder, ""), os.geteuid())
         assert stat.S_IMODE((folder / ".ray" / "auth_token").stat().st_mode) == 0o600
@@ -122,8 +122,8 @@ def test_a_server_started_with_the_token_off_asks_for_it_on_every_port_and_write
         assert open_to_others([*logs, *pool]) == []
 
 
-def test_replicas_refuse_to_start_on_a_cluster_that_asks_for_no_token(folder: Path) -> None:
-    """The driver is in token mode, which such a cluster takes as well."""
+def test_replicas_refuse_to_start_on_a_cluster_without_token_mode(folder: Path) -> None:
+    """The driver is in token mode, which such a cluster accepts too."""
     command = [sys.executable, "-c", OPEN_CLUSTER]
     outlet = subprocess.PIPE
     with subprocess.Popen(

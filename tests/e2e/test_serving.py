@@ -36,7 +36,7 @@ def names_of(lora: dict[str, Any]) -> list[str]:
 
 
 def ask_together(url: str, prompts: list[tuple[str, dict[str, Any]]]) -> list[Any]:
-    """All at once, each with its own request fields."""
+    """Send all requests at once, each with its own fields."""
 
     async def run() -> list[Any]:
         async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=300) as client:
@@ -64,8 +64,8 @@ def test_prompts_of_all_tasks_at_once_find_their_adapters(url: str, heldout: lis
     assert sum(b == item.task for b, item in zip(best, heldout, strict=True)) / len(heldout) >= 0.9
 
 
-def test_held_out_prompts_are_given_to_their_adapters(url: str) -> None:
-    """With the default settings: few of a task's prompts are left to the base model or to other adapters."""
+def test_held_out_prompts_are_routed_to_their_adapters(url: str) -> None:
+    """With the default settings, few of a task's prompts go to the base model or to other adapters."""
     prompts = [
         (path.stem, json.loads(line)["input"])
         for path in sorted(HELDOUT.glob("*.jsonl"))
@@ -88,9 +88,7 @@ def test_adapters_answer_what_the_base_model_cannot(url: str, heldout: list[Held
     assert right(own) >= right(base) + len(heldout) // 4
 
 
-def test_a_mixed_batch_says_what_each_request_says_alone(
-    url: str, client: openai.OpenAI, heldout: list[Heldout]
-) -> None:
+def test_a_mixed_batch_equals_each_request_alone(url: str, client: openai.OpenAI, heldout: list[Heldout]) -> None:
     kinds: list[dict[str, Any]] = [
         {"model": BASE},
         {"model": heldout[1].task},
@@ -107,7 +105,7 @@ def test_a_mixed_batch_says_what_each_request_says_alone(
         assert lora_of(alone)["adapters"] == lora_of(answer)["adapters"]
 
 
-def test_a_stream_says_the_same_as_the_json_answer(client: openai.OpenAI, heldout: list[Heldout]) -> None:
+def test_a_stream_equals_the_json_answer(client: openai.OpenAI, heldout: list[Heldout]) -> None:
     prompt = heldout[0].input
     whole = chat(client, prompt)
     chunks = list(chat(client, prompt, stream=True, stream_options={"include_usage": True}))
@@ -137,7 +135,7 @@ def test_a_prompt_longer_than_one_step_is_answered_on_an_idle_server(config: App
     assert answer.choices[0].text
 
 
-def test_seeds_repeat_and_stops_cut(client: openai.OpenAI) -> None:
+def test_seeds_are_repeatable_and_stops_end_answers(client: openai.OpenAI) -> None:
     story = {"model": BASE, "prompt": "Once upon a time", "max_tokens": 12, "temperature": 1.0}
     first = client.completions.create(**story, seed=7)
     again = client.completions.create(**story, seed=7)
@@ -151,7 +149,7 @@ def test_seeds_repeat_and_stops_cut(client: openai.OpenAI) -> None:
     assert "seven" not in counting.choices[0].text
 
 
-def test_errors_come_in_the_clients_own_classes(client: openai.OpenAI) -> None:
+def test_errors_have_the_clients_own_classes(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         chat(client, "hi", model="no-such-adapter")
     assert missing.value.code == "model_not_found"
@@ -195,7 +193,7 @@ def test_route_shows_the_plan_without_generating(url: str, heldout: list[Heldout
 
 
 def copy_of_adapter(target: Path, samples: list[str]) -> Path:
-    """A starter adapter under a new name, found by other samples."""
+    """Write a starter adapter under a new name, with other samples."""
     source = sorted(path.parent for path in POOL.glob("*/adapter_config.json"))[0]
     target.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -217,7 +215,7 @@ def test_a_published_adapter_answers_the_next_request(url: str, client: openai.O
     assert again.json()["digest"] == created.json()["digest"]
 
 
-def test_a_refused_adapter_says_why_and_hurts_nobody(url: str, client: openai.OpenAI, tmp_path: Path) -> None:
+def test_a_refused_adapter_has_a_reason_and_affects_no_other(url: str, client: openai.OpenAI, tmp_path: Path) -> None:
     folder = copy_of_adapter(tmp_path / "broken", ["x"])
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True, "bias": "all"}))
@@ -230,10 +228,10 @@ def test_a_refused_adapter_says_why_and_hurts_nobody(url: str, client: openai.Op
     assert chat(client, "still there?").choices[0].finish_reason in ("stop", "length")
 
 
-def test_clients_that_leave_free_their_rows(url: str, client: openai.OpenAI) -> None:
+def test_disconnected_clients_free_their_rows(url: str, client: openai.OpenAI) -> None:
     body = {
         "model": BASE,
-        "messages": [{"role": "user", "content": "Tell a very long story."}],
+        "messages": [{"role": "user", "content": "Write a very long story."}],
         "max_tokens": 900,
         "ignore_eos": True,
         "stream": True,
@@ -248,7 +246,7 @@ def test_clients_that_leave_free_their_rows(url: str, client: openai.OpenAI) -> 
 
             await asyncio.gather(*[open_and_leave() for _ in range(count)])
 
-    # Three batches' worth of rows that would run for minutes if leaving did not cancel them.
+    # Rows of three batches, which would run for minutes if a disconnect did not cancel them.
     for _ in range(3):
         asyncio.run(abandon(16))
     answer = client.with_options(timeout=30).completions.create(model=BASE, prompt="One, two,", max_tokens=2)

@@ -18,7 +18,7 @@ IN_TUTORIALS = "http://127.0.0.1:8000"
 
 @pytest.fixture
 def folder(tmp_path: Path, url: str) -> Iterator[Path]:
-    """A working folder as the tutorials expect it: with `examples`. What they publish is withdrawn."""
+    """Return a working folder as the tutorials expect it, with `examples`. Withdraw what they publish."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     yield tmp_path
     run_shell("loraretriever withdraw my-adapter", tmp_path, url, check=False)

@@ -1,4 +1,4 @@
-"""Programs that stand in for a C++ compiler."""
+"""Programs that replace a C++ compiler."""
 
 from __future__ import annotations
 

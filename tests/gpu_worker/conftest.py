@@ -23,13 +23,13 @@ from tests.tiny import InlineExecutor, linear_shapes, random_adapter, tiny_confi
 
 @pytest.fixture(scope="session")
 def lora_kernel() -> LoraKernel:
-    """The compiled LoRA products."""
+    """Return the compiled LoRA products."""
     return compiled(load_lora_kernel)
 
 
 @pytest.fixture
 def make_engine(tiny_folders: Mapping[str, Path], tiny_base: Callable[..., BaseModel]) -> Callable[..., Engine]:
-    """An engine over a tiny model that loads the given adapters, or what a function gets; free bank rows hold NaN."""
+    """Return a factory of engines over a tiny model, with given adapters or a `get`; free bank rows hold NaN."""
 
     def make(
         adapters: Mapping[str, AdapterWeights] | Callable[[str], AdapterWeights],
@@ -61,7 +61,7 @@ def make_engine(tiny_folders: Mapping[str, Path], tiny_base: Callable[..., BaseM
 
 @pytest.fixture
 def shapes(tiny_base: Callable[..., BaseModel]) -> dict[str, tuple[int, int]]:
-    """(out, in) of every module of the tiny gemma3 model that an adapter may target."""
+    """Return (out, in) of every module of the tiny gemma3 model that an adapter may target."""
     return linear_shapes(tiny_base())
 
 
@@ -94,7 +94,7 @@ def alone(
 
 @pytest.fixture
 def start() -> Iterator[Callable[[Engine], EngineThread]]:
-    """Loops that are stopped when the test ends."""
+    """Return a starter of engine threads, which are stopped at the end of the test."""
     loops: list[EngineThread] = []
 
     def make(engine: Engine, *, stream_interval_ms: float = 0.0) -> EngineThread:
@@ -109,7 +109,7 @@ def start() -> Iterator[Callable[[Engine], EngineThread]]:
 
 @pytest.fixture
 def gate_of(start: Callable[..., EngineThread]) -> Iterator[Callable[[Engine], Gate]]:
-    """Gates that are open by the time the loops stop. Behind one, every token is a letter: each step has its delta."""
+    """Return a maker of gates, which open before the threads stop. Each token is a letter: each step has a delta."""
     gates: list[Gate] = []
 
     def make(engine: Engine) -> Gate:

@@ -1,4 +1,4 @@
-"""How tests hand jobs to an engine and look at what comes back."""
+"""Submit jobs to an engine in tests and inspect the results."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Made = TypeVar("Made")
 
 @dataclass
 class Answer:
-    """One submitted job and everything its sink was given."""
+    """One submitted job and everything that its sink received."""
 
     row: Row
     events: list[Delta | Exception]
@@ -53,7 +53,7 @@ class Answer:
 
     @property
     def tokens(self) -> list[int]:
-        """The new tokens of an answer that ended well."""
+        """Return the new tokens of an answer that ended well."""
         assert self.is_finished, self.error
         return self.row.tokens[self.row.num_prompt_tokens :]
 
@@ -70,12 +70,12 @@ Shapes = dict[str, tuple[int, int]]  # the fixture `shapes`
 
 
 def run(main: Coroutine[Any, Any, Any]) -> Any:
-    """The coroutine's result, or a TimeoutError where it hangs."""
+    """Return the coroutine's result. Raises: TimeoutError if it hangs."""
     return asyncio.run(asyncio.wait_for(main, PATIENCE_S))
 
 
 class HeldExecutor(Executor):
-    """Keeps what is submitted until `release`, in the order it came."""
+    """Holds submitted work until `release`, in order."""
 
     def __init__(self) -> None:
         self.held: list[Callable[[], object]] = []
@@ -85,13 +85,13 @@ class HeldExecutor(Executor):
         return Future()
 
     def release(self) -> None:
-        """Run what is held, and what that submits in turn."""
+        """Run the held work, and work that it submits."""
         while self.held:
             self.held.pop(0)()
 
 
 def fetching(get: Callable[[str], AdapterWeights], executor: Executor) -> Fetch:
-    """A fetch that runs `get` on the executor."""
+    """Return a fetch that runs `get` on the executor."""
 
     def fetch(digest: str) -> Future[AdapterWeights]:
         fetched: Future[AdapterWeights] = Future()
@@ -118,11 +118,11 @@ class Gate:
         self._is_open = False
 
     def wait_for_step(self) -> None:
-        """Return once the next step has begun, which then waits for its permit."""
+        """Wait until the next step has started, which then waits for its permit."""
         assert self._arrivals.acquire(timeout=10), "no step began"
 
     def open(self) -> None:
-        """Let every step through from now on."""
+        """Let every later step through."""
         self._is_open = True
         self.permits.release()
 
@@ -133,11 +133,11 @@ class Gate:
 
 
 class BrokenSink(Exception):
-    """What the sink of a client that is gone raises."""
+    """The error of a sink whose client is gone."""
 
 
 def always_says(model: PreTrainedModel, token: int) -> None:
-    """From now on the model wants `token` next, whatever came before."""
+    """Make the model choose `token` next, whatever came before."""
 
     def prefer(module: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> Tensor:
         logits = logits.clone()
@@ -166,7 +166,7 @@ def steps(engine: Engine, count: int) -> None:
 
 
 def ask(engine: Engine, job: Job) -> Answer:
-    """Submit the job; the answer fills up as the engine steps."""
+    """Submit the job. The answer grows as the engine steps."""
     events: list[Delta | Exception] = []
     row = engine.prepare(job, events.append, capture_first_logits=True)
     engine.submit(row)
@@ -174,7 +174,7 @@ def ask(engine: Engine, job: Job) -> Answer:
 
 
 def run_together(engine: Engine, jobs: Sequence[Job]) -> list[Answer]:
-    """All jobs in one batch, to the end."""
+    """Run all jobs in one batch to the end."""
     answers = [ask(engine, job) for job in jobs]
     engine.run_until_idle()
     return answers
@@ -192,7 +192,7 @@ def fingerprint(job: Job, adapters: Mapping[str, AdapterWeights]) -> bytes:
 
 
 def compiled(load: Callable[[Path], Made | None]) -> Made:
-    """What `load` compiles. Without a compiler the test is skipped, in CI it fails."""
+    """Return the kernel of `load`. Without a compiler skip the test; in CI fail."""
     found = load(DEFAULT_CACHE_DIR)
     if found is None:
         (pytest.fail if os.environ.get("CI_REQUIRES_COMPILER") else pytest.skip)("no C++ compiler (Debian package g++)")
@@ -200,7 +200,7 @@ def compiled(load: Callable[[Path], Made | None]) -> Made:
 
 
 def kv_shape(**changes: Any) -> KvShape:
-    """A cache for three rows of five tokens, with the changes."""
+    """Return the shape of a cache for three rows of five tokens, with these changes."""
     shape = KvShape(
         num_layers=2,
         num_heads=2,
@@ -219,7 +219,7 @@ def by_digest(*pool: AdapterWeights) -> Mapping[str, AdapterWeights]:
 
 
 def assert_nothing_held(engine: Engine) -> None:
-    """Every KV row and page is free and clean, nothing is pinned, nobody waits or runs."""
+    """Check that every KV row and page is free and clean, nothing is pinned, and no row waits or runs."""
     assert not engine.has_work
     assert engine.residency.num_pins == 0
     assert engine.residency.active_rows == 0

@@ -1,4 +1,4 @@
-"""Tiny random models of many families: those that the engine computes as transformers does, and those it refuses."""
+"""Tiny random models of many families: those that the engine supports, and those that it refuses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _WINDOW = {"sliding_window": 12}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 _MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], **_WINDOW}
 
-# The first ones differ the most from each other: they are all that a small run takes.
+# The first ones differ the most from each other, and a small run takes only them.
 EQUAL: dict[str, Settings] = {
     "cohere2": _MIXED,
     "qwen3_moe": _EXPERTS | _HEADS | {"moe_intermediate_size": 16, "decoder_sparse_step": 1, "norm_topk_prob": True},
@@ -60,7 +60,7 @@ EQUAL: dict[str, Settings] = {
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16},
 }
 
-# Each with the part of the message that says why.
+# Each with the part of the message that gives the reason.
 REFUSED: dict[str, tuple[Settings, str]] = {
     "diffllama": ({}, "more than once in layer 0"),
     "jetmoe": ({}, "keys"),

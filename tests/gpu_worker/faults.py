@@ -12,20 +12,20 @@ from gpu_worker.step.step_context import StepContext
 from lora_store.adapter import AdapterWeights, ModuleWeights
 from tests.gpu_worker.engine_driver import Shapes
 
-BAD = "~"  # the model raises wherever this letter is among a step's tokens
+BAD = "~"  # the model raises if this letter is among a step's tokens
 
 
 class OutOfMemory(RuntimeError):
-    """What a step raises in these tests."""
+    """The error of a step in these tests."""
 
 
 @dataclass
 class Faults:
-    """What raises in a model's forward passes, before or after they have written keys and values."""
+    """The conditions under which a forward pass raises, before or after it has written keys and values."""
 
-    num_passes: int = 0  # that raise from now on
+    num_passes: int = 0  # passes that raise
     bad_token: int | None = None
-    num_seen: int = 0  # passes that began
+    num_seen: int = 0  # passes that have started
 
     def check(self, input_ids: torch.Tensor) -> None:
         if self.bad_token is not None and self.bad_token in input_ids:
@@ -36,7 +36,7 @@ class Faults:
 
 
 def faults_of(engine: Engine, *, after: bool = False) -> Faults:
-    """Put faults into the engine's model; none raises yet."""
+    """Install faults in the engine's model; none is active yet."""
     faults, model = Faults(), engine.base.model
 
     def before_pass(module: nn.Module, args: object, kwargs: dict[str, torch.Tensor]) -> None:
@@ -60,7 +60,7 @@ def bad_id(engine: Engine) -> int:
 
 
 def break_adapters(engine: Engine, error: Exception | None = None) -> None:
-    """Let every pass that composes adapters raise."""
+    """Make every pass that composes adapters raise."""
 
     def check(module: nn.Module, args: object, kwargs: dict[str, StepContext]) -> None:
         if kwargs["step"].composition is not None:
@@ -70,7 +70,7 @@ def break_adapters(engine: Engine, error: Exception | None = None) -> None:
 
 
 def break_chunks(engine: Engine) -> None:
-    """Let every pass over more than three tokens raise."""
+    """Make every pass over more than three tokens raise."""
 
     def check(module: nn.Module, args: object, kwargs: dict[str, torch.Tensor]) -> None:
         if kwargs["input_ids"].shape[1] > 3:
@@ -80,7 +80,7 @@ def break_chunks(engine: Engine) -> None:
 
 
 def hostile_adapter(shapes: Shapes, kind: str) -> AdapterWeights:
-    """Finite tensors that overflow in one of the two products, or as soon as the scaling is folded in."""
+    """Return an adapter of finite tensors that overflows in one of the two products, or when scaled."""
     size_a, size_b, scaling = {
         "first product": (3e38, 1.0, 1.0),
         "second product": (1e20, 1e20, 1.0),

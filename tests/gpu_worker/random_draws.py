@@ -1,4 +1,4 @@
-"""Random logits and sampling settings, of every kind beside each other."""
+"""Random logits and sampling settings of every kind in one batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows that no engine has prepared."""
+"""Rows created without an engine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BYTES = byte_tokenizer().backend_tokenizer
 
 
 def row_of(*, tokens: Sequence[int] = (256,), stops: Sequence[str] = (), **changes: Any) -> Row:
-    """A row whose prompt is `tokens` and whose answer is one token, with the changes."""
+    """Return a row whose prompt is `tokens` and whose answer is one token, with the changes."""
     settings: dict[str, Any] = {
         "request_id": "1",
         "plan": BASE_PLAN,
@@ -33,7 +33,7 @@ def row_of(*, tokens: Sequence[int] = (256,), stops: Sequence[str] = (), **chang
 
 
 def queued_row(adapters: str, tenant: str = "local", number: int = 0) -> Row:
-    """A row whose adapters have one letter each as their digest."""
+    """Return a row whose adapters have one-letter digests."""
     planned = tuple(PlannedAdapter(AdapterRef(tenant, letter, letter), letter, 1.0) for letter in adapters)
     plan = Plan("mixture", planned) if planned else BASE_PLAN
     return row_of(request_id=f"{tenant}/{adapters}{number}", plan=plan, tenant=tenant)

@@ -1,4 +1,4 @@
-"""What the adapters of a step's plans add to a layer, by a loop over tokens; and pools and plans to try it with."""
+"""The adapters' additions to a layer, by a loop over tokens, with pools and plans to test."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WIDTHS = {"x.q_proj": 33, "x.k_proj": 5, "x.v_proj": 130}  # they read the same 
 def pool_of(
     ranks: Sequence[int], num_in: int, widths: Mapping[str, int], dtype: torch.dtype = torch.float32
 ) -> list[AdapterWeights]:
-    """Adapters of these ranks; every third lacks the last of several modules. `dtype` of the A matrices."""
+    """Return adapters of these ranks; every third lacks the last of several modules."""
     generator = torch.Generator().manual_seed(1)
     pool = []
     for number, rank in enumerate(ranks):
@@ -41,7 +41,7 @@ def pool_of(
 
 
 def added_slowly(x: Tensor, plan: Plan, pool: dict[str, AdapterWeights], name: str, num_out: int) -> Tensor:
-    """What the plan adds to one token in one module, from the definitions, in float64."""
+    """Return the plan's addition to one token in one module, from the definitions, in float64."""
     rank = max((pool[row.weights_digest].max_rank for row in plan.adapters), default=0)
     u, added = torch.zeros(rank, dtype=torch.float64), torch.zeros(num_out, dtype=torch.float64)
     modules = [(row.weight, pool[row.weights_digest].modules.get(name)) for row in plan.adapters]
@@ -69,7 +69,7 @@ def random_plans(pool: list[AdapterWeights], num_rows: int) -> list[Plan]:
 def settled(
     pool: Sequence[AdapterWeights], num_in: int, widths: Mapping[str, int], dtype: torch.dtype
 ) -> tuple[LoraBank, Residency]:
-    """A bank that holds the whole pool, with five rows to spare that hold NaN."""
+    """Return a bank that holds the whole pool, with five spare rows that hold NaN."""
     linears = {name: nn.Linear(num_in, width, dtype=dtype) for name, width in widths.items()}
     bank = LoraBank(linears, sum(weights.max_rank for weights in pool) + 5, free_fill=float("nan"))
     residency = Residency(bank)

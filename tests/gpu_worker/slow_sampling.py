@@ -22,7 +22,7 @@ def uniform_slowly(seed: int, position: int) -> float:
 
 
 def adjusted_slowly(logits: Tensor, draw: Draw) -> list[float]:
-    """The row's logits after bias, penalties and forbidden ids. Each step is rounded to float32, as in the worker."""
+    """Return the row's logits after bias, penalties and forbidden ids. Each step is rounded to float32."""
     params, one = draw.params, np.float32
     prompt, made = draw.tokens[: draw.num_prompt_tokens], draw.tokens[draw.num_prompt_tokens :]
     bias, seen, counts = dict(params.logit_bias), {*prompt, *made}, Counter(made)
@@ -46,7 +46,7 @@ def is_allowed(draw: Draw, token_id: int) -> bool:
 
 
 def tokens_slowly(logits: Tensor, draw: Draw) -> set[int | None]:
-    """The ids that the row may choose: one, or both neighbours of a bound that is met but for rounding."""
+    """Return the ids that the row may choose: one, or both neighbours of a bound within rounding."""
     original = logits.tolist()
     if any(math.isnan(value) or value == math.inf for value in original) or max(original) == -math.inf:
         return {None}
@@ -67,7 +67,7 @@ def tokens_slowly(logits: Tensor, draw: Draw) -> set[int | None]:
 
 
 def kept_slowly(ranked: list[int], masses: list[float], params: SamplingParams, slack: float = 0.0) -> list[int]:
-    """The ids that may be drawn, in the order in which they are tried."""
+    """Return the ids that may be drawn, in the order in which they are tried."""
     first, kept = ranked[0], ranked[: params.top_k or None]
     kept = [i for i in kept if i == first or masses[i] >= params.min_p * (1 + slack)]
     if params.top_p < 1:
@@ -80,7 +80,7 @@ def kept_slowly(ranked: list[int], masses: list[float], params: SamplingParams, 
 
 
 def _at(number: float, kept: list[int], masses: list[float]) -> Iterator[int]:
-    """Every id whose share of the mass, rounded, holds the number."""
+    """Return every id whose share of the mass, up to rounding, contains the number."""
     total, held = math.fsum(masses[i] for i in kept), 0.0
     for i in kept:
         begin, held = held, held + masses[i]
@@ -89,10 +89,10 @@ def _at(number: float, kept: list[int], masses: list[float]) -> Iterator[int]:
 
 
 def scored_slowly(logits: Tensor, token: int, count: int) -> tuple[float, list[tuple[int, float]]]:
-    """The token's log probability, and (id, log probability) of the likeliest ids; -9999 where it is -inf."""
+    """Return the token's log probability, and (id, log probability) of the most likely ids; -9999 for -inf."""
     values = logits.double().tolist()
     best = max(values)
-    mass = math.log(math.fsum(math.exp(value - best) for value in values))  # added to a huge `best` it would be lost
+    mass = math.log(math.fsum(math.exp(value - best) for value in values))  # it would be lost if added to a huge `best`
     ranked = sorted(range(len(values)), key=lambda i: (-values[i], i))[:count]
     scores = [max(value - best - mass, -9999.0) for value in values]
     return scores[token], [(i, scores[i]) for i in ranked]

@@ -1,4 +1,4 @@
-"""What `torch.nn.attention.varlen.varlen_attn` computes over pages, one token and one head at a time, anywhere."""
+"""A slow `torch.nn.attention.varlen.varlen_attn` over pages: one token and one head at a time, on any device."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _check(
     seqused_k: Tensor,
     block_table: Tensor,
 ) -> None:
-    """What the operator refuses, or reads without looking."""
+    """Check the conditions that the operator checks, or assumes silently."""
     assert {t.dtype for t in (cu_seq_q, cu_seq_k, seqused_k, block_table)} == {torch.int32}
     assert all(t.is_contiguous() for t in (cu_seq_q, cu_seq_k, seqused_k, block_table))
     assert query.stride(-1) == key.stride(-1) == 1

@@ -40,11 +40,11 @@ def test_the_longest_row_fits_the_kv_budget() -> None:
     assert WorkerConfig(max_model_len=100, kv_tokens=100).kv_tokens == 100
 
 
-def test_a_gpu_computes_in_bfloat16_alone() -> None:
+def test_a_gpu_computes_only_in_bfloat16() -> None:
     with pytest.raises(WorkerConfigInvalid, match="dtype must be 'auto' or 'bfloat16' with device 'cuda'"):
         WorkerConfig(device="cuda", dtype="float32")
     assert WorkerConfig(device="cpu", dtype="float32").dtype == "float32"
 
 
-def test_a_chunk_that_is_given_is_used_on_every_device() -> None:
+def test_a_configured_chunk_is_used_on_every_device() -> None:
     assert {WorkerConfig(device=device, max_chunk_tokens=7).chunk_tokens for device in ("cpu", "cuda")} == {7}

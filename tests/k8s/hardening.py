@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from tests.k8s.image import IMAGE, ROOT, instructions
 from tests.k8s.manifests import Manifests, Pod
 
-_TOKEN_FOLDER = "/var/run/secrets/kubernetes.io/serviceaccount"  # where Ray's autoscaler reads it
+_TOKEN_FOLDER = "/var/run/secrets/kubernetes.io/serviceaccount"  # read by Ray's autoscaler
 _FIXED_IMAGE = re.compile(r":[0-9]+\.[0-9]+\.[0-9]+(-[a-z0-9.-]+)?$|@sha256:[0-9a-f]{64}$")
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
 
 def image_user() -> int:
-    """The numeric user that the image runs as."""
+    """Return the numeric user of the image."""
     [user] = [i.rest for i in instructions((IMAGE / "Dockerfile").read_text()) if i.keyword == "USER"]
     return int(user.partition(":")[0])
 
@@ -34,7 +34,7 @@ def problems(manifests: Manifests) -> Iterator[str]:
 
 
 def _rights(pod: Pod) -> Iterator[str]:
-    """Kubernetes' pod security level `restricted`."""
+    """Check Kubernetes' pod security level `restricted`."""
     own, container = pod.spec.get("securityContext", {}), pod.container.get("securityContext", {})
     if own.get("runAsNonRoot") is not True:
         yield "it may run as root"
@@ -45,7 +45,7 @@ def _rights(pod: Pod) -> Iterator[str]:
     if container.get("capabilities") != {"drop": ["ALL"]}:
         yield "it keeps capabilities"
     if (
-        "serviceAccountName" not in pod.spec  # such an account mounts no token by itself: _token_problems
+        "serviceAccountName" not in pod.spec  # such an account mounts no token by default: see _token_problems
         and pod.spec.get("automountServiceAccountToken") is not False
     ):
         yield "every container of it has a token of the Kubernetes API"
@@ -55,7 +55,7 @@ def _rights(pod: Pod) -> Iterator[str]:
 
 
 def _token_problems(manifests: Manifests) -> Iterator[str]:
-    """Only the autoscaler asks the Kubernetes API."""
+    """Check that only the autoscaler can call the Kubernetes API."""
     with_token = {
         volume["name"]
         for volume in manifests.head.spec.get("volumes", [])

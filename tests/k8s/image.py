@@ -1,4 +1,4 @@
-"""The Dockerfile, read as far as that goes without Docker."""
+"""Read the Dockerfile as far as that is possible without Docker."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class Instruction(NamedTuple):
 
 
 def instructions(text: str) -> list[Instruction]:
-    """The instructions of a Dockerfile, continued lines joined."""
+    """Return the instructions of a Dockerfile, continued lines joined."""
     lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
     joined = re.sub(r"\\\n\s*", " ", "\n".join(lines))
     return [Instruction(*line.split(maxsplit=1)) for line in joined.splitlines()]
 
 
 def bases(text: str) -> list[str]:
-    """Return the images that the stages are built on, with the defaults of build arguments put in."""
+    """Return the base images of the stages, with the defaults of build arguments filled in."""
     defaults = dict(re.findall(r"^ARG (\w+)=(\S+)$", text, re.MULTILINE))
     named = [i.rest.split()[0] for i in instructions(text) if i.keyword == "FROM"]
     return [re.sub(r"\$\{(\w+)\}", lambda found: defaults[found[1]], name) for name in named]
@@ -38,7 +38,7 @@ def copied(text: str) -> list[str]:
 
 
 def is_ignored(path: str, patterns: str) -> bool:
-    """Whether a .dockerignore leaves `path` out: the last pattern that fits it or a folder above it decides."""
+    """Return whether a .dockerignore excludes `path`: the last pattern that matches it or a folder above decides."""
     ignored = False
     for line in patterns.splitlines():
         if line.strip() and not line.startswith("#"):

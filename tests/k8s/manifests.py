@@ -1,4 +1,4 @@
-"""Rendered documents, and the parts of them that the checks ask for."""
+"""Rendered documents, and the parts of them that the checks read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _UNITS = {"m": 1e-3, "": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10
 
 
 def quantity(value: str | int | float) -> float:
-    """A Kubernetes quantity as a number: `500m` is 0.5, `1Gi` is 2³⁰."""
+    """Return a Kubernetes quantity as a number: `500m` is 0.5, `1Gi` is 2³⁰."""
     text = str(value)
     number = text.rstrip("".join({letter for unit in _UNITS for letter in unit}))
     return float(number) * _UNITS[text[len(number) :]]
@@ -24,7 +24,7 @@ def quantity(value: str | int | float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Pod:
-    """A pod template, with the labels it has when it runs."""
+    """A pod template, with the labels of its running pods."""
 
     name: str
     labels: Mapping[str, str]
@@ -34,7 +34,7 @@ class Pod:
 
     @property
     def container(self) -> Document:
-        """The only one: what KubeRay adds comes after it."""
+        """Return the only container. KubeRay appends its own."""
         [container] = self.spec["containers"]
         return container
 
@@ -49,7 +49,7 @@ class Pod:
         return next((volume for volume in self.spec.get("volumes", []) if volume["name"] == name), {})
 
     def volume_at(self, path: str) -> tuple[Document, Document]:
-        """(mount, volume) that `path` lies on, the deepest; empty ones if it lies on none."""
+        """Return (mount, volume) of the deepest mount that contains `path`; empty ones if there is none."""
         place = PurePosixPath(path)
         mounts = [m for m in self.container.get("volumeMounts", []) if place.is_relative_to(m["mountPath"])]
         if not mounts:
@@ -62,7 +62,7 @@ class Pod:
 
 
 class Manifests:
-    """The documents of one installation. They may be changed in place; nothing is kept beside them."""
+    """The documents of one installation. They may be changed in place; nothing is cached."""
 
     def __init__(self, documents: list[Document]) -> None:
         self.documents = documents
@@ -105,7 +105,7 @@ class Manifests:
         self.change_serve(applications=[application | changes])
 
     def change_args(self, **changes: Any) -> None:
-        """A mapping is merged into the one that is there."""
+        """Change the application's args. A mapping is merged into the existing one."""
         args = self.args
         for key, value in changes.items():
             args[key] = args.get(key, {}) | value if isinstance(value, dict) else value
@@ -141,6 +141,6 @@ class Manifests:
 
 
 def _ray_pod(node_type: str, group: str, template: Document) -> Pod:
-    """KubeRay overwrites these two labels, whatever the template says."""
+    """Return the pod. KubeRay overwrites these two labels in any template."""
     labels = template["metadata"]["labels"] | {"ray.io/node-type": node_type, "ray.io/group": group}
     return Pod("head" if node_type == "head" else group, labels, template["spec"], is_ray=True)

@@ -1,4 +1,4 @@
-"""Deliberate errors, put into manifests in which no check finds a problem (test_overlays.py): one of them must then."""
+"""Deliberate errors in manifests that are otherwise free of problems (test_overlays.py). A check must find each."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from tests.k8s.manifests import Document, Manifests
 
 @dataclass(frozen=True, slots=True)
 class Mistake:
-    """`change` makes it in `overlay`; one of the problems found then has `told` in it."""
+    """`change` makes the error in `overlay`. One of the problems found must contain `problem`."""
 
     name: str
     change: Callable[[Manifests], object]
-    told: str
+    problem: str
     overlay: str = "gpu-pvc"
 
     def is_found_by(self, problems: Callable[[Manifests], Iterable[str]], rendered: Callable[[str], Manifests]) -> None:
         manifests = rendered(self.overlay)
         self.change(manifests)
         found = list(problems(manifests))
-        assert any(self.told in problem for problem in found), found
+        assert any(self.problem in text for text in found), found
 
 
 def name_of(mistake: Mistake) -> str:

@@ -10,7 +10,7 @@ from lora_store.location import Location
 from tests.k8s import placement
 from tests.k8s.manifests import Document, Manifests, Pod
 
-# Of clouds' metadata services: AWS, Google and most others; their IPv6; Alibaba; Azure's wire server; Oracle.
+# Metadata services of clouds: AWS, Google and most others; their IPv6; Alibaba; Azure's wire server; Oracle.
 METADATA = (
     "169.254.169.254",
     "169.254.170.2",
@@ -30,7 +30,7 @@ _PUBLIC = "203.0.113.7"
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One rule for outgoing traffic, and the policy it is from. No ports: all of them."""
+    """One rule for outgoing traffic, and its policy. No ports means all ports."""
 
     policy: str
     peers: tuple[Document, ...]
@@ -101,7 +101,7 @@ def _ray_problems(manifests: Manifests, pod: Pod, rules: list[Rule]) -> Iterator
 
 
 def _way_out_problems(manifests: Manifests) -> Iterator[str]:
-    """Redis, and the bucket from the pods that may hold a Store or a Retriever."""
+    """Check the ways to Redis, and to the bucket from the pods that may run a Store or a Retriever."""
     config, policies = manifests.config, manifests.of_kind("NetworkPolicy")
     redis = [pod for pod in manifests.pods if "redis" in pod.container["image"]]
     to_redis = [rule for policy in policies if _selects(policy, manifests.head) for rule in egress_rules(policy)]

@@ -1,4 +1,4 @@
-"""Replicas against pods: what Serve wants to place has room, at the least and at the most."""
+"""Check that pods have room for all replicas that Serve may place, at the minimum and at the maximum."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ def _scalings(config: AppConfig) -> dict[str, ScalingSettings]:
 
 
 def _room(group: Document, pod: Pod) -> Room:
-    custom = json.loads(group["rayStartParams"].get("resources", "'{}'")[1:-1])  # as Ray's autoscaler reads it
+    custom = json.loads(
+        group["rayStartParams"].get("resources", "'{}'")[1:-1]
+    )  # in the form that Ray's autoscaler reads
     return Room({"CPU": pod.requests("cpu"), "GPU": pod.requests("nvidia.com/gpu"), **custom})
 
 
@@ -68,7 +70,7 @@ def may_hold(group: Document, pod: Pod, scaling: ScalingSettings) -> bool:
 def _without_room(
     scalings: Mapping[str, ScalingSettings], wanted: Mapping[str, int], rooms: Sequence[Room]
 ) -> Iterator[str]:
-    """The largest first, each into the first pod that takes it."""
+    """Place the largest replicas first, each into the first pod with room. Return those without room."""
     for name, scaling in sorted(scalings.items(), key=lambda item: (-item[1].num_gpus, -item[1].num_cpus)):
         for _ in range(wanted[name]):
             if not any(room.takes(scaling) for room in rooms):

@@ -1,4 +1,4 @@
-"""Every name, label and port that a manifest mentions is there."""
+"""Check that every name, label and port used in a manifest exists."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SECRET_KEY = re.compile(r"--from-(?:file|literal)=([^=\s]+)")
 
 
 def secrets_made_by_hand() -> Mapping[str, set[str]]:
-    """(name, keys) of the secrets that README tells to make: none is part of the manifests."""
+    """Return (name, keys) of the secrets that README asks to create, because no manifest contains them."""
     found: dict[str, set[str]] = {}
     for name, options in _SECRET.findall(README):
         found.setdefault(name, set()).update(_SECRET_KEY.findall(options))
@@ -105,7 +105,7 @@ def _probe_problems(pod: Pod) -> Iterator[str]:
             yield f"{kind} asks a port {asked['port']} that is none of its own"
         served = [_PROXY_HEALTH] if asked["port"] == "serve" else PUBLIC_EXACT_PATHS  # without a token
         if asked["path"] not in served:
-            yield f"{kind} asks for {asked['path']}, which nobody answers on {asked['port']} without a token"
+            yield f"{kind} asks for {asked['path']}, which has no answer on {asked['port']} without a token"
 
 
 def _redis_problems(manifests: Manifests) -> Iterator[str]:
@@ -166,10 +166,10 @@ def _port_problems(document: Document, pod: Pod) -> Iterator[str]:
 
 
 def _peer_problems(manifests: Manifests, peer: Document) -> Iterator[str]:
-    """Labels of strangers are ones that README tells to set, or that Kubernetes and KubeRay set themselves."""
+    """Check labels of foreign pods: README asks to set them, or Kubernetes or KubeRay sets them."""
     for selector in [selector for kind, selector in peer.items() if kind != "ipBlock"]:
         labels = selector.get("matchLabels", {})
         if labels and not any(pod.is_selected_by(labels) for pod in manifests.pods):
             for key, value in labels.items():
                 if f"{key}={value}" not in README and (key, value) not in _KNOWN_LABELS:
-                    yield f"nobody has the label {key}={value}, and README does not tell to set it"
+                    yield f"no pod has the label {key}={value}, and README does not ask to set it"

@@ -1,4 +1,4 @@
-"""Render k8s/ with `kubectl kustomize`: the overlays, and the mixtures a reader may put together."""
+"""Render k8s/ with `kubectl kustomize`: the overlays, and combinations that a reader may build."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.k8s.manifests import Manifests
 ROOT = Path(__file__).parent.parent.parent
 K8S = ROOT / "k8s"
 OVERLAYS = ("cpu-pvc", "gpu-s3")
-# By name: components, and the overlay whose settings are taken, with the store's URI in place of its own.
+# By name: components, and the overlay whose settings are used, with another store URI.
 MIXTURES: Mapping[str, tuple[tuple[str, ...], str, str]] = {
     "cpu-s3": (("components/store-s3", "components/cpu-only"), "cpu-pvc", "s3://my-bucket/pool"),
     "hub": (("components/store-pvc", "components/model-hub", "components/cpu-only"), "cpu-pvc", "/pool"),
@@ -29,7 +29,7 @@ _PACKAGE = "kubernetes-client"
 
 @pytest.fixture(scope="session")
 def kubectl() -> str:
-    """Debian's kubectl; without it the test is skipped, or fails where CI_REQUIRES_KUBECTL is set."""
+    """Return Debian's kubectl. Without it skip the test, or fail if CI_REQUIRES_KUBECTL is set."""
     executable = shutil.which("kubectl")
     if executable is None:
         missing = f"there is no kubectl: install Debian's package {_PACKAGE}"
@@ -40,14 +40,14 @@ def kubectl() -> str:
 
 
 def build(kubectl: str, folder: Path) -> Manifests:
-    """`kubectl kustomize FOLDER`. Raises: CalledProcessError."""
+    """Run `kubectl kustomize FOLDER`. Raises: CalledProcessError."""
     built = subprocess.run([kubectl, "kustomize", str(folder)], capture_output=True, text=True, check=True, timeout=60)
     return Manifests(list(yaml.safe_load_all(built.stdout)))
 
 
 @pytest.fixture(scope="session")
 def rendered(kubectl: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Manifests]:
-    """A copy of an overlay's or a mixture's documents, by its name."""
+    """Return a copy of the documents of an overlay or a combination."""
     copied = tmp_path_factory.mktemp("kustomize") / "k8s"
     shutil.copytree(K8S, copied)
     for name, mixture in MIXTURES.items():

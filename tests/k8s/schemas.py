@@ -1,4 +1,4 @@
-"""Documents against schemas: Kubernetes' own, and this project's for the kinds that are not Kubernetes'."""
+"""Validate documents with schemas: Kubernetes' own, and this project's for other kinds."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def schema_problems(document: Document, schema: dict[str, Any]) -> Iterator[str]
 
 
 def strict(schema: Document) -> Document:
-    """A CRD's OpenAPI schema as a JSON schema that refuses unknown fields, as the API server does when it is strict.
+    """Return a CRD's OpenAPI schema as a JSON schema that refuses unknown fields, like a strict API server.
 
-    `x-kubernetes-*` is left out but for what changes the type: integer or string, and unknown fields that are kept.
+    `x-kubernetes-*` is ignored, except where it changes the type: integer or string, and preserved unknown fields.
     """
     kept = {key: schema[key] for key in ("type", "enum", "required", "minimum", "maximum", "pattern") if key in schema}
     if schema.get("x-kubernetes-int-or-string"):

@@ -1,4 +1,4 @@
-"""Read-only root file systems, and the sized volumes that are written to instead."""
+"""Check that root file systems are read-only, and that scratch volumes have a size."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tests.k8s import placement
 from tests.k8s.manifests import Document, Manifests, Pod, quantity
 
 _RAY_FOLDERS = ("/tmp", "/tmp/ray")
-_SESSIONS = "ray-logs"  # the name that KubeRay looks for
+_SESSIONS = "ray-logs"  # the name that KubeRay expects
 
 
 def problems(manifests: Manifests) -> Iterator[str]:
@@ -46,7 +46,7 @@ def _ray_problems(container: Document, pod: Pod) -> Iterator[str]:
 
 
 def _upload_problems(manifests: Manifests) -> Iterator[str]:
-    """An upload is on /tmp twice: while the Ingress receives it, and while the Store checks it."""
+    """Check the size of /tmp: an upload is there twice, received by the Ingress and validated by the Store."""
     config = manifests.config
     for group, pod in zip(manifests.cluster["workerGroupSpecs"], manifests.workers, strict=True):
         if not placement.may_hold(group, pod, config.ingress_scaling):

@@ -1,4 +1,4 @@
-"""serveConfigV2 against the code, and its settings against the pods they run in."""
+"""Check serveConfigV2 against the code, and its settings against their pods."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def problems(manifests: Manifests) -> Iterator[str]:
 
 
 def _unknown_keys(given: Any, read: Any, where: str) -> Iterator[str]:
-    """Serve drops keys that it does not know."""
+    """Return the keys that Serve would silently drop."""
     if isinstance(given, dict):
         for key, value in given.items():
             if key not in read:
@@ -79,7 +79,7 @@ def _import_problems(import_path: str) -> Iterator[str]:
 
 
 def _keys_problems(config: AppConfig, group: Document, pod: Pod) -> Iterator[str]:
-    """Only an Ingress reads the keys."""
+    """Check that only an Ingress reads the keys."""
     if config.keys_file is None:
         yield "without keys_file everybody who reaches the server is its user"
         return
@@ -103,7 +103,7 @@ def _path_problems(config: AppConfig, pod: Pod) -> Iterator[str]:
 
 
 def _store_problems(config: AppConfig, group: Document, pod: Pod) -> Iterator[str]:
-    """Only the Store and the Retriever reach the store."""
+    """Check that only the Store and the Retriever can reach the store."""
     has_credentials = "serviceAccountName" in pod.spec or bool(pod.container.get("envFrom"))
     if not any(placement.may_hold(group, pod, s) for s in (config.store_scaling, config.retriever_scaling)):
         if has_credentials:
@@ -129,7 +129,7 @@ def _has_model(config: AppConfig, pod: Pod) -> bool:
 
 
 def _scaling_problems(config: AppConfig) -> Iterator[str]:
-    """A named group of settings replaces its default whole: what bounds a queue must not shrink by that."""
+    """Check that bounds on queues do not shrink: a named group of settings replaces its default completely."""
     for name in ("ingress_scaling", "retriever_scaling", "store_scaling", "worker_scaling"):
         scaling: ScalingSettings = getattr(config, name)
         default: ScalingSettings = AppConfig.model_fields[name].default

@@ -1,4 +1,4 @@
-"""KubeRay's own schema, where LORARETRIEVER_RAYSERVICE_CRD names its file, and the reading of such a file."""
+"""KubeRay's own schema, in the file named by LORARETRIEVER_RAYSERVICE_CRD, and the parsing of such a file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CRD_VARIABLE = "LORARETRIEVER_RAYSERVICE_CRD"
 
 
 def served_schema(crd: Document) -> Document:
-    """The OpenAPI schema of the version that is served and stored."""
+    """Return the OpenAPI schema of the version that is served and stored."""
     [version] = [v for v in crd["spec"]["versions"] if v["served"] and v["storage"]]
     return version["schema"]["openAPIV3Schema"]
 
@@ -36,7 +36,7 @@ def test_kuberay_takes_the_ray_service(name: str, crd: Document, rendered: Calla
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "problem_text"),
     [
         (lambda m: m.cluster.update(authOption={}), "authOption"),
         (lambda m: m.cluster["autoscalerOptions"].update(idleTimeoutSeconds="660"), "'660' is not of type 'integer'"),
@@ -46,13 +46,15 @@ def test_kuberay_takes_the_ray_service(name: str, crd: Document, rendered: Calla
     ],
     ids=["unknown key", "wrong type", "unknown key in a pod", "unknown mode", "missing key"],
 )
-def test_kuberay_refuses(change: Callable, told: str, crd: Document, rendered: Callable[[str], Manifests]) -> None:
+def test_kuberay_refuses_wrong_fields(
+    change: Callable, problem_text: str, crd: Document, rendered: Callable[[str], Manifests]
+) -> None:
     manifests = rendered("gpu-s3")
     change(manifests)
-    assert any(told in problem for problem in schema_problems(manifests.ray_service, strict(crd)))
+    assert any(problem_text in problem for problem in schema_problems(manifests.ray_service, strict(crd)))
 
 
-def test_the_own_schema_allows_no_field_that_kuberay_has_not(crd: Document) -> None:
+def test_the_projects_schema_allows_only_fields_of_kuberay(crd: Document) -> None:
     own = OWN_SCHEMAS["RayService"]
     assert list(_unknown(own["properties"]["spec"], crd["properties"]["spec"], "spec")) == []
 
@@ -84,7 +86,7 @@ SMALL = {
 
 
 @pytest.mark.parametrize(
-    ("document", "told"),
+    ("document", "problem_text"),
     [
         ({"port": 1, "labels": {"any": "x"}, "free": {"any": 1}, "list": [{"n": 1}]}, None),
         ({"port": "named"}, None),
@@ -97,12 +99,12 @@ SMALL = {
         ({"port": 1, "list": [{"n": 0}]}, "less than the minimum"),
     ],
 )
-def test_an_openapi_schema_becomes_strict(document: Document, told: str | None) -> None:
+def test_an_openapi_schema_becomes_strict(document: Document, problem_text: str | None) -> None:
     found = list(schema_problems(document, strict(SMALL)))
-    assert found == [] if told is None else any(told in problem for problem in found)
+    assert found == [] if problem_text is None else any(problem_text in problem for problem in found)
 
 
-def test_the_served_version_is_read() -> None:
+def test_the_schema_of_the_served_version_is_read() -> None:
     versions = [
         {"name": "v1alpha1", "served": True, "storage": False, "schema": {"openAPIV3Schema": {"old": True}}},
         {"name": "v1", "served": True, "storage": True, "schema": {"openAPIV3Schema": {"old": False}}},

@@ -42,7 +42,7 @@ MISTAKES = [
         "head: every container of it has a token",
     ),
     Mistake(
-        "API token beside Ray",
+        "API token next to Ray",
         lambda m: m.head.container["volumeMounts"].append({"name": "kubernetes-api", "mountPath": "/api"}),
         "head: Ray's own container has a token",
     ),

@@ -1,4 +1,4 @@
-"""The image's Dockerfile: what it copies, installs and runs is there."""
+"""The image's Dockerfile: the files and commands that it uses exist."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ RUNS = [i.rest for i in instructions(DOCKERFILE) if i.keyword == "RUN"]
 
 
 @pytest.mark.parametrize("source", copied(DOCKERFILE))
-def test_what_is_copied_is_there_and_reaches_the_builder(source: str) -> None:
+def test_copied_files_exist_and_are_in_the_build_context(source: str) -> None:
     assert (ROOT / source).exists()
     assert not is_ignored(source, IGNORED)
 
 
-def test_nothing_else_reaches_the_builder() -> None:
+def test_the_build_context_has_nothing_else() -> None:
     let_in = {line.removeprefix("!") for line in IGNORED.splitlines() if line.startswith("!")}
     assert let_in == set(copied(DOCKERFILE))
     for path in (
@@ -56,7 +56,7 @@ def test_nothing_else_reaches_the_builder() -> None:
     assert not is_ignored("deployments/console/index.html", IGNORED)
 
 
-def test_all_that_the_package_is_made_of_is_copied() -> None:
+def test_every_file_of_the_package_is_copied() -> None:
     project = PROJECT["project"]
     needed = {
         *(pattern.rstrip("*") for pattern in PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]),
@@ -91,8 +91,8 @@ def test_every_package_but_torch_is_installed_by_hash() -> None:
     assert from_pips_own == "-c constraints.txt torch"
 
 
-def test_no_index_is_asked_beside_pips_own() -> None:
-    """Such an index could offer any package under a higher version."""
+def test_pip_uses_no_additional_index() -> None:
+    """Another index could offer any package with a higher version."""
     assert "extra-index-url" not in DOCKERFILE
     assert re.findall(r"^ARG TORCH_INDEX=(.*)$", DOCKERFILE, re.MULTILINE) == ['""']
 
@@ -106,8 +106,8 @@ def test_the_lock_has_the_constraints_versions_and_a_hash_for_every_package() ->
     assert {name: version for name, version in locked.items() if constraints.get(name, version) != version} == {}
 
 
-def test_the_lock_holds_all_that_the_project_asks_for() -> None:
-    """`pip check` does the same for what these packages ask for, where the image is built."""
+def test_the_lock_satisfies_the_projects_requirements() -> None:
+    """In the image's build `pip check` does the same for the requirements of these packages."""
     project = PROJECT["project"]
     asked = [*project["dependencies"], *project["optional-dependencies"]["local"], *PROJECT["build-system"]["requires"]]
     locked = pins(LOCK) | pins((ROOT / "constraints.txt").read_text())
@@ -120,7 +120,7 @@ def test_setuptools_is_one_version_wherever_the_package_is_built() -> None:
     assert requirement == f"setuptools=={pins(LOCK)['setuptools']}"
 
 
-def test_the_lock_names_no_place_that_files_come_from() -> None:
+def test_the_lock_contains_no_download_location() -> None:
     assert "://" not in LOCK and "--index-url" not in LOCK
 
 
@@ -147,8 +147,8 @@ def stage(name: str) -> list[Instruction]:
     return stages
 
 
-def test_the_kernels_are_built_in_a_stage_of_their_own_and_packaged() -> None:
-    """The compiler stays there; the folder is the one that a start looks into, and part of the wheel."""
+def test_the_kernels_are_built_in_a_separate_stage_and_packaged() -> None:
+    """The compiler stays in that stage; the folder is the one that a start reads, and is part of the wheel."""
     assert [i.rest for i in instructions(DOCKERFILE) if "g++" in i.rest] == [
         i.rest for i in stage("kernels") if "apt-get install" in i.rest
     ]
@@ -164,8 +164,8 @@ def test_the_kernels_are_built_in_a_stage_of_their_own_and_packaged() -> None:
     assert is_ignored(library, IGNORED), "libraries of the builder's own machine"
 
 
-def test_the_stages_command_builds_every_kernel_where_only_the_package_is(tmp_path: Path) -> None:
-    """As in the stage: the bare folder, a Python without packages, and the platform's compiler."""
+def test_the_stages_command_builds_every_kernel_from_the_package_alone(tmp_path: Path) -> None:
+    """The test has the stage's conditions: the bare folder, a Python without packages, and a compiler."""
     if shutil.which("g++") is None:
         (pytest.fail if os.environ.get("CI_REQUIRES_COMPILER") else pytest.skip)("no C++ compiler (package g++)")
     [run] = [i.rest for i in stage("kernels") if "build_kernels" in i.rest]
@@ -180,7 +180,7 @@ def test_the_stages_command_builds_every_kernel_where_only_the_package_is(tmp_pa
     assert set((tmp_path / "kernels").glob("*/*")) == expected != set()
 
 
-def test_the_models_that_travel_in_packages_are_installed() -> None:
+def test_the_models_in_packages_are_installed() -> None:
     names = {canonicalize_name(Requirement(r).name) for r in PROJECT["project"]["optional-dependencies"]["local"]}
     assert names <= pins(LOCK).keys()
 
@@ -196,7 +196,7 @@ def test_the_model_is_baked_where_the_overlay_expects_it() -> None:
     assert PurePosixPath(folder) / PACKAGED_MODEL == BAKED_MODEL
 
 
-def test_the_image_runs_as_nobody_special() -> None:
+def test_the_image_runs_as_an_unprivileged_user() -> None:
     [user] = [i.rest for i in instructions(DOCKERFILE) if i.keyword == "USER"]
     uid, _, gid = user.partition(":")
     assert f"groupadd --gid {gid} " in DOCKERFILE
@@ -204,13 +204,13 @@ def test_the_image_runs_as_nobody_special() -> None:
     assert int(uid) > 0
 
 
-def test_the_command_is_one_the_package_installs() -> None:
+def test_the_command_is_installed_by_the_package() -> None:
     [command] = [ast.literal_eval(i.rest) for i in instructions(DOCKERFILE) if i.keyword == "CMD"]
     module, _, name = PROJECT["project"]["scripts"][command[0]].partition(":")
     assert callable(getattr(importlib.import_module(module), name))
 
 
-def test_a_pattern_decides_for_what_is_below_it() -> None:
+def test_a_pattern_also_decides_for_files_below_it() -> None:
     patterns = "*\n!kept\n**/cache\n"
     ignored = {
         path: is_ignored(path, patterns) for path in ("other", "kept", "kept/a.py", "kept/a/cache/b", "other/kept")

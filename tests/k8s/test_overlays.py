@@ -1,4 +1,4 @@
-"""Each overlay and each mixture of components: built, and without a problem that any check knows."""
+"""Each overlay and each combination of components renders, and no check finds a problem in it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CHECKS = (schemas, references, serving, placement, hardening, scratch, network)
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.rpartition(".")[2])
 @pytest.mark.parametrize("name", ALL)
-def test_nothing_is_wrong(name: str, check: Callable, rendered: Callable[[str], Manifests]) -> None:
+def test_no_check_finds_a_problem(name: str, check: Callable, rendered: Callable[[str], Manifests]) -> None:
     assert list(check.problems(rendered(name))) == []
 
 
@@ -32,13 +32,13 @@ def test_the_root_is_the_overlay_that_runs_anywhere(kubectl: str, rendered: Call
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_gpu_pods_are_there_where_workers_take_gpus(name: str, rendered: Callable[[str], Manifests]) -> None:
+def test_gpu_pods_exist_if_workers_use_gpus(name: str, rendered: Callable[[str], Manifests]) -> None:
     manifests = rendered(name)
     assert ("gpu" in [pod.name for pod in manifests.workers]) == (manifests.config.worker_scaling.num_gpus == 1)
 
 
 def test_images_are_renamed_in_every_pod(kubectl: str, tmp_path: Path, rendered: Callable[[str], Manifests]) -> None:
-    """README's way to another registry."""
+    """README describes this way to use another registry."""
     documents = rendered("gpu-s3").documents
     (tmp_path / "all.yaml").write_text(yaml.safe_dump_all(documents))
     images = [{"name": f"loraretriever-{kind}", "newName": f"mine/{kind}", "newTag": "7"} for kind in ("cpu", "cuda")]
@@ -49,7 +49,7 @@ def test_images_are_renamed_in_every_pod(kubectl: str, tmp_path: Path, rendered:
 
 
 def test_one_file_pins_every_image_by_digest(kubectl: str, tmp_path: Path) -> None:
-    """README's way to digests: all pods, the Job's as well, take what components/images says."""
+    """README describes this way to use digests: all pods, the Job's included, use components/images."""
     copied = tmp_path / "k8s"
     shutil.copytree(K8S, copied)
     pinned = copied / "components" / "images" / "kustomization.yaml"
@@ -84,7 +84,7 @@ def test_every_file_is_part_of_an_installation() -> None:
 
 @pytest.fixture
 def fetching(kubectl: str, rendered: Callable[[str], Manifests]) -> Manifests:
-    """The GPU overlay, and the Job that fills its volume."""
+    """Return the GPU overlay with the Job that fills its volume."""
     manifests = rendered("gpu-s3")
     manifests.documents += build(kubectl, K8S / "fetch-model").documents
     return manifests
@@ -119,7 +119,7 @@ def test_the_job_fetches_the_commit_it_names(fetching: Manifests, tmp_path: Path
 
 
 def _fetch(manifests: Manifests, revision: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run the Job's program with a hub that only reports what it was asked for."""
+    """Run the Job's program with a hub that only reports its requests."""
     (folder / "huggingface_hub.py").write_text(HUB)
     container = manifests.pods[-1].container
     environment = {entry["name"]: entry["value"] for entry in container["env"]}
@@ -136,7 +136,7 @@ def test_quantities(text: str | int, number: float) -> None:
 
 
 def test_the_patches_that_readme_shows_apply(kubectl: str, tmp_path: Path) -> None:
-    """A patch of a policy or a field that is not there stops kustomize."""
+    """A patch of a missing policy or field makes kustomize fail."""
     [patches] = [block for block in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL) if block.startswith("patches")]
     copied = tmp_path / "k8s"
     shutil.copytree(K8S, copied)

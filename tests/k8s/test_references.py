@@ -24,7 +24,7 @@ MISTAKES = [
         "there is no claim loraretriever-pool",
     ),
     Mistake(
-        "claim nobody mounts",
+        "claim without a mount",
         lambda m: m.cluster["workerGroupSpecs"].pop(),
         "claim loraretriever-models is mounted by no pod",
     ),
@@ -65,7 +65,7 @@ MISTAKES = [
     ),
     Mistake("probe of a port that is not there", lambda m: container(m)["ports"].pop(), "asks a port dashboard-agent"),
     Mistake(
-        "probe of a path nobody answers",
+        "probe of a path without an answer",
         lambda m: container(m)["livenessProbe"]["httpGet"].update(path="/healthz"),
         "/healthz",
     ),
@@ -141,5 +141,5 @@ def test_a_mistake_is_found(mistake: Mistake, rendered: Callable[[str], Manifest
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"k8s/[a-z0-9-]+(?:/[A-Za-z0-9.-]+)+", references.README))))
-def test_readme_names_files_that_are_there(path: str) -> None:
+def test_readme_names_existing_files(path: str) -> None:
     assert (K8S.parent / path).exists()

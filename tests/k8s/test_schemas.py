@@ -81,7 +81,7 @@ def test_a_mistake_is_found(mistake: Mistake, rendered: Callable[[str], Manifest
 
 
 def test_every_kind_has_a_mistake(rendered: Callable[[str], Manifests]) -> None:
-    """A kind that is new in the manifests needs one of its own."""
+    """A new kind of document needs its own mistake."""
     kinds = {document["kind"] for overlay in ("gpu-pvc", "gpu-s3") for document in rendered(overlay).documents}
     caught = set()
     for mistake in MISTAKES:

@@ -1,4 +1,4 @@
-"""What is found of root file systems that can be written, and of scratch volumes without a size."""
+"""Writable root file systems, and scratch volumes without a size, are found."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ SHAPES = {
 
 @dataclass
 class FakeClock:
-    """The time of the stores of one test. Sleeping makes it pass."""
+    """The clock of the stores of one test. Sleeping advances it."""
 
     at: datetime = field(default_factory=lambda: datetime.now(UTC).replace(microsecond=0))
 

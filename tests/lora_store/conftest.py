@@ -1,4 +1,4 @@
-"""A valid PEFT folder, the shapes of the base it fits, and a store in a folder or on S3 that takes it."""
+"""A valid PEFT folder, the shapes of its base model, and a store in a folder or on S3."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ def make_folder(tmp_path: Path, make_weights: MakeWeights) -> MakeFolder:
 
 @pytest.fixture
 def folder_uri(tmp_path: Path) -> str:
-    """A store whose files a test may touch."""
+    """Return the URI of a store whose files a test may change."""
     return str(tmp_path / "store")
 
 
 @pytest.fixture(params=["folder", "s3"])
 def store_uri(request: pytest.FixtureRequest, folder_uri: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A store in a folder, then the same on an S3 endpoint."""
+    """Return the URI of a store in a folder, then of one on an S3 endpoint."""
     if request.param == "folder":
         return folder_uri
     return request.getfixturevalue("s3_endpoint").uri(f"stores/{uuid4().hex}")
@@ -90,7 +90,7 @@ def open_store(store_uri: str, clock: FakeClock) -> OpenStore:
 
 @pytest.fixture
 def stored(location: Location) -> Stored:
-    """Bytes of every file below one part of the store, by its path there."""
+    """Return the bytes of every file below one part of the store, by its path there."""
 
     def list_files(part: str) -> dict[str, int]:
         return {file.name: file.num_bytes for file in Files(location.child(part)).entries()}

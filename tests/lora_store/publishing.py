@@ -16,7 +16,7 @@ from lora_store import AdapterNotFound, AdapterRef, Catalogue, Location, LoraSto
 from tests.lora_store.builders import BASE, embedding
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tests.lora_store.publishing"])  # a process starts in milliseconds then
+PROCESSES.set_forkserver_preload(["tests.lora_store.publishing"])  # so that a process starts in milliseconds
 
 
 @dataclass(frozen=True, slots=True)

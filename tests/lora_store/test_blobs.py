@@ -22,7 +22,7 @@ def test_a_blob_is_read_by_its_sha256(tmp_path: Path, scheme: str) -> None:
     assert digest in blobs
 
 
-def test_another_object_reads_it(tmp_path: Path) -> None:
+def test_another_store_object_reads_it(tmp_path: Path) -> None:
     digest = BlobStore(Location(str(tmp_path))).put(b"abc")
     assert BlobStore(Location(str(tmp_path))).get(digest) == b"abc"
 
@@ -38,7 +38,7 @@ def test_putting_twice_leaves_one_untouched_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damaged", [b"abd", b"", b"abcd"])
-def test_a_corrupted_blob_raises_and_putting_it_again_mends_it(tmp_path: Path, damaged: bytes) -> None:
+def test_a_corrupted_blob_raises_and_putting_it_again_repairs_it(tmp_path: Path, damaged: bytes) -> None:
     blobs = BlobStore(Location(str(tmp_path)))
     digest = blobs.put(b"abc")
     _files(tmp_path)[0].write_bytes(damaged)
@@ -62,7 +62,7 @@ def test_an_unknown_or_malformed_digest_is_not_found(tmp_path: Path, digest: str
 def test_a_write_that_fails_leaves_no_file_behind(tmp_path: Path) -> None:
     blobs = BlobStore(Location(str(tmp_path)))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # as on a disk that fills up
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # as on a full disk
     try:
         with pytest.raises(StoreUnavailable):
             blobs.put(b"x" * 10_000)

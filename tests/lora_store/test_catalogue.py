@@ -70,7 +70,7 @@ def test_every_generation_can_be_seen_again_after_a_compaction(location: Locatio
     assert reopened.snapshot_at(newest.generation) is newest
 
 
-def test_nothing_new_is_the_same_object(location: Location, make_record: MakeRecord) -> None:
+def test_without_changes_the_snapshot_is_the_same_object(location: Location, make_record: MakeRecord) -> None:
     catalogue = Catalogue(location)
     before = catalogue.snapshot()
     assert catalogue.snapshot() is before
@@ -106,7 +106,7 @@ def test_rows_of_one_commit_share_its_generation_and_the_last_of_a_name_wins(
 
 
 @pytest.mark.parametrize("same_object", [False, True], ids=["another process", "another thread"])
-def test_a_stale_writer_is_asked_again_and_nothing_is_lost(
+def test_a_stale_writer_checks_again_and_nothing_is_lost(
     location: Location, make_record: MakeRecord, same_object: bool
 ) -> None:
     catalogue = Catalogue(location)
@@ -125,9 +125,7 @@ def test_a_stale_writer_is_asked_again_and_nothing_is_lost(
     assert generations == {"rival1": 1, "rival2": 2, "ours": 3}
 
 
-def test_the_rule_holds_against_a_rival_who_commits_between_check_and_write(
-    location: Location, make_record: MakeRecord
-) -> None:
+def test_the_rule_holds_if_a_rival_commits_between_check_and_write(location: Location, make_record: MakeRecord) -> None:
     catalogue, rival = Catalogue(location), Catalogue(location)
     asked = []
 
@@ -144,7 +142,7 @@ def test_the_rule_holds_against_a_rival_who_commits_between_check_and_write(
     assert list(Catalogue(location).snapshot().records) == [("rival", "poet")]
 
 
-def test_a_writer_who_always_comes_second_gives_up_by_name(location: Location, make_record: MakeRecord) -> None:
+def test_a_writer_that_always_loses_the_race_gives_up(location: Location, make_record: MakeRecord) -> None:
     pauses = []
     catalogue, rival = Catalogue(location, pauses.append, max_attempts=10), Catalogue(location)
 
@@ -157,7 +155,7 @@ def test_a_writer_who_always_comes_second_gives_up_by_name(location: Location, m
     snapshot = Catalogue(location).snapshot()
     assert ("local", "ours") not in snapshot.records
     assert len(snapshot.records) == caught.value.attempts == len(pauses) == 10
-    assert max(pauses) <= 1 and len(set(pauses)) == len(pauses)  # spread, so that rivals part
+    assert max(pauses) <= 1 and len(set(pauses)) == len(pauses)  # random pauses, so that rivals separate
 
 
 def test_an_error_of_the_rule_commits_nothing(location: Location, make_record: MakeRecord) -> None:
@@ -170,7 +168,7 @@ def test_an_error_of_the_rule_commits_nothing(location: Location, make_record: M
     assert catalogue.commit(_publish(make_record())) == 1
 
 
-def test_a_refresh_does_not_open_files_it_has_read(location: Location, make_record: MakeRecord) -> None:
+def test_a_refresh_does_not_open_files_again(location: Location, make_record: MakeRecord) -> None:
     catalogue, rival = Catalogue(location), Catalogue(location)
     catalogue.commit(_publish(make_record("old")))
     assert rival.snapshot() == catalogue.snapshot()
@@ -180,7 +178,7 @@ def test_a_refresh_does_not_open_files_it_has_read(location: Location, make_reco
     assert sorted(name for _, name in catalogue.snapshot().records) == ["new", "old"]
 
 
-def test_compaction_keeps_every_record_its_order_and_late_readers(folder_uri: str, make_record: MakeRecord) -> None:
+def test_compaction_keeps_records_and_order_also_for_late_readers(folder_uri: str, make_record: MakeRecord) -> None:
     location = Location(folder_uri)
     writer, late = Catalogue(location), Catalogue(location)
     for number in range(103):
@@ -193,12 +191,10 @@ def test_compaction_keeps_every_record_its_order_and_late_readers(folder_uri: st
     names = [file.name for file in Files(location).entries()]
     assert [name for name in names if name.endswith(".checkpoint.parquet")]
     generations = [record.generation for record in writer.snapshot().records.values()]
-    assert max(generations) == 104  # one version of the table was the compaction
+    assert max(generations) == 104  # one version of the table is the compaction
 
 
-def test_rows_a_late_compaction_rewrites_do_not_bring_old_versions_back(
-    location: Location, make_record: MakeRecord
-) -> None:
+def test_a_late_compaction_does_not_bring_old_versions_back(location: Location, make_record: MakeRecord) -> None:
     catalogue = Catalogue(location)
     catalogue.commit(_publish(make_record("poet", digest="1" * 64)))
     catalogue.commit(_publish(make_record("other")))
@@ -211,7 +207,7 @@ def test_rows_a_late_compaction_rewrites_do_not_bring_old_versions_back(
 
 
 @pytest.mark.parametrize("number", range(2))
-def test_a_snapshot_travels_and_stays_unchangeable(location: Location, make_record: MakeRecord, number: int) -> None:
+def test_a_pickled_snapshot_is_equal_and_immutable(location: Location, make_record: MakeRecord, number: int) -> None:
     catalogue = Catalogue(location)
     catalogue.commit(_publish(*(make_record(f"a{n}") for n in range(number))))
     travelled = pickle.loads(pickle.dumps(catalogue.snapshot()))
@@ -234,7 +230,7 @@ def test_a_snapshot_travels_and_stays_unchangeable(location: Location, make_reco
         ("us", "a/b/c", None),
     ],
 )
-def test_a_name_means_ones_own_adapter_then_the_public_one(
+def test_a_name_means_the_own_adapter_first_then_the_public_one(
     location: Location, make_record: MakeRecord, tenant: str, name: str, owner: str
 ) -> None:
     catalogue = Catalogue(location)

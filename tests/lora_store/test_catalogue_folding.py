@@ -1,4 +1,4 @@
-"""A fold replaces the events so far by what they left: the same pool, opened at the cost of what is live."""
+"""A fold replaces the events so far by their result: the same pool, opened at the cost of the live adapters."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ NEW_COLUMNS = ("commit_id", "published_in", "approved")
 
 
 def _events(draw: random.Random, snapshot: Snapshot, make_record: MakeRecord, number: int) -> list[Event]:
-    """What may happen to a small pool: one to three events that the rules would allow."""
+    """Draw one to three events on a small pool that the rules would allow."""
     events = []
     for _ in range(draw.randrange(1, 4)):
         name = f"n{draw.randrange(8)}"
@@ -61,7 +61,7 @@ def _events(draw: random.Random, snapshot: Snapshot, make_record: MakeRecord, nu
 
 
 def _check_equal(found: Snapshot, wanted: Snapshot) -> None:
-    """The same pool, in the same order, to the last array."""
+    """Check that the pools are equal, in the same order, down to the last array."""
     assert found == wanted
     assert list(found.records) == list(wanted.records)
     for key, record in wanted.records.items():
@@ -79,7 +79,7 @@ Commit = Callable[..., list[Snapshot]]
 
 @pytest.fixture
 def history(location: Location, make_record: MakeRecord) -> Commit:
-    """Commit random events; returns the slow fold of all of them at every generation."""
+    """Commit random events; return the slow fold of all of them at every generation."""
 
     def commit(catalogue: Catalogue, number: int, seed: int = 0, start: int = 0) -> list[Snapshot]:
         draw, seen = random.Random(seed), []
@@ -92,7 +92,7 @@ def history(location: Location, make_record: MakeRecord) -> Commit:
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_a_pool_that_was_folded_is_the_pool_that_was_not(
+def test_a_folded_pool_equals_the_pool_of_all_events(
     location: Location, tmp_path: Path, make_record: MakeRecord, seed: int
 ) -> None:
     folding, slow = Catalogue(location, min_tail=8), Snapshot(0, {})
@@ -114,16 +114,16 @@ def test_a_pool_that_was_folded_is_the_pool_that_was_not(
 
 
 def _stamped(events: Sequence[Event], generation: int) -> list[Event]:
-    """The events as they come back from their rows."""
+    """Return the events as read back from their rows."""
     return list(events_of(table_of(events, generation), after=0))
 
 
 def _read(location: Location) -> pa.Table:
-    """The rows that opening reads."""
+    """Return the rows that an opening reads."""
     return EventTable(location).refresh()[0]
 
 
-def test_opening_reads_what_is_live_and_no_withdrawn_embedding(location: Location, make_record: MakeRecord) -> None:
+def test_opening_reads_live_adapters_and_no_withdrawn_embedding(location: Location, make_record: MakeRecord) -> None:
     catalogue = Catalogue(location, min_tail=20)
     for number in range(15):
         name = f"n{number % 3}"
@@ -159,12 +159,12 @@ def test_a_replica_that_idled_over_folds_and_clean_ups_catches_up(location: Loca
     _check_equal(fresh.snapshot(), writer.snapshot())
     _check_equal(Catalogue(location).snapshot(), writer.snapshot())
     kept = [record for record in fresh.snapshot().records.values() if id(record) in unchanged]
-    assert len(kept) >= len(unchanged) - 6  # as objects: an index changes only where the pool did
+    assert len(kept) >= len(unchanged) - 6  # compares objects: an index changes only where the pool changed
     history(idle, 3, seed=3, start=18)
     _check_equal(Catalogue(location).snapshot(), writer.snapshot())
 
 
-def test_what_a_fold_left_alone_is_the_same_object_for_a_stale_replica(
+def test_records_unchanged_by_a_fold_are_the_same_objects_for_a_stale_replica(
     location: Location, make_record: MakeRecord
 ) -> None:
     writer, idle = Catalogue(location, min_tail=5), Catalogue(location)
@@ -178,7 +178,7 @@ def test_what_a_fold_left_alone_is_the_same_object_for_a_stale_replica(
     assert all(after["local", f"a{number}"] is before["local", f"a{number}"] for number in range(4))
 
 
-def test_a_replica_that_has_followed_does_not_read_the_fold(location: Location, make_record: MakeRecord) -> None:
+def test_an_up_to_date_replica_does_not_read_the_fold(location: Location, make_record: MakeRecord) -> None:
     writer, replica = Catalogue(location, min_tail=5), Catalogue(location)
     for number in range(6):
         writer.commit(lambda snapshot, number=number: [Publish(make_record(f"a{number}"))])
@@ -190,7 +190,7 @@ def test_a_replica_that_has_followed_does_not_read_the_fold(location: Location, 
     assert replica.snapshot().records == writer.snapshot().records
 
 
-def test_every_generation_can_be_had_after_folds_until_a_clean_up(location: Location, history: Commit) -> None:
+def test_every_generation_is_readable_after_folds_until_a_vacuum(location: Location, history: Commit) -> None:
     catalogue = Catalogue(location, min_tail=4)
     seen = history(catalogue, 9)
     reopened = Catalogue(location)
@@ -203,7 +203,7 @@ def test_every_generation_can_be_had_after_folds_until_a_clean_up(location: Loca
 
 
 def test_a_catalogue_of_an_earlier_version_opens_and_is_folded(location: Location, make_record: MakeRecord) -> None:
-    """Its table lacks the columns that folds and commit ids need."""
+    """Its table lacks the columns for folds and commit ids."""
     old_schema = pa.schema([field for field in SCHEMA if field.name not in NEW_COLUMNS])
     uri, options = location.delta_uri, location.storage_options
     DeltaTable.create(uri, schema=old_schema, storage_options=options)
@@ -257,7 +257,7 @@ def test_writers_that_fold_at_the_same_time_lose_nothing(location: Location, mak
 
 def test_readers_do_not_wait_for_a_write(location: Location, make_record: MakeRecord) -> None:
     class Slow(EventTable):
-        """An append that takes until it may end."""
+        """An append that waits for permission to end."""
 
         def append(self, rows: pa.Table, version: int) -> bool:
             writing.set()
@@ -273,7 +273,7 @@ def test_readers_do_not_wait_for_a_write(location: Location, make_record: MakeRe
     reader = threading.Thread(target=lambda: reads.append(catalogue.snapshot()))
     reader.start()
     reader.join(20)
-    assert [snapshot.generation for snapshot in reads] == [0]  # while the append is not over
+    assert [snapshot.generation for snapshot in reads] == [0]  # during the append
     may_end.set()
     thread.join()
     assert catalogue.snapshot().generation == 1

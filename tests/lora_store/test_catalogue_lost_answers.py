@@ -1,4 +1,4 @@
-"""A commit that lands and whose answer is lost: it happened once, and its caller hears so."""
+"""Commits that succeed although their answer is lost: each happens once, and its caller learns that."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.s3 import S3Endpoint
 
 
 class Losing(EventTable):
-    """Appends, and loses the answer where the test says so."""
+    """Appends, and loses the answers that the test selects."""
 
     loses = False
     answer: StoreUnavailable | None = None
@@ -80,7 +80,7 @@ def test_the_answer_to_the_last_try_may_be_lost(location: Location, make_record:
     assert catalogue.commit(_publish(make_record())) == 1
 
 
-def test_a_rivals_commit_is_not_taken_for_ones_own(location: Location, make_record: MakeRecord) -> None:
+def test_a_rivals_commit_is_not_mistaken_for_the_own(location: Location, make_record: MakeRecord) -> None:
     catalogue, rival = Catalogue(location, open_table=Losing), Catalogue(location)
     asked = []
 
@@ -93,8 +93,8 @@ def test_a_rivals_commit_is_not_taken_for_ones_own(location: Location, make_reco
     assert (catalogue.commit(events), asked) == (2, [0, 1])
 
 
-def test_a_call_that_is_repeated_under_its_id_happens_once(location: Location, make_record: MakeRecord) -> None:
-    """Also by another process, and after a fold."""
+def test_a_call_repeated_with_its_id_happens_once(location: Location, make_record: MakeRecord) -> None:
+    """The repetition may come from another process, or after a fold."""
     first, second = Catalogue(location, min_tail=2), Catalogue(location)
     commit_id = uuid4().hex
     assert first.commit(_publish(make_record()), commit_id) == 1
@@ -106,10 +106,8 @@ def test_a_call_that_is_repeated_under_its_id_happens_once(location: Location, m
     assert first.commit(_publish(make_record("new")), uuid4().hex) == first.snapshot().generation
 
 
-def test_a_change_of_the_store_that_is_repeated_under_its_id_happens_once(
-    location: Location, make_folder: MakeFolder
-) -> None:
-    """Also by another process, whose holds are others."""
+def test_a_change_of_the_store_repeated_with_its_id_happens_once(location: Location, make_folder: MakeFolder) -> None:
+    """The repetition may come from another process, which has other leases."""
     first, second = (LoraStore(location.uri, accepts_base=[BASE]) for _ in range(2))
     staged, published, gone = first.stage(make_folder()), uuid4().hex, uuid4().hex
     for store in (first, second):
@@ -124,7 +122,7 @@ def test_a_change_of_the_store_that_is_repeated_under_its_id_happens_once(
 def test_an_endpoint_that_loses_answers_to_commits(
     s3_endpoint: S3Endpoint, make_folder: MakeFolder, times: int
 ) -> None:
-    """The PUT of the log's next version lands, its answer is an error, and its repetition meets its own effect."""
+    """The PUT of the log's next version succeeds but its answer is an error, so the retry finds its own write."""
     lost = []
 
     def loses(environ: WSGIEnvironment) -> bool:

@@ -1,4 +1,4 @@
-"""The check at the start of a Store: an endpoint that ignores conditions is refused."""
+"""The check at the start of a Store, which refuses an endpoint that ignores conditions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KEYS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"}
 
 
 class Endpoint(ThreadingHTTPServer):
-    """An endpoint that answers `conditional` to conditional writes and `plain` to others, and stores what it takes."""
+    """An endpoint that answers `conditional` to conditional writes and `plain` to others, and stores objects."""
 
     conditional, plain = 200, 200
     deletes = True
@@ -51,7 +51,7 @@ class Handler(BaseHTTPRequestHandler):
             self.server.stored.pop(self.path, None)
             self._answer(204)
         else:
-            self.close_connection = True  # without an answer
+            self.close_connection = True  # closes without an answer
 
     def _answer(self, status: int) -> None:
         self.send_response(status)
@@ -83,7 +83,7 @@ def test_an_endpoint_without_conditional_writes_is_refused_and_cleaned_up(
 
 
 @pytest.mark.parametrize("status", [400, 403, 501, 503])
-def test_an_endpoint_that_takes_no_write_at_all_proves_nothing(
+def test_an_endpoint_that_refuses_all_writes_proves_nothing(
     status: int, endpoint: Endpoint, caplog: pytest.LogCaptureFixture
 ) -> None:
     """S3 answers 400 for a wrong region and for an expired token, too."""
@@ -133,7 +133,7 @@ def test_an_invalid_endpoint_url_in_the_environment_proves_nothing(caplog: pytes
     assert "could not be checked at 127.0.0.1:9/pool/" in caplog.text
 
 
-def test_an_endpoint_that_honours_it_is_taken_and_cleaned_up(s3_endpoint: S3Endpoint) -> None:
+def test_an_endpoint_with_conditional_writes_is_accepted_and_cleaned_up(s3_endpoint: S3Endpoint) -> None:
     location = Location(s3_endpoint.uri(f"stores/{uuid4().hex}/with space"))
     seen: list[tuple[str, str | None]] = []
 
@@ -151,12 +151,12 @@ def test_an_endpoint_that_honours_it_is_taken_and_cleaned_up(s3_endpoint: S3Endp
     assert Files(location).entries() == []
 
 
-def test_a_folder_is_asked_nothing(tmp_path: Path) -> None:
+def test_a_folder_is_not_checked(tmp_path: Path) -> None:
     check_conditional_writes(Location(str(tmp_path / "pool")), os.environ)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_endpoint_that_is_away_proves_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unreachable_endpoint_proves_nothing(caplog: pytest.LogCaptureFixture) -> None:
     endpoint = S3Endpoint()
     location = Location(endpoint.uri("stores/x"))
     endpoint.stop()

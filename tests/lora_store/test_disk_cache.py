@@ -1,4 +1,4 @@
-"""The disk cache: its quota, its order, damaged files, killed writers, full disks, and processes side by side."""
+"""The disk cache: its quota, its order, damaged files, killed writers, full disks, concurrent processes."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ def ticks() -> Iterator[int]:
 
 @pytest.fixture
 def cache(tmp_path: Path, ticks: Iterator[int]) -> DiskCache:
-    """Room for three blobs of 100 bytes; every use is a second after the one before."""
+    """Return a cache with room for three blobs of 100 bytes. Every use is a second after the previous one."""
     return DiskCache(tmp_path / "cache", 300, now_ns=lambda: next(ticks))
 
 
 def files_of(folder: Path) -> set[str]:
-    """All but the lock."""
+    """Return all files except the lock."""
     return {path.name for path in folder.iterdir()} - {".lock"}
 
 
 def held(cache: DiskCache, numbers: range) -> list[int]:
-    """Which of the blobs are in the folder, without using them."""
+    """Return the cached ones of these blobs, without using them."""
     return [number for number in numbers if (cache.folder / blob(number)[0]).exists()]
 
 
-def test_what_was_put_is_got_also_by_another_process(cache: DiskCache) -> None:
+def test_another_process_reads_a_cached_blob(cache: DiskCache) -> None:
     digest, data = blob(1)
     assert cache.get(digest) is None and cache.measure() == 0
     cache.put(digest, data)
@@ -66,7 +66,7 @@ def test_the_least_recently_used_makes_room(cache: DiskCache) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 99, 100, 101, 299, 300, 301, 1000])
-def test_the_quota_holds_for_any_size_and_what_is_larger_pushes_nothing_out(size: int, cache: DiskCache) -> None:
+def test_the_quota_holds_for_any_size_and_a_larger_blob_evicts_nothing(size: int, cache: DiskCache) -> None:
     for number in (0, 1, 2):
         cache.put(*blob(number))
     digest, data = blob(7, size)
@@ -76,7 +76,7 @@ def test_the_quota_holds_for_any_size_and_what_is_larger_pushes_nothing_out(size
     assert held(cache, range(3)) == ([0, 1, 2] if size in (0, 301, 1000) else list(range(1 + (size - 1) // 100, 3)))
 
 
-def test_a_damaged_file_is_a_miss_and_goes(cache: DiskCache, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_file_is_a_miss_and_is_deleted(cache: DiskCache, caplog: pytest.LogCaptureFixture) -> None:
     digest, data = blob(1)
     for damage in (b"", data[:-1], b"x" + data[1:], data + b"x"):
         cache.put(digest, data)
@@ -88,8 +88,8 @@ def test_a_damaged_file_is_a_miss_and_goes(cache: DiskCache, caplog: pytest.LogC
     assert cache.get(digest) == data
 
 
-def test_what_is_discarded_is_gone_and_what_is_not_there_does_not_matter(cache: DiskCache) -> None:
-    cache.discard([blob(0)[0]])  # before there is a folder
+def test_a_discarded_blob_is_gone_and_a_missing_one_is_no_error(cache: DiskCache) -> None:
+    cache.discard([blob(0)[0]])  # before the folder exists
     for number in (0, 1):
         cache.put(*blob(number))
     cache.discard([blob(0)[0], blob(5)[0]])
@@ -107,11 +107,11 @@ def test_a_malformed_digest_reaches_no_file(name: str, cache: DiskCache, tmp_pat
     assert files_of(cache.folder) == {blob(1)[0]}
 
 
-FORK = multiprocessing.get_context("fork")  # starting anew would import the package, which takes seconds
+FORK = multiprocessing.get_context("fork")  # a new interpreter would import the package, which takes seconds
 
 
 def exit_codes(work: Callable[..., None], *arguments: tuple[object, ...]) -> list[int | None]:
-    """Run `work` in one process for each tuple of arguments, all at once; 0 where it held."""
+    """Run `work` in one process per tuple of arguments, all at once; 0 means success."""
     processes = [FORK.Process(target=work, args=each) for each in arguments]
     for process in processes:
         process.start()
@@ -121,14 +121,14 @@ def exit_codes(work: Callable[..., None], *arguments: tuple[object, ...]) -> lis
 
 
 def put_and_be_killed(folder: Path) -> None:
-    """The kernel ends the process at the 51st byte of the file."""
+    """Put a blob; the kernel ends the process at the 51st byte of the file."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (50, 50))
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     DiskCache(folder, 300).put(*blob(1))
 
 
-def test_a_writer_that_is_killed_half_way_leaves_nothing_that_is_found(cache: DiskCache) -> None:
+def test_a_killed_writer_leaves_no_visible_blob(cache: DiskCache) -> None:
     cache.put(*blob(0))
     assert exit_codes(put_and_be_killed, (cache.folder,)) == [-signal.SIGXFSZ]
     [stray] = files_of(cache.folder) - {blob(0)[0]}
@@ -139,7 +139,7 @@ def test_a_writer_that_is_killed_half_way_leaves_nothing_that_is_found(cache: Di
 
 
 def put_on_a_full_disk(folder: Path) -> None:
-    """Writing the 51st byte of a file fails; what is there is still read."""
+    """Put a blob; writing the 51st byte of a file fails. Existing blobs can still be read."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (50, 50))
     said: list[str] = []
     handler = logging.Handler()
@@ -152,13 +152,13 @@ def put_on_a_full_disk(folder: Path) -> None:
     assert cache.get(blob(0)[0]) == blob(0)[1]
 
 
-def test_a_full_disk_costs_the_cache_alone(cache: DiskCache) -> None:
+def test_a_full_disk_disables_only_the_cache(cache: DiskCache) -> None:
     cache.put(*blob(0))
     assert exit_codes(put_on_a_full_disk, (cache.folder,)) == [0]
     assert files_of(cache.folder) == {blob(0)[0]}
 
 
-def test_a_folder_that_cannot_be_used_costs_the_cache_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unusable_folder_disables_only_the_cache(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("no folder")
     cache = DiskCache(tmp_path / "file" / "cache", 300)
     digest, data = blob(1)
@@ -171,7 +171,7 @@ def test_a_folder_that_cannot_be_used_costs_the_cache_alone(tmp_path: Path, capl
 
 
 def use_at_random(folder: Path, seed: int) -> None:
-    """Nothing is ever wrong or too much, and no error is met."""
+    """Use the cache randomly; contents are never wrong, the quota holds, and no error occurs."""
     draw, cache, num_hits = random.Random(seed), DiskCache(folder, 1000), 0
     logging.getLogger("lora_store.disk_cache").addFilter(lambda record: sys.exit(record.getMessage()))
     for _ in range(200):
@@ -186,6 +186,6 @@ def use_at_random(folder: Path, seed: int) -> None:
     assert num_hits
 
 
-def test_processes_that_put_get_and_evict_at_once_do_not_hurt_each_other(tmp_path: Path) -> None:
+def test_processes_can_put_get_and_evict_concurrently(tmp_path: Path) -> None:
     assert exit_codes(use_at_random, *[(tmp_path, seed) for seed in range(3)]) == [0, 0, 0]
     assert 0 < len(files_of(tmp_path)) <= 6

@@ -55,29 +55,29 @@ def test_errors_survive_pickling_between_processes(error: LoraStoreError) -> Non
     assert (str(again), again.__dict__) == (str(error), error.__dict__)
 
 
-def test_a_refusal_says_every_reason() -> None:
+def test_a_refusal_lists_every_reason() -> None:
     assert str(ERRORS[0]) == "adapter 'poet' refused: rank 0; no weights"
     file = FileRefused("a.json", ["first", "second"])
     assert str(file) == "a.json: first; a.json: second"
 
 
-def test_a_name_that_is_not_found_comes_with_the_one_that_was_probably_meant() -> None:
+def test_an_unknown_name_comes_with_a_suggestion() -> None:
     assert str(AdapterNotFound("peot", "poet")) == "no adapter 'peot'; did you mean 'poet'?"
     assert str(AdapterNotFound("poet")) == "no adapter 'poet'"
 
 
-def test_a_quota_says_what_is_allowed_and_what_was_wanted() -> None:
+def test_a_quota_error_states_the_limit_and_the_request() -> None:
     message = str(QuotaExceeded("adapters", 6, 5))
     assert message.startswith("quota exceeded: the tenant may have 5 adapters, and this publish would make it 6;")
 
 
-def test_the_place_of_the_store_is_not_in_the_message_for_clients() -> None:
+def test_the_location_of_the_store_is_not_in_the_message_for_clients() -> None:
     error = StoreUnavailable("s3://secret-bucket: connection refused")
     assert "secret-bucket" in str(error)
     assert "bucket" not in error.client_message
 
 
-def test_adapters_without_an_embedding_are_named_by_their_digests_alone() -> None:
+def test_adapters_without_an_embedding_are_named_only_by_digest() -> None:
     """Other tenants' names are not shown."""
     refs = [AdapterRef("acme", f"plan-{number}", f"{number:064x}"[::-1]) for number in range(5)]
     message = str(EncoderIncomplete(refs))

@@ -16,7 +16,7 @@ LATER = datetime.now(UTC) + timedelta(days=1)
 
 
 class RivalFirst(EventTable):
-    """Calls the rival once, after the log was read and before the data files are."""
+    """Calls the rival once, between reading the log and reading the data files."""
 
     rival = None
 
@@ -37,7 +37,7 @@ def rows(make_record: MakeRecord) -> Rows:
 
 
 def _refreshed(table: EventTable) -> pa.Table:
-    """The new rows, folded in."""
+    """Return the new rows, after folding."""
     rows, files = table.refresh()
     table.mark_read(files)
     return rows
@@ -55,7 +55,7 @@ def _filled(location: Location, rows: Rows, number: int) -> EventTable:
     return table
 
 
-def test_each_file_is_given_out_once(location: Location, rows: Rows) -> None:
+def test_each_file_is_returned_once(location: Location, rows: Rows) -> None:
     table = _filled(location, rows, 2)
     assert _names(_refreshed(table)) == ["a1", "a2"]
     assert _refreshed(table).num_rows == 0
@@ -63,7 +63,7 @@ def test_each_file_is_given_out_once(location: Location, rows: Rows) -> None:
     assert (_names(_refreshed(table)), table.version) == (["a3"], 3)
 
 
-def test_an_append_at_a_version_that_is_taken_changes_nothing(location: Location, rows: Rows) -> None:
+def test_an_append_at_a_taken_version_changes_nothing(location: Location, rows: Rows) -> None:
     table, rival = EventTable(location), EventTable(location)
     assert rival.append(rows("rival", 1), 1)
     assert not table.append(rows("ours", 1), 1)
@@ -71,7 +71,7 @@ def test_an_append_at_a_version_that_is_taken_changes_nothing(location: Location
     assert not table.append(rows("ours", 1), 1)
 
 
-def test_a_reader_whose_files_are_vacuumed_under_it_reads_the_compacted_ones(location: Location, rows: Rows) -> None:
+def test_a_reader_whose_files_are_vacuumed_reads_the_compacted_ones(location: Location, rows: Rows) -> None:
     writer, late, new = _filled(location, rows, 3), RivalFirst(location), RivalFirst(location)
     _refreshed(late)
     assert writer.append(rows("a4", 4), 4)
@@ -115,7 +115,7 @@ def test_vacuum_twice_keeps_the_one_data_file(location: Location, rows: Rows) ->
     assert _names(_refreshed(EventTable(location))) == ["a1", "a2"]
 
 
-def test_what_is_younger_stays_for_the_rival_who_has_yet_to_commit_it(location: Location, rows: Rows) -> None:
+def test_younger_files_stay_for_a_rival_that_has_not_committed_yet(location: Location, rows: Rows) -> None:
     table, files = _filled(location, rows, 2), Files(location)
     files.write("part-new.parquet", b"rows")
     table.vacuum(before=datetime.now(UTC) - timedelta(hours=1))

@@ -34,7 +34,7 @@ def test_an_object_is_read_as_it_was_written(files: Files) -> None:
 
 
 class MadeWhileLooking:
-    """A location whose file system fails the first listing, as pyarrow does where a folder is made while it looks."""
+    """A location whose first listing fails, as in pyarrow if the folder is created during the listing."""
 
     def __init__(self, location: Location) -> None:
         self.is_local = location.is_local
@@ -51,14 +51,14 @@ class MadeWhileLooking:
         return self._files.get_file_info(below)
 
 
-def test_a_folder_that_is_made_while_it_is_listed_is_listed_again(location: Location) -> None:
+def test_a_folder_created_during_its_listing_is_listed_again(location: Location) -> None:
     Files(location).write("a", b"one")
     made = MadeWhileLooking(location)
     assert [entry.name for entry in Files(made).entries()] == ["a"]
     assert made.num_listings == 2
 
 
-def test_entries_are_everything_below(files: Files) -> None:
+def test_entries_include_everything_below(files: Files) -> None:
     before = datetime.now(UTC)
     assert files.entries() == []
     files.write("a/b", b"one")
@@ -114,7 +114,7 @@ def test_an_object_deleted_during_a_read_does_not_exist(s3_endpoint: S3Endpoint)
     requests = itertools.count()
 
     def delete_before_the_second() -> None:
-        if next(requests) == 1:  # the first one asked whether it is there
+        if next(requests) == 1:  # the first one checks that it exists
             s3_backends["123456789012"]["aws"].delete_object("pool", f"vanishing/{name}")
 
     s3_endpoint.on_request = delete_before_the_second
@@ -126,7 +126,7 @@ def test_an_object_deleted_during_a_read_does_not_exist(s3_endpoint: S3Endpoint)
 
 
 def test_on_a_local_disk_only_the_owner_reads_the_store(tmp_path: Path, make_folder: MakeFolder) -> None:
-    """Private samples lie there. The catalogue's files are deltalake's own, and behind closed folders."""
+    """The store has private samples. deltalake creates the catalogue's files, below private folders."""
     old = os.umask(0o022)
     try:
         store = LoraStore(str(tmp_path / "new" / "pool"), accepts_base=[BASE])

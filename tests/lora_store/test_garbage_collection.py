@@ -1,4 +1,4 @@
-"""Sweeping, collecting and re-hashing the blobs of a store. Races with a publish are in test_leases."""
+"""Sweeping, collecting and verifying the blobs of a store. Races with a publish are in test_leases."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def publish(store: LoraStore, make_folder: MakeFolder) -> Callable[..., Staged]:
 
 @pytest.fixture
 def blob_names(stored: Stored) -> Callable[[], set[str]]:
-    """The digests of all that is stored whole."""
+    """Return the digests of all complete blobs."""
     return lambda: {name.partition("/")[2] for name in stored("blobs")}
 
 
@@ -60,7 +60,7 @@ def test_blobs_of_any_kept_version_are_never_swept(
     assert store.load(first.weights_digest)
 
 
-def test_weights_another_tenant_shares_stay(store: LoraStore, make_folder: MakeFolder) -> None:
+def test_weights_shared_with_another_tenant_stay(store: LoraStore, make_folder: MakeFolder) -> None:
     ours, theirs = (store.stage(make_folder(), tenant=tenant, visibility="private") for tenant in ("us", "them"))
     store.commit([ours, theirs], [embedding()] * 2, [1.0] * 2, "me")
     store.withdraw("us", ["poet"], "me")
@@ -114,7 +114,7 @@ def test_a_failed_stage_releases_its_lease(
     assert stored("holds") == {}
 
 
-def test_gc_removes_what_crashes_left_and_nothing_else(
+def test_gc_removes_only_remains_of_crashes(
     store: LoraStore,
     publish: Callable[..., Staged],
     make_folder: MakeFolder,
@@ -123,7 +123,7 @@ def test_gc_removes_what_crashes_left_and_nothing_else(
     location: Location,
 ) -> None:
     live = publish()
-    lost = store.stage(make_folder("lost", seed=1))  # its process dies here
+    lost = store.stage(make_folder("lost", seed=1))  # the process dies here
     half = f"{live.weights_digest[:2]}/.{live.weights_digest}.0123456789"
     Files(location.child("blobs")).write(half, b"half")
     Files(location.child("sweeps")).write(f"{int(clock.at.timestamp() * 1000)}.dead", b"")
@@ -139,7 +139,7 @@ def test_gc_removes_what_crashes_left_and_nothing_else(
     assert [check.problem for check in store.verify()] == [None, None]
 
 
-def test_gc_keeps_what_is_younger_than_its_retention(
+def test_gc_keeps_files_younger_than_its_retention(
     store: LoraStore, publish: Callable[..., Staged], clock: FakeClock, blob_names: Callable[[], set[str]]
 ) -> None:
     publish()
@@ -185,7 +185,7 @@ def test_verify_reads_every_needed_blob_once(store: LoraStore, publish: Callable
     assert gone.weights_digest not in {check.digest for check in checks}
 
 
-def test_verify_names_what_is_damaged_or_missing(
+def test_verify_names_damaged_and_missing_blobs(
     store: LoraStore, publish: Callable[..., Staged], location: Location
 ) -> None:
     staged, blobs = publish(), Files(location.child("blobs"))
@@ -197,11 +197,11 @@ def test_verify_names_what_is_damaged_or_missing(
     assert problems[weights].startswith(f"blob {weights} is corrupted")
 
 
-def test_verify_does_not_miss_what_is_withdrawn_meanwhile(
+def test_verify_does_not_report_blobs_withdrawn_meanwhile(
     store: LoraStore, open_store: OpenStore, publish: Callable[..., Staged], location: Location
 ) -> None:
     rival = open_store()
-    one_at_a_time = threading.Lock()  # verify reads with several threads
+    one_at_a_time = threading.Lock()  # verify reads on several threads
 
     class RivalFirst(BlobStore):
         def get(self, digest: str) -> bytes:
@@ -217,7 +217,7 @@ def test_verify_does_not_miss_what_is_withdrawn_meanwhile(
     assert dict(rival.snapshot().records) == {}
 
 
-def test_gc_leaves_a_data_file_that_a_rival_has_yet_to_commit(
+def test_gc_leaves_a_data_file_that_a_rival_has_not_committed_yet(
     store: LoraStore, publish: Callable[..., Staged], clock: FakeClock, location: Location
 ) -> None:
     publish()

@@ -1,4 +1,4 @@
-"""A publish and a sweep in every order that matters: the rival is called between the steps."""
+"""A publish and a sweep in every relevant order: the rival is called between the steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WAIT_S = 30.0
 
 
 class Pool:
-    """Blobs, leases, and a set in place of the catalogue."""
+    """Blobs, leases, and a set instead of the catalogue."""
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ S3 = "s3://pool/some/store?endpoint_override=127.0.0.1:9000&scheme=http&region=e
 
 
 @pytest.mark.parametrize("uri", ["/var/pool", "file:///var/pool", "/var/pool/"])
-def test_a_folder_is_itself_for_both_libraries(uri: str) -> None:
+def test_a_folder_is_the_same_for_both_libraries(uri: str) -> None:
     location = Location(uri)
     files, path = location.child("blobs").filesystem()
     assert (type(files), path) == (LocalFileSystem, "/var/pool/blobs")
@@ -45,7 +45,7 @@ def test_s3_without_parameters_leaves_endpoint_and_region_to_the_environment() -
     assert Location("s3://pool/x/").child("blobs").filesystem()[1] == "pool/x/blobs"
 
 
-def test_https_is_the_default_and_plain_http_is_asked_for() -> None:
+def test_https_is_the_default_and_http_is_explicit() -> None:
     options = Location("s3://pool/x?endpoint_override=store.example").storage_options
     assert (options["aws_endpoint"], options["aws_allow_http"]) == ("https://store.example", "false")
 
@@ -99,7 +99,7 @@ def test_a_place_can_be_a_path_with_odd_characters(tmp_path: Path) -> None:
         ("gs://b", Endpoint("storage.googleapis.com", 443, "https", is_named=False)),
     ],
 )
-def test_the_endpoint_is_the_host_that_is_asked(uri: str, expected: Endpoint | None) -> None:
+def test_the_endpoint_is_the_host_that_receives_requests(uri: str, expected: Endpoint | None) -> None:
     assert Location(uri).endpoint == expected
 
 

@@ -56,7 +56,7 @@ def test_a_value_is_measured_once() -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from(["get", "put", "pop"]), st.integers(0, 4), st.integers(0, 6))))
-def test_it_does_what_a_list_does_slowly(steps: list[tuple[str, int, int]]) -> None:
+def test_it_equals_a_slow_list(steps: list[tuple[str, int, int]]) -> None:
     cache: LruCache[int, int] = LruCache(10, int)
     slow: list[tuple[int, int]] = []  # (key, value), least recently used first; a value is its own size
     for step, key, value in steps:

@@ -47,7 +47,7 @@ def _gemma() -> PreTrainedModel:
 
 
 def _lora_layers(model: Any) -> dict[str, Any]:
-    """Peft's own layers by the base model's module path."""
+    """Return PEFT's own layers by the base model's module path."""
     return {
         name.removeprefix("base_model.model."): module
         for name, module in model.named_modules()
@@ -159,6 +159,6 @@ def test_a_link_is_never_followed(tmp_path: Path, make_folder: MakeFolder, file:
         read_peft_folder(folder)
 
 
-def test_a_long_sample_of_any_script_is_written_within_the_bound_it_is_read_by(make_folder: MakeFolder) -> None:
+def test_long_samples_in_any_script_are_written_within_the_read_limit(make_folder: MakeFolder) -> None:
     text = "é" * 4000
     assert read_peft_folder(make_folder(inputs=(text,))).samples == (Sample(text),)

@@ -1,4 +1,4 @@
-"""The map whose changed copies share its memory, held against a dict that is copied whole."""
+"""The map whose changed copies share memory, compared with a dict that is copied completely."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from lora_store.persistent_map import PersistentMap
 
 
 def _check_equal(found: PersistentMap[int, int], wanted: dict[int, int]) -> None:
-    assert list(found.items()) == list(wanted.items())  # the same order, too
+    assert list(found.items()) == list(wanted.items())  # also in the same order
     assert (list(found), list(found.values()), len(found)) == (list(wanted), list(wanted.values()), len(wanted))
     assert found == wanted
 
 
 @pytest.mark.parametrize("count", [0, 1, 50, 3000])
 @pytest.mark.parametrize("seed", range(6))
-def test_any_changes_give_what_a_copied_dict_gives(count: int, seed: int) -> None:
+def test_any_changes_equal_those_of_a_copied_dict(count: int, seed: int) -> None:
     draw = random.Random(seed)
     plain = {number: number for number in range(count)}
     shared, seen = PersistentMap(plain), []
@@ -36,7 +36,7 @@ def test_any_changes_give_what_a_copied_dict_gives(count: int, seed: int) -> Non
         assert (list(editor), len(editor)) == (list(plain), len(plain))
         shared = editor.freeze()
         _check_equal(shared, plain)
-    for older, wanted in seen:  # no edit changed an older map
+    for older, wanted in seen:  # edits do not change older maps
         _check_equal(older, wanted)
 
 
@@ -49,7 +49,7 @@ def test_a_missing_key_is_an_error_or_the_default() -> None:
         assert (mapping.get("a"), mapping.get("a", 7), "a" in mapping, mapping["b"]) == (None, 7, False, 2)
 
 
-def test_it_cannot_be_changed_and_travels() -> None:
+def test_it_is_immutable_and_can_be_pickled() -> None:
     shared = PersistentMap({"a": 1})
     with pytest.raises(TypeError):
         shared["b"] = 2  # type: ignore[index]
@@ -57,7 +57,7 @@ def test_it_cannot_be_changed_and_travels() -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_keys_that_may_differ_include_all_that_do(seed: int) -> None:
+def test_possibly_changed_keys_include_all_changed_ones(seed: int) -> None:
     draw = random.Random(seed)
     older = newer = PersistentMap({number: number for number in range(500)})
     for _ in range(20):

@@ -1,4 +1,4 @@
-"""What one tenant may hold of the pool."""
+"""The quota of one tenant."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.lora_store.builders import MakeFolder, MakeRecord, OpenStore, embeddi
 
 @pytest.fixture
 def records(make_record: MakeRecord) -> Callable[..., list[AdapterRecord]]:
-    """Adapters of 100 bytes each, a tenant's live ones by name."""
+    """Return a tenant's live adapters of 100 bytes each, by name."""
 
     def make(*names: str, tenant: str = "acme", **changes: Any) -> list[AdapterRecord]:
         return [
@@ -54,7 +54,7 @@ def test_a_tenant_holds_its_names_and_the_weights_of_all_kept_versions(
         (TenantQuota(max_bytes=299), False),
     ],
 )
-def test_a_publish_beyond_the_share_is_refused_whole(
+def test_a_publish_above_the_quota_is_refused_as_a_whole(
     records: Callable[..., list[AdapterRecord]], quota: TenantQuota, fits: bool
 ) -> None:
     snapshot, new = live(*records("a"), *records("x", "y", "z", tenant="other")), records("b", "c")
@@ -66,7 +66,7 @@ def test_a_publish_beyond_the_share_is_refused_whole(
     assert caught.value.wanted > caught.value.limit
 
 
-def test_a_tenant_above_a_share_that_was_cut_may_still_replace_what_it_has(
+def test_a_tenant_above_a_reduced_quota_may_still_replace_adapters(
     records: Callable[..., list[AdapterRecord]], make_record: MakeRecord
 ) -> None:
     snapshot = live(*records("a", "b"))
@@ -77,12 +77,14 @@ def test_a_tenant_above_a_share_that_was_cut_may_still_replace_what_it_has(
         publish_events(snapshot, records("c"), quota=quota)
 
 
-def test_what_is_live_already_takes_no_more_of_the_share(records: Callable[..., list[AdapterRecord]]) -> None:
+def test_live_versions_do_not_count_again(records: Callable[..., list[AdapterRecord]]) -> None:
     assert publish_events(live(*records("a")), records("a"), quota=TenantQuota(0, 0)) == []
 
 
-def test_a_rival_that_comes_first_cannot_make_both_fit(open_store: OpenStore, make_folder: MakeFolder) -> None:
-    """The quota is judged on what the rival left, not on what was there when the publish began."""
+def test_two_concurrent_publishes_cannot_exceed_the_quota_together(
+    open_store: OpenStore, make_folder: MakeFolder
+) -> None:
+    """The quota is checked against the state after the rival's commit, not against that at the start of the publish."""
     ours, rival, quota = open_store(), open_store(), TenantQuota(max_adapters=1)
     staged = [store.stage(make_folder(f"a{n}", n), tenant="acme") for n, store in enumerate((ours, rival))]
     rival.commit([staged[1]], [embedding()], [1.0], "me", "any", quota)

@@ -7,7 +7,7 @@ from tests.lora_store.builders import MakeRecord, embedding
 
 
 @pytest.mark.parametrize(("visibility", "tenants"), [("public", ["acme", "globex"]), ("private", ["acme"])])
-def test_a_private_version_is_visible_to_its_own_tenant_alone(
+def test_a_private_version_is_visible_only_to_its_tenant(
     visibility: Visibility, tenants: list[str], make_record: MakeRecord
 ) -> None:
     record = make_record(tenant="acme", visibility=visibility)
@@ -18,7 +18,7 @@ def test_a_private_version_is_visible_to_its_own_tenant_alone(
     ("visibility", "approved", "open_at_once", "open_by_approval"),
     [("public", True, True, True), ("public", False, True, False), ("private", True, False, False)],
 )
-def test_auto_chooses_public_versions_for_every_tenant_and_approved_ones_where_that_is_required(
+def test_auto_chooses_public_versions_for_every_tenant_if_approved_or_not_required(
     visibility: Visibility, approved: bool, open_at_once: bool, open_by_approval: bool, make_record: MakeRecord
 ) -> None:
     record = make_record(visibility=visibility, approved=approved)

@@ -30,7 +30,7 @@ def store(open_store: OpenStore) -> LoraStore:
 
 @pytest.fixture
 def publish(store: LoraStore, make_folder: MakeFolder) -> Callable[..., Staged]:
-    """Publish one version; its `Staged`."""
+    """Publish one version and return its `Staged`."""
 
     def run(name: str = "poet", seed: int = 0, encoder: str = "enc", **label: Any) -> Staged:
         staged = store.stage(make_folder(name, seed), **label)
@@ -153,14 +153,14 @@ def test_an_encoder_is_activated_once_every_adapter_has_its_embedding(
     assert store.activate_encoder("model", "new", "me") == 6
 
 
-def test_what_was_published_with_the_new_encoder_needs_no_other_embedding(
+def test_adapters_published_with_the_new_encoder_need_no_other_embedding(
     store: LoraStore, publish: Callable[..., Staged]
 ) -> None:
     publish("a", seed=0, encoder="new")
     assert store.activate_encoder("model", "new", "me") == 2
 
 
-def test_embeddings_of_what_is_not_live_are_not_kept(store: LoraStore, publish: Callable[..., Staged]) -> None:
+def test_embeddings_of_versions_that_are_not_live_are_dropped(store: LoraStore, publish: Callable[..., Staged]) -> None:
     old, live = publish(seed=0), publish(seed=1)
     new = embedding(1.0, encoder="new")
     assert store.add_embeddings({old.ref: new}) == 2
@@ -169,7 +169,7 @@ def test_embeddings_of_what_is_not_live_are_not_kept(store: LoraStore, publish: 
     assert list(store.snapshot().pending) == [live.ref]
 
 
-def test_an_encoder_is_not_activated_over_a_publish_that_came_first(
+def test_an_encoder_is_not_activated_if_a_publish_came_first(
     store: LoraStore, open_store: OpenStore, publish: Callable[..., Staged], make_folder: MakeFolder
 ) -> None:
     first = publish("a", seed=0)
@@ -182,7 +182,7 @@ def test_an_encoder_is_not_activated_over_a_publish_that_came_first(
     assert caught.value.missing == (staged.ref,)
 
 
-def test_a_publish_of_what_must_be_live_still_leaves_an_update_and_a_withdrawal_alone(
+def test_a_publish_with_precondition_live_skips_updated_and_withdrawn_names(
     store: LoraStore, publish: Callable[..., Staged]
 ) -> None:
     old = publish(seed=0)
@@ -196,7 +196,7 @@ def test_a_publish_of_what_must_be_live_still_leaves_an_update_and_a_withdrawal_
     assert dict(store.snapshot().records) == {}
 
 
-def test_a_publish_of_what_must_be_kept_is_refused_once_it_is_withdrawn(
+def test_a_publish_with_precondition_kept_is_refused_after_a_withdrawal(
     store: LoraStore, publish: Callable[..., Staged]
 ) -> None:
     old, _ = publish(seed=0), publish(seed=1)

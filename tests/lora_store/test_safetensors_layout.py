@@ -1,4 +1,4 @@
-"""The format without copies, held against the safetensors library."""
+"""The copy-free safetensors code, compared with the safetensors library."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _read(data: bytes) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_the_pieces_are_the_librarys_bytes_and_are_read_as_it_reads_them(seed: int) -> None:
+def test_pieces_equal_the_librarys_bytes_and_are_read_alike(seed: int) -> None:
     tensors, metadata = _random_tensors(seed), {"lora": json.dumps({"scaling": {"a.b": 0.5 + seed, "c": 2e-30}})}
     data = b"".join(pieces_of(tensors, metadata))
     assert data == save(tensors, metadata=metadata)
@@ -81,7 +81,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_what_the_library_refuses_is_refused(case: str) -> None:
+def test_files_that_the_library_refuses_are_refused(case: str) -> None:
     data = _file(*BROKEN[case])
     with pytest.raises(SafetensorError):
         load(data)
@@ -89,7 +89,7 @@ def test_what_the_library_refuses_is_refused(case: str) -> None:
         _read(data)
 
 
-def test_numbers_that_do_not_begin_at_their_own_size_are_read() -> None:
+def test_unaligned_numbers_are_read() -> None:
     data = _file({"a": _entry("F16", [1], 0, 2), "b": _entry("F32", [1], 2, 6)}, 6)
     found = _read(data[:-4] + torch.tensor([2.5]).numpy().tobytes())
     assert (found["a"].tolist(), found["b"].tolist()) == ([0.0], [2.5])

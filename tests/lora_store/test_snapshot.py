@@ -1,4 +1,4 @@
-"""What events fold into. Looking names up is tested with the catalogue."""
+"""The state that results from events. Looking names up is tested with the catalogue."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ POET = ("local", "poet")
 
 @pytest.fixture
 def version(make_record: MakeRecord) -> Callable[..., AdapterRecord]:
-    """The n-th version of the poet."""
+    """Return the n-th version of the poet."""
     return lambda number, **changes: make_record(
         digest=f"{number:064x}", weights_digest=f"{number + 99:064x}", **changes
     )
@@ -48,7 +48,7 @@ def test_the_last_three_versions_are_kept_newest_first(version: Callable[..., Ad
     assert snapshot.referenced() == {f"{number + 99:064x}" for number in (4, 3, 2)}
 
 
-def test_a_version_that_comes_back_is_not_kept_twice(version: Callable[..., AdapterRecord]) -> None:
+def test_a_version_that_is_live_again_is_not_kept_twice(version: Callable[..., AdapterRecord]) -> None:
     snapshot = _fold(*(Publish(version(number)) for number in (0, 1, 2, 1)))
     assert _numbers(snapshot.versions(POET)) == [1, 2, 0]
     again = snapshot.after([Publish(version(1, visibility="private"))], 5)
@@ -56,11 +56,11 @@ def test_a_version_that_comes_back_is_not_kept_twice(version: Callable[..., Adap
     assert again.records[POET].visibility == "private"
 
 
-def test_a_withdrawal_takes_every_version(version: Callable[..., AdapterRecord], make_record: MakeRecord) -> None:
+def test_a_withdrawal_removes_every_version(version: Callable[..., AdapterRecord], make_record: MakeRecord) -> None:
     snapshot = _fold(Publish(version(0)), Publish(version(1)), Publish(make_record("other")))
     after = snapshot.after([Withdraw(version(1).ref, "me", NOON)], 4)
     assert (after.versions(POET), list(after.records)) == ((), [("local", "other")])
-    assert _numbers(snapshot.versions(POET)) == [1, 0]  # the older snapshot is as it was
+    assert _numbers(snapshot.versions(POET)) == [1, 0]  # the older snapshot has not changed
     assert _numbers(after.after([Publish(version(2))], 5).versions(POET)) == [2]
 
 
@@ -79,7 +79,7 @@ def test_an_embedding_waits_until_its_encoder_is_active(version: Callable[..., A
     assert after.pending == {}
 
 
-def test_only_what_is_live_gets_an_embedding(version: Callable[..., AdapterRecord]) -> None:
+def test_only_live_versions_get_an_embedding(version: Callable[..., AdapterRecord]) -> None:
     live = _fold(Publish(version(0)), Publish(version(1)), Embed(version(0).ref, embedding(1.0, encoder="new")))
     assert live.pending == {}
     waiting = live.after([Embed(version(1).ref, embedding(1.0, encoder="new"))], 4)
@@ -94,7 +94,7 @@ def test_another_encoders_embedding_is_not_activated(version: Callable[..., Adap
 
 
 def _random_events(draw: random.Random, snapshot: Snapshot, make_record: MakeRecord, number: int) -> Iterator[Event]:
-    """One to four events on a few names of three tenants, as rules would allow them."""
+    """Draw one to four events on a few names of three tenants that the rules would allow."""
     for _ in range(draw.randrange(1, 5)):
         tenant, name = draw.choice(["a", "b", "c"]), f"n{draw.randrange(6)}"
         record = snapshot.records.get((tenant, name))
@@ -124,9 +124,9 @@ def _random_events(draw: random.Random, snapshot: Snapshot, make_record: MakeRec
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_what_is_carried_on_equals_what_is_counted_from_scratch(make_record: MakeRecord, seed: int) -> None:
+def test_updated_counts_equal_counts_from_scratch(make_record: MakeRecord, seed: int) -> None:
     draw, snapshot = random.Random(seed), Snapshot(0, {})
-    assert (snapshot.public, snapshot.tallies.usage) == ({}, {})  # from now on `after` carries them on
+    assert (snapshot.public, snapshot.tallies.usage) == ({}, {})  # from now on `after` updates them
     for number in range(1, 80):
         events = list(_random_events(draw, snapshot, make_record, number))
         snapshot = snapshot.after(events, number)

@@ -30,7 +30,7 @@ def generations_of(snapshot: Snapshot) -> list[int]:
     return [snapshot.generation_for(tenant) for tenant in TENANTS]
 
 
-def test_private_changes_move_their_own_tenants_generation_alone(location: Location, make_record: MakeRecord) -> None:
+def test_private_changes_move_only_their_tenants_generation(location: Location, make_record: MakeRecord) -> None:
     catalogue = Catalogue(location)
     private = make_record("plan", tenant="acme", visibility="private")
     public = make_record("poet", tenant="globex", visibility="public")
@@ -40,7 +40,7 @@ def test_private_changes_move_their_own_tenants_generation_alone(location: Locat
         (Embed(private.ref, embedding(1.0, encoder="next")), [2, 1, 1]),
         (Withdraw(private.ref, "me", NOON), [4, 1, 1]),
         (Approve(public.ref, "boss", NOON), [5, 5, 5]),
-        (SetVisibility(public.ref, "private", "me", NOON), [6, 6, 6]),  # all see that it is gone
+        (SetVisibility(public.ref, "private", "me", NOON), [6, 6, 6]),  # all tenants see that it is gone
         (Publish(make_record("poet", tenant="globex", visibility="private", digest="7" * 64)), [6, 7, 6]),
         (SetVisibility(public.ref, "public", "me", NOON), [8, 8, 8]),
         (ActivateEncoder("model", "next", "me", NOON), [9, 9, 9]),
@@ -53,7 +53,7 @@ def test_private_changes_move_their_own_tenants_generation_alone(location: Locat
 
 
 def slow(events: list[tuple[int, Any]], tenant: str) -> int:
-    """Play all events and compare what the tenant sees before and after each."""
+    """Replay all events and compare what the tenant sees before and after each."""
     snapshot, newest = Snapshot(0, {}), 0
     for generation, event in events:
         after = snapshot.after([event], generation)
@@ -64,14 +64,16 @@ def slow(events: list[tuple[int, Any]], tenant: str) -> int:
 
 
 def _is_about_seen(event: Any, after: Snapshot, tenant: str) -> bool:
-    """Whether the tenant sees what the event is about, also where it left that as it was."""
+    """Return whether the tenant sees the event's subject, even if the event did not change it."""
     ref = event.record.ref if isinstance(event, Publish) else event.ref
     record = after.records.get((ref.tenant, ref.name))
     return record is not None and record.is_visible_to(tenant)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_it_is_the_same_by_events_by_folds_and_by_looking(folder_uri: str, make_record: MakeRecord, seed: int) -> None:
+def test_events_folds_and_comparison_give_the_same_generation(
+    folder_uri: str, make_record: MakeRecord, seed: int
+) -> None:
     location = Location(folder_uri)
     draw, events, readers = random.Random(seed), [], [Catalogue(location, min_tail=10), Catalogue(location)]
     for number in range(1, 41):

@@ -1,4 +1,4 @@
-"""What a staged version is before its commit: its digest covers all that identifies it, and nothing else."""
+"""A staged version before its commit: its digest covers everything that identifies it, and nothing else."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def checked(make_weights: MakeWeights) -> CheckedFolder:
 
 
 @pytest.mark.parametrize("visibility", ["public", "private"])
-def test_the_record_describes_the_folder_and_lacks_what_the_commit_knows(
+def test_the_record_describes_the_folder_without_the_fields_of_the_commit(
     visibility: Visibility, checked: CheckedFolder
 ) -> None:
     label = replace(LABEL, visibility=visibility)

@@ -65,7 +65,7 @@ def test_weights_and_samples_load_as_published(
     assert [sample.input for sample in staged.samples] == ["Write a poem.", "two\nlines\u2028and – more"]
 
 
-def test_publishing_again_what_is_live_commits_nothing(open_store: OpenStore, make_folder: MakeFolder) -> None:
+def test_publishing_a_live_version_again_commits_nothing(open_store: OpenStore, make_folder: MakeFolder) -> None:
     store = open_store()
     assert _commit(store, store.stage(make_folder())) == 1
     assert _commit(store, store.stage(make_folder())) == 1
@@ -127,7 +127,7 @@ def test_the_version_digest_covers_weights_samples_template_and_tags(
     assert store.stage(make_folder("renamed"), tenant="them").ref.digest == staged[0].ref.digest
 
 
-def test_config_noise_and_key_order_leave_the_digests_alone(open_store: OpenStore, make_folder: MakeFolder) -> None:
+def test_config_noise_and_key_order_do_not_change_the_digests(open_store: OpenStore, make_folder: MakeFolder) -> None:
     store = open_store()
     folder = make_folder()
     before = store.stage(folder).ref
@@ -194,7 +194,7 @@ def test_a_vector_is_needed_for_each_staged_adapter(open_store: OpenStore, make_
     assert store.snapshot().generation == 0
 
 
-def test_a_damaged_blob_is_named_and_publishing_again_mends_it(
+def test_a_damaged_blob_is_named_and_publishing_again_repairs_it(
     open_store: OpenStore, location: Location, make_folder: MakeFolder
 ) -> None:
     store = open_store()
@@ -214,7 +214,7 @@ def test_a_blob_that_is_not_stored_is_not_found(open_store: OpenStore) -> None:
         open_store().samples("0" * 64)
 
 
-def test_a_store_whose_endpoint_stops_says_so_and_goes_on_where_it_was(make_folder: MakeFolder) -> None:
+def test_a_stopped_endpoint_is_reported_and_the_store_continues_afterwards(make_folder: MakeFolder) -> None:
     endpoint = S3Endpoint()
     store = LoraStore(endpoint.uri(f"stores/{uuid4().hex}"), accepts_base=[BASE])
     staged, other, lost = (
@@ -232,7 +232,7 @@ def test_a_store_whose_endpoint_stops_says_so_and_goes_on_where_it_was(make_fold
     ):
         with pytest.raises(StoreUnavailable):
             attempt()
-    with pytest.raises(AdapterRefused):  # what is wrong with the folder is known without the endpoint
+    with pytest.raises(AdapterRefused):  # problems of the folder are found without the endpoint
         store.stage(lost, name="a/b")
     endpoint.start()
     assert _commit(store, other) == 2

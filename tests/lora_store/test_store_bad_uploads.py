@@ -12,7 +12,7 @@ from tests.lora_store.builders import BASE, MakeFolder
 
 @pytest.fixture(scope="module", params=["folder", "s3"])
 def location(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Location:
-    """One store for all of them: none may leave a trace in it."""
+    """Return the location of one store for all of them: none may leave files in it."""
     if request.param == "folder":
         return Location(str(tmp_path_factory.mktemp("refusing") / "store"))
     return Location(request.getfixturevalue("s3_endpoint").uri("refusing"))
@@ -25,7 +25,7 @@ def store(location: Location) -> LoraStore:
 
 @pytest.fixture
 def everything(location: Location) -> Callable[[], list[tuple[str, int]]]:
-    """All files of the store."""
+    """Return all files of the store."""
     return lambda: sorted((file.name, file.num_bytes) for file in Files(location).entries())
 
 
@@ -69,5 +69,5 @@ def test_the_folder_is_valid_before_it_is_damaged(
     store.discard([staged])
 
 
-def test_there_are_at_least_forty_kinds_that_travel_over_http() -> None:
+def test_at_least_forty_kinds_can_be_sent_over_http() -> None:
     assert sum(bad.travels for bad in BAD_FOLDERS.values()) >= 40

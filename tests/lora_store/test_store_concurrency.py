@@ -1,4 +1,4 @@
-"""Publishers, withdrawals and sweeps at once: the outcome is one of the serial orders, and nothing is lost."""
+"""Concurrent publishes, withdrawals and sweeps: the outcome equals some serial order, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ NUM_PUBLISHERS = 8
 
 @pytest.fixture(scope="module")
 def in_processes() -> Iterator[Callable[..., Future[list[Done]]]]:
-    """Runs each call in one of as many processes as there are publishers."""
+    """Run each call in one of as many processes as there are publishers."""
     with ProcessPoolExecutor(NUM_PUBLISHERS, mp_context=PROCESSES) as pool:
         yield pool.submit
 
 
 def _check_serial(store: LoraStore, done: list[Done]) -> None:
-    """Each commit has a generation of its own; replayed in that order they give what is live and what is kept."""
+    """Check that each commit has its own generation, and that a replay in that order gives the final state."""
     assert len({item.generation for item in done}) == len(done)
     kept: dict[str, list[str]] = {}
     for item in sorted(done, key=lambda item: item.generation):
@@ -116,10 +116,10 @@ def test_a_withdraw_and_an_update_in_either_order(
     assert ours.load(staged.weights_digest)
 
 
-def test_sweeps_and_collections_never_take_what_is_being_published(
+def test_sweeps_and_collections_never_delete_blobs_during_their_publish(
     store_uri: str, make_folder: MakeFolder, scale: Scale
 ) -> None:
-    """Publishers of the same weights withdraw and publish them again, while others sweep just these all the time."""
+    """Publishers withdraw and publish the same weights, while others sweep these all the time."""
     rounds = scale.pick("rounds of each publisher", small=3, full=60)
     folder = make_folder()
     digests = LoraStore(store_uri, accepts_base=[BASE]).stage(folder).record.blobs

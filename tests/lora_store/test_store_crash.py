@@ -1,4 +1,4 @@
-"""kill -9 of a publishing process, at points spread over the publish."""
+"""Kill a publishing process with SIGKILL, at points spread over the publish."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from tests.lora_store.publishing import PROCESSES, fold_watched, publish, publis
 from tests.s3 import S3Endpoint
 from tests.soak import Scale
 
-_LATER = timedelta(hours=2)  # leases of crashed processes have expired by then
+_LATER = timedelta(hours=2)  # later than the leases of crashed processes expire
 _LOG_FILE = re.compile(r"_delta_log/(\d{20}\.json|\d{20}\.checkpoint\.parquet|_last_checkpoint)")
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """When the process dies: at a step (a file it touches, a request it sends), or so long after it began."""
+    """The point of death: a step (a file that it touches, a request that it sends), or a time after the start."""
 
     step: int | None = None
     after_s: float = 60.0
@@ -43,7 +43,7 @@ class Victim:
     work: Callable[..., None] = publish_watched
 
     def run(self, folder: Path, point: Point) -> tuple[int, float] | None:
-        """(steps, seconds) of the publish if it came to its end; None if it was killed before."""
+        """Return (steps, seconds) of a completed publish; None if it was killed before its end."""
         ours, theirs = PROCESSES.Pipe()
         die_at = point.step if self.endpoint is None else None
         process = PROCESSES.Process(target=self.work, args=(self.uri, folder, "poet", theirs, die_at))
@@ -63,7 +63,7 @@ class Victim:
         return (num_touched if self.endpoint is None else num_requests()), took_s
 
     def _count_requests(self, process: BaseProcess, die_at: int | None) -> Callable[[], int]:
-        """How many requests came until that is asked; the process is killed when number `die_at` comes."""
+        """Return a function that counts requests so far; the process is killed at request number `die_at`."""
         numbers = itertools.count()
 
         def count() -> None:
@@ -80,10 +80,10 @@ class Victim:
 
 
 def _received(channel: Connection) -> int | None:
-    """Return the message of the process, None if it died first."""
+    """Return the message of the process, None if it died before."""
     try:
-        told: int = channel.recv()
-        return told
+        message: int = channel.recv()
+        return message
     except EOFError:
         return None
 
@@ -96,7 +96,7 @@ def victim(store_uri: str, request: pytest.FixtureRequest) -> Victim:
 
 @pytest.fixture
 def open_later(store_uri: str) -> Callable[[], LoraStore]:
-    """The store as another process opens it, two hours on."""
+    """Open the store as another process would, two hours later."""
     return lambda: LoraStore(store_uri, accepts_base=[BASE], now=lambda: datetime.now(UTC) + _LATER)
 
 
@@ -106,7 +106,7 @@ def test_a_killed_publish_leaves_the_pool_whole(
     store = LoraStore(victim.uri, accepts_base=[BASE])
     for seed, name in enumerate(["other", "poet", "another"]):
         publish(store, make_folder(name, seed), name)
-    _, whole = [victim.run(make_folder("poet", seed), Point()) for seed in (3, 4)]  # the first one warms up
+    _, whole = [victim.run(make_folder("poet", seed), Point()) for seed in (3, 4)]  # the first one is a warm-up
     assert whole is not None
     num_points = scale.pick("kills", small=4 if victim.endpoint is None else 2, full=200)
     num_killed = 0
@@ -128,7 +128,7 @@ def test_a_killed_fold_leaves_the_pool_whole(
     catalogue, idle = Catalogue(location), Catalogue(location)
     catalogue.commit(lambda _: [Publish(make_record(f"a{number}")) for number in range(6)])
     folding = replace(victim, work=fold_watched)
-    _, whole = [folding.run(tmp_path, Point()) for _ in range(2)]  # the first one warms up
+    _, whole = [folding.run(tmp_path, Point()) for _ in range(2)]  # the first one is a warm-up
     assert whole is not None
     num_points = scale.pick("kills", small=4, full=200)
     num_killed = 0
@@ -138,7 +138,7 @@ def test_a_killed_fold_leaves_the_pool_whole(
         found = Catalogue(location).snapshot()
         expected = [dict(before.records), dict(before.records) | {("local", "poet"): found.records["local", "poet"]}]
         assert dict(found.records) in expected
-        assert catalogue.snapshot() == found  # for a replica that follows, too
+        assert catalogue.snapshot() == found  # also for a replica that follows
         if number % 3 == 2:
             catalogue.vacuum(datetime.now(UTC) + _LATER)
             assert idle.snapshot().records == catalogue.snapshot().records == Catalogue(location).snapshot().records
@@ -146,7 +146,7 @@ def test_a_killed_fold_leaves_the_pool_whole(
 
 
 def _points(number: int, num_steps: int, took_s: float) -> Iterator[Point]:
-    """Half of them at steps, half by the clock, spread over the publish."""
+    """Return points spread over the publish, half of them by steps, half by time."""
     by_clock = number // 2
     at_steps = number - by_clock
     yield from (Point(step=index * num_steps // at_steps) for index in range(at_steps))
@@ -154,7 +154,7 @@ def _points(number: int, num_steps: int, took_s: float) -> Iterator[Point]:
 
 
 def _check_whole(store: LoraStore, old_digest: str, folder: Path) -> None:
-    """It opens, every listed adapter is sound, and the name is its old version or its new one."""
+    """Check that the store opens, every listed adapter is intact, and the name has its old or its new version."""
     snapshot = store.snapshot()
     assert sorted(name for _, name in snapshot.records) == ["another", "other", "poet"]
     assert {check.problem for check in store.verify()} == {None}
@@ -172,7 +172,7 @@ def _check_retry(store: LoraStore, folder: Path) -> None:
 
 
 def _check_collected(uri: str, store: LoraStore) -> None:
-    """After a gc, all that is stored is needed."""
+    """Check that after a gc only needed files are stored."""
     store.gc(0)
     location, snapshot = Location(uri), store.snapshot()
     stored = {

@@ -1,4 +1,4 @@
-"""How much memory one stage takes: that of a real process, whose numbers torch and Arrow do not hide."""
+"""The memory used by one stage, measured in a real process, which includes memory of torch and Arrow."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def anonymous():
             return int(line.split()[1]) * 1024
 
 def stage(folder, name):
-    # An upload reaches the Store as arrays in shared memory, which a mapped file stands for.
+    # An upload reaches the Store as arrays in shared memory, which a mapped file simulates.
     files = {path.name: np.memmap(path, np.uint8, "r") for path in Path(folder).iterdir()}
     with folder_of(PublishItem(name=name, files=files), (), 1 << 30) as made:
         store.stage(made, name=name)

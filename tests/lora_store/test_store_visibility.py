@@ -1,4 +1,4 @@
-"""Who may name and find an adapter: chosen at a publish, changed later, approved by an admin."""
+"""Which tenants may name and find an adapter: chosen at a publish, changed later, approved by an admin."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def store(open_store: OpenStore) -> LoraStore:
 
 @pytest.fixture
 def publish(store: LoraStore, make_folder: MakeFolder) -> Callable[..., AdapterRef]:
-    """Publish one version; its ref."""
+    """Publish one version and return its ref."""
 
     def run(name: str = "poet", seed: int = 0, precondition: Precondition = "any", **label: Any) -> AdapterRef:
         staged = store.stage(make_folder(name, seed), **label)
@@ -32,14 +32,14 @@ def seen(store: LoraStore, tenant: str) -> list[str]:
     return [str(record.ref.name) for record in store.snapshot().visible_to(tenant)]
 
 
-def test_a_private_adapter_is_its_tenants_alone_until_it_is_made_public(
+def test_a_private_adapter_is_only_its_tenants_until_it_is_made_public(
     store: LoraStore, publish: Callable[..., AdapterRef], open_store: OpenStore
 ) -> None:
     publish(tenant="acme", visibility="private")
     assert (seen(store, "acme"), seen(store, "other")) == (["poet"], [])
     assert store.set_visibility("acme", "poet", "public", "key-1") == 2
     assert seen(store, "other") == ["poet"]
-    assert store.set_visibility("acme", "poet", "public", "key-1") == 2  # it is so already
+    assert store.set_visibility("acme", "poet", "public", "key-1") == 2  # it is public already
     assert store.set_visibility("acme", "poet", "private", "key-1") == 3
     assert seen(store, "other") == []
     assert open_store().snapshot() == store.snapshot()  # the events are read as they were written
@@ -47,7 +47,7 @@ def test_a_private_adapter_is_its_tenants_alone_until_it_is_made_public(
 
 def test_only_a_public_adapter_claims_the_bare_name(store: LoraStore, publish: Callable[..., AdapterRef]) -> None:
     publish(tenant="acme", visibility="private")
-    publish(tenant="other", visibility="private")  # nobody learns of another's private name
+    publish(tenant="other", visibility="private")  # no tenant learns another's private name
     store.set_visibility("acme", "poet", "public", "me")
     with pytest.raises(PublicNameTaken) as caught:
         store.set_visibility("other", "poet", "public", "me")
@@ -66,7 +66,7 @@ def test_an_adapter_that_is_not_live_has_no_visibility(
         store.set_visibility("other", "poet", visibility, "me")
 
 
-def test_an_update_that_says_nothing_stays_as_the_name_is_when_it_is_committed(
+def test_an_update_without_visibility_keeps_that_of_the_name_at_the_commit(
     store: LoraStore, publish: Callable[..., AdapterRef], make_folder: MakeFolder
 ) -> None:
     publish(visibility="public")
@@ -86,7 +86,7 @@ def test_a_new_name_takes_the_visibility_it_was_staged_with(
     assert seen(store, "other") == []
 
 
-def test_embedding_anew_does_not_undo_a_change_of_visibility(
+def test_embedding_again_does_not_undo_a_change_of_visibility(
     store: LoraStore, publish: Callable[..., AdapterRef]
 ) -> None:
     publish(visibility="public")
@@ -115,7 +115,7 @@ def test_making_a_name_private_includes_its_older_versions_and_making_it_public_
     assert [record.visibility for record in store.snapshot().versions(("local", "poet"))] == ["public", "private"]
 
 
-def test_an_approval_is_of_one_version(
+def test_an_approval_is_for_one_version(
     store: LoraStore, publish: Callable[..., AdapterRef], open_store: OpenStore
 ) -> None:
     first = publish()
@@ -124,10 +124,10 @@ def test_an_approval_is_of_one_version(
     assert store.snapshot().records["local", "poet"].approved
     second = publish(seed=1)
     assert not store.snapshot().records["local", "poet"].approved
-    with pytest.raises(AdapterNotFound):  # what the admin looked at is not live any more
+    with pytest.raises(AdapterNotFound):  # the version that the admin reviewed is not live any more
         store.approve([first], "boss")
     store.approve([second], "boss")
-    assert publish() == first  # the same bytes come back, and nobody has to look again
+    assert publish() == first  # the same bytes are live again and need no second review
     assert store.snapshot().records["local", "poet"].approved
     assert open_store().snapshot() == store.snapshot()
 
@@ -161,7 +161,7 @@ def test_equal_bytes_of_two_tenants_outlive_one_withdrawal(
 def test_names_of_others_cost_the_same_look_ups_whether_they_exist_or_not(
     store: LoraStore, publish: Callable[..., AdapterRef]
 ) -> None:
-    """Counted, since time is noise; `test_isolation.py` measures it at full scale."""
+    """Look-ups are counted, because times vary; `test_isolation.py` measures times at full scale."""
     publish(tenant="acme", visibility="private")
     snapshot = store.snapshot()
     for private, unknown in (("acme/poet", "acme/nobody"), ("poet", "nobody")):
@@ -186,7 +186,7 @@ def look_ups(snapshot: Snapshot, name: str) -> tuple[int, int]:
     return records.num_gets, public.num_gets
 
 
-def test_verify_reads_what_a_tenant_sees_and_nothing_of_others(open_store: OpenStore, make_folder: MakeFolder) -> None:
+def test_verify_reads_only_blobs_that_the_tenant_sees(open_store: OpenStore, make_folder: MakeFolder) -> None:
     store = open_store()
     cases = [("acme", "mine", "private"), ("globex", "hidden", "private"), ("globex", "shown", "public")]
     staged = {

@@ -27,7 +27,7 @@ def test_an_error_lists_every_reason(open_store: OpenStore, make_folder: MakeFol
     assert len(caught.value.reasons) == len(wanted)
 
 
-def test_made_up_modules_never_meet_the_configs_patterns(
+def test_the_configs_patterns_are_not_matched_with_made_up_modules(
     open_store: OpenStore, make_folder: MakeFolder, module_shapes: dict[str, tuple[int, int]]
 ) -> None:
     folder = make_folder()
@@ -43,7 +43,7 @@ def test_made_up_modules_never_meet_the_configs_patterns(
     assert "'stray' is not a linear layer of the base model" in reason
 
 
-def test_the_list_of_reasons_is_limited_and_says_how_many_are_left_out(
+def test_the_list_of_reasons_is_limited_and_counts_the_omitted_ones(
     open_store: OpenStore, make_folder: MakeFolder, module_shapes: dict[str, tuple[int, int]]
 ) -> None:
     folder = make_folder()
@@ -87,7 +87,7 @@ def test_harmless_files_and_settings_are_accepted(
     assert checked.base_model == "tiny-base"
 
 
-def test_modules_are_not_matched_where_the_base_is_not_known(make_folder: MakeFolder) -> None:
+def test_modules_are_not_checked_without_a_known_base(make_folder: MakeFolder) -> None:
     folder = make_folder()
     rename("layers.1", "layers.7")(folder)
     checked = check_folder(folder, accepts_base={"tiny-base"}, module_shapes=None)
@@ -96,7 +96,7 @@ def test_modules_are_not_matched_where_the_base_is_not_known(make_folder: MakeFo
         check_folder(folder, accepts_base={"tiny-base"}, module_shapes={"model.layers.0.self_attn.q_proj": (8, 6)})
 
 
-def test_limits_are_the_operators(make_folder: MakeFolder, module_shapes: dict[str, tuple[int, int]]) -> None:
+def test_the_operator_sets_the_limits(make_folder: MakeFolder, module_shapes: dict[str, tuple[int, int]]) -> None:
     with pytest.raises(AdapterRefused) as caught:
         check_folder(
             make_folder(),

@@ -1,4 +1,4 @@
-"""Adapters in a live pool, and what a search finds of them."""
+"""Adapters in a live pool, and the results of a search over them."""
 
 from __future__ import annotations
 

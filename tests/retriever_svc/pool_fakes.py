@@ -1,4 +1,4 @@
-"""Records without a catalogue, an encoder whose vectors a test chooses, and a pool whose background work waits."""
+"""Records without a catalogue, an encoder with chosen vectors, and a pool with delayed background work."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def record_of(
     num_samples: int = 0,
     approved: bool = False,
 ) -> AdapterRecord:
-    """A record as the catalogue would hold it; `weights` names its weights, which are its own by default."""
+    """Return a record as in the catalogue. `weights` sets its weights' digest, by default a unique one."""
     return AdapterRecord(
         ref=AdapterRef(tenant, name, digest_of(f"version{version} {tenant}/{name}")),
         weights_digest=digest_of(f"weights{version} {weights or f'{tenant}/{name}'}"),
@@ -70,12 +70,12 @@ def snapshot_of(*records: AdapterRecord, generation: int = 1, **fields: Any) -> 
 
 
 def names(route: Route) -> list[str]:
-    """The names of a route's planned adapters, in order."""
+    """Return the names of a route's planned adapters, in order."""
     return [adapter.ref.name for adapter in route.plan.adapters]
 
 
 class FakeEncoder:
-    """Encodes exactly the texts of its table, and keeps every batch it was asked for."""
+    """Encodes exactly the texts of its table, and records every batch."""
 
     def __init__(self, table: Mapping[str, Sequence[float]], dim: int = 2, identity: str = FAKE_IDENTITY) -> None:
         self.dim, self.identity = dim, identity
@@ -88,7 +88,7 @@ class FakeEncoder:
 
 
 class Source:
-    """A catalogue that holds whatever snapshot the test put there last."""
+    """A catalogue that returns the snapshot set by the test."""
 
     def __init__(self, *records: AdapterRecord) -> None:
         self.now = snapshot_of(*records)
@@ -97,13 +97,13 @@ class Source:
         return self.now
 
     def commit(self, *records: AdapterRecord, **fields: Any) -> Snapshot:
-        """The next generation has exactly `records`."""
+        """Set the next generation to exactly these `records`."""
         self.now = snapshot_of(*records, generation=self.now.generation + 1, **fields)
         return self.now
 
 
 class Later:
-    """Background work that waits until the test runs it."""
+    """Background work that runs when the test says so."""
 
     def __init__(self) -> None:
         self.waiting: list[Callable[[], None]] = []

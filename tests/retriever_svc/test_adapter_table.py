@@ -10,7 +10,7 @@ from tests.retriever_svc.pool_fakes import record_of
 
 
 def records_of(count: int) -> list[AdapterRecord]:
-    """Every third is private, owners and tags repeat, some have no own scores."""
+    """Return records: every third is private, owners and tags repeat, some have no scores of their own."""
     rng = np.random.default_rng(count)
     return [
         record_of(
@@ -34,7 +34,7 @@ def filled(records: list[AdapterRecord], *, step: int, requires_approval: bool =
 
 
 @pytest.mark.parametrize("step", [1, 7, 1000])
-def test_masks_equal_a_slow_loop_however_rows_came(step: int) -> None:
+def test_masks_equal_a_slow_loop_in_any_order_of_rows(step: int) -> None:
     records = records_of(100)
     table = filled(records, step=step)
     for count in (0, 1, 50, 100):
@@ -78,6 +78,6 @@ def test_vectors_are_unit_rows_in_order_and_names_know_their_newest_position() -
     assert len(table) == 9001
 
 
-def test_only_what_has_an_embedding_has_a_position() -> None:
+def test_only_embedded_adapters_have_a_position() -> None:
     with pytest.raises(AssertionError):
         AdapterTable(4).append([record_of("bare", None)])

@@ -8,7 +8,7 @@ from tests.retriever_svc.pool_fakes import FakeEncoder
 TABLE = {f"{number} {'x' * 2000}": (float(number), 1.0) for number in range(9)}
 
 
-def test_rows_come_in_the_order_of_the_texts_whatever_the_chunks() -> None:
+def test_rows_have_the_order_of_the_texts_for_any_chunks() -> None:
     encoder = FakeEncoder(TABLE)
     texts = [*reversed(TABLE), *TABLE]
     rows = BulkEncoding(encoder, texts).encode_all()

@@ -53,9 +53,9 @@ def test_without_an_adapter_of_enough_samples_there_is_no_floor(groups: list[np.
     assert calibrate_floor(groups) == NO_FLOOR
 
 
-def test_an_adapter_has_one_vote_however_many_samples_it_has() -> None:
+def test_an_adapter_has_one_vote_for_any_number_of_samples() -> None:
     short, long = groups_of([20, 20, 20, 20, 20]), groups_of([20, 20, 20, 20, 20])
-    long[0] = np.concatenate([long[0]] * 10)  # the same scores, near enough, ten times
+    long[0] = np.concatenate([long[0]] * 10)  # nearly the same scores, ten times
     assert calibrate_floor(long) == pytest.approx(calibrate_floor(short), abs=0.02)
 
 
@@ -68,7 +68,7 @@ def test_others_that_cancel_out_score_zero() -> None:
     np.testing.assert_array_equal(leave_one_out_scores(np.asarray([[1, 0], [0, 1], [0, -1]]))[0], 0)
 
 
-def test_scores_a_hair_beyond_one_count_as_one() -> None:
+def test_scores_slightly_above_one_count_as_one() -> None:
     assert vote_of(np.full(9, 1.0000001, np.float32)) == 1.0
     assert vote_of(np.full(9, -1.0000001, np.float32)) == -1.0
 
@@ -81,7 +81,7 @@ def test_other_tenants_do_not_move_a_floor_that_has_a_trusted_vote(num_trusted: 
 
 
 @pytest.mark.parametrize("trusted", [np.empty(0), np.full(3, NO_VOTE)])
-def test_other_tenants_vote_where_there_is_no_trusted_vote(trusted: np.ndarray) -> None:
+def test_other_tenants_vote_if_there_is_no_trusted_vote(trusted: np.ndarray) -> None:
     others = np.asarray([-1.0, 1.0, NO_VOTE])
     assert floor_of(trusted, others) == pytest.approx(np.quantile([-1.0, 1.0], 0.2))
     assert floor_of(trusted, np.asarray([NO_VOTE])) == NO_FLOOR

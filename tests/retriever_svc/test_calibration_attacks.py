@@ -1,6 +1,6 @@
-"""No tenant moves how often another tenant's prompts abstain, whatever samples it publishes.
+"""No tenant can change how often another tenant's prompts abstain, whatever samples it publishes.
 
-The tests look at behaviour only: the share of prompts that abstain, before an attack and after it.
+The tests check behaviour only: the share of prompts that abstain, before and after an attack.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from retriever_svc.encoder import unit_rows
 from tests.retriever_svc.pool_fakes import FakeEncoder, Source, record_of
 from tests.soak import Scale
 
-MAX_SHIFT = 0.02  # of the prompts of a kind: what an attack may move
+MAX_SHIFT = 0.02  # largest change of the share that an attack may cause
 HONEST, STRANGER, ATTACKER = "acme", "initech", "mallory"
 ANSWERING = "answering"  # the tag of honest adapters
 DIM = 64
@@ -33,7 +33,7 @@ Groups = Mapping[str, Sequence[str]]  # the texts of each adapter's samples
 
 @dataclass(frozen=True)
 class Shares:
-    """Shares of prompts that abstain: those of a task in the pool, and those no adapter is for."""
+    """Shares of prompts that abstain: prompts of a task in the pool, and prompts without an adapter."""
 
     in_task: float
     foreign: float
@@ -45,7 +45,7 @@ class Shares:
 
 @dataclass(frozen=True)
 class World:
-    """An honest pool, and the prompts that measure it."""
+    """An honest pool, and prompts to measure it."""
 
     encoder: FakeEncoder | Encoder
     honest: Groups
@@ -65,14 +65,14 @@ class World:
 
 
 def _abstaining(retriever: Retriever, prompts: Sequence[str], asker: str) -> float:
-    """Only honest adapters may answer: an attacker's that draws prompts is another matter than a floor that moves."""
+    """Return the share that abstains with honest adapters only: adapters that attract prompts are another attack."""
     routes = retriever.route([RouteRequest(prompt, tenant=asker, tags=(ANSWERING,)) for prompt in prompts])
     assert all(isinstance(route, Route) for route in routes)
     return sum(route.abstained for route in routes if isinstance(route, Route)) / len(routes)
 
 
 def vector_world(num_adapters: int) -> World:
-    """Tasks of 20 samples around centres that share a direction, as the prompts of one language do."""
+    """Return tasks of 20 samples around centres that share a direction, like prompts of one language."""
     rng = np.random.default_rng(5)
     table: dict[str, np.ndarray] = {}
 
@@ -96,12 +96,12 @@ def vector_world(num_adapters: int) -> World:
 
 
 def unlike(num_adapters: int, num_samples: int, text: Callable[[int], str]) -> Groups:
-    """Adapters whose samples have nothing in common."""
+    """Return adapters whose samples have nothing in common."""
     return {f"u{n}": [text(num_samples * n + i) for i in range(num_samples)] for n in range(num_adapters)}
 
 
 def equal(num_adapters: int, text: str = "equal") -> Groups:
-    """Adapters whose 200 samples are one text."""
+    """Return adapters whose 200 samples are one text."""
     return {f"e{n}": [text] * 200 for n in range(num_adapters)}
 
 
@@ -126,21 +126,21 @@ def test_another_tenants_adapters_do_not_move_abstention(asker: str, num_adapter
     world = vector_world(num_adapters)
     honest = world.records(world.honest, HONEST, approved=asker == STRANGER)
     before = world.shares(honest, asker)
-    assert 0 < before.in_task < 0.2 < before.foreign < 1, before  # so that it can move in both directions
+    assert 0 < before.in_task < 0.2 < before.foreign < 1, before  # so that it can change in both directions
     attackers = world.records(attack, ATTACKER, approved=False)
     world.shares([*honest, *attackers], asker).assert_near(before)
-    world.shares([*attackers, *honest], asker).assert_near(before)  # whoever was first
+    world.shares([*attackers, *honest], asker).assert_near(before)  # in any order
 
 
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=list(ATTACKS))
 @pytest.mark.parametrize("num_own", [1, 2, 4])
-def test_a_tenant_of_few_adapters_abstains_as_without_an_attacker(num_own: int, attack: Groups) -> None:
+def test_a_tenant_with_few_adapters_abstains_as_without_an_attacker(num_own: int, attack: Groups) -> None:
     world = vector_world(12)
     names = list(world.honest)
     own = world.records({name: world.honest[name] for name in names[:num_own]}, STRANGER, approved=False)
     others = world.records({name: world.honest[name] for name in names[num_own:]}, HONEST, approved=False)
     before = world.shares([*own, *others], STRANGER)
-    assert 0 < before.in_task < 1, before  # so that it can move in both directions
+    assert 0 < before.in_task < 1, before  # so that it can change in both directions
     attackers = world.records(attack, ATTACKER, approved=False)
     world.shares([*own, *others, *attackers], STRANGER).assert_near(before)
 
@@ -186,7 +186,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def test_the_starter_pool_abstains_as_before_under_attack(scale: Scale) -> None:
-    """The packaged encoder, and prompts that no adapter was made from."""
+    """Uses the packaged encoder, and prompts for which no adapter was made."""
     num_tasks = scale.pick("tasks", small=6, full=12)
     num_prompts = scale.pick("held-out prompts a task", small=6, full=12)
     num_foreign = scale.pick("foreign prompts", small=12, full=len(FOREIGN))

@@ -45,14 +45,14 @@ def test_samples_that_find_their_own_adapter_are_counted() -> None:
     assert report.always_shadowed == report.never_chosen == report.collisions == report.unreadable == ()
 
 
-def test_an_adapter_no_sample_of_which_puts_it_first_is_shadowed_by_the_one_that_does() -> None:
+def test_an_adapter_that_none_of_its_samples_ranks_first_is_shadowed() -> None:
     report = report_on(E, record_of("e2", unit_rows(np.asarray([1, 0, 0.3], np.float32))), N)
     [shadowed] = report.always_shadowed
     assert (shadowed.ref.name, shadowed.num_first, shadowed.num_found) == ("e2", 0, 2)
     assert shadowed.shadowed_by == E.ref
 
 
-def test_what_no_sample_of_the_pool_finds_is_never_chosen() -> None:
+def test_an_adapter_that_no_sample_finds_is_reported_as_never_chosen() -> None:
     away = record_of("u", (0.0, 0.0, -1.0))
     assert report_on(E, N, away, top_k=2).never_chosen == (away.ref,)
     assert report_on(E, N, away, top_k=3).never_chosen == ()
@@ -70,21 +70,21 @@ def test_adapters_at_one_place_collide() -> None:
     assert report_on(E, apart, N).collisions == ()
 
 
-def test_adapters_whose_samples_find_each_other_collide_however_far_apart() -> None:
+def test_adapters_whose_samples_find_each_other_collide_at_any_distance() -> None:
     swapped = {"e": ("north", "east"), "n": ("east", "north")}
     [collision] = report_on(E, N, source=lambda record: [Sample(text) for text in swapped[record.ref.name]]).collisions
     assert (collision.first, collision.second, collision.cosine) == (E.ref, N.ref, pytest.approx(0))
     assert (collision.num_of_first, collision.num_of_second) == (1, 1)
 
 
-def test_only_what_the_tenant_sees_is_examined_and_counts() -> None:
+def test_only_visible_adapters_are_examined_and_counted() -> None:
     theirs = record_of("e2", EAST, tenant="b", visibility="private")
     assert Counter(a.ref.name for a in report_on(E, theirs, tenant="a").adapters) == {"e": 1}
     assert report_on(E, theirs, tenant="a").collisions == ()
     assert len(report_on(E, theirs, tenant="b").collisions) == 1
 
 
-def test_what_has_no_embedding_is_left_out_and_what_cannot_be_read_is_named() -> None:
+def test_adapters_without_embedding_are_skipped_and_unreadable_ones_are_named() -> None:
     def broken(record: AdapterRecord) -> Sequence[Sample]:
         if record.ref.name == "n":
             raise BlobCorrupted("x", "y")

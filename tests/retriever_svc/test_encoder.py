@@ -39,7 +39,7 @@ def test_rows_are_unit_float32_in_order(encoder: Encoder) -> None:
     assert len(np.unique(rows.round(4), axis=0)) == len(TEXTS)
 
 
-def test_rows_are_unit_whatever_the_model_gives(encoder: Encoder, tmp_path: Path) -> None:
+def test_rows_are_unit_for_any_model(encoder: Encoder, tmp_path: Path) -> None:
     raw = tmp_path / "raw"
     shutil.copytree(model_folder("all-MiniLM-L6-v2"), raw)
     modules = json.loads((raw / "modules.json").read_text())
@@ -60,12 +60,12 @@ def test_a_batch_equals_its_texts_one_by_one(encoder: Encoder) -> None:
     np.testing.assert_allclose(batch, alone, atol=1e-5)
 
 
-def test_rows_are_what_sentence_transformers_makes_of_instruction_and_text(encoder: Encoder) -> None:
+def test_rows_equal_those_of_sentence_transformers(encoder: Encoder) -> None:
     direct = encoder._model.encode([INSTRUCTION + text for text in TEXTS[:4]], normalize_embeddings=True)
     np.testing.assert_allclose(encoder.encode(TEXTS[:4]), direct, atol=1e-5)
 
 
-def test_a_chunk_is_about_as_long_as_it_says_padding_included(encoder: Encoder) -> None:
+def test_a_chunk_with_padding_has_about_its_nominal_length(encoder: Encoder) -> None:
     texts = [*(["Add two and three, please. " * n for n in range(60)]), *(["漢字 " * n for n in range(1, 60)]), "", "ü"]
     keys = [("me", text) for text in texts]
     chunks = list(chunks_of(keys))
@@ -123,8 +123,8 @@ def test_threads_share_an_encoder(encoder: Encoder) -> None:
             np.testing.assert_allclose(rows, alone, atol=1e-5)
 
 
-def test_callers_are_served_in_the_order_they_came(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A caller that comes back at once does not overtake the callers that wait."""
+def test_callers_are_served_in_order_of_arrival(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caller that returns at once does not overtake waiting callers."""
     entered, go_on = threading.Event(), threading.Event()
     order: list[str] = []
 
@@ -176,7 +176,7 @@ def test_one_thread_runs_the_model_for_all_callers(encoder: Encoder, monkeypatch
     assert (len(rows), len(threads), most) == (200, 1, 1)
 
 
-def test_an_error_of_the_model_reaches_its_caller_alone(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_model_reaches_only_its_caller(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     compute = encoder._compute
 
     def fail(texts: list[str]) -> Vectors:
@@ -192,7 +192,7 @@ def test_an_error_of_the_model_reaches_its_caller_alone(encoder: Encoder, monkey
 
 @pytest.fixture
 def computed(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every text the model is run on, as it happens."""
+    """Record every text that the model computes."""
     texts_so_far: list[str] = []
     compute = encoder._compute
 
@@ -218,7 +218,7 @@ def test_a_text_is_computed_for_each_owner_also_in_one_call(encoder: Encoder, co
     np.testing.assert_allclose(rows[1:], np.broadcast_to(rows[1], (3, encoder.dim)), atol=1e-5)
 
 
-def test_texts_of_nobody_are_neither_looked_up_nor_kept(encoder: Encoder, computed: list[str]) -> None:
+def test_texts_without_owner_are_not_cached(encoder: Encoder, computed: list[str]) -> None:
     encoder.encode(["u"], [""])
     encoder.encode(["u", "u"])
     encoder.encode(["v"])
@@ -226,12 +226,12 @@ def test_texts_of_nobody_are_neither_looked_up_nor_kept(encoder: Encoder, comput
     assert computed == ["u", "u", "v", "v"]
 
 
-def test_lone_surrogates_hurt_no_neighbour(encoder: Encoder) -> None:
+def test_lone_surrogates_do_not_affect_other_texts(encoder: Encoder) -> None:
     rows = encoder.encode(["a\ud800b", "fine"])
     np.testing.assert_allclose(rows, encoder.encode(["a?b", "fine"]), atol=1e-5)
 
 
-def test_a_row_of_zeros_stays_as_it_is() -> None:
+def test_a_row_of_zeros_does_not_change() -> None:
     np.testing.assert_array_equal(unit_rows(np.asarray([[0, 0], [3, 4]], np.float32)), [[0, 0], np.float32([0.6, 0.8])])
 
 

@@ -14,7 +14,7 @@ from retriever_svc.errors import EncoderUnusable
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """The files of a model, as far as nothing loads it."""
+    """Write the files of a model that nothing loads."""
     folder = tmp_path / "model"
     (folder / "1_Pooling").mkdir(parents=True)
     for name in ("modules.json", "config.json", "tokenizer.json", "vocab.txt", "1_Pooling/config.json"):
@@ -23,7 +23,7 @@ def model(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_models_folder_is_taken_and_its_identity_is_of_all_its_files(model: Path) -> None:
+def test_a_models_folder_is_accepted_and_all_its_files_determine_its_identity(model: Path) -> None:
     (model / "README.md").write_text("not read")
     (model / ".cache").mkdir()
     (model / ".cache" / "state.json").write_text("{}")
@@ -44,7 +44,7 @@ def test_a_folder_without_safetensors_is_refused(model: Path) -> None:
         model_folder(model)
 
 
-def test_a_module_that_comes_as_a_pickle_only_is_refused_by_its_file(model: Path) -> None:
+def test_a_module_with_only_a_pickle_is_refused_by_its_file(model: Path) -> None:
     (model / "pytorch_model.bin").write_bytes(b"safetensors stand beside it")
     assert model_folder(model) == model
     (model / "2_Dense").mkdir()
@@ -64,7 +64,7 @@ def test_a_folder_that_is_not_a_model_is_not_searched(tmp_path: Path, monkeypatc
     assert "not a sentence-transformers model" in str(caught.value)
 
 
-def test_a_folder_of_more_files_or_levels_than_a_model_has_is_left(model: Path) -> None:
+def test_a_folder_with_more_files_or_levels_than_a_model_is_refused(model: Path) -> None:
     deep = model / "a" / "b" / "c" / "d"
     deep.mkdir(parents=True)
     (deep / "pytorch_model.bin").write_bytes(b"")
@@ -85,7 +85,7 @@ def test_the_packaged_encoder_is_read_without_importing_its_package() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-def test_packaged_weights_that_are_not_the_known_ones_are_refused(tmp_path: Path) -> None:
+def test_unknown_packaged_weights_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     with pytest.raises(EncoderUnusable, match="no readable weights"):
         check_weights(path, "0" * 64)

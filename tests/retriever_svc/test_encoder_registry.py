@@ -11,7 +11,7 @@ NEW = ActiveEncoder("new-model", "new")
 
 
 class Models:
-    """Models by name, as they lie on the disk right now."""
+    """Models by name, as they are on disk now."""
 
     def __init__(self) -> None:
         self.identities = {"default-model": "default", "new-model": "new"}
@@ -34,13 +34,13 @@ def test_the_default_is_active_until_another_is_activated() -> None:
     assert models.loaded == ["default-model", "new-model"]
 
 
-def test_what_is_active_at_start_is_the_only_one_loaded() -> None:
+def test_only_the_active_encoder_is_loaded_at_the_start() -> None:
     models = Models()
     assert EncoderRegistry(models, "default-model").encoder_of(NEW).identity == "new"
     assert models.loaded == ["new-model"]
 
 
-def test_activating_the_identity_in_force_loads_nothing() -> None:
+def test_activating_the_active_identity_loads_nothing() -> None:
     models = Models()
     encoders = EncoderRegistry(models, "default-model")
     assert encoders.encoder_of(None) is encoders.encoder_of(ActiveEncoder("the same under another name", "default"))
@@ -56,14 +56,14 @@ def test_a_prepared_encoder_takes_over_without_being_loaded_again() -> None:
     assert models.loaded == ["new-model", "default-model"]
 
 
-def test_a_folder_written_anew_is_read_anew() -> None:
+def test_a_rewritten_folder_is_read_again() -> None:
     models = Models()
     encoders = EncoderRegistry(models, "default-model")
     encoders.prepare("new-model")
     models.identities["new-model"] = "newer"
     assert encoders.prepare("new-model").identity == "newer"
     models.identities["new-model"] = "new"
-    assert encoders.encoder_of(NEW).identity == "new"  # the one prepared is passed over
+    assert encoders.encoder_of(NEW).identity == "new"  # the prepared one is not used
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from retriever_svc.calibration import vote_of
 from retriever_svc.encoder import unit_rows
 from tests.retriever_svc.pool_fakes import record_of
 
-ALL_LISTS = 10_000  # probes: lists hide nothing
+ALL_LISTS = 10_000  # probes: all lists are read
 EXACT = IndexSettings()
 LISTS = IndexSettings(exact_rows=20, side_rows=30, num_probes=ALL_LISTS)
 
@@ -24,7 +24,7 @@ def random_rows(rng: np.random.Generator, count: int, dim: int = 16) -> np.ndarr
 
 
 def records_of(vectors: np.ndarray) -> list[AdapterRecord]:
-    """Not in the order of their names; of three tenants."""
+    """Return records of three tenants, not in the order of their names."""
     return [
         record_of(f"adapter-{number * 7919 % 1000:03d}", vector, tenant=f"t{number % 3}")
         for number, vector in enumerate(vectors)
@@ -60,7 +60,7 @@ def may_use(record: AdapterRecord, tenant: str, tags: Iterable[str]) -> bool:
 
 
 def labelled(rng: np.random.Generator, name: str, dim: int = 16) -> AdapterRecord:
-    """Of skewed owners and tags: most belong to one tenant, few carry a rare tag."""
+    """Return records with skewed owners and tags: most belong to one tenant, few have a rare tag."""
     tenant = "big" if rng.random() < 0.8 else f"t{rng.integers(0, 5)}"
     tags = [tag for tag, share in (("common", 0.7), ("half", 0.5), ("rare", 0.03)) if rng.random() < share]
     return record_of(
@@ -113,7 +113,7 @@ def test_every_generation_of_publishes_updates_and_withdrawals_equals_a_slow_loo
         index = index.after([*gone, ("nobody", "unknown")], new)
         generations.append((index, live))
     queries = random_rows(rng, 3)
-    for index, live in generations:  # the old ones still are what they were
+    for index, live in generations:  # the old ones have not changed
         assert index.num_live == len(live)
         for tenant, tags in CALLERS:
             usable = [record for record in live.values() if may_use(record, tenant, tags)]
@@ -137,7 +137,7 @@ def test_votes_on_the_floor_follow_every_generation() -> None:
 
 
 def _voting_owners(records: list[AdapterRecord]) -> list[str]:
-    """The owners of public adapters that vote."""
+    """Return the owners of public adapters that vote."""
     return [
         record.ref.tenant
         for record in records
@@ -151,7 +151,7 @@ def test_a_new_generation_shares_the_vectors_of_the_one_before() -> None:
     assert np.shares_memory(index._vectors, after._vectors)
 
 
-def test_a_generation_is_followed_once() -> None:
+def test_a_generation_can_be_extended_once() -> None:
     index = index_of(random_rows(np.random.default_rng(0), 5))
     index.after([], [record_of("new", [1.0] * 16)])
     with pytest.raises(AssertionError):
@@ -159,7 +159,7 @@ def test_a_generation_is_followed_once() -> None:
 
 
 @pytest.mark.parametrize("settings", [EXACT, LISTS], ids=["exact", "lists"])
-def test_what_came_and_went_since_training_is_found_and_not_found(settings: IndexSettings) -> None:
+def test_adapters_added_since_training_are_found_and_removed_ones_are_not(settings: IndexSettings) -> None:
     rng = np.random.default_rng(2)
     vectors = random_rows(rng, 200)
     records = records_of(vectors)
@@ -195,7 +195,7 @@ def test_compacted_has_the_same_adapters_and_answers(settings: IndexSettings) ->
 
 @pytest.mark.parametrize("top_k", [1, 3, 5, 8])
 @pytest.mark.parametrize("num_probes", [1, 4])
-def test_a_small_tenant_gets_its_k_in_a_big_pool_however_few_lists_are_read(top_k: int, num_probes: int) -> None:
+def test_a_small_tenant_gets_k_matches_in_a_big_pool_even_with_few_probes(top_k: int, num_probes: int) -> None:
     rng = np.random.default_rng(3)
     records = [record_of(f"a{number}", vector) for number, vector in enumerate(random_rows(rng, 2000))]
     own = [record_of(f"own-{n}", v, tenant="small", tags=("t",)) for n, v in enumerate(random_rows(rng, 5))]
@@ -211,10 +211,10 @@ def test_a_small_tenant_gets_its_k_in_a_big_pool_however_few_lists_are_read(top_
     few = few.trained()
     for query in random_rows(rng, 10):
         [matches] = few.search(query[np.newaxis], 8, few.allowed("small", ["x"]))
-        assert_same(matches, slow_search(own, query, 8))  # five rows are read one by one, whatever the pool's size
+        assert_same(matches, slow_search(own, query, 8))  # five rows are read one by one in a pool of any size
 
 
-def test_few_probes_find_nearly_all_of_the_best() -> None:
+def test_few_probes_find_nearly_all_best_matches() -> None:
     rng = np.random.default_rng(8)
     centres = rng.standard_normal((30, 16))
     vectors, queries = (
@@ -231,7 +231,7 @@ def test_few_probes_find_nearly_all_of_the_best() -> None:
 
 @pytest.mark.parametrize("settings", [EXACT, LISTS], ids=["exact", "lists"])
 @pytest.mark.parametrize("num_equal", [2, 9, 120])
-def test_ties_go_by_tenant_and_name_wherever_the_cut_falls(num_equal: int, settings: IndexSettings) -> None:
+def test_ties_are_sorted_by_tenant_and_name_at_any_cut(num_equal: int, settings: IndexSettings) -> None:
     rng = np.random.default_rng(num_equal)
     vectors = random_rows(rng, 200)
     equal = rng.choice(200, num_equal, replace=False)
@@ -246,7 +246,7 @@ def test_ties_go_by_tenant_and_name_wherever_the_cut_falls(num_equal: int, setti
 
 @pytest.mark.parametrize("settings", [EXACT, LISTS], ids=["exact", "lists"])
 @pytest.mark.parametrize("top_k", [4, 6, 20, 63, 70])
-def test_ties_below_better_matches_go_by_name_too(top_k: int, settings: IndexSettings) -> None:
+def test_ties_below_better_matches_are_sorted_by_name_too(top_k: int, settings: IndexSettings) -> None:
     rng = np.random.default_rng(top_k)
     vectors = np.repeat(random_rows(rng, 1), 80, axis=0)
     vectors[-4:] += random_rows(rng, 4) / 4
@@ -268,7 +268,7 @@ def test_the_best_of_many_near_ties_are_found(settings: IndexSettings) -> None:
 
 
 @pytest.mark.parametrize("settings", [EXACT, LISTS], ids=["exact", "lists"])
-def test_scores_are_finer_than_float32_sums(settings: IndexSettings) -> None:
+def test_scores_are_more_precise_than_float32_sums(settings: IndexSettings) -> None:
     rng = np.random.default_rng(5)
     vectors, [query] = random_rows(rng, 50, 384), random_rows(rng, 1, 384)
     records, index = records_of(vectors), index_of(vectors, settings)
@@ -315,7 +315,7 @@ def rows_read(allowed: Allowed) -> tuple[int, bool]:
     return len(allowed.positions), allowed.listed is not None
 
 
-def test_few_rows_are_read_one_by_one_and_many_by_lists_and_a_side_list() -> None:
+def test_few_rows_are_read_exactly_and_many_by_lists_plus_newer_rows() -> None:
     rng = np.random.default_rng(1)
     records = [
         record_of(f"a{n}", vector, tenant="small" if n < 25 else "big", visibility="private")
@@ -323,11 +323,11 @@ def test_few_rows_are_read_one_by_one_and_many_by_lists_and_a_side_list() -> Non
     ]
     settings = IndexSettings(exact_rows=100, side_rows=10)
     index = AdapterIndex.of(records, 16, settings)
-    assert rows_read(index.allowed("big")) == (375, False)  # without lists there is no other way
+    assert rows_read(index.allowed("big")) == (375, False)  # without lists all rows are read
     assert index.wants_rebuild
     index = index.trained()
     assert not index.wants_rebuild
-    assert rows_read(index.allowed("small")) == (25, False)  # a quarter of exact_rows: they lie scattered
+    assert rows_read(index.allowed("small")) == (25, False)  # a quarter of exact_rows, because they are scattered
     assert rows_read(index.allowed("big")) == (0, True)
     index = index.after([], [record_of(f"n{n}", v) for n, v in enumerate(random_rows(rng, 10))])
     assert rows_read(index.allowed("big")) == (10, True)
@@ -335,7 +335,7 @@ def test_few_rows_are_read_one_by_one_and_many_by_lists_and_a_side_list() -> Non
     assert index.after([], [record_of("one more", [1.0] * 16)]).wants_rebuild
 
 
-def test_a_quarter_of_dead_positions_wants_a_rebuild() -> None:
+def test_a_quarter_of_dead_positions_requires_a_rebuild() -> None:
     index = index_of(random_rows(np.random.default_rng(0), 100))
     keys = [(record.ref.tenant, record.ref.name) for record in index.records]
     index = index.after(keys[:20], [])
@@ -345,7 +345,7 @@ def test_a_quarter_of_dead_positions_wants_a_rebuild() -> None:
     assert not index.compacted().wants_rebuild
 
 
-def test_bytes_return_when_what_came_has_gone() -> None:
+def test_bytes_return_to_the_old_value_after_removals() -> None:
     vectors = random_rows(np.random.default_rng(0), 12)
     index = index_of(vectors).compacted()
     before = index.num_bytes

@@ -10,7 +10,7 @@ DIM = 24
 
 
 def clustered(count: int, seed: int = 0) -> np.ndarray:
-    """Unit rows around twenty centres."""
+    """Return unit rows around twenty centres."""
     rng = np.random.default_rng(seed)
     centres = np.random.default_rng(99).standard_normal((20, DIM))
     return unit_rows((centres[rng.integers(0, 20, count)] + 0.5 * rng.standard_normal((count, DIM))).astype(np.float32))
@@ -36,7 +36,7 @@ def masks() -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("kind", ["all", "half", "few", "one place"])
 @pytest.mark.parametrize("num_wanted", [1, 16, 200])
-def test_reading_all_lists_finds_the_best_but_for_the_codes_error(kind: str, num_wanted: int) -> None:
+def test_reading_all_lists_finds_the_best_within_the_codes_error(kind: str, num_wanted: int) -> None:
     mask = masks()[kind]
     part = LISTS.part_of(mask)
     for query in clustered(10, seed=1):
@@ -66,7 +66,7 @@ def test_lists_are_read_until_there_is_enough(kind: str, num_wanted: int) -> Non
         assert len(positions) == min(num_wanted, mask.sum())
 
 
-def test_lists_with_nothing_to_see_take_no_probe() -> None:
+def test_lists_without_visible_rows_use_no_probe() -> None:
     mask = masks()["one place"]
     part = LISTS.part_of(mask)
     assert len(part.lists) < NUM_LISTS / 2
@@ -75,7 +75,7 @@ def test_lists_with_nothing_to_see_take_no_probe() -> None:
         assert score == pytest.approx((VECTORS[mask] @ query).max(), abs=LISTS.code_error)
 
 
-def test_few_probes_find_most_of_the_best() -> None:
+def test_few_probes_find_most_best_matches() -> None:
     part = LISTS.part_of(masks()["all"])
     hits = [
         VECTORS[LISTS.best(query, 1, part, 16)[1][0]] @ query >= (VECTORS @ query).max() - 1e-3
@@ -84,7 +84,7 @@ def test_few_probes_find_most_of_the_best() -> None:
     assert np.mean(hits) > 0.95
 
 
-def test_saved_lists_answer_as_the_trained_ones_at_the_positions_they_are_given() -> None:
+def test_saved_lists_answer_like_the_trained_ones_at_given_positions() -> None:
     moved = np.random.default_rng(8).permutation(4000)[:3000]
     gone = np.arange(3000) % 10 == 0
     lists = InvertedLists.from_bytes(LISTS.to_bytes(), np.where(gone, -1, moved))
@@ -108,14 +108,14 @@ def test_positions_in_no_list_are_returned_as_unlisted() -> None:
     assert lists.unlisted(mask).tolist() == [0, 1, 2, 6, 7, 8, 9, 3007, 3009]
 
 
-def test_a_handful_can_be_trained() -> None:
+def test_lists_over_a_few_rows_can_be_trained() -> None:
     for count in (1, 2, 5):
         lists = InvertedLists.train(VECTORS[:count])
         _, positions = lists.best(VECTORS[0], count, lists.part_of(np.ones(count, np.bool_)), 64)
         assert sorted(positions) == list(range(count))
 
 
-def test_training_the_same_gives_the_same() -> None:
+def test_training_is_deterministic() -> None:
     np.testing.assert_array_equal(InvertedLists.train(VECTORS).to_bytes(), LISTS.to_bytes())
 
 

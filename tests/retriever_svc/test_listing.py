@@ -79,12 +79,12 @@ def test_pages_hold_every_match_once_and_in_order(tenant: str, limit: int, filte
     assert seen == matching_slowly(tenant, PageRequest(limit, **filters))  # type: ignore[arg-type]
 
 
-def test_a_page_goes_on_after_a_name_that_is_gone() -> None:
+def test_a_page_continues_after_a_removed_name() -> None:
     kept = [record for record in RECORDS if record.ref.name != "Alpha05"]
     assert names(Listings(snapshot_of(*kept)).page("a", PageRequest(1, "Alpha05"))) == ["Alpha06"]
 
 
-def test_anothers_adapter_is_listed_by_its_owner_so_that_no_own_name_ever_hides_it() -> None:
+def test_another_tenants_adapter_is_listed_with_its_owner() -> None:
     own = record_of("same", None, tenant="a", visibility="private")
     public = record_of("same", None, tenant="b")
     snapshot = snapshot_of(own, public)
@@ -97,7 +97,7 @@ def test_anothers_adapter_is_listed_by_its_owner_so_that_no_own_name_ever_hides_
 
 
 class Touched(AdapterRecord):
-    """A record that counts how often one is looked at."""
+    """A record that counts its reads."""
 
     __slots__ = ()
     count: ClassVar[list[int]] = [0]
@@ -113,8 +113,8 @@ def touched_by(work: Callable[[], object]) -> int:
     return Touched.count[0] - before
 
 
-def test_only_a_lists_first_page_looks_at_the_pools_records() -> None:
-    count = 20_000  # more than are sorted together
+def test_only_the_first_page_of_a_list_reads_the_pools_records() -> None:
+    count = 20_000  # more than one sorted block
     records = [record_of(f"a{n:05}", None, tenant=f"t{n % 3}", tags=("x",) if n % 2 else ()) for n in range(count)]
     counted = [Touched(**{f.name: getattr(record, f.name) for f in fields(record)}) for record in records]
     listings = Listings(snapshot_of(*counted))
@@ -128,7 +128,7 @@ def test_only_a_lists_first_page_looks_at_the_pools_records() -> None:
     assert len(rows) == count
 
 
-def test_lists_together_have_a_bound() -> None:
+def test_all_lists_together_have_a_bound() -> None:
     max_rows = 3 * ROWS_OF_A_LIST + 30
     listings = Listings(snapshot_of(*RECORDS), max_rows=max_rows)
     for word in ("alpha", "beta", "code", "fast", "prose", "a", "b", "0", "1", "no such", "nor such"):

@@ -28,7 +28,7 @@ def test_start_and_catching_up_call_no_encoder() -> None:
     assert encoder.batches == []
 
 
-def test_a_generation_not_there_yet_is_stale_and_the_newest_is_served() -> None:
+def test_a_future_generation_is_stale_and_the_newest_is_served() -> None:
     source = Source()
     pools = live_pool(ENCODER, source)
     source.commit()
@@ -48,7 +48,7 @@ def test_an_older_snapshot_never_replaces_a_newer() -> None:
     assert len(pools.current.snapshot.records) == 1
 
 
-def test_a_catalogue_that_cannot_be_read_leaves_the_pool_as_it_is() -> None:
+def test_an_unreadable_catalogue_does_not_change_the_pool() -> None:
     source = Source(*records_of(2))
     answers: list[Snapshot | StoreUnavailable] = [
         source.now,
@@ -70,7 +70,7 @@ def test_a_catalogue_that_cannot_be_read_leaves_the_pool_as_it_is() -> None:
     assert pools.catch_up() == 2
 
 
-def test_searches_go_on_while_a_refresh_waits_for_the_catalogue() -> None:
+def test_searches_continue_while_a_refresh_waits_for_the_catalogue() -> None:
     source, records = Source(), records_of(3)
     source.commit(*records[:2])
     asked, answers = threading.Event(), threading.Event()
@@ -93,7 +93,7 @@ def test_searches_go_on_while_a_refresh_waits_for_the_catalogue() -> None:
 
 
 def test_every_search_among_refreshes_sees_exactly_one_generation() -> None:
-    """Each generation has one adapter named for it, so two in an answer, or none, would be a mixture."""
+    """Each generation has one adapter with its number, so an answer with two or none would be a mixture."""
     source = Source(record_of("g1", DIAGONAL), *records_of(200))
     pools = live_pool(ENCODER, source, settings=IndexSettings(exact_rows=50, side_rows=5))
     over = threading.Event()
@@ -140,7 +140,7 @@ def test_lists_are_trained_during_requests_one_training_at_a_time() -> None:
     pools = live_pool(ENCODER, source, settings=TINY, background=later)
     assert not later.waiting
     source.commit(*records[:50])
-    assert pools.catch_up() == 2  # before anything was trained
+    assert pools.catch_up() == 2  # before the first training
     source.commit(*records[:55])
     pools.catch_up()
     assert len(later.waiting) == 1
@@ -161,8 +161,8 @@ def test_lists_are_trained_during_requests_one_training_at_a_time() -> None:
     assert pools.stats().num_unlisted == 0
 
 
-def test_what_is_committed_while_lists_are_trained_is_neither_lost_nor_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rival commits in the middle of the training, which nothing but the training itself can time."""
+def test_changes_committed_during_training_are_applied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rival commits from inside the training, because only the training knows its own timing."""
     later, records = Later(), records_of(60)
     source = Source(*records[:50])
     pools = live_pool(ENCODER, source, settings=TINY, background=later)
@@ -193,7 +193,7 @@ def test_a_large_pool_removes_dead_positions_during_requests() -> None:
     assert_finds_exactly(pools, records[30:])
 
 
-def test_training_that_fails_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_training_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     later, records = Later(), records_of(60)
     pools = live_pool(ENCODER, Source(*records), settings=TINY, background=later)
 
@@ -227,7 +227,7 @@ def test_a_new_replica_loads_what_another_trained_and_applies_the_difference(
     updated = record_of("a5", DIAGONAL, version="2")
     now = [updated, *records[6:65]]
     source.commit(*reversed(now))
-    monkeypatch.setattr(InvertedLists, "train", None)  # nobody may train here
+    monkeypatch.setattr(InvertedLists, "train", None)  # no training may happen here
     pools = live_pool(ENCODER, source, settings=TINY, background=later, saved=saved_in(tmp_path))
     stats = pools.stats()
     assert (stats.has_lists, stats.num_live, stats.num_unlisted, stats.generation) == (True, 60, 6, 2)
@@ -236,7 +236,7 @@ def test_a_new_replica_loads_what_another_trained_and_applies_the_difference(
     assert names_found(pools, updated, 1) == ["a5"]
 
 
-def test_too_large_a_difference_is_served_and_trained_anew(tmp_path: Path) -> None:
+def test_with_a_large_difference_new_lists_are_trained(tmp_path: Path) -> None:
     later, records = Later(), records_of(120)
     source = Source(*records[:60])
     live_pool(ENCODER, source, settings=TINY, background=later, saved=saved_in(tmp_path))
@@ -273,9 +273,7 @@ def test_without_a_usable_file_lists_are_trained(tmp_path: Path, harm: str) -> N
     assert saved_in(tmp_path).newest(encoder.identity) is not None
 
 
-def test_a_place_that_cannot_be_reached_costs_a_training_and_no_more(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_unreachable_location_costs_only_a_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "index").write_text("a file where the folder should be")
     later, records = Later(), records_of(60)
     pools = live_pool(ENCODER, Source(*records), settings=TINY, background=later, saved=saved_in(tmp_path))

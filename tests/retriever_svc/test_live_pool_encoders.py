@@ -1,4 +1,4 @@
-"""The encoder changes with the index, at one generation."""
+"""The encoder changes together with the index, at one generation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NEW = ActiveEncoder("new-model", "new")
 
 
 class Models:
-    """Loads the old encoder by any name but `new-model`, which is there once the test put it there."""
+    """Loads the old encoder under any name except `new-model`, which exists once the test adds it."""
 
     def __init__(self) -> None:
         self.new: FakeEncoder | None = None
@@ -43,10 +43,10 @@ def test_encoder_and_index_change_at_one_generation() -> None:
         1,
         ENCODER,
         5,
-    )  # its searches end as they began
+    )  # its searches end with the encoder they began with
 
 
-def test_an_encoder_that_cannot_be_had_leaves_the_old_generation_whole_until_it_can() -> None:
+def test_the_old_generation_stays_in_service_until_the_new_encoder_loads() -> None:
     models, records = Models(), records_of(5)
     source = Source(*records)
     pools = LivePool(models, source)
@@ -61,7 +61,7 @@ def test_an_encoder_that_cannot_be_had_leaves_the_old_generation_whole_until_it_
     assert (pools.stats().encoder, pools.stats().num_live) == ("new", 4)
 
 
-def test_a_prepared_encoder_is_the_one_that_takes_over() -> None:
+def test_a_prepared_encoder_is_used_after_activation() -> None:
     models, source = Models(), Source(*records_of(5))
     models.new = FakeEncoder({}, dim=DIM, identity="new")
     pools = LivePool(models, source)
@@ -73,7 +73,7 @@ def test_a_prepared_encoder_is_the_one_that_takes_over() -> None:
     assert pools.stats().encoder == "new"
 
 
-def test_a_training_that_outlives_its_encoder_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_that_ends_after_its_encoder_was_replaced_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     models, later = Models(), Later()
     models.new = FakeEncoder({}, dim=DIM, identity="new")
     source = Source(*records_of(60))
@@ -96,7 +96,7 @@ def test_a_training_that_outlives_its_encoder_changes_nothing(monkeypatch: pytes
     assert_finds_exactly(pools, renewed)
 
 
-def test_the_start_is_by_the_encoder_that_is_active() -> None:
+def test_the_start_uses_the_active_encoder() -> None:
     loaded: list[str] = []
 
     def load(model: str) -> FakeEncoder:

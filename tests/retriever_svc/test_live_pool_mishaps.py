@@ -1,4 +1,4 @@
-"""What goes wrong under a LivePool costs time, never an adapter."""
+"""Failures below a LivePool cost time, but no adapter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.retriever_svc.live_pools import ENCODER, TINY, assert_finds_exactly, 
 from tests.retriever_svc.pool_fakes import Later, Source, live_pool
 
 
-def test_a_generation_that_could_not_be_derived_is_built_anew(
+def test_a_generation_that_cannot_be_derived_is_built_from_scratch(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def no_memory(*_: object) -> Pool:
@@ -29,7 +29,7 @@ def test_a_generation_that_could_not_be_derived_is_built_anew(
     assert "building a new one" in caplog.text
 
 
-def test_a_saved_index_of_another_release_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_saved_index_of_another_release_is_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Unreadable(SavedIndexes):
         def newest(self, encoder: str) -> SavedLists | None:
             raise RuntimeError("index type not recognized")

@@ -60,7 +60,7 @@ def test_a_label_set_needs_no_vector() -> None:
     assert (profile.labels, profile.vector) == (("no", "yes"), None)
 
 
-def test_free_text_keeps_the_direction_of_its_mean_vector_in_one_byte_a_number() -> None:
+def test_free_text_keeps_the_direction_of_its_mean_vector_in_one_byte_per_number() -> None:
     outputs = samples(*(f"a sentence {number}" for number in range(MIN_OUTPUTS)))
     rows = np.random.default_rng(1).normal(size=(MIN_OUTPUTS, 384)).astype(np.float32)
     profile = profile_of(outputs, rows)

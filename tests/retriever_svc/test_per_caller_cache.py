@@ -11,7 +11,7 @@ def test_a_value_is_computed_once_per_caller() -> None:
     assert computed == [("a",), ("a", "tag")]
 
 
-def test_callers_who_ask_for_ever_new_tags_do_not_fill_the_memory() -> None:
+def test_ever_new_tags_do_not_fill_the_memory() -> None:
     cache: PerCallerCache[int] = PerCallerCache()
     cache.get(("kept",), lambda: -1)
     for number in range(2000):

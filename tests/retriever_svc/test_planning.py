@@ -30,7 +30,7 @@ def replay(strategy: Strategy, *records: AdapterRecord, tenant: str = "a", weigh
 
 
 @pytest.mark.parametrize("strategy", ["mixture", "fusion"])
-def test_a_plan_comes_back_with_its_versions_weights_scores_and_generation(strategy: Strategy) -> None:
+def test_a_replayed_plan_has_its_versions_weights_scores_and_generation(strategy: Strategy) -> None:
     plan = replay(strategy, OLD, OTHER)
     assert (plan.strategy, plan.generation) == (strategy, 7)
     assert [(row.ref, row.weights_digest, row.weight, row.score) for row in plan.adapters] == [
@@ -38,14 +38,14 @@ def test_a_plan_comes_back_with_its_versions_weights_scores_and_generation(strat
     ]
 
 
-def test_a_replay_has_the_template_the_plan_had() -> None:
+def test_a_replay_has_the_plans_template() -> None:
     for records in ([OLD], [NEW, OTHER]):
         choices = [(f"{record.ref.name}@{record.ref.digest}", 0.5) for record in records]
         strategy: Strategy = "selection" if len(records) == 1 else "mixture"
         assert replay(strategy, *records).template == named_plan(POOL, "a", choices, strategy).template
 
 
-def test_a_base_plan_comes_back() -> None:
+def test_a_base_plan_is_replayed() -> None:
     assert replay("base") == Plan("base", generation=7)
 
 
@@ -63,7 +63,7 @@ def test_missing_and_invisible_versions_give_the_same_message(tenant: str, recor
     assert str(caught.value) == said
 
 
-def test_a_version_that_was_private_then_is_gone_for_others() -> None:
+def test_a_formerly_private_version_is_gone_for_other_tenants() -> None:
     was_private = record_of("o", None, tenant="b", visibility="private", version="0")
     pool = Snapshot(9, POOL.records, previous={("b", "o"): (was_private,)})
     assert replayed_plan(pool, "b", "selection", pinned(was_private), 1).adapters[0].ref == was_private.ref
@@ -71,7 +71,7 @@ def test_a_version_that_was_private_then_is_gone_for_others() -> None:
         replayed_plan(pool, "a", "selection", pinned(was_private), 1)
 
 
-def test_a_plan_of_a_public_adapter_outlives_an_own_one_of_its_name() -> None:
+def test_a_plan_of_a_public_adapter_is_replayed_despite_a_new_own_one_of_its_name() -> None:
     own = record_of("o", None, tenant="a", visibility="private")
     pool = Snapshot(9, {**POOL.records, ("a", "o"): own})
     assert replayed_plan(pool, "a", "selection", pinned(OTHER), 1).adapters[0].ref == OTHER.ref
@@ -100,7 +100,7 @@ def test_a_tampered_plan_is_invalid(strategy: Strategy, records: list[AdapterRec
 
 
 class Precondition:
-    """What a Retriever asks its pools."""
+    """The calls of a Retriever to its pools."""
 
     @property
     def current(self) -> Precondition:

@@ -24,7 +24,7 @@ def found(pool: Pool, tenant: str = "local", tags: tuple[str, ...] = (), top_k: 
     return [match.record.ref.name for match in matches]
 
 
-def test_the_next_generation_has_what_came_and_not_what_went() -> None:
+def test_the_next_generation_has_added_adapters_and_not_removed_ones() -> None:
     stays, goes, changes = record_of("stays", EAST), record_of("goes", EAST), record_of("changes", EAST)
     before = pool_of(stays, goes, changes)
     changed = record_of("changes", NORTH, version="2")
@@ -34,7 +34,7 @@ def test_the_next_generation_has_what_came_and_not_what_went() -> None:
     assert (before.snapshot.generation, after.snapshot.generation) == (1, 2)
 
 
-def test_what_the_encoder_did_not_embed_is_not_found_until_it_did() -> None:
+def test_an_adapter_is_not_found_until_the_encoder_embedded_it() -> None:
     bare, foreign = record_of("bare", None), record_of("foreign", EAST, encoder="another")
     pool = pool_of(bare, foreign, record_of("known", NORTH))
     assert found(pool) == ["known"]
@@ -64,14 +64,14 @@ def test_a_change_of_visibility_alone_is_seen() -> None:
         (("x", "z"), []),
     ],
 )
-def test_an_adapter_must_carry_every_tag(tags: tuple[str, ...], expected: list[str]) -> None:
+def test_an_adapter_must_have_every_tag(tags: tuple[str, ...], expected: list[str]) -> None:
     pool = pool_of(
         record_of("a", EAST, tags=("x",)), record_of("b", EAST, tags=("y",)), record_of("ab", EAST, tags=("x", "y"))
     )
     assert found(pool, tags=tags) == expected
 
 
-def test_what_a_caller_may_see_is_computed_once_per_generation() -> None:
+def test_the_adapters_a_caller_may_see_are_computed_once_per_generation() -> None:
     record = record_of("a", EAST, tags=("x", "y"))
     pool = pool_of(record)
     assert pool.allowed("t", ("x", "y")) is pool.allowed("t", ("y", "x"))
@@ -81,7 +81,7 @@ def test_what_a_caller_may_see_is_computed_once_per_generation() -> None:
     assert pool.allowed("t").num == 1
 
 
-def test_equal_weights_are_found_once_and_do_not_shorten_the_answer() -> None:
+def test_equal_weights_are_returned_once_and_do_not_shorten_the_result() -> None:
     copies = [record_of(f"copy-{n:02}", EAST, weights="same") for n in range(20)]
     pool = pool_of(*copies, record_of("n", NORTH))
     assert found(pool, top_k=2) == ["copy-00", "n"]

@@ -24,7 +24,7 @@ def retriever_of(*records: AdapterRecord) -> Retriever:
     return Retriever(live_pool(FakeEncoder({"go east": EAST, "go north": NORTH}), Source(*records)))
 
 
-def test_the_map_has_what_the_caller_may_be_routed_to() -> None:
+def test_the_map_has_the_adapters_that_auto_may_choose() -> None:
     retriever = retriever_of(*PUBLIC, PRIVATE, record_of("bare", None))
     drawn = retriever.map("local")
     assert names_on(drawn) == ["east", "north", "west"]
@@ -32,7 +32,7 @@ def test_the_map_has_what_the_caller_may_be_routed_to() -> None:
     assert names_on(retriever.map("them")) == ["east", "north", "secret", "west"]
 
 
-def test_what_is_private_moves_nothing_on_another_s_map() -> None:
+def test_private_adapters_do_not_change_another_tenants_map() -> None:
     with_it = retriever_of(*PUBLIC, PRIVATE)
     without = retriever_of(*PUBLIC)
     assert with_it.map("local") == without.map("local")
@@ -50,7 +50,7 @@ def test_a_prompt_has_the_place_of_an_adapter_with_the_same_embedding() -> None:
     ]
 
 
-def test_names_of_versions_lie_where_the_live_one_does_and_the_unseen_do_not() -> None:
+def test_names_of_versions_have_the_place_of_the_live_one_and_invisible_ones_none() -> None:
     retriever = retriever_of(*PUBLIC, PRIVATE, record_of("bare", None))
     names = ["east@0123456789", "secret", "them/secret", "bare"]
     assert [point.ref.name for point in retriever.place("local", "go east", names).adapters if point.ref] == ["east"]
@@ -63,7 +63,7 @@ def test_an_empty_pool_has_a_map() -> None:
     assert (place.prompt.x, place.prompt.y, place.adapters) == (0.0, 0.0, ())
 
 
-def test_a_map_is_drawn_once_a_generation_and_caller() -> None:
+def test_a_map_is_computed_once_per_generation_and_caller() -> None:
     pool = Pool.of(snapshot_of(*PUBLIC), FakeEncoder({}), IndexSettings())
     assert pool.map("local") is pool.map("local")
     assert pool.after(snapshot_of(*PUBLIC[:2], generation=2)).map("local")[1].num_adapters == 2
@@ -78,7 +78,7 @@ def test_a_large_pool_is_shown_in_part_evenly() -> None:
     assert np.array_equal(vectors[0], np.asarray(EAST, np.float32))
 
 
-def test_what_a_large_map_leaves_out_is_placed_when_asked_for() -> None:
+def test_adapters_omitted_from_a_large_map_are_placed_on_request() -> None:
     angles = np.linspace(0, 1, MAX_POINTS + 1)
     records = [record_of(f"a{n:05}", (float(np.cos(t)), float(np.sin(t)))) for n, t in enumerate(angles)]
     retriever = retriever_of(*records)
@@ -90,6 +90,6 @@ def test_what_a_large_map_leaves_out_is_placed_when_asked_for() -> None:
     ]
 
 
-def test_the_count_is_the_caller_s_and_includes_what_only_a_name_reaches() -> None:
+def test_the_count_is_the_callers_and_includes_adapters_reachable_by_name_only() -> None:
     retriever = retriever_of(*PUBLIC, PRIVATE, record_of("bare", None))
     assert (retriever.count("local"), retriever.count("them")) == ((1, 4), (1, 5))

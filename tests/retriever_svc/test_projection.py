@@ -7,7 +7,7 @@ from retriever_svc.projection import Plane
 
 
 def spread(num: int, dim: int, scales: tuple[float, ...], seed: int = 0) -> np.ndarray:
-    """Vectors that vary by `scales` along random directions."""
+    """Return vectors that vary by `scales` along random directions."""
     rng = np.random.default_rng(seed)
     directions, _ = np.linalg.qr(rng.normal(size=(dim, dim)))
     lengths = np.zeros(dim)
@@ -15,7 +15,7 @@ def spread(num: int, dim: int, scales: tuple[float, ...], seed: int = 0) -> np.n
     return (rng.normal(size=(num, dim)) * lengths @ directions.T + rng.normal(size=dim)).astype(np.float32)
 
 
-def test_the_plane_is_that_of_the_largest_singular_values() -> None:
+def test_the_plane_has_the_largest_singular_values() -> None:
     vectors = spread(50, 8, (4, 2, 1, 0.5))
     plane = Plane.of(vectors)
     _, lengths, directions = np.linalg.svd(vectors - vectors.mean(axis=0), full_matrices=False)
@@ -23,7 +23,7 @@ def test_the_plane_is_that_of_the_largest_singular_values() -> None:
     assert plane.shown_variance == pytest.approx((lengths[:2] ** 2).sum() / (lengths**2).sum(), rel=1e-5)
 
 
-def test_distances_on_the_plane_are_those_in_space_where_nothing_else_varies() -> None:
+def test_distances_are_preserved_if_vectors_vary_in_two_directions_only() -> None:
     vectors = spread(20, 8, (3, 2))
     points = Plane.of(vectors).project(vectors)
     flat = np.linalg.norm(points[:, None] - points[None], axis=-1)

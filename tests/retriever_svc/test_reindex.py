@@ -44,7 +44,7 @@ def test_every_adapter_with_samples_is_embedded_once_step_by_step() -> None:
     np.testing.assert_allclose(found[records[2].ref].vector, [math.cos(2), math.sin(2), 0], atol=1e-6)
 
 
-def test_what_the_snapshot_holds_already_is_not_done_again() -> None:
+def test_existing_embeddings_are_not_computed_again() -> None:
     records = pool(4)
     pending = {
         records[0].ref: embedding_of((1, 0, 0), encoder="new"),
@@ -58,7 +58,7 @@ def test_what_the_snapshot_holds_already_is_not_done_again() -> None:
     assert list(reindex(snapshot_of(renewed), NEW, samples)) == []
 
 
-def test_what_cannot_be_read_is_named_and_stops_nothing() -> None:
+def test_unreadable_adapters_are_named_and_the_others_continue() -> None:
     def source(record: AdapterRecord) -> Sequence[Sample]:
         if record.ref.name == "a1":
             raise BlobCorrupted("x", "y")
@@ -70,7 +70,7 @@ def test_what_cannot_be_read_is_named_and_stops_nothing() -> None:
     assert step.embeddings.keys() == {records[0].ref, records[2].ref}
 
 
-def test_a_store_that_is_down_stops_it_and_what_is_committed_stays_done() -> None:
+def test_an_unavailable_store_stops_it_and_committed_embeddings_stay() -> None:
     records, snapshot = pool(40), snapshot_of(*pool(40))
 
     def source(record: AdapterRecord) -> Sequence[Sample]:

@@ -128,7 +128,7 @@ def test_only_a_best_score_below_the_floor_abstains(nudge: int, abstains: bool) 
     route = route_one(retriever, text="northeast", min_score=floor)
     assert route.abstained is abstains
     assert route.plan == Plan("base", generation=1) if abstains else names(route) == ["n", "e"]
-    assert [c.ref.name for c in route.candidates] == ["n", "e"]  # the second lies below every floor here
+    assert [c.ref.name for c in route.candidates] == ["n", "e"]  # the second is below every floor here
 
 
 def test_below_the_floor_the_error_is_returned_in_its_own_place() -> None:
@@ -144,7 +144,7 @@ def test_below_the_floor_the_error_is_returned_in_its_own_place() -> None:
     assert names(last)[0] == "n"
 
 
-def test_a_requests_own_floor_goes_before_the_retrievers() -> None:
+def test_a_requests_floor_overrides_the_retrievers() -> None:
     retriever = retriever_of(POOL[0], min_score=0.9)
     assert route_one(retriever, "northeast").abstained
     assert not route_one(retriever, "northeast", min_score=0.5).abstained
@@ -183,7 +183,7 @@ def test_private_adapters_of_others_are_never_candidates_nor_resolvable() -> Non
     assert retriever.resolve("b", "theirs") == theirs
 
 
-def test_what_this_encoder_did_not_embed_is_reachable_by_name_only() -> None:
+def test_adapters_not_embedded_by_this_encoder_are_reachable_by_name_only() -> None:
     bare = record_of("bare", None)
     foreign = record_of("foreign", EAST, encoder="another-encoder")
     retriever = retriever_of(bare, foreign, record_of("known", NORTH))
@@ -203,7 +203,9 @@ def test_equal_weights_are_planned_once_and_do_not_shorten_the_plan() -> None:
     ("templates", "common"),
     [(("chat", "chat"), "chat"), (("chat", "alpaca"), None), (("chat", None), None), ((None, None), None)],
 )
-def test_a_plan_has_the_template_all_its_adapters_name(templates: tuple[str | None, ...], common: str | None) -> None:
+def test_a_plan_has_the_template_that_all_its_adapters_name(
+    templates: tuple[str | None, ...], common: str | None
+) -> None:
     records = [record_of(f"a{n}", EAST, template=template) for n, template in enumerate(templates)]
     retriever = retriever_of(*records, record_of("unplanned", (-1.0, 0.0), template="other"))
     assert route_one(retriever, top_k=2).plan.template == common
@@ -228,7 +230,7 @@ def test_named_weights_are_used_as_given() -> None:
 
 
 @pytest.mark.parametrize("choices", [[], [("n", 9.0)], [("n", 1.0), ("n", 1.0)], [("n", math.nan)]])
-def test_what_no_plan_can_hold_is_refused(choices: list[tuple[str, float]]) -> None:
+def test_an_impossible_plan_is_refused(choices: list[tuple[str, float]]) -> None:
     with pytest.raises(PlanInvalid):
         retriever_of(*POOL).plan_named(LOCAL_TENANT, choices)
 
@@ -251,7 +253,7 @@ def test_any_other_digest_is_not_found(digest: str) -> None:
             call(f"n@{digest}")
 
 
-def test_a_page_holds_what_the_tenant_may_use_by_the_names_it_asks_by() -> None:
+def test_a_page_has_the_adapters_that_the_tenant_may_use_under_its_names() -> None:
     theirs = record_of("theirs", EAST, tenant="b", visibility="private")
     retriever = retriever_of(*reversed(POOL), theirs)
     public = [(f"{record.ref.tenant}/{record.ref.name}", record) for record in POOL]
@@ -304,10 +306,10 @@ def test_a_search_in_progress_stays_in_its_generation() -> None:
     assert retriever.generation == 2
 
 
-def test_what_wants_a_later_generation_is_stale_in_its_own_place() -> None:
+def test_a_request_for_a_later_generation_is_stale_and_the_others_are_answered() -> None:
     retriever = retriever_of(*POOL)
     asked = [RouteRequest("east"), RouteRequest("nothing", min_generation=2), RouteRequest("north", min_generation=1)]
-    first, stale, last = retriever.route(asked)  # what is stale is not even encoded
+    first, stale, last = retriever.route(asked)  # stale requests are not encoded
     assert isinstance(stale, StaleIndex)
     assert (stale.wanted, stale.found) == (2, 1)
     assert isinstance(first, Route)
@@ -325,14 +327,14 @@ def test_what_wants_a_later_generation_is_stale_in_its_own_place() -> None:
     ],
     ids=["plan_named", "resolve", "page", "versions"],
 )
-def test_every_read_has_its_fence(read: Callable[[Retriever, int], object]) -> None:
+def test_every_read_checks_its_min_generation(read: Callable[[Retriever, int], object]) -> None:
     retriever = retriever_of(*POOL)
     assert read(retriever, 1) == read(retriever, 0)
     with pytest.raises(StaleIndex):
         read(retriever, 2)
 
 
-def test_tags_narrow_what_is_planned_and_leave_the_floor() -> None:
+def test_tags_restrict_the_plan_but_not_the_floor() -> None:
     tagged = record_of("tagged", NORTH, tags=("x", "y"), own_scores=[0.9] * 5)
     retriever = retriever_of(*POOL, tagged, record_of("loose", EAST, tags=("x",), own_scores=[0.5] * 5))
     asked = [RouteRequest("east", tags=tags, min_score=-1) for tags in ((), ("x",), ("x", "y"), ("z",))]
@@ -343,7 +345,7 @@ def test_tags_narrow_what_is_planned_and_leave_the_floor() -> None:
     assert error.floor == pytest.approx(0.58)
 
 
-def test_with_owner_names_a_bare_name_means_the_callers_own_adapter_alone() -> None:
+def test_with_owner_names_a_bare_name_means_only_the_callers_own_adapter() -> None:
     theirs, mine = record_of("poet", NORTH, tenant="globex"), record_of("coder", EAST, tenant="acme")
     hidden = record_of("secret", EAST, tenant="globex", visibility="private")
     bare, owned = retriever_of(theirs, mine, hidden), retriever_of(theirs, mine, hidden, owner_names=True)

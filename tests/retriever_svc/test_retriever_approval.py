@@ -1,4 +1,4 @@
-"""A public adapter that waits for approval is named by everybody and chosen for its own tenant alone."""
+"""A public adapter that waits for approval can be named by every tenant and is chosen for its own tenant only."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def test_only_an_approved_adapter_is_chosen_for_other_tenants(settings: IndexSet
     assert chosen(retriever, "acme") == ["honest"]
     assert chosen(retriever, "mallory") == ["poison", "honest"]
     assert [c.ref.name for c in retriever.neighbours(embedding_of(EAST), 5, "acme")] == ["honest"]
-    assert retriever.plan_named("acme", [("poison", 1.0)]).adapters[0].ref == POISON.ref  # named, it answers
+    assert retriever.plan_named("acme", [("poison", 1.0)]).adapters[0].ref == POISON.ref  # it answers if named
     assert {record.ref.name for _, record in retriever.page("acme", PageRequest(9)).rows} == {"honest", "poison"}
     source.commit(approved(POISON), approved(HONEST))
     pools.catch_up()
     assert chosen(retriever, "acme") == ["poison", "honest"]
-    source.commit(POISON, approved(HONEST))  # an update that nobody looked at
+    source.commit(POISON, approved(HONEST))  # an update without review
     pools.catch_up()
     assert chosen(retriever, "acme") == ["honest"]
 
@@ -55,13 +55,13 @@ def test_without_the_setting_every_public_adapter_is_chosen() -> None:
     assert chosen(Retriever(live_pool(ENCODER, Source(POISON, HONEST), settings=OPEN)), "acme") == ["poison", "honest"]
 
 
-def test_what_waits_for_approval_does_not_move_the_floor_of_others() -> None:
+def test_unapproved_adapters_do_not_move_the_floor_of_others() -> None:
     pool = live_pool(ENCODER, Source(POISON, approved(HONEST)), settings=STRICT).current
     assert (pool.floor("acme"), pool.floor("mallory")) == (-1.0, 0.25)
     assert [len(votes) for votes in pool.index.votes("acme")] == [0, 0]
 
 
-def test_the_doctor_asks_by_what_may_be_chosen() -> None:
+def test_the_doctor_queries_only_adapters_that_may_be_chosen() -> None:
     pool = live_pool(ENCODER, Source(POISON, approved(HONEST)), settings=STRICT).current
     *_, last = examine(pool, "acme", lambda record: [Sample("east")])
     assert last.report is not None

@@ -1,4 +1,4 @@
-"""What a Retriever reads of its pool: kept versions, the floor of the pool's own samples, real tasks."""
+"""The Retriever's use of its pool: kept versions, the floor of the pool's samples, real tasks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.retriever_svc.routing import EAST, NORTH, POOL, TABLE, retriever_of, 
 
 
 def kept_versions(*visibilities: str) -> tuple[AdapterRecord, ...]:
-    """The versions of one name, the live one first."""
+    """Return the versions of one name, the live one first."""
     return tuple(
         record_of("n", NORTH, tenant="a", version=str(n), visibility=visibility)
         for n, visibility in enumerate(visibilities)
@@ -40,7 +40,7 @@ def retriever_with_history(*versions: AdapterRecord) -> Retriever:
     return Retriever(live_pool(FakeEncoder(TABLE), source))
 
 
-def test_a_digest_reaches_the_kept_versions_too() -> None:
+def test_a_digest_also_names_kept_versions() -> None:
     versions = kept_versions("public", "public", "public")
     retriever = retriever_with_history(*versions)
     for version in versions:
@@ -51,7 +51,7 @@ def test_a_digest_reaches_the_kept_versions_too() -> None:
     assert retriever.versions("b", "n") == (2, list(versions))
 
 
-def test_a_version_that_was_private_stays_so() -> None:
+def test_a_version_that_was_private_stays_private() -> None:
     versions = kept_versions("public", "private")
     retriever = retriever_with_history(*versions)
     assert retriever.resolve("a", f"n@{versions[1].ref.digest}") == versions[1]
@@ -61,7 +61,7 @@ def test_a_version_that_was_private_stays_so() -> None:
         retriever.resolve("b", f"a/n@{versions[1].ref.digest}")
 
 
-def test_what_is_withdrawn_has_no_versions() -> None:
+def test_a_withdrawn_adapter_has_no_versions() -> None:
     with pytest.raises(AdapterNotFound):
         retriever_of(*POOL).versions(LOCAL_TENANT, "gone")
 
@@ -78,18 +78,18 @@ def floor_for(*adapters: str) -> float:
 
 
 def sampled(name: str, **fields: Any) -> AdapterRecord:
-    """An adapter whose own scores are those of its samples."""
+    """Return an adapter whose scores are those of its samples."""
     [embedding] = embed_groups(FakeEncoder(TABLE), [[Sample(text) for text in SAMPLES[name]]])
     assert embedding is not None
     return replace(record_of(name, None, **fields), embedding=embedding)
 
 
-def test_the_default_floor_is_measured_on_what_the_caller_sees() -> None:
+def test_the_default_floor_depends_on_the_adapters_the_caller_sees() -> None:
     secret = sampled("secret", tenant="b", visibility="private")
     retriever = retriever_of(sampled("e"), sampled("n"), secret)
     [error, other] = retriever.route([RouteRequest("west", tenant=tenant, fallback="error") for tenant in ("a", "b")])
     assert isinstance(error, NoAdapterMatched)
-    of_local = np.mean([floor_for("e"), floor_for("n")])  # one vote of a tenant that is neither's
+    of_local = np.mean([floor_for("e"), floor_for("n")])  # one vote of a third tenant
     assert error.floor == pytest.approx(of_local, abs=1e-6)
     assert floor_for("secret") < -0.9  # its samples are opposites
     assert isinstance(other, Route)
@@ -107,7 +107,7 @@ def test_the_floor_follows_the_pool_and_encodes_no_sample() -> None:
     assert encoder.batches == [["west"]]
 
 
-def test_a_configured_floor_wins_over_the_samples() -> None:
+def test_a_configured_floor_overrides_the_samples() -> None:
     assert not route_one(retriever_of(sampled("e"), min_score=0.2)).abstained
     [error] = retriever_of(sampled("e"), min_score=0.99).route([RouteRequest("north", fallback="error")])
     assert isinstance(error, NoAdapterMatched)

@@ -24,7 +24,7 @@ def test_samples_come_as_the_source_has_them() -> None:
 
 
 @pytest.mark.parametrize("error", [AdapterNotFound("x"), BlobCorrupted("x", "y")], ids=repr)
-def test_what_is_gone_or_damaged_is_none_and_its_digest_is_in_the_log(
+def test_missing_or_damaged_samples_are_none_and_their_digest_is_logged(
     error: LoraStoreError, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):

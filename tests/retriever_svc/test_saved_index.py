@@ -34,7 +34,7 @@ def files_in(folder: Path) -> list[Path]:
     return sorted((folder / "index").iterdir())
 
 
-def test_what_was_saved_is_read_back(tmp_path: Path) -> None:
+def test_a_saved_index_is_read_back(tmp_path: Path) -> None:
     assert indexes_in(tmp_path).newest("enc") is None
     indexes_in(tmp_path).save(lists_of(7))
     saved = indexes_in(tmp_path).newest("enc")
@@ -63,7 +63,7 @@ def test_a_late_save_of_an_old_generation_does_not_replace_a_newer(tmp_path: Pat
 
 
 @pytest.mark.parametrize("place", [0, 100, -1])
-def test_a_damaged_file_is_passed_over_by_name_and_the_one_before_is_read(
+def test_a_damaged_file_is_logged_and_the_previous_one_is_read(
     tmp_path: Path, place: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     indexes = indexes_in(tmp_path)
@@ -81,7 +81,7 @@ def test_a_damaged_file_is_passed_over_by_name_and_the_one_before_is_read(
 
 
 @pytest.mark.parametrize("length", [0, 10, 5000])
-def test_a_file_cut_short_is_never_given_to_faiss(tmp_path: Path, length: int) -> None:
+def test_a_truncated_file_is_never_passed_to_faiss(tmp_path: Path, length: int) -> None:
     indexes_in(tmp_path).save(lists_of(1))
     [path] = files_in(tmp_path)
     path.write_bytes(path.read_bytes()[:length])
@@ -113,7 +113,7 @@ def test_replicas_that_save_at_once_do_no_harm(tmp_path: Path) -> None:
     assert saved.generation == 2
 
 
-def test_a_file_that_goes_while_it_is_looked_for_is_none(tmp_path: Path) -> None:
+def test_a_file_deleted_during_the_search_is_none(tmp_path: Path) -> None:
     indexes = indexes_in(tmp_path)
     indexes.save(lists_of(1))
     [path] = files_in(tmp_path)

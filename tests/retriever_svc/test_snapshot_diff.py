@@ -36,7 +36,7 @@ def test_any_changes_are_found_and_nothing_else(count: int, seed: int) -> None:
                 new.pop(key, None)
             case 1:
                 new[key] = record_of(key[1], None, version=f"{step}")
-            case _:  # withdrawn and published again: it stands at the end
+            case _:  # withdrawn and published again, so it is at the end
                 new.pop(key, None)
                 new[key] = record_of(key[1], None, version=f"{step}")
         changed.add(key)
@@ -47,12 +47,12 @@ def test_any_changes_are_found_and_nothing_else(count: int, seed: int) -> None:
 
 def test_a_change_of_the_record_alone_is_found() -> None:
     old = pool(5)
-    again = record_of("a2", None)  # equal, and another object: its embedding may be another
+    again = record_of("a2", None)  # an equal but different object, whose embedding may differ
     assert diff_records(old, old | {("local", "a2"): again}) == ([("local", "a2")], [again])
 
 
 @pytest.mark.parametrize("count", [3, 5000])
-def test_another_order_is_gone_and_new_where_it_differs(count: int) -> None:
+def test_moved_records_count_as_removed_and_new(count: int) -> None:
     old = pool(count)
     new = dict(sorted(old.items(), key=lambda item: item[0], reverse=True))
     gone, came = diff_records(old, new)

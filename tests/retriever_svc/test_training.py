@@ -113,7 +113,7 @@ def test_an_encoder_is_never_overwritten(tiny: Path, trained: Path) -> None:
         train_encoder(TEXTS, trained, model=tiny)
 
 
-def test_what_ends_in_the_midst_leaves_nothing(tiny: Path, tmp_path: Path) -> None:
+def test_an_interrupted_training_leaves_nothing(tiny: Path, tmp_path: Path) -> None:
     def interrupted(done: int, total: int) -> None:
         raise KeyboardInterrupt
 

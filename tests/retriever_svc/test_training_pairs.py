@@ -9,7 +9,7 @@ from retriever_svc.training_pairs import Pair, batches_of, training_texts
 
 
 def numbered(**sizes: int) -> dict[str, list[str]]:
-    """Texts `task:number`."""
+    """Return texts `task:number`."""
     return {task: [f"{task}:{number}" for number in range(size)] for task, size in sizes.items()}
 
 
@@ -30,7 +30,7 @@ def test_every_text_is_an_anchor_once_per_epoch_with_one_pair_of_each_other_task
         assert anchors == Counter(text for own in texts.values() for text in own)
 
 
-def test_positives_are_drawn_from_all_other_texts_and_anew() -> None:
+def test_positives_are_drawn_from_all_other_texts_each_time() -> None:
     batches = batches_of(numbered(a=4, b=4), num_epochs=100, max_pairs=64, seed=0)
     positives = Counter(positive for batch in batches for anchor, positive in batch if anchor == "a:0")
     assert positives.keys() == {"a:1", "a:2", "a:3"}
@@ -44,7 +44,7 @@ def test_many_tasks_are_spread_evenly_over_batches() -> None:
     assert all(len(set(map(task_of, batch))) == len(batch) for batch in batches)
 
 
-def test_a_pair_alone_has_no_negatives_and_is_left_out() -> None:
+def test_a_single_pair_has_no_negatives_and_is_left_out() -> None:
     batches = batches_of(numbered(a=2, b=2, c=5), num_epochs=1, max_pairs=64, seed=0)
     assert [len(batch) for batch in batches] == [3, 3]
 
@@ -66,12 +66,12 @@ def test_equal_texts_of_a_task_count_once() -> None:
         ({"a": ["x", "y"], "c": ["z"], "b": ["z", "z"]}, "too few for: b, c"),
     ],
 )
-def test_what_has_no_pair_or_no_negative_is_refused(texts: dict[str, list[str]], message: str) -> None:
+def test_texts_without_pairs_or_negatives_are_refused(texts: dict[str, list[str]], message: str) -> None:
     with pytest.raises(TooFewSamples, match=message):
         training_texts(texts)
 
 
-def test_a_share_of_the_tasks_is_drawn_by_the_seed_alone() -> None:
+def test_the_drawn_share_of_tasks_depends_on_the_seed_only() -> None:
     names = [f"t{number:02}" for number in range(48)]
     drawn = choose_tasks(names, 0.4, seed=3)
     assert len(drawn) == 19

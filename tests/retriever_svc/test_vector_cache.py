@@ -29,7 +29,7 @@ def test_more_than_fits_keeps_the_last() -> None:
     assert set(cache.get(mine(*"abcde"))) == set(mine(*"de"))
 
 
-def test_a_cache_of_none_keeps_none() -> None:
+def test_a_cache_of_size_zero_keeps_nothing() -> None:
     cache = VectorCache(0)
     cache.put({("me", "a"): row(1)})
     assert cache.get(mine("a")) == {}
@@ -42,7 +42,7 @@ def test_a_cached_vector_does_not_follow_its_batch() -> None:
     np.testing.assert_array_equal(cache.get(mine("a"))["me", "a"], row(1))
 
 
-def test_no_owner_is_answered_from_anothers_texts() -> None:
+def test_texts_of_one_owner_never_answer_another() -> None:
     cache = VectorCache(2)
     cache.put({("me", "a"): row(1), ("you", "a"): row(2)})
     assert cache.get([("them", "a")]) == {}
@@ -50,7 +50,7 @@ def test_no_owner_is_answered_from_anothers_texts() -> None:
     np.testing.assert_array_equal([found["me", "a"], found["you", "a"]], [row(1), row(2)])
 
 
-def test_no_owner_pushes_out_anothers_texts() -> None:
+def test_an_owner_evicts_only_its_own_texts() -> None:
     cache = VectorCache(2)
     cache.put({key: row(0) for key in mine("a", "b")})
     for number in range(10):
@@ -62,7 +62,7 @@ def test_no_owner_pushes_out_anothers_texts() -> None:
     }
 
 
-def test_a_look_up_keeps_its_owner() -> None:
+def test_a_look_up_marks_its_owner_as_recently_used() -> None:
     cache = VectorCache(2, max_owners=2)
     for owner in "ab":
         cache.put({(owner, "text"): row(0)})
@@ -71,7 +71,7 @@ def test_a_look_up_keeps_its_owner() -> None:
     assert set(cache.get([(owner, "text") for owner in "abc"])) == {("a", "text"), ("c", "text")}
 
 
-def test_the_owner_that_asked_least_recently_is_dropped_with_all_it_has() -> None:
+def test_the_least_recently_used_owner_is_dropped_with_all_its_texts() -> None:
     cache = VectorCache(2, max_owners=2)
     for owner in ("a", "b", "a", "c"):
         cache.put({(owner, "text"): row(0)})

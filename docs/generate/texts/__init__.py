@@ -1,4 +1,4 @@
-"""Texts that the code does not hold: of error codes, of request fields, and of settings without a comment."""
+"""Texts that are not in the code: of error codes, of request fields, and of settings without a comment."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def test_calls_on_other_threads_are_part_of_the_walk(recorder: Recorder, first: 
     assert recorder.walk.stays == ("second.py",)
 
 
-def test_only_what_runs_while_it_records_is_in_the_walk(recorder: Recorder, first: ModuleType) -> None:
+def test_only_functions_called_while_recording_are_in_the_walk(recorder: Recorder, first: ModuleType) -> None:
     with recorder.recording():
         first.finish()
     first.start()

@@ -40,7 +40,7 @@ def test_an_upload_is_exactly_one_thing(given: dict[str, object]) -> None:
         (PublishItem(files={}), "", ""),
     ],
 )
-def test_it_is_named_after_where_it_came_from(upload: PublishItem, name: str, origin: str) -> None:
+def test_its_default_name_comes_from_its_origin(upload: PublishItem, name: str, origin: str) -> None:
     assert (upload.adapter_name, upload.origin) == (name, origin)
 
 

@@ -58,7 +58,7 @@ def test_a_whole_text_answer_has_the_openai_shape() -> None:
     TextCompletion.model_validate(whole)
 
 
-def test_chat_chunks_open_with_role_and_plan_and_end_with_the_reason() -> None:
+def test_chat_chunks_start_with_role_and_plan_and_end_with_the_reason() -> None:
     one = answer()
     parts = [one.opening(), one.chunk(0, Delta("Hel", 5, 1)), one.chunk(0, Delta("lo", 5, 3, "stop"))]
     identity = IDENTITY | {"id": "chatcmpl-r1", "object": "chat.completion.chunk"}
@@ -73,7 +73,7 @@ def test_chat_chunks_open_with_role_and_plan_and_end_with_the_reason() -> None:
         ChatCompletionChunk.model_validate(part)
 
 
-def test_text_chunks_have_the_shape_of_their_own_kind() -> None:
+def test_text_chunks_have_the_completions_format() -> None:
     one = answer("text")
     identity = IDENTITY | {"id": "cmpl-r1", "object": "text_completion"}
     assert one.opening() == identity | {"choices": [choice(None, text="")], "lora": LORA}
@@ -81,7 +81,7 @@ def test_text_chunks_have_the_shape_of_their_own_kind() -> None:
 
 
 @pytest.mark.parametrize("explain", [False, True])
-def test_candidates_and_generation_are_told_where_asked(explain: bool) -> None:
+def test_candidates_and_generation_are_included_on_request(explain: bool) -> None:
     expected = EXPLAINED if explain else LORA
     one = answer(explain=explain)
     assert one.opening()["lora"] == one.whole([Completion("", 5, 0, "stop")])["lora"] == expected
@@ -93,7 +93,7 @@ def test_two_answers_differ_in_their_ids() -> None:
     assert one.opening()["id"] == one.chunk(0, Delta("", 1, 1))["id"]
 
 
-def test_several_prompts_tell_the_plan_of_each_choice_and_count_each_prompt_once() -> None:
+def test_with_several_prompts_choices_have_plans_and_each_prompt_counts_once() -> None:
     both = answer("text", plans=[Planned(PLAN, CANDIDATES), BASE], num_choices=2)
     ends = [Completion(text, 5 if index < 2 else 7, 3, "stop") for index, text in enumerate("abcd")]
     whole = both.whole(ends)
@@ -145,7 +145,7 @@ def test_text_logprobs_are_parallel_lists_with_the_token_in_its_own_alternatives
     TextCompletion.model_validate(whole)
 
 
-def test_a_chunk_tells_the_logprobs_of_its_own_tokens() -> None:
+def test_a_chunk_has_the_logprobs_of_its_own_tokens() -> None:
     one = answer(has_logprobs=True)
     told = one.chunk(0, Delta("é", 5, 2, logprobs=(HALF, REST)))
     assert [entry["logprob"] for entry in told["choices"][0]["logprobs"]["content"]] == [-0.5, -0.25]
@@ -158,7 +158,7 @@ def test_an_empty_answer_still_has_its_logprobs() -> None:
     assert whole["choices"][0]["logprobs"] == {"content": [], "refusal": None}
 
 
-def test_headers_tell_the_plan_in_short() -> None:
+def test_headers_contain_a_short_form_of_the_plan() -> None:
     rows = (PlannedAdapter(POET.ref, "w1", 0.5, 0.75), PlannedAdapter(CODER.ref, "w2", 1 / 3))
     short = answer(plans=[Planned(Plan("mixture", rows, 7))]).headers()
     assert short == {
@@ -178,7 +178,7 @@ def test_headers_of_several_prompts_name_every_adapter_once_and_stay_short() -> 
     assert answer("text", plans=plans).headers()["x-lora-adapters"].endswith(", ...")
 
 
-def test_headers_are_safe_whatever_a_name_holds() -> None:
+def test_headers_are_safe_for_any_name() -> None:
     ref = replace(POET.ref, name="a\r\nset-cookie: x, é")
     plan = Plan("selection", (PlannedAdapter(ref, "w", 1.0),), 7)
     value = answer(plans=[Planned(plan)]).headers()["x-lora-adapters"]

@@ -122,7 +122,7 @@ def test_sampling_is_carried_over_field_by_field() -> None:
     assert SamplingParams.__dataclass_fields__.keys() == expected.keys()
 
 
-def test_unsaid_sampling_is_the_engines_own_default() -> None:
+def test_omitted_sampling_uses_the_engines_defaults() -> None:
     assert chat().sampling() == SamplingParams()
 
 
@@ -139,7 +139,7 @@ def test_max_completion_tokens_wins_over_the_older_name() -> None:
     assert chat(max_tokens=9, max_completion_tokens=5).sampling().max_tokens == 5
 
 
-def test_what_fields_alone_cannot_tell_is_refused_as_sampling() -> None:
+def test_sampling_errors_across_fields_are_refused() -> None:
     with pytest.raises(SamplingInvalid, match="min_tokens"):
         chat(max_tokens=1, min_tokens=2).sampling()
 
@@ -158,7 +158,7 @@ def test_developer_is_system_and_parts_are_joined() -> None:
     assert question.prompt == (Message("system", "Be brief."), Message("user", "One two"))
 
 
-def test_usage_is_included_where_it_was_asked_for() -> None:
+def test_usage_is_included_on_request() -> None:
     assert not chat(stream=True).include_usage
     assert not chat(stream=True, stream_options={}).include_usage
     assert chat(stream=True, stream_options={"include_usage": True}).include_usage

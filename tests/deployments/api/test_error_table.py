@@ -108,7 +108,7 @@ NEVER_REACH_A_CLIENT = {
 
 def subclasses(kind: type[Exception]) -> Iterator[type[Exception]]:
     for child in kind.__subclasses__():
-        if not issubclass(child, RayTaskError):  # Ray makes such pairs of a cause and itself as it raises
+        if not issubclass(child, RayTaskError):  # Ray raises errors that combine a cause with a Ray error
             yield child
             yield from subclasses(child)
 
@@ -119,7 +119,7 @@ def code_of(error: Exception) -> str:
 
 
 @pytest.mark.parametrize(("error", "status", "type_", "code"), EXPECTED, ids=lambda value: type(value).__name__)
-def test_an_error_maps_as_stated_from_here_and_from_a_replica(
+def test_an_error_maps_equally_from_this_process_and_from_a_replica(
     error: Exception, status: int, type_: str, code: str
 ) -> None:
     lone = RayTaskError("method", "Traceback", error, "replica", 1, "127.0.0.1")
@@ -138,9 +138,7 @@ def test_an_error_maps_as_stated_from_here_and_from_a_replica(
 
 
 @pytest.mark.parametrize(("error", "status", "type_", "code"), RAYS_OWN, ids=lambda value: type(value).__name__)
-def test_what_ray_raises_maps_as_stated_and_names_no_inside(
-    error: Exception, status: int, type_: str, code: str
-) -> None:
+def test_rays_errors_map_without_internal_details(error: Exception, status: int, type_: str, code: str) -> None:
     found, body = describe(error)
     assert (found, body["error"]["type"], body["error"]["code"]) == (status, type_, code)
     message = body["error"]["message"].lower()
@@ -148,11 +146,11 @@ def test_what_ray_raises_maps_as_stated_and_names_no_inside(
     assert not [word for word in ("actor", "deployment", "inner", "num_queued", "node") if word in message]
 
 
-def test_every_row_of_the_table_is_tried_and_reachable() -> None:
+def test_every_row_of_the_table_is_reachable() -> None:
     rows = [kind for kind, *_ in TABLE]
     assert set(rows) == {type(error) for error, *_ in EXPECTED + RAYS_OWN} - {ActorDiedError}
     for place, kind in enumerate(rows):
-        assert not issubclass(kind, tuple(rows[:place])), f"{kind.__name__} stands below a row that takes it"
+        assert not issubclass(kind, tuple(rows[:place])), f"{kind.__name__} is below a row that matches it"
 
 
 def test_every_error_that_can_reach_a_client_has_a_row() -> None:
@@ -173,7 +171,7 @@ def test_every_error_that_can_reach_a_client_has_a_row() -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError("secret"), as_ray_raises(KeyError("secret"))])
-def test_an_unforeseen_error_is_logged_and_says_nothing_of_its_inside(
+def test_an_unexpected_error_is_logged_and_reveals_no_details(
     error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
     status, body = describe(error)

@@ -14,11 +14,11 @@ from tests.deployments.shown_plans import CANDIDATES, CODER, EXPLAINED, LORA, PL
 
 
 @pytest.mark.parametrize("explain", [False, True])
-def test_candidates_and_generation_are_told_where_asked(explain: bool) -> None:
+def test_candidates_and_generation_are_included_on_request(explain: bool) -> None:
     assert plan_object(Planned(PLAN, CANDIDATES), "local", explain=explain) == (EXPLAINED if explain else LORA)
 
 
-def test_a_base_answer_says_so() -> None:
+def test_a_base_answer_names_the_base_strategy() -> None:
     assert plan_object(Planned(BASE_PLAN), "local", explain=False) == {
         "strategy": "base",
         "adapters": [],
@@ -28,13 +28,13 @@ def test_a_base_answer_says_so() -> None:
 
 
 def test_an_adapter_is_shown_without_its_embedding() -> None:
-    shown = lora_object(replace(POET, embedding=None), "local")  # it stays with the Retriever
+    shown = lora_object(replace(POET, embedding=None), "local")  # the embedding stays with the Retriever
     assert (shown["name"], shown["digest"], shown["found_by_auto"]) == ("poet", POET.ref.digest, True)
     assert "embedding" not in shown
     json.dumps(shown)
 
 
-def test_kept_versions_are_told_from_the_live_one() -> None:
+def test_kept_versions_are_distinguished_from_the_live_one() -> None:
     older = adapter("poet", version="older", generation=0)
     shown = versions_object([POET, older])
     assert [(row["digest"], row["state"], row["generation"]) for row in shown] == [
@@ -60,7 +60,7 @@ def test_a_doctors_report_names_adapters() -> None:
     }
 
 
-def test_anothers_adapter_is_told_by_the_name_that_means_it_whatever_an_own_one_is_called() -> None:
+def test_another_tenants_adapter_is_shown_under_its_unambiguous_name() -> None:
     own = adapter("poet", tenant="us").ref
     report = DoctorReport(
         7,

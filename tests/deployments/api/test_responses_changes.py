@@ -8,7 +8,7 @@ from tests.deployments.adapter_records import POOL
 POET, CODER = POOL
 
 
-def test_a_publish_tells_what_the_publisher_found() -> None:
+def test_a_publish_reports_the_publishers_result() -> None:
     shown = published_object(Published(POET.ref, 8, 2, 1, True, 0.5, (Candidate(CODER.ref, 0.25),)))
     assert shown == {
         "name": "poet",
@@ -21,7 +21,7 @@ def test_a_publish_tells_what_the_publisher_found() -> None:
     }
 
 
-def test_a_batch_tells_of_each_adapter_what_it_would_be_told_alone() -> None:
+def test_a_batch_reports_each_adapter_as_if_published_alone() -> None:
     published = Published(POET.ref, 8, 2, 0, True, 0.5, ())
     late = Published(CODER.ref, 8, 1, 1, True, 0.5, ())
     first, second, third = batch_object([published, AdapterRefused("x", ["it is bad"]), late])["data"]
@@ -30,7 +30,7 @@ def test_a_batch_tells_of_each_adapter_what_it_would_be_told_alone() -> None:
     assert third["status"] == 202
 
 
-def test_a_withdrawal_tells_who_knows_of_it() -> None:
+def test_a_withdrawal_reports_the_replicas_that_know_it() -> None:
     assert removed_object(Removed(("poet",), 8, 2, 1)) == {
         "names": ["poet"],
         "deleted": True,

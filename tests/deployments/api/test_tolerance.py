@@ -57,7 +57,7 @@ def test_a_completions_field_that_is_not_served_is_refused_by_name(name: str) ->
     [{name: nothing} for name, values in (NOT_SERVED_IN_CHAT | HARMLESS).items() for nothing in (*values, None)],
     ids=str,
 )
-def test_a_chat_field_that_asks_for_nothing_is_taken(fields: dict[str, Any]) -> None:
+def test_a_chat_field_without_effect_is_accepted(fields: dict[str, Any]) -> None:
     assert parse(CHAT | fields) == parse(CHAT)
 
 
@@ -66,7 +66,7 @@ def test_a_chat_field_that_asks_for_nothing_is_taken(fields: dict[str, Any]) -> 
     [{name: nothing} for name, values in NOT_SERVED_IN_COMPLETIONS.items() for nothing in (*values, None)],
     ids=str,
 )
-def test_a_completions_field_that_asks_for_nothing_is_taken(fields: dict[str, Any]) -> None:
+def test_a_completions_field_without_effect_is_accepted(fields: dict[str, Any]) -> None:
     assert parse(TEXT | fields) == parse(TEXT)
 
 
@@ -84,7 +84,7 @@ def test_a_completions_field_that_asks_for_nothing_is_taken(fields: dict[str, An
     ],
     ids=str,
 )
-def test_what_has_no_effect_on_an_answer_is_taken(fields: dict[str, Any]) -> None:
+def test_fields_without_effect_on_the_answer_are_accepted(fields: dict[str, Any]) -> None:
     response = post("/v1/chat/completions", CHAT | fields)
     assert response.status_code == 200
     assert "x-ignored-fields" not in response.headers
@@ -105,7 +105,7 @@ def test_what_has_no_effect_on_an_answer_is_taken(fields: dict[str, Any]) -> Non
     ],
     ids=str,
 )
-def test_messages_of_other_kinds_are_refused_by_their_place(message: dict[str, Any], param: str) -> None:
+def test_messages_of_other_kinds_are_refused_by_their_position(message: dict[str, Any], param: str) -> None:
     with pytest.raises(Unsupported) as caught:
         parse({"messages": [message, USER]})
     assert caught.value.param == param
@@ -118,13 +118,13 @@ def test_token_ids_are_refused_as_a_prompt(prompt: Any) -> None:
     assert caught.value.param == "prompt"
 
 
-def test_what_is_not_supported_is_said_before_other_problems() -> None:
+def test_unsupported_fields_are_reported_before_other_problems() -> None:
     body = {"messages": [{"role": "user", "content": [{"type": "file", "file": {}}]}], "temperature": 9}
     with pytest.raises(Unsupported):
         parse(body)
 
 
-def test_equal_is_of_one_type() -> None:
+def test_values_of_different_types_are_not_equal() -> None:
     assert error_of(post("/v1/completions", TEXT | {"best_of": True}))["param"] == "best_of"
     assert error_of(post("/v1/completions", TEXT | {"echo": 0}))["param"] == "echo"
 

@@ -13,7 +13,7 @@ from deployments.errors import RoleMissing
 from tests.deployments.key_files import entry
 
 
-def test_a_key_is_its_entrys_caller_and_nothing_else_is() -> None:
+def test_only_the_key_of_an_entry_finds_its_caller() -> None:
     ring = KeySet(parse_entries(json.dumps([entry("one", roles=["infer"]), entry("two", "other")])))
     assert ring.find("one") == Caller("acme", frozenset({"infer"}), "id-one")
     assert ring.find("two") == Caller("other", frozenset({"infer", "publish", "admin"}), "id-two")
@@ -21,22 +21,22 @@ def test_a_key_is_its_entrys_caller_and_nothing_else_is() -> None:
         assert ring.find(wrong) is None
 
 
-def test_what_no_hash_is_never_matches() -> None:
+def test_an_invalid_hash_never_matches() -> None:
     assert KeySet([]).find("") is None
     assert len(KeySet([])) == 0
 
 
-def test_keys_are_new_random_and_kept_as_their_hash_only() -> None:
+def test_keys_are_random_and_stored_as_hashes_only() -> None:
     keys = {new_key() for _ in range(100)}
     assert len(keys) == 100
-    assert {len(key) for key in keys} == {46}  # 32 random bytes behind a prefix
+    assert {len(key) for key in keys} == {46}  # 32 random bytes after a prefix
     key = keys.pop()
     assert hash_of(key) == hashlib.sha256(key.encode()).hexdigest()
     assert key not in str(KeySet(parse_entries(json.dumps([entry("x") | {"sha256": hash_of(key)}]))).__dict__)
 
 
 @pytest.mark.parametrize("dump", [json.dumps, yaml.safe_dump])
-def test_yaml_and_json_say_the_same(dump: Any) -> None:
+def test_yaml_and_json_are_equivalent(dump: Any) -> None:
     given = [entry("one", limits={"requests_per_minute": 60, "max_adapters": 5})]
     [found] = parse_entries(dump(given))
     assert found.caller().limits == KeyLimits(requests_per_minute=60, max_adapters=5)
@@ -63,7 +63,7 @@ GOOD = entry("secret")
         (json.dumps([GOOD, GOOD | {"id": "other"}]), "same sha256"),
     ],
 )
-def test_a_bad_file_is_refused_by_its_place_and_quotes_no_secret(text: str, says: str) -> None:
+def test_a_bad_file_is_refused_with_the_place_and_without_secrets(text: str, says: str) -> None:
     with pytest.raises(ValueError) as caught:
         parse_entries(text)
     assert says in str(caught.value)
@@ -80,7 +80,7 @@ def test_roles_do_not_include_one_another() -> None:
 
 
 class Counted(str):
-    """A string that counts how often it is compared."""
+    """A string that counts its comparisons."""
 
     __slots__ = ()
     comparisons: ClassVar[list[int]] = [0]

@@ -25,7 +25,7 @@ def limited(work: Callable[[], Any]) -> RateLimited:
     return caught.value
 
 
-def test_requests_beyond_the_minutes_are_refused_until_there_is_room() -> None:
+def test_requests_above_the_rate_are_refused_until_it_recovers() -> None:
     clock = Clock()
     limiter, asks = Limiter(1, clock=clock, sweep_above=10), caller(requests_per_minute=2)
     limiter.count_request(asks)
@@ -39,14 +39,14 @@ def test_requests_beyond_the_minutes_are_refused_until_there_is_room() -> None:
     limiter.count_request(asks)
 
 
-def test_keys_do_not_share_what_they_may_use() -> None:
+def test_keys_have_separate_limits() -> None:
     limiter = Limiter(1)
     for key_id in ("a", "b"):
         limiter.count_request(caller(key_id, requests_per_minute=1))
     limited(lambda: limiter.count_request(caller("a", requests_per_minute=1)))
 
 
-def test_no_more_run_at_once_than_may_and_an_error_makes_room_too() -> None:
+def test_concurrent_rows_are_limited_and_an_error_frees_them() -> None:
     limiter, asks = Limiter(1), caller(concurrent_requests=2)
     with ExitStack() as running:
         for _ in range(2):
@@ -59,7 +59,7 @@ def test_no_more_run_at_once_than_may_and_an_error_makes_room_too() -> None:
 
 
 @pytest.mark.parametrize(("limit", "replicas", "here"), [(4, 2, 2), (3, 2, 2), (1, 4, 1), (8, 3, 3)])
-def test_a_replica_runs_its_part_rounded_up(limit: int, replicas: int, here: int) -> None:
+def test_a_replica_runs_its_share_rounded_up(limit: int, replicas: int, here: int) -> None:
     limiter, asks = Limiter(replicas), caller(concurrent_requests=limit)
     with ExitStack() as running:
         for _ in range(here):
@@ -67,7 +67,7 @@ def test_a_replica_runs_its_part_rounded_up(limit: int, replicas: int, here: int
         limited(lambda: running.enter_context(limiter.running(asks, Work())))
 
 
-def test_a_replica_gives_out_its_part_of_a_rate() -> None:
+def test_a_replica_grants_its_share_of_a_rate() -> None:
     limiter, asks = Limiter(3, clock=Clock()), caller(requests_per_minute=6)
     limiter.count_request(asks)
     limiter.count_request(asks)
@@ -85,7 +85,7 @@ def test_a_request_counts_as_many_times_as_it_has_rows() -> None:
             pass
 
 
-def test_more_rows_than_the_key_may_ever_have_are_refused_by_the_field_that_asks_for_them() -> None:
+def test_more_rows_than_the_keys_limit_are_refused_by_field() -> None:
     limiter, asks = Limiter(2), caller(concurrent_requests=8)
     for work in (Work(5), Work(5, rows_field="n")):
         with pytest.raises(RequestInvalid) as caught, limiter.running(asks, work):
@@ -95,7 +95,7 @@ def test_more_rows_than_the_key_may_ever_have_are_refused_by_the_field_that_asks
         assert "the key allows 4 at once" in str(caught.value)
 
 
-def test_what_the_encoder_reads_is_charged_whatever_becomes_of_the_request() -> None:
+def test_encoder_tokens_are_charged_whatever_the_outcome() -> None:
     limiter, asks = Limiter(1, clock=Clock()), caller(tokens_per_minute=100)
     with pytest.raises(KeyError), limiter.running(asks, Work(num_tokens=60, num_read=40)) as meter:
         meter.saw("one", 0, 5, 5)
@@ -114,14 +114,14 @@ def test_tokens_are_reserved_and_then_settled_by_what_was_used() -> None:
         error = refused(limiter, asks, Work(num_tokens=30))
         assert error.retry_after_s == pytest.approx(6)
         meter.saw("one", 0, 5, 1)
-        meter.saw("one", 0, 5, 10)  # so far, and not on top
+        meter.saw("one", 0, 5, 10)  # a total, not an increment
         meter.saw("two", 1, 5, 10)
     refused(limiter, asks, Work(num_tokens=71))
     with limiter.running(asks, Work(num_tokens=70)):
         pass
 
 
-def test_a_prompt_is_charged_once_however_many_answers_it_has() -> None:
+def test_a_prompt_is_charged_once_for_all_its_answers() -> None:
     limiter, asks = Limiter(1, clock=Clock()), caller(tokens_per_minute=100)
     with limiter.running(asks, Work(16, num_tokens=20 + 16 * 2)) as meter:
         for answer in range(16):
@@ -132,7 +132,7 @@ def test_a_prompt_is_charged_once_however_many_answers_it_has() -> None:
         pass
 
 
-def test_a_prompt_that_was_sent_is_charged_without_a_token_unless_there_was_no_room() -> None:
+def test_a_sent_prompt_is_charged_unless_the_server_had_no_room() -> None:
     limiter, asks = Limiter(1, clock=Clock()), caller(tokens_per_minute=100)
     with pytest.raises(TimeoutError), limiter.running(asks, Work(2, num_tokens=90)) as meter:
         meter.sent("one", 0, 30)
@@ -150,7 +150,7 @@ def test_a_prompt_that_was_sent_is_charged_without_a_token_unless_there_was_no_r
         assert meter.num_tokens == 25
 
 
-def test_a_request_larger_than_the_limit_is_told_so_instead_of_waiting_for_ever() -> None:
+def test_a_request_above_the_limit_is_refused_at_once() -> None:
     limiter = Limiter(1)
     with pytest.raises(RequestInvalid) as caught, limiter.running(caller(tokens_per_minute=100), Work(num_tokens=101)):
         pass
@@ -158,7 +158,7 @@ def test_a_request_larger_than_the_limit_is_told_so_instead_of_waiting_for_ever(
     assert "101" in str(caught.value) and "100" in str(caught.value)
 
 
-def test_limits_that_change_hold_at_once_and_count_what_still_runs() -> None:
+def test_changed_limits_apply_at_once_and_count_running_rows() -> None:
     limiter = Limiter(1)
     with limiter.running(caller(concurrent_requests=1), Work()):
         refused(limiter, caller(concurrent_requests=1), Work())
@@ -168,7 +168,7 @@ def test_limits_that_change_hold_at_once_and_count_what_still_runs() -> None:
         refused(limiter, caller(concurrent_requests=1), Work())
 
 
-def test_a_rate_that_changes_holds_at_once() -> None:
+def test_a_changed_rate_applies_at_once() -> None:
     limiter = Limiter(1, clock=Clock())
     limiter.count_request(caller(requests_per_minute=1))
     limited(lambda: limiter.count_request(caller(requests_per_minute=1)))
@@ -177,7 +177,7 @@ def test_a_rate_that_changes_holds_at_once() -> None:
     limited(lambda: limiter.count_request(caller(requests_per_minute=5)))
 
 
-def test_who_has_no_limits_is_never_refused() -> None:
+def test_a_caller_without_limits_is_never_refused() -> None:
     limiter = Limiter(4)
     with ExitStack() as running:
         for _ in range(100):
@@ -185,7 +185,7 @@ def test_who_has_no_limits_is_never_refused() -> None:
             running.enter_context(limiter.running(LOCAL_CALLER, Work(num_tokens=10**9)))
 
 
-def test_keys_that_are_gone_do_not_stay_for_ever() -> None:
+def test_accounts_of_removed_keys_are_forgotten() -> None:
     clock = Clock()
     limiter = Limiter(1, clock=clock, sweep_above=10)
     with limiter.running(caller("busy", concurrent_requests=1), Work()):
@@ -196,7 +196,7 @@ def test_keys_that_are_gone_do_not_stay_for_ever() -> None:
         refused(limiter, caller("busy", concurrent_requests=1), Work())
 
 
-def test_many_keys_do_not_give_a_used_up_one_its_rate_back() -> None:
+def test_many_keys_do_not_reset_an_exhausted_one() -> None:
     limiter = Limiter(1, clock=Clock(), sweep_above=10)
     used_up = caller("used up", requests_per_minute=1, tokens_per_minute=100)
     limiter.count_request(used_up)
@@ -213,7 +213,7 @@ def bucket_of(per_minute: float) -> tuple[TokenBucket, Clock]:
     return TokenBucket(per_minute, clock=clock), clock
 
 
-def test_a_full_bucket_gives_a_minutes_worth_at_once_and_then_says_when_there_is_more() -> None:
+def test_a_full_bucket_grants_a_minutes_amount_and_then_gives_the_wait() -> None:
     bucket, clock = bucket_of(60)
     assert [bucket.take(1) for _ in range(60)] == [0.0] * 60
     assert bucket.take(2) == pytest.approx(2)
@@ -223,7 +223,7 @@ def test_a_full_bucket_gives_a_minutes_worth_at_once_and_then_says_when_there_is
     assert bucket.take(2) == 0
 
 
-def test_what_is_refused_is_not_taken() -> None:
+def test_a_refused_amount_is_not_taken() -> None:
     bucket, _clock = bucket_of(60)
     bucket.take(59)
     for _ in range(5):
@@ -231,7 +231,7 @@ def test_what_is_refused_is_not_taken() -> None:
     assert bucket.take(1) == 0
 
 
-def test_no_more_than_a_minutes_worth_is_saved_up() -> None:
+def test_at_most_a_minutes_amount_is_saved() -> None:
     bucket, clock = bucket_of(60)
     clock.at += 3600
     assert bucket.take(60) == 0
@@ -239,14 +239,14 @@ def test_no_more_than_a_minutes_worth_is_saved_up() -> None:
 
 
 @pytest.mark.parametrize(("used", "wait_s"), [(10, 0), (40, 30), (70, 60)])
-def test_what_was_used_is_what_counts_and_too_much_is_owed(used: int, wait_s: float) -> None:
+def test_real_usage_counts_and_may_make_the_level_negative(used: int, wait_s: float) -> None:
     bucket, _ = bucket_of(60)
     assert bucket.take(40) == 0
     bucket.settle(40, used)
     assert bucket.take(50) == pytest.approx(max(0, wait_s))
 
 
-def test_nothing_comes_back_beyond_the_bucket() -> None:
+def test_a_bucket_does_not_exceed_its_size() -> None:
     bucket, clock = bucket_of(60)
     bucket.take(40)
     clock.at += 60
@@ -254,7 +254,7 @@ def test_nothing_comes_back_beyond_the_bucket() -> None:
     assert (bucket.take(60), bucket.take(1) > 0) == (0, True)
 
 
-def test_a_bucket_is_full_once_nothing_is_left_to_refill() -> None:
+def test_a_bucket_is_full_once_it_has_refilled() -> None:
     bucket, clock = bucket_of(60)
     assert bucket.is_full
     bucket.take(2)

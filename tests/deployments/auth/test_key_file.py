@@ -22,14 +22,14 @@ def known(keys: KeyFile, *names: str) -> list[str]:
     return [name for name in names if keys.find(name) is not None]
 
 
-def test_a_replaced_file_holds_from_the_next_request_on(path: Path) -> None:
+def test_a_replaced_file_applies_from_the_next_request(path: Path) -> None:
     keys = KeyFile(write(path, entry("a")))
     assert known(keys, "a", "b") == ["a"]
     write(path, entry("a"), entry("b"))
     assert known(keys, "a", "b") == ["a", "b"]
     write(path, entry("b"))
     assert known(keys, "a", "b") == ["b"]
-    write(path)  # no keys: nobody
+    write(path)  # no keys: no caller
     assert known(keys, "a", "b") == []
 
 
@@ -41,14 +41,14 @@ def test_an_edit_in_place_of_equal_size_and_time_is_seen(path: Path) -> None:
     assert known(keys, "a", "b") == ["b"]
 
 
-def test_a_file_that_has_settled_is_not_read_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unchanged_file_is_not_read_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = KeyFile(write(path, entry("a")), now=lambda: path.stat().st_mtime + 60)
     monkeypatch.setattr(Path, "read_bytes", lambda self: pytest.fail("read"))
     assert known(keys, "a") == ["a"]
 
 
 def test_a_kubernetes_secret_is_followed_through_its_swaps(tmp_path: Path) -> None:
-    """keys.json -> ..data/keys.json, ..data -> the newest folder; the link is replaced and the old folder goes."""
+    """keys.json -> ..data/keys.json, ..data -> the newest folder. A swap replaces the link and the folder."""
 
     def swap(name: str, *entries: dict[str, object]) -> None:
         (tmp_path / name).mkdir()
@@ -69,7 +69,7 @@ def test_a_broken_file_leaves_the_keys_and_is_logged_once(
     path: Path, broken: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     keys = KeyFile(write(path, entry("a")))
-    for _ in range(2):  # each time it breaks is news
+    for _ in range(2):  # each new failure is logged
         caplog.clear()
         path.unlink() if broken == "missing" else path.write_text(broken)
         with caplog.at_level(logging.INFO):
@@ -102,24 +102,24 @@ class Clock:
         return self.seconds
 
 
-def test_a_file_that_is_missing_for_longer_than_the_grace_period_lets_nobody_in(path: Path) -> None:
+def test_a_file_missing_for_longer_than_the_grace_period_admits_no_key(path: Path) -> None:
     clock = Clock()
     keys = KeyFile(write(path, entry("a")), missing_grace_s=300, monotonic=clock)
     clock.seconds += 10_000
-    assert known(keys, "a") == ["a"]  # the period begins when the file is found missing
+    assert known(keys, "a") == ["a"]  # the period starts when the file is found missing
     path.unlink()
     assert known(keys, "a") == ["a"]
     clock.seconds += 299
     assert known(keys, "a", "b") == ["a"]
     clock.seconds += 1
-    for key in ("a", "b"):  # whether a key was valid shows no more
+    for key in ("a", "b"):  # valid and invalid keys look the same
         with pytest.raises(KeysUnavailable):
             keys.find(key)
     write(path, entry("b"))
     assert known(keys, "a", "b") == ["b"]
     path.unlink()
     clock.seconds += 299
-    assert known(keys, "a", "b") == ["b"]  # another period
+    assert known(keys, "a", "b") == ["b"]  # a new period
 
 
 def test_a_broken_file_is_not_missing(path: Path) -> None:

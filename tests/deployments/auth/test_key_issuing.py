@@ -22,14 +22,14 @@ def made(**changes: Any) -> tuple[str, dict[str, Any]]:
     return make_key(**{**given, **changes})
 
 
-def test_an_entry_knows_the_hash_of_its_key_and_not_the_key() -> None:
+def test_an_entry_has_the_hash_of_its_key_and_not_the_key() -> None:
     key, made_entry = made(roles=["infer", "publish"], limits={"requests_per_minute": 60, "max_bytes": None}, id="ci")
     expected = {"id": "ci", "sha256": hash_of(key), "tenant": "acme", "roles": ["infer", "publish"]}
     assert made_entry == expected | {"limits": {"requests_per_minute": 60}}
     assert key not in json.dumps(made_entry)
 
 
-def test_keys_without_an_id_get_ids_of_their_own() -> None:
+def test_keys_without_an_id_get_unique_ids() -> None:
     (first, one), (second, other) = made(), made()
     assert first != second and one["id"] != other["id"]
     assert one["id"].startswith("acme-") and "limits" not in one
@@ -50,7 +50,7 @@ def test_a_bad_value_is_refused_by_its_field(changes: dict[str, Any], field: str
 
 
 @pytest.mark.parametrize("dump", DUMPS)
-def test_what_the_file_holds_stays(tmp_path: Path, dump: Dump) -> None:
+def test_existing_entries_are_kept(tmp_path: Path, dump: Dump) -> None:
     file = tmp_path / "keys"
     file.write_text(dump([entry("old", limits={"max_bytes": 9})]))
     file.chmod(0o640)
@@ -64,7 +64,7 @@ def test_what_the_file_holds_stays(tmp_path: Path, dump: Dump) -> None:
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_a_new_file_is_its_owners_alone(tmp_path: Path) -> None:
+def test_a_new_file_is_readable_by_its_owner_only(tmp_path: Path) -> None:
     add_entry(tmp_path / "keys.yaml", made()[1])
     assert stat.S_IMODE((tmp_path / "keys.yaml").stat().st_mode) == 0o600
 
@@ -89,7 +89,7 @@ def test_an_empty_file_gets_the_one_entry(text: str) -> None:
 @pytest.mark.parametrize(
     ("content", "says"), [("keys: 1", "a list"), (json.dumps([entry("x", id="twice")]), "same id")]
 )
-def test_a_file_that_cannot_take_the_key_is_left_alone(tmp_path: Path, content: str, says: str) -> None:
+def test_a_file_that_cannot_take_the_key_is_not_changed(tmp_path: Path, content: str, says: str) -> None:
     file = tmp_path / "keys.yaml"
     file.write_text(content)
     with pytest.raises(ValueError, match=says):

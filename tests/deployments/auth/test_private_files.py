@@ -29,7 +29,7 @@ def make(path: Path, mode: int) -> Path:
     return path
 
 
-def test_new_files_are_their_owners_alone(tmp_path: Path) -> None:
+def test_new_files_are_readable_by_their_owner_only(tmp_path: Path) -> None:
     keep_files_private(tmp_path)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "file").write_text("x")
@@ -37,7 +37,7 @@ def test_new_files_are_their_owners_alone(tmp_path: Path) -> None:
     assert rights(tmp_path / "folder" / "file") == 0o600
 
 
-def test_a_token_that_others_can_read_is_closed_and_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_readable_token_is_made_private_and_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     token = make(tmp_path / ".ray" / "auth_token", 0o644)
     with caplog.at_level(logging.WARNING):
         keep_files_private(tmp_path)
@@ -47,7 +47,7 @@ def test_a_token_that_others_can_read_is_closed_and_reported(tmp_path: Path, cap
     assert f"{token} was readable by other users" in record.message
 
 
-def test_a_token_that_is_closed_already_is_not_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_private_token_is_not_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     token = make(tmp_path / ".ray" / "auth_token", 0o400)
     with caplog.at_level(logging.WARNING):
         keep_files_private(tmp_path)
@@ -63,7 +63,7 @@ def test_a_home_without_a_token_stays_without(tmp_path: Path) -> None:
 ME = os.geteuid()
 
 
-def test_the_folder_of_the_sessions_is_this_users(tmp_path: Path) -> None:
+def test_the_sessions_folder_belongs_to_this_user(tmp_path: Path) -> None:
     folder = sessions_folder({"RAY_TMPDIR": str(tmp_path)}, ME)
     assert folder == tmp_path / f"loraretriever-{ME}" / "ray"
     assert sessions_folder({}, 1000) == Path("/tmp/loraretriever-1000/ray")
@@ -72,7 +72,7 @@ def test_the_folder_of_the_sessions_is_this_users(tmp_path: Path) -> None:
         assert rights(folder.parent) == 0o700
 
 
-def test_a_folder_that_is_open_is_closed(tmp_path: Path) -> None:
+def test_an_accessible_folder_is_made_private(tmp_path: Path) -> None:
     (tmp_path / "open").mkdir()
     (tmp_path / "open").chmod(0o777)
     make_private(tmp_path / "open", ME)
@@ -80,7 +80,7 @@ def test_a_folder_that_is_open_is_closed(tmp_path: Path) -> None:
 
 
 def test_a_link_is_refused_with_the_remedy(tmp_path: Path) -> None:
-    """Another user could have put it there, to lead the sessions elsewhere."""
+    """Another user could have created it to redirect the sessions."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(FolderNotPrivate, match=r"is a symbolic link.*RAY_TMPDIR"):

@@ -1,4 +1,4 @@
-"""The application is built in Ray's token mode only: each case in a process of its own, as the mode is read once."""
+"""The application is built in Ray's token mode only. Each case runs in its own process, as Ray reads the mode once."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def python(script: str, mode: str | None, *arguments: str) -> subprocess.Complet
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_the_application_is_not_built_where_ray_asks_for_no_token(tmp_path: Path) -> None:
+def test_the_application_is_not_built_without_rays_token_mode(tmp_path: Path) -> None:
     run = python(BUILD, "disabled", str(tmp_path), "refuse")
     assert run.returncode != 0
     assert "built" not in run.stdout
@@ -51,20 +51,20 @@ def test_the_application_is_not_built_where_ray_asks_for_no_token(tmp_path: Path
 
 @pytest.mark.parametrize("mode", ["token", None], ids=["token", "not set"])
 def test_the_application_is_built_in_token_mode(mode: str | None, tmp_path: Path) -> None:
-    """Where the environment says nothing the builder switches it on: `serve run` builds before it connects."""
+    """Without a mode in the environment the builder switches it on, as `serve run` builds before it connects."""
     run = python(BUILD, mode, str(tmp_path), "refuse")
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == ["built", "True"]
 
 
-def test_a_setting_named_for_its_danger_allows_it_with_a_warning(tmp_path: Path) -> None:
+def test_an_explicit_setting_allows_it_with_a_warning(tmp_path: Path) -> None:
     run = python(BUILD, "disabled", str(tmp_path), "allow")
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == ["built", "False"]
     assert "WARNING:deployments.auth.ray_token:Ray runs without token authentication" in run.stderr
 
 
-def test_the_server_overrules_an_environment_that_switches_the_token_off() -> None:
+def test_the_server_overrides_an_environment_that_switches_the_token_off() -> None:
     run = python(SWITCH_ON, "disabled")
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == ["before", "False", "after", "True", "token"]
@@ -72,7 +72,7 @@ def test_the_server_overrules_an_environment_that_switches_the_token_off() -> No
 
 
 @pytest.mark.parametrize(("mode", "given"), [(None, "RAY_AUTH_MODE is not set"), ("off", "RAY_AUTH_MODE is 'off'")])
-def test_the_refusal_says_what_was_given_and_what_to_do(mode: str | None, given: str) -> None:
+def test_the_refusal_states_the_given_value_and_the_remedy(mode: str | None, given: str) -> None:
     message = str(RayUnauthenticated(mode))
     assert given in message
     assert "ray get-auth-token --generate" in message

@@ -20,7 +20,7 @@ def model(tiny_folders: Mapping[str, Path], tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="session")
 def pool(model: Path, tmp_path_factory: pytest.TempPathFactory) -> AppConfig:
-    """A store with five adapters at generation 1."""
+    """Return a store with five adapters at generation 1."""
     folder = tmp_path_factory.mktemp("batch-pool")
     config = tiny_app(model, str(folder / "pool"))
     assert publish(config, linear_shapes(load_base_model(tiny_config(model))), folder / "adapters", TOPICS[:5]) == 1

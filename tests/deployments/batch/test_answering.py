@@ -19,7 +19,7 @@ POISON = "~"  # one byte, one token
 
 
 def answer(run: BatchRun, answerer: PartAnswerer) -> list[dict[str, int]]:
-    """Every part that is left, two at a time as an actor has them."""
+    """Answer the remaining parts, two at a time, as an actor does."""
     planner = PartPlanner(run)
 
     async def all_parts() -> list[dict[str, int]]:
@@ -62,7 +62,7 @@ def test_rows_of_every_kind_are_answered_and_bad_ones_keep_their_error(place: Pl
     assert (found[17]["num_new_tokens"], found[0]["num_new_tokens"], found[17]["finish_reason"]) == (5, 6, "length")
 
 
-def test_a_run_goes_on_with_the_parts_that_are_missing_and_the_pool_it_began_with(
+def test_a_resumed_run_answers_the_missing_parts_from_the_same_generation(
     place: Place, model: Path, tmp_path: Path
 ) -> None:
     own = replace(place, config=tiny_app(model, str(tmp_path / "pool")))
@@ -92,9 +92,9 @@ def test_a_run_goes_on_with_the_parts_that_are_missing_and_the_pool_it_began_wit
     assert own.begin(rows, part_rows=2).parts == ()
 
 
-def test_a_row_that_breaks_the_step_takes_no_other_along(place: Place) -> None:
+def test_a_row_that_makes_a_step_fail_does_not_affect_others(place: Place) -> None:
     rows = [{"prompt": f"The sea {n}", "model": BASE} for n in range(12)]
-    rows[5]["prompt"] = f"Tell {POISON}"
+    rows[5]["prompt"] = f"Say {POISON}"
     run = place.begin(rows, part_rows=6)
     answerer = PartAnswerer(run)
     engine = answerer.engine.engine

@@ -26,7 +26,7 @@ def read(reader: PartReader, start: int, stop: int) -> list[str]:
 
 @pytest.fixture
 def source(tmp_path: Path) -> BatchInput:
-    """35 rows: files of 20, 0 and 15, and what is no part of the input."""
+    """35 rows: files of 20, 0 and 15, and files that do not belong to the input."""
     folder = tmp_path / "in"
     folder.mkdir()
     numbers(folder / "b.parquet", 20, 15, group_rows=4)
@@ -37,14 +37,14 @@ def source(tmp_path: Path) -> BatchInput:
     return scan(str(folder))
 
 
-def test_a_folder_is_its_files_in_order(source: BatchInput) -> None:
+def test_a_folder_is_read_as_its_files_in_order(source: BatchInput) -> None:
     assert [Path(file.path).name for file in source.files] == ["a.parquet", "a2.parquet", "b.parquet"]
     assert source.num_rows == 35
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 10, 35])
 @pytest.mark.parametrize("order", ["forward", "backward", "every other"])
-def test_parts_of_any_size_and_order_are_the_rows_at_their_places(source: BatchInput, size: int, order: str) -> None:
+def test_parts_of_any_size_and_order_have_the_right_rows(source: BatchInput, size: int, order: str) -> None:
     starts = list(range(0, 35, size))
     asked = {"forward": starts, "backward": starts[::-1], "every other": starts[::2] + starts[1::2]}[order]
     reader = PartReader(source)
@@ -53,7 +53,7 @@ def test_parts_of_any_size_and_order_are_the_rows_at_their_places(source: BatchI
         assert read(reader, start, stop) == [f"row {n}" for n in range(start, stop)]
 
 
-def test_row_groups_that_a_part_does_not_lie_in_are_not_read(tmp_path: Path) -> None:
+def test_row_groups_outside_a_part_are_not_read(tmp_path: Path) -> None:
     path = numbers(tmp_path / "in.parquet", 0, 40, group_rows=10)
     source = scan(str(path))
     column = pq.ParquetFile(path).metadata.row_group(1).column(0)
@@ -67,7 +67,7 @@ def test_row_groups_that_a_part_does_not_lie_in_are_not_read(tmp_path: Path) -> 
         read(PartReader(source), 10, 12)
 
 
-def test_a_row_group_is_passed_through_a_thousand_rows_at_a_time(tmp_path: Path) -> None:
+def test_a_row_group_is_read_a_thousand_rows_at_a_time(tmp_path: Path) -> None:
     path = numbers(tmp_path / "in.parquet", 0, 5000, group_rows=5000)
     reader = PartReader(scan(str(path)))
     assert read(reader, 4100, 4103) == ["row 4100", "row 4101", "row 4102"]
@@ -82,7 +82,7 @@ def test_a_changed_byte_makes_another_input(tmp_path: Path) -> None:
     assert scan(str(path)).files[0].sha256 != before
 
 
-def test_what_cannot_be_an_input_is_refused(tmp_path: Path) -> None:
+def test_an_invalid_input_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BatchRefused, match="no parquet file at"):
         scan(str(tmp_path / "absent"))
     (tmp_path / "text.parquet").write_text("not parquet")
@@ -98,7 +98,7 @@ def test_what_cannot_be_an_input_is_refused(tmp_path: Path) -> None:
         scan(str(folder))
 
 
-def test_input_and_output_may_lie_on_s3(s3_endpoint: S3Endpoint) -> None:
+def test_input_and_output_may_be_on_s3(s3_endpoint: S3Endpoint) -> None:
     files, root = Location(s3_endpoint.uri("batch-in")).filesystem()
     pq.write_table(pa.table({"prompt": ["a", "b"]}), f"{root}/one.parquet", filesystem=files)
     pq.write_table(pa.table({"prompt": ["c"]}), f"{root}/two.parquet", filesystem=files)

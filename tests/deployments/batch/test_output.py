@@ -21,7 +21,7 @@ def test_a_continued_run_keeps_the_generation_it_began_with(tmp_path: Path) -> N
     assert BatchOutput(str(tmp_path)).begin(manifest(9)) == manifest(3)
 
 
-def test_parts_that_are_there_are_known_and_make_one_dataset(tmp_path: Path) -> None:
+def test_existing_parts_are_found_and_form_one_dataset(tmp_path: Path) -> None:
     output = BatchOutput(str(tmp_path / "out"))
     output.begin(manifest())
     assert output.done() == set()
@@ -31,7 +31,7 @@ def test_parts_that_are_there_are_known_and_make_one_dataset(tmp_path: Path) -> 
     assert ds.dataset(tmp_path / "out").to_table()["n"].to_pylist() == [1, 2, 3, 4]
 
 
-def test_what_a_crash_left_half_written_is_no_part_and_goes(tmp_path: Path) -> None:
+def test_a_partly_written_file_is_ignored_and_replaced(tmp_path: Path) -> None:
     output = BatchOutput(str(tmp_path))
     output.begin(manifest())
     half = tmp_path / ".part-000001.parquet.0123"
@@ -57,7 +57,7 @@ def test_another_input_is_refused(tmp_path: Path) -> None:
         output.begin(manifest().model_copy(update={"input": {"in.parquet": "abd"}}))
 
 
-def test_a_folder_that_holds_something_else_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_refused_and_not_changed(tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("mine")
     with pytest.raises(BatchRefused, match="no resumable run"):
         BatchOutput(str(tmp_path)).begin(manifest())

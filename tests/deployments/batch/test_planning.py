@@ -1,4 +1,4 @@
-"""The plans of a part, row by row, and what they ask of the encoder."""
+"""The plans of a part, row by row, and the calls of the encoder."""
 
 from __future__ import annotations
 

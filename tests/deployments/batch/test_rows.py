@@ -62,13 +62,13 @@ def test_messages_and_lora_may_be_nested_or_json(as_json: bool) -> None:
         ({"prompt": "a", "max_tokens": 0}, "max_tokens"),
     ],
 )
-def test_a_row_that_no_request_could_be_is_refused(body: dict[str, Any], param: str) -> None:
+def test_a_row_that_is_not_a_valid_request_is_refused(body: dict[str, Any], param: str) -> None:
     with pytest.raises(RequestInvalid) as caught:
         request_of(body)
     assert caught.value.param == param
 
 
-def test_an_input_without_prompts_or_with_a_column_of_the_answer_is_refused() -> None:
+def test_an_input_without_prompts_or_with_an_answer_column_is_refused() -> None:
     check_columns(pa.schema([("messages", pa.string()), ("id", pa.int64())]))
     with pytest.raises(BatchRefused, match="neither a column 'prompt' nor 'messages', only question"):
         check_columns(pa.schema([("question", pa.string())]))
@@ -76,7 +76,7 @@ def test_an_input_without_prompts_or_with_a_column_of_the_answer_is_refused() ->
         check_columns(pa.schema([("prompt", pa.string()), ("error", pa.string())]))
 
 
-def test_answers_stand_beside_their_rows_and_errors_in_place_of_answers() -> None:
+def test_answers_or_errors_are_added_to_their_rows() -> None:
     ref = AdapterRef("local", "poet", "d" * 64)
     planned = Planned(Plan("selection", (PlannedAdapter(ref, "w" * 64, 1.0, 0.5),)))
     job = Job("row-0", "Rhyme")

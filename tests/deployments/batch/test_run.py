@@ -1,4 +1,4 @@
-"""What an offline run begins with."""
+"""The start of an offline run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which calls of the Store are repeated, by which transport they go, and how long a change waits for a replica."""
+"""Calls of the Store: which are repeated, their transports, and how long a change waits for a replica."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ SENT_ONCE: dict[str, Ask] = {
 
 @dataclass
 class Dying:
-    """A Store of which as many replicas die in every method as `num_deaths` says; then "answer" is the answer."""
+    """A Store whose replicas die `num_deaths` times in every method; then it answers "answer"."""
 
     num_deaths: int
     asked: list[str] = field(default_factory=list)

@@ -32,7 +32,7 @@ def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 async def answer_to(*pieces: bytes) -> bytes:
-    """What a server that is configured as Serve configures it says to these bytes."""
+    """Return the response of a server configured like Serve's to these bytes."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(hello, log_level="critical", lifespan="off"))
@@ -72,13 +72,13 @@ CHUNKED = b"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nTransfer-Encoding
     ],
     ids=["a header", "many headers", "an address", "a trailer"],
 )
-def test_what_stands_beside_a_body_is_refused_before_it_ends(pieces: tuple[bytes, ...]) -> None:
-    """None of these ends: without a bound, the server waits for more."""
+def test_oversized_parts_around_a_body_are_refused_before_they_end(pieces: tuple[bytes, ...]) -> None:
+    """None of these ends: without a limit the server would wait for more."""
     assert asyncio.run(answer_to(*pieces)).startswith(b"HTTP/1.1 400")
 
 
 async def until_closed(reader: asyncio.StreamReader) -> bytes:
-    """What came until the server closed."""
+    """Return everything received until the server closed."""
     return await asyncio.wait_for(reader.read(), 20)
 
 
@@ -90,7 +90,7 @@ def code_of(answer: bytes) -> str:
 
 
 @pytest.mark.parametrize("start", [b"G", b"GET / HTTP/1.1\r\nHost: x\r\n"])
-def test_a_head_that_does_not_come_whole_in_time_is_refused_also_where_it_trickles(start: bytes) -> None:
+def test_a_head_that_is_not_complete_in_time_is_refused(start: bytes) -> None:
     async def run() -> bytes:
         async with server_of(ProxyLimits(head_timeout_s=0.3)) as (port, book):
             reader, writer = await connect(port)
@@ -112,7 +112,7 @@ def test_a_head_that_does_not_come_whole_in_time_is_refused_also_where_it_trickl
     assert code_of(answer) == "head_too_slow"
 
 
-def test_a_connection_without_a_byte_is_closed_without_a_word() -> None:
+def test_a_connection_without_a_byte_is_closed_silently() -> None:
     async def run() -> bytes:
         async with server_of(ProxyLimits(head_timeout_s=0.1)) as (port, _):
             reader, _ = await connect(port)
@@ -121,7 +121,7 @@ def test_a_connection_without_a_byte_is_closed_without_a_word() -> None:
     assert asyncio.run(run()) == b""
 
 
-def test_a_connection_that_was_answered_may_idle_and_its_next_head_has_a_deadline_again() -> None:
+def test_a_connection_may_be_idle_after_an_answer_and_its_next_head_has_a_deadline() -> None:
     async def run() -> tuple[bytes, bytes]:
         async with server_of(ProxyLimits(head_timeout_s=0.2), timeout_keep_alive=30) as (port, _):
             reader, writer = await connect(port)
@@ -137,7 +137,7 @@ def test_a_connection_that_was_answered_may_idle_and_its_next_head_has_a_deadlin
     assert code_of(late) == "head_too_slow"
 
 
-def test_a_half_head_behind_a_whole_request_has_a_deadline_too() -> None:
+def test_a_partial_head_after_a_request_has_a_deadline_too() -> None:
     async def run() -> bytes:
         async with server_of(ProxyLimits(head_timeout_s=0.2), timeout_keep_alive=30) as (port, _):
             reader, writer = await connect(port)
@@ -161,8 +161,8 @@ def test_a_body_may_take_longer_than_a_head() -> None:
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.2"], ids=["of the same address", "of another"])
-def test_half_open_connections_do_not_keep_a_request_from_its_answer(address: str) -> None:
-    """The process may open few files, and the slow ones ask for far more. Their deadline is not what helps here."""
+def test_half_open_connections_do_not_block_other_requests(address: str) -> None:
+    """The process may open few files, and the slow clients would use far more. Their deadline does not help here."""
 
     async def run() -> list[bytes]:
         async with server_of(ProxyLimits(head_timeout_s=60, connections_per_address=20)) as (port, book):
@@ -185,7 +185,7 @@ def test_half_open_connections_do_not_keep_a_request_from_its_answer(address: st
         assert answer.startswith(b"HTTP/1.1 200"), answer
 
 
-def test_where_all_connections_of_an_address_work_one_more_is_refused_and_others_are_served() -> None:
+def test_with_all_connections_of_an_address_busy_one_more_is_refused() -> None:
     async def run() -> None:
         async with server_of(ProxyLimits(connections_per_address=3)) as (port, book):
             busy = [await connect(port) for _ in range(3)]

@@ -14,7 +14,7 @@ from deployments.calls.proxy_limits import ProxyLimits
 from tests.deployments.proxy_server import connect, server_of
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
-LARGE = b"x" * (16 << 20)  # more than the kernel takes for a client that does not read
+LARGE = b"x" * (16 << 20)  # more than the kernel buffers for a client that does not read
 
 
 async def large(scope: Any, receive: Any, send: Any) -> None:
@@ -35,7 +35,7 @@ def num_files() -> int:
 
 
 def unread(port: int, request: bytes) -> socket.socket:
-    """Send a request from a socket whose answer nobody reads."""
+    """Send a request from a socket whose answer is never read."""
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
     client.connect(("127.0.0.1", port))
@@ -48,7 +48,7 @@ async def until(is_so: Callable[[], bool]) -> None:
         await asyncio.sleep(0.01)
 
 
-def test_clients_that_do_not_read_hold_no_more_connections_than_the_bound() -> None:
+def test_clients_that_do_not_read_have_at_most_the_allowed_connections() -> None:
     async def run() -> None:
         limits = ProxyLimits(head_timeout_s=60, connections_per_address=3)
         async with server_of(limits, large, timeout_keep_alive=60) as (port, book):
@@ -74,7 +74,7 @@ def test_clients_that_do_not_read_hold_no_more_connections_than_the_bound() -> N
     ],
     ids=["idle", "a late head behind it", "the last answer", "an answer in pieces"],
 )
-def test_a_client_that_does_not_read_is_cut_off(app: Any, request_: bytes, bound: int | None) -> None:
+def test_a_client_that_does_not_read_is_disconnected(app: Any, request_: bytes, bound: int | None) -> None:
     async def run() -> None:
         limits = ProxyLimits(head_timeout_s=0.3, unread_timeout_s=0.3, connections_per_address=bound)
         async with server_of(limits, app, timeout_keep_alive=1) as (port, book):
@@ -87,7 +87,7 @@ def test_a_client_that_does_not_read_is_cut_off(app: Any, request_: bytes, bound
     asyncio.run(asyncio.wait_for(run(), 30))
 
 
-def test_a_client_that_reads_slowly_has_its_whole_answer() -> None:
+def test_a_client_that_reads_slowly_gets_its_whole_answer() -> None:
     async def run() -> int:
         limits = ProxyLimits(unread_timeout_s=0.4)
         async with server_of(limits, large, timeout_keep_alive=1) as (port, _):
@@ -119,7 +119,7 @@ async def answered_early(port: int) -> tuple[asyncio.StreamReader, asyncio.Strea
 
 @pytest.mark.parametrize("bound", [3, None], ids=["bound", "no bound"])
 @pytest.mark.parametrize("more", [b"", b"y"], ids=["silent", "trickling"])
-def test_a_body_that_goes_on_after_the_answer_has_a_deadline(bound: int | None, more: bytes) -> None:
+def test_a_body_that_continues_after_the_answer_has_a_deadline(bound: int | None, more: bytes) -> None:
     async def run() -> None:
         limits = ProxyLimits(head_timeout_s=0.4, connections_per_address=bound)
         async with server_of(limits, refuse, timeout_keep_alive=60) as (port, book):
@@ -135,7 +135,7 @@ def test_a_connection_that_was_answered_early_makes_room_for_another() -> None:
     async def run() -> None:
         limits = ProxyLimits(head_timeout_s=60, connections_per_address=3)
         async with server_of(limits, refuse, timeout_keep_alive=60) as (port, book):
-            clients = []  # a reader that nobody keeps closes its connection
+            clients = []  # a reader without references closes its connection
             for _ in range(6):
                 clients.append(await answered_early(port))
                 clients[-1][1].write(b"y")

@@ -7,7 +7,7 @@ import pytest
 from deployments.calls.serve_calls import Background
 
 
-def test_a_failure_is_logged_by_what_it_was(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failure_is_logged_with_its_name(caplog: pytest.LogCaptureFixture) -> None:
     async def fail() -> None:
         raise ValueError("broken")
 
@@ -23,7 +23,7 @@ def test_a_failure_is_logged_by_what_it_was(caplog: pytest.LogCaptureFixture) ->
     assert str(record.exc_info[1]) == "broken"
 
 
-def test_work_goes_on_when_its_caller_leaves() -> None:
+def test_work_continues_when_its_caller_leaves() -> None:
     async def run() -> None:
         background, go, done = Background(), asyncio.Event(), []
 
@@ -42,7 +42,7 @@ def test_work_goes_on_when_its_caller_leaves() -> None:
     asyncio.run(run())
 
 
-def test_run_gives_what_the_work_gives_or_raises() -> None:
+def test_run_returns_the_result_or_raises_the_error() -> None:
     async def half(number: int) -> int:
         if number % 2:
             raise ValueError(number)
@@ -57,7 +57,7 @@ def test_run_gives_what_the_work_gives_or_raises() -> None:
     asyncio.run(run())
 
 
-def test_cancel_ends_what_runs_and_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_cancel_ends_running_work_without_a_log_line(caplog: pytest.LogCaptureFixture) -> None:
     async def run() -> None:
         background, ended = Background(), []
 

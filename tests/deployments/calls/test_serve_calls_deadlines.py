@@ -1,4 +1,4 @@
-"""A request's time: counted from its arrival, told to the Worker, kept by the Ingress where nobody else does."""
+"""A request's deadline: counted from arrival, sent to the Worker, and enforced by the Ingress elsewhere."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
 
 
 class Silent(FakeWorker):
-    """Never ends an answer, after so many of its pieces."""
+    """Never ends an answer, after this many pieces."""
 
     def __init__(self, num_pieces: int = 0) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class SilentRetriever(FakeRetriever):
 
 
 def deadline_given(body: dict[str, Any], **settings: Any) -> float:
-    """How long after now the Worker is told to end."""
+    """Return the time until the deadline that the Worker received."""
 
     async def run() -> Served:
         served = serve_plainly(**settings)
@@ -54,14 +54,14 @@ def deadline_given(body: dict[str, Any], **settings: Any) -> float:
     return time_left_s
 
 
-def test_the_worker_is_told_the_clients_deadline_and_never_more_than_the_servers() -> None:
+def test_the_worker_gets_the_clients_deadline_limited_by_the_servers() -> None:
     assert 19 < deadline_given({"timeout_s": 20}) <= 20
     assert 599 < deadline_given({}) <= 600
     assert 29 < deadline_given({"timeout_s": 1e9}, max_request_s=30) <= 30
     assert 29 < deadline_given({}, max_request_s=30) <= 30
 
 
-def test_over_http_time_counts_from_before_the_body() -> None:
+def test_over_http_the_time_of_the_body_counts() -> None:
     read_at: list[float] = []
 
     async def slow_body() -> AsyncIterator[bytes]:
@@ -94,7 +94,7 @@ class Failing(FakeWorker):
             yield delta
 
 
-def test_a_repeat_is_sent_the_time_that_is_left_by_then() -> None:
+def test_a_repeated_call_gets_the_remaining_time() -> None:
     worker = Failing()
     assert post("/v1/chat/completions", CHAT | {"timeout_s": 20}, worker=worker).status_code == 200
     first, second = worker.times_left
@@ -119,7 +119,7 @@ def test_a_retrieval_that_hangs_ends_with_the_request() -> None:
     assert (error["type"], error["code"], error["param"]) == ("timeout_error", "deadline_exceeded", "timeout_s")
 
 
-def test_a_deadline_the_worker_keeps_is_a_504_or_the_streams_last_event() -> None:
+def test_a_deadline_enforced_by_the_worker_is_a_504_or_the_last_event() -> None:
     late = FakeWorker([DELTAS[0], DeadlineExceeded(1)])
     assert post("/v1/chat/completions", CHAT, worker=late).status_code == 504
     lines = post("/v1/chat/completions", CHAT | {"stream": True}, worker=late).text.strip().splitlines()
@@ -127,7 +127,7 @@ def test_a_deadline_the_worker_keeps_is_a_504_or_the_streams_last_event() -> Non
 
 
 @pytest.mark.parametrize("num_pieces", [0, 2])
-def test_a_worker_that_hangs_past_the_deadline_is_left(num_pieces: int) -> None:
+def test_a_worker_that_hangs_past_the_deadline_is_abandoned(num_pieces: int) -> None:
     async def run() -> None:
         served = serve_plainly(worker=Silent(num_pieces), worker_grace_s=0.01)
         with pytest.raises(DeadlineExceeded):
@@ -138,7 +138,7 @@ def test_a_worker_that_hangs_past_the_deadline_is_left(num_pieces: int) -> None:
     asyncio.run(run())
 
 
-def test_within_leaves_other_timeouts_as_they_are() -> None:
+def test_within_does_not_change_other_timeouts() -> None:
     async def fail(deadline: float) -> None:
         async with within(deadline):
             raise TimeoutError("somebody else's")
@@ -147,7 +147,7 @@ def test_within_leaves_other_timeouts_as_they_are() -> None:
         asyncio.run(fail(time.monotonic() + 100))
 
 
-def test_what_is_late_already_ends_where_it_would_wait() -> None:
+def test_a_late_request_ends_at_its_first_wait() -> None:
     async def run() -> None:
         async with within(time.monotonic() - 1):
             await asyncio.Event().wait()
@@ -156,7 +156,7 @@ def test_what_is_late_already_ends_where_it_would_wait() -> None:
         asyncio.run(run())
 
 
-def test_a_client_that_leaves_during_retrieval_asks_no_worker() -> None:
+def test_a_client_that_leaves_during_retrieval_causes_no_call_of_a_worker() -> None:
     async def run() -> None:
         served = serve_plainly(retriever=SilentRetriever())
         async with aclosing(served.ingress.stream(CHAT)) as chunks:

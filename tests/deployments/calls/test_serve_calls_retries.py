@@ -1,4 +1,4 @@
-"""Which calls are repeated, how often, and the error that their callers get in the end."""
+"""The calls that are repeated, how often, and the error that callers finally get."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ANSWERS = [
 
 @dataclass
 class Scripted:
-    """Answers `script` in turn: an exception is raised."""
+    """Answers with `script` in turn; exceptions are raised."""
 
     script: Sequence[Any]
     asked: list[tuple[Any, ...]] = field(default_factory=list)
@@ -48,7 +48,7 @@ class Scripted:
 
 
 def ask(*script: Any) -> tuple[Any, Scripted]:
-    """What comes of it, an exception or the answer."""
+    """Return the answer or the exception."""
     target = Scripted(script)
 
     async def run() -> Any:
@@ -82,14 +82,14 @@ def test_the_third_death_is_the_last(failure: Exception) -> None:
     assert len(target.asked) == 3
 
 
-def test_an_engine_that_fails_for_the_third_time_says_so_itself() -> None:
+def test_the_third_failure_of_an_engine_is_its_own_error() -> None:
     found, target = ask(ActorDiedError(), *[EngineStopped("the engine has stopped")] * 2)
     assert isinstance(found, EngineStopped)
     assert len(target.asked) == 3
 
 
 @pytest.mark.parametrize("answer", ANSWERS, ids=str)
-def test_what_is_no_death_is_the_answer(answer: Exception) -> None:
+def test_other_errors_are_the_answer(answer: Exception) -> None:
     found, target = ask(answer, "never")
     assert type(found).__name__ in {type(answer).__name__, f"RayTaskError({type(answer).__name__})"}
     assert len(target.asked) == 1

@@ -1,4 +1,4 @@
-"""Which way calls between replicas take."""
+"""The transport of calls between replicas."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deployments.cli.local_server import free_port
 
 @pytest.fixture
 def dead_proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """`http_proxy` names a port where nobody listens."""
+    """Set `http_proxy` to a port without a listener."""
     for name in ("https_proxy", "no_proxy", "no_grpc_proxy"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port('127.0.0.1')}")
@@ -25,7 +25,7 @@ def dead_proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 async def is_reached(within_s: float) -> bool:
-    """Whether a gRPC server of this process is, by a new channel."""
+    """Return whether a new channel reaches a gRPC server of this process."""
     server = grpc.aio.server()
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -39,13 +39,13 @@ async def is_reached(within_s: float) -> bool:
     return True
 
 
-def test_an_http_proxy_is_not_asked_for_the_way_to_a_replica(dead_proxy: None) -> None:
-    assert not asyncio.run(is_reached(0.5)), "gRPC does not ask it anyway: bypass_http_proxy has no use"
+def test_calls_to_replicas_bypass_an_http_proxy(dead_proxy: None) -> None:
+    assert not asyncio.run(is_reached(0.5)), "gRPC ignores the proxy anyway: bypass_http_proxy is not needed"
     bypass_http_proxy()
     assert asyncio.run(is_reached(20))
 
 
-def test_a_grpc_proxy_that_was_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_explicit_grpc_proxy_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     name = "grpc_proxy"
     monkeypatch.setenv(name, "http://gate:3128")
     bypass_http_proxy()

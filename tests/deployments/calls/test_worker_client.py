@@ -1,4 +1,4 @@
-"""How the Worker is called: tokens over gRPC, and which calls are repeated."""
+"""Calls of the Worker: tokens over gRPC, and which calls are repeated."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def run(main: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(main, 20))
 
 
-def test_who_waits_goes_on_together_when_a_worker_answers() -> None:
+def test_all_waiting_calls_continue_when_a_worker_answers() -> None:
     async def main() -> None:
         held = Held()
         waiting = [asyncio.create_task(held.gate.ready()) for _ in range(5)]
@@ -67,7 +67,7 @@ def test_who_waits_goes_on_together_when_a_worker_answers() -> None:
     run(main())
 
 
-def test_the_call_that_wakes_goes_on_when_those_who_wait_have_left() -> None:
+def test_the_starting_call_continues_after_its_waiters_have_left() -> None:
     async def main() -> None:
         held = Held(timeout_s=0.01)
         for _ in range(3):
@@ -97,7 +97,7 @@ def test_a_worker_that_answered_is_not_asked_again_for_a_while() -> None:
     run(main())
 
 
-def test_a_worker_that_dies_as_it_answers_is_told_and_another_is_woken() -> None:
+def test_a_worker_that_dies_while_answering_is_reported_and_another_is_started() -> None:
     async def main() -> None:
         held = Held(RayActorError())
         held.worker.awake.set()
@@ -109,7 +109,7 @@ def test_a_worker_that_dies_as_it_answers_is_told_and_another_is_woken() -> None
     run(main())
 
 
-def test_where_workers_never_sleep_nobody_is_asked() -> None:
+def test_workers_that_never_scale_to_zero_are_not_called() -> None:
     async def main() -> None:
         held = Held(timeout_s=None)
         await held.gate.ready()
@@ -131,7 +131,9 @@ def test_where_workers_never_sleep_nobody_is_asked() -> None:
         ("DEPLOY_FAILED", {}, False),
     ],
 )
-def test_workers_sleep_where_none_runs_and_none_has_failed(status: str, states: dict[str, int], sleeps: bool) -> None:
+def test_workers_are_scaled_to_zero_if_none_runs_and_none_has_failed(
+    status: str, states: dict[str, int], sleeps: bool
+) -> None:
     worker = SimpleNamespace(status=status, replica_states=states)
     overview = SimpleNamespace(applications={"app": SimpleNamespace(deployments={"Worker": worker})})
     handle: Any = SimpleNamespace(app_name="app", deployment_name="Worker")
@@ -150,20 +152,20 @@ def completion(worker: Sleeper, model: str, **settings: Any) -> tuple[httpx.Resp
 ASLEEP = {"worker_scaling": ScalingSettings(min_replicas=0), "scale_from_zero_timeout_s": 0.01}
 
 
-def test_a_request_that_no_worker_comes_for_is_told_to_try_again() -> None:
+def test_a_request_without_a_worker_in_time_is_refused_with_retry_after() -> None:
     response, served = completion(Sleeper(), BASE, **ASLEEP)
     assert (response.status_code, error_of(response)["code"]) == (503, "worker_starting")
     assert response.headers["retry-after"] == "1"
     assert served.worker.called("stream") == []
 
 
-def test_a_request_that_cannot_be_answered_wakes_nobody() -> None:
+def test_a_request_that_cannot_be_answered_starts_no_worker() -> None:
     response, served = completion(Sleeper(), "nobody", **ASLEEP)
     assert response.status_code == 404
     assert served.worker.calls == []
 
 
-def test_a_request_is_answered_by_the_worker_it_woke() -> None:
+def test_a_request_is_answered_by_the_worker_that_it_started() -> None:
     worker = Sleeper()
     worker.awake.set()
     response, served = completion(worker, BASE, **ASLEEP)
@@ -171,7 +173,7 @@ def test_a_request_is_answered_by_the_worker_it_woke() -> None:
     assert [call.name for call in served.worker.calls] == ["module_shapes", "stream"]
 
 
-def test_a_publish_that_no_worker_comes_for_leaves_nothing() -> None:
+def test_a_publish_without_a_worker_in_time_leaves_nothing() -> None:
     async def question(_: httpx.AsyncClient, served: Served) -> list[str]:
         publisher = served.services.publisher
         with pytest.raises(WorkerStarting):

@@ -1,4 +1,4 @@
-"""A stream that falls silent, and what does not count as silence."""
+"""A stream without heartbeats fails; other pauses do not count as silence."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ async def all_of(items: AsyncIterator[str | None], deadline: float = 1e6) -> lis
     return got
 
 
-def test_heartbeats_come_as_none() -> None:
+def test_heartbeats_are_none() -> None:
     async def items() -> AsyncIterator[str | None]:
         for item in (None, "a", None, None, "b", None):
             yield item
@@ -56,7 +56,7 @@ def test_the_first_item_has_no_time_limit() -> None:
 
 
 @pytest.mark.parametrize("said", [(None,), ("a",), (None, "a", None)])
-def test_silence_after_the_first_is_a_death(said: tuple[str | None, ...]) -> None:
+def test_silence_after_the_first_item_counts_as_a_death(said: tuple[str | None, ...]) -> None:
     async def items() -> AsyncIterator[str | None]:
         for item in said:
             yield item
@@ -70,12 +70,12 @@ def test_silence_after_the_first_is_a_death(said: tuple[str | None, ...]) -> Non
 BROKEN_OFF = [
     AioRpcError(grpc.StatusCode.CANCELLED, Metadata(), Metadata(), "the server stops"),
     AioRpcError(grpc.StatusCode.INTERNAL, Metadata(), Metadata(), "a stream was reset"),
-    asyncio.CancelledError(),  # of the replica's task, handed on as its answer
+    asyncio.CancelledError(),  # error of the replica's task, returned as its answer
 ]
 
 
 @pytest.mark.parametrize("error", BROKEN_OFF)
-def test_a_call_that_was_broken_off_is_a_death(error: BaseException) -> None:
+def test_a_broken_call_counts_as_a_death(error: BaseException) -> None:
     async def items() -> AsyncIterator[str | None]:
         yield "a"
         raise error
@@ -84,7 +84,7 @@ def test_a_call_that_was_broken_off_is_a_death(error: BaseException) -> None:
         run_in_virtual_time(all_of(items()))
 
 
-def test_a_caller_that_is_cancelled_is_no_death() -> None:
+def test_a_cancelled_caller_does_not_count_as_a_death() -> None:
     async def items() -> AsyncIterator[str | None]:
         yield "a"
         await asyncio.Event().wait()
@@ -99,7 +99,7 @@ def test_a_caller_that_is_cancelled_is_no_death() -> None:
     run_in_virtual_time(main())
 
 
-def test_another_timeout_is_no_silence() -> None:
+def test_another_timeout_does_not_count_as_silence() -> None:
     async def items() -> AsyncIterator[str | None]:
         yield None
         raise TimeoutError("its own")

@@ -13,7 +13,7 @@ from tests.deployments.scripted import run, words
 
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
-    """An input without rows: such a run is over as soon as it has begun."""
+    """Write an input without rows, so that the run ends at once."""
     pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), tmp_path / "in.parquet")
     return tmp_path / "in.parquet"
 

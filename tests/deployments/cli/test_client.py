@@ -45,7 +45,7 @@ def test_the_url_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) 
         ("doctor",),
     ],
 )
-def test_no_server_at_the_url_is_told(command: tuple[str, ...]) -> None:
+def test_no_server_at_the_url_is_reported(command: tuple[str, ...]) -> None:
     url = f"http://127.0.0.1:{free_port('127.0.0.1')}"
     result = run(*command, "--url", url)
     assert result.exit_code == 1
@@ -56,7 +56,7 @@ def test_no_server_at_the_url_is_told(command: tuple[str, ...]) -> None:
     ("body", "said"),
     [({"error": {"message": "no such model"}}, "no such model"), ("<html>", "the server answered with status 404")],
 )
-def test_a_refusal_is_told_in_the_servers_words(body: Any, said: str) -> None:
+def test_a_refusal_is_printed_with_the_servers_message(body: Any, said: str) -> None:
     with scripted((404, body)) as server:
         result = run("ask", "Hi", "--url", server.url)
     assert result.exit_code == 1

@@ -15,7 +15,7 @@ def new(*options: object) -> Any:
     return run("keys", "new", "--tenant", "acme", "--role", "infer", *options)
 
 
-def test_a_key_is_shown_once_beside_the_entry_that_knows_it() -> None:
+def test_a_key_is_shown_once_with_its_entry() -> None:
     result = new("--role", "publish", "--id", "ci", "--requests-per-minute", "60", "--max-adapters", "0")
     *block, key = result.stdout.splitlines()
     assert key not in "\n".join(block)
@@ -46,7 +46,7 @@ def test_a_bad_key_is_refused_before_anything_is_written(tmp_path: Path, options
 
 
 @pytest.mark.parametrize(("given", "sent"), [(("--key", "k1"), "Bearer k1"), ((), None)])
-def test_a_key_given_before_the_command_goes_with_every_request(
+def test_a_key_before_the_command_is_sent_with_every_request(
     given: tuple[str, ...], sent: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("LORARETRIEVER_KEY", raising=False)
@@ -81,7 +81,7 @@ APPROVED = {"name": "poet", "digest": "d" * 64, "generation": 5}
 APPROVAL = ("POST", "/v1/loras/acme%2Fpoet/approve")
 
 
-def test_the_version_whose_digest_is_given_is_approved() -> None:
+def test_the_version_with_the_given_digest_is_approved() -> None:
     with scripted((200, APPROVED)) as server:
         result = run("approve", "acme/poet", "--digest", "d" * 64, "--url", server.url)
     assert (server.asked, server.sent) == ([APPROVAL], [{"digest": "d" * 64}])
@@ -89,7 +89,7 @@ def test_the_version_whose_digest_is_given_is_approved() -> None:
 
 
 @pytest.mark.parametrize(("said", "is_approved"), [("y\n", True), ("n\n", False), ("", False)])
-def test_without_a_digest_the_version_that_was_shown_is_approved_once_confirmed(said: str, is_approved: bool) -> None:
+def test_without_a_digest_the_shown_version_is_approved_after_confirmation(said: str, is_approved: bool) -> None:
     with scripted((200, SHOWN), (200, APPROVED)) as server:
         result = run("approve", "acme/poet", "--url", server.url, input=said)
     assert "d" * 64 in words(result.stdout)

@@ -15,7 +15,7 @@ from tests.deployments.listening import listener
 
 
 class Ready(BaseHTTPRequestHandler):
-    """Answers with the server's next status, `/ready` as a body."""
+    """Answers with the server's next status, and `/ready` as the body."""
 
     statuses: list[int]
 
@@ -51,24 +51,24 @@ def test_a_port_in_use_is_named() -> None:
         check_free("127.0.0.1", port)
 
 
-def test_an_address_of_no_interface_is_named() -> None:
+def test_an_address_without_an_interface_is_named() -> None:
     with pytest.raises(ServerFailed, match=r"192\.0\.2\.1:0"):
         check_free("192.0.2.1", 0)
 
 
-def test_a_port_in_use_stops_the_start_before_ray_is_asked() -> None:
+def test_a_port_in_use_stops_the_start_before_ray_starts() -> None:
     with listener() as port, Server(config_of(), port=port) as server, pytest.raises(ServerFailed, match="in use"):
         server.start()
 
 
-def test_port_zero_takes_a_free_one_and_the_url_tells_it() -> None:
+def test_port_zero_uses_a_free_port_and_the_url_contains_it() -> None:
     server = Server(config_of(), port=0)
     host, _, port = server.url.removeprefix("http://").partition(":")
     assert host == "127.0.0.1"
     check_free(host, int(port))
 
 
-def test_an_ipv6_address_stands_in_brackets() -> None:
+def test_an_ipv6_address_is_in_brackets() -> None:
     assert Server(config_of(), host="::1", port=8000).url == "http://[::1]:8000"
 
 
@@ -79,17 +79,17 @@ def test_only_the_packaged_model_is_prepared(tmp_path: Path) -> None:
     assert not (tmp_path / "cache").exists()
 
 
-def test_ready_is_waited_for() -> None:
+def test_the_start_waits_for_ready() -> None:
     with ready_server(503, 200) as server:
         assert server.wait_ready(timeout_s=20) == {"path": "/ready", "status": 200}
 
 
-def test_what_was_said_last_is_told_when_ready_never_comes() -> None:
+def test_the_last_answer_is_reported_if_ready_never_succeeds() -> None:
     with ready_server(503) as server, pytest.raises(ServerFailed, match=r"not ready after 0 s.*503"):
         server.wait_ready(timeout_s=0.3)
 
 
-def test_no_answer_at_all_is_told() -> None:
+def test_no_answer_at_all_is_reported() -> None:
     server = Server(config_of(), port=free_port("127.0.0.1"))
     with pytest.raises(ServerFailed, match="not ready after 0 s"):
         server.wait_ready(timeout_s=0.1)

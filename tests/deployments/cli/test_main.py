@@ -26,7 +26,7 @@ def config(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """An adapter the server would take."""
+    """Write an adapter that the server accepts."""
     path = tmp_path / "poet"
     weights = {"model.layers.0.mlp.up_proj": ModuleWeights(torch.ones(2, 6), torch.ones(8, 2), 2.0)}
     write_peft_folder(path, weights, base_model=BASE, samples=[Sample("Rhyme."), Sample("Sing.")])
@@ -47,7 +47,7 @@ def test_a_good_folder_is_fit_to_publish(folder: Path, config: Path) -> None:
     assert "poet: 1 modules, 2 samples, fit to publish" in words(result.stdout)
 
 
-def test_every_reason_against_a_bad_folder_is_told(folder: Path, config: Path) -> None:
+def test_every_reason_against_a_bad_folder_is_printed(folder: Path, config: Path) -> None:
     (folder / "lora_samples.jsonl").write_text("[]\n")
     (folder / "adapter_config.json").write_text(
         (folder / "adapter_config.json").read_text().replace(BASE, "another-base")
@@ -77,7 +77,7 @@ def test_a_file_or_a_folder_of_adapters_is_refused_with_the_folder_to_give(folde
     ("count", "hint"),
     [(0, "auto cannot find it"), (1, "1 sample, fit"), (2, "more reliably with 20"), (20, "to publish")],
 )
-def test_check_says_how_well_auto_will_find_the_adapter(folder: Path, config: Path, count: int, hint: str) -> None:
+def test_check_says_how_well_auto_can_find_the_adapter(folder: Path, config: Path, count: int, hint: str) -> None:
     lines = [json.dumps({"input": f"Verse {number}."}) for number in range(count)]
     (folder / "lora_samples.jsonl").write_text("".join(f"{line}\n" for line in lines))
     if not count:
@@ -105,7 +105,7 @@ def test_shells_get_completion() -> None:
         ("worker: [unclosed", "line"),
     ],
 )
-def test_a_bad_config_is_told_and_nothing_starts(tmp_path: Path, folder: Path, text: str, said: str) -> None:
+def test_a_bad_config_is_reported_and_nothing_starts(tmp_path: Path, folder: Path, text: str, said: str) -> None:
     file = tmp_path / "bad.yaml"
     file.write_text(text)
     for command in (("check", folder), ("serve",)):
@@ -114,7 +114,7 @@ def test_a_bad_config_is_told_and_nothing_starts(tmp_path: Path, folder: Path, t
         assert said in result.stderr
 
 
-def test_a_missing_config_is_told(tmp_path: Path, folder: Path) -> None:
+def test_a_missing_config_is_reported(tmp_path: Path, folder: Path) -> None:
     result = run("check", folder, "--config", tmp_path / "nowhere.yaml")
     assert result.exit_code == 1
     assert "nowhere.yaml" in words(result.stderr).replace(" ", "")
@@ -135,7 +135,7 @@ def test_serve_names_a_preloaded_folder_that_holds_no_adapter(config: Path, tmp_
     assert "typo" in result.stderr
 
 
-def test_ask_prints_the_text_as_it_comes_and_the_adapters() -> None:
+def test_ask_streams_the_text_and_prints_the_adapters() -> None:
     lora = {"strategy": "mixture", "adapters": [{"name": "poet", "weight": 0.5}, {"name": "coder", "weight": 0.5}]}
     body = events_of(delta("", lora=lora), delta("Hel"), delta("lo [b]"), {"choices": []})
     with scripted((200, body)) as server:
@@ -159,7 +159,7 @@ def test_ask_fails_with_the_streams_error() -> None:
     assert "it stopped" in result.stderr
 
 
-def test_route_shows_candidates_and_the_weights_of_those_that_answer() -> None:
+def test_route_shows_candidates_and_the_weights_of_the_plan() -> None:
     plan = {
         "strategy": "selection",
         "generation": 4,
@@ -175,7 +175,7 @@ def test_route_shows_candidates_and_the_weights_of_those_that_answer() -> None:
 
 
 @pytest.mark.parametrize("parts", [[3e-6, 1e-6, 0.0], [3e-6, 2e-3, 0.0], [3e-6, float("nan"), 0.0]])
-def test_parity_is_told_for_each_strategy_and_fails_above_its_tolerance(
+def test_parity_is_printed_for_each_strategy_and_fails_above_its_tolerance(
     parts: list[float], folder: Path, config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     differences = dict(zip(("selection", "mixture", "fusion"), parts, strict=True))

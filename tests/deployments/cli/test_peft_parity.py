@@ -23,7 +23,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def trained(model: Path, folder: Path, **settings: Any) -> Path:
-    """An adapter of the model that PEFT made, its lora_B random instead of zero."""
+    """Return an adapter that PEFT created, with a random lora_B instead of zeros."""
     torch.manual_seed(1)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules=ALL_LINEAR, **settings))
@@ -35,7 +35,7 @@ def trained(model: Path, folder: Path, **settings: Any) -> Path:
 
 
 @pytest.mark.parametrize("settings", CONFIGS.values(), ids=CONFIGS)
-def test_every_strategy_says_what_peft_says(
+def test_every_strategy_agrees_with_peft(
     settings: dict[str, Any], tiny_folders: Mapping[str, Path], tmp_path: Path
 ) -> None:
     model = tiny_folders["gemma3"]
@@ -46,10 +46,10 @@ def test_every_strategy_says_what_peft_says(
     assert max(differences.values()) < TOLERANCE / 10
 
 
-def test_a_scaling_that_is_not_pefts_shows_in_every_strategy(
+def test_a_wrong_scaling_is_detected_in_every_strategy(
     tiny_folders: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if the engine read lora_alpha / rank otherwise than PEFT does, by a tenth."""
+    """The scaling differs from PEFT's lora_alpha / rank by a tenth."""
     model = tiny_folders["llama"]
     folder = trained(model, tmp_path / "adapter", r=4, lora_alpha=8)
     read = peft_parity.read_peft_folder
@@ -61,7 +61,7 @@ def test_a_scaling_that_is_not_pefts_shows_in_every_strategy(
                 for name, module in read(path).modules.items()
             }
 
-    monkeypatch.setattr(peft_parity, "read_peft_folder", Misread)  # the one place where both sides part
+    monkeypatch.setattr(peft_parity, "read_peft_folder", Misread)  # the point where both sides diverge
     differences = parity_with_peft(folder, tiny_config(model))
     assert differences["selection"] > TOLERANCE
     assert differences["mixture"] > TOLERANCE

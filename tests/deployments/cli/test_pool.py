@@ -32,7 +32,7 @@ def test_list_shows_the_pool() -> None:
     assert "by name only" in line
 
 
-def test_show_tells_an_adapter_and_its_versions() -> None:
+def test_show_prints_an_adapter_and_its_versions() -> None:
     version = {"generation": 3, "created_at": "2026-01-02", "actor": "tester", "source": "s3://bucket/poet"}
     versions = [version | {"digest": "d" * 64, "state": "live"}, version | {"digest": "e" * 64, "state": "kept"}]
     with scripted((200, {**ROW, "tags": ["fun"], "versions": versions})) as server:
@@ -43,16 +43,16 @@ def test_show_tells_an_adapter_and_its_versions() -> None:
     assert "fun" in result.stdout
 
 
-def test_withdraw_goes_on_after_a_refusal_and_fails_at_the_end() -> None:
-    with scripted((404, refusal("no adapter 'nobody'")), (200, {"generation": 5})) as server:
-        result = run("withdraw", "nobody", "poet", "--url", server.url)
+def test_withdraw_continues_after_a_refusal_and_fails_at_the_end() -> None:
+    with scripted((404, refusal("no adapter 'unknown'")), (200, {"generation": 5})) as server:
+        result = run("withdraw", "unknown", "poet", "--url", server.url)
     assert result.exit_code == 1
-    assert server.asked == [("DELETE", "/v1/loras/nobody"), ("DELETE", "/v1/loras/poet")]
-    assert "nobody: no adapter 'nobody'" in words(result.stderr)
+    assert server.asked == [("DELETE", "/v1/loras/unknown"), ("DELETE", "/v1/loras/poet")]
+    assert "unknown: no adapter 'unknown'" in words(result.stderr)
     assert "poet was withdrawn at generation 5" in words(result.stdout)
 
 
-def test_names_cannot_leave_their_place_in_the_path() -> None:
+def test_names_are_escaped_in_the_path() -> None:
     with scripted((404, refusal("no"))) as server:
         run("withdraw", "../pool/gc?x#y", "--url", server.url)
     assert server.asked == [("DELETE", "/v1/loras/..%2Fpool%2Fgc%3Fx%23y")]
@@ -66,7 +66,7 @@ def test_rollback_names_the_version_that_is_live_again(options: tuple[str, ...],
     assert f"poet is back at {'d' * 12} since generation 9" in words(result.stdout)
 
 
-def test_verify_tells_how_many_blobs_are_sound() -> None:
+def test_verify_prints_the_number_of_intact_blobs() -> None:
     body = lines({"done": 1, "total": 2}, {"done": 2, "total": 2}, {"result": {"num_blobs": 2, "problems": []}})
     with scripted((200, body)) as server:
         result = run("verify", "--url", server.url)
@@ -74,7 +74,7 @@ def test_verify_tells_how_many_blobs_are_sound() -> None:
     assert "2 blobs, 0 bad" in words(result.stdout)
 
 
-def test_verify_fails_and_names_what_is_bad() -> None:
+def test_verify_fails_and_names_bad_blobs() -> None:
     problem = {"adapter": "local/poet@dddddddddddd", "digest": "f" * 64, "problem": "is missing"}
     body = lines({"done": 1, "total": 1, "problem": problem}, {"result": {"num_blobs": 1, "problems": [problem]}})
     with scripted((200, body)) as server:
@@ -84,7 +84,7 @@ def test_verify_fails_and_names_what_is_bad() -> None:
 
 
 @pytest.mark.parametrize(("options", "seconds"), [((), 86_400), (("--retention", "0"), 0)])
-def test_gc_tells_what_it_removed(options: tuple[str, ...], seconds: float) -> None:
+def test_gc_prints_the_removed_blobs(options: tuple[str, ...], seconds: float) -> None:
     with scripted((200, {"num_blobs": 3, "num_bytes": 12})) as server:
         result = run("gc", *options, "--url", server.url)
     assert (server.asked, server.sent) == ([("POST", "/v1/pool/gc")], [{"retention_s": seconds}])
@@ -109,7 +109,7 @@ def test_reindex_prints_since_when_the_pool_uses_the_encoder(behind: int, note: 
         (200, lines({"done": 1, "total": 2}), "closed the connection"),
     ],
 )
-def test_a_job_that_fails_says_why(command: tuple[str, ...], status: int, body: Any, said: str) -> None:
+def test_a_failing_job_prints_the_reason(command: tuple[str, ...], status: int, body: Any, said: str) -> None:
     with scripted((status, body)) as server:
         result = run(*command, "--url", server.url)
     assert result.exit_code == 1

@@ -46,7 +46,7 @@ def test_absolute_paths_are_sent_and_the_generation_is_printed(tmp_path: Path, m
     )
 
 
-def test_what_was_said_of_the_adapter_goes_along(tmp_path: Path) -> None:
+def test_the_description_of_the_adapter_is_sent(tmp_path: Path) -> None:
     [poet] = adapters(tmp_path, "poet")
     said = ("--name", "bard", "--tag", "fun", "--tag", "short", "--template", "chat")
     with scripted((201, batch(answer("bard")))) as server:
@@ -58,9 +58,7 @@ def test_what_was_said_of_the_adapter_goes_along(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("said", "sent"), [((), {}), (("--public",), {"visibility": "public"}), (("--private",), {"visibility": "private"})]
 )
-def test_who_may_find_it_is_said_where_the_publisher_says_it(
-    tmp_path: Path, said: tuple[str, ...], sent: dict[str, str]
-) -> None:
+def test_the_visibility_is_sent_only_if_given(tmp_path: Path, said: tuple[str, ...], sent: dict[str, str]) -> None:
     [poet] = adapters(tmp_path, "poet")
     with scripted((201, batch(answer("poet")))) as server:
         run("publish", poet, *said, "--url", server.url)
@@ -77,7 +75,7 @@ def test_a_folder_of_adapters_means_all_of_them_in_few_requests(tmp_path: Path) 
     assert [line.split()[0] for line in result.stdout.splitlines()] == names
 
 
-def test_each_failure_names_its_folder_and_the_others_go_on(tmp_path: Path) -> None:
+def test_each_failure_names_its_folder_and_the_others_continue(tmp_path: Path) -> None:
     folders = adapters(tmp_path, "bad", "poet", "worse")
     rows = refused(400, "it is bad"), answer("poet", replicas={"ready": 1, "behind": 2}), refused(404, "it is gone")
     with scripted((207, batch(*rows))) as server:
@@ -106,7 +104,7 @@ def test_a_server_that_refuses_the_request_refuses_every_folder(tmp_path: Path) 
     assert words(result.stderr).count("publishing is off") == 2
 
 
-def test_one_name_goes_with_one_adapter(tmp_path: Path) -> None:
+def test_one_name_cannot_be_used_for_two_adapters(tmp_path: Path) -> None:
     adapters(tmp_path, "one", "two")
     with scripted((500, {})) as server:
         result = run("publish", tmp_path, "--name", "bard", "--url", server.url)
@@ -115,7 +113,7 @@ def test_one_name_goes_with_one_adapter(tmp_path: Path) -> None:
 
 
 class Pauses:
-    """Publishing against a scripted server; `waits` are its pauses."""
+    """Publishing to a scripted server; `waits` are the pauses."""
 
     def __init__(self, url: str, **fields: Any) -> None:
         self.waits: list[float] = []
@@ -123,7 +121,7 @@ class Pauses:
         self.publishing = FolderPublisher(self.client, fields, sleep=self.waits.append)
 
 
-def test_what_the_server_has_no_time_for_is_sent_again_alone(tmp_path: Path) -> None:
+def test_only_folders_that_got_a_503_are_sent_again(tmp_path: Path) -> None:
     one, two, three = adapters(tmp_path, "one", "two", "three")
     busy = refused(503, "the store is down")
     first = batch(answer("one"), busy, busy)
@@ -138,7 +136,7 @@ def test_what_the_server_has_no_time_for_is_sent_again_alone(tmp_path: Path) -> 
     assert pauses.waits == [1.0, 2.0]
 
 
-def test_a_server_that_never_has_time_is_given_up(tmp_path: Path) -> None:
+def test_a_server_that_is_always_overloaded_is_given_up(tmp_path: Path) -> None:
     [one] = adapters(tmp_path, "one")
     with scripted((207, batch(refused(503, "the store is down")))) as server:
         pauses = Pauses(server.url)
@@ -148,7 +146,7 @@ def test_a_server_that_never_has_time_is_given_up(tmp_path: Path) -> None:
     assert (len(server.asked), pauses.waits) == (4, [1.0, 2.0, 4.0])
 
 
-def test_uploads_send_the_adapters_files_one_folder_a_request(tmp_path: Path) -> None:
+def test_uploads_send_one_folder_per_request(tmp_path: Path) -> None:
     folders = adapters(tmp_path, "poet", "bard")
     (tmp_path / "poet" / "lora_samples.jsonl").write_text("samples of poet")
     reply = {key: value for key, value in answer("x").items() if key != "status"}
@@ -169,7 +167,7 @@ def test_uploads_send_the_adapters_files_one_folder_a_request(tmp_path: Path) ->
     assert b"config of bard" in second
 
 
-def test_an_upload_is_sent_again_too(tmp_path: Path) -> None:
+def test_an_upload_is_also_sent_again(tmp_path: Path) -> None:
     [one] = adapters(tmp_path, "one")
     with scripted((503, refusal("overloaded")), (202, answer("one"))) as server:
         pauses = Pauses(server.url, name="singer")
@@ -179,7 +177,7 @@ def test_an_upload_is_sent_again_too(tmp_path: Path) -> None:
     assert [b"config of one" in body and b"singer" in body for body in server.bodies] == [True, True]
 
 
-def test_a_folder_without_an_adapter_is_told_and_not_sent(tmp_path: Path) -> None:
+def test_a_folder_without_an_adapter_is_reported_and_not_sent(tmp_path: Path) -> None:
     with scripted((500, {})) as server:
         result = run("publish", tmp_path, "--upload", "--url", server.url)
     assert (result.exit_code, server.asked) == (1, [])
@@ -196,7 +194,7 @@ def test_a_folder_without_an_adapter_is_told_and_not_sent(tmp_path: Path) -> Non
         ("https://pool.example", "multipart/form-data"),
     ],
 )
-def test_only_a_server_of_this_machine_is_sent_paths(url: str, kind: str, tmp_path: Path) -> None:
+def test_paths_are_sent_only_to_a_local_server(url: str, kind: str, tmp_path: Path) -> None:
     [one] = adapters(tmp_path, "one")
     assert is_this_machine(url) is (kind == "application/json")
     seen: list[str] = []
@@ -214,7 +212,7 @@ def test_only_a_server_of_this_machine_is_sent_paths(url: str, kind: str, tmp_pa
 
 
 def test_a_link_is_not_followed_and_nothing_is_sent(tmp_path: Path) -> None:
-    """A folder from elsewhere may hold a link to any file that its publisher can read."""
+    """A foreign folder may have a link to any file that its publisher can read."""
     [poet, plain] = adapters(tmp_path, "poet", "plain")
     (tmp_path / "secret.txt").write_text("a secret")
     (poet / "description.txt").symlink_to("../secret.txt")

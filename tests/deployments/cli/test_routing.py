@@ -24,7 +24,7 @@ def shares(text: str) -> dict[str, str]:
     return {row[1].strip(): row[2].strip() for row in rows}
 
 
-def test_hits_are_counted_up_to_each_rank_and_abstentions_apart(tmp_path: Path) -> None:
+def test_hits_are_counted_up_to_each_rank_and_abstentions_separately(tmp_path: Path) -> None:
     rows = [
         {"input": "a", "adapter": "poet"},
         {"prompt": "b", "adapter": ["poet", "bard"]},
@@ -68,7 +68,7 @@ def test_prompts_are_routed_in_batches(tmp_path: Path) -> None:
         ([], "contains no prompts"),
     ],
 )
-def test_a_line_that_is_no_labelled_prompt_is_named(rows: list[Any], said: str, tmp_path: Path) -> None:
+def test_an_invalid_line_is_named(rows: list[Any], said: str, tmp_path: Path) -> None:
     with scripted((500, {})) as server:
         result = run("eval-routing", file_of(tmp_path, *rows), "--url", server.url)
     assert (result.exit_code, server.asked) == (1, [])
@@ -88,7 +88,7 @@ def test_a_refused_route_ends_the_evaluation(tmp_path: Path) -> None:
     assert "not available" in words(result.stderr)
 
 
-def test_the_doctor_names_who_is_hard_to_find() -> None:
+def test_the_doctor_names_adapters_that_are_hard_to_find() -> None:
     report = {
         "k": 3,
         "num_adapters": 4,

@@ -1,4 +1,4 @@
-"""The command of an offline run, as far as it goes without a cluster."""
+"""The command of an offline run, as far as it works without a cluster."""
 
 from __future__ import annotations
 
@@ -23,9 +23,7 @@ def settings(tmp_path: Path) -> BatchSettings:
     return BatchSettings(config, str(rows), str(tmp_path / "out"), part_rows=2)
 
 
-def test_a_run_whose_parts_are_all_there_starts_nothing(
-    settings: BatchSettings, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_complete_run_starts_nothing(settings: BatchSettings, capsys: pytest.CaptureFixture[str]) -> None:
     run = begin(settings)
     for part in run.parts:
         BatchOutput(settings.output_uri).write(part.number, pa.table({"text": ["x"] * (part.stop - part.start)}))

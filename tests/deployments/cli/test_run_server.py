@@ -28,7 +28,7 @@ from deployments.config.app import AppConfig
         ({"keys_file": "/k.yaml"}, "127.0.0.1", "keys from /k.yaml: every request needs one"),
     ],
 )
-def test_the_start_says_who_may_do_what(settings: dict[str, Any], host: str, says: str) -> None:
+def test_the_start_prints_who_has_access(settings: dict[str, Any], host: str, says: str) -> None:
     assert access_note(AppConfig(**settings), host) == says
 
 
@@ -50,7 +50,7 @@ def test_the_start_says_which_other_ports_listen_and_what_guards_them() -> None:
 
 
 @pytest.mark.parametrize("content", [None, "keys: 1"])
-def test_a_keys_file_that_cannot_be_used_stops_the_start(
+def test_an_unusable_keys_file_stops_the_start(
     tmp_path: Path, content: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     keys, settings = tmp_path / "keys.yaml", tmp_path / "settings.yaml"

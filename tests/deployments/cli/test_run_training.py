@@ -1,4 +1,4 @@
-"""Where the texts of a training come from, and what makes it refuse them."""
+"""The sources of a training's texts, and reasons to refuse them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def job_of(target: Path, samples: Path) -> TrainingJob:
     return TrainingJob(target, None, "local", samples, share=1.0, seed=0, encoder=None, epochs=1)
 
 
-def test_texts_of_a_task_are_read_in_order_and_empty_lines_are_passed_over(tmp_path: Path) -> None:
+def test_texts_of_a_task_are_read_in_order_and_empty_lines_are_skipped(tmp_path: Path) -> None:
     file = tmp_path / "samples.jsonl"
     file.write_text('{"task": "b", "text": "one"}\n\n{"task": "a", "text": "x"}\n{"task": "b", "text": "two"}\n')
     assert read_texts(file) == {"b": ["one", "two"], "a": ["x"]}
 
 
-def test_a_tenant_trains_on_what_it_may_see_under_the_names_it_uses(tmp_path: Path) -> None:
-    """The first topic is another tenant's own; an adapter without samples has no texts."""
+def test_a_tenant_trains_on_visible_adapters_under_its_names_for_them(tmp_path: Path) -> None:
+    """The first topic belongs to another tenant; an adapter without samples has no texts."""
     store = store_of(tmp_path, TEXTS)
     first, *others = TEXTS
     assert stored_texts(store, "local") == {name: TEXTS[name] for name in others}
@@ -53,7 +53,7 @@ def test_a_bad_file_is_refused_with_the_place(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_file_or_a_store_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_file_or_store_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job = job_of(tmp_path / "out", tmp_path / "none")
     assert run_training(job) == 1
     assert str(tmp_path / "none") in words(capsys.readouterr().err)

@@ -43,7 +43,7 @@ def test_an_encoder_is_trained_on_a_file(samples: Path, tiny: Path, tmp_path: Pa
     assert Encoder(target).identity != Encoder(tiny).identity
 
 
-def test_an_encoder_is_trained_on_what_a_tenant_of_a_store_may_see(tiny: Path, tmp_path: Path) -> None:
+def test_an_encoder_is_trained_on_the_adapters_that_a_tenant_sees(tiny: Path, tmp_path: Path) -> None:
     store = store_of(tmp_path, TEXTS)
     options = ("--store", store, "--encoder", tiny, "--epochs", 1)
     assert run("train-retriever", tmp_path / "local", *options).exit_code == 0
@@ -57,7 +57,7 @@ def test_an_encoder_is_trained_on_what_a_tenant_of_a_store_may_see(tiny: Path, t
     }
 
 
-def test_a_missing_file_an_empty_store_and_no_source_at_all_are_told(tmp_path: Path, samples: Path) -> None:
+def test_a_missing_file_an_empty_store_and_no_source_are_reported(tmp_path: Path, samples: Path) -> None:
     out = tmp_path / "out"
     assert "No such file" in words(run("train-retriever", out, "--samples", tmp_path / "none").stderr)
     assert "no samples to train on" in words(run("train-retriever", out, "--store", tmp_path / "none").stderr)

@@ -45,7 +45,7 @@ def test_a_bad_setting_is_refused_by_its_key(settings: dict[str, Any], key: str)
 
 
 @pytest.mark.parametrize("settings", [{"base_model_name": "auto"}, {"base_model": "org/my:model"}, {"base_model": "/"}])
-def test_the_served_base_name_can_be_told_from_auto_and_from_adapters(settings: dict[str, Any]) -> None:
+def test_the_served_base_name_is_a_valid_name_other_than_auto(settings: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         AppConfig.model_validate(settings)
 
@@ -74,7 +74,7 @@ def test_relative_folders_are_resolved_where_the_application_is_built() -> None:
 @pytest.mark.parametrize(
     "uri", ["s3://bucket/pool", "s3://bucket/pool?endpoint_override=127.0.0.1:9000&scheme=http&region=x", "gs://b/pool"]
 )
-def test_a_remote_store_is_kept_as_it_was_written_and_cached_on_disk(uri: str) -> None:
+def test_a_remote_store_uri_is_unchanged_and_cached_on_disk(uri: str) -> None:
     config = AppConfig(store_uri=uri, cache_dir=Path("/c"), disk_cache_bytes=7)
     assert config.store_uri == uri
     assert config.weights_cache == (Path("/c/weights"), 7)
@@ -92,7 +92,7 @@ def test_a_store_that_cannot_be_opened_stops_the_start(uri: str) -> None:
         AppConfig(store_uri=uri)
 
 
-def test_sources_are_allowed_below_prefixes_that_can_be_compared() -> None:
+def test_source_prefixes_must_be_comparable() -> None:
     prefixes = ("s3://bucket/adapters?endpoint_override=127.0.0.1:9000&scheme=http", "file:///data/adapters")
     assert AppConfig(source_prefixes=prefixes).source_prefixes == prefixes
     for bad in ("/data", "s3://bucket/../x", "http://host/x", "s3://key:secret@bucket", "s3://bucket?anonymous=true"):
@@ -101,7 +101,7 @@ def test_sources_are_allowed_below_prefixes_that_can_be_compared() -> None:
         assert repr(bad) in str(caught.value)
 
 
-def test_source_prefixes_are_a_tenants_own_or_say_that_they_are_everybodys() -> None:
+def test_source_prefixes_are_given_by_tenant_or_explicitly_for_all() -> None:
     by_tenant = {"acme": ("s3://acme",), "globex": ("s3://globex/a", "gs://globex"), "*": ("s3://open",)}
     config = AppConfig(source_prefixes=by_tenant, keys_file=Path("keys.json"))
     assert config.source_prefixes_of("acme") == ("s3://acme", "s3://open")
@@ -120,7 +120,7 @@ def test_with_keys_a_list_of_source_prefixes_is_refused_with_the_remedy() -> Non
     assert AppConfig(source_prefixes=[], keys_file=Path("keys.json")).source_prefixes_of("acme") == ()
 
 
-def test_others_than_this_machine_change_nothing_unless_that_is_switched_on() -> None:
+def test_remote_clients_may_not_change_the_pool_by_default() -> None:
     assert AppConfig().allow_remote_publish is False
     assert AppConfig().source_prefixes == ()
 
@@ -149,7 +149,7 @@ def test_worker_settings_reach_the_engine_field_by_field() -> None:
     assert settings.keys() == {field.name for field in fields(EngineSettings)}, "a setting without a case here"
 
 
-def test_threads_are_counted_on_the_workers_machine_where_none_are_set() -> None:
+def test_without_a_setting_threads_are_counted_on_the_workers_machine() -> None:
     assert AppConfig().worker_config().num_threads is None
 
 
@@ -183,12 +183,12 @@ def test_kv_for_less_than_one_row_is_refused_before_anything_starts() -> None:
 
 
 @pytest.mark.parametrize(("device", "num_gpus"), [("cuda", 0), ("cpu", 1), ("cpu", 0.5)])
-def test_a_worker_on_a_gpu_says_so_in_its_settings_and_its_placement(device: str, num_gpus: float) -> None:
+def test_device_and_placement_of_a_gpu_worker_must_agree(device: str, num_gpus: float) -> None:
     with pytest.raises(ValidationError, match="num_gpus"):
         AppConfig(worker={"device": device}, worker_scaling={"num_gpus": num_gpus})
 
 
-def test_a_worker_on_a_gpu_is_given_one() -> None:
+def test_a_gpu_worker_reserves_a_gpu() -> None:
     config = AppConfig(worker={"device": "cuda"}, worker_scaling={"num_gpus": 1, "max_ongoing_requests": 2112})
     assert config.worker_config().device == "cuda"
     assert config.worker_scaling.options()["ray_actor_options"]["num_gpus"] == 1
@@ -216,7 +216,7 @@ def test_serve_takes_the_scaling_of_every_deployment(name: str) -> None:
     assert taken.policy.is_default_policy_function() == (name != "worker_scaling")
 
 
-def test_workers_scale_by_their_own_policy_and_are_chosen_by_what_they_hold() -> None:
+def test_workers_have_their_own_scaling_policy_and_router() -> None:
     scaling = ScalingSettings(min_replicas=0, max_replicas=2)
     config = AppConfig(worker_scaling=scaling, worker_target_waiting_tokens=77)
     taken = serve.deployment(AppConfig, **config.worker_options())._deployment_config
@@ -235,19 +235,19 @@ def test_only_workers_may_scale_to_zero() -> None:
 
 
 @pytest.mark.parametrize("name", ["ingress_scaling", "worker_scaling"])
-def test_a_replica_that_goes_has_time_for_the_longest_request(name: str) -> None:
+def test_a_removed_replica_has_time_for_the_longest_request(name: str) -> None:
     settings = {name: {"graceful_shutdown_timeout_s": 99}}
     assert AppConfig.model_validate(settings | {"max_request_s": 99}).max_request_s == 99
     with pytest.raises(ValidationError, match="graceful_shutdown_timeout_s"):
         AppConfig.model_validate(settings | {"max_request_s": 100})
 
 
-def test_the_worker_deployment_holds_what_its_engine_holds() -> None:
+def test_the_worker_deployment_accepts_as_many_requests_as_its_engine() -> None:
     config = AppConfig()
     assert config.worker_scaling.max_ongoing_requests >= config.worker.max_batch_size + config.worker.max_waiting
 
 
-def test_changes_win_over_the_file(tmp_path: Path) -> None:
+def test_changes_override_the_file(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text("template: chat\nretrieval: {k: 5}\npreload: [/a]\n")
     config = load_config(file, preload=["/b"])
@@ -260,7 +260,7 @@ def test_an_empty_file_and_no_file_are_the_defaults(tmp_path: Path) -> None:
     assert load_config(file) == load_config(None) == AppConfig()
 
 
-def test_a_keys_file_is_named_from_where_the_server_starts_and_its_links_stay(
+def test_a_relative_keys_file_is_resolved_at_the_start_and_keeps_its_links(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "real.json").write_text("[]")
@@ -269,12 +269,12 @@ def test_a_keys_file_is_named_from_where_the_server_starts_and_its_links_stay(
     assert AppConfig(keys_file=Path("keys.json")).keys_file == tmp_path / "keys.json"
 
 
-def test_with_keys_a_new_adapter_is_private_unless_its_publisher_says_otherwise() -> None:
+def test_with_keys_a_new_adapter_is_private_by_default() -> None:
     assert AppConfig().default_visibility == "public"
     assert AppConfig(keys_file=Path("keys.json")).default_visibility == "private"
 
 
-def test_with_keys_public_adapters_wait_for_approval_unless_the_operator_says_otherwise(tmp_path: Path) -> None:
+def test_with_keys_public_adapters_need_approval_by_default(tmp_path: Path) -> None:
     assert not AppConfig().public_requires_approval
     assert AppConfig(keys_file=Path("keys.json")).public_requires_approval
     assert not AppConfig(keys_file=Path("keys.json"), public_requires_approval=False).public_requires_approval
@@ -283,13 +283,13 @@ def test_with_keys_public_adapters_wait_for_approval_unless_the_operator_says_ot
     assert load_config(tmp_path / "settings.yaml").public_requires_approval
 
 
-def test_with_keys_others_adapters_are_named_with_their_owner_unless_the_operator_says_otherwise() -> None:
+def test_with_keys_adapters_of_others_are_named_with_their_owner_by_default() -> None:
     assert not AppConfig().owner_names
     assert AppConfig(keys_file=Path("keys.json")).owner_names
     assert not AppConfig(keys_file=Path("keys.json"), owner_names=False).owner_names
 
 
-def test_with_keys_paths_of_the_server_are_published_only_where_that_is_set() -> None:
+def test_with_keys_server_paths_are_published_only_if_the_setting_allows_it() -> None:
     assert AppConfig().may_publish_paths
     assert not AppConfig(keys_file=Path("/keys")).may_publish_paths
     assert AppConfig(keys_file=Path("/keys"), publish_paths=True).may_publish_paths

@@ -41,7 +41,7 @@ def test_a_mistake_is_one_line_with_file_setting_and_remedy(tmp_path: Path, text
     assert message_for(tmp_path, text) == line
 
 
-def test_every_mistake_has_a_line_and_none_names_a_class_or_a_website(tmp_path: Path) -> None:
+def test_every_mistake_has_one_line_without_classes_or_websites(tmp_path: Path) -> None:
     message = message_for(tmp_path, "worker: {max_batch: 8, dtype: int4}\nretrieval: {k: 0}\n")
     assert message.count("\n") == 2
     assert not any(word in message for word in ("AppConfig", "http", "pydantic", "input_value"))
@@ -53,7 +53,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("old", "new"), sorted(RENAMED_SETTINGS.items()))
-def test_a_start_with_an_old_name_says_the_new_one(tmp_path: Path, old: str, new: str) -> None:
+def test_a_start_with_an_old_name_gives_the_new_one(tmp_path: Path, old: str, new: str) -> None:
     group, _, name = old.rpartition(".")
     text = f"{group}: {{{name}: 1}}" if group else f"{name}: 1"
     assert message_for(tmp_path, text) == f"settings.yaml: {old}: renamed to {new}"
@@ -61,6 +61,6 @@ def test_a_start_with_an_old_name_says_the_new_one(tmp_path: Path, old: str, new
     assert name in field_names(AppConfig, [*([group] if group else []), name])
 
 
-def test_serve_run_says_the_new_name_too() -> None:
+def test_serve_run_gives_the_new_name_too() -> None:
     with pytest.raises(ValidationError, match="max_in_flight: renamed to max_concurrent_requests"):
         AppConfig.model_validate({"max_in_flight": 5})

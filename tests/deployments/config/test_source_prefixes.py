@@ -47,7 +47,7 @@ def test_a_uri_is_read_part_by_part(uri: str, parts: tuple[str, ...]) -> None:
         "file:///data/../etc",
     ],
 )
-def test_a_uri_that_could_mean_another_place_is_none(uri: str) -> None:
+def test_an_ambiguous_uri_is_refused(uri: str) -> None:
     with pytest.raises(ValueError, match="must"):
         SourceUri.parse(uri)
 
@@ -72,12 +72,12 @@ def test_prefixes_are_compared_part_by_part(uri: str, prefix: str, expected: boo
     assert SourceUri.parse(uri).is_below(SourcePrefix.parse(prefix).uri) is expected
 
 
-def test_a_prefix_that_is_none_is_refused_by_its_text() -> None:
+def test_an_invalid_prefix_is_quoted_in_the_refusal() -> None:
     with pytest.raises(ValueError, match=r"source prefix 's3://bucket/\.\./x' must not contain"):
         SourcePrefix.parse("s3://bucket/../x")
 
 
-def test_the_query_of_a_prefix_is_part_of_its_location_alone() -> None:
+def test_the_query_of_a_prefix_belongs_only_to_its_location() -> None:
     prefix = SourcePrefix.parse("s3://bucket/pool?endpoint_override=localhost:9000&scheme=http")
     assert prefix.uri == SourceUri("s3", ("bucket", "pool"))
     assert "endpoint_override=localhost:9000" in prefix.location.uri

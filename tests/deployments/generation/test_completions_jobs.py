@@ -16,7 +16,7 @@ from tests.deployments.adapter_records import POOL
 CODER = Planned(Plan("selection", (PlannedAdapter(POOL[1].ref, "w", 1.0),), template="chat"))
 
 
-def test_jobs_come_prompt_by_prompt_with_their_own_plans_and_names() -> None:
+def test_jobs_are_ordered_by_prompt_with_their_own_plans_and_names() -> None:
     request = CompletionRequest.model_validate({"prompt": ["a", "b"], "n": 2, "seed": 5, "max_tokens": 3})
     jobs = jobs_of("r", request, request.questions(), [Planned(BASE_PLAN), CODER], "alpaca")
     assert [job.prompt for job in jobs] == ["a", "a", "b", "b"]
@@ -27,14 +27,14 @@ def test_jobs_come_prompt_by_prompt_with_their_own_plans_and_names() -> None:
     assert {job.sampling.max_tokens for job in jobs} == {3}
 
 
-def test_without_a_seed_every_row_draws_its_own() -> None:
+def test_without_a_seed_every_row_has_its_own() -> None:
     request = CompletionRequest.model_validate({"prompt": "a", "n": 3})
     jobs = jobs_of("r", request, request.questions(), [Planned(BASE_PLAN)], "alpaca")
     assert [job.sampling.seed for job in jobs] == [None, None, None]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**63 - 1])
-def test_the_seeds_of_choices_differ_and_the_first_is_the_clients(seed: int) -> None:
+def test_choices_have_different_seeds_and_the_first_has_the_clients(seed: int) -> None:
     seeds = [seed_of(seed, choice) for choice in range(16)]
     assert seeds[0] == seed
     assert len(set(seeds)) == 16
@@ -42,7 +42,7 @@ def test_the_seeds_of_choices_differ_and_the_first_is_the_clients(seed: int) -> 
 
 
 class Stream:
-    """Gives items as it is let, and knows whether it was closed."""
+    """Yields items as permitted, and records whether it was closed."""
 
     def __init__(self, items: Sequence[object]) -> None:
         self.items, self.is_closed = items, False
@@ -60,7 +60,7 @@ class Stream:
 
 
 @pytest.mark.parametrize("counts", [[3], [2, 0, 3], [0, 0], [1, 1, 1, 1]])
-def test_every_item_comes_once_in_the_order_of_its_stream(counts: list[int]) -> None:
+def test_every_item_arrives_once_in_the_order_of_its_stream(counts: list[int]) -> None:
     async def main() -> None:
         streams = [Stream([(place, number) for number in range(count)]) for place, count in enumerate(counts)]
         for stream in streams:
@@ -74,7 +74,7 @@ def test_every_item_comes_once_in_the_order_of_its_stream(counts: list[int]) -> 
     asyncio.run(main())
 
 
-def test_a_slow_stream_holds_nobody_up() -> None:
+def test_a_slow_stream_does_not_delay_others() -> None:
     async def main() -> None:
         slow, fast = Stream(["s"]), Stream(["f1", "f2"])
         fast.gate.set()
@@ -86,7 +86,7 @@ def test_a_slow_stream_holds_nobody_up() -> None:
     asyncio.run(main())
 
 
-def test_an_error_of_one_ends_all() -> None:
+def test_an_error_of_one_stream_ends_all() -> None:
     async def main() -> None:
         waiting, broken = Stream(["never"]), Stream([ValueError("broken")])
         broken.gate.set()

@@ -30,7 +30,7 @@ FAILURES = [*DEATHS, EngineStopped("the engine has stopped")]
 BROKEN_OFF = [
     AioRpcError(grpc.StatusCode.CANCELLED, Metadata(), Metadata(), "the server stops"),
     AioRpcError(grpc.StatusCode.INTERNAL, Metadata(), Metadata(), "a stream was reset"),
-    asyncio.CancelledError(),  # of the replica's task, passed on as its answer
+    asyncio.CancelledError(),  # error of the replica's task, returned as its answer
 ]
 ANSWERS = [
     PromptTooLong("long"),
@@ -48,7 +48,7 @@ FOREVER = object()
 
 @dataclass
 class Scripted:
-    """A Worker that streams one part of the script per job; exceptions are raised, FOREVER waits."""
+    """A Worker that streams one part of the script per job. Exceptions are raised; FOREVER waits."""
 
     script: Sequence[Sequence[Any]]
     jobs: list[Job] = field(default_factory=list)
@@ -134,14 +134,14 @@ def test_a_job_whose_worker_died_before_its_first_delta_is_sent_again(failure: B
 
 
 @pytest.mark.parametrize("failure", FAILURES, ids=name)
-def test_a_delta_that_was_passed_on_is_never_repeated(failure: Exception) -> None:
+def test_a_yielded_delta_is_never_repeated(failure: Exception) -> None:
     case = case_of((A, failure), ("never",))
     [first, error] = run(Case.taken, case)
     assert first == A and isinstance(error, type(failure))
     assert len(case.worker.jobs) == 1
 
 
-def test_a_whole_answer_keeps_nothing_of_the_attempts_that_died() -> None:
+def test_a_whole_answer_contains_nothing_of_failed_attempts() -> None:
     case = case_of((A, DEATHS[0]), (A, B, DEATHS[1]), (A, B, C))
     assert run(Case.collected, case) == [A, B, C]
     assert case.usage.num_tokens == 4 + 3
@@ -171,21 +171,21 @@ def test_a_prompt_is_charged_unless_the_server_had_no_room(error: Exception) -> 
     assert case.usage.num_tokens == (0 if isinstance(error, NO_ROOM) else 12 // 4)
 
 
-def test_heartbeats_pass_and_are_no_part_of_a_whole_answer() -> None:
+def test_heartbeats_are_yielded_but_not_part_of_a_whole_answer() -> None:
     items = (None, A, None, None, B, None)
     assert run(Case.taken, case_of(items)) == list(items)
     assert run(Case.collected, case_of(items)) == [A, B]
 
 
 @pytest.mark.parametrize("said", [(None,), (A,), (None, A, None)])
-def test_silence_after_the_first_item_is_a_death(said: tuple[Delta | None, ...]) -> None:
+def test_silence_after_the_first_item_counts_as_a_death(said: tuple[Delta | None, ...]) -> None:
     case = case_of((*said, FOREVER), (A, B), silence_s=0.05)
     assert run(Case.collected, case) == [A, B]
     *_, last = run(Case.taken, case_of((A, FOREVER), silence_s=0.05))
     assert isinstance(last, ActorUnavailableError) and "no heartbeat for" in str(last)
 
 
-def test_the_first_item_has_no_limit_but_the_deadline() -> None:
+def test_only_the_deadline_limits_the_first_item() -> None:
     async def slow(job: Job) -> AsyncIterator[Delta]:
         await asyncio.sleep(0.1)
         yield A
@@ -197,7 +197,7 @@ def test_the_first_item_has_no_limit_but_the_deadline() -> None:
 
 @pytest.mark.parametrize("said", [(), (A,), (None,)])
 @pytest.mark.parametrize("way", WAYS, ids=name)
-def test_a_worker_that_hangs_past_the_deadline_and_the_grace_is_left(said: tuple[Any, ...], way: Way) -> None:
+def test_a_worker_that_hangs_past_deadline_and_grace_is_abandoned(said: tuple[Any, ...], way: Way) -> None:
     case = case_of((*said, FOREVER), time_s=0.02, grace_s=0.02)
     *_, last = run(way, case)
     assert isinstance(last, DeadlineExceeded)

@@ -44,7 +44,7 @@ def test_auto_asks_the_retriever(model: str) -> None:
     assert [candidate.ref.name for candidate in planned.candidates] == ["poet", "coder"]
 
 
-def test_the_bases_name_alone_is_the_base_and_asks_nobody() -> None:
+def test_the_bases_name_means_the_base_model_without_retrieval() -> None:
     handle = handle_of(BASE)
     assert plan(handle, BASE) == Planned(BASE_PLAN)
     assert handle.calls == []
@@ -58,12 +58,12 @@ def test_an_adapters_name_is_one_adapter_of_weight_one(model: str) -> None:
     assert planned.candidates == ()
 
 
-def test_auto_comes_before_an_adapter_of_that_name() -> None:
+def test_auto_has_priority_over_an_adapter_of_that_name() -> None:
     assert names(plan(handle_of("auto"), "auto")) == ["poet", "coder", "auto"]
 
 
-@pytest.mark.parametrize("model", ["nobody", f"{BASE}:nobody", f"{BASE}:", "other:poet", "auto:poet", ":poet", "a/b"])
-def test_an_unknown_model_is_not_found_under_the_name_the_client_gave(model: str) -> None:
+@pytest.mark.parametrize("model", ["unknown", f"{BASE}:unknown", f"{BASE}:", "other:poet", "auto:poet", ":poet", "a/b"])
+def test_an_unknown_model_is_reported_under_the_clients_name(model: str) -> None:
     with pytest.raises(ModelNotFound) as caught:
         plan(handle_of(), model)
     status, body = describe(caught.value)
@@ -76,15 +76,15 @@ def test_an_unknown_model_is_not_found_under_the_name_the_client_gave(model: str
     }
 
 
-def test_what_a_request_leaves_unsaid_comes_from_the_config() -> None:
+def test_omitted_options_come_from_the_config() -> None:
     handle = handle_of()
     plan(handle, strategy="fusion", k=5, weights="softmax", fallback="error", min_score=0.9)
     [([request],)] = handle.called("route")
     expected = RouteRequest("Rhyme", "local", "fusion", 5, "softmax", min_score=None, fallback="error")
-    assert request == expected  # the config's floor is the Retriever's own, so that None asks for it
+    assert request == expected  # None requests the Retriever's own floor, which is the config's
 
 
-def test_what_a_request_says_wins_over_the_config() -> None:
+def test_a_requests_options_override_the_config() -> None:
     handle = handle_of()
     said = {"strategy": "selection", "k": 2, "weights": "uniform", "fallback": "base", "min_score": 0.0}
     said |= {"filter": {"tags": ["a", "b"]}, "min_generation": 9}
@@ -97,7 +97,9 @@ def test_what_a_request_says_wins_over_the_config() -> None:
     ("model", "lora", "choices"),
     [("poet", {}, [("poet", 1.0)]), ("auto", {"adapters": [{"name": "poet", "weight": 0.5}]}, [("poet", 0.5)])],
 )
-def test_a_named_plan_carries_the_fence(model: str, lora: dict[str, Any], choices: list[tuple[str, float]]) -> None:
+def test_a_named_plan_passes_on_min_generation(
+    model: str, lora: dict[str, Any], choices: list[tuple[str, float]]
+) -> None:
     handle = handle_of()
     plan(handle, model, lora | {"min_generation": 9})
     assert handle.called("plan_named") == [("local", choices, "selection", 9)]
@@ -108,7 +110,7 @@ def test_a_named_plan_carries_the_fence(model: str, lora: dict[str, Any], choice
     [("k", 3), ("weights", "uniform"), ("min_score", 0.5), ("fallback", "base"), ("filter", {"tags": ["a"]})],
 )
 @pytest.mark.parametrize("model", ["auto", "poet", BASE, f"{BASE}:poet"])
-def test_what_only_retrieval_reads_is_refused_where_adapters_are_named(model: str, field: str, value: Any) -> None:
+def test_retrieval_options_are_refused_if_adapters_are_named(model: str, field: str, value: Any) -> None:
     named = {"adapters": [{"name": "poet"}]} if model == "auto" else {}
     handle = handle_of()
     with pytest.raises(RequestInvalid, match=f"lora.{field}") as caught:
@@ -118,7 +120,7 @@ def test_what_only_retrieval_reads_is_refused_where_adapters_are_named(model: st
 
 
 @pytest.mark.parametrize("strategy", ["selection", "mixture", "fusion"])
-def test_a_named_model_is_composed_as_the_request_says(strategy: str) -> None:
+def test_a_named_model_is_composed_as_requested(strategy: str) -> None:
     planned = plan(handle_of(), "poet", {"strategy": strategy})
     assert (planned.plan.strategy, names(planned)) == (strategy, ["poet"])
 
@@ -141,13 +143,13 @@ def test_named_adapters_are_planned_with_their_weights_and_without_retrieval() -
 
 
 @pytest.mark.parametrize(("count", "strategy"), [(1, "selection"), (2, "fusion")])
-def test_named_adapters_take_the_configs_strategy_unless_there_is_one(count: int, strategy: str) -> None:
+def test_named_adapters_use_the_configs_strategy_by_default(count: int, strategy: str) -> None:
     adapters = [{"name": "poet"}, {"name": "coder"}][:count]
     assert plan(handle_of(), lora={"adapters": adapters}, strategy="fusion").plan.strategy == strategy
 
 
 @pytest.mark.parametrize("model", [BASE, "poet", f"{BASE}:poet"])
-def test_named_adapters_go_with_auto_only(model: str) -> None:
+def test_named_adapters_require_model_auto(model: str) -> None:
     handle = handle_of()
     with pytest.raises(RequestInvalid, match="auto") as caught:
         plan(handle, model, {"adapters": [{"name": "poet"}]})
@@ -156,10 +158,10 @@ def test_named_adapters_go_with_auto_only(model: str) -> None:
 
 
 def test_an_unknown_named_adapter_is_not_found() -> None:
-    with pytest.raises(Exception, match="nobody") as caught:
-        plan(handle_of(), lora={"adapters": [{"name": "nobody"}]})
+    with pytest.raises(Exception, match="unknown") as caught:
+        plan(handle_of(), lora={"adapters": [{"name": "unknown"}]})
     status, body = describe(caught.value)
-    assert (status, body["error"]["code"], body["error"]["message"]) == (404, "model_not_found", "no adapter 'nobody'")
+    assert (status, body["error"]["code"], body["error"]["message"]) == (404, "model_not_found", "no adapter 'unknown'")
 
 
 def test_an_impossible_plan_keeps_its_own_error() -> None:
@@ -170,7 +172,7 @@ def test_an_impossible_plan_keeps_its_own_error() -> None:
         plan(twins)
 
 
-def test_an_abstention_is_said() -> None:
+def test_an_abstention_is_reported() -> None:
     planned = plan(FakeHandle(FakeRetriever(abstains=True)))
     assert planned.abstained
     assert planned.plan.strategy == "base"

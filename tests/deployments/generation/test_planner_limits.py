@@ -1,4 +1,4 @@
-"""What a request asks for is bounded before any work is done for it."""
+"""The limits of a request, checked before any work is done for it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.deployments.asking import ask, error_of, post
 
 
 def refused(path: str, body: dict[str, Any], **settings: Any) -> tuple[int, dict[str, Any]]:
-    """The answer's status and error; neither Retriever nor Worker was asked."""
+    """Return status and error of the response, after checking that neither Retriever nor Worker was called."""
 
     async def question(client: Any, served: Served) -> Any:
         before = len(served.retriever.calls), len(served.worker.calls)
@@ -31,7 +31,7 @@ def chat(*contents: str, **fields: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("model", ["auto", BASE, "poet"])
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_prompt_that_cannot_fit_asks_nobody(model: str, stream: bool) -> None:
+def test_a_prompt_that_cannot_fit_is_refused_without_any_call(model: str, stream: bool) -> None:
     extra = {"model": model, "stream": stream}
     for path, body in [
         ("/v1/completions", {"prompt": "x" * 641, **extra}),
@@ -42,7 +42,7 @@ def test_a_prompt_that_cannot_fit_asks_nobody(model: str, stream: bool) -> None:
         assert "641" in error["message"] and "10 tokens" in error["message"]
 
 
-def test_more_new_tokens_than_the_server_gives_are_refused() -> None:
+def test_more_new_tokens_than_the_servers_limit_are_refused() -> None:
     for field in ("max_tokens", "max_completion_tokens"):
         status, error = refused("/v1/chat/completions", chat("Hi", **{field: 301}), max_new_tokens=300)
         assert (status, error["param"]) == (400, "max_tokens")
@@ -72,12 +72,12 @@ def test_more_new_tokens_than_the_server_gives_are_refused() -> None:
     ],
     ids=str,
 )
-def test_every_count_has_a_bound(fields: dict[str, Any]) -> None:
+def test_every_count_has_a_limit(fields: dict[str, Any]) -> None:
     status, error = refused("/v1/chat/completions", chat("Hi", **fields))
     assert (status, error["type"]) == (400, "invalid_request_error")
 
 
-def test_so_has_the_number_of_messages_and_of_prompts() -> None:
+def test_numbers_of_messages_and_prompts_have_limits() -> None:
     assert refused("/v1/chat/completions", chat(*["x"] * 1025))[0] == 400
     assert refused("/v1/route", {"prompt": ["x"] * 257})[0] == 400
     assert refused("/v1/loras", {"path": "/x", "tags": ["x"] * 33})[0] == 400
@@ -94,6 +94,6 @@ def test_so_has_the_number_of_messages_and_of_prompts() -> None:
     ],
     ids=str,
 )
-def test_bounds_that_contradict_each_other_stop_the_start(settings: dict[str, Any]) -> None:
+def test_contradictory_limits_stop_the_start(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"max_"):
         AppConfig(**settings)

@@ -36,9 +36,7 @@ CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
         ("/v1/nowhere", {}, 404, "http_error", None),
     ],
 )
-def test_a_refused_request_leaves_in_the_openai_shape(
-    path: str, body: Any, status: int, code: str, param: str | None
-) -> None:
+def test_a_refusal_has_the_openai_format(path: str, body: Any, status: int, code: str, param: str | None) -> None:
     response = post(path, body)
     error = error_of(response)
     assert (response.status_code, error["code"]) == (status, code)
@@ -46,7 +44,7 @@ def test_a_refused_request_leaves_in_the_openai_shape(
         assert error["param"] == param
 
 
-def test_a_body_that_is_no_json_is_a_bad_request() -> None:
+def test_a_body_that_is_not_json_is_a_bad_request() -> None:
     headers = {"content-type": "application/json"}
     response = request("POST", "/v1/completions", sent={"content": b"{", "headers": headers})
     assert (response.status_code, error_of(response)["param"]) == (400, None)
@@ -82,7 +80,7 @@ def test_a_body_over_the_limit_is_413_over_http(announced: bool) -> None:
     assert error_of(response)["code"] == "body_too_large"
 
 
-def test_an_expected_error_is_an_answer_and_no_crash_of_the_replica() -> None:
+def test_an_expected_error_is_an_answer_and_does_not_crash_the_replica() -> None:
     async def run() -> None:
         served = serve_plainly(retriever=FakeRetriever(failure=NoAdapterMatched(0.1, 0.5)))
         async with http_of(served, raise_app_exceptions=True) as client:
@@ -94,7 +92,7 @@ def test_an_expected_error_is_an_answer_and_no_crash_of_the_replica() -> None:
     asyncio.run(run())
 
 
-def test_an_unforeseen_error_is_a_500_that_says_nothing() -> None:
+def test_an_unexpected_error_is_a_500_without_details() -> None:
     response = post("/v1/chat/completions", CHAT, worker=FakeWorker([RuntimeError("secret")]))
     assert response.status_code == 500
     assert error_of(response)["code"] == "internal_error"
@@ -108,7 +106,7 @@ def test_the_api_describes_itself() -> None:
 
 
 def test_a_request_passes_the_middleware_in_this_order() -> None:
-    """Each needs what those before it have found: an id, an allowed host, the caller, the caller's place."""
+    """Each needs the results of those before it: an id, an allowed host, the caller, the caller's place."""
 
     async def build() -> list[str]:
         return [type_.cls.__name__ for type_ in middleware_of(serve_plainly().services)]

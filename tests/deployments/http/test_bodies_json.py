@@ -22,7 +22,7 @@ from deployments.http.bodies import MAX_JSON_VALUES, read_json
     ],
     ids=["small", "a text", "marks", "escapes", "marks in keys", "as many as allowed"],
 )
-def test_what_is_within_the_bound_is_read_as_json_does(value: Any) -> None:
+def test_a_body_within_the_bound_is_parsed_like_json(value: Any) -> None:
     assert read_json(json.dumps(value).encode()) == value
     assert read_json(json.dumps(value).encode("utf-16")) == value
 
@@ -37,7 +37,7 @@ def test_what_is_within_the_bound_is_read_as_json_does(value: Any) -> None:
     ],
     ids=["numbers", "lists", "keys", "after an escape"],
 )
-def test_more_values_are_refused_unread(text: str) -> None:
+def test_more_values_are_refused_before_parsing(text: str) -> None:
     with pytest.raises(RequestInvalid, match=f"more than {MAX_JSON_VALUES} JSON values"):
         read_json(text.encode())
 
@@ -53,7 +53,7 @@ def test_more_values_are_refused_unread(text: str) -> None:
         (b'"abc\\', "not valid JSON"),
     ],
 )
-def test_what_is_no_json_is_refused_with_the_place(body: bytes, says: str) -> None:
+def test_invalid_json_is_refused_with_the_position(body: bytes, says: str) -> None:
     with pytest.raises(RequestInvalid, match=says):
         read_json(body)
 
@@ -61,8 +61,8 @@ def test_what_is_no_json_is_refused_with_the_place(body: bytes, says: str) -> No
 @pytest.mark.parametrize(
     "piece", ['"",', '[,"",', ",\\\\", '"\\\\",'], ids=["strings", "marks", "backslashes", "escapes"]
 )
-def test_large_bodies_are_counted_within_little_time(piece: str) -> None:
-    """Thirty times what the server accepts, so that the bound is generous where the machine is slow."""
+def test_large_bodies_are_counted_quickly(piece: str) -> None:
+    """The body is thirty times the server's limit, and the bound is generous for slow machines."""
     body = (piece * (32 * (4 << 20) // len(piece))).encode()
     before = time.process_time()
     with pytest.raises(RequestInvalid, match=f"more than {MAX_JSON_VALUES} JSON values"):

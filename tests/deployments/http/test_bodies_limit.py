@@ -21,7 +21,7 @@ SCOPE = {"type": "http", "method": "POST", "path": "/", "headers": []}
 
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers with the body, all of it."""
+    """Answer with the whole body."""
     body, more = b"", True
     while more:
         message = await receive()
@@ -58,7 +58,7 @@ def test_a_body_up_to_the_limit_arrives_whole(content: bytes | AsyncIterator[byt
 
 
 @pytest.mark.parametrize("content", [b"123456789", chunks(b"1234", b"5678", b"9")])
-def test_a_larger_body_is_refused_also_when_no_length_was_announced(content: bytes | AsyncIterator[bytes]) -> None:
+def test_a_larger_body_is_refused_also_without_an_announced_length(content: bytes | AsyncIterator[bytes]) -> None:
     response = post(content)
     assert response.status_code == 413
     assert json.loads(response.content)["error"]["code"] == "body_too_large"
@@ -104,7 +104,7 @@ def test_a_request_whose_client_is_gone_is_not_answered() -> None:
     assert asyncio.run(run()) == []
 
 
-def test_what_is_no_request_passes() -> None:
+def test_other_scopes_pass() -> None:
     seen = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -117,7 +117,7 @@ def test_what_is_no_request_passes() -> None:
     assert seen == ["lifespan"]
 
 
-def test_a_body_that_trickles_is_refused_and_one_that_is_read_may_wait() -> None:
+def test_a_slow_body_is_refused_and_a_slow_reader_is_not() -> None:
     async def trickle() -> Message:
         await asyncio.Event().wait()
         raise AssertionError
@@ -144,13 +144,13 @@ def test_a_body_that_trickles_is_refused_and_one_that_is_read_may_wait() -> None
 
     async def read_then_wait() -> Message:
         if len(messages) == 1:
-            await asyncio.sleep(0.1)  # longer than a body may take
+            await asyncio.sleep(0.1)  # longer than the time limit of a body
         return messages.pop(0)
 
     assert asyncio.run(run(read_then_wait, waiting)) == []
 
 
-def test_bodies_that_stall_hold_no_more_than_their_budget_and_give_it_back() -> None:
+def test_stalled_bodies_stay_within_the_budget_and_release_it() -> None:
     budget = SharedBytes(10)
 
     async def run() -> list[int]:
@@ -177,8 +177,8 @@ def test_bodies_that_stall_hold_no_more_than_their_budget_and_give_it_back() -> 
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "DELETE", "OPTIONS"])
-def test_a_body_where_there_is_none_is_refused_unread_on_every_route(method: str) -> None:
-    """Of a body without end nothing is read, and its client is answered."""
+def test_an_unexpected_body_is_refused_unread_on_every_route(method: str) -> None:
+    """An endless body is not read, and its client gets an answer."""
     read: list[bool] = []
 
     async def endless() -> AsyncIterator[bytes]:
@@ -207,7 +207,7 @@ def test_a_body_where_there_is_none_is_refused_unread_on_every_route(method: str
 
 
 @pytest.mark.parametrize("headers", [{}, {"content-length": "0"}])
-def test_a_request_without_a_body_may_say_so(headers: dict[str, str]) -> None:
+def test_a_request_without_a_body_may_announce_that(headers: dict[str, str]) -> None:
     assert request("GET", "/health", sent={"headers": headers}).status_code == 200
 
 
@@ -215,7 +215,7 @@ MIB = 1 << 20
 
 
 async def padded(num_bytes: int) -> AsyncIterator[bytes]:
-    """A request whose JSON is mostly blanks, in two parts, so that the server joins them in memory of its own."""
+    """Return a request whose JSON is mostly blanks, in two parts, so that the server copies it when joining them."""
     yield json.dumps(CHAT | {"stream": True}).encode()
     yield b" " * num_bytes
 
@@ -225,7 +225,7 @@ async def post_json(client: httpx.AsyncClient, content: AsyncIterator[bytes], ke
     return await client.post("/v1/chat/completions", content=content, headers=headers)
 
 
-def test_a_body_that_was_parsed_takes_no_room_and_no_memory_until_its_answer_ends() -> None:
+def test_a_parsed_body_uses_neither_budget_nor_memory() -> None:
     async def run() -> None:
         worker = Held()
         served = serve_plainly(worker=worker, max_body_total_bytes=4 * MIB)

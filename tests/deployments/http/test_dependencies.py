@@ -1,4 +1,4 @@
-"""Who may change the pool, publish folders, reindex and approve: decided from the settings, the key and the address."""
+"""Permissions to change the pool, publish folders, reindex and approve, from settings, key and address."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def is_allowed(check: Any, *arguments: Any) -> bool:
     return True
 
 
-def test_without_keys_the_pool_is_changed_from_this_machine_or_where_the_settings_allow_it() -> None:
+def test_without_keys_only_local_clients_change_the_pool_unless_the_settings_allow_more() -> None:
     own, remote = services(), services(allow_remote_publish=True)
     allowed = [
         is_allowed(require_change, each, request_from(host)) for each in (own, remote) for host in (HERE, ELSEWHERE)
@@ -72,12 +72,12 @@ def test_with_keys_the_role_decides_and_not_the_address(keys: Path) -> None:
     require_change(services(keys_file=keys), request_from(ELSEWHERE))
 
 
-def test_without_keys_any_encoder_is_taken_from_this_machine_alone() -> None:
+def test_without_keys_only_local_clients_may_name_any_encoder() -> None:
     assert is_allowed(require_encoder, services(), "any/model", request_from(HERE))
     assert not is_allowed(require_encoder, services(), "any/model", request_from(ELSEWHERE))
 
 
-def test_with_keys_only_listed_encoders_are_taken(keys: Path) -> None:
+def test_with_keys_only_listed_encoders_are_accepted(keys: Path) -> None:
     served = services(keys_file=keys, encoders=("listed/model",), retrieval={"encoder": "own/model"})
     names = ("listed/model", "own/model", "any/model")
     assert [is_allowed(require_encoder, served, name, request_from(HERE)) for name in names] == [True, True, False]
@@ -113,13 +113,13 @@ def test_folders_of_the_server_are_published_from_its_own_machine(
     assert is_allowed(item_of, served, PublishItem(Path("/a/poet")), LOCAL_CALLER, request_from(host)) == expected
 
 
-def test_a_name_is_ones_own_bare_or_with_ones_tenant() -> None:
+def test_an_own_adapter_is_named_with_or_without_the_tenant() -> None:
     assert own_key("poet", CALLER) == own_key("acme/poet", CALLER) == ("acme", "poet")
     with pytest.raises(AdapterNotFound, match="globex/poet"):
         own_key("globex/poet", CALLER)
 
 
-def test_a_request_has_the_caller_that_was_authenticated_and_else_none() -> None:
+def test_a_request_has_its_authenticated_caller_or_none() -> None:
     found: list[Any] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:

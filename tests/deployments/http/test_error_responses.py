@@ -1,4 +1,4 @@
-"""What a client reads of a store or a source that fails: nothing of where it is."""
+"""Error messages about a failing store or source contain nothing about its location."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.s3 import S3Endpoint
 
 @pytest.fixture
 def dead_endpoint() -> Iterator[tuple[S3Endpoint, str]]:
-    """An endpoint that is stopped, and the URI of a store that was there."""
+    """Yield a stopped endpoint, and the URI of a store that was there."""
     endpoint = S3Endpoint()
     uri = endpoint.uri(f"secret-folder/{uuid4().hex}")
     LoraStore(uri, accepts_base=["tiny"])
@@ -36,7 +36,7 @@ def _secrets(uri: str) -> list[str]:
     return ["s3://", "127.0.0.1", host.rpartition(":")[2], "secret-folder", "pool", "catalogue", "_delta_log"]
 
 
-def test_an_answer_about_a_failing_s3_store_says_nothing_of_where_it_is(
+def test_an_error_of_an_s3_store_does_not_reveal_its_location(
     dead_endpoint: tuple[S3Endpoint, str], caplog: pytest.LogCaptureFixture
 ) -> None:
     _, uri = dead_endpoint
@@ -50,12 +50,12 @@ def test_an_answer_about_a_failing_s3_store_says_nothing_of_where_it_is(
         assert response.status_code == 503
         assert "try again later" in body
         assert not [secret for secret in _secrets(uri) if secret in body], body
-        assert any("127.0.0.1" in record.getMessage() for record in caplog.records)  # the operator reads it
+        assert any("127.0.0.1" in record.getMessage() for record in caplog.records)  # the operator can read it
         num_failed += 1
     assert num_failed == 2
 
 
-def test_an_answer_about_a_folder_that_fails_names_no_path(tmp_path: Path) -> None:
+def test_an_error_of_a_folder_names_no_path(tmp_path: Path) -> None:
     blocked = tmp_path / "secret-folder"
     blocked.write_text("no folder")
     with pytest.raises(LoraStoreError) as caught:
@@ -64,7 +64,7 @@ def test_an_answer_about_a_folder_that_fails_names_no_path(tmp_path: Path) -> No
     assert "secret-folder" not in body and str(tmp_path) not in body
 
 
-def test_an_answer_about_a_failing_source_holds_what_the_client_sent_and_no_endpoint(
+def test_an_error_of_a_source_quotes_the_client_and_no_endpoint(
     dead_endpoint: tuple[S3Endpoint, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     _, uri = dead_endpoint

@@ -1,4 +1,4 @@
-"""What a key opens, over the routes."""
+"""Keys and roles, over the routes."""
 
 from __future__ import annotations
 
@@ -66,13 +66,13 @@ def test_the_routes_are_the_known_ones() -> None:
     assert documented() == in_document
 
 
-def test_every_route_below_v1_asks_who_calls() -> None:
+def test_every_route_below_v1_authenticates() -> None:
     assert len(guarded()) >= 21
     assert [key for key, route in guarded().items() if caller_of not in dependencies(route.dependant)] == []
 
 
 @pytest.mark.parametrize("sent", [None, "Bearer", "Bearer wrong", "Basic all", "all", "Bearer all extra"])
-def test_without_a_valid_key_every_route_says_401_before_it_reads_the_body(keys: Path, sent: str | None) -> None:
+def test_without_a_valid_key_every_route_answers_401_before_reading_the_body(keys: Path, sent: str | None) -> None:
     headers = {} if sent is None else {"Authorization": sent}
 
     async def ask_all(client: httpx.AsyncClient, _: Served) -> None:
@@ -89,17 +89,17 @@ def test_without_a_valid_key_every_route_says_401_before_it_reads_the_body(keys:
 
 
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
-def test_a_valid_key_is_let_in_from_any_address(keys: Path, scheme: str) -> None:
+def test_a_valid_key_is_accepted_from_any_address(keys: Path, scheme: str) -> None:
     response = get("/v1/models", keys_file=keys, host="192.0.2.7", headers={"Authorization": f"{scheme} infer"})
     assert response.status_code == 200
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready", "/docs", "/openapi.json"])
-def test_what_tells_nothing_of_the_pool_is_open(keys: Path, path: str) -> None:
+def test_routes_without_pool_data_need_no_key(keys: Path, path: str) -> None:
     assert get(path, keys_file=keys).status_code == 200
 
 
-def test_with_keys_ready_says_no_more_than_that_to_anybody(keys: Path, tmp_path: Path) -> None:
+def test_with_keys_ready_returns_only_the_status(keys: Path, tmp_path: Path) -> None:
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "adapter_config.json").touch()
     response = get("/ready", keys_file=keys, preload=(tmp_path,))
@@ -107,7 +107,7 @@ def test_with_keys_ready_says_no_more_than_that_to_anybody(keys: Path, tmp_path:
     assert get("/ready", keys_file=keys, headers=bearer("all")).json() == {"status": "ready"}
 
 
-def test_the_operator_is_told_of_public_adapters_alone(keys: Path) -> None:
+def test_the_operator_sees_only_public_adapters(keys: Path) -> None:
     held = [adapter("open"), adapter("mine", tenant="acme", visibility="private"), adapter("own", visibility="private")]
 
     async def started(_: httpx.AsyncClient, served: Served) -> Any:
@@ -117,7 +117,7 @@ def test_the_operator_is_told_of_public_adapters_alone(keys: Path) -> None:
     assert get("/ready", retriever=FakeRetriever(held)).json()["num_adapters"] == 2
 
 
-def test_the_api_describes_that_it_takes_a_key() -> None:
+def test_the_api_description_mentions_the_key() -> None:
     described = get("/openapi.json").json()
     assert described["paths"]["/v1/loras"]["post"]["security"] == [{"HTTPBearer": []}]
     assert "security" not in described["paths"]["/health"]["get"]
@@ -125,7 +125,7 @@ def test_the_api_describes_that_it_takes_a_key() -> None:
 
 @pytest.mark.parametrize(("method", "path"), NEEDS)
 @pytest.mark.parametrize("role", ROLES)
-def test_a_role_opens_its_routes_and_no_other(keys: Path, method: str, path: str, role: str) -> None:
+def test_a_role_allows_its_routes_and_no_others(keys: Path, method: str, path: str, role: str) -> None:
     sent: dict[str, Any] = {"headers": bearer(role)}
     if method in ("POST", "PATCH"):
         sent["json"] = BODIES.get(path, {})
@@ -135,13 +135,13 @@ def test_a_role_opens_its_routes_and_no_other(keys: Path, method: str, path: str
         assert error_of(response)["code"] == "role_missing"
 
 
-def test_a_route_that_is_reached_past_the_guard_has_no_caller() -> None:
+def test_a_route_reached_without_the_middleware_has_no_caller() -> None:
     with pytest.raises(KeyRefused):
         caller_of(Request({"type": "http", "state": {"context": RequestContext("r", "none")}, "headers": []}))
 
 
 @pytest.mark.parametrize("prefix", ["", "/live"])
-def test_the_guard_stands_where_the_application_is_mounted(keys: Path, prefix: str) -> None:
+def test_the_middleware_works_for_a_mounted_application(keys: Path, prefix: str) -> None:
     async def run() -> list[int]:
         served = serve_plainly(keys_file=keys)
         statuses: list[int] = []
@@ -162,7 +162,7 @@ def test_the_guard_stands_where_the_application_is_mounted(keys: Path, prefix: s
     assert asyncio.run(run()) == [401, -1, 0]
 
 
-def test_without_keys_everybody_is_the_local_tenant(tmp_path: Path) -> None:
+def test_without_keys_every_client_is_the_local_tenant(tmp_path: Path) -> None:
     async def look(client: httpx.AsyncClient, served: Served) -> None:
         assert (await client.post("/v1/chat/completions", json=CHAT)).status_code == 200
         [([asked],)] = served.retriever.called("route")
@@ -176,7 +176,7 @@ def test_without_keys_everybody_is_the_local_tenant(tmp_path: Path) -> None:
     ask(look)
 
 
-def test_a_key_publishes_for_its_tenant_privately_unless_it_says_so(tmp_path: Path) -> None:
+def test_a_key_publishes_privately_for_its_tenant_by_default(tmp_path: Path) -> None:
     limits = {"max_adapters": 7}
     keys = write(tmp_path / "keys.json", entry("k", roles=["publish"], limits=limits))
 
@@ -196,12 +196,12 @@ def test_a_key_publishes_for_its_tenant_privately_unless_it_says_so(tmp_path: Pa
     ask(look, keys_file=keys, host="192.0.2.7", headers=bearer("k"))
 
 
-def test_folders_of_the_server_are_published_from_its_own_machine_only(keys: Path) -> None:
+def test_server_folders_are_published_from_its_own_machine_only(keys: Path) -> None:
     response = post("/v1/loras", {"path": "/x"}, keys_file=keys, host="192.0.2.7", headers=bearer("all"))
     assert (response.status_code, error_of(response)["code"]) == (403, "publishing_disabled")
 
 
-def test_with_keys_no_folder_of_the_server_is_published_unless_that_is_set(keys: Path) -> None:
+def test_with_keys_server_folders_are_published_only_if_allowed(keys: Path) -> None:
     response = post("/v1/loras", {"path": "/x"}, keys_file=keys, headers=bearer("all"))
     assert (response.status_code, error_of(response)["code"]) == (403, "publishing_disabled")
     assert (
@@ -255,7 +255,7 @@ def by_openai(
     return ask(run, keys_file=keys, **o)
 
 
-def test_the_openai_client_raises_what_it_raises_elsewhere(tmp_path: Path) -> None:
+def test_the_openai_client_raises_its_usual_errors(tmp_path: Path) -> None:
     keys = write(
         tmp_path / "keys.json",
         entry("once", limits={"requests_per_minute": 1}),
@@ -286,9 +286,9 @@ def test_the_openai_client_raises_what_it_raises_elsewhere(tmp_path: Path) -> No
         ({"worker": FakeWorker([DeadlineExceeded(0)] * 3)}, {}, 504, 1),
         ({"worker": FakeWorker([EngineStopped("it stopped")] * 3)}, {}, 503, 2),
     ],
-    ids=["a plan that is gone", "time that is over", "a part that is away"],
+    ids=["a plan that is gone", "an exceeded deadline", "a part that is unavailable"],
 )
-def test_the_openai_client_asks_again_only_where_that_can_help(
+def test_the_openai_client_retries_only_if_that_can_help(
     keys: Path, options: dict[str, Any], body: dict[str, Any], status: int, times: int
 ) -> None:
     async def look(client: httpx.AsyncClient, served: Served) -> None:
@@ -324,7 +324,7 @@ def test_a_running_stream_counts_until_its_client_leaves(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_tokens_are_charged_as_used_and_not_as_asked_for(tmp_path: Path, stream: bool) -> None:
+def test_used_tokens_are_charged_not_requested_ones(tmp_path: Path, stream: bool) -> None:
     keys = write(tmp_path / "keys.json", entry("k", limits={"tokens_per_minute": 100}))
     body = CHAT | {"max_tokens": 80, "stream": stream}
 
@@ -340,7 +340,7 @@ def test_tokens_are_charged_as_used_and_not_as_asked_for(tmp_path: Path, stream:
     ask(look, keys_file=keys, headers=bearer("k"))
 
 
-def test_a_request_that_breaks_is_charged_what_it_used(tmp_path: Path) -> None:
+def test_a_failed_request_is_charged_its_usage(tmp_path: Path) -> None:
     keys = write(tmp_path / "keys.json", entry("k", limits={"tokens_per_minute": 100}))
     worker = FakeWorker(events=(DELTAS[0], TimeoutError()))
 
@@ -353,7 +353,7 @@ def test_a_request_that_breaks_is_charged_what_it_used(tmp_path: Path) -> None:
 
 
 def test_no_valid_key_fails_while_keys_rotate(tmp_path: Path, scale: Scale) -> None:
-    """Each key is written beside the one before, used as soon as the file is there, and then alone in it."""
+    """Each key is added next to the previous one, used as soon as the file is written, and then alone in it."""
     num_rotations = scale.pick("rotations", small=25, full=500)
     path = write(tmp_path / "keys.json", entry("k0"))
 
@@ -376,7 +376,7 @@ def test_no_valid_key_fails_while_keys_rotate(tmp_path: Path, scale: Scale) -> N
                 await asyncio.to_thread(write, path, entry(old), entry(new))
                 valid.append(new)
                 seen = num_asked
-                while num_asked < seen + 16:  # those that were under way with the old key are answered by now
+                while num_asked < seen + 16:  # requests with the old key have been answered
                     await asyncio.sleep(0)
                 await asyncio.to_thread(write, path, entry(new))
                 gone = await client.get("/v1/models", headers=bearer(old))

@@ -1,4 +1,4 @@
-"""What an Ingress replica refuses at once because it has enough to do."""
+"""Requests that an Ingress replica refuses at once because it is at its limit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.deployments.key_files import bearer, entry, write
 def with_two_held(
     question: Callable[[httpx.AsyncClient, Served], Awaitable[Any]], body: dict[str, Any] | None = None
 ) -> Any:
-    """What `question` gives while two requests fill a replica that takes two."""
+    """Return the result of `question`, called while two requests fill a replica with two places."""
 
     async def run() -> Any:
         worker = Held()
@@ -41,7 +41,7 @@ def with_two_held(
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_above_the_limit_a_request_is_refused_and_told_to_come_again(streamed: bool) -> None:
+def test_a_request_above_the_limit_is_refused_with_retry_after(streamed: bool) -> None:
     async def question(client: httpx.AsyncClient, served: Served) -> httpx.Response:
         return await client.post("/v1/chat/completions", json=CHAT)
 
@@ -53,7 +53,7 @@ def test_above_the_limit_a_request_is_refused_and_told_to_come_again(streamed: b
     assert "2 concurrent requests" in error["message"]
 
 
-def test_of_what_is_refused_not_even_the_body_is_read() -> None:
+def test_the_body_of_a_refused_request_is_not_read() -> None:
     read = []
 
     async def body() -> AsyncIterator[bytes]:
@@ -68,7 +68,7 @@ def test_of_what_is_refused_not_even_the_body_is_read() -> None:
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready"])
-def test_a_probe_is_answered_however_much_there_is_to_do(path: str) -> None:
+def test_a_probe_is_answered_at_any_load(path: str) -> None:
     async def question(client: httpx.AsyncClient, served: Served) -> httpx.Response:
         await served.services.preload.wait()
         return await client.get(path)
@@ -77,14 +77,14 @@ def test_a_probe_is_answered_however_much_there_is_to_do(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/loras/health", "/v1/models/ready"])
-def test_what_only_ends_like_a_probe_is_none(path: str) -> None:
+def test_a_path_that_only_ends_like_a_probe_is_not_one(path: str) -> None:
     async def question(client: httpx.AsyncClient, served: Served) -> httpx.Response:
         return await client.get(path)
 
     assert with_two_held(question).status_code == 429
 
 
-def test_a_place_is_free_again_after_an_answer_an_error_and_a_client_that_left() -> None:
+def test_a_place_is_free_after_an_answer_an_error_or_a_disconnect() -> None:
     async def run() -> None:
         worker = Held()
         served = serve_plainly(worker=worker, max_concurrent_requests=1)
@@ -103,7 +103,7 @@ def test_a_place_is_free_again_after_an_answer_an_error_and_a_client_that_left()
     asyncio.run(run())
 
 
-def test_the_count_goes_no_higher_than_the_limit() -> None:
+def test_the_count_never_exceeds_the_limit() -> None:
     in_flight = InFlight(1)
     in_flight.enter("a")
     with pytest.raises(ServerOverloaded):
@@ -121,12 +121,12 @@ def is_let_in(in_flight: InFlight, tenant: str) -> bool:
     return True
 
 
-def test_a_tenant_that_is_alone_may_use_every_place() -> None:
+def test_a_single_tenant_may_use_every_place() -> None:
     in_flight = InFlight(10)
     assert [is_let_in(in_flight, "a") for _ in range(12)] == [True] * 10 + [False] * 2
 
 
-def test_places_that_become_free_go_to_the_tenant_that_was_refused_up_to_its_share() -> None:
+def test_freed_places_go_to_a_refused_tenant_up_to_its_share() -> None:
     in_flight = InFlight(10, Clock())
     assert all(is_let_in(in_flight, "flood") for _ in range(10))
     for _ in range(5):
@@ -134,12 +134,12 @@ def test_places_that_become_free_go_to_the_tenant_that_was_refused_up_to_its_sha
         in_flight.leave("flood")
         assert not is_let_in(in_flight, "flood")
         assert is_let_in(in_flight, "late")
-    assert not is_let_in(in_flight, "late")  # both have their share
+    assert not is_let_in(in_flight, "late")  # both tenants have their share
     in_flight.leave("flood")
     assert is_let_in(in_flight, "flood")
 
 
-def test_requests_without_a_caller_take_no_place_of_a_tenant_that_is_alone() -> None:
+def test_requests_without_a_caller_do_not_reduce_a_single_tenants_places() -> None:
     in_flight = InFlight(10, Clock())
     assert all(is_let_in(in_flight, "a") for _ in range(10))
     assert not is_let_in(in_flight, ANONYMOUS_TENANT)
@@ -147,7 +147,7 @@ def test_requests_without_a_caller_take_no_place_of_a_tenant_that_is_alone() -> 
     assert is_let_in(in_flight, "a")
 
 
-def test_requests_without_a_caller_do_not_count_in_the_share_and_give_way_to_who_waits() -> None:
+def test_requests_without_a_caller_have_no_share_and_yield_to_waiting_tenants() -> None:
     in_flight = InFlight(10, Clock())
     assert all(is_let_in(in_flight, "a") for _ in range(8))
     assert is_let_in(in_flight, ANONYMOUS_TENANT) and is_let_in(in_flight, ANONYMOUS_TENANT)
@@ -160,7 +160,7 @@ def test_requests_without_a_caller_do_not_count_in_the_share_and_give_way_to_who
     assert is_let_in(in_flight, "late")
 
 
-def test_a_tenant_that_does_not_come_back_keeps_nobody_out() -> None:
+def test_a_tenant_that_does_not_retry_blocks_no_other_for_long() -> None:
     clock = Clock()
     in_flight = InFlight(2, clock)
     assert is_let_in(in_flight, "a") and is_let_in(in_flight, "a") and not is_let_in(in_flight, "gone")
@@ -181,7 +181,7 @@ def test_many_tenants_have_at_least_one_place_each() -> None:
         assert not is_let_in(in_flight, f"tenant {number}")
 
 
-def test_the_share_is_of_the_keys_tenant_over_http(tmp_path: Path) -> None:
+def test_over_http_the_share_belongs_to_the_keys_tenant(tmp_path: Path) -> None:
     keys = write(tmp_path / "keys.json", *[entry(tenant, tenant) for tenant in ("flood", "late")])
 
     async def run() -> list[int]:

@@ -13,7 +13,7 @@ from tests.deployments.console_fakes import CountingWorker, MappedRetriever
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 
 
-def test_no_answer_is_taken_for_another_type_and_none_about_the_pool_is_kept() -> None:
+def test_answers_forbid_type_guessing_and_pool_data_forbids_caching() -> None:
     async def run() -> int:
         num_seen = 0
         async with http_of(serve_plainly(worker=CountingWorker(), retriever=MappedRetriever())) as client:
@@ -39,10 +39,10 @@ def test_no_answer_is_taken_for_another_type_and_none_about_the_pool_is_kept() -
         ("POST", "/v1/chat/completions", {"json": CHAT | {"stream": True}}),
     ],
 )
-def test_answers_errors_and_streams_are_not_kept(method: str, path: str, sent: dict[str, Any]) -> None:
+def test_answers_errors_and_streams_are_not_cached(method: str, path: str, sent: dict[str, Any]) -> None:
     headers = request(method, path, sent=sent).headers
     assert (headers["cache-control"], headers["x-content-type-options"]) == ("no-store", "nosniff")
 
 
-def test_a_file_of_the_console_may_be_kept() -> None:
+def test_a_file_of_the_console_may_be_cached() -> None:
     assert request("GET", "/").headers["cache-control"] == "no-cache"

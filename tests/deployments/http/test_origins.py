@@ -1,4 +1,4 @@
-"""Which names and pages a server answers to. DNS rebinding gives a page any name, and never an address."""
+"""Host names and pages that a server answers. DNS rebinding gives a page any name, but never an address."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_loopback_name_and_any_address_is_answered(host: str) -> None:
 
 
 @pytest.mark.parametrize("host", OTHER)
-def test_another_name_is_refused_in_the_apis_own_shape(host: str) -> None:
+def test_another_name_is_refused_with_an_api_error(host: str) -> None:
     response = status(host)
     assert (response.status_code, error_of(response)["code"]) == (421, "host_not_allowed")
     assert "allowed_hosts" in error_of(response)["message"]
@@ -72,7 +72,7 @@ def test_the_setting_adds_names(host: str) -> None:
 
 
 def sent(method: str, path: str, *headers: tuple[str, str], **options: Any) -> httpx.Response:
-    """The answer to a request with exactly these Host and Origin headers."""
+    """Return the response to a request with exactly these Host and Origin headers."""
 
     async def question(client: httpx.AsyncClient, _: Served) -> httpx.Response:
         made = client.build_request(method, path)
@@ -126,11 +126,11 @@ def test_every_route_refuses_a_foreign_name_and_a_foreign_page() -> None:
         ("http://[evil", 403),
     ],
 )
-def test_a_page_may_ask_where_it_is_the_servers_own_or_this_machines(origin: str, expected: int) -> None:
+def test_only_pages_of_the_server_or_this_machine_may_send_requests(origin: str, expected: int) -> None:
     assert status("10.1.2.3:8000", origin, allowed_hosts=("pool.example",)).status_code == expected
 
 
-def test_with_keys_any_name_is_answered_unless_the_setting_names_some(tmp_path: Path) -> None:
+def test_with_keys_any_name_is_answered_unless_the_setting_lists_some(tmp_path: Path) -> None:
     keys = write(tmp_path / "keys.json", entry("k"))
     options: dict[str, Any] = {"keys_file": keys, "headers": bearer("k")}
     for host in ("serve-svc.pool.svc:8000", "10.4.5.6:8000"):
@@ -151,12 +151,12 @@ def test_a_host_is_read_without_its_port(header: str, host: str | None) -> None:
 
 
 @pytest.mark.parametrize("name", ["http://a", "a:80", "*", "*.a", "", "a/b", "[::1]"])
-def test_a_setting_that_is_no_name_stops_the_start(name: str) -> None:
+def test_an_invalid_host_name_in_the_setting_stops_the_start(name: str) -> None:
     with pytest.raises(ValueError, match="must be a host name without scheme"):
         AppConfig(allowed_hosts=(name,))
 
 
-def test_the_name_the_server_listens_at_is_one_of_its_own(tmp_path: Path) -> None:
+def test_the_name_that_the_server_listens_on_is_allowed(tmp_path: Path) -> None:
     assert Server(config_of(allowed_hosts=()), host="Box.lan", port=1)._config.allowed_hosts == ("box.lan",)
     keys = write(tmp_path / "keys.json", entry("k"))
     assert Server(config_of(allowed_hosts=(), keys_file=keys), host="box.lan", port=1)._config.allowed_hosts == ()

@@ -1,4 +1,4 @@
-"""What `/ready` asks of Retriever and Worker, how often, and for how long."""
+"""The calls of `/ready` to Retriever and Worker: how often, and for how long."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def with_readiness(
     has_keys: bool = False,
     **options: Any,
 ) -> Any:
-    """Return what `question` gives. The preload has ended before."""
+    """Return the result of `question`, called after the preload."""
 
     async def run() -> Any:
         asked = Publishing(retriever=FakeHandle(FakeRetriever() if held is None else FakeRetriever(held)))
@@ -86,7 +86,7 @@ def test_it_answers_with_the_generation_and_the_number_of_adapters() -> None:
     assert with_readiness(public) == {"status": "ready", "generation": 7, "num_adapters": 2, "refused": {}}
 
 
-def test_with_keys_the_status_is_all_and_private_adapters_are_not_counted() -> None:
+def test_with_keys_only_the_status_is_returned_and_private_adapters_do_not_count() -> None:
     held = (adapter("poet"), adapter("secret", tenant="acme", visibility="private"))
     assert with_readiness(public, held=held, has_keys=True) == {"status": "ready"}
 
@@ -96,12 +96,12 @@ def test_with_keys_the_status_is_all_and_private_adapters_are_not_counted() -> N
     assert with_readiness(details, held=held, has_keys=True)["num_adapters"] == 1
 
 
-def test_a_worker_that_does_not_answer_is_not_waited_for_for_ever() -> None:
+def test_the_wait_for_a_worker_is_limited() -> None:
     with pytest.raises(NotReady, match=r"did not answer within 0\.01 s"):
         with_readiness(public, worker=Silent(), wait_s=0.01)
 
 
-def test_an_error_of_a_deployment_is_that_of_every_client_and_the_next_one_asks_anew() -> None:
+def test_an_error_reaches_every_waiting_client_and_the_next_one_calls_again() -> None:
     clock = Clock()
 
     async def ask(asked: Asked) -> list[Any]:
@@ -117,7 +117,7 @@ def test_an_error_of_a_deployment_is_that_of_every_client_and_the_next_one_asks_
     assert len(outcomes) == 4 and "dict" not in outcomes
 
 
-def test_both_are_asked_once_in_half_a_second_however_many_clients_ask() -> None:
+def test_both_are_called_once_per_half_second_for_any_number_of_clients() -> None:
     clock = Clock()
 
     async def ask(asked: Asked) -> None:
@@ -130,7 +130,7 @@ def test_both_are_asked_once_in_half_a_second_however_many_clients_ask() -> None
     with_readiness(ask, clock=clock)
 
 
-def test_a_bounded_number_waits_and_those_that_leave_make_room() -> None:
+def test_the_number_of_waiting_clients_is_limited_and_leaving_ones_make_room() -> None:
     async def ask(asked: Asked) -> None:
         waiting = [asyncio.create_task(asked.readiness.public()) for _ in range(MAX_WAITING)]
         await asyncio.sleep(0)

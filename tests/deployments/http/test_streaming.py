@@ -19,7 +19,7 @@ CONTEXT = RequestContext("r", "none")
 USER = {"role": "user", "content": "Hi"}
 
 
-def test_a_mapping_is_read_as_the_route_it_looks_like() -> None:
+def test_a_mapping_is_parsed_as_the_matching_request() -> None:
     assert parse({"messages": [USER]}) == ChatCompletionRequest.model_validate({"messages": [USER]})
     assert parse({"prompt": "Hi"}) == CompletionRequest(prompt="Hi")
     request = CompletionRequest(prompt="Hi")
@@ -46,7 +46,7 @@ def events_of(*chunks: dict[str, Any] | Exception) -> list[str]:
     return asyncio.run(collect())
 
 
-def test_chunks_are_events_and_the_last_one_says_done() -> None:
+def test_chunks_are_events_and_the_last_event_is_done() -> None:
     assert events_of({"n": 1}, {"text": "a\nb"}) == [
         'data: {"n": 0}\n\n',
         'data: {"n": 1}\n\n',
@@ -120,7 +120,7 @@ def lines_of(*lines: dict[str, Any] | Exception) -> list[str]:
     return asyncio.run(collect())
 
 
-def test_progress_is_one_object_a_line_and_an_error_is_the_last() -> None:
+def test_progress_is_one_object_per_line_and_an_error_is_the_last() -> None:
     assert lines_of({"done": 1}, {"result": "a\nb"}) == ['{"done": 0}\n', '{"done": 1}\n', '{"result": "a\\nb"}\n']
     *_, last = lines_of({"done": 1}, EngineStopped("it stopped"))
     assert json.loads(last)["error"]["code"] == "engine_stopped"
@@ -153,7 +153,7 @@ def test_only_this_machine_is_loopback(client: tuple[str, int] | None, expected:
         b"x-forwarded-anything",
     ],
 )
-def test_who_comes_through_a_reverse_proxy_is_not_on_this_machine(header: bytes) -> None:
+def test_a_client_behind_a_reverse_proxy_is_not_on_this_machine(header: bytes) -> None:
     scope = {"type": "http", "client": ("127.0.0.1", 1), "headers": [(header, b"192.0.2.7")]}
     assert is_loopback(Request(scope)) is False
 

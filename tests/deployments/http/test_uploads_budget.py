@@ -1,4 +1,4 @@
-"""Uploads in progress share one budget."""
+"""All uploads in progress share one budget."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def request_of(*parts: bytes, announced: int | str | None = None) -> Request:
 
 
 def read(budget: UploadBudget, http: Request, count: int) -> int:
-    """What the budget held while so many pieces of the request were read."""
+    """Return the budget's use after this many pieces of the request were read."""
 
     async def run() -> int:
         with budget.reading(http, "a") as counted:
@@ -46,7 +46,7 @@ def read(budget: UploadBudget, http: Request, count: int) -> int:
     return asyncio.run(run())
 
 
-def test_what_is_announced_counts_at_once_and_nothing_afterwards() -> None:
+def test_an_announced_length_counts_at_once_and_until_the_end() -> None:
     budget = UploadBudget(10)
     assert read(budget, request_of(announced=10), 0) == 10
     assert budget.num_bytes == 0
@@ -55,7 +55,7 @@ def test_what_is_announced_counts_at_once_and_nothing_afterwards() -> None:
     assert budget.num_bytes == 0
 
 
-def test_what_is_not_announced_counts_as_it_comes() -> None:
+def test_an_unannounced_body_counts_as_it_arrives() -> None:
     budget = UploadBudget(10)
     assert read(budget, request_of(b"1234", b"567", b"890"), 2) == 7
     with pytest.raises(UploadMemoryFull):
@@ -63,14 +63,14 @@ def test_what_is_not_announced_counts_as_it_comes() -> None:
     assert budget.num_bytes == 0
 
 
-def test_more_than_was_announced_counts_too() -> None:
+def test_bytes_beyond_the_announced_length_count_too() -> None:
     budget = UploadBudget(10)
     assert read(budget, request_of(b"1234", b"5678", announced=5), 1) == 5
     assert read(budget, request_of(b"1234", b"5678", announced=5), 2) == 8
 
 
 @pytest.mark.parametrize("announced", ["-5", "five", "²", "9" * 400])
-def test_a_length_that_is_none_announces_nothing(announced: str) -> None:
+def test_an_invalid_length_announces_nothing(announced: str) -> None:
     http = Request({"type": "http", "headers": [(b"content-length", announced.encode("latin-1", "replace"))]})
     with UploadBudget(10).reading(http, "a"):
         pass
@@ -87,7 +87,7 @@ def test_uploads_of_one_tenant_leave_room_for_another() -> None:
 
 
 @pytest.mark.parametrize("sent", [0, 1, (640 << 10) - 1])
-def test_an_upload_that_sends_less_than_its_least_rate_is_refused_and_gives_its_room_back(sent: int) -> None:
+def test_an_upload_below_the_minimum_rate_is_refused_and_frees_its_budget(sent: int) -> None:
     messages = [{"type": "http.request", "body": b"x" * sent, "more_body": True}]
 
     async def receive() -> Message:
@@ -122,7 +122,7 @@ def test_an_upload_that_keeps_its_rate_may_take_longer_than_one_window() -> None
 
 
 class HeldStore(FakeStore):
-    """Stages when the test lets it."""
+    """Stages when the test permits."""
 
     let_go: asyncio.Event
     staging: asyncio.Event
@@ -150,7 +150,7 @@ async def one_in_progress(leaves: bool) -> None:
         if leaves:
             first.cancel()
             await asyncio.wait([first])
-            assert budget.num_bytes == held, "its publish goes on"
+            assert budget.num_bytes == held, "its publish continues"
         refused = await client.post(
             "/v1/loras",
             content=iter_bytes(ONE + 501 - held),

@@ -42,7 +42,7 @@ def reader_of(
     return StatsReader(config_of(**settings), *clients, clock or FakeClock())
 
 
-def test_figures_are_sums_over_the_workers() -> None:
+def test_stats_are_sums_over_the_workers() -> None:
     other = replace(HOLDINGS, num_running=1, occupied_rows=4, resident=frozenset({"c"}))
     workers = asyncio.run(reader_of(CountingWorker(), CountingWorker(holdings=other)).read("local"))["workers"]
     assert (workers["num_running"], workers["max_running"], workers["num_waiting"]) == (4, 64, 4)
@@ -55,7 +55,7 @@ def test_figures_are_sums_over_the_workers() -> None:
 
 
 @pytest.mark.parametrize(("min_replicas", "num_silent"), [(0, 0), (1, 1)])
-def test_workers_that_were_scaled_away_are_not_missing(min_replicas: int, num_silent: int) -> None:
+def test_workers_scaled_to_zero_do_not_count_as_missing(min_replicas: int, num_silent: int) -> None:
     reader = reader_of(worker_scaling=ScalingSettings(min_replicas=min_replicas))
     workers = asyncio.run(reader.read("local"))["workers"]
     assert (workers["num_running"], workers["replicas"]) == (0, {"answered": 0, "silent": num_silent})
@@ -67,13 +67,13 @@ def test_a_worker_that_fails_is_counted_and_left_out() -> None:
     assert (workers["num_running"], workers["replicas"]) == (3, {"answered": 1, "silent": 1})
 
 
-def test_workers_that_do_not_answer_in_time_leave_the_pool_s_figures() -> None:
+def test_workers_that_do_not_answer_in_time_do_not_affect_the_pools_stats() -> None:
     stats = asyncio.run(reader_of(CountingWorker(), num_silent=1).read("local"))
     assert stats["workers"]["replicas"] == {"answered": 0, "silent": 1}
     assert stats["pool"]["num_adapters"] == 2
 
 
-def test_the_pool_is_as_the_newest_replica_has_it_and_the_oldest_is_named() -> None:
+def test_the_pool_has_the_newest_generation_and_names_the_oldest() -> None:
     pool = asyncio.run(reader_of(CountingWorker(), retrievers=(Behind(), FakeRetriever())).read("local"))["pool"]
     assert (pool["generation"], pool["oldest_generation"], pool["num_adapters"]) == (7, 5, 2)
 
@@ -86,7 +86,7 @@ def test_the_pool_is_the_caller_s() -> None:
 
 
 @pytest.mark.parametrize(("passed_s", "num_asked"), [(0.0, 1), (KEPT_S * 0.9, 1), (KEPT_S * 1.1, 2)])
-def test_however_many_look_a_worker_is_asked_once_in_a_while(passed_s: float, num_asked: int) -> None:
+def test_a_worker_is_read_at_intervals_for_any_number_of_readers(passed_s: float, num_asked: int) -> None:
     worker, clock = CountingWorker(), FakeClock()
 
     async def look() -> None:

@@ -12,7 +12,7 @@ PACKAGES = ("deployments", "gpu_worker", "lora_store", "retriever_svc")
 
 
 class Recorder(logging.Handler):
-    """Keeps the records that it is given."""
+    """Stores the records that it receives."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,19 +31,19 @@ def restored() -> Iterator[None]:
         logger.level, logger.handlers, logger.propagate = level, handlers, propagate
 
 
-def test_outside_a_replica_the_loggers_stay_as_they_are() -> None:
+def test_outside_a_replica_the_loggers_do_not_change() -> None:
     before = [(logger.handlers, logger.propagate) for logger in map(logging.getLogger, PACKAGES)]
     join_serve_logs()
     assert [(logger.handlers, logger.propagate) for logger in map(logging.getLogger, PACKAGES)] == before
 
 
 def test_in_a_replica_records_of_every_package_go_to_serve_once_at_its_level(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logs, "_is_replica", lambda: True)  # only Serve makes one
+    monkeypatch.setattr(logs, "_is_replica", lambda: True)  # only Serve creates one
     serve, recorder = logging.getLogger("ray.serve"), Recorder()
     serve.handlers, serve.propagate = [recorder], False
     serve.setLevel(logging.WARNING)
     join_serve_logs()
-    join_serve_logs()  # a replica of two deployments' code
+    join_serve_logs()  # a replica with the code of two deployments
     for package in PACKAGES:
         logging.getLogger(f"{package}.room.module").warning("%s is late", package)
         logging.getLogger(f"{package}.room.module").info("too much detail")

@@ -8,8 +8,8 @@ import pytest
 from deployments.observability.metrics import REPORT_INTERVAL_S, report_periodically
 
 
-def test_figures_that_fail_are_told_again_at_the_next_beat(caplog: pytest.LogCaptureFixture) -> None:
-    """One line says that they fail, however long they do."""
+def test_a_failed_report_is_repeated_at_the_next_interval(caplog: pytest.LogCaptureFixture) -> None:
+    """A series of failures is logged once, however long it lasts."""
     outcomes: list[Exception | None] = [None, OSError("away"), OSError("away"), None, OSError("again")]
     slept: list[float] = []
 

@@ -1,4 +1,4 @@
-"""What an Ingress tells and logs of requests, whatever becomes of them."""
+"""Metrics and log lines of requests, for every outcome."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BROKEN = [Delta("a", 5, 1), EngineFull("full")]
 def told(
     question: Callable[[httpx.AsyncClient, Served], Awaitable[Any]], caplog: pytest.LogCaptureFixture, **options: Any
 ) -> tuple[FakeMetrics, list[logging.LogRecord]]:
-    """The figures, and the lines of requests; no line of any kind may hold the prompt."""
+    """Return the metrics, and the log lines of requests. No line of any kind may contain the prompt."""
     kinds = FakeMetrics()
     with caplog.at_level(logging.DEBUG):
         ask(question, kinds=kinds, **options)
@@ -107,7 +107,7 @@ def test_a_refused_request_counts_by_its_code(
     assert vars(line)["code"] == code
 
 
-def test_labels_are_bounded_whatever_is_asked(caplog: pytest.LogCaptureFixture) -> None:
+def test_labels_are_bounded_for_any_request(caplog: pytest.LogCaptureFixture) -> None:
     paths = ["/nowhere", "/v1/models/a", "/v1/models/b", "/v1/loras/x/y", "/v1/loras/a", "/a%0Ab", "/health", "/ready"]
 
     async def send(client: httpx.AsyncClient, served: Served) -> None:
@@ -118,7 +118,7 @@ def test_labels_are_bounded_whatever_is_asked(caplog: pytest.LogCaptureFixture) 
     kinds, lines = told(send, caplog)
     counted = kinds["requests_total"].counts
     assert {labels[0] for labels in counted} == {"none", "/v1/models/{model:path}", "/v1/loras/{name:path}"}
-    assert sum(counted.values()) == len(lines) == 2 * (len(paths) - 2), "probes are not told"
+    assert sum(counted.values()) == len(lines) == 2 * (len(paths) - 2), "probes are not reported"
     assert {code for (code,) in kinds["errors_total"].counts} <= {row[3] for row in TABLE} | {"http_error"}
 
 
@@ -131,7 +131,7 @@ def test_an_id_that_is_not_plain_is_replaced(caplog: pytest.LogCaptureFixture) -
     told(send, caplog)
 
 
-def test_an_abstention_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_abstention_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     async def send(client: httpx.AsyncClient, served: Served) -> None:
         await client.post(CHAT_ROUTE, json=CHAT)
 
@@ -140,7 +140,7 @@ def test_an_abstention_is_told(caplog: pytest.LogCaptureFixture) -> None:
     assert vars(line)["abstained"] is True and vars(line)["adapters"] == []
 
 
-def test_a_caller_through_a_handle_is_told_too(caplog: pytest.LogCaptureFixture) -> None:
+def test_calls_through_a_handle_are_reported_too(caplog: pytest.LogCaptureFixture) -> None:
     kinds = FakeMetrics()
 
     async def main() -> None:

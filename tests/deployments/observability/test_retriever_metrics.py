@@ -21,7 +21,7 @@ def route(*records: AdapterRecord, score: float = 0.8, abstained: bool = False) 
     return Route(plan, tuple(Candidate(record.ref, score) for record in records), 7, abstained)
 
 
-def test_prompts_count_by_what_became_of_them() -> None:
+def test_prompts_are_counted_by_outcome() -> None:
     kinds = FakeMetrics()
     metrics = RetrieverMetrics(kinds)
     for answer in (
@@ -36,7 +36,7 @@ def test_prompts_count_by_what_became_of_them() -> None:
     assert kinds["best_score_cosine"].seen == {(): [0.8, 0.1, 0.2]}
 
 
-def test_gauges_say_what_is_served_and_who_is_never_chosen() -> None:
+def test_gauges_report_the_served_pool_and_never_chosen_adapters() -> None:
     kinds = FakeMetrics()
     metrics = RetrieverMetrics(kinds)
     metrics.record_route(route(PUBLIC))
@@ -44,10 +44,10 @@ def test_gauges_say_what_is_served_and_who_is_never_chosen() -> None:
     names = ("catalogue_generation", "catalogue_adapters", "catalogue_read_age_seconds", "never_chosen_adapters")
     assert [kinds[name].last[()] for name in names] == [7, 2, 1.5, 4]
     metrics.report(snapshot(PRIVATE, generation=8), num_routable=4, read_age_s=0.0)
-    assert kinds["never_chosen_adapters"].last[()] == 4, "what was withdrawn is not counted as chosen"
+    assert kinds["never_chosen_adapters"].last[()] == 4, "withdrawn adapters do not count as chosen"
 
 
-def test_a_private_adapter_goes_by_its_digest_also_when_it_was_public_before() -> None:
+def test_a_private_adapter_is_labelled_by_its_digest_even_if_it_was_public() -> None:
     for became in (PRIVATE, replace(PRIVATE, visibility="public")):
         kinds = FakeMetrics()
         metrics = RetrieverMetrics(kinds)
@@ -56,7 +56,7 @@ def test_a_private_adapter_goes_by_its_digest_also_when_it_was_public_before() -
         assert kinds["recent_adapter_plans"].last == {("poet",): 1, (PRIVATE.ref.digest[:12],): 1, ("(other)",): 0}
 
 
-def test_of_many_adapters_those_chosen_most_are_named() -> None:
+def test_only_the_most_chosen_adapters_are_named() -> None:
     kinds = FakeMetrics()
     metrics = RetrieverMetrics(kinds)
     pool = [adapter(f"a{number}") for number in range(100)]

@@ -13,7 +13,7 @@ class Clock:
         return self.now
 
 
-def test_the_largest_are_named_and_the_rest_is_a_sum() -> None:
+def test_the_largest_counts_are_named_and_the_rest_is_summed() -> None:
     recent = RecentPlans(clock=Clock())
     for refs in ([A], [A, B], [A, B, C]):
         recent.add(refs)
@@ -21,7 +21,7 @@ def test_the_largest_are_named_and_the_rest_is_a_sum() -> None:
     assert recent.largest(9) == ([(A, 3), (B, 2), (C, 1)], 0)
 
 
-def test_what_was_chosen_two_windows_ago_is_gone() -> None:
+def test_choices_of_two_windows_ago_are_forgotten() -> None:
     clock = Clock()
     recent = RecentPlans(window_s=10, clock=clock)
     recent.add([A])
@@ -34,18 +34,18 @@ def test_what_was_chosen_two_windows_ago_is_gone() -> None:
     assert recent.largest(9) == ([], 0)
 
 
-def test_who_was_chosen_and_who_always_stands_behind_another() -> None:
+def test_chosen_and_always_shadowed_adapters_are_counted() -> None:
     totals = RoutingTotals()
     for _ in range(19):
         totals.add([A, B], [A])
-    assert (totals.num_chosen, totals.num_shadowed) == (1, 0), "B was seen too rarely to say"
+    assert (totals.num_chosen, totals.num_shadowed) == (1, 0), "B was seen too rarely to judge"
     totals.add([A, B], [A, B])
     assert (totals.num_chosen, totals.num_shadowed) == (2, 1)
     totals.add([B, A], [])
-    assert totals.num_shadowed == 0, "it came first once"
+    assert totals.num_shadowed == 0, "it was first once"
 
 
-def test_what_is_no_longer_live_is_forgotten() -> None:
+def test_withdrawn_adapters_are_forgotten() -> None:
     totals = RoutingTotals()
     for _ in range(20):
         totals.add([A, B], [A, B])

@@ -1,4 +1,4 @@
-"""Spans kept in memory, in place of a collector."""
+"""Spans kept in memory, instead of a collector."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def exporter() -> InMemorySpanExporter:
     exporter = InMemorySpanExporter()
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    trace.set_tracer_provider(provider)  # a process has one
+    trace.set_tracer_provider(provider)  # one per process
     return exporter
 
 
@@ -36,7 +36,7 @@ def by_name(exporter: InMemorySpanExporter) -> dict[str, ReadableSpan]:
     return {span.name: span for span in exporter.get_finished_spans()}
 
 
-def test_a_job_has_a_span_of_its_wait_and_one_of_its_work(spans: InMemorySpanExporter) -> None:
+def test_a_job_has_a_span_for_waiting_and_one_for_generation(spans: InMemorySpanExporter) -> None:
     with tracer.start_as_current_span("call") as call:
         job = JobTrace("r1")
     job.end(Delta("", 5, 7, "stop", queued_s=0.0001))
@@ -50,7 +50,7 @@ def test_a_job_has_a_span_of_its_wait_and_one_of_its_work(spans: InMemorySpanExp
     assert generate.attributes == {"request_id": "r1", "num_prompt_tokens": 5, "num_new_tokens": 7}
 
 
-def test_a_job_that_never_ran_has_waited_only(spans: InMemorySpanExporter) -> None:
+def test_a_job_that_never_ran_has_only_the_waiting_span(spans: InMemorySpanExporter) -> None:
     JobTrace("r1").end(None)
     assert set(by_name(spans)) == {"worker.queue"}
 
@@ -61,6 +61,6 @@ def test_planning_is_a_span_without_the_prompt(spans: InMemorySpanExporter) -> N
     assert "secret" not in by_name(spans)["plan"].to_json()
 
 
-def test_the_exporter_is_one_that_serve_takes() -> None:
+def test_serve_accepts_the_exporter() -> None:
     [processor] = otlp()
     processor.shutdown()

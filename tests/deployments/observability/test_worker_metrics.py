@@ -22,11 +22,11 @@ HELD = EngineStatus(
 )
 
 
-def test_every_counter_of_the_engine_is_told_or_left_out_on_purpose() -> None:
+def test_every_counter_of_the_engine_is_reported_or_explicitly_omitted() -> None:
     assert set(COUNTER_METRICS) == {field.name for field in fields(Counters)}
 
 
-def test_gauges_say_what_is_held_now() -> None:
+def test_gauges_report_the_current_state() -> None:
     kinds = FakeMetrics()
     metrics = WorkerMetrics(16, kinds)
     metrics.report_status(HELD)
@@ -40,7 +40,7 @@ def test_gauges_say_what_is_held_now() -> None:
     assert kinds["resident_adapters"].last == {("a" * 12,): 1, ("b" * 12,): 1, ("(other)",): 0}
 
 
-def test_counters_rise_by_what_the_engine_did_since_the_last_look() -> None:
+def test_counters_increase_by_the_engines_work_since_the_last_report() -> None:
     kinds = FakeMetrics()
     metrics = WorkerMetrics(16, kinds)
     metrics.report_status(HELD)
@@ -53,7 +53,7 @@ def test_counters_rise_by_what_the_engine_did_since_the_last_look() -> None:
     assert kinds["adapter_hits_total"].counts == {("bank",): 4, ("host",): 1}
 
 
-def test_a_fetch_counts_where_the_weights_came_from() -> None:
+def test_a_fetch_counts_under_its_source() -> None:
     kinds = FakeMetrics()
     metrics = WorkerMetrics(16, kinds)
     metrics.loaded("disk", 0.1)
@@ -65,7 +65,7 @@ def test_a_fetch_counts_where_the_weights_came_from() -> None:
     assert kinds["cold_load_failures_total"].counts == {(): 1}
 
 
-def test_of_many_adapters_some_are_named_and_all_are_counted() -> None:
+def test_some_adapters_are_named_and_all_are_counted() -> None:
     kinds = FakeMetrics()
     many = frozenset(f"{number:064x}"[::-1] for number in range(300))
     WorkerMetrics(16, kinds).report_status(replace(HELD, resident=many))

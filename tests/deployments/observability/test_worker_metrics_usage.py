@@ -7,7 +7,7 @@ from deployments.observability.worker_metrics import TenantUsage
 from gpu_worker.request.request import Delta
 
 
-def test_tokens_count_as_they_come_and_a_row_runs_until_its_end() -> None:
+def test_tokens_count_as_they_arrive_and_a_row_runs_until_its_end() -> None:
     usages = TenantUsage()
     with usages.row("acme") as first, usages.row("acme") as second, usages.row("globex"):
         first.count(Delta("a", 5, 1))
@@ -24,7 +24,7 @@ def test_a_row_that_fails_runs_no_longer() -> None:
     assert usages.read() == {"acme": Usage(0, 1, 0, 0)}
 
 
-def test_the_tenant_that_asked_least_recently_is_forgotten() -> None:
+def test_the_least_recently_active_tenant_is_forgotten() -> None:
     usages = TenantUsage(max_tenants=2)
     for tenant in ("a", "b", "a", "c"):
         with usages.row(tenant):
@@ -32,7 +32,7 @@ def test_the_tenant_that_asked_least_recently_is_forgotten() -> None:
     assert usages.read().keys() == {"a", "c"}
 
 
-def test_what_was_read_does_not_change() -> None:
+def test_a_copy_that_was_read_does_not_change() -> None:
     usages = TenantUsage()
     before = usages.read()
     with usages.row("acme"):

@@ -17,7 +17,7 @@ from lora_store.peft_files import PICKLE_FILE, WEIGHTS_FILE
 from lora_store.sample_files import DESCRIPTION_FILE, SAMPLES_FILE
 
 
-def test_the_adapters_files_are_those_that_admission_reads(tmp_path: Path) -> None:
+def test_the_adapters_files_are_those_that_validation_reads(tmp_path: Path) -> None:
     assert ADAPTER_FILES == (CONFIG_FILE, WEIGHTS_FILE, SAMPLES_FILE, DESCRIPTION_FILE, PICKLE_FILE)
     for name in (WEIGHTS_FILE, CONFIG_FILE, "optimizer.pt"):
         (tmp_path / name).touch()
@@ -35,11 +35,11 @@ def test_an_adapter_is_its_own_folder_and_a_folder_of_them_is_sorted(tmp_path: P
     assert adapter_folders(tmp_path / "empty") == []
 
 
-def test_links_are_listed_and_count_as_themselves(tmp_path: Path) -> None:
+def test_links_are_listed_and_count_with_their_own_size(tmp_path: Path) -> None:
     (tmp_path / CONFIG_FILE).write_bytes(b"12345")
     (tmp_path / "elsewhere").write_bytes(b"x" * 1000)
     (tmp_path / WEIGHTS_FILE).symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "optimizer.pt").symlink_to(tmp_path / "elsewhere")  # none of an adapter's files
+    (tmp_path / "optimizer.pt").symlink_to(tmp_path / "elsewhere")  # not one of an adapter's files
     assert linked_files(tmp_path) == [tmp_path / WEIGHTS_FILE]
     assert folder_bytes(tmp_path) == 5 + (tmp_path / WEIGHTS_FILE).lstat().st_size < 1000
 

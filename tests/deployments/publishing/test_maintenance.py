@@ -61,7 +61,7 @@ def test_a_reindex_embeds_prepares_every_replica_then_swaps_and_waits_for_all() 
     ask(run, retriever=FakeRetriever(steps=[[step(1, 2, POET), step(2, 2, CODER)]]))
 
 
-def test_what_was_published_meanwhile_is_embedded_in_another_round() -> None:
+def test_adapters_published_meanwhile_are_embedded_in_another_round() -> None:
     retriever = FakeRetriever(steps=[[step(1, 1, POET)], [step(1, 1, CODER)]])
     store = FakeStore(incomplete=[EncoderIncomplete([CODER])])
     *progress, last = lines_of(post("/v1/pool/reindex", {"encoder": "other"}, retriever=retriever, store=store))

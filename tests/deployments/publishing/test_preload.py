@@ -1,4 +1,4 @@
-"""What a server publishes as it starts."""
+"""The adapters that a server publishes at its start."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.deployments.key_files import entry, write
 from tests.deployments.preloads import preload_of
 
 
-def test_a_preload_that_fails_as_a_whole_is_tried_again_when_ready_is_asked(tmp_path: Path) -> None:
+def test_a_failed_preload_is_retried_by_a_call_of_ready(tmp_path: Path) -> None:
     async def ready(client: httpx.AsyncClient, served: Served) -> list[int]:
         statuses = []
         for _ in range(2):
@@ -45,7 +45,7 @@ def test_the_preload_is_published_in_batches_of_one_commit_each(tmp_path: Path) 
 
 
 def approved_at_start(served: Served) -> list[tuple[str, str]]:
-    """(name, actor) of what was approved."""
+    """Return (name, actor) of the approved adapters."""
     return [(ref.name, actor) for refs, actor in served.store.called("approve") for ref in refs]
 
 
@@ -59,7 +59,7 @@ def approved_at_start(served: Served) -> list[tuple[str, str]]:
     ],
     ids=["no keys", "asked for", "keys", "keys, not asked for"],
 )
-def test_what_the_operator_preloads_is_approved_where_there_are_other_tenants(
+def test_preloaded_adapters_are_approved_if_there_are_other_tenants(
     tmp_path: Path, settings: dict[str, Any], is_approved: bool
 ) -> None:
     if "keys_file" in settings:
@@ -73,7 +73,7 @@ def test_what_the_operator_preloads_is_approved_where_there_are_other_tenants(
     assert approved_at_start(asyncio.run(run())) == ([("a", "preload"), ("b", "preload")] if is_approved else [])
 
 
-def test_what_was_preloaded_before_approval_was_asked_for_is_approved_at_the_next_start(tmp_path: Path) -> None:
+def test_earlier_preloaded_adapters_are_approved_at_the_next_start(tmp_path: Path) -> None:
     folders = preload_of(tmp_path, "a", "b", "c")
     store = FakeStore()
     refs = {}

@@ -25,7 +25,7 @@ from tests.deployments.fake_worker import SHAPES
 from tests.fakes import FakeHandle
 
 
-def test_results_come_in_the_order_of_the_uploads_and_a_refusal_hurts_no_other() -> None:
+def test_results_are_in_order_and_a_refusal_does_not_affect_others() -> None:
     outcomes = Publishing()("bad-1", "poet", "mute", "gone", "wrong", "bare", "taken", "bad-2")
     kinds = [
         AdapterRefused,
@@ -43,7 +43,7 @@ def test_results_come_in_the_order_of_the_uploads_and_a_refusal_hurts_no_other()
     assert [refused.name for refused in refusals] == ["bad-1", "mute", "taken", "bad-2"]
 
 
-def test_all_that_is_good_is_live_by_one_commit() -> None:
+def test_all_valid_adapters_are_live_by_one_commit() -> None:
     publishing = Publishing()
     outcomes = publishing("bad", "poet", "mute", "bare")
     [(staged, embeddings, shifts, actor, *_)] = publishing.store.called("commit")
@@ -65,7 +65,7 @@ def test_many_are_embedded_in_batches_and_live_by_one_commit() -> None:
     assert [len(staged) for staged, *_ in publishing.store.called("commit")] == [len(names)]
 
 
-def test_each_step_sees_what_the_step_before_let_through() -> None:
+def test_each_step_gets_the_adapters_that_passed_the_previous_one() -> None:
     publishing = Publishing()
     publishing("bad", "poet", "bare")
     assert [given for _, given in publishing.store.called("stage")] == [SHAPES] * 3
@@ -82,14 +82,14 @@ def test_an_adapter_that_changes_nothing_is_refused() -> None:
 
 
 @pytest.mark.parametrize("names", [("bad",), ("mute", "wrong"), ("taken",), ()])
-def test_nothing_is_visible_or_kept_when_nothing_is_good(names: tuple[str, ...]) -> None:
+def test_without_a_valid_adapter_nothing_is_stored(names: tuple[str, ...]) -> None:
     publishing = Publishing()
     assert live(publishing(*names)) == []
     assert (publishing.pool.live, publishing.pool.held) == ({}, [])
     assert publishing.retriever.called("catch_up") == []
 
 
-def test_a_taken_name_is_refused_and_the_others_go_on_without_it() -> None:
+def test_a_taken_name_is_refused_and_the_others_are_published() -> None:
     publishing = Publishing()
     outcomes = publishing("poet", "taken", "bard")
     assert [published.ref.name for published in live(outcomes)] == ["poet", "bard"]
@@ -100,7 +100,7 @@ def test_a_taken_name_is_refused_and_the_others_go_on_without_it() -> None:
     assert publishing.pool.held == []
 
 
-def test_what_was_refused_late_is_let_go_of_everywhere() -> None:
+def test_adapters_refused_late_are_released_everywhere() -> None:
     publishing = Publishing()
     publishing("poet", "mute")
     assert [[item.ref.name for item in staged] for (staged,) in publishing.store.called("discard")] == [["mute"]]
@@ -119,12 +119,14 @@ def test_one_folder_given_twice_is_published_once() -> None:
     "error", [StoreUnavailable("down"), VersionConflict(3), RayActorError()], ids=lambda error: type(error).__name__
 )
 @pytest.mark.parametrize("method", ["versions", "commit"])
-def test_a_store_that_fails_in_the_middle_leaves_nothing(method: str, error: Exception) -> None:
+def test_a_store_that_fails_midway_leaves_nothing(method: str, error: Exception) -> None:
     num_failures = 3 if isinstance(error, RayActorError) else 1  # a call whose replica died is repeated twice
     publishing = Publishing(failing={method: (error, num_failures)})
     with pytest.raises(PoisonRequest if num_failures == 3 else type(error)):
         publishing("poet", "bare")
-    is_unsure = method == "commit" and not isinstance(error, VersionConflict)  # it may be live: the holds must stand
+    is_unsure = method == "commit" and not isinstance(
+        error, VersionConflict
+    )  # it may be live, so the leases must remain
     assert (publishing.pool.live, len(publishing.pool.held)) == ({}, 2 if is_unsure else 0)
     assert publishing.pool.swept == ([] if is_unsure else publishing.pool.swept)
     assert publishing.retriever.called("catch_up") == []
@@ -159,7 +161,7 @@ def test_a_store_without_a_replica_ends_the_change_in_time(change: str) -> None:
     assert [call.name for call in publishing.store.calls] == [reads.get(change, "active_encoder")]
 
 
-def test_a_store_that_dies_is_asked_again() -> None:
+def test_a_call_of_a_dying_store_is_repeated() -> None:
     death = (RayActorError(), 1)
     publishing = Publishing(failing=dict.fromkeys(("active_encoder", "versions", "stage", "commit"), death))
     assert len(live(publishing("poet", "bare"))) == 2
@@ -179,14 +181,14 @@ def test_a_withdrawal_whose_store_dies_after_the_commit_happens_once() -> None:
     assert publishing.pool.live == {}
 
 
-def test_changes_of_the_pool_have_ids_of_their_own() -> None:
+def test_changes_of_the_pool_have_unique_ids() -> None:
     publishing = Publishing(dying={"commit": 1})
     assert [len(live(publishing(name))) for name in ("poet", "bard")] == [1, 1]
     assert publishing.pool.generation == 9
     assert len({call[-1] for call in publishing.store.called("commit")}) == 2
 
 
-def test_a_store_that_fails_at_one_stage_costs_that_adapter_only() -> None:
+def test_a_failed_stage_affects_only_its_adapter() -> None:
     outcomes = Publishing(failing={"stage": (StoreUnavailable("down"), 1)})("poet", "bard")
     assert [type(outcome) for outcome in outcomes if isinstance(outcome, StoreUnavailable)] != []
     assert [published.ref.name for published in live(outcomes)] == ["bard"]
@@ -200,7 +202,7 @@ def test_a_retriever_that_cannot_embed_leaves_nothing() -> None:
     assert publishing.store.called("commit") == []
 
 
-def test_a_store_that_is_gone_for_good_is_logged_and_left_to_gc(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_lost_store_is_logged_and_the_rest_is_left_to_gc(caplog: pytest.LogCaptureFixture) -> None:
     down = (StoreUnavailable("down"), 9)
     publishing = Publishing(
         failing={"versions": down, "discard": down, "unreferenced": (StoreUnavailable("down"), 999)}
@@ -211,7 +213,7 @@ def test_a_store_that_is_gone_for_good_is_logged_and_left_to_gc(caplog: pytest.L
     assert (caplog.records[0].levelname, caplog.records[-1].levelname) == ("WARNING", "ERROR")
 
 
-def test_a_client_that_leaves_does_not_break_off_its_publish() -> None:
+def test_a_client_that_leaves_does_not_stop_its_publish() -> None:
     async def run() -> dict[Any, Any]:
         publishing, background = Publishing(), Background()
         client = asyncio.create_task(publishing.publisher(background).publish([PublishItem(Path("poet"))], "tester"))
@@ -235,13 +237,13 @@ def test_replicas_that_do_not_catch_up_are_counted_as_behind() -> None:
     assert retriever.timeouts_s == [CATCH_UP_TIMEOUT_S]
 
 
-def test_a_replica_that_stays_silent_leaves_the_commit_standing() -> None:
+def test_a_silent_replica_does_not_affect_the_commit() -> None:
     [published] = live(Publishing(retriever=FakeHandle(FakeRetriever(), num_silent=1))("poet"))
     assert published.generation == 8
     assert published.behind >= 1
 
 
-def test_what_is_live_already_is_neither_probed_nor_committed_again() -> None:
+def test_live_versions_are_neither_probed_nor_committed_again() -> None:
     publishing = Publishing(adapter("poet", generation=3))
     [published] = live(publishing("poet"))
     assert (published.ref.name, published.generation, published.ready) == ("poet", 3, 1)
@@ -251,7 +253,7 @@ def test_what_is_live_already_is_neither_probed_nor_committed_again() -> None:
     assert (publishing.pool.held, publishing.pool.swept) == ([], [])
 
 
-def test_what_is_live_but_embedded_by_an_older_encoder_is_published_again() -> None:
+def test_live_versions_embedded_by_an_older_encoder_are_published_again() -> None:
     publishing = Publishing(adapter("poet"), adapter("bare", samples=False))
     publishing.pool.encoder = "new-encoder"
     publishing.retriever = FakeHandle(FakeRetriever(encoder="new-encoder"))

@@ -1,4 +1,4 @@
-"""What the Publisher does to a pool that is not empty: reindexes, updates, rollbacks, withdrawals."""
+"""Changes by the Publisher to a pool that is not empty: reindexes, updates, rollbacks, withdrawals."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class Reindexed(FakeStore):
 
 
 class Swapping(FakeRetriever):
-    """Embeds by the new encoder once it has caught up."""
+    """Embeds with the new encoder once it has caught up."""
 
     async def catch_up(self, generation: int) -> int:
         self.encoder = "new-encoder"
         return await super().catch_up(generation)
 
 
-def test_a_publish_that_a_reindex_overtakes_is_found_by_the_new_encoder() -> None:
+def test_a_publish_overtaken_by_a_reindex_is_embedded_by_the_new_encoder() -> None:
     publishing = Publishing(retriever=FakeHandle(Swapping()))
     publishing.pool = Reindexed()
     publishing.store = FakeHandle(publishing.pool)
@@ -46,7 +46,7 @@ def test_a_publish_that_a_reindex_overtakes_is_found_by_the_new_encoder() -> Non
     assert publishing.pool.held == []
 
 
-def test_an_update_that_comes_while_a_reindex_is_followed_is_not_undone() -> None:
+def test_an_update_while_following_a_reindex_is_not_undone() -> None:
     class Updated(Reindexed):
         async def active_encoder(self) -> str | None:
             if self.live:  # after the first commit another publisher updates the name
@@ -73,7 +73,7 @@ def test_a_withdrawal_during_a_rollback_is_not_undone() -> None:
     assert (publishing.pool.live, publishing.pool.held) == ({}, [])
 
 
-def test_an_encoder_that_never_stays_ends_the_publish_all_the_same() -> None:
+def test_a_publish_ends_even_if_the_encoder_keeps_changing() -> None:
     publishing = Publishing()
     publishing.pool = Reindexed()
     publishing.store = FakeHandle(publishing.pool)
@@ -81,7 +81,7 @@ def test_an_encoder_that_never_stays_ends_the_publish_all_the_same() -> None:
     assert len(publishing.store.called("commit")) == 4
 
 
-def test_an_update_frees_what_falls_out_of_the_kept_versions() -> None:
+def test_an_update_frees_versions_that_are_no_longer_kept() -> None:
     publishing = Publishing()
     for version in ("1", "2", "3"):
         publishing("poet", version=version)
@@ -93,7 +93,7 @@ def test_an_update_frees_what_falls_out_of_the_kept_versions() -> None:
     assert len(publishing.live_digests["poet"]) == 3
 
 
-def test_a_rollback_is_a_publish_of_the_version_before() -> None:
+def test_a_rollback_publishes_the_previous_version() -> None:
     publishing = Publishing(adapter("poet", version="2"), adapter("poet", version="1"))
     published = publishing.rollback()
     assert (published.ref, published.generation) == (adapter("poet", version="1").ref, 8)
@@ -116,7 +116,7 @@ def test_a_rollback_reaches_every_kept_version_by_its_digest() -> None:
 
 
 @pytest.mark.parametrize("digest", [None, "f" * 64, adapter("poet").ref.digest[:7], ""])
-def test_a_version_that_is_not_kept_is_not_found_and_those_that_are_are_named(digest: str | None) -> None:
+def test_a_version_that_is_not_kept_is_not_found_and_kept_ones_are_named(digest: str | None) -> None:
     publishing = Publishing(adapter("poet"))
     with pytest.raises(VersionNotKept) as caught:
         publishing.rollback(digest)
@@ -132,10 +132,10 @@ def test_a_rollback_that_fails_leaves_the_live_version() -> None:
     with pytest.raises(StoreUnavailable):
         publishing.rollback()
     assert publishing.live_digests["poet"] == [record.ref.digest for record in versions]
-    assert (len(publishing.pool.held), publishing.pool.swept) == (1, []), "it may be live: its hold stands"
+    assert (len(publishing.pool.held), publishing.pool.swept) == (1, []), "it may be live, so its lease remains"
 
 
-def test_a_withdrawn_adapter_is_gone_with_all_its_versions_and_what_they_held() -> None:
+def test_a_withdrawn_adapter_is_gone_with_its_versions_and_resources() -> None:
     versions = adapter("poet", version="2"), adapter("poet", version="1")
     publishing = Publishing(*versions, adapter("bard"))
     removed = publishing.withdraw("poet")
@@ -155,7 +155,7 @@ def test_an_unknown_name_withdraws_nothing() -> None:
     assert publishing.retriever.called("catch_up") == []
 
 
-def test_a_withdrawal_counts_the_replicas_that_still_route_there() -> None:
+def test_a_withdrawal_counts_replicas_that_still_route_to_it() -> None:
     late = FakeHandle(FakeRetriever(), FakeRetriever(caught_up=StaleIndex(8, 7)))
     removed = Publishing(adapter("poet"), retriever=late).withdraw("poet")
     assert (removed.ready, removed.behind) == (1, 1)

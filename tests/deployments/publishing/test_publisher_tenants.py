@@ -1,4 +1,4 @@
-"""What a publisher says of who may find its adapters, and what its tenant may hold."""
+"""Visibility and quotas of the Publisher's tenants."""
 
 from __future__ import annotations
 
@@ -26,14 +26,16 @@ def publish(publishing: Publishing, **said: Any) -> Published:
 @pytest.mark.parametrize(
     ("said", "is_published"), [(None, False), ("public", False), ("private", True)]
 )  # the live one is public
-def test_what_is_live_is_published_again_only_to_be_seen_otherwise(said: Visibility | None, is_published: bool) -> None:
+def test_a_live_version_is_published_again_only_for_another_visibility(
+    said: Visibility | None, is_published: bool
+) -> None:
     publishing = Publishing(adapter("poet"))
     publish(publishing, visibility=said)
     assert bool(publishing.store.called("commit")) is is_published
     assert publishing.pool.live[POET][0].visibility == (said or "public")
 
 
-def test_a_publish_beyond_the_tenants_share_leaves_nothing() -> None:
+def test_a_publish_above_the_quota_leaves_nothing() -> None:
     share = TenantQuota(max_adapters=1)
     publishing = Publishing(failing={"commit": (QuotaExceeded("adapters", 2, 1), 1)})
     upload = PublishItem(Path("folders", "poet"))
@@ -58,7 +60,7 @@ def test_samples_are_charged_before_the_encoder_reads_them() -> None:
 
 
 @pytest.mark.parametrize("change", ["publish", "rollback"])
-def test_samples_that_the_key_may_not_use_are_not_read_and_nothing_is_kept(change: str) -> None:
+def test_samples_above_the_keys_limit_are_not_read_and_nothing_is_stored(change: str) -> None:
     publishing = Publishing(adapter("poet", version="new"), adapter("poet", version="old"))
     before = dict(publishing.pool.live)
 
@@ -75,7 +77,7 @@ def test_samples_that_the_key_may_not_use_are_not_read_and_nothing_is_kept(chang
     assert (publishing.pool.held, dict(publishing.pool.live)) == ([], before)
 
 
-def test_a_visibility_holds_once_every_replica_knows_it() -> None:
+def test_a_visibility_change_waits_for_every_replica() -> None:
     publishing = Publishing(adapter("poet"))
     settled = publishing.run(lambda publisher: publisher.set_visibility(POET, "private", "tester"))
     assert settled == Settled(8, 1, 0)
@@ -85,7 +87,7 @@ def test_a_visibility_holds_once_every_replica_knows_it() -> None:
         publishing.run(lambda publisher: publisher.set_visibility(("other", "poet"), "private", "tester"))
 
 
-def test_an_approval_holds_once_every_replica_knows_it() -> None:
+def test_an_approval_waits_for_every_replica() -> None:
     poet = adapter("poet")
     publishing = Publishing(poet)
     assert publishing.run(lambda publisher: publisher.approve([poet.ref], "boss")) == Settled(8, 1, 0)

@@ -22,7 +22,7 @@ OLD = adapter("old")
 
 
 class Reclaiming:
-    """A Reclaimer over fakes; `pauses` are the waits between its questions."""
+    """A Reclaimer over fakes; `pauses` are the waits between its calls."""
 
     def __init__(
         self, *workers: FakeWorker, store: FakeStore | None = None, num_stores: int = 1, **worker: Any
@@ -50,7 +50,7 @@ class Reclaiming:
         return [call.name for call in sorted(self.store.calls + self.worker.calls, key=lambda call: call.number)]
 
 
-def test_what_nothing_refers_to_is_forgotten_then_swept_then_released() -> None:
+def test_unreferenced_blobs_are_forgotten_then_swept_then_released() -> None:
     reclaiming = Reclaiming(FakeWorker())
     reclaiming(OLD)
     assert reclaiming.steps == ["unreferenced", "forget", "sweep", "release", "forget"]
@@ -59,7 +59,7 @@ def test_what_nothing_refers_to_is_forgotten_then_swept_then_released() -> None:
     assert reclaiming.store.called("release") == [(sorted(OLD.blobs),)]
 
 
-def test_what_another_adapter_still_needs_stays() -> None:
+def test_blobs_of_another_adapter_stay() -> None:
     reclaiming = Reclaiming(FakeWorker())
     reclaiming(OLD, POOL[0])
     assert reclaiming.worker.called("forget") == [([OLD.weights_digest],)] * 2
@@ -70,7 +70,7 @@ def test_what_another_adapter_still_needs_stays() -> None:
     assert nothing.steps == ["unreferenced"]
 
 
-def test_nothing_is_swept_before_every_worker_has_let_go() -> None:
+def test_nothing_is_swept_before_every_worker_has_dropped_it() -> None:
     reclaiming = Reclaiming(FakeWorker(forgets=[False, True]), FakeWorker(forgets=[True, False, True]))
     reclaiming(OLD)
     assert reclaiming.steps == ["unreferenced", "forget", "forget", "forget", "sweep", "release", "forget"]
@@ -84,9 +84,7 @@ def test_a_worker_that_died_holds_nothing() -> None:
 
 
 @pytest.mark.parametrize("answer", [False, RuntimeError("broken"), DeploymentUnavailableError(DeploymentID("W", "a"))])
-def test_a_worker_that_never_lets_go_is_waited_for_as_long_as_a_request_may_run(
-    answer: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_wait_for_a_worker_is_limited_by_the_longest_request(answer: Any, caplog: pytest.LogCaptureFixture) -> None:
     reclaiming = Reclaiming(FakeWorker(forgets=[answer] * 1000))
     reclaiming(OLD, longest_request_s=20)
     assert sum(reclaiming.pauses) == 20
@@ -94,21 +92,21 @@ def test_a_worker_that_never_lets_go_is_waited_for_as_long_as_a_request_may_run(
     assert any("still holds" in record.getMessage() for record in caplog.records)
 
 
-def test_workers_that_were_scaled_away_hold_nothing() -> None:
+def test_workers_scaled_to_zero_hold_nothing() -> None:
     reclaiming = Reclaiming()
     reclaiming(OLD)
     assert reclaiming.steps == ["unreferenced", "forget", "sweep", "release", "forget"]
     assert reclaiming.pauses == []
 
 
-def test_a_store_that_does_not_run_is_asked_again() -> None:
+def test_calls_of_a_missing_store_are_repeated() -> None:
     reclaiming = Reclaiming(FakeWorker(), num_stores=2)
     reclaiming.store.broadcast = FakeHandle().broadcast  # type: ignore[method-assign]
     reclaiming(OLD, longest_request_s=1)
     assert len(reclaiming.pauses) == 2
 
 
-def test_a_silent_worker_is_asked_again() -> None:
+def test_calls_of_a_silent_worker_are_repeated() -> None:
     reclaiming = Reclaiming(FakeWorker(), num_silent=1)
     reclaiming(OLD, longest_request_s=1)
     assert reclaiming.steps == ["unreferenced", "forget", "forget", "sweep", "release", "forget"]
@@ -123,7 +121,7 @@ def test_every_store_replica_drops_its_references() -> None:
 
 
 @pytest.mark.parametrize("method", ["unreferenced", "sweep"])
-def test_a_store_that_is_down_is_asked_again_until_the_blobs_are_gone(
+def test_calls_of_an_unavailable_store_are_repeated_until_the_blobs_are_gone(
     method: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     reclaiming = Reclaiming(store=FakeStore(failing={method: (StoreUnavailable("down"), 1)}))

@@ -21,7 +21,7 @@ def test_a_uri_that_could_mean_another_place_is_refused(uri: str) -> None:
     assert repr(uri) in str(caught.value)
 
 
-def test_a_folder_below_a_file_prefix_is_used_where_it_lies(tmp_path: Path) -> None:
+def test_a_folder_below_a_file_prefix_is_used_in_place(tmp_path: Path) -> None:
     (tmp_path / "pool" / "poet").mkdir(parents=True)
     uri = f"file://{tmp_path}/pool/poet"
     assert (
@@ -33,7 +33,7 @@ def test_a_folder_below_a_file_prefix_is_used_where_it_lies(tmp_path: Path) -> N
         folder_of_source(uri, [f"file://{tmp_path}/other", "s3://bucket"], tmp_path / "work", MAX_BYTES)
 
 
-def test_a_link_may_not_lead_out_of_its_prefix(tmp_path: Path) -> None:
+def test_a_link_out_of_its_prefix_is_refused(tmp_path: Path) -> None:
     for folder in ("pool/poet", "secret"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "pool" / "out").symlink_to(tmp_path / "secret")
@@ -73,7 +73,7 @@ def test_an_adapters_files_are_copied_from_a_bucket_and_nothing_else(s3_endpoint
     assert {path.name: path.read_bytes() for path in copied.iterdir()} == contents
 
 
-def test_a_copy_is_bounded(s3_endpoint: S3Endpoint, tmp_path: Path) -> None:
+def test_the_size_of_a_copy_is_limited(s3_endpoint: S3Endpoint, tmp_path: Path) -> None:
     bucket = Bucket(s3_endpoint, "bounded")
     bucket.write("poet/adapter_config.json", b"x" * 6)
     bucket.write("poet/adapter_model.safetensors", b"y" * 5)
@@ -83,7 +83,7 @@ def test_a_copy_is_bounded(s3_endpoint: S3Endpoint, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["nowhere", "poet/adapter_config.json", "empty"])
-def test_nothing_in_the_bucket_is_told(path: str, s3_endpoint: S3Endpoint, tmp_path: Path) -> None:
+def test_a_missing_adapter_in_the_bucket_is_reported(path: str, s3_endpoint: S3Endpoint, tmp_path: Path) -> None:
     bucket = Bucket(s3_endpoint, "missing")
     bucket.write("poet/adapter_config.json", b"{}")
     bucket.write("empty/notes.txt", b"")
@@ -101,7 +101,7 @@ def test_an_unreachable_endpoint_is_named(tmp_path: Path) -> None:
 
 
 def test_a_name_that_leads_back_to_this_machine_is_not_followed(tmp_path: Path) -> None:
-    """Another spelling of a loopback address, which only the resolver understands."""
+    """The name is another spelling of a loopback address, which only the resolver understands."""
     prefix = "s3://bucket/pool?endpoint_override=127.1:9&scheme=http&region=us-east-1"
     with pytest.raises(SourceRefused, match="leads to an address that this server does not read from"):
         folder_of_source("s3://bucket/pool/poet", [prefix], tmp_path, MAX_BYTES)

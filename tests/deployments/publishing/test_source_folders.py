@@ -35,7 +35,7 @@ def test_files_become_a_folder_that_is_gone_afterwards() -> None:
 @pytest.mark.parametrize(
     "name", ["", ".", "..", "a/b", "/etc/passwd", "../x", "a\\b", "a\nb", "a\0b", "\x7f", "\ud800", "x" * 256]
 )
-def test_a_file_name_that_is_more_than_a_name_is_refused_by_name(name: str) -> None:
+def test_a_file_name_with_a_path_is_refused(name: str) -> None:
     [reason] = reasons({"adapter_config.json": b"", name: b""})
     assert repr(name[:100]) in reason
     assert "plain name" in reason
@@ -51,13 +51,13 @@ def test_files_are_bounded_in_number_and_bytes() -> None:
         assert len(list(folder.iterdir())) == MAX_UPLOAD_FILES
 
 
-def test_a_folder_is_used_where_it_lies(tmp_path: Path) -> None:
+def test_a_folder_is_used_in_place(tmp_path: Path) -> None:
     with folder_of(PublishItem(tmp_path), (), MAX_BYTES) as folder:
         assert folder == tmp_path
     assert tmp_path.exists()
 
 
-def test_no_folder_at_the_path_is_told(tmp_path: Path) -> None:
+def test_a_missing_folder_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for missing in (tmp_path / "nowhere", tmp_path / "file", tmp_path / "a\0b"):
         with pytest.raises(SourceMissing) as caught, folder_of(PublishItem(missing), (), MAX_BYTES):
@@ -65,7 +65,7 @@ def test_no_folder_at_the_path_is_told(tmp_path: Path) -> None:
         assert caught.value.place == str(missing)
 
 
-def test_a_source_is_refused_where_none_is_allowed() -> None:
+def test_a_source_is_refused_if_none_is_allowed() -> None:
     with (
         pytest.raises(SourceRefused, match="source prefix"),
         folder_of(PublishItem(source="file:///data/poet"), (), MAX_BYTES),

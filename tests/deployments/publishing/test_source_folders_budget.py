@@ -1,4 +1,4 @@
-"""Stages share one budget of bytes: what has no room waits its turn, or is told so."""
+"""All stages share one budget of bytes: a stage without room waits its turn, or gets a 503."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deployments.errors import UploadMemoryFull
 from deployments.publishing.source_folders import ByteBudget, folder_of
 
 
-def test_eight_stagers_never_take_more_than_all_of_it() -> None:
+def test_eight_stagers_never_exceed_the_budget() -> None:
     budget, most, lock = ByteBudget(100, 30.0), 0, threading.Lock()
     taken = 0
 
@@ -35,7 +35,7 @@ def test_eight_stagers_never_take_more_than_all_of_it() -> None:
     assert (budget.num_taken, budget.most_taken) == (0, most)
 
 
-def test_what_finds_no_room_in_time_is_a_503_that_says_how_much_there_is() -> None:
+def test_a_stage_without_room_in_time_is_a_503_with_the_budgets_size() -> None:
     budget = ByteBudget(100, 0.01)
     with budget.taken(80):
         with pytest.raises(UploadMemoryFull) as caught, budget.taken(21):
@@ -48,7 +48,7 @@ def test_what_finds_no_room_in_time_is_a_503_that_says_how_much_there_is() -> No
         pass
 
 
-def test_a_large_one_is_not_passed_over_by_small_ones() -> None:
+def test_a_large_stage_is_not_overtaken_by_small_ones() -> None:
     budget, order = ByteBudget(100, 30.0), []
     began = threading.Event()
 
@@ -76,7 +76,7 @@ def test_a_large_one_is_not_passed_over_by_small_ones() -> None:
     assert order == ["large", "small"]
 
 
-def test_more_than_all_of_it_is_taken_alone() -> None:
+def test_a_stage_above_the_budget_runs_alone() -> None:
     budget = ByteBudget(100, 0.01)
     with budget.taken(1000):
         assert budget.num_taken == 100

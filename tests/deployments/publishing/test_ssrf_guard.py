@@ -61,7 +61,7 @@ def check(text: str, *addresses: str) -> Location:
 
 @pytest.mark.parametrize("address", [*NEVER, *INNER])
 @pytest.mark.parametrize("text", [CLOUD, "gs://bucket/pool"])
-def test_a_clouds_own_name_leads_to_public_addresses_only(text: str, address: str) -> None:
+def test_a_cloud_host_must_have_public_addresses(text: str, address: str) -> None:
     assert check(text, PUBLIC) == Location(text)
     with pytest.raises(SourceRefused, match="leads to an address"):
         check(text, address)
@@ -71,7 +71,7 @@ def test_a_clouds_own_name_leads_to_public_addresses_only(text: str, address: st
 
 @pytest.mark.parametrize("address", NEVER)
 @pytest.mark.parametrize("text", [HTTP, HTTPS])
-def test_a_name_the_prefix_gives_leads_to_no_loopback_and_no_metadata(text: str, address: str) -> None:
+def test_a_host_in_the_prefix_must_not_have_loopback_or_metadata_addresses(text: str, address: str) -> None:
     with pytest.raises(SourceRefused, match="leads to an address"):
         check(text, address)
     with pytest.raises(SourceRefused):
@@ -79,7 +79,7 @@ def test_a_name_the_prefix_gives_leads_to_no_loopback_and_no_metadata(text: str,
 
 
 @pytest.mark.parametrize("address", [PUBLIC, *INNER])
-def test_it_may_lead_into_the_operators_network_and_over_http_is_asked_at_the_address_that_was_checked(
+def test_a_host_in_the_prefix_may_be_private_and_is_pinned_over_http(
     address: str,
 ) -> None:
     assert check(HTTPS, address) == Location(HTTPS), "its certificate names it"
@@ -89,7 +89,7 @@ def test_it_may_lead_into_the_operators_network_and_over_http_is_asked_at_the_ad
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1:9000", "[::1]:9000", "169.254.169.254", "localhost:9000", "LOCALHOST"])
-def test_an_address_the_prefix_gives_itself_is_what_its_operator_wants(host: str) -> None:
+def test_an_address_in_the_prefix_is_the_operators_choice(host: str) -> None:
     resolve, asked = resolving()
     location = Location(f"s3://bucket/pool?endpoint_override={host}&scheme=http")
     assert pin_public_address("s3://bucket/pool/x", location, resolve) is location
@@ -97,12 +97,12 @@ def test_an_address_the_prefix_gives_itself_is_what_its_operator_wants(host: str
 
 
 @pytest.mark.parametrize("host", ["0x7f.1", "2130706433", "127.1"])
-def test_another_way_to_write_an_address_is_a_name(host: str) -> None:
+def test_another_spelling_of_an_address_counts_as_a_name(host: str) -> None:
     with pytest.raises(SourceRefused):
         check(f"s3://bucket/pool?endpoint_override={host}:9000&scheme=http", "127.0.0.1")
 
 
-def test_the_host_that_is_asked_for_is_the_one_that_is_checked() -> None:
+def test_the_requested_host_is_the_checked_one() -> None:
     for text, expected in [
         (CLOUD, ("s3.eu-west-1.amazonaws.com", 443)),
         ("s3://bucket/pool", ("s3.us-east-1.amazonaws.com", 443)),
@@ -121,7 +121,7 @@ def test_a_folder_has_no_address(tmp_path: Path) -> None:
     assert not asked
 
 
-def test_a_name_without_an_address_is_an_unavailable_source() -> None:
+def test_a_host_without_an_address_is_an_unavailable_source() -> None:
     def failing(host: str, port: int) -> Sequence[str]:
         raise socket.gaierror(-2, "Name or service not known")
 

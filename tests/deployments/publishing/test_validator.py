@@ -38,7 +38,7 @@ def validate(
     return asyncio.run(validator.validate(items, live or {}, free_of_charge)), handle
 
 
-def test_outcomes_come_in_order_and_refusals_stay_in_their_place() -> None:
+def test_outcomes_and_refusals_are_in_order() -> None:
     refused = AdapterRefused("x", ["it is bad"])
     known = adapter("known")
     items = (staged("one"), refused, Staged(known, (), "hold"), staged("mute"))
@@ -57,16 +57,16 @@ def test_equal_versions_are_validated_once_and_batches_are_bounded() -> None:
     assert [len(digests) for (digests,) in worker.called("probe_many")] == [VALIDATED_TOGETHER, 1]
 
 
-def test_a_second_batch_is_validated_while_the_first_one_is() -> None:
+def test_two_batches_are_validated_concurrently() -> None:
     class Waiting(FakeWorker):
-        """Answers one call when it has got two."""
+        """Answers the first call when it has received two."""
 
         def __init__(self) -> None:
             super().__init__()
             self.has_two = asyncio.Barrier(2)
 
         async def probe_many(self, weights_digests: list[str]) -> list[float | Exception]:
-            async with asyncio.timeout(10):  # reached only where the second call never comes
+            async with asyncio.timeout(10):  # reached only if the second call never arrives
                 await self.has_two.wait()
             return await super().probe_many(weights_digests)
 

@@ -23,11 +23,11 @@ def digests(names: str) -> list[str]:
 
 @dataclass
 class FakeReplica:
-    """A replica as the router sees it: its id, what it says it holds, and the length of its queue."""
+    """A replica as the router sees it: its id, its reported adapters, and the length of its queue."""
 
     name: str
     queue_len: int = 0
-    holds: str = ""  # an adapter a letter
+    holds: str = ""  # one adapter per letter
     max_ongoing_requests: int = 100
     replica_id: ReplicaID = field(init=False)
 
@@ -63,12 +63,12 @@ class Routing:
             self._router.on_new_queue_len_info(replica.replica_id, replica.queue_len)
 
     async def ranks(self, *args: object) -> list[set[str]]:
-        """The names in each rank, empty ones left out."""
+        """Return the names in each rank, without empty ranks."""
         ranks = await self._router.choose_replicas(self.replicas, request_of(*args))
         return [{replica.name for replica in rank} for rank in ranks if rank]
 
     async def chosen(self, *args: object) -> str:
-        """The replica that a request is given by Ray's own choice among the ranks."""
+        """Return the replica that Ray's own choice among the ranks gives a request."""
         return (await self.given(request_of(*args))).name
 
     async def given(self, request: PendingRequest) -> FakeReplica:
@@ -86,7 +86,7 @@ def request_of(*args: object) -> PendingRequest:
 
 
 def job(adapters: str) -> Job:
-    """A mixture of adapters, each a letter, the first the best."""
+    """Return a mixture of adapters, one per letter, best first."""
     rows = tuple(PlannedAdapter(AdapterRef("t", name, digest_of(name)), digest_of(name), 1.0) for name in adapters)
     return Job("x", "prompt", Plan("mixture" if rows else "base", rows))
 
@@ -104,7 +104,7 @@ def test_all_resident_before_most_before_rest() -> None:
     run(main())
 
 
-def test_calls_of_one_http_request_are_all_sent() -> None:
+def test_all_calls_of_one_http_request_are_sent() -> None:
     async def main() -> None:
         routing = Routing(FakeReplica("only"))
         calls = [PendingRequest([job(name)], {}, RequestMetadata("http-1", "http-1")) for name in "abc"]
@@ -114,7 +114,7 @@ def test_calls_of_one_http_request_are_all_sent() -> None:
     run(main())
 
 
-def test_the_shortest_queue_is_taken_within_a_rank() -> None:
+def test_the_shortest_queue_wins_within_a_rank() -> None:
     async def main() -> None:
         routing = Routing(FakeReplica("long", 6, "a"), FakeReplica("short", 5, "a"), FakeReplica("none", 4))
         assert await routing.chosen(job("a")) == "short"
@@ -123,7 +123,7 @@ def test_the_shortest_queue_is_taken_within_a_rank() -> None:
 
 
 @pytest.mark.parametrize(("queue_len", "is_taken"), [(25, True), (30, True), (31, False), (99, False)])
-def test_a_queue_well_above_the_others_draws_nothing(queue_len: int, is_taken: bool) -> None:
+def test_a_replica_with_a_much_longer_queue_ranks_last(queue_len: int, is_taken: bool) -> None:
     async def main() -> None:
         # mean (q + 3 · 20) / 4, longest 1.25 · mean + 2: at 30 it is 30.1, at 31 it is 30.4
         others = [FakeReplica(name, 20, "b" if name == "x" else "") for name in "xyz"]
@@ -143,7 +143,7 @@ def test_a_full_replica_is_passed_over_for_the_next_rank() -> None:
     run(main())
 
 
-def test_one_that_waits_for_a_full_replica_does_so_with_pauses() -> None:
+def test_waiting_for_a_full_replica_has_pauses() -> None:
     async def main() -> None:
         replica = FakeReplica("full", 3, "a", max_ongoing_requests=3)
         routing = Routing(replica)
@@ -154,7 +154,7 @@ def test_one_that_waits_for_a_full_replica_does_so_with_pauses() -> None:
     run(main())
 
 
-def test_what_was_sent_counts_until_the_replica_has_had_time_to_say_so() -> None:
+def test_sent_adapters_count_until_the_replica_can_have_reported_them() -> None:
     async def main() -> None:
         routing = Routing(*[FakeReplica(name) for name in "wxyz"])
         for name in "zyxw":
@@ -171,7 +171,7 @@ def test_what_was_sent_counts_until_the_replica_has_had_time_to_say_so() -> None
     run(main())
 
 
-def test_sent_again_it_counts_from_the_last_time() -> None:
+def test_an_adapter_sent_again_counts_from_the_last_time() -> None:
     async def main() -> None:
         routing = Routing(*[FakeReplica(name) for name in "wxyz"])
         routing.sent(job("a"), "w")
@@ -184,19 +184,19 @@ def test_sent_again_it_counts_from_the_last_time() -> None:
     run(main())
 
 
-def test_what_has_had_its_time_is_not_kept() -> None:
+def test_expired_entries_are_dropped() -> None:
     async def main() -> None:
         routing = Routing(FakeReplica("x"))
         for name in "abac":
             routing.sent(job(name), "x")
             routing.now_s += 1.5
         [kept] = routing._router._expected.values()
-        assert set(kept) == set(digests("ac"))  # the first a's time and b's are over, the second a's is not
+        assert set(kept) == set(digests("ac"))  # the first a and b have expired, the second a has not
 
     run(main())
 
 
-def test_what_was_sent_to_a_replica_goes_with_it() -> None:
+def test_entries_of_a_removed_replica_are_dropped() -> None:
     async def main() -> None:
         first, second = FakeReplica("x"), FakeReplica("y")
         routing = Routing(first, second)
@@ -208,7 +208,7 @@ def test_what_was_sent_to_a_replica_goes_with_it() -> None:
     run(main())
 
 
-def test_a_replicas_own_word_is_followed_as_it_changes() -> None:
+def test_changed_reports_of_a_replica_are_used() -> None:
     async def main() -> None:
         replica = FakeReplica("x", holds="a")
         routing = Routing(replica, *[FakeReplica(name) for name in "wyz"])
@@ -221,7 +221,7 @@ def test_a_replicas_own_word_is_followed_as_it_changes() -> None:
     run(main())
 
 
-def test_what_is_held_nowhere_has_two_homes_that_every_router_knows() -> None:
+def test_an_adapter_that_no_replica_holds_has_two_homes_for_every_router() -> None:
     async def main() -> None:
         replicas = [FakeReplica(name) for name in "uvwxyz"]
         one, other = Routing(*replicas), Routing(*reversed(replicas))
@@ -232,7 +232,7 @@ def test_what_is_held_nowhere_has_two_homes_that_every_router_knows() -> None:
             assert (await other.ranks(job(name)))[0] == (await other.ranks(job(name + "xyz")))[0] == home
         fewer = Routing(*replicas[1:])
         for name, home in homes.items():
-            assert home - {"u"} <= (await fewer.ranks(job(name)))[0]  # only what was u's has a new home
+            assert home - {"u"} <= (await fewer.ranks(job(name)))[0]  # only adapters of u have a new home
 
     run(main())
 
@@ -247,7 +247,7 @@ def test_calls_without_adapters_go_to_the_shortest_queue(args: Sequence[object])
     run(main())
 
 
-def test_equal_replicas_take_turns_by_chance() -> None:
+def test_equal_replicas_are_chosen_randomly() -> None:
     async def main() -> None:
         routing = Routing(*[FakeReplica(name) for name in "wxyz"])
         orders = {

@@ -12,7 +12,7 @@ TARGET_REQUESTS, TARGET_TOKENS = 10, 1000
 
 
 def context_of(*ongoing: float, queued: float = 0, tokens: tuple[float, ...] = (), target: int | None = None) -> Any:
-    """One replica for each number of ongoing requests; the first of them say how many tokens wait."""
+    """Return a context with one replica per number of ongoing requests; the first ones report waiting tokens."""
     stats = {"ongoing_requests": dict(enumerate(ongoing)), "waiting_tokens": dict(enumerate(tokens))}
     replicas = [SimpleNamespace() for _ in ongoing]
     return AutoscalingContext(
@@ -43,18 +43,18 @@ def context_of(*ongoing: float, queued: float = 0, tokens: tuple[float, ...] = (
         (context_of(25), 2.5),
         (context_of(5, 10), 1.5),
         (context_of(0, 0, 0), 0),
-        (context_of(5, queued=25), 3),  # what no replica takes any more counts as well
+        (context_of(5, queued=25), 3),  # requests that no replica accepts count as well
         (context_of(2, tokens=(4000,)), 4),  # few requests, but long ones
         (context_of(40, tokens=(1000,)), 4),
         (context_of(10, 10, tokens=(500, 2500)), 3),
-        (context_of(target=2), 2),  # from zero: what Serve has begun goes on
+        (context_of(target=2), 2),  # from zero: Serve's decision is kept
     ],
 )
-def test_replicas_are_what_requests_or_waiting_tokens_ask_for(context: Any, wanted: float) -> None:
+def test_the_number_follows_requests_or_waiting_tokens(context: Any, wanted: float) -> None:
     assert WorkerScaling(TARGET_TOKENS)(context) == (wanted, {})
 
 
-def test_replicas_that_have_not_reported_yet_ask_for_nothing() -> None:
+def test_replicas_without_reports_do_not_count() -> None:
     context = context_of(10, 10)
     context.__dict__["aggregated_metrics"] = {}
     assert WorkerScaling(TARGET_TOKENS)(context) == (0, {})

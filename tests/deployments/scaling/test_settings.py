@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from deployments.scaling.settings import ScalingSettings
 
 
-def test_more_replicas_at_least_than_at_most_are_refused() -> None:
+def test_min_replicas_above_max_replicas_is_refused() -> None:
     with pytest.raises(ValidationError):
         ScalingSettings(min_replicas=3, max_replicas=2)
 
@@ -28,9 +28,7 @@ def test_equal_replica_counts_are_fixed() -> None:
 
 
 @pytest.mark.parametrize(("least", "initial", "started"), [(0, None, 1), (0, 0, 0), (2, None, None), (0, 3, 3)])
-def test_what_may_scale_to_zero_is_tried_first_and_else_serve_keeps_what_runs(
-    least: int, initial: int | None, started: int | None
-) -> None:
+def test_initial_replicas_are_one_if_the_minimum_is_zero(least: int, initial: int | None, started: int | None) -> None:
     scaling = ScalingSettings(min_replicas=least, max_replicas=3, initial_replicas=initial)
     assert scaling.options()["autoscaling_config"].get("initial_replicas") == started
 
@@ -46,12 +44,12 @@ def test_what_may_scale_to_zero_is_tried_first_and_else_serve_keeps_what_runs(
     ],
     ids=str,
 )
-def test_settings_that_serve_could_not_follow_are_refused(settings: dict[str, Any], said: str) -> None:
+def test_settings_that_serve_cannot_apply_are_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         ScalingSettings.model_validate(settings)
 
 
-def test_a_policy_of_the_applications_own_goes_with_the_bounds() -> None:
+def test_the_applications_own_policy_is_combined_with_the_bounds() -> None:
     policy = {"policy_function": "somewhere:Policy"}
     assert ScalingSettings(max_replicas=2).options(policy)["autoscaling_config"]["policy"] == policy
     assert "policy" not in ScalingSettings(max_replicas=2).options()["autoscaling_config"]

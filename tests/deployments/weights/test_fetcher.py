@@ -1,4 +1,4 @@
-"""How a worker gets weights from a Store that fails, stalls, dies half-way, or answers."""
+"""A worker's fetches from a Store that fails, stalls, dies midway, or answers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DAMAGED = DATA[:-1] + b"x"
 
 @dataclass
 class Ref:
-    """An object reference: it gives a read-only buffer, or raises what became of the object."""
+    """An object reference: it yields a read-only buffer, or raises the error of the object."""
 
     outcome: bytes | Exception
 
@@ -44,7 +44,7 @@ class Ref:
 
 @dataclass
 class Store:
-    """Gives one scripted outcome a call, then good references: an exception is raised, an event waited for first."""
+    """One scripted outcome per call, then valid references. Exceptions are raised; events are waited for first."""
 
     script: list[Ref | Exception | asyncio.Event] = field(default_factory=list)
 
@@ -60,7 +60,7 @@ class Store:
 
 @dataclass
 class Clock:
-    """Time that only pauses move."""
+    """A clock that only pauses advance."""
 
     now_s: float = 0.0
     pauses: list[float] = field(default_factory=list)
@@ -74,7 +74,7 @@ class Clock:
 
 
 class Fetching:
-    """A fetcher over a scripted store, with no luck in its pauses."""
+    """A fetcher over a scripted store, without jitter in its pauses."""
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ def assert_good(weights: AdapterWeights) -> None:
     assert weights.modules["m"].scaling == 0.5 and bool((weights.modules["m"].lora_b == 1).all())
 
 
-def test_weights_come_by_a_reference_in_a_list() -> None:
+def test_weights_are_fetched_by_a_reference_in_a_list() -> None:
     fetching = Fetching()
     assert_good(fetching.run())
     assert fetching.store.called("fetch") == [(DIGEST,)] and fetching.clock.pauses == []
@@ -136,14 +136,14 @@ PASSING = {
 
 
 @pytest.mark.parametrize("failure", PASSING.values(), ids=PASSING.keys())
-def test_what_passes_is_asked_again(failure: Ref | Exception) -> None:
+def test_temporary_failures_are_retried(failure: Ref | Exception) -> None:
     fetching = Fetching(failure)
     assert_good(fetching.run())
     assert fetching.num_calls == 2 and fetching.clock.pauses == [0.1]
 
 
 @pytest.mark.parametrize("words", [words for words in PASSING if words.startswith(("the adapter store", "they"))])
-def test_what_does_not_pass_in_five_tries_is_told_in_plain_words(words: str) -> None:
+def test_five_failures_end_with_a_plain_message(words: str) -> None:
     fetching = Fetching(*[PASSING[words]] * 9)
     with pytest.raises(AdapterLoadFailed) as caught:
         fetching.run()
@@ -159,7 +159,7 @@ LASTING = {
 
 
 @pytest.mark.parametrize("words", LASTING)
-def test_what_lasts_is_told_at_once(words: str) -> None:
+def test_permanent_failures_are_reported_at_once(words: str) -> None:
     fetching = Fetching(LASTING[words])
     with pytest.raises(AdapterLoadFailed) as caught:
         fetching.run()
@@ -167,13 +167,13 @@ def test_what_lasts_is_told_at_once(words: str) -> None:
     assert fetching.num_calls == 1
 
 
-def test_different_failures_are_survived_one_after_the_other() -> None:
+def test_different_failures_in_sequence_are_survived() -> None:
     fetching = Fetching(*list(PASSING.values())[:4])
     assert_good(fetching.run())
     assert fetching.num_calls == 5
 
 
-def test_no_try_begins_after_the_deadline_and_the_last_cause_is_told() -> None:
+def test_no_attempt_starts_after_the_deadline_and_the_last_cause_is_reported() -> None:
     """The third pause would end at 0.7 s."""
     fetching = Fetching(*[StoreUnavailable("no route")] * 9, policy=RetryPolicy(total_timeout_s=0.6))
     with pytest.raises(AdapterLoadFailed, match="the adapter store cannot be reached"):
@@ -181,13 +181,13 @@ def test_no_try_begins_after_the_deadline_and_the_last_cause_is_told() -> None:
     assert fetching.num_calls == 3 and fetching.clock.pauses == [0.1, 0.2]
 
 
-def test_a_try_that_hangs_ends_and_the_next_may_succeed() -> None:
+def test_a_hanging_attempt_ends_and_the_next_may_succeed() -> None:
     fetching = Fetching(asyncio.Event(), policy=RetryPolicy(try_timeout_s=0.2))
     assert_good(fetching.run())
     assert fetching.num_calls >= 2
 
 
-def test_pauses_double_up_to_the_longest_and_luck_takes_up_to_half() -> None:
+def test_pauses_double_up_to_a_limit_and_jitter_takes_up_to_half() -> None:
     policy = RetryPolicy()
     waits = [policy.wait_s(num_tries, 0.0) for num_tries in range(1, 8)]
     assert waits == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0])
@@ -195,7 +195,7 @@ def test_pauses_double_up_to_the_longest_and_luck_takes_up_to_half() -> None:
     assert policy.wait_s(50, 0.999) > 1.0
 
 
-def test_who_leaves_ends_its_fetch() -> None:
+def test_a_caller_that_leaves_ends_its_fetch() -> None:
     fetching = Fetching(asyncio.Event())
 
     async def main() -> None:
@@ -210,8 +210,8 @@ def test_who_leaves_ends_its_fetch() -> None:
     assert fetching.num_calls == 1
 
 
-def test_any_number_of_stalled_fetches_leave_the_others_alone() -> None:
-    """One thread; twenty stall."""
+def test_any_number_of_stalled_fetches_do_not_affect_others() -> None:
+    """There is one thread, and twenty fetches stall."""
     heal = asyncio.Event()
     fetching = Fetching(*[heal] * 20)
 
@@ -233,7 +233,7 @@ def cache(tmp_path: Path) -> DiskCache:
     return DiskCache(tmp_path / "weights", 10**6)
 
 
-def test_what_was_fetched_once_comes_from_the_disk(cache: DiskCache) -> None:
+def test_a_fetched_adapter_is_read_from_disk_next_time(cache: DiskCache) -> None:
     assert_good(Fetching(cache=cache).run())
     down = Fetching(*[StoreUnavailable("no route")] * 9, cache=cache)
     assert_good(down.run())
@@ -245,7 +245,9 @@ def test_what_was_fetched_once_comes_from_the_disk(cache: DiskCache) -> None:
     [lambda cache: (cache.folder / DIGEST).write_bytes(DAMAGED), lambda cache: cache.discard([DIGEST])],
     ids=["damaged", "evicted"],
 )
-def test_what_the_disk_lacks_is_fetched_and_kept_again(spoil: Callable[[DiskCache], object], cache: DiskCache) -> None:
+def test_an_adapter_missing_on_disk_is_fetched_and_cached_again(
+    spoil: Callable[[DiskCache], object], cache: DiskCache
+) -> None:
     assert_good(Fetching(cache=cache).run())
     spoil(cache)
     again = Fetching(cache=cache)
@@ -253,7 +255,7 @@ def test_what_the_disk_lacks_is_fetched_and_kept_again(spoil: Callable[[DiskCach
     assert again.num_calls == 1 and cache.get(DIGEST) == DATA
 
 
-def test_what_arrives_damaged_is_not_kept(cache: DiskCache) -> None:
+def test_damaged_data_is_not_cached(cache: DiskCache) -> None:
     with pytest.raises(AdapterLoadFailed):
         Fetching(*[Ref(DAMAGED)] * 9, cache=cache).run()
     assert cache.measure() == 0

@@ -14,7 +14,7 @@ BLOBS = {name: bytes([place]) * 10 for place, name in enumerate("abcd")} | {"lar
 
 
 class Loads:
-    """A cache over `BLOBS` that counts what it loads; a reference is the tuple of what was put."""
+    """A cache over `BLOBS` that counts loads. A reference is the tuple of the stored bytes."""
 
     def __init__(self, budget_bytes: int, load: Callable[[str], bytes] | None = None) -> None:
         self.loaded: list[str] = []
@@ -46,7 +46,7 @@ def test_a_kept_buffer_is_put_once_and_is_read_only_bytes() -> None:
     assert [(buffer.dtype, buffer.flags.writeable) for buffer in loads.put] == [(np.uint8, False)] * 2
 
 
-def test_the_least_recently_used_goes_above_the_budget() -> None:
+def test_the_least_recently_used_is_dropped_above_the_budget() -> None:
     loads = Loads(20)
     get(loads, "a", "b", "a", "c")
     assert loads.cache.num_bytes == 20
@@ -57,19 +57,19 @@ def test_the_least_recently_used_goes_above_the_budget() -> None:
 
 
 @pytest.mark.parametrize("budget_bytes", [0, 9])
-def test_what_is_larger_than_the_budget_is_handed_out_and_not_kept(budget_bytes: int) -> None:
+def test_a_buffer_larger_than_the_budget_is_returned_and_not_kept(budget_bytes: int) -> None:
     loads = Loads(budget_bytes)
     get(loads, "a", "a")
     assert (loads.loaded, loads.cache.num_bytes) == (["a", "a"], 0)
 
 
-def test_what_is_larger_than_the_budget_costs_no_other_its_place() -> None:
+def test_a_buffer_larger_than_the_budget_evicts_nothing() -> None:
     loads = Loads(20)
     get(loads, "a", "b", "large", "a", "b")
     assert loads.loaded == ["a", "b", "large"]
 
 
-def test_callers_at_the_same_time_share_one_load_and_one_that_leaves_does_not_end_it() -> None:
+def test_concurrent_callers_share_one_load_that_survives_a_caller_leaving() -> None:
     gate = threading.Event()
 
     def load(digest: str) -> bytes:
@@ -89,7 +89,7 @@ def test_callers_at_the_same_time_share_one_load_and_one_that_leaves_does_not_en
     asyncio.run(run())
 
 
-def test_a_failed_load_is_everyones_error_and_the_next_call_tries_again() -> None:
+def test_a_failed_load_fails_all_its_callers_and_the_next_call_retries() -> None:
     failures = [StoreUnavailable("down")]
 
     def load(digest: str) -> bytes:
@@ -115,7 +115,7 @@ def test_released_buffers_are_loaded_again() -> None:
     assert loads.loaded == ["a", "b", "a"]
 
 
-def test_what_is_released_while_it_loads_is_not_kept() -> None:
+def test_a_buffer_released_during_its_load_is_not_kept() -> None:
     gate = threading.Event()
 
     def load(digest: str) -> bytes:

@@ -50,7 +50,7 @@ PATHS = [*BODIES, "/v1/models", "/v1/models/poet", "/v1/loras/poet", "/health", 
 
 @dataclass(frozen=True)
 class Malformed:
-    """One request, and whether its client leaves before the answer: after so many turns of the event loop."""
+    """One request, and after how many turns of the event loop its client leaves, if it does."""
 
     method: str
     path: str
@@ -60,7 +60,7 @@ class Malformed:
     leaves_after: int | None = None
 
 
-_text = st.text(st.characters(exclude_categories=()), max_size=12)  # half surrogate pairs too
+_text = st.text(st.characters(exclude_categories=()), max_size=12)  # includes half surrogate pairs
 _odd_numbers = st.sampled_from([0, -1, 2**31, 2**63, 2**64, -(2**64), 10**400, 1e308, -0.0, 5e-324])
 _leaf = st.one_of(
     st.none(),
@@ -79,12 +79,12 @@ _methods = st.sampled_from(["POST"] * 20 + ["GET", "PUT", "DELETE", "PATCH", "HE
 
 
 def _encode(body: object) -> bytes:
-    return json.dumps(body).encode()  # NaN, Infinity and half surrogate pairs as Python writes them
+    return json.dumps(body).encode()  # NaN, Infinity and half surrogate pairs in Python's form
 
 
 @st.composite
 def _mutated(draw: st.DrawFn) -> tuple[str, bytes]:
-    """A good body with one field replaced, taken away or added, at any depth."""
+    """Return a valid body with one field replaced, removed or added, at any depth."""
     path = draw(_body_paths)
     body: Any = json.loads(json.dumps(BODIES[path]))
     place = body
@@ -222,7 +222,7 @@ def test_malformed_requests_break_nothing_and_leave_nothing(scale: Scale, front:
 
 
 def test_clients_that_leave_at_any_moment_leave_nothing(scale: Scale, front: HttpFront) -> None:
-    """Good requests, whole and streamed, broken off after each number of turns of the event loop."""
+    """Valid requests, whole and streamed, are cancelled after each number of turns of the event loop."""
     before = front.held()
     count = scale.pick("clients that leave", small=30, full=300)
     for number in range(count):

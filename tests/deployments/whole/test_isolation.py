@@ -1,4 +1,4 @@
-"""What one tenant can learn of another's private adapters: nothing, however it asks."""
+"""A tenant learns nothing of another's private adapters, by any request."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NUM_PRIVATE = 50
 
 
 def searching(prompt: str) -> Iterator[Request]:
-    """All that finds adapters by a prompt."""
+    """Return all requests that search adapters by a prompt."""
     lora = {"explain": True, "k": 16}
     message = [{"role": "user", "content": prompt}]
     yield "POST", "/v1/chat/completions", {"messages": message, "lora": lora}
@@ -45,7 +45,7 @@ BY_THE_ENCODER: tuple[Callable[[str], Request], ...] = (
 
 
 def by_the_encoder(text: str) -> Iterator[Request]:
-    """All that has the encoder read a text of the client's."""
+    """Return all requests for which the encoder reads a text of the client's."""
     return (request_of(text) for request_of in BY_THE_ENCODER)
 
 
@@ -58,7 +58,7 @@ def listing() -> Iterator[Request]:
 
 
 def naming(name: str, owner: str) -> Iterator[Request]:
-    """All that takes an adapter's name, in every form of it."""
+    """Return all requests that name an adapter, in every form."""
     chat = {"messages": [{"role": "user", "content": "hi"}]}
     for form in (name, f"{owner}/{name}", f"{owner}/{name}@{'0' * 8}"):
         yield "POST", "/v1/chat/completions", chat | {"model": form}
@@ -100,7 +100,7 @@ def test_prompts_of_anothers_tasks_and_lists_show_nothing_of_it(
                     ]
                 seen.add((request[1], response.status_code))
                 if request[1] == "/v1/route":
-                    # As many as it has: what others have takes no place from it.
+                    # All of its own: adapters of others take no place.
                     assert [len(plan["candidates"]) for plan in plans_of(response)] == [16, 16]
         assert ("/v1/chat/completions", 422) in seen and ("/v1/loras", 200) in seen
 
@@ -116,11 +116,11 @@ def test_prompts_of_anothers_tasks_and_lists_show_nothing_of_it(
 
 
 def without_id(headers: httpx.Headers) -> dict[str, str]:
-    """All but what every answer has of its own."""
+    """Return the response without the parts that are unique to every response."""
     return {name: value for name, value in headers.items() if name != "x-request-id"}
 
 
-def test_a_private_name_of_another_is_answered_like_a_name_nobody_has(tmp_path: Path) -> None:
+def test_another_tenants_private_name_is_answered_like_an_unknown_name(tmp_path: Path) -> None:
     async def look(tenants: TwoTenants) -> None:
         for mine, other in itertools.permutations(TENANTS):
             private, unknown = tenants.names[other][0], "x" * len(tenants.names[other][0])
@@ -139,8 +139,8 @@ def test_a_private_name_of_another_is_answered_like_a_name_nobody_has(tmp_path: 
     run(tmp_path, look)
 
 
-def test_what_is_published_beside_anothers_adapter_tells_nothing_of_it(tmp_path: Path) -> None:
-    """The neighbours, a name that both have, the same bytes, and what is already loaded."""
+def test_a_publish_reveals_nothing_of_another_tenants_adapters(tmp_path: Path) -> None:
+    """Checked are the neighbours, a name that both have, the same bytes, and loaded weights."""
 
     async def look(tenants: TwoTenants) -> None:
         mine, other = TENANTS
@@ -157,7 +157,9 @@ def test_what_is_published_beside_anothers_adapter_tells_nothing_of_it(tmp_path:
         response = await tenants.ask(mine, "POST", "/v1/load_lora_adapter", json=loaded)
         assert response.status_code == 200, response.text
         claims = {"visibility": "public"}
-        response = await tenants.ask(mine, "PATCH", f"/v1/loras/{name}", json=claims)  # a private name claims nothing
+        response = await tenants.ask(
+            mine, "PATCH", f"/v1/loras/{name}", json=claims
+        )  # a private name does not claim the bare name
         assert response.status_code == 200
         response = await tenants.ask(other, "PATCH", f"/v1/loras/{name}", json=claims)
         assert (response.status_code, response.json()["error"]["code"]) == (409, "name_taken")
@@ -167,8 +169,8 @@ def test_what_is_published_beside_anothers_adapter_tells_nothing_of_it(tmp_path:
     run(tmp_path, look)
 
 
-def test_every_name_that_is_told_means_the_adapter_it_was_told_of(tmp_path: Path) -> None:
-    """Also where the caller's own private adapter has the bare name of another's public one."""
+def test_every_reported_name_means_the_reported_adapter(tmp_path: Path) -> None:
+    """Also if the caller's own private adapter has the bare name of another tenant's public one."""
 
     async def look(tenants: TwoTenants) -> None:
         texts = ["Sing of the sea."]
@@ -197,7 +199,7 @@ def test_every_name_that_is_told_means_the_adapter_it_was_told_of(tmp_path: Path
     run(tmp_path, look)
 
 
-def test_of_anothers_public_adapter_neither_source_nor_key_is_shown(tmp_path: Path) -> None:
+def test_source_and_key_of_another_tenants_public_adapter_are_hidden(tmp_path: Path) -> None:
     async def look(tenants: TwoTenants) -> None:
         mine, other = TENANTS
         for tenant, actor in ((other, f"id-{other}"), (mine, "")):
@@ -208,32 +210,32 @@ def test_of_anothers_public_adapter_neither_source_nor_key_is_shown(tmp_path: Pa
     run(tmp_path, look)
 
 
-def test_equal_bytes_of_two_tenants_answer_on_when_one_withdraws(tmp_path: Path) -> None:
+def test_equal_bytes_of_two_tenants_stay_usable_when_one_withdraws(tmp_path: Path) -> None:
     async def look(tenants: TwoTenants) -> None:
         same = tenants.folder("same", 99, ["The very same task."])
         for tenant in TENANTS:
             assert (await tenants.publish(tenant, [same])).status_code == 201
         assert (await tenants.ask(TENANTS[0], "DELETE", "/v1/loras/same")).status_code == 200
-        await tenants.served.services.background.idle()  # whatever is freed is freed
+        await tenants.served.services.background.idle()  # wait for everything to be freed
         gone = await tenants.ask(TENANTS[0], "POST", "/v1/completions", json={"prompt": "hi", "model": "same"})
         still = await tenants.ask(TENANTS[1], "POST", "/v1/completions", json={"prompt": "hi", "model": "same"})
         assert (gone.status_code, still.status_code) == (404, 200)
         job = tenants.served.job
         [row] = job.plan.adapters
         assert (row.ref.tenant, row.ref.name) == (TENANTS[1], "same")
-        assert await tenants.store.fetch(row.weights_digest)  # a worker that has to load it can
+        assert await tenants.store.fetch(row.weights_digest)  # a worker can still load it
         plan = await tenants.ask(TENANTS[1], "POST", "/v1/route", json={"prompt": "The very same task."})
         assert plan.json()["data"][0]["adapters"][0]["name"] == "same"
 
     run(tmp_path, look)
 
 
-def test_a_share_of_the_pool_is_judged_over_all_publishes_of_a_tenant(tmp_path: Path) -> None:
+def test_a_quota_covers_all_publishes_of_a_tenant(tmp_path: Path) -> None:
     async def look(tenants: TwoTenants) -> None:
         mine = TENANTS[0]
         authenticator = tenants.served.services.authenticator
         caller = authenticator.authenticate(f"Bearer {mine}")
-        share = caller.limits.model_copy(update={"max_adapters": 6}).tenant_quota  # it has 4
+        share = caller.limits.model_copy(update={"max_adapters": 6}).tenant_quota  # the tenant has 4
         uploads = [tenants.folder(f"more-{n}", 200 + n, ["More."]) for n in range(6)]
         publish = tenants.served.services.publisher.publish
         outcomes = await asyncio.gather(
@@ -247,7 +249,7 @@ def test_a_share_of_the_pool_is_judged_over_all_publishes_of_a_tenant(tmp_path: 
 
 
 def test_a_name_of_another_takes_no_longer_than_an_unknown_one(tmp_path: Path, scale: Scale) -> None:
-    """Time is noise, so it is judged at full scale only; the test above counts the work."""
+    """Times vary, so they are compared at full scale only; the test above counts the work."""
     if not scale.is_full:
         pytest.skip("timed at full scale only: a busy machine would decide it")
     count = scale.pick("names of each kind", small=20, full=500)
@@ -261,7 +263,7 @@ def test_a_name_of_another_takes_no_longer_than_an_unknown_one(tmp_path: Path, s
                 name = private if is_private else private.replace(WORDS[other], "x" * len(WORDS[other]))
                 started = time.perf_counter()
                 response = await tenants.ask(mine, "GET", f"/v1/loras/{other}/{name}")
-                if number >= 20:  # the first ones warm caches
+                if number >= 20:  # the first ones warm up the caches
                     spent[is_private].append(time.perf_counter() - started)
                 assert response.status_code == 404
         difference = statistics.fmean(spent[True]) - statistics.fmean(spent[False])
@@ -272,7 +274,7 @@ def test_a_name_of_another_takes_no_longer_than_an_unknown_one(tmp_path: Path, s
     run(tmp_path, look, NUM_PRIVATE)
 
 
-def test_figures_name_public_adapters_only(tmp_path: Path) -> None:
+def test_metrics_name_public_adapters_only(tmp_path: Path) -> None:
     async def look(tenants: TwoTenants) -> None:
         kinds = FakeMetrics()
         retriever: Any = tenants.served.retriever._replicas[0]
@@ -289,10 +291,8 @@ def test_figures_name_public_adapters_only(tmp_path: Path) -> None:
     run(tmp_path, look)
 
 
-def test_what_another_tenant_asked_or_published_makes_no_difference_to_the_encoder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whether a text is computed shows in the time of its answer, so it is counted."""
+def test_other_tenants_texts_do_not_change_the_encoders_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The response time would show whether a text is computed, so computations are counted."""
 
     async def look(tenants: TwoTenants) -> None:
         computed = tenants.computed_texts(monkeypatch)
@@ -311,6 +311,6 @@ def test_what_another_tenant_asked_or_published_makes_no_difference_to_the_encod
                     computed.clear()
                     for _ in range(2):
                         assert (await answer_to(tenants, mine, request_of(text))).status_code == 200
-                    assert computed == [text], request_of(text)[1]  # once, by its own tenant
+                    assert computed == [text], request_of(text)[1]  # once, for its own tenant
 
     run(tmp_path, look)

@@ -1,4 +1,4 @@
-"""What one tenant can learn of another's changes to the pool: neither names, nor numbers, nor that there were any."""
+"""A tenant learns nothing of another's changes to the pool: names, numbers, or that there were any."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.deployments.two_tenants import TENANTS, TwoTenants
 
 
 def test_a_withdrawn_name_means_no_other_tenants_adapter(tmp_path: Path) -> None:
-    """Nor does a misspelt one: clients of the name would get weights that a stranger chose."""
+    """Neither does a misspelt name: clients would get weights that a stranger chose."""
 
     async def look(tenants: TwoTenants) -> None:
         acme, globex = TENANTS
@@ -36,7 +36,7 @@ def test_a_withdrawn_name_means_no_other_tenants_adapter(tmp_path: Path) -> None
 
 
 async def generations_told(tenants: TwoTenants, tenant: str) -> list[Any]:
-    """Every generation that the routes tell this tenant."""
+    """Return every generation that the routes report to this tenant."""
     name = f"open-{tenant}"
     route = await tenants.ask(tenant, "POST", "/v1/route", json={"prompt": "hi", "lora": {"explain": True}})
     named = {"prompt": "hi", "lora": {"adapters": [{"name": name}]}}
@@ -61,7 +61,7 @@ async def generations_told(tenants: TwoTenants, tenant: str) -> list[Any]:
     ]
 
 
-def test_no_generation_moves_with_anothers_private_changes(tmp_path: Path) -> None:
+def test_no_reported_generation_changes_with_anothers_private_changes(tmp_path: Path) -> None:
     async def look(tenants: TwoTenants) -> None:
         mine, other = TENANTS
         before = await generations_told(tenants, mine)
@@ -72,7 +72,7 @@ def test_no_generation_moves_with_anothers_private_changes(tmp_path: Path) -> No
             assert await generations_told(tenants, mine) == before
         assert (await tenants.ask(other, "DELETE", "/v1/loras/more-0")).status_code == 200
         assert await generations_told(tenants, mine) == before
-        for path in ("/v1/loras", "/v1/pool/map"):  # nor can it be found out by asking for one
+        for path in ("/v1/loras", "/v1/pool/map"):  # nor can it be found out by requesting one
             later = await tenants.ask(mine, "GET", path, params={"min_generation": newest + 1})
             assert later.status_code == 503
             assert (await tenants.ask(mine, "GET", path, params={"min_generation": newest})).status_code == 200
@@ -81,7 +81,7 @@ def test_no_generation_moves_with_anothers_private_changes(tmp_path: Path) -> No
 
 
 def naming_to_answer(name: str) -> Iterator[Request]:
-    """All that is answered by the adapter of this name."""
+    """Return all requests that the adapter of this name answers."""
     yield "POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}], "model": name}
     yield "POST", "/v1/completions", {"prompt": "hi", "model": f"tiny-base:{name}"}
     yield "POST", "/v1/route", {"prompt": "hi", "lora": {"adapters": [{"name": name}]}}
@@ -89,21 +89,21 @@ def naming_to_answer(name: str) -> Iterator[Request]:
     yield "GET", f"/v1/loras/{name}", {}
 
 
-def test_verify_counts_only_what_the_caller_may_see(tmp_path: Path) -> None:
-    """Neither how many blobs others have, nor the digests of a damaged one of theirs."""
+def test_verify_counts_only_blobs_that_the_caller_may_see(tmp_path: Path) -> None:
+    """It shows neither the number of others' blobs nor the digests of their damaged ones."""
 
     async def look(tenants: TwoTenants) -> None:
         for tenant, other in itertools.permutations(TENANTS):
             listed = (await tenants.ask(tenant, "GET", "/v1/loras", params={"limit": 1000})).json()
             lines = (await tenants.ask(tenant, "POST", "/v1/pool/verify", json={})).text
             result = json.loads(lines.splitlines()[-1])["result"]
-            assert result["num_blobs"] == 2 * listed["total"] - 1  # weights and samples; the public two share theirs
+            assert result["num_blobs"] == 2 * listed["total"] - 1  # weights and samples; the two public ones share them
             assert not tenants.secrets[other].search(lines)
 
     run(tmp_path, look)
 
 
-def test_whoever_changes_the_pool_reads_its_own_change(tmp_path: Path) -> None:
+def test_a_tenant_reads_its_own_change(tmp_path: Path) -> None:
     async def look(tenants: TwoTenants) -> None:
         mine, other = TENANTS
         for number, visibility in enumerate(("private", "public", "private")):

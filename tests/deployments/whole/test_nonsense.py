@@ -1,4 +1,4 @@
-"""Megabytes of nonsense in every place of every route: refused soon, in little memory, in the API's own shape."""
+"""Megabytes of invalid data in every place of every route are refused quickly, in little memory, with API errors."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ DOCUMENT = APP.openapi()
 
 @dataclass(frozen=True)
 class Nonsense:
-    """One request. `label`: where which kind of nonsense is."""
+    """One request. `label`: the kind of invalid data and its place."""
 
     label: str
     method: str
     path: str
-    content: Any  # a function of nothing: 4 MiB a request are made when it is sent
+    content: Any  # a function: its 4 MiB are created when it is sent
     kind: str = "application/json"
 
 
@@ -56,7 +56,7 @@ def json_bodies() -> dict[tuple[str, str], Mapping[str, Any]]:
 
 
 def requests_of(method: str, path: str, schema: Mapping[str, Any]) -> Iterator[Nonsense]:
-    """Yield each kind of nonsense as the whole body, and in each field of it."""
+    """Yield each kind of invalid data as the whole body, and in each field of it."""
     asked = example_path(path)
     for kind, value in WHOLE.items():
         yield Nonsense(f"{method} {path}: {kind}", method, asked, lambda value=value: value(BODY_BYTES))
@@ -67,9 +67,9 @@ def requests_of(method: str, path: str, schema: Mapping[str, Any]) -> Iterator[N
 
 
 class Watched:
-    """What one request costs: the longest time the event loop's thread computed at a stretch, and memory at its peak.
+    """The cost of one request: the longest computation on the event loop's thread, and the peak of memory.
 
-    Time is the thread's own: what other programs of the machine take is not the loop's fault.
+    Time is the thread's own CPU time, which does not include other programs.
     """
 
     blocked_s = 0.0
@@ -84,7 +84,7 @@ class Watched:
                 now_s = time.thread_time()
                 self.blocked_s, last_s = max(self.blocked_s, now_s - last_s), now_s
 
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: reset the peak
         before = memory_bytes("VmRSS")
         looking = asyncio.create_task(look())
         await asyncio.sleep(0)
@@ -98,7 +98,7 @@ class Watched:
 
 @pytest.fixture(autouse=True, scope="module")
 def _other_objects_left_alone() -> Iterator[None]:
-    """Freeze what the tests of other files have made, once: a replica has not a tenth of it, and to collect is slow."""
+    """Freeze the objects of other test files once: a replica has few of them, and collecting them is slow."""
     gc.collect()
     gc.freeze()
     yield
@@ -124,7 +124,7 @@ async def send(client: httpx.AsyncClient, nonsense: Nonsense) -> tuple[httpx.Res
 
 
 def send_all(requests: list[Nonsense], scale: Scale) -> dict[str, int]:
-    """Send them to one application; the status of each by its label."""
+    """Send the requests to one application. Return the status of each by its label."""
 
     async def run() -> dict[str, int]:
         served, statuses = serve_plainly(worker=CountingWorker(), retriever=MappedRetriever()), {}
@@ -143,7 +143,7 @@ def send_all(requests: list[Nonsense], scale: Scale) -> dict[str, int]:
     return asyncio.run(run())
 
 
-def test_nonsense_in_every_field_of_every_body_is_refused_soon_and_in_little_memory(scale: Scale) -> None:
+def test_nonsense_in_every_field_of_every_body_is_refused_quickly_in_little_memory(scale: Scale) -> None:
     bodies = json_bodies()
     requests = [each for key, schema in bodies.items() for each in requests_of(*key, schema)]
     assert len(bodies) == 14
@@ -168,7 +168,7 @@ def test_each_body_refuses_the_worst_kinds(method_and_path: tuple[str, str], kin
     assert send_all([nonsense], scale) == {kind: 400}
 
 
-def test_nonsense_in_an_upload_is_refused_soon_and_in_little_memory(scale: Scale) -> None:
+def test_nonsense_in_an_upload_is_refused_quickly_in_little_memory(scale: Scale) -> None:
     kind = "multipart/form-data; boundary=b"
     requests = [
         Nonsense(name, "POST", "/v1/loras", lambda form=form: form(BODY_BYTES), kind) for name, form in FORMS.items()
@@ -177,7 +177,7 @@ def test_nonsense_in_an_upload_is_refused_soon_and_in_little_memory(scale: Scale
     assert set(send_all(requests, scale).values()) == {400}
 
 
-def test_nonsense_in_an_address_is_answered_soon(scale: Scale) -> None:
+def test_nonsense_in_an_address_is_answered_quickly(scale: Scale) -> None:
     requests, num_parameters = [], 0
     for method, path, operation in operations():
         if method != "GET":
@@ -195,7 +195,7 @@ def test_nonsense_in_an_address_is_answered_soon(scale: Scale) -> None:
 
 
 def unbounded(schema: Mapping[str, Any], seen: set[str], where: str) -> Iterator[str]:
-    """Yield the parts of a schema that let any number of items, keys or characters in."""
+    """Yield the parts of a schema that allow any number of items, keys or characters."""
     if "$ref" in schema:
         if schema["$ref"] in seen:
             return
@@ -220,7 +220,7 @@ def unbounded(schema: Mapping[str, Any], seen: set[str], where: str) -> Iterator
             yield from unbounded(schema["additionalProperties"], seen, f"{where}.*")
 
 
-def test_the_document_says_a_bound_for_every_list_object_and_text_of_every_body_and_address() -> None:
+def test_the_document_bounds_every_list_object_and_text() -> None:
     found: list[str] = []
     num_schemas = 0
     for method, path, operation in operations():

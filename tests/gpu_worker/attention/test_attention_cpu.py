@@ -1,4 +1,4 @@
-"""Packed attention over regions against a slow loop: one token, one head at a time."""
+"""Packed attention over regions, compared with a slow loop over one token and one head at a time."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def kernel(request: pytest.FixtureRequest) -> DecodeKernel | None:
 
 
 def layout(*rows: tuple[int, int, int]) -> list[Segment]:
-    """Segments one after another, given (row, new tokens, tokens before)."""
+    """Return consecutive segments, given (row, new tokens, tokens before)."""
     segments, start = [], 0
     for row, num_tokens, context_len in rows:
         segments.append(Segment(row, start, num_tokens, context_len))
@@ -65,7 +65,7 @@ LAYOUTS = {
 def slow_attention(
     query: Tensor, history: dict[int, tuple[Tensor, Tensor]], segments: list[Segment], window: int | None
 ) -> Tensor:
-    """history[row] = keys, values (H, T, D) of everything the row holds after this step. -> (N, Q, D)"""
+    """Return (N, Q, D). history[row] = keys, values (H, T, D) of the whole row after this step."""
     output = torch.zeros(query.shape[1], NUM_HEADS, HEAD_DIM)
     for segment in segments:
         keys, values = history[segment.row]
@@ -109,7 +109,7 @@ def test_every_token_has_its_row_and_position(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_segment_is_attended_once_and_decodes_read_enough(name: str) -> None:
+def test_every_segment_is_computed_once_and_decode_tokens_read_enough(name: str) -> None:
     segments = LAYOUTS[name]
     plan = new_cache().attention(segments)
     covered = [token for segment in plan.prefill for token in range(segment.start, segment.end)]
@@ -130,9 +130,7 @@ def test_every_segment_is_attended_once_and_decodes_read_enough(name: str) -> No
     ],
     ids=["like lengths", "a hole", "a long one", "a short one", "no longer worth it"],
 )
-def test_a_group_ends_where_reading_on_costs_more_than_another_one(
-    lengths: dict[int, int], groups: list[slice]
-) -> None:
+def test_a_group_ends_where_padding_costs_more_than_another_group(lengths: dict[int, int], groups: list[slice]) -> None:
     plan = new_cache(2048).attention(layout(*[(row, 1, length - 1) for row, length in lengths.items()]))
     assert [group.rows for group in plan.decode] == groups
 
@@ -160,7 +158,7 @@ def test_a_row_that_is_not_finite_does_not_reach_the_others(kernel: DecodeKernel
 @pytest.mark.parametrize("num_heads", [2, 8, 10], ids="{} query heads".format)
 @pytest.mark.parametrize("head_dim", [40, 256])
 def test_bfloat16_and_any_strides(num_heads: int, head_dim: int, kernel: DecodeKernel | None) -> None:
-    """Heads lie as a model's projections leave them: token by token."""
+    """Heads are stored token by token, like the output of a model's projections."""
     torch.manual_seed(0)
     segments = layout((4, 1, 9), (0, 1, 150), (2, 1, 10), (5, 3, 0))
     caches = [
@@ -184,7 +182,7 @@ def test_bfloat16_and_any_strides(num_heads: int, head_dim: int, kernel: DecodeK
         assert torch.equal(*(getattr(cache, of_layer)[0].bfloat16() for cache in caches))
 
 
-def test_compiled_a_token_is_attended_alike_alone_and_among_others() -> None:
+def test_the_compiled_result_of_a_token_does_not_depend_on_other_tokens() -> None:
     torch.manual_seed(0)
     cache = new_cache(kernel=compiled(load_decode_kernel))
     for of_layer in (cache.keys, cache.values):

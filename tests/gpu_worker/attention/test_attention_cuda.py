@@ -1,4 +1,4 @@
-"""The packing of a step for varlen_attn: against regions through a slow operator, and on a GPU through torch's own."""
+"""The packing of a step for varlen_attn: on the CPU with a slow operator against regions, on a GPU with torch's."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.tiny import assert_equal_logits, linear_shapes, plan_of, random_adapt
 
 CPU = torch.device("cpu")
 WINDOWS = pytest.mark.parametrize("window", [None, 12, 1, 500])
-# Steps of a few rows, one after the other, given as (row, new tokens); 6 rows of at most 200 tokens.
+# Consecutive steps of a few rows, as (row, new tokens); 6 rows of at most 200 tokens.
 STEPS = {
     "prompts": [[(0, 7), (1, 30)]],
     "chunks": [[(0, 64), (1, 3)], [(1, 1), (0, 64)], [(1, 1), (0, 50)]],
@@ -41,7 +41,7 @@ def shape_of(dtype: torch.dtype, page_tokens: int, head_dim: int = 8) -> KvShape
 
 
 def attended(cache: KvCache, steps: list[list[tuple[int, int]]], window: int | None, device: torch.device) -> Tensor:
-    """What every token of the steps attends to, in layer 1; the same random tokens whatever the cache."""
+    """Return the attention output of every token of the steps in layer 1; random tokens are equal for all caches."""
     torch.manual_seed(0)
     dtype, head_dim = cache.shape.dtype, cache.shape.head_dim
     rows = {row: cache.allocate(1, 200) for row in sorted({row for step in steps for row, _ in step})}
@@ -62,17 +62,17 @@ def attended(cache: KvCache, steps: list[list[tuple[int, int]]], window: int | N
 @WINDOWS
 @pytest.mark.parametrize("page_tokens", [16, 256])
 @pytest.mark.parametrize("name", STEPS)
-def test_pages_are_attended_as_regions_are(name: str, page_tokens: int, window: int | None) -> None:
+def test_attention_over_pages_equals_attention_over_regions(name: str, page_tokens: int, window: int | None) -> None:
     shape = shape_of(torch.float32, page_tokens)
     pages = KvPages(shape, CPU, slow_varlen_attn)
-    shuffled_rows = [pages.allocate(1, 40) for _ in range(4)]  # so that pages of a row do not lie in order
+    shuffled_rows = [pages.allocate(1, 40) for _ in range(4)]  # so that the pages of a row are not in order
     for row in shuffled_rows[::2] + shuffled_rows[1::2]:
         pages.free(row)
     found = attended(pages, STEPS[name], window, CPU)
     torch.testing.assert_close(found, attended(KvRegions(shape), STEPS[name], window, CPU), atol=1e-5, rtol=1e-5)
 
 
-def test_the_slow_operator_is_called_as_torchs_own_is() -> None:
+def test_the_slow_operator_has_the_signature_of_torchs() -> None:
     slow, own = (inspect.signature(function).parameters for function in (slow_varlen_attn, varlen_attn))
     assert [(p.name, p.kind, p.default) for p in slow.values()] == [
         (p.name, p.kind, p.default) for p in own.values() if p.name not in ("return_aux", "num_splits")
@@ -86,10 +86,10 @@ def jobs_over(pool: list[AdapterWeights]) -> list[Job]:
 
 
 @pytest.mark.parametrize("family", ["gemma3", "llama", "qwen3"])
-def test_an_engine_over_pages_says_what_one_over_regions_says(
+def test_an_engine_over_pages_answers_like_one_over_regions(
     family: str, make_engine: MakeEngine, tiny_base: Callable[..., BaseModel]
 ) -> None:
-    """Long prompts come in chunks, rows end and begin, and with so few pages some wait again and are computed again."""
+    """Long prompts come in chunks, rows start and end, and with few pages some rows are preempted and recomputed."""
     pool = [random_adapter(linear_shapes(tiny_base(family)), seed) for seed in range(2)]
     adapters, jobs = by_digest(*pool), jobs_over(pool)
     over_pages = make_engine(
@@ -111,7 +111,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch fin
 @WINDOWS
 @pytest.mark.parametrize("head_dim", [64, 256])
 @pytest.mark.parametrize("name", STEPS)
-def test_torchs_own_operator_attends_as_the_slow_one(name: str, head_dim: int, window: int | None) -> None:
+def test_torchs_operator_equals_the_slow_one(name: str, head_dim: int, window: int | None) -> None:
     shape, cuda = shape_of(torch.bfloat16, PAGE_TOKENS["cuda"], head_dim), torch.device("cuda")
     found = attended(KvPages(shape, cuda), STEPS[name], window, cuda)
     expected = attended(KvPages(shape, CPU, slow_varlen_attn), STEPS[name], window, CPU)
@@ -120,7 +120,7 @@ def test_torchs_own_operator_attends_as_the_slow_one(name: str, head_dim: int, w
 
 @pytest.mark.gpu
 @needs_cuda
-def test_an_engine_on_cuda_says_what_one_on_the_cpu_says(
+def test_an_engine_on_cuda_answers_like_one_on_the_cpu(
     make_engine: MakeEngine, tiny_folders: Mapping[str, Path], tiny_base: Callable[..., BaseModel]
 ) -> None:
     pool = [random_adapter(linear_shapes(tiny_base()), seed) for seed in range(2)]

@@ -1,4 +1,4 @@
-"""The compiled writes and reads of regions refuse tensors that are not as the regions are."""
+"""The compiled code for regions refuses tensors of wrong shapes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def kernel() -> DecodeKernel:
 
 @pytest.mark.parametrize("shape", [(2, 1, DIM), (HEADS, 1, DIM - 1), (HEADS, 2, DIM), (1, 1, DIM)], ids=str)
 def test_keys_of_another_shape_are_not_written(shape: tuple[int, ...], kernel: DecodeKernel) -> None:
-    """The kernel would read behind the first two heads of four, and store what lies there."""
+    """The kernel would read beyond the first two heads of four, and store foreign memory."""
     larger = torch.randn(2 * HEADS, 4, 2 * DIM)
     key = larger[: shape[0], : shape[1], : shape[2]]
     keys, values = torch.zeros(2, ROWS, HEADS, TOKENS, DIM)
@@ -31,12 +31,12 @@ def test_keys_of_another_shape_are_not_written(shape: tuple[int, ...], kernel: D
 @pytest.mark.parametrize(
     ("query_shape", "output_shape"),
     [
-        ((6, 1, DIM), (1, 6, DIM)),  # no multiple of the heads of keys
+        ((6, 1, DIM), (1, 6, DIM)),  # not a multiple of the key heads
         ((HEADS, 1, DIM - 1), (1, HEADS, DIM - 1)),
         ((HEADS, 1, DIM), (1, HEADS, DIM - 1)),
     ],
 )
-def test_queries_of_another_shape_are_not_attended(
+def test_queries_of_another_shape_are_refused(
     query_shape: tuple[int, ...], output_shape: tuple[int, ...], kernel: DecodeKernel
 ) -> None:
     keys, values = torch.zeros(2, ROWS, HEADS, TOKENS, DIM)

@@ -1,4 +1,4 @@
-"""Rows and pages: who may join, who may grow, and what comes back."""
+"""Rows and pages: admission, growth, and release."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ either = pytest.mark.parametrize("build", BUILDS, ids=["regions", "pages"])
 
 
 @either
-def test_the_lowest_free_row_is_given_out(build: Build) -> None:
+def test_the_lowest_free_row_is_allocated(build: Build) -> None:
     cache = build(kv_shape())
     assert [cache.allocate(1, 1) for _ in range(3)] == [0, 1, 2]
     assert cache.num_free == 0
@@ -28,7 +28,7 @@ def test_the_lowest_free_row_is_given_out(build: Build) -> None:
 
 
 @either
-def test_a_row_takes_whole_pages_as_its_tokens_come(build: Build) -> None:
+def test_a_row_takes_whole_pages_as_it_grows(build: Build) -> None:
     cache = build(kv_shape(num_tokens=40, page_tokens=4, max_len=20))
     row = cache.allocate(5, 20)
     free = [cache.num_free_tokens]
@@ -41,7 +41,7 @@ def test_a_row_takes_whole_pages_as_its_tokens_come(build: Build) -> None:
 
 
 @either
-def test_a_row_that_cannot_grow_keeps_what_it_has(build: Build) -> None:
+def test_a_row_that_cannot_grow_keeps_its_pages(build: Build) -> None:
     cache = build(kv_shape(num_tokens=16, page_tokens=4, max_len=16))
     first, second = cache.allocate(8, 16), cache.allocate(4, 16)
     assert cache.grow(first, 12)
@@ -51,13 +51,13 @@ def test_a_row_that_cannot_grow_keeps_what_it_has(build: Build) -> None:
 
 
 @either
-def test_who_joins_leaves_a_page_for_each_row_that_still_grows(build: Build) -> None:
+def test_a_new_row_leaves_a_page_for_each_growing_row(build: Build) -> None:
     cache = build(kv_shape(num_tokens=24, page_tokens=4, max_len=16))
     cache.allocate(8, 16)
     cache.allocate(4, 4)  # as long as it gets
     assert cache.fits(8) and not cache.fits(9)
     assert cache.grow(0, 16)
-    assert cache.fits(4) and not cache.fits(5), "nobody grows any more"
+    assert cache.fits(4) and not cache.fits(5), "no row grows any more"
     cache.allocate(4, 4)
     assert not cache.fits(0), "no row is free"
 
@@ -73,5 +73,5 @@ def test_any_row_fits_an_empty_cache(build: Build) -> None:
 
 
 @either
-def test_its_size_is_what_its_pages_take(build: Build) -> None:
+def test_its_size_is_that_of_its_pages(build: Build) -> None:
     assert build(kv_shape(num_tokens=7, page_tokens=4)).num_bytes == 8 * (2 * 2 * 2 * 4 * 4)

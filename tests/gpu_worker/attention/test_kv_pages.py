@@ -1,4 +1,4 @@
-"""Pages of keys and values: what is written where, who holds which, and what is given back."""
+"""Pages of keys and values: where values are written, who owns pages, and which are freed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 def test_tokens_are_written_to_their_rows_pages_in_order() -> None:
     cache = KvPages(kv_shape(num_tokens=24, page_tokens=4, max_len=12), CPU, slow_varlen_attn)
     rows = [cache.allocate(1, 12) for _ in range(2)]
-    for row in (rows[0], rows[1], rows[0]):  # so that the pages of a row do not lie in order
+    for row in (rows[0], rows[1], rows[0]):  # so that the pages of a row are not in order
         assert cache.grow(row, cache.num_free_tokens and 5 if row == rows[1] else 9)
     plan = cache.attention([Segment(rows[1], 0, 3, 2), Segment(rows[0], 3, 5, 4)])
     key, value = torch.randn(2, 8, 4), torch.randn(2, 8, 4)
@@ -45,7 +45,7 @@ def test_freed_pages_are_wiped_and_the_others_are_not() -> None:
 
 
 @given(st.data())
-def test_pages_are_held_once_and_all_come_back(data: st.DataObject) -> None:
+def test_pages_have_one_owner_and_are_all_freed(data: st.DataObject) -> None:
     shape = kv_shape(num_tokens=60, page_tokens=4, max_len=40, num_rows=6)
     cache = KvPages(shape, torch.device("cpu"))
     lengths: dict[int, int] = {}

@@ -1,4 +1,4 @@
-"""Regions of keys and values: what is written where, and what is given back."""
+"""Regions of keys and values: where values are written, and which memory is freed."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-def test_memory_is_taken_where_tokens_are_and_given_back_when_their_row_leaves() -> None:
-    """Regions of 64 MiB each: a few tokens take next to nothing, a whole one all of it, a freed one nothing."""
+def test_memory_is_used_for_written_tokens_and_freed_with_their_row() -> None:
+    """Regions have 64 MiB: a few tokens use almost nothing, a full region all of it, a freed one nothing."""
     before = resident_bytes()
     cache = KvRegions(kv_shape(head_dim=512, max_len=4096, num_tokens=3 * 4096, page_tokens=16))
     row = cache.allocate(4096, 4096)
@@ -56,8 +56,8 @@ def test_memory_is_taken_where_tokens_are_and_given_back_when_their_row_leaves()
     assert resident_bytes() - before < 8 << 20
 
 
-def test_regions_larger_than_the_machine_take_address_space_only() -> None:
-    """256 rows of 131,072 tokens: 2 TiB, of which a few tokens are written, the very last ones included."""
+def test_regions_larger_than_the_machine_use_address_space_only() -> None:
+    """256 rows of 131,072 tokens take 2 TiB. A few tokens are written, including the very last ones."""
     shape = kv_shape(num_heads=8, head_dim=512, num_rows=256, max_len=131_072, num_tokens=4096, page_tokens=16)
     assert shape.num_rows * region_bytes(shape) == 1 << 41
     before = resident_bytes()

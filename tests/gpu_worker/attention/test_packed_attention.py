@@ -1,4 +1,4 @@
-"""The attention function that transformers calls, whatever the device."""
+"""The attention function that transformers calls on every device."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.gpu_worker.slow_varlen_attention import slow_varlen_attn
 
 @dataclass
 class Noting(AttentionPlan):
-    """Return the values, and note the arguments."""
+    """Returns the values, and records the arguments."""
 
     asked: list[tuple[int, float, int | None]] = field(default_factory=list)
 
@@ -47,7 +47,7 @@ def filled(plan: AttentionPlan | None = None) -> StepContext:
     return step
 
 
-def test_the_steps_plan_is_asked_for_the_modules_layer() -> None:
+def test_the_steps_plan_is_called_with_the_modules_layer() -> None:
     plan = Noting()
     step = filled(plan)
     attended, weights = packed_attention(layer(3), VALUE, VALUE, VALUE, None, step=step, scaling=0.5, sliding_window=7)
@@ -56,7 +56,7 @@ def test_the_steps_plan_is_asked_for_the_modules_layer() -> None:
     torch.testing.assert_close(attended, VALUE.transpose(1, 2))
 
 
-def test_arguments_that_ask_for_nothing_are_accepted() -> None:
+def test_arguments_without_effect_are_accepted() -> None:
     nothing = {"dropout": 0.0, "position_ids": torch.arange(5), "s_aux": None, "use_cache": False, "is_causal": True}
     packed_attention(layer(), VALUE, VALUE, VALUE, None, step=filled(), scaling=1.0, **nothing)
 
@@ -91,7 +91,7 @@ def test_a_model_that_does_not_pass_the_step_on_is_refused() -> None:
         packed_attention(layer(), VALUE, VALUE, VALUE, None, scaling=1.0)
 
 
-def test_a_layer_may_attend_once_a_step() -> None:
+def test_a_layer_may_attend_once_per_step() -> None:
     step = filled()
     for index in (0, 1):
         packed_attention(layer(index), VALUE, VALUE, VALUE, None, step=step, scaling=1.0)
@@ -114,7 +114,7 @@ def test_a_layer_may_attend_once_a_step() -> None:
     ],
     ids=str,
 )
-def test_heads_that_are_not_the_caches_are_refused(
+def test_heads_that_do_not_match_the_cache_are_refused(
     over: str, query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...]
 ) -> None:
     shape = kv_shape()

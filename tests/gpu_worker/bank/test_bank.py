@@ -1,4 +1,4 @@
-"""The bank's rows, moved in all modules together, compared with a table of what each row should hold."""
+"""The bank's rows, moved in all modules together, compared with a table of their expected contents."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def weights_of(seed: int, ranks: dict[str, int]) -> AdapterWeights:
 
 
 def assert_holds(bank: LoraBank, rows: list[int], weights: AdapterWeights) -> None:
-    """Each module's values in rank order, zeros past its rank and where it is None."""
+    """Check each module's values in rank order: zeros beyond its rank and where it is None."""
     bank.set_active(NUM_ROWS)
     for name, module_bank in bank.modules.items():
         a = torch.zeros(len(rows), LINEARS[name].in_features)
@@ -70,7 +70,7 @@ def test_swapped_rows_change_places_in_every_module(rows: list[int], others: lis
     assert_free(bank, [row for row in range(NUM_ROWS) if row not in rows + others])
 
 
-def test_the_bank_says_what_it_takes() -> None:
+def test_the_bank_reports_its_size() -> None:
     bank = LoraBank(LINEARS, NUM_ROWS)
     assert bank.shapes == {"up": (5, 3), "gate": (5, 3), "down": (3, 5), "square": (3, 3)}
     assert bank.num_bytes == NUM_ROWS * 4 * sum(num_out + num_in for num_out, num_in in bank.shapes.values())

@@ -1,4 +1,4 @@
-"""Adapter weights as the bank holds them, compared with the formula applied module by module."""
+"""Adapter weights in the bank's layout, compared with the formula applied module by module."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def module(name: str, rank: int, *, scaling: float = 0.5, dtype: torch.dtype = t
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_module_is_cast_transposed_and_scaled_as_alone(dtype: torch.dtype) -> None:
-    """Modules of one shape with other scalings, ranks and dtypes."""
+    """Modules of one shape have different scalings, ranks and dtypes."""
     mixes = [
         {"x": module("x", 2), "y": module("y", 2, scaling=3.0), "z": module("z", 1)},
         {"x": module("x", 2), "y": module("y", 5)},
@@ -42,7 +42,7 @@ def test_every_module_is_cast_transposed_and_scaled_as_alone(dtype: torch.dtype)
 
 
 def spoiled(name: str, **changes: float) -> ModuleWeights:
-    """One value of lora_a or lora_b set, or the scaling."""
+    """Set one value of lora_a or lora_b, or the scaling."""
     good = module(name, 2)
     a, b = good.lora_a.clone(), good.lora_b.clone()
     a[1, 2], b[2, 1] = changes.get("a", 1.0), changes.get("b", 1.0)
@@ -61,7 +61,7 @@ def test_a_module_that_is_not_finite_once_scaled_is_refused_by_name(changes: dic
     assert "x is" not in str(caught.value) and "z is" not in str(caught.value)
 
 
-def test_the_largest_values_that_the_dtype_holds_are_taken() -> None:
+def test_the_largest_finite_values_are_accepted() -> None:
     weights = AdapterWeights("d", {"x": spoiled("x", a=3e38, b=-3e38)})
     assert to_device_layout(weights, SHAPES, torch.bfloat16).modules["x"].a.isfinite().all()
 

@@ -1,4 +1,4 @@
-"""Fetching adapter weights: once each, within a budget, failures kept apart."""
+"""Fetching adapter weights: once each, within a budget, with isolated failures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WEIGHTS_BYTES = 2 * 4 * 8 * 4  # a and bt, rank 4, 8 wide, float32
 
 
 class Store:
-    """Counts what is fetched. A digest that starts with `slow` comes when the test sets its future."""
+    """Counts fetches. A digest that starts with `slow` arrives when the test sets its future."""
 
     def __init__(self) -> None:
         self.fetched: list[str] = []
@@ -79,7 +79,7 @@ def test_a_failed_fetch_fails_its_future_and_the_next_request_retries() -> None:
     store.is_down = False
     assert loader.load("a").result(0).weights_digest == "a"
     assert store.fetched == ["a", "a"]
-    assert events == ["done", "done"], "a failure wakes the engine too"
+    assert events == ["done", "done"], "a failure notifies the engine too"
 
 
 def test_an_unfit_adapter_keeps_its_own_error_and_is_not_cached() -> None:
@@ -91,7 +91,7 @@ def test_an_unfit_adapter_keeps_its_own_error_and_is_not_cached() -> None:
     assert loader.cached_bytes == 0
 
 
-def test_a_finished_load_is_done_before_the_engine_is_woken() -> None:
+def test_a_load_is_done_before_the_engine_is_notified() -> None:
     seen: list[bool] = []
     executor = HeldExecutor()
     loader = loader_of(Store(), executor=executor, on_done=lambda: seen.append(future.done()))
@@ -118,7 +118,7 @@ def test_the_least_recently_used_weights_go_first() -> None:
     assert store.fetched == ["a", "b", "c", "b"]
 
 
-def test_weights_larger_than_the_budget_still_serve() -> None:
+def test_weights_larger_than_the_budget_can_be_used() -> None:
     store = Store()
     loader = loader_of(store, budget_bytes=1)
     assert loader.load("a").result(0).weights_digest == "a"
@@ -137,7 +137,7 @@ def test_a_load_in_progress_is_never_evicted() -> None:
     assert store.fetched == ["slow", "quick"]
 
 
-def test_stalled_fetches_take_no_thread_from_the_others() -> None:
+def test_stalled_fetches_block_no_thread_of_the_others() -> None:
     store = Store()
     with ThreadPoolExecutor(1) as executor:
         loader = loader_of(store, executor=executor)
@@ -147,14 +147,14 @@ def test_stalled_fetches_take_no_thread_from_the_others() -> None:
         assert loader.loading == {f"slow-{i}" for i in range(10)}
 
 
-def test_what_the_fetch_says_to_the_client_reaches_it() -> None:
+def test_the_fetchs_message_reaches_the_client() -> None:
     store = Store()
     future = loader_of(store).load("slow")
     store.slow["slow"].set_exception(AdapterLoadFailed("the adapter was withdrawn"))
     assert str(future.exception(0)) == "the adapter was withdrawn"
 
 
-def test_a_fetch_that_cannot_begin_fails_its_load_alone() -> None:
+def test_a_fetch_that_cannot_start_fails_only_its_load() -> None:
     def fetch(digest: str) -> Future[AdapterWeights]:
         raise RuntimeError("the event loop is closed")
 
@@ -181,7 +181,7 @@ def test_discarded_weights_take_no_memory_and_are_fetched_again() -> None:
     assert store.fetched == ["a", "b", "a"]
 
 
-def test_discarding_leaves_a_load_in_progress_alone() -> None:
+def test_discarding_does_not_affect_a_load_in_progress() -> None:
     store = Store()
     loader = loader_of(store)
     slow = loader.load("slow")

@@ -18,17 +18,17 @@ from gpu_worker.errors import PlanTooLarge
 from lora_store.adapter import AdapterWeights, ModuleWeights
 
 NUM_ROWS = 10
-RANKS = [1, 1, 2, 3, 3, 4, 5, 7, 10, 11]  # the last can never fit
+RANKS = [1, 1, 2, 3, 3, 4, 5, 7, 10, 11]  # the last one never fits
 
 
 def adapter(digest: str, rank: int, *other_ranks: int) -> DeviceAdapter:
-    """An adapter whose widest module has the largest of the ranks."""
+    """Return an adapter whose widest module has the largest of the ranks."""
     modules = {str(i): DeviceModule(torch.zeros(r, 1), torch.zeros(r, 1)) for i, r in enumerate((rank, *other_ranks))}
     return DeviceAdapter(digest, modules)
 
 
 def try_pin(residency: Residency, *adapters: DeviceAdapter) -> bool:
-    """Pin with the weights of all at hand, and settle."""
+    """Pin with all weights loaded, and settle."""
     by_digest = {adapter.weights_digest: adapter for adapter in adapters}
     is_pinned = residency.try_pin(list(by_digest), by_digest)
     residency.settle()
@@ -47,7 +47,7 @@ STALE = ("nobody's", 0)
 
 
 class RowList:
-    """Rows as (digest, rank index), None where free, `STALE` where something was that has moved."""
+    """Rows as (digest, rank index); None for free rows, `STALE` for the source of a move."""
 
     def __init__(self, num_rows: int = NUM_ROWS) -> None:
         self.num_rows = num_rows
@@ -82,7 +82,7 @@ class RowList:
 
 
 class ResidencyMachine(RuleBasedStateMachine):
-    """Plans come and go; a plain list of pins and of last uses says what must hold."""
+    """Random plans are pinned and unpinned; a simple list of pins and of last uses gives the expected state."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,11 +90,11 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.residency = Residency(self.bank)
         self.plans: list[list[DeviceAdapter]] = []
         self.last_used: list[str] = []  # resident digests, least recently used first
-        self.unwritten: set[str] = set()  # brought in since it was last settled
+        self.unwritten: set[str] = set()  # brought in since the last `settle`
 
     @rule(plan=st.lists(st.sampled_from(POOL), min_size=1, max_size=4, unique_by=lambda a: a.weights_digest))
     def pin(self, plan: list[DeviceAdapter]) -> None:
-        """Only what is not resident is at hand."""
+        """Pin with only the non-resident weights loaded."""
         before = (self.bank.content[:], self.residency.active_rows, self.residency.num_pins)
         digests = [a.weights_digest for a in plan]
         loaded = {a.weights_digest: a for a in plan if a.weights_digest not in self.residency}
@@ -139,7 +139,7 @@ class ResidencyMachine(RuleBasedStateMachine):
 
     @rule()
     def settle(self) -> None:
-        """The prefix holds exactly the pinned; only rows of theirs that lay outside have moved."""
+        """Check that the prefix has exactly the pinned rows, and that only their outside rows have moved."""
         pinned = {a.weights_digest: a.max_rank for a in self.pinned()}
         num_active = sum(pinned.values())
         outside = [row for digest in pinned for row in self.residency.rows(digest) if row >= num_active]
@@ -156,7 +156,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         return [a for plan in self.plans for a in plan]
 
     def expect_evictions(self, plan: list[DeviceAdapter]) -> None:
-        """The least recently used went, no more of them than needed."""
+        """Check that the least recently used were evicted, and no more than needed."""
         rank_of = {a.weights_digest: a.max_rank for a in POOL}
         wanted = [a.weights_digest for a in plan]
         pinned = {a.weights_digest for a in self.pinned()}
@@ -186,7 +186,7 @@ class ResidencyMachine(RuleBasedStateMachine):
 
     @invariant()
     def nothing_leaks(self) -> None:
-        """Every row is a resident adapter's or cleared, and every pin is a plan's."""
+        """Check that every row belongs to a resident adapter or is cleared, and every pin to a plan."""
         written = self.residency.resident - self.unwritten
         held = sum(content not in (None, STALE) for content in self.bank.content)
         assert held == sum(len(self.residency.rows(digest)) for digest in written)
@@ -216,7 +216,7 @@ def test_a_plan_that_needs_pinned_rows_waits_until_they_are_unpinned() -> None:
     assert residency.resident == {"second"}
 
 
-def test_an_adapter_stays_active_until_its_last_pin_goes() -> None:
+def test_an_adapter_stays_active_until_its_last_pin_is_removed() -> None:
     residency = Residency(RowList(4))
     shared = adapter("shared", 3)
     assert try_pin(residency, shared) and try_pin(residency, shared)
@@ -226,7 +226,7 @@ def test_an_adapter_stays_active_until_its_last_pin_goes() -> None:
     assert residency.active_rows == 0
 
 
-def test_rows_of_the_real_bank_move_with_their_adapter_and_are_cleared_when_it_goes() -> None:
+def test_rows_of_the_real_bank_move_with_their_adapter_and_are_cleared_on_eviction() -> None:
     bank = LoraBank({"m": torch.nn.Linear(3, 2)}, 5, free_fill=float("nan"))
     residency = Residency(bank)
     random = partial(torch.randn, generator=torch.Generator().manual_seed(0))
@@ -249,7 +249,7 @@ def test_rows_of_the_real_bank_move_with_their_adapter_and_are_cleared_when_it_g
     assert len(free) == 1 and bool(module.a[free].isnan().all()) and bool(module.bt[free].isnan().all())
 
 
-def test_an_adapter_that_makes_way_for_a_new_one_is_used_again_as_it_was() -> None:
+def test_an_evicted_adapter_is_unchanged_when_used_again() -> None:
     bank = LoraBank({"m": torch.nn.Linear(3, 2)}, 4, free_fill=float("nan"))
     residency = Residency(bank)
     weights = [AdapterWeights(str(i), {"m": ModuleWeights(torch.rand(2, 3), torch.rand(2, 2), 1.0)}) for i in range(2)]

@@ -23,7 +23,7 @@ TOLERANCE = {"native": 1e-4, "vllm": 1e-3}
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Gemma-3 with heads of 32 values: vLLM's attention supports no smaller ones on the CPU."""
+    """Save a random Gemma-3 with heads of 32 values: vLLM's attention supports no smaller ones on the CPU."""
     torch.manual_seed(0)
     changes = {"hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 1024}
     model = Gemma3ForCausalLM(
@@ -61,7 +61,7 @@ def start_again() -> Callable[[HostedEngine], HostedEngine]:
 
 @pytest.fixture
 def hosted(session_engine: HostedEngine) -> Iterator[HostedEngine]:
-    """An engine that holds no adapter. A test must leave it idle."""
+    """Return an engine that holds no adapter. A test must leave it idle."""
     yield session_engine
     session_engine.forget_all()
     status = session_engine.status()

@@ -1,4 +1,4 @@
-"""How the conformance tests start an engine, give it adapters and ask it."""
+"""Start an engine in the conformance tests, give it adapters and send it jobs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class HostedEngine:
     def __init__(self, start: StartEngine, config: WorkerConfig) -> None:
         self.start, self.config = start, config
         self.pool: dict[str, AdapterWeights] = {}
-        self.held: dict[str, Future[AdapterWeights]] = {}  # fetches that a test ends itself
+        self.held: dict[str, Future[AdapterWeights]] = {}  # fetches that the test ends itself
         self.fetched: list[str] = []
         self.children_before = psutil.Process().children(recursive=True)
         self._loop = asyncio.new_event_loop()
@@ -75,7 +75,7 @@ class HostedEngine:
         return self.run(self.engine.status())
 
     def forget_all(self) -> None:
-        """Leave nothing of the pool in the engine."""
+        """Remove everything of the pool from the engine."""
         assert self.run(self.engine.forget(list(self.pool)))
         self.pool.clear()
         self.fetched.clear()
@@ -107,17 +107,17 @@ class HostedEngine:
 
 
 def job(prompt: str, plan: Plan = BASE_PLAN, sampling: SamplingParams = GREEDY, **changes: Any) -> Job:
-    """A greedy job, with log probabilities of the first tokens."""
+    """Return a greedy job, with log probabilities of the first tokens."""
     return Job("conformance", prompt, plan, sampling, **changes)
 
 
 def tokens_of(answer: Completion) -> list[bytes]:
-    """The answer's tokens. A byte tokenizer's texts do not tell invalid bytes apart."""
+    """Return the answer's tokens. A byte tokenizer's texts do not distinguish invalid bytes."""
     return [entry.token for entry in answer.logprobs]
 
 
 def assert_same(found: Sequence[Completion], expected: Sequence[Completion], tolerance: float) -> None:
-    """Equal answers: the same tokens, and log probabilities within the tolerance."""
+    """Check that answers are equal: the same tokens, and log probabilities within the tolerance."""
     assert [tokens_of(answer) for answer in found] == [tokens_of(answer) for answer in expected]
     assert [answer.text for answer in found] == [answer.text for answer in expected]
     for one, other in zip(found, expected, strict=True):

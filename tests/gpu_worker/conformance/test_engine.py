@@ -17,7 +17,7 @@ ENDLESS = SamplingParams(max_tokens=240, temperature=0, ignore_eos=True)
 
 @pytest.fixture
 def own(session_engine: HostedEngine, start_again: Callable[[HostedEngine], HostedEngine]) -> Iterator[HostedEngine]:
-    """A second engine of the same kind, which the test may end."""
+    """Return a second engine of the same kind, which the test may end."""
     hosted = start_again(session_engine)
     yield hosted
     hosted.close()

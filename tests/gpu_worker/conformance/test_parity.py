@@ -32,7 +32,7 @@ def unequal_ranks(name: str) -> int:
 
 
 def plans_of(adapter: MakeAdapter) -> dict[str, Plan]:
-    """One plan of every kind, over three adapters."""
+    """Return one plan of every kind, over three adapters."""
     plain, partial, unequal = adapter(1), adapter(2, rank=3, modules=attention), adapter(3, rank_of=unequal_ranks)
     rank_stabilised = adapter(4, rank=4, scaling=6 / 4**0.5)
     return {
@@ -67,7 +67,7 @@ def test_every_kind_of_plan_equals_the_reference(
 def assert_follows(
     name: str, answer: Completion, steps: Sequence[Step], reference: Reference, tolerance: float
 ) -> None:
-    """The answer has the steps' tokens, and their log probabilities."""
+    """Check that the answer has the steps' tokens, and their log probabilities."""
     assert tokens_of(answer) == [reference.token_bytes(step.token) for step in steps], name
     for entry, step in zip(answer.logprobs, steps, strict=True):
         known = step.logprobs.topk(len(entry.top)).values

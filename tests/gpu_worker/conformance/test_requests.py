@@ -84,7 +84,7 @@ def test_log_probabilities_are_those_of_the_model_before_bias_and_temperature(ho
         assert abs(logprob - expected) < 1e-3
 
 
-def test_a_seed_makes_sampling_repeatable_beside_other_rows(hosted: HostedEngine, adapter: MakeAdapter) -> None:
+def test_a_seed_makes_sampling_repeatable_in_any_batch(hosted: HostedEngine, adapter: MakeAdapter) -> None:
     plan = plan_of("selection", (adapter(1), 1.0))
     seeded = job("seed", plan, replace(DRAWN, seed=7))
     [alone] = hosted.answers(seeded)

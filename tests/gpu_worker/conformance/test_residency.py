@@ -1,4 +1,4 @@
-"""Adapters come and go while jobs run: what is loaded, shared, forgotten and never leaks."""
+"""Adapters are loaded, shared and forgotten while jobs run, and nothing leaks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many threads a worker takes on the machine it runs on."""
+"""The number of threads that a worker uses on its machine."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_quota_is_read_from_either_version(tmp_path: Path, files: dict[str, st
     assert cgroup_quotas(tmp_path) == expected
 
 
-def test_a_process_that_may_use_one_cpu_counts_one() -> None:
+def test_a_process_limited_to_one_cpu_counts_one() -> None:
     allowed = os.sched_getaffinity(0)
     assert 1 <= usable_cpus() <= len(allowed)
     os.sched_setaffinity(0, {min(allowed)})
@@ -47,5 +47,5 @@ def test_a_process_that_may_use_one_cpu_counts_one() -> None:
         os.sched_setaffinity(0, allowed)
 
 
-def test_a_number_that_is_set_stays() -> None:
+def test_a_configured_number_is_kept() -> None:
     assert with_threads(WorkerConfig(num_threads=7)).num_threads == 7

@@ -1,4 +1,4 @@
-"""What a container may still take."""
+"""The memory that a container may still use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def write(root: Path, files: dict[str, str]) -> None:
         (root / name).write_text(text + "\n")
 
 
-def test_a_limit_leaves_what_is_not_used_and_what_files_hold(tmp_path: Path) -> None:
+def test_unused_memory_and_cached_files_count_as_free(tmp_path: Path) -> None:
     stat = "anon 300\ninactive_file 100\ntotal_inactive_file 150"
     write(tmp_path, {"memory.max": "1000", "memory.current": "600", "memory.stat": stat})
     assert cgroup_bytes(tmp_path) == [500]
@@ -27,27 +27,27 @@ def test_a_limit_leaves_what_is_not_used_and_what_files_hold(tmp_path: Path) -> 
     assert cgroup_bytes(tmp_path) == [500, 1350]
 
 
-def test_no_limit_is_none(tmp_path: Path) -> None:
+def test_without_limits_the_list_is_empty(tmp_path: Path) -> None:
     assert cgroup_bytes(tmp_path) == []
     write(tmp_path, {"memory.max": "max"})
     assert cgroup_bytes(tmp_path) == []
 
 
-def test_workers_that_share_a_device_plan_with_no_more_than_it_has() -> None:
-    """All of it is free to each, where they plan at the same time; the last of several finds less than its share."""
+def test_workers_of_one_device_plan_with_at_most_its_memory() -> None:
+    """If they plan at once, each sees all memory as free; the last of several finds less than its share."""
     assert share_of(80, 80, 1.0) == 80
     assert share_of(80, 80, 0.5) + share_of(80, 80, 0.5) == 80
     assert 3 * share_of(80, 80, 0.333) <= 80
     assert share_of(30, 80, 0.5) == 30
 
 
-def test_this_machine_has_memory_left_and_no_more_than_it_has_at_all() -> None:
+def test_this_machine_has_free_memory_below_its_total() -> None:
     total = int(Path("/proc/meminfo").read_text().split()[1]) << 10
     assert 1 << 20 < free_bytes(torch.device("cpu")) < total
 
 
 def proc_of(root: Path, overcommit: int) -> Path:
-    """A /proc of a process that has mapped 3 MiB, 1 MiB of it data, on a machine that may still charge 5 MiB."""
+    """Write a /proc of a process with 3 MiB of mappings, 1 MiB of it data, on a machine with 5 MiB left to commit."""
     files = {
         "self/status": "Name:\tpython\nVmSize:\t    3072 kB\nVmData:\t    1024 kB\nThreads:\t1",
         "sys/vm/overcommit_memory": f"{overcommit}",
@@ -57,7 +57,7 @@ def proc_of(root: Path, overcommit: int) -> Path:
     return root
 
 
-def test_what_may_be_mapped_is_bounded_by_the_process_and_by_strict_overcommit(tmp_path: Path) -> None:
+def test_mappings_are_limited_by_the_process_and_by_strict_overcommit(tmp_path: Path) -> None:
     bounds = {resource.RLIMIT_AS: 10 << 20, resource.RLIMIT_DATA: 4 << 20}
     assert mapping_limits(proc_of(tmp_path, 2), lambda kind: (bounds[kind], -1)) == [
         MappingLimit("RLIMIT_AS", 7 << 20),
@@ -66,13 +66,13 @@ def test_what_may_be_mapped_is_bounded_by_the_process_and_by_strict_overcommit(t
     ]
 
 
-def test_without_bounds_nothing_limits_what_may_be_mapped(tmp_path: Path) -> None:
+def test_without_limits_mappings_are_unlimited(tmp_path: Path) -> None:
     for overcommit in (0, 1):
         limits = mapping_limits(proc_of(tmp_path, overcommit), lambda kind: (resource.RLIM_INFINITY, -1))
         assert limits == []
 
 
-def test_this_process_reads_its_own_bounds() -> None:
+def test_this_process_reads_its_own_limits() -> None:
     assert all(limit.free_bytes > 0 for limit in mapping_limits())
     bounded = mapping_limits(limits_of=lambda kind: (1 << 50, -1))
     assert [limit.name for limit in bounded[:2]] == ["RLIMIT_AS", "RLIMIT_DATA"]

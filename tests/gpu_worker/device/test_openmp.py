@@ -11,11 +11,11 @@ from gpu_worker.device.openmp import load_executor, run_on_short_lived_thread, t
 from gpu_worker.engine.engine_thread import EngineThread
 from tests.gpu_worker.engine_driver import MakeEngine, by_digest, run
 
-MANY = 1 << 20  # values: torch shares work on so many among its threads
+MANY = 1 << 20  # values: torch uses its threads for this many
 
 
 def computing_threads() -> int:
-    """The threads of this process, right after the caller has made torch share work among as many as it may."""
+    """Return the threads of this process after the caller has made torch use as many as allowed."""
     torch.ones(MANY).neg()
     return num_threads()
 
@@ -42,20 +42,20 @@ def two_threads(request: pytest.FixtureRequest) -> None:
     request.addfinalizer(lambda: torch.set_num_threads(before))
 
 
-def test_what_is_made_in_passing_leaves_no_thread(two_threads: None) -> None:
-    before = computing_threads()  # this thread's own team included
+def test_a_short_lived_thread_leaves_no_team(two_threads: None) -> None:
+    before = computing_threads()  # includes this thread's own team
     inside = run_on_short_lived_thread(computing_threads)
     assert inside == before + 2, "it has a thread and a team of two, its own included, while it runs"
     assert settled(before)
 
 
-def test_what_is_made_in_passing_is_returned_and_its_error_raised() -> None:
+def test_a_short_lived_thread_passes_on_result_and_error() -> None:
     assert run_on_short_lived_thread(lambda: "made") == "made"
     with pytest.raises(ZeroDivisionError):
         run_on_short_lived_thread(lambda: 1 / 0)
 
 
-def test_loads_compute_alone_and_others_as_before(two_threads: None) -> None:
+def test_loads_use_one_thread_and_other_work_is_unaffected(two_threads: None) -> None:
     before = computing_threads()
     with load_executor(1) as executor:
         assert executor.submit(computing_threads).result() == before + 1
@@ -63,7 +63,7 @@ def test_loads_compute_alone_and_others_as_before(two_threads: None) -> None:
     assert torch.get_num_threads() == 2
 
 
-def test_a_thread_that_computes_alone_changes_no_other(two_threads: None) -> None:
+def test_a_single_threaded_thread_does_not_affect_others(two_threads: None) -> None:
     def alone() -> int:
         use_one_thread()
         return torch.get_num_threads()
@@ -73,8 +73,8 @@ def test_a_thread_that_computes_alone_changes_no_other(two_threads: None) -> Non
     assert run_on_short_lived_thread(torch.get_num_threads) == 2
 
 
-def test_a_team_that_ended_is_made_anew(two_threads: None) -> None:
-    """As often as it ends: those that are gone are not counted among the threads there are."""
+def test_an_ended_team_is_started_again(two_threads: None) -> None:
+    """This can be repeated: ended threads are not counted."""
 
     def rounds() -> list[tuple[int, int]]:
         end_team, found = thread_team_releaser(), []
@@ -89,7 +89,7 @@ def test_a_team_that_ended_is_made_anew(two_threads: None) -> None:
         assert executor.submit(rounds).result() == [(1, 0)] * 3
 
 
-def test_an_engine_that_waits_keeps_no_team(
+def test_a_waiting_engine_has_no_team(
     two_threads: None,
     make_engine: MakeEngine,
     start: Callable[..., EngineThread],

@@ -1,4 +1,4 @@
-"""Who runs next, counted in engine steps; and what waiting requests keep in host memory."""
+"""The order of admission, counted in engine steps, and the host memory of waiting requests."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def steps_to_first_token(engine: Engine, answer: Answer, *, at_most: int) -> int
 
 
 @pytest.mark.parametrize("same_tenant", [True, False])
-def test_one_request_for_b_passes_a_flood_for_a(
+def test_one_request_for_b_overtakes_a_flood_for_a(
     same_tenant: bool, scale: Scale, make_engine: MakeEngine, shapes: Shapes, alone: Alone
 ) -> None:
-    """Its first token comes once the first two of the rows that run have ended: new tokens of a row + 2 steps."""
+    """Its first token comes once the first two running rows have ended: after the new tokens of a row + 2 steps."""
     num_new, pool = 6, [random_adapter(shapes, i) for i in range(2)]
     engine = make_engine(by_digest(*pool))
     flood = [
@@ -69,7 +69,7 @@ def test_one_request_for_b_passes_a_flood_for_a(
     assert_nothing_held(engine)
 
 
-def test_a_tenant_with_many_adapters_takes_no_more_than_its_turns(make_engine: MakeEngine, shapes: Shapes) -> None:
+def test_a_tenant_with_many_adapters_gets_only_its_turns(make_engine: MakeEngine, shapes: Shapes) -> None:
     pool = [random_adapter(shapes, i, rank=1, modules=lambda name: "layers.0" in name) for i in range(30)]
     engine = make_engine(by_digest(*pool), max_batch_size=2)
     flood = [ask(engine, job_of("many", only(weights), i, 3)) for i, weights in enumerate(pool)]
@@ -82,10 +82,8 @@ def test_a_tenant_with_many_adapters_takes_no_more_than_its_turns(make_engine: M
     assert all(answer.is_finished for answer in flood)
 
 
-def test_a_wide_plan_that_is_passed_over_reserves_the_bank_from_every_tenant(
-    make_engine: MakeEngine, shapes: Shapes
-) -> None:
-    """Small ones of two tenants keep coming, and would never leave room at once; base rows pass all the same."""
+def test_a_wide_plan_that_was_passed_over_reserves_the_bank(make_engine: MakeEngine, shapes: Shapes) -> None:
+    """Small plans of two tenants would never leave room at once. Rows of the base model still start."""
     wide, *small = (random_adapter(shapes, i, rank=rank) for i, rank in enumerate((8, 4, 4)))
     engine = make_engine(by_digest(wide, *small), bank_rank_rows=8, max_batch_size=4)
     for number in range(2):
@@ -109,7 +107,7 @@ def test_a_wide_plan_that_is_passed_over_reserves_the_bank_from_every_tenant(
 
 
 class Slow:
-    """Fetches end when the test says so; counts them by digest."""
+    """Fetches end when the test says so, and are counted by digest."""
 
     def __init__(self, *weights: AdapterWeights) -> None:
         self.weights = by_digest(*weights)
@@ -136,9 +134,7 @@ def small_adapters(shapes: Shapes, count: int) -> list[AdapterWeights]:
     return [random_adapter(shapes, i, rank=1, modules=lambda name: "layers.0.mlp.up" in name) for i in range(count)]
 
 
-def test_loads_begin_at_once_and_for_no_more_rows_than_the_window_holds(
-    make_engine: MakeEngine, shapes: Shapes
-) -> None:
+def test_loads_start_at_once_for_at_most_the_rows_of_the_window(make_engine: MakeEngine, shapes: Shapes) -> None:
     pool = small_adapters(shapes, 40)
     slow = Slow(*pool)
     engine = make_engine({}, fetch=slow, max_batch_size=8)
@@ -154,8 +150,8 @@ def test_loads_begin_at_once_and_for_no_more_rows_than_the_window_holds(
     assert all(answer.is_finished for answer in answers)
 
 
-def test_waiting_rows_keep_no_more_weights_than_the_budget(make_engine: MakeEngine, shapes: Shapes) -> None:
-    """The batch is full: nothing that is loaded ahead can start."""
+def test_weights_of_waiting_rows_stay_within_the_budget(make_engine: MakeEngine, shapes: Shapes) -> None:
+    """The batch is full, so no prefetched row can start."""
     pool = small_adapters(shapes, 40)
     slow = Slow(*pool)
     engine = make_engine({}, fetch=slow, max_batch_size=20, host_cache_bytes=0)
@@ -173,7 +169,7 @@ def test_waiting_rows_keep_no_more_weights_than_the_budget(make_engine: MakeEngi
     assert all(answer.is_finished for answer in (*busy, *answers))
 
 
-def test_rows_behind_a_full_window_go_on_with_what_the_bank_holds(make_engine: MakeEngine, shapes: Shapes) -> None:
+def test_rows_after_a_full_window_start_with_resident_adapters(make_engine: MakeEngine, shapes: Shapes) -> None:
     held, *rest = small_adapters(shapes, 20)
     slow = Slow(held, *rest)
     engine = make_engine({}, fetch=slow, max_batch_size=4)
@@ -189,7 +185,9 @@ def test_rows_behind_a_full_window_go_on_with_what_the_bank_holds(make_engine: M
     assert all(answer.is_finished for answer in behind) and not any(answer.events for answer in stalled)
 
 
-def test_all_who_wait_for_a_load_fail_with_it_and_the_next_one_retries(make_engine: MakeEngine, shapes: Shapes) -> None:
+def test_all_rows_that_wait_for_a_failed_load_fail_and_the_next_retries(
+    make_engine: MakeEngine, shapes: Shapes
+) -> None:
     weights, other = small_adapters(shapes, 2)
     slow = Slow(weights, other)
     engine = make_engine({}, fetch=slow)
@@ -206,7 +204,7 @@ def test_all_who_wait_for_a_load_fail_with_it_and_the_next_one_retries(make_engi
     assert again.is_finished and slow.asked.count(weights.weights_digest) == 2
 
 
-def test_a_row_that_leaves_hands_its_load_to_the_next_that_needs_it(make_engine: MakeEngine, shapes: Shapes) -> None:
+def test_the_load_of_a_cancelled_row_serves_the_next_row(make_engine: MakeEngine, shapes: Shapes) -> None:
     [weights] = small_adapters(shapes, 1)
     executor = HeldExecutor()
     engine = make_engine(by_digest(weights), executor=executor)
@@ -219,10 +217,10 @@ def test_a_row_that_leaves_hands_its_load_to_the_next_that_needs_it(make_engine:
     assert_nothing_held(engine)
 
 
-def test_two_thousand_rows_that_cannot_start_cost_a_step_little(
+def test_two_thousand_rows_that_cannot_start_cost_little_per_step(
     scale: Scale, make_engine: MakeEngine, shapes: Shapes
 ) -> None:
-    """Each waits for adapters of its own: a step looks at every one, and does no more."""
+    """Each row waits for adapters of its own: a step checks every row once."""
     pool = small_adapters(shapes, 70)
     slow = Slow(*pool)
     engine = make_engine({}, fetch=slow)
@@ -239,7 +237,7 @@ def test_two_thousand_rows_that_cannot_start_cost_a_step_little(
 
 
 def count_looks(engine: Engine) -> list[int]:
-    """Count, in the list's one number, the waiting rows that admission looks at from now on."""
+    """Count the waiting rows that admission checks from now on."""
     looks, turns = [0], engine.waiting.turns
 
     def counted() -> Iterator[Row]:
@@ -251,10 +249,10 @@ def count_looks(engine: Engine) -> list[int]:
     return looks
 
 
-def test_a_full_bank_is_not_tried_again_for_all_that_wait_until_something_changes(
+def test_waiting_rows_are_not_checked_again_until_something_changes(
     make_engine: MakeEngine, shapes: Shapes, alone: Alone
 ) -> None:
-    """Sixty adapter sets wait while one row holds the bank: a step looks at none of them."""
+    """Sixty adapter sets wait while one row occupies the bank: a step checks none of them."""
     pool = [random_adapter(shapes, i, rank=4, modules=lambda name: "layers.0" in name) for i in range(61)]
     engine = make_engine(by_digest(*pool), bank_rank_rows=4, max_batch_size=4)
     running = ask(engine, job_of("t", only(pool[0]), "first", 30))
@@ -268,7 +266,7 @@ def test_a_full_bank_is_not_tried_again_for_all_that_wait_until_something_change
     before = looks[0]
     base = ask(engine, job_of("base", BASE_PLAN, "base", 1))
     engine.step()
-    assert base.is_finished and looks[0] > before, "what is new is looked at"
+    assert base.is_finished and looks[0] > before, "new rows are checked"
     engine.run_until_idle()
     assert all(answer.is_finished for answer in (running, *waiting))
     assert_same(waiting[0], alone(job_of("t", only(pool[1]), 0, 1), by_digest(*pool)))

@@ -6,7 +6,7 @@ from tests.gpu_worker.engine_driver import MakeEngine, Shapes, by_digest, greedy
 from tests.tiny import random_adapter
 
 
-def test_an_adapter_counts_where_it_was_found_when_the_request_came() -> None:
+def test_an_adapter_counts_by_its_location_at_submission() -> None:
     counters = Counters()
     counters.count_request(["a", "b", "c"], bank={"a"}, host={"b"})
     counters.count_request(["a"], bank={"a"}, host={"a"})
@@ -14,7 +14,7 @@ def test_an_adapter_counts_where_it_was_found_when_the_request_came() -> None:
     assert counters == Counters(num_requests=3, num_bank_hits=2, num_host_hits=1, num_fetches=1)
 
 
-def test_a_copy_stands_still() -> None:
+def test_a_copy_does_not_change() -> None:
     counters = Counters()
     before = counters.copy()
     counters.count_request(["a"], bank=(), host=())
@@ -48,7 +48,7 @@ def test_weights_that_left_the_bank_are_found_in_host_memory(make_engine: MakeEn
     assert (counters.num_bank_hits, counters.num_host_hits, counters.num_fetches) == (0, 1, 1)
 
 
-def test_what_is_held_names_the_tokens_in_the_cache(make_engine: MakeEngine) -> None:
+def test_the_status_has_the_tokens_in_the_cache(make_engine: MakeEngine) -> None:
     engine = make_engine({})
     row = engine.prepare(greedy("job", num_new=3), lambda event: None)
     engine.submit(row)

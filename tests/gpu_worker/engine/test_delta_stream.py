@@ -37,7 +37,7 @@ def streamed(
     return run_in_virtual_time(main())
 
 
-def test_the_first_delta_comes_at_once_and_later_ones_are_merged_by_interval() -> None:
+def test_the_first_delta_is_sent_at_once_and_later_ones_are_merged_by_interval() -> None:
     script = [(0.0, delta("a", 1)), *[(0.4, delta(text, number)) for number, text in enumerate("bcd", 2)]]
     script.append((0.4, delta("e", 5, is_last=True)))
     assert streamed(script, interval_s=1.0) == ["a", "bc", "de"]

@@ -1,4 +1,4 @@
-"""A device that fails: how many steps it is given before the engine ends, and what counts anew."""
+"""A failing device: the number of steps before the engine ends, and when the count restarts."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_device_that_computes_single_tokens_only_ends_the_engine_after_three_r
     assert_nothing_held(engine)
 
 
-def test_failed_steps_count_anew_once_a_request_is_computed(
+def test_the_count_of_failed_steps_restarts_after_a_success(
     make_engine: MakeEngine, pool: list[AdapterWeights]
 ) -> None:
     engine = make_engine(by_digest(*pool))
@@ -76,7 +76,7 @@ def assert_nothing_held_but_waiting(engine: Engine) -> None:
     assert_nothing_held(engine)
 
 
-def test_a_device_that_recovers_is_given_three_steps_again(make_engine: MakeEngine, alone: Alone) -> None:
+def test_a_recovered_device_has_three_steps_again(make_engine: MakeEngine, alone: Alone) -> None:
     engine = make_engine({})
     faults = faults_of(engine)
     for number in range(6):

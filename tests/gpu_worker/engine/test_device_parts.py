@@ -1,4 +1,4 @@
-"""What an engine is built of on each device."""
+"""The parts of an engine on each device."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_keys_and_values_are_in_regions_on_the_cpu_and_in_pages_elsewhere() -> N
 @pytest.mark.parametrize(
     ("config", "is_compiled"), [(ON_CPU, True), (replace(ON_CPU, lora_products="torch"), False), (on("cuda"), False)]
 )
-def test_products_are_compiled_on_the_cpu_unless_torch_is_asked_for(
+def test_products_are_compiled_on_the_cpu_unless_torch_is_configured(
     config: WorkerConfig, is_compiled: bool, lora_kernel: LoraKernel
 ) -> None:
     assert isinstance(make_lora_kernel(config), LoraKernel) == is_compiled

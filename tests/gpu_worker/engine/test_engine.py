@@ -1,4 +1,4 @@
-"""What the engine takes, refuses, loads, cancels and hands out."""
+"""The engine's submissions, refusals, loads, cancellations and deliveries."""
 
 from __future__ import annotations
 
@@ -68,9 +68,7 @@ def test_a_failed_load_costs_one_request_and_the_next_retries(
     assert_same(answer, alone(job, by_digest(good)))
 
 
-def test_a_slow_load_does_not_hold_up_the_requests_behind_it(
-    make_engine: MakeEngine, shapes: Shapes, alone: Alone
-) -> None:
+def test_a_slow_load_does_not_delay_later_requests(make_engine: MakeEngine, shapes: Shapes, alone: Alone) -> None:
     good, executor = random_adapter(shapes, 1), HeldExecutor()
     engine = make_engine(by_digest(good), executor=executor)
     slow_job = greedy("waits", plan_of("selection", (good, 1.0)), "slow")
@@ -86,7 +84,7 @@ def test_a_slow_load_does_not_hold_up_the_requests_behind_it(
     assert_same(slow, alone(slow_job, by_digest(good)))
 
 
-def test_run_until_idle_sleeps_until_a_load_on_another_thread_is_done(make_engine: MakeEngine, shapes: Shapes) -> None:
+def test_run_until_idle_waits_for_a_load_on_another_thread(make_engine: MakeEngine, shapes: Shapes) -> None:
     good, base_is_done = random_adapter(shapes, 1), threading.Event()
 
     def fetch(digest: str) -> AdapterWeights:
@@ -163,7 +161,7 @@ def test_prompt_and_new_tokens_fit_the_context_or_are_refused(
 ) -> None:
     engine = make_engine({}, max_model_len=160)
     params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
-    job = Job("1", "x" * (num_prompt_tokens - 1), sampling=params)  # the tokenizer puts <bos> in front
+    job = Job("1", "x" * (num_prompt_tokens - 1), sampling=params)  # the tokenizer prepends <bos>
     if new_tokens is None:
         with pytest.raises(PromptTooLong, match="160"):
             engine.prepare(job, lambda event: None)
@@ -173,8 +171,8 @@ def test_prompt_and_new_tokens_fit_the_context_or_are_refused(
     assert isinstance(answer.events[-1], Delta) and answer.events[-1].finish_reason == "length"
 
 
-def test_a_prompt_of_too_many_characters_is_refused_by_their_number(make_engine: MakeEngine) -> None:
-    """Before it is tokenized: 64 a token, a template's included."""
+def test_a_prompt_of_too_many_characters_is_refused(make_engine: MakeEngine) -> None:
+    """It is refused before it is tokenized: 64 characters per token, a template's included."""
     prepare = make_engine({}, max_model_len=10).prepare
     with pytest.raises(PromptTooLong, match="641 characters"):
         prepare(Job("1", "x" * 641), lambda event: None)
@@ -187,7 +185,7 @@ def test_without_max_tokens_an_answer_has_the_default_length(make_engine: MakeEn
     assert row.max_new_tokens == DEFAULT_MAX_TOKENS
 
 
-def test_a_full_queue_refuses_and_keeps_nothing(make_engine: MakeEngine) -> None:
+def test_a_full_queue_refuses_without_a_trace(make_engine: MakeEngine) -> None:
     engine = make_engine({}, max_waiting=2)
     jobs = [greedy("x", BASE_PLAN, i) for i in range(3)]
     queued = [ask(engine, job) for job in jobs[:2]]
@@ -206,7 +204,7 @@ def test_an_empty_prompt_is_invalid(tiny_base: Callable[..., BaseModel], make_en
         engine.prepare(Job("1", ""), lambda event: None)
 
 
-def test_a_prompt_that_is_no_unicode_text_is_invalid(make_engine: MakeEngine) -> None:
+def test_a_prompt_of_invalid_unicode_is_refused(make_engine: MakeEngine) -> None:
     with pytest.raises(PromptInvalid):
         make_engine({}).prepare(Job("1", "half a pair \ud83d"), lambda event: None)
 
@@ -253,7 +251,7 @@ def test_a_cancelled_request_frees_its_row_and_pins_and_the_others_go_on_unchang
     engine.cancel(leaving.row)
     assert (engine.kv_cache.num_free, engine.residency.num_pins) == (1, 1)
     engine.run_until_idle()
-    assert len(leaving.events) == num_events, "a cancelled request is told nothing more"
+    assert len(leaving.events) == num_events, "a cancelled request gets no more events"
     assert queued.row.kv_row == leaving.row.kv_row
     assert_same(staying, alone(staying_job, adapters))
     assert_same(queued, alone(queued_job, adapters))
@@ -276,7 +274,7 @@ def test_cancelling_a_waiting_request_frees_its_place_even_while_it_loads(
     assert_nothing_held(engine)
 
 
-def test_cancelling_what_is_unknown_or_over_does_nothing(make_engine: MakeEngine) -> None:
+def test_cancelling_an_unknown_or_ended_request_does_nothing(make_engine: MakeEngine) -> None:
     engine = make_engine({})
     [answer] = run_together(engine, [BASE_JOB])
     engine.cancel(answer.row)
@@ -285,7 +283,7 @@ def test_cancelling_what_is_unknown_or_over_does_nothing(make_engine: MakeEngine
     assert_nothing_held(engine)
 
 
-def test_a_wide_plan_is_not_passed_over_for_ever(make_engine: MakeEngine, shapes: Shapes) -> None:
+def test_a_wide_plan_starts_eventually(make_engine: MakeEngine, shapes: Shapes) -> None:
     small, wide = random_adapter(shapes, 1, rank=3), random_adapter(shapes, 2, rank=8)
     engine = make_engine(by_digest(small, wide), bank_rank_rows=8)
     small_plan = plan_of("selection", (small, 1.0))
@@ -301,7 +299,7 @@ def test_a_wide_plan_is_not_passed_over_for_ever(make_engine: MakeEngine, shapes
     raise AssertionError("the wide plan never ran")
 
 
-def test_min_tokens_holds_back_every_end_and_max_tokens_ends_it(make_engine: MakeEngine) -> None:
+def test_min_tokens_prevents_every_end_and_max_tokens_ends_the_answer(make_engine: MakeEngine) -> None:
     engine = make_engine({})
     always_says(engine.base.model, 257)  # <eos>
     least = SamplingParams(max_tokens=9, min_tokens=5, temperature=0)

@@ -1,4 +1,4 @@
-"""Requests that are out of time end at the next step, whatever they were doing."""
+"""Requests past their deadline end at the next step, in any state."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_waiting_request_ends_at_its_deadline(waits_for: str, make_engine: Mak
     assert late.row not in engine.waiting and not late.row.loads
 
 
-def test_a_deadline_that_is_past_when_the_request_comes_is_kept(make_engine: MakeEngine) -> None:
+def test_a_deadline_in_the_past_ends_the_request_at_once(make_engine: MakeEngine) -> None:
     engine = make_engine({}, clock=Clock(1000.0))
     late = ask(engine, replace(greedy("late"), time_left_s=-1.0))
     assert not engine.step()
@@ -100,7 +100,7 @@ def test_a_request_that_cannot_start_is_refused_in_time_and_one_that_runs_may_go
     assert_nothing_held(engine)
 
 
-def test_every_delta_says_how_long_its_request_waited(make_engine: MakeEngine) -> None:
+def test_every_delta_has_the_waiting_time_of_its_request(make_engine: MakeEngine) -> None:
     clock = Clock(1000.0)
     engine = make_engine({}, clock=clock, max_batch_size=1)
     first, second = (ask(engine, greedy("x", BASE_PLAN, name, 2)) for name in ("first", "second"))
@@ -111,7 +111,7 @@ def test_every_delta_says_how_long_its_request_waited(make_engine: MakeEngine) -
     assert {event.queued_s for event in second.events} == {4.5}
 
 
-def test_the_next_to_be_late_is_found_after_each(make_engine: MakeEngine) -> None:
+def test_the_next_deadline_is_found_after_each_one(make_engine: MakeEngine) -> None:
     clock = Clock(1000.0)
     engine = make_engine({}, clock=clock, max_wait_s=50.0)
     answers = [ask(engine, replace(greedy("x", BASE_PLAN, i, 100), time_left_s=10.0 * i)) for i in (3, 1, 2)]
@@ -123,7 +123,7 @@ def test_the_next_to_be_late_is_found_after_each(make_engine: MakeEngine) -> Non
     assert ended == [[False] * 3, [False, True, False], [False, True, True], [True] * 3]
 
 
-def test_a_deadline_in_a_far_future_is_no_sleep_of_that_length(make_engine: MakeEngine) -> None:
+def test_a_distant_deadline_does_not_cause_a_long_sleep(make_engine: MakeEngine) -> None:
     engine = make_engine({}, clock=Clock(1000.0), max_batch_size=1, max_wait_s=1e300)
     ask(engine, replace(greedy("x"), time_left_s=1e300))
     assert engine.seconds_to_due == 3600.0
@@ -133,7 +133,7 @@ def test_a_deadline_in_a_far_future_is_no_sleep_of_that_length(make_engine: Make
 def test_an_idle_loop_wakes_for_a_deadline(
     make_engine: MakeEngine, shapes: Shapes, start: Callable[..., EngineThread]
 ) -> None:
-    """Nothing runs and nothing else comes: the request waits for a load that never ends."""
+    """Nothing runs and no request arrives: this one waits for a load that never ends."""
     weights, executor = random_adapter(shapes, 1), HeldExecutor()
     loop = start(make_engine(by_digest(weights), executor=executor, max_wait_s=0.05))
 
@@ -153,21 +153,21 @@ def test_a_stream_ends_with_the_deadline_as_its_error(
     loop = start(engine)
 
     async def main() -> None:
-        told: list[Delta] = []
+        found: list[Delta] = []
         gate.permits.release()
         try:
             async for delta in loop.stream(replace(greedy("x", num_new=100), time_left_s=10.0)):
-                told.append(delta)
+                found.append(delta)
                 clock.at = 1010.0
                 gate.open()
         finally:
-            assert 1 <= len(told) <= 2
+            assert 1 <= len(found) <= 2
 
     with pytest.raises(DeadlineExceeded):
         run(main())
 
 
-def test_a_real_clock_is_used_where_none_is_given(tiny_folders: Any) -> None:
+def test_the_real_clock_is_the_default(tiny_folders: Any) -> None:
     engine = Engine(tiny_config(tiny_folders["llama"]), fetching({}.__getitem__, InlineExecutor()))
     late = ask(engine, replace(greedy("x", num_new=100), time_left_s=-1.0))
     engine.run_until_idle()

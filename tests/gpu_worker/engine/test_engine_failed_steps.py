@@ -1,4 +1,4 @@
-"""Steps that raise: only the requests they raise for end, and a device that computes nothing ends the engine."""
+"""Steps that raise: only the responsible requests end, and a device that computes nothing ends the engine."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.tiny import plan_of
 
 
 def neighbours(pool: Sequence[AdapterWeights]) -> list[Job]:
-    """Requests of all kinds: greedy, sampled with a seed, penalised, of several chunks."""
+    """Return requests of all kinds: greedy, sampled with a seed, penalised, in several chunks."""
     first, second = pool
     drawn = SamplingParams(max_tokens=9, temperature=0.9, seed=11, top_p=0.9, ignore_eos=True)
     penalised = SamplingParams(max_tokens=9, temperature=0, frequency_penalty=1.0, logprobs=2, ignore_eos=True)
@@ -50,7 +50,7 @@ def neighbours(pool: Sequence[AdapterWeights]) -> list[Job]:
 @pytest.mark.parametrize("after", [False, True], ids=["before the pass", "after the pass"])
 @pytest.mark.parametrize("num_rows", [1, 4])
 @pytest.mark.parametrize("step", [0, 1, 4])
-def test_a_step_that_fails_once_ends_nobody_and_changes_nothing(
+def test_a_step_that_fails_once_ends_no_request_and_changes_nothing(
     step: int,
     num_rows: int,
     after: bool,
@@ -73,7 +73,7 @@ def test_a_step_that_fails_once_ends_nobody_and_changes_nothing(
 
 @pytest.mark.parametrize("after", [False, True], ids=["before the pass", "after the pass"])
 @pytest.mark.parametrize("places", [[0], [2], [4], [0, 1], [1, 5]], ids=str)
-def test_only_the_rows_a_step_fails_on_end(
+def test_only_rows_that_make_a_step_fail_end(
     places: list[int],
     after: bool,
     make_engine: MakeEngine,
@@ -126,7 +126,7 @@ def test_a_failed_step_leaves_nothing_of_a_hostile_adapter_in_the_cache(
 
 
 class LostDevice(KvRegions):
-    """A cache on a device that may be lost: then nothing can be wiped any more."""
+    """A cache on a device that may be lost; then it cannot be wiped any more."""
 
     is_lost = False
 
@@ -137,7 +137,7 @@ class LostDevice(KvRegions):
 
 
 def losing(make_engine: MakeEngine, **changes: object) -> tuple[Engine, Callable[[], None]]:
-    """An engine, and what loses its device."""
+    """Return an engine, and a function that loses its device."""
     made: list[LostDevice] = []
 
     def build(shape: KvShape) -> LostDevice:
@@ -154,7 +154,7 @@ def losing(make_engine: MakeEngine, **changes: object) -> tuple[Engine, Callable
     return engine, lose
 
 
-def test_every_row_hears_of_a_device_that_is_lost(make_engine: MakeEngine) -> None:
+def test_every_row_gets_the_error_of_a_lost_device(make_engine: MakeEngine) -> None:
     engine, lose = losing(make_engine, max_batch_size=4)
     answers = [ask(engine, greedy("x", request_id=number)) for number in range(7)]
     engine.step()
@@ -166,7 +166,7 @@ def test_every_row_hears_of_a_device_that_is_lost(make_engine: MakeEngine) -> No
     assert [sum(isinstance(event, Exception) for event in answer.events) for answer in answers] == [1] * 7
 
 
-def test_a_deadline_is_told_though_the_device_is_lost(make_engine: MakeEngine) -> None:
+def test_a_deadline_is_reported_although_the_device_is_lost(make_engine: MakeEngine) -> None:
     now = [1000.0]
     engine, lose = losing(make_engine, clock=lambda: now[0])
     answer = ask(engine, replace(greedy("x", num_new=100), time_left_s=1.0))
@@ -178,7 +178,7 @@ def test_a_deadline_is_told_though_the_device_is_lost(make_engine: MakeEngine) -
     assert isinstance(answer.error, DeadlineExceeded)
 
 
-def test_the_thread_of_a_lost_device_ends_and_all_its_streams_hear_of_it(
+def test_the_thread_of_a_lost_device_ends_and_all_its_streams_fail(
     make_engine: MakeEngine, start: Callable[..., EngineThread]
 ) -> None:
     executor = ThreadPoolExecutor(1)

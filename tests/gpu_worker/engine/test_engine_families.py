@@ -1,4 +1,4 @@
-"""Model families: those that are served give transformers' own tokens, all others are refused at start."""
+"""Supported model families give transformers' own tokens; all others are refused at start."""
 
 from __future__ import annotations
 
@@ -47,9 +47,7 @@ def some(names: Sequence[str], what: str, small: int, scale: Scale) -> Sequence[
     return names[: scale.pick(what, small=small, full=len(names))]
 
 
-def test_families_that_are_served_give_transformers_own_tokens(
-    tmp_path: Path, make_engine: MakeEngine, scale: Scale
-) -> None:
+def test_supported_families_give_transformers_own_tokens(tmp_path: Path, make_engine: MakeEngine, scale: Scale) -> None:
     jobs = [greedy(prompt, num_new=NUM_NEW) for prompt in PROMPTS]
     for name in some(list(EQUAL), "families served", SMALL_EQUAL, scale):
         folder = save(tmp_path / name, name, EQUAL[name])
@@ -57,13 +55,13 @@ def test_families_that_are_served_give_transformers_own_tokens(
         assert [answer.tokens for answer in answers] == continuations(folder), name
 
 
-def test_families_that_are_served_start_in_bfloat16(tmp_path: Path, make_engine: MakeEngine, scale: Scale) -> None:
-    """Random experts tie more often than trained ones; that alone refuses none."""
+def test_supported_families_start_in_bfloat16(tmp_path: Path, make_engine: MakeEngine, scale: Scale) -> None:
+    """Experts with random weights tie more often than trained ones, but that does not justify a refusal."""
     for name in some(list(EQUAL), "families in bfloat16", SMALL_EQUAL, scale):
         engine_over(save(tmp_path / name, name, EQUAL[name]), make_engine, dtype="bfloat16")
 
 
-def test_families_that_cannot_be_served_are_refused_at_start_by_name(
+def test_unsupported_families_are_refused_at_start_by_name(
     tmp_path: Path, make_engine: MakeEngine, scale: Scale
 ) -> None:
     for name in some(list(REFUSED), "families refused", SMALL_REFUSED, scale):

@@ -1,4 +1,4 @@
-"""A pool that changes while the engine serves: loading beside the batch, forgetting, updates."""
+"""A pool that changes while the engine serves: loads, forgetting, updates."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.tiny import plan_of, random_adapter
 
 
 class Pool:
-    """Gets weights by digest, counts how often, and can be switched off."""
+    """Returns weights by digest, counts calls, and can be switched off."""
 
     def __init__(self, *weights: AdapterWeights) -> None:
         self.weights = by_digest(*weights)
@@ -46,8 +46,8 @@ class Pool:
         return self.weights[digest]
 
 
-def test_what_the_bank_holds_is_not_fetched_again(make_engine: MakeEngine, shapes: Shapes, alone: Alone) -> None:
-    """The host cache keeps but the last; the store is switched off."""
+def test_resident_adapters_are_not_fetched_again(make_engine: MakeEngine, shapes: Shapes, alone: Alone) -> None:
+    """The host cache keeps only the last adapter, and the store is switched off."""
     first, second, other = (random_adapter(shapes, i) for i in range(3))
     pool = Pool(first, second, other)
     engine = make_engine(pool, host_cache_bytes=0)
@@ -60,8 +60,8 @@ def test_what_the_bank_holds_is_not_fetched_again(make_engine: MakeEngine, shape
     assert pool.fetched[first.weights_digest] == pool.fetched[second.weights_digest] == 1
 
 
-@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside another that waits for its load"])
-def test_what_is_evicted_while_a_request_waits_is_fetched_for_it(
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "with another row that waits for its load"])
+def test_an_adapter_evicted_while_a_request_waits_is_fetched_again(
     beside: bool, make_engine: MakeEngine, shapes: Shapes, alone: Alone
 ) -> None:
     evicted, wide, late = (random_adapter(shapes, i, rank=rank) for i, rank in enumerate((2, 8, 2)))
@@ -88,16 +88,16 @@ def test_what_is_evicted_while_a_request_waits_is_fetched_for_it(
 
 
 def token_times(engine: Engine, answers: list[Answer]) -> list[list[int]]:
-    """How many new tokens each request had been told of after each step, until all had ended."""
+    """Return the number of reported tokens of each request after each step, until all have ended."""
     times = []
     while not all(answer.is_finished for answer in answers):
         assert engine.step()
         deltas = [[event for event in answer.events if isinstance(event, Delta)] for answer in answers]
-        times.append([told[-1].num_new_tokens if told else 0 for told in deltas])
+        times.append([received[-1].num_new_tokens if received else 0 for received in deltas])
     return times
 
 
-def test_stalled_fetches_leave_the_others_token_times_as_they_were(
+def test_stalled_fetches_do_not_change_the_token_times_of_others(
     make_engine: MakeEngine, shapes: Shapes, alone: Alone
 ) -> None:
     """More fetches stall than there are loading threads."""
@@ -172,7 +172,7 @@ def test_forgetting_idle_weights_frees_them_at_once(make_engine: MakeEngine, sha
 def test_forgotten_weights_stay_exactly_until_their_last_request_ends(
     make_engine: MakeEngine, shapes: Shapes, alone: Alone
 ) -> None:
-    """One request runs, one waits for a row: both have taken the version before it is forgotten."""
+    """One request runs and one waits for a row: both use the version that is then forgotten."""
     weights = random_adapter(shapes, 1)
     pool = Pool(weights)
     engine = make_engine(pool, max_batch_size=1)
@@ -193,7 +193,7 @@ def test_forgotten_weights_stay_exactly_until_their_last_request_ends(
     assert pool.fetched == {weights.weights_digest: 1}
 
 
-def test_a_request_that_waits_for_its_load_keeps_what_is_forgotten_meanwhile(
+def test_a_request_that_waits_for_its_load_keeps_weights_forgotten_meanwhile(
     make_engine: MakeEngine, shapes: Shapes, alone: Alone
 ) -> None:
     weights, executor = random_adapter(shapes, 1), HeldExecutor()
@@ -208,9 +208,7 @@ def test_a_request_that_waits_for_its_load_keeps_what_is_forgotten_meanwhile(
     assert engine.status() == empty
 
 
-def test_a_load_that_nobody_waits_for_any_more_is_forgotten_when_it_ends(
-    make_engine: MakeEngine, shapes: Shapes
-) -> None:
+def test_an_abandoned_load_is_forgotten_when_it_ends(make_engine: MakeEngine, shapes: Shapes) -> None:
     weights, executor = random_adapter(shapes, 1), HeldExecutor()
     engine = make_engine(by_digest(weights), executor=executor)
     answer = ask(engine, greedy("leaves", only(weights)))
@@ -232,7 +230,7 @@ def end_by_failing_all(engine: Engine, answer: Answer) -> None:
 
 @pytest.mark.parametrize("end", [end_by_cancel, end_by_failing_all])
 @pytest.mark.parametrize("num_steps", [0, 3], ids=["waiting", "running"])
-def test_the_last_request_takes_forgotten_weights_with_it_however_it_ends(
+def test_forgotten_weights_are_dropped_however_the_last_request_ends(
     num_steps: int, end: Callable[[Engine, Answer], None], make_engine: MakeEngine, shapes: Shapes
 ) -> None:
     weights = random_adapter(shapes, 1)
@@ -248,7 +246,7 @@ def test_the_last_request_takes_forgotten_weights_with_it_however_it_ends(
 def test_forgotten_weights_are_fetched_again_once_they_are_gone(
     make_engine: MakeEngine, shapes: Shapes, alone: Alone
 ) -> None:
-    """A request that comes while others still hold them shares theirs; later ones fetch, and are kept."""
+    """A request that arrives while others use them shares them; later requests fetch them, and they are kept."""
     weights = random_adapter(shapes, 1)
     pool = Pool(weights)
     engine = make_engine(pool)
@@ -265,7 +263,7 @@ def test_forgotten_weights_are_fetched_again_once_they_are_gone(
         assert_same(answer, alone(job, pool.weights))
 
 
-def test_a_hundred_cycles_of_load_use_and_forget_end_where_they_began(make_engine: MakeEngine, shapes: Shapes) -> None:
+def test_a_hundred_cycles_of_load_use_and_forget_leave_nothing(make_engine: MakeEngine, shapes: Shapes) -> None:
     """Every other forget comes while the request runs; each cycle has new weights of another rank."""
     cycles = [random_adapter(shapes, i, rank=1 + i % 7, modules=lambda name: "layers.0" in name) for i in range(100)]
     engine = make_engine(by_digest(*cycles))
@@ -297,7 +295,7 @@ def jobs_for(version: AdapterWeights, partner: AdapterWeights, name: str) -> lis
 
 @pytest.fixture(scope="module")
 def lone_answers() -> dict[str, Answer]:
-    """Answers of lone runs by request id, which the offsets below share."""
+    """Return the answers of runs alone by request id, shared by the offsets below."""
     return {}
 
 

@@ -1,4 +1,4 @@
-"""Requests side by side in one engine: none changes, spoils or ends another."""
+"""Concurrent requests in one engine: none changes, damages or ends another."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def random_plan(pool: list[AdapterWeights], bank_rows: int, random_of: random.Ra
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_rows_that_join_and_leave_at_random_equal_their_lone_runs(
+def test_rows_that_join_and_leave_at_random_equal_their_runs_alone(
     seed: int, make_engine: MakeEngine, shapes: Shapes, alone: Alone
 ) -> None:
-    """Ten adapters, a bank that holds three or four, three KV rows, prompts in chunks, some requests cancelled."""
+    """Ten adapters, a bank for three or four, three KV rows, prompts in chunks, some cancelled requests."""
     random_of, bank_rows = random.Random(seed), 12
     pool = [
         random_adapter(shapes, i, rank=1 + i % 6, modules=lambda name, i=i: i % 3 > 0 or "self_attn" in name)
@@ -106,7 +106,7 @@ def test_a_hostile_adapter_fails_only_its_own_request(
     assert_nothing_held(engine)
 
 
-def test_the_rows_of_a_hostile_adapter_are_clean_for_whoever_comes_next(
+def test_the_rows_of_a_hostile_adapter_are_clean_for_their_next_owner(
     make_engine: MakeEngine, shapes: Shapes, alone: Alone
 ) -> None:
     hostile, good = hostile_adapter(shapes, "second product"), random_adapter(shapes, 1, rank=3)
@@ -121,7 +121,7 @@ def test_the_rows_of_a_hostile_adapter_are_clean_for_whoever_comes_next(
     assert_same(after, alone(next_job, adapters))
 
 
-def test_a_seeded_request_draws_the_same_in_any_company(make_engine: MakeEngine, shapes: Shapes) -> None:
+def test_a_seeded_request_draws_the_same_in_any_batch(make_engine: MakeEngine, shapes: Shapes) -> None:
     good = random_adapter(shapes, 1)
     params = SamplingParams(max_tokens=12, seed=7, top_p=0.95, ignore_eos=True)
     job = Job("seeded", "the same each time", plan_of("selection", (good, 1.0)), params)
@@ -138,7 +138,7 @@ def test_a_seeded_request_draws_the_same_in_any_company(make_engine: MakeEngine,
     assert first.tokens != second.tokens
 
 
-def test_a_sink_that_raises_costs_only_its_own_request(make_engine: MakeEngine, alone: Alone) -> None:
+def test_a_sink_that_raises_ends_only_its_own_request(make_engine: MakeEngine, alone: Alone) -> None:
     def broken(event: Delta | Exception) -> None:
         raise BrokenSink("the client's event loop is closed")
 
@@ -151,11 +151,11 @@ def test_a_sink_that_raises_costs_only_its_own_request(make_engine: MakeEngine, 
 
 
 @pytest.mark.parametrize("token_id", [-301, 10**6, 300, 299])
-def test_a_stop_token_that_does_not_exist_hurts_nobody_else(
+def test_a_nonexistent_stop_token_does_not_affect_other_requests(
     token_id: int, make_engine: MakeEngine, alone: Alone
 ) -> None:
     engine = make_engine({})
-    with suppress(GpuWorkerError):  # refusing it is as good as ignoring it
+    with suppress(GpuWorkerError):  # it may be refused or ignored
         params = SamplingParams(max_tokens=4, min_tokens=2, stop_token_ids=(token_id,))
         ask(engine, Job("odd", "x", sampling=params))
     base = ask(engine, BASE_JOB)

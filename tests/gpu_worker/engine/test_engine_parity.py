@@ -1,4 +1,4 @@
-"""What the engine computes equals the plain model with the composition merged into its weights, row by row."""
+"""The engine's results equal the plain model with the composition merged into its weights, row by row."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PROMPTS = ["a", "the quick brown fox", "0123456789" * 6, "x y", "lorem ipsum dol
 
 
 def merged_delta(plan: Plan, adapters: Mapping[str, AdapterWeights], name: str, shape: tuple[int, int]) -> Tensor:
-    """The slow way: the weight change a plan means for one module, formed in full."""
+    """Return the weight change of a plan for one module, computed in full."""
     num_out, num_in = shape
     rank = max(adapters[row.weights_digest].max_rank for row in plan.adapters)
     sum_of_products = torch.zeros(num_out, num_in)
@@ -49,7 +49,7 @@ def merged_delta(plan: Plan, adapters: Mapping[str, AdapterWeights], name: str, 
 def reference(
     folder: Path, prompt: str, plan: Plan, adapters: Mapping[str, AdapterWeights], num_new: int
 ) -> tuple[Tensor, list[int]]:
-    """Logits after the prompt and the greedy continuation: transformers in float64, weights merged, alone."""
+    """Return logits after the prompt and the greedy continuation: transformers in float64, weights merged, alone."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with torch.inference_mode():
@@ -68,7 +68,7 @@ def reference(
 
 
 def mixed_pool(shapes: Mapping[str, tuple[int, int]]) -> list[AdapterWeights]:
-    """Adapters of unequal ranks, scalings and target modules, one with a rank pattern."""
+    """Return adapters of unequal ranks, scalings and target modules, one with a rank pattern."""
     return [
         random_adapter(shapes, 0, rank=4),
         random_adapter(shapes, 1, rank=2, scaling=0.7),
@@ -133,7 +133,7 @@ def test_one_adapter_with_weight_one_is_the_same_under_every_strategy(
         assert other.tokens == selection.tokens
 
 
-def test_long_rows_decode_equally_across_windows_and_length_groups(
+def test_long_rows_are_equal_across_windows_and_length_groups(
     make_engine: MakeEngine, tiny_base: Callable[..., BaseModel], tiny_folders: Mapping[str, Path]
 ) -> None:
     weights = random_adapter(linear_shapes(tiny_base()), 6, size=0.1)
@@ -153,8 +153,8 @@ def test_long_rows_decode_equally_across_windows_and_length_groups(
 def test_a_lone_prompt_of_several_steps_equals_the_plain_model(
     num_steps: int, family: str, make_engine: MakeEngine, tiny_folders: Mapping[str, Path]
 ) -> None:
-    """No row has logits in the first steps: only the last chunk of the prompt yields a token."""
-    prompt = ("0123456789abcdef" * num_steps)[: 16 * num_steps - 5]  # 16 tokens a step, the last chunk is shorter
+    """The first steps have no logits: only the last chunk of the prompt yields a token."""
+    prompt = ("0123456789abcdef" * num_steps)[: 16 * num_steps - 5]  # 16 tokens per step; the last chunk is shorter
     engine = make_engine({}, family, max_step_tokens=16)
     head_rows = rows_of_head_products(engine)
     answer = ask(engine, greedy(prompt))
@@ -169,7 +169,7 @@ def test_a_lone_prompt_of_several_steps_equals_the_plain_model(
 
 
 def rows_of_head_products(engine: Engine) -> list[int]:
-    """Record the number of rows of every product with the output head from now on."""
+    """Record the number of rows of every later product with the output head."""
     rows: list[int] = []
     head = engine.base.model.get_output_embeddings()
     head.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[-2]))
@@ -193,7 +193,7 @@ def test_in_bfloat16_a_mixed_batch_stays_close_to_each_row_alone(
 
 
 def einsum_mixture(x: Tensor, lora_a: Tensor, lora_b: Tensor, mapping: Tensor) -> Tensor:
-    """The paper's literal contraction. Dims: b rows, l tokens, p adapters, r rank, d in, o out."""
+    """Return the paper's literal contraction. Dims: b rows, l tokens, p adapters, r rank, d in, o out."""
     h = torch.einsum("bld,prd->blpr", x, lora_a)
     outputs = torch.einsum("blpr,por->blpo", h, lora_b)
     return torch.einsum("blpo,bp->blo", outputs, mapping)

@@ -1,4 +1,4 @@
-"""An adapter served by the engine says what it says under PEFT, alone and in PEFT's own combination."""
+"""An adapter gives the same results in the engine as with PEFT, alone and in PEFT's own combination."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Trained:
 
 @pytest.fixture(scope="module")
 def trained(tiny_folders: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
-    """An adapter of every config, made and saved by PEFT, its lora_B random instead of zero."""
+    """Return an adapter of every config, created and saved by PEFT, with a random lora_B instead of zeros."""
     pool = {}
     for seed, (name, settings) in enumerate(CONFIGS.items()):
         torch.manual_seed(seed)
@@ -80,7 +80,7 @@ def plain_model(tiny_folders: Mapping[str, Path]) -> Any:
 
 
 def logits_of(model: PeftModel, tiny_folders: Mapping[str, Path], prompt: str) -> Tensor:
-    """What PEFT's model makes of the prompt's last token."""
+    """Return PEFT's logits for the prompt's last token."""
     tokens = AutoTokenizer.from_pretrained(tiny_folders["gemma3"])(prompt, return_tensors="pt").input_ids
     with torch.inference_mode():
         logits: Tensor = model(input_ids=tokens).logits[0, -1]
@@ -119,7 +119,7 @@ def test_mixture_equals_pefts_concatenation(
     tiny_folders: Mapping[str, Path],
     make_engine: MakeEngine,
 ) -> None:
-    """The first is never a rank-stabilised one: PEFT would scale its concatenation by that, not by 1."""
+    """The first is never rank-stabilised: PEFT would scale its concatenation by that factor instead of 1."""
     first, *others = [trained[name].folder for name in parts]
     model = PeftModel.from_pretrained(plain_model(tiny_folders), first, adapter_name="0")
     for i, folder in enumerate(others, 1):

@@ -1,4 +1,4 @@
-"""A KV budget that is smaller than what the rows come to need: who waits again, and that nobody's answer differs."""
+"""A KV budget smaller than the rows' needs: which rows are preempted, and that no answer differs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PAGE, MAX_LEN = 16, 160
 
 
 def job_of(num_prompt_tokens: int, num_new: int, name: object = 0, plan: Plan = BASE_PLAN, **changes: object) -> Job:
-    """A byte is a token, and one begins the text."""
+    """Return a job. Each byte is one token, and a begin token is added."""
     text = ("abcdefgh" * MAX_LEN)[int(str(name)) % 8 :][: num_prompt_tokens - 1]
     return replace(greedy(text, plan, name, num_new), **changes)  # type: ignore[arg-type]
 
@@ -38,12 +38,10 @@ def until_preempted(engine: Engine, *, at_most: int = 400) -> None:
         if engine.counters.num_preemptions:
             return
         engine.step()
-    raise AssertionError("nobody had to wait again")
+    raise AssertionError("no row was preempted")
 
 
-def test_rows_that_outgrow_the_budget_wait_again_and_say_what_they_say_alone(
-    make_engine: MakeEngine, shapes: Shapes, alone: Alone
-) -> None:
+def test_preempted_rows_give_the_same_answers_as_alone(make_engine: MakeEngine, shapes: Shapes, alone: Alone) -> None:
     pool = [random_adapter(shapes, seed) for seed in range(3)]
     adapters = by_digest(*pool)
     plans = [BASE_PLAN, plan_of("selection", (pool[0], 1.0)), plan_of("mixture", (pool[1], 0.5), (pool[2], 0.5))]
@@ -56,21 +54,21 @@ def test_rows_that_outgrow_the_budget_wait_again_and_say_what_they_say_alone(
     assert_nothing_held(engine)
 
 
-def test_seeds_penalties_and_log_probabilities_go_on_where_they_were(make_engine: MakeEngine) -> None:
+def test_seeds_penalties_and_log_probabilities_continue_after_preemption(make_engine: MakeEngine) -> None:
     params = {"max_tokens": 70, "temperature": 1.0, "frequency_penalty": 0.5, "logprobs": 2, "ignore_eos": True}
     jobs = [job_of(20, 1, i, sampling=SamplingParams(seed=i, **params)) for i in range(4)]  # type: ignore[arg-type]
     tight, ample = make_engine({}, kv_tokens=MAX_LEN), make_engine({})
     for found, expected in zip(run_together(tight, jobs), run_together(ample, jobs), strict=True):
         assert_same(found, expected)
-        told = [
+        found = [
             [entry.token for event in answer.events if isinstance(event, Delta) for entry in event.logprobs]
             for answer in (found, expected)
         ]
-        assert told[0] == told[1] and len(told[0]) == 70
+        assert found[0] == found[1] and len(found[0]) == 70
     assert tight.counters.num_preemptions > 0 == ample.counters.num_preemptions
 
 
-def test_the_row_that_joined_last_gives_way_and_is_the_next_to_run(make_engine: MakeEngine) -> None:
+def test_the_row_that_joined_last_is_preempted_and_resumes_first(make_engine: MakeEngine) -> None:
     engine = make_engine({}, kv_tokens=MAX_LEN)
     old, young = (ask(engine, job_of(50, 60, i)) for i in range(2))
     engine.step()
@@ -78,8 +76,8 @@ def test_the_row_that_joined_last_gives_way_and_is_the_next_to_run(make_engine: 
     until_preempted(engine)
     assert engine.running == [old.row]
     assert list(engine.waiting) == [young.row, *[answer.row for answer in waiting]]
-    num_told = young.row.num_new_tokens
-    assert num_told > 0 and young.row.num_computed == 0, "what it has said stays said"
+    num_reported = young.row.num_new_tokens
+    assert num_reported > 0 and young.row.num_computed == 0, "text already sent stays"
     while len(engine.waiting) > 2:
         engine.step()
     assert old.is_finished and young.row in engine.running, "before those that came after it"
@@ -88,7 +86,7 @@ def test_the_row_that_joined_last_gives_way_and_is_the_next_to_run(make_engine: 
 
 
 @pytest.mark.parametrize("num_prompt_tokens", [1, PAGE, MAX_LEN - 1])
-def test_one_row_runs_to_its_longest_beside_any_others(num_prompt_tokens: int, make_engine: MakeEngine) -> None:
+def test_one_row_always_reaches_its_maximum_length(num_prompt_tokens: int, make_engine: MakeEngine) -> None:
     engine = make_engine({}, kv_tokens=MAX_LEN)
     longest = [ask(engine, job_of(num_prompt_tokens, MAX_LEN - num_prompt_tokens, i)) for i in range(6)]
     short = [ask(engine, job_of(3, 2, i)) for i in range(6)]
@@ -111,8 +109,8 @@ def test_a_prompt_that_does_not_fit_yet_is_not_overtaken(make_engine: MakeEngine
     assert short.is_finished
 
 
-def test_rows_join_while_each_that_runs_can_take_one_page_more(make_engine: MakeEngine) -> None:
-    """Ten pages: three rows of one page that grow, so a fourth of 80 tokens must wait and one of 64 need not."""
+def test_rows_join_while_every_running_row_can_grow_by_one_page(make_engine: MakeEngine) -> None:
+    """Ten pages: with three growing rows of one page, a fourth row of 80 tokens must wait and one of 64 must not."""
     engine = make_engine({}, kv_tokens=MAX_LEN)
     growing = [ask(engine, job_of(8, 60, i)) for i in range(3)]
     engine.step()
@@ -127,8 +125,8 @@ def test_rows_join_while_each_that_runs_can_take_one_page_more(make_engine: Make
     assert all(answer.is_finished for answer in (*growing, too_long))
 
 
-def test_rows_that_gave_up_their_kv_run_on_before_any_newcomer(make_engine: MakeEngine) -> None:
-    """Two of one tenant wait again; newcomers of another would fit beside the row that runs."""
+def test_preempted_rows_resume_before_any_new_row(make_engine: MakeEngine) -> None:
+    """Two rows of one tenant are preempted; new rows of another would fit next to the running one."""
     engine = make_engine({}, kv_tokens=MAX_LEN, max_batch_size=4)
     rows = [ask(engine, job_of(30, 60, i, tenant="t")) for i in range(3)]
     while len(engine.waiting.requeued) < 2:
@@ -145,7 +143,7 @@ def test_rows_that_gave_up_their_kv_run_on_before_any_newcomer(make_engine: Make
     assert_nothing_held(engine)
 
 
-def test_one_that_ran_is_not_refused_for_having_waited(make_engine: MakeEngine) -> None:
+def test_a_preempted_row_is_not_refused_for_waiting_too_long(make_engine: MakeEngine) -> None:
     clock = Clock(1000.0)
     engine = make_engine({}, kv_tokens=MAX_LEN, clock=clock, max_wait_s=5.0)
     answers = [ask(engine, job_of(50, 60, i)) for i in range(2)]
@@ -155,7 +153,7 @@ def test_one_that_ran_is_not_refused_for_having_waited(make_engine: MakeEngine) 
     assert all(answer.is_finished for answer in answers)
 
 
-def test_one_that_ran_ends_at_its_deadline_all_the_same(make_engine: MakeEngine, shapes: Shapes) -> None:
+def test_a_preempted_row_ends_at_its_deadline(make_engine: MakeEngine, shapes: Shapes) -> None:
     clock, weights = Clock(1000.0), random_adapter(shapes, 1)
     engine = make_engine(by_digest(weights), kv_tokens=MAX_LEN, clock=clock)
     ask(engine, job_of(50, 60, 0))
@@ -169,9 +167,7 @@ def test_one_that_ran_ends_at_its_deadline_all_the_same(make_engine: MakeEngine,
 
 
 @pytest.mark.parametrize("end", ["cancel", "fail_all"])
-def test_one_that_waits_again_holds_its_adapters_until_it_leaves(
-    end: str, make_engine: MakeEngine, shapes: Shapes
-) -> None:
+def test_a_preempted_row_keeps_its_adapters_until_it_ends(end: str, make_engine: MakeEngine, shapes: Shapes) -> None:
     weights, other = random_adapter(shapes, 1), random_adapter(shapes, 2)
     engine = make_engine(by_digest(weights, other), kv_tokens=MAX_LEN, bank_rank_rows=8)
     ask(engine, job_of(50, 60, 0, plan_of("selection", (other, 1.0))))
@@ -191,10 +187,8 @@ def test_one_that_waits_again_holds_its_adapters_until_it_leaves(
     assert_nothing_held(engine)
 
 
-def test_a_plan_that_waits_for_the_whole_bank_and_one_that_waits_for_kv_do_not_block_each_other(
-    make_engine: MakeEngine, shapes: Shapes
-) -> None:
-    """The wide plan has the bank reserved; the row that gave its KV back keeps a part of the bank, and runs on."""
+def test_rows_waiting_for_the_bank_and_for_kv_do_not_block_each_other(make_engine: MakeEngine, shapes: Shapes) -> None:
+    """The wide plan has reserved the bank; the preempted row keeps part of the bank and resumes."""
     wide, narrow = random_adapter(shapes, 1, rank=8), random_adapter(shapes, 2, rank=4)
     engine = make_engine(by_digest(wide, narrow), kv_tokens=MAX_LEN, bank_rank_rows=8)
     rows = [ask(engine, job_of(50, 60, i, plan_of("selection", (narrow, 1.0)))) for i in range(2)]

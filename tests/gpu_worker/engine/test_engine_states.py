@@ -1,4 +1,4 @@
-"""Random requests, departures, failures and deadlines on an engine with too little of everything: nothing leaks."""
+"""Random requests, cancellations, failures and deadlines on an engine with scarce resources: nothing leaks."""
 
 from __future__ import annotations
 
@@ -42,11 +42,16 @@ TIGHT = {
     "max_wait_s": 60.0,
     "host_cache_bytes": 30_000,
 }
-EXPECTED = (AdapterLoadFailed, DeadlineExceeded, WaitedTooLong, EngineFull)  # full: for a tenant with fewer rows
+EXPECTED = (
+    AdapterLoadFailed,
+    DeadlineExceeded,
+    WaitedTooLong,
+    EngineFull,
+)  # full: another tenant with fewer rows takes the place
 
 
 class Store:
-    """Fetches end when the test says so, well or badly."""
+    """Fetches succeed or fail when the test says so."""
 
     def __init__(self, weights: Mapping[str, AdapterWeights]) -> None:
         self._weights = weights
@@ -71,7 +76,7 @@ class Store:
 
 @dataclass
 class World:
-    """What all examples share: engines to make, plans to ask for, and what has happened so far."""
+    """Shared state of all examples: engines, possible plans, and the history so far."""
 
     make_engine: MakeEngine
     base: BaseModel
@@ -97,7 +102,7 @@ class EngineStates(RuleBasedStateMachine):
         self.world, self.now = world, 1000.0
         self.store = Store(by_digest(*world.pool))
         self.engine = world.make_engine({}, base=fresh(world.base), fetch=self.store, clock=lambda: self.now, **TIGHT)
-        self.num_faults = 0  # forward passes that raise from now on
+        self.num_faults = 0  # forward passes that raise
         self.engine.base.model.register_forward_hook(lambda *_: self.raise_fault())
         self.answers: list[tuple[Job, Answer]] = []
         self.cancelled: set[int] = set()
@@ -151,7 +156,7 @@ class EngineStates(RuleBasedStateMachine):
     @precondition(lambda self: self.engine.running)
     @rule()
     def stumble(self) -> None:
-        """Let the next pass raise after it has written keys and values: nobody ends, as each row is computed again."""
+        """Let the next pass raise after writing keys and values. No request ends, because rows are computed again."""
         self.num_faults = 1
         self.step(1)
 
@@ -198,7 +203,7 @@ class EngineStates(RuleBasedStateMachine):
         held = self.engine.status()
         assert (held.resident, held.occupied_rows, held.host_cache_bytes, held.num_forgetting) == (frozenset(), 0, 0, 0)
         stayed = [(job, answer) for job, answer in self.answers if id(answer.row) not in self.cancelled]
-        assert all(is_over(answer) for _, answer in stayed), "everybody who stayed was told how it ended"
+        assert all(is_over(answer) for _, answer in stayed), "every remaining client got the end of its answer"
         greedy = [(job, answer) for job, answer in stayed if answer.is_finished and job.sampling.temperature == 0]
         for job, answer in greedy[-3:]:
             assert_same(answer, self.world.alone(job))
@@ -226,7 +231,7 @@ def world(make_engine: MakeEngine, tiny_base: Callable[..., BaseModel]) -> World
     return World(make_engine, base, pool, plans, lone, {})
 
 
-def test_whatever_comes_and_goes_nothing_leaks(world: World, scale: Scale) -> None:
+def test_nothing_leaks_in_any_sequence(world: World, scale: Scale) -> None:
     wanted = scale.pick("joins", small=150, full=10_000)
     checks = settings(
         max_examples=20, stateful_step_count=40, deadline=None, database=None, suppress_health_check=list(HealthCheck)

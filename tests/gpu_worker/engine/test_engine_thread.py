@@ -1,4 +1,4 @@
-"""The engine on its own thread, streamed from by asyncio callers."""
+"""The engine on its own thread, with asyncio callers."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_a_cancelled_task_cancels_its_request(
 
 
 async def stop_while_blocked(loop: EngineThread, gate: Gate) -> None:
-    """Stop the loop while a step is in progress: it ends after that step."""
+    """Stop the thread during a step; it ends after that step."""
     stopper = threading.Thread(target=loop.stop)
     stopper.start()
     while loop.is_alive:
@@ -201,19 +201,19 @@ def test_stop_ends_every_stream(
     assert_nothing_held(engine)
 
 
-def test_a_request_that_comes_while_the_loop_stops_is_told_so(
+def test_a_request_during_the_stop_gets_an_error(
     make_engine: MakeEngine, gate_of: Callable[[Engine], Gate], start: Callable[..., EngineThread]
 ) -> None:
-    """Its submit is queued behind the last step, which no step follows."""
+    """Its submission is queued after the last step."""
     engine = make_engine({})
     gate = gate_of(engine)
     loop = start(engine)
 
     async def main() -> list[Any]:
-        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))  # first come, first prepared
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))  # prepared in order of arrival
         running = asyncio.create_task(collect(loop.stream(greedy("x", BASE_PLAN, "running", num_new=150))))
         await asyncio.sleep(0)
-        await asyncio.to_thread(gate.wait_for_step)  # its first step is in progress
+        await asyncio.to_thread(gate.wait_for_step)  # the first step is in progress
         late = asyncio.create_task(collect(loop.stream(greedy("x", BASE_PLAN, "late", num_new=150))))
         await asyncio.sleep(0)
         await asyncio.to_thread(int)  # prepared and queued
@@ -231,7 +231,7 @@ def test_a_stopped_loop_refuses(make_engine: MakeEngine, start: Callable[..., En
         run(loop.complete(greedy("x")))
 
 
-def test_what_prepare_says_reaches_its_caller_alone(
+def test_an_error_of_prepare_reaches_only_its_caller(
     make_engine: MakeEngine, start: Callable[..., EngineThread]
 ) -> None:
     loop = start(make_engine({}))
@@ -275,7 +275,7 @@ def test_a_finished_load_wakes_the_sleeping_loop(
         run(main(start(make_engine(fetch, executor=executor))))
 
 
-def test_a_full_queue_refuses_those_behind_it_alone(
+def test_a_full_queue_refuses_only_later_requests(
     make_engine: MakeEngine, gate_of: Callable[[Engine], Gate], start: Callable[..., EngineThread]
 ) -> None:
     engine = make_engine({}, max_batch_size=1, max_waiting=1)
@@ -284,7 +284,7 @@ def test_a_full_queue_refuses_those_behind_it_alone(
 
     async def main() -> list[Any]:
         first = asyncio.create_task(loop.complete(greedy("x", BASE_PLAN, "first", num_new=150)))
-        await asyncio.to_thread(gate.wait_for_step)  # runs, so that the next one waits
+        await asyncio.to_thread(gate.wait_for_step)  # running, so that the next one waits
         others = [asyncio.create_task(loop.complete(greedy("x", BASE_PLAN, i))) for i in range(3)]
         gate.open()
         return await asyncio.gather(first, *others, return_exceptions=True)
@@ -304,12 +304,14 @@ def test_a_client_whose_event_loop_is_gone_does_not_end_the_engine(
 
     async def begin() -> None:
         gate.permits.release()
-        stream = loop.stream(greedy("gone", BASE_PLAN, "gone", num_new=50))  # kept: one that is collected cancels
+        stream = loop.stream(
+            greedy("gone", BASE_PLAN, "gone", num_new=50)
+        )  # keep a reference: a collected iterator cancels
         await anext(stream)
         await asyncio.to_thread(gate.wait_for_step)
         await asyncio.to_thread(gate.wait_for_step)  # the second step is in progress
 
-    run(begin())  # and the event loop is closed
+    run(begin())  # the event loop is closed
     gate.open()
     completion, _ = run(loop.complete(greedy("stays", BASE_PLAN, "stays")))
     assert completion.num_new_tokens == 8
@@ -350,7 +352,7 @@ def test_an_idle_loop_is_not_wedged_and_one_in_a_long_step_is(
 
 
 def test_a_loop_in_a_long_command_is_wedged(make_engine: MakeEngine, start: Callable[..., EngineThread]) -> None:
-    """A command may hang as a step may: cancelling a request wipes its rows on the device."""
+    """A command may hang like a step: cancelling a request wipes its rows on the device."""
     loop, may_end, has_begun = start(make_engine({})), threading.Event(), threading.Event()
 
     def hang() -> None:
@@ -358,7 +360,7 @@ def test_a_loop_in_a_long_command_is_wedged(make_engine: MakeEngine, start: Call
         assert may_end.wait(PATIENCE_S)
 
     async def main() -> None:
-        for _ in range(2):  # the first wakes the thread, the second is found behind it
+        for _ in range(2):  # the first wakes the thread, the second is queued after it
             asked = asyncio.create_task(loop._run_on_engine(hang))
             await asyncio.to_thread(has_begun.wait, PATIENCE_S)
             earlier = loop.seconds_busy()

@@ -1,4 +1,4 @@
-"""What the engine's thread is asked between two steps: to forget, and what it holds."""
+"""Commands that run on the engine's thread between two steps: forgetting weights and reading the state."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.gpu_worker.engine_driver import Gate, MakeEngine, Shapes, by_digest, 
 from tests.tiny import plan_of, random_adapter
 
 
-def test_weights_are_forgotten_from_beside_the_engines_thread(
+def test_weights_are_forgotten_from_another_thread(
     make_engine: MakeEngine, shapes: Shapes, gate_of: Callable[[Engine], Gate], start: Callable[..., EngineThread]
 ) -> None:
     weights = random_adapter(shapes, 1)
@@ -27,7 +27,7 @@ def test_weights_are_forgotten_from_beside_the_engines_thread(
         task = asyncio.create_task(loop.complete(greedy("x", plan_of("selection", (weights, 1.0)), num_new=20)))
         await asyncio.to_thread(gate.wait_for_step)
         forgetting = asyncio.create_task(loop.forget([weights.weights_digest]))
-        await asyncio.sleep(0)  # it is queued behind the step in progress
+        await asyncio.sleep(0)  # it is queued after the current step
         gate.open()
         assert await forgetting is False
         assert (await task)[0].num_new_tokens == 20
@@ -37,7 +37,7 @@ def test_weights_are_forgotten_from_beside_the_engines_thread(
     run(main())
 
 
-def test_who_asks_and_leaves_does_not_end_the_engine(
+def test_a_caller_that_leaves_does_not_end_the_engine(
     make_engine: MakeEngine, gate_of: Callable[[Engine], Gate], start: Callable[..., EngineThread]
 ) -> None:
     engine = make_engine({})

@@ -17,7 +17,7 @@ def queue_of(*rows: Row) -> FairQueue:
 
 
 def drain(queue: FairQueue, blocked: str = "") -> list[str]:
-    """The ids in the order they are taken, one a pass, past those whose adapters are `blocked`."""
+    """Return the ids in order of dequeueing, one per pass, skipping rows whose adapters are `blocked`."""
     order = []
     while True:
         free = [each for each in queue.turns() if not set(each.adapter_set) & set(blocked)]
@@ -31,11 +31,11 @@ def rows(adapters: str, tenant: str, count: int) -> list[Row]:
     return [row(adapters, tenant, number) for number in range(count)]
 
 
-def test_rows_of_one_adapter_set_go_as_they_came() -> None:
+def test_rows_of_one_adapter_set_keep_their_order() -> None:
     assert drain(queue_of(*rows("a", "t", 3))) == ["t/a0", "t/a1", "t/a2"]
 
 
-def test_the_order_in_which_a_plan_names_its_adapters_makes_no_other_set() -> None:
+def test_the_order_of_adapters_in_a_plan_does_not_matter() -> None:
     queue = queue_of(row("ab"), row("ba"))
     assert [each.request_id for each in queue.turns()] == ["local/ab0"]
 
@@ -45,13 +45,13 @@ def test_adapter_sets_of_a_tenant_take_turns() -> None:
     assert drain(queue) == ["t/a0", "t/0", "t/ab0", "t/a1", "t/ab1", "t/a2"]
 
 
-def test_tenants_take_turns_however_many_adapters_one_of_them_uses() -> None:
+def test_tenants_take_turns_for_any_number_of_adapters() -> None:
     flood = [row(letter, "many") for letter in "abcd"]
     queue = queue_of(*flood, row("a", "few", 0), row("a", "few", 1))
     assert drain(queue) == ["many/a0", "few/a0", "many/b0", "few/a1", "many/c0", "many/d0"]
 
 
-def test_one_pass_that_takes_all_it_is_shown_keeps_the_same_order() -> None:
+def test_dequeuing_all_rows_in_one_pass_keeps_the_order() -> None:
     def filled() -> FairQueue:
         return queue_of(*rows("a", "t", 3), *rows("b", "t", 2), *rows("a", "u", 2), *rows("", "v", 1))
 
@@ -87,7 +87,7 @@ def test_a_row_that_leaves_in_the_middle_of_a_pass_is_not_shown() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_it_holds_what_was_put_in_and_not_taken_out(seed: int) -> None:
+def test_it_contains_the_rows_added_and_not_removed(seed: int) -> None:
     rng, queue, held = random.Random(seed), FairQueue(), list[Row]()
     for number in range(300):
         if held and rng.random() < 0.45:
@@ -105,7 +105,7 @@ def test_it_holds_what_was_put_in_and_not_taken_out(seed: int) -> None:
 
 
 def test_a_row_waits_for_at_most_tenants_times_sets_of_its_own() -> None:
-    """Others keep coming for what was just served."""
+    """New rows keep arriving for the sets just served."""
     rng, queue = random.Random(1), FairQueue()
     tenants, letters = "tuvw", "abcde"
     for tenant in tenants:
@@ -123,7 +123,7 @@ def test_a_row_waits_for_at_most_tenants_times_sets_of_its_own() -> None:
     raise AssertionError("the late row was not served in time")
 
 
-def test_rows_that_are_put_back_come_first_the_last_one_before_the_others() -> None:
+def test_requeued_rows_come_first_the_last_one_before_the_others() -> None:
     queue = queue_of(*rows("a", "t", 2), *rows("b", "t", 2), *rows("a", "u", 2), row("c", "v"))
     taken = []
     for _ in range(2):
@@ -138,8 +138,8 @@ def test_rows_that_are_put_back_come_first_the_last_one_before_the_others() -> N
     assert drain(queue) == ["t/a0", "u/a0", "v/c0", "t/b0", "u/a1", "t/a1", "t/b1"]
 
 
-def test_no_newcomer_comes_between_rows_that_were_put_back() -> None:
-    """Of one tenant too, whose turn is over with the first of them."""
+def test_no_new_row_comes_between_requeued_rows() -> None:
+    """They may be of one tenant, whose turn ends with the first of them."""
     first, second = row("a", "t", 1), row("b", "t", 2)
     queue = queue_of(first, second)
     for each in (first, second):
@@ -151,7 +151,7 @@ def test_no_newcomer_comes_between_rows_that_were_put_back() -> None:
     assert drain(queue) == ["t/a1", "t/b2", "u/a3", "t/a4"]
 
 
-def test_one_that_is_put_back_when_its_tenant_waits_no_more_waits_alone() -> None:
+def test_a_row_is_requeued_although_its_tenant_has_no_other_rows() -> None:
     alone = row("a")
     queue = queue_of(alone)
     queue.dequeue(alone)
@@ -160,7 +160,7 @@ def test_one_that_is_put_back_when_its_tenant_waits_no_more_waits_alone() -> Non
 
 
 def flooded(**counts: int) -> FairQueue:
-    """A queue in which tenants have so many rows, in turn."""
+    """Return a queue in which the tenants have this many rows, in turn."""
     queue = FairQueue()
     for number in range(max(counts.values())):
         for tenant, count in counts.items():
@@ -172,7 +172,7 @@ def flooded(**counts: int) -> FairQueue:
 @pytest.mark.parametrize(
     ("counts", "tenant", "expected"),
     [
-        ({"a": 8}, "a", None),  # it may use the whole queue, and no more
+        ({"a": 8}, "a", None),  # it may use the whole queue but no more
         ({"a": 8}, "b", "a/b7"),
         ({"a": 5, "b": 3}, "b", "a/a4"),
         ({"a": 4, "b": 4}, "b", None),
@@ -191,7 +191,7 @@ def test_a_tenant_below_its_share_takes_the_newest_place_of_the_largest(
     assert (found and found.request_id) == expected
 
 
-def test_a_row_that_was_put_back_never_gives_its_place_away() -> None:
+def test_a_requeued_row_is_never_displaced() -> None:
     queue = queue_of(first := row("a", "t", 1))
     queue.dequeue(first)
     queue.requeue(first)

@@ -1,4 +1,4 @@
-"""A full queue: a tenant alone may use all of it, and beside others each has an equal share."""
+"""A full queue: a single tenant may use all of it; several tenants have equal shares."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def job_of(tenant: str, number: int) -> Job:
 
 
 def fill(engine: Engine, tenant: str, count: int) -> list[Answer]:
-    """Ask until `count` requests were taken; the queue must take them all."""
+    """Submit until `count` requests are accepted; the queue must accept them all."""
     return [ask(engine, job_of(tenant, number)) for number in range(count)]
 
 
@@ -38,7 +38,7 @@ def test_one_tenant_alone_may_use_the_whole_queue_and_is_refused_beyond_it(make_
 
 
 @pytest.mark.parametrize("others", [["b"], ["b", "c"]], ids=str)
-def test_tenants_that_come_later_get_their_share_of_a_full_queue(others: list[str], make_engine: MakeEngine) -> None:
+def test_later_tenants_get_their_share_of_a_full_queue(others: list[str], make_engine: MakeEngine) -> None:
     engine = make_engine({}, max_waiting=PLACES)
     flood = fill(engine, "a", PLACES)
     share = PLACES // (len(others) + 1)
@@ -55,7 +55,7 @@ def test_tenants_that_come_later_get_their_share_of_a_full_queue(others: list[st
     assert_nothing_held(engine)
 
 
-def test_a_share_that_nobody_uses_is_free_again_for_the_others(make_engine: MakeEngine) -> None:
+def test_an_unused_share_is_free_for_the_others(make_engine: MakeEngine) -> None:
     engine = make_engine({}, max_waiting=PLACES, max_batch_size=1)
     fill(engine, "a", PLACES)
     [only] = fill(engine, "b", 1)

@@ -1,4 +1,4 @@
-"""One packed forward pass, against transformers' own model over each row alone."""
+"""One packed forward pass, compared with transformers' own model over each row alone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FIRST, SECOND = [256, 1, 2, 3, 4, 5, 6], [256, 90, 91, 92, 93]
 
 @dataclass(frozen=True)
 class Parts:
-    """A forward pass over a tiny model, and what it is made of."""
+    """A forward pass over a tiny model, and its parts."""
 
     forward: ForwardPass
     cache: KvRegions
@@ -46,7 +46,7 @@ def parts(tiny_base: Callable[..., BaseModel]) -> Parts:
 
 @pytest.fixture
 def plain(tiny_folders: Mapping[str, Path]) -> Callable[[list[int]], Tensor]:
-    """Logits (V,) after these tokens, by transformers."""
+    """Return transformers' logits (V,) after these tokens."""
     model = AutoModelForCausalLM.from_pretrained(tiny_folders["llama"], dtype=torch.float32).eval()
 
     def run(tokens: list[int]) -> Tensor:
@@ -58,8 +58,8 @@ def plain(tiny_folders: Mapping[str, Path]) -> Callable[[list[int]], Tensor]:
 
 
 @torch.inference_mode()
-def test_rows_of_a_step_have_the_logits_they_have_alone(parts: Parts, plain: Callable[[list[int]], Tensor]) -> None:
-    """A whole prompt beside the first and then the last chunk of another, and a decode token at the end."""
+def test_rows_of_a_step_have_the_same_logits_as_alone(parts: Parts, plain: Callable[[list[int]], Tensor]) -> None:
+    """A whole prompt together with the first and then the last chunk of another, and a decode token at the end."""
     long, short = row_of(tokens=FIRST), row_of(tokens=SECOND)
     rows = [parts.cache.allocate(len(tokens) + 1, 40) for tokens in (FIRST, SECOND)]
     [logits] = parts.forward([(long, Segment(rows[0], 0, 4, 0)), (short, Segment(rows[1], 4, 5, 0))])

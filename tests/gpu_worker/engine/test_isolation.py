@@ -1,4 +1,4 @@
-"""Finding the rows that a step fails on, against a loop that computes every row alone."""
+"""Finding the rows that make a step fail, compared with a loop that computes every row alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.gpu_worker.engine_driver import MakeEngine, greedy
 
 
 class BadRow(Exception):
-    """What an attempt with a bad row raises."""
+    """The error of an attempt with a bad row."""
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What is planned is what is taken, and what does not fit stops the start with the sum."""
+"""Planned memory equals used memory, and a plan that does not fit stops the start with the sum."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def plan(tiny_base: Callable[..., BaseModel], tiny_folders: Mapping[str, Path]) 
     return make
 
 
-def test_the_parts_are_what_the_engine_then_takes(
+def test_the_parts_of_the_plan_equal_the_engines_use(
     plan: Callable[..., MemoryPlan], make_engine: Callable[..., Engine], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, logger="gpu_worker.engine.memory_plan"):
@@ -50,7 +50,7 @@ def test_the_parts_are_what_the_engine_then_takes(
     )
 
 
-def test_every_row_may_grow_to_its_longest_where_there_is_room(plan: Callable[..., MemoryPlan]) -> None:
+def test_with_enough_memory_every_row_may_have_its_maximum_length(plan: Callable[..., MemoryPlan]) -> None:
     assert plan(GIB).kv.num_tokens == 8 * 160
     assert plan(GIB, max_model_len=150).kv.num_tokens == 8 * 160, "whole pages"
     assert plan(GIB, max_model_len=5000).kv.num_tokens == 8 * 512, "the model's own bound"
@@ -58,7 +58,7 @@ def test_every_row_may_grow_to_its_longest_where_there_is_room(plan: Callable[..
     assert plan(GIB, kv_tokens=1_000_000).kv.num_tokens == 8 * 160, "no more than rows can use"
 
 
-def test_less_room_is_less_kv_and_too_little_stops_with_the_sum(plan: Callable[..., MemoryPlan]) -> None:
+def test_less_memory_gives_less_kv_and_too_little_stops_with_the_sum(plan: Callable[..., MemoryPlan]) -> None:
     ample = plan(GIB)
     fixed = ample.total_bytes - ample.kv_bytes - int(0.05 * GIB)
     for num_tokens in (1024, 160):
@@ -69,7 +69,7 @@ def test_less_room_is_less_kv_and_too_little_stops_with_the_sum(plan: Callable[.
 
 
 def test_regions_that_may_not_be_mapped_stop_the_start_with_the_sum(plan: Callable[..., MemoryPlan]) -> None:
-    """The budget of tokens fits; what does not is the address space of all rows at their longest."""
+    """The budget of tokens fits, but not the address space of all rows at their longest."""
     found = plan(GIB, kv_tokens=160)
     needed = found.total_bytes - found.kv_bytes + 8 * region_bytes(found.kv)
     assert needed > found.total_bytes
@@ -85,7 +85,7 @@ def test_regions_that_may_not_be_mapped_stop_the_start_with_the_sum(plan: Callab
 def test_a_worker_in_a_process_with_too_little_address_space_is_refused_by_name(
     tiny_folders: Mapping[str, Path], tmp_path: Path
 ) -> None:
-    """In a process of its own, because the bound holds for all of it."""
+    """Runs in a separate process, because the limit applies to all of it."""
     script = f"""
 import resource
 from pathlib import Path
@@ -110,7 +110,7 @@ except WorkerConfigInvalid as exc:
 @pytest.mark.parametrize(
     ("changes", "part"), [({"kv_tokens": 160 * 8}, "KV"), ({"bank_rank_rows": 100_000}, "bank"), ({}, "weights")]
 )
-def test_a_setting_that_cannot_fit_is_among_the_terms(
+def test_the_sum_contains_the_setting_that_cannot_fit(
     changes: dict[str, object], part: str, plan: Callable[..., MemoryPlan]
 ) -> None:
     needed = plan(GIB, **changes)
@@ -120,10 +120,10 @@ def test_a_setting_that_cannot_fit_is_among_the_terms(
     assert part in str(caught.value) and len(terms) == 6
 
 
-def test_the_output_head_in_bfloat16_counts_beside_the_embedding_it_is_one_with(
+def test_a_tied_output_head_in_bfloat16_counts_in_addition_to_the_embedding(
     tiny_folders: Mapping[str, Path],
 ) -> None:
-    """gemma3 ties them; the CPU lays the head out anew."""
+    """gemma3 ties them; the CPU packs a second copy of the head."""
     config = tiny_config(tiny_folders["gemma3"], dtype="bfloat16")
     base = load_base_model(config)
     embedding = base.model.get_input_embeddings().weight
@@ -144,6 +144,6 @@ def test_a_config_that_could_never_run_is_refused(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
-def test_a_device_that_is_not_there_stops_the_start() -> None:
+def test_a_missing_device_stops_the_start() -> None:
     with pytest.raises(WorkerConfigInvalid, match="cuda"):
         Engine(WorkerConfig(device="cuda"), lambda digest: pytest.fail("nothing is fetched"))

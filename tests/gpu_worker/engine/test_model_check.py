@@ -1,4 +1,4 @@
-"""The comparison with transformers' own model at start: what it refuses, and that it leaves nothing behind."""
+"""The comparison with transformers' own model at start: its refusals, and that it leaves no state."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.tiny import tiny_config
 
 
 class Shortsighted(KvRegions):
-    """Attention whose decode tokens do not see the token before them."""
+    """Attention whose decode tokens do not see the previous token."""
 
     def attention(self, segments: Sequence[Segment]) -> RegionAttention:
         for segment in segments:
@@ -33,7 +33,7 @@ class Shortsighted(KvRegions):
 
 
 class Leaking(KvRegions):
-    """Attention in which the rows of a step see the first row's tokens in the place of their own."""
+    """Attention in which all rows of a step see the first row's tokens instead of their own."""
 
     def attention(self, segments: Sequence[Segment]) -> RegionAttention:
         first = segments[0].row
@@ -45,7 +45,7 @@ class Leaking(KvRegions):
 @pytest.mark.parametrize(
     ("cache", "where"), [(Shortsighted, "decode tokens"), (Leaking, "prompts")], ids=["decode", "rows"]
 )
-def test_attention_that_computes_something_else_is_refused(
+def test_wrong_attention_is_refused(
     cache: Callable[[KvShape], KvRegions],
     where: str,
     family: str,
@@ -53,7 +53,7 @@ def test_attention_that_computes_something_else_is_refused(
     make_engine: MakeEngine,
     tmp_path: Path,
 ) -> None:
-    """Also where rounding alone makes experts of random weights tie, and most tokens differ with an adapter."""
+    """Also if rounding alone makes experts with random weights tie, so that most tokens differ with an adapter."""
     base = load_base_model(tiny_config(save(tmp_path, family, EQUAL[family]), dtype=dtype))
     with pytest.raises(BaseModelUnsupported, match=f"does not support {family}: .*for {where} with"):
         make_engine({}, base=base, dtype=dtype, build_kv_cache=cache)
@@ -62,7 +62,7 @@ def test_attention_that_computes_something_else_is_refused(
 def test_a_layer_that_no_adapter_reaches_is_refused(
     make_engine: MakeEngine, tiny_base: Callable[..., BaseModel]
 ) -> None:
-    """It multiplies with the layer's weight itself, so that the engine's own layer is never called."""
+    """It multiplies with the layer's weight directly, so the engine's own layer is never called."""
     base = tiny_base("llama")
     mlp = base.model.model.layers[1].mlp
     mlp.forward = lambda x: torch.nn.functional.linear(x @ mlp.up_proj.weight.T, mlp.down_proj.weight)
@@ -70,10 +70,10 @@ def test_a_layer_that_no_adapter_reaches_is_refused(
         make_engine({}, "llama", base=base)
 
 
-def test_a_model_that_looks_at_the_kind_of_its_layers_is_refused(
+def test_a_model_that_depends_on_the_class_of_its_layers_is_refused(
     make_engine: MakeEngine, tiny_base: Callable[..., BaseModel]
 ) -> None:
-    """Once the engine has replaced them it computes something else."""
+    """It computes something else once the engine has replaced them."""
     base = tiny_base("llama")
     attention = base.model.model.layers[1].self_attn
     attention.register_forward_hook(
@@ -99,9 +99,7 @@ def test_weights_that_show_nothing_are_refused(
     [{}, {"max_batch_size": 1}, {"max_batch_size": 3, "kv_tokens": 160}, {"bank_rank_rows": 1}, {"max_model_len": 2}],
     ids=str,
 )
-def test_the_check_fits_any_worker_and_leaves_nothing_behind(
-    changes: dict[str, object], make_engine: MakeEngine
-) -> None:
+def test_the_check_fits_any_worker_and_leaves_no_state(changes: dict[str, object], make_engine: MakeEngine) -> None:
     engine = make_engine({}, **changes)
     assert_nothing_held(engine)
     assert engine.residency.resident == frozenset()

@@ -1,4 +1,4 @@
-"""Many jobs asked at once and told whole."""
+"""Many jobs submitted at once, with whole answers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_all_answers_equal_a_run_without_a_thread(
     assert_nothing_held(engine)
 
 
-def test_what_cannot_be_asked_is_an_error_in_its_own_place(
+def test_an_invalid_job_is_an_error_at_its_position(
     make_engine: MakeEngine, start: Callable[..., EngineThread]
 ) -> None:
     loop = start(make_engine({}))
@@ -43,14 +43,14 @@ def test_what_cannot_be_asked_is_an_error_in_its_own_place(
     assert isinstance(before, Completion) and isinstance(after, Completion)
 
 
-def test_a_stopped_engine_is_told_at_once(make_engine: MakeEngine, start: Callable[..., EngineThread]) -> None:
+def test_a_stopped_engine_is_reported_at_once(make_engine: MakeEngine, start: Callable[..., EngineThread]) -> None:
     loop = start(make_engine({}))
     loop.stop()
     with pytest.raises(EngineStopped):
         run(generate_all(loop, [greedy("a")]))
 
 
-def test_leaving_cancels_what_has_not_ended(
+def test_leaving_cancels_unfinished_jobs(
     make_engine: MakeEngine, gate_of: Callable[[Engine], Gate], start: Callable[..., EngineThread]
 ) -> None:
     engine = make_engine({}, max_batch_size=2)

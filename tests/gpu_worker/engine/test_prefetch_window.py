@@ -27,12 +27,12 @@ def window_of(count: int, *, budget: int, max_rows: int = 100, num_pending: int 
     return window
 
 
-def test_a_few_rows_load_whatever_the_budget() -> None:
+def test_a_few_rows_load_with_any_budget() -> None:
     assert window_of(MIN_ROWS - 1, budget=0, max_rows=1).has_room
     assert not window_of(MIN_ROWS, budget=0).has_room
 
 
-def test_beyond_those_the_budget_decides() -> None:
+def test_above_these_the_budget_decides() -> None:
     assert window_of(MIN_ROWS + 1, budget=10 * (MIN_ROWS + 1) + 1).has_room
     assert not window_of(MIN_ROWS + 1, budget=10 * (MIN_ROWS + 1)).has_room
 
@@ -42,7 +42,7 @@ def test_a_load_in_progress_counts_like_the_others() -> None:
     assert window_of(MIN_ROWS, budget=1000, num_pending=MIN_ROWS).num_bytes == 0
 
 
-def test_no_more_rows_than_are_of_use_load_ahead() -> None:
+def test_at_most_max_rows_are_prefetched() -> None:
     assert window_of(19, budget=1 << 30, max_rows=20).has_room
     assert not window_of(20, budget=1 << 30, max_rows=20).has_room
 
@@ -55,7 +55,7 @@ def test_weights_that_rows_share_count_once() -> None:
     assert window.num_bytes == 10
 
 
-def test_of_several_loads_of_one_digest_the_last_counts() -> None:
+def test_the_last_of_several_loads_of_one_digest_counts() -> None:
     window = PrefetchWindow(100, 100)
     for number in range(16):
         window.add(loading("a", is_done=number < 15))
@@ -64,7 +64,7 @@ def test_of_several_loads_of_one_digest_the_last_counts() -> None:
     assert window.num_bytes == 10
 
 
-def test_a_load_that_ends_is_seen_at_the_next_refresh_and_one_that_failed_takes_nothing() -> None:
+def test_a_finished_load_counts_from_the_next_refresh_and_a_failed_one_does_not() -> None:
     window, late = window_of(MIN_ROWS - 1, budget=10 * MIN_ROWS), loading("z", is_done=False)
     window.add(late)
     assert not window.has_room

@@ -1,4 +1,4 @@
-"""From a job to a row: what is refused before it can reach a step."""
+"""From a job to a row: refusals before a job can reach a step."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from gpu_worker.request.request import Job
 from tests.gpu_worker.engine_driver import BASE_JOB, Alone, MakeEngine, ask, assert_same, greedy
 from tests.tiny import VOCABULARY, byte_tokenizer
 
-LAST, BEYOND = "<last>", "<image_soft_token>"  # the last id that the embedding has, and the first that it lacks
+LAST, BEYOND = "<last>", "<image_soft_token>"  # the last id in the embedding, and the first one outside
 
 
 @pytest.fixture
 def wide_base(tiny_base: Callable[..., BaseModel]) -> BaseModel:
-    """A tiny model whose tokenizer has one id more than the embedding has rows, as published ones do."""
+    """Return a tiny model whose tokenizer has one more id than the embedding has rows, like published models."""
     tokenizer = byte_tokenizer()
     spare = [f"<spare{i}>" for i in range(VOCABULARY - len(tokenizer) - 1)]
     tokenizer.add_tokens([*spare, LAST, BEYOND], special_tokens=True)
@@ -30,7 +30,7 @@ def wide_base(tiny_base: Callable[..., BaseModel]) -> BaseModel:
 @pytest.mark.parametrize(
     "prompt", [f"look at {BEYOND}, please", (Message("user", f"look at {BEYOND}"),)], ids=["raw", "messages"]
 )
-def test_a_token_beyond_the_embedding_is_refused_by_name_and_hurts_nobody(
+def test_a_token_outside_the_embedding_is_refused_without_affecting_others(
     prompt: str | tuple[Message, ...],
     wide_base: BaseModel,
     make_engine: MakeEngine,

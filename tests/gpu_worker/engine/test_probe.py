@@ -1,4 +1,4 @@
-"""What an adapter does to the base model's logits, many adapters at a time."""
+"""The effect of an adapter on the base model's logits, for many adapters at a time."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def shifts_of(start: Callable[[Engine], EngineThread]) -> Callable[[Engine, list
 
 
 def faint(shapes: Shapes, share: float) -> AdapterWeights:
-    """An adapter with this share of its effect; with none, every lora_b is zero, as training begins."""
+    """Return an adapter with this share of its effect; with 0, every lora_b is zero, as before training."""
     weights = random_adapter(shapes, 9)
     modules = {name: replace(module, lora_b=module.lora_b * share) for name, module in weights.modules.items()}
     return AdapterWeights(f"faint-{share}", modules)
@@ -91,7 +91,7 @@ def test_without_an_engine_there_is_no_shift(make_engine: MakeEngine, start: Cal
 def test_a_batch_takes_one_step_and_the_base_model_one_more_the_first_time(
     make_engine: MakeEngine, shapes: Shapes, start: Callable[[Engine], EngineThread]
 ) -> None:
-    """Loads end one after the other on a thread of their own, and no row runs before all are there."""
+    """Loads end one by one on another thread, and no row runs before all have ended."""
     pool = [random_adapter(shapes, i) for i in range(8)]
     digests = [weights.weights_digest for weights in pool]
 
@@ -107,7 +107,7 @@ def test_a_batch_takes_one_step_and_the_base_model_one_more_the_first_time(
         run(main(start(make_engine(by_digest(*pool), executor=executor))))
 
 
-def test_who_leaves_a_probe_takes_no_load_from_the_others(
+def test_a_cancelled_probe_does_not_cancel_loads_of_others(
     make_engine: MakeEngine, shapes: Shapes, start: Callable[[Engine], EngineThread]
 ) -> None:
     weights, may_load = random_adapter(shapes, 1), threading.Event()
@@ -121,7 +121,7 @@ def test_who_leaves_a_probe_takes_no_load_from_the_others(
         leaving = asyncio.create_task(prober.shifts([weights.weights_digest]))
         while not loop.engine.loader.loading:
             await asyncio.sleep(0)
-        await loop.status()  # asked after the load: by now the probe waits for it
+        await loop.status()  # asked after the load started: the probe waits for it
         job = greedy("x", plan_of("selection", (weights, 1.0)))
         staying = asyncio.create_task(loop.complete(job))
         leaving.cancel()

@@ -1,4 +1,4 @@
-"""What a row releases as its tokens come, and the inputs of its next token."""
+"""The text that a row releases with its tokens, and the inputs of its next token."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ END = 257
 
 
 def answering(*, stops: tuple[str, ...] = (), max_new: int = 20, **params: int) -> Row:
-    """A row with log probabilities that ends at END."""
+    """Return a row with log probabilities that ends at END."""
     sampling = SamplingParams(max_tokens=max_new, logprobs=0, **params)  # type: ignore[arg-type]
     return row_of(stops=stops, sampling=sampling, max_new_tokens=max_new, end_ids=frozenset({END}))
 
 
 def taken(row: Row, text: str, *, end: int | None = None) -> list[Delta]:
-    """The deltas of these bytes, one token each, and of the id that ends them."""
+    """Return the deltas of these bytes, one token each, and of the id that ends them."""
     tokens = BYTES.encode(text, add_special_tokens=False).ids + ([] if end is None else [end])
     deltas = []
     for token in tokens:
@@ -30,21 +30,23 @@ def taken(row: Row, text: str, *, end: int | None = None) -> list[Delta]:
     return deltas
 
 
-def test_tokens_join_to_the_text_and_say_where_they_begin() -> None:
+def test_tokens_join_to_the_text_and_have_its_offsets() -> None:
     deltas = taken(answering(), "né🙂", end=END)
     entries = [entry for delta in deltas for entry in delta.logprobs]
     assert b"".join(entry.token for entry in entries).decode() == "né🙂" == "".join(delta.text for delta in deltas)
     assert [entry.text_offset for entry in entries] == [0, 1, 1, 2, 2, 2, 2]
-    assert [len(delta.logprobs) for delta in deltas] == [1, 2, 4, 0], "each is told with the text it completes"
+    assert [len(delta.logprobs) for delta in deltas] == [1, 2, 4, 0], (
+        "each token is reported with the text that it completes"
+    )
 
 
-def test_what_a_stop_string_cuts_off_is_not_told() -> None:
+def test_tokens_removed_by_a_stop_string_are_not_reported() -> None:
     deltas = taken(answering(stops=("##",)), "a#b##c")
     assert "".join(delta.text for delta in deltas) == "a#b"
     assert b"".join(entry.token for delta in deltas for entry in delta.logprobs) == b"a#b"
 
 
-def test_what_was_held_back_is_told_when_the_answer_ends() -> None:
+def test_held_back_tokens_are_reported_at_the_end() -> None:
     deltas = taken(answering(stops=("##",), max_new=2), "a#")
     assert deltas[-1].finish_reason == "length"
     assert b"".join(entry.token for delta in deltas for entry in delta.logprobs) == b"a#"
@@ -55,7 +57,7 @@ def test_what_was_held_back_is_told_when_the_answer_ends() -> None:
     [("abcdef", None, "length", 4), ("ab", END, "stop", 3), ("a##bc", None, "stop", 3)],
     ids=["as long as it may get", "an end id", "a stop string"],
 )
-def test_the_last_delta_alone_has_the_reason(text: str, end: int | None, reason: str, num_new: int) -> None:
+def test_only_the_last_delta_has_the_reason(text: str, end: int | None, reason: str, num_new: int) -> None:
     *others, last = taken(answering(stops=("##",), max_new=4), text, end=end)
     assert (last.finish_reason, last.num_new_tokens, last.num_prompt_tokens) == (reason, num_new, 1)
     assert {delta.finish_reason for delta in others} == {None}
@@ -66,7 +68,7 @@ def test_an_end_id_adds_no_text_and_no_log_probability() -> None:
     assert (last.text, last.logprobs) == ("", ())
 
 
-def test_end_ids_are_forbidden_until_min_tokens_have_come() -> None:
+def test_end_ids_are_forbidden_until_min_tokens_are_generated() -> None:
     row, forbidden = answering(min_tokens=2), []
     for token in BYTES.encode("abc", add_special_tokens=False).ids:
         forbidden.append(row.draw().forbidden)
@@ -88,6 +90,6 @@ def test_the_draw_has_the_seed_and_the_position_of_the_next_token() -> None:
     assert (row.num_new_tokens, row.longest_len) == (1, 8)
 
 
-def test_rows_of_the_same_adapters_have_the_same_set_whatever_the_order() -> None:
+def test_rows_of_the_same_adapters_have_the_same_set_in_any_order() -> None:
     assert queued_row("ba").adapter_set == queued_row("ab").adapter_set == ("a", "b")
     assert queued_row("ba").weights_digests == ["b", "a"]

@@ -1,4 +1,4 @@
-"""Which tokens a step computes."""
+"""The choice of a step's tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def row_of(kv_row: int, num_tokens: int, num_computed: int) -> Row:
 
 
 def shown(rows: list[Row], budget: int, chunk: int = 100) -> list[tuple[int, int, int, int]]:
-    """(kv row, start in the step, tokens, tokens before) of every segment."""
+    """Return (kv row, start in the step, tokens, tokens before) of every segment."""
     return [(s.row, s.start, s.num_tokens, s.context_len) for _, s in schedule(rows, budget, chunk)]
 
 
@@ -28,24 +28,24 @@ def shown(rows: list[Row], budget: int, chunk: int = 100) -> list[tuple[int, int
         ([row_of(0, 5, 0)], 8, [(0, 0, 5, 0)]),
         ([row_of(0, 20, 0)], 8, [(0, 0, 8, 0)]),
         ([row_of(0, 20, 16)], 8, [(0, 0, 4, 16)]),
-        ([row_of(0, 20, 0), row_of(1, 9, 8)], 8, [(1, 0, 1, 8), (0, 1, 7, 0)]),  # decoding goes first
+        ([row_of(0, 20, 0), row_of(1, 9, 8)], 8, [(1, 0, 1, 8), (0, 1, 7, 0)]),  # decoding rows are first
         ([row_of(0, 3, 0), row_of(1, 9, 0), row_of(2, 9, 0)], 8, [(0, 0, 3, 0), (1, 3, 5, 0)]),
     ],
 )
-def test_a_step(rows: list[Row], budget: int, expected: list[tuple[int, int, int, int]]) -> None:
+def test_the_segments_of_a_step(rows: list[Row], budget: int, expected: list[tuple[int, int, int, int]]) -> None:
     assert shown(rows, budget) == expected
 
 
-def test_beside_decoding_rows_prompts_are_read_in_smaller_chunks() -> None:
+def test_with_decoding_rows_prompts_are_computed_in_smaller_chunks() -> None:
     rows = [row_of(0, 20, 0), row_of(1, 9, 8), row_of(2, 9, 0)]
     assert shown(rows, 16, chunk=4) == [(1, 0, 1, 8), (0, 1, 2, 0), (2, 3, 2, 0)]
     assert shown(rows, 3, chunk=4) == [(1, 0, 1, 8), (0, 1, 1, 0), (2, 2, 1, 0)]
     assert shown(rows, 2, chunk=4) == [(1, 0, 1, 8), (0, 1, 1, 0)]
-    assert shown(rows[::2], 24, chunk=4) == [(0, 0, 15, 0), (2, 15, 9, 0)], "nobody decodes"
+    assert shown(rows[::2], 24, chunk=4) == [(0, 0, 15, 0), (2, 15, 9, 0)], "no row decodes"
 
 
 def steps_until_read(row: Row, rows: list[Row], *, arriving: int = 0) -> int:
-    """Steps until the row's prompt is read; `arriving` short prompts join in each of them."""
+    """Return the steps until the row's prompt is computed; `arriving` short prompts join in each of them."""
     for count in range(1, 1000):
         for _ in range(arriving):
             rows.append(row_of(len(rows), 20, 0))
@@ -67,12 +67,12 @@ def test_a_short_prompt_does_not_wait_for_the_long_ones_before_it(num_ahead: int
 
 
 @pytest.mark.parametrize("arriving", [1, 30, 60])
-def test_a_long_prompt_gets_on_however_many_short_ones_keep_coming(arriving: int) -> None:
+def test_a_long_prompt_progresses_while_short_ones_keep_arriving(arriving: int) -> None:
     long = row_of(0, 8000, 0)
     assert steps_until_read(long, [long], arriving=arriving) <= 2 * 8000 / 1024 + 1
 
 
-def test_a_prompt_that_is_not_the_first_is_read_in_its_turn_at_the_latest() -> None:
+def test_a_later_prompt_is_computed_in_its_turn_at_the_latest() -> None:
     first, second = row_of(0, 4000, 0), row_of(1, 4000, 0)
     assert steps_until_read(second, [first, second], arriving=60) <= 2 * 8000 / 1024 + 2
 

@@ -1,4 +1,4 @@
-"""The engine's own requests: they need no prompt, fit every model, and change its logits by an adapter."""
+"""The engine's own requests: they need no prompt, fit every model, and an adapter changes its logits."""
 
 from __future__ import annotations
 
@@ -40,5 +40,5 @@ def test_the_adapter_has_every_module_of_the_bank(family: str, make_engine: Make
         assert bool((torch.cat([module.a, module.bt], dim=1) > 0).all())
 
 
-def test_its_digest_is_that_of_no_stored_weights() -> None:
+def test_its_digest_cannot_be_that_of_stored_weights() -> None:
     assert not set(DIGEST) <= set("0123456789abcdef")

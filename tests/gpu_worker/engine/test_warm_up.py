@@ -1,4 +1,4 @@
-"""What an engine computes before it reports ready, and what must not be left of it."""
+"""The engine's steps before it reports ready, which must leave no state."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from tests.gpu_worker.engine_driver import (
 from tests.gpu_worker.faults import break_adapters
 from tests.tiny import FAMILIES
 
-NUM_PROMPT_TOKENS = 8  # of each request of the warm-up
+NUM_PROMPT_TOKENS = 8  # per request of the warm-up
 
 
 class NoKernel(RuntimeError):
-    """What a device without a kernel raises."""
+    """The error of a device without a kernel."""
 
 
 NO_KERNEL = NoKernel("no kernel image is available for execution on the device")
@@ -56,7 +56,7 @@ def test_it_computes_chunks_and_decode_steps_with_an_adapter_and_leaves_nothing(
     assert (engine.counters.num_steps, engine.counters.num_new_tokens, engine.counters.num_requests) == (0, 0, 0)
     assert_nothing_held(engine)
     assert max(one.num_rows for one in passes) >= 1, "an adapter was composed"
-    if engine.max_len > 2:  # else there is room for a single new token, which the prompt's own step chooses
+    if engine.max_len > 2:  # otherwise there is room for only one new token, which the prompt's step chooses
         is_behind = [one.last_position >= min(NUM_PROMPT_TOKENS, engine.max_len - 1) for one in passes]
         assert any(is_behind), "decode steps were computed, at positions behind the prompt"
     if engine.max_len > 2 and engine.config.max_step_tokens > 1:
@@ -74,7 +74,7 @@ class Pass:
 
 
 def passes_of(engine: Engine) -> list[Pass]:
-    """Record every forward pass from now on."""
+    """Record every later forward pass."""
     passes: list[Pass] = []
 
     def record(module: nn.Module, args: object, kwargs: dict[str, torch.Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""The two dense products against a loop over every token, in the precisions the worker runs in."""
+"""The two dense products compared with a loop over every token, in the worker's precisions."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_adapters_that_overflow_change_only_the_rows_that_use_them(strategy: str
 
 
 def test_an_input_that_several_modules_read_is_multiplied_once() -> None:
-    """The second module's A changes nothing any more, until a new input comes."""
+    """The second module's A has no effect until a new input arrives."""
     pool = pool_of([4], 16, WIDTHS)
     bank, residency = settled(pool, 16, WIDTHS, torch.float32)
     lora = dense_mapping([plan_of("selection", (pool[0], 1.0))], [2], residency, torch.float32, CPU)

@@ -1,4 +1,4 @@
-"""The compiled products against a loop over every token, in the precisions the worker runs in."""
+"""The compiled products compared with a loop over every token, in the worker's precisions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_grouped_products_equal_a_loop_over_tokens(
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_adapters_of_others_are_never_read(dtype: torch.dtype, lora_kernel: LoraKernel) -> None:
+def test_adapters_outside_a_plan_are_never_read(dtype: torch.dtype, lora_kernel: LoraKernel) -> None:
     pool = pool_of([4, 4], 16, {"m": 16})
     bank, residency = settled(pool, 16, {"m": 16}, dtype)
     bank.modules["m"].bt[residency.rows("1")] = float("nan")

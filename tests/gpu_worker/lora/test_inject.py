@@ -1,4 +1,4 @@
-"""Which layers of a base model an adapter may target, and that replacing them changes nothing by itself."""
+"""The layers that an adapter may target, and that replacing them alone changes nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.tiny import FAMILIES
 
 
 class Router(nn.Linear):
-    """A layer that does more than its class says."""
+    """A layer that computes more than its class does."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).softmax(dim=-1)

@@ -24,7 +24,7 @@ def pairs_of(slots: list[list[int]], rank_rows: list[list[int]], *, is_fusion: l
 
 
 def test_every_pair_of_a_token_and_an_adapter_has_room_for_the_adapters_rank() -> None:
-    """h of a pair begins where those of all pairs before it end; a loop counts them."""
+    """h of a pair begins after those of all earlier pairs; a loop counts them."""
     slots, rank_rows = [[0, 2], [1], [0, 1, 2]], [[7, 8, 9], [4], [1, 2]]
     pairs = pairs_of(slots, rank_rows, is_fusion=[False, False, False])
     begins, num_values = [], 0
@@ -41,7 +41,7 @@ def test_every_pair_of_a_token_and_an_adapter_has_room_for_the_adapters_rank() -
     assert (pairs.num_adapters, pairs.num_slots, pairs.max_rank, pairs.num_threads) == (3, 3, 3, 3)
 
 
-def test_fusions_are_listed_only_where_there_are_any() -> None:
+def test_fusions_are_listed_only_if_there_are_any() -> None:
     assert pairs_of([[0, 1]], [[3]], is_fusion=[False, False]).fusion is None
     assert pairs_of([[0, 1]], [[3]], is_fusion=[False, True]).fusion is not None
 

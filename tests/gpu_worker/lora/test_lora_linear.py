@@ -23,7 +23,7 @@ from tests.gpu_worker.engine_driver import kv_shape
 
 @pytest.mark.parametrize("same_input", [True, False])
 @pytest.mark.parametrize("is_grouped", [True, False])
-def test_modules_that_share_a_product_get_their_own_part_of_it(
+def test_modules_that_share_a_product_get_their_own_part(
     same_input: bool, is_grouped: bool, lora_kernel: LoraKernel
 ) -> None:
     linears = {"x.gate_proj": nn.Linear(3, 5), "x.up_proj": nn.Linear(3, 4)}

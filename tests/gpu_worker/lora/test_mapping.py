@@ -1,4 +1,4 @@
-"""Which of the two ways computes a step's LoRA products."""
+"""The choice between the two ways to compute a step's LoRA products."""
 
 from __future__ import annotations
 

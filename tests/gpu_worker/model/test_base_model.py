@@ -1,4 +1,4 @@
-"""Which base models are served, and which are refused by name."""
+"""Supported base models, and refusals with the reason."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.tiny import FAMILIES, byte_tokenizer, tiny_config
 
 
 def folder_with(tmp_path: Path, source: Path, **changes: object) -> Path:
-    """A folder that holds `source`'s config with these changes, and nothing to load: it is refused before."""
+    """Write a folder with `source`'s config and these changes, but no weights: it is refused before loading."""
     config = AutoConfig.from_pretrained(source)
     for name, value in changes.items():
         setattr(config, name, value)
@@ -52,7 +52,7 @@ def test_all_problems_are_named_at_once(tmp_path: Path, tiny_folders: Mapping[st
 
 
 @pytest.mark.parametrize("head_dim", [12, 264])
-def test_heads_that_attention_on_cuda_does_not_take_are_refused_there(
+def test_head_sizes_unsupported_on_cuda_are_refused_there(
     head_dim: int, tmp_path: Path, tiny_folders: Mapping[str, Path]
 ) -> None:
     folder = folder_with(tmp_path, tiny_folders["gemma3"], head_dim=head_dim)
@@ -68,7 +68,7 @@ def test_a_model_without_grouped_heads_in_its_config_is_refused(tmp_path: Path) 
 
 
 def test_a_config_whose_layers_are_not_alike_is_refused(tmp_path: Path) -> None:
-    """Its layers have heads of two sizes; transformers raises an error where one size is asked for."""
+    """Its layers have heads of two sizes; transformers raises an error if a single size is read."""
     AutoConfig.for_model("gemma4_text").save_pretrained(tmp_path)
     with pytest.raises(BaseModelUnsupported, match="gemma4_text has no single head_dim"):
         load_base_model(tiny_config(tmp_path))
@@ -76,7 +76,7 @@ def test_a_config_whose_layers_are_not_alike_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model_type", ["llava", "bloom"])
 def test_every_number_that_a_config_lacks_is_named(model_type: str, tmp_path: Path) -> None:
-    """Models of several parts keep such numbers one level down; older families call them otherwise."""
+    """Models of several parts keep such numbers one level down; older families use other names."""
     AutoConfig.for_model(model_type).save_pretrained(tmp_path)
     with pytest.raises(BaseModelUnsupported, match=f"{model_type} has .*num_key_value_heads.*max_position"):
         load_base_model(tiny_config(tmp_path))
@@ -96,14 +96,16 @@ def test_every_number_that_a_config_lacks_is_named(model_type: str, tmp_path: Pa
 def test_layers_that_are_not_plain_attention_are_refused_before_anything_is_loaded(
     model_type: str, settings: dict[str, object], tmp_path: Path
 ) -> None:
-    """Recurrent and convolutional layers would carry state from one packed row to the next; sinks would be dropped."""
+    """Recurrent and convolutional layers would carry state from one packed row to the next; sinks would be lost."""
     AutoConfig.for_model(model_type, **settings).save_pretrained(tmp_path)
     with pytest.raises(BaseModelUnsupported, match=model_type):
         load_base_model(tiny_config(tmp_path))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_the_engine_needs_to_know_is_read_from_the_model(family: str, tiny_base: Callable[..., BaseModel]) -> None:
+def test_the_properties_that_the_engine_needs_are_read_from_the_model(
+    family: str, tiny_base: Callable[..., BaseModel]
+) -> None:
     base = tiny_base(family)
     assert (base.num_layers, base.num_kv_heads, base.head_dim, base.max_position) == (3, 2, 8, 512)
     assert base.eos_token_ids == {257}
@@ -136,12 +138,12 @@ def test_names_of_dtypes() -> None:
     assert resolve_dtype("auto") == (torch.bfloat16 if has_bfloat16 else torch.float32)
 
 
-def test_a_folder_or_an_id_is_loaded_as_it_is_called() -> None:
+def test_a_folder_or_an_id_is_loaded_under_its_own_name() -> None:
     assert model_source(tiny_config(Path("/models/mine"))) == "/models/mine"
     assert model_source(tiny_config(Path("google/gemma-3-270m"))) == "google/gemma-3-270m"
 
 
-def test_a_whole_conversion_in_the_cache_is_used_as_it_is(tmp_path: Path) -> None:
+def test_a_complete_conversion_in_the_cache_is_reused(tmp_path: Path) -> None:
     folder = tmp_path / PACKAGED_MODEL
     folder.mkdir()
     (folder / "model.safetensors").write_text("weights")

@@ -1,4 +1,4 @@
-"""The fused passes against the model families' own modules, value by value."""
+"""The fused passes compared with the model families' own modules, value by value."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def draw(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 
 
 def assert_same(found: Tensor, expected: Tensor, atol: float = 3e-6) -> None:
-    """Equal but for float32's order of sums, which moves a rounding to bfloat16 now and then.
+    """Check equality up to float32's order of summation, which sometimes changes a rounding to bfloat16.
 
-    `atol`: torch's tanh form of gelu ends in -0 where the fused one goes on to smaller numbers.
+    `atol`: torch's tanh form of gelu ends in -0, while the fused one continues with smaller numbers.
     """
     assert found.dtype == expected.dtype
     is_half = found.dtype == torch.bfloat16
@@ -44,7 +44,7 @@ def assert_same(found: Tensor, expected: Tensor, atol: float = 3e-6) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [640, 256, 33, 7])
 @pytest.mark.parametrize("family", [Gemma3RMSNorm, LlamaRMSNorm])
-def test_norms_are_those_of_their_family(
+def test_norms_equal_those_of_their_family(
     family: type[nn.Module], width: int, dtype: torch.dtype, kernel: FusedKernel
 ) -> None:
     model = nn.Module()
@@ -70,7 +70,7 @@ def test_norms_are_those_of_their_family(
     [(True, nn.functional.silu), (False, lambda x: gelu(x, approximate="tanh"))],
     ids=["silu", "gelu"],
 )
-def test_gated_activations_are_torchs(
+def test_gated_activations_equal_torchs(
     is_silu: bool,
     activation: Callable[[Tensor], Tensor],
     shape: tuple[int, ...],
@@ -83,7 +83,7 @@ def test_gated_activations_are_torchs(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("is_silu", [True, False])
-def test_what_is_out_of_range_stays_so(is_silu: bool, dtype: torch.dtype, kernel: FusedKernel) -> None:
+def test_non_finite_values_stay_non_finite(is_silu: bool, dtype: torch.dtype, kernel: FusedKernel) -> None:
     gate = torch.tensor([-INF, -1e30, -100.0, -30.0, 0.0, 30.0, 1e30, INF, NAN], dtype=dtype)
     activation = nn.functional.silu if is_silu else lambda x: gelu(x, approximate="tanh")
     found, expected = kernel.gated(gate, torch.ones_like(gate), is_silu=is_silu), activation(gate)
@@ -92,7 +92,7 @@ def test_what_is_out_of_range_stays_so(is_silu: bool, dtype: torch.dtype, kernel
     assert not kernel.rms_norm(gate, torch.ones(9), 1e-6, rounds_first=False).isfinite().any()
 
 
-def test_a_bad_row_is_alone(kernel: FusedKernel) -> None:
+def test_a_bad_row_does_not_affect_others(kernel: FusedKernel) -> None:
     x = draw(3, 640, dtype=torch.bfloat16)
     x[1] = NAN
     y = kernel.rms_norm(x, torch.ones(640), 1e-6, rounds_first=True)
@@ -116,7 +116,7 @@ def test_every_norm_and_mlp_of_a_model_is_fused(
     assert after["FusedRmsNorm"] == sum(count for name, count in before.items() if name.endswith("RMSNorm")) > 0
 
 
-def test_other_formulas_stay_as_they_are(kernel: FusedKernel) -> None:
+def test_modules_with_other_formulas_are_not_replaced(kernel: FusedKernel) -> None:
     class CentredRMSNorm(LlamaRMSNorm):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x - x.mean(-1, keepdim=True))

@@ -11,7 +11,7 @@ from gpu_worker.model import packaged_model
 
 
 def test_the_packaged_weights_are_joined_without_importing_their_packages(tmp_path: Path) -> None:
-    """And they are the known ones: joining compares their hash."""
+    """Joining also compares their hash with the known one."""
     code = (
         "import sys; from pathlib import Path; from gpu_worker.model.packaged_model import _assemble; "
         "_assemble(Path(sys.argv[1])); "

@@ -1,4 +1,4 @@
-"""Embeddings that depend on the length of the sequence: one set of factors, whatever runs beside a row."""
+"""Embeddings that depend on the length of the sequence use one set of factors, independent of the batch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def save(folder: Path, family: str, *, short: list[float] = SHORT, long: list[fl
     rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": ORIGINAL_LEN}
     rope |= {"short_factor": short, "long_factor": long, **(FAMILIES[family] | scales)}
     torch.manual_seed(0)
-    lengths = {"original_max_position_embeddings": ORIGINAL_LEN}  # of Phi-3: it overrides the one in `rope`
+    lengths = {"original_max_position_embeddings": ORIGINAL_LEN}  # Phi-3's, which overrides the one in `rope`
     config = AutoConfig.for_model(family, **SHAPE, rope_parameters=rope, **lengths)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
@@ -37,7 +37,7 @@ def engine_over(folder: Path, make_engine: MakeEngine, max_model_len: int) -> En
 
 
 def continuation(folder: Path, prompt: str, num_new: int) -> list[int]:
-    """The greedy tokens of transformers' own model, without a cache."""
+    """Return the greedy tokens of transformers' own model, without a cache."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     tokens = AutoTokenizer.from_pretrained(folder)(prompt).input_ids
     with torch.inference_mode():
@@ -47,7 +47,7 @@ def continuation(folder: Path, prompt: str, num_new: int) -> list[int]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_long_neighbour_does_not_change_an_answer(family: str, tmp_path: Path, make_engine: MakeEngine) -> None:
+def test_a_long_row_does_not_change_other_answers(family: str, tmp_path: Path, make_engine: MakeEngine) -> None:
     save(tmp_path, family)
     short, long = greedy("a short prompt", num_new=20), greedy("x" * 100, num_new=20)
     [alone] = run_together(engine_over(tmp_path, make_engine, 160), [short])
@@ -57,13 +57,13 @@ def test_a_long_neighbour_does_not_change_an_answer(family: str, tmp_path: Path,
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("max_model_len", "is_long"), [(ORIGINAL_LEN, False), (ORIGINAL_LEN + 1, True), (160, True)])
-def test_the_longest_row_decides_for_all_which_factors_are_used(
+def test_the_maximum_length_selects_the_factors_of_all_rows(
     family: str, max_model_len: int, is_long: bool, tmp_path: Path, make_engine: MakeEngine
 ) -> None:
     chosen = LONG if is_long else SHORT
     scales = FAMILIES[family]
     scale = scales and dict.fromkeys(scales, scales["long_mscale" if is_long else "short_mscale"])
-    # transformers takes the short factors of this family at every length: only the scale follows the length
+    # transformers uses the short factors of this family at every length; only the scale depends on the length
     short = SHORT if family == "phimoe" else chosen
     expected = save(tmp_path / "expected", family, short=short, long=chosen, **scale)
     [answer] = run_together(
@@ -87,7 +87,7 @@ def test_factors_that_differ_between_kinds_of_layers_are_refused() -> None:
         pin_longrope(model, 100)
 
 
-def test_other_embeddings_are_left_alone() -> None:
+def test_other_embeddings_are_not_changed() -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SHAPE))
     before = model.model.rotary_emb.inv_freq.clone()
     pin_longrope(model, 500)

@@ -15,7 +15,7 @@ def quick_compiler(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest
 
 @pytest.fixture
 def no_options(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """The environment without a compiler of its own."""
+    """Remove the environment's own compiler."""
     for name in ("CXX", "CXXFLAGS"):
         monkeypatch.delenv(name, raising=False)
     yield monkeypatch

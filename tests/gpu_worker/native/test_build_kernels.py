@@ -1,4 +1,4 @@
-"""Building kernels ahead of time: what is built is what a start looks for."""
+"""Building kernels ahead of time, in the form that a start expects."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from gpu_worker.native.kernel_variants import VARIANTS
 HERE = [variant for variant in VARIANTS if variant.machine == platform.machine()]
 
 
-def test_the_image_has_a_variant_of_every_kind_that_is_promised() -> None:
+def test_every_documented_variant_exists() -> None:
     assert [variant.name for variant in VARIANTS] == ["x86-64-v4-bf16", "x86-64-v3", "aarch64"]
 
 
-def test_what_is_built_is_what_a_start_looks_for(
+def test_built_kernels_are_found_at_the_start(
     tmp_path: Path, lora_kernel: LoraKernel, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = os.umask(0o002)
@@ -51,7 +51,7 @@ def test_the_build_needs_nothing_but_the_standard_library(tmp_path: Path) -> Non
     assert run.stdout.strip() == "[]"
 
 
-def test_a_machine_without_variants_is_told_so(tmp_path: Path) -> None:
+def test_a_machine_without_variants_gets_an_error(tmp_path: Path) -> None:
     with pytest.raises(KernelUnavailable, match="'riscv64'; supported: aarch64, x86_64"):
         build(tmp_path, "riscv64", Compiler(("c++",)))
 

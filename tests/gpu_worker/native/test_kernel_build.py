@@ -1,4 +1,4 @@
-"""The compiler that is found and called, and the names of what it builds."""
+"""The search for a compiler, its call, and the names of its libraries."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gpu_worker.native.kernel_variants import VARIANTS
 from tests.gpu_worker.compilers import script
 
 
-def test_the_compiler_of_the_environment_is_taken(tmp_path: Path, no_options: pytest.MonkeyPatch) -> None:
+def test_the_compiler_of_the_environment_is_used(tmp_path: Path, no_options: pytest.MonkeyPatch) -> None:
     compiler = script(tmp_path / "my c++", "exit 0")
     assert Compiler.find({"CXX": f"'{compiler}' -B /x", "CXXFLAGS": "-g -O1", "PATH": ""}) == Compiler(
         (str(compiler), "-B", "/x"), ("-g", "-O1")
@@ -36,19 +36,19 @@ def test_every_source_is_a_kernel() -> None:
     assert {"decode_attention", "fused", "grouped_lora"} <= set(kernel_names())
 
 
-def test_a_library_is_named_after_all_it_is_made_of() -> None:
+def test_the_name_of_a_library_depends_on_all_its_inputs() -> None:
     names = {file_name("fused", *variant.options) for variant in VARIANTS} | {file_name("grouped_lora")}
     assert len(names) == len(VARIANTS) + 1
 
 
-def test_a_compiler_that_fails_leaves_nothing_and_its_words_are_in_the_error(tmp_path: Path) -> None:
+def test_a_failing_compiler_leaves_nothing_and_its_output_is_in_the_error(tmp_path: Path) -> None:
     compiler = Compiler((str(script(tmp_path / "c++", 'echo "unknown option" >&2; exit 1')), "-B"), ("-g",))
     with pytest.raises(KernelUnavailable, match=r"c\+\+ -B -g -O3 .* failed: unknown option"):
         compiler.compile(source_of("fused"), (), tmp_path / "fused.so")
     assert [path.name for path in tmp_path.iterdir()] == ["c++"]
 
 
-def test_the_first_compiler_on_the_path_is_taken(tmp_path: Path) -> None:
+def test_the_first_compiler_on_the_path_is_used(tmp_path: Path) -> None:
     for name in ("clang++", "g++"):
         script(tmp_path / name, "exit 0")
     assert Compiler.find({"PATH": str(tmp_path)}) == Compiler((str(tmp_path / "g++"),))

@@ -1,4 +1,4 @@
-"""How compiled kernels are found, made and loaded, and that the worker goes on without them."""
+"""Compiled kernels are found, built and loaded, and the worker runs without them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_kernel_is_compiled_once(tmp_path: Path, lora_kernel: LoraKernel) -> N
     assert [(path, path.stat().st_mtime_ns) for path in libraries(tmp_path)] == [(library, made)]
 
 
-def test_a_compiled_kernel_needs_no_compiler_and_no_writable_folder(
+def test_a_compiled_kernel_needs_neither_compiler_nor_writable_folder(
     tmp_path: Path, no_options: pytest.MonkeyPatch, lora_kernel: LoraKernel, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert load_lora_kernel(tmp_path) is not None
@@ -56,7 +56,7 @@ def test_a_compiled_kernel_needs_no_compiler_and_no_writable_folder(
 
 
 @pytest.mark.parametrize("variable", ["CXX", "CXXFLAGS"])
-def test_another_choice_of_compiler_or_options_compiles_anew(
+def test_another_compiler_or_other_options_compile_again(
     variable: str, tmp_path: Path, no_options: pytest.MonkeyPatch, lora_kernel: LoraKernel
 ) -> None:
     assert load_lora_kernel(tmp_path) is not None
@@ -65,7 +65,7 @@ def test_another_choice_of_compiler_or_options_compiles_anew(
     assert len(libraries(tmp_path)) == 2
 
 
-def test_without_a_compiler_there_is_none(
+def test_without_a_compiler_there_is_no_kernel(
     tmp_path: Path, no_options: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     no_options.setenv("PATH", str(tmp_path))
@@ -85,7 +85,7 @@ def test_a_compiler_that_fails_is_logged_and_leaves_nothing(
     assert libraries(tmp_path / "cache") == []
 
 
-def test_a_cache_folder_that_cannot_be_used_costs_the_kernels_and_not_the_worker(
+def test_an_unusable_cache_folder_disables_only_the_kernels(
     tmp_path: Path, tiny_folders: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()
@@ -96,16 +96,16 @@ def test_a_cache_folder_that_cannot_be_used_costs_the_kernels_and_not_the_worker
     assert "grouped_lora is disabled" in caplog.text
 
 
-def test_kernels_that_are_off_are_counted(tmp_path: Path, no_options: pytest.MonkeyPatch) -> None:
+def test_missing_kernels_are_counted(tmp_path: Path, no_options: pytest.MonkeyPatch) -> None:
     no_options.setenv("PATH", "")
     assert num_missing_kernels(WorkerConfig(cache_dir=tmp_path)) == len(kernel_names()) > 2
     assert num_missing_kernels(WorkerConfig(cache_dir=tmp_path, device="cuda")) == 0
 
 
-def test_a_library_that_cannot_be_loaded_costs_the_kernel_alone(
+def test_a_library_that_cannot_be_loaded_disables_only_its_kernel(
     tmp_path: Path, no_options: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As on a file system that is mounted without the right to execute."""
+    """This happens on a file system that is mounted without execution."""
     script(tmp_path / "c++", 'for last; do :; done; echo "not a library" > "$last"')
     no_options.setenv("CXX", str(tmp_path / "c++"))
     assert load_fused_kernel(tmp_path) is None
@@ -113,7 +113,7 @@ def test_a_library_that_cannot_be_loaded_costs_the_kernel_alone(
     assert "fused is disabled" in caplog.text
 
 
-def test_a_folder_is_made_for_this_user_alone(tmp_path: Path, lora_kernel: LoraKernel) -> None:
+def test_a_new_folder_is_accessible_to_this_user_only(tmp_path: Path, lora_kernel: LoraKernel) -> None:
     load_lora_kernel(tmp_path / "new")
     assert (tmp_path / "new" / "native").stat().st_mode & 0o777 == 0o700
     (tmp_path / "shared" / "native").mkdir(parents=True)
@@ -132,7 +132,7 @@ def test_a_library_that_others_can_write_is_not_loaded_but_compiled_again(
 ) -> None:
     load_lora_kernel(tmp_path)
     [library] = libraries(tmp_path)
-    library.unlink()  # the loaded file stays as it is
+    library.unlink()  # the loaded file does not change
     library.write_bytes(b"code of another user")
     library.chmod(mode)
     with no_options.context() as without_compiler:
@@ -155,7 +155,7 @@ def test_a_folder_that_others_can_write_is_not_trusted(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(ME != 0, reason="only root can give a file to another user")
 @pytest.mark.parametrize("what", ["file", "folder"])
-def test_what_belongs_to_another_user_is_not_trusted(what: str, tmp_path: Path) -> None:
+def test_files_of_another_user_are_not_trusted(what: str, tmp_path: Path) -> None:
     library = tmp_path / "x.so"
     library.touch(mode=0o600)
     os.chown(library if what == "file" else tmp_path, 4711, -1)
@@ -163,7 +163,7 @@ def test_what_belongs_to_another_user_is_not_trusted(what: str, tmp_path: Path) 
         check_trusted(library, ME)
 
 
-def test_a_kernel_built_ahead_of_time_is_taken_and_nothing_is_compiled(
+def test_a_prebuilt_kernel_is_used_and_nothing_is_compiled(
     tmp_path: Path, no_options: pytest.MonkeyPatch, lora_kernel: LoraKernel
 ) -> None:
     fitting = this_processor().fitting()
@@ -204,8 +204,8 @@ def test_a_refused_prebuilt_kernel_is_logged_and_the_kernel_is_compiled(
         assert f"cannot load kernel fused from {library}: " in record.getMessage() and fault in record.getMessage()
 
 
-def test_kernels_bring_no_openmp_runtime_of_their_own(tmp_path: Path, lora_kernel: LoraKernel) -> None:
-    """In a process of its own: this one may have others by now."""
+def test_kernels_load_no_second_openmp_runtime(tmp_path: Path, lora_kernel: LoraKernel) -> None:
+    """Runs in a separate process, because this one may have loaded other runtimes."""
     code = f"""
 import torch
 from pathlib import Path

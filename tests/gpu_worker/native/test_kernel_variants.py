@@ -1,4 +1,4 @@
-"""Which of the libraries built ahead of time a processor takes."""
+"""The choice among prebuilt libraries for a processor."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SAPPHIRE_RAPIDS = f"{_SKYLAKE_X} avx512_bf16 amx_bf16"
 
 
 def cpuinfo(*flags: str, key: str = "flags") -> str:
-    """The text of /proc/cpuinfo with a core for each list of flags."""
+    """Return the text of /proc/cpuinfo with a core for each list of flags."""
     return "\n\n".join(f"processor\t: {core}\n{key}\t\t: {listed}" for core, listed in enumerate(flags))
 
 
@@ -23,14 +23,14 @@ def cpuinfo(*flags: str, key: str = "flags") -> str:
         ("x86_64", cpuinfo(_SKYLAKE_X), ["x86-64-v3"]),
         ("x86_64", cpuinfo(_HASWELL), ["x86-64-v3"]),
         ("x86_64", cpuinfo("fpu sse2 avx"), []),
-        ("x86_64", cpuinfo(_SAPPHIRE_RAPIDS, _HASWELL), ["x86-64-v3"]),  # cores that are not alike
+        ("x86_64", cpuinfo(_SAPPHIRE_RAPIDS, _HASWELL), ["x86-64-v3"]),  # different cores
         ("aarch64", cpuinfo("fp asimd bf16", key="Features"), ["aarch64"]),
         ("aarch64", cpuinfo("fp", key="Features"), []),
         ("riscv64", cpuinfo("rv64"), []),
         ("x86_64", " ", []),
     ],
 )
-def test_a_processor_takes_the_fastest_variant_that_it_runs(machine: str, text: str, fitting: list[str]) -> None:
+def test_a_processor_uses_the_fastest_variant_that_it_supports(machine: str, text: str, fitting: list[str]) -> None:
     assert [variant.name for variant in this_processor(text, machine).fitting()] == fitting
 
 
@@ -41,7 +41,7 @@ def test_each_flag_of_a_variant_is_needed() -> None:
             assert variant not in this_processor(cpuinfo(others), variant.machine).fitting()
 
 
-def test_processors_of_other_models_are_told_apart() -> None:
+def test_processors_of_different_models_are_distinguished() -> None:
     one, other = (this_processor(f"model name\t: {name}\n" + cpuinfo(_HASWELL), "x86_64") for name in ("A", "B"))
     assert one.description != other.description
     assert one.flags == other.flags == frozenset(_HASWELL.split())

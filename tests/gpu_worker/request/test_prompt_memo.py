@@ -1,4 +1,4 @@
-"""A prompt is tokenized once, however many rows it has, and for each tenant anew."""
+"""A prompt is tokenized once for all its rows, and separately for each tenant."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ JOB = Job("r", "hello")
 
 
 class Tokenize:
-    """Counts its calls; gives the length of the prompt."""
+    """Counts its calls; returns the length of the prompt."""
 
     def __init__(self, failure: Exception | None = None) -> None:
         self.jobs: list[Job] = []
@@ -84,7 +84,7 @@ def test_rows_that_come_together_wait_for_the_first() -> None:
     assert len(calls) == 1
 
 
-def test_a_refusal_is_remembered_and_an_accident_is_not() -> None:
+def test_a_refusal_is_cached_and_another_error_is_not() -> None:
     for failure, num_calls in ((PromptTooLong("too long"), 1), (MemoryError(), 3)):
         memo, tokenize = PromptMemo(), Tokenize(failure)
         for _ in range(3):
@@ -94,13 +94,13 @@ def test_a_refusal_is_remembered_and_an_accident_is_not() -> None:
 
 
 class Marker:
-    """An object in a frame: it stays alive as long as a traceback holds the frame."""
+    """An object in a frame, which lives as long as a traceback refers to the frame."""
 
 
 def refusals(
     memo: PromptMemo, failure: GpuWorkerError, num_calls: int
 ) -> tuple[list[str], list[weakref.ref[BaseException]], list[weakref.ref[Marker]]]:
-    """Ask for the same prompt again and again.
+    """Request the same prompt repeatedly.
 
     Return the formatted traceback of each refusal, references to the refusals, and to objects in the first frames.
     """
@@ -129,16 +129,16 @@ def refusals(
     [PromptTooLong("too long"), PromptInvalid("not a prompt"), SamplingInvalid("too large", "top_p")],
     ids=lambda failure: type(failure).__name__,
 )
-def test_a_remembered_refusal_does_not_grow_and_keeps_no_frames(failure: GpuWorkerError) -> None:
+def test_a_cached_refusal_does_not_grow_and_keeps_no_frames(failure: GpuWorkerError) -> None:
     memo = PromptMemo()
     texts, raised, markers = refusals(memo, failure, 50)
     assert {len(text) for text in texts[2:]} == {len(texts[1])} and len(texts[1]) <= len(texts[0])
     gc.collect()
     assert [marker() for marker in markers] == [None], "tokenized once, and its frame is gone"
-    assert {error() for error in raised} == {None}, "nobody keeps an exception that was raised"
+    assert {error() for error in raised} == {None}, "no raised exception is kept"
 
 
-def test_rows_that_waited_for_an_accident_tokenize_by_themselves() -> None:
+def test_rows_that_waited_for_an_unexpected_error_tokenize_themselves() -> None:
     memo, entered, goes_on, calls = PromptMemo(), threading.Event(), threading.Event(), list[Job]()
 
     def tokenize(job: Job) -> Sequence[int]:
@@ -158,14 +158,14 @@ def test_rows_that_waited_for_an_accident_tokenize_by_themselves() -> None:
         assert isinstance(first.exception(), MemoryError)
 
 
-def test_the_prompt_that_came_least_recently_is_forgotten() -> None:
+def test_the_least_recent_prompt_is_forgotten() -> None:
     memo, tokenize = PromptMemo(max_prompts=2), Tokenize()
     for prompt in ("a", "b", "a", "c", "a", "b"):
         memo.tokens(replace(JOB, prompt=prompt), tokenize)
     assert [job.prompt for job in tokenize.jobs] == ["a", "b", "c", "b"]
 
 
-def test_the_rows_of_a_request_have_equal_prompts_of_their_own(tiny_base: Callable[..., BaseModel]) -> None:
+def test_the_rows_of_a_request_have_separate_equal_prompts(tiny_base: Callable[..., BaseModel]) -> None:
     base = tiny_base()
     counted: list[str] = []
 

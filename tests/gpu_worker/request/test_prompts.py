@@ -1,4 +1,4 @@
-"""What the model is given to continue."""
+"""The text that the model continues."""
 
 from __future__ import annotations
 

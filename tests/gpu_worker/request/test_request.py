@@ -1,4 +1,4 @@
-"""What a request may ask for."""
+"""The limits of a request."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_min_tokens_must_fit_max_tokens() -> None:
         {"stop": ("x" * MAX_STOP_CHARS,) * MAX_STOPS},
     ],
 )
-def test_the_edges_are_allowed(changes: dict[str, object]) -> None:
+def test_the_limits_themselves_are_allowed(changes: dict[str, object]) -> None:
     SamplingParams(**changes)  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""The best ids against a loop over every number."""
+"""The best ids, compared with a loop over every number."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gpu_worker.sampling.argmax import argmax
 def slow_argmax(logits: Tensor) -> tuple[list[int], list[bool]]:
     ids, finite = [], []
     for row in logits.float().tolist():
-        finite.append(all(value < math.inf for value in row) and max(row) > -math.inf)  # false for NaN too
+        finite.append(all(value < math.inf for value in row) and max(row) > -math.inf)  # also false for NaN
         ids.append(max(range(len(row)), key=lambda index: row[index]))
     return ids, finite
 
@@ -54,7 +54,7 @@ def test_an_empty_batch_has_no_ids(size: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("place", [0, 300, 511])
-def test_a_row_with_nan_is_unsound_and_its_neighbour_is_not(place: int, sign: float, dtype: torch.dtype) -> None:
+def test_a_row_with_nan_is_unsound_and_others_are_sound(place: int, sign: float, dtype: torch.dtype) -> None:
     logits = torch.randn(2, 512, generator=torch.Generator().manual_seed(1)).to(dtype)
     logits[0, place] = torch.copysign(torch.tensor(math.nan), torch.tensor(sign)).to(dtype)
     assert listed(logits)[1] == [False, True]

@@ -1,4 +1,4 @@
-"""The table of a step's draws, against a loop over them."""
+"""The table of a step's draws, compared with a loop over them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.gpu_worker.slow_sampling import uniform_slowly
 VOCABULARY = 300
 
 
-def test_the_table_has_what_each_draw_asks_for() -> None:
+def test_the_table_has_the_settings_of_each_draw() -> None:
     chance = random.Random(4)
     draws = [random_draw(chance, VOCABULARY) for _ in range(200)]
     table = table_of(draws, VOCABULARY)
@@ -56,6 +56,6 @@ def test_forbidden_ids_penalties_and_biases_change_the_logits(draw: Draw) -> Non
     assert draw.changes_logits
 
 
-def test_temperature_and_cuts_leave_the_logits_alone() -> None:
+def test_temperature_and_cuts_do_not_change_the_logits() -> None:
     params = SamplingParams(temperature=2.0, top_p=0.5, top_k=3, min_p=0.1, logprobs=5)
     assert not Draw(params, 0, 0, tokens=[1, 2], num_prompt_tokens=1).changes_logits

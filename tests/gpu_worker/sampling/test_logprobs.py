@@ -1,4 +1,4 @@
-"""Log probabilities against a slow loop, alone and in company, and which tokens they are told of."""
+"""Log probabilities, compared with a slow loop, alone and in batches, and the tokens that they are reported for."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def sampler(request: pytest.FixtureRequest) -> Sampler:
 
 
 def scores_of(sampler: Sampler, logits: Tensor, wanted: list[int | None]) -> list[Scored | None]:
-    """Of the likeliest token of each row."""
+    """Return the scores of the most likely token of each row."""
     return sampler(logits, [Draw(SamplingParams(temperature=0, logprobs=count), 0, 0) for count in wanted])[1]
 
 
@@ -53,7 +53,7 @@ def test_scores_are_the_log_softmax_of_the_models_own_logits(count: int, sampler
         assert [value for _, value in scored.top] == pytest.approx([value for _, value in top], abs=1e-5)
 
 
-def test_only_rows_that_ask_and_have_a_token_are_scored(sampler: Sampler) -> None:
+def test_only_rows_with_a_request_and_a_token_are_scored(sampler: Sampler) -> None:
     logits = torch.stack([logits_of(seed) for seed in range(3)])
     logits[1] = math.nan
     assert [item is None for item in scores_of(sampler, logits, [None, 3, 3])] == [True, True, False]
@@ -66,16 +66,16 @@ def test_equal_logits_are_listed_by_id(sampler: Sampler) -> None:
     assert scored is not None and [token for token, _ in scored.top] == [5, 700, 2900, 0, 1]
 
 
-def test_what_is_impossible_still_has_a_number(sampler: Sampler) -> None:
+def test_impossible_tokens_have_a_finite_number(sampler: Sampler) -> None:
     [scored] = scores_of(sampler, torch.tensor([[0.0, -math.inf]]), [2])
     assert scored is not None and scored.top == ((0, 0.0), (1, -9999.0))
 
 
-def told(answer: Answer) -> list[TokenLogprob]:
+def reported(answer: Answer) -> list[TokenLogprob]:
     return [entry for event in answer.events if isinstance(event, Delta) for entry in event.logprobs]
 
 
-def test_a_batch_tells_what_each_row_tells_alone(make_engine: MakeEngine, shapes: Shapes) -> None:
+def test_a_batch_equals_each_row_alone(make_engine: MakeEngine, shapes: Shapes) -> None:
     adapter = random_adapter(shapes, 1)
     pool = {adapter.weights_digest: adapter}
     jobs = [
@@ -91,7 +91,7 @@ def test_a_batch_tells_what_each_row_tells_alone(make_engine: MakeEngine, shapes
     for job, answer in zip(jobs, together, strict=True):
         [alone] = run_together(make_engine(pool), [job])
         assert answer.tokens == alone.tokens
-        entries, expected = told(answer), told(alone)
+        entries, expected = reported(answer), reported(alone)
         wanted = job.sampling.logprobs
         assert len(entries) == (0 if wanted is None else len(answer.tokens))
         for entry, other, token in zip(entries, expected, answer.tokens, strict=bool(entries)):
@@ -102,18 +102,16 @@ def test_a_batch_tells_what_each_row_tells_alone(make_engine: MakeEngine, shapes
             assert [value for _, value in entry.top] == pytest.approx([v for _, v in other.top], abs=1e-4)
 
 
-def test_deltas_sent_together_tell_of_all_their_tokens(
-    make_engine: MakeEngine, start: Callable[..., EngineThread]
-) -> None:
+def test_merged_deltas_report_all_their_tokens(make_engine: MakeEngine, start: Callable[..., EngineThread]) -> None:
     job = Job("1", "x", BASE_PLAN, SamplingParams(max_tokens=20, temperature=0, logprobs=1, ignore_eos=True))
     [answer] = run_together(make_engine({}), [job])
     loop = start(make_engine({}), stream_interval_ms=20.0)
     completion, _ = run(loop.complete(job))
-    assert [entry.token for entry in completion.logprobs] == [entry.token for entry in told(answer)]
+    assert [entry.token for entry in completion.logprobs] == [entry.token for entry in reported(answer)]
     assert len(completion.logprobs) == 20
 
 
-def test_a_bias_for_what_is_no_id_is_refused(make_engine: MakeEngine) -> None:
+def test_a_bias_for_an_invalid_id_is_refused(make_engine: MakeEngine) -> None:
     prepare = make_engine({}).prepare
     with pytest.raises(SamplingInvalid, match=r"logit_bias must have ids from 0 to .*, got 300"):
         prepare(Job("1", "x", sampling=SamplingParams(logit_bias=((300, 1.0),))), lambda event: None)

@@ -1,4 +1,4 @@
-"""Penalties and bias against a slow loop over the vocabulary."""
+"""Penalties and bias, compared with a slow loop over the vocabulary."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ def logits_of(seed: int, size: int = 12) -> Tensor:
 
 
 @pytest.mark.parametrize("made", [MADE, []], ids=["answer", "first token"])
-def test_logits_of_all_rows_are_changed_as_the_slow_loop_says(made: list[int]) -> None:
+def test_logits_of_all_rows_equal_the_slow_loop(made: list[int]) -> None:
     draws = [Draw(params, 0, 0, (), PROMPT + made, len(PROMPT)) for params in (SamplingParams(), *KINDS)]
     draws.append(Draw(KINDS[-1], 0, 0, (3, 11), PROMPT + made, len(PROMPT)))
     logits = torch.stack([logits_of(seed) for seed in range(len(draws))])
     found = logits.clone()
     adjust(found, draws)
     assert found.tolist() == [adjusted_slowly(row, draw) for row, draw in zip(logits, draws, strict=True)]
-    assert torch.equal(found[0], logits[0]), "a row that asks for nothing stays as it is"
+    assert torch.equal(found[0], logits[0]), "a row without options does not change"
 
 
 @pytest.mark.parametrize("temperature", [0, 0.7])
-def test_a_row_is_adjusted_the_same_whoever_is_beside_it(temperature: float, sampler: Sampler) -> None:
+def test_the_adjustment_of_a_row_does_not_depend_on_the_batch(temperature: float, sampler: Sampler) -> None:
     batch = torch.stack([logits_of(seed) for seed in range(len(KINDS) + 1)])
     asked = [SamplingParams(temperature=temperature), *[changed(kind, temperature=temperature) for kind in KINDS]]
     draws = [Draw(params, 3, 8, (), PROMPT + MADE, len(PROMPT)) for params in asked]
@@ -60,7 +60,7 @@ def changed(params: SamplingParams, **changes: object) -> SamplingParams:
     return SamplingParams(**{name: getattr(params, name) for name in params.__slots__} | changes)  # type: ignore[arg-type]
 
 
-def test_greedy_takes_what_is_largest_after_penalties(sampler: Sampler) -> None:
+def test_greedy_takes_the_largest_logit_after_penalties(sampler: Sampler) -> None:
     logits = torch.tensor([[0.0, 5.0, 4.9, 1.0]], dtype=torch.bfloat16)
     plain = SamplingParams(temperature=0)
     penal = SamplingParams(temperature=0, presence_penalty=0.2)
@@ -69,6 +69,6 @@ def test_greedy_takes_what_is_largest_after_penalties(sampler: Sampler) -> None:
     assert sampler(logits.repeat(3, 1), draws)[0] == [1, 2, 3]
 
 
-def test_what_may_not_come_yet_does_not_come_by_a_bias(sampler: Sampler) -> None:
+def test_a_bias_does_not_allow_a_forbidden_id(sampler: Sampler) -> None:
     params = SamplingParams(temperature=0, logit_bias=((1, 100.0),))
     assert sampler(torch.zeros(1, 3), [Draw(params, 0, 0, forbidden=(1,))])[0] != [1]

@@ -1,4 +1,4 @@
-"""Random numbers for all rows at once against numpy's own generator."""
+"""Random numbers for all rows at once, compared with numpy's generator."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.gpu_worker.slow_sampling import uniform_slowly
 EDGES = [0, 1, 2**32 - 1, 2**32, 2**63 - 1]
 
 
-def test_numbers_are_those_of_numpys_generator() -> None:
+def test_numbers_equal_numpys_generator() -> None:
     chance = random.Random(1)
     seeds = [seed for seed in EDGES for _ in EDGES] + [chance.randrange(2**63) for _ in range(500)]
     positions = EDGES * len(EDGES) + [chance.randrange(2**20) for _ in range(500)]
@@ -21,7 +21,7 @@ def test_numbers_are_those_of_numpys_generator() -> None:
     assert uniforms(seeds, positions).tolist() == expected, "bit by bit: a seed gives the same answer for ever"
 
 
-def test_no_rows_have_no_numbers() -> None:
+def test_without_rows_there_are_no_numbers() -> None:
     assert uniforms([], []).tolist() == []
 
 

@@ -1,4 +1,4 @@
-"""Tokens chosen for a whole batch against a slow loop over the vocabulary, by the kernel and through torch."""
+"""Tokens chosen for a whole batch, by the kernel and by torch, compared with a slow loop over the vocabulary."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def tokens_of(sampler: Sampler, logits: Tensor, draws: list[Draw]) -> list[int |
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_random_batch_is_what_the_slow_loop_says(sampler: Sampler, dtype: torch.dtype, scale: Scale) -> None:
-    """Any settings and any rows beside each other. Ids are equal but where a bound is met within 1e-6 of the mass."""
+def test_a_random_batch_equals_the_slow_loop(sampler: Sampler, dtype: torch.dtype, scale: Scale) -> None:
+    """Settings and rows are random. Ids may differ only if a bound is met within 1e-6 of the mass."""
     chance = random.Random(f"{dtype}")
     num_sampled, num_ambiguous = 0, 0
     for number in range(scale.pick("batches", small=40, full=1000)):
@@ -48,7 +48,7 @@ def test_a_random_batch_is_what_the_slow_loop_says(sampler: Sampler, dtype: torc
         logits = logits.to(dtype)
         before = logits.clone()
         tokens, scores = sampler(logits, draws)
-        assert torch.equal(logits.nan_to_num(7.0), before.nan_to_num(7.0)), "logits are left as they are"
+        assert torch.equal(logits.nan_to_num(7.0), before.nan_to_num(7.0)), "logits do not change"
         assert sampler(logits, draws) == (tokens, scores), "nothing is kept between calls"
         for row, draw, token, scored in zip(logits, draws, tokens, scores, strict=True):
             expected = tokens_slowly(row, draw)
@@ -77,9 +77,7 @@ def test_a_random_batch_is_what_the_slow_loop_says(sampler: Sampler, dtype: torc
     ],
     ids=str,
 )
-def test_a_vocabulary_of_262144_is_what_the_slow_loop_says(
-    params: SamplingParams, dtype: torch.dtype, scale: Scale
-) -> None:
+def test_a_vocabulary_of_262144_equals_the_slow_loop(params: SamplingParams, dtype: torch.dtype, scale: Scale) -> None:
     vocabulary, num_rows = 262_144, scale.pick("rows", small=1, full=10)
     generator = torch.Generator().manual_seed(7)
     logits = torch.randn(num_rows, vocabulary, generator=generator) * 4
@@ -107,7 +105,7 @@ def test_a_vocabulary_of_262144_is_what_the_slow_loop_says(
     ],
     ids=str,
 )
-def test_every_likely_id_is_drawn_as_often_as_it_is_likely(
+def test_ids_are_drawn_as_often_as_their_probability(
     params: SamplingParams, vocabulary: int, size: float, sampler: Sampler
 ) -> None:
     logits, count = logits_of(1, vocabulary, size), 2000 if vocabulary == 50 else 300
@@ -127,7 +125,7 @@ def test_every_likely_id_is_drawn_as_often_as_it_is_likely(
 
 
 @pytest.mark.parametrize("place", [0, 3, 7])
-def test_a_row_draws_the_same_whoever_is_beside_it(place: int, sampler: Sampler) -> None:
+def test_a_draw_does_not_depend_on_the_batch(place: int, sampler: Sampler) -> None:
     params = SamplingParams(top_p=0.9, seed=11)
     logits = logits_of(3)
     alone = [tokens_of(sampler, logits[None], [Draw(params, 11, position)])[0] for position in range(20)]
@@ -184,7 +182,7 @@ def test_forbidden_ids_are_not_drawn(sampler: Sampler) -> None:
 @pytest.mark.parametrize(
     "params", [SamplingParams(temperature=0), SamplingParams(), SamplingParams(top_p=0.9)], ids=str
 )
-def test_a_row_that_is_not_finite_gives_none_and_its_neighbours_go_on(
+def test_a_non_finite_row_gives_none_and_others_continue(
     break_row: Callable[[Tensor], Tensor], params: SamplingParams, sampler: Sampler
 ) -> None:
     logits = torch.stack([logits_of(seed) for seed in range(3)])

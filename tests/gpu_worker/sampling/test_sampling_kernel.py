@@ -1,4 +1,4 @@
-"""The compiled sampler by itself: which tensors it takes, and rows in any order against the slow loop."""
+"""The compiled sampler alone: the tensors that it accepts, and rows in any order compared with the slow loop."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_row_that_is_not_finite_has_no_token(kernel: SamplingKernel) -> None:
     assert (chosen == -1).tolist() == [False, False, True, False]
 
 
-def test_every_wanted_token_is_scored_with_as_many_others_as_it_asks_for(kernel: SamplingKernel) -> None:
+def test_every_wanted_token_is_scored_with_the_requested_number_of_others(kernel: SamplingKernel) -> None:
     wanted = np.array([(1, 7, 3), (0, 49, 0), (1, 2, 5)], WANTED)
     logprobs, ids, top = kernel.score(LOGITS, wanted)
     assert ids.shape == top.shape == (3, 5)

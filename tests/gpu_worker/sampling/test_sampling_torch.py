@@ -1,4 +1,4 @@
-"""The way of GPUs: it waits for no number, and gives what the way of hosts gives."""
+"""Sampling with torch as on a GPU: it waits for no number, and equals sampling on the host."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gpu_worker.sampling.masks import with_masks
 from tests.gpu_worker.random_draws import random_batch, random_draw
 
 
-def test_what_is_read_on_the_host_does_not_change_the_choice() -> None:
+def test_reading_values_on_the_host_does_not_change_the_choice() -> None:
     chance = random.Random(2)
     for _ in range(20):
         logits, draws = random_batch(chance, 8, 3000)
@@ -31,7 +31,7 @@ def test_what_is_read_on_the_host_does_not_change_the_choice() -> None:
 
 
 class Waits(TorchDispatchMode):
-    """Records every operation for which the host would wait for a GPU: reading a number, or counting what is true."""
+    """Records every operation for which the host would wait for a GPU: reading a number, or counting true values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,8 +51,8 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_way_of_gpus_never_waits_for_the_device() -> None:
-    """No number is read before all results come back at once, and operations do not grow with rows."""
+def test_the_torch_code_never_waits_for_the_device() -> None:
+    """No number is read before all results arrive at once, and the number of operations is independent of the rows."""
     chance = random.Random(1)
     counts = []
     for num_rows in (8, 32):

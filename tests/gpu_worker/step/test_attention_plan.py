@@ -9,14 +9,14 @@ from gpu_worker.step.attention_plan import Segment, check_heads
 HEADS, SIZE = 2, 4
 
 
-def test_a_segment_ends_behind_its_tokens_in_the_step_and_in_its_row() -> None:
+def test_a_segment_ends_after_its_tokens_in_the_step_and_in_its_row() -> None:
     segment = Segment(row=3, start=5, num_tokens=2, context_len=70)
     assert (segment.end, segment.total_len) == (7, 72)
 
 
 @pytest.mark.parametrize("num_query_heads", [2, 4, 6])
 @pytest.mark.parametrize("num_tokens", [0, 1, 3])
-def test_a_multiple_of_the_caches_heads_may_ask(num_query_heads: int, num_tokens: int) -> None:
+def test_query_heads_may_be_a_multiple_of_the_caches_heads(num_query_heads: int, num_tokens: int) -> None:
     key = torch.ones(HEADS, num_tokens, SIZE)
     check_heads(torch.ones(num_query_heads, num_tokens, SIZE), key, key, HEADS, SIZE)
 

@@ -23,7 +23,7 @@ def test_each_layer_gets_the_steps_plan_once() -> None:
         step.attention_of(2)
 
 
-def test_the_next_step_begins_anew_with_its_own_plan_and_composition() -> None:
+def test_the_next_step_has_its_own_plan_and_composition() -> None:
     step, first, second = StepContext(), plan(), plan()
     composition = DenseMapping(torch.ones(1, 1, 1), torch.ones(1, 1), None)
     step.fill(composition, first)

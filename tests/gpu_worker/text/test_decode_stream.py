@@ -1,4 +1,4 @@
-"""Text of ids one at a time against the text of all of them at once, for the kinds of tokenizers in use."""
+"""Text of ids one at a time, compared with the text of all at once, for the common kinds of tokenizers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ NUM_SPECIAL = 2
 
 
 def sentencepiece_like(*, strips: bool) -> Tokenizer:
-    """Words, a token for each byte, and two special tokens; `strips` as Llama-2's and Mistral's, else as Gemma's."""
+    """Return a tokenizer of words, a token for each byte, and two special tokens.
+
+    `strips`: remove the first space, as Llama-2's and Mistral's tokenizers do and Gemma's does not.
+    """
     vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)}
     vocabulary |= {piece: 256 + number for number, piece in enumerate(WORDS)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
@@ -39,7 +42,7 @@ BOS = LLAMA.token_to_id("<s>")
 
 
 def ids_of(*pieces: str, tokenizer: Tokenizer = LLAMA) -> list[int]:
-    """Each piece's own id, or those of its bytes."""
+    """Return each piece's own id, or those of its bytes."""
     found: list[int] = []
     for piece in pieces:
         own = tokenizer.token_to_id(piece)
@@ -48,13 +51,13 @@ def ids_of(*pieces: str, tokenizer: Tokenizer = LLAMA) -> list[int]:
 
 
 def streamed(tokenizer: Tokenizer, prompt: Sequence[int], answer: Sequence[int]) -> list[str]:
-    """What each id gives, then the end."""
+    """Return the text of each id, then the text at the end."""
     detokenizer = DecodeStream(tokenizer, prompt)
     return [*[detokenizer.push(token) for token in answer], detokenizer.finish()]
 
 
 def behind(tokenizer: Tokenizer, prompt: Sequence[int], answer: Sequence[int]) -> str:
-    """What the answer adds to the prompt's text, both decoded at once."""
+    """Return the text that the answer adds to the prompt, both decoded at once."""
     before: str = tokenizer.decode(list(prompt), skip_special_tokens=True)
     after: str = tokenizer.decode([*prompt, *answer], skip_special_tokens=True)
     assert after.startswith(before)
@@ -87,7 +90,7 @@ def test_special_tokens_and_padding_have_no_text_and_hide_no_space(tokenizer: To
 @KINDS
 def test_the_space_after_broken_bytes_is_kept(tokenizer: Tokenizer) -> None:
     pieces = streamed(tokenizer, PROMPT, [0xA9, *ids_of("▁Paris")])
-    if tokenizer is not METASPACE:  # which has no bytes
+    if tokenizer is not METASPACE:  # the id has no bytes
         assert "".join(pieces) == "\ufffd Paris"
 
 
@@ -124,7 +127,7 @@ def test_any_bytes_of_a_byte_level_vocabulary_join_to_the_text_of_all(answer: li
 
 
 @pytest.mark.parametrize("kept", [1, 2, 3])
-def test_an_unfinished_character_at_the_end_becomes_what_the_decoder_makes_of_it(kept: int) -> None:
+def test_an_incomplete_character_at_the_end_is_decoded_as_by_the_decoder(kept: int) -> None:
     bytes_ = list("🙂".encode())[:kept]
     answer = [*ids_of("▁Paris"), *bytes_]
     pieces = streamed(LLAMA, PROMPT, answer)
@@ -133,8 +136,8 @@ def test_an_unfinished_character_at_the_end_becomes_what_the_decoder_makes_of_it
     assert streamed(BYTE_LEVEL, [256], tokens) == ["a", *[""] * kept, "\ufffd"]
 
 
-def test_a_character_appears_with_its_last_byte_behind_a_prompt_of_bytes() -> None:
-    """The prompt's last ids that are read begin within a character, wherever they are cut."""
+def test_a_character_appears_with_its_last_byte_after_a_prompt_of_bytes() -> None:
+    """The prompt ids that are read may begin within a character."""
     prompt = list("🙂🙂🙂🙂".encode())
     for length in (4, 8, 12, 16):
         assert "".join(streamed(LLAMA, [BOS, *prompt[:length]], list("漢".encode()))) == "漢"
@@ -142,7 +145,7 @@ def test_a_character_appears_with_its_last_byte_behind_a_prompt_of_bytes() -> No
     assert streamed(LLAMA, [BOS, *shifted], list("漢".encode())) == ["", "", "漢", ""]
 
 
-def test_broken_bytes_are_not_held_for_ever() -> None:
+def test_invalid_bytes_are_released_eventually() -> None:
     detokenizer = DecodeStream(LLAMA, PROMPT)
     pieces = [detokenizer.push(0xA9) for _ in range(50)]
     assert "".join(pieces) == "\ufffd" * 47 and detokenizer.finish() == "\ufffd" * 3

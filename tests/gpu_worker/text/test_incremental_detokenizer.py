@@ -1,4 +1,4 @@
-"""Streamed text against the whole text, cut at its earliest stop string."""
+"""Streamed text, compared with the whole text cut at its earliest stop string."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def tokens_of(text: str) -> list[int]:
 
 
 def deltas(tokens: Sequence[int], stops: Sequence[str], tokenizer: Tokenizer = BYTES) -> tuple[list[str], bool]:
-    """What each token releases, then the end; and whether a stop string ended it."""
+    """Return the text released by each token, then at the end; and whether a stop string ended it."""
     stream = IncrementalDetokenizer(tokenizer, stops)
     pieces = []
     for token in tokens:
@@ -33,7 +33,7 @@ def deltas(tokens: Sequence[int], stops: Sequence[str], tokenizer: Tokenizer = B
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
-    """Everything before the stop string that is complete first, and starts first among those."""
+    """Return everything before the stop string that is completed first, and starts first among those."""
     for end in range(1, len(text) + 1):
         starts = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
         if starts:
@@ -51,7 +51,7 @@ def test_deltas_join_to_the_text_cut_at_the_earliest_stop(text: str, stops: list
 
 @settings(max_examples=300, deadline=None)
 @given(text=st.text(ALPHABET, max_size=24), stops=st.lists(st.text(ALPHABET, min_size=1, max_size=4), max_size=3))
-def test_only_what_may_begin_a_stop_is_held_back(text: str, stops: list[str]) -> None:
+def test_only_a_possible_beginning_of_a_stop_is_held_back(text: str, stops: list[str]) -> None:
     stream, released, seen = IncrementalDetokenizer(BYTES, stops), "", ""
     for character in text:
         for token in tokens_of(character):
@@ -84,7 +84,7 @@ def test_a_character_appears_with_its_last_byte() -> None:
     assert deltas(tokens_of("é🙂"), []) == (["", "é", "", "", "", "🙂", ""], False)
 
 
-def test_an_unfinished_character_at_the_end_is_shown_as_such() -> None:
+def test_an_incomplete_character_at_the_end_is_shown_as_invalid() -> None:
     assert deltas(tokens_of("é🙂")[:-1], ["#"]) == (["", "é", "", "", "", "\ufffd"], False)
 
 
@@ -108,7 +108,7 @@ def test_stops_before_min_tokens_are_shown_and_later_ones_end_it() -> None:
 
 
 def byte_fallback_tokenizer() -> Tokenizer:
-    """Characters, and a token for each byte, as sentencepiece models such as Gemma and Llama have them."""
+    """Return a tokenizer of characters and single bytes, like sentencepiece models such as Gemma and Llama."""
     vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)}
     vocabulary |= {piece: 256 + i for i, piece in enumerate(["▁", "a", "b", "é"])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
@@ -122,12 +122,12 @@ FALLBACK = byte_fallback_tokenizer()
 @settings(max_examples=300, deadline=None)
 @given(tokens=st.lists(st.integers(0, 299), max_size=12))
 @pytest.mark.parametrize("tokenizer", [BYTES, FALLBACK], ids=["bytes", "byte fallback"])
-def test_tokens_that_are_no_text_do_not_break_the_stream(tokenizer: Tokenizer, tokens: list[int]) -> None:
+def test_tokens_without_text_do_not_break_the_stream(tokenizer: Tokenizer, tokens: list[int]) -> None:
     pieces, _ = deltas(tokens, [], tokenizer)
     assert all(isinstance(piece, str) for piece in pieces)
 
 
-def test_text_after_stray_bytes_still_comes() -> None:
-    stray = [103, 0xA9]  # "g", then a byte that continues nothing: together they are no text
+def test_text_after_stray_bytes_is_released() -> None:
+    stray = [103, 0xA9]  # "g", then a stray continuation byte: together they are not valid text
     pieces, _ = deltas([*stray, 257, 258], [], FALLBACK)
     assert "".join(pieces).endswith("ab")

@@ -1,4 +1,4 @@
-"""Tokens as bytes, of both kinds of vocabulary."""
+"""The bytes of tokens, for both kinds of vocabulary."""
 
 from __future__ import annotations
 
@@ -33,5 +33,5 @@ def test_pieces_of_a_sentencepiece_vocabulary_are_their_text() -> None:
 
 
 @pytest.mark.parametrize("token_id", [259, 299, 10**6])
-def test_padding_of_the_models_output_is_no_bytes(token_id: int) -> None:
+def test_padding_of_the_models_output_has_no_bytes(token_id: int) -> None:
     assert TokenBytes(byte_tokenizer().backend_tokenizer)(token_id) == b""

@@ -1,4 +1,4 @@
-"""Workers that tests script: what they hold, and which tokens they give."""
+"""Workers with scripted residency and tokens."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Workers:
     commands: list[str] = field(default_factory=list)
     running: list[Row] = field(default_factory=list)
     most_running: int = 0
-    error: Exception | None = None  # of every generate call from now on
+    error: Exception | None = None  # for every later generate call
     may_go_on: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def change(self, changes: list[Change]) -> None:

@@ -1,4 +1,4 @@
-"""A plan written as a path, and read again."""
+"""A plan written as a path and read again."""
 
 from __future__ import annotations
 

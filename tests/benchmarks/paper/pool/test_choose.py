@@ -75,8 +75,8 @@ def test_a_task_that_is_not_kept_gives_its_place_to_a_kept_spare_of_its_cluster(
     untried = {name: verdicts[name] for name in "abcdx"}
     assert next_spares(listed, untried) == ["y", "z"]
     assert choose_pool(listed, verdicts) == {"a": "a", "y": "b", "z": "c"}
-    told = pool_table(verdicts, choose_pool(listed, verdicts))
-    assert "y |  | 50.0 | 10.0 | +30.0 | in place of b" in told and "x |  | 50.0 | 10.0 | -20.0 | not kept" in told
+    found = pool_table(verdicts, choose_pool(listed, verdicts))
+    assert "y |  | 50.0 | 10.0 | +30.0 | in place of b" in found and "x |  | 50.0 | 10.0 | -20.0 | not kept" in found
 
 
 def test_a_place_whose_cluster_has_no_spare_left_goes_to_another_cluster() -> None:

@@ -97,7 +97,7 @@ def test_results_are_shares_of_one_with_bounds(answers: Answers) -> None:
     assert found["score_mixture_ood"] == 0.25 and found["score_mixture_ood_lo"] < 0.25 < found["score_mixture_ood_hi"]
 
 
-def test_the_report_says_what_is_missing(tmp_path: Path) -> None:
+def test_the_report_lists_missing_sections(tmp_path: Path) -> None:
     (tmp_path / "answers.md").write_text("## Answers\n\nall right\n")
     report = report_of(tmp_path, "# Report\n")
     assert report.startswith("# Report\n\n## Answers\n\nall right\n")

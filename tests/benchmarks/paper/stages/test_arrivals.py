@@ -133,8 +133,8 @@ def test_recovery_is_measured_against_the_level_before_any_change() -> None:
     """A router that loses more at every change does not reach the level before the first change."""
     hit = np.repeat([1.0, 0.0, 0.0], 200)
     rows = pd.DataFrame({"router": "worse", "epoch": np.repeat([0, 1, 2], 200), "position": range(600), "lag": 0})
-    told = arrivals.arrivals_table(rows.assign(hit=hit, arrived=False))
-    assert told.rstrip().endswith("| never, never |")
+    found = arrivals.arrivals_table(rows.assign(hit=hit, arrived=False))
+    assert found.rstrip().endswith("| never, never |")
 
 
 def test_every_router_runs_through_the_stream_and_has_its_row(

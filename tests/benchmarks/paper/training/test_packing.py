@@ -76,14 +76,14 @@ def test_batches_stay_within_their_tokens(examples: list[Example], model: torch.
 def test_training_goes_the_same_way_in_every_layout(tiny_folders: Mapping[str, Path], examples: list[Example]) -> None:
     recipe = Recipe(first_layer=1, num_steps=12, batch_tokens=1, scales=(1.0,), vocabulary_len=300)
     losses: dict[str, list[float]] = {"padded": [], "packed": [], "lower layers once": []}
-    for name, told in losses.items():
+    for name, values in losses.items():
         model = load(tiny_folders)
         packed = Packed(examples, model.config)
         if name == "lower layers once":
             with lower_layers(packed, model.model, recipe.first_layer, examples[:2]) as layout:
-                train_adapter(model, examples, recipe, told.append, layout)
+                train_adapter(model, examples, recipe, values.append, layout)
         else:
-            train_adapter(model, examples, recipe, told.append, packed if name == "packed" else Padded())
+            train_adapter(model, examples, recipe, values.append, packed if name == "packed" else Padded())
     assert losses["packed"] == pytest.approx(losses["padded"], rel=1e-3)
     assert losses["lower layers once"] == pytest.approx(losses["padded"], rel=1e-3)
     assert losses["packed"][-1] < 0.9 * losses["packed"][0]

@@ -75,12 +75,12 @@ def served_logits(folder: Path, adapters: list[AdapterWeights], plan: Plan, text
     by_digest = {weights.weights_digest: weights for weights in adapters}
     with ThreadPoolExecutor(1) as executor:
         engine = Engine(tiny_config(folder, max_model_len=256), lambda digest: executor.submit(by_digest.get, digest))
-        told: list[Delta | Exception] = []
+        found: list[Delta | Exception] = []
         job = Job("0", text, plan, SamplingParams(max_tokens=1, temperature=0))
-        engine.submit(engine.prepare(job, told.append, capture_first_logits=True))
+        engine.submit(engine.prepare(job, found.append, capture_first_logits=True))
         engine.run_until_idle()
-    assert isinstance(told[-1], Delta) and told[-1].first_logits is not None
-    return told[-1].first_logits
+    assert isinstance(found[-1], Delta) and found[-1].first_logits is not None
+    return found[-1].first_logits
 
 
 @pytest.mark.parametrize(("num_chosen", "count"), [(1, 1), (3, 3), (None, 5)])
@@ -92,7 +92,7 @@ def test_a_router_gives_weight_to_as_many_experts_as_it_chooses(num_chosen: int 
     assert ((weights.abs() > 1e-6).sum(dim=-1) == count).all()
 
 
-def test_the_gradient_is_the_same_however_many_are_chosen() -> None:
+def test_the_gradient_does_not_depend_on_the_number_of_chosen_experts() -> None:
     """The gradient is that of all experts' weights, since a single chosen expert with weight 1 has none."""
     torch.manual_seed(0)
     weight, vectors, worth = torch.randn(5, 4), torch.randn(7, 4), torch.randn(7, 5)

@@ -23,7 +23,7 @@ LATE = FakeRetriever(caught_up=StaleIndex(8, 7))
 
 
 def staged_by(question: Callable[[httpx.AsyncClient], Any], **options: Any) -> tuple[httpx.Response, list[PublishItem]]:
-    """The answer, and what the Store was given to stage."""
+    """Return the response, and the item that the Store had to stage."""
 
     async def run(client: httpx.AsyncClient, served: Served) -> tuple[httpx.Response, list[PublishItem]]:
         response = await question(client)
@@ -77,7 +77,7 @@ def test_a_page_of_the_pool_is_bounded(query: str, param: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["poet", "local/poet"])
-def test_one_adapter_is_shown_with_the_versions_that_are_kept(name: str) -> None:
+def test_one_adapter_is_shown_with_its_kept_versions(name: str) -> None:
     shown = get(f"/v1/loras/{name}").json()
     assert (shown["name"], shown["digest"]) == ("poet", adapter("poet").ref.digest)
     assert shown["weights_digest"] == adapter("poet").weights_digest
@@ -95,7 +95,7 @@ def test_an_unknown_adapter_is_not_found(method: str, suffix: str, name: str) ->
     assert name.rpartition("/")[2] in error_of(response)["message"]
 
 
-def test_a_publish_is_201_and_carries_what_the_client_said() -> None:
+def test_a_publish_is_201_and_passes_on_the_clients_fields() -> None:
     body = {"path": "/folders/x", "name": "singer", "tags": ["fun"], "template": "chat"}
     response, [upload] = staged_by(lambda client: client.post("/v1/loras", json=body))
     assert response.status_code == 201
@@ -109,7 +109,7 @@ def test_a_source_is_published_by_its_uri() -> None:
     assert upload == PublishItem(source="s3://bucket/pool/bard")
 
 
-def test_uploaded_files_are_published_as_they_came() -> None:
+def test_uploaded_files_are_published_unchanged() -> None:
     fields = upload(tags=["fun", "short"], template="chat")
     response, [staged] = staged_by(lambda client: client.post("/v1/loras", **fields))
     assert (response.status_code, response.json()["name"]) == (201, "singer")
@@ -123,7 +123,7 @@ def test_a_publish_that_a_replica_has_not_seen_is_202() -> None:
     assert response.json()["replicas"] == {"ready": 0, "behind": 1}
 
 
-def test_a_batch_is_one_commit_and_answers_each_adapter_as_alone() -> None:
+def test_a_batch_is_one_commit_with_a_result_for_each_adapter() -> None:
     async def run(client: httpx.AsyncClient, served: Served) -> None:
         adapters = [{"path": "/a/one"}, {"source": "s3://b/bad"}, {"path": "/a/gone"}, {"path": "/a/x", "name": "two"}]
         response = await client.post("/v1/loras", json={"adapters": adapters})
@@ -138,7 +138,7 @@ def test_a_batch_is_one_commit_and_answers_each_adapter_as_alone() -> None:
 
 
 @pytest.mark.parametrize(("retriever", "status"), [(FakeRetriever(), 201), (LATE, 202)])
-def test_a_batch_that_is_all_good_is_answered_like_one(retriever: FakeRetriever, status: int) -> None:
+def test_a_batch_without_errors_has_the_status_of_one_publish(retriever: FakeRetriever, status: int) -> None:
     response = post("/v1/loras", {"adapters": [{"path": "/a/one"}, {"path": "/a/two"}]}, retriever=retriever)
     assert response.status_code == status
     assert [row["status"] for row in response.json()["data"]] == [status] * 2
@@ -180,7 +180,7 @@ def test_a_malformed_publish_is_refused_by_its_field_and_nothing_is_staged(body:
         (b"x", "multipart/form-data", "boundary"),
     ],
 )
-def test_a_body_that_cannot_be_read_is_a_bad_request(content: bytes, kind: str, said: str) -> None:
+def test_an_unreadable_body_is_a_bad_request(content: bytes, kind: str, said: str) -> None:
     response = request("POST", "/v1/loras", sent={"content": content, "headers": {"content-type": kind}})
     assert response.status_code == 400
     assert said in error_of(response)["message"]
@@ -204,7 +204,7 @@ def test_a_body_that_cannot_be_read_is_a_bad_request(content: bytes, kind: str, 
         (FILES, {"name": "x" * 5000}, "http_error", "maximum size"),
     ],
 )
-def test_a_bad_upload_is_refused_by_what_is_wrong(files: Any, data: dict[str, Any], code: str, said: str) -> None:
+def test_a_bad_upload_is_refused_with_the_problem(files: Any, data: dict[str, Any], code: str, said: str) -> None:
     fields = {key: value for key, value in {"name": "singer", **data}.items() if value is not None}
     response = request("POST", "/v1/loras", sent={"files": files, "data": fields})
     assert (response.status_code, error_of(response)["code"]) == (400, code)
@@ -245,7 +245,7 @@ FORM = "multipart/form-data; boundary=b"
     ],
 )
 def test_every_other_body_is_small(method: str, path: str, kind: str) -> None:
-    """Also one whose path ends as an upload's does: its route reads it whole, and before it looks at roles."""
+    """Also if the path ends like an upload's, because its route would read it completely before checking roles."""
     content = b" " * (DEFAULT_MAX_BODY_BYTES + 1)
     response = request(method, path, sent={"content": content, "headers": {"content-type": kind}})
     assert (response.status_code, error_of(response)["code"]) == (413, "body_too_large")
@@ -290,7 +290,7 @@ def test_only_this_machine_changes_the_pool(
 
 @pytest.mark.parametrize("outside", OUTSIDE[:2], ids=str)
 @pytest.mark.parametrize(("method", "path", "sent"), CHANGES)
-def test_others_change_it_too_where_that_is_switched_on_but_name_no_folder_of_the_server(
+def test_remote_clients_may_change_it_if_allowed_but_not_name_server_folders(
     method: str, path: str, sent: dict[str, Any], outside: dict[str, Any]
 ) -> None:
     names_a_folder = "/folders/x" in str(sent) or path.endswith("reindex")
@@ -308,7 +308,7 @@ def test_others_change_it_too_where_that_is_switched_on_but_name_no_folder_of_th
     assert names_a_folder or response.status_code in (200, 201)
 
 
-def test_folders_of_the_server_are_published_where_that_is_on() -> None:
+def test_server_folders_are_published_if_allowed() -> None:
     for body in ({"path": "/folders/x"}, {"adapters": [{"source": "s3://b/x"}, {"path": "/folders/x"}]}):
         response, staged = staged_by(lambda client, body=body: client.post("/v1/loras", json=body), publish_paths=False)
         assert (response.status_code, error_of(response)["code"], staged) == (403, "publishing_disabled", [])
@@ -321,7 +321,7 @@ def test_a_page_of_this_machine_may_change_the_pool() -> None:
 
 
 @pytest.mark.parametrize(("retriever", "status"), [(FakeRetriever(), 200), (LATE, 202)])
-def test_a_withdrawal_says_which_replicas_know_it(retriever: FakeRetriever, status: int) -> None:
+def test_a_withdrawal_reports_how_many_replicas_know_it(retriever: FakeRetriever, status: int) -> None:
     response = request("DELETE", "/v1/loras/local/poet", retriever=retriever)
     assert response.status_code == status
     behind = status - 200 >> 1
@@ -341,7 +341,7 @@ def test_a_rollback_publishes_a_kept_version(digest: str | None) -> None:
     assert response.json()["digest"] == adapter("poet", version="1").ref.digest
 
 
-def test_a_version_that_is_not_kept_is_404_and_those_kept_are_named() -> None:
+def test_a_version_that_is_not_kept_is_404_with_the_kept_ones() -> None:
     response = post("/v1/loras/poet/rollback", {"digest": "f" * 8})
     assert (response.status_code, error_of(response)["code"]) == (404, "version_not_found")
     assert adapter("poet").ref.digest[:12] in error_of(response)["message"]
@@ -368,13 +368,13 @@ def test_a_short_digest_is_refused() -> None:
         ("POST", "/v1/pool/verify", {"json": {}}, "verify"),
     ],
 )
-def test_a_store_that_is_down_is_a_503_that_says_so_and_reads_go_on(
+def test_with_the_store_down_changes_are_503_and_reads_continue(
     method: str, path: str, sent: dict[str, Any], failing: str
 ) -> None:
     async def run(client: httpx.AsyncClient, served: Served) -> None:
         response = await client.request(method, path, **sent)
         assert (response.status_code, error_of(response)["code"]) == (503, "store_unavailable")
-        assert "connection refused" not in error_of(response)["message"]  # it is for the log
+        assert "connection refused" not in error_of(response)["message"]  # the text is for the log
         assert response.headers["retry-after"] == "1"
         for read in ("/v1/loras", "/v1/loras/poet", "/v1/models", "/ready"):
             assert (await client.get(read)).status_code == 200
@@ -382,7 +382,7 @@ def test_a_store_that_is_down_is_a_503_that_says_so_and_reads_go_on(
     ask(run, store=FakeStore(failing={failing: (StoreUnavailable("connection refused"), 9)}))
 
 
-def test_a_batch_while_the_store_is_down_says_so_of_each() -> None:
+def test_a_batch_with_the_store_down_reports_it_for_each_adapter() -> None:
     store = FakeStore(failing={"stage": (StoreUnavailable("down"), 9)})
     response = post("/v1/loras", {"adapters": [{"path": "/a/one"}, {"path": "/a/two"}]}, store=store)
     assert response.status_code == 207

@@ -1,4 +1,4 @@
-"""What the role `admin` may approve and reindex, over the routes."""
+"""Approvals and reindexes by the role `admin`, over the routes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def keys(tmp_path: Path) -> Path:
         ("nobody", {"digest": LIVE}, 404, "model_not_found"),
     ],
 )
-def test_an_admin_approves_the_whole_digest_it_looked_at(
+def test_an_admin_approves_the_full_digest_that_it_reviewed(
     keys: Path, name: str, body: Any, status: int, code: str | None
 ) -> None:
     async def look(client: httpx.AsyncClient, served: Served) -> None:
@@ -49,8 +49,8 @@ def test_an_admin_approves_the_whole_digest_it_looked_at(
     ask(look, keys_file=keys, headers=bearer("all"))
 
 
-def test_an_update_after_the_look_is_not_approved(keys: Path) -> None:
-    """The error names the version that is live by now, so that it can be looked at."""
+def test_an_update_after_the_review_is_not_approved(keys: Path) -> None:
+    """The error names the version that is live now, so that it can be reviewed."""
     changed = adapter("poet", version="changed")
 
     async def look(client: httpx.AsyncClient, served: Served) -> None:
@@ -99,7 +99,7 @@ def test_an_admin_does_not_approve_for_its_own_tenant(keys: Path, owner: str, se
     ask(look, keys_file=keys, headers=bearer("all"), store=FakeStore(pool_of(record)), **settings)
 
 
-def test_without_keys_whoever_may_change_the_pool_may_approve() -> None:
+def test_without_keys_clients_that_may_change_the_pool_may_approve() -> None:
     response = post("/v1/loras/poet/approve", {"digest": LIVE})
     assert (response.status_code, response.json()["approved"]) == (200, True)
 
@@ -108,12 +108,12 @@ def test_without_keys_whoever_may_change_the_pool_may_approve() -> None:
     ("encoder", "host", "is_allowed"),
     [
         ("org/listed", "192.0.2.7", True),
-        ("all-MiniLM-L6-v2", "192.0.2.7", True),  # the settings' own
+        ("all-MiniLM-L6-v2", "192.0.2.7", True),  # an encoder of the settings
         ("/srv/private", "192.0.2.7", False),
         ("org/any-model", "192.0.2.7", False),
         ("org/listed", "127.0.0.1", True),
         ("all-MiniLM-L6-v2", "127.0.0.1", True),
-        ("/srv/private", "127.0.0.1", False),  # of a port forward or a proxy on the machine, for all the server knows
+        ("/srv/private", "127.0.0.1", False),  # may be a port forward or a proxy on the machine
         ("org/any-model", "127.0.0.1", False),
     ],
 )

@@ -11,7 +11,7 @@ from tests.deployments.fake_worker import BROKEN, FakeWorker
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 
 
-def test_http_answers_as_the_plain_method() -> None:
+def test_http_answers_like_the_plain_method() -> None:
     response = post("/v1/chat/completions", CHAT)
     assert response.status_code == 200
     assert response.json()["choices"][0]["message"]["content"] == "Hello"
@@ -45,12 +45,12 @@ def test_an_error_after_the_first_token_is_the_last_event_over_http() -> None:
     assert "[DONE]" not in response.text
 
 
-def test_route_tells_the_plan_of_each_prompt_and_generates_nothing() -> None:
+def test_route_returns_the_plan_of_each_prompt_without_generating() -> None:
     async def run() -> None:
         served = serve_plainly()
         async with http_of(served) as client:
             answer = (await client.post("/v1/route", json={"prompt": ["a", "b"], "lora": {"k": 2}})).json()
-        [(requests,)] = served.retriever.called("route")  # one call, however many prompts
+        [(requests,)] = served.retriever.called("route")  # one call for any number of prompts
         assert [(request.text, request.top_k) for request in requests] == [("a", 2), ("b", 2)]
         assert [[c["name"] for c in plan["candidates"]] for plan in answer["data"]] == [["poet", "coder"]] * 2
         assert served.worker.called("stream") == []

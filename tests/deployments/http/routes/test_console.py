@@ -30,7 +30,7 @@ def test_every_file_is_served_with_its_type_and_a_strict_policy(path: str) -> No
     assert response.headers["x-content-type-options"] == "nosniff"
 
 
-def test_a_client_that_has_a_file_is_told_so_until_it_changes() -> None:
+def test_a_cached_file_is_304_until_it_changes() -> None:
     first = get("/console/main.js")
     known = request("GET", "/console/main.js", sent={"headers": {"If-None-Match": first.headers["etag"]}})
     assert (known.status_code, known.content) == (304, b"")
@@ -39,7 +39,7 @@ def test_a_client_that_has_a_file_is_told_so_until_it_changes() -> None:
     assert (other.status_code, other.content) == (200, first.content)
 
 
-def test_a_head_request_has_the_headers_alone() -> None:
+def test_a_head_request_has_only_headers() -> None:
     response = request("HEAD", "/")
     assert (response.status_code, response.content) == (200, b"")
     assert response.headers["etag"] == get("/").headers["etag"]
@@ -52,7 +52,7 @@ def test_only_the_console_s_files_are_served(name: str) -> None:
     assert error_of(response)["type"] == "not_found_error"
 
 
-def test_every_file_is_named_by_another_and_nothing_is_inline_or_from_elsewhere() -> None:
+def test_every_file_is_referenced_and_nothing_is_inline_or_external() -> None:
     pages = "".join(map(text_of, HTML))
     named = {*HTML, *re.findall(r'(?:href|src)="console/([^"]+)"', pages)}
     assert 'href="docs"' in text_of("index.html")
@@ -64,12 +64,12 @@ def test_every_file_is_named_by_another_and_nothing_is_inline_or_from_elsewhere(
     assert not re.search(r"<style|<script(?![^>]*\ssrc=)|\sstyle=|\son[a-z]+=", pages)
 
 
-def test_no_script_makes_markup_of_text() -> None:
+def test_no_script_turns_text_into_markup() -> None:
     for name in console_files():
         assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|DOMParser", text_of(name))
 
 
-def test_every_element_a_script_asks_for_is_on_the_page() -> None:
+def test_every_element_used_by_a_script_is_on_the_page() -> None:
     ids: set[str] = set()
     for page in HTML:
         found = re.findall(r'\bid="([^"]+)"', text_of(page))
@@ -82,7 +82,7 @@ def test_every_element_a_script_asks_for_is_on_the_page() -> None:
     assert asked <= ids
 
 
-def test_the_description_of_the_api_asks_no_other_site_and_nothing_of_the_frameworks_is_left() -> None:
+def test_the_api_description_uses_no_other_site_and_not_the_frameworks_page() -> None:
     page = get("/docs")
     assert page.content == console_files()["docs.html"].content
     assert page.headers["content-security-policy"] == get("/").headers["content-security-policy"]
@@ -113,8 +113,8 @@ def test_the_description_of_the_api_asks_no_other_site_and_nothing_of_the_framew
         ("star", "field", 3),
     ],
 )
-def test_what_is_to_be_read_stands_out(scheme: int, front: str, back: str, at_least: float) -> None:
-    """The contrast of WCAG 2.1, success criteria 1.4.3 and 1.4.11."""
+def test_texts_have_enough_contrast(scheme: int, front: str, back: str, at_least: float) -> None:
+    """The contrasts of WCAG 2.1, success criteria 1.4.3 and 1.4.11."""
     css = text_of("console.css")
     root = re.findall(r":root \{(.*?)\}", css, re.DOTALL)[scheme]
     colours = dict(re.findall(r"--([a-z0-9-]+): (#[0-9a-f]+)", root))
@@ -133,6 +133,6 @@ def test_every_file_of_the_console_is_served() -> None:
     assert all(path.name in console_files() for path in (ROOT / "deployments" / "console").iterdir())
 
 
-def test_the_console_is_no_part_of_the_api_s_document() -> None:
+def test_the_console_is_not_in_the_api_document() -> None:
     paths = json.loads(get("/openapi.json").text)["paths"]
     assert "/" not in paths and {"/v1/stats", "/v1/pool/map"} <= paths.keys()

@@ -31,7 +31,7 @@ def step(done: int, total: int, *refs: AdapterRef, unreadable: tuple[AdapterRef,
     return ReindexStep(done, total, {ref: Embedding("other-encoder", vector, vector) for ref in refs}, unreadable)
 
 
-def test_verify_tells_each_blob_and_every_bad_one() -> None:
+def test_verify_reports_progress_and_every_bad_blob() -> None:
     first, second, last = lines_of(post("/v1/pool/verify", {}))
     problem = {"digest": digest_of("b"), "adapter": str(CODER), "problem": "is missing"}
     assert (first, second) == ({"done": 1, "total": 2}, {"done": 2, "total": 2, "problem": problem})
@@ -39,7 +39,7 @@ def test_verify_tells_each_blob_and_every_bad_one() -> None:
 
 
 @pytest.mark.parametrize(("body", "retention_s"), [({}, 86_400), ({"retention_s": 0}, 0)])
-def test_gc_tells_what_it_removed(body: dict[str, Any], retention_s: float) -> None:
+def test_gc_reports_the_removed_blobs(body: dict[str, Any], retention_s: float) -> None:
     async def run(client: httpx.AsyncClient, served: Served) -> None:
         response = await client.post("/v1/pool/gc", json=body)
         assert (response.status_code, response.json()) == (200, {"num_blobs": 3, "num_bytes": 12})

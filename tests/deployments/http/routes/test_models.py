@@ -21,7 +21,7 @@ def ids(answer: dict[str, Any]) -> list[str]:
 
 
 def pages(limit: int, **query: Any) -> list[list[str]]:
-    """The ids of every page, each asked for after the one before."""
+    """Return the ids of every page, each requested after the previous one."""
 
     async def walk(client: httpx.AsyncClient, served: Served) -> list[list[str]]:
         found: list[list[str]] = []
@@ -43,7 +43,7 @@ def pages(limit: int, **query: Any) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 7, 26, 27, 28, 1000])
-def test_pages_hold_every_model_once_and_in_order(limit: int) -> None:
+def test_pages_contain_every_model_once_and_in_order(limit: int) -> None:
     found = pages(limit)
     assert [name for page in found for name in page] == ["auto", BASE, *[record.ref.name for record in MANY]]
     assert len(found) == -(-27 // limit)
@@ -61,7 +61,7 @@ def test_pages_hold_every_model_once_and_in_order(limit: int) -> None:
     ],
     ids=str,
 )
-def test_filters_leave_what_matches(query: dict[str, Any], expected: list[str]) -> None:
+def test_filters_select_matching_models(query: dict[str, Any], expected: list[str]) -> None:
     assert [name for page in pages(4, **query) for name in page] == expected
 
 
@@ -73,7 +73,7 @@ def test_a_malformed_query_is_refused_by_its_field(query: str, param: str) -> No
     assert (response.status_code, error_of(response)["param"]) == (400, param)
 
 
-def test_cards_tell_where_a_model_comes_from_and_what_it_stands_on() -> None:
+def test_cards_contain_source_and_base_of_a_model() -> None:
     by_id = {card["id"]: Model.model_validate(card).to_dict() for card in get("/v1/models").json()["data"]}
     assert [(card["root"], card["parent"]) for card in by_id.values()] == [
         ("auto", BASE),
@@ -85,7 +85,7 @@ def test_cards_tell_where_a_model_comes_from_and_what_it_stands_on() -> None:
     assert by_id["poet"]["owned_by"] == "local"
 
 
-def test_where_anothers_adapter_came_from_is_not_told() -> None:
+def test_the_source_of_another_tenants_adapter_is_private() -> None:
     theirs = replace(POOL[0], ref=AdapterRef("other", "theirs", "d" * 64), source="s3://their-bucket/x")
     assert get("/v1/models/other/theirs", retriever=FakeRetriever([theirs])).json()["root"] == "other/theirs"
     assert "their-bucket" not in get("/v1/models", retriever=FakeRetriever([theirs])).text
@@ -116,7 +116,7 @@ def records(*names: str) -> list[AdapterRecord]:
     return [adapter(name) for name in names]
 
 
-def test_a_page_goes_on_where_the_last_one_ended_though_that_adapter_is_gone() -> None:
+def test_a_page_continues_after_the_last_one_although_that_adapter_is_gone() -> None:
     after = get("/v1/models?limit=1&after=b", retriever=FakeRetriever(records("a", "c", "d"))).json()
     assert (ids(after), after["has_more"]) == (["c"], True)
 

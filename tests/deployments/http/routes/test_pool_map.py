@@ -19,7 +19,7 @@ def test_the_map_has_every_adapter_s_place() -> None:
     assert [(point["name"], round(point["x"], 6)) for point in drawn["points"]] == [("poet", 1.0), ("coder", -1.0)]
 
 
-def test_a_prompt_lies_among_the_adapters_asked_for() -> None:
+def test_a_prompt_is_placed_with_the_requested_adapters() -> None:
     body = {"prompt": "a verse", "adapters": ["coder", "nobody"]}
     place = post("/v1/pool/map", body, retriever=MappedRetriever()).json()
     assert place["prompt"] == {"x": 0.0, "y": 0.0}
@@ -37,13 +37,13 @@ def test_a_prompt_lies_among_the_adapters_asked_for() -> None:
         ({"prompt": "a", "names": []}, "names"),
     ],
 )
-def test_a_malformed_question_names_its_field(body: dict[str, Any], param: str) -> None:
+def test_a_malformed_request_names_its_field(body: dict[str, Any], param: str) -> None:
     response = post("/v1/pool/map", body, retriever=MappedRetriever())
     assert response.status_code == 400
     assert error_of(response)["param"] == param
 
 
-def test_the_generation_asked_for_reaches_the_retriever() -> None:
+def test_min_generation_reaches_the_retriever() -> None:
     async def question(client: Any, served: Any) -> list[tuple[Any, ...]]:
         await client.get("/v1/pool/map", params={"min_generation": 5})
         await client.post("/v1/pool/map", json={"prompt": "a", "min_generation": 6})

@@ -13,7 +13,7 @@ from tests.deployments.console_fakes import CountingWorker, MappedRetriever
 from tests.deployments.key_files import bearer, entry, write
 
 
-def test_the_figures_are_had_over_http() -> None:
+def test_stats_are_available_over_http() -> None:
     response = get("/v1/stats", worker=CountingWorker(), retriever=MappedRetriever())
     stats = response.json()
     assert response.status_code == 200
@@ -32,7 +32,7 @@ USAGES = {"acme": Usage(1, 2, 30, 40), "globex": Usage(5, 6, 70, 80)}
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_with_keys_only_an_admin_sees_what_others_have_workers_do(tmp_path: Path, role: str) -> None:
+def test_with_keys_only_an_admin_sees_the_load_of_all_workers(tmp_path: Path, role: str) -> None:
     keys = write(tmp_path / "keys.json", entry("k", "acme", [role]))
     worker = CountingWorker(usages=USAGES)
     response = get("/v1/stats", worker=worker, retriever=MappedRetriever(), keys_file=keys, headers=bearer("k"))
@@ -44,7 +44,7 @@ def test_with_keys_only_an_admin_sees_what_others_have_workers_do(tmp_path: Path
         assert "globex" not in response.text and "80" not in json.dumps(stats["tenant"])
 
 
-def test_a_tenant_that_asked_nothing_has_had_nothing(tmp_path: Path) -> None:
+def test_a_tenant_without_requests_has_no_usage(tmp_path: Path) -> None:
     keys = write(tmp_path / "keys.json", entry("k", "new", ["infer"]))
     worker = CountingWorker(usages=USAGES)
     stats = get("/v1/stats", worker=worker, keys_file=keys, headers=bearer("k")).json()

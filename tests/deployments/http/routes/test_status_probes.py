@@ -1,4 +1,4 @@
-"""The probes over HTTP, while the server starts and after."""
+"""The probes over HTTP, during the start and afterwards."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class SlowStore(FakeStore):
         return await super().stage(upload, module_shapes)
 
 
-def test_health_is_told_while_ready_waits_for_the_preload(tmp_path: Path) -> None:
+def test_health_answers_while_ready_waits_for_the_preload(tmp_path: Path) -> None:
     async def run() -> None:
         store = SlowStore()
         served = serve_plainly(store=store, preload=preload_of(tmp_path, "poet"))
@@ -43,7 +43,7 @@ def test_health_is_told_while_ready_waits_for_the_preload(tmp_path: Path) -> Non
     asyncio.run(run())
 
 
-def test_ready_tells_what_of_the_preload_was_refused(tmp_path: Path) -> None:
+def test_ready_reports_refused_preloaded_adapters(tmp_path: Path) -> None:
     response = get("/ready", preload=preload_of(tmp_path, "poet", "bad"))
     assert response.status_code == 200
     ready = response.json()
@@ -52,7 +52,7 @@ def test_ready_tells_what_of_the_preload_was_refused(tmp_path: Path) -> None:
     assert str(tmp_path) not in response.text
 
 
-def test_the_operator_is_told_where_what_was_refused_is(tmp_path: Path) -> None:
+def test_the_operator_sees_the_paths_of_refused_folders(tmp_path: Path) -> None:
     async def started(_: httpx.AsyncClient, served: Served) -> Any:
         return await served.ingress.started()
 

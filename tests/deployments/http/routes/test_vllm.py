@@ -21,7 +21,7 @@ LATE = FakeRetriever(caught_up=StaleIndex(8, 7))
         ("s3://bucket/a", PublishItem(name="singer", source="s3://bucket/a")),
     ],
 )
-def test_loading_publishes_and_answers_in_vllms_words(path: str, expected: PublishItem) -> None:
+def test_loading_publishes_and_answers_with_vllms_text(path: str, expected: PublishItem) -> None:
     async def run(client: httpx.AsyncClient, served: Served) -> None:
         body = {"lora_name": "singer", "lora_path": path, "load_inplace": False, "is_3d_lora_weight": False}
         response = await client.post("/v1/load_lora_adapter", json=body)
@@ -32,7 +32,7 @@ def test_loading_publishes_and_answers_in_vllms_words(path: str, expected: Publi
     ask(run)
 
 
-def test_a_name_that_is_taken_is_refused_unless_it_may_be_replaced() -> None:
+def test_a_taken_name_is_refused_unless_it_may_be_replaced() -> None:
     async def run(client: httpx.AsyncClient, served: Served) -> None:
         body = {"lora_name": "poet", "lora_path": "/folders/poet"}
         response = await client.post("/v1/load_lora_adapter", json=body)
@@ -55,24 +55,24 @@ def test_a_name_that_is_taken_is_refused_unless_it_may_be_replaced() -> None:
         ({"lora_name": "x", "lora_path": "/folders/x", "is_3d_lora_weight": True}, 400, "invalid_request"),
     ],
 )
-def test_what_cannot_be_loaded_is_an_error_object(body: dict[str, object], status: int, code: str) -> None:
+def test_a_failed_load_is_an_error_object(body: dict[str, object], status: int, code: str) -> None:
     response = post("/v1/load_lora_adapter", body)
     assert (response.status_code, error_of(response)["code"]) == (status, code)
 
 
 @pytest.mark.parametrize("body", [{"lora_name": "poet"}, {"lora_name": "local/poet", "lora_int_id": 7}])
-def test_unloading_withdraws_and_answers_in_vllms_words(body: dict[str, object]) -> None:
+def test_unloading_withdraws_and_answers_with_vllms_text(body: dict[str, object]) -> None:
     response = post("/v1/unload_lora_adapter", body)
     assert response.status_code == 200
     assert response.text == f"Success: LoRA adapter '{body['lora_name']}' removed successfully"
 
 
 @pytest.mark.parametrize("name", ["nobody", "other/poet"])
-def test_what_is_not_loaded_cannot_be_unloaded(name: str) -> None:
+def test_an_adapter_that_is_not_loaded_cannot_be_unloaded(name: str) -> None:
     response = post("/v1/unload_lora_adapter", {"lora_name": name})
     assert (response.status_code, error_of(response)["code"]) == (404, "model_not_found")
 
 
-def test_a_replica_that_is_behind_is_told_by_the_status() -> None:
+def test_a_replica_that_is_behind_changes_the_status() -> None:
     assert post("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "/x"}, retriever=LATE).status_code == 202
     assert post("/v1/unload_lora_adapter", {"lora_name": "poet"}, retriever=LATE).status_code == 202
