@@ -65,7 +65,7 @@ def test_the_job_carries_prompt_plan_sampling_and_template() -> None:
 
 
 @pytest.mark.parametrize("template", ["auto", "alpaca", "chat"])
-def test_a_plan_that_names_no_template_takes_the_servers(template: str) -> None:
+def test_a_plan_without_a_template_uses_the_servers(template: str) -> None:
     _, served = generate(CHAT, template=template)
     assert served.job.template == template
 

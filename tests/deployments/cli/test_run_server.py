@@ -41,7 +41,7 @@ def test_the_start_says_which_template_chats_use(tmp_path: Path) -> None:
     assert template_note(AppConfig(base_model="far/away", chat_template=own)) == f"chats use {own}"
 
 
-def test_the_start_says_which_other_ports_listen_and_what_guards_them() -> None:
+def test_the_start_prints_the_other_ports_and_their_protection() -> None:
     says = ports_note(AppConfig())
     assert says.startswith("Ray also listens on all interfaces")
     assert "protected by Ray's token in ~/.ray/auth_token" in says and "metrics without protection" in says

@@ -210,7 +210,7 @@ def test_a_prompt_of_invalid_unicode_is_refused(make_engine: MakeEngine) -> None
 
 
 @pytest.mark.parametrize("stop_string", ALPACA_STOPS)
-def test_messages_are_rendered_and_stop_where_the_template_ends(make_engine: MakeEngine, stop_string: str) -> None:
+def test_messages_are_rendered_and_the_answer_ends_with_the_template(make_engine: MakeEngine, stop_string: str) -> None:
     engine = make_engine({}, max_model_len=400)
     messages = (Message("user", "Hi"),)
     stop = SamplingParams(max_tokens=8, stop=("mine",))
