@@ -103,7 +103,7 @@ class GrammarCompiler:
         self._executor = ThreadPoolExecutor(_NUM_THREADS, "grammar-compiler")
 
     async def compile(self, grammar: Grammar, tenant: str) -> None:
-        """Return when the grammar is compiled. Leaving the call cancels what nobody else waits for.
+        """Return when the grammar is compiled. Leaving the call cancels a compilation without other waiters.
 
         Raises: GrammarInvalid, EngineFull.
         """
@@ -155,7 +155,7 @@ class GrammarCompiler:
             return key, entry
 
     def _drop_oldest(self) -> None:
-        """Drop entries that nobody waits for, oldest first, until there is room."""
+        """Drop entries without waiting requests, oldest first, until there is room."""
         unused = [key for key, entry in self._entries.items() if not entry.num_waiting and entry.compiled.done()]
         for key in unused[: max(len(self._entries) - self._max_grammars, 0)]:
             del self._entries[key]

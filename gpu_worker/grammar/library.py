@@ -1,4 +1,4 @@
-"""What every use of the grammar library shares: limits, JSON options, and the vocabulary.
+"""Shared parts of all uses of the grammar library: limits, JSON options, and the vocabulary.
 
 The library is loaded with the first grammar: most workers never need it.
 """
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # White space between JSON tokens: of one line, or of an indented one. Unbounded, a model that samples may never end it.
 _WHITE_SPACE = r"( |\n {0,32}|\n\t{1,8})"
 _MAX_LEXER_STATES = 20_000  # of one grammar, about 2 kB each
-# They win over what a schema sets by `x-guidance`.
+# They override a schema's `x-guidance`.
 _JSON_OPTIONS = {
     "item_separator": ",",
     "key_separator": ":",

@@ -104,7 +104,7 @@ async def http_of(
 def _router() -> APIRouter:
     """Return the routes of an application, which hold no services: a request finds those of its own application.
 
-    All applications of the tests share them, as FastAPI (0.165) makes the schemas of each one's routes anew, which
+    All applications of the tests share them, as FastAPI (0.165) makes the schemas of each one's routes again, which
     takes longer than a test.
     """
     with ThreadPoolExecutor(1) as thread:  # the caller's has an event loop

@@ -73,7 +73,7 @@ def pool(shapes: dict[str, tuple[int, int]]) -> list[AdapterWeights]:
 
 @pytest.fixture(scope="session")
 def lone_answers() -> dict[bytes, Answer]:
-    """Answers of fresh engines, by what was asked. Many tests compare with the same ones."""
+    """Return a cache of answers of new engines by job. Many tests compare with the same ones."""
     return {}
 
 
@@ -81,7 +81,7 @@ def lone_answers() -> dict[bytes, Answer]:
 def alone(
     make_engine: Callable[..., Engine], lone_answers: dict[bytes, Answer]
 ) -> Callable[[Job, Mapping[str, AdapterWeights]], Answer]:
-    """The job's answer from a fresh engine that serves nothing else."""
+    """Return the job's answer from a new engine without other jobs."""
 
     def run(job: Job, adapters: Mapping[str, AdapterWeights]) -> Answer:
         asked = fingerprint(job, adapters)

@@ -25,7 +25,7 @@ def num_threads() -> int:
 
 
 def settled(expected: int) -> bool:
-    """Return whether so many threads are left soon: the system removes them a moment after they were joined."""
+    """Wait until this many threads are left: the system removes them a moment after they were joined."""
     deadline = time.monotonic() + 10
     while num_threads() != expected and time.monotonic() < deadline:
         os.sched_yield()

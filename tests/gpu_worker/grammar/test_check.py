@@ -1,4 +1,4 @@
-"""What a check refuses, with the place; and the process that bounds it."""
+"""Refusals by a check, with the place; and the process that limits it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_schema_that_cannot_be_compiled_is_refused_with_the_place(content: Any
     ],
     ids=lambda grammar: f"{grammar.kind}-{grammar.text[:20]}",
 )
-def test_what_is_no_grammar_is_refused(grammar: Grammar) -> None:
+def test_an_invalid_grammar_is_refused(grammar: Grammar) -> None:
     with pytest.raises(GrammarInvalid) as refused:
         check(grammar)
     assert 0 < len(refused.value.message) <= 500
