@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+from collections.abc import Mapping
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+
+from gpu_worker.config import WorkerConfig
+from gpu_worker.errors import WorkerConfigInvalid
+from gpu_worker.native_engine import NativeEngine
+from gpu_worker.request.request import Completion
+from gpu_worker.start_engine import start_engine
+from lora_store.adapter import AdapterWeights
+from tests.gpu_worker.engine_driver import greedy
+from tests.tiny import tiny_config
+
+
+def no_fetch(digest: str) -> Future[AdapterWeights]:
+    raise AssertionError("nothing is fetched")
+
+
+def test_the_native_engine_is_started_and_answers(tiny_folders: Mapping[str, Path]) -> None:
+    async def run() -> list[Completion | Exception]:
+        engine = start_engine(tiny_config(tiny_folders["llama"], engine="native"), no_fetch)
+        assert isinstance(engine, NativeEngine)
+        try:
+            return await engine.generate([greedy("x", num_new=4)])
+        finally:
+            engine.stop()
+
+    [completion] = asyncio.run(asyncio.wait_for(run(), 60))
+    assert isinstance(completion, Completion) and completion.num_new_tokens == 4
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+def test_an_engine_whose_package_is_missing_is_refused_with_the_remedy() -> None:
+    with pytest.raises(WorkerConfigInvalid, match=r"'vllm' needs the package vLLM.*docs/how-to/install\.md"):
+        start_engine(WorkerConfig(engine="vllm"), no_fetch)
