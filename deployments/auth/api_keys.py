@@ -13,6 +13,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from deployments.auth.authenticator import ROLES, Caller, KeyLimits, Role
+from deployments.field_problems import describe_problem, field_names
 from lora_store import LOCAL_TENANT, is_valid_name
 
 _KEY_PREFIX = "lr-"
@@ -131,6 +132,7 @@ def _validated(data: object) -> list[KeyEntry]:
     try:
         return _ENTRIES.validate_python(data)
     except ValidationError as exc:
-        first = exc.errors(include_input=False, include_url=False)[0]
+        first = exc.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
-        raise ValueError(f"entry {place}: {first['msg']}") from exc
+        known = field_names(KeyEntry, first["loc"][1:])
+        raise ValueError(f"entry {place}: {describe_problem(dict(first), known, shows_value=False)}") from exc

@@ -13,6 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from deployments.auth.api_keys import KeyEntry, hash_of, new_key, parse_entries
+from deployments.field_problems import describe_problem, field_names
 from deployments.json_types import JsonMapping, JsonObject
 
 
@@ -33,7 +34,8 @@ def make_key(
         KeyEntry.model_validate(entry)
     except ValidationError as exc:
         first = exc.errors()[0]
-        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from exc
+        known = field_names(KeyEntry, first["loc"])
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {describe_problem(dict(first), known)}") from exc
     return key, entry
 
 

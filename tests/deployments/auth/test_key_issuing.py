@@ -38,10 +38,10 @@ def test_keys_without_an_id_get_unique_ids() -> None:
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"roles": ["root"]}, "roles"),
+        ({"roles": ["root"]}, "roles.0: must be .*, got 'root'$"),
         ({"id": "a/b"}, "id"),
         ({"tenant": "a b", "id": "ci"}, "tenant"),
-        ({"limits": {"requests_per_minute": 0}}, "limits.requests_per_minute"),
+        ({"limits": {"requests_per_minute": 0}}, "limits.requests_per_minute: must be at least 1, got 0$"),
     ],
 )
 def test_a_bad_value_is_refused_by_its_field(changes: dict[str, Any], field: str) -> None:
