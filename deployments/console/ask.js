@@ -74,7 +74,7 @@ async function ask() {
   byId("stop-button").disabled = false;
   sayOrHide("answer-error", "");
   say("answer-metrics", "choosing adapters…");
-  showPlan(null);
+  showPlan(null, "Choosing…");
   const timing = { began: performance.now(), first: 0, last: 0, usage: null, reason: "" };
   try {
     const response = await send("POST", "v1/chat/completions", { body: body(prompt), signal: mine.signal });
@@ -118,6 +118,7 @@ function showEvent(event, text, timing, prompt) {
 }
 
 function fail(error, timing) {
+  if (!byId("plan-strategy").textContent) showPlan(null);
   if (error.name === "AbortError") {
     say("answer-metrics", [...summaryParts(timing), "stopped"].join(" · "));
     return;
@@ -153,11 +154,12 @@ function remember(prompt, plan) {
   byId("earlier").hidden = false;
 }
 
-function showPlan(plan) {
+/** Shows the plan, or `note` while there is none. */
+function showPlan(plan, note = "") {
   const used = plan ? plan.adapters : [];
   say("plan-strategy", plan ? plan.strategy : "");
   byId("plan").replaceChildren(...used.map(planRow));
-  sayOrHide("plan-note", plan ? planNote(plan) : "Choosing…");
+  sayOrHide("plan-note", plan ? planNote(plan) : note);
   byId("plan-note").classList.toggle("notice", Boolean(plan?.abstained));
   const names = new Set(used.map((adapter) => adapter.digest));
   const rest = (plan?.candidates ?? []).filter((candidate) => !names.has(candidate.digest));

@@ -131,6 +131,7 @@ def test_an_error_is_shown_after_the_text_so_far(
         await ask(page)
         await expect(page.locator("#answer-error")).to_have_text(shown)
         await expect(page.locator("#answer")).to_have_text(text)
+        await expect(page.locator("#plan-note")).not_to_contain_text("Choosing")
 
     look(browsing, question, worker=CountingWorker(events))
 
