@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -28,7 +29,10 @@ def _print_version(is_wanted: bool) -> None:
 
 
 Version = Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")]
-Prompt = Annotated[list[str], typer.Argument(metavar="PROMPT...", help="the prompt; several words are joined")]
+Prompt = Annotated[
+    list[str],
+    typer.Argument(metavar="PROMPT...", help="the prompt; several words are joined, and - reads standard input"),
+]
 
 
 @cli.callback()
@@ -66,7 +70,7 @@ def ask(
     """Stream the answer to a prompt, then print the adapters that gave it."""
     body = {
         "model": model,
-        "messages": [{"role": "user", "content": " ".join(prompt)}],
+        "messages": [{"role": "user", "content": _text_of(prompt)}],
         "temperature": temperature,
         "max_tokens": max_tokens,
         "stream": True,
@@ -90,7 +94,7 @@ def ask(
 @cli.command()
 def route(prompt: Prompt, url: Url = DEFAULT_URL) -> None:
     """Show which adapters would answer a prompt, without generating."""
-    plan = call(url, "POST", "/v1/route", json={"prompt": " ".join(prompt)})["data"][0]
+    plan = call(url, "POST", "/v1/route", json={"prompt": _text_of(prompt)})["data"][0]
     weights = {adapter["name"]: adapter["weight"] for adapter in plan["adapters"]}
     table = Table("adapter", "score", "weight", title=f"strategy {plan['strategy']}, generation {plan['generation']}")
     for candidate in plan["candidates"]:
@@ -109,6 +113,11 @@ def check(
     from deployments.cli.run_server import check_adapter  # as in `serve`
 
     _exit_with(check_adapter(folder, config, parity))
+
+
+def _text_of(prompt: list[str]) -> str:
+    """Return the words as one text; `-` alone means standard input."""
+    return sys.stdin.read().strip() if prompt == ["-"] else " ".join(prompt)
 
 
 def _exit_with(code: int) -> None:

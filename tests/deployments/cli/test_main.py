@@ -150,6 +150,14 @@ def test_ask_streams_the_text_and_prints_the_adapters() -> None:
     assert server.sent[0]["messages"] == [{"role": "user", "content": "Hi there"}]
 
 
+def test_ask_reads_the_prompt_from_standard_input() -> None:
+    lora = {"strategy": "base", "adapters": []}
+    with scripted((200, events_of(delta("", lora=lora), delta("Hello")))) as server:
+        result = run("ask", "-", "--url", server.url, input="two\nlines\n")
+    assert (result.exit_code, result.stdout) == (0, "Hello\n")
+    assert server.sent[0]["messages"] == [{"role": "user", "content": "two\nlines"}]
+
+
 def test_ask_fails_with_the_streams_error() -> None:
     lora = {"strategy": "base", "adapters": []}
     body = events_of(delta("", lora=lora), {"error": {"message": "it stopped"}}, done=False)
