@@ -243,7 +243,7 @@ def measure_changes(pools: LivePool, source: Source, data: Data) -> dict[str, fl
             source.change(**change)
             times[name].append(seconds_of(pools.catch_up))
             pool = pools.current
-            first = seconds_of(lambda pool=pool: (pool.nearest(query[np.newaxis], TOP_K, "t"), pool.floor("t")))
+            first = seconds_of(lambda pool=pool: (pool.nearest(query[np.newaxis], TOP_K, "t"), pool.calibration("t")))
             times["first_ms"].append(first)
     return {name: float(np.median(values)) * 1e3 for name, values in times.items()}
 

@@ -9,12 +9,12 @@ from deployments.config.app import AppConfig
 from lora_store import Snapshot
 from lora_store.files import Files
 from lora_store.location import Location
-from retriever_svc import Encoder, IndexSettings, LivePool, Retriever, SavedIndexes
+from retriever_svc import Encoder, IndexSettings, LivePool, ProjectionFiles, Retriever, SavedIndexes
 from retriever_svc.retriever import Timings
 
 
 def live_pool(config: AppConfig, snapshots: Callable[[], Snapshot], index: IndexSettings | None = None) -> LivePool:
-    """Return the pool of the snapshots, embedded by the active encoder. Raises: EncoderUnusable."""
+    """Return the pool of the snapshots, embedded by the active encoder. Raises: EncoderUnusable, ProjectionUnusable."""
     settings = config.retrieval
     return LivePool(
         lambda model: Encoder(model, num_threads=settings.encoder_threads),
@@ -22,6 +22,8 @@ def live_pool(config: AppConfig, snapshots: Callable[[], Snapshot], index: Index
         model=settings.encoder,
         settings=replace(index or IndexSettings(), requires_approval=config.public_requires_approval),
         saved=SavedIndexes(Files(Location(config.store_uri).child("index"))),
+        projections=ProjectionFiles(Files(Location(config.store_uri).child("projections"))),
+        projection=settings.projection,
     )
 
 
@@ -30,6 +32,7 @@ def retriever_over(pools: LivePool, config: AppConfig, timings: Timings | None =
     return Retriever(
         pools,
         min_score=settings.min_score,
+        abstain=settings.abstain,
         temperature=settings.softmax_temperature,
         owner_names=config.owner_names,
         timings=timings,

@@ -1,7 +1,7 @@
 """Retrieval: the encoder, the adapter index, and the Retriever that turns prompts into plans."""
 
 from retriever_svc.bulk import BulkEncoding
-from retriever_svc.calibration import calibrate_floor
+from retriever_svc.calibration import Abstain, Calibration
 from retriever_svc.doctor import AdapterFinding, Collision, DoctorReport, DoctorStep
 from retriever_svc.embedding import embed_groups, embeddings_of
 from retriever_svc.encoder import Encoder
@@ -11,6 +11,7 @@ from retriever_svc.errors import (
     NoAdapterMatched,
     NothingToEmbed,
     PlanGone,
+    ProjectionUnusable,
     RetrieverError,
     RouteInvalid,
     StaleIndex,
@@ -21,18 +22,22 @@ from retriever_svc.index import AdapterIndex, Allowed, IndexSettings, Match
 from retriever_svc.listing import Page, PageRequest
 from retriever_svc.live_pool import IndexStats, LivePool
 from retriever_svc.projection import Place, Point, PoolMap
+from retriever_svc.projection_files import ProjectionFiles
 from retriever_svc.reindex import ReindexStep
 from retriever_svc.retriever import Retriever
 from retriever_svc.route import Candidate, PinnedAdapter, Route, RouteRequest, Weighting
 from retriever_svc.sample_source import SampleSource
 from retriever_svc.saved_index import SavedIndexes, SavedLists
 from retriever_svc.training_pairs import choose_tasks
+from retriever_svc.whitening import Whitening, fit_whitening
 
 __all__ = [
+    "Abstain",
     "AdapterFinding",
     "AdapterIndex",
     "Allowed",
     "BulkEncoding",
+    "Calibration",
     "Candidate",
     "Collision",
     "DoctorReport",
@@ -53,6 +58,8 @@ __all__ = [
     "PlanGone",
     "Point",
     "PoolMap",
+    "ProjectionFiles",
+    "ProjectionUnusable",
     "ReindexStep",
     "Retriever",
     "RetrieverError",
@@ -66,8 +73,9 @@ __all__ = [
     "TooFewSamples",
     "TrainingUnavailable",
     "Weighting",
-    "calibrate_floor",
+    "Whitening",
     "choose_tasks",
     "embed_groups",
     "embeddings_of",
+    "fit_whitening",
 ]

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from lora_store.records import AdapterRecord
 from lora_store.snapshot import Key
 from retriever_svc.append_only_array import AppendOnlyArray
-from retriever_svc.calibration import Votes, vote_of
 from retriever_svc.encoder import unit_rows
 
 Mask = NDArray[np.bool_]
@@ -36,7 +35,6 @@ class AdapterTable:
         self._owners = AppendOnlyArray(np.int32, num_rows=num_rows)
         self._owner_codes: dict[str, int] = {}
         self._approved = AppendOnlyArray(np.bool_, num_rows=num_rows)
-        self._votes = AppendOnlyArray(np.float64, num_rows=num_rows)  # votes on the score floor; NaN for no vote
         self._tagged: dict[str, AppendOnlyArray] = {}
 
     def __len__(self) -> int:
@@ -44,7 +42,7 @@ class AdapterTable:
 
     @property
     def num_bytes(self) -> int:
-        columns = [self.vectors, self.open, self._owners, self._approved, self._votes, *self._tagged.values()]
+        columns = [self.vectors, self.open, self._owners, self._approved, *self._tagged.values()]
         return sum(column.num_bytes for column in columns)
 
     def append(self, records: Sequence[AdapterRecord]) -> None:
@@ -60,7 +58,6 @@ class AdapterTable:
         self.vectors.append(unit_rows(np.stack([embedding.vector for embedding in embeddings])))
         self.open.append(np.asarray([record.is_open(requires_approval=self._requires_approval) for record in records]))
         self._approved.append(np.asarray([record.approved for record in records]))
-        self._votes.append(np.asarray([vote_of(embedding.own_scores) for embedding in embeddings]))
         self._append_labels(records, first)
         codes = [self._owner_codes.setdefault(r.ref.tenant, len(self._owner_codes)) for r in records]
         self._owners.append(np.asarray(codes, np.int32))
@@ -93,17 +90,11 @@ class AdapterTable:
             mask &= having
         return mask
 
-    def votes_for(self, tenant: str, alive: Mask) -> tuple[Votes, Votes]:
-        """Return the votes on the score floor of `tenant` (see `calibration`) by the `alive` rows that it may find.
+    def trusted(self, tenant: str, count: int) -> Mask:
+        """Return a mask of the first `count` rows: those that count in the calibration of `tenant`.
 
-        The first array (T,) has one vote for each of its own and of the approved adapters. The second (O,) has one for
-        each other tenant: the mean vote of that tenant's other public adapters.
+        These are its own adapters, and the approved ones that it may find.
         """
-        count = len(alive)
-        owners, votes = self._owners.view()[:count], self._votes.view()[:count]
-        voting = alive & np.isfinite(votes) & self.visible(tenant, count)
-        trusted = self._approved.view()[:count] | (owners == self._owner_codes.get(tenant, -1))
-        rest = voting & ~trusted
-        numbers = np.bincount(owners[rest])
-        sums = np.bincount(owners[rest], weights=votes[rest])
-        return votes[voting & trusted], sums[numbers > 0] / numbers[numbers > 0]
+        own = self._owners.view()[:count] == self._owner_codes.get(tenant, -1)
+        trusted: Mask = (own | self._approved.view()[:count]) & self.visible(tenant, count)
+        return trusted

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from retriever_svc.encoder import Encoder, Vectors, chunks_of
+from retriever_svc.encoder import Encoder, Vectors, chunks_of, project
 from retriever_svc.vector_cache import OwnedText
 
 
@@ -24,17 +24,21 @@ class BulkEncoding:
         self._rows: dict[OwnedText, Vectors] = {}
 
     @property
-    def identity(self) -> str:
-        """The encoder's identity."""
-        return self._encoder.identity
+    def encoder(self) -> Encoder:
+        """The encoder."""
+        return self._encoder
 
     def encode(self, chunk: Sequence[OwnedText]) -> None:
         """Encode one of `chunks` and store its vectors."""
         owners = [owner for owner, _ in chunk] if self._has_owners else None
-        self._rows.update(zip(chunk, self._encoder.encode([text for _, text in chunk], owners), strict=True))
+        self._rows.update(zip(chunk, self._encoder.encode_plain([text for _, text in chunk], owners), strict=True))
 
     def vectors(self) -> Vectors:
-        """Return the row of each text, in order: (N, D) float32. Every chunk must have been encoded."""
+        """Return the projected row of each text, in order: (N, D) float32. Every chunk must have been encoded."""
+        return project(self._encoder, self.plain_vectors())
+
+    def plain_vectors(self) -> Vectors:
+        """Return the row of each text before the projection, as `vectors` does."""
         rows = [self._rows[key] for key in self._keys]
         return np.stack(rows) if rows else np.empty((0, self._encoder.dim), np.float32)
 

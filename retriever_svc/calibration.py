@@ -1,38 +1,43 @@
-"""Calibrate the score floor: the score below which the base model answers a prompt instead of an adapter.
+"""Calibrate how well a prompt must fit an adapter, so that the base model answers when none fits.
 
-Each adapter has one vote, whatever its number of samples: the score that nearly all of its own samples reach when each
-is compared with the others. The floor is a low quantile of the votes, so a few unusual adapters do not decide it.
+A cosine means something different for each adapter: the samples of one lie close together, those of another far apart,
+and some lie near ordinary prompts. So a score s of an adapter is turned into a *fit* before it is judged:
 
-The following vote on a tenant's floor:
+    fit(s) = (s − m) / d  +  ½ · (s − b) / c
 
-- each of its own adapters, and each public adapter that an admin approved;
-- if none of these has a vote, each other tenant once, with the mean vote of its public adapters.
+m and d are the mean and the spread of the scores of the adapter's own samples, each compared with the others. b and c
+are the same of ordinary prompts, compared with the adapter. Estimates from few samples are shrunk towards the pool's.
 
-Unapproved adapters of other tenants therefore cannot move a floor that has a trusted vote. An adapter with fewer than
-`MIN_SCORES` samples has no vote, as its samples do not show how well prompts of its task score.
+The *confidence* of a candidate is the share of own samples in the pool that fit their adapter less well. An operating
+point is a confidence: below it a candidate is dropped, and so is that share of the pool's own prompts. As the fit grows
+with s, each adapter has a cosine of its own at which it is reached, its *threshold*.
+
+The distribution comes from the adapters of the caller's own tenant and from public ones that an admin approved. Each
+counts once, whatever its number of samples. Adapters of other tenants do not count, so they cannot move it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-NO_FLOOR = -1.0  # the lowest possible cosine
-NO_VOTE = float("nan")
-MIN_SCORES = 5
-_VOTE_SHARE = 0.01  # of an adapter's own samples score below its vote
-_FLOOR_SHARE = 0.2  # of the votes are below the floor
-Votes = NDArray[np.float64]
-
-
-def calibrate_floor(groups: Sequence[np.ndarray]) -> float:
-    """Return the floor for adapters with these samples, all of them trusted; NO_FLOOR if none has a vote.
-
-    `groups`: (n, D) unit rows per adapter.
-    """
-    return floor_of(np.asarray([vote_of(leave_one_out_scores(group)) for group in groups], np.float64))
+Abstain = Literal["lenient", "balanced", "strict"]
+SHARES: dict[Abstain, float] = {"lenient": 0.01, "balanced": 0.03, "strict": 0.08}  # of in-pool prompts turned away
+NO_THRESHOLD = -1.0  # the lowest possible cosine
+MIN_SCORES = 5  # an adapter with fewer own scores says nothing about the pool
+MAX_VOTERS = 512
+_ORDINARY_WEIGHT = 0.5
+_SPREAD_PRIOR = 5  # the pool's spread counts as this many samples of an adapter
+_FEW_VOTERS = 3  # fewer are filled up with `_USUAL_FITS`
+_USUAL_DISTANCE = 4.0  # of own samples from ordinary prompts, in spreads of these
+# The 20 quantiles 2.5 %, 7.5 %, … of own samples' fits, over 183 tasks: see benchmarks/routing.
+_USUAL_FITS = (-0.9, 0.1, 0.8, 1.3, 1.7, 2.0, 2.4, 2.7, 3.1, 3.5, 3.9, 4.3, 4.8, 5.2, 5.8, 6.5, 7.2, 8.1, 9.1, 10.2)
+_SMALL = 1e-4  # the least spread of scores: equal samples have none
+Floats = NDArray[np.float64]
 
 
 def leave_one_out_scores(vectors: np.ndarray) -> NDArray[np.float32]:
@@ -46,26 +51,127 @@ def leave_one_out_scores(vectors: np.ndarray) -> NDArray[np.float32]:
     return np.asarray(scores, np.float32)
 
 
-def vote_of(own_scores: NDArray[np.float32]) -> float:
-    """Return the score below which 1 % of an adapter's own samples fall, or NO_VOTE for fewer than `MIN_SCORES`.
+@dataclass(frozen=True, slots=True)
+class Adapters:
+    """What calibration reads of some adapters. Dims: A adapters, D dimensions."""
 
-    Interpolate as `numpy.percentile` does, at a tenth of its cost: a large pool has a million adapters.
-    """
-    if len(own_scores) < MIN_SCORES:
-        return NO_VOTE
-    ordered = np.sort(own_scores)
-    place = _VOTE_SHARE * (len(ordered) - 1)
-    below, above = float(ordered[int(place)]), float(ordered[int(place) + 1])
-    return min(1.0, max(-1.0, below + (place - int(place)) * (above - below)))
+    vectors: np.ndarray  # (A, D) unit rows
+    own_scores: Sequence[np.ndarray]  # A arrays, as `leave_one_out_scores` returns them
 
 
-def floor_of(trusted: Votes, others: Votes | None = None) -> float:
-    """Return the score below which a fifth of the votes fall, or NO_FLOOR without votes. Ignore NO_VOTE entries.
+@dataclass(frozen=True, slots=True)
+class _Moments:
+    """Mean and spread of scores, by adapter (A,)."""
 
-    `trusted` (T,): votes of the caller's own and of approved adapters. `others` (O,): one vote per other tenant, used
-    only if there is no trusted vote.
-    """
-    votes = trusted[np.isfinite(trusted)]
-    if others is not None and not len(votes):
-        votes = others[np.isfinite(others)]
-    return float(np.quantile(votes, _FLOOR_SHARE)) if len(votes) else NO_FLOOR
+    mean: Floats
+    spread: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class _Prior:
+    """The pool's typical own scores: their spread, and the cosine of two samples of one adapter. None if unknown."""
+
+    spread: float
+    pair: float
+
+    @classmethod
+    def of(cls, groups: Sequence[np.ndarray]) -> Self:
+        """Return the prior of own scores (A arrays, A ≥ 1).
+
+        For samples of pairwise cosine r, the cosine of one to the mean of n others is m = r / √(r + (1 − r) / n);
+        solved for r.
+        """
+        n = float(np.median([len(group) for group in groups])) - 1
+        m2 = max(float(np.median([group.mean() for group in groups])), _SMALL) ** 2
+        half = m2 * (1 - 1 / n) / 2
+        spread = np.sqrt(np.median([group.var(ddof=1) for group in groups]))
+        return cls(max(float(spread), _SMALL), float(half + np.sqrt(half**2 + m2 / n)))
+
+    def mean_of(self, counts: Floats) -> Floats:
+        """Return the mean score expected of adapters with these numbers of samples."""
+        expected: Floats = self.pair / np.sqrt(self.pair + (1 - self.pair) / np.maximum(counts, 1))
+        return expected
+
+
+class Calibration:
+    """Judges candidates for one tenant at one generation. Immutable. Dims: C candidates, J ordinary prompts."""
+
+    def __init__(self, prior: _Prior | None, fits: Floats, weights: Floats, ordinary: np.ndarray | None) -> None:
+        """Create a calibration; use `of`. `fits` (F,) with `weights` (F,) describe own samples; F = 0: no thresholds.
+
+        Linear between the samples, and zero and one a spread beyond them.
+        """
+        order = np.argsort(fits, kind="stable")
+        self._prior, self._ordinary, self._fits = prior, ordinary, fits[order]
+        if len(fits):
+            shares = np.cumsum(weights[order]) / weights.sum()
+            self._shares = np.concatenate([[0.0], shares - weights[order] / weights.sum() / 2, [1.0]])
+            self._fits = np.concatenate([[self._fits[0] - 1], self._fits, [self._fits[-1] + 1]])
+
+    @classmethod
+    def of(cls, trusted: Adapters, ordinary: np.ndarray | None = None) -> Self:
+        """Calibrate on the adapters that count for a tenant. `ordinary` (J, D): vectors of ordinary prompts, if any.
+
+        Without adapters of enough samples the usual distribution applies; without ordinary prompts either, there are
+        no thresholds.
+        """
+        voters = [i for i, scores in enumerate(trusted.own_scores) if len(scores) >= MIN_SCORES]
+        groups = [np.asarray(trusted.own_scores[i], np.float64) for i in voters]
+        prior = _Prior.of(groups) if groups else None
+        blank = cls(prior, np.empty(0), np.empty(0), ordinary)
+        if not groups:
+            usual = () if ordinary is None else _USUAL_FITS
+            return cls(prior, np.asarray(usual), np.ones(len(usual)), ordinary)
+        slope, offset = blank._fit_of(Adapters(trusted.vectors[voters], groups))
+        counts = np.asarray([len(group) for group in groups])
+        fits = np.concatenate(groups) * np.repeat(slope, counts) - np.repeat(offset, counts)
+        weights = np.repeat(1 / counts, counts)
+        if ordinary is not None and len(groups) < _FEW_VOTERS:
+            fits = np.concatenate([fits, _USUAL_FITS])
+            each = (_FEW_VOTERS - len(groups)) / len(_USUAL_FITS)
+            weights = np.concatenate([weights, np.full(len(_USUAL_FITS), each)])
+        return cls(prior, fits, weights, ordinary)
+
+    def judge(self, candidates: Adapters, scores: Floats, share: float) -> tuple[Floats, Floats]:
+        """Return (thresholds, confidences), each (C,), of candidates with these scores (C,).
+
+        A score below its threshold has a confidence below `share`.
+        """
+        if not len(self._fits):
+            return np.full(len(scores), NO_THRESHOLD), np.ones(len(scores))
+        slope, offset = self._fit_of(candidates)
+        least = np.interp(share, self._shares, self._fits)
+        thresholds: Floats = ((least + offset) / slope).clip(-1, 1)
+        return thresholds, np.interp(scores * slope - offset, self._fits, self._shares)
+
+    def _fit_of(self, adapters: Adapters) -> tuple[Floats, Floats]:
+        """Return (slope, offset), each (A,): fit(s) = slope · s − offset."""
+        ordinary = self._ordinary_moments(adapters.vectors)
+        own = self._own_moments(adapters.own_scores, ordinary)
+        slope, offset = 1 / own.spread, own.mean / own.spread
+        if ordinary is not None:
+            slope = slope + _ORDINARY_WEIGHT / ordinary.spread
+            offset = offset + _ORDINARY_WEIGHT * ordinary.mean / ordinary.spread
+        return slope, offset
+
+    def _ordinary_moments(self, vectors: np.ndarray) -> _Moments | None:
+        if self._ordinary is None:
+            return None
+        scores = np.asarray(vectors @ self._ordinary.T, np.float64)
+        return _Moments(scores.mean(axis=1), np.maximum(scores.std(axis=1), _SMALL))
+
+    def _own_moments(self, groups: Sequence[np.ndarray], ordinary: _Moments | None) -> _Moments:
+        """Return the mean and spread of own scores, shrunk towards the pool's, or towards the usual place."""
+        counts = np.asarray([len(group) for group in groups], np.float64)
+        sums = np.asarray([group.sum(dtype=np.float64) for group in groups])
+        squares = counts * np.asarray([group.var(dtype=np.float64) if len(group) else 0.0 for group in groups])
+        if self._prior is not None:
+            usual = _Moments(self._prior.mean_of(counts), np.full(len(groups), self._prior.spread))
+        else:
+            assert ordinary is not None  # otherwise there are no thresholds
+            usual = _Moments(ordinary.mean + _USUAL_DISTANCE * ordinary.spread, ordinary.spread)
+        lacking = np.maximum(MIN_SCORES - counts, 0)  # filled up with the pool's mean
+        mean = (sums + lacking * usual.mean) / (counts + lacking)
+        freedom = np.maximum(counts - 1, 0)
+        spread = np.sqrt((squares + _SPREAD_PRIOR * usual.spread**2) / (freedom + _SPREAD_PRIOR))
+        return _Moments(mean, np.maximum(spread, _SMALL))

@@ -8,7 +8,7 @@ from lora_store.adapter import Sample
 from lora_store.records import Embedding
 from retriever_svc.bulk import BulkEncoding
 from retriever_svc.calibration import leave_one_out_scores
-from retriever_svc.encoder import Encoder, unit_rows
+from retriever_svc.encoder import Encoder, Vectors, project, unit_rows
 from retriever_svc.output_profile import profile_of, texts_to_encode
 
 
@@ -43,22 +43,28 @@ def _texts_of(samples: Sequence[Sample]) -> list[str]:
 
 
 def embeddings_of(encoding: BulkEncoding, groups: Sequence[Sequence[Sample]]) -> list[Embedding | None]:
-    """Return one embedding per group, None for an empty group. `encoding` of the same groups must be complete.
+    """Return one embedding per group, None for an empty group. `encoding` of the same groups must be complete."""
+    rows = encoding.plain_vectors()
+    embeddings: list[Embedding | None] = []
+    start = 0
+    for samples in groups:
+        middle, end = start + len(samples), start + len(_texts_of(samples))
+        inputs, outputs = rows[start:middle], rows[middle:end]
+        start = end
+        embeddings.append(_embedding_of(encoding.encoder, samples, inputs, outputs) if samples else None)
+    return embeddings
+
+
+def _embedding_of(encoder: Encoder, samples: Sequence[Sample], inputs: Vectors, outputs: Vectors) -> Embedding:
+    """Return the embedding of an adapter from its samples' vectors before the projection: inputs (S, D), outputs.
 
     E(adapter) = mean over its samples of E(instruction ⊕ sample), scaled to length 1, so that inner products are
     cosines.
     Source: LoraRetriever (ACL Findings 2024), section 4.1.
     """
-    rows = encoding.vectors()
-    embeddings: list[Embedding | None] = []
-    start = 0
-    for samples in groups:
-        middle, end = start + len(samples), start + len(_texts_of(samples))
-        own, outputs = rows[start:middle], rows[middle:end]
-        start = end
-        if not samples:
-            embeddings.append(None)
-            continue
-        vector, scores = unit_rows(own.mean(axis=0)), leave_one_out_scores(own)
-        embeddings.append(Embedding(encoding.identity, vector, scores, profile_of(samples, outputs)))
-    return embeddings
+    vector = unit_rows(project(encoder, inputs).mean(axis=0))
+    if encoder.projection is None:
+        scores = leave_one_out_scores(inputs)
+    else:
+        scores = encoder.projection.own_scores(inputs, [sample.input for sample in samples])
+    return Embedding(encoder.identity, vector, scores, profile_of(samples, outputs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from retriever_svc.encoder_files import DEFAULT_MODEL, identity_files, model_folder
 from retriever_svc.errors import EncoderUnusable
 from retriever_svc.vector_cache import OwnedText, VectorCache
+from retriever_svc.whitening import Whitening, split_identity
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -67,6 +69,7 @@ class Encoder:
     It reads up to `max_tokens` of a text, including the instruction, and 64 characters per token. Invalid Unicode (lone
     surrogates) reads as "?". `num_threads` sets torch's thread count for the whole process.
     `max_cached_texts`: the number of cached vectors for each owner of texts.
+    `projection` follows the model, if one is set with `projected`.
     Source: LoraRetriever (ACL Findings 2024), section 4.1.
     """
 
@@ -90,9 +93,28 @@ class Encoder:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="encoder")
         self.identity: str = _identity(folder, f"{instruction}\0{self._model.max_seq_length}")
         self.dim: int = self._model.get_embedding_dimension()
+        self.projection: Whitening | None = None
+
+    def projected(self, projection: Whitening | None) -> Encoder:
+        """Return this encoder with another projection, or without one. Both share the model, its thread and cache.
+
+        Raises: EncoderUnusable if the projection was made for another encoder.
+        """
+        encoder = split_identity(self.identity)[0]
+        if projection is not None and projection.encoder != encoder:
+            reason = f"the projection {projection.identity} was made for another encoder: fit a new one"
+            raise EncoderUnusable(encoder, reason)
+        other = copy.copy(self)
+        other.projection = projection
+        other.identity = encoder if projection is None else projection.identity
+        return other
 
     def encode(self, texts: Sequence[str], owners: Sequence[str] | None = None) -> Vectors:
-        """Return unit rows of E(instruction ⊕ text), in order: (N, D) float32; (0, D) for no texts.
+        """Return unit rows of E(instruction ⊕ text), projected; otherwise as `encode_plain`."""
+        return project(self, self.encode_plain(texts, owners))
+
+    def encode_plain(self, texts: Sequence[str], owners: Sequence[str] | None = None) -> Vectors:
+        """Return unit rows of E(instruction ⊕ text) before the projection, in order: (N, D) float32; (0, D) for none.
 
         `owners` has one entry per text: only this owner's part of the cache is read and filled. Without owners the
         cache is not used. Other callers wait until the whole call is done, so use `BulkEncoding` for many texts.
@@ -123,6 +145,11 @@ class Encoder:
             show_progress_bar=False,
         )
         return rows
+
+
+def project(encoder: Encoder, vectors: Vectors) -> Vectors:
+    """Project vectors of `encode_plain`, if the encoder has a projection."""
+    return vectors if encoder.projection is None else encoder.projection.project(vectors)
 
 
 def chunks_of(keys: Iterable[OwnedText]) -> Iterator[list[OwnedText]]:

@@ -3,47 +3,87 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal, get_args
 
 from lora_store.snapshot import ActiveEncoder
 from retriever_svc.encoder import Encoder
 from retriever_svc.errors import EncoderUnusable
+from retriever_svc.projection_files import ProjectionFiles
+from retriever_svc.whitening import split_identity
 
 LoadEncoder = Callable[[str], Encoder]
+Projection = Literal["auto", "none"]  # auto: the packaged one, if there is one for the encoder
+PROJECTIONS: tuple[str, ...] = get_args(Projection)
 
 
 class EncoderRegistry:
     """Loads encoders by model, and keeps the active one and the one prepared last.
 
-    `default_model` is active until a reindex activates another.
+    `default_model` is active until a reindex activates another, with the projection that `projection` says. `files`:
+    where projections are found; without it there are none.
     """
 
-    def __init__(self, load: LoadEncoder, default_model: str) -> None:
+    def __init__(
+        self,
+        load: LoadEncoder,
+        default_model: str,
+        files: ProjectionFiles | None = None,
+        projection: Projection = "auto",
+    ) -> None:
         self._load, self._default_model = load, default_model
+        self._files, self._projection = files, projection
         self._current: Encoder | None = None
         self._prepared: Encoder | None = None
 
-    def encoder_of(self, active: ActiveEncoder | None) -> Encoder:
+    def encoder_of(self, active: ActiveEncoder | None, embedded_by: str | None = None) -> Encoder:
         """Return the encoder of a generation; load it if necessary. Use it from one thread.
 
-        Raises: EncoderUnusable if it cannot be loaded, or if its model has changed since.
+        `embedded_by`: the identity of the encoder of some embedding in the pool. A pool that was embedded without a
+        projection stays so until a reindex.
+        Raises: EncoderUnusable if it cannot be loaded, or if its model has changed since; ProjectionUnusable.
         """
         if active is None:
-            self._current = self._current or self._load(self._default_model)
+            self._current = self._current or self._default(embedded_by)
         elif self._current is None or self._current.identity != active.identity:
             self._current = self._activated(active)
         return self._current
+
+    def _default(self, embedded_by: str | None) -> Encoder:
+        encoder = self._load(self._default_model)
+        return encoder if embedded_by == encoder.identity else self._with_default(encoder, self._projection)
+
+    def _with_default(self, encoder: Encoder, projection: str) -> Encoder:
+        if projection == "none" or self._files is None:
+            return encoder
+        shipped = self._files.shipped(encoder.identity)
+        return encoder if shipped is None else encoder.projected(shipped)
 
     def _activated(self, active: ActiveEncoder) -> Encoder:
         prepared, self._prepared = self._prepared, None
         if prepared is not None and prepared.identity == active.identity:
             return prepared
-        loaded = self._load(active.model)
+        loaded = self._with_identity(self._load(active.model), active.identity)
         if loaded.identity != active.identity:
             reason = f"it has identity {loaded.identity}, but the pool's embeddings have {active.identity}: reindex"
             raise EncoderUnusable(active.model, reason)
         return loaded
 
-    def prepare(self, model: str) -> Encoder:
-        """Load the encoder of `model` and keep it for the generation that activates it. Raises: EncoderUnusable."""
-        self._prepared = self._load(model)
+    def _with_identity(self, encoder: Encoder, identity: str) -> Encoder:
+        """Return the encoder with the projection of `identity`, if this is an identity of the encoder."""
+        plain, digest = split_identity(identity)
+        if self._files is None or not digest or plain != encoder.identity:
+            return encoder
+        return encoder.projected(self._files.find(identity))
+
+    def prepare(self, model: str, projection: str = "auto") -> Encoder:
+        """Load the encoder of `model` and keep it for the generation that activates it.
+
+        `projection`: auto, none, or the identity of an encoder with the wanted one.
+        Raises: EncoderUnusable, ProjectionUnusable.
+        """
+        encoder = self._load(model)
+        if projection in PROJECTIONS:
+            self._prepared = self._with_default(encoder, projection)
+        else:
+            self._prepared = self._with_identity(encoder, projection)
         return self._prepared

@@ -2,13 +2,14 @@
 
 RetrieverError
 ├── EncoderUnusable     the encoder cannot be loaded, or is not the one that made the pool's embeddings
+├── ProjectionUnusable  a projection cannot be read, or there are too few samples to fit one
 ├── NothingToEmbed      the adapter has no samples, so it has no embedding and is reachable by name only
 ├── RouteInvalid        a route request breaks a rule
 ├── PlanGone            a plan to be replayed contains a version that is no longer kept
 ├── TooFewSamples       there are too few samples to train an encoder
 ├── TrainingUnavailable the packages that train an encoder are not installed
 ├── EncoderExists       the target folder of a training exists already
-├── NoAdapterMatched    the best adapter scores below the floor and the caller wanted no base model
+├── NoAdapterMatched    no candidate reaches its threshold and the caller wanted no base model
 └── StaleIndex          this replica has not reached the wanted generation yet; retry later
 """
 
@@ -31,6 +32,10 @@ class EncoderUnusable(RetrieverError):
 
     def __str__(self) -> str:
         return f"encoder {self.model!r} cannot be used: {self.reason}"
+
+
+class ProjectionUnusable(RetrieverError):
+    """A projection cannot be read or fitted. Reindex with another `projection`."""
 
 
 class NothingToEmbed(RetrieverError):
@@ -83,17 +88,17 @@ class EncoderExists(RetrieverError):
 
 
 class NoAdapterMatched(RetrieverError):
-    """No adapter scores high enough for this prompt. `best_score` is None if there was no candidate."""
+    """No adapter fits this prompt. `best_score` is None if there was no candidate; `threshold` is the best one's."""
 
-    def __init__(self, best_score: float | None, floor: float) -> None:
-        super().__init__(best_score, floor)
+    def __init__(self, best_score: float | None, threshold: float) -> None:
+        super().__init__(best_score, threshold)
         self.best_score = best_score
-        self.floor = floor
+        self.threshold = threshold
 
     def __str__(self) -> str:
         if self.best_score is None:
             return "no adapter matched: there are no candidates for this request"
-        return f"no adapter matched: the best scores {self.best_score:.3f}, below the floor {self.floor:.3f}"
+        return f"no adapter matched: the best scores {self.best_score:.3f}, below its threshold {self.threshold:.3f}"
 
 
 class StaleIndex(RetrieverError):

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lora_store.records import AdapterRecord
 from lora_store.snapshot import Key
 from retriever_svc.adapter_table import AdapterTable, Mask, Positions
-from retriever_svc.calibration import Votes
+from retriever_svc.calibration import NO_THRESHOLD
 from retriever_svc.encoder import Vectors
 from retriever_svc.inner_products import best_rows
 from retriever_svc.inverted_lists import InvertedLists, ListedPart
@@ -24,10 +24,20 @@ _SCATTERED_COST = 4  # reading a row out of order costs as much as this many in 
 
 
 class Match(NamedTuple):
-    """An adapter found by a search, with the cosine of its embedding to the query."""
+    """An adapter found by a search, with the cosine of its embedding to the query.
+
+    `threshold` and `confidence` are as `Calibration.judge` returns them, once the match is judged.
+    """
 
     record: AdapterRecord
     score: float
+    threshold: float = NO_THRESHOLD
+    confidence: float = 1.0
+
+    @property
+    def fits(self) -> bool:
+        """Whether the score reaches the adapter's threshold."""
+        return self.score >= self.threshold
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,10 +167,6 @@ class AdapterIndex:
             return Allowed(num, np.flatnonzero(mask), None)
         return Allowed(num, self._lists.unlisted(mask), self._lists.part_of(mask))
 
-    def votes(self, tenant: str) -> tuple[Votes, Votes]:
-        """Return the votes on the score floor of `tenant`: (by its own and approved adapters, by each other tenant)."""
-        return self._table.votes_for(tenant, self._alive)
-
     def may_find(self, record: AdapterRecord, tenant: str) -> bool:
         """Return whether a search for `tenant` may find this adapter."""
         return record.ref.tenant == tenant or record.is_open(requires_approval=self._settings.requires_approval)
@@ -170,7 +176,14 @@ class AdapterIndex:
 
         The vectors are (N, D).
         """
-        positions = np.flatnonzero(self._alive & self._table.visible(tenant, len(self._alive)))
+        return self._evenly(self._alive & self._table.visible(tenant, len(self._alive)), max_rows)
+
+    def trusted(self, tenant: str, max_rows: int) -> tuple[int, list[AdapterRecord], Vectors]:
+        """Return the same of the adapters that count in the calibration of `tenant`."""
+        return self._evenly(self._alive & self._table.trusted(tenant, len(self._alive)), max_rows)
+
+    def _evenly(self, mask: Mask, max_rows: int) -> tuple[int, list[AdapterRecord], Vectors]:
+        positions = np.flatnonzero(mask)
         num = len(positions)
         if num > max_rows:
             positions = positions[np.arange(max_rows) * num // max_rows]

@@ -11,12 +11,16 @@ from lora_store.errors import StoreUnavailable
 from lora_store.snapshot import Snapshot
 from retriever_svc.encoder import Encoder
 from retriever_svc.encoder_files import DEFAULT_MODEL
-from retriever_svc.encoder_registry import EncoderRegistry, LoadEncoder
-from retriever_svc.errors import StaleIndex
+from retriever_svc.encoder_registry import EncoderRegistry, LoadEncoder, Projection
+from retriever_svc.errors import ProjectionUnusable, StaleIndex
 from retriever_svc.index import AdapterIndex, IndexSettings
 from retriever_svc.inverted_lists import InvertedLists
 from retriever_svc.pool import Pool, routable
+from retriever_svc.projection_files import ProjectionFiles
+from retriever_svc.reindex import refit
+from retriever_svc.sample_source import SampleSource
 from retriever_svc.saved_index import SavedIndexes, SavedLists
+from retriever_svc.whitening import Whitening
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +47,8 @@ class LivePool:
     """Serves one Pool at a time and replaces it as a whole. No read waits for a refresh or mixes two generations.
 
     The cost of a new generation depends on its changes. `background` runs the training of lists and the removal of dead
-    positions. With `saved`, trained lists are stored and loaded again at start.
+    positions. With `saved`, trained lists are stored and loaded again at start. With `projections`, the encoder has a
+    projection (see `whitening`) and candidates are compared with ordinary prompts.
     """
 
     def __init__(
@@ -54,16 +59,23 @@ class LivePool:
         model: str = DEFAULT_MODEL,
         settings: IndexSettings | None = None,
         saved: SavedIndexes | None = None,
+        projections: ProjectionFiles | None = None,
+        projection: Projection = "auto",
         background: Callable[[Callable[[], None]], None] = in_thread,
     ) -> None:
-        """Build the first pool. `model` is used until the catalogue names another. Raises: EncoderUnusable."""
-        self._encoders = EncoderRegistry(load_encoder, model)
+        """Build the first pool. `model` and `projection` are used until the catalogue names others.
+
+        Raises: EncoderUnusable, ProjectionUnusable.
+        """
+        self._encoders = EncoderRegistry(load_encoder, model, projections, projection)
+        self._projections = projections
         self._snapshots, self._settings = snapshots, settings or IndexSettings()
         self._saved, self._background = saved, background
         self._lock = threading.Lock()
         self._is_rebuilding = False
         snapshot = snapshots()
-        self._pool = self._built(snapshot, self._encoders.encoder_of(snapshot.encoder))
+        embedded_by = next((r.encoder for r in snapshot.records.values() if r.encoder is not None), None)
+        self._pool = self._built(snapshot, self._encoders.encoder_of(snapshot.encoder, embedded_by))
         self._rebuild_where_wanted()
 
     @property
@@ -87,9 +99,27 @@ class LivePool:
             raise StaleIndex(generation, served)
         return served
 
-    def prepare_encoder(self, model: str) -> Encoder:
-        """Load the encoder of `model` for the generation that activates it. Raises: EncoderUnusable."""
-        return self._encoders.prepare(model)
+    def prepare_encoder(self, model: str, projection: str = "auto") -> Encoder:
+        """Load the encoder of `model` for the generation that activates it; `projection` as in `EncoderRegistry`.
+
+        Raises: EncoderUnusable, ProjectionUnusable.
+        """
+        encoder = self._encoders.prepare(model, projection)
+        if self._projections is not None:
+            self._projections.ordinary(encoder)  # now, rather than while the generation changes
+        return encoder
+
+    def refit(self, model: str, samples: SampleSource) -> Whitening:
+        """Fit a projection for the encoder of `model` to the pool's samples, and save it.
+
+        Raises: EncoderUnusable, ProjectionUnusable, StoreUnavailable.
+        """
+        if self._projections is None:
+            raise ProjectionUnusable("this pool has no place for projections")
+        encoder = self._encoders.prepare(model, "none")
+        fitted = refit(self._pool.snapshot, encoder, samples, self._projections.shipped(encoder.identity))
+        self._projections.save(fitted)
+        return fitted
 
     def stats(self) -> IndexStats:
         """Return numbers about the index."""
@@ -120,7 +150,8 @@ class LivePool:
         return pool
 
     def _built(self, snapshot: Snapshot, encoder: Encoder) -> Pool:
-        return Pool.of(snapshot, encoder, self._settings, self._saved_lists(snapshot, encoder))
+        ordinary = None if self._projections is None else self._projections.ordinary(encoder)
+        return Pool.of(snapshot, encoder, self._settings, self._saved_lists(snapshot, encoder), ordinary)
 
     def _saved_lists(self, snapshot: Snapshot, encoder: Encoder) -> InvertedLists | None:
         """Return lists that another replica trained, mapped to the positions of a pool built now."""

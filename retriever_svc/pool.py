@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
 
 from lora_store.errors import AdapterNotFound
 from lora_store.records import AdapterRecord
 from lora_store.snapshot import Snapshot
-from retriever_svc.calibration import floor_of
+from retriever_svc.calibration import MAX_VOTERS, Adapters, Calibration
 from retriever_svc.encoder import Encoder, Vectors
 from retriever_svc.index import AdapterIndex, Allowed, IndexSettings, Match
 from retriever_svc.inverted_lists import InvertedLists
@@ -26,8 +29,9 @@ class Pool:
     snapshot: Snapshot
     encoder: Encoder
     index: AdapterIndex
+    ordinary: Vectors | None = None  # (J, D): ordinary prompts, by the same encoder
     _allowed: PerCallerCache[Allowed] = field(default_factory=PerCallerCache)
-    _floors: PerCallerCache[float] = field(default_factory=PerCallerCache)
+    _calibrations: PerCallerCache[Calibration] = field(default_factory=PerCallerCache)
     _maps: PerCallerCache[tuple[Plane, PoolMap]] = field(default_factory=PerCallerCache)
     _counts: PerCallerCache[int] = field(default_factory=PerCallerCache)
     listings: Listings = field(init=False)
@@ -37,19 +41,24 @@ class Pool:
 
     @classmethod
     def of(
-        cls, snapshot: Snapshot, encoder: Encoder, settings: IndexSettings, lists: InvertedLists | None = None
+        cls,
+        snapshot: Snapshot,
+        encoder: Encoder,
+        settings: IndexSettings,
+        lists: InvertedLists | None = None,
+        ordinary: Vectors | None = None,
     ) -> Pool:
         """Build a pool. `lists` must be for the positions in the order of `routable`."""
         index = AdapterIndex.of(routable(snapshot, encoder.identity), encoder.dim, settings, lists)
-        return cls(snapshot, encoder, index)
+        return cls(snapshot, encoder, index, ordinary)
 
     def after(self, snapshot: Snapshot) -> Pool:
         """Return the pool of a later generation with the same encoder. Call it from one thread on the newest pool."""
-        return Pool(snapshot, self.encoder, self._index_after(self.index, snapshot))
+        return Pool(snapshot, self.encoder, self._index_after(self.index, snapshot), self.ordinary)
 
     def rebuilt(self, index: AdapterIndex, newest: Pool) -> Pool:
         """Return `newest` with a new index: `index` holds this pool's adapters, so apply the changes since."""
-        return Pool(newest.snapshot, newest.encoder, self._index_after(index, newest.snapshot))
+        return Pool(newest.snapshot, newest.encoder, self._index_after(index, newest.snapshot), newest.ordinary)
 
     def _index_after(self, index: AdapterIndex, snapshot: Snapshot) -> AdapterIndex:
         gone, new = diff_records(self.snapshot.records, snapshot.records)
@@ -60,9 +69,28 @@ class Pool:
         wanted = tuple(sorted(set(tags)))
         return self._allowed.get((tenant, *wanted), lambda: self.index.allowed(tenant, wanted))
 
-    def floor(self, tenant: str) -> float:
-        """Return the score floor of `tenant`. Other tenants' private adapters do not affect it, nor do tags."""
-        return self._floors.get((tenant,), lambda: floor_of(*self.index.votes(tenant)))
+    def calibration(self, tenant: str) -> Calibration:
+        """Return what judges candidates for `tenant`. Tags and other tenants' unapproved adapters do not affect it."""
+        return self._calibrations.get((tenant,), lambda: self._calibrated(tenant))
+
+    def _calibrated(self, tenant: str) -> Calibration:
+        _, records, vectors = self.index.trusted(tenant, MAX_VOTERS)
+        return Calibration.of(_adapters_of(records, vectors), self.ordinary)
+
+    def judged(self, found: Sequence[list[Match]], tenant: str, share: float) -> list[list[Match]]:
+        """Return the same matches with their confidences, and with the thresholds that turn away `share` of prompts.
+
+        `found` has one list per query.
+        """
+        matches = [match for row in found for match in row]
+        if not matches:
+            return [[] for _ in found]
+        records = [match.record for match in matches]
+        vectors = np.stack([record.embedding.vector for record in records if record.embedding is not None])
+        scores = np.asarray([match.score for match in matches])
+        thresholds, confidences = self.calibration(tenant).judge(_adapters_of(records, vectors), scores, share)
+        judged = map(Match, records, scores.tolist(), thresholds.tolist(), confidences.tolist())
+        return [list(islice(judged, len(row))) for row in found]
 
     def map(self, tenant: str) -> tuple[Plane, PoolMap]:
         """Return the plane and the map of the adapters of `tenant`. Adapters it cannot see do not affect the axes."""
@@ -104,6 +132,10 @@ class Pool:
 def routable(snapshot: Snapshot, encoder: str) -> list[AdapterRecord]:
     """Return the adapters that this encoder embedded. The others are reachable by name only."""
     return [record for record in snapshot.records.values() if record.encoder == encoder]
+
+
+def _adapters_of(records: Sequence[AdapterRecord], vectors: Vectors) -> Adapters:
+    return Adapters(vectors, [record.embedding.own_scores for record in records if record.embedding is not None])
 
 
 def _distinct_weights(matches: list[Match]) -> list[Match]:

@@ -1,4 +1,4 @@
-"""Embed a pool with another encoder while the current index stays in service."""
+"""Embed a pool with another encoder or projection while the current index stays in service."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from dataclasses import dataclass
 from lora_store.adapter import AdapterRef
 from lora_store.records import AdapterRecord, Embedding
 from lora_store.snapshot import Snapshot
+from retriever_svc.bulk import BulkEncoding
 from retriever_svc.embedding import embed_groups
 from retriever_svc.encoder import Encoder
 from retriever_svc.sample_source import SampleSource, read_samples
+from retriever_svc.whitening import Whitening, fit_whitening
 
 _BATCH = 32
+MAX_FITTED = 4096  # adapters that a projection is fitted to; more would change little
+_FITTED_SAMPLES = 32  # of one adapter, so that none counts for many
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,23 @@ def reindex(snapshot: Snapshot, encoder: Encoder, samples: SampleSource) -> Iter
             embeddings={ref: embedding for ref, embedding in pairs if embedding is not None},
             unreadable=tuple(ref for ref, embedding in pairs if embedding is None),
         )
+
+
+def refit(snapshot: Snapshot, encoder: Encoder, samples: SampleSource, prior: Whitening | None) -> Whitening:
+    """Fit a projection for `encoder`, which has none, to the pool's samples.
+
+    Raises: ProjectionUnusable if the pool has too few.
+    """
+    records = [record for record in snapshot.records.values() if record.samples_digest is not None]
+    if len(records) > MAX_FITTED:
+        records = [records[number * len(records) // MAX_FITTED] for number in range(MAX_FITTED)]
+    groups, texts = [], []
+    for record in records:
+        own = [sample.input for sample in (read_samples(samples, record) or ())[:_FITTED_SAMPLES]]
+        if len(own) > 1:
+            groups.append(BulkEncoding(encoder, own).encode_all())
+            texts.append(own)
+    return fit_whitening(encoder.identity, groups, texts, prior)
 
 
 def _lacks(record: AdapterRecord, snapshot: Snapshot, encoder: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -14,6 +14,7 @@ from lora_store.adapter import Sample
 from lora_store.plan import Plan, Strategy
 from lora_store.records import AdapterRecord, Embedding
 from retriever_svc.bulk import BulkEncoding
+from retriever_svc.calibration import NO_THRESHOLD, SHARES, Abstain
 from retriever_svc.doctor import DoctorStep, examine
 from retriever_svc.embedding import embed_groups, encoding_of
 from retriever_svc.encoder import Vectors
@@ -25,7 +26,7 @@ from retriever_svc.planning import led_by, named_plan, replayed_plan, resolve_ve
 from retriever_svc.pool import Pool
 from retriever_svc.projection import Place, Point, PoolMap
 from retriever_svc.reindex import ReindexStep, reindex
-from retriever_svc.route import Candidate, PinnedAdapter, Route, RouteRequest
+from retriever_svc.route import Candidate, PinnedAdapter, Reason, Route, RouteRequest
 from retriever_svc.sample_source import SampleSource
 
 RouteAnswer = Route | NoAdapterMatched | StaleIndex
@@ -60,10 +61,10 @@ class Encoded:
 class Retriever:
     """Answers every read from the pool that is in service when the read begins.
 
-    `min_score` is the floor of requests without their own; if it is None, the floor is calibrated (see `calibration`).
-    `temperature` divides the scores in the `softmax` weighting. With `owner_names`, another tenant's public adapter can
-    only be named as `owner/name`. Methods with a `min_generation` raise StaleIndex if this pool is older; then call
-    `LivePool.catch_up` and retry.
+    `abstain` is the operating point of requests without their own (see `calibration`). `min_score`, if given, takes the
+    place of every adapter's threshold in requests without their own. `temperature` divides the scores in the `softmax`
+    weighting. With `owner_names`, another tenant's public adapter can only be named as `owner/name`. Methods with a
+    `min_generation` raise StaleIndex if this pool is older; then call `LivePool.catch_up` and retry.
     """
 
     def __init__(
@@ -71,11 +72,12 @@ class Retriever:
         pools: LivePool,
         *,
         min_score: float | None = None,
+        abstain: Abstain = "balanced",
         temperature: float = 0.05,
         owner_names: bool = False,
         timings: Timings | None = None,
     ) -> None:
-        self._pools, self._min_score, self._temperature = pools, min_score, temperature
+        self._pools, self._min_score, self._abstain, self._temperature = pools, min_score, abstain, temperature
         self._owner_names, self._timings = owner_names, timings or NoTimings()
 
     @property
@@ -106,42 +108,35 @@ class Retriever:
     def route_encoded(self, requests: Sequence[RouteRequest], encoded: Sequence[Encoded]) -> list[RouteAnswer]:
         """Return one answer per request, in order. `encoded` has one entry per request. Errors are returned."""
         began = time.perf_counter()
-        rows_of: defaultdict[tuple[int, str, tuple[str, ...]], list[int]] = defaultdict(list)
+        rows_of: defaultdict[tuple[int, str, tuple[str, ...], Abstain], list[int]] = defaultdict(list)
         for row, (request, item) in enumerate(zip(requests, encoded, strict=True)):
-            rows_of[id(item.pool), request.tenant, request.tags].append(row)
+            rows_of[id(item.pool), request.tenant, request.tags, request.abstain or self._abstain].append(row)
         answers: dict[int, RouteAnswer] = {}
-        for (_, tenant, tags), rows in rows_of.items():
+        for (_, tenant, tags, abstain), rows in rows_of.items():
             pool, vectors = encoded[rows[0]].pool, np.stack([encoded[row].vector for row in rows])
             top_k = max(requests[row].top_k for row in rows)
-            for row, matches in zip(rows, pool.nearest(vectors, top_k, tenant, tags), strict=True):
-                answers[row] = self._decide_sticky(requests[row], matches[: requests[row].top_k], pool)
+            found = pool.nearest(vectors, top_k, tenant, tags)
+            found = [matches[: requests[row].top_k] for row, matches in zip(rows, found, strict=True)]
+            for row, matches in zip(rows, pool.judged(found, tenant, SHARES[abstain]), strict=True):
+                answers[row] = self._decide(requests[row], matches, pool)
         self._timings.searched(time.perf_counter() - began)
         return [answers[row] for row in range(len(requests))]
 
-    def _decide_sticky(self, request: RouteRequest, matches: list[Match], pool: Pool) -> Route | NoAdapterMatched:
-        """Decide for the preferred adapter if it is not clearly worse than the best; show all candidates."""
-        answer, kept = self._decide(request, matches, pool), led_by(request.preferred, matches)
-        if kept is matches or not isinstance(answer, Route) or answer.abstained:
-            return answer
-        sticky = self._decide(request, kept, pool)
-        if not isinstance(sticky, Route) or sticky.abstained:
-            return answer
-        return replace(sticky, candidates=answer.candidates)
-
     def _decide(self, request: RouteRequest, matches: list[Match], pool: Pool) -> Route | NoAdapterMatched:
-        floor, generation = self._floor(request, pool), pool.snapshot.generation_for(request.tenant)
-        candidates = tuple(Candidate(match.record.ref, match.score) for match in matches)
-        if matches and matches[0].score >= floor:
-            plan = routed_plan(request, matches, generation, self._temperature)
+        least = self._min_score if request.min_score is None else request.min_score
+        if least is not None:
+            matches = [match._replace(threshold=least) for match in matches]
+        generation = pool.snapshot.generation_for(request.tenant)
+        candidates = tuple(_candidate(match) for match in matches)
+        if fitting := [match for match in matches if match.fits]:
+            planned = led_by(request.preferred, fitting)
+            plan = routed_plan(request, planned, generation, self._temperature)
             return Route(plan, candidates, generation, abstained=False)
         if request.fallback == "error":
-            return NoAdapterMatched(matches[0].score if matches else None, floor)
-        return Route(Plan("base", generation=generation), candidates, generation, abstained=True)
-
-    def _floor(self, request: RouteRequest, pool: Pool) -> float:
-        if request.min_score is not None:
-            return request.min_score
-        return pool.floor(request.tenant) if self._min_score is None else self._min_score
+            best = matches[0] if matches else None
+            return NoAdapterMatched(best and best.score, NO_THRESHOLD if best is None else best.threshold)
+        reason: Reason = "below_threshold" if matches else "no_candidates"
+        return Route(Plan("base", generation=generation), candidates, generation, abstained=True, reason=reason)
 
     def plan_named(
         self,
@@ -222,7 +217,8 @@ class Retriever:
             return ()
         vectors: Vectors = embedding.vector[np.newaxis]
         [matches] = pool.index.search(vectors, num_wanted, pool.allowed(tenant))
-        return tuple(Candidate(match.record.ref, match.score) for match in matches)
+        [matches] = pool.judged([matches], tenant, SHARES[self._abstain])
+        return tuple(_candidate(match) for match in matches)
 
     def map(self, tenant: str) -> PoolMap:
         """Return the map of the adapters to which `tenant` may be routed."""
@@ -256,9 +252,17 @@ class Retriever:
         """Examine how well the adapters of `tenant` are retrieved; the last step has the report (see `examine`)."""
         return examine(self._pools.current, tenant, samples, top_k)
 
-    def reindex(self, model: str, samples: SampleSource) -> Iterator[ReindexStep]:
-        """Embed every adapter that has no embedding by the encoder of `model` yet. Raises: EncoderUnusable."""
-        return reindex(self._pools.current.snapshot, self._pools.prepare_encoder(model), samples)
+    def reindex(self, model: str, samples: SampleSource, projection: str = "auto") -> Iterator[ReindexStep]:
+        """Embed every adapter that has no embedding by the encoder of `model` with the projection yet.
+
+        `projection`: auto, none, or the identity of a projection that `LivePool.refit` made.
+        Raises: EncoderUnusable, ProjectionUnusable, StoreUnavailable.
+        """
+        return reindex(self._pools.current.snapshot, self._pools.prepare_encoder(model, projection), samples)
+
+
+def _candidate(match: Match) -> Candidate:
+    return Candidate(match.record.ref, match.score, match.threshold, match.confidence)
 
 
 def _encode(pool: Pool, texts: Sequence[tuple[str, str]], timings: Timings) -> list[Encoded]:

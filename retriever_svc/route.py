@@ -8,21 +8,24 @@ from typing import Literal, get_args
 
 from lora_store.adapter import LOCAL_TENANT, AdapterRef
 from lora_store.plan import MAX_PLAN_ADAPTERS, Plan
+from retriever_svc.calibration import NO_THRESHOLD, Abstain
 from retriever_svc.errors import RouteInvalid
 
 RoutedStrategy = Literal["selection", "mixture", "fusion"]
 Weighting = Literal["evidence", "uniform", "softmax"]
 Fallback = Literal["base", "error"]
 STICKY_MARGIN = 0.1
+Reason = Literal["fits", "below_threshold", "no_candidates"]
 
 
 @dataclass(frozen=True, slots=True)
 class RouteRequest:
     """One prompt, to be routed to adapters that have all of `tags`.
 
-    `min_score`: None means the Retriever's own floor. `preferred`: the adapter of the conversation's previous turn. It
-    stays the best one unless another scores higher by more than `STICKY_MARGIN`. A pool older than `min_generation`
-    answers with StaleIndex.
+    `abstain`: which share of in-pool prompts may go to the base model so that others do (see `calibration`); None means
+    the Retriever's own. `min_score`: a cosine that takes the place of every adapter's threshold. `preferred`: the
+    adapter of the conversation's previous turn. If it fits, it stays the best one unless another scores higher by more
+    than `STICKY_MARGIN`. A pool older than `min_generation` answers with StaleIndex.
     Raises: RouteInvalid if a value is out of range.
     """
 
@@ -36,11 +39,14 @@ class RouteRequest:
     tags: tuple[str, ...] = ()
     min_generation: int = 0
     preferred: AdapterRef | None = None
+    abstain: Abstain | None = None
 
     def __post_init__(self) -> None:
         _check_choice("strategy", self.strategy, get_args(RoutedStrategy))
         _check_choice("weighting", self.weighting, get_args(Weighting))
         _check_choice("fallback", self.fallback, get_args(Fallback))
+        if self.abstain is not None:
+            _check_choice("abstain", self.abstain, get_args(Abstain))
         if not 1 <= self.top_k <= MAX_PLAN_ADAPTERS:
             raise RouteInvalid(f"top_k must be from 1 to {MAX_PLAN_ADAPTERS}, got {self.top_k}")
         if self.min_score is not None and not math.isfinite(self.min_score):
@@ -54,20 +60,31 @@ def _check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """An adapter considered for a prompt, with its cosine to the prompt."""
+    """An adapter considered for a prompt, with its cosine to the prompt.
+
+    It may answer if the score reaches the threshold, the adapter's own. `confidence`: the share of the pool's own
+    samples that fit their adapter less well than the prompt fits this one, 0..1.
+    """
 
     ref: AdapterRef
     score: float
+    threshold: float = NO_THRESHOLD
+    confidence: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """The plan for one prompt, and its candidates, best first. `abstained`: the plan is the base model's."""
+    """The plan for one prompt, and its candidates, nearest first. `abstained`: the plan is the base model's.
+
+    `reason`: `fits` if candidates reach their thresholds, `below_threshold` if none does, `no_candidates` if the caller
+    may use none. Only candidates that reach their thresholds are in the plan.
+    """
 
     plan: Plan
     candidates: tuple[Candidate, ...]
     generation: int
     abstained: bool
+    reason: Reason = "fits"
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,6 +73,7 @@ TABLE: tuple[tuple[type[Exception], int, str, str], ...] = (
     (store_errors.EncoderIncomplete, 503, _OVERLOADED, "encoder_incomplete"),
     (store_errors.BlobCorrupted, 500, _SERVER, "blob_corrupted"),
     (retriever_errors.EncoderUnusable, 400, _INVALID, "encoder_unusable"),
+    (retriever_errors.ProjectionUnusable, 400, _INVALID, "projection_unusable"),
     (retriever_errors.RouteInvalid, 400, _INVALID, "invalid_request"),
     (retriever_errors.NoAdapterMatched, 422, _INVALID, "no_adapter_matched"),
     (retriever_errors.PlanGone, 409, _INVALID, "plan_gone"),

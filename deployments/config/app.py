@@ -22,6 +22,7 @@ from gpu_worker.request.chat_template_files import read_chat_template, template_
 from gpu_worker.request.request import DEFAULT_MAX_TOKENS
 from lora_store import Visibility, is_valid_name
 from lora_store.location import Location
+from retriever_svc.calibration import Abstain
 from retriever_svc.encoder_files import DEFAULT_MODEL as DEFAULT_ENCODER
 from retriever_svc.route import Weighting
 
@@ -54,7 +55,9 @@ class RetrievalSettings(_Settings):
     k: int = Field(default=3, ge=1, le=16)
     weights: Weighting = "evidence"  # companions of another function get at most a third of the best adapter's weight
     softmax_temperature: float = Field(default=0.05, gt=0)
-    min_score: float | None = None  # None: calibrated from the samples of the pool
+    projection: Literal["auto", "none"] = "auto"  # auto: the packaged one, if there is one for the encoder
+    abstain: Abstain = "balanced"
+    min_score: float | None = None  # None: each adapter has a threshold of its own
     fallback: Literal["base", "error"] = "base"
     batch_size: int = Field(default=32, ge=1)  # texts; at most about 2,048 tokens together
     batch_wait_s: float = Field(default=0.0, ge=0)  # texts that arrive during a batch form the next one anyway

@@ -78,11 +78,14 @@ class FakeEncoder:
     """Encodes exactly the texts of its table, and records every batch."""
 
     def __init__(self, table: Mapping[str, Sequence[float]], dim: int = 2, identity: str = FAKE_IDENTITY) -> None:
-        self.dim, self.identity = dim, identity
+        self.dim, self.identity, self.projection = dim, identity, None
         self.batches: list[list[str]] = []
         self._table = table
 
     def encode(self, texts: Sequence[str], owners: Sequence[str] | None = None) -> np.ndarray:
+        return self.encode_plain(texts, owners)
+
+    def encode_plain(self, texts: Sequence[str], owners: Sequence[str] | None = None) -> np.ndarray:
         self.batches.append(list(texts))
         return np.asarray([self._table[text] for text in texts], np.float32).reshape(-1, self.dim)
 

@@ -5,84 +5,174 @@ import math
 import numpy as np
 import pytest
 
-from retriever_svc import calibrate_floor
 from retriever_svc.calibration import (
     MIN_SCORES,
-    NO_FLOOR,
-    NO_VOTE,
-    floor_of,
+    NO_THRESHOLD,
+    SHARES,
+    Adapters,
+    Calibration,
     leave_one_out_scores,
-    vote_of,
 )
 from retriever_svc.encoder import unit_rows
 
-
-def groups_of(sizes: list[int]) -> list[np.ndarray]:
-    rng = np.random.default_rng(len(sizes))
-    return [unit_rows((rng.standard_normal(8) + rng.standard_normal((size, 8))).astype(np.float32)) for size in sizes]
+DIM = 16
 
 
-def slow_floor(groups: list[np.ndarray]) -> float:
-    votes = []
-    for group in groups:
-        scores = []
-        for left_out in range(len(group)):
-            others = [group[i].astype(np.float64) for i in range(len(group)) if i != left_out]
-            if others:
-                mean = sum(others) / len(others)
-                scores.append(float(group[left_out] @ mean / np.linalg.norm(mean)))
-        if len(scores) >= 5:
-            votes.append(np.percentile(scores, 1))
-    return float(np.percentile(votes, 20))
+def group(rng: np.random.Generator, size: int, noise: float) -> np.ndarray:
+    """Return samples around a centre that shares a direction with all others."""
+    centre = unit_rows(rng.standard_normal(DIM) + 2 * np.eye(DIM)[0])
+    return unit_rows(centre + noise * rng.standard_normal((size, DIM)) / DIM**0.5)
 
 
-@pytest.mark.parametrize("sizes", [[20] * 10, [1, 5, 200, 6, 4], [5]])
-def test_floor_equals_a_slow_leave_one_out_loop(sizes: list[int]) -> None:
-    groups = groups_of(sizes)
-    assert calibrate_floor(groups) == pytest.approx(slow_floor(groups), abs=1e-6)
+def adapters_of(groups: list[np.ndarray]) -> Adapters:
+    vectors = np.stack([unit_rows(rows.mean(axis=0)) for rows in groups])
+    return Adapters(vectors, [leave_one_out_scores(rows) for rows in groups])
 
 
-@pytest.mark.parametrize("num_scores", [5, 6, 100, 101, 102, 5000])
-def test_a_vote_is_numpys_first_percentile_of_the_own_scores(num_scores: int) -> None:
-    scores = np.random.default_rng(num_scores).uniform(-1, 1, num_scores).astype(np.float32)
-    assert vote_of(scores) == pytest.approx(np.percentile(scores.astype(np.float64), 1), abs=1e-6)
+def ordinary_rows(rng: np.random.Generator) -> np.ndarray:
+    return unit_rows(rng.standard_normal((80, DIM)) + 2 * np.eye(DIM)[0])
 
 
-@pytest.mark.parametrize("groups", [[], [np.ones((1, 4))], [np.empty((0, 4))], groups_of([MIN_SCORES - 1] * 9)])
-def test_without_an_adapter_of_enough_samples_there_is_no_floor(groups: list[np.ndarray]) -> None:
-    assert calibrate_floor(groups) == NO_FLOOR
+def pool(seed: int = 0, num_adapters: int = 40, num_samples: int = 20) -> tuple[Adapters, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    groups = [group(rng, num_samples, rng.uniform(0.3, 1.0)) for _ in range(num_adapters)]
+    return adapters_of(groups), ordinary_rows(rng)
 
 
-def test_an_adapter_has_one_vote_for_any_number_of_samples() -> None:
-    short, long = groups_of([20, 20, 20, 20, 20]), groups_of([20, 20, 20, 20, 20])
-    long[0] = np.concatenate([long[0]] * 10)  # nearly the same scores, ten times
-    assert calibrate_floor(long) == pytest.approx(calibrate_floor(short), abs=0.02)
+def slow_fit(adapters: Adapters, ordinary: np.ndarray, number: int, score: float) -> float:
+    """The formula of the module's docstring for one score, with its shrinkage, one adapter at a time."""
+    own = [np.asarray(scores, float) for scores in adapters.own_scores]
+    usual = math.sqrt(np.median([scores.var(ddof=1) for scores in own if len(scores) >= MIN_SCORES]))
+    scores, count = own[number], len(own[number])
+    mean = scores.mean() if count else 0.0
+    if count < MIN_SCORES:
+        full = [s for s in own if len(s) >= MIN_SCORES]
+        m, others = np.median([s.mean() for s in full]), np.median([*map(len, full)]) - 1
+        low, high = 0.0, 1.0
+        for _ in range(80):  # the pairwise cosine of samples, by bisection
+            pair = (low + high) / 2
+            low, high = (pair, high) if pair / math.sqrt(pair + (1 - pair) / others) < m else (low, pair)
+        expected = low / math.sqrt(low + (1 - low) / max(count, 1))
+        mean = (scores.sum() + (MIN_SCORES - count) * expected) / MIN_SCORES
+    squares = float(((scores - scores.mean()) ** 2).sum()) if count else 0.0
+    variance = (squares + 5 * usual**2) / (max(count - 1, 0) + 5)
+    against = [float(adapters.vectors[number] @ row) for row in ordinary]
+    return (score - mean) / math.sqrt(variance) + 0.5 * (score - np.mean(against)) / np.std(against)
 
 
-def test_an_adapter_of_few_samples_does_not_move_the_floor() -> None:
-    groups = groups_of([20] * 6)
-    assert calibrate_floor([*groups, *groups_of([MIN_SCORES - 1] * 50)]) == calibrate_floor(groups)
+def test_leave_one_out_equals_a_slow_loop() -> None:
+    rows = np.random.default_rng(1).standard_normal((9, 4))
+    for left_out, score in enumerate(leave_one_out_scores(rows)):
+        mean = np.mean([row for number, row in enumerate(rows) if number != left_out], axis=0)
+        expected = rows[left_out] @ mean / np.linalg.norm(rows[left_out]) / np.linalg.norm(mean)
+        assert score == pytest.approx(expected, abs=1e-6)
+    assert len(leave_one_out_scores(rows[:1])) == len(leave_one_out_scores(rows[:0])) == 0
 
 
 def test_others_that_cancel_out_score_zero() -> None:
     np.testing.assert_array_equal(leave_one_out_scores(np.asarray([[1, 0], [0, 1], [0, -1]]))[0], 0)
 
 
-def test_scores_slightly_above_one_count_as_one() -> None:
-    assert vote_of(np.full(9, 1.0000001, np.float32)) == 1.0
-    assert vote_of(np.full(9, -1.0000001, np.float32)) == -1.0
+def test_the_confidence_is_the_share_of_own_samples_that_fit_less_well() -> None:
+    adapters, ordinary = pool()
+    calibration = Calibration.of(adapters, ordinary)
+    fits = [slow_fit(adapters, ordinary, i, s) for i, own in enumerate(adapters.own_scores) for s in own]
+    for number in (0, 7, 39):
+        one = Adapters(adapters.vectors[[number]], [adapters.own_scores[number]])
+        for score in np.quantile(adapters.own_scores[number], [0.1, 0.5, 0.9]):
+            _, [confidence] = calibration.judge(one, np.asarray([score]), 0.03)
+            fit = slow_fit(adapters, ordinary, number, score)
+            assert confidence == pytest.approx(np.mean([other < fit for other in fits]), abs=2 / len(fits))
 
 
-@pytest.mark.parametrize("num_trusted", [1, 2, 4, 5, 50])
-@pytest.mark.parametrize("stranger", [-1.0, 0.0, 1.0])
-def test_other_tenants_do_not_move_a_floor_that_has_a_trusted_vote(num_trusted: int, stranger: float) -> None:
-    trusted = np.append(np.linspace(0.6, 0.8, num_trusted), NO_VOTE)
-    assert floor_of(trusted, np.full(9, stranger)) == floor_of(trusted) >= 0.6
+@pytest.mark.parametrize("num_samples", [1, 2, 4])
+def test_few_samples_are_judged_as_the_slow_formula_says(num_samples: int) -> None:
+    full, ordinary = pool(num_adapters=10)
+    small, _ = pool(seed=1, num_adapters=10, num_samples=num_samples)
+    both = Adapters(np.concatenate([full.vectors, small.vectors]), [*full.own_scores, *small.own_scores])
+    calibration = Calibration.of(both, ordinary)
+    fits = [slow_fit(both, ordinary, i, s) for i, own in enumerate(full.own_scores) for s in own]
+    scores = np.full(10, 0.7)
+    _, confidences = calibration.judge(small, scores, 0.03)
+    expected = [np.mean([fit < slow_fit(both, ordinary, 10 + n, 0.7) for fit in fits]) for n in range(10)]
+    np.testing.assert_allclose(confidences, expected, atol=2 / len(fits) + 1e-9)
 
 
-@pytest.mark.parametrize("trusted", [np.empty(0), np.full(3, NO_VOTE)])
-def test_other_tenants_vote_if_there_is_no_trusted_vote(trusted: np.ndarray) -> None:
-    others = np.asarray([-1.0, 1.0, NO_VOTE])
-    assert floor_of(trusted, others) == pytest.approx(np.quantile([-1.0, 1.0], 0.2))
-    assert floor_of(trusted, np.asarray([NO_VOTE])) == NO_FLOOR
-    assert math.isnan(NO_VOTE)
+@pytest.mark.parametrize("share", SHARES.values())
+def test_a_threshold_is_the_score_at_which_the_confidence_reaches_the_share(share: float) -> None:
+    adapters, ordinary = pool()
+    calibration = Calibration.of(adapters, ordinary)
+    thresholds, _ = calibration.judge(adapters, np.zeros(40), share)
+    assert len(np.unique(thresholds.round(3))) > 30  # each adapter has its own
+    _, confidences = calibration.judge(adapters, thresholds, share)
+    np.testing.assert_allclose(confidences, share, atol=1e-6)
+    _, below = calibration.judge(adapters, thresholds - 1e-3, share)
+    assert (below < share).all()
+
+
+@pytest.mark.parametrize("share", SHARES.values())
+def test_an_operating_point_turns_away_its_share_of_own_samples(share: float) -> None:
+    adapters, ordinary = pool(num_adapters=100)
+    thresholds, _ = Calibration.of(adapters, ordinary).judge(adapters, np.zeros(100), share)
+    turned_away = [np.mean(own < t) for own, t in zip(adapters.own_scores, thresholds, strict=True)]
+    assert np.mean(turned_away) == pytest.approx(share, abs=0.003)
+
+
+def test_ordinary_prompts_near_an_adapter_raise_its_threshold() -> None:
+    adapters, ordinary = pool()
+    near = unit_rows(ordinary + 0.5 * adapters.vectors[:1])
+    before, _ = Calibration.of(adapters, ordinary).judge(adapters, np.zeros(40), 0.03)
+    after, _ = Calibration.of(adapters, near).judge(adapters, np.zeros(40), 0.03)
+    assert after[0] - before[0] > 1.5 * np.median(after[1:] - before[1:])
+
+
+def test_each_adapter_counts_once_however_many_samples_it_has() -> None:
+    rng = np.random.default_rng(3)
+    groups = [group(rng, 20, noise) for noise in np.linspace(0.3, 1, 12)]
+    odd, ordinary = group(rng, 20, 3.0), ordinary_rows(rng)
+    honest = adapters_of(groups)
+    short = Calibration.of(adapters_of([*groups, odd]), ordinary)
+    long = Calibration.of(adapters_of([*groups, np.tile(odd, (10, 1))]), ordinary)
+    few, many = (calibration.judge(honest, np.zeros(12), 0.03)[0] for calibration in (short, long))
+    np.testing.assert_allclose(many, few, atol=0.05)
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 3, MIN_SCORES - 1])
+def test_an_adapter_of_few_samples_borrows_from_the_pool_and_says_nothing_about_it(num_samples: int) -> None:
+    rng = np.random.default_rng(4)
+    groups = [group(rng, 20, 0.6) for _ in range(12)]
+    ordinary, small = ordinary_rows(rng), [group(rng, num_samples, 0.6) for _ in range(30)]
+    pooled = Calibration.of(adapters_of([*groups, *small]), ordinary)
+    alone = Calibration.of(adapters_of(groups), ordinary)
+    few = adapters_of(small)
+    thresholds, _ = pooled.judge(few, np.zeros(30), 0.03)
+    np.testing.assert_array_equal(thresholds, alone.judge(few, np.zeros(30), 0.03)[0])
+    full, _ = alone.judge(adapters_of(groups), np.zeros(12), 0.03)
+    assert thresholds.mean() < full.mean()  # a mean of few samples is farther from its task's prompts
+
+
+def test_without_any_adapter_of_enough_samples_the_usual_distribution_applies() -> None:
+    adapters, ordinary = pool(num_samples=MIN_SCORES - 1)
+    thresholds, confidences = Calibration.of(adapters, ordinary).judge(adapters, np.ones(40), 0.03)
+    against = adapters.vectors @ ordinary.T
+    assert (thresholds > against.mean(axis=1)).all()
+    assert (thresholds < 1).all()
+    assert (confidences > 0.03).all()
+
+
+def test_without_samples_and_ordinary_prompts_there_are_no_thresholds() -> None:
+    adapters, _ = pool(num_samples=1)
+    thresholds, confidences = Calibration.of(adapters).judge(adapters, np.zeros(40), 0.08)
+    assert thresholds.tolist() == [NO_THRESHOLD] * 40
+    assert confidences.tolist() == [1.0] * 40
+
+
+@pytest.mark.parametrize("with_ordinary", [False, True])
+def test_equal_samples_have_a_threshold_below_their_score(with_ordinary: bool) -> None:
+    rng = np.random.default_rng(5)
+    same = adapters_of([np.tile(group(rng, 1, 0.5), (20, 1))])
+    calibration = Calibration.of(same, ordinary_rows(rng) if with_ordinary else None)
+    [threshold], [confidence] = calibration.judge(same, np.ones(1), 0.08)
+    assert -1 <= threshold <= 1
+    assert math.isfinite(threshold)
+    assert confidence >= 0.08

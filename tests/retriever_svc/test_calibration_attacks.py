@@ -15,7 +15,7 @@ import pytest
 
 from lora_store.adapter import Sample
 from lora_store.records import AdapterRecord
-from retriever_svc import Encoder, IndexSettings, LivePool, Retriever, Route, RouteRequest
+from retriever_svc import Encoder, IndexSettings, LivePool, ProjectionFiles, Retriever, Route, RouteRequest
 from retriever_svc.embedding import embed_groups
 from retriever_svc.encoder import unit_rows
 from tests.retriever_svc.pool_fakes import FakeEncoder, Source, record_of
@@ -51,6 +51,7 @@ class World:
     honest: Groups
     in_task: Sequence[str]
     foreign: Sequence[str]
+    files: ProjectionFiles | None = None
 
     def records(self, groups: Groups, tenant: str, *, approved: bool) -> list[AdapterRecord]:
         embeddings = embed_groups(self.encoder, [[Sample(text) for text in texts] for texts in groups.values()])
@@ -60,7 +61,8 @@ class World:
 
     def shares(self, records: Sequence[AdapterRecord], asker: str, *, requires_approval: bool = False) -> Shares:
         settings = IndexSettings(requires_approval=requires_approval)
-        retriever = Retriever(LivePool(lambda model: self.encoder, Source(*records), settings=settings))
+        pools = LivePool(lambda model: self.encoder, Source(*records), settings=settings, projections=self.files)
+        retriever = Retriever(pools)
         return Shares(_abstaining(retriever, self.in_task, asker), _abstaining(retriever, self.foreign, asker))
 
 
@@ -88,7 +90,8 @@ def vector_world(num_adapters: int) -> World:
     tasks = {f"task-{n}": (centre(), rng.uniform(0.4, 1.2)) for n in range(num_adapters)}
     honest = {name: texts(name, *task, 20) for name, task in tasks.items()}
     in_task = [text for name, task in tasks.items() for text in texts(f"asked {name}", *task, 4)]
-    foreign = [text for n in range(100) for text in texts(f"foreign-{n}", centre(), 0.5, 2)]
+    near = [unit_rows(task[0] + 0.8 * centre()) for task in tasks.values()]
+    foreign = [text for n in range(100) for text in texts(f"foreign-{n}", near[n % num_adapters], 0.5, 2)]
     for number, row in enumerate(np.eye(DIM, dtype=np.float32)[1:]):
         table[f"unlike {number}"] = row
     table["equal"] = unit_rows(rng.standard_normal((1, DIM)).astype(np.float32))[0]
@@ -195,13 +198,15 @@ def test_the_starter_pool_abstains_as_before_under_attack(scale: Scale) -> None:
     assert len(folders) == num_tasks
     honest = {folder.name: _lines(folder / "lora_samples.jsonl") for folder in folders}
     asked = [_lines(EXAMPLES / "starter_heldout" / f"{name}.jsonl")[:num_prompts] for name in honest]
-    world = World(Encoder(), honest, [text for texts in asked for text in texts], FOREIGN[:num_foreign])
+    encoder, files = Encoder(), ProjectionFiles()
+    encoder = encoder.projected(files.shipped(encoder.identity))
+    world = World(encoder, honest, [text for texts in asked for text in texts], FOREIGN[:num_foreign], files)
     records = world.records(honest, HONEST, approved=False)
     before = world.shares(records, HONEST)
     scale.record("in-task prompts that abstain", before.in_task)
     scale.record("foreign prompts that abstain", before.foreign)
-    assert before.in_task <= 0.15, before
-    assert before.foreign >= 0.25, before
+    assert before.in_task <= 0.05, before
+    assert before.foreign >= 0.95, before
     for attack in (
         unlike(2, 2, _odd_text),
         unlike(2, 8, _odd_text),

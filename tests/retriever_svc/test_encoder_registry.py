@@ -1,11 +1,18 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from lora_store.files import Files
+from lora_store.location import Location
 from lora_store.snapshot import ActiveEncoder
 from retriever_svc.encoder_registry import EncoderRegistry
-from retriever_svc.errors import EncoderUnusable
+from retriever_svc.errors import EncoderUnusable, ProjectionUnusable
+from retriever_svc.projection_files import ProjectionFiles
+from retriever_svc.whitening import Whitening, fit_whitening, split_identity
 from tests.retriever_svc.pool_fakes import FakeEncoder
+from tests.retriever_svc.test_whitening import world
 
 NEW = ActiveEncoder("new-model", "new")
 
@@ -79,3 +86,55 @@ def test_an_encoder_that_is_not_the_pools_is_refused_and_the_active_one_stays(fo
             encoders.encoder_of(NEW)
         assert caught.value.model == "new-model"
     assert encoders.encoder_of(ActiveEncoder("default-model", "default")) is before
+
+
+class Projectable(FakeEncoder):
+    """A fake that a projection can follow."""
+
+    def projected(self, projection: Whitening | None) -> Projectable:
+        other = Projectable({}, identity=self.identity if projection is None else projection.identity)
+        other.projection = projection
+        return other
+
+
+class Shipped(ProjectionFiles):
+    """Files with a packaged projection for the encoder `default`."""
+
+    packaged = fit_whitening("default", world())
+
+    def shipped(self, encoder: str) -> Whitening | None:
+        return self.packaged if split_identity(encoder)[0] == "default" else None
+
+
+def projectable(identity: str) -> EncoderRegistry:
+    return EncoderRegistry(lambda model: Projectable({}, identity=identity), "model", Shipped())
+
+
+def test_the_packaged_projection_follows_the_default_encoder() -> None:
+    encoder = projectable("default").encoder_of(None)
+    assert (encoder.projection, encoder.identity) == (Shipped.packaged, Shipped.packaged.identity)
+    assert projectable("another").encoder_of(None).identity == "another"
+    none = EncoderRegistry(lambda model: Projectable({}, identity="default"), "model", Shipped(), "none")
+    assert none.encoder_of(None).identity == "default"
+
+
+def test_a_pool_embedded_without_a_projection_stays_so_until_a_reindex() -> None:
+    encoders = projectable("default")
+    assert encoders.encoder_of(None, embedded_by="default").identity == "default"
+    active = ActiveEncoder("model", encoders.prepare("model").identity)
+    assert encoders.encoder_of(active).projection is Shipped.packaged
+    assert projectable("default").encoder_of(None, embedded_by="older").projection is Shipped.packaged
+
+
+def test_an_identity_with_a_projection_is_activated_with_it(tmp_path: Path) -> None:
+    fitted = fit_whitening("default", world(seed=3))
+    files = Shipped(Files(Location(str(tmp_path)).child("projections")))
+    files.save(fitted)
+    encoders = EncoderRegistry(lambda model: Projectable({}, identity="default"), "model", files)
+    assert encoders.encoder_of(ActiveEncoder("model", fitted.identity)).identity == fitted.identity
+    assert encoders.encoder_of(ActiveEncoder("model", "default")).projection is None
+    assert encoders.encoder_of(ActiveEncoder("model", Shipped.packaged.identity)).projection is not None
+    for projection, identity in (("none", "default"), ("auto", Shipped.packaged.identity), (fitted.identity,) * 2):
+        assert encoders.prepare("model", projection).identity == identity
+    with pytest.raises(ProjectionUnusable, match="is missing"):
+        encoders.encoder_of(ActiveEncoder("model", "default+0123456789abcdef"))

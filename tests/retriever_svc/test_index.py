@@ -10,7 +10,6 @@ import pytest
 from lora_store.records import AdapterRecord
 from lora_store.snapshot import Key
 from retriever_svc import AdapterIndex, Allowed, IndexSettings, Match
-from retriever_svc.calibration import vote_of
 from retriever_svc.encoder import unit_rows
 from tests.retriever_svc.pool_fakes import record_of
 
@@ -121,28 +120,27 @@ def test_every_generation_of_publishes_updates_and_withdrawals_equals_a_slow_loo
                 assert_same(matches, slow_search(usable, query, 3))
 
 
-def test_votes_on_the_floor_follow_every_generation() -> None:
+def test_trusted_adapters_follow_every_generation() -> None:
     rng = np.random.default_rng(11)
-    records = [labelled(rng, f"a{number}") for number in range(60)]
+    records = [replace(labelled(rng, f"a{n}"), approved=n % 4 == 0) for n in range(60)]
     index, live = AdapterIndex.of(records[:40], 16), records[:40]
     for start in (0, 10, 20):
         gone, new = live[start : start + 7], records[40 + start : 50 + start]
         live = [record for record in live if record not in gone] + new
         index = index.after([(record.ref.tenant, record.ref.name) for record in gone], new)
         for tenant in ("big", "t1", "stranger"):
-            own = [vote_of(r.embedding.own_scores) for r in live if r.embedding and r.ref.tenant == tenant]
-            trusted, others = index.votes(tenant)
-            assert sorted(trusted) == sorted(vote for vote in own if np.isfinite(vote))
-            assert len(others) == len({owner for owner in _voting_owners(live) if owner != tenant})
-
-
-def _voting_owners(records: list[AdapterRecord]) -> list[str]:
-    """Return the owners of public adapters that vote."""
-    return [
-        record.ref.tenant
-        for record in records
-        if record.visibility == "public" and record.embedding and np.isfinite(vote_of(record.embedding.own_scores))
-    ]
+            expected = [
+                record
+                for record in live
+                if record.ref.tenant == tenant or (record.approved and record.visibility == "public")
+            ]
+            num, found, vectors = index.trusted(tenant, 1000)
+            assert (num, found) == (len(expected), expected)
+            for record, vector in zip(found, vectors, strict=True):
+                np.testing.assert_allclose(vector, unit_rows(record.embedding.vector), atol=1e-6)
+            few = index.trusted(tenant, 3)
+            assert few[0] == len(expected)
+            assert [record in expected for record in few[1]] == [True] * min(3, len(expected))
 
 
 def test_a_new_generation_shares_the_vectors_of_the_one_before() -> None:
@@ -189,8 +187,7 @@ def test_compacted_has_the_same_adapters_and_answers(settings: IndexSettings) ->
     for tenant, tags in CALLERS:
         before = index.search(queries, 5, index.allowed(tenant, tags))
         assert compacted.search(queries, 5, compacted.allowed(tenant, tags)) == before
-        for mine, theirs in zip(compacted.votes(tenant), index.votes(tenant), strict=True):
-            np.testing.assert_allclose(sorted(mine), sorted(theirs))
+        assert compacted.trusted(tenant, 120)[1] == index.trusted(tenant, 120)[1]
 
 
 @pytest.mark.parametrize("top_k", [1, 3, 5, 8])

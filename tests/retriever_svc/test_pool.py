@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from lora_store.records import AdapterRecord
-from retriever_svc import IndexSettings, calibrate_floor
-from retriever_svc.calibration import NO_FLOOR, leave_one_out_scores
+from retriever_svc import Calibration, IndexSettings
+from retriever_svc.calibration import NO_THRESHOLD, SHARES, Adapters, leave_one_out_scores
+from retriever_svc.encoder import unit_rows
 from retriever_svc.pool import Pool
 from tests.retriever_svc.pool_fakes import FAKE_IDENTITY, FakeEncoder, record_of, snapshot_of
 
@@ -47,10 +48,10 @@ def test_an_adapter_is_not_found_until_the_encoder_embedded_it() -> None:
 def test_a_change_of_visibility_alone_is_seen() -> None:
     record = record_of("a", EAST, tenant="t", own_scores=[0.5] * 5)
     pool = pool_of(record)
-    assert (found(pool, "u"), pool.floor("u")) == (["a"], 0.5)
+    assert found(pool, "u") == ["a"]
     after = pool.after(snapshot_of(replace(record, visibility="private"), generation=2))
-    assert (found(after, "u"), after.floor("u")) == ([], NO_FLOOR)
-    assert (found(after, "t"), after.floor("t")) == (["a"], 0.5)
+    assert found(after, "u") == []
+    assert found(after, "t") == ["a"]
 
 
 @pytest.mark.parametrize(
@@ -88,20 +89,53 @@ def test_equal_weights_are_returned_once_and_do_not_shorten_the_result() -> None
     assert found(pool, top_k=16) == ["copy-00", "n"]
 
 
-def test_private_adapters_of_others_have_no_vote_on_the_floor() -> None:
+def thresholds(calibration: Calibration, record: AdapterRecord) -> list[float]:
+    assert record.embedding is not None
+    one = Adapters(record.embedding.vector[np.newaxis], [record.embedding.own_scores])
+    return [calibration.judge(one, np.zeros(1), share)[0].item() for share in SHARES.values()]
+
+
+def test_thresholds_come_from_own_and_approved_adapters_alone() -> None:
     rng = np.random.default_rng(0)
-    groups = {name: rng.standard_normal((20, 4)) for name in ("public", "mine", "theirs")}
-    scores = {name: leave_one_out_scores(group) for name, group in groups.items()}
-    pool = pool_of(
-        record_of("public", EAST, tenant="b", own_scores=scores["public"]),
-        record_of("mine", EAST, tenant="a", visibility="private", own_scores=scores["mine"]),
-        record_of("theirs", EAST, tenant="b", visibility="private", own_scores=scores["theirs"]),
-        record_of("foreign", EAST, encoder="another", own_scores=[-1.0] * 50),
-    )
-    for tenant, seen in [("a", ("mine",)), ("b", ("public", "theirs")), ("c", ("public",))]:
-        assert pool.floor(tenant) == pytest.approx(calibrate_floor([groups[name] for name in seen]), abs=1e-9)
-    empty = pool_of(record_of("single", EAST))
-    assert empty.floor("a") == NO_FLOOR
+    scores = {name: leave_one_out_scores(rng.standard_normal((20, 4))) for name in ("approved", "mine", "theirs")}
+    records = {
+        "approved": record_of("approved", EAST, tenant="b", own_scores=scores["approved"], approved=True),
+        "public": record_of("public", EAST, tenant="b", own_scores=[0.9] * 50),
+        "mine": record_of("mine", EAST, tenant="a", visibility="private", own_scores=scores["mine"]),
+        "theirs": record_of("theirs", EAST, tenant="b", visibility="private", own_scores=scores["theirs"]),
+        "foreign": record_of("foreign", EAST, tenant="a", encoder="another", own_scores=[-1.0] * 50),
+    }
+    pool = pool_of(*records.values())
+    for tenant, seen in [("a", ("approved", "mine")), ("b", ("approved", "public", "theirs")), ("c", ("approved",))]:
+        embeddings = [records[name].embedding for name in seen]
+        trusted = Adapters(np.stack([e.vector for e in embeddings]), [e.own_scores for e in embeddings])
+        expected = thresholds(Calibration.of(trusted), records["public"])
+        assert thresholds(pool.calibration(tenant), records["public"]) == pytest.approx(expected, abs=1e-9)
+        assert pool.calibration(tenant) is pool.calibration(tenant)
+    assert thresholds(pool_of(record_of("single", EAST)).calibration("a"), records["mine"]) == [NO_THRESHOLD] * 3
+
+
+def test_matches_are_judged_together_as_one_by_one() -> None:
+    rng = np.random.default_rng(1)
+    rows = [unit_rows(rng.standard_normal((20, 2)) + 2) for _ in range(5)]
+    records = [
+        record_of(f"a{n}", unit_rows(own.mean(axis=0)), own_scores=leave_one_out_scores(own))
+        for n, own in enumerate(rows)
+    ]
+    pool = Pool.of(snapshot_of(*records), FakeEncoder({}), IndexSettings(), ordinary=np.eye(2, dtype=np.float32))
+    queries = unit_rows(rng.standard_normal((4, 2)).astype(np.float32))
+    found = [*pool.nearest(queries, 3, "local"), []]
+    judged = pool.judged(found, "local", 0.08)
+    assert [[m.record for m in row] for row in judged] == [[m.record for m in row] for row in found]
+    for row, plain in zip(judged, found, strict=True):
+        for match, before in zip(row, plain, strict=True):
+            [[alone]] = pool.judged([[before]], "local", 0.08)
+            assert match == alone
+            assert match.score == before.score
+            assert match.fits == (match.confidence >= 0.08)
+    assert any(match.fits for row in judged for match in row)
+    assert not all(match.fits for row in judged for match in row)
+    assert pool.judged([[]], "local", 0.08) == [[]]
 
 
 def test_an_index_rebuilt_during_requests_has_newer_changes() -> None:

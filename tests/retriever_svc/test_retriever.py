@@ -91,19 +91,23 @@ def test_weights_by_evidence_are_equal_only_for_close_scores_and_one_function(
 
 
 @pytest.mark.parametrize(
-    ("lead", "min_score", "stays"),
-    [(STICKY_MARGIN - 0.01, -1.0, True), (STICKY_MARGIN + 0.01, -1.0, False), (STICKY_MARGIN - 0.01, 0.95, False)],
-    ids=["close", "clearly better", "below the floor"],
+    ("lead", "min_score", "planned"),
+    [
+        (STICKY_MARGIN - 0.01, -1.0, ["previous", "n"]),
+        (STICKY_MARGIN + 0.01, -1.0, ["e", "previous", "n"]),
+        (STICKY_MARGIN - 0.01, 0.95, ["e"]),
+    ],
+    ids=["close", "clearly better", "below the threshold"],
 )
 def test_the_preferred_adapter_stays_unless_another_is_clearly_better(
-    lead: float, min_score: float, stays: bool
+    lead: float, min_score: float, planned: list[str]
 ) -> None:
     score = 1 - lead
     previous = record_of("previous", (score, (1 - score**2) ** 0.5))
     retriever = retriever_of(POOL[0], previous, POOL[1])
     earlier_version = record_of("previous", None, version="1").ref
     route = route_one(retriever, preferred=earlier_version, min_score=min_score)
-    assert names(route) == (["previous", "n"] if stays else ["e", "previous", "n"])
+    assert names(route) == planned
     assert [candidate.ref.name for candidate in route.candidates] == ["e", "previous", "n"]
     assert names(route_one(retriever, preferred=record_of("gone", None).ref)) == ["e", "previous", "n"]
 
@@ -121,14 +125,42 @@ def test_the_encoder_is_called_once_per_batch() -> None:
 
 
 @pytest.mark.parametrize(("nudge", "abstains"), [(-1, False), (0, False), (1, True)])
-def test_only_a_best_score_below_the_floor_abstains(nudge: int, abstains: bool) -> None:
+def test_only_candidates_that_reach_min_score_are_planned(nudge: int, abstains: bool) -> None:
     retriever = retriever_of(POOL[0], POOL[1])
     best = route_one(retriever, text="northeast").candidates[0].score
-    floor = best if nudge == 0 else math.nextafter(best, math.copysign(2, nudge))
-    route = route_one(retriever, text="northeast", min_score=floor)
-    assert route.abstained is abstains
-    assert route.plan == Plan("base", generation=1) if abstains else names(route) == ["n", "e"]
-    assert [c.ref.name for c in route.candidates] == ["n", "e"]  # the second is below every floor here
+    least = best if nudge == 0 else math.nextafter(best, math.copysign(2, nudge))
+    route = route_one(retriever, text="northeast", min_score=least)
+    assert (route.abstained, route.reason) == (abstains, "below_threshold" if abstains else "fits")
+    assert route.plan == Plan("base", generation=1) if abstains else names(route) == ["n"]
+    assert [(c.ref.name, c.threshold) for c in route.candidates] == [("n", least), ("e", least)]
+
+
+WIDE = record_of("wide", EAST, own_scores=np.linspace(0.2, 0.6, 20))
+NARROW = record_of("narrow", (0.99, 0.141), own_scores=np.linspace(0.97, 0.99, 20))
+
+
+def test_each_candidate_must_reach_its_own_threshold() -> None:
+    encoder = FakeEncoder({"near": (0.8, 0.6), "far": (-1.0, 0.0), "on": (1.0, 0.0)})
+    retriever = retriever_of(WIDE, NARROW, encoder=encoder)
+    near, far, on = (route_one(retriever, text) for text in ("near", "far", "on"))
+    assert [c.ref.name for c in near.candidates] == ["narrow", "wide"]
+    assert names(near) == ["wide"]  # the nearest does not fit, the other does
+    assert (near.abstained, near.reason) == (False, "fits")
+    assert (names(far), far.abstained, far.reason) == ([], True, "below_threshold")
+    assert names(on) == ["wide", "narrow"]
+    for route in (near, far, on):
+        for candidate in route.candidates:
+            assert (candidate.score >= candidate.threshold) == (candidate.confidence >= 0.03)
+
+
+def test_a_stricter_request_has_higher_thresholds() -> None:
+    retriever = retriever_of(WIDE, NARROW, abstain="strict")
+    found = {a: [c.threshold for c in route_one(retriever, abstain=a).candidates] for a in ("lenient", "balanced")}
+    strict = [c.threshold for c in route_one(retriever).candidates]
+    assert [a < b < c for a, b, c in zip(found["lenient"], found["balanced"], strict, strict=True)] == [True, True]
+    asked = [RouteRequest("east", abstain=a) for a in ("lenient", None, "balanced")]
+    together = [[c.threshold for c in answer.candidates] for answer in retriever.route(asked)]
+    assert together == [found["lenient"], strict, found["balanced"]]
 
 
 def test_below_the_floor_the_error_is_returned_in_its_own_place() -> None:
@@ -137,7 +169,7 @@ def test_below_the_floor_the_error_is_returned_in_its_own_place() -> None:
     first, error, base, last = retriever.route(asked)
     assert isinstance(error, NoAdapterMatched)
     assert error.best_score == pytest.approx(0)
-    assert error.floor == 0.9
+    assert error.threshold == 0.9
     assert isinstance(base, Route)
     assert base.abstained
     assert names(first)[0] == "e"
@@ -158,7 +190,7 @@ def test_without_any_floor_the_worst_match_is_taken() -> None:
 def test_a_pool_empty_for_the_caller_abstains(records: tuple[AdapterRecord, ...]) -> None:
     retriever = retriever_of(*records)
     base, error = retriever.route([RouteRequest("east"), RouteRequest("east", fallback="error")])
-    assert base == Route(Plan("base", generation=1), (), 1, True)
+    assert base == Route(Plan("base", generation=1), (), 1, True, "no_candidates")
     assert isinstance(error, NoAdapterMatched)
     assert error.best_score is None
 
@@ -334,7 +366,7 @@ def test_every_read_checks_its_min_generation(read: Callable[[Retriever, int], o
         read(retriever, 2)
 
 
-def test_tags_restrict_the_plan_but_not_the_floor() -> None:
+def test_tags_restrict_the_plan_but_not_the_thresholds() -> None:
     tagged = record_of("tagged", NORTH, tags=("x", "y"), own_scores=[0.9] * 5)
     retriever = retriever_of(*POOL, tagged, record_of("loose", EAST, tags=("x",), own_scores=[0.5] * 5))
     asked = [RouteRequest("east", tags=tags, min_score=-1) for tags in ((), ("x",), ("x", "y"), ("z",))]
@@ -342,7 +374,8 @@ def test_tags_restrict_the_plan_but_not_the_floor() -> None:
     assert found == [["e", "loose", "ne"], ["loose", "tagged"], ["tagged"], []]
     [error] = retriever.route([RouteRequest("east", tags=("x", "y"), fallback="error")])
     assert isinstance(error, NoAdapterMatched)
-    assert error.floor == pytest.approx(0.58)
+    everything = route_one(retriever, top_k=16)
+    assert error.threshold == next(c.threshold for c in everything.candidates if c.ref == tagged.ref) > 0
 
 
 def test_with_owner_names_a_bare_name_means_only_the_callers_own_adapter() -> None:

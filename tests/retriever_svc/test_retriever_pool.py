@@ -1,4 +1,4 @@
-"""The Retriever's use of its pool: kept versions, the floor of the pool's samples, real tasks."""
+"""The Retriever's use of its pool: kept versions, thresholds from the pool's samples, real tasks."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from lora_store.adapter import LOCAL_TENANT, Sample
 from lora_store.errors import AdapterNotFound
 from lora_store.records import AdapterRecord
 from retriever_svc import (
+    Calibration,
     Encoder,
     LivePool,
     NoAdapterMatched,
     NothingToEmbed,
+    ProjectionFiles,
     Retriever,
     Route,
     RouteRequest,
-    calibrate_floor,
     embed_groups,
 )
+from retriever_svc.calibration import SHARES, Adapters
 from tests.retriever_svc.pool_fakes import FakeEncoder, Source, embedding_of, live_pool, names, record_of
 from tests.retriever_svc.routing import EAST, NORTH, POOL, TABLE, retriever_of, route_one
 
@@ -73,10 +75,6 @@ SAMPLES = {
 }
 
 
-def floor_for(*adapters: str) -> float:
-    return calibrate_floor([np.asarray([TABLE[text] for text in SAMPLES[name]]) for name in adapters])
-
-
 def sampled(name: str, **fields: Any) -> AdapterRecord:
     """Return an adapter whose scores are those of its samples."""
     [embedding] = embed_groups(FakeEncoder(TABLE), [[Sample(text) for text in SAMPLES[name]]])
@@ -84,34 +82,42 @@ def sampled(name: str, **fields: Any) -> AdapterRecord:
     return replace(record_of(name, None, **fields), embedding=embedding)
 
 
-def test_the_default_floor_depends_on_the_adapters_the_caller_sees() -> None:
+def threshold_of(retriever: Retriever, name: str, tenant: str) -> float:
+    route = route_one(retriever, "west", tenant=tenant)
+    return next(candidate.threshold for candidate in route.candidates if candidate.ref.name == name)
+
+
+def test_the_default_thresholds_are_measured_on_what_the_caller_may_trust() -> None:
+    e, n = sampled("e", tenant="a"), sampled("n", tenant="a")
     secret = sampled("secret", tenant="b", visibility="private")
-    retriever = retriever_of(sampled("e"), sampled("n"), secret)
-    [error, other] = retriever.route([RouteRequest("west", tenant=tenant, fallback="error") for tenant in ("a", "b")])
-    assert isinstance(error, NoAdapterMatched)
-    of_local = np.mean([floor_for("e"), floor_for("n")])  # one vote of a third tenant
-    assert error.floor == pytest.approx(of_local, abs=1e-6)
-    assert floor_for("secret") < -0.9  # its samples are opposites
-    assert isinstance(other, Route)
+    retriever = retriever_of(e, n, secret)
+    for tenant, trusted in (("a", (e, n)), ("b", (secret,))):
+        embeddings = [record.embedding for record in trusted]
+        calibration = Calibration.of(
+            Adapters(np.stack([x.vector for x in embeddings]), [x.own_scores for x in embeddings])
+        )
+        judged = Adapters(e.embedding.vector[np.newaxis], [e.embedding.own_scores])
+        [expected], _ = calibration.judge(judged, np.zeros(1), SHARES["balanced"])
+        assert threshold_of(retriever, "e", tenant) == pytest.approx(expected, abs=1e-6)
+    assert threshold_of(retriever, "e", "a") != threshold_of(retriever, "e", "b")
 
 
-def test_the_floor_follows_the_pool_and_encodes_no_sample() -> None:
+def test_thresholds_follow_the_pool_and_encode_no_sample() -> None:
     encoder, source = FakeEncoder(TABLE), Source(sampled("e"))
     pools = live_pool(encoder, source)
     retriever = Retriever(pools)
-    source.commit(sampled("e"), sampled("n"))
+    before = threshold_of(retriever, "e", LOCAL_TENANT)
+    source.commit(sampled("e"), sampled("secret"))
     pools.catch_up()
-    [error] = retriever.route([RouteRequest("west", fallback="error")])
-    assert isinstance(error, NoAdapterMatched)
-    assert error.floor == pytest.approx(floor_for("e", "n"), abs=1e-6)
-    assert encoder.batches == [["west"]]
+    assert threshold_of(retriever, "e", LOCAL_TENANT) != before
+    assert encoder.batches == [["west"]] * 2
 
 
-def test_a_configured_floor_overrides_the_samples() -> None:
+def test_a_configured_min_score_overrides_the_samples() -> None:
     assert not route_one(retriever_of(sampled("e"), min_score=0.2)).abstained
     [error] = retriever_of(sampled("e"), min_score=0.99).route([RouteRequest("north", fallback="error")])
     assert isinstance(error, NoAdapterMatched)
-    assert error.floor == 0.99
+    assert error.threshold == 0.99
 
 
 def test_no_samples_no_embedding() -> None:
@@ -163,16 +169,28 @@ HELD_OUT = {
 }
 
 
-def test_prompts_find_the_adapter_of_their_task() -> None:
+ORDINARY = [
+    "zxqv 0x7f segfault in kernel module, dmesg attached",
+    "What is the capital of France?",
+    "Write a haiku about rain.",
+    "hello",
+    "Wer hat den Buchdruck erfunden?",
+    "How do I repair a flat bicycle tyre?",
+]
+
+
+def test_prompts_find_the_adapter_of_their_task_and_others_find_none() -> None:
     encoder = Encoder()
     samples = {name: [Sample(text) for text in texts] for name, texts in FAMILIES.items()}
-    empty = Retriever(LivePool(lambda model: encoder, Source()))
+    files = ProjectionFiles()
+    empty = Retriever(LivePool(lambda model: encoder, Source(), projections=files))
     records = [replace(record_of(name, None), embedding=empty.embed(samples[name])) for name in FAMILIES]
-    retriever = Retriever(LivePool(lambda model: encoder, Source(*records)))
+    retriever = Retriever(LivePool(lambda model: encoder, Source(*records), projections=files))
     asked = [(name, text) for name, texts in HELD_OUT.items() for text in texts]
     routes = retriever.route([RouteRequest(text, strategy="selection") for _, text in asked])
     assert [names(route) for route in routes if isinstance(route, Route)] == [[name] for name, _ in asked]
-    assert route_one(retriever, "zxqv 0x7f segfault in kernel module, dmesg attached").abstained
+    assert [route_one(retriever, text).abstained for text in ORDINARY] == [True] * len(ORDINARY)
     neighbours = retriever.neighbours(empty.embed(samples["sentiment"]), 2, LOCAL_TENANT)
     assert neighbours[0].ref.name == "sentiment"
     assert neighbours[0].score == pytest.approx(1, abs=1e-5)
+    assert neighbours[0].confidence > 0.9

@@ -31,8 +31,8 @@ _MAX_CACHED_TEXTS = 40_000  # every text of the study is encoded once by an enco
 class _StudyEncoder(Encoder):
     """An encoder that caches every text of the study under one owner."""
 
-    def encode(self, texts: Sequence[str], owners: Sequence[str] | None = None) -> Vectors:
-        return super().encode(texts, [""] * len(texts) if owners is None else owners)
+    def encode_plain(self, texts: Sequence[str], owners: Sequence[str] | None = None) -> Vectors:
+        return super().encode_plain(texts, [""] * len(texts) if owners is None else owners)
 
 
 class Experiments:

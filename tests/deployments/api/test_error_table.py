@@ -61,6 +61,7 @@ EXPECTED = [
     (store_errors.EncoderIncomplete([]), 503, OVERLOADED, "encoder_incomplete"),
     (store_errors.BlobCorrupted("d", "e"), 500, "server_error", "blob_corrupted"),
     (retriever_errors.EncoderUnusable("m", "no weights"), 400, INVALID, "encoder_unusable"),
+    (retriever_errors.ProjectionUnusable("missing"), 400, INVALID, "projection_unusable"),
     (retriever_errors.RouteInvalid("k"), 400, INVALID, "invalid_request"),
     (retriever_errors.NoAdapterMatched(0.1, 0.2), 422, INVALID, "no_adapter_matched"),
     (retriever_errors.PlanGone("x", "d"), 409, INVALID, "plan_gone"),

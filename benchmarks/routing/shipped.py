@@ -1,0 +1,92 @@
+"""Make the files that ship with the packaged encoder: its projection, and its vectors of the ordinary prompts.
+
+`python -m benchmarks.routing.shipped` downloads BIG-bench (358 MB, once) and writes into `retriever_svc/data`. The
+projection is fitted to tasks of families that neither the study nor the starter pool has a task of.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import typer
+from rich.console import Console
+
+from benchmarks.paper.common.tasks import read_task_list
+from benchmarks.paper.common.workspace import DEFAULT_ROOT, Workspace, fetch_archive
+from benchmarks.training.bigbench_tasks import read_specs, task_rng
+from retriever_svc import BulkEncoding, Encoder, Whitening, fit_whitening
+from retriever_svc.ordinary_prompts import ordinary_prompts
+from retriever_svc.projection_files import ordinary_file, shipped_file
+
+NUM_SAMPLES = 20
+MIN_EXAMPLES = 10
+MAX_OF_FAMILY = 8  # tasks; two families have hundreds of near copies
+MAX_CHARS = 4000
+_PREFIX, _SUFFIX = "bigbench/benchmark_tasks/", "/task.json"
+STARTER_TASKS = Path(__file__).parents[2] / "examples" / "starter_tasks.yaml"
+out = Console(soft_wrap=True)
+
+
+def known_paths() -> set[str]:
+    """Return the files of all tasks that a pool or a test of this repository uses."""
+    listed = read_task_list()
+    return {spec.path for spec in (*listed.tasks, *listed.spares, *read_specs(STARTER_TASKS))}
+
+
+def family_of(path: str) -> str:
+    """Return the top folder of a task, which its variants share."""
+    return path.removeprefix(_PREFIX).partition("/")[0]
+
+
+def other_tasks(archive: Path) -> dict[str, list[str]]:
+    """Return some inputs of each task outside the known families, by name."""
+    families, inputs = {family_of(path) for path in known_paths()}, dict(sorted(_read_inputs(archive)))
+    counts: Counter[str] = Counter()
+    chosen = {}
+    for name, texts in inputs.items():
+        family = family_of(name)
+        counts[family] += 1
+        if family not in families and counts[family] <= MAX_OF_FAMILY:
+            task_rng(name).shuffle(texts)
+            chosen[name] = [text.strip()[:MAX_CHARS] for text in texts[:NUM_SAMPLES]]
+    return chosen
+
+
+def _read_inputs(archive: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield (name, distinct inputs) of every task of enough examples in the source distribution."""
+    with tarfile.open(archive) as source:
+        for member in source:
+            path = member.name.partition("/")[2]
+            if not path.startswith(_PREFIX) or not path.endswith(_SUFFIX):
+                continue
+            stream = source.extractfile(member)
+            assert stream is not None
+            inputs = [example["input"] for example in json.load(stream).get("examples", [])]
+            texts = list(dict.fromkeys(text for text in inputs if isinstance(text, str) and text.strip()))
+            if len(texts) >= MIN_EXAMPLES:
+                yield path.removeprefix(_PREFIX).removesuffix(_SUFFIX), texts
+
+
+def fit(encoder: Encoder, tasks: dict[str, list[str]]) -> Whitening:
+    """Fit the projection. It needs no folds, since its tasks are in no pool."""
+    return fit_whitening(encoder.identity, [BulkEncoding(encoder, texts).encode_all() for texts in tasks.values()])
+
+
+def main(root: Path = DEFAULT_ROOT) -> None:
+    """Write both files and name the tasks."""
+    encoder = Encoder()
+    tasks = other_tasks(fetch_archive(Workspace(root)))
+    fitted = fit(encoder, tasks)
+    shipped_file(encoder.identity).write_bytes(fitted.to_bytes())
+    vectors = BulkEncoding(encoder, ordinary_prompts()).encode_all()
+    shipped_file(f"{encoder.identity}.ordinary").write_bytes(ordinary_file(vectors))
+    out.print(f"{len(tasks)} tasks of {len({family_of(name) for name in tasks})} families: {', '.join(tasks)}")
+    out.print(f"projection {fitted.identity}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lora_store.errors import StoreUnavailable
+from lora_store.files import Files
+from lora_store.location import Location
+from retriever_svc import Encoder, EncoderUnusable, ProjectionUnusable
+from retriever_svc.ordinary_prompts import ordinary_prompts, prompts_digest
+from retriever_svc.projection_files import ProjectionFiles, shipped_file
+from retriever_svc.whitening import Whitening, fit_whitening
+from tests.retriever_svc.pool_fakes import FakeEncoder
+from tests.retriever_svc.test_whitening import DIM, world
+
+PACKAGED = "20e072f1df80adcc"
+PROMPTS = {text: np.random.default_rng(number).standard_normal(3) for number, text in enumerate(ordinary_prompts())}
+
+
+def files_in(folder: Path) -> Files:
+    return Files(Location(str(folder)).child("projections"))
+
+
+class Down(Files):
+    """A store that cannot be reached."""
+
+    def read(self, name: str) -> bytes | None:
+        raise StoreUnavailable("down")
+
+    def write(self, name: str, data: bytes, *, durable: bool = True) -> None:
+        raise StoreUnavailable("down")
+
+
+def test_the_packaged_encoder_has_a_projection_of_its_own() -> None:
+    encoder, files = Encoder(), ProjectionFiles()
+    shipped = files.shipped(encoder.identity)
+    assert encoder.identity == PACKAGED
+    assert shipped is not None
+    assert (shipped.encoder, shipped.matrix.shape, shipped.folds.shape[0]) == (PACKAGED, (384, 384), 0)
+    assert files.find(shipped.identity).identity == shipped.identity == files.shipped(shipped.identity).identity
+    projected = encoder.projected(shipped)
+    text = ["Turn left at the bakery."]
+    assert projected.identity == shipped.identity
+    np.testing.assert_allclose(projected.encode(text), shipped.project(encoder.encode(text)), atol=1e-6)
+    np.testing.assert_array_equal(projected.encode_plain(text), encoder.encode(text))
+    assert projected.projected(None).identity == PACKAGED
+    with pytest.raises(EncoderUnusable, match="was made for another encoder"):
+        encoder.projected(fit_whitening("another", world()))
+
+
+def test_the_packaged_vectors_are_those_of_the_packaged_prompts() -> None:
+    encoder, files = Encoder(), ProjectionFiles()
+    vectors = files.ordinary(encoder)
+    texts = ordinary_prompts()
+    assert vectors.shape == (len(texts), 384)
+    some = [*range(0, len(texts), 20), len(texts) - 1]
+    np.testing.assert_allclose(vectors[some], encoder.encode([texts[n] for n in some]), atol=2e-3)
+    projected = encoder.projected(files.shipped(PACKAGED))
+    np.testing.assert_allclose(files.ordinary(projected), projected.projection.project(vectors), atol=1e-6)
+
+
+def test_another_encoder_has_neither() -> None:
+    assert ProjectionFiles().shipped("another") is None
+    assert ProjectionFiles().find("another") is None
+    assert not shipped_file("another").exists()
+
+
+def test_a_saved_projection_is_found_by_its_identity(tmp_path: Path) -> None:
+    fitted = fit_whitening("another", world())
+    ProjectionFiles(files_in(tmp_path)).save(fitted)
+    again = ProjectionFiles(files_in(tmp_path)).find(fitted.identity)
+    assert again is not None
+    np.testing.assert_array_equal(again.matrix, fitted.matrix)
+    for files in (ProjectionFiles(files_in(tmp_path / "empty")), ProjectionFiles()):
+        with pytest.raises(ProjectionUnusable, match="is missing beside the catalogue: reindex"):
+            files.find(fitted.identity)
+
+
+def test_a_file_of_other_content_is_not_the_projection(tmp_path: Path) -> None:
+    fitted, other = fit_whitening("another", world()), fit_whitening("another", world(seed=1))
+    files_in(tmp_path).write(f"{fitted.identity}.safetensors", other.to_bytes())
+    with pytest.raises(ProjectionUnusable, match="is missing"):
+        ProjectionFiles(files_in(tmp_path)).find(fitted.identity)
+
+
+def test_ordinary_prompts_are_encoded_once_for_each_encoder_and_saved(tmp_path: Path) -> None:
+    encoder = FakeEncoder(PROMPTS, dim=3, identity="another")
+    files = ProjectionFiles(files_in(tmp_path))
+    vectors = files.ordinary(encoder)
+    np.testing.assert_array_equal(vectors, np.asarray([*PROMPTS.values()], np.float32))
+    files.ordinary(encoder)
+    successor = FakeEncoder({}, dim=3, identity="another")
+    np.testing.assert_allclose(ProjectionFiles(files_in(tmp_path)).ordinary(successor), vectors, rtol=1e-2, atol=1e-2)
+    assert (len(encoder.batches), successor.batches) == (1, [])
+
+
+def test_a_damaged_file_or_a_store_that_is_down_costs_one_encoding(tmp_path: Path) -> None:
+    name = f"another-{prompts_digest()[:16]}.ordinary.safetensors"
+    files_in(tmp_path).write(name, b"damaged")
+    for place in (files_in(tmp_path), Down(Location(str(tmp_path)).child("projections"))):
+        encoder = FakeEncoder(PROMPTS, dim=3, identity="another")
+        assert ProjectionFiles(place).ordinary(encoder).shape == (len(PROMPTS), 3)
+        assert len(encoder.batches) == 1
+
+
+def test_the_prompts_are_many_and_distinct() -> None:
+    assert len(set(ordinary_prompts())) == len(ordinary_prompts()) == 245
+    assert all(text.strip() for text in ordinary_prompts())
+
+
+def test_a_projection_keeps_its_dimension() -> None:
+    fitted = Whitening.from_bytes(fit_whitening("another", world()).to_bytes())
+    assert fitted.project(world()[0]).shape == (20, DIM)
