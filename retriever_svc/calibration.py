@@ -53,7 +53,7 @@ def leave_one_out_scores(vectors: np.ndarray) -> NDArray[np.float32]:
 
 @dataclass(frozen=True, slots=True)
 class Adapters:
-    """What calibration reads of some adapters. Dims: A adapters, D dimensions."""
+    """The data of some adapters that calibration needs. Dims: A adapters, D dimensions."""
 
     vectors: np.ndarray  # (A, D) unit rows
     own_scores: Sequence[np.ndarray]  # A arrays, as `leave_one_out_scores` returns them

@@ -1,4 +1,4 @@
-"""Find projections and the vectors of ordinary prompts: in this package, or beside the catalogue."""
+"""Find projections and the vectors of ordinary prompts: in this package, or next to the catalogue."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ class ProjectionFiles:
         data = None if self._files is None else self._files.read(_name_of(identity))
         found = None if data is None else Whitening.from_bytes(data)
         if found is None or found.identity != identity:
-            raise ProjectionUnusable(f"the projection {identity} is missing beside the catalogue: reindex")
+            raise ProjectionUnusable(f"the projection {identity} is missing next to the catalogue: reindex")
         return found
 
     def save(self, projection: Whitening) -> None:
-        """Write the projection beside the catalogue. Raises: StoreUnavailable."""
+        """Write the projection next to the catalogue. Raises: StoreUnavailable."""
         if self._files is not None:
             self._files.write(_name_of(projection.identity), projection.to_bytes())
 

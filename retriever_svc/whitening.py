@@ -1,7 +1,7 @@
 """Whiten vectors: a linear projection after the encoder, in which samples of one adapter spread evenly.
 
 An encoder spends most of its dimensions on what differs between two prompts of one task. The projection divides by that
-spread, so that what remains is what tells tasks apart:
+spread, so that what remains are the differences between tasks:
 
     project(v) = u / |u|,  u = (v − mean) · matrix,  matrix · matrixᵀ = W⁻¹
 

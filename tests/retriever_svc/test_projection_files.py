@@ -74,7 +74,7 @@ def test_a_saved_projection_is_found_by_its_identity(tmp_path: Path) -> None:
     assert again is not None
     np.testing.assert_array_equal(again.matrix, fitted.matrix)
     for files in (ProjectionFiles(files_in(tmp_path / "empty")), ProjectionFiles()):
-        with pytest.raises(ProjectionUnusable, match="is missing beside the catalogue: reindex"):
+        with pytest.raises(ProjectionUnusable, match="is missing next to the catalogue: reindex"):
             files.find(fitted.identity)
 
 
