@@ -1,25 +1,29 @@
 # Every target does its own set-up: a virtual environment with pinned packages, and the base model in the cache folder.
 .DEFAULT_GOAL := help
 PYTHON ?= python3.11
-VENV := .venv
+ENGINE ?= native
+VENV := $(if $(filter vllm,$(ENGINE)),.venv-vllm,.venv)
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export RAY_AUTH_MODE := token
 
-.PHONY: help setup serve demo quick test test-clients docs paper soak check lint types kernels sanitize
+.PHONY: help setup serve demo quick test test-clients test-vllm docs paper soak check lint types kernels sanitize
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
-$(READY): pyproject.toml constraints.txt
+# ENGINE=vllm installs vLLM too, into an environment of its own: see requirements-vllm.txt.
+$(READY): pyproject.toml constraints.txt $(if $(filter vllm,$(ENGINE)),requirements-vllm.txt)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --progress-bar off -c constraints.txt -e '.[local,test]'
+	$(if $(filter vllm,$(ENGINE)),$(BIN)/python -m pip install --progress-bar off --no-deps -r requirements-vllm.txt)
 	touch $(READY)
 
 setup: $(READY) ## install everything into .venv
 
-serve: $(READY) ## start the server with the starter pool on http://127.0.0.1:8000
-	$(BIN)/loraretriever serve --preload examples/starter_pool $(ARGS)
+serve: $(READY) ## start the server with the starter pool on http://127.0.0.1:8000; ENGINE=vllm: on vLLM
+	$(BIN)/loraretriever serve --preload examples/starter_pool \
+		$(if $(filter vllm,$(ENGINE)),--config examples/vllm.yaml) $(ARGS)
 
 demo: $(READY) ## answer the starter pool's held-out prompts with every strategy, print the table, stop
 	$(BIN)/python -m examples.demo $(ARGS)
@@ -29,6 +33,10 @@ test: $(READY) ## run every test: two at a time, then those that share one runni
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not e2e" --cov --cov-report=
 	$(BIN)/python -m pytest -m e2e
 	$(BIN)/python -m coverage report
+
+test-vllm: ## install vLLM into .venv-vllm and run the tests of both engines there
+	$(MAKE) ENGINE=vllm .venv-vllm/.ready
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/gpu_worker/conformance tests/gpu_worker/vllm $(ARGS)
 
 # Tests of the pure packages: they load no model and start no Ray.
 # Left out: what starts a server or other processes, or loads a model.

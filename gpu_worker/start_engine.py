@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from concurrent.futures import Executor
 
 from gpu_worker.bank.loader import Fetch
@@ -19,6 +20,7 @@ def start_engine(
     executor: Executor | None = None,
     stream_interval_ms: float = 25.0,
     niceness: int = 0,
+    is_installed: Callable[[str], bool] = lambda package: importlib.util.find_spec(package) is not None,
 ) -> InferenceEngine:
     """Start the engine that `config.engine` names. Call it within the event loop that will use the engine.
 
@@ -29,7 +31,7 @@ def start_engine(
         return NativeEngine.start(
             config, fetch, executor=executor, stream_interval_ms=stream_interval_ms, niceness=niceness
         )
-    if importlib.util.find_spec("vllm") is None:
+    if not is_installed("vllm"):
         raise WorkerConfigInvalid(
             "engine 'vllm' needs the package vLLM, which is not installed; see docs/how-to/install.md, or use engine"
             " 'native'"

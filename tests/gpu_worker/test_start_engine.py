@@ -1,7 +1,8 @@
+"""Which engine the settings start, and the reasons for which none starts."""
+
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -35,7 +36,11 @@ def test_the_native_engine_is_started_and_answers(tiny_folders: Mapping[str, Pat
     assert isinstance(completion, Completion) and completion.num_new_tokens == 4
 
 
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
 def test_an_engine_whose_package_is_missing_is_refused_with_the_remedy() -> None:
     with pytest.raises(WorkerConfigInvalid, match=r"'vllm' needs the package vLLM.*docs/how-to/install\.md"):
-        start_engine(WorkerConfig(engine="vllm"), no_fetch)
+        start_engine(WorkerConfig(engine="vllm"), no_fetch, is_installed=lambda package: False)
+
+
+def test_a_setting_that_the_vllm_engine_lacks_is_refused_with_the_remedy() -> None:
+    with pytest.raises(WorkerConfigInvalid, match="max_chunk_tokens is a setting of the native engine, got 64"):
+        WorkerConfig(engine="vllm", max_chunk_tokens=64)
