@@ -39,10 +39,16 @@ class ApiRequest(BaseModel):
         if not isinstance(data, dict):
             return data
         given = {key: value for key, value in data.items() if value is not None}
+        known = cls.keys()
         for key in given:
-            if key not in cls.model_fields:
-                raise _unknown(str(key), cls.model_fields)
+            if key not in known:
+                raise _unknown(str(key), known)
         return given
+
+    @classmethod
+    def keys(cls) -> set[str]:
+        """Return the names of the fields in JSON."""
+        return {field.alias or name for name, field in cls.model_fields.items()}
 
 
 def _unknown(name: str, known: Iterable[str]) -> PydanticCustomError:

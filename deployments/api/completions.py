@@ -23,6 +23,7 @@ from deployments.api.base import (
     problem,
     unsupported,
 )
+from deployments.api.structured import ResponseFormat, StructuredOutputs
 from deployments.api.tolerance import (
     NOT_SERVED_IN_CHAT,
     NOT_SERVED_IN_COMPLETIONS,
@@ -32,6 +33,7 @@ from deployments.api.tolerance import (
     without_unserved,
 )
 from deployments.json_types import JsonMapping
+from gpu_worker.request.grammar import Grammar
 from gpu_worker.request.prompts import Message
 from gpu_worker.request.request import (
     DEFAULT_MAX_TOKENS,
@@ -129,6 +131,8 @@ class GenerationRequest(TolerantRequest):
     stop: StopStrings = Field(default=[])
     stop_token_ids: Annotated[list[int], Field(fail_fast=True, max_length=64)] | None = None
     ignore_eos: bool = False
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -154,12 +158,19 @@ class GenerationRequest(TolerantRequest):
             raise problem("lora.strategy", f"{aliases[0]} has a strategy of its own")
         return self
 
+    @model_validator(mode="after")
+    def _one_grammar(self) -> Self:
+        is_formatted = self.response_format is not None and self.response_format.type != "text"
+        if is_formatted and self.structured_outputs is not None:
+            raise problem("structured_outputs", "response_format gives the format of the answer too; keep one of them")
+        return self
+
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
     def sampling(self) -> SamplingParams:
-        """Return the sampling parameters. Raises: SamplingInvalid."""
+        """Return the sampling parameters. Raises: SamplingInvalid, GrammarInvalid."""
         return SamplingParams(
             max_tokens=self.token_limit,
             min_tokens=self.min_tokens,
@@ -176,7 +187,13 @@ class GenerationRequest(TolerantRequest):
             stop=tuple(self.stop),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=self.ignore_eos,
+            grammar=self._grammar(),
         )
+
+    def _grammar(self) -> Grammar | None:
+        if self.structured_outputs is not None:
+            return self.structured_outputs.as_grammar()
+        return None if self.response_format is None else self.response_format.grammar()
 
     @property
     def token_limit(self) -> int | None:

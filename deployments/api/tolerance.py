@@ -21,7 +21,6 @@ Passing = dict[str, tuple[object, ...]]
 """Each field with the values that ask for nothing."""
 
 NOT_SERVED: Passing = {
-    "response_format": ({"type": "text"},),
     "store": (False,),  # answers are never stored
     "use_beam_search": (False,),
     "prompt_logprobs": (),
@@ -29,7 +28,6 @@ NOT_SERVED: Passing = {
     "guided_regex": (),
     "guided_choice": (),
     "guided_grammar": (),
-    "structured_outputs": (),
     "include_stop_str_in_output": (False,),
     "detokenize": (True,),
     "bad_words": ([],),
@@ -87,12 +85,10 @@ HARMLESS: Passing = {
 _WHAT = {
     "tools": "tools",
     "functions": "functions",
-    "response_format": "structured output",
-    "structured_outputs": "structured output",
-    "guided_json": "structured output",
-    "guided_regex": "structured output",
-    "guided_choice": "structured output",
-    "guided_grammar": "structured output",
+    "guided_json": "guided_json: use structured_outputs.json",
+    "guided_regex": "guided_regex: use structured_outputs.regex",
+    "guided_choice": "guided_choice: use structured_outputs.choice",
+    "guided_grammar": "guided_grammar: use structured_outputs.grammar",
     "chat_template": "templates of clients",
     "suffix": "text after the answer",
     "store": "stored answers",
@@ -145,8 +141,9 @@ class TolerantRequest(ApiRequest):
         if not isinstance(data, dict):
             return data
         given = {key: value for key, value in data.items() if value is not None}
-        unknown = [_shown(key) for key in given if key not in cls.model_fields]
-        known = {key: value for key, value in given.items() if key in cls.model_fields}
+        keys = cls.keys()
+        unknown = [_shown(key) for key in given if key not in keys]
+        known = {key: value for key, value in given.items() if key in keys}
         return known | dict.fromkeys(unknown[:_MAX_IGNORED])
 
 

@@ -48,7 +48,7 @@ class TestStandardTests(ChatModelIntegrationTests):
 
     @property
     def has_structured_output(self) -> bool:
-        return False  # `response_format` is refused
+        return False  # the fake worker of this server follows no schema
 
 
 def test_the_adapters_are_in_the_headers(server_url: str) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import math
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import httpx
 import openai
 import pytest
+from pydantic import BaseModel, Field
 
 from tests.e2e.live import Live, completion
 from tests.e2e.starter_pool import POOL, Heldout
@@ -151,13 +152,33 @@ def test_another_retrieval_text_finds_other_adapters(client: openai.OpenAI, held
     assert [adapter["name"] for adapter in answer.model_extra["lora"]["adapters"]] == [heldout[1].task]
 
 
+class Order(BaseModel):
+    colour: Literal["red", "green"]
+    sizes: Annotated[list[Annotated[int, Field(ge=1, le=9)]], Field(max_length=3)]
+
+
+def test_a_parsed_answer_follows_its_model(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"messages": messages("Two red shirts"), "max_tokens": 100, "temperature": 1.0}
+    for model in ("auto", BASE):
+        answer = client.chat.completions.parse(model=model, response_format=Order, n=2, **asked)
+        assert [choice.finish_reason for choice in answer.choices] == ["stop", "stop"]
+        assert all(isinstance(choice.message.parsed, Order) for choice in answer.choices)
+
+
+def test_a_streamed_choice_is_one_of_the_texts(client: openai.OpenAI) -> None:
+    body = {"structured_outputs": {"choice": ["red", "gr\u00fcn"]}}
+    parts = client.completions.create(**{**STORY, "max_tokens": 40}, extra_body=body, stream=True)
+    assert "".join(part.choices[0].text for part in parts if part.choices) in {"red", "gr\u00fcn"}
+
+
 def test_errors_have_the_clients_own_classes(client: openai.OpenAI, heldout: list[Heldout]) -> None:
     def ask(**fields: Any) -> None:
         client.chat.completions.create(**{"model": "auto", "messages": messages("hi"), "max_tokens": 2, **fields})
 
-    with pytest.raises(openai.BadRequestError) as unsupported:
-        ask(response_format={"type": "json_object"})
-    assert (unsupported.value.code, unsupported.value.param) == ("unsupported", "response_format")
+    schema = {"name": "a", "schema": {"type": "object", "properties": {"a": {"not": {}}}}}
+    with pytest.raises(openai.BadRequestError, match="at /properties/a cannot be compiled") as invalid:
+        ask(response_format={"type": "json_schema", "json_schema": schema})
+    assert (invalid.value.code, invalid.value.param) == ("grammar_invalid", "response_format.json_schema.schema")
     with pytest.raises(openai.BadRequestError) as tools:
         ask(tools=[{"type": "function", "function": {"name": "f"}}])
     assert (tools.value.code, tools.value.param) == ("unsupported", "tools")

@@ -17,7 +17,6 @@ CHAT = {"messages": [USER]}
 TEXT = {"prompt": "Once"}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 ASKED: dict[str, Any] = {
-    "response_format": {"type": "json_object"},
     "tools": [TOOL],
     "tool_choice": "required",
     "functions": [{"name": "f"}],

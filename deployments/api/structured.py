@@ -1,0 +1,87 @@
+"""Structured output in a request: `response_format` of the OpenAI API, and `structured_outputs` of vLLM."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from deployments.api.base import MAX_LABEL_CHARS, ApiRequest, at_most, problem
+from deployments.api.tolerance import TolerantRequest
+from gpu_worker.errors import GrammarInvalid
+from gpu_worker.request.grammar import ANY_OBJECT, MAX_CHOICES, MAX_GRAMMAR_CHARS, Grammar
+
+_MAX_KEYS = 1000  # at the top level of a schema
+GrammarText = Annotated[str, Field(min_length=1, max_length=MAX_GRAMMAR_CHARS)]
+Schema = Annotated[dict[str, Any], Field(max_length=_MAX_KEYS), BeforeValidator(at_most(_MAX_KEYS))]
+Label = Annotated[str, Field(max_length=MAX_LABEL_CHARS)]
+Choice = Annotated[str, Field(min_length=1, max_length=MAX_GRAMMAR_CHARS)]
+
+
+class JsonSchemaFormat(TolerantRequest):
+    """A schema of the OpenAI API. It is always enforced, whatever `strict` says."""
+
+    name: Label | None = None
+    description: Label | None = None
+    schema_: Schema = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(TolerantRequest):
+    """The format of a chat's answer."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> Self:
+        if (self.json_schema is not None) != (self.type == "json_schema"):
+            raise problem("json_schema", f"goes with type 'json_schema', and with it only; type is {self.type!r}")
+        return self
+
+    def grammar(self) -> Grammar | None:
+        """Return the grammar of the answer, or None for any text. Raises: GrammarInvalid."""
+        if self.json_schema is not None:
+            return _of_schema(self.json_schema.schema_, "response_format.json_schema.schema")
+        return Grammar("json_schema", ANY_OBJECT, "response_format") if self.type == "json_object" else None
+
+
+class StructuredOutputs(ApiRequest):
+    """One grammar of the answer, in vLLM's spelling."""
+
+    json_: Schema | GrammarText | None = Field(default=None, alias="json")
+    regex: GrammarText | None = None
+    choice: Annotated[list[Choice], Field(fail_fast=True, min_length=1, max_length=MAX_CHOICES)] | None = None
+    grammar: GrammarText | None = None
+    json_object: Literal[True] | None = None
+
+    @model_validator(mode="after")
+    def _one_grammar(self) -> Self:
+        names = [name.rstrip("_") for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(names) != 1:
+            given = ", ".join(names) or "none"
+            raise problem("", f"needs exactly one of json, regex, choice, grammar and json_object, got {given}")
+        return self
+
+    def as_grammar(self) -> Grammar:
+        """Return the grammar of the answer. Raises: GrammarInvalid."""
+        path = "structured_outputs"
+        if self.regex is not None:
+            return Grammar("regex", self.regex, f"{path}.regex")
+        if self.choice is not None:
+            return Grammar.of_choices(self.choice, f"{path}.choice")
+        if self.grammar is not None:
+            return Grammar("grammar", self.grammar, f"{path}.grammar")
+        if self.json_ is not None:
+            return _of_schema(self.json_, f"{path}.json")
+        return Grammar("json_schema", ANY_OBJECT, f"{path}.json_object")
+
+
+def _of_schema(schema: Mapping[str, Any] | str, param: str) -> Grammar:
+    """Return the grammar of a schema, given as an object or as its JSON text. Raises: GrammarInvalid."""
+    try:
+        return Grammar("json_schema", schema if isinstance(schema, str) else json.dumps(schema), param)
+    except (RecursionError, ValueError) as exc:
+        raise GrammarInvalid("it is nested too deeply, or has numbers that JSON lacks", param=param) from exc

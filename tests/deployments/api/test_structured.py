@@ -1,0 +1,95 @@
+"""The grammar that a request asks for, in both spellings, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from deployments.api.completions import parse
+from deployments.errors import RequestInvalid
+from gpu_worker.errors import GrammarInvalid, SamplingInvalid
+from gpu_worker.request.grammar import MAX_GRAMMAR_CHARS, Grammar
+
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
+SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
+ANY = '{"type": "object"}'
+
+
+def asked(**fields: Any) -> Grammar | None:
+    grammars = [parse(request | fields).sampling().grammar for request in (CHAT, {"prompt": "Once"})]
+    assert grammars[0] == grammars[1]
+    return grammars[0]
+
+
+def with_schema(**fields: Any) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "a", **fields}}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "grammar", "param"),
+    [
+        (with_schema(schema=SCHEMA, strict=True), ("json_schema", json.dumps(SCHEMA)), "response_format.json_schema"),
+        (with_schema(schema=SCHEMA, strict=False), ("json_schema", json.dumps(SCHEMA)), "response_format.json_schema"),
+        ({"response_format": {"type": "json_object"}}, ("json_schema", ANY), "response_format"),
+        ({"structured_outputs": {"json": SCHEMA}}, ("json_schema", json.dumps(SCHEMA)), "structured_outputs.json"),
+        ({"structured_outputs": {"json": ANY}}, ("json_schema", ANY), "structured_outputs.json"),
+        ({"structured_outputs": {"json_object": True}}, ("json_schema", ANY), "structured_outputs.json_object"),
+        ({"structured_outputs": {"regex": "a+"}}, ("regex", "a+"), "structured_outputs.regex"),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, ("choice", '["a", "b"]'), "structured_outputs.choice"),
+        ({"structured_outputs": {"grammar": "root ::= [a]"}}, ("grammar", "root ::= [a]"), "structured_outputs"),
+        ({"response_format": {"type": "text"}, "structured_outputs": {"regex": "a"}}, ("regex", "a"), "structured"),
+    ],
+)
+def test_both_spellings_give_a_grammar_that_names_its_field(
+    fields: dict[str, Any], grammar: tuple[Any, str], param: str
+) -> None:
+    found = asked(**fields)
+    assert found == Grammar(*grammar)
+    assert found is not None and found.param.startswith(param)
+
+
+@pytest.mark.parametrize("fields", [{}, {"response_format": {"type": "text"}}, {"structured_outputs": None}])
+def test_any_text_has_no_grammar(fields: dict[str, Any]) -> None:
+    assert asked(**fields) is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": {"type": "json_object", "json_schema": {"schema": {}}}}, "response_format.json_schema"),
+        (with_schema(), "response_format.json_schema.schema"),
+        (with_schema(schema=[1]), "response_format.json_schema.schema"),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
+        ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"choice": ["a", ""]}}, "structured_outputs.choice.1"),
+        ({"structured_outputs": {"json_object": False}}, "structured_outputs.json_object"),
+        ({"structured_outputs": {"regex": "a" * (MAX_GRAMMAR_CHARS + 1)}}, "structured_outputs.regex"),
+        ({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}, "structured_outputs"),
+    ],
+)
+def test_a_malformed_format_is_refused_at_its_field(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(RequestInvalid) as refused:
+        parse(CHAT | fields)
+    assert refused.value.param == param
+
+
+def test_a_large_or_deep_schema_is_refused_before_it_is_sent_to_a_worker() -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(100_000):
+        deep = {"items": deep}
+    for schema in ({"enum": ["x" * MAX_GRAMMAR_CHARS]}, deep):
+        with pytest.raises(GrammarInvalid) as refused:
+            asked(**with_schema(schema=schema))
+        assert refused.value.param == "response_format.json_schema.schema"
+
+
+@pytest.mark.parametrize("name", ["min_tokens", "ignore_eos"])
+def test_the_grammar_alone_ends_the_answer(name: str) -> None:
+    with pytest.raises(SamplingInvalid, match=name):
+        asked(**{name: 1 if name == "min_tokens" else True, "structured_outputs": {"regex": "a"}})
