@@ -1,0 +1,68 @@
+"""The cost of structured output: tokens per second with one shared schema, and the seconds of a new schema.
+
+`python -m benchmarks.structured_output`. Rounds with and without the schema alternate, so that both meet the same
+machine. The schema cannot end within the measured tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from typing import Any
+
+import typer
+
+from benchmarks.engine_cases import NUM_NEW, NUM_ROWS, Loaded, Quick, plans, shown, table_of
+from benchmarks.results_file import write_results
+from gpu_worker.request.grammar import Grammar
+
+ROUNDS, NEW_SCHEMAS = 5, 20
+SAMPLINGS: dict[str, dict[str, Any]] = {"greedy": {}, "temperature 1": {"temperature": 1.0, "seed": 3}}
+
+
+def people(number: int = 0) -> Grammar:
+    """Return the schema of a long list of people. Each number gives another schema."""
+    fields = {"name": {"type": "string", "maxLength": 40}, "age": {"type": "integer", "minimum": 0, "maximum": 150}}
+    person = {"type": "object", "properties": fields, "required": ["name", "age"], "additionalProperties": False}
+    return Grammar("json_schema", json.dumps({"type": "array", "items": person, "minItems": 1000 + number}))
+
+
+def seconds_to_compile(loaded: Loaded, number: int) -> float:
+    """Return the seconds until a row can start with a new schema."""
+    started = time.perf_counter()
+    loaded.engine.grammars.state(people(number), "local", [], 0, loaded.engine.base.vocab_size)
+    return time.perf_counter() - started
+
+
+def main(quick: Quick = False) -> None:
+    """Measure, print a table and write the results."""
+    num_rounds, num_new = (1, 8) if quick else (ROUNDS, NUM_NEW)
+    loaded = Loaded(8)
+    rows = loaded.prompts(1, NUM_ROWS)
+    first = seconds_to_compile(loaded, 0)
+    compiled = [seconds_to_compile(loaded, number) for number in range(1, 3 if quick else NEW_SCHEMAS + 1)]
+    table = table_of("", "free tokens/s", "with a schema", "lost")
+    figures, runs = {"first_schema_s": first, "new_schema_ms": 1000 * statistics.median(compiled)}, []
+    for name, settings in SAMPLINGS.items():
+        bound = settings | {"ignore_eos": False, "grammar": people()}
+        loaded.run(plans("mixture", 8), rows, 4, **bound)
+        found: list[tuple[float, float]] = []
+        for _ in range(num_rounds):
+            free, _ = loaded.run(plans("mixture", 8), rows, num_new, **settings)
+            structured, _ = loaded.run(plans("mixture", 8), rows, num_new, **bound)
+            found.append((free, structured))
+        lost = statistics.median(1 - structured / free for free, structured in found)
+        medians = [statistics.median(column) for column in zip(*found, strict=True)]
+        table.add_row(name, f"{medians[0]:.0f}", f"{medians[1]:.0f}", f"{100 * lost:.1f} %")
+        figures[f"lost_{name.replace(' ', '_')}"] = lost
+        runs.append({"sampling": name, "tokens_per_s": found})
+    table.add_row("new schema, ms", "", f"{figures['new_schema_ms']:.0f}", "")
+    table.add_row("first schema, s", "", f"{first:.1f}", "")
+    text = shown(table)
+    if not quick:
+        write_results("structured_output", figures=figures, table=text, runs=runs)
+
+
+if __name__ == "__main__":
+    typer.run(main)
