@@ -13,7 +13,7 @@ from gpu_worker.errors import EngineFull, GrammarInvalid
 from gpu_worker.grammar.compiler import CheckProcess, GrammarCompiler
 from gpu_worker.request.grammar import Grammar
 from tests.gpu_worker.engine_driver import run
-from tests.gpu_worker.grammar.test_state import TOKENS, ids_of, vocabulary_of
+from tests.gpu_worker.grammar.small_vocabulary import TOKENS, ids_of, vocabulary_of
 
 GOOD = Grammar("regex", "ab")
 

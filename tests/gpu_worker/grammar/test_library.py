@@ -9,7 +9,7 @@ import pytest
 from gpu_worker.grammar.library import make_vocabulary, matcher_of
 from gpu_worker.grammar.state import GrammarState
 from gpu_worker.request.grammar import ANY_OBJECT, Grammar
-from tests.gpu_worker.grammar.test_state import END, SPECIAL, TOKENS, compiled, ids_of
+from tests.gpu_worker.grammar.small_vocabulary import END, SPECIAL, TOKENS, compiled, ids_of
 
 
 def test_a_forced_text_has_the_tokens_of_the_tokenizer_where_their_bytes_are_right() -> None:

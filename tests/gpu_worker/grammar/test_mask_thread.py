@@ -7,7 +7,7 @@ import threading
 from gpu_worker.grammar.mask_thread import MaskThread
 from gpu_worker.grammar.state import GrammarState
 from gpu_worker.request.grammar import Grammar
-from tests.gpu_worker.grammar.test_state import TOKENS, compiled, ids_of, state_of
+from tests.gpu_worker.grammar.small_vocabulary import TOKENS, compiled, ids_of, state_of
 
 
 class StuckState(GrammarState):

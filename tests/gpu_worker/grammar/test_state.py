@@ -5,34 +5,23 @@ from __future__ import annotations
 import json
 import random
 
-import numpy as np
 import pytest
-from llguidance import LLMatcher, LLTokenizer
 
-from gpu_worker.grammar.library import make_vocabulary, matcher_of
-from gpu_worker.grammar.state import GrammarState, num_words
+from gpu_worker.grammar.state import num_words
 from gpu_worker.request.grammar import Grammar
 from tests.gpu_worker.grammar.schemas import random_schema
+from tests.gpu_worker.grammar.small_vocabulary import (
+    EMPTY,
+    END,
+    OTHER_END,
+    SPECIAL,
+    TOKENS,
+    compiled,
+    ids_of,
+    state_of,
+)
 from tests.soak import Scale
 
-END, OTHER_END, SPECIAL, EMPTY = 256, 257, 258, 259
-PIECES = [
-    b'{"',
-    b'"}',
-    b'":',
-    b', "',
-    b"  ",
-    b"\n ",
-    b"12",
-    b"true}",
-    b"re",
-    b"ed",
-    b"\xc3\xbc",
-    b"gr\xc3",
-    b"}\n",
-    b"-0.",
-]
-TOKENS = [*(bytes([byte]) for byte in range(256)), b"<end>", b"<other>", b"<start>", b"", *PIECES]
 GRAMMARS = [
     Grammar("regex", "(red|gr\u00fcn)+[0-9]{1,3}"),
     Grammar("choice", json.dumps(["red", "re", 'quo"te', "gr\u00fcn"])),
@@ -40,24 +29,6 @@ GRAMMARS = [
     Grammar("grammar", 'root ::= "re" [0-9]+ | "ed"'),
     *(Grammar("json_schema", json.dumps(random_schema(seed))) for seed in range(6)),
 ]
-
-
-def vocabulary_of(tokens: list[bytes]) -> LLTokenizer:
-    return make_vocabulary(tokens.__getitem__, len(tokens), [END, OTHER_END], [SPECIAL])
-
-
-def compiled(grammar: Grammar, tokens: list[bytes] = TOKENS) -> LLMatcher:
-    matcher = matcher_of(grammar, vocabulary_of(tokens))
-    assert not matcher.is_error(), matcher.get_error()
-    return matcher
-
-
-def state_of(grammar: Grammar, tokens: list[int], num_prompt: int = 0) -> GrammarState:
-    return GrammarState(compiled(grammar), tokens, num_prompt, len(TOKENS))
-
-
-def ids_of(state: GrammarState) -> list[int]:
-    return np.flatnonzero(np.unpackbits(state.allowed.view(np.uint8), bitorder="little")).tolist()
 
 
 def allowed_slowly(grammar: Grammar, answer: bytes) -> list[int]:
