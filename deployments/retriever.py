@@ -184,20 +184,28 @@ class RetrieverDeployment:
         """
         return await self._reach(generation)
 
-    async def prepare_encoder(self, model: str) -> str:
+    async def prepare_encoder(self, model: str, projection: str = "auto") -> str:
         """Load the model's encoder for the generation that activates it. Return its identity.
 
-        Raises: EncoderUnusable.
+        Raises: EncoderUnusable, ProjectionUnusable.
         """
-        return (await asyncio.to_thread(self._pools.prepare_encoder, model)).identity
+        return (await asyncio.to_thread(self._pools.prepare_encoder, model, projection)).identity
 
-    async def reindex(self, model: str) -> AsyncIterator[ReindexStep]:
-        """Yield embeddings by the encoder of `model` for every adapter that has none yet, to be committed in steps.
+    async def refit(self, model: str) -> str:
+        """Fit a projection for the encoder of `model` to the pool's samples. Return the identity of both.
 
-        Raises: EncoderUnusable, StoreUnavailable.
+        Raises: EncoderUnusable, ProjectionUnusable, StoreUnavailable.
         """
         await self._refresh()
-        steps = await asyncio.to_thread(self._retriever.reindex, model, self._samples)
+        return (await asyncio.to_thread(self._pools.refit, model, self._samples)).identity
+
+    async def reindex(self, model: str, projection: str = "auto") -> AsyncIterator[ReindexStep]:
+        """Yield embeddings by the encoder of `model` for every adapter that has none yet, to be committed in steps.
+
+        Raises: EncoderUnusable, ProjectionUnusable, StoreUnavailable.
+        """
+        await self._refresh()
+        steps = await asyncio.to_thread(self._retriever.reindex, model, self._samples, projection)
         async for step in _beside_the_loop(steps):
             yield step
 

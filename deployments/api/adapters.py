@@ -147,6 +147,10 @@ class GcRequest(ApiRequest):
 
 
 class ReindexRequest(ApiRequest):
-    """`POST /v1/pool/reindex`: a sentence-transformers model, as `retrieval.encoder` names it."""
+    """`POST /v1/pool/reindex`: a sentence-transformers model, as `retrieval.encoder` names it, and its projection.
+
+    `projection`: `auto` is the packaged one, if there is one; `refit` fits one to the samples of the pool.
+    """
 
     encoder: str = Field(min_length=1, max_length=4096)
+    projection: Literal["auto", "none", "refit"] = "auto"

@@ -213,7 +213,8 @@ class RetrieverCalls(RoutingClient, Protocol):
     async def load(self, tenant: str) -> tuple[int, int]: ...
     async def record(self, tenant: str, name: str, min_generation: int = 0) -> tuple[int, list[AdapterRecord]]: ...
     async def embed(self, groups: Sequence[Sequence[Sample]], tenants: Sequence[str]) -> list[Embedded | None]: ...
-    def reindex(self, model: str) -> AsyncIterator[ReindexStep]: ...
+    async def refit(self, model: str) -> str: ...
+    def reindex(self, model: str, projection: str = "auto") -> AsyncIterator[ReindexStep]: ...
     def doctor(self, tenant: str) -> AsyncIterator[DoctorStep]: ...
 
 
@@ -221,7 +222,7 @@ class RetrieverReplica(RetrieverCalls, Protocol):
     """One replica of the Retriever deployment. Every replica must answer the calls below, not any one of them."""
 
     async def catch_up(self, generation: int) -> int: ...
-    async def prepare_encoder(self, model: str) -> str: ...
+    async def prepare_encoder(self, model: str, projection: str = "auto") -> str: ...
 
 
 class RetrieverClient(RetrieverCalls, Protocol):
@@ -230,10 +231,12 @@ class RetrieverClient(RetrieverCalls, Protocol):
     Broadcasts raise DeploymentUnavailableError if no replica runs, and TimeoutError if one does not answer in time.
     """
 
-    def reindex(self, model: str) -> AsyncGenerator[ReindexStep]: ...
+    def reindex(self, model: str, projection: str = "auto") -> AsyncGenerator[ReindexStep]: ...
     def doctor(self, tenant: str) -> AsyncGenerator[DoctorStep]: ...
     async def broadcast_catch_up(self, generation: int, timeout_s: float) -> list[int | BaseException]: ...
-    async def broadcast_prepare_encoder(self, model: str, timeout_s: float) -> list[str | BaseException]: ...
+    async def broadcast_prepare_encoder(
+        self, model: str, timeout_s: float, projection: str = "auto"
+    ) -> list[str | BaseException]: ...
     async def broadcast_load(self, tenant: str, timeout_s: float) -> list[tuple[int, int] | BaseException]: ...
 
 
@@ -272,8 +275,11 @@ class ServeRetriever(RetrieverClient):
     async def embed(self, groups: Sequence[Sequence[Sample]], tenants: Sequence[str]) -> list[Embedded | None]:
         return await self._calls.retry(RetrieverReplica.embed, groups, tenants)
 
-    def reindex(self, model: str) -> AsyncGenerator[ReindexStep]:
-        return self._calls.stream(RetrieverReplica.reindex, model)
+    async def refit(self, model: str) -> str:
+        return await self._calls.once(RetrieverReplica.refit, model)
+
+    def reindex(self, model: str, projection: str = "auto") -> AsyncGenerator[ReindexStep]:
+        return self._calls.stream(RetrieverReplica.reindex, model, projection)
 
     def doctor(self, tenant: str) -> AsyncGenerator[DoctorStep]:
         return self._calls.stream(RetrieverReplica.doctor, tenant)
@@ -281,8 +287,10 @@ class ServeRetriever(RetrieverClient):
     async def broadcast_catch_up(self, generation: int, timeout_s: float) -> list[int | BaseException]:
         return await self._calls.broadcast(timeout_s, RetrieverReplica.catch_up, generation)
 
-    async def broadcast_prepare_encoder(self, model: str, timeout_s: float) -> list[str | BaseException]:
-        return await self._calls.broadcast(timeout_s, RetrieverReplica.prepare_encoder, model)
+    async def broadcast_prepare_encoder(
+        self, model: str, timeout_s: float, projection: str = "auto"
+    ) -> list[str | BaseException]:
+        return await self._calls.broadcast(timeout_s, RetrieverReplica.prepare_encoder, model, projection)
 
     async def broadcast_load(self, tenant: str, timeout_s: float) -> list[tuple[int, int] | BaseException]:
         return await self._calls.broadcast(timeout_s, RetrieverReplica.load, tenant)

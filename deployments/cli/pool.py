@@ -139,10 +139,13 @@ def gc(
 @commands.command()
 def reindex(
     encoder: Annotated[str, typer.Option(help="sentence-transformers model: a folder or a hub id")],
+    projection: Annotated[
+        str, typer.Option(help="auto: the packaged one, if any; none; refit: fit one to the pool's samples")
+    ] = "auto",
     url: Url = DEFAULT_URL,
 ) -> None:
     """Embed the pool with another encoder, then switch to it. The old index serves until then."""
-    result = follow(url, "/v1/pool/reindex", {"encoder": encoder}, "embedding")
+    result = follow(url, "/v1/pool/reindex", {"encoder": encoder, "projection": projection}, "embedding")
     behind = result["replicas"]["behind"]
     note = f" ({behind} replicas are not up to date yet)" if behind else ""
     out.print(f"the pool uses {encoder} since generation {result['generation']}{note}", markup=False)

@@ -47,22 +47,30 @@ async def doctor(retriever: RetrieverClient, tenant: str) -> AsyncGenerator[Json
 
 
 async def reindex(
-    publisher: Publisher, store: StoreClient, retriever: RetrieverClient, model: str, actor: str
+    publisher: Publisher,
+    store: StoreClient,
+    retriever: RetrieverClient,
+    model: str,
+    actor: str,
+    projection: str = "auto",
 ) -> AsyncGenerator[JsonObject]:
     """Embed the pool with the encoder `model`, then activate that encoder on every replica at one generation.
 
-    Adapters published meanwhile are embedded in a further round. Raises: EncoderUnusable, EncoderIncomplete.
+    `projection`: auto, none, or refit, which fits one to the pool's samples first. Adapters published meanwhile are
+    embedded in a further round. Raises: EncoderUnusable, ProjectionUnusable, EncoderIncomplete.
     """
     await store.check_available()
+    if projection == "refit":
+        projection = await retriever.refit(model)
     for round_number in range(1, _MAX_ROUNDS + 1):
         unreadable: list[AdapterRef] = []
-        async with aclosing(retriever.reindex(model)) as steps:
+        async with aclosing(retriever.reindex(model, projection)) as steps:
             async for step in steps:
                 unreadable += step.unreadable
                 if step.embeddings:
                     await store.add_embeddings(step.embeddings)
                 yield {"done": step.num_done, "total": step.num_total}
-        identity = await _prepare_everywhere(retriever, model)
+        identity = await _prepare_everywhere(retriever, model, projection)
         try:
             generation = await store.activate_encoder(model, identity, actor)
         except EncoderIncomplete as exc:
@@ -78,9 +86,9 @@ async def reindex(
         return
 
 
-async def _prepare_everywhere(retriever: RetrieverClient, model: str) -> str:
+async def _prepare_everywhere(retriever: RetrieverClient, model: str, projection: str) -> str:
     """Load the encoder on every replica, and return its identity. Raises: the error of a replica that cannot."""
-    answers = await retriever.broadcast_prepare_encoder(model, _LOAD_ENCODER_TIMEOUT_S)
+    answers = await retriever.broadcast_prepare_encoder(model, _LOAD_ENCODER_TIMEOUT_S, projection)
     identities = set()
     for answer in answers:
         if isinstance(answer, RayActorError):

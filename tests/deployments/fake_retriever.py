@@ -89,7 +89,10 @@ class FakeRetriever:
             raise self.caught_up
         return generation
 
-    async def reindex(self, model: str) -> AsyncIterator[ReindexStep]:
+    async def refit(self, model: str) -> str:
+        return f"{model}+fitted"
+
+    async def reindex(self, model: str, projection: str = "auto") -> AsyncIterator[ReindexStep]:
         for item in self.steps.pop(0):
             step = given(item)
             assert isinstance(step, ReindexStep)
@@ -101,7 +104,7 @@ class FakeRetriever:
             assert isinstance(step, DoctorStep)
             yield step
 
-    async def prepare_encoder(self, model: str) -> str:
+    async def prepare_encoder(self, model: str, projection: str = "auto") -> str:
         return given(self.prepared)
 
     @property

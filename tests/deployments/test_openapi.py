@@ -38,7 +38,7 @@ WITHOUT_ERRORS = {"/health"}
 class Jobs(MappedRetriever):
     """Ends every job on the pool at once, because these tests are about the routes' input."""
 
-    async def reindex(self, model: str) -> AsyncIterator[ReindexStep]:
+    async def reindex(self, model: str, projection: str = "auto") -> AsyncIterator[ReindexStep]:
         yield ReindexStep(0, 0, {})
 
     async def doctor(self, tenant: str) -> AsyncIterator[DoctorStep]:

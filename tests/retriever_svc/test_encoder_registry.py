@@ -12,6 +12,7 @@ from retriever_svc.errors import EncoderUnusable, ProjectionUnusable
 from retriever_svc.projection_files import ProjectionFiles
 from retriever_svc.whitening import Whitening, fit_whitening, split_identity
 from tests.retriever_svc.pool_fakes import FakeEncoder
+from tests.retriever_svc.projectable import Projectable
 from tests.retriever_svc.test_whitening import world
 
 NEW = ActiveEncoder("new-model", "new")
@@ -86,15 +87,6 @@ def test_an_encoder_that_is_not_the_pools_is_refused_and_the_active_one_stays(fo
             encoders.encoder_of(NEW)
         assert caught.value.model == "new-model"
     assert encoders.encoder_of(ActiveEncoder("default-model", "default")) is before
-
-
-class Projectable(FakeEncoder):
-    """A fake that a projection can follow."""
-
-    def projected(self, projection: Whitening | None) -> Projectable:
-        other = Projectable({}, identity=self.identity if projection is None else projection.identity)
-        other.projection = projection
-        return other
 
 
 class Shipped(ProjectionFiles):

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import cycle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,11 +11,16 @@ import pytest
 from lora_store.adapter import AdapterRef, Sample
 from lora_store.errors import BlobCorrupted, StoreUnavailable
 from lora_store.events import ActivateEncoder, Embed
+from lora_store.files import Files
+from lora_store.location import Location
 from lora_store.records import AdapterRecord, Embedding
 from lora_store.snapshot import Snapshot
-from retriever_svc import LivePool, Retriever, Route, RouteRequest
+from retriever_svc import LivePool, ProjectionFiles, ProjectionUnusable, Retriever, Route, RouteRequest, fit_whitening
+from retriever_svc.ordinary_prompts import ordinary_prompts
 from retriever_svc.reindex import ReindexStep, reindex
 from tests.retriever_svc.pool_fakes import FakeEncoder, Source, embedding_of, names, record_of, snapshot_of
+from tests.retriever_svc.projectable import Projectable
+from tests.retriever_svc.test_whitening import DIM, world
 
 NEW = FakeEncoder({f"text of a{n}": (math.cos(n), math.sin(n), 0.0) for n in range(100)}, dim=3, identity="new")
 
@@ -109,3 +116,26 @@ def test_a_reindexed_pool_swaps_encoder_and_index_at_one_generation() -> None:
     assert isinstance(route, Route)
     assert names(route)[0] == "a2"
     assert (route.generation, pools.stats().encoder, pools.stats().num_live) == (5, "new", 4)
+
+
+def test_a_refit_reads_the_pools_samples_and_its_projection_is_prepared_from_the_store(tmp_path: Path) -> None:
+    groups = world(num_tasks=12)
+    table = {f"sample {n} of a{task}": row.tolist() for task, rows in enumerate(groups) for n, row in enumerate(rows)}
+    table |= {text: row.tolist() for text, row in zip(ordinary_prompts(), cycle(groups[0]), strict=False)}
+
+    def source(record: AdapterRecord) -> Sequence[Sample]:
+        return [Sample(text) for text in table if text.endswith(f" of {record.ref.name}")]
+
+    files = ProjectionFiles(Files(Location(str(tmp_path)).child("projections")))
+    records = [record_of(f"a{n}", groups[n][0], num_samples=20, encoder="plain") for n in range(12)]
+    pools = LivePool(lambda model: Projectable(table, DIM, "plain"), Source(*records), projections=files)
+    fitted = pools.refit("model", source)
+    texts = [[sample.input for sample in source(record)] for record in records]
+    assert fitted.identity == fit_whitening("plain", groups, texts).identity
+    [step] = Retriever(pools).reindex("model", source, fitted.identity)
+    assert {e.encoder for e in step.embeddings.values()} == {fitted.identity}
+    for task, record in enumerate(records):
+        expected = fitted.own_scores(groups[task], texts[task])
+        np.testing.assert_allclose(step.embeddings[record.ref].own_scores, expected, atol=1e-5)
+    with pytest.raises(ProjectionUnusable, match="no place"):
+        LivePool(lambda model: NEW, Source()).refit("model", source)

@@ -39,7 +39,8 @@ async def reindex(
     """Embed the pool with another encoder while the old index serves, then switch to it at one generation."""
     require_encoder(services, body.encoder, http)
     publisher, store, retriever = services.publisher, services.store, services.retriever
-    return await _stream(maintenance.reindex(publisher, store, retriever, body.encoder, actor=caller.key_id), context)
+    job = maintenance.reindex(publisher, store, retriever, body.encoder, caller.key_id, body.projection)
+    return await _stream(job, context)
 
 
 @router.post("/v1/pool/gc", response_model=None, responses=GC_ANSWERS)

@@ -96,7 +96,7 @@ def test_reindex_prints_since_when_the_pool_uses_the_encoder(behind: int, note: 
     result_line = {"result": {"encoder": "other", "generation": 9, "replicas": {"ready": 1, "behind": behind}}}
     with scripted((200, lines({"done": 2, "total": 2}, result_line))) as server:
         result = run("reindex", "--encoder", "other", "--url", server.url)
-    assert (server.asked, server.sent) == ([("POST", "/v1/pool/reindex")], [{"encoder": "other"}])
+    assert (server.asked, server.sent) == ([("POST", "/v1/pool/reindex")], [{"encoder": "other", "projection": "auto"}])
     assert words(result.stdout) == f"the pool uses other since generation 9{note}"
 
 

@@ -61,6 +61,17 @@ def test_a_reindex_embeds_prepares_every_replica_then_swaps_and_waits_for_all() 
     ask(run, retriever=FakeRetriever(steps=[[step(1, 2, POET), step(2, 2, CODER)]]))
 
 
+def test_a_refit_comes_first_and_its_projection_is_embedded_and_activated() -> None:
+    async def run(client: httpx.AsyncClient, served: Served) -> None:
+        await client.post("/v1/pool/reindex", json={"encoder": "other", "projection": "refit"})
+        names = [call.name for call in served.retriever.calls]
+        assert names[names.index("refit") : names.index("refit") + 2] == ["refit", "reindex"]
+        assert served.retriever.called("reindex") == [("other", "other+fitted")]
+        assert served.retriever.called("prepare_encoder") == [("other", "other+fitted")]
+
+    ask(run, retriever=FakeRetriever(steps=[[step(1, 1, POET)]]))
+
+
 def test_adapters_published_meanwhile_are_embedded_in_another_round() -> None:
     retriever = FakeRetriever(steps=[[step(1, 1, POET)], [step(1, 1, CODER)]])
     store = FakeStore(incomplete=[EncoderIncomplete([CODER])])
