@@ -13,6 +13,9 @@ from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
+import numpy as np
+from numpy.typing import NDArray
+
 from deployments.auth.ray_token import require_token_mode
 from deployments.config.app import AppConfig
 from deployments.encoder_queue import EncoderQueue
@@ -142,6 +145,10 @@ class RetrieverDeployment:
         await self._reach_for(tenant, min_generation)
         [encoded] = await self._prompts.encoded(tenant, [text])
         return await _on(self._searches, self._retriever.place_encoded, tenant, encoded, names)
+
+    async def vectors(self, tenant: str, texts: Sequence[str]) -> list[NDArray[np.float32]]:
+        """Return the vector (D,) float32, of length 1, of each text of one request. Raises: EncoderBusy."""
+        return [encoded.vector for encoded in await self._prompts.encoded(tenant, texts)]
 
     async def load(self, tenant: str) -> tuple[int, int]:
         """Return (generation that this replica serves, number of adapters that the tenant may use)."""

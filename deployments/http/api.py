@@ -15,7 +15,17 @@ from deployments.http.error_responses import install_error_handlers
 from deployments.http.middleware import BearerAuth, ConcurrencyLimit, RequestContextMiddleware, SafeHeaders
 from deployments.http.openapi import Api
 from deployments.http.origins import HostGuard
-from deployments.http.routes import adapters, completions, console, maintenance, models, pool_map, status, vllm
+from deployments.http.routes import (
+    adapters,
+    completions,
+    console,
+    embeddings,
+    maintenance,
+    models,
+    pool_map,
+    status,
+    vllm,
+)
 
 # Serve traces every call already: FastAPI's own spans would duplicate its spans.
 _TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
@@ -24,7 +34,7 @@ _EXPOSED = [
     *("x-request-id", "retry-after", "x-ignored-fields"),
     *("x-lora-strategy", "x-lora-adapters", "x-lora-generation"),
 ]
-_ROUTES = (completions, models, adapters, vllm, maintenance, pool_map, status, console)
+_ROUTES = (completions, embeddings, models, adapters, vllm, maintenance, pool_map, status, console)
 
 
 def build_api(services: Services) -> Api:

@@ -9,6 +9,7 @@ from pydantic import TypeAdapter
 
 from deployments.api import pool_responses, responses
 from deployments.api.completion_responses import ChatAnswer, TextAnswer
+from deployments.api.embeddings import EmbeddingsAnswer
 from deployments.json_types import JsonObject
 
 Answers = dict[int | str, JsonObject]
@@ -62,6 +63,7 @@ def _of_kind(described: Answers, media_type: str, *statuses: int) -> Answers:
 
 CHAT_ANSWERS = _also_events(answers(400, 404, 409, 422, 504, s200=ChatAnswer))
 TEXT_ANSWERS = _also_events(answers(400, 404, 409, 422, 504, s200=TextAnswer))
+EMBEDDINGS_ANSWERS = answers(400, 404, 504, s200=EmbeddingsAnswer)
 ROUTE_ANSWERS = answers(400, 404, 409, 422, 504, s200=responses.RouteAnswer)
 MODELS_ANSWERS = answers(400, s200=pool_responses.ModelList)
 MODEL_ANSWERS = answers(404, s200=pool_responses.ModelCard)

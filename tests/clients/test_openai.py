@@ -65,3 +65,9 @@ def test_errors(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         client.completions.create(model="auto", prompt="Once", suffix="end")
     assert refused.value.code == "unsupported"
+
+
+def test_embeddings(client: openai.OpenAI) -> None:
+    """embeddings"""
+    answer = client.embeddings.create(model="all-MiniLM-L6-v2", input=["a", "bcd"])
+    assert [item.embedding for item in answer.data] == [[1.0, 0.5], [3.0, 0.5]]

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lora_store import AdapterRecord, Embedding, Plan, PlannedAdapter, Sample, Snapshot, Strategy
 from retriever_svc import (
@@ -75,6 +76,9 @@ class FakeRetriever:
 
     async def place(self, tenant: str, text: str, names: Sequence[str], min_generation: int = 0) -> Place:
         raise NotImplementedError
+
+    async def vectors(self, tenant: str, texts: Sequence[str]) -> list[NDArray[np.float32]]:
+        return [np.array([len(text), 0.5], np.float32) for text in texts]
 
     async def embed(self, groups: Sequence[Sequence[Sample]], tenants: Sequence[str]) -> list[Embedded | None]:
         assert len(groups) == len(tenants)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lora_store import ActivateEncoder, AdapterNotFound, Embed, Event, StoreUnavailable
@@ -45,6 +46,18 @@ def test_a_prompt_is_nearest_to_the_adapter_that_it_is_routed_to(tmp_path: Path)
         drawn = await here.replica.map("local")
         assert (drawn.num_adapters, round(drawn.shown_variance, 5)) == (2, 1)
         assert await here.replica.load("local") == (1, 2)
+
+    run(tmp_path, scenario)
+
+
+def test_a_text_has_the_vector_of_length_one_that_routing_uses(tmp_path: Path) -> None:
+    async def scenario(here: Served) -> None:
+        german, again, sums = await here.replica.vectors(
+            "local", ["Say bread in German", "Say bread in German", "1 + 2"]
+        )
+        assert (german.dtype, float(german @ german)) == (np.float32, pytest.approx(1, abs=1e-5))
+        assert float(german @ again) == pytest.approx(1, abs=1e-5)
+        assert float(german @ sums) < 0.9
 
     run(tmp_path, scenario)
 

@@ -43,6 +43,7 @@ BODIES = {
     "/v1/chat/completions": CHAT,
     "/v1/completions": {"prompt": "Hi"},
     "/v1/route": {"prompt": "Hi"},
+    "/v1/embeddings": {"model": "all-MiniLM-L6-v2", "input": "Hi"},
     "/v1/loras/x": {"visibility": "public"},
     "/v1/load_lora_adapter": {"lora_name": "x", "lora_path": "/x"},
     "/v1/unload_lora_adapter": {"lora_name": "x"},

@@ -39,6 +39,7 @@ BODIES: dict[str, dict[str, Any]] = {
     },
     "/v1/completions": {"model": "poet", "prompt": "Hi", "max_tokens": 2, "stream": True, "ignore_eos": True},
     "/v1/route": {"prompt": ["Hi"], "lora": {"adapters": [{"name": "poet", "weight": 0.5}]}},
+    "/v1/embeddings": {"model": "all-MiniLM-L6-v2", "input": ["Hi"], "encoding_format": "base64"},
     "/v1/loras": {"path": "/nowhere/novel", "name": "novel", "tags": ["a"], "template": "chat"},
     "/v1/loras/poet/rollback": {"digest": "0123456789"},
     "/v1/load_lora_adapter": {"lora_name": "novel", "lora_path": "/nowhere/novel"},

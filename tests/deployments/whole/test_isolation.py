@@ -40,6 +40,7 @@ def searching(prompt: str) -> Iterator[Request]:
 BY_THE_ENCODER: tuple[Callable[[str], Request], ...] = (
     lambda text: ("POST", "/v1/pool/map", {"prompt": text}),
     lambda text: ("POST", "/v1/route", {"prompt": text}),
+    lambda text: ("POST", "/v1/embeddings", {"model": "all-MiniLM-L6-v2", "input": text}),
     lambda text: ("POST", "/v1/completions", {"prompt": text}),
 )
 
@@ -313,4 +314,4 @@ def test_other_tenants_texts_do_not_change_the_encoders_work(tmp_path: Path, mon
                         assert (await answer_to(tenants, mine, request_of(text))).status_code == 200
                     assert computed == [text], request_of(text)[1]  # once, for its own tenant
 
-    run(tmp_path, look)
+    run(tmp_path, look, num_private=len(BY_THE_ENCODER))

@@ -1,0 +1,81 @@
+"""The request and the answer of `/v1/embeddings`: vectors of the encoder that `auto` finds adapters with."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BeforeValidator, Field, model_validator
+from typing_extensions import TypedDict
+
+from deployments.api.base import MAX_LABEL_CHARS, MAX_TEXT_CHARS, unsupported
+from deployments.api.tolerance import Passing, TolerantRequest, without_unserved
+
+MAX_INPUTS = 256
+NOT_SERVED_IN_EMBEDDINGS: Passing = {"dimensions": (), "input_type": ("query", "passage", "document")}
+Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT_CHARS)]
+Texts = Annotated[list[Text], Field(min_length=1, max_length=MAX_INPUTS)]
+
+
+def _as_texts(value: object) -> object:
+    if isinstance(value, list) and any(isinstance(item, int | list) for item in value[: MAX_INPUTS + 1]):
+        raise unsupported("", "token ids as an input")
+    return [value] if isinstance(value, str) else value
+
+
+class EmbeddingsRequest(TolerantRequest):
+    """`POST /v1/embeddings`"""
+
+    model: str = Field(min_length=1, max_length=256)
+    input: Annotated[
+        list[Text],
+        Field(fail_fast=True, min_length=1, max_length=MAX_INPUTS),
+        BeforeValidator(_as_texts, json_schema_input_type=Text | Texts),
+    ]
+    encoding_format: Literal["float", "base64"] = "float"
+    user: Annotated[str, Field(max_length=MAX_LABEL_CHARS)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _supported(cls, data: object) -> object:
+        return without_unserved(data, NOT_SERVED_IN_EMBEDDINGS)
+
+
+class EmbeddingObject(TypedDict):
+    """`embedding`: numbers, or in base64 float32 in little-endian order."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingsUsage(TypedDict):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingsAnswer(TypedDict):
+    object: Literal["list"]
+    data: list[EmbeddingObject]
+    model: str
+    usage: EmbeddingsUsage
+
+
+def embeddings_answer(
+    request: EmbeddingsRequest, vectors: Sequence[NDArray[np.float32]], num_tokens: int
+) -> EmbeddingsAnswer:
+    """Return the answer. `vectors`: one (D,) float32 of length 1 for each input."""
+    as_base64 = request.encoding_format == "base64"
+    data: list[EmbeddingObject] = [
+        {"object": "embedding", "index": index, "embedding": _base64(vector) if as_base64 else vector.tolist()}
+        for index, vector in enumerate(vectors)
+    ]
+    usage: EmbeddingsUsage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
+    return {"object": "list", "data": data, "model": request.model, "usage": usage}
+
+
+def _base64(vector: NDArray[np.float32]) -> str:
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode()

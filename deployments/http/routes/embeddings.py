@@ -1,0 +1,38 @@
+"""`/v1/embeddings`: the vectors of texts by the retriever's encoder."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Response
+from fastapi.responses import JSONResponse
+
+from deployments.api.embeddings import EmbeddingsRequest, embeddings_answer
+from deployments.api.tolerance import ignored_fields, ignored_header, refuse_ignored
+from deployments.auth.authenticator import Work
+from deployments.calls.serve_calls import deadline_of, within
+from deployments.errors import ModelNotFound
+from deployments.http.bodies import AnsweringRoute
+from deployments.http.dependencies import AnyContext, AnyServices, InferCaller
+from deployments.http.openapi import EMBEDDINGS_ANSWERS
+from retriever_svc.encoder import tokens_read
+
+router = APIRouter(route_class=AnsweringRoute)
+
+
+@router.post("/v1/embeddings", response_model=None, responses=EMBEDDINGS_ANSWERS)
+async def embeddings(
+    body: EmbeddingsRequest, caller: InferCaller, services: AnyServices, context: AnyContext
+) -> Response:
+    """Return one vector for each text. `model` is the name of the encoder in the settings."""
+    config = services.config
+    if config.strict_fields:
+        refuse_ignored(body)
+    context.ignored = ignored_fields(body)
+    encoder = config.retrieval.encoder
+    if body.model not in (encoder, encoder.rstrip("/").rpartition("/")[2]):
+        raise ModelNotFound(body.model, encoder.rstrip("/").rpartition("/")[2])
+    num_tokens = sum(map(tokens_read, body.input))
+    work = Work(len(body.input), num_read=num_tokens, rows_field="input", tokens_field="input")
+    with services.authenticator.running(caller, work):
+        async with within(deadline_of(context.arrived_at, None, config.max_request_s)):
+            vectors = await services.retriever.vectors(caller.tenant, body.input)
+    return JSONResponse(embeddings_answer(body, vectors, num_tokens), headers=ignored_header(context.ignored))

@@ -1,0 +1,64 @@
+"""The request of `/v1/embeddings`, and its answer in both encodings."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import numpy as np
+import pytest
+from openai.types import CreateEmbeddingResponse
+from pydantic import ValidationError
+
+from deployments.api.embeddings import MAX_INPUTS, EmbeddingsRequest, embeddings_answer
+from deployments.api.error_table import validation_error
+from deployments.errors import RequestInvalid, Unsupported
+
+VECTORS = [np.array([0.6, -0.8], np.float32), np.array([1.0, 0.0], np.float32)]
+
+
+def request_of(**fields: Any) -> EmbeddingsRequest:
+    return EmbeddingsRequest.model_validate({"model": "m", "input": ["a", "b"]} | fields)
+
+
+def refusal(**fields: Any) -> RequestInvalid | Unsupported:
+    with pytest.raises(ValidationError) as caught:
+        request_of(**fields)
+    return validation_error(caught.value)
+
+
+def test_both_encodings_hold_the_same_numbers() -> None:
+    plain = embeddings_answer(request_of(), VECTORS, 7)
+    packed = embeddings_answer(request_of(encoding_format="base64"), VECTORS, 7)
+    for number, text, vector in zip(plain["data"], packed["data"], VECTORS, strict=True):
+        assert isinstance(text["embedding"], str)
+        decoded = np.frombuffer(base64.b64decode(text["embedding"]), "<f4")
+        assert number["embedding"] == decoded.tolist() == vector.tolist()
+    CreateEmbeddingResponse.model_validate(plain, strict=True)
+
+
+def test_one_text_is_a_list_of_one() -> None:
+    assert request_of(input="a").input == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"input": []}, "input"),
+        ({"input": ""}, "input.0"),
+        ({"input": ["a"] * (MAX_INPUTS + 1)}, "input"),
+        ({"encoding_format": "int8"}, "encoding_format"),
+    ],
+)
+def test_a_value_out_of_its_range_is_refused_by_its_path(fields: dict[str, Any], param: str) -> None:
+    error = refusal(**fields)
+    assert isinstance(error, RequestInvalid) and error.param == param
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [({"dimensions": 64}, "dimensions"), ({"input": [1, 2]}, "input"), ({"input": [[1], [2]]}, "input")],
+)
+def test_unsupported_fields_and_inputs_are_refused_by_name(fields: dict[str, Any], param: str) -> None:
+    error = refusal(**fields)
+    assert isinstance(error, Unsupported) and error.param == param

@@ -1,0 +1,50 @@
+"""`/v1/embeddings` over HTTP: who may use it, which model it takes, and what it charges."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.deployments.asking import error_of, post
+from tests.deployments.key_files import bearer, entry, write
+
+MODEL = "all-MiniLM-L6-v2"
+
+
+def embed(**fields: Any) -> Any:
+    return post("/v1/embeddings", {"model": MODEL, "input": "Hi"} | fields)
+
+
+def test_each_text_has_a_vector_in_order() -> None:
+    answer = embed(input=["a", "bcd"]).json()
+    assert [item["embedding"] for item in answer["data"]] == [[1.0, 0.5], [3.0, 0.5]]
+    assert [item["index"] for item in answer["data"]] == [0, 1]
+    assert (answer["model"], answer["usage"]) == (MODEL, {"prompt_tokens": 2, "total_tokens": 2})
+
+
+@pytest.mark.parametrize("model", ["/models/own-encoder", "own-encoder"])
+def test_the_model_is_the_encoder_of_the_settings_by_its_path_or_name(model: str) -> None:
+    settings: dict[str, Any] = {"retrieval": {"encoder": "/models/own-encoder"}}
+    assert post("/v1/embeddings", {"model": model, "input": "Hi"}, **settings).json()["model"] == model
+
+
+def test_another_model_is_not_found_and_the_encoder_is_named() -> None:
+    response = embed(model="text-embedding-3-small")
+    assert (response.status_code, error_of(response)["code"]) == (404, "model_not_found")
+    assert MODEL in error_of(response)["message"]
+
+
+def test_unknown_fields_are_ignored_and_listed_or_refused_in_strict_mode() -> None:
+    response = embed(truncate="END")
+    assert (response.status_code, response.headers["x-ignored-fields"]) == (200, "truncate")
+    strict = post("/v1/embeddings", {"model": MODEL, "input": "Hi", "truncate": "END"}, strict_fields=True)
+    assert (strict.status_code, error_of(strict)["param"]) == (400, "truncate")
+
+
+def test_the_text_that_the_encoder_reads_is_charged(tmp_path: Path) -> None:
+    keys = write(tmp_path / "keys.json", entry("a", limits={"tokens_per_minute": 10}))
+    body = {"model": MODEL, "input": "word " * 100}
+    response = post("/v1/embeddings", body, keys_file=keys, headers=bearer("a"))
+    assert (response.status_code, error_of(response)["param"]) == (400, "input")
