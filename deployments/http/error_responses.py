@@ -10,7 +10,18 @@ from starlette.types import Receive, Scope, Send
 
 from deployments.api.error_table import describe, http_error_object, response_headers, validation_error
 from deployments.json_types import JsonObject
-from deployments.observability.request_metrics import context_of
+from deployments.observability.request_metrics import context_of, path_of
+
+_MAX_SHOWN_CHARS = 100
+_INSTEAD = {
+    "/v1/responses": "use /v1/chat/completions",
+    "/chat/completions": "use /v1/chat/completions",
+    "/completions": "use /v1/completions",
+    "/models": "use /v1/models",
+    "/api/chat": "use /v1/chat/completions",
+    "/api/generate": "use /v1/completions",
+    "/api/tags": "use /v1/models",
+}
 
 
 class ErrorResponse(JSONResponse):
@@ -31,6 +42,15 @@ def error_response(error: Exception) -> ErrorResponse:
     return ErrorResponse(body, status, response_headers(error, status, body["error"]["code"]))
 
 
+def no_route(path: str) -> str:
+    """Return the message for a path that this server does not serve, with what to use instead where that exists."""
+    if path.startswith("/v1/v1/"):
+        remedy = "give the base URL with a single /v1"
+    else:
+        remedy = _INSTEAD.get(path, "/openapi.json lists the routes")
+    return f"this server has no {path[:_MAX_SHOWN_CHARS]}; {remedy}"
+
+
 def install_error_handlers(app: FastAPI) -> None:
     """Make `app` answer the framework's own errors in the same shape."""
 
@@ -39,8 +59,9 @@ def install_error_handlers(app: FastAPI) -> None:
         return error_response(validation_error(error))
 
     @app.exception_handler(HTTPException)
-    async def on_http(_: Request, error: HTTPException) -> ErrorResponse:
-        body = http_error_object(error.status_code, str(error.detail))
+    async def on_http(request: Request, error: HTTPException) -> ErrorResponse:
+        detail = no_route(path_of(request.scope)) if error.status_code == 404 else str(error.detail)
+        body = http_error_object(error.status_code, detail)
         return ErrorResponse(body, error.status_code, dict(error.headers or {}))
 
     @app.exception_handler(Exception)

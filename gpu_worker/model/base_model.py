@@ -56,6 +56,19 @@ def model_source(config: WorkerConfig) -> str:
     return config.base_model
 
 
+def load_tokenizer(config: WorkerConfig) -> Any:
+    """Load the base model's tokenizer, with the operator's chat template if there is one.
+
+    Raises: BaseModelUnsupported.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(model_source(config))
+    if not tokenizer.is_fast:
+        raise BaseModelUnsupported("the base model needs a fast tokenizer (tokenizer.json)")
+    if config.chat_template is not None:
+        tokenizer.chat_template = config.chat_template
+    return tokenizer
+
+
 def load_base_model(config: WorkerConfig) -> BaseModel:
     """Load the base model into host memory and check it. Raises: BaseModelUnsupported with the reason."""
     source = model_source(config)
@@ -73,11 +86,7 @@ def load_base_model(config: WorkerConfig) -> BaseModel:
     if not model._supports_attention_backend:
         raise BaseModelUnsupported(f"{type(model).__name__} does not support transformers' attention interface")
     pin_longrope(model, min(config.max_model_len, hf_config.max_position_embeddings))
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    if not tokenizer.is_fast:
-        raise BaseModelUnsupported("the base model needs a fast tokenizer (tokenizer.json)")
-    if config.chat_template is not None:
-        tokenizer.chat_template = config.chat_template
+    tokenizer = load_tokenizer(config)
     return BaseModel(
         model=model.eval(),
         tokenizer=tokenizer,

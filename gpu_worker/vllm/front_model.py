@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from gpu_worker.config import WorkerConfig
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.lora.inject import target_linears
-from gpu_worker.model.base_model import model_source, resolve_dtype
+from gpu_worker.model.base_model import load_tokenizer, model_source, resolve_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +44,7 @@ def load_front_model(config: WorkerConfig) -> FrontModel:
         raise BaseModelUnsupported(
             f"{hf_config.model_type} is a multimodal model; the vLLM engine serves text-only models"
         )
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    if not tokenizer.is_fast:
-        raise BaseModelUnsupported("the base model needs a fast tokenizer (tokenizer.json)")
+    tokenizer = load_tokenizer(config)
     dtype = resolve_dtype(config.dtype, config.device)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)

@@ -13,6 +13,7 @@ from deployments.errors import SourceUnavailable
 from deployments.http.error_responses import error_response
 from deployments.publishing.remote_sources import folder_of_source
 from lora_store import LoraStore, LoraStoreError
+from tests.deployments.asking import error_of, post
 from tests.s3 import S3Endpoint
 
 
@@ -76,3 +77,18 @@ def test_an_error_of_a_source_quotes_the_client_and_no_endpoint(
     assert "s3://pool/shared/poet" in body
     assert "127.0.0.1" not in body and "endpoint" not in body.lower()
     assert any("127.0.0.1" in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("/v1/responses", "this server has no /v1/responses; use /v1/chat/completions"),
+        ("/v1/v1/models", "this server has no /v1/v1/models; give the base URL with a single /v1"),
+        ("/v1/images/generations", "this server has no /v1/images/generations; /openapi.json lists the routes"),
+        ("/" + "x" * 300, f"this server has no /{'x' * 99}; /openapi.json lists the routes"),
+    ],
+)
+def test_a_path_without_a_route_is_answered_with_what_to_use_instead(path: str, message: str) -> None:
+    response = post(path, {})
+    assert (response.status_code, error_of(response)["code"]) == (404, "http_error")
+    assert error_of(response)["message"] == message

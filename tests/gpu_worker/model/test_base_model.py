@@ -13,7 +13,7 @@ from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 from gpu_worker.attention.packed_attention import ATTENTION_NAME
 from gpu_worker.config import PACKAGED_MODEL, WorkerConfig
 from gpu_worker.errors import BaseModelUnsupported
-from gpu_worker.model.base_model import BaseModel, load_base_model, model_source, resolve_dtype
+from gpu_worker.model.base_model import BaseModel, load_base_model, load_tokenizer, model_source, resolve_dtype
 from tests.tiny import FAMILIES, byte_tokenizer, tiny_config
 
 
@@ -151,3 +151,13 @@ def test_a_complete_conversion_in_the_cache_is_reused(tmp_path: Path) -> None:
     (folder / "SHA256SUMS").write_text(f"{digest}  model.safetensors\n")
     assert model_source(WorkerConfig(cache_dir=tmp_path)) == str(folder)
     assert (folder / "model.safetensors").read_text() == "weights"
+
+
+@pytest.mark.parametrize("own", [None, "own {{ messages }}"])
+def test_the_operators_chat_template_replaces_the_models(tmp_path: Path, own: str | None) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = own
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(WorkerConfig(base_model=str(tmp_path))).chat_template == own
+    replaced = load_tokenizer(WorkerConfig(base_model=str(tmp_path), chat_template="mine {{ messages }}"))
+    assert replaced.chat_template == "mine {{ messages }}"
