@@ -39,6 +39,24 @@ def test_adapters_outside_a_plan_are_never_read(dtype: torch.dtype, lora_kernel:
     assert not y[0, 1].any()
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("width", [1, 16, 33])
+def test_columns_of_a_wider_output_get_the_same_values_and_their_neighbours_stay(
+    width: int, dtype: torch.dtype, lora_kernel: LoraKernel
+) -> None:
+    pool = pool_of([4, 3], 16, {"m": width})
+    bank, residency = settled(pool, 16, {"m": width}, dtype)
+    plans = [plan_of("mixture", (pool[0], 0.5), (pool[1], -1.0)), BASE_PLAN, plan_of("fusion", (pool[1], 1.0))]
+    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected, wide = torch.zeros(5, width, dtype=dtype), torch.full((5, width + 7), 3.0, dtype=dtype)
+    wide[:, 4 : 4 + width] = 0
+    grouped_mapping(plans, [2, 1, 2], residency, lora_kernel).add(x, expected, bank.modules["m"])
+    grouped_mapping(plans, [2, 1, 2], residency, lora_kernel).add(x, wide[:, 4 : 4 + width], bank.modules["m"])
+    assert expected.any()
+    assert torch.equal(wide[:, 4 : 4 + width], expected)
+    assert bool((wide[:, :4] == 3).all()) and bool((wide[:, 4 + width :] == 3).all())
+
+
 def test_the_cost_is_the_rank_rows_of_every_tokens_plan() -> None:
     pool = pool_of([2, 5], 16, {"m": 16})
     _, residency = settled(pool, 16, {"m": 16}, torch.float32)
