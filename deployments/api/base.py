@@ -115,6 +115,8 @@ class PlanGiven(ApiRequest):
     generation: int = Field(default=0, ge=0, lt=2**63)
     abstained: bool = False
     candidates: list[Any] = Field(default=[], max_length=64)
+    reason: str | None = Field(default=None, max_length=64)
+    why: str | None = Field(default=None, max_length=MAX_LABEL_CHARS)
 
 
 class LoraOptions(ApiRequest):

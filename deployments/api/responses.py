@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NotRequired
@@ -13,14 +14,17 @@ from deployments.json_types import JsonObject
 from lora_store import AdapterRef, Plan, Strategy
 from retriever_svc import Candidate
 
+Decision = Literal["fits", "below_threshold", "no_candidates", "housekeeping"]
+
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A plan, and its candidates if the server chose."""
+    """A plan, and its candidates and the reason if the server chose."""
 
     plan: Plan
     candidates: tuple[Candidate, ...] = ()
     abstained: bool = False
+    reason: Decision | None = None
 
 
 class ErrorObject(TypedDict):
@@ -49,17 +53,30 @@ class CandidateRow(TypedDict):
     score: float
 
 
+class RoutedCandidate(CandidateRow):
+    """A candidate for a prompt. It may answer if `score` reaches `threshold`, the adapter's own.
+
+    `confidence`: the share of the pool's own samples that fit their adapter less well than the prompt fits this one.
+    """
+
+    threshold: float
+    confidence: float
+
+
 class PlanObject(TypedDict):
     """The adapters that answered. A client can send it back as `lora.plan` to replay it.
 
-    `generation` and `candidates` are included if `lora.explain` requests them, and by `/v1/route`.
+    The optional fields are included if `lora.explain` requests them, and by `/v1/route`; `reason` and `why` only if the
+    server chose.
     """
 
     strategy: Strategy
     adapters: list[PlannedRow]
     abstained: bool
     generation: NotRequired[int]
-    candidates: NotRequired[list[CandidateRow]]
+    candidates: NotRequired[list[RoutedCandidate]]
+    reason: NotRequired[Decision]
+    why: NotRequired[str]
 
 
 class RouteAnswer(TypedDict):
@@ -68,7 +85,7 @@ class RouteAnswer(TypedDict):
 
 
 def plan_object(planned: Planned, tenant: str, *, explain: bool) -> PlanObject:
-    """Return strategy and adapters; with `explain` also the generation, every candidate and its score.
+    """Return strategy and adapters; with `explain` also the generation, every candidate, and why it was chosen or not.
 
     Adapters have the names that `tenant` uses for them.
     """
@@ -80,8 +97,32 @@ def plan_object(planned: Planned, tenant: str, *, explain: bool) -> PlanObject:
     report: PlanObject = {"strategy": plan.strategy, "adapters": adapters, "abstained": planned.abstained}
     if explain:
         report["generation"] = plan.generation
-        report["candidates"] = candidate_rows(planned.candidates, tenant)
+        report["candidates"] = [_routed_candidate(candidate, tenant) for candidate in planned.candidates]
+        if planned.reason is not None:
+            report["reason"], report["why"] = planned.reason, why(planned, tenant)
     return report
+
+
+def why(planned: Planned, tenant: str) -> str:
+    """Return the reason of a choice in a sentence or two, with what would have changed it."""
+    if planned.reason == "housekeeping":
+        return "The prompt is the client's own, such as a request for a title, so the base model answers."
+    if not planned.candidates:
+        return "The pool has no adapter with samples that this request may use, so the base model answers."
+    best = max(planned.candidates, key=lambda candidate: candidate.score - candidate.threshold)
+    name, needs = best.ref.name_for(tenant), f"scores {best.score:.3f} and needs {best.threshold:.3f}"
+    if planned.reason == "below_threshold":
+        least = math.floor(best.score * 1000) / 1000
+        return (
+            f"No adapter fits, so the base model answers. {name} comes nearest: it {needs}. "
+            f"lora.min_score {least:.3f} would choose it."
+        )
+    return f"{name} fits: it {needs}, and fits better than {best.confidence:.0%} of the pool's own samples do."
+
+
+def _routed_candidate(candidate: Candidate, tenant: str) -> RoutedCandidate:
+    [row] = candidate_rows([candidate], tenant)
+    return {**row, "threshold": candidate.threshold, "confidence": candidate.confidence}
 
 
 def candidate_rows(candidates: Sequence[Candidate], tenant: str) -> list[CandidateRow]:

@@ -95,12 +95,15 @@ def ask(
 def route(prompt: Prompt, url: Url = DEFAULT_URL) -> None:
     """Show which adapters would answer a prompt, without generating."""
     plan = call(url, "POST", "/v1/route", json={"prompt": _text_of(prompt)})["data"][0]
-    weights = {adapter["name"]: adapter["weight"] for adapter in plan["adapters"]}
-    table = Table("adapter", "score", "weight", title=f"strategy {plan['strategy']}, generation {plan['generation']}")
+    weights = {adapter["name"]: f"{adapter['weight']:.3f}" for adapter in plan["adapters"]}
+    title = f"strategy {plan['strategy']}, generation {plan['generation']}"
+    table = Table("adapter", "score", "needs", "confidence", "weight", title=title)
     for candidate in plan["candidates"]:
-        weight = weights.get(candidate["name"])
-        table.add_row(candidate["name"], f"{candidate['score']:.3f}", "" if weight is None else f"{weight:.3f}")
+        name, shown = candidate["name"], (candidate[key] for key in ("score", "threshold", "confidence"))
+        table.add_row(name, *(f"{value:.3f}" for value in shown), weights.get(name, ""))
     out.print(table)
+    if "why" in plan:
+        out.print(plan["why"], markup=False, highlight=False)
 
 
 @cli.command()

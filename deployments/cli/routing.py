@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
 import httpx
 import typer
@@ -19,11 +21,12 @@ from deployments.json_types import JsonObject
 commands = typer.Typer()
 _RANKS = (1, 3, 5, 8)
 _BATCH = 32
+_POINTS = (0.01, 0.03, 0.08, 0.15, 0.25)
 
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """A prompt with its correct adapters."""
+    """A prompt with its correct adapters; none if the base model should answer it."""
 
     prompt: str
     adapters: frozenset[str]
@@ -32,24 +35,75 @@ class Labelled:
 @commands.command("eval-routing")
 def eval_routing(
     file: Annotated[
-        Path, typer.Argument(help='JSON lines {"input" or "prompt": text, "adapter": name or list of names}')
+        Path, typer.Argument(help='JSON lines {"input" or "prompt": text, "adapter": name, list of names, or null}')
     ],
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Measure how often a correct adapter is among the best 1, 3, 5 and 8 candidates, and how often `auto` abstains."""
+    """Measure how often `auto` finds a correct adapter, and how often it abstains where none is correct.
+
+    Rows whose adapter is null should be answered by the base model.
+    """
     rows = read_labelled(file)
-    hits, num_abstained = dict.fromkeys(_RANKS, 0), 0
     with client_of(url) as client:
-        for row, plan in track(_plans(client, rows), "routing", len(rows), console=err, transient=True):
-            names = [candidate["name"] for candidate in plan["candidates"]]
-            for rank in _RANKS:
-                hits[rank] += not row.adapters.isdisjoint(names[:rank])
-            num_abstained += plan["abstained"]
-    table = Table("measure", "share", title=f"{len(rows)} prompts")
-    for rank in _RANKS:
-        table.add_row(f"hit@{rank}", f"{hits[rank] / len(rows):.1%}")
-    table.add_row("abstained", f"{num_abstained / len(rows):.1%}")
-    out.print(table)
+        tracked = track(_plans(client, rows), "routing", len(rows), console=err, transient=True)
+        routed = [Routed.of(row, plan) for row, plan in tracked]
+    inside = [item for item in routed if item.is_inside]
+    outside = [item for item in routed if not item.is_inside]
+    out.print(_measures(inside, outside))
+    if inside and outside:
+        out.print(_operating_points(inside, outside))
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """The choice for one row. `rank`: of the best correct candidate, from 0. `confidence`: the largest of any."""
+
+    is_inside: bool
+    rank: float
+    abstained: bool
+    confidence: float
+
+    @classmethod
+    def of(cls, row: Labelled, plan: JsonObject) -> Self:
+        names = [candidate["name"] for candidate in plan["candidates"]]
+        ranks = [rank for rank, name in enumerate(names) if name in row.adapters]
+        confidence = max((candidate["confidence"] for candidate in plan["candidates"]), default=0.0)
+        return cls(bool(row.adapters), min(ranks, default=math.inf), plan["abstained"], confidence)
+
+
+def auroc(inside: Sequence[float], outside: Sequence[float]) -> float:
+    """Return how often a value from `inside` is larger than one from `outside`; equal values count as half."""
+    ordered = sorted(outside)
+    above = sum(bisect_left(ordered, value) + bisect_right(ordered, value) for value in inside)
+    return above / (2 * len(inside) * len(outside))
+
+
+def _measures(inside: Sequence[Routed], outside: Sequence[Routed]) -> Table:
+    table = Table("measure", "value", title=f"{len(inside)} prompts of adapters, {len(outside)} others")
+    if inside:
+        for rank in _RANKS:
+            table.add_row(f"hit@{rank}", f"{_share(item.rank < rank for item in inside):.1%}")
+        table.add_row("answered by adapters", f"{_share(not item.abstained for item in inside):.1%}")
+    if outside:
+        table.add_row("others answered by the base model", f"{_share(item.abstained for item in outside):.1%}")
+    if inside and outside:
+        value = auroc([item.confidence for item in inside], [item.confidence for item in outside])
+        table.add_row("AUROC of the confidence", f"{value:.3f}")
+    return table
+
+
+def _operating_points(inside: Sequence[Routed], outside: Sequence[Routed]) -> Table:
+    """Return what other operating points would do: a well calibrated pool turns away as much as the first column."""
+    table = Table("least confidence", "prompts of adapters turned away", "others turned away")
+    for point in _POINTS:
+        shares = (_share(item.confidence < point for item in group) for group in (inside, outside))
+        table.add_row(f"{point:.1%}", *(f"{share:.1%}" for share in shares))
+    return table
+
+
+def _share(hits: Iterable[bool]) -> float:
+    marks = list(hits)
+    return sum(marks) / len(marks)
 
 
 def read_labelled(file: Path) -> list[Labelled]:
@@ -71,10 +125,11 @@ def _labelled(line: str, place: str) -> Labelled:
         fail(f"{place}: invalid JSON: {exc}")
     prompt = (raw.get("input") or raw.get("prompt")) if isinstance(raw, dict) else None
     adapters = raw.get("adapter") if isinstance(raw, dict) else None
+    is_outside = isinstance(raw, dict) and "adapter" in raw and adapters is None
     names = [adapters] if isinstance(adapters, str) else adapters
-    if not isinstance(prompt, str) or not isinstance(names, list) or not names:
-        fail(f'{place}: must be {{"input" or "prompt": text, "adapter": name or list of names}}')
-    return Labelled(prompt, frozenset(map(str, names)))
+    if not isinstance(prompt, str) or not (is_outside or (isinstance(names, list) and names)):
+        fail(f'{place}: must be {{"input" or "prompt": text, "adapter": name, list of names, or null}}')
+    return Labelled(prompt, frozenset() if names is None else frozenset(map(str, names)))
 
 
 def _plans(client: httpx.Client, rows: Sequence[Labelled]) -> Iterator[tuple[Labelled, JsonObject]]:

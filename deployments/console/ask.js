@@ -165,17 +165,15 @@ function showPlan(plan, note = "") {
   const rest = (plan?.candidates ?? []).filter((candidate) => !names.has(candidate.digest));
   byId("considered").hidden = rest.length === 0;
   byId("considered-list").replaceChildren(
-    ...rest.map((candidate) => element("li", {}, element("span", { class: "name" }, candidate.name), candidate.score.toFixed(3))),
+    ...rest.map((candidate) => element("li", {}, element("span", { class: "name" }, candidate.name), `${candidate.score.toFixed(3)} of ${candidate.threshold.toFixed(3)}`)),
   );
 }
 
 function planNote(plan) {
   if (plan.abstained) {
-    const best = plan.candidates?.[0];
-    const why = best ? `The best candidate, ${best.name}, scores ${best.score.toFixed(3)}.` : "The pool has no candidates.";
-    return `No adapter fits this prompt, so the base model answers. ${why}`;
+    return plan.why ?? "No adapter fits this prompt, so the base model answers.";
   }
-  return plan.adapters.length ? "" : "The base model answers, as requested.";
+  return plan.why ?? (plan.adapters.length ? "" : "The base model answers, as requested.");
 }
 
 function planRow(adapter, place) {

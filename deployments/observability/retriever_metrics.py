@@ -15,6 +15,7 @@ _WINDOW_S = 1800.0
 _MIN_TIMES_SEEN = 20  # before an adapter that never came first counts as shadowed
 MAX_NAMED = 20  # adapters with a label of their own; the others share one
 _DIGEST_CHARS = 12
+_SHARES = (0.001, 0.005, 0.01, 0.03, 0.08, 0.15, 0.25, 0.5, 0.75, 0.9, 1.0)
 _COSINES = (0.1, 0.2, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
 
 
@@ -105,6 +106,11 @@ class RetrieverMetrics:
         self._best = factory.Histogram(
             "loraretriever_best_score_cosine", "Score of the best candidate of a prompt", _COSINES
         )
+        self._confidence = factory.Histogram(
+            "loraretriever_best_confidence",
+            "Confidence of the candidate that fits a prompt best, 0 to 1: low if traffic fits no adapter",
+            _SHARES,
+        )
         self._plans = factory.Gauge(
             "loraretriever_recent_adapter_plans",
             "Plans with this adapter in the last 30 to 60 minutes",
@@ -133,6 +139,8 @@ class RetrieverMetrics:
             self._recent.add(chosen)
             self._totals.add([candidate.ref for candidate in answer.candidates], chosen)
             best = answer.candidates[0].score if answer.candidates else None
+            if answer.candidates:
+                self._confidence.observe(max(candidate.confidence for candidate in answer.candidates))
         elif isinstance(answer, NoAdapterMatched):
             self._routes.inc(1, {"outcome": "refused"})
             best = answer.best_score

@@ -17,7 +17,7 @@ LORA = {
 EXPLAINED = LORA | {
     "generation": 7,
     "candidates": [
-        {"name": "poet", "digest": POET.ref.digest, "score": 0.75},
-        {"name": "coder", "digest": CODER.ref.digest, "score": 0.5},
+        {"name": "poet", "digest": POET.ref.digest, "score": 0.75, "threshold": -1.0, "confidence": 1.0},
+        {"name": "coder", "digest": CODER.ref.digest, "score": 0.5, "threshold": -1.0, "confidence": 1.0},
     ],
 }

@@ -172,13 +172,19 @@ def test_route_shows_candidates_and_the_weights_of_the_plan() -> None:
         "strategy": "selection",
         "generation": 4,
         "adapters": [{"name": "poet", "weight": 1.0}],
-        "candidates": [{"name": "poet", "score": 0.75}, {"name": "coder", "score": 0.5}],
+        "candidates": [
+            {"name": "poet", "score": 0.75, "threshold": 0.625, "confidence": 0.5},
+            {"name": "coder", "score": 0.5, "threshold": 0.875, "confidence": 0.0},
+        ],
+        "why": "poet fits: it scores 0.750 and needs 0.625.",
     }
     with scripted((200, {"data": [plan]})) as server:
         result = run("route", "Hi", "--url", server.url)
     assert (server.asked, server.sent) == ([("POST", "/v1/route")], [{"prompt": "Hi"}])
-    rows = [line for line in result.stdout.splitlines() if "poet" in line or "coder" in line]
+    rows = [line for line in result.stdout.splitlines() if line.startswith(("│ poet", "│ coder"))]
     assert ["1.000" in row for row in rows] == [True, False]
+    assert ["0.625" in rows[0], "0.875" in rows[1]] == [True, True]
+    assert "needs 0.625" in result.stdout
     assert ["0.750" in rows[0], "0.500" in rows[1]] == [True, True]
 
 

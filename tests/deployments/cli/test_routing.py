@@ -5,12 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from deployments.cli.routing import auroc
 from tests.deployments.scripted import lines, refusal, run, scripted, words
 
 
-def plan(*names: str, abstained: bool = False) -> dict[str, Any]:
-    return {"candidates": [{"name": name, "score": 0.5} for name in names], "abstained": abstained}
+def plan(*names: str, abstained: bool = False, confidence: float = 0.5) -> dict[str, Any]:
+    candidates = [{"name": name, "score": 0.5, "threshold": 0.4, "confidence": confidence} for name in names]
+    return {"candidates": candidates, "abstained": abstained}
 
 
 def file_of(folder: Path, *rows: Any) -> Path:
@@ -44,8 +48,35 @@ def test_hits_are_counted_up_to_each_rank_and_abstentions_separately(tmp_path: P
         "hit@3": "50.0%",
         "hit@5": "50.0%",
         "hit@8": "75.0%",
-        "abstained": "25.0%",
+        "answered by adapters": "75.0%",
     }
+
+
+def test_prompts_without_an_adapter_should_reach_the_base_model(tmp_path: Path) -> None:
+    rows = [{"input": text, "adapter": name} for text, name in zip("abcd", ("poet", "poet", None, None), strict=True)]
+    plans = [
+        plan("poet", confidence=0.9),
+        plan("poet", abstained=True, confidence=0.02),
+        plan("poet", abstained=True, confidence=0.001),
+        plan("poet", confidence=0.1),
+    ]
+    with scripted((200, {"data": plans})) as server:
+        result = run("eval-routing", file_of(tmp_path, *rows), "--url", server.url)
+    assert "2 prompts of adapters, 2 others" in words(result.stdout)
+    found = shares(result.stdout)
+    assert (found["answered by adapters"], found["others answered by the base model"]) == ("50.0%", "50.0%")
+    assert "0.750" in result.stdout  # AUROC: 0.9 is above both, 0.02 above one
+    points = [row.split("│")[1:4] for row in result.stdout.splitlines() if row.startswith("│ 3.0%")]
+    assert [[cell.strip() for cell in point] for point in points] == [["3.0%", "50.0%", "50.0%"]]
+
+
+@given(
+    st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=1, max_size=9),
+    st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=1, max_size=9),
+)
+def test_auroc_compares_every_pair(inside: list[float], outside: list[float]) -> None:
+    pairs = [(a > b) + (a == b) / 2 for a in inside for b in outside]
+    assert auroc(inside, outside) == pytest.approx(sum(pairs) / len(pairs))
 
 
 def test_prompts_are_routed_in_batches(tmp_path: Path) -> None:

@@ -209,7 +209,7 @@ def test_further_texts_are_tried_only_after_the_first_found_no_adapter() -> None
 def test_housekeeping_is_answered_by_the_base_and_asks_nobody() -> None:
     handle = handle_of()
     planned = plan_turns(handle, "Write a poem", "Generate a concise title for this conversation")
-    assert planned == Planned(BASE_PLAN, abstained=True)
+    assert planned == Planned(BASE_PLAN, abstained=True, reason="housekeeping")
     assert handle.calls == []
 
 

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+from deployments.api.base import PlanGiven
+from deployments.api.responses import Planned, plan_object
+from lora_store import BASE_PLAN
+from retriever_svc import Candidate
+from tests.deployments.shown_plans import CODER, PLAN, POET
+
+NEAR = Candidate(POET.ref, 0.4567, threshold=0.5, confidence=0.02)
+FAR = Candidate(CODER.ref, 0.47, threshold=0.6, confidence=0.001)
+FITS = Candidate(CODER.ref, 0.75, threshold=0.5, confidence=0.625)
+
+
+def explained(planned: Planned, tenant: str = "local") -> tuple[str | None, str | None]:
+    shown = plan_object(planned, tenant, explain=True)
+    return shown.get("reason"), shown.get("why")
+
+
+def test_an_abstention_names_the_adapter_that_lacks_least_and_what_would_choose_it() -> None:
+    reason, why = explained(Planned(BASE_PLAN, (FAR, NEAR), abstained=True, reason="below_threshold"))
+    assert reason == "below_threshold"
+    assert why == (
+        "No adapter fits, so the base model answers. poet comes nearest: it scores 0.457 and needs 0.500. "
+        "lora.min_score 0.456 would choose it."
+    )
+    assert NEAR.score >= 0.456
+
+
+def test_a_choice_says_how_well_the_best_candidate_fits() -> None:
+    reason, why = explained(Planned(PLAN, (NEAR, FITS), reason="fits"), tenant="us")
+    assert reason == "fits"
+    assert why == (
+        "local/coder fits: it scores 0.750 and needs 0.500, and fits better than 62% of the pool's own samples do."
+    )
+
+
+def test_a_pool_without_candidates_and_a_clients_own_prompt_have_their_reasons() -> None:
+    for reason, said in (("no_candidates", "no adapter with samples"), ("housekeeping", "the client's own")):
+        planned = Planned(BASE_PLAN, abstained=True)
+        found, why = explained(replace(planned, reason=reason))
+        assert found == reason and why is not None
+        assert said in why
+
+
+def test_named_adapters_need_no_reason_and_explanations_come_on_request_only() -> None:
+    assert explained(Planned(PLAN)) == (None, None)
+    assert "why" not in plan_object(Planned(PLAN, (FITS,), reason="fits"), "local", explain=False)
+
+
+def test_candidates_carry_their_threshold_and_confidence() -> None:
+    shown = plan_object(Planned(BASE_PLAN, (NEAR,), abstained=True, reason="below_threshold"), "local", explain=True)
+    assert shown["candidates"] == [
+        {"name": "poet", "digest": POET.ref.digest, "score": 0.4567, "threshold": 0.5, "confidence": 0.02}
+    ]
+
+
+def test_an_explained_plan_can_be_sent_back() -> None:
+    shown = plan_object(Planned(PLAN, (FITS,), reason="fits"), "local", explain=True)
+    assert PlanGiven.model_validate(shown).strategy == PLAN.strategy
