@@ -43,7 +43,9 @@ def client_of(url: str, timeout_s: float | None = _ANSWER_TIMEOUT_S) -> Iterator
         with httpx.Client(base_url=url, timeout=timeout_s, headers=_authorization()) as client:
             yield client
     except httpx.ConnectError:
-        fail(f"no server answers at {url}; start one with `loraretriever serve`")
+        fail(
+            f"no server answers at {url}; start `loraretriever serve`, or set its address with --url or {URL_VARIABLE}"
+        )
     except (httpx.TransportError, httpx.InvalidURL) as exc:
         fail(f"{url}: {exc or type(exc).__name__}")
 

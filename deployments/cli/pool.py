@@ -6,7 +6,7 @@ from typing import Annotated
 from urllib.parse import quote
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from deployments.cli.client import DEFAULT_URL, Url, call, client_of, follow, message_of, out, show_error
 from deployments.json_types import JsonObject
@@ -35,11 +35,12 @@ def list_adapters(url: Url = DEFAULT_URL) -> None:
 def show(name: Name, url: Url = DEFAULT_URL) -> None:
     """Show an adapter and its versions."""
     answer = call(url, "GET", f"/v1/loras/{quote(name, safe='')}")
-    versions = Table("digest", "state", "generation", "published", "by", "source")
+    versions = Table("digest", "state", "generation", "published", "by", Column("source", overflow="fold"))
     for row in answer.pop("versions"):
-        cells = (row["digest"][:12], row["state"], row["generation"], row["created_at"], row["actor"], row["source"])
+        published = row["created_at"][:19].replace("T", " ")  # to the second
+        cells = (row["digest"][:12], row["state"], row["generation"], published, row["actor"], row["source"])
         versions.add_row(*map(str, cells))
-    facts = Table(show_header=False)
+    facts = Table(Column(), Column(overflow="fold"), show_header=False)
     for key, value in answer.items():
         facts.add_row(key, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
     out.print(facts)

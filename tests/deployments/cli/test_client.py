@@ -49,7 +49,9 @@ def test_no_server_at_the_url_is_reported(command: tuple[str, ...]) -> None:
     url = f"http://127.0.0.1:{free_port('127.0.0.1')}"
     result = run(*command, "--url", url)
     assert result.exit_code == 1
-    assert f"no server answers at {url}" in words(result.stderr)
+    said = words(result.stderr)
+    assert f"no server answers at {url}" in said
+    assert "--url or LORARETRIEVER_URL" in said
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -41,6 +42,15 @@ def test_show_prints_an_adapter_and_its_versions() -> None:
     live, kept = [line for line in result.stdout.splitlines() if "tester" in line]
     assert ("d" * 12 in live and "live" in live, "e" * 12 in kept and "kept" in kept) == (True, True)
     assert "fun" in result.stdout
+
+
+def test_show_prints_whole_digests_and_times_to_the_second() -> None:
+    row = {"generation": 3, "created_at": "2026-01-02T03:04:05.678901+00:00", "actor": "tester", "source": "poet"}
+    answer = {"digest": "0123456789abcdef" * 4, "versions": [row | {"digest": "d" * 64, "state": "live"}]}
+    with scripted((200, answer)) as server:
+        printed = run("show", "poet", "--url", server.url).stdout
+    assert "".join(re.findall(r"[0-9a-f]{16,}", printed)) == "0123456789abcdef" * 4
+    assert "2026-01-02 03:04:05 " in printed
 
 
 def test_withdraw_continues_after_a_refusal_and_fails_at_the_end() -> None:
