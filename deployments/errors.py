@@ -125,7 +125,7 @@ class ModelNotFound(DeploymentsError):
         self.hint = hint
 
     def __str__(self) -> str:
-        hint = f"; did you mean {self.hint!r}?" if self.hint else "; GET /v1/models lists what there is"
+        hint = f"; did you mean {self.hint!r}?" if self.hint else "; GET /v1/models lists the names"
         return f"no model or adapter {self.model!r}{hint}"
 
 

@@ -347,6 +347,12 @@ def test_a_version_that_is_not_kept_is_404_with_the_kept_ones() -> None:
     assert adapter("poet").ref.digest[:12] in error_of(response)["message"]
 
 
+def test_a_rollback_without_a_body_says_what_to_send() -> None:
+    response = request("POST", "/v1/loras/poet/rollback")
+    assert (response.status_code, error_of(response)["code"]) == (400, "invalid_request")
+    assert "send a JSON object, such as {}" in error_of(response)["message"]
+
+
 def test_a_short_digest_is_refused() -> None:
     response = post("/v1/loras/poet/rollback", {"digest": "abc"})
     assert (response.status_code, error_of(response)["param"]) == (400, "digest")
