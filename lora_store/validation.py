@@ -172,7 +172,8 @@ def _base_problem(base_model: str | None, accepts_base: Collection[str]) -> str:
     )
     return (
         f"the adapter names {base_model[:200]!r} as its base model; this server accepts {accepted}.{copy}"
-        f" If they are the same weights, the operator can set accepts_base: [{base_model[:200]}]"
+        f" If they are the same weights, set base_model_name_or_path in {CONFIG_FILE} to a name that it accepts,"
+        " or let the operator add yours to the setting accepts_base"
     )
 
 

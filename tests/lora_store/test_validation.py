@@ -27,6 +27,21 @@ def test_an_error_lists_every_reason(open_store: OpenStore, make_folder: MakeFol
     assert len(caught.value.reasons) == len(wanted)
 
 
+def test_another_base_is_refused_with_the_names_that_the_server_accepts(make_folder: MakeFolder) -> None:
+    folder = make_folder()
+    config(base_model_name_or_path="/models/base")(folder)
+    with pytest.raises(AdapterRefused) as caught:
+        check_folder(folder, accepts_base={"tiny-base"}, module_shapes=None)
+    [reason] = caught.value.reasons
+    wanted = [
+        "'/models/base'",
+        "accepts 'tiny-base'",
+        "set base_model_name_or_path in adapter_config.json",
+        "accepts_base",
+    ]
+    assert [part for part in wanted if part not in reason] == []
+
+
 def test_the_configs_patterns_are_not_matched_with_made_up_modules(
     open_store: OpenStore, make_folder: MakeFolder, module_shapes: dict[str, tuple[int, int]]
 ) -> None:
