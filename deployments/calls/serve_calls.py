@@ -32,7 +32,7 @@ from gpu_worker.errors import DeadlineExceeded, EngineStopped
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-MAX_RETRIES = 2
+MAX_RETRIES = 2  # after the first attempt, for calls and for generation
 P = ParamSpec("P")
 Replica = TypeVar("Replica")
 
@@ -60,9 +60,9 @@ async def within(deadline: float) -> AsyncIterator[None]:
 
 
 async def retry_on_replica_death(call: Callable[[], Awaitable[T]]) -> T:
-    """Return the answer of `call`, which may run twice: a read, or a write that has the same effect when repeated.
+    """Return the answer of `call`. It may run up to 1 + MAX_RETRIES times, so it must be safe to repeat.
 
-    Raises: PoisonRequest after the third death; the error of `call`.
+    Raises: PoisonRequest if a replica dies at the last attempt; the error of `call`.
     """
     failures = AttemptCounter()
     while True:
@@ -81,7 +81,8 @@ class AttemptCounter:
     def add(self, error: Exception) -> None:
         """Count a failed attempt. Return if the call may be repeated.
 
-        Raises: PoisonRequest at the third death; `error` if it is the call's own, or the third failure of an engine.
+        Raises: PoisonRequest if a replica died at the last attempt; `error` if it is the call's own, or an engine
+        stopped at the last attempt.
         """
         is_death = isinstance(error, RayActorError | ObjectLostError) and not isinstance(error, RayTaskError)
         if not is_death and not isinstance(error, EngineStopped):
@@ -135,7 +136,7 @@ class ServeCalls(Generic[Replica]):
     ) -> T:
         """Return one replica's answer; ask another replica if that one dies. The call must be safe to repeat.
 
-        Raises: PoisonRequest after the third death; the error of the method.
+        Raises: PoisonRequest if a replica dies at the last attempt; the error of the method.
         """
         return await retry_on_replica_death(lambda: self.once(method, *args, **kwargs))
 
