@@ -1,4 +1,4 @@
-"""The `sh` and `python` blocks of the first two tutorials run, in order, against the session's server."""
+"""The `sh` and `python` blocks of the first pages run, in order, against the session's server."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from tests.docs.pages import ROOT, CodeBlock, blocks_of
 
-TUTORIALS = ROOT / "docs" / "tutorials"
+DOCS = ROOT / "docs"
 IN_TUTORIALS = "http://127.0.0.1:8000"
 
 
@@ -21,22 +21,34 @@ def folder(tmp_path: Path, url: str) -> Iterator[Path]:
     """Return a working folder as the tutorials expect it, with `examples`. Withdraw what they publish."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     yield tmp_path
-    run_shell("loraretriever withdraw my-adapter", tmp_path, url, check=False)
+    run_shell("loraretriever withdraw my-adapter ticket-queue", tmp_path, url, check=False)
 
 
 @pytest.mark.parametrize(
     ("page", "outputs"),
     [
         (
-            "first-answer.md",
+            "tutorials/first-answer.md",
             ["the chemist has not used my car", "question_formation", "senti_hotels", "sentence_negation"],
         ),
-        ("publish-your-first-adapter.md", ["20 samples", "my-adapter is live", "my-adapter was withdrawn"]),
+        (
+            "tutorials/publish-your-first-adapter.md",
+            [
+                "20 samples",
+                "my-adapter is live",
+                "collision: my-adapter and sentence_negation",
+                "my-adapter was withdrawn",
+            ],
+        ),
+        (
+            "how-to/train-an-adapter.md",
+            ["20 samples, fit to publish", "\nbilling\n", "ticket-queue is live", "ticket-queue was withdrawn"],
+        ),
     ],
 )
-def test_every_block_of_the_tutorial_runs(page: str, outputs: list[str], folder: Path, url: str) -> None:
-    blocks = [block for block in blocks_of(TUTORIALS / page) if block.language in ("sh", "python")]
-    assert len(blocks) >= 5
+def test_every_block_of_the_page_runs(page: str, outputs: list[str], folder: Path, url: str) -> None:
+    blocks = [block for block in blocks_of(DOCS / page) if block.language in ("sh", "python")]
+    assert len(blocks) >= 3
     printed = "".join(run(block, folder, url) for block in blocks)
     assert [output for output in outputs if output not in printed] == []
 
