@@ -21,7 +21,7 @@ $(READY): pyproject.toml constraints.txt $(if $(filter vllm,$(ENGINE)),requireme
 
 setup: $(READY) ## install everything into .venv
 
-serve: $(READY) ## start the server with the starter pool on http://127.0.0.1:8000; ENGINE=vllm: on vLLM
+serve: $(READY) ## start the server with the starter pool on http://127.0.0.1:8000; ENGINE=vllm; ARGS="--port 8001"
 	$(BIN)/loraretriever serve --preload examples/starter_pool \
 		$(if $(filter vllm,$(ENGINE)),--config examples/vllm.yaml) $(ARGS)
 
