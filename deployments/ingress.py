@@ -33,6 +33,7 @@ from deployments.observability.cluster_stats import StatsReader
 from deployments.observability.logs import join_serve_logs
 from deployments.observability.metrics import SERVE, MetricFactory
 from deployments.observability.request_metrics import ChangeMetrics, RequestContext, RequestMetrics
+from deployments.publishing.evaluation import AnswerScorer, Evaluator
 from deployments.publishing.preload import Preload
 from deployments.publishing.publisher import Publisher
 from deployments.publishing.reclaimer import Reclaimer
@@ -131,6 +132,7 @@ def _build_services(
         planner=planner,
         completions=CompletionService(config, authenticator, planner, gate, worker, limits),
         publisher=publisher,
+        evaluator=Evaluator(store, retriever, publisher, AnswerScorer(worker, gate, config.template)),
         store=store,
         retriever=retriever,
         readiness=Readiness(preload, gate, retriever, worker, has_keys=has_keys),

@@ -34,6 +34,7 @@ from retriever_svc import (
     PinnedAdapter,
     Place,
     PoolMap,
+    Region,
     ReindexStep,
     RetrieverError,
     Route,
@@ -223,6 +224,12 @@ class RetrieverDeployment:
         """
         async for step in _beside_the_loop(self._retriever.doctor(tenant, self._samples)):
             yield step
+
+    async def regions(self, tenant: str) -> AsyncIterator[Region]:
+        """Yield the regions in which the tenant's adapters can be measured. Raises: StoreUnavailable."""
+        await self._refresh()
+        async for region in _beside_the_loop(self._retriever.regions(tenant, self._samples)):
+            yield region
 
     async def index_stats(self) -> IndexStats:
         return await _on(self._lookups, self._pools.stats)

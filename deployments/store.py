@@ -27,6 +27,7 @@ from lora_store import (
     Key,
     LoraStore,
     Precondition,
+    Ranking,
     Staged,
     TenantQuota,
     Visibility,
@@ -129,6 +130,10 @@ class StoreDeployment:
     async def add_embeddings(self, embeddings: Mapping[AdapterRef, Embedding]) -> int:
         """Add embeddings by an encoder to be activated, and return the generation. Skip versions that are not live."""
         return await asyncio.to_thread(self._store.add_embeddings, embeddings)
+
+    async def rank(self, tenant: str, rankings: Sequence[Ranking], actor: str) -> int:
+        """Replace the rankings that `auto` of this tenant uses, and return the generation."""
+        return await asyncio.to_thread(self._store.rank, tenant, rankings, actor)
 
     async def activate_encoder(self, model: str, identity: str, actor: str) -> int:
         """Search the pool by this encoder from now on, and return the generation. Raises: EncoderIncomplete."""

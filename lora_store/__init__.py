@@ -19,13 +19,14 @@ from lora_store.errors import (
     StoreUnavailable,
     VersionConflict,
 )
-from lora_store.events import ActivateEncoder, Approve, Embed, Event, Publish, SetVisibility, Withdraw
+from lora_store.events import ActivateEncoder, Approve, Embed, Event, Publish, Rank, SetVisibility, Withdraw
 from lora_store.garbage_collection import BlobCheck, Collected
 from lora_store.location import Location
 from lora_store.peft_config import PeftConfig
 from lora_store.peft_files import PeftFolder, read_peft_folder, write_peft_folder
 from lora_store.plan import BASE_PLAN, MAX_PLAN_ADAPTERS, STRATEGIES, Plan, PlannedAdapter, Strategy
 from lora_store.quota import TenantQuota
+from lora_store.rankings import RankedAdapter, Ranking
 from lora_store.records import VISIBILITIES, AdapterRecord, Embedding, OutputProfile, Visibility
 from lora_store.rules import Precondition
 from lora_store.snapshot import KEPT_VERSIONS, ActiveEncoder, Key, Snapshot
@@ -80,6 +81,9 @@ __all__ = [
     "PublicNameTaken",
     "Publish",
     "QuotaExceeded",
+    "Rank",
+    "RankedAdapter",
+    "Ranking",
     "Sample",
     "SetVisibility",
     "Snapshot",

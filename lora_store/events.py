@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from lora_store.adapter import AdapterRef
+from lora_store.rankings import Ranking
 from lora_store.records import AdapterRecord, Embedding, OutputProfile, Visibility
 
 
@@ -74,6 +75,17 @@ class Approve:
 
 
 @dataclass(frozen=True, slots=True)
+class Rank:
+    """A tenant's `auto` uses this ranking. `is_first`: the tenant's earlier rankings are no longer used."""
+
+    tenant: str
+    ranking: Ranking
+    is_first: bool
+    actor: str
+    at: datetime  # UTC
+
+
+@dataclass(frozen=True, slots=True)
 class Fold:
     """The state restarts: the Keep and Embed rows of the same generation hold the result of all earlier events.
 
@@ -100,7 +112,7 @@ class VisibleChange:
     generation: int
 
 
-Event = Publish | Withdraw | Embed | ActivateEncoder | SetVisibility | Approve | Fold | Keep | VisibleChange
+Event = Publish | Withdraw | Embed | ActivateEncoder | SetVisibility | Approve | Rank | Fold | Keep | VisibleChange
 
 SCHEMA = pa.schema(
     [
@@ -132,11 +144,14 @@ SCHEMA = pa.schema(
         pa.field("approved", pa.bool_()),  # rows of a fold
         pa.field("output_labels", pa.list_(pa.string())),  # null without a profile of the outputs
         pa.field("output_vector", pa.binary()),  # int8
+        pa.field("ranking", pa.string()),  # JSON
     ]
 )
 _FOLD, _LIVE, _OLDER, _PENDING, _COMMIT = "fold", "keep_live", "keep_older", "keep_pending", "keep_commit"
 _VISIBLE = "keep_shown"
-_FOLD_ROWS = (_FOLD, _LIVE, _OLDER, _PENDING, _COMMIT, _VISIBLE)
+_FIRST_RANK, _RANK = "rank_first", "rank"
+_AS_KEPT = {"embed": _PENDING, _FIRST_RANK: "keep_rank_first", _RANK: "keep_rank"}  # names of these rows in a fold
+_FOLD_ROWS = (_FOLD, _LIVE, _OLDER, _COMMIT, _VISIBLE, *_AS_KEPT.values())
 _ARRAYS = ("embedding", "own_scores")
 _COLUMNS = (
     *("weights_digest", "samples_digest", "visibility", "tags", "base_model", "ranks", "target_modules", "num_bytes"),
@@ -157,7 +172,7 @@ def table_of(events: Sequence[Event], generation: int, commit_id: str | None = N
 def fold_table_of(events: Sequence[Event], generation: int, commits: Mapping[str, int], first_row: int = 0) -> pa.Table:
     """Return rows of a fold as of `generation`. `commits` maps commit ids to generations; the fold remembers them."""
     rows = [_row_of(event) for event in events]
-    rows = [row | {"event": _PENDING} if row["event"] == "embed" else row for row in rows]
+    rows = [row | {"event": _AS_KEPT.get(row["event"], row["event"])} for row in rows]
     rows += [{"event": _COMMIT, "commit_id": commit, "published_in": at} for commit, at in commits.items()]
     numbered = [row | {"generation": generation, "row": first_row + number} for number, row in enumerate(rows)]
     return pa.Table.from_pylist(numbered, schema=SCHEMA)
@@ -232,6 +247,10 @@ def _row_of(event: Event) -> dict[str, Any]:
             return {"event": "set_visibility", **_ref_row(ref), **columns}
         case Approve(ref, actor, at):
             return {"event": "approve", **_ref_row(ref), "actor": actor, "created_at": at}
+        case Rank(tenant, ranking, is_first, actor, at):
+            arrays = {"encoder": ranking.encoder, "embedding": ranking.vector, "own_scores": ranking.own_scores}
+            columns = {"tenant": tenant, "ranking": ranking.to_json(), "actor": actor, "created_at": at}
+            return {"event": _FIRST_RANK if is_first else _RANK, **arrays, **columns}
         case Embed(ref, embedding):
             return {"event": "embed", **_ref_row(ref), **_embedding_row(embedding)}
         case Keep(record, is_live):
@@ -272,6 +291,9 @@ def _event_of(row: dict[str, Any], vector: NDArray[np.float32] | None, own_score
             return Fold(row["source"], row["encoder"])
         case "keep_shown":
             return VisibleChange(row["tenant"], row["published_in"])
+        case "rank_first" | "rank" | "keep_rank_first" | "keep_rank" as kind if embedding is not None:
+            ranking = Ranking.from_json(row["ranking"], row["encoder"], embedding.vector, embedding.own_scores)
+            return Rank(row["tenant"], ranking, kind.endswith("first"), row["actor"], row["created_at"])
         case "embed" | "keep_pending" if embedding is not None:
             return Embed(_ref_of(row), embedding)
         case "activate_encoder":

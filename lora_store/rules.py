@@ -9,8 +9,9 @@ from typing import Literal
 
 from lora_store.adapter import AdapterRef
 from lora_store.errors import AdapterNotFound, EncoderIncomplete, PublicNameTaken
-from lora_store.events import ActivateEncoder, Approve, Embed, Event, Publish, SetVisibility, Withdraw
+from lora_store.events import ActivateEncoder, Approve, Embed, Event, Publish, Rank, SetVisibility, Withdraw
 from lora_store.quota import TenantQuota, check_quota
+from lora_store.rankings import Ranking
 from lora_store.records import AdapterRecord, Embedding, Visibility
 from lora_store.snapshot import ActiveEncoder, Key, Snapshot
 
@@ -139,6 +140,23 @@ def activate_events(snapshot: Snapshot, encoder: ActiveEncoder, actor: str, at: 
     if missing:
         raise EncoderIncomplete(missing)
     return [ActivateEncoder(encoder.model, encoder.identity, actor, at)]
+
+
+def rank_events(snapshot: Snapshot, tenant: str, rankings: Sequence[Ranking], actor: str, at: datetime) -> list[Event]:
+    """Return events that replace the rankings of `tenant`.
+
+    Keep an earlier ranking if its anchor was withdrawn and one of its adapters is still live: its examples cannot be
+    measured again, and they show what the adapter is for.
+    """
+    live = {record.ref for record in snapshot.records.values()}
+    earlier = [rank.ranking for rank in snapshot.rankings.get(tenant, ())]
+    kept = [
+        ranking
+        for ranking in earlier
+        if (ranking.anchor.tenant, ranking.anchor.name) not in snapshot.records
+        and any(item.ref in live for item in ranking.adapters)
+    ]
+    return [Rank(tenant, ranking, place == 0, actor, at) for place, ranking in enumerate([*rankings, *kept])]
 
 
 def _is_embedded(snapshot: Snapshot, record: AdapterRecord, identity: str) -> bool:

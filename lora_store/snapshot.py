@@ -17,6 +17,7 @@ from lora_store.events import (
     Fold,
     Keep,
     Publish,
+    Rank,
     SetVisibility,
     VisibleChange,
     Withdraw,
@@ -50,6 +51,8 @@ class Snapshot:
     `visible_changes`: by tenant, the generation of the newest change that only this tenant could see; under EVERYBODY,
     that of the newest change that all tenants could see.
 
+    `rankings`: by tenant, what its last evaluation measured. Only this tenant's `auto` uses it.
+
     Generations share memory: the cost of `after` depends on what the events change, not on the number of adapters.
     """
 
@@ -59,14 +62,15 @@ class Snapshot:
     encoder: ActiveEncoder | None = None
     pending: Mapping[AdapterRef, Embedding] = field(default_factory=dict)
     visible_changes: Mapping[str, int] = field(default_factory=dict, compare=False)
+    rankings: Mapping[str, tuple[Rank, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("records", "previous", "pending", "visible_changes"):
+        for name in ("records", "previous", "pending", "visible_changes", "rankings"):
             if not isinstance(getattr(self, name), PersistentMap):
                 object.__setattr__(self, name, PersistentMap(getattr(self, name)))
 
     def __reduce__(self) -> tuple[type[Snapshot], tuple[object, ...]]:
-        parts = (self.records, self.previous, self.encoder, self.pending, self.visible_changes)
+        parts = (self.records, self.previous, self.encoder, self.pending, self.visible_changes, self.rankings)
         return Snapshot, (self.generation, *parts)  # no derived parts
 
     @cached_property
@@ -119,7 +123,9 @@ class Snapshot:
         """Yield events that lead from an empty state to this one, in the order of its records."""
         encoder = self.encoder
         yield Fold(None, None) if encoder is None else Fold(encoder.model, encoder.identity)
-        if self.visible_changes:
+        for ranked in self.rankings.values():
+            yield from ranked
+        if self.visible_changes:  # after the rankings, which count as changes
             yield from (VisibleChange(tenant, at) for tenant, at in {EVERYBODY: 0, **self.visible_changes}.items())
         for key in self.records:
             for number, record in enumerate(self.versions(key)):
@@ -152,6 +158,7 @@ class _State:
     pending: MapEditor[AdapterRef, Embedding]
     encoder: ActiveEncoder | None
     visible_changes: MapEditor[str, int]
+    rankings: MapEditor[str, tuple[Rank, ...]]
     public: MapEditor[str, AdapterRecord] | None
     tallies: TalliesEditor | None
     replaced: dict[tuple[AdapterRef, int], AdapterRecord] = field(default_factory=dict)  # the records before a fold
@@ -165,6 +172,7 @@ class _State:
             pending=_edit(snapshot.pending),
             encoder=snapshot.encoder,
             visible_changes=_edit(snapshot.visible_changes),
+            rankings=_edit(snapshot.rankings),
             public=None if public is None else _edit(public),
             tallies=None if tallies is None else tallies.edit(),
         )
@@ -172,7 +180,8 @@ class _State:
     def freeze(self, generation: int) -> Snapshot:
         """Return the finished snapshot, including the updated cached properties."""
         records, previous, pending = self.records.freeze(), self.previous.freeze(), self.pending.freeze()
-        snapshot = Snapshot(generation, records, previous, self.encoder, pending, self.visible_changes.freeze())
+        shared = (self.visible_changes.freeze(), self.rankings.freeze())
+        snapshot = Snapshot(generation, records, previous, self.encoder, pending, *shared)
         if self.public is not None:
             snapshot.__dict__["public"] = self.public.freeze()
         if self.tallies is not None:
@@ -189,6 +198,8 @@ class _State:
                 self.visible_changes[EVERYBODY if is_open else ref.tenant] = generation
             case ActivateEncoder() | Fold():  # a fold written by an earlier version has no VisibleChange rows
                 self.visible_changes[EVERYBODY] = generation
+            case Rank(tenant):
+                self.visible_changes[tenant] = max(generation, self.visible_changes.get(tenant, 0))
             case VisibleChange(tenant, newest):
                 self.visible_changes[tenant] = newest
 
@@ -208,6 +219,8 @@ class _State:
                     self.pending[ref] = embedding
             case ActivateEncoder(model, identity):
                 self._activate(ActiveEncoder(model, identity))
+            case Rank(tenant) as rank:
+                self.rankings[tenant] = (rank,) if rank.is_first else (*self.rankings.get(tenant, ()), rank)
             case Fold(model, identity):
                 self._reset(None if model is None or identity is None else ActiveEncoder(model, identity))
             case Keep(record, is_live):
@@ -255,6 +268,7 @@ class _State:
         self.records = PersistentMap[Key, AdapterRecord]().edit()
         self.previous = PersistentMap[Key, tuple[AdapterRecord, ...]]().edit()
         self.pending = PersistentMap[AdapterRef, Embedding]().edit()
+        self.rankings = PersistentMap[str, tuple[Rank, ...]]().edit()
         self.encoder, self.public, self.tallies = encoder, None, None
 
     def _restore(self, record: AdapterRecord, *, is_live: bool) -> None:

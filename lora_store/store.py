@@ -20,6 +20,7 @@ from lora_store.garbage_collection import BlobCheck, Collected, GarbageCollector
 from lora_store.leases import Leases
 from lora_store.location import Location
 from lora_store.quota import TenantQuota
+from lora_store.rankings import Ranking
 from lora_store.records import AdapterRecord, Embedding, Visibility
 from lora_store.rules import (
     Precondition,
@@ -27,6 +28,7 @@ from lora_store.rules import (
     approve_events,
     embed_events,
     publish_events,
+    rank_events,
     visibility_events,
     withdraw_events,
 )
@@ -204,6 +206,11 @@ class LoraStore:
         """
         encoder, at = ActiveEncoder(model, identity), self._now()
         return self._catalogue.commit(lambda snapshot: activate_events(snapshot, encoder, actor, at))
+
+    def rank(self, tenant: str, rankings: Sequence[Ranking], actor: str) -> int:
+        """Replace the rankings that `auto` of this tenant uses, and return the generation. See `rank_events`."""
+        at = self._now()
+        return self._catalogue.commit(lambda snapshot: rank_events(snapshot, tenant, rankings, actor, at))
 
     def load(self, weights_digest: str) -> bytes:
         """Return the weights' canonical bytes, for `decode_weights`. Raises: AdapterNotFound, BlobCorrupted."""

@@ -2,6 +2,7 @@
 
 from retriever_svc.bulk import BulkEncoding
 from retriever_svc.calibration import Abstain, Calibration
+from retriever_svc.competence import Region, Scorer
 from retriever_svc.doctor import AdapterFinding, Collision, DoctorReport, DoctorStep
 from retriever_svc.embedding import embed_groups, embeddings_of
 from retriever_svc.encoder import Encoder
@@ -60,6 +61,7 @@ __all__ = [
     "PoolMap",
     "ProjectionFiles",
     "ProjectionUnusable",
+    "Region",
     "ReindexStep",
     "Retriever",
     "RetrieverError",
@@ -69,6 +71,7 @@ __all__ = [
     "SampleSource",
     "SavedIndexes",
     "SavedLists",
+    "Scorer",
     "StaleIndex",
     "TooFewSamples",
     "TrainingUnavailable",

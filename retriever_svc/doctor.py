@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lora_store.adapter import AdapterRef, Sample
+from lora_store.rankings import Ranking
 from lora_store.records import AdapterRecord
 from retriever_svc.bulk import BulkEncoding
 from retriever_svc.index import Allowed
@@ -49,7 +50,8 @@ class DoctorReport:
     """The result of an examination.
 
     `never_chosen`: adapters in the top_k of no sample of the pool. `unreadable`: adapters whose samples could not be
-    read. Samples contribute to their adapter's embedding, so the shares are higher than for unseen prompts.
+    read. `rankings`: the results of the tenant's last evaluation. Samples contribute to their adapter's embedding, so
+    the shares are higher than for unseen prompts.
     """
 
     generation: int
@@ -58,6 +60,7 @@ class DoctorReport:
     collisions: tuple[Collision, ...]
     never_chosen: tuple[AdapterRef, ...]
     unreadable: tuple[AdapterRef, ...]
+    rankings: tuple[Ranking, ...] = ()
 
     @property
     def share_first(self) -> float:
@@ -147,6 +150,7 @@ class _Examination:
             collisions=tuple(sorted(collisions, key=lambda c: (-c.cosine, str(c.first), str(c.second)))),
             never_chosen=tuple(record.ref for record in records if record.ref not in self.chosen),
             unreadable=tuple(self.unreadable),
+            rankings=tuple(rank.ranking for rank in self.pool.snapshot.rankings.get(self.tenant, ())),
         )
 
 

@@ -18,6 +18,7 @@ from retriever_svc.inverted_lists import InvertedLists
 from retriever_svc.listing import Listings
 from retriever_svc.per_caller_cache import PerCallerCache
 from retriever_svc.planning import resolve
+from retriever_svc.preferences import Preferences
 from retriever_svc.projection import MAX_POINTS, Plane, Point, PoolMap
 from retriever_svc.snapshot_diff import diff_records
 
@@ -33,6 +34,7 @@ class Pool:
     _allowed: PerCallerCache[Allowed] = field(default_factory=PerCallerCache)
     _calibrations: PerCallerCache[Calibration] = field(default_factory=PerCallerCache)
     _maps: PerCallerCache[tuple[Plane, PoolMap]] = field(default_factory=PerCallerCache)
+    _preferences: PerCallerCache[Preferences] = field(default_factory=PerCallerCache)
     _counts: PerCallerCache[int] = field(default_factory=PerCallerCache)
     listings: Listings = field(init=False)
 
@@ -91,6 +93,12 @@ class Pool:
         thresholds, confidences = self.calibration(tenant).judge(_adapters_of(records, vectors), scores, share)
         judged = map(Match, records, scores.tolist(), thresholds.tolist(), confidences.tolist())
         return [list(islice(judged, len(row))) for row in found]
+
+    def preferences(self, tenant: str) -> Preferences:
+        """Return what the rankings of `tenant` say about its search results."""
+        return self._preferences.get(
+            (tenant,), lambda: Preferences.of(self.snapshot, tenant, self.encoder.identity, self.index)
+        )
 
     def map(self, tenant: str) -> tuple[Plane, PoolMap]:
         """Return the plane and the map of the adapters of `tenant`. Adapters it cannot see do not affect the axes."""

@@ -15,6 +15,7 @@ from lora_store.plan import Plan, Strategy
 from lora_store.records import AdapterRecord, Embedding
 from retriever_svc.bulk import BulkEncoding
 from retriever_svc.calibration import NO_THRESHOLD, SHARES, Abstain
+from retriever_svc.competence import Region, regions_of
 from retriever_svc.doctor import DoctorStep, examine
 from retriever_svc.embedding import embed_groups, encoding_of
 from retriever_svc.encoder import Vectors
@@ -116,7 +117,11 @@ class Retriever:
             pool, vectors = encoded[rows[0]].pool, np.stack([encoded[row].vector for row in rows])
             top_k = max(requests[row].top_k for row in rows)
             found = pool.nearest(vectors, top_k, tenant, tags)
-            found = [matches[: requests[row].top_k] for row, matches in zip(rows, found, strict=True)]
+            preferences = pool.preferences(tenant)
+            found = [
+                preferences.applied(encoded[row].vector, matches, top_k, tags)[: requests[row].top_k]
+                for row, matches in zip(rows, found, strict=True)
+            ]
             for row, matches in zip(rows, pool.judged(found, tenant, SHARES[abstain]), strict=True):
                 answers[row] = self._decide(requests[row], matches, pool)
         self._timings.searched(time.perf_counter() - began)
@@ -251,6 +256,10 @@ class Retriever:
     def doctor(self, tenant: str, samples: SampleSource, top_k: int = 3) -> Iterator[DoctorStep]:
         """Examine how well the adapters of `tenant` are retrieved; the last step has the report (see `examine`)."""
         return examine(self._pools.current, tenant, samples, top_k)
+
+    def regions(self, tenant: str, samples: SampleSource) -> Iterator[Region]:
+        """Return the regions in which adapters of `tenant` can be measured (see `competence`)."""
+        return regions_of(self._pools.current, tenant, samples)
 
     def reindex(self, model: str, samples: SampleSource, projection: str = "auto") -> Iterator[ReindexStep]:
         """Embed every adapter that has no embedding by the encoder of `model` with the projection yet.

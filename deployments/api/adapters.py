@@ -137,7 +137,7 @@ class UnloadAdapterRequest(ApiRequest):
 
 
 class JobRequest(ApiRequest):
-    """`POST /v1/pool/verify` and `/v1/pool/doctor`: an empty object, so that a plain HTML form cannot start a job."""
+    """`POST /v1/pool/verify`, `/doctor` and `/evaluate`: an empty object, so that no HTML form can start a job."""
 
 
 class GcRequest(ApiRequest):

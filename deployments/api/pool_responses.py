@@ -8,7 +8,7 @@ from typing import Literal, NotRequired
 from typing_extensions import TypedDict
 
 from deployments.json_types import JsonObject
-from lora_store import AdapterRecord, AdapterRef
+from lora_store import AdapterRecord, AdapterRef, Ranking
 from retriever_svc import DoctorReport, Place, Point, PoolMap
 
 
@@ -235,6 +235,22 @@ def point_object(point: Point, tenant: str) -> MapPoint:
     return {"name": point.ref.name_for(tenant), "x": point.x, "y": point.y}
 
 
+def ranking_object(ranking: Ranking, tenant: str) -> JsonObject:
+    """Return the measured adapters of one region, best first, under the names that `tenant` uses for them."""
+    return {
+        "region": ranking.anchor.name_for(tenant),
+        "adapters": [
+            {
+                "name": item.ref.name_for(tenant),
+                "score": item.score,
+                "num_examples": item.num_examples,
+                "is_beaten": item.is_beaten,
+            }
+            for item in ranking.adapters
+        ],
+    }
+
+
 def doctor_object(report: DoctorReport, tenant: str) -> JsonObject:
     """Return how well an adapter's own samples retrieve it. The shares are better than those of unseen prompts."""
 
@@ -256,6 +272,7 @@ def doctor_object(report: DoctorReport, tenant: str) -> JsonObject:
             }
             for collision in report.collisions
         ],
+        "rankings": [ranking_object(ranking, tenant) for ranking in report.rankings],
         "never_chosen": list(map(name, report.never_chosen)),
         "always_shadowed": [
             {"name": name(finding.ref), "by": name(finding.shadowed_by)}

@@ -20,6 +20,7 @@ from lora_store import (
     Key,
     Plan,
     Precondition,
+    Ranking,
     Sample,
     Staged,
     StoreUnavailable,
@@ -29,7 +30,18 @@ from lora_store import (
     Withdrawn,
 )
 from lora_store.garbage_collection import Verified
-from retriever_svc import DoctorStep, Page, PageRequest, PinnedAdapter, Place, PoolMap, ReindexStep, Route, RouteRequest
+from retriever_svc import (
+    DoctorStep,
+    Page,
+    PageRequest,
+    PinnedAdapter,
+    Place,
+    PoolMap,
+    Region,
+    ReindexStep,
+    Route,
+    RouteRequest,
+)
 from retriever_svc.embedded import Embedded
 
 T = TypeVar("T")
@@ -72,6 +84,7 @@ class StoreCalls(Protocol):
     async def set_visibility(self, tenant: str, name: str, visibility: Visibility, actor: str) -> int: ...
     async def approve(self, refs: Sequence[AdapterRef], actor: str) -> int: ...
     async def add_embeddings(self, embeddings: Mapping[AdapterRef, Embedding]) -> int: ...
+    async def rank(self, tenant: str, rankings: Sequence[Ranking], actor: str) -> int: ...
     async def activate_encoder(self, model: str, identity: str, actor: str) -> int: ...
     async def active_encoder(self) -> str | None: ...
     async def versions(self, keys: Collection[Key]) -> dict[Key, tuple[AdapterRecord, ...]]: ...
@@ -161,6 +174,9 @@ class ServeStore(StoreClient):
     async def add_embeddings(self, embeddings: Mapping[AdapterRef, Embedding]) -> int:
         return await self._calls.once(StoreReplica.add_embeddings, embeddings)
 
+    async def rank(self, tenant: str, rankings: Sequence[Ranking], actor: str) -> int:
+        return await self._calls.once(StoreReplica.rank, tenant, rankings, actor)
+
     async def activate_encoder(self, model: str, identity: str, actor: str) -> int:
         return await self._calls.once(StoreReplica.activate_encoder, model, identity, actor)
 
@@ -217,6 +233,7 @@ class RetrieverCalls(RoutingClient, Protocol):
     async def refit(self, model: str) -> str: ...
     def reindex(self, model: str, projection: str = "auto") -> AsyncIterator[ReindexStep]: ...
     def doctor(self, tenant: str) -> AsyncIterator[DoctorStep]: ...
+    def regions(self, tenant: str) -> AsyncIterator[Region]: ...
 
 
 class RetrieverReplica(RetrieverCalls, Protocol):
@@ -234,6 +251,7 @@ class RetrieverClient(RetrieverCalls, Protocol):
 
     def reindex(self, model: str, projection: str = "auto") -> AsyncGenerator[ReindexStep]: ...
     def doctor(self, tenant: str) -> AsyncGenerator[DoctorStep]: ...
+    def regions(self, tenant: str) -> AsyncGenerator[Region]: ...
     async def broadcast_catch_up(self, generation: int, timeout_s: float) -> list[int | BaseException]: ...
     async def broadcast_prepare_encoder(
         self, model: str, timeout_s: float, projection: str = "auto"
@@ -287,6 +305,9 @@ class ServeRetriever(RetrieverClient):
 
     def doctor(self, tenant: str) -> AsyncGenerator[DoctorStep]:
         return self._calls.stream(RetrieverReplica.doctor, tenant)
+
+    def regions(self, tenant: str) -> AsyncGenerator[Region]:
+        return self._calls.stream(RetrieverReplica.regions, tenant)
 
     async def broadcast_catch_up(self, generation: int, timeout_s: float) -> list[int | BaseException]:
         return await self._calls.broadcast(timeout_s, RetrieverReplica.catch_up, generation)

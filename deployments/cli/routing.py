@@ -157,6 +157,25 @@ def doctor(url: Url = DEFAULT_URL) -> None:
         )
     for row in report["always_shadowed"]:
         out.print(f"never first: {row['name']}, behind {row['by']}", markup=False)
+    _print_rankings(report["rankings"])
     for title, key in (("never chosen", "never_chosen"), ("unreadable samples", "unreadable")):
         for name in report[key]:
             out.print(f"{title}: {name}", markup=False)
+
+
+@commands.command()
+def evaluate(url: Url = DEFAULT_URL) -> None:
+    """Measure which adapters answer each other's samples best. `auto` then prefers them. Samples need outputs."""
+    result = follow(url, "/v1/pool/evaluate", {}, "evaluating")
+    out.print(f"{len(result['rankings'])} of {result['num_regions']} regions ranked")
+    _print_rankings(result["rankings"])
+
+
+def _print_rankings(rankings: Sequence[JsonObject]) -> None:
+    """Print one line per region: its adapters with their scores, best first."""
+    for ranking in rankings:
+        adapters = [
+            f"{item['name']} {item['score']:.2f} of {item['num_examples']}{' (beaten)' if item['is_beaten'] else ''}"
+            for item in ranking["adapters"]
+        ]
+        out.print(f"region of {ranking['region']}: {', '.join(adapters)}", markup=False)

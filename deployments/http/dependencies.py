@@ -24,6 +24,7 @@ from deployments.http.streaming import KEEP_ALIVE_S
 from deployments.http.uploads import UploadBudget
 from deployments.observability.cluster_stats import StatsReader
 from deployments.observability.request_metrics import RequestContext, RequestMetrics, context_of
+from deployments.publishing.evaluation import Evaluator
 from deployments.publishing.preload import Preload
 from deployments.publishing.publisher import Publisher
 from lora_store import AdapterNotFound, AdapterRef, Key
@@ -40,6 +41,7 @@ class Services:
     planner: Planner
     completions: CompletionService
     publisher: Publisher
+    evaluator: Evaluator
     store: StoreClient
     retriever: RetrieverClient
     readiness: Readiness

@@ -27,6 +27,7 @@ ROLES_OF: dict[tuple[str, str], str | None] = {
     ("POST", "/v1/unload_lora_adapter"): "publish",
     ("POST", "/v1/pool/verify"): "admin",
     ("POST", "/v1/pool/doctor"): "admin",
+    ("POST", "/v1/pool/evaluate"): "admin",
     ("POST", "/v1/pool/reindex"): "admin",
     ("POST", "/v1/pool/gc"): "admin",
     ("GET", "/v1/pool/map"): None,

@@ -17,6 +17,7 @@ from retriever_svc import (
     PinnedAdapter,
     Place,
     PoolMap,
+    Region,
     ReindexStep,
     Route,
     RouteRequest,
@@ -38,6 +39,7 @@ class FakeRetriever:
     unfit: Exception | None = None  # error of embedding
     encoder: str = ENCODER
     steps: list[list[ReindexStep | DoctorStep | Exception]] = field(default_factory=list)  # of each job in turn
+    to_evaluate: Sequence[Region] = ()
     prepared: Exception | str = "other-encoder"
 
     async def route(self, requests: Sequence[RouteRequest]) -> list[Route]:
@@ -107,6 +109,10 @@ class FakeRetriever:
             step = given(item)
             assert isinstance(step, DoctorStep)
             yield step
+
+    async def regions(self, tenant: str) -> AsyncIterator[Region]:
+        for region in self.to_evaluate:
+            yield region
 
     async def prepare_encoder(self, model: str, projection: str = "auto") -> str:
         return given(self.prepared)

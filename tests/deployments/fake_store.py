@@ -24,6 +24,7 @@ from lora_store import (
     Key,
     Precondition,
     PublicNameTaken,
+    Ranking,
     Sample,
     Staged,
     TenantQuota,
@@ -137,6 +138,11 @@ class FakeStore:
 
     async def add_embeddings(self, embeddings: Mapping[AdapterRef, Embedding]) -> int:
         self._fail("add_embeddings")
+        self.generation += 1
+        return self.generation
+
+    async def rank(self, tenant: str, rankings: Sequence[Ranking], actor: str) -> int:
+        self._fail("rank")
         self.generation += 1
         return self.generation
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_store import AdapterRecord, Embedding, LoraStore, ModuleWeights
+from lora_store import AdapterRecord, AdapterRef, Embedding, LoraStore, ModuleWeights, RankedAdapter, Ranking
 
 MakeFolder = Callable[..., Path]
 MakeRecord = Callable[..., AdapterRecord]
@@ -41,3 +41,10 @@ class FakeClock:
 
 def embedding(*vector: float, encoder: str = "enc") -> Embedding:
     return Embedding(encoder, np.array(vector or (0.5, -0.25), np.float32), np.array([0.75, 0.5], np.float32))
+
+
+def ranking(anchor: AdapterRef, *others: AdapterRef) -> Ranking:
+    """A ranking in which the anchor beats the others."""
+    adapters = [RankedAdapter(ref, 1.0 - place / 2, 8, place > 0) for place, ref in enumerate((anchor, *others))]
+    own = embedding()
+    return Ranking(anchor, tuple(adapters), own.encoder, own.vector, own.own_scores)

@@ -14,11 +14,12 @@ from lora_store import (
     Event,
     OutputProfile,
     Publish,
+    Rank,
     SetVisibility,
     Withdraw,
 )
 from lora_store.events import SCHEMA, Fold, Keep, VisibleChange, dated_events_of, fold_table_of, table_of
-from tests.lora_store.builders import NOON, MakeRecord, embedding
+from tests.lora_store.builders import NOON, MakeRecord, embedding, ranking
 
 REF = AdapterRef("local", "poet", "d" * 64)
 
@@ -31,12 +32,17 @@ REF = AdapterRef("local", "poet", "d" * 64)
         Approve(REF, "boss", NOON),
         Embed(REF, embedding(1.0, 2.0)),
         ActivateEncoder("model", "identity", "me", NOON),
+        Rank("acme", ranking(REF), True, "me", NOON),
+        Rank("acme", ranking(REF), False, "me", NOON),
     ],
     ids=lambda event: type(event).__name__,
 )
 def test_an_event_is_read_as_it_was_written(event: Event) -> None:
     [(generation, read)] = dated_events_of(table_of([event], 7), after=0)
     assert (generation, read) == (7, event)
+    if isinstance(event, Rank) and isinstance(read, Rank):
+        assert read.ranking.vector.tolist() == event.ranking.vector.tolist()
+        assert read.ranking.own_scores.tolist() == event.ranking.own_scores.tolist()
     if isinstance(event, Embed) and isinstance(read, Embed):
         assert read.embedding.vector.tolist() == event.embedding.vector.tolist()
 
@@ -74,6 +80,7 @@ def test_a_publish_gets_the_generation_of_its_commit(make_record: MakeRecord) ->
 def test_a_fold_is_read_as_it_was_written_and_keeps_generations(make_record: MakeRecord) -> None:
     events = [Fold("model", "identity"), VisibleChange("acme", 3), Keep(make_record(), is_live=True)]
     events += [Keep(make_record(digest="e" * 64), is_live=False), Embed(REF, embedding())]
+    events += [Rank("acme", ranking(REF), is_first, "me", NOON) for is_first in (True, False)]
     assert [event for _, event in dated_events_of(fold_table_of(events, 9, {"one": 1}), after=0)] == events
 
 

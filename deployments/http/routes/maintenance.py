@@ -32,6 +32,12 @@ async def doctor(_: JobRequest, caller: AdminCaller, services: AnyServices, cont
     return await _stream(maintenance.doctor(services.retriever, caller.tenant), context)
 
 
+@router.post("/v1/pool/evaluate", response_class=StreamingResponse, responses=LINES_ANSWERS)
+async def evaluate(_: JobRequest, caller: AdminCaller, services: AnyServices, context: AnyContext) -> StreamingResponse:
+    """Measure which adapters answer the tenant's sample outputs best, and prefer those in its requests."""
+    return await _stream(services.evaluator.evaluate(caller.tenant, caller.key_id), context)
+
+
 @router.post("/v1/pool/reindex", response_class=StreamingResponse, responses=LINES_ANSWERS)
 async def reindex(
     body: ReindexRequest, caller: AdminCaller, services: AnyServices, context: AnyContext, http: Request

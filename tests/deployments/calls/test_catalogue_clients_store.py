@@ -37,6 +37,7 @@ SENT_ONCE: dict[str, Ask] = {
     "set_visibility": lambda store: store.set_visibility("local", "poet", "private", "tester"),
     "approve": lambda store: store.approve([REF], "tester"),
     "add_embeddings": lambda store: store.add_embeddings({}),
+    "rank": lambda store: store.rank("local", [], "tester"),
     "activate_encoder": lambda store: store.activate_encoder("model", "identity", "tester"),
     "unreferenced": lambda store: store.unreferenced([]),
     "sweep": lambda store: store.sweep([]),

@@ -119,6 +119,24 @@ def test_a_refused_route_ends_the_evaluation(tmp_path: Path) -> None:
     assert "not available" in words(result.stderr)
 
 
+RANKING = {
+    "region": "poet",
+    "adapters": [
+        {"name": "bard", "score": 0.9, "num_examples": 20, "is_beaten": False},
+        {"name": "poet", "score": 0.25, "num_examples": 20, "is_beaten": True},
+    ],
+}
+
+
+def test_an_evaluation_prints_its_rankings() -> None:
+    result = {"num_regions": 3, "rankings": [RANKING], "generation": 9, "replicas": {"ready": 1, "behind": 0}}
+    with scripted((200, lines({"done": 3, "total": 3}, {"result": result}))) as server:
+        ran = run("evaluate", "--url", server.url)
+    assert (ran.exit_code, server.asked, server.sent) == (0, [("POST", "/v1/pool/evaluate")], [{}])
+    assert "1 of 3 regions ranked" in words(ran.stdout)
+    assert "region of poet: bard 0.90 of 20, poet 0.25 of 20 (beaten)" in words(ran.stdout)
+
+
 def test_the_doctor_names_adapters_that_are_hard_to_find() -> None:
     report = {
         "k": 3,
@@ -130,6 +148,7 @@ def test_the_doctor_names_adapters_that_are_hard_to_find() -> None:
         "never_chosen": ["mute"],
         "always_shadowed": [{"name": "bard", "by": "poet"}],
         "unreadable": ["torn"],
+        "rankings": [RANKING],
     }
     with scripted((200, lines({"done": 4, "total": 4}, {"result": report}))) as server:
         result = run("doctor", "--url", server.url)
@@ -141,5 +160,6 @@ def test_the_doctor_names_adapters_that_are_hard_to_find() -> None:
         "never first: bard, behind poet",
         "never chosen: mute",
         "unreadable samples: torn",
+        "region of poet: bard 0.90 of 20, poet 0.25 of 20 (beaten)",
     ):
         assert part in said

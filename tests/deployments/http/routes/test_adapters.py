@@ -264,6 +264,7 @@ CHANGES = [
     ("POST", "/v1/pool/verify", {"json": {}}),
     ("POST", "/v1/pool/gc", {"json": {}}),
     ("POST", "/v1/pool/doctor", {"json": {}}),
+    ("POST", "/v1/pool/evaluate", {"json": {}}),
     ("POST", "/v1/pool/reindex", {"json": {"encoder": "other"}}),
 ]
 OUTSIDE = [

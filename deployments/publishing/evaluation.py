@@ -1,0 +1,109 @@
+"""Measure on the Workers which adapters answer each other's samples best, and store the rankings."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+
+from deployments.api.pool_responses import ranking_object
+from deployments.calls.catalogue_clients import RetrieverClient, StoreClient
+from deployments.calls.worker_client import StreamEnd, WorkerClient, WorkerGate
+from deployments.json_types import JsonObject
+from deployments.publishing.publisher import Publisher
+from gpu_worker.errors import AdapterLoadFailed, PromptTooLong
+from gpu_worker.request.prompts import Message
+from gpu_worker.request.request import Delta, Job, SamplingParams
+from lora_store import AdapterRecord, Plan, PlannedAdapter, Ranking, Sample
+from retriever_svc import Region, Scorer
+from retriever_svc.competence import evaluate
+from retriever_svc.output_profile import normalized
+
+logger = logging.getLogger(__name__)
+
+_TENANT = "evaluate:"  # not a valid tenant name; evaluations take turns with tenants in the engine's queue
+_AT_ONCE = 4  # rows, so that an evaluation takes a small part of a batch
+_ANSWER_S = 120.0
+_CHARS_PER_TOKEN = 2  # of an output, low: labels and digits have short tokens
+_MAX_TOKENS = 64
+
+
+class AnswerScorer(Scorer):
+    """Scores an adapter by greedy answers: 1 for an answer equal to the sample's output, else 0.
+
+    Case, surrounding space and a final full stop do not count. An adapter that cannot be loaded scores 0.
+    """
+
+    def __init__(self, worker: WorkerClient, gate: WorkerGate, template: str) -> None:
+        self._worker, self._gate, self._template = worker, gate, template
+        self._room, self._numbers = asyncio.Semaphore(_AT_ONCE), itertools.count()
+
+    async def scores(self, adapter: AdapterRecord, examples: Sequence[Sample]) -> Sequence[float]:
+        """Return one score for each example. Raises: WorkerStarting, DeadlineExceeded, and what a Worker raises."""
+        await self._gate.ready()
+        return await asyncio.gather(*[self._score(adapter, example) for example in examples])
+
+    async def _score(self, adapter: AdapterRecord, example: Sample) -> float:
+        assert example.output is not None, "examples have outputs"
+        async with self._room:
+            answer = await self._answer(adapter, example.input, example.output)
+        return float(normalized(answer) == normalized(example.output))
+
+    async def _answer(self, adapter: AdapterRecord, text: str, output: str) -> str:
+        plan = Plan("selection", (PlannedAdapter(adapter.ref, adapter.weights_digest, 1.0),), template=adapter.template)
+        max_tokens = min(_MAX_TOKENS, len(output) // _CHARS_PER_TOKEN + 4)
+        job = Job(
+            request_id=f"evaluate-{next(self._numbers)}",
+            prompt=(Message("user", text),),
+            plan=plan,
+            sampling=SamplingParams(max_tokens=max_tokens, temperature=0),
+            template=adapter.template or self._template,
+            tenant=_TENANT,
+            time_left_s=_ANSWER_S,
+        )
+        stream, parts = self._worker.stream(job), list[str]()
+        deadline = time.monotonic() + _ANSWER_S
+        try:
+            while not isinstance(delta := await stream.next(deadline), StreamEnd):
+                parts += [delta.text] if isinstance(delta, Delta) else []
+        except (AdapterLoadFailed, PromptTooLong) as exc:
+            logger.warning("an example cannot be answered by %s: %s", adapter.ref, exc)
+        finally:
+            stream.cancel()
+        return "".join(parts)
+
+
+class Evaluator:
+    """Evaluates the adapters of one tenant and stores the result for that tenant alone."""
+
+    def __init__(self, store: StoreClient, retriever: RetrieverClient, publisher: Publisher, scorer: Scorer) -> None:
+        self._store, self._retriever, self._publisher, self._scorer = store, retriever, publisher, scorer
+
+    async def evaluate(self, tenant: str, actor: str) -> AsyncGenerator[JsonObject]:
+        """Yield progress by region, then the rankings, once they are stored and served."""
+        await self._store.check_available()
+        regions: list[Region] = []
+        async with aclosing(self._retriever.regions(tenant)) as found:
+            async for region in found:
+                regions.append(region)
+        yield {"done": 0, "total": len(regions)}
+        rankings: list[Ranking] = []
+        async with aclosing(evaluate(regions, self._scorer)) as results:
+            done = 0
+            async for ranking in results:
+                rankings += [] if ranking is None else [ranking]
+                done += 1
+                yield {"done": done, "total": len(regions)}
+        generation = await self._store.rank(tenant, rankings, actor)
+        ready, behind = await self._publisher.catch_up(generation)
+        yield {
+            "result": {
+                "num_regions": len(regions),
+                "rankings": [ranking_object(ranking, tenant) for ranking in rankings],
+                "generation": generation,
+                "replicas": {"ready": ready, "behind": behind},
+            }
+        }

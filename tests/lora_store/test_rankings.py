@@ -1,0 +1,78 @@
+"""Rankings in the catalogue: replaced by tenant, kept through folds, and visible to their tenant alone."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+
+from lora_store import AdapterRef, Publish, Rank, Ranking, Snapshot, Withdraw
+from lora_store.events import dated_events_of, fold_table_of, table_of
+from lora_store.rules import rank_events
+from tests.lora_store.builders import NOON, MakeRecord, OpenStore, ranking
+
+POET, BARD = AdapterRef("local", "poet", "d" * 64), AdapterRef("local", "bard", "e" * 64)
+
+
+def after(snapshot: Snapshot, *events: Rank | Publish | Withdraw) -> Snapshot:
+    return snapshot.after(events, snapshot.generation + 1)
+
+
+def used(snapshot: Snapshot, tenant: str = "local") -> list[Ranking]:
+    return [rank.ranking for rank in snapshot.rankings.get(tenant, ())]
+
+
+def test_json_keeps_everything_but_the_arrays() -> None:
+    given = ranking(POET, BARD)
+    assert Ranking.from_json(given.to_json(), given.encoder, given.vector, given.own_scores) == given
+
+
+def test_an_evaluation_replaces_the_rankings_of_its_tenant_alone() -> None:
+    first = [Rank("local", ranking(POET), True, "me", NOON), Rank("local", ranking(BARD), False, "me", NOON)]
+    snapshot = after(Snapshot(0, {}), *first, Rank("acme", ranking(POET), True, "me", NOON))
+    assert used(snapshot) == [ranking(POET), ranking(BARD)]
+    again = after(snapshot, *rank_events(snapshot, "local", [ranking(BARD, POET)], "me", NOON))
+    assert used(again) == [ranking(BARD, POET)]
+    assert used(again, "acme") == [ranking(POET)]
+
+
+def test_a_ranking_outlives_its_anchor_while_one_of_its_adapters_is_live(make_record: MakeRecord) -> None:
+    records = [Publish(make_record("poet")), Publish(make_record("bard", digest="e" * 64))]
+    snapshot = after(Snapshot(0, {}), *records, Rank("local", ranking(POET, BARD), True, "me", NOON))
+    assert rank_events(snapshot, "local", [], "me", NOON) == []
+    withdrawn = after(snapshot, Withdraw(POET, "me", NOON))
+    [kept] = rank_events(withdrawn, "local", [], "me", NOON)
+    assert isinstance(kept, Rank) and kept.ranking == ranking(POET, BARD) and kept.is_first
+    both = after(withdrawn, Withdraw(BARD, "me", NOON))
+    assert rank_events(both, "local", [], "me", NOON) == []
+
+
+def test_a_fold_keeps_rankings_and_what_each_tenant_can_see(make_record: MakeRecord) -> None:
+    events = [Publish(make_record()), Rank("acme", ranking(POET), True, "me", NOON)]
+    dated = [(place, event) for place, event in enumerate(events, start=1)]
+    snapshot = Snapshot(0, {}).after_dated(dated, 5)
+    assert snapshot.generation_for("acme") == 2
+    assert snapshot.generation_for("other") == 1
+    table = fold_table_of(list(snapshot.folded()), 5, {})
+    folded = Snapshot(0, {}).after_dated(dated_events_of(table, after=0), 5)
+    assert folded == snapshot
+    assert folded.visible_changes == snapshot.visible_changes
+    assert used(folded, "acme")[0].vector.tolist() == ranking(POET).vector.tolist()
+
+
+def test_a_snapshot_is_copied_with_its_rankings() -> None:
+    snapshot = after(Snapshot(0, {}), Rank("local", ranking(POET), True, "me", NOON))
+    assert used(copy.copy(snapshot)) == [ranking(POET)]
+
+
+def test_old_tables_without_the_column_are_read() -> None:
+    rows = table_of([Withdraw(POET, "me", NOON)], 1).set_column(0, "generation", [np.array([1])])
+    assert [event for _, event in dated_events_of(rows, after=0)] == [Withdraw(POET, "me", NOON)]
+
+
+def test_the_store_commits_rankings(open_store: OpenStore) -> None:
+    store = open_store()
+    generation = store.rank("local", [ranking(POET), ranking(BARD)], "me")
+    assert generation == store.snapshot().generation == 1
+    assert used(open_store().snapshot()) == [ranking(POET), ranking(BARD)]
+    assert store.rank("local", [], "me") == 1

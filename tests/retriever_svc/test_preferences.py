@@ -1,0 +1,95 @@
+"""Rankings at routing: beaten adapters give way, and an adapter without samples takes the place of a withdrawn one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime
+
+import numpy as np
+import pytest
+
+from lora_store.adapter import AdapterRef
+from lora_store.events import Rank
+from lora_store.rankings import RankedAdapter, Ranking
+from lora_store.records import AdapterRecord
+from retriever_svc import IndexSettings, Retriever
+from tests.retriever_svc.pool_fakes import FAKE_IDENTITY, FakeEncoder, Source, live_pool, names, record_of, snapshot_of
+from tests.retriever_svc.routing import EAST, NORTH, TABLE, route_one
+
+NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
+GOOD, BAD, OTHER = record_of("good", None), record_of("bad", EAST), record_of("other", NORTH)
+NEAR = record_of("near", (0.96, 0.28))
+
+
+def ranking_of(anchor: AdapterRef, *scores: tuple[AdapterRecord, float], encoder: str = FAKE_IDENTITY) -> Ranking:
+    """A ranking in which every adapter but the first is beaten."""
+    adapters = tuple(RankedAdapter(r.ref, score, 8, place > 0) for place, (r, score) in enumerate(scores))
+    return Ranking(anchor, adapters, encoder, np.asarray(EAST, np.float32), np.asarray([0.9, 0.9], np.float32))
+
+
+def retriever_of(*records: AdapterRecord, ranking: Ranking, tenant: str = "local", approval: bool = False) -> Retriever:
+    source = Source()
+    source.now = snapshot_of(*records, rankings={tenant: (Rank(tenant, ranking, True, "me", NOON),)})
+    settings = IndexSettings(requires_approval=approval)
+    return Retriever(live_pool(FakeEncoder(TABLE), source, settings=settings), min_score=-1.0)
+
+
+def test_a_beaten_adapter_is_replaced_with_its_score_by_the_best_of_its_region() -> None:
+    retriever = retriever_of(GOOD, BAD, OTHER, ranking=ranking_of(BAD.ref, (GOOD, 0.9), (BAD, 0.1)))
+    route = route_one(retriever)
+    assert names(route) == ["good", "other"]
+    assert route.candidates[0].score == pytest.approx(1)
+    assert names(route_one(retriever, "north"))[0] == "other"
+
+
+def test_an_adapter_that_replaces_two_is_planned_once() -> None:
+    ranking = ranking_of(BAD.ref, (NEAR, 0.9), (BAD, 0.1))
+    route = route_one(retriever_of(NEAR, BAD, OTHER, ranking=ranking))
+    assert names(route) == ["near", "other"]
+    assert route.candidates[0].score == pytest.approx(1)
+
+
+def test_an_adapter_without_samples_is_found_in_the_region_of_a_withdrawn_anchor() -> None:
+    ranking = ranking_of(BAD.ref, (GOOD, 0.9))
+    assert names(route_one(retriever_of(GOOD, OTHER, ranking=ranking), top_k=1)) == ["good"]
+    assert names(route_one(retriever_of(GOOD, OTHER, ranking=ranking), "north", top_k=1)) == ["other"]
+    assert names(route_one(retriever_of(GOOD, ranking=ranking))) == ["good"]
+    assert route_one(retriever_of(GOOD, OTHER, ranking=ranking), "north").candidates[-1].score == pytest.approx(0)
+
+
+@pytest.mark.parametrize(
+    ("records", "ranking"),
+    [
+        ((record_of("good", None, version="2"), BAD), ranking_of(BAD.ref, (GOOD, 0.9), (BAD, 0.1))),
+        ((GOOD, record_of("bad", EAST, version="2")), ranking_of(BAD.ref, (GOOD, 0.9), (BAD, 0.1))),
+        ((BAD,), ranking_of(BAD.ref, (GOOD, 0.9), (BAD, 0.1))),
+        ((GOOD, NEAR), ranking_of(BAD.ref, (GOOD, 0.9), encoder="older")),
+    ],
+    ids=["better one updated", "beaten one updated", "better one withdrawn", "another encoder"],
+)
+def test_a_ranking_of_other_versions_changes_nothing(records: tuple[AdapterRecord, ...], ranking: Ranking) -> None:
+    assert "good" not in names(route_one(retriever_of(*records, ranking=ranking)))
+
+
+def test_another_tenants_ranking_changes_nothing() -> None:
+    ranking = ranking_of(BAD.ref, (GOOD, 0.9), (BAD, 0.1))
+    retriever = retriever_of(GOOD, BAD, ranking=ranking, tenant="rival")
+    assert names(route_one(retriever)) == ["bad"]
+    assert names(route_one(retriever, tenant="rival")) == ["good"]
+
+
+@pytest.mark.parametrize("approval", [False, True])
+def test_a_ranking_never_leads_to_an_adapter_that_auto_may_not_choose(approval: bool) -> None:
+    private = record_of("good", None, tenant="rival", visibility="private")
+    unapproved = record_of("good", None, tenant="rival")
+    for better, is_chosen in ((private, False), (unapproved, not approval)):
+        ranking = ranking_of(BAD.ref, (better, 0.9), (BAD, 0.1))
+        route = route_one(retriever_of(better, BAD, ranking=ranking, approval=approval))
+        assert names(route) == (["good"] if is_chosen else ["bad"])
+
+
+def test_a_better_adapter_needs_the_tags_of_the_request() -> None:
+    tagged = replace(BAD, tags=("fr",))
+    retriever = retriever_of(GOOD, tagged, ranking=ranking_of(BAD.ref, (GOOD, 0.9), (tagged, 0.1)))
+    assert names(route_one(retriever, tags=("fr",))) == ["bad"]
+    assert names(route_one(retriever)) == ["good"]
