@@ -51,7 +51,7 @@ def test_a_step_without_pairs_has_an_empty_table() -> None:
     assert (pairs.num_adapters, pairs.num_slots, pairs.h_len, pairs.max_rank) == (0, 0, 0, 0)
 
 
-def test_an_input_may_be_a_view_and_an_output_may_not(lora_kernel: LoraKernel) -> None:
+def test_an_input_may_be_any_view_and_an_output_only_columns_of_a_wider_tensor(lora_kernel: LoraKernel) -> None:
     pool = pool_of([4], 16, {"m": 16})
     bank, residency = settled(pool, 16, {"m": 16}, torch.float32)
     plans = [plan_of("selection", (pool[0], 1.0))]
@@ -61,5 +61,9 @@ def test_an_input_may_be_a_view_and_an_output_may_not(lora_kernel: LoraKernel) -
     grouped_mapping(plans, [3], residency, lora_kernel).add(view, found, bank.modules["m"])
     grouped_mapping(plans, [3], residency, lora_kernel).add(view.contiguous(), expected, bank.modules["m"])
     assert torch.equal(found, expected) and found.any()
-    with pytest.raises(AssertionError, match="must be adjacent"):
-        grouped_mapping(plans, [3], residency, lora_kernel).add(view, torch.zeros(1, 16, 3).mT, bank.modules["m"])
+    for refused, reason in (
+        (torch.zeros(1, 16, 3).mT, "the values of a row of y must be adjacent"),
+        (torch.zeros(1, 3, 20)[..., :16], "y must be two-dimensional or contiguous"),
+    ):
+        with pytest.raises(AssertionError, match=reason):
+            grouped_mapping(plans, [3], residency, lora_kernel).add(view, refused, bank.modules["m"])
