@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("deployments", "gpu_worker", "lora_store", "retriever_svc")
-DATA_SUFFIXES = {".cpp", ".css", ".h", ".html", ".js", ".svg", ".typed"}
+DATA_SUFFIXES = {".cpp", ".css", ".h", ".html", ".js", ".jsonl", ".md", ".safetensors", ".svg", ".typed"}
 
 
 def pip(*arguments: object) -> None:

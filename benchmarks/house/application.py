@@ -76,6 +76,6 @@ async def served_app(config: AppConfig) -> AsyncIterator[tuple[Ingress, httpx.As
             yield ingress, client
             await ingress.services.background.idle()
     finally:
-        worker._loop.stop()
+        worker._engine.stop()
         for task in asyncio.all_tasks() - {asyncio.current_task()}:
             task.cancel()

@@ -98,7 +98,6 @@ TABLE: tuple[tuple[type[Exception], int, str, str], ...] = (
     (ObjectLostError, 503, _OVERLOADED, "replica_died"),
     (TimeoutError, 503, _OVERLOADED, "timeout"),
 )
-_NO_ROUTE = "no such route; the API is below /v1, and /docs lists its routes"
 # Ray's own messages name actors, nodes and queues.
 _SAID: dict[type[Exception], str] = {
     BackPressureError: "too many requests wait; try again later",
@@ -142,8 +141,7 @@ def error_object(message: str, type_: str, code: str, *, param: str | None = Non
 
 def http_error_object(status: int, detail: str) -> JsonObject:
     """Return the error object for a status from the framework."""
-    message = _NO_ROUTE if (status, detail) == (404, "Not Found") else detail
-    return error_object(message, _MISSING if status == 404 else _INVALID, "http_error")
+    return error_object(detail, _MISSING if status == 404 else _INVALID, "http_error")
 
 
 def response_headers(error: Exception, status: int, code: str) -> dict[str, str]:

@@ -13,6 +13,7 @@ from deployments.api import error_table
 from deployments.json_types import JsonObject
 from lora_store import AdapterRef, Plan, Strategy
 from retriever_svc import Candidate
+from retriever_svc.calibration import NO_THRESHOLD
 
 Decision = Literal["fits", "below_threshold", "no_candidates", "housekeeping"]
 
@@ -111,6 +112,9 @@ def why(planned: Planned, tenant: str) -> str:
         return "The pool has no adapter with samples that this request may use, so the base model answers."
     best = max(planned.candidates, key=lambda candidate: candidate.score - candidate.threshold)
     name, needs = best.ref.name_for(tenant), f"scores {best.score:.3f} and needs {best.threshold:.3f}"
+    if best.threshold <= NO_THRESHOLD:
+        nearest = f"{name} is the nearest, with a score of {best.score:.3f}."
+        return f"No adapter fits, so the base model answers. {nearest}" if planned.abstained else nearest
     if planned.reason == "below_threshold":
         least = math.floor(best.score * 1000) / 1000
         return (

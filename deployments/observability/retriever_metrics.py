@@ -107,7 +107,7 @@ class RetrieverMetrics:
             "loraretriever_best_score_cosine", "Score of the best candidate of a prompt", _COSINES
         )
         self._confidence = factory.Histogram(
-            "loraretriever_best_confidence",
+            "loraretriever_best_confidence_ratio",
             "Confidence of the candidate that fits a prompt best, 0 to 1: low if traffic fits no adapter",
             _SHARES,
         )

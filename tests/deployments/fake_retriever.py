@@ -51,7 +51,7 @@ class FakeRetriever:
         scored = [(record, 0.5**place) for place, record in enumerate(self.held)]
         candidates = tuple(Candidate(record.ref, score) for record, score in scored)
         if self.abstains:
-            return Route(Plan("base", generation=7), candidates, 7, abstained=True)
+            return Route(Plan("base", generation=7), candidates, 7, abstained=True, reason="below_threshold")
         rows = tuple(PlannedAdapter(record.ref, record.weights_digest, 0.5, score) for record, score in scored)
         return Route(Plan("mixture", rows, 7), candidates, 7, abstained=False)
 

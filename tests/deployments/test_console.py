@@ -139,8 +139,8 @@ def test_an_error_is_shown_after_the_text_so_far(
 def test_an_abstention_says_that_the_base_model_answers(browsing: Browsing) -> None:
     async def question(page: Page, served: Served) -> None:
         await ask(page)
-        await expect(page.locator("#plan-note")).to_contain_text("No adapter fits this prompt")
-        await expect(page.locator("#plan-note")).to_contain_text("poet, scores 1.000")
+        await expect(page.locator("#plan-note")).to_contain_text("No adapter fits, so the base model answers")
+        await expect(page.locator("#plan-note")).to_contain_text("poet is the nearest, with a score of 1.000")
         await expect(page.locator("#considered-list .name")).to_have_text(["poet", "coder"])
         await expect(page.locator("#plan li")).to_have_count(0)
 

@@ -57,6 +57,7 @@ def test_a_doctors_report_names_adapters() -> None:
         "never_chosen": ["coder"],
         "always_shadowed": [{"name": "coder", "by": "poet"}],
         "unreadable": ["poet"],
+        "rankings": [],
     }
 
 

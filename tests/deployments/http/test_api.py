@@ -44,8 +44,8 @@ def test_a_refusal_has_the_openai_format(path: str, body: Any, status: int, code
         assert error["param"] == param
 
 
-def test_a_path_without_v1_is_answered_with_the_place_of_the_api() -> None:
-    assert "below /v1, and /docs lists" in error_of(post("/chat/completions", CHAT))["message"]
+def test_a_path_without_v1_is_answered_with_the_right_one() -> None:
+    assert "use /v1/chat/completions" in error_of(post("/chat/completions", CHAT))["message"]
 
 
 def test_a_body_that_is_not_json_is_a_bad_request() -> None:

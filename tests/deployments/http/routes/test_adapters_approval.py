@@ -124,7 +124,7 @@ def test_an_admins_key_reindexes_with_a_listed_encoder_only(
         response = await client.post("/v1/pool/reindex", json={"encoder": encoder})
         if is_allowed:
             assert response.status_code == 200, response.text
-            assert served.retriever.called("reindex") == [(encoder,)]
+            assert served.retriever.called("reindex") == [(encoder, "auto")]
         else:
             assert (response.status_code, error_of(response)["code"]) == (403, "publishing_disabled")
             assert encoder not in response.text
