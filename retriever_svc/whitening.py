@@ -86,10 +86,10 @@ class Whitening:
 
 
 def _projected(vectors: np.ndarray, mean: Rows, matrix: Rows) -> Rows:
-    rows = (np.asarray(vectors, np.float32) - mean) @ matrix
+    """Project in float64, so that a row's float32 result does not depend on the other rows of the batch."""
+    rows = (np.asarray(vectors, np.float64) - mean) @ matrix.astype(np.float64)
     lengths = np.linalg.norm(rows, axis=-1, keepdims=True)
-    unit: Rows = rows / np.maximum(lengths, np.finfo(np.float32).tiny)
-    return unit
+    return np.asarray(rows / np.maximum(lengths, np.finfo(np.float64).tiny), np.float32)
 
 
 def split_identity(identity: str) -> tuple[str, str]:

@@ -132,3 +132,11 @@ def test_too_few_samples_are_refused() -> None:
     groups = [*world(count=MIN_SAMPLES // TASKS), *(rows[:1] for rows in world())]
     with pytest.raises(ProjectionUnusable, match=f"at least {MIN_SAMPLES} samples, but these adapters have 180"):
         fit_whitening("plain", groups)
+
+
+def test_a_rows_projection_does_not_depend_on_its_batch() -> None:
+    rng = np.random.default_rng(3)
+    groups = [rng.standard_normal((20, 96)).astype(np.float32) for _ in range(12)]
+    fitted = fit_whitening("encoder", groups)
+    rows = np.concatenate(groups)
+    assert np.array_equal(fitted.project(rows), np.concatenate([fitted.project(row[None]) for row in rows]))

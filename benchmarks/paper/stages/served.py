@@ -19,7 +19,7 @@ from rich.console import Console
 
 from benchmarks.paper.answering.answers import Asker, Question, loading
 from benchmarks.paper.answering.methods import Routed
-from benchmarks.paper.answering.stores import fetch_from, open_store, retriever_over
+from benchmarks.paper.answering.stores import fetch_from, open_store
 from benchmarks.paper.answering.study import load_study, worker_config
 from benchmarks.paper.common.markdown import table
 from benchmarks.paper.common.options import Root
@@ -32,10 +32,10 @@ from benchmarks.starter_pool import HELD_OUT, POOL, read_prompts
 from benchmarks.training.bigbench_tasks import Item
 from deployments.cli.local_server import Server
 from deployments.config.app import AppConfig, RetrievalSettings, WorkerSettings
+from deployments.retriever_factory import live_pool, retriever_over
 from gpu_worker.device.openmp import load_executor
 from gpu_worker.engine.engine import Engine
 from lora_store import Plan
-from retriever_svc import Encoder
 from retriever_svc.encoder_files import DEFAULT_MODEL
 
 MAX_TOKENS = 20
@@ -102,7 +102,7 @@ async def served(url: str, cases: Sequence[Case]) -> list[Reply]:
 def evaluated(config: AppConfig, cases: Sequence[Case], kept: Path, out: Console) -> list[Reply]:
     """Return the study's answers over the same store, by a Retriever and an Engine in this process."""
     store = open_store(config.store_uri)
-    retriever = retriever_over(store, Encoder(config.retrieval.encoder))
+    retriever = retriever_over(live_pool(config, store.snapshot), config)
     plans = [METHODS[case.method].plans(retriever, [case.question])[0] for case in cases]
     worker = config.worker_config()
     executor = load_executor(worker.load_threads)
