@@ -23,10 +23,9 @@ from deployments.generation.completions import STREAM_LIMITS, CompletionService,
 from deployments.generation.planner import Planner, refuse_stream_options
 from deployments.http.api import build_api
 from deployments.http.bodies import DEFAULT_MAX_BODY_BYTES, SharedBytes
-from deployments.http.dependencies import Services
+from deployments.http.dependencies import KEEP_ALIVE_S, Services
 from deployments.http.middleware import InFlight
 from deployments.http.readiness import Readiness
-from deployments.http.streaming import KEEP_ALIVE_S
 from deployments.http.uploads import UploadBudget
 from deployments.json_types import JsonMapping, JsonObject
 from deployments.observability.cluster_stats import StatsReader

@@ -12,26 +12,24 @@ from deployments.api import error_table
 from deployments.api.base import (
     MAX_LABEL_CHARS,
     MAX_TEXT_CHARS,
+    NOT_SERVED_IN_CHAT,
+    NOT_SERVED_IN_COMPLETIONS,
+    NOT_SERVED_IN_MESSAGES,
     PARTS,
     ROLES,
     AdapterName,
     ApiRequest,
     LoraOptions,
     MergedAdapters,
+    Passing,
+    TolerantRequest,
     at_most,
     options_of_path,
     problem,
     unsupported,
-)
-from deployments.api.structured import ResponseFormat, StructuredOutputs
-from deployments.api.tolerance import (
-    NOT_SERVED_IN_CHAT,
-    NOT_SERVED_IN_COMPLETIONS,
-    NOT_SERVED_IN_MESSAGES,
-    Passing,
-    TolerantRequest,
     without_unserved,
 )
+from deployments.api.structured import ResponseFormat, StructuredOutputs
 from deployments.json_types import JsonMapping
 from gpu_worker.request.grammar import Grammar
 from gpu_worker.request.prompts import Message

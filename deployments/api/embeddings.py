@@ -11,8 +11,14 @@ from numpy.typing import NDArray
 from pydantic import BeforeValidator, Field, model_validator
 from typing_extensions import TypedDict
 
-from deployments.api.base import MAX_LABEL_CHARS, MAX_TEXT_CHARS, unsupported
-from deployments.api.tolerance import Passing, TolerantRequest, without_unserved
+from deployments.api.base import (
+    MAX_LABEL_CHARS,
+    MAX_TEXT_CHARS,
+    Passing,
+    TolerantRequest,
+    unsupported,
+    without_unserved,
+)
 
 MAX_INPUTS = 256
 NOT_SERVED_IN_EMBEDDINGS: Passing = {"dimensions": (), "input_type": ("query", "passage", "document")}

@@ -8,8 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from deployments.api.base import MAX_LABEL_CHARS, ApiRequest, at_most, problem
-from deployments.api.tolerance import TolerantRequest
+from deployments.api.base import MAX_LABEL_CHARS, ApiRequest, TolerantRequest, at_most, problem
 from gpu_worker.errors import GrammarInvalid
 from gpu_worker.request.grammar import ANY_OBJECT, MAX_CHOICES, MAX_GRAMMAR_CHARS, Grammar
 

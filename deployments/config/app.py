@@ -263,7 +263,7 @@ class AppConfig(_Settings):
     def _absolute_paths(cls, paths: tuple[Path, ...]) -> tuple[Path, ...]:
         return tuple(path.expanduser().resolve() for path in paths)
 
-    @property
+    @cached_property
     def has_keys(self) -> bool:
         """Whether every request needs a key: the one of `api_key`, or one of the keys file."""
         return self.keys_file is not None or self.api_key is not None

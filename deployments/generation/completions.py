@@ -15,10 +15,10 @@ from typing import TypeVar
 
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
+from deployments.api.base import ignored_fields, refuse_ignored
 from deployments.api.completion_responses import Answer, ChatAnswer, TextAnswer
 from deployments.api.completions import ChatCompletionRequest, GenerationRequest, Question, TextRequest
 from deployments.api.responses import Planned
-from deployments.api.tolerance import ignored_fields, refuse_ignored
 from deployments.auth.authenticator import Authenticator, Caller, TokenUsage
 from deployments.calls.serve_calls import AttemptCounter, deadline_of, seconds_until, within
 from deployments.calls.worker_client import HEARTBEAT_TIMEOUT_S, StreamEnd, WorkerClient, WorkerGate

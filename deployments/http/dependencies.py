@@ -20,7 +20,6 @@ from deployments.http.bodies import SharedBytes
 from deployments.http.middleware import InFlight
 from deployments.http.origins import is_loopback
 from deployments.http.readiness import Readiness
-from deployments.http.streaming import KEEP_ALIVE_S
 from deployments.http.uploads import UploadBudget
 from deployments.observability.cluster_stats import StatsReader
 from deployments.observability.request_metrics import RequestContext, RequestMetrics, context_of
@@ -30,6 +29,7 @@ from deployments.publishing.publisher import Publisher
 from lora_store import AdapterNotFound, AdapterRef, Key
 
 _SCHEME = HTTPBearer(auto_error=False, description="a key of the server's keys file; none where the server has none")
+KEEP_ALIVE_S = 10.0  # proxies close a connection that is silent for 30 s or more
 
 
 @dataclass(frozen=True, slots=True)

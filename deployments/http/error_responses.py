@@ -10,7 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from deployments.api.error_table import describe, http_error_object, response_headers, validation_error
 from deployments.json_types import JsonObject
-from deployments.observability.request_metrics import context_of, path_of
+from deployments.observability.request_metrics import RequestContext, context_of, path_of
 
 _MAX_SHOWN_CHARS = 100
 _INSTEAD = {
@@ -67,3 +67,9 @@ def install_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def on_any(_: Request, error: Exception) -> ErrorResponse:
         return error_response(error)
+
+
+def error_body(error: Exception, context: RequestContext) -> JsonObject:
+    _, body = describe(error)
+    context.code = body["error"]["code"]
+    return body

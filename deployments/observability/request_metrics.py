@@ -12,8 +12,8 @@ from typing import TypeVar
 from starlette.types import Scope
 
 from deployments.api import error_table
+from deployments.api.base import HARMLESS
 from deployments.api.responses import Planned
-from deployments.api.tolerance import HARMLESS
 from deployments.auth.authenticator import Caller
 from deployments.observability.metrics import SECONDS, SERVE, SHORT_SECONDS, MetricFactory
 from gpu_worker.request.request import Delta

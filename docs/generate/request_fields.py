@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from deployments.api import base, tolerance
+from deployments.api import base
 from deployments.api.base import LoraOptions
 from deployments.api.completions import ChatCompletionRequest, CompletionRequest, RouteQuery
 from docs.generate.markdown import code, table
@@ -45,10 +45,10 @@ def lora_fields() -> str:
 def refused_fields() -> str:
     """Return the fields of the OpenAI API and of other servers that are refused, with the values that pass."""
     rows = [
-        *_refused("chat and completions", tolerance.NOT_SERVED),
-        *_refused("chat", _beyond_both(tolerance.NOT_SERVED_IN_CHAT)),
-        *_refused("completions", _beyond_both(tolerance.NOT_SERVED_IN_COMPLETIONS)),
-        *_refused("a message", tolerance.NOT_SERVED_IN_MESSAGES),
+        *_refused("chat and completions", base.NOT_SERVED),
+        *_refused("chat", _beyond_both(base.NOT_SERVED_IN_CHAT)),
+        *_refused("completions", _beyond_both(base.NOT_SERVED_IN_COMPLETIONS)),
+        *_refused("a message", base.NOT_SERVED_IN_MESSAGES),
     ]
     roles, parts = (", ".join(map(code, names)) for names in (base.ROLES, base.PARTS))
     text = f"\nMessages of the roles {roles} and content parts of the types {parts} are refused as well.\n"
@@ -56,7 +56,7 @@ def refused_fields() -> str:
 
 
 def _beyond_both(fields: Mapping[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
-    return {name: values for name, values in fields.items() if name not in tolerance.NOT_SERVED}
+    return {name: values for name, values in fields.items() if name not in base.NOT_SERVED}
 
 
 def _refused(where: str, fields: Mapping[str, tuple[Any, ...]]) -> list[tuple[str, str, str]]:

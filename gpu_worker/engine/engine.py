@@ -96,9 +96,7 @@ class Engine:
         self.loader = self._make_loader(fetch)
         window = PrefetchWindow(config.host_cache_bytes, _WINDOW_BATCHES * config.max_batch_size)
         self._admission = Admission(self.loader, self.residency, self.kv_cache, window)
-        self.running: list[Row] = []
-        self._forgetting: set[str] = set()
-        self.counters = Counters()
+        self.running, self._forgetting, self.counters = list[Row](), set[str](), Counters()
 
     def _make_loader(self, fetch: Fetch) -> AdapterLoader:
         return AdapterLoader(

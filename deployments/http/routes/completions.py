@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
+from deployments.api.base import ignored_header
 from deployments.api.completions import ChatCompletionRequest, CompletionRequest, RouteQuery, TextRequest
 from deployments.api.responses import RouteAnswer, plan_object
-from deployments.api.tolerance import ignored_header
 from deployments.auth.authenticator import Caller, Work
 from deployments.calls.serve_calls import deadline_of, within
 from deployments.generation.planner import check_texts, refuse_stream_options, text_read
 from deployments.http.bodies import AnsweringRoute
-from deployments.http.dependencies import AnyContext, AnyServices, InferCaller, Services
+from deployments.http.dependencies import KEEP_ALIVE_S, AnyContext, AnyServices, InferCaller, Services
+from deployments.http.error_responses import error_body
 from deployments.http.openapi import CHAT_ANSWERS, ROUTE_ANSWERS, TEXT_ANSWERS
-from deployments.http.streaming import events
+from deployments.json_types import JsonObject
 from deployments.observability.request_metrics import RequestContext
 from retriever_svc.encoder import tokens_read
 
 router = APIRouter(route_class=AnsweringRoute)
 _STREAM_HEADERS = {"X-Accel-Buffering": "no"}  # nginx would buffer events
+_DONE = format_sse_event(data_str="[DONE]")
 
 
 @router.post("/v1/chat/completions", response_model=None, responses=CHAT_ANSWERS)
@@ -61,3 +69,37 @@ async def _respond(request: TextRequest, caller: Caller, services: Services, con
     opening = await anext(chunks)  # an error before the first token becomes a status
     body = events(opening, chunks, context, keep_alive_s=services.keep_alive_s)
     return StreamingResponse(body, media_type="text/event-stream", headers=_STREAM_HEADERS | headers)
+
+
+async def events(
+    opening: JsonObject | None,
+    chunks: AsyncGenerator[JsonObject | None],
+    context: RequestContext,
+    *,
+    keep_alive_s: float = KEEP_ALIVE_S,
+    clock: Callable[[], float] = time.monotonic,
+) -> AsyncGenerator[bytes]:
+    """Yield `opening` and the chunks as server-sent events. An error becomes the last event. Leaving closes `chunks`.
+
+    A chunk of None is a heartbeat of the source: it becomes a comment if the stream was silent for `keep_alive_s`.
+    """
+    try:
+        async with aclosing(chunks):
+            yield _event(opening)
+            sent_at = clock()
+            async for chunk in chunks:
+                if chunk is not None:
+                    yield _event(chunk)
+                elif clock() - sent_at >= keep_alive_s:
+                    yield KEEPALIVE_COMMENT
+                else:
+                    continue
+                sent_at = clock()
+    except Exception as exc:
+        yield _event(error_body(exc, context))
+        return
+    yield _DONE
+
+
+def _event(chunk: JsonObject | None) -> bytes:
+    return format_sse_event(data_str=json.dumps(chunk))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 
+from deployments.api.base import ignored_fields, ignored_header, refuse_ignored
 from deployments.api.embeddings import EmbeddingsRequest, embeddings_answer
-from deployments.api.tolerance import ignored_fields, ignored_header, refuse_ignored
 from deployments.auth.authenticator import Work
 from deployments.calls.serve_calls import deadline_of, within
 from deployments.errors import ModelNotFound

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
@@ -11,8 +13,8 @@ from deployments.api.adapters import GcRequest, JobRequest, ReindexRequest
 from deployments.api.pool_responses import CollectedBlobs
 from deployments.http.bodies import AnsweringRoute
 from deployments.http.dependencies import MAY_CHANGE, AdminCaller, AnyContext, AnyServices, require_encoder
+from deployments.http.error_responses import error_body
 from deployments.http.openapi import GC_ANSWERS, LINES_ANSWERS
-from deployments.http.streaming import json_lines
 from deployments.json_types import JsonObject
 from deployments.observability.request_metrics import RequestContext
 from deployments.publishing import maintenance
@@ -61,3 +63,16 @@ async def _stream(lines: AsyncGenerator[JsonObject], context: RequestContext) ->
     """Stream the lines as they arrive. An error before the first line becomes a status."""
     opening = await anext(lines)
     return StreamingResponse(json_lines(opening, lines, context), media_type="application/x-ndjson")
+
+
+async def json_lines(
+    opening: JsonObject, lines: AsyncGenerator[JsonObject], context: RequestContext
+) -> AsyncGenerator[str]:
+    """Yield `opening` and the lines as one JSON object each. An error becomes the last line. Leaving closes `lines`."""
+    try:
+        async with aclosing(lines):
+            yield f"{json.dumps(opening)}\n"
+            async for line in lines:
+                yield f"{json.dumps(line)}\n"
+    except Exception as exc:
+        yield f"{json.dumps(error_body(exc, context))}\n"

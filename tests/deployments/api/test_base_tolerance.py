@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from deployments.api.base import HARMLESS, NOT_SERVED_IN_CHAT, NOT_SERVED_IN_COMPLETIONS
 from deployments.api.completions import parse
-from deployments.api.tolerance import HARMLESS, NOT_SERVED_IN_CHAT, NOT_SERVED_IN_COMPLETIONS
 from deployments.errors import Unsupported
 from tests.deployments.asking import error_of, post, request
 
