@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from gpu_worker.model.base_model import BaseModel, load_base_model
 from tests.browsing import browsing  # noqa: F401  a fixture
@@ -21,6 +22,9 @@ from tests.soak import (  # noqa: F401  pytest finds its hooks and fixtures by t
     scale,
 )
 from tests.tiny import FAMILIES, byte_tokenizer, tiny_config
+
+settings.register_profile("untimed", deadline=None)  # a slow machine fails no test
+settings.load_profile("untimed")
 
 torch.set_num_threads(1)  # tiny products are slower on two threads
 _ON_A_CLUSTER = ("e2e", "cluster")  # folders
