@@ -59,6 +59,8 @@ def use(live: Live, topic: str) -> None:
     assert live.call("DELETE", "/v1/loras/watched").status_code == 200
     never = completion("auto", "x", 2) | {"lora": {"min_score": 1.0, "fallback": "error"}}
     assert live.call("POST", "/v1/completions", json=never).status_code == 422
+    ignored = completion("auto", topic, 4) | {"reasoning_effort": "low"}
+    assert live.call("POST", "/v1/completions", json=ignored).headers["x-ignored-fields"] == "reasoning_effort"
 
 
 def test_every_query_of_the_dashboard_has_an_answer(live: Live, promtool: Promtool) -> None:
