@@ -132,11 +132,11 @@ class Load:
         if not events or not all(event.startswith("data: ") for event in events):
             return Outcome(ask, "", f"no events: {events!r}", False)
         *chunks, last = [event.removeprefix("data: ") for event in events]
-        told = [json.loads(chunk)["choices"][0] for chunk in chunks]
-        text = "".join(choice["text"] for choice in told)
+        reported = [json.loads(chunk)["choices"][0] for chunk in chunks]
+        text = "".join(choice["text"] for choice in reported)
         expected = self._expected(ask, text)
         if last == "[DONE]":
-            return Outcome(ask, text, last, text == expected and told[-1]["finish_reason"] == "length")
+            return Outcome(ask, text, last, text == expected and reported[-1]["finish_reason"] == "length")
         error = json.loads(last)["error"]
         is_answer = error.keys() == _KEYS and bool(error["message"]) and expected.startswith(text)
         return Outcome(ask, text, error["code"], is_answer)

@@ -37,11 +37,11 @@ def test_the_plan_of_an_answer_can_be_sent_back(stream: bool, explain: bool) -> 
         again = CHAT | {"lora": {"plan": first["lora"]}}
         if stream:
             opening, *_ = [chunk async for chunk in served.ingress.stream(again)]
-            told = opening["lora"]
+            reported = opening["lora"]
         else:
-            told = (await served.ingress.generate(again))["lora"]
-        assert told["adapters"] == first["lora"]["adapters"]
-        assert told["strategy"] == first["lora"]["strategy"]
+            reported = (await served.ingress.generate(again))["lora"]
+        assert reported["adapters"] == first["lora"]["adapters"]
+        assert reported["strategy"] == first["lora"]["strategy"]
         (one,), (other,) = served.worker.called("stream")
         assert (one.plan.adapters, one.plan.strategy, one.template) == (
             other.plan.adapters,
@@ -58,11 +58,11 @@ def test_the_plans_of_route_can_be_sent_back() -> None:
         plans = (await client.post("/v1/route", json={"prompt": ["a", "b"]})).json()["data"]
         for plan in plans:
             answer = await client.post("/v1/chat/completions", json=CHAT | {"lora": {"plan": plan, "explain": True}})
-            told = answer.json()["lora"]
+            reported = answer.json()["lora"]
             kept = {name: value for name, value in plan.items() if name not in ("reason", "why")}
-            assert told == kept | {"candidates": []}, "nothing was chosen again"
+            assert reported == kept | {"candidates": []}, "nothing was chosen again"
             route = await client.post("/v1/route", json={"prompt": "c", "lora": {"plan": plan}})
-            assert route.json()["data"] == [told]
+            assert route.json()["data"] == [reported]
 
     ask(run)
 
@@ -270,8 +270,8 @@ def test_the_requests_id_is_not_added_again(path: str, given: str) -> None:
     assert response.status_code == 200
     assert "x-request-id" not in response.headers
     if path.startswith("/v1"):
-        _, _, told = response.json()["id"].partition("-")
-        assert told == given if given.startswith("5dba") else len(told) == 32
+        _, _, reported = response.json()["id"].partition("-")
+        assert reported == given if given.startswith("5dba") else len(reported) == 32
 
 
 def test_every_answer_has_an_id_of_its_own() -> None:

@@ -88,10 +88,10 @@ def test_every_operation_documents_its_responses_and_the_error_format() -> None:
     error = {"$ref": "#/components/schemas/ErrorAnswer"}
     for path, operations in DOCUMENT["paths"].items():
         for method, operation in operations.items():
-            told = operation["responses"]
+            reported = operation["responses"]
             if path not in WITHOUT_ERRORS:
-                assert told.keys() >= STATUSES_OF_ALL, f"{method} {path}"
-            for status, response in told.items():
+                assert reported.keys() >= STATUSES_OF_ALL, f"{method} {path}"
+            for status, response in reported.items():
                 if int(status) < 400:
                     assert all(kind["schema"] for kind in response["content"].values()), f"{method} {path} {status}"
                 else:

@@ -109,10 +109,10 @@ def test_source_and_author_of_another_tenants_adapter_are_hidden(tmp_path: Path)
     async def scenario(here: Served) -> None:
         public = record_of("poet", None, tenant="acme")
         await here.replica.catch_up(here.publish(public, record_of("diary", None, tenant="acme", visibility="private")))
-        for tenant, told in (("acme", ("test", "test")), ("other", ("poet", ""))):
+        for tenant, reported in (("acme", ("test", "test")), ("other", ("poet", ""))):
             [*_, (_, listed)] = (await here.replica.page(tenant, ALL)).rows
             _, [shown] = await here.replica.record(tenant, "poet")
-            assert [(record.source, record.actor) for record in (listed, shown)] == [told, told]
+            assert [(record.source, record.actor) for record in (listed, shown)] == [reported, reported]
         assert [name for name, _ in (await here.replica.page("other", ALL)).rows] == ["acme/poet"]
 
     run(tmp_path, scenario)

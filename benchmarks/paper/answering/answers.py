@@ -69,26 +69,28 @@ class Asker:
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24]
 
     def _compute(self, pairs: Mapping[str, Asked]) -> None:
-        told: dict[str, str] = {}
+        reported: dict[str, str] = {}
         failures: list[Exception] = []
         for key, (question, plan) in pairs.items():
-            self.engine.submit(self._row(key, question, plan, told, failures))
+            self.engine.submit(self._row(key, question, plan, reported, failures))
         self.engine.run_until_idle()
         if failures:
             raise failures[0]  # before any answer of the chunk is saved
         self._kept.parent.mkdir(parents=True, exist_ok=True)
         with self._kept.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"key": key, "text": told[key]}, ensure_ascii=False) + "\n" for key in pairs)
-        self._known |= told
+            file.writelines(json.dumps({"key": key, "text": reported[key]}, ensure_ascii=False) + "\n" for key in pairs)
+        self._known |= reported
 
-    def _row(self, key: str, question: Question, plan: Plan, told: dict[str, str], failures: list[Exception]) -> Row:
-        told[key] = ""
+    def _row(
+        self, key: str, question: Question, plan: Plan, reported: dict[str, str], failures: list[Exception]
+    ) -> Row:
+        reported[key] = ""
 
         def take(event: Delta | Exception) -> None:
             if isinstance(event, Exception):
                 failures.append(event)
             else:
-                told[key] += event.text
+                reported[key] += event.text
 
         sampling = SamplingParams(max_tokens=question.max_tokens, temperature=0)
         job = Job(key, (Message("user", question.item.input),), replace(plan, template=None), sampling)

@@ -147,9 +147,9 @@ def test_text_logprobs_are_parallel_lists_with_the_token_in_its_own_alternatives
 
 def test_a_chunk_has_the_logprobs_of_its_own_tokens() -> None:
     one = answer(has_logprobs=True)
-    told = one.chunk(0, Delta("é", 5, 2, logprobs=(HALF, REST)))
-    assert [entry["logprob"] for entry in told["choices"][0]["logprobs"]["content"]] == [-0.5, -0.25]
-    ChatCompletionChunk.model_validate(told)
+    reported = one.chunk(0, Delta("é", 5, 2, logprobs=(HALF, REST)))
+    assert [entry["logprob"] for entry in reported["choices"][0]["logprobs"]["content"]] == [-0.5, -0.25]
+    ChatCompletionChunk.model_validate(reported)
     assert one.chunk(0, Delta("", 5, 3, "stop"))["choices"][0]["logprobs"] is None
 
 

@@ -71,10 +71,10 @@ def test_another_tenants_adapter_is_shown_under_its_unambiguous_name() -> None:
         (POET.ref,),
         (POET.ref,),
     )
-    told = doctor_object(report, "us")
-    assert told["collisions"][0]["adapters"] == ["poet", "local/poet"]
-    assert told["always_shadowed"] == [{"name": "poet", "by": "local/poet"}]
-    assert told["never_chosen"] == told["unreadable"] == ["local/poet"]
+    reported = doctor_object(report, "us")
+    assert reported["collisions"][0]["adapters"] == ["poet", "local/poet"]
+    assert reported["always_shadowed"] == [{"name": "poet", "by": "local/poet"}]
+    assert reported["never_chosen"] == reported["unreadable"] == ["local/poet"]
     plan = plan_object(Planned(PLAN, CANDIDATES), "us", explain=True)
     assert [row["name"] for row in (*plan["adapters"], *plan["candidates"])] == [
         "local/poet",

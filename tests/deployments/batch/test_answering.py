@@ -45,11 +45,11 @@ def test_rows_of_every_kind_are_answered_and_bad_ones_keep_their_error(place: Pl
     run = place.begin(rows)
     answerer = PartAnswerer(run)
     try:
-        told = answer(run, answerer)
+        reported = answer(run, answerer)
     finally:
         answerer.close()
-    assert [part["num_rows"] for part in told] == [8, 8, 2]
-    assert sum(part["num_errors"] for part in told) == len(bad)
+    assert [part["num_rows"] for part in reported] == [8, 8, 2]
+    assert sum(part["num_errors"] for part in reported) == len(bad)
     found = place.written()
     assert [row["prompt"] for row in found] == [row["prompt"] for row in rows]
     assert {n: row["error"]["code"] for n, row in enumerate(found) if row["error"]} == {

@@ -86,12 +86,12 @@ def test_answers_or_errors_are_added_to_their_rows() -> None:
     table = answered(pa.table({"id": [1, 2, 3]}), asked, outcomes)
     assert table.schema.names == ["id", *ANSWER.names]
     first, second, third = table.to_pylist()
-    told = [{"name": "poet", "digest": "d" * 64, "weight": 1.0, "score": 0.5}]
+    reported = [{"name": "poet", "digest": "d" * 64, "weight": 1.0, "score": 0.5}]
     assert first == {
         "id": 1,
         "text": "text",
         "finish_reason": "stop",
-        "adapters": told,
+        "adapters": reported,
         "strategy": "selection",
         "num_prompt_tokens": 3,
         "num_new_tokens": 2,
@@ -100,4 +100,4 @@ def test_answers_or_errors_are_added_to_their_rows() -> None:
     assert second["error"] == {"code": "invalid_request", "message": "no", "param": "lora"}
     assert second["text"] is second["adapters"] is None
     assert third["error"] == {"code": "context_length_exceeded", "message": "too long", "param": None}
-    assert (third["text"], third["adapters"]) == (None, told)
+    assert (third["text"], third["adapters"]) == (None, reported)

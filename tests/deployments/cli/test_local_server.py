@@ -73,9 +73,9 @@ def test_an_ipv6_address_is_in_brackets() -> None:
 
 
 def test_only_the_packaged_model_is_prepared(tmp_path: Path) -> None:
-    told: list[str] = []
-    Server(config_of(cache_dir=tmp_path / "cache"), port=1).prepare(told.append)
-    assert told == ["starting Ray and the deployments"]
+    reported: list[str] = []
+    Server(config_of(cache_dir=tmp_path / "cache"), port=1).prepare(reported.append)
+    assert reported == ["starting Ray and the deployments"]
     assert not (tmp_path / "cache").exists()
 
 

@@ -25,7 +25,7 @@ DIGESTS = [record.ref.digest[:12] for record in POOL]
 BROKEN = [Delta("a", 5, 1), EngineFull("full")]
 
 
-def told(
+def recorded(
     question: Callable[[httpx.AsyncClient, Served], Awaitable[Any]], caplog: pytest.LogCaptureFixture, **options: Any
 ) -> tuple[FakeMetrics, list[logging.LogRecord]]:
     """Return the metrics, and the log lines of requests. No line of any kind may contain the prompt."""
@@ -44,7 +44,7 @@ def test_an_answered_request(stream: bool, caplog: pytest.LogCaptureFixture) -> 
         await client.post(CHAT_ROUTE, json=CHAT | {"stream": stream}, headers={"x-request-id": "mine-1"})
         assert served.job.request_id == "mine-1"
 
-    kinds, [line] = told(send, caplog, worker=worker)
+    kinds, [line] = recorded(send, caplog, worker=worker)
     assert kinds["requests_total"].counts == {(CHAT_ROUTE, "200", "mixture"): 1}
     assert kinds["errors_total"].counts == {}
     for name in ("request_seconds", "first_token_seconds", "inter_token_seconds"):
@@ -71,7 +71,7 @@ def test_ignored_fields_are_counted_once_by_request_and_unknown_names_together(
     async def send(client: httpx.AsyncClient, _: Served) -> None:
         await client.post(CHAT_ROUTE, json=CHAT | {SECRET: 1, "other_field": 2, "verbosity": "low"})
 
-    kinds, _ = told(send, caplog)
+    kinds, _ = recorded(send, caplog)
     assert kinds["ignored_fields_total"].counts == {("other",): 1, ("verbosity",): 1}
 
 
@@ -100,7 +100,7 @@ def test_a_refused_request_counts_by_its_code(
         served.services.in_flight.count = in_flight
         assert (await client.post(CHAT_ROUTE, json=body)).status_code == int(status)
 
-    kinds, [line] = told(send, caplog, **options)
+    kinds, [line] = recorded(send, caplog, **options)
     [(labels, count)] = kinds["requests_total"].counts.items()
     assert (labels[1], count) == (status, 1)
     assert kinds["errors_total"].counts == {(code,): 1}
@@ -115,7 +115,7 @@ def test_labels_are_bounded_for_any_request(caplog: pytest.LogCaptureFixture) ->
             for _ in range(2):
                 await client.get(path)
 
-    kinds, lines = told(send, caplog)
+    kinds, lines = recorded(send, caplog)
     counted = kinds["requests_total"].counts
     assert {labels[0] for labels in counted} == {"none", "/v1/models/{model:path}", "/v1/loras/{name:path}"}
     assert sum(counted.values()) == len(lines) == 2 * (len(paths) - 2), "probes are not reported"
@@ -128,14 +128,14 @@ def test_an_id_that_is_not_plain_is_replaced(caplog: pytest.LogCaptureFixture) -
             await client.post(CHAT_ROUTE, json=CHAT, headers={"x-request-id": given.encode()})
             assert len(served.worker.called("stream")[-1][0].request_id) == 32
 
-    told(send, caplog)
+    recorded(send, caplog)
 
 
 def test_an_abstention_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     async def send(client: httpx.AsyncClient, served: Served) -> None:
         await client.post(CHAT_ROUTE, json=CHAT)
 
-    kinds, [line] = told(send, caplog, retriever=FakeRetriever(abstains=True))
+    kinds, [line] = recorded(send, caplog, retriever=FakeRetriever(abstains=True))
     assert kinds["requests_total"].counts == {(CHAT_ROUTE, "200", "base"): 1}
     assert vars(line)["abstained"] is True and vars(line)["adapters"] == []
 
@@ -174,7 +174,7 @@ def test_changes_of_the_pool_count_one_by_one(caplog: pytest.LogCaptureFixture, 
         assert (await client.delete("/v1/loras/poet")).status_code == 200
         assert (await client.delete("/v1/loras/poet")).status_code == 404
 
-    kinds, _ = told(send, caplog)
+    kinds, _ = recorded(send, caplog)
     assert kinds["pool_changes_total"].counts == {
         ("publish", "ok"): 2,
         ("publish", "adapter_refused"): 1,

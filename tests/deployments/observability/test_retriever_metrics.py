@@ -64,9 +64,9 @@ def test_only_the_most_chosen_adapters_are_named() -> None:
         for _ in range(number + 1):
             metrics.record_route(route(record))
     metrics.report(snapshot(*pool), 100, 0.0)
-    told = kinds["recent_adapter_plans"].last
-    assert len(told) == MAX_NAMED + 1 and sum(told.values()) == 5050
-    assert told[("a99",)] == 100 and ("a0",) not in told
+    reported = kinds["recent_adapter_plans"].last
+    assert len(reported) == MAX_NAMED + 1 and sum(reported.values()) == 5050
+    assert reported[("a99",)] == 100 and ("a0",) not in reported
 
 
 def test_the_encoder_and_the_search_have_times_of_their_own() -> None:

@@ -69,5 +69,5 @@ def test_some_adapters_are_named_and_all_are_counted() -> None:
     kinds = FakeMetrics()
     many = frozenset(f"{number:064x}"[::-1] for number in range(300))
     WorkerMetrics(16, kinds).report_status(replace(HELD, resident=many))
-    told = kinds["resident_adapters"].last
-    assert len(told) == 65 and sum(told.values()) == 300
+    reported = kinds["resident_adapters"].last
+    assert len(reported) == 65 and sum(reported.values()) == 300

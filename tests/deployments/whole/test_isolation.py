@@ -179,17 +179,17 @@ def test_every_reported_name_means_the_reported_adapter(tmp_path: Path) -> None:
             folder = tenants.folder("same", 300 + number, [*texts, f"Number {number}."])
             assert (await tenants.publish(tenant, [folder], visibility=visibility)).status_code == 201
         for tenant, expected in zip(TENANTS, ({"same"}, {"same", f"{TENANTS[0]}/same"}), strict=True):
-            told: dict[str, str] = {}
+            reported: dict[str, str] = {}
             for path in ("/v1/loras", "/v1/models"):
                 for row in (await tenants.ask(tenant, "GET", path)).json()["data"]:
-                    told.setdefault(row["id"], row.get("digest", ""))
+                    reported.setdefault(row["id"], row.get("digest", ""))
             body = {"prompt": texts, "lora": {"k": 16}}
             for plan in plans_of(await tenants.ask(tenant, "POST", "/v1/route", json=body)):
                 assert len({row["name"] for row in plan["adapters"]}) == len(plan["adapters"])
                 for row in (*plan["adapters"], *plan["candidates"]):
-                    assert told[row["name"]] == row["digest"]
-            assert {name for name in told if name.endswith("same")} == expected
-            for name, digest in told.items():
+                    assert reported[row["name"]] == row["digest"]
+            assert {name for name in reported if name.endswith("same")} == expected
+            for name, digest in reported.items():
                 asked = await tenants.ask(tenant, "POST", "/v1/completions", json={"prompt": "hi", "model": name})
                 assert asked.status_code == 200, (name, asked.text)
                 assert (await tenants.ask(tenant, "GET", f"/v1/models/{name}")).json()["id"] == name
@@ -285,9 +285,9 @@ def test_metrics_name_public_adapters_only(tmp_path: Path) -> None:
                 for answer in await asyncio.to_thread(retriever._retriever.route, [RouteRequest(prompt, mine)]):
                     retriever._metrics.record_route(answer)
         await retriever._tell()
-        told = {label for metric in kinds.metrics.values() for labels in metric.last for label in labels}
-        assert {f"open-{tenant}" for tenant in TENANTS} <= told
-        assert not [label for label in told if any(word in label for word in WORDS.values())]
+        reported = {label for metric in kinds.metrics.values() for labels in metric.last for label in labels}
+        assert {f"open-{tenant}" for tenant in TENANTS} <= reported
+        assert not [label for label in reported if any(word in label for word in WORDS.values())]
 
     run(tmp_path, look)
 
