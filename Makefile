@@ -12,11 +12,11 @@ export RAY_AUTH_MODE := token
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
-# ENGINE=vllm installs vLLM too, into an environment of its own: see requirements-vllm.txt.
-$(READY): pyproject.toml constraints.txt $(if $(filter vllm,$(ENGINE)),requirements-vllm.txt)
+# ENGINE=vllm installs vLLM too, into an environment of its own: see gpu_worker/vllm/requirements.txt.
+$(READY): pyproject.toml constraints.txt $(if $(filter vllm,$(ENGINE)),gpu_worker/vllm/requirements.txt)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --progress-bar off -c constraints.txt -e '.[local,test]'
-	$(if $(filter vllm,$(ENGINE)),$(BIN)/python -m pip install --progress-bar off --no-deps -r requirements-vllm.txt)
+	$(if $(filter vllm,$(ENGINE)),$(BIN)/python -m pip install --progress-bar off --no-deps -r gpu_worker/vllm/requirements.txt)
 	touch $(READY)
 
 setup: $(READY) ## install everything into .venv

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, Self
@@ -198,8 +199,9 @@ class GenerationRequest(TolerantRequest):
         return self.max_tokens
 
     @property
+    @abstractmethod
     def num_logprobs(self) -> int | None:
-        raise NotImplementedError
+        """The number of alternatives whose log-probabilities each token reports, None without any."""
 
     @property
     def most_tokens(self) -> int:
@@ -209,9 +211,9 @@ class GenerationRequest(TolerantRequest):
         new_tokens = DEFAULT_MAX_TOKENS if self.token_limit is None else self.token_limit
         return num_chars // CHARS_PER_TOKEN + len(prompts) * (1 + self.n * new_tokens)
 
+    @abstractmethod
     def questions(self) -> list[Question]:
         """Return one question per prompt, in order."""
-        raise NotImplementedError
 
     def _question(self, place: int, prompt: str | tuple[Message, ...], text: str) -> Question:
         if self.merged_adapters is not None:

@@ -125,7 +125,7 @@ def train_on(
                     pace_s = (time.perf_counter() - started) / recipe.num_steps
                     progress.console.print(f"{name}: {pace_s:.2f} s/step", markup=False)
         except Timeout:
-            pass  # another process trains it
+            progress.console.print(f"{name}: another process trains it", markup=False)
         progress.advance(bar, recipe.num_steps)
 
 
