@@ -25,8 +25,9 @@ from typing import Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-Abstain = Literal["lenient", "balanced", "strict"]
-SHARES: dict[Abstain, float] = {"lenient": 0.01, "balanced": 0.03, "strict": 0.08}  # of in-pool prompts turned away
+Abstain = Literal["never", "lenient", "balanced", "strict"]
+# The share of in-pool prompts that is turned away.
+SHARES: dict[Abstain, float] = {"never": 0.0, "lenient": 0.01, "balanced": 0.03, "strict": 0.08}
 NO_THRESHOLD = -1.0  # the lowest possible cosine
 MIN_SCORES = 5  # an adapter with fewer own scores says nothing about the pool
 MAX_VOTERS = 512
@@ -135,13 +136,13 @@ class Calibration:
     def judge(self, candidates: Adapters, scores: Floats, share: float) -> tuple[Floats, Floats]:
         """Return (thresholds, confidences), each (C,), of candidates with these scores (C,).
 
-        A score below its threshold has a confidence below `share`.
+        A score below its threshold has a confidence below `share`. A share of 0 turns nothing away.
         """
         if not len(self._fits):
             return np.full(len(scores), NO_THRESHOLD), np.ones(len(scores))
         slope, offset = self._fit_of(candidates)
         least = np.interp(share, self._shares, self._fits)
-        thresholds: Floats = ((least + offset) / slope).clip(-1, 1)
+        thresholds: Floats = ((least + offset) / slope).clip(-1, 1) if share > 0 else np.full(len(scores), NO_THRESHOLD)
         return thresholds, np.interp(scores * slope - offset, self._fits, self._shares)
 
     def _fit_of(self, adapters: Adapters) -> tuple[Floats, Floats]:

@@ -63,9 +63,9 @@ class Retriever:
     """Answers every read from the pool that is in service when the read begins.
 
     `abstain` is the operating point of requests without their own (see `calibration`). `min_score`, if given, takes the
-    place of every adapter's threshold in requests without their own. `temperature` divides the scores in the `softmax`
-    weighting. With `owner_names`, another tenant's public adapter can only be named as `owner/name`. Methods with a
-    `min_generation` raise StaleIndex if this pool is older; then call `LivePool.catch_up` and retry.
+    place of every adapter's threshold in requests with neither of both. `temperature` divides the scores in the
+    `softmax` weighting. With `owner_names`, another tenant's public adapter can only be named as `owner/name`. Methods
+    with a `min_generation` raise StaleIndex if this pool is older; then call `LivePool.catch_up` and retry.
     """
 
     def __init__(
@@ -128,7 +128,9 @@ class Retriever:
         return [answers[row] for row in range(len(requests))]
 
     def _decide(self, request: RouteRequest, matches: list[Match], pool: Pool) -> Route | NoAdapterMatched:
-        least = self._min_score if request.min_score is None else request.min_score
+        least = request.min_score
+        if least is None and request.abstain is None:
+            least = self._min_score
         if least is not None:
             matches = [match._replace(threshold=least) for match in matches]
         generation = pool.snapshot.generation_for(request.tenant)
@@ -255,7 +257,7 @@ class Retriever:
 
     def doctor(self, tenant: str, samples: SampleSource, top_k: int = 3) -> Iterator[DoctorStep]:
         """Examine how well the adapters of `tenant` are retrieved; the last step has the report (see `examine`)."""
-        return examine(self._pools.current, tenant, samples, top_k)
+        return examine(self._pools.current, tenant, samples, top_k, self._pools.projections)
 
     def regions(self, tenant: str, samples: SampleSource) -> Iterator[Region]:
         """Return the regions in which adapters of `tenant` can be measured (see `competence`)."""

@@ -23,9 +23,10 @@ class RouteRequest:
     """One prompt, to be routed to adapters that have all of `tags`.
 
     `abstain`: which share of in-pool prompts may go to the base model so that others do (see `calibration`); None means
-    the Retriever's own. `min_score`: a cosine that takes the place of every adapter's threshold. `preferred`: the
-    adapter of the conversation's previous turn. If it fits, it stays the best one unless another scores higher by more
-    than `STICKY_MARGIN`. A pool older than `min_generation` answers with StaleIndex.
+    the Retriever's own. `min_score`: a cosine that takes the place of every adapter's threshold, whatever `abstain` is.
+    `preferred`: the adapter of the conversation's previous turn. If it fits, it stays the best one unless another
+    scores higher by more than `STICKY_MARGIN`. A pool older than `min_generation` answers with StaleIndex.
+    `shows_samples`: candidates of this tenant come with the samples that the text is nearest to.
     Raises: RouteInvalid if a value is out of range.
     """
 
@@ -40,6 +41,7 @@ class RouteRequest:
     min_generation: int = 0
     preferred: AdapterRef | None = None
     abstain: Abstain | None = None
+    shows_samples: bool = False
 
     def __post_init__(self) -> None:
         _check_choice("strategy", self.strategy, get_args(RoutedStrategy))
@@ -59,17 +61,27 @@ def _check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class NearSample:
+    """The input of an adapter's sample, perhaps shortened, with its cosine to the prompt."""
+
+    text: str
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
 class Candidate:
     """An adapter considered for a prompt, with its cosine to the prompt.
 
     It may answer if the score reaches the threshold, the adapter's own. `confidence`: the share of the pool's own
-    samples that fit their adapter less well than the prompt fits this one, 0..1.
+    samples that fit their adapter less well than the prompt fits this one, 0..1. `samples`: the nearest samples, if the
+    request asks for them and the adapter is the tenant's own.
     """
 
     ref: AdapterRef
     score: float
     threshold: float = NO_THRESHOLD
     confidence: float = 1.0
+    samples: tuple[NearSample, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from pydantic_core import PydanticCustomError
 
 from deployments.errors import RequestInvalid
 from deployments.field_problems import did_you_mean
-from retriever_svc import PinnedAdapter, Weighting
+from retriever_svc import Abstain, PinnedAdapter, Weighting
 
 MAX_TEXT_CHARS = 4 << 20  # characters of any text, prompts included; no body is larger
 MAX_LABEL_CHARS = 1024  # characters of labels that a client sends for its own use
@@ -213,6 +213,7 @@ class LoraOptions(ApiRequest):
     k: int | None = Field(default=None, ge=1, le=MAX_ADAPTERS)
     adapters: Annotated[list[AdapterChoice], Field(fail_fast=True, min_length=1, max_length=MAX_ADAPTERS)] | None = None
     weights: Weighting | None = None
+    abstain: Abstain | None = None
     min_score: float | None = Field(default=None, ge=-1, le=1)
     fallback: Literal["base", "error"] | None = None
     filter: LoraFilter | None = None
@@ -221,10 +222,16 @@ class LoraOptions(ApiRequest):
     min_generation: int = Field(default=0, ge=0, lt=2**63)
     explain: bool = False
 
+    @model_validator(mode="after")
+    def _one_kind_of_threshold(self) -> Self:
+        if self.abstain is not None and self.min_score is not None:
+            raise problem("abstain", "min_score takes the place of every threshold; give one of both")
+        return self
+
     @property
     def of_retrieval(self) -> list[str]:
         """The set fields that have no effect if adapters are named."""
-        fields = ("k", "weights", "min_score", "fallback", "filter", "query")
+        fields = ("k", "weights", "abstain", "min_score", "fallback", "filter", "query")
         return [field for field in fields if getattr(self, field) is not None]
 
     @property

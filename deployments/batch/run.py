@@ -17,7 +17,10 @@ _OF_APP = (
     *("base_model", "base_model_name", "store_uri", "template", "max_new_tokens"),
     *("public_requires_approval", "owner_names"),
 )
-_OF_RETRIEVAL = ("encoder", "strategy", "k", "weights", "softmax_temperature", "min_score", "fallback")
+_OF_RETRIEVAL = (
+    *("encoder", "projection", "strategy", "k", "weights", "softmax_temperature"),
+    *("abstain", "min_score", "fallback"),
+)
 _OF_WORKER = ("dtype", "max_model_len", "bank_rank_rows")
 
 

@@ -33,6 +33,13 @@ Prompt = Annotated[
     list[str],
     typer.Argument(metavar="PROMPT...", help="the prompt; several words are joined, and - reads standard input"),
 ]
+Abstain = Annotated[
+    str | None,
+    typer.Option(
+        help="how readily the base model answers in place of adapters: never, lenient, balanced or strict; "
+        "default: the server's"
+    ),
+]
 
 
 @cli.callback()
@@ -65,6 +72,7 @@ def ask(
     model: Annotated[str, typer.Option(help="auto, the base model, or an adapter")] = "auto",
     temperature: Annotated[float, typer.Option(help="0 always picks the most likely token")] = 0.0,
     max_tokens: Annotated[int, typer.Option(help="upper bound of the answer's tokens")] = 256,
+    abstain: Abstain = None,
     url: Url = DEFAULT_URL,
 ) -> None:
     """Stream the answer to a prompt, then print the adapters that gave it."""
@@ -74,6 +82,7 @@ def ask(
         "temperature": temperature,
         "max_tokens": max_tokens,
         "stream": True,
+        **_options(abstain),
     }
     lora: JsonObject = {}
     with client_of(url) as client, client.stream("POST", "/v1/chat/completions", json=body) as response:
@@ -92,9 +101,10 @@ def ask(
 
 
 @cli.command()
-def route(prompt: Prompt, url: Url = DEFAULT_URL) -> None:
+def route(prompt: Prompt, abstain: Abstain = None, url: Url = DEFAULT_URL) -> None:
     """Show which adapters would answer a prompt, without generating."""
-    plan = call(url, "POST", "/v1/route", json={"prompt": _text_of(prompt)})["data"][0]
+    asked = {"prompt": _text_of(prompt), **_options(abstain, explain=True)}
+    plan = call(url, "POST", "/v1/route", json=asked)["data"][0]
     weights = {adapter["name"]: f"{adapter['weight']:.3f}" for adapter in plan["adapters"]}
     title = f"strategy {plan['strategy']}, generation {plan['generation']}"
     table = Table("adapter", "score", "needs", "confidence", "weight", title=title)
@@ -104,6 +114,10 @@ def route(prompt: Prompt, url: Url = DEFAULT_URL) -> None:
     out.print(table)
     if "why" in plan:
         out.print(plan["why"], markup=False, highlight=False)
+    for candidate in plan["candidates"]:
+        for sample in candidate.get("samples", ()):
+            line = f"sample of {candidate['name']}, {sample['score']:.3f}: {sample['input']}"
+            out.print(" ".join(line.split()), markup=False, highlight=False)
 
 
 @cli.command()
@@ -121,6 +135,11 @@ def check(
 def _text_of(prompt: list[str]) -> str:
     """Return the words as one text; `-` alone means standard input."""
     return sys.stdin.read().strip() if prompt == ["-"] else " ".join(prompt)
+
+
+def _options(abstain: str | None, **options: object) -> JsonObject:
+    options |= {} if abstain is None else {"abstain": abstain}
+    return {"lora": options} if options else {}
 
 
 def _exit_with(code: int) -> None:

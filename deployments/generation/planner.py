@@ -162,7 +162,8 @@ class Planner:
         """Return the best adapter of the previous turn, None without one."""
         if text is None:
             return None
-        [route] = await self._retriever.route([replace(self._request_of(text, options, tenant), fallback="base")])
+        request = replace(self._request_of(text, options, tenant), fallback="base", shows_samples=False)
+        [route] = await self._retriever.route([request])
         return None if route.abstained else route.plan.adapters[0].ref
 
     async def route_all(self, texts: Sequence[str], options: LoraOptions, tenant: str) -> Sequence[Planned]:
@@ -195,6 +196,8 @@ class Planner:
             tags=() if options.filter is None else tuple(options.filter.tags),
             min_generation=options.min_generation,
             preferred=preferred,
+            abstain=options.abstain,
+            shows_samples=options.explain,
         )
 
     async def _replayed(self, options: LoraOptions, given: PlanGiven, tenant: str) -> Planned:

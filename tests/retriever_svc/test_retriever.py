@@ -163,6 +163,24 @@ def test_a_stricter_request_has_higher_thresholds() -> None:
     assert together == [found["lenient"], strict, found["balanced"]]
 
 
+def test_a_request_that_never_abstains_is_answered_by_the_best_adapter_however_low_it_scores() -> None:
+    encoder = FakeEncoder({"far": (-1.0, 0.0)})
+    retriever = retriever_of(WIDE, NARROW, encoder=encoder)
+    usual, never = route_one(retriever, "far"), route_one(retriever, "far", abstain="never")
+    assert (usual.abstained, never.abstained, never.reason) == (True, False, "fits")
+    assert [c.threshold for c in never.candidates] == [-1.0, -1.0]
+    assert [c.confidence for c in never.candidates] == [c.confidence for c in usual.candidates]
+    assert not route_one(retriever_of(WIDE, encoder=encoder, abstain="never"), "far").abstained
+
+
+def test_a_requests_operating_point_overrides_the_retrievers_min_score() -> None:
+    retriever = retriever_of(WIDE, NARROW, min_score=0.999)
+    assert [c.threshold for c in route_one(retriever).candidates] == [0.999, 0.999]
+    own = route_one(retriever, abstain="balanced")
+    expected = route_one(retriever_of(WIDE, NARROW), abstain="balanced")
+    assert [c.threshold for c in own.candidates] == [c.threshold for c in expected.candidates]
+
+
 def test_below_the_floor_the_error_is_returned_in_its_own_place() -> None:
     retriever = retriever_of(*POOL, min_score=0.9)
     asked = [RouteRequest("east"), RouteRequest("west", fallback="error"), RouteRequest("west"), RouteRequest("north")]

@@ -68,6 +68,8 @@ def test_only_collections_are_counted(value: object) -> None:
         (LoraOptions, {"k": MAX_ADAPTERS + 1}, "k"),
         (LoraOptions, {"adapters": []}, "adapters"),
         (LoraOptions, {"min_score": 1.1}, "min_score"),
+        (LoraOptions, {"abstain": "sometimes"}, "'never', 'lenient', 'balanced' or 'strict'"),
+        (LoraOptions, {"abstain": "never", "min_score": 0.5}, "give one of both"),
         (LoraOptions, {"filter": {"tags": []}}, "filter"),
         (LoraOptions, {"strategy": "base"}, "strategy"),
         (MergedAdapters, {"ids": ["a", "b"], "weights": [1.0]}, "1 do not go with 2 ids"),

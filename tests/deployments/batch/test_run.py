@@ -41,6 +41,9 @@ def test_a_run_with_other_rows_settings_or_defaults_is_refused(place: Place) -> 
         place.begin(rows, part_rows=9)
     with pytest.raises(BatchRefused, match=r"defaults\.max_tokens was 6, is 7"):
         place.begin(rows, defaults=DEFAULTS | {"max_tokens": 7})
+    stricter = place.config.retrieval.model_copy(update={"abstain": "strict"})
+    with pytest.raises(BatchRefused, match=r"retrieval.abstain was 'balanced', is 'strict'"):
+        place.begin(rows, config=place.config.model_copy(update={"retrieval": stricter}))
     slower = place.config.model_copy(update={"worker": replace(place.config.worker, max_batch_size=2)})
     place.begin(rows, config=slower)
     other = replace(place.config.worker, dtype="bfloat16")

@@ -158,6 +158,15 @@ def test_ask_reads_the_prompt_from_standard_input() -> None:
     assert server.sent[0]["messages"] == [{"role": "user", "content": "two\nlines"}]
 
 
+def test_ask_and_route_pass_on_how_readily_to_abstain() -> None:
+    lora = {"strategy": "base", "adapters": []}
+    plan = lora | {"generation": 1, "candidates": []}
+    with scripted((200, events_of(delta("", lora=lora))), (200, {"data": [plan]})) as server:
+        assert run("ask", "Hi", "--abstain", "never", "--url", server.url).exit_code == 0
+        assert run("route", "Hi", "--abstain", "strict", "--url", server.url).exit_code == 0
+    assert [sent["lora"] for sent in server.sent] == [{"abstain": "never"}, {"explain": True, "abstain": "strict"}]
+
+
 def test_ask_fails_with_the_streams_error() -> None:
     lora = {"strategy": "base", "adapters": []}
     body = events_of(delta("", lora=lora), {"error": {"message": "it stopped"}}, done=False)
@@ -167,24 +176,28 @@ def test_ask_fails_with_the_streams_error() -> None:
     assert "it stopped" in result.stderr
 
 
+SHOWN = [{"input": "Write a\n[poem].", "score": 0.5}]
+
+
 def test_route_shows_candidates_and_the_weights_of_the_plan() -> None:
     plan = {
         "strategy": "selection",
         "generation": 4,
         "adapters": [{"name": "poet", "weight": 1.0}],
         "candidates": [
-            {"name": "poet", "score": 0.75, "threshold": 0.625, "confidence": 0.5},
+            {"name": "poet", "score": 0.75, "threshold": 0.625, "confidence": 0.5, "samples": SHOWN},
             {"name": "coder", "score": 0.5, "threshold": 0.875, "confidence": 0.0},
         ],
         "why": "poet fits: it scores 0.750 and needs 0.625.",
     }
     with scripted((200, {"data": [plan]})) as server:
         result = run("route", "Hi", "--url", server.url)
-    assert (server.asked, server.sent) == ([("POST", "/v1/route")], [{"prompt": "Hi"}])
+    assert (server.asked, server.sent) == ([("POST", "/v1/route")], [{"prompt": "Hi", "lora": {"explain": True}}])
     rows = [line for line in result.stdout.splitlines() if line.startswith(("│ poet", "│ coder"))]
     assert ["1.000" in row for row in rows] == [True, False]
     assert ["0.625" in rows[0], "0.875" in rows[1]] == [True, True]
     assert "needs 0.625" in result.stdout
+    assert "sample of poet, 0.500: Write a [poem]." in words(result.stdout)
     assert ["0.750" in rows[0], "0.500" in rows[1]] == [True, True]
 
 

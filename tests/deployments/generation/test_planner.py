@@ -93,6 +93,14 @@ def test_a_requests_options_override_the_config() -> None:
     assert request == RouteRequest("Rhyme", "local", "selection", 2, "uniform", 0.0, "base", ("a", "b"), 9)
 
 
+@pytest.mark.parametrize("said", ["never", "strict", None])
+def test_a_requests_operating_point_reaches_the_retriever(said: str | None) -> None:
+    handle = handle_of()
+    plan(handle, lora={"abstain": said}, abstain="lenient")
+    [([request],)] = handle.called("route")
+    assert request.abstain == said  # None requests the Retriever's own, which is the config's
+
+
 @pytest.mark.parametrize(
     ("model", "lora", "choices"),
     [("poet", {}, [("poet", 1.0)]), ("auto", {"adapters": [{"name": "poet", "weight": 0.5}]}, [("poet", 0.5)])],
@@ -107,7 +115,14 @@ def test_a_named_plan_passes_on_min_generation(
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("k", 3), ("weights", "uniform"), ("min_score", 0.5), ("fallback", "base"), ("filter", {"tags": ["a"]})],
+    [
+        ("k", 3),
+        ("weights", "uniform"),
+        ("abstain", "never"),
+        ("min_score", 0.5),
+        ("fallback", "base"),
+        ("filter", {"tags": ["a"]}),
+    ],
 )
 @pytest.mark.parametrize("model", ["auto", "poet", BASE, f"{BASE}:poet"])
 def test_retrieval_options_are_refused_if_adapters_are_named(model: str, field: str, value: Any) -> None:
