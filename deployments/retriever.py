@@ -43,6 +43,7 @@ from retriever_svc import (
     embeddings_of,
 )
 from retriever_svc.embedded import Embedded
+from retriever_svc.nearest_samples import NearestSamples
 from retriever_svc.retriever import Encoded
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ _NEIGHBOURS = 3
 _LOOKUP_THREADS = 4
 _SEARCH_THREADS = 4
 _READ_EVERY_S = 0.5
+_SAMPLES_S = 5.0  # then an answer does without the samples that would explain it
 _CATCH_UP_S = 4.0  # below the publisher's timeout, so that each replica can report an error itself
 
 
@@ -113,7 +115,23 @@ class RetrieverDeployment:
         answers = await _on(self._searches, self._retriever.route_encoded, requests, encoded)
         for answer in answers:
             self._metrics.record_route(answer)
-        return [_given(answer) for answer in answers]
+        return await self._explained(requests, encoded, [_given(answer) for answer in answers])
+
+    async def _explained(
+        self, requests: Sequence[RouteRequest], encoded: Sequence[Encoded], routes: list[Route]
+    ) -> list[Route]:
+        """Return the routes, with the nearest samples where a request asks for them and they are there in time."""
+        tenant, pool = requests[0].tenant, encoded[0].pool
+        rows = [row for row, request in enumerate(requests) if request.shows_samples and encoded[row].pool is pool]
+        if rows:
+            wanted, prompts = [routes[row] for row in rows], [encoded[row].vector for row in rows]
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_SAMPLES_S):
+                    nearest = await asyncio.to_thread(NearestSamples.of, pool, tenant, wanted, self._samples)
+                    await self._encode_in_turns(nearest.encoding, tenant)
+                    shown = dict(zip(rows, nearest.shown_in(wanted, prompts), strict=True))
+                    routes = [shown.get(row, route) for row, route in enumerate(routes)]
+        return routes
 
     async def _encode(self, texts: Sequence[tuple[str, str]]) -> list[Encoded]:
         return await _on(self._encoding, self._retriever.encode, texts)
@@ -171,11 +189,14 @@ class RetrieverDeployment:
         turn, then each other publishing tenant. A call for several tenants uses the turns of the first one.
         """
         encoding = await _on(self._bulk, self._retriever.encoding_of, groups, tenants)
-        turn = self._bulk_turns.setdefault(next(iter(tenants), ""), asyncio.Lock())
+        await self._encode_in_turns(encoding, next(iter(tenants), ""))
+        return await _on(self._bulk, self._embedded, encoding, groups, tenants)
+
+    async def _encode_in_turns(self, encoding: BulkEncoding, tenant: str) -> None:
+        turn = self._bulk_turns.setdefault(tenant, asyncio.Lock())
         for chunk in encoding.chunks:
             async with turn:
                 await _on(self._bulk, encoding.encode, chunk)
-        return await _on(self._bulk, self._embedded, encoding, groups, tenants)
 
     def _embedded(
         self, encoding: BulkEncoding, groups: Sequence[Sequence[Sample]], tenants: Sequence[str]

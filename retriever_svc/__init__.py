@@ -26,7 +26,7 @@ from retriever_svc.projection import Place, Point, PoolMap
 from retriever_svc.projection_files import ProjectionFiles
 from retriever_svc.reindex import ReindexStep
 from retriever_svc.retriever import Retriever
-from retriever_svc.route import Candidate, PinnedAdapter, Route, RouteRequest, Weighting
+from retriever_svc.route import Candidate, NearSample, PinnedAdapter, Route, RouteRequest, Weighting
 from retriever_svc.sample_source import SampleSource
 from retriever_svc.saved_index import SavedIndexes, SavedLists
 from retriever_svc.training_pairs import choose_tasks
@@ -50,6 +50,7 @@ __all__ = [
     "IndexStats",
     "LivePool",
     "Match",
+    "NearSample",
     "NoAdapterMatched",
     "NothingToEmbed",
     "Page",

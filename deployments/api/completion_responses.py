@@ -204,12 +204,13 @@ class Answer:
         """Return the plans as short headers, for clients that ignore the body. They list every adapter once."""
         strategies = dict.fromkeys(planned.plan.strategy for planned in self.plans)
         rows = list(dict.fromkeys(self._adapters_in_short()))
+        reasons = dict.fromkeys(planned.reason for planned in self.plans if planned.reason is not None)
         more = ["..."] if len(rows) > MAX_PLAN_ADAPTERS else []
         return {
             "x-lora-strategy": ", ".join(strategies),
             "x-lora-adapters": ", ".join(rows[:MAX_PLAN_ADAPTERS] + more),
             "x-lora-generation": str(max(planned.plan.generation for planned in self.plans)),
-        }
+        } | ({"x-lora-reason": ", ".join(reasons)} if reasons else {})
 
     def _adapters_in_short(self) -> Iterator[str]:
         """Yield `name@digest;weight=0.5`; the weight only if there is one prompt."""

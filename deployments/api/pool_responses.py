@@ -8,8 +8,8 @@ from typing import Literal, NotRequired
 from typing_extensions import TypedDict
 
 from deployments.json_types import JsonObject
-from lora_store import AdapterRecord, AdapterRef, Ranking
-from retriever_svc import DoctorReport, Place, Point, PoolMap
+from lora_store import AdapterRecord, Ranking
+from retriever_svc import Place, Point, PoolMap
 
 
 class ModelCard(TypedDict):
@@ -83,8 +83,11 @@ class AdapterShown(Adapter):
 
 
 class CollectedBlobs(TypedDict):
+    """`num_bytes`: of the blobs and of the projections."""
+
     num_blobs: int
     num_bytes: int
+    num_projections: int
 
 
 class Health(TypedDict):
@@ -130,6 +133,8 @@ class Stats(TypedDict):
     """Sums over the replicas that answered. Counters rise until a replica is replaced.
 
     `tenant`: the caller's own rows and tokens; `workers`: those of all tenants, null unless the caller is an admin.
+    `evaluation`: that of the tenant's adapters after a publish, as this Ingress replica knows it; null without the
+    setting `evaluate_after_publish`.
     """
 
     object: Literal["stats"]
@@ -138,6 +143,7 @@ class Stats(TypedDict):
     defaults: JsonObject
     pool: JsonObject
     tenant: JsonObject
+    evaluation: JsonObject | None
     workers: JsonObject | None
 
 
@@ -248,36 +254,4 @@ def ranking_object(ranking: Ranking, tenant: str) -> JsonObject:
             }
             for item in ranking.adapters
         ],
-    }
-
-
-def doctor_object(report: DoctorReport, tenant: str) -> JsonObject:
-    """Return how well an adapter's own samples retrieve it. The shares are better than those of unseen prompts."""
-
-    def name(ref: AdapterRef) -> str:
-        return ref.name_for(tenant)
-
-    return {
-        "generation": report.generation,
-        "k": report.top_k,
-        "num_adapters": len(report.adapters),
-        "num_samples": sum(finding.num_samples for finding in report.adapters),
-        "first_share": report.share_first,
-        "found_share": report.share_found,
-        "collisions": [
-            {
-                "adapters": [name(collision.first), name(collision.second)],
-                "cosine": collision.cosine,
-                "num_swapped": [collision.num_of_first, collision.num_of_second],
-            }
-            for collision in report.collisions
-        ],
-        "rankings": [ranking_object(ranking, tenant) for ranking in report.rankings],
-        "never_chosen": list(map(name, report.never_chosen)),
-        "always_shadowed": [
-            {"name": name(finding.ref), "by": name(finding.shadowed_by)}
-            for finding in report.always_shadowed
-            if finding.shadowed_by is not None
-        ],
-        "unreadable": list(map(name, report.unreadable)),
     }

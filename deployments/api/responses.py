@@ -54,14 +54,23 @@ class CandidateRow(TypedDict):
     score: float
 
 
+class SampleRow(TypedDict):
+    """The input of a sample, perhaps shortened, and its cosine to the prompt."""
+
+    input: str
+    score: float
+
+
 class RoutedCandidate(CandidateRow):
     """A candidate for a prompt. It may answer if `score` reaches `threshold`, the adapter's own.
 
     `confidence`: the share of the pool's own samples that fit their adapter less well than the prompt fits this one.
+    `samples`: those nearest to the prompt, if `lora.explain` is set and the adapter belongs to the caller's tenant.
     """
 
     threshold: float
     confidence: float
+    samples: NotRequired[list[SampleRow]]
 
 
 class PlanObject(TypedDict):
@@ -126,7 +135,15 @@ def why(planned: Planned, tenant: str) -> str:
 
 def _routed_candidate(candidate: Candidate, tenant: str) -> RoutedCandidate:
     [row] = candidate_rows([candidate], tenant)
-    return {**row, "threshold": candidate.threshold, "confidence": candidate.confidence}
+    samples: list[SampleRow] = [{"input": sample.text, "score": sample.score} for sample in candidate.samples]
+    shown: RoutedCandidate = {
+        "name": row["name"],
+        "digest": row["digest"],
+        "score": row["score"],
+        "threshold": candidate.threshold,
+        "confidence": candidate.confidence,
+    }
+    return {**shown, "samples": samples} if samples else shown
 
 
 def candidate_rows(candidates: Sequence[Candidate], tenant: str) -> list[CandidateRow]:

@@ -136,7 +136,7 @@ def _plans(client: httpx.Client, rows: Sequence[Labelled]) -> Iterator[tuple[Lab
     """Yield every row with the plan of the server."""
     for start in range(0, len(rows), _BATCH):
         batch = rows[start : start + _BATCH]
-        body = {"prompt": [row.prompt for row in batch], "lora": {"k": max(_RANKS), "explain": True}}
+        body = {"prompt": [row.prompt for row in batch], "lora": {"k": max(_RANKS)}}
         response = client.post("/v1/route", json=body)
         check(response)
         yield from zip(batch, response.json()["data"], strict=True)
@@ -144,7 +144,7 @@ def _plans(client: httpx.Client, rows: Sequence[Labelled]) -> Iterator[tuple[Lab
 
 @commands.command()
 def doctor(url: Url = DEFAULT_URL) -> None:
-    """Route the samples of every adapter, and report adapters that are hard to find or collide."""
+    """Route the samples of every adapter, and report adapters that are hard to find or collide, with advice."""
     report = follow(url, "/v1/pool/doctor", {}, "routing")
     k = report["k"]
     shares = f"own adapter first {report['first_share']:.1%}, among the best {k} {report['found_share']:.1%}"
@@ -161,6 +161,8 @@ def doctor(url: Url = DEFAULT_URL) -> None:
     for title, key in (("never chosen", "never_chosen"), ("unreadable samples", "unreadable")):
         for name in report[key]:
             out.print(f"{title}: {name}", markup=False)
+    for advice in report["advice"]:
+        out.print(f"advice: {advice['text']}", markup=False, highlight=False)
 
 
 @commands.command()

@@ -167,6 +167,16 @@ function showPlan(plan, note = "") {
   byId("considered-list").replaceChildren(
     ...rest.map((candidate) => element("li", {}, element("span", { class: "name" }, candidate.name), `${candidate.score.toFixed(3)} of ${candidate.threshold.toFixed(3)}`)),
   );
+  showNearest(plan?.candidates ?? []);
+}
+
+/** Shows the samples that the prompt is nearest to, of the key's own adapters. */
+function showNearest(candidates) {
+  const rows = candidates.flatMap(({ name, samples = [] }) => samples.map((sample) => ({ name, ...sample })));
+  byId("nearest").hidden = rows.length === 0;
+  byId("nearest-list").replaceChildren(
+    ...rows.map(({ name, input, score }) => element("li", {}, element("span", { class: "name" }, name), `${score.toFixed(3)} ${input}`)),
+  );
 }
 
 function planNote(plan) {

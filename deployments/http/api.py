@@ -32,7 +32,7 @@ _TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False
 _METHODS = ["GET", "POST", "PATCH", "DELETE"]
 _EXPOSED = [
     *("x-request-id", "retry-after", "x-ignored-fields"),
-    *("x-lora-strategy", "x-lora-adapters", "x-lora-generation"),
+    *("x-lora-strategy", "x-lora-adapters", "x-lora-generation", "x-lora-reason"),
 ]
 _ROUTES = (completions, embeddings, models, adapters, vllm, maintenance, pool_map, status, console)
 

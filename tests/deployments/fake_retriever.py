@@ -12,6 +12,7 @@ from lora_store import AdapterRecord, Embedding, Plan, PlannedAdapter, Sample, S
 from retriever_svc import (
     Candidate,
     DoctorStep,
+    NearSample,
     Page,
     PageRequest,
     PinnedAdapter,
@@ -41,6 +42,7 @@ class FakeRetriever:
     steps: list[list[ReindexStep | DoctorStep | Exception]] = field(default_factory=list)  # of each job in turn
     to_evaluate: Sequence[Region] = ()
     prepared: Exception | str = "other-encoder"
+    near: tuple[NearSample, ...] = ()  # of every candidate, where a request asks for samples
 
     async def route(self, requests: Sequence[RouteRequest]) -> list[Route]:
         if self.failure is not None:
@@ -49,7 +51,8 @@ class FakeRetriever:
 
     def _route_of(self, request: RouteRequest) -> Route:
         scored = [(record, 0.5**place) for place, record in enumerate(self.held)]
-        candidates = tuple(Candidate(record.ref, score) for record, score in scored)
+        near = self.near if request.shows_samples else ()
+        candidates = tuple(Candidate(record.ref, score, samples=near) for record, score in scored)
         if self.abstains:
             return Route(Plan("base", generation=7), candidates, 7, abstained=True, reason="below_threshold")
         rows = tuple(PlannedAdapter(record.ref, record.weights_digest, 0.5, score) for record, score in scored)

@@ -13,6 +13,7 @@ from playwright.async_api import Page, Request, Route, expect
 from gpu_worker.errors import EngineFull, EngineStopped
 from gpu_worker.request.request import Delta
 from lora_store import AdapterRecord
+from retriever_svc import NearSample
 from tests.browsing import Browsing, drop_folder
 from tests.deployments.adapter_records import adapter
 from tests.deployments.app_fakes import Served
@@ -155,6 +156,7 @@ def test_nothing_the_server_sends_becomes_markup(browsing: Browsing) -> None:
         await ask(page)
         await expect(page.locator("#answer")).to_have_text(HOSTILE)
         await expect(page.locator("#plan li .name")).to_have_text([HOSTILE])
+        await expect(page.locator("#nearest-list li")).to_have_text([f"{HOSTILE}0.500 {HOSTILE}"])
         await expect(page.locator("#pool-rows .tag")).to_have_text([HOSTILE])
         await expect(page.locator("#map .label.chosen")).to_have_text([HOSTILE])
         await page.get_by_role("button", name="Withdraw", exact=False).click()
@@ -163,7 +165,7 @@ def test_nothing_the_server_sends_becomes_markup(browsing: Browsing) -> None:
         assert await page.locator("img, body script").count() == 0
 
     worker = CountingWorker([Delta(HOSTILE, 1, 1, "stop")])
-    look(browsing, question, worker=worker, retriever=MappedRetriever([hostile]))
+    look(browsing, question, worker=worker, retriever=MappedRetriever([hostile], near=(NearSample(HOSTILE, 0.5),)))
 
 
 def test_a_large_pool_is_searched_and_paged(browsing: Browsing) -> None:

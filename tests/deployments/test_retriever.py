@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from lora_store import ActivateEncoder, AdapterNotFound, Embed, Event, StoreUnavailable
-from retriever_svc import EncoderUnusable, StaleIndex
+from retriever_svc import EncoderUnusable, RouteRequest, StaleIndex
 from retriever_svc.encoder_files import model_folder
 from tests.deployments.served_retriever import ALL, SAMPLES, Served, run
 from tests.retriever_svc.pool_fakes import record_of
@@ -46,6 +46,33 @@ def test_a_prompt_is_nearest_to_the_adapter_that_it_is_routed_to(tmp_path: Path)
         drawn = await here.replica.map("local")
         assert (drawn.num_adapters, round(drawn.shown_variance, 5)) == (2, 1)
         assert await here.replica.load("local") == (1, 2)
+
+    run(tmp_path, scenario)
+
+
+def test_a_route_shows_its_tenants_nearest_samples_where_it_is_asked_to(tmp_path: Path) -> None:
+    async def scenario(here: Served) -> None:
+        own, theirs = await here.embedded("german", "sums")
+        theirs = replace(theirs, ref=replace(theirs.ref, tenant="acme"), approved=True)
+        await here.replica.catch_up(here.publish(own, theirs))
+        text = "How do you say bread in German?"
+        asked = [RouteRequest(text, shows_samples=True), RouteRequest(text)]
+        explained, plain = await here.replica.route(asked)
+        found = {
+            candidate.ref.name: [sample.text for sample in candidate.samples] for candidate in explained.candidates
+        }
+        assert found == {
+            "german": ["How do you say cheese in German?", "Translate to German: good morning."],
+            "sums": [],
+        }
+        assert [candidate.samples for candidate in plain.candidates] == [(), ()]
+        [other] = await here.replica.route([RouteRequest(text, tenant="acme", shows_samples=True)])
+        assert {c.ref.name: len(c.samples) for c in other.candidates} == {"german": 0, "sums": 2}
+        for path in (tmp_path / "blobs").rglob("*"):
+            if path.is_file():
+                path.unlink()
+        [bare] = await here.replica.route(asked[:1])  # samples only explain
+        assert (bare.plan, [candidate.samples for candidate in bare.candidates]) == (plain.plan, [(), ()])
 
     run(tmp_path, scenario)
 

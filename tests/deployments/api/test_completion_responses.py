@@ -176,6 +176,15 @@ def test_headers_of_several_prompts_name_every_adapter_once_and_stay_short() -> 
     assert [part.partition("@")[0] for part in short["x-lora-adapters"].split(", ")] == ["a0", "a1"]
     assert short["x-lora-generation"] == "9"
     assert answer("text", plans=plans).headers()["x-lora-adapters"].endswith(", ...")
+    assert "x-lora-reason" not in short  # these plans were named
+
+
+def test_headers_say_why_the_server_chose() -> None:
+    away = Planned(Plan("base"), abstained=True, reason="below_threshold")
+    assert answer(plans=[away]).headers()["x-lora-reason"] == "below_threshold"
+    chosen = Planned(Plan("selection", (PlannedAdapter(POET.ref, "w", 1.0),), 7), reason="fits")
+    several = answer("text", plans=[chosen, away, chosen]).headers()
+    assert several["x-lora-reason"] == "fits, below_threshold"
 
 
 def test_headers_are_safe_for_any_name() -> None:

@@ -5,17 +5,24 @@ from dataclasses import replace
 
 import pytest
 
-from deployments.api.pool_responses import doctor_object, lora_object, versions_object
+from deployments.api.pool_responses import lora_object, versions_object
 from deployments.api.responses import Planned, Published, plan_object, published_object
 from lora_store import BASE_PLAN
-from retriever_svc import AdapterFinding, Candidate, Collision, DoctorReport
+from retriever_svc import Candidate, NearSample
 from tests.deployments.adapter_records import adapter
-from tests.deployments.shown_plans import CANDIDATES, CODER, EXPLAINED, LORA, PLAN, POET
+from tests.deployments.shown_plans import CANDIDATES, EXPLAINED, LORA, PLAN, POET
 
 
 @pytest.mark.parametrize("explain", [False, True])
 def test_candidates_and_generation_are_included_on_request(explain: bool) -> None:
     assert plan_object(Planned(PLAN, CANDIDATES), "local", explain=explain) == (EXPLAINED if explain else LORA)
+
+
+def test_an_explained_candidate_has_its_nearest_samples() -> None:
+    near = replace(CANDIDATES[0], samples=(NearSample("Write a poem.", 0.5), NearSample("Rhyme.", 0.25)))
+    first, second = plan_object(Planned(PLAN, (near, CANDIDATES[1])), "local", explain=True)["candidates"]
+    assert first["samples"] == [{"input": "Write a poem.", "score": 0.5}, {"input": "Rhyme.", "score": 0.25}]
+    assert "samples" not in second
 
 
 def test_a_base_answer_names_the_base_strategy() -> None:
@@ -43,38 +50,8 @@ def test_kept_versions_are_distinguished_from_the_live_one() -> None:
     ]
 
 
-def test_a_doctors_report_names_adapters() -> None:
-    findings = (AdapterFinding(POET.ref, 4, 3, 4, None), AdapterFinding(CODER.ref, 4, 0, 2, POET.ref))
-    report = DoctorReport(7, 3, findings, (Collision(CODER.ref, POET.ref, 0.97, 4, 1),), (CODER.ref,), (POET.ref,))
-    assert doctor_object(report, "local") == {
-        "generation": 7,
-        "k": 3,
-        "num_adapters": 2,
-        "num_samples": 8,
-        "first_share": 0.375,
-        "found_share": 0.75,
-        "collisions": [{"adapters": ["coder", "poet"], "cosine": 0.97, "num_swapped": [4, 1]}],
-        "never_chosen": ["coder"],
-        "always_shadowed": [{"name": "coder", "by": "poet"}],
-        "unreadable": ["poet"],
-        "rankings": [],
-    }
-
-
 def test_another_tenants_adapter_is_shown_under_its_unambiguous_name() -> None:
     own = adapter("poet", tenant="us").ref
-    report = DoctorReport(
-        7,
-        3,
-        (AdapterFinding(own, 4, 0, 2, POET.ref),),
-        (Collision(own, POET.ref, 0.97, 4, 1),),
-        (POET.ref,),
-        (POET.ref,),
-    )
-    reported = doctor_object(report, "us")
-    assert reported["collisions"][0]["adapters"] == ["poet", "local/poet"]
-    assert reported["always_shadowed"] == [{"name": "poet", "by": "local/poet"}]
-    assert reported["never_chosen"] == reported["unreadable"] == ["local/poet"]
     plan = plan_object(Planned(PLAN, CANDIDATES), "us", explain=True)
     assert [row["name"] for row in (*plan["adapters"], *plan["candidates"])] == [
         "local/poet",

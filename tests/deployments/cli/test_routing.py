@@ -41,7 +41,7 @@ def test_hits_are_counted_up_to_each_rank_and_abstentions_separately(tmp_path: P
         result = run("eval-routing", file_of(tmp_path, *rows), "--url", server.url)
     assert result.exit_code == 0
     assert server.asked == [("POST", "/v1/route")]
-    assert server.sent == [{"prompt": ["a", "b", "c", "d"], "lora": {"k": 8, "explain": True}}]
+    assert server.sent == [{"prompt": ["a", "b", "c", "d"], "lora": {"k": 8}}]
     assert "4 prompts" in result.stdout
     assert shares(result.stdout) == {
         "hit@1": "25.0%",
@@ -149,6 +149,7 @@ def test_the_doctor_names_adapters_that_are_hard_to_find() -> None:
         "always_shadowed": [{"name": "bard", "by": "poet"}],
         "unreadable": ["torn"],
         "rankings": [RANKING],
+        "advice": [{"problem": "refit", "adapters": [], "text": "Reindex with [refit]."}],
     }
     with scripted((200, lines({"done": 4, "total": 4}, {"result": report}))) as server:
         result = run("doctor", "--url", server.url)
@@ -160,6 +161,7 @@ def test_the_doctor_names_adapters_that_are_hard_to_find() -> None:
         "never first: bard, behind poet",
         "never chosen: mute",
         "unreadable samples: torn",
+        "advice: Reindex with [refit].",
         "region of poet: bard 0.90 of 20, poet 0.25 of 20 (beaten)",
     ):
         assert part in said

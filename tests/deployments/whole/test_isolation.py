@@ -116,6 +116,27 @@ def test_prompts_of_anothers_tasks_and_lists_show_nothing_of_it(
     assert [line for line in ours if any(word in line for word in WORDS.values())] == []
 
 
+def test_explanations_show_samples_of_the_callers_own_adapters_alone(tmp_path: Path) -> None:
+    async def look(tenants: TwoTenants) -> None:
+        for mine, other in itertools.permutations(TENANTS):
+            prompt = tenants.prompts[mine][0]
+            lora = {"explain": True, "k": 16}
+            message = [{"role": "user", "content": prompt}]
+            chat = {"messages": message, "lora": lora}
+            routed = await tenants.ask(mine, "POST", "/v1/route", json={"prompt": prompt, "lora": lora})
+            answered = await tenants.ask(mine, "POST", "/v1/chat/completions", json=chat)
+            for response, plan in ((routed, routed.json()["data"][0]), (answered, answered.json()["lora"])):
+                tenants.assert_no_leak(mine, response)
+                samples = {row["name"]: row.get("samples") for row in plan["candidates"]}
+                assert samples[f"{other}/open-{other}"] is None  # public, but its samples are not
+                assert samples[f"open-{mine}"] == [{"input": "Say hello", "score": pytest.approx(0, abs=1)}]
+                assert samples[tenants.names[mine][0]][0]["input"] == prompt
+            plain = await tenants.ask(mine, "POST", "/v1/route", json={"prompt": prompt})
+            assert "samples" not in plain.text
+
+    run(tmp_path, look, public_requires_approval=False)
+
+
 def without_id(headers: httpx.Headers) -> dict[str, str]:
     """Return the response without the parts that are unique to every response."""
     return {name: value for name, value in headers.items() if name != "x-request-id"}
