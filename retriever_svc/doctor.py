@@ -12,12 +12,22 @@ from lora_store.adapter import AdapterRef, Sample
 from lora_store.rankings import Ranking
 from lora_store.records import AdapterRecord
 from retriever_svc.bulk import BulkEncoding
-from retriever_svc.index import Allowed
+from retriever_svc.calibration import MIN_SCORES, SHARES
+from retriever_svc.encoder import Vectors
+from retriever_svc.index import Allowed, Match
+from retriever_svc.output_profile import functions_agree
 from retriever_svc.pool import Pool
+from retriever_svc.projection_files import ProjectionFiles
+from retriever_svc.refit_gain import RefitGain, refit_gain
 from retriever_svc.sample_source import SampleSource, read_samples
 
+FEW_SAMPLES = 10
 _NEAR = 0.95  # the typical cosine of two adapters of one task that were trained on different samples
 _NUM_NEIGHBOURS = 16
+_MANY_SWAPPED = 0.2  # of the samples of two adapters; fewer are chance, or a few odd samples
+_MANY_BELOW = 0.25  # of own samples below the own threshold, which 3 % should be
+_MAX_REFITTED = 512  # adapters on which a refit is tried
+_MAX_REFITTED_SAMPLES = 32  # of one adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,17 +42,23 @@ class AdapterFinding:
     num_first: int
     num_found: int  # among the top_k
     shadowed_by: AdapterRef | None
+    num_below: int = 0  # own samples that would be turned away at the operating point `balanced`
 
 
 @dataclass(frozen=True, slots=True)
 class Collision:
-    """Two adapters with nearly equal embeddings, or which each have samples that rank the other first."""
+    """Two adapters with nearly equal embeddings, or which each have samples that rank the other first.
+
+    `is_inseparable`: prompts cannot distinguish them. `agree`: their sample outputs show the same function.
+    """
 
     first: AdapterRef
     second: AdapterRef
     cosine: float
     num_of_first: int  # samples of `first` that rank `second` first
     num_of_second: int
+    is_inseparable: bool = False
+    agree: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +66,8 @@ class DoctorReport:
     """The result of an examination.
 
     `never_chosen`: adapters in the top_k of no sample of the pool. `unreadable`: adapters whose samples could not be
-    read. `rankings`: the results of the tenant's last evaluation. Samples contribute to their adapter's embedding, so
-    the shares are higher than for unseen prompts.
+    read. `rankings`: the results of the tenant's last evaluation. `refit`: what a projection fitted to these samples
+    would change. Samples contribute to their adapter's embedding, so the shares are higher than for unseen prompts.
     """
 
     generation: int
@@ -61,6 +77,7 @@ class DoctorReport:
     never_chosen: tuple[AdapterRef, ...]
     unreadable: tuple[AdapterRef, ...]
     rankings: tuple[Ranking, ...] = ()
+    refit: RefitGain | None = None
 
     @property
     def share_first(self) -> float:
@@ -77,6 +94,16 @@ class DoctorReport:
         """The adapters that none of their own samples rank first."""
         return tuple(adapter for adapter in self.adapters if adapter.shadowed_by is not None)
 
+    @property
+    def with_few_samples(self) -> tuple[AdapterFinding, ...]:
+        """The adapters with fewer than `FEW_SAMPLES` samples."""
+        return tuple(adapter for adapter in self.adapters if adapter.num_samples < FEW_SAMPLES)
+
+    @property
+    def with_unlike_samples(self) -> tuple[AdapterFinding, ...]:
+        """The adapters whose samples differ so much that a quarter of them would be turned away."""
+        return tuple(a for a in self.adapters if a.num_below >= 2 and a.num_below >= _MANY_BELOW * a.num_samples)
+
 
 @dataclass(frozen=True, slots=True)
 class DoctorStep:
@@ -87,15 +114,27 @@ class DoctorStep:
     report: DoctorReport | None = None
 
 
-def examine(pool: Pool, tenant: str, samples: SampleSource, top_k: int = 3) -> Iterator[DoctorStep]:
-    """Query with every sample of the adapters that `auto` may choose for `tenant`. Yield a step per adapter."""
+def examine(
+    pool: Pool, tenant: str, samples: SampleSource, top_k: int = 3, projections: ProjectionFiles | None = None
+) -> Iterator[DoctorStep]:
+    """Query with every sample of the adapters that `auto` may choose for `tenant`. Yield a step per adapter.
+
+    With `projections`, measure what a refit of the projection would change.
+    """
     examination = _Examination(pool, tenant, pool.allowed(tenant), top_k)
     embedded = [record for record in pool.snapshot.visible_to(tenant) if record.encoder == pool.encoder.identity]
     records = [record for record in embedded if pool.index.may_find(record, tenant)]
+    refitted = _evenly(len(records)) if projections is not None else frozenset()
     for number, record in enumerate(records, start=1):
-        examination.add(record, read_samples(samples, record))
+        examination.add(record, read_samples(samples, record), keeps_vectors=number - 1 in refitted)
         yield DoctorStep(number, len(records))
-    yield DoctorStep(len(records), len(records), examination.report(records))
+    yield DoctorStep(len(records), len(records), examination.report(records, projections))
+
+
+def _evenly(num_records: int) -> frozenset[int]:
+    """Return the places of at most `_MAX_REFITTED` records, evenly spread."""
+    num = min(num_records, _MAX_REFITTED)
+    return frozenset(place * num_records // num for place in range(num))
 
 
 @dataclass
@@ -110,23 +149,39 @@ class _Examination:
     unreadable: list[AdapterRef] = field(default_factory=list)
     chosen: set[AdapterRef] = field(default_factory=set)
     firsts: Counter[tuple[AdapterRef, AdapterRef]] = field(default_factory=Counter)  # (owner of sample, ranked first)
+    counts: Counter[AdapterRef] = field(default_factory=Counter)  # of samples
     near: set[tuple[AdapterRef, AdapterRef]] = field(default_factory=set)
+    kept: list[tuple[Vectors, list[str]]] = field(default_factory=list)  # (vectors before the projection, texts)
 
-    def add(self, record: AdapterRecord, samples: Sequence[Sample] | None) -> None:
+    def add(self, record: AdapterRecord, samples: Sequence[Sample] | None, *, keeps_vectors: bool) -> None:
         """Query with the adapter's samples and record the findings. `samples`: None if they cannot be read."""
         self._find_near(record)
         if samples is None:
             self.unreadable.append(record.ref)
             return
         texts = [sample.input for sample in samples]
-        vectors = BulkEncoding(self.pool.encoder, texts, [self.tenant] * len(texts)).encode_all()
+        encoding = BulkEncoding(self.pool.encoder, texts, [self.tenant] * len(texts))
+        vectors = encoding.encode_all()
+        if keeps_vectors:
+            self.kept.append((encoding.plain_vectors()[:_MAX_REFITTED_SAMPLES], texts[:_MAX_REFITTED_SAMPLES]))
         found = [[m.record.ref for m in row] for row in self.pool.index.search(vectors, self.top_k, self.allowed)]
         firsts = Counter(refs[0] for refs in found)
         self.chosen.update(ref for refs in found for ref in refs)
         self.firsts.update({(record.ref, ref): count for ref, count in firsts.items()})
         num_found = sum(record.ref in refs for refs in found)
         shadow = firsts.most_common(1)[0][0] if found and not firsts[record.ref] else None
-        self.findings.append(AdapterFinding(record.ref, len(found), firsts[record.ref], num_found, shadow))
+        self.counts[record.ref] = len(found)
+        num_below = self._num_below(record)
+        self.findings.append(AdapterFinding(record.ref, len(found), firsts[record.ref], num_found, shadow, num_below))
+
+    def _num_below(self, record: AdapterRecord) -> int:
+        """Return how many own samples, each compared with the others, are below the adapter's own threshold."""
+        assert record.embedding is not None
+        scores = record.embedding.own_scores
+        if len(scores) < MIN_SCORES:
+            return 0
+        [[judged]] = self.pool.judged([[Match(record, 0.0)]], self.tenant, SHARES["balanced"])
+        return int((scores < judged.threshold).sum())
 
     def _find_near(self, record: AdapterRecord) -> None:
         assert record.embedding is not None
@@ -135,14 +190,25 @@ class _Examination:
             if match.record.ref != record.ref and match.score >= _NEAR:
                 self.near.add(_pair(record.ref, match.record.ref))
 
-    def report(self, records: Sequence[AdapterRecord]) -> DoctorReport:
+    def _collision(self, a: AdapterRef, b: AdapterRef, records: dict[AdapterRef, AdapterRecord]) -> Collision:
+        first, second = records[a].embedding, records[b].embedding
+        assert first is not None and second is not None
+        cosine, swapped = float(first.vector @ second.vector), self.firsts[a, b] + self.firsts[b, a]
+        num_samples = self.counts[a] + self.counts[b]
+        inseparable = cosine >= _NEAR or swapped >= _MANY_SWAPPED * num_samples
+        agree = functions_agree(first.outputs, second.outputs)
+        return Collision(a, b, cosine, self.firsts[a, b], self.firsts[b, a], inseparable, agree)
+
+    def report(self, records: Sequence[AdapterRecord], projections: ProjectionFiles | None) -> DoctorReport:
         """Return the report on these records, all of which were added."""
         swapped = {_pair(a, b) for a, b in self.firsts if a != b and (b, a) in self.firsts}
-        vectors = {record.ref: record.embedding.vector for record in records if record.embedding is not None}
-        collisions = [
-            Collision(a, b, float(vectors[a] @ vectors[b]), self.firsts[a, b], self.firsts[b, a])
-            for a, b in swapped | self.near
-        ]
+        by_ref = {record.ref: record for record in records}
+        collisions = [self._collision(a, b, by_ref) for a, b in swapped | self.near]
+        encoder, kept = self.pool.encoder, self.kept
+        refit = None
+        if projections is not None:
+            groups, texts = [vectors for vectors, _ in kept], [own for _, own in kept]
+            refit = refit_gain(encoder, groups, texts, projections.shipped(encoder.identity))
         return DoctorReport(
             generation=self.pool.snapshot.generation_for(self.tenant),
             top_k=self.top_k,
@@ -151,6 +217,7 @@ class _Examination:
             never_chosen=tuple(record.ref for record in records if record.ref not in self.chosen),
             unreadable=tuple(self.unreadable),
             rankings=tuple(rank.ranking for rank in self.pool.snapshot.rankings.get(self.tenant, ())),
+            refit=refit,
         )
 
 

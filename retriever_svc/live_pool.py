@@ -79,6 +79,11 @@ class LivePool:
         self._rebuild_where_wanted()
 
     @property
+    def projections(self) -> ProjectionFiles | None:
+        """The projections of the store, if the encoder may have one."""
+        return self._projections
+
+    @property
     def current(self) -> Pool:
         """The pool that is being served."""
         return self._pool

@@ -13,7 +13,7 @@ made without the samples of that fold, and own scores are measured with these.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -75,14 +75,23 @@ class Whitening:
 
     def own_scores(self, vectors: np.ndarray, texts: Sequence[str]) -> Rows:
         """Return `leave_one_out_scores` of one adapter's samples (n, D), each in a space made without its text."""
-        if not len(self.folds):
-            return leave_one_out_scores(self.project(vectors))
-        fold_of = np.asarray([fold_of_text(text, len(self.folds)) for text in texts], np.int64)
         scores = np.empty(len(texts) if len(texts) > 1 else 0, np.float32)
-        for fold in np.unique(fold_of) if len(scores) else ():
-            every = leave_one_out_scores(_projected(vectors, self.mean, self.folds[fold]))
-            scores[fold_of == fold] = every[fold_of == fold]
+        if len(scores):
+            for held_out, rows in self.held_out(vectors, texts):
+                scores[held_out] = leave_one_out_scores(rows)[held_out]
         return scores
+
+    def held_out(self, vectors: np.ndarray, texts: Sequence[str]) -> Iterator[tuple[NDArray[np.bool_], Rows]]:
+        """Yield spaces as (which of the texts made it not, all vectors (N, D) projected to it).
+
+        Each text is left out once. Without folds no text made the projection, so all are left out of the only space.
+        """
+        if not len(self.folds):
+            yield np.ones(len(texts), np.bool_), self.project(vectors)
+            return
+        fold_of = np.asarray([fold_of_text(text, len(self.folds)) for text in texts], np.int64)
+        for fold in np.unique(fold_of):
+            yield fold_of == fold, _projected(vectors, self.mean, self.folds[fold])
 
 
 def _projected(vectors: np.ndarray, mean: Rows, matrix: Rows) -> Rows:

@@ -8,7 +8,7 @@ from contextlib import aclosing
 
 from ray.exceptions import RayActorError
 
-from deployments.api.pool_responses import doctor_object
+from deployments.api.doctor_report import doctor_object
 from deployments.calls.catalogue_clients import RetrieverClient, StoreClient
 from deployments.json_types import JsonObject
 from deployments.publishing.publisher import Publisher

@@ -2,18 +2,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from lora_store.adapter import Sample
 from lora_store.errors import BlobCorrupted
-from lora_store.records import AdapterRecord
-from retriever_svc import Collision, DoctorReport, IndexSettings, SampleSource
+from lora_store.records import AdapterRecord, OutputProfile
+from retriever_svc import Collision, DoctorReport, IndexSettings, ProjectionFiles, SampleSource
 from retriever_svc.doctor import examine
 from retriever_svc.encoder import unit_rows
 from retriever_svc.pool import Pool
-from tests.retriever_svc.pool_fakes import FakeEncoder, record_of, snapshot_of
+from tests.retriever_svc.pool_fakes import FakeEncoder, embedding_of, record_of, snapshot_of
+from tests.retriever_svc.projectable import Projectable
+from tests.retriever_svc.test_whitening import DIM, texts_of, world
 
 EAST, NORTH, UP = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)
 TABLE = {"east": EAST, "north": NORTH, "up": UP, "northeast": (0.8, 0.6, 0.0), "high": (0.0, 0.6, 0.8)}
@@ -99,3 +102,53 @@ def test_an_empty_pool_has_an_empty_report() -> None:
     report = report_on()
     assert report.adapters == ()
     assert report.share_first == report.share_found == 0
+
+
+@pytest.mark.parametrize(("num_swapped", "inseparable"), [(3, False), (4, True)])
+def test_adapters_are_inseparable_if_a_fifth_of_their_samples_find_the_other(
+    num_swapped: int, inseparable: bool
+) -> None:
+    given = {"e": ["east"] * 9 + ["north"], "n": ["north"] * (11 - num_swapped) + ["east"] * (num_swapped - 1)}
+    [collision] = report_on(E, N, source=lambda record: [Sample(text) for text in given[record.ref.name]]).collisions
+    assert (collision.num_of_first + collision.num_of_second, collision.is_inseparable) == (num_swapped, inseparable)
+
+
+def test_adapters_at_one_place_are_inseparable_and_their_outputs_are_compared() -> None:
+    near = record_of("e2", unit_rows(np.asarray([1, 0.3, 0], np.float32)))
+    [collision] = report_on(E, near).collisions
+    assert (collision.is_inseparable, collision.agree) == (True, False)
+    yes_no = [
+        replace(record, embedding=replace(record.embedding, outputs=OutputProfile(("no", "yes"))))
+        for record in (E, near)
+        if record.embedding is not None
+    ]
+    [collision] = report_on(*yes_no).collisions
+    assert collision.agree
+
+
+def test_samples_below_their_own_threshold_are_counted() -> None:
+    def with_scores(name: str, scores: Sequence[float]) -> AdapterRecord:
+        return replace(record_of(name, None), embedding=embedding_of(EAST, scores))
+
+    tight = [with_scores(f"tight-{n}", np.linspace(0.9, 0.95, 20).tolist()) for n in range(14)]
+    strays = with_scores("strays", [*np.linspace(0.9, 0.95, 14), *[0.0] * 6])
+    few = with_scores("few", [0.9, 0.0, 0.0])
+    given = {r.ref.name: [Sample("east")] * len(r.embedding.own_scores) for r in (*tight, strays, few) if r.embedding}
+    report = report_on(*tight, strays, few, source=lambda record: given[record.ref.name])
+    below = {a.ref.name: a.num_below for a in report.adapters}
+    assert below == {record.ref.name: 0 for record in (*tight, few)} | {"strays": 6}
+    assert [a.ref.name for a in report.with_unlike_samples] == ["strays"]
+    assert [a.ref.name for a in report.with_few_samples] == ["few"]
+
+
+def test_what_a_refit_would_change_is_measured_on_the_pools_samples() -> None:
+    groups = world()
+    texts = texts_of(groups)
+    table = {text: row for own, rows in zip(texts, groups, strict=True) for text, row in zip(own, rows, strict=True)}
+    encoder = Projectable(table, dim=DIM)
+    records = [record_of(f"{task}", unit_rows(rows.mean(axis=0))) for task, rows in enumerate(groups)]
+    pool = Pool.of(snapshot_of(*records), encoder, IndexSettings())
+    *_, last = examine(pool, "local", lambda r: [Sample(t) for t in texts[int(r.ref.name)]], 3, ProjectionFiles())
+    assert last.report is not None and last.report.refit is not None
+    assert (last.report.refit.num_samples, last.report.refit.pays) == (600, True)
+    assert report_on(E, N).refit is None  # no place for projections

@@ -1,0 +1,118 @@
+"""The doctor's report in JSON, with advice in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+from typing_extensions import TypedDict
+
+from deployments.api.pool_responses import ranking_object
+from deployments.json_types import JsonObject
+from lora_store import AdapterRef
+from retriever_svc import AdapterFinding, Collision, DoctorReport
+
+MAX_NAMED = 10  # adapters in the text of one piece of advice; `adapters` has all of them
+MAX_PAIRS = 20  # of adapters that are not separable; `collisions` has all of them
+Name = Callable[[AdapterRef], str]
+
+
+class Advice(TypedDict):
+    """A problem of some adapters, or of the pool, with the remedy."""
+
+    problem: Literal["few_samples", "unlike_samples", "inseparable", "refit"]
+    adapters: list[str]
+    text: str
+
+
+def doctor_object(report: DoctorReport, tenant: str) -> JsonObject:
+    """Return how well an adapter's own samples retrieve it. The shares are better than those of unseen prompts."""
+
+    def name(ref: AdapterRef) -> str:
+        return ref.name_for(tenant)
+
+    return {
+        "generation": report.generation,
+        "k": report.top_k,
+        "num_adapters": len(report.adapters),
+        "num_samples": sum(finding.num_samples for finding in report.adapters),
+        "first_share": report.share_first,
+        "found_share": report.share_found,
+        "collisions": [
+            {
+                "adapters": [name(collision.first), name(collision.second)],
+                "cosine": collision.cosine,
+                "num_swapped": [collision.num_of_first, collision.num_of_second],
+            }
+            for collision in report.collisions
+        ],
+        "rankings": [ranking_object(ranking, tenant) for ranking in report.rankings],
+        "never_chosen": list(map(name, report.never_chosen)),
+        "always_shadowed": [
+            {"name": name(finding.ref), "by": name(finding.shadowed_by)}
+            for finding in report.always_shadowed
+            if finding.shadowed_by is not None
+        ],
+        "unreadable": list(map(name, report.unreadable)),
+        "advice": list(advice_of(report, name)),
+    }
+
+
+def advice_of(report: DoctorReport, name: Name) -> Iterator[Advice]:
+    """Yield what to change, the pool's own problem first. `name`: the name that the caller uses for an adapter."""
+    if report.refit is not None and report.refit.pays:
+        now, then, total = report.refit.num_first, report.refit.num_refitted, report.refit.num_samples
+        text = (
+            f"A projection fitted to this pool would find the own adapter first for {then / total:.1%} of {total} "
+            f"samples, in place of {now / total:.1%}. Reindex with the same encoder and --projection refit."
+        )
+        yield {"problem": "refit", "adapters": [], "text": text}
+    for collision in [item for item in report.collisions if item.is_inseparable][:MAX_PAIRS]:
+        names = [name(collision.first), name(collision.second)]
+        yield {"problem": "inseparable", "adapters": names, "text": _of_a_pair(collision, *names)}
+    yield from _of_samples(report, name)
+
+
+def _of_a_pair(collision: Collision, first: str, second: str) -> str:
+    swapped = (
+        f"{collision.num_of_first} samples of {first} find {second} first, and {collision.num_of_second} the reverse"
+    )
+    same = (
+        "Their sample outputs show the same function: withdraw one of them, or let `loraretriever evaluate` "
+        "measure which one answers better."
+    )
+    other = (
+        "If they do the same, withdraw one of them, or give both samples with outputs and let `loraretriever evaluate` "
+        "measure which one answers better. If not, give them samples that show the difference, or tags to filter by."
+    )
+    start = f"Prompts do not distinguish {first} from {second} (cosine {collision.cosine:.2f}; {swapped}). "
+    return start + (same if collision.agree else other)
+
+
+def _of_samples(report: DoctorReport, name: Name) -> Iterator[Advice]:
+    if few := report.with_few_samples:
+        text = (
+            f"{_listed(few, name)} {_have(few)} few samples. With fewer than 5 the threshold is guessed from the pool, "
+            "and more prompts of the task go to the base model. Publish again with 20 samples of the kind that clients "
+            "send."
+        )
+        yield {"problem": "few_samples", "adapters": [name(finding.ref) for finding in few], "text": text}
+    if unlike := report.with_unlike_samples:
+        text = (
+            f"{_listed(unlike, name)} {_have(unlike)} samples that are unlike each other: a quarter of them or "
+            "more would go to the base model. Remove samples of other tasks. If the adapter has several tasks, publish "
+            "it once for each of them, with the samples of that task."
+        )
+        yield {"problem": "unlike_samples", "adapters": [name(finding.ref) for finding in unlike], "text": text}
+
+
+def _listed(findings: Sequence[AdapterFinding], name: Name) -> str:
+    names = [name(finding.ref) for finding in findings[:MAX_NAMED]]
+    rest = len(findings) - len(names)
+    if rest:
+        return f"{', '.join(names)} and {rest} more"
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def _have(findings: Sequence[AdapterFinding]) -> str:
+    return "has" if len(findings) == 1 else "have"

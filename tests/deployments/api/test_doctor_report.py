@@ -1,0 +1,110 @@
+"""The doctor's report as it is shown: names that the caller uses, and advice with the remedy."""
+
+from __future__ import annotations
+
+import pytest
+
+from deployments.api.doctor_report import MAX_NAMED, MAX_PAIRS, advice_of, doctor_object
+from lora_store import AdapterRef
+from retriever_svc import AdapterFinding, Collision, DoctorReport
+from retriever_svc.refit_gain import RefitGain
+from tests.deployments.adapter_records import adapter
+from tests.deployments.shown_plans import CODER, POET
+
+
+def finding(name: str, num_samples: int = 20, num_below: int = 0) -> AdapterFinding:
+    return AdapterFinding(adapter(name).ref, num_samples, num_samples, num_samples, None, num_below)
+
+
+def advice(
+    *findings: AdapterFinding, collisions: tuple[Collision, ...] = (), refit: RefitGain | None = None
+) -> list[tuple[str, list[str], str]]:
+    report = DoctorReport(7, 3, findings, collisions, (), (), (), refit)
+    return [(item["problem"], item["adapters"], item["text"]) for item in advice_of(report, lambda ref: ref.name)]
+
+
+def test_a_doctors_report_names_adapters() -> None:
+    findings = (AdapterFinding(POET.ref, 20, 15, 20, None), AdapterFinding(CODER.ref, 20, 0, 10, POET.ref))
+    report = DoctorReport(7, 3, findings, (Collision(CODER.ref, POET.ref, 0.97, 4, 1),), (CODER.ref,), (POET.ref,))
+    assert doctor_object(report, "local") == {
+        "generation": 7,
+        "k": 3,
+        "num_adapters": 2,
+        "num_samples": 40,
+        "first_share": 0.375,
+        "found_share": 0.75,
+        "collisions": [{"adapters": ["coder", "poet"], "cosine": 0.97, "num_swapped": [4, 1]}],
+        "never_chosen": ["coder"],
+        "always_shadowed": [{"name": "coder", "by": "poet"}],
+        "unreadable": ["poet"],
+        "rankings": [],
+        "advice": [],
+    }
+
+
+def test_adapters_of_another_tenant_have_their_unambiguous_names() -> None:
+    own = adapter("poet", tenant="us").ref
+    report = DoctorReport(
+        7,
+        3,
+        (AdapterFinding(own, 4, 0, 2, POET.ref),),
+        (Collision(own, POET.ref, 0.97, 4, 1, is_inseparable=True),),
+        (POET.ref,),
+        (POET.ref,),
+    )
+    reported = doctor_object(report, "us")
+    assert reported["collisions"][0]["adapters"] == ["poet", "local/poet"]
+    assert reported["always_shadowed"] == [{"name": "poet", "by": "local/poet"}]
+    assert reported["never_chosen"] == reported["unreadable"] == ["local/poet"]
+    assert [item["adapters"] for item in reported["advice"]] == [["poet", "local/poet"], ["poet"]]
+
+
+def test_a_healthy_pool_gets_no_advice() -> None:
+    apart = Collision(POET.ref, CODER.ref, 0.3, 1, 1)
+    assert advice(finding("a"), finding("b", num_below=4), collisions=(apart,), refit=RefitGain(100, 90, 1, 1)) == []
+
+
+def test_few_samples_are_named_with_the_remedy() -> None:
+    assert advice(finding("a", 9), finding("b", 10), finding("c", 1)) == [
+        (
+            "few_samples",
+            ["a", "c"],
+            "a and c have few samples. With fewer than 5 the threshold is guessed from the pool, and more prompts of "
+            "the task go to the base model. Publish again with 20 samples of the kind that clients send.",
+        )
+    ]
+    [(_, _, text)] = advice(finding("a", 3))
+    assert text.startswith("a has few samples.")
+
+
+def test_samples_that_are_unlike_each_other_are_named_with_the_remedy() -> None:
+    [(problem, names, text)] = advice(finding("loose", num_below=5), finding("tight", num_below=4))
+    assert (problem, names) == ("unlike_samples", ["loose"])
+    assert text.startswith("loose has samples that are unlike each other")
+    assert "publish it once for each of them" in text
+
+
+@pytest.mark.parametrize(("agree", "remedy"), [(True, "the same function: withdraw one"), (False, "tags to filter by")])
+def test_two_adapters_that_prompts_cannot_separate_are_both_named(agree: bool, remedy: str) -> None:
+    collision = Collision(POET.ref, CODER.ref, 0.971, 7, 9, is_inseparable=True, agree=agree)
+    [(problem, names, text)] = advice(collisions=(collision,))
+    assert (problem, names) == ("inseparable", ["poet", "coder"])
+    assert "poet from coder (cosine 0.97; 7 samples of poet find coder first, and 9 the reverse)" in text
+    assert remedy in text
+
+
+def test_a_refit_is_advised_first_with_what_it_gains() -> None:
+    [(problem, names, text), (second, *_)] = advice(finding("a", 3), refit=RefitGain(1000, 807, 70, 22))
+    assert (problem, names, second) == ("refit", [], "few_samples")
+    assert "85.5% of 1000 samples, in place of 80.7%" in text
+    assert "--projection refit" in text
+
+
+def test_advice_stays_short_for_a_large_pool() -> None:
+    def ref(number: int) -> AdapterRef:
+        return adapter(f"a{number}").ref
+
+    pairs = [Collision(ref(n), ref(n + 1), 0.99, 1, 1, is_inseparable=True) for n in range(2 * MAX_PAIRS)]
+    *separate, (problem, names, text) = advice(*[finding(f"a{n}", 2) for n in range(500)], collisions=tuple(pairs))
+    assert (problem, len(names), len(separate)) == ("few_samples", 500, MAX_PAIRS)
+    assert text.startswith(f"{', '.join(names[:MAX_NAMED])} and {500 - MAX_NAMED} more have few samples")
