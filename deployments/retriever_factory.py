@@ -8,6 +8,7 @@ from dataclasses import replace
 from deployments.config.app import AppConfig
 from lora_store import Snapshot
 from lora_store.files import Files
+from lora_store.garbage_collection import PROJECTIONS
 from lora_store.location import Location
 from retriever_svc import Encoder, IndexSettings, LivePool, ProjectionFiles, Retriever, SavedIndexes
 from retriever_svc.retriever import Timings
@@ -22,7 +23,7 @@ def live_pool(config: AppConfig, snapshots: Callable[[], Snapshot], index: Index
         model=settings.encoder,
         settings=replace(index or IndexSettings(), requires_approval=config.public_requires_approval),
         saved=SavedIndexes(Files(Location(config.store_uri).child("index"))),
-        projections=ProjectionFiles(Files(Location(config.store_uri).child("projections"))),
+        projections=ProjectionFiles(Files(Location(config.store_uri).child(PROJECTIONS))),
         projection=settings.projection,
     )
 

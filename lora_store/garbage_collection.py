@@ -12,20 +12,24 @@ from lora_store.adapter import AdapterRef
 from lora_store.blobs import BlobFile, BlobStore
 from lora_store.catalogue import Catalogue
 from lora_store.errors import AdapterNotFound, BlobCorrupted
+from lora_store.files import Files, StoredFile
 from lora_store.leases import Leases
 from lora_store.snapshot import Snapshot
 
 _NUM_READERS = 8
 _CHECKED_TOGETHER = 64
 TABLE_RETENTION_S = 3600.0
+PROJECTIONS = "projections"  # the folder of the encoders' projections and of what belongs to them
+PROJECTION_RETENTION_S = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """The blobs that a garbage collection deleted."""
+    """The blobs and projections that a garbage collection deleted."""
 
     num_blobs: int
     num_bytes: int
+    num_projections: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +51,18 @@ class Verified:
 
 
 class GarbageCollector:
-    """Deletes and verifies the blobs of a store. Raises: StoreUnavailable."""
+    """Deletes and verifies the blobs of a store, and deletes projections. Raises: StoreUnavailable."""
 
-    def __init__(self, blobs: BlobStore, leases: Leases, catalogue: Catalogue, now: Callable[[], datetime]) -> None:
+    def __init__(
+        self,
+        blobs: BlobStore,
+        leases: Leases,
+        catalogue: Catalogue,
+        projections: Files,
+        now: Callable[[], datetime],
+    ) -> None:
         self._blobs, self._leases, self._catalogue, self._now = blobs, leases, catalogue, now
+        self._projections = projections
 
     def sweep(self, digests: Collection[str]) -> list[str]:
         """Delete those blobs that no kept version uses and no publish has leased. Return the digests deleted."""
@@ -62,7 +74,8 @@ class GarbageCollector:
     def gc(self, retention_s: float) -> Collected:
         """Delete unused blobs and files older than `retention_s`, as crashes and rival writers leave them.
 
-        Keep the table's own files for at least an hour: a rival may have written one that it has not committed yet.
+        Keep the table's own files and projections for at least an hour: a rival may have written one that it has not
+        committed yet.
         """
         now = self._now()
         self._leases.delete_expired()
@@ -72,7 +85,22 @@ class GarbageCollector:
         removed = self._remove(whole, self._referenced)
         removed += self._remove([file for file in old if not file.is_whole], frozenset)  # no record uses these
         self._catalogue.vacuum(now - timedelta(seconds=max(retention_s, TABLE_RETENTION_S)))
-        return Collected(sum(file.is_whole for file in removed), sum(file.num_bytes for file in removed))
+        unused = self._delete_projections(now - timedelta(seconds=max(retention_s, PROJECTION_RETENTION_S)))
+        num_bytes = sum(file.num_bytes for file in removed) + sum(file.num_bytes for file in unused)
+        return Collected(sum(file.is_whole for file in removed), num_bytes, len(unused))
+
+    def _delete_projections(self, before: datetime) -> list[StoredFile]:
+        """Delete the projections written before that time that no embedding is of, and vectors of unused encoders.
+
+        The catalogue is read first. A reindex writes its projection, new or not, before the catalogue mentions it, so
+        one that it begins meanwhile is young when the files are listed.
+        """
+        used = self._catalogue.snapshot().encoders()
+        stems = used | {identity.partition("+")[0] for identity in used}
+        old = [file for file in self._projections.entries() if file.written_at <= before]
+        unused = [file for file in old if _stem_of(file.name) not in stems]
+        self._projections.delete([file.name for file in unused])
+        return unused
 
     def to_verify(self, tenant: str | None = None) -> dict[str, AdapterRef]:
         """Return the blobs that kept versions use, each with one such version; only those `tenant` sees, if given."""
@@ -110,6 +138,15 @@ class GarbageCollector:
 
     def _referenced(self) -> Set[str]:
         return self._catalogue.snapshot().referenced()
+
+
+def _stem_of(name: str) -> str:
+    """Return the identity in the name of a projection, or that of the encoder in the name of its ordinary vectors.
+
+    A write in progress begins with a dot, so it is nobody's.
+    """
+    stem = name.removesuffix(".safetensors")
+    return stem.partition("-")[0] if stem.endswith(".ordinary") else stem
 
 
 def _first_owners(snapshot: Snapshot, tenant: str | None) -> dict[str, AdapterRef]:

@@ -119,6 +119,14 @@ class Snapshot:
         """Return the digests of all blobs that kept versions use."""
         return self.tallies.blobs.keys()
 
+    def encoders(self) -> frozenset[str]:
+        """Return the identities of the active encoder and of every encoder with an embedding in this state."""
+        kept = (record.encoder for key in self.records for record in self.versions(key))
+        pending = (embedding.encoder for embedding in self.pending.values())
+        ranked = (rank.ranking.encoder for ranks in self.rankings.values() for rank in ranks)
+        active = None if self.encoder is None else self.encoder.identity
+        return frozenset(identity for identity in (active, *kept, *pending, *ranked) if identity is not None)
+
     def folded(self) -> Iterator[Event]:
         """Yield events that lead from an empty state to this one, in the order of its records."""
         encoder = self.encoder

@@ -16,7 +16,8 @@ from lora_store.catalogue import Catalogue
 from lora_store.conditional_writes import check_conditional_writes
 from lora_store.errors import AdapterNotFound, StoreUnavailable
 from lora_store.events import Event
-from lora_store.garbage_collection import BlobCheck, Collected, GarbageCollector
+from lora_store.files import Files
+from lora_store.garbage_collection import PROJECTIONS, BlobCheck, Collected, GarbageCollector
 from lora_store.leases import Leases
 from lora_store.location import Location
 from lora_store.quota import TenantQuota
@@ -70,7 +71,8 @@ class LoraStore:
         self._blobs = BlobStore(location.child("blobs"))
         self._leases = Leases(location, now, sleep)
         self._catalogue = Catalogue(location.child("catalogue"), sleep)
-        self._collector = GarbageCollector(self._blobs, self._leases, self._catalogue, now)
+        projections = Files(location.child(PROJECTIONS))
+        self._collector = GarbageCollector(self._blobs, self._leases, self._catalogue, projections, now)
 
     def check_writes(self, environment: Mapping[str, str]) -> None:
         """Check that two writers cannot overwrite each other. Raises: ConditionalWritesMissing."""
@@ -233,7 +235,7 @@ class LoraStore:
         return self._collector.sweep(digests)
 
     def gc(self, retention_s: float) -> Collected:
-        """Delete unused blobs and files older than `retention_s`, as crashes and rival writers leave them."""
+        """Delete unused blobs, projections and files older than `retention_s`, as crashes and rivals leave them."""
         return self._collector.gc(retention_s)
 
     def to_verify(self, tenant: str | None = None) -> dict[str, AdapterRef]:

@@ -132,9 +132,11 @@ def gc(
     retention: Annotated[float, typer.Option(help="seconds; blobs written more recently are kept")] = 86_400,
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Delete stored blobs that no version refers to."""
+    """Delete stored blobs that no version refers to, and projections that no embedding is of."""
     answer = call(url, "POST", "/v1/pool/gc", json={"retention_s": retention})
-    out.print(f"removed {answer['num_blobs']} blobs, {answer['num_bytes']} bytes")
+    out.print(
+        f"removed {answer['num_blobs']} blobs and {answer['num_projections']} projections, {answer['num_bytes']} bytes"
+    )
 
 
 @commands.command()

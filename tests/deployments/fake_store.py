@@ -182,7 +182,7 @@ class FakeStore:
 
     async def gc(self, retention_s: float) -> Collected:
         self._fail("gc")
-        return Collected(3, 12)
+        return Collected(3, 12, 1)
 
     async def verify(self, tenant: str) -> AsyncIterator[Verified]:
         self._fail("verify")

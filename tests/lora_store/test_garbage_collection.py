@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from lora_store import AdapterNotFound, BlobStore, Collected, Location, LoraStore, Staged, StoreUnavailable
 from lora_store.files import Files
 from lora_store.leases import LEASE_S
-from tests.lora_store.builders import BASE, FakeClock, MakeFolder, OpenStore, Stored, embedding
+from tests.lora_store.builders import BASE, FakeClock, MakeFolder, OpenStore, Stored, embedding, ranking
 
 
 @pytest.fixture
@@ -172,6 +173,48 @@ def test_gc_shrinks_the_catalogue_to_one_data_file(
     assert len([name for name in stored("catalogue") if not name.startswith("_delta_log/")]) == 1
     for snapshot in (store.snapshot(), open_store().snapshot()):
         assert (dict(snapshot.records), dict(snapshot.previous)) == (dict(before.records), dict(before.previous))
+
+
+def test_gc_removes_old_projections_of_no_embedding(
+    store: LoraStore,
+    make_folder: MakeFolder,
+    clock: FakeClock,
+    stored: Stored,
+    location: Location,
+) -> None:
+    used = ("live+1", "older+1", "pending+1", "ranked+1")
+    names = [*used, "gone+1", "live+2", "live-1.ordinary", "gone-1.ordinary"]  # live+2: fitted again, then given up
+    files = Files(location.child("projections"))
+    for name in names:
+        files.write(f"{name}.safetensors", b"12345")
+    files.write(".live+1.safetensors.dead", b"12")  # a crash during a write
+    for encoder, seed in (("older+1", 0), ("live+1", 1)):
+        staged = store.stage(make_folder("poet", seed))
+        store.commit([staged], [embedding(encoder=encoder)], [1.0], "me")
+    store.add_embeddings({staged.ref: embedding(encoder="pending+1")})
+    store.rank("local", [replace(ranking(staged.ref), encoder="ranked+1")], "me")
+    clock.sleep(3500)
+    assert store.gc(0).num_projections == 0  # a reindex that has committed no embedding yet may need them
+    clock.sleep(200)
+    assert store.gc(4000).num_projections == 0
+    assert len(stored("projections")) == 9
+    collected = store.gc(0)
+    assert (collected.num_projections, collected.num_bytes) == (4, 17)
+    kept = [*used, "live-1.ordinary"]
+    assert set(stored("projections")) == {f"{name}.safetensors" for name in kept}
+    assert store.gc(0) == Collected(0, 0)
+
+
+def test_the_projection_of_the_active_encoder_outlives_the_adapters(
+    store: LoraStore, clock: FakeClock, stored: Stored, location: Location
+) -> None:
+    Files(location.child("projections")).write("fitted+1.safetensors", b"12345")
+    store.activate_encoder("mine", "fitted+1", "me")
+    clock.sleep(7200)
+    assert store.gc(0).num_projections == 0
+    store.activate_encoder("mine", "fitted+2", "me")
+    assert store.gc(0).num_projections == 1
+    assert stored("projections") == {}
 
 
 def test_verify_reads_every_needed_blob_once(store: LoraStore, publish: Callable[..., Staged]) -> None:

@@ -30,7 +30,7 @@ async def verify(_: JobRequest, caller: AdminCaller, services: AnyServices, cont
 
 @router.post("/v1/pool/doctor", response_class=StreamingResponse, responses=LINES_ANSWERS)
 async def doctor(_: JobRequest, caller: AdminCaller, services: AnyServices, context: AnyContext) -> StreamingResponse:
-    """Route the samples of the tenant's adapters: report collisions, shadowed and never chosen adapters."""
+    """Route the samples of the tenant's adapters: report collisions, shadowed and never chosen adapters, and advise."""
     return await _stream(maintenance.doctor(services.retriever, caller.tenant), context)
 
 
@@ -53,10 +53,14 @@ async def reindex(
 
 @router.post("/v1/pool/gc", response_model=None, responses=GC_ANSWERS)
 async def gc(body: GcRequest, _: AdminCaller, services: AnyServices) -> CollectedBlobs:
-    """Remove objects that nothing refers to and that are older than the retention."""
+    """Remove blobs and projections that nothing refers to and that are older than the retention."""
     await services.store.check_available()
     collected = await services.store.gc(body.retention_s)
-    return {"num_blobs": collected.num_blobs, "num_bytes": collected.num_bytes}
+    return {
+        "num_blobs": collected.num_blobs,
+        "num_bytes": collected.num_bytes,
+        "num_projections": collected.num_projections,
+    }
 
 
 async def _stream(lines: AsyncGenerator[JsonObject], context: RequestContext) -> StreamingResponse:

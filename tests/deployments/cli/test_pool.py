@@ -95,10 +95,10 @@ def test_verify_fails_and_names_bad_blobs() -> None:
 
 @pytest.mark.parametrize(("options", "seconds"), [((), 86_400), (("--retention", "0"), 0)])
 def test_gc_prints_the_removed_blobs(options: tuple[str, ...], seconds: float) -> None:
-    with scripted((200, {"num_blobs": 3, "num_bytes": 12})) as server:
+    with scripted((200, {"num_blobs": 3, "num_bytes": 12, "num_projections": 1})) as server:
         result = run("gc", *options, "--url", server.url)
     assert (server.asked, server.sent) == ([("POST", "/v1/pool/gc")], [{"retention_s": seconds}])
-    assert "removed 3 blobs, 12 bytes" in words(result.stdout)
+    assert "removed 3 blobs and 1 projections, 12 bytes" in words(result.stdout)
 
 
 @pytest.mark.parametrize(("behind", "note"), [(0, ""), (2, " (2 replicas are not up to date yet)")])

@@ -42,7 +42,7 @@ def test_verify_reports_progress_and_every_bad_blob() -> None:
 def test_gc_reports_the_removed_blobs(body: dict[str, Any], retention_s: float) -> None:
     async def run(client: httpx.AsyncClient, served: Served) -> None:
         response = await client.post("/v1/pool/gc", json=body)
-        assert (response.status_code, response.json()) == (200, {"num_blobs": 3, "num_bytes": 12})
+        assert (response.status_code, response.json()) == (200, {"num_blobs": 3, "num_bytes": 12, "num_projections": 1})
         assert served.store.called("gc") == [(retention_s,)]
 
     ask(run)
