@@ -33,6 +33,7 @@ from deployments.observability.logs import join_serve_logs
 from deployments.observability.metrics import SERVE, MetricFactory
 from deployments.observability.request_metrics import ChangeMetrics, RequestContext, RequestMetrics
 from deployments.publishing.evaluation import AnswerScorer, Evaluator
+from deployments.publishing.idle_evaluation import IdleEvaluations, IdleScorer
 from deployments.publishing.preload import Preload
 from deployments.publishing.publisher import Publisher
 from deployments.publishing.reclaimer import Reclaimer
@@ -124,6 +125,12 @@ def _build_services(
     authenticator = Authenticator(keys_of(config), Limiter(config.ingress_scaling.max_replicas))
     planner = Planner(config, retriever)
     preload = Preload(config.preload, publisher, approves=has_keys or config.public_requires_approval)
+    scorer = AnswerScorer(worker, gate, config.template)
+    idle = None
+    if config.evaluate_after_publish:
+        while_idle = Evaluator(store, retriever, publisher, IdleScorer(scorer, worker))
+        idle = IdleEvaluations(while_idle, background, changes)
+        publisher.subscribe(idle.after_publish)
     one_upload = config.max_upload_bytes + FORM_OVERHEAD_BYTES
     return Services(
         config=config,
@@ -131,11 +138,11 @@ def _build_services(
         planner=planner,
         completions=CompletionService(config, authenticator, planner, gate, worker, limits),
         publisher=publisher,
-        evaluator=Evaluator(store, retriever, publisher, AnswerScorer(worker, gate, config.template)),
+        evaluator=Evaluator(store, retriever, publisher, scorer),
         store=store,
         retriever=retriever,
         readiness=Readiness(preload, gate, retriever, worker, has_keys=has_keys),
-        stats=StatsReader(config, retriever, worker),
+        stats=StatsReader(config, retriever, worker, evaluation_of=None if idle is None else idle.state_of),
         metrics=RequestMetrics(kinds),
         background=background,
         in_flight=InFlight(config.max_concurrent_requests),

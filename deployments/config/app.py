@@ -119,6 +119,9 @@ class AppConfig(_Settings):
     disk_cache_bytes: int = Field(default=4 << 30, ge=0)  # local copy of the weights of a remote store
     # Start without Ray's token authentication: anyone who reaches one of Ray's ports can then run code as this server.
     allow_unauthenticated_ray: bool = False
+    # Measure adapters on each other's sample outputs after a publish, while the workers are idle; see `loraretriever
+    # evaluate`. Off by default: it generates answers and changes which adapters `auto` prefers.
+    evaluate_after_publish: bool = False
     # Adapter folders, or folders of adapter folders. The start publishes those whose names are not live yet.
     preload: tuple[Path, ...] = ()
     worker: WorkerSettings = WorkerSettings()

@@ -48,8 +48,10 @@ class StatsReader:
         retriever: RetrieverClient,
         worker: WorkerClient,
         clock: Callable[[], float] = time.monotonic,
+        evaluation_of: Callable[[str], JsonObject] | None = None,
     ) -> None:
         self._config, self._retriever, self._worker, self._clock = config, retriever, worker, clock
+        self._evaluation_of = evaluation_of
         self._reading: asyncio.Task[_Workers] | None = None
         self._began_s = 0.0
 
@@ -69,6 +71,7 @@ class StatsReader:
             "defaults": {"strategy": retrieval.strategy, "k": retrieval.k},
             "pool": _pool_object(retrievers) | {"replicas": retrievers.counts},
             "tenant": _usage_object([usage[tenant] for usage in usages.given if tenant in usage]),
+            "evaluation": None if self._evaluation_of is None else self._evaluation_of(tenant),
             "workers": self._workers_object(workers.given) | {"replicas": workers.counts} if sees_all else None,
         }
 

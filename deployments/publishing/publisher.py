@@ -38,6 +38,7 @@ from lora_store import (
 _MIN_DIGEST_CHARS = 8
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+Listener = Callable[[str, str], None]  # (tenant, author)
 CATCH_UP_TIMEOUT_S = 5.0
 _STAGED_TOGETHER = 16
 _MAX_SWAPS = 3  # changes of the encoder during one publish
@@ -116,6 +117,11 @@ class Publisher:
         self._store, self._retriever, self._gate = store, retriever, gate
         self._validator = AdapterValidator(retriever, worker)
         self._background, self._reclaimer, self._metrics = background, reclaimer, metrics or ChangeMetrics()
+        self._listeners: list[Listener] = []
+
+    def subscribe(self, listener: Listener) -> None:
+        """Call `listener` with the tenant and the author of every later commit of new versions."""
+        self._listeners.append(listener)
 
     async def publish(
         self,
@@ -252,6 +258,9 @@ class Publisher:
         generation, outcomes = await self._follow_encoder(generation, outcomes, change)
         generation = max([generation, *[record.generation for record in live.values()]])
         ready, behind = await self.catch_up(generation) if generation else (0, 0)
+        for tenant in dict.fromkeys(item.ref.tenant for item in held if id(item) in committed):
+            for listener in self._listeners:
+                listener(tenant, change.actor)
         return [published_of(outcome, generation, ready, behind) for outcome in outcomes]
 
     async def _commit(self, outcomes: list[Outcome], change: Change) -> tuple[int, list[Outcome]]:
