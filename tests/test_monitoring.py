@@ -117,6 +117,10 @@ FIRING: dict[str, dict[str, str]] = {
         'ray_loraretriever_routes_total{application="a",outcome="chosen"}': "0+10x40",
         'ray_loraretriever_routes_total{application="a",outcome="abstained"}': "0+10x40",
     },
+    "LoraRetrieverTrafficDrifts": {
+        'ray_loraretriever_best_confidence_ratio_bucket{application="a",le="0.25"}': "0+7x40",
+        'ray_loraretriever_best_confidence_ratio_bucket{application="a",le="+Inf"}': "0+10x40",
+    },
     "LoraRetrieverPreemptions": {
         'ray_loraretriever_preemptions_total{application="a",replica="r"}': "0+60x30",
     },
@@ -138,6 +142,8 @@ QUIET = {
     'ray_loraretriever_catalogue_read_age_seconds{application="b",replica="r"}': "3x40",
     'ray_loraretriever_routes_total{application="b",outcome="chosen"}': "0+10x40",
     'ray_loraretriever_routes_total{application="b",outcome="abstained"}': "0+1x40",
+    'ray_loraretriever_best_confidence_ratio_bucket{application="b",le="0.25"}': "0+5x40",
+    'ray_loraretriever_best_confidence_ratio_bucket{application="b",le="+Inf"}': "0+10x40",
     'ray_loraretriever_preemptions_total{application="b",replica="r"}': "5x40",
 }
 
