@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.results_file import machine, write_results
 from benchmarks.starter_pool import POOL
 from deployments.cli.local_server import Server
-from deployments.config.app import AppConfig, ScalingSettings, WorkerSettings
+from deployments.config.app import AppConfig, RetrievalSettings, ScalingSettings, WorkerSettings
 
 WEIGHTS, CONFIG, SAMPLES = "adapter_model.safetensors", "adapter_config.json", "lora_samples.jsonl"
 _SUBJECTS = ("lighthouses", "beekeeping", "glaciers", "typewriters", "orchids", "trams", "comets", "violins")
@@ -76,16 +76,33 @@ def publish_all(url: str, folder: Path) -> float:
     return time.perf_counter() - started
 
 
-def measure(folder: Path, rounds: int, adapters: int) -> tuple[list[tuple[float, float]], float, float]:
-    """Return (single publishes, seconds of the bulk publish with new texts, and with texts the encoder knows)."""
+def config_of(folder: Path, projection: str = "auto") -> AppConfig:
+    """Return the settings of two retrievers and two workers. `projection`: that of `retrieval.projection`."""
     two = {"min_replicas": 2, "max_replicas": 2}
-    config = AppConfig(
+    return AppConfig(
         store_uri=str(folder / "pool"),
         preload=(POOL,),
         worker=WorkerSettings(num_threads=1),
+        retrieval=RetrievalSettings.model_validate({"projection": projection}),
         retriever_scaling=ScalingSettings(**two, max_ongoing_requests=128),
         worker_scaling=ScalingSettings(**two, num_cpus=1, max_ongoing_requests=2112),
     )
+
+
+def publish_singles(folder: Path, rounds: int, projection: str = "auto") -> list[tuple[float, float]]:
+    """Return the times of single publishes alone, each followed by a request."""
+    prompts = [variant(folder / "single" / f"single-{n}", n) for n in range(rounds + 1)]
+    with Server(config_of(folder, projection), port=0) as server:
+        server.prepare(console.print)
+        url = server.start()
+        server.wait_ready(timeout_s=600)
+        asked = [publish_and_ask(url, folder / "single" / f"single-{n}", prompt) for n, prompt in enumerate(prompts)]
+    return asked[1:]  # the first is a warm-up
+
+
+def measure(folder: Path, rounds: int, adapters: int) -> tuple[list[tuple[float, float]], float, float]:
+    """Return (single publishes, seconds of the bulk publish with new texts, and with texts the encoder knows)."""
+    config = config_of(folder)
     prompts = [variant(folder / "single" / f"single-{n}", n) for n in range(rounds + 1)]
     for number in range(adapters):
         variant(folder / "new" / f"new-{number}", 10_000 + number)

@@ -17,7 +17,7 @@ from lora_store.records import AdapterRecord, Embedding
 from lora_store.snapshot import Snapshot
 from retriever_svc import LivePool, ProjectionFiles, ProjectionUnusable, Retriever, Route, RouteRequest, fit_whitening
 from retriever_svc.ordinary_prompts import ordinary_prompts
-from retriever_svc.reindex import ReindexStep, reindex
+from retriever_svc.reindex import MAX_FITTED, ReindexStep, refit, reindex
 from tests.retriever_svc.pool_fakes import FakeEncoder, Source, embedding_of, names, record_of, snapshot_of
 from tests.retriever_svc.projectable import Projectable
 from tests.retriever_svc.test_whitening import DIM, world
@@ -116,6 +116,27 @@ def test_a_reindexed_pool_swaps_encoder_and_index_at_one_generation() -> None:
     assert isinstance(route, Route)
     assert names(route)[0] == "a2"
     assert (route.generation, pools.stats().encoder, pools.stats().num_live) == (5, "new", 4)
+
+
+def test_a_refit_of_a_large_pool_reads_a_part_that_is_spread_over_it() -> None:
+    rng = np.random.default_rng(0)
+    read: list[int] = []
+
+    class Any(FakeEncoder):
+        def encode_plain(self, texts: Sequence[str], owners: Sequence[str] | None = None) -> np.ndarray:
+            self.batches.append(list(texts))
+            return rng.standard_normal((len(texts), DIM)).astype(np.float32)
+
+    def source(record: AdapterRecord) -> Sequence[Sample]:
+        read.append(int(record.ref.name[1:]))
+        return [Sample(f"{n} of {record.ref.name}") for n in range(40)]
+
+    for num_adapters, num_read, num_texts in ((3 * MAX_FITTED, MAX_FITTED, 8), (100, 100, 32)):
+        encoder, read[:] = Any({}, dim=DIM, identity="plain"), []
+        refit(snapshot_of(*pool(num_adapters)), encoder, source, None)
+        assert (len(read), len(set(read))) == (num_read, num_read)
+        assert max(np.diff(sorted(read))) <= num_adapters // num_read
+        assert sum(map(len, encoder.batches)) == num_read * num_texts
 
 
 def test_a_refit_reads_the_pools_samples_and_its_projection_is_prepared_from_the_store(tmp_path: Path) -> None:

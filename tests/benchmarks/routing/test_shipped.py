@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.routing.shipped import MAX_OF_FAMILY, NUM_SAMPLES, family_of, fit, known_paths, other_tasks
+from retriever_svc.encoder import unit_rows
+from tests.benchmarks.bigbench import write_archive
+from tests.retriever_svc.pool_fakes import FakeEncoder
+
+TASKS = "bigbench/benchmark_tasks"
+
+
+def examples(prefix: str, count: int = 40) -> list[dict[str, Any]]:
+    return [{"input": f"{prefix} {number}"} for number in range(count)]
+
+
+def test_tasks_come_from_unknown_families_and_no_family_has_many(tmp_path: Path) -> None:
+    known = next(path for path in sorted(known_paths()) if path.count("/") > 3)  # a variant of a family
+    sibling = f"{TASKS}/{family_of(known)}/another_variant/task.json"
+    tasks: dict[str, list[dict[str, Any]]] = {known: examples("known"), sibling: examples("sibling")}
+    tasks |= {f"{TASKS}/big/part_{n:02}/task.json": examples(f"big {n}") for n in range(MAX_OF_FAMILY + 3)}
+    tasks[f"{TASKS}/alone/task.json"] = [*examples("alone"), *examples("alone"), {"input": " "}, {"input": ["a", "b"]}]
+    tasks[f"{TASKS}/few/task.json"] = examples("few", 9)
+    tasks["bigbench/other/task.json"] = examples("elsewhere")
+    write_archive(tmp_path / "archive.tar.gz", tasks)
+    chosen = other_tasks(tmp_path / "archive.tar.gz")
+    assert list(chosen) == ["alone", *[f"big/part_{n:02}" for n in range(MAX_OF_FAMILY)]]
+    assert {len(texts) for texts in chosen.values()} == {NUM_SAMPLES}
+    assert len(set(chosen["alone"])) == NUM_SAMPLES  # no text twice
+    assert all(text.startswith("alone ") for text in chosen["alone"])
+    assert other_tasks(tmp_path / "archive.tar.gz") == chosen  # the same draw each time
+
+
+def test_no_task_of_a_pool_or_a_test_is_left_out() -> None:
+    paths = known_paths()
+    assert len(paths) == len(set(paths)) > 200  # the study's tasks and spares, and the starter pool's
+    assert all(path.startswith(f"{TASKS}/") and path.endswith("/task.json") for path in paths)
+    assert family_of(f"{TASKS}/a/b/task.json") == "a"
+
+
+def test_the_projection_is_fitted_to_the_tasks_without_folds() -> None:
+    rng = np.random.default_rng(0)
+    tasks = {name: [f"{name} {number}" for number in range(30)] for name in "abcdefgh"}
+    rows = unit_rows(rng.standard_normal((8 * 30, 6)).astype(np.float32))
+    every = [text for texts in tasks.values() for text in texts]
+    fitted = fit(FakeEncoder(dict(zip(every, rows, strict=True)), dim=6), tasks)  # type: ignore[arg-type]
+    assert (fitted.encoder, fitted.matrix.shape, len(fitted.folds)) == ("fake-encoder", (6, 6), 0)
+    means = [rows[30 * place : 30 * place + 30].mean(axis=0) for place in range(8)]
+    np.testing.assert_allclose(fitted.mean, np.mean(means, axis=0), atol=1e-3)
