@@ -112,7 +112,23 @@ def _unlike_vector(number: int) -> str:
     return f"unlike {number % (DIM - 1)}"
 
 
+def wide(num_adapters: int, num_samples: int = 20) -> Groups:
+    """Return adapters of prompts of all tasks: as wide as the pool."""
+    texts = [f"asked task-{n} {i}" for n in range(12) for i in range(4)]
+    return {f"w{n}": [texts[(5 * n + 7 * i) % len(texts)] for i in range(num_samples)] for n in range(num_adapters)}
+
+
+def copies(num_adapters: int) -> Groups:
+    """Return adapters with the samples of the first honest ones."""
+    return {f"c{n}": [f"task-{n % 12} {i}" for i in range(20)] for n in range(num_adapters)}
+
+
 ATTACKS = {
+    "fifty of one sample": unlike(50, 1, _unlike_vector),
+    "twenty as wide as the pool": wide(20),
+    "two hundred as wide as the pool": wide(200),
+    "copies of each adapter": copies(12),
+    "ten copies of each adapter": copies(120),
     "two of two unlike samples": unlike(2, 2, _unlike_vector),
     "two of eight unlike samples": unlike(2, 8, _unlike_vector),
     "thirteen of two unlike samples": unlike(13, 2, _unlike_vector),
