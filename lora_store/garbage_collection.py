@@ -143,7 +143,7 @@ class GarbageCollector:
 def _stem_of(name: str) -> str:
     """Return the identity in the name of a projection, or that of the encoder in the name of its ordinary vectors.
 
-    A write in progress begins with a dot, so it is nobody's.
+    A write in progress begins with a dot, so no encoder has it.
     """
     stem = name.removesuffix(".safetensors")
     return stem.partition("-")[0] if stem.endswith(".ordinary") else stem

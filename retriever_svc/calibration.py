@@ -3,10 +3,12 @@
 A cosine means something different for each adapter: the samples of one lie close together, those of another far apart,
 and some lie near ordinary prompts. So a score s of an adapter is turned into a *fit* before it is judged:
 
-    fit(s) = (s − m) / d  +  ½ · (s − b) / c
+    fit(s) = (s − m) / d  +  ½ · x  −  max(0, 2.33 − x),  x = (s − b) / c
 
 m and d are the mean and the spread of the scores of the adapter's own samples, each compared with the others. b and c
 are the same of ordinary prompts, compared with the adapter. Estimates from few samples are shrunk towards the pool's.
+The last term counts against a score that one ordinary prompt in a hundred reaches. A score that one in twenty reaches,
+x < 1.64, fits no adapter: otherwise an adapter whose samples are as various as ordinary prompts would answer these.
 
 The *confidence* of a candidate is the share of own samples in the pool that fit their adapter less well. An operating
 point is a confidence: below it a candidate is dropped, and so is that share of the pool's own prompts. As the fit grows
@@ -32,6 +34,7 @@ NO_THRESHOLD = -1.0  # the lowest possible cosine
 MIN_SCORES = 5  # an adapter with fewer own scores says nothing about the pool
 MAX_VOTERS = 512
 _ORDINARY_WEIGHT = 0.5
+_ONE_IN_A_HUNDRED, _ONE_IN_TWENTY = 2.33, 1.64  # in spreads of ordinary prompts' scores
 _SPREAD_PRIOR = 5  # the pool's spread counts as this many samples of an adapter
 _FEW_VOTERS = 3  # fewer are filled up with `_USUAL_FITS`
 _USUAL_DISTANCE = 4.0  # of own samples from ordinary prompts, in spreads of these
@@ -66,6 +69,37 @@ class _Moments:
 
     mean: Floats
     spread: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class _Fits:
+    """The fit of a score, by adapter: slope · s − offset − steep · max(0, knee − s). All fields: (A,).
+
+    `floor`: the least score that fits at all.
+    """
+
+    slope: Floats
+    offset: Floats
+    steep: Floats
+    knee: Floats
+    floor: Floats
+
+    def of(self, scores: Floats) -> Floats:
+        """Return the fits of one score for each adapter."""
+        return self.slope * scores - self.offset - self.steep * np.maximum(self.knee - scores, 0)
+
+    def of_groups(self, groups: Sequence[Floats]) -> Floats:
+        """Return the fits of all scores of each adapter, one group after the other."""
+        counts = [len(group) for group in groups]
+        fields = (self.slope, self.offset, self.steep, self.knee, self.floor)
+        return _Fits(*(np.repeat(field, counts) for field in fields)).of(np.concatenate(groups))
+
+    def least_score(self, fit: float) -> Floats:
+        """Return the score at which each adapter reaches this fit."""
+        above = (fit + self.offset) / self.slope
+        below = (fit + self.offset + self.steep * self.knee) / (self.slope + self.steep)
+        least: Floats = np.maximum(np.where(above >= self.knee, above, below), self.floor)
+        return least
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +157,8 @@ class Calibration:
         if not groups:
             usual = () if ordinary is None else _USUAL_FITS
             return cls(prior, np.asarray(usual), np.ones(len(usual)), ordinary)
-        slope, offset = blank._fit_of(Adapters(trusted.vectors[voters], groups))
         counts = np.asarray([len(group) for group in groups])
-        fits = np.concatenate(groups) * np.repeat(slope, counts) - np.repeat(offset, counts)
+        fits = blank._fits_of(Adapters(trusted.vectors[voters], groups)).of_groups(groups)
         weights = np.repeat(1 / counts, counts)
         if ordinary is not None and len(groups) < _FEW_VOTERS:
             fits = np.concatenate([fits, _USUAL_FITS])
@@ -140,20 +173,25 @@ class Calibration:
         """
         if not len(self._fits):
             return np.full(len(scores), NO_THRESHOLD), np.ones(len(scores))
-        slope, offset = self._fit_of(candidates)
-        least = np.interp(share, self._shares, self._fits)
-        thresholds: Floats = ((least + offset) / slope).clip(-1, 1) if share > 0 else np.full(len(scores), NO_THRESHOLD)
-        return thresholds, np.interp(scores * slope - offset, self._fits, self._shares)
+        fits = self._fits_of(candidates)
+        confidences = np.interp(fits.of(scores), self._fits, self._shares) * (scores >= fits.floor)
+        if share <= 0:
+            return np.full(len(scores), NO_THRESHOLD), confidences
+        return fits.least_score(float(np.interp(share, self._shares, self._fits))).clip(-1, 1), confidences
 
-    def _fit_of(self, adapters: Adapters) -> tuple[Floats, Floats]:
-        """Return (slope, offset), each (A,): fit(s) = slope · s − offset."""
+    def _fits_of(self, adapters: Adapters) -> _Fits:
         ordinary = self._ordinary_moments(adapters.vectors)
         own = self._own_moments(adapters.own_scores, ordinary)
-        slope, offset = 1 / own.spread, own.mean / own.spread
-        if ordinary is not None:
-            slope = slope + _ORDINARY_WEIGHT / ordinary.spread
-            offset = offset + _ORDINARY_WEIGHT * ordinary.mean / ordinary.spread
-        return slope, offset
+        slope, offset, none = 1 / own.spread, own.mean / own.spread, np.full(len(own.mean), NO_THRESHOLD)
+        if ordinary is None:
+            return _Fits(slope, offset, np.zeros(len(none)), none, none)
+        return _Fits(
+            slope=slope + _ORDINARY_WEIGHT / ordinary.spread,
+            offset=offset + _ORDINARY_WEIGHT * ordinary.mean / ordinary.spread,
+            steep=1 / ordinary.spread,
+            knee=ordinary.mean + _ONE_IN_A_HUNDRED * ordinary.spread,
+            floor=ordinary.mean + _ONE_IN_TWENTY * ordinary.spread,
+        )
 
     def _ordinary_moments(self, vectors: np.ndarray) -> _Moments | None:
         if self._ordinary is None:

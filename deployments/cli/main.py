@@ -117,7 +117,8 @@ def route(prompt: Prompt, abstain: Abstain = None, url: Url = DEFAULT_URL) -> No
     for candidate in plan["candidates"]:
         for sample in candidate.get("samples", ()):
             line = f"sample of {candidate['name']}, {sample['score']:.3f}: {sample['input']}"
-            out.print(" ".join(line.split()), markup=False, highlight=False)
+            plain = "".join(char if char.isprintable() else " " for char in line)  # no escape sequences of terminals
+            out.print(" ".join(plain.split()), markup=False, highlight=False)
 
 
 @cli.command()

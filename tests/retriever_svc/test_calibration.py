@@ -33,9 +33,11 @@ def ordinary_rows(rng: np.random.Generator) -> np.ndarray:
     return unit_rows(rng.standard_normal((80, DIM)) + 2 * np.eye(DIM)[0])
 
 
-def pool(seed: int = 0, num_adapters: int = 40, num_samples: int = 20) -> tuple[Adapters, np.ndarray]:
+def pool(
+    seed: int = 0, num_adapters: int = 40, num_samples: int = 20, widest: float = 1.0
+) -> tuple[Adapters, np.ndarray]:
     rng = np.random.default_rng(seed)
-    groups = [group(rng, num_samples, rng.uniform(0.3, 1.0)) for _ in range(num_adapters)]
+    groups = [group(rng, num_samples, rng.uniform(0.3, widest)) for _ in range(num_adapters)]
     return adapters_of(groups), ordinary_rows(rng)
 
 
@@ -57,7 +59,13 @@ def slow_fit(adapters: Adapters, ordinary: np.ndarray, number: int, score: float
     squares = float(((scores - scores.mean()) ** 2).sum()) if count else 0.0
     variance = (squares + 5 * usual**2) / (max(count - 1, 0) + 5)
     against = [float(adapters.vectors[number] @ row) for row in ordinary]
-    return (score - mean) / math.sqrt(variance) + 0.5 * (score - np.mean(against)) / np.std(against)
+    distance = (score - np.mean(against)) / np.std(against)
+    return (score - mean) / math.sqrt(variance) + 0.5 * distance - max(0.0, 2.33 - distance)
+
+
+def floors_of(adapters: Adapters, ordinary: np.ndarray) -> np.ndarray:
+    against = adapters.vectors @ ordinary.T
+    return against.mean(axis=1) + 1.64 * against.std(axis=1)
 
 
 def test_leave_one_out_equals_a_slow_loop() -> None:
@@ -105,15 +113,21 @@ def test_a_threshold_is_the_score_at_which_the_confidence_reaches_the_share(shar
     thresholds, _ = calibration.judge(adapters, np.zeros(40), share)
     assert len(np.unique(thresholds.round(3))) > 30  # each adapter has its own
     _, confidences = calibration.judge(adapters, thresholds, share)
-    np.testing.assert_allclose(confidences, share, atol=1e-6)
+    floors = floors_of(adapters, ordinary)
+    assert (thresholds >= floors - 1e-9).all()
+    raised = thresholds <= floors + 1e-9
+    np.testing.assert_allclose(confidences[~raised], share, atol=1e-6)
+    assert (confidences[raised] >= share).all()
+    assert raised.mean() < 0.5
     _, below = calibration.judge(adapters, thresholds - 1e-3, share)
     assert (below < share).all()
 
 
 @pytest.mark.parametrize("share", SHARES.values())
 def test_an_operating_point_turns_away_its_share_of_own_samples(share: float) -> None:
-    adapters, ordinary = pool(num_adapters=100)
+    adapters, ordinary = pool(num_adapters=100, widest=0.6)
     thresholds, _ = Calibration.of(adapters, ordinary).judge(adapters, np.zeros(100), share)
+    assert share == 0 or (thresholds > floors_of(adapters, ordinary)).mean() > 0.98
     turned_away = [np.mean(own < t) for own, t in zip(adapters.own_scores, thresholds, strict=True)]
     assert np.mean(turned_away) == pytest.approx(share, abs=0.003)
 
@@ -124,6 +138,23 @@ def test_ordinary_prompts_near_an_adapter_raise_its_threshold() -> None:
     before, _ = Calibration.of(adapters, ordinary).judge(adapters, np.zeros(40), 0.03)
     after, _ = Calibration.of(adapters, near).judge(adapters, np.zeros(40), 0.03)
     assert after[0] - before[0] > 1.5 * np.median(after[1:] - before[1:])
+
+
+def test_no_adapter_fits_what_one_ordinary_prompt_in_twenty_reaches() -> None:
+    """Its samples may be as various as ordinary prompts, few, or the ordinary prompts themselves."""
+    adapters, ordinary = pool()
+    rng = np.random.default_rng(8)
+    calibration = Calibration.of(adapters, ordinary)
+    unseen = unit_rows(rng.standard_normal((2000, DIM)) + 2 * np.eye(DIM)[0])
+    groups = [ordinary, ordinary[:20], ordinary[20:22], ordinary[30:31], unseen[:20], group(rng, 20, 4.0)]
+    attackers = adapters_of(groups)
+    for share in (0.01, 0.03, 0.08):
+        thresholds, _ = calibration.judge(attackers, np.zeros(len(groups)), share)
+        accepted = (attackers.vectors @ unseen.T >= thresholds[:, np.newaxis]).mean(axis=1)
+        assert (accepted < 0.1).all(), accepted
+    floors = floors_of(attackers, ordinary)
+    _, confidences = calibration.judge(attackers, floors - 1e-6, 0.01)
+    assert confidences.tolist() == [0.0] * len(groups)
 
 
 def test_each_adapter_counts_once_however_many_samples_it_has() -> None:

@@ -16,6 +16,7 @@ import pytest
 from lora_store.adapter import Sample
 from lora_store.records import AdapterRecord
 from retriever_svc import Encoder, IndexSettings, LivePool, ProjectionFiles, Retriever, Route, RouteRequest
+from retriever_svc.calibration import Adapters, Calibration, leave_one_out_scores
 from retriever_svc.embedding import embed_groups
 from retriever_svc.encoder import unit_rows
 from tests.retriever_svc.pool_fakes import FakeEncoder, Source, record_of
@@ -231,3 +232,16 @@ def test_the_starter_pool_abstains_as_before_under_attack(scale: Scale) -> None:
     ):
         attackers = world.records(attack, ATTACKER, approved=False)
         world.shares([*records, *attackers], HONEST).assert_near(before)
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 20, 200])
+def test_an_adapter_whose_samples_are_ordinary_prompts_does_not_answer_others(num_samples: int) -> None:
+    """Uses the packaged encoder, and ordinary prompts that set no threshold."""
+    encoder, files = Encoder(), ProjectionFiles()
+    encoder = encoder.projected(files.shipped(encoder.identity))
+    rows = files.ordinary(encoder)
+    own = np.random.default_rng(0).permutation(rows)[:num_samples]
+    attacker = Adapters(unit_rows(own.mean(axis=0))[np.newaxis], [leave_one_out_scores(own)])
+    prompts = encoder.encode(_lines(EXAMPLES.parent / "benchmarks" / "routing" / "ordinary_prompts.jsonl")[::5])
+    [threshold], _ = Calibration.of(Adapters(rows[:0], []), rows).judge(attacker, np.zeros(1), 0.03)
+    assert (prompts @ attacker.vectors[0] >= threshold).mean() <= 0.06

@@ -176,7 +176,7 @@ def test_ask_fails_with_the_streams_error() -> None:
     assert "it stopped" in result.stderr
 
 
-SHOWN = [{"input": "Write a\n[poem].", "score": 0.5}]
+SHOWN = [{"input": "Write\x1b a\n[poem].", "score": 0.5}]
 
 
 def test_route_shows_candidates_and_the_weights_of_the_plan() -> None:
