@@ -244,4 +244,4 @@ def test_an_adapter_whose_samples_are_ordinary_prompts_does_not_answer_others(nu
     attacker = Adapters(unit_rows(own.mean(axis=0))[np.newaxis], [leave_one_out_scores(own)])
     prompts = encoder.encode(_lines(EXAMPLES.parent / "benchmarks" / "routing" / "ordinary_prompts.jsonl")[::5])
     [threshold], _ = Calibration.of(Adapters(rows[:0], []), rows).judge(attacker, np.zeros(1), 0.03)
-    assert (prompts @ attacker.vectors[0] >= threshold).mean() <= 0.06
+    assert (prompts @ attacker.vectors[0] >= threshold).mean() <= 0.1
