@@ -3,6 +3,7 @@
 DeploymentsError
 ├── RequestInvalid      the request breaks a rule; `param` names the field
 ├── Unsupported         the request uses a part of the OpenAI API that this server does not serve
+├── ResponseNotStored   the request continues an earlier response, and none is stored
 ├── KeyRefused          the request has no API key, or an unknown one
 ├── KeysUnavailable     the keys file has been missing for too long
 ├── RoleMissing         the key does not have the role that this operation needs
@@ -56,7 +57,7 @@ class RequestInvalid(DeploymentsError):
 
 
 class Unsupported(DeploymentsError):
-    """Leave this field out. `what`: the unsupported use of it."""
+    """Leave this field out. `what`: the unsupported use of it, and after a colon what to do instead."""
 
     def __init__(self, param: str, what: str) -> None:
         super().__init__(param, what)
@@ -64,7 +65,17 @@ class Unsupported(DeploymentsError):
         self.what = what
 
     def __str__(self) -> str:
-        return f"{self.param}: this server does not support {self.what} yet; leave it out"
+        what, _, remedy = self.what.partition(": ")
+        return f"{self.param}: this server does not support {what} yet; {remedy or 'leave it out'}"
+
+
+class ResponseNotStored(DeploymentsError):
+    """Send the whole conversation. Clients of the Responses API know the code of this error and do so."""
+
+    param = "previous_response_id"
+
+    def __str__(self) -> str:
+        return f"{self.param}: this server stores no responses; send the whole conversation in input"
 
 
 class KeyRefused(DeploymentsError):

@@ -93,7 +93,7 @@ async def address_of(served: Served) -> AsyncIterator[str]:
     """Serve an Ingress over fakes on loopback, and yield its address."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        listener.listen()  # whoever has the address may connect at once; uvicorn answers when it is up
+        listener.listen()  # the client that has the address may connect at once; uvicorn answers when it is up
         server = uvicorn.Server(uvicorn.Config(build_api(served.services), log_level="warning", lifespan="off"))
         serving = asyncio.create_task(server.serve([listener]))
         try:

@@ -23,6 +23,8 @@ MAX_LABEL_CHARS = 1024  # characters of labels that a client sends for its own u
 _MAX_SHOWN_CHARS = 200  # of an unknown field's name
 UNSUPPORTED = "unsupported"  # the type of the pydantic error, and the code of the response
 ROLES = ("tool", "function")
+ITEMS = ("function_call", "function_call_output", "item_reference")
+INPUT_PARTS = ("input_image", "input_audio", "input_file", "refusal")
 PARTS = ("image_url", "image", "input_audio", "audio", "file", "video_url", "refusal")
 MAX_ADAPTERS = 16
 Weight = Annotated[float, Field(ge=-4, le=4)]
@@ -59,6 +61,15 @@ NOT_SERVED_IN_CHAT: Passing = NOT_SERVED | {
     "chat_template": (),
     "documents": ([],),
 }
+NOT_SERVED_IN_RESPONSES: Passing = {name: values for name, values in NOT_SERVED.items() if name != "store"} | {
+    "background": (False,),
+    "context_management": ([],),
+    "conversation": (),
+    "prompt": (),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "truncation": ("disabled",),
+}
 NOT_SERVED_IN_COMPLETIONS: Passing = NOT_SERVED | {"echo": (False,), "suffix": ("",), "best_of": (1,)}
 NOT_SERVED_IN_MESSAGES: Passing = {
     "tool_calls": ([],),
@@ -75,12 +86,14 @@ HARMLESS: Passing = {
     "enable_thinking": (False,),
     "include_reasoning": (True, False),
     "keep_alive": (),
+    "max_tool_calls": (),
     "length_penalty": (1, 1.0),
     "options": ({},),
     "prediction": (),
     "priority": (0,),
     "prompt_cache_retention": (),
     "provider": ({},),
+    "reasoning": ({},),
     "reasoning_effort": ("none",),
     "request_id": (),
     "return_token_ids": (False,),
@@ -88,6 +101,7 @@ HARMLESS: Passing = {
     "service_tier": ("auto", "default"),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
+    "store": (False,),  # of responses, which say that they are not stored
     "think": (False,),
     "typical_p": (1, 1.0),
     "verbosity": ("medium",),
@@ -102,6 +116,10 @@ _WHAT = {
     "chat_template": "templates of clients",
     "suffix": "text after the answer",
     "store": "stored answers",
+    "background": "answers in the background: leave it out, and set stream: true for long answers",
+    "conversation": "stored conversations: send the whole conversation in input",
+    "prompt": "stored prompts: send the text in input",
+    "truncation": "shortened conversations: leave it out, and shorten input to the context of the model",
     "best_of": "a choice among answers",
 }
 _MAX_IGNORED = 32  # names recorded per object

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -302,10 +302,14 @@ class ChatCompletionRequest(GenerationRequest):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def questions(self) -> list[Question]:
-        """Return the conversation as one question. `text` is its last user message."""
+        """Return the conversation as one question."""
         turns = tuple(message.message() for message in self.messages)
-        text = next((turn.content for turn in reversed(turns) if turn.role == "user"), turns[-1].content)
-        return [self._question(0, turns, text)]
+        return [self._question(0, turns, question_text(turns))]
+
+
+def question_text(turns: Sequence[Message]) -> str:
+    """Return the last user message of a conversation, or its last message if no user speaks in it."""
+    return next((turn.content for turn in reversed(turns) if turn.role == "user"), turns[-1].content)
 
 
 class CompletionRequest(GenerationRequest):

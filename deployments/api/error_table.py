@@ -38,6 +38,7 @@ _UNFORESEEN = "internal_error"
 TABLE: tuple[tuple[type[Exception], int, str, str], ...] = (
     (api_errors.RequestInvalid, 400, _INVALID, "invalid_request"),
     (api_errors.Unsupported, 400, _INVALID, "unsupported"),
+    (api_errors.ResponseNotStored, 400, _INVALID, "previous_response_not_found"),
     (api_errors.KeyRefused, 401, _INVALID, "invalid_api_key"),
     (api_errors.KeysUnavailable, 503, _OVERLOADED, "keys_unavailable"),
     (api_errors.RoleMissing, 403, _FORBIDDEN, "role_missing"),

@@ -47,6 +47,25 @@ class ResponseFormat(TolerantRequest):
         return Grammar("json_schema", ANY_OBJECT, "response_format") if self.type == "json_object" else None
 
 
+class TextFormat(JsonSchemaFormat):
+    """The format of a response's text: the fields of a chat's `json_schema` are in the format itself."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    schema_: Schema | None = Field(default=None, alias="schema")  # type: ignore[assignment]
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> Self:
+        if (self.schema_ is not None) != (self.type == "json_schema"):
+            raise problem("schema", f"goes with type 'json_schema', and with it only; type is {self.type!r}")
+        return self
+
+    def grammar(self) -> Grammar | None:
+        """Return the grammar of the answer, or None for any text. Raises: GrammarInvalid."""
+        if self.schema_ is not None:
+            return _of_schema(self.schema_, "text.format.schema")
+        return Grammar("json_schema", ANY_OBJECT, "text.format") if self.type == "json_object" else None
+
+
 class StructuredOutputs(ApiRequest):
     """One grammar of the answer, in vLLM's spelling."""
 

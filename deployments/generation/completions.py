@@ -17,7 +17,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from deployments.api.base import ignored_fields, refuse_ignored
 from deployments.api.completion_responses import Answer, ChatAnswer, TextAnswer
-from deployments.api.completions import ChatCompletionRequest, GenerationRequest, Question, TextRequest
+from deployments.api.completions import CompletionRequest, GenerationRequest, Question
 from deployments.api.responses import Planned
 from deployments.auth.authenticator import Authenticator, Caller, TokenUsage
 from deployments.calls.serve_calls import AttemptCounter, deadline_of, seconds_until, within
@@ -208,7 +208,7 @@ class CompletionService:
         self._config, self._authenticator, self._planner = config, authenticator, planner
         self._gate, self._worker, self._limits = gate, worker, limits
 
-    async def start(self, request: TextRequest, caller: Caller, context: RequestContext) -> StartedCompletion:
+    async def start(self, request: GenerationRequest, caller: Caller, context: RequestContext) -> StartedCompletion:
         """Check and plan the request, and wait for a Worker. Its answer must be collected or streamed afterwards."""
         deadline = deadline_of(context.arrived_at, request.timeout_s, self._config.max_request_s)
         if self._config.strict_fields:
@@ -287,9 +287,9 @@ class CompletionService:
         return plans
 
 
-def _answer_to(request: TextRequest, plans: Sequence[Planned], caller: Caller, context: RequestContext) -> Answer:
+def _answer_to(request: GenerationRequest, plans: Sequence[Planned], caller: Caller, context: RequestContext) -> Answer:
     return Answer(
-        "chat" if isinstance(request, ChatCompletionRequest) else "text",
+        "text" if isinstance(request, CompletionRequest) else "chat",
         request.model,
         plans,
         caller.tenant,

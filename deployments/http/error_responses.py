@@ -14,7 +14,7 @@ from deployments.observability.request_metrics import RequestContext, context_of
 
 _MAX_SHOWN_CHARS = 100
 _INSTEAD = {
-    "/v1/responses": "use /v1/chat/completions",
+    "/responses": "use /v1/responses",
     "/chat/completions": "use /v1/chat/completions",
     "/completions": "use /v1/completions",
     "/models": "use /v1/models",
@@ -46,6 +46,8 @@ def no_route(path: str) -> str:
     """Return the message for a path that this server does not serve, with what to use instead where that exists."""
     if path.startswith("/v1/v1/"):
         remedy = "give the base URL with a single /v1"
+    elif path.startswith("/v1/responses/"):
+        remedy = "responses are not stored: keep those that you need"
     else:
         remedy = _INSTEAD.get(path, "/openapi.json lists the routes")
     return f"this server has no {path[:_MAX_SHOWN_CHARS]}; {remedy}"

@@ -10,6 +10,7 @@ from pydantic import TypeAdapter
 from deployments.api import pool_responses, responses
 from deployments.api.completion_responses import ChatAnswer, TextAnswer
 from deployments.api.embeddings import EmbeddingsAnswer
+from deployments.api.responses_answer import ResponseObject
 from deployments.json_types import JsonObject
 
 Answers = dict[int | str, JsonObject]
@@ -32,7 +33,7 @@ _MEANING = {
 _ERROR = {"$ref": "#/components/schemas/ErrorAnswer"}  # a `model` would take the media type of the route's successes
 _EVENT = {
     "type": "object",
-    "description": "one event of the stream: a chunk as JSON, the error that broke it off, or `[DONE]`",
+    "description": "one event of the stream: a chunk or typed event as JSON, the error that broke it off, or `[DONE]`",
     "properties": {"data": {"type": "string"}},
     "required": ["data"],
 }
@@ -50,7 +51,7 @@ def answers(*refusals: int, **successes: Any) -> Answers:
 def _also_events(described: Answers) -> Answers:
     """Add server-sent events as a second form of the success, for requests with `stream`."""
     described[200]["content"] = {"text/event-stream": {"schema": _EVENT}}
-    described[200]["description"] = "the answer, or its chunks as server-sent events up to `data: [DONE]`"
+    described[200]["description"] = "the answer, or its chunks as server-sent events up to the last one"
     return described
 
 
@@ -63,6 +64,7 @@ def _of_kind(described: Answers, media_type: str, *statuses: int) -> Answers:
 
 CHAT_ANSWERS = _also_events(answers(400, 404, 409, 422, 504, s200=ChatAnswer))
 TEXT_ANSWERS = _also_events(answers(400, 404, 409, 422, 504, s200=TextAnswer))
+RESPONSES_ANSWERS = _also_events(answers(400, 404, 409, 422, 504, s200=ResponseObject))
 EMBEDDINGS_ANSWERS = answers(400, 404, 504, s200=EmbeddingsAnswer)
 ROUTE_ANSWERS = answers(400, 404, 409, 422, 504, s200=responses.RouteAnswer)
 MODELS_ANSWERS = answers(400, s200=pool_responses.ModelList)

@@ -11,7 +11,14 @@ from docs.generate.limits import folder_limits, request_limits
 from docs.generate.markdown import Block
 from docs.generate.metrics import metrics
 from docs.generate.models import equal_families, refused_families
-from docs.generate.request_fields import chat_fields, completion_fields, lora_fields, refused_fields, route_fields
+from docs.generate.request_fields import (
+    chat_fields,
+    completion_fields,
+    lora_fields,
+    refused_fields,
+    responses_fields,
+    route_fields,
+)
 from docs.generate.settings import settings
 
 BLOCKS: Mapping[str, Block] = {
@@ -27,6 +34,7 @@ BLOCKS: Mapping[str, Block] = {
     "refused-families": refused_families,
     "refused-fields": refused_fields,
     "request-limits": request_limits,
+    "responses-fields": responses_fields,
     "route-fields": route_fields,
     "settings": settings,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,4 +44,8 @@ def _versions() -> str:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     groups = project["optional-dependencies"]
     chosen = [name for name in groups["test"] if name.startswith("openai")] + groups["clients"]
-    return ", ".join(f"`{name}`" for name in chosen)
+    folder = ROOT / "tests" / "clients"
+    chosen += (folder / "llama_index.txt").read_text(encoding="utf-8").split()
+    packages = json.loads((folder / "package.json").read_text(encoding="utf-8"))["dependencies"]
+    for_node = ", ".join(f"`{name}@{version}`" for name, version in packages.items())
+    return f"{', '.join(f'`{name}`' for name in chosen)}; for Node {for_node}"

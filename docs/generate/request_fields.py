@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from pydantic import BaseModel
@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from deployments.api import base
 from deployments.api.base import LoraOptions
 from deployments.api.completions import ChatCompletionRequest, CompletionRequest, RouteQuery
+from deployments.api.responses_request import ResponsesRequest
 from docs.generate.markdown import code, table
 from docs.generate.texts import load
 
@@ -32,6 +33,11 @@ def completion_fields() -> str:
     return _fields(CompletionRequest, "completion")
 
 
+def responses_fields() -> str:
+    """Return the fields of `POST /v1/responses` that chats do not have, or have in another form."""
+    return _fields(ResponsesRequest, "responses", only=load("fields")["responses"])
+
+
 def route_fields() -> str:
     """Return the fields of `POST /v1/route`."""
     return _fields(RouteQuery, "route")
@@ -45,13 +51,18 @@ def lora_fields() -> str:
 def refused_fields() -> str:
     """Return the fields of the OpenAI API and of other servers that are refused, with the values that pass."""
     rows = [
-        *_refused("chat and completions", base.NOT_SERVED),
+        *_refused("chat, completions and responses", base.NOT_SERVED),
         *_refused("chat", _beyond_both(base.NOT_SERVED_IN_CHAT)),
         *_refused("completions", _beyond_both(base.NOT_SERVED_IN_COMPLETIONS)),
+        *_refused("responses", _beyond_both(base.NOT_SERVED_IN_RESPONSES)),
         *_refused("a message", base.NOT_SERVED_IN_MESSAGES),
     ]
-    roles, parts = (", ".join(map(code, names)) for names in (base.ROLES, base.PARTS))
-    text = f"\nMessages of the roles {roles} and content parts of the types {parts} are refused as well.\n"
+    named = (base.ROLES, base.PARTS, base.ITEMS, base.INPUT_PARTS)
+    roles, parts, items, input_parts = (", ".join(map(code, names)) for names in named)
+    text = (
+        f"\nMessages of the roles {roles} and content parts of the types {parts} are refused as well, and in responses "
+        f"items of the types {items} and parts of the types {input_parts}.\n"
+    )
     return table(("field", "in", "values that pass"), rows) + text
 
 
@@ -68,9 +79,9 @@ def _json(value: Any) -> str:
 
 
 def texts_of(kind: str) -> dict[str, str]:
-    """Return the texts of the fields of `chat`, `completion`, `route` or `lora`."""
+    """Return the texts of the fields of `chat`, `completion`, `responses`, `route` or `lora`."""
     texts = load("fields")
-    return (dict(texts["both"]) if kind in ("chat", "completion") else {}) | texts[kind]
+    return (dict(texts["both"]) if kind in ("chat", "completion", "responses") else {}) | texts[kind]
 
 
 def ignored() -> frozenset[str]:
@@ -78,11 +89,13 @@ def ignored() -> frozenset[str]:
     return frozenset(load("fields")["ignored"])
 
 
-def _fields(model: type[BaseModel], kind: str) -> str:
-    """Return one row per field. Raises: KeyError for a field without a text."""
+def _fields(model: type[BaseModel], kind: str, *, only: Collection[str] | None = None) -> str:
+    """Return one row per field, or per field of `only`. Raises: KeyError for a field without a text."""
     schema, texts, without_effect = model.model_json_schema(), texts_of(kind), ignored()
     rows = []
     for name, field in schema["properties"].items():
+        if only is not None and name not in only:
+            continue
         status = "ignored" if name in without_effect else "served"
         rows.append((code(name), status, _default(name, field, schema), _range(field, schema), texts[name]))
     return table(("field", "status", "default", "range", "meaning"), rows)

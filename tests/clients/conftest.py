@@ -1,4 +1,4 @@
-"""One server for all clients: the HTTP application over fakes, on loopback."""
+"""One server for all clients: the HTTP application over fakes, on loopback. Its answers follow requested formats."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from concurrent.futures import Future
 import pytest
 
 from tests.browsing import address_of
+from tests.clients.scripted_worker import ScriptedWorker
 from tests.deployments.app_fakes import serve_plainly
 
 _START_TIMEOUT_S = 60.0
@@ -22,7 +23,7 @@ def server_url() -> Iterator[str]:
 
     async def serve() -> None:
         ended = asyncio.Event()
-        async with address_of(serve_plainly(allowed_hosts=())) as address:
+        async with address_of(serve_plainly(worker=ScriptedWorker(), allowed_hosts=())) as address:
             started.set_result((address, asyncio.get_running_loop(), ended))
             await ended.wait()
 

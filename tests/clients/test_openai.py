@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import openai
 import pytest
+from pydantic import BaseModel
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
+
+
+class Person(BaseModel):
+    name: str
+    age: int
 
 
 @pytest.fixture
@@ -71,3 +79,49 @@ def test_embeddings(client: openai.OpenAI) -> None:
     """embeddings"""
     answer = client.embeddings.create(model="all-MiniLM-L6-v2", input=["a", "bcd"])
     assert [item.embedding for item in answer.data] == [[1.0, 0.5], [3.0, 0.5]]
+
+
+def test_structured_chat(client: openai.OpenAI) -> None:
+    """`chat.completions.parse`"""
+    answer = client.chat.completions.parse(model="auto", messages=MESSAGES, response_format=Person)
+    assert answer.choices[0].message.parsed == Person(name="text", age=1)
+
+
+def test_responses(client: openai.OpenAI) -> None:
+    """`responses.create`"""
+    earlier: Any = client.responses.create(model="auto", input="Hi", instructions="Be brief", metadata={"a": "b"})
+    assert (earlier.status, earlier.output_text, earlier.metadata) == ("completed", "Hello", {"a": "b"})
+    assert earlier.usage.total_tokens == earlier.usage.input_tokens + 3
+    conversation = [{"role": "user", "content": "Hi"}, *earlier.output, {"role": "user", "content": "And now?"}]
+    body = {"lora": {"adapters": [{"name": "poet"}]}}
+    answer: Any = client.responses.create(model="auto", input=conversation, store=False, extra_body=body)
+    assert answer.output_text == "Hello"
+    assert answer.lora["adapters"][0]["name"] == "poet"
+
+
+def test_responses_stream(client: openai.OpenAI) -> None:
+    """`responses.stream` and `stream=True`"""
+    with client.responses.stream(model="auto", input="Hi") as stream:
+        texts = [event.delta for event in stream if event.type == "response.output_text.delta"]
+        final = stream.get_final_response()
+    assert texts == ["Hel", "lo"] and final.output_text == "Hello"
+    assert final.usage is not None and final.usage.output_tokens == 3
+    events = list(client.responses.create(model="auto", input="Hi", stream=True))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert (events[0].type, events[-1].type) == ("response.created", "response.completed")
+
+
+def test_responses_parse(client: openai.OpenAI) -> None:
+    """`responses.parse`, whole and as a stream"""
+    answer = client.responses.parse(model="auto", input="Hi", text_format=Person)
+    assert answer.output_parsed == Person(name="text", age=1)
+    with client.responses.stream(model="auto", input="Hi", text_format=Person) as stream:
+        assert stream.get_final_response().output_parsed == Person(name="text", age=1)
+
+
+def test_responses_are_not_stored(client: openai.OpenAI) -> None:
+    """stored responses are refused with what to do instead"""
+    with pytest.raises(openai.BadRequestError, match="send the whole conversation in input"):
+        client.responses.create(model="auto", input="Hi", previous_response_id="resp_1")
+    with pytest.raises(openai.NotFoundError, match="responses are not stored"):
+        client.responses.retrieve("resp_1")

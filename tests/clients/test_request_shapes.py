@@ -1,4 +1,4 @@
-"""Open WebUI, LibreChat, Continue, Cline (request shapes)"""
+"""Open WebUI, LibreChat, Continue, Cline, Cursor, Copilot with own models (request shapes)"""
 
 from __future__ import annotations
 
@@ -7,48 +7,148 @@ from typing import Any
 import httpx
 import pytest
 
+CHAT, TEXT, RESPONSES = "chat/completions", "completions", "responses"
 PART = {"type": "text", "text": "Hi", "cache_control": {"type": "ephemeral"}}
-SHAPES: dict[str, dict[str, Any]] = {
-    "a chat front end": {
-        "stream": True,
-        "stream_options": {"include_usage": True},
-        "chat_id": "c",
-        "session_id": "s",
-        "id": "m",
-        "features": {"web_search": False},
-        "messages": [{"role": "user", "content": "Hi", "id": "1"}],
-    },
-    "a title": {
-        "stream": False,
-        "max_completion_tokens": 1000,
-        "metadata": {"task": "title_generation"},
-        "messages": [{"role": "user", "content": "Generate a title"}],
-    },
-    "an IDE agent": {
-        "stream": True,
-        "temperature": 0,
-        "tool_choice": "auto",
-        "parallel_tool_calls": False,
-        "reasoning_effort": "medium",
-        "messages": [
-            {"role": "system", "content": [PART]},
-            {"role": "user", "content": [PART]},
-            {"role": "assistant", "content": "Hm", "reasoning_content": "think"},
-            {"role": "user", "content": "Hi", "opts": {"visible": True}},
-        ],
-    },
-    "a local runner's client": {
-        "keep_alive": "5m",
-        "options": {"num_ctx": 4096},
-        "think": False,
-        "messages": [{"role": "user", "content": "Hi"}],
-    },
+STREAM = {"stream": True, "stream_options": {"include_usage": True}}
+SYSTEM = {"role": "system", "content": "You write code."}
+TURNS = [SYSTEM, {"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+# By client: the path, and the fields that its sources and documentation say it sends.
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Open WebUI, a chat": (
+        CHAT,
+        STREAM
+        | {
+            "chat_id": "c",
+            "session_id": "s",
+            "id": "m",
+            "features": {"web_search": False, "image_generation": False},
+            "variables": {"{{USER_NAME}}": "A"},
+            "background_tasks": {"title_generation": True},
+            "model_item": {"id": "auto"},
+            "params": {},
+            "tool_servers": [],
+            "messages": [{"role": "user", "content": "Hi", "id": "1"}],
+        },
+    ),
+    "Open WebUI, a title": (
+        CHAT,
+        {
+            "stream": False,
+            "max_completion_tokens": 1000,
+            "metadata": {"task": "title_generation"},
+            "messages": [{"role": "user", "content": "Generate a title"}],
+        },
+    ),
+    "Open WebUI with the options of a local runner": (
+        CHAT,
+        {
+            "keep_alive": "5m",
+            "options": {"num_ctx": 4096},
+            "think": False,
+            "messages": [{"role": "user", "content": "Hi"}],
+        },
+    ),
+    "LibreChat": (
+        CHAT,
+        {
+            "stream": True,
+            "user": "u",
+            "temperature": 1,
+            "top_p": 1,
+            "presence_penalty": 0,
+            "frequency_penalty": 0,
+            "messages": [SYSTEM, {"role": "user", "content": "Hi", "name": "A"}],
+        },
+    ),
+    "Continue, a chat": (
+        CHAT,
+        STREAM | {"max_tokens": 4096, "temperature": 0.5, "messages": TURNS},
+    ),
+    "Continue, an autocompletion": (
+        TEXT,
+        {
+            "stream": True,
+            "prompt": "def add(a, b):",
+            "suffix": "",
+            "max_tokens": 64,
+            "temperature": 0.01,
+            "stop": ["\n\n", "```"],
+        },
+    ),
+    "Cline": (
+        CHAT,
+        STREAM
+        | {
+            "temperature": 0,
+            "reasoning_effort": "medium",
+            "messages": [
+                {"role": "developer", "content": [PART]},
+                {"role": "user", "content": [PART]},
+                {"role": "assistant", "content": "Hm", "reasoning_content": "think"},
+                {"role": "user", "content": "Hi"},
+            ],
+        },
+    ),
+    "CodeCompanion": (
+        CHAT,
+        {
+            "stream": True,
+            "tool_choice": "auto",
+            "parallel_tool_calls": False,
+            "messages": [{"role": "user", "content": "Hi", "id": 1, "opts": {"visible": True}, "cycle": 1}],
+        },
+    ),
+    "Cursor": (
+        CHAT,
+        STREAM | {"temperature": 0, "user": "u", "metadata": {"cursorConversationId": "c"}, "messages": TURNS},
+    ),
+    "Copilot, chats": (
+        CHAT,
+        STREAM
+        | {
+            "temperature": 0.1,
+            "top_p": 1,
+            "n": 1,
+            "messages": [*TURNS, {"role": "user", "content": "Hi", "copilot_cache_control": {"type": "ephemeral"}}],
+        },
+    ),
+    "Copilot, responses": (
+        RESPONSES,
+        {
+            "stream": True,
+            "store": True,
+            "truncation": "disabled",
+            "include": ["reasoning.encrypted_content"],
+            "reasoning": {"effort": "medium", "summary": "detailed"},
+            "tools": None,
+            "input": [
+                {"role": "system", "content": [{"type": "input_text", "text": "You write code."}]},
+                {"role": "user", "content": [{"type": "input_text", "text": "Hi"}]},
+                {"type": "reasoning", "id": "r", "summary": [], "encrypted_content": "x"},
+                {
+                    "type": "message",
+                    "role": "assistant",
+                    "id": "msg_123",
+                    "status": "completed",
+                    "content": [{"type": "output_text", "text": "Hm", "annotations": []}],
+                },
+                {"role": "user", "content": [{"type": "input_text", "text": "Hi"}]},
+            ],
+        },
+    ),
 }
 
 
-@pytest.mark.parametrize("body", SHAPES.values(), ids=SHAPES.keys())
-def test_a_known_shape_is_answered(server_url: str, body: dict[str, Any]) -> None:
-    """chats with the fields that these clients are known to send"""
-    response = httpx.post(f"{server_url}/chat/completions", json={"model": "auto", **body}, timeout=30)
+@pytest.mark.parametrize("path, body", SHAPES.values(), ids=SHAPES.keys())
+def test_a_known_shape_is_answered(server_url: str, path: str, body: dict[str, Any]) -> None:
+    """chats, completions and responses with the fields that these clients are known to send"""
+    response = httpx.post(f"{server_url}/{path}", json={"model": "auto", **body}, timeout=30)
     assert response.status_code == 200, response.text
     assert "Hel" in response.text
+
+
+def test_a_response_that_cannot_be_continued_is_refused_by_the_code_that_clients_know(server_url: str) -> None:
+    """continued responses are refused with the code after which clients send the whole conversation"""
+    body = {"model": "auto", "input": "Hi", "previous_response_id": "resp_1"}
+    response = httpx.post(f"{server_url}/{RESPONSES}", json=body, timeout=30)
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "previous_response_not_found")

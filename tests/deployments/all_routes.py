@@ -35,6 +35,7 @@ ROLES_OF: dict[tuple[str, str], str | None] = {
     ("GET", "/v1/stats"): None,
     ("POST", "/v1/chat/completions"): "infer",
     ("POST", "/v1/completions"): "infer",
+    ("POST", "/v1/responses"): "infer",
     ("POST", "/v1/route"): "infer",
     ("POST", "/v1/embeddings"): "infer",
 }

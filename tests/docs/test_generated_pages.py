@@ -9,6 +9,7 @@ import pytest
 
 from deployments.api.base import LoraOptions
 from deployments.api.completions import ChatCompletionRequest, CompletionRequest, RouteQuery
+from deployments.api.responses_request import ResponsesRequest
 from deployments.config.app import AppConfig
 from docs.generate import clients, error_codes, metrics, request_fields
 from docs.generate.__main__ import DOCS, stale_pages
@@ -47,6 +48,7 @@ def test_every_error_code_has_a_cause_and_a_remedy() -> None:
     [
         (ChatCompletionRequest, "chat"),
         (CompletionRequest, "completion"),
+        (ResponsesRequest, "responses"),
         (RouteQuery, "route"),
         (LoraOptions, "lora"),
     ],
@@ -78,7 +80,7 @@ def test_every_setting_of_the_top_level_has_a_row_with_a_meaning() -> None:
 def test_every_test_of_a_client_is_in_the_table() -> None:
     shown = clients.clients()
     files = sorted((clients.ROOT / "tests" / "clients").glob("test_*.py"))
-    assert len(files) == 5
+    assert len(files) == 8
     for path in files:
         assert path.read_text(encoding="utf-8").split('"""')[1].splitlines()[0] in shown
     assert "langchain-tests" in shown and "streaming with usage" in shown

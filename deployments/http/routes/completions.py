@@ -1,4 +1,4 @@
-"""`/v1/chat/completions`, `/v1/completions`, and `/v1/route`, which shows the plans alone."""
+"""`/v1/chat/completions`, `/v1/completions`, `/v1/responses`, and `/v1/route`, which shows the plans alone."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
 from deployments.api.base import ignored_header
-from deployments.api.completions import ChatCompletionRequest, CompletionRequest, RouteQuery, TextRequest
+from deployments.api.completions import ChatCompletionRequest, CompletionRequest, GenerationRequest, RouteQuery
 from deployments.api.responses import RouteAnswer, plan_object
+from deployments.api.responses_answer import ResponseForm
+from deployments.api.responses_request import ResponsesRequest
 from deployments.auth.authenticator import Caller, Work
 from deployments.calls.serve_calls import deadline_of, within
+from deployments.errors import ResponseNotStored
 from deployments.generation.planner import check_texts, refuse_stream_options, text_read
 from deployments.http.bodies import AnsweringRoute
 from deployments.http.dependencies import KEEP_ALIVE_S, AnyContext, AnyServices, InferCaller, Services
 from deployments.http.error_responses import error_body
-from deployments.http.openapi import CHAT_ANSWERS, ROUTE_ANSWERS, TEXT_ANSWERS
+from deployments.http.openapi import CHAT_ANSWERS, RESPONSES_ANSWERS, ROUTE_ANSWERS, TEXT_ANSWERS
 from deployments.json_types import JsonObject
 from deployments.observability.request_metrics import RequestContext
 from retriever_svc.encoder import tokens_read
@@ -46,6 +49,16 @@ async def completions(
     return await _respond(body, caller, services, context)
 
 
+@router.post("/v1/responses", response_model=None, responses=RESPONSES_ANSWERS)
+async def responses(
+    body: ResponsesRequest, caller: InferCaller, services: AnyServices, context: AnyContext
+) -> Response:
+    """Answer as a chat does, in the shape of the Responses API. Nothing is stored: `input` is a whole conversation."""
+    if body.previous_response_id is not None:
+        raise ResponseNotStored
+    return await _respond(body, caller, services, context, ResponseForm(body, context.request_id))
+
+
 @router.post("/v1/route", response_model=None, responses=ROUTE_ANSWERS)
 async def route(body: RouteQuery, caller: InferCaller, services: AnyServices, context: AnyContext) -> RouteAnswer:
     """Return the plans for these prompts, with candidates, without generating. Each can be sent as `lora.plan`."""
@@ -58,16 +71,25 @@ async def route(body: RouteQuery, caller: InferCaller, services: AnyServices, co
     return {"object": "list", "data": [plan_object(item, caller.tenant, explain=True) for item in planned]}
 
 
-async def _respond(request: TextRequest, caller: Caller, services: Services, context: RequestContext) -> Response:
+async def _respond(
+    request: GenerationRequest,
+    caller: Caller,
+    services: Services,
+    context: RequestContext,
+    form: ResponseForm | None = None,
+) -> Response:
+    """Return the answer or its stream; in the shape of chats and completions without `form`."""
     if not request.stream:
         refuse_stream_options(request)
     started = await services.completions.start(request, caller, context)
     headers = started.answer.headers() | ignored_header(context.ignored)
     if not request.stream:
-        return JSONResponse(await services.completions.collect(started), headers=headers)
-    chunks = services.completions.stream(started, include_usage=request.include_usage)
+        answer = await services.completions.collect(started)
+        return JSONResponse(answer if form is None else form.whole(answer), headers=headers)
+    chunks = services.completions.stream(started, include_usage=form is not None or request.include_usage)
+    chunks = chunks if form is None else form.events(chunks)
     opening = await anext(chunks)  # an error before the first token becomes a status
-    body = events(opening, chunks, context, keep_alive_s=services.keep_alive_s)
+    body = events(opening, chunks, context, form=form, keep_alive_s=services.keep_alive_s)
     return StreamingResponse(body, media_type="text/event-stream", headers=_STREAM_HEADERS | headers)
 
 
@@ -76,6 +98,7 @@ async def events(
     chunks: AsyncGenerator[JsonObject | None],
     context: RequestContext,
     *,
+    form: ResponseForm | None = None,
     keep_alive_s: float = KEEP_ALIVE_S,
     clock: Callable[[], float] = time.monotonic,
 ) -> AsyncGenerator[bytes]:
@@ -96,10 +119,14 @@ async def events(
                     continue
                 sent_at = clock()
     except Exception as exc:
-        yield _event(error_body(exc, context))
+        body = error_body(exc, context)
+        for event in [body] if form is None else form.failed(body["error"]):
+            yield _event(event)
         return
-    yield _DONE
+    if form is None:  # a response ends with the event that says so
+        yield _DONE
 
 
 def _event(chunk: JsonObject | None) -> bytes:
-    return format_sse_event(data_str=json.dumps(chunk))
+    """Return a server-sent event. Typed events have their type as its name."""
+    return format_sse_event(data_str=json.dumps(chunk), event=None if chunk is None else chunk.get("type"))

@@ -26,6 +26,7 @@ INVALID, OVERLOADED = "invalid_request_error", "overloaded_error"
 EXPECTED = [
     (api_errors.RequestInvalid("lora: no", "lora"), 400, INVALID, "invalid_request"),
     (api_errors.Unsupported("tools", "it"), 400, INVALID, "unsupported"),
+    (api_errors.ResponseNotStored(), 400, INVALID, "previous_response_not_found"),
     (api_errors.KeyRefused("no key"), 401, INVALID, "invalid_api_key"),
     (api_errors.RoleMissing("key-1", "admin"), 403, "permission_error", "role_missing"),
     (api_errors.KeysUnavailable("gone"), 503, "overloaded_error", "keys_unavailable"),

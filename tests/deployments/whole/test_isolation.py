@@ -32,6 +32,7 @@ def searching(prompt: str) -> Iterator[Request]:
     lora = {"explain": True, "k": 16}
     message = [{"role": "user", "content": prompt}]
     yield "POST", "/v1/chat/completions", {"messages": message, "lora": lora}
+    yield "POST", "/v1/responses", {"input": prompt, "lora": lora}
     yield "POST", "/v1/route", {"prompt": [prompt, "hello"], "lora": lora}
     yield "POST", "/v1/completions", {"prompt": prompt, "lora": lora | {"strategy": "selection"}}
     yield "POST", "/v1/chat/completions", {"messages": message, "lora": {"fallback": "error", "min_score": 0.999}}
@@ -63,6 +64,7 @@ def naming(name: str, owner: str) -> Iterator[Request]:
     chat = {"messages": [{"role": "user", "content": "hi"}]}
     for form in (name, f"{owner}/{name}", f"{owner}/{name}@{'0' * 8}"):
         yield "POST", "/v1/chat/completions", chat | {"model": form}
+        yield "POST", "/v1/responses", {"input": "hi", "model": form}
         yield "POST", "/v1/completions", {"prompt": "hi", "model": f"tiny-base:{form}"}
         yield "POST", "/v1/completions", {"prompt": "hi", "lora": {"adapters": [{"name": form}]}}
         yield "POST", "/v1/route", {"prompt": "hi", "lora": {"adapters": [{"name": form}, {"name": "open-acme"}]}}

@@ -1,0 +1,148 @@
+"""Responses and their events, built from the chunks of a chat."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+import pytest
+from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import TypeAdapter
+
+from deployments.api.completion_responses import Answer
+from deployments.api.responses import Planned
+from deployments.api.responses_answer import ResponseForm
+from deployments.api.responses_request import LOGPROBS, ResponsesRequest
+from deployments.json_types import JsonObject
+from gpu_worker.request.request import Completion, Delta, TokenLogprob
+from lora_store import BASE_PLAN
+
+PLAN = Planned(BASE_PLAN)
+EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
+OPENED = ["response.created", "response.in_progress", "response.output_item.added", "response.content_part.added"]
+CLOSED = ["response.output_text.done", "response.content_part.done", "response.output_item.done"]
+
+
+def logprob(token: str) -> TokenLogprob:
+    return TokenLogprob(token.encode(), -1.0, ((token.encode(), -1.0),), 0)
+
+
+DELTAS = (
+    Delta("Hel", 5, 1, logprobs=(logprob("Hel"),)),
+    Delta("lo", 5, 2, logprobs=(logprob("lo"),)),
+    Delta("", 5, 3, "stop"),
+)
+
+
+def answer_of(*, has_logprobs: bool = False) -> Answer:
+    return Answer("chat", "auto", [PLAN], has_logprobs=has_logprobs, request_id="r")
+
+
+def form_of(**fields: Any) -> ResponseForm:
+    return ResponseForm(ResponsesRequest.model_validate({"input": "Hi"} | fields), "r")
+
+
+def streamed(deltas: Sequence[Delta], form: ResponseForm, *, with_end: bool = True) -> list[JsonObject]:
+    answer = answer_of(has_logprobs=True)
+
+    async def chunks() -> AsyncGenerator[JsonObject | None]:
+        yield answer.opening()
+        for delta in deltas:
+            yield None
+            yield answer.chunk(0, delta)
+        if with_end:
+            yield answer.usage_chunk([deltas[-1]])
+
+    async def collect() -> list[JsonObject]:
+        return [event async for event in form.events(chunks()) if event is not None]
+
+    return asyncio.run(collect())
+
+
+def whole(deltas: Sequence[Delta], form: ResponseForm) -> Any:
+    answer: Any = answer_of(has_logprobs=True).whole([Completion.joined(deltas)])
+    return form.whole(answer)
+
+
+def test_events_come_in_the_order_of_the_openai_api() -> None:
+    events = streamed(DELTAS, form_of())
+    deltas = ["response.output_text.delta"] * 2
+    assert [event["type"] for event in events] == [*OPENED, *deltas, *CLOSED, "response.completed"]
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    assert [event["delta"] for event in events if event["type"] == deltas[0]] == ["Hel", "lo"]
+    for event in events:
+        assert EVENT.validate_python(event).type == event["type"]
+
+
+def test_events_of_one_item_agree_with_each_other_and_with_the_response() -> None:
+    events = {event["type"]: event for event in streamed(DELTAS, form_of())}
+    response = events["response.completed"]["response"]
+    [item] = response["output"]
+    assert item == events["response.output_item.done"]["item"]
+    assert item["content"] == [events["response.content_part.done"]["part"]]
+    assert item["content"][0]["text"] == events["response.output_text.done"]["text"] == "Hello"
+    assert {event["item_id"] for event in events.values() if "item_id" in event} == {item["id"]}
+    added = events["response.output_item.added"]["item"]
+    assert added == item | {"status": "in_progress", "content": []}
+    assert events["response.content_part.added"]["part"]["text"] == ""
+    begun = events["response.created"]["response"]
+    assert (begun["status"], begun["output"], begun["usage"], begun["id"]) == ("in_progress", [], None, response["id"])
+
+
+def test_the_last_event_has_the_response_that_a_request_without_stream_gets() -> None:
+    fields: dict[str, Any] = {"metadata": {"a": "b"}, "user": "u", "include": [LOGPROBS], "instructions": "Be brief"}
+    [*_, last] = streamed(DELTAS, form_of(**fields))
+    found = whole(DELTAS, form_of(**fields))
+    assert last["response"] | {"created_at": 0} == found | {"created_at": 0}
+    assert [entry["token"] for entry in found["output"][0]["content"][0]["logprobs"]] == ["Hel", "lo"]
+
+
+def test_a_response_repeats_the_request_and_has_nothing_stored() -> None:
+    fields: dict[str, Any] = {
+        "instructions": "Be brief",
+        "max_output_tokens": 9,
+        "metadata": {"a": "b"},
+        "temperature": 0.5,
+        "text": {"format": {"type": "json_object"}},
+        "top_p": 0.9,
+        "user": "u",
+    }
+    response = whole(DELTAS, form_of(**fields))
+    assert {name: response[name] for name in fields} == fields
+    assert (response["store"], response["previous_response_id"], response["background"]) == (False, None, False)
+    assert response["id"] == "resp_r" and response["lora"]["strategy"] == "base"
+    usage = Response.model_validate(response).usage
+    assert usage is not None and (usage.input_tokens, usage.output_tokens, usage.total_tokens) == (5, 3, 8)
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_an_answer_cut_at_the_limit_is_incomplete(is_streamed: bool) -> None:
+    cut = (*DELTAS[:2], Delta("", 5, 3, "length"))
+    if is_streamed:
+        [*_, last] = streamed(cut, form_of())
+        assert last["type"] == "response.incomplete"
+        response = last["response"]
+    else:
+        response = whole(cut, form_of())
+    assert (response["status"], response["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
+    assert (response["output"][0]["status"], response["output"][0]["content"][0]["text"]) == ("incomplete", "Hello")
+
+
+def test_an_empty_answer_is_an_empty_message() -> None:
+    events = streamed([Delta("", 5, 1, "stop")], form_of())
+    assert [event["type"] for event in events] == [*OPENED, *CLOSED, "response.completed"]
+    assert events[-1]["response"]["output"][0]["content"][0]["text"] == ""
+
+
+def test_a_broken_stream_ends_with_the_failed_response_and_an_error() -> None:
+    form = form_of()
+    events = streamed(DELTAS[:1], form, with_end=False)
+    error = {"message": "it stopped", "type": "overloaded_error", "param": None, "code": "engine_stopped"}
+    failed, last = form.failed(error)
+    assert [failed["sequence_number"], last["sequence_number"]] == [len(events), len(events) + 1]
+    assert failed["response"]["status"] == "failed"
+    assert failed["response"]["error"] == {"code": "server_error", "message": "it stopped"}
+    assert failed["response"]["output"][0]["content"][0]["text"] == "Hel"
+    assert EVENT.validate_python(failed).type == "response.failed"
+    assert (last["type"], last["message"], last["error"]) == ("error", "it stopped", error)

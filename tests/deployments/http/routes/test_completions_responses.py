@@ -1,0 +1,87 @@
+"""`/v1/responses` over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+from gpu_worker.errors import EngineFull
+from tests.deployments.app_fakes import http_of, serve_plainly
+from tests.deployments.asking import error_of, post
+from tests.deployments.fake_worker import BROKEN, FakeWorker
+
+PATH = "/v1/responses"
+
+
+def events_of(text: str) -> list[tuple[str, Any]]:
+    events = []
+    for event in text.rstrip("\n").split("\n\n"):
+        name, data = event.split("\n")
+        events.append((name.removeprefix("event: "), json.loads(data.removeprefix("data: "))))
+    return events
+
+
+def test_a_response_names_the_adapters_in_its_body_and_headers() -> None:
+    response = post(PATH, {"input": "Hi", "lora": {"adapters": [{"name": "poet"}]}})
+    assert response.status_code == 200
+    answer = response.json()
+    assert answer["output"][0]["content"][0]["text"] == "Hello"
+    assert answer["lora"]["adapters"][0]["name"] == "poet"
+    assert response.headers["x-lora-adapters"].startswith("poet@")
+
+
+def test_it_generates_by_the_job_of_the_same_chat() -> None:
+    async def run() -> None:
+        jobs = []
+        for path, body in (
+            (PATH, {"input": "Hi", "instructions": "Be brief", "max_output_tokens": 4}),
+            (
+                "/v1/chat/completions",
+                {
+                    "messages": [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "Hi"}],
+                    "max_tokens": 4,
+                },
+            ),
+        ):
+            served = serve_plainly()
+            async with http_of(served, headers={"x-request-id": "r"}) as client:
+                assert (await client.post(path, json=body)).status_code == 200
+            jobs.append(served.job)
+        [one, other] = [(job.prompt, job.plan, job.sampling, job.template) for job in jobs]
+        assert one == other
+
+    asyncio.run(run())
+
+
+def test_a_stream_names_its_events_and_ends_with_the_last_of_them() -> None:
+    response = post(PATH, {"input": "Hi", "stream": True})
+    assert response.headers["content-type"].startswith("text/event-stream")
+    events = events_of(response.text)
+    assert all(name == data["type"] for name, data in events)
+    assert events[0][0] == "response.created" and events[-1][0] == "response.completed"
+    assert events[-1][1]["response"]["usage"]["output_tokens"] == 3
+
+
+def test_an_error_before_the_first_token_is_a_status() -> None:
+    response = post(PATH, {"input": "Hi", "stream": True}, worker=FakeWorker([EngineFull("full")]))
+    assert (response.status_code, error_of(response)["code"]) == (503, "engine_full")
+
+
+def test_an_error_after_the_first_token_ends_the_stream_as_a_failure() -> None:
+    events = events_of(post(PATH, {"input": "Hi", "stream": True}, worker=FakeWorker(BROKEN)).text)
+    assert [name for name, _ in events[-2:]] == ["response.failed", "error"]
+    assert events[-1][1]["error"]["code"] == "engine_stopped"
+
+
+def test_refusals_name_the_field_of_this_api() -> None:
+    stored = error_of(post(PATH, {"input": "Hi", "previous_response_id": "resp_1"}))
+    assert (stored["code"], stored["param"]) == ("previous_response_not_found", "previous_response_id")
+    assert "send the whole conversation in input" in stored["message"]
+    strict = error_of(post(PATH, {"input": "Hi", "verbosity": "low"}, strict_fields=True))
+    assert strict["param"] == "verbosity"
+
+
+def test_ignored_fields_are_listed() -> None:
+    response = post(PATH, {"input": "Hi", "reasoning": {"effort": "low"}, "text": {"verbosity": "low"}})
+    assert set(response.headers["x-ignored-fields"].split(", ")) == {"reasoning", "text.verbosity"}
