@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import httpx
 import torch
@@ -26,6 +26,7 @@ from deployments.config.app import AppConfig, RetrievalSettings, ScalingSettings
 WEIGHTS, CONFIG, SAMPLES = "adapter_model.safetensors", "adapter_config.json", "lora_samples.jsonl"
 _SUBJECTS = ("lighthouses", "beekeeping", "glaciers", "typewriters", "orchids", "trams", "comets", "violins")
 console = Console(width=100)
+Engine = Literal["native", "vllm"]
 
 
 def variant(target: Path, number: int, *, known_texts: bool = False) -> str:
@@ -76,23 +77,25 @@ def publish_all(url: str, folder: Path) -> float:
     return time.perf_counter() - started
 
 
-def config_of(folder: Path, projection: str = "auto") -> AppConfig:
+def config_of(folder: Path, projection: str = "auto", engine: Engine = "native") -> AppConfig:
     """Return the settings of two retrievers and two workers. `projection`: that of `retrieval.projection`."""
     two = {"min_replicas": 2, "max_replicas": 2}
     return AppConfig(
         store_uri=str(folder / "pool"),
         preload=(POOL,),
-        worker=WorkerSettings(num_threads=1),
+        worker=WorkerSettings(num_threads=1, engine=engine, step_timeout_s=300),
         retrieval=RetrievalSettings.model_validate({"projection": projection}),
         retriever_scaling=ScalingSettings(**two, max_ongoing_requests=128),
         worker_scaling=ScalingSettings(**two, num_cpus=1, max_ongoing_requests=2112),
     )
 
 
-def publish_singles(folder: Path, rounds: int, projection: str = "auto") -> list[tuple[float, float]]:
+def publish_singles(
+    folder: Path, rounds: int, projection: str = "auto", engine: Engine = "native"
+) -> list[tuple[float, float]]:
     """Return the times of single publishes alone, each followed by a request."""
     prompts = [variant(folder / "single" / f"single-{n}", n) for n in range(rounds + 1)]
-    with Server(config_of(folder, projection), port=0) as server:
+    with Server(config_of(folder, projection, engine), port=0) as server:
         server.prepare(console.print)
         url = server.start()
         server.wait_ready(timeout_s=600)
@@ -117,22 +120,33 @@ def measure(folder: Path, rounds: int, adapters: int) -> tuple[list[tuple[float,
 
 def main(
     rounds: Annotated[int, typer.Option(help="single publishes, each followed by a request")] = 30,
-    adapters: Annotated[int, typer.Option(help="adapters in one command")] = 1000,
+    adapters: Annotated[int, typer.Option(help="adapters in one command; none with the vLLM engine")] = 1000,
+    engine: Annotated[str, typer.Option(help="native or vllm, the workers' engine")] = "native",
 ) -> None:
     """Measure 2 retrievers and 2 workers with Gemma-3-270M; adapters of 1.4 MB with 20 samples each."""
+    new_s = known_s = 0.0
     with tempfile.TemporaryDirectory() as name:
-        singles, new_s, known_s = measure(Path(name), rounds, adapters)
+        if engine == "vllm":
+            singles, adapters = publish_singles(Path(name), rounds, engine="vllm"), 0
+        else:
+            singles, new_s, known_s = measure(Path(name), rounds, adapters)
     published, answered = zip(*singles, strict=True)
     table = Table(title=machine(), title_justify="left")
     for column in ("what", "count", "p50 s", "max s"):
         table.add_column(column, justify="left" if column == "what" else "right")
     for what, seconds in (("upload until 201", published), ("upload until it answers", answered)):
         table.add_row(what, str(rounds), f"{statistics.median(seconds):.2f}", f"{max(seconds):.2f}")
-    table.add_row("one command, new texts", str(adapters), f"{new_s:.0f}", "")
-    table.add_row("one command, texts the encoder knows", str(adapters), f"{known_s:.0f}", "")
+    if adapters:
+        table.add_row("one command, new texts", str(adapters), f"{new_s:.0f}", "")
+        table.add_row("one command, texts the encoder knows", str(adapters), f"{known_s:.0f}", "")
     with console.capture() as captured:
         console.print(table)
     console.print(table)
+    runs = [{"published_s": p, "answered_s": a} for p, a in singles]
+    if engine == "vllm":
+        results = {"vllm_publish_to_answer_p50_s": statistics.median(answered)}
+        write_results("publish_vllm", figures=results, table=captured.get(), runs=runs)
+        return
     if adapters != 1000:
         console.print("not written: the results file is for 1,000 adapters")
         return
@@ -141,7 +155,6 @@ def main(
         "publish_1000_s": new_s,
         "publish_1000_without_encoder_s": known_s,
     }
-    runs = [{"published_s": p, "answered_s": a} for p, a in singles]
     write_results("publish", figures=figures, table=captured.get(), runs=runs)
 
 

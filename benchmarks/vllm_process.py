@@ -13,9 +13,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from benchmarks.engine_cases import NUM_NEW, NUM_ROWS, RANK, Prompt
+from lora_store import Strategy
 
 _KV_GIB = 1  # 32 rows of 144 tokens take a tenth
-_MAX_LEN = 512
+MAX_LEN = 512
 _SCRIPT = Path(__file__).with_name("vllm_peer.py")
 
 
@@ -26,13 +27,18 @@ class VllmFailed(Exception):
 class Vllm:
     """A context manager: vLLM on all cores. Between its turns its processes are stopped, so they use no CPU."""
 
-    def __init__(self, python: Path, model: str, adapters: Sequence[Path], log: Path) -> None:
+    def __init__(
+        self, python: Path, model: str, adapters: Sequence[Path], log: Path, *, num_with_plans: int = 0
+    ) -> None:
+        """`adapters`: vLLM's own. `num_with_plans`: if above 0, use this project's engine with so many adapters."""
         settings = {
+            "engine": "plans" if num_with_plans else "stock",
+            "num_adapters": num_with_plans,
             "model": model,
             "adapters": [str(folder) for folder in adapters],
             "rank": RANK,
             "num_rows": NUM_ROWS,
-            "max_model_len": _MAX_LEN,
+            "max_model_len": MAX_LEN,
         }
         reading, writing = os.pipe()
         self.log = log
@@ -52,11 +58,18 @@ class Vllm:
         self.version: str = self._answer()["version"]
         self._signal(signal.SIGSTOP)
 
-    def __call__(self, rows: Sequence[Prompt], num_new: int = NUM_NEW) -> float:
-        """Return tokens per second, measured in vLLM's process around its `generate`."""
+    def __call__(
+        self, rows: Sequence[Prompt], num_new: int = NUM_NEW, *, strategy: Strategy = "base", num_active: int = 0
+    ) -> float:
+        """Return tokens per second, measured in vLLM's process around its `generate`.
+
+        `strategy`, `num_active`: see `engine_cases.plans`, for this project's engine.
+        """
         assert self._process.stdin is not None
         self._signal(signal.SIGCONT)
-        self._process.stdin.write(json.dumps({"rows": [row.ids for row in rows], "num_new": num_new}) + "\n")
+        batch = {"rows": [row.ids for row in rows], "texts": [row.text for row in rows], "num_new": num_new}
+        batch |= {"strategy": strategy, "num_active": num_active}
+        self._process.stdin.write(json.dumps(batch) + "\n")
         self._process.stdin.flush()
         answer = self._answer()
         self._signal(signal.SIGSTOP)
@@ -85,13 +98,14 @@ class Vllm:
 
 
 def _environment(python: Path) -> dict[str, str]:
-    """Return the environment that vLLM's guide for CPUs recommends, without this project's path."""
+    """Return the environment that vLLM's guide for CPUs recommends."""
     cores = os.cpu_count() or 1
     openmp = python.parent.parent / "lib" / "libiomp5.so"
     preloaded = [str(openmp)] if openmp.exists() else []
     if tcmalloc := ctypes.util.find_library("tcmalloc_minimal"):  # Debian: libtcmalloc-minimal4
         preloaded.append(tcmalloc)
-    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
+    return os.environ | {
+        "PYTHONPATH": str(_SCRIPT.parents[1]),
         "PYTHONSAFEPATH": "1",  # this folder has an http.py
         "LD_PRELOAD": ":".join(preloaded),
         "VLLM_CPU_OMP_THREADS_BIND": f"0-{cores - 1}",  # "auto" keeps one core free
