@@ -158,6 +158,7 @@ class WorkerDeployment:
             return
         wedged = ReplicaStuck(_why_wedged(health))
         logger.critical("ending this replica's process: %s", wedged)
+        self._engine.kill()  # its processes would keep the device, which the successor needs
         self._end_process(1)
         raise wedged
 

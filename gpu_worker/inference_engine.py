@@ -114,6 +114,10 @@ class InferenceEngine(Protocol):
 
     def health(self) -> EngineHealth: ...
 
+    def kill(self) -> None:
+        """Kill the processes that the engine has started, if any, because this one is about to end itself."""
+        ...
+
     def stop(self) -> None:
         """End every job with EngineStopped and release the device. Blocks until that is done."""
         ...

@@ -96,5 +96,8 @@ class NativeEngine(InferenceEngine):
         failure = None if is_alive else f"the engine's thread has ended: {self.thread.failure or 'it was stopped'}"
         return EngineHealth(is_alive, self.thread.seconds_busy(), failure)
 
+    def kill(self) -> None:
+        """Do nothing: the engine is part of this process."""
+
     def stop(self) -> None:
         self.thread.stop()

@@ -42,6 +42,7 @@ from gpu_worker.vllm.engine_args import build_config, max_len_of
 from gpu_worker.vllm.front_model import FrontModel, load_front_model
 from gpu_worker.vllm.plan_ids import PlanIds
 from gpu_worker.vllm.plan_path import path_of
+from gpu_worker.vllm.processes import kill_descendants
 from gpu_worker.vllm.remote_bank import Change, RemoteBank
 from gpu_worker.vllm.row_runner import NewToken, RowRunner
 from gpu_worker.vllm.sampling import probed_ids, sampling_params, scored
@@ -167,6 +168,9 @@ class VllmEngine(InferenceEngine):
         return EngineHealth(
             failure is None, self._rows.seconds_without_progress(), None if failure is None else str(failure)
         )
+
+    def kill(self) -> None:
+        kill_descendants()
 
     def stop(self) -> None:
         self._fail(EngineStopped("it was stopped"))

@@ -35,6 +35,7 @@ def build_config(config: WorkerConfig, model: FrontModel, *, free_fill: float, i
 def _engine_args(config: WorkerConfig, model: FrontModel, free_fill: float, is_compiled: bool) -> AsyncEngineArgs:
     plugin = PluginSettings(
         bank_rank_rows=config.bank_rank_rows,
+        front_pid=os.getpid(),
         cache_dir=str(config.cache_dir),
         use_kernel=config.lora_products == "auto",
         free_fill=free_fill,

@@ -16,9 +16,13 @@ TESTED_VERSION = "0.32."  # the plug-in imports names of vLLM that are not publi
 
 @dataclass(frozen=True, slots=True)
 class PluginSettings:
-    """How large the bank is and how its products are computed. `free_fill`: value of free rows, see LoraBank."""
+    """How large the bank is and how its products are computed. `free_fill`: value of free rows, see LoraBank.
+
+    `front_pid`: the process of the front end, with which the workers end.
+    """
 
     bank_rank_rows: int
+    front_pid: int
     cache_dir: str
     use_kernel: bool = True
     free_fill: float = 0.0
@@ -35,5 +39,6 @@ def check_version() -> None:
     """Raise WorkerConfigInvalid unless the tested version of vLLM is installed."""
     if not __version__.startswith(TESTED_VERSION):
         raise WorkerConfigInvalid(
-            f"the vLLM engine needs vLLM {TESTED_VERSION}*, found {__version__}; install it with 'make vllm'"
+            f"the vLLM engine needs vLLM {TESTED_VERSION}*, found {__version__}; install it as"
+            " docs/how-to/install.md says"
         )

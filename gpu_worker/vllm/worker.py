@@ -13,6 +13,7 @@ from vllm.platforms import current_platform
 
 from gpu_worker.lora.lora_kernel import load_lora_kernel
 from gpu_worker.vllm.plan_layers import PlanLayers
+from gpu_worker.vllm.processes import end_with
 from gpu_worker.vllm.settings import PluginSettings, check_version
 
 if current_platform.is_cpu():
@@ -28,6 +29,7 @@ class PlanWorker(VllmWorker):  # type: ignore[misc]
 
     def load_model(self, **kwargs: Any) -> None:
         check_version()
+        end_with(PluginSettings.of(self.vllm_config.additional_config).front_pid)
         runner = self.model_runner
         if not callable(getattr(runner, "load_lora_model", None)) or self.use_v2_model_runner:
             raise RuntimeError(f"{type(runner).__name__} has no load_lora_model; set VLLM_USE_V2_MODEL_RUNNER=0")

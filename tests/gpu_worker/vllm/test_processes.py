@@ -1,0 +1,62 @@
+"""An engine's processes end with the process that started it, however that ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gpu_worker.vllm.processes import descendants
+
+PROGRAM = """
+import os, subprocess, sys, time
+from gpu_worker.vllm.processes import end_with, kill_descendants
+level, first = int(sys.argv[1]), int(sys.argv[2])
+if level:
+    below = [str(level - 1), str(first or os.getpid()), sys.argv[3]]
+    subprocess.Popen([sys.executable, "-c", open(sys.argv[3]).read(), *below])
+else:
+    end_with(first)
+    print("started", flush=True)
+if not first:
+    sys.stdin.readline()
+    kill_descendants()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("levels", [1, 2], ids=["child", "grandchild"])
+@pytest.mark.parametrize("how", ["killed", "kills them"])
+def test_no_process_outlives_the_first_one(levels: int, how: str, tmp_path: Path) -> None:
+    file = tmp_path / "program.py"
+    file.write_text(PROGRAM)
+    command = [sys.executable, "-c", PROGRAM, str(levels), "0", str(file)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdin is not None and first.stdout is not None
+        assert first.stdout.readline() == "started\n"
+        started = descendants(first.pid)
+        assert len(started) == levels
+        if how == "killed":
+            first.kill()
+        else:
+            os.kill(started[-1], signal.SIGSTOP)  # a process that hangs cannot end itself
+            first.stdin.write("\n")
+            first.stdin.flush()
+        deadline = time.monotonic() + 20
+        while any(is_running(pid) for pid in started) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        ended = [not is_running(pid) for pid in started]
+        first.kill()
+    assert ended == [True] * levels
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
