@@ -24,7 +24,7 @@ def problems(manifests: Manifests) -> Iterator[str]:
     for pod in manifests.pods:
         yield from (f"{pod.name}: {problem}" for problem in _rights(pod))
         if pod.is_ray or "loraretriever" in pod.container["image"]:
-            yield from (f"{pod.name}: {problem}" for problem in _image_problems(pod))
+            yield from (f"{pod.name}: {problem}" for problem in _image_problems(pod, _engine(manifests)))
         if not _FIXED_IMAGE.search(pod.container["image"]):
             yield f"{pod.name}: its image {pod.container['image']} names no exact version and no digest"
     autoscaler = manifests.cluster["autoscalerOptions"].get("securityContext", {})
@@ -72,8 +72,14 @@ def _token_problems(manifests: Manifests) -> Iterator[str]:
             yield f"service account {account['metadata']['name']}: its token is mounted in every container"
 
 
-def _image_problems(pod: Pod) -> Iterator[str]:
-    kind = "cuda" if pod.requests("nvidia.com/gpu") else "cpu"
+def _engine(manifests: Manifests) -> str:
+    engine: str = manifests.args.get("worker", {}).get("engine", "native")
+    return engine
+
+
+def _image_problems(pod: Pod, engine: str) -> Iterator[str]:
+    on_gpu = "vllm" if engine == "vllm" else "cuda"
+    kind = on_gpu if pod.requests("nvidia.com/gpu") else "cpu"
     if pod.container["image"] != f"loraretriever-{kind}:{VERSION}":
         yield f"its image is {pod.container['image']}, not loraretriever-{kind}:{VERSION}"
     if pod.spec["securityContext"].get("runAsUser") != image_user():

