@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export RAY_AUTH_MODE := token
 
-.PHONY: help setup serve demo quick test test-clients test-vllm docs paper soak check lint types kernels sanitize
+.PHONY: help setup serve demo quick test test-clients test-e2e test-vllm docs paper soak check lint types kernels sanitize
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -33,6 +33,9 @@ test: $(READY) ## run every test: two at a time, then those that share one runni
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not e2e" --cov --cov-report=
 	$(BIN)/python -m pytest -m e2e
 	$(BIN)/python -m coverage report
+
+test-e2e: $(READY) ## run the tests that start a server, with ENGINE=native or ENGINE=vllm
+	ENGINE=$(ENGINE) $(BIN)/python -m pytest -m e2e $(ARGS)
 
 test-vllm: ## install vLLM into .venv-vllm and run the tests of both engines there
 	$(MAKE) ENGINE=vllm .venv-vllm/.ready

@@ -28,6 +28,7 @@ class EngineSettings:
 
     engine: Literal["native", "vllm"] = "native"  # vllm needs its own installation: docs/how-to/install.md
     device: Literal["cpu", "cuda"] = "cpu"  # cuda needs `num_gpus` in worker_scaling
+    enforce_eager: bool = False  # vllm only: do not compile the base model; starts within seconds, answers slower
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     num_threads: AtLeastOne | None = None  # unset: the CPUs the worker's process may use
     lora_products: Literal["auto", "torch"] = "auto"  # auto: the compiled CPU kernel where available
@@ -61,6 +62,10 @@ class EngineSettings:
             raise WorkerConfigInvalid(
                 f"max_chunk_tokens is a setting of the native engine, got {self.max_chunk_tokens} with engine 'vllm';"
                 " leave it unset, or lower max_step_tokens"
+            )
+        if self.engine == "native" and self.enforce_eager:
+            raise WorkerConfigInvalid(
+                "enforce_eager is a setting of the vLLM engine, got true with engine 'native'; leave it unset"
             )
         if self.max_step_tokens < self.max_batch_size:
             raise WorkerConfigInvalid(

@@ -64,6 +64,20 @@ FAMILIES: dict[str, Callable[[], torch.nn.Module]] = {
 }
 
 
+def gemma3_with_wide_heads() -> Gemma3ForCausalLM:
+    """Return a random Gemma-3 with heads of 32 values: vLLM's attention supports no smaller ones on the CPU."""
+    changes = {"hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 1024}
+    return Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            **SHAPE | changes,
+            head_dim=32,
+            sliding_window=24,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            query_pre_attn_scalar=32,
+        )
+    )
+
+
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """Return a tokenizer with one token per byte and three special tokens, so that any text survives a round trip."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -104,6 +104,7 @@ class VllmEngine(InferenceEngine):
         model = load_front_model(config)
         if config.device == "cpu" and config.lora_products == "auto":
             load_lora_kernel(config.cache_dir)  # compiled once here, then every worker finds it
+        is_compiled = is_compiled and not config.enforce_eager
         vllm_config = build_config(config, model, free_fill=free_fill, is_compiled=is_compiled)
         llm = AsyncLLM.from_vllm_config(vllm_config, disable_log_stats=True)
         return cls(llm, model, config, fetch, executor=executor, stream_interval_ms=stream_interval_ms)

@@ -15,7 +15,8 @@ from tests.cluster.load import Load
 from tests.cluster.machines import Machines, own_ray
 from tests.cluster.running import MAX_TOKENS, TOPICS, Running, asks
 from tests.e2e.live import eventually
-from tests.tiny import linear_shapes, random_adapter, save_talkative, tiny_config
+from tests.served_engine import WORKER, save_served_model
+from tests.tiny import linear_shapes, random_adapter, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def running(
 ) -> Iterator[Running]:
     assert not ray.is_initialized(), "this process is the driver of another cluster"
     folder = tmp_path_factory.mktemp("cluster")
-    model = save_talkative(tiny_folders["gemma3"], tmp_path_factory.mktemp("talkative"))
+    model = save_served_model(tiny_folders, tmp_path_factory.mktemp("talkative"))
     shapes = linear_shapes(load_base_model(tiny_config(model)))
     for seed, topic in enumerate(TOPICS):
         samples = [Sample(f"{verb} {topic}, please.") for verb in ("Tell me about", "Explain", "Write of", "Describe")]
@@ -35,6 +36,7 @@ def running(
         "base_model": str(model),
         "store_uri": str(folder / "pool"),
         "preload": [str(folder / "adapters")],
+        **{f"worker.{name}": value for name, value in WORKER.items()},
         "worker_scaling.min_replicas": num_workers,
         "worker_scaling.max_replicas": num_workers,
     }

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import ray
 import yaml
@@ -48,6 +49,12 @@ class Replica:
     def kill(self) -> None:
         """Kill the process with SIGKILL."""
         os.kill(self.pid, signal.SIGKILL)
+
+    def kill_engine(self) -> None:
+        """Kill the processes that the replica's engine has started, and leave the replica's own."""
+        for child in psutil.Process(self.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
 
 
 class Machines:
@@ -118,6 +125,10 @@ class Machines:
     def kill(self, deployment: str) -> None:
         """Kill the oldest replica with SIGKILL."""
         self.replicas(deployment)[0].kill()
+
+    def kill_engine(self, deployment: str) -> None:
+        """Kill the oldest replica's engine with SIGKILL, where it has processes of its own."""
+        self.replicas(deployment)[0].kill_engine()
 
     def kill_node_of(self, deployment: str) -> None:
         """Kill all processes of one node that has a replica of the deployment."""

@@ -22,6 +22,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from deployments.cli.local_server import free_port
 from tests.cluster.machines import Machines, own_ray
+from tests.served_engine import HEAD_DIM, WORKER
 from tests.tiny import VOCABULARY, byte_tokenizer
 
 BASE = "tiny"
@@ -44,7 +45,7 @@ def long_model(folder: Path) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=8,
+        head_dim=HEAD_DIM,
         max_position_embeddings=CONTEXT,
         sliding_window=64,
         layer_types=["sliding_attention", "full_attention"],
@@ -80,7 +81,7 @@ def settings_of(folder: Path, *, min_workers: int, max_workers: int) -> dict[str
         "base_model": str(long_model(folder / "model")),
         "base_model_name": BASE,
         "store_uri": str(folder / "pool"),
-        "worker": {"num_threads": 1, "max_model_len": CONTEXT, "max_batch_size": 16, "bank_rank_rows": 32},
+        "worker": {"num_threads": 1, "max_model_len": CONTEXT, "max_batch_size": 16, "bank_rank_rows": 32} | WORKER,
         "worker_scaling": scaling,
     }
 

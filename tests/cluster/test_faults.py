@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 from ray import serve
 
@@ -20,15 +21,18 @@ from benchmarks.results_file import write_part
 from deployments.calls.serve_calls import retry_on_replica_death
 from deployments.errors import PoisonRequest
 from deployments.worker import WorkerDeployment
+from gpu_worker.native_engine import NativeEngine
 from gpu_worker.request.request import Delta, Job, SamplingParams
 from tests.cluster.load import LETTERS, SAMPLING, Load, Outcome
 from tests.cluster.running import MAX_TOKENS, TOPICS, Running, asks
 from tests.e2e.live import eventually
+from tests.served_engine import ENGINE, needs_own_process
 from tests.soak import Scale
 from tests.tiny import tiny_config
 
 MAX_BATCH_SIZE = 16  # per worker: tests/cluster/serve.yaml
 STREAMING = 6  # enough for every worker
+NUM_RESULTS = {"native": 4, "vllm": 6}  # of all tests of this file together
 
 
 @dataclass
@@ -55,16 +59,19 @@ class Results:
 def results(request: pytest.FixtureRequest) -> Iterator[Results]:
     results = Results()
     yield results
-    if request.config.getoption("--scale") == "full" and len(results.values) == 4:
-        write_part("cluster", "kills", results=results.values, table=results.table(), runs=results.rows)
+    if request.config.getoption("--scale") == "full" and len(results.values) == NUM_RESULTS[ENGINE]:
+        of_engine = "" if ENGINE == "native" else f"_{ENGINE}"
+        values = {f"{name}{of_engine}": value for name, value in results.values.items()}
+        write_part("cluster", f"kills{of_engine}", figures=values, table=results.table(), runs=results.rows)
 
 
 def failed(outcomes: Sequence[Outcome]) -> list[Outcome]:
     return [outcome for outcome in outcomes if not outcome.is_answer]
 
 
+@pytest.mark.parametrize("victim", ["worker", pytest.param("engine of a worker", marks=needs_own_process)])
 def test_no_answer_is_lost_and_every_stream_ends_well_while_workers_are_killed(
-    running: Running, results: Results, scale: Scale
+    victim: str, running: Running, results: Results, scale: Scale
 ) -> None:
     num_kills = scale.pick("kills of a worker", small=1, full=8)
     num_whole = scale.pick("requests", small=30, full=500)
@@ -76,14 +83,21 @@ def test_no_answer_is_lost_and_every_stream_ends_well_while_workers_are_killed(
             await machines.until_full("Worker")
             load.release(part)
             await load.until(lambda: load.num_streaming >= STREAMING)
-            machines.kill("Worker")
+            if victim == "worker":
+                machines.kill("Worker")
+            else:
+                machines.kill_engine("Worker")
         await machines.until_full("Worker")
 
     outcomes = asyncio.run(running.load().run(asks(num_whole, num_streamed=num_streamed), kill_workers))
     streams = [outcome for outcome in outcomes if outcome.ask.is_streamed]
     wholes = [outcome for outcome in outcomes if not outcome.ask.is_streamed]
-    what = f"{num_kills} kills of a worker"
-    results.add(what, outcomes, worker_kills_lost=len(failed(wholes)), streams_malformed=len(failed(streams)))
+    what = f"{num_kills} kills of a {victim}"
+    if victim == "worker":
+        results.add(what, outcomes, worker_kills_lost=len(failed(wholes)), streams_malformed=len(failed(streams)))
+    else:
+        lost, malformed = len(failed(wholes)), len(failed(streams))
+        results.add(what, outcomes, engine_kills_lost=lost, engine_kills_streams_malformed=malformed)
     assert (len(wholes), len(streams)) == (num_whole, num_streamed)
     assert failed(outcomes) == []
     assert {outcome.end for outcome in streams} == {"[DONE]", "replica_died"}
@@ -179,10 +193,17 @@ def test_a_worker_whose_step_hangs_is_replaced_and_its_request_starts_again(
             for hang in hangs:
                 with suppress(FileNotFoundError):
                     hang.unlink()
-                    self._engine.step = Event().wait
+                    self._hang()
                     break
             async for delta in super().stream(job):
                 yield delta
+
+        def _hang(self) -> None:
+            if isinstance(self._engine, NativeEngine):
+                self._engine.thread.engine.step = Event().wait
+                return
+            for child in psutil.Process().children(recursive=True):
+                child.suspend()
 
     worker = serve.deployment(
         Hanging,
@@ -192,8 +213,9 @@ def test_a_worker_whose_step_hangs_is_replaced_and_its_request_starts_again(
         graceful_shutdown_timeout_s=600,
         ray_actor_options={"num_cpus": 0, "resources": {"accelerator": 1}},
     )
-    config = tiny_config(running.model, num_threads=1)
-    handle = serve.run(worker.bind(config, 25.0, None, None, 0, 2.0), name="hanging", route_prefix=None)
+    config = tiny_config(running.model, num_threads=1, engine=ENGINE)
+    step_timeout_s = 2.0 if ENGINE == "native" else 30.0
+    handle = serve.run(worker.bind(config, 25.0, None, None, 0, step_timeout_s), name="hanging", route_prefix=None)
     letters = tuple((int(token), 100.0) for token in LETTERS)
     sampling = SamplingParams(max_tokens=MAX_TOKENS // 2, seed=11, logit_bias=letters, ignore_eos=True)
     job = Job("hanging", "The sea", sampling=sampling)

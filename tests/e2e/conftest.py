@@ -20,7 +20,8 @@ from gpu_worker.model.base_model import load_base_model
 from tests.e2e.live import APP, BASE, Live, eventually
 from tests.e2e.starter_pool import EXAMPLES, POOL, Heldout
 from tests.s3 import S3Endpoint
-from tests.tiny import linear_shapes, save_talkative, tiny_config
+from tests.served_engine import WORKER, save_served_model
+from tests.tiny import linear_shapes, tiny_config
 
 READY_TIMEOUT_S = 300.0
 
@@ -31,7 +32,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> AppConfig:
     return AppConfig(
         store_uri=str(tmp_path_factory.mktemp("pool")),
         preload=(POOL,),
-        worker=WorkerSettings(dtype="float32", max_batch_size=16),
+        worker=WorkerSettings(dtype="float32", max_batch_size=16, **WORKER),
     )
 
 
@@ -75,7 +76,7 @@ def live(
     url: str, s3_endpoint: S3Endpoint, tiny_folders: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Live]:
     """Yield a second application: tiny, replicated, on S3, without a cache that would hide the store."""
-    model = save_talkative(tiny_folders["gemma3"], tmp_path_factory.mktemp("talkative"))
+    model = save_served_model(tiny_folders, tmp_path_factory.mktemp("talkative"))
     config = AppConfig(
         base_model=str(model),
         base_model_name=BASE,
@@ -84,7 +85,13 @@ def live(
         max_concurrent_requests=32,
         retrieval=RetrievalSettings(poll_interval_s=1.0),
         worker=WorkerSettings(
-            dtype="float32", num_threads=1, bank_rank_rows=32, max_model_len=512, max_batch_size=16, host_cache_bytes=0
+            dtype="float32",
+            num_threads=1,
+            bank_rank_rows=32,
+            max_model_len=512,
+            max_batch_size=16,
+            host_cache_bytes=0,
+            **WORKER,
         ),
         store_scaling=ScalingSettings(max_ongoing_requests=64, health_check_period_s=1),
         retriever_scaling=ScalingSettings(

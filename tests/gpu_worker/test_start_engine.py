@@ -44,3 +44,10 @@ def test_an_engine_whose_package_is_missing_is_refused_with_the_remedy() -> None
 def test_a_setting_that_the_vllm_engine_lacks_is_refused_with_the_remedy() -> None:
     with pytest.raises(WorkerConfigInvalid, match="max_chunk_tokens is a setting of the native engine, got 64"):
         WorkerConfig(engine="vllm", max_chunk_tokens=64)
+
+
+@pytest.mark.parametrize(("name", "value"), [("enforce_eager", True)])
+def test_a_setting_that_the_native_engine_lacks_is_refused_with_the_remedy(name: str, value: object) -> None:
+    with pytest.raises(WorkerConfigInvalid, match=f"^{name} .*with engine 'native'.*; (use engine 'vllm'|leave it)"):
+        WorkerConfig(**{name: value})
+    assert getattr(WorkerConfig(engine="vllm", **{name: value}), name) == value

@@ -129,6 +129,7 @@ def test_worker_settings_reach_the_engine_field_by_field() -> None:
     settings = {
         "engine": "native",
         "device": "cpu",
+        "enforce_eager": False,
         "dtype": "bfloat16",
         "num_threads": 3,
         "lora_products": "torch",

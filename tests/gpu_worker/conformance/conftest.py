@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from lora_store.adapter import AdapterWeights
 from tests.gpu_worker.conformance.driver import HostedEngine
 from tests.gpu_worker.conformance.engines import ENGINES
 from tests.gpu_worker.conformance.reference import Reference
-from tests.tiny import SHAPE, byte_tokenizer, random_adapter, tiny_config
+from tests.tiny import byte_tokenizer, gemma3_with_wide_heads, random_adapter, tiny_config
 
 collect_ignore = [] if "vllm" in ENGINES else ["test_child_processes.py"]
 BANK_ROWS = 16  # four adapters of rank 4
@@ -23,18 +22,9 @@ TOLERANCE = {"native": 1e-4, "vllm": 1e-3}
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Save a random Gemma-3 with heads of 32 values: vLLM's attention supports no smaller ones on the CPU."""
+    """Save a random Gemma-3 that both engines can serve."""
     torch.manual_seed(0)
-    changes = {"hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 1024}
-    model = Gemma3ForCausalLM(
-        Gemma3TextConfig(
-            **SHAPE | changes,
-            head_dim=32,
-            sliding_window=24,
-            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-            query_pre_attn_scalar=32,
-        )
-    )
+    model = gemma3_with_wide_heads()
     with torch.no_grad():
         embeddings = model.get_input_embeddings().weight  # tied to the head
         embeddings /= 8  # otherwise the model repeats the last token, whatever its layers compute

@@ -21,6 +21,7 @@ from lora_store.plan import BASE_PLAN, Plan
 
 T = TypeVar("T")
 PATIENCE_S = 120  # only a failing test waits this long
+START_S = 600  # vLLM starts two processes, each of which imports all of it
 NAN = float("nan")
 GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, logprobs=20)
 
@@ -47,7 +48,7 @@ class HostedEngine:
         async def build() -> InferenceEngine:
             return start(config, self._fetch, free_fill=NAN)
 
-        self.engine = self.run(build())
+        self.engine = self.run(build(), START_S)
 
     def run(self, main: Coroutine[Any, Any, T], within_s: float = PATIENCE_S) -> T:
         """Run the coroutine in the engine's event loop and return its result."""

@@ -1,9 +1,9 @@
-"""The death of one of vLLM's processes: every job ends at once, and the engine is not healthy. Needs vLLM."""
+"""vLLM's processes: what is withdrawn leaves them, and the death of one ends every job at once. Needs vLLM."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -11,28 +11,66 @@ import pytest
 
 from gpu_worker.errors import EngineStopped
 from gpu_worker.request.request import SamplingParams
+from lora_store.adapter import AdapterWeights
 from tests.gpu_worker.conformance.driver import HostedEngine, job
 from tests.gpu_worker.conformance.engines import ENGINES
-from tests.tiny import tiny_config
+from tests.soak import Scale
+from tests.tiny import plan_of, tiny_config
 
+MakeAdapter = Callable[..., AdapterWeights]
 ENDLESS = SamplingParams(max_tokens=140, temperature=0, ignore_eos=True)
+ONE_TOKEN = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
+MOST_GROWTH = 32 << 20  # bytes of all processes; one adapter takes 60 kB
 
 
-@pytest.fixture
-def hosted(model_folder: Path) -> Iterator[HostedEngine]:
+@pytest.fixture(scope="module")
+def own_engine(model_folder: Path) -> Iterator[HostedEngine]:
     engine = HostedEngine(ENGINES["vllm"], tiny_config(model_folder))
     yield engine
     engine.close()
 
 
+@pytest.fixture
+def hosted(own_engine: HostedEngine) -> HostedEngine:
+    return own_engine
+
+
+def children_of(hosted: HostedEngine) -> list[psutil.Process]:
+    return [child for child in psutil.Process().children(recursive=True) if child not in hosted.children_before]
+
+
+def test_cycles_of_use_and_withdrawal_leave_nothing_in_the_processes(
+    hosted: HostedEngine, adapter: MakeAdapter, scale: Scale
+) -> None:
+    def cycle(seed: int) -> None:
+        weights = adapter(seed, rank=1 + seed % 8)
+        hosted.answers(job("cycle", plan_of("selection", (weights, 1.0)), ONE_TOKEN))
+        hosted.forget_all()
+
+    def num_bytes() -> int:
+        return sum(child.memory_info().rss for child in children_of(hosted))
+
+    for seed in range(4):
+        cycle(seed)
+    before = num_bytes()
+    for seed in range(scale.pick("cycles of an adapter", small=12, full=100)):
+        cycle(seed)
+    scale.record("MiB that vLLM's processes grew by", (num_bytes() - before) / 2**20)
+    assert num_bytes() - before < MOST_GROWTH
+    [bank] = hosted.run(hosted.engine._llm.collective_rpc("describe_bank"))  # type: ignore[attr-defined]
+    assert bank["resident"] == [] and bank["shapes"].keys() == hosted.engine.module_shapes.keys()
+
+
 def test_the_death_of_a_process_ends_every_job_and_the_engine(hosted: HostedEngine) -> None:
+    """The last test of the engine."""
+
     async def kill() -> list[object]:
         running = asyncio.create_task(hosted.engine.generate([job("running", sampling=ENDLESS)] * 12))
         while not (await hosted.engine.status()).num_running:
             await asyncio.sleep(0)
-        new = [child for child in psutil.Process().children(recursive=True) if child not in hosted.children_before]
-        workers = [child for child in new if "Worker" in child.name() or "EngineCore" in child.name()]
-        assert workers, [child.name() for child in new]
+        names = [(child.name(), child) for child in children_of(hosted)]
+        workers = [child for name, child in names if "Worker" in name or "EngineCore" in name]
+        assert workers, names
         workers[-1].kill()
         return list(await running)
 
