@@ -15,6 +15,8 @@ _CPU_CHUNK = 192  # a step with such a chunk takes two to three decode steps: be
 PACKAGED_MODEL = "gemma-3-270m"  # comes in a Python package
 DEFAULT_CACHE_DIR = Path.home() / ".cache" / "loraretriever"
 AtLeastOne = Annotated[int, Ge(1)]
+ToolParser = Literal["auto", "hermes", "mistral", "mistral_args", "llama3_json"]
+"""The form in which the base model writes tool calls; `auto`: as its chat template shows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,7 @@ class WorkerConfig(EngineSettings):
     base_model: str = PACKAGED_MODEL  # the packaged default, a Hugging Face id, or a local folder
     cache_dir: Path = DEFAULT_CACHE_DIR
     chat_template: str | None = None  # the operator's Jinja source, in place of the base model's own
+    tool_parser: ToolParser = "auto"
     device_share: Annotated[float, Gt(0), Le(1)] = 1.0  # of the GPU's memory, if several workers use one GPU
     load_threads: AtLeastOne = 2  # threads that decode and check weights; none waits for a fetch
 

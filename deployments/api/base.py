@@ -22,7 +22,7 @@ MAX_TEXT_CHARS = 4 << 20  # characters of any text, prompts included; no body is
 MAX_LABEL_CHARS = 1024  # characters of labels that a client sends for its own use
 _MAX_SHOWN_CHARS = 200  # of an unknown field's name
 UNSUPPORTED = "unsupported"  # the type of the pydantic error, and the code of the response
-ROLES = ("tool", "function")
+ROLES = ("function",)
 ITEMS = ("function_call", "function_call_output", "item_reference")
 INPUT_PARTS = ("input_image", "input_audio", "input_file", "refusal")
 PARTS = ("image_url", "image", "input_audio", "audio", "file", "video_url", "refusal")
@@ -47,8 +47,6 @@ NOT_SERVED: Passing = {
     "truncate_prompt_tokens": (-1,),
 }
 NOT_SERVED_IN_CHAT: Passing = NOT_SERVED | {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
@@ -72,8 +70,6 @@ NOT_SERVED_IN_RESPONSES: Passing = {name: values for name, values in NOT_SERVED.
 }
 NOT_SERVED_IN_COMPLETIONS: Passing = NOT_SERVED | {"echo": (False,), "suffix": ("",), "best_of": (1,)}
 NOT_SERVED_IN_MESSAGES: Passing = {
-    "tool_calls": ([],),
-    "tool_call_id": (),
     "function_call": (),
     "audio": (),
     "refusal": (),
@@ -107,8 +103,8 @@ HARMLESS: Passing = {
     "verbosity": ("medium",),
 }
 _WHAT = {
-    "tools": "tools",
-    "functions": "functions",
+    "functions": "functions: use tools",
+    "function_call": "function_call: use tools and tool_choice, and tool_calls in messages",
     "guided_json": "guided_json: use structured_outputs.json",
     "guided_regex": "guided_regex: use structured_outputs.regex",
     "guided_choice": "guided_choice: use structured_outputs.choice",

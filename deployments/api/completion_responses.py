@@ -14,6 +14,7 @@ from typing_extensions import TypedDict
 from deployments.api.responses import Planned, PlanObject, plan_object
 from deployments.json_types import JsonObject
 from gpu_worker.request.request import Completion, Delta, FinishReason, TokenLogprob
+from gpu_worker.request.tools import ToolCallPiece
 from lora_store import LOCAL_TENANT, MAX_PLAN_ADAPTERS
 
 _DIGEST_CHARS = 12
@@ -52,9 +53,25 @@ class TextLogprobs(TypedDict):
     text_offset: list[int]
 
 
+class CalledFunctionObject(TypedDict):
+    """`arguments`: a JSON object as text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCallObject(TypedDict):
+    id: str
+    type: Literal["function"]
+    function: CalledFunctionObject
+
+
 class AnswerMessage(TypedDict):
+    """`content` is null if the answer is calls alone."""
+
     role: Literal["assistant"]
-    content: str
+    content: str | None
+    tool_calls: NotRequired[list[ToolCallObject]]
 
 
 class ChatChoice(TypedDict):
@@ -122,7 +139,7 @@ class Answer:
         """Return the whole answer."""
         answer = self._chat_answer(completions) if self.kind == "chat" else self._text_answer(completions)
         for index, completion in enumerate(completions):
-            if not completion.text and (warning := self.empty_warning(index)):
+            if not completion.text and not completion.tool_calls and (warning := self.empty_warning(index)):
                 answer["warning"] = warning
                 break
         return answer
@@ -138,7 +155,7 @@ class Answer:
             {
                 "index": index,
                 "finish_reason": completion.finish_reason,
-                "message": {"role": "assistant", "content": completion.text},
+                "message": _message(completion),
                 "logprobs": chat_logprobs(completion.logprobs) if self.has_logprobs else None,
             }
             for index, completion in enumerate(completions)
@@ -188,7 +205,7 @@ class Answer:
     def chunk(self, index: int, delta: Delta) -> JsonObject:
         """Return the chunk for a delta of one choice."""
         choice = self._choice(index, delta.finish_reason, delta.logprobs or None)
-        choice |= {"delta": {"content": delta.text}} if self.kind == "chat" else {"text": delta.text}
+        choice |= {"delta": _chat_delta(delta)} if self.kind == "chat" else {"text": delta.text}
         return self._chunk([choice])
 
     def empty_end(self, index: int, delta: Delta) -> JsonObject:
@@ -240,6 +257,31 @@ class Answer:
         num_prompt = sum(end.num_prompt_tokens for end in ends[:: self.num_choices])
         num_new = sum(end.num_new_tokens for end in ends)
         return {"prompt_tokens": num_prompt, "completion_tokens": num_new, "total_tokens": num_prompt + num_new}
+
+
+def _message(completion: Completion) -> AnswerMessage:
+    if not completion.tool_calls:
+        return {"role": "assistant", "content": completion.text}
+    calls: list[ToolCallObject] = [
+        {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+        for call in completion.tool_calls
+    ]
+    return {"role": "assistant", "content": completion.text or None, "tool_calls": calls}
+
+
+def _chat_delta(delta: Delta) -> JsonObject:
+    if not delta.tool_calls:
+        return {"content": delta.text}
+    calls = [_call_delta(piece) for piece in delta.tool_calls]
+    return ({"content": delta.text} if delta.text else {}) | {"tool_calls": calls}
+
+
+def _call_delta(piece: ToolCallPiece) -> JsonObject:
+    """Return a part of a call. The first part of each has its id and the function's name."""
+    if piece.id is None:
+        return {"index": piece.index, "function": {"arguments": piece.arguments}}
+    function = {"name": piece.name, "arguments": piece.arguments}
+    return {"index": piece.index, "id": piece.id, "type": "function", "function": function}
 
 
 def chat_logprobs(entries: Sequence[TokenLogprob]) -> ChatLogprobs:

@@ -15,9 +15,6 @@ from deployments.api.base import (
     MAX_TEXT_CHARS,
     NOT_SERVED_IN_CHAT,
     NOT_SERVED_IN_COMPLETIONS,
-    NOT_SERVED_IN_MESSAGES,
-    PARTS,
-    ROLES,
     AdapterName,
     ApiRequest,
     LoraOptions,
@@ -29,6 +26,18 @@ from deployments.api.base import (
     problem,
     unsupported,
     without_unserved,
+)
+from deployments.api.messages import (
+    MAX_TOOLS,
+    ChatMessage,
+    Tool,
+    ToolChoice,
+    as_choice,
+    check_results,
+    check_tools,
+    tools_of,
+    turns_of,
+    without_declined,
 )
 from deployments.api.structured import ResponseFormat, StructuredOutputs
 from deployments.json_types import JsonMapping
@@ -42,12 +51,12 @@ from gpu_worker.request.request import (
     MAX_STOPS,
     SamplingParams,
 )
+from gpu_worker.request.tools import Tools
 
 MAX_CHOICES = 16
 MAX_PROMPTS = 128
 MAX_ROWS = 128  # answers to one request: prompts × n
 MAX_MESSAGES = 1024
-MAX_PARTS = 256  # of one message
 MAX_QUERIES = 256  # prompts of one /v1/route
 MAX_METADATA = 16
 CHARS_PER_TOKEN = 4  # estimate for English; the charge is settled by real usage
@@ -90,10 +99,6 @@ def _as_prompts(value: object) -> object:
     if isinstance(value, list) and any(isinstance(item, int | list) for item in value[: MAX_PROMPTS + 1]):
         raise unsupported("", "token ids as a prompt")
     return _as_list(value)
-
-
-def _as_parts(value: object) -> object:
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
 StopStrings = Annotated[
@@ -207,9 +212,15 @@ class GenerationRequest(TolerantRequest):
     def most_tokens(self) -> int:
         """The largest number of tokens that the request may use, estimated before it is tokenized."""
         prompts = [question.prompt for question in self.questions()]
-        num_chars = sum(len(p) if isinstance(p, str) else sum(len(turn.content) for turn in p) for p in prompts)
+        num_chars = sum(len(p) if isinstance(p, str) else sum(turn.num_chars for turn in p) for p in prompts)
+        tools = self.used_tools()
+        num_chars += 0 if tools is None else tools.num_chars
         new_tokens = DEFAULT_MAX_TOKENS if self.token_limit is None else self.token_limit
         return num_chars // CHARS_PER_TOKEN + len(prompts) * (1 + self.n * new_tokens)
+
+    def used_tools(self) -> Tools | None:
+        """Return the functions that the answer may call, None without any. Raises: GrammarInvalid."""
+        return None
 
     @abstractmethod
     def questions(self) -> list[Question]:
@@ -229,42 +240,6 @@ class GenerationRequest(TolerantRequest):
             raise problem("lora_path", f"holds {len(self.lora_path)} names for {num_prompts} prompts")
 
 
-class TextPart(TolerantRequest):
-    type: Literal["text"]
-    text: Text
-
-    @model_validator(mode="before")
-    @classmethod
-    def _text_alone(cls, data: object) -> object:
-        if isinstance(data, dict) and data.get("type") in PARTS:
-            raise unsupported("", f"parts of type {data['type']!r}")
-        return data
-
-
-Parts = Annotated[list[TextPart], Field(max_length=MAX_PARTS)]
-
-
-class ChatMessage(TolerantRequest):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[
-        list[TextPart],
-        Field(fail_fast=True, max_length=MAX_PARTS),
-        BeforeValidator(_as_parts, json_schema_input_type=Text | Parts),
-    ]
-    name: Label | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _supported(cls, data: object) -> object:
-        if isinstance(data, dict) and data.get("role") in ROLES:
-            raise unsupported("role", f"messages of role {data['role']!r}")
-        return without_unserved(data, NOT_SERVED_IN_MESSAGES)
-
-    def message(self) -> Message:
-        text = "".join(part.text for part in self.content)
-        return Message("system" if self.role == "developer" else self.role, text)
-
-
 class ChatCompletionRequest(GenerationRequest):
     """`POST /v1/chat/completions`"""
 
@@ -274,22 +249,27 @@ class ChatCompletionRequest(GenerationRequest):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
-    parallel_tool_calls: bool | None = None  # concerns tools, which are not supported
+    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
+    tool_choice: (
+        Annotated[
+            ToolChoice,
+            BeforeValidator(as_choice, json_schema_input_type=Literal["none", "auto", "required"] | ToolChoice),
+        ]
+        | None
+    ) = None
+    parallel_tool_calls: bool | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _without_declined(cls, data: object) -> object:
-        """Drop tools where the client asks for an answer without them."""
-        if not isinstance(data, dict):
-            return data
-        pairs = (("tools", "tool_choice"), ("functions", "function_call"))
-        declined = {name for name, choice in pairs if data.get(choice) == "none"}
-        return {name: value for name, value in data.items() if name not in declined}
+        return without_declined(data) if isinstance(data, dict) else data
 
     @model_validator(mode="after")
     def _checked(self) -> Self:
         if self.top_logprobs and not self.logprobs:
             raise problem("top_logprobs", "goes with logprobs: true only")
+        check_results(self.messages)
+        check_tools(self.tools or (), self.tool_choice)
         self._check_paths(1)
         return self
 
@@ -301,9 +281,12 @@ class ChatCompletionRequest(GenerationRequest):
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
+    def used_tools(self) -> Tools | None:
+        return tools_of(self.tools, self.tool_choice, self.parallel_tool_calls) if self.tools else None
+
     def questions(self) -> list[Question]:
         """Return the conversation as one question."""
-        turns = tuple(message.message() for message in self.messages)
+        turns = turns_of(self.messages)
         return [self._question(0, turns, question_text(turns))]
 
 

@@ -17,7 +17,7 @@ from deployments.config.settings_errors import SettingsInvalid, refuse_renamed, 
 from deployments.config.source_prefixes import SourcePrefix
 from deployments.json_types import JsonObject
 from deployments.scaling.settings import ScalingSettings
-from gpu_worker.config import DEFAULT_CACHE_DIR, PACKAGED_MODEL, EngineSettings, WorkerConfig
+from gpu_worker.config import DEFAULT_CACHE_DIR, PACKAGED_MODEL, EngineSettings, ToolParser, WorkerConfig
 from gpu_worker.request.chat_template_files import read_chat_template, template_of_files
 from gpu_worker.request.request import DEFAULT_MAX_TOKENS
 from lora_store import Visibility, is_valid_name
@@ -80,6 +80,7 @@ class AppConfig(_Settings):
     # The prompt template of chats. auto: the base model's own chat template, or Alpaca's if it has none.
     template: Literal["auto", "alpaca", "chat"] = "auto"
     chat_template: Path | None = None  # a Jinja file in place of the base model's own chat template
+    tool_parser: ToolParser = "auto"  # the form of tool calls with template chat; auto: as the chat template shows
     # Whether loopback clients may publish folders of the server's file system. None: only without keys. With keys, the
     # owner of a publishing key need not be the operator, and `kubectl port-forward` makes clients appear local.
     publish_paths: bool | None = None
@@ -341,6 +342,7 @@ class AppConfig(_Settings):
         chat_template = None if self.chat_template is None else read_chat_template(self.chat_template)
         return WorkerConfig(
             chat_template=chat_template,
+            tool_parser=self.tool_parser,
             base_model=self.base_model,
             cache_dir=self.cache_dir,
             device_share=share,

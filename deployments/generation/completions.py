@@ -134,13 +134,14 @@ def jobs_of(
 
     Raises: SamplingInvalid.
     """
-    sampling = request.sampling()
+    sampling, tools = request.sampling(), request.used_tools()
     jobs: list[Job] = []
     for question, planned in zip(questions, plans, strict=True):
         for choice in range(request.n):
             own = sampling if sampling.seed is None else replace(sampling, seed=seed_of(sampling.seed, choice))
             name = request_id if not jobs else f"{request_id}-{len(jobs)}"
-            jobs.append(Job(name, question.prompt, planned.plan, own, planned.plan.template or template))
+            chosen = planned.plan.template or template
+            jobs.append(Job(name, question.prompt, planned.plan, own, chosen, tools=tools))
     return jobs
 
 
@@ -269,7 +270,7 @@ class CompletionService:
                     if not lasts:
                         yield started.answer.opening()
                     lasts[index] = delta
-                    if delta.text:
+                    if delta.text or delta.tool_calls:
                         with_text.add(index)
                     is_empty = delta.finish_reason is not None and index not in with_text
                     yield (started.answer.empty_end if is_empty else started.answer.chunk)(index, delta)

@@ -30,7 +30,9 @@ def check_limits(request: GenerationRequest, questions: Sequence[Question], conf
 
     Raises: PromptTooLong, RequestInvalid.
     """
-    _check_chars(max(_num_chars(question.prompt) for question in questions), config)
+    tools = request.used_tools()
+    num_tool_chars = 0 if tools is None else tools.num_chars
+    _check_chars(num_tool_chars + max(_num_chars(question.prompt) for question in questions), config)
     wanted = request.token_limit
     if wanted is not None and wanted > config.max_new_tokens:
         raise RequestInvalid(f"max_tokens: at most {config.max_new_tokens}, got {wanted}", "max_tokens")
@@ -70,7 +72,7 @@ def _check_chars(num_chars: int, config: AppConfig) -> None:
 
 
 def _num_chars(prompt: str | tuple[Message, ...]) -> int:
-    return len(prompt) if isinstance(prompt, str) else sum(len(message.content) for message in prompt)
+    return len(prompt) if isinstance(prompt, str) else sum(message.num_chars for message in prompt)
 
 
 class Planner:

@@ -50,5 +50,6 @@ def merged(first: Delta | Exception, events: Events) -> Delta:
                 text=result.text + event.text,
                 first_logits=result.first_logits if event.first_logits is None else event.first_logits,
                 logprobs=result.logprobs + event.logprobs,
+                tool_calls=result.tool_calls + event.tool_calls,
             )
     raise result

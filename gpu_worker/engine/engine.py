@@ -86,8 +86,10 @@ class Engine:
         kernel, device = make_lora_kernel(config), torch.device(config.device)
         self._forward = ForwardPass(self.base, self.residency, self.kv_cache, context, kernel, device)
         check.run(self._forward, self.residency, self.kv_cache)
-        self.grammars = grammar_compiler(self.base)
-        self.prepare = RequestPreprocessor(self.base, self.max_len, clock, grammars=self.grammars)
+        self.grammars = grammar_compiler(self.base, config.tool_parser)
+        self.prepare = RequestPreprocessor(
+            self.base, self.max_len, clock, grammars=self.grammars, tool_parser=config.tool_parser
+        )
         state = self.bank, self.residency, self.kv_cache
         self._device_check = DeviceCheck(self._forward, self._attempt, self.prepare, *state)
         self._executor = executor or load_executor(config.load_threads)

@@ -158,8 +158,8 @@ class EngineThread:
             return self.engine.prepare(job, sink, capture_first_logits=capture_first_logits, arrived=arrived)
 
         for job in jobs:
-            if job.sampling.grammar is not None:
-                await self.engine.grammars.compile(job.sampling.grammar, job.tenant)
+            if (grammar := self.engine.prepare.grammar_of(job)) is not None:
+                await self.engine.grammars.compile(grammar, job.tenant)
         rows = await asyncio.to_thread(lambda: [prepare(*each) for each in zip(jobs, queues, strict=True)])
         self.submit(rows)
         return list(zip(rows, queues, strict=True))

@@ -5,21 +5,27 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tokenizers import Tokenizer
 
+from gpu_worker.config import ToolParser
 from gpu_worker.engine.row import Row, Sink
 from gpu_worker.errors import PromptInvalid, PromptTooLong, SamplingInvalid
 from gpu_worker.grammar.compiler import GrammarCompiler
 from gpu_worker.grammar.library import make_vocabulary
 from gpu_worker.grammar.state import GrammarState
+from gpu_worker.grammar.tool_grammar import tool_grammar
 from gpu_worker.request.grammar import Grammar
 from gpu_worker.request.prompt_memo import PromptMemo
-from gpu_worker.request.prompts import render, resolve_template, template_stops
+from gpu_worker.request.prompts import Message, resolve_template, template_stops
 from gpu_worker.request.request import DEFAULT_MAX_TOKENS, MAX_CHARS_PER_TOKEN, Job
+from gpu_worker.request.tool_parser import ToolCallParser
+from gpu_worker.request.tool_prompts import find_style, render_conversation, style_of
+from gpu_worker.request.tools import Tools, ToolStyle
 from gpu_worker.text.incremental_detokenizer import IncrementalDetokenizer
 from gpu_worker.text.token_bytes import TokenBytes
 
@@ -45,7 +51,8 @@ class PromptModel(Protocol):
 class RequestPreprocessor:
     """The thread-safe preprocessor of an engine. `clock`: the engine's clock, which deadlines refer to.
 
-    Without `grammars`, jobs with structured output are refused.
+    Without `grammars`, jobs with structured output are refused. `tool_parser`: the form of tool calls with the
+    chat template, `auto` for the one that it shows.
     """
 
     def __init__(
@@ -55,9 +62,12 @@ class RequestPreprocessor:
         clock: Callable[[], float] = time.monotonic,
         *,
         grammars: GrammarCompiler | None = None,
+        tool_parser: ToolParser = "auto",
     ) -> None:
         self._base, self._max_len, self._clock = base, max_len, clock
         self._grammars = grammars
+        self._tool_style = find_style(base.tokenizer, tool_parser)
+        self._visible = visible_tokens(base, self._tool_style)
         self._token_bytes = TokenBytes(base.backend_tokenizer)
         self._memo = PromptMemo()
         self._num_embeddings = base.num_embeddings
@@ -83,25 +93,41 @@ class RequestPreprocessor:
         Raises: PromptTooLong, SamplingInvalid, GrammarInvalid, EngineFull.
         """
         max_new_tokens = self._max_new_tokens(len(tokens), job.sampling.max_tokens)
-        grammar = job.sampling.grammar
+        grammar = self.grammar_of(job)
         has_own_end = isinstance(job.prompt, str) or grammar is not None  # a stop must not cut the grammar's text
         own_stops = () if has_own_end else template_stops(job.template, self._base.tokenizer)
         return Row(
             request_id=job.request_id,
             plan=job.plan,
-            sampling=job.sampling,
+            sampling=job.sampling if job.tools is None else replace(job.sampling, grammar=grammar),
             tokens=tokens,
             num_prompt_tokens=len(tokens),
             max_new_tokens=max_new_tokens,
             end_ids=self._end_ids(job),
             seed=secrets.randbits(63) if job.sampling.seed is None else job.sampling.seed,
-            detokenizer=IncrementalDetokenizer(self._base.backend_tokenizer, job.sampling.stop + own_stops, tokens),
+            detokenizer=IncrementalDetokenizer(
+                self._base.backend_tokenizer, job.sampling.stop + own_stops, tokens, self._visible
+            ),
             sink=sink,
             token_bytes=self._token_bytes,
             grammar=None if grammar is None else self._grammar_state(grammar, job.tenant, tokens),
+            tool_calls=None if job.tools is None else self._tool_parser(job, job.tools, grammar),
             capture_first_logits=capture_first_logits,
             tenant=job.tenant,
         )
+
+    def grammar_of(self, job: Job) -> Grammar | None:
+        """Return the grammar that the job's answer follows. Raises: GrammarInvalid, SamplingInvalid."""
+        if job.tools is None:
+            return job.sampling.grammar
+        return tool_grammar(job.tools, self._style_of(job).form, job.sampling.grammar)
+
+    def _style_of(self, job: Job) -> ToolStyle:
+        return style_of(job.template, self._base.tokenizer, self._tool_style)
+
+    def _tool_parser(self, job: Job, tools: Tools, grammar: Grammar | None) -> ToolCallParser:
+        style, names = self._style_of(job), {function.name for function in tools.functions}
+        return ToolCallParser(style.form, names, is_constrained=grammar is not None, max_calls=style.max_calls(tools))
 
     def _grammar_state(self, grammar: Grammar, tenant: str, tokens: list[int]) -> GrammarState:
         if self._grammars is None:
@@ -110,7 +136,7 @@ class RequestPreprocessor:
 
     def _tokens(self, job: Job) -> Sequence[int]:
         is_raw = isinstance(job.prompt, str)
-        text = job.prompt if isinstance(job.prompt, str) else render(job.prompt, job.template, self._base.tokenizer)
+        text = job.prompt if isinstance(job.prompt, str) else self._rendered(job, job.prompt)
         if len(text) > self._max_len * MAX_CHARS_PER_TOKEN:
             raise PromptTooLong(
                 f"a prompt of {len(text)} characters exceeds the context of {self._max_len} tokens; shorten it"
@@ -130,6 +156,9 @@ class RequestPreprocessor:
             raise PromptTooLong(_too_long(len(tokens), None, self._max_len))
         self._require_embedded(tokens)
         return tokens
+
+    def _rendered(self, job: Job, messages: Sequence[Message]) -> str:
+        return render_conversation(messages, job.template, self._base.tokenizer, self._tool_style, job.tools)
 
     def _require_embedded(self, tokens: Sequence[int]) -> None:
         """Refuse ids outside the embedding: tokenizers of text-only models may have image tokens."""
@@ -160,15 +189,28 @@ class RequestPreprocessor:
                 )
 
 
-def grammar_compiler(base: PromptModel) -> GrammarCompiler:
-    """Return a compiler for the base model's vocabulary."""
-    return GrammarCompiler(partial(_vocabulary_of, base))
+def visible_tokens(base: PromptModel, style: ToolStyle) -> Mapping[int, str]:
+    """Return the special tokens that have a text, by id: the markers of calls in the chat template's form."""
+    if not style.is_native:
+        return {}
+    added = base.backend_tokenizer.get_added_tokens_decoder()
+    return {i: token.content for i, token in added.items() if token.special and token.content in style.form.special}
 
 
-def _vocabulary_of(base: PromptModel) -> LLTokenizer:
-    """Return the base model's vocabulary for grammars. Tokens that the tokenizer calls special are never text."""
+def grammar_compiler(base: PromptModel, tool_parser: ToolParser = "auto") -> GrammarCompiler:
+    """Return a compiler for the base model's vocabulary. `tool_parser`: as of `RequestPreprocessor`."""
+    return GrammarCompiler(partial(_vocabulary_of, base, tool_parser))
+
+
+def _vocabulary_of(base: PromptModel, tool_parser: ToolParser) -> LLTokenizer:
+    """Return the base model's vocabulary for grammars.
+
+    Tokens that the tokenizer calls special are never text, except for the markers of calls.
+    """
     tokenizer = base.backend_tokenizer
-    special = [i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special]
+    visible = visible_tokens(base, find_style(base.tokenizer, tool_parser))
+    added = tokenizer.get_added_tokens_decoder().items()
+    special = [i for i, token in added if token.special and i not in visible]
 
     def tokenize(text: str) -> list[int]:
         ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids

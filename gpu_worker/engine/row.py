@@ -12,6 +12,8 @@ import torch
 from gpu_worker.bank.device_layout import DeviceAdapter
 from gpu_worker.grammar.state import GrammarState
 from gpu_worker.request.request import Delta, FinishReason, SamplingParams, TokenLogprob
+from gpu_worker.request.tool_parser import ToolCallParser
+from gpu_worker.request.tools import ToolCallPiece
 from gpu_worker.sampling.draw import Draw
 from gpu_worker.sampling.logprobs import Scored
 from gpu_worker.text.incremental_detokenizer import IncrementalDetokenizer
@@ -39,6 +41,7 @@ class Row:
     sink: Sink
     token_bytes: TokenBytes
     grammar: GrammarState | None = None
+    tool_calls: ToolCallParser | None = None
     capture_first_logits: bool = False
     tenant: str = LOCAL_TENANT
     deadline: float = math.inf  # by the engine's clock
@@ -94,12 +97,14 @@ class Row:
                 reason = "length"
         if reason is not None and not self.detokenizer.stopped:
             text += self.detokenizer.finish()
-        if not text and reason is None:
+        calls: tuple[ToolCallPiece, ...] = ()
+        if self.tool_calls is not None:
+            text, calls, reason = self.tool_calls.read(text, reason)
+        if not text and not calls and reason is None:
             return None
         logprobs = self._released_logprobs() if self.pending_logprobs else ()
-        return Delta(
-            text, self.num_prompt_tokens, self.num_new_tokens, reason, self.first_logits, logprobs, self.queued_s
-        )
+        counts = self.num_prompt_tokens, self.num_new_tokens
+        return Delta(text, *counts, reason, self.first_logits, logprobs, self.queued_s, calls)
 
     def _logprob(self, token: int, scored: Scored) -> TokenLogprob:
         top = tuple((self.token_bytes(token_id), logprob) for token_id, logprob in scored.top)

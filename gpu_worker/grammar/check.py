@@ -39,8 +39,19 @@ def check(grammar: Grammar) -> None:
     vocabulary = make_vocabulary(lambda token_id: bytes([token_id]) if token_id < _END else b"", _END + 1, [_END])
     error = _error_of(grammar, vocabulary)
     if error is not None:
+        if grammar.kind == "tool_calls":
+            _check_schemas(grammar, vocabulary)
         pointer = _place_of(error, grammar.text, vocabulary) if grammar.kind == "json_schema" else ""
         raise GrammarInvalid(error, pointer)
+
+
+def _check_schemas(grammar: Grammar, vocabulary: LLTokenizer) -> None:
+    """Check the schemas of a grammar of calls one by one. Raises: GrammarInvalid for the first wrong one."""
+    for pointer, schema in json.loads(grammar.text)["schemas"].items():
+        text = json.dumps(schema)
+        error = _error_of(Grammar("json_schema", text), vocabulary)
+        if error is not None:
+            raise GrammarInvalid(error, pointer + _place_of(error, text, vocabulary))
 
 
 def _error_of(grammar: Grammar, vocabulary: LLTokenizer) -> str | None:

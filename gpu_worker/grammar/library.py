@@ -5,8 +5,9 @@ The library is loaded with the first grammar: most workers never need it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gpu_worker.request.grammar import Grammar
 
@@ -40,9 +41,19 @@ def matcher_of(grammar: Grammar, vocabulary: LLTokenizer) -> LLMatcher:
 
     if grammar.kind == "json_schema":
         source = LLMatcher.grammar_from_json_schema(grammar.text, overrides=_JSON_OPTIONS)
+    elif grammar.kind == "tool_calls":
+        source = LLMatcher.grammar_from_lark(_lark_of(grammar.text))
     else:
         source = grammar_from(grammar.kind, grammar.text)
     return LLMatcher(vocabulary, source, limits=limits(), log_level=0)
+
+
+def _lark_of(text: str) -> str:
+    """Return the rules of a grammar of calls with its schemas, each with the same options as a schema alone."""
+    parts: dict[str, Any] = json.loads(text)
+    rules: str = parts["rules"]
+    schemas = [json.dumps({**schema, "x-guidance": _JSON_OPTIONS}) for schema in parts["schemas"].values()]
+    return rules + "".join(f"schema_{place}: %json {schema}\n" for place, schema in enumerate(schemas))
 
 
 def make_vocabulary(

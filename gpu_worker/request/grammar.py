@@ -8,7 +8,7 @@ from typing import Literal
 
 from gpu_worker.errors import GrammarInvalid
 
-GrammarKind = Literal["json_schema", "regex", "choice", "grammar"]
+GrammarKind = Literal["json_schema", "regex", "choice", "grammar", "tool_calls"]
 MAX_GRAMMAR_CHARS = 1 << 16
 MAX_CHOICES = 1000
 
@@ -16,6 +16,9 @@ MAX_CHOICES = 1000
 @dataclass(frozen=True, slots=True)
 class Grammar:
     """The grammar of an answer. `text`: a JSON schema, a regular expression, a JSON list of strings, or Lark or GBNF.
+
+    For `tool_calls` it is {"rules": Lark, "schemas": {JSON pointer: schema}}. The rules refer to the schemas, in their
+    order, as schema_0, schema_1 and so on.
 
     Raises: GrammarInvalid.
     """

@@ -80,7 +80,7 @@ def _outcome(known: _Outcome, job: Job, tokenize: Callable[[Job], Sequence[int]]
 def _key_of(job: Job) -> bytes:
     parts = [job.tenant, job.template, job.prompt] if isinstance(job.prompt, str) else [job.tenant, job.template]
     if not isinstance(job.prompt, str):
-        parts += [text for message in job.prompt for text in (message.role, message.content)]
+        parts += [repr(job.tools), *map(repr, job.prompt)]
     digest = hashlib.sha256(b"text" if isinstance(job.prompt, str) else b"messages")
     for part in parts:
         data = part.encode(errors="surrogatepass")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from jinja2.exceptions import TemplateError
 
 from gpu_worker.errors import PromptInvalid
+from gpu_worker.request.tools import ToolCall
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 ALPACA_PREAMBLE = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 )
@@ -19,10 +23,23 @@ ALPACA_STOPS = ("### Instruction:", "### Response:")
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation. A turn of the role `tool` is the result of the call `call_id` of function `name`."""
 
     role: Role
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    call_id: str = ""
+    name: str = ""
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Return all texts that become part of the prompt."""
+        calls = [text for call in self.tool_calls for text in (call.id, call.name, call.arguments)]
+        return (self.content, *calls, self.call_id, self.name)
+
+    @property
+    def num_chars(self) -> int:
+        return sum(map(len, self.texts))
 
 
 class ChatTokenizer(Protocol):
@@ -31,7 +48,12 @@ class ChatTokenizer(Protocol):
     chat_template: str | None
 
     def apply_chat_template(
-        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
+        self,
+        conversation: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        *,
+        tokenize: bool,
+        add_generation_prompt: bool,
     ) -> str: ...
 
 
@@ -52,17 +74,45 @@ def render_alpaca(messages: Sequence[Message]) -> str:
     return "\n\n".join(parts) + "\n\n### Response:\n"
 
 
-def render_chat(messages: Sequence[Message], tokenizer: ChatTokenizer) -> str:
+def render_chat(
+    messages: Sequence[Message], tokenizer: ChatTokenizer, tools: list[dict[str, Any]] | None = None
+) -> str:
     """Render with the tokenizer's chat template. Raises: PromptInvalid if there is none or it rejects the messages."""
     if not tokenizer.chat_template:
         raise PromptInvalid(
             "template 'chat' needs a chat template, but the base model's tokenizer has none; use template 'alpaca'"
         )
-    conversation = [{"role": m.role, "content": m.content} for m in messages]
+    conversation = [turn_of(message) for message in messages]
     try:
-        return tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(conversation, tools, tokenize=False, add_generation_prompt=True)
     except TemplateError as exc:
         raise PromptInvalid(f"the base model's chat template rejects the messages: {exc}") from exc
+
+
+def turn_of(message: Message) -> dict[str, Any]:
+    """Return the message as chat templates read it. Arguments that are no JSON stay text."""
+    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        turn["tool_calls"] = [
+            {"id": _short_id(call.id), "type": "function", "function": {"name": call.name, "arguments": _value(call)}}
+            for call in message.tool_calls
+        ]
+    if message.role == "tool":
+        turn |= {"tool_call_id": _short_id(message.call_id), "name": message.name}
+    return turn
+
+
+def _short_id(call_id: str) -> str:
+    """Return an id of nine letters and digits: some templates refuse any other."""
+    is_short = re.fullmatch(r"[A-Za-z0-9]{9}", call_id) is not None
+    return call_id if is_short else hashlib.sha256(call_id.encode(errors="surrogatepass")).hexdigest()[:9]
+
+
+def _value(call: ToolCall) -> Any:
+    try:
+        return json.loads(call.arguments)
+    except (ValueError, RecursionError):
+        return call.arguments
 
 
 def resolve_template(template: str, tokenizer: ChatTokenizer) -> str:

@@ -11,10 +11,11 @@ import torch
 from gpu_worker.errors import SamplingInvalid
 from gpu_worker.request.grammar import Grammar
 from gpu_worker.request.prompts import Message
+from gpu_worker.request.tools import ToolCall, ToolCallPiece, Tools, joined_calls
 from lora_store.adapter import LOCAL_TENANT
 from lora_store.plan import BASE_PLAN, Plan
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 DEFAULT_MAX_TOKENS = 256
 MAX_CHARS_PER_TOKEN = 64  # a longer text cannot fit, so it is not tokenized
 MAX_STOPS = 16
@@ -106,6 +107,7 @@ class Job:
     template: str = "auto"  # for messages; a raw prompt is used unchanged
     tenant: str = LOCAL_TENANT  # tenants take turns in the engine's queue
     time_left_s: float | None = None  # when it is sent; a duration, as clocks of machines differ
+    tools: Tools | None = None  # functions that the answer to messages may call
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +135,7 @@ class Delta:
     first_logits: torch.Tensor | None = None  # (V,) float32 after the prompt, if requested by a probe
     logprobs: tuple[TokenLogprob, ...] = ()  # of the tokens since the last delta, if requested
     queued_s: float = 0.0  # time in the engine's queue
+    tool_calls: tuple[ToolCallPiece, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +147,7 @@ class Completion:
     num_new_tokens: int
     finish_reason: FinishReason
     logprobs: tuple[TokenLogprob, ...] = ()
+    tool_calls: tuple[ToolCall, ...] = ()
 
     @staticmethod
     def joined(deltas: Sequence[Delta]) -> Completion:
@@ -152,4 +156,5 @@ class Completion:
         assert last.finish_reason is not None
         text = "".join(delta.text for delta in deltas)
         logprobs = tuple(entry for delta in deltas for entry in delta.logprobs)
-        return Completion(text, last.num_prompt_tokens, last.num_new_tokens, last.finish_reason, logprobs)
+        calls = joined_calls(piece for delta in deltas for piece in delta.tool_calls)
+        return Completion(text, last.num_prompt_tokens, last.num_new_tokens, last.finish_reason, logprobs, calls)

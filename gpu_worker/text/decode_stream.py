@@ -10,7 +10,7 @@ Pending ids are those whose text may still change. The first context is the end 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tokenizers import Tokenizer
 
@@ -21,16 +21,18 @@ _MOST_PROMPT_IDS = 1024  # maximum, if the last ids have no text
 
 
 class DecodeStream:
-    """The incremental decoder of one answer. Special tokens have no text."""
+    """The incremental decoder of one answer. Special tokens have no text, except for those of `visible`, by id."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], visible: Mapping[int, str] = {}) -> None:
+        self._tokenizer, self._visible = tokenizer, visible
         self._context = self._end_of(prompt_ids)
         self._context_text = self._decode(self._context)
         self._pending: list[int] = []
 
     def push(self, token_id: int) -> str:
         """Add an id and return the text that has become final."""
+        if token_id in self._visible:
+            return self.finish() + self._visible[token_id]
         self._pending.append(token_id)
         text = self._text_of(self._pending)
         if text.endswith(_REPLACEMENT):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tokenizers import Tokenizer
 
@@ -12,11 +12,17 @@ from gpu_worker.text.decode_stream import DecodeStream
 class IncrementalDetokenizer:
     """The text of one answer. Final text is released; text that might begin a stop string is held back.
 
-    The text of the answer is what its ids add to the text of `prompt_ids`.
+    The text of the answer is what its ids add to the text of `prompt_ids`. `visible`: special tokens with a text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], prompt_ids: Sequence[int] = ()) -> None:
-        self._decoder = DecodeStream(tokenizer, prompt_ids)
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stops: Sequence[str],
+        prompt_ids: Sequence[int] = (),
+        visible: Mapping[int, str] = {},
+    ) -> None:
+        self._decoder = DecodeStream(tokenizer, prompt_ids, visible)
         self._stops = tuple(stops)
         self._held = ""
         self.num_released = 0  # characters

@@ -66,7 +66,7 @@ class VllmEngine(InferenceEngine):
         self._interval_s = stream_interval_ms / 1000
         self._loop = asyncio.get_running_loop()
         self._executor = executor or load_executor(config.load_threads)
-        self._preprocess = RequestPreprocessor(model, max_len_of(config, model))
+        self._preprocess = RequestPreprocessor(model, max_len_of(config, model), tool_parser=config.tool_parser)
         cache = llm.vllm_config.cache_config
         self._kv_tokens = (cache.num_gpu_blocks or 0) * cache.block_size
         loader = AdapterLoader(

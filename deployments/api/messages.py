@@ -1,0 +1,198 @@
+"""The messages and the tools of a chat."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from deployments.api.base import (
+    MAX_LABEL_CHARS,
+    MAX_TEXT_CHARS,
+    NOT_SERVED_IN_MESSAGES,
+    PARTS,
+    ROLES,
+    TolerantRequest,
+    problem,
+    unsupported,
+    without_unserved,
+)
+from deployments.api.structured import Schema
+from deployments.field_problems import did_you_mean
+from gpu_worker.errors import GrammarInvalid
+from gpu_worker.request.prompts import Message
+from gpu_worker.request.tools import NO_PARAMETERS, Function, ToolCall, Tools
+
+MAX_PARTS = 256  # of one message
+MAX_TOOLS = 128  # and calls of one message
+Text = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
+Label = Annotated[str, Field(max_length=MAX_LABEL_CHARS)]
+CallId = Annotated[str, Field(min_length=1, max_length=MAX_LABEL_CHARS)]
+FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+
+
+class TextPart(TolerantRequest):
+    type: Literal["text"]
+    text: Text
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_alone(cls, data: object) -> object:
+        if isinstance(data, dict) and data.get("type") in PARTS:
+            raise unsupported("", f"parts of type {data['type']!r}")
+        return data
+
+
+Parts = Annotated[list[TextPart], Field(max_length=MAX_PARTS)]
+
+
+def _as_parts(value: object) -> object:
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+class CalledFunction(TolerantRequest):
+    name: Label
+    arguments: Text = "{}"
+
+
+class ToolCallGiven(TolerantRequest):
+    """A call in an earlier answer."""
+
+    id: CallId
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class ChatMessage(TolerantRequest):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[
+        list[TextPart],
+        Field(fail_fast=True, max_length=MAX_PARTS),
+        BeforeValidator(_as_parts, json_schema_input_type=Text | Parts),
+    ] = Field(default=[])
+    name: Label | None = None
+    tool_calls: Annotated[list[ToolCallGiven], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
+    tool_call_id: CallId | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _supported(cls, data: object) -> object:
+        if isinstance(data, dict) and data.get("role") in ROLES:
+            raise unsupported("role", f"messages of role {data['role']!r}: use role 'tool'")
+        return without_unserved(data, NOT_SERVED_IN_MESSAGES)
+
+    @model_validator(mode="after")
+    def _fits_its_role(self) -> Self:
+        if self.tool_calls and self.role != "assistant":
+            raise problem("tool_calls", "goes with role 'assistant' only")
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise problem("tool_call_id", "goes with role 'tool', and with it only: it names the call of the result")
+        if "content" not in self.model_fields_set and not self.tool_calls:
+            raise problem("content", "is missing")
+        return self
+
+    @property
+    def text(self) -> str:
+        return "".join(part.text for part in self.content)
+
+    def message(self) -> Message:
+        role = "system" if self.role == "developer" else self.role
+        if not self.tool_calls:
+            return Message(role, self.text)
+        calls = [ToolCall(call.id, call.function.name, call.function.arguments) for call in self.tool_calls]
+        return Message(role, self.text, tuple(calls))
+
+
+def check_results(messages: Sequence[ChatMessage]) -> None:
+    """Refuse a result without its call. Raises: PydanticCustomError."""
+    known: set[str] = set()
+    for place, message in enumerate(messages):
+        if message.tool_call_id is not None and message.tool_call_id not in known:
+            raise problem(f"messages.{place}.tool_call_id", "no message before this one has a call with this id")
+        known |= {call.id for call in message.tool_calls or ()}
+
+
+def turns_of(messages: Sequence[ChatMessage]) -> tuple[Message, ...]:
+    """Return the turns of a conversation. A result has the name of the function that was called."""
+    turns, names = [message.message() for message in messages], dict[str, str]()
+    for place, message in enumerate(messages):
+        if message.tool_call_id is not None:
+            call_id = message.tool_call_id
+            turns[place] = Message("tool", message.text, (), call_id, names.get(call_id, ""))
+        names |= {call.id: call.name for call in turns[place].tool_calls}
+    return tuple(turns)
+
+
+class FunctionDefinition(TolerantRequest):
+    """A function that the client can run. With `strict`, its arguments always follow the schema."""
+
+    name: FunctionName
+    description: Text | None = None
+    parameters: Schema | None = None
+    strict: bool | None = None
+
+    def function(self, path: str) -> Function:
+        """Return the function. Raises: GrammarInvalid for a schema that is no JSON."""
+        try:
+            parameters = NO_PARAMETERS if self.parameters is None else json.dumps(self.parameters, allow_nan=False)
+        except (RecursionError, ValueError) as exc:
+            raise GrammarInvalid("it is nested too deeply, or has numbers that JSON lacks", param=path) from exc
+        return Function(self.name, self.description or "", parameters, bool(self.strict))
+
+
+class Tool(TolerantRequest):
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class ChosenFunction(TolerantRequest):
+    name: Label
+
+
+def as_choice(value: object) -> object:
+    """Return a choice that is a word as an object."""
+    return {"type": value} if isinstance(value, str) else value
+
+
+class ToolChoice(TolerantRequest):
+    """Whether an answer calls functions: a word, or the function that it calls."""
+
+    type: Literal["none", "auto", "required", "function"]
+    function: ChosenFunction | None = None
+
+    @model_validator(mode="after")
+    def _names_a_function(self) -> Self:
+        if (self.function is not None) != (self.type == "function"):
+            raise problem("function", f"goes with type 'function', and with it only; type is {self.type!r}")
+        return self
+
+
+def without_declined(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a request without the tools that it declines, and without an empty list of tools."""
+    pairs = (("tools", "tool_choice"), ("functions", "function_call"))
+    declined = {name for name, choice in pairs if data.get(choice) == "none" or data.get(name) == []}
+    return {name: value for name, value in data.items() if name not in declined}
+
+
+def check_tools(tools: Sequence[Tool], choice: ToolChoice | None) -> None:
+    """Refuse tools of one name, and the choice of an unknown one. Raises: PydanticCustomError."""
+    names = [tool.function.name for tool in tools]
+    for place, name in enumerate(names):
+        if name in names[:place]:
+            raise problem(f"tools.{place}.function.name", f"another function has the name {name!r}")
+    if choice is not None and choice.type in ("required", "function") and not tools:
+        raise problem("tool_choice", "needs tools")
+    only = None if choice is None or choice.function is None else choice.function.name
+    if only is not None and only not in names:
+        message = f"tools has no function {only!r}{did_you_mean(only, names)}"
+        raise problem("tool_choice.function.name", message)
+
+
+def tools_of(tools: Sequence[Tool], choice: ToolChoice | None, is_parallel: bool | None) -> Tools:
+    """Return the functions that an answer may call, and those that it must call. Raises: GrammarInvalid."""
+    functions = [tool.function.function(f"tools.{n}.function.parameters") for n, tool in enumerate(tools)]
+    is_required = choice is not None and choice.type in ("required", "function")
+    only = None if choice is None or choice.function is None else choice.function.name
+    return Tools(tuple(functions), is_required, only, is_parallel)
