@@ -272,16 +272,21 @@ def _message(completion: Completion) -> AnswerMessage:
 def _chat_delta(delta: Delta) -> JsonObject:
     if not delta.tool_calls:
         return {"content": delta.text}
-    calls = [_call_delta(piece) for piece in delta.tool_calls]
-    return ({"content": delta.text} if delta.text else {}) | {"tool_calls": calls}
+    return ({"content": delta.text} if delta.text else {}) | {"tool_calls": _call_deltas(delta.tool_calls)}
 
 
-def _call_delta(piece: ToolCallPiece) -> JsonObject:
-    """Return a part of a call. The first part of each has its id and the function's name."""
-    if piece.id is None:
-        return {"index": piece.index, "function": {"arguments": piece.arguments}}
-    function = {"name": piece.name, "arguments": piece.arguments}
-    return {"index": piece.index, "id": piece.id, "type": "function", "function": function}
+def _call_deltas(pieces: Sequence[ToolCallPiece]) -> list[JsonObject]:
+    """Return one object for each call, the first of each with its id and the function's name."""
+    calls: list[JsonObject] = []
+    for piece in pieces:
+        if piece.id is not None:
+            function = {"name": piece.name, "arguments": piece.arguments}
+            calls.append({"index": piece.index, "id": piece.id, "type": "function", "function": function})
+        elif calls and calls[-1]["index"] == piece.index:
+            calls[-1]["function"]["arguments"] += piece.arguments
+        else:
+            calls.append({"index": piece.index, "function": {"arguments": piece.arguments}})
+    return calls
 
 
 def chat_logprobs(entries: Sequence[TokenLogprob]) -> ChatLogprobs:

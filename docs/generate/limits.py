@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from deployments.api import adapters, base, completions
+from deployments.api import adapters, base, completions, messages
 from deployments.api.base import MAX_LABEL_CHARS, MAX_TEXT_CHARS
 from docs.generate.markdown import table
 from gpu_worker.request import request
@@ -39,7 +39,8 @@ def request_limits() -> str:
         ("rows of one request: prompts times `n`", completions.MAX_ROWS),
         ("prompts of one `/v1/route`", completions.MAX_QUERIES),
         ("messages of one chat", completions.MAX_MESSAGES),
-        ("text parts of one message", completions.MAX_PARTS),
+        ("text parts of one message", messages.MAX_PARTS),
+        ("tools of one chat, and calls of one message", messages.MAX_TOOLS),
         ("characters of one text", MAX_TEXT_CHARS),
         ("characters of `user`, `safety_identifier`, `prompt_cache_key` and a message's `name`", MAX_LABEL_CHARS),
         ("entries of `metadata`", completions.MAX_METADATA),

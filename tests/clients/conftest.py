@@ -1,4 +1,4 @@
-"""One server for all clients: the HTTP application over fakes, on loopback. Its answers follow requested formats."""
+"""One server for all clients: the HTTP application over fakes, on loopback. Its answers follow requested formats and tools."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from concurrent.futures import Future
 import pytest
 
 from tests.browsing import address_of
-from tests.clients.scripted_worker import ScriptedWorker
+from tests.clients.following_worker import FollowingWorker
 from tests.deployments.app_fakes import serve_plainly
 
 _START_TIMEOUT_S = 60.0
@@ -23,7 +23,7 @@ def server_url() -> Iterator[str]:
 
     async def serve() -> None:
         ended = asyncio.Event()
-        async with address_of(serve_plainly(worker=ScriptedWorker(), allowed_hosts=())) as address:
+        async with address_of(serve_plainly(worker=FollowingWorker(), allowed_hosts=())) as address:
             started.set_result((address, asyncio.get_running_loop(), ended))
             await ended.wait()
 

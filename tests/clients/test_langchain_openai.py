@@ -8,7 +8,9 @@ import pytest
 
 pytest.importorskip("langchain_tests", reason="langchain-tests is not installed: the extra `clients` has it")
 langchain_openai = pytest.importorskip("langchain_openai", reason="langchain-openai is not installed")
+from langchain_core.messages import HumanMessage, ToolMessage  # noqa: E402
 from langchain_tests.integration_tests import ChatModelIntegrationTests  # noqa: E402
+from pydantic import BaseModel  # noqa: E402
 
 # One event loop for all tests, because the model keeps its connections. Most tests are no coroutines.
 pytestmark = [
@@ -21,8 +23,15 @@ def params(server_url: str) -> dict[str, Any]:
     return {"model": "auto", "base_url": server_url, "api_key": "none", "max_retries": 0, "timeout": 30}
 
 
+class Order(BaseModel):
+    """Order something"""
+
+    number: int
+    what: str
+
+
 class TestStandardTests(ChatModelIntegrationTests):
-    """the standard tests of `langchain-tests` for chat models, those of tools, structured output and media apart"""
+    """the standard tests of `langchain-tests` for chat models, tools and structured output included, media apart"""
 
     url = ""
 
@@ -43,12 +52,29 @@ class TestStandardTests(ChatModelIntegrationTests):
         return "coder"
 
     @property
-    def has_tool_calling(self) -> bool:
-        return False  # `tools` is refused
+    def supports_json_mode(self) -> bool:
+        return False  # any JSON object; a schema is a part of the request only with the other methods
 
-    @property
-    def has_structured_output(self) -> bool:
-        return False  # the fake worker of this server follows no schema
+
+@pytest.mark.parametrize("method", ["function_calling", "json_schema"])
+def test_structured_output(server_url: str, method: str) -> None:
+    """`with_structured_output` by `function_calling` and by `json_schema`"""
+    model = langchain_openai.ChatOpenAI(**params(server_url)).with_structured_output(Order, method=method)
+    assert model.invoke("4 of 'tea'") == Order(number=4, what="tea")
+
+
+def test_an_agent_calls_tools_and_reads_their_results(server_url: str) -> None:
+    """`bind_tools`, strict ones included, and the loop of an agent"""
+    for strict in (None, True):
+        model = langchain_openai.ChatOpenAI(**params(server_url)).bind_tools([Order], strict=strict)
+        asked = HumanMessage("4 of 'tea'")
+        call = model.invoke([asked])
+        assert [(found["name"], found["args"]) for found in call.tool_calls] == [
+            ("Order", {"number": 4, "what": "tea"})
+        ]
+        assert call.response_metadata["finish_reason"] == "tool_calls"
+        result = ToolMessage("done", tool_call_id=call.tool_calls[0]["id"])
+        assert model.invoke([asked, call, result]).content == "Hello"
 
 
 def test_the_adapters_are_in_the_headers(server_url: str) -> None:

@@ -33,3 +33,12 @@ def test_fields_that_litellm_passes_on(server_url: str) -> None:
     """`reasoning_effort` and `chat_template_kwargs`"""
     asked = options(server_url, "hosted_vllm") | {"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}}
     assert litellm.completion(**asked, reasoning_effort="low").choices[0].message.content == "Hello"
+
+
+def test_tools(server_url: str) -> None:
+    """tools"""
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}}
+    tools = [{"type": "function", "function": {"name": "get_weather", "parameters": schema}}]
+    asked = options(server_url, "openai") | {"messages": [{"role": "user", "content": "How is it in 'Rome'?"}]}
+    [call] = litellm.completion(**asked, tools=tools).choices[0].message.tool_calls
+    assert (call.function.name, call.function.arguments) == ("get_weather", '{"city": "Rome"}')

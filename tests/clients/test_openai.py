@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import openai
@@ -14,6 +15,10 @@ MESSAGES = [{"role": "user", "content": "Hi"}]
 class Person(BaseModel):
     name: str
     age: int
+
+
+class Weather(BaseModel):
+    city: str
 
 
 @pytest.fixture
@@ -65,6 +70,43 @@ def test_fields_of_other_servers(client: openai.OpenAI) -> None:
     assert set(raw.headers["x-ignored-fields"].split(", ")) == {"chat_template_kwargs", "reasoning_effort"}
 
 
+WEATHER = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": WEATHER}}]
+ASKED = [{"role": "user", "content": "How is it in 'Rome'?"}]
+
+
+@pytest.mark.parametrize("choice", ["auto", "required", {"type": "function", "function": {"name": "get_weather"}}])
+def test_tools(client: openai.OpenAI, choice: Any) -> None:
+    """tools, with `tool_choice`, and their results"""
+    answer = client.chat.completions.create(model="auto", messages=ASKED, tools=TOOLS, tool_choice=choice)
+    message = answer.choices[0].message
+    assert (answer.choices[0].finish_reason, message.content) == ("tool_calls", None)
+    [call] = message.tool_calls
+    assert (call.function.name, json.loads(call.function.arguments)) == ("get_weather", {"city": "Rome"})
+    result = {"role": "tool", "tool_call_id": call.id, "content": "Rain"}
+    told = client.chat.completions.create(model="auto", messages=[*ASKED, message, result], tools=TOOLS)
+    assert (told.choices[0].message.content, told.choices[0].finish_reason) == ("Hello", "stop")
+
+
+def test_streamed_tools(client: openai.OpenAI) -> None:
+    """streamed tool calls"""
+    options = {"tools": TOOLS, "tool_choice": "required"}
+    with client.chat.completions.stream(model="auto", messages=ASKED, **options) as stream:
+        events = list(stream)
+        final = stream.get_final_completion().choices[0]
+    pieces = [event for event in events if event.type == "tool_calls.function.arguments.delta"]
+    assert len(pieces) > 1 and "".join(piece.arguments_delta for piece in pieces) == '{"city": "Rome"}'
+    assert final.finish_reason == "tool_calls" and final.message.tool_calls[0].function.name == "get_weather"
+
+
+def test_parsed_tools(client: openai.OpenAI) -> None:
+    """`parse` with `pydantic_function_tool`"""
+    tool = openai.pydantic_function_tool(Weather, name="get_weather")
+    answer = client.chat.completions.parse(model="auto", messages=ASKED, tools=[tool])
+    [call] = answer.choices[0].message.tool_calls
+    assert call.function.parsed_arguments == Weather(city="Rome")
+
+
 def test_errors(client: openai.OpenAI) -> None:
     """errors as exceptions with a code"""
     with pytest.raises(openai.NotFoundError) as missing:
@@ -73,6 +115,9 @@ def test_errors(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         client.completions.create(model="auto", prompt="Once", suffix="end")
     assert refused.value.code == "unsupported"
+    with pytest.raises(openai.BadRequestError, match="functions") as older:
+        client.chat.completions.create(model="auto", messages=MESSAGES, functions=[{"name": "f", "parameters": {}}])
+    assert older.value.code == "unsupported"
 
 
 def test_embeddings(client: openai.OpenAI) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 CHAT, TEXT, RESPONSES = "chat/completions", "completions", "responses"
 PART = {"type": "text", "text": "Hi", "cache_control": {"type": "ephemeral"}}
+CALL = {"id": "c1", "type": "function", "index": 0, "function": {"name": "read_file", "arguments": "{}"}}
 STREAM = {"stream": True, "stream_options": {"include_usage": True}}
 SYSTEM = {"role": "system", "content": "You write code."}
 TURNS = [SYSTEM, {"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
@@ -81,11 +82,13 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         | {
             "temperature": 0,
             "reasoning_effort": "medium",
+            "tools": [{"type": "function", "function": {"name": "read_file", "parameters": {"type": "object"}}}],
+            "tool_choice": "auto",
             "messages": [
                 {"role": "developer", "content": [PART]},
                 {"role": "user", "content": [PART]},
-                {"role": "assistant", "content": "Hm", "reasoning_content": "think"},
-                {"role": "user", "content": "Hi"},
+                {"role": "assistant", "content": "Hm", "reasoning_content": "think", "tool_calls": [CALL]},
+                {"role": "tool", "tool_call_id": "c1", "content": [PART], "name": "read_file"},
             ],
         },
     ),

@@ -17,8 +17,6 @@ CHAT = {"messages": [USER]}
 TEXT = {"prompt": "Once"}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 ASKED: dict[str, Any] = {
-    "tools": [TOOL],
-    "tool_choice": "required",
     "functions": [{"name": "f"}],
     "function_call": {"name": "f"},
     "modalities": ["text", "audio"],
@@ -97,10 +95,9 @@ def test_fields_without_effect_on_the_answer_are_accepted(fields: dict[str, Any]
             {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "input_audio", "input_audio": {}}]},
             "messages.0.content.1",
         ),
-        ({"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}, "messages.0.tool_calls"),
         ({"role": "assistant", "content": "", "function_call": {"name": "f"}}, "messages.0.function_call"),
         ({"role": "assistant", "content": "", "refusal": "no"}, "messages.0.refusal"),
-        ({"role": "tool", "content": "x", "tool_call_id": "1"}, "messages.0.role"),
+        ({"role": "function", "content": "x", "name": "f"}, "messages.0.role"),
     ],
     ids=str,
 )

@@ -11,6 +11,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from deployments.api.completion_responses import Answer
 from deployments.api.responses import Planned
 from gpu_worker.request.request import Completion, Delta, TokenLogprob
+from gpu_worker.request.tools import ToolCallPiece
 from lora_store import BASE_PLAN, Plan, PlannedAdapter
 from tests.deployments.adapter_records import BASE as BASE_NAME
 from tests.deployments.asking import post
@@ -213,3 +214,38 @@ def test_an_empty_answer_of_adapters_carries_a_warning(path: str, body: Any, hin
     assert '"warning"' not in base.text
     full = post(path, body | {"model": "poet", "stream": stream})
     assert '"warning"' not in full.text
+
+
+CALLS = (
+    Delta("", 5, 1, tool_calls=(ToolCallPiece(0, "", "c1", "f"),)),
+    Delta("", 5, 2, tool_calls=(ToolCallPiece(0, '{"a": '), ToolCallPiece(0, "1}"))),
+    Delta("", 5, 3, "tool_calls", tool_calls=(ToolCallPiece(1, "", "c2", "g"), ToolCallPiece(1, "{}"))),
+)
+SHOWN = [
+    {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}},
+    {"id": "c2", "type": "function", "function": {"name": "g", "arguments": "{}"}},
+]
+
+
+@pytest.mark.parametrize("text", ["", "I look."])
+def test_a_whole_answer_with_calls_has_the_openai_shape(text: str) -> None:
+    whole = answer().whole([Completion.joined([Delta(text, 5, 1), *CALLS])])
+    message = {"role": "assistant", "content": text or None, "tool_calls": SHOWN}
+    assert whole["choices"] == [choice("tool_calls", message=message)]
+    assert "warning" not in whole
+    ChatCompletion.model_validate(whole)
+
+
+def test_streamed_calls_begin_with_id_and_name() -> None:
+    body = {"messages": [{"role": "user", "content": "Hi"}], "stream": True}
+    response = post("/v1/chat/completions", body, worker=FakeWorker(CALLS))
+    lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: {")]
+    chunks = [ChatCompletionChunk.model_validate_json(line) for line in lines]
+    assert [chunk.choices[0].finish_reason for chunk in chunks] == [None, None, None, "tool_calls"]
+    assert '"warning"' not in response.text
+    calls = [json.loads(line)["choices"][0]["delta"] for line in lines[1:]]
+    assert calls == [
+        {"tool_calls": [{"index": 0, "id": "c1", "type": "function", "function": {"name": "f", "arguments": ""}}]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": '{"a": 1}'}}]},
+        {"tool_calls": [{"index": 1, "id": "c2", "type": "function", "function": {"name": "g", "arguments": "{}"}}]},
+    ]

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from deployments.api.completions import CompletionRequest
+from deployments.api.completions import ChatCompletionRequest, CompletionRequest
 from deployments.api.responses import Planned
 from deployments.generation.completions import jobs_of, merge, seed_of
+from gpu_worker.request.tools import Function, Tools
 from lora_store import BASE_PLAN, Plan, PlannedAdapter
 from tests.deployments.adapter_records import POOL
 
@@ -25,6 +26,15 @@ def test_jobs_are_ordered_by_prompt_with_their_own_plans_and_names() -> None:
     assert [job.template for job in jobs] == ["alpaca", "alpaca", "chat", "chat"]
     assert [job.sampling.seed for job in jobs] == [5, seed_of(5, 1), 5, seed_of(5, 1)]
     assert {job.sampling.max_tokens for job in jobs} == {3}
+
+
+def test_every_choice_of_a_chat_gets_its_tools() -> None:
+    body = {"messages": [{"role": "user", "content": "a"}], "n": 2}
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    for fields, expected in (({"tools": tools}, Tools((Function("f"),))), ({}, None)):
+        request = ChatCompletionRequest.model_validate(body | fields)
+        jobs = jobs_of("r", request, request.questions(), [Planned(BASE_PLAN)], "alpaca")
+        assert [job.tools for job in jobs] == [expected] * 2
 
 
 def test_without_a_seed_every_row_has_its_own() -> None:

@@ -14,6 +14,7 @@ from deployments.generation.conversation import (
     reading_of,
 )
 from gpu_worker.request.prompts import Message
+from gpu_worker.request.tools import ToolCall
 
 TASK = "Negate the statement: the chemists have loved shopping"
 OTHER = "Turn this statement into a question: the florists learn maths"
@@ -134,3 +135,10 @@ def test_every_text_ends_with_the_last_turn_and_adds_only_what_was_said(messages
     lines = {line for message in messages for line in message.content.split("\n")}
     assert all(line in lines for text in reading.texts for line in text.split("\n"))
     assert (reading.previous is not None) == (len(users) > 1 and not reading.is_housekeeping)
+
+
+def test_calls_and_their_results_are_no_turns_of_the_user() -> None:
+    call = Message("assistant", "I look.", (ToolCall("c1", "get_weather", "{}"),))
+    result = Message("tool", "Generate a concise title for this chat", (), "c1", "get_weather")
+    asked = said(TASK, OTHER)
+    assert reading_of([*asked, call, result]) == reading_of([*asked, call, result, result]) == reading_of(asked)

@@ -97,3 +97,12 @@ def test_numbers_of_messages_and_prompts_have_limits() -> None:
 def test_contradictory_limits_stop_the_start(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"max_"):
         AppConfig(**settings)
+
+
+def test_tools_and_calls_count_as_a_part_of_the_prompt() -> None:
+    tool = {"type": "function", "function": {"name": "f", "description": "x" * 641}}
+    call = {"id": "c", "function": {"name": "f", "arguments": "x" * 641}}
+    loop = [{"role": "user", "content": "Hi"}, {"role": "assistant", "tool_calls": [call]}]
+    for body in (chat("Hi", tools=[tool]), {"messages": loop}):
+        status, error = refused("/v1/chat/completions", body, engine=WorkerSettings(max_model_len=10))
+        assert (status, error["code"]) == (400, "prompt_too_long")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
 from gpu_worker.engine.delta_stream import Events, deltas, merged
 from gpu_worker.errors import EngineStopped
 from gpu_worker.request.request import Delta
+from gpu_worker.request.tools import ToolCallPiece
 from tests.virtual_time import run_in_virtual_time
 
 
@@ -59,3 +61,10 @@ def test_merging_keeps_the_last_counts_and_all_text() -> None:
     events.put_nowait(delta("c", 3, is_last=True))
     whole = merged(delta("a", 1), events)
     assert (whole.text, whole.num_new_tokens, whole.finish_reason) == ("abc", 3, "length")
+
+
+def test_merging_keeps_the_pieces_of_calls_in_order() -> None:
+    begun, more = ToolCallPiece(0, "", "c1", "f"), ToolCallPiece(0, "{}")
+    events: Events = asyncio.Queue()
+    events.put_nowait(replace(delta("", 2), tool_calls=(more,)))
+    assert merged(replace(delta("", 1), tool_calls=(begun,)), events).tool_calls == (begun, more)

@@ -20,6 +20,7 @@ from gpu_worker.model.base_model import BaseModel
 from gpu_worker.request.prompt_memo import PromptMemo
 from gpu_worker.request.prompts import Message
 from gpu_worker.request.request import Job
+from gpu_worker.request.tools import Function, ToolCall, Tools
 
 JOB = Job("r", "hello")
 
@@ -54,6 +55,9 @@ def test_the_same_prompt_is_tokenized_once() -> None:
         {"prompt": (Message("user", "hello"),)},
         {"prompt": (Message("system", "hello"),)},
         {"prompt": (Message("user", "hel"), Message("user", "lo"))},
+        {"prompt": (Message("tool", "hello", (), "c1", "f"),)},
+        {"prompt": (Message("assistant", "hello", (ToolCall("c1", "f", "{}"),)),)},
+        {"prompt": (Message("user", "hello"),), "tools": Tools((Function("f"),))},
     ],
     ids=str,
 )

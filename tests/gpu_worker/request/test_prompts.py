@@ -13,7 +13,9 @@ from gpu_worker.request.prompts import (
     render,
     render_alpaca,
     template_stops,
+    turn_of,
 )
+from gpu_worker.request.tools import ToolCall
 from tests.tiny import byte_tokenizer
 
 CHAT = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}" + (
@@ -85,3 +87,19 @@ def test_a_chat_template_runs_in_a_sandbox() -> None:
     tokenizer.chat_template = "{{ messages.append(1) }}"
     with pytest.raises(PromptInvalid, match="append"):
         render(TURNS, "chat", tokenizer)
+
+
+def test_templates_get_calls_as_objects_and_ids_of_nine_characters() -> None:
+    call, broken = ToolCall("call_0123456789", "f", '{"a": [1]}'), ToolCall("abcdefgh9", "g", "{no json")
+    turn = turn_of(Message("assistant", "Hm", (call, broken)))
+    first, second = turn["tool_calls"]
+    assert first["function"] == {"name": "f", "arguments": {"a": [1]}}
+    assert second == {"id": "abcdefgh9", "type": "function", "function": {"name": "g", "arguments": "{no json"}}
+    result = turn_of(Message("tool", "Rain", (), "call_0123456789", "f"))
+    assert result == {"role": "tool", "content": "Rain", "tool_call_id": first["id"], "name": "f"}
+    assert len(first["id"]) == 9 and first["id"].isalnum()
+    assert turn_of(Message("user", "Hi")) == {"role": "user", "content": "Hi"}
+
+
+def test_the_size_of_a_message_counts_its_calls() -> None:
+    assert Message("assistant", "Hm", (ToolCall("c1", "f", "{}"),)).num_chars == len("Hm" + "c1" + "f" + "{}")

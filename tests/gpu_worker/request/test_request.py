@@ -14,9 +14,12 @@ from gpu_worker.request.request import (
     MAX_LOGPROBS,
     MAX_STOP_CHARS,
     MAX_STOPS,
+    Completion,
+    Delta,
     Job,
     SamplingParams,
 )
+from gpu_worker.request.tools import ToolCall, ToolCallPiece
 
 
 @pytest.mark.parametrize(
@@ -83,3 +86,12 @@ def test_the_limits_themselves_are_allowed(changes: dict[str, object]) -> None:
 def test_a_job_survives_pickling() -> None:
     job = Job("1", "text", sampling=SamplingParams(stop=("a",), seed=3))
     assert pickle.loads(pickle.dumps(job)) == job
+
+
+def test_an_answer_has_the_calls_of_all_its_deltas() -> None:
+    deltas = [
+        Delta("Hm", 5, 1),
+        Delta("", 5, 2, tool_calls=(ToolCallPiece(0, "", "c1", "f"), ToolCallPiece(0, "{"))),
+        Delta("", 5, 3, "tool_calls", tool_calls=(ToolCallPiece(0, "}"),)),
+    ]
+    assert Completion.joined(deltas) == Completion("Hm", 5, 3, "tool_calls", (), (ToolCall("c1", "f", "{}"),))

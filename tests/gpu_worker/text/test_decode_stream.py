@@ -188,3 +188,12 @@ def test_the_end_of_any_prompt_is_found_in_a_few_decoder_calls(tokenizer: Tokeni
     counting = CountingTokenizer(tokenizer)
     DecodeStream(cast(Tokenizer, counting), prompt)
     assert counting.num_calls <= 16 and counting.num_ids <= 10_000
+
+
+@KINDS
+def test_a_visible_special_token_has_a_text_between_those_of_its_neighbours(tokenizer: Tokenizer) -> None:
+    special = tokenizer.token_to_id("</s>")
+    hidden = tokenizer.token_to_id("<s>")
+    stream = DecodeStream(tokenizer, ids_of("The", tokenizer=tokenizer), {special: "[CALL]"})
+    answer = [*ids_of("▁Paris", tokenizer=tokenizer), 0xC3, special, hidden, *ids_of("▁is", tokenizer=tokenizer)]
+    assert "".join([*map(stream.push, answer), stream.finish()]) == " Paris\ufffd[CALL] is"
