@@ -90,7 +90,8 @@ def test_tools(client: openai.OpenAI, choice: Any) -> None:
 
 def test_streamed_tools(client: openai.OpenAI) -> None:
     """streamed tool calls"""
-    options = {"tools": TOOLS, "tool_choice": "required"}
+    tool = {"name": "get_weather", "strict": True, "parameters": WEATHER}
+    options = {"tools": [{"type": "function", "function": tool}], "tool_choice": "required"}
     with client.chat.completions.stream(model="auto", messages=ASKED, **options) as stream:
         events = list(stream)
         final = stream.get_final_completion().choices[0]

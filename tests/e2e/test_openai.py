@@ -165,6 +165,29 @@ def test_a_parsed_answer_follows_its_model(client: openai.OpenAI) -> None:
         assert all(isinstance(choice.message.parsed, Order) for choice in answer.choices)
 
 
+def test_a_required_tool_is_called_with_valid_arguments(client: openai.OpenAI) -> None:
+    leave = {"name": "leave", "strict": True, "parameters": {"type": "object", "additionalProperties": False}}
+    tools = [openai.pydantic_function_tool(Order, name="order"), {"type": "function", "function": leave}]
+    asked: dict[str, Any] = {"messages": messages("Two red shirts"), "tools": tools, "max_tokens": 100}
+    for model in ("auto", BASE):
+        answer = client.chat.completions.parse(model=model, tool_choice="required", temperature=1.0, n=2, **asked)
+        for choice in answer.choices:
+            [call] = choice.message.tool_calls or []
+            assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+            assert call.function.name == "leave" or isinstance(call.function.parsed_arguments, Order)
+    named = {"type": "function", "function": {"name": "order"}}
+    with client.chat.completions.stream(model="auto", tool_choice=named, temperature=0, **asked) as stream:
+        for _ in stream:
+            pass
+        [choice] = stream.get_final_completion().choices
+    [call] = choice.message.tool_calls or []
+    assert isinstance(call.function.parsed_arguments, Order)
+    result = {"role": "tool", "tool_call_id": call.id, "content": "ordered"}
+    more = [*asked["messages"], choice.message.model_dump(exclude={"parsed"}, exclude_none=True), result]
+    told = client.chat.completions.create(model="auto", **asked | {"messages": more, "max_tokens": 5})
+    assert told.usage is not None and told.usage.completion_tokens > 0
+
+
 def test_a_streamed_choice_is_one_of_the_texts(client: openai.OpenAI) -> None:
     body = {"structured_outputs": {"choice": ["red", "gr\u00fcn"]}}
     parts = client.completions.create(**{**STORY, "max_tokens": 40}, extra_body=body, stream=True)
@@ -179,9 +202,13 @@ def test_errors_have_the_clients_own_classes(client: openai.OpenAI, heldout: lis
     with pytest.raises(openai.BadRequestError, match="at /properties/a cannot be compiled") as invalid:
         ask(response_format={"type": "json_schema", "json_schema": schema})
     assert (invalid.value.code, invalid.value.param) == ("grammar_invalid", "response_format.json_schema.schema")
-    with pytest.raises(openai.BadRequestError) as tools:
-        ask(tools=[{"type": "function", "function": {"name": "f"}}])
-    assert (tools.value.code, tools.value.param) == ("unsupported", "tools")
+    with pytest.raises(openai.BadRequestError, match="use tools") as functions:
+        ask(functions=[{"name": "f", "parameters": {}}])
+    assert (functions.value.code, functions.value.param) == ("unsupported", "functions")
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema["schema"]}}
+    with pytest.raises(openai.BadRequestError, match="at /0/function/parameters/properties/a") as uncompiled:
+        ask(tools=[tool], tool_choice="required")
+    assert (uncompiled.value.code, uncompiled.value.param) == ("grammar_invalid", "tools")
     with pytest.raises(openai.BadRequestError) as options:
         ask(stream_options={"include_usage": True})
     assert options.value.param == "stream_options"
