@@ -42,13 +42,13 @@ def matcher_of(grammar: Grammar, vocabulary: LLTokenizer) -> LLMatcher:
     if grammar.kind == "json_schema":
         source = LLMatcher.grammar_from_json_schema(grammar.text, overrides=_JSON_OPTIONS)
     elif grammar.kind == "tool_calls":
-        source = LLMatcher.grammar_from_lark(_lark_of(grammar.text))
+        source = LLMatcher.grammar_from_lark(lark_of_calls(grammar.text))
     else:
         source = grammar_from(grammar.kind, grammar.text)
     return LLMatcher(vocabulary, source, limits=limits(), log_level=0)
 
 
-def _lark_of(text: str) -> str:
+def lark_of_calls(text: str) -> str:
     """Return the rules of a grammar of calls with its schemas, each with the same options as a schema alone."""
     parts: dict[str, Any] = json.loads(text)
     rules: str = parts["rules"]
