@@ -134,7 +134,7 @@ class FunctionDefinition(TolerantRequest):
     strict: bool | None = None
 
     def function(self, path: str) -> Function:
-        """Return the function. Raises: GrammarInvalid for a schema that is no JSON."""
+        """Return the function. Raises: GrammarInvalid for a schema that JSON cannot hold."""
         try:
             parameters = NO_PARAMETERS if self.parameters is None else json.dumps(self.parameters, allow_nan=False)
         except (RecursionError, ValueError) as exc:

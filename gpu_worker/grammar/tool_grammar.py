@@ -28,7 +28,7 @@ def tool_grammar(tools: Tools, form: ToolForm, answer: Grammar | None) -> Gramma
     - An answer that may call follows the schemas of the strict ones, where there are any; other arguments are any
       object. It is text with calls in it, or, if `answer` is its grammar, calls or what that allows.
 
-    Raises: GrammarInvalid; SamplingInvalid for an `answer` that is no JSON schema.
+    Raises: GrammarInvalid; SamplingInvalid for an `answer` that is not a JSON schema.
     """
     is_forced = tools.required or tools.only is not None
     if not is_forced and answer is None and not any(function.strict for function in tools.functions):
@@ -36,7 +36,7 @@ def tool_grammar(tools: Tools, form: ToolForm, answer: Grammar | None) -> Gramma
     places = [n for n, function in enumerate(tools.functions) if tools.only in (None, function.name)]
     schemas = {f"/{n}/function/parameters": _schema_of(tools.functions[n], is_forced) for n in places}
     if form.is_bare and answer is not None and not is_forced:
-        form = replace(form, opening=form.marker)  # else the answer's own object could not be told from a call
+        form = replace(form, opening=form.marker)  # else the answer's own object could not be distinguished from a call
     rules = [_calls(form, [tools.functions[n] for n in places])]
     if is_forced:
         rules.append("start: calls")

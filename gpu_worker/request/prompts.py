@@ -90,7 +90,7 @@ def render_chat(
 
 
 def turn_of(message: Message) -> dict[str, Any]:
-    """Return the message as chat templates read it. Arguments that are no JSON stay text."""
+    """Return the message as chat templates read it. Invalid arguments stay text."""
     turn: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.tool_calls:
         turn["tool_calls"] = [

@@ -1,6 +1,6 @@
 """Find the calls in an answer while it is generated.
 
-Text between calls is content, as is a malformed call: one that is no JSON object, names an unknown function, or is not
+Text between calls is content, as is a malformed call: one that is not a JSON object, names an unknown function, or is not
 complete. White space around calls is dropped.
 """
 

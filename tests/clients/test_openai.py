@@ -84,8 +84,8 @@ def test_tools(client: openai.OpenAI, choice: Any) -> None:
     [call] = message.tool_calls
     assert (call.function.name, json.loads(call.function.arguments)) == ("get_weather", {"city": "Rome"})
     result = {"role": "tool", "tool_call_id": call.id, "content": "Rain"}
-    told = client.chat.completions.create(model="auto", messages=[*ASKED, message, result], tools=TOOLS)
-    assert (told.choices[0].message.content, told.choices[0].finish_reason) == ("Hello", "stop")
+    final = client.chat.completions.create(model="auto", messages=[*ASKED, message, result], tools=TOOLS)
+    assert (final.choices[0].message.content, final.choices[0].finish_reason) == ("Hello", "stop")
 
 
 def test_streamed_tools(client: openai.OpenAI) -> None:

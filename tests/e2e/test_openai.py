@@ -184,8 +184,8 @@ def test_a_required_tool_is_called_with_valid_arguments(client: openai.OpenAI) -
     assert isinstance(call.function.parsed_arguments, Order)
     result = {"role": "tool", "tool_call_id": call.id, "content": "ordered"}
     more = [*asked["messages"], choice.message.model_dump(exclude={"parsed"}, exclude_none=True), result]
-    told = client.chat.completions.create(model="auto", **asked | {"messages": more, "max_tokens": 5})
-    assert told.usage is not None and told.usage.completion_tokens > 0
+    final = client.chat.completions.create(model="auto", **asked | {"messages": more, "max_tokens": 5})
+    assert final.usage is not None and final.usage.completion_tokens > 0
 
 
 def test_a_streamed_choice_is_one_of_the_texts(client: openai.OpenAI) -> None:

@@ -109,7 +109,7 @@ def test_a_mistake_is_refused_with_its_place_and_a_remedy(fields: dict[str, Any]
     assert text in str(error)
 
 
-def test_a_schema_that_is_no_json_is_refused() -> None:
+def test_a_schema_that_json_cannot_hold_is_refused() -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": {"const": float("nan")}}}
     with pytest.raises(GrammarInvalid) as caught:
         chat(tools=[tool]).used_tools()

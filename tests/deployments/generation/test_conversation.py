@@ -137,7 +137,7 @@ def test_every_text_ends_with_the_last_turn_and_adds_only_what_was_said(messages
     assert (reading.previous is not None) == (len(users) > 1 and not reading.is_housekeeping)
 
 
-def test_calls_and_their_results_are_no_turns_of_the_user() -> None:
+def test_calls_and_their_results_are_not_turns_of_the_user() -> None:
     call = Message("assistant", "I look.", (ToolCall("c1", "get_weather", "{}"),))
     result = Message("tool", "Generate a concise title for this chat", (), "c1", "get_weather")
     asked = said(TASK, OTHER)

@@ -162,7 +162,7 @@ def test_a_setting_names_the_form(tiny_base: TinyBase) -> None:
         prepare(job, lambda event: None)
 
 
-def test_what_the_grammar_forbids_is_refused(make_engine: MakeEngine, tiny_base: TinyBase) -> None:
+def test_options_that_contradict_the_grammar_are_refused(make_engine: MakeEngine, tiny_base: TinyBase) -> None:
     engine = make_engine({}, base=with_template(tiny_base(), None), max_model_len=1600)
     with pytest.raises(SamplingInvalid, match="ignore_eos"):
         row_of(engine, asked(REQUIRED, ignore_eos=True))

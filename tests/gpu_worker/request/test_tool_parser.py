@@ -48,7 +48,7 @@ def slow(form: ToolForm, text: str, max_calls: int | None = None) -> Found:
             break
         more = re.match(r"\s*" + re.escape(form.more), text[at:]) if form.more else None
         end_of_calls = re.match(r"\s*" + re.escape(form.end), text[at:]) if form.end else None
-        if more is not None:  # what follows the separator is no call
+        if more is not None:  # the text after the separator is content
             num_malformed += 1
             content, at = content + text[at : at + more.end()], at + more.end()
         elif end_of_calls is not None:

@@ -152,7 +152,7 @@ def test_results_and_the_next_question_are_one_turn() -> None:
     assert without_tool_turns([ASKED, ASKED]) == [ASKED, ASKED]
 
 
-def test_arguments_that_are_no_json_stay_text() -> None:
+def test_invalid_arguments_stay_text() -> None:
     [turn] = without_tool_turns([Message("assistant", "Hm", (ToolCall("1", "f", "{broken"),))])
     assert turn.content == "Hm\n" + call_text({"name": "f", "arguments": "{broken"})
 
