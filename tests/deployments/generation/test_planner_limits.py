@@ -105,4 +105,4 @@ def test_tools_and_calls_count_as_a_part_of_the_prompt() -> None:
     loop = [{"role": "user", "content": "Hi"}, {"role": "assistant", "tool_calls": [call]}]
     for body in (chat("Hi", tools=[tool]), {"messages": loop}):
         status, error = refused("/v1/chat/completions", body, engine=WorkerSettings(max_model_len=10))
-        assert (status, error["code"]) == (400, "prompt_too_long")
+        assert (status, error["code"]) == (400, "context_length_exceeded")
