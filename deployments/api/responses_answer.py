@@ -109,7 +109,7 @@ class ResponseForm:
     def whole(self, answer: ChatAnswer | TextAnswer) -> ResponseObject:
         """Return the response to a whole chat."""
         [choice] = cast(ChatAnswer, answer)["choices"]
-        self._text = [choice["message"]["content"]]
+        self._text = [choice["message"]["content"] or ""]
         self._logprobs = list(choice["logprobs"]["content"]) if choice["logprobs"] else []
         self._reason, self._usage = choice["finish_reason"], _usage_of(answer["usage"])
         self._keep_extras(answer)

@@ -18,13 +18,13 @@ from deployments.api.base import (
 )
 from deployments.api.completions import (
     MAX_MESSAGES,
-    MAX_PARTS,
     GenerationRequest,
     Label,
     Question,
     Text,
     question_text,
 )
+from deployments.api.messages import MAX_PARTS
 from deployments.api.structured import TextFormat
 from deployments.json_types import JsonMapping, JsonObject
 from gpu_worker.request.grammar import Grammar

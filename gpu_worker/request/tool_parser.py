@@ -1,7 +1,7 @@
 """Find the calls in an answer while it is generated.
 
-Text between calls is content, as is a malformed call: one that is not a JSON object, names an unknown function, or is not
-complete. White space around calls is dropped.
+Text between calls is content, as is a malformed call: one that is not a JSON object, names an unknown function, or is
+incomplete. White space around calls is dropped.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One server for all clients: the HTTP application over fakes, on loopback. Its answers follow requested formats and tools."""
+"""One server for all clients: the HTTP application over fakes, on loopback. Its answers follow formats and tools."""
 
 from __future__ import annotations
 
