@@ -141,7 +141,7 @@ def test_samples_below_their_own_threshold_are_counted() -> None:
     assert [a.ref.name for a in report.with_few_samples] == ["few"]
 
 
-def test_what_a_refit_would_change_is_measured_on_the_pools_samples() -> None:
+def test_a_refit_is_tried_on_the_samples_of_the_pool() -> None:
     groups = world()
     texts = texts_of(groups)
     table = {text: row for own, rows in zip(texts, groups, strict=True) for text, row in zip(own, rows, strict=True)}
