@@ -3,12 +3,16 @@
 A cosine means something different for each adapter: the samples of one lie close together, those of another far apart,
 and some lie near ordinary prompts. So a score s of an adapter is turned into a *fit* before it is judged:
 
-    fit(s) = (s − m) / d  +  ½ · x  −  max(0, 2.33 − x),  x = (s − b) / c
+    fit(s) = (s − m) / d  +  ½ · x  −  max(0, 2.33 − x)  −  max(0, 1.2 · (n − s) / e),  x = (s − b) / c
 
 m and d are the mean and the spread of the scores of the adapter's own samples, each compared with the others. b and c
 are the same of ordinary prompts, compared with the adapter. Estimates from few samples are shrunk towards the pool's.
-The last term counts against a score that one ordinary prompt in a hundred reaches. A score that one in twenty reaches,
+The third term counts against a score that one ordinary prompt in a hundred reaches. A score that one in twenty reaches,
 x < 1.64, fits no adapter: otherwise an adapter whose samples are as various as ordinary prompts would answer these.
+
+n is how near the prompt itself is to ordinary prompts, and e the spread of this nearness among ordinary prompts (see
+`ordinary_prompts`). So the last term counts against prompts that are nearer to ordinary prompts than to the adapter. It
+is left out for own samples, few of which are.
 
 The *confidence* of a candidate is the share of own samples in the pool that fit their adapter less well. An operating
 point is a confidence: below it a candidate is dropped, and so is that share of the pool's own prompts. As the fit grows
@@ -34,6 +38,7 @@ NO_THRESHOLD = -1.0  # the lowest possible cosine
 MIN_SCORES = 5  # an adapter with fewer own scores says nothing about the pool
 MAX_VOTERS = 512
 _ORDINARY_WEIGHT = 0.5
+_NEARNESS_WEIGHT = 1.2
 _ONE_IN_A_HUNDRED, _ONE_IN_TWENTY = 2.33, 1.64  # in spreads of ordinary prompts' scores
 _SPREAD_PRIOR = 5  # the pool's spread counts as this many samples of an adapter
 _FEW_VOTERS = 3  # fewer are filled up with `_USUAL_FITS`
@@ -61,6 +66,14 @@ class Adapters:
 
     vectors: np.ndarray  # (A, D) unit rows
     own_scores: Sequence[np.ndarray]  # A arrays, as `leave_one_out_scores` returns them
+
+
+@dataclass(frozen=True, slots=True)
+class Nearness:
+    """How near prompts are to ordinary prompts (C,), and the spread of this nearness among ordinary prompts."""
+
+    values: Floats
+    spread: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +107,17 @@ class _Fits:
         fields = (self.slope, self.offset, self.steep, self.knee, self.floor)
         return _Fits(*(np.repeat(field, counts) for field in fields)).of(np.concatenate(groups))
 
-    def least_score(self, fit: float) -> Floats:
-        """Return the score at which each adapter reaches this fit."""
-        above = (fit + self.offset) / self.slope
-        below = (fit + self.offset + self.steep * self.knee) / (self.slope + self.steep)
-        least: Floats = np.maximum(np.where(above >= self.knee, above, below), self.floor)
+    def least_score(self, fit: float, near: Floats, pull: float) -> Floats:
+        """Return the score s at which each adapter reaches this fit, less pull · max(0, near − s), near (A,).
+
+        The fit is the least of four lines, so the score is the largest at which one of them reaches it.
+        """
+        lines = [
+            (fit + self.offset + steep * self.knee + own * near) / (self.slope + steep + own)
+            for steep in (0 * self.steep, self.steep)
+            for own in (0.0, pull)
+        ]
+        least: Floats = np.maximum(np.max(lines, axis=0), self.floor)
         return least
 
 
@@ -166,18 +185,24 @@ class Calibration:
             weights = np.concatenate([weights, np.full(len(_USUAL_FITS), each)])
         return cls(prior, fits, weights, ordinary)
 
-    def judge(self, candidates: Adapters, scores: Floats, share: float) -> tuple[Floats, Floats]:
+    def judge(
+        self, candidates: Adapters, scores: Floats, share: float, prompts: Nearness | None = None
+    ) -> tuple[Floats, Floats]:
         """Return (thresholds, confidences), each (C,), of candidates with these scores (C,).
 
-        A score below its threshold has a confidence below `share`. A share of 0 turns nothing away.
+        `prompts`: the nearness of each candidate's prompt. A score below its threshold has a confidence below `share`.
+        A share of 0 turns nothing away.
         """
         if not len(self._fits):
             return np.full(len(scores), NO_THRESHOLD), np.ones(len(scores))
+        near, pull = (scores, 0.0) if prompts is None else (prompts.values, _NEARNESS_WEIGHT / prompts.spread)
         fits = self._fits_of(candidates)
-        confidences = np.interp(fits.of(scores), self._fits, self._shares) * (scores >= fits.floor)
+        reached = fits.of(scores) - pull * np.maximum(near - scores, 0)
+        confidences = np.interp(reached, self._fits, self._shares) * (scores >= fits.floor)
         if share <= 0:
             return np.full(len(scores), NO_THRESHOLD), confidences
-        return fits.least_score(float(np.interp(share, self._shares, self._fits))).clip(-1, 1), confidences
+        least = float(np.interp(share, self._shares, self._fits))
+        return fits.least_score(least, near, pull).clip(-1, 1), confidences
 
     def _fits_of(self, adapters: Adapters) -> _Fits:
         ordinary = self._ordinary_moments(adapters.vectors)

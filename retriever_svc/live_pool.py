@@ -15,6 +15,7 @@ from retriever_svc.encoder_registry import EncoderRegistry, LoadEncoder, Project
 from retriever_svc.errors import ProjectionUnusable, StaleIndex
 from retriever_svc.index import AdapterIndex, IndexSettings
 from retriever_svc.inverted_lists import InvertedLists
+from retriever_svc.ordinary_prompts import OrdinaryVectors
 from retriever_svc.pool import Pool, routable
 from retriever_svc.projection_files import ProjectionFiles
 from retriever_svc.reindex import refit
@@ -155,7 +156,7 @@ class LivePool:
         return pool
 
     def _built(self, snapshot: Snapshot, encoder: Encoder) -> Pool:
-        ordinary = None if self._projections is None else self._projections.ordinary(encoder)
+        ordinary = None if self._projections is None else OrdinaryVectors.of(self._projections.ordinary(encoder))
         return Pool.of(snapshot, encoder, self._settings, self._saved_lists(snapshot, encoder), ordinary)
 
     def _saved_lists(self, snapshot: Snapshot, encoder: Encoder) -> InvertedLists | None:

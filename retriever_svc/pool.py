@@ -11,11 +11,12 @@ import numpy as np
 from lora_store.errors import AdapterNotFound
 from lora_store.records import AdapterRecord
 from lora_store.snapshot import Snapshot
-from retriever_svc.calibration import MAX_VOTERS, Adapters, Calibration
+from retriever_svc.calibration import MAX_VOTERS, Adapters, Calibration, Nearness
 from retriever_svc.encoder import Encoder, Vectors
 from retriever_svc.index import AdapterIndex, Allowed, IndexSettings, Match
 from retriever_svc.inverted_lists import InvertedLists
 from retriever_svc.listing import Listings
+from retriever_svc.ordinary_prompts import OrdinaryVectors
 from retriever_svc.per_caller_cache import PerCallerCache
 from retriever_svc.planning import resolve
 from retriever_svc.preferences import Preferences
@@ -30,7 +31,7 @@ class Pool:
     snapshot: Snapshot
     encoder: Encoder
     index: AdapterIndex
-    ordinary: Vectors | None = None  # (J, D): ordinary prompts, by the same encoder
+    ordinary: OrdinaryVectors | None = None  # by the same encoder
     _allowed: PerCallerCache[Allowed] = field(default_factory=PerCallerCache)
     _calibrations: PerCallerCache[Calibration] = field(default_factory=PerCallerCache)
     _maps: PerCallerCache[tuple[Plane, PoolMap]] = field(default_factory=PerCallerCache)
@@ -48,7 +49,7 @@ class Pool:
         encoder: Encoder,
         settings: IndexSettings,
         lists: InvertedLists | None = None,
-        ordinary: Vectors | None = None,
+        ordinary: OrdinaryVectors | None = None,
     ) -> Pool:
         """Build a pool. `lists` must be for the positions in the order of `routable`."""
         index = AdapterIndex.of(routable(snapshot, encoder.identity), encoder.dim, settings, lists)
@@ -77,12 +78,12 @@ class Pool:
 
     def _calibrated(self, tenant: str) -> Calibration:
         _, records, vectors = self.index.trusted(tenant, MAX_VOTERS)
-        return Calibration.of(_adapters_of(records, vectors), self.ordinary)
+        return Calibration.of(_adapters_of(records, vectors), self.ordinary and self.ordinary.vectors)
 
-    def judged(self, found: Sequence[list[Match]], tenant: str, share: float) -> list[list[Match]]:
+    def judged(self, queries: Vectors, found: Sequence[list[Match]], tenant: str, share: float) -> list[list[Match]]:
         """Return the same matches with their confidences, and with the thresholds that turn away `share` of prompts.
 
-        `found` has one list per query.
+        `found` has one list for each of `queries` (N, D).
         """
         matches = [match for row in found for match in row]
         if not matches:
@@ -90,7 +91,11 @@ class Pool:
         records = [match.record for match in matches]
         vectors = np.stack([record.embedding.vector for record in records if record.embedding is not None])
         scores = np.asarray([match.score for match in matches])
-        thresholds, confidences = self.calibration(tenant).judge(_adapters_of(records, vectors), scores, share)
+        prompts = None
+        if self.ordinary is not None:
+            nearness = np.repeat(self.ordinary.nearness(queries), [len(row) for row in found])
+            prompts = Nearness(nearness, self.ordinary.spread)
+        thresholds, confidences = self.calibration(tenant).judge(_adapters_of(records, vectors), scores, share, prompts)
         judged = map(Match, records, scores.tolist(), thresholds.tolist(), confidences.tolist())
         return [list(islice(judged, len(row))) for row in found]
 

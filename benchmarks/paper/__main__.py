@@ -61,6 +61,8 @@ STAGES = (
     Stage("shares", 60),
     Stage("kinds", 1),
     Stage("conflicts", 35, _TRAINED),
+    Stage("auto", 40),
+    Stage("competence", 20),
     Stage("mixed_pool", 30, _TRAINED),
     Stage("arrivals", 35),
     Stage("gate", 25, _TRAINED),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
@@ -22,8 +22,9 @@ from transformers import AutoTokenizer
 from benchmarks.paper.common.tasks import TaskList, load_parts, read_task_list
 from benchmarks.paper.common.workspace import DEFAULT_ROOT, Workspace
 from benchmarks.paper.retrieval.loading import pool_specs
+from benchmarks.paper.retrieval.projected import read_everyday
+from benchmarks.paper.retrieval.ranking import retriever_of
 from benchmarks.paper.retrieval.study import Task, study_of
-from benchmarks.pool_scale import Source, record_of
 from benchmarks.results_file import write_results
 from benchmarks.routing.shipped import STARTER_TASKS, family_of
 from benchmarks.starter_pool import HELD_OUT, POOL
@@ -31,12 +32,10 @@ from benchmarks.training.bigbench_tasks import read_specs
 from deployments.cli.routing import auroc
 from gpu_worker.config import WorkerConfig
 from gpu_worker.model.base_model import model_source
-from lora_store.adapter import Sample
-from retriever_svc import Encoder, LivePool, ProjectionFiles, Retriever, Route, RouteRequest
+from retriever_svc import Encoder, ProjectionFiles, Retriever, Route, RouteRequest
 from retriever_svc.calibration import Abstain
 from retriever_svc.retriever import Encoded
 
-ORDINARY = Path(__file__).with_name("ordinary_prompts.jsonl")  # none of them sets a threshold
 PER_TASK = 25  # prompts of each foreign task
 _BATCH = 64
 out = Console(width=160)
@@ -79,22 +78,10 @@ def study_case(tasks: Sequence[Task], foreign: Sequence[str]) -> Case:
     return Case(f"{len(tasks)} tasks", {task.name: task.samples for task in tasks}, own, foreign)
 
 
-def retriever_of(samples: Mapping[str, Sequence[str]], encoder: Encoder) -> Retriever:
-    """Return a Retriever over adapters with these samples and no weights."""
-    source = Source([])
-    pools = LivePool(lambda _: encoder, source, projections=ProjectionFiles())
-    retriever = Retriever(pools)
-    embeddings = retriever.embed_groups([[Sample(text) for text in texts] for texts in samples.values()])
-    records = [record_of(name, embedding, ()) for name, embedding in zip(samples, embeddings, strict=True) if embedding]
-    source.now = replace(Source(records).now, generation=2)
-    pools.catch_up()
-    return retriever
-
-
 def measure(case: Case, encoder: Encoder) -> Iterator[Outcome]:
     """Yield the outcome at each operating point."""
-    retriever = retriever_of(case.samples, encoder)
-    prompts = {"own": [text for text, _ in case.own], "foreign": case.foreign, "ordinary": _inputs(ORDINARY)}
+    retriever = retriever_of(case.samples, encoder.projected(ProjectionFiles().shipped(encoder.identity)))
+    prompts = {"own": [text for text, _ in case.own], "foreign": case.foreign, "ordinary": read_everyday()}
     encoded = {kind: _encoded(retriever, texts) for kind, texts in prompts.items()}
     for abstain in get_args(Abstain):
         routes = {

@@ -50,16 +50,15 @@ class AnswerScorer(Scorer):
         assert example.output is not None, "examples have outputs"
         async with self._room:
             answer = await self._answer(adapter, example.input, example.output)
-        return float(normalized(answer) == normalized(example.output))
+        return score_of(answer, example.output)
 
     async def _answer(self, adapter: AdapterRecord, text: str, output: str) -> str:
         plan = Plan("selection", (PlannedAdapter(adapter.ref, adapter.weights_digest, 1.0),), template=adapter.template)
-        max_tokens = min(_MAX_TOKENS, len(output) // _CHARS_PER_TOKEN + 4)
         job = Job(
             request_id=f"evaluate-{next(self._numbers)}",
             prompt=(Message("user", text),),
             plan=plan,
-            sampling=SamplingParams(max_tokens=max_tokens, temperature=0),
+            sampling=SamplingParams(max_tokens=max_tokens_for(output), temperature=0),
             template=adapter.template or self._template,
             tenant=_TENANT,
             time_left_s=_ANSWER_S,
@@ -74,6 +73,16 @@ class AnswerScorer(Scorer):
         finally:
             stream.cancel()
         return "".join(parts)
+
+
+def max_tokens_for(output: str) -> int:
+    """Return how many tokens an answer may have to be compared with this output."""
+    return min(_MAX_TOKENS, len(output) // _CHARS_PER_TOKEN + 4)
+
+
+def score_of(answer: str, output: str) -> float:
+    """Return 1 if the answer equals the sample's output, else 0."""
+    return float(normalized(answer) == normalized(output))
 
 
 class Evaluator:

@@ -11,6 +11,7 @@ from retriever_svc.calibration import (
     SHARES,
     Adapters,
     Calibration,
+    Nearness,
     leave_one_out_scores,
 )
 from retriever_svc.encoder import unit_rows
@@ -130,6 +131,29 @@ def test_an_operating_point_turns_away_its_share_of_own_samples(share: float) ->
     assert share == 0 or (thresholds > floors_of(adapters, ordinary)).mean() > 0.98
     turned_away = [np.mean(own < t) for own, t in zip(adapters.own_scores, thresholds, strict=True)]
     assert np.mean(turned_away) == pytest.approx(share, abs=0.003)
+
+
+def test_a_prompt_nearer_to_ordinary_prompts_than_to_the_adapter_fits_less() -> None:
+    adapters, ordinary = pool()
+    calibration, scores = Calibration.of(adapters, ordinary), np.linspace(0.2, 0.9, 40)
+    fits = [slow_fit(adapters, ordinary, i, s) for i, own in enumerate(adapters.own_scores) for s in own]
+    nearness = np.random.default_rng(5).uniform(0, 1, 40)
+    _, confidences = calibration.judge(adapters, scores, 0.03, Nearness(nearness, 0.1))
+    for number, (score, near) in enumerate(zip(scores, nearness, strict=True)):
+        fit = slow_fit(adapters, ordinary, number, score) - max(0, 1.2 * (near - score) / 0.1)
+        assert confidences[number] == pytest.approx(np.mean([other < fit for other in fits]), abs=1.5 / len(fits))
+
+
+def test_a_threshold_is_the_score_of_the_wanted_confidence_for_ordinary_prompts_too() -> None:
+    adapters, ordinary = pool()
+    calibration, nearness = Calibration.of(adapters, ordinary), Nearness(np.linspace(0, 1, 40), 0.1)
+    plain, _ = calibration.judge(adapters, np.zeros(40), 0.08)
+    thresholds, _ = calibration.judge(adapters, np.zeros(40), 0.08, nearness)
+    _, confidences = calibration.judge(adapters, thresholds, 0.08, nearness)
+    reached = thresholds < 1
+    np.testing.assert_allclose(confidences[reached], 0.08, atol=1e-9)
+    np.testing.assert_array_equal(thresholds > plain, (nearness.values > plain) & (plain < 1))
+    assert (thresholds > plain).any() and (thresholds == plain).any()
 
 
 def test_ordinary_prompts_near_an_adapter_raise_its_threshold() -> None:

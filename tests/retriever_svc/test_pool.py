@@ -9,6 +9,7 @@ from lora_store.records import AdapterRecord
 from retriever_svc import Calibration, IndexSettings
 from retriever_svc.calibration import NO_THRESHOLD, SHARES, Adapters, leave_one_out_scores
 from retriever_svc.encoder import unit_rows
+from retriever_svc.ordinary_prompts import OrdinaryVectors
 from retriever_svc.pool import Pool
 from tests.retriever_svc.pool_fakes import FAKE_IDENTITY, FakeEncoder, record_of, snapshot_of
 
@@ -122,20 +123,35 @@ def test_matches_are_judged_together_as_one_by_one() -> None:
         record_of(f"a{n}", unit_rows(own.mean(axis=0)), own_scores=leave_one_out_scores(own))
         for n, own in enumerate(rows)
     ]
-    pool = Pool.of(snapshot_of(*records), FakeEncoder({}), IndexSettings(), ordinary=np.eye(2, dtype=np.float32))
+    angles = np.concatenate([[0, np.pi / 2], np.linspace(-1.2, 0, 8)])
+    ordinary = OrdinaryVectors.of(np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32))
+    pool = Pool.of(snapshot_of(*records), FakeEncoder({}), IndexSettings(), ordinary=ordinary)
     queries = unit_rows(rng.standard_normal((4, 2)).astype(np.float32))
     found = [*pool.nearest(queries, 3, "local"), []]
-    judged = pool.judged(found, "local", 0.08)
+    rows_judged = np.concatenate([queries, queries[:1]])
+    judged = pool.judged(rows_judged, found, "local", 0.08)
     assert [[m.record for m in row] for row in judged] == [[m.record for m in row] for row in found]
-    for row, plain in zip(judged, found, strict=True):
+    for query, row, plain in zip(rows_judged, judged, found, strict=True):
         for match, before in zip(row, plain, strict=True):
-            [[alone]] = pool.judged([[before]], "local", 0.08)
-            assert match == alone
-            assert match.score == before.score
+            [[alone]] = pool.judged(query[np.newaxis], [[before]], "local", 0.08)
+            assert match[:2] == alone[:2] == before[:2]
+            assert match[2:] == pytest.approx(alone[2:], abs=1e-6)
             assert match.fits == (match.confidence >= 0.08)
     assert any(match.fits for row in judged for match in row)
     assert not all(match.fits for row in judged for match in row)
-    assert pool.judged([[]], "local", 0.08) == [[]]
+    assert pool.judged(queries[:1], [[]], "local", 0.08) == [[]]
+
+
+def test_a_prompt_near_ordinary_prompts_has_higher_thresholds() -> None:
+    records = [record_of("a", (1.0, 0.0), own_scores=np.linspace(0.5, 0.9, 20, dtype=np.float32))]
+    rng = np.random.default_rng(3)
+    rows = unit_rows(np.asarray([0, 1]) + 0.4 * rng.standard_normal((40, 2)))
+    ordinary = OrdinaryVectors.of(rows.astype(np.float32))
+    pool = Pool.of(snapshot_of(*records), FakeEncoder({}), IndexSettings(), ordinary=ordinary)
+    queries = unit_rows(np.asarray([[1, 1], [1, -1]], np.float32))
+    [[near], [far]] = pool.judged(queries, pool.nearest(queries, 1, "local"), "local", 0.03)
+    assert near.score == pytest.approx(far.score)
+    assert near.threshold > far.threshold and near.confidence < far.confidence
 
 
 def test_an_index_rebuilt_during_requests_has_newer_changes() -> None:

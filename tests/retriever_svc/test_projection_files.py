@@ -105,11 +105,6 @@ def test_a_damaged_file_or_a_store_that_is_down_costs_one_encoding(tmp_path: Pat
         assert len(encoder.batches) == 1
 
 
-def test_the_prompts_are_many_and_distinct() -> None:
-    assert len(set(ordinary_prompts())) == len(ordinary_prompts()) == 245
-    assert all(text.strip() for text in ordinary_prompts())
-
-
 def test_a_projection_keeps_its_dimension() -> None:
     fitted = Whitening.from_bytes(fit_whitening("another", world()).to_bytes())
     assert fitted.project(world()[0]).shape == (20, DIM)

@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.training.adapter_files import BASE_NAME
 from gpu_worker.bank.bank import LoraBank
 from lora_store import AdapterWeights, LoraStore, decode_weights
-from retriever_svc import Encoder, LivePool, Retriever, embed_groups
+from retriever_svc import Encoder, LivePool, ProjectionFiles, Retriever, embed_groups
 
 ACTOR = "study"
 
@@ -30,4 +30,13 @@ def fetch_from(store: LoraStore, digest: str) -> AdapterWeights:
 
 
 def retriever_over(store: LoraStore, encoder: Encoder) -> Retriever:
-    return Retriever(LivePool(lambda _: encoder, store.snapshot))
+    """Return the server's Retriever. An encoder with a projection is used with thresholds, as in a server."""
+    if encoder.projection is None:
+        return Retriever(LivePool(lambda _: encoder, store.snapshot))
+    return Retriever(LivePool(lambda _: encoder, store.snapshot, projections=ProjectionFiles(), projection="none"))
+
+
+def packaged_encoder(num_cached_texts: int = 40_000) -> Encoder:
+    """Return the packaged encoder with its projection, as a server loads it by default. It caches all texts."""
+    encoder = Encoder(max_cached_texts=num_cached_texts)
+    return encoder.projected(ProjectionFiles().shipped(encoder.identity))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -11,9 +12,10 @@ import pyarrow.parquet as pq
 import typer
 from rich.console import Console
 
-from benchmarks.paper.common.resumable import run_steps, write_parquet
+from benchmarks.paper.common.resumable import Step, run_steps, write_parquet
 from benchmarks.paper.common.tasks import read_task_list
 from benchmarks.paper.common.workspace import DEFAULT_ROOT, PAPER_RESULTS, Workspace, fetch_archive
+from benchmarks.paper.retrieval import projected
 from benchmarks.paper.retrieval.draws import draws_step
 from benchmarks.paper.retrieval.experiments import Experiments
 from benchmarks.paper.retrieval.extra_experiments import extra_steps, latency_step
@@ -22,7 +24,7 @@ from benchmarks.paper.retrieval.results import write_tables
 from benchmarks.paper.retrieval.study import UNTRAINED
 from benchmarks.training.bigbench_tasks import TaskSpec, read_task_files
 
-KINDS = ("ranks", "draws", "samples", "bases", "growth", "latency")
+KINDS = ("ranks", "draws", "samples", "bases", "growth", "latency", projected.KIND)
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 out = Console(soft_wrap=True)
@@ -36,9 +38,24 @@ def run(root: Root = DEFAULT_ROOT) -> None:
     pace = seconds_per_text(experiments)
     run_steps([*experiments.ranking_steps(), draws_step(experiments)], pace, out)
     run_steps(extra_steps(experiments, lambda: descriptions(Workspace(root), pool_specs(read_task_list()))), pace, out)
+    run_steps(projected_steps(experiments), pace, out)
     run_steps([latency_step(experiments)], pace, out)
     collect(experiments, PAPER_RESULTS)
     tables()
+
+
+@cli.command()
+def projections(root: Root = DEFAULT_ROOT) -> None:
+    """Measure projections and thresholds alone, with the untrained encoder and those trained on 40 % of the tasks."""
+    experiments = load_experiments(Workspace(root))
+    run_steps(projected_steps(experiments), seconds_per_text(experiments), out)
+    collect(experiments, PAPER_RESULTS, (projected.KIND,))
+    tables()
+
+
+def projected_steps(experiments: Experiments) -> list[Step]:
+    study = experiments.study
+    return projected.projection_steps(experiments, projected.others_of(read_task_list(), study.tasks, study.spares))
 
 
 @cli.command()
@@ -79,9 +96,9 @@ def descriptions(workspace: Workspace, specs: tuple[TaskSpec, ...]) -> dict[str,
     return {spec.name: files[spec.path]["description"] for spec in specs}
 
 
-def collect(experiments: Experiments, folder: Path) -> None:
+def collect(experiments: Experiments, folder: Path, kinds: Sequence[str] = KINDS) -> None:
     """Write all rows of each kind into one file, for this pool only."""
-    for kind in KINDS:
+    for kind in kinds:
         parts = [pq.read_table(path) for path in sorted(experiments.rows.glob(f"{kind}*.parquet"))]
         if parts:
             write_parquet(folder / f"retrieval_{kind}.parquet", pa.concat_tables(parts).unify_dictionaries())

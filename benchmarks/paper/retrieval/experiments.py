@@ -70,12 +70,16 @@ class Experiments:
     def _num_ranked_texts(self) -> int:
         return sum(len(task.samples) + len(task.test) for task in self.study.tasks)
 
-    def _train_and_rank(self, draw: Draw) -> pa.Table:
+    def train(self, draw: Draw) -> None:
+        """Train the encoder of the draw if it has not been trained."""
         target = self._encoders / draw.name
         if not target.exists():
             texts = {task.name: task.samples for task in self.study.tasks if task.name in draw.tasks}
             settings = replace(self._settings, seed=draw.seed)
             train_encoder(texts, target, model=self._model, settings=settings, about={"share": draw.share})
+
+    def _train_and_rank(self, draw: Draw) -> pa.Table:
+        self.train(draw)
         return self._rank(draw.name, ("test", "choice") if draw.is_main else ("test",))
 
     def _rank(self, name: str, parts: Sequence[str]) -> pa.Table:

@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks.paper.retrieval.study import Task
-from benchmarks.pool_scale import record_of
+from benchmarks.pool_scale import Source, record_of
 from lora_store import AdapterRecord, Embedding, Sample
-from retriever_svc import AdapterIndex, Encoder, embed_groups
+from retriever_svc import AdapterIndex, Encoder, LivePool, ProjectionFiles, Retriever, embed_groups
 
 DEPTHS = (1, 3, 5, 8)
 SCORES = COSINE, PRODUCT = "cosine", "inner product"
@@ -34,6 +34,12 @@ def records_of(embeddings: Mapping[str, Embedding], tags: Sequence[str] = ()) ->
 
 def index_of(encoder: Encoder, samples: Mapping[str, Sequence[str]]) -> AdapterIndex:
     return AdapterIndex.of(records_of(embedded(encoder, samples)), encoder.dim)
+
+
+def retriever_of(samples: Mapping[str, Sequence[str]], encoder: Encoder) -> Retriever:
+    """Return a Retriever over adapters with these samples and no weights. The encoder keeps its projection."""
+    source = Source(records_of(embedded(encoder, samples)))
+    return Retriever(LivePool(lambda _: encoder, source, projections=ProjectionFiles(), projection="none"))
 
 
 def nearest(

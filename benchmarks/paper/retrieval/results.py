@@ -8,7 +8,7 @@ import pandas as pd
 
 from benchmarks import plots
 from benchmarks.paper.common.markdown import plot
-from benchmarks.paper.retrieval import tables
+from benchmarks.paper.retrieval import projected, tables
 from benchmarks.paper.retrieval.ranking import COSINE, PRODUCT, SCORES
 from benchmarks.paper.retrieval.rankings import Rankings
 from benchmarks.paper.retrieval.study import MAIN_SHARE, UNTRAINED
@@ -16,6 +16,7 @@ from benchmarks.results_file import write_part
 
 READING = Path(__file__).with_name("reading.md")
 _EXTRAS = {
+    projected.KIND: ("A projection, and thresholds for each adapter", projected.section),
     "samples": ("Samples of an adapter", tables.samples),
     "growth": ("A growing pool", tables.growth),
     "latency": ("Latency, one query at a time", tables.latency),
@@ -29,8 +30,11 @@ def write_tables(folder: Path) -> None:
     """Write the section, plots and numbers from the rows in `folder`."""
     rankings = Rankings(folder)
     section = section_of(folder, rankings)
+    figures = figures_of(rankings)
+    if (rows := folder / f"retrieval_{projected.KIND}.parquet").exists():
+        figures |= projected_figures(pd.read_parquet(rows), rankings)
     (folder / "retrieval.md").write_text(section, encoding="utf-8")
-    write_part("paper", "retrieval", figures=figures_of(rankings), table=section, runs=[])
+    write_part("paper", "retrieval", figures=figures, table=section, runs=[])
     _plot(folder, rankings)
 
 
@@ -47,6 +51,31 @@ def figures_of(rankings: Rankings) -> dict[str, float]:
     for name, interval in found.items():
         assert interval is not None, name
         figures |= {name: interval.mean, f"{name}_lo": interval.low, f"{name}_hi": interval.high}
+    return {name: round(value, 4) for name, value in figures.items()}
+
+
+def projected_figures(rows: pd.DataFrame, rankings: Rankings) -> dict[str, float]:
+    """Return the same of the projections, of the test part: with the packaged one untrained, refitted when trained."""
+    found = projected.Projections(rows, "test")
+    trained = [name for name in found.encoders if name != UNTRAINED]
+    seen = {name: set(rankings.draws.query("draw == @name and seen")["task"]) for name in trained}
+    gain = projected.unseen_gains(rows, seen)["refit", "none"]
+    intervals = {
+        "projected_top1_packaged": found.top([UNTRAINED], "packaged"),
+        "projected_top1_refit": found.top([UNTRAINED], "refit"),
+        "projected_top1_40_refit": found.top(trained, "refit"),
+        "projected_unseen_top1_gain_40": gain,
+        "projected_top1_all_tasks_packaged": found.top([UNTRAINED], "packaged", 1, "wide"),
+        "projected_top1_all_tasks_refit": found.top([UNTRAINED], "refit", 1, "wide"),
+    }
+    figures = {
+        f"projected_{kind}_{name}_{projection}": measure([UNTRAINED], projection, kind)
+        for projection in ("packaged", "refit")
+        for kind in ("foreign", "everyday")
+        for name, measure in (("auroc", found.auroc), ("turned_away", found.turned_away))
+    }
+    for name, (mean, low, high) in intervals.items():
+        figures |= {name: mean, f"{name}_lo": low, f"{name}_hi": high}
     return {name: round(value, 4) for name, value in figures.items()}
 
 

@@ -33,11 +33,16 @@ class Loaded:
 
 
 def load_bench(workspace: Workspace, encoder: str, out: Console) -> Loaded:
+    return load_loaded(workspace, Encoder(encoder), out)
+
+
+def load_loaded(workspace: Workspace, encoder: Encoder, out: Console, name: str = "pool") -> Loaded:
+    """Load the fixed pool; `name`: of its store."""
     listed, names = read_task_list().by_name, read_pool()
     config = worker_config(len(names))
     study = load_study([listed[name] for name in names], workspace, config)
     asker, store, weights = load_asker(workspace, config, names)
-    return Loaded(Bench(study, asker, pool_retriever(study, asker, Encoder(encoder)), out), store, weights)
+    return Loaded(Bench(study, asker, pool_retriever(study, asker, encoder, name), out), store, weights)
 
 
 def main(
