@@ -80,10 +80,13 @@ class Pool:
         _, records, vectors = self.index.trusted(tenant, MAX_VOTERS)
         return Calibration.of(_adapters_of(records, vectors), self.ordinary and self.ordinary.vectors)
 
-    def judged(self, queries: Vectors, found: Sequence[list[Match]], tenant: str, share: float) -> list[list[Match]]:
+    def judged(
+        self, found: Sequence[list[Match]], tenant: str, share: float, queries: Vectors | None = None
+    ) -> list[list[Match]]:
         """Return the same matches with their confidences, and with the thresholds that turn away `share` of prompts.
 
-        `found` has one list for each of `queries` (N, D).
+        `found` has one list for each of `queries` (N, D). Without these, thresholds are those of prompts that are not
+        near ordinary ones.
         """
         matches = [match for row in found for match in row]
         if not matches:
@@ -92,7 +95,7 @@ class Pool:
         vectors = np.stack([record.embedding.vector for record in records if record.embedding is not None])
         scores = np.asarray([match.score for match in matches])
         prompts = None
-        if self.ordinary is not None:
+        if self.ordinary is not None and queries is not None:
             nearness = np.repeat(self.ordinary.nearness(queries), [len(row) for row in found])
             prompts = Nearness(nearness, self.ordinary.spread)
         thresholds, confidences = self.calibration(tenant).judge(_adapters_of(records, vectors), scores, share, prompts)

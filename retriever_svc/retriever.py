@@ -122,7 +122,7 @@ class Retriever:
                 preferences.applied(encoded[row].vector, matches, top_k, tags)[: requests[row].top_k]
                 for row, matches in zip(rows, found, strict=True)
             ]
-            for row, matches in zip(rows, pool.judged(vectors, found, tenant, SHARES[abstain]), strict=True):
+            for row, matches in zip(rows, pool.judged(found, tenant, SHARES[abstain], vectors), strict=True):
                 answers[row] = self._decide(requests[row], matches, pool)
         self._timings.searched(time.perf_counter() - began)
         return [answers[row] for row in range(len(requests))]
@@ -224,7 +224,7 @@ class Retriever:
             return ()
         vectors: Vectors = embedding.vector[np.newaxis]
         [matches] = pool.index.search(vectors, num_wanted, pool.allowed(tenant))
-        [matches] = pool.judged(vectors, [matches], tenant, SHARES[self._abstain])
+        [matches] = pool.judged([matches], tenant, SHARES[self._abstain], vectors)
         return tuple(_candidate(match) for match in matches)
 
     def map(self, tenant: str) -> PoolMap:

@@ -129,17 +129,17 @@ def test_matches_are_judged_together_as_one_by_one() -> None:
     queries = unit_rows(rng.standard_normal((4, 2)).astype(np.float32))
     found = [*pool.nearest(queries, 3, "local"), []]
     rows_judged = np.concatenate([queries, queries[:1]])
-    judged = pool.judged(rows_judged, found, "local", 0.08)
+    judged = pool.judged(found, "local", 0.08, rows_judged)
     assert [[m.record for m in row] for row in judged] == [[m.record for m in row] for row in found]
     for query, row, plain in zip(rows_judged, judged, found, strict=True):
         for match, before in zip(row, plain, strict=True):
-            [[alone]] = pool.judged(query[np.newaxis], [[before]], "local", 0.08)
+            [[alone]] = pool.judged([[before]], "local", 0.08, query[np.newaxis])
             assert match[:2] == alone[:2] == before[:2]
             assert match[2:] == pytest.approx(alone[2:], abs=1e-6)
             assert match.fits == (match.confidence >= 0.08)
     assert any(match.fits for row in judged for match in row)
     assert not all(match.fits for row in judged for match in row)
-    assert pool.judged(queries[:1], [[]], "local", 0.08) == [[]]
+    assert pool.judged([[]], "local", 0.08, queries[:1]) == [[]]
 
 
 def test_a_prompt_near_ordinary_prompts_has_higher_thresholds() -> None:
@@ -149,7 +149,7 @@ def test_a_prompt_near_ordinary_prompts_has_higher_thresholds() -> None:
     ordinary = OrdinaryVectors.of(rows.astype(np.float32))
     pool = Pool.of(snapshot_of(*records), FakeEncoder({}), IndexSettings(), ordinary=ordinary)
     queries = unit_rows(np.asarray([[1, 1], [1, -1]], np.float32))
-    [[near], [far]] = pool.judged(queries, pool.nearest(queries, 1, "local"), "local", 0.03)
+    [[near], [far]] = pool.judged(pool.nearest(queries, 1, "local"), "local", 0.03, queries)
     assert near.score == pytest.approx(far.score)
     assert near.threshold > far.threshold and near.confidence < far.confidence
 
