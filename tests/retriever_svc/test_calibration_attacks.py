@@ -242,6 +242,6 @@ def test_an_adapter_whose_samples_are_ordinary_prompts_does_not_answer_others(nu
     rows = files.ordinary(encoder)
     own = np.random.default_rng(0).permutation(rows)[:num_samples]
     attacker = Adapters(unit_rows(own.mean(axis=0))[np.newaxis], [leave_one_out_scores(own)])
-    prompts = encoder.encode(_lines(EXAMPLES.parent / "benchmarks" / "routing" / "ordinary_prompts.jsonl")[::5])
+    prompts = encoder.encode(_lines(EXAMPLES.parent / "benchmarks" / "routing" / "held_out_prompts.jsonl")[::3])
     [threshold], _ = Calibration.of(Adapters(rows[:0], []), rows).judge(attacker, np.zeros(1), 0.03)
     assert (prompts @ attacker.vectors[0] >= threshold).mean() <= 0.1

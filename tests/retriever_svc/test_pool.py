@@ -113,7 +113,7 @@ def test_thresholds_come_from_own_and_approved_adapters_alone() -> None:
         expected = thresholds(Calibration.of(trusted), records["public"])
         assert thresholds(pool.calibration(tenant), records["public"]) == pytest.approx(expected, abs=1e-9)
         assert pool.calibration(tenant) is pool.calibration(tenant)
-    assert thresholds(pool_of(record_of("single", EAST)).calibration("a"), records["mine"]) == [NO_THRESHOLD] * 3
+    assert thresholds(pool_of(record_of("single", EAST)).calibration("a"), records["mine"]) == [NO_THRESHOLD] * len(SHARES)
 
 
 def test_matches_are_judged_together_as_one_by_one() -> None:
@@ -148,7 +148,7 @@ def test_a_prompt_near_ordinary_prompts_has_higher_thresholds() -> None:
     rows = unit_rows(np.asarray([0, 1]) + 0.4 * rng.standard_normal((40, 2)))
     ordinary = OrdinaryVectors.of(rows.astype(np.float32))
     pool = Pool.of(snapshot_of(*records), FakeEncoder({}), IndexSettings(), ordinary=ordinary)
-    queries = unit_rows(np.asarray([[1, 1], [1, -1]], np.float32))
+    queries = unit_rows(np.asarray([[3, 2], [3, -2]], np.float32))
     [[near], [far]] = pool.judged(pool.nearest(queries, 1, "local"), "local", 0.03, queries)
     assert near.score == pytest.approx(far.score)
     assert near.threshold > far.threshold and near.confidence < far.confidence
