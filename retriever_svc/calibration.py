@@ -3,16 +3,14 @@
 A cosine means something different for each adapter: the samples of one lie close together, those of another far apart,
 and some lie near ordinary prompts. So a score s of an adapter is turned into a *fit* before it is judged:
 
-    fit(s) = (s − m) / d  +  ½ · x  −  max(0, 2.33 − x)  −  max(0, 1.2 · (n − s) / e),  x = (s − b) / c
+    fit(s) = (s − m) / d  +  ½ · (s − b) / c  −  max(0, 1.2 · (n − s) / e)
 
 m and d are the mean and the spread of the scores of the adapter's own samples, each compared with the others. b and c
 are the same of ordinary prompts, compared with the adapter. Estimates from few samples are shrunk towards the pool's.
-The third term counts against a score that one ordinary prompt in a hundred reaches. A score that one in twenty reaches,
-x < 1.64, fits no adapter: otherwise an adapter whose samples are as various as ordinary prompts would answer these.
-
 n is how near the prompt itself is to ordinary prompts, and e the spread of this nearness among ordinary prompts (see
 `ordinary_prompts`). So the last term counts against prompts that are nearer to ordinary prompts than to the adapter. It
-is left out for own samples, few of which are.
+is left out for own samples, few of which are. A score that one ordinary prompt in twenty reaches, (s − b) / c < 1.64,
+fits no adapter: otherwise an adapter whose samples are as various as ordinary prompts would answer these.
 
 The *confidence* of a candidate is the share of own samples in the pool that fit their adapter less well. An operating
 point is a confidence: below it a candidate is dropped, and so is that share of the pool's own prompts. As the fit grows
@@ -39,7 +37,7 @@ MIN_SCORES = 5  # an adapter with fewer own scores says nothing about the pool
 MAX_VOTERS = 512
 _ORDINARY_WEIGHT = 0.5
 _NEARNESS_WEIGHT = 1.2
-_ONE_IN_A_HUNDRED, _ONE_IN_TWENTY = 2.33, 1.64  # in spreads of ordinary prompts' scores
+_ONE_IN_TWENTY = 1.64  # in spreads of ordinary prompts' scores
 _SPREAD_PRIOR = 5  # the pool's spread counts as this many samples of an adapter
 _FEW_VOTERS = 3  # fewer are filled up with `_USUAL_FITS`
 _USUAL_DISTANCE = 4.0  # of own samples from ordinary prompts, in spreads of these
@@ -86,38 +84,31 @@ class _Moments:
 
 @dataclass(frozen=True, slots=True)
 class _Fits:
-    """The fit of a score, by adapter: slope · s − offset − steep · max(0, knee − s). All fields: (A,).
+    """The fit of a score, by adapter: slope · s − offset. All fields: (A,).
 
     `floor`: the least score that fits at all.
     """
 
     slope: Floats
     offset: Floats
-    steep: Floats
-    knee: Floats
     floor: Floats
 
     def of(self, scores: Floats) -> Floats:
         """Return the fits of one score for each adapter."""
-        return self.slope * scores - self.offset - self.steep * np.maximum(self.knee - scores, 0)
+        return self.slope * scores - self.offset
 
     def of_groups(self, groups: Sequence[Floats]) -> Floats:
         """Return the fits of all scores of each adapter, one group after the other."""
         counts = [len(group) for group in groups]
-        fields = (self.slope, self.offset, self.steep, self.knee, self.floor)
-        return _Fits(*(np.repeat(field, counts) for field in fields)).of(np.concatenate(groups))
+        return np.repeat(self.slope, counts) * np.concatenate(groups) - np.repeat(self.offset, counts)
 
     def least_score(self, fit: float, near: Floats, pull: float) -> Floats:
         """Return the score s at which each adapter reaches this fit, less pull · max(0, near − s), near (A,).
 
-        The fit is the least of four lines, so the score is the largest at which one of them reaches it.
+        The fit is the lower one of two lines, so the score is the larger one at which they reach it.
         """
-        lines = [
-            (fit + self.offset + steep * self.knee + own * near) / (self.slope + steep + own)
-            for steep in (0 * self.steep, self.steep)
-            for own in (0.0, pull)
-        ]
-        least: Floats = np.maximum(np.max(lines, axis=0), self.floor)
+        far, close = ((fit + self.offset + steep * near) / (self.slope + steep) for steep in (0.0, pull))
+        least: Floats = np.maximum(np.maximum(far, close), self.floor)
         return least
 
 
@@ -209,12 +200,10 @@ class Calibration:
         own = self._own_moments(adapters.own_scores, ordinary)
         slope, offset, none = 1 / own.spread, own.mean / own.spread, np.full(len(own.mean), NO_THRESHOLD)
         if ordinary is None:
-            return _Fits(slope, offset, np.zeros(len(none)), none, none)
+            return _Fits(slope, offset, none)
         return _Fits(
             slope=slope + _ORDINARY_WEIGHT / ordinary.spread,
             offset=offset + _ORDINARY_WEIGHT * ordinary.mean / ordinary.spread,
-            steep=1 / ordinary.spread,
-            knee=ordinary.mean + _ONE_IN_A_HUNDRED * ordinary.spread,
             floor=ordinary.mean + _ONE_IN_TWENTY * ordinary.spread,
         )
 

@@ -61,7 +61,7 @@ def slow_fit(adapters: Adapters, ordinary: np.ndarray, number: int, score: float
     variance = (squares + 5 * usual**2) / (max(count - 1, 0) + 5)
     against = [float(adapters.vectors[number] @ row) for row in ordinary]
     distance = (score - np.mean(against)) / np.std(against)
-    return (score - mean) / math.sqrt(variance) + 0.5 * distance - max(0.0, 2.33 - distance)
+    return (score - mean) / math.sqrt(variance) + 0.5 * distance
 
 
 def floors_of(adapters: Adapters, ordinary: np.ndarray) -> np.ndarray:
