@@ -113,7 +113,9 @@ def test_thresholds_come_from_own_and_approved_adapters_alone() -> None:
         expected = thresholds(Calibration.of(trusted), records["public"])
         assert thresholds(pool.calibration(tenant), records["public"]) == pytest.approx(expected, abs=1e-9)
         assert pool.calibration(tenant) is pool.calibration(tenant)
-    assert thresholds(pool_of(record_of("single", EAST)).calibration("a"), records["mine"]) == [NO_THRESHOLD] * len(SHARES)
+    assert thresholds(pool_of(record_of("single", EAST)).calibration("a"), records["mine"]) == [NO_THRESHOLD] * len(
+        SHARES
+    )
 
 
 def test_matches_are_judged_together_as_one_by_one() -> None:
