@@ -78,7 +78,8 @@ class Pool:
 
     def _calibrated(self, tenant: str) -> Calibration:
         _, records, vectors = self.index.trusted(tenant, MAX_VOTERS)
-        return Calibration.of(_adapters_of(records, vectors), self.ordinary and self.ordinary.vectors)
+        ordinary = None if self.ordinary is None else self.ordinary.vectors
+        return Calibration.of(_adapters_of(records, vectors), ordinary)
 
     def judged(
         self, found: Sequence[list[Match]], tenant: str, share: float, queries: Vectors | None = None
