@@ -48,7 +48,7 @@ Contender = Callable[[Sequence[Prompt], int], float]
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What all rows of a batch ask for, on both of this project's engines."""
+    """The plan of every row of a batch, for both of this project's engines."""
 
     strategy: Strategy
     num_active: int
