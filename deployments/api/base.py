@@ -23,7 +23,7 @@ MAX_LABEL_CHARS = 1024  # characters of labels that a client sends for its own u
 _MAX_SHOWN_CHARS = 200  # of an unknown field's name
 UNSUPPORTED = "unsupported"  # the type of the pydantic error, and the code of the response
 ROLES = ("function",)
-ITEMS = ("function_call", "function_call_output", "item_reference")
+ITEMS = ("item_reference",)
 INPUT_PARTS = ("input_image", "input_audio", "input_file", "refusal")
 PARTS = ("image_url", "image", "input_audio", "audio", "file", "video_url", "refusal")
 MAX_ADAPTERS = 16
@@ -64,8 +64,6 @@ NOT_SERVED_IN_RESPONSES: Passing = {name: values for name, values in NOT_SERVED.
     "context_management": ([],),
     "conversation": (),
     "prompt": (),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "truncation": ("disabled",),
 }
 NOT_SERVED_IN_COMPLETIONS: Passing = NOT_SERVED | {"echo": (False,), "suffix": ("",), "best_of": (1,)}

@@ -269,7 +269,7 @@ class ChatCompletionRequest(GenerationRequest):
         if self.top_logprobs and not self.logprobs:
             raise problem("top_logprobs", "goes with logprobs: true only")
         check_results(self.messages)
-        check_tools(self.tools or (), self.tool_choice)
+        check_tools([tool.function.name for tool in self.tools or ()], self.tool_choice)
         self._check_paths(1)
         return self
 
@@ -282,7 +282,10 @@ class ChatCompletionRequest(GenerationRequest):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def used_tools(self) -> Tools | None:
-        return tools_of(self.tools, self.tool_choice, self.parallel_tool_calls) if self.tools else None
+        if not self.tools:
+            return None
+        functions = [tool.function.function(f"tools.{n}.function.parameters") for n, tool in enumerate(self.tools)]
+        return tools_of(functions, self.tool_choice, self.parallel_tool_calls)
 
     def questions(self) -> list[Question]:
         """Return the conversation as one question."""

@@ -176,23 +176,24 @@ def without_declined(data: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in data.items() if name not in declined}
 
 
-def check_tools(tools: Sequence[Tool], choice: ToolChoice | None) -> None:
-    """Refuse tools of one name, and the choice of an unknown one. Raises: PydanticCustomError."""
-    names = [tool.function.name for tool in tools]
+def check_tools(names: Sequence[str], choice: ToolChoice | None, field: str = "function.name") -> None:
+    """Refuse functions of one name, and the choice of an unknown one. `field`: what holds a name in the request.
+
+    Raises: PydanticCustomError.
+    """
     for place, name in enumerate(names):
         if name in names[:place]:
-            raise problem(f"tools.{place}.function.name", f"another function has the name {name!r}")
-    if choice is not None and choice.type in ("required", "function") and not tools:
+            raise problem(f"tools.{place}.{field}", f"another function has the name {name!r}")
+    if choice is not None and choice.type in ("required", "function") and not names:
         raise problem("tool_choice", "needs tools")
     only = None if choice is None or choice.function is None else choice.function.name
     if only is not None and only not in names:
         message = f"tools has no function {only!r}{did_you_mean(only, names)}"
-        raise problem("tool_choice.function.name", message)
+        raise problem(f"tool_choice.{field}", message)
 
 
-def tools_of(tools: Sequence[Tool], choice: ToolChoice | None, is_parallel: bool | None) -> Tools:
-    """Return the functions that an answer may call, and those that it must call. Raises: GrammarInvalid."""
-    functions = [tool.function.function(f"tools.{n}.function.parameters") for n, tool in enumerate(tools)]
+def tools_of(functions: Sequence[Function], choice: ToolChoice | None, is_parallel: bool | None) -> Tools:
+    """Return the functions that an answer may call, and those that it must call."""
     is_required = choice is not None and choice.type in ("required", "function")
     only = None if choice is None or choice.function is None else choice.function.name
     return Tools(tuple(functions), is_required, only, is_parallel)

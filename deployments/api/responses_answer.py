@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
+from copy import deepcopy
 from typing import Literal, NotRequired, cast
 
 from typing_extensions import TypedDict
@@ -30,6 +31,17 @@ class OutputMessage(TypedDict):
     role: Literal["assistant"]
     status: Status
     content: list[OutputText]
+
+
+class OutputCall(TypedDict):
+    """`arguments`: a JSON object as text. `call_id`: what the item with the result names."""
+
+    id: str
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+    status: Status
 
 
 class InputDetails(TypedDict):
@@ -68,7 +80,7 @@ class ResponseObject(TypedDict):
     error: ResponseError | None
     incomplete_details: Incomplete | None
     model: str
-    output: list[OutputMessage]
+    output: list[OutputMessage | OutputCall]
     usage: ResponsesUsage | None
     background: Literal[False]
     instructions: str | None
@@ -81,7 +93,7 @@ class ResponseObject(TypedDict):
     store: Literal[False]
     temperature: float
     text: JsonObject
-    tool_choice: Literal["auto", "none"]
+    tool_choice: str | JsonObject
     tools: list[JsonObject]
     top_logprobs: int
     top_p: float
@@ -92,28 +104,28 @@ class ResponseObject(TypedDict):
 
 
 class ResponseForm:
-    """Gives one chat the shape of a response. It belongs to one request, whose fields the response repeats."""
+    """Gives one chat the shape of a response. It belongs to one request, whose fields the response repeats.
+
+    The answer is a list of items: a message, then calls. One item is open at a time; the last ones are complete.
+    """
 
     def __init__(self, request: ResponsesRequest, request_id: str) -> None:
-        self._request = request
-        self._id, self._item_id = f"resp_{request_id}", f"msg_{request_id}"
+        self._request, self._request_id = request, request_id
         self._created_at = int(time.time())
         self._num_events = 0
-        self._text: list[str] = []
-        self._logprobs: list[ChatToken] = []
+        self._items: list[OutputMessage | OutputCall] = []
         self._is_open = False
         self._reason = ""
         self._usage: ResponsesUsage | None = None
         self._extras: JsonObject = {}
 
     def whole(self, answer: ChatAnswer | TextAnswer) -> ResponseObject:
-        """Return the response to a whole chat."""
+        """Return the response to a whole chat, which counts as a stream of one chunk."""
         [choice] = cast(ChatAnswer, answer)["choices"]
-        self._text = [choice["message"]["content"] or ""]
-        self._logprobs = list(choice["logprobs"]["content"]) if choice["logprobs"] else []
-        self._reason, self._usage = choice["finish_reason"], _usage_of(answer["usage"])
-        self._keep_extras(answer)
-        return self._response(self._end)
+        chunk = {**answer, "choices": [{**choice, "delta": choice["message"]}]}
+        [*_, last] = self._events_of(chunk)
+        response: ResponseObject = last["response"]
+        return response
 
     async def events(self, chunks: AsyncGenerator[JsonObject | None]) -> AsyncGenerator[JsonObject | None]:
         """Yield the typed events of the chunks of a chat. They must include the usage. None stays a heartbeat."""
@@ -130,13 +142,15 @@ class ResponseForm:
 
         OpenAI's clients raise for an event that has `error`; others read its other fields.
         """
+        if self._is_open:
+            self._items[-1]["status"] = "incomplete"
         response = self._response("failed")
         response["error"] = {"code": "server_error", "message": error["message"]}
         yield self._event("response.failed", response=response)
         yield self._event("error", code=error["code"], message=error["message"], param=error["param"], error=error)
 
     def _events_of(self, chunk: JsonMapping) -> Iterator[JsonObject]:
-        self._keep_extras(chunk)
+        self._extras |= {name: value for name, value in chunk.items() if name in ("lora", "warning")}
         if not self._num_events:
             yield self._event("response.created", response=self._response("in_progress"))
             yield self._event("response.in_progress", response=self._response("in_progress"))
@@ -147,71 +161,102 @@ class ResponseForm:
             yield self._event(f"response.{self._end}", response=self._response(self._end))
 
     def _events_of_choice(self, choice: JsonMapping) -> Iterator[JsonObject]:
-        text, reason = choice["delta"].get("content") or "", choice["finish_reason"]
-        if (text or reason) and not self._is_open:
-            yield from self._open()
-        if text:
-            logprobs = choice["logprobs"]["content"] if choice["logprobs"] else []
-            self._text.append(text)
-            self._logprobs += logprobs
-            yield self._of_part("response.output_text.delta", delta=text, logprobs=logprobs)
-        if reason:
-            self._reason = reason
+        delta, self._reason = choice["delta"], choice["finish_reason"] or ""
+        if text := delta.get("content"):
+            yield from self._add_text(text, choice["logprobs"]["content"] if choice["logprobs"] else [])
+        for call in delta.get("tool_calls") or ():
+            yield from self._add_call(call)
+        if self._reason:
+            if not self._items:
+                yield from self._open_message()
             yield from self._close()
 
-    def _open(self) -> Iterator[JsonObject]:
+    def _add_text(self, text: str, logprobs: list[ChatToken]) -> Iterator[JsonObject]:
+        if not self._is_open or self._items[-1]["type"] != "message":
+            yield from self._open_message()
+        part = cast(OutputMessage, self._items[-1])["content"][0]
+        part["text"] += text
+        part["logprobs"] += logprobs
+        yield self._of_item("response.output_text.delta", content_index=0, delta=text, logprobs=logprobs)
+
+    def _add_call(self, call: JsonMapping) -> Iterator[JsonObject]:
+        function = call["function"]
+        if "id" in call:
+            item: OutputCall = {
+                "id": f"fc_{self._request_id}_{len(self._items)}",
+                "type": "function_call",
+                "call_id": call["id"],
+                "name": function["name"],
+                "arguments": "",
+                "status": "in_progress",
+            }
+            yield from self._open(item)
+        if function["arguments"]:
+            cast(OutputCall, self._items[-1])["arguments"] += function["arguments"]
+            yield self._of_item("response.function_call_arguments.delta", delta=function["arguments"])
+
+    def _open_message(self) -> Iterator[JsonObject]:
+        identity = f"msg_{self._request_id}" + (f"_{len(self._items)}" if self._items else "")
+        item: OutputMessage = {
+            "id": identity,
+            "type": "message",
+            "role": "assistant",
+            "status": "in_progress",
+            "content": [],
+        }
+        yield from self._open(item)
+        part: OutputText = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+        item["content"].append(part)
+        yield self._of_item("response.content_part.added", content_index=0, part=deepcopy(part))
+
+    def _open(self, item: OutputMessage | OutputCall) -> Iterator[JsonObject]:
+        yield from self._close()
+        self._items.append(item)
         self._is_open = True
-        item = self._message("in_progress") | {"content": []}
-        yield self._event("response.output_item.added", output_index=0, item=item)
-        yield self._of_part("response.content_part.added", part=self._part())
+        yield self._of_item("response.output_item.added", item=deepcopy(item))
 
     def _close(self) -> Iterator[JsonObject]:
-        part = self._part()
-        yield self._of_part("response.output_text.done", text=part["text"], logprobs=part["logprobs"])
-        yield self._of_part("response.content_part.done", part=part)
-        yield self._event("response.output_item.done", output_index=0, item=self._message(self._end))
+        """Complete the open item, if there is one."""
+        if not self._is_open:
+            return
+        item, self._is_open = self._items[-1], False
+        item["status"] = self._end
+        if item["type"] == "message":
+            part = item["content"][0]
+            about = {"text": part["text"], "logprobs": part["logprobs"]}
+            yield self._of_item("response.output_text.done", content_index=0, **about)
+            yield self._of_item("response.content_part.done", content_index=0, part=part)
+        else:
+            about = {"name": item["name"], "arguments": item["arguments"]}
+            yield self._of_item("response.function_call_arguments.done", **about)
+        yield self._event("response.output_item.done", output_index=len(self._items) - 1, item=item)
 
-    def _of_part(self, kind: str, **fields: object) -> JsonObject:
-        return self._event(kind, item_id=self._item_id, output_index=0, content_index=0, **fields)
+    def _of_item(self, kind: str, **fields: object) -> JsonObject:
+        """Return an event about the last item."""
+        place = {"output_index": len(self._items) - 1}
+        named = {} if "item" in fields else {"item_id": self._items[-1]["id"]}
+        return self._event(kind, **named, **place, **fields)
 
     def _event(self, kind: str, **fields: object) -> JsonObject:
         event = {"type": kind, "sequence_number": self._num_events, **fields}
         self._num_events += 1
         return event
 
-    def _keep_extras(self, answer: JsonMapping | ChatAnswer | TextAnswer) -> None:
-        self._extras |= {name: value for name, value in answer.items() if name in ("lora", "warning")}
-
     @property
     def _end(self) -> Literal["completed", "incomplete"]:
         return "incomplete" if self._reason == "length" else "completed"
 
-    def _part(self) -> OutputText:
-        text = "".join(self._text)
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(self._logprobs)}
-
-    def _message(self, status: Status) -> OutputMessage:
-        return {
-            "id": self._item_id,
-            "type": "message",
-            "role": "assistant",
-            "status": status,
-            "content": [self._part()],
-        }
-
     def _response(self, status: Status) -> ResponseObject:
         request = self._request
-        items = [self._message("incomplete" if status == "failed" else status)]
-        has_output = self._is_open if status == "failed" else status != "in_progress"
         response: ResponseObject = {
-            "id": self._id,
+            "id": f"resp_{self._request_id}",
             "object": "response",
             "created_at": self._created_at,
             "status": status,
             "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
             "model": request.model,
-            "output": items if has_output else [],
+            "output": list(self._items),
             "usage": self._usage,
             "background": False,
             "instructions": request.instructions,
@@ -224,8 +269,8 @@ class ResponseForm:
             "store": False,
             "temperature": request.temperature,
             "text": request.text_format,
-            "tool_choice": "auto",
-            "tools": [],
+            "tool_choice": request.shown_choice,
+            "tools": request.shown_tools,
             "top_logprobs": request.top_logprobs or 0,
             "top_p": request.top_p,
             "truncation": "disabled",

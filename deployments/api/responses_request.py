@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -19,17 +21,29 @@ from deployments.api.base import (
 from deployments.api.completions import (
     MAX_MESSAGES,
     GenerationRequest,
-    Label,
     Question,
-    Text,
     question_text,
 )
-from deployments.api.messages import MAX_PARTS
+from deployments.api.messages import (
+    MAX_PARTS,
+    MAX_TOOLS,
+    CallId,
+    ChosenFunction,
+    FunctionDefinition,
+    Label,
+    Text,
+    ToolChoice,
+    as_choice,
+    check_tools,
+    tools_of,
+    without_declined,
+)
 from deployments.api.structured import TextFormat
 from deployments.json_types import JsonMapping, JsonObject
 from gpu_worker.request.grammar import Grammar
 from gpu_worker.request.prompts import Message
 from gpu_worker.request.request import MAX_LOGPROBS
+from gpu_worker.request.tools import ToolCall, Tools
 
 LOGPROBS = "message.output_text.logprobs"
 _MAX_INCLUDED = 16
@@ -71,11 +85,19 @@ Parts = Annotated[list[InputPart], Field(max_length=MAX_PARTS)]
 
 
 class InputItem(TolerantRequest):
-    """One message, or a `reasoning` item, which another model made and no prompt template reads."""
+    """A message, a call of a function, its output, or `reasoning` of another model, which no prompt template reads."""
 
-    type: Literal["message", "reasoning"] = "message"
+    type: Literal["message", "reasoning", "function_call", "function_call_output"] = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = None
     content: Annotated[
+        list[InputPart],
+        Field(fail_fast=True, max_length=MAX_PARTS),
+        BeforeValidator(_as_parts, json_schema_input_type=Text | Parts),
+    ] = Field(default=[])
+    call_id: CallId | None = None
+    name: Label | None = None
+    arguments: Text | None = None
+    output: Annotated[
         list[InputPart],
         Field(fail_fast=True, max_length=MAX_PARTS),
         BeforeValidator(_as_parts, json_schema_input_type=Text | Parts),
@@ -93,17 +115,71 @@ class InputItem(TolerantRequest):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        for name in ("role", "content"):
-            if self.type == "message" and name not in self.model_fields_set:
+        for name in _NEEDED[self.type]:
+            if name not in self.model_fields_set:
                 raise problem(name, "is missing")
         return self
 
-    def message(self) -> Message | None:
-        """Return the message, None for an item without one."""
-        if self.role is None:
-            return None
-        text = "".join(part.text for part in self.content)
-        return Message("system" if self.role == "developer" else self.role, text)
+
+_NEEDED = {
+    "message": ("role", "content"),
+    "reasoning": (),
+    "function_call": ("call_id", "name", "arguments"),
+    "function_call_output": ("call_id", "output"),
+}
+
+
+def turns_of_items(items: Sequence[InputItem]) -> tuple[Message, ...]:
+    """Return the turns of a conversation: calls belong to the assistant's turn before them, if there is one.
+
+    Raises: PydanticCustomError for an output without its call.
+    """
+    turns: list[Message] = []
+    names: dict[str, str] = {}
+    for place, item in enumerate(items):
+        call_id, text = item.call_id or "", "".join(part.text for part in item.content or item.output)
+        if item.role is not None:
+            turns.append(Message("system" if item.role == "developer" else item.role, text))
+        elif item.type == "function_call":
+            names[call_id] = item.name or ""
+            is_continued = bool(turns) and turns[-1].role == "assistant"
+            turn = turns.pop() if is_continued else Message("assistant", "")
+            call = ToolCall(call_id, names[call_id], item.arguments or "{}")
+            turns.append(replace(turn, tool_calls=(*turn.tool_calls, call)))
+        elif item.type == "function_call_output":
+            if call_id not in names:
+                raise problem(f"input.{place}.call_id", "no item before this one is a call with this id")
+            turns.append(Message("tool", text, (), call_id, names[call_id]))
+    return tuple(turns)
+
+
+class ResponsesTool(FunctionDefinition):
+    type: Literal["function"]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _function_alone(cls, data: object) -> object:
+        if isinstance(data, dict) and data.get("type", "function") != "function":
+            raise unsupported("", f"tools of type {str(data['type'])[:64]!r}")
+        return data
+
+
+class ResponsesChoice(TolerantRequest):
+    """Whether an answer calls functions: a word, or the function that it calls."""
+
+    type: Literal["none", "auto", "required", "function"]
+    name: Label | None = None
+
+    @model_validator(mode="after")
+    def _names_a_function(self) -> Self:
+        if (self.name is not None) != (self.type == "function"):
+            raise problem("name", f"goes with type 'function', and with it only; type is {self.type!r}")
+        return self
+
+    def choice(self) -> ToolChoice:
+        """Return the choice as in a chat."""
+        function = None if self.name is None else ChosenFunction(name=self.name)
+        return ToolChoice(type=self.type, function=function)
 
 
 Items = Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES)]
@@ -135,23 +211,52 @@ class ResponsesRequest(GenerationRequest):
     include: Annotated[list[Label], Field(fail_fast=True, max_length=_MAX_INCLUDED)] | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     n: Literal[1] = 1
-    parallel_tool_calls: bool | None = None  # concerns tools, which are not supported
+    tools: Annotated[list[ResponsesTool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
+    tool_choice: (
+        Annotated[
+            ResponsesChoice,
+            BeforeValidator(as_choice, json_schema_input_type=Literal["none", "auto", "required"] | ResponsesChoice),
+        ]
+        | None
+    ) = None
+    parallel_tool_calls: bool | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _without_declined(cls, data: Any) -> Any:
-        """Drop tools where the client asks for an answer without them."""
-        is_declined = isinstance(data, dict) and data.get("tool_choice") == "none"
-        return _without(data, "tools") if is_declined else data
+    def _without_declined(cls, data: object) -> object:
+        return without_declined(data) if isinstance(data, dict) else data
 
     @model_validator(mode="after")
     def _checked(self) -> Self:
-        if not self._turns():
+        if not turns_of_items(self.input):
             raise problem("input", "has no message")
         if self._has_format and (self.structured_outputs is not None or self.response_format is not None):
             raise problem("text.format", "the request gives the format of the answer twice; keep one of them")
+        check_tools([tool.name for tool in self.tools or ()], self._choice, "name")
         self._check_paths(1)
         return self
+
+    @property
+    def _choice(self) -> ToolChoice | None:
+        return None if self.tool_choice is None else self.tool_choice.choice()
+
+    def used_tools(self) -> Tools | None:
+        if not self.tools:
+            return None
+        functions = [tool.function(f"tools.{place}.parameters") for place, tool in enumerate(self.tools)]
+        return tools_of(functions, self._choice, self.parallel_tool_calls)
+
+    @property
+    def shown_tools(self) -> list[JsonObject]:
+        """The tools, as the response repeats them."""
+        return [tool.model_dump(exclude_none=True, exclude=set(tool.model_extra or ())) for tool in self.tools or ()]
+
+    @property
+    def shown_choice(self) -> str | JsonObject:
+        """The choice of tools, as the response repeats it."""
+        if self.tool_choice is None or self.tool_choice.type != "function":
+            return "auto" if self.tool_choice is None else self.tool_choice.type
+        return {"type": "function", "name": self.tool_choice.name}
 
     @property
     def _has_format(self) -> bool:
@@ -178,12 +283,9 @@ class ResponsesRequest(GenerationRequest):
             return self.text.format.grammar()
         return super()._grammar()
 
-    def _turns(self) -> tuple[Message, ...]:
-        return tuple(message for item in self.input if (message := item.message()) is not None)
-
     def questions(self) -> list[Question]:
         """Return the conversation as one question, with `instructions` as its first message."""
-        turns = self._turns()
+        turns = turns_of_items(self.input)
         if self.instructions is not None:
             turns = (Message("system", self.instructions), *turns)
         return [self._question(0, turns, question_text(turns))]

@@ -26,7 +26,7 @@ def test_text(found: dict[str, Any]) -> None:
 
 def test_objects(found: dict[str, Any]) -> None:
     """`generateObject` and `streamObject`"""
-    assert found["generateObject"] == found["streamObject"] == both({"name": "text", "age": 1})
+    assert found["generateObject"] == found["streamObject"] == both({"name": "some text", "age": 1})
 
 
 def test_conversations(found: dict[str, Any]) -> None:

@@ -130,7 +130,7 @@ def test_embeddings(client: openai.OpenAI) -> None:
 def test_structured_chat(client: openai.OpenAI) -> None:
     """`chat.completions.parse`"""
     answer = client.chat.completions.parse(model="auto", messages=MESSAGES, response_format=Person)
-    assert answer.choices[0].message.parsed == Person(name="text", age=1)
+    assert answer.choices[0].message.parsed == Person(name="some text", age=1)
 
 
 def test_responses(client: openai.OpenAI) -> None:
@@ -160,9 +160,9 @@ def test_responses_stream(client: openai.OpenAI) -> None:
 def test_responses_parse(client: openai.OpenAI) -> None:
     """`responses.parse`, whole and as a stream"""
     answer = client.responses.parse(model="auto", input="Hi", text_format=Person)
-    assert answer.output_parsed == Person(name="text", age=1)
+    assert answer.output_parsed == Person(name="some text", age=1)
     with client.responses.stream(model="auto", input="Hi", text_format=Person) as stream:
-        assert stream.get_final_response().output_parsed == Person(name="text", age=1)
+        assert stream.get_final_response().output_parsed == Person(name="some text", age=1)
 
 
 def test_responses_are_not_stored(client: openai.OpenAI) -> None:
