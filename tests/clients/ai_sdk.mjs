@@ -1,12 +1,25 @@
 // Cases of the Vercel AI SDK.
 import { createOpenAI } from "@ai-sdk/openai";
-import { generateObject, generateText, streamObject, streamText } from "ai";
+import { generateObject, generateText, stepCountIs, streamObject, streamText, tool } from "ai";
 import { z } from "zod";
 
 const url = process.argv[2];
 const openai = createOpenAI({ baseURL: url, apiKey: "none" });
 const prompt = "Hi";
 const schema = z.object({ name: z.string(), age: z.number().int() });
+const weather = tool({
+  description: "Tell the weather",
+  inputSchema: z.object({ city: z.string() }),
+  execute: async ({ city }) => `Rain in ${city}`,
+});
+// The server stores no responses, so a loop sends the calls themselves, and no references to them.
+const loop = {
+  prompt: "How is it in 'Rome'?",
+  tools: { weather },
+  stopWhen: stepCountIs(3),
+  maxRetries: 0,
+  providerOptions: { openai: { store: false } },
+};
 const providers = { responses: openai("auto"), chat: openai.chat("auto") };
 const both = (run) => async () =>
   Object.fromEntries(await Promise.all(Object.entries(providers).map(async ([name, model]) => [name, await run(model)])));
@@ -31,6 +44,15 @@ const cases = {
     const answer = streamObject({ model, schema, prompt, maxRetries: 0 });
     await text(answer.textStream);
     return await answer.object;
+  }),
+  tools: both(async (model) => {
+    const answer = await generateText({ ...loop, model });
+    const steps = answer.steps.map((step) => step.toolCalls.map((call) => [call.toolName, call.input]));
+    return { steps, ran: answer.steps[0].toolResults.map((result) => result.output), text: answer.text };
+  }),
+  streamedTools: both(async (model) => {
+    const answer = streamText({ ...loop, model });
+    return { text: await text(answer.textStream), calls: (await answer.steps)[0].toolCalls.map((call) => call.input) };
   }),
   conversation: both(async (model) => {
     const messages = [

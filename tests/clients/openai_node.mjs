@@ -8,6 +8,10 @@ const client = new OpenAI({ baseURL: url, apiKey: "none", maxRetries: 0 });
 const messages = [{ role: "user", content: "Hi" }];
 const Person = z.object({ name: z.string(), age: z.number().int() });
 
+const parameters = { type: "object", properties: { city: { type: "string" } } };
+const weather = { name: "get_weather", parameters };
+const asked = [{ role: "user", content: "How is it in 'Rome'?" }];
+
 async function collect(stream) {
   const items = [];
   for await (const item of stream) items.push(item);
@@ -54,6 +58,16 @@ const cases = {
   async responsesParse() {
     const text = { format: zodTextFormat(Person, "person") };
     return (await client.responses.parse({ model: "auto", input: "Hi", text })).output_parsed;
+  },
+  async tools() {
+    const answer = await client.responses.create({ model: "auto", input: asked, tools: [{ type: "function", ...weather }] });
+    const [call] = answer.output;
+    const result = { type: "function_call_output", call_id: call.call_id, output: "Rain" };
+    const final = await client.responses.create({ model: "auto", input: [...asked, call, result] });
+    const tools = [{ type: "function", function: weather }];
+    const chat = await client.chat.completions.create({ model: "auto", messages: asked, tools });
+    const called = chat.choices[0].message.tool_calls[0].function;
+    return { responses: [call.name, call.arguments], chat: [called.name, called.arguments], final: final.output_text };
   },
   async unknownModel() {
     return await client.chat.completions.create({ model: "nobody", messages });

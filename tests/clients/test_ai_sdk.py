@@ -26,7 +26,14 @@ def test_text(found: dict[str, Any]) -> None:
 
 def test_objects(found: dict[str, Any]) -> None:
     """`generateObject` and `streamObject`"""
-    assert found["generateObject"] == found["streamObject"] == both({"name": "some text", "age": 1})
+    assert found["generateObject"] == found["streamObject"] == both({"name": "text", "age": 1})
+
+
+def test_tools(found: dict[str, Any]) -> None:
+    """tools, whole and as a stream, with loops of several steps; with responses the provider needs `store: false`"""
+    called, city = [[["weather", {"city": "Rome"}]], []], {"city": "Rome"}
+    assert found["tools"] == both({"steps": called, "ran": ["Rain in Rome"], "text": "Hello"})
+    assert found["streamedTools"] == both({"text": "Hello", "calls": [city]})
 
 
 def test_conversations(found: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ pytest.importorskip("langchain_tests", reason="langchain-tests is not installed:
 langchain_openai = pytest.importorskip("langchain_openai", reason="langchain-openai is not installed")
 from langchain_core.messages import HumanMessage, ToolMessage  # noqa: E402
 from langchain_tests.integration_tests import ChatModelIntegrationTests  # noqa: E402
+from langchain_tests.unit_tests import ChatModelUnitTests  # noqa: E402
 from pydantic import BaseModel  # noqa: E402
 
 # One event loop for all tests, because the model keeps its connections. Most tests are no coroutines.
@@ -53,7 +54,61 @@ class TestStandardTests(ChatModelIntegrationTests):
 
     @property
     def supports_json_mode(self) -> bool:
-        return False  # any JSON object; a schema is a part of the request only with the other methods
+        return True
+
+
+class TestResponses(TestStandardTests):
+    """the same tests with `use_responses_api`"""
+
+    @property
+    def chat_model_params(self) -> dict[str, Any]:
+        return super().chat_model_params | {"use_responses_api": True}
+
+
+class TestUnits(ChatModelUnitTests):
+    """the unit tests of `langchain-tests`, with the options for this server"""
+
+    @property
+    def chat_model_class(self) -> Any:
+        return langchain_openai.ChatOpenAI
+
+    @property
+    def chat_model_params(self) -> dict[str, Any]:
+        return params("http://127.0.0.1/v1")
+
+    @property
+    def init_from_env_params(self) -> tuple[dict[str, str], dict[str, Any], dict[str, Any]]:
+        url = "http://127.0.0.1/v1"
+        return {"OPENAI_API_KEY": "k", "OPENAI_API_BASE": url}, {"model": "auto"}, {"openai_api_base": url}
+
+    @pytest.mark.xfail(reason="compares the model as text with a file of langchain-openai's own repository")
+    def test_serdes(self, model: Any, snapshot: Any) -> None:
+        super().test_serdes(model, snapshot)
+
+
+# Why each standard test that `langchain-tests` switches by a property is left out.
+NOT_TESTED = {
+    "enable_vcr_tests": "they replay recorded answers, and these tests have a server",
+    "supports_anthropic_inputs": "their messages have calls and results as parts of the content, in another API's form",
+    "supports_audio_inputs": "audio is refused",
+    "supports_image_inputs": "images are refused",
+    "supports_image_tool_message": "images are refused",
+    "supports_image_urls": "images are refused",
+    "supports_pdf_inputs": "files are refused",
+    "supports_pdf_tool_message": "files are refused",
+    "supports_video_inputs": "video is refused",
+}
+
+
+@pytest.mark.parametrize("kind", [TestStandardTests, TestResponses, TestUnits])
+def test_every_standard_test_that_is_left_out_has_a_reason(kind: type) -> None:
+    """the standard tests of images, audio, video and files are left out, as these are refused"""
+    names = [name for name in dir(kind) if name.startswith(("has_", "supports_", "enable_", "returns_"))]
+    assert len(names) > 12
+    found = kind()
+    switched_off = {name for name in names if not getattr(found, name)}
+    assert switched_off <= NOT_TESTED.keys()
+    assert found.has_tool_calling and found.has_structured_output
 
 
 @pytest.mark.parametrize("method", ["function_calling", "json_schema"])

@@ -48,7 +48,13 @@ def test_responses(found: dict[str, Any]) -> None:
 
 def test_responses_parse(found: dict[str, Any]) -> None:
     """`responses.parse` with a Zod schema"""
-    assert found["responsesParse"] == {"name": "some text", "age": 1}
+    assert found["responsesParse"] == {"name": "text", "age": 1}
+
+
+def test_tools(found: dict[str, Any]) -> None:
+    """tools of chats and responses, and their results"""
+    call = ["get_weather", '{"city": "Rome"}']
+    assert found["tools"] == {"responses": call, "chat": call, "final": "Hello"}
 
 
 def test_errors(found: dict[str, Any]) -> None:

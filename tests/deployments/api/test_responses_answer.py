@@ -16,6 +16,7 @@ from deployments.api.responses_answer import ResponseForm
 from deployments.api.responses_request import LOGPROBS, ResponsesRequest
 from deployments.json_types import JsonObject
 from gpu_worker.request.request import Completion, Delta, TokenLogprob
+from gpu_worker.request.tools import ToolCallPiece
 from lora_store import BASE_PLAN
 
 PLAN = Planned(BASE_PLAN)
@@ -146,3 +147,38 @@ def test_a_broken_stream_ends_with_the_failed_response_and_an_error() -> None:
     assert failed["response"]["output"][0]["content"][0]["text"] == "Hel"
     assert EVENT.validate_python(failed).type == "response.failed"
     assert (last["type"], last["message"], last["error"]) == ("error", "it stopped", error)
+
+
+CALLS = (
+    Delta("Wait", 5, 1),
+    Delta("", 5, 2, tool_calls=(ToolCallPiece(0, '{"x"', "a", "f"),)),
+    Delta("", 5, 3, tool_calls=(ToolCallPiece(0, ": 1}"), ToolCallPiece(1, "{}", "b", "g"))),
+    Delta("", 5, 4, "tool_calls"),
+)
+
+
+def test_calls_are_items_after_the_message_with_events_of_their_own() -> None:
+    events = streamed(CALLS, form_of())
+    call = ["response.output_item.added", "response.function_call_arguments.delta"]
+    done = ["response.function_call_arguments.done", "response.output_item.done"]
+    text = [*OPENED, "response.output_text.delta", *CLOSED]
+    assert [event["type"] for event in events] == [*text, *call, call[1], *done, *call, *done, "response.completed"]
+    for event in events:
+        assert EVENT.validate_python(event).type == event["type"]
+    items = events[-1]["response"]["output"]
+    assert [(item["type"], item.get("call_id"), item.get("name"), item.get("arguments")) for item in items] == [
+        ("message", None, None, None),
+        ("function_call", "a", "f", '{"x": 1}'),
+        ("function_call", "b", "g", "{}"),
+    ]
+    assert [event["output_index"] for event in events if event["type"] == "response.output_item.done"] == [0, 1, 2]
+    assert len({item["id"] for item in items}) == 3
+    assert {item["status"] for item in items} == {"completed"}
+
+
+@pytest.mark.parametrize("deltas", [CALLS, CALLS[1:]], ids=["with text", "calls alone"])
+def test_calls_of_a_stream_and_of_a_whole_answer_agree(deltas: Sequence[Delta]) -> None:
+    [*_, last] = streamed(deltas, form_of())
+    found = whole(deltas, form_of())
+    assert last["response"] | {"created_at": 0} == found | {"created_at": 0}
+    assert [item["type"] for item in found["output"]][-2:] == ["function_call"] * 2

@@ -18,6 +18,8 @@ from gpu_worker.request.prompts import Message
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
 USER = {"role": "user", "content": "Hi"}
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
+TOOL = {"type": "function", "name": "get_weather", "parameters": PARAMETERS}
 
 
 def asked(**fields: Any) -> ResponsesRequest:
@@ -111,6 +113,11 @@ def test_a_request_without_a_format_has_no_grammar_unless_in_another_spelling() 
         ({"input": [{"type": "reasoning", "summary": []}]}, "input"),
         ({"input": [USER, {"role": "user"}]}, "input.1.content"),
         ({"input": [{"content": "Hi"}]}, "input.0.role"),
+        ({"input": [USER, {"type": "function_call", "name": "f", "arguments": "{}"}]}, "input.1.call_id"),
+        ({"input": [USER, {"type": "function_call_output", "call_id": "c", "output": "x"}]}, "input.1.call_id"),
+        ({"tools": [TOOL, TOOL]}, "tools.1.name"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "get_whether"}}, "tool_choice.name"),
+        ({"tool_choice": "required"}, "tool_choice"),
         ({"input": [{"role": "tool", "content": "Hi"}]}, "input.0.role"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"n": 2}, "n"),
@@ -136,7 +143,7 @@ def test_a_bad_field_is_named(fields: dict[str, Any], param: str) -> None:
         ({"truncation": "auto"}, "truncation", "shorten input"),
         ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input.0", "as clients do with store: false"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.content.0", "leave it out"),
-        ({"tools": [{"type": "web_search"}]}, "tools", "leave it out"),
+        ({"tools": [{"type": "web_search"}]}, "tools.0", "leave it out"),
     ],
 )
 def test_an_unserved_field_is_refused_with_a_remedy(fields: dict[str, Any], param: str, remedy: str) -> None:
@@ -152,3 +159,47 @@ def test_fields_that_ask_for_nothing_pass_and_others_are_listed() -> None:
     declined = {"tools": [{"type": "web_search"}], "tool_choice": "none"}
     listed = ignored_fields(asked(**declined, reasoning={"effort": "low"}, text={"verbosity": "low"}, store=True))
     assert set(listed) == {"reasoning", "store", "text.verbosity"}
+
+
+def test_calls_and_their_outputs_are_those_of_the_same_chat() -> None:
+    items = [
+        USER,
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Wait"}]},
+        {"type": "function_call", "id": "fc_1", "status": "completed", "call_id": "a", "name": "f", "arguments": "{}"},
+        {"type": "function_call", "call_id": "b", "name": "g", "arguments": '{"x": 1}'},
+        {"type": "function_call_output", "call_id": "b", "output": "2"},
+        {"type": "function_call_output", "call_id": "a", "output": [{"type": "input_text", "text": "1"}]},
+        {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c", "output": "3"},
+    ]
+    f, g = {"name": "f", "arguments": "{}"}, {"name": "g", "arguments": '{"x": 1}'}
+    messages = [
+        USER,
+        {
+            "role": "assistant",
+            "content": "Wait",
+            "tool_calls": [{"id": "a", "function": f}, {"id": "b", "function": g}],
+        },
+        {"role": "tool", "tool_call_id": "b", "content": "2"},
+        {"role": "tool", "tool_call_id": "a", "content": "1"},
+        {"role": "assistant", "tool_calls": [{"id": "c", "function": f}]},
+        {"role": "tool", "tool_call_id": "c", "content": "3"},
+    ]
+    request = asked(input=items)
+    assert prompt_of(request) == prompt_of(ChatCompletionRequest.model_validate({"messages": messages}))
+    assert ignored_fields(request) == ()
+
+
+@pytest.mark.parametrize("choice", [None, "auto", "required", "get_weather"])
+@pytest.mark.parametrize("is_parallel", [None, False])
+def test_tools_are_those_of_the_same_chat_and_are_repeated(choice: str | None, is_parallel: bool | None) -> None:
+    named = choice == "get_weather"
+    own: Any = {"type": "function", "name": choice} if named else choice
+    of_chat: Any = {"type": "function", "function": {"name": choice}} if named else choice
+    shared = {"parallel_tool_calls": is_parallel}
+    request = asked(tools=[TOOL | {"strict": True}], tool_choice=own, **shared)
+    function = {"name": "get_weather", "parameters": PARAMETERS, "strict": True}
+    chat = {"messages": [USER], "tools": [{"type": "function", "function": function}], "tool_choice": of_chat, **shared}
+    assert request.used_tools() == ChatCompletionRequest.model_validate(chat).used_tools()
+    assert request.shown_tools == [TOOL | {"strict": True}]
+    assert request.shown_choice == (own or "auto")
