@@ -119,7 +119,7 @@ def of_server(python: Path, folder: Path, url: str, model: str, tokenizer: Path)
 
 def of_transformers(python: Path, folder: Path, base: Path, adapter: Path | None) -> dict[str, int]:
     """Return the right answers of transformers; with `adapter`, of transformers and PEFT."""
-    options = {"pretrained": str(base), "dtype": "bfloat16", "device": "cpu", "trust_remote_code": "False"}
+    options = {"pretrained": str(base), "dtype": "bfloat16"}
     options |= {} if adapter is None else {"peft": str(adapter)}
     found = right_answers(evaluate(python, folder, "hf", options, [CHOICE, TEXT]))
     return found | {CHAT: found[TEXT]}  # the server writes the same prompt around a chat's message
