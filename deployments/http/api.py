@@ -12,9 +12,8 @@ from deployments.config.app import AppConfig
 from deployments.http.bodies import BodyLimit, max_body_bytes
 from deployments.http.dependencies import Services
 from deployments.http.error_responses import install_error_handlers
-from deployments.http.middleware import BearerAuth, ConcurrencyLimit, RequestContextMiddleware, SafeHeaders
+from deployments.http.middleware import Admission, RequestContextMiddleware
 from deployments.http.openapi import Api
-from deployments.http.origins import HostGuard
 from deployments.http.routes import (
     adapters,
     completions,
@@ -31,7 +30,7 @@ from deployments.http.routes import (
 _TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
 _METHODS = ["GET", "POST", "PATCH", "DELETE"]
 _EXPOSED = [
-    *("x-request-id", "retry-after", "x-ignored-fields"),
+    *("x-request-id", "retry-after", "x-ignored-fields", "x-ignored-headers"),
     *("x-lora-strategy", "x-lora-adapters", "x-lora-generation", "x-lora-reason"),
 ]
 _ROUTES = (completions, embeddings, models, adapters, vllm, maintenance, pool_map, status, console)
@@ -72,10 +71,9 @@ def middleware_of(services: Services) -> list[Middleware]:
     """Return the middleware in the order in which a request passes it. No other place decides this order."""
     return [
         Middleware(RequestContextMiddleware, metrics=services.metrics),  # outermost: every answer has an id
-        Middleware(SafeHeaders),
-        *_cors(services.config),  # outside the guards, so that a page can read refusals
-        Middleware(HostGuard, config=services.config),  # before a key is read
-        Middleware(BearerAuth, authenticator=services.authenticator),
-        Middleware(ConcurrencyLimit, in_flight=services.in_flight),  # counts by tenant, so it needs the caller
+        *_cors(services.config),  # outside the others, so that a page can read refusals
+        Middleware(
+            Admission, config=services.config, authenticator=services.authenticator, in_flight=services.in_flight
+        ),
         Middleware(BodyLimit, limit_of=partial(max_body_bytes, services.config), budget=services.bodies),
     ]

@@ -17,8 +17,7 @@ from deployments.errors import KeyRefused, PublishingDisabled, SelfApproval
 from deployments.generation.completions import CompletionService
 from deployments.generation.planner import Planner
 from deployments.http.bodies import SharedBytes
-from deployments.http.middleware import InFlight
-from deployments.http.origins import is_loopback
+from deployments.http.middleware import InFlight, is_loopback
 from deployments.http.readiness import Readiness
 from deployments.http.uploads import UploadBudget
 from deployments.observability.cluster_stats import StatsReader

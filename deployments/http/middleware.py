@@ -1,23 +1,31 @@
-"""Middleware that every request passes, except those that read bodies and hosts.
+"""Middleware that every request passes before its body is read: its context, its origin, its caller, and its place.
 
 Serve's proxy (2.60) keeps the id a client sends in `x-request-id`, or makes one. It passes the id on in the request's
 headers and adds it to the answer. Added here once more, the header would appear twice.
+
+DNS rebinding: a page of `evil.example` changes the address of its own name to this server's. The browser then sees one
+origin and lets the page read every answer, but the request still carries `Host: evil.example`. An IP address in `Host`
+is safe: no page can make a browser use a name for it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import re
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from urllib.parse import urlsplit
 
+from fastapi import Request
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.auth.authenticator import ANONYMOUS_TENANT, Authenticator
-from deployments.errors import ServerOverloaded
+from deployments.config.app import AppConfig
+from deployments.errors import HostRefused, OriginRefused, ServerOverloaded
 from deployments.http.error_responses import error_response
 from deployments.observability.request_metrics import CONTEXT_KEY, RequestContext, RequestMetrics, context_of, path_of
 
@@ -28,6 +36,34 @@ _PROBES = ("/health", "/ready")  # probes: always answered, never reported
 _NOT_KEPT = ("application/json", "application/x-ndjson", "text/event-stream", "text/plain")
 _GUARDED = "/v1/"  # the other routes show nothing of the pool: health, the description of the API, the console's page
 WAITS_S = 10.0  # a refused client retries after a second or more
+# Headers that proxies, load balancers and content delivery networks add, in addition to all x-forwarded- headers.
+PROXY_HEADERS = frozenset(
+    {
+        "forwarded",
+        "via",
+        "x-real-ip",
+        "x-client-ip",
+        "x-cluster-client-ip",
+        "x-original-forwarded-for",
+        "x-original-host",
+        "x-envoy-external-address",
+        "x-envoy-peer-metadata",
+        "x-azure-clientip",
+        "x-appengine-user-ip",
+        "x-arr-log-id",
+        "x-proxyuser-ip",
+        "true-client-ip",
+        "fastly-client-ip",
+        "fly-client-ip",
+        "cf-connecting-ip",
+        "cf-connecting-ipv6",
+        "cf-ray",
+        "cdn-loop",
+        "client-ip",
+    }
+)
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/?#@\[\]\\]+)(?::[0-9]{1,5})?")
+_MAX_SHOWN_CHARS = 100
 
 
 class RequestContextMiddleware:
@@ -35,6 +71,9 @@ class RequestContextMiddleware:
 
     It must be the outermost, so that the refusals of all others carry an id and are reported. A client's id is kept if
     it is short and plain; otherwise the request gets a new one.
+
+    Answers contain texts of prompts and data that only one key may see: neither a shared cache nor a browser may store
+    them, and browsers may not guess their type. Files of the console set their own cache headers.
     """
 
     def __init__(self, app: ASGIApp, metrics: RequestMetrics) -> None:
@@ -45,14 +84,20 @@ class RequestContextMiddleware:
             await self._app(scope, receive, send)
             return
         given = Headers(scope=scope).get(_HEADER)
-        context = RequestContext(_id_of(given), _NOT_MATCHED, scope["method"])
+        request_id = given if given is not None and _SAFE_ID.fullmatch(given) else uuid.uuid4().hex
+        context = RequestContext(request_id, _NOT_MATCHED, scope["method"])
         scope.setdefault("state", {})[CONTEXT_KEY] = context
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
-                context.status = message["status"]
+                context.status, headers = message["status"], MutableHeaders(scope=message)
                 if given is None:
-                    MutableHeaders(scope=message)[_HEADER] = context.request_id
+                    headers[_HEADER] = request_id
+                headers["X-Content-Type-Options"] = "nosniff"
+                if headers.get("content-type", "").startswith(_NOT_KEPT):
+                    headers["Cache-Control"] = "no-store"
+                if context.ignores_key:
+                    headers["x-ignored-headers"] = "authorization"
             await send(message)
 
         try:
@@ -68,51 +113,46 @@ class RequestContextMiddleware:
                 self._metrics.record_request(context)
 
 
-def _id_of(given: str | None) -> str:
-    return given if given is not None and _SAFE_ID.fullmatch(given) else uuid.uuid4().hex
+class Admission:
+    """ASGI middleware: refuse a request before its body is read, or take a place for it until its last byte.
 
-
-class SafeHeaders:
-    """ASGI middleware: forbid browsers to guess the type of an answer, and caches to store answers of the API.
-
-    Answers contain texts of prompts and data that only one key may see: neither a shared cache nor a browser may store
-    them. Files of the console set their own cache headers.
+    - 421, 403: its `Host` is not this server's, or it comes from a page of another origin; see `check_origin`.
+    - 401: its path is below /v1, and it has no valid key. The caller goes into the request's context. A route that a
+      request reaches in another way finds no caller there and answers 401 itself.
+    - 429: the server or the caller's tenant has no place left. Probes are always answered and need none.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, config: AppConfig, authenticator: Authenticator, in_flight: InFlight) -> None:
+        self._app, self._config, self._authenticator, self._in_flight = app, config, authenticator, in_flight
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def answer(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                headers["X-Content-Type-Options"] = "nosniff"
-                if headers.get("content-type", "").startswith(_NOT_KEPT):
-                    headers["Cache-Control"] = "no-store"
-            await send(message)
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        try:
+            tenant = self._admit(scope)
+        except Exception as refusal:
+            await error_response(refusal)(scope, receive, send)
+            return
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            if tenant is not None:
+                self._in_flight.leave(tenant)
 
-        await self._app(scope, receive, answer if scope["type"] == "http" else send)
-
-
-class BearerAuth:
-    """ASGI middleware: answer 401 to any request below /v1 without a valid key, before its body is read.
-
-    The caller goes into the request's context. A route that a request reaches in another way finds no caller there
-    and answers 401 itself.
-    """
-
-    def __init__(self, app: ASGIApp, authenticator: Authenticator) -> None:
-        self._app, self._authenticator = app, authenticator
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and path_of(scope).startswith(_GUARDED):
-            context = context_of(scope)
-            try:
-                context.caller = self._authenticator.authenticate(Headers(scope=scope).get("authorization"))
-            except Exception as exc:
-                await error_response(exc)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
+    def _admit(self, scope: Scope) -> str | None:
+        """Return the tenant that holds a place for this request, None for a probe. Raises: the refusal."""
+        headers, path = Headers(scope=scope), path_of(scope)
+        check_origin(headers, self._config)  # before a key is read
+        if path.startswith(_GUARDED):
+            context, authorization = context_of(scope), headers.get("authorization")
+            context.ignores_key = authorization is not None and not self._config.has_keys
+            context.caller = self._authenticator.authenticate(authorization)
+        if path in _PROBES:
+            return None
+        tenant = tenant_of(scope)
+        self._in_flight.enter(tenant)
+        return tenant
 
 
 class InFlight:
@@ -158,29 +198,95 @@ class InFlight:
         return max(1, self._limit // len(here - {ANONYMOUS_TENANT}))
 
 
-class ConcurrencyLimit:
-    """ASGI middleware: refuse requests above the limit before their body is read. Probes are always answered."""
-
-    def __init__(self, app: ASGIApp, in_flight: InFlight) -> None:
-        self._app, self._in_flight = app, in_flight
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or path_of(scope) in _PROBES:
-            await self._app(scope, receive, send)
-            return
-        tenant = tenant_of(scope)
-        try:
-            self._in_flight.enter(tenant)
-        except ServerOverloaded as refusal:
-            await error_response(refusal)(scope, receive, send)
-            return
-        try:
-            await self._app(scope, receive, send)
-        finally:
-            self._in_flight.leave(tenant)
-
-
 def tenant_of(scope: Scope) -> str:
     """Return the caller's tenant; the anonymous one on routes that need no key."""
     caller = context_of(scope).caller
     return ANONYMOUS_TENANT if caller is None else caller.tenant
+
+
+def is_loopback(http: Request) -> bool:
+    """Return whether the client is on this machine, and is neither a reverse proxy nor a page of another site.
+
+    A proxy on this machine connects from loopback for any client; it is recognised by the headers that only proxies
+    add. A browser lets any page post a form to any address, this machine's included; its `Origin` header says so.
+    """
+    if any(name in PROXY_HEADERS or name.startswith("x-forwarded-") for name in http.headers):
+        return False
+    origin = http.headers.get("origin")
+    if origin is not None and not _is_local_page(origin):
+        return False
+    return http.client is not None and is_loopback_address(http.client.host)
+
+
+def _is_local_page(origin: str) -> bool:
+    try:
+        host = urlsplit(origin).hostname
+    except ValueError:  # as of `http://[evil`
+        return False
+    return host == "localhost" or (host is not None and is_loopback_address(host))
+
+
+def is_loopback_address(host: str) -> bool:
+    """Return whether `host` is an address of this machine's loopback interface. A name is not."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name, for example from a proxy, or a Unix socket
+        return False
+
+
+def check_origin(headers: Headers, config: AppConfig) -> None:
+    """Check that `Host` is this server's, and the page one that may use it. Raises: HostRefused, OriginRefused.
+
+    With keys neither check is needed: a page cannot send a key that it does not have, nor an `Authorization` header to
+    another origin. There the host is checked only if the setting `allowed_hosts` lists any.
+    """
+    has_keys = config.has_keys
+    if has_keys and not config.allowed_hosts:
+        return
+    hosts = headers.getlist("host")
+    host = host_of(hosts[0]) if len(hosts) == 1 else None
+    if host is None or not _is_ours(host, config.allowed_hosts):
+        raise HostRefused(", ".join(hosts)[:_MAX_SHOWN_CHARS])
+    origin = headers.get("origin")
+    if origin is None or has_keys or allows_origin(origin, config):
+        return
+    if not _is_own_page(origin, host, config.allowed_hosts):
+        raise OriginRefused(origin[:_MAX_SHOWN_CHARS])
+
+
+def allows_origin(origin: str, config: AppConfig) -> bool:
+    """Return whether the setting `cors_origins` lists the page's origin."""
+    return "*" in config.cors_origins or origin.lower() in config.cors_origins
+
+
+def host_of(header: str) -> str | None:
+    """Return the host of a `Host` header in lower case, without port, brackets and trailing dot; None without one."""
+    found = _HOST.fullmatch(header.strip())
+    if found is None:
+        return None
+    host = found[1].strip("[]").lower()
+    return host.removesuffix(".") or None
+
+
+def _is_ours(host: str, allowed: Collection[str]) -> bool:
+    return host == "localhost" or host in allowed or _is_address(host)
+
+
+def _is_own_page(origin: str, host: str, allowed: Collection[str]) -> bool:
+    """Return whether the page of this `Origin` is the console, or a page served from this machine."""
+    try:
+        page = urlsplit(origin).hostname
+    except ValueError:  # as of `http://[evil`
+        return False
+    if page is None:
+        return False
+    page = page.removesuffix(".")
+    return page in ("localhost", host) or page in allowed or is_loopback_address(page)
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True

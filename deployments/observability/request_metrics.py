@@ -53,6 +53,7 @@ class RequestContext:
     method: str = ""
     arrived_at: float = field(default_factory=time.monotonic)
     caller: Caller | None = None  # set by the authentication, on routes that need a key
+    ignores_key: bool = False  # the client sent a key, but this server has none
     status: int = 499  # what proxies log for a client that left before there was a status
     code: str = ""  # of the API's error object
     strategy: str = "none"

@@ -55,6 +55,14 @@ def test_a_body_that_is_not_json_is_a_bad_request() -> None:
     assert error_of(response)["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/route"])
+def test_a_body_without_its_content_type_is_answered_with_the_header_to_send(path: str) -> None:
+    headers = {"content-type": "application/x-www-form-urlencoded"}
+    response = request("POST", path, sent={"content": b'{"prompt": "Hi"}', "headers": headers})
+    assert response.status_code == 400
+    assert "send it with the header Content-Type: application/json" in error_of(response)["message"]
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -110,13 +118,11 @@ def test_the_api_describes_itself() -> None:
 
 
 def test_a_request_passes_the_middleware_in_this_order() -> None:
-    """Each needs the results of those before it: an id, an allowed host, the caller, the caller's place."""
+    """Each needs the results of those before it: the context, and the caller."""
 
     async def build() -> list[str]:
-        return [type_.cls.__name__ for type_ in middleware_of(serve_plainly().services)]
+        services = serve_plainly(cors_origins=("https://chat.example",)).services
+        return [type_.cls.__name__ for type_ in middleware_of(services)]
 
     order = asyncio.run(build())
-    outermost, *_, innermost = order
-    assert (outermost, innermost) == ("RequestContextMiddleware", "BodyLimit")
-    assert order.index("HostGuard") < order.index("BearerAuth") < order.index("ConcurrencyLimit")
-    assert len(order) == 6
+    assert order == ["RequestContextMiddleware", "CORSMiddleware", "Admission", "BodyLimit"]

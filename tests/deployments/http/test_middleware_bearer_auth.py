@@ -15,7 +15,7 @@ from starlette.requests import Request
 from deployments.auth.authenticator import ROLES
 from deployments.errors import KeyRefused
 from deployments.http.dependencies import caller_of
-from deployments.http.middleware import BearerAuth
+from deployments.http.middleware import Admission
 from deployments.observability.request_metrics import RequestContext
 from gpu_worker.errors import DeadlineExceeded, EngineStopped
 from tests.deployments.adapter_records import POOL, adapter
@@ -136,6 +136,13 @@ def test_a_role_allows_its_routes_and_no_others(keys: Path, method: str, path: s
         assert error_of(response)["code"] == "role_missing"
 
 
+@pytest.mark.parametrize(("sent", "noted"), [({}, None), ({"Authorization": "Bearer none"}, "authorization")])
+def test_a_key_is_noted_as_ignored_where_there_are_none(keys: Path, sent: dict[str, str], noted: str | None) -> None:
+    for path in ("/v1/models", "/v1/nowhere"):
+        assert get(path, headers=sent).headers.get("x-ignored-headers") == noted
+    assert "x-ignored-headers" not in get("/v1/models", keys_file=keys, headers=bearer("all")).headers
+
+
 def test_a_route_reached_without_the_middleware_has_no_caller() -> None:
     with pytest.raises(KeyRefused):
         caller_of(Request({"type": "http", "state": {"context": RequestContext("r", "none")}, "headers": []}))
@@ -153,10 +160,13 @@ def test_the_middleware_works_for_a_mounted_application(keys: Path, prefix: str)
         async def send(message: Any) -> None:
             statuses.append(message.get("status", -1))
 
-        guarded_app = with_context(BearerAuth(inner, served.services.authenticator))
+        services = served.services
+        admission = Admission(inner, services.config, services.authenticator, services.in_flight)
+        guarded_app = with_context(admission)
         async with http_of(served):
             for path in ("/v1/models", "/health"):
-                scope = {"type": "http", "method": "GET", "path": prefix + path, "root_path": prefix, "headers": []}
+                scope: dict[str, Any] = {"type": "http", "method": "GET", "path": prefix + path, "root_path": prefix}
+                scope["headers"] = [(b"host", b"localhost")]
                 await guarded_app(scope, None, send)  # type: ignore[arg-type]
         return statuses
 

@@ -10,7 +10,7 @@ from fastapi import Request
 
 from deployments.api.completions import ChatCompletionRequest, CompletionRequest, parse
 from deployments.errors import RequestInvalid
-from deployments.http.origins import PROXY_HEADERS, is_loopback
+from deployments.http.middleware import PROXY_HEADERS, is_loopback
 from deployments.http.routes.completions import events
 from deployments.http.routes.maintenance import json_lines
 from deployments.observability.request_metrics import RequestContext

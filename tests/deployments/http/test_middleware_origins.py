@@ -11,7 +11,7 @@ import pytest
 
 from deployments.cli.local_server import Server
 from deployments.config.app import AppConfig
-from deployments.http.origins import host_of
+from deployments.http.middleware import host_of
 from tests.deployments.all_routes import example_path, mounted
 from tests.deployments.app_fakes import Served, config_of, http_of, serve_plainly
 from tests.deployments.asking import ask, error_of, request
