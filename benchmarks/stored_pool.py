@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.engine_cases import RANK, Shapes, console, plan_of, random_modules
-from deployments.weights.fetcher import WeightsFetcher
+from deployments.weights import WeightsFetcher
 from gpu_worker.config import WorkerConfig
 from gpu_worker.device.openmp import load_executor, run_on_short_lived_thread
 from gpu_worker.engine.engine import Engine

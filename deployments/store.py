@@ -17,7 +17,7 @@ from deployments.calls.catalogue_clients import Buffer, Shapes
 from deployments.config.app import AppConfig
 from deployments.observability.logs import join_serve_logs
 from deployments.publishing.source_folders import ByteBudget, folder_of
-from deployments.weights.object_store_cache import ObjectCache
+from deployments.weights import ObjectCache
 from lora_store import (
     AdapterRecord,
     AdapterRef,

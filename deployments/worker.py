@@ -22,7 +22,7 @@ from deployments.observability.metrics import REPORT_INTERVAL_S, SERVE, MetricFa
 from deployments.observability.worker_metrics import JobTrace, TenantUsage, WorkerMetrics
 from deployments.scaling.adapter_affinity_router import RESIDENT, short_digest
 from deployments.scaling.autoscaling_policy import ONGOING, WAITING_TOKENS
-from deployments.weights.fetcher import WeightsFetcher
+from deployments.weights import WeightsFetcher
 from gpu_worker.config import WorkerConfig
 from gpu_worker.device.cpu_count import with_threads
 from gpu_worker.device.openmp import load_executor, use_one_thread

@@ -16,7 +16,7 @@ from deployments.batch.rows import answered
 from deployments.batch.run import BatchRun, store_of
 from deployments.calls.catalogue_clients import Buffer, WeightsSource
 from deployments.json_types import JsonObject
-from deployments.weights.fetcher import WeightsFetcher
+from deployments.weights import WeightsFetcher
 from gpu_worker.device.cpu_count import with_threads
 from gpu_worker.device.openmp import load_executor, run_on_short_lived_thread
 from gpu_worker.engine.engine import Engine

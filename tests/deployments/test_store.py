@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from deployments.api.adapters import PublishItem
+from deployments.calls.catalogue_clients import Buffer
 from deployments.errors import SourceMissing, SourceRefused
 from deployments.store import StoreDeployment
-from deployments.weights.object_store_cache import Buffer
 from lora_store import (
     AdapterNotFound,
     AdapterRefused,

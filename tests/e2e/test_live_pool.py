@@ -15,7 +15,7 @@ import ray
 from ray.serve.handle import DeploymentHandle
 
 from deployments.calls.catalogue_clients import ServeStore
-from deployments.weights.fetcher import RetryPolicy, WeightsFetcher
+from deployments.weights import RetryPolicy, WeightsFetcher
 from lora_store import encode_weights
 from tests.e2e.live import Live, completion, eventually, eventually_equal, settled, stream_texts
 from tests.soak import Scale

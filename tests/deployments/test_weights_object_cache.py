@@ -7,7 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from deployments.weights.object_store_cache import Buffer, ObjectCache
+from deployments.calls.catalogue_clients import Buffer
+from deployments.weights import ObjectCache
 from lora_store import StoreUnavailable
 
 BLOBS = {name: bytes([place]) * 10 for place, name in enumerate("abcd")} | {"large": bytes(30)}

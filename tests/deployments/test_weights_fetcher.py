@@ -17,7 +17,7 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from deployments.calls.catalogue_clients import ServeStore
-from deployments.weights.fetcher import RetryPolicy, WeightsFetcher
+from deployments.weights import RetryPolicy, WeightsFetcher
 from gpu_worker.errors import AdapterLoadFailed
 from lora_store import AdapterNotFound, AdapterWeights, BlobCorrupted, ModuleWeights, StoreUnavailable, encode_weights
 from lora_store.disk_cache import DiskCache
