@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -129,13 +130,15 @@ class Publisher:
         actor: str,
         quota: TenantQuota | None = None,
         charge: Charge = free_of_charge,
+        held: AbstractContextManager[object] | None = None,
     ) -> list[Published | Exception]:
         """Publish every valid upload in one commit; return one result or error per upload, in order.
 
-        Versions that are live already do not change. Raises, without any change: the error of the Retriever or the
-        Store for the whole batch; QuotaExceeded; WorkerStarting; the error of `charge`.
+        Versions that are live already do not change. `held` is left at the end, even if the caller has left before.
+        Raises, without any change: the error of the Retriever or the Store for the whole batch; QuotaExceeded;
+        WorkerStarting; the error of `charge`.
         """
-        return await self._run("publish", self._publish(uploads, Change(actor, quota, charge=charge)))
+        return await self._run("publish", self._publish(uploads, Change(actor, quota, charge=charge), held))
 
     async def rollback(self, key: Key, digest: str | None, actor: str, charge: Charge = free_of_charge) -> Published:
         """Publish a kept version again: the one before the live one, or the one whose digest begins with `digest`.
@@ -192,17 +195,20 @@ class Publisher:
         ready, behind = await self.catch_up(generation)
         return Settled(generation, ready, behind)
 
-    async def _publish(self, uploads: Sequence[PublishItem], change: Change) -> list[Published | Exception]:
-        active = await self._store.active_encoder()
-        module_shapes = await self._gate.module_shapes()
-        slots = asyncio.Semaphore(_STAGED_TOGETHER)  # leave room for the Store's other callers
+    async def _publish(
+        self, uploads: Sequence[PublishItem], change: Change, held: AbstractContextManager[object] | None
+    ) -> list[Published | Exception]:
+        with held or nullcontext():
+            active = await self._store.active_encoder()
+            module_shapes = await self._gate.module_shapes()
+            slots = asyncio.Semaphore(_STAGED_TOGETHER)  # leave room for the Store's other callers
 
-        async def stage(upload: PublishItem) -> Staged:
-            async with slots:
-                return await self._store.stage(upload, module_shapes)
+            async def stage(upload: PublishItem) -> Staged:
+                async with slots:
+                    return await self._store.stage(upload, module_shapes)
 
-        staged = await asyncio.gather(*map(stage, uploads), return_exceptions=True)
-        return await self._make_live(staged, active, change)
+            staged = await asyncio.gather(*map(stage, uploads), return_exceptions=True)
+            return await self._make_live(staged, active, change)
 
     async def _rollback(self, key: Key, digest: str | None, actor: str, charge: Charge) -> Published:
         active = await self._store.active_encoder()

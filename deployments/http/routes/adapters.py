@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
@@ -117,7 +117,7 @@ async def publish(caller: PublishCaller, services: AnyServices, http: Request) -
         raise RequestInvalid(f"content-type must be application/json or multipart/form-data, got {kind[:100]!r}")
     body = _parse(await http.json())
     if isinstance(body, AdapterSource):
-        return await _publish_one(services, caller, http, body.upload())
+        return await _publish_one(services, caller, item_of(services, body.upload(), caller, http))
     items = [item_of(services, adapter.upload(), caller, http) for adapter in body.adapters]
     outcomes = await publish_items(services, caller, items)
     answer = batch_object(outcomes)
@@ -184,29 +184,32 @@ def charge_to(services: Services, caller: Caller) -> Charge:
 
 
 async def publish_items(
-    services: Services, caller: Caller, items: Sequence[PublishItem]
+    services: Services,
+    caller: Caller,
+    items: Sequence[PublishItem],
+    held: AbstractContextManager[object] | None = None,
 ) -> Sequence[Published | Exception]:
-    """Publish `items` in one commit, within the quota of the caller's tenant. Return one outcome per item."""
+    """Publish `items` in one commit, within the quota of the caller's tenant. Return one outcome per item.
+
+    `held` is left when they are published or refused, even if the client has left before.
+    """
     charge = charge_to(services, caller)
-    return await services.publisher.publish(items, caller.key_id, caller.limits.tenant_quota, charge)
+    return await services.publisher.publish(items, caller.key_id, caller.limits.tenant_quota, charge, held)
 
 
 async def _publish_files(services: Services, caller: Caller, http: Request) -> JSONResponse:
     """Publish an upload. It counts against the budget until it is published, even if the client has left before."""
     with ExitStack() as stack:
         counted = stack.enter_context(services.uploads.reading(http, caller.tenant))
-        upload = await read_upload(counted)
+        item = item_of(services, await read_upload(counted), caller, http)
         held = stack.pop_all()
-
-    async def publish_held() -> JSONResponse:
-        with held:
-            return await _publish_one(services, caller, http, upload)
-
-    return await services.background.run(publish_held())
+    return await _publish_one(services, caller, item, held)
 
 
-async def _publish_one(services: Services, caller: Caller, http: Request, item: PublishItem) -> JSONResponse:
-    [outcome] = await publish_items(services, caller, [item_of(services, item, caller, http)])
+async def _publish_one(
+    services: Services, caller: Caller, item: PublishItem, held: AbstractContextManager[object] | None = None
+) -> JSONResponse:
+    [outcome] = await publish_items(services, caller, [item], held)
     if isinstance(outcome, Exception):
         raise outcome
     return JSONResponse(published_object(outcome), status_of(outcome))
