@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -9,26 +10,31 @@ from gpu_worker.bank.device_layout import DeviceAdapter
 from gpu_worker.errors import PlanTooLarge
 
 
-class RowStore(Protocol):
-    """The storage whose rows Residency assigns: the LoraBank, or a list in tests."""
+class AdapterStore(Protocol):
+    """Storage of a number of rows that holds whole adapters, and may place their rows itself."""
 
     @property
     def num_rows(self) -> int: ...
     def write(self, rows: Sequence[int], adapter: DeviceAdapter) -> None: ...
+    def free(self, rows: Sequence[int]) -> None: ...
+
+
+class RowStore(AdapterStore, Protocol):
+    """Storage whose rows Residency places: the LoraBank, or a list in tests."""
+
     def move(self, rows: Sequence[int], to: Sequence[int]) -> None: ...
     def swap(self, rows: Sequence[int], others: Sequence[int]) -> None: ...
-    def free(self, rows: Sequence[int]) -> None: ...
     def set_active(self, num_rows: int) -> None: ...
 
 
-class Residency:
-    """The assignment of bank rows. After `settle`, rows [0, active_rows) belong to pinned adapters.
+class RowAssignment(ABC):
+    """Decides which adapters occupy which rows of a bank, and which are evicted.
 
-    The other rows are free or belong to adapters that may be evicted. An adapter needs as many rows as the rank of its
-    widest module; they need not be adjacent.
+    Rows of adapters without pins may be evicted. An adapter needs as many rows as the rank of its widest module; they
+    need not be adjacent.
     """
 
-    def __init__(self, bank: RowStore) -> None:
+    def __init__(self, bank: AdapterStore) -> None:
         self._bank = bank
         self._rows: dict[str, list[int]] = {}  # digest -> bank row per rank index; least recently used first
         self._owner: list[tuple[str, int] | None] = [None] * bank.num_rows
@@ -57,10 +63,6 @@ class Residency:
     def rows(self, digest: str) -> list[int]:
         """Return the bank rows of a resident adapter, by rank index."""
         return self._rows[digest]
-
-    def rank_indices(self) -> list[int]:
-        """Return the rank index of each active row."""
-        return [owner[1] for owner in self._owner[: self.active_rows] if owner is not None]
 
     def try_pin(self, digests: Sequence[str], loaded: Mapping[str, DeviceAdapter]) -> bool:
         """Bring all adapters into the bank and pin them. Return False, and change nothing, if there is no room.
@@ -92,17 +94,6 @@ class Residency:
                 del self._pins[digest]
                 self._rows[digest] = self._rows.pop(digest)  # most recently used
 
-    def settle(self) -> None:
-        """Swap rows so that pinned adapters form the prefix, then write new adapters. Call once after all changes."""
-        pinned = [row for digest in self._pins for row in self._rows[digest]]
-        self.active_rows = len(pinned)
-        holes = sorted(set(range(len(pinned))).difference(pinned))
-        self._swap(sorted(row for row in pinned if row >= len(pinned)), holes)
-        for digest, adapter in self._unwritten.items():
-            self._bank.write(self._rows[digest], adapter)
-        self._unwritten.clear()
-        self._bank.set_active(self.active_rows)
-
     def evict(self, digest: str) -> None:
         """Free the rows of a resident adapter without pins."""
         assert digest not in self._pins, "a pinned adapter cannot be evicted"
@@ -133,15 +124,45 @@ class Residency:
             self._owner[row] = (adapter.weights_digest, index)
         return rows
 
+    @abstractmethod
+    def settle(self) -> None:
+        """Bring the storage up to date. Call once after all changes."""
+
+    def _write_new(self) -> None:
+        for digest, adapter in self._unwritten.items():
+            self._bank.write(self._rows[digest], adapter)
+        self._unwritten.clear()
+
+
+class Residency(RowAssignment):
+    """The assignment of the rows of a RowStore. After `settle`, rows [0, active_rows) belong to pinned adapters."""
+
+    def __init__(self, bank: RowStore) -> None:
+        super().__init__(bank)
+        self._row_store = bank
+
+    def rank_indices(self) -> list[int]:
+        """Return the rank index of each active row."""
+        return [owner[1] for owner in self._owner[: self.active_rows] if owner is not None]
+
+    def settle(self) -> None:
+        """Swap rows so that pinned adapters form the prefix, then write new adapters. Call once after all changes."""
+        pinned = [row for digest in self._pins for row in self._rows[digest]]
+        self.active_rows = len(pinned)
+        holes = sorted(set(range(len(pinned))).difference(pinned))
+        self._swap(sorted(row for row in pinned if row >= len(pinned)), holes)
+        self._write_new()
+        self._row_store.set_active(self.active_rows)
+
     def _swap(self, rows: Sequence[int], others: Sequence[int]) -> None:
         """Exchange `rows` and `others`. Rows that are not written yet are only reassigned."""
         pairs = list(zip(rows, others, strict=True))
         written = [pair for pair in pairs if not self._is_unwritten(pair[0])]
         unwritten = [pair for pair in pairs if self._is_unwritten(pair[0])]
         if written:
-            self._bank.swap([row for row, _ in written], [other for _, other in written])
+            self._row_store.swap([row for row, _ in written], [other for _, other in written])
         if unwritten:
-            self._bank.move([other for _, other in unwritten], [row for row, _ in unwritten])
+            self._row_store.move([other for _, other in unwritten], [row for row, _ in unwritten])
         for row, other in pairs:
             self._owner[row], self._owner[other] = self._owner[other], self._owner[row]
             for position in (row, other):

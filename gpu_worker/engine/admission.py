@@ -6,7 +6,7 @@ import math
 from typing import Protocol
 
 from gpu_worker.bank.loader import AdapterLoader
-from gpu_worker.bank.residency import Residency
+from gpu_worker.bank.residency import RowAssignment
 from gpu_worker.engine.fair_queue import FairQueue
 from gpu_worker.engine.prefetch_window import PrefetchWindow
 from gpu_worker.engine.row import Row
@@ -35,7 +35,7 @@ class Admission:
     """
 
     def __init__(
-        self, loader: AdapterLoader, residency: Residency, kv_cache: RowPlaces, window: PrefetchWindow
+        self, loader: AdapterLoader, residency: RowAssignment, kv_cache: RowPlaces, window: PrefetchWindow
     ) -> None:
         self._loader, self._residency, self._kv_cache, self._window = loader, residency, kv_cache, window
         self.waiting = FairQueue()

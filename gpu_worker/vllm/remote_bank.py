@@ -1,4 +1,4 @@
-"""The bank in vLLM's worker processes, as the front end's Residency sees it."""
+"""The bank in vLLM's worker processes, as the front end's assignment of rows sees it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
 from gpu_worker.bank.device_layout import DeviceAdapter
-from gpu_worker.bank.residency import Residency
+from gpu_worker.bank.residency import RowAssignment
 from gpu_worker.vllm.packing import PackedAdapter, packed
 
 logger = logging.getLogger(__name__)
@@ -16,19 +16,17 @@ logger = logging.getLogger(__name__)
 Change = tuple[Any, ...]
 
 
-class PlannedResidency(Residency):
+class PlannedResidency(RowAssignment):
     """Decides which adapters are in the workers' banks. They place the rows themselves, so nothing is moved here."""
 
     def settle(self) -> None:
         """Send the new adapters. Call once after all changes."""
         self.active_rows = sum(len(self._rows[digest]) for digest in self._pins)
-        for digest, adapter in self._unwritten.items():
-            self._bank.write(self._rows[digest], adapter)
-        self._unwritten.clear()
+        self._write_new()
 
 
 class RemoteBank:
-    """A RowStore that sends its changes to the workers, in order and several at a time.
+    """An AdapterStore that sends its changes to the workers, in order and several at a time.
 
     `send`: applies changes in all workers between two of their steps. `on_failure`: called with its error, after which
     the workers' banks are unknown and the engine must end.
@@ -57,15 +55,6 @@ class RemoteBank:
         if digest is not None:  # otherwise the adapter was evicted before `settle` sent it
             del self._written[digest]
             self._append(digest, None)
-
-    def move(self, rows: Sequence[int], to: Sequence[int]) -> None:
-        raise NotImplementedError("the workers place the rows")
-
-    def swap(self, rows: Sequence[int], others: Sequence[int]) -> None:
-        raise NotImplementedError("the workers place the rows")
-
-    def set_active(self, num_rows: int) -> None:
-        raise NotImplementedError("the workers know the active rows")
 
     async def written(self, digests: Iterable[str]) -> None:
         """Return once the workers hold these adapters, which are pinned."""
