@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Any
-from unittest.mock import patch
 
 import typer
 
@@ -35,7 +34,7 @@ from benchmarks.engine_cases import (
 )
 from benchmarks.literal_einsum import literal_mixture
 from benchmarks.results_file import write_results
-from gpu_worker.lora.mapping import composition
+from gpu_worker.engine.forward import ForwardPass
 from gpu_worker.step.step_context import Composition
 from lora_store import Strategy
 
@@ -132,22 +131,26 @@ class Bench:
     def _extra_ms(self, case: Case, prompts: Sequence[Prompt], num_new: int) -> float:
         """Return the median of a step minus the mean of its neighbours, which run without adapters."""
         asked = plans(case.strategy, case.num_active, case.num_rows)
-        with literal_mixture(self._loaded.engine) if case.literal else nullcontext(), every_second_step_base():
+        forward = self._loaded.engine._forward
+        with literal_mixture(self._loaded.engine) if case.literal else nullcontext(), every_second_step_base(forward):
             _, steps = self._loaded.run(asked, prompts, num_new)
         decoding = range(NUM_PROMPT_STEPS, len(steps) - 1, 2)  # the even ones have adapters
         return statistics.median(steps[n] - (steps[n - 1] + steps[n + 1]) / 2 for n in decoding)
 
 
 @contextmanager
-def every_second_step_base() -> Iterator[None]:
+def every_second_step_base(forward: ForwardPass) -> Iterator[None]:
     """Let every second step of the engine compute the base model, within the block."""
-    numbers = itertools.count()
+    numbers, compose = itertools.count(), forward.compose
 
     def by_turn(*args: Any) -> Composition | None:
-        return composition(*args) if next(numbers) % 2 == 0 else None
+        return compose(*args) if next(numbers) % 2 == 0 else None
 
-    with patch("gpu_worker.engine.forward.composition", by_turn):
+    forward.compose = by_turn
+    try:
         yield
+    finally:
+        forward.compose = compose
 
 
 def figures_of(found: Sequence[Round], turns: Sequence[Turn]) -> dict[str, float]:

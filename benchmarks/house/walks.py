@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
+import ray.data
 from ray import serve
 from typer.testing import CliRunner, Result
 
@@ -103,16 +105,16 @@ def _serve_command(recorder: Recorder, settings: Path) -> Walk:
             (serve, "run", None),
             (serve, "get_app_handle", handle),
             (httpx, "get", httpx.Response(200, json=ready)),
+            (threading.Event, "wait", True),
         ):
             patches.enter_context(mock.patch.object(target, name, return_value=value))
-        patches.enter_context(mock.patch("threading.Event.wait", return_value=True))
         return _invoke(recorder, "serve", "--config", settings, "--port", 0)
 
 
 def _batch_command(recorder: Recorder, folder: Path, settings: Path) -> Walk:
     rows = pa.table({"prompt": [PROMPT, PROMPT], "max_tokens": [4, 4], "temperature": [0.0, 0.0]})
     pq.write_table(rows, folder / "in.parquet")
-    from_items = mock.patch("ray.data.from_items", lambda items, **_: LocalDataset(items))
+    from_items = mock.patch.object(ray.data, "from_items", lambda items, **_: LocalDataset(items))
     with mock.patch.object(ray, "init"), mock.patch.object(ray, "shutdown"), from_items:
         return _invoke(recorder, "batch", folder / "in.parquet", folder / "out", "--config", settings)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from gpu_worker.lora.lora_kernel import LoraKernel
 from gpu_worker.lora.mapping import composition
 from gpu_worker.model.base_model import BaseModel
 from gpu_worker.step.attention_plan import Segment
-from gpu_worker.step.step_context import StepContext
+from gpu_worker.step.step_context import Composition, StepContext
 from lora_store.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,11 @@ class ForwardPass:
         context: StepContext,
         kernel: LoraKernel | None,
         device: torch.device,
+        *,
+        compose: Callable[..., Composition | None] = composition,
     ) -> None:
+        """`compose`: describes the adapters of a step to its layers. A benchmark replaces it for some steps."""
+        self.compose = compose
         self._base, self._residency, self._kv_cache = base, residency, kv_cache
         self._context, self._kernel, self._device = context, kernel, device
 
@@ -60,7 +64,7 @@ class ForwardPass:
         Every adapter of the plans must be active, and the segments' rows must have KV for their tokens.
         """
         num_tokens = [segment.num_tokens for segment in segments]
-        lora = composition(plans, num_tokens, self._residency, self._base.dtype, self._kernel, self._device)
+        lora = self.compose(plans, num_tokens, self._residency, self._base.dtype, self._kernel, self._device)
         attention = self._kv_cache.attention(segments)
         self._context.fill(lora, attention)
         output = self._base.model(
