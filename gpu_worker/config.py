@@ -13,6 +13,7 @@ from gpu_worker.errors import WorkerConfigInvalid
 
 _CPU_CHUNK = 192  # a step with such a chunk takes two to three decode steps: benchmarks/README.md
 PACKAGED_MODEL = "gemma-3-270m"  # comes in a Python package
+PACKAGED_ALIASES = ("google/gemma-3-270m", "unsloth/gemma-3-270m")  # names of the same model on the model hub
 DEFAULT_CACHE_DIR = Path.home() / ".cache" / "loraretriever"
 AtLeastOne = Annotated[int, Ge(1)]
 ToolParser = Literal["auto", "hermes", "mistral", "mistral_args", "llama3_json"]

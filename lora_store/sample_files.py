@@ -13,21 +13,22 @@ from lora_store.errors import FileRefused
 
 SAMPLES_FILE = "lora_samples.jsonl"
 DESCRIPTION_FILE = "description.txt"
-_MISNAMED_INPUTS = ("prompt", "instruction", "text", "question")
+_INPUT_KEYS = ("input", "prompt", "instruction", "text", "question")  # the first one that a line has
 
 
 def read_samples(folder: Path, limits: Limits) -> tuple[Sample, ...]:
-    """Return the samples of the samples file, () if there is none. Raises: FileRefused, which lists every bad line."""
+    """Return the samples of the samples file, () if there is none. Raises: FileRefused, which lists every bad line.
+
+    Blank lines are ignored. Of more than `max_samples` lines that many are read, spread evenly over the file.
+    """
     if not lexists(folder / SAMPLES_FILE):
         return ()
-    lines = read_bytes(folder / SAMPLES_FILE, limits.max_samples_bytes).removesuffix(b"\n").split(b"\n")
-    if len(lines) > limits.max_samples:
-        raise FileRefused(
-            SAMPLES_FILE,
-            [f"has {len(lines)} lines, at most {limits.max_samples}: keep that many, spread over the whole file"],
-        )
+    lines = sample_lines(read_bytes(folder / SAMPLES_FILE, limits.max_samples_bytes))
+    if not lines:
+        raise FileRefused(SAMPLES_FILE, ["is empty: write one sample a line, or remove the file"])
+    count = min(len(lines), limits.max_samples)
     samples, problems = [], []
-    for number, line in enumerate(lines, start=1):
+    for number, line in (lines[place * len(lines) // count] for place in range(count)):
         try:
             samples.append(_parse_sample(line, limits.max_sample_bytes))
         except ValueError as exc:
@@ -35,6 +36,11 @@ def read_samples(folder: Path, limits: Limits) -> tuple[Sample, ...]:
     if problems:
         raise FileRefused(SAMPLES_FILE, problems)
     return tuple(samples)
+
+
+def sample_lines(data: bytes) -> list[tuple[int, bytes]]:
+    """Return the lines that are not blank, with their numbers from 1."""
+    return [(number, line) for number, line in enumerate(data.split(b"\n"), start=1) if line.strip()]
 
 
 def read_description(folder: Path, limits: Limits) -> str | None:
@@ -62,21 +68,21 @@ def parse_samples(data: bytes) -> tuple[Sample, ...]:
 
 
 def _parse_sample(line: bytes, max_bytes: int) -> Sample:
-    if len(line) > max_bytes:
-        raise ValueError(f"has {len(line)} bytes, at most {max_bytes}: shorten the sample")
+    """Return the sample of one line. A longer input is cut: the encoder reads its beginning alone."""
     try:
         raw = parse_json_object(line)
     except ValueError as exc:
         raise ValueError(f"is not valid JSON: {exc}") from exc
-    text, output = raw.get("input"), raw.get("output")
-    if "input" not in raw and (misnamed := next((key for key in _MISNAMED_INPUTS if key in raw), None)):
-        raise ValueError(f'has "{misnamed}" but no "input": rename "{misnamed}" to "input"')
+    key = next((key for key in _INPUT_KEYS if key in raw), "input")
+    text, output = raw.get(key), raw.get("output")
     if not isinstance(text, str) or not text.strip():
-        raise ValueError('needs an "input" that is a string and not blank')
+        raise ValueError(f'needs a text "{key}" that is not blank')
     if not isinstance(output, str | None):
         raise ValueError('has an "output" that is not a string')
     try:
         f"{text}{output}".encode()
     except UnicodeEncodeError as exc:
         raise ValueError("contains half of a surrogate pair, which is not valid Unicode") from exc
-    return Sample(text, output)
+    if output is not None and len(output.encode()) > max_bytes:
+        raise ValueError(f'has an "output" of more than {max_bytes} bytes: shorten it')
+    return Sample(text.encode()[:max_bytes].decode(errors="ignore"), output)

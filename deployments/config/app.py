@@ -17,7 +17,14 @@ from deployments.config.settings_errors import SettingsInvalid, refuse_renamed, 
 from deployments.config.source_prefixes import SourcePrefix
 from deployments.json_types import JsonObject
 from deployments.scaling.settings import ScalingSettings
-from gpu_worker.config import DEFAULT_CACHE_DIR, PACKAGED_MODEL, EngineSettings, ToolParser, WorkerConfig
+from gpu_worker.config import (
+    DEFAULT_CACHE_DIR,
+    PACKAGED_ALIASES,
+    PACKAGED_MODEL,
+    EngineSettings,
+    ToolParser,
+    WorkerConfig,
+)
 from gpu_worker.request.chat_template_files import read_chat_template, template_of_files
 from gpu_worker.request.request import DEFAULT_MAX_TOKENS
 from lora_store import Visibility, is_valid_name
@@ -303,7 +310,8 @@ class AppConfig(_Settings):
     @cached_property
     def accepted_bases(self) -> frozenset[str]:
         """Every `base_model_name_or_path` that an adapter may have."""
-        return frozenset({self.base_model, self.served_base_name, *self.accepts_base})
+        aliases = PACKAGED_ALIASES if self.base_model == PACKAGED_MODEL else ()
+        return frozenset({self.base_model, self.served_base_name, *aliases, *self.accepts_base})
 
     @property
     def weights_cache(self) -> tuple[Path, int] | None:

@@ -8,6 +8,7 @@ from typing import Self
 from lora_store.location import Location
 
 SCHEMES = ("s3", "gs", "file")
+_FROM_HUB = "download it with `hf download REPOSITORY --local-dir FOLDER`, and publish the folder"
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,9 @@ class SourceUri:
         """Parse a URI. Raises: ValueError: it is not allowed, or a part of it is ambiguous."""
         scheme, separator, rest = uri.partition("://")
         if not separator or scheme not in SCHEMES:
-            raise ValueError(f"must begin with one of {', '.join(f'{known}://' for known in SCHEMES)}")
+            known = ", ".join(f"{name}://" for name in SCHEMES)
+            remedy = f"; {_FROM_HUB}" if scheme == "hf" else ""
+            raise ValueError(f"must begin with one of {known}{remedy}")
         if any(mark in rest for mark in "?#\\") or not rest.isprintable():
             raise ValueError("must not contain a query, a fragment, backslashes or control characters")
         host, _, path = rest.partition("/")

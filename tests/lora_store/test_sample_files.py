@@ -18,11 +18,29 @@ def test_samples_are_read_as_they_were_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["prompt", "instruction", "text", "question"])
-def test_a_common_wrong_key_is_named_with_the_right_one(tmp_path: Path, key: str) -> None:
-    (tmp_path / SAMPLES_FILE).write_text(f'{{"input": "fine"}}\n{{"{key}": "x"}}\n')
+def test_other_common_keys_are_read_where_there_is_no_input(tmp_path: Path, key: str) -> None:
+    (tmp_path / SAMPLES_FILE).write_text(f'{{"{key}": "a"}}\n{{"{key}": "not read", "input": "b"}}\n')
+    assert read_samples(tmp_path, Limits()) == (Sample("a"), Sample("b"))
+
+
+def test_blank_lines_are_ignored_but_counted(tmp_path: Path) -> None:
+    (tmp_path / SAMPLES_FILE).write_text('\n{"input": "a"}\n \n\r\n{"input": "b"}\n\n')
+    assert read_samples(tmp_path, Limits()) == (Sample("a"), Sample("b"))
+    (tmp_path / SAMPLES_FILE).write_text('{"input": "a"}\n\n{}\n')
     with pytest.raises(FileRefused) as caught:
         read_samples(tmp_path, Limits())
-    assert caught.value.problems == (f'line 2 has "{key}" but no "input": rename "{key}" to "input"',)
+    assert [problem[:6] for problem in caught.value.problems] == ["line 3"]
+
+
+def test_of_too_many_samples_some_are_read_from_the_whole_file(tmp_path: Path) -> None:
+    (tmp_path / SAMPLES_FILE).write_text("".join(f'{{"input": "{number}"}}\n' for number in range(7)))
+    assert [sample.input for sample in read_samples(tmp_path, Limits(max_samples=3))] == ["0", "2", "4"]
+    assert len(read_samples(tmp_path, Limits(max_samples=7))) == 7
+
+
+def test_a_long_input_is_cut_at_a_whole_character(tmp_path: Path) -> None:
+    (tmp_path / SAMPLES_FILE).write_text('{"input": "éé\u00e9"}\n')
+    assert read_samples(tmp_path, Limits(max_sample_bytes=5)) == (Sample("éé"),)
 
 
 def test_every_bad_line_is_listed(tmp_path: Path) -> None:

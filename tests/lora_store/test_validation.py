@@ -87,6 +87,8 @@ def test_a_missing_folder_is_refused(open_store: OpenStore, tmp_path: Path) -> N
         config(use_dora=False, modules_to_save=None, future_setting=None),
         samples(*[b'{"input": "x", "output": null, "note": 1}'] * 200),
         samples(b'{"input": "%b"}' % (b"x" * 8178)),
+        samples(b'{"input": "%b"}' % (b"x" * 9000)),
+        samples(*[b'{"input": "x"}'] * 201),
         samples(b'{"input": "x"}\r'),
         tensors(lambda found, _: found.update({key: tensor.bfloat16() for key, tensor in found.items()})),
         tensors(lambda found, _: found[f"{Q0}.lora_B.weight"].zero_()),
@@ -117,10 +119,10 @@ def test_the_operator_sets_the_limits(make_folder: MakeFolder, module_shapes: di
             make_folder(),
             accepts_base={"tiny-base"},
             module_shapes=module_shapes,
-            limits=Limits(max_rank=3, max_samples=1, max_tensors=6),
+            limits=Limits(max_rank=3, max_config_bytes=3, max_tensors=6),
         )
     assert any("has rank 4, must be 1 to 3" in reason for reason in caught.value.reasons)
-    assert any("has 2 lines, at most 1" in reason for reason in caught.value.reasons)
+    assert any("adapter_config.json: has " in reason for reason in caught.value.reasons)
 
 
 def test_the_number_of_tensors_is_bounded_before_they_are_read(

@@ -11,7 +11,7 @@ from ray import serve
 from deployments.config.app import AppConfig, ScalingSettings, WorkerSettings, load_config
 from deployments.scaling.adapter_affinity_router import AdapterAffinityRouter
 from deployments.scaling.autoscaling_policy import WorkerScaling
-from gpu_worker.config import EngineSettings
+from gpu_worker.config import PACKAGED_ALIASES, EngineSettings
 from gpu_worker.errors import WorkerConfigInvalid
 
 
@@ -62,7 +62,12 @@ def test_the_served_base_name_is_a_valid_name_other_than_auto(settings: dict[str
 def test_the_base_is_served_under_its_last_path_part_or_its_given_name(base_model: str, name: str, served: str) -> None:
     config = AppConfig(base_model=base_model, base_model_name=name, accepts_base=("other",))
     assert config.served_base_name == served
-    assert config.accepted_bases == {base_model, served, "other"}
+    assert config.accepted_bases - set(PACKAGED_ALIASES) == {base_model, served, "other"}
+
+
+def test_names_of_the_packaged_model_on_the_hub_are_accepted_with_that_model_only() -> None:
+    assert AppConfig().accepted_bases == {"gemma-3-270m", *PACKAGED_ALIASES}
+    assert AppConfig(base_model="google/gemma-3-1b").accepted_bases.isdisjoint(PACKAGED_ALIASES)
 
 
 def test_relative_folders_are_resolved_where_the_application_is_built() -> None:

@@ -81,3 +81,8 @@ def test_the_query_of_a_prefix_belongs_only_to_its_location() -> None:
     prefix = SourcePrefix.parse("s3://bucket/pool?endpoint_override=localhost:9000&scheme=http")
     assert prefix.uri == SourceUri("s3", ("bucket", "pool"))
     assert "endpoint_override=localhost:9000" in prefix.location.uri
+
+
+def test_a_model_hub_is_refused_with_the_command_that_downloads_from_it() -> None:
+    with pytest.raises(ValueError, match=r"s3://, gs://, file://; download it with `hf download REPOSITORY"):
+        SourceUri.parse("hf://team/adapter")
