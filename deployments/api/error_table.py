@@ -172,8 +172,10 @@ def validation_error(error: RequestValidationError | ValidationError) -> Request
         return Unsupported(param, first["ctx"]["what"])
     suffix = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     text = describe_problem(first) + suffix
-    if first["type"] == "missing" and tuple(first["loc"]) == ("body",):
+    if tuple(first["loc"]) == ("body",) and first["type"] == "missing":
         text = "the request has no body: send a JSON object, such as {}, as application/json"
+    elif tuple(first["loc"]) == ("body",) and isinstance(first.get("input"), bytes):
+        text = "the body was not read as JSON: send it with the header Content-Type: application/json"
     return RequestInvalid(f"{param}: {text}" if param else text, param or None)
 
 

@@ -1,10 +1,12 @@
-"""The HTTP client of the commands, and their output."""
+"""The HTTP client of the commands, their output, and the ports of this machine."""
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import json
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Annotated, Any, NoReturn
@@ -13,6 +15,7 @@ import httpx
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from typer.core import TyperGroup
 
 from deployments.json_types import JsonObject
 
@@ -32,15 +35,33 @@ def server_url(given: str) -> str:
 
 
 Url = Annotated[str, typer.Option("--url", envvar=URL_VARIABLE, callback=server_url, help="address of the server")]
-Key = Annotated[str | None, typer.Option("--key", envvar=KEY_VARIABLE, help="API key; give it before the command")]
-_key: ContextVar[str | None] = ContextVar("key", default=None)  # set once, before the command runs
+Key = Annotated[str | None, typer.Option("--key", envvar=KEY_VARIABLE, help="API key; before or after the command")]
+Json = Annotated[bool, typer.Option("--json", help="print the server's answer as JSON")]
+_key: ContextVar[str | None] = ContextVar("key", default=None)  # set before the command runs
+
+
+class KeyAnywhere(TyperGroup):
+    """The group of all commands. Its option `--key` may follow the command too."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        end = args.index("--") if "--" in args else len(args)
+        given: list[str] = []
+        rest: list[str] = []
+        place = 0
+        while place < end:
+            has_value = args[place] == "--key" and place + 1 < end
+            is_key = has_value or args[place].startswith("--key=")
+            (given if is_key else rest).extend(args[place : place + 1 + has_value])
+            place += 1 + has_value
+        return super().parse_args(ctx, [*given, *rest, *args[end:]])
 
 
 @contextmanager
 def client_of(url: str, timeout_s: float | None = _ANSWER_TIMEOUT_S) -> Iterator[httpx.Client]:
     """Yield an HTTP client. If the server cannot be reached, print why and exit."""
     try:
-        with httpx.Client(base_url=url, timeout=timeout_s, headers=_authorization()) as client:
+        hooks = {"response": [_note_ignored_key()]}
+        with httpx.Client(base_url=url, timeout=timeout_s, headers=_authorization(), event_hooks=hooks) as client:
             yield client
     except httpx.ConnectError:
         fail(
@@ -63,6 +84,18 @@ def has_key() -> bool:
 def _authorization() -> dict[str, str]:
     key = _key.get()
     return {} if key is None else {"Authorization": f"Bearer {key}"}
+
+
+def _note_ignored_key() -> Callable[[httpx.Response], None]:
+    """Return a hook that says once that the server takes no keys. Later clients of this command send none."""
+    unsaid = ["note: this server takes no keys; yours was ignored"]
+
+    def hook(response: httpx.Response) -> None:
+        if unsaid and has_key() and "authorization" in response.headers.get("x-ignored-headers", ""):
+            err.print(unsaid.pop(), style="dim")
+            use_key(None)
+
+    return hook
 
 
 def call(url: str, method: str, path: str, **request: Any) -> JsonObject:
@@ -107,6 +140,11 @@ def message_of(response: httpx.Response) -> str:
     return message
 
 
+def print_json(answer: JsonObject) -> None:
+    """Print the answer of the server for scripts."""
+    typer.echo(json.dumps(answer, indent=2, ensure_ascii=False))
+
+
 def show_error(message: str) -> None:
     """Print an error to stderr."""
     err.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
@@ -125,3 +163,28 @@ def is_this_machine(url: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+class ServerFailed(Exception):
+    """The server could not start."""
+
+
+def free_port(host: str) -> int:
+    """Return a free port of `host`."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def check_free(host: str, port: int) -> None:
+    """Check that the port is free. Raises: ServerFailed."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as exc:
+            hint = ""
+            if exc.errno == errno.EADDRINUSE:
+                hint = "; is a server already running? --port 0 uses a free port"
+            raise ServerFailed(f"cannot listen on {host}:{port}: {exc.strerror}{hint}") from exc

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -23,6 +21,7 @@ from deployments.auth.private_files import keep_files_private, make_private, ses
 from deployments.auth.ray_token import use_token_mode
 from deployments.calls.h11_proxy import CALLBACK, CALLBACK_VARIABLE
 from deployments.calls.serve_calls import bypass_http_proxy
+from deployments.cli.client import ServerFailed, check_free, free_port
 from deployments.config.app import AppConfig
 from deployments.json_types import JsonObject
 from gpu_worker.config import PACKAGED_MODEL
@@ -33,10 +32,6 @@ APP_NAME = "loraretriever"
 _PROXY_BY_GRPC = {"RAY_SERVE_PROXY_USE_GRPC": "1"}
 _POLL_S = 0.25
 _STARTED_TIMEOUT_S = 60.0
-
-
-class ServerFailed(Exception):
-    """The application could not start."""
 
 
 class Server:
@@ -144,24 +139,3 @@ def _allowing_host(config: AppConfig, host: str) -> AppConfig:
     if ":" in host or (config.has_keys and not config.allowed_hosts):
         return config
     return config.model_copy(update={"allowed_hosts": (*config.allowed_hosts, host.lower())})
-
-
-def free_port(host: str) -> int:
-    """Return a free port of `host`."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def check_free(host: str, port: int) -> None:
-    """Check that the port is free. Raises: ServerFailed."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as exc:
-            hint = ""
-            if exc.errno == errno.EADDRINUSE:
-                hint = "; is a server already running? --port 0 uses a free port"
-            raise ServerFailed(f"cannot listen on {host}:{port}: {exc.strerror}{hint}") from exc

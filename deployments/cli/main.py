@@ -12,11 +12,26 @@ import typer
 from rich.table import Table
 
 from deployments.cli import batch, keys, pool, publish, routing, training
-from deployments.cli.client import DEFAULT_URL, Key, Url, call, client_of, err, fail, out, use_key
+from deployments.cli.client import (
+    DEFAULT_URL,
+    Json,
+    Key,
+    KeyAnywhere,
+    ServerFailed,
+    Url,
+    call,
+    check_free,
+    client_of,
+    err,
+    fail,
+    out,
+    print_json,
+    use_key,
+)
 from deployments.cli.client import check as check_answer
 from deployments.json_types import JsonObject
 
-cli = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
+cli = typer.Typer(cls=KeyAnywhere, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 for group in (publish, pool, routing, batch, training):
     cli.add_typer(group.commands)
 cli.add_typer(keys.commands, name="keys")
@@ -41,6 +56,10 @@ Abstain = Annotated[
     ),
 ]
 
+Strategy = Annotated[str | None, typer.Option(help="selection, mixture or fusion; default: the server's")]
+NumAdapters = Annotated[int | None, typer.Option("--k", help="number of adapters; default: the server's")]
+_CHAT = "/v1/chat/completions"
+
 
 @cli.callback()
 def options(key: Key = None, version: Version = False) -> None:
@@ -61,6 +80,8 @@ def serve(
     ] = None,
 ) -> None:
     """Start the server on this machine and run it until interrupted."""
+    if port:
+        _require_free(host, port)
     from deployments.cli.run_server import run_server  # Ray and torch take seconds to import
 
     _exit_with(run_server(config, preload or [], host, port, metrics_port))
@@ -73,19 +94,30 @@ def ask(
     temperature: Annotated[float, typer.Option(help="0 always picks the most likely token")] = 0.0,
     max_tokens: Annotated[int, typer.Option(help="upper bound of the answer's tokens")] = 256,
     abstain: Abstain = None,
+    system: Annotated[str | None, typer.Option(help="system message before the prompt")] = None,
+    strategy: Strategy = None,
+    k: NumAdapters = None,
+    as_json: Json = False,
     url: Url = DEFAULT_URL,
 ) -> None:
     """Stream the answer to a prompt, then print the adapters that gave it."""
+    messages = [{"role": "user", "content": _text_of(prompt)}]
     body = {
         "model": model,
-        "messages": [{"role": "user", "content": _text_of(prompt)}],
+        "messages": messages if system is None else [{"role": "system", "content": system}, *messages],
         "temperature": temperature,
         "max_tokens": max_tokens,
-        "stream": True,
-        **_options(abstain),
+        **_options_of(abstain=abstain, strategy=strategy, k=k),
     }
+    if as_json:
+        print_json(call(url, "POST", _CHAT, json=body))
+    else:
+        _stream(url, body | {"stream": True})
+
+
+def _stream(url: str, body: JsonObject) -> None:
     lora: JsonObject = {}
-    with client_of(url) as client, client.stream("POST", "/v1/chat/completions", json=body) as response:
+    with client_of(url) as client, client.stream("POST", _CHAT, json=body) as response:
         check_answer(response)
         for line in response.iter_lines():
             if not line.startswith("data: ") or line == "data: [DONE]":
@@ -101,10 +133,22 @@ def ask(
 
 
 @cli.command()
-def route(prompt: Prompt, abstain: Abstain = None, url: Url = DEFAULT_URL) -> None:
+def route(
+    prompt: Prompt,
+    abstain: Abstain = None,
+    strategy: Strategy = None,
+    k: NumAdapters = None,
+    tag: Annotated[list[str] | None, typer.Option(help="choose among adapters with this tag; repeatable")] = None,
+    as_json: Json = False,
+    url: Url = DEFAULT_URL,
+) -> None:
     """Show which adapters would answer a prompt, without generating."""
-    asked = {"prompt": _text_of(prompt), **_options(abstain, explain=True)}
-    plan = call(url, "POST", "/v1/route", json=asked)["data"][0]
+    wanted = {"tags": tag} if tag else None
+    options = _options_of(abstain=abstain, strategy=strategy, k=k, filter=wanted, explain=True)
+    plan = call(url, "POST", "/v1/route", json={"prompt": _text_of(prompt), **options})["data"][0]
+    if as_json:
+        print_json(plan)
+        return
     weights = {adapter["name"]: f"{adapter['weight']:.3f}" for adapter in plan["adapters"]}
     title = f"strategy {plan['strategy']}, generation {plan['generation']}"
     table = Table("adapter", "score", "needs", "confidence", "weight", title=title)
@@ -128,19 +172,28 @@ def check(
     parity: Annotated[bool, typer.Option(help="compare the logits of each strategy with those of PEFT")] = False,
 ) -> None:
     """Check an adapter folder without a server. Publishing also checks what needs the base model."""
-    from deployments.cli.run_server import check_adapter  # as in `serve`
+    from deployments.cli.check_adapter import check_adapter  # torch takes seconds to import
 
     _exit_with(check_adapter(folder, config, parity))
+
+
+def _options_of(**options: object) -> JsonObject:
+    """Return the `lora` object of a request with the options that were given; nothing without any."""
+    given = {name: value for name, value in options.items() if value is not None}
+    return {"lora": given} if given else {}
+
+
+def _require_free(host: str, port: int) -> None:
+    """Exit with the reason if the port cannot be used."""
+    try:
+        check_free(host, port)
+    except ServerFailed as exc:
+        fail(str(exc))
 
 
 def _text_of(prompt: list[str]) -> str:
     """Return the words as one text; `-` alone means standard input."""
     return sys.stdin.read().strip() if prompt == ["-"] else " ".join(prompt)
-
-
-def _options(abstain: str | None, **options: object) -> JsonObject:
-    options |= {} if abstain is None else {"abstain": abstain}
-    return {"lora": options} if options else {}
 
 
 def _exit_with(code: int) -> None:

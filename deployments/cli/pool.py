@@ -8,7 +8,18 @@ from urllib.parse import quote
 import typer
 from rich.table import Column, Table
 
-from deployments.cli.client import DEFAULT_URL, Url, call, client_of, follow, message_of, out, show_error
+from deployments.cli.client import (
+    DEFAULT_URL,
+    Json,
+    Url,
+    call,
+    client_of,
+    follow,
+    message_of,
+    out,
+    print_json,
+    show_error,
+)
 from deployments.json_types import JsonObject
 
 commands = typer.Typer()
@@ -16,25 +27,37 @@ Name = Annotated[str, typer.Argument(help="name of the adapter")]
 
 
 @commands.command("list")
-def list_adapters(url: Url = DEFAULT_URL) -> None:
+def list_adapters(
+    search: Annotated[str, typer.Option(help="show adapters that match all of these words")] = "",
+    as_json: Json = False,
+    url: Url = DEFAULT_URL,
+) -> None:
     """List the adapters of the pool."""
     rows: list[JsonObject] = []
     answer: JsonObject = {"has_more": True, "last_id": ""}
+    wanted = {"search": search} if search else {}
     while answer["has_more"]:
-        answer = call(url, "GET", "/v1/loras", params={"after": answer["last_id"]})
+        answer = call(url, "GET", "/v1/loras", params={"after": answer["last_id"], **wanted})
         rows += answer["data"]
-    table = Table("adapter", "digest", "ranks", "bytes", "samples", "auto", title=f"generation {answer['generation']}")
+    if as_json:
+        print_json({"generation": answer["generation"], "data": rows})
+        return
+    columns = (Column("adapter", overflow="fold"), "digest", "ranks", "bytes", "samples", "auto", "tags")
+    table = Table(*columns, title=f"generation {answer['generation']}")
     for row in rows:
-        ranks = ", ".join(map(str, row["ranks"]))
+        ranks, tags = ", ".join(map(str, row["ranks"])), ", ".join(row["tags"])
         auto = "yes" if row["found_by_auto"] else "by name only"
-        table.add_row(row["id"], row["digest"][:12], ranks, str(row["num_bytes"]), str(row["num_samples"]), auto)
+        table.add_row(row["id"], row["digest"][:12], ranks, str(row["num_bytes"]), str(row["num_samples"]), auto, tags)
     out.print(table)
 
 
 @commands.command()
-def show(name: Name, url: Url = DEFAULT_URL) -> None:
+def show(name: Name, as_json: Json = False, url: Url = DEFAULT_URL) -> None:
     """Show an adapter and its versions."""
     answer = call(url, "GET", f"/v1/loras/{quote(name, safe='')}")
+    if as_json:
+        print_json(answer)
+        return
     versions = Table("digest", "state", "generation", "published", "by", Column("source", overflow="fold"))
     for row in answer.pop("versions"):
         published = row["created_at"][:19].replace("T", " ")  # to the second
@@ -117,12 +140,15 @@ def _confirmed(shown: JsonObject) -> str:
 
 
 @commands.command()
-def verify(url: Url = DEFAULT_URL) -> None:
+def verify(as_json: Json = False, url: Url = DEFAULT_URL) -> None:
     """Compare every stored blob with its digest."""
     result = follow(url, "/v1/pool/verify", {}, "verifying")
-    for problem in result["problems"]:
-        show_error(f"{problem['adapter']}: {problem['problem']}")
-    out.print(f"{result['num_blobs']} blobs, {len(result['problems'])} bad")
+    if as_json:
+        print_json(result)
+    else:
+        for problem in result["problems"]:
+            show_error(f"{problem['adapter']}: {problem['problem']}")
+        out.print(f"{result['num_blobs']} blobs, {len(result['problems'])} bad")
     if result["problems"]:
         raise typer.Exit(1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,13 +17,16 @@ from rich.progress import track
 
 from deployments.cli.client import (
     DEFAULT_URL,
+    Json,
     Url,
     client_of,
     err,
+    fail,
     has_key,
     is_this_machine,
     message_of,
     out,
+    print_json,
     show_error,
 )
 from deployments.json_types import JsonObject
@@ -33,6 +37,7 @@ _BATCH = 64
 _REQUESTS_AT_ONCE = 2
 _PAUSES_S = (1.0, 2.0, 4.0)
 _UNAVAILABLE = 503
+_CHECKPOINT = re.compile(r"checkpoint-([0-9]+)")  # the name that transformers' Trainer gives
 Answered = tuple[Path, JsonObject]  # a folder, and the status with the error or the result
 
 
@@ -106,11 +111,11 @@ def publish(
         bool | None, typer.Option("--public/--private", help="whether all tenants may use it; default: unchanged")
     ] = None,
     upload: Annotated[bool, typer.Option(help="upload the files even if the server is on this machine")] = False,
+    as_json: Json = False,
     url: Url = DEFAULT_URL,
 ) -> None:
     """Publish adapters to a running server."""
-    found = {folder: adapter_folders(folder) or [folder] for folder in folders}
-    adapters = [adapter for group in found.values() for adapter in group]
+    adapters = [adapter for folder in folders for adapter in _adapters_in(folder)]
     if name is not None and len(adapters) != 1:
         raise typer.BadParameter(f"one name cannot be used for {len(adapters)} adapters", param_hint="--name")
     visibility = None if public is None else "public" if public else "private"
@@ -120,9 +125,30 @@ def publish(
         # A server with keys does not read local paths by default.
         by_path = is_this_machine(url) and not upload and not has_key()
         send = publisher.by_path if by_path else publisher.by_upload
-        failed = _report(send(adapters), len(adapters))
+        failed = (_report_json if as_json else _report)(send(adapters), len(adapters))
     if failed:
         raise typer.Exit(1)
+
+
+def _adapters_in(folder: Path) -> list[Path]:
+    """Return the adapters in `folder`, or `folder` itself. Exit if they are checkpoints, which would compete."""
+    found = adapter_folders(folder)
+    steps = {path: _CHECKPOINT.fullmatch(path.name) for path in found if path != folder}
+    if not steps or not all(steps.values()):
+        return found or [folder]
+    last = max(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    what = "a checkpoint" if len(found) == 1 else f"{len(found)} checkpoints"
+    fail(
+        f"{folder}: contains {what} of one training run; publish one under a name of its own: "
+        f"loraretriever publish {last} --name {folder.resolve().name}"
+    )
+
+
+def _report_json(answers: Iterable[Answered], total: int) -> int:
+    """Print the outcome for all folders as JSON. Return the number of failures."""
+    rows = [{"folder": str(folder), **answer} for folder, answer in answers]
+    print_json({"data": rows})
+    return sum("error" in row for row in rows)
 
 
 def _report(answers: Iterable[Answered], total: int) -> int:

@@ -15,7 +15,7 @@ import typer
 from rich.progress import track
 from rich.table import Table
 
-from deployments.cli.client import DEFAULT_URL, Url, check, client_of, err, fail, follow, out
+from deployments.cli.client import DEFAULT_URL, Json, Url, check, client_of, err, fail, follow, out, print_json
 from deployments.json_types import JsonObject
 
 commands = typer.Typer()
@@ -143,9 +143,12 @@ def _plans(client: httpx.Client, rows: Sequence[Labelled]) -> Iterator[tuple[Lab
 
 
 @commands.command()
-def doctor(url: Url = DEFAULT_URL) -> None:
+def doctor(as_json: Json = False, url: Url = DEFAULT_URL) -> None:
     """Route the samples of every adapter, and report adapters that are hard to find or collide, with advice."""
     report = follow(url, "/v1/pool/doctor", {}, "routing")
+    if as_json:
+        print_json(report)
+        return
     k = report["k"]
     shares = f"own adapter first {report['first_share']:.1%}, among the best {k} {report['found_share']:.1%}"
     out.print(f"{report['num_adapters']} adapters, {report['num_samples']} samples: {shares}")
@@ -166,9 +169,12 @@ def doctor(url: Url = DEFAULT_URL) -> None:
 
 
 @commands.command()
-def evaluate(url: Url = DEFAULT_URL) -> None:
+def evaluate(as_json: Json = False, url: Url = DEFAULT_URL) -> None:
     """Measure which adapters answer each other's samples best. `auto` then prefers them. Samples need outputs."""
     result = follow(url, "/v1/pool/evaluate", {}, "evaluating")
+    if as_json:
+        print_json(result)
+        return
     out.print(f"{len(result['rankings'])} of {result['num_regions']} regions ranked")
     _print_rankings(result["rankings"])
 

@@ -1,4 +1,4 @@
-"""Run `loraretriever serve` and `loraretriever check`."""
+"""Run `loraretriever serve`."""
 
 from __future__ import annotations
 
@@ -6,19 +6,15 @@ import logging
 import time
 from pathlib import Path
 
-from rich.table import Table
-
 from deployments.auth.key_file import keys_of
-from deployments.cli.client import out, show_error
-from deployments.cli.local_server import Server, ServerFailed
-from deployments.cli.peft_parity import TOLERANCE, parity_with_peft
+from deployments.cli.check_adapter import folder_problem
+from deployments.cli.client import ServerFailed, out, show_error
+from deployments.cli.local_server import Server
 from deployments.config.app import AppConfig, load_config
 from deployments.errors import ProxyUnsafe
 from deployments.publishing.adapter_folders import adapter_folders
-from lora_store import AdapterRefused, CheckedFolder, check_folder
 
 _READY_TIMEOUT_S = 600.0
-_ENOUGH_SAMPLES = 20  # more improve routing little
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -30,65 +26,12 @@ def run_server(config: Path | None, preload: list[Path], host: str, port: int, m
         settings = load_config(config, **({"preload": preload} if preload else {}))
         for path in settings.preload:
             if not adapter_folders(path):
-                return _fail(f"preload: {_folder_problem(path)}")
+                return _fail(f"preload: {folder_problem(path)}")
         keys_of(settings)  # an unusable keys file stops the start here
         _serve(Server(settings, host=host, port=port, metrics_port=metrics_port), settings, host)
     except (ServerFailed, ProxyUnsafe, ValueError, OSError) as exc:
         return _fail(str(exc))
     return 0
-
-
-def check_adapter(folder: Path, config: Path | None, parity: bool) -> int:
-    """Print whether the folder can be published, or every reason why not. Return the exit code.
-
-    `parity`: also compare the logits with those of PEFT.
-    """
-    if problem := _folder_problem(folder):
-        return _fail(problem)
-    try:
-        settings = load_config(config)
-        admitted = check_folder(folder.resolve(), accepts_base=settings.accepted_bases, module_shapes=None)
-    except AdapterRefused as exc:
-        return _fail("\n".join(f"refused: {reason}" for reason in exc.reasons))
-    except (ValueError, OSError) as exc:
-        return _fail(str(exc))
-    out.print(f"{folder.resolve().name}: {_summary(admitted)}", markup=False, highlight=False)
-    return _check_parity(folder.resolve(), settings) if parity else 0
-
-
-def _folder_problem(folder: Path) -> str | None:
-    """Return why `folder` cannot be an adapter folder, or None."""
-    if not folder.exists():
-        return f"{folder}: no such folder"
-    if not folder.is_dir():
-        return f"{folder}: is a file; give the folder that contains it"
-    found = adapter_folders(folder)
-    if found == [folder]:
-        return None
-    hint = f"; found adapters in {', '.join(path.name for path in found)}" if found else ""
-    return f"{folder}: no adapter here, adapter_config.json is missing{hint}"
-
-
-def _summary(admitted: CheckedFolder) -> str:
-    num_samples = len(admitted.samples)
-    parts = [f"{len(admitted.modules)} modules", f"{num_samples} {'sample' if num_samples == 1 else 'samples'}"]
-    hint = ""
-    if not num_samples:
-        hint = ", but auto cannot find it: add lora_samples.jsonl or description.txt"
-    elif num_samples < _ENOUGH_SAMPLES:
-        hint = f"; auto finds it more reliably with {_ENOUGH_SAMPLES} samples"
-    return f"{', '.join(parts)}, fit to publish{hint}"
-
-
-def _check_parity(folder: Path, settings: AppConfig) -> int:
-    with out.status("loading the base model twice"):
-        differences = parity_with_peft(folder, settings.worker_config())
-    table = Table("strategy", "largest logit difference", title=f"compared with PEFT in float32, at most {TOLERANCE:g}")
-    for strategy, difference in differences.items():
-        table.add_row(strategy, f"{difference:.1e}")
-    out.print(table)
-    failed = [strategy for strategy, difference in differences.items() if not difference <= TOLERANCE]
-    return _fail(f"{', '.join(failed)} differ from PEFT by more than {TOLERANCE:g}") if failed else 0
 
 
 def _serve(server: Server, settings: AppConfig, host: str) -> None:

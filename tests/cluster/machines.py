@@ -24,7 +24,7 @@ from ray import serve
 from ray._private.authentication import authentication_token_setup
 from ray.cluster_utils import Cluster
 
-from deployments.cli.local_server import free_port
+from deployments.cli.client import free_port
 from tests.e2e.live import eventually
 
 APP = "loraretriever"

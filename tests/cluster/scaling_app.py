@@ -20,7 +20,7 @@ import torch
 import yaml
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-from deployments.cli.local_server import free_port
+from deployments.cli.client import free_port
 from tests.cluster.machines import Machines, own_ray
 from tests.served_engine import HEAD_DIM, WORKER
 from tests.tiny import VOCABULARY, byte_tokenizer

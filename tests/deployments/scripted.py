@@ -28,6 +28,7 @@ class Script:
     bodies: list[bytes] = field(default_factory=list)
     content_types: list[str] = field(default_factory=list)
     authorizations: list[str | None] = field(default_factory=list)
+    headers: dict[str, str] = field(default_factory=dict)  # of every answer
 
     @property
     def sent(self) -> list[Any]:
@@ -47,6 +48,8 @@ class _Handler(BaseHTTPRequestHandler):
         status, body = script.answers.pop(0) if len(script.answers) > 1 else script.answers[0]
         body = body(json.loads(script.bodies[-1])) if callable(body) else body
         self.send_response(status)
+        for name, value in script.headers.items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write((body if isinstance(body, str) else json.dumps(body)).encode())
 

@@ -13,7 +13,7 @@ import openai
 import pytest
 import ray
 
-from deployments.cli.local_server import free_port
+from deployments.cli.client import free_port
 from tests.e2e.live import eventually
 
 SCRIPT = """

@@ -39,7 +39,7 @@ MISTAKES = [
     ),
     Mistake(
         "import path of something else",
-        lambda m: m.change_application(import_path="deployments.cli.local_server:check_free"),
+        lambda m: m.change_application(import_path="deployments.cli.client:check_free"),
         "does not take args",
     ),
     Mistake("another application's name", lambda m: m.change_application(name="app"), "'app'"),

@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 from deployments.calls.serve_calls import bypass_http_proxy
-from deployments.cli.local_server import free_port
+from deployments.cli.client import free_port
 
 
 @pytest.fixture

@@ -4,8 +4,7 @@ from typing import Any
 
 import pytest
 
-from deployments.cli.client import server_url
-from deployments.cli.local_server import free_port
+from deployments.cli.client import free_port, server_url
 from tests.deployments.scripted import run, scripted, words
 
 
@@ -63,3 +62,40 @@ def test_a_refusal_is_printed_with_the_servers_message(body: Any, said: str) -> 
         result = run("ask", "Hi", "--url", server.url)
     assert result.exit_code == 1
     assert said in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--key", "k", "list"),
+        ("list", "--key", "k"),
+        ("list", "--key=k"),
+        ("ask", "--key", "k", "Hi"),
+        ("ask", "Hi", "--key", "k"),
+    ],
+)
+def test_the_key_is_taken_before_and_after_the_command(arguments: tuple[str, ...]) -> None:
+    with scripted((404, {"error": {"message": "no"}})) as server:
+        result = run(*arguments, "--url", server.url)
+    assert (result.exit_code, server.authorizations) == (1, ["Bearer k"])
+
+
+def test_after_two_dashes_the_key_is_part_of_the_prompt() -> None:
+    with scripted((404, {"error": {"message": "no"}})) as server:
+        run("ask", "--url", server.url, "--", "--key", "k")
+    assert server.authorizations == [None]
+    assert server.sent[0]["messages"][0]["content"] == "--key k"
+
+
+def test_a_key_without_a_value_is_a_wrong_call() -> None:
+    result = run("list", "--key")
+    assert (result.exit_code, "--key" in result.stderr) == (2, True)
+
+
+def test_a_key_that_the_server_ignores_is_noted_once() -> None:
+    page = {"generation": 1, "data": [], "last_id": "", "has_more": True}
+    with scripted((200, page), (200, page | {"has_more": False})) as server:
+        server.headers = {"x-ignored-headers": "authorization"}
+        result = run("--key", "k", "list", "--url", server.url)
+    assert (result.exit_code, server.authorizations) == (0, ["Bearer k", None])
+    assert words(result.stderr) == "note: this server takes no keys; yours was ignored"

@@ -9,7 +9,8 @@ from threading import Thread
 
 import pytest
 
-from deployments.cli.local_server import Server, ServerFailed, check_free, free_port
+from deployments.cli.client import ServerFailed, check_free, free_port
+from deployments.cli.local_server import Server
 from tests.deployments.app_fakes import config_of
 from tests.deployments.listening import listener
 

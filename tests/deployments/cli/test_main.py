@@ -8,29 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from deployments.cli import run_server
-from lora_store import ModuleWeights, Sample, write_peft_folder
-from tests.deployments.adapter_records import BASE
 from tests.deployments.listening import listener
 from tests.deployments.scripted import run, scripted, words
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
-    file = tmp_path / "config.yaml"
-    file.write_text(f"base_model: somewhere/{BASE}\nstore_uri: {tmp_path / 'pool'}\n")
-    return file
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Write an adapter that the server accepts."""
-    path = tmp_path / "poet"
-    weights = {"model.layers.0.mlp.up_proj": ModuleWeights(torch.ones(2, 6), torch.ones(8, 2), 2.0)}
-    write_peft_folder(path, weights, base_model=BASE, samples=[Sample("Rhyme."), Sample("Sing.")])
-    return path
 
 
 def events_of(*events: dict[str, Any], done: bool = True) -> str:
@@ -39,52 +19,6 @@ def events_of(*events: dict[str, Any], done: bool = True) -> str:
 
 def delta(text: str, **more: Any) -> dict[str, Any]:
     return {"choices": [{"delta": {"content": text}}], **more}
-
-
-def test_a_good_folder_is_fit_to_publish(folder: Path, config: Path) -> None:
-    result = run("check", folder, "--config", config)
-    assert result.exit_code == 0
-    assert "poet: 1 modules, 2 samples, fit to publish" in words(result.stdout)
-
-
-def test_every_reason_against_a_bad_folder_is_printed(folder: Path, config: Path) -> None:
-    (folder / "lora_samples.jsonl").write_text("[]\n")
-    (folder / "adapter_config.json").write_text(
-        (folder / "adapter_config.json").read_text().replace(BASE, "another-base")
-    )
-    result = run("check", folder, "--config", config)
-    assert result.exit_code == 1
-    reasons = words(result.stderr).split("refused: ")[1:]
-    assert len(reasons) == 2
-    assert any("another-base" in reason for reason in reasons)
-    assert any("lora_samples.jsonl" in reason for reason in reasons)
-
-
-def test_a_missing_folder_is_refused(tmp_path: Path, config: Path) -> None:
-    result = run("check", tmp_path / "nowhere", "--config", config)
-    assert result.exit_code == 1
-    assert words(result.stderr).endswith("nowhere: no such folder")
-
-
-def test_a_file_or_a_folder_of_adapters_is_refused_with_the_folder_to_give(folder: Path, config: Path) -> None:
-    result = run("check", folder / "adapter_config.json", "--config", config)
-    assert "is a file; give the folder that contains it" in words(result.stderr)
-    result = run("check", folder.parent, "--config", config)
-    assert words(result.stderr).endswith("adapter_config.json is missing; found adapters in poet")
-
-
-@pytest.mark.parametrize(
-    ("count", "hint"),
-    [(0, "auto cannot find it"), (1, "1 sample, fit"), (2, "more reliably with 20"), (20, "to publish")],
-)
-def test_check_says_how_well_auto_can_find_the_adapter(folder: Path, config: Path, count: int, hint: str) -> None:
-    lines = [json.dumps({"input": f"Verse {number}."}) for number in range(count)]
-    (folder / "lora_samples.jsonl").write_text("".join(f"{line}\n" for line in lines))
-    if not count:
-        (folder / "lora_samples.jsonl").unlink()
-    result = run("check", folder, "--config", config)
-    assert result.exit_code == 0, result.stderr
-    assert hint in words(result.stdout)
 
 
 def test_the_version_is_printed() -> None:
@@ -129,8 +63,7 @@ def test_serve_says_that_its_port_is_in_use(config: Path) -> None:
 
 
 def test_serve_names_a_preloaded_folder_that_holds_no_adapter(config: Path, tmp_path: Path) -> None:
-    with listener() as port:
-        result = run("serve", "--config", config, "--port", port, "--preload", tmp_path / "typo")
+    result = run("serve", "--config", config, "--port", 0, "--preload", tmp_path / "typo")
     assert result.exit_code == 1
     assert "typo" in result.stderr
 
@@ -148,6 +81,17 @@ def test_ask_streams_the_text_and_prints_the_adapters() -> None:
         ("poet", 7, 0.0, True)
     ]
     assert server.sent[0]["messages"] == [{"role": "user", "content": "Hi there"}]
+
+
+def test_ask_sends_a_system_message_and_options_and_prints_the_whole_answer_as_json() -> None:
+    answer = {"choices": [{"message": {"content": "é"}}], "lora": {"strategy": "base", "adapters": []}}
+    with scripted((200, answer)) as server:
+        said = ("--system", "Be brief.", "--strategy", "fusion", "--k", 2, "--json")
+        result = run("ask", "Hi", *said, "--url", server.url)
+    assert json.loads(result.stdout) == answer
+    [sent] = server.sent
+    assert [message["content"] for message in sent["messages"]] == ["Be brief.", "Hi"]
+    assert (sent["lora"], sent.get("stream")) == ({"strategy": "fusion", "k": 2}, None)
 
 
 def test_ask_reads_the_prompt_from_standard_input() -> None:
@@ -201,18 +145,29 @@ def test_route_shows_candidates_and_the_weights_of_the_plan() -> None:
     assert ["0.750" in rows[0], "0.500" in rows[1]] == [True, True]
 
 
-@pytest.mark.parametrize("parts", [[3e-6, 1e-6, 0.0], [3e-6, 2e-3, 0.0], [3e-6, float("nan"), 0.0]])
-def test_parity_is_printed_for_each_strategy_and_fails_above_its_tolerance(
-    parts: list[float], folder: Path, config: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    differences = dict(zip(("selection", "mixture", "fusion"), parts, strict=True))
-    monkeypatch.setattr(run_server, "parity_with_peft", lambda *_: differences)  # typer calls by name only
-    result = run("check", folder, "--config", config, "--parity")
-    assert "at most 0.001" in words(result.stdout)
-    assert all(strategy in result.stdout for strategy in differences)
-    apart = not parts[1] < 1e-3
-    assert result.exit_code == apart
-    assert ("mixture differ from PEFT" in result.stderr) is apart
+def test_route_sends_its_options_and_prints_the_plan_as_json() -> None:
+    plan = {"strategy": "selection", "generation": 4, "adapters": [], "candidates": [], "why": "no adapter fits"}
+    with scripted((200, {"data": [plan]})) as server:
+        said = ("--k", 5, "--strategy", "selection", "--tag", "fun", "--tag", "short", "--json")
+        result = run("route", "Hi", *said, "--url", server.url)
+    options = {"strategy": "selection", "k": 5, "filter": {"tags": ["fun", "short"]}, "explain": True}
+    assert (json.loads(result.stdout), server.sent) == (plan, [{"prompt": "Hi", "lora": options}])
+
+
+def test_a_port_in_use_is_reported_before_the_servers_packages_are_imported() -> None:
+    script = """if True:
+        import sys
+        from deployments.cli.main import cli
+        try:
+            cli(["serve", "--port", sys.argv[1]])
+        finally:
+            print({"ray", "torch"} & set(sys.modules))
+    """
+    with listener() as port:
+        command = [sys.executable, "-c", script, str(port)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip()) == (1, "set()")
+    assert "--port 0 uses a free port" in done.stderr
 
 
 def test_the_commands_start_without_the_servers_packages() -> None:

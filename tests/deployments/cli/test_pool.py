@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -15,6 +16,7 @@ ROW = {
     "num_bytes": 9,
     "num_samples": 0,
     "found_by_auto": False,
+    "tags": ["fun", "short"],
 }
 
 
@@ -31,6 +33,24 @@ def test_list_shows_the_pool() -> None:
     [line] = [line for line in result.stdout.splitlines() if "poet" in line]
     assert "2, 4" in line
     assert "by name only" in line
+    assert "fun, short" in line
+
+
+def test_list_sends_the_search_and_prints_all_pages_as_json() -> None:
+    first = {"generation": 3, "data": [ROW | {"id": "acme/poem"}], "last_id": "acme/poem", "has_more": True}
+    last = {"generation": 4, "data": [ROW], "last_id": "poet", "has_more": False}
+    with scripted((200, first), (200, last)) as server:
+        result = run("list", "--search", "a b", "--json", "--url", server.url)
+    pages = ["/v1/loras?after=&search=a+b", "/v1/loras?after=acme%2Fpoem&search=a+b"]
+    assert [path.replace("%20", "+") for _, path in server.asked] == pages
+    answer = json.loads(result.stdout)
+    assert (answer["generation"], [row["id"] for row in answer["data"]]) == (4, ["acme/poem", "poet"])
+
+
+def test_show_prints_the_servers_answer_as_json() -> None:
+    with scripted((200, ROW | {"versions": []})) as server:
+        result = run("show", "poet", "--json", "--url", server.url)
+    assert json.loads(result.stdout) == ROW | {"versions": []}
 
 
 def test_show_prints_an_adapter_and_its_versions() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,34 @@ def test_the_description_of_the_adapter_is_sent(tmp_path: Path) -> None:
         run("publish", poet, *said, "--url", server.url)
     expected = {"path": str(poet), "name": "bard", "tags": ["fun", "short"], "template": "chat"}
     assert server.sent == [{"adapters": [expected]}]
+
+
+@pytest.mark.parametrize("names", [("checkpoint-9",), ("checkpoint-9", "checkpoint-100", "checkpoint-20")])
+def test_a_folder_of_checkpoints_is_refused_with_the_command_for_the_last(
+    tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    adapters(tmp_path / "my-task", *names)
+    with scripted((500, {})) as server:
+        result = run("publish", tmp_path / "my-task", "--url", server.url)
+    assert (result.exit_code, server.asked) == (1, [])
+    last = tmp_path / "my-task" / max(names, key=len)
+    assert words(result.stderr).endswith(f"loraretriever publish {last} --name my-task")
+
+
+def test_a_checkpoint_that_is_named_is_published(tmp_path: Path) -> None:
+    [last] = adapters(tmp_path / "my-task", "checkpoint-100")
+    with scripted((201, batch(answer("my-task")))) as server:
+        assert run("publish", last, "--name", "my-task", "--url", server.url).exit_code == 0
+    assert server.sent == [{"adapters": [{"path": str(last), "name": "my-task"}]}]
+
+
+def test_the_outcome_of_every_folder_is_printed_as_json(tmp_path: Path) -> None:
+    poet, bard = adapters(tmp_path, "poet", "bard")
+    with scripted((207, batch(answer("poet"), refused(400, "no")))) as server:
+        result = run("publish", poet, bard, "--json", "--url", server.url)
+    rows = json.loads(result.stdout)["data"]
+    assert result.exit_code == 1
+    assert rows == [{"folder": str(poet), **answer("poet")}, {"folder": str(bard), **refused(400, "no")}]
 
 
 @pytest.mark.parametrize(

@@ -165,3 +165,11 @@ def test_the_doctor_names_adapters_that_are_hard_to_find() -> None:
         "region of poet: bard 0.90 of 20, poet 0.25 of 20 (beaten)",
     ):
         assert part in said
+
+
+@pytest.mark.parametrize("command", ["doctor", "evaluate", "verify"])
+def test_a_report_is_printed_as_json(command: str) -> None:
+    result = {"rankings": [RANKING], "problems": []}
+    with scripted((200, lines({"done": 1, "total": 1}, {"result": result}))) as server:
+        ran = run(command, "--json", "--url", server.url)
+    assert (ran.exit_code, json.loads(ran.stdout)) == (0, result)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from deployments.cli.local_server import free_port
+from deployments.cli.client import free_port
 from deployments.errors import SourceMissing, SourceRefused, SourceUnavailable
 from deployments.publishing.adapter_folders import ADAPTER_FILES
 from deployments.publishing.remote_sources import folder_of_source

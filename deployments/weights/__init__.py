@@ -1,1 +1,0 @@
-"""Adapter weights on their way from the Store to a Worker."""

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deployments.cli import peft_parity
+from tests.deployments.adapter_records import BASE
+from tests.deployments.scripted import run, words
+
+
+def test_a_good_folder_is_fit_to_publish(folder: Path, config: Path) -> None:
+    result = run("check", folder, "--config", config)
+    assert result.exit_code == 0
+    assert "poet: 1 modules, 2 samples, fit to publish" in words(result.stdout)
+
+
+def test_every_reason_against_a_bad_folder_is_printed(folder: Path, config: Path) -> None:
+    (folder / "lora_samples.jsonl").write_text("[]\n")
+    (folder / "adapter_config.json").write_text(
+        (folder / "adapter_config.json").read_text().replace(BASE, "another-base")
+    )
+    result = run("check", folder, "--config", config)
+    assert result.exit_code == 1
+    reasons = words(result.stderr).split("refused: ")[1:]
+    assert len(reasons) == 2
+    assert any("another-base" in reason for reason in reasons)
+    assert any("lora_samples.jsonl" in reason for reason in reasons)
+
+
+def test_a_missing_folder_is_refused(tmp_path: Path, config: Path) -> None:
+    result = run("check", tmp_path / "nowhere", "--config", config)
+    assert result.exit_code == 1
+    assert words(result.stderr).endswith("nowhere: no such folder")
+
+
+def test_a_file_or_a_folder_of_adapters_is_refused_with_the_folder_to_give(folder: Path, config: Path) -> None:
+    result = run("check", folder / "adapter_config.json", "--config", config)
+    assert "is a file; give the folder that contains it" in words(result.stderr)
+    result = run("check", folder.parent, "--config", config)
+    assert words(result.stderr).endswith("adapter_config.json is missing; found adapters in poet")
+
+
+@pytest.mark.parametrize(
+    ("count", "hint"),
+    [
+        (0, "auto cannot find it"),
+        (1, "1 sample, fit"),
+        (2, "more reliably with 20"),
+        (20, "20 samples, fit to publish"),
+        (300, "200 samples of 300, spread over the file, fit to publish"),
+    ],
+)
+def test_check_says_how_well_auto_can_find_the_adapter(folder: Path, config: Path, count: int, hint: str) -> None:
+    lines = [json.dumps({"input": f"Verse {number}."}) for number in range(count)]
+    (folder / "lora_samples.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    if not count:
+        (folder / "lora_samples.jsonl").unlink()
+    result = run("check", folder, "--config", config)
+    assert result.exit_code == 0, result.stderr
+    assert hint in words(result.stdout)
+
+
+@pytest.mark.parametrize("parts", [[3e-6, 1e-6, 0.0], [3e-6, 2e-3, 0.0], [3e-6, float("nan"), 0.0]])
+def test_parity_is_printed_for_each_strategy_and_fails_above_its_tolerance(
+    parts: list[float], folder: Path, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    differences = dict(zip(("selection", "mixture", "fusion"), parts, strict=True))
+    monkeypatch.setattr(peft_parity, "parity_with_peft", lambda *_: differences)  # typer calls by name only
+    result = run("check", folder, "--config", config, "--parity")
+    assert "at most 0.001" in words(result.stdout)
+    assert all(strategy in result.stdout for strategy in differences)
+    apart = not parts[1] < 1e-3
+    assert result.exit_code == apart
+    assert ("mixture differ from PEFT" in result.stderr) is apart
+
+
+def test_check_starts_without_ray_and_transformers() -> None:
+    script = "import sys, deployments.cli.check_adapter; print({'ray', 'transformers', 'fastapi'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "set()"
