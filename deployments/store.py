@@ -97,7 +97,7 @@ class StoreDeployment:
         quota: TenantQuota | None = None,
         commit_id: str | None = None,
     ) -> int:
-        """Make all of `staged` live, and return the generation; `standing` is what the versions must be just before.
+        """Make all of `staged` live, and return the generation. `precondition`: on the versions just before the commit.
 
         A repeated call under the same `commit_id` returns the generation of the first.
         Raises: PublicNameTaken; QuotaExceeded; AdapterNotFound for what should be kept; VersionConflict,

@@ -105,7 +105,7 @@ _SAID: dict[type[Exception], str] = {
     DeploymentUnavailableError: "a part of the server is not available; try again later",
     TimeoutError: "a part of the server did not answer in time; try again later",
     RayActorError: "the replica that worked on this request has died; try again",
-    ObjectLostError: "what answered this request was lost with its replica; try again",
+    ObjectLostError: "the answer was lost with its replica; try again",
 }
 
 
