@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_store import AdapterRecord, Embedding, Plan, PlannedAdapter, Sample, Snapshot, Strategy
+from lora_store import AdapterRecord, AdapterRef, Embedding, Plan, PlannedAdapter, Sample, Snapshot, Strategy
 from retriever_svc import (
     Candidate,
     DoctorStep,
@@ -123,3 +123,9 @@ class FakeRetriever:
     @property
     def _snapshot(self) -> Snapshot:
         return Snapshot(7, {(record.ref.tenant, record.ref.name): record for record in self.held})
+
+
+def reindex_step(done: int, total: int, *refs: AdapterRef, unreadable: tuple[AdapterRef, ...] = ()) -> ReindexStep:
+    """Return one step of a reindex to `other-encoder`."""
+    vector = np.array([1.0, 0.0], np.float32)
+    return ReindexStep(done, total, {ref: Embedding("other-encoder", vector, vector) for ref in refs}, unreadable)

@@ -3,36 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
 from ray.exceptions import RayActorError
 
 from deployments.publishing import maintenance
-from lora_store import AdapterRef, Embedding, EncoderIncomplete
-from retriever_svc import EncoderUnusable, ReindexStep
+from lora_store import EncoderIncomplete
+from retriever_svc import EncoderUnusable
 from tests.deployments.adapter_records import POOL
 from tests.deployments.app_fakes import Served, serve_plainly
-from tests.deployments.asking import ask, post
-from tests.deployments.fake_retriever import FakeRetriever
+from tests.deployments.asking import ask, lines_of, post
+from tests.deployments.fake_retriever import FakeRetriever, reindex_step
 from tests.deployments.fake_store import FakeStore
 
 POET, CODER = (record.ref for record in POOL)
-BODIES: dict[str, dict[str, Any]] = {"verify": {}, "doctor": {}, "reindex": {"encoder": "other"}, "gc": {}}
-
-
-def lines_of(response: httpx.Response) -> list[dict[str, Any]]:
-    assert response.status_code == 200, response.text
-    assert response.headers["content-type"].startswith("application/x-ndjson")
-    return [json.loads(line) for line in response.text.splitlines()]
-
-
-def step(done: int, total: int, *refs: AdapterRef, unreadable: tuple[AdapterRef, ...] = ()) -> ReindexStep:
-    vector = np.array([1.0, 0.0], np.float32)
-    return ReindexStep(done, total, {ref: Embedding("other-encoder", vector, vector) for ref in refs}, unreadable)
 
 
 def test_a_reindex_embeds_prepares_every_replica_then_swaps_and_waits_for_all() -> None:
@@ -58,7 +44,7 @@ def test_a_reindex_embeds_prepares_every_replica_then_swaps_and_waits_for_all() 
         ]
         assert served.store.called("activate_encoder") == [("other", "other-encoder", "local")]
 
-    ask(run, retriever=FakeRetriever(steps=[[step(1, 2, POET), step(2, 2, CODER)]]))
+    ask(run, retriever=FakeRetriever(steps=[[reindex_step(1, 2, POET), reindex_step(2, 2, CODER)]]))
 
 
 def test_a_refit_comes_first_and_its_projection_is_embedded_and_activated() -> None:
@@ -69,11 +55,11 @@ def test_a_refit_comes_first_and_its_projection_is_embedded_and_activated() -> N
         assert served.retriever.called("reindex") == [("other", "other+fitted")]
         assert served.retriever.called("prepare_encoder") == [("other", "other+fitted")]
 
-    ask(run, retriever=FakeRetriever(steps=[[step(1, 1, POET)]]))
+    ask(run, retriever=FakeRetriever(steps=[[reindex_step(1, 1, POET)]]))
 
 
 def test_adapters_published_meanwhile_are_embedded_in_another_round() -> None:
-    retriever = FakeRetriever(steps=[[step(1, 1, POET)], [step(1, 1, CODER)]])
+    retriever = FakeRetriever(steps=[[reindex_step(1, 1, POET)], [reindex_step(1, 1, CODER)]])
     store = FakeStore(incomplete=[EncoderIncomplete([CODER])])
     *progress, last = lines_of(post("/v1/pool/reindex", {"encoder": "other"}, retriever=retriever, store=store))
     assert (progress, retriever.steps) == ([{"done": 1, "total": 1}] * 2, [])
@@ -81,7 +67,7 @@ def test_adapters_published_meanwhile_are_embedded_in_another_round() -> None:
 
 
 def test_an_adapter_that_can_never_be_embedded_ends_the_reindex_and_the_old_encoder_stays() -> None:
-    retriever = FakeRetriever(steps=[[step(2, 2, POET, unreadable=(CODER,))], []])
+    retriever = FakeRetriever(steps=[[reindex_step(2, 2, POET, unreadable=(CODER,))], []])
     store = FakeStore(incomplete=[EncoderIncomplete([CODER])])
     *_, last = lines_of(post("/v1/pool/reindex", {"encoder": "other"}, retriever=retriever, store=store))
     assert last["error"]["code"] == "encoder_incomplete"
@@ -89,7 +75,7 @@ def test_an_adapter_that_can_never_be_embedded_ends_the_reindex_and_the_old_enco
 
 
 def test_a_pool_that_keeps_growing_ends_the_reindex_in_time() -> None:
-    retriever = FakeRetriever(steps=[[step(1, 1, POET)] for _ in range(99)])
+    retriever = FakeRetriever(steps=[[reindex_step(1, 1, POET)] for _ in range(99)])
     store = FakeStore(incomplete=[EncoderIncomplete([CODER]) for _ in range(99)])
     *progress, last = lines_of(post("/v1/pool/reindex", {"encoder": "other"}, retriever=retriever, store=store))
     assert last["error"]["code"] == "encoder_incomplete"
@@ -107,7 +93,10 @@ def test_a_pool_that_keeps_growing_ends_the_reindex_in_time() -> None:
 )
 def test_an_encoder_that_a_replica_cannot_load_is_not_activated(others: list[Any], code: str | None) -> None:
     async def run() -> list[dict[str, Any]]:
-        replicas = [FakeRetriever(steps=[[step(1, 1, POET)]]), *[FakeRetriever(prepared=other) for other in others]]
+        replicas = [
+            FakeRetriever(steps=[[reindex_step(1, 1, POET)]]),
+            *[FakeRetriever(prepared=other) for other in others],
+        ]
         served = serve_plainly(retrievers=replicas)
         try:
             pool = served.services

@@ -1,34 +1,21 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
 
 from deployments.publishing import maintenance
-from lora_store import AdapterRef, Embedding, StoreUnavailable
-from retriever_svc import DoctorReport, DoctorStep, EncoderUnusable, ReindexStep
+from lora_store import StoreUnavailable
+from retriever_svc import DoctorReport, DoctorStep, EncoderUnusable
 from tests.deployments.adapter_records import POOL, digest_of
 from tests.deployments.app_fakes import Served, serve_plainly
-from tests.deployments.asking import ask, error_of, post
-from tests.deployments.fake_retriever import FakeRetriever
+from tests.deployments.asking import ask, error_of, lines_of, post
+from tests.deployments.fake_retriever import FakeRetriever, reindex_step
 
 POET, CODER = (record.ref for record in POOL)
 BODIES: dict[str, dict[str, Any]] = {"verify": {}, "doctor": {}, "reindex": {"encoder": "other"}, "gc": {}}
-
-
-def lines_of(response: httpx.Response) -> list[dict[str, Any]]:
-    assert response.status_code == 200, response.text
-    assert response.headers["content-type"].startswith("application/x-ndjson")
-    return [json.loads(line) for line in response.text.splitlines()]
-
-
-def step(done: int, total: int, *refs: AdapterRef, unreadable: tuple[AdapterRef, ...] = ()) -> ReindexStep:
-    vector = np.array([1.0, 0.0], np.float32)
-    return ReindexStep(done, total, {ref: Embedding("other-encoder", vector, vector) for ref in refs}, unreadable)
 
 
 def test_verify_reports_progress_and_every_bad_blob() -> None:
@@ -72,7 +59,7 @@ def test_an_error_before_the_first_line_is_a_status(job: str, error: Exception, 
 
 @pytest.mark.parametrize("job", ["reindex", "doctor"])
 def test_an_error_after_the_first_line_is_the_last_line(job: str) -> None:
-    first: Any = step(1, 2, POET) if job == "reindex" else DoctorStep(1, 2)
+    first: Any = reindex_step(1, 2, POET) if job == "reindex" else DoctorStep(1, 2)
     retriever = FakeRetriever(steps=[[first, StoreUnavailable("down")]])
     opening, last = lines_of(post(f"/v1/pool/{job}", BODIES[job], retriever=retriever))
     assert opening == {"done": 1, "total": 2}
