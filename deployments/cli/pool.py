@@ -42,12 +42,17 @@ def list_adapters(
     if as_json:
         print_json({"generation": answer["generation"], "data": rows})
         return
-    columns = (Column("adapter", overflow="fold"), "digest", "ranks", "bytes", "samples", "auto", "tags")
-    table = Table(*columns, title=f"generation {answer['generation']}")
+    names, digests, autos = (
+        Column("adapter", overflow="fold"),
+        Column("digest", no_wrap=True),
+        Column("auto", no_wrap=True),
+    )
+    tags = Column("tags", overflow="fold")
+    table = Table(names, digests, "ranks", "bytes", "samples", autos, tags, title=f"generation {answer['generation']}")
     for row in rows:
-        ranks, tags = ", ".join(map(str, row["ranks"])), ", ".join(row["tags"])
-        auto = "yes" if row["found_by_auto"] else "by name only"
-        table.add_row(row["id"], row["digest"][:12], ranks, str(row["num_bytes"]), str(row["num_samples"]), auto, tags)
+        ranks, auto = ", ".join(map(str, row["ranks"])), "yes" if row["found_by_auto"] else "by name only"
+        cells = (row["digest"][:12], ranks, str(row["num_bytes"]), str(row["num_samples"]), auto)
+        table.add_row(row["id"], *cells, ", ".join(row["tags"]))
     out.print(table)
 
 
