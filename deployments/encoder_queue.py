@@ -74,8 +74,9 @@ class EncoderQueue(Generic[T]):
             self._feeding = asyncio.create_task(self._feed())
         try:
             return await future
-        finally:
+        except asyncio.CancelledError:
             self._drop(asked)
+            raise
 
     @property
     def num_waiting(self) -> int:

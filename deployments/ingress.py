@@ -12,7 +12,7 @@ from ray.serve.handle import DeploymentHandle
 from deployments.api.completion_responses import ChatAnswer, TextAnswer
 from deployments.api.completions import TextRequest, parse
 from deployments.api.pool_responses import Ready
-from deployments.auth.authenticator import LOCAL_CALLER, Authenticator, Caller, Limiter
+from deployments.auth.authenticator import LOCAL_CALLER, Authenticator, Caller, InFlight, Limiter
 from deployments.auth.key_file import keys_of
 from deployments.auth.ray_token import require_token_mode
 from deployments.calls.catalogue_clients import RetrieverClient, ServeRetriever, ServeStore, StoreClient
@@ -24,7 +24,6 @@ from deployments.generation.planner import Planner, refuse_stream_options
 from deployments.http.api import build_api
 from deployments.http.bodies import DEFAULT_MAX_BODY_BYTES, SharedBytes
 from deployments.http.dependencies import KEEP_ALIVE_S, Services
-from deployments.http.middleware import InFlight
 from deployments.http.readiness import Readiness
 from deployments.http.uploads import UploadBudget
 from deployments.json_types import JsonMapping, JsonObject

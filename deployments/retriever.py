@@ -101,7 +101,7 @@ class RetrieverDeployment:
         self._read_at = self._began_reading_at = time.monotonic()
         loop = asyncio.get_event_loop()
         self._polling = loop.create_task(self._poll(settings.poll_interval_s, sleep))
-        self._telling = loop.create_task(report_periodically(self._tell))
+        self._reporting = loop.create_task(report_periodically(self._report))
 
     async def route(self, requests: Sequence[RouteRequest]) -> list[Route]:
         """Return the plan and candidates for each prompt of one client's request, all of the same tenant.
@@ -115,7 +115,9 @@ class RetrieverDeployment:
         answers = await _on(self._searches, self._retriever.route_encoded, requests, encoded)
         for answer in answers:
             self._metrics.record_route(answer)
-        return await self._explained(requests, encoded, [_given(answer) for answer in answers])
+        if failed := [answer for answer in answers if isinstance(answer, RetrieverError)]:
+            raise failed[0]
+        return await self._explained(requests, encoded, [answer for answer in answers if isinstance(answer, Route)])
 
     async def _explained(
         self, requests: Sequence[RouteRequest], encoded: Sequence[Encoded], routes: list[Route]
@@ -302,7 +304,7 @@ class RetrieverDeployment:
         if not task.cancelled() and task.exception() is None:
             self._read_at = time.monotonic()
 
-    async def _tell(self) -> None:
+    async def _report(self) -> None:
         pool = self._pools.current
         self._metrics.report(pool.snapshot, pool.index.num_live, time.monotonic() - self._read_at)
 
@@ -328,13 +330,6 @@ class RetrieverDeployment:
 async def _on(threads: Executor, work: Callable[..., T], *args: Any) -> T:
     """Run `work` on one of these threads."""
     return await asyncio.get_running_loop().run_in_executor(threads, partial(work, *args))
-
-
-def _given(answer: Route | RetrieverError) -> Route:
-    """Return the answer. Raises: the answer itself if it is an error."""
-    if isinstance(answer, RetrieverError):
-        raise answer
-    return answer
 
 
 def _as_seen_by(tenant: str, record: AdapterRecord) -> AdapterRecord:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -73,7 +72,7 @@ class WorkerDeployment:
             stream_interval_ms=stream_interval_ms,
             niceness=niceness,
         )
-        self._telling = self._asyncio_loop.create_task(report_periodically(self._tell))
+        self._reporting = self._asyncio_loop.create_task(report_periodically(self._report))
         self._step_timeout_s, self._end_process = step_timeout_s, end_process
 
     async def stream(self, job: Job) -> AsyncIterator[Delta | None]:
@@ -83,7 +82,7 @@ class WorkerDeployment:
         Raises: PromptInvalid, PromptTooLong, PlanTooLarge, AdapterLoadFailed and other errors of this job.
         """
         deltas = self._engine.stream(job, HEARTBEAT_INTERVAL_S)
-        trace, began = JobTrace(job.request_id), time.monotonic()
+        trace = JobTrace(job.request_id)
         last: Delta | None = None
         try:
             with self._usage.row(job.tenant) as row:
@@ -100,7 +99,6 @@ class WorkerDeployment:
         finally:
             await deltas.aclose()
             trace.end(last)
-            _log_end(job, last, time.monotonic() - began)
 
     async def probe(self, weights_digest: str) -> float:
         """Return how much the adapter changes the logits of a fixed prompt. Raises: AdapterUnfit, AdapterLoadFailed."""
@@ -162,7 +160,7 @@ class WorkerDeployment:
         self._end_process(1)
         raise wedged
 
-    async def _tell(self) -> None:
+    async def _report(self) -> None:
         self._metrics.report_step_age(self._engine.health().busy_s)
         self._metrics.report_missing_kernels(self._engine.num_missing_kernels)
         async with asyncio.timeout(
@@ -179,11 +177,3 @@ def _why_wedged(health: EngineHealth) -> str:
     if health.is_alive:
         return f"a step or command of the engine has run for {health.busy_s:.0f} s"
     return health.failure or "the engine has ended"
-
-
-def _log_end(job: Job, last: Delta | None, seconds: float) -> None:
-    """Log one line per job, with the id of its request."""
-    queued_s, num_new_tokens = (0.0, 0) if last is None else (last.queued_s, last.num_new_tokens)
-    ended = "early" if last is None or last.finish_reason is None else last.finish_reason
-    text = "job %s ended (%s) after %.4f s: %d tokens, queued %.3f s"
-    logger.info(text, job.request_id, ended, seconds, num_new_tokens, queued_s)

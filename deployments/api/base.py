@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import quote
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -118,7 +117,6 @@ _WHAT = {
 }
 _MAX_IGNORED = 32  # names recorded per object
 _MAX_NAME_CHARS = 64
-_MAX_LISTED = 16  # names in the header
 _INDEX = re.compile(r"\.\d+(?=\.)")
 
 
@@ -362,11 +360,3 @@ def _ignored(model: TolerantRequest, prefix: str) -> Iterator[tuple[str, type[Ba
             for place, item in enumerate(value):
                 if isinstance(item, TolerantRequest):
                     yield from _ignored(item, f"{prefix}{name}.{place}.")
-
-
-def ignored_header(ignored: Sequence[str]) -> dict[str, str]:
-    """Return the header that lists ignored fields; nothing where there are none."""
-    if not ignored:
-        return {}
-    names = [quote(name, safe="[]") for name in ignored[:_MAX_LISTED]]
-    return {"x-ignored-fields": ", ".join(names + ["..."] * (len(ignored) > _MAX_LISTED))}

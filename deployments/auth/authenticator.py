@@ -1,9 +1,10 @@
-"""Authenticate requests: find the caller of a key, and apply the limits of the key."""
+"""Authenticate requests: find the caller of a key, and apply the limits of the key and of the server."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Literal, Protocol, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from deployments.errors import KeyRefused, RateLimited, RequestInvalid, RoleMissing
+from deployments.errors import KeyRefused, RateLimited, RequestInvalid, ServerOverloaded
 from lora_store import LOCAL_TENANT, TenantQuota
 
 Role = Literal["infer", "publish", "admin"]
@@ -20,6 +21,7 @@ ANONYMOUS_TENANT = ""  # no tenant has this name; it sees public adapters only
 _BUSY_RETRY_S = 1.0
 _SWEEP_ABOVE = 1024  # accounts; keys come and go with the keys file
 _SCHEME = "bearer"
+WAITS_S = 10.0  # a refused client retries after a second or more
 
 
 class KeyLimits(BaseModel):
@@ -52,11 +54,6 @@ class Caller:
     roles: frozenset[Role]
     key_id: str
     limits: KeyLimits = _NO_LIMITS
-
-    def require(self, role: Role) -> None:
-        """Check that the caller has `role`. Raises: RoleMissing."""
-        if role not in self.roles:
-            raise RoleMissing(self.key_id, role)
 
 
 LOCAL_CALLER = Caller(LOCAL_TENANT, frozenset(ROLES), "local")
@@ -255,6 +252,49 @@ def _reserve(caller: Caller, bucket: TokenBucket, num_tokens: int, field: str) -
         )
     if (wait_s := bucket.take(num_tokens)) > 0:
         raise RateLimited(f"{caller.limits.tokens_per_minute} tokens per minute", wait_s)
+
+
+class InFlight:
+    """Counts the requests of one replica, each until the last byte of its answer.
+
+    A tenant that is alone may use every place. A tenant's share is the limit divided by the number of tenants that run
+    requests or were refused. A tenant that was refused below its share waits: for `WAITS_S`, tenants at or above their
+    share are refused, so that a free place is left when it retries.
+
+    Requests without a caller take places too, but the anonymous tenant has no share: it never waits, makes no other
+    share smaller, and is refused while any tenant waits.
+    """
+
+    def __init__(self, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limit, self._clock = limit, clock
+        self._counts: Counter[str] = Counter()
+        self._waits_until: dict[str, float] = {}
+        self.count = 0
+
+    def enter(self, tenant: str) -> None:
+        """Raises: ServerOverloaded."""
+        now = self._clock()
+        self._waits_until = {other: until for other, until in self._waits_until.items() if until > now}
+        has_share = tenant == ANONYMOUS_TENANT or self._counts[tenant] >= self._share_with(tenant)
+        if self.count >= self._limit:
+            if not has_share:
+                self._waits_until[tenant] = now + WAITS_S
+            raise ServerOverloaded(self._limit)
+        if has_share and any(other != tenant for other in self._waits_until):
+            raise ServerOverloaded(self._limit)
+        self._waits_until.pop(tenant, None)
+        self._counts[tenant] += 1
+        self.count += 1
+
+    def leave(self, tenant: str) -> None:
+        self._counts[tenant] -= 1
+        if not self._counts[tenant]:
+            del self._counts[tenant]
+        self.count -= 1
+
+    def _share_with(self, tenant: str) -> int:
+        here = {other for other, count in self._counts.items() if count} | self._waits_until.keys() | {tenant}
+        return max(1, self._limit // len(here - {ANONYMOUS_TENANT}))
 
 
 class Keys(Protocol):

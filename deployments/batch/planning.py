@@ -89,7 +89,7 @@ class BatchRouting(RoutingClient):
         together = [request for requests, _ in asked for request in requests]
         try:
             routes: Iterator[Route | Exception] = iter(self._retriever.route(together))
-        except Exception as exc:  # all waiting calls get it, or they would wait for ever
+        except Exception as exc:  # all waiting calls get it, or they would wait forever
             routes = itertools.repeat(exc)
         for requests, answer in asked:
             own = list(itertools.islice(routes, len(requests)))

@@ -120,7 +120,7 @@ class ServeStore(StoreClient):
 
     Reads, stages and writes with a commit id are repeated if their replica dies. Other writes are sent once. The first
     call of each change is a read that ends with StoreUnavailable after `wait_s`: a replica cannot start while its disk
-    is away, and calls without a replica would wait for ever.
+    is away, and calls without a replica would wait forever.
     """
 
     def __init__(self, handle: DeploymentHandle, *, wait_s: float = WAIT_S) -> None:

@@ -1,4 +1,4 @@
-"""Typed calls over Serve handles: deadlines, retries, transport and background work.
+"""Typed calls over Serve handles: retries, transport and background work.
 
 A call names a method of the deployment's Protocol, as in `calls.retry(StoreReplica.versions, keys)`. So mypy checks
 the arguments and the answer of every call, although Ray's handles have no types.
@@ -19,44 +19,20 @@ import asyncio
 import contextvars
 import logging
 import os
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager
 from typing import Concatenate, Generic, ParamSpec, TypeVar
 
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.errors import PoisonRequest
-from gpu_worker.errors import DeadlineExceeded, EngineStopped
+from gpu_worker.errors import EngineStopped
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 MAX_RETRIES = 2  # after the first attempt, for calls and for generation
 P = ParamSpec("P")
 Replica = TypeVar("Replica")
-
-
-def deadline_of(arrived_at: float, timeout_s: float | None, max_request_s: float) -> float:
-    """Return the arrival plus the time that the client allows, at most the time that the server allows."""
-    return arrived_at + (max_request_s if timeout_s is None else min(timeout_s, max_request_s))
-
-
-def seconds_until(deadline: float) -> float:
-    """Return the time left, which may be negative: other machines are sent this, as no two share a clock."""
-    return deadline - time.monotonic()
-
-
-@asynccontextmanager
-async def within(deadline: float) -> AsyncIterator[None]:
-    """Bound the block by the deadline. Raises: DeadlineExceeded."""
-    try:
-        async with asyncio.timeout(seconds_until(deadline)) as limit:
-            yield
-    except TimeoutError as exc:
-        if limit.expired():
-            raise DeadlineExceeded(0) from exc
-        raise
 
 
 async def retry_on_replica_death(call: Callable[[], Awaitable[T]]) -> T:
@@ -102,11 +78,6 @@ def bypass_http_proxy() -> None:
     Python's gRPC would use that proxy, Ray's own does not. gRPC reads `grpc_proxy` first, even if it is empty.
     """
     os.environ.setdefault("grpc_proxy", "")
-
-
-def over_grpc(handle: DeploymentHandle) -> DeploymentHandle:
-    """Use gRPC: for streams of tokens with heartbeats. benchmarks/README.md states what that saves."""
-    return handle.options(_by_reference=False)
 
 
 def over_object_store(handle: DeploymentHandle) -> DeploymentHandle:

@@ -21,7 +21,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ServeStatus
 
 from deployments.calls.catalogue_clients import Shapes
-from deployments.calls.serve_calls import ServeCalls, over_grpc
+from deployments.calls.serve_calls import ServeCalls
 from deployments.errors import WorkerStarting
 from gpu_worker.engine.engine_status import EngineStatus
 from gpu_worker.errors import DeadlineExceeded
@@ -172,7 +172,8 @@ class ServeWorker(WorkerClient):
         return await self._calls.retry(WorkerReplica.probe_many, weights_digests)
 
     def stream(self, job: Job) -> DeltaStream:
-        response = over_grpc(self._handle).options(stream=True).stream.remote(job)
+        # Over gRPC, which saves work for each token and heartbeat: benchmarks/README.md states how much.
+        response = self._handle.options(stream=True, _by_reference=False).stream.remote(job)
         return HeartbeatStream(response, self._heartbeat_timeout_s)
 
     async def broadcast_forget(self, weights_digests: Collection[str], timeout_s: float) -> list[bool | BaseException]:

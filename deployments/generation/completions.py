@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import ExitStack, aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import ExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -20,14 +20,14 @@ from deployments.api.completion_responses import Answer, ChatAnswer, TextAnswer
 from deployments.api.completions import CompletionRequest, GenerationRequest, Question
 from deployments.api.responses import Planned
 from deployments.auth.authenticator import Authenticator, Caller, TokenUsage
-from deployments.calls.serve_calls import AttemptCounter, deadline_of, seconds_until, within
-from deployments.calls.worker_client import HEARTBEAT_TIMEOUT_S, StreamEnd, WorkerClient, WorkerGate
+from deployments.calls.serve_calls import AttemptCounter
+from deployments.calls.worker_client import HEARTBEAT_TIMEOUT_S, DeltaStream, StreamEnd, WorkerClient, WorkerGate
 from deployments.config.app import AppConfig
 from deployments.generation.planner import Planner, check_limits, prompt_tokens, work_of
 from deployments.json_types import JsonObject
 from deployments.observability.request_metrics import RequestContext
 from deployments.observability.tracing import tracer
-from gpu_worker.errors import AdapterLoadFailed, EngineFull, WaitedTooLong
+from gpu_worker.errors import AdapterLoadFailed, DeadlineExceeded, EngineFull, WaitedTooLong
 from gpu_worker.request.request import Completion, Delta, Job
 
 WORKER_GRACE_S = 5.0  # for a step of the engine and the transport
@@ -47,6 +47,28 @@ class StreamLimits:
 
 
 STREAM_LIMITS = StreamLimits()
+
+
+def deadline_of(arrived_at: float, timeout_s: float | None, max_request_s: float) -> float:
+    """Return the arrival plus the time that the client allows, at most the time that the server allows."""
+    return arrived_at + (max_request_s if timeout_s is None else min(timeout_s, max_request_s))
+
+
+def seconds_until(deadline: float) -> float:
+    """Return the time left, which may be negative: other machines are sent this, as no two share a clock."""
+    return deadline - time.monotonic()
+
+
+@asynccontextmanager
+async def within(deadline: float) -> AsyncIterator[None]:
+    """Bound the block by the deadline. Raises: DeadlineExceeded."""
+    try:
+        async with asyncio.timeout(seconds_until(deadline)) as limit:
+            yield
+    except TimeoutError as exc:
+        if limit.expired():
+            raise DeadlineExceeded(0) from exc
+        raise
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,16 +126,19 @@ class _Attempt:
 
     def __init__(self, row: RowStream) -> None:
         self._row = row
-        job = replace(row.job, time_left_s=seconds_until(row.deadline))
-        row.usage.sent(job.request_id, row.question, prompt_tokens(job.prompt))
-        self._stream = row.worker.stream(job)
+        self._stream: DeltaStream | None = None
 
     def cancel(self) -> None:
-        self._stream.cancel()
+        if self._stream is not None:
+            self._stream.cancel()
 
     async def next(self) -> Delta | StreamEnd | None:
         """Return the next delta, None for a heartbeat, or the end. Charge and record a delta."""
         row = self._row
+        if self._stream is None:
+            job = replace(row.job, time_left_s=seconds_until(row.deadline))
+            row.usage.sent(job.request_id, row.question, prompt_tokens(job.prompt))
+            self._stream = row.worker.stream(job)
         try:
             delta = await self._stream.next(
                 row.deadline + row.limits.grace_s
@@ -222,10 +247,10 @@ class CompletionService:
             texts = [text for question in questions for text in self._planner.texts_read(question)]
             usage = stack.enter_context(self._authenticator.running(caller, work_of(request, questions, texts)))
             plans = await self._plan(questions, caller, context, deadline)
-            async with within(deadline):
-                await self._gate.ready()
             answer = _answer_to(request, plans, caller, context)
             jobs = jobs_of(answer.request_id, request, questions, plans, self._config.template)
+            async with within(deadline):
+                await self._gate.ready()
             rows = [
                 RowStream(
                     worker=self._worker,
@@ -298,4 +323,5 @@ def _answer_to(request: GenerationRequest, plans: Sequence[Planned], caller: Cal
         num_choices=request.n,
         has_logprobs=request.num_logprobs is not None,
         request_id=context.request_id,
+        created=int(time.time()),
     )

@@ -19,7 +19,7 @@ from gpu_worker.errors import PromptTooLong
 from gpu_worker.request.prompts import Message
 from gpu_worker.request.request import MAX_CHARS_PER_TOKEN
 from lora_store import BASE_PLAN, AdapterNotFound, AdapterRef, Plan, Strategy
-from retriever_svc import Route, RouteRequest
+from retriever_svc import RouteRequest
 from retriever_svc.encoder import MAX_CHARS, tokens_read
 
 AUTO = "auto"
@@ -154,11 +154,11 @@ class Planner:
         preferred = await self._adapter_of(reading.previous, options, tenant)
         for text in reading.texts[:-1]:
             request = replace(self._request_of(text, options, tenant, preferred), fallback="base")
-            [route] = await self._retriever.route([request])
-            if not route.abstained:
-                return planned_of(route)
-        [route] = await self._retriever.route([self._request_of(reading.texts[-1], options, tenant, preferred)])
-        return planned_of(route)
+            [planned] = await self._route([request])
+            if not planned.abstained:
+                return planned
+        [planned] = await self._route([self._request_of(reading.texts[-1], options, tenant, preferred)])
+        return planned
 
     async def _adapter_of(self, text: str | None, options: LoraOptions, tenant: str) -> AdapterRef | None:
         """Return the best adapter of the previous turn, None without one."""
@@ -180,8 +180,12 @@ class Planner:
             _refuse_retrieval(options)
             return [Planned(await self._named(options, tenant))] * len(texts)
         requests = [self._request_of(text, options, tenant) for text in texts]
+        return await self._route(requests)
+
+    async def _route(self, requests: Sequence[RouteRequest]) -> list[Planned]:
+        """Return the Retriever's choices as plans with their reasons."""
         routes = await self._retriever.route(requests)
-        return [planned_of(route) for route in routes]
+        return [Planned(route.plan, route.candidates, route.abstained, route.reason) for route in routes]
 
     def _request_of(
         self, text: str, options: LoraOptions, tenant: str, preferred: AdapterRef | None = None
@@ -232,11 +236,6 @@ class Planner:
         if head != base or not tail:
             raise ModelNotFound(model)
         return tail
-
-
-def planned_of(route: Route) -> Planned:
-    """Return the Retriever's choice as a plan with its reason."""
-    return Planned(route.plan, route.candidates, route.abstained, route.reason)
 
 
 def text_read(text: str, options: LoraOptions) -> str | None:

@@ -26,8 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deployments.config.app import FORM_OVERHEAD_BYTES, AppConfig
 from deployments.errors import BodyMemoryFull, BodyNotAllowed, BodyTooLarge, BodyTooSlow, RequestInvalid
 from deployments.http.error_responses import error_response
-from deployments.http.middleware import tenant_of
-from deployments.observability.request_metrics import path_of
+from deployments.observability.request_metrics import context_of, path_of
 
 DEFAULT_MAX_BODY_BYTES = 4 << 20
 _PATIENCE_S = 30.0
@@ -76,7 +75,7 @@ class BodyLimit:
 
     - 413: the body is larger than `limit_of` allows for this request.
     - 408: the body is incomplete after `patience_s` plus one second for each MiB it may have. A slow body would
-      otherwise hold its place for ever.
+      otherwise hold its place forever.
     - 503: the budget has no room. A body counts there until it is parsed; its parsed texts count until the answer ends.
       Uploads may be larger than other bodies and have their own budget.
     - 400: the method takes no body. No route would read it, and Serve's proxy and the replica would keep all of it in
@@ -102,7 +101,7 @@ class BodyLimit:
             return
         max_bytes = self._limit_of(scope)
         budget = self._budget if max_bytes <= DEFAULT_MAX_BODY_BYTES else SharedBytes(max_bytes)
-        body = _Body(receive, max_bytes, budget, tenant_of(scope), self._patience_s)
+        body = _Body(receive, max_bytes, budget, context_of(scope).tenant, self._patience_s)
         scope.setdefault("state", {})[KEEP_OF_BODY] = body.keep
         started = False
 

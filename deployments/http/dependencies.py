@@ -9,15 +9,15 @@ from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from deployments.api.adapters import PublishItem
-from deployments.auth.authenticator import Authenticator, Caller, Role
+from deployments.auth.authenticator import Authenticator, Caller, InFlight, Role
 from deployments.calls.catalogue_clients import RetrieverClient, StoreClient
 from deployments.calls.serve_calls import Background
 from deployments.config.app import AppConfig
-from deployments.errors import KeyRefused, PublishingDisabled, SelfApproval
+from deployments.errors import KeyRefused, PublishingDisabled, RoleMissing, SelfApproval
 from deployments.generation.completions import CompletionService
 from deployments.generation.planner import Planner
 from deployments.http.bodies import SharedBytes
-from deployments.http.middleware import InFlight, is_loopback
+from deployments.http.middleware import is_loopback
 from deployments.http.readiness import Readiness
 from deployments.http.uploads import UploadBudget
 from deployments.observability.cluster_stats import StatsReader
@@ -81,7 +81,8 @@ def require_role(role: Role) -> Any:
     """Return a dependency on a caller with this role. It raises KeyRefused and RoleMissing."""
 
     def caller_with_role(caller: AnyCaller) -> Caller:
-        caller.require(role)
+        if role not in caller.roles:
+            raise RoleMissing(caller.key_id, role)
         return caller
 
     return Depends(caller_with_role)

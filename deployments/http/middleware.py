@@ -13,29 +13,27 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import re
-import time
 import uuid
-from collections import Counter
-from collections.abc import Callable, Collection
-from urllib.parse import urlsplit
+from collections.abc import Collection
+from urllib.parse import quote, urlsplit
 
 from fastapi import Request
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.auth.authenticator import ANONYMOUS_TENANT, Authenticator
+from deployments.auth.authenticator import Authenticator, InFlight
 from deployments.config.app import AppConfig
-from deployments.errors import HostRefused, OriginRefused, ServerOverloaded
+from deployments.errors import HostRefused, OriginRefused
 from deployments.http.error_responses import error_response
 from deployments.observability.request_metrics import CONTEXT_KEY, RequestContext, RequestMetrics, context_of, path_of
 
 _HEADER = "x-request-id"
 _SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")  # it becomes part of the answer's id and of a log line
 _NOT_MATCHED = "none"
+_MAX_LISTED = 16  # ignored fields in the header
 _PROBES = ("/health", "/ready")  # probes: always answered, never reported
 _NOT_KEPT = ("application/json", "application/x-ndjson", "text/event-stream", "text/plain")
 _GUARDED = "/v1/"  # the other routes show nothing of the pool: health, the description of the API, the console's page
-WAITS_S = 10.0  # a refused client retries after a second or more
 # Headers that proxies, load balancers and content delivery networks add, in addition to all x-forwarded- headers.
 PROXY_HEADERS = frozenset(
     {
@@ -98,6 +96,10 @@ class RequestContextMiddleware:
                     headers["Cache-Control"] = "no-store"
                 if context.ignores_key:
                     headers["x-ignored-headers"] = "authorization"
+                if context.ignored:
+                    names = [quote(name, safe="[]") for name in context.ignored[:_MAX_LISTED]]
+                    more = ["..."] if len(context.ignored) > _MAX_LISTED else []
+                    headers["x-ignored-fields"] = ", ".join(names + more)
             await send(message)
 
         try:
@@ -142,66 +144,17 @@ class Admission:
 
     def _admit(self, scope: Scope) -> str | None:
         """Return the tenant that holds a place for this request, None for a probe. Raises: the refusal."""
-        headers, path = Headers(scope=scope), path_of(scope)
+        headers, context, path = Headers(scope=scope), context_of(scope), path_of(scope)
         check_origin(headers, self._config)  # before a key is read
         if path.startswith(_GUARDED):
-            context, authorization = context_of(scope), headers.get("authorization")
+            authorization = headers.get("authorization")
             context.ignores_key = authorization is not None and not self._config.has_keys
             context.caller = self._authenticator.authenticate(authorization)
+            context.tenant = context.caller.tenant
         if path in _PROBES:
             return None
-        tenant = tenant_of(scope)
-        self._in_flight.enter(tenant)
-        return tenant
-
-
-class InFlight:
-    """Counts the requests of one replica, each until the last byte of its answer.
-
-    A tenant that is alone may use every place. A tenant's share is the limit divided by the number of tenants that run
-    requests or were refused. A tenant that was refused below its share waits: for `WAITS_S`, tenants at or above their
-    share are refused, so that a free place is left when it retries.
-
-    Requests without a caller take places too, but the anonymous tenant has no share: it never waits, makes no other
-    share smaller, and is refused while any tenant waits.
-    """
-
-    def __init__(self, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._limit, self._clock = limit, clock
-        self._counts: Counter[str] = Counter()
-        self._waits_until: dict[str, float] = {}
-        self.count = 0
-
-    def enter(self, tenant: str) -> None:
-        """Raises: ServerOverloaded."""
-        now = self._clock()
-        self._waits_until = {other: until for other, until in self._waits_until.items() if until > now}
-        has_share = tenant == ANONYMOUS_TENANT or self._counts[tenant] >= self._share_with(tenant)
-        if self.count >= self._limit:
-            if not has_share:
-                self._waits_until[tenant] = now + WAITS_S
-            raise ServerOverloaded(self._limit)
-        if has_share and any(other != tenant for other in self._waits_until):
-            raise ServerOverloaded(self._limit)
-        self._waits_until.pop(tenant, None)
-        self._counts[tenant] += 1
-        self.count += 1
-
-    def leave(self, tenant: str) -> None:
-        self._counts[tenant] -= 1
-        if not self._counts[tenant]:
-            del self._counts[tenant]
-        self.count -= 1
-
-    def _share_with(self, tenant: str) -> int:
-        here = {other for other, count in self._counts.items() if count} | self._waits_until.keys() | {tenant}
-        return max(1, self._limit // len(here - {ANONYMOUS_TENANT}))
-
-
-def tenant_of(scope: Scope) -> str:
-    """Return the caller's tenant; the anonymous one on routes that need no key."""
-    caller = context_of(scope).caller
-    return ANONYMOUS_TENANT if caller is None else caller.tenant
+        self._in_flight.enter(context.tenant)
+        return context.tenant
 
 
 def is_loopback(http: Request) -> bool:

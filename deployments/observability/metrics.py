@@ -24,7 +24,7 @@ Sleep = Callable[[float], Awaitable[None]]
 
 
 async def report_periodically(report: Callable[[], Awaitable[None]], sleep: Sleep = asyncio.sleep) -> None:
-    """Call `report` every `REPORT_INTERVAL_S` for ever. Log the first error of each series of failures."""
+    """Call `report` every `REPORT_INTERVAL_S` forever. Log the first error of each series of failures."""
     is_failing = False
     while True:
         try:

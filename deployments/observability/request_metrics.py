@@ -14,7 +14,7 @@ from starlette.types import Scope
 from deployments.api import error_table
 from deployments.api.base import HARMLESS
 from deployments.api.responses import Planned
-from deployments.auth.authenticator import Caller
+from deployments.auth.authenticator import ANONYMOUS_TENANT, Caller
 from deployments.observability.metrics import SECONDS, SERVE, SHORT_SECONDS, MetricFactory
 from gpu_worker.request.request import Delta
 
@@ -53,6 +53,7 @@ class RequestContext:
     method: str = ""
     arrived_at: float = field(default_factory=time.monotonic)
     caller: Caller | None = None  # set by the authentication, on routes that need a key
+    tenant: str = ANONYMOUS_TENANT  # the caller's
     ignores_key: bool = False  # the client sent a key, but this server has none
     status: int = 499  # what proxies log for a client that left before there was a status
     code: str = ""  # of the API's error object

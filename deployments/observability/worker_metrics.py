@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
@@ -17,6 +18,7 @@ from gpu_worker.engine.counters import Counters
 from gpu_worker.engine.engine_status import EngineStatus
 from gpu_worker.request.request import Delta
 
+logger = logging.getLogger(__name__)
 _MAX_TENANTS = 4096  # tenants come and go with the keys file
 _MAX_NAMED = 64  # adapters with a label of their own; the others share one
 _DIGEST_CHARS = 12
@@ -174,13 +176,14 @@ class WorkerMetrics:
 
 
 class JobTrace:
-    """The two spans of a job, created when it ends, because the steps of a stream may run in other contexts."""
+    """The two spans and the log line of a job, made when it ends: the steps of a stream may run in other contexts."""
 
     def __init__(self, request_id: str) -> None:
         self._request_id, self._context, self._began_ns = request_id, context.get_current(), time.time_ns()
+        self._began = time.monotonic()
 
     def end(self, last: Delta | None) -> None:
-        """Create the spans. `last`: the latest delta, None if the job had none."""
+        """Create the spans and log the job. `last`: the latest delta, None if the job had none."""
         now_ns = time.time_ns()
         started_ns = now_ns if last is None else min(self._began_ns + int(last.queued_s * 1e9), now_ns)
         self._span("worker.queue", self._began_ns).end(started_ns)
@@ -189,6 +192,10 @@ class JobTrace:
             generate.set_attribute("num_prompt_tokens", last.num_prompt_tokens)
             generate.set_attribute("num_new_tokens", last.num_new_tokens)
             generate.end(now_ns)
+        queued_s, num_new_tokens = (0.0, 0) if last is None else (last.queued_s, last.num_new_tokens)
+        ended = "early" if last is None or last.finish_reason is None else last.finish_reason
+        text, seconds = "job %s ended (%s) after %.4f s: %d tokens, queued %.3f s", time.monotonic() - self._began
+        logger.info(text, self._request_id, ended, seconds, num_new_tokens, queued_s)
 
     def _span(self, name: str, began_ns: int) -> trace.Span:
         attributes = {"request_id": self._request_id}

@@ -31,7 +31,7 @@ class DeviceCheck:
 
     After each such step it computes a single token of the base model. After three in a row it computes a prompt chunk
     of the failed length and a decode token, without and with an adapter: if the device computes only single tokens,
-    requests must not be blamed for ever. `compute`: computes one step, as the engine does.
+    requests must not be blamed forever. `compute`: computes one step, as the engine does.
     """
 
     def __init__(

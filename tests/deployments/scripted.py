@@ -20,7 +20,7 @@ Answer = tuple[int, Any]  # status; JSON body, text body, or a function of the J
 
 @dataclass
 class Script:
-    """Answers in order, the last one for ever, and records the requests."""
+    """Answers in order, the last one forever, and records the requests."""
 
     answers: list[Answer]
     url: str = ""

@@ -257,7 +257,7 @@ def test_leaving_a_stream_cancels_the_job_at_once() -> None:
 
 
 class Endless(FakeWorker):
-    """Yields one word, then waits for ever."""
+    """Yields one word, then waits forever."""
 
     waits: asyncio.Event
 

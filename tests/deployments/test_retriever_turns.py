@@ -103,7 +103,7 @@ class Gate:
     async def entered(self) -> None:
         assert await asyncio.to_thread(self._entered.wait, 20)
 
-    async def somebody_waits(self) -> None:
+    async def a_caller_waits(self) -> None:
         while not self._encoder._thread._work_queue.qsize():
             await asyncio.sleep(0.01)
 
@@ -129,7 +129,7 @@ def test_a_prompts_batch_waits_for_one_small_chunk_of_a_publish(
         await gate.entered()
         prompts = [RouteRequest(text, tenant="small") for text in long_texts("prompt", 6)]
         route = asyncio.ensure_future(here.replica.route(prompts))
-        await gate.somebody_waits()
+        await gate.a_caller_waits()
         gate.open()
         assert len(await route) == 6
         [embedded] = await publish

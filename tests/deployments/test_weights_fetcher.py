@@ -117,7 +117,7 @@ def test_weights_are_fetched_by_a_reference_in_a_list() -> None:
     assert_good(fetching.run())
     assert fetching.store.called("fetch") == [(DIGEST,)] and fetching.clock.pauses == []
     assert [call.by_reference for call in fetching.store.calls] == [True], (
-        "gRPC would keep the object of a reference for ever"
+        "gRPC would keep the object of a reference forever"
     )
 
 

@@ -199,16 +199,17 @@ def test_a_worker_reports_its_jobs(serve: Callable[..., Any], caplog: pytest.Log
         missing = greedy("x", plan_of("selection", (AdapterWeights("f" * 64, {}), 1.0)), "missing")
         await asyncio.gather(serving.text(serving.job(0)), serving.text(missing), return_exceptions=True)
         await serving.text(serving.job(0))
-        await serving.worker._tell()
+        await serving.worker._report()
 
-    with caplog.at_level(logging.INFO, "deployments.worker"):
+    with caplog.at_level(logging.INFO, "deployments.observability.worker_metrics"):
         serve(main, kinds=kinds)
     assert len(kinds["queue_seconds"].seen[()]) == 2
     assert kinds["adapter_hits_total"].counts == {("store",): 1, ("bank",): 1}
     assert len(kinds["cold_load_seconds"].seen[("store",)]) == kinds["cold_load_failures_total"].counts[()] == 1
     assert kinds["new_tokens_total"].counts == {(): 60} and kinds["steps_total"].counts[()] >= 60
     assert sum(kinds["resident_adapters"].last.values()) == 1
-    lines = [record.getMessage() for record in caplog.records if record.name == "deployments.worker"]
+    name = "deployments.observability.worker_metrics"
+    lines = [record.getMessage() for record in caplog.records if record.name == name]
     assert [line.partition(" after")[0] for line in lines if "missing" in line] == ["job missing ended (early)"]
     assert len(lines) == 3
 

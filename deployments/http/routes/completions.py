@@ -11,14 +11,13 @@ from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
-from deployments.api.base import ignored_header
 from deployments.api.completions import ChatCompletionRequest, CompletionRequest, GenerationRequest, RouteQuery
 from deployments.api.responses import RouteAnswer, plan_object
 from deployments.api.responses_answer import ResponseForm
 from deployments.api.responses_request import ResponsesRequest
 from deployments.auth.authenticator import Caller, Work
-from deployments.calls.serve_calls import deadline_of, within
 from deployments.errors import ResponseNotStored
+from deployments.generation.completions import deadline_of, within
 from deployments.generation.planner import check_texts, refuse_stream_options, text_read
 from deployments.http.bodies import AnsweringRoute
 from deployments.http.dependencies import KEEP_ALIVE_S, AnyContext, AnyServices, InferCaller, Services
@@ -82,7 +81,7 @@ async def _respond(
     if not request.stream:
         refuse_stream_options(request)
     started = await services.completions.start(request, caller, context)
-    headers = started.answer.headers() | ignored_header(context.ignored)
+    headers = started.answer.headers()
     if not request.stream:
         answer = await services.completions.collect(started)
         return JSONResponse(answer if form is None else form.whole(answer), headers=headers)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 
-from deployments.api.base import ignored_fields, ignored_header, refuse_ignored
+from deployments.api.base import ignored_fields, refuse_ignored
 from deployments.api.embeddings import EmbeddingsRequest, embeddings_answer
 from deployments.auth.authenticator import Work
-from deployments.calls.serve_calls import deadline_of, within
 from deployments.errors import ModelNotFound
+from deployments.generation.completions import deadline_of, within
 from deployments.http.bodies import AnsweringRoute
 from deployments.http.dependencies import AnyContext, AnyServices, InferCaller
 from deployments.http.openapi import EMBEDDINGS_ANSWERS
@@ -35,4 +35,4 @@ async def embeddings(
     with services.authenticator.running(caller, work):
         async with within(deadline_of(context.arrived_at, None, config.max_request_s)):
             vectors = await services.retriever.vectors(caller.tenant, body.input)
-    return JSONResponse(embeddings_answer(body, vectors, num_tokens), headers=ignored_header(context.ignored))
+    return JSONResponse(embeddings_answer(body, vectors, num_tokens))

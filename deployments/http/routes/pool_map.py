@@ -10,7 +10,7 @@ from pydantic import Field
 from deployments.api.base import MAX_TEXT_CHARS, ApiRequest
 from deployments.api.pool_responses import PoolPicture, PromptPlace, map_object, place_object
 from deployments.auth.authenticator import Work
-from deployments.calls.serve_calls import deadline_of, within
+from deployments.generation.completions import deadline_of, within
 from deployments.generation.planner import check_texts
 from deployments.http.bodies import AnsweringRoute
 from deployments.http.dependencies import AnyCaller, AnyContext, AnyServices, InferCaller

@@ -145,3 +145,11 @@ def test_a_dependency_on_a_role_refuses_callers_without_it() -> None:
 def test_routes_get_the_services_that_the_application_was_built_on() -> None:
     given = services()
     assert services_of(request_from(HERE, app=build_api(given))) is given
+
+
+def test_roles_do_not_include_one_another() -> None:
+    admin = Caller("acme", frozenset({"admin"}), "boss")
+    assert require_role("admin").dependency(admin) is admin
+    for role in ("infer", "publish"):
+        with pytest.raises(RoleMissing, match=role):
+            require_role(role).dependency(admin)  # type: ignore[arg-type]

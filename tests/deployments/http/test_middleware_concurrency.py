@@ -10,9 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
-from deployments.auth.authenticator import ANONYMOUS_TENANT
+from deployments.auth.authenticator import ANONYMOUS_TENANT, WAITS_S, InFlight
 from deployments.errors import ServerOverloaded
-from deployments.http.middleware import WAITS_S, InFlight
 from tests.clocks import Clock
 from tests.deployments.app_fakes import Served, http_of, serve_plainly
 from tests.deployments.asking import error_of

@@ -307,7 +307,7 @@ def test_metrics_name_public_adapters_only(tmp_path: Path) -> None:
             for prompt in (*tenants.prompts[mine], *tenants.prompts[other], "Say hello"):
                 for answer in await asyncio.to_thread(retriever._retriever.route, [RouteRequest(prompt, mine)]):
                     retriever._metrics.record_route(answer)
-        await retriever._tell()
+        await retriever._report()
         reported = {label for metric in kinds.metrics.values() for labels in metric.last for label in labels}
         assert {f"open-{tenant}" for tenant in TENANTS} <= reported
         assert not [label for label in reported if any(word in label for word in WORDS.values())]

@@ -18,7 +18,7 @@ def test_numbers_equal_numpys_generator() -> None:
     seeds = [seed for seed in EDGES for _ in EDGES] + [chance.randrange(2**63) for _ in range(500)]
     positions = EDGES * len(EDGES) + [chance.randrange(2**20) for _ in range(500)]
     expected = [uniform_slowly(seed, position) for seed, position in zip(seeds, positions, strict=True)]
-    assert uniforms(seeds, positions).tolist() == expected, "bit by bit: a seed gives the same answer for ever"
+    assert uniforms(seeds, positions).tolist() == expected, "bit by bit: a seed gives the same answer forever"
 
 
 def test_without_rows_there_are_no_numbers() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from deployments.calls.serve_calls import within
+from deployments.generation.completions import within
 from gpu_worker.errors import DeadlineExceeded, EngineStopped
 from gpu_worker.request.request import Delta, Job
 from retriever_svc import Route, RouteRequest
@@ -141,9 +141,9 @@ def test_a_worker_that_hangs_past_the_deadline_is_abandoned(num_pieces: int) -> 
 def test_within_does_not_change_other_timeouts() -> None:
     async def fail(deadline: float) -> None:
         async with within(deadline):
-            raise TimeoutError("somebody else's")
+            raise TimeoutError("another caller's")
 
-    with pytest.raises(TimeoutError, match="somebody"):
+    with pytest.raises(TimeoutError, match="another caller"):
         asyncio.run(fail(time.monotonic() + 100))
 
 
