@@ -115,12 +115,8 @@ def _build_services(
 ) -> Services:
     has_keys, background = config.has_keys, Background()
     gate = WorkerGate(worker, config.scale_from_zero_timeout_s if config.workers_scale_to_zero else None)
-    longest_request_s = config.worker_scaling.graceful_shutdown_timeout_s
-    reclaimer = Reclaimer(store, worker, background, longest_request_s=longest_request_s)
     changes = ChangeMetrics(kinds)
-    publisher = Publisher(
-        store, retriever, worker, background=background, reclaimer=reclaimer, gate=gate, metrics=changes
-    )
+    publisher = _publisher(config, retriever, worker, store, background, gate, changes)
     authenticator = Authenticator(keys_of(config), Limiter(config.ingress_scaling.max_replicas))
     planner = Planner(config, retriever)
     preload = Preload(config.preload, publisher, approves=has_keys or config.public_requires_approval)
@@ -150,3 +146,17 @@ def _build_services(
         preload=preload,
         keep_alive_s=keep_alive_s,
     )
+
+
+def _publisher(
+    config: AppConfig,
+    retriever: RetrieverClient,
+    worker: WorkerClient,
+    store: StoreClient,
+    background: Background,
+    gate: WorkerGate,
+    changes: ChangeMetrics,
+) -> Publisher:
+    longest_request_s = config.worker_scaling.graceful_shutdown_timeout_s
+    reclaimer = Reclaimer(store, worker, background, longest_request_s=longest_request_s)
+    return Publisher(store, retriever, worker, background=background, reclaimer=reclaimer, gate=gate, metrics=changes)

@@ -10,7 +10,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import ParamSpec, TypeVar
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -50,6 +50,7 @@ logger = logging.getLogger(__name__)
 
 Step = TypeVar("Step")
 T = TypeVar("T")
+P = ParamSpec("P")
 _NEIGHBOURS = 3
 _LOOKUP_THREADS = 4
 _SEARCH_THREADS = 4
@@ -327,9 +328,9 @@ class RetrieverDeployment:
             await sleep(interval_s)
 
 
-async def _on(threads: Executor, work: Callable[..., T], *args: Any) -> T:
+async def _on(threads: Executor, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Run `work` on one of these threads."""
-    return await asyncio.get_running_loop().run_in_executor(threads, partial(work, *args))
+    return await asyncio.get_running_loop().run_in_executor(threads, partial(work, *args, **kwargs))
 
 
 def _as_seen_by(tenant: str, record: AdapterRecord) -> AdapterRecord:

@@ -6,10 +6,10 @@ import errno
 import ipaddress
 import json
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import httpx
 import typer
@@ -98,10 +98,12 @@ def _note_ignored_key() -> Callable[[httpx.Response], None]:
     return hook
 
 
-def call(url: str, method: str, path: str, **request: Any) -> JsonObject:
+def call(
+    url: str, method: str, path: str, *, json: JsonObject | None = None, params: Mapping[str, str] | None = None
+) -> JsonObject:
     """Return the JSON answer of the server. On an error, print the server's message and exit."""
     with client_of(url) as client:
-        response = client.request(method, path, **request)
+        response = client.request(method, path, json=json, params=params)
         check(response)
         answer: JsonObject = response.json()
         return answer

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import Depends, Request, Security
+from fastapi.params import Depends as Dependency
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from deployments.api.adapters import PublishItem
@@ -77,7 +78,7 @@ def caller_of(http: Request, _: Annotated[HTTPAuthorizationCredentials | None, S
     return caller
 
 
-def require_role(role: Role) -> Any:
+def require_role(role: Role) -> Dependency:
     """Return a dependency on a caller with this role. It raises KeyRefused and RoleMissing."""
 
     def caller_with_role(caller: AnyCaller) -> Caller:
@@ -85,7 +86,7 @@ def require_role(role: Role) -> Any:
             raise RoleMissing(caller.key_id, role)
         return caller
 
-    return Depends(caller_with_role)
+    return Dependency(caller_with_role)
 
 
 AnyServices = Annotated[Services, Depends(services_of)]
