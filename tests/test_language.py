@@ -43,10 +43,10 @@ BANNED: dict[str, str] = {
     r"\bwho (asks|is asked|looks)\b": "the client",
     r"\bas (was|were) asked\b": "as requested",
     r"\bextra inputs are not permitted\b": "unknown",
-    r"\b(every|some)body\b": "every client, another tenant",
+    r"\bsomebody\b": "another client, another tenant",
     r"\bfor ever\b": "forever, without a bound",
     r"\bmachine alone\b": "machine only",
-    r"(^|[.;:] )What (exceeds|cannot|follows|answers|answered|comes|was|is left)\b(?![^.]*\?)": "name the subject",
+    r"(^|[.;:] )What (exceeds|cannot|follows|answers|answered|comes|is left)\b(?![^.]*\?)": "name the subject",
 }
 OPENINGS = ("What ", "Who ", "Whose ", "That ", "Nobody ", "Those ", "The same ")
 # A test's name is a claim with a subject.
@@ -155,7 +155,7 @@ def test_the_files_are_walked_and_the_exceptions_exist() -> None:
         "Live figures",
         "the door",
         "Nothing waits. What exceeds a limit is refused.",
-        "everybody may read it",
+        "somebody else may read it",
     ],
 )
 def test_the_banned_words_are_found(text: str) -> None:

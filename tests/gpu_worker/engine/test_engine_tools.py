@@ -34,7 +34,7 @@ CITY: dict[str, Any] = {
     "required": ["city"],
 }
 WEATHER, NOW = Function("get_weather", "Return it", json.dumps(CITY)), Function("now")
-REQUIRED = Tools((WEATHER, NOW), required=True, is_parallel=False)  # a random model may go on for ever
+REQUIRED = Tools((WEATHER, NOW), required=True, is_parallel=False)  # a random model may go on forever
 CALL = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
 
 
