@@ -7,10 +7,11 @@ and some lie near ordinary prompts. So a score s of an adapter is turned into a 
 
 m and d are the mean and the spread of the scores of the adapter's own samples, each compared with the others. b and c
 are the same of ordinary prompts, compared with the adapter. Estimates from few samples are shrunk towards the pool's.
-n is how near the prompt itself is to ordinary prompts, and e the spread of this nearness among ordinary prompts (see
-`ordinary_prompts`). So the last term counts against prompts that are nearer to ordinary prompts than to the adapter. It
-is left out for own samples, few of which are. A score that one ordinary prompt in twenty reaches, (s − b) / c < 1.64,
-fits no adapter: otherwise an adapter whose samples are as various as ordinary prompts would answer these.
+n is the nearness of the prompt itself to ordinary prompts, and e the spread of this nearness among ordinary prompts
+(see `ordinary_prompts`). So the last term counts against prompts that are nearer to ordinary prompts than to the
+adapter. It is left out for own samples, few of which are. A score that one ordinary prompt in twenty reaches,
+(s − b) / c < 1.64, fits no adapter: otherwise an adapter whose samples are as various as ordinary prompts would answer
+these.
 
 The *confidence* of a candidate is the share of own samples in the pool that fit their adapter less well. An operating
 point is a confidence: below it a candidate is dropped, and so is that share of the pool's own prompts. As the fit grows
@@ -68,7 +69,7 @@ class Adapters:
 
 @dataclass(frozen=True, slots=True)
 class Nearness:
-    """How near prompts are to ordinary prompts (C,), and the spread of this nearness among ordinary prompts."""
+    """The nearness of prompts to ordinary prompts (C,), and its spread among ordinary prompts."""
 
     values: Floats
     spread: float

@@ -36,10 +36,10 @@ def _file() -> bytes:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OrdinaryVectors:
-    """The vectors of ordinary prompts, and how near these are to each other. Dims: J prompts, D dimensions, N queries.
+    """The vectors of ordinary prompts, and the spread of their nearness to each other.
 
-    The nearness of a text is its mean cosine to the 3 nearest ordinary prompts, itself left out. It is -1 if there are
-    not more than 3.
+    Dims: J prompts, D dimensions, N queries. The nearness of a text is its mean cosine to the 3 nearest ordinary prompts, itself left out. It is -1 if
+    there are not more than 3.
     """
 
     vectors: Vectors  # (J, D) unit rows
