@@ -38,8 +38,8 @@ def _file() -> bytes:
 class OrdinaryVectors:
     """The vectors of ordinary prompts, and the spread of their nearness to each other.
 
-    Dims: J prompts, D dimensions, N queries. The nearness of a text is its mean cosine to the 3 nearest ordinary prompts, itself left out. It is -1 if
-    there are not more than 3.
+    The nearness of a text is its mean cosine to the 3 nearest ordinary prompts, itself left out. It is -1 if there are
+    not more than 3. Dims: J prompts, D dimensions, N queries.
     """
 
     vectors: Vectors  # (J, D) unit rows
