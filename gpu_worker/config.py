@@ -39,6 +39,9 @@ class EngineSettings:
     max_batch_size: AtLeastOne = 32  # rows that one step computes together
     max_model_len: AtLeastOne = 2048  # prompt plus new tokens of one row
     kv_tokens: AtLeastOne | None = None  # of all rows; unset: max_batch_size × max_model_len, or what fits the device
+    prefix_cache: bool = True  # keep computed blocks for later prompts of the same tenant and adapters
+    prefix_cache_share: Annotated[float, Gt(0), Le(1)] = 1.0  # of the KV cache, for blocks that no running row needs
+    prefix_cache_shares_base: bool = False  # tenants share the blocks of prompts without adapters, and so their timing
     max_step_tokens: AtLeastOne = 1024  # prompt and decode tokens in one forward pass
     max_chunk_tokens: AtLeastOne | None = None  # prompt tokens in a step that also decodes; unset: 192 on CPU
     max_waiting: AtLeastOne = 2048  # queued requests; above it the answer is 503

@@ -1,4 +1,4 @@
-"""Attention on the CPU. Each row has its own region; prefill chunks run one by one, decode tokens together."""
+"""Attention on the CPU over pages in host memory. Prefill chunks run one by one, decode tokens together."""
 
 from __future__ import annotations
 
@@ -10,41 +10,93 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from gpu_worker.attention.decode_attention import DecodeKernel, Decodes
-from gpu_worker.step.attention_plan import AttentionPlan, Segment, check_heads
+from gpu_worker.step.attention_plan import AttentionPlan, Segment, check_heads, check_window
 
 _GROUP_COST_TOKENS = 1024  # fixed cost of a group, in tokens read; measured: benchmarks/README.md
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeGroup:
-    """Single-token segments of adjacent rows, read as one view. Dims: G rows, T tokens read per row. lengths (G,)."""
+class HostPages:
+    """The pages of a group of layers, which see `window` tokens. Dims: R rows, W pages per row, P tokens per page.
 
-    tokens: slice | Tensor  # a tensor (G,) if they are not adjacent in the step
-    rows: slice  # a slice, so that keys and values are views and not copies
-    lengths: Tensor
-    read_len: int
-    _masks: dict[int | None, Tensor] = field(default_factory=dict)  # window -> bias, shared by all layers of a step
+    table (R, W) int64: the page of each block of a row. Slot s is token s % P of page s // P.
+    """
 
-    def bias(self, sliding_window: int | None, dtype: torch.dtype) -> Tensor:
-        """Return (G, 1, 1, T): 0 for visible positions, -inf past the row's length and outside the window."""
-        if sliding_window not in self._masks:
-            positions = torch.arange(self.read_len)
-            hidden = positions >= self.lengths[:, None]
-            if sliding_window is not None:
-                hidden |= positions < self.lengths[:, None] - sliding_window
-            bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
-            self._masks[sliding_window] = bias[:, None, None, :]
-        return self._masks[sliding_window]
+    table: Tensor
+    page_tokens: int
+    window: int | None
+
+    def slots(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """Return the slots of these tokens. rows and positions broadcast to the result's shape."""
+        return self.table[rows, positions // self.page_tokens] * self.page_tokens + positions % self.page_tokens
+
+    def span(self, row: int, first: int, end: int) -> slice | Tensor:
+        """Return the slots of a row's tokens, as a slice if its pages are adjacent: then reading makes no copy."""
+        start = first // self.page_tokens
+        pages = self.table[row, start : -(-end // self.page_tokens)]
+        if len(pages) == 1 or bool((pages.diff() == 1).all()):
+            offset = (int(pages[0]) - start) * self.page_tokens
+            return slice(offset + first, offset + end)
+        return self.slots(torch.tensor(row), torch.arange(first, end))
 
 
 @dataclass(frozen=True, slots=True)
-class RegionAttention(AttentionPlan):
-    """One step over regions. keys, values: (rows, H, T, D) per layer; token_rows, token_positions (N,)."""
+class DecodeGroup:
+    """Single-token segments that are read together, padded to the longest. Dims: G rows. tokens, rows, lengths (G,)."""
+
+    tokens: Tensor
+    rows: Tensor
+    lengths: Tensor
+    read_len: int
+
+    def visible(self, pages: HostPages, sliding_window: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the slots of the last T tokens of each row (G, T), and a bias (G, 1, 1, T): -inf for padding.
+
+        Padding is the row's own first token, so no values of other rows are read.
+        """
+        num_read = self.read_len if sliding_window is None else min(self.read_len, sliding_window)
+        positions = self.lengths[:, None] - num_read + torch.arange(num_read)
+        bias = torch.zeros(positions.shape, dtype=dtype).masked_fill_(positions < 0, float("-inf"))
+        return pages.slots(self.rows[:, None], positions.clamp(min=0)), bias[:, None, None, :]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupStep:
+    """One step over the pages of a group of layers. slots (N,): where the step's tokens are stored.
+
+    `spans` and `reads` are computed by the first layer and shared by the others.
+    """
+
+    pages: HostPages
+    slots: Tensor
+    spans: dict[tuple[int, int], slice | Tensor] = field(default_factory=dict)
+    reads: dict[tuple[int, int | None], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def span(self, segment: Segment, first: int) -> slice | Tensor:
+        """Return the slots of the segment's row from position `first` to the segment's end."""
+        found = self.spans.get((segment.row, first))
+        if found is None:
+            found = self.spans[segment.row, first] = self.pages.span(segment.row, first, segment.total_len)
+        return found
+
+    def read(
+        self, index: int, group: DecodeGroup, sliding_window: int | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Return `group.visible`. index: the group's place in the step."""
+        found = self.reads.get((index, sliding_window))
+        if found is None:
+            found = self.reads[index, sliding_window] = group.visible(self.pages, sliding_window, dtype)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class HostAttention(AttentionPlan):
+    """One step over pages in host memory. keys and values, per layer: (H, S, D). groups: the group of each layer."""
 
     keys: Sequence[Tensor]
     values: Sequence[Tensor]
-    token_rows: Tensor
-    token_positions: Tensor
+    groups: Sequence[GroupStep]
+    token_positions: Tensor  # (N,)
     prefill: tuple[Segment, ...]
     decode: tuple[DecodeGroup, ...]  # computed by torch
     compiled: tuple[DecodeKernel, Decodes] | None  # or all decode tokens by the compiled kernel
@@ -52,55 +104,77 @@ class RegionAttention(AttentionPlan):
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, sliding_window: int | None
     ) -> Tensor:
-        keys, values = self.keys[layer], self.values[layer]
-        check_heads(query, key, value, keys.shape[1], keys.shape[3])
-        self._write(keys, values, key, value)
+        step, keys, values = self.groups[layer], self.keys[layer], self.values[layer]
+        check_heads(query, key, value, keys.shape[0], keys.shape[2])
+        check_window(sliding_window, step.pages.window)
+        self._write(step, keys, values, key, value)
         output = query.new_empty(query.shape[1], query.shape[0], query.shape[2])  # (N, Q, D)
         for segment in self.prefill:
             chunk = query[:, segment.start : segment.end]
-            output[segment.start : segment.end] = _prefill(keys, values, segment, chunk, scaling, sliding_window)
-        for group in self.decode:
-            output[group.tokens] = _decode(keys, values, group, query[:, group.tokens], scaling, sliding_window)
+            output[segment.start : segment.end] = _prefill(keys, values, step, segment, chunk, scaling, sliding_window)
+        for number, group in enumerate(self.decode):
+            slots, bias = step.read(number, group, sliding_window, query.dtype)
+            output[group.tokens] = _decode(keys, values, slots, bias, query[:, group.tokens], scaling)
         if self.compiled is not None:
             kernel, decodes = self.compiled
-            kernel.attend(decodes, query, keys, values, output, scaling=scaling, sliding_window=sliding_window)
+            table = step.pages.table, step.pages.page_tokens
+            kernel.attend(decodes, query, keys, values, output, table, scaling=scaling, sliding_window=sliding_window)
         return output
 
-    def _write(self, keys: Tensor, values: Tensor, key: Tensor, value: Tensor) -> None:
+    def _write(self, step: GroupStep, keys: Tensor, values: Tensor, key: Tensor, value: Tensor) -> None:
         if self.compiled is not None:
             kernel, _ = self.compiled
-            kernel.write(key, value, self.token_rows, self.token_positions, keys, values)
+            kernel.write(key, value, step.slots, keys, values)
         else:
-            keys[self.token_rows, :, self.token_positions] = key.transpose(0, 1)
-            values[self.token_rows, :, self.token_positions] = value.transpose(0, 1)
+            keys[:, step.slots], values[:, step.slots] = key, value
 
 
-def region_attention(
-    keys: Sequence[Tensor], values: Sequence[Tensor], segments: Sequence[Segment], kernel: DecodeKernel | None
-) -> RegionAttention:
-    """Return the plan for `segments`, which cover the step's tokens in order."""
+def host_attention(
+    stored: tuple[Sequence[Tensor], Sequence[Tensor]],
+    groups: Sequence[HostPages],
+    group_of: Sequence[int],
+    segments: Sequence[Segment],
+    kernel: DecodeKernel | None,
+) -> HostAttention:
+    """Return the plan for `segments`, which cover the step's tokens in order.
+
+    stored: keys and values of each layer (H, S, D). group_of: the index of each layer's group.
+    """
     counts = torch.tensor([segment.num_tokens for segment in segments])
     rows = torch.tensor([segment.row for segment in segments]).repeat_interleave(counts)
     positions = torch.cat([torch.arange(segment.context_len, segment.total_len) for segment in segments])
     is_decode = [segment.num_tokens == 1 and segment.context_len > 0 for segment in segments]
     prefill = tuple(segment for segment, decodes in zip(segments, is_decode, strict=True) if not decodes)
     single = [segment for segment, decodes in zip(segments, is_decode, strict=True) if decodes]
-    groups = tuple(_groups(single)) if kernel is None else ()
-    compiled = None if kernel is None else (kernel, Decodes(single))
-    return RegionAttention(keys, values, rows, positions, prefill, groups, compiled)
+    steps = [GroupStep(pages, pages.slots(rows, positions)) for pages in groups]
+    return HostAttention(
+        *stored,
+        groups=[steps[index] for index in group_of],
+        token_positions=positions,
+        prefill=prefill,
+        decode=tuple(_groups(single)) if kernel is None else (),
+        compiled=None if kernel is None else (kernel, Decodes(single)),
+    )
 
 
 def _prefill(
-    keys: Tensor, values: Tensor, segment: Segment, query: Tensor, scaling: float, sliding_window: int | None
+    keys: Tensor,
+    values: Tensor,
+    step: GroupStep,
+    segment: Segment,
+    query: Tensor,
+    scaling: float,
+    sliding_window: int | None,
 ) -> Tensor:
-    """Attend one chunk to all tokens of its row. query (Q, n, D) -> (n, Q, D)."""
+    """Attend one chunk to all visible tokens of its row. query (Q, n, D) -> (n, Q, D)."""
     end = segment.total_len
     first = 0 if sliding_window is None else max(0, segment.context_len + 1 - sliding_window)
     whole = segment.context_len == 0 and (sliding_window is None or end <= sliding_window)
+    span = step.span(segment, first)
     attended = scaled_dot_product_attention(
         query[None],
-        keys[segment.row, :, first:end][None],
-        values[segment.row, :, first:end][None],
+        keys[:, span][None],
+        values[:, span][None],
         attn_mask=None if whole else _visible(segment, first, sliding_window),
         is_causal=whole,
         scale=scaling,
@@ -119,45 +193,36 @@ def _visible(segment: Segment, first: int, sliding_window: int | None) -> Tensor
     return visible
 
 
-def _decode(
-    keys: Tensor, values: Tensor, group: DecodeGroup, query: Tensor, scaling: float, sliding_window: int | None
-) -> Tensor:
-    """Attend one new token per row. query (Q, G, D) -> (G, Q, D). Grouped query heads share their keys by reshaping."""
-    read_keys = keys[group.rows, :, : group.read_len]  # (G, H, T, D)
-    read_values = values[group.rows, :, : group.read_len]
+def _decode(keys: Tensor, values: Tensor, slots: Tensor, bias: Tensor, query: Tensor, scaling: float) -> Tensor:
+    """Attend one new token per row. query (Q, G, D), slots (G, T), bias (G, 1, 1, T) -> (G, Q, D).
+
+    Grouped query heads share their keys by reshaping.
+    """
+    read_keys, read_values = (stored[:, slots].transpose(0, 1) for stored in (keys, values))  # (G, H, T, D)
     num_rows, num_heads, _, head_dim = read_keys.shape
     queries = query.transpose(0, 1).reshape(num_rows, num_heads, -1, head_dim)  # (G, H, Q/H, D)
-    bias = group.bias(sliding_window, query.dtype)
     attended = scaled_dot_product_attention(queries, read_keys, read_values, attn_mask=bias, scale=scaling)
     return attended.reshape(num_rows, -1, head_dim)
 
 
 def _groups(segments: Sequence[Segment]) -> Iterator[DecodeGroup]:
-    """Yield runs of adjacent rows. A run ends where padding to its longest row would cost more than a new group."""
+    """Yield runs of like lengths. A run ends where padding to its longest row would cost more than a new group."""
     run: list[Segment] = []
-    for segment in sorted(segments, key=lambda segment: segment.row):
-        if run and not _belongs(segment, run):
+    num_padding = 0
+    for segment in sorted(segments, key=lambda segment: -segment.total_len):
+        num_padding += run[0].total_len - segment.total_len if run else 0
+        if num_padding > _GROUP_COST_TOKENS:
             yield _group(run)
-            run = []
+            run, num_padding = [], 0
         run.append(segment)
     if run:
         yield _group(run)
 
 
-def _belongs(segment: Segment, run: Sequence[Segment]) -> bool:
-    if segment.row != run[-1].row + 1:
-        return False
-    read_len = max(member.total_len for member in run)
-    together = (len(run) + 1) * max(read_len, segment.total_len)
-    return together <= len(run) * read_len + segment.total_len + _GROUP_COST_TOKENS
-
-
 def _group(run: Sequence[Segment]) -> DecodeGroup:
-    starts = [segment.start for segment in run]
-    adjacent = starts == list(range(starts[0], starts[0] + len(run)))
     return DecodeGroup(
-        tokens=slice(starts[0], starts[0] + len(run)) if adjacent else torch.tensor(starts),
-        rows=slice(run[0].row, run[-1].row + 1),
+        tokens=torch.tensor([segment.start for segment in run]),
+        rows=torch.tensor([segment.row for segment in run]),
         lengths=torch.tensor([segment.total_len for segment in run]),
-        read_len=max(segment.total_len for segment in run),
+        read_len=run[0].total_len,
     )

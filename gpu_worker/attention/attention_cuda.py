@@ -8,10 +8,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from gpu_worker.device.transfer import to_device
-from gpu_worker.step.attention_plan import AttentionPlan, Segment, check_heads
+from gpu_worker.step.attention_plan import AttentionPlan, Segment, check_heads, check_window
 
 
 class VarlenAttention(Protocol):
@@ -36,21 +35,44 @@ class VarlenAttention(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class PagedAttention(AttentionPlan):
-    """One step over pages. Dims: N tokens, B segments, W pages of the longest row, P tokens per page.
+class DevicePages:
+    """The pages of a group of layers. Dims: L layers, P tokens per page, R rows, W pages per row.
 
-    store (layers, 2, pages, P, H, D); token_positions, slots (N,): a key is in page slot // P at index slot % P.
-    query_starts, key_starts (B + 1,), lengths (B,), block_table (B, W): int32, as varlen_attn expects. Flash attention
-    2 requires `key_starts` together with the block table but does not use it.
+    store (L, 2, pages, P, H, D), on the device; table (R, W) int64, in host memory: the page of each block of a row.
     """
 
     store: Tensor
-    token_positions: Tensor
+    table: Tensor
+    window: int | None  # tokens that the layers see
+
+
+@dataclass(frozen=True, slots=True)
+class GroupStep:
+    """One step over the pages of a group of layers. Dims: N tokens, B segments, W pages of the longest row.
+
+    slots (N,): a key is in page slot // P at index slot % P. block_table (B, W) int32, as varlen_attn expects.
+    """
+
+    store: Tensor
     slots: Tensor
+    block_table: Tensor
+    window: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class PagedAttention(AttentionPlan):
+    """One step over pages. Dims: N tokens, B segments. layers: the group of each layer, and its index there.
+
+    query_starts, key_starts (B + 1,), lengths (B,): int32, as varlen_attn expects. Flash attention 2 requires
+    `key_starts` together with the block table but does not use it.
+    """
+
+    groups: Sequence[GroupStep]
+    layers: Sequence[tuple[int, int]]
+    token_positions: Tensor
     query_starts: Tensor
     key_starts: Tensor
     lengths: Tensor
-    block_table: Tensor
     longest_query: int
     longest_key: int
     varlen_attn: VarlenAttention
@@ -58,10 +80,13 @@ class PagedAttention(AttentionPlan):
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, sliding_window: int | None
     ) -> Tensor:
-        keys, values = self.store[layer]
+        place, index = self.layers[layer]
+        step = self.groups[place]
+        keys, values = step.store[index]
         check_heads(query, key, value, keys.shape[2], keys.shape[3])
-        keys.flatten(0, 1)[self.slots] = key.transpose(0, 1)
-        values.flatten(0, 1)[self.slots] = value.transpose(0, 1)
+        check_window(sliding_window, step.window)
+        keys.flatten(0, 1)[step.slots] = key.transpose(0, 1)
+        values.flatten(0, 1)[step.slots] = value.transpose(0, 1)
         attended = self.varlen_attn(
             query.transpose(0, 1),  # (N, Q, D)
             keys,
@@ -74,35 +99,45 @@ class PagedAttention(AttentionPlan):
             window_size=(-1 if sliding_window is None else sliding_window - 1, 0),  # number of earlier tokens
             enable_gqa=query.shape[0] != key.shape[0],
             seqused_k=self.lengths,
-            block_table=self.block_table,
+            block_table=step.block_table,
         )
         assert isinstance(attended, Tensor), "varlen_attn returns a tuple only on request"
         return attended
 
 
 def paged_attention(
-    store: Tensor, tables: Sequence[Sequence[int]], segments: Sequence[Segment], varlen_attn: VarlenAttention
+    groups: Sequence[DevicePages],
+    layers: Sequence[tuple[int, int]],
+    segments: Sequence[Segment],
+    varlen_attn: VarlenAttention,
 ) -> PagedAttention:
-    """Return the plan for `segments`, which cover the step's tokens in order. `tables`: page ids per segment's row."""
-    page_tokens = store.shape[3]
+    """Return the plan for `segments`, which cover the step's tokens in order."""
+    device = groups[0].store.device
     counts = torch.tensor([segment.num_tokens for segment in segments])
     lengths = torch.tensor([segment.total_len for segment in segments])
-    table = pad_sequence([torch.tensor(pages) for pages in tables], batch_first=True)  # (B, W); padding is never read
+    rows = torch.tensor([segment.row for segment in segments])
     positions = torch.cat([torch.arange(segment.context_len, segment.total_len) for segment in segments])
-    places = torch.arange(len(segments)).repeat_interleave(counts)
-    slots = table[places, positions // page_tokens] * page_tokens + positions % page_tokens
     return PagedAttention(
-        store=store,
-        token_positions=to_device(positions, store.device),
-        slots=to_device(slots, store.device),
-        query_starts=to_device(_starts(counts), store.device),
-        key_starts=to_device(_starts(lengths), store.device),
-        lengths=to_device(lengths.int(), store.device),
-        block_table=to_device(table.int(), store.device),
+        groups=[_group_step(pages, rows, counts, lengths, positions) for pages in groups],
+        layers=layers,
+        token_positions=to_device(positions, device),
+        query_starts=to_device(_starts(counts), device),
+        key_starts=to_device(_starts(lengths), device),
+        lengths=to_device(lengths.int(), device),
         longest_query=int(counts.max()),
         longest_key=int(lengths.max()),
         varlen_attn=varlen_attn,
     )
+
+
+def _group_step(pages: DevicePages, rows: Tensor, counts: Tensor, lengths: Tensor, positions: Tensor) -> GroupStep:
+    """Return the step's addresses. Blocks that a row no longer holds get the number of any page: nothing sees them."""
+    page_tokens, device = pages.store.shape[3], pages.store.device
+    blocks = pages.table[rows.repeat_interleave(counts), positions // page_tokens]
+    slots = blocks * page_tokens + positions % page_tokens
+    width = -(-int(lengths.max()) // page_tokens)
+    table = pages.table[rows, :width].int()
+    return GroupStep(pages.store, to_device(slots, device), to_device(table, device), pages.window)
 
 
 def _starts(counts: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ class _Cache(ctypes.Structure):
     _fields_ = (
         ("keys", c_void_p),
         ("values", c_void_p),
-        ("row_stride", c_int64),
         ("head_stride", c_int64),
         ("num_heads", c_int64),
         ("head_dim", c_int64),
@@ -34,6 +33,9 @@ class _Decodes(ctypes.Structure):
         ("tokens", c_void_p),
         ("rows", c_void_p),
         ("lengths", c_void_p),
+        ("table", c_void_p),
+        ("table_width", c_int64),
+        ("page_tokens", c_int64),
         ("num", c_int64),
         ("num_query_heads", c_int64),
         ("window", c_int64),
@@ -55,23 +57,23 @@ class Decodes:
 
 
 class DecodeKernel:
-    """The compiled attention. Dims: N tokens, H key heads, Q query heads, D head size, R rows, T tokens per row.
+    """The compiled attention. Dims: N tokens, H key heads, Q query heads, D head size, S slots, R rows, W pages.
 
-    Regions are (R, H, T, D), float32 or bfloat16. Keys and values have equal strides, and T and D are contiguous.
+    Stored keys and values are (H, S, D), float32 or bfloat16, with equal strides; S and D are contiguous.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._write = functions(library, "write_kv", *[c_void_p] * 4, c_int64, c_void_p, c_int32)
+        self._write = functions(library, "write_kv", *[c_void_p] * 3, c_int64, c_void_p, c_int32)
         self._attend = functions(library, "attend", *[c_void_p] * 4)
 
-    def write(self, key: Tensor, value: Tensor, rows: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Copy key and value (H, N, D) into the regions, each token to its entry of `rows` and `positions` (N,)."""
-        expected = keys.shape[1], len(rows), keys.shape[3]
+    def write(self, key: Tensor, value: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Copy key and value (H, N, D) to keys and values, each token to its entry of `slots` (N,) int64."""
+        expected = keys.shape[0], len(slots), keys.shape[2]
         assert key.shape == value.shape == expected, f"keys have shape {tuple(key.shape)}, expected {expected}"
         cache, heads = _cache(keys, values), (_heads(key), _heads(value))
-        places = rows.data_ptr(), positions.data_ptr(), len(rows)
         pointers = [ctypes.addressof(part) for part in heads]
-        self._write[keys.dtype](*pointers, *places, ctypes.addressof(cache), torch.get_num_threads())
+        places = slots.data_ptr(), len(slots), ctypes.addressof(cache)
+        self._write[keys.dtype](*pointers, *places, torch.get_num_threads())
 
     def attend(
         self,
@@ -80,16 +82,23 @@ class DecodeKernel:
         keys: Tensor,
         values: Tensor,
         output: Tensor,
+        table: tuple[Tensor, int],
         *,
         scaling: float,
         sliding_window: int | None,
     ) -> None:
-        """Attend each token of `decodes` to its row. Reads query (Q, N, D), writes output (N, Q, D)."""
-        num_heads, head_dim = keys.shape[1], keys.shape[3]
+        """Attend each token of `decodes` to its row. Reads query (Q, N, D), writes output (N, Q, D).
+
+        table: the page of each block of the rows (R, W) int64, and the number of slots of a page.
+        """
+        num_heads, head_dim = keys.shape[0], keys.shape[2]
+        pages, page_tokens = table
         assert query.shape[0] % num_heads == 0 and query.shape[2] == head_dim, f"query has shape {tuple(query.shape)}"
         assert output.shape == (query.shape[1], query.shape[0], head_dim), f"output has shape {tuple(output.shape)}"
         arguments = _Decodes(
-            *(part.data_ptr() for part in (decodes.tokens, decodes.rows, decodes.lengths)),
+            *(part.data_ptr() for part in (decodes.tokens, decodes.rows, decodes.lengths, pages)),
+            pages.stride(0),
+            page_tokens,
             len(decodes),
             query.shape[0],
             sliding_window or 0,
@@ -113,4 +122,4 @@ def _heads(x: Tensor) -> _Heads:
 
 def _cache(keys: Tensor, values: Tensor) -> _Cache:
     assert keys.stride() == values.stride(), "keys and values must have equal strides"
-    return _Cache(keys.data_ptr(), values.data_ptr(), keys.stride(0), keys.stride(1), keys.shape[1], keys.shape[3])
+    return _Cache(keys.data_ptr(), values.data_ptr(), keys.stride(0), keys.shape[0], keys.shape[2])

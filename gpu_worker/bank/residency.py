@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 from gpu_worker.bank.device_layout import DeviceAdapter
+from gpu_worker.bank.loader import AdapterLoader
 from gpu_worker.errors import PlanTooLarge
 
 
@@ -173,3 +174,11 @@ class Residency(RowAssignment):
     def _is_unwritten(self, row: int) -> bool:
         owner = self._owner[row]
         return owner is not None and owner[0] in self._unwritten
+
+
+def drop(digests: Collection[str], loader: AdapterLoader, residency: Residency) -> None:
+    """Drop these weights from the bank and host memory. No row uses them, and no load of them is in progress."""
+    for digest in digests:
+        loader.discard(digest)
+        if digest in residency:
+            residency.evict(digest)

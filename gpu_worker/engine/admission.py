@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Protocol
 
+from gpu_worker.attention.prefix import Prefix
 from gpu_worker.bank.loader import AdapterLoader
 from gpu_worker.bank.residency import RowAssignment
 from gpu_worker.engine.fair_queue import FairQueue
@@ -17,12 +18,13 @@ _MAX_PASSES = 50
 class RowPlaces(Protocol):
     """The places for running rows: a KvCache, or a count of rows if the engine's own cache is elsewhere."""
 
-    num_freed: int  # rows freed since the start
+    num_freed: int  # rows freed, or awaited prefixes computed, since the start
 
     @property
     def num_free(self) -> int: ...
-    def fits(self, num_tokens: int) -> bool: ...
-    def allocate(self, num_tokens: int, longest_len: int) -> int: ...
+    def is_coming(self, num_tokens: int, prefix: Prefix | None) -> bool: ...
+    def fits(self, num_tokens: int, prefix: Prefix | None) -> bool: ...
+    def allocate(self, num_tokens: int, longest_len: int, prefix: Prefix | None) -> int: ...
 
 
 class Admission:
@@ -30,8 +32,8 @@ class Admission:
 
     A row brings all its adapters into the bank or none, and does not block others while it waits. A row that was passed
     over `_MAX_PASSES` times reserves the bank: until it runs, no other row brings in adapters. A row that has its
-    adapters but does not fit the KV cache blocks all rows behind it. It waits only for running rows, which wait for
-    nothing, so there is no deadlock.
+    adapters but does not fit the KV cache blocks all rows behind it. A row whose prompt begins like one that is being
+    computed waits for those blocks. Both wait only for running rows, which wait for nothing, so there is no deadlock.
     """
 
     def __init__(
@@ -137,7 +139,7 @@ class Admission:
 
     def _try_start(self, row: Row) -> None:
         """Start the row, fail it, or let it wait."""
-        if not self._has_weights(row):
+        if not self._has_weights(row) or self._kv_cache.is_coming(len(row.tokens), row.prefix):
             return
         try:
             self._pin(row)
@@ -148,7 +150,7 @@ class Admission:
             row.num_passes += 1
             if row.num_passes > _MAX_PASSES and self._row_with_reservation() is None:
                 self._reserving = row
-        elif self._kv_cache.fits(len(row.tokens)):
+        elif self._kv_cache.fits(len(row.tokens), row.prefix):
             self._start(row)
         else:
             self._is_full = True
@@ -156,7 +158,7 @@ class Admission:
     def _start(self, row: Row) -> None:
         self.waiting.dequeue(row)
         self._window.discard(row)  # its weights are in the bank now
-        row.kv_row = self._kv_cache.allocate(len(row.tokens), row.longest_len)
+        row.kv_row = self._kv_cache.allocate(len(row.tokens), row.longest_len, row.prefix)
         row.start_by = math.inf
         self._started.append(row)
         self._is_full = self._kv_cache.num_free == 0

@@ -20,6 +20,8 @@ class Counters:
     num_bank_hits: int = 0
     num_host_hits: int = 0
     num_fetches: int = 0
+    num_cached_tokens: int = 0  # prompt tokens that were found in the prefix cache
+    num_evicted_blocks: int = 0  # blocks that the prefix cache gave up for others
     num_preemptions: int = 0  # rows that gave up their KV and recompute it
     num_steps: int = 0
     step_s: float = 0.0  # total time of the steps

@@ -1,24 +1,41 @@
-"""Build the parts of an engine that depend on its device: the KV cache, and compiled kernels on the CPU."""
+"""Build the parts of an engine that depend on its device: the KV cache, the loader, and compiled CPU kernels."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Executor
 
 import torch
 from torch import nn
 
 from gpu_worker.attention.decode_attention import load_decode_kernel
 from gpu_worker.attention.kv_cache import KvCache, KvShape
-from gpu_worker.attention.kv_pages import KvPages
-from gpu_worker.attention.kv_regions import KvRegions
+from gpu_worker.attention.kv_pages import DeviceKvCache, HostKvCache
+from gpu_worker.bank.bank import LoraBank
+from gpu_worker.bank.loader import AdapterLoader, Fetch
 from gpu_worker.config import WorkerConfig
 from gpu_worker.lora.lora_kernel import LoraKernel, load_lora_kernel
 from gpu_worker.model.fused import fuse, load_fused_kernel
 
 
 def make_kv_cache(config: WorkerConfig, shape: KvShape) -> KvCache:
-    """Return a cache of pages on a GPU, or of regions on the CPU, with the compiled kernel if available."""
+    """Return a cache of pages on a GPU or in host memory, there with the compiled kernel if available."""
     if config.device != "cpu":
-        return KvPages(shape, torch.device(config.device))
-    return KvRegions(shape, load_decode_kernel(config.cache_dir))
+        return DeviceKvCache(shape, torch.device(config.device))
+    return HostKvCache(shape, load_decode_kernel(config.cache_dir))
+
+
+def make_loader(
+    config: WorkerConfig, fetch: Fetch, bank: LoraBank, executor: Executor, on_done: Callable[[], None]
+) -> AdapterLoader:
+    """Return the loader that converts weights to the bank's layout."""
+    return AdapterLoader(
+        fetch,
+        to_device_layout=bank.to_device_layout,
+        executor=executor,
+        budget_bytes=config.host_cache_bytes,
+        on_done=on_done,
+    )
 
 
 def make_lora_kernel(config: WorkerConfig) -> LoraKernel | None:

@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 
 from gpu_worker.attention.kv_cache import KvCache, KvShape
+from gpu_worker.attention.prefix import Prefix, namespace_of
 from gpu_worker.bank.bank import LoraBank
 from gpu_worker.bank.device_layout import DeviceAdapter
-from gpu_worker.bank.loader import AdapterLoader, Fetch
-from gpu_worker.bank.residency import Residency
+from gpu_worker.bank.loader import Fetch
+from gpu_worker.bank.residency import Residency, drop
 from gpu_worker.config import WorkerConfig
 from gpu_worker.device.openmp import load_executor
 from gpu_worker.engine.admission import Admission
 from gpu_worker.engine.counters import Counters
 from gpu_worker.engine.device_check import NOTHING_COMPUTED, DeviceCheck
-from gpu_worker.engine.device_parts import fuse_where_compiled, make_kv_cache, make_lora_kernel
+from gpu_worker.engine.device_parts import fuse_where_compiled, make_kv_cache, make_loader, make_lora_kernel
 from gpu_worker.engine.engine_status import EngineStatus
 from gpu_worker.engine.fair_queue import FairQueue
 from gpu_worker.engine.forward import ForwardPass
@@ -95,19 +96,10 @@ class Engine:
         self._executor = executor or load_executor(config.load_threads)
         self.loaded = threading.Event()
         self.on_loaded: Callable[[], None] = self.loaded.set
-        self.loader = self._make_loader(fetch)
+        self.loader = make_loader(config, fetch, self.bank, self._executor, lambda: self.on_loaded())
         window = PrefetchWindow(config.host_cache_bytes, _WINDOW_BATCHES * config.max_batch_size)
         self._admission = Admission(self.loader, self.residency, self.kv_cache, window)
         self.running, self._forgetting, self.counters = list[Row](), set[str](), Counters()
-
-    def _make_loader(self, fetch: Fetch) -> AdapterLoader:
-        return AdapterLoader(
-            fetch,
-            to_device_layout=self.bank.to_device_layout,
-            executor=self._executor,
-            budget_bytes=self.config.host_cache_bytes,
-            on_done=lambda: self.on_loaded(),
-        )
 
     def submit(self, row: Row) -> None:
         """Queue the row. Its missing adapters start loading if the prefetch window has room.
@@ -119,6 +111,9 @@ class Engine:
             self.counters.count_request(row.weights_digests, self.residency, self.loader)
         row.arrived_at = self.clock()
         row.start_by = row.arrived_at + self.config.max_wait_s
+        if self.config.prefix_cache and not row.skips_prefix_cache:
+            namespace = namespace_of(row.plan, row.tenant, shares_base=self.config.prefix_cache_shares_base)
+            row.prefix = Prefix(row.tokens, namespace, row.adapter_set, self.kv_cache.shape.page_tokens)
         self._next_due = min(self._next_due, row.start_by, row.deadline)
         self._admission.append(row)
 
@@ -146,7 +141,9 @@ class Engine:
         self._drop_forgotten()
 
     def forget(self, digests: Collection[str]) -> bool:
-        """Drop these weights from bank and host memory. Return whether they are all gone.
+        """Drop these weights, and the blocks they computed, from bank, KV cache and host memory.
+
+        Return whether they are all gone.
 
         Weights in use are dropped when the last request or load that uses them ends, even if it came after this call.
         A later request fetches the weights again.
@@ -169,6 +166,7 @@ class Engine:
             kv_tokens=sum(row.num_computed for row in self.running),
             host_cache_bytes=self.loader.cached_bytes,
             num_forgetting=len(self._forgetting),
+            prefix_cache_tokens=self.kv_cache.num_cached_tokens,
             counters=self.counters.copy(),
         )
 
@@ -226,6 +224,7 @@ class Engine:
             self._compute(max_tokens or self.config.max_step_tokens)
             self.counters.num_steps += 1
             self.counters.step_s += time.perf_counter() - began
+            self.counters.num_evicted_blocks = self.kv_cache.num_evicted
         self._drop_forgotten()
         return has_run
 
@@ -279,8 +278,11 @@ class Engine:
         if started:
             now = self.clock()
             for row in started:
-                if row.num_new_tokens == 0:  # its first start
-                    row.queued_s = now - row.arrived_at
+                row.num_computed = self.kv_cache.num_reused(row.kv_row)
+                if not row.has_started:
+                    row.has_started, row.queued_s = True, now - row.arrived_at
+                    row.num_cached_tokens = row.num_computed
+                    self.counters.num_cached_tokens += row.num_computed
             self.running += started
             self.residency.settle()
 
@@ -309,6 +311,7 @@ class Engine:
         """Append the new token of each computed row, and send its text to the client."""
         for row, segment in part:
             row.num_computed += segment.num_tokens
+            self.kv_cache.computed(row.kv_row, row.num_computed)
         self.counters.num_new_tokens += len(chosen.rows)
         self.counters.num_prompt_tokens += sum(row.num_prompt_tokens for row in chosen.rows if row.num_new_tokens == 0)
         taken = zip(chosen.rows, chosen.tokens, chosen.scores, chosen.logits, strict=True)
@@ -324,6 +327,8 @@ class Engine:
         num_tokens: tokens of the step's longest segment. Raises: EngineStopped.
         """
         try:
+            for row, _ in failed:
+                self.kv_cache.distrust(row.kv_row)
             self._release([row for row, _ in failed])
             works = works or self._device_check.works(num_tokens)
         finally:  # freeing may raise on a lost device; clients must still get their error
@@ -338,6 +343,7 @@ class Engine:
     ) -> Delta | Exception | None:
         """Append the token to the row and return the event for its client."""
         if token is None:
+            self.kv_cache.distrust(row.kv_row)  # its keys and values may not be finite
             return failure_of(row)
         if row.capture_first_logits and row.first_logits is None:
             row.first_logits = logits.to("cpu", torch.float32, copy=True)
@@ -384,12 +390,10 @@ class Engine:
         if not self._forgetting:
             return
         used = {digest for row in (*self.running, *self.waiting) for digest in row.weights_digests}
-        used |= self.loader.loading
-        for digest in self._forgetting - used:
-            self.loader.discard(digest)
-            if digest in self.residency:
-                self.residency.evict(digest)
-        self._forgetting &= used
+        unused = self._forgetting - used - self.loader.loading
+        drop(unused, self.loader, self.residency)
+        self.kv_cache.forget(unused)
+        self._forgetting -= unused
 
 
 def _is_last(event: Delta | Exception) -> bool:

@@ -9,7 +9,7 @@ from gpu_worker.engine.counters import Counters
 
 @dataclass(frozen=True, slots=True)
 class EngineStatus:
-    """The state of an engine. Every field but `counters` returns to its idle value once all requests have ended."""
+    """The state of an engine. Every field that is compared returns to its idle value once all requests have ended."""
 
     resident: frozenset[str]  # weights digests of the adapters in the bank
     occupied_rows: int  # bank rows they occupy
@@ -23,4 +23,5 @@ class EngineStatus:
     num_forgetting: int  # weights to drop when their last request ends
     waiting_tokens: int = 0  # prompt tokens and maximum new tokens of waiting requests
     disk_cache_bytes: int = 0  # of the machine; its workers share one cache
+    prefix_cache_tokens: int = field(default=0, compare=False)  # tokens in the prefix cache, in use or kept
     counters: Counters = field(default_factory=Counters, compare=False)  # monotonic

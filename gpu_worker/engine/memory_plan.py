@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from gpu_worker.attention.kv_cache import KvShape
-from gpu_worker.attention.kv_regions import region_bytes
 from gpu_worker.config import WorkerConfig
 from gpu_worker.device.device_memory import MappingLimit, free_bytes, mapping_limits
 from gpu_worker.errors import WorkerConfigInvalid
@@ -37,7 +36,7 @@ class MemoryPlan:
 
     @property
     def kv_bytes(self) -> int:
-        return self.kv.num_pages * self.kv.page_tokens * self.kv.token_bytes
+        return self.kv.num_bytes
 
     @property
     def total_bytes(self) -> int:
@@ -46,7 +45,7 @@ class MemoryPlan:
     def __str__(self) -> str:
         return (
             f"weights {_mib(self.weights_bytes)} + bank {_mib(self.bank_bytes)} + headroom {_mib(self.headroom_bytes)}"
-            f" + KV of {self.kv.num_pages * self.kv.page_tokens} tokens {_mib(self.kv_bytes)}"
+            f" + KV of {_kv(self.kv)} {_mib(self.kv_bytes)}"
             f" = {_mib(self.total_bytes)} of {_mib(self.free_bytes)} free on {self.device}"
         )
 
@@ -78,32 +77,19 @@ def plan_memory(
             f"the worker needs more memory than is free: {plan}; lower kv_tokens, bank_rank_rows, max_batch_size,"
             " max_step_tokens or max_model_len"
         )
-    if config.device == "cpu":
-        _require_mappable(plan, limits)
-    return plan
-
-
-def _require_mappable(plan: MemoryPlan, limits: Sequence[MappingLimit]) -> None:
-    """Check the address space: on the CPU every row has a region for its longest length.
-
-    Raises: WorkerConfigInvalid, with the sum, if a limit is exceeded.
-    """
-    regions_bytes = plan.kv.num_rows * region_bytes(plan.kv)
-    num_bytes = plan.total_bytes - plan.kv_bytes + regions_bytes
-    for limit in limits:
-        if num_bytes > limit.free_bytes:
+    for limit in limits if config.device == "cpu" else ():
+        if plan.total_bytes > limit.free_bytes:
             raise WorkerConfigInvalid(
-                f"the worker needs more address space than allowed: weights {_mib(plan.weights_bytes)} + bank"
-                f" {_mib(plan.bank_bytes)} + headroom {_mib(plan.headroom_bytes)} + KV regions of {plan.kv.num_rows}"
-                f" rows × {plan.kv.max_len} tokens {_mib(regions_bytes)} = {_mib(num_bytes)} of"
-                f" {_mib(limit.free_bytes)} that {limit.name} leaves; lower max_batch_size or max_model_len,"
-                f" or raise that limit"
+                f"the worker needs more address space than allowed: {plan}, and of {_mib(limit.free_bytes)} that"
+                f" {limit.name} leaves; lower kv_tokens, max_batch_size or max_model_len, or raise that limit"
             )
+    return plan
 
 
 def _one_row(config: WorkerConfig, base: BaseModel) -> KvShape:
     max_len = min(config.max_model_len, base.max_position)
-    return KvShape(
+    has_windows = base.window is not None and base.window < max_len
+    shape = KvShape(
         num_layers=base.num_layers,
         num_heads=base.num_kv_heads,
         head_dim=base.head_dim,
@@ -112,17 +98,45 @@ def _one_row(config: WorkerConfig, base: BaseModel) -> KvShape:
         max_len=max_len,
         num_tokens=max_len,
         page_tokens=PAGE_TOKENS[config.device],
+        window=base.window if has_windows else None,
+        window_layers=base.window_layers if has_windows else frozenset(),
+        kept_share=config.prefix_cache_share if config.prefix_cache else 0.0,
     )
+    return _with_pages(shape, shape.num_pages, config)
+
+
+def _with_pages(shape: KvShape, num_pages: int, config: WorkerConfig) -> KvShape:
+    """Return the shape with `num_pages` for whole rows, and as many for windows as the rows can ever hold."""
+    num_window_pages = min(num_pages, _most_window_pages(shape, config)) if shape.window_layers else 0
+    tokens = shape.page_tokens
+    return replace(shape, num_tokens=num_pages * tokens, num_window_tokens=num_window_pages * tokens)
+
+
+def _most_window_pages(shape: KvShape, config: WorkerConfig) -> int:
+    """Return the most pages with tokens that a step's rows see, or compute: a window may begin and end in a page."""
+    pages_of_row = shape.pages_of(shape.window or 0) + 2
+    return shape.num_rows * pages_of_row + shape.pages_of(config.max_step_tokens)
 
 
 def _with_budget(config: WorkerConfig, plan: MemoryPlan) -> KvShape:
     """Return the configured budget, or else one row plus all spare memory of `plan`; at most what the rows can use."""
-    page_bytes = plan.kv.page_tokens * plan.kv.token_bytes
-    pages_of_row = plan.kv.num_pages
-    num_spare_pages = max(plan.free_bytes - plan.total_bytes, 0) // page_bytes
-    num_pages = pages_of_row + num_spare_pages if config.kv_tokens is None else plan.kv.pages_of(config.kv_tokens)
-    num_pages = min(num_pages, pages_of_row * config.max_batch_size)
-    return replace(plan.kv, num_tokens=num_pages * plan.kv.page_tokens)
+    kv = plan.kv
+    if config.kv_tokens is None:
+        num_pages = _pages_within(plan.kv_bytes + max(plan.free_bytes - plan.total_bytes, 0), kv, config)
+    else:
+        num_pages = kv.pages_of(config.kv_tokens)
+    return _with_pages(kv, min(num_pages, kv.num_pages * config.max_batch_size), config)
+
+
+def _pages_within(num_bytes: int, kv: KvShape, config: WorkerConfig) -> int:
+    """Return the most pages for whole rows that fit, together with the windows' pages."""
+    layer_bytes = kv.page_tokens * kv.layer_token_bytes
+    num_pages = num_bytes // (kv.num_layers * layer_bytes)
+    most = _most_window_pages(kv, config)
+    if not kv.window_layers or num_pages <= most:
+        return num_pages
+    num_whole = kv.num_layers - len(kv.window_layers)
+    return (num_bytes - most * len(kv.window_layers) * layer_bytes) // (num_whole * layer_bytes)
 
 
 def _weights_bytes(base: BaseModel, device: str) -> int:
@@ -130,6 +144,15 @@ def _weights_bytes(base: BaseModel, device: str) -> int:
     is_one = device != "cpu" or base.dtype != torch.bfloat16
     named = base.model.named_parameters(remove_duplicate=is_one)
     return sum(parameter.nbytes for _, parameter in named)
+
+
+def _kv(kv: KvShape) -> str:
+    text = f"{kv.num_pages * kv.page_tokens} tokens"
+    if not kv.window_layers:
+        return text
+    windows = f"{len(kv.window_layers)} of {kv.num_layers} layers keep a window of {kv.window}"
+    without = replace(kv, window_layers=frozenset()).num_bytes
+    return f"{text} ({windows}, which saves {_mib(without - kv.num_bytes)})"
 
 
 def _mib(num_bytes: int) -> str:

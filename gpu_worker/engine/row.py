@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from gpu_worker.attention.prefix import Prefix
 from gpu_worker.bank.device_layout import DeviceAdapter
 from gpu_worker.grammar.state import GrammarState
 from gpu_worker.request.request import Delta, FinishReason, SamplingParams, TokenLogprob
@@ -55,6 +56,10 @@ class Row:
     kv_row: int = -1
     is_pinned: bool = False  # its adapters are pinned: while it runs or is preempted
     num_computed: int = 0  # tokens in the KV cache
+    skips_prefix_cache: bool = False  # it needs logits of its whole prompt, so nothing of it may be skipped
+    prefix: Prefix | None = None  # its keys in the prefix cache; None: it does not use the cache
+    has_started: bool = False
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at its first start
     num_passes: int = 0  # times that other rows entered the bank before it
     first_logits: torch.Tensor | None = None
     pending_logprobs: list[TokenLogprob] = field(default_factory=list)  # since the last delta
@@ -104,7 +109,8 @@ class Row:
             return None
         logprobs = self._released_logprobs() if self.pending_logprobs else ()
         counts = self.num_prompt_tokens, self.num_new_tokens
-        return Delta(text, *counts, reason, self.first_logits, logprobs, self.queued_s, calls)
+        more = self.first_logits, logprobs, self.queued_s, calls, self.num_cached_tokens
+        return Delta(text, *counts, reason, *more)
 
     def _logprob(self, token: int, scored: Scored) -> TokenLogprob:
         top = tuple((self.token_bytes(token_id), logprob) for token_id, logprob in scored.top)

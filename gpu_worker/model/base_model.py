@@ -36,6 +36,8 @@ class BaseModel:
     max_position: int
     vocab_size: int
     dtype: torch.dtype
+    window: int | None = None  # of `window_layers`, which see only so many last tokens
+    window_layers: frozenset[int] = frozenset()
 
     @property
     def backend_tokenizer(self) -> Tokenizer:
@@ -97,6 +99,8 @@ def load_base_model(config: WorkerConfig) -> BaseModel:
         max_position=hf_config.max_position_embeddings,
         vocab_size=hf_config.vocab_size,
         dtype=dtype,
+        window=_setting(hf_config, "sliding_window"),
+        window_layers=_window_layers(hf_config),
     )
 
 
@@ -131,6 +135,14 @@ def _check_config(config: Any) -> None:
     problems += [f"a config without {name}" for name in _NEEDED if not isinstance(_setting(config, name), int)]
     if problems:
         raise BaseModelUnsupported(f"{config.model_type} has {', '.join(problems)}, which this engine does not support")
+
+
+def _window_layers(config: Any) -> frozenset[int]:
+    """Return the layers with a sliding window, or none if all layers have one."""
+    kinds = _setting(config, "layer_types") or ()
+    layers = frozenset(layer for layer, kind in enumerate(kinds) if kind == "sliding_attention")
+    has_window = isinstance(_setting(config, "sliding_window"), int)
+    return layers if has_window and len(layers) < config.num_hidden_layers else frozenset()
 
 
 def _setting(config: Any, name: str) -> Any:

@@ -1,6 +1,7 @@
-// Write keys and values to their regions, and compute the attention of single tokens over them.
+// Write keys and values to their pages, and compute the attention of single tokens over them.
 //
-// Dims: N tokens of a step, R rows, H heads of keys, Q of queries, T tokens of a row, D head size.
+// Dims: N tokens of a step, R rows, H heads of keys, Q of queries, S slots (tokens of all pages), W pages of a row,
+// D head size.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -9,10 +10,10 @@
 
 #include "vectors.h"
 
-extern "C" struct Cache {  // keys and values of one layer, with equal strides in elements
+extern "C" struct Cache {  // keys and values of one layer (H, S, D), with equal strides in elements
   void* keys;
   void* values;
-  int64_t row_stride, head_stride, num_heads, head_dim;
+  int64_t head_stride, num_heads, head_dim;
 };
 
 extern "C" struct Heads {  // (heads, N, D), D contiguous
@@ -22,6 +23,8 @@ extern "C" struct Heads {  // (heads, N, D), D contiguous
 
 extern "C" struct Decodes {  // single tokens: index in the step, row, and length of the row including the token
   const int64_t *tokens, *rows, *lengths;
+  const int64_t* table;  // (R, W): the page of each block of a row; its slots are adjacent
+  int64_t table_width, page_tokens;
   int64_t num, num_query_heads, window;  // window 0: no window
   float scaling;
   int32_t num_threads;
@@ -30,38 +33,58 @@ extern "C" struct Decodes {  // single tokens: index in the step, row, and lengt
 namespace {
 
 template <class E>
-void write(const Heads& x, const int64_t* rows, const int64_t* positions, int64_t num_tokens, const Cache& cache,
-           void* into, int num_threads) {
+void write(const Heads& x, const int64_t* slots, int64_t num_tokens, const Cache& cache, void* into,
+           int num_threads) {
   const E* from = static_cast<const E*>(x.data);
 #pragma omp parallel for num_threads(num_threads)
   for (int64_t n = 0; n < num_tokens; ++n)
     for (int64_t h = 0; h < cache.num_heads; ++h) {
-      E* place = static_cast<E*>(into) + rows[n] * cache.row_stride + h * cache.head_stride;
-      std::memcpy(place + positions[n] * cache.head_dim, from + h * x.head_stride + n * x.token_stride,
-                  cache.head_dim * sizeof(E));
+      E* place = static_cast<E*>(into) + h * cache.head_stride + slots[n] * cache.head_dim;
+      std::memcpy(place, from + h * x.head_stride + n * x.token_stride, cache.head_dim * sizeof(E));
     }
 }
 
-// scores[g][t] = q[g] . keys[t]
+// The tokens first to first + num - 1 of a row.
+struct Tokens {
+  const int64_t* pages;  // of the row's blocks
+  int64_t page_tokens, first, num;
+
+  // Calls run(slot, index, n) for every run of n tokens in adjacent slots; index counts from the first token.
+  template <class F>
+  void for_each_run(F run) const {
+    const int64_t end = first + num;
+    for (int64_t t = first; t < end;) {
+      const int64_t block = t / page_tokens, slot = pages[block] * page_tokens + t % page_tokens;
+      int64_t last = block;
+      while ((last + 1) * page_tokens < end && pages[last + 1] == pages[last] + 1) ++last;
+      const int64_t next = std::min(end, (last + 1) * page_tokens);
+      run(slot, t - first, next - t);
+      t = next;
+    }
+  }
+};
+
+// scores[g][begin + t] = q[g] . keys[t]
 template <int G, class E>
-void score(const float* const* q, const E* keys, int64_t num, int64_t dim, float* const* scores) {
+void score(const float* const* q, const E* keys, int64_t begin, int64_t num, int64_t dim, float* const* scores) {
   for (int64_t t = 0; t < num; ++t) {
     f32x16 sums[G] = {};
     for (int64_t i = 0; i < dim; i += kLanes) {
       const f32x16 k = load_part(keys + t * dim + i, dim - i);
       for (int g = 0; g < G; ++g) sums[g] += load(q[g] + i) * k;
     }
-    for (int g = 0; g < G; ++g) scores[g][t] = sum(sums[g]);
+    for (int g = 0; g < G; ++g) scores[g][begin + t] = sum(sums[g]);
   }
 }
 
-// out[g] = sum_t weights[g][t] values[t]
+// out[g] += sum_t weights[g][begin + t] values[t]
 template <int G, class E>
-void gather(const float* const* weights, const E* values, int64_t num, int64_t dim, float* const* out) {
+void gather(const float* const* weights, const E* values, int64_t begin, int64_t num, int64_t dim,
+            float* const* out) {
   for (int64_t t = 0; t < num; ++t)
     for (int64_t i = 0; i < dim; i += kLanes) {
       const f32x16 v = load_part(values + t * dim + i, dim - i);
-      for (int g = 0; g < G; ++g) store(out[g] + i, load(out[g] + i) + v * weights[g][t]);
+      for (int g = 0; g < G; ++g) store(out[g] + i, load(out[g] + i) + v * weights[g][begin + t]);
     }
 }
 
@@ -76,10 +99,11 @@ float exponentials(float* scores, int64_t num, float scale) {
   return total;
 }
 
-// Query heads g to g + G - 1 of one token, which share a key head.
+// Query heads g to g + G - 1 of one token, which share a key head. keys and values (S, D) of that head.
 template <int G, class E>
-void attend_heads(const E* q, int64_t q_stride, const E* keys, const E* values, int64_t num, int64_t dim, float scale,
-                  E* out, std::vector<float>& scratch) {
+void attend_heads(const E* q, int64_t q_stride, const E* keys, const E* values, const Tokens& tokens, int64_t dim,
+                  float scale, E* out, std::vector<float>& scratch) {
+  const int64_t num = tokens.num;
   const int64_t padded = (dim + kLanes - 1) / kLanes * kLanes;
   scratch.assign(G * (2 * padded + num), 0);
   float *queries[G], *sums[G], *scores[G];
@@ -89,10 +113,14 @@ void attend_heads(const E* q, int64_t q_stride, const E* keys, const E* values, 
     scores[g] = scratch.data() + 2 * G * padded + g * num;
     for (int64_t i = 0; i < dim; i += kLanes) store(queries[g] + i, load_part(q + g * q_stride + i, dim - i));
   }
-  score<G>(queries, keys, num, dim, scores);
+  tokens.for_each_run([&](int64_t slot, int64_t begin, int64_t n) {
+    score<G>(queries, keys + slot * dim, begin, n, dim, scores);
+  });
   float totals[G];
   for (int g = 0; g < G; ++g) totals[g] = exponentials(scores[g], num, scale);
-  gather<G>(scores, values, num, dim, sums);
+  tokens.for_each_run([&](int64_t slot, int64_t begin, int64_t n) {
+    gather<G>(scores, values + slot * dim, begin, n, dim, sums);
+  });
   for (int g = 0; g < G; ++g)
     for (int64_t i = 0; i < dim; i += kLanes)
       store_part(out + g * dim + i, load(sums[g] + i) / totals[g], dim - i);
@@ -108,17 +136,17 @@ void attend(const Decodes& d, const Heads& query, const Cache& cache, E* out) {
     for (int64_t task = 0; task < d.num * cache.num_heads; ++task) {
       const int64_t n = task / cache.num_heads, h = task % cache.num_heads, token = d.tokens[n];
       const int64_t first = d.window > 0 ? std::max<int64_t>(0, d.lengths[n] - d.window) : 0;
-      const int64_t at = d.rows[n] * cache.row_stride + h * cache.head_stride + first * dim, num = d.lengths[n] - first;
-      const E* keys = static_cast<const E*>(cache.keys) + at;
-      const E* values = static_cast<const E*>(cache.values) + at;
+      const Tokens tokens{d.table + d.rows[n] * d.table_width, d.page_tokens, first, d.lengths[n] - first};
+      const E* keys = static_cast<const E*>(cache.keys) + h * cache.head_stride;
+      const E* values = static_cast<const E*>(cache.values) + h * cache.head_stride;
       for (int64_t g = h * shared; g < (h + 1) * shared;) {
         const E* q = static_cast<const E*>(query.data) + g * query.head_stride + token * query.token_stride;
         E* to = out + (token * d.num_query_heads + g) * dim;
         if ((h + 1) * shared - g >= 4) {
-          attend_heads<4>(q, query.head_stride, keys, values, num, dim, d.scaling, to, scratch);
+          attend_heads<4>(q, query.head_stride, keys, values, tokens, dim, d.scaling, to, scratch);
           g += 4;
         } else {
-          attend_heads<1>(q, query.head_stride, keys, values, num, dim, d.scaling, to, scratch);
+          attend_heads<1>(q, query.head_stride, keys, values, tokens, dim, d.scaling, to, scratch);
           g += 1;
         }
       }
@@ -130,17 +158,17 @@ void attend(const Decodes& d, const Heads& query, const Cache& cache, E* out) {
 
 extern "C" {
 
-// Copies keys and values (H, N, D) to rows (N,) and positions (N,).
-void write_kv_bf16(const Heads* key, const Heads* value, const int64_t* rows, const int64_t* positions, int64_t num,
-                   const Cache* cache, int32_t num_threads) {
-  write<bf16>(*key, rows, positions, num, *cache, cache->keys, num_threads);
-  write<bf16>(*value, rows, positions, num, *cache, cache->values, num_threads);
+// Copies keys and values (H, N, D) to slots (N,).
+void write_kv_bf16(const Heads* key, const Heads* value, const int64_t* slots, int64_t num, const Cache* cache,
+                   int32_t num_threads) {
+  write<bf16>(*key, slots, num, *cache, cache->keys, num_threads);
+  write<bf16>(*value, slots, num, *cache, cache->values, num_threads);
 }
 
-void write_kv_f32(const Heads* key, const Heads* value, const int64_t* rows, const int64_t* positions, int64_t num,
-                  const Cache* cache, int32_t num_threads) {
-  write<float>(*key, rows, positions, num, *cache, cache->keys, num_threads);
-  write<float>(*value, rows, positions, num, *cache, cache->values, num_threads);
+void write_kv_f32(const Heads* key, const Heads* value, const int64_t* slots, int64_t num, const Cache* cache,
+                  int32_t num_threads) {
+  write<float>(*key, slots, num, *cache, cache->keys, num_threads);
+  write<float>(*value, slots, num, *cache, cache->values, num_threads);
 }
 
 // Sets out (N, Q, D) at the tokens of `decodes` to softmax(scaling query . keys) values.

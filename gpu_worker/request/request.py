@@ -136,6 +136,7 @@ class Delta:
     logprobs: tuple[TokenLogprob, ...] = ()  # of the tokens since the last delta, if requested
     queued_s: float = 0.0  # time in the engine's queue
     tool_calls: tuple[ToolCallPiece, ...] = ()
+    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +149,7 @@ class Completion:
     finish_reason: FinishReason
     logprobs: tuple[TokenLogprob, ...] = ()
     tool_calls: tuple[ToolCall, ...] = ()
+    num_cached_tokens: int = 0
 
     @staticmethod
     def joined(deltas: Sequence[Delta]) -> Completion:
@@ -157,4 +159,5 @@ class Completion:
         text = "".join(delta.text for delta in deltas)
         logprobs = tuple(entry for delta in deltas for entry in delta.logprobs)
         calls = joined_calls(piece for delta in deltas for piece in delta.tool_calls)
-        return Completion(text, last.num_prompt_tokens, last.num_new_tokens, last.finish_reason, logprobs, calls)
+        counts = last.num_prompt_tokens, last.num_new_tokens
+        return Completion(text, *counts, last.finish_reason, logprobs, calls, last.num_cached_tokens)

@@ -46,6 +46,15 @@ class AttentionPlan(ABC):
         """
 
 
+def check_window(sliding_window: int | None, kept: int | None) -> None:
+    """Raise BaseModelUnsupported if a layer sees more tokens than the cache keeps for it. None: all tokens."""
+    if kept is not None and (sliding_window is None or sliding_window > kept):
+        raise BaseModelUnsupported(
+            f"the model attends to {'all' if sliding_window is None else sliding_window} tokens in a layer whose config"
+            f" implies a window of {kept}"
+        )
+
+
 def check_heads(query: Tensor, key: Tensor, value: Tensor, num_heads: int, head_dim: int) -> None:
     """Raise BaseModelUnsupported unless key and value are (H, N, D) and query is (a multiple of H, N, D).
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from gpu_worker.attention.prefix import Prefix
+
 
 class RowPlaces:
     """As many places as vLLM's batch has rows. `num_freed`: rows freed since the start."""
@@ -9,10 +11,13 @@ class RowPlaces:
     def __init__(self, num_places: int) -> None:
         self.num_places, self.num_free, self.num_freed = num_places, num_places, 0
 
-    def fits(self, num_tokens: int) -> bool:
+    def is_coming(self, num_tokens: int, prefix: Prefix | None) -> bool:
+        return False
+
+    def fits(self, num_tokens: int, prefix: Prefix | None) -> bool:
         return self.num_free > 0
 
-    def allocate(self, num_tokens: int, longest_len: int) -> int:
+    def allocate(self, num_tokens: int, longest_len: int, prefix: Prefix | None) -> int:
         self.num_free -= 1
         return 0
 

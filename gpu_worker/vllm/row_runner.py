@@ -12,6 +12,7 @@ from functools import partial
 
 from gpu_worker.bank.device_layout import DeviceAdapter
 from gpu_worker.bank.loader import AdapterLoader
+from gpu_worker.bank.residency import drop
 from gpu_worker.config import WorkerConfig
 from gpu_worker.engine.admission import Admission
 from gpu_worker.engine.counters import Counters
@@ -260,12 +261,9 @@ class RowRunner:
         if not self._forgetting:
             return
         used = {digest for row in (*self._running, *self._admission.waiting) for digest in row.weights_digests}
-        used |= self._loader.loading
-        for digest in self._forgetting - used:
-            self._loader.discard(digest)
-            if digest in self._residency:
-                self._residency.evict(digest)
-        self._forgetting &= used
+        unused = self._forgetting - used - self._loader.loading
+        drop(unused, self._loader, self._residency)
+        self._forgetting -= unused
 
 
 def _outcome(row: Row, task: asyncio.Task[Delta]) -> Delta | Exception | None:

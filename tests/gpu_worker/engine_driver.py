@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gpu_worker.attention.kv_cache import KvShape
-from gpu_worker.attention.kv_regions import KvRegions
+from gpu_worker.attention.kv_pages import HostKvCache
 from gpu_worker.bank.loader import Fetch
 from gpu_worker.config import DEFAULT_CACHE_DIR
 from gpu_worker.engine.engine import Engine
@@ -225,8 +225,10 @@ def assert_nothing_held(engine: Engine) -> None:
     assert engine.residency.active_rows == 0
     assert engine.kv_cache.num_free == engine.config.max_batch_size
     assert engine.kv_cache.num_free_tokens == engine.memory.kv.num_tokens
-    assert isinstance(engine.kv_cache, KvRegions)
-    assert not any(cache.any() for cache in (*engine.kv_cache.keys, *engine.kv_cache.values))
+    assert isinstance(engine.kv_cache, HostKvCache)
+    engine.kv_cache.forget()
+    assert engine.kv_cache.num_cached_tokens == 0
+    assert not any(store.any() for store in engine.kv_cache.stores)
 
 
 def assert_same(found: Answer, expected: Answer) -> None:

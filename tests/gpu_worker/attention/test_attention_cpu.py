@@ -1,4 +1,4 @@
-"""Packed attention over regions, compared with a slow loop over one token and one head at a time."""
+"""Packed attention over pages in host memory, compared with a slow loop over one token and one head at a time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.attention.decode_attention import DecodeKernel, load_decode_kernel
-from gpu_worker.attention.kv_regions import KvRegions
+from gpu_worker.attention.kv_pages import HostKvCache
 from gpu_worker.step.attention_plan import Segment
 from tests.gpu_worker.engine_driver import compiled, kv_shape
 
@@ -22,8 +22,9 @@ def new_cache(
     kernel: DecodeKernel | None = None,
     head_dim: int = HEAD_DIM,
     dtype: torch.dtype = torch.float32,
-) -> KvRegions:
-    return KvRegions(
+) -> HostKvCache:
+    """Return a cache whose rows have all their pages: those of the last three are adjacent, the others are mixed."""
+    cache = HostKvCache(
         kv_shape(
             num_layers=1,
             num_heads=NUM_KV_HEADS,
@@ -31,10 +32,23 @@ def new_cache(
             dtype=dtype,
             num_rows=NUM_ROWS,
             max_len=max_len,
-            num_tokens=NUM_ROWS * max_len,
+            num_tokens=NUM_ROWS * -(-max_len // 5) * 5,
         ),
         kernel,
     )
+    for _ in range(NUM_ROWS):
+        cache.allocate(1, max_len)
+    for row in range(3, NUM_ROWS):
+        assert cache.grow(row, max_len)
+    for num_tokens in range(1, max_len + 1):
+        assert all([cache.grow(row, num_tokens) for row in range(3)])
+    return cache
+
+
+def slots(cache: HostKvCache, row: int, num_tokens: int) -> Tensor:
+    """Return where the first tokens of a row are stored."""
+    pages = cache.attention([Segment(row, 0, 1, 0)]).groups[0].pages
+    return pages.slots(torch.tensor(row), torch.arange(num_tokens))
 
 
 @pytest.fixture(params=["torch", "compiled"])
@@ -93,19 +107,31 @@ def test_packed_attention_equals_the_slow_loop(name: str, window: int | None, ke
         keys, values = (torch.randn(NUM_KV_HEADS, segment.total_len, HEAD_DIM) for _ in range(2))
         keys[:, segment.context_len :] = key[:, segment.start : segment.end]
         values[:, segment.context_len :] = value[:, segment.start : segment.end]
-        cache.keys[0][segment.row, :, : segment.context_len] = keys[:, : segment.context_len]
-        cache.values[0][segment.row, :, : segment.context_len] = values[:, : segment.context_len]
+        places = slots(cache, segment.row, segment.context_len)
+        cache.keys[0][:, places], cache.values[0][:, places] = (x[:, : segment.context_len] for x in (keys, values))
         history[segment.row] = (keys, values)
     found = cache.attention(segments).attend(0, query, key, value, scaling=SCALING, sliding_window=window)
     torch.testing.assert_close(found, slow_attention(query, history, segments, window), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_token_has_its_row_and_position(name: str) -> None:
-    segments = LAYOUTS[name]
-    plan = new_cache().attention(segments)
-    expected = [(s.row, s.context_len + i) for s in segments for i in range(s.num_tokens)]
-    assert list(zip(plan.token_rows.tolist(), plan.token_positions.tolist(), strict=True)) == expected
+def test_every_token_has_its_position_and_is_stored_in_its_row(name: str) -> None:
+    segments, cache = LAYOUTS[name], new_cache()
+    plan = cache.attention(segments)
+    tokens = [(s.row, s.context_len + i) for s in segments for i in range(s.num_tokens)]
+    expected = [int(slots(cache, row, position + 1)[-1]) for row, position in tokens]
+    assert plan.token_positions.tolist() == [position for _, position in tokens]
+    assert plan.groups[0].slots.tolist() == expected
+
+
+def test_adjacent_pages_are_read_without_a_copy_and_others_by_slots() -> None:
+    cache = new_cache()
+    pages = cache.attention([Segment(0, 0, 1, 0)]).groups[0].pages
+    for row, is_adjacent in ((0, False), (4, True)):
+        for first, end in ((6, 150), (7, 8), (10, 15), (25, 31)):
+            span, expected = pages.span(row, first, end), slots(cache, row, end)[first:]
+            assert isinstance(span, slice) == (is_adjacent or end - first <= 5)
+            assert torch.arange(NUM_ROWS * MAX_LEN)[span].tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -122,32 +148,38 @@ def test_every_segment_is_computed_once_and_decode_tokens_read_enough(name: str)
 @pytest.mark.parametrize(
     ("lengths", "groups"),
     [
-        ({0: 50, 1: 90, 2: 20}, [slice(0, 3)]),
-        ({0: 50, 2: 50, 3: 50}, [slice(0, 1), slice(2, 4)]),
-        ({0: 50, 1: 50, 2: 2000}, [slice(0, 2), slice(2, 3)]),
-        ({0: 2000, 1: 50, 2: 2000}, [slice(0, 1), slice(1, 2), slice(2, 3)]),
-        ({0: 2000, 1: 1000, 2: 900}, [slice(0, 2), slice(2, 3)]),
+        ([50, 90, 20], [[1, 0, 2]]),
+        ([50, 50, 2000], [[2], [0, 1]]),
+        ([2000, 50, 2000], [[0, 2], [1]]),
+        ([2000, 1000, 900], [[0, 1], [2]]),
+        ([2000, 1500, 1476, 976], [[0, 1, 2], [3]]),
     ],
-    ids=["like lengths", "a hole", "a long one", "a short one", "no longer worth it"],
+    ids=["like lengths", "a long one", "a short one", "no longer worth it", "at the limit"],
 )
-def test_a_group_ends_where_padding_costs_more_than_another_group(lengths: dict[int, int], groups: list[slice]) -> None:
-    plan = new_cache(2048).attention(layout(*[(row, 1, length - 1) for row, length in lengths.items()]))
-    assert [group.rows for group in plan.decode] == groups
+def test_a_group_ends_where_padding_costs_more_than_another_group(lengths: list[int], groups: list[list[int]]) -> None:
+    plan = new_cache(2048).attention(layout(*[(row, 1, length - 1) for row, length in enumerate(lengths)]))
+    assert [group.rows.tolist() for group in plan.decode] == groups
+    assert [group.tokens.tolist() for group in plan.decode] == groups, "row i is token i of this step"
 
 
-def test_adjacent_rows_are_read_as_a_view() -> None:
-    plan = new_cache().attention(layout((3, 1, 5), (1, 1, 6), (2, 1, 7)))
+@pytest.mark.parametrize("window", [None, 3, 100])
+def test_padding_reads_the_rows_own_tokens_only(window: int | None) -> None:
+    cache = new_cache()
+    plan = cache.attention(layout((0, 1, 49), (4, 1, 9)))
     [group] = plan.decode
-    assert group.rows == slice(1, 4)
-    assert isinstance(group.tokens, Tensor)
-    assert group.tokens.tolist() == [1, 2, 0], "tokens follow the rows' order"
-    assert group.lengths.tolist() == [7, 8, 6]
+    places, bias = group.visible(plan.groups[0].pages, window, torch.float32)
+    assert places.shape == (2, window if window == 3 else 50)
+    for row, length, read, visible in zip((0, 4), (50, 10), places, bias[:, 0, 0] == 0, strict=True):
+        assert set(read.tolist()) <= set(slots(cache, row, length).tolist())
+        first = max(0, length - (window or length))
+        assert read[visible].tolist() == slots(cache, row, length)[first:].tolist()
 
 
 def test_a_row_that_is_not_finite_does_not_reach_the_others(kernel: DecodeKernel | None) -> None:
     segments, cache = layout((0, 1, 4), (1, 1, 4), (2, 6, 0)), new_cache(kernel=kernel)
-    cache.keys[0][0, :, :4] = math.nan
-    cache.values[0][0, :, :4] = math.inf
+    places = slots(cache, 0, 4)
+    cache.keys[0][:, places] = math.nan
+    cache.values[0][:, places] = math.inf
     query = torch.randn(NUM_HEADS, 8, HEAD_DIM)
     key, value = (torch.randn(NUM_KV_HEADS, 8, HEAD_DIM) for _ in range(2))
     found = cache.attention(segments).attend(0, query, key, value, scaling=SCALING, sliding_window=None)
@@ -168,9 +200,9 @@ def test_bfloat16_and_any_strides(num_heads: int, head_dim: int, kernel: DecodeK
     query = torch.randn(6, num_heads, head_dim).bfloat16().transpose(0, 1)
     key, value = (torch.randn(6, NUM_KV_HEADS, head_dim).bfloat16().transpose(0, 1) for _ in range(2))
     for of_layer in ("keys", "values"):
-        before = torch.randn(NUM_ROWS, NUM_KV_HEADS, MAX_LEN, head_dim).bfloat16()
+        before = torch.randn(NUM_KV_HEADS, NUM_ROWS * MAX_LEN, head_dim).bfloat16()
         for cache in caches:
-            getattr(cache, of_layer)[0][:] = before
+            getattr(cache, of_layer)[0][:] = before  # equal pages in both caches
     found, exact = (
         cache.attention(segments).attend(
             0, *(x.to(dtype) for x in (query, key, value)), scaling=0.1, sliding_window=100

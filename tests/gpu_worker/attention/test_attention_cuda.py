@@ -1,4 +1,4 @@
-"""The packing of a step for varlen_attn: on the CPU with a slow operator against regions, on a GPU with torch's."""
+"""The packing of a step for varlen_attn: on the CPU with a slow operator against host memory, on a GPU with torch's."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from gpu_worker.attention.kv_cache import KvCache, KvShape
-from gpu_worker.attention.kv_pages import KvPages
-from gpu_worker.attention.kv_regions import KvRegions
+from gpu_worker.attention.kv_pages import DeviceKvCache, HostKvCache
 from gpu_worker.engine.memory_plan import PAGE_TOKENS
 from gpu_worker.model.base_model import BaseModel, load_base_model
 from gpu_worker.request.request import Job
@@ -62,14 +61,14 @@ def attended(cache: KvCache, steps: list[list[tuple[int, int]]], window: int | N
 @WINDOWS
 @pytest.mark.parametrize("page_tokens", [16, 256])
 @pytest.mark.parametrize("name", STEPS)
-def test_attention_over_pages_equals_attention_over_regions(name: str, page_tokens: int, window: int | None) -> None:
+def test_attention_over_pages_equals_attention_in_host_memory(name: str, page_tokens: int, window: int | None) -> None:
     shape = shape_of(torch.float32, page_tokens)
-    pages = KvPages(shape, CPU, slow_varlen_attn)
+    pages = DeviceKvCache(shape, CPU, slow_varlen_attn)
     shuffled_rows = [pages.allocate(1, 40) for _ in range(4)]  # so that the pages of a row are not in order
     for row in shuffled_rows[::2] + shuffled_rows[1::2]:
         pages.free(row)
     found = attended(pages, STEPS[name], window, CPU)
-    torch.testing.assert_close(found, attended(KvRegions(shape), STEPS[name], window, CPU), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found, attended(HostKvCache(shape), STEPS[name], window, CPU), atol=1e-5, rtol=1e-5)
 
 
 def test_the_slow_operator_has_the_signature_of_torchs() -> None:
@@ -86,14 +85,14 @@ def jobs_over(pool: list[AdapterWeights]) -> list[Job]:
 
 
 @pytest.mark.parametrize("family", ["gemma3", "llama", "qwen3"])
-def test_an_engine_over_pages_answers_like_one_over_regions(
+def test_an_engine_over_device_pages_answers_like_one_in_host_memory(
     family: str, make_engine: MakeEngine, tiny_base: Callable[..., BaseModel]
 ) -> None:
     """Long prompts come in chunks, rows start and end, and with few pages some rows are preempted and recomputed."""
     pool = [random_adapter(linear_shapes(tiny_base(family)), seed) for seed in range(2)]
     adapters, jobs = by_digest(*pool), jobs_over(pool)
     over_pages = make_engine(
-        adapters, family, kv_tokens=160, build_kv_cache=lambda shape: KvPages(shape, CPU, slow_varlen_attn)
+        adapters, family, kv_tokens=160, build_kv_cache=lambda shape: DeviceKvCache(shape, CPU, slow_varlen_attn)
     )
     for found, expected in zip(
         run_together(over_pages, jobs), run_together(make_engine(adapters, family), jobs), strict=True
@@ -113,8 +112,8 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch fin
 @pytest.mark.parametrize("name", STEPS)
 def test_torchs_operator_equals_the_slow_one(name: str, head_dim: int, window: int | None) -> None:
     shape, cuda = shape_of(torch.bfloat16, PAGE_TOKENS["cuda"], head_dim), torch.device("cuda")
-    found = attended(KvPages(shape, cuda), STEPS[name], window, cuda)
-    expected = attended(KvPages(shape, CPU, slow_varlen_attn), STEPS[name], window, CPU)
+    found = attended(DeviceKvCache(shape, cuda), STEPS[name], window, cuda)
+    expected = attended(DeviceKvCache(shape, CPU, slow_varlen_attn), STEPS[name], window, CPU)
     assert_equal_logits(found, expected)
 
 

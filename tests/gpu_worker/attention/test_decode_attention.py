@@ -1,4 +1,4 @@
-"""The compiled code for regions refuses tensors of wrong shapes."""
+"""The compiled code for pages refuses tensors of wrong shapes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gpu_worker.attention.decode_attention import DecodeKernel, Decodes, load_de
 from gpu_worker.step.attention_plan import Segment
 from tests.gpu_worker.engine_driver import compiled
 
-ROWS, HEADS, TOKENS, DIM = 2, 4, 5, 8
+HEADS, SLOTS, DIM = 4, 10, 8
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +22,9 @@ def test_keys_of_another_shape_are_not_written(shape: tuple[int, ...], kernel: D
     """The kernel would read beyond the first two heads of four, and store foreign memory."""
     larger = torch.randn(2 * HEADS, 4, 2 * DIM)
     key = larger[: shape[0], : shape[1], : shape[2]]
-    keys, values = torch.zeros(2, ROWS, HEADS, TOKENS, DIM)
+    keys, values = torch.zeros(2, HEADS, SLOTS, DIM)
     with pytest.raises(AssertionError, match="keys"):
-        kernel.write(key, key, torch.tensor([0]), torch.tensor([0]), keys, values)
+        kernel.write(key, key, torch.tensor([0]), keys, values)
     assert not keys.any() and not values.any()
 
 
@@ -39,9 +39,10 @@ def test_keys_of_another_shape_are_not_written(shape: tuple[int, ...], kernel: D
 def test_queries_of_another_shape_are_refused(
     query_shape: tuple[int, ...], output_shape: tuple[int, ...], kernel: DecodeKernel
 ) -> None:
-    keys, values = torch.zeros(2, ROWS, HEADS, TOKENS, DIM)
+    keys, values = torch.zeros(2, HEADS, SLOTS, DIM)
     output = torch.full(output_shape, 7.0)
     decodes = Decodes([Segment(row=0, start=0, num_tokens=1, context_len=2)])
     with pytest.raises(AssertionError, match=r"quer|output"):
-        kernel.attend(decodes, torch.zeros(query_shape), keys, values, output, scaling=1.0, sliding_window=None)
+        query, table = torch.zeros(query_shape), (torch.zeros(1, 2, dtype=torch.long), 5)
+        kernel.attend(decodes, query, keys, values, output, table, scaling=1.0, sliding_window=None)
     assert (output == 7).all()

@@ -8,13 +8,12 @@ import pytest
 import torch
 
 from gpu_worker.attention.kv_cache import KvCache, KvShape
-from gpu_worker.attention.kv_pages import KvPages
-from gpu_worker.attention.kv_regions import KvRegions
+from gpu_worker.attention.kv_pages import DeviceKvCache, HostKvCache
 from tests.gpu_worker.engine_driver import kv_shape
 
 Build = Callable[[KvShape], KvCache]
-BUILDS: list[Build] = [KvRegions, lambda shape: KvPages(shape, torch.device("cpu"))]
-either = pytest.mark.parametrize("build", BUILDS, ids=["regions", "pages"])
+BUILDS: list[Build] = [HostKvCache, lambda shape: DeviceKvCache(shape, torch.device("cpu"))]
+either = pytest.mark.parametrize("build", BUILDS, ids=["host", "device"])
 
 
 @either

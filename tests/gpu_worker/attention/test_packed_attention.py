@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gpu_worker.attention.kv_cache import KvCache
-from gpu_worker.attention.kv_pages import KvPages
-from gpu_worker.attention.kv_regions import KvRegions
+from gpu_worker.attention.kv_pages import DeviceKvCache, HostKvCache
 from gpu_worker.attention.packed_attention import packed_attention
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.step.attention_plan import AttentionPlan, Segment
@@ -101,7 +100,7 @@ def test_a_layer_may_attend_once_per_step() -> None:
     packed_attention(layer(1), VALUE, VALUE, VALUE, None, step=step, scaling=1.0)
 
 
-@pytest.mark.parametrize("over", ["regions", "pages"])
+@pytest.mark.parametrize("over", ["host", "device"])
 @pytest.mark.parametrize(
     ("query", "key", "value"),
     [
@@ -118,7 +117,9 @@ def test_heads_that_do_not_match_the_cache_are_refused(
     over: str, query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...]
 ) -> None:
     shape = kv_shape()
-    cache: KvCache = KvRegions(shape) if over == "regions" else KvPages(shape, torch.device("cpu"), slow_varlen_attn)
+    cache: KvCache = (
+        HostKvCache(shape) if over == "host" else DeviceKvCache(shape, torch.device("cpu"), slow_varlen_attn)
+    )
     row = cache.allocate(3, 5)
     plan = cache.attention([Segment(row, 0, 3, 0)])
     parts = (torch.ones(query), torch.ones(key), torch.ones(value))

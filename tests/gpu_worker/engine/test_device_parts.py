@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from gpu_worker.attention.kv_pages import KvPages
-from gpu_worker.attention.kv_regions import KvRegions
+from gpu_worker.attention.kv_pages import DeviceKvCache, HostKvCache
 from gpu_worker.config import WorkerConfig
 from gpu_worker.engine.device_parts import fuse_where_compiled, make_kv_cache, make_lora_kernel
 from gpu_worker.lora.lora_kernel import LoraKernel
@@ -24,9 +23,9 @@ def on(device: Any) -> WorkerConfig:
     return replace(ON_CPU, device=device)
 
 
-def test_keys_and_values_are_in_regions_on_the_cpu_and_in_pages_elsewhere() -> None:
-    assert isinstance(make_kv_cache(ON_CPU, kv_shape()), KvRegions)
-    assert isinstance(make_kv_cache(on("meta"), kv_shape()), KvPages)  # a device without memory
+def test_keys_and_values_are_in_host_memory_on_the_cpu_and_on_the_device_elsewhere() -> None:
+    assert isinstance(make_kv_cache(ON_CPU, kv_shape()), HostKvCache)
+    assert isinstance(make_kv_cache(on("meta"), kv_shape()), DeviceKvCache)  # a device without memory
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from gpu_worker.attention.kv_cache import KvShape
-from gpu_worker.attention.kv_regions import KvRegions
+from gpu_worker.attention.kv_pages import HostKvCache
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.engine_thread import EngineThread
 from gpu_worker.errors import DeadlineExceeded, EngineStopped, RequestFailed
@@ -125,15 +125,15 @@ def test_a_failed_step_leaves_nothing_of_a_hostile_adapter_in_the_cache(
     assert_same(base, alone(BASE_JOB, {}))
 
 
-class LostDevice(KvRegions):
+class LostDevice(HostKvCache):
     """A cache on a device that may be lost; then it cannot be wiped any more."""
 
     is_lost = False
 
-    def _wipe(self, row: int, pages: Sequence[int]) -> None:
+    def _wipe(self, group: int, pages: Sequence[int]) -> None:
         if self.is_lost:
             raise OutOfMemory("the device is lost")
-        super()._wipe(row, pages)
+        super()._wipe(group, pages)
 
 
 def losing(make_engine: MakeEngine, **changes: object) -> tuple[Engine, Callable[[], None]]:

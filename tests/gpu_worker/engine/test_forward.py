@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from gpu_worker.attention.kv_regions import KvRegions
+from gpu_worker.attention.kv_pages import HostKvCache
 from gpu_worker.bank.bank import LoraBank
 from gpu_worker.bank.residency import Residency
 from gpu_worker.engine.forward import ForwardPass
@@ -31,7 +31,7 @@ class Parts:
     """A forward pass over a tiny model, and its parts."""
 
     forward: ForwardPass
-    cache: KvRegions
+    cache: HostKvCache
     model: nn.Module
 
 
@@ -40,7 +40,7 @@ def parts(tiny_base: Callable[..., BaseModel]) -> Parts:
     base, step = tiny_base("llama"), StepContext()
     bank = LoraBank(target_linears(base.model, base.model.get_output_embeddings()), 4)
     inject(base.model, bank, step)
-    cache = KvRegions(kv_shape(num_layers=3, head_dim=8, max_len=40, num_tokens=120))
+    cache = HostKvCache(kv_shape(num_layers=3, head_dim=8, max_len=40, num_tokens=120))
     return Parts(ForwardPass(base, Residency(bank), cache, step, None, torch.device("cpu")), cache, base.model)
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpu_worker.attention.kv_regions import region_bytes
 from gpu_worker.config import WorkerConfig
 from gpu_worker.device.device_memory import MappingLimit
 from gpu_worker.engine.engine import Engine
@@ -68,15 +67,11 @@ def test_less_memory_gives_less_kv_and_too_little_stops_with_the_sum(plan: Calla
         plan(int((fixed + 159 * TOKEN_BYTES) / 0.95))
 
 
-def test_regions_that_may_not_be_mapped_stop_the_start_with_the_sum(plan: Callable[..., MemoryPlan]) -> None:
-    """The budget of tokens fits, but not the address space of all rows at their longest."""
+def test_memory_that_may_not_be_mapped_stops_the_start_with_the_sum(plan: Callable[..., MemoryPlan]) -> None:
     found = plan(GIB, kv_tokens=160)
-    needed = found.total_bytes - found.kv_bytes + 8 * region_bytes(found.kv)
-    assert needed > found.total_bytes
+    needed = found.total_bytes
     assert plan(GIB, MappingLimit("RLIMIT_AS", needed), kv_tokens=160) == found
-    message = (
-        r"KV regions of 8 rows × 160 tokens \d+ MiB = \d+ MiB of \d+ MiB that RLIMIT_AS leaves; lower max_batch_size"
-    )
+    message = r"KV of 160 tokens \d+ MiB = \d+ MiB of .* and of \d+ MiB that RLIMIT_AS leaves; lower kv_tokens"
     for limits in ([("RLIMIT_AS", needed - 1)], [("RLIMIT_DATA", needed), ("RLIMIT_AS", needed - 1)]):
         with pytest.raises(WorkerConfigInvalid, match=message):
             plan(GIB, *[MappingLimit(*limit) for limit in limits], kv_tokens=160)
@@ -94,9 +89,9 @@ from gpu_worker.engine.engine import Engine
 from gpu_worker.errors import WorkerConfigInvalid
 from tests.tiny import tiny_config
 
-resource.setrlimit(resource.RLIMIT_AS, (64 << 30, resource.RLIM_INFINITY))
-config = tiny_config(Path({str(tiny_folders["llama"])!r}), max_model_len=512, max_batch_size=500_000,
-                     max_step_tokens=500_000, bank_rank_rows=8, kv_tokens=512)
+resource.setrlimit(resource.RLIMIT_AS, (8 << 30, resource.RLIM_INFINITY))
+config = tiny_config(Path({str(tiny_folders["llama"])!r}), max_model_len=512, max_batch_size=20_000,
+                     max_step_tokens=20_000, bank_rank_rows=8, kv_tokens=20_000_000)
 try:
     Engine(config, lambda digest: None)
 except WorkerConfigInvalid as exc:

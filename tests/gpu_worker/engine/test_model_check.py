@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from gpu_worker.attention.attention_cpu import RegionAttention
+from gpu_worker.attention.attention_cpu import HostAttention
 from gpu_worker.attention.kv_cache import KvShape
-from gpu_worker.attention.kv_regions import KvRegions
+from gpu_worker.attention.kv_pages import HostKvCache
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model.base_model import BaseModel, load_base_model
 from gpu_worker.step.attention_plan import Segment
@@ -21,23 +21,24 @@ from tests.gpu_worker.families import EQUAL, save
 from tests.tiny import tiny_config
 
 
-class Shortsighted(KvRegions):
+class Shortsighted(HostKvCache):
     """Attention whose decode tokens do not see the previous token."""
 
-    def attention(self, segments: Sequence[Segment]) -> RegionAttention:
+    def _attention(self, segments: Sequence[Segment]) -> HostAttention:
         for segment in segments:
             if segment.num_tokens == 1 and segment.context_len > 0:
-                for values in self.values:
-                    values[segment.row, :, segment.context_len - 1] = 0
-        return super().attention(segments)
+                last = torch.tensor(segment.context_len - 1)
+                for values, group in zip(self.values, self._group_of, strict=True):
+                    values[:, self._pages[group].slots(torch.tensor(segment.row), last)] = 0
+        return super()._attention(segments)
 
 
-class Leaking(KvRegions):
+class Leaking(HostKvCache):
     """Attention in which all rows of a step see the first row's tokens instead of their own."""
 
-    def attention(self, segments: Sequence[Segment]) -> RegionAttention:
+    def _attention(self, segments: Sequence[Segment]) -> HostAttention:
         first = segments[0].row
-        return super().attention([replace(segment, row=first) for segment in segments])
+        return super()._attention([replace(segment, row=first) for segment in segments])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -46,7 +47,7 @@ class Leaking(KvRegions):
     ("cache", "where"), [(Shortsighted, "decode tokens"), (Leaking, "prompts")], ids=["decode", "rows"]
 )
 def test_wrong_attention_is_refused(
-    cache: Callable[[KvShape], KvRegions],
+    cache: Callable[[KvShape], HostKvCache],
     where: str,
     family: str,
     dtype: str,

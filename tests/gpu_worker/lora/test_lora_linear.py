@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from gpu_worker.attention.kv_regions import KvRegions
+from gpu_worker.attention.kv_pages import HostKvCache
 from gpu_worker.bank.bank import LoraBank
 from gpu_worker.bank.residency import Residency
 from gpu_worker.lora.dense_mapping import DenseMapping
@@ -40,7 +40,7 @@ def test_modules_that_share_a_product_get_their_own_part(
     kernel = lora_kernel if is_grouped else None
     lora = composition([plan], [2], residency, torch.float32, kernel, torch.device("cpu"))
     assert isinstance(lora, GroupedMapping if is_grouped else DenseMapping)
-    step.fill(lora, KvRegions(kv_shape()).attention([Segment(0, 0, 2, 0)]))
+    step.fill(lora, HostKvCache(kv_shape()).attention([Segment(0, 0, 2, 0)]))
     inputs = [torch.randn(1, 2, 3)] * 2 if same_input else [torch.randn(1, 2, 3) for _ in range(2)]
     with torch.inference_mode():
         for x, (name, linear) in zip(inputs, linears.items(), strict=True):

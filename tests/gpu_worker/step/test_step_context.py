@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gpu_worker.attention.kv_regions import KvRegions
+from gpu_worker.attention.kv_pages import HostKvCache
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.lora.dense_mapping import DenseMapping
 from gpu_worker.step.attention_plan import AttentionPlan, Segment
@@ -12,7 +12,7 @@ from tests.gpu_worker.engine_driver import kv_shape
 
 
 def plan() -> AttentionPlan:
-    return KvRegions(kv_shape()).attention([Segment(0, 0, 1, 0)])
+    return HostKvCache(kv_shape()).attention([Segment(0, 0, 1, 0)])
 
 
 def test_each_layer_gets_the_steps_plan_once() -> None:
