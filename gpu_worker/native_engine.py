@@ -54,7 +54,7 @@ class NativeEngine(InferenceEngine):
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities(engine="native", structured_output=True)
+        return Capabilities(engine="native", structured_output=True, prefix_cache=self._engine.config.prefix_cache)
 
     @property
     def memory(self) -> EngineMemory:

@@ -25,10 +25,15 @@ _EMPTY_HINT = {
 }
 
 
+class PromptTokensDetails(TypedDict):
+    cached_tokens: int
+
+
 class Usage(TypedDict):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class Alternative(TypedDict):
@@ -253,10 +258,22 @@ class Answer:
         return {} if len(self.plans) == 1 else {"lora": self._plan_of(index)}
 
     def _usage(self, ends: Sequence[Completion] | Sequence[Delta]) -> Usage:
-        """Count tokens as OpenAI does: a prompt counts once, however many answers it has."""
-        num_prompt = sum(end.num_prompt_tokens for end in ends[:: self.num_choices])
+        """Count tokens as OpenAI does: a prompt counts once, however many answers it has.
+
+        Of its answers the one that found the fewest cached tokens counts; the others may have found those of that one.
+        """
+        firsts = range(0, len(ends), self.num_choices)
+        num_prompt = sum(ends[first].num_prompt_tokens for first in firsts)
+        num_cached = sum(
+            min(end.num_cached_tokens for end in ends[first : first + self.num_choices]) for first in firsts
+        )
         num_new = sum(end.num_new_tokens for end in ends)
-        return {"prompt_tokens": num_prompt, "completion_tokens": num_new, "total_tokens": num_prompt + num_new}
+        return {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_new,
+            "total_tokens": num_prompt + num_new,
+            "prompt_tokens_details": {"cached_tokens": num_cached},
+        }
 
 
 def _message(completion: Completion) -> AnswerMessage:

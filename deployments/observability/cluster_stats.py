@@ -109,6 +109,8 @@ class StatsReader:
             "host_hits": sum(counter.num_host_hits for counter in counters),
             "fetches": sum(counter.num_fetches for counter in counters),
             "preemptions": sum(counter.num_preemptions for counter in counters),
+            "cached_prompt_tokens": sum(counter.num_cached_tokens for counter in counters),
+            "prefix_cache_tokens": sum(status.prefix_cache_tokens for status in statuses),
             "kv_tokens_free": sum(status.free_kv_tokens for status in statuses),
         }
 

@@ -25,7 +25,7 @@ _DIGEST_CHARS = 12
 # Name, labels and meaning of the metric of each engine counter. `loaded` counts fetches, by source.
 COUNTER_METRICS: dict[str, tuple[str, dict[str, str], str] | None] = {
     "num_requests": ("loraretriever_engine_requests_total", {}, "Requests submitted to the engine"),
-    "num_prompt_tokens": ("loraretriever_prompt_tokens_total", {}, "Prompt tokens computed"),
+    "num_prompt_tokens": ("loraretriever_prompt_tokens_total", {}, "Prompt tokens of answered requests"),
     "num_new_tokens": ("loraretriever_new_tokens_total", {}, "Tokens generated"),
     "num_bank_hits": (
         "loraretriever_adapter_hits_total",
@@ -38,6 +38,16 @@ COUNTER_METRICS: dict[str, tuple[str, dict[str, str], str] | None] = {
         "Adapters of requests by the cache level they were found in",
     ),
     "num_fetches": None,
+    "num_cached_tokens": (
+        "loraretriever_prefix_cache_hit_tokens_total",
+        {},
+        "Prompt tokens found in the prefix cache",
+    ),
+    "num_evicted_blocks": (
+        "loraretriever_prefix_cache_evictions_total",
+        {},
+        "Blocks that the prefix cache gave up for others",
+    ),
     "num_preemptions": ("loraretriever_preemptions_total", {}, "Rows whose KV cache was released to be computed again"),
     "num_steps": ("loraretriever_steps_total", {}, "Steps of the engine"),
     "step_s": ("loraretriever_step_seconds_total", {}, "Time spent in engine steps"),
@@ -107,6 +117,9 @@ class WorkerMetrics:
         self._free_kv = factory.Gauge("loraretriever_kv_free_rows", "Free rows of the KV cache")
         self._free_kv_tokens = factory.Gauge("loraretriever_kv_free_tokens", "Free tokens of the KV cache")
         self._kv_tokens = factory.Gauge("loraretriever_kv_tokens", "Used tokens of the KV cache")
+        self._prefix_tokens = factory.Gauge(
+            "loraretriever_prefix_cache_tokens", "Tokens in the blocks of the prefix cache, in use or kept"
+        )
         self._step_age = factory.Gauge(
             "loraretriever_step_age_seconds", "Duration so far of the step or command in progress"
         )
@@ -156,6 +169,7 @@ class WorkerMetrics:
         self._free_kv.set(status.free_kv_rows)
         self._free_kv_tokens.set(status.free_kv_tokens)
         self._kv_tokens.set(status.kv_tokens)
+        self._prefix_tokens.set(status.prefix_cache_tokens)
         self._name_resident(status.resident)
         self._count(status.counters)
 

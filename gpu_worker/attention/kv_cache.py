@@ -229,6 +229,10 @@ class KvCache(ABC):
             self._coming.update(holder.announced)
         return row
 
+    def pages(self, row: int) -> list[int]:
+        """Return the row's pages in the layers that keep whole rows, in token order."""
+        return self._main.pages(row)
+
     def num_reused(self, row: int) -> int:
         """Return the number of tokens that were computed before the row was allocated."""
         return self._rows[row].num_cached * self.shape.page_tokens

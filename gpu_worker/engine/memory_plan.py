@@ -106,16 +106,19 @@ def _one_row(config: WorkerConfig, base: BaseModel) -> KvShape:
 
 
 def _with_pages(shape: KvShape, num_pages: int, config: WorkerConfig) -> KvShape:
-    """Return the shape with `num_pages` for whole rows, and as many for windows as the rows can ever hold."""
+    """Return the shape with `num_pages` for whole rows, and as many for windows as rows hold and prefixes may keep."""
     num_window_pages = min(num_pages, _most_window_pages(shape, config)) if shape.window_layers else 0
     tokens = shape.page_tokens
     return replace(shape, num_tokens=num_pages * tokens, num_window_tokens=num_window_pages * tokens)
 
 
 def _most_window_pages(shape: KvShape, config: WorkerConfig) -> int:
-    """Return the most pages with tokens that a step's rows see, or compute: a window may begin and end in a page."""
-    pages_of_row = shape.pages_of(shape.window or 0) + 2
-    return shape.num_rows * pages_of_row + shape.pages_of(config.max_step_tokens)
+    """Return the most pages for windows: those of the rows of a step, and as many for kept prefixes.
+
+    The rows hold the tokens that the step sees or computes; a window may begin and end within a page.
+    """
+    of_windows = shape.num_rows * (shape.pages_of(shape.window or 0) + 2)
+    return of_windows + int(shape.kept_share * of_windows) + shape.pages_of(config.max_step_tokens)
 
 
 def _with_budget(config: WorkerConfig, plan: MemoryPlan) -> KvShape:

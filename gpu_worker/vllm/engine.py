@@ -111,7 +111,9 @@ class VllmEngine(InferenceEngine):
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities(engine="vllm", prefix_cache=True, quantized_base=True, own_process=True)
+        return Capabilities(
+            engine="vllm", prefix_cache=self._config.prefix_cache, quantized_base=True, own_process=True
+        )
 
     @property
     def memory(self) -> EngineMemory:
@@ -211,11 +213,14 @@ class VllmEngine(InferenceEngine):
         path = path_of(row.plan)
         request = None if path is None else LoRARequest(path, self._plan_ids(path), path)
         prompt = TokensPrompt(prompt_token_ids=row.tokens[: row.num_prompt_tokens])
+        if path is not None or not self._config.prefix_cache_shares_base:
+            prompt["cache_salt"] = row.tenant  # vLLM's prefix cache separates plans by path, and tenants by this
         params = sampling_params(row, self._model.vocab_size)
         name = f"{next(self._request_numbers)}"
         try:
             async with aclosing(self._llm.generate(prompt, params, name, lora_request=request)) as outputs:
                 async for output in outputs:
+                    row.num_cached_tokens = output.num_cached_tokens or 0
                     yield self._new_tokens(row, output.outputs[0])
         except EngineDeadError as exc:
             self._fail(exc)

@@ -56,7 +56,7 @@ def _engine_args(config: WorkerConfig, model: FrontModel, free_fill: float, is_c
         max_lora_rank=1,  # of vLLM's own buffers, which stay unused
         worker_cls=_WORKER_CLASS,
         additional_config=plugin.as_additional_config(),
-        enable_prefix_caching=True,
+        enable_prefix_caching=config.prefix_cache,
         enforce_eager=not is_compiled,
         disable_log_stats=True,
         seed=0,

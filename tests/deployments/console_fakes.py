@@ -25,6 +25,7 @@ HOLDINGS = EngineStatus(
     free_kv_tokens=59_000,
     host_cache_bytes=5_000_000,
     num_forgetting=0,
+    prefix_cache_tokens=320,
     counters=Counters(
         num_requests=10,
         num_prompt_tokens=50,
@@ -32,6 +33,7 @@ HOLDINGS = EngineStatus(
         num_bank_hits=6,
         num_host_hits=3,
         num_fetches=1,
+        num_cached_tokens=32,
         num_preemptions=2,
     ),
 )

@@ -12,6 +12,7 @@ from gpu_worker.request.request import Delta, Job
 from tests.deployments.adapter_records import digest_of, given
 
 DELTAS = (Delta("Hel", 5, 1), Delta("lo", 5, 2), Delta("", 5, 3, "stop"))
+NOTHING_CACHED = {"prompt_tokens_details": {"cached_tokens": 0}}  # in the usage of an answer
 BROKEN = (DELTAS[0], EngineStopped("it stopped"))  # a stream that ends with an error
 SHAPES = {"model.layers.0.mlp.up_proj": (8, 6)}
 

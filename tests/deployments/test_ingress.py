@@ -20,7 +20,7 @@ from retriever_svc import Route, RouteRequest
 from tests.deployments.adapter_records import BASE, POOL
 from tests.deployments.app_fakes import Served, serve_plainly
 from tests.deployments.fake_retriever import FakeRetriever
-from tests.deployments.fake_worker import BROKEN, DELTAS, FakeWorker
+from tests.deployments.fake_worker import BROKEN, DELTAS, NOTHING_CACHED, FakeWorker
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 SAMPLING = {"max_tokens": 9, "temperature": 0.25, "top_k": 4, "seed": 11, "stop": ["a"]}
@@ -47,7 +47,7 @@ def test_an_answer_is_the_workers_joined_text() -> None:
     [choice] = answer["choices"]
     assert choice["message"] == {"role": "assistant", "content": "Hello"}
     assert choice["finish_reason"] == "stop"
-    assert answer["usage"] == {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8}
+    assert answer["usage"] == {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8} | NOTHING_CACHED
     assert answer["model"] == "auto"
     assert [adapter["name"] for adapter in answer["lora"]["adapters"]] == ["poet", "coder"]
     assert "candidates" not in answer["lora"]
@@ -106,7 +106,7 @@ def test_a_stream_starts_with_the_plan_and_ends_with_the_reason() -> None:
 def test_usage_is_last_and_only_on_request() -> None:
     *chunks, last = stream(CHAT | {"stream_options": {"include_usage": True}})
     assert last["choices"] == []
-    assert last["usage"] == {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8}
+    assert last["usage"] == {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8} | NOTHING_CACHED
     assert not any("usage" in chunk for chunk in chunks)
     assert len(chunks) == len(stream(CHAT)) == 4
 

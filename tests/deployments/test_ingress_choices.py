@@ -13,7 +13,7 @@ from gpu_worker.request.request import Delta, Job, TokenLogprob
 from tests.deployments.adapter_records import BASE
 from tests.deployments.app_fakes import Served
 from tests.deployments.asking import ask, error_of, post
-from tests.deployments.fake_worker import FakeWorker
+from tests.deployments.fake_worker import NOTHING_CACHED, FakeWorker
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 
@@ -42,7 +42,7 @@ def test_n_choices_of_a_chat_are_in_order_with_separate_seeds() -> None:
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
     assert texts[0] == "Hi/5"
     assert len(set(texts)) == 3
-    assert answer["usage"] == {"prompt_tokens": 2, "completion_tokens": 6, "total_tokens": 8}
+    assert answer["usage"] == {"prompt_tokens": 2, "completion_tokens": 6, "total_tokens": 8} | NOTHING_CACHED
 
 
 def test_adapters_are_retrieved_once_for_n_choices() -> None:
@@ -75,7 +75,7 @@ def test_prompts_have_separate_plans_and_choices() -> None:
     assert [choice["text"].partition("/")[0] for choice in answer["choices"]] == ["a", "a", "bb", "bb"]
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
     assert all(choice["lora"]["strategy"] == "mixture" for choice in answer["choices"])
-    assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 8, "total_tokens": 11}
+    assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 8, "total_tokens": 11} | NOTHING_CACHED
 
     async def texts(client: httpx.AsyncClient, served: Served) -> list[str]:
         await client.post("/v1/completions", json=body)

@@ -15,10 +15,10 @@ from gpu_worker.request.tools import ToolCallPiece
 from lora_store import BASE_PLAN, Plan, PlannedAdapter
 from tests.deployments.adapter_records import BASE as BASE_NAME
 from tests.deployments.asking import post
-from tests.deployments.fake_worker import FakeWorker
+from tests.deployments.fake_worker import NOTHING_CACHED, FakeWorker
 from tests.deployments.shown_plans import CANDIDATES, CODER, EXPLAINED, LORA, PLAN, POET
 
-USAGE = {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8}
+USAGE = {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8} | NOTHING_CACHED
 IDENTITY = {"created": 1000, "model": "auto"}
 HALF = TokenLogprob(b"\xc3", -0.5, ((b"\xc3", -0.5), (b"\xe2", -1.5)), 0)
 REST = TokenLogprob(b"\xa9", -0.25, ((b" a", -0.125),), 0)
@@ -94,6 +94,15 @@ def test_two_answers_differ_in_their_ids() -> None:
     assert one.opening()["id"] == one.chunk(0, Delta("", 1, 1))["id"]
 
 
+def test_cached_tokens_of_a_prompt_are_those_that_all_its_answers_found() -> None:
+    """The second answer to each prompt found the blocks that the first one had computed."""
+    both = answer("text", plans=[Planned(PLAN, CANDIDATES), BASE], num_choices=2)
+    ends = [Completion("", 50, 3, "stop", num_cached_tokens=count) for count in (16, 48, 32, 0)]
+    assert both.whole(ends)["usage"]["prompt_tokens_details"] == {"cached_tokens": 16}
+    lasts = [Delta("", 50, 3, "stop", num_cached_tokens=count) for count in (48, 32, 32, 32)]
+    assert both.usage_chunk(lasts)["usage"]["prompt_tokens_details"] == {"cached_tokens": 64}
+
+
 def test_with_several_prompts_choices_have_plans_and_each_prompt_counts_once() -> None:
     both = answer("text", plans=[Planned(PLAN, CANDIDATES), BASE], num_choices=2)
     ends = [Completion(text, 5 if index < 2 else 7, 3, "stop") for index, text in enumerate("abcd")]
@@ -102,7 +111,7 @@ def test_with_several_prompts_choices_have_plans_and_each_prompt_counts_once() -
     assert [c["text"] for c in whole["choices"]] == list("abcd")
     assert [c["lora"]["strategy"] for c in whole["choices"]] == ["selection", "selection", "base", "base"]
     assert "lora" not in whole
-    usage = {"prompt_tokens": 12, "completion_tokens": 12, "total_tokens": 24}
+    usage = {"prompt_tokens": 12, "completion_tokens": 12, "total_tokens": 24} | NOTHING_CACHED
     assert whole["usage"] == usage
     assert both.usage_chunk([Delta("", end.num_prompt_tokens, 3, "stop") for end in ends])["usage"] == usage
     opening = both.opening()

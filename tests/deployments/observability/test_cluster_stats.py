@@ -51,6 +51,7 @@ def test_stats_are_sums_over_the_workers() -> None:
     assert (workers["bank_hits"], workers["host_hits"], workers["fetches"]) == (12, 6, 2)
     assert (workers["requests"], workers["prompt_tokens"], workers["new_tokens"]) == (20, 100, 800)
     assert (workers["preemptions"], workers["kv_tokens_free"]) == (4, 118_000)
+    assert (workers["cached_prompt_tokens"], workers["prefix_cache_tokens"]) == (64, 640)
     assert workers["replicas"] == {"answered": 2, "silent": 0}
 
 

@@ -18,7 +18,16 @@ HELD = EngineStatus(
     free_kv_tokens=900,
     host_cache_bytes=500,
     num_forgetting=0,
-    counters=Counters(num_requests=5, num_new_tokens=100, num_bank_hits=4, num_host_hits=1, num_steps=40, step_s=1.5),
+    prefix_cache_tokens=640,
+    counters=Counters(
+        num_cached_tokens=48,
+        num_requests=5,
+        num_new_tokens=100,
+        num_bank_hits=4,
+        num_host_hits=1,
+        num_steps=40,
+        step_s=1.5,
+    ),
 )
 
 
@@ -35,6 +44,7 @@ def test_gauges_report_the_current_state() -> None:
     assert kinds["missing_kernels"].last[()] == 2
     single = ("running_rows", "waiting_rows", "host_cache_bytes", "kv_free_rows", "kv_tokens", "kv_free_tokens")
     assert [kinds[name].last[()] for name in single] == [3, 2, 500, 13, 70, 900]
+    assert kinds["prefix_cache_tokens"].last[()] == 640
     assert kinds["step_age_seconds"].last[()] == 0.25
     assert kinds["bank_rows"].last == {("active",): 8, ("idle",): 4, ("free",): 4}
     assert kinds["resident_adapters"].last == {("a" * 12,): 1, ("b" * 12,): 1, ("(other)",): 0}
@@ -45,9 +55,15 @@ def test_counters_increase_by_the_engines_work_since_the_last_report() -> None:
     metrics = WorkerMetrics(16, kinds)
     metrics.report_status(HELD)
     metrics.report_status(HELD)
-    metrics.report_status(replace(HELD, counters=replace(HELD.counters, num_new_tokens=130, step_s=2.0, num_fetches=1)))
+    metrics.report_status(
+        replace(
+            HELD, counters=replace(HELD.counters, num_new_tokens=130, step_s=2.0, num_fetches=1, num_evicted_blocks=7)
+        )
+    )
     assert kinds["new_tokens_total"].counts == {(): 130}
     assert kinds["step_seconds_total"].counts == {(): 2.0}
+    assert kinds["prefix_cache_hit_tokens_total"].counts == {(): 48}
+    assert kinds["prefix_cache_evictions_total"].counts == {(): 7}
     assert kinds["engine_requests_total"].counts == {(): 5}
     assert kinds["prompt_tokens_total"].counts == {}, "Ray refuses to add nothing"
     assert kinds["adapter_hits_total"].counts == {("bank",): 4, ("host",): 1}

@@ -86,6 +86,7 @@ class World:
     lone_answers: dict[Job, Answer]
     num_joined: int = 0
     num_preemptions: int = 0
+    num_cached: int = 0
     num_compared: int = 0
     num_faults: int = 0
 
@@ -177,9 +178,9 @@ class EngineStates(RuleBasedStateMachine):
         assert len({id(row) for row in (*running, *waiting)}) == held.num_running + held.num_waiting
         assert held.free_kv_rows + len(running) == BATCH == len({row.kv_row for row in running}) + held.free_kv_rows
         pages_of, total = self.engine.memory.kv.pages_of, self.engine.memory.kv.num_tokens
-        least = sum(16 * pages_of(row.num_computed) for row in running)
-        most = sum(16 * pages_of(len(row.tokens)) for row in running)
-        assert total - most <= held.free_kv_tokens <= total - least
+        pages = {row.kv_row: self.engine.kv_cache.pages(row.kv_row) for row in running}
+        assert all(pages_of(row.num_computed) <= len(pages[row.kv_row]) <= pages_of(len(row.tokens)) for row in running)
+        assert held.free_kv_tokens == total - 16 * len({page for of_row in pages.values() for page in of_row})
         pinned = [row for row in (*running, *waiting) if row.is_pinned]
         assert self.engine.residency.num_pins == sum(len(row.weights_digests) for row in pinned)
         assert all(row.is_pinned and not row.loads for row in running)
@@ -209,6 +210,7 @@ class EngineStates(RuleBasedStateMachine):
             assert_same(answer, self.world.alone(job))
             self.world.num_compared += 1
         self.world.num_preemptions += held.counters.num_preemptions
+        self.world.num_cached += held.counters.num_cached_tokens
 
 
 def is_over(answer: Answer) -> bool:
@@ -237,8 +239,9 @@ def test_nothing_leaks_in_any_sequence(world: World, scale: Scale) -> None:
         max_examples=20, stateful_step_count=40, deadline=None, database=None, suppress_health_check=list(HealthCheck)
     )
     for number in itertools.count():
-        if world.num_joined >= wanted and world.num_preemptions and world.num_compared and world.num_faults:
+        happened = world.num_preemptions, world.num_compared, world.num_faults, world.num_cached
+        if world.num_joined >= wanted and all(happened):
             return
-        assert world.num_joined < 10 * wanted, "no row was preempted or compared, or no step failed"
+        assert world.num_joined < 10 * wanted, "no row was preempted, compared or found a prefix, or no step failed"
         states = seed(number)(lambda: EngineStates(world))
         run_state_machine_as_test(states, settings=checks)  # type: ignore[arg-type]
