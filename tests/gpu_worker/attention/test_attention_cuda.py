@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,8 @@ def attended(cache: KvCache, steps: list[list[tuple[int, int]]], window: int | N
         plan = cache.attention(segments)
         assert plan.token_positions.tolist() == [s.context_len + i for s in segments for i in range(s.num_tokens)]
         outputs.append(plan.attend(1, query, key, value, scaling=0.3, sliding_window=window).cpu())
+        for row, length in lengths.items():
+            cache.computed(rows[row], length)
     return torch.cat(outputs)
 
 
@@ -69,6 +72,20 @@ def test_attention_over_pages_equals_attention_in_host_memory(name: str, page_to
         pages.free(row)
     found = attended(pages, STEPS[name], window, CPU)
     torch.testing.assert_close(found, attended(HostKvCache(shape), STEPS[name], window, CPU), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("page_tokens", [16, 256])
+@pytest.mark.parametrize("name", STEPS)
+def test_a_window_layer_without_its_older_pages_attends_as_with_them(name: str, page_tokens: int) -> None:
+    """Freed pages hold NaN. The layer before it keeps whole rows."""
+    shape = shape_of(torch.float32, page_tokens)
+    windowed = replace(shape, window=12, window_layers=frozenset({1}), num_window_tokens=6 * 200)
+    expected = attended(HostKvCache(shape), STEPS[name], 12, CPU)
+    host, device = HostKvCache(windowed), DeviceKvCache(windowed, CPU, slow_varlen_attn)
+    for cache in (host, device):
+        for store in cache.stores:
+            store.fill_(torch.nan)
+        torch.testing.assert_close(attended(cache, STEPS[name], 12, CPU), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_the_slow_operator_has_the_signature_of_torchs() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from gpu_worker.attention.kv_cache import KvCache
+from gpu_worker.attention.kv_cache import KvCache, KvShape
 from gpu_worker.attention.kv_pages import DeviceKvCache, HostKvCache
 from gpu_worker.attention.packed_attention import packed_attention
 from gpu_worker.errors import BaseModelUnsupported
@@ -98,6 +99,20 @@ def test_a_layer_may_attend_once_per_step() -> None:
         packed_attention(layer(1), VALUE, VALUE, VALUE, None, step=step, scaling=1.0)
     step.fill(None, Noting())
     packed_attention(layer(1), VALUE, VALUE, VALUE, None, step=step, scaling=1.0)
+
+
+@pytest.mark.parametrize(
+    "build", [HostKvCache, lambda shape: DeviceKvCache(shape, torch.device("cpu"), slow_varlen_attn)]
+)
+def test_a_layer_may_not_see_more_than_the_cache_keeps_for_it(build: Callable[[KvShape], KvCache]) -> None:
+    cache = build(kv_shape(window=3, window_layers=frozenset({1}), num_window_tokens=15))
+    row = cache.allocate(3, 5)
+    plan, parts = cache.attention([Segment(row, 0, 3, 0)]), [torch.ones(heads, 3, 4) for heads in (4, 2, 2)]
+    for layer_index, window in ((0, None), (0, 3), (1, 3), (1, 2)):
+        plan.attend(layer_index, *parts, scaling=1.0, sliding_window=window)
+    for window, seen in ((None, "all"), (4, "4")):
+        with pytest.raises(BaseModelUnsupported, match=f"{seen} tokens in a layer whose config implies a window of 3"):
+            plan.attend(1, *parts, scaling=1.0, sliding_window=window)
 
 
 @pytest.mark.parametrize("over", ["host", "device"])

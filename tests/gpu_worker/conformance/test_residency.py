@@ -212,3 +212,18 @@ def test_a_cancelled_job_frees_its_adapters(hosted: HostedEngine, adapter: MakeA
     asked = job("leave", plan_of("selection", (weights, 1.0)), LONG)
     hosted.run(collect(hosted.engine, asked, lambda found: len(found) == 2))
     assert hosted.run(hosted.engine.forget([weights.weights_digest])) or not hosted.status().num_running
+
+
+def test_only_the_same_tenant_finds_a_prompt_under_the_same_plan(hosted: HostedEngine, adapter: MakeAdapter) -> None:
+    """Of an answer to the same prompt, tenant or plan differ."""
+    weights = adapter(7)
+    hosted.add(weights)
+    plans = [BASE_PLAN, plan_of("selection", (weights, 1.0)), plan_of("selection", (weights, 0.5))]
+
+    def found(tenant: str) -> list[int]:
+        jobs = [job("a prompt of some length " * 5, plan, tenant=tenant) for plan in plans]
+        return [answer.num_cached_tokens for each in jobs for answer in hosted.answers(each)]
+
+    assert found("first") == found("second") == [0, 0, 0]
+    if hosted.engine.capabilities.engine == "native":
+        assert found("first") == found("second") == [112, 112, 112]

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,44 @@ def test_with_enough_memory_every_row_may_have_its_maximum_length(plan: Callable
     assert plan(GIB, max_model_len=5000).kv.num_tokens == 8 * 512, "the model's own bound"
     assert plan(GIB, kv_tokens=200).kv.num_tokens == 208
     assert plan(GIB, kv_tokens=1_000_000).kv.num_tokens == 8 * 160, "no more than rows can use"
+
+
+def windowed(base: BaseModel) -> BaseModel:
+    """Return a base model of three layers, two of which see 20 tokens."""
+    return replace(base, window=20, window_layers=frozenset({0, 1}))
+
+
+def test_layers_with_a_window_plan_what_rows_and_prefixes_hold(
+    tiny_base: Callable[..., BaseModel], tiny_folders: Mapping[str, Path]
+) -> None:
+    """Eight rows of 512 tokens hold at most four pages each in a window, and a step computes four pages more."""
+    base, folder = tiny_base("llama"), tiny_folders["llama"]
+    of_layer, ample = TOKEN_BYTES // 3, {"max_model_len": 512, "max_step_tokens": 64}
+    for changes, num_window_tokens in (
+        ({}, (8 * 4 * 2 + 4) * 16),
+        ({"prefix_cache": False}, (8 * 4 + 4) * 16),
+        ({"prefix_cache_share": 0.5}, (8 * 4 + 16 + 4) * 16),
+    ):
+        found = plan_memory(tiny_config(folder, **ample, **changes), windowed(base), GIB)
+        assert (found.kv.num_tokens, found.kv.num_window_tokens) == (8 * 512, num_window_tokens)
+        assert found.kv_bytes == (8 * 512 + 2 * num_window_tokens) * of_layer
+        saved = (8 * 512 - num_window_tokens) * 2 * of_layer / (1 << 20)
+        assert f"KV of 4096 tokens (2 of 3 layers keep a window of 20, which saves {saved:,.0f} MiB)" in str(found)
+    short = plan_memory(tiny_config(folder, max_model_len=20), windowed(base), GIB)
+    assert short.kv.window_layers == frozenset(), "no row outgrows the window"
+
+
+@pytest.mark.parametrize("num_tokens", [512, 1024, 2000, 4000])
+def test_memory_that_is_left_is_used_with_windows_too(
+    num_tokens: int, tiny_base: Callable[..., BaseModel], tiny_folders: Mapping[str, Path]
+) -> None:
+    base = windowed(tiny_base("llama"))
+    config = tiny_config(tiny_folders["llama"], max_model_len=512, prefix_cache=False)
+    ample = plan_memory(config, base, GIB)
+    fixed = ample.total_bytes - ample.kv_bytes - int(0.05 * GIB)
+    wanted = num_tokens + 2 * min(num_tokens, 576)
+    found = plan_memory(config, base, int((fixed + wanted * TOKEN_BYTES // 3) / 0.95) + 2)
+    assert found.kv.num_tokens == num_tokens // 16 * 16 and found.total_bytes <= found.free_bytes
 
 
 def test_less_memory_gives_less_kv_and_too_little_stops_with_the_sum(plan: Callable[..., MemoryPlan]) -> None:

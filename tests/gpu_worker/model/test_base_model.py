@@ -115,6 +115,16 @@ def test_the_properties_that_the_engine_needs_are_read_from_the_model(
     assert base.backend_tokenizer.token_to_id("<bos>") == 256
 
 
+@pytest.mark.parametrize(
+    ("family", "window", "layers"), [("gemma3", 12, {0, 2}), ("mistral", 12, set()), ("llama", None, set())]
+)
+def test_layers_with_a_window_are_known_where_others_have_none(
+    family: str, window: int | None, layers: set[int], tiny_base: Callable[..., BaseModel]
+) -> None:
+    base = tiny_base(family)
+    assert (base.window, base.window_layers) == (window, layers)
+
+
 def test_every_declared_end_ends_an_answer(tmp_path: Path, tiny_folders: Mapping[str, Path]) -> None:
     base = load_base_model(tiny_config(tiny_folders["llama"]))
     base.model.generation_config.eos_token_id = [257, 250]
