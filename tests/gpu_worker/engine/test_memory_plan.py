@@ -128,9 +128,10 @@ from gpu_worker.engine.engine import Engine
 from gpu_worker.errors import WorkerConfigInvalid
 from tests.tiny import tiny_config
 
-resource.setrlimit(resource.RLIMIT_AS, (8 << 30, resource.RLIM_INFINITY))
-config = tiny_config(Path({str(tiny_folders["llama"])!r}), max_model_len=512, max_batch_size=20_000,
-                     max_step_tokens=20_000, bank_rank_rows=8, kv_tokens=20_000_000)
+[used] = [int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmSize")]
+resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), resource.RLIM_INFINITY))
+config = tiny_config(Path({str(tiny_folders["llama"])!r}), max_model_len=512, max_batch_size=10_000,
+                     max_step_tokens=10_000, bank_rank_rows=8, kv_tokens=5_120_000)
 try:
     Engine(config, lambda digest: None)
 except WorkerConfigInvalid as exc:
