@@ -109,8 +109,8 @@ class Row:
             return None
         logprobs = self._released_logprobs() if self.pending_logprobs else ()
         counts = self.num_prompt_tokens, self.num_new_tokens
-        more = self.first_logits, logprobs, self.queued_s, calls, self.num_cached_tokens
-        return Delta(text, *counts, reason, *more)
+        cached = self.num_cached_tokens
+        return Delta(text, *counts, reason, self.first_logits, logprobs, self.queued_s, calls, cached)
 
     def _logprob(self, token: int, scored: Scored) -> TokenLogprob:
         top = tuple((self.token_bytes(token_id), logprob) for token_id, logprob in scored.top)

@@ -236,7 +236,7 @@ def test_lora_linear_equals_the_papers_einsum(strategy: str, popularity: str, by
         lora = dense_mapping(plans, counts, residency, torch.float32, torch.device("cpu"))
     else:
         lora = grouped_mapping(plans, counts, residency, lora_kernel)
-    step.fill(lora, HostKvCache(kv_shape()).attention(segments))
+    step.fill(lora, HostKvCache(kv_shape(num_rows=num_rows, max_len=num_tokens)).attention(segments))
     x = torch.randn(num_rows, num_tokens, num_in)
     slow = einsum_mixture if strategy == "mixture" else einsum_fusion
     with torch.inference_mode():
