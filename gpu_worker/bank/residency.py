@@ -176,7 +176,7 @@ class Residency(RowAssignment):
         return owner is not None and owner[0] in self._unwritten
 
 
-def drop(digests: Collection[str], loader: AdapterLoader, residency: Residency) -> None:
+def drop(digests: Collection[str], loader: AdapterLoader, residency: RowAssignment) -> None:
     """Drop these weights from the bank and host memory. No row uses them, and no load of them is in progress."""
     for digest in digests:
         loader.discard(digest)
