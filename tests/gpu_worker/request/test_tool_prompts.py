@@ -157,6 +157,16 @@ def test_invalid_arguments_stay_text() -> None:
     assert turn.content == "Hm\n" + call_text({"name": "f", "arguments": "{broken"})
 
 
+def test_arguments_that_a_template_cannot_read_are_refused() -> None:
+    template = (
+        "{{ tools }}{% for m in messages %}{% for c in m.tool_calls or [] %}{{ c.function.arguments | items | list }}"
+    )
+    tokenizer = tokenizer_with(f"{template}{{% endfor %}}{{% endfor %}}")
+    turns = [ASKED, Message("assistant", "", (ToolCall("1", "f", "[1]"),))]
+    with pytest.raises(PromptInvalid, match="rejects the messages"):
+        render_conversation(turns, "chat", tokenizer, ToolStyle(HERMES, is_native=True), TOOLS)
+
+
 def test_the_description_follows_the_system_text() -> None:
     assert with_system_text([Message("system", "A"), ASKED], "B") == [Message("system", "A\n\nB"), ASKED]
     assert with_system_text([ASKED], "B") == [Message("system", "B"), ASKED]
