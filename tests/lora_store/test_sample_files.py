@@ -32,7 +32,7 @@ def test_blank_lines_are_ignored_but_counted(tmp_path: Path) -> None:
     assert [problem[:6] for problem in caught.value.problems] == ["line 3"]
 
 
-def test_of_too_many_samples_some_are_read_from_the_whole_file(tmp_path: Path) -> None:
+def test_a_share_of_too_many_samples_is_read_from_the_whole_file(tmp_path: Path) -> None:
     (tmp_path / SAMPLES_FILE).write_text("".join(f'{{"input": "{number}"}}\n' for number in range(7)))
     assert [sample.input for sample in read_samples(tmp_path, Limits(max_samples=3))] == ["0", "2", "4"]
     assert len(read_samples(tmp_path, Limits(max_samples=7))) == 7
