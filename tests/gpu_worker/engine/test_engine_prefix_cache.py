@@ -34,7 +34,7 @@ from tests.tiny import plan_of, random_adapter
 
 PAGE = 16
 PROMPT = "a system prompt that all of these requests begin with, of eighty tokens or so; "  # one token per byte
-QUESTIONS = ["", "what?", "where is it, and why does nobody know?", "what? and when?"]
+QUESTIONS = ["", "what?", "where is it, and why is it unknown?", "what? and when?"]
 GREEDY = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
 SAMPLED = SamplingParams(max_tokens=24, temperature=1.0, top_p=0.9, seed=7, ignore_eos=True)
 
