@@ -1,4 +1,4 @@
-"""Open WebUI, LibreChat, Continue, Cline, Cursor, Copilot with own models (request shapes)"""
+"""Open WebUI, LibreChat, Continue, Cline, Cursor, Copilot with own models, vllm bench, guidellm (request shapes)"""
 
 from __future__ import annotations
 
@@ -113,6 +113,30 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "top_p": 1,
             "n": 1,
             "messages": [*TURNS, {"role": "user", "content": "Hi", "copilot_cache_control": {"type": "ephemeral"}}],
+        },
+    ),
+    "vllm bench serve": (
+        TEXT,
+        STREAM
+        | {
+            "prompt": "Hi",
+            "repetition_penalty": 1.0,
+            "max_tokens": 64,
+            "logprobs": None,
+            "ignore_eos": True,
+            "temperature": 0.0,
+            "lora": {"strategy": "mixture", "k": 3},
+        },
+    ),
+    "guidellm": (
+        CHAT,
+        STREAM
+        | {
+            "messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}],
+            "max_completion_tokens": 64,
+            "stop": None,
+            "ignore_eos": True,
+            "lora": {"k": 2},
         },
     ),
     "Copilot, responses": (
