@@ -123,13 +123,19 @@ def _stream(served: np.ndarray, known: np.ndarray, same: np.ndarray) -> tuple[fl
     return ours, oracle, ours / oracle
 
 
-def section(chosen: pd.DataFrame, rows: pd.DataFrame, everyday: pd.DataFrame) -> str:
-    """Return the report's section."""
-    sweeps, answers = Answers(chosen, {}), Answers(rows, {})
+def sweep_table(chosen: pd.DataFrame) -> str:
+    """Return the compared settings."""
+    sweeps = Answers(chosen, {})
     lines = [
         [name, *[sweeps.interval(f"{name}_{pool}").in_percent() for pool in ("iid", "ood")]]
         for name in dict.fromkeys(run.rpartition("_")[0] for run in sweeps.runs)
     ]
+    return table(["composition", "iid", "ood"], lines)
+
+
+def section(chosen: pd.DataFrame | None, rows: pd.DataFrame, everyday: pd.DataFrame) -> str:
+    """Return the report's section. `chosen`: the compared settings, None if they were not measured."""
+    answers = Answers(rows, {})
     names = [[run.replace("_", " "), answers.interval(run).in_percent()] for run in answers.runs]
     pairs = [
         (f"auto_{pool}{end}", f"{way}_{pool}{end}")
@@ -142,7 +148,7 @@ def section(chosen: pd.DataFrame, rows: pd.DataFrame, everyday: pd.DataFrame) ->
         "## `auto` with the server's defaults\n",
         "The packaged encoder with its projection. `iid`: every adapter can be chosen; `ood`: the question's own is",
         "masked. `evidence`: softmax with limited companions, the default. On the choice part, without abstention:\n",
-        table(["composition", "iid", "ood"], lines),
+        "Not measured yet.\n" if chosen is None else sweep_table(chosen),
         f"On the test part, {answers.scores('own').shape[1]} questions a task; `always`: without abstention.\n",
         table(["run", "percent (95 % interval)"], names),
         differences(answers, pairs),
@@ -173,7 +179,8 @@ def figures(rows: pd.DataFrame, everyday: pd.DataFrame) -> dict[str, float]:
 
 def write_tables(folder: Path) -> None:
     """Write the section and the numbers from the rows in `folder`."""
-    chosen, rows, everyday = (pd.read_parquet(folder / name) for name in (SWEEP, ROWS, EVERYDAY))
+    rows, everyday = (pd.read_parquet(folder / name) for name in (ROWS, EVERYDAY))
+    chosen = pd.read_parquet(folder / SWEEP) if (folder / SWEEP).exists() else None
     text = section(chosen, rows, everyday)
     (folder / "auto.md").write_text(text, encoding="utf-8")
     write_part("paper", "auto", figures=figures(rows, everyday), table=text, runs=[])
@@ -188,6 +195,7 @@ def main(
     bench = load_loaded(Workspace(root), packaged_encoder(), Console(width=120)).bench
     write_parquet(PAPER_RESULTS / EVERYDAY, everyday_rows(bench))
     write_parquet(PAPER_RESULTS / ROWS, run(bench, defaults(), per_task, "test"))
+    write_tables(PAPER_RESULTS)
     write_parquet(PAPER_RESULTS / SWEEP, run(bench, sweep(), choice_per_task, "choice"))
     write_tables(PAPER_RESULTS)
 
