@@ -145,7 +145,7 @@ class GroupPages:
 
 
 class _Holder:
-    """What a row has besides its pages."""
+    """The state of a row besides its pages."""
 
     def __init__(self, num_pages_at_most: int, prefix: Prefix | None, num_cached: int) -> None:
         self.num_pages_at_most, self.prefix = num_pages_at_most, prefix
