@@ -157,11 +157,15 @@ class AdapterIndex:
         too_long = self.wants_lists and (self._lists is None or self.num_unlisted > self._settings.side_rows)
         return too_long or self.num_dead > self.num_live // 4
 
-    def allowed(self, tenant: str | None = None, tags: Collection[str] = ()) -> Allowed:
-        """Return the adapters that `tenant` may see and that have all of `tags`. No tenant means every tenant's."""
+    def allowed(self, tenant: str | None = None, tags: Collection[str] = (), *, trusted_only: bool = False) -> Allowed:
+        """Return the adapters that `tenant` may see and that have all of `tags`. No tenant means every tenant's.
+
+        With `trusted_only`, leave out other tenants' adapters that no admin approved.
+        """
         mask = self._alive & self._table.tagged(tags, len(self._alive)) if tags else self._alive
         if tenant is not None:
-            mask = mask & self._table.visible(tenant, len(mask))
+            seen = self._table.trusted if trusted_only else self._table.visible
+            mask = mask & seen(tenant, len(mask))
         num = int(mask.sum())
         if self._lists is None or min(len(mask), _SCATTERED_COST * num) <= self._settings.exact_rows:
             return Allowed(num, np.flatnonzero(mask), None)

@@ -23,6 +23,8 @@ from retriever_svc.preferences import Preferences
 from retriever_svc.projection import MAX_POINTS, Plane, Point, PoolMap
 from retriever_svc.snapshot_diff import diff_records
 
+_TRUSTED = "trusted"
+
 
 @dataclass(frozen=True, slots=True)
 class Pool:
@@ -67,10 +69,11 @@ class Pool:
         gone, new = diff_records(self.snapshot.records, snapshot.records)
         return index.after(gone, [record for record in new if record.encoder == self.encoder.identity])
 
-    def allowed(self, tenant: str, tags: Sequence[str] = ()) -> Allowed:
+    def allowed(self, tenant: str, tags: Sequence[str] = (), *, trusted_only: bool = False) -> Allowed:
         """Return the adapters to which a request of `tenant` with these tags may be routed."""
         wanted = tuple(sorted(set(tags)))
-        return self._allowed.get((tenant, *wanted), lambda: self.index.allowed(tenant, wanted))
+        key = (_TRUSTED if trusted_only else "", tenant, *wanted)
+        return self._allowed.get(key, lambda: self.index.allowed(tenant, wanted, trusted_only=trusted_only))
 
     def calibration(self, tenant: str) -> Calibration:
         """Return what judges candidates for `tenant`. Tags and other tenants' unapproved adapters do not affect it."""
@@ -132,12 +135,14 @@ class Pool:
         """Return how many adapters `tenant` may use, including those that are reachable by name only."""
         return self._counts.get((tenant,), lambda: sum(r.is_visible_to(tenant) for r in self.snapshot.records.values()))
 
-    def nearest(self, vectors: Vectors, top_k: int, tenant: str, tags: Sequence[str] = ()) -> list[list[Match]]:
+    def nearest(
+        self, vectors: Vectors, top_k: int, tenant: str, tags: Sequence[str] = (), *, trusted_only: bool = False
+    ) -> list[list[Match]]:
         """Return the best `top_k` adapters per query among those that `tenant` may see, or all of them if fewer.
 
         Of adapters with equal weights return only the best, since a plan cannot contain the same weights twice.
         """
-        allowed, width = self.allowed(tenant, tags), top_k
+        allowed, width = self.allowed(tenant, tags, trusted_only=trusted_only), top_k
         while True:
             found = self.index.search(vectors, width, allowed)
             distinct = [_distinct_weights(matches) for matches in found]

@@ -113,16 +113,15 @@ class Retriever:
         for row, (request, item) in enumerate(zip(requests, encoded, strict=True)):
             rows_of[id(item.pool), request.tenant, request.tags, request.abstain or self._abstain].append(row)
         answers: dict[int, RouteAnswer] = {}
-        for (_, tenant, tags, abstain), rows in rows_of.items():
-            pool, vectors = encoded[rows[0]].pool, np.stack([encoded[row].vector for row in rows])
-            top_k = max(requests[row].top_k for row in rows)
-            found = pool.nearest(vectors, top_k, tenant, tags)
-            preferences = pool.preferences(tenant)
-            found = [
-                preferences.applied(encoded[row].vector, matches, top_k, tags)[: requests[row].top_k]
-                for row, matches in zip(rows, found, strict=True)
-            ]
-            for row, matches in zip(rows, pool.judged(found, tenant, SHARES[abstain], vectors), strict=True):
+        for (_, tenant, _, abstain), rows in rows_of.items():
+            pool, vectors = encoded[rows[0]].pool, [encoded[row].vector for row in rows]
+            found = _judged(pool, [requests[row] for row in rows], vectors, SHARES[abstain])
+            crowded = [place for place, matches in enumerate(found) if _may_be_crowded(matches, tenant)]
+            if crowded:
+                again = [requests[rows[place]] for place in crowded]
+                others = _judged(pool, again, [vectors[p] for p in crowded], SHARES[abstain], trusted_only=True)
+                found = _uncrowded(found, dict(zip(crowded, others, strict=True)))
+            for row, matches in zip(rows, found, strict=True):
                 answers[row] = self._decide(requests[row], matches, pool)
         self._timings.searched(time.perf_counter() - began)
         return [answers[row] for row in range(len(requests))]
@@ -270,6 +269,37 @@ class Retriever:
         Raises: EncoderUnusable, ProjectionUnusable, StoreUnavailable.
         """
         return reindex(self._pools.current.snapshot, self._pools.prepare_encoder(model, projection), samples)
+
+
+def _judged(
+    pool: Pool,
+    requests: Sequence[RouteRequest],
+    vectors: Sequence[Vectors],
+    share: float,
+    *,
+    trusted_only: bool = False,
+) -> list[list[Match]]:
+    """Return the judged matches of requests of one tenant with the same tags."""
+    tenant, tags, top_k = requests[0].tenant, requests[0].tags, max(request.top_k for request in requests)
+    rows, preferences = np.stack(vectors), pool.preferences(tenant)
+    nearest = pool.nearest(rows, top_k, tenant, tags, trusted_only=trusted_only)
+    found = [
+        preferences.applied(vector, matches, top_k, tags)[: request.top_k]
+        for request, vector, matches in zip(requests, vectors, nearest, strict=True)
+    ]
+    return pool.judged(found, tenant, share, rows)
+
+
+def _may_be_crowded(matches: Sequence[Match], tenant: str) -> bool:
+    """Return whether none fits, and unapproved adapters of other tenants may hide one that does."""
+    strangers = (match.record for match in matches if match.record.ref.tenant != tenant)
+    return any(not record.approved for record in strangers) and not any(match.fits for match in matches)
+
+
+def _uncrowded(found: Sequence[list[Match]], others: dict[int, list[Match]]) -> list[list[Match]]:
+    """Return the matches, in place of those in `others` the matches there if one of them fits."""
+    pairs = ((matches, others.get(place, [])) for place, matches in enumerate(found))
+    return [other if any(match.fits for match in other) else matches for matches, other in pairs]
 
 
 def _candidate(match: Match) -> Candidate:

@@ -153,6 +153,27 @@ def test_each_candidate_must_reach_its_own_threshold() -> None:
             assert (candidate.score >= candidate.threshold) == (candidate.confidence >= 0.03)
 
 
+@pytest.mark.parametrize("approved", [False, True])
+def test_narrow_adapters_of_strangers_do_not_hide_one_that_fits(approved: bool) -> None:
+    narrow = np.linspace(0.97, 0.99, 20)
+    crowd = [
+        record_of(f"narrow-{n}", (0.9, -(0.19**0.5)), tenant="mallory", own_scores=narrow, approved=approved)
+        for n in range(5)
+    ]
+    own = record_of("own", (0.8, 0.6), tenant="acme", own_scores=np.linspace(0.6, 0.9, 20))
+    retriever = retriever_of(own, *crowd)
+    route = route_one(retriever, tenant="acme", top_k=3)
+    assert (names(route), route.abstained) == (([], True) if approved else (["own"], False))
+    assert names(route_one(retriever, tenant="acme", top_k=3, min_score=0.85)) == ["narrow-0", "narrow-1", "narrow-2"]
+    far = route_one(retriever, "west", tenant="acme", top_k=3)  # nothing fits: the nearest are shown
+    assert far.abstained and [c.ref.name for c in far.candidates] == names_by_score(retriever, "west")
+
+
+def names_by_score(retriever: Retriever, text: str) -> list[str]:
+    route = route_one(retriever, text, tenant="acme", top_k=3, min_score=-1.0)
+    return [candidate.ref.name for candidate in route.candidates]
+
+
 def test_a_stricter_request_has_higher_thresholds() -> None:
     retriever = retriever_of(WIDE, NARROW, abstain="strict")
     found = {a: [c.threshold for c in route_one(retriever, abstain=a).candidates] for a in ("lenient", "balanced")}
