@@ -116,7 +116,11 @@ class Retriever:
         for (_, tenant, _, abstain), rows in rows_of.items():
             pool, vectors = encoded[rows[0]].pool, [encoded[row].vector for row in rows]
             found = _judged(pool, [requests[row] for row in rows], vectors, SHARES[abstain])
-            crowded = [place for place, matches in enumerate(found) if _may_be_crowded(matches, tenant)]
+            crowded = [
+                place
+                for place, matches in enumerate(found)
+                if self._least_score(requests[rows[place]]) is None and _may_be_crowded(matches, tenant)
+            ]
             if crowded:
                 again = [requests[rows[place]] for place in crowded]
                 others = _judged(pool, again, [vectors[p] for p in crowded], SHARES[abstain], trusted_only=True)
@@ -126,10 +130,12 @@ class Retriever:
         self._timings.searched(time.perf_counter() - began)
         return [answers[row] for row in range(len(requests))]
 
+    def _least_score(self, request: RouteRequest) -> float | None:
+        """Return the score that takes the place of every threshold, if one does."""
+        return self._min_score if request.min_score is None and request.abstain is None else request.min_score
+
     def _decide(self, request: RouteRequest, matches: list[Match], pool: Pool) -> Route | NoAdapterMatched:
-        least = request.min_score
-        if least is None and request.abstain is None:
-            least = self._min_score
+        least = self._least_score(request)
         if least is not None:
             matches = [match._replace(threshold=least) for match in matches]
         generation = pool.snapshot.generation_for(request.tenant)
