@@ -220,7 +220,7 @@ def test_a_row_waits_for_a_prompt_that_is_being_computed() -> None:
     assert cache.num_freed > num_freed
 
 
-def test_nobody_waits_for_a_row_that_left() -> None:
+def test_no_row_waits_for_one_that_left() -> None:
     reference = Reference(small_cache(600, max_len=200))
     reference.join("", [1] * 100, 120, exactly=True)
     [row] = reference.rows
