@@ -80,7 +80,7 @@ def test_no_more_pages_are_kept_than_allowed() -> None:
     assert (pool.num_available, pool.num_cached, pool.num_evicted) == (4, 1, 2)
 
 
-def test_of_two_equal_blocks_one_page_stays() -> None:
+def test_one_page_of_two_equal_blocks_stays() -> None:
     pool = PagePool(3, 3, wiped := Wiped())
     first, second = taken(pool, 2)
     assert pool.register(first, b"a", ()) == pool.register(second, b"a", ()) == first
