@@ -28,7 +28,7 @@ from gpu_worker.device.openmp import load_executor, use_one_thread
 from gpu_worker.engine.engine_status import EngineStatus
 from gpu_worker.errors import EngineStopped
 from gpu_worker.inference_engine import EngineHealth, InferenceEngine
-from gpu_worker.request.request import Delta, Job
+from gpu_worker.request.request import Delta, Job, Prompt, TokenIds, Tokenized
 from gpu_worker.start_engine import start_engine
 from lora_store import AdapterWeights
 from lora_store.disk_cache import DiskCache
@@ -110,6 +110,14 @@ class WorkerDeployment:
     async def probe_many(self, weights_digests: Sequence[str]) -> list[float | Exception]:
         """Probe all adapters in one batch; return each shift or error."""
         return await self._engine.probe(weights_digests)
+
+    async def tokenize(self, prompt: Prompt, template: str, add_special_tokens: bool | None) -> Tokenized:
+        """Return the tokens of a prompt, which may exceed the context. Raises: PromptInvalid, PromptTooLong."""
+        return await self._engine.tokenize(prompt, template, add_special_tokens=add_special_tokens)
+
+    async def detokenize(self, prompts: Sequence[TokenIds], skip_special_tokens: bool) -> list[str]:
+        """Return the text of each prompt. Raises: PromptInvalid for an id outside the vocabulary."""
+        return await self._engine.detokenize(prompts, skip_special_tokens=skip_special_tokens)
 
     async def forget(self, weights_digests: Collection[str]) -> bool:
         """Drop these weights. Return whether none is left; weights in use are dropped after their last request."""

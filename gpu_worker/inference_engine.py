@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from gpu_worker.engine.engine_status import EngineStatus
-from gpu_worker.request.request import Completion, Delta, Job
+from gpu_worker.request.request import Completion, Delta, Job, Prompt, TokenIds, Tokenized
 from lora_store.plan import STRATEGIES
 
 
@@ -23,6 +23,7 @@ class Capabilities:
     strategies: frozenset[str] = frozenset(STRATEGIES)
     logprobs: bool = True
     structured_output: bool = False  # answers that follow a grammar
+    prompt_logprobs: bool = False  # log probabilities of the prompt's tokens
     prefix_cache: bool = False  # prompts with the same plan share computed blocks
     quantized_base: bool = False
     tensor_parallel: bool = False
@@ -86,6 +87,17 @@ class InferenceEngine(Protocol):
 
         Cancelling the call cancels all unfinished jobs.
         """
+        ...
+
+    async def tokenize(self, prompt: Prompt, template: str, *, add_special_tokens: bool | None = None) -> Tokenized:
+        """Return the tokens of a prompt, which may exceed the context.
+
+        `add_special_tokens`: None for what a job with this prompt does. Raises: PromptInvalid, PromptTooLong.
+        """
+        ...
+
+    async def detokenize(self, prompts: Sequence[TokenIds], *, skip_special_tokens: bool) -> list[str]:
+        """Return the text of each prompt. Raises: PromptInvalid for an id outside the vocabulary."""
         ...
 
     async def load(self, weights_digests: Collection[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from concurrent.futures import Executor
 
@@ -16,7 +17,7 @@ from gpu_worker.engine.probe import Prober
 from gpu_worker.engine.warm_up import warm_up
 from gpu_worker.inference_engine import Capabilities, EngineHealth, EngineMemory, InferenceEngine
 from gpu_worker.native.kernel_loading import num_missing_kernels
-from gpu_worker.request.request import Completion, Delta, Job
+from gpu_worker.request.request import Completion, Delta, Job, Prompt, TokenIds, Tokenized
 
 
 class NativeEngine(InferenceEngine):
@@ -54,7 +55,8 @@ class NativeEngine(InferenceEngine):
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities(engine="native", structured_output=True, prefix_cache=self._engine.config.prefix_cache)
+        prefix_cache = self._engine.config.prefix_cache
+        return Capabilities(engine="native", structured_output=True, prompt_logprobs=True, prefix_cache=prefix_cache)
 
     @property
     def memory(self) -> EngineMemory:
@@ -75,6 +77,14 @@ class NativeEngine(InferenceEngine):
 
     async def generate(self, jobs: Sequence[Job]) -> list[Completion | Exception]:
         return await generate_all(self.thread, jobs)
+
+    async def tokenize(self, prompt: Prompt, template: str, *, add_special_tokens: bool | None = None) -> Tokenized:
+        prepare = self._engine.prepare
+        return await asyncio.to_thread(prepare.tokenize, prompt, template, add_special_tokens=add_special_tokens)
+
+    async def detokenize(self, prompts: Sequence[TokenIds], *, skip_special_tokens: bool) -> list[str]:
+        prepare = self._engine.prepare
+        return await asyncio.to_thread(prepare.detokenize, prompts, skip_special_tokens=skip_special_tokens)
 
     async def load(self, weights_digests: Collection[str]) -> None:
         await self.thread.preload(weights_digests)

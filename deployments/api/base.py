@@ -34,7 +34,6 @@ Passing = dict[str, tuple[object, ...]]
 NOT_SERVED: Passing = {
     "store": (False,),  # answers are never stored
     "use_beam_search": (False,),
-    "prompt_logprobs": (),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
@@ -65,7 +64,7 @@ NOT_SERVED_IN_RESPONSES: Passing = {name: values for name, values in NOT_SERVED.
     "prompt": (),
     "truncation": ("disabled",),
 }
-NOT_SERVED_IN_COMPLETIONS: Passing = NOT_SERVED | {"echo": (False,), "suffix": ("",), "best_of": (1,)}
+NOT_SERVED_IN_COMPLETIONS: Passing = NOT_SERVED | {"suffix": ("",), "best_of": (1,)}
 NOT_SERVED_IN_MESSAGES: Passing = {
     "function_call": (),
     "audio": (),

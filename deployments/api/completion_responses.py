@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 
 from deployments.api.responses import Planned, PlanObject, plan_object
 from deployments.json_types import JsonObject
-from gpu_worker.request.request import Completion, Delta, FinishReason, TokenLogprob
+from gpu_worker.request.request import Completion, Delta, FinishReason, PromptToken, TokenLogprob
 from gpu_worker.request.tools import ToolCallPiece
 from lora_store import LOCAL_TENANT, MAX_PLAN_ADAPTERS
 
@@ -52,10 +52,25 @@ class ChatLogprobs(TypedDict):
 
 
 class TextLogprobs(TypedDict):
+    """Parallel lists. The first token of an echoed prompt has None, because nothing is before it."""
+
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
+
+
+class PromptLogprob(TypedDict):
+    """vLLM's entry for one id. `rank`: its place among all ids, from 1."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+"""For each token of the prompt the entries of the most likely ids and of the token itself, by id; None for the first.
+"""
 
 
 class CalledFunctionObject(TypedDict):
@@ -87,17 +102,18 @@ class ChatChoice(TypedDict):
 
 
 class TextChoice(TypedDict):
-    """`lora`: the plan of this choice's prompt, if the request has several prompts."""
+    """`lora`: the plan of this choice's prompt, if the request has several prompts. `prompt_logprobs`: if requested."""
 
     index: int
     finish_reason: FinishReason
     text: str
     logprobs: TextLogprobs | None
     lora: NotRequired[PlanObject]
+    prompt_logprobs: NotRequired[PromptLogprobs]
 
 
 class ChatAnswer(TypedDict):
-    """`warning`: present if adapters ended an answer before its first text."""
+    """`warning`: present if adapters ended an answer before its first text. `prompt_logprobs`: if requested."""
 
     id: str
     object: Literal["chat.completion"]
@@ -107,6 +123,7 @@ class ChatAnswer(TypedDict):
     usage: Usage
     lora: PlanObject
     warning: NotRequired[str]
+    prompt_logprobs: NotRequired[PromptLogprobs]
 
 
 class TextAnswer(TypedDict):
@@ -127,7 +144,9 @@ class Answer:
     """Builds the whole answer or the chunks of one request. Choices are ordered by prompt, `num_choices` for each.
 
     With several prompts every choice has the `lora` object of its own prompt; with one prompt the answer has it.
-    Adapters have the names that `tenant`, the caller's, uses for them.
+    Adapters have the names that `tenant`, the caller's, uses for them. `num_logprobs` and `num_prompt_logprobs`: how
+    many alternatives to report for each token; None for no log probabilities. `echo`: the text of each prompt, which
+    its choices begin with.
     """
 
     kind: Literal["chat", "text"]
@@ -136,7 +155,9 @@ class Answer:
     tenant: str = LOCAL_TENANT
     explain: bool = False
     num_choices: int = 1
-    has_logprobs: bool = False
+    num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
+    echo: Sequence[str] | None = None
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -144,7 +165,8 @@ class Answer:
         """Return the whole answer."""
         answer = self._chat_answer(completions) if self.kind == "chat" else self._text_answer(completions)
         for index, completion in enumerate(completions):
-            if not completion.text and not completion.tool_calls and (warning := self.empty_warning(index)):
+            is_empty = not completion.text and not completion.tool_calls and completion.num_new_tokens > 0
+            if is_empty and (warning := self.empty_warning(index)):
                 answer["warning"] = warning
                 break
         return answer
@@ -161,11 +183,11 @@ class Answer:
                 "index": index,
                 "finish_reason": completion.finish_reason,
                 "message": _message(completion),
-                "logprobs": chat_logprobs(completion.logprobs) if self.has_logprobs else None,
+                "logprobs": None if self.num_logprobs is None else chat_logprobs(completion.logprobs),
             }
             for index, completion in enumerate(completions)
         ]
-        return {
+        answer: ChatAnswer = {
             "id": f"chatcmpl-{self.request_id}",
             "object": "chat.completion",
             "created": self.created,
@@ -174,17 +196,25 @@ class Answer:
             "usage": self._usage(completions),
             "lora": self._plan_of(0),
         }
+        if self.num_prompt_logprobs is not None:
+            answer["prompt_logprobs"] = prompt_logprobs(completions[0].prompt, self.num_prompt_logprobs)
+        return answer
 
     def _text_answer(self, completions: Sequence[Completion]) -> TextAnswer:
         choices: list[TextChoice] = [
             {
                 "index": index,
                 "finish_reason": completion.finish_reason,
-                "text": completion.text,
-                "logprobs": text_logprobs(completion.logprobs) if self.has_logprobs else None,
+                "text": self._echoed(index) + completion.text,
+                "logprobs": None
+                if self.num_logprobs is None
+                else self._text_logprobs(index, completion.prompt, completion.logprobs),
             }
             for index, completion in enumerate(completions)
         ]
+        if self.num_prompt_logprobs is not None:
+            for choice, completion in zip(choices, completions, strict=True):
+                choice["prompt_logprobs"] = prompt_logprobs(completion.prompt, self.num_prompt_logprobs)
         answer: TextAnswer = {
             "id": f"cmpl-{self.request_id}",
             "object": "text_completion",
@@ -204,19 +234,28 @@ class Answer:
         """Return the first chunk of a stream: the role of every choice, and the plans before any text."""
         begun: JsonObject = {"delta": {"role": "assistant", "content": ""}} if self.kind == "chat" else {"text": ""}
         indices = range(len(self.plans) * self.num_choices)
-        choices = [self._choice(index, None, None) | begun | self._own_lora(index) for index in indices]
+        choices = [
+            {"index": index, "finish_reason": None, "logprobs": None} | begun | self._own_lora(index)
+            for index in indices
+        ]
         return self._chunk(choices) | ({"lora": self._plan_of(0)} if len(self.plans) == 1 else {})
 
-    def chunk(self, index: int, delta: Delta) -> JsonObject:
-        """Return the chunk for a delta of one choice."""
-        choice = self._choice(index, delta.finish_reason, delta.logprobs or None)
-        choice |= {"delta": _chat_delta(delta)} if self.kind == "chat" else {"text": delta.text}
-        return self._chunk([choice])
+    def chunk(self, index: int, delta: Delta, *, is_first: bool = False, is_empty: bool = False) -> JsonObject:
+        """Return the chunk for a delta of one choice.
 
-    def empty_end(self, index: int, delta: Delta) -> JsonObject:
-        """Return the last chunk of a choice that had no text."""
-        warning = self.empty_warning(index)
-        return self.chunk(index, delta) | ({"warning": warning} if warning else {})
+        `is_first`: it is the choice's first one. `is_empty`: it is the last one, and none had text.
+        """
+        logprobs: ChatLogprobs | TextLogprobs | None = None
+        prompt = delta.prompt if is_first else ()
+        if self.kind == "chat":
+            logprobs = chat_logprobs(delta.logprobs) if delta.logprobs else None
+        elif delta.logprobs or (prompt and self.echo is not None and self.num_logprobs is not None):
+            logprobs = self._text_logprobs(index, prompt, delta.logprobs)
+        choice: JsonObject = {"index": index, "finish_reason": delta.finish_reason, "logprobs": logprobs}
+        text = (self._echoed(index) if is_first else "") + delta.text
+        choice |= {"delta": _chat_delta(delta)} if self.kind == "chat" else {"text": text}
+        warning = self.empty_warning(index) if is_empty and delta.num_new_tokens else ""
+        return self._chunk([choice]) | ({"warning": warning} if warning else {})
 
     def usage_chunk(self, lasts: Sequence[Delta]) -> JsonObject:
         """Return the last chunk of a stream. `lasts`: the last delta of every choice, in order."""
@@ -241,9 +280,15 @@ class Answer:
                 weight = f";weight={row.weight:.6g}" if len(self.plans) == 1 else ""
                 yield f"{quote(row.ref.name_for(self.tenant), safe='/')}@{row.ref.digest[:_DIGEST_CHARS]}{weight}"
 
-    def _choice(self, index: int, reason: str | None, logprobs: Sequence[TokenLogprob] | None) -> JsonObject:
-        shape = chat_logprobs if self.kind == "chat" else text_logprobs
-        return {"index": index, "finish_reason": reason, "logprobs": None if logprobs is None else shape(logprobs)}
+    def _echoed(self, index: int) -> str:
+        """Return the text of the prompt that the choice begins with; "" without `echo`."""
+        return "" if self.echo is None else self.echo[index // self.num_choices]
+
+    def _text_logprobs(self, index: int, prompt: Sequence[PromptToken], answer: Sequence[TokenLogprob]) -> TextLogprobs:
+        """Return the log probabilities of the answer, after those of the prompt if it is echoed."""
+        if self.echo is None:
+            return text_logprobs(answer)
+        return text_logprobs(answer, prompt, self.num_logprobs or 0, len(self._echoed(index)))
 
     def _chunk(self, choices: list[JsonObject]) -> JsonObject:
         prefix, kind = ("chatcmpl", "chat.completion.chunk") if self.kind == "chat" else ("cmpl", "text_completion")
@@ -315,17 +360,49 @@ def chat_logprobs(entries: Sequence[TokenLogprob]) -> ChatLogprobs:
     return {"content": content, "refusal": None}
 
 
-def text_logprobs(entries: Sequence[TokenLogprob]) -> TextLogprobs:
-    """Return parallel lists. A token is always in its own `top_logprobs`, as an additional one if necessary."""
+def text_logprobs(
+    entries: Sequence[TokenLogprob], prompt: Sequence[PromptToken] = (), num_top: int = 0, num_chars: int = 0
+) -> TextLogprobs:
+    """Return parallel lists. A token is always in its own `top_logprobs`, as an additional one if necessary.
+
+    `prompt`: the tokens before the answer, each with `num_top` alternatives; their text has `num_chars` characters.
+    """
+    known: list[tuple[bytes, float | None, dict[str, float] | None, int]] = [
+        (item.token, item.logprob, _alternatives(item, num_top), item.text_offset) for item in prompt
+    ]
+    for entry in entries:
+        top = {_name(token): logprob for token, logprob in (*entry.top, (entry.token, entry.logprob))}
+        known.append((entry.token, entry.logprob, top, num_chars + entry.text_offset))
     return {
-        "tokens": [_name(entry.token) for entry in entries],
-        "token_logprobs": [entry.logprob for entry in entries],
-        "top_logprobs": [
-            {_name(token): logprob for token, logprob in (*entry.top, (entry.token, entry.logprob))}
-            for entry in entries
-        ],
-        "text_offset": [entry.text_offset for entry in entries],
+        "tokens": [_name(token) for token, _, _, _ in known],
+        "token_logprobs": [logprob for _, logprob, _, _ in known],
+        "top_logprobs": [top for _, _, top, _ in known],
+        "text_offset": [offset for _, _, _, offset in known],
     }
+
+
+def _alternatives(item: PromptToken, num_top: int) -> dict[str, float] | None:
+    if item.logprob is None:
+        return None
+    return {_name(token): logprob for _, token, logprob in item.top[:num_top]} | {_name(item.token): item.logprob}
+
+
+def prompt_logprobs(prompt: Sequence[PromptToken], num_top: int) -> PromptLogprobs:
+    """Return vLLM's form of the log probabilities of a prompt, with `num_top` alternatives for each token."""
+    found: PromptLogprobs = []
+    for item in prompt:
+        if item.logprob is None or item.rank is None:
+            found.append(None)
+            continue
+        ranked = [(token_id, token, logprob, place) for place, (token_id, token, logprob) in enumerate(item.top, 1)]
+        entries = [(item.token_id, item.token, item.logprob, item.rank), *ranked[:num_top]]
+        found.append(
+            {
+                str(token_id): {"logprob": logprob, "rank": rank, "decoded_token": token.decode(errors="replace")}
+                for token_id, token, logprob, rank in entries
+            }
+        )
+    return found
 
 
 def _entry(token: bytes, logprob: float) -> Alternative:

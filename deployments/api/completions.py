@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
 
 from deployments.api import error_table
 from deployments.api.base import (
@@ -24,7 +24,6 @@ from deployments.api.base import (
     at_most,
     options_of_path,
     problem,
-    unsupported,
     without_unserved,
 )
 from deployments.api.messages import (
@@ -44,13 +43,15 @@ from deployments.json_types import JsonMapping
 from gpu_worker.request.grammar import Grammar
 from gpu_worker.request.prompts import Message
 from gpu_worker.request.request import (
-    DEFAULT_MAX_TOKENS,
     MAX_BIASED_IDS,
     MAX_LOGPROBS,
     MAX_STOP_CHARS,
     MAX_STOPS,
+    SAMPLING_DEFAULTS,
     SamplingParams,
+    TokenIds,
 )
+from gpu_worker.request.request import Prompt as AnyPrompt
 from gpu_worker.request.tools import Tools
 
 MAX_CHOICES = 16
@@ -59,7 +60,7 @@ MAX_ROWS = 128  # answers to one request: prompts × n
 MAX_MESSAGES = 1024
 MAX_QUERIES = 256  # prompts of one /v1/route
 MAX_METADATA = 16
-CHARS_PER_TOKEN = 4  # estimate for English; the charge is settled by real usage
+MAX_TOKEN_IDS = 16_384  # of one prompt
 Text = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
 Label = Annotated[str, Field(max_length=MAX_LABEL_CHARS)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
@@ -74,18 +75,26 @@ Metadata = Annotated[
 ]
 Prompt = Annotated[str, Field(min_length=1, max_length=MAX_TEXT_CHARS)]
 Prompts = Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS)]
+TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+Ids = Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=MAX_TOKEN_IDS)]
+IdsOfPrompts = Annotated[list[Ids], Field(min_length=1, max_length=MAX_PROMPTS)]
+TextOrIds = Annotated[
+    Annotated[Prompt, Tag("str")] | Annotated[Ids, Tag("int")],  # tags that paths of errors leave out
+    Discriminator(lambda value: "int" if isinstance(value, list) else "str"),
+]
 Queries = Annotated[list[Text], Field(min_length=1, max_length=MAX_QUERIES)]
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One prompt of a request with its options for adapters. `text`: the text that retrieves them.
+    """One prompt of a request with its options for adapters.
 
+    `text`: the text that retrieves them; None for token ids, whose text is known after a Worker has decoded them.
     `alias`: the field of another server's API that named adapters; with it `model` may be the base model.
     """
 
-    prompt: str | tuple[Message, ...]
-    text: str
+    prompt: AnyPrompt
+    text: str | None
     model: str
     lora: LoraOptions
     alias: str | None = None
@@ -96,9 +105,8 @@ def _as_list(value: object) -> object:
 
 
 def _as_prompts(value: object) -> object:
-    if isinstance(value, list) and any(isinstance(item, int | list) for item in value[: MAX_PROMPTS + 1]):
-        raise unsupported("", "token ids as a prompt")
-    return _as_list(value)
+    """Return a list of prompts for one text, or for the token ids of one prompt."""
+    return [value] if isinstance(value, list) and value and isinstance(value[0], int) else _as_list(value)
 
 
 StopStrings = Annotated[
@@ -135,6 +143,7 @@ class GenerationRequest(TolerantRequest):
     stop: StopStrings = Field(default=[])
     stop_token_ids: Annotated[list[int], Field(fail_fast=True, max_length=64)] | None = None
     ignore_eos: bool = False
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
@@ -163,6 +172,12 @@ class GenerationRequest(TolerantRequest):
         return self
 
     @model_validator(mode="after")
+    def _whole_answers_alone(self) -> Self:
+        if self.prompt_logprobs is not None and self.stream:
+            raise problem("prompt_logprobs", "are part of whole answers; set stream: false or remove them")
+        return self
+
+    @model_validator(mode="after")
     def _one_grammar(self) -> Self:
         is_formatted = self.response_format is not None and self.response_format.type != "text"
         if is_formatted and self.structured_outputs is not None:
@@ -187,11 +202,13 @@ class GenerationRequest(TolerantRequest):
             repetition_penalty=self.repetition_penalty,
             logit_bias=tuple(sorted(self.logit_bias.items())),
             logprobs=self.num_logprobs,
+            prompt_logprobs=self.num_prompt_logprobs,
             seed=self.seed,
             stop=tuple(self.stop),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=self.ignore_eos,
             grammar=self._grammar(),
+            unset=frozenset(SAMPLING_DEFAULTS) - self.model_fields_set,
         )
 
     def _grammar(self) -> Grammar | None:
@@ -209,14 +226,9 @@ class GenerationRequest(TolerantRequest):
         """The number of alternatives whose log-probabilities each token reports, None without any."""
 
     @property
-    def most_tokens(self) -> int:
-        """The largest number of tokens that the request may use, estimated before it is tokenized."""
-        prompts = [question.prompt for question in self.questions()]
-        num_chars = sum(len(p) if isinstance(p, str) else sum(turn.num_chars for turn in p) for p in prompts)
-        tools = self.used_tools()
-        num_chars += 0 if tools is None else tools.num_chars
-        new_tokens = DEFAULT_MAX_TOKENS if self.token_limit is None else self.token_limit
-        return num_chars // CHARS_PER_TOKEN + len(prompts) * (1 + self.n * new_tokens)
+    def num_prompt_logprobs(self) -> int | None:
+        """The same for each token of the prompt."""
+        return self.prompt_logprobs
 
     def used_tools(self) -> Tools | None:
         """Return the functions that the answer may call, None without any. Raises: GrammarInvalid."""
@@ -226,7 +238,7 @@ class GenerationRequest(TolerantRequest):
     def questions(self) -> list[Question]:
         """Return one question per prompt, in order."""
 
-    def _question(self, place: int, prompt: str | tuple[Message, ...], text: str) -> Question:
+    def _question(self, place: int, prompt: AnyPrompt, text: str | None) -> Question:
         if self.merged_adapters is not None:
             options = self.merged_adapters.options(self.lora)
             return Question(prompt, text, self.model, options, "merged_adapters")
@@ -304,14 +316,18 @@ class CompletionRequest(GenerationRequest):
     not_served: ClassVar[Passing] = NOT_SERVED_IN_COMPLETIONS
 
     prompt: Annotated[
-        list[Prompt],
+        list[TextOrIds],
         Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS),
-        BeforeValidator(_as_prompts, json_schema_input_type=Prompt | Prompts),
+        BeforeValidator(_as_prompts, json_schema_input_type=Prompt | Prompts | Ids | IdsOfPrompts),
     ]
+    max_tokens: int | None = Field(default=None, ge=0)
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    echo: bool = False
 
     @model_validator(mode="after")
     def _checked(self) -> Self:
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
+            raise problem("max_tokens", "must be at least 1; 0 goes with echo or prompt_logprobs, got 0")
         rows = len(self.prompt) * self.n
         if rows > MAX_ROWS:
             raise problem("n", f"with {len(self.prompt)} prompts makes {rows} answers, at most {MAX_ROWS} are given")
@@ -322,8 +338,18 @@ class CompletionRequest(GenerationRequest):
     def num_logprobs(self) -> int | None:
         return self.logprobs
 
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        echoed = self.logprobs if self.echo else None
+        return self.prompt_logprobs if echoed is None else max(echoed, self.prompt_logprobs or 0)
+
     def questions(self) -> list[Question]:
-        return [self._question(place, prompt, prompt) for place, prompt in enumerate(self.prompt)]
+        return [
+            self._question(place, prompt, prompt)
+            if isinstance(prompt, str)
+            else self._question(place, TokenIds(tuple(prompt)), None)
+            for place, prompt in enumerate(self.prompt)
+        ]
 
 
 class RouteQuery(ApiRequest):

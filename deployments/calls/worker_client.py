@@ -25,7 +25,7 @@ from deployments.calls.serve_calls import ServeCalls
 from deployments.errors import WorkerStarting
 from gpu_worker.engine.engine_status import EngineStatus
 from gpu_worker.errors import DeadlineExceeded
-from gpu_worker.request.request import Delta, Job
+from gpu_worker.request.request import Delta, Job, Prompt, TokenIds, Tokenized
 
 HEARTBEAT_INTERVAL_S = 5.0
 HEARTBEAT_TIMEOUT_S = 30.0  # tolerates a late event loop
@@ -104,6 +104,8 @@ class WorkerCalls(Protocol):
 
     async def module_shapes(self) -> Shapes: ...
     async def probe_many(self, weights_digests: Sequence[str]) -> list[float | Exception]: ...
+    async def tokenize(self, prompt: Prompt, template: str, add_special_tokens: bool | None) -> Tokenized: ...
+    async def detokenize(self, prompts: Sequence[TokenIds], skip_special_tokens: bool) -> list[str]: ...
 
 
 class WorkerReplica(WorkerCalls, Protocol):
@@ -170,6 +172,12 @@ class ServeWorker(WorkerClient):
 
     async def probe_many(self, weights_digests: Sequence[str]) -> list[float | Exception]:
         return await self._calls.retry(WorkerReplica.probe_many, weights_digests)
+
+    async def tokenize(self, prompt: Prompt, template: str, add_special_tokens: bool | None) -> Tokenized:
+        return await self._calls.retry(WorkerReplica.tokenize, prompt, template, add_special_tokens)
+
+    async def detokenize(self, prompts: Sequence[TokenIds], skip_special_tokens: bool) -> list[str]:
+        return await self._calls.retry(WorkerReplica.detokenize, prompts, skip_special_tokens)
 
     def stream(self, job: Job) -> DeltaStream:
         # Over gRPC, which saves work for each token and heartbeat: benchmarks/README.md states how much.

@@ -25,8 +25,8 @@ from gpu_worker.config import (
     ToolParser,
     WorkerConfig,
 )
-from gpu_worker.request.chat_template_files import read_chat_template, template_of_files
-from gpu_worker.request.request import DEFAULT_MAX_TOKENS
+from gpu_worker.request.model_files import read_chat_template, sampling_defaults_of_files, template_of_files
+from gpu_worker.request.request import EXPECTED_NEW_TOKENS
 from lora_store import Visibility, is_valid_name
 from lora_store.location import Location
 from retriever_svc.calibration import Abstain
@@ -88,6 +88,8 @@ class AppConfig(_Settings):
     template: Literal["auto", "alpaca", "chat"] = "auto"
     chat_template: Path | None = None  # a Jinja file in place of the base model's own chat template
     tool_parser: ToolParser = "auto"  # the form of tool calls with template chat; auto: as the chat template shows
+    # Sampling parameters that a request leaves unset. auto: those of the base model's generation_config.json.
+    generation_config: Literal["auto", "none"] = "auto"
     # Whether loopback clients may publish folders of the server's file system. None: only without keys. With keys, the
     # owner of a publishing key need not be the operator, and `kubectl port-forward` makes clients appear local.
     publish_paths: bool | None = None
@@ -122,7 +124,8 @@ class AppConfig(_Settings):
         default=1024, ge=1
     )  # requests in one Ingress replica; above it the answer is 429
     max_request_s: float = Field(default=600, gt=0)  # upper bound of `timeout_s`
-    max_new_tokens: int = Field(default=8192, ge=DEFAULT_MAX_TOKENS)  # of one answer, within max_model_len
+    # Of one answer, within max_model_len. A request without max_tokens may use all of it.
+    max_new_tokens: int = Field(default=8192, ge=EXPECTED_NEW_TOKENS)
     store_object_cache_bytes: int = Field(default=256 << 20, ge=0)  # weights in Ray's object store
     disk_cache_bytes: int = Field(default=4 << 30, ge=0)  # local copy of the weights of a remote store
     # Start without Ray's token authentication: anyone who reaches one of Ray's ports can then run code as this server.
@@ -308,6 +311,13 @@ class AppConfig(_Settings):
         return "alpaca" if self.base_model == PACKAGED_MODEL else template_of_files(self.base_model)
 
     @cached_property
+    def sampling_defaults(self) -> dict[str, float]:
+        """The base model's own sampling parameters, by name, as far as its files are on this machine."""
+        if self.generation_config == "none" or self.base_model == PACKAGED_MODEL:  # the packaged one has none
+            return {}
+        return sampling_defaults_of_files(self.base_model)
+
+    @cached_property
     def accepted_bases(self) -> frozenset[str]:
         """Every `base_model_name_or_path` that an adapter may have."""
         aliases = PACKAGED_ALIASES if self.base_model == PACKAGED_MODEL else ()
@@ -352,6 +362,8 @@ class AppConfig(_Settings):
             chat_template=chat_template,
             tool_parser=self.tool_parser,
             base_model=self.base_model,
+            max_new_tokens=self.max_new_tokens,
+            generation_config=self.generation_config,
             cache_dir=self.cache_dir,
             device_share=share,
             **settings,

@@ -15,20 +15,22 @@ from typing import TypeVar
 
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from deployments.api.base import ignored_fields, refuse_ignored
+from deployments.api.base import LoraOptions, ignored_fields, refuse_ignored
 from deployments.api.completion_responses import Answer, ChatAnswer, TextAnswer
 from deployments.api.completions import CompletionRequest, GenerationRequest, Question
 from deployments.api.responses import Planned
-from deployments.auth.authenticator import Authenticator, Caller, TokenUsage
+from deployments.api.tokens import DetokenizeRequest, TokenizeRequest
+from deployments.auth.authenticator import Authenticator, Caller, TokenUsage, Work
 from deployments.calls.serve_calls import AttemptCounter
 from deployments.calls.worker_client import HEARTBEAT_TIMEOUT_S, DeltaStream, StreamEnd, WorkerClient, WorkerGate
 from deployments.config.app import AppConfig
-from deployments.generation.planner import Planner, check_limits, prompt_tokens, work_of
+from deployments.generation.planner import AUTO, Planner, check_limits, check_prompt, prompt_tokens, work_of
 from deployments.json_types import JsonObject
 from deployments.observability.request_metrics import RequestContext
 from deployments.observability.tracing import tracer
 from gpu_worker.errors import AdapterLoadFailed, DeadlineExceeded, EngineFull, WaitedTooLong
-from gpu_worker.request.request import Completion, Delta, Job
+from gpu_worker.request.request import Completion, Delta, Job, TokenIds, Tokenized
+from retriever_svc.encoder import tokens_read
 
 WORKER_GRACE_S = 5.0  # for a step of the engine and the transport
 # The server did not start the job, so its prompt is not charged.
@@ -240,14 +242,15 @@ class CompletionService:
         if self._config.strict_fields:
             refuse_ignored(request)
         context.ignored = ignored_fields(request)
-        questions = request.questions()
+        questions: Sequence[Question] = request.questions()
         request.sampling()  # refuse invalid sampling before any call
         check_limits(request, questions, self._config)
+        questions = await self._with_texts(request, questions, deadline)
         with ExitStack() as stack:
             texts = [text for question in questions for text in self._planner.texts_read(question)]
             usage = stack.enter_context(self._authenticator.running(caller, work_of(request, questions, texts)))
             plans = await self._plan(questions, caller, context, deadline)
-            answer = _answer_to(request, plans, caller, context)
+            answer = _answer_to(request, questions, plans, caller, context)
             jobs = jobs_of(answer.request_id, request, questions, plans, self._config.template)
             async with within(deadline):
                 await self._gate.ready()
@@ -265,6 +268,36 @@ class CompletionService:
                 for index, job in enumerate(jobs)
             ]
             return StartedCompletion(answer, rows, usage, stack.pop_all())
+
+    async def tokenize(self, request: TokenizeRequest, caller: Caller, context: RequestContext) -> Tokenized:
+        """Return the tokens of a text, or of a conversation as a chat would render it."""
+        deadline = deadline_of(context.arrived_at, None, self._config.max_request_s)
+        question = request.question()
+        check_prompt(question.prompt, self._config)
+        texts = self._planner.texts_read(question) if request.messages is not None else ()
+        with self._authenticator.running(caller, Work(num_read=sum(map(tokens_read, texts)))):
+            template = await self._template_of(question, caller, context, deadline)
+            async with within(deadline):
+                await self._gate.ready()
+                return await self._worker.tokenize(question.prompt, template, request.add_special_tokens)
+
+    async def detokenize(self, request: DetokenizeRequest, caller: Caller, context: RequestContext) -> str:
+        """Return the text of token ids, with special tokens."""
+        deadline = deadline_of(context.arrived_at, None, self._config.max_request_s)
+        question = Question(TokenIds(tuple(request.tokens)), "", request.model, LoraOptions())
+        with self._authenticator.running(caller, Work()):
+            await self._template_of(question, caller, context, deadline)
+            async with within(deadline):
+                await self._gate.ready()
+                [text] = await self._worker.detokenize([TokenIds(tuple(request.tokens))], False)
+                return text
+
+    async def _template_of(self, question: Question, caller: Caller, context: RequestContext, deadline: float) -> str:
+        """Return the template that the question's adapters name, or the server's. Raises: ModelNotFound."""
+        if question.model == AUTO and not isinstance(question.prompt, tuple):
+            return self._config.template  # without messages no template applies
+        [planned] = await self._plan([question], caller, context, deadline)
+        return planned.plan.template or self._config.template
 
     async def collect(self, started: StartedCompletion) -> ChatAnswer | TextAnswer:
         """Return the whole answer."""
@@ -294,13 +327,29 @@ class CompletionService:
                         continue
                     if not lasts:
                         yield started.answer.opening()
+                    is_first = index not in lasts
                     lasts[index] = delta
                     if delta.text or delta.tool_calls:
                         with_text.add(index)
                     is_empty = delta.finish_reason is not None and index not in with_text
-                    yield (started.answer.empty_end if is_empty else started.answer.chunk)(index, delta)
+                    yield started.answer.chunk(index, delta, is_first=is_first, is_empty=is_empty)
         if include_usage:
             yield started.answer.usage_chunk([lasts[index] for index in range(len(started.rows))])
+
+    async def _with_texts(
+        self, request: GenerationRequest, questions: Sequence[Question], deadline: float
+    ) -> Sequence[Question]:
+        """Return the questions with the texts of token ids, where the encoder or the answer needs them.
+
+        Raises: PromptInvalid for an id outside the vocabulary; the errors of starting a Worker.
+        """
+        prompts = [question.prompt for question in questions if isinstance(question.prompt, TokenIds)]
+        if not prompts or not (_echoes(request) or any(map(self._planner.reads, questions))):
+            return questions
+        async with within(deadline):
+            await self._gate.ready()
+            texts = iter(await self._worker.detokenize(prompts, True))
+        return [replace(question, text=next(texts)) if question.text is None else question for question in questions]
 
     async def _plan(
         self, questions: Sequence[Question], caller: Caller, context: RequestContext, deadline: float
@@ -313,7 +362,17 @@ class CompletionService:
         return plans
 
 
-def _answer_to(request: GenerationRequest, plans: Sequence[Planned], caller: Caller, context: RequestContext) -> Answer:
+def _echoes(request: GenerationRequest) -> bool:
+    return isinstance(request, CompletionRequest) and request.echo
+
+
+def _answer_to(
+    request: GenerationRequest,
+    questions: Sequence[Question],
+    plans: Sequence[Planned],
+    caller: Caller,
+    context: RequestContext,
+) -> Answer:
     return Answer(
         "text" if isinstance(request, CompletionRequest) else "chat",
         request.model,
@@ -321,7 +380,9 @@ def _answer_to(request: GenerationRequest, plans: Sequence[Planned], caller: Cal
         caller.tenant,
         request.lora.explain,
         num_choices=request.n,
-        has_logprobs=request.num_logprobs is not None,
+        num_logprobs=request.num_logprobs,
+        num_prompt_logprobs=request.prompt_logprobs,
+        echo=tuple(question.text or "" for question in questions) if _echoes(request) else None,
         request_id=context.request_id,
         created=int(time.time()),
     )

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from deployments.api.base import LoraOptions, PlanGiven
-from deployments.api.completions import CHARS_PER_TOKEN, GenerationRequest, Question
+from deployments.api.completions import GenerationRequest, Question
 from deployments.api.responses import Planned
 from deployments.auth.authenticator import Work
 from deployments.calls.catalogue_clients import RoutingClient
@@ -17,12 +17,13 @@ from deployments.errors import ModelNotFound, RequestInvalid
 from deployments.generation.conversation import Reading, reading_of
 from gpu_worker.errors import PromptTooLong
 from gpu_worker.request.prompts import Message
-from gpu_worker.request.request import MAX_CHARS_PER_TOKEN
+from gpu_worker.request.request import EXPECTED_NEW_TOKENS, MAX_CHARS_PER_TOKEN, Prompt, TokenIds
 from lora_store import BASE_PLAN, AdapterNotFound, AdapterRef, Plan, Strategy
 from retriever_svc import RouteRequest
 from retriever_svc.encoder import MAX_CHARS, tokens_read
 
 AUTO = "auto"
+_CHARS_PER_TOKEN = 4  # estimate for English; the charge is settled by real usage
 
 
 def check_limits(request: GenerationRequest, questions: Sequence[Question], config: AppConfig) -> None:
@@ -30,9 +31,8 @@ def check_limits(request: GenerationRequest, questions: Sequence[Question], conf
 
     Raises: PromptTooLong, RequestInvalid.
     """
-    tools = request.used_tools()
-    num_tool_chars = 0 if tools is None else tools.num_chars
-    _check_chars(num_tool_chars + max(_num_chars(question.prompt) for question in questions), config)
+    for question in questions:
+        check_prompt(question.prompt, config, _num_tool_chars(request))
     wanted = request.token_limit
     if wanted is not None and wanted > config.max_new_tokens:
         raise RequestInvalid(f"max_tokens: at most {config.max_new_tokens}, got {wanted}", "max_tokens")
@@ -49,16 +49,26 @@ def refuse_stream_options(request: GenerationRequest) -> None:
         raise RequestInvalid("stream_options applies to streams only; set stream: true or remove it", "stream_options")
 
 
-def prompt_tokens(prompt: str | tuple[Message, ...]) -> int:
-    """Return about how many tokens a prompt has: a quarter of its characters, rounded up."""
-    return math.ceil(_num_chars(prompt) / CHARS_PER_TOKEN)
+def _num_tool_chars(request: GenerationRequest) -> int:
+    tools = request.used_tools()
+    return 0 if tools is None else tools.num_chars
+
+
+def prompt_tokens(prompt: Prompt) -> int:
+    """Return how many tokens a prompt has: of text about a quarter of its characters, rounded up."""
+    return len(prompt.ids) if isinstance(prompt, TokenIds) else math.ceil(_num_chars(prompt) / _CHARS_PER_TOKEN)
 
 
 def work_of(request: GenerationRequest, questions: Sequence[Question], texts_read: Iterable[str]) -> Work:
-    """Return how much a request asks for whose adapters the encoder finds by `texts_read`."""
+    """Return how much a request asks for whose adapters the encoder finds by `texts_read`.
+
+    An answer without `max_tokens` counts as `EXPECTED_NEW_TOKENS`, because few use their whole context.
+    """
+    num_tool_tokens = math.ceil(_num_tool_chars(request) / _CHARS_PER_TOKEN)
+    num_new = EXPECTED_NEW_TOKENS if request.token_limit is None else request.token_limit
     return Work(
         num_rows=len(questions) * request.n,
-        num_tokens=request.most_tokens,
+        num_tokens=sum(num_tool_tokens + prompt_tokens(item.prompt) + request.n * num_new for item in questions),
         num_read=sum(map(tokens_read, texts_read)),
         rows_field="n" if request.n > 1 else "prompt",
         tokens_field="max_tokens",
@@ -69,6 +79,15 @@ def _check_chars(num_chars: int, config: AppConfig) -> None:
     context = config.worker.max_model_len
     if num_chars > context * MAX_CHARS_PER_TOKEN:
         raise PromptTooLong(f"a prompt of {num_chars} characters does not fit a context of {context} tokens")
+
+
+def check_prompt(prompt: Prompt, config: AppConfig, num_tool_chars: int = 0) -> None:
+    """Refuse a prompt that is too long together with its tools. Raises: PromptTooLong."""
+    context = config.worker.max_model_len
+    if not isinstance(prompt, TokenIds):
+        _check_chars(num_tool_chars + _num_chars(prompt), config)
+    elif len(prompt.ids) >= context:
+        raise PromptTooLong(f"a prompt of {len(prompt.ids)} tokens does not fit a context of {context} tokens")
 
 
 def _num_chars(prompt: str | tuple[Message, ...]) -> int:
@@ -118,7 +137,7 @@ class Planner:
         if name == AUTO:
             if isinstance(question.prompt, tuple) and _is_read(options):
                 return [await self._plan_conversation(reading_of(question.prompt), options, tenant)] * len(questions)
-            return await self.route_all([item.text for item in questions], options, tenant)
+            return await self.route_all([item.text or "" for item in questions], options, tenant)
         _refuse_retrieval(options)
         if name is None:
             if options.strategy is not None:
@@ -141,8 +160,12 @@ class Planner:
             reading = reading_of(question.prompt)
             previous = () if reading.previous is None else (reading.previous,)
             return () if reading.is_housekeeping else (*previous, *reading.texts)
-        text = text_read(question.text, question.lora)
+        text = text_read(question.text or "", question.lora)
         return () if text is None else (text,)
+
+    def reads(self, question: Question) -> bool:
+        """Return whether the encoder reads the question's own text. Raises: ModelNotFound."""
+        return self._model_name(question.model) == AUTO and _is_read(question.lora)
 
     async def _plan_conversation(self, reading: Reading, options: LoraOptions, tenant: str) -> Planned:
         """Return the plan of the first text that finds an adapter. The previous turn's adapter is preferred.

@@ -33,7 +33,8 @@ _NOT_MATCHED = "none"
 _MAX_LISTED = 16  # ignored fields in the header
 _PROBES = ("/health", "/ready")  # probes: always answered, never reported
 _NOT_KEPT = ("application/json", "application/x-ndjson", "text/event-stream", "text/plain")
-_GUARDED = "/v1/"  # the other routes show nothing of the pool: health, the description of the API, the console's page
+# The other routes show nothing of the pool: health, the description of the API, the console's page.
+_GUARDED = ("/v1/", "/tokenize", "/detokenize")
 # Headers that proxies, load balancers and content delivery networks add, in addition to all x-forwarded- headers.
 PROXY_HEADERS = frozenset(
     {

@@ -11,6 +11,7 @@ from deployments.api import pool_responses, responses
 from deployments.api.completion_responses import ChatAnswer, TextAnswer
 from deployments.api.embeddings import EmbeddingsAnswer
 from deployments.api.responses_answer import ResponseObject
+from deployments.api.tokens import DetokenizeAnswer, TokenizeAnswer
 from deployments.json_types import JsonObject
 
 Answers = dict[int | str, JsonObject]
@@ -89,6 +90,8 @@ PLACE_ANSWERS = answers(400, 504, s200=pool_responses.PromptPlace)
 STATS_ANSWERS = answers(s200=pool_responses.Stats)
 LOAD_ANSWERS = _of_kind(answers(400, 404, 409, 422), "text/plain", 200, 202)
 UNLOAD_ANSWERS = _of_kind(answers(400, 404), "text/plain", 200, 202)
+TOKENIZE_ANSWERS = answers(400, 404, 504, s200=TokenizeAnswer)
+DETOKENIZE_ANSWERS = answers(400, 404, 504, s200=DetokenizeAnswer)
 LINES_ANSWERS = _of_kind(answers(400), "application/x-ndjson", 200)
 GC_ANSWERS = answers(400, s200=pool_responses.CollectedBlobs)
 HEALTH_ANSWERS: Answers = {200: {"model": pool_responses.Health}}

@@ -51,5 +51,6 @@ def merged(first: Delta | Exception, events: Events) -> Delta:
                 first_logits=result.first_logits if event.first_logits is None else event.first_logits,
                 logprobs=result.logprobs + event.logprobs,
                 tool_calls=result.tool_calls + event.tool_calls,
+                prompt=result.prompt or event.prompt,
             )
     raise result

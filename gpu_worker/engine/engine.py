@@ -89,7 +89,12 @@ class Engine:
         check.run(self._forward, self.residency, self.kv_cache)
         self.grammars = grammar_compiler(self.base, config.tool_parser)
         self.prepare = RequestPreprocessor(
-            self.base, self.max_len, clock, grammars=self.grammars, tool_parser=config.tool_parser
+            self.base,
+            self.max_len,
+            clock,
+            grammars=self.grammars,
+            tool_parser=config.tool_parser,
+            max_new_tokens=config.max_new_tokens,
         )
         state = self.bank, self.residency, self.kv_cache
         self._device_check = DeviceCheck(self._forward, self._attempt, self.prepare, *state)
@@ -160,7 +165,7 @@ class Engine:
             active_rows=self.residency.active_rows,
             num_running=len(self.running),
             num_waiting=len(self.waiting),
-            waiting_tokens=sum(row.num_prompt_tokens + row.max_new_tokens for row in self.waiting),
+            waiting_tokens=sum(row.expected_len for row in self.waiting),
             free_kv_rows=self.kv_cache.num_free,
             free_kv_tokens=self.kv_cache.num_free_tokens,
             kv_tokens=sum(row.num_computed for row in self.running),
@@ -312,7 +317,9 @@ class Engine:
         for row, segment in part:
             row.num_computed += segment.num_tokens
             self.kv_cache.computed(row.kv_row, row.num_computed)
-        self.counters.num_new_tokens += len(chosen.rows)
+        for row, scores in chosen.prompts:
+            row.add_prompt_scores(scores)
+        self.counters.num_new_tokens += sum(row.max_new_tokens > 0 for row in chosen.rows)
         self.counters.num_prompt_tokens += sum(row.num_prompt_tokens for row in chosen.rows if row.num_new_tokens == 0)
         taken = zip(chosen.rows, chosen.tokens, chosen.scores, chosen.logits, strict=True)
         made = [(row, self._append_token(row, token, scored, row_logits)) for row, token, scored, row_logits in taken]
@@ -342,7 +349,7 @@ class Engine:
         self, row: Row, token: int | None, scored: Scored | None, logits: Tensor
     ) -> Delta | Exception | None:
         """Append the token to the row and return the event for its client."""
-        if token is None:
+        if token is None or row.has_unsound_prompt:
             self.kv_cache.distrust(row.kv_row)  # its keys and values may not be finite
             return failure_of(row)
         if row.capture_first_logits and row.first_logits is None:

@@ -47,13 +47,19 @@ class ForwardPass:
         self._context, self._kernel, self._device = context, kernel, device
 
     def __call__(self, scheduled: Sequence[Scheduled]) -> Tensor:
-        """Return logits (rows whose last token was computed, V), float32 or the model's dtype.
+        """Return logits (K, V), float32 or the model's dtype.
 
-        A step of incomplete prompt chunks has no such row: `logits_to_keep` is empty and the head computes nothing.
+        First those of the rows whose last token was computed, then those of the positions that score prompt tokens.
+        A step of incomplete prompt chunks may have none: `logits_to_keep` is empty and the head computes nothing.
         """
         tokens = [token for row, s in scheduled for token in row.tokens[s.context_len : s.total_len]]
         last = [s.end - 1 for row, s in scheduled if s.total_len == len(row.tokens)]
-        return self.logits([row.plan for row, _ in scheduled], [segment for _, segment in scheduled], tokens, last)
+        kept = last + [
+            s.start + position - s.context_len
+            for row, s in scheduled
+            for position in row.positions_to_score(s.context_len, s.total_len)
+        ]
+        return self.logits([row.plan for row, _ in scheduled], [segment for _, segment in scheduled], tokens, kept)
 
     def logits(
         self, plans: Sequence[Plan], segments: Sequence[Segment], tokens: Sequence[int], kept: Sequence[int]

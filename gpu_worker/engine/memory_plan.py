@@ -11,6 +11,7 @@ import torch
 from gpu_worker.attention.kv_cache import KvShape
 from gpu_worker.config import WorkerConfig
 from gpu_worker.device.device_memory import MappingLimit, free_bytes, mapping_limits
+from gpu_worker.engine.scheduler import MAX_SCORED_TOKENS
 from gpu_worker.errors import WorkerConfigInvalid
 from gpu_worker.lora.inject import target_linears
 from gpu_worker.model.base_model import BaseModel, load_base_model
@@ -61,7 +62,8 @@ def plan_memory(
     linears = target_linears(base.model, base.model.get_output_embeddings()).values()
     num_weights = sum(linear.in_features + linear.out_features for linear in linears)
     widest = max(max(linear.in_features, linear.out_features) for linear in linears)
-    step_bytes = 4 * _LOGITS_COPIES * config.max_batch_size * base.vocab_size
+    num_logits = max(config.max_batch_size, MAX_SCORED_TOKENS)
+    step_bytes = 4 * _LOGITS_COPIES * num_logits * base.vocab_size
     step_bytes += 4 * _HIDDEN_COPIES * config.max_step_tokens * widest
     plan = MemoryPlan(
         device=config.device,

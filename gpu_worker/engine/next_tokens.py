@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -17,23 +17,41 @@ from gpu_worker.sampling.sampling import Sampler
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """The rows whose last token was computed, with logits, next token and score for each."""
+    """The rows whose last token was computed, with logits, next token and score for each.
+
+    `prompts`: the rows of which tokens of the prompt were scored, with the scores.
+    """
 
     rows: list[Row]
     logits: Tensor  # (rows, V)
     tokens: list[int | None]  # None: see `failure_of`
     scores: list[Scored | None]  # None: not requested
+    prompts: list[tuple[Row, list[Scored | None]]] = field(default_factory=list)  # None: see `Sampler.score`
 
 
 def choose(part: Sequence[Scheduled], logits: Tensor, sampler: Sampler) -> Chosen:
     """Choose the next token of each row that has logits, and score it if the request wants log probabilities.
 
-    Dims: logits (rows of `part` whose last token was computed, V).
+    Dims: logits (K, V), first those of the rows of `part` whose last token was computed: see `ForwardPass`.
     """
     rows = _rows_with_logits(part)
+    prompts: list[tuple[Row, list[Scored | None]]] = []
+    if len(logits) > len(rows):
+        prompts, logits = _scored_prompts(part, logits[len(rows) :], sampler), logits[: len(rows)]
     tokens, scores = sampler(logits, [row.draw() for row in rows])
     tokens = [None if _has_failed_grammar(row) else token for row, token in zip(rows, tokens, strict=True)]
-    return Chosen(rows, logits, tokens, scores)
+    return Chosen(rows, logits, tokens, scores, prompts)
+
+
+def _scored_prompts(
+    part: Sequence[Scheduled], logits: Tensor, sampler: Sampler
+) -> list[tuple[Row, list[Scored | None]]]:
+    """Return the scores of the prompt tokens of this step by row. Dims: logits (tokens to score, V), in order."""
+    positions = [(row, row.positions_to_score(segment.context_len, segment.total_len)) for row, segment in part]
+    tokens = [row.tokens[position + 1] for row, own in positions for position in own]
+    counts = [row.sampling.prompt_logprobs or 0 for row, own in positions for _ in own]
+    scores = iter(sampler.score(logits, tokens, counts))
+    return [(row, [next(scores) for _ in own]) for row, own in positions if own]
 
 
 def grammars_of(part: Sequence[Scheduled]) -> list[GrammarState]:

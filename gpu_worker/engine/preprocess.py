@@ -22,10 +22,11 @@ from gpu_worker.grammar.tool_grammar import tool_grammar
 from gpu_worker.request.grammar import Grammar
 from gpu_worker.request.prompt_memo import PromptMemo
 from gpu_worker.request.prompts import Message, resolve_template, template_stops
-from gpu_worker.request.request import DEFAULT_MAX_TOKENS, MAX_CHARS_PER_TOKEN, Job
+from gpu_worker.request.request import MAX_CHARS_PER_TOKEN, Job, Prompt, TokenIds, Tokenized
 from gpu_worker.request.tool_parser import ToolCallParser
 from gpu_worker.request.tool_prompts import find_style, render_conversation, style_of
 from gpu_worker.request.tools import Tools, ToolStyle
+from gpu_worker.text.decode_stream import text_offsets
 from gpu_worker.text.incremental_detokenizer import IncrementalDetokenizer
 from gpu_worker.text.token_bytes import TokenBytes
 
@@ -46,13 +47,16 @@ class PromptModel(Protocol):
     def vocab_size(self) -> int: ...
     @property
     def num_embeddings(self) -> int: ...
+    @property
+    def sampling_defaults(self) -> Mapping[str, float]: ...
 
 
 class RequestPreprocessor:
     """The thread-safe preprocessor of an engine. `clock`: the engine's clock, which deadlines refer to.
 
-    Without `grammars`, jobs with structured output are refused. `tool_parser`: the form of tool calls with the
-    chat template, `auto` for the one that it shows.
+    `max_new_tokens`: of jobs without `max_tokens`; None: what the context has left. Without `grammars`, jobs with
+    structured output are refused, and without `scores_prompts` those with log probabilities of the prompt.
+    `tool_parser`: the form of tool calls with the chat template, `auto` for the one that it shows.
     """
 
     def __init__(
@@ -63,9 +67,12 @@ class RequestPreprocessor:
         *,
         grammars: GrammarCompiler | None = None,
         tool_parser: ToolParser = "auto",
+        max_new_tokens: int | None = None,
+        scores_prompts: bool = True,
     ) -> None:
         self._base, self._max_len, self._clock = base, max_len, clock
-        self._grammars = grammars
+        self._grammars, self._scores_prompts = grammars, scores_prompts
+        self._max_unasked = max_len if max_new_tokens is None else max_new_tokens
         self._tool_style = find_style(base.tokenizer, tool_parser)
         self._visible = visible_tokens(base, self._tool_style)
         self._token_bytes = TokenBytes(base.backend_tokenizer)
@@ -81,8 +88,9 @@ class RequestPreprocessor:
         Raises: PromptInvalid, PromptTooLong, SamplingInvalid, GrammarInvalid, EngineFull.
         """
         arrived = self._clock() if arrived is None else arrived
+        job = replace(job, sampling=job.sampling.with_defaults(self._base.sampling_defaults))
         self._require_ids("logit_bias", [token_id for token_id, _ in job.sampling.logit_bias])
-        tokens = list(self._memo.tokens(job, self._tokens))
+        tokens = list(self._tokens(job) if isinstance(job.prompt, TokenIds) else self._memo.tokens(job, self._tokens))
         row = self.of_tokens(job, tokens, sink, capture_first_logits=capture_first_logits)
         row.deadline = math.inf if job.time_left_s is None else arrived + job.time_left_s
         return row
@@ -93,8 +101,12 @@ class RequestPreprocessor:
         Raises: PromptTooLong, SamplingInvalid, GrammarInvalid, EngineFull.
         """
         max_new_tokens = self._max_new_tokens(len(tokens), job.sampling.max_tokens)
+        if job.sampling.min_tokens > max_new_tokens:
+            message = f"min_tokens must be at most the {max_new_tokens} new tokens that fit the context"
+            raise SamplingInvalid(f"{message}, got {job.sampling.min_tokens}", "min_tokens")
         grammar = self.grammar_of(job)
-        has_own_end = isinstance(job.prompt, str) or grammar is not None  # a stop must not cut the grammar's text
+        is_raw = not isinstance(job.prompt, tuple)
+        has_own_end = is_raw or grammar is not None  # a stop must not cut the grammar's text
         own_stops = () if has_own_end else template_stops(job.template, self._base.tokenizer)
         return Row(
             request_id=job.request_id,
@@ -114,6 +126,8 @@ class RequestPreprocessor:
             tool_calls=None if job.tools is None else self._tool_parser(job, job.tools, grammar),
             capture_first_logits=capture_first_logits,
             tenant=job.tenant,
+            prompt_offsets=self._prompt_offsets(job, tokens),
+            skips_prefix_cache=job.sampling.prompt_logprobs is not None,
         )
 
     def grammar_of(self, job: Job) -> Grammar | None:
@@ -129,14 +143,54 @@ class RequestPreprocessor:
         style, names = self._style_of(job), {function.name for function in tools.functions}
         return ToolCallParser(style.form, names, is_constrained=grammar is not None, max_calls=style.max_calls(tools))
 
+    def tokenize(self, prompt: Prompt, template: str, *, add_special_tokens: bool | None = None) -> Tokenized:
+        """Return the tokens of a prompt, which may exceed the context.
+
+        `add_special_tokens`: None for what a job with this prompt does. Raises: PromptInvalid.
+        """
+        ids = self._ids(prompt, template, add_special_tokens=add_special_tokens)
+        texts = tuple(self._token_bytes(token_id).decode(errors="replace") for token_id in ids)
+        return Tokenized(tuple(ids), texts, self._max_len)
+
+    def detokenize(self, prompts: Sequence[TokenIds], *, skip_special_tokens: bool) -> list[str]:
+        """Return the text of each prompt. Raises: PromptInvalid for an id outside the vocabulary."""
+        for prompt in prompts:
+            self._require_known(prompt.ids)
+        decode = self._base.backend_tokenizer.decode
+        return [decode(prompt.ids, skip_special_tokens=skip_special_tokens) for prompt in prompts]
+
+    def _prompt_offsets(self, job: Job, tokens: list[int]) -> Sequence[int]:
+        if job.sampling.prompt_logprobs is None:
+            return ()
+        if not self._scores_prompts:
+            message = (
+                "prompt_logprobs: this engine has no log probabilities of prompts; remove it, and logprobs with echo"
+            )
+            raise SamplingInvalid(message, "prompt_logprobs")
+        return text_offsets(self._base.backend_tokenizer, tokens)
+
     def _grammar_state(self, grammar: Grammar, tenant: str, tokens: list[int]) -> GrammarState:
         if self._grammars is None:
             raise SamplingInvalid(f"{grammar.param}: this engine has no structured output; remove it", grammar.param)
         return self._grammars.state(grammar, tenant, tokens, len(tokens), self._base.vocab_size)
 
     def _tokens(self, job: Job) -> Sequence[int]:
-        is_raw = isinstance(job.prompt, str)
-        text = job.prompt if isinstance(job.prompt, str) else self._rendered(job, job.prompt)
+        tokens = self._ids(job.prompt, job.template, job.tools)
+        if not tokens:
+            raise PromptInvalid("the prompt has no tokens; send a prompt that is not empty")
+        if len(tokens) >= self._max_len:  # no room for an answer; the ids are not cached
+            raise PromptTooLong(_too_long(len(tokens), None, self._max_len))
+        self._require_embedded(tokens)
+        return tokens
+
+    def _ids(
+        self, prompt: Prompt, template: str, tools: Tools | None = None, add_special_tokens: bool | None = None
+    ) -> Sequence[int]:
+        """Return the token ids of the prompt. Raises: PromptInvalid, PromptTooLong."""
+        if isinstance(prompt, TokenIds):
+            self._require_known(prompt.ids)
+            return prompt.ids
+        text = prompt if isinstance(prompt, str) else self._rendered(prompt, template, tools)
         if len(text) > self._max_len * MAX_CHARS_PER_TOKEN:
             raise PromptTooLong(
                 f"a prompt of {len(text)} characters exceeds the context of {self._max_len} tokens; shorten it"
@@ -147,18 +201,21 @@ class RequestPreprocessor:
             raise PromptInvalid(
                 "the prompt contains an unpaired surrogate, which is not valid Unicode; remove it"
             ) from exc
-        # a chat template adds its own
-        with_bos = is_raw or resolve_template(job.template, self._base.tokenizer) != "chat"
-        tokens: list[int] = self._base.tokenizer(text, add_special_tokens=with_bos).input_ids
-        if not tokens:
-            raise PromptInvalid("the prompt has no tokens; send a prompt that is not empty")
-        if len(tokens) >= self._max_len:  # no room for an answer; the ids are not cached
-            raise PromptTooLong(_too_long(len(tokens), None, self._max_len))
-        self._require_embedded(tokens)
+        if add_special_tokens is None:  # a chat template adds its own
+            is_raw = isinstance(prompt, str)
+            add_special_tokens = is_raw or resolve_template(template, self._base.tokenizer) != "chat"
+        tokens: list[int] = self._base.tokenizer(text, add_special_tokens=add_special_tokens).input_ids
         return tokens
 
-    def _rendered(self, job: Job, messages: Sequence[Message]) -> str:
-        return render_conversation(messages, job.template, self._base.tokenizer, self._tool_style, job.tools)
+    def _rendered(self, messages: Sequence[Message], template: str, tools: Tools | None) -> str:
+        return render_conversation(messages, template, self._base.tokenizer, self._tool_style, tools)
+
+    def _require_known(self, ids: Sequence[int]) -> None:
+        """Refuse ids that are not in the vocabulary. Raises: PromptInvalid."""
+        size = min(self._base.vocab_size, self._base.num_embeddings)
+        unknown = next((token_id for token_id in ids if not 0 <= token_id < size), None)
+        if unknown is not None:
+            raise PromptInvalid(f"the prompt has the token id {unknown}; this model has ids from 0 to {size - 1}")
 
     def _require_embedded(self, tokens: Sequence[int]) -> None:
         """Refuse ids outside the embedding: tokenizers of text-only models may have image tokens."""
@@ -174,7 +231,7 @@ class RequestPreprocessor:
         room = self._max_len - num_prompt_tokens
         if room < 1 or (wanted is not None and wanted > room):
             raise PromptTooLong(_too_long(num_prompt_tokens, wanted, self._max_len))
-        return min(room, DEFAULT_MAX_TOKENS) if wanted is None else wanted
+        return min(room, self._max_unasked) if wanted is None else wanted
 
     def _end_ids(self, job: Job) -> frozenset[int]:
         ids = frozenset(job.sampling.stop_token_ids)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -12,7 +12,14 @@ import torch
 from gpu_worker.attention.prefix import Prefix
 from gpu_worker.bank.device_layout import DeviceAdapter
 from gpu_worker.grammar.state import GrammarState
-from gpu_worker.request.request import Delta, FinishReason, SamplingParams, TokenLogprob
+from gpu_worker.request.request import (
+    EXPECTED_NEW_TOKENS,
+    Delta,
+    FinishReason,
+    PromptToken,
+    SamplingParams,
+    TokenLogprob,
+)
 from gpu_worker.request.tool_parser import ToolCallParser
 from gpu_worker.request.tools import ToolCallPiece
 from gpu_worker.sampling.draw import Draw
@@ -63,9 +70,15 @@ class Row:
     num_passes: int = 0  # times that other rows entered the bank before it
     first_logits: torch.Tensor | None = None
     pending_logprobs: list[TokenLogprob] = field(default_factory=list)  # since the last delta
+    prompt_offsets: Sequence[int] = ()  # of the prompt's tokens in its text, if their log probabilities are wanted
+    prompt: list[PromptToken] = field(default_factory=list)  # those of its tokens that are scored so far
+    has_unsound_prompt: bool = False  # the logits of a prompt token are not finite
+    is_prompt_sent: bool = False
 
     def __post_init__(self) -> None:
         self.adapter_set = tuple(sorted(self.weights_digests))
+        if self.sampling.prompt_logprobs is not None:
+            self.prompt.append(PromptToken(self.tokens[0], self.token_bytes(self.tokens[0]), 0))
 
     @property
     def num_new_tokens(self) -> int:
@@ -76,8 +89,34 @@ class Row:
         return self.num_prompt_tokens + self.max_new_tokens
 
     @property
+    def expected_len(self) -> int:
+        """Return about how long the row becomes."""
+        is_open = self.sampling.max_tokens is None
+        num_new = min(self.max_new_tokens, EXPECTED_NEW_TOKENS) if is_open else self.max_new_tokens
+        return self.num_prompt_tokens + num_new
+
+    @property
     def weights_digests(self) -> list[str]:
         return [adapter.weights_digest for adapter in self.plan.adapters]
+
+    def positions_to_score(self, start: int, end: int) -> range:
+        """Return the positions in [start, end) whose logits score a token of the prompt that has no score yet.
+
+        The logits at a position score the token after it.
+        """
+        if self.sampling.prompt_logprobs is None:
+            return range(0)
+        return range(max(start, len(self.prompt) - 1), min(end, self.num_prompt_tokens - 1))
+
+    def add_prompt_scores(self, scores: Sequence[Scored | None]) -> None:
+        """Append the scores of the next tokens of the prompt; None for logits that are not finite."""
+        for scored in scores:
+            token, offset = self.tokens[len(self.prompt)], self.prompt_offsets[len(self.prompt)]
+            self.has_unsound_prompt |= scored is None
+            scored = scored or Scored(0.0, ())
+            top = tuple((token_id, self.token_bytes(token_id), logprob) for token_id, logprob in scored.top)
+            found = PromptToken(token, self.token_bytes(token), offset, scored.logprob, scored.rank, top)
+            self.prompt.append(found)
 
     def draw(self) -> Draw:
         """Return the inputs for choosing the next token."""
@@ -86,7 +125,12 @@ class Row:
         return Draw(self.sampling, self.seed, len(self.tokens), forbidden, self.tokens, self.num_prompt_tokens, allowed)
 
     def append_token(self, token: int, scored: Scored | None = None) -> Delta | None:
-        """Append a token. Return the released text, with the finish reason after the last token, or None."""
+        """Append a token. Return the released text, with the finish reason after the last token, or None.
+
+        A row without new tokens ends instead: only its prompt was computed.
+        """
+        if self.max_new_tokens == 0:
+            return self._delta("", "length")
         if scored is not None and token not in self.end_ids:
             self.pending_logprobs.append(self._logprob(token, scored))
         self.tokens.append(token)
@@ -107,10 +151,15 @@ class Row:
             text, calls, reason = self.tool_calls.read(text, reason)
         if not text and not calls and reason is None:
             return None
+        return self._delta(text, reason, calls)
+
+    def _delta(self, text: str, reason: FinishReason | None, calls: tuple[ToolCallPiece, ...] = ()) -> Delta:
         logprobs = self._released_logprobs() if self.pending_logprobs else ()
+        prompt = () if self.is_prompt_sent else tuple(self.prompt)
+        self.is_prompt_sent = True
         counts = self.num_prompt_tokens, self.num_new_tokens
         cached = self.num_cached_tokens
-        return Delta(text, *counts, reason, self.first_logits, logprobs, self.queued_s, calls, cached)
+        return Delta(text, *counts, reason, self.first_logits, logprobs, self.queued_s, prompt, calls, cached)
 
     def _logprob(self, token: int, scored: Scored) -> TokenLogprob:
         top = tuple((self.token_bytes(token_id), logprob) for token_id, logprob in scored.top)

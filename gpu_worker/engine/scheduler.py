@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from gpu_worker.engine.row import Row
 from gpu_worker.step.attention_plan import Segment
 
+MAX_SCORED_TOKENS = 32
+"""Tokens of prompts whose log probabilities one step computes. Each needs logits of the whole vocabulary."""
+
 Scheduled = tuple[Row, Segment]
 """A row and the segment of its tokens that a step computes."""
 
@@ -15,12 +18,12 @@ def schedule(rows: Sequence[Row], max_step_tokens: int, max_chunk_tokens: int) -
     """Return the rows of the next step with their segments, decoding rows first.
 
     Every decoding row takes part. With decoding rows, prompts get at most `max_chunk_tokens`, so that a long prompt
-    does not stall them.
+    does not stall them. All prompts together get at most `MAX_SCORED_TOKENS` tokens that need log probabilities.
     """
     decoding = sorted((row for row in rows if _remaining(row) == 1), key=lambda row: row.kv_row)  # the cache's order
     prefilling = [row for row in rows if _remaining(row) > 1]
     budget = min(max_step_tokens, len(decoding) + max_chunk_tokens) if decoding else max_step_tokens
-    shares = _shares([_remaining(row) for row in prefilling], budget - len(decoding))
+    shares = _shares(_computable(prefilling), budget - len(decoding))
     scheduled: list[Scheduled] = []
     start = 0
     for row, num_tokens in zip((*decoding, *prefilling), (*[1] * len(decoding), *shares), strict=True):
@@ -28,6 +31,17 @@ def schedule(rows: Sequence[Row], max_step_tokens: int, max_chunk_tokens: int) -
             scheduled.append((row, Segment(row.kv_row, start, num_tokens, row.num_computed)))
             start += num_tokens
     return scheduled
+
+
+def _computable(rows: Sequence[Row]) -> list[int]:
+    """Return the tokens of each prompt that the step may compute, if it had room for all of them."""
+    left, counts = MAX_SCORED_TOKENS, list[int]()
+    for row in rows:
+        positions = row.positions_to_score(row.num_computed, len(row.tokens))
+        is_cut = len(positions) > left
+        counts.append(positions.start + left - row.num_computed if is_cut else _remaining(row))
+        left -= min(left, len(positions))
+    return counts
 
 
 def _shares(remaining: Sequence[int], budget: int) -> list[int]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from gpu_worker.config import PACKAGED_MODEL, WorkerConfig
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model.packaged_model import packaged_folder
 from gpu_worker.model.rope import pin_longrope
+from gpu_worker.request.model_files import sampling_defaults_of_files
 
 _ATTENTION_SINKS = ("gpt_oss",)
 _LARGEST_CUDA_HEAD = 256  # limit of flash attention 2
@@ -38,6 +40,7 @@ class BaseModel:
     dtype: torch.dtype
     window: int | None = None  # of `window_layers`, which see only so many last tokens
     window_layers: frozenset[int] = frozenset()
+    sampling_defaults: Mapping[str, float] = field(default_factory=dict)  # for what a request leaves unset
 
     @property
     def backend_tokenizer(self) -> Tokenizer:
@@ -101,7 +104,13 @@ def load_base_model(config: WorkerConfig) -> BaseModel:
         dtype=dtype,
         window=_setting(hf_config, "sliding_window"),
         window_layers=_window_layers(hf_config),
+        sampling_defaults=sampling_defaults(config),
     )
+
+
+def sampling_defaults(config: WorkerConfig) -> dict[str, float]:
+    """Return the base model's own sampling parameters, by name, if the settings want them."""
+    return sampling_defaults_of_files(model_source(config)) if config.generation_config == "auto" else {}
 
 
 def resolve_dtype(name: str, device: str = "cpu") -> torch.dtype:
@@ -120,9 +129,9 @@ def _check_config(config: Any) -> None:
         problems.append("quantised weights")
     if _setting(config, "is_encoder_decoder"):
         problems.append("an encoder-decoder architecture")
-    for field in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if _setting(config, field) is not None:
-            problems.append(f"soft-capping ({field})")
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if _setting(config, name) is not None:
+            problems.append(f"soft-capping ({name})")
     if _setting(config, "kv_lora_rank") is not None:
         problems.append("multi-head latent attention")
     if _setting(config, "use_bidirectional_attention"):

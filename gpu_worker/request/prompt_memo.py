@@ -78,10 +78,12 @@ def _outcome(known: _Outcome, job: Job, tokenize: Callable[[Job], Sequence[int]]
 
 
 def _key_of(job: Job) -> bytes:
-    parts = [job.tenant, job.template, job.prompt] if isinstance(job.prompt, str) else [job.tenant, job.template]
-    if not isinstance(job.prompt, str):
+    parts = [job.tenant, job.template]
+    if isinstance(job.prompt, tuple):
         parts += [repr(job.tools), *map(repr, job.prompt)]
-    digest = hashlib.sha256(b"text" if isinstance(job.prompt, str) else b"messages")
+    else:
+        parts.append(job.prompt if isinstance(job.prompt, str) else repr(job.prompt.ids))
+    digest = hashlib.sha256(type(job.prompt).__name__.encode())
     for part in parts:
         data = part.encode(errors="surrogatepass")
         digest.update(len(data).to_bytes(8, "big") + data)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -16,19 +16,21 @@ from lora_store.adapter import LOCAL_TENANT
 from lora_store.plan import BASE_PLAN, Plan
 
 FinishReason = Literal["stop", "length", "tool_calls"]
-DEFAULT_MAX_TOKENS = 256
+EXPECTED_NEW_TOKENS = 256  # of an answer without `max_tokens`, where its work is estimated
 MAX_CHARS_PER_TOKEN = 64  # a longer text cannot fit, so it is not tokenized
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_LOGPROBS = 20
 MAX_BIASED_IDS = 300
+SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""The parameters for which a base model may have values of its own, in its `generation_config.json`."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """The sampling parameters of a request. Raises: SamplingInvalid, which names the parameter."""
 
-    max_tokens: int | None = None  # None: DEFAULT_MAX_TOKENS, or the rest of the context if smaller
+    max_tokens: int | None = None  # None: the rest of the context, within the worker's own limit
     min_tokens: int = 0
     temperature: float = 1.0  # 0 is greedy
     top_p: float = 1.0
@@ -39,22 +41,27 @@ class SamplingParams:
     repetition_penalty: float = 1.0  # divides positive logits of ids in prompt or answer, multiplies others
     logit_bias: tuple[tuple[int, float], ...] = ()  # (id, value added to its logit)
     logprobs: int | None = None  # number of most likely ids to report per token; None: report no log probabilities
+    prompt_logprobs: int | None = None  # the same for the tokens of the prompt
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     grammar: Grammar | None = None  # what the answer must follow; it ends the answer
+    unset: frozenset[str] = frozenset()  # names of SAMPLING_DEFAULTS that the base model's own values replace
 
     def __post_init__(self) -> None:
-        limit = DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
-        self._require("max_tokens", limit >= 1, "be at least 1")
-        self._require("min_tokens", 0 <= self.min_tokens <= limit, f"be between 0 and max_tokens ({limit})")
+        self._require("max_tokens", self.max_tokens is None or self.max_tokens >= 0, "be at least 0")
+        self._require("min_tokens", self.min_tokens >= 0, "be at least 0")
+        if self.max_tokens is not None:
+            is_within = self.min_tokens <= self.max_tokens
+            self._require("min_tokens", is_within, f"be between 0 and max_tokens ({self.max_tokens})")
         self._require("temperature", 0 <= self.temperature <= 100, "be between 0 and 100")
         self._require("top_p", 0 < self.top_p <= 1, "be above 0 and at most 1")
         self._require("top_k", self.top_k >= 0, "be 0 (all) or more")
         self._require("min_p", 0 <= self.min_p <= 1, "be between 0 and 1")
-        is_valid = self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS
-        self._require("logprobs", is_valid, f"be between 0 and {MAX_LOGPROBS}")
+        for name in ("logprobs", "prompt_logprobs"):
+            is_valid = getattr(self, name) is None or 0 <= getattr(self, name) <= MAX_LOGPROBS
+            self._require(name, is_valid, f"be between 0 and {MAX_LOGPROBS}")
         self._require("seed", self.seed is None or 0 <= self.seed < 2**63, "be between 0 and 2**63 - 1")
         self._check_penalties()
         self._check_stops()
@@ -89,6 +96,11 @@ class SamplingParams:
         if not holds:
             raise SamplingInvalid(f"{name} must {rule}, got {getattr(self, name)}", name)
 
+    def with_defaults(self, defaults: Mapping[str, float]) -> SamplingParams:
+        """Return the parameters with the base model's values, by name, for those that the client left unset."""
+        own = {name: value for name, value in defaults.items() if name in self.unset}
+        return replace(self, **own) if own else self  # type: ignore[arg-type]
+
     @property
     def adjusts_logits(self) -> bool:
         """Return whether penalties or a bias change the logits."""
@@ -97,17 +109,37 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenIds:
+    """A prompt that the client has tokenized."""
+
+    ids: tuple[int, ...]
+
+
+Prompt = str | TokenIds | tuple[Message, ...]
+"""A raw text, token ids, or a conversation, which a template turns into text."""
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
-    """One request of a worker: messages or a raw prompt, and the plan of adapters."""
+    """One request of a worker: its prompt, and the plan of adapters."""
 
     request_id: str
-    prompt: str | tuple[Message, ...]
+    prompt: Prompt
     plan: Plan = BASE_PLAN
     sampling: SamplingParams = field(default_factory=SamplingParams)
     template: str = "auto"  # for messages; a raw prompt is used unchanged
     tenant: str = LOCAL_TENANT  # tenants take turns in the engine's queue
     time_left_s: float | None = None  # when it is sent; a duration, as clocks of machines differ
     tools: Tools | None = None  # functions that the answer to messages may call
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenized:
+    """The tokens of a prompt: their ids, and each one's text. `max_len`: the tokens of prompt and answer that fit."""
+
+    ids: tuple[int, ...]
+    texts: tuple[str, ...]
+    max_len: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +157,23 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptToken:
+    """One token of a prompt. The first one has no log probability, because nothing is before it.
+
+    `rank`: the token's place among all ids by log probability, from 1; of equal ids the smaller one comes first.
+    `top`: (id, token, log probability) of the most likely ids, best first.
+    `text_offset`: characters of the prompt's text before this token.
+    """
+
+    token_id: int
+    token: bytes
+    text_offset: int
+    logprob: float | None = None
+    rank: int | None = None
+    top: tuple[tuple[int, bytes, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """New text of one request. The last one carries the finish reason."""
 
@@ -135,6 +184,7 @@ class Delta:
     first_logits: torch.Tensor | None = None  # (V,) float32 after the prompt, if requested by a probe
     logprobs: tuple[TokenLogprob, ...] = ()  # of the tokens since the last delta, if requested
     queued_s: float = 0.0  # time in the engine's queue
+    prompt: tuple[PromptToken, ...] = ()  # in the first delta, if requested
     tool_calls: tuple[ToolCallPiece, ...] = ()
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
 
@@ -148,6 +198,7 @@ class Completion:
     num_new_tokens: int
     finish_reason: FinishReason
     logprobs: tuple[TokenLogprob, ...] = ()
+    prompt: tuple[PromptToken, ...] = ()
     tool_calls: tuple[ToolCall, ...] = ()
     num_cached_tokens: int = 0
 
@@ -160,4 +211,4 @@ class Completion:
         logprobs = tuple(entry for delta in deltas for entry in delta.logprobs)
         calls = joined_calls(piece for delta in deltas for piece in delta.tool_calls)
         counts = last.num_prompt_tokens, last.num_new_tokens
-        return Completion(text, *counts, last.finish_reason, logprobs, calls, last.num_cached_tokens)
+        return Completion(text, *counts, last.finish_reason, logprobs, deltas[0].prompt, calls, last.num_cached_tokens)

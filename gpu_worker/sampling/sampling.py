@@ -9,7 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gpu_worker.device.transfer import to_device
 from gpu_worker.sampling import sampling_torch
+from gpu_worker.sampling.argmax import argmax
 from gpu_worker.sampling.draw import Draw, table_of
 from gpu_worker.sampling.logprobs import Scored
 from gpu_worker.sampling.masks import with_masks
@@ -47,6 +49,33 @@ class Sampler:
         is_sound = [token >= 0 for token in tokens]
         chosen = [token if sound else None for token, sound in zip(tokens, is_sound, strict=True)]
         return chosen, [scores.get(row) if sound else None for row, sound in enumerate(is_sound)]
+
+    def score(self, logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[Scored | None]:
+        """Return the score and the rank of one token in each row of logits; None if they contain NaN or +inf.
+
+        `counts`: how many of the most likely ids to report for each row. Dims: logits (B, V).
+        """
+        on_host = logits.device.type == "cpu"
+        counts = [min(count, logits.shape[1]) for count in counts]
+        ids = to_device(torch.tensor(tokens), logits.device)
+        is_sound = argmax(logits)[1].tolist()
+        ranks = sampling_torch.ranks(logits, ids, on_host=on_host).tolist()
+        if self._kernel is not None and self._kernel.serves(logits):
+            asked = np.zeros(len(tokens), WANTED)
+            asked["row"], asked["token"], asked["count"] = range(len(tokens)), tokens, counts
+            logprobs, best, top = (part.tolist() for part in self._kernel.score(logits, asked))
+        else:
+            width = max(counts, default=0)
+            rows = list(range(len(tokens)))
+            found = sampling_torch.score(logits, ids, rows, width, on_host=on_host).tolist()
+            logprobs = [numbers[0] for numbers in found]
+            best, top = [numbers[1 : 1 + width] for numbers in found], [numbers[1 + width :] for numbers in found]
+        return [
+            Scored.of(logprob, ids[:count], values[:count], rank) if sound else None
+            for sound, count, rank, logprob, ids, values in zip(
+                is_sound, counts, ranks, logprobs, best, top, strict=True
+            )
+        ]
 
 
 def _by_kernel(

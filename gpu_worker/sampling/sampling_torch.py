@@ -69,6 +69,18 @@ def score(logits: Tensor, tokens: Tensor, rows: list[int], count: int, *, on_hos
     return torch.cat(parts)
 
 
+def ranks(logits: Tensor, tokens: Tensor, *, on_host: bool) -> Tensor:
+    """Return the place (B,) of each row's token among all ids, from 1. Dims: logits (B, V), tokens (B,)."""
+    ids = torch.arange(logits.shape[1], device=logits.device)
+    parts = []
+    rows_at_once = _ROWS_AT_ONCE[on_host]
+    for start in range(0, len(logits), rows_at_once):
+        own, token = logits[start : start + rows_at_once], tokens[start : start + rows_at_once, None]
+        value = own.gather(1, token)
+        parts.append(((own > value) | ((own == value) & (ids < token))).sum(dim=-1) + 1)
+    return torch.cat(parts)
+
+
 def largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the `count` largest logits of each row and their ids, ranked. Dims: logits (R, V) float32, count <= V.
 

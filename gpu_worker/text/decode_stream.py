@@ -20,6 +20,15 @@ _PROMPT_IDS = 8  # minimum number of prompt ids in the first context
 _MOST_PROMPT_IDS = 1024  # maximum, if the last ids have no text
 
 
+def text_offsets(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
+    """Return for each id the number of characters that those before it add to the text. Special tokens add none."""
+    stream, offsets, num_chars = DecodeStream(tokenizer, ()), list[int](), 0
+    for token_id in ids:
+        offsets.append(num_chars)
+        num_chars += len(stream.push(token_id))
+    return offsets
+
+
 class DecodeStream:
     """The incremental decoder of one answer. Special tokens have no text, except for those of `visible`, by id."""
 

@@ -37,7 +37,7 @@ from gpu_worker.engine.row import Row, Sink
 from gpu_worker.errors import EngineStopped
 from gpu_worker.inference_engine import Capabilities, EngineHealth, EngineMemory, InferenceEngine
 from gpu_worker.lora.lora_kernel import load_lora_kernel
-from gpu_worker.request.request import Completion, Delta, Job
+from gpu_worker.request.request import Completion, Delta, Job, Prompt, TokenIds, Tokenized
 from gpu_worker.vllm.engine_args import build_config, max_len_of
 from gpu_worker.vllm.front_model import FrontModel, load_front_model
 from gpu_worker.vllm.plan_ids import PlanIds
@@ -66,7 +66,13 @@ class VllmEngine(InferenceEngine):
         self._interval_s = stream_interval_ms / 1000
         self._loop = asyncio.get_running_loop()
         self._executor = executor or load_executor(config.load_threads)
-        self._preprocess = RequestPreprocessor(model, max_len_of(config, model), tool_parser=config.tool_parser)
+        self._preprocess = RequestPreprocessor(
+            model,
+            max_len_of(config, model),
+            tool_parser=config.tool_parser,
+            max_new_tokens=config.max_new_tokens,
+            scores_prompts=False,
+        )
         cache = llm.vllm_config.cache_config
         self._kv_tokens = (cache.num_gpu_blocks or 0) * cache.block_size
         loader = AdapterLoader(
@@ -146,6 +152,14 @@ class VllmEngine(InferenceEngine):
 
     async def generate(self, jobs: Sequence[Job]) -> list[Completion | Exception]:
         return await generate_all(self, jobs)
+
+    async def tokenize(self, prompt: Prompt, template: str, *, add_special_tokens: bool | None = None) -> Tokenized:
+        return await asyncio.to_thread(
+            self._preprocess.tokenize, prompt, template, add_special_tokens=add_special_tokens
+        )
+
+    async def detokenize(self, prompts: Sequence[TokenIds], *, skip_special_tokens: bool) -> list[str]:
+        return await asyncio.to_thread(self._preprocess.detokenize, prompts, skip_special_tokens=skip_special_tokens)
 
     async def load(self, weights_digests: Collection[str]) -> None:
         await asyncio.gather(*self._rows.load(weights_digests), return_exceptions=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from gpu_worker.config import WorkerConfig
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.lora.inject import target_linears
-from gpu_worker.model.base_model import load_tokenizer, model_source, resolve_dtype
+from gpu_worker.model.base_model import load_tokenizer, model_source, resolve_dtype, sampling_defaults
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,7 @@ class FrontModel:
     dtype: torch.dtype
     kv_token_bytes: int
     shapes: Mapping[str, tuple[int, int]]  # (out, in) of every module an adapter may target
+    sampling_defaults: Mapping[str, float] = field(default_factory=dict)  # for what a request leaves unset
 
     @property
     def backend_tokenizer(self) -> Tokenizer:
@@ -63,6 +64,7 @@ def load_front_model(config: WorkerConfig) -> FrontModel:
         dtype=dtype,
         kv_token_bytes=hf_config.num_hidden_layers * 2 * heads * head_dim * dtype.itemsize,
         shapes={name: (linear.out_features, linear.in_features) for name, linear in linears.items()},
+        sampling_defaults=sampling_defaults(config),
     )
 
 

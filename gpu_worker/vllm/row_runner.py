@@ -125,7 +125,7 @@ class RowRunner:
             active_rows=self._residency.active_rows,
             num_running=len(self._running),
             num_waiting=len(waiting),
-            waiting_tokens=sum(row.num_prompt_tokens + row.max_new_tokens for row in waiting),
+            waiting_tokens=sum(row.expected_len for row in waiting),
             free_kv_rows=self._places.num_free,
             free_kv_tokens=max(self._kv_tokens - used_tokens, 0),
             kv_tokens=used_tokens,

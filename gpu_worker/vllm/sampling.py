@@ -16,7 +16,7 @@ def sampling_params(row: Row, vocab_size: int) -> SamplingParams:
     """Return vLLM's parameters. Text and stop strings are the front end's: vLLM sees token ids only."""
     given = row.sampling
     return SamplingParams(
-        max_tokens=row.max_new_tokens,
+        max_tokens=max(row.max_new_tokens, 1),  # vLLM computes one for a row without new tokens
         min_tokens=given.min_tokens,
         temperature=given.temperature,
         top_p=given.top_p,

@@ -46,6 +46,12 @@ def test_completions(client: openai.OpenAI) -> None:
     assert client.completions.create(model="poet", prompt="Once").choices[0].text == "Hello"
 
 
+def test_token_ids_and_echo(client: openai.OpenAI) -> None:
+    """prompts as token ids; `echo`"""
+    answer = client.completions.create(model="poet", prompt=[79, 110], echo=True)
+    assert answer.choices[0].text == "OnHello"
+
+
 def test_models(client: openai.OpenAI) -> None:
     """models"""
     ids = [model.id for model in client.models.list()]

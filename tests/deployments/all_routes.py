@@ -12,7 +12,7 @@ from tests.deployments.app_fakes import app_over_fakes
 
 APP = app_over_fakes()
 
-# The role that each route below /v1/ requires; None: any valid key. Add each new route here.
+# The role that each route of the API requires; None: any valid key. Add each new route here.
 ROLES_OF: dict[tuple[str, str], str | None] = {
     ("GET", "/v1/models"): None,
     ("GET", "/v1/models/{model:path}"): None,
@@ -38,6 +38,8 @@ ROLES_OF: dict[tuple[str, str], str | None] = {
     ("POST", "/v1/responses"): "infer",
     ("POST", "/v1/route"): "infer",
     ("POST", "/v1/embeddings"): "infer",
+    ("POST", "/tokenize"): "infer",
+    ("POST", "/detokenize"): "infer",
 }
 OPEN_ROUTES = {
     ("GET", "/health"),
@@ -58,8 +60,8 @@ def mounted() -> dict[tuple[str, str], Any]:
 
 
 def guarded() -> dict[tuple[str, str], APIRoute]:
-    """Return the mounted routes below /v1/."""
-    return {key: route for key, route in mounted().items() if key[1].startswith("/v1/")}
+    """Return the mounted routes of the API."""
+    return {key: route for key, route in mounted().items() if key[1].startswith(("/v1/", "/tokenize", "/detokenize"))}
 
 
 def dependencies(dependant: Dependant) -> Iterator[Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from deployments.calls.worker_client import Usage
 from gpu_worker.engine.engine_status import EngineStatus
 from gpu_worker.errors import EngineStopped
-from gpu_worker.request.request import Delta, Job
+from gpu_worker.request.request import Delta, Job, Prompt, TokenIds, Tokenized
 from tests.deployments.adapter_records import digest_of, given
 
 DELTAS = (Delta("Hel", 5, 1), Delta("lo", 5, 2), Delta("", 5, 3, "stop"))
@@ -39,6 +39,14 @@ class FakeWorker:
             raise self.failure
         by_digest = {digest_of(f"weights {name} "): shift for name, shift in self.shifts.items()}
         return [by_digest.get(digest, 0.5) for digest in weights_digests]
+
+    async def tokenize(self, prompt: Prompt, template: str, add_special_tokens: bool | None) -> Tokenized:
+        """Return a token for each character, after one for a conversation's template."""
+        text = prompt if isinstance(prompt, str) else f"{template}|{prompt}"
+        return Tokenized(tuple(map(ord, text)), tuple(text), 64)
+
+    async def detokenize(self, prompts: Sequence[TokenIds], skip_special_tokens: bool) -> list[str]:
+        return ["".join(map(chr, prompt.ids)) for prompt in prompts]
 
     async def module_shapes(self) -> dict[str, tuple[int, int]]:
         return SHAPES

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import dataclass
+from typing import Annotated, Self
 
 from fastapi import APIRouter, Query
 from pydantic import Field
@@ -10,6 +11,7 @@ from pydantic import Field
 from deployments.api.adapters import Tag
 from deployments.api.base import ApiRequest
 from deployments.api.pool_responses import ModelCard, ModelList, model_list
+from deployments.config.app import AppConfig
 from deployments.errors import ModelNotFound
 from deployments.generation.planner import AUTO
 from deployments.http.bodies import AnsweringRoute
@@ -36,8 +38,8 @@ class ModelQuery(ApiRequest):
 @router.get("/v1/models", response_model=None, responses=MODELS_ANSWERS)
 async def models(query: Annotated[ModelQuery, Query()], services: AnyServices, caller: AnyCaller) -> ModelList:
     """List `auto`, the base model, then every adapter the caller may name. If `has_more`, go on `after` `last_id`."""
-    base, template = services.config.served_base_name, services.config.template_in_use
-    own = _own_cards(base, template, query)
+    cards = _Cards.of(services.config)
+    own, base = cards.own(query), cards.base
     wanted = PageRequest(
         limit=max(query.limit - len(own), 0),
         after="" if query.after in (AUTO, base) else query.after,
@@ -46,49 +48,61 @@ async def models(query: Annotated[ModelQuery, Query()], services: AnyServices, c
         contains=query.name,
     )
     page = await services.retriever.page(caller.tenant, wanted)
-    cards = own[: query.limit] + [card_of(name, base, template, record, caller.tenant) for name, record in page.rows]
-    return model_list(cards, has_more=page.has_more or len(own) > query.limit)
+    found = own[: query.limit] + [cards.adapter(name, record, caller.tenant) for name, record in page.rows]
+    return model_list(found, has_more=page.has_more or len(own) > query.limit)
 
 
 @router.get("/v1/models/{model:path}", response_model=None, responses=MODEL_ANSWERS)
 async def model(model: str, services: AnyServices, caller: AnyCaller) -> ModelCard:
     """Return the card of one model, by any name that a request may use for it."""
-    base, template = services.config.served_base_name, services.config.template_in_use
-    name = model.removeprefix(f"{base}:")
-    if model == base or name == AUTO:
-        return special_card(model, base, template)
+    cards = _Cards.of(services.config)
+    name = model.removeprefix(f"{cards.base}:")
+    if model == cards.base or name == AUTO:
+        return cards.special(model)
     try:
         _, versions = await services.retriever.record(caller.tenant, name)
     except AdapterNotFound as exc:  # also matches the RayTaskError of it
         raise ModelNotFound(model, exc.hint) from exc
-    return card_of(model, base, template, versions[0], caller.tenant)
+    return cards.adapter(model, versions[0], caller.tenant)
 
 
-def special_card(name: str, base: str, template: str) -> ModelCard:
-    return _card(name, 0, _OWNER, name, None if name == base else base, template)
+@dataclass(frozen=True, slots=True)
+class _Cards:
+    """The cards of the models over one base model, of which they have the template and the defaults for sampling."""
 
+    base: str
+    template: str
+    sampling_defaults: dict[str, float]
 
-def card_of(name: str, base: str, template: str, record: AdapterRecord, tenant: str) -> ModelCard:
-    """Return the card of an adapter. `root` is the source of the tenant's own; the source of others stays private."""
-    root = record.source if record.ref.tenant == tenant else name
-    return _card(name, int(record.created_at.timestamp()), record.ref.tenant, root, base, record.template or template)
+    @classmethod
+    def of(cls, config: AppConfig) -> Self:
+        return cls(config.served_base_name, config.template_in_use, config.sampling_defaults)
 
+    def own(self, query: ModelQuery) -> list[ModelCard]:
+        """Return those of `auto` and the base model that belong to the page. Filters for adapters exclude them."""
+        if query.owner is not None or query.tag:
+            return []
+        names = {"": [AUTO, self.base], AUTO: [self.base]}.get(query.after, [])
+        return [self.special(name) for name in names if query.name.lower() in name.lower()]
 
-def _own_cards(base: str, template: str, query: ModelQuery) -> list[ModelCard]:
-    """Return the cards of `auto` and the base model if they belong to the page. Filters for adapters exclude them."""
-    if query.owner is not None or query.tag:
-        return []
-    names = {"": [AUTO, base], AUTO: [base]}.get(query.after, [])
-    return [special_card(name, base, template) for name in names if query.name.lower() in name.lower()]
+    def special(self, name: str) -> ModelCard:
+        """Return the card of `auto` or of the base model."""
+        return self._card(name, 0, _OWNER, name, None if name == self.base else self.base, self.template)
 
+    def adapter(self, name: str, record: AdapterRecord, tenant: str) -> ModelCard:
+        """Return the card of an adapter. `root` is the source of the tenant's own; the others' stays private."""
+        root = record.source if record.ref.tenant == tenant else name
+        created = int(record.created_at.timestamp())
+        return self._card(name, created, record.ref.tenant, root, self.base, record.template or self.template)
 
-def _card(name: str, created: int, owner: str, root: str, parent: str | None, template: str) -> ModelCard:
-    return {
-        "id": name,
-        "object": "model",
-        "created": created,
-        "owned_by": owner,
-        "root": root,
-        "parent": parent,
-        "template": template,
-    }
+    def _card(self, name: str, created: int, owner: str, root: str, parent: str | None, template: str) -> ModelCard:
+        return {
+            "id": name,
+            "object": "model",
+            "created": created,
+            "owned_by": owner,
+            "root": root,
+            "parent": parent,
+            "template": template,
+            "sampling_defaults": self.sampling_defaults,
+        }

@@ -1,17 +1,29 @@
-"""vLLM's two calls that load and unload adapters, for its clients."""
+"""vLLM's own calls, for its clients: load and unload adapters, tokenize and detokenize."""
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request
-from fastapi.responses import PlainTextResponse
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse, PlainTextResponse
 
 from deployments.api.adapters import LoadAdapterRequest, UnloadAdapterRequest
+from deployments.api.base import TolerantRequest, ignored_fields, ignored_header, refuse_ignored
+from deployments.api.tokens import DetokenizeAnswer, DetokenizeRequest, TokenizeRequest, tokenize_answer
 from deployments.auth.authenticator import Caller
 from deployments.errors import AdapterExists
 from deployments.http.bodies import AnsweringRoute
-from deployments.http.dependencies import MAY_CHANGE, AnyServices, PublishCaller, Services, item_of, own_key
-from deployments.http.openapi import LOAD_ANSWERS, UNLOAD_ANSWERS
+from deployments.http.dependencies import (
+    MAY_CHANGE,
+    AnyContext,
+    AnyServices,
+    InferCaller,
+    PublishCaller,
+    Services,
+    item_of,
+    own_key,
+)
+from deployments.http.openapi import DETOKENIZE_ANSWERS, LOAD_ANSWERS, TOKENIZE_ANSWERS, UNLOAD_ANSWERS
 from deployments.http.routes.adapters import publish_items
+from deployments.observability.request_metrics import RequestContext
 from lora_store import AdapterNotFound
 
 router = APIRouter(route_class=AnsweringRoute, default_response_class=PlainTextResponse)
@@ -41,6 +53,31 @@ async def unload_lora_adapter(
     removed = await services.publisher.withdraw(tenant, [name], caller.key_id)
     text = f"Success: LoRA adapter '{body.lora_name}' removed successfully"
     return PlainTextResponse(text, 202 if removed.behind else 200)
+
+
+@router.post("/tokenize", response_model=None, responses=TOKENIZE_ANSWERS)
+async def tokenize(body: TokenizeRequest, caller: InferCaller, services: AnyServices, context: AnyContext) -> Response:
+    """Return the token ids of a text, or of a conversation as a chat with this model would render it."""
+    _note_ignored(body, services, context)
+    found = await services.completions.tokenize(body, caller, context)
+    return JSONResponse(tokenize_answer(body, found), headers=ignored_header(context.ignored))
+
+
+@router.post("/detokenize", response_model=None, responses=DETOKENIZE_ANSWERS)
+async def detokenize(
+    body: DetokenizeRequest, caller: InferCaller, services: AnyServices, context: AnyContext
+) -> Response:
+    """Return the text of token ids."""
+    _note_ignored(body, services, context)
+    answer: DetokenizeAnswer = {"prompt": await services.completions.detokenize(body, caller, context)}
+    return JSONResponse(answer, headers=ignored_header(context.ignored))
+
+
+def _note_ignored(body: TolerantRequest, services: Services, context: RequestContext) -> None:
+    """Record the unknown fields. Raises: RequestInvalid for the first one, with the setting `strict_fields`."""
+    if services.config.strict_fields:
+        refuse_ignored(body)
+    context.ignored = ignored_fields(body)
 
 
 async def _is_live(services: Services, caller: Caller, name: str) -> bool:

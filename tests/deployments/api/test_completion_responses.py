@@ -10,7 +10,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from deployments.api.completion_responses import Answer
 from deployments.api.responses import Planned
-from gpu_worker.request.request import Completion, Delta, TokenLogprob
+from gpu_worker.request.request import Completion, Delta, PromptToken, TokenLogprob
 from gpu_worker.request.tools import ToolCallPiece
 from lora_store import BASE_PLAN, Plan, PlannedAdapter
 from tests.deployments.adapter_records import BASE as BASE_NAME
@@ -121,7 +121,7 @@ def test_with_several_prompts_choices_have_plans_and_each_prompt_counts_once() -
 
 
 def test_chat_logprobs_are_objects_with_the_exact_bytes() -> None:
-    whole = answer(has_logprobs=True).whole([Completion("é", 5, 2, "stop", (HALF, REST))])
+    whole = answer(num_logprobs=2).whole([Completion("é", 5, 2, "stop", (HALF, REST))])
     entries = whole["choices"][0]["logprobs"]["content"]
     assert entries == [
         {
@@ -145,7 +145,7 @@ def test_chat_logprobs_are_objects_with_the_exact_bytes() -> None:
 
 def test_text_logprobs_are_parallel_lists_with_the_token_in_its_own_alternatives() -> None:
     plain = TokenLogprob(b"b", -2.0, (), 1)
-    whole = answer("text", has_logprobs=True).whole([Completion("éb", 5, 3, "stop", (HALF, REST, plain))])
+    whole = answer("text", num_logprobs=2).whole([Completion("éb", 5, 3, "stop", (HALF, REST, plain))])
     assert whole["choices"][0]["logprobs"] == {
         "tokens": ["bytes:\\xc3", "bytes:\\xa9", "b"],
         "token_logprobs": [-0.5, -0.25, -2.0],
@@ -156,7 +156,7 @@ def test_text_logprobs_are_parallel_lists_with_the_token_in_its_own_alternatives
 
 
 def test_a_chunk_has_the_logprobs_of_its_own_tokens() -> None:
-    one = answer(has_logprobs=True)
+    one = answer(num_logprobs=2)
     reported = one.chunk(0, Delta("é", 5, 2, logprobs=(HALF, REST)))
     assert [entry["logprob"] for entry in reported["choices"][0]["logprobs"]["content"]] == [-0.5, -0.25]
     ChatCompletionChunk.model_validate(reported)
@@ -164,7 +164,7 @@ def test_a_chunk_has_the_logprobs_of_its_own_tokens() -> None:
 
 
 def test_an_empty_answer_still_has_its_logprobs() -> None:
-    whole = answer(has_logprobs=True).whole([Completion("", 5, 1, "stop")])
+    whole = answer(num_logprobs=2).whole([Completion("", 5, 1, "stop")])
     assert whole["choices"][0]["logprobs"] == {"content": [], "refusal": None}
 
 
@@ -223,6 +223,60 @@ def test_an_empty_answer_of_adapters_carries_a_warning(path: str, body: Any, hin
     assert '"warning"' not in base.text
     full = post(path, body | {"model": "poet", "stream": stream})
     assert '"warning"' not in full.text
+
+
+SCORED = (
+    PromptToken(256, b"<s>", 0),
+    PromptToken(79, b"O", 0, -2.0, 3, ((80, b"P", -0.5), (81, b"Q", -1.0))),
+    PromptToken(110, b"n", 1, -0.25, 1, ((110, b"n", -0.25), (81, b"Q", -1.0))),
+)
+LAST = TokenLogprob(b"!", -3.0, ((b"?", -0.5),), 0)
+
+
+def test_an_echoed_prompt_comes_before_the_answer_with_its_log_probabilities() -> None:
+    both = answer("text", plans=[BASE, BASE], num_choices=2, num_logprobs=1, echo=("On", "Other"))
+    ends = [Completion("!", 3, 1, "length", (LAST,), SCORED)] * 4
+    whole = both.whole(ends)
+    assert [choice["text"] for choice in whole["choices"]] == ["On!", "On!", "Other!", "Other!"]
+    assert whole["choices"][0]["logprobs"] == {
+        "tokens": ["<s>", "O", "n", "!"],
+        "token_logprobs": [None, -2.0, -0.25, -3.0],
+        "top_logprobs": [None, {"P": -0.5, "O": -2.0}, {"n": -0.25}, {"?": -0.5, "!": -3.0}],
+        "text_offset": [0, 0, 1, 2],
+    }
+    unscored = answer("text", plans=[BASE], echo=("On",)).whole([Completion("!", 3, 1, "length")])
+    assert (unscored["choices"][0]["text"], unscored["choices"][0]["logprobs"]) == ("On!", None)
+
+
+def test_a_stream_echoes_the_prompt_in_the_first_chunk_of_each_choice() -> None:
+    one = answer("text", plans=[BASE], num_logprobs=0, echo=("On",))
+    first = one.chunk(0, Delta("!", 3, 1, logprobs=(LAST,), prompt=SCORED), is_first=True)["choices"][0]
+    assert first["text"] == "On!"
+    assert first["logprobs"]["token_logprobs"] == [None, -2.0, -0.25, -3.0]
+    later = one.chunk(0, Delta("?", 3, 2, "length", logprobs=(LAST,)))["choices"][0]
+    assert (later["text"], later["logprobs"]["tokens"], later["logprobs"]["text_offset"]) == ("?", ["!"], [2])
+    only = one.chunk(0, Delta("", 3, 0, "length", prompt=SCORED), is_first=True, is_empty=True)
+    assert (only["choices"][0]["text"], len(only["choices"][0]["logprobs"]["tokens"])) == ("On", 3)
+
+
+def test_prompt_logprobs_have_vllms_form_in_chats_and_completions() -> None:
+    expected = [
+        None,
+        {
+            "79": {"logprob": -2.0, "rank": 3, "decoded_token": "O"},
+            "80": {"logprob": -0.5, "rank": 1, "decoded_token": "P"},
+        },
+        {"110": {"logprob": -0.25, "rank": 1, "decoded_token": "n"}},
+    ]
+    end = Completion("!", 3, 1, "length", (), SCORED)
+    assert answer(num_prompt_logprobs=1).whole([end])["prompt_logprobs"] == expected
+    assert answer("text", num_prompt_logprobs=1).whole([end])["choices"][0]["prompt_logprobs"] == expected
+    assert "prompt_logprobs" not in answer().whole([end])
+
+
+def test_a_request_for_no_new_token_gets_no_warning_of_an_empty_answer() -> None:
+    assert "warning" not in answer("text", echo=("On",)).whole([Completion("", 3, 0, "length")])
+    assert "warning" not in answer("text").chunk(0, Delta("", 3, 0, "length"), is_empty=True)
 
 
 CALLS = (

@@ -12,7 +12,7 @@ from deployments.api.error_table import validation_error
 from deployments.errors import RequestInvalid
 from gpu_worker.errors import SamplingInvalid
 from gpu_worker.request.prompts import Message
-from gpu_worker.request.request import SamplingParams
+from gpu_worker.request.request import SamplingParams, TokenIds
 
 USER = {"role": "user", "content": "Hi"}
 SAMPLING = {
@@ -42,6 +42,7 @@ def completion(**fields: Any) -> CompletionRequest:
 
 def text_of(request: ChatCompletionRequest | CompletionRequest) -> str:
     [question] = request.questions()
+    assert question.text is not None
     return question.text
 
 
@@ -116,14 +117,56 @@ def test_a_value_out_of_its_range_is_refused_by_its_path(fields: dict[str, Any],
 
 def test_sampling_is_carried_over_field_by_field() -> None:
     bias = {"logit_bias": {"7": -100, "3": 2.5}}
-    expected = SAMPLING | {"logit_bias": ((3, 2.5), (7, -100.0)), "logprobs": 4, "grammar": None}
-    assert asdict(chat(**SAMPLING, **bias, logprobs=True, top_logprobs=4).sampling()) == expected
-    assert asdict(completion(**SAMPLING, **bias, logprobs=4).sampling()) == expected
+    expected = SAMPLING | {"logit_bias": ((3, 2.5), (7, -100.0)), "logprobs": 4, "prompt_logprobs": 2}
+    expected |= {"grammar": None, "unset": frozenset()}
+    assert asdict(chat(**SAMPLING, **bias, logprobs=True, top_logprobs=4, prompt_logprobs=2).sampling()) == expected
+    assert asdict(completion(**SAMPLING, **bias, logprobs=4, prompt_logprobs=2).sampling()) == expected
     assert SamplingParams.__dataclass_fields__.keys() == expected.keys()
 
 
-def test_omitted_sampling_uses_the_engines_defaults() -> None:
-    assert chat().sampling() == SamplingParams()
+def test_omitted_sampling_uses_the_engines_defaults_unless_the_base_model_has_some() -> None:
+    names = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"}
+    assert chat().sampling() == SamplingParams(unset=frozenset(names))
+    assert chat(temperature=1.0, top_k=None).sampling().unset == names - {"temperature"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "count"),
+    [
+        ({}, None),
+        ({"logprobs": 3}, None),
+        ({"echo": True}, None),
+        ({"echo": True, "logprobs": 3}, 3),
+        ({"echo": True, "logprobs": 0, "prompt_logprobs": 2}, 2),
+        ({"prompt_logprobs": 0}, 0),
+    ],
+)
+def test_tokens_of_the_prompt_are_scored_for_prompt_logprobs_and_for_echo_with_logprobs(
+    fields: dict[str, Any], count: int | None
+) -> None:
+    assert completion(**fields).sampling().prompt_logprobs == count
+
+
+def test_no_new_token_goes_with_what_the_prompt_alone_gives() -> None:
+    assert completion(echo=True, max_tokens=0).sampling().max_tokens == 0
+    assert completion(prompt_logprobs=1, max_tokens=0).sampling().max_tokens == 0
+    assert refusal(CompletionRequest, {"prompt": "Hi", "max_tokens": 0}).param == "max_tokens"
+    assert refusal(CompletionRequest, {"prompt": "Hi", "prompt_logprobs": 1, "stream": True}).param == "prompt_logprobs"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("Hi", ["Hi"]),
+        (["Hi", "Oh"], ["Hi", "Oh"]),
+        ([1, 2], [TokenIds((1, 2))]),
+        ([[1, 2], [3]], [TokenIds((1, 2)), TokenIds((3,))]),
+        (["Hi", [3]], ["Hi", TokenIds((3,))]),
+    ],
+    ids=str,
+)
+def test_prompts_are_texts_or_token_ids_one_or_several(prompt: Any, expected: list[Any]) -> None:
+    assert [question.prompt for question in completion(prompt=prompt).questions()] == expected
 
 
 def test_one_stop_string_is_a_list_of_one() -> None:

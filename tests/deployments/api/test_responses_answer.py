@@ -36,8 +36,8 @@ DELTAS = (
 )
 
 
-def answer_of(*, has_logprobs: bool = False) -> Answer:
-    return Answer("chat", "auto", [PLAN], has_logprobs=has_logprobs, request_id="r")
+def answer_of(*, num_logprobs: int | None = None) -> Answer:
+    return Answer("chat", "auto", [PLAN], num_logprobs=num_logprobs, request_id="r")
 
 
 def form_of(**fields: Any) -> ResponseForm:
@@ -45,7 +45,7 @@ def form_of(**fields: Any) -> ResponseForm:
 
 
 def streamed(deltas: Sequence[Delta], form: ResponseForm, *, with_end: bool = True) -> list[JsonObject]:
-    answer = answer_of(has_logprobs=True)
+    answer = answer_of(num_logprobs=2)
 
     async def chunks() -> AsyncGenerator[JsonObject | None]:
         yield answer.opening()
@@ -62,7 +62,7 @@ def streamed(deltas: Sequence[Delta], form: ResponseForm, *, with_end: bool = Tr
 
 
 def whole(deltas: Sequence[Delta], form: ResponseForm) -> Any:
-    answer: Any = answer_of(has_logprobs=True).whole([Completion.joined(deltas)])
+    answer: Any = answer_of(num_logprobs=2).whole([Completion.joined(deltas)])
     return form.whole(answer)
 
 

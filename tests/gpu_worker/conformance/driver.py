@@ -15,7 +15,7 @@ from gpu_worker.config import WorkerConfig
 from gpu_worker.engine.engine_status import EngineStatus
 from gpu_worker.errors import AdapterLoadFailed
 from gpu_worker.inference_engine import InferenceEngine
-from gpu_worker.request.request import Completion, Delta, Job, SamplingParams
+from gpu_worker.request.request import Completion, Delta, Job, Prompt, SamplingParams
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN, Plan
 
@@ -107,7 +107,7 @@ class HostedEngine:
         return fetched
 
 
-def job(prompt: str, plan: Plan = BASE_PLAN, sampling: SamplingParams = GREEDY, **changes: Any) -> Job:
+def job(prompt: Prompt, plan: Plan = BASE_PLAN, sampling: SamplingParams = GREEDY, **changes: Any) -> Job:
     """Return a greedy job, with log probabilities of the first tokens."""
     return Job("conformance", prompt, plan, sampling, **changes)
 

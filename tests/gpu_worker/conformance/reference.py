@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,13 +35,29 @@ class Reference:
     @torch.inference_mode()
     def greedy(self, prompt: str, plan: Plan, pool: Mapping[str, AdapterWeights], num_new: int) -> list[Step]:
         """Return the greedy answer of the prompt under the plan, recomputing the whole text at each token."""
+        with self._under(plan, pool):
+            tokens = list(self._tokenizer(prompt).input_ids)
+            return [self._next(tokens) for _ in range(num_new)]
+
+    @torch.inference_mode()
+    def prompt_logprobs(self, tokens: Sequence[int], plan: Plan, pool: Mapping[str, AdapterWeights]) -> Tensor:
+        """Return the log probabilities (T - 1, V) float64 from which each token after the first one is scored."""
+        with self._under(plan, pool):
+            logits: Tensor = self._model(input_ids=torch.tensor([list(tokens)])).logits[0, :-1]
+        return logits.log_softmax(-1)
+
+    def tokens_of(self, prompt: str) -> list[int]:
+        return list(self._tokenizer(prompt).input_ids)
+
+    @contextmanager
+    def _under(self, plan: Plan, pool: Mapping[str, AdapterWeights]) -> Iterator[None]:
+        """Add the plan's adapters to the weights within the block."""
         changes = deltas(plan, pool)
         modules = dict(self._model.named_modules())
         for name, change in changes.items():
             modules[name].weight += change
         try:
-            tokens = list(self._tokenizer(prompt).input_ids)
-            return [self._next(tokens) for _ in range(num_new)]
+            yield
         finally:
             for name, change in changes.items():
                 modules[name].weight -= change

@@ -11,19 +11,22 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import processors
+from torch import Tensor
 
 from gpu_worker.engine.engine import Engine
 from gpu_worker.errors import (
     AdapterLoadFailed,
     AdapterUnfit,
     EngineFull,
+    LogitsNotFinite,
     PlanTooLarge,
     PromptInvalid,
     PromptTooLong,
+    SamplingInvalid,
 )
 from gpu_worker.model.base_model import BaseModel
 from gpu_worker.request.prompts import ALPACA_STOPS, Message
-from gpu_worker.request.request import DEFAULT_MAX_TOKENS, Delta, Job, SamplingParams
+from gpu_worker.request.request import Delta, Job, SamplingParams
 from lora_store.adapter import AdapterWeights, ModuleWeights
 from lora_store.plan import BASE_PLAN
 from tests.gpu_worker.engine_driver import (
@@ -180,9 +183,51 @@ def test_a_prompt_of_too_many_characters_is_refused(make_engine: MakeEngine) -> 
         prepare(Job("1", "x" * 640), lambda event: None)
 
 
-def test_without_max_tokens_an_answer_has_the_default_length(make_engine: MakeEngine) -> None:
-    row = make_engine({}, max_model_len=512).prepare(Job("1", "x"), lambda event: None)
-    assert row.max_new_tokens == DEFAULT_MAX_TOKENS
+def test_without_max_tokens_an_answer_may_fill_the_context_within_the_workers_limit(make_engine: MakeEngine) -> None:
+    job = Job("1", "x")  # two tokens
+    for limit, expected in ((8192, 510), (300, 300)):
+        row = make_engine({}, max_model_len=512, max_new_tokens=limit).prepare(job, lambda event: None)
+        assert row.max_new_tokens == expected
+        assert row.expected_len == 2 + 256, "estimates of load do not count a whole context"
+    with pytest.raises(SamplingInvalid, match="min_tokens must be at most the 510 new tokens"):
+        engine = make_engine({}, max_model_len=512)
+        engine.prepare(Job("1", "x", sampling=SamplingParams(min_tokens=511)), lambda event: None)
+
+
+def test_a_prompt_whose_logits_are_not_finite_fails_its_own_row_only(make_engine: MakeEngine) -> None:
+    engine = make_engine({})
+
+    def spoil(module: torch.nn.Module, inputs: object, logits: Tensor) -> Tensor:
+        return torch.cat([logits[:, :2], torch.full_like(logits[:, 2:], torch.nan)], dim=1)  # of the prompt's tokens
+
+    engine.base.model.get_output_embeddings().register_forward_hook(spoil)
+    scored = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True, prompt_logprobs=1)
+    bad, good = run_together(engine, [Job("bad", "scored", sampling=scored), greedy("good")])
+    assert isinstance(bad.error, LogitsNotFinite)
+    assert len(good.tokens) == 8
+    assert_nothing_held(engine)
+
+
+def test_a_preempted_row_keeps_the_scores_of_its_prompt(make_engine: MakeEngine) -> None:
+    scored = SamplingParams(max_tokens=60, temperature=0, ignore_eos=True, prompt_logprobs=2)
+    jobs = [Job(str(number), f"{number} " * 20, sampling=scored) for number in range(4)]
+    tight, ample = make_engine({}, kv_tokens=160), make_engine({})
+    found, expected = run_together(tight, jobs), run_together(ample, jobs)
+    assert tight.counters.num_preemptions > 0 == ample.counters.num_preemptions
+    for answer, other in zip(found, expected, strict=True):
+        [prompt, known] = [
+            [entry for event in each.events if isinstance(event, Delta) for entry in event.prompt]
+            for each in (answer, other)
+        ]
+        assert [entry.token_id for entry in prompt] == answer.row.tokens[: answer.row.num_prompt_tokens]
+        assert [entry.logprob for entry in prompt[1:]] == pytest.approx([e.logprob for e in known[1:]], abs=1e-4)
+
+
+def test_a_row_without_new_tokens_counts_none(make_engine: MakeEngine) -> None:
+    engine = make_engine({})
+    [answer] = run_together(engine, [Job("1", "only read", sampling=SamplingParams(max_tokens=0))])
+    assert (engine.counters.num_new_tokens, engine.counters.num_prompt_tokens) == (0, answer.row.num_prompt_tokens)
+    assert_nothing_held(engine)
 
 
 def test_a_full_queue_refuses_without_a_trace(make_engine: MakeEngine) -> None:

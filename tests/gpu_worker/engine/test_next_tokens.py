@@ -32,6 +32,28 @@ def test_a_row_has_a_score_if_its_request_wants_one_and_nothing_if_its_logits_ar
     assert [score and [i for i, _ in score.top] for score in chosen.scores] == [None, [9], None]
 
 
+def test_prompt_tokens_are_scored_after_the_rows_with_a_token() -> None:
+    """The row of five tokens is computed up to the fourth; the whole one is scored up to its last token."""
+    scored = SamplingParams(temperature=0, prompt_logprobs=2)
+    chunk, whole = row_of(tokens=range(5), sampling=scored), row_of(tokens=(7, 8, 9), sampling=scored)
+    part = [(chunk, Segment(0, 0, 4, 0)), (whole, Segment(1, 4, 3, 0))]
+    ids = torch.tensor([30, 1, 2, 39, 4, 8, 9])  # of the new token, four of the chunk, two of the whole prompt
+    logits = torch.nn.functional.one_hot(ids, 40).float() * 9
+    chosen = choose(part, logits, Sampler())
+    assert (chosen.rows, chosen.tokens) == ([whole], [30])
+    assert [row for row, _ in chosen.prompts] == [chunk, whole]
+    for row, scores in chosen.prompts:
+        row.prompt_offsets = range(5)
+        row.add_prompt_scores(scores)
+    assert [entry.token_id for entry in chunk.prompt] == [0, 1, 2, 3, 4]
+    assert [entry.rank for entry in chunk.prompt] == [None, 1, 1, 5, 1], (
+        "39 is likelier than 3, and 0 to 2 are as likely"
+    )
+    assert [entry.top[0][0] for entry in chunk.prompt[1:]] == [1, 2, 39, 4]
+    assert [entry.rank for entry in whole.prompt] == [None, 1, 1]
+    assert chunk.positions_to_score(0, 5) == range(4, 4) and not chunk.has_unsound_prompt
+
+
 def test_a_step_of_prompt_chunks_alone_chooses_nothing() -> None:
     chosen = choose([(row_of(tokens=range(5)), Segment(0, 0, 2, 0))], torch.zeros(0, 40), Sampler())
     assert (chosen.rows, chosen.tokens, chosen.scores) == ([], [], [])

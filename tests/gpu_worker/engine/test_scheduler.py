@@ -7,13 +7,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpu_worker.engine.row import Row
-from gpu_worker.engine.scheduler import schedule
+from gpu_worker.engine.scheduler import MAX_SCORED_TOKENS, schedule
+from gpu_worker.request.request import SamplingParams
 from tests.gpu_worker import rows as unprepared
 
 
-def row_of(kv_row: int, num_tokens: int, num_computed: int) -> Row:
+def row_of(kv_row: int, num_tokens: int, num_computed: int, **changes: object) -> Row:
     tokens = range(num_tokens)
-    return unprepared.row_of(request_id=str(kv_row), tokens=tokens, kv_row=kv_row, num_computed=num_computed)
+    return unprepared.row_of(request_id=str(kv_row), tokens=tokens, kv_row=kv_row, num_computed=num_computed, **changes)
+
+
+def scored_row(kv_row: int, num_tokens: int, num_computed: int = 0) -> Row:
+    return row_of(kv_row, num_tokens, num_computed, sampling=SamplingParams(prompt_logprobs=1))
 
 
 def shown(rows: list[Row], budget: int, chunk: int = 100) -> list[tuple[int, int, int, int]]:
@@ -96,3 +101,19 @@ def test_no_long_prompt_stalls_a_decoding_row_and_segments_are_adjacent(data: st
     most = min(budget, len(decoding) + chunk) if decoding else budget
     assert position == min(most, remaining), "the budget is used up, never exceeded"
     assert decoding <= {segment.row for _, segment in scheduled}
+
+
+def test_a_step_scores_few_tokens_of_all_prompts_together_and_the_first_prompt_always_progresses() -> None:
+    most = MAX_SCORED_TOKENS
+    assert shown([scored_row(0, 500), scored_row(1, 500)], 1024) == [(0, 0, most, 0)]
+    assert shown([scored_row(0, 11), scored_row(1, 500)], 1024) == [(0, 0, 11, 0), (1, 11, most - 10, 0)]
+    assert shown([scored_row(0, 500), row_of(1, 90, 0)], 1024) == [(0, 0, most, 0), (1, most, 90, 0)]
+    assert shown([scored_row(0, most + 1)], 1024) == [(0, 0, most + 1, 0)], "the last token needs no score"
+
+
+def test_a_preempted_prompt_computes_tokens_that_have_scores_at_once() -> None:
+    row = scored_row(0, 500)
+    row.prompt += row.prompt * 299  # 300 tokens are scored
+    assert shown([row], 1024) == [(0, 0, 299 + MAX_SCORED_TOKENS, 0)]
+    row.prompt += row.prompt[:1] * 200
+    assert shown([row], 1024) == [(0, 0, 500, 0)]

@@ -9,7 +9,6 @@ import pytest
 
 from gpu_worker.errors import SamplingInvalid
 from gpu_worker.request.request import (
-    DEFAULT_MAX_TOKENS,
     MAX_BIASED_IDS,
     MAX_LOGPROBS,
     MAX_STOP_CHARS,
@@ -25,10 +24,8 @@ from gpu_worker.request.tools import ToolCall, ToolCallPiece
 @pytest.mark.parametrize(
     ("parameter", "value"),
     [
-        ("max_tokens", 0),
         ("max_tokens", -1),
         ("min_tokens", -1),
-        ("min_tokens", DEFAULT_MAX_TOKENS + 1),
         ("temperature", -0.1),
         ("temperature", 101),
         ("temperature", math.nan),
@@ -46,6 +43,8 @@ from gpu_worker.request.tools import ToolCall, ToolCallPiece
         ("logit_bias", ((1, 1.0),) * (MAX_BIASED_IDS + 1)),
         ("logprobs", MAX_LOGPROBS + 1),
         ("logprobs", -1),
+        ("prompt_logprobs", MAX_LOGPROBS + 1),
+        ("prompt_logprobs", -1),
         ("seed", -1),
         ("seed", 2**63),
         ("stop", ("x",) * (MAX_STOPS + 1)),
@@ -81,6 +80,14 @@ def test_min_tokens_must_fit_max_tokens() -> None:
 )
 def test_the_limits_themselves_are_allowed(changes: dict[str, object]) -> None:
     SamplingParams(**changes)  # type: ignore[arg-type]
+
+
+def test_the_base_models_values_replace_only_what_the_client_left_unset() -> None:
+    own = {"temperature": 0.6, "top_k": 64, "top_p": 0.95}
+    asked = SamplingParams(top_p=0.5, unset=frozenset({"temperature", "top_k", "min_p"}))
+    found = asked.with_defaults(own)
+    assert (found.temperature, found.top_k, found.top_p, found.min_p) == (0.6, 64, 0.5, 0.0)
+    assert asked.with_defaults({}) is asked and SamplingParams().with_defaults(own) == SamplingParams()
 
 
 def test_a_job_survives_pickling() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
-from gpu_worker.text.decode_stream import DecodeStream
+from gpu_worker.text.decode_stream import DecodeStream, text_offsets
 from gpu_worker.text.token_bytes import TokenBytes
 from tests.tiny import byte_tokenizer
 
@@ -198,3 +198,12 @@ def test_a_visible_special_token_has_a_text_between_those_of_its_neighbours(toke
     answer = [*ids_of("▁Paris", tokenizer=tokenizer), 0xC3, special, hidden, *ids_of("▁is", tokenizer=tokenizer)]
     incomplete = tokenizer.decode([0xC3])
     assert "".join([*map(stream.push, answer), stream.finish()]) == f" Paris{incomplete}[CALL] is"
+
+
+@KINDS
+def test_the_offset_of_an_id_is_the_length_of_the_text_before_it(tokenizer: Tokenizer) -> None:
+    ids = [tokenizer.token_to_id(piece) for piece in ("<s>", "▁Paris", "▁is", "é", "a", "</s>", ",")]
+    offsets = text_offsets(tokenizer, ids)
+    assert offsets == [len(tokenizer.decode(ids[:place])) for place in range(len(ids))]
+    halves = [0xC3, 0xA9, 0x61]  # the two bytes of é, and a
+    assert text_offsets(tokenizer, halves) == [0, 0, 1]

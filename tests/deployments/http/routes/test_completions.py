@@ -3,7 +3,11 @@ from __future__ import annotations
 import asyncio
 import json
 
+import pytest
+
+from deployments.config.app import WorkerSettings
 from gpu_worker.errors import EngineFull
+from gpu_worker.request.request import TokenIds
 from tests.deployments.app_fakes import http_of, serve_plainly
 from tests.deployments.asking import error_of, post
 from tests.deployments.fake_worker import BROKEN, FakeWorker
@@ -56,3 +60,57 @@ def test_route_returns_the_plan_of_each_prompt_without_generating() -> None:
         assert served.worker.called("stream") == []
 
     asyncio.run(run())
+
+
+def test_token_ids_are_sent_as_they_are_and_find_adapters_by_their_text() -> None:
+    async def run() -> None:
+        served = serve_plainly()
+        async with http_of(served) as client:
+            answer = await client.post("/v1/completions", json={"prompt": [[72, 105], [79, 104]], "n": 2})
+        assert answer.status_code == 200, answer.text
+        jobs = [job for (job,) in served.worker.called("stream")]
+        assert [job.prompt for job in jobs] == [TokenIds((72, 105))] * 2 + [TokenIds((79, 104))] * 2
+        [(requests,)] = served.retriever.called("route")
+        assert [request.text for request in requests] == ["Hi", "Oh"]
+        assert answer.json()["usage"]["prompt_tokens"] == 10, "as the worker counts them"
+
+    asyncio.run(run())
+
+
+def test_ids_are_decoded_only_where_their_text_is_needed() -> None:
+    async def decoded(body: dict[str, object]) -> int:
+        served = serve_plainly()
+        async with http_of(served) as client:
+            assert (await client.post("/v1/completions", json={"prompt": [72, 105], **body})).status_code == 200
+        return len(served.worker.called("detokenize"))
+
+    assert asyncio.run(decoded({"model": "poet"})) == 0
+    assert asyncio.run(decoded({"model": "poet", "echo": True})) == 1
+    assert asyncio.run(decoded({"model": "auto"})) == 1
+    assert asyncio.run(decoded({"lora": {"query": "other text"}})) == 0
+
+
+@pytest.mark.parametrize("prompt", ["Hi", [72, 105]], ids=["text", "ids"])
+def test_echo_puts_the_prompt_before_the_answer_whole_and_in_a_stream(prompt: object) -> None:
+    body = {"prompt": prompt, "echo": True}
+    assert post("/v1/completions", body).json()["choices"][0]["text"] == "HiHello"
+    streamed = post("/v1/completions", body | {"stream": True}).text.split("\n\n")[:-2]
+    chunks = [json.loads(event.removeprefix("data: ")) for event in streamed]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "HiHello"
+
+
+@pytest.mark.parametrize(
+    ("ids", "code", "param"),
+    [
+        ([2**31], "invalid_request", "prompt.0.0"),
+        ([-1], "invalid_request", "prompt.0.0"),
+        ([1, "a"], "invalid_request", "prompt.0.1"),
+        ([[1], []], "invalid_request", "prompt.1"),
+        ([1] * 10, "context_length_exceeded", None),
+    ],
+    ids=str,
+)
+def test_token_ids_that_are_no_prompt_are_refused_before_any_call(ids: object, code: str, param: str | None) -> None:
+    response = post("/v1/completions", {"prompt": ids}, engine=WorkerSettings(max_model_len=10))
+    assert response.status_code == 400
+    assert (error_of(response)["code"], error_of(response)["param"]) == (code, param)

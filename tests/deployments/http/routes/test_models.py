@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -63,6 +64,15 @@ def test_pages_contain_every_model_once_and_in_order(limit: int) -> None:
 )
 def test_filters_select_matching_models(query: dict[str, Any], expected: list[str]) -> None:
     assert [name for page in pages(4, **query) for name in page] == expected
+
+
+def test_cards_show_the_base_models_own_sampling_unless_the_settings_turn_it_off(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "generation_config.json").write_text('{"temperature": 0.6, "top_k": 20, "do_sample": true}')
+    for setting, expected in (("auto", {"temperature": 0.6, "top_k": 20}), ("none", {})):
+        answer = get("/v1/models", base_model=str(tmp_path / "base"), generation_config=setting).json()
+        assert [card["sampling_defaults"] for card in answer["data"]] == [expected] * len(answer["data"])
+    assert get("/v1/models/poet", base_model="gemma-3-270m").json()["sampling_defaults"] == {}
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import httpx
 import pytest
 
 from deployments.api.adapters import PublishItem
+from deployments.config.app import WorkerSettings
 from retriever_svc import StaleIndex
 from tests.deployments.app_fakes import Served
 from tests.deployments.asking import ask, error_of, post
@@ -76,3 +77,33 @@ def test_an_adapter_that_is_not_loaded_cannot_be_unloaded(name: str) -> None:
 def test_a_replica_that_is_behind_changes_the_status() -> None:
     assert post("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "/x"}, retriever=LATE).status_code == 202
     assert post("/v1/unload_lora_adapter", {"lora_name": "poet"}, retriever=LATE).status_code == 202
+
+
+def test_tokenize_counts_a_text_and_a_conversation_with_the_template_of_its_adapter() -> None:
+    text = post("/tokenize", {"prompt": "abc", "return_token_strs": True})
+    assert text.json() == {"count": 3, "max_model_len": 64, "tokens": [97, 98, 99], "token_strs": ["a", "b", "c"]}
+    messages = {"messages": [{"role": "user", "content": "Hi"}]}
+    for model in ("auto", "poet"):
+        answer = post("/tokenize", messages | {"model": model}, template="alpaca").json()
+        assert "".join(map(chr, answer["tokens"])).startswith("alpaca|") and answer["token_strs"] is None
+
+
+def test_detokenize_returns_the_text_and_ignored_fields_are_listed() -> None:
+    answer = post("/detokenize", {"model": "poet", "tokens": [72, 105], "other": 1})
+    assert (answer.json(), answer.headers["x-ignored-fields"]) == ({"prompt": "Hi"}, "other")
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/detokenize"])
+def test_token_routes_refuse_unknown_models_and_missing_roles(path: str) -> None:
+    body = {"prompt": "a"} if path == "/tokenize" else {"tokens": [1]}
+    missing = post(path, body | {"model": "nobody"})
+    assert (missing.status_code, error_of(missing)["code"]) == (404, "model_not_found")
+    strict = post(path, body | {"other": 1}, strict_fields=True)
+    assert (strict.status_code, error_of(strict)["param"]) == (400, "other")
+    keyed = post(path, body, api_key="long-enough-key")
+    assert keyed.status_code == 401
+
+
+def test_a_text_that_cannot_fit_the_context_is_not_tokenized() -> None:
+    answer = post("/tokenize", {"prompt": "x" * 641}, engine=WorkerSettings(max_model_len=10))
+    assert error_of(answer)["code"] == "context_length_exceeded"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from gpu_worker.request.chat_template_files import read_chat_template, template_of_files
+from gpu_worker.request.model_files import read_chat_template, sampling_defaults_of_files, template_of_files
 from gpu_worker.request.prompts import resolve_template
 from tests.tiny import byte_tokenizer
 
@@ -48,3 +48,26 @@ def test_an_operators_file_is_read_whole_and_a_broken_one_is_refused_by_its_line
     assert read_chat_template(good) == SOURCE
     with pytest.raises(ValueError, match=r"broken\.jinja: line 2: "):
         read_chat_template(broken)
+
+
+def test_the_models_own_sampling_is_read_and_what_is_not_supported_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert sampling_defaults_of_files(str(tmp_path)) == {}
+    declared = {
+        "temperature": 0.7,
+        "top_k": 20,
+        "top_p": None,
+        "min_p": 3,
+        "repetition_penalty": "x",
+        "eos_token_id": 1,
+    }
+    (tmp_path / "generation_config.json").write_text(json.dumps(declared))
+    assert sampling_defaults_of_files(str(tmp_path)) == {"temperature": 0.7, "top_k": 20}
+    assert "min_p must be between 0 and 1, got 3" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "3"])
+def test_a_broken_generation_config_gives_no_defaults(tmp_path: Path, text: str) -> None:
+    (tmp_path / "generation_config.json").write_text(text)
+    assert sampling_defaults_of_files(str(tmp_path)) == {}

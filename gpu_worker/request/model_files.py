@@ -1,8 +1,9 @@
-"""Find out from a model's files, without loading it, which prompt template `auto` means."""
+"""Find out from a model's files, without loading it, its prompt template and its defaults for sampling."""
 
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Literal
 
@@ -10,8 +11,14 @@ from huggingface_hub import try_to_load_from_cache
 from jinja2.exceptions import TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from gpu_worker.errors import SamplingInvalid
+from gpu_worker.request.request import SAMPLING_DEFAULTS, SamplingParams
+
+logger = logging.getLogger(__name__)
+
 TEMPLATE_FILE = "chat_template.jinja"
 _CONFIG_FILE = "tokenizer_config.json"
+_GENERATION_FILE = "generation_config.json"
 
 
 def template_of_files(base_model: str) -> Literal["alpaca", "chat", "auto"]:
@@ -29,6 +36,33 @@ def template_of_files(base_model: str) -> Literal["alpaca", "chat", "auto"]:
     except ValueError:
         return "auto"  # the worker reports a broken file when it loads the model
     return "chat" if has_template else "alpaca"
+
+
+def sampling_defaults_of_files(base_model: str) -> dict[str, float]:
+    """Return the sampling parameters that the model's `generation_config.json` sets, by name; none without the file.
+
+    A value that this server does not support is left out, with a warning. The files of a model hub are only looked up
+    in the local cache.
+    """
+    path = _file(base_model, _GENERATION_FILE)
+    if path is None:
+        return {}
+    try:
+        declared = json.loads(path.read_text(encoding="utf-8"))
+        given = {name: declared[name] for name in SAMPLING_DEFAULTS if declared.get(name) is not None}
+    except (ValueError, AttributeError):
+        logger.warning("%s is not a JSON object; its defaults for sampling are not used", path)
+        return {}
+    return {name: value for name, value in given.items() if _is_supported(name, value, path)}
+
+
+def _is_supported(name: str, value: float, path: Path) -> bool:
+    try:
+        SamplingParams(**{name: value})  # type: ignore[arg-type]
+    except (SamplingInvalid, TypeError) as exc:
+        logger.warning("%s: %s; this default is not used", path, exc)
+        return False
+    return True
 
 
 def _file(base_model: str, name: str) -> Path | None:

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from deployments.api.error_table import validation_error
+from deployments.api.tokens import DetokenizeRequest, TokenizeRequest, tokenize_answer
+from gpu_worker.request.prompts import Message
+from gpu_worker.request.request import Tokenized
+
+FOUND = Tokenized((5, 6), ("a", "b"), 64)
+
+
+def test_the_texts_of_tokens_are_part_of_the_answer_on_request_only() -> None:
+    plain = {"count": 2, "max_model_len": 64, "tokens": [5, 6], "token_strs": None}
+    assert tokenize_answer(TokenizeRequest(prompt="ab"), FOUND) == plain
+    asked = TokenizeRequest(prompt="ab", return_token_strs=True)
+    assert tokenize_answer(asked, FOUND) == plain | {"token_strs": ["a", "b"]}
+
+
+def test_a_text_and_a_conversation_become_prompts() -> None:
+    assert TokenizeRequest(prompt="").question().prompt == ""
+    chat = TokenizeRequest.model_validate({"messages": [{"role": "user", "content": "Hi"}], "model": "poet"})
+    assert (chat.question().prompt, chat.question().model) == ((Message("user", "Hi"),), "poet")
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "param"),
+    [
+        (TokenizeRequest, {}, "prompt"),
+        (TokenizeRequest, {"prompt": "a", "messages": [{"role": "user", "content": "Hi"}]}, "prompt"),
+        (TokenizeRequest, {"messages": []}, "messages"),
+        (TokenizeRequest, {"prompt": "a", "add_generation_prompt": False}, "add_generation_prompt"),
+        (DetokenizeRequest, {"tokens": []}, "tokens"),
+        (DetokenizeRequest, {"tokens": [1, -1]}, "tokens.1"),
+        (DetokenizeRequest, {"tokens": ["1"]}, "tokens.0"),
+    ],
+)
+def test_what_has_no_tokens_is_refused_by_field(kind: Any, body: dict[str, Any], param: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate(body)
+    assert validation_error(caught.value).param == param

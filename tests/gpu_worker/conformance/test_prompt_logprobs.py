@@ -1,0 +1,149 @@
+"""Log probabilities of the prompt's tokens, and prompts of token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from gpu_worker.errors import PromptInvalid, PromptTooLong, SamplingInvalid
+from gpu_worker.request.prompts import Message
+from gpu_worker.request.request import Completion, Job, TokenIds
+from lora_store.adapter import AdapterWeights
+from lora_store.plan import BASE_PLAN, Plan
+from tests.gpu_worker.conformance.driver import GREEDY, HostedEngine, assert_same, job, tokens_of
+from tests.gpu_worker.conformance.reference import Reference
+from tests.tiny import plan_of
+
+MakeAdapter = Callable[..., AdapterWeights]
+SCORED = replace(GREEDY, max_tokens=3, prompt_logprobs=4)
+
+
+@pytest.fixture
+def scores_prompts(hosted: HostedEngine) -> None:
+    if not hosted.engine.capabilities.prompt_logprobs:
+        pytest.skip("this engine refuses them, which has a test of its own")
+
+
+def assert_scores(answer: Completion, asked: Job, reference: Reference, hosted: HostedEngine, tolerance: float) -> None:
+    """Check the prompt's scores against the float64 model: values, alternatives, ranks and offsets."""
+    assert isinstance(asked.prompt, str)
+    tokens = reference.tokens_of(asked.prompt)
+    expected = reference.prompt_logprobs(tokens, asked.plan, hosted.pool)
+    assert [entry.token_id for entry in answer.prompt] == tokens
+    first, *others = answer.prompt
+    assert (first.logprob, first.rank, first.top) == (None, None, ())
+    for entry, logprobs in zip(others, expected, strict=True):
+        assert entry.logprob is not None and entry.rank is not None
+        assert entry.token == reference.token_bytes(entry.token_id)
+        assert abs(entry.logprob - float(logprobs[entry.token_id])) < tolerance
+        larger, no_smaller = (
+            int((logprobs > logprobs[entry.token_id] + slack).sum()) for slack in (tolerance, -tolerance)
+        )
+        assert larger < entry.rank <= no_smaller
+        best = logprobs.topk(4).values
+        assert torch.tensor([value for _, _, value in entry.top]).double().sub(best).abs().max() < tolerance
+        assert all(abs(float(logprobs[token_id]) - value) < tolerance for token_id, _, value in entry.top)
+    text = asked.prompt.encode()
+    assert [entry.text_offset for entry in others] == list(range(len(text))), "the tokenizer has a token for each byte"
+
+
+@pytest.mark.usefixtures("scores_prompts")
+def test_each_row_of_a_batch_is_scored_as_by_the_slow_model_with_its_own_adapters(
+    hosted: HostedEngine, adapter: MakeAdapter, reference: Reference, tolerance: float
+) -> None:
+    """Prompts of several chunks and of one token, alone and beside decoding rows, with every kind of plan."""
+    one, other = adapter(1), adapter(2)
+    plans = [
+        BASE_PLAN,
+        plan_of("selection", (one, 1.0)),
+        plan_of("mixture", (one, 0.7), (other, 0.3)),
+        plan_of("fusion", (one, 0.5), (other, 0.5)),
+        BASE_PLAN,
+    ]
+    texts = ["base " * 20, "selected " * 9, "mixed " * 15, "fused text", "x"]
+    scored = [job(text, plan, SCORED) for text, plan in zip(texts, plans, strict=True)]
+    free = [job("free " * 12, plans[1]), job("free", plans[2])]
+    together = hosted.answers(*scored, *free)
+    for answer, asked in zip(together, scored, strict=False):
+        assert_scores(answer, asked, reference, hosted, tolerance)
+    assert [answer.prompt for answer in together[len(scored) :]] == [(), ()]
+    assert_same(together[len(scored) :], hosted.answers(*free), tolerance)
+    unscored = [replace(each, sampling=replace(SCORED, prompt_logprobs=None)) for each in scored]
+    assert_same(together[: len(scored)], hosted.answers(*unscored), tolerance)
+
+
+@pytest.mark.usefixtures("scores_prompts")
+def test_without_new_tokens_only_the_prompt_is_computed(
+    hosted: HostedEngine, adapter: MakeAdapter, reference: Reference, tolerance: float
+) -> None:
+    plan = plan_of("selection", (adapter(3), 1.0))
+    asked = job("nothing new " * 5, plan, replace(SCORED, max_tokens=0))
+    [answer] = hosted.answers(asked)
+    assert (answer.text, answer.num_new_tokens, answer.finish_reason, answer.logprobs) == ("", 0, "length", ())
+    assert_scores(answer, asked, reference, hosted, tolerance)
+    [empty] = hosted.answers(job("no scores", sampling=replace(GREEDY, max_tokens=0)))
+    assert (empty.text, empty.num_new_tokens, empty.prompt) == ("", 0, ())
+
+
+def test_an_engine_without_scores_of_prompts_refuses_them_by_name(hosted: HostedEngine) -> None:
+    if hosted.engine.capabilities.prompt_logprobs:
+        assert isinstance(hosted.outcomes(job("fine", sampling=SCORED))[0], Completion)
+        return
+    error = hosted.error(job("no", sampling=SCORED))
+    assert isinstance(error, SamplingInvalid) and error.param == "prompt_logprobs"
+
+
+def test_token_ids_are_the_prompt_as_they_are(hosted: HostedEngine, reference: Reference, tolerance: float) -> None:
+    ids = reference.tokens_of("as token ids")
+    text, tokens, bare = hosted.answers(job("as token ids"), job(TokenIds(tuple(ids))), job(TokenIds(tuple(ids[1:]))))
+    assert_same([tokens], [text], tolerance)
+    assert (tokens.num_prompt_tokens, bare.num_prompt_tokens) == (len(ids), len(ids) - 1), "nothing is added"
+    assert tokens_of(bare) != tokens_of(text) or bare.logprobs != text.logprobs
+
+
+@pytest.mark.parametrize(
+    ("ids", "error"),
+    [((300,), PromptInvalid), ((-1,), PromptInvalid), ((1, 2**40), PromptInvalid), ((1,) * 300, PromptTooLong)],
+    ids=["beyond the vocabulary", "negative", "huge", "too many"],
+)
+def test_token_ids_that_are_no_prompt_are_refused(
+    ids: tuple[int, ...], error: type[Exception], hosted: HostedEngine
+) -> None:
+    outcome, neighbour = hosted.outcomes(job(TokenIds(ids)), job("neighbour"))
+    assert isinstance(neighbour, Completion)
+    assert isinstance(outcome, error)
+
+
+def test_tokenize_gives_the_ids_that_a_job_has(hosted: HostedEngine, reference: Reference) -> None:
+    async def ask() -> None:
+        engine = hosted.engine
+        found = await engine.tokenize("some text", "auto")
+        assert list(found.ids) == reference.tokens_of("some text") and found.max_len == 256
+        assert found.texts[1:] == tuple("some text")
+        bare = await engine.tokenize("some text", "auto", add_special_tokens=False)
+        assert bare.ids == found.ids[1:]
+        long = await engine.tokenize("x" * 500, "auto")
+        assert len(long.ids) == 501, "a count may exceed the context"
+        chat = await engine.tokenize((Message("user", "hi"),), "alpaca")
+        [answer] = await engine.generate([replace(job(""), prompt=(Message("user", "hi"),), template="alpaca")])
+        assert isinstance(answer, Completion) and answer.num_prompt_tokens == len(chat.ids)
+        with_end, without = [
+            await engine.detokenize([TokenIds(found.ids)], skip_special_tokens=skip) for skip in (False, True)
+        ]
+        assert without == ["some text"] and with_end[0].endswith("some text") and len(with_end[0]) > 9
+        with pytest.raises(PromptInvalid, match="token id 300.*from 0 to 299"):
+            await engine.detokenize([TokenIds((300,))], skip_special_tokens=True)
+
+    hosted.run(ask())
+
+
+def test_plans_are_not_changed_by_a_prompt_of_ids(
+    hosted: HostedEngine, adapter: MakeAdapter, reference: Reference
+) -> None:
+    plan: Plan = plan_of("selection", (adapter(4), 1.0))
+    ids = TokenIds(tuple(reference.tokens_of("the same plan")))
+    [text], [tokens] = hosted.answers(job("the same plan", plan)), hosted.answers(job(ids, plan))
+    assert tokens_of(text) == tokens_of(tokens)
