@@ -20,7 +20,7 @@ class Scored:
     rank: int = 0
 
     @classmethod
-    def of(cls, logprob: float, ids: Iterable[float], logprobs: Iterable[float], rank: int = 0) -> Scored:
+    def of(cls, logprob: float, ids: Iterable[float], logprobs: Iterable[float]) -> Scored:
         """Make the score, replacing -inf by -9999."""
         top = tuple((int(i), max(value, _LEAST)) for i, value in zip(ids, logprobs, strict=True))
-        return cls(max(logprob, _LEAST), top, rank)
+        return cls(max(logprob, _LEAST), top)

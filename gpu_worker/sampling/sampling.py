@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -55,27 +56,18 @@ class Sampler:
 
         `counts`: how many of the most likely ids to report for each row. Dims: logits (B, V).
         """
-        on_host = logits.device.type == "cpu"
-        counts = [min(count, logits.shape[1]) for count in counts]
+        on_host, vocabulary = logits.device.type == "cpu", logits.shape[1]
         ids = to_device(torch.tensor(tokens), logits.device)
-        is_sound = argmax(logits)[1].tolist()
+        sound = [row for row, is_sound in enumerate(argmax(logits)[1].tolist()) if is_sound]
         ranks = sampling_torch.ranks(logits, ids, on_host=on_host).tolist()
+        counts = [min(count, vocabulary) for count in counts]
         if self._kernel is not None and self._kernel.serves(logits):
-            asked = np.zeros(len(tokens), WANTED)
-            asked["row"], asked["token"], asked["count"] = range(len(tokens)), tokens, counts
-            logprobs, best, top = (part.tolist() for part in self._kernel.score(logits, asked))
+            scores = _scored_by_kernel(self._kernel, logits, sound, [tokens[row] for row in sound], counts)
         else:
             width = max(counts, default=0)
-            rows = list(range(len(tokens)))
-            found = sampling_torch.score(logits, ids, rows, width, on_host=on_host).tolist()
-            logprobs = [numbers[0] for numbers in found]
-            best, top = [numbers[1 : 1 + width] for numbers in found], [numbers[1 + width :] for numbers in found]
-        return [
-            Scored.of(logprob, ids[:count], values[:count], rank) if sound else None
-            for sound, count, rank, logprob, ids, values in zip(
-                is_sound, counts, ranks, logprobs, best, top, strict=True
-            )
-        ]
+            found = sampling_torch.score(logits, ids, sound, width, on_host=on_host).tolist() if sound else []
+            scores = {row: _scored(numbers, counts[row], width) for row, numbers in zip(sound, found, strict=True)}
+        return [replace(scores[row], rank=rank) if row in scores else None for row, rank in enumerate(ranks)]
 
 
 def _by_kernel(
@@ -95,14 +87,22 @@ def _by_kernel(
         own["row"] = range(len(rows))
         tokens[rows] = kernel.choose(_adjusted(logits, draws, rows), own)
     sound = [row for row in wanted if tokens[row] >= 0]
-    if not sound:
-        return tokens.tolist(), {}
-    asked = np.zeros(len(sound), WANTED)
-    asked["row"], asked["token"], asked["count"] = sound, tokens[sound], _counts(logits, draws, sound)
+    counts = _counts(logits, draws, range(len(draws)))
+    return tokens.tolist(), _scored_by_kernel(kernel, logits, sound, tokens[sound].tolist(), counts)
+
+
+def _scored_by_kernel(
+    kernel: SamplingKernel, logits: Tensor, rows: Sequence[int], tokens: Sequence[int], counts: Sequence[int]
+) -> dict[int, Scored]:
+    """Return the score of one token for each of these rows, which are sound. `counts`: by row of the logits."""
+    if not rows:
+        return {}
+    asked = np.zeros(len(rows), WANTED)
+    asked["row"], asked["token"], asked["count"] = rows, tokens, [counts[row] for row in rows]
     results = (part.tolist() for part in kernel.score(logits, asked))
-    return tokens.tolist(), {
-        row: Scored.of(logprob, ids[:count], top[:count])
-        for row, count, logprob, ids, top in zip(sound, asked["count"].tolist(), *results, strict=True)
+    return {
+        row: Scored.of(logprob, ids[: counts[row]], top[: counts[row]])
+        for row, logprob, ids, top in zip(rows, *results, strict=True)
     }
 
 
@@ -121,9 +121,13 @@ def _by_torch(
     numbers = results.cpu().numpy()  # float64 holds ids exactly
     found = numbers[len(draws) :].reshape(len(wanted), 1 + 2 * width).tolist()
     return numbers[: len(draws)].astype(np.int64).tolist(), {
-        row: Scored.of(numbers[0], numbers[1 : 1 + count], numbers[1 + width : 1 + width + count])
-        for row, count, numbers in zip(wanted, counts, found, strict=True)
+        row: _scored(numbers, count, width) for row, count, numbers in zip(wanted, counts, found, strict=True)
     }
+
+
+def _scored(numbers: Sequence[float], count: int, width: int) -> Scored:
+    """Return the score of one row of `sampling_torch.score`, with `count` of its `width` most likely ids."""
+    return Scored.of(numbers[0], numbers[1 : 1 + count], numbers[1 + width : 1 + width + count])
 
 
 def _counts(logits: Tensor, draws: Sequence[Draw], rows: Sequence[int]) -> list[int]:

@@ -134,7 +134,7 @@ def test_tokenize_gives_the_ids_that_a_job_has(hosted: HostedEngine, reference: 
             await engine.detokenize([TokenIds(found.ids)], skip_special_tokens=skip) for skip in (False, True)
         ]
         assert without == ["some text"] and with_end[0].endswith("some text") and len(with_end[0]) > 9
-        with pytest.raises(PromptInvalid, match="token id 300.*from 0 to 299"):
+        with pytest.raises(PromptInvalid, match=r"token id 300.*from 0 to 299"):
             await engine.detokenize([TokenIds((300,))], skip_special_tokens=True)
 
     hosted.run(ask())
