@@ -2,6 +2,8 @@
 //
 // Ids are ranked by descending logit, then by id. The drawn id is the first whose cumulative mass exceeds the row's
 // uniform number times the total: in id order, or in rank order if top_k or top_p applies.
+#include <cstring>
+#include <memory>
 #include <utility>
 
 #include "logits_row.h"
@@ -228,8 +230,7 @@ int64_t draw_from_share(const Row<E>& row, const Scale& scale, const Draw& draw)
 }
 
 template <class E>
-int64_t choose(const E* logits, int64_t size, const Draw& draw) {
-  const Row<E> row(logits, size);
+int64_t choose(const Row<E>& row, const Draw& draw) {
   if (!row.is_sound()) return -1;
   const Scale scale = {row.largest(), draw.inverse_temperature, std::max(draw.log_min_p, kLeastExponent)};
   if (draw.top_k == 0 && draw.top_p == 1) return draw_by_id(row, scale, draw.uniform);
@@ -237,30 +238,62 @@ int64_t choose(const E* logits, int64_t size, const Draw& draw) {
   return draw.top_k <= kFew ? draw_from_few(row, scale, draw) : draw_by_counting(row, scale, draw);
 }
 
-// Chooses among the ids of a mask: from a row of these alone, in which ids keep their order. The whole row must be
-// sound, since its log probabilities are reported.
+inline bf16 lowest(bf16) { return {0xFF80}; }  // -inf
+inline float lowest(float) { return -kInfinity; }
+
+// Chooses among many ids of a mask: from a copy of the row in which the others have -inf.
 template <class E>
-int64_t choose_allowed(const E* logits, int64_t size, const Draw& draw) {
-  if (!Row<E>(logits, size).is_sound()) return -1;
+int64_t choose_among_many(const E* logits, int64_t size, const Draw& draw) {
+  const std::unique_ptr<E[]> masked(new E[size]);
+  for (int64_t start = 0; start < size; start += 32) {
+    const int64_t count = std::min<int64_t>(32, size - start);
+    uint32_t word = draw.allowed[start / 32];
+    if (__builtin_popcount(word) > 16) {
+      std::memcpy(&masked[start], logits + start, count * sizeof(E));
+      for (word = ~word; word != 0; word &= word - 1)
+        if (const int64_t bit = __builtin_ctz(word); bit < count) masked[start + bit] = lowest(E{});
+    } else {
+      std::fill_n(&masked[start], count, lowest(E{}));
+      for (; word != 0; word &= word - 1)
+        if (const int64_t bit = __builtin_ctz(word); bit < count) masked[start + bit] = logits[start + bit];
+    }
+  }
+  return choose(Row<E>(masked.get(), size), draw);
+}
+
+// Chooses among few ids of a mask: from a row of these alone, in which ids keep their order.
+template <class E>
+int64_t choose_among_few(const E* logits, int64_t size, const Draw& draw, int64_t num_allowed) {
   std::vector<E> kept;
   std::vector<int32_t> ids;
+  kept.reserve(num_allowed);
+  ids.reserve(num_allowed);
   for (int64_t start = 0; start < size; start += 32) {
-    const int64_t end = std::min<int64_t>(start + 32, size);
-    uint32_t word = draw.allowed[start / 32];
-    if (word == ~0u && end - start == 32) {
-      kept.insert(kept.end(), logits + start, logits + end);
-      for (int64_t id = start; id < end; ++id) ids.push_back(static_cast<int32_t>(id));
-      continue;
-    }
-    for (; word != 0; word &= word - 1) {
+    for (uint32_t word = draw.allowed[start / 32]; word != 0; word &= word - 1) {
       const int64_t id = start + __builtin_ctz(word);
-      if (id >= end) break;
+      if (id >= size) break;
       kept.push_back(logits[id]);
       ids.push_back(static_cast<int32_t>(id));
     }
   }
-  const int64_t place = choose(kept.data(), static_cast<int64_t>(kept.size()), draw);
+  const int64_t place = choose(Row<E>(kept.data(), static_cast<int64_t>(kept.size())), draw);
   return place < 0 ? -1 : ids[place];
+}
+
+// Chooses among the ids of a mask. The whole row must be sound, since its log probabilities are reported.
+template <class E>
+int64_t choose_allowed(const E* logits, int64_t size, const Draw& draw) {
+  constexpr int64_t kFewPart = 16;  // up to this part of the ids a row of the allowed ones is made
+  const Row<E> row(logits, size);
+  if (!row.is_sound()) return -1;
+  if (draw.top_k == 1) {  // greedy: often the best id of all is allowed
+    const int64_t best = choose(row, draw);
+    if (draw.allowed[best / 32] >> best % 32 & 1) return best;
+  }
+  int64_t num_allowed = 0;
+  for (int64_t word = 0; word < (size + 31) / 32; ++word) num_allowed += __builtin_popcount(draw.allowed[word]);
+  if (num_allowed <= size / kFewPart) return choose_among_few(logits, size, draw, num_allowed);
+  return choose_among_many(logits, size, draw);
 }
 
 template <class E>
@@ -268,7 +301,7 @@ void choose_all(const E* logits, int64_t size, const Draw* draws, int64_t num_dr
 #pragma omp parallel for schedule(dynamic) num_threads(num_threads) if (num_draws > 1)
   for (int64_t i = 0; i < num_draws; ++i) {
     const E* row = logits + draws[i].row * size;
-    tokens[i] = draws[i].allowed ? choose_allowed(row, size, draws[i]) : choose(row, size, draws[i]);
+    tokens[i] = draws[i].allowed ? choose_allowed(row, size, draws[i]) : choose(Row<E>(row, size), draws[i]);
   }
 }
 
