@@ -8,7 +8,8 @@ from pydantic import Field, model_validator
 from typing_extensions import TypedDict
 
 from deployments.api.base import LoraOptions, Passing, TolerantRequest, problem, without_unserved
-from deployments.api.completions import MAX_MESSAGES, ChatMessage, Ids, Question, Text
+from deployments.api.completions import MAX_MESSAGES, Ids, Question, Text
+from deployments.api.messages import ChatMessage
 from gpu_worker.request.request import Tokenized
 
 NOT_SERVED_IN_TOKENIZE: Passing = {

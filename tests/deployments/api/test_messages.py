@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from deployments.api.completions import ChatCompletionRequest, CompletionRequest
 from deployments.api.error_table import validation_error
 from deployments.api.messages import MAX_TOOLS
 from deployments.errors import RequestInvalid, Unsupported
+from deployments.generation.planner import work_of
 from gpu_worker.errors import GrammarInvalid
 from gpu_worker.request.prompts import Message
 from gpu_worker.request.tools import NO_PARAMETERS, Function, ToolCall, Tools
@@ -118,8 +120,10 @@ def test_a_schema_that_json_cannot_hold_is_refused() -> None:
 
 def test_tools_calls_and_results_count_as_work() -> None:
     plain, more = chat(max_tokens=1), chat(max_tokens=1, tools=[WEATHER], messages=[USER, ASSISTANT, RESULT])
-    texts = len("Hi" + "Rain" + "c1" * 2 + "get_weather" * 2 + '{"city": "Rome"}') + Tools(FUNCTIONS[:1]).num_chars
-    assert more.most_tokens - plain.most_tokens == texts // 4 - len("Hi") // 4
+    texts = len("Hi" + "Rain" + "c1" * 2 + "get_weather" * 2 + '{"city": "Rome"}')
+    tokens = [math.ceil(num_chars / 4) for num_chars in (texts, Tools(FUNCTIONS[:1]).num_chars, len("Hi"))]
+    found = [work_of(request, request.questions(), ()).num_tokens for request in (more, plain)]
+    assert found[0] - found[1] == tokens[0] + tokens[1] - tokens[2]
 
 
 def test_unknown_fields_of_tools_are_ignored_and_schemas_kept() -> None:
