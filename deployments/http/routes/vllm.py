@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 
 from deployments.api.adapters import LoadAdapterRequest, UnloadAdapterRequest
-from deployments.api.base import TolerantRequest, ignored_fields, ignored_header, refuse_ignored
+from deployments.api.base import TolerantRequest, ignored_fields, refuse_ignored
 from deployments.api.tokens import DetokenizeAnswer, DetokenizeRequest, TokenizeRequest, tokenize_answer
 from deployments.auth.authenticator import Caller
 from deployments.errors import AdapterExists
@@ -60,7 +60,7 @@ async def tokenize(body: TokenizeRequest, caller: InferCaller, services: AnyServ
     """Return the token ids of a text, or of a conversation as a chat with this model would render it."""
     _note_ignored(body, services, context)
     found = await services.completions.tokenize(body, caller, context)
-    return JSONResponse(tokenize_answer(body, found), headers=ignored_header(context.ignored))
+    return JSONResponse(tokenize_answer(body, found))
 
 
 @router.post("/detokenize", response_model=None, responses=DETOKENIZE_ANSWERS)
@@ -70,7 +70,7 @@ async def detokenize(
     """Return the text of token ids."""
     _note_ignored(body, services, context)
     answer: DetokenizeAnswer = {"prompt": await services.completions.detokenize(body, caller, context)}
-    return JSONResponse(answer, headers=ignored_header(context.ignored))
+    return JSONResponse(answer)
 
 
 def _note_ignored(body: TolerantRequest, services: Services, context: RequestContext) -> None:
