@@ -156,7 +156,10 @@ class LivePool:
         return pool
 
     def _built(self, snapshot: Snapshot, encoder: Encoder) -> Pool:
-        ordinary = None if self._projections is None else OrdinaryVectors.of(self._projections.ordinary(encoder))
+        ordinary = None
+        if self._projections is not None:
+            vectors = self._projections.ordinary(encoder)
+            ordinary = OrdinaryVectors.of(vectors, is_projected=encoder.projection is not None)
         return Pool.of(snapshot, encoder, self._settings, self._saved_lists(snapshot, encoder), ordinary)
 
     def _saved_lists(self, snapshot: Snapshot, encoder: Encoder) -> InvertedLists | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Self
@@ -43,13 +44,17 @@ class OrdinaryVectors:
     """
 
     vectors: Vectors  # (J, D) unit rows
-    spread: float  # of the nearness of the ordinary prompts
+    spread: float  # of the nearness of the ordinary prompts; infinite if nearness does not count
 
     @classmethod
-    def of(cls, vectors: Vectors) -> Self:
-        """Measure the nearness of ordinary prompts with these vectors."""
-        if len(vectors) <= NUM_NEAREST:
-            return cls(vectors, 1.0)
+    def of(cls, vectors: Vectors, *, is_projected: bool = True) -> Self:
+        """Measure the nearness of ordinary prompts with these vectors.
+
+        It does not count without a projection: there an adapter's mean is further from its own prompts than single
+        ordinary prompts are.
+        """
+        if len(vectors) <= NUM_NEAREST or not is_projected:
+            return cls(vectors, math.inf)
         cosines = vectors @ vectors.T
         np.fill_diagonal(cosines, -1)
         return cls(vectors, max(float(_mean_of_nearest(cosines).std()), _SMALL))

@@ -51,3 +51,8 @@ def test_nothing_is_near_to_very_few_ordinary_prompts() -> None:
     queries = rows_of(4)
     np.testing.assert_array_equal(OrdinaryVectors.of(rows_of(3)).nearness(queries), np.full(4, -1.0))
     assert OrdinaryVectors.of(np.tile(rows_of(1), (5, 1))).spread > 0
+
+
+def test_nearness_does_not_count_without_a_projection() -> None:
+    assert OrdinaryVectors.of(rows_of(30), is_projected=False).spread == np.inf
+    assert OrdinaryVectors.of(rows_of(30)).spread < 1
