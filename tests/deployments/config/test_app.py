@@ -147,6 +147,9 @@ def test_worker_settings_reach_the_engine_field_by_field() -> None:
         "max_waiting": 15,
         "max_wait_s": 17.5,
         "host_cache_bytes": 16,
+        "prefix_cache": False,
+        "prefix_cache_share": 0.25,
+        "prefix_cache_shares_base": True,
     }
     config = AppConfig(base_model="a/b", cache_dir=Path("/c"), worker=WorkerSettings(**settings))
     worker = asdict(config.worker_config())
