@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export RAY_AUTH_MODE := token
 
-.PHONY: help setup serve demo quick test test-clients test-e2e test-vllm docs paper soak check lint types kernels sanitize
+.PHONY: help setup serve demo quick test test-clients test-e2e test-vllm docs gpu paper soak check lint types kernels sanitize
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -71,6 +71,9 @@ $(DOCS_READY): $(READY)
 docs: $(DOCS_READY) ## build the documentation into build/docs, and fail on broken links and stale pages
 	$(BIN)/python -m docs.generate --check
 	$(BIN)/mkdocs build --strict --quiet
+
+gpu: $(READY) ## check and measure both engines on a GPU within nine minutes; ARGS=--toy runs on the CPU
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 paper: $(READY) ## the paper's study on 48 adapters, resumed where it stopped; report in benchmarks/paper/REPORT.md
 	$(BIN)/python -m pip install --progress-bar off -c constraints.txt -e '.[bench]'

@@ -1,0 +1,88 @@
+"""`make gpu` at toy size on the CPU: every installed engine is checked and measured, and a failure is seen."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from benchmarks.gpu.__main__ import app, figures_of
+from benchmarks.gpu.checks import Check, run_checks
+from benchmarks.gpu.engine_run import settings_of
+from benchmarks.gpu.hosting import Hosted
+from benchmarks.gpu.models import TOY, save_random
+from benchmarks.gpu.speed import FULL, SMALL, Cell, Floor, cells
+from lora_store import ModuleWeights
+
+NUM_CHECKS = 6
+ENGINES = ["native", *(["vllm"] if importlib.util.find_spec("vllm") else [])]
+
+
+def test_every_engine_is_checked_and_measured(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    run = CliRunner().invoke(app, ["--toy", "--minutes", "8", "--out", str(out)])
+    assert run.exit_code == 0, run.output
+    found = json.loads(out.read_text())
+    for engine in ENGINES:
+        rows = [row for row in found["rows"] if row["engine"] == engine]
+        assert [row["passed"] for row in rows if row["what"] == "check"] == [True] * NUM_CHECKS
+        measured = [row for row in rows if "decode_tokens_per_s" in row]
+        assert len(measured) == len(list(cells(SMALL)))
+        assert all(math.isfinite(row["tokens_per_s"]) and row["tokens_per_s"] > 0 for row in measured)
+        assert found["figures"][f"gpu_{engine}_first_token_hot_s"] > 0
+
+
+def test_an_engine_that_applies_other_weights_fails_the_checks(tmp_path: Path) -> None:
+    model = save_random(tmp_path / "toy", TOY, torch.float32, "cpu")
+
+    class Wrong(Hosted):
+        """Serves adapters whose B is half of what the reference has."""
+
+        def _fetch(self, digest: str):  # type: ignore[no-untyped-def]
+            weights = self.pool[digest]
+            halves = {n: ModuleWeights(m.lora_a, m.lora_b / 2, 1.0) for n, m in weights.modules.items()}
+            fetched = super()._fetch(digest)
+            fetched._result = replace(weights, modules=halves)
+            return fetched
+
+    async def failed() -> list[Check]:
+        hosted = Wrong(settings_of("native", "checks", str(model), "cpu"))
+        hosted.start()
+        try:
+            return [check async for check in run_checks(hosted, torch.float32) if not check["passed"]]
+        finally:
+            hosted.engine.stop()
+
+    assert [check["name"] for check in asyncio.run(failed())] == ["equals the reference"]
+
+
+def test_the_full_sizes_cover_every_batch_and_number_of_adapters() -> None:
+    found = list(cells(FULL))
+    assert {cell.rows for cell in found} == {1, 8, 32, 128}
+    assert {cell.active for cell in found if cell.rows == 128 and cell.strategy == "mixture"} == {8, 32, 128}
+    assert {cell.strategy for cell in found} == {"base", "selection", "mixture"}
+
+
+def test_the_floor_reads_weights_adapters_and_keys_once_a_step() -> None:
+    floor = Floor(bytes_per_s=1000.0, weight_bytes=500, adapter_bytes=50, kv_token_bytes=1)
+    assert floor.tokens_per_s(Cell("base", 0, 1), 0, 500) == pytest.approx(1.0)
+    assert floor.tokens_per_s(Cell("mixture", 8, 4), 8, 25) == pytest.approx(4 * 1000 / (500 + 400 + 100))
+
+
+def test_figures_have_a_name_for_each_cell_and_count_the_checks() -> None:
+    cell = {"decode_tokens_per_s": 50.0, "floor_tokens_per_s": 100.0}
+    rows = [
+        {"engine": "vllm", "what": "check", "passed": True},
+        {"engine": "vllm", "what": "check", "passed": False},
+        {"engine": "vllm", "what": "mixture 8 x32"} | cell,
+    ]
+    figures = figures_of(rows)
+    assert (figures["gpu_vllm_checks_passed"], figures["gpu_vllm_checks_failed"]) == (1, 1)
+    assert figures["gpu_vllm_mixture_8_x32_of_floor"] == 0.5
