@@ -71,6 +71,7 @@ class WorkerDeployment:
             executor=executor,
             stream_interval_ms=stream_interval_ms,
             niceness=niceness,
+            reports_to_ray=True,
         )
         self._reporting = self._asyncio_loop.create_task(report_periodically(self._report))
         self._step_timeout_s, self._end_process = step_timeout_s, end_process

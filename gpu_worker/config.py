@@ -31,6 +31,7 @@ class EngineSettings:
 
     engine: Literal["native", "vllm"] = "native"  # vllm needs its own installation: docs/how-to/install.md
     device: Literal["cpu", "cuda"] = "cpu"  # cuda needs `num_gpus` in worker_scaling
+    tensor_parallel_size: AtLeastOne = 1  # processes that share the base model; vllm only, each on a GPU of its own
     enforce_eager: bool = False  # vllm only: do not compile the base model; starts within seconds, answers slower
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     num_threads: AtLeastOne | None = None  # unset: the CPUs the worker's process may use
@@ -68,6 +69,11 @@ class EngineSettings:
             raise WorkerConfigInvalid(
                 f"max_chunk_tokens is a setting of the native engine, got {self.max_chunk_tokens} with engine 'vllm';"
                 " leave it unset, or lower max_step_tokens"
+            )
+        if self.engine == "native" and self.tensor_parallel_size > 1:
+            raise WorkerConfigInvalid(
+                f"tensor_parallel_size must be 1 with engine 'native', got {self.tensor_parallel_size}; use engine"
+                " 'vllm'"
             )
         if self.engine == "native" and self.enforce_eager:
             raise WorkerConfigInvalid(

@@ -20,11 +20,12 @@ def start_engine(
     executor: Executor | None = None,
     stream_interval_ms: float = 25.0,
     niceness: int = 0,
+    reports_to_ray: bool = False,
     is_installed: Callable[[str], bool] = lambda package: importlib.util.find_spec(package) is not None,
 ) -> InferenceEngine:
     """Start the engine that `config.engine` names. Call it within the event loop that will use the engine.
 
-    `niceness`: of the native engine's thread.
+    `niceness`: of the native engine's thread. `reports_to_ray`: whether vLLM's own metrics go to Ray's exporter.
     Raises: BaseModelUnsupported, WorkerConfigInvalid, WarmUpFailed, and vLLM's own errors of a failed start.
     """
     if config.engine == "native":
@@ -38,4 +39,11 @@ def start_engine(
         )
     from gpu_worker.vllm.engine import VllmEngine  # imports vLLM, which takes seconds
 
-    return VllmEngine.start(config, fetch, executor=executor, stream_interval_ms=stream_interval_ms)
+    loggers: list[type] = []
+    if reports_to_ray:
+        from gpu_worker.vllm.ray_metrics import PlanStatLogger
+
+        loggers = [PlanStatLogger]
+    return VllmEngine.start(
+        config, fetch, executor=executor, stream_interval_ms=stream_interval_ms, stat_loggers=loggers
+    )

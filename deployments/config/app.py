@@ -174,6 +174,12 @@ class AppConfig(_Settings):
                 f"worker.device is {device} but worker_scaling.num_gpus is {num_gpus:g}: "
                 "cuda needs num_gpus above 0, and cpu needs 0"
             )
+        size = self.worker.tensor_parallel_size
+        if device == "cuda" and size > 1 and num_gpus != size:
+            raise ValueError(
+                f"worker.tensor_parallel_size is {size} but worker_scaling.num_gpus is {num_gpus:g}: "
+                f"set num_gpus to {size}, which reserves {size} GPUs of one machine for each worker"
+            )
         return self
 
     @model_validator(mode="after")

@@ -56,6 +56,13 @@ def lark_of_calls(text: str) -> str:
     return rules + "".join(f"schema_{place}: %json {schema}\n" for place, schema in enumerate(schemas))
 
 
+def with_json_options(schema: str) -> str:
+    """Return the JSON schema with the options of this project inside, for a program that gives the library none."""
+    root = json.loads(schema)
+    fields = root if isinstance(root, dict) else {"allOf": [root]}
+    return json.dumps(fields | {"x-guidance": _JSON_OPTIONS})
+
+
 def make_vocabulary(
     token_bytes: Callable[[int], bytes],
     size: int,

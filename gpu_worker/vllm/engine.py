@@ -31,7 +31,7 @@ from gpu_worker.device.openmp import load_executor
 from gpu_worker.engine.delta_stream import Events, deltas
 from gpu_worker.engine.engine_status import EngineStatus
 from gpu_worker.engine.offline import generate_all
-from gpu_worker.engine.preprocess import RequestPreprocessor
+from gpu_worker.engine.preprocess import RequestPreprocessor, grammar_compiler
 from gpu_worker.engine.probe import Prober
 from gpu_worker.engine.row import Row, Sink
 from gpu_worker.errors import EngineStopped
@@ -66,9 +66,12 @@ class VllmEngine(InferenceEngine):
         self._interval_s = stream_interval_ms / 1000
         self._loop = asyncio.get_running_loop()
         self._executor = executor or load_executor(config.load_threads)
+        # It checks each grammar, so that vLLM gets none that it cannot compile.
+        self._grammars = grammar_compiler(model, config.tool_parser)
         self._preprocess = RequestPreprocessor(
             model,
             max_len_of(config, model),
+            grammars=self._grammars,
             tool_parser=config.tool_parser,
             max_new_tokens=config.max_new_tokens,
             scores_prompts=False,
@@ -100,10 +103,12 @@ class VllmEngine(InferenceEngine):
         stream_interval_ms: float = 25.0,
         free_fill: float = 0.0,
         is_compiled: bool = True,
+        stat_loggers: Sequence[type] = (),
     ) -> VllmEngine:
         """Start vLLM and its workers, which takes from ten seconds to minutes. Call it within an event loop.
 
         `free_fill`: value of free bank rows, see LoraBank. `is_compiled`: let torch.compile compile the base model.
+        `stat_loggers`: classes that vLLM reports its metrics to; none: it computes none.
         Raises: BaseModelUnsupported, WorkerConfigInvalid, and vLLM's own errors of a failed start.
         """
         check_version()
@@ -112,13 +117,18 @@ class VllmEngine(InferenceEngine):
             load_lora_kernel(config.cache_dir)  # compiled once here, then every worker finds it
         is_compiled = is_compiled and not config.enforce_eager
         vllm_config = build_config(config, model, free_fill=free_fill, is_compiled=is_compiled)
-        llm = AsyncLLM.from_vllm_config(vllm_config, disable_log_stats=True)
+        llm = AsyncLLM.from_vllm_config(vllm_config, stat_loggers=[*stat_loggers], disable_log_stats=True)
         return cls(llm, model, config, fetch, executor=executor, stream_interval_ms=stream_interval_ms)
 
     @property
     def capabilities(self) -> Capabilities:
         return Capabilities(
-            engine="vllm", prefix_cache=self._config.prefix_cache, quantized_base=True, own_process=True
+            engine="vllm",
+            structured_output=True,
+            prefix_cache=self._config.prefix_cache,
+            quantized_base=True,
+            tensor_parallel=True,
+            own_process=True,
         )
 
     @property
@@ -141,6 +151,8 @@ class VllmEngine(InferenceEngine):
         arrived = time.monotonic()
         yield None
         events: Events = asyncio.Queue()
+        if job.sampling.grammar is not None:
+            await self._grammars.compile(job.sampling.grammar, job.tenant)
         row = await asyncio.to_thread(self._preprocess, job, events.put_nowait, arrived=arrived)
         self._rows.submit([row])
         try:
@@ -192,6 +204,7 @@ class VllmEngine(InferenceEngine):
     def stop(self) -> None:
         self._fail(EngineStopped("it was stopped"))
         self._executor.shutdown(wait=False, cancel_futures=True)
+        self._grammars.close()
         self._llm.shutdown()
 
     # Rows and logits, for `generate_all` and the prober.

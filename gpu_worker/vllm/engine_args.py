@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from vllm import AsyncEngineArgs
-from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
+from vllm.config import CompilationMode, CUDAGraphMode, StructuredOutputsConfig, VllmConfig
 from vllm.usage.usage_lib import UsageContext
 
 from gpu_worker.config import WorkerConfig
@@ -54,6 +55,11 @@ def _engine_args(config: WorkerConfig, model: FrontModel, free_fill: float, is_c
         enable_lora=True,
         max_loras=config.max_batch_size,  # plans of a step: as many as rows
         max_lora_rank=1,  # of vLLM's own buffers, which stay unused
+        tensor_parallel_size=config.tensor_parallel_size,
+        distributed_executor_backend="mp" if config.tensor_parallel_size > 1 else None,  # Ray would be the default
+        structured_outputs_config=StructuredOutputsConfig(
+            backend="guidance"
+        ),  # the library that the native engine uses
         worker_cls=_WORKER_CLASS,
         additional_config=plugin.as_additional_config(),
         enable_prefix_caching=config.prefix_cache,
@@ -70,16 +76,28 @@ def max_len_of(config: WorkerConfig, model: FrontModel) -> int:
 
 
 def _kv_bytes(config: WorkerConfig, model: FrontModel) -> int:
-    """Return the bytes of the KV cache. By default every row may reach its longest length."""
+    """Return the bytes of the KV cache in one process. By default every row may reach its longest length."""
     longest = max_len_of(config, model) + _CPU_BLOCK
     tokens = config.kv_tokens or config.max_batch_size * longest
-    return max(tokens, longest) * model.kv_token_bytes
+    return max(tokens, longest) * model.kv_token_bytes // config.tensor_parallel_size
 
 
 def _set_environment(config: WorkerConfig) -> None:
     """Set what vLLM reads from the environment only, before it starts its processes."""
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the other runner has no `load_lora_model`
-    allowed = sorted(os.sched_getaffinity(0))
-    if config.device == "cpu" and config.num_threads is not None and config.num_threads < len(allowed):
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, allowed[: config.num_threads]))
+    if config.device == "cpu":
+        os.environ.update(thread_variables(config, sorted(os.sched_getaffinity(0))))
+
+
+def thread_variables(config: WorkerConfig, cpus: Sequence[int]) -> dict[str, str]:
+    """Return the variables that give vLLM's processes their threads on these CPUs.
+
+    An engine that may use all of them gets one thread bound to each; vLLM would leave one CPU free. A smaller one is
+    not bound, because another engine of this machine would be bound to the same CPUs.
+    """
+    num_threads, size = config.num_threads or len(cpus), config.tensor_parallel_size
+    if size <= len(cpus) <= num_threads:
+        parts = [",".join(map(str, cpus[rank::size])) for rank in range(size)]
+        return {"VLLM_CPU_OMP_THREADS_BIND": "|".join(parts)}
+    return {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(max(num_threads // size, 1))}

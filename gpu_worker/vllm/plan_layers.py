@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from vllm.lora.utils import (
 )
 
 from gpu_worker.bank.bank import LoraBank, ModuleBank
+from gpu_worker.bank.device_layout import DeviceAdapter, DeviceModule
 from gpu_worker.bank.residency import Residency
 from gpu_worker.lora.lora_kernel import LoraKernel
 from gpu_worker.lora.mapping import composition
@@ -31,6 +33,22 @@ from gpu_worker.vllm.plan_path import is_plan_path, plan_of
 from lora_store.plan import BASE_PLAN, Plan
 
 OPERATION = "loraretriever::add_plans"
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """The part of a module that one process computes, where several share the model: all of it without.
+
+    A layer is divided either by outputs, where each process has its columns of B transposed and all of A; or by inputs,
+    where it has its columns of A and all of B. The latter add up their outputs, adapters included.
+    """
+
+    inputs: slice
+    outputs: slice
+
+    def of(self, module: DeviceModule) -> DeviceModule:
+        """Return views of the module's tensors."""
+        return DeviceModule(module.a[:, self.inputs], module.bt[:, self.outputs])
 
 
 class PlanLinear:
@@ -78,7 +96,11 @@ class PlanLayers:
         layers = dict(_wrapped(model, lora_config))
         packed = process_packed_modules_mapping(model)
         names = {path: _slice_names(path, layer, packed) for path, layer in layers.items()}
-        linears = {name: linear for path, layer in layers.items() for name, linear in _locals(layer, names[path])}
+        linears: dict[str, nn.Linear] = {}
+        self._shares: dict[str, Share] = {}
+        for path, layer in layers.items():
+            for name, linear, share in _locals(path, layer, names[path]):
+                linears[name], self._shares[name] = linear, share
         self.bank = LoraBank(linears, num_rows, free_fill=free_fill, device=device)
         self.residency = Residency(self.bank)
         self._linears: list[PlanLinear] = []
@@ -103,10 +125,15 @@ class PlanLayers:
             if kind == "drop":
                 self.residency.unpin([digest])
                 self.residency.evict(digest)
-            elif not self.residency.try_pin([digest], {digest: unpacked(digest, *values)}):
+            elif not self.residency.try_pin([digest], {digest: self._local(unpacked(digest, *values))}):
                 raise RuntimeError(f"the bank has no room for the adapter {digest[:12]}")
         self.residency.settle()
         self._last = None
+
+    def _local(self, adapter: DeviceAdapter) -> DeviceAdapter:
+        """Return this process's part of the adapter."""
+        modules = {name: self._shares[name].of(module) for name, module in adapter.modules.items()}
+        return DeviceAdapter(adapter.weights_digest, modules)
 
     # The methods below are those that vLLM's model runner calls.
 
@@ -173,10 +200,24 @@ def _slice_names(path: str, layer: Any, packed: dict[str, list[str]]) -> list[st
     return [f"{parent}.{name}" for name in leaves]
 
 
-def _locals(layer: Any, names: Sequence[str]) -> Iterator[tuple[str, nn.Linear]]:
-    """Yield a layer without memory for each slice, with this process's share of its shape."""
-    for name, a, b in zip(names, layer.lora_a_stacked, layer.lora_b_stacked, strict=True):
-        yield name, nn.Linear(a.shape[-1], b.shape[-2], bias=False, dtype=a.dtype, device="meta")
+def _locals(path: str, layer: Any, names: Sequence[str]) -> Iterator[tuple[str, nn.Linear, Share]]:
+    """Yield, for each slice, a layer without memory that has this process's shape, and its share of the module."""
+    base = layer.base_layer
+    if layer.tp_size > 1 and len(names) == 1 and hasattr(base, "output_sizes"):
+        raise ValueError(
+            f"{path} has several parts that one adapter module covers, which vLLM divides unevenly; use"
+            " tensor_parallel_size 1"
+        )
+    for number, (name, a, b) in enumerate(zip(names, layer.lora_a_stacked, layer.lora_b_stacked, strict=True)):
+        num_in, num_out = a.shape[-1], b.shape[-2]
+        first_in = layer.tp_rank * num_in if num_in < base.input_size else 0
+        first_out = 0
+        if len(names) > 1:
+            first_out = layer.output_ids[number] * num_out  # of the process's own heads, which several may share
+        elif num_out < base.output_size:
+            first_out = layer.tp_rank * num_out
+        linear = nn.Linear(num_in, num_out, bias=False, dtype=a.dtype, device="meta")
+        yield name, linear, Share(slice(first_in, first_in + num_in), slice(first_out, first_out + num_out))
 
 
 def _register(add: Any) -> Any:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from vllm import SamplingParams
-from vllm.sampling_params import MAX_LOGPROB_TOKEN_IDS, RequestOutputKind
+from vllm.sampling_params import MAX_LOGPROB_TOKEN_IDS, RequestOutputKind, StructuredOutputsParams
 
 from gpu_worker.engine.row import Row
+from gpu_worker.grammar.library import lark_of_calls, with_json_options
+from gpu_worker.request.grammar import Grammar
 from gpu_worker.sampling.logprobs import Scored
 
 
@@ -33,8 +36,24 @@ def sampling_params(row: Row, vocab_size: int) -> SamplingParams:
         ignore_eos=True,  # `end_ids` has the ids that end the answer
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
+        structured_outputs=None if given.grammar is None else structured_outputs(given.grammar),
         skip_clone=True,
     )
+
+
+def structured_outputs(grammar: Grammar) -> StructuredOutputsParams:
+    """Return the grammar in vLLM's words. vLLM compiles it with the same library, but for the limits."""
+    match grammar.kind:
+        case "json_schema":
+            return StructuredOutputsParams(json=with_json_options(grammar.text))
+        case "regex":
+            return StructuredOutputsParams(regex=grammar.text)
+        case "choice":
+            return StructuredOutputsParams(choice=json.loads(grammar.text))
+        case "grammar":
+            return StructuredOutputsParams(grammar=grammar.text)
+        case "tool_calls":
+            return StructuredOutputsParams(grammar=lark_of_calls(grammar.text))
 
 
 def scored(token: int, found: Mapping[int, Any], num_top: int) -> Scored:

@@ -46,7 +46,7 @@ def test_a_setting_that_the_vllm_engine_lacks_is_refused_with_the_remedy() -> No
         WorkerConfig(engine="vllm", max_chunk_tokens=64)
 
 
-@pytest.mark.parametrize(("name", "value"), [("enforce_eager", True)])
+@pytest.mark.parametrize(("name", "value"), [("tensor_parallel_size", 2), ("enforce_eager", True)])
 def test_a_setting_that_the_native_engine_lacks_is_refused_with_the_remedy(name: str, value: object) -> None:
     with pytest.raises(WorkerConfigInvalid, match=f"^{name} .*with engine 'native'.*; (use engine 'vllm'|leave it)"):
         WorkerConfig(**{name: value})

@@ -134,6 +134,7 @@ def test_worker_settings_reach_the_engine_field_by_field() -> None:
     settings = {
         "engine": "native",
         "device": "cpu",
+        "tensor_parallel_size": 1,
         "enforce_eager": False,
         "dtype": "bfloat16",
         "num_threads": 3,
@@ -189,6 +190,17 @@ def test_kv_for_less_than_one_row_is_refused_before_anything_starts() -> None:
         WorkerSettings(max_model_len=100, kv_tokens=99)
     with pytest.raises(ValidationError, match="kv_tokens must be at least"):
         AppConfig.model_validate({"worker": {"max_model_len": 100, "kv_tokens": 99}})
+
+
+@pytest.mark.parametrize("num_gpus", [1, 0.5, 4])
+def test_a_worker_reserves_a_gpu_for_each_process_that_shares_the_model(num_gpus: float) -> None:
+    worker = {"engine": "vllm", "device": "cuda", "tensor_parallel_size": 2}
+    scaling = {"max_ongoing_requests": 2112}
+    with pytest.raises(ValidationError, match="set num_gpus to 2"):
+        AppConfig(worker=worker, worker_scaling=scaling | {"num_gpus": num_gpus})
+    config = AppConfig(worker=worker, worker_scaling=scaling | {"num_gpus": 2})
+    assert config.worker_config().tensor_parallel_size == 2
+    assert config.worker_options()["ray_actor_options"]["num_gpus"] == 2
 
 
 @pytest.mark.parametrize(("device", "num_gpus"), [("cuda", 0), ("cpu", 1), ("cpu", 0.5)])

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import pytest
+from llguidance import LLMatcher
 
-from gpu_worker.grammar.library import make_vocabulary, matcher_of
+from gpu_worker.grammar.library import make_vocabulary, matcher_of, with_json_options
 from gpu_worker.grammar.state import GrammarState
 from gpu_worker.request.grammar import ANY_OBJECT, Grammar
-from tests.gpu_worker.grammar.small_vocabulary import END, SPECIAL, TOKENS, compiled, ids_of
+from tests.gpu_worker.grammar.small_vocabulary import END, SPECIAL, TOKENS, compiled, ids_of, vocabulary_of
 
 
 def test_a_forced_text_has_the_tokens_of_the_tokenizer_where_their_bytes_are_right() -> None:
@@ -38,6 +40,13 @@ def test_a_forced_text_has_the_tokens_of_the_tokenizer_where_their_bytes_are_rig
     ],
 )
 def test_json_has_the_white_space_of_one_line_or_of_indented_lines(text: str, is_complete: bool) -> None:
-    matcher = compiled(Grammar("json_schema", ANY_OBJECT))
+    inside = LLMatcher.grammar_from_json_schema(with_json_options(ANY_OBJECT), defaults={"whitespace_flexible": True})
     tokens = list(text.encode())
-    assert (matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()) == is_complete
+    for matcher in (compiled(Grammar("json_schema", ANY_OBJECT)), LLMatcher(vocabulary_of(TOKENS), inside)):
+        assert (matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()) == is_complete
+
+
+def test_the_options_of_a_schema_are_replaced() -> None:
+    own = '{"type": "object", "x-guidance": {"whitespace_flexible": false}}'
+    assert with_json_options(own) == with_json_options(ANY_OBJECT)
+    assert json.loads(with_json_options("true"))["allOf"] == [True]
