@@ -30,7 +30,7 @@ class Sizes:
 
 
 FULL = Sizes((1, 8, 32, 128), (8, 32, 128), 128, 64)
-SMALL = Sizes((1, 3), (2, 4), 12, 4, rank=2)
+SMALL = Sizes((1, 3), (3, 4), 12, 4, rank=2)  # a mixture is of three
 
 
 @dataclass(frozen=True, slots=True)
