@@ -151,8 +151,8 @@ class VllmEngine(InferenceEngine):
         arrived = time.monotonic()
         yield None
         events: Events = asyncio.Queue()
-        if job.sampling.grammar is not None:
-            await self._grammars.compile(job.sampling.grammar, job.tenant)
+        if (grammar := self._preprocess.grammar_of(job)) is not None:
+            await self._grammars.compile(grammar, job.tenant)
         row = await asyncio.to_thread(self._preprocess, job, events.put_nowait, arrived=arrived)
         self._rows.submit([row])
         try:
