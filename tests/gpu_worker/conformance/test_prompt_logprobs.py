@@ -54,7 +54,7 @@ def assert_scores(answer: Completion, asked: Job, reference: Reference, hosted: 
 def test_each_row_of_a_batch_is_scored_as_by_the_slow_model_with_its_own_adapters(
     hosted: HostedEngine, adapter: MakeAdapter, reference: Reference, tolerance: float
 ) -> None:
-    """Prompts of several chunks and of one token, alone and beside decoding rows, with every kind of plan."""
+    """Prompts of several chunks and of one token, alone and together with decoding rows, with every kind of plan."""
     one, other = adapter(1), adapter(2)
     plans = [
         BASE_PLAN,
