@@ -227,7 +227,7 @@ class GenerationRequest(TolerantRequest):
 
     @property
     def num_prompt_logprobs(self) -> int | None:
-        """The same for each token of the prompt."""
+        """The number of alternatives for each token of the prompt, None without log-probabilities."""
         return self.prompt_logprobs
 
     def used_tools(self) -> Tools | None:
