@@ -48,6 +48,7 @@ ERRORS: list[DeploymentsError] = [
     errors.EncoderBusy(9),
     errors.NotReady("wait"),
     errors.WorkerStarting(30),
+    errors.ResponseNotStored(),
     errors.PoisonRequest(3),
     errors.ReplicaStuck("stuck"),
     errors.RayUnauthenticated(None),

@@ -55,7 +55,7 @@ async def unload_lora_adapter(
     return PlainTextResponse(text, 202 if removed.behind else 200)
 
 
-@router.post("/tokenize", response_model=None, responses=TOKENIZE_ANSWERS)
+@router.post("/tokenize", response_class=JSONResponse, response_model=None, responses=TOKENIZE_ANSWERS)
 async def tokenize(body: TokenizeRequest, caller: InferCaller, services: AnyServices, context: AnyContext) -> Response:
     """Return the token ids of a text, or of a conversation as a chat with this model would render it."""
     _note_ignored(body, services, context)
@@ -63,7 +63,7 @@ async def tokenize(body: TokenizeRequest, caller: InferCaller, services: AnyServ
     return JSONResponse(tokenize_answer(body, found))
 
 
-@router.post("/detokenize", response_model=None, responses=DETOKENIZE_ANSWERS)
+@router.post("/detokenize", response_class=JSONResponse, response_model=None, responses=DETOKENIZE_ANSWERS)
 async def detokenize(
     body: DetokenizeRequest, caller: InferCaller, services: AnyServices, context: AnyContext
 ) -> Response:

@@ -38,7 +38,7 @@ def test_a_text_and_a_conversation_become_prompts() -> None:
         (DetokenizeRequest, {"tokens": ["1"]}, "tokens.0"),
     ],
 )
-def test_what_has_no_tokens_is_refused_by_field(kind: Any, body: dict[str, Any], param: str) -> None:
+def test_a_request_without_tokens_is_refused_by_field(kind: Any, body: dict[str, Any], param: str) -> None:
     with pytest.raises(ValidationError) as caught:
         kind.model_validate(body)
     assert validation_error(caught.value).param == param

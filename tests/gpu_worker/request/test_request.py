@@ -101,4 +101,4 @@ def test_an_answer_has_the_calls_of_all_its_deltas() -> None:
         Delta("", 5, 2, tool_calls=(ToolCallPiece(0, "", "c1", "f"), ToolCallPiece(0, "{"))),
         Delta("", 5, 3, "tool_calls", tool_calls=(ToolCallPiece(0, "}"),)),
     ]
-    assert Completion.joined(deltas) == Completion("Hm", 5, 3, "tool_calls", (), (ToolCall("c1", "f", "{}"),))
+    assert Completion.joined(deltas) == Completion("Hm", 5, 3, "tool_calls", tool_calls=(ToolCall("c1", "f", "{}"),))

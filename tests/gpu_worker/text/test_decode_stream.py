@@ -205,5 +205,6 @@ def test_the_offset_of_an_id_is_the_length_of_the_text_before_it(tokenizer: Toke
     ids = [tokenizer.token_to_id(piece) for piece in ("<s>", "▁Paris", "▁is", "é", "a", "</s>", ",")]
     offsets = text_offsets(tokenizer, ids)
     assert offsets == [len(tokenizer.decode(ids[:place])) for place in range(len(ids))]
-    halves = [0xC3, 0xA9, 0x61]  # the two bytes of é, and a
-    assert text_offsets(tokenizer, halves) == [0, 0, 1]
+    if tokenizer is not METASPACE:  # its ids have no bytes
+        halves = [0xC3, 0xA9, 0x61]  # the two bytes of é, and a
+        assert text_offsets(tokenizer, halves) == [0, 0, 1]
