@@ -213,6 +213,6 @@ def test_section_and_results_are_written_from_the_rows(
     whole = pq.read_table(ranks)
     pq.write_table(whole.filter(pc.field("encoder") != "share100-seed0"), ranks)
     write_tables(folder)
-    assert (folder / "retrieval.md").read_text().endswith("Not measured yet: share100-seed0, latency.\n")
+    assert (folder / "retrieval.md").read_text().endswith("Not measured yet: share100-seed0, projections, latency.\n")
     latency.rename(folder / "retrieval_latency.parquet")
     pq.write_table(whole, ranks)
