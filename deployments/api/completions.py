@@ -130,7 +130,7 @@ class GenerationRequest(TolerantRequest):
     merged_adapters: MergedAdapters | None = None
     lora_path: AdapterName | Paths | None = None
     max_tokens: int | None = Field(default=None, ge=1)
-    min_tokens: int = Field(default=0, ge=0, lt=2**31)
+    min_tokens: int = Field(default=0, ge=0)
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=-1, lt=2**31)

@@ -36,6 +36,9 @@ def check_limits(request: GenerationRequest, questions: Sequence[Question], conf
     wanted = request.token_limit
     if wanted is not None and wanted > config.max_new_tokens:
         raise RequestInvalid(f"max_tokens: at most {config.max_new_tokens}, got {wanted}", "max_tokens")
+    if request.min_tokens > config.max_new_tokens:
+        message = f"min_tokens: at most {config.max_new_tokens}, got {request.min_tokens}"
+        raise RequestInvalid(message, "min_tokens")
 
 
 def check_texts(texts: Iterable[str], config: AppConfig) -> None:

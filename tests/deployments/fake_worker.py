@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 
 from deployments.calls.worker_client import Usage
 from gpu_worker.engine.engine_status import EngineStatus
-from gpu_worker.errors import EngineStopped
+from gpu_worker.errors import EngineStopped, PromptInvalid
 from gpu_worker.request.request import Delta, Job, Prompt, TokenIds, Tokenized
 from tests.deployments.adapter_records import digest_of, given
 
 DELTAS = (Delta("Hel", 5, 1), Delta("lo", 5, 2), Delta("", 5, 3, "stop"))
 NOTHING_CACHED = {"prompt_tokens_details": {"cached_tokens": 0}}  # in the usage of an answer
 BROKEN = (DELTAS[0], EngineStopped("it stopped"))  # a stream that ends with an error
+_NUM_IDS = 0xD800  # characters before the surrogates
 SHAPES = {"model.layers.0.mlp.up_proj": (8, 6)}
 
 
@@ -46,6 +47,9 @@ class FakeWorker:
         return Tokenized(tuple(map(ord, text)), tuple(text), 64)
 
     async def detokenize(self, prompts: Sequence[TokenIds], skip_special_tokens: bool) -> list[str]:
+        """Return the character of each token. Raises: PromptInvalid, as a worker does for ids outside its vocabulary."""
+        if unknown := [token_id for prompt in prompts for token_id in prompt.ids if token_id >= _NUM_IDS]:
+            raise PromptInvalid(f"the prompt has the token id {unknown[0]}")
         return ["".join(map(chr, prompt.ids)) for prompt in prompts]
 
     async def module_shapes(self) -> dict[str, tuple[int, int]]:
