@@ -47,7 +47,7 @@ class FakeWorker:
         return Tokenized(tuple(map(ord, text)), tuple(text), 64)
 
     async def detokenize(self, prompts: Sequence[TokenIds], skip_special_tokens: bool) -> list[str]:
-        """Return the character of each token. Raises: PromptInvalid, as a worker does for ids outside its vocabulary."""
+        """Return the character of each token. Raises: PromptInvalid for ids outside the vocabulary."""
         if unknown := [token_id for prompt in prompts for token_id in prompt.ids if token_id >= _NUM_IDS]:
             raise PromptInvalid(f"the prompt has the token id {unknown[0]}")
         return ["".join(map(chr, prompt.ids)) for prompt in prompts]
