@@ -24,7 +24,7 @@ from rich.table import Table
 from benchmarks.results_file import write_results
 from benchmarks.starter_pool import HELD_OUT, POOL
 from deployments.cli.local_server import Server
-from deployments.config.app import load_config
+from deployments.config.loading import load_config
 from gpu_worker.model.packaged_model import packaged_folder
 from gpu_worker.request.prompts import alpaca_prompt
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 from fastapi import FastAPI
@@ -113,19 +113,17 @@ def _build_services(
     keep_alive_s: float,
     kinds: MetricFactory,
 ) -> Services:
-    has_keys, background = config.has_keys, Background()
+    has_keys, background, changes = config.has_keys, Background(), ChangeMetrics(kinds)
     gate = WorkerGate(worker, config.scale_from_zero_timeout_s if config.workers_scale_to_zero else None)
-    changes = ChangeMetrics(kinds)
     publisher = _publisher(config, retriever, worker, store, background, gate, changes)
     authenticator = Authenticator(keys_of(config), Limiter(config.ingress_scaling.max_replicas))
     planner = Planner(config, retriever)
     preload = Preload(config.preload, publisher, approves=has_keys or config.public_requires_approval)
     scorer = AnswerScorer(worker, gate, config.template)
-    idle = None
+    evaluation_of = None
     if config.evaluate_after_publish:
         while_idle = Evaluator(store, retriever, publisher, IdleScorer(scorer, worker))
-        idle = IdleEvaluations(while_idle, background, changes)
-        publisher.subscribe(idle.after_publish)
+        evaluation_of = _evaluate_after_publish(while_idle, publisher, background, changes)
     one_upload = config.max_upload_bytes + FORM_OVERHEAD_BYTES
     return Services(
         config=config,
@@ -137,7 +135,7 @@ def _build_services(
         store=store,
         retriever=retriever,
         readiness=Readiness(preload, gate, retriever, worker, has_keys=has_keys),
-        stats=StatsReader(config, retriever, worker, evaluation_of=None if idle is None else idle.state_of),
+        stats=StatsReader(config, retriever, worker, evaluation_of=evaluation_of),
         metrics=RequestMetrics(kinds),
         background=background,
         in_flight=InFlight(config.max_concurrent_requests),
@@ -146,6 +144,15 @@ def _build_services(
         preload=preload,
         keep_alive_s=keep_alive_s,
     )
+
+
+def _evaluate_after_publish(
+    evaluator: Evaluator, publisher: Publisher, background: Background, changes: ChangeMetrics
+) -> Callable[[str], JsonObject]:
+    """Evaluate the adapters of each tenant that publishes. Return the function that reports a tenant's evaluation."""
+    evaluations = IdleEvaluations(evaluator, background, changes)
+    publisher.subscribe(evaluations.after_publish)
+    return evaluations.state_of
 
 
 def _publisher(

@@ -18,7 +18,7 @@ from rich.table import Table
 from benchmarks.results_file import write_results
 from benchmarks.starter_pool import HELD_OUT, POOL, HeldOutPrompt, read_prompts
 from deployments.cli.local_server import Server
-from deployments.config.app import load_config
+from deployments.config.loading import load_config
 
 _MAX_TOKENS = 20
 COMPOSITIONS: dict[str, dict[str, str]] = {

@@ -17,7 +17,7 @@ import typer
 
 import deployments
 from benchmarks.house.recorder import Recorder, Walk
-from benchmarks.house.sources import SMALL_LINES, measure
+from benchmarks.house.sources import MAX_FILE_LINES, MAX_FUNCTION_LINES, SMALL_LINES, measure
 
 ROOT = Path(deployments.__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "house"
@@ -66,6 +66,12 @@ def _spread(sources: Measures) -> str:
     return " / ".join(str(sources["functions"][key]) for key in ("median", "p90", "largest"))
 
 
+def _listed(sources: Measures, key: str) -> str:
+    """Return the count and the names; "" for a checkout that was measured before this was counted."""
+    found = sources.get(key)
+    return "" if found is None else ", ".join([str(len(found)), *found])
+
+
 ROWS: dict[str, Callable[[Measures], object]] = {
     "source files in the four packages": lambda sources: sources["num_sources"],
     "folders of `deployments`": lambda sources: len(sources["folders"]),
@@ -73,6 +79,8 @@ ROWS: dict[str, Callable[[Measures], object]] = {
     "imports of its largest importer": lambda sources: f"{sources['largest_imports']} ({sources['largest_importer']})",
     "`Any` in `deployments`": lambda sources: sources["num_any"],
     "small files in `deployments`": lambda sources: sources["num_small_files"],
+    f"files of more than {MAX_FILE_LINES} lines, tests included": lambda sources: _listed(sources, "long_files"),
+    f"functions of more than {MAX_FUNCTION_LINES} lines": lambda sources: _listed(sources, "long_functions"),
     "lines of a function: median / p90 / largest": _spread,
     "test files named after no source file": lambda sources: len(sources["tests_without_source"]),
     "source files without a test of their name": lambda sources: len(sources["sources_without_test"]),

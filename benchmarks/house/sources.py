@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ast
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 PACKAGES = ("lora_store", "retriever_svc", "gpu_worker", "deployments")
 SMALL_LINES = 50
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 40
 RUNNING = ("e2e", "cluster")  # folders of tests of the running application
 WHOLE = "whole"  # folders of tests of a package as a whole, named after a claim and not after a source file
 SUITE = "conformance"  # folders with one suite for all implementations of an interface
@@ -37,6 +38,8 @@ class SourceMeasures:
     largest_imports: int
     num_any: int
     num_small_files: int
+    long_files: tuple[str, ...]  # of the four packages, examples, benchmarks and tests
+    long_functions: tuple[str, ...]  # of the four packages
     functions: Spread
     tests_without_source: tuple[str, ...]
     sources_without_test: tuple[str, ...]
@@ -56,8 +59,10 @@ def measure(root: Path) -> SourceMeasures:
         largest_importer=str(busiest.relative_to(root)),
         largest_imports=imports[busiest],
         num_any=sum(_num_any(trees[path]) for path in deployments),
+        long_files=tuple(_long_files(root)),
+        long_functions=tuple(_long_functions(root, trees)),
         num_small_files=sum(len(path.read_text().splitlines()) < SMALL_LINES for path in deployments),
-        functions=_spread([size for tree in trees.values() for size in _function_sizes(tree)]),
+        functions=_spread([size for tree in trees.values() for _, size in _functions(tree)]),
         tests_without_source=tuple(_tests_without_source(root)),
         sources_without_test=tuple(_sources_without_test(root)),
         num_sources=len(trees),
@@ -90,12 +95,25 @@ def _num_any(tree: ast.Module) -> int:
     )
 
 
-def _function_sizes(tree: ast.Module) -> Iterator[int]:
-    """Yield the lines of each function, without its decorators."""
+def _functions(tree: ast.Module) -> Iterator[tuple[ast.FunctionDef | ast.AsyncFunctionDef, int]]:
+    """Yield each function with its number of lines, without its decorators."""
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno is not None
-            yield node.end_lineno - node.lineno + 1
+            yield node, node.end_lineno - node.lineno + 1
+
+
+def _long_files(root: Path) -> Iterator[str]:
+    for path in _modules(root, (*PACKAGES, "examples", "benchmarks", "tests", "docs")):
+        if len(path.read_text().splitlines()) > MAX_FILE_LINES:
+            yield str(path.relative_to(root))
+
+
+def _long_functions(root: Path, trees: Mapping[Path, ast.Module]) -> Iterator[str]:
+    for path, tree in trees.items():
+        for node, size in _functions(tree):
+            if size > MAX_FUNCTION_LINES:
+                yield f"{path.relative_to(root)}:{node.lineno} {node.name}"
 
 
 def _spread(sizes: Sequence[int]) -> Spread:

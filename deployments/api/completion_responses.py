@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -11,11 +12,28 @@ from urllib.parse import quote
 
 from typing_extensions import TypedDict
 
-from deployments.api.responses import Planned, PlanObject, plan_object
+from deployments.api.logprobs import (
+    ChatLogprobs,
+    PromptLogprobs,
+    TextLogprobs,
+    chat_logprobs,
+    prompt_logprobs,
+    text_logprobs,
+)
+from deployments.api.responses import (
+    Planned,
+    PlannedRow,
+    PlanObject,
+    RoutedCandidate,
+    SampleRow,
+    candidate_rows,
+)
 from deployments.json_types import JsonObject
 from gpu_worker.request.request import Completion, Delta, FinishReason, PromptToken, TokenLogprob
 from gpu_worker.request.tools import ToolCallPiece
 from lora_store import LOCAL_TENANT, MAX_PLAN_ADAPTERS
+from retriever_svc import Candidate
+from retriever_svc.calibration import NO_THRESHOLD
 
 _DIGEST_CHARS = 12
 _EMPTY_HINT = {
@@ -34,43 +52,6 @@ class Usage(TypedDict):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
-
-
-class Alternative(TypedDict):
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class ChatToken(Alternative):
-    top_logprobs: list[Alternative]
-
-
-class ChatLogprobs(TypedDict):
-    content: list[ChatToken]
-    refusal: None
-
-
-class TextLogprobs(TypedDict):
-    """Parallel lists. The first token of an echoed prompt has None, because nothing is before it."""
-
-    tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None]
-    text_offset: list[int]
-
-
-class PromptLogprob(TypedDict):
-    """vLLM's entry for one id. `rank`: its place among all ids, from 1."""
-
-    logprob: float
-    rank: int
-    decoded_token: str
-
-
-PromptLogprobs = list[dict[str, PromptLogprob] | None]
-"""For each token of the prompt the entries of the most likely ids and of the token itself, by id; None for the first.
-"""
 
 
 class CalledFunctionObject(TypedDict):
@@ -351,67 +332,53 @@ def _call_deltas(pieces: Sequence[ToolCallPiece]) -> list[JsonObject]:
     return calls
 
 
-def chat_logprobs(entries: Sequence[TokenLogprob]) -> ChatLogprobs:
-    """Return one object per token. The text of a partial character is U+FFFD; its bytes are exact."""
-    content: list[ChatToken] = [
-        {**_entry(entry.token, entry.logprob), "top_logprobs": [_entry(*alternative) for alternative in entry.top]}
-        for entry in entries
-    ]
-    return {"content": content, "refusal": None}
+def plan_object(planned: Planned, tenant: str, *, explain: bool) -> PlanObject:
+    """Return strategy and adapters; with `explain` also the generation, every candidate, and why it was chosen or not.
 
-
-def text_logprobs(
-    entries: Sequence[TokenLogprob], prompt: Sequence[PromptToken] = (), num_top: int = 0, num_chars: int = 0
-) -> TextLogprobs:
-    """Return parallel lists. A token is always in its own `top_logprobs`, as an additional one if necessary.
-
-    `prompt`: the tokens before the answer, each with `num_top` alternatives; their text has `num_chars` characters.
+    Adapters have the names that `tenant` uses for them.
     """
-    known: list[tuple[bytes, float | None, dict[str, float] | None, int]] = [
-        (item.token, item.logprob, _alternatives(item, num_top), item.text_offset) for item in prompt
+    plan = planned.plan
+    adapters: list[PlannedRow] = [
+        {"name": row.ref.name_for(tenant), "digest": row.ref.digest, "weight": row.weight, "score": row.score}
+        for row in plan.adapters
     ]
-    for entry in entries:
-        top = {_name(token): logprob for token, logprob in (*entry.top, (entry.token, entry.logprob))}
-        known.append((entry.token, entry.logprob, top, num_chars + entry.text_offset))
-    return {
-        "tokens": [_name(token) for token, _, _, _ in known],
-        "token_logprobs": [logprob for _, logprob, _, _ in known],
-        "top_logprobs": [top for _, _, top, _ in known],
-        "text_offset": [offset for _, _, _, offset in known],
-    }
+    report: PlanObject = {"strategy": plan.strategy, "adapters": adapters, "abstained": planned.abstained}
+    if explain:
+        report["generation"] = plan.generation
+        report["candidates"] = [_routed_candidate(candidate, tenant) for candidate in planned.candidates]
+        if planned.reason is not None:
+            report["reason"], report["why"] = planned.reason, why(planned, tenant)
+    return report
 
 
-def _alternatives(item: PromptToken, num_top: int) -> dict[str, float] | None:
-    if item.logprob is None:
-        return None
-    return {_name(token): logprob for _, token, logprob in item.top[:num_top]} | {_name(item.token): item.logprob}
-
-
-def prompt_logprobs(prompt: Sequence[PromptToken], num_top: int) -> PromptLogprobs:
-    """Return vLLM's form of the log probabilities of a prompt, with `num_top` alternatives for each token."""
-    found: PromptLogprobs = []
-    for item in prompt:
-        if item.logprob is None or item.rank is None:
-            found.append(None)
-            continue
-        ranked = [(token_id, token, logprob, place) for place, (token_id, token, logprob) in enumerate(item.top, 1)]
-        entries = [(item.token_id, item.token, item.logprob, item.rank), *ranked[:num_top]]
-        found.append(
-            {
-                str(token_id): {"logprob": logprob, "rank": rank, "decoded_token": token.decode(errors="replace")}
-                for token_id, token, logprob, rank in entries
-            }
+def why(planned: Planned, tenant: str) -> str:
+    """Return the reason of a choice in a sentence or two, with what would have changed it."""
+    if planned.reason == "housekeeping":
+        return "The prompt is the client's own, such as a request for a title, so the base model answers."
+    if not planned.candidates:
+        return "The pool has no adapter with samples that this request may use, so the base model answers."
+    best = max(planned.candidates, key=lambda candidate: candidate.score - candidate.threshold)
+    name, needs = best.ref.name_for(tenant), f"scores {best.score:.3f} and needs {best.threshold:.3f}"
+    if best.threshold <= NO_THRESHOLD:
+        nearest = f"{name} is the nearest, with a score of {best.score:.3f}."
+        return f"No adapter fits, so the base model answers. {nearest}" if planned.abstained else nearest
+    if planned.reason == "below_threshold":
+        least = math.floor(best.score * 1000) / 1000
+        return (
+            f"No adapter fits, so the base model answers. {name} comes nearest: it {needs}. "
+            f"lora.min_score {least:.3f} would choose it."
         )
-    return found
+    return f"{name} fits: it {needs}, and fits better than {best.confidence:.0%} of the pool's own samples do."
 
 
-def _entry(token: bytes, logprob: float) -> Alternative:
-    return {"token": token.decode(errors="replace"), "logprob": logprob, "bytes": list(token)}
-
-
-def _name(token: bytes) -> str:
-    """Return the token as text, or `bytes:\\xe4` for a partial character: these are keys and must differ."""
-    try:
-        return token.decode()
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
+def _routed_candidate(candidate: Candidate, tenant: str) -> RoutedCandidate:
+    [row] = candidate_rows([candidate], tenant)
+    samples: list[SampleRow] = [{"input": sample.text, "score": sample.score} for sample in candidate.samples]
+    shown: RoutedCandidate = {
+        "name": row["name"],
+        "digest": row["digest"],
+        "score": row["score"],
+        "threshold": candidate.threshold,
+        "confidence": candidate.confidence,
+    }
+    return {**shown, "samples": samples} if samples else shown

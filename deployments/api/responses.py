@@ -1,8 +1,7 @@
-"""Responses that report errors, plans and changes of the pool. The return types document the routes."""
+"""Responses that report errors and changes of the pool, and the types of plans. They document the routes."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NotRequired
@@ -13,7 +12,6 @@ from deployments.api import error_table
 from deployments.json_types import JsonObject
 from lora_store import AdapterRef, Plan, Strategy
 from retriever_svc import Candidate
-from retriever_svc.calibration import NO_THRESHOLD
 
 Decision = Literal["fits", "below_threshold", "no_candidates", "housekeeping"]
 
@@ -92,58 +90,6 @@ class PlanObject(TypedDict):
 class RouteAnswer(TypedDict):
     object: Literal["list"]
     data: list[PlanObject]
-
-
-def plan_object(planned: Planned, tenant: str, *, explain: bool) -> PlanObject:
-    """Return strategy and adapters; with `explain` also the generation, every candidate, and why it was chosen or not.
-
-    Adapters have the names that `tenant` uses for them.
-    """
-    plan = planned.plan
-    adapters: list[PlannedRow] = [
-        {"name": row.ref.name_for(tenant), "digest": row.ref.digest, "weight": row.weight, "score": row.score}
-        for row in plan.adapters
-    ]
-    report: PlanObject = {"strategy": plan.strategy, "adapters": adapters, "abstained": planned.abstained}
-    if explain:
-        report["generation"] = plan.generation
-        report["candidates"] = [_routed_candidate(candidate, tenant) for candidate in planned.candidates]
-        if planned.reason is not None:
-            report["reason"], report["why"] = planned.reason, why(planned, tenant)
-    return report
-
-
-def why(planned: Planned, tenant: str) -> str:
-    """Return the reason of a choice in a sentence or two, with what would have changed it."""
-    if planned.reason == "housekeeping":
-        return "The prompt is the client's own, such as a request for a title, so the base model answers."
-    if not planned.candidates:
-        return "The pool has no adapter with samples that this request may use, so the base model answers."
-    best = max(planned.candidates, key=lambda candidate: candidate.score - candidate.threshold)
-    name, needs = best.ref.name_for(tenant), f"scores {best.score:.3f} and needs {best.threshold:.3f}"
-    if best.threshold <= NO_THRESHOLD:
-        nearest = f"{name} is the nearest, with a score of {best.score:.3f}."
-        return f"No adapter fits, so the base model answers. {nearest}" if planned.abstained else nearest
-    if planned.reason == "below_threshold":
-        least = math.floor(best.score * 1000) / 1000
-        return (
-            f"No adapter fits, so the base model answers. {name} comes nearest: it {needs}. "
-            f"lora.min_score {least:.3f} would choose it."
-        )
-    return f"{name} fits: it {needs}, and fits better than {best.confidence:.0%} of the pool's own samples do."
-
-
-def _routed_candidate(candidate: Candidate, tenant: str) -> RoutedCandidate:
-    [row] = candidate_rows([candidate], tenant)
-    samples: list[SampleRow] = [{"input": sample.text, "score": sample.score} for sample in candidate.samples]
-    shown: RoutedCandidate = {
-        "name": row["name"],
-        "digest": row["digest"],
-        "score": row["score"],
-        "threshold": candidate.threshold,
-        "confidence": candidate.confidence,
-    }
-    return {**shown, "samples": samples} if samples else shown
 
 
 def candidate_rows(candidates: Sequence[Candidate], tenant: str) -> list[CandidateRow]:

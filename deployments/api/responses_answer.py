@@ -10,7 +10,8 @@ from typing import Literal, NotRequired, cast
 
 from typing_extensions import TypedDict
 
-from deployments.api.completion_responses import ChatAnswer, ChatToken, TextAnswer
+from deployments.api.completion_responses import ChatAnswer, TextAnswer
+from deployments.api.logprobs import ChatToken
 from deployments.api.responses import PlanObject
 from deployments.api.responses_request import ResponsesRequest
 from deployments.json_types import JsonMapping, JsonObject

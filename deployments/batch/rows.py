@@ -10,8 +10,9 @@ from typing import Any
 import pyarrow as pa
 
 from deployments.api import error_table
+from deployments.api.completion_responses import plan_object
 from deployments.api.completions import TextRequest, parse
-from deployments.api.responses import Planned, plan_object
+from deployments.api.responses import Planned
 from deployments.errors import BatchRefused, RequestInvalid
 from deployments.json_types import JsonMapping, JsonObject
 from gpu_worker.request.request import Completion, Job

@@ -7,7 +7,8 @@ from pathlib import Path
 from rich.table import Table
 
 from deployments.cli.client import out, show_error
-from deployments.config.app import AppConfig, load_config
+from deployments.config.app import AppConfig
+from deployments.config.loading import load_config
 from deployments.publishing.adapter_folders import adapter_folders
 from lora_store import AdapterRefused, CheckedFolder, check_folder
 from lora_store.sample_files import SAMPLES_FILE, sample_lines

@@ -12,7 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from deployments.batch.dataset import answer_parts, cluster
 from deployments.batch.run import BatchRun, BatchSettings, begin
 from deployments.cli.client import err, out, show_error
-from deployments.config.app import AppConfig, load_config
+from deployments.config.app import AppConfig
+from deployments.config.loading import load_config
 from deployments.config.settings_errors import settings_error
 from deployments.errors import BatchRefused
 from deployments.json_types import JsonObject

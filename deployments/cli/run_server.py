@@ -10,7 +10,8 @@ from deployments.auth.key_file import keys_of
 from deployments.cli.check_adapter import folder_problem
 from deployments.cli.client import ServerFailed, out, show_error
 from deployments.cli.local_server import Server
-from deployments.config.app import AppConfig, load_config
+from deployments.config.app import AppConfig
+from deployments.config.loading import load_config
 from deployments.errors import ProxyUnsafe
 from deployments.publishing.adapter_folders import adapter_folders
 

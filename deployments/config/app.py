@@ -1,4 +1,4 @@
-"""The settings of the application, read from YAML."""
+"""The settings of the application."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from annotated_types import Ge, Gt, Le
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
-from deployments.config.settings_errors import SettingsInvalid, refuse_renamed, settings_error
+from deployments.config.settings_errors import refuse_renamed
 from deployments.config.source_prefixes import SourcePrefix
 from deployments.json_types import JsonObject
 from deployments.scaling.settings import ScalingSettings
@@ -374,30 +373,3 @@ class AppConfig(_Settings):
             device_share=share,
             **settings,
         )
-
-
-def load_config(path: Path | None, **changes: Any) -> AppConfig:
-    """Return the settings of the YAML file, overridden by `changes`.
-
-    Raises: SettingsInvalid, a ValueError with one line for each mistake; OSError.
-    """
-    settings = {} if path is None else _read_yaml(path)
-    try:
-        return AppConfig.model_validate(settings | changes)
-    except ValidationError as exc:
-        raise settings_error(path, AppConfig, exc) from exc
-
-
-def _read_yaml(path: Path) -> JsonObject:
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as exc:
-        raise SettingsInvalid(f"{path}: no such file") from exc
-    except yaml.YAMLError as exc:
-        raise SettingsInvalid(f"{path}: invalid YAML: {exc}") from exc
-    if settings is None:
-        return {}
-    if not isinstance(settings, dict):
-        kind = "a list" if isinstance(settings, list) else f"{settings!r}"
-        raise SettingsInvalid(f"{path}: must contain `name: value` lines, got {kind}")
-    return settings

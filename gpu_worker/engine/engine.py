@@ -36,7 +36,7 @@ from gpu_worker.engine.prefetch_window import PrefetchWindow
 from gpu_worker.engine.preprocess import RequestPreprocessor, grammar_compiler
 from gpu_worker.engine.row import Row
 from gpu_worker.engine.scheduler import Scheduled, schedule
-from gpu_worker.errors import DeadlineExceeded, EngineFull, EngineStopped, RequestFailed, WaitedTooLong
+from gpu_worker.errors import DeadlineExceeded, EngineStopped, RequestFailed, WaitedTooLong
 from gpu_worker.grammar.mask_thread import MaskThread
 from gpu_worker.lora.inject import inject, target_linears
 from gpu_worker.model.base_model import BaseModel
@@ -88,14 +88,7 @@ class Engine:
         self._forward = ForwardPass(self.base, self.residency, self.kv_cache, context, kernel, device)
         check.run(self._forward, self.residency, self.kv_cache)
         self.grammars = grammar_compiler(self.base, config.tool_parser)
-        self.prepare = RequestPreprocessor(
-            self.base,
-            self.max_len,
-            clock,
-            grammars=self.grammars,
-            tool_parser=config.tool_parser,
-            max_new_tokens=config.max_new_tokens,
-        )
+        self.prepare = RequestPreprocessor.of(config, self.base, self.max_len, self.grammars, clock)
         state = self.bank, self.residency, self.kv_cache
         self._device_check = DeviceCheck(self._forward, self._attempt, self.prepare, *state)
         self._executor = executor or load_executor(config.load_threads)
@@ -111,7 +104,9 @@ class Engine:
 
         A single tenant may use all of `max_waiting`; several tenants have equal shares. Raises: EngineFull.
         """
-        self._make_room(row.tenant)
+        if (displaced := self.waiting.displaced_by(row.tenant, self.config.max_waiting)) is not None:
+            self._admission.remove(displaced[0])
+            self.send(*displaced)
         if not row.capture_first_logits:  # probes are not traffic
             self.counters.count_request(row.weights_digests, self.residency, self.loader)
         row.arrived_at = self.clock()
@@ -121,17 +116,6 @@ class Engine:
             row.prefix = Prefix(row.tokens, namespace, row.adapter_set, self.kv_cache.shape.page_tokens)
         self._next_due = min(self._next_due, row.start_by, row.deadline)
         self._admission.append(row)
-
-    def _make_room(self, tenant: str) -> None:
-        """Drop another tenant's row if the queue is full and `tenant` is below its share. Raises: EngineFull."""
-        if len(self.waiting) < self.config.max_waiting:
-            return
-        full = EngineFull(f"the queue is full ({self.config.max_waiting} requests); retry later")
-        refused = self.waiting.row_to_displace(tenant, self.config.max_waiting)
-        if refused is None:
-            raise full
-        self._admission.remove(refused)
-        self.send(refused, full)
 
     def preload(self, digests: Collection[str]) -> list[Future[DeviceAdapter]]:
         """Start loading the adapters that are not in the bank, and return the loads."""

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 
 from gpu_worker.engine.row import Row
+from gpu_worker.errors import EngineFull
 
 _Sets = dict[tuple[str, ...], dict[Row, None]]  # rows of each adapter set in order of arrival, sets in order of turn
 
@@ -40,6 +41,19 @@ class FairQueue:
     def requeued(self) -> list[Row]:
         """Return the requeued rows in their order of turn: the most recently requeued first."""
         return list(reversed(self._requeued))
+
+    def displaced_by(self, tenant: str, max_rows: int) -> tuple[Row, EngineFull] | None:
+        """Return the row that leaves a queue of `max_rows` for one of `tenant`, with its error; None if there is room.
+
+        Raises: EngineFull if no row leaves for this tenant.
+        """
+        if len(self) < max_rows:
+            return None
+        full = EngineFull(f"the queue is full ({max_rows} requests); retry later")
+        row = self.row_to_displace(tenant, max_rows)
+        if row is None:
+            raise full
+        return row, full
 
     def row_to_displace(self, tenant: str, max_rows: int) -> Row | None:
         """Return the row that a new row of `tenant` displaces in a full queue of `max_rows`, or None.

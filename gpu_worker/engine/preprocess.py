@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from tokenizers import Tokenizer
 
-from gpu_worker.config import ToolParser
+from gpu_worker.config import ToolParser, WorkerConfig
 from gpu_worker.engine.row import Row, Sink
 from gpu_worker.errors import PromptInvalid, PromptTooLong, SamplingInvalid
 from gpu_worker.grammar.compiler import GrammarCompiler
@@ -32,6 +32,8 @@ from gpu_worker.text.token_bytes import TokenBytes
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
+
+Clock = Callable[[], float]
 
 
 class PromptModel(Protocol):
@@ -63,7 +65,7 @@ class RequestPreprocessor:
         self,
         base: PromptModel,
         max_len: int,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Clock = time.monotonic,
         *,
         grammars: GrammarCompiler | None = None,
         tool_parser: ToolParser = "auto",
@@ -78,6 +80,28 @@ class RequestPreprocessor:
         self._token_bytes = TokenBytes(base.backend_tokenizer)
         self._memo = PromptMemo()
         self._num_embeddings = base.num_embeddings
+
+    @classmethod
+    def of(
+        cls,
+        config: WorkerConfig,
+        base: PromptModel,
+        max_len: int,
+        grammars: GrammarCompiler,
+        clock: Clock = time.monotonic,
+        *,
+        scores_prompts: bool = True,
+    ) -> Self:
+        """Return the preprocessor of an engine with these settings."""
+        return cls(
+            base,
+            max_len,
+            clock,
+            grammars=grammars,
+            tool_parser=config.tool_parser,
+            max_new_tokens=config.max_new_tokens,
+            scores_prompts=scores_prompts,
+        )
 
     def __call__(
         self, job: Job, sink: Sink, *, capture_first_logits: bool = False, arrived: float | None = None

@@ -68,14 +68,8 @@ class VllmEngine(InferenceEngine):
         self._executor = executor or load_executor(config.load_threads)
         # It checks each grammar, so that vLLM gets none that it cannot compile.
         self._grammars = grammar_compiler(model, config.tool_parser)
-        self._preprocess = RequestPreprocessor(
-            model,
-            max_len_of(config, model),
-            grammars=self._grammars,
-            tool_parser=config.tool_parser,
-            max_new_tokens=config.max_new_tokens,
-            scores_prompts=False,
-        )
+        max_len = max_len_of(config, model)
+        self._preprocess = RequestPreprocessor.of(config, model, max_len, self._grammars, scores_prompts=False)
         cache = llm.vllm_config.cache_config
         self._kv_tokens = (cache.num_gpu_blocks or 0) * cache.block_size
         loader = AdapterLoader(

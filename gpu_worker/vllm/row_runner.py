@@ -21,7 +21,6 @@ from gpu_worker.engine.prefetch_window import PrefetchWindow
 from gpu_worker.engine.row import Row
 from gpu_worker.errors import (
     DeadlineExceeded,
-    EngineFull,
     EngineStopped,
     GpuWorkerError,
     RequestFailed,
@@ -162,7 +161,8 @@ class RowRunner:
             raise EngineStopped(f"the engine has stopped: {self.failure}")
 
     def _queue(self, row: Row) -> None:
-        self._make_room(row.tenant)
+        if (displaced := self._admission.waiting.displaced_by(row.tenant, self._config.max_waiting)) is not None:
+            self._end(*displaced)
         if not row.capture_first_logits:  # probes are not traffic
             self._counters.count_request(row.weights_digests, self._residency, self._loader)
         now = row.arrived_at = self._clock()
@@ -170,17 +170,6 @@ class RowRunner:
         self._admission.append(row)
         due = [at for at in (row.deadline, row.start_by) if at != math.inf]
         self._timers[row] = [self._loop.call_later(max(at - now, 0), self._expire, row) for at in due]
-
-    def _make_room(self, tenant: str) -> None:
-        """Drop another tenant's row if the queue is full and `tenant` is below its share. Raises: EngineFull."""
-        waiting, most = self._admission.waiting, self._config.max_waiting
-        if len(waiting) < most:
-            return
-        full = EngineFull(f"the queue is full ({most} requests); retry later")
-        refused = waiting.row_to_displace(tenant, most)
-        if refused is None:
-            raise full
-        self._end(refused, full)
 
     def _expire(self, row: Row) -> None:
         """End the row if its deadline has passed, or if it has waited too long to start."""

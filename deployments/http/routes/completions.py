@@ -11,8 +11,9 @@ from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
+from deployments.api.completion_responses import plan_object
 from deployments.api.completions import ChatCompletionRequest, CompletionRequest, GenerationRequest, RouteQuery
-from deployments.api.responses import RouteAnswer, plan_object
+from deployments.api.responses import RouteAnswer
 from deployments.api.responses_answer import ResponseForm
 from deployments.api.responses_request import ResponsesRequest
 from deployments.auth.authenticator import Caller, Work

@@ -77,6 +77,16 @@ def test_every_source_has_a_test_of_its_name_and_every_test_a_source() -> None:
     assert found.tests_without_source == ()
 
 
+def test_files_and_functions_above_their_limits_are_listed(checkout: Path) -> None:
+    body = "    pass\n" * 40
+    (checkout / "lora_store/long.py").write_text("# comment\n\n\ndef long() -> None:\n" + body)
+    (checkout / "tests/lora_store/test_long.py").write_text("\n" * 401)
+    (checkout / "tests/lora_store/test_names.py").write_text("\n" * 400)
+    found = measure(checkout)
+    assert found.long_functions == ("lora_store/long.py:4 long",)
+    assert found.long_files == ("tests/lora_store/test_long.py",)
+
+
 def test_a_folder_without_sources_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no source files"):
         measure(tmp_path)
@@ -86,3 +96,4 @@ def test_this_checkout_keeps_its_bounds() -> None:
     found = measure(Path(sources.__file__).parents[2])
     assert found.num_sources > 200
     assert max(found.folders.values()) <= 16
+    assert found.long_files == found.long_functions == ()

@@ -120,41 +120,6 @@ def test_with_several_prompts_choices_have_plans_and_each_prompt_counts_once() -
     assert both.chunk(3, Delta("x", 7, 1))["choices"] == [choice(None, 3, text="x")]
 
 
-def test_chat_logprobs_are_objects_with_the_exact_bytes() -> None:
-    whole = answer(num_logprobs=2).whole([Completion("é", 5, 2, "stop", (HALF, REST))])
-    entries = whole["choices"][0]["logprobs"]["content"]
-    assert entries == [
-        {
-            "token": "\ufffd",
-            "logprob": -0.5,
-            "bytes": [0xC3],
-            "top_logprobs": [
-                {"token": "\ufffd", "logprob": -0.5, "bytes": [0xC3]},
-                {"token": "\ufffd", "logprob": -1.5, "bytes": [0xE2]},
-            ],
-        },
-        {
-            "token": "\ufffd",
-            "logprob": -0.25,
-            "bytes": [0xA9],
-            "top_logprobs": [{"token": " a", "logprob": -0.125, "bytes": [32, 97]}],
-        },
-    ]
-    ChatCompletion.model_validate(whole)
-
-
-def test_text_logprobs_are_parallel_lists_with_the_token_in_its_own_alternatives() -> None:
-    plain = TokenLogprob(b"b", -2.0, (), 1)
-    whole = answer("text", num_logprobs=2).whole([Completion("éb", 5, 3, "stop", (HALF, REST, plain))])
-    assert whole["choices"][0]["logprobs"] == {
-        "tokens": ["bytes:\\xc3", "bytes:\\xa9", "b"],
-        "token_logprobs": [-0.5, -0.25, -2.0],
-        "top_logprobs": [{"bytes:\\xc3": -0.5, "bytes:\\xe2": -1.5}, {" a": -0.125, "bytes:\\xa9": -0.25}, {"b": -2.0}],
-        "text_offset": [0, 0, 1],
-    }
-    TextCompletion.model_validate(whole)
-
-
 def test_a_chunk_has_the_logprobs_of_its_own_tokens() -> None:
     one = answer(num_logprobs=2)
     reported = one.chunk(0, Delta("é", 5, 2, logprobs=(HALF, REST)))

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 
+from deployments.api.completion_responses import plan_object
 from deployments.api.pool_responses import lora_object, versions_object
-from deployments.api.responses import Planned, Published, plan_object, published_object
+from deployments.api.responses import Planned, Published, published_object
 from lora_store import BASE_PLAN
 from retriever_svc import Candidate, NearSample
 from tests.deployments.adapter_records import adapter

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 from ray import serve
 
-from deployments.config.app import AppConfig, ScalingSettings, WorkerSettings, load_config
+from deployments.config.app import AppConfig, ScalingSettings, WorkerSettings
 from deployments.scaling.adapter_affinity_router import AdapterAffinityRouter
 from deployments.scaling.autoscaling_policy import WorkerScaling
 from gpu_worker.config import PACKAGED_ALIASES, EngineSettings
@@ -268,19 +268,6 @@ def test_the_worker_deployment_accepts_as_many_requests_as_its_engine() -> None:
     assert config.worker_scaling.max_ongoing_requests >= config.worker.max_batch_size + config.worker.max_waiting
 
 
-def test_changes_override_the_file(tmp_path: Path) -> None:
-    file = tmp_path / "config.yaml"
-    file.write_text("template: chat\nretrieval: {k: 5}\npreload: [/a]\n")
-    config = load_config(file, preload=["/b"])
-    assert (config.template, config.retrieval.k, config.preload) == ("chat", 5, (Path("/b"),))
-
-
-def test_an_empty_file_and_no_file_are_the_defaults(tmp_path: Path) -> None:
-    file = tmp_path / "config.yaml"
-    file.write_text("# nothing\n")
-    assert load_config(file) == load_config(None) == AppConfig()
-
-
 def test_a_relative_keys_file_is_resolved_at_the_start_and_keeps_its_links(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -295,13 +282,11 @@ def test_with_keys_a_new_adapter_is_private_by_default() -> None:
     assert AppConfig(keys_file=Path("keys.json")).default_visibility == "private"
 
 
-def test_with_keys_public_adapters_need_approval_by_default(tmp_path: Path) -> None:
+def test_with_keys_public_adapters_need_approval_by_default() -> None:
     assert not AppConfig().public_requires_approval
     assert AppConfig(keys_file=Path("keys.json")).public_requires_approval
     assert not AppConfig(keys_file=Path("keys.json"), public_requires_approval=False).public_requires_approval
     assert AppConfig(public_requires_approval=True).public_requires_approval
-    (tmp_path / "settings.yaml").write_text("keys_file: keys.yaml\n")
-    assert load_config(tmp_path / "settings.yaml").public_requires_approval
 
 
 def test_with_keys_adapters_of_others_are_named_with_their_owner_by_default() -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from deployments.config.app import AppConfig, load_config
+from deployments.config.app import AppConfig
+from deployments.config.loading import load_config
 from deployments.config.settings_errors import RENAMED_SETTINGS, SettingsInvalid
 from deployments.field_problems import field_names
 

@@ -3,7 +3,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from deployments.api.base import PlanGiven
-from deployments.api.responses import Planned, plan_object
+from deployments.api.completion_responses import plan_object
+from deployments.api.responses import Planned
 from lora_store import BASE_PLAN
 from retriever_svc import Candidate
 from tests.deployments.shown_plans import CODER, PLAN, POET

@@ -1,0 +1,40 @@
+"""Read the settings of the application from a YAML file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from deployments.config.app import AppConfig
+from deployments.config.settings_errors import SettingsInvalid, settings_error
+from deployments.json_types import JsonObject
+
+
+def load_config(path: Path | None, **changes: Any) -> AppConfig:
+    """Return the settings of the YAML file, overridden by `changes`.
+
+    Raises: SettingsInvalid, a ValueError with one line for each mistake; OSError.
+    """
+    settings = {} if path is None else _read_yaml(path)
+    try:
+        return AppConfig.model_validate(settings | changes)
+    except ValidationError as exc:
+        raise settings_error(path, AppConfig, exc) from exc
+
+
+def _read_yaml(path: Path) -> JsonObject:
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as exc:
+        raise SettingsInvalid(f"{path}: no such file") from exc
+    except yaml.YAMLError as exc:
+        raise SettingsInvalid(f"{path}: invalid YAML: {exc}") from exc
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        kind = "a list" if isinstance(settings, list) else f"{settings!r}"
+        raise SettingsInvalid(f"{path}: must contain `name: value` lines, got {kind}")
+    return settings

@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from deployments.config.app import AppConfig
+from deployments.config.loading import load_config
+
+
+def test_changes_override_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("template: chat\nretrieval: {k: 5}\npreload: [/a]\n")
+    config = load_config(file, preload=["/b"])
+    assert (config.template, config.retrieval.k, config.preload) == ("chat", 5, (Path("/b"),))
+
+
+def test_an_empty_file_and_no_file_are_the_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("# nothing\n")
+    assert load_config(file) == load_config(None) == AppConfig()
+
+
+def test_a_keys_file_of_the_file_sets_the_defaults_that_protect_tenants(tmp_path: Path) -> None:
+    (tmp_path / "settings.yaml").write_text("keys_file: keys.yaml\n")
+    assert load_config(tmp_path / "settings.yaml").public_requires_approval
